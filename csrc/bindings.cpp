@@ -1,0 +1,74 @@
+// The only door between Python and C++: raw pointers, sizes and strides. Knows nothing of torch.
+// Shapes and types are checked in Python; pointers are trusted. The GIL is released in kernels.
+#include <pybind11/pybind11.h>
+
+#include <cstdint>
+
+#include "cpu/products.h"
+#include "cpu/threads.h"
+#include "pattern/dense.h"
+
+namespace py = pybind11;
+
+namespace {
+
+using Pointer = uintptr_t;
+
+template <class T>
+T* as(Pointer p) {
+  return reinterpret_cast<T*>(p);
+}
+
+sk::Csr csr(const sk::Pattern& p, Pointer row_offsets, Pointer col_indices) {
+  return {as<const int32_t>(row_offsets), as<const int32_t>(col_indices), p.n, p.k, p.nnz};
+}
+
+}  // namespace
+
+PYBIND11_MODULE(_C, m) {
+  m.doc() = "CPU kernels of sparsekern over raw pointers";
+  using NoGil = py::call_guard<py::gil_scoped_release>;
+
+  py::enum_<sk::Type>(m, "Type")
+      .value("float32", sk::Type::kFloat)
+      .value("bfloat16", sk::Type::kBfloat16);
+
+  m.def("isa", [] { return sk::kernels().isa; }, "The instruction set in use.");
+  m.def("thread_runtime", &sk::thread_runtime, "Whose threads the kernels run on.");
+
+  py::class_<sk::Pattern>(m, "Pattern", "What the kernels derive from a CSR pattern, made once.")
+      .def(py::init<int64_t, int64_t, int64_t>(), py::arg("n"), py::arg("k"), py::arg("nnz"))
+      .def(
+          "spmm",
+          [](sk::Pattern& p, Pointer row_offsets, Pointer col_indices, sk::Type type,
+             Pointer values, Pointer x, Pointer y, int64_t tokens, bool transposed, int threads) {
+            const int64_t features = transposed ? p.n : p.k, outputs = transposed ? p.k : p.n;
+            sk::spmm(p, csr(p, row_offsets, col_indices), transposed, type, as<void>(values),
+                     {as<void>(x), features}, {as<void>(y), outputs}, tokens, threads);
+          },
+          NoGil(), "y[M, N] = x W^T, or transposed: y[M, K] = x W; contiguous.")
+      .def(
+          "sddmm",
+          [](sk::Pattern& p, Pointer row_offsets, Pointer col_indices, sk::Type type, Pointer dy,
+             Pointer x, Pointer dvalues, int64_t tokens, int threads) {
+            sk::sddmm(p, csr(p, row_offsets, col_indices), type, {as<void>(dy), p.n},
+                      {as<void>(x), p.k}, as<void>(dvalues), tokens, threads);
+          },
+          NoGil(), "dvalues[nnz] = dy^T x at the non-zeros, in CSR order.")
+      .def(
+          "to_dense",
+          [](const sk::Pattern& p, Pointer row_offsets, Pointer col_indices, int element_bytes,
+             Pointer values, Pointer dense, int threads) {
+            sk::to_dense(csr(p, row_offsets, col_indices), element_bytes, as<void>(values),
+                         as<void>(dense), threads);
+          },
+          NoGil(), "dense[N, K] = W.")
+      .def(
+          "from_dense",
+          [](const sk::Pattern& p, Pointer row_offsets, Pointer col_indices, int element_bytes,
+             Pointer dense, Pointer values, int threads) {
+            sk::from_dense(csr(p, row_offsets, col_indices), element_bytes, as<void>(dense),
+                           as<void>(values), threads);
+          },
+          NoGil(), "values[nnz] = dense at the non-zeros.");
+}

@@ -1,0 +1,88 @@
+// The leaf loops for one instruction set: compiled once per ISA, with SK_ISA naming it.
+#include "kernels.h"
+
+#include "gather.h"
+#include "hash.h"
+#include "panel.h"
+#include "sddmm.h"
+#include "spmm.h"
+
+#define SK_STRING2(x) #x
+#define SK_STRING(x) SK_STRING2(x)
+
+namespace sk::SK_ISA {
+namespace {
+
+// Calls f with a null pointer of the element type.
+template <class F>
+void with_type(Type type, F f) {
+  if (type == Type::kFloat)
+    f(static_cast<float*>(nullptr));
+  else
+    f(static_cast<bf16*>(nullptr));
+}
+
+template <class T>
+T* as(void* data, T*) {
+  return static_cast<T*>(data);
+}
+template <class T>
+const T* as(const void* data, T*) {
+  return static_cast<const T*>(data);
+}
+
+#define SK_WITH_VECS(call) \
+  switch (vecs) {          \
+    case 1: call(1);       \
+    case 2: call(2);       \
+    case 4: call(4);       \
+    case 8: call(8);       \
+  }
+
+void pack_(Type type, Matrix x, int64_t tokens, int64_t features, int vecs, float* panel) {
+  with_type(type, [&](auto* t) {
+    pack(as(static_cast<const void*>(x.data), t), x.stride, tokens, features, vecs * kLanes, panel);
+  });
+}
+
+void unpack_(Type type, const float* panel, int vecs, int64_t tokens, int64_t features, Matrix y) {
+  with_type(type, [&](auto* t) {
+    unpack(panel, vecs * kLanes, tokens, features, as(y.data, t), y.stride);
+  });
+}
+
+void gather_(Type type, const Walk& w, const void* values, float* walked) {
+  with_type(type, [&](auto* t) { gather(w, as(values, t), walked); });
+}
+
+void scatter_(Type type, const Walk& w, const float* walked, void* values) {
+  with_type(type, [&](auto* t) { scatter(w, walked, as(values, t)); });
+}
+
+void spmm_(int vecs, const Walk& w, const float* walked, const float* x, float* y) {
+#define SK_CALL(v) return spmm_block<v>(w, walked, x, y)
+  SK_WITH_VECS(SK_CALL)
+#undef SK_CALL
+}
+
+void spmm_csr_(Type type, int vecs, const Csr& w, const void* values, const float* x, float* y) {
+  with_type(type, [&](auto* t) {
+#define SK_CALL(v) return spmm_rows<v>(w, as(values, t), x, y)
+    SK_WITH_VECS(SK_CALL)
+#undef SK_CALL
+  });
+}
+
+void sddmm_(int vecs, const Walk& w, const float* dy, const float* x, bool add, float* walked) {
+#define SK_CALL(v) return sddmm_block<v>(w, dy, x, add, walked)
+  SK_WITH_VECS(SK_CALL)
+#undef SK_CALL
+}
+
+}  // namespace
+
+extern const Kernels kKernels;
+const Kernels kKernels = {SK_STRING(SK_ISA), kLanes,   hash,  pack_,     unpack_,
+                          gather_,           scatter_, spmm_, spmm_csr_, sddmm_};
+
+}  // namespace sk::SK_ISA

@@ -1,0 +1,64 @@
+// What an instruction set offers: the leaf loops of the CPU kernels, over raw pointers.
+// A panel is a feature-major slice of activations, [features][width] floats with
+// width = vecs * lanes tokens, aligned to 64 bytes. It is what makes the inner loop fast: each
+// non-zero of W meets a whole panel row, contiguous, in registers' width.
+#pragma once
+
+#include <cstdint>
+
+#include "../pattern/pattern.h"
+
+namespace sk {
+
+enum class Type { kFloat, kBfloat16 };
+inline int64_t size_of(Type t) { return t == Type::kFloat ? 4 : 2; }
+
+// A token-major matrix: element (m, c) at data + (m * stride + c) elements.
+struct Matrix {
+  void* data;
+  int64_t stride;
+};
+
+// One row block of a schedule. Walking order is the order of its runs, their segments, and the
+// non-zeros in a segment; arrays in walking order begin at the block's first non-zero.
+struct Walk {
+  const Run* runs;
+  const int64_t* run_offsets;  // [col_blocks + 1]
+  int64_t col_blocks, cols_per_block;
+  int64_t nnz;
+  const uint16_t* row;    // by segment
+  const uint32_t* start;  // by segment
+  const uint16_t* cols;   // in walking order, inside the column block
+  const int32_t* source;  // in walking order; null for W itself, where start says it
+};
+
+struct Kernels {
+  const char* isa;
+  int lanes;
+
+  // A 64-bit hash, the same on every instruction set.
+  uint64_t (*hash)(const int32_t* words, int64_t size);
+
+  // panel[c][m] = x[m][c] for c < features, m < tokens; 0 for tokens <= m < width.
+  void (*pack)(Type, Matrix x, int64_t tokens, int64_t features, int vecs, float* panel);
+  // y[m][c] = panel[c][m], rounded to the type.
+  void (*unpack)(Type, const float* panel, int vecs, int64_t tokens, int64_t features, Matrix y);
+
+  // The block's values, from CSR order into walking order and float.
+  void (*gather)(Type, const Walk&, const void* values, float* walked);
+  // The reverse, rounded to the type. Not for W^T.
+  void (*scatter)(Type, const Walk&, const float* walked, void* values);
+
+  // y[row][:] = sum over the row's non-zeros of value * x[col][:]; y is local to the block.
+  void (*spmm)(int vecs, const Walk&, const float* walked, const float* x, float* y);
+  // The same for a CSR matrix as it is.
+  void (*spmm_csr)(Type, int vecs, const Csr&, const void* values, const float* x, float* y);
+  // walked (+)= sum_m dy[row][m] * x[col][m] for each non-zero; dy is local to the block.
+  void (*sddmm)(int vecs, const Walk&, const float* dy, const float* x, bool add, float* walked);
+};
+
+// The instruction set named by SPARSEKERN_ISA, else the best that this machine runs.
+// Throws std::invalid_argument for a name that is unknown, not built or not runnable here.
+const Kernels& kernels();
+
+}  // namespace sk

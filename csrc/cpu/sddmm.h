@@ -1,0 +1,66 @@
+// SDDMM on panels: dvalues[p] (+)= sum_m dy[row(p)][m] * x[col(p)][m] at the non-zeros of W.
+//
+// A row of dy sits in registers while its non-zeros pass, four at a time: four dot products over
+// the panel's tokens, then one reduction that yields four neighbouring results in walking order.
+#pragma once
+
+#include "kernels.h"
+#include "simd.h"
+
+namespace sk::SK_ISA {
+
+template <int kVecs, bool kAdd>
+void sddmm_run(const Run& run, const uint16_t* row, const uint16_t* c, const float* dy,
+               const float* x, float* out) {
+  constexpr int64_t kWidth = kVecs * kLanes;
+  const int32_t count = run.count;
+  row += run.first;
+  for (int32_t q = 0; q < run.segments; q++, c += count, out += count) {
+    const float* dy_row = dy + row[q] * kWidth;
+    Vec d[kVecs];
+    SK_FOR(j, kVecs) d[j] = load(dy_row + j * kLanes);
+
+    auto x_row = [&](int32_t p) { return x + c[p] * kWidth; };
+    auto dot = [&](int32_t p) {
+      const float* in = x_row(p);
+      Vec a = zero();
+      SK_FOR(j, kVecs) a = fma(d[j], load(in + j * kLanes), a);
+      return a;
+    };
+    int32_t p = 0;
+    for (; p + 4 <= count; p += 4) {
+      const float *x0 = x_row(p), *x1 = x_row(p + 1), *x2 = x_row(p + 2), *x3 = x_row(p + 3);
+      Vec a0 = zero(), a1 = zero(), a2 = zero(), a3 = zero();
+      SK_FOR(j, kVecs) {
+        a0 = fma(d[j], load(x0 + j * kLanes), a0);
+        a1 = fma(d[j], load(x1 + j * kLanes), a1);
+        a2 = fma(d[j], load(x2 + j * kLanes), a2);
+        a3 = fma(d[j], load(x3 + j * kLanes), a3);
+      }
+      if (!kAdd)
+        SK_FOR(i, 4) out[p + i] = 0;
+      add4(out + p, a0, a1, a2, a3);
+    }
+    if (p < count) {
+      float rest[4] = {};
+      const int32_t left = count - p;
+      add4(rest, dot(p), left > 1 ? dot(p + 1) : zero(), left > 2 ? dot(p + 2) : zero(), zero());
+      for (int32_t i = 0; i < left; i++) out[p + i] = kAdd ? out[p + i] + rest[i] : rest[i];
+    }
+  }
+}
+
+template <int kVecs>
+void sddmm_block(const Walk& w, const float* dy, const float* x, bool accumulate, float* walked) {
+  auto* f = accumulate ? sddmm_run<kVecs, true> : sddmm_run<kVecs, false>;
+  const uint16_t* cols = w.cols;
+  for (int64_t b = 0; b < w.col_blocks; b++, x += w.cols_per_block * kVecs * kLanes)
+    for (int64_t r = w.run_offsets[b]; r < w.run_offsets[b + 1]; r++) {
+      const Run& run = w.runs[r];
+      f(run, w.row, cols, dy, x, walked);
+      walked += int64_t{run.count} * run.segments;
+      cols += int64_t{run.count} * run.segments;
+    }
+}
+
+}  // namespace sk::SK_ISA

@@ -1,0 +1,217 @@
+// One vector type per instruction set. Included only by kernels.cpp, which is compiled once per
+// ISA with SK_ISA naming the namespace, so that no inline function is shared between ISAs.
+//
+//   Vec                      kLanes floats in one register
+//   zero, load, store        aligned to the register
+//   splat(p)                 the element at p (float or bf16) in every lane
+//   fma(a, b, c)             a * b + c
+//   add4(p, a, b, c, d)      p[0..3] += sum(a), sum(b), sum(c), sum(d)
+//   Row, load_row, store_row kBlock consecutive elements of a matrix, as floats
+//   transpose(Row[kBlock])   a kBlock x kBlock block, in place
+#pragma once
+
+#include <cstdint>
+#include <cstring>
+
+#if defined(__AVX2__)
+#include <immintrin.h>
+#elif defined(__ARM_NEON)
+#include <arm_neon.h>
+#endif
+
+#define SK_FOR(i, n) _Pragma("GCC unroll 16") for (int i = 0; i < n; i++)  // unrolled
+#define SK_INLINE inline __attribute__((always_inline))
+
+namespace sk::SK_ISA {
+
+struct bf16 {
+  uint16_t bits;
+};
+
+SK_INLINE float to_float(float x) { return x; }
+SK_INLINE float to_float(bf16 x) {
+  const uint32_t bits = uint32_t{x.bits} << 16;
+  float f;
+  memcpy(&f, &bits, 4);
+  return f;
+}
+
+template <class T>
+T from_float(float x);
+template <>
+SK_INLINE float from_float<float>(float x) {
+  return x;
+}
+// Round to nearest even; a NaN stays a NaN (its payload must not round up to infinity).
+template <>
+SK_INLINE bf16 from_float<bf16>(float x) {
+  uint32_t bits;
+  memcpy(&bits, &x, 4);
+  if (x != x) return {static_cast<uint16_t>(bits >> 16 | 0x40)};
+  return {static_cast<uint16_t>((bits + 0x7fff + (bits >> 16 & 1)) >> 16)};
+}
+
+#if defined(__AVX512F__) || defined(__AVX2__)
+
+using Row = __m256;
+constexpr int kBlock = 8;
+
+SK_INLINE Row load_row(const float* p) { return _mm256_loadu_ps(p); }
+SK_INLINE Row load_row(const bf16* p) {
+  const __m128i h = _mm_loadu_si128(reinterpret_cast<const __m128i*>(p));
+  return _mm256_castsi256_ps(_mm256_slli_epi32(_mm256_cvtepu16_epi32(h), 16));
+}
+SK_INLINE void store_row(float* p, Row r) { _mm256_storeu_ps(p, r); }
+SK_INLINE void store_row(bf16* p, Row r) {
+  const __m256i u = _mm256_castps_si256(r);
+  const __m256i odd = _mm256_and_si256(_mm256_srli_epi32(u, 16), _mm256_set1_epi32(1));
+  const __m256i up = _mm256_add_epi32(u, _mm256_add_epi32(odd, _mm256_set1_epi32(0x7fff)));
+  const __m256i quiet = _mm256_or_si256(u, _mm256_set1_epi32(0x400000));
+  const __m256 nan = _mm256_cmp_ps(r, r, _CMP_UNORD_Q);
+  const __m256i b = _mm256_castps_si256(
+      _mm256_blendv_ps(_mm256_castsi256_ps(up), _mm256_castsi256_ps(quiet), nan));
+  const __m256i h = _mm256_srli_epi32(b, 16);
+  const __m128i lo = _mm256_castsi256_si128(h), hi = _mm256_extracti128_si256(h, 1);
+  _mm_storeu_si128(reinterpret_cast<__m128i*>(p), _mm_packus_epi32(lo, hi));
+}
+SK_INLINE void transpose(Row (&r)[8]) {
+  Row t[8];
+  SK_FOR(i, 4) {
+    t[2 * i] = _mm256_unpacklo_ps(r[2 * i], r[2 * i + 1]);
+    t[2 * i + 1] = _mm256_unpackhi_ps(r[2 * i], r[2 * i + 1]);
+  }
+  SK_FOR(h, 2) {
+    r[4 * h] = _mm256_shuffle_ps(t[4 * h], t[4 * h + 2], 0x44);
+    r[4 * h + 1] = _mm256_shuffle_ps(t[4 * h], t[4 * h + 2], 0xee);
+    r[4 * h + 2] = _mm256_shuffle_ps(t[4 * h + 1], t[4 * h + 3], 0x44);
+    r[4 * h + 3] = _mm256_shuffle_ps(t[4 * h + 1], t[4 * h + 3], 0xee);
+  }
+  SK_FOR(i, 4) {
+    const Row lo = r[i], hi = r[i + 4];
+    r[i] = _mm256_permute2f128_ps(lo, hi, 0x20);
+    r[i + 4] = _mm256_permute2f128_ps(lo, hi, 0x31);
+  }
+}
+SK_INLINE void add4(float* p, __m256 a, __m256 b, __m256 c, __m256 d) {
+  const __m256 t = _mm256_hadd_ps(_mm256_hadd_ps(a, b), _mm256_hadd_ps(c, d));
+  const __m128 s = _mm_add_ps(_mm256_castps256_ps128(t), _mm256_extractf128_ps(t, 1));
+  _mm_storeu_ps(p, _mm_add_ps(_mm_loadu_ps(p), s));
+}
+
+#if defined(__AVX512F__)
+
+using Vec = __m512;
+constexpr int kLanes = 16;
+
+SK_INLINE Vec zero() { return _mm512_setzero_ps(); }
+SK_INLINE Vec load(const float* p) { return _mm512_load_ps(p); }
+SK_INLINE void store(float* p, Vec v) { _mm512_store_ps(p, v); }
+SK_INLINE Vec splat(const float* p) { return _mm512_set1_ps(*p); }
+SK_INLINE Vec splat(const bf16* p) { return _mm512_set1_ps(to_float(*p)); }
+SK_INLINE Vec add(Vec a, Vec b) { return _mm512_add_ps(a, b); }
+SK_INLINE Vec fma(Vec a, Vec b, Vec c) { return _mm512_fmadd_ps(a, b, c); }
+SK_INLINE __m256 halves(Vec v) {
+  return _mm256_add_ps(_mm512_castps512_ps256(v), _mm512_extractf32x8_ps(v, 1));
+}
+SK_INLINE void add4(float* p, Vec a, Vec b, Vec c, Vec d) {
+  add4(p, halves(a), halves(b), halves(c), halves(d));
+}
+
+#else  // AVX2
+
+using Vec = __m256;
+constexpr int kLanes = 8;
+
+SK_INLINE Vec zero() { return _mm256_setzero_ps(); }
+SK_INLINE Vec load(const float* p) { return _mm256_load_ps(p); }
+SK_INLINE void store(float* p, Vec v) { _mm256_store_ps(p, v); }
+SK_INLINE Vec splat(const float* p) { return _mm256_broadcast_ss(p); }
+SK_INLINE Vec splat(const bf16* p) { return _mm256_set1_ps(to_float(*p)); }
+SK_INLINE Vec add(Vec a, Vec b) { return _mm256_add_ps(a, b); }
+SK_INLINE Vec fma(Vec a, Vec b, Vec c) { return _mm256_fmadd_ps(a, b, c); }
+
+#endif
+
+#elif defined(__ARM_NEON)
+
+using Vec = float32x4_t;
+using Row = float32x4_t;
+constexpr int kLanes = 4;
+constexpr int kBlock = 4;
+
+SK_INLINE Vec zero() { return vdupq_n_f32(0); }
+SK_INLINE Vec load(const float* p) { return vld1q_f32(p); }
+SK_INLINE void store(float* p, Vec v) { vst1q_f32(p, v); }
+SK_INLINE Vec splat(const float* p) { return vld1q_dup_f32(p); }
+SK_INLINE Vec splat(const bf16* p) { return vdupq_n_f32(to_float(*p)); }
+SK_INLINE Vec add(Vec a, Vec b) { return vaddq_f32(a, b); }
+SK_INLINE Vec fma(Vec a, Vec b, Vec c) { return vfmaq_f32(c, a, b); }
+SK_INLINE void add4(float* p, Vec a, Vec b, Vec c, Vec d) {
+  vst1q_f32(p, vaddq_f32(vld1q_f32(p), vpaddq_f32(vpaddq_f32(a, b), vpaddq_f32(c, d))));
+}
+SK_INLINE Row load_row(const float* p) { return vld1q_f32(p); }
+SK_INLINE Row load_row(const bf16* p) {
+  const uint16x4_t h = vld1_u16(reinterpret_cast<const uint16_t*>(p));
+  return vreinterpretq_f32_u32(vshll_n_u16(h, 16));
+}
+SK_INLINE void store_row(float* p, Row r) { vst1q_f32(p, r); }
+SK_INLINE void store_row(bf16* p, Row r) {
+  SK_FOR(i, 4) p[i] = from_float<bf16>(r[i]);
+}
+SK_INLINE void transpose(Row (&r)[4]) {
+  const float32x4x2_t a = vtrnq_f32(r[0], r[1]), b = vtrnq_f32(r[2], r[3]);
+  r[0] = vcombine_f32(vget_low_f32(a.val[0]), vget_low_f32(b.val[0]));
+  r[1] = vcombine_f32(vget_low_f32(a.val[1]), vget_low_f32(b.val[1]));
+  r[2] = vcombine_f32(vget_high_f32(a.val[0]), vget_high_f32(b.val[0]));
+  r[3] = vcombine_f32(vget_high_f32(a.val[1]), vget_high_f32(b.val[1]));
+}
+
+#else  // portable
+
+constexpr int kLanes = 4;
+constexpr int kBlock = 4;
+struct Vec {
+  float v[kLanes];
+};
+using Row = Vec;
+
+SK_INLINE Vec zero() { return {}; }
+SK_INLINE Vec load(const float* p) { return {{p[0], p[1], p[2], p[3]}}; }
+SK_INLINE void store(float* p, Vec a) { memcpy(p, a.v, sizeof a.v); }
+template <class T>
+SK_INLINE Vec splat(const T* p) {
+  const float x = to_float(*p);
+  return {{x, x, x, x}};
+}
+SK_INLINE Vec add(Vec a, Vec b) {
+  for (int i = 0; i < kLanes; i++) a.v[i] += b.v[i];
+  return a;
+}
+SK_INLINE Vec fma(Vec a, Vec b, Vec c) {
+  for (int i = 0; i < kLanes; i++) c.v[i] += a.v[i] * b.v[i];
+  return c;
+}
+SK_INLINE float sum(Vec a) { return (a.v[0] + a.v[1]) + (a.v[2] + a.v[3]); }
+SK_INLINE void add4(float* p, Vec a, Vec b, Vec c, Vec d) {
+  p[0] += sum(a), p[1] += sum(b), p[2] += sum(c), p[3] += sum(d);
+}
+template <class T>
+SK_INLINE Row load_row(const T* p) {
+  return {{to_float(p[0]), to_float(p[1]), to_float(p[2]), to_float(p[3])}};
+}
+template <class T>
+SK_INLINE void store_row(T* p, Row r) {
+  for (int i = 0; i < kBlock; i++) p[i] = from_float<T>(r.v[i]);
+}
+SK_INLINE void transpose(Row (&r)[kBlock]) {
+  for (int i = 0; i < kBlock; i++)
+    for (int j = 0; j < i; j++) {
+      const float t = r[i].v[j];
+      r[i].v[j] = r[j].v[i];
+      r[j].v[i] = t;
+    }
+}
+
+#endif
+
+}  // namespace sk::SK_ISA

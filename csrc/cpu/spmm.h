@@ -1,0 +1,71 @@
+// SpMM on a panel: y[n][:] = sum over the non-zeros of row n of W[n, k] * x[k][:].
+//
+// Per non-zero: one splat of the value, and kVecs fused multiply-adds whose memory operand is a row
+// of the x panel. The accumulators of a row stay in registers for a whole column block; between
+// column blocks they rest in the y panel. Column blocks keep the part of x in use near L1.
+#pragma once
+
+#include "kernels.h"
+#include "simd.h"
+
+namespace sk::SK_ISA {
+
+// A narrow panel has too few accumulators to hide the latency of a multiply-add: the non-zeros of a
+// row are dealt out to kSets independent ones, summed at the end.
+template <int kVecs, bool kFirst, class T, class Index>
+SK_INLINE void spmm_segment(int32_t count, const T* v, const Index* c, const float* x, float* y) {
+  constexpr int kSets = kVecs >= 8 ? 1 : kVecs >= 4 ? 2 : 4;
+  constexpr int64_t kWidth = kVecs * kLanes;
+  Vec acc[kSets][kVecs];
+  SK_FOR(s, kSets)
+    SK_FOR(j, kVecs) acc[s][j] = kFirst || s > 0 ? zero() : load(y + j * kLanes);
+
+  auto accumulate = [&](Vec(&a)[kVecs], int32_t p) {
+    const Vec w = splat(v + p);
+    const float* in = x + static_cast<uint32_t>(c[p]) * kWidth;
+    SK_FOR(j, kVecs) a[j] = fma(w, load(in + j * kLanes), a[j]);
+  };
+  int32_t p = 0;
+  for (; p + kSets <= count; p += kSets)
+    SK_FOR(s, kSets) accumulate(acc[s], p + s);
+  for (; p < count; p++) accumulate(acc[0], p);
+
+  SK_FOR(s, kSets / 2)
+    SK_FOR(j, kVecs) acc[s][j] = add(acc[s][j], acc[s + kSets / 2][j]);
+  SK_FOR(s, kSets / 4)
+    SK_FOR(j, kVecs) acc[s][j] = add(acc[s][j], acc[s + kSets / 4][j]);
+  SK_FOR(j, kVecs) store(y + j * kLanes, acc[0][j]);
+}
+
+template <int kVecs, bool kFirst>
+void spmm_run(const Run& run, const uint16_t* row, const float* v, const uint16_t* c,
+              const float* x, float* y) {
+  const int32_t count = run.count;
+  row += run.first;
+  for (int32_t q = 0; q < run.segments; q++, v += count, c += count)
+    spmm_segment<kVecs, kFirst>(count, v, c, x, y + row[q] * int64_t{kVecs * kLanes});
+}
+
+template <int kVecs>
+void spmm_block(const Walk& w, const float* walked, const float* x, float* y) {
+  const uint16_t* cols = w.cols;
+  for (int64_t b = 0; b < w.col_blocks; b++, x += w.cols_per_block * kVecs * kLanes)
+    for (int64_t r = w.run_offsets[b]; r < w.run_offsets[b + 1]; r++) {
+      const Run& run = w.runs[r];
+      auto* f = b == 0 ? spmm_run<kVecs, true> : spmm_run<kVecs, false>;
+      f(run, w.row, walked, cols, x, y);
+      walked += int64_t{run.count} * run.segments;
+      cols += int64_t{run.count} * run.segments;
+    }
+}
+
+// Rows as CSR has them: each value and index is read once, in order, at the speed of a stream.
+template <int kVecs, class T>
+void spmm_rows(const Csr& w, const T* values, const float* x, float* y) {
+  for (int64_t i = 0; i < w.n; i++, y += kVecs * kLanes) {
+    const int32_t first = w.row_offsets[i], end = w.row_offsets[i + 1];
+    spmm_segment<kVecs, true>(end - first, values + first, w.col_indices + first, x, y);
+  }
+}
+
+}  // namespace sk::SK_ISA

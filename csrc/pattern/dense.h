@@ -1,0 +1,15 @@
+// Between the values of a CSR matrix and a dense row-major one, for the sizes at which the dense
+// product is the faster one.
+#pragma once
+
+#include "pattern.h"
+
+namespace sk {
+
+// dense[n, k] = W. Elements are moved, not read: element_bytes is 2, 4 or 8.
+void to_dense(const Csr& w, int element_bytes, const void* values, void* dense, int threads);
+
+// values[nnz] = dense at the non-zeros.
+void from_dense(const Csr& w, int element_bytes, const void* dense, void* values, int threads);
+
+}  // namespace sk
