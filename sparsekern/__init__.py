@@ -1,0 +1,22 @@
+"""Unstructured sparse weights behind torch.matmul.
+
+y[M, N] = x[M, K] @ W[N, K].T        M tokens, N out_features, K in_features
+"""
+
+from .matmul import explain, linear, matmul
+from .nn import SparseLinear, densify_, sparsify_
+from .sparsity import Static
+from .tensor import SparseTensor
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "SparseLinear",
+    "SparseTensor",
+    "Static",
+    "densify_",
+    "explain",
+    "linear",
+    "matmul",
+    "sparsify_",
+]

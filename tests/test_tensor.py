@@ -1,0 +1,308 @@
+"""SparseTensor: conversions, what it keeps, what it refuses."""
+
+import copy
+import re
+
+import numpy as np
+import pytest
+import scipy.sparse
+import torch
+from conftest import random_dense
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from sparsekern import SparseTensor
+
+DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+LAYOUTS = {
+    "coo": lambda w: w.to_sparse_coo(),
+    "csr": lambda w: w.to_sparse_csr(),
+    "csc": lambda w: w.to_sparse_csc(),
+    "bsr": lambda w: w.to_sparse_bsr((2, 3)),
+}
+
+
+def csr(row_offsets=(0, 2, 3), col_indices=(0, 2, 1), values=(1.0, 2.0, 3.0), shape=(2, 3)):
+    """Keyword by keyword, a small valid tensor or a wrong one."""
+    return SparseTensor(
+        torch.as_tensor(row_offsets), torch.as_tensor(col_indices), torch.as_tensor(values), shape
+    )
+
+
+def assert_same(a: SparseTensor, b: SparseTensor):
+    assert a.shape == b.shape and a.dtype == b.dtype
+    assert torch.equal(a.row_offsets, b.row_offsets)
+    assert torch.equal(a.col_indices, b.col_indices)
+    torch.testing.assert_close(a.values, b.values, rtol=0, atol=0, equal_nan=True)
+
+
+@st.composite
+def matrices(draw):
+    """Dense matrices of any small shape with zeros, -0.0, NaN and infinities in them."""
+    n, k = draw(st.integers(0, 7)), draw(st.integers(0, 7))
+    number = st.sampled_from([0.0, 0.0, -0.0, 1.0, -2.5, float("inf"), float("nan")])
+    numbers = draw(st.lists(number, min_size=n * k, max_size=n * k))
+    return torch.tensor(numbers, dtype=draw(st.sampled_from(DTYPES))).view(n, k)
+
+
+@settings(deadline=None)
+@given(matrices())
+def test_dense_round_trip(w):
+    W = SparseTensor.from_dense(w)
+    assert W.nnz == (w != 0).sum() and W.shape == w.shape
+    torch.testing.assert_close(W.to_dense(), w, rtol=0, atol=0, equal_nan=True)
+    torch.testing.assert_close(W.T.to_dense(), w.T, rtol=0, atol=0, equal_nan=True)
+    # What from_dense makes passes the checks of the constructor.
+    assert_same(SparseTensor(W.row_offsets, W.col_indices, W.values, w.shape), W)
+
+
+@settings(deadline=None)
+@given(matrices(), st.integers(0, 2**49 - 1))
+def test_mask_round_trip_keeps_explicit_zeros(w, bits):
+    flat = [bool(bits >> i & 1) for i in range(w.numel())]
+    mask = torch.tensor(flat, dtype=torch.bool).view(w.shape)
+    W = SparseTensor.from_dense(w, mask)
+    assert W.nnz == mask.sum()
+    want = torch.where(mask, w, 0)
+    torch.testing.assert_close(W.to_dense(), want, rtol=0, atol=0, equal_nan=True)
+    assert_same(SparseTensor.from_torch(W.to_torch()), W)
+    assert torch.equal(SparseTensor.from_dense(mask.float()).col_indices, W.col_indices)
+
+
+@settings(deadline=None)
+@given(matrices().filter(lambda w: w.numel() > 0))
+def test_torch_and_scipy_round_trips(w):
+    W = SparseTensor.from_dense(w)
+    for layout in ("coo", "csr", "csc"):
+        assert_same(SparseTensor.from_torch(LAYOUTS[layout](w)), W)
+    assert_same(SparseTensor.from_scipy(W.to_scipy()).to(w.dtype), W)
+    assert_same(SparseTensor.from_torch(W.T.to_torch()), SparseTensor.from_dense(w.T))
+    assert_same(SparseTensor.from_scipy(W.T.to_scipy()).to(w.dtype), SparseTensor.from_dense(w.T))
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_from_torch(layout, dtype):
+    w = random_dense(4, 6, dtype=dtype)
+    W = SparseTensor.from_torch(LAYOUTS[layout](w))
+    assert torch.equal(W.to_dense(), w) and W.dtype == dtype
+
+
+def test_from_torch_keeps_what_is_stored():
+    block = torch.zeros(4, 6)
+    block[0, 0] = 1
+    W = SparseTensor.from_torch(block.to_sparse_bsr((2, 3)))
+    assert W.nnz == 6 and torch.equal(W.to_dense(), block)
+    coo = torch.sparse_coo_tensor([[1, 0, 1], [2, 0, 2]], [1.0, 0.0, 2.0], (2, 3))
+    W = SparseTensor.from_torch(coo)  # duplicates are summed, the zero stays
+    assert W.nnz == 2 and W.to_dense()[1, 2] == 3
+
+
+def test_from_scipy_formats():
+    w = random_dense(5, 7)
+    for name in ("coo", "csr", "csc", "bsr", "lil", "dok"):
+        W = SparseTensor.from_scipy(scipy.sparse.csr_matrix(w.numpy()).asformat(name))
+        assert torch.equal(W.to_dense(), w)
+    unsorted = scipy.sparse.csr_matrix(
+        (np.array([1.0, 2.0]), np.array([2, 0]), np.array([0, 2])), shape=(1, 3)
+    )
+    assert SparseTensor.from_scipy(unsorted).col_indices.tolist() == [0, 2]
+    assert unsorted.indices.tolist() == [2, 0]  # the user's matrix is as it was
+
+
+def test_to_scipy_widens_16_bit_values():
+    assert SparseTensor.from_dense(torch.ones(2, 2).bfloat16()).to_scipy().dtype == np.float32
+
+
+def test_nan_is_kept():
+    w = torch.tensor([[0.0, torch.nan], [1.0, 0.0]])
+    W = SparseTensor.from_dense(w)
+    assert W.nnz == 2 and W.to_dense().isnan().sum() == 1
+    assert SparseTensor.from_torch(w.to_sparse_csr()).values.isnan().sum() == 1
+
+
+def test_properties():
+    W = csr()
+    assert W.shape == (2, 3) and W.ndim == 2 and W.nnz == 3
+    assert W.density == W.sparsity == 0.5
+    assert W.dtype == torch.float32 and W.device.type == "cpu" and not W.requires_grad
+    assert repr(W) == (
+        "SparseTensor(shape=(2, 3), nnz=3, sparsity=0.5, dtype=torch.float32, device=cpu)"
+    )
+    assert W.T.shape == (3, 2) and W.T.values is W.values and W.T.T.shape == W.shape
+    assert "(3, 2)" in repr(W.T)
+    W.values.requires_grad_()
+    assert W.requires_grad and "requires_grad=True" in repr(W) and not W.detach().requires_grad
+    assert csr((0,), torch.zeros(0, dtype=torch.int32), torch.zeros(0), (0, 0)).density == 0
+
+
+def test_int64_indices_are_narrowed():
+    W = csr()
+    assert torch.as_tensor((0, 2, 3)).dtype == torch.int64
+    assert W.row_offsets.dtype == W.col_indices.dtype == torch.int32
+
+
+def test_to():
+    W = csr()
+    assert W.to(torch.float64).values.dtype == torch.float64
+    assert W.T.to("cpu", torch.bfloat16).shape == (3, 2)
+    assert W.to("meta").row_offsets.device.type == "meta"
+    assert W.to(W.device).values is W.values
+    with pytest.raises(TypeError, match="dtype: expected float32, .* got torch.int32"):
+        W.to(torch.int32)
+
+
+def test_deepcopy():
+    W = csr()
+    other = copy.deepcopy(W.T)
+    assert_same(other.T, W)
+    assert other.values is not W.values
+
+
+def test_gradients_flow_through_conversions():
+    w = random_dense(4, 5).requires_grad_()
+    W = SparseTensor.from_dense(w)
+    assert W.requires_grad
+    (W.to_dense().cos().sum() + W.T.to_dense().sin().sum()).backward()
+    assert torch.equal(w.grad != 0, w != 0)
+    values = torch.rand(3, dtype=torch.float64, requires_grad=True)
+    assert torch.autograd.gradcheck(lambda v: csr(values=v).to_dense(), values)
+    assert torch.autograd.gradcheck(lambda v: csr(values=v).T.to_dense(), values)
+
+
+WRONG = {
+    "shape rank": (dict(shape=(2, 3, 1)), ValueError, r"shape: expected (N, K), got (2, 3, 1)"),
+    "negative size": (dict(shape=(2, -1)), ValueError, "K: expected 0 <= K < 2**31"),
+    "large size": (dict(shape=(2, 2**31)), ValueError, "(int32 indices), got 2147483648"),
+    "offsets dtype": (
+        dict(row_offsets=(0.0, 2.0, 3.0)),
+        TypeError,
+        "row_offsets: expected an int32 or int64 tensor, got a torch.strided tensor of dtype "
+        "torch.float32",
+    ),
+    "offsets rank": (dict(row_offsets=((0, 2, 3),)), ValueError, "row_offsets: expected a 1-D"),
+    "offsets length": (
+        dict(row_offsets=(0, 3)),
+        ValueError,
+        "row_offsets: expected 3 elements, got 2",
+    ),
+    "offsets start": (
+        dict(row_offsets=(1, 2, 3)),
+        ValueError,
+        "row_offsets: expected to start at 0 and end at nnz = 3, got 1 and 3",
+    ),
+    "offsets end": (dict(row_offsets=(0, 2, 4)), ValueError, "got 0 and 4"),
+    "offsets fall": (
+        dict(row_offsets=(0, 2, 1, 3), shape=(3, 3)),
+        ValueError,
+        "row_offsets: expected not to decrease, got 2 before 1 at row 1",
+    ),
+    "columns dtype": (
+        dict(col_indices=(True, True, True)),
+        TypeError,
+        "col_indices: expected an int32 or int64 tensor",
+    ),
+    "columns rank": (dict(col_indices=((0, 2, 1),)), ValueError, "col_indices: expected a 1-D"),
+    "columns high": (
+        dict(col_indices=(0, 3, 1)),
+        ValueError,
+        "col_indices: expected to lie in [0, 3), got 0 to 3",
+    ),
+    "columns low": (dict(col_indices=(-1, 2, 1)), ValueError, "got -1 to 2"),
+    "columns beyond int32": (dict(col_indices=(0, 2**32, 1)), ValueError, "0 to 4294967296"),
+    "columns unsorted": (
+        dict(col_indices=(2, 0, 1)),
+        ValueError,
+        "col_indices: expected to increase strictly in each row, got 2 before 0 in row 0: not "
+        "sorted",
+    ),
+    "columns duplicate": (
+        dict(row_offsets=(0, 1, 3), col_indices=(0, 1, 1)),
+        ValueError,
+        "got 1 before 1 in row 1: a duplicate",
+    ),
+    "values dtype": (
+        dict(values=(1, 2, 3)),
+        TypeError,
+        "values: expected float32, bfloat16, float16 or float64, got torch.int64",
+    ),
+    "values complex": (dict(values=(1j, 2, 3)), TypeError, "got torch.complex64"),
+    "values rank": (dict(values=((1.0, 2.0, 3.0),)), ValueError, "values: expected a 1-D tensor"),
+    "values length": (dict(values=(1.0,)), ValueError, "values: expected 3 elements, got 1"),
+}
+
+
+@pytest.mark.parametrize("arguments, error, text", WRONG.values(), ids=WRONG)
+def test_wrong_arguments(arguments, error, text):
+    with pytest.raises(error, match=re.escape(text)):
+        csr(**arguments)
+
+
+def test_wrong_device():
+    with pytest.raises(ValueError, match="values: expected device cpu, got meta"):
+        csr(values=torch.empty(3, device="meta"))
+
+
+def test_not_a_tensor():
+    with pytest.raises(TypeError, match="values: expected a strided tensor, got list"):
+        SparseTensor(torch.tensor([0, 1]), torch.tensor([0]), [1.0], (1, 1))
+
+
+def test_too_many_values():
+    # Views of one element: nothing of that size is allocated, and nothing may be read before the
+    # sizes are checked.
+    nnz = 2**31
+    col_indices = torch.zeros((), dtype=torch.int64).expand(nnz)
+    with pytest.raises(ValueError, match=r"nnz: expected 0 <= nnz < 2\*\*31 .*, got 2147483648"):
+        csr((0, 0, nnz), col_indices, torch.zeros(()).expand(nnz))
+
+
+def test_rows_with_empty_neighbours():
+    # Columns may fall from one row to the next, also past empty rows at either end.
+    W = csr((0, 0, 1, 1, 2, 2), (2, 0), (1.0, 2.0), (5, 3))
+    assert W.to_dense()[1, 2] == 1 and W.to_dense()[3, 0] == 2
+
+
+W34 = torch.ones(3, 4)
+
+
+@pytest.mark.parametrize(
+    "w, mask, error, text",
+    [
+        ([1.0], None, TypeError, "w: expected a strided tensor, got list"),
+        (W34.to_sparse(), None, TypeError, "w: expected a strided tensor, got a torch.sparse_coo"),
+        (
+            W34.int(),
+            None,
+            TypeError,
+            "w: expected float32, bfloat16, float16 or float64, got torch",
+        ),
+        (W34.to(torch.complex64), None, TypeError, "got torch.complex64"),
+        (W34[0], None, ValueError, "w: expected a 2-D tensor, got shape (4,)"),
+        (W34, W34, TypeError, "mask: expected a tensor of dtype torch.bool, got a torch.strided"),
+        (W34, [True], TypeError, "mask: expected a tensor of dtype torch.bool, got list"),
+        (
+            W34,
+            W34[:, :3] != 0,
+            ValueError,
+            "mask: expected shape (3, 4) on cpu, got shape (3, 3) on cpu",
+        ),
+        (W34, (W34 != 0).to("meta"), ValueError, "got shape (3, 4) on meta"),
+    ],
+)
+def test_from_dense_refuses(w, mask, error, text):
+    with pytest.raises(error, match=re.escape(text)):
+        SparseTensor.from_dense(w, mask)
+
+
+def test_from_torch_refuses():
+    for wrong, text in (
+        (W34, "expected a torch COO, CSR, CSC or BSR tensor, got a torch.strided tensor"),
+        (W34.to_sparse_bsc((1, 2)), "got a torch.sparse_bsc tensor"),
+        ("W", "got str"),
+    ):
+        with pytest.raises(TypeError, match=text):
+            SparseTensor.from_torch(wrong)
+    for wrong in (torch.ones(2, 3, 4).to_sparse_csr(), W34.to_sparse(1)):
+        with pytest.raises(ValueError, match="t: expected 2 sparse dimensions, got shape"):
+            SparseTensor.from_torch(wrong)
