@@ -1,0 +1,1 @@
+"""A minimal GPT that shows what sparsity buys in wall-clock time."""

