@@ -1,0 +1,66 @@
+# Two commands: `make demo` and `make test`. Needs Python 3.11+ with pip, make and a C++ compiler;
+# everything else comes from the package index into .venv.
+
+PYTHON ?= python3
+TORCH ?= torch==2.13.0
+
+VENV := .venv
+BIN := $(VENV)/bin
+PIP := $(BIN)/python -m pip --disable-pip-version-check
+CXX_SOURCES := $(shell find csrc tests/cpp -name '*.cpp' -o -name '*.h' -o -name '*.cu')
+BUILD_INPUTS := pyproject.toml setup.py CMakeLists.txt $(CXX_SOURCES)
+VENV_STAMP := $(VENV)/.with-$(subst ==,-,$(TORCH))
+
+.PHONY: demo test lint pytest pytest-without-library sanitize bench-smoke bench clean
+
+demo: $(VENV)/.installed-demo
+	$(BIN)/python -m sparsekern demo --out out
+
+# The last step closes with the summary line of the whole suite.
+test: lint sanitize pytest-without-library bench-smoke pytest
+
+lint: $(VENV)/.installed-test
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/clang-format --dry-run --Werror $(CXX_SOURCES)
+
+pytest: $(VENV)/.installed-test
+	$(BIN)/python -m pytest
+
+# None in sys.modules makes the import of the C++ library fail, as where it was not built.
+pytest-without-library: $(VENV)/.installed-test
+	$(BIN)/python -c "import sys; sys.modules['sparsekern._C'] = None; import pytest; \
+	  sys.exit(pytest.main(sys.argv[1:]))" -q -m "not slow" \
+	  --ignore=tests/test_cpu_kernels.py --ignore=tests/test_packaging.py
+
+bench-smoke: $(VENV)/.installed-test
+	$(BIN)/python -m pytest -q bench --benchmark-disable --quick
+
+sanitize: $(VENV)/.installed-test
+	PATH="$$PATH:$(BIN)" cmake -G Ninja -S . -B build/sanitize -DSK_SANITIZE=ON
+	PATH="$$PATH:$(BIN)" cmake --build build/sanitize
+	build/sanitize/sk_sanitize
+
+bench: $(VENV)/.installed-test
+	$(BIN)/python bench/run.py
+
+clean:
+	rm -rf build out *.egg-info .pytest_cache .ruff_cache .hypothesis .benchmarks
+	rm -f sparsekern/*.so $(VENV)/.installed-*
+	find . -name __pycache__ -not -path './$(VENV)/*' -exec rm -rf {} +
+
+# torch comes first and pinned: a bare `torch` would bring the newest CUDA build. Then what
+# [build-system] requires, so that the package builds here, incrementally, instead of each time
+# in a new environment of pip's.
+$(VENV_STAMP): pyproject.toml
+	$(PYTHON) -m venv $(VENV)
+	$(PIP) install -q "$(TORCH)"
+	$(BIN)/python -c "import tomllib; file = open('pyproject.toml', 'rb'); \
+	  print(*tomllib.load(file)['build-system']['requires'], sep='\n')" > $(VENV)/build.txt
+	$(PIP) install -q -r $(VENV)/build.txt
+	touch $@
+
+# Builds the C++ library, and the CUDA one where nvcc is found.
+$(VENV)/.installed-%: $(VENV_STAMP) $(BUILD_INPUTS)
+	$(PIP) install -q --no-build-isolation -e ".[$*]"
+	touch $@
