@@ -92,12 +92,6 @@ SK_INLINE void transpose(Row (&r)[8]) {
     r[i + 4] = _mm256_permute2f128_ps(lo, hi, 0x31);
   }
 }
-SK_INLINE void add4(float* p, __m256 a, __m256 b, __m256 c, __m256 d) {
-  const __m256 t = _mm256_hadd_ps(_mm256_hadd_ps(a, b), _mm256_hadd_ps(c, d));
-  const __m128 s = _mm_add_ps(_mm256_castps256_ps128(t), _mm256_extractf128_ps(t, 1));
-  _mm_storeu_ps(p, _mm_add_ps(_mm_loadu_ps(p), s));
-}
-
 #if defined(__AVX512F__)
 
 using Vec = __m512;
@@ -110,11 +104,17 @@ SK_INLINE Vec splat(const float* p) { return _mm512_set1_ps(*p); }
 SK_INLINE Vec splat(const bf16* p) { return _mm512_set1_ps(to_float(*p)); }
 SK_INLINE Vec add(Vec a, Vec b) { return _mm512_add_ps(a, b); }
 SK_INLINE Vec fma(Vec a, Vec b, Vec c) { return _mm512_fmadd_ps(a, b, c); }
-SK_INLINE __m256 halves(Vec v) {
-  return _mm256_add_ps(_mm512_castps512_ps256(v), _mm512_extractf32x8_ps(v, 1));
-}
 SK_INLINE void add4(float* p, Vec a, Vec b, Vec c, Vec d) {
-  add4(p, halves(a), halves(b), halves(c), halves(d));
+  const Vec ab = _mm512_add_ps(_mm512_unpacklo_ps(a, b), _mm512_unpackhi_ps(a, b));
+  const Vec cd = _mm512_add_ps(_mm512_unpacklo_ps(c, d), _mm512_unpackhi_ps(c, d));
+  const __m512d x = _mm512_castps_pd(ab), y = _mm512_castps_pd(cd);
+  // Each quarter holds (a, b, c, d), to be summed over the quarters.
+  const Vec quarters = _mm512_add_ps(_mm512_castpd_ps(_mm512_unpacklo_pd(x, y)),
+                                     _mm512_castpd_ps(_mm512_unpackhi_pd(x, y)));
+  const __m256 halves =
+      _mm256_add_ps(_mm512_castps512_ps256(quarters), _mm512_extractf32x8_ps(quarters, 1));
+  const __m128 sum = _mm_add_ps(_mm256_castps256_ps128(halves), _mm256_extractf128_ps(halves, 1));
+  _mm_storeu_ps(p, _mm_add_ps(_mm_loadu_ps(p), sum));
 }
 
 #else  // AVX2
@@ -129,6 +129,11 @@ SK_INLINE Vec splat(const float* p) { return _mm256_broadcast_ss(p); }
 SK_INLINE Vec splat(const bf16* p) { return _mm256_set1_ps(to_float(*p)); }
 SK_INLINE Vec add(Vec a, Vec b) { return _mm256_add_ps(a, b); }
 SK_INLINE Vec fma(Vec a, Vec b, Vec c) { return _mm256_fmadd_ps(a, b, c); }
+SK_INLINE void add4(float* p, Vec a, Vec b, Vec c, Vec d) {
+  const __m256 t = _mm256_hadd_ps(_mm256_hadd_ps(a, b), _mm256_hadd_ps(c, d));
+  const __m128 s = _mm_add_ps(_mm256_castps256_ps128(t), _mm256_extractf128_ps(t, 1));
+  _mm_storeu_ps(p, _mm_add_ps(_mm_loadu_ps(p), s));
+}
 
 #endif
 
