@@ -40,7 +40,7 @@ class Step:
 
 def workloads(quick: bool) -> list[Step]:
     if quick:
-        return [Step(width=128, layers=1, sparsity=0.75, threads=1)]
+        return [Step(width=16 * demo.HEADS, layers=1, sparsity=0.75, threads=1)]
     return [
         Step(demo.WIDTH, demo.LAYERS, sparsity, threads)
         for threads in measure.thread_counts()

@@ -30,9 +30,9 @@ from .train import (
 )
 
 # The model: large enough that its linears are most of a step, small enough for two cores.
-LAYERS, WIDTH, HEADS, CONTEXT, BATCH = 4, 512, 8, 128, 8
+LAYERS, WIDTH, HEADS, CONTEXT, BATCH = 3, 768, 12, 128, 8
 SPARSITY = 0.75
-STEPS, EVAL_EVERY = 120, 20
+STEPS, EVAL_EVERY = 100, 20
 THREADS = min(2, os.cpu_count() or 1)
 STEP_ROUNDS = 9
 # The speed-up of sparse linears that the measured cap is stated for.

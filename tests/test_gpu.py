@@ -1,0 +1,78 @@
+"""Tensors on a GPU. There is no GPU kernel yet: the dense rows run, and everything around them
+must work."""
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from sparsekern import SparseLinear, SparseTensor, explain, linear
+from sparsekern.kernels import reference
+from sparsekern.testing import PROBLEMS, Case, exact, relative_error
+
+pytestmark = [
+    pytest.mark.gpu,
+    pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU"),
+]
+
+# float32 sums in another order; the 16-bit types round the result once.
+TOLERANCE = {torch.float32: 2e-6, torch.bfloat16: 2**-8, torch.float16: 2**-11}
+
+
+@pytest.mark.parametrize("dtype", TOLERANCE, ids=str)
+@pytest.mark.parametrize("case", PROBLEMS, ids=lambda case: case.name)
+def test_products(case, dtype):
+    t = case.tensors(dtype)
+    n, k = t.mask.shape
+    pattern = t.row_offsets.cuda(), t.col_indices.cuda()
+    values, x, dy = t.values.cuda(), t.x.cuda(), t.dy.cuda()
+    got = {
+        "spmm": reference.spmm(*pattern, values, n, k, x),
+        "spmm_t": reference.spmm_t(*pattern, values, n, k, dy),
+        "sddmm": reference.sddmm(*pattern, n, k, dy, x),
+    }
+    for op, want in exact(t).items():
+        assert relative_error(got[op].cpu(), *want) <= TOLERANCE[dtype], op
+
+
+def test_drop_in_and_explain():
+    w = torch.randn(40, 30, device="cuda") * (torch.rand(40, 30, device="cuda") < 0.5)
+    W, x = SparseTensor.from_dense(w), torch.randn(2, 5, 30, device="cuda")
+    for y in (torch.matmul(x, W.T), x @ W.T, F.linear(x, W), linear(x, W)):
+        torch.testing.assert_close(y, x @ w.T)
+    assert "dense" in explain(x, W) and "it runs on cpu" in explain(x, W)
+    with pytest.raises(RuntimeError) as sparse_error:
+        torch.matmul(x.cpu(), W.T)
+    with pytest.raises(RuntimeError) as dense_error:
+        torch.matmul(x.cpu(), w.T)
+    assert str(sparse_error.value) == str(dense_error.value)
+
+
+@pytest.mark.parametrize("dtype", [None, torch.bfloat16], ids=["float32", "autocast"])
+def test_a_training_step_is_that_of_the_dense_layer(dtype):
+    dense = torch.nn.Linear(64, 48).cuda()
+    mask = torch.rand_like(dense.weight) < 0.25
+    with torch.no_grad():
+        dense.weight.mul_(mask)
+    layer, x = SparseLinear.from_linear(dense, mask), torch.randn(33, 64, device="cuda")
+    for module in (dense, layer):
+        with torch.autocast("cuda", dtype=dtype, enabled=dtype is not None):
+            module(x).square().mean().backward()
+    tolerance = {"rtol": 1e-4, "atol": 1e-6} if dtype is None else {"rtol": 3e-2, "atol": 3e-4}
+    torch.testing.assert_close(layer.values.grad, dense.weight.grad[mask], **tolerance)
+    torch.testing.assert_close(layer.bias.grad, dense.bias.grad, **tolerance)
+
+
+def test_cuda_graph():
+    t = Case("graph", 16, 64, 96).tensors()
+    W = SparseTensor(t.row_offsets.cuda(), t.col_indices.cuda(), t.values.cuda(), (64, 96))
+    x = t.x.cuda()
+    side = torch.cuda.Stream()
+    with torch.cuda.stream(side):
+        linear(x, W)
+    torch.cuda.current_stream().wait_stream(side)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        y = linear(x, W)
+    x.copy_(torch.randn_like(x))
+    graph.replay()
+    torch.testing.assert_close(y, x @ W.to_dense().T, rtol=1e-4, atol=1e-4)
