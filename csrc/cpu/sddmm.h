@@ -37,14 +37,13 @@ void sddmm_run(const Run& run, const uint16_t* row, const uint16_t* c, const flo
         a2 = fma(d[j], load(x2 + j * kLanes), a2);
         a3 = fma(d[j], load(x3 + j * kLanes), a3);
       }
-      if (!kAdd)
-        SK_FOR(i, 4) out[p + i] = 0;
-      add4(out + p, a0, a1, a2, a3);
+      sum4<kAdd>(out + p, a0, a1, a2, a3);
     }
     if (p < count) {
-      float rest[4] = {};
+      float rest[4];
       const int32_t left = count - p;
-      add4(rest, dot(p), left > 1 ? dot(p + 1) : zero(), left > 2 ? dot(p + 2) : zero(), zero());
+      const Vec second = left > 1 ? dot(p + 1) : zero(), third = left > 2 ? dot(p + 2) : zero();
+      sum4<false>(rest, dot(p), second, third, zero());
       for (int32_t i = 0; i < left; i++) out[p + i] = kAdd ? out[p + i] + rest[i] : rest[i];
     }
   }

@@ -1,13 +1,13 @@
 // One vector type per instruction set. Included only by kernels.cpp, which is compiled once per
 // ISA with SK_ISA naming the namespace, so that no inline function is shared between ISAs.
 //
-//   Vec                      kLanes floats in one register
-//   zero, load, store        aligned to the register
-//   splat(p)                 the element at p (float or bf16) in every lane
-//   fma(a, b, c)             a * b + c
-//   add4(p, a, b, c, d)      p[0..3] += sum(a), sum(b), sum(c), sum(d)
-//   Row, load_row, store_row kBlock consecutive elements of a matrix, as floats
-//   transpose(Row[kBlock])   a kBlock x kBlock block, in place
+//   Vec                       kLanes floats in one register
+//   zero, load, store         aligned to the register
+//   splat(p)                  the element at p (float or bf16) in every lane
+//   fma(a, b, c)              a * b + c
+//   sum4<kAdd>(p, a, b, c, d) p[0..3] (+)= sum(a), sum(b), sum(c), sum(d)
+//   Row, load_row, store_row  kBlock consecutive elements of a matrix, as floats
+//   transpose(Row[kBlock])    a kBlock x kBlock block, in place
 #pragma once
 
 #include <cstdint>
@@ -104,7 +104,8 @@ SK_INLINE Vec splat(const float* p) { return _mm512_set1_ps(*p); }
 SK_INLINE Vec splat(const bf16* p) { return _mm512_set1_ps(to_float(*p)); }
 SK_INLINE Vec add(Vec a, Vec b) { return _mm512_add_ps(a, b); }
 SK_INLINE Vec fma(Vec a, Vec b, Vec c) { return _mm512_fmadd_ps(a, b, c); }
-SK_INLINE void add4(float* p, Vec a, Vec b, Vec c, Vec d) {
+template <bool kAdd>
+SK_INLINE void sum4(float* p, Vec a, Vec b, Vec c, Vec d) {
   const Vec ab = _mm512_add_ps(_mm512_unpacklo_ps(a, b), _mm512_unpackhi_ps(a, b));
   const Vec cd = _mm512_add_ps(_mm512_unpacklo_ps(c, d), _mm512_unpackhi_ps(c, d));
   const __m512d x = _mm512_castps_pd(ab), y = _mm512_castps_pd(cd);
@@ -114,7 +115,7 @@ SK_INLINE void add4(float* p, Vec a, Vec b, Vec c, Vec d) {
   const __m256 halves =
       _mm256_add_ps(_mm512_castps512_ps256(quarters), _mm512_extractf32x8_ps(quarters, 1));
   const __m128 sum = _mm_add_ps(_mm256_castps256_ps128(halves), _mm256_extractf128_ps(halves, 1));
-  _mm_storeu_ps(p, _mm_add_ps(_mm_loadu_ps(p), sum));
+  _mm_storeu_ps(p, kAdd ? _mm_add_ps(_mm_loadu_ps(p), sum) : sum);
 }
 
 #else  // AVX2
@@ -129,10 +130,11 @@ SK_INLINE Vec splat(const float* p) { return _mm256_broadcast_ss(p); }
 SK_INLINE Vec splat(const bf16* p) { return _mm256_set1_ps(to_float(*p)); }
 SK_INLINE Vec add(Vec a, Vec b) { return _mm256_add_ps(a, b); }
 SK_INLINE Vec fma(Vec a, Vec b, Vec c) { return _mm256_fmadd_ps(a, b, c); }
-SK_INLINE void add4(float* p, Vec a, Vec b, Vec c, Vec d) {
+template <bool kAdd>
+SK_INLINE void sum4(float* p, Vec a, Vec b, Vec c, Vec d) {
   const __m256 t = _mm256_hadd_ps(_mm256_hadd_ps(a, b), _mm256_hadd_ps(c, d));
-  const __m128 s = _mm_add_ps(_mm256_castps256_ps128(t), _mm256_extractf128_ps(t, 1));
-  _mm_storeu_ps(p, _mm_add_ps(_mm_loadu_ps(p), s));
+  const __m128 sum = _mm_add_ps(_mm256_castps256_ps128(t), _mm256_extractf128_ps(t, 1));
+  _mm_storeu_ps(p, kAdd ? _mm_add_ps(_mm_loadu_ps(p), sum) : sum);
 }
 
 #endif
@@ -151,8 +153,10 @@ SK_INLINE Vec splat(const float* p) { return vld1q_dup_f32(p); }
 SK_INLINE Vec splat(const bf16* p) { return vdupq_n_f32(to_float(*p)); }
 SK_INLINE Vec add(Vec a, Vec b) { return vaddq_f32(a, b); }
 SK_INLINE Vec fma(Vec a, Vec b, Vec c) { return vfmaq_f32(c, a, b); }
-SK_INLINE void add4(float* p, Vec a, Vec b, Vec c, Vec d) {
-  vst1q_f32(p, vaddq_f32(vld1q_f32(p), vpaddq_f32(vpaddq_f32(a, b), vpaddq_f32(c, d))));
+template <bool kAdd>
+SK_INLINE void sum4(float* p, Vec a, Vec b, Vec c, Vec d) {
+  const Vec sum = vpaddq_f32(vpaddq_f32(a, b), vpaddq_f32(c, d));
+  vst1q_f32(p, kAdd ? vaddq_f32(vld1q_f32(p), sum) : sum);
 }
 SK_INLINE Row load_row(const float* p) { return vld1q_f32(p); }
 SK_INLINE Row load_row(const bf16* p) {
@@ -197,8 +201,10 @@ SK_INLINE Vec fma(Vec a, Vec b, Vec c) {
   return c;
 }
 SK_INLINE float sum(Vec a) { return (a.v[0] + a.v[1]) + (a.v[2] + a.v[3]); }
-SK_INLINE void add4(float* p, Vec a, Vec b, Vec c, Vec d) {
-  p[0] += sum(a), p[1] += sum(b), p[2] += sum(c), p[3] += sum(d);
+template <bool kAdd>
+SK_INLINE void sum4(float* p, Vec a, Vec b, Vec c, Vec d) {
+  const Vec s = {{sum(a), sum(b), sum(c), sum(d)}};
+  store(p, kAdd ? add(load(p), s) : s);
 }
 template <class T>
 SK_INLINE Row load_row(const T* p) {
