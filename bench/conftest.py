@@ -31,6 +31,8 @@ def pytest_benchmark_generate_machine_info():
     return {
         "cpu": measure.cpu_name(),
         "cores": len(measure.CORES),
+        "isa": measure.isa(),
+        "isa_of_torch": torch.backends.cpu.get_cpu_capability(),
         "system": f"{platform.system()} {platform.machine()}",
         "python": platform.python_version(),
         "torch": torch.__version__,

@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from sparsekern import SparseTensor
+from sparsekern.kernels import cpu
 from sparsekern.kernels.problem import Problem
 from sparsekern.kernels.table import pick
 from sparsekern.testing import random_mask, relative_error
@@ -64,6 +65,11 @@ def thread_counts() -> list[int]:
 def cpu_name() -> str:
     """The processor's name as it calls itself."""
     return cpuinfo.get_cpu_info().get("brand_raw", "unknown CPU")  # on some ARM there is none
+
+
+def isa() -> str:
+    """The instruction set of sparsekern's kernels."""
+    return cpu._C.isa() if cpu._C else "none"
 
 
 def workloads(tokens: tuple[int, ...], quick: bool) -> list[Workload]:

@@ -1,4 +1,4 @@
-"""Runs the benchmarks; writes results/<machine>-<date>.json, a table beside it, README's table.
+"""Runs the benchmarks; writes results/<machine>-<isa>-<date>.json, a table beside it, README's.
 
 python bench/run.py [pytest's arguments]
 """
@@ -76,7 +76,8 @@ def heading(result: dict) -> str:
     machine, commit = result["machine_info"], result["commit_info"]
     changed = " with local changes" if commit["dirty"] else ""
     return (
-        f"{machine['cpu']}, {machine['cores']} cores, torch {machine['torch']}, fp32, "
+        f"{machine['cpu']}, {machine['cores']} cores, {machine['isa']}, torch {machine['torch']} "
+        f"({machine['isa_of_torch']}), fp32, "
         f"{result['datetime'][:10]}, commit {commit['id'][:10]}{changed}."
     )
 
@@ -91,7 +92,7 @@ def update_readme(name: str, result: dict, infos: list[dict]) -> None:
 
 def main() -> int:
     machine = re.sub(r"[^a-z0-9]+", "-", measure.cpu_name().lower()).strip("-")
-    name = f"{machine}-{len(measure.CORES)}-cores-{date.today()}"
+    name = f"{machine}-{len(measure.CORES)}-cores-{measure.isa()}-{date.today()}"
     with tempfile.TemporaryDirectory() as folder:
         fresh = Path(folder) / "result.json"
         options = ["-q", "--benchmark-quiet", f"--benchmark-json={fresh}"]

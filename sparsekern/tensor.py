@@ -38,7 +38,8 @@ class SparseTensor:
     ):
         n, k = _check_sizes(row_offsets, col_indices, values, shape)
         _check_pattern(row_offsets, col_indices, n, k)
-        self._set(row_offsets.int(), col_indices.int(), values, n, k, False)
+        indices = (t.int().contiguous() for t in (row_offsets, col_indices))
+        self._set(*indices, values, n, k, False)
 
     @classmethod
     def _trusted(
@@ -84,7 +85,8 @@ class SparseTensor:
         n, k = w.shape
         rows, cols = mask.nonzero(as_tuple=True)
         _check_limit("nnz", rows.shape[0])
-        return cls._trusted(_count_rows(rows, n), cols.int(), w[rows, cols], n, k)
+        values = w[rows, cols]
+        return cls._trusted(_count_rows(rows, n), cols.int().contiguous(), values, n, k)
 
     @classmethod
     def from_torch(cls, t: Tensor) -> "SparseTensor":

@@ -68,7 +68,8 @@ def test_tables_hold_geometric_means(bench, monkeypatch, tmp_path):
 
     monkeypatch.setattr(run, "README", tmp_path / "README.md")
     run.README.write_text(f"before\n{run.MARKERS[0]}\nold\n{run.MARKERS[1]}\nafter\n")
-    machine = {"cpu": "A CPU", "cores": 2, "torch": "2.13.0"}
+    machine = {"cpu": "A CPU", "cores": 2, "isa": "avx2", "torch": "2.13.0"}
+    machine["isa_of_torch"] = "AVX2"
     commit = {"id": "abc", "dirty": False}
     full = {"machine_info": machine, "commit_info": commit, "datetime": "2026-01-02T03:04"}
     run.update_readme("a-cpu", full, infos)

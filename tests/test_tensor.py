@@ -306,3 +306,13 @@ def test_from_torch_refuses():
     for wrong in (torch.ones(2, 3, 4).to_sparse_csr(), W34.to_sparse(1)):
         with pytest.raises(ValueError, match="t: expected 2 sparse dimensions, got shape"):
             SparseTensor.from_torch(wrong)
+
+
+def test_strided_indices_are_made_contiguous():
+    """The kernels take pointers: every tensor of the pattern must lie in one piece."""
+    W = SparseTensor.from_dense(torch.tensor([[1.0, 0.0, 2.0], [0.0, 3.0, 0.0]]))
+    spread = [torch.stack([t, t], dim=1)[:, 0] for t in (W.row_offsets, W.col_indices)]
+    again = SparseTensor(*spread, W.values, W.shape)
+    assert again.row_offsets.is_contiguous() and again.col_indices.is_contiguous()
+    assert torch.equal(again.to_dense(), W.to_dense())
+    assert W.col_indices.is_contiguous()
