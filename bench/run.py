@@ -1,4 +1,4 @@
-"""Runs the benchmarks; writes results/<machine>-<isa>-<date>.json, a table beside it, README's.
+"""Runs the benchmarks. Writes results/<machine>-<isa>-<date>.json, its table, and README's table.
 
 python bench/run.py [pytest's arguments]
 """

@@ -85,7 +85,8 @@ struct Plan {
 //   segment: with 16 lanes the second matters more below a density of 0.18, except in SDDMM, whose
 //   reduction a wide tile shares among more tokens.
 // - A column block of x fits L1, or a little more where few of its rows are read.
-// - A row block's y panel takes 192 KiB of L2; with threads there are at least two blocks for each.
+// - A row block's y panel takes 192 KiB of L2. Where threads share the rows of a tile there are at
+//   least two blocks for each thread.
 Plan make_plan(int64_t n, int64_t k, int64_t nnz, int64_t tokens, int lanes, int threads,
                bool is_sddmm) {
   const double density = static_cast<double>(nnz) / std::max<int64_t>(1, n * k);
@@ -96,7 +97,9 @@ Plan make_plan(int64_t n, int64_t k, int64_t nnz, int64_t tokens, int lanes, int
   const int64_t x_bytes = l1_bytes() * (density > 0.15 ? 3 : density > 0.04 ? 5 : 8) / 4;
   plan.cols = std::clamp<int64_t>(x_bytes / row_bytes, 16, 65536);
   const int64_t most_rows = std::min<int64_t>(196608 / row_bytes, 65536);
-  const int64_t least_blocks = plan.threads > 1 ? 2 * plan.threads : 1;
+  const bool shares_rows =
+      is_sddmm || cut_tokens(tokens, lanes, plan.vecs).size() % plan.threads != 0;
+  const int64_t least_blocks = plan.threads > 1 && shares_rows ? 2 * plan.threads : 1;
   const int64_t blocks = std::max((n + most_rows - 1) / most_rows, least_blocks);
   plan.rows = std::max<int64_t>(1, (n + blocks - 1) / blocks);
   return plan;
