@@ -13,6 +13,14 @@ def one_seed():
     torch.manual_seed(0)
 
 
+@pytest.fixture(autouse=True)
+def keep_threads():
+    """A test may set torch's number of threads."""
+    threads = torch.get_num_threads()
+    yield
+    torch.set_num_threads(threads)
+
+
 @pytest.fixture
 def fresh_table(monkeypatch):
     """Kernels are picked anew: the table reads the environment when a problem is first met."""

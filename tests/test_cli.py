@@ -17,13 +17,6 @@ TEXT = "".join(f"{i} bottles of beer on the wall, {i} bottles of beer.\n" for i 
 TINY = "--layers=1 --heads=2 --width=32 --context=16 --batch=2 --steps=6 --eval-every=3 --threads=1"
 
 
-@pytest.fixture(autouse=True)
-def _keep_threads():
-    threads = torch.get_num_threads()
-    yield
-    torch.set_num_threads(threads)
-
-
 @pytest.fixture
 def tiny(tmp_path: Path) -> list[str]:
     (tmp_path / "text.txt").write_text(TEXT)
