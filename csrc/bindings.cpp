@@ -19,8 +19,8 @@ T* as(Pointer p) {
   return reinterpret_cast<T*>(p);
 }
 
-sk::Csr csr(const sk::Pattern& p, Pointer row_offsets, Pointer col_indices) {
-  return {as<const int32_t>(row_offsets), as<const int32_t>(col_indices), p.n, p.k, p.nnz};
+sk::Csr csr(const sk::Pattern& p, Pointer row_offsets, Pointer col_indices, int64_t version = -1) {
+  return {as<const int32_t>(row_offsets), as<const int32_t>(col_indices), p.n, p.k, p.nnz, version};
 }
 
 }  // namespace
@@ -34,25 +34,30 @@ PYBIND11_MODULE(_C, m) {
       .value("bfloat16", sk::Type::kBfloat16);
 
   m.def("isa", [] { return sk::kernels().isa; }, "The instruction set in use.");
+  m.def("lanes", [] { return sk::kernels().lanes; }, "Floats in one of its vectors.");
+  m.def("cache_bytes", &sk::cache_bytes, "Of a core's L1 data (1) or L2 (2) cache; 0: unknown.");
   m.def("thread_runtime", &sk::thread_runtime, "Whose threads the kernels run on.");
 
   py::class_<sk::Pattern>(m, "Pattern", "What the kernels derive from a CSR pattern, made once.")
       .def(py::init<int64_t, int64_t, int64_t>(), py::arg("n"), py::arg("k"), py::arg("nnz"))
       .def(
           "spmm",
-          [](sk::Pattern& p, Pointer row_offsets, Pointer col_indices, sk::Type type,
-             Pointer values, Pointer x, Pointer y, int64_t tokens, bool transposed, int threads) {
+          [](sk::Pattern& p, Pointer row_offsets, Pointer col_indices, int64_t version,
+             sk::Type type, Pointer values, Pointer bias, Pointer x, Pointer y, int64_t tokens,
+             bool transposed, int threads, int vecs, int64_t rows, int64_t cols) {
             const int64_t features = transposed ? p.n : p.k, outputs = transposed ? p.k : p.n;
-            sk::spmm(p, csr(p, row_offsets, col_indices), transposed, type, as<void>(values),
-                     {as<void>(x), features}, {as<void>(y), outputs}, tokens, threads);
+            sk::spmm(p, csr(p, row_offsets, col_indices, version), transposed, type,
+                     as<void>(values), as<void>(bias), {as<void>(x), features},
+                     {as<void>(y), outputs}, tokens, {threads, vecs, rows, cols});
           },
-          NoGil(), "y[M, N] = x W^T, or transposed: y[M, K] = x W; contiguous.")
+          NoGil(), "y[M, N] = x W^T + bias, or transposed: y[M, K] = x W + bias; contiguous.")
       .def(
           "sddmm",
-          [](sk::Pattern& p, Pointer row_offsets, Pointer col_indices, sk::Type type, Pointer dy,
-             Pointer x, Pointer dvalues, int64_t tokens, int threads) {
-            sk::sddmm(p, csr(p, row_offsets, col_indices), type, {as<void>(dy), p.n},
-                      {as<void>(x), p.k}, as<void>(dvalues), tokens, threads);
+          [](sk::Pattern& p, Pointer row_offsets, Pointer col_indices, int64_t version,
+             sk::Type type, Pointer dy, Pointer x, Pointer dvalues, int64_t tokens, int threads,
+             int vecs, int64_t rows, int64_t cols) {
+            sk::sddmm(p, csr(p, row_offsets, col_indices, version), type, {as<void>(dy), p.n},
+                      {as<void>(x), p.k}, as<void>(dvalues), tokens, {threads, vecs, rows, cols});
           },
           NoGil(), "dvalues[nnz] = dy^T x at the non-zeros, in CSR order.")
       .def(

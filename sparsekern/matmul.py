@@ -100,10 +100,7 @@ def _times(x: Tensor, b: SparseTensor, values: Tensor, bias: Tensor | None = Non
     """x [..., I] @ b [I, O] + bias [O] -> [..., O], contiguous. `values` stand in for b's own."""
     op = ops.spmm if b.is_transposed else ops.spmm_t
     rows = x.unsqueeze(0) if x.ndim == 1 else x.flatten(0, -2)
-    y = op(b.row_offsets, b.col_indices, values, b.n, b.k, rows)
-    if bias is not None:
-        # In place: nobody else holds y. But vmap cannot write a batched bias into an unbatched y.
-        y = y + bias if ops.in_functorch() else y.add_(bias)
+    y = op(b.row_offsets, b.col_indices, values, b.n, b.k, rows, bias)
     return y if x.ndim == 2 else y.view(*x.shape[:-1], y.shape[1])
 
 

@@ -1,13 +1,14 @@
 """The three products as torch ops, with autograd.
 
     pass     formula                               op        shapes
-    forward  Y  = X W^T                            spmm      [M, K] -> [M, N]
-    dX       dX = dY W                             spmm_t    [M, N] -> [M, K]
+    forward  Y  = X W^T + bias                     spmm      [M, K] -> [M, N]
+    dX       dX = dY W + bias                      spmm_t    [M, N] -> [M, K]
     dW       dV = (dY^T X) at the pattern of W     sddmm     [M, N], [M, K] -> [nnz]
 
 The three are closed under differentiation: the gradients of each are the other two, so any order of
-derivative is there. W is row_offsets int32 [N+1], col_indices int32 [nnz], values [nnz]; values, x
-and dy have one dtype, which the result has too. The gradient of W is that of its stored values.
+derivative is there. W is row_offsets int32 [N+1], col_indices int32 [nnz], values [nnz]; values, x,
+dy and bias have one dtype, which the result has too; bias may be None. The gradient of W is that of
+its stored values.
 
 Each op is one opaque node for torch.compile and picks its kernel when it runs, never at trace time.
 Autograd is an autograd.Function outside of the op, skipped when nobody asks for a gradient: 4 us a
@@ -26,16 +27,18 @@ from .kernels.table import pick
 # Implementations: contiguous operands, one look-up, the kernel.
 
 
-def _run_spmm(row_offsets, col_indices, values, n, k, x):
+def _run_spmm(row_offsets, col_indices, values, n, k, x, bias=None):
     problem = Problem("spmm", x.device.type, x.dtype, x.shape[0], n, k, col_indices.shape[0])
     run = pick(problem).run
-    return run(row_offsets, col_indices, values.contiguous(), n, k, x.contiguous())
+    bias = None if bias is None else bias.contiguous()
+    return run(row_offsets, col_indices, values.contiguous(), n, k, x.contiguous(), bias)
 
 
-def _run_spmm_t(row_offsets, col_indices, values, n, k, dy):
+def _run_spmm_t(row_offsets, col_indices, values, n, k, dy, bias=None):
     problem = Problem("spmm_t", dy.device.type, dy.dtype, dy.shape[0], n, k, col_indices.shape[0])
     run = pick(problem).run
-    return run(row_offsets, col_indices, values.contiguous(), n, k, dy.contiguous())
+    bias = None if bias is None else bias.contiguous()
+    return run(row_offsets, col_indices, values.contiguous(), n, k, dy.contiguous(), bias)
 
 
 def _run_sddmm(row_offsets, col_indices, n, k, dy, x):
@@ -46,12 +49,12 @@ def _run_sddmm(row_offsets, col_indices, n, k, dy, x):
 # Fakes: the shapes, for tracing.
 
 
-def _fake_spmm(row_offsets, col_indices, values, n, k, x):
+def _fake_spmm(row_offsets, col_indices, values, n, k, x, bias=None):
     torch._check(x.shape[1] == k, lambda: f"spmm: expected x [M, {k}], got {tuple(x.shape)}")
     return x.new_empty(x.shape[0], n)
 
 
-def _fake_spmm_t(row_offsets, col_indices, values, n, k, dy):
+def _fake_spmm_t(row_offsets, col_indices, values, n, k, dy, bias=None):
     torch._check(dy.shape[1] == n, lambda: f"spmm_t: expected dy [M, {n}], got {tuple(dy.shape)}")
     return dy.new_empty(dy.shape[0], k)
 
@@ -69,8 +72,8 @@ _PATTERN = "Tensor row_offsets, Tensor col_indices, SymInt n, SymInt k"
 
 _library = torch.library.Library("sparsekern", "DEF")
 for _name, _arguments, _run, _fake in (
-    ("spmm", f"{_W}, Tensor x", _run_spmm, _fake_spmm),
-    ("spmm_t", f"{_W}, Tensor dy", _run_spmm_t, _fake_spmm_t),
+    ("spmm", f"{_W}, Tensor x, Tensor? bias=None", _run_spmm, _fake_spmm),
+    ("spmm_t", f"{_W}, Tensor dy, Tensor? bias=None", _run_spmm_t, _fake_spmm_t),
     ("sddmm", f"{_PATTERN}, Tensor dy, Tensor x", _run_sddmm, _fake_sddmm),
 ):
     _library.define(f"{_name}({_arguments}) -> Tensor", tags=(torch.Tag.pt2_compliant_tag,))
@@ -100,26 +103,44 @@ def _flop_sddmm(row_offsets, col_indices, n, k, dy, x, *args, **kwargs) -> int:
 in_functorch = getattr(torch._C, "_are_functorch_transforms_active", lambda: False)
 
 
+def _wants_grad(values: Tensor, x: Tensor, bias: Tensor | None) -> bool:
+    return values.requires_grad or x.requires_grad or (bias is not None and bias.requires_grad)
+
+
 def spmm(
-    row_offsets: Tensor, col_indices: Tensor, values: Tensor, n: int, k: int, x: Tensor
+    row_offsets: Tensor,
+    col_indices: Tensor,
+    values: Tensor,
+    n: int,
+    k: int,
+    x: Tensor,
+    bias: Tensor | None = None,
 ) -> Tensor:
-    """y [M, N] = x [M, K] @ W.T, differentiable in values and x."""
+    """y [M, N] = x [M, K] @ W.T + bias [N], differentiable in values, x and bias."""
+    args = row_offsets, col_indices, values, n, k, x, bias
     if in_functorch():
-        return _SpMMFunctorch.apply(row_offsets, col_indices, values, n, k, x)
-    if torch.is_grad_enabled() and (values.requires_grad or x.requires_grad):
-        return _SpMM.apply(row_offsets, col_indices, values, n, k, x)
-    return _spmm(row_offsets, col_indices, values, n, k, x)
+        return _SpMMFunctorch.apply(*args)
+    if torch.is_grad_enabled() and _wants_grad(values, x, bias):
+        return _SpMM.apply(*args)
+    return _spmm(*args)
 
 
 def spmm_t(
-    row_offsets: Tensor, col_indices: Tensor, values: Tensor, n: int, k: int, dy: Tensor
+    row_offsets: Tensor,
+    col_indices: Tensor,
+    values: Tensor,
+    n: int,
+    k: int,
+    dy: Tensor,
+    bias: Tensor | None = None,
 ) -> Tensor:
-    """dx [M, K] = dy [M, N] @ W, differentiable in values and dy."""
+    """dx [M, K] = dy [M, N] @ W + bias [K], differentiable in values, dy and bias."""
+    args = row_offsets, col_indices, values, n, k, dy, bias
     if in_functorch():
-        return _SpMMTFunctorch.apply(row_offsets, col_indices, values, n, k, dy)
-    if torch.is_grad_enabled() and (values.requires_grad or dy.requires_grad):
-        return _SpMMT.apply(row_offsets, col_indices, values, n, k, dy)
-    return _spmm_t(row_offsets, col_indices, values, n, k, dy)
+        return _SpMMTFunctorch.apply(*args)
+    if torch.is_grad_enabled() and _wants_grad(values, dy, bias):
+        return _SpMMT.apply(*args)
+    return _spmm_t(*args)
 
 
 def sddmm(
@@ -138,7 +159,7 @@ def sddmm(
 # needs it: frozen values keep no activations alive.
 
 
-def _save_product(ctx, row_offsets, col_indices, values, n, k, x):
+def _save_product(ctx, row_offsets, col_indices, values, n, k, x, bias):
     ctx.sizes = n, k
     values_grad, x_grad = ctx.needs_input_grad[2], ctx.needs_input_grad[5]
     ctx.save_for_backward(
@@ -154,7 +175,7 @@ def _spmm_backward(ctx, h):
         dvalues = sddmm(row_offsets, col_indices, n, k, h, x)
     if ctx.needs_input_grad[5]:
         dx = spmm_t(row_offsets, col_indices, values, n, k, h)
-    return None, None, dvalues, None, None, dx
+    return None, None, dvalues, None, None, dx, _bias_gradient(ctx, h)
 
 
 def _spmm_t_backward(ctx, h):
@@ -165,7 +186,11 @@ def _spmm_t_backward(ctx, h):
         dvalues = sddmm(row_offsets, col_indices, n, k, dy, h)
     if ctx.needs_input_grad[5]:
         ddy = spmm(row_offsets, col_indices, values, n, k, h)
-    return None, None, dvalues, None, None, ddy
+    return None, None, dvalues, None, None, ddy, _bias_gradient(ctx, h)
+
+
+def _bias_gradient(ctx, h):
+    return h.sum(0) if ctx.needs_input_grad[6] else None
 
 
 def _save_sddmm(ctx, row_offsets, col_indices, n, k, dy, x):
@@ -215,12 +240,13 @@ class _SDDMM(Function):
 # The same for functorch.
 
 
-def _vmap_product(product, info, in_dims, row_offsets, col_indices, values, n, k, x):
-    """vmap of spmm and spmm_t: with one W, the batch is more tokens."""
-    if any(dim is not None for dim in in_dims[:5]):
-        return _vmap_loop(product, info, in_dims, row_offsets, col_indices, values, n, k, x)
+def _vmap_product(product, info, in_dims, row_offsets, col_indices, values, n, k, x, bias):
+    """vmap of spmm and spmm_t: with one W and bias, the batch is more tokens."""
+    args = row_offsets, col_indices, values, n, k
+    if any(dim is not None for dim in (*in_dims[:5], in_dims[6])):
+        return _vmap_loop(product, info, in_dims, *args, x, bias)
     x = x.movedim(in_dims[5], 0)  # [B, M, K]
-    y = product(row_offsets, col_indices, values, n, k, x.flatten(0, 1))
+    y = product(*args, x.flatten(0, 1), bias)
     return y.unflatten(0, x.shape[:2]), 0
 
 

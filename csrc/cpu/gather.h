@@ -1,5 +1,5 @@
 // Values between CSR order and walking order. For W itself a segment is contiguous in both; W^T
-// takes them one by one.
+// takes them one by one. Both jump about: what comes next is fetched ahead.
 #pragma once
 
 #include "kernels.h"
@@ -10,13 +10,17 @@ namespace sk::SK_ISA {
 template <class T>
 void gather(const Walk& w, const T* values, float* walked) {
   if (w.source) {
-    for (int64_t p = 0; p < w.nnz; p++) walked[p] = to_float(values[w.source[p]]);
+    for (int64_t p = 0; p < w.nnz; p++) {
+      __builtin_prefetch(values + w.source[p + Schedule::kAhead]);
+      walked[p] = to_float(values[w.source[p]]);
+    }
     return;
   }
   for (int64_t r = w.run_offsets[0]; r < w.run_offsets[w.col_blocks]; r++) {
     const Run& run = w.runs[r];
     for (int64_t q = run.first; q < run.first + run.segments; q++, walked += run.count) {
       const T* from = values + w.start[q];
+      __builtin_prefetch(values + w.start[q + Schedule::kAhead]);
       for (int32_t p = 0; p < run.count; p++) walked[p] = to_float(from[p]);
     }
   }
@@ -28,6 +32,7 @@ void scatter(const Walk& w, const float* walked, T* values) {
     const Run& run = w.runs[r];
     for (int64_t q = run.first; q < run.first + run.segments; q++, walked += run.count) {
       T* to = values + w.start[q];
+      __builtin_prefetch(values + w.start[q + Schedule::kAhead], 1);
       for (int32_t p = 0; p < run.count; p++) to[p] = from_float<T>(walked[p]);
     }
   }

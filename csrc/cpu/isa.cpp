@@ -1,6 +1,11 @@
+#include <algorithm>
 #include <cstdlib>
 #include <stdexcept>
 #include <string>
+
+#if defined(__unix__) || defined(__APPLE__)
+#include <unistd.h>
+#endif
 
 #include "kernels.h"
 
@@ -61,6 +66,14 @@ const Kernels& choose() {
 const Kernels& kernels() {
   static const Kernels& chosen = choose();
   return chosen;
+}
+
+int64_t cache_bytes(int level) {
+#if defined(_SC_LEVEL1_DCACHE_SIZE)
+  return std::max(0L, sysconf(level == 1 ? _SC_LEVEL1_DCACHE_SIZE : _SC_LEVEL2_CACHE_SIZE));
+#else
+  return 0;
+#endif
 }
 
 }  // namespace sk

@@ -59,18 +59,17 @@ void scatter_(Type type, const Walk& w, const float* walked, void* values) {
   with_type(type, [&](auto* t) { scatter(w, walked, as(values, t)); });
 }
 
-void spmm_(int vecs, const Walk& w, const float* walked, const float* x, float* y) {
-#define SK_CALL(v) return spmm_block<v>(w, walked, x, y)
-  SK_WITH_VECS(SK_CALL)
-#undef SK_CALL
+void widen_(Type type, const void* values, int64_t size, float* wide) {
+  with_type(type, [&](auto* t) {
+    for (int64_t i = 0; i < size; i++) wide[i] = to_float(as(values, t)[i]);
+  });
 }
 
-void spmm_csr_(Type type, int vecs, const Csr& w, const void* values, const float* x, float* y) {
-  with_type(type, [&](auto* t) {
-#define SK_CALL(v) return spmm_rows<v>(w, as(values, t), x, y)
-    SK_WITH_VECS(SK_CALL)
+void spmm_(int vecs, const Walk& w, const float* walked, const float* start, const float* x,
+           float* y) {
+#define SK_CALL(v) return spmm_block<v>(w, walked, start, x, y)
+  SK_WITH_VECS(SK_CALL)
 #undef SK_CALL
-  });
 }
 
 void sddmm_(int vecs, const Walk& w, const float* dy, const float* x, bool add, float* walked) {
@@ -82,7 +81,7 @@ void sddmm_(int vecs, const Walk& w, const float* dy, const float* x, bool add, 
 }  // namespace
 
 extern const Kernels kKernels;
-const Kernels kKernels = {SK_STRING(SK_ISA), kLanes,   hash,  pack_,     unpack_,
-                          gather_,           scatter_, spmm_, spmm_csr_, sddmm_};
+const Kernels kKernels = {SK_STRING(SK_ISA), kLanes,   hash,   pack_, unpack_,
+                          gather_,           scatter_, widen_, spmm_, sddmm_};
 
 }  // namespace sk::SK_ISA

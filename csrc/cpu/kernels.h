@@ -49,10 +49,12 @@ struct Kernels {
   // The reverse, rounded to the type. Not for W^T.
   void (*scatter)(Type, const Walk&, const float* walked, void* values);
 
-  // y[row][:] = sum over the row's non-zeros of value * x[col][:]; y is local to the block.
-  void (*spmm)(int vecs, const Walk&, const float* walked, const float* x, float* y);
-  // The same for a CSR matrix as it is.
-  void (*spmm_csr)(Type, int vecs, const Csr&, const void* values, const float* x, float* y);
+  // wide[i] = values[i].
+  void (*widen)(Type, const void* values, int64_t size, float* wide);
+  // y[row][:] = start[row] + the sum over the row's non-zeros of value * x[col][:]; start and y are
+  // local to the block.
+  void (*spmm)(int vecs, const Walk&, const float* walked, const float* start, const float* x,
+               float* y);
   // walked (+)= sum_m dy[row][m] * x[col][m] for each non-zero; dy is local to the block.
   void (*sddmm)(int vecs, const Walk&, const float* dy, const float* x, bool add, float* walked);
 };
@@ -60,5 +62,8 @@ struct Kernels {
 // The instruction set named by SPARSEKERN_ISA, else the best that this machine runs.
 // Throws std::invalid_argument for a name that is unknown, not built or not runnable here.
 const Kernels& kernels();
+
+// Size of a core's L1 data cache (level 1) or L2 cache (2); 0 where the system does not say.
+int64_t cache_bytes(int level);
 
 }  // namespace sk

@@ -8,17 +8,12 @@
 #include <new>
 #include <vector>
 
-#if defined(__unix__)
-#include <unistd.h>
-#endif
-
 #include "threads.h"
 
 namespace sk {
 namespace {
 
-constexpr int64_t kPackChunk = 256;      // features that one task packs
-constexpr int64_t kSmallWork = 1 << 18;  // multiply-adds below which a second thread costs more
+constexpr int64_t kPackChunk = 256;  // features that one task packs
 
 // Grow-only scratch memory of one thread, on page boundaries.
 class Scratch {
@@ -43,14 +38,6 @@ class Scratch {
 
 thread_local Scratch x_scratch, y_scratch, w_scratch;
 
-int64_t l1_bytes() {
-#if defined(_SC_LEVEL1_DCACHE_SIZE)
-  static const int64_t size = sysconf(_SC_LEVEL1_DCACHE_SIZE);
-  if (size > 0) return size;
-#endif
-  return 32768;
-}
-
 // Up to a panel's width of tokens.
 struct Tile {
   int64_t first, tokens;
@@ -73,48 +60,25 @@ std::vector<Tile> cut_tokens(int64_t tokens, int lanes, int most_vecs) {
   return tiles;
 }
 
-struct Plan {
-  int threads;
-  int vecs;            // of a full tile
-  int64_t rows, cols;  // of a block
-};
-
-// Sizes found by measurement (docs/LOG.md). W has n rows, k columns and this density.
-// - A wide tile reads fewer values of W per multiply-add, a narrow one moves fewer accumulators per
-//   segment: with 16 lanes the second matters more below a density of 0.18, except in SDDMM, whose
-//   reduction a wide tile shares among more tokens.
-// - A column block of x fits L1, or a little more where few of its rows are read.
-// - A row block's y panel takes 192 KiB of L2. Where threads share the rows of a tile there are at
-//   least two blocks for each thread.
-Plan make_plan(int64_t n, int64_t k, int64_t nnz, int64_t tokens, int lanes, int threads,
-               bool is_sddmm) {
-  const double density = static_cast<double>(nnz) / std::max<int64_t>(1, n * k);
-  Plan plan;
-  plan.threads = tokens * nnz < kSmallWork ? 1 : std::max(1, threads);
-  plan.vecs = fitting_vecs(tokens, lanes, lanes < 16 || is_sddmm || density > 0.18 ? 8 : 4);
-  const int64_t row_bytes = plan.vecs * lanes * sizeof(float);
-  const int64_t x_bytes = l1_bytes() * (density > 0.15 ? 3 : density > 0.04 ? 5 : 8) / 4;
-  plan.cols = std::clamp<int64_t>(x_bytes / row_bytes, 16, 65536);
-  const int64_t most_rows = std::min<int64_t>(196608 / row_bytes, 65536);
-  const bool shares_rows =
-      is_sddmm || cut_tokens(tokens, lanes, plan.vecs).size() % plan.threads != 0;
-  const int64_t least_blocks = plan.threads > 1 && shares_rows ? 2 * plan.threads : 1;
-  const int64_t blocks = std::max((n + most_rows - 1) / most_rows, least_blocks);
-  plan.rows = std::max<int64_t>(1, (n + blocks - 1) / blocks);
-  return plan;
-}
-
-Walk walk(const Schedule& s, int64_t block) {
-  const int64_t first = s.nnz_offsets[block];
+// What a row block holds in the column blocks [first, end).
+Walk walk(const Schedule& s, int64_t row_block, int64_t first, int64_t end) {
+  const int64_t at = row_block * s.col_blocks + first, nnz = s.nnz_offsets[at];
   return {s.runs.data(),
-          s.run_offsets.data() + block * s.col_blocks,
-          s.col_blocks,
+          s.run_offsets.data() + at,
+          end - first,
           s.cols_per_block,
-          s.nnz_offsets[block + 1] - first,
+          s.nnz_offsets[at + end - first] - nnz,
           s.row.data(),
           s.start.data(),
-          s.cols.data() + first,
-          s.source.empty() ? nullptr : s.source.data() + first};
+          s.cols.data() + nnz,
+          s.source.empty() ? nullptr : s.source.data() + nnz};
+}
+
+Walk walk(const Schedule& s, int64_t row_block) { return walk(s, row_block, 0, s.col_blocks); }
+
+// Where in an array in walking order a row block begins.
+int64_t nnz_before(const Schedule& s, int64_t row_block, int64_t col_block = 0) {
+  return s.nnz_offsets[row_block * s.col_blocks + col_block];
 }
 
 Matrix at(Matrix m, Type type, int64_t row, int64_t col) {
@@ -156,67 +120,61 @@ void for_tiles(const Kernels& kern, Type type, Matrix x, int64_t features, int64
 }  // namespace
 
 void spmm(Pattern& pattern, const Csr& csr, bool transposed, Type type, const void* values,
-          Matrix x, Matrix y, int64_t tokens, int threads) {
+          const void* bias, Matrix x, Matrix y, int64_t tokens, const Plan& plan) {
   const Kernels& kern = kernels();
   const int64_t n = transposed ? csr.k : csr.n, k = transposed ? csr.n : csr.k;
-  const Plan plan = make_plan(n, k, csr.nnz, tokens, kern.lanes, threads, false);
-
-  // Lets leaf(first row, rows, y panel) compute a row block of a tile, and writes it to y.
-  auto write_block = [&](const Tile& t, int64_t b, const auto& leaf) {
-    const int64_t first = b * plan.rows, rows = std::min(plan.rows, n - first);
-    float* panel = y_scratch.floats(rows * t.vecs * kern.lanes);
-    leaf(first, rows, panel);
-    kern.unpack(type, panel, t.vecs, t.tokens, rows, at(y, type, t.first, first));
-  };
-
-  // So few tokens would not pay for a gather; CSR in its own order streams best.
-  if (!transposed && tokens <= 2 * kern.lanes) {
-    for_tiles(kern, type, x, k, tokens, plan, (n + plan.rows - 1) / plan.rows,
-              [&](const Tile& t, const float* x_panel, int64_t b) {
-                write_block(t, b, [&](int64_t first, int64_t rows, float* y_panel) {
-                  const Csr part{csr.row_offsets + first, csr.col_indices, rows, k, csr.nnz};
-                  kern.spmm_csr(type, t.vecs, part, values, x_panel, y_panel);
-                });
-              });
-    return;
-  }
-
-  const auto schedule = pattern.schedule(csr, transposed, plan.rows, plan.cols, plan.threads);
+  const auto schedule = pattern.schedule(csr, transposed, plan.rows, plan.cols);
   const Schedule& s = *schedule;
-  float* walked = w_scratch.floats(csr.nnz);
+  float* walked = w_scratch.floats(csr.nnz + n);
+  float* start = walked + csr.nnz;
+  bias ? kern.widen(type, bias, n, start) : void(std::fill_n(start, n, 0.0f));
   parallel_for(plan.threads, s.row_blocks, [&](int64_t b) {
-    kern.gather(type, walk(s, b), values, walked + s.nnz_offsets[b]);
+    kern.gather(type, walk(s, b), values, walked + nnz_before(s, b));
   });
   for_tiles(kern, type, x, k, tokens, plan, s.row_blocks,
             [&](const Tile& t, const float* x_panel, int64_t b) {
-              write_block(t, b, [&](int64_t, int64_t, float* y_panel) {
-                kern.spmm(t.vecs, walk(s, b), walked + s.nnz_offsets[b], x_panel, y_panel);
-              });
+              const int64_t first = b * plan.rows, rows = std::min(plan.rows, n - first);
+              float* y_panel = y_scratch.floats(rows * t.vecs * kern.lanes);
+              kern.spmm(t.vecs, walk(s, b), walked + nnz_before(s, b), start + first, x_panel,
+                        y_panel);
+              kern.unpack(type, y_panel, t.vecs, t.tokens, rows, at(y, type, t.first, first));
             });
 }
 
+// A thread takes row blocks, packing their dy while it is at it. Where these are too few to go
+// round, all of dy is packed first and a task is a part of the column blocks too.
 void sddmm(Pattern& pattern, const Csr& csr, Type type, Matrix dy, Matrix x, void* dvalues,
-           int64_t tokens, int threads) {
+           int64_t tokens, const Plan& plan) {
   const Kernels& kern = kernels();
-  const Plan plan = make_plan(csr.n, csr.k, csr.nnz, tokens, kern.lanes, threads, true);
-  const auto schedule = pattern.schedule(csr, false, plan.rows, plan.cols, plan.threads);
+  const auto schedule = pattern.schedule(csr, false, plan.rows, plan.cols);
   const Schedule& s = *schedule;
+  int64_t parts = 1;
+  if (plan.threads > 1 && s.row_blocks < 2 * plan.threads)
+    parts = std::min(s.col_blocks, 3 * plan.threads / std::max<int64_t>(1, s.row_blocks) + 1);
 
   float* walked = w_scratch.floats(csr.nnz);
   if (tokens == 0) std::fill_n(walked, csr.nnz, 0.0f);
   for (const Tile& t : cut_tokens(tokens, kern.lanes, plan.vecs)) {
     const int64_t width = t.vecs * kern.lanes;
-    float* x_panel = x_scratch.floats(csr.k * width);
+    float* x_panel = x_scratch.floats((csr.k + (parts > 1 ? csr.n : 0)) * width);
+    float* all_dy = x_panel + csr.k * width;
     pack(kern, type, x, t, csr.k, x_panel, plan.threads);
-    parallel_for(plan.threads, s.row_blocks, [&](int64_t b) {
+    if (parts > 1) pack(kern, type, dy, t, csr.n, all_dy, plan.threads);
+    parallel_for(plan.threads, s.row_blocks * parts, [&](int64_t task) {
+      const int64_t b = task / parts, part = task % parts;
       const int64_t first = b * plan.rows, rows = std::min(plan.rows, csr.n - first);
-      float* dy_panel = y_scratch.floats(rows * width);
-      pack(kern, type, at(dy, type, 0, first), t, rows, dy_panel, 1);
-      kern.sddmm(t.vecs, walk(s, b), dy_panel, x_panel, t.first > 0, walked + s.nnz_offsets[b]);
+      const int64_t c0 = part * s.col_blocks / parts, c1 = (part + 1) * s.col_blocks / parts;
+      float* dy_panel = all_dy + first * width;
+      if (parts == 1) {
+        dy_panel = y_scratch.floats(rows * width);
+        pack(kern, type, at(dy, type, 0, first), t, rows, dy_panel, 1);
+      }
+      kern.sddmm(t.vecs, walk(s, b, c0, c1), dy_panel, x_panel + c0 * s.cols_per_block * width,
+                 t.first > 0, walked + nnz_before(s, b, c0));
     });
   }
   parallel_for(plan.threads, s.row_blocks, [&](int64_t b) {
-    kern.scatter(type, walk(s, b), walked + s.nnz_offsets[b], dvalues);
+    kern.scatter(type, walk(s, b), walked + nnz_before(s, b), dvalues);
   });
 }
 

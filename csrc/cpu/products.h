@@ -5,12 +5,20 @@
 
 namespace sk {
 
-// y[M, n] = x[M, k] W^T, or with `transposed` y[M, k] = x[M, n] W. values are W's, in CSR order.
-void spmm(Pattern&, const Csr& w, bool transposed, Type, const void* values, Matrix x, Matrix y,
-          int64_t tokens, int threads);
+// How a product is cut; chosen by sparsekern/kernels/plan.py.
+struct Plan {
+  int threads;
+  int vecs;            // vectors in a panel's row: a tile is vecs * lanes tokens; 1, 2, 4 or 8
+  int64_t rows, cols;  // of a block of W, or of W^T; at most 65536
+};
+
+// y[M, n] = x[M, k] W^T + bias[n], or with `transposed` y[M, k] = x[M, n] W + bias[k]. values are
+// W's, in CSR order; bias may be null.
+void spmm(Pattern&, const Csr& w, bool transposed, Type, const void* values, const void* bias,
+          Matrix x, Matrix y, int64_t tokens, const Plan&);
 
 // dvalues[nnz] = (dy[M, n]^T x[M, k]) at the non-zeros of W, in CSR order.
 void sddmm(Pattern&, const Csr& w, Type, Matrix dy, Matrix x, void* dvalues, int64_t tokens,
-           int threads);
+           const Plan&);
 
 }  // namespace sk

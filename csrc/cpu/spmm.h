@@ -12,17 +12,18 @@ namespace sk::SK_ISA {
 
 // A narrow panel has too few accumulators to hide the latency of a multiply-add: the non-zeros of a
 // row are dealt out to kSets independent ones, summed at the end.
-template <int kVecs, bool kFirst, class T, class Index>
-SK_INLINE void spmm_segment(int32_t count, const T* v, const Index* c, const float* x, float* y) {
+template <int kVecs, bool kFirst>
+SK_INLINE void spmm_segment(int32_t count, const float* v, const uint16_t* c, const float* start,
+                            const float* x, float* y) {
   constexpr int kSets = kVecs >= 8 ? 1 : kVecs >= 4 ? 2 : 4;
   constexpr int64_t kWidth = kVecs * kLanes;
   Vec acc[kSets][kVecs];
   SK_FOR(s, kSets)
-    SK_FOR(j, kVecs) acc[s][j] = kFirst || s > 0 ? zero() : load(y + j * kLanes);
+    SK_FOR(j, kVecs) acc[s][j] = s > 0 ? zero() : kFirst ? splat(start) : load(y + j * kLanes);
 
   auto accumulate = [&](Vec(&a)[kVecs], int32_t p) {
     const Vec w = splat(v + p);
-    const float* in = x + static_cast<uint32_t>(c[p]) * kWidth;
+    const float* in = x + c[p] * kWidth;
     SK_FOR(j, kVecs) a[j] = fma(w, load(in + j * kLanes), a[j]);
   };
   int32_t p = 0;
@@ -39,33 +40,25 @@ SK_INLINE void spmm_segment(int32_t count, const T* v, const Index* c, const flo
 
 template <int kVecs, bool kFirst>
 void spmm_run(const Run& run, const uint16_t* row, const float* v, const uint16_t* c,
-              const float* x, float* y) {
+              const float* start, const float* x, float* y) {
   const int32_t count = run.count;
   row += run.first;
   for (int32_t q = 0; q < run.segments; q++, v += count, c += count)
-    spmm_segment<kVecs, kFirst>(count, v, c, x, y + row[q] * int64_t{kVecs * kLanes});
+    spmm_segment<kVecs, kFirst>(count, v, c, start + row[q], x,
+                                y + row[q] * int64_t{kVecs * kLanes});
 }
 
 template <int kVecs>
-void spmm_block(const Walk& w, const float* walked, const float* x, float* y) {
+void spmm_block(const Walk& w, const float* walked, const float* start, const float* x, float* y) {
   const uint16_t* cols = w.cols;
   for (int64_t b = 0; b < w.col_blocks; b++, x += w.cols_per_block * kVecs * kLanes)
     for (int64_t r = w.run_offsets[b]; r < w.run_offsets[b + 1]; r++) {
       const Run& run = w.runs[r];
       auto* f = b == 0 ? spmm_run<kVecs, true> : spmm_run<kVecs, false>;
-      f(run, w.row, walked, cols, x, y);
+      f(run, w.row, walked, cols, start, x, y);
       walked += int64_t{run.count} * run.segments;
       cols += int64_t{run.count} * run.segments;
     }
-}
-
-// Rows as CSR has them: each value and index is read once, in order, at the speed of a stream.
-template <int kVecs, class T>
-void spmm_rows(const Csr& w, const T* values, const float* x, float* y) {
-  for (int64_t i = 0; i < w.n; i++, y += kVecs * kLanes) {
-    const int32_t first = w.row_offsets[i], end = w.row_offsets[i + 1];
-    spmm_segment<kVecs, true>(end - first, values + first, w.col_indices + first, x, y);
-  }
 }
 
 }  // namespace sk::SK_ISA

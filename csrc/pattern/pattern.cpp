@@ -4,7 +4,6 @@
 #include <stdexcept>
 
 #include "../cpu/kernels.h"
-#include "../cpu/threads.h"
 
 namespace sk {
 
@@ -28,17 +27,28 @@ const char* find_error(const Csr& w) {
   return nullptr;
 }
 
-uint64_t fingerprint(const Csr& w, int threads) {
-  constexpr int64_t kChunk = 1 << 16;
-  const int64_t chunks = (w.nnz + kChunk - 1) / kChunk;
+uint64_t fingerprint(const Csr& w) {
   const auto hash = kernels().hash;
-  std::vector<uint64_t> parts(chunks + 1);
-  parallel_for(threads, chunks + 1, [&](int64_t i) {
-    const int64_t at = i * kChunk;
-    parts[i] = i == chunks ? hash(w.row_offsets, w.n + 1)
-                           : hash(w.col_indices + at, std::min(kChunk, w.nnz - at));
-  });
-  return hash(reinterpret_cast<const int32_t*>(parts.data()), 2 * (chunks + 1));
+  const uint64_t parts[] = {hash(w.row_offsets, w.n + 1), hash(w.col_indices, w.nnz)};
+  return hash(reinterpret_cast<const int32_t*>(parts), 4);
+}
+
+// A fingerprint of cache lines evenly spread over both arrays.
+uint64_t fingerprint_samples(const Csr& w) {
+  constexpr int64_t kLines = 64, kWords = 16;
+  int32_t words[2 * kLines * kWords];
+  int64_t size = 0;
+  auto sample = [&](const int32_t* from, int64_t count) {
+    const int64_t step = std::max(kWords, count / kLines);
+    for (int64_t i = 0; i < count; i += step) {
+      const int64_t most = std::min(kWords, std::min(count - i, 2 * kLines * kWords - size));
+      std::copy_n(from + i, most, words + size);
+      size += most;
+    }
+  };
+  sample(w.row_offsets, w.n + 1);
+  sample(w.col_indices, w.nnz);
+  return kernels().hash(words, size);
 }
 
 }  // namespace
@@ -77,7 +87,7 @@ Schedule make_schedule(const Csr& w, int64_t rows_per_block, int64_t cols_per_bl
         first_of[c + 1] += first_of[c];
       }
       s.row.resize(base + first_of[most + 1]);
-      s.start.resize(base + first_of[most + 1]);
+      s.start.resize(s.row.size());
       for (int64_t i = 0; i < rows; i++) {
         if (count[i] == 0 && b > 0) continue;
         const int64_t at = base + first_of[count[i]]++;
@@ -92,9 +102,10 @@ Schedule make_schedule(const Csr& w, int64_t rows_per_block, int64_t cols_per_bl
             s.cols.push_back(static_cast<uint16_t>(cols[p] - b * cols_per_block));
         }
       s.run_offsets.push_back(static_cast<int64_t>(s.runs.size()));
+      s.nnz_offsets.push_back(static_cast<int64_t>(s.cols.size()));
     }
-    s.nnz_offsets.push_back(static_cast<int64_t>(s.cols.size()));
   }
+  s.start.resize(s.start.size() + Schedule::kAhead);
   return s;
 }
 
@@ -119,28 +130,38 @@ struct Transposed {
 
 Schedule make_schedule_t(const Csr& w, int64_t rows_per_block, int64_t cols_per_block) {
   const Transposed t(w);
-  Schedule s = make_schedule({t.row_offsets.data(), t.col_indices.data(), w.k, w.n, w.nnz},
+  Schedule s = make_schedule({t.row_offsets.data(), t.col_indices.data(), w.k, w.n, w.nnz, 0},
                              rows_per_block, cols_per_block);
-  s.source.reserve(w.nnz);
+  s.source.reserve(w.nnz + Schedule::kAhead);
   for (const Run& run : s.runs)
     for (int64_t q = run.first; q < run.first + run.segments; q++)
       s.source.insert(s.source.end(), t.source.begin() + s.start[q],
                       t.source.begin() + s.start[q] + run.count);
+  s.source.resize(w.nnz + Schedule::kAhead);
   return s;
 }
 
 }  // namespace
 
-std::shared_ptr<const Schedule> Pattern::schedule(const Csr& w, bool transposed,
-                                                  int64_t rows_per_block, int64_t cols_per_block,
-                                                  int threads) {
-  const uint64_t now = fingerprint(w, threads);
-  std::lock_guard<std::mutex> lock(mutex_);
-  if (schedules_.empty() || now != fingerprint_) {
-    if (const char* error = find_error(w)) throw std::invalid_argument(error);
+void Pattern::forget_if_changed(const Csr& w) {
+  const uint64_t samples = fingerprint_samples(w);
+  if (is_known_ && w.version >= 0 && w.version == version_ && samples == samples_) return;
+  const uint64_t now = fingerprint(w);
+  if (!is_known_ || now != fingerprint_) {
+    is_known_ = false;
     schedules_.clear();
-    fingerprint_ = now;
+    if (const char* error = find_error(w)) throw std::invalid_argument(error);
   }
+  is_known_ = true;
+  version_ = w.version;
+  samples_ = samples;
+  fingerprint_ = now;
+}
+
+std::shared_ptr<const Schedule> Pattern::schedule(const Csr& w, bool transposed,
+                                                  int64_t rows_per_block, int64_t cols_per_block) {
+  std::lock_guard<std::mutex> lock(mutex_);
+  forget_if_changed(w);
   auto& schedule = schedules_[{transposed, rows_per_block, cols_per_block}];
   if (!schedule) {
     auto make = transposed ? make_schedule_t : make_schedule;

@@ -16,6 +16,7 @@ struct Csr {
   const int32_t* row_offsets;  // [n + 1]
   const int32_t* col_indices;  // [nnz], strictly increasing inside a row
   int64_t n, k, nnz;
+  int64_t version;  // grows with every write to the two arrays; below 0: nobody counted
 };
 
 // W is cut into row blocks and column blocks. A segment is what one row has in one column block; it
@@ -32,23 +33,26 @@ struct Run {
 };
 
 struct Schedule {
+  static constexpr int kAhead = 16;  // zeros at the end of an array that is read ahead of use
+
   int64_t rows_per_block, cols_per_block;
   int64_t row_blocks, col_blocks;
   std::vector<Run> runs;             // ordered by row block, then column block
   std::vector<int64_t> run_offsets;  // [row_blocks * col_blocks + 1] into runs
-  std::vector<int64_t> nnz_offsets;  // [row_blocks + 1] into cols
+  std::vector<int64_t> nnz_offsets;  // [row_blocks * col_blocks + 1] into cols
   std::vector<uint16_t> row;         // [segments] row inside its row block
-  std::vector<uint32_t> start;       // [segments] position of the first non-zero in CSR
+  std::vector<uint32_t> start;       // [segments + kAhead] position of the first non-zero in CSR
   std::vector<uint16_t> cols;        // [nnz] column inside its column block, in walking order
-  std::vector<int32_t> source;       // [nnz] W^T only: position in CSR, in walking order
+  std::vector<int32_t> source;       // [nnz + kAhead] W^T only: position in CSR, in walking order
 };
 
 // rows_per_block and cols_per_block are at most 65536.
 Schedule make_schedule(const Csr& w, int64_t rows_per_block, int64_t cols_per_block);
 
 // The schedules of one W and its transpose. Row offsets and columns belong to the caller, who may
-// change them behind our back (a collective writes into a buffer without telling anybody), so every
-// look-up first compares a fingerprint of what it is given, at the speed of memory.
+// change them. A look-up trusts the version that comes with them as far as it is known, and always
+// compares samples: collectives and `.data` write whole patterns without counting. Where nobody
+// counts (tensors made in inference mode), a fingerprint of all indices is compared.
 class Pattern {
  public:
   Pattern(int64_t n, int64_t k, int64_t nnz) : n(n), k(k), nnz(nnz) {}
@@ -56,13 +60,17 @@ class Pattern {
   // The schedule of W, or of W^T, for these blocks; made when first asked for. Safe between
   // threads. Throws std::invalid_argument if w is not valid CSR with nnz non-zeros.
   std::shared_ptr<const Schedule> schedule(const Csr& w, bool transposed, int64_t rows_per_block,
-                                           int64_t cols_per_block, int threads);
+                                           int64_t cols_per_block);
 
   const int64_t n, k, nnz;
 
  private:
+  void forget_if_changed(const Csr& w);
+
   std::mutex mutex_;
-  uint64_t fingerprint_ = 0;
+  bool is_known_ = false;
+  int64_t version_ = 0;
+  uint64_t samples_ = 0, fingerprint_ = 0;
   std::map<std::tuple<bool, int64_t, int64_t>, std::shared_ptr<const Schedule>> schedules_;
 };
 

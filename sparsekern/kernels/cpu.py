@@ -6,10 +6,12 @@ take float32 and bfloat16, sum in float32, and use as many threads as torch does
 """
 
 import weakref
+from functools import lru_cache
 
 import torch
 from torch import Tensor
 
+from .plan import Machine, Plan, dense_wins_above, describe, make_plan
 from .problem import Kernel, Problem
 
 try:
@@ -17,17 +19,17 @@ try:
 except ImportError:  # the rows stay in the table and say so
     _C = None
 
-# panel beats expand up to the density share * (1 + tokens / M): `share` is the rate of panel over
-# that of torch.mm for many tokens, `tokens` how many of them cost torch.mm as much as writing W
-# out. Measured on AVX-512 with and without AMX, the matrix tiles that multiply bfloat16 at eight
-# times the rate of float32; AVX2 lies within a tenth (docs/LOG.md).
-_VECTORS = (0.55, 30)
-_TILES = (0.06, 230)
-_HAS_TILES = torch.cpu._is_amx_tile_supported()
+
+@lru_cache(maxsize=1)
+def machine() -> Machine:
+    """This machine, as its C++ library and torch see it."""
+    has_tiles = torch.cpu._is_amx_tile_supported()
+    return Machine(_C.isa(), _C.lanes(), _C.cache_bytes(1), _C.cache_bytes(2), has_tiles)
+
 
 # By addresses and sizes of the index tensors. A C++ Pattern compares what it has derived with the
-# indices on every call, so an entry can be out of date but not wrong. It goes when its col_indices
-# tensor does.
+# indices (how thoroughly, pattern.h says), so an entry can be out of date but not wrong. It goes
+# when its col_indices tensor does.
 _patterns: dict[tuple[int, int, int, int, int], tuple["_C.Pattern", weakref.ref]] = {}
 
 
@@ -40,41 +42,62 @@ def _pattern(row_offsets: Tensor, col_indices: Tensor, n: int, k: int) -> "_C.Pa
     return _patterns[key][0]
 
 
+def _version(row_offsets: Tensor, col_indices: Tensor) -> int:
+    """Grows with every write to the indices that torch counts; -1 where it does not count."""
+    try:
+        return row_offsets._version + col_indices._version
+    except RuntimeError:  # made in inference mode
+        return -1
+
+
 def _type(x: Tensor) -> "_C.Type":
     return _C.Type.float32 if x.dtype == torch.float32 else _C.Type.bfloat16
 
 
-def _spmm_panel(row_offsets, col_indices, values, n, k, x, transposed=False):
-    y = x.new_empty(x.shape[0], k if transposed else n)
+def _plan(op: str, x: Tensor, n: int, k: int, nnz: int) -> Plan:
+    problem = Problem(op, "cpu", x.dtype, x.shape[0], n, k, nnz)
+    return make_plan(problem, machine(), torch.get_num_threads())
+
+
+def _spmm(op, row_offsets, col_indices, values, n, k, x, bias):
+    y = x.new_empty(x.shape[0], n if op == "spmm" else k)
     _pattern(row_offsets, col_indices, n, k).spmm(
         row_offsets.data_ptr(),
         col_indices.data_ptr(),
+        _version(row_offsets, col_indices),
         _type(x),
         values.data_ptr(),
+        0 if bias is None else bias.data_ptr(),
         x.data_ptr(),
         y.data_ptr(),
         x.shape[0],
-        transposed,
-        torch.get_num_threads(),
+        op == "spmm_t",
+        *_plan(op, x, n, k, values.shape[0]),
     )
     return y
 
 
-def _spmm_t_panel(row_offsets, col_indices, values, n, k, dy):
-    return _spmm_panel(row_offsets, col_indices, values, n, k, dy, transposed=True)
+def _spmm_panel(row_offsets, col_indices, values, n, k, x, bias=None):
+    return _spmm("spmm", row_offsets, col_indices, values, n, k, x, bias)
+
+
+def _spmm_t_panel(row_offsets, col_indices, values, n, k, dy, bias=None):
+    return _spmm("spmm_t", row_offsets, col_indices, values, n, k, dy, bias)
 
 
 def _sddmm_panel(row_offsets, col_indices, n, k, dy, x):
-    dvalues = x.new_empty(col_indices.shape[0])
+    nnz = col_indices.shape[0]
+    dvalues = x.new_empty(nnz)
     _pattern(row_offsets, col_indices, n, k).sddmm(
         row_offsets.data_ptr(),
         col_indices.data_ptr(),
+        _version(row_offsets, col_indices),
         _type(x),
         dy.data_ptr(),
         x.data_ptr(),
         dvalues.data_ptr(),
         x.shape[0],
-        torch.get_num_threads(),
+        *_plan("sddmm", x, n, k, nnz),
     )
     return dvalues
 
@@ -93,12 +116,12 @@ def _expand(row_offsets, col_indices, values, n, k):
     return w
 
 
-def _spmm_expand(row_offsets, col_indices, values, n, k, x):
-    return _mm(x, _expand(row_offsets, col_indices, values, n, k).t())
+def _spmm_expand(row_offsets, col_indices, values, n, k, x, bias=None):
+    return _mm(x, _expand(row_offsets, col_indices, values, n, k).t(), bias)
 
 
-def _spmm_t_expand(row_offsets, col_indices, values, n, k, dy):
-    return _mm(dy, _expand(row_offsets, col_indices, values, n, k))
+def _spmm_t_expand(row_offsets, col_indices, values, n, k, dy, bias=None):
+    return _mm(dy, _expand(row_offsets, col_indices, values, n, k), bias)
 
 
 def _sddmm_expand(row_offsets, col_indices, n, k, dy, x):
@@ -115,10 +138,10 @@ def _sddmm_expand(row_offsets, col_indices, n, k, dy, x):
     return dvalues
 
 
-def _mm(a: Tensor, b: Tensor) -> Tensor:
+def _mm(a: Tensor, b: Tensor, bias: Tensor | None = None) -> Tensor:
     # An op's implementation runs under the caller's autocast, which would round these operands.
     with torch.autocast("cpu", enabled=False):
-        return torch.mm(a, b)
+        return torch.mm(a, b) if bias is None else torch.addmm(bias, a, b)
 
 
 def _refuse_expand(p: Problem) -> str | None:
@@ -130,17 +153,20 @@ def _refuse_expand(p: Problem) -> str | None:
 
 
 def _refuse_panel(p: Problem) -> str | None:
-    share, tokens = _TILES if p.dtype == torch.bfloat16 and _HAS_TILES else _VECTORS
-    limit = share * (1 + tokens / max(1, p.M))
-    if p.density > limit:
-        return f"torch.mm is faster above density {limit:.2f} at {p.M} tokens"
-    return _refuse_expand(p)
+    reason = _refuse_expand(p)
+    if reason is None and p.density > (limit := dense_wins_above(p, machine())):
+        reason = f"torch.mm is faster above density {limit:.2f} at {p.M} tokens"
+    return reason
+
+
+def _describe_panel(p: Problem) -> str:
+    return describe(make_plan(p, machine(), torch.get_num_threads()), machine())
 
 
 KERNELS = (
-    Kernel("panel", "spmm", "cpu", _refuse_panel, _spmm_panel),
-    Kernel("panel", "spmm_t", "cpu", _refuse_panel, _spmm_t_panel),
-    Kernel("panel", "sddmm", "cpu", _refuse_panel, _sddmm_panel),
+    Kernel("panel", "spmm", "cpu", _refuse_panel, _spmm_panel, _describe_panel),
+    Kernel("panel", "spmm_t", "cpu", _refuse_panel, _spmm_t_panel, _describe_panel),
+    Kernel("panel", "sddmm", "cpu", _refuse_panel, _sddmm_panel, _describe_panel),
     Kernel("expand", "spmm", "cpu", _refuse_expand, _spmm_expand),
     Kernel("expand", "spmm_t", "cpu", _refuse_expand, _spmm_t_expand),
     Kernel("expand", "sddmm", "cpu", _refuse_expand, _sddmm_expand),

@@ -46,3 +46,4 @@ class Kernel:
     device: str | None  # None: any device
     refuse: Callable[[Problem], str | None]
     run: Callable[..., torch.Tensor]
+    plan: Callable[[Problem], str] | None = None  # how it would go about the problem, in words

@@ -1,14 +1,14 @@
 """The three products in plain torch, through a dense W: the truth for tests, and the `dense` rows.
 
-    spmm    Y  = X W^T                        [M, K] -> [M, N]
-    spmm_t  dX = dY W                         [M, N] -> [M, K]
+    spmm    Y  = X W^T + bias                 [M, K] -> [M, N]
+    spmm_t  dX = dY W + bias                  [M, N] -> [M, K]
     sddmm   dV = (dY^T X) at the pattern      [M, N], [M, K] -> [nnz]
 
-row_offsets int32 [N+1] and col_indices int32 [nnz] are CSR with strictly increasing columns in a
-row; values [nnz] have the dtype of x and dy. 16-bit types are multiplied and summed in float32 and
-rounded once. Right for any dtype and device, and fastest where W is nearly full. It allocates N x K
-elements. A stored W has no product at a missing entry, so an infinite or NaN x gives NaN here (0 *
-inf, as in torch.matmul) where a sparse kernel skips it.
+bias may be None. row_offsets int32 [N+1] and col_indices int32 [nnz] are CSR with strictly
+increasing columns in a row; values [nnz] have the dtype of x and dy. 16-bit types are multiplied
+and summed in float32 and rounded once. Right for any dtype and device, and fastest where W is
+nearly full. It allocates N x K elements. A stored W has no product at a missing entry, so an
+infinite or NaN x gives NaN here (0 * inf, as in torch.matmul) where a sparse kernel skips it.
 """
 
 import torch
@@ -18,19 +18,31 @@ from ..tensor import expand_rows
 
 
 def spmm(
-    row_offsets: Tensor, col_indices: Tensor, values: Tensor, n: int, k: int, x: Tensor
+    row_offsets: Tensor,
+    col_indices: Tensor,
+    values: Tensor,
+    n: int,
+    k: int,
+    x: Tensor,
+    bias: Tensor | None = None,
 ) -> Tensor:
-    """y [M, N] = x [M, K] @ W.T."""
+    """y [M, N] = x [M, K] @ W.T + bias [N]."""
     w = _densify(row_offsets, col_indices, values, n, k)
-    return _mm(x, w.t()).to(x.dtype)
+    return _add(_mm(x, w.t()), bias).to(x.dtype)
 
 
 def spmm_t(
-    row_offsets: Tensor, col_indices: Tensor, values: Tensor, n: int, k: int, dy: Tensor
+    row_offsets: Tensor,
+    col_indices: Tensor,
+    values: Tensor,
+    n: int,
+    k: int,
+    dy: Tensor,
+    bias: Tensor | None = None,
 ) -> Tensor:
-    """dx [M, K] = dy [M, N] @ W."""
+    """dx [M, K] = dy [M, N] @ W + bias [K]."""
     w = _densify(row_offsets, col_indices, values, n, k)
-    return _mm(dy, w).to(dy.dtype)
+    return _add(_mm(dy, w), bias).to(dy.dtype)
 
 
 def sddmm(
@@ -60,6 +72,10 @@ def _mm(a: Tensor, b: Tensor) -> Tensor:
     # An op's implementation runs under the caller's autocast, which would round these operands.
     with torch.autocast(a.device.type, enabled=False):
         return torch.mm(a.to(dtype), b.to(dtype))
+
+
+def _add(y: Tensor, bias: Tensor | None) -> Tensor:
+    return y if bias is None else y.add_(bias)
 
 
 def _accumulation_dtype(dtype: torch.dtype) -> torch.dtype:

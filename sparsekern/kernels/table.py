@@ -43,9 +43,10 @@ def refusals(problem: Problem) -> list[tuple[str, str]]:
 
 
 def describe(problem: Problem, kernel: Kernel) -> str:
-    """One line: the problem, its kernel, and the reason of each refusal."""
+    """One line: the problem, its kernel and how it is set up, and the reason of each refusal."""
     reasons = "".join(f"; {name} refused: {reason}" for name, reason in refusals(problem))
-    return f"{problem} -> {kernel.name}{reasons}"
+    plan = f" ({kernel.plan(problem)})" if kernel.plan else ""
+    return f"{problem} -> {kernel.name}{plan}{reasons}"
 
 
 def _refusal(row: Kernel, problem: Problem) -> str | None:
