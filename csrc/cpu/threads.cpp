@@ -44,13 +44,14 @@ const char* thread_runtime() { return gomp_parallel() ? "OpenMP of the process" 
 void run_tasks(int threads, int64_t tasks, void (*body)(const void*, int64_t),
                const void* context) {
   Job job{tasks, body, context};
-  threads = static_cast<int>(std::min<int64_t>(threads, tasks));
+  // Always as many as asked for: libgomp ends the threads that a smaller team leaves over, and
+  // starts new ones for the next large team (0.7 ms with 16 threads).
   if (GompParallel parallel = gomp_parallel()) {
     parallel(work, &job, static_cast<unsigned>(threads), 0);
     return;
   }
   std::vector<std::thread> helpers;
-  for (int i = 1; i < threads; i++) helpers.emplace_back(work, &job);
+  for (int i = 1; i < std::min<int64_t>(threads, tasks); i++) helpers.emplace_back(work, &job);
   work(&job);
   for (std::thread& helper : helpers) helper.join();
 }
