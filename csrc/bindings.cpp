@@ -44,20 +44,24 @@ PYBIND11_MODULE(_C, m) {
           "spmm",
           [](sk::Pattern& p, Pointer row_offsets, Pointer col_indices, int64_t version,
              sk::Type type, Pointer values, Pointer bias, Pointer x, Pointer y, int64_t tokens,
-             bool transposed, int threads, int vecs, int64_t rows, int64_t cols) {
+             bool transposed, int threads, int vecs, int tile_parts, int64_t rows, int64_t cols,
+             int64_t row_parts, int64_t col_parts) {
             const int64_t features = transposed ? p.n : p.k, outputs = transposed ? p.k : p.n;
             sk::spmm(p, csr(p, row_offsets, col_indices, version), transposed, type,
                      as<void>(values), as<void>(bias), {as<void>(x), features},
-                     {as<void>(y), outputs}, tokens, {threads, vecs, rows, cols});
+                     {as<void>(y), outputs}, tokens,
+                     {threads, vecs, tile_parts, rows, cols, row_parts, col_parts});
           },
           NoGil(), "y[M, N] = x W^T + bias, or transposed: y[M, K] = x W + bias; contiguous.")
       .def(
           "sddmm",
           [](sk::Pattern& p, Pointer row_offsets, Pointer col_indices, int64_t version,
              sk::Type type, Pointer dy, Pointer x, Pointer dvalues, int64_t tokens, int threads,
-             int vecs, int64_t rows, int64_t cols) {
+             int vecs, int tile_parts, int64_t rows, int64_t cols, int64_t row_parts,
+             int64_t col_parts) {
             sk::sddmm(p, csr(p, row_offsets, col_indices, version), type, {as<void>(dy), p.n},
-                      {as<void>(x), p.k}, as<void>(dvalues), tokens, {threads, vecs, rows, cols});
+                      {as<void>(x), p.k}, as<void>(dvalues), tokens,
+                      {threads, vecs, tile_parts, rows, cols, row_parts, col_parts});
           },
           NoGil(), "dvalues[nnz] = dy^T x at the non-zeros, in CSR order.")
       .def(

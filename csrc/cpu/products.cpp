@@ -13,8 +13,6 @@
 namespace sk {
 namespace {
 
-constexpr int64_t kPackChunk = 256;  // features that one task packs
-
 // Grow-only scratch memory of one thread, on page boundaries.
 class Scratch {
  public:
@@ -51,11 +49,13 @@ int fitting_vecs(int64_t tokens, int lanes, int vecs) {
   return vecs;
 }
 
-std::vector<Tile> cut_tokens(int64_t tokens, int lanes, int most_vecs) {
+std::vector<Tile> cut_tokens(int64_t tokens, int lanes, const Plan& plan) {
   std::vector<Tile> tiles;
-  for (int64_t first = 0; first < tokens; first += tiles.back().tokens) {
-    const int vecs = fitting_vecs(tokens - first, lanes, most_vecs);
-    tiles.push_back({first, std::min<int64_t>(tokens - first, vecs * lanes), vecs});
+  for (int64_t first = 0, vecs; first < tokens; first += vecs * lanes) {
+    vecs = fitting_vecs(tokens - first, lanes, plan.vecs);
+    const int64_t parts = vecs == 8 ? plan.tile_parts : 1, width = vecs * lanes / parts;
+    for (int64_t at = first; at < std::min(first + parts * width, tokens); at += width)
+      tiles.push_back({at, std::min(tokens - at, width), static_cast<int>(vecs / parts)});
   }
   return tiles;
 }
@@ -86,36 +86,12 @@ Matrix at(Matrix m, Type type, int64_t row, int64_t col) {
   return m;
 }
 
-// Packs a tile's features, shared out to the threads.
-void pack(const Kernels& kern, Type type, Matrix x, const Tile& t, int64_t features, float* panel,
-          int threads) {
-  const int64_t chunk = threads > 1 ? kPackChunk : std::max<int64_t>(1, features);
-  parallel_for(threads, (features + chunk - 1) / chunk, [&](int64_t i) {
-    const int64_t c = i * chunk;
-    kern.pack(type, at(x, type, t.first, c), t.tokens, std::min(chunk, features - c), t.vecs,
-              panel + c * t.vecs * kern.lanes);
-  });
-}
-
-// Calls multiply(tile, panel, block) for every tile of x, packed, and every row block.
-// As many tiles as the threads share evenly are taken whole, one thread each, while their panel is
-// in its L2; the row blocks of the remaining tiles are shared out.
-template <class F>
-void for_tiles(const Kernels& kern, Type type, Matrix x, int64_t features, int64_t tokens,
-               const Plan& plan, int64_t row_blocks, const F& multiply) {
-  const std::vector<Tile> tiles = cut_tokens(tokens, kern.lanes, plan.vecs);
-  const int64_t count = static_cast<int64_t>(tiles.size()), whole = count - count % plan.threads;
-  parallel_for(plan.threads, whole, [&](int64_t i) {
-    float* panel = x_scratch.floats(features * tiles[i].vecs * kern.lanes);
-    pack(kern, type, x, tiles[i], features, panel, 1);
-    for (int64_t b = 0; b < row_blocks; b++) multiply(tiles[i], panel, b);
-  });
-  for (int64_t i = whole; i < count; i++) {
-    float* panel = x_scratch.floats(features * tiles[i].vecs * kern.lanes);
-    pack(kern, type, x, tiles[i], features, panel, plan.threads);
-    parallel_for(plan.threads, row_blocks, [&](int64_t b) { multiply(tiles[i], panel, b); });
-  }
-}
+// The `part`-th of `parts` nearly equal ranges of [0, size).
+struct Range {
+  int64_t first, end;
+  Range(int64_t size, int64_t part, int64_t parts)
+      : first(size * part / parts), end(size * (part + 1) / parts) {}
+};
 
 }  // namespace
 
@@ -128,53 +104,59 @@ void spmm(Pattern& pattern, const Csr& csr, bool transposed, Type type, const vo
   float* walked = w_scratch.floats(csr.nnz + n);
   float* start = walked + csr.nnz;
   bias ? kern.widen(type, bias, n, start) : void(std::fill_n(start, n, 0.0f));
-  parallel_for(plan.threads, s.row_blocks, [&](int64_t b) {
-    kern.gather(type, walk(s, b), values, walked + nnz_before(s, b));
+  parallel_for(plan.threads, s.row_blocks * s.col_blocks, [&](int64_t i) {
+    const int64_t b = i / s.col_blocks, c = i % s.col_blocks;
+    kern.gather(type, walk(s, b, c, c + 1), values, walked + s.nnz_offsets[i]);
   });
-  for_tiles(kern, type, x, k, tokens, plan, s.row_blocks,
-            [&](const Tile& t, const float* x_panel, int64_t b) {
-              const int64_t first = b * plan.rows, rows = std::min(plan.rows, n - first);
-              float* y_panel = y_scratch.floats(rows * t.vecs * kern.lanes);
-              kern.spmm(t.vecs, walk(s, b), walked + nnz_before(s, b), start + first, x_panel,
-                        y_panel);
-              kern.unpack(type, y_panel, t.vecs, t.tokens, rows, at(y, type, t.first, first));
-            });
+
+  const std::vector<Tile> tiles = cut_tokens(tokens, kern.lanes, plan);
+  const int64_t count = static_cast<int64_t>(tiles.size()), whole = count - count % plan.threads;
+  parallel_for(plan.threads, whole + (count - whole) * plan.row_parts, [&](int64_t task) {
+    const int64_t parts = task < whole ? 1 : plan.row_parts;
+    const int64_t i = task < whole ? task : whole + (task - whole) / parts;
+    const Range blocks(s.row_blocks, task < whole ? 0 : (task - whole) % parts, parts);
+    const Tile& t = tiles[i];
+    float* x_panel = x_scratch.floats(k * t.vecs * kern.lanes);
+    kern.pack(type, at(x, type, t.first, 0), t.tokens, k, t.vecs, x_panel);
+    for (int64_t b = blocks.first; b < blocks.end; b++) {
+      const int64_t first = b * plan.rows, rows = std::min(plan.rows, n - first);
+      float* y_panel = y_scratch.floats(rows * t.vecs * kern.lanes);
+      kern.spmm(t.vecs, walk(s, b), walked + nnz_before(s, b), start + first, x_panel, y_panel);
+      kern.unpack(type, y_panel, t.vecs, t.tokens, rows, at(y, type, t.first, first));
+    }
+  });
 }
 
-// A thread takes row blocks, packing their dy while it is at it. Where these are too few to go
-// round, all of dy is packed first and a task is a part of the column blocks too.
 void sddmm(Pattern& pattern, const Csr& csr, Type type, Matrix dy, Matrix x, void* dvalues,
            int64_t tokens, const Plan& plan) {
   const Kernels& kern = kernels();
   const auto schedule = pattern.schedule(csr, false, plan.rows, plan.cols);
   const Schedule& s = *schedule;
-  int64_t parts = 1;
-  if (plan.threads > 1 && s.row_blocks < 2 * plan.threads)
-    parts = std::min(s.col_blocks, 3 * plan.threads / std::max<int64_t>(1, s.row_blocks) + 1);
 
   float* walked = w_scratch.floats(csr.nnz);
   if (tokens == 0) std::fill_n(walked, csr.nnz, 0.0f);
-  for (const Tile& t : cut_tokens(tokens, kern.lanes, plan.vecs)) {
-    const int64_t width = t.vecs * kern.lanes;
-    float* x_panel = x_scratch.floats((csr.k + (parts > 1 ? csr.n : 0)) * width);
-    float* all_dy = x_panel + csr.k * width;
-    pack(kern, type, x, t, csr.k, x_panel, plan.threads);
-    if (parts > 1) pack(kern, type, dy, t, csr.n, all_dy, plan.threads);
-    parallel_for(plan.threads, s.row_blocks * parts, [&](int64_t task) {
-      const int64_t b = task / parts, part = task % parts;
-      const int64_t first = b * plan.rows, rows = std::min(plan.rows, csr.n - first);
-      const int64_t c0 = part * s.col_blocks / parts, c1 = (part + 1) * s.col_blocks / parts;
-      float* dy_panel = all_dy + first * width;
-      if (parts == 1) {
-        dy_panel = y_scratch.floats(rows * width);
-        pack(kern, type, at(dy, type, 0, first), t, rows, dy_panel, 1);
+  const std::vector<Tile> tiles = cut_tokens(tokens, kern.lanes, plan);
+  parallel_for(plan.threads, plan.row_parts * plan.col_parts, [&](int64_t cell) {
+    const Range row_blocks(s.row_blocks, cell / plan.col_parts, plan.row_parts);
+    const Range col_blocks(s.col_blocks, cell % plan.col_parts, plan.col_parts);
+    const int64_t x_first = col_blocks.first * plan.cols;
+    const int64_t x_cols = std::min(col_blocks.end * plan.cols, csr.k) - x_first;
+    for (const Tile& t : tiles) {
+      const int64_t width = t.vecs * kern.lanes;
+      float* x_panel = x_scratch.floats(x_cols * width);
+      kern.pack(type, at(x, type, t.first, x_first), t.tokens, x_cols, t.vecs, x_panel);
+      for (int64_t b = row_blocks.first; b < row_blocks.end; b++) {
+        const int64_t first = b * plan.rows, rows = std::min(plan.rows, csr.n - first);
+        float* dy_panel = y_scratch.floats(rows * width);
+        kern.pack(type, at(dy, type, t.first, first), t.tokens, rows, t.vecs, dy_panel);
+        kern.sddmm(t.vecs, walk(s, b, col_blocks.first, col_blocks.end), dy_panel, x_panel,
+                   t.first > 0, walked + nnz_before(s, b, col_blocks.first));
       }
-      kern.sddmm(t.vecs, walk(s, b, c0, c1), dy_panel, x_panel + c0 * s.cols_per_block * width,
-                 t.first > 0, walked + nnz_before(s, b, c0));
-    });
-  }
-  parallel_for(plan.threads, s.row_blocks, [&](int64_t b) {
-    kern.scatter(type, walk(s, b), walked + nnz_before(s, b), dvalues);
+    }
+  });
+  parallel_for(plan.threads, s.row_blocks * s.col_blocks, [&](int64_t i) {
+    const int64_t b = i / s.col_blocks, c = i % s.col_blocks;
+    kern.scatter(type, walk(s, b, c, c + 1), walked + s.nnz_offsets[i], dvalues);
   });
 }
 

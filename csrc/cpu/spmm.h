@@ -11,11 +11,12 @@
 namespace sk::SK_ISA {
 
 // A narrow panel has too few accumulators to hide the latency of a multiply-add: the non-zeros of a
-// row are dealt out to kSets independent ones, summed at the end.
+// row are dealt out to kSets independent ones, summed at the end. 4 and 8 vectors sum in the same
+// order, so that a tile may be halved without a change in the result.
 template <int kVecs, bool kFirst>
 SK_INLINE void spmm_segment(int32_t count, const float* v, const uint16_t* c, const float* start,
                             const float* x, float* y) {
-  constexpr int kSets = kVecs >= 8 ? 1 : kVecs >= 4 ? 2 : 4;
+  constexpr int kSets = kVecs >= 4 ? 1 : kVecs >= 2 ? 2 : 4;
   constexpr int64_t kWidth = kVecs * kLanes;
   Vec acc[kSets][kVecs];
   SK_FOR(s, kSets)

@@ -26,12 +26,15 @@ class Machine(NamedTuple):
 
 
 class Plan(NamedTuple):
-    """The tokens are cut into tiles of vecs x lanes, W (for spmm_t W^T) into blocks."""
+    """The tokens are cut into tiles of vecs x lanes / tile_parts, W (spmm_t: W^T) into blocks."""
 
     threads: int
     vecs: int
+    tile_parts: int
     rows: int
     cols: int
+    row_parts: int  # what a thread's task takes: see csrc/cpu/products.h
+    col_parts: int
 
 
 def dense_wins_above(p: Problem, machine: Machine) -> float:
@@ -52,10 +55,13 @@ def make_plan(p: Problem, machine: Machine, threads: int) -> Plan:
     - A wide tile reads fewer values of W per multiply-add, a narrow one moves fewer accumulators
       per row and column block: with 16 lanes the second matters more below a density of 0.18,
       except in SDDMM, whose reduction a wide tile shares among more tokens.
-    - Threads take whole tiles, each its own panel; so there are tiles for all, if the tokens allow.
-    - A column block of x fits L1, or a little more where few of its rows are read.
-    - A row block's y panel stays in L2. Where threads share the rows of a tile, there is a block
-      for each; SDDMM, which always shares, has two of at least 128 rows.
+    - SpMM's threads take whole tiles, each with a panel of its own, so there are tiles for all if
+      the tokens allow. Those left over are packed by several threads, each for a part of the rows.
+    - SDDMM's threads take a part of the rows and columns of W and go through all tiles, so that
+      nobody waits; the grid is the one whose cells have the fewest rows and columns to pack.
+    - A column block of x fits L1, or a little more where few of its rows are read. More than two
+      threads are taken to share an L1 in pairs, which a virtual machine does not show.
+    - A row block's y panel stays in L2.
     """
     n, k = (p.K, p.N) if p.op == "spmm_t" else (p.N, p.K)
     is_sddmm = p.op == "sddmm"
@@ -64,29 +70,34 @@ def make_plan(p: Problem, machine: Machine, threads: int) -> Plan:
     vecs = WIDEST if machine.lanes < 16 or is_sddmm or p.density > 0.18 else 4
     while vecs > 1 and p.M <= vecs * machine.lanes * 3 // 4:
         vecs //= 2
-    while vecs > 4 and not is_sddmm and p.M <= vecs * machine.lanes * (threads - 1):
-        vecs //= 2
-    row_bytes = vecs * machine.lanes * 4
+    too_few = p.M <= vecs * machine.lanes * (threads - 1)
+    tile_parts = 2 if vecs == WIDEST and too_few and not is_sddmm else 1
+    width = vecs * machine.lanes // tile_parts  # tokens
+    row_bytes = width * 4
 
+    l1_bytes = machine.l1_bytes or 32768
+    if threads > 2 and vecs >= 4:  # narrower tiles would sum in another order
+        l1_bytes = l1_bytes * 2 // 3
     quarters = 3 if p.density > 0.15 else 5 if p.density > 0.04 else 8
-    x_bytes = (machine.l1_bytes or 32768) * quarters // 4
-    cols = min(max(x_bytes // row_bytes, 16), 65536)
+    cols = min(max(l1_bytes * quarters // 4 // row_bytes, 16), 65536)
 
+    row_parts = col_parts = 1
+    if is_sddmm:
+        grids = [(r, threads // r) for r in range(1, threads + 1) if threads % r == 0]
+        row_parts, col_parts = min(grids, key=lambda grid: n / grid[0] + k / grid[1])
+    elif left := -(-p.M // width) % threads:
+        row_parts = -(-threads // left)
     y_bytes = min(196608, machine.l2_bytes * 3 // 8 or 196608)
-    blocks = -(-n // min(y_bytes // row_bytes, 65536))
-    tiles = -(-p.M // (vecs * machine.lanes))
-    if is_sddmm and threads > 1:
-        blocks = max(blocks, min(2 * threads, n // 128))
-    elif tiles % threads:
-        blocks = max(blocks, threads)
-    rows = max(1, -(-n // max(1, blocks)))
-    return Plan(threads, vecs, rows, cols)
+    part_rows = max(1, -(-n // row_parts))
+    blocks = -(-part_rows // min(y_bytes // row_bytes, 65536))
+    rows = -(-part_rows // blocks)
+    return Plan(threads, vecs, tile_parts, rows, cols, row_parts, col_parts)
 
 
 def describe(plan: Plan, machine: Machine) -> str:
     """One phrase for sparsekern.explain."""
     threads = "1 thread" if plan.threads == 1 else f"{plan.threads} threads"
-    return (
-        f"{machine.isa}, {threads}, tiles of {plan.vecs * machine.lanes} tokens, "
-        f"blocks of {plan.rows} x {plan.cols}"
-    )
+    width = plan.vecs * machine.lanes // plan.tile_parts
+    blocks = f"tiles of {width} tokens, blocks of {plan.rows} x {plan.cols}"
+    parts = f", W in {plan.row_parts} x {plan.col_parts} parts"
+    return f"{machine.isa}, {threads}, {blocks}{parts * (plan.row_parts * plan.col_parts > 1)}"
