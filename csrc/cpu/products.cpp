@@ -42,17 +42,12 @@ struct Tile {
   int vecs;
 };
 
-// A narrow tile costs more per token than a wide one, so what is left over takes the largest vector
-// count of which it fills more than three quarters.
-int fitting_vecs(int64_t tokens, int lanes, int vecs) {
-  while (vecs > 1 && tokens <= vecs * lanes * 3 / 4) vecs /= 2;
-  return vecs;
-}
-
+// What is left over takes half as wide a tile if that holds it. No narrower: it would sum in
+// another order than its neighbours (spmm.h).
 std::vector<Tile> cut_tokens(int64_t tokens, int lanes, const Plan& plan) {
   std::vector<Tile> tiles;
   for (int64_t first = 0, vecs; first < tokens; first += vecs * lanes) {
-    vecs = fitting_vecs(tokens - first, lanes, plan.vecs);
+    vecs = plan.vecs == 8 && tokens - first <= 4 * lanes ? 4 : plan.vecs;
     const int64_t parts = vecs == 8 ? plan.tile_parts : 1, width = vecs * lanes / parts;
     for (int64_t at = first; at < std::min(first + parts * width, tokens); at += width)
       tiles.push_back({at, std::min(tokens - at, width), static_cast<int>(vecs / parts)});
