@@ -78,7 +78,7 @@ def make_plan(p: Problem, machine: Machine, threads: int) -> Plan:
     l1_bytes = machine.l1_bytes or 32768
     if threads > 2 and vecs >= 4:  # narrower tiles would sum in another order
         l1_bytes = l1_bytes * 2 // 3
-    quarters = 3 if p.density > 0.15 else 5 if p.density > 0.04 else 8
+    quarters = 3 if p.density > 0.07 else 5 if p.density > 0.03 else 8
     cols = min(max(l1_bytes * quarters // 4 // row_bytes, 16), 65536)
 
     row_parts = col_parts = 1
