@@ -15,7 +15,7 @@
 
 #if defined(__AVX2__)
 #include <immintrin.h>
-#elif defined(__ARM_NEON)
+#elif defined(SK_NEON)
 #include <arm_neon.h>
 #endif
 
@@ -139,7 +139,7 @@ SK_INLINE void sum4(float* p, Vec a, Vec b, Vec c, Vec d) {
 
 #endif
 
-#elif defined(__ARM_NEON)
+#elif defined(SK_NEON)
 
 using Vec = float32x4_t;
 using Row = float32x4_t;
@@ -165,14 +165,24 @@ SK_INLINE Row load_row(const bf16* p) {
 }
 SK_INLINE void store_row(float* p, Row r) { vst1q_f32(p, r); }
 SK_INLINE void store_row(bf16* p, Row r) {
-  SK_FOR(i, 4) p[i] = from_float<bf16>(r[i]);
+  const uint32x4_t u = vreinterpretq_u32_f32(r);
+  const uint32x4_t odd = vandq_u32(vshrq_n_u32(u, 16), vdupq_n_u32(1));
+  const uint32x4_t up = vaddq_u32(u, vaddq_u32(odd, vdupq_n_u32(0x7fff)));
+  const uint32x4_t quiet = vorrq_u32(u, vdupq_n_u32(0x400000));
+  const uint32x4_t b = vbslq_u32(vceqq_f32(r, r), up, quiet);
+  vst1_u16(reinterpret_cast<uint16_t*>(p), vshrn_n_u32(b, 16));
 }
 SK_INLINE void transpose(Row (&r)[4]) {
-  const float32x4x2_t a = vtrnq_f32(r[0], r[1]), b = vtrnq_f32(r[2], r[3]);
-  r[0] = vcombine_f32(vget_low_f32(a.val[0]), vget_low_f32(b.val[0]));
-  r[1] = vcombine_f32(vget_low_f32(a.val[1]), vget_low_f32(b.val[1]));
-  r[2] = vcombine_f32(vget_high_f32(a.val[0]), vget_high_f32(b.val[0]));
-  r[3] = vcombine_f32(vget_high_f32(a.val[1]), vget_high_f32(b.val[1]));
+  // Each pair of neighbouring floats moves as one double.
+  float64x2_t t[4];
+  SK_FOR(i, 2) {
+    t[2 * i] = vreinterpretq_f64_f32(vtrn1q_f32(r[2 * i], r[2 * i + 1]));
+    t[2 * i + 1] = vreinterpretq_f64_f32(vtrn2q_f32(r[2 * i], r[2 * i + 1]));
+  }
+  SK_FOR(i, 2) {
+    r[i] = vreinterpretq_f32_f64(vtrn1q_f64(t[i], t[i + 2]));
+    r[i + 2] = vreinterpretq_f32_f64(vtrn2q_f64(t[i], t[i + 2]));
+  }
 }
 
 #else  // portable
