@@ -1,31 +1,37 @@
 // The C++ core under AddressSanitizer and UndefinedBehaviorSanitizer: each product on each
 // instruction set, on sizes that meet every tail, with exactly as much memory as the interface asks
-// for, against a plain loop in double.
+// for, against a plain loop in double; and pack and unpack to the bit.
 #include <sys/wait.h>
 #include <unistd.h>
 
+#include <algorithm>
 #include <cmath>
 #include <cstdio>
 #include <cstdlib>
 #include <cstring>
+#include <initializer_list>
 #include <random>
 #include <stdexcept>
 #include <vector>
 
+#include "cpu/kernels.h"
 #include "cpu/products.h"
 #include "pattern/dense.h"
 
 namespace {
 
+constexpr sk::Type kTypes[] = {sk::Type::kFloat, sk::Type::kBfloat16};
+
 struct Problem {
   int64_t tokens, n, k;
   double density;
+  int64_t gap = 0;  // elements between two rows of an activation
 };
 
-const Problem kProblems[] = {{0, 5, 7, .5},     {1, 1, 1, 1},     {1, 37, 101, .3},
-                             {7, 37, 101, .3},  {33, 37, 101, 1}, {64, 37, 101, 0},
-                             {129, 300, 1, .9}, {65, 1, 300, .2}, {100, 530, 700, .02},
-                             {70, 400, 650, .5}};
+const Problem kProblems[] = {{0, 5, 7, .5},        {1, 1, 1, 1},        {1, 37, 101, .3},
+                             {7, 37, 101, .3},     {33, 37, 101, 1, 3}, {64, 37, 101, 0, 1},
+                             {129, 300, 1, .9},    {65, 1, 300, .2},    {33, 3300, 20, .1},
+                             {100, 230, 700, .03}, {70, 120, 330, .5}};
 
 float as_float(uint16_t b) {
   const uint32_t bits = uint32_t{b} << 16;
@@ -51,7 +57,10 @@ struct Array {
       v = static_cast<uint16_t>(bits >> 16);
     }
   }
-  void* data() { return type == sk::Type::kFloat ? static_cast<void*>(f.data()) : h.data(); }
+  const void* data() const {
+    return type == sk::Type::kFloat ? static_cast<const void*>(f.data()) : h.data();
+  }
+  void* data() { return const_cast<void*>(static_cast<const Array*>(this)->data()); }
   double operator[](int64_t i) const { return type == sk::Type::kFloat ? f[i] : as_float(h[i]); }
 };
 
@@ -62,7 +71,15 @@ void expect(double got, double want, double scale, sk::Type type, const char* wh
   std::exit(1);
 }
 
-void check(const Problem& p, sk::Type type, int threads) {
+void expect_same(const Array& got, const Array& want, const char* what) {
+  const size_t bytes = want.f.size() * sizeof(float) + want.h.size() * sizeof(uint16_t);
+  if (bytes == 0 || std::memcmp(got.data(), want.data(), bytes) == 0) return;
+  std::printf("%s: expected the same bits\n", what);
+  std::exit(1);
+}
+
+// Each number of vectors, of a tile, with several plans.
+void check(const Problem& p, sk::Type type, std::initializer_list<int> all_vecs) {
   std::mt19937 random(1);
   std::vector<int32_t> offsets{0}, cols;
   std::uniform_real_distribution<double> uniform;
@@ -74,51 +91,139 @@ void check(const Problem& p, sk::Type type, int threads) {
   offsets.shrink_to_fit();
   cols.shrink_to_fit();
   const int64_t nnz = static_cast<int64_t>(cols.size());
-  const sk::Csr w{offsets.data(), cols.data(), p.n, p.k, nnz};
+  const sk::Csr w{offsets.data(), cols.data(), p.n, p.k, nnz, 0};
   sk::Pattern pattern(p.n, p.k, nnz);
-  Array values(type, nnz, &random), x(type, p.tokens * p.k, &random);
-  Array dy(type, p.tokens * p.n, &random);
-  Array y(type, p.tokens * p.n, nullptr), dx(type, p.tokens * p.k, nullptr);
-  Array dvalues(type, nnz, nullptr);
+  const int64_t in_row = p.k + p.gap, out_row = p.n + p.gap;
+  const int64_t in_size = std::max<int64_t>(0, p.tokens * in_row - p.gap);
+  const int64_t out_size = std::max<int64_t>(0, p.tokens * out_row - p.gap);
+  Array values(type, nnz, &random), x(type, in_size, &random), dy(type, out_size, &random);
+  Array bias(type, p.n, &random);
 
-  sk::spmm(pattern, w, false, type, values.data(), {x.data(), p.k}, {y.data(), p.n}, p.tokens,
-           threads);
-  sk::spmm(pattern, w, true, type, values.data(), {dy.data(), p.n}, {dx.data(), p.k}, p.tokens,
-           threads);
-  sk::sddmm(pattern, w, type, {dy.data(), p.n}, {x.data(), p.k}, dvalues.data(), p.tokens, threads);
-
-  std::vector<double> want_y(p.tokens * p.n), scale_y(p.tokens * p.n);
-  std::vector<double> want_dx(p.tokens * p.k), scale_dx(p.tokens * p.k);
-  for (int64_t i = 0; i < p.n; i++)
-    for (int32_t q = offsets[i]; q < offsets[i + 1]; q++) {
-      double want = 0, scale = 0;
-      for (int64_t m = 0; m < p.tokens; m++) {
-        const int64_t at_y = m * p.n + i, at_x = m * p.k + cols[q];
-        want_y[at_y] += values[q] * x[at_x];
-        scale_y[at_y] += std::abs(values[q] * x[at_x]);
-        want_dx[at_x] += values[q] * dy[at_y];
-        scale_dx[at_x] += std::abs(values[q] * dy[at_y]);
-        want += dy[at_y] * x[at_x];
-        scale += std::abs(dy[at_y] * x[at_x]);
-      }
-      expect(dvalues[q], want, scale, type, "sddmm");
+  std::vector<double> want_y(out_size), scale_y(out_size), want_dx(in_size), scale_dx(in_size);
+  std::vector<double> want_dvalues(nnz), scale_dvalues(nnz);
+  for (int64_t i = 0; i < p.n; i++) {
+    for (int64_t m = 0; m < p.tokens; m++) {
+      want_y[m * out_row + i] = bias[i];
+      scale_y[m * out_row + i] = std::abs(bias[i]);
     }
-  for (int64_t j = 0; j < p.tokens * p.n; j++) expect(y[j], want_y[j], scale_y[j], type, "spmm");
-  for (int64_t j = 0; j < p.tokens * p.k; j++)
-    expect(dx[j], want_dx[j], scale_dx[j], type, "spmm transposed");
+    for (int32_t q = offsets[i]; q < offsets[i + 1]; q++) {
+      const double v = values[q];
+      for (int64_t m = 0; m < p.tokens; m++) {
+        const int64_t at_y = m * out_row + i, at_x = m * in_row + cols[q];
+        const double in = x[at_x], grad = dy[at_y];
+        want_y[at_y] += v * in;
+        scale_y[at_y] += std::abs(v * in);
+        want_dx[at_x] += v * grad;
+        scale_dx[at_x] += std::abs(v * grad);
+        want_dvalues[q] += grad * in;
+        scale_dvalues[q] += std::abs(grad * in);
+      }
+    }
+  }
+  auto expect_rows = [&](const Array& got, const std::vector<double>& want,
+                         const std::vector<double>& scale, int64_t features, const char* what) {
+    for (int64_t j = 0; j < static_cast<int64_t>(want.size()); j++)
+      if (j % (features + p.gap) < features)
+        expect(got[j], want[j], scale[j], type, what);
+      else if (got[j] == got[j])
+        expect(got[j], NAN, 0, type, "between two rows");
+  };
+
+  // With one thread against the truth. Threads, and what a plan does for their sake, change no bit.
+  for (int vecs : all_vecs) {
+    Array y(type, out_size, nullptr), dx(type, in_size, nullptr), dvalues(type, nnz, nullptr);
+    for (int threads : {1, 2, 3}) {
+      sk::Plan plan{threads, vecs, 1, 65536, 37 * vecs, 1, 1};
+      if (threads > 1) plan.rows = 11, plan.row_parts = 2, plan.col_parts = threads;
+      sk::Plan spmm_plan = plan;
+      if (threads == 3) spmm_plan.tile_parts = 2;
+      Array y2(type, out_size, nullptr), dx2(type, in_size, nullptr), dvalues2(type, nnz, nullptr);
+      sk::spmm(pattern, w, false, type, values.data(), bias.data(), {x.data(), in_row},
+               {y2.data(), out_row}, p.tokens, spmm_plan);
+      sk::spmm(pattern, w, true, type, values.data(), nullptr, {dy.data(), out_row},
+               {dx2.data(), in_row}, p.tokens, spmm_plan);
+      sk::sddmm(pattern, w, type, {dy.data(), out_row}, {x.data(), in_row}, dvalues2.data(),
+                p.tokens, plan);
+      if (threads == 1) {
+        expect_rows(y2, want_y, scale_y, p.n, "spmm");
+        expect_rows(dx2, want_dx, scale_dx, p.k, "spmm transposed");
+        for (int64_t q = 0; q < nnz; q++)
+          expect(dvalues2[q], want_dvalues[q], scale_dvalues[q], type, "sddmm");
+        y = y2, dx = dx2, dvalues = dvalues2;
+      } else {
+        expect_same(y2, y, "spmm of several threads");
+        expect_same(dx2, dx, "spmm transposed of several threads");
+        expect_same(dvalues2, dvalues, "sddmm of several threads");
+      }
+    }
+  }
 
   Array dense(type, p.n * p.k, nullptr), back(type, nnz, nullptr);
   const int bytes = static_cast<int>(sk::size_of(type));
-  sk::to_dense(w, bytes, values.data(), dense.data(), threads);
-  sk::from_dense(w, bytes, dense.data(), back.data(), threads);
-  for (int64_t q = 0; q < nnz; q++) expect(back[q], values[q], 0, type, "to_dense, from_dense");
+  sk::to_dense(w, bytes, values.data(), dense.data(), 2);
+  sk::from_dense(w, bytes, dense.data(), back.data(), 2);
+  expect_same(back, values, "to_dense, from_dense");
+}
+
+// To the nearest, a tie to the even one; a NaN keeps its upper bits and becomes quiet.
+uint16_t to_bfloat16(uint32_t bits) {
+  const uint32_t upper = bits >> 16, rest = bits & 0xffff;
+  if ((bits & 0x7fffffff) > 0x7f800000) return static_cast<uint16_t>(upper | 0x40);
+  return static_cast<uint16_t>(upper + (rest > 0x8000 || (rest == 0x8000 && upper % 2 == 1)));
+}
+
+// pack and unpack, to the bit, with every width and number of tokens: ties, infinities, NaNs and
+// subnormals meet every lane.
+void check_panels() {
+  constexpr int64_t kFeatures = 37, kGap = 3, kRow = kFeatures + kGap;
+  constexpr uint32_t kUpper[] = {0x0000, 0x0001, 0x3f80, 0x3f81, 0x7f7f, 0x7f80, 0xff7f, 0xffbf};
+  constexpr uint32_t kRest[] = {0, 1, 0x7fff, 0x8000, 0x8001, 0xffff};
+  const sk::Kernels& kern = sk::kernels();
+  std::mt19937 random(1);
+  for (int vecs : {1, 2, 4, 8})
+    for (int64_t tokens = 1; tokens <= vecs * kern.lanes; tokens++) {
+      const int64_t width = vecs * kern.lanes, size = tokens * kRow - kGap;
+      // A panel is aligned to 64 bytes; 16 floats are the most by which a vector falls short.
+      std::vector<float> memory(kFeatures * width + 16);
+      float* panel = memory.data() + (64 - reinterpret_cast<uintptr_t>(memory.data()) % 64) / 4;
+      Array x(sk::Type::kFloat, size, &random), f(x.type, size, nullptr);
+      Array h(sk::Type::kBfloat16, size, nullptr), again(h.type, size, nullptr);
+      for (float& v : x.f) {
+        const uint32_t bits = kUpper[random() % 8] << 16 | kRest[random() % 6];
+        std::memcpy(&v, &bits, 4);
+      }
+      std::fill(memory.begin(), memory.end(), NAN);
+      kern.pack(x.type, {x.data(), kRow}, tokens, kFeatures, vecs, panel);
+      for (int64_t c = 0; c < kFeatures; c++)
+        for (int64_t m = tokens; m < width; m++)
+          expect(panel[c * width + m], 0, 0, x.type, "padding of a panel");
+      kern.unpack(f.type, panel, vecs, tokens, kFeatures, {f.data(), kRow});
+      kern.unpack(h.type, panel, vecs, tokens, kFeatures, {h.data(), kRow});
+      kern.pack(h.type, {h.data(), kRow}, tokens, kFeatures, vecs, panel);
+      kern.unpack(again.type, panel, vecs, tokens, kFeatures, {again.data(), kRow});
+
+      Array want_f(f.type, size, nullptr), want_h(h.type, size, nullptr);
+      for (int64_t j = 0; j < size; j++)
+        if (j % kRow < kFeatures) {
+          uint32_t bits;
+          std::memcpy(&bits, &x.f[j], 4);
+          want_f.f[j] = x.f[j];
+          want_h.h[j] = to_bfloat16(bits);
+        }
+      expect_same(f, want_f, "a panel in fp32");
+      expect_same(h, want_h, "a panel in bfloat16");
+      expect_same(again, want_h, "a panel in bfloat16, again");
+    }
 }
 
 }  // namespace
 
+// Usage: sk_sanitize [isa...]; without names, all that run here.
 // The instruction set is chosen once a process, so each one gets its own.
-int main() {
-  for (const char* isa : {"portable", "avx2", "avx512", "neon"}) {
+int main(int argc, char** argv) {
+  std::vector<const char*> isas{"portable", "avx2", "avx512", "neon"};
+  if (argc > 1) isas.assign(argv + 1, argv + argc);
+  for (const char* isa : isas) {
     if (const pid_t child = fork()) {
       int status = 0;
       waitpid(child, &status, 0);
@@ -130,11 +235,13 @@ int main() {
       sk::kernels();
     } catch (const std::invalid_argument&) {
       std::printf("sanitize: %s is not built or does not run here\n", isa);
-      return 0;
+      return argc > 1;
     }
-    for (const Problem& p : kProblems)
-      for (sk::Type type : {sk::Type::kFloat, sk::Type::kBfloat16})
-        for (int threads : {1, 2}) check(p, type, threads);
+    check_panels();
+    for (sk::Type type : kTypes) {
+      for (const Problem& p : kProblems) check(p, type, {1, 2, 4, 8});
+      for (int64_t tokens = 1; tokens <= 130; tokens++) check({tokens, 9, 19, .4}, type, {8});
+    }
     std::printf("sanitize: %s ok\n", isa);
     return 0;
   }
