@@ -11,13 +11,13 @@ CXX_SOURCES := $(shell find csrc tests/cpp -name '*.cpp' -o -name '*.h' -o -name
 BUILD_INPUTS := pyproject.toml setup.py CMakeLists.txt $(CXX_SOURCES)
 VENV_STAMP := $(VENV)/.with-$(subst ==,-,$(TORCH))
 
-.PHONY: demo test lint pytest pytest-without-library sanitize bench-smoke bench clean
+.PHONY: demo test lint pytest pytest-without-library sanitize neon bench-smoke bench clean
 
 demo: $(VENV)/.installed-demo
 	$(BIN)/python -m sparsekern demo --out out
 
 # The last step closes with the summary line of the whole suite.
-test: lint sanitize pytest-without-library bench-smoke pytest
+test: lint sanitize neon pytest-without-library bench-smoke pytest
 
 lint: $(VENV)/.installed-test
 	$(BIN)/ruff check .
@@ -45,6 +45,19 @@ sanitize: $(VENV)/.installed-test
 	PATH="$$PATH:$(BIN)" cmake -G Ninja -S . -B build/sanitize -DSK_SANITIZE=ON
 	PATH="$$PATH:$(BIN)" cmake --build build/sanitize
 	build/sanitize/sk_sanitize
+
+# The same for aarch64, emulated. The search for leaks would have to trace a process of qemu's.
+ifeq ($(shell command -v aarch64-linux-gnu-g++ >/dev/null && command -v qemu-aarch64),)
+neon:
+	@echo "neon: skipped, no aarch64 cross compiler (aarch64-linux-gnu-g++) or no qemu-aarch64"
+else
+neon: $(VENV)/.installed-test
+	PATH="$$PATH:$(BIN)" cmake -G Ninja -S . -B build/neon -DSK_SANITIZE=ON \
+	  -DCMAKE_SYSTEM_NAME=Linux -DCMAKE_SYSTEM_PROCESSOR=aarch64 \
+	  -DCMAKE_CXX_COMPILER=aarch64-linux-gnu-g++
+	PATH="$$PATH:$(BIN)" cmake --build build/neon
+	ASAN_OPTIONS=detect_leaks=0 qemu-aarch64 -L /usr/aarch64-linux-gnu build/neon/sk_sanitize neon
+endif
 
 bench: $(VENV)/.installed-test
 	$(BIN)/python bench/run.py
