@@ -51,97 +51,101 @@ uint64_t fingerprint_samples(const Csr& w) {
   return kernels().hash(words, size);
 }
 
+// Appends the segments of a block, given how many non-zeros each row has there.
+void append_segments(Schedule& s, const std::vector<int32_t>& count, int64_t rows) {
+  // Counting sort, stable: rows of equal count stay in order, so reads keep moving forward.
+  const int32_t most = *std::max_element(count.begin(), count.begin() + rows);
+  const bool keeps_empty = (s.run_offsets.size() - 1) % s.col_blocks == 0;
+  std::vector<int32_t> first_of(most + 2, 0);
+  for (int64_t i = 0; i < rows; i++) first_of[count[i] + 1]++;
+  if (!keeps_empty) first_of[1] = 0;
+  const int64_t base = static_cast<int64_t>(s.row.size());
+  for (int32_t c = 0; c <= most; c++) {
+    if (first_of[c + 1] > 0) s.runs.push_back({c, first_of[c + 1], base + first_of[c]});
+    first_of[c + 1] += first_of[c];
+  }
+  s.row.resize(base + first_of[most + 1]);
+  for (int64_t i = 0; i < rows; i++)
+    if (count[i] > 0 || keeps_empty) s.row[base + first_of[count[i]]++] = static_cast<uint16_t>(i);
+  s.run_offsets.push_back(static_cast<int64_t>(s.runs.size()));
+}
+
+Schedule empty_schedule(int64_t n, int64_t k, int64_t nnz, int64_t rows, int64_t cols) {
+  Schedule s;
+  s.rows_per_block = rows;
+  s.cols_per_block = cols;
+  s.row_blocks = (n + rows - 1) / rows;
+  s.col_blocks = std::max<int64_t>(1, (k + cols - 1) / cols);
+  s.run_offsets.push_back(0);
+  s.nnz_offsets.push_back(0);
+  s.cols.resize(nnz);
+  return s;
+}
+
 }  // namespace
 
 Schedule make_schedule(const Csr& w, int64_t rows_per_block, int64_t cols_per_block) {
-  Schedule s;
-  s.rows_per_block = rows_per_block;
-  s.cols_per_block = cols_per_block;
-  s.row_blocks = (w.n + rows_per_block - 1) / rows_per_block;
-  s.col_blocks = std::max<int64_t>(1, (w.k + cols_per_block - 1) / cols_per_block);
-  s.run_offsets.push_back(0);
-  s.nnz_offsets.push_back(0);
-  s.cols.reserve(w.nnz);
-
-  std::vector<int32_t> next(rows_per_block), count(rows_per_block), first_of;
+  Schedule s = empty_schedule(w.n, w.k, w.nnz, rows_per_block, cols_per_block);
+  std::vector<int32_t> next(w.row_offsets, w.row_offsets + w.n), count(rows_per_block);
+  int64_t at = 0;
   for (int64_t r0 = 0; r0 < w.n; r0 += rows_per_block) {
     const int64_t rows = std::min(rows_per_block, w.n - r0);
-    std::copy_n(w.row_offsets + r0, rows, next.begin());
     for (int64_t b = 0; b < s.col_blocks; b++) {
-      const int64_t end_col = std::min(w.k, (b + 1) * cols_per_block);
-      int32_t most = 0;
+      const int64_t c0 = b * cols_per_block, c1 = std::min(w.k, c0 + cols_per_block);
       for (int64_t i = 0; i < rows; i++) {
-        const int32_t end = w.row_offsets[r0 + i + 1];
-        int32_t p = next[i];
-        while (p < end && w.col_indices[p] < end_col) p++;
-        count[i] = p - next[i];
-        most = std::max(most, count[i]);
+        int32_t p = next[r0 + i];
+        while (p < w.row_offsets[r0 + i + 1] && w.col_indices[p] < c1) p++;
+        count[i] = p - next[r0 + i];
       }
-      // Counting sort, stable: rows of equal count stay in order, so reads keep moving forward.
-      first_of.assign(most + 2, 0);
-      for (int64_t i = 0; i < rows; i++) first_of[count[i] + 1]++;
-      if (b > 0) first_of[1] = 0;
-      const int64_t base = static_cast<int64_t>(s.row.size());
-      for (int32_t c = 0; c <= most; c++) {
-        if (first_of[c + 1] > 0) s.runs.push_back({c, first_of[c + 1], base + first_of[c]});
-        first_of[c + 1] += first_of[c];
+      append_segments(s, count, rows);
+      for (size_t q = s.start.size(); q < s.row.size(); q++) {
+        const int32_t i = s.row[q];
+        int32_t& p = next[r0 + i];
+        s.start.push_back(static_cast<uint32_t>(p));
+        for (int32_t end = p + count[i]; p < end; p++)
+          s.cols[at++] = static_cast<uint16_t>(w.col_indices[p] - c0);
       }
-      s.row.resize(base + first_of[most + 1]);
-      s.start.resize(s.row.size());
-      for (int64_t i = 0; i < rows; i++) {
-        if (count[i] == 0 && b > 0) continue;
-        const int64_t at = base + first_of[count[i]]++;
-        s.row[at] = static_cast<uint16_t>(i);
-        s.start[at] = static_cast<uint32_t>(next[i]);
-        next[i] += count[i];
-      }
-      for (size_t r = s.run_offsets.back(); r < s.runs.size(); r++)
-        for (int64_t q = 0; q < s.runs[r].segments; q++) {
-          const int32_t* cols = w.col_indices + s.start[s.runs[r].first + q];
-          for (int32_t p = 0; p < s.runs[r].count; p++)
-            s.cols.push_back(static_cast<uint16_t>(cols[p] - b * cols_per_block));
-        }
-      s.run_offsets.push_back(static_cast<int64_t>(s.runs.size()));
-      s.nnz_offsets.push_back(static_cast<int64_t>(s.cols.size()));
+      s.nnz_offsets.push_back(at);
     }
   }
   s.start.resize(s.start.size() + Schedule::kAhead);
   return s;
 }
 
-namespace {
-
-// W^T as CSR; its position p holds the value that W holds at position source[p].
-struct Transposed {
-  std::vector<int32_t> row_offsets, col_indices, source;
-
-  explicit Transposed(const Csr& w) : row_offsets(w.k + 1, 0), col_indices(w.nnz), source(w.nnz) {
-    for (int64_t p = 0; p < w.nnz; p++) row_offsets[w.col_indices[p] + 1]++;
-    for (int64_t c = 0; c < w.k; c++) row_offsets[c + 1] += row_offsets[c];
-    std::vector<int32_t> next(row_offsets.begin(), row_offsets.end() - 1);
-    for (int64_t i = 0; i < w.n; i++)
-      for (int32_t p = w.row_offsets[i]; p < w.row_offsets[i + 1]; p++) {
-        const int32_t at = next[w.col_indices[p]]++;
-        col_indices[at] = static_cast<int32_t>(i);
-        source[at] = p;
-      }
-  }
-};
-
+// The same for W^T, whose rows are columns of W. A block is transposed while it is in cache.
 Schedule make_schedule_t(const Csr& w, int64_t rows_per_block, int64_t cols_per_block) {
-  const Transposed t(w);
-  Schedule s = make_schedule({t.row_offsets.data(), t.col_indices.data(), w.k, w.n, w.nnz, 0},
-                             rows_per_block, cols_per_block);
-  s.source.reserve(w.nnz + Schedule::kAhead);
-  for (const Run& run : s.runs)
-    for (int64_t q = run.first; q < run.first + run.segments; q++)
-      s.source.insert(s.source.end(), t.source.begin() + s.start[q],
-                      t.source.begin() + s.start[q] + run.count);
+  Schedule s = empty_schedule(w.k, w.n, w.nnz, rows_per_block, cols_per_block);
   s.source.resize(w.nnz + Schedule::kAhead);
+  std::vector<int32_t> next(w.row_offsets, w.row_offsets + w.n), count(rows_per_block);
+  std::vector<int64_t> place(rows_per_block);
+  int64_t at = 0;
+  for (int64_t c0 = 0; c0 < w.k; c0 += rows_per_block) {
+    const int64_t cols = std::min(rows_per_block, w.k - c0);
+    for (int64_t b = 0; b < s.col_blocks; b++) {
+      const int64_t r0 = b * cols_per_block, r1 = std::min(w.n, r0 + cols_per_block);
+      // Calls f(row of W, position in CSR) for what W has in this block.
+      auto for_entries = [&](auto f) {
+        for (int64_t i = r0; i < r1; i++) {
+          int32_t p = next[i];
+          while (p < w.row_offsets[i + 1] && w.col_indices[p] < c0 + cols) f(i, p++);
+        }
+      };
+      std::fill_n(count.begin(), cols, 0);
+      for_entries([&](int64_t, int32_t p) { count[w.col_indices[p] - c0]++; });
+      const size_t before = s.row.size();
+      append_segments(s, count, cols);
+      for (size_t q = before; q < s.row.size(); at += count[s.row[q++]]) place[s.row[q]] = at;
+      for_entries([&](int64_t i, int32_t p) {
+        const int64_t to = place[w.col_indices[p] - c0]++;
+        s.cols[to] = static_cast<uint16_t>(i - r0);
+        s.source[to] = p;
+        next[i] = p + 1;
+      });
+      s.nnz_offsets.push_back(at);
+    }
+  }
   return s;
 }
-
-}  // namespace
 
 void Pattern::forget_if_changed(const Csr& w) {
   const uint64_t samples = fingerprint_samples(w);
