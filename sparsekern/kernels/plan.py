@@ -59,7 +59,8 @@ def make_plan(p: Problem, machine: Machine, threads: int) -> Plan:
       the tokens allow. Those left over are packed by several threads, each for a part of the rows.
     - SDDMM's threads take a part of the rows and columns of W and go through all tiles, so that
       nobody waits; the grid is the one whose cells have the fewest rows and columns to pack.
-    - A column block of x fits L1, or a little more where few of its rows are read. More than two
+    - A column block of x fits L1, or a little more where few of its rows are read; SDDMM reads a row
+      of dy for each row and column block, and likes them larger. More than two
       threads are taken to share an L1 in pairs, which a virtual machine does not show.
     - A row block's y panel stays in L2.
     """
@@ -78,7 +79,10 @@ def make_plan(p: Problem, machine: Machine, threads: int) -> Plan:
     l1_bytes = machine.l1_bytes or 32768
     if threads > 2 and vecs >= 4:  # narrower tiles would sum in another order
         l1_bytes = l1_bytes * 2 // 3
-    quarters = 3 if p.density > 0.07 else 5 if p.density > 0.03 else 8
+    if is_sddmm:
+        quarters = 5 if p.density > 0.07 else 8
+    else:
+        quarters = 3 if p.density > 0.07 else 5 if p.density > 0.03 else 8
     cols = min(max(l1_bytes * quarters // 4 // row_bytes, 16), 65536)
 
     row_parts = col_parts = 1
