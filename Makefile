@@ -11,7 +11,7 @@ CXX_SOURCES := $(shell find csrc tests/cpp -name '*.cpp' -o -name '*.h' -o -name
 BUILD_INPUTS := pyproject.toml setup.py CMakeLists.txt $(CXX_SOURCES)
 VENV_STAMP := $(VENV)/.with-$(subst ==,-,$(TORCH))
 
-.PHONY: demo test lint pytest pytest-without-library sanitize neon bench-smoke bench clean
+.PHONY: demo test lint pytest pytest-without-library sanitize neon bench-smoke bench deepsparse clean
 
 demo: $(VENV)/.installed-demo
 	$(BIN)/python -m sparsekern demo --out out
@@ -61,6 +61,15 @@ endif
 
 bench: $(VENV)/.installed-test
 	$(BIN)/python bench/run.py
+
+# A peer for `make bench`. It wants numpy 1 and an old onnx, so it gets an environment of its own, and
+# its last wheels are for x86-64 Linux and Python 3.8 to 3.11. Its license is for evaluation only.
+deepsparse: build/deepsparse/.installed
+
+build/deepsparse/.installed:
+	$(PYTHON) -m venv build/deepsparse
+	build/deepsparse/bin/python -m pip --disable-pip-version-check install -q deepsparse==1.8.0
+	touch $@
 
 clean:
 	rm -rf build out *.egg-info .pytest_cache .ruff_cache .hypothesis .benchmarks

@@ -1,32 +1,38 @@
-"""One training step of the demo's GPT (forward, backward, AdamW): sparse linears against dense."""
+"""One training step of a GPT (forward, backward, AdamW): sparse linears against dense."""
 
 import copy
 from dataclasses import dataclass, replace
 
 import measure
+import pytest
 import torch
-from measure import Rival
+from measure import DENSE, Rival, ours
 
 from sparsekern import SparseLinear, densify_
 from sparsekern.gpt import demo
+from sparsekern.gpt.profile import linear_share, measured_cap, profile_step
 from sparsekern.gpt.train import TrainConfig, build_model, build_optimizer, compute_gradients
 from sparsekern.tensor import expand_rows
 
-VOCABULARY = 256  # bytes
 GRADIENT_TOLERANCE = 1e-4  # relative to the largest gradient of the layer
+BYTES, GPT2_VOCABULARY = 256, 50257
 
 
 @dataclass(frozen=True)
 class Step:
-    """The demo's model and batch at one sparsity."""
+    """A model, its batch and the sparsity of its linears."""
 
-    width: int
+    model: str
     layers: int
+    width: int
+    vocabulary: int
+    context: int
+    batch: int
     sparsity: float
     threads: int
 
     def __str__(self) -> str:
-        return f"gpt-{self.layers}x{self.width}-{self.sparsity:.0%}-{self.threads}T"
+        return f"{self.model}-{self.layers}x{self.width}-{self.sparsity:.0%}-{self.threads}T"
 
     def config(self) -> TrainConfig:
         return TrainConfig(
@@ -34,19 +40,25 @@ class Step:
             layers=self.layers,
             width=self.width,
             heads=demo.HEADS,
-            context=demo.CONTEXT,
-            batch=demo.BATCH,
+            context=self.context,
+            batch=self.batch,
         )
 
 
 def workloads(quick: bool) -> list[Step]:
     if quick:
-        return [Step(width=16 * demo.HEADS, layers=1, sparsity=0.75, threads=1)]
-    return [
-        Step(demo.WIDTH, demo.LAYERS, sparsity, threads)
-        for threads in measure.thread_counts()
+        return [Step("tiny", 1, 16 * demo.HEADS, BYTES, demo.CONTEXT, demo.BATCH, 0.75, 1)]
+    steps = [
+        Step("demo", demo.LAYERS, demo.WIDTH, BYTES, demo.CONTEXT, demo.BATCH, sparsity, threads)
+        for threads in (1, 2)
         for sparsity in measure.SPARSITIES
     ]
+    # GPT-2 small, with its own head and with one that leaves the linears nearly alone.
+    steps += [
+        Step("gpt2-small", 12, 768, GPT2_VOCABULARY, 256, 4, 0.75, 2),
+        Step("gpt2-small-bytes", 12, 768, BYTES, 256, 4, 0.75, 2),
+    ]
+    return [step for step in steps if step.threads <= len(measure.CORES)]
 
 
 def check_gradients(model, x, y) -> None:
@@ -64,26 +76,35 @@ def check_gradients(model, x, y) -> None:
             assert error < GRADIENT_TOLERANCE, f"{name}: gradient off by {error:.1e}"
 
 
+@pytest.mark.runs_on(workloads=workloads)
 def test_train_step(race, workload):
     config = workload.config()
     tokens = torch.randint(
-        VOCABULARY, (config.batch, config.context), generator=torch.Generator().manual_seed(0)
+        workload.vocabulary,
+        (config.batch, config.context),
+        generator=torch.Generator().manual_seed(0),
     )
     x, y = tokens, tokens.roll(-1, dims=1)
-    model = build_model(config, VOCABULARY)
+    model = build_model(config, workload.vocabulary)
     check_gradients(model, x, y)
+    dense = build_model(replace(config, sparsity=0.0), workload.vocabulary)
+    optimizers = {m: build_optimizer(m, config.lr) for m in (model, dense)}
 
-    def step_of(model):
-        optimizer = build_optimizer(model, config.lr)
+    def step(model) -> None:
+        compute_gradients(model, x, y)
+        optimizers[model].step()
 
-        def step() -> None:
-            compute_gradients(model, x, y)
-            optimizer.step()
-
-        return step
-
-    dense = Rival("dense", True, step_of(build_model(replace(config, sparsity=0.0), VOCABULARY)))
-    ours = step_of(model)
-    ours()
-    dense.run()
-    race("train_step", ours, [dense], {"M": config.batch * config.context})
+    for each in optimizers:
+        step(each)
+    linears = [name for name, m in model.named_modules() if isinstance(m, SparseLinear)]
+    parts = profile_step(dense, optimizers[dense], (x, y), linears)
+    race(
+        "train_step",
+        ours(lambda: step(model)),
+        [Rival("dense", DENSE, lambda: step(dense))],
+        {
+            "M": config.batch * config.context,
+            "linear_share": linear_share(parts),
+            "cap": measured_cap(parts, float("inf")),
+        },
+    )

@@ -4,6 +4,7 @@ import platform
 from functools import partial
 
 import measure
+import numpy
 import pytest
 import scipy
 import torch
@@ -16,18 +17,25 @@ def pytest_addoption(parser):
 
 
 def pytest_generate_tests(metafunc):
-    quick = metafunc.config.getoption("--quick")
-    metafunc.parametrize("workload", metafunc.module.workloads(quick), ids=str)
+    workloads = metafunc.definition.get_closest_marker("runs_on").kwargs["workloads"]
+    metafunc.parametrize("workload", workloads(metafunc.config.getoption("--quick")), ids=str)
 
 
 @pytest.fixture
 def race(benchmark, request, workload):
-    """measure.race(op, ours, rivals, info) on the cores of this workload."""
-    measure.pin(workload.threads)
+    """measure.race(op, ours, rivals, info, ...) on the cores of this workload."""
     return partial(measure.race, benchmark, request.config.getoption("--quick"), workload)
 
 
+@pytest.fixture(autouse=True)
+def pinned(workload):
+    """Before the test: peers start their threads where and as many as it says."""
+    measure.pin(workload.threads)
+
+
 def pytest_benchmark_generate_machine_info():
+    import peers
+
     return {
         "cpu": measure.cpu_name(),
         "cores": len(measure.CORES),
@@ -36,8 +44,10 @@ def pytest_benchmark_generate_machine_info():
         "system": f"{platform.system()} {platform.machine()}",
         "python": platform.python_version(),
         "torch": torch.__version__,
+        "numpy": numpy.__version__,
         "scipy": scipy.__version__,
         "sparsekern": __version__,
+        "peers": peers.report(),
     }
 
 

@@ -1,6 +1,8 @@
-"""Runs the benchmarks. Writes results/<machine>-<isa>-<date>.json, its table, and README's table.
+"""Runs the benchmarks: results/<machine>-<isa>-<date>.json, .md and .png, and README's table.
 
 python bench/run.py [pytest's arguments]
+
+With arguments the files go to build/bench and README stays as it is: both are of the whole grid.
 """
 
 import json
@@ -9,67 +11,87 @@ import sys
 import tempfile
 from datetime import date
 from pathlib import Path
-from statistics import geometric_mean
 
 import measure
 import pytest
+import tables
 
 BENCH = Path(__file__).parent
 RESULTS = BENCH / "results"
+PARTIAL = BENCH.parent / "build" / "bench"
 README = BENCH.parent / "README.md"
 MARKERS = "<!-- bench: begin -->", "<!-- bench: end -->"
 
-PASSES = {
-    "spmm": "forward",
-    "spmm_t": "input gradient",
-    "sddmm": "values' gradient",
-    "train_step": "GPT training step",
-}
-# Rows of README's table: (label, ops, tokens or None for any).
+PLAIN = {"dtype": "torch.float32", "mask": "random", "is_cold": False}
+# Rows of README's table: (label, fields of extra_info).
 SUMMARY = (
-    ("forward, M = 256 and 1024", ("spmm",), (256, 1024)),
-    ("both gradients, M = 256 and 1024", ("spmm_t", "sddmm"), (256, 1024)),
-    ("forward, M = 16", ("spmm",), (16,)),
-    ("GPT training step", ("train_step",), None),
+    ("forward, M = {M}", {"op": "spmm", "M": (256, 1024), **PLAIN}),
+    ("input gradient, M = {M}", {"op": "spmm_t", "M": (256, 1024), **PLAIN}),
+    ("values' gradient, M = {M}", {"op": "sddmm", "M": (256, 1024), **PLAIN}),
+    ("forward, M = 16", {"op": "spmm", "M": 16, **PLAIN}),
+    ("forward, M = 1, weights cold", {"op": "spmm", "M": 1, **PLAIN, "is_cold": True}),
+    ("forward, M = 1, weights in cache", {"op": "spmm", "M": 1, **PLAIN}),
+    (
+        "forward, M = 1, weights cold, bf16",
+        {"op": "spmm", "M": 1, **PLAIN, "is_cold": True, "dtype": "torch.bfloat16"},
+    ),
+    ("training step of the demo's GPT", {"op": "train_step", "model": "demo"}),
+    ("training step of GPT-2 small", {"op": "train_step", "model": "gpt2-small"}),
 )
 
+SECTIONS = """\
+# {name}
 
-def details(infos: list[dict]) -> list[tuple]:
-    """One row for each pass and M."""
-    order = list(PASSES)
-    pairs = {(order.index(info["op"]), info["M"]) for info in infos}
-    return [(f"{PASSES[order[op]]}, M = {M}", (order[op],), (M,)) for op, M in sorted(pairs)]
+{heading}
+
+Times faster than the best dense call, which is the fastest of torch and OpenBLAS on the same
+operands (for bf16 of both types). Medians of interleaved rounds, geometric means over the shapes;
+in brackets the best sparse peer of each shape. Below 1 is a loss.
+
+![speed-up against sparsity]({name}.png)
+
+{summary}
+
+## Everyone
+
+Errors are relative to |x| |W|^T in fp64, the worst of all shapes and, with cold weights, of all
+copies of W. Cold weights: each competitor goes through {cold_mb:.0f} MB or more of copies of W.
+
+{competitors}
+
+{peers}
+
+## By shape
+
+One thread. GFLOP/s of the best dense call.
+
+{by_shape}
+
+## Against ourselves
+
+Times faster than our own call on fp32 operands, on a random mask of as many values, or with one
+thread.
+
+{against_ourselves}
+
+## Training step
+
+Cap: with linears that take no time, by their share of the dense step.
+
+{steps}
+
+## Memory
+
+Growth of the process's peak by a forward and backward of SparseLinear. The first call also derives
+its schedules from the pattern and keeps them. Bound of a later one: its results, packed panels and
+the values in walking order.
+
+{memory}
+"""
 
 
-def table(infos: list[dict], rows) -> str:
-    """Markdown: geometric means of the speed-up over dense; in brackets those of the best peer."""
-    sparsities = sorted({info["sparsity"] for info in infos})
-    lines = [
-        " | ".join(["| times dense", "threads", *(f"{s:.0%}" for s in sparsities)]) + " |",
-        "|---" * (2 + len(sparsities)) + "|",
-    ]
-    for label, ops, tokens in rows:
-        for threads in sorted({info["threads"] for info in infos}):
-            chosen = [
-                info
-                for info in infos
-                if info["op"] in ops
-                and info["threads"] == threads
-                and (tokens is None or info["M"] in tokens)
-            ]
-            if chosen:
-                cells = [cell([i for i in chosen if i["sparsity"] == s]) for s in sparsities]
-                lines.append(" | ".join([f"| {label}", str(threads), *cells]) + " |")
-    return "\n".join(lines)
-
-
-def cell(infos: list[dict]) -> str:
-    """'2.31 (0.63)': ours, and the best peer of each shape where there is one."""
-    if not infos:
-        return ""
-    peers = [max(info["peer_speedups"].values()) for info in infos if info["peer_speedups"]]
-    ours = f"{geometric_mean(info['speedup'] for info in infos):.2f}"
-    return f"{ours} ({geometric_mean(peers):.2f})" if peers else ours
+def infos_of(result: dict) -> list[dict]:
+    return [benchmark["extra_info"] for benchmark in result["benchmarks"]]
 
 
 def heading(result: dict) -> str:
@@ -77,17 +99,52 @@ def heading(result: dict) -> str:
     changed = " with local changes" if commit["dirty"] else ""
     return (
         f"{machine['cpu']}, {machine['cores']} cores, {machine['isa']}, torch {machine['torch']} "
-        f"({machine['isa_of_torch']}), fp32, "
+        f"({machine['isa_of_torch']}), fp32 unless said, "
         f"{result['datetime'][:10]}, commit {commit['id'][:10]}{changed}."
     )
 
 
-def update_readme(name: str, result: dict, infos: list[dict]) -> None:
+def page(name: str, result: dict) -> str:
+    infos = infos_of(result)
+    return SECTIONS.format(
+        name=name,
+        heading=heading(result),
+        cold_mb=measure.COLD_BYTES / 1e6,
+        summary=tables.summary(timed(infos), SUMMARY),
+        peers=tables.peers(result["machine_info"]),
+        **{
+            table.__name__: table(infos) or "Not run."
+            for table in (
+                tables.competitors,
+                tables.by_shape,
+                tables.against_ourselves,
+                tables.steps,
+                tables.memory,
+            )
+        },
+    )
+
+
+def timed(infos: list[dict]) -> list[dict]:
+    return [info for info in infos if "rivals" in info]
+
+
+def update_readme(name: str, result: dict) -> None:
     begin, end = MARKERS
     text = f"{heading(result)} Details: [bench/results/{name}.md](bench/results/{name}.md)."
-    section = f"{begin}\n{table(infos, SUMMARY)}\n\n{text}\n{end}"
+    section = f"{begin}\n{tables.summary(timed(infos_of(result)), SUMMARY)}\n\n{text}\n{end}"
     before, rest = README.read_text().split(begin)
     README.write_text(before + section + rest.split(end)[1])
+
+
+def write(folder: Path, name: str, text: str) -> None:
+    """The JSON and what is made of it."""
+    result = json.loads(text)
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / f"{name}.json").write_text(text)
+    (folder / f"{name}.md").write_text(page(name, result))
+    title = f"{result['machine_info']['cpu']}, one thread, geometric means of the shapes"
+    tables.plot(infos_of(result), title).savefig(folder / f"{name}.png", dpi=120)
 
 
 def main() -> int:
@@ -99,16 +156,11 @@ def main() -> int:
         if code := pytest.main([str(BENCH), *options, *sys.argv[1:]]):
             return code  # no numbers from a red run
         text = fresh.read_text()
-    RESULTS.mkdir(exist_ok=True)
-    (RESULTS / f"{name}.json").write_text(text)
-    result = json.loads(text)
-    infos = [benchmark["extra_info"] for benchmark in result["benchmarks"]]
-    rows = details(infos)
-    page = f"# {name}\n\n{heading(result)}\n\n{table(infos, rows)}\n"
-    (RESULTS / f"{name}.md").write_text(page)
-    if len(sys.argv) == 1:
-        update_readme(name, result, infos)
-    print(page)
+    is_whole = len(sys.argv) == 1
+    write(RESULTS if is_whole else PARTIAL, name, text)
+    if is_whole:
+        update_readme(name, json.loads(text))
+    print(page(name, json.loads(text)))
     return 0
 
 

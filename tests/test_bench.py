@@ -1,84 +1,165 @@
-"""What the benchmarks make of their times: ratios, tables, README's section."""
+"""What the benchmarks make of their times: ratios, tables, README's section. And their race."""
 
 import sys
 from pathlib import Path
 
 import pytest
+import torch
 
 BENCH = Path(__file__).parents[1] / "bench"
 
 
 @pytest.fixture
 def bench(monkeypatch):
-    """The modules of bench/, which is a folder of scripts and not a package."""
-    pytest.importorskip("pytest_benchmark")
+    """Imports a module of bench/, which is a folder of scripts and not a package."""
+    for package in ("pytest_benchmark", "threadpoolctl", "matplotlib"):
+        pytest.importorskip(package)
     monkeypatch.syspath_prepend(BENCH)
-    import measure
-    import run
+    before = set(sys.modules)
+    yield lambda name: __import__(name)
+    for name in set(sys.modules) - before:
+        if (BENCH / f"{name}.py").exists():
+            del sys.modules[name]
 
-    yield measure, run
-    for name in ("measure", "run"):
-        del sys.modules[name]
 
-
-def result(op: str, M: int, sparsity: float, ours_s: float, peer_s: float | None = None) -> dict:
+def result(op: str, M: int, sparsity: float, ours_s: float, **info) -> dict:
+    """Dense takes 4 s, a peer 8 s, and one that is wrong no time at all."""
     rivals = {
-        "F.linear": {"is_dense": True, "min_s": 3.0, "median_s": 4.0},
-        "torch.mm": {"is_dense": True, "min_s": 6.0, "median_s": 6.0},
+        "F.linear": {"kind": "dense", "median_s": 4.0, "error": 0.0, "is_right": True},
+        "torch.mm": {"kind": "dense", "median_s": 6.0, "error": 0.0, "is_right": True},
+        "scipy CSR": {"kind": "sparse", "median_s": 8.0, "error": 1e-7, "is_right": True},
+        "hasty": {"kind": "sparse", "median_s": 0.1, "error": 0.5, "is_right": False},
     }
-    if peer_s:
-        rivals["scipy CSR"] = {"is_dense": False, "min_s": peer_s, "median_s": peer_s}
-    info = {"op": op, "M": M, "sparsity": sparsity, "threads": 1, "useful_flop": 10}
-    return {"stats": {"median": ours_s}, "extra_info": {**info, "rivals": rivals}}
+    shape = {"N": 8, "K": 8, "dtype": "torch.float32", "mask": "random", "is_cold": False}
+    counts = {"dense_flop": 40, "calls": 1, "error": 2e-7, "threads": 1}
+    fields = {"op": op, "M": M, "sparsity": sparsity, **shape, **counts, "rivals": rivals, **info}
+    return {"stats": {"median": ours_s}, "extra_info": fields}
+
+
+def infos(bench, *benchmarks: dict) -> list[dict]:
+    for benchmark in benchmarks:
+        bench("measure").derive_ratios(benchmark)
+    return [benchmark["extra_info"] for benchmark in benchmarks]
+
+
+def some_infos(bench) -> list[dict]:
+    dense = {"dense": {"kind": "dense", "median_s": 4.0, "error": 0.0, "is_right": True}}
+    model = {"model": "demo", "layers": 1, "width": 8, "vocabulary": 9, "batch": 1, "context": 4}
+    cap = {"linear_share": 0.5, "cap": 2.0}
+    sizes = {f"{name}_bytes": 2**20 for name in ("first", "later", "result", "bound", "dense")}
+    return [
+        *infos(
+            bench,
+            result("spmm", 256, 0.5, ours_s=4.0),
+            result("spmm", 256, 0.5, ours_s=2.0, threads=2),
+            result("spmm", 1024, 0.5, ours_s=1.0),
+            result("spmm", 1, 0.5, ours_s=1.0, is_cold=True),
+            result("sddmm", 256, 0.75, ours_s=2.0),
+            result("train_step", 1024, 0.75, ours_s=2.0, rivals=dense, **model, **cap),
+        ),
+        {"op": "memory", "M": 1, "N": 8, "K": 8, "every": 4, "threads": 1, **sizes},
+    ]
 
 
 def test_ratios_are_against_the_best_dense_call(bench):
-    measure, _ = bench
-    benchmark = result("spmm", 16, 0.5, ours_s=2.0, peer_s=8.0)
-    measure.derive_ratios(benchmark)
-    info = benchmark["extra_info"]
-    assert info["speedup"] == 2 and info["peer_speedups"] == {"scipy CSR": 0.5}
-    assert info["useful_flop_per_s"] == 5
+    (info,) = infos(bench, result("spmm", 16, 0.5, ours_s=6.0, calls=3))
+    assert info["ours_s"] == 2 and info["speedup"] == 2
+    assert info["best_dense"] == "F.linear" and info["dense_flop_per_s"] == 20
 
 
-def test_tables_hold_geometric_means(bench, monkeypatch, tmp_path):
-    measure, run = bench
-    benchmarks = [
-        result("spmm", 256, 0.5, ours_s=4.0, peer_s=8.0),
-        result("spmm", 1024, 0.5, ours_s=1.0, peer_s=2.0),
-        result("sddmm", 256, 0.75, ours_s=2.0, peer_s=16.0),
-        result("train_step", 1024, 0.75, ours_s=2.0),
+def test_who_is_wrong_is_shown_and_not_the_best(bench):
+    (info,) = infos(bench, result("spmm", 16, 0.5, ours_s=2.0))
+    assert info["speedups"] == {"scipy CSR": 0.5, "hasty": 40.0} and info["best_peer"] == 0.5
+    lines = bench("tables").competitors([info]).splitlines()
+    assert "hasty" in lines[4] and "5e-01 **wrong**" in lines[4]
+    assert "1e-07" in lines[3] and "wrong" not in lines[3]
+
+
+def test_tables_hold_geometric_means(bench):
+    run, tables = bench("run"), bench("tables")
+    rows = [
+        [part.strip() for part in line.split("|")[1:-1]]
+        for line in tables.summary(run.timed(some_infos(bench)), run.SUMMARY).splitlines()
     ]
-    for benchmark in benchmarks:
-        measure.derive_ratios(benchmark)
-    infos = [benchmark["extra_info"] for benchmark in benchmarks]
-    assert run.table(infos, run.SUMMARY).splitlines() == [
-        "| times dense | threads | 50% | 75% |",
-        "|---|---|---|---|",
-        "| forward, M = 256 and 1024 | 1 | 2.00 (1.00) |  |",
-        "| both gradients, M = 256 and 1024 | 1 |  | 2.00 (0.25) |",
-        "| GPT training step | 1 |  | 2.00 |",
+    assert rows[0] == ["times dense", "threads", "50%", "75%"]
+    assert rows[2:] == [
+        ["forward, M = 256 and 1024", "1 (1 shape)", "2.00 (0.50)", ""],
+        ["forward, M = 256", "2 (1 shape)", "2.00 (0.50)", ""],
+        ["values' gradient, M = 256", "1 (1 shape)", "", "2.00 (0.50)"],
+        ["forward, M = 1, weights cold", "1 (1 shape)", "4.00 (0.50)", ""],
+        ["training step of the demo's GPT", "1", "", "2.00"],
     ]
-    assert [row[0] for row in run.details(infos)] == [
-        "forward, M = 256",
-        "forward, M = 1024",
-        "values' gradient, M = 256",
-        "GPT training step, M = 1024",
-    ]
+    (scaling, dense) = tables.against_ourselves(some_infos(bench)).splitlines()[2:]
+    assert "sparsekern, one thread" in scaling and "2.00" in scaling and "1.00" in dense
+
+
+def test_results_are_a_page_a_plot_and_readmes_section(bench, monkeypatch, tmp_path):
+    run = bench("run")
+    found = some_infos(bench)
+    machine = {"cpu": "A CPU", "cores": 2, "isa": "avx2", "torch": "2.13.0", "isa_of_torch": "AVX2"}
+    machine["peers"] = [{"name": "absent", "layout": "its own", "missing": "no wheel"}]
+    full = {"machine_info": machine, "commit_info": {"id": "abc", "dirty": False}}
+    full |= {"datetime": "2026-01-02T03:04", "benchmarks": [{"extra_info": i} for i in found]}
+
+    run.write(tmp_path / "results", "a-cpu", run.json.dumps(full))
+    page = (tmp_path / "results" / "a-cpu.md").read_text()
+    assert "no wheel" in page and "Not run." not in page
+    assert (tmp_path / "results" / "a-cpu.png").stat().st_size > 10_000
 
     monkeypatch.setattr(run, "README", tmp_path / "README.md")
-    run.README.write_text(f"before\n{run.MARKERS[0]}\nold\n{run.MARKERS[1]}\nafter\n")
-    machine = {"cpu": "A CPU", "cores": 2, "isa": "avx2", "torch": "2.13.0"}
-    machine["isa_of_torch"] = "AVX2"
-    commit = {"id": "abc", "dirty": False}
-    full = {"machine_info": machine, "commit_info": commit, "datetime": "2026-01-02T03:04"}
-    run.update_readme("a-cpu", full, infos)
+    run.README.write_text(f"before\n{run.MARKERS[0]}\nformer\n{run.MARKERS[1]}\nafter\n")
+    run.update_readme("a-cpu", full)
     text = run.README.read_text()
     assert text.startswith("before\n<!-- bench: begin -->\n| times dense")
-    assert "old" not in text and text.endswith("-->\nafter\n")
+    assert "former" not in text and text.endswith("-->\nafter\n")
 
 
 def test_the_readme_has_a_place_for_the_table(bench):
-    _, run = bench
+    run = bench("run")
     readme = run.README.read_text()
     assert all(readme.count(marker) == 1 for marker in run.MARKERS)
+
+
+def test_cold_weights_are_many_copies_used_in_turn(bench, monkeypatch):
+    measure = bench("measure")
+    monkeypatch.setattr(measure, "COLD_BYTES", 1000)
+    W, dense = measure.weight(measure.Workload(1, 8, 8, 0.75, 1))
+    for weight, size in ((dense, 256), (W, 36 + 2 * 64)):
+        copies = measure.cold_copies(weight)
+        assert len(copies) == -(-1000 // size)
+    assert len({each.values.data_ptr() for each in [W, *copies]}) == len(copies) + 1
+
+    used = []
+    rivals = (measure.ours(lambda i=i: used.append(i)) for i in range(3))
+    rival = measure.rotate(rivals)
+    for _ in range(4):
+        rival.run()
+    assert rival.copies == 3 and used == [0, 1, 2, 0]
+
+
+def test_the_check_finds_the_one_copy_that_is_wrong(bench):
+    measure = bench("measure")
+    one, scale = torch.ones(2, dtype=torch.float64), torch.ones(2, dtype=torch.float64)
+    copies = [measure.ours(lambda y=y: torch.full((2,), y)) for y in (1.0, 1.5, 1.0)]
+    assert measure.check(measure.rotate(copies), (one, scale))[0] == 0.5
+    copies[2] = measure.ours(lambda: torch.full((2,), torch.nan))
+    assert not measure.check(measure.rotate(copies), (one, scale))[0] < 1e9
+
+
+def test_pruned_rows_are_uneven(bench):
+    measure = bench("measure")
+    W, dense = measure.weight(measure.Workload(1, 64, 64, 0.75, 1, mask="pruned"))
+    assert W.nnz == 64 * 64 // 4 and torch.equal(W.to_dense(), dense)
+    counts = W.row_offsets.diff()
+    assert counts.max() > 3 * counts.min()
+
+
+def test_every_peer_computes_the_product(bench):
+    pytest.importorskip("scipy")
+    peers, measure = bench("peers"), bench("measure")
+    W, dense = measure.weight(measure.Workload(1, 48, 32, 0.75, 1))
+    for M in (1, 5):
+        x = measure.normal(M, 32)
+        exact = measure.exact(lambda x, W: x @ W.t(), x, dense)
+        for rival in peers.race_entries(W, x, is_forward=True):
+            assert measure.check(rival, exact)[0] < 1e-6, rival.name
