@@ -6,6 +6,8 @@ from pathlib import Path
 import pytest
 import torch
 
+from sparsekern.kernels import cpu
+
 BENCH = Path(__file__).parents[1] / "bench"
 
 
@@ -163,3 +165,11 @@ def test_every_peer_computes_the_product(bench):
         exact = measure.exact(lambda x, W: x @ W.t(), x, dense)
         for rival in peers.race_entries(W, x, is_forward=True):
             assert measure.check(rival, exact)[0] < 1e-6, rival.name
+
+
+@pytest.mark.skipif(cpu._C is None, reason="without the C++ library W is expanded")
+@pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="needs Linux's /proc")
+@pytest.mark.parametrize("threads", [1, 2])
+def test_no_dense_matrix_appears_in_forward_and_backward(bench, threads):
+    memory = bench("bench_memory")
+    memory.check(memory.Layer(threads=threads))
