@@ -49,6 +49,21 @@ def test_products(case, dtype, threads, nan_memory):
         assert error <= TOLERANCE[TYPES[dtype]], (kernel.op, kernel.name, error)
 
 
+@pytest.mark.parametrize("dtype", TYPES)
+@pytest.mark.parametrize("M", [1, 20, 300])
+def test_bias(M, dtype, nan_memory):
+    t = Case("bias", M, 700, 300, sparsity=0.6).tensors(TYPES[dtype])
+    want = exact(t)
+    for kernel in cpu.KERNELS:
+        if kernel.op == "sddmm":
+            continue
+        product, scale = want[kernel.op]
+        bias = torch.randn(product.shape[1]).to(TYPES[dtype])
+        got = kernel.run(*products(t)[kernel.op], bias)
+        error = relative_error(got, product + bias.double(), scale + bias.double().abs())
+        assert error <= TOLERANCE[TYPES[dtype]], (kernel.op, kernel.name)
+
+
 @pytest.mark.parametrize("M", [2, 15, 16, 17, 31, 33, 63, 65, 95, 97, 127, 129, 200, 257])
 def test_every_number_of_tokens(M, nan_memory):
     t = Case("tokens", M, 70, 50).tensors()

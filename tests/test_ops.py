@@ -42,6 +42,20 @@ def calls(w, requires_grad=False):
 OPS = ("spmm", "spmm_t", "sddmm")
 
 
+def test_bias_is_added_and_has_a_gradient(w):
+    ro, ci, v, x, dy = arguments(w, requires_grad=True)
+    for op, a, dense in ((ops.spmm, x, w.T), (ops.spmm_t, dy, w)):
+        bias = torch.randn(dense.shape[1], dtype=w.dtype, requires_grad=True)
+        got = op(ro, ci, v, N, K, a, bias)
+        torch.testing.assert_close(got, a @ dense + bias)
+        assert torch.autograd.gradcheck(
+            lambda v, a, b, op=op: op(ro, ci, v, N, K, a, b), (v, a, bias)
+        )
+        # A bias alone makes the result differentiable.
+        alone = op(ro, ci, v.detach(), N, K, a.detach(), bias)
+        assert alone.requires_grad
+
+
 # Results
 
 

@@ -59,9 +59,9 @@ def make_plan(p: Problem, machine: Machine, threads: int) -> Plan:
       the tokens allow. Those left over are packed by several threads, each for a part of the rows.
     - SDDMM's threads take a part of the rows and columns of W and go through all tiles, so that
       nobody waits; the grid is the one whose cells have the fewest rows and columns to pack.
-    - A column block of x fits L1, or a little more where few of its rows are read; SDDMM reads a row
-      of dy for each row and column block, and likes them larger. More than two
-      threads are taken to share an L1 in pairs, which a virtual machine does not show.
+    - A column block of x fits L1, or a little more where few of its rows are read, and in SDDMM,
+      which reads a row of dy for each row and column block. More than two threads are taken to
+      share an L1 in pairs, which a virtual machine does not show.
     - A row block's y panel stays in L2.
     """
     n, k = (p.K, p.N) if p.op == "spmm_t" else (p.N, p.K)
