@@ -20,7 +20,7 @@ void sddmm_run(const Run& run, const uint16_t* row, const uint16_t* c, const flo
     Vec d[kVecs];
     SK_FOR(j, kVecs) d[j] = load(dy_row + j * kLanes);
 
-    auto x_row = [&](int32_t p) { return x + c[p] * kWidth; };
+    auto x_row = [&](int32_t p) { return in_register(x + c[p] * kWidth); };
     auto dot = [&](int32_t p) {
       const float* in = x_row(p);
       Vec a = zero();

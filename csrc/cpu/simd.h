@@ -24,6 +24,15 @@
 
 namespace sk::SK_ISA {
 
+// The same pointer, in a register of its own. An operand at [base + index + constant] is split off
+// its multiply-add when it issues, one at [base + constant] is not: 3 to 10 % of the inner loops.
+SK_INLINE const float* in_register(const float* p) {
+#if defined(__GNUC__)
+  asm("" : "+r"(p));
+#endif
+  return p;
+}
+
 struct bf16 {
   uint16_t bits;
 };

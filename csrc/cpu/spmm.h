@@ -24,7 +24,7 @@ SK_INLINE void spmm_segment(int32_t count, const float* v, const uint16_t* c, co
 
   auto accumulate = [&](Vec(&a)[kVecs], int32_t p) {
     const Vec w = splat(v + p);
-    const float* in = x + c[p] * kWidth;
+    const float* in = in_register(x + c[p] * kWidth);
     SK_FOR(j, kVecs) a[j] = fma(w, load(in + j * kLanes), a[j]);
   };
   int32_t p = 0;
