@@ -4,6 +4,7 @@
 
 #include <cstdint>
 
+#include "cpu/decode.h"
 #include "cpu/products.h"
 #include "cpu/threads.h"
 #include "pattern/dense.h"
@@ -33,6 +34,10 @@ PYBIND11_MODULE(_C, m) {
       .value("float32", sk::Type::kFloat)
       .value("bfloat16", sk::Type::kBfloat16);
 
+  py::enum_<sk::Format>(m, "Format")
+      .value("bitmap", sk::Format::kBitmap)
+      .value("columns", sk::Format::kColumns);
+
   m.def("isa", [] { return sk::kernels().isa; }, "The instruction set in use.");
   m.def("lanes", [] { return sk::kernels().lanes; }, "Floats in one of its vectors.");
   m.def("cache_bytes", &sk::cache_bytes, "Of a core's L1 data (1) or L2 (2) cache; 0: unknown.");
@@ -53,6 +58,16 @@ PYBIND11_MODULE(_C, m) {
                      {threads, vecs, tile_parts, rows, cols, row_parts, col_parts});
           },
           NoGil(), "y[M, N] = x W^T + bias, or transposed: y[M, K] = x W + bias; contiguous.")
+      .def(
+          "spmm_stream",
+          [](sk::Pattern& p, Pointer row_offsets, Pointer col_indices, int64_t version,
+             sk::Format format, sk::Type type, Pointer values, Pointer x, Pointer y, int64_t tokens,
+             int threads) {
+            sk::spmm_stream(p, csr(p, row_offsets, col_indices, version), format, type,
+                            as<void>(values), {as<void>(x), p.k}, {as<void>(y), p.n}, tokens,
+                            threads);
+          },
+          NoGil(), "y[M, N] = x W^T for few tokens; contiguous.")
       .def(
           "sddmm",
           [](sk::Pattern& p, Pointer row_offsets, Pointer col_indices, int64_t version,

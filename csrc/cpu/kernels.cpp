@@ -1,11 +1,14 @@
 // The leaf loops for one instruction set: compiled once per ISA, with SK_ISA naming it.
 #include "kernels.h"
 
+#include <type_traits>
+
 #include "gather.h"
 #include "hash.h"
 #include "panel.h"
 #include "sddmm.h"
 #include "spmm.h"
+#include "stream.h"
 
 #define SK_STRING2(x) #x
 #define SK_STRING(x) SK_STRING2(x)
@@ -78,10 +81,58 @@ void sddmm_(int vecs, const Walk& w, const float* dy, const float* x, bool add, 
 #undef SK_CALL
 }
 
+// Tokens that a kernel computes at once: the smallest of its sizes that is enough.
+template <class F>
+void with_bitmap_tokens(int64_t tokens, const F& f) {
+  if (tokens <= 1) return f(std::integral_constant<int, 1>());
+  if (tokens <= 2) return f(std::integral_constant<int, 2>());
+  if (tokens <= 4) return f(std::integral_constant<int, 4>());
+  f(std::integral_constant<int, 8>());
+}
+template <class F>
+void with_panel_width(int64_t tokens, const F& f) {
+  if (tokens <= kBlock) return f(std::integral_constant<int, kBlock>());
+  if (tokens <= 8) return f(std::integral_constant<int, 8>());
+  f(std::integral_constant<int, 16>());
+}
+
+void stream_pack_(Type type, Format format, Matrix x, int64_t tokens, int64_t features,
+                  float* packed) {
+  with_type(type, [&](auto* t) {
+    auto* in = as(static_cast<const void*>(x.data), t);
+    const int64_t words = (features + 63) / 64;
+    if (format == Format::kBitmap)
+      with_bitmap_tokens(tokens, [&](auto rows) {
+        stream_pack_rows(in, x.stride, tokens, features, words, rows, packed);
+      });
+    else if (tokens == 1)
+      stream_pack_rows(in, x.stride, 1, features, words, 1, packed);
+    else
+      with_panel_width(tokens, [&](auto width) {
+        stream_pack_panel(in, x.stride, tokens, features, width, packed);
+      });
+  });
+}
+
+void stream_(Type type, Format format, const Stream& w, const void* values, const float* packed,
+             int64_t tokens, Matrix y) {
+  with_type(type, [&](auto* t) {
+    auto *v = as(values, t), *out = as(y.data, t);
+    if (format == Format::kBitmap)
+      with_bitmap_tokens(
+          tokens, [&](auto rows) { stream_bitmap<rows>(w, v, packed, tokens, out, y.stride); });
+    else if (tokens == 1)
+      stream_gather(w, v, packed, out);
+    else
+      with_panel_width(
+          tokens, [&](auto width) { stream_columns<width>(w, v, packed, tokens, out, y.stride); });
+  });
+}
+
 }  // namespace
 
 extern const Kernels kKernels;
-const Kernels kKernels = {SK_STRING(SK_ISA), kLanes,   hash,   pack_, unpack_,
-                          gather_,           scatter_, widen_, spmm_, sddmm_};
+const Kernels kKernels = {SK_STRING(SK_ISA), kLanes, hash,  pack_,  unpack_,      gather_,
+                          scatter_,          widen_, spmm_, sddmm_, stream_pack_, stream_};
 
 }  // namespace sk::SK_ISA

@@ -10,6 +10,8 @@
 
 namespace sk {
 
+constexpr int64_t kStreamTokens = 16, kBitmapTokens = 8;  // most that `stream` takes
+
 enum class Type { kFloat, kBfloat16 };
 inline int64_t size_of(Type t) { return t == Type::kFloat ? 4 : 2; }
 
@@ -30,6 +32,16 @@ struct Walk {
   const uint32_t* start;  // by segment
   const uint16_t* cols;   // in walking order, inside the column block
   const int32_t* source;  // in walking order; null for W itself, where start says it
+};
+
+// Rows of W as they are streamed for few tokens: see stream.h and pattern/compressed.h.
+struct Stream {
+  const int32_t* row_offsets;  // of the first row on; positions in all values of W
+  int64_t rows;
+  int64_t nnz;           // of all W, where the values end
+  const uint64_t* bits;  // of the first row on, [rows][words]; null for kColumns
+  int64_t words;
+  const uint16_t* cols;  // [nnz], all of W; null for kBitmap
 };
 
 struct Kernels {
@@ -57,6 +69,13 @@ struct Kernels {
                float* y);
   // walked (+)= sum_m dy[row][m] * x[col][m] for each non-zero; dy is local to the block.
   void (*sddmm)(int vecs, const Walk&, const float* dy, const float* x, bool add, float* walked);
+
+  // x as `stream` wants it: packed has 64 floats for each 64 features or less and token, of
+  // kStreamTokens tokens.
+  void (*stream_pack)(Type, Format, Matrix x, int64_t tokens, int64_t features, float* packed);
+  // y[m][row] = sum over the row's non-zeros of value * x[m][col].
+  void (*stream)(Type, Format, const Stream&, const void* values, const float* packed,
+                 int64_t tokens, Matrix y);
 };
 
 // The instruction set named by SPARSEKERN_ISA, else the best that this machine runs.

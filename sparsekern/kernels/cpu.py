@@ -28,12 +28,12 @@ def machine() -> Machine:
 
 
 # By addresses and sizes of the index tensors. A C++ Pattern compares what it has derived with the
-# indices (how thoroughly, pattern.h says), so an entry can be out of date but not wrong. It goes
+# indices (how thoroughly, csr.h says), so an entry can be out of date but not wrong. It goes
 # when its col_indices tensor does.
 _patterns: dict[tuple[int, int, int, int, int], tuple["_C.Pattern", weakref.ref]] = {}
 
 
-def _pattern(row_offsets: Tensor, col_indices: Tensor, n: int, k: int) -> "_C.Pattern":
+def pattern_of(row_offsets: Tensor, col_indices: Tensor, n: int, k: int) -> "_C.Pattern":
     nnz = col_indices.shape[0]
     key = (row_offsets.data_ptr(), col_indices.data_ptr(), n, k, nnz)
     if key not in _patterns:
@@ -42,7 +42,7 @@ def _pattern(row_offsets: Tensor, col_indices: Tensor, n: int, k: int) -> "_C.Pa
     return _patterns[key][0]
 
 
-def _version(row_offsets: Tensor, col_indices: Tensor) -> int:
+def version_of(row_offsets: Tensor, col_indices: Tensor) -> int:
     """Grows with every write to the indices that torch counts; -1 where it does not count."""
     try:
         return row_offsets._version + col_indices._version
@@ -61,10 +61,10 @@ def _plan(op: str, x: Tensor, n: int, k: int, nnz: int) -> Plan:
 
 def _spmm(op, row_offsets, col_indices, values, n, k, x, bias):
     y = x.new_empty(x.shape[0], n if op == "spmm" else k)
-    _pattern(row_offsets, col_indices, n, k).spmm(
+    pattern_of(row_offsets, col_indices, n, k).spmm(
         row_offsets.data_ptr(),
         col_indices.data_ptr(),
-        _version(row_offsets, col_indices),
+        version_of(row_offsets, col_indices),
         _type(x),
         values.data_ptr(),
         0 if bias is None else bias.data_ptr(),
@@ -88,10 +88,10 @@ def _spmm_t_panel(row_offsets, col_indices, values, n, k, dy, bias=None):
 def _sddmm_panel(row_offsets, col_indices, n, k, dy, x):
     nnz = col_indices.shape[0]
     dvalues = x.new_empty(nnz)
-    _pattern(row_offsets, col_indices, n, k).sddmm(
+    pattern_of(row_offsets, col_indices, n, k).sddmm(
         row_offsets.data_ptr(),
         col_indices.data_ptr(),
-        _version(row_offsets, col_indices),
+        version_of(row_offsets, col_indices),
         _type(x),
         dy.data_ptr(),
         x.data_ptr(),
@@ -105,7 +105,7 @@ def _sddmm_panel(row_offsets, col_indices, n, k, dy, x):
 def _expand(row_offsets, col_indices, values, n, k):
     """W [N, K], dense."""
     w = values.new_empty(n, k)
-    _pattern(row_offsets, col_indices, n, k).to_dense(
+    pattern_of(row_offsets, col_indices, n, k).to_dense(
         row_offsets.data_ptr(),
         col_indices.data_ptr(),
         values.element_size(),
@@ -127,7 +127,7 @@ def _spmm_t_expand(row_offsets, col_indices, values, n, k, dy, bias=None):
 def _sddmm_expand(row_offsets, col_indices, n, k, dy, x):
     dw = _mm(dy.t(), x)
     dvalues = x.new_empty(col_indices.shape[0])
-    _pattern(row_offsets, col_indices, n, k).from_dense(
+    pattern_of(row_offsets, col_indices, n, k).from_dense(
         row_offsets.data_ptr(),
         col_indices.data_ptr(),
         dw.element_size(),

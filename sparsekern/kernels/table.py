@@ -10,7 +10,7 @@ import os
 import sys
 from functools import lru_cache
 
-from . import cpu, reference
+from . import cpu, reference, stream
 from .problem import Kernel, Problem
 
 
@@ -18,7 +18,9 @@ def _never(problem: Problem) -> None:
     return None
 
 
-KERNELS: tuple[Kernel, ...] = cpu.KERNELS + (
+KERNELS: tuple[Kernel, ...] = (
+    *stream.KERNELS,
+    *cpu.KERNELS,
     Kernel("dense", "spmm", None, _never, reference.spmm),
     Kernel("dense", "spmm_t", None, _never, reference.spmm_t),
     Kernel("dense", "sddmm", None, _never, reference.sddmm),

@@ -14,6 +14,7 @@
 #include <stdexcept>
 #include <vector>
 
+#include "cpu/decode.h"
 #include "cpu/kernels.h"
 #include "cpu/products.h"
 #include "pattern/dense.h"
@@ -155,6 +156,25 @@ void check(const Problem& p, sk::Type type, std::initializer_list<int> all_vecs)
         expect_same(dx2, dx, "spmm transposed of several threads");
         expect_same(dvalues2, dvalues, "sddmm of several threads");
       }
+    }
+  }
+
+  for (sk::Format format : {sk::Format::kBitmap, sk::Format::kColumns}) {
+    const int64_t most = format == sk::Format::kBitmap ? sk::kBitmapTokens : sk::kStreamTokens;
+    for (int64_t tokens = 0; tokens <= std::min(most, p.tokens); tokens++) {
+      Array few(type, tokens * p.k, &random), out(type, tokens * p.n, nullptr);
+      sk::spmm_stream(pattern, {offsets.data(), cols.data(), p.n, p.k, nnz, tokens % 3 - 1}, format,
+                      type, values.data(), {few.data(), p.k}, {out.data(), p.n}, tokens,
+                      1 + tokens % 3);
+      for (int64_t m = 0; m < tokens; m++)
+        for (int64_t i = 0; i < p.n; i++) {
+          double want = 0, scale = 0;
+          for (int32_t q = offsets[i]; q < offsets[i + 1]; q++) {
+            want += values[q] * few[m * p.k + cols[q]];
+            scale += std::abs(values[q] * few[m * p.k + cols[q]]);
+          }
+          expect(out[m * p.n + i], want, scale, type, "spmm of few tokens");
+        }
     }
   }
 

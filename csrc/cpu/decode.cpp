@@ -1,0 +1,55 @@
+// Shares the rows of W out to threads. A row is summed by one thread in one order, so the result
+// depends neither on the number of threads nor on their timing.
+#include "decode.h"
+
+#include <algorithm>
+#include <vector>
+
+#include "threads.h"
+
+namespace sk {
+namespace {
+
+constexpr int64_t kSmallNnz = 200000;  // below, a second thread costs more than it brings
+constexpr int64_t kRowGroup = 16;      // a task has whole groups, so a leaf loop cuts rows alike
+
+// Grow-only, aligned as leaf loops want it.
+float* scratch(int64_t floats) {
+  struct Line {
+    alignas(64) float of[16];
+  };
+  thread_local std::vector<Line> lines;
+  const size_t size = (floats + 15) / 16;
+  if (lines.size() < size) lines.resize(size);
+  return lines.data()->of;
+}
+
+}  // namespace
+
+void spmm_stream(Pattern& pattern, const Csr& csr, Format format, Type type, const void* values,
+                 Matrix x, Matrix y, int64_t tokens, int threads) {
+  const auto compressed = pattern.compressed(csr, format);
+  if (tokens == 0 || csr.n == 0) return;
+  const Kernels& kern = kernels();
+  const Compressed& c = *compressed;
+  float* packed = scratch(64 * c.words * kStreamTokens);
+  kern.stream_pack(type, format, x, tokens, csr.k, packed);
+
+  const int64_t groups = (csr.n + kRowGroup - 1) / kRowGroup;
+  const int64_t most_tasks = csr.nnz < kSmallNnz ? 1 : 4 * std::max(1, threads);
+  const int64_t rows = (groups + most_tasks - 1) / most_tasks * kRowGroup;
+  parallel_for(threads, (csr.n + rows - 1) / rows, [&](int64_t task) {
+    const int64_t first = task * rows;
+    const Stream w{c.row_offsets.data() + first,
+                   std::min(rows, csr.n - first),
+                   csr.nnz,
+                   c.bits.data() + first * (format == Format::kBitmap ? c.words : 0),
+                   c.words,
+                   c.cols.data()};
+    Matrix out = y;
+    out.data = static_cast<char*>(y.data) + first * size_of(type);
+    kern.stream(type, format, w, values, packed, tokens, out);
+  });
+}
+
+}  // namespace sk

@@ -1,0 +1,13 @@
+// SpMM for few tokens, as in decoding: W is read once from memory, its indices compressed.
+#pragma once
+
+#include "kernels.h"
+
+namespace sk {
+
+// y[tokens, n] = x[tokens, k] W^T, for at most kBitmapTokens tokens in kBitmap; in kColumns for at
+// most kStreamTokens, and k <= 65536.
+void spmm_stream(Pattern& pattern, const Csr& csr, Format format, Type type, const void* values,
+                 Matrix x, Matrix y, int64_t tokens, int threads);
+
+}  // namespace sk

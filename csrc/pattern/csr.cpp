@@ -1,0 +1,88 @@
+#include "csr.h"
+
+#include <algorithm>
+#include <stdexcept>
+
+#include "../cpu/kernels.h"
+
+namespace sk {
+namespace {
+
+// Null if w is valid, else what is wrong with it.
+const char* find_error(const Csr& w) {
+  if (w.row_offsets[0] != 0) return "row_offsets: expected to begin with 0";
+  for (int64_t i = 0; i < w.n; i++)
+    if (w.row_offsets[i + 1] < w.row_offsets[i]) return "row_offsets: expected never to decrease";
+  if (w.row_offsets[w.n] != w.nnz) return "row_offsets: expected to end with the number of columns";
+  for (int64_t i = 0; i < w.n; i++) {
+    int32_t previous = -1;
+    for (int32_t p = w.row_offsets[i]; p < w.row_offsets[i + 1]; p++) {
+      const int32_t col = w.col_indices[p];
+      if (col <= previous) return "col_indices: expected >= 0 and strictly increasing in each row";
+      previous = col;
+    }
+    if (previous >= w.k) return "col_indices: expected to lie below in_features";
+  }
+  return nullptr;
+}
+
+constexpr int64_t kLines = 64, kLineWords = 16;
+
+// Calls f(words of col_indices, their number) for each line of the sample, while it returns true.
+template <class F>
+bool for_sample(const Csr& w, const F& f) {
+  if (w.nnz <= kLines * kLineWords) return f(w.col_indices, w.nnz);
+  for (int64_t i = 0; i < kLines; i++)
+    if (!f(w.col_indices + i * (w.nnz - kLineWords) / (kLines - 1), kLineWords)) return false;
+  return true;
+}
+
+std::vector<int32_t> take_sample(const Csr& w) {
+  std::vector<int32_t> sample;
+  for_sample(w, [&](const int32_t* words, int64_t size) {
+    sample.insert(sample.end(), words, words + size);
+    return true;
+  });
+  return sample;
+}
+
+bool has_sample(const Csr& w, const std::vector<int32_t>& sample) {
+  const int32_t* seen = sample.data();
+  return for_sample(w, [&](const int32_t* words, int64_t size) {
+    const bool equal = std::equal(words, words + size, seen);
+    seen += size;
+    return equal;
+  });
+}
+
+uint64_t hash_all(const Csr& w) {
+  const auto hash = kernels().hash;
+  const uint64_t parts[] = {hash(w.row_offsets, w.n + 1), hash(w.col_indices, w.nnz)};
+  return hash(reinterpret_cast<const int32_t*>(parts), 4);
+}
+
+}  // namespace
+
+bool Witness::is_known(const Csr& w) {
+  if (!has_seen_ || !std::equal(row_offsets_.begin(), row_offsets_.end(), w.row_offsets))
+    return false;
+  if (w.version >= 0 && w.version == version_) return has_sample(w, sample_);
+  return hash_all(w) == hash_;
+}
+
+bool Witness::recognises(const Csr& w) {
+  if (is_known(w)) {
+    version_ = w.version;
+    return true;
+  }
+  has_seen_ = false;
+  if (const char* error = find_error(w)) throw std::invalid_argument(error);
+  has_seen_ = true;
+  version_ = w.version;
+  hash_ = hash_all(w);
+  row_offsets_.assign(w.row_offsets, w.row_offsets + w.n + 1);
+  sample_ = take_sample(w);
+  return false;
+}
+
+}  // namespace sk
