@@ -1,5 +1,9 @@
 """Fixtures and small helpers that several test files share."""
 
+import os
+import subprocess
+import sys
+
 import pytest
 import torch
 from torch import Tensor
@@ -64,3 +68,16 @@ def outcome(call):
         return call(), None
     except Exception as error:
         return None, f"{type(error).__name__}: {error}"
+
+
+@pytest.fixture(params=["portable", "avx2", "avx512", "neon"])
+def isa_env(request):
+    """The environment of a process whose kernels use this instruction set."""
+    env = {**os.environ, "SPARSEKERN_ISA": request.param}
+    probe = "from sparsekern import _C; print(_C.isa())"
+    run = subprocess.run([sys.executable, "-c", probe], env=env, capture_output=True, text=True)
+    if run.returncode:
+        assert "SPARSEKERN_ISA: expected one of" in run.stderr
+        pytest.skip(f"{request.param} was not built or does not run here")
+    assert run.stdout.strip() == request.param
+    return env

@@ -3,8 +3,8 @@
 #include "decode.h"
 
 #include <algorithm>
-#include <vector>
 
+#include "scratch.h"
 #include "threads.h"
 
 namespace sk {
@@ -13,16 +13,7 @@ namespace {
 constexpr int64_t kSmallNnz = 200000;  // below, a second thread costs more than it brings
 constexpr int64_t kRowGroup = 16;      // a task has whole groups, so a leaf loop cuts rows alike
 
-// Grow-only, aligned as leaf loops want it.
-float* scratch(int64_t floats) {
-  struct Line {
-    alignas(64) float of[16];
-  };
-  thread_local std::vector<Line> lines;
-  const size_t size = (floats + 15) / 16;
-  if (lines.size() < size) lines.resize(size);
-  return lines.data()->of;
-}
+thread_local Scratch x_scratch;
 
 }  // namespace
 
@@ -32,7 +23,7 @@ void spmm_stream(Pattern& pattern, const Csr& csr, Format format, Type type, con
   if (tokens == 0 || csr.n == 0) return;
   const Kernels& kern = kernels();
   const Compressed& c = *compressed;
-  float* packed = scratch(64 * c.words * kStreamTokens);
+  float* packed = x_scratch.floats(64 * c.words * kStreamTokens);
   kern.stream_pack(type, format, x, tokens, csr.k, packed);
 
   const int64_t groups = (csr.n + kRowGroup - 1) / kRowGroup;

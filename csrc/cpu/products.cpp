@@ -4,35 +4,13 @@
 #include "products.h"
 
 #include <algorithm>
-#include <cstdlib>
-#include <new>
 #include <vector>
 
+#include "scratch.h"
 #include "threads.h"
 
 namespace sk {
 namespace {
-
-// Grow-only scratch memory of one thread, on page boundaries.
-class Scratch {
- public:
-  ~Scratch() { std::free(data_); }
-  float* floats(int64_t size) {
-    if (size > size_) {
-      std::free(data_);
-      size_ = 0;
-      const size_t bytes = (static_cast<size_t>(size) * sizeof(float) + 4095) / 4096 * 4096;
-      data_ = static_cast<float*>(std::aligned_alloc(4096, bytes));
-      if (!data_) throw std::bad_alloc();
-      size_ = size;
-    }
-    return data_;
-  }
-
- private:
-  float* data_ = nullptr;
-  int64_t size_ = 0;
-};
 
 thread_local Scratch x_scratch, y_scratch, w_scratch;
 

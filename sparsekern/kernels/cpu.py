@@ -50,7 +50,7 @@ def version_of(row_offsets: Tensor, col_indices: Tensor) -> int:
         return -1
 
 
-def _type(x: Tensor) -> "_C.Type":
+def type_of(x: Tensor) -> "_C.Type":
     return _C.Type.float32 if x.dtype == torch.float32 else _C.Type.bfloat16
 
 
@@ -65,7 +65,7 @@ def _spmm(op, row_offsets, col_indices, values, n, k, x, bias):
         row_offsets.data_ptr(),
         col_indices.data_ptr(),
         version_of(row_offsets, col_indices),
-        _type(x),
+        type_of(x),
         values.data_ptr(),
         0 if bias is None else bias.data_ptr(),
         x.data_ptr(),
@@ -92,7 +92,7 @@ def _sddmm_panel(row_offsets, col_indices, n, k, dy, x):
         row_offsets.data_ptr(),
         col_indices.data_ptr(),
         version_of(row_offsets, col_indices),
-        _type(x),
+        type_of(x),
         dy.data_ptr(),
         x.data_ptr(),
         dvalues.data_ptr(),
@@ -144,7 +144,8 @@ def _mm(a: Tensor, b: Tensor, bias: Tensor | None = None) -> Tensor:
         return torch.mm(a, b) if bias is None else torch.addmm(bias, a, b)
 
 
-def _refuse_expand(p: Problem) -> str | None:
+def refuse_dtype(p: Problem) -> str | None:
+    """What every row that calls `_C` refuses."""
     if _C is None:
         return "the C++ library is not built"
     if p.dtype not in (torch.float32, torch.bfloat16):
@@ -153,7 +154,7 @@ def _refuse_expand(p: Problem) -> str | None:
 
 
 def _refuse_panel(p: Problem) -> str | None:
-    reason = _refuse_expand(p)
+    reason = refuse_dtype(p)
     if reason is None and p.density > (limit := dense_wins_above(p, machine())):
         reason = f"torch.mm is faster above density {limit:.2f} at {p.M} tokens"
     return reason
@@ -167,7 +168,7 @@ KERNELS = (
     Kernel("panel", "spmm", "cpu", _refuse_panel, _spmm_panel, _describe_panel),
     Kernel("panel", "spmm_t", "cpu", _refuse_panel, _spmm_t_panel, _describe_panel),
     Kernel("panel", "sddmm", "cpu", _refuse_panel, _sddmm_panel, _describe_panel),
-    Kernel("expand", "spmm", "cpu", _refuse_expand, _spmm_expand),
-    Kernel("expand", "spmm_t", "cpu", _refuse_expand, _spmm_t_expand),
-    Kernel("expand", "sddmm", "cpu", _refuse_expand, _sddmm_expand),
+    Kernel("expand", "spmm", "cpu", refuse_dtype, _spmm_expand),
+    Kernel("expand", "spmm_t", "cpu", refuse_dtype, _spmm_t_expand),
+    Kernel("expand", "sddmm", "cpu", refuse_dtype, _sddmm_expand),
 )

@@ -9,7 +9,7 @@ from functools import lru_cache
 
 import torch
 
-from .cpu import _C, pattern_of, version_of
+from .cpu import _C, pattern_of, refuse_dtype, type_of, version_of
 from .problem import Kernel, Problem
 
 MOST_TOKENS = 16
@@ -34,9 +34,6 @@ def stream_format(problem: Problem, lanes: int) -> str:
     return "bitmap" if problem.density >= least else "columns"
 
 
-_TYPES = _C and {torch.float32: _C.Type.float32, torch.bfloat16: _C.Type.bfloat16}
-
-
 @lru_cache(maxsize=4096)
 def _format(problem: Problem) -> "_C.Format":
     return getattr(_C.Format, stream_format(problem, _C.lanes()))
@@ -50,7 +47,7 @@ def _spmm_stream(row_offsets, col_indices, values, n, k, x, bias=None):
         col_indices.data_ptr(),
         version_of(row_offsets, col_indices),
         _format(Problem("spmm", "cpu", x.dtype, tokens, n, k, nnz)),
-        _TYPES[x.dtype],
+        type_of(x),
         values.data_ptr(),
         x.data_ptr(),
         y.data_ptr(),
@@ -65,9 +62,7 @@ def _refuse_stream(p: Problem) -> str | None:
         return f"it serves up to {MOST_TOKENS} tokens, not {p.M}"
     if p.K > 65536:
         return f"its columns are 16 bits wide, too few for K = {p.K}"
-    if p.dtype not in (torch.float32, torch.bfloat16):
-        return f"it takes float32 and bfloat16, not {str(p.dtype).removeprefix('torch.')}"
-    return None if _C else "the C++ library is not built"
+    return refuse_dtype(p)
 
 
 def _describe_stream(p: Problem) -> str:
