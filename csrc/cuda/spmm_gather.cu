@@ -1,12 +1,13 @@
 // y[M, N] = x[M, K] @ W[N, K]^T + bias[N] for M <= 16 tokens, W packed as stream.cuh says.
 //
-// A warp takes a part of a slice of 32 rows, lane r the row r. x of this part lies in shared
+// A warp takes a part of a slice of 32 rows, lane r the row r. A block of eight warps takes
+// `block_parts` neighbouring parts of 8 / block_parts slices. x of these parts lies in shared
 // memory, [column][token]; for each entry a lane gathers x at its column and multiplies: about 8
 // instructions an entry for one token. Products and sums in float32, in column order.
-// Bytes: those of W, once; x once for each 8 slices. Faster than spmm_tensor.cu where tokens are
-// few or W is very sparse.
+// Bytes: those of W, once; x once for each block. Faster than spmm_tensor.cu where tokens are few
+// or W is very sparse.
 //
-// Warps that share a slice leave their sums in `partial`, and the last one to arrive adds them up
+// Blocks that share a slice leave their sums in `partial`, and the last one to arrive adds them up
 // in a fixed order, so that results do not depend on who was last.
 #include "launch.cuh"
 #include "stream.cuh"
@@ -14,10 +15,8 @@
 namespace sk {
 
 constexpr int kGatherWarps = 8;
-#ifndef AHEAD_G
-#define AHEAD_G 4
-#endif
-constexpr int kGatherAhead = AHEAD_G;  // granules on their way from memory
+constexpr int kGatherTokens = 16;  // the most
+constexpr int kGatherDepth = 4;    // granules
 
 // x at one column, kTokens of 16 bits, as floats times `value` added to acc.
 template <class T, int kTokens>
@@ -80,17 +79,47 @@ __device__ inline void multiply_granule(float (&acc)[kTokens], const Granule<8>&
   }
 }
 
-// x [tokens, K], columns [begin, begin + count), to shared memory as [column][kTokens]; zeros where
-// there is no token or no column.
+// x [tokens, K], columns [begin, end), to shared memory as [column][kTokens]; zeros where there is
+// no token or no column. A thread turns round tiles of 4 columns.
 template <int kTokens>
 __device__ inline void stage(unsigned short* to, const unsigned short* x, int tokens, int k,
-                             int begin, int count) {
-  for (int i = threadIdx.x; i < count; i += kGatherWarps * kWarp) {
-    const int col = begin + i;
+                             int begin, int end) {
+  constexpr int kTile = kTokens < 8 ? kTokens : 8;  // tokens
+  const bool aligned = k % 4 == 0 && reinterpret_cast<unsigned long long>(x) % 8 == 0;
+  for (int col = begin + threadIdx.x * 4; col < end; col += kGatherWarps * kWarp * 4) {
 #pragma unroll
-    for (int t = 0; t < kTokens; ++t) {
-      const bool there = t < tokens && col < k;
-      to[i * kTokens + t] = there ? x[static_cast<long long>(t) * k + col] : 0;
+    for (int first = 0; first < kTokens; first += kTile) {
+      unsigned short tile[4 * kTile];  // [column][token]
+#pragma unroll
+      for (int t = 0; t < kTile; ++t) {
+        const unsigned short* from = x + static_cast<long long>(first + t) * k + col;
+        uint2 four = {0, 0};
+        if (aligned && first + t < tokens && col < k) four = *reinterpret_cast<const uint2*>(from);
+#pragma unroll
+        for (int c = 0; c < 4; ++c) {
+          tile[c * kTile + t] =
+              static_cast<unsigned short>((c < 2 ? four.x : four.y) >> (c % 2 * 16));
+          if (!aligned && first + t < tokens && col + c < k) tile[c * kTile + t] = from[c];
+        }
+      }
+      unsigned short* out = to + (col - begin) * kTokens + first;
+      unsigned pairs[2 * kTile];
+#pragma unroll
+      for (int i = 0; i < 2 * kTile; ++i) {
+        pairs[i] = tile[2 * i] | static_cast<unsigned>(tile[2 * i + 1]) << 16;
+      }
+      if constexpr (kTile == 8) {
+#pragma unroll
+        for (int c = 0; c < 4; ++c) {
+          *reinterpret_cast<uint4*>(out + c * kTokens) = {pairs[4 * c], pairs[4 * c + 1],
+                                                          pairs[4 * c + 2], pairs[4 * c + 3]};
+        }
+      } else {
+#pragma unroll
+        for (int i = 0; i < kTile; ++i) {
+          reinterpret_cast<uint2*>(out)[i] = {pairs[2 * i], pairs[2 * i + 1]};
+        }
+      }
     }
   }
 }
@@ -99,75 +128,67 @@ template <class T, int kBits, int kTokens>
 __device__ void spmm_gather(const uint4* values, const typename Deltas<kBits>::Word* deltas,
                             const int* offsets, const int* row_order, const unsigned short* x,
                             const unsigned short* bias, unsigned short* y, float* partial,
-                            int* arrived, int tokens, int n, int k, int slices, int parts) {
+                            int* arrived, int tokens, int n, int k, int slices, int parts,
+                            int block_parts) {
   extern __shared__ __align__(16) char smem[];
-  const int lane = threadIdx.x % kWarp;
-  const int slice = blockIdx.x / parts * kGatherWarps + threadIdx.x / kWarp;
-  const int part = blockIdx.x % parts;
-  const int windows = (k + kWindow - 1) / kWindow;
-  const int col_begin = part_window(part, parts, windows) * kWindow;
-  const int col_end = part_window(part + 1, parts, windows) * kWindow;
+  const int lane = threadIdx.x % kWarp, warp = threadIdx.x / kWarp;
+  const int splits = (parts + block_parts - 1) / block_parts;
+  const int split = blockIdx.x % splits;
+  const int slice = blockIdx.x / splits * (kGatherWarps / block_parts) + warp / block_parts;
+  const int part = split * block_parts + warp % block_parts;
+  const int panels = (k + kPanel - 1) / kPanel;
+  const int col_begin = part_panel(split * block_parts, parts, panels) * kPanel;
+  const int col_end = part_panel(min(parts, (split + 1) * block_parts), parts, panels) * kPanel;
 
-  // The first granules come while x is staged.
-  int g = 0, end = 0;
-  if (slice < slices) {
-    g = offsets[slice * parts + part];
+  int begin = 0, end = 0;
+  if (slice < slices && part < parts) {
+    begin = offsets[slice * parts + part];
     end = offsets[slice * parts + part + 1];
   }
-  Granule<kBits> ahead[kGatherAhead];
-#pragma unroll
-  for (int i = 0; i < kGatherAhead; ++i) {
-    if (g + i < end) ahead[i] = load_granule<kBits>(values, deltas, g + i, lane);
-  }
-  stage<kTokens>(reinterpret_cast<unsigned short*>(smem), x, tokens, k, col_begin,
-                 col_end - col_begin);
+  using Stream = Stream<kBits, kGatherDepth>;
+  Stream stream(static_cast<unsigned>(__cvta_generic_to_shared(smem)) + warp * Stream::kWarpBytes,
+                values, deltas, begin, end);
+  char* x_shared = smem + kGatherWarps * Stream::kWarpBytes;
+  stage<kTokens>(reinterpret_cast<unsigned short*>(x_shared), x, tokens, k, col_begin, col_end);
   __syncthreads();
-  if (slice >= slices) return;
 
   float acc[kTokens] = {};
-  const char* at = smem;
-  while (g < end) {
-#pragma unroll
-    for (int i = 0; i < kGatherAhead; ++i) {  // ahead[i] stays in its registers
-      if (g + i < end) {
-        multiply_granule<T, kTokens>(acc, ahead[i], at);
-        if (g + i + kGatherAhead < end) {
-          ahead[i] = load_granule<kBits>(values, deltas, g + i + kGatherAhead, lane);
-        }
-      }
-    }
-    g += kGatherAhead;
+  const int first_col = part_panel(min(part, parts), parts, panels) * kPanel;
+  const char* at = x_shared + (first_col - col_begin) * 2 * kTokens;
+  for (int g = begin; g < end; ++g) {
+    multiply_granule<T, kTokens>(acc, stream.front(), at);
+    stream.advance();
   }
 
-  if (parts > 1) {
-    float* all = partial + static_cast<long long>(slice) * parts * kTokens * kWarp + lane;
+  // The warps of a slice add up, each for some of the tokens.
+  __syncthreads();  // all streams have been read
+  auto sums = reinterpret_cast<float (*)[kTokens][kWarp]>(smem);
 #pragma unroll
-    for (int t = 0; t < kTokens; ++t) {
-      if (t < tokens) all[(part * kTokens + t) * kWarp] = acc[t];
-    }
-    __threadfence();
-    __syncwarp();
-    int before = 0;
-    if (lane == 0) before = atomicAdd(arrived + slice, 1);
-    if (__shfl_sync(kAllLanes, before, 0) != parts - 1) return;
-    __threadfence();
-#pragma unroll
-    for (int t = 0; t < kTokens; ++t) acc[t] = 0.0f;
-    for (int p = 0; p < parts; ++p) {
-#pragma unroll
-      for (int t = 0; t < kTokens; ++t) {
-        if (t < tokens) acc[t] += __ldcg(all + (p * kTokens + t) * kWarp);
-      }
-    }
-    if (lane == 0) arrived[slice] = 0;  // for the next launch
-  }
-
+  for (int t = 0; t < kTokens; ++t) sums[warp][t][lane] = acc[t];
+  __syncthreads();
+  if (slice >= slices) return;
+  const int first_warp = warp / block_parts * block_parts;
+  const long long slice_sums = static_cast<long long>(slice) * splits * tokens * kWarp;
   const int row = row_order[slice * kWarp + lane];
-  if (row < 0) return;
-  const float add = bias ? Convert<T>::low(bias[row]) : 0.0f;
-#pragma unroll
-  for (int t = 0; t < kTokens; ++t) {
-    if (t < tokens) y[static_cast<long long>(t) * n + row] = Convert<T>::round(acc[t] + add);
+  const float add = bias && row >= 0 ? Convert<T>::low(bias[row]) : 0.0f;
+  for (int t = warp % block_parts; t < tokens; t += block_parts) {
+    float sum = 0.0f;
+    for (int w = 0; w < block_parts; ++w) sum += sums[first_warp + w][t][lane];
+    if (splits > 1) {
+      float* all = partial + slice_sums + t * kWarp + lane;
+      all[split * tokens * kWarp] = sum;
+      __threadfence();
+      __syncwarp();
+      int before = 0;
+      if (lane == 0) before = atomicAdd(arrived + slice * kGatherTokens + t, 1);
+      if (__shfl_sync(kAllLanes, before, 0) != splits - 1) continue;
+      __threadfence();
+      sum = 0.0f;
+#pragma unroll 8
+      for (int s = 0; s < splits; ++s) sum += __ldcg(all + s * tokens * kWarp);
+      if (lane == 0) arrived[slice * kGatherTokens + t] = 0;  // for the next launch
+    }
+    if (row >= 0) y[static_cast<long long>(t) * n + row] = Convert<T>::round(sum + add);
   }
 }
 
@@ -177,10 +198,10 @@ __device__ void spmm_gather(const uint4* values, const typename Deltas<kBits>::W
   extern "C" __global__ void __launch_bounds__(sk::kGatherWarps* sk::kWarp, ctas)                  \
       name(const uint4* values, const void* deltas, const int* offsets, const int* row_order,      \
            const unsigned short* x, const unsigned short* bias, unsigned short* y, float* partial, \
-           int* arrived, int m, int n, int k, int slices, int parts) {                             \
+           int* arrived, int m, int n, int k, int slices, int parts, int block_parts) {            \
     sk::spmm_gather<sk::type, bits, tokens>(                                                       \
         values, static_cast<const sk::Deltas<bits>::Word*>(deltas), offsets, row_order, x, bias,   \
-        y, partial, arrived, m, n, k, slices, parts);                                              \
+        y, partial, arrived, m, n, k, slices, parts, block_parts);                                 \
   }                                                                                                \
   SK_KERNEL(name)
 

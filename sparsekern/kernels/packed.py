@@ -3,8 +3,8 @@
 csrc/cuda/stream.cuh describes the layout. 2.5 bytes a non-zero with 4-bit deltas, 3 with 8-bit
 ones, and what lanes spend on waiting for one another: 2-6 % on random masks up to 80 % sparsity.
 
-Packing is vectorised over entries; only the recurrence that keeps lanes within two windows of one
-another walks along the columns, 128 at a step. It runs on the device that holds W.
+Packing is vectorised over entries; only the recurrence that keeps lanes within four windows of one
+another walks along the columns, 32 at a step. It runs on the device that holds W.
 """
 
 from dataclasses import dataclass, replace
@@ -16,9 +16,10 @@ from ..tensor import SparseTensor, expand_rows
 
 LANES = 32  # rows of a slice
 GRANULE = 8  # entries of a lane
-WINDOW = 128  # columns
-SLICES_AT_ONCE = 4  # of a block of the tensor-core kernel
-BLOCKS_AT_ONCE = 3  # of a multiprocessor
+PANEL = 128  # columns: what a part is made of
+WINDOW = 32  # columns
+RING = 4  # windows
+SLICES_AT_ONCE = 4  # of a block of rows
 
 
 @dataclass(frozen=True)
@@ -59,26 +60,20 @@ class Packed:
         return replace(self, **{name: getattr(self, name).clone() for name in names})
 
 
-def choose_parts(n: int, k: int, density: float, multiprocessors: int) -> int:
-    """Into how many parts of columns W is cut, so that its blocks fill a GPU evenly.
+def choose_parts(n: int, k: int, multiprocessors: int) -> int:
+    """Into how many parts of columns W is cut, so that a GPU has work everywhere.
 
-    A block takes four slices of one part; a GPU holds 3 blocks a multiprocessor at once. Waves of
-    blocks that are not full cost their share of time, and lanes wait for one another at the end of
-    each part: by 2 standard deviations of their number of non-zeros, as the largest of 32. 28672 x
-    8192 at a density of 0.25 on 132 multiprocessors: 7.
+    The least power of two, up to 16, that makes two blocks of 128 rows and one part for each
+    multiprocessor. More would cost memory, because lanes wait for one another at the end of each
+    part, and sums of parts. On 132 multiprocessors: 28672 x 8192 is cut in 2, 12288 x 12288 in 4,
+    2048 x 8192 in 16; within 10 % of the best of seven numbers for each (docs/LOG.md).
     """
-    windows = -(-k // WINDOW)
-    groups = -(-n // (LANES * SLICES_AT_ONCE))
-    at_once = multiprocessors * BLOCKS_AT_ONCE
-
-    def cost(parts: int) -> float:
-        blocks = groups * parts
-        waves = -(-blocks // at_once) * at_once / blocks
-        entries = max(density * k / parts, 1e-6)
-        widest = -(-windows // parts) * parts / windows  # of the parts
-        return waves * widest * (1 + 2 * ((1 - density) / entries) ** 0.5 + 4 / entries)
-
-    return min(range(1, min(windows, 64) + 1), key=cost) if windows else 1
+    panels = -(-k // PANEL)
+    blocks = -(-n // (LANES * SLICES_AT_ONCE))
+    parts = 1
+    while parts < min(panels, 16) and parts * blocks < 2 * multiprocessors:
+        parts *= 2
+    return min(parts, max(1, panels))
 
 
 def pack(weight: SparseTensor, parts: int | None = None, bits: int | None = None) -> Packed:
@@ -92,7 +87,7 @@ def pack(weight: SparseTensor, parts: int | None = None, bits: int | None = None
         raise TypeError(f"weight: expected bfloat16 or float16 values, got {values.dtype}")
     n, k = weight.n, weight.k
     if parts is None:
-        parts = choose_parts(n, k, weight.density, _multiprocessors(values.device))
+        parts = choose_parts(n, k, _multiprocessors(values.device))
     layout = _Layout(weight.row_offsets, weight.col_indices, n, k, parts, bits)
     packed_values = values.new_zeros(layout.granules * LANES * GRANULE)
     packed_values[layout.places] = values
@@ -122,16 +117,21 @@ class _Layout:
     def __init__(self, row_offsets, col_indices, n, k, parts, bits):
         device = col_indices.device
         nnz = col_indices.shape[0]
-        windows = -(-k // WINDOW)
+        panels = -(-k // PANEL)
+        windows = panels * (PANEL // WINDOW)
         slices = -(-n // LANES)
-        # Rows of like nnz share a slice, the longest first.
-        order = (row_offsets[1:] - row_offsets[:-1]).argsort(descending=True, stable=True)
+        # Rows of like nnz share a slice, inside of blocks whose results are written together.
+        block = torch.arange(n, device=device) // (LANES * SLICES_AT_ONCE)
+        lengths = (row_offsets[1:] - row_offsets[:-1]).long()
+        order = (block * (k + 1) + k - lengths).argsort(stable=True)
         lane_of_row = torch.empty_like(order)
         lane_of_row[order] = torch.arange(n, device=device)
         self.row_order = torch.full((slices * LANES,), -1, dtype=torch.int32, device=device)
         self.row_order[:n] = order.int()
 
-        first_window = torch.tensor([p * windows // parts for p in range(parts + 1)], device=device)
+        first_window = torch.tensor(
+            [p * panels // parts * (PANEL // WINDOW) for p in range(parts + 1)], device=device
+        )
         part_of_window = torch.searchsorted(
             first_window, torch.arange(windows, device=device), right=True
         ).sub_(1)
@@ -229,7 +229,7 @@ def _schedule(width: Tensor, first_window: list[int]) -> tuple[Tensor, Tensor]:
     width [slices, 32, windows]: entries of each lane. Returns begin [slices, 32, windows], the slot
     at which a lane begins a window, and complete [slices, windows], the granules of the part after
     which no lane has any entry of the window left. A lane begins window w after its own w - 1, and
-    after w - 2 is complete in all lanes: then its place in a ring of two is free.
+    after w - 4 is complete in all lanes: then its place in a ring of four is free.
     """
     slices, lanes, windows = width.shape
     begin = torch.empty_like(width)
@@ -241,7 +241,7 @@ def _schedule(width: Tensor, first_window: list[int]) -> tuple[Tensor, Tensor]:
         if w in starts:
             end = torch.zeros_like(end)
             done = []
-        at = torch.maximum(end, done[-2][:, None] * GRANULE) if len(done) > 1 else end
+        at = torch.maximum(end, done[-RING][:, None] * GRANULE) if len(done) >= RING else end
         begin[:, :, w] = at
         # A lane with nothing in a window passes it in no time.
         end = torch.where(width[:, :, w] > 0, at + width[:, :, w], end)
