@@ -17,8 +17,7 @@
 //   this the NVRTC route knows which file to compile.
 // - Parameters are pointers and ints. Python checks arguments against the signature kept here.
 // - Shared memory of more than 48 KB must be dynamic (`extern __shared__`). A launch gives its
-// size,
-//   and raises the kernel's limit on the current device where it has to.
+//   size, and raises the kernel's limit on the current device where it has to.
 #pragma once
 
 #ifdef __CUDACC_RTC__
