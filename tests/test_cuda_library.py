@@ -6,6 +6,7 @@ import shutil
 import subprocess
 import sys
 import threading
+import time
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -344,8 +345,6 @@ def test_an_unknown_kernel_is_named(gpu_route):
 
 @pytest.mark.gpu
 def test_a_launch_takes_a_few_microseconds(gpu_route):
-    import time
-
     launch = gpu_route.launcher("sk_toy_f32", 0)
     check_toy(launch)
     x, stream, best = torch.zeros(256, device=0), cuda_library.current_stream(0), float("inf")
