@@ -3,7 +3,6 @@
 import argparse
 import os
 import platform
-import shutil
 import sys
 import time
 from dataclasses import fields
@@ -16,6 +15,7 @@ from . import __version__, report
 from .extras import require
 from .gpt import demo
 from .gpt.train import TrainConfig, resumed_config, train
+from .kernels.cuda_library import route
 
 try:
     from . import _C
@@ -95,7 +95,7 @@ def environment() -> dict[str, str]:
         "processor": processor(),
         "threads": f"{torch.get_num_threads()} of {os.cpu_count()} cores",
         "C++ kernels": f"{_C.isa()}, on threads of {_C.thread_runtime()}" if _C else NOT_BUILT,
-        "CUDA library": cuda_library(),
+        "CUDA kernels": str(route()),
         "GPU": torch.cuda.get_device_name() if torch.cuda.is_available() else "none",
         "triton": installed("triton"),
         "cupy": installed("cupy-cuda13x", "cupy-cuda12x", "cupy"),
@@ -120,14 +120,6 @@ def processor() -> str:
             if line.startswith("model name"):
                 return line.partition(":")[2].strip()
     return platform.processor() or platform.machine()
-
-
-def cuda_library() -> str:
-    if Path(__file__).with_name("_sk_cuda.so").exists():
-        return "built"
-    if shutil.which("nvcc") is None:
-        return "skipped: nvcc was not found"
-    return "none in this version; tensors on a GPU take the dense kernel"
 
 
 def run_train(**given) -> None:

@@ -39,7 +39,7 @@ def test_info_says_what_is_there_and_why_the_rest_is_not(capsys):
     assert main(["info"]) == 0
     found = dict(re.split(r"\s{2,}", line) for line in capsys.readouterr().out.splitlines())
     assert found["torch"] == torch.__version__
-    for name in ("C++ kernels", "CUDA library", "triton", "cupy", "threads", "matplotlib"):
+    for name in ("C++ kernels", "CUDA kernels", "triton", "cupy", "threads", "matplotlib"):
         assert found[name]
 
 

@@ -1,38 +1,44 @@
 // The table of the kernels in this library, and what a source file does to be in it.
 //
 // A .cu file here is compiled by two compilers: by nvcc into `_sk_cuda.so`, and, where that library
-// is missing, by NVRTC at first use (sparsekern/kernels/cuda_library.py, which launches on both
-// routes). So it holds device code that includes no host header, and no launchers. It is written
-// so:
+// is missing, by NVRTC at first use. sparsekern/kernels/cuda_library.py launches on both routes. So
+// a file holds device code that includes no host header, and no launchers:
 //
 //   #include "launch.cuh"
-//   ...                                  // templates; names stay unmangled only as extern "C"
-//   #define SK_GATHER(name, type, deltas)                        // the backslash that ends each
-//     extern "C" __global__ void name(const type* values, int n) {  // line but the last is left
-//     out
-//       gather<type, deltas>(values, n);
-//     }
-//     SK_KERNEL(name)
-//   SK_GATHER(sk_spmm_gather_bf16_d4, bf16, 4)
+//   template <int kDeltaBits> __device__ void gather(const uint16_t* values, int n) { ... }
+//   extern "C" __global__ void sk_spmm_gather_bf16_d4(const uint16_t* values, int n) {
+//     gather<4>(values, n);
+//   }
+//   SK_KERNEL(sk_spmm_gather_bf16_d4)
 //
-// Rules:
+// The last four lines may be what a macro expands to. Rules:
 // - SK_KERNEL(name) follows the definition, at namespace scope. A kernel without it is not found.
 // - The name begins with `sk_` and the name of its file: spmm_gather.cu holds sk_spmm_gather_*. By
 //   this the NVRTC route knows which file to compile.
-// - Parameters are pointers and ints (32 bits). Python checks their number and ranges against the
-//   signature that this table keeps.
-// - Shared memory that is larger than 48 KB must be dynamic (`extern __shared__`); its size is
-// given
-//   at the launch, and the kernel's limit on the current device is raised when it first needs it.
+// - Parameters are pointers and ints. Python checks arguments against the signature kept here.
+// - Shared memory of more than 48 KB must be dynamic (`extern __shared__`). A launch gives its
+//   size, and raises the kernel's limit on the current device where it has to.
 #pragma once
 
 #ifdef __CUDACC_RTC__
 
 #define SK_KERNEL(kernel)
 
+// What <cstdint> would declare.
+using int8_t = signed char;
+using int16_t = short;
+using int32_t = int;
+using int64_t = long;
+using uint8_t = unsigned char;
+using uint16_t = unsigned short;
+using uint32_t = unsigned int;
+using uint64_t = unsigned long;
+using uintptr_t = unsigned long;
+
 #else
 
 #include <atomic>
+#include <cstdint>
 #include <type_traits>
 
 namespace sk {
