@@ -184,7 +184,6 @@ def test_compare_counts_time_and_memory():
 
 
 def test_blocks_of_any_sparsity_share_their_compilations(monkeypatch):
-    pytest.importorskip("torch._dynamo")
     counts = torch._dynamo.utils.counters
     for name in ("force_parameter_static_shapes", "force_nn_module_property_static_shapes"):
         monkeypatch.setattr(torch._dynamo.config, name, True)

@@ -7,7 +7,7 @@ from torch import Tensor
 
 from .model import GPT, Cache
 
-CACHE_MULTIPLE = 64  # positions: attention is slower over odd lengths
+CACHE_MULTIPLE = 64  # positions: attention on CUDA copies masks whose rows are not aligned
 WARM_UPS = 2  # passes before a capture: libraries allocate and kernels compile in the first ones
 
 
