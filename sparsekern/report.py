@@ -1,6 +1,7 @@
 """Results of the demo as Markdown and plots: the same sections on the terminal and in report.md."""
 
 from pathlib import Path
+from statistics import median
 
 from .extras import require
 from .gpt.checkpoint import atomic_write
@@ -142,6 +143,31 @@ def profile_section(steps: dict) -> str:
 def sample_section(text: str) -> str:
     quoted = "\n".join(f"    {line}".rstrip() for line in text.splitlines())
     return f"What the sparse model writes after so little training:\n\n{quoted}"
+
+
+def generation_section(result: dict) -> str:
+    """What gpt.speed.compare() measured: a row for each way of each model."""
+    rows = [
+        [
+            name,
+            way,
+            f"{result['batch'] / median(seconds['step_s']):,.1f}",
+            f"{1e3 * median(seconds['step_s']):.3f} ms",
+            f"{1e3 * median(seconds['first_token_s']):.1f} ms",
+            f"{result[name]['block_bytes'] / 1e6:,.1f} MB",
+            f"{result[name]['weight_bytes'] / 1e6:,.1f} MB",
+        ]
+        for name in ("dense", "sparse")
+        for way, seconds in result[name]["ways"].items()
+    ]
+    header = ["model", "a step is", "tokens/s", "step", "first token", "blocks", "all weights"]
+    return (
+        f"{result['batch']} x {result['context']} tokens, then {result['steps']} steps, medians of "
+        f"{result['rounds']} interleaved rounds:\n\n{table(header, rows, left=2)}\n\n"
+        f"The sparse model generates {result['speedup']:.2f}x as fast as the best dense one. Its "
+        f"blocks take {result['block_bytes_ratio']:.3f}x\nthe memory, with embeddings and head "
+        f"{result['weight_bytes_ratio']:.3f}x."
+    )
 
 
 def write(folder: Path, sections: dict[str, str], timings: list[dict], runs: dict) -> list[Path]:
