@@ -14,7 +14,8 @@ import math
 from collections.abc import Sequence
 from statistics import geometric_mean
 
-from measure_gpu import DENSE, OURS, Grid
+from measure_gpu import Grid
+from replay_gpu import DENSE, OURS
 from tables import groups, select
 
 GRID = Grid(

@@ -1,21 +1,21 @@
 """Decode on one NVIDIA GPU: every way to y = x W^T checked against fp64, then timed side by side.
 
-A call takes microseconds, so what is timed is the replay of a CUDA graph of many calls. Each reads
-another copy of W, and the copies together are far larger than the L2 cache: every call reads its
-weights from memory, as in decoding. All competitors take turns, replay by replay, on the same W
-and the same x. Needs torch and sparsekern alone, no GPU to be imported.
+Every call reads another copy of W, and the copies together are far larger than the L2 cache: the
+weights come from memory, as in decoding. All competitors take turns, replay by replay, on the same
+W and the same x. Needs torch and sparsekern alone, and no GPU to be imported.
 """
 
 import math
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
-from statistics import median
-from typing import Any, Protocol
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
 
 import torch
 import torch.nn.functional as F
+from replay_gpu import DENSE, Clock, Contender, Runner, race
 from torch import Tensor
 
 from sparsekern import SparseTensor
@@ -40,15 +40,8 @@ SAMPLE_STEP = 17  # a threshold of magnitudes is read off every 17th of them
 TOLERANCE = {torch.bfloat16: 5e-3, torch.float16: 1e-3}
 COLD_BYTES = 210e6  # of the copies of W that a competitor goes through; L2 holds 60e6
 LAUNCHES = 40, 160  # of one replay, at least and at most
-LOOP_LAUNCHES = 60  # of a replay of a competitor that no graph can hold
-REPLAY_S = 20e-3  # at most, where that leaves the least number of launches below
-FEWEST_LAUNCHES = 3
 ROUNDS = 7
 NEAR_BEST = 1.15  # a dense call slower than this times the best is timed for one W only
-
-DENSE = "dense"  # a call whose fastest is what all are held against
-OURS = "ours"
-PEER = "peer"
 
 
 @dataclass(frozen=True)
@@ -82,124 +75,6 @@ class Way:
     is_graphed: bool = True
     note: str = ""  # what sets it apart from the others
     missing: str | None = None  # why it cannot run here
-
-
-@dataclass
-class Contender:
-    """One call for each copy of W. `result` brings what a call returns into [M, N]."""
-
-    name: str
-    kind: str
-    calls: list[Callable[[], Any]]
-    result: Callable[[Any], Tensor] = lambda y: y
-    is_graphed: bool = True
-    info: dict[str, object] = field(default_factory=dict)  # for the JSON
-
-
-class Clock(Protocol):
-    def once(self, call: Callable[[], object]) -> float:
-        """Seconds of one call on the device."""
-
-    def capture(self, calls: list[Callable[[], Any]]) -> tuple[Callable[[], None], Any]:
-        """A function that replays all calls, and where the last one puts its result."""
-
-    def race(self, runners: list["Runner"], rounds: int) -> list[list[float]]:
-        """Seconds of a replay of each runner, one number a round, after a round of warm-up."""
-
-
-class CudaClock:
-    """CUDA graphs and events on the current stream, which may not be the default one."""
-
-    # A kernel that waits goes first, so that all is queued before the GPU comes to it: no time
-    # holds a wait for Python.
-    CYCLES_PER_S = 2e9
-    GRAPH_AHEAD_S = 50e-6
-    CALL_AHEAD_S = 100e-6  # for each call of a loop
-
-    def once(self, call: Callable[[], object]) -> float:
-        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-        torch.cuda.synchronize()
-        self._wait(10 * self.CALL_AHEAD_S)
-        start.record()
-        call()
-        end.record()
-        torch.cuda.synchronize()
-        return 1e-3 * start.elapsed_time(end)
-
-    def capture(self, calls: list[Callable[[], Any]]) -> tuple[Callable[[], None], Any]:
-        # Without torch.cuda.graph, which may collect garbage and empty the allocator's cache.
-        graph = torch.cuda.CUDAGraph()
-        torch.cuda.synchronize()
-        graph.capture_begin(capture_error_mode="thread_local")
-        try:
-            for call in calls:
-                y = call()
-        finally:
-            graph.capture_end()
-        return graph.replay, y
-
-    def race(self, runners: list["Runner"], rounds: int) -> list[list[float]]:
-        events = [
-            [[torch.cuda.Event(enable_timing=True) for _ in range(2)] for _ in range(rounds + 1)]
-            for _ in runners
-        ]
-        for turn in range(rounds + 1):
-            for runner, pairs in zip(runners, events, strict=True):
-                start, end = pairs[turn]
-                is_graphed = runner.contender.is_graphed
-                self._wait(
-                    self.GRAPH_AHEAD_S if is_graphed else self.CALL_AHEAD_S * runner.launches
-                )
-                start.record()
-                runner.replay()
-                end.record()
-        torch.cuda.synchronize()
-        return [[1e-3 * start.elapsed_time(end) for start, end in pairs[1:]] for pairs in events]
-
-    def _wait(self, seconds: float) -> None:
-        torch.cuda._sleep(int(seconds * self.CYCLES_PER_S))
-
-
-class Runner:
-    """A contender ready to be timed: checked with every copy of W, and captured."""
-
-    def __init__(self, contender: Contender, launches: int, exact: Tensor, clock: Clock):
-        self.contender = contender
-        # The first run of each also compiles, loads and allocates.
-        errors = [self._error(call(), exact) for call in contender.calls]
-        self.error = torch.tensor(errors).max().item()  # a NaN is the maximum
-        once_s = clock.once(contender.calls[0])
-        if once_s * launches > REPLAY_S:
-            launches = min(launches, max(FEWEST_LAUNCHES, int(REPLAY_S / once_s)))
-        self.launches = launches if contender.is_graphed else min(launches, LOOP_LAUNCHES)
-        self._order = [contender.calls[i % len(contender.calls)] for i in range(self.launches)]
-        if contender.is_graphed:
-            self.replay, self.y = clock.capture(self._order)
-        else:
-            self.replay, self.y = self._loop, None
-
-    def _loop(self) -> None:
-        for call in self._order:
-            self.y = call()
-
-    def _error(self, y: Any, exact: Tensor) -> float:
-        return frobenius_error(self.contender.result(y), exact)
-
-    def poison(self) -> None:
-        """A replay that writes nothing shall not pass for a right one."""
-        if self.contender.is_graphed:
-            self.y.fill_(math.nan)
-
-    def last_error(self, exact: Tensor) -> float:
-        """Of the last call of the last replay."""
-        return self._error(self.y, exact)
-
-
-def frobenius_error(y: Tensor, exact: Tensor) -> float:
-    """|y - exact| / |exact|, in fp64."""
-    if y.shape != exact.shape:
-        raise ValueError(f"shape of the result: expected {exact.shape}, got {y.shape}")
-    return ((y.double() - exact).norm() / exact.norm()).item()
 
 
 def weight(
@@ -265,30 +140,6 @@ def launches_of(N: int, K: int, grid: Grid) -> int:
     density = max(1e-3, 1 - max(grid.sparsities))
     fewest, most = LAUNCHES
     return min(most, max(fewest, math.ceil(COLD_BYTES / (N * K * density * grid.dtype.itemsize))))
-
-
-def race(
-    runners: list[Runner], exact: Tensor, tolerance: float, clock: Clock, rounds: int
-) -> dict[str, dict]:
-    """name -> seconds of a call, its error, and whether it is right."""
-    for runner in runners:
-        runner.poison()
-    records = {}
-    for runner, seconds in zip(runners, clock.race(runners, rounds), strict=True):
-        error = torch.tensor([runner.error, runner.last_error(exact)]).max().item()
-        calls = [s / runner.launches for s in seconds]
-        records[runner.contender.name] = {
-            "kind": runner.contender.kind,
-            "median_s": median(calls),
-            "min_s": min(calls),
-            "max_s": max(calls),
-            "launches": runner.launches,
-            "copies": len(runner.contender.calls),
-            "error": error,
-            "is_right": error < tolerance,  # written so that NaN is wrong
-            **runner.contender.info,
-        }
-    return records
 
 
 def cells(
@@ -357,18 +208,18 @@ class Shape:
         for M in self.grid.tokens:
             x = self.x[M].normal_(generator=self.generator)
             exact = x.double() @ wide.t()
+            failed: dict[str, dict] = {}
             if M not in self.dense:
-                found = dense_contenders(x, self.copies, self.turned)
-                self.dense[M] = [Runner(each, self.launches, exact, self.clock) for each in found]
-            runners, failed = list(self.dense[M]), {}
+                self.dense[M] = [
+                    runner
+                    for each in dense_contenders(x, self.copies, self.turned)
+                    for runner in attempt(failed, each, partial(self._check, each, exact))
+                ]
+            runners = list(self.dense[M])
             for way in ways:
-                if not way.where(M, sparsity, mask):
-                    continue
-                try:
-                    runners.append(self._runner(way, sparse, x, exact, layouts))
-                except Exception as error:  # the others shall not be lost with it
-                    reason = f"{type(error).__name__}: {error}".splitlines()[0]
-                    failed[way.name] = {"kind": way.kind, "failed": reason, "is_right": False}
+                if way.where(M, sparsity, mask):
+                    make = partial(self._runner, way, sparse, x, exact, layouts)
+                    runners += attempt(failed, way, make)
             records = race(runners, exact, TOLERANCE[dtype], self.clock, self.rounds)
             self._keep_near_best(M, records)
             yield {
@@ -397,13 +248,29 @@ class Shape:
         calls = [lambda copy=copy: way.multiply(operand, copy) for copy in copies]
         info = {"bytes": way.nbytes(copies[0]), "note": way.note}
         contender = Contender(way.name, way.kind, calls, way.result, way.is_graphed, info)
+        return self._check(contender, exact)
+
+    def _check(self, contender: Contender, exact: Tensor) -> Runner:
         return Runner(contender, self.launches, exact, self.clock)
 
     def _keep_near_best(self, M: int, records: dict[str, dict]) -> None:
         """The other dense calls need no more timing: their graphs and turns would cost the most."""
-        times = {r: records[r.contender.name]["median_s"] for r in self.dense[M]}
-        limit = NEAR_BEST * min(times.values())
+        timed = [(runner, records[runner.contender.name]) for runner in self.dense[M]]
+        times = {runner: record["median_s"] for runner, record in timed if record["is_right"]}
+        limit = NEAR_BEST * min(times.values(), default=0)
         self.dense[M] = [runner for runner, taken in times.items() if taken <= limit]
+
+
+def attempt(
+    failed: dict[str, dict], contender: Contender | Way, make: Callable[[], Runner]
+) -> list[Runner]:
+    """What `make` makes, or nothing and the reason in `failed`: the others go on."""
+    try:
+        return [make()]
+    except Exception as error:
+        reason = f"{type(error).__name__}: {error}".splitlines()[0]
+        failed[contender.name] = {"kind": contender.kind, "failed": reason, "is_right": False}
+        return []
 
 
 def derive(cell: dict) -> dict:
@@ -417,6 +284,8 @@ def derive(cell: dict) -> dict:
         for name, way in timed.items()
         if way["kind"] == DENSE and way["is_right"]
     }
+    if not dense:
+        raise ValueError(f"no dense call is right: {cell['ways']}")
     cell["best_dense"] = min(dense, key=dense.get)
     cell["dense_s"] = dense[cell["best_dense"]]
     cell["speedups"] = {
@@ -425,12 +294,3 @@ def derive(cell: dict) -> dict:
         if way["kind"] != DENSE
     }
     return cell
-
-
-def copy_bytes_per_s(nbytes: int = 2**31, repeats: int = 15) -> float:
-    """Bytes read and written per second by a copy on the GPU: the limit of what reads W."""
-    source = torch.empty(nbytes // 8, dtype=torch.int64, device="cuda").random_()
-    target = torch.empty_like(source)
-    clock = CudaClock()
-    target.copy_(source)
-    return 2 * nbytes / median(clock.once(lambda: target.copy_(source)) for _ in range(repeats))

@@ -6,7 +6,8 @@ from dataclasses import replace
 from typing import Any
 
 import torch
-from measure_gpu import OURS, PEER, Way
+from measure_gpu import Way
+from replay_gpu import OURS, PEER
 from torch import Tensor
 
 from sparsekern import SparseTensor
@@ -25,15 +26,15 @@ def absent(name: str, kind: str, reason: str) -> Way:
 def stream() -> Way:
     """Packed weights, laid out beforehand, and the CUDA kernels that read them."""
     try:
-        packed = importlib.import_module("sparsekern.kernels.packed")
+        from sparsekern.kernels.packed import pack, spmm_packed
     except ImportError as error:
         return absent("stream", OURS, str(error))
     return Way(
         "stream",
         OURS,
-        packed.pack,
+        pack,
         lambda W: W.clone(),
-        packed.spmm_packed,
+        spmm_packed,
         lambda W: W.nbytes,
         where=lambda M, sparsity, mask: M <= STREAM_TOKENS,
     )

@@ -24,6 +24,7 @@ import crossover
 import measure_gpu
 import pages
 import peers_gpu
+import replay_gpu
 import tables_gpu
 import torch
 from measure_gpu import Grid, derive
@@ -34,6 +35,7 @@ PARTIAL = BENCH.parent / "build" / "bench"
 README = BENCH.parent / "README.md"
 MARKERS = "<!-- bench-gpu: begin -->", "<!-- bench-gpu: end -->"
 CROSSOVER = BENCH.parent / "sparsekern" / "kernels" / "crossover.json"
+SMI_FIELDS = ("driver_version", "clocks.sm", "clocks.mem", "power.draw", "temperature.gpu")
 LIMIT_S = 230.0  # no new W is begun after so long
 
 QUICK = Grid(shapes=((512, 1024),), tokens=(1, 16), sparsities=(0.5, 0.9), masks=("random",))
@@ -93,7 +95,7 @@ Speed as a share of the CUDA kernels'.
 def machine(commit: str | None) -> dict:
     """What was measured on. nvidia-smi's numbers are read while copies keep the GPU busy."""
     properties = torch.cuda.get_device_properties(torch.cuda.current_device())
-    bandwidth = measure_gpu.copy_bytes_per_s()
+    bandwidth = replay_gpu.copy_bytes_per_s()
     return {
         "gpu": properties.name,
         "capability": f"sm_{properties.major}{properties.minor}",
@@ -113,19 +115,24 @@ def machine(commit: str | None) -> dict:
 
 def load() -> dict[str, str]:
     """Driver, clocks, power and temperature while the GPU copies."""
-    fields = "driver_version,clocks.sm,clocks.mem,power.draw,temperature.gpu"
     source = torch.empty(2**28, dtype=torch.int64, device="cuda").random_()
     target = torch.empty_like(source)
-    for _ in range(400):  # about half a second
+    for _ in range(1000):  # about a second
         target.copy_(source)
-    command = ["nvidia-smi", f"--query-gpu={fields}", "--format=csv,noheader", "-i", "0"]
+    command = [
+        "nvidia-smi",
+        f"--query-gpu={','.join(SMI_FIELDS)}",
+        "--format=csv,noheader",
+        "-i",
+        "0",
+    ]
     try:
         text = subprocess.run(command, capture_output=True, text=True, check=True).stdout
     except (OSError, subprocess.CalledProcessError):
         return {}
     finally:
         torch.cuda.synchronize()
-    return dict(zip(fields.split(","), map(str.strip, text.split(",")), strict=True))
+    return dict(zip(SMI_FIELDS, map(str.strip, text.split(",")), strict=True))
 
 
 def git(*arguments: str) -> str:
@@ -161,7 +168,7 @@ def measure(verb: str, grid: Grid, path: Path, commit: str | None) -> dict:
     wanted = len(grid.masks) * len(grid.shapes) * len(grid.sparsities) * len(grid.tokens)
     # Graphs cannot be captured on the default stream.
     with torch.no_grad(), torch.cuda.stream(torch.cuda.Stream()):
-        clock = measure_gpu.CudaClock()
+        clock = replay_gpu.CudaClock()
         deadline = start + LIMIT_S
         for cell in measure_gpu.cells(grid, ways, clock, generator, deadline=deadline):
             result["cells"].append(derive(cell))
@@ -195,10 +202,10 @@ def heading(result: dict) -> str:
     m, clocks = result["machine"], result["machine"]["under_load"]
     changed = " with local changes" if m["dirty"] else ""
     dtype = result["cells"][0]["dtype"].removeprefix("torch.")
-    smi = ", ".join(f"{value} {name.split('.')[0]}" for name, value in clocks.items())
+    smi = "".join(f", {name.replace('.', ' ')} {value}" for name, value in clocks.items())
     return (
         f"{m['gpu']} ({m['capability']}, {m['multiprocessors']} multiprocessors), {dtype}, "
-        f"torch {m['torch']}, CUDA {m['cuda']}{', ' + smi if smi else ''}, {result['date']}, "
+        f"torch {m['torch']}, CUDA {m['cuda']}{smi}, {result['date']}, "
         f"commit {m['commit'][:10]}{changed}."
     )
 
@@ -224,7 +231,10 @@ def page(name: str, result: dict) -> str:
 
 
 def digest(result: dict) -> str:
+    """The short of it, for a terminal."""
     cells, limit = result["cells"], result["machine"]["copy_bytes_per_s"]
+    if result["verb"] == "crossover":
+        return f"{heading(result)}\n\n{json.dumps(crossover.summarize(cells, ''))}"
     parts = (
         heading(result),
         tables_gpu.summary(cells),
@@ -307,10 +317,11 @@ def main(arguments: list[str]) -> int:
 
     folder = args.out or PARTIAL
     path = folder / f"{args.verb}-{args.dtype}.json"
+    if args.verb == "decode" and (reason := peers_gpu.stream().missing):
+        raise SystemExit(f"bench-gpu: nothing to measure: {reason}")
     grid = grid_of(args.verb, getattr(torch, args.dtype), args.quick)
     result = measure(args.verb, grid, path, args.commit)
-    if args.verb == "decode":
-        print(digest(result))
+    print(digest(result))
     print(f"{len(result['cells'])} cells in {result['seconds']:.0f} s: {path}")
     if bad := tables_gpu.failures(result["cells"]):
         print("\n".join(["Failed or wrong:", *bad[:20]]))

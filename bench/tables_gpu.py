@@ -4,7 +4,8 @@ from collections.abc import Callable, Iterable
 from statistics import geometric_mean, median
 from typing import TYPE_CHECKING
 
-from measure_gpu import OURS, SHAPES
+from measure_gpu import SHAPES
+from replay_gpu import OURS
 from tables import groups, percent, select, sparsities_of
 
 from sparsekern.report import COLOURS, MARKERS, table

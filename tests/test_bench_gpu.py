@@ -65,7 +65,7 @@ def dense_way(measure_gpu, name: str, multiply=F.linear, **options):
     """Multiplies by the dense W: right by construction."""
     return measure_gpu.Way(
         name,
-        measure_gpu.OURS,
+        "ours",
         lambda W: W.to_dense(),
         lambda W: W.clone(),
         multiply,
@@ -141,6 +141,25 @@ def test_who_is_wrong_or_fails_is_marked_and_the_others_go_on(measure_gpu, bench
     assert "failed" in lines["triton"] and "nan" in lines["nan"] and "wrong" not in lines["right"]
 
 
+def test_a_dense_call_that_fails_or_is_wrong_is_not_the_best(measure_gpu, monkeypatch):
+    contenders = measure_gpu.dense_contenders
+
+    def some_bad(x, copies, turned):
+        def fail():
+            raise RuntimeError("not supported")
+
+        broken = measure_gpu.Contender("broken", "dense", [fail])
+        hasty = measure_gpu.Contender("hasty", "dense", [lambda: torch.zeros_like(x @ turned[0])])
+        return [broken, hasty, *contenders(x, copies, turned)]
+
+    monkeypatch.setattr(measure_gpu, "dense_contenders", some_bad)
+    grid = small_grid(measure_gpu, sparsities=(0.5, 0.75), tokens=(5,))
+    first, second = run(measure_gpu, grid, [], CallingClock(hasty=0.01))
+    assert first["ways"]["broken"]["failed"] == "RuntimeError: not supported"
+    assert not first["ways"]["hasty"]["is_right"] and first["best_dense"] == "F.linear cublas"
+    assert second["ways"].keys() == first["ways"].keys() - {"broken", "hasty"}
+
+
 def test_a_replay_that_writes_nothing_is_wrong(measure_gpu):
 
     class LazyClock(CallingClock):
@@ -149,7 +168,7 @@ def test_a_replay_that_writes_nothing_is_wrong(measure_gpu):
 
     (_, cell) = run(measure_gpu, small_grid(measure_gpu), [], CallingClock())
     assert all(way["is_right"] for way in cell["ways"].values())
-    with pytest.raises(ValueError, match="min"):  # no dense call is right
+    with pytest.raises(ValueError, match="no dense call is right"):
         run(measure_gpu, small_grid(measure_gpu), [], LazyClock())
 
 
@@ -294,7 +313,9 @@ def test_results_are_a_page_a_plot_and_readmes_section(bench, monkeypatch, tmp_p
     assert run_gpu.main(["publish", str(path)]) == 0
     name = "nvidia-h200-decode-bfloat16-2026-01-02"
     page = (tmp_path / "results" / f"{name}.md").read_text()
-    assert "no module named cupy" in page and "Not run." not in page and "1980 MHz clocks" in page
+    assert (
+        "no module named cupy" in page and "Not run." not in page and "clocks sm 1980 MHz" in page
+    )
     assert (tmp_path / "results" / f"{name}.png").stat().st_size > 10_000
     text = run_gpu.README.read_text()
     assert text.startswith(f"before\n{begin}\n| times dense") and text.endswith(f"{end}\nafter\n")
