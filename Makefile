@@ -11,7 +11,7 @@ CXX_SOURCES := $(shell find csrc tests/cpp tests/cuda -name '*.cpp' -o -name '*.
 BUILD_INPUTS := pyproject.toml setup.py CMakeLists.txt $(CXX_SOURCES)
 VENV_STAMP := $(VENV)/.with-$(subst ==,-,$(TORCH))
 
-.PHONY: demo test lint pytest pytest-without-library sanitize neon cuda sanitize-gpu bench-smoke bench deepsparse clean
+.PHONY: demo test lint pytest pytest-without-library sanitize neon cuda sanitize-gpu bench-smoke bench bench-gpu deepsparse clean
 
 demo: $(VENV)/.installed-demo
 	$(BIN)/python -m sparsekern demo --out out
@@ -75,6 +75,11 @@ sanitize-gpu:
 
 bench: $(VENV)/.installed-test
 	$(BIN)/python bench/run.py
+
+# Needs an NVIDIA GPU. The table in README, then the data that dispatch reads.
+bench-gpu: $(VENV)/.installed-test
+	$(BIN)/python bench/run_gpu.py decode
+	$(BIN)/python bench/run_gpu.py crossover
 
 # A peer for `make bench`. It wants numpy 1 and an old onnx, so it gets an environment of its own, and
 # its last wheels are for x86-64 Linux and Python 3.8 to 3.11. Its license is for evaluation only.
