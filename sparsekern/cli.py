@@ -1,4 +1,4 @@
-"""python -m sparsekern {info, train, demo}"""
+"""python -m sparsekern {info, train, demo, wafer}"""
 
 import argparse
 import os
@@ -12,10 +12,11 @@ from pathlib import Path
 
 import torch
 
-from . import __version__, report
+from . import __version__, masks, report
 from .extras import require
 from .gpt import demo
 from .gpt.train import TrainConfig, resumed_config, train
+from .wafer.commands import add_commands
 
 try:
     from . import _C
@@ -47,18 +48,21 @@ def main(arguments: list[str] | None = None) -> int:
     demonstration.set_defaults(run=run_demo)
     demonstration.add_argument("--out", type=Path, default=Path("out"), help="folder (%(default)s)")
 
+    wafer = commands.add_parser("wafer", help="what the same masks would do on a wafer")
+    add_commands(wafer, masks.checkpoint_weights, masks.benchmark_mask)
+
     options = vars(parser.parse_args(arguments))
     options.pop("command")
+    options.pop("wafer_command", None)
     run = options.pop("run")
     try:
-        run(**options)
+        return run(**options) or 0
     except (ValueError, ImportError, OSError, ArithmeticError, NotImplementedError) as error:
         print(f"sparsekern: error: {error}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
         print("sparsekern: interrupted", file=sys.stderr)
         return 130
-    return 0
 
 
 def add_flag(parser: argparse.ArgumentParser, field) -> None:
@@ -131,7 +135,9 @@ def cuda_library() -> str:
 
 
 def run_train(**given) -> None:
-    train(resumed_config(given) if given.get("resume") else TrainConfig(**given))
+    result = train(resumed_config(given) if given.get("resume") else TrainConfig(**given))
+    if result["config"]["sparsity"]:
+        print(f"wafer  {report.wafer_line(result)}")
 
 
 def run_demo(out: Path) -> None:

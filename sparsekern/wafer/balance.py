@@ -14,8 +14,8 @@ from statistics import NormalDist
 import numpy as np
 
 EULER_GAMMA = 0.5772156649015329
-# How far columns of PEs drift apart before the slowest holds back the others, in windows of outputs;
-# and the fewest windows over which they keep step. Fitted on the simulator (docs/MATH.md, section 4).
+# In windows of outputs: how far columns of PEs drift apart before the slowest holds back the
+# others, and over how many they keep step at least. Fitted on the simulator (docs/MATH.md, 4).
 WINDOW_DRIFT = 5.0
 WINDOWS_IN_STEP = 4
 
@@ -40,8 +40,8 @@ def binomial_imbalance(parts: int, trials: float, density: float) -> float:
 def locked_outputs(parts: int, k_per_part: float, density: float, outputs: int, window: int) -> int:
     """Over how many outputs the parts must keep step, when none may be `window` outputs ahead.
 
-    Over L outputs the fullest part falls z sqrt(L k d (1-d)) nonzeros behind the mean; windows allow
-    WINDOW_DRIFT window k d. They are equal at L = (WINDOW_DRIFT window)^2 k d / (z^2 (1-d))."""
+    Over L outputs the fullest part falls z sqrt(L k d (1-d)) nonzeros behind the mean; windows
+    allow WINDOW_DRIFT window k d: as much at L = (WINDOW_DRIFT window)^2 k d / (z^2 (1-d))."""
     z = expected_normal_maximum(parts)
     if density == 1 or z == 0:
         return outputs

@@ -1,4 +1,4 @@
-"""Speed-ups measured here, from bench/results, beside the wafer's prediction for the same shapes and masks."""
+"""Speed-ups measured here (bench/results) beside the wafer's, for the same shapes and masks."""
 
 import json
 from collections.abc import Callable
@@ -40,9 +40,12 @@ def compare(
     results: list[Path],
     inputs: Inputs | None = None,
     mask_of: Callable[[dict], Mask | None] = lambda workload: None,
+    match: str = "",
 ) -> list[Pair]:
-    """Of every product and training step in the JSON files of `results`. `mask_of` makes the mask of a
-    measurement again from its parameters, or gives None: then one of its density is assumed."""
+    """Of every product and training step in the JSON files of `results` with `match` in its name.
+
+    `mask_of` makes the mask of a measurement again from its parameters, or gives None: then a
+    random one of its density is assumed."""
     inputs = inputs or Inputs()
     pairs = []
     for path in results:
@@ -52,7 +55,7 @@ def compare(
             raise ValueError(f"results: {path} is not a result of bench/run.py") from error
         for benchmark in benchmarks:
             info = benchmark["extra_info"]
-            if "speedup" not in info:
+            if "speedup" not in info or match not in benchmark["name"]:
                 continue
             if info["op"] in PRODUCTS:
                 pairs.append(_product(machine, inputs, path, info, mask_of(info)))

@@ -162,7 +162,9 @@ def step_cost(
     plan = plan_activations(machine, inputs, shape, tokens)
     head = Weight("head", shape.vocabulary, shape.width, 1.0, 1)
     costs = [
-        cost for weight in (*weights, head) for cost in _layer_costs(machine, inputs, tokens, weight)
+        cost
+        for weight in (*weights, head)
+        for cost in _layer_costs(machine, inputs, tokens, weight)
     ]
 
     def total(product: str, is_head: bool) -> float:

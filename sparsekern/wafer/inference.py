@@ -1,9 +1,10 @@
-"""Inference with all weights resident: no stream; a token's way through the wafer is what takes time.
+"""Inference with all weights resident: no stream; the way through the wafer is what takes time.
 
-Decode, one token: every product is a vector times a matrix spread over the whole grid. A PE multiplies
-the nonzeros it holds; the sums are reduced along one side of the grid and sent back along the other, so
-each of the STAGES of a block, one after the other, pays two sides of hops and the depth of a tree of two
-levels of chains. Sparsity shrinks the first term and the memory, never the second.
+Decode, one token: every product is a vector times a matrix spread over the whole grid. A PE
+multiplies the nonzeros it holds; the sums are reduced along one side of the grid and sent back
+along the other. So each of the STAGES of a block, one after the other, pays two sides of hops and
+the depth of a tree of two levels of chains. Sparsity shrinks the arithmetic and the memory, never
+the way.
 """
 
 import math
@@ -37,8 +38,8 @@ class InferenceCost:
 
 
 def reduce_cycles(machine: Machine, pes: int, wavelets: int) -> float:
-    """A chain of additions over `pes` in a row: T = max(C, E / N + L) + (2 T_R + 1) D with C = wavelets,
-    E / N = wavelets, L = D = pes - 1 (Luczynski et al., arXiv 2404.15888; read second-hand)."""
+    """A chain of additions over `pes` in a row: T = max(C, E / N + L) + (2 T_R + 1) D with
+    C = E / N = wavelets, L = D = pes - 1 (Luczynski et al., arXiv 2404.15888; second-hand)."""
     depth = pes - 1
     return max(wavelets, wavelets + depth) + (2 * machine["ramp_cycles"] + 1) * depth
 

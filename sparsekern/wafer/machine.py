@@ -1,7 +1,7 @@
 """Wafer-scale machines as data: every figure with its unit, its source and how it was come by.
 
-Marks: `read` in the named source; `second-hand`: in a text about it; `assumed`: by us, for want of a
-source. Where sources disagree there are two machines, told apart by what follows the `@`.
+Marks: `read` in the named source; `second-hand`: in a text about it; `assumed`: by us, for want of
+a source. Where sources disagree there are two machines, told apart by what follows the `@`.
 """
 
 from dataclasses import dataclass, fields, replace
@@ -72,7 +72,7 @@ class Machine:
 
     @property
     def chain_cycles(self) -> float:
-        """From PE to PE in a chain of additions: to the router, one hop, from the router, one add."""
+        """From PE to PE in a chain of additions: to a router, a hop, from a router, an add."""
         return self["hop_cycles"] + 2 * self["ramp_cycles"] + 1
 
     def fma_per_cycle(self, precision: str) -> float:
@@ -149,7 +149,10 @@ MACHINES: dict[str, Machine] = {
         WSE2,
         name="wse2@narrow-sram",
         sram_bytes_per_cycle=_figure(
-            12, "bytes/cycle", READ, "csl-skills; roofline of SpMM_Cerebras: 2 x 32-bit reads, 1 write"
+            12,
+            "bytes/cycle",
+            READ,
+            "csl-skills; roofline of SpMM_Cerebras: 2 x 32-bit reads, 1 write",
         ),
     ),
     "wse3": WSE3,

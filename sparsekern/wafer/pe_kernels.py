@@ -1,16 +1,16 @@
 """Cycles of one PE in SpMM kernels written in CSL, fitted to a public data set, and its errors.
 
-The data: pr0f3ss/SpMM_Cerebras, commit a962552, benchmarks/{CSC,COO,CSR,GEMM}_benchmark.csv; fp32, WSE-2,
-by the SDK's flow (whether simulator or hardware is not stated). A sparse [N, K] times B dense [K, M] on width x
-height PEs. It has no licence, so it is not part of this project: give its folder.
+The data: pr0f3ss/SpMM_Cerebras, commit d886fbe, benchmarks/{CSC,COO,CSR,GEMM}_benchmark.csv; fp32,
+WSE-2, by the SDK's flow (simulator or hardware: not stated). A sparse [N, K] times B dense [K, M]
+on width x height PEs. It has no licence, so it is not part of this project: give its folder.
 
     CSC  nnz (a + b M) + c K / width      the outer loop runs over the tile's columns
     CSR  nnz (a + b M) + c N / height     ... over its rows
     COO  nnz imbalance (a + b M)          every PE is padded to the fullest one
     GEMM c (N / height) (K / width) M
 
-nnz = N K density / (width height), of one PE. Rows of the 768 and of the 1024 family of sizes are never
-on both sides of a split; nor is a tile that occurs in both families.
+nnz = N K density / (width height), of one PE. Rows of the 768 and of the 1024 family of sizes are
+never on both sides of a split; nor is a tile that occurs in both families.
 """
 
 import csv
@@ -28,8 +28,8 @@ FAMILIES = (768, 1024)
 
 @dataclass(frozen=True)
 class Fit:
-    """Coefficients of all rows: cycles a nonzero, cycles an element, cycles a turn of the outer loop;
-    errors (mean, worst) of coefficients that were fitted on one family and met the other."""
+    """Coefficients of all rows: cycles a nonzero, an element, a turn of the outer loop; errors
+    (mean, worst) of coefficients that were fitted on one family and met the other."""
 
     coefficients: tuple[float, ...]
     fit_error: tuple[float, float]
@@ -118,11 +118,19 @@ def summarise(rows: list[dict[str, float]], kind: str) -> Summary:
 
 FITTED: dict[str, Summary] = {
     "CSC": Summary(
-        Fit((37.37, 1.2382, 123.24), (0.0103, 0.0196), {768: (0.0230, 0.0357), 1024: (0.0374, 0.0585)}),
+        Fit(
+            (37.37, 1.2382, 123.24),
+            (0.0103, 0.0196),
+            {768: (0.0230, 0.0357), 1024: (0.0374, 0.0585)},
+        ),
         imbalance_error=(0.0265, 0.0712),
     ),
     "CSR": Summary(
-        Fit((33.42, 1.2705, 63.80), (0.0056, 0.0168), {768: (0.0114, 0.0206), 1024: (0.0140, 0.0172)}),
+        Fit(
+            (33.42, 1.2705, 63.80),
+            (0.0056, 0.0168),
+            {768: (0.0114, 0.0206), 1024: (0.0140, 0.0172)},
+        ),
         imbalance_error=(0.0399, 0.1204),
     ),
     "COO": Summary(

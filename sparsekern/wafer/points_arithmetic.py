@@ -23,10 +23,22 @@ def _ratios() -> list[Point]:
     return [
         ratio_point("V01", "A", "XL, 75%: training FLOPs, x", xl.flop_ratio(0.25), 2.5, 0.01, SPDF),
         ratio_point(
-            "V02", "A", "XL, 83.8%: inference FLOPs, x", xl.flop_ratio(pruned), 3, 0.02, PRUNING_BLOG
+            "V02",
+            "A",
+            "XL, 83.8%: inference FLOPs, x",
+            xl.flop_ratio(pruned),
+            3,
+            0.02,
+            PRUNING_BLOG,
         ),
         ratio_point(
-            "V03", "A", "XL, 83.8%: parameters, x", xl.parameter_ratio(pruned), 4.3, 0.02, PRUNING_BLOG
+            "V03",
+            "A",
+            "XL, 83.8%: parameters, x",
+            xl.parameter_ratio(pruned),
+            4.3,
+            0.02,
+            PRUNING_BLOG,
         ),
     ]
 
@@ -74,7 +86,13 @@ def _machines() -> list[Point]:
             "V08", "A", "WSE-2 fabric, bits/s", WSE2.fabric_bits_per_s, 220e15, 0.10, WHITE_PAPER
         ),
         ratio_point(
-            "V09", "A", "PEs of 48 systems", 48 * WSE2.grid_pes, 35_784_000, 0, "SC23, TLR-MVM, abstract"
+            "V09",
+            "A",
+            "PEs of 48 systems",
+            48 * WSE2.grid_pes,
+            35_784_000,
+            0,
+            "SC23, TLR-MVM, abstract",
         ),
         ratio_point(
             "V10",

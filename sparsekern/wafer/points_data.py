@@ -17,8 +17,8 @@ TLR_SYSTEMS, TLR_SRAM_BYTES_PER_S = 48, 92.58e15
 
 
 def measured_points(data: Path | None) -> tuple[list[Point], list[Point]]:
-    """Held-out points and calibration points, from the CSV files in `data`, or as they were when the
-    coefficients in pe_kernels.py were fitted."""
+    """Held-out points and calibration points, from the CSV files in `data`, or as they were when
+    the coefficients in pe_kernels.py were fitted."""
     note = "" if data else "as fitted when committed; --data checks it again"
     held_out, calibration = [], []
     for kind, committed in FITTED.items():
@@ -40,9 +40,7 @@ def _held_out(kind: str, summary: Summary, note: str) -> list[Point]:
     points = []
     for tested, errors in summary.fit.held_out.items():
         quantity = f"{kind}: cycles of the {tested} family, fitted on the other"
-        points.append(
-            error_point(IDS[kind], "B", quantity, errors, TOLERANCES[kind], DATA, note)
-        )
+        points.append(error_point(IDS[kind], "B", quantity, errors, TOLERANCES[kind], DATA, note))
     if summary.imbalance_error:
         quantity = f"{kind}: imbalance max/mean, nothing fitted"
         points.append(

@@ -63,7 +63,5 @@ def mesh_points() -> list[Point]:
     for label, values in mesh_errors().items():
         quantity = f"{len(values)} products on {GRID} x {GRID} PEs: cycles; {label}"
         errors = (sum(values) / len(values), max(values))
-        points.append(
-            error_point("V28", "S", quantity, errors, (MEAN, WORST), "simulator.py")
-        )
+        points.append(error_point("V28", "S", quantity, errors, (MEAN, WORST), "simulator.py"))
     return points

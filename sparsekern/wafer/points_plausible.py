@@ -1,4 +1,4 @@
-"""V17-V27: what public words and single figures allow to check (class C), and what they do not (X)."""
+"""V17-V27: what public words and single figures allow to check (C), and what they do not (X)."""
 
 from .cost import compare_with_dense, step_cost
 from .inference import inference_cost

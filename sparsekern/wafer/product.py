@@ -30,21 +30,24 @@ def product_cycles(
     weight gradient makes a dot of x and dy at each kept place, where the others make an AXPY."""
     if product == INPUT_GRADIENT:
         n, k = k, n
-        density = density.transposed() if isinstance(density, Mask) else density
-    best = _best if isinstance(density, Mask) else _cached_best
-    return best(machine, inputs, tokens, n, k, density, product == WEIGHT_GRADIENT)
+        if isinstance(density, Mask):
+            density = density.transposed()
+    mask, density = (density, density.density) if isinstance(density, Mask) else (None, density)
+    groups, cycles = _fastest(machine, inputs, tokens, n, k, density, product == WEIGHT_GRADIENT)
+    if mask is None:
+        return cycles
+    # The mapping is chosen by the density, as a compiler would; its time is that of the mask.
+    return _mapped(machine, inputs, tokens, n, k, mask, product == WEIGHT_GRADIENT, groups)
 
 
-def _best(machine, inputs, tokens, n, k, density, is_gradient) -> MeshCycles:
+@lru_cache(maxsize=20_000)
+def _fastest(machine, inputs, tokens, n, k, density, is_gradient) -> tuple[int, MeshCycles]:
     cols = int(machine["grid_cols"])
-    groups = (inputs.column_groups,) if inputs.column_groups else COLUMN_GROUPS
-    if max(groups) > cols:
-        raise ValueError(f"column_groups: expected at most {cols}, got {max(groups)}")
-    costs = (_mapped(machine, inputs, tokens, n, k, density, is_gradient, g) for g in groups)
-    return min(costs, key=lambda cost: cost.total)
-
-
-_cached_best = lru_cache(maxsize=20_000)(_best)
+    given = (inputs.column_groups,) if inputs.column_groups else COLUMN_GROUPS
+    if max(given) > cols:
+        raise ValueError(f"column_groups: expected at most {cols}, got {max(given)}")
+    costs = {g: _mapped(machine, inputs, tokens, n, k, density, is_gradient, g) for g in given}
+    return min(costs.items(), key=lambda item: item[1].total)
 
 
 def _mapped(machine, inputs, tokens, n, k, density, is_gradient, groups) -> MeshCycles:
@@ -69,11 +72,14 @@ def _mapped(machine, inputs, tokens, n, k, density, is_gradient, groups) -> Mesh
 
 
 def stream_bytes(inputs: Inputs, n: int, k: int, density: float) -> float:
-    """Of W on the I/O links. index16: value and 16-bit index; bitmap: values and a bit a place; best:
-    the smaller one of index16 and all places, zeros too (dropped where they enter the wafer)."""
+    """Of W on the I/O links. index16: value and 16-bit index; bitmap: values and a bit a place;
+    best: the smaller one. Never more than all places, zeros too, dropped where they enter."""
     value_bytes = BYTES_PER_ELEM[inputs.precision]
     places = n * k
     index16 = places * density * (value_bytes + 2)
     bitmap = places * (density * value_bytes + 1 / 8)
     dense = places * value_bytes
-    return min(dense, {"best": index16, "index16": index16, "bitmap": bitmap}[inputs.stream_format])
+    return min(
+        dense,
+        {"best": min(index16, bitmap), "index16": index16, "bitmap": bitmap}[inputs.stream_format],
+    )

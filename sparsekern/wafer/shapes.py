@@ -1,4 +1,4 @@
-"""Shapes of GPTs and their FLOPs, by the convention of gpt/flops.py (full attention, dense head)."""
+"""Shapes of GPTs and their FLOPs, as in gpt/flops.py: full attention, dense head."""
 
 from dataclasses import dataclass
 

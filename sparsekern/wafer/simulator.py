@@ -1,9 +1,9 @@
 """An event-level mesh: when every wavelet arrives, every AXPY ends and every partial sum leaves.
 
-y[M, N] = x[M, K] @ W[N, K].T on rows x cols PEs. K is cut over the columns of PEs, M over the rows. Column
-c receives its nonzeros of W at the top, output by output, one wavelet a cycle; each PE passes them
-down and works on them in order. When a PE has all its nonzeros of output n, its partial sum joins the
-chain that runs along the row from column 0 to the last. Rules:
+y[M, N] = x[M, K] @ W[N, K].T on rows x cols PEs. K is cut over the columns of PEs, M over the rows.
+Column c receives its nonzeros of W at the top, output by output, one wavelet a cycle; each PE
+passes them down and works on them in order. When a PE has all its nonzeros of output n, its partial
+sum joins the chain that runs along the row from column 0 to the last. Rules:
 
     arrival  one wavelet a cycle and link, one hop a cycle down; a PE queues a few wavelets, and a
              full PE stops its column

@@ -12,8 +12,8 @@ from .points_plausible import plausible_points
 
 FATAL = ("A", "B", "S")
 NOT_VALIDATED = (
-    "Absolute time not validated: no time of a training step, no utilisation and no measured sparse\n"
-    "speed-up of a CS-2 or CS-3 could be read (V25-V27). Ratios are predictions."
+    "Absolute time not validated: no time of a training step, no utilisation and no measured\n"
+    "sparse speed-up of a CS-2 or CS-3 could be read (V25-V27). Ratios are predictions."
 )
 
 
@@ -75,7 +75,8 @@ def render(validation: Validation) -> str:
             "Validation: " + "; ".join(f"{kind} {what}" for kind, what in CLASSES.items()) + ".",
             lines(validation.points),
             "Sources and notes:\n" + "\n".join(f"  {note}" for note in notes),
-            f"Held-out errors of measured cycles and imbalance (V11-V14): mean {mean:.1%}, worst {worst:.1%}.\n"
+            "Held-out errors of measured cycles and imbalance (V11-V14): "
+            f"mean {mean:.1%}, worst {worst:.1%}.\n"
             f"Failed points of classes {', '.join(FATAL)}: {failed}.",
             NOT_VALIDATED,
         ]
