@@ -15,9 +15,9 @@ import numpy as np
 
 EULER_GAMMA = 0.5772156649015329
 # In windows of outputs: how far columns of PEs drift apart before the slowest holds back the
-# others, and over how many they keep step at least. Fitted on the simulator (docs/MATH.md, 4).
+# others, and over how many they keep step at least. Fitted on the simulator: docs/MATH.md.
 WINDOW_DRIFT = 5.0
-WINDOWS_IN_STEP = 4
+WINDOWS_IN_STEP = 8
 
 
 @lru_cache
@@ -37,7 +37,9 @@ def binomial_imbalance(parts: int, trials: float, density: float) -> float:
     return min(1 + expected_normal_maximum(parts) * spread, 1 / density)
 
 
-def locked_outputs(parts: int, k_per_part: float, density: float, outputs: int, window: int) -> int:
+def outputs_in_step(
+    parts: int, k_per_part: float, density: float, outputs: int, window: int
+) -> float:
     """Over how many outputs the parts must keep step, when none may be `window` outputs ahead.
 
     Over L outputs the fullest part falls z sqrt(L k d (1-d)) nonzeros behind the mean; windows
@@ -46,7 +48,7 @@ def locked_outputs(parts: int, k_per_part: float, density: float, outputs: int, 
     if density == 1 or z == 0:
         return outputs
     drifted = (WINDOW_DRIFT * window) ** 2 * k_per_part * density / (z * z * (1 - density))
-    return int(max(1, min(outputs, max(WINDOWS_IN_STEP * window, drifted))))
+    return min(outputs, max(WINDOWS_IN_STEP * window, drifted))
 
 
 def windowed_imbalance(
@@ -55,8 +57,8 @@ def windowed_imbalance(
     """Of columns of PEs that each own `k_per_part` inputs and step through the outputs."""
     if window < 1:
         raise ValueError(f"window: expected at least 1 output, got {window}")
-    outputs_in_step = locked_outputs(parts, k_per_part, density, outputs, window)
-    return binomial_imbalance(parts, outputs_in_step * k_per_part, density)
+    in_step = outputs_in_step(parts, k_per_part, density, outputs, window)
+    return binomial_imbalance(parts, in_step * k_per_part, density)
 
 
 @dataclass(frozen=True)
@@ -95,10 +97,10 @@ class Mask:
         return np.bincount(places, minlength=n * parts).reshape(n, parts)
 
     def imbalance(self, parts: int, k_per_part: int, window: int) -> float:
-        """The fullest part over the mean part, kept in step as `locked_outputs` says."""
+        """The fullest part over the mean part, kept in step as `outputs_in_step` says."""
         if not self.nnz:
             return 1.0
         counts = self.counts(parts, k_per_part)
-        step = locked_outputs(parts, k_per_part, self.density, self.shape[0], window)
+        step = int(outputs_in_step(parts, k_per_part, self.density, self.shape[0], window))
         blocks = np.add.reduceat(counts, np.arange(0, len(counts), step), axis=0)
         return float(blocks.max(axis=1).sum() * parts / counts.sum())
