@@ -161,12 +161,15 @@ def test_compare_lists_measurements_beside_predictions(capsys, tmp_path):
     file = tmp_path / "pairs.json"
     out = run(
         capsys,
-        *("compare", "--match", "768x768", "--json", str(file), "--results", *map(str, results)),
+        *("compare", "--match", "3072x768", "--json", str(file), "--results", *map(str, results)),
     )
-    assert "spmm 768x768, 1024 tokens, float32, 16 threads" in out and "actual" in out
+    assert "spmm 3072x768, 1024 tokens, float32, 16 threads" in out and "actual" in out
     for pair in json.loads(file.read_text()):
-        assert 1 <= pair["same"] <= pair["full"] <= pair["flop_ratio"] * 1.0001
-        assert pair["measured"] > 0
+        assert 1 <= pair["same"] and 1 <= pair["full"] and pair["measured"] > 0
+        assert max(pair["same"], pair["full"]) <= pair["flop_ratio"] * 1.0001
+        if pair["what"].startswith("spmm ") and pair["sparsity"] == 0.5:
+            # Few tokens wait for the stream: index and value are as many bytes as dense values.
+            assert pair["same"] == pytest.approx(1) and pair["full"] > 1.5
 
 
 def test_compare_takes_training_steps(capsys):

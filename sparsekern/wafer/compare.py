@@ -10,7 +10,13 @@ from .balance import Mask
 from .cost import compare_with_dense
 from .inputs import Inputs
 from .machine import Machine
-from .product import FORWARD, INPUT_GRADIENT, WEIGHT_GRADIENT, product_cycles
+from .product import (
+    FORWARD,
+    INPUT_GRADIENT,
+    WEIGHT_GRADIENT,
+    product_cycles,
+    stream_bytes,
+)
 from .shapes import GPTShape
 from .sweep import FULL_TOKENS
 
@@ -68,9 +74,16 @@ def _product(machine: Machine, inputs: Inputs, path: Path, info: dict, mask: Mas
     n, k, product = info["N"], info["K"], PRODUCTS[info["op"]]
     pattern = info["density"] if mask is None else mask
 
+    def seconds(tokens: int, weight: float | Mask, density: float) -> float:
+        """Of the product, or of its stream: weights in, or their gradients out."""
+        cycles = product_cycles(machine, inputs, tokens, n, k, weight, product).total
+        streamed = stream_bytes(inputs, n, k, density)
+        if product == WEIGHT_GRADIENT:
+            streamed = n * k * density * inputs.gradient_bytes
+        return max(cycles / machine["clock_hz"], streamed / machine["io_bytes_per_s"])
+
     def speedup(tokens: int) -> float:
-        dense = product_cycles(machine, inputs, tokens, n, k, 1.0, product).total
-        return dense / product_cycles(machine, inputs, tokens, n, k, pattern, product).total
+        return seconds(tokens, 1.0, 1.0) / seconds(tokens, pattern, info["density"])
 
     details = f"{info['dtype'].removeprefix('torch.')}, {info['threads']} threads"
     if info.get("is_cold"):

@@ -18,7 +18,7 @@ from .sweep import FULL_TOKENS, MODELS, default_batch
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
 SPARSITIES = tuple(percent / 100 for percent in range(0, 96, 5))
 SQUARE = 12_288
-# SPDF's pre-training, and a dense fine-tuning of a few percent of its tokens.
+# Of pre-training's steps. 15%: the two phases of the variable SPDF configuration; 5%: for example.
 FINE_TUNING_SHARES = (0.0, 0.05, 0.15)
 
 
