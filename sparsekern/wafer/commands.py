@@ -32,7 +32,7 @@ def add_commands(
     commands = parser.add_subparsers(dest="wafer_command", required=True)
 
     def command(name: str, run: Callable, text: str) -> argparse.ArgumentParser:
-        added = commands.add_parser(name, help=text, description=text)
+        added = commands.add_parser(name, help=text)
         added.set_defaults(run=run)
         added.add_argument("--json", type=Path, metavar="FILE", help="write the numbers there")
         return added
