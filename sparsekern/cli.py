@@ -1,4 +1,4 @@
-"""python -m sparsekern {info, train, generate, demo}"""
+"""python -m sparsekern {info, train, generate, demo, wafer}"""
 
 import argparse
 import copy
@@ -12,7 +12,7 @@ from pathlib import Path
 
 import torch
 
-from . import __version__, report
+from . import __version__, masks, report
 from .extras import require
 from .gpt import demo, speed
 from .gpt.data import ByteTokenizer, Tokenizer
@@ -22,6 +22,7 @@ from .gpt.presets import PRESETS, for_inference, random_gpt
 from .gpt.train import TrainConfig, load_model, resumed_config, train
 from .kernels.cuda_library import route
 from .nn import SparseLinear, densify_
+from .wafer.commands import add_commands
 
 try:
     from . import _C
@@ -58,18 +59,21 @@ def main(arguments: list[str] | None = None) -> int:
     demonstration.set_defaults(run=run_demo)
     demonstration.add_argument("--out", type=Path, default=Path("out"), help="folder (%(default)s)")
 
+    wafer = commands.add_parser("wafer", help="what the same masks would do on a wafer")
+    add_commands(wafer, masks.checkpoint_weights, masks.benchmark_mask)
+
     options = vars(parser.parse_args(arguments))
     options.pop("command")
+    options.pop("wafer_command", None)
     run = options.pop("run")
     try:
-        run(**options)
+        return run(**options) or 0
     except (ValueError, ImportError, OSError, ArithmeticError, NotImplementedError) as error:
         print(f"sparsekern: error: {error}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
         print("sparsekern: interrupted", file=sys.stderr)
         return 130
-    return 0
 
 
 def add_flag(parser: argparse.ArgumentParser, field) -> None:
@@ -157,7 +161,9 @@ def processor() -> str:
 
 
 def run_train(**given) -> None:
-    train(resumed_config(given) if given.get("resume") else TrainConfig(**given))
+    result = train(resumed_config(given) if given.get("resume") else TrainConfig(**given))
+    if result["config"]["sparsity"]:
+        print(f"wafer  {report.wafer_line(result)}")
 
 
 def run_generate(

@@ -5,27 +5,15 @@ from statistics import median
 
 from .extras import require
 from .gpt.checkpoint import atomic_write
+from .text import table
+from .wafer.cost import compare_with_dense
+from .wafer.machine import machine
+from .wafer.shapes import GPTShape
+from .wafer.sweep import FULL_TOKENS
 
 # Okabe and Ito's palette: told apart by every kind of colour vision; markers differ as well.
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7")
 MARKERS = ("o", "s", "^", "D")
-
-
-def table(header: list[str], rows: list[list[object]], left: int = 1) -> str:
-    """A Markdown table whose columns also line up as plain text; the first `left` columns are
-    left-aligned, the others right-aligned."""
-    cells = [header, *[[str(cell) for cell in row] for row in rows]]
-    widths = [max(3, *(len(row[i]) for row in cells)) for i in range(len(header))]
-
-    def line(row: list[str]) -> str:
-        aligned = [
-            cell.ljust(width) if i < left else cell.rjust(width)
-            for i, (cell, width) in enumerate(zip(row, widths, strict=True))
-        ]
-        return f"| {' | '.join(aligned)} |"
-
-    rule = ["-" * width if i < left else "-" * (width - 1) + ":" for i, width in enumerate(widths)]
-    return "\n".join([line(header), line(rule), *map(line, cells[1:])])
 
 
 def environment_section(environment: dict[str, str]) -> str:
@@ -122,6 +110,24 @@ def training_section(dense: dict, sparse: dict, steps: dict) -> str:
         f"{c['context']} on {c['data']}:\n{c['steps']} steps of {c['batch']} x {c['context']} "
         f"tokens, {sparse['threads']} threads. Losses in nats per token.\n\n"
         + table(["", "dense", f"{c['sparsity']:.0%} sparse", "ratio"], rows)
+        + f"\n\n{wafer_line(sparse, steps['dense_s'] / steps['sparse_s'])}"
+    )
+
+
+def wafer_line(run: dict, measured: float | None = None) -> str:
+    """The speed-up of a run, that of its FLOPs, and the one that the same sparsity would have on a
+    wafer. `measured`: here, over the dense run, where there was one."""
+    c = run["config"]
+    shape = GPTShape(
+        "run", c["layers"], c["width"], c["heads"], 4 * c["width"], run["vocab_size"], c["context"]
+    )
+    wafer, batch = machine("wse2"), max(1, FULL_TOKENS // shape.sequence)
+    predicted = compare_with_dense(wafer, shape, 1 - c["sparsity"], batch).speedup
+    here = f"{measured:.2f}x as fast here, " if measured else ""
+    return (
+        f"{c['sparsity']:.0%} sparse: {here}{run['flop_ratio']:.2f}x fewer FLOPs, "
+        f"{predicted:.2f}x as fast predicted on a wafer "
+        f"({wafer.name}, {batch * shape.sequence:,} tokens a step)."
     )
 
 

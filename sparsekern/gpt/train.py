@@ -327,6 +327,7 @@ def _result(run: Run) -> dict:
         "tokens_per_s": config.batch * config.context * run.step / sum(run.seconds),
         "flops_per_token": train_flops_per_token(run.model.config, config.sparsity),
         "flop_ratio": flop_ratio(run.model.config, config.sparsity),
+        "vocab_size": run.model.config.vocab_size,
         "peak_memory_bytes": peak_memory_bytes(),
     }
 
