@@ -5,10 +5,10 @@ import pytest
 import torch
 
 from sparsekern import SparseLinear, SparseTensor, explain, linear
+from sparsekern.gpt.presets import UniformMask
 from sparsekern.kernels import cuda
 from sparsekern.kernels.packed import pack
 from sparsekern.nn import PackedLinear, pack_, sparsify_
-from sparsekern.sparsity import UniformMask
 from sparsekern.testing import PROBLEMS, exact, relative_error
 
 pytestmark = [
