@@ -34,8 +34,10 @@ from sparsekern.gpt.presets import PRESETS, UniformMask, for_inference, random_g
 from sparsekern.report import generation_section
 
 RESULTS = Path(__file__).parent / "results"
-# The allocator rounds each tensor up to 512 bytes; more than this would be weights that hide.
+# The allocator rounds each tensor up to 512 bytes, and libraries have workspaces; more than this
+# would be weights that hide.
 UNSEEN_MEMORY = 0.01
+WORKSPACE_BYTES = 2**25
 CHECK_TOKENS = 8
 
 
@@ -129,7 +131,8 @@ def build(config: GPTConfig, sparsity: float, device: str, dtype: torch.dtype) -
     model = random_gpt(config, sparsity, device, dtype)
     gc.collect()
     held, counted = torch.cuda.memory_allocated() - before, speed.memory_bytes(model)
-    assert held <= (1 + UNSEEN_MEMORY) * counted, f"{held} bytes are held, {counted} counted"
+    most = (1 + UNSEEN_MEMORY) * counted + WORKSPACE_BYTES
+    assert held <= most, f"{held} bytes are held, {counted} counted"
     print(f"{sparsity:.0%} sparse: built in {time.perf_counter() - began:.1f} s", flush=True)
     return model
 
