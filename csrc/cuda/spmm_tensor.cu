@@ -207,34 +207,48 @@ __device__ inline unsigned load_shared_word(unsigned address) {
   return v;
 }
 
-// Rows g, g + 8, g + 16, g + 24 of a line, as lane (g, t) of a fragment needs them.
-__device__ inline void load_rows(unsigned (&rows)[4], const unsigned (&address)[4], int offset,
-                                 int t) {
-  unsigned turned[4];
-#pragma unroll
-  for (int s = 0; s < 4; ++s) turned[s] = load_shared_word(address[s] + offset);
-  unsigned half[4];
-#pragma unroll
-  for (int b = 0; b < 4; ++b) half[b] = t & 1 ? turned[(b + 3) % 4] : turned[b];
-#pragma unroll
-  for (int b = 0; b < 4; ++b) rows[b] = t & 2 ? half[(b + 2) % 4] : half[b];
-}
+// Where lane (g, t) of a fragment finds things in a window.
+struct FragmentLane {
+  unsigned rows[4];  // words of rows g, g + 8, g + 16, g + 24, beginning at the t-th
+  unsigned ring;     // where it clears
+  unsigned x[2];     // its 8 columns of token g, in even and odd windows
+  bool odd, upper;   // t & 1, t & 2
 
-// acc += window `w` of the panel times x. rows[s]: the lane's first words of window 0 of the ring.
-// Leaves the window empty.
+  __device__ FragmentLane(unsigned my_ring, unsigned x_shared) {
+    const int lane = threadIdx.x % kWarp, g = lane / 4, t = lane % 4;
+#pragma unroll
+    for (int s = 0; s < 4; ++s) rows[s] = my_ring + t * 4 * 256 + ((s + t) % 4 * 8 + g) * 4;
+    ring = my_ring + lane / 8 * 256 + lane % 8 * 16;
+    const unsigned x_lane = x_shared + (g * kRowChunks + t) * 16;
+    x[0] = x_lane + (g & 1) * 64;
+    x[1] = x_lane - (g & 1) * 64;
+    odd = t & 1;
+    upper = t & 2;
+  }
+
+  // Rows g, g + 8, g + 16, g + 24 of the lane's i-th line.
+  __device__ void load_rows(unsigned (&out)[4], int window, int i) const {
+    unsigned turned[4], half[4];
+#pragma unroll
+    for (int s = 0; s < 4; ++s) {
+      turned[s] = load_shared_word(rows[s] + (window * kLines + i) * 256);
+    }
+#pragma unroll
+    for (int b = 0; b < 4; ++b) half[b] = odd ? turned[(b + 3) % 4] : turned[b];
+#pragma unroll
+    for (int b = 0; b < 4; ++b) out[b] = upper ? half[(b + 2) % 4] : half[b];
+  }
+};
+
+// acc += window `w` of the panel times x. Leaves the window empty.
 template <class T, int kNTiles>
-__device__ inline void multiply_window(float (&acc)[2][kNTiles][4], const unsigned (&rows)[4],
-                                       unsigned ring, unsigned x_shared, int w) {
-  const int lane = threadIdx.x % kWarp, g = lane / 4, t = lane % 4;
-  const int window = w * (kLines * 256);
+__device__ inline void multiply_window(float (&acc)[2][kNTiles][4], const FragmentLane& at, int w) {
   unsigned a[kWindow / 8][4];
 #pragma unroll
-  for (int i = 0; i < kWindow / 8; ++i) load_rows(a[i], rows, window + i * 256, t);
-  const int chunk = w * 4 + t;
-  const unsigned x_lane = x_shared + (g * kRowChunks + (chunk ^ (g & 1) * 4)) * 16;
+  for (int i = 0; i < kWindow / 8; ++i) at.load_rows(a[i], w, i);
 #pragma unroll
   for (int j = 0; j < kNTiles; ++j) {
-    const uint4 b = load_shared(x_lane + j * 8 * kRowChunks * 16);
+    const uint4 b = load_shared(at.x[w % 2] + w * 64 + j * 8 * kRowChunks * 16);
 #pragma unroll
     for (int i = 0; i < 4; i += 2) {
       mma<T>(acc[0][j], a[i][0], a[i][1], a[i + 1][0], a[i + 1][1], word(b, i), word(b, i + 1));
@@ -243,9 +257,7 @@ __device__ inline void multiply_window(float (&acc)[2][kNTiles][4], const unsign
   }
   __syncwarp();
 #pragma unroll
-  for (int i = 0; i < kLines; i += 4) {
-    clear_shared(ring + window + (lane / 8 + i) * 256 + lane % 8 * 16);
-  }
+  for (int i = 0; i < kLines; i += 4) clear_shared(at.ring + (w * kLines + i) * 256);
   __syncwarp();
 }
 
@@ -285,12 +297,7 @@ __device__ void spmm_tensor(const uint4* values, const typename Deltas<kBits>::W
   ring.pair = warp < 2 ? 0xc0c0c0c0u : 0u;
   ring.lane = (lane * 4 + warp % 2 * 128) * 0x01010101u;
   const unsigned my_ring = base + warp / 2 * kPairBytes + warp % 2 * 128;
-  unsigned rows[4];
-#pragma unroll
-  for (int s = 0; s < 4; ++s) {
-    const int t = lane % 4;
-    rows[s] = my_ring + t * 4 * 256 + ((s + t) % 4 * 8 + lane / 4) * 4;
-  }
+  const FragmentLane fragment(my_ring, x_shared);
   Position<kBits> position;
   position.begin(first * (kPanel / 2));
   float acc[2][kNTiles][4] = {};
@@ -308,16 +315,16 @@ __device__ void spmm_tensor(const uint4* values, const typename Deltas<kBits>::W
       if (slice < slices) next = panel_counts[panel + 1];
     }
     __syncthreads();  // x is there
-#pragma unroll 1
+    const int left[kRing] = {granules.x, granules.y, granules.z, granules.w};
+#pragma unroll
     for (int w = 0; w < kRing; ++w) {
-      const int left = w == 0 ? granules.x : w == 1 ? granules.y : w == 2 ? granules.z : granules.w;
 #pragma unroll 1
-      for (int i = 0; i < left; ++i) {
+      for (int i = 0; i < left[w]; ++i) {
         position.store(ring, stream.front());
         stream.advance();
       }
       __syncwarp();
-      multiply_window<T, kNTiles>(acc, rows, my_ring, x_shared, w);
+      multiply_window<T, kNTiles>(acc, fragment, w);
     }
     granules = next;
   }
@@ -417,7 +424,7 @@ __device__ void spmm_tensor(const uint4* values, const typename Deltas<kBits>::W
   SK_TENSOR(sk_spmm_tensor_##type##_d##bits##_t8, type, bits, 1, 5)  \
   SK_TENSOR(sk_spmm_tensor_##type##_d##bits##_t16, type, bits, 2, 5) \
   SK_TENSOR(sk_spmm_tensor_##type##_d##bits##_t32, type, bits, 4, 4) \
-  SK_TENSOR(sk_spmm_tensor_##type##_d##bits##_t64, type, bits, 8, 3)
+  SK_TENSOR(sk_spmm_tensor_##type##_d##bits##_t64, type, bits, 8, 2)
 
 SK_TENSOR_TOKENS(bf16, 4)
 SK_TENSOR_TOKENS(bf16, 8)

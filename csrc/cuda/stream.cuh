@@ -94,32 +94,27 @@ template <int kBits, int kDepth>
 class Stream {
  public:
   using Word = typename Deltas<kBits>::Word;
-  static constexpr int kWarpBytes = kDepth * kWarp * (16 + static_cast<int>(sizeof(Word)));
+  static constexpr int kSlotBytes = kWarp * (16 + static_cast<int>(sizeof(Word)));
+  static constexpr int kWarpBytes = kDepth * kSlotBytes;
 
   // `shared` has kWarpBytes for this warp. Reads granules [begin, end).
   __device__ Stream(unsigned shared, const uint4* values, const Word* deltas, int begin, int end)
-      : values_at_(shared + threadIdx.x % kWarp * 16),
-        deltas_at_(shared + kDepth * kWarp * 16 + threadIdx.x % kWarp * sizeof(Word)),
+      : values_(values),
+        deltas_(deltas),
+        values_at_(shared + threadIdx.x % kWarp * 16),
+        deltas_at_(shared + kWarp * 16 + threadIdx.x % kWarp * static_cast<unsigned>(sizeof(Word))),
         slot_(0),
-        left_(end - begin) {
-    const long long first = static_cast<long long>(begin) * kWarp + threadIdx.x % kWarp;
-    values_ = values + first;
-    deltas_ = deltas + first;
+        next_(begin * kWarp + threadIdx.x % kWarp),
+        end_(end * kWarp) {
 #pragma unroll
-    for (int i = 0; i < kDepth; ++i) {
-      copy(i);
-    }
+    for (int i = 0; i < kDepth; ++i) copy(i * kSlotBytes);
   }
 
   // The next granule has arrived in the registers returned.
   __device__ Granule<kBits> front() const {
     Granule<kBits> g;
     asm volatile("cp.async.wait_group %0;" : : "n"(kDepth - 1) : "memory");
-    asm volatile("ld.shared.v4.u32 {%0,%1,%2,%3}, [%4];"
-                 : "=r"(g.values.x), "=r"(g.values.y), "=r"(g.values.z), "=r"(g.values.w)
-                 : "r"(values_at_ + slot_ * (kWarp * 16))
-                 : "memory");
-    const unsigned at = deltas_at_ + slot_ * (kWarp * static_cast<unsigned>(sizeof(Word)));
+    const unsigned at = deltas_at_ + slot_;
     if constexpr (kBits == 4) {
       asm volatile("ld.shared.u32 %0, [%1];" : "=r"(g.deltas) : "r"(at) : "memory");
     } else {
@@ -128,38 +123,39 @@ class Stream {
                    : "r"(at)
                    : "memory");
     }
+    asm volatile("ld.shared.v4.u32 {%0,%1,%2,%3}, [%4];"
+                 : "=r"(g.values.x), "=r"(g.values.y), "=r"(g.values.z), "=r"(g.values.w)
+                 : "r"(values_at_ + slot_)
+                 : "memory");
     return g;
   }
 
   // Sends for another one in the place of the front. Call it when the front has been used.
   __device__ void advance() {
     copy(slot_);
-    slot_ = slot_ + 1 == kDepth ? 0 : slot_ + 1;
+    slot_ = slot_ == kWarpBytes - kSlotBytes ? 0 : slot_ + kSlotBytes;
   }
 
  private:
-  __device__ void copy(int slot) {
-    if (left_ > 0) {
+  __device__ void copy(unsigned slot) {
+    if (next_ < end_) {
       asm volatile("cp.async.cg.shared.global [%0], [%1], 16;"
                    :
-                   : "r"(values_at_ + slot * (kWarp * 16)), "l"(values_)
+                   : "r"(values_at_ + slot), "l"(values_ + next_)
                    : "memory");
       asm volatile("cp.async.ca.shared.global [%0], [%1], %2;"
                    :
-                   : "r"(deltas_at_ + slot * (kWarp * static_cast<unsigned>(sizeof(Word)))),
-                     "l"(deltas_), "n"(sizeof(Word))
+                   : "r"(deltas_at_ + slot), "l"(deltas_ + next_), "n"(sizeof(Word))
                    : "memory");
-      values_ += kWarp;
-      deltas_ += kWarp;
-      --left_;
+      next_ += kWarp;
     }
     asm volatile("cp.async.commit_group;" : : : "memory");
   }
 
-  unsigned values_at_, deltas_at_;
-  int slot_, left_;
   const uint4* values_;
   const Word* deltas_;
+  unsigned values_at_, deltas_at_, slot_;  // shared addresses, and bytes from them
+  int next_, end_;                         // of lanes' shares
 };
 
 __device__ inline unsigned word(const uint4& v, int i) {
