@@ -106,7 +106,7 @@ def resumed_config(given: dict) -> TrainConfig:
 def build_model(config: TrainConfig, vocab_size: int) -> GPT:
     """The same weights and the same zeros for the same config."""
     algorithm = algorithms.get(
-        config.algorithm, sparsity=config.sparsity, init=config.init, seed=config.seed
+        config.algorithm, sparsity=config.sparsity, init_method=config.init, seed=config.seed
     )
     torch.manual_seed(config.seed)
     model = GPT(config.model(vocab_size))
