@@ -15,7 +15,7 @@ import torch
 from . import __version__, report
 from .extras import require
 from .gpt import demo
-from .gpt.train import TrainConfig, resumed_config, train
+from .gpt.train import TrainConfig, config_from, resumed_config, train
 
 try:
     from . import _C
@@ -131,7 +131,7 @@ def cuda_library() -> str:
 
 
 def run_train(**given) -> None:
-    train(resumed_config(given) if given.get("resume") else TrainConfig(**given))
+    train(resumed_config(given) if given.get("resume") else config_from(given))
 
 
 def run_demo(out: Path) -> None:

@@ -80,8 +80,8 @@ def save_weights(weights: nn.Module | Weights, path: str | Path, **metadata: obj
 
 
 def load_weights(path: str | Path) -> Weights:
-    """Weights from a .safetensors file: `save_weights`' own, one with bitmasks (the `sparse-bitmask`
-    layout of compressed-tensors) or any dense one.
+    """Weights from a .safetensors file: of `save_weights`, with bitmasks (the `sparse-bitmask`
+    layout of compressed-tensors), or any dense one.
 
     ValueError for another version of the format, or a pattern that is not valid."""
     header, tensors = _read(path)

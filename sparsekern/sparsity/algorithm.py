@@ -163,6 +163,11 @@ class Algorithm:
     def _updates(self, step: int) -> bool:
         return False
 
+    @property
+    def is_due(self) -> bool:
+        """Whether the next optimizer step changes the pattern."""
+        return self._updates(self.steps + 1)
+
     def update_pattern(self) -> None:
         """Change the patterns as the algorithm says for the current step."""
 

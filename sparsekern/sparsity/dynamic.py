@@ -90,7 +90,7 @@ class RigL(SET):
         for hook in self._hooks:
             hook.remove()
         self._hooks, self._seen = [], {}
-        if self._updates(self.steps + 1):
+        if self.is_due:
             self._seen = {name: [] for name in self.layers}
             self._hooks = [
                 layer.register_forward_hook(_keep_gradients(self._seen[name]))
