@@ -1,4 +1,4 @@
-"""python -m sparsekern {info, train, demo}"""
+"""python -m sparsekern {info, train, prune, demo}"""
 
 import argparse
 import os
@@ -15,6 +15,7 @@ import torch
 from . import __version__, report
 from .extras import require
 from .gpt import demo
+from .gpt.prune import PruneConfig, prune
 from .gpt.train import TrainConfig, config_from, resumed_config, train
 
 try:
@@ -43,6 +44,11 @@ def main(arguments: list[str] | None = None) -> int:
     for field in fields(TrainConfig):
         add_flag(trainer, field)
 
+    pruner = commands.add_parser("prune", help="prune a trained GPT in rounds, and train it on")
+    pruner.set_defaults(run=run_prune)
+    for field in fields(PruneConfig):
+        add_flag(pruner, field)
+
     demonstration = commands.add_parser("demo", help="kernels, training, text and a report")
     demonstration.set_defaults(run=run_demo)
     demonstration.add_argument("--out", type=Path, default=Path("out"), help="folder (%(default)s)")
@@ -62,7 +68,7 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 def add_flag(parser: argparse.ArgumentParser, field) -> None:
-    """A flag for a field of TrainConfig; absent from the result when the user did not give it."""
+    """A flag for a field of a config; absent from the result when the user did not give it."""
     flag = f"--{field.name.replace('_', '-')}"
     if field.type is bool:
         parser.add_argument(
@@ -132,6 +138,11 @@ def cuda_library() -> str:
 
 def run_train(**given) -> None:
     train(resumed_config(given) if given.get("resume") else config_from(given))
+
+
+def run_prune(**given) -> None:
+    rows = prune(PruneConfig(**given))
+    print(f"\n{report.prune_section(rows)}")
 
 
 def run_demo(out: Path) -> None:

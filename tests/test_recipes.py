@@ -9,11 +9,13 @@ import pytest
 import torch
 
 from sparsekern import SparseLinear, weights
+from sparsekern.cli import main
 from sparsekern.gpt import flops, train
 from sparsekern.gpt.checkpoint import load_checkpoint
 from sparsekern.gpt.config import config_from
 from sparsekern.gpt.data import Batches, ByteTokenizer, load_split, load_tokens, prepare
 from sparsekern.gpt.model import GPTConfig
+from sparsekern.gpt.prune import PruneConfig, prune
 from sparsekern.gpt.train import CHECKPOINT, WEIGHTS, TrainConfig
 from sparsekern.sparsity.pattern import places_of
 
@@ -299,3 +301,110 @@ def test_packages_are_split_by_name(tmp_path, monkeypatch):
     assert not names[0] & names[1] and names[0] | names[1] == {*map(str, range(40)), "single"}
     monkeypatch.setattr(data, "PACKAGES_CHARACTERS", 50)
     assert len("".join(load_split("packages"))) < 80
+
+
+# Iterative pruning
+
+
+@pytest.fixture
+def dense_run(tiny) -> TrainConfig:
+    train.train(tiny)
+    return tiny
+
+
+def test_pruning_reaches_its_target_round_by_round(dense_run, tmp_path, capsys):
+    out = tmp_path / "pruned"
+    arguments = f"--source={dense_run.out} --out={out} --target=0.838 --steps=10 --rounds=3"
+    assert main(["prune", *arguments.split()]) == 0
+    printed = capsys.readouterr().out
+    rows = json.loads((out / "prune.json").read_text())["rows"]
+    assert [row["sparsity"] for row in rows] == pytest.approx(
+        [0, *(1 - 0.162 ** (i / 3) for i in (1, 2, 3))], abs=1e-3
+    )
+    assert [row["steps"] for row in rows] == [0, 3, 3, 4]
+    assert rows[0]["loss"] == pytest.approx(final(dense_run)["evaluations"][-1]["loss"], abs=1e-5)
+    assert all(row["loss"] < row["loss_before"] for row in rows[1:])
+    c = GPTConfig(2, 2, 32, 16, 256)
+    assert rows[-1]["flop_ratio"] == pytest.approx(flops.flop_ratio(c, 0.838), rel=1e-2)
+    assert rows[-1]["parameters"] < rows[0]["parameters"]
+    assert all(row["latency_s"] > 0 for row in rows)
+    assert "| 83.8%" in printed.replace("    83.8%", " 83.8%") and "loss after recovery" in printed
+    model, _ = train.load_model(out / CHECKPOINT)
+    assert flops.linear_sparsity(model) == pytest.approx(0.838, abs=1e-3)
+    # It is a run like any other: its weights can be trained on, dense.
+    config = config_from({"init_from": str(out), "dense": True, "data": dense_run.data})
+    assert train.Run(replace(config, out=str(tmp_path / "on"), batch=4)).sparsity == 0
+
+
+def test_a_stopped_pruning_continues_with_its_next_round(dense_run, tmp_path, monkeypatch):
+    from sparsekern.gpt import prune as module
+
+    config = PruneConfig(dense_run.out, steps=9, rounds=3, target=0.8, out=str(tmp_path / "a"))
+    whole = prune(config)
+    broken = replace(config, out=str(tmp_path / "b"))
+    recover, calls = module._recover, []
+
+    def interrupted(run, steps):
+        calls.append(steps)
+        if len(calls) == 4:
+            raise KeyboardInterrupt
+        recover(run, steps)
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(module, "_recover", interrupted)
+        prune(broken)
+    assert len(final(broken)["rows"]) == 3
+    rows = prune(broken)
+    keys = ("sparsity", "loss_before", "loss", "steps")
+    assert [[row[k] for k in keys] for row in rows] == [[row[k] for k in keys] for row in whole]
+    assert prune(broken) == rows
+    with pytest.raises(ValueError, match="target is 0.8 in .*, got 0.9"):
+        prune(replace(broken, target=0.9))
+
+
+@pytest.mark.parametrize("method", ["wanda", "sparsegpt"])
+def test_pruning_with_calibration_text(dense_run, tmp_path, method):
+    config = PruneConfig(
+        dense_run.out, steps=4, targets="0.5,0.75", method=method, out=str(tmp_path / "pruned")
+    )
+    rows = prune(config)
+    assert [row["sparsity"] for row in rows] == pytest.approx([0, 0.5, 0.75], abs=1e-3)
+    assert rows[1]["loss_before"] < math.log(256)
+
+
+def test_rewinding(dense_run, tmp_path):
+    early = replace(dense_run, out=str(tmp_path / "early"), steps=1)
+    train.train(early)
+    config = PruneConfig(
+        dense_run.out, steps=0, targets="0.6", rewind=early.out, out=str(tmp_path / "pruned")
+    )
+    prune(config)
+    model, _ = train.load_model(Path(config.out) / CHECKPOINT)
+    start, _ = train.load_model(Path(early.out) / CHECKPOINT)
+    layer = model.blocks[0].mlp.up
+    kept = layer.weight.detach().to_dense() != 0
+    assert torch.equal(layer.values, start.blocks[0].mlp.up.weight[kept])
+    assert torch.equal(model.wte.weight, start.wte.weight)
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"target": 1.2}, "target: expected a sparsity above 0 and below 1, got 1.2"),
+        ({"rounds": 0}, "rounds must be at least 1"),
+        ({"targets": "0.5,0.5"}, "targets: expected to rise between 0 and 1"),
+        ({"targets": "half"}, "targets: expected numbers as in"),
+        ({"method": "luck"}, "method: expected one of magnitude"),
+        ({"method": "sparsegpt", "rewind": "x"}, "rewind: sparsegpt corrects"),
+    ],
+)
+def test_pruning_mistakes(settings, message):
+    with pytest.raises(ValueError, match=message):
+        PruneConfig(**settings)
+
+
+def test_an_impossible_target(tiny, tmp_path):
+    train.train(replace(tiny, sparsity=0.75))
+    config = PruneConfig(tiny.out, targets="0.5", out=str(tmp_path / "pruned"))
+    with pytest.raises(ValueError, match="first round wants sparsity 0.5, but the model has 0.75"):
+        prune(config)

@@ -17,49 +17,49 @@ STOP_SHARE = 0.75
 DROP_FRACTION = 0.3
 
 
-def _flag(default: object, text: str, **argument: object) -> object:
+def flag(default: object, text: str, **argument: object) -> object:
     """A field that is also a command-line flag."""
     return field(default=default, metadata={"help": text, **argument})
 
 
 @dataclass(frozen=True)
 class TrainConfig:
-    data: str = _flag(
+    data: str = flag(
         "stdlib", "shakespeare, stdlib, packages (what is installed), a file or a folder"
     )
-    tokenizer: str = _flag("bytes", "how text becomes tokens", choices=TOKENIZERS)
-    vocab_size: int = _flag(2048, "vocabulary of the bpe tokenizer")
-    sparsity: float = _flag(0.0, "share of zeros in the linear layers of the blocks, 0 = dense")
-    algorithm: str = _flag("static", "how the zeros are chosen: static, gmp, set, rigl, magnitude")
-    init_method: str = _flag(
+    tokenizer: str = flag("bytes", "how text becomes tokens", choices=TOKENIZERS)
+    vocab_size: int = flag(2048, "vocabulary of the bpe tokenizer")
+    sparsity: float = flag(0.0, "share of zeros in the linear layers of the blocks, 0 = dense")
+    algorithm: str = flag("static", "how the zeros are chosen: static, gmp, set, rigl, magnitude")
+    init_method: str = flag(
         "random", "which weights stay at first", choices=("random", "magnitude")
     )
-    distribution: str = _flag(
+    distribution: str = flag(
         "uniform", "of the zeros over the layers", choices=("uniform", "erk", "global")
     )
-    sparsity_config: str = _flag("", "YAML or JSON file with a `sparsity` block, for all the rest")
-    init_from: str = _flag("", "start from the weights of this run (a folder)")
-    dense: bool = _flag(False, "with --init-from: all weights dense, the absent ones from zero")
-    optimizer_state: str = _flag("reset", "with --init-from", choices=("reset", "keep"))
-    layers: int = _flag(4, "number of blocks")
-    heads: int = _flag(8, "attention heads")
-    width: int = _flag(512, "size of the residual stream")
-    context: int = _flag(128, "tokens that the model sees")
-    batch: int = _flag(8, "sequences per step, of all processes together")
-    steps: int = _flag(200, "optimizer steps in all")
-    lr: float = _flag(6e-4, "highest learning rate")
-    seed: int = _flag(0, "fixes weights, zeros and batches")
-    threads: int = _flag(0, "CPU threads, 0 = torch's own choice")
-    device: str = _flag("cpu", "cpu or cuda")
-    dtype: str = _flag(
+    sparsity_config: str = flag("", "YAML or JSON file with a `sparsity` block, for all the rest")
+    init_from: str = flag("", "start from the weights of this run (a folder)")
+    dense: bool = flag(False, "with --init-from: all weights dense, the absent ones from zero")
+    optimizer_state: str = flag("reset", "with --init-from", choices=("reset", "keep"))
+    layers: int = flag(4, "number of blocks")
+    heads: int = flag(8, "attention heads")
+    width: int = flag(512, "size of the residual stream")
+    context: int = flag(128, "tokens that the model sees")
+    batch: int = flag(8, "sequences per step, of all processes together")
+    steps: int = flag(200, "optimizer steps in all")
+    lr: float = flag(6e-4, "highest learning rate")
+    seed: int = flag(0, "fixes weights, zeros and batches")
+    threads: int = flag(0, "CPU threads, 0 = torch's own choice")
+    device: str = flag("cpu", "cpu or cuda")
+    dtype: str = flag(
         "float32", "of the products; weights are float32", choices=("float32", "bfloat16")
     )
-    parallel: str = _flag("none", "under torchrun", choices=PARALLEL)
-    out: str = _flag("out/train", "folder for checkpoint.pt and metrics.json")
-    resume: bool = _flag(False, "continue from OUT/checkpoint.pt; other flags come from there")
-    eval_every: int = _flag(50, "steps between evaluations")
-    eval_batches: int = _flag(4, "batches of an evaluation")
-    checkpoint_every: int = _flag(50, "steps between checkpoints")
+    parallel: str = flag("none", "under torchrun", choices=PARALLEL)
+    out: str = flag("out/train", "folder for checkpoint.pt and metrics.json")
+    resume: bool = flag(False, "continue from OUT/checkpoint.pt; other flags come from there")
+    eval_every: int = flag(50, "steps between evaluations")
+    eval_batches: int = flag(4, "batches of an evaluation")
+    checkpoint_every: int = flag(50, "steps between checkpoints")
 
     def __post_init__(self) -> None:
         for name in ("batch", "steps", "eval_every", "eval_batches", "checkpoint_every"):

@@ -129,14 +129,15 @@ def load_model(path: Path) -> tuple[GPT, Tokenizer]:
 class Run:
     """One training run: what a checkpoint holds, and how to take it one step further."""
 
-    def __init__(self, config: TrainConfig) -> None:
+    def __init__(self, config: TrainConfig, start: dict | None = None) -> None:
+        """With `start`, what another run's checkpoint holds, it begins with its weights."""
         self.config = config
         self.dtype = getattr(torch, config.dtype)
         self.path = Path(config.out) / CHECKPOINT
         saved = load_checkpoint(self.path) if config.resume else None
         if self.path.exists() and not saved:
             raise ValueError(f"out: {self.path} exists already; resume it or choose another folder")
-        source = None
+        source = start
         if config.init_from and not saved:
             source = load_checkpoint(Path(config.init_from) / CHECKPOINT)
         self.settings = saved["sparsity"] if saved else config.sparsity_settings()
@@ -149,10 +150,7 @@ class Run:
         if config.batch % self.ranks.size:
             raise ValueError(f"batch: expected a multiple of {self.ranks.size}, got {config.batch}")
 
-        self.losses: list[float] = []  # of each step, before its update
-        self.seconds: list[float] = []  # of each step
-        self.evaluations: list[dict] = []
-        self.flops = 0.0
+        self._forget()
         self.source: dict | None = None  # what it took to make the weights that this run began with
         if saved:
             self.losses, self.seconds = saved["losses"], saved["seconds"]
@@ -167,17 +165,32 @@ class Run:
             model = build_model(config, self.tokenizer.vocab_size)
             self._build({"model": model.state_dict()})
 
+    def restart(self, config: TrainConfig, state: dict) -> None:
+        """Begin anew on the same data, with other settings and the weights of `state`."""
+        self.config = config
+        self._forget()
+        self._make_batches()
+        self._build({"model": state["model"]})
+
+    def _forget(self) -> None:
+        self.losses: list[float] = []  # of each step, before its update
+        self.seconds: list[float] = []  # of each step
+        self.evaluations: list[dict] = []
+        self.flops = 0.0
+
     def _load_data(self, state: dict | None) -> None:
         config = self.config
         tokenizer = tokenizer_from_state(state["tokenizer"]) if state else None
-        self.tokenizer, tokens, validation = load_tokens(
+        self.tokenizer, *self.splits = load_tokens(
             config.data, tokenizer, config.tokenizer, config.vocab_size
         )
-        self.tokens = len(tokens)
-        self.data_crc32 = zlib.crc32(tokens.numpy())
-        shape = (config.batch, config.context, config.seed)
-        self.training = Batches(tokens, *shape)
-        self.validation = Batches(validation, *shape)
+        self.tokens = len(self.splits[0])
+        self.data_crc32 = zlib.crc32(self.splits[0].numpy())
+        self._make_batches()
+
+    def _make_batches(self) -> None:
+        shape = (self.config.batch, self.config.context, self.config.seed)
+        self.training, self.validation = (Batches(tokens, *shape) for tokens in self.splits)
 
     def _start_from(self, source: dict) -> dict:
         """The state of this run before its first step, from the last of another run."""
