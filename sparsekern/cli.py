@@ -14,7 +14,7 @@ import torch
 
 from . import __version__, report
 from .extras import require
-from .gpt import demo
+from .gpt import demo, distributed
 from .gpt.prune import PruneConfig, prune
 from .gpt.train import TrainConfig, config_from, resumed_config, train
 
@@ -137,7 +137,10 @@ def cuda_library() -> str:
 
 
 def run_train(**given) -> None:
-    train(resumed_config(given) if given.get("resume") else config_from(given))
+    try:
+        train(resumed_config(given) if given.get("resume") else config_from(given))
+    finally:
+        distributed.finish()
 
 
 def run_prune(**given) -> None:

@@ -67,6 +67,12 @@ class Ranks:
         return model
 
 
+def finish() -> None:
+    """Leave the group of processes, where there is one."""
+    if dist.is_available() and dist.is_initialized():
+        dist.destroy_process_group()
+
+
 def whole_state(state):
     """A state_dict with whole tensors in the place of shards. All ranks must call it together."""
     if isinstance(state, dict):

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from ..nn import SparseLinear, densify_, replace_modules
-from ..sparsity import Group, RigL
+from ..sparsity import GMP, Group, RigL
 from ..sparsity.pattern import check_same_on_all_ranks
 from ..weights import save_weights
 from .checkpoint import CHECKPOINT, atomic_write, load_checkpoint, save_checkpoint
@@ -217,15 +217,22 @@ class Run:
         self.algorithm = config.make_algorithm(self.settings)
         if self.algorithm:
             self.model = self.algorithm.apply(self.model)
+        self.is_rebuilt = False
         self.wrapped = self.ranks.wrap(self.model)
         self.optimizer = build_optimizer(self.model, config.lr)
         if "optimizer" in state:
             load_optimizer(self.optimizer, state["optimizer"])
-        if self.algorithm:
+        if not self.algorithm:
+            return
+        self.is_rebuilt = config.parallel == "fsdp" and self.algorithm.resizes
+        if not self.is_rebuilt:
             self.algorithm.apply(self.optimizer)
-            if "algorithm" in state:
-                self.algorithm.load_state_dict(state["algorithm"])
-            check_same_on_all_ranks(self.algorithm.layers)
+        elif not isinstance(self.algorithm, GMP) or getattr(self.algorithm, "rewind", None):
+            kind = type(self.algorithm).__name__
+            raise NotImplementedError(f"parallel: {kind} changes its size; fsdp cannot, use ddp")
+        if "algorithm" in state:
+            self.algorithm.load_state_dict(state["algorithm"])
+        check_same_on_all_ranks(self.algorithm.layers)
 
     @property
     def step(self) -> int:
@@ -271,6 +278,8 @@ class Run:
         loss = evaluate(
             self.model, self.validation, config.eval_batches, self.dtype, self.ranks.device
         )
+        if config.parallel == "fsdp":
+            self.model.reshard()  # a forward pass alone leaves whole weights, which do not train
         self.check_finite("validation loss", loss)
         seconds = sum(self.seconds)
         self.evaluations.append(
@@ -297,8 +306,28 @@ class Run:
             flops += dense_gradient_flops_per_token(model, before)
         self.flops += config.batch * config.context * flops
         self.optimizer.step()
-        if self.sparsity != before and config.parallel == "ddp":
+        if self.is_rebuilt:
+            self._update_whole()
+        elif self.sparsity != before and config.parallel == "ddp":
             self.wrapped = self.ranks.wrap(self.model)  # its buckets have the sizes of before
+
+    def _update_whole(self) -> None:
+        """The algorithm's step on whole tensors: FSDP2's shards cannot change their size."""
+        due = self.algorithm.is_due
+        self.algorithm.steps += 1
+        if not due:
+            return
+        state = self.state()
+        model = model_from_state(self.model.config, state["model"])
+        algorithm = self.config.make_algorithm(self.settings)
+        algorithm.apply(model)
+        optimizer = build_optimizer(model, self.config.lr)
+        load_optimizer(optimizer, state["optimizer"])
+        algorithm.apply(optimizer)
+        algorithm.load_state_dict(state["algorithm"])
+        algorithm.update_pattern()
+        whole = {"model": model.state_dict(), "optimizer": optimizer.state_dict()}
+        self._build(whole | {"algorithm": algorithm.state_dict()})
 
     def check_finite(self, what: str, value: float) -> None:
         if not math.isfinite(value):

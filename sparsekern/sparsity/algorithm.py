@@ -164,6 +164,11 @@ class Algorithm:
         return False
 
     @property
+    def resizes(self) -> bool:
+        """Whether it changes the number of weights during training."""
+        return False
+
+    @property
     def is_due(self) -> bool:
         """Whether the next optimizer step changes the pattern."""
         return self._updates(self.steps + 1)
@@ -205,6 +210,10 @@ class Updating(Algorithm):
 
     def _updates(self, step: int) -> bool:
         return step > 0 and self._update_steps(step)
+
+    @property
+    def resizes(self) -> bool:
+        return True
 
 
 class Masks:

@@ -74,6 +74,10 @@ class Group:
     def layers(self) -> dict:
         return {k: v for algorithm in self.algorithms for k, v in algorithm.layers.items()}
 
+    @property
+    def resizes(self) -> bool:
+        return any(algorithm.resizes for algorithm in self.algorithms)
+
     def state_dict(self) -> dict:
         return {"algorithms": [algorithm.state_dict() for algorithm in self.algorithms]}
 

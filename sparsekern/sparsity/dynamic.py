@@ -13,7 +13,7 @@ from ..nn import SparseLinear
 from .algorithm import Updating
 from .budget import budgets
 from .pattern import is_distributed, places_of, set_pattern, whole
-from .schedules import schedule
+from .schedules import Constant, schedule
 from .select import generator, largest, random_outside
 
 
@@ -34,6 +34,10 @@ class SET(Updating):
         if self.distribution == "global":
             raise ValueError("distribution: expected uniform or erk for a dynamic pattern")
         self._drop_fraction(0)
+
+    @property
+    def resizes(self) -> bool:
+        return not isinstance(self._schedule, Constant)
 
     def _drop_fraction(self, step: int) -> float:
         fraction = self._drop(step)
