@@ -226,6 +226,20 @@ def test_rigl_grows_the_largest_dense_gradients(block_elems):
         assert new.any() and (model.get_submodule(name).values[new] == 0).all()
 
 
+def test_rigl_never_holds_the_whole_gradient(monkeypatch):
+    algorithm = RigL(0.8, update={"freq": 1}, block_elems=64)
+    model, optimizer = start(algorithm)
+    block, sizes = algorithm._block, []
+
+    def noted(*args):
+        sizes.append(block(*args).numel())
+        return block(*args)
+
+    monkeypatch.setattr(algorithm, "_block", noted)
+    fit(model, optimizer, 1)
+    assert max(sizes) <= 64 and sum(sizes) == sum(n * k for n, k in SIZES.values())
+
+
 def test_rigl_keeps_inputs_on_update_steps_alone_and_sums_micro_batches():
     algorithm = RigL(0.8, update={"freq": 2})
     model, optimizer = start(algorithm)

@@ -81,6 +81,18 @@ def test_the_loss_is_continuous_across_the_switch_to_dense(tiny, tmp_path, optim
     assert dense["source"]["flops"] == sparse["flops"]
 
 
+def test_the_two_commands_of_the_recipe(tiny, tmp_path, capsys):
+    common = f"--data={tiny.data} --steps=4 --batch=4 --threads=1"
+    shape = "--layers=1 --heads=2 --width=32 --context=16 --sparsity=0.75"
+    assert main(["train", *common.split(), *shape.split(), f"--out={tmp_path / 'sparse'}"]) == 0
+    dense = ["--dense", f"--init-from={tmp_path / 'sparse'}", f"--out={tmp_path / 'dense'}"]
+    assert main(["train", *common.split(), *dense]) == 0
+    out = capsys.readouterr().out
+    assert "parameters at 75% sparsity" in out and "parameters at 0% sparsity" in out
+    metrics = json.loads((tmp_path / "dense" / "metrics.json").read_text())
+    assert metrics["source"]["steps"] == 4 and metrics["config"]["width"] == 32
+
+
 def test_revived_weights_start_at_zero_and_train(tiny, tmp_path):
     tiny = replace(tiny, sparsity=0.75)
     train.train(tiny)

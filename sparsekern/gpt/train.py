@@ -37,6 +37,7 @@ GRADIENT_CLIP = 1.0
 WARMUP_SHARE = 0.1  # of all steps, with the learning rate rising from 0
 FINAL_LR_SHARE = 0.1  # of the highest learning rate, reached by a cosine
 EVAL_BATCHES = 4
+VALIDATION_SEED = 0
 
 METRICS = "metrics.json"
 WEIGHTS = "model.safetensors"
@@ -189,8 +190,10 @@ class Run:
         self._make_batches()
 
     def _make_batches(self) -> None:
-        shape = (self.config.batch, self.config.context, self.config.seed)
-        self.training, self.validation = (Batches(tokens, *shape) for tokens in self.splits)
+        shape = self.config.batch, self.config.context
+        self.training = Batches(self.splits[0], *shape, self.config.seed)
+        # The same windows for every seed, so that their losses compare.
+        self.validation = Batches(self.splits[1], *shape, VALIDATION_SEED)
 
     def _start_from(self, source: dict) -> dict:
         """The state of this run before its first step, from the last of another run."""
@@ -335,11 +338,16 @@ class Run:
             raise FloatingPointError(f"{what} is {value} at step {self.step}; checkpoint: {kept}")
 
 
-def train(config: TrainConfig) -> dict:
+class OutOfTime(Exception):
+    """A run stopped at its deadline, with a checkpoint to resume from."""
+
+
+def train(config: TrainConfig, deadline: float = math.inf) -> dict:
     """Train to config.steps -> what metrics.json holds.
 
     Losses are nats per token; seconds are those of the training steps, without evaluations and
-    checkpoints. Raises FloatingPointError when the loss or a gradient is no longer finite."""
+    checkpoints. Raises FloatingPointError when the loss or a gradient is no longer finite, and
+    OutOfTime when time.monotonic() passes `deadline` before the last step."""
     if config.threads:
         torch.set_num_threads(config.threads)
     run = Run(config)
@@ -352,9 +360,12 @@ def train(config: TrainConfig) -> dict:
         began = time.perf_counter()
         loss = run.compute_gradients()
         gradient_s = time.perf_counter() - began
+        is_late = time.monotonic() > deadline
         # Saved before the update: these weights have just shown a finite loss and gradient.
-        if run.step > start and run.step % config.checkpoint_every == 0:
+        if run.step > start and (is_late or run.step % config.checkpoint_every == 0):
             run.save()
+        if is_late:
+            raise OutOfTime(f"stopped at step {run.step} of {config.steps}")
         if run.step % config.eval_every == 0:
             run.evaluate()
             progress.line(evaluation_line(run))

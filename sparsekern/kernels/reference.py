@@ -6,9 +6,10 @@
 
 bias may be None. row_offsets int32 [N+1] and col_indices int32 [nnz] are CSR with strictly
 increasing columns in a row; values [nnz] have the dtype of x and dy. 16-bit types are multiplied
-and summed in float32 and rounded once; on a GPU by its tensor cores, as torch.mm does. Right for any dtype and device, and fastest where W is
-nearly full. It allocates N x K elements. A stored W has no product at a missing entry, so an
-infinite or NaN x gives NaN here (0 * inf, as in torch.matmul) where a sparse kernel skips it.
+and summed in float32 and rounded once; on a GPU by its tensor cores, as torch.mm does. Right for
+any dtype and device, and fastest where W is nearly full. It allocates N x K elements. A stored W
+has no product at a missing entry, so an infinite or NaN x gives NaN here (0 * inf, as in
+torch.matmul) where a sparse kernel skips it.
 """
 
 import torch
