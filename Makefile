@@ -7,17 +7,17 @@ TORCH ?= torch==2.13.0
 VENV := .venv
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check
-CXX_SOURCES := $(shell find csrc tests/cpp -name '*.cpp' -o -name '*.h' -o -name '*.cu')
+CXX_SOURCES := $(shell find csrc tests/cpp tests/cuda -name '*.cpp' -o -name '*.h' -o -name '*.cu*')
 BUILD_INPUTS := pyproject.toml setup.py CMakeLists.txt $(CXX_SOURCES)
 VENV_STAMP := $(VENV)/.with-$(subst ==,-,$(TORCH))
 
-.PHONY: demo test lint pytest pytest-without-library sanitize neon bench-smoke bench deepsparse clean
+.PHONY: demo test lint pytest pytest-without-library sanitize neon cuda sanitize-gpu bench-smoke bench bench-gpu deepsparse clean
 
 demo: $(VENV)/.installed-demo
 	$(BIN)/python -m sparsekern demo --out out
 
 # The last step closes with the summary line of the whole suite.
-test: lint sanitize neon pytest-without-library bench-smoke pytest
+test: lint sanitize neon cuda pytest-without-library bench-smoke pytest
 
 lint: $(VENV)/.installed-test
 	$(BIN)/ruff check .
@@ -31,7 +31,7 @@ pytest: $(VENV)/.installed-test
 # would read that file.
 pytest-without-library: $(VENV)/.installed-test
 	rm -rf build/without-library && mkdir -p build/without-library
-	cp -r README.md bench pyproject.toml sparsekern tests build/without-library
+	cp -r README.md bench csrc pyproject.toml sparsekern tests build/without-library
 	rm -f build/without-library/sparsekern/*.so
 	echo 'raise ImportError("left out")' > build/without-library/sparsekern/_C.py
 	cd build/without-library && ../../$(BIN)/python -m pytest -q -m "not slow" \
@@ -59,8 +59,27 @@ neon: $(VENV)/.installed-test
 	ASAN_OPTIONS=detect_leaks=0 qemu-aarch64 -L /usr/aarch64-linux-gnu build/neon/sk_sanitize neon
 endif
 
+# The installation compiled csrc/cuda for every architecture; NVRTC compiles it in the tests.
+ifeq ($(shell command -v nvcc),)
+cuda:
+	@echo "cuda: skipped, no nvcc"
+else
+cuda: $(VENV)/.installed-test
+	$(BIN)/python -m sparsekern info | grep "CUDA kernels  *built with nvcc"
+	$(BIN)/python -m pytest -q -rs tests/test_cuda_library.py
+endif
+
+# On a machine with a GPU, in the environment that PYTHON has.
+sanitize-gpu:
+	PYTHON=$(PYTHON) tests/sanitize_gpu.sh
+
 bench: $(VENV)/.installed-test
 	$(BIN)/python bench/run.py
+
+# Needs an NVIDIA GPU. The table in README, then the data that dispatch reads.
+bench-gpu: $(VENV)/.installed-test
+	$(BIN)/python bench/run_gpu.py decode
+	$(BIN)/python bench/run_gpu.py crossover
 
 # A peer for `make bench`. It wants numpy 1 and an old onnx, so it gets an environment of its own, and
 # its last wheels are for x86-64 Linux and Python 3.8 to 3.11. Its license is for evaluation only.

@@ -14,6 +14,7 @@ from pathlib import Path
 import pybind11
 from setuptools import Extension, setup
 from setuptools.command.build_ext import build_ext
+from setuptools.command.build_py import build_py
 
 ROOT = Path(__file__).parent.resolve()
 
@@ -51,7 +52,18 @@ class CMakeBuild(build_ext):
         """Nothing to copy: see build_extension."""
 
 
+class WithCudaSources(build_py):
+    """A wheel holds csrc/cuda, to be compiled at run time where the CUDA library is missing."""
+
+    def run(self) -> None:
+        super().run()
+        if not self.editable_mode:  # an editable install finds them in the checkout
+            target = Path(self.build_lib) / "sparsekern" / "csrc" / "cuda"
+            shutil.rmtree(target, ignore_errors=True)  # no file of an earlier build
+            shutil.copytree(ROOT / "csrc" / "cuda", target)
+
+
 setup(
     ext_modules=[Extension("sparsekern._C", sources=[])],
-    cmdclass={"build_ext": CMakeBuild},
+    cmdclass={"build_ext": CMakeBuild, "build_py": WithCudaSources},
 )

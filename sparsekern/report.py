@@ -1,30 +1,19 @@
 """Results of the demo as Markdown and plots: the same sections on the terminal and in report.md."""
 
 from pathlib import Path
+from statistics import median
 
 from .extras import require
 from .gpt.checkpoint import atomic_write
+from .text import table
+from .wafer.cost import compare_with_dense
+from .wafer.machine import machine
+from .wafer.shapes import GPTShape
+from .wafer.sweep import FULL_TOKENS
 
 # Okabe and Ito's palette: told apart by every kind of colour vision; markers differ as well.
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7")
 MARKERS = ("o", "s", "^", "D")
-
-
-def table(header: list[str], rows: list[list[object]], left: int = 1) -> str:
-    """A Markdown table whose columns also line up as plain text; the first `left` columns are
-    left-aligned, the others right-aligned."""
-    cells = [header, *[[str(cell) for cell in row] for row in rows]]
-    widths = [max(3, *(len(row[i]) for row in cells)) for i in range(len(header))]
-
-    def line(row: list[str]) -> str:
-        aligned = [
-            cell.ljust(width) if i < left else cell.rjust(width)
-            for i, (cell, width) in enumerate(zip(row, widths, strict=True))
-        ]
-        return f"| {' | '.join(aligned)} |"
-
-    rule = ["-" * width if i < left else "-" * (width - 1) + ":" for i, width in enumerate(widths)]
-    return "\n".join([line(header), line(rule), *map(line, cells[1:])])
 
 
 def environment_section(environment: dict[str, str]) -> str:
@@ -144,6 +133,24 @@ def training_section(dense: dict, sparse: dict, steps: dict) -> str:
         f"{c['context']} on {c['data']}:\n{c['steps']} steps of {c['batch']} x {c['context']} "
         f"tokens, {sparse['threads']} threads. Losses in nats per token.\n\n"
         + table(["", "dense", f"{c['sparsity']:.0%} sparse", "ratio"], rows)
+        + f"\n\n{wafer_line(sparse, steps['dense_s'] / steps['sparse_s'])}"
+    )
+
+
+def wafer_line(run: dict, measured: float | None = None) -> str:
+    """The speed-up of a run, that of its FLOPs, and the one that the same sparsity would have on a
+    wafer. `measured`: here, over the dense run, where there was one."""
+    c = run["config"]
+    shape = GPTShape(
+        "run", c["layers"], c["width"], c["heads"], 4 * c["width"], run["vocab_size"], c["context"]
+    )
+    wafer, batch = machine("wse2"), max(1, FULL_TOKENS // shape.sequence)
+    predicted = compare_with_dense(wafer, shape, 1 - run["sparsity"], batch).speedup
+    here = f"{measured:.2f}x as fast here, " if measured else ""
+    return (
+        f"{run['sparsity']:.0%} sparse: {here}{run['flop_ratio']:.2f}x fewer FLOPs, "
+        f"{predicted:.2f}x as fast predicted on a wafer "
+        f"({wafer.name}, {batch * shape.sequence:,} tokens a step)."
     )
 
 
@@ -165,6 +172,31 @@ def profile_section(steps: dict) -> str:
 def sample_section(text: str) -> str:
     quoted = "\n".join(f"    {line}".rstrip() for line in text.splitlines())
     return f"What the sparse model writes after so little training:\n\n{quoted}"
+
+
+def generation_section(result: dict) -> str:
+    """What gpt.speed.compare() measured: a row for each way of each model."""
+    rows = [
+        [
+            name,
+            way,
+            f"{result['batch'] / median(seconds['step_s']):,.1f}",
+            f"{1e3 * median(seconds['step_s']):.3f} ms",
+            f"{1e3 * median(seconds['first_token_s']):.1f} ms",
+            f"{result[name]['block_bytes'] / 1e6:,.1f} MB",
+            f"{result[name]['weight_bytes'] / 1e6:,.1f} MB",
+        ]
+        for name in ("dense", "sparse")
+        for way, seconds in result[name]["ways"].items()
+    ]
+    header = ["model", "a step is", "tokens/s", "step", "first token", "blocks", "all weights"]
+    return (
+        f"{result['batch']} x {result['context']} tokens, then {result['steps']} steps, medians of "
+        f"{result['rounds']} interleaved rounds:\n\n{table(header, rows, left=2)}\n\n"
+        f"The sparse model generates {result['speedup']:.2f}x as fast as the best dense one. Its "
+        f"blocks take {result['block_bytes_ratio']:.3f}x\nthe memory, with embeddings and head "
+        f"{result['weight_bytes_ratio']:.3f}x."
+    )
 
 
 def write(folder: Path, sections: dict[str, str], timings: list[dict], runs: dict) -> list[Path]:

@@ -10,6 +10,8 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor
 
+from .extras import require
+
 VALUE_DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 INDEX_DTYPES = (torch.int32, torch.int64)
 INDEX_LIMIT = 2**31  # indices are int32
@@ -117,6 +119,18 @@ class SparseTensor:
         parts = (torch.from_numpy(part) for part in (csr.indptr, csr.indices, csr.data))
         return cls(*parts, csr.shape)
 
+    @classmethod
+    def from_cupy(cls, a) -> "SparseTensor":
+        """From any 2-D cupyx.scipy.sparse matrix or array.
+
+        A CSR one shares its memory (its indices do where they are int32). Nothing in it is sorted
+        or summed, so the columns of each row must increase: `a.sum_duplicates()` sees to that.
+        """
+        csr = a.tocsr()
+        if csr is not a:
+            csr.sum_duplicates()  # and sorts the columns
+        return cls(*map(torch.from_dlpack, (csr.indptr, csr.indices, csr.data)), csr.shape)
+
     def to_dense(self) -> Tensor:
         """The dense matrix, zeros where nothing is stored. Gradients flow back to the values."""
         rows = expand_rows(self.row_offsets, self.nnz)
@@ -143,6 +157,24 @@ class SparseTensor:
         parts = (t.cpu().numpy() for t in (values, self.col_indices, self.row_offsets))
         csr = scipy.sparse.csr_array(tuple(parts), shape=(self.n, self.k))
         return csr.T.tocsr() if self.is_transposed else csr
+
+    def to_cupy(self):
+        """A cupyx.scipy.sparse CSR matrix; it shares memory with this one unless this is a
+        transpose."""
+        if self.dtype.itemsize == 2:
+            raise TypeError(
+                "to_cupy: expected float32 or float64, the floats that cupyx.scipy.sparse has, "
+                f"got {self.dtype}"
+            )
+        if self.device.type != "cuda":
+            raise ValueError(f"to_cupy: expected a tensor on a GPU, got one on {self.device}")
+        cupy, sparse = require("cupy", "cupy"), require("cupyx.scipy.sparse", "cupy")
+        parts = (self.values.detach(), self.col_indices, self.row_offsets)
+        with torch.cuda.device(self.device):
+            csr = sparse.csr_matrix(
+                tuple(cupy.from_dlpack(part) for part in parts), shape=(self.n, self.k)
+            )
+            return csr.T.tocsr() if self.is_transposed else csr
 
     def to(self, *args, **kwargs) -> "SparseTensor":
         """Move or cast the values with the arguments of Tensor.to; the pattern follows."""

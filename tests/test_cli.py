@@ -39,7 +39,7 @@ def test_info_says_what_is_there_and_why_the_rest_is_not(capsys):
     assert main(["info"]) == 0
     found = dict(re.split(r"\s{2,}", line) for line in capsys.readouterr().out.splitlines())
     assert found["torch"] == torch.__version__
-    for name in ("C++ kernels", "CUDA library", "triton", "cupy", "threads", "matplotlib"):
+    for name in ("C++ kernels", "CUDA kernels", "triton", "cupy", "threads", "matplotlib"):
         assert found[name]
 
 
@@ -50,6 +50,7 @@ def test_train_prints_its_plan_its_losses_and_its_speed(tiny, tmp_path, capsys):
     assert re.search(r"FLOPs  [\d.]+ M per token, [\d.]+x fewer than dense \(Amdahl cap", out)
     assert re.search(r"step     6/6   validation loss \d.*training loss \d.* tokens/s", out)
     assert re.search(r"done   .* ms each \(median\), [\d,]+ tokens/s, \d+ MiB peak memory", out)
+    assert re.search(r"wafer  75% sparse: [\d.]+x fewer FLOPs, [\d.]+x as fast predicted on a", out)
     metrics = json.loads((tmp_path / "run" / METRICS).read_text())
     assert len(metrics["losses"]) == 6 and metrics["config"]["sparsity"] == 0.75
     assert main(["train", f"--out={tmp_path / 'run'}", "--resume"]) == 0

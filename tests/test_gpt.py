@@ -1,4 +1,4 @@
-"""The GPT: model, text, tokenizers, FLOPs, training that resumes bit for bit, generation."""
+"""The GPT: model, text, tokenizers, FLOPs, training that resumes bit for bit."""
 
 import math
 import subprocess
@@ -21,7 +21,6 @@ from sparsekern.gpt.data import (
     split_text,
     tokenizer_from_state,
 )
-from sparsekern.gpt.generate import generate
 from sparsekern.gpt.model import GPT, GPTConfig
 from sparsekern.gpt.train import CHECKPOINT, METRICS, WEIGHTS, TrainConfig
 
@@ -85,11 +84,19 @@ def test_dropout_acts_in_training_alone():
     assert torch.equal(model(x)[0], model(x)[0])
 
 
+def test_a_wider_mlp_counts_in_the_flops():
+    config = replace(TINY, n_inner=96)
+    assert GPT(config).blocks[1].mlp.up.weight.shape == (96, 32)
+    plain, wide = (flops.multiply_adds(c).linear for c in (TINY, config))
+    assert plain - wide == 2 * 2 * 32 * (128 - 96)
+
+
 def test_model_errors():
     with pytest.raises(ValueError, match="multiple of n_head, got 32 and 3"):
         replace(TINY, n_head=3)
-    with pytest.raises(ValueError, match="n_layer must be at least 1, got 0"):
-        replace(TINY, n_layer=0)
+    for name, field in {"n_layer": "n_layer", "mlp_width": "n_inner"}.items():
+        with pytest.raises(ValueError, match=f"{name} must be at least 1, got 0"):
+            replace(TINY, **{field: 0})
     with pytest.raises(ValueError, match="idx has 17 positions, block_size is 16"):
         tiny_model()(torch.zeros(1, 17, dtype=torch.long))
 
@@ -493,23 +500,7 @@ def test_weight_decay_spares_biases_and_norms():
     assert others["weight_decay"] == 0 < decayed["weight_decay"]
 
 
-# Generation and profile
-
-
-def test_generation_is_seeded_and_crops_its_context():
-    model, start = tiny_model(), torch.zeros(1, 1, dtype=torch.long)
-    tokens = generate(model, start, 40, seed=3)
-    assert tokens.shape == (1, 41)
-    assert torch.equal(tokens, generate(model, start, 40, seed=3))
-    assert not torch.equal(tokens, generate(model, start, 40, seed=4))
-    greedy = generate(model, start, 5, temperature=0)
-    assert torch.equal(greedy, generate(model, start, 5, top_k=1, seed=9))
-
-
-@pytest.mark.parametrize("settings", [{"temperature": -1.0}, {"top_k": 0}])
-def test_generation_errors(settings: dict):
-    with pytest.raises(ValueError, match="temperature >= 0, top_k >= 1"):
-        generate(tiny_model(), torch.zeros(1, 1, dtype=torch.long), 1, **settings)
+# Profile
 
 
 def test_the_profiled_step_is_the_step():

@@ -78,3 +78,40 @@ def test_cuda_graph():
     x.copy_(torch.randn_like(x))
     graph.replay()
     torch.testing.assert_close(y, x @ W.to_dense().T, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
+def test_cupy_shares_memory(dtype):
+    sparse = pytest.importorskip("cupyx.scipy.sparse")
+    device = torch.device("cuda", torch.cuda.device_count() - 1)
+    w = torch.randn(40, 30, dtype=dtype, device=device)
+    w *= torch.rand(40, 30, device=device) < 0.5
+    W = SparseTensor.from_dense(w)
+    a = W.to_cupy()
+    assert isinstance(a, sparse.csr_matrix) and a.shape == (40, 30)
+    back = SparseTensor.from_cupy(a)
+    for part, array, again in (
+        (W.values, a.data, back.values),
+        (W.col_indices, a.indices, back.col_indices),
+        (W.row_offsets, a.indptr, back.row_offsets),
+    ):
+        assert part.data_ptr() == array.data.ptr == again.data_ptr()
+        assert again.device == device and torch.equal(part, again)
+    W.values.mul_(2)
+    assert torch.equal(torch.from_dlpack(a.toarray()), W.to_dense())
+    assert torch.equal(SparseTensor.from_cupy(W.T.to_cupy()).to_dense(), W.to_dense().T)
+
+
+def test_from_cupy_converts_and_checks():
+    sparse = pytest.importorskip("cupyx.scipy.sparse")
+    cupy = pytest.importorskip("cupy")
+    w = torch.randn(9, 7, device="cuda") * (torch.rand(9, 7, device="cuda") < 0.5)
+    a = SparseTensor.from_dense(w).to_cupy()
+    for name in ("coo", "csc"):
+        assert torch.equal(SparseTensor.from_cupy(a.asformat(name)).to_dense(), w)
+    parts = cupy.ones(2, "f"), cupy.array([2, 0], "i"), cupy.array([0, 2], "i")
+    unsorted = sparse.csr_matrix(parts, shape=(1, 3))
+    with pytest.raises(ValueError, match="col_indices: .* not sorted"):
+        SparseTensor.from_cupy(unsorted)
+    unsorted.sum_duplicates()
+    assert SparseTensor.from_cupy(unsorted).col_indices.tolist() == [0, 2]

@@ -9,21 +9,16 @@ PACKAGE = Path(__file__).parents[1] / "sparsekern"
 
 # Each room may import those before it. `testing` hangs beside: nothing in the package imports it
 # but the demo, and it sees tensor and kernels alone.
-ROOMS = [
-    "extras",
-    "tensor",
-    "kernels",
-    "ops",
-    "matmul",
-    "nn",
-    "weights",
-    "sparsity",
-    "gpt",
-    "report",
-    "cli",
-]
+# `wafer` stands alone and imports no torch.
+CORE = ["extras", "text", "tensor", "kernels", "ops", "matmul", "nn", "weights", "sparsity", "gpt"]
+ROOMS = [*CORE, "wafer", "masks", "report", "cli"]
 TOP = ["cli", "__main__"]
-BESIDE = {"testing": {"tensor", "kernels"}, "__init__": set(ROOMS), "__main__": {*ROOMS, "testing"}}
+BESIDE = {
+    "testing": {"tensor", "kernels"},
+    "wafer": {"extras", "text"},
+    "__init__": set(ROOMS),
+    "__main__": {*ROOMS, "testing"},
+}
 FILES = sorted(path.relative_to(PACKAGE) for path in PACKAGE.rglob("*.py"))
 
 
@@ -62,6 +57,17 @@ def test_the_reader_sees_imports():
     assert imported_rooms(Path("ops.py")) == {"kernels"}
     assert {"kernels", "ops", "tensor"} <= imported_rooms(Path("matmul.py"))
     assert "tensor" in imported_rooms(Path("kernels/reference.py"))
+
+
+def test_the_wafer_model_imports_no_torch():
+    for path in (PACKAGE / "wafer").glob("*.py"):
+        names = {
+            alias.name.split(".")[0] if isinstance(node, ast.Import) else (node.module or "")
+            for node in ast.walk(ast.parse(path.read_text()))
+            if isinstance(node, (ast.Import, ast.ImportFrom))
+            for alias in node.names
+        }
+        assert not {name for name in names if name.split(".")[0] in ("torch", "matplotlib")}, path
 
 
 def test_kernels_and_core_do_not_import_optional_packages():

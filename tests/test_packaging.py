@@ -66,8 +66,11 @@ def test_sdist_holds_every_source(sdist):
 def test_wheel_holds_the_package_and_its_library_only(wheel):
     with zipfile.ZipFile(wheel) as archive:
         names = archive.namelist()
-    python = {path.relative_to(ROOT).as_posix() for path in (ROOT / "sparsekern").rglob("*.py")}
-    assert not python - set(names)
+    paths = [*(ROOT / "sparsekern").rglob("*.py"), *(ROOT / "sparsekern").rglob("*.json")]
+    package = {path.relative_to(ROOT).as_posix() for path in paths}
+    # What CuPy compiles where there is no CUDA library.
+    kernels = {f"sparsekern/csrc/cuda/{path.name}" for path in (ROOT / "csrc/cuda").iterdir()}
+    assert not (package | kernels) - set(names)
     assert {name.split("/")[0] for name in names if ".dist-info" not in name} == {"sparsekern"}
     (library,) = [name for name in names if name.endswith(".so")]
     assert library.startswith("sparsekern/_C.")

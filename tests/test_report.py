@@ -44,7 +44,9 @@ def metrics(step_s: float) -> dict:
         ],
         "tokens_per_s": 1024 / step_s,
         "flops_per_token": 30e6,
+        "sparsity": 0.75,
         "flop_ratio": 2.4,
+        "vocab_size": 256,
         "peak_memory_bytes": 400 * 2**20,
         "wall_s": 4 * step_s + 3,
     }
@@ -68,6 +70,13 @@ def test_training_section_compares_the_two_runs():
     assert ["wall-clock of all steps", "1.6 s", "0.8 s", "2.00x as fast"] in rows
     assert ["one step, dense and sparse in turn", "400.0 ms", "200.0 ms", "2.00x as fast"] in rows
     assert ["last validation loss", "3.900", "3.900", ""] in rows
+    line = text.splitlines()[-1]
+    assert line.startswith("75% sparse: 2.00x as fast here, 2.40x fewer FLOPs, ")
+    assert line.endswith("x as fast predicted on a wafer (wse2, 262,144 tokens a step).")
+
+
+def test_a_run_without_a_dense_twin_states_the_prediction_alone():
+    assert report.wafer_line(metrics(0.2)).startswith("75% sparse: 2.40x fewer FLOPs, ")
 
 
 def test_profile_section_states_the_caps():

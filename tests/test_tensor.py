@@ -114,6 +114,36 @@ def test_to_scipy_widens_16_bit_values():
     assert SparseTensor.from_dense(torch.ones(2, 2).bfloat16()).to_scipy().dtype == np.float32
 
 
+def test_from_cupy_shares_memory_and_sorts_nothing():
+    """scipy's matrices stand for cupyx's: the same attributes, and arrays that speak DLPack."""
+    a = scipy.sparse.csr_matrix(random_dense(5, 7).numpy())
+    W = SparseTensor.from_cupy(a)
+    assert_same(W, SparseTensor.from_scipy(a))
+    assert W.values.data_ptr() == a.data.ctypes.data
+    assert W.col_indices.data_ptr() == a.indices.ctypes.data
+    assert W.row_offsets.data_ptr() == a.indptr.ctypes.data
+    for name in ("coo", "csc"):
+        assert_same(SparseTensor.from_cupy(a.asformat(name)), W)
+    long = scipy.sparse.csr_matrix(a)
+    long.indices, long.indptr = a.indices.astype(np.int64), a.indptr.astype(np.int64)
+    assert_same(SparseTensor.from_cupy(long), W)
+
+    for columns, what in (([2, 0], "not sorted"), ([2, 2], "a duplicate")):
+        a = scipy.sparse.csr_matrix((np.ones(2), np.array(columns), np.array([0, 2])), shape=(1, 3))
+        with pytest.raises(ValueError, match=f"col_indices: .* in row 0: {what}"):
+            SparseTensor.from_cupy(a)
+    with pytest.raises(TypeError, match="values: expected float32, .*, got torch.complex64"):
+        SparseTensor.from_cupy(scipy.sparse.csr_matrix(np.eye(3, dtype=np.complex64)))
+
+
+def test_what_to_cupy_refuses():
+    for dtype in (torch.bfloat16, torch.float16):
+        with pytest.raises(TypeError, match=f"to_cupy: expected float32 or .*, got {dtype}"):
+            SparseTensor.from_dense(torch.eye(2, dtype=dtype)).to_cupy()
+    with pytest.raises(ValueError, match="to_cupy: expected a tensor on a GPU, got one on cpu"):
+        SparseTensor.from_dense(torch.eye(2)).to_cupy()
+
+
 def test_nan_is_kept():
     w = torch.tensor([[0.0, torch.nan], [1.0, 0.0]])
     W = SparseTensor.from_dense(w)

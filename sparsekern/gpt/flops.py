@@ -1,8 +1,9 @@
 """Training FLOPs of a GPT, by the convention that gives the published sparse training ratios.
 
-Multiply-adds per token of one forward pass, for L layers, width d, vocabulary V, sequence s:
+Multiply-adds per token of one forward pass, for L layers, width d, MLP width h (4 d in GPT-2),
+vocabulary V, sequence s:
 
-    linear    = L (4 d^2 + 8 d^2)    the six matrices: query, key, value, output, MLP up, MLP down
+    linear    = L (4 d^2 + 2 d h)    the six matrices: query, key, value, output, MLP up, MLP down
     attention = L 2 s d              Q K^T and P V over the full s x s square, as if not causal
     head      = d V                  dense; the embedding look-up counts nothing
 
@@ -35,9 +36,11 @@ class MultiplyAdds:
 
 
 def multiply_adds(config: GPTConfig) -> MultiplyAdds:
-    L, d = config.n_layer, config.n_embd
+    L, d, h = config.n_layer, config.n_embd, config.mlp_width
     return MultiplyAdds(
-        linear=L * 12 * d * d, attention=L * 2 * config.block_size * d, head=d * config.vocab_size
+        linear=L * (4 * d * d + 2 * d * h),
+        attention=L * 2 * config.block_size * d,
+        head=d * config.vocab_size,
     )
 
 

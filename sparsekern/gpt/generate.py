@@ -1,12 +1,16 @@
-"""Sample text from a GPT."""
+"""Sample text from a GPT: the prompt in one pass, then token by token through a cache.
+
+On CUDA the step of a token, sampling included, is one replay of a CUDA graph."""
 
 import torch
 from torch import Tensor
 
-from .model import GPT
+from .model import GPT, Cache
+
+CACHE_MULTIPLE = 64  # positions: attention on CUDA copies masks whose rows are not aligned
+WARM_UPS = 2  # passes before a capture: libraries allocate and kernels compile in the first ones
 
 
-@torch.no_grad()
 def generate(
     model: GPT, idx: Tensor, count: int, temperature: float = 0.8, top_k: int = 40, seed: int = 0
 ) -> Tensor:
@@ -15,17 +19,115 @@ def generate(
     The model sees the last block_size tokens. temperature 0 takes the most likely token;
     `top_k` keeps the k most likely ones.
     """
-    if temperature < 0 or top_k < 1 or idx.shape[1] < 1:
-        raise ValueError(
-            "generate: expected temperature >= 0, top_k >= 1 and at least one token to start from, "
-            f"got temperature {temperature}, top_k {top_k}, idx {list(idx.shape)}"
-        )
-    model.eval()
-    generator = torch.Generator(idx.device).manual_seed(seed)
-    for _ in range(count):
-        logits = model(idx[:, -model.config.block_size :])[0][:, -1]  # [B, V]
-        best, choices = logits.topk(min(top_k, logits.shape[-1]) if temperature else 1)
-        probabilities = torch.softmax(best / (temperature or 1.0), dim=-1)
-        picked = torch.multinomial(probabilities, 1, generator=generator)
-        idx = torch.cat([idx, choices.gather(1, picked)], dim=1)
-    return idx
+    if count == 0:
+        return idx
+    decoder = Decoder(model, idx, count, temperature, top_k, seed)
+    decoder.start()
+    for _ in range(count - 1):
+        decoder.step()
+    return decoder.tokens
+
+
+class Decoder:
+    """`tokens` int64 [B, T + count]: the prompt [B, T], then what start() and step() have sampled.
+
+    start() reads the prompt and samples the first token; each step() samples the next one, without
+    a look from the host. start() again begins anew, with the same tokens.
+
+    The cache serves up to block_size tokens. Beyond, the window slides and every token in it gets
+    another position, to which its key and value belong: each step then reads the window anew.
+
+    `stepper` may be another form of the same model, for the steps alone.
+    """
+
+    @torch.no_grad()
+    def __init__(
+        self,
+        model: GPT,
+        prompt: Tensor,
+        count: int,
+        temperature: float = 0.8,
+        top_k: int = 40,
+        seed: int = 0,
+        stepper: GPT | None = None,
+    ) -> None:
+        if count < 1 or temperature < 0 or top_k < 1 or prompt.shape[1] < 1:
+            raise ValueError(
+                "generate: expected count >= 1, temperature >= 0, top_k >= 1 and at least one "
+                f"token to start from, got count {count}, temperature {temperature}, "
+                f"top_k {top_k}, idx {list(prompt.shape)}"
+            )
+        batch, self._prompt_length = prompt.shape
+        self.tokens = torch.cat([prompt, prompt.new_zeros(batch, count)], dim=1)
+        self._length = self._prompt_length  # tokens so far
+        self._position = prompt.new_zeros(1)  # of the last of them, where the graph can read it
+        self._model = model.eval()
+        self._stepper = (stepper or model).eval()
+        self._temperature, self._top_k, self._seed = temperature, top_k, seed
+        self._generator = torch.Generator(prompt.device)
+        window = min(self.tokens.shape[1], model.config.block_size)
+        self._cache = Cache(model, batch, -(-window // CACHE_MULTIPLE) * CACHE_MULTIPLE)
+        is_cached = count > 1 and self._prompt_length < model.config.block_size
+        self._graph = self._capture() if prompt.is_cuda and is_cached else None
+
+    @torch.no_grad()
+    def start(self) -> None:
+        self._length = self._prompt_length
+        self._position.fill_(self._length - 1)
+        self._generator.manual_seed(self._seed)
+        if self._length > self._model.config.block_size:
+            self._read_window()
+        else:
+            prompt = self.tokens[:, : self._length]
+            position = torch.arange(self._length, device=prompt.device)
+            self._append(self._model(prompt, cache=self._cache, position=position)[0])
+
+    @torch.no_grad()
+    def step(self) -> None:
+        if self._length == self.tokens.shape[1]:
+            raise ValueError(f"step: all {self._length} tokens are there")
+        if self._length > self._model.config.block_size:
+            self._read_window()
+        elif self._graph:
+            self._graph.replay()
+            self._length += 1
+        else:
+            self._read_last()
+
+    def _read_last(self) -> None:
+        token = self.tokens.index_select(1, self._position)  # [B, 1]
+        self._append(self._stepper(token, cache=self._cache, position=self._position)[0])
+
+    def _read_window(self) -> None:
+        first = self._length - self._model.config.block_size
+        self._append(self._model(self.tokens[:, first : self._length])[0])
+
+    def _append(self, logits: Tensor) -> None:  # [B, T, V]
+        self._position += 1
+        self.tokens.index_copy_(1, self._position, self._sample(logits[:, -1]))
+        self._length += 1
+
+    def _sample(self, logits: Tensor) -> Tensor:  # [B, V] -> [B, 1]
+        if self._temperature == 0:
+            return logits.argmax(dim=-1, keepdim=True)
+        best, choices = logits.float().topk(min(self._top_k, logits.shape[-1]))
+        probabilities = torch.softmax(best / self._temperature, dim=-1)
+        # Of exponential variables with these rates the first is each with its probability.
+        # torch.multinomial draws so too, but checks its input on the host.
+        times = torch.empty_like(probabilities).exponential_(generator=self._generator)
+        return choices.gather(1, (probabilities / times).argmax(dim=-1, keepdim=True))
+
+    def _capture(self) -> torch.cuda.CUDAGraph:
+        graph = torch.cuda.CUDAGraph()
+        graph.register_generator_state(self._generator)
+        with torch.cuda.device(self.tokens.device):
+            side = torch.cuda.Stream()
+            side.wait_stream(torch.cuda.current_stream())
+            with torch.cuda.stream(side):
+                for _ in range(WARM_UPS):
+                    self._position.fill_(self._prompt_length - 1)
+                    self._read_last()
+            torch.cuda.current_stream().wait_stream(side)
+            with torch.cuda.graph(graph):
+                self._read_last()
+        return graph

@@ -2,8 +2,9 @@
 
 One deviation: GELU itself instead of its tanh approximation, which is slower on a CPU.
 
-Letters: B sequences, T positions, C width, V vocabulary. The model knows nothing of sparsity:
-`sparsify_` replaces the four linear layers of each block from outside.
+Letters: B sequences, T positions, C width, V vocabulary, S positions that a cache has room for. The
+model knows nothing of sparsity: `sparsify_` replaces the four linear layers of each block from
+outside.
 """
 
 import math
@@ -23,15 +24,25 @@ class GPTConfig:
     vocab_size: int
     dropout: float = 0.0
     bias: bool = True
+    n_inner: int | None = None  # width of the MLP, None = 4 n_embd
 
     def __post_init__(self) -> None:
-        for name in ("n_layer", "n_head", "n_embd", "block_size", "vocab_size"):
+        for name in ("n_layer", "n_head", "n_embd", "block_size", "vocab_size", "mlp_width"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
         if self.n_embd % self.n_head:
             raise ValueError(
                 f"n_embd must be a multiple of n_head, got {self.n_embd} and {self.n_head}"
             )
+
+    @property
+    def mlp_width(self) -> int:
+        return 4 * self.n_embd if self.n_inner is None else self.n_inner
+
+
+# Of one block: keys and values [B, heads, S, C / heads], the places of the new positions in S
+# (int64 [T]), and a mask [T, S] to add to the scores.
+Past = tuple[Tensor, Tensor, Tensor, Tensor]
 
 
 class Attention(nn.Module):
@@ -44,12 +55,18 @@ class Attention(nn.Module):
         self.qkv = nn.Linear(config.n_embd, 3 * config.n_embd, bias=config.bias)
         self.proj = nn.Linear(config.n_embd, config.n_embd, bias=config.bias)
 
-    def forward(self, x: Tensor) -> Tensor:  # [B, T, C] -> [B, T, C]
+    def forward(self, x: Tensor, past: Past | None = None) -> Tensor:  # [B, T, C] -> [B, T, C]
         B, T, C = x.shape
         qkv = self.qkv(x).view(B, T, 3, self.n_head, C // self.n_head)
         q, k, v = qkv.permute(2, 0, 3, 1, 4)  # each [B, heads, T, C / heads]
-        dropout = self.dropout if self.training else 0.0
-        y = F.scaled_dot_product_attention(q, k, v, dropout_p=dropout, is_causal=True)
+        if past is None:
+            dropout = self.dropout if self.training else 0.0
+            y = F.scaled_dot_product_attention(q, k, v, dropout_p=dropout, is_causal=True)
+        else:
+            keys, values, position, mask = past
+            keys.index_copy_(2, position, k)
+            values.index_copy_(2, position, v)
+            y = F.scaled_dot_product_attention(q, keys, values, attn_mask=mask)
         y = self.proj(y.transpose(1, 2).reshape(B, T, C))
         return F.dropout(y, self.dropout, self.training)
 
@@ -58,8 +75,8 @@ class MLP(nn.Module):
     def __init__(self, config: GPTConfig) -> None:
         super().__init__()
         self.dropout = config.dropout
-        self.up = nn.Linear(config.n_embd, 4 * config.n_embd, bias=config.bias)
-        self.down = nn.Linear(4 * config.n_embd, config.n_embd, bias=config.bias)
+        self.up = nn.Linear(config.n_embd, config.mlp_width, bias=config.bias)
+        self.down = nn.Linear(config.mlp_width, config.n_embd, bias=config.bias)
 
     def forward(self, x: Tensor) -> Tensor:  # [B, T, C] -> [B, T, C]
         y = self.down(F.gelu(self.up(x)))
@@ -74,9 +91,28 @@ class Block(nn.Module):
         self.norm2 = nn.LayerNorm(config.n_embd, bias=config.bias)
         self.mlp = MLP(config)
 
-    def forward(self, x: Tensor) -> Tensor:  # [B, T, C] -> [B, T, C]
-        x = x + self.attention(self.norm1(x))
+    def forward(self, x: Tensor, past: Past | None = None) -> Tensor:  # [B, T, C] -> [B, T, C]
+        x = x + self.attention(self.norm1(x), past)
         return x + self.mlp(self.norm2(x))
+
+
+class Cache:
+    """The keys and values of up to `length` positions of `batch` sequences, for each block.
+
+    No shape ever changes, as a CUDA graph needs it: a mask hides the positions still to come."""
+
+    def __init__(self, model: "GPT", batch: int, length: int) -> None:
+        c, weight = model.config, model.wte.weight
+        shape = batch, c.n_head, length, c.n_embd // c.n_head
+        # Zeros, since a hidden NaN would spread.
+        self._layers = [(weight.new_zeros(shape), weight.new_zeros(shape)) for _ in model.blocks]
+
+    def past(self, position: Tensor) -> list[Past]:
+        """What each block needs to add positions [T] and to see them and all before."""
+        keys = self._layers[0][0]
+        is_future = torch.arange(keys.shape[2], device=keys.device) > position[:, None]
+        mask = keys.new_zeros(is_future.shape).masked_fill(is_future, -math.inf)  # [T, S]
+        return [(keys, values, position, mask) for keys, values in self._layers]
 
 
 class GPT(nn.Module):
@@ -88,30 +124,50 @@ class GPT(nn.Module):
         self.blocks = nn.ModuleList(Block(config) for _ in range(config.n_layer))
         self.norm = nn.LayerNorm(config.n_embd, bias=config.bias)
         self.lm_head = nn.Linear(config.n_embd, config.vocab_size, bias=False)
-        self.apply(_initialise)
+        initialise(self, config.n_layer)
         self.lm_head.weight = self.wte.weight
-        # Each block adds twice to the residual stream: GPT-2 keeps its variance at depth.
-        for block in self.blocks:
-            for layer in (block.attention.proj, block.mlp.down):
-                nn.init.normal_(layer.weight, std=0.02 / math.sqrt(2 * config.n_layer))
 
-    def forward(self, idx: Tensor, targets: Tensor | None = None) -> tuple[Tensor, Tensor | None]:
-        """idx, targets int64 [B, T], T <= block_size -> logits [B, T, V], mean loss in nats."""
+    def forward(
+        self,
+        idx: Tensor,
+        targets: Tensor | None = None,
+        cache: Cache | None = None,
+        position: Tensor | None = None,
+    ) -> tuple[Tensor, Tensor | None]:
+        """idx, targets int64 [B, T], T <= block_size -> logits [B, T, V], mean loss in nats.
+
+        With a cache idx continues what the cache holds, at the places `position` int64 [T], and the
+        logits are those of the last one alone, [B, 1, V]. Without one the places are 0 to T - 1."""
         T = idx.shape[1]
         if T > self.config.block_size:
             raise ValueError(f"idx has {T} positions, block_size is {self.config.block_size}")
-        x = self.wte(idx) + self.wpe(torch.arange(T, device=idx.device))
+        if cache is None:
+            position, pasts = torch.arange(T, device=idx.device), [None] * len(self.blocks)
+        else:
+            pasts = cache.past(position)
+        x = self.wte(idx) + self.wpe(position)
         x = F.dropout(x, self.config.dropout, self.training)
-        for block in self.blocks:
-            x = block(x)
+        for block, past in zip(self.blocks, pasts, strict=True):
+            x = block(x, past)
+        if cache is not None:
+            x = x[:, -1:]
         logits = self.lm_head(self.norm(x))
         if targets is None:
             return logits, None
         return logits, F.cross_entropy(logits.flatten(0, 1), targets.flatten())
 
 
-def _initialise(module: nn.Module) -> None:
-    if isinstance(module, nn.Linear | nn.Embedding):
-        nn.init.normal_(module.weight, std=0.02)
-    if isinstance(module, nn.Linear) and module.bias is not None:
-        nn.init.zeros_(module.bias)
+def initialise(module: nn.Module, n_layer: int) -> None:
+    """GPT-2's random weights for a GPT of `n_layer` blocks or for a part of one, in place."""
+    for part in module.modules():
+        if isinstance(part, nn.LayerNorm):
+            part.reset_parameters()
+        if isinstance(part, nn.Linear | nn.Embedding):
+            nn.init.normal_(part.weight, std=0.02)
+        if isinstance(part, nn.Linear) and part.bias is not None:
+            nn.init.zeros_(part.bias)
+    # Each block adds twice to the residual stream: GPT-2 keeps its variance at depth.
+    for block in module.modules():
+        if isinstance(block, Block):
+            for layer in (block.attention.proj, block.mlp.down):
+                nn.init.normal_(layer.weight, std=0.02 / math.sqrt(2 * n_layer))

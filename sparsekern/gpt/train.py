@@ -409,6 +409,7 @@ def _result(run: Run) -> dict:
         "flop_ratio": flop_ratio(run.model.config, run.sparsity),
         "flops": run.flops,
         "source": run.source,
+        "vocab_size": run.model.config.vocab_size,
         "peak_memory_bytes": peak_memory_bytes(),
         "peak_gpu_bytes": torch.cuda.max_memory_allocated() if config.device == "cuda" else 0,
     }

@@ -1,0 +1,177 @@
+"""Generation: tokens per second with sparse linears against dense ones.
+
+Under pytest, on a CPU: GPT-2 small. As a script, on a GPU: the larger presets with random weights.
+
+python bench/bench_generate.py [--preset gpt3-6.7b] [--sparsities 0.75 0.5 0.9] [--batches 1 16]
+
+prints a section for each sparsity and batch and keeps all of them in
+results/generate-<preset>-<GPU>-<date>.json, rewritten after each.
+"""
+
+import argparse
+import copy
+import gc
+import json
+import re
+import time
+from dataclasses import dataclass, replace
+from datetime import date
+from pathlib import Path
+
+import measure
+import pytest
+import torch
+from measure import DENSE, Rival, ours
+from pytest_benchmark.utils import get_commit_info
+from torch import Tensor
+
+from sparsekern import densify_, sparsify_
+from sparsekern.gpt import speed
+from sparsekern.gpt.checkpoint import atomic_write
+from sparsekern.gpt.generate import CACHE_MULTIPLE, Decoder
+from sparsekern.gpt.model import GPT, Cache, GPTConfig
+from sparsekern.gpt.presets import PRESETS, UniformMask, for_inference, random_gpt
+from sparsekern.report import generation_section
+
+RESULTS = Path(__file__).parent / "results"
+# The allocator rounds each tensor up to 512 bytes; more than this would be weights that hide.
+UNSEEN_MEMORY = 0.01
+CHECK_TOKENS = 8
+
+
+@dataclass(frozen=True)
+class Generation:
+    """A model, and so many tokens after a prompt of `context` for each text of the batch."""
+
+    model: str
+    sparsity: float
+    batch: int
+    context: int
+    tokens: int
+    threads: int
+
+    def __str__(self) -> str:
+        return f"{self.model}-B{self.batch}-{self.sparsity:.0%}-{self.threads}T"
+
+
+TINY = GPTConfig(n_layer=1, n_head=2, n_embd=32, block_size=64, vocab_size=256)
+
+
+def workloads(quick: bool) -> list[Generation]:
+    if quick:
+        return [Generation("tiny", 0.75, 2, 4, 8, 1)]
+    return [Generation("gpt2-small", 0.75, batch, 16, 32, 1) for batch in (1, 16)]
+
+
+def random_prompt(config: GPTConfig, batch: int, context: int) -> Tensor:
+    generator = torch.Generator().manual_seed(0)
+    return torch.randint(config.vocab_size, (batch, context), generator=generator)
+
+
+@pytest.mark.runs_on(workloads=workloads)
+def test_generate(race, workload):
+    config = PRESETS.get(workload.model, TINY)
+    sparse = random_gpt(config, workload.sparsity)
+    dense = densify_(copy.deepcopy(sparse))
+    prompt = random_prompt(config, workload.batch, workload.context)
+    decoders = [Decoder(m, prompt, workload.tokens, temperature=0) for m in (sparse, dense)]
+
+    def run(decoder: Decoder) -> Tensor:
+        decoder.start()
+        for _ in range(workload.tokens - 1):
+            decoder.step()
+        return decoder.tokens
+
+    assert torch.equal(*map(run, decoders))
+    race(
+        "generate",
+        ours(lambda: run(decoders[0])),
+        [Rival("dense", DENSE, lambda: run(decoders[1]))],
+        {"M": workload.batch},
+    )
+
+
+# On a GPU
+
+
+def errors_of_one_block(
+    config: GPTConfig, sparsity: float, batch: int, device: str, dtype: torch.dtype
+) -> dict[str, float]:
+    """Relative error of the logits of a decoding step, against the same weights in fp64: of the
+    sparse model and of its dense twin. ArithmeticError where the sparse one errs twice as much."""
+    dense = random_gpt(replace(config, n_layer=1), 0.0, device, dtype)
+    sparse = sparsify_(dense, UniformMask(sparsity))
+    twin = densify_(copy.deepcopy(sparse))
+    tokens = random_prompt(config, batch, CHECK_TOKENS).to(device)
+    exact = decoded_logits(copy.deepcopy(twin).double(), tokens)
+    models = {"dense": twin, "sparse": for_inference(sparse)}
+    errors = {
+        name: ((decoded_logits(model, tokens) - exact).norm() / exact.norm()).item()
+        for name, model in models.items()
+    }
+    if not errors["sparse"] <= 2 * errors["dense"]:
+        raise ArithmeticError(f"logits are wrong at {sparsity:.0%}, batch {batch}: {errors}")
+    return errors
+
+
+@torch.no_grad()
+def decoded_logits(model: GPT, tokens: Tensor) -> Tensor:
+    """fp64 [B, V] after the last token, which alone is read through the cache."""
+    cache = Cache(model, len(tokens), CACHE_MULTIPLE)
+    places = torch.arange(tokens.shape[1], device=tokens.device)
+    model(tokens[:, :-1], cache=cache, position=places[:-1])
+    return model(tokens[:, -1:], cache=cache, position=places[-1:])[0][:, -1].double()
+
+
+def build(config: GPTConfig, sparsity: float, device: str, dtype: torch.dtype) -> GPT:
+    """A random model. Its memory is what its tensors say, or this fails."""
+    began, before = time.perf_counter(), torch.cuda.memory_allocated()
+    model = random_gpt(config, sparsity, device, dtype)
+    gc.collect()
+    held, counted = torch.cuda.memory_allocated() - before, speed.memory_bytes(model)
+    assert held <= (1 + UNSEEN_MEMORY) * counted, f"{held} bytes are held, {counted} counted"
+    print(f"{sparsity:.0%} sparse: built in {time.perf_counter() - began:.1f} s", flush=True)
+    return model
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser()
+    parser.add_argument("--preset", choices=PRESETS, default="gpt3-6.7b")
+    parser.add_argument("--sparsities", type=float, nargs="+", default=[0.75, 0.5, 0.9])
+    parser.add_argument("--batches", type=int, nargs="+", default=[1, 16])
+    parser.add_argument("--context", type=int, default=128)
+    parser.add_argument("--tokens", type=int, default=64)
+    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--out", type=Path, default=RESULTS, help="folder (%(default)s)")
+    options = parser.parse_args()
+    config, device, dtype = PRESETS[options.preset], "cuda", torch.bfloat16
+    gpu = torch.cuda.get_device_name()
+    name = re.sub(r"[^a-z0-9.]+", "-", f"generate-{options.preset}-{gpu}-{date.today()}".lower())
+    result = {
+        "preset": options.preset,
+        "config": vars(config),
+        "dtype": str(dtype),
+        "gpu": gpu,
+        "cpu": measure.cpu_name(),
+        "torch": torch.__version__,
+        "commit": get_commit_info(),
+        "runs": [],
+    }
+    dense = build(config, 0.0, device, dtype)
+    for sparsity in options.sparsities:
+        sparse = build(config, sparsity, device, dtype)
+        for batch in options.batches:
+            errors = errors_of_one_block(config, sparsity, batch, device, dtype)
+            prompt = random_prompt(config, batch, options.context).to(device)
+            models = {"dense": dense, "sparse": sparse}
+            run = speed.compare(models, prompt, options.tokens, options.rounds)
+            result["runs"].append({"sparsity": sparsity, "errors": errors, **run})
+            with atomic_write(options.out / f"{name}.json") as file:
+                file.write(json.dumps(result, indent=1).encode())
+            print(f"\n## {options.preset}, {sparsity:.0%}, {gpu}\n\n{generation_section(run)}\n")
+            print(f"Error of one block's logits: {errors}", flush=True)
+        del sparse, models
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,77 @@
+"""From times to the data that dispatch reads: up to which density is a kernel the fastest choice?
+
+sparsekern/kernels/crossover.json holds, by compute capability and dtype,
+
+    {"sm_90": {"measured": "...", "tokens": [1, 8, ...],
+               "bfloat16": {"stream": {"dense": [0.74, ...], "expand": [...]}, ...}}}
+
+for each kernel and each alternative one density for each number of tokens: the kernel is no slower
+than the alternative up to there, by the geometric mean of the shapes. `dense` is the best dense
+call on a W that is dense already. null: not measured, or the kernel does not take so many tokens.
+"""
+
+import math
+from collections.abc import Sequence
+from statistics import geometric_mean
+
+from measure_gpu import Grid
+from replay_gpu import DENSE, OURS
+from tables import groups, select
+
+GRID = Grid(
+    shapes=((6144, 2048), (4096, 11008), (12288, 12288)),
+    tokens=(1, 8, 16, 32, 64, 128, 256, 512, 1024, 2048, 4096),
+    sparsities=(0.0, 0.25, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 0.95, 0.98),
+    masks=("random",),
+)
+EXPAND = "expand"
+
+
+def summarize(cells: list[dict], measured: str) -> dict:
+    """What to put under the GPU's compute capability."""
+    tokens = sorted({cell["M"] for cell in cells})
+    entry: dict[str, object] = {"measured": measured, "tokens": tokens}
+    for (dtype,), chosen in groups(cells, lambda c: c["dtype"]).items():
+        names = dict.fromkeys(
+            name for c in chosen for name, way in c["ways"].items() if way["kind"] == OURS
+        )
+        entry[dtype.removeprefix("torch.")] = {
+            name: {
+                other: [limit(select(chosen, M=M), name, other) for M in tokens]
+                for other in (EXPAND, DENSE)
+                if other != name and (other in names or other == DENSE)
+            }
+            for name in names
+        }
+    return entry
+
+
+def limit(cells: Sequence[dict], name: str, other: str) -> float | None:
+    """The density up to which `name` is no slower than `other`, from the sparsest on."""
+    ratios = {}
+    for (sparsity,), chosen in groups(cells, lambda c: c["sparsity"]).items():
+        times = [(seconds(c, other), seconds(c, name)) for c in chosen]
+        if all(None not in pair for pair in times):
+            ratios[1 - sparsity] = geometric_mean([theirs / ours for theirs, ours in times])
+    return crossing(ratios) if ratios else None
+
+
+def seconds(cell: dict, name: str) -> float | None:
+    """Nothing for who did not run, failed, or was wrong."""
+    if name == DENSE:
+        return cell["dense_s"]
+    way = cell["ways"].get(name)
+    return way["median_s"] if way and way["is_right"] else None
+
+
+def crossing(ratios: dict[float, float]) -> float:
+    """Where {density: times faster} first falls below 1: 0 if it starts there, the last density if
+    it never does. Straight lines in the logarithms between the points."""
+    points = sorted(ratios.items())
+    if points[0][1] < 1:
+        return 0.0
+    for (d0, r0), (d1, r1) in zip(points, points[1:], strict=False):
+        if r1 < 1:
+            share = math.log(r0) / (math.log(r0) - math.log(r1))
+            return round(d0 * (d1 / d0) ** share, 3)
+    return round(points[-1][0], 3)

@@ -1,0 +1,144 @@
+"""The sparse ways to y = x W^T on a GPU: ours, and the libraries that run there."""
+
+import importlib
+from collections.abc import Callable
+from dataclasses import replace
+from typing import Any
+
+import torch
+from measure_gpu import Way
+from replay_gpu import OURS, PEER
+from torch import Tensor
+
+from sparsekern import SparseTensor
+from sparsekern.kernels import table
+
+STREAM_TOKENS = 64  # the most that the CUDA kernels take
+
+
+def absent(name: str, kind: str, reason: str) -> Way:
+    def never(*_: object) -> Any:
+        raise NotImplementedError(reason)
+
+    return Way(name, kind, never, never, never, never, missing=reason)
+
+
+def stream() -> Way:
+    """Packed weights, laid out beforehand, and the CUDA kernels that read them."""
+    try:
+        from sparsekern.kernels.packed import pack, spmm_packed
+    except ImportError as error:
+        return absent("stream", OURS, str(error))
+    return Way(
+        "stream",
+        OURS,
+        pack,
+        lambda W: W.clone(),
+        spmm_packed,
+        lambda W: W.nbytes,
+        where=lambda M, sparsity, mask: M <= STREAM_TOKENS,
+    )
+
+
+def row(name: str) -> Way:
+    """A row of the kernel table, with a CSR copy of W for each call. Where it derives a layout of
+    its own, its first call does, which is not timed."""
+    run = next((r.run for r in table.KERNELS if (r.name, r.op) == (name, "spmm")), None)
+    if run is None:
+        return absent(name, OURS, f"the kernel table has no row {name}")
+    return Way(
+        name,
+        OURS,
+        lambda W: W,
+        _clone,
+        lambda x, W: run(W.row_offsets, W.col_indices, W.values, W.n, W.k, x),
+        lambda W: W.values.nbytes,
+    )
+
+
+def _clone(W: SparseTensor) -> SparseTensor:
+    parts = (W.row_offsets, W.col_indices, W.values)
+    return SparseTensor(*(part.clone() for part in parts), W.shape)
+
+
+# Peers get x feature-major, [K, M], or the vector [K] of one token: not timed.
+
+
+def torch_csr() -> Way:
+    return Way(
+        "torch CSR",
+        PEER,
+        SparseTensor.to_torch,
+        torch.Tensor.clone,
+        lambda x, W: torch.mv(W, x) if x.ndim == 1 else torch.mm(W, x),
+        lambda W: sum(t.nbytes for t in (W.crow_indices(), W.col_indices(), W.values())),
+        prepare=lambda x: x[0].clone() if x.shape[0] == 1 else x.t().contiguous(),
+        result=lambda y: y[None] if y.ndim == 1 else y.t(),
+        is_graphed=False,
+        note="queued calls, no graph",
+    )
+
+
+def cupy_csr() -> Way:
+    try:
+        cupy = importlib.import_module("cupy")
+        sparse = importlib.import_module("cupyx.scipy.sparse")
+        cusparse = importlib.import_module("cupyx.cusparse")
+    except ImportError as error:
+        return absent("CuPy CSR", PEER, str(error))
+
+    def on_stream(function: Callable[..., Any]) -> Callable[..., Any]:
+        """CuPy has a current stream of its own."""
+
+        def call(*operands: Any) -> Any:
+            with cupy.cuda.ExternalStream(torch.cuda.current_stream().cuda_stream):
+                return function(*operands)
+
+        return call
+
+    def lay_out(W: SparseTensor) -> Any:
+        parts = (W.values.float(), W.col_indices.clone(), W.row_offsets.clone())
+        parts = tuple(cupy.from_dlpack(part) for part in parts)
+        return sparse.csr_matrix(parts, shape=tuple(W.shape))
+
+    def prepare(x: Tensor) -> Any:
+        x = x.float()
+        return cupy.from_dlpack(x[0]) if x.shape[0] == 1 else cupy.from_dlpack(x).T
+
+    def multiply(x: Any, W: Any) -> Any:
+        return cusparse.spmv(W, x) if x.ndim == 1 else cusparse.spmm(W, x)
+
+    def result(y: Any) -> Tensor:
+        y = torch.from_dlpack(y)
+        return y[None] if y.ndim == 1 else y.t()
+
+    return Way(
+        "CuPy CSR",
+        PEER,
+        on_stream(lay_out),
+        on_stream(lambda W: W.copy()),
+        on_stream(multiply),
+        lambda W: W.data.nbytes + W.indices.nbytes + W.indptr.nbytes,
+        prepare=on_stream(prepare),
+        result=result,
+        is_graphed=False,
+        note="fp32; queued calls, no graph",
+    )
+
+
+def decode_ways() -> list[Way]:
+    """Ours on every product; Triton and the peers, which are slow, on some."""
+
+    def on_few(M: int, sparsity: float, mask: str) -> bool:
+        return M in (1, 16) and sparsity in (0.5, 0.8, 0.95) and mask == "random"
+
+    return [
+        stream(),
+        replace(row("triton"), where=lambda M, sparsity, mask: (M, mask) == (16, "random")),
+        replace(torch_csr(), where=on_few),
+        replace(cupy_csr(), where=on_few),
+    ]
+
+
+def crossover_ways() -> list[Way]:
+    return [stream(), row("triton"), row("expand")]

@@ -1,0 +1,335 @@
+"""The benchmark of a GPU: products of few tokens with W from memory, and who wins from where on.
+
+python bench/run_gpu.py decode      results/<GPU>-decode-<dtype>-<date>.* and README's table
+python bench/run_gpu.py crossover   sparsekern/kernels/crossover.json
+python bench/run_gpu.py publish X.json   the same from a file that --out FOLDER wrote
+
+With --out only the JSON is written, there: to measure on a machine without the repository or
+without matplotlib. --dtype float16; --quick: one small shape, nothing is published.
+"""
+
+import argparse
+import json
+import platform
+import re
+import subprocess
+import sys
+import time
+from dataclasses import replace
+from datetime import date
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+
+import crossover
+import measure_gpu
+import pages
+import peers_gpu
+import replay_gpu
+import tables_gpu
+import torch
+from measure_gpu import Grid, derive
+
+BENCH = Path(__file__).parent
+RESULTS = BENCH / "results"
+PARTIAL = BENCH.parent / "build" / "bench"
+README = BENCH.parent / "README.md"
+MARKERS = "<!-- bench-gpu: begin -->", "<!-- bench-gpu: end -->"
+CROSSOVER = BENCH.parent / "sparsekern" / "kernels" / "crossover.json"
+SMI_FIELDS = ("driver_version", "clocks.sm", "clocks.mem", "power.draw", "temperature.gpu")
+LIMIT_S = 230.0  # no new W is begun after so long
+
+QUICK = Grid(shapes=((512, 1024),), tokens=(1, 16), sparsities=(0.5, 0.9), masks=("random",))
+
+SECTIONS = """\
+# {name}
+
+{heading}
+
+Times faster than the best dense call: cuBLAS and cuBLASLt, both layouts of W and of the result, and
+mv for one token. Medians of {rounds} CUDA-graph replays of {fewest} calls or more, all competitors
+in turn; every call reads another copy of W, {cold_mb:.0f} MB or more of them. Geometric means over
+the shapes. Random masks unless said. Below 1 is a loss.
+
+![speed-up against sparsity]({name}.png)
+
+{summary}
+
+## Everyone
+
+Errors are relative to fp64 in the Frobenius norm, the worst of all shapes and copies of W; more
+than {tolerance:g} is wrong. The layout of W and x that each wants is made beforehand.
+
+{competitors}
+
+{absent}
+
+## By shape
+
+Microseconds of the best dense call, with the bytes of its weights per second, and of the CUDA
+kernels, with their ratio.
+
+{by_shape}
+
+## Bytes
+
+One token: packed bytes read per second by the CUDA kernels, their share of the copy bandwidth
+({copy:.2f} TB/s, measured in the same run), and the packed bytes as a share of the dense ones.
+
+{bytes_read}
+
+## Magnitude-pruned weights
+
+Rows and columns of log-normal scales (sigma {row_sigma} and {column_sigma}), one threshold for all.
+Speed as a share of that on a random mask.
+
+{pruned}
+
+## Triton
+
+Speed as a share of the CUDA kernels'.
+
+{triton}
+"""
+
+
+def machine(commit: str | None) -> dict:
+    """What was measured on. nvidia-smi's numbers are read while copies keep the GPU busy."""
+    properties = torch.cuda.get_device_properties(torch.cuda.current_device())
+    bandwidth = replay_gpu.copy_bytes_per_s()
+    return {
+        "gpu": properties.name,
+        "capability": f"sm_{properties.major}{properties.minor}",
+        "multiprocessors": properties.multi_processor_count,
+        "l2_bytes": properties.L2_cache_size,
+        "copy_bytes_per_s": bandwidth,
+        "under_load": load(),
+        "system": f"{platform.system()} {platform.machine()}",
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "cuda": torch.version.cuda,
+        "commit": commit or git("rev-parse", "HEAD") or "unknown",
+        "dirty": bool(git("status", "--porcelain", "--untracked-files=no")),
+        "packages": {name: installed(name) for name in ("triton", "cupy-cuda12x", "cupy-cuda13x")},
+    }
+
+
+def load() -> dict[str, str]:
+    """Driver, clocks, power and temperature while the GPU copies."""
+    source = torch.empty(2**28, dtype=torch.int64, device="cuda").random_()
+    target = torch.empty_like(source)
+    for _ in range(1000):  # about a second
+        target.copy_(source)
+    command = [
+        "nvidia-smi",
+        f"--query-gpu={','.join(SMI_FIELDS)}",
+        "--format=csv,noheader",
+        "-i",
+        "0",
+    ]
+    try:
+        text = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    except (OSError, subprocess.CalledProcessError):
+        return {}
+    finally:
+        torch.cuda.synchronize()
+    return dict(zip(SMI_FIELDS, map(str.strip, text.split(",")), strict=True))
+
+
+def git(*arguments: str) -> str:
+    """Empty where there is no repository."""
+    command = ["git", "-C", str(BENCH), *arguments]
+    try:
+        return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
+    except (OSError, subprocess.CalledProcessError):
+        return ""
+
+
+def installed(package: str) -> str | None:
+    try:
+        return version(package)
+    except PackageNotFoundError:
+        return None
+
+
+def measure(verb: str, grid: Grid, path: Path, commit: str | None) -> dict:
+    """All cells; the file is written after each shape, so that nothing is lost with a later one."""
+    start = time.monotonic()
+    make = peers_gpu.decode_ways if verb == "decode" else peers_gpu.crossover_ways
+    ways = make()
+    generator = torch.Generator("cuda")
+    result = {
+        "verb": verb,
+        "date": str(date.today()),
+        "seed": generator.seed(),
+        "is_whole": False,
+        "machine": machine(commit) | {"missing": {w.name: w.missing for w in ways if w.missing}},
+        "cells": [],
+    }
+    wanted = len(grid.masks) * len(grid.shapes) * len(grid.sparsities) * len(grid.tokens)
+    # Graphs cannot be captured on the default stream.
+    with torch.no_grad(), torch.cuda.stream(torch.cuda.Stream()):
+        clock = replay_gpu.CudaClock()
+        deadline = start + LIMIT_S
+        for cell in measure_gpu.cells(grid, ways, clock, generator, deadline=deadline):
+            result["cells"].append(derive(cell))
+            if cell["M"] == grid.tokens[-1]:
+                print(progress(result["cells"][-len(grid.tokens) :], start), flush=True)
+                write_json(path, result)
+    result["is_whole"] = len(result["cells"]) == wanted
+    result["machine"]["under_load_at_end"] = load()
+    result["seconds"] = time.monotonic() - start
+    write_json(path, result)
+    return result
+
+
+def progress(cells: list[dict], start: float) -> str:
+    """One line for a W: times dense by tokens."""
+    first = cells[0]
+    parts = [
+        f"{c['M']}:" + ",".join(f"{name[:3]}{ratio:.2f}" for name, ratio in c["speedups"].items())
+        for c in cells
+    ]
+    what = f"{first['mask']} {first['N']}x{first['K']} {first['sparsity']:.0%}"
+    return f"{time.monotonic() - start:4.0f} s {what} {' '.join(parts)}"
+
+
+def write_json(path: Path, result: dict) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps(result, indent=1))
+
+
+def heading(result: dict) -> str:
+    m, clocks = result["machine"], result["machine"]["under_load"]
+    changed = " with local changes" if m["dirty"] else ""
+    dtype = result["cells"][0]["dtype"].removeprefix("torch.")
+    smi = "".join(f", {name.replace('.', ' ')} {value}" for name, value in clocks.items())
+    return (
+        f"{m['gpu']} ({m['capability']}, {m['multiprocessors']} multiprocessors), {dtype}, "
+        f"torch {m['torch']}, CUDA {m['cuda']}{smi}, {result['date']}, "
+        f"commit {m['commit'][:10]}{changed}."
+    )
+
+
+def page(name: str, result: dict) -> str:
+    cells, limit = result["cells"], result["machine"]["copy_bytes_per_s"]
+    names = ("summary", "competitors", "by_shape", "pruned", "triton")
+    dtype = getattr(torch, cells[0]["dtype"].removeprefix("torch."))
+    return SECTIONS.format(
+        name=name,
+        heading=heading(result),
+        rounds=measure_gpu.ROUNDS,
+        fewest=measure_gpu.LAUNCHES[0],
+        cold_mb=measure_gpu.COLD_BYTES / 1e6,
+        tolerance=measure_gpu.TOLERANCE[dtype],
+        copy=limit / 1e12,
+        row_sigma=measure_gpu.ROW_SIGMA,
+        column_sigma=measure_gpu.COLUMN_SIGMA,
+        bytes_read=tables_gpu.bytes_read(cells, limit),
+        absent=tables_gpu.absent(result["machine"]),
+        **{each: getattr(tables_gpu, each)(cells) or "Not run." for each in names},
+    )
+
+
+def digest(result: dict) -> str:
+    """The short of it, for a terminal."""
+    cells, limit = result["cells"], result["machine"]["copy_bytes_per_s"]
+    if result["verb"] == "crossover":
+        return f"{heading(result)}\n\n{json.dumps(crossover.summarize(cells, ''))}"
+    parts = (
+        heading(result),
+        tables_gpu.summary(cells),
+        tables_gpu.competitors(cells),
+        tables_gpu.bytes_read(cells, limit),
+        f"pruned\n{tables_gpu.pruned(cells)}",
+        f"triton\n{tables_gpu.triton(cells)}",
+    )
+    return "\n\n".join(parts)
+
+
+def publish(result: dict) -> None:
+    """Of decode: JSON, page, plot and README's table. Of crossover: the data file."""
+    if not result["is_whole"]:
+        raise SystemExit("bench-gpu: not published, since some cells were not run")
+    if tables_gpu.failures(result["cells"]):
+        raise SystemExit("bench-gpu: not published, since one of our kernels failed or was wrong")
+    if result["verb"] == "decode":
+        name = name_of(result)
+        write_page(RESULTS, name, result)
+        if "bfloat16" in result["cells"][0]["dtype"]:
+            update_readme(name, result)
+    else:
+        update_crossover(result)
+
+
+def name_of(result: dict) -> str:
+    gpu = re.sub(r"[^a-z0-9]+", "-", result["machine"]["gpu"].lower()).strip("-")
+    dtype = result["cells"][0]["dtype"].removeprefix("torch.")
+    return f"{gpu}-{result['verb']}-{dtype}-{result['date']}"
+
+
+def write_page(folder: Path, name: str, result: dict) -> None:
+    write_json(folder / f"{name}.json", result)
+    (folder / f"{name}.md").write_text(page(name, result))
+    figure = tables_gpu.plot(result["cells"], heading(result))
+    figure.savefig(folder / f"{name}.png", dpi=120)
+
+
+def update_readme(name: str, result: dict) -> None:
+    details = f"Details: [bench/results/{name}.md](bench/results/{name}.md)."
+    text = f"{tables_gpu.summary(result['cells'])}\n\n{heading(result)} {details}"
+    pages.replace_section(README, MARKERS, text)
+
+
+def update_crossover(result: dict) -> None:
+    """Replaces what the file says of this capability and dtype; the rest stays."""
+    m = result["machine"]
+    measured = f"{m['gpu']}, torch {m['torch']}, {result['date']}, commit {m['commit'][:10]}"
+    data = json.loads(CROSSOVER.read_text()) if CROSSOVER.exists() else {}
+    found = crossover.summarize(result["cells"], measured)
+    data[m["capability"]] = data.get(m["capability"], {}) | found
+    CROSSOVER.write_text(json.dumps(data, indent=1) + "\n")
+
+
+def grid_of(verb: str, dtype: torch.dtype, quick: bool) -> Grid:
+    if quick:
+        return replace(QUICK, dtype=dtype)
+    if verb == "decode":
+        return Grid(dtype=dtype)
+    return replace(crossover.GRID, dtype=dtype)
+
+
+def main(arguments: list[str]) -> int:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    verbs = parser.add_subparsers(dest="verb", required=True)
+    for verb in ("decode", "crossover"):
+        options = verbs.add_parser(verb)
+        options.add_argument("--dtype", choices=("bfloat16", "float16"), default="bfloat16")
+        options.add_argument("--out", type=Path)
+        options.add_argument("--commit", help="where there is no repository")
+        options.add_argument("--quick", action="store_true")
+    verbs.add_parser("publish").add_argument("file", type=Path)
+    args = parser.parse_args(arguments)
+    if args.verb == "publish":
+        publish(json.loads(args.file.read_text()))
+        return 0
+    if not torch.cuda.is_available():
+        raise SystemExit("bench-gpu: torch finds no NVIDIA GPU")
+
+    folder = args.out or PARTIAL
+    path = folder / f"{args.verb}-{args.dtype}.json"
+    if args.verb == "decode" and (reason := peers_gpu.stream().missing):
+        raise SystemExit(f"bench-gpu: nothing to measure: {reason}")
+    grid = grid_of(args.verb, getattr(torch, args.dtype), args.quick)
+    result = measure(args.verb, grid, path, args.commit)
+    print(digest(result))
+    print(f"{len(result['cells'])} cells in {result['seconds']:.0f} s: {path}")
+    if bad := tables_gpu.failures(result["cells"]):
+        print("\n".join(["Failed or wrong:", *bad[:20]]))
+        return 1
+    if not args.quick and not args.out:
+        publish(result)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

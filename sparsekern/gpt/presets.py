@@ -1,0 +1,67 @@
+"""Shapes of well-known models, with random weights: the cost of a step does not depend on them.
+
+Vocabularies are rounded up to a multiple of 64: dense heads are faster so.
+"""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from .. import nn
+from .model import GPT, Block, GPTConfig, initialise
+
+PRESETS = {
+    "gpt2-small": GPTConfig(12, 12, 768, 1024, 50304),
+    "gpt3-xl": GPTConfig(24, 16, 2048, 2048, 50304),
+    "gpt3-6.7b": GPTConfig(32, 32, 4096, 2048, 50304),
+    # 8 blocks of this GPT with the width, heads and MLP matrices (28672 x 8192) of LLaMA 70B and no
+    # biases. The rest is GPT-2: GELU and two MLP matrices, LayerNorm, learned positions, a key and
+    # a value for each head.
+    "llama-like": GPTConfig(8, 64, 8192, 2048, 32000, bias=False, n_inner=28672),
+}
+
+
+@dataclass(frozen=True)
+class UniformMask:
+    """Keeps exactly round((1 - sparsity) * N * K) weights, drawn anew at each call, uniformly.
+
+    Unlike Static it draws on the weight's device, by torch's own generator there: billions of
+    weights take seconds, and another device has other masks."""
+
+    sparsity: float
+
+    def mask(self, name: str, weight: Tensor) -> Tensor:
+        nnz = round((1 - self.sparsity) * weight.numel())
+        kept = torch.randperm(weight.numel(), device=weight.device)[:nnz]
+        mask = torch.zeros(weight.numel(), dtype=torch.bool, device=weight.device)
+        return mask.index_fill_(0, kept, True).view(weight.shape)
+
+
+def random_gpt(
+    config: GPTConfig,
+    sparsity: float = 0.0,
+    device: torch.device | str = "cpu",
+    dtype: torch.dtype = torch.float32,
+    seed: int = 0,
+) -> GPT:
+    """A GPT for inference with random weights and, in the linears of its blocks, random zeros.
+
+    It is made where it will run, block by block: beside the result only one dense block is ever in
+    memory, with what it takes to draw its masks and to pack it."""
+    torch.manual_seed(seed)
+    with torch.device("meta"):
+        model = GPT(config).to(dtype).requires_grad_(False)
+    for part in (model.wte, model.wpe, model.norm, *model.blocks):
+        part.to_empty(device=device)
+        initialise(part, config.n_layer)
+        if isinstance(part, Block) and sparsity:
+            for_inference(nn.sparsify_(part, UniformMask(sparsity)))
+    model.lm_head.weight = model.wte.weight
+    return model.eval()
+
+
+def for_inference(model: torch.nn.Module) -> torch.nn.Module:
+    """The sparse layers of `model` in the form that is fastest on its device, in place."""
+    on_gpu = next(model.parameters()).is_cuda
+    return nn.pack_(model) if on_gpu else model

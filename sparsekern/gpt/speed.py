@@ -1,0 +1,102 @@
+"""How fast a GPT generates, dense against sparse: one harness, one run, rounds in turn."""
+
+import time
+from statistics import median
+
+import torch
+from torch import Tensor, nn
+
+from .generate import Decoder
+from .model import GPT
+
+SIDES = ("dense", "sparse")
+
+
+def compare(
+    models: dict[str, GPT], prompt: Tensor, count: int, rounds: int = 5, **sampling
+) -> dict:
+    """Generate `count` tokens after prompt int64 [B, T] with models["dense"] and models["sparse"].
+
+    The first token and the steps after it are timed apart, every way that ways() knows of. Each
+    model's best way is the one with the lowest median; all the samples are in the result."""
+    if count < 2:
+        raise ValueError(f"count: a speed needs at least 2 tokens, got {count}")
+    decoders = {
+        (side, way): decoder
+        for side in SIDES
+        for way, decoder in ways(models[side], prompt, count, **sampling).items()
+    }
+    seconds = {key: {"first_token_s": [], "step_s": []} for key in decoders}
+    for _ in range(rounds):
+        for key, decoder in decoders.items():
+            first_token_s, step_s = _time(decoder, count - 1)
+            seconds[key]["first_token_s"].append(first_token_s)
+            seconds[key]["step_s"].append(step_s)
+
+    batch, context = prompt.shape
+    result = {"batch": batch, "context": context, "steps": count - 1, "rounds": rounds, **sampling}
+    for side in SIDES:
+        of_ways = {way: seconds[s, way] for s, way in seconds if s == side}
+        best = min(of_ways, key=lambda way: median(of_ways[way]["step_s"]))
+        result[side] = {
+            "best": best,
+            "tokens_per_s": batch / median(of_ways[best]["step_s"]),
+            "first_token_s": median(of_ways[best]["first_token_s"]),
+            "block_bytes": memory_bytes(models[side].blocks),
+            "weight_bytes": memory_bytes(models[side]),
+            "ways": of_ways,
+        }
+    dense, sparse = (result[side] for side in SIDES)
+    result["speedup"] = sparse["tokens_per_s"] / dense["tokens_per_s"]
+    for name in ("block_bytes", "weight_bytes"):
+        result[f"{name}_ratio"] = sparse[name] / dense[name]
+    return result
+
+
+def ways(model: GPT, prompt: Tensor, count: int, **sampling) -> dict[str, Decoder]:
+    """What a step can be: on CUDA one graph of eager kernels, or of compiled blocks."""
+    eager = Decoder(model, prompt, count, **sampling)
+    if not prompt.is_cuda:
+        return {"eager": eager}
+    compiled = Decoder(model, prompt, count, stepper=compiled_blocks(model), **sampling)
+    return {"CUDA graph": eager, "CUDA graph, compiled": compiled}
+
+
+def compiled_blocks(model: GPT) -> GPT:
+    """A twin that shares all weights, with blocks compiled by torch.compile.
+
+    Blocks share a compilation. fullgraph: where there should be one too many it is an error. Sets
+    options of torch.compile for the whole process: it would compile anew for each block, since each
+    has sparse weights of a size of its own."""
+    options = torch._dynamo.config
+    options.force_parameter_static_shapes = False
+    options.force_nn_module_property_static_shapes = False
+    options.allow_unspec_int_on_nn_module = True
+    options.recompile_limit = 64  # for all models, batches and sparsities together
+    with torch.device("meta"):
+        twin = GPT(model.config)
+    for name, part in model.named_children():
+        setattr(twin, name, part)
+    twin.blocks = nn.ModuleList(torch.compile(block, fullgraph=True) for block in model.blocks)
+    return twin
+
+
+def memory_bytes(module: nn.Module) -> int:
+    """Of all parameters and buffers, shared ones once."""
+    return sum(t.nbytes for t in [*module.parameters(), *module.buffers()])
+
+
+def _time(decoder: Decoder, steps: int) -> tuple[float, float]:
+    """Seconds to the first token, and of each step after it."""
+    began = _now(decoder)
+    decoder.start()
+    read = _now(decoder)
+    for _ in range(steps):
+        decoder.step()
+    return read - began, (_now(decoder) - read) / steps
+
+
+def _now(decoder: Decoder) -> float:
+    if decoder.tokens.is_cuda:
+        torch.cuda.synchronize(decoder.tokens.device)
+    return time.perf_counter()

@@ -1,0 +1,1 @@
+"""What the same masks would do on a wafer-scale machine: an analytical model. Imports no torch."""

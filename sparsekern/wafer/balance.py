@@ -1,0 +1,106 @@
+"""Load imbalance: the fullest of many parts over their mean, from a distribution or from a mask.
+
+A part holds `trials` places of W, each kept with probability `density`. With P parts the expected
+maximum of P normals is z(P) standard deviations, and
+
+    imbalance = 1 + z(P) sqrt((1 - d) / (d trials)),   never above 1 / d: no part is more than full
+"""
+
+import math
+from dataclasses import dataclass
+from functools import lru_cache
+from statistics import NormalDist
+
+import numpy as np
+
+EULER_GAMMA = 0.5772156649015329
+# In windows of outputs: how far columns of PEs drift apart before the slowest holds back the
+# others, and over how many they keep step at least. Fitted on the simulator: docs/MATH.md.
+WINDOW_DRIFT = 5.0
+WINDOWS_IN_STEP = 8
+
+
+@lru_cache
+def expected_normal_maximum(parts: int) -> float:
+    """Of `parts` independent standard normals (Gumbel's limit); 0 for one part."""
+    if parts < 2:
+        return 0.0
+    quantile = NormalDist().inv_cdf
+    first = quantile(1 - 1 / parts)
+    return max(0.0, first + EULER_GAMMA * (quantile(1 - 1 / (parts * math.e)) - first))
+
+
+def binomial_imbalance(parts: int, trials: float, density: float) -> float:
+    if not 0 < density <= 1:
+        raise ValueError(f"density: expected 0 < density <= 1, got {density}")
+    spread = math.sqrt((1 - density) / (density * trials))
+    return min(1 + expected_normal_maximum(parts) * spread, 1 / density)
+
+
+def outputs_in_step(
+    parts: int, k_per_part: float, density: float, outputs: int, window: int
+) -> float:
+    """Over how many outputs the parts must keep step, when none may be `window` outputs ahead.
+
+    Over L outputs the fullest part falls z sqrt(L k d (1-d)) nonzeros behind the mean; windows
+    allow WINDOW_DRIFT window k d: as much at L = (WINDOW_DRIFT window)^2 k d / (z^2 (1-d))."""
+    z = expected_normal_maximum(parts)
+    if density == 1 or z == 0:
+        return outputs
+    drifted = (WINDOW_DRIFT * window) ** 2 * k_per_part * density / (z * z * (1 - density))
+    return min(outputs, max(WINDOWS_IN_STEP * window, drifted))
+
+
+def windowed_imbalance(
+    parts: int, k_per_part: float, density: float, outputs: int, window: int
+) -> float:
+    """Of columns of PEs that each own `k_per_part` inputs and step through the outputs."""
+    if window < 1:
+        raise ValueError(f"window: expected at least 1 output, got {window}")
+    in_step = outputs_in_step(parts, k_per_part, density, outputs, window)
+    return binomial_imbalance(parts, in_step * k_per_part, density)
+
+
+@dataclass(frozen=True)
+class Mask:
+    """A pattern of W [N, K] in CSR."""
+
+    shape: tuple[int, int]
+    row_offsets: np.ndarray  # [N + 1]
+    col_indices: np.ndarray  # [nnz]
+
+    @classmethod
+    def from_dense(cls, kept: np.ndarray) -> "Mask":
+        row_offsets = np.concatenate([[0], np.count_nonzero(kept, axis=1).cumsum()])
+        return cls(kept.shape, row_offsets, np.nonzero(kept)[1])
+
+    @property
+    def nnz(self) -> int:
+        return int(self.row_offsets[-1])
+
+    @property
+    def density(self) -> float:
+        return self.nnz / (self.shape[0] * self.shape[1])
+
+    def transposed(self) -> "Mask":
+        n, k = self.shape
+        rows = np.repeat(np.arange(n), np.diff(self.row_offsets))
+        order = np.argsort(self.col_indices, kind="stable")
+        row_offsets = np.concatenate([[0], np.bincount(self.col_indices, minlength=k).cumsum()])
+        return Mask((k, n), row_offsets, rows[order])
+
+    def counts(self, parts: int, k_per_part: int) -> np.ndarray:
+        """Nonzeros [N, parts] of each row in each part of `k_per_part` columns."""
+        n = self.shape[0]
+        rows = np.repeat(np.arange(n), np.diff(self.row_offsets))
+        places = rows * parts + self.col_indices // k_per_part
+        return np.bincount(places, minlength=n * parts).reshape(n, parts)
+
+    def imbalance(self, parts: int, k_per_part: int, window: int) -> float:
+        """The fullest part over the mean part, kept in step as `outputs_in_step` says."""
+        if not self.nnz:
+            return 1.0
+        counts = self.counts(parts, k_per_part)
+        step = int(outputs_in_step(parts, k_per_part, self.density, self.shape[0], window))
+        blocks = np.add.reduceat(counts, np.arange(0, len(counts), step), axis=0)
+        return float(blocks.max(axis=1).sum() * parts / counts.sum())

@@ -1,0 +1,287 @@
+"""Time of a training step by weight streaming: what overlaps counts once, the rest adds.
+
+forward   max(products + attention + head on the wafer,  weights in)
+backward  max(input and weight gradients (+ recompute) on the wafer,  weights in,  gradients out)
+boundary  between two steps nothing hides the way of the first layer's gradient out, its optimizer
+          step and its weights' way in
+"""
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from .balance import Mask
+from .inputs import Inputs
+from .machine import Machine
+from .memory import ActivationPlan, plan_activations
+from .mesh import MeshCycles
+from .product import (
+    FORWARD,
+    INPUT_GRADIENT,
+    WEIGHT_GRADIENT,
+    product_cycles,
+    stream_bytes,
+)
+from .shapes import GPTShape
+
+
+@dataclass(frozen=True)
+class Phase:
+    """Forward or backward, of all layers: seconds."""
+
+    linear_s: float  # sparse products
+    attention_s: float
+    head_s: float
+    recompute_s: float
+    io_in_s: float
+    io_out_s: float
+
+    @property
+    def wafer_s(self) -> float:
+        return self.linear_s + self.attention_s + self.head_s + self.recompute_s
+
+    @property
+    def total_s(self) -> float:
+        return max(self.wafer_s, self.io_in_s, self.io_out_s)
+
+
+@dataclass(frozen=True)
+class LayerCost:
+    """One product of one block (or the head): seconds of each term, before overlap."""
+
+    matrix: str
+    product: str  # forward, input gradient, weight gradient
+    layers: int  # that are alike
+    density: float
+    cycles: MeshCycles
+    seconds: float  # of one layer
+
+
+@dataclass(frozen=True)
+class StepCost:
+    forward: Phase
+    backward: Phase
+    boundary_s: float
+    micro_steps: int
+    tokens: int  # of the whole batch, all systems
+    systems: int
+    flop: float  # useful, of the whole batch: nonzeros only
+    activations: ActivationPlan
+    layers: tuple[LayerCost, ...]
+    machine: Machine
+    inputs: Inputs
+
+    @property
+    def step_s(self) -> float:
+        return self.micro_steps * (self.forward.total_s + self.backward.total_s) + self.boundary_s
+
+    @property
+    def tokens_per_s(self) -> float:
+        return self.tokens / self.step_s
+
+    @property
+    def peak_share(self) -> float:
+        """Useful FLOPs over those of the dense peak of all cores."""
+        peak = self.systems * self.machine.peak_flop_per_s(self.inputs.precision)
+        return self.flop / self.step_s / peak
+
+    @property
+    def energy_j(self) -> float:
+        """At the system's full power all the time."""
+        return self.machine["power_w"] * self.systems * self.step_s
+
+    @property
+    def io_share(self) -> float:
+        """The time that waits for I/O, of the step's."""
+        waits = sum(p.total_s - p.wafer_s for p in (self.forward, self.backward))
+        return (self.micro_steps * waits + self.boundary_s) / self.step_s
+
+    @property
+    def bound(self) -> str:
+        terms: dict[str, float] = {"attention": 0.0, "head": 0.0}
+        for phase in (self.forward, self.backward):
+            terms["attention"] += phase.attention_s
+            terms["head"] += phase.head_s
+        if self.io_share > 0.5:
+            return "I/O"
+        for layer in self.layers:
+            name = layer.cycles.bound
+            terms[name] = terms.get(name, 0.0) + layer.layers * layer.seconds
+        return max(terms, key=terms.__getitem__)
+
+
+@dataclass(frozen=True)
+class Weight:
+    """A linear layer's weight, alike in `layers` blocks."""
+
+    name: str
+    n: int
+    k: int
+    density: float
+    layers: int
+    mask: Mask | None = None
+
+
+def uniform_weights(shape: GPTShape, density: float) -> tuple[Weight, ...]:
+    if not 0 < density <= 1:
+        raise ValueError(f"density: expected 0 < density <= 1, got {density}")
+    return tuple(
+        Weight(name, n, k, density, shape.layers) for name, (n, k) in shape.matrices.items()
+    )
+
+
+def masked_weights(masks: Sequence[tuple[str, Mask]]) -> tuple[Weight, ...]:
+    """Of actual masks, one for each matrix of each block: (its name, its mask)."""
+    return tuple(Weight(name, *mask.shape, mask.density, 1, mask) for name, mask in masks)
+
+
+def step_cost(
+    machine: Machine,
+    shape: GPTShape,
+    density: float | Sequence[Weight],
+    batch: int,
+    systems: int = 1,
+    inputs: Inputs | None = None,
+    micro_batch: int | None = None,
+) -> StepCost:
+    """One step on `batch` sequences. `density`: of every linear layer, or the weights themselves;
+    `micro_batch`: sequences on a system at a time, default all of its share."""
+    inputs = inputs or Inputs()
+    for name, value in (("batch", batch), ("systems", systems)):
+        if value < 1:
+            raise ValueError(f"{name}: expected at least 1, got {value}")
+    share = math.ceil(batch / systems)
+    if micro_batch is not None and micro_batch < 1:
+        raise ValueError(f"micro_batch: expected at least 1, got {micro_batch}")
+    micro_batch = min(micro_batch or share, share)
+    micro_steps = math.ceil(share / micro_batch)
+    tokens = micro_batch * shape.sequence
+    weights = uniform_weights(shape, density) if isinstance(density, float | int) else density
+
+    seconds_per_cycle = 1 / machine["clock_hz"]
+    plan = plan_activations(machine, inputs, shape, tokens)
+    head = Weight("head", shape.vocabulary, shape.width, 1.0, 1)
+    costs = [
+        cost
+        for weight in (*weights, head)
+        for cost in _layer_costs(machine, inputs, tokens, weight)
+    ]
+
+    def total(product: str, is_head: bool) -> float:
+        return sum(
+            cost.layers * cost.seconds
+            for cost in costs
+            if cost.product == product and (cost.matrix == "head") == is_head
+        )
+
+    # Attention runs as fast as a dense d x d product does.
+    d = shape.width
+    square = product_cycles(machine, inputs, tokens, d, d, 1.0)
+    cycles_per_fma = square.compute / (tokens * d * d) / inputs.attention_efficiency
+    attention_s = tokens * shape.attention_fma * cycles_per_fma * seconds_per_cycle
+
+    io_bytes_per_s = machine["io_bytes_per_s"]
+    in_bytes = sum(w.layers * stream_bytes(inputs, w.n, w.k, w.density) for w in weights)
+    head_bytes = stream_bytes(inputs, head.n, head.k, 1.0)
+    out_bytes = sum(w.layers * w.n * w.k * w.density * inputs.gradient_bytes for w in weights)
+    out_bytes += head.n * head.k * inputs.gradient_bytes
+    is_recomputed = plan.stride > 0
+    forward_s = total(FORWARD, False)
+    forward = Phase(
+        linear_s=forward_s,
+        attention_s=attention_s,
+        head_s=total(FORWARD, True),
+        recompute_s=0.0,
+        io_in_s=(in_bytes + head_bytes) / io_bytes_per_s,
+        io_out_s=plan.spilled_bytes / io_bytes_per_s,
+    )
+    backward = Phase(
+        linear_s=total(INPUT_GRADIENT, False) + total(WEIGHT_GRADIENT, False),
+        attention_s=2 * attention_s,
+        head_s=total(INPUT_GRADIENT, True) + total(WEIGHT_GRADIENT, True),
+        recompute_s=forward_s + attention_s if is_recomputed else 0.0,
+        io_in_s=(in_bytes * (2 if is_recomputed else 1) + head_bytes + plan.spilled_bytes)
+        / io_bytes_per_s,
+        io_out_s=out_bytes / io_bytes_per_s,
+    )
+    first = weights[0]
+    first_nnz = first.n * first.k * first.density
+    boundary_s = (
+        machine["stream_latency_s"]
+        + stream_bytes(inputs, first.n, first.k, first.density) / io_bytes_per_s
+        + first_nnz * inputs.gradient_bytes / io_bytes_per_s
+        + first_nnz / machine["optimizer_params_per_s"]
+    )
+    kept = sum(w.layers * w.n * w.k * w.density for w in weights) / shape.linear_fma
+    return StepCost(
+        forward=forward,
+        backward=backward,
+        boundary_s=boundary_s,
+        micro_steps=micro_steps,
+        tokens=batch * shape.sequence,
+        systems=systems,
+        flop=batch * shape.sequence * shape.train_flop(kept),
+        activations=plan,
+        layers=tuple(costs),
+        machine=machine,
+        inputs=inputs,
+    )
+
+
+def _layer_costs(machine: Machine, inputs: Inputs, tokens: int, weight: Weight) -> list[LayerCost]:
+    pattern = weight.density if weight.mask is None else weight.mask
+    costs = []
+    for product in (FORWARD, INPUT_GRADIENT, WEIGHT_GRADIENT):
+        cycles = product_cycles(machine, inputs, tokens, weight.n, weight.k, pattern, product)
+        seconds = cycles.total / machine["clock_hz"]
+        costs.append(
+            LayerCost(weight.name, product, weight.layers, weight.density, cycles, seconds)
+        )
+    return costs
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """A sparse step beside the dense step of the same model, batch and machine."""
+
+    dense: StepCost
+    sparse: StepCost
+    flop_ratio: float
+    flop_cap: float  # the FLOP ratio with nothing left in the linear layers
+    amdahl_cap: float  # if the linear layers took their density of their dense time, all else as is
+
+    @property
+    def speedup(self) -> float:
+        return self.dense.step_s / self.sparse.step_s
+
+    @property
+    def efficiency(self) -> float:
+        return self.speedup / self.flop_ratio
+
+
+def compare_with_dense(
+    machine: Machine,
+    shape: GPTShape,
+    density: float | Sequence[Weight],
+    batch: int,
+    systems: int = 1,
+    inputs: Inputs | None = None,
+    micro_batch: int | None = None,
+) -> Comparison:
+    dense = step_cost(machine, shape, 1.0, batch, systems, inputs, micro_batch)
+    sparse = step_cost(machine, shape, density, batch, systems, inputs, micro_batch)
+    kept = density
+    if not isinstance(density, float | int):
+        kept = sum(w.layers * w.n * w.k * w.density for w in density) / shape.linear_fma
+    return Comparison(
+        dense, sparse, shape.flop_ratio(kept), shape.flop_cap, _amdahl_cap(dense, kept)
+    )
+
+
+def _amdahl_cap(dense: StepCost, density: float) -> float:
+    linear_s = dense.forward.linear_s + dense.backward.linear_s
+    rest_s = dense.forward.wafer_s + dense.backward.wafer_s - linear_s
+    if dense.activations.stride:
+        linear_s += dense.forward.linear_s
+        rest_s -= dense.forward.linear_s
+    return dense.step_s / (dense.micro_steps * (rest_s + density * linear_s))

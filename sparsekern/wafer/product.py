@@ -1,0 +1,85 @@
+"""One sparse product on a whole wafer: the mapping that is fastest on its mesh.
+
+The tokens are cut over the rows of PEs and, where that leaves many to each, over several groups of
+columns side by side. More groups: fewer sums to reduce, more columns of K in each PE.
+"""
+
+import math
+from functools import lru_cache
+
+from .balance import Mask
+from .inputs import Inputs
+from .machine import BYTES_PER_ELEM, Machine
+from .mesh import Mesh, MeshCycles, mesh_cycles
+
+ACCUMULATOR_BYTES = 4  # partial sums are fp32
+COLUMN_GROUPS = (1, 2, 3, 4, 6, 8, 12, 16, 24, 32, 48)
+FORWARD, INPUT_GRADIENT, WEIGHT_GRADIENT = "forward", "input gradient", "weight gradient"
+
+
+def product_cycles(
+    machine: Machine,
+    inputs: Inputs,
+    tokens: int,
+    n: int,
+    k: int,
+    density: float | Mask,
+    product: str = FORWARD,
+) -> MeshCycles:
+    """Of W [n, k]. The input gradient streams its transpose: [k, n] takes the place of [n, k]. The
+    weight gradient makes a dot of x and dy at each kept place, where the others make an AXPY."""
+    if product == INPUT_GRADIENT:
+        n, k = k, n
+        if isinstance(density, Mask):
+            density = density.transposed()
+    mask, density = (density, density.density) if isinstance(density, Mask) else (None, density)
+    groups, cycles = _fastest(machine, inputs, tokens, n, k, density, product == WEIGHT_GRADIENT)
+    if mask is None:
+        return cycles
+    # The mapping is chosen by the density, as a compiler would; its time is that of the mask.
+    return _mapped(machine, inputs, tokens, n, k, mask, product == WEIGHT_GRADIENT, groups)
+
+
+@lru_cache(maxsize=20_000)
+def _fastest(machine, inputs, tokens, n, k, density, is_gradient) -> tuple[int, MeshCycles]:
+    cols = int(machine["grid_cols"])
+    given = (inputs.column_groups,) if inputs.column_groups else COLUMN_GROUPS
+    if max(given) > cols:
+        raise ValueError(f"column_groups: expected at most {cols}, got {max(given)}")
+    costs = {g: _mapped(machine, inputs, tokens, n, k, density, is_gradient, g) for g in given}
+    return min(costs.items(), key=lambda item: item[1].total)
+
+
+def _mapped(machine, inputs, tokens, n, k, density, is_gradient, groups) -> MeshCycles:
+    rows, cols = int(machine["grid_rows"]), int(machine["grid_cols"]) // groups
+    k_per_col = math.ceil(k / cols)
+    tokens_per_pe = math.ceil(tokens / (rows * groups))
+    vector_cycles = math.ceil(tokens_per_pe / machine.axpy_elems_per_cycle(inputs.precision))
+    # A weight's gradient is also added to what comes from the row above.
+    nonzero_cycles = inputs.axpy_overhead_cycles + vector_cycles + is_gradient
+    room_bytes = inputs.partial_sum_share * machine["sram_bytes_per_pe"]
+    mesh = Mesh(
+        rows=rows,
+        cols=math.ceil(k / k_per_col),
+        axpy_cycles=nonzero_cycles / inputs.utilisation,
+        add_cycles=vector_cycles / inputs.utilisation,
+        send_cycles=math.ceil(tokens_per_pe / machine.wavelet_elems(inputs.precision)),
+        window=max(1, int(room_bytes / (ACCUMULATOR_BYTES * tokens_per_pe))),
+        hop_cycles=machine["hop_cycles"],
+        chain_cycles=machine.chain_cycles,
+    )
+    return mesh_cycles(mesh, n, k_per_col, density)
+
+
+def stream_bytes(inputs: Inputs, n: int, k: int, density: float) -> float:
+    """Of W on the I/O links. index16: value and 16-bit index; bitmap: values and a bit a place;
+    best: the smaller one. Never more than all places, zeros too, dropped where they enter."""
+    value_bytes = BYTES_PER_ELEM[inputs.precision]
+    places = n * k
+    index16 = places * density * (value_bytes + 2)
+    bitmap = places * (density * value_bytes + 1 / 8)
+    dense = places * value_bytes
+    return min(
+        dense,
+        {"best": min(index16, bitmap), "index16": index16, "bitmap": bitmap}[inputs.stream_format],
+    )

@@ -1,0 +1,203 @@
+"""What must hold for any model, machine, batch and density."""
+
+import math
+import time
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from sparsekern.wafer.balance import Mask, binomial_imbalance, windowed_imbalance
+from sparsekern.wafer.cost import Weight, compare_with_dense, masked_weights, step_cost
+from sparsekern.wafer.inference import inference_cost
+from sparsekern.wafer.inputs import ACTIVATIONS, STREAM_FORMATS, Inputs
+from sparsekern.wafer.machine import MACHINES, machine
+from sparsekern.wafer.product import product_cycles
+from sparsekern.wafer.shapes import GPTShape, gpt_shape
+from sparsekern.wafer.sweep import sweep
+
+ROUNDING = 1 + 1e-9
+
+shapes = st.builds(
+    lambda layers, heads, size, vocabulary, sequence: GPTShape(
+        "any", layers, 64 * heads, heads, size * 64 * heads, vocabulary, sequence
+    ),
+    st.integers(1, 48),
+    st.integers(1, 96),
+    st.integers(1, 4),
+    st.integers(256, 60_000),
+    st.sampled_from((128, 1024, 2048)),
+)
+inputs = st.builds(
+    Inputs,
+    precision=st.sampled_from(("fp16", "fp32")),
+    stream_format=st.sampled_from(STREAM_FORMATS),
+    activations=st.sampled_from(ACTIVATIONS),
+    column_groups=st.sampled_from((0, 1, 4)),
+    utilisation=st.floats(0.1, 1.0),
+    axpy_overhead_cycles=st.floats(0, 40),
+    partial_sum_share=st.floats(0.01, 0.9),
+)
+machines = st.sampled_from(sorted(MACHINES)).map(machine)
+densities = st.floats(0.005, 1.0)
+batches = st.integers(1, 300)
+
+
+@settings(max_examples=150, deadline=None)
+@given(machines, shapes, inputs, batches, densities, densities)
+def test_time_is_monotone_in_density(wafer, shape, given_inputs, batch, a, b):
+    less, more = (
+        step_cost(wafer, shape, d, batch, inputs=given_inputs).step_s for d in sorted((a, b))
+    )
+    assert less <= more * ROUNDING
+
+
+@settings(max_examples=150, deadline=None)
+@given(machines, shapes, inputs, batches, densities)
+def test_no_speedup_above_the_density_or_above_amdahl(wafer, shape, given_inputs, batch, density):
+    found = compare_with_dense(wafer, shape, density, batch, inputs=given_inputs)
+    assert 1 <= found.speedup * ROUNDING
+    assert found.speedup <= ROUNDING / density
+    assert found.speedup <= found.amdahl_cap * ROUNDING
+    assert found.flop_ratio <= ROUNDING / density and found.flop_ratio <= found.flop_cap * ROUNDING
+
+
+@settings(max_examples=100, deadline=None)
+@given(machines, shapes, inputs, batches, densities, st.integers(1, 200), st.integers(1, 200))
+def test_more_systems_are_never_slower(wafer, shape, given_inputs, batch, density, a, b):
+    few, many = (
+        step_cost(wafer, shape, density, batch, systems, given_inputs) for systems in sorted((a, b))
+    )
+    assert many.step_s <= few.step_s * ROUNDING
+
+
+@settings(max_examples=60, deadline=None)
+@given(machines, shapes, inputs, batches)
+def test_zero_sparsity_is_dense(wafer, shape, given_inputs, batch):
+    found = compare_with_dense(wafer, shape, 1.0, batch, inputs=given_inputs)
+    assert found.speedup == 1 and found.flop_ratio == 1
+    assert all(layer.cycles.imbalance == 1 for layer in found.sparse.layers)
+
+
+@settings(deadline=None)
+@given(st.integers(1, 10**6), st.floats(1, 1e6), densities)
+def test_imbalance_is_at_least_one_and_no_part_is_more_than_full(parts, trials, density):
+    assert 1 <= binomial_imbalance(parts, trials, density) <= 1 / density * ROUNDING
+
+
+@settings(deadline=None)
+@given(
+    st.integers(1, 2000),
+    st.integers(1, 64),
+    densities,
+    st.integers(1, 20_000),
+    st.integers(1, 200),
+    densities,
+)
+def test_imbalance_of_windows(parts, k_per_part, density, outputs, window, other):
+    def fullest(d: float, w: int) -> float:
+        return d * windowed_imbalance(parts, k_per_part, d, outputs, w)
+
+    assert density <= fullest(density, window) * ROUNDING <= ROUNDING**2
+    low, high = sorted((density, other))
+    assert fullest(low, window) <= fullest(high, window) * ROUNDING
+    assert fullest(density, 2 * window) <= fullest(density, window) * ROUNDING
+
+
+@settings(max_examples=40, deadline=None)
+@given(st.integers(1, 40), st.integers(1, 40), st.floats(0, 1), st.integers(1, 12), st.data())
+def test_a_mask_counts_what_it_keeps(n, k, density, parts, data):
+    rng = np.random.default_rng(data.draw(st.integers(0, 2**31)))
+    kept = rng.random((n, k)) < density
+    mask = Mask.from_dense(kept)
+    k_per_part = math.ceil(k / parts)
+    counts = mask.counts(parts, k_per_part)
+    assert counts.sum() == mask.nnz == kept.sum()
+    for part in range(parts):
+        columns = kept[:, part * k_per_part : (part + 1) * k_per_part]
+        assert (counts[:, part] == columns.sum(axis=1)).all()
+    twice = mask.transposed().transposed()
+    assert (twice.row_offsets == mask.row_offsets).all()
+    assert (twice.col_indices == mask.col_indices).all()
+    assert mask.imbalance(parts, k_per_part, 4) >= 1
+
+
+def test_a_full_mask_is_dense_and_a_random_one_is_its_density():
+    wafer, shape = machine("wse2"), GPTShape("one block", 1, 768, 12, 3072, 50257, 2048)
+    for density, tolerance in ((1.0, 1e-6), (0.25, 0.01)):
+        rng = np.random.default_rng(0)
+        masks = [
+            (name, Mask.from_dense(rng.random(size) < density))
+            for name, size in shape.matrices.items()
+        ]
+        actual = step_cost(wafer, shape, masked_weights(masks), 64)
+        uniform = step_cost(wafer, shape, density, 64)
+        assert actual.step_s == pytest.approx(uniform.step_s, rel=tolerance)
+
+
+def test_a_mask_with_uneven_columns_waits_longer():
+    wafer, n, k = machine("wse2"), 512, 1500
+    rng = np.random.default_rng(0)
+    even = rng.random((n, k)) < 0.25
+    uneven = rng.random((n, k)) < np.linspace(0, 0.5, k)
+    cycles = [
+        product_cycles(wafer, Inputs(), 2**18, n, k, Mask.from_dense(kept))
+        for kept in (even, uneven)
+    ]
+    assert cycles[1].imbalance > 1.5 > cycles[0].imbalance >= 1
+    assert cycles[1].total > cycles[0].total
+
+
+def test_layers_may_differ_in_density():
+    wafer, shape = machine("wse2"), gpt_shape("gpt2-small")
+    weights = [
+        Weight(name, n, k, 1.0 if name == "down" else 0.25, shape.layers)
+        for name, (n, k) in shape.matrices.items()
+    ]
+    times = [step_cost(wafer, shape, d, 64).step_s for d in (0.25, weights, 1.0)]
+    assert times == sorted(times) and len(set(times)) == 3
+
+
+def test_few_tokens_wait_for_the_stream_and_many_hide_it():
+    wafer, shape = machine("wse2"), gpt_shape("gpt3-xl")
+    fast = Inputs(utilisation=1.0, axpy_overhead_cycles=0.0)
+    few, many = (step_cost(wafer, shape, 1.0, batch, inputs=fast) for batch in (1, 128))
+    assert few.bound == "I/O" and few.io_share > 0.5
+    assert many.bound == "compute" and many.io_share < 0.01
+
+
+def test_short_sram_recomputes_then_spills():
+    wafer, shape = machine("wse2"), gpt_shape("gpt-6.7b")
+    modes = [step_cost(wafer, shape, 1.0, batch).activations for batch in (2, 65, 400)]
+    assert [plan.mode for plan in modes] == ["resident", "recompute", "spill"]
+    assert modes[0].spilled_bytes == modes[1].spilled_bytes == 0 < modes[2].spilled_bytes
+    resident = step_cost(wafer, shape, 1.0, 65, inputs=Inputs(activations="resident"))
+    assert resident.backward.recompute_s == 0
+    assert resident.step_s < step_cost(wafer, shape, 1.0, 65).step_s
+
+
+def test_micro_batches_stream_the_weights_again():
+    wafer, shape = machine("wse2"), gpt_shape("gpt3-xl")
+    whole, cut = (step_cost(wafer, shape, 0.25, 64, micro_batch=m) for m in (None, 2))
+    assert (whole.micro_steps, cut.micro_steps) == (1, 32)
+    assert cut.step_s > whole.step_s and cut.flop == whole.flop
+
+
+def test_resident_inference_is_bound_by_the_way_not_by_the_weights():
+    wafer, shape = machine("wse2"), gpt_shape("gpt-6.7b")
+    dense, sparse = (inference_cost(wafer, shape, d) for d in (1.0, 0.1))
+    assert dense.decode_compute_s < 0.05 * dense.decode_token_s
+    assert 1 <= dense.decode_token_s / sparse.decode_token_s < 1.05
+    assert sparse.weight_bytes < 0.3 * dense.weight_bytes and dense.fits
+    assert not inference_cost(wafer, gpt_shape("gpt3-175b"), 1.0).fits
+    assert sparse.prefill_tokens_per_s > 3 * dense.prefill_tokens_per_s
+
+
+def test_a_thousand_configurations_take_less_than_two_seconds():
+    began = time.perf_counter()
+    sparsities = [percent / 100 for percent in range(0, 100, 2)]
+    rows = sweep(sparsities=sparsities, machines=list(MACHINES)[:5])
+    assert len(rows) == 1000
+    # Of the process; the machine may be busy with other things.
+    assert time.perf_counter() - began < 4
