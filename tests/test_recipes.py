@@ -311,8 +311,11 @@ def test_packages_are_split_by_name(tmp_path, monkeypatch):
     assert training and validation and load_split("packages") == (training, validation)
     names = [set(text.split()) - {"name", "="} for text in (training, validation)]
     assert not names[0] & names[1] and names[0] | names[1] == {*map(str, range(40)), "single"}
-    monkeypatch.setattr(data, "PACKAGES_CHARACTERS", 50)
-    assert len("".join(load_split("packages"))) < 80
+    monkeypatch.setattr(data, "PACKAGES_CHARACTERS", 150)
+    assert len("".join(load_split("packages"))) < 180
+    monkeypatch.setattr(data, "PACKAGES_CHARACTERS", 20)
+    with pytest.raises(ValueError, match="packages needs at least 10 of them, found 2"):
+        load_split("packages")
 
 
 # Iterative pruning
@@ -420,3 +423,16 @@ def test_an_impossible_target(tiny, tmp_path):
     config = PruneConfig(tiny.out, targets="0.5", out=str(tmp_path / "pruned"))
     with pytest.raises(ValueError, match="first round wants sparsity 0.5, but the model has 0.75"):
         prune(config)
+
+
+@pytest.mark.parametrize("settings", [{}, {"sparsity": 0.75, "algorithm": "rigl"}])
+def test_bf16_products_train_float32_weights(tiny, tmp_path, settings):
+    config = replace(tiny, dtype="bfloat16", **settings)
+    result = train.train(config)
+    exact = train.train(replace(config, dtype="float32", out=str(tmp_path / "exact")))
+    assert result["losses"] != exact["losses"]
+    assert result["losses"][-1] == pytest.approx(exact["losses"][-1], abs=0.05)
+    floats = [t for t in final(config)["model"].values() if t.is_floating_point()]
+    assert {t.dtype for t in floats} == {torch.float32}
+    rows = prune(PruneConfig(config.out, targets="0.9", steps=2, out=str(tmp_path / "pruned")))
+    assert rows[-1]["loss"] < rows[-1]["loss_before"] + 0.05

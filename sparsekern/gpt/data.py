@@ -15,9 +15,10 @@ from ..extras import require
 
 TEXT_SUFFIXES = (".md", ".py", ".txt")
 VALIDATION_SHARE = 0.1
-# Of the sources of installed packages: enough for a small GPT, and no package more than a quarter.
-PACKAGES_CHARACTERS = 64_000_000
-PACKAGE_CHARACTERS = 16_000_000
+# Of the sources of installed packages: enough for a small GPT, and not too much of any one.
+PACKAGES_CHARACTERS = 128_000_000
+PACKAGE_CHARACTERS = 8_000_000
+HELD_OUT = 10  # of so many packages one is for validation
 BPE_CHARACTERS = 8_000_000  # that a vocabulary is learned from; more changes little
 CHUNK_CHARACTERS = 2**16  # encoded at a time, many in parallel
 PREPARED = ("tokens.json", "training.npy", "validation.npy")
@@ -174,17 +175,21 @@ def split_text(text: str, source: str) -> tuple[str, str]:
 def load_split(source: str) -> tuple[str, str]:
     """Text for training and for validation: of "packages" whole packages, else the end is held out.
 
-    Which packages are held out depends on their names alone."""
+    Packages come in the order of a hash of their names, one of HELD_OUT of them for validation."""
     if source != "packages":
         return split_text(load_text(source), source)
-    training, validation, total = [], [], 0
-    for name, files in sorted(_packages().items(), key=lambda item: _hash(item[0])):
+    parts: tuple[list[str], list[str]] = [], []
+    total = count = 0
+    for _, files in sorted(_packages().items(), key=lambda item: zlib.crc32(item[0].encode())):
+        text = "\n".join(filter(None, map(_text_or_none, sorted(files))))[:PACKAGE_CHARACTERS]
+        if text.strip():
+            parts[count % HELD_OUT == HELD_OUT - 1].append(text)
+            total, count = total + len(text), count + 1
         if total >= PACKAGES_CHARACTERS:
             break
-        text = "\n".join(filter(None, map(_text_or_none, sorted(files))))[:PACKAGE_CHARACTERS]
-        total += len(text)
-        (validation if _hash(name) % 10 == 0 else training).append(text)
-    return "\n".join(training), "\n".join(validation)
+    if count < HELD_OUT:
+        raise ValueError(f"data: packages needs at least {HELD_OUT} of them, found {count}")
+    return "\n".join(parts[0]), "\n".join(parts[1])
 
 
 def _packages() -> dict[str, list[Path]]:
@@ -202,10 +207,6 @@ def _text_or_none(path: Path) -> str | None:
         return _read_text(path)
     except (ValueError, OSError):
         return None
-
-
-def _hash(name: str) -> int:
-    return zlib.crc32(name.encode())
 
 
 def prepare(source: str, tokenizer: Tokenizer | str, folder: Path, vocab_size: int = 8192) -> None:
