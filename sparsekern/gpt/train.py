@@ -352,6 +352,8 @@ def train(config: TrainConfig, deadline: float = math.inf) -> dict:
         torch.set_num_threads(config.threads)
     run = Run(config)
     is_first = run.ranks.rank == 0
+    if run.ranks.device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats()
     if is_first:
         print_plan(run)
     progress = Progress(config.steps, run.step, is_first)
@@ -394,7 +396,7 @@ def train(config: TrainConfig, deadline: float = math.inf) -> dict:
 
 
 def _result(run: Run) -> dict:
-    config = run.config
+    config, is_cuda = run.config, run.ranks.device.type == "cuda"
     return {
         "config": asdict(config),
         "threads": torch.get_num_threads(),
@@ -411,5 +413,5 @@ def _result(run: Run) -> dict:
         "source": run.source,
         "vocab_size": run.model.config.vocab_size,
         "peak_memory_bytes": peak_memory_bytes(),
-        "peak_gpu_bytes": torch.cuda.max_memory_allocated() if config.device == "cuda" else 0,
+        "peak_gpu_bytes": torch.cuda.max_memory_allocated() if is_cuda else 0,
     }

@@ -151,8 +151,12 @@ class Wanda(_Calibrated):
         weight = _dense(module)
         scores = _scores(module, weight.abs().float() * norms)
         n, k = scores.shape
-        kept = [largest(scores[r], count // n + (r < count % n)) + r * k for r in range(n)]
-        self._put(name, module, weight, torch.cat(kept))
+        counts = torch.full((n, 1), count // n, device=scores.device)
+        counts[: count % n] += 1
+        order = scores.argsort(dim=1, descending=True, stable=True)
+        ranked = torch.arange(k, device=scores.device) < counts  # [N, K], by rank in its row
+        kept = torch.zeros_like(ranked).scatter_(1, order, ranked)
+        self._put(name, module, weight, kept.flatten().nonzero().flatten())
 
 
 @dataclass
