@@ -26,7 +26,8 @@ def absent(name: str, kind: str, reason: str) -> Way:
 def stream() -> Way:
     """Packed weights, laid out beforehand, and the CUDA kernels that read them."""
     try:
-        from sparsekern.kernels.packed import pack, spmm_packed
+        from sparsekern.kernels.cuda import spmm_packed
+        from sparsekern.kernels.packed import pack
     except ImportError as error:
         return absent("stream", OURS, str(error))
     return Way(

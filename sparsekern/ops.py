@@ -21,6 +21,8 @@ from torch import Tensor
 from torch.autograd import Function
 from torch.utils.flop_counter import register_flop_formula
 
+from .kernels import cuda
+from .kernels.packed import Packed
 from .kernels.problem import Problem
 from .kernels.table import pick
 
@@ -81,6 +83,36 @@ for _name, _arguments, _run, _fake in (
     _library.impl(_name, _run, "CUDA")
     torch.library.register_fake(f"sparsekern::{_name}", _fake, lib=_library)
 
+# Packed weights (kernels/packed.py), for inference: no gradient, GPU alone.
+
+_PACKED = (
+    "Tensor values, Tensor deltas, Tensor offsets, Tensor counts, Tensor row_order, "
+    "Tensor arrived, SymInt n, SymInt k, SymInt nnz, int bits, int parts"
+)
+
+
+def _run_spmm_packed(
+    x, values, deltas, offsets, counts, row_order, arrived, n, k, nnz, bits, parts, bias=None
+):
+    tensors = values, deltas, offsets, counts, row_order, arrived
+    return cuda.spmm_packed(x, Packed(n, k, nnz, bits, parts, *tensors), bias)
+
+
+def _fake_spmm_packed(
+    x, values, deltas, offsets, counts, row_order, arrived, n, k, nnz, bits, parts, bias=None
+):
+    torch._check(x.shape[1] == k, lambda: f"spmm_packed: expected x [M, {k}], got {tuple(x.shape)}")
+    return x.new_empty(x.shape[0], n)
+
+
+_library.define(
+    f"spmm_packed(Tensor x, {_PACKED}, Tensor? bias=None) -> Tensor",
+    tags=(torch.Tag.pt2_compliant_tag,),
+)
+_library.impl("spmm_packed", _run_spmm_packed, "CUDA")
+torch.library.register_fake("sparsekern::spmm_packed", _fake_spmm_packed, lib=_library)
+
+spmm_packed = torch.ops.sparsekern.spmm_packed.default
 _spmm = torch.ops.sparsekern.spmm.default
 _spmm_t = torch.ops.sparsekern.spmm_t.default
 _sddmm = torch.ops.sparsekern.sddmm.default

@@ -42,8 +42,8 @@ def test_every_problem_has_a_kernel(fresh_table, op, device, dtype):
     assert kernel.op == op and kernel.device in (None, device)
 
 
-def test_names_are_unique_per_op():
-    rows = [(row.op, row.name) for row in table.KERNELS]
+def test_names_are_unique_per_op_and_device():
+    rows = [(row.op, row.device, row.name) for row in table.KERNELS]
     assert len(set(rows)) == len(rows)
     assert {row.op for row in table.KERNELS} == set(OPS)
 

@@ -11,6 +11,7 @@ from functools import lru_cache
 import torch
 from torch import Tensor
 
+from .dense import mm
 from .plan import Machine, Plan, dense_wins_above, describe, make_plan
 from .problem import Kernel, Problem
 
@@ -117,15 +118,15 @@ def _expand(row_offsets, col_indices, values, n, k):
 
 
 def _spmm_expand(row_offsets, col_indices, values, n, k, x, bias=None):
-    return _mm(x, _expand(row_offsets, col_indices, values, n, k).t(), bias)
+    return mm(x, _expand(row_offsets, col_indices, values, n, k).t(), bias)
 
 
 def _spmm_t_expand(row_offsets, col_indices, values, n, k, dy, bias=None):
-    return _mm(dy, _expand(row_offsets, col_indices, values, n, k), bias)
+    return mm(dy, _expand(row_offsets, col_indices, values, n, k), bias)
 
 
 def _sddmm_expand(row_offsets, col_indices, n, k, dy, x):
-    dw = _mm(dy.t(), x)
+    dw = mm(dy.t(), x)
     dvalues = x.new_empty(col_indices.shape[0])
     pattern_of(row_offsets, col_indices, n, k).from_dense(
         row_offsets.data_ptr(),
@@ -136,12 +137,6 @@ def _sddmm_expand(row_offsets, col_indices, n, k, dy, x):
         torch.get_num_threads(),
     )
     return dvalues
-
-
-def _mm(a: Tensor, b: Tensor, bias: Tensor | None = None) -> Tensor:
-    # An op's implementation runs under the caller's autocast, which would round these operands.
-    with torch.autocast("cpu", enabled=False):
-        return torch.mm(a, b) if bias is None else torch.addmm(bias, a, b)
 
 
 def refuse_dtype(p: Problem) -> str | None:

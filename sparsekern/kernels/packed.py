@@ -20,6 +20,10 @@ PANEL = 128  # columns: what a part is made of
 WINDOW = 32  # columns
 RING = 4  # windows
 SLICES_AT_ONCE = 4  # of a block of rows
+MOST_SUMS = 16  # counters of a slice: one for each token of the gather kernel
+
+
+TENSORS = ("values", "deltas", "offsets", "counts", "row_order", "arrived")
 
 
 @dataclass(frozen=True)
@@ -29,6 +33,7 @@ class Packed:
     values: 16-bit floats [granules, 32, 8]. deltas: uint8 [granules, 32, bits]. offsets: int32
     [slices * parts + 1], granules before each part of each slice. counts: int16 [slices, windows],
     granules of each window. row_order: int32 [slices * 32], the row of each lane, -1 for none.
+    arrived: int32 [slices * 16], zeros: what blocks that share rows count on in a product.
     """
 
     n: int
@@ -41,6 +46,7 @@ class Packed:
     offsets: Tensor
     counts: Tensor
     row_order: Tensor
+    arrived: Tensor
 
     @property
     def slices(self) -> int:
@@ -49,15 +55,14 @@ class Packed:
     @property
     def nbytes(self) -> int:
         """Bytes that the packed weight holds."""
-        return sum(t.numel() * t.element_size() for t in self.tensors())
+        return sum(tensor.nbytes for tensor in self.tensors().values())
 
-    def tensors(self) -> tuple[Tensor, ...]:
-        return self.values, self.deltas, self.offsets, self.counts, self.row_order
+    def tensors(self) -> dict[str, Tensor]:
+        return {name: getattr(self, name) for name in TENSORS}
 
     def clone(self) -> "Packed":
         """A copy with memory of its own."""
-        names = "values", "deltas", "offsets", "counts", "row_order"
-        return replace(self, **{name: getattr(self, name).clone() for name in names})
+        return replace(self, **{name: t.clone() for name, t in self.tensors().items()})
 
 
 def choose_parts(n: int, k: int, multiprocessors: int) -> int:
@@ -82,27 +87,10 @@ def pack(weight: SparseTensor, parts: int | None = None, bits: int | None = None
     `parts` and `bits` default to what suits the GPU (132 multiprocessors where there is none) and
     to the smaller of the two formats. TypeError unless values are bfloat16 or float16.
     """
-    values = weight.values.detach()
-    if values.dtype not in (torch.bfloat16, torch.float16):
-        raise TypeError(f"weight: expected bfloat16 or float16 values, got {values.dtype}")
-    n, k = weight.n, weight.k
-    if parts is None:
-        parts = choose_parts(n, k, _multiprocessors(values.device))
-    layout = _Layout(weight.row_offsets, weight.col_indices, n, k, parts, bits)
-    packed_values = values.new_zeros(layout.granules * LANES * GRANULE)
-    packed_values[layout.places] = values
-    return Packed(
-        n,
-        k,
-        values.shape[0],
-        layout.bits,
-        parts,
-        packed_values.view(-1, LANES, GRANULE),
-        layout.deltas,
-        layout.offsets,
-        layout.counts,
-        layout.row_order,
-    )
+    if weight.values.dtype not in (torch.bfloat16, torch.float16):
+        raise TypeError(f"weight: expected bfloat16 or float16 values, got {weight.values.dtype}")
+    layout = Layout(weight.row_offsets, weight.col_indices, weight.n, weight.k, parts, bits)
+    return layout.fill(weight.values)
 
 
 def _multiprocessors(device: torch.device) -> int:
@@ -111,11 +99,22 @@ def _multiprocessors(device: torch.device) -> int:
     return torch.cuda.get_device_properties(device).multi_processor_count
 
 
-class _Layout:
+class Layout:
     """The index part of a pack, and `places`: where each value of W lies in the packed values."""
 
-    def __init__(self, row_offsets, col_indices, n, k, parts, bits):
+    def __init__(
+        self,
+        row_offsets: Tensor,
+        col_indices: Tensor,
+        n: int,
+        k: int,
+        parts: int | None = None,
+        bits: int | None = None,
+    ):
         device = col_indices.device
+        if parts is None:
+            parts = choose_parts(n, k, _multiprocessors(device))
+        self.n, self.k, self.parts = n, k, parts
         nnz = col_indices.shape[0]
         panels = -(-k // PANEL)
         windows = panels * (PANEL // WINDOW)
@@ -187,6 +186,29 @@ class _Layout:
         codes[places] = self.cap
         self.deltas = self._store(codes)
         self.offsets = self.offsets.int()
+
+    def fill(self, values: Tensor) -> Packed:
+        """A pack with these values, in the order of the CSR indices."""
+        values = values.detach()
+        packed_values = values.new_zeros(self.granules * LANES * GRANULE)
+        packed_values[self.places] = values
+        return Packed(
+            self.n,
+            self.k,
+            values.shape[0],
+            self.bits,
+            self.parts,
+            packed_values.view(-1, LANES, GRANULE),
+            self.deltas,
+            self.offsets,
+            self.counts,
+            self.row_order,
+            self.row_order.new_zeros(self.counts.shape[0] * MOST_SUMS),
+        )
+
+    def refill_(self, packed: Packed, values: Tensor) -> None:
+        """Other values in a pack of this layout."""
+        packed.values.view(-1)[self.places] = values.detach()
 
     def _steps(self, col_indices, stream, first_window, bits):
         """Distance to the entry before in the same stream, in lines (4 bits) or columns (8)."""

@@ -10,7 +10,7 @@ import os
 import sys
 from functools import lru_cache
 
-from . import cpu, reference, stream
+from . import cpu, cuda, reference, stream
 from .problem import Kernel, Problem
 
 
@@ -21,6 +21,7 @@ def _never(problem: Problem) -> None:
 KERNELS: tuple[Kernel, ...] = (
     *stream.KERNELS,
     *cpu.KERNELS,
+    *cuda.KERNELS,
     Kernel("dense", "spmm", None, _never, reference.spmm),
     Kernel("dense", "spmm_t", None, _never, reference.spmm_t),
     Kernel("dense", "sddmm", None, _never, reference.sddmm),
@@ -64,6 +65,8 @@ def _forced(problem: Problem, name: str) -> Kernel | None:
     if not rows:
         known = ", ".join(sorted({row.name for row in KERNELS}))
         raise ValueError(f"SPARSEKERN_KERNEL: expected one of {known}, got {name}")
+    # A name may have a row for each device.
+    rows = sorted(rows, key=lambda row: row.device not in (None, problem.device))
     row = next((row for row in rows if row.op == problem.op), None)
     reason = row and _refusal(row, problem)
     if reason:

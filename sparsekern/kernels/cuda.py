@@ -1,0 +1,268 @@
+"""CUDA kernels for few tokens: the table row `stream` on a GPU, and products of packed weights.
+
+W is read once, as delta streams (packed.py), by one of two kernels: `gather` multiplies on CUDA
+cores, `tensor` writes tiles of W out in shared memory for the tensor cores (csrc/cuda). Values are
+bfloat16 or float16, sums float32, rounded once. Results do not depend on timing: sums of parts are
+added in a fixed order. A stored zero counts as missing. An infinite or NaN x may give NaN in rows
+that do not have its column, as in a dense product.
+
+A packed weight holds the counters by which blocks find out who is last, so it must not be used on
+two streams at the same time.
+"""
+
+import weakref
+from functools import lru_cache
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from ..tensor import expand_rows
+from . import cuda_library
+from .cpu import version_of
+from .crossover import density_limit
+from .dense import mm
+from .packed import GRANULE, LANES, PANEL, Layout, Packed
+from .problem import Kernel, Problem
+
+MOST_TOKENS = 64
+GATHER_WARPS, GATHER_DEPTH = 8, 4  # as in spmm_gather.cu
+TENSOR_WARPS, TENSOR_DEPTH = 4, 3  # as in spmm_tensor.cu
+EXPAND_WARPS = 8
+_TYPES = {torch.bfloat16: "bf16", torch.float16: "f16"}
+
+
+class Launch(NamedTuple):
+    """How a kernel is launched for one problem."""
+
+    kernel: str
+    grid: int
+    block: int
+    smem_bytes: int
+    partial: int  # float32 elements of workspace
+    block_parts: int  # of the gather kernel: parts of a slice that one block takes
+
+
+@lru_cache(maxsize=4096)
+def configure(
+    m: int, k: int, slices: int, parts: int, bits: int, type_name: str, density: float
+) -> Launch:
+    """Kernel and sizes for M tokens of a packed weight, the same on both routes."""
+    panels = -(-k // PANEL)
+    stream_bytes = LANES * GRANULE * 2 + LANES * bits
+    if _uses_gather(m, density):
+        tokens = 1 << (m - 1).bit_length()
+        block_parts = GATHER_WARPS
+        # As many parts as there are, and x of them in 48 KB: several blocks share a multiprocessor.
+        while block_parts > 1 and (
+            block_parts > parts or _widest(panels, parts, block_parts) * tokens > 24576
+        ):
+            block_parts //= 2
+        splits = -(-parts // block_parts)
+        x_bytes = _widest(panels, parts, block_parts) * tokens * 2
+        smem_bytes = GATHER_WARPS * GATHER_DEPTH * stream_bytes + x_bytes
+        smem_bytes = max(smem_bytes, GATHER_WARPS * tokens * LANES * 4)
+        grid = -(-slices // (GATHER_WARPS // block_parts)) * splits
+        name = f"sk_spmm_gather_{type_name}_d{bits}_t{tokens}"
+        partial = slices * splits * tokens * LANES if splits > 1 else 1
+        return Launch(name, grid, GATHER_WARPS * LANES, smem_bytes, partial, block_parts)
+    tokens = max(8, 1 << (m - 1).bit_length())
+    blocks = -(-slices // TENSOR_WARPS)
+    tile_bytes = tokens * (TENSOR_WARPS * LANES + 4) * 4
+    smem_bytes = 32768 + tokens * PANEL * 2 + TENSOR_WARPS * TENSOR_DEPTH * stream_bytes
+    name = f"sk_spmm_tensor_{type_name}_d{bits}_t{tokens}"
+    partial = blocks * parts * tokens * TENSOR_WARPS * LANES if parts > 1 else 1
+    smem_bytes = max(smem_bytes, tile_bytes)
+    return Launch(name, blocks * parts, TENSOR_WARPS * LANES, smem_bytes, partial, 0)
+
+
+def _uses_gather(m: int, density: float) -> bool:
+    """The cost of `gather` grows with tokens and values, that of `tensor` hardly does: they meet
+    at 4 tokens, at 8 where W has 8 % of its values (docs/LOG.md)."""
+    return m <= 4 or (m <= 8 and density <= 0.08)
+
+
+def _widest(panels: int, parts: int, block_parts: int) -> int:
+    """The most columns in `block_parts` neighbouring parts."""
+    starts = range(0, parts, block_parts)
+    ends = [min(parts, start + block_parts) for start in starts]
+    spans = [e * panels // parts - s * panels // parts for s, e in zip(starts, ends, strict=True)]
+    return max(spans) * PANEL
+
+
+def spmm_packed(x: Tensor, packed: Packed, bias: Tensor | None = None) -> Tensor:
+    """y [M, N] = x [M, K] @ W.T + bias [N], all on the GPU and in the dtype of the weight.
+
+    Above 64 tokens W is written out and torch multiplies. No checks: PackedLinear has them.
+    """
+    m = x.shape[0]
+    if m > MOST_TOKENS:
+        return mm(x, expand(packed).t(), bias)
+    y = x.new_empty(m, packed.n)
+    if y.numel() == 0:
+        return y
+    x = x.contiguous()
+    type_name, density = _TYPES[x.dtype], packed.nnz / max(1, packed.n * packed.k)
+    launch = configure(
+        m, packed.k, packed.slices, packed.parts, packed.bits, type_name, round(density, 3)
+    )
+    partial = x.new_empty(launch.partial, dtype=torch.float32)
+    is_gather = launch.block_parts > 0
+    device = x.device.index
+    cuda_library.function(launch.kernel, device)(
+        (launch.grid, 1),
+        launch.block,
+        launch.smem_bytes,
+        cuda_library.current_stream(device),
+        packed.values.data_ptr(),
+        packed.deltas.data_ptr(),
+        packed.offsets.data_ptr(),
+        *(() if is_gather else (packed.counts.data_ptr(),)),
+        packed.row_order.data_ptr(),
+        x.data_ptr(),
+        0 if bias is None else bias.data_ptr(),
+        y.data_ptr(),
+        partial.data_ptr(),
+        packed.arrived.data_ptr(),
+        m,
+        packed.n,
+        packed.k,
+        packed.slices,
+        packed.parts,
+        *((launch.block_parts,) if is_gather else ()),
+    )
+    return y
+
+
+def expand(packed: Packed) -> Tensor:
+    """W [N, K], dense; stored zeros and missing entries are both 0."""
+    w = packed.values.new_zeros(packed.n, packed.k)
+    streams = packed.slices * packed.parts
+    if packed.values.numel():
+        device = w.device.index
+        cuda_library.function(f"sk_expand_d{packed.bits}", device)(
+            (-(-streams // EXPAND_WARPS), 1),
+            EXPAND_WARPS * LANES,
+            0,
+            cuda_library.current_stream(device),
+            packed.values.data_ptr(),
+            packed.deltas.data_ptr(),
+            packed.offsets.data_ptr(),
+            packed.row_order.data_ptr(),
+            w.data_ptr(),
+            packed.k,
+            packed.slices,
+            packed.parts,
+        )
+    return w
+
+
+# Packs of ordinary sparse tensors, for the table row.
+
+
+class _Pack:
+    """The pack of one pattern; values are brought in when they may have changed."""
+
+    def __init__(self, row_offsets: Tensor, col_indices: Tensor, values: Tensor, n: int, k: int):
+        self.layout = Layout(row_offsets, col_indices, n, k)
+        self.packed = self.layout.fill(values)
+        self.index_version = version_of(row_offsets, col_indices)
+        self.values_seen = _seen(values)
+
+    def refresh(self, values: Tensor) -> Packed:
+        seen = _seen(values)
+        # A parameter in training changes between calls, and not all writes are counted.
+        if values.requires_grad or seen is None or seen != self.values_seen:
+            self.layout.refill_(self.packed, values)
+            self.values_seen = seen
+        return self.packed
+
+
+def _seen(values: Tensor) -> tuple[int, int] | None:
+    try:
+        return values.data_ptr(), values._version
+    except RuntimeError:  # made in inference mode: writes are not counted
+        return None
+
+
+_packs: dict[tuple, tuple[_Pack, weakref.ref]] = {}
+
+
+def _packed_of(row_offsets, col_indices, values, n, k) -> Packed:
+    nnz = col_indices.shape[0]
+    key = (row_offsets.data_ptr(), col_indices.data_ptr(), n, k, nnz, values.dtype)
+    entry = _packs.get(key)
+    if entry is not None and entry[0].index_version == version_of(row_offsets, col_indices):
+        return entry[0].refresh(values)
+    if torch.cuda.is_current_stream_capturing():
+        raise RuntimeError(
+            "stream: a weight is packed on its first product, which a CUDA graph cannot capture; "
+            "call the model once before the capture, as for any warm-up"
+        )
+    forget = weakref.ref(col_indices, lambda _: _packs.pop(key, None))
+    _packs[key] = (_Pack(row_offsets, col_indices, values, n, k), forget)
+    return _packs[key][0].packed
+
+
+def _spmm_stream(row_offsets, col_indices, values, n, k, x, bias=None):
+    return spmm_packed(x, _packed_of(row_offsets, col_indices, values, n, k), bias)
+
+
+# `expand` for CSR: a scatter and torch.mm, in the dtype of the operands.
+
+
+def _expand_csr(row_offsets, col_indices, values, n, k):
+    rows = expand_rows(row_offsets, values.shape[0])
+    w = values.new_zeros(n * k)
+    w[rows * k + col_indices] = values
+    return w.view(n, k)
+
+
+def _spmm_expand(row_offsets, col_indices, values, n, k, x, bias=None):
+    return mm(x, _expand_csr(row_offsets, col_indices, values, n, k).t(), bias)
+
+
+def _spmm_t_expand(row_offsets, col_indices, values, n, k, dy, bias=None):
+    return mm(dy, _expand_csr(row_offsets, col_indices, values, n, k), bias)
+
+
+def _sddmm_expand(row_offsets, col_indices, n, k, dy, x):
+    rows = expand_rows(row_offsets, col_indices.shape[0])
+    return mm(dy.t(), x).view(-1)[rows * k + col_indices]
+
+
+def _refuse_stream(p: Problem) -> str | None:
+    if p.M > MOST_TOKENS:
+        return f"it serves up to {MOST_TOKENS} tokens, not {p.M}"
+    if p.dtype not in _TYPES:
+        return f"it takes bfloat16 and float16, not {str(p.dtype).removeprefix('torch.')}"
+    if reason := cuda_library.refusal():
+        return reason
+    if not torch.cuda.is_available():
+        return "there is no GPU"
+    major, minor = torch.cuda.get_device_capability()
+    if major < 8:
+        return f"it needs compute capability 8.0, not {major}.{minor}"
+    limit = density_limit(f"sm_{major}{minor}", p.dtype, p.M, "stream", "expand")
+    if limit is not None and p.density > limit:
+        return f"writing W out is faster above density {limit:.2f} at {p.M} tokens"
+    return None
+
+
+def _refuse_expand(p: Problem) -> str | None:
+    if p.dtype not in (*_TYPES, torch.float32):
+        return f"it takes 16-bit floats and float32, not {str(p.dtype).removeprefix('torch.')}"
+    return None
+
+
+def _describe_stream(p: Problem) -> str:
+    kernel = "gather" if _uses_gather(p.M, p.density) else "tensor"
+    return f"{kernel} kernel, packed on the first call; values that require grad on every call"
+
+
+KERNELS = (
+    Kernel("stream", "spmm", "cuda", _refuse_stream, _spmm_stream, _describe_stream),
+    Kernel("expand", "spmm", "cuda", _refuse_expand, _spmm_expand),
+    Kernel("expand", "spmm_t", "cuda", _refuse_expand, _spmm_t_expand),
+    Kernel("expand", "sddmm", "cuda", _refuse_expand, _sddmm_expand),
+)

@@ -1,0 +1,177 @@
+"""The CUDA kernels of packed weights: every M, format and number of parts, awkward patterns, odd
+layouts of x, graphs, streams, changing values."""
+
+import pytest
+import torch
+
+from sparsekern import SparseLinear, SparseTensor, explain, linear
+from sparsekern.gpt.presets import UniformMask
+from sparsekern.kernels import cuda
+from sparsekern.kernels.packed import pack
+from sparsekern.nn import PackedLinear, pack_, sparsify_
+from sparsekern.testing import PROBLEMS, exact, relative_error
+
+pytestmark = [
+    pytest.mark.gpu,
+    pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU"),
+]
+TOLERANCE = {torch.bfloat16: 2**-8, torch.float16: 2**-11}  # one rounding of the result
+DTYPES = pytest.mark.parametrize("dtype", TOLERANCE, ids=str)
+
+
+def random_weight(n, k, density, dtype=torch.bfloat16):
+    w = torch.randn(n, k, device="cuda") * (torch.rand(n, k, device="cuda") < density)
+    return w.to(dtype)
+
+
+def check(y, x, w, bias=None):
+    want, scale = x.double() @ w.double().T, x.double().abs() @ w.double().abs().T
+    if bias is not None:
+        want, scale = want + bias.double(), scale + bias.double().abs()
+    assert relative_error(y, want, scale) <= TOLERANCE[w.dtype]
+
+
+@DTYPES
+@pytest.mark.parametrize("bits", [4, 8])
+@pytest.mark.parametrize("case", [c for c in PROBLEMS if c.M <= 64], ids=lambda case: case.name)
+def test_awkward_problems(case, bits, dtype, nan_memory):
+    t = case.tensors(dtype)
+    W = SparseTensor(t.row_offsets.cuda(), t.col_indices.cuda(), t.values.cuda(), t.mask.shape)
+    y = cuda.spmm_packed(t.x.cuda(), pack(W, bits=bits))
+    want, scale = exact(t)["spmm"]
+    assert relative_error(y.cpu(), want, scale) <= TOLERANCE[dtype]
+
+
+@DTYPES
+@pytest.mark.parametrize("bits", [4, 8])
+@pytest.mark.parametrize("parts", [1, 3, 8])
+def test_every_number_of_tokens(parts, bits, dtype, nan_memory):
+    w = random_weight(300, 1300, 0.3, dtype)
+    packed, bias = pack(SparseTensor.from_dense(w), parts, bits), torch.randn(300).cuda().to(dtype)
+    for m in range(66):
+        x = torch.randn(m, 1300, device="cuda").to(dtype)
+        y = cuda.spmm_packed(x, packed, bias)
+        check(y, x, w, bias)
+        assert torch.equal(y, cuda.spmm_packed(x, packed, bias))
+        assert not packed.arrived.any()
+
+
+@pytest.mark.sanitize
+@pytest.mark.parametrize("m", [1, 2, 3, 8, 16, 30, 64])
+@pytest.mark.parametrize("bits", [4, 8])
+@pytest.mark.parametrize("n, k", [(300, 700), (129, 1031), (5, 64)])
+def test_tiles_of_every_fill(n, k, bits, m):
+    w = torch.zeros(n, k, device="cuda", dtype=torch.bfloat16)
+    for i in range(0, k, 64):  # from empty to full
+        w[:, i : i + 64] = random_weight(n, min(64, k - i), i / max(1, k - 64))
+    w[n // 2] = 1.5
+    w[n // 3] = 0
+    packed, x = pack(SparseTensor.from_dense(w), 3, bits), torch.randn(m, k).bfloat16().cuda()
+    check(cuda.spmm_packed(x, packed), x, w)
+    assert torch.equal(cuda.expand(packed), w)
+
+
+@pytest.mark.parametrize("m", [1, 8, 40])
+def test_layouts_of_x_and_bias(m):
+    w = random_weight(96, 256, 0.4)
+    packed = pack(SparseTensor.from_dense(w))
+    big = torch.randn(2 * m + 1, 520, device="cuda").bfloat16()
+    bias = torch.randn(97, device="cuda").bfloat16()[1:]
+    for x in (
+        big[1 : m + 1, 1:257],
+        big[: 2 * m : 2, 8:264],
+        big.t().contiguous().t()[:m, :256],
+        big.flatten()[1 : 1 + m * 256].view(m, 256),  # contiguous, at an odd address
+    ):
+        check(cuda.spmm_packed(x, packed, bias), x, w, bias)
+
+
+def test_few_values_and_wide_rows():
+    w = torch.zeros(64, 70000, device="cuda", dtype=torch.bfloat16)
+    w[5, 69999] = w[6, 0] = w[7, 35000] = 2
+    x = torch.randn(4, 70000, device="cuda").bfloat16()
+    for bits in (4, 8):
+        check(cuda.spmm_packed(x, pack(SparseTensor.from_dense(w), bits=bits)), x, w)
+
+
+def test_infinite_x_does_not_leak_from_waiting_lanes():
+    w = random_weight(64, 512, 0.1)
+    w[:, 100] = 1
+    x = torch.randn(1, 512, device="cuda").bfloat16()
+    x[0, 100] = torch.inf
+    assert torch.isposinf(cuda.spmm_packed(x, pack(SparseTensor.from_dense(w)))).all()
+
+
+def test_sparse_tensors_use_the_kernel_and_see_new_values():
+    w = random_weight(256, 512, 0.2)
+    W, x = SparseTensor.from_dense(w), torch.randn(4, 512, device="cuda").bfloat16()
+    assert "-> stream (gather kernel" in explain(x, W)
+    check(linear(x, W), x, w)
+    W.values.mul_(2)
+    check(linear(x, W), x, 2 * w)
+    values = W.values.clone().requires_grad_()
+    trained = SparseTensor(W.row_offsets, W.col_indices, values, W.shape)
+    check(linear(x, trained).detach(), x, 2 * w)
+    values.data.mul_(2)  # no version counter sees this
+    check(linear(x, trained).detach(), x, 4 * w)
+
+
+def test_cuda_graph_replays_new_tokens():
+    w = random_weight(256, 512, 0.2)
+    W, x = SparseTensor.from_dense(w), torch.randn(4, 512, device="cuda").bfloat16()
+    graph = torch.cuda.CUDAGraph()
+    with pytest.raises(RuntimeError, match="call the model once before the capture"):
+        with torch.cuda.graph(graph):
+            linear(x, W)
+    linear(x, W)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        y = linear(x, W)
+    for _ in range(3):
+        x.copy_(torch.randn_like(x))
+        graph.replay()
+        check(y, x, w)
+
+
+def test_other_stream_and_last_device():
+    device = torch.device("cuda", torch.cuda.device_count() - 1)
+    w = random_weight(256, 2048, 0.2).to(device)
+    packed, x = pack(SparseTensor.from_dense(w)), torch.randn(16, 2048).bfloat16().to(device)
+    side = torch.cuda.Stream(device)
+    side.wait_stream(torch.cuda.current_stream(device))
+    with torch.cuda.stream(side):
+        y = cuda.spmm_packed(x, packed)
+    side.synchronize()
+    check(y, x, w)
+
+
+@DTYPES
+def test_packed_modules(dtype):
+    model = torch.nn.Sequential(
+        torch.nn.Linear(512, 384), torch.nn.GELU(), torch.nn.Linear(384, 256)
+    )
+    model = sparsify_(model, UniformMask(0.75)).cuda().to(dtype)
+    x = torch.randn(3, 7, 512, device="cuda").to(dtype)
+    long = torch.randn(100, 512, device="cuda").to(dtype)
+    with torch.no_grad():
+        want, want_long = model(x), model(long)
+    packed = pack_(model)
+    assert isinstance(packed[0], PackedLinear) and packed[0].packed_bytes < 0.45 * 2 * 512 * 384
+    with torch.inference_mode():
+        torch.testing.assert_close(packed(x), want, rtol=2e-2, atol=2e-2)
+        torch.testing.assert_close(packed(long), want_long, rtol=2e-2, atol=2e-2)
+        compiled = torch.compile(packed, fullgraph=True)
+        torch.testing.assert_close(compiled(x), want, rtol=2e-2, atol=2e-2)
+
+
+def test_packed_linear_refuses_what_it_cannot_do():
+    layer = SparseLinear.from_linear(torch.nn.Linear(64, 32).cuda().bfloat16())
+    packed, x = PackedLinear.from_sparse(layer), torch.randn(2, 64, device="cuda").bfloat16()
+    with pytest.raises(NotImplementedError, match="expected x on the weight's GPU, got x on cpu"):
+        packed(x.cpu())
+    with pytest.raises(RuntimeError, match="expected x of dtype torch.bfloat16, got torch.float16"):
+        packed(x.half())
+    with pytest.raises(RuntimeError, match=r"expected x \[\.\.\., 64\], got \(2, 63\)"):
+        packed(x[:, 1:])
+    with pytest.raises(RuntimeError, match="it has no gradient"):
+        packed(x.requires_grad_())
