@@ -191,7 +191,7 @@ def pack_(model: nn.Module) -> nn.Module:
     def replace(name: str, module: nn.Module) -> nn.Module | None:
         return PackedLinear.from_sparse(module) if isinstance(module, SparseLinear) else None
 
-    return _swap(model, replace)
+    return replace_modules(model, replace)
 
 
 def sparsify_(

@@ -13,11 +13,13 @@ SCRIPT = Path(__file__).parents[1] / "bench" / "experiments.py"
 
 @pytest.fixture(scope="module")
 def experiments():
+    sys.path.insert(0, str(SCRIPT.parent))
     specification = importlib.util.spec_from_file_location("experiments", SCRIPT)
     module = importlib.util.module_from_spec(specification)
     sys.modules["experiments"] = module  # dataclasses look there
     specification.loader.exec_module(module)
     yield module
+    sys.path.remove(str(SCRIPT.parent))
     del sys.modules["experiments"]
 
 
