@@ -149,7 +149,7 @@ def _weight(N: int, K: int, sparsity: float, mask: str) -> tuple[SparseTensor, T
     dense = torch.randn(N, K, generator=generator)
     if mask == "pruned":
         dense *= torch.exp(LOG_NORMAL_SIGMA * torch.randn(N, 1, generator=generator))
-        kept = Static(sparsity, init="magnitude").mask("weight", dense)
+        kept = Static(sparsity, "magnitude").mask("weight", dense)
     else:
         kept = random_mask(N, K, sparsity, generator)
     dense *= kept

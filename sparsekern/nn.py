@@ -10,6 +10,7 @@ from collections.abc import Callable
 
 import torch
 from torch import Tensor, nn
+from torch.optim import Optimizer
 
 from .kernels.packed import TENSORS, Packed, pack
 from .matmul import linear
@@ -107,8 +108,7 @@ class SparseLinear(nn.Module):
             state_dict[names[1]] = weight.col_indices
             if weight.nnz != self.values.shape[0]:
                 self.col_indices = self.col_indices.new_empty(weight.nnz)
-                self.values.data = self.values.new_empty(weight.nnz)
-                self.values.grad = None
+                resize_(self.values, self.values.new_empty(weight.nnz))
         super()._load_from_state_dict(
             state_dict, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs
         )
@@ -191,7 +191,7 @@ def pack_(model: nn.Module) -> nn.Module:
     def replace(name: str, module: nn.Module) -> nn.Module | None:
         return PackedLinear.from_sparse(module) if isinstance(module, SparseLinear) else None
 
-    return _swap(model, replace)
+    return replace_modules(model, replace)
 
 
 def sparsify_(
@@ -204,33 +204,86 @@ def sparsify_(
         filter_fn: filter_fn(module, name) says which nn.Linear to replace. By default all but
             those named `head` or `lm_head`.
 
-    A weight that another module uses too (tied to an embedding) stays dense. So do subclasses of
-    nn.Linear: they compute something of their own. Make the optimizer afterwards: it must see the
-    new Parameters. If an algorithm fails the model is unchanged.
+    A weight that another module uses too (tied to an embedding) stays dense, and so does one with
+    the attribute `requires_dense`. So do subclasses of nn.Linear: they compute something of their
+    own. Make the optimizer afterwards: it must see the new Parameters. If an algorithm fails the
+    model is unchanged.
     """
-    uses = Counter(id(p) for module in model.modules() for p in module._parameters.values())
+    chosen = sparsifiable(model, filter_fn)
 
     def replace(name: str, module: nn.Module) -> nn.Module | None:
-        if type(module) is not nn.Linear or uses[id(module.weight)] > 1:
-            return None
-        chosen = filter_fn(module, name) if filter_fn else name.split(".")[-1] not in HEAD_NAMES
-        if not chosen:
+        if name not in chosen or isinstance(module, SparseLinear):
             return None
         return SparseLinear.from_linear(module, algorithm.mask(name, module.weight.detach()))
 
-    return _swap(model, replace)
+    return replace_modules(model, replace)
 
 
-def densify_(model: nn.Module) -> nn.Module:
-    """Replace every SparseLinear of `model` by its nn.Linear, in place, and return the model."""
+def sparsifiable(
+    model: nn.Module, filter_fn: Callable[[nn.Module, str], bool] | None = None
+) -> dict[str, nn.Module]:
+    """The layers that `sparsify_` would replace, and those that are a SparseLinear already."""
+    uses = Counter(id(p) for module in model.modules() for p in module._parameters.values())
+
+    def chosen(name: str, module: nn.Module) -> bool:
+        if type(module) is nn.Linear:
+            if uses[id(module.weight)] > 1 or getattr(module.weight, "requires_dense", False):
+                return False
+        elif not isinstance(module, SparseLinear):
+            return False
+        return filter_fn(module, name) if filter_fn else name.split(".")[-1] not in HEAD_NAMES
+
+    return {name: module for name, module in model.named_modules() if chosen(name, module)}
+
+
+def densify_(model: nn.Module, optimizer: Optimizer | None = None) -> nn.Module:
+    """Replace every SparseLinear of `model` by its nn.Linear, in place, and return the model.
+
+    With an optimizer, the dense weights take the place of the values in its groups and its state
+    becomes dense too: zero where nothing was stored.
+    """
+    dense: dict[nn.Parameter, tuple[nn.Parameter, SparseLinear]] = {}
 
     def replace(name: str, module: nn.Module) -> nn.Module | None:
-        return module.to_linear() if isinstance(module, SparseLinear) else None
+        if not isinstance(module, SparseLinear):
+            return None
+        linear = module.to_linear()
+        dense[module.values] = linear.weight, module
+        return linear
 
-    return _swap(model, replace)
+    model = replace_modules(model, replace)
+    if optimizer:
+        for group in optimizer.param_groups:
+            group["params"] = [dense[p][0] if p in dense else p for p in group["params"]]
+        for values, (weight, module) in dense.items():
+            if values in optimizer.state:
+                state = optimizer.state.pop(values)
+                optimizer.state[weight] = {k: _densified(t, module) for k, t in state.items()}
+    return model
 
 
-def _swap(model: nn.Module, replace: Callable[[str, nn.Module], nn.Module | None]) -> nn.Module:
+def _densified(state, module: SparseLinear):
+    """A part of the optimizer state of the module's values; `step` and the like stay."""
+    if not isinstance(state, Tensor) or state.shape != module.values.shape:
+        return state
+    n, k = module.out_features, module.in_features
+    return SparseTensor._trusted(module.row_offsets, module.col_indices, state, n, k).to_dense()
+
+
+def resize_(parameter: nn.Parameter, data: Tensor) -> None:
+    """Give the same Parameter other data, of another size; its gradient goes."""
+    parameter.grad = None
+    # A graph that is still alive (the loss of the step before) holds the parameter's node, with the
+    # old size. torch replaces that node when the dtype changes, and then alone.
+    other = torch.float64 if data.dtype != torch.float64 else torch.float32
+    parameter.data = data.new_empty(0, dtype=other)
+    parameter.data = data
+
+
+def replace_modules(
+    model: nn.Module, replace: Callable[[str, nn.Module], nn.Module | None]
+) -> nn.Module:
+    """Put replace(name, module) in the place of each module for which it is not None."""
     swaps = {module: replace(name, module) for name, module in model.named_modules()}
     # A module may sit in several places.
     for name, module in list(model.named_modules(remove_duplicate=False)):

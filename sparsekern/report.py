@@ -38,6 +38,29 @@ def check_section(checks: list[dict]) -> str:
     )
 
 
+def prune_section(rounds: list[dict]) -> str:
+    """The rounds of iterative pruning; the first row is the model as it came."""
+    rows = [
+        [
+            r["round"],
+            f"{r['sparsity']:.1%}",
+            f"{r['loss_before']:.4f}",
+            f"{r['loss']:.4f}",
+            f"{r['flop_ratio']:.2f}x",
+            f"{r['parameters']:,}",
+            f"{1e3 * r['latency_s']:.2f} ms",
+            f"{1e3 * r['dense_latency_s']:.2f} ms",
+        ]
+        for r in rounds
+    ]
+    header = ["round", "sparsity", "loss pruned", "loss after recovery", "fewer inference FLOPs"]
+    return (
+        "Validation loss in nats per token. Latency: one forward pass of one sequence, and of the\n"
+        "same model densified, in turn.\n\n"
+        + table([*header, "parameters", "latency", "densified"], rows)
+    )
+
+
 def kernel_section(timings: list[dict], shape: str, threads: int) -> str:
     sparsities = list(timings[0]["sparse_s"])
     rows = [
@@ -122,10 +145,10 @@ def wafer_line(run: dict, measured: float | None = None) -> str:
         "run", c["layers"], c["width"], c["heads"], 4 * c["width"], run["vocab_size"], c["context"]
     )
     wafer, batch = machine("wse2"), max(1, FULL_TOKENS // shape.sequence)
-    predicted = compare_with_dense(wafer, shape, 1 - c["sparsity"], batch).speedup
+    predicted = compare_with_dense(wafer, shape, 1 - run["sparsity"], batch).speedup
     here = f"{measured:.2f}x as fast here, " if measured else ""
     return (
-        f"{c['sparsity']:.0%} sparse: {here}{run['flop_ratio']:.2f}x fewer FLOPs, "
+        f"{run['sparsity']:.0%} sparse: {here}{run['flop_ratio']:.2f}x fewer FLOPs, "
         f"{predicted:.2f}x as fast predicted on a wafer "
         f"({wafer.name}, {batch * shape.sequence:,} tokens a step)."
     )

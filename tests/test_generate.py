@@ -185,10 +185,17 @@ def test_compare_counts_time_and_memory():
 
 def test_blocks_of_any_sparsity_share_their_compilations(monkeypatch):
     counts = torch._dynamo.utils.counters
-    for name in ("force_parameter_static_shapes", "force_nn_module_property_static_shapes"):
-        monkeypatch.setattr(torch._dynamo.config, name, True)
-    for name, value in {"allow_unspec_int_on_nn_module": False, "recompile_limit": 8}.items():
-        monkeypatch.setattr(torch._dynamo.config, name, value)
+    # monkeypatch would delete recompile_limit afterwards: it is an alias.
+    with torch._dynamo.config.patch(
+        force_parameter_static_shapes=True,
+        force_nn_module_property_static_shapes=True,
+        allow_unspec_int_on_nn_module=False,
+        recompile_limit=8,
+    ):
+        check_compilations(monkeypatch, counts)
+
+
+def check_compilations(monkeypatch, counts):
     compiler = torch.compile
     monkeypatch.setattr(torch, "compile", lambda *a, **k: compiler(*a, backend="eager", **k))
     torch.compiler.reset()

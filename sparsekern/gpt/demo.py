@@ -16,18 +16,12 @@ from ..matmul import linear, matmul
 from ..nn import SparseLinear
 from ..tensor import SparseTensor
 from ..testing import interleaved_times, random_mask, relative_error
+from .checkpoint import CHECKPOINT
+from .config import TrainConfig, changed
 from .data import default_source
 from .generate import generate
 from .profile import linear_share, measured_cap, profile_step
-from .train import (
-    CHECKPOINT,
-    METRICS,
-    TrainConfig,
-    build_model,
-    build_optimizer,
-    compute_gradients,
-    load_model,
-)
+from .train import METRICS, build_model, build_optimizer, compute_gradients, load_model
 
 # The model: large enough that its linears are most of a step, small enough for two cores.
 LAYERS, WIDTH, HEADS, CONTEXT, BATCH = 3, 768, 12, 128, 8
@@ -141,18 +135,13 @@ def train_in_subprocess(config: TrainConfig) -> dict:
     A process of its own, so that the peak memory is of this run alone."""
     out = Path(config.out)
     (out / CHECKPOINT).unlink(missing_ok=True)
-    flags = [f"--{name.replace('_', '-')}={value}" for name, value in _changed(config).items()]
+    flags = [f"--{name.replace('_', '-')}={value}" for name, value in changed(config).items()]
     began = time.perf_counter()
     code = subprocess.run([sys.executable, "-m", "sparsekern", "train", *flags]).returncode
     wall_s = time.perf_counter() - began
     if code:
         raise ChildProcessError(f"training in {out} ended with exit code {code}")
     return json.loads((out / METRICS).read_text()) | {"wall_s": wall_s}
-
-
-def _changed(config: TrainConfig) -> dict:
-    """The flags that differ from their defaults."""
-    return {k: v for k, v in vars(config).items() if v != getattr(TrainConfig, k)}
 
 
 def time_steps(dense: TrainConfig, sparse: TrainConfig) -> dict:

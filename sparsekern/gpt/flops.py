@@ -16,6 +16,9 @@ With it GPT-3 XL at 75 % gives 2.494x (SPDF, arXiv 2303.10464, says 2.5x) and at
 import math
 from dataclasses import dataclass
 
+from torch import nn
+
+from ..nn import SparseLinear
 from .model import GPTConfig
 
 
@@ -62,3 +65,30 @@ def amdahl_cap(share: float, speedup: float = math.inf) -> float:
     """How much faster all gets when `share` of its time or FLOPs runs `speedup` times faster."""
     rest = 1 - share + share / speedup
     return 1 / rest if rest else math.inf
+
+
+def dense_gradient_flops_per_token(config: GPTConfig, sparsity: float) -> float:
+    """What RigL adds on a step that changes the pattern: the weight gradient of absent weights."""
+    return 2 * multiply_adds(config).linear * sparsity
+
+
+def cerebras_gpt_flops_per_token(config: GPTConfig) -> float:
+    """Training FLOPs as Cerebras-GPT (arXiv 2304.03208) counts them: the embedding look-up as a
+    product with the whole table. Their total is this times the tokens."""
+    macs = multiply_adds(config)
+    return 6 * (macs.total + macs.head)
+
+
+def linear_sparsity(model: nn.Module) -> float:
+    """The share of zeros in the linear layers of a GPT's blocks, as they are stored."""
+    stored = total = 0
+    for name, module in model.named_modules():
+        if "blocks." not in name:
+            continue
+        if isinstance(module, SparseLinear):
+            stored += module.col_indices.shape[0]
+            total += module.in_features * module.out_features
+        elif isinstance(module, nn.Linear):
+            stored += module.weight.numel()
+            total += module.weight.numel()
+    return 1 - stored / max(1, total)

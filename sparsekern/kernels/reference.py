@@ -6,9 +6,10 @@
 
 bias may be None. row_offsets int32 [N+1] and col_indices int32 [nnz] are CSR with strictly
 increasing columns in a row; values [nnz] have the dtype of x and dy. 16-bit types are multiplied
-and summed in float32 and rounded once. Right for any dtype and device, and fastest where W is
-nearly full. It allocates N x K elements. A stored W has no product at a missing entry, so an
-infinite or NaN x gives NaN here (0 * inf, as in torch.matmul) where a sparse kernel skips it.
+and summed in float32 and rounded once; on a GPU by its tensor cores, as torch.mm does. Right for
+any dtype and device, and fastest where W is nearly full. It allocates N x K elements. A stored W
+has no product at a missing entry, so an infinite or NaN x gives NaN here (0 * inf, as in
+torch.matmul) where a sparse kernel skips it.
 """
 
 import torch
@@ -28,7 +29,7 @@ def spmm(
 ) -> Tensor:
     """y [M, N] = x [M, K] @ W.T + bias [N]."""
     w = _densify(row_offsets, col_indices, values, n, k)
-    return _add(_mm(x, w.t()), bias).to(x.dtype)
+    return _mm(x, w.t(), bias).to(x.dtype)
 
 
 def spmm_t(
@@ -42,7 +43,7 @@ def spmm_t(
 ) -> Tensor:
     """dx [M, K] = dy [M, N] @ W + bias [K]."""
     w = _densify(row_offsets, col_indices, values, n, k)
-    return _add(_mm(dy, w), bias).to(dy.dtype)
+    return _mm(dy, w, bias).to(dy.dtype)
 
 
 def sddmm(
@@ -59,7 +60,7 @@ def _flat_indices(row_offsets: Tensor, col_indices: Tensor, k: int) -> Tensor:
 
 
 def _densify(row_offsets: Tensor, col_indices: Tensor, values: Tensor, n: int, k: int) -> Tensor:
-    values = values.to(_accumulation_dtype(values.dtype))
+    values = values.to(_product_dtype(values))
     # Strictly increasing columns: as many values as places means every place, in row-major order.
     if values.shape[0] == n * k:
         return values.view(n, k)
@@ -67,16 +68,15 @@ def _densify(row_offsets: Tensor, col_indices: Tensor, values: Tensor, n: int, k
     return values.new_zeros(n * k).scatter_(0, places, values).view(n, k)
 
 
-def _mm(a: Tensor, b: Tensor) -> Tensor:
-    dtype = _accumulation_dtype(a.dtype)
+def _mm(a: Tensor, b: Tensor, bias: Tensor | None = None) -> Tensor:
+    dtype = _product_dtype(a)
     # An op's implementation runs under the caller's autocast, which would round these operands.
     with torch.autocast(a.device.type, enabled=False):
-        return torch.mm(a.to(dtype), b.to(dtype))
+        if bias is None:
+            return torch.mm(a.to(dtype), b.to(dtype))
+        return torch.addmm(bias.to(dtype), a.to(dtype), b.to(dtype))
 
 
-def _add(y: Tensor, bias: Tensor | None) -> Tensor:
-    return y if bias is None else y.add_(bias)
-
-
-def _accumulation_dtype(dtype: torch.dtype) -> torch.dtype:
-    return torch.float32 if dtype in (torch.bfloat16, torch.float16) else dtype
+def _product_dtype(t: Tensor) -> torch.dtype:
+    # Tensor cores add up in float32 whatever they multiply; a CPU's float32 is as fast as any.
+    return torch.float32 if t.itemsize == 2 and not t.is_cuda else t.dtype

@@ -1,13 +1,27 @@
-"""Sparsity algorithms: each says by `mask(name, weight)` which weights of a layer are kept."""
+"""Sparsity algorithms: `algorithm.apply(model)` makes its layers sparse, and
+`algorithm.apply(optimizer)` lets it follow the training steps. Weights, gradients and optimizer
+state are stored at nnz."""
 
+from .algorithm import Algorithm
+from .config import ALGORITHMS, Group, configure, get, load_config
+from .dynamic import SET, RigL
+from .gradual import GMP, IterativePruning
+from .oneshot import Magnitude, SparseGPT, Wanda
 from .static import Static
 
-ALGORITHMS = {"static": Static}
-
-
-def get(name: str, **settings):
-    """The algorithm of this name, made with `settings`. ValueError if there is none."""
-    if name not in ALGORITHMS:
-        known = ", ".join(sorted(ALGORITHMS))
-        raise ValueError(f"algorithm: expected one of {known}, got {name!r}")
-    return ALGORITHMS[name](**settings)
+__all__ = [
+    "ALGORITHMS",
+    "GMP",
+    "SET",
+    "Algorithm",
+    "Group",
+    "IterativePruning",
+    "Magnitude",
+    "RigL",
+    "SparseGPT",
+    "Static",
+    "Wanda",
+    "configure",
+    "get",
+    "load_config",
+]

@@ -1,0 +1,102 @@
+"""Training in several processes under torchrun: DDP, or FSDP2 with parameters in shards.
+
+Every rank takes its part of one global batch, so a run computes the same on any number of ranks up
+to rounding. Checkpoints hold whole tensors: they resume on any number of ranks as well.
+"""
+
+import os
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+PARALLEL = ("none", "ddp", "fsdp")
+
+
+class Ranks:
+    """This process among those that torchrun started; the only one without torchrun."""
+
+    def __init__(self, parallel: str, device: str) -> None:
+        if parallel not in PARALLEL:
+            raise ValueError(f"parallel must be one of {', '.join(PARALLEL)}, got {parallel!r}")
+        started = "WORLD_SIZE" in os.environ and "RANK" in os.environ
+        if started and parallel == "none" and int(os.environ["WORLD_SIZE"]) > 1:
+            raise ValueError("parallel must be ddp or fsdp under torchrun, got none")
+        if parallel != "none" and not started:
+            raise ValueError(f"parallel: {parallel} needs torchrun, as in: torchrun -m sparsekern")
+        self.parallel = parallel
+        self.device = torch.device(device)
+        if self.device.type == "cuda" and not torch.cuda.is_available():
+            raise ValueError(f"device: expected cpu, this torch sees no GPU, got {device}")
+        if parallel != "none":
+            if self.device.type == "cuda":
+                self.device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
+                torch.cuda.set_device(self.device)
+            if not dist.is_initialized():
+                dist.init_process_group("nccl" if self.device.type == "cuda" else "gloo")
+        self.rank = dist.get_rank() if parallel != "none" else 0
+        self.size = dist.get_world_size() if parallel != "none" else 1
+
+    def part(self, batch: Tensor) -> Tensor:
+        """This rank's rows of a global batch, on its device."""
+        rows = batch.shape[0] // self.size
+        return batch[self.rank * rows : (self.rank + 1) * rows].to(self.device, non_blocking=True)
+
+    def mean(self, value: float) -> float:
+        """The mean over the ranks, the same on each."""
+        if self.size == 1:
+            return value
+        total = torch.tensor(value, dtype=torch.float64, device=self.device)
+        dist.all_reduce(total)
+        return total.item() / self.size
+
+    def wrap(self, model: nn.Module) -> nn.Module:
+        """The model to call in training. FSDP2 cuts up the given one itself."""
+        if self.parallel == "ddp":
+            # Index buffers are the same everywhere and need no broadcast.
+            return nn.parallel.DistributedDataParallel(model, broadcast_buffers=False)
+        if self.parallel == "fsdp":
+            from torch.distributed.device_mesh import init_device_mesh
+            from torch.distributed.fsdp import fully_shard
+
+            mesh = init_device_mesh(self.device.type, (self.size,))
+            for block in model.blocks:
+                fully_shard(block, mesh=mesh)
+            fully_shard(model, mesh=mesh)
+        return model
+
+
+def finish() -> None:
+    """Leave the group of processes, where there is one."""
+    if dist.is_available() and dist.is_initialized():
+        dist.destroy_process_group()
+
+
+def whole_state(state):
+    """A state_dict with whole tensors in the place of shards. All ranks must call it together."""
+    if isinstance(state, dict):
+        return {key: whole_state(value) for key, value in state.items()}
+    if isinstance(state, list):
+        return [whole_state(value) for value in state]
+    return state.full_tensor() if hasattr(state, "full_tensor") else state
+
+
+def load_optimizer(optimizer: Optimizer, state: dict) -> None:
+    """`optimizer.load_state_dict` of whole tensors, cut up as the optimizer's parameters are."""
+    parameters = [p for group in optimizer.param_groups for p in group["params"]]
+    cut = {}
+    for index, of_parameter in state["state"].items():
+        p = parameters[index]
+        cut[index] = {key: _cut_as(t, p) for key, t in of_parameter.items()}
+    optimizer.load_state_dict(state | {"state": cut})
+
+
+def _cut_as(t, parameter: nn.Parameter):
+    is_whole = isinstance(t, Tensor) and t.shape == parameter.shape
+    if not is_whole or not hasattr(parameter, "device_mesh"):
+        return t
+    from torch.distributed.tensor import distribute_tensor
+
+    mesh, placements = parameter.device_mesh, parameter.placements
+    return distribute_tensor(t.to(mesh.device_type), mesh, placements, src_data_rank=None)

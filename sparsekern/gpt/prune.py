@@ -1,0 +1,218 @@
+"""Iterative pruning of a trained GPT: prune, train on, and note what it costs, round by round."""
+
+import copy
+import json
+import statistics
+import time
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import torch
+from torch import nn
+
+from ..nn import SparseLinear, densify_
+from ..sparsity import Magnitude, SparseGPT, Wanda
+from ..sparsity.gradual import round_sparsity
+from ..sparsity.pattern import places_of
+from .checkpoint import CHECKPOINT, atomic_write, load_checkpoint, save_checkpoint
+from .config import FROM_SOURCE, TrainConfig, flag
+from .flops import flop_ratio
+from .train import Run
+
+METHODS = {"magnitude": Magnitude, "wanda": Wanda, "sparsegpt": SparseGPT}
+TABLE = "prune.json"
+FROM_RUN = ("data", "batch", "threads", "device", "dtype", "eval_batches")
+LATENCY_ROUNDS = 9
+
+
+@dataclass(frozen=True)
+class PruneConfig:
+    source: str = flag("", "folder of the training run to prune")
+    target: float = flag(0.838, "sparsity of the blocks' linear layers after the last round")
+    steps: int = flag(1000, "optimizer steps of recovery, of all rounds together")
+    rounds: int = flag(4, "each removes the same share of what is left; 1 is one-shot")
+    targets: str = flag("", "sparsities after each round, as 0.5,0.75, in place of the last two")
+    method: str = flag("magnitude", "how weights are chosen", choices=tuple(METHODS))
+    distribution: str = flag("uniform", "over the layers", choices=("uniform", "erk", "global"))
+    lr: float = flag(2e-4, "highest learning rate of each round")
+    rewind: str = flag("", "after pruning, weights go back to those of this dense run (a folder)")
+    calibration: int = flag(4, "batches of training text for wanda and sparsegpt")
+    data: str = flag("", "text (that of the run)")
+    batch: int = flag(0, "sequences per step (that of the run)")
+    device: str = flag("", "cpu or cuda (that of the run)")
+    dtype: str = flag("", "float32 or bfloat16 (that of the run)")
+    threads: int = flag(0, "CPU threads (those of the run)")
+    eval_batches: int = flag(0, "batches of an evaluation (those of the run)")
+    seed: int = flag(0, "fixes the batches")
+    out: str = flag("out/prune", "folder for the pruned model and prune.json; continues from there")
+
+    def __post_init__(self) -> None:
+        if not 0 < self.target < 1:
+            raise ValueError(f"target: expected a sparsity above 0 and below 1, got {self.target}")
+        for name in ("rounds", "calibration"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
+        if self.steps < 0:
+            raise ValueError(f"steps must not be negative, got {self.steps}")
+        if self.method not in METHODS:
+            raise ValueError(f"method: expected one of {', '.join(METHODS)}, got {self.method!r}")
+        if self.rewind and self.method == "sparsegpt":
+            raise ValueError("rewind: sparsegpt corrects the weights that stay, got both")
+        bounds = [0.0, *self.sparsities(), 1.0]
+        if any(b <= a for a, b in zip(bounds, bounds[1:], strict=False)):
+            raise ValueError(f"targets: expected to rise between 0 and 1, got {self.targets}")
+
+    def sparsities(self) -> list[float]:
+        """After each round."""
+        if self.targets:
+            try:
+                return [float(part) for part in self.targets.split(",")]
+            except ValueError:
+                raise ValueError(
+                    f"targets: expected numbers as in 0.5,0.75, got {self.targets!r}"
+                ) from None
+        return [round_sparsity(self.target, i, self.rounds) for i in range(1, self.rounds + 1)]
+
+
+def prune(config: PruneConfig) -> list[dict]:
+    """One row for the model as it came, and one for each round; also in OUT/prune.json.
+
+    A run that was stopped continues after its last whole round. Raises ValueError where the model
+    is sparser than the first round already."""
+    if not config.source:
+        raise ValueError("source: expected the folder of a training run")
+    path = Path(config.out) / CHECKPOINT
+    settings = asdict(config)
+    rows: list[dict] = []
+    state = source = load_checkpoint(Path(config.source) / CHECKPOINT)
+    if path.exists():
+        state = load_checkpoint(path)
+        for name in settings.keys() - {"out", "device"}:
+            old = state["prune"][name]
+            if old != settings[name]:
+                raise ValueError(f"{name} is {old} in {path}, got {settings[name]}")
+        rows = state["rows"]
+    targets = config.sparsities()
+    run = Run(_recovery(config, source, 0), state)
+    for index in range(len(rows), len(targets) + 1):
+        steps = config.steps * index // len(targets) - sum(row["steps"] for row in rows)
+        run.restart(_recovery(config, source, index, steps), state)
+        if index:
+            _prune(run, config, targets[index - 1])
+        elif run.sparsity >= targets[0]:
+            raise ValueError(
+                f"target: the first round wants sparsity {targets[0]:.4g}, but the model has "
+                f"{run.sparsity:.4g} already"
+            )
+        run.evaluate()
+        _recover(run, steps)
+        rows.append(_row(run, index))
+        state = run.state()
+        # What `generate` and `train --init-from` take.
+        save_checkpoint(path, state | {"prune": settings, "rows": rows})
+        with atomic_write(path.with_name(TABLE)) as file:
+            file.write(json.dumps({"config": settings, "rows": rows}, indent=1).encode())
+        print(line(rows[-1]), flush=True)
+    run.export()
+    return rows
+
+
+def _row(run: Run, index: int) -> dict:
+    latency_s, dense_latency_s = latencies(run)
+    return {
+        "round": index,
+        "sparsity": run.sparsity,
+        "loss_before": run.evaluations[0]["loss"],
+        "loss": run.evaluations[-1]["loss"],
+        "steps": run.step,
+        "flop_ratio": flop_ratio(run.model.config, run.sparsity),
+        "parameters": sum(p.numel() for p in run.model.parameters()),
+        "latency_s": latency_s,
+        "dense_latency_s": dense_latency_s,
+        "train_flops": run.flops,
+        "train_s": sum(run.seconds),
+    }
+
+
+def line(row: dict) -> str:
+    return (
+        f"round {row['round']:>2}   sparsity {row['sparsity']:6.1%}   "
+        f"loss {row['loss_before']:.4f} -> {row['loss']:.4f} in {row['steps']} steps   "
+        f"{row['flop_ratio']:.2f}x fewer FLOPs   {row['parameters']:,} parameters   "
+        f"{1e3 * row['latency_s']:.2f} ms ({row['dense_latency_s'] / row['latency_s']:.2f}x dense)"
+    )
+
+
+def _recovery(config: PruneConfig, source: dict, index: int, steps: int = 1) -> TrainConfig:
+    """The settings of the training after round `index`."""
+    given = {name: source["config"][name] for name in (*FROM_SOURCE, *FROM_RUN)}
+    given |= {name: getattr(config, name) for name in FROM_RUN if getattr(config, name)}
+    seed, never = config.seed + index, 10**9
+    return TrainConfig(
+        **given,
+        steps=max(1, steps),
+        lr=config.lr,
+        seed=seed,
+        # Checkpoints are written here, round by round, and not by the run.
+        out=str(Path(config.out) / "round"),
+        eval_every=never,
+        checkpoint_every=never,
+    )
+
+
+def _prune(run: Run, config: PruneConfig, target: float) -> None:
+    settings: dict = {"distribution": config.distribution}
+    if config.method != "magnitude":
+        # Training text, of steps that no round comes to.
+        batches = (run.training.get(2**30 + i)[0] for i in range(config.calibration))
+        settings["calibration"] = [x.to(run.ranks.device) for x in batches]
+    model = METHODS[config.method](target, **settings).apply(run.model)
+    if config.rewind:
+        _rewind(model, Path(config.rewind))
+    run.restart(run.config, {"model": model.state_dict()})
+
+
+@torch.no_grad()
+def _rewind(model: nn.Module, folder: Path) -> None:
+    """The stored weights of `model` and all the rest as they are in another, dense run."""
+    early = load_checkpoint(folder / CHECKPOINT)["model"]
+    for name, module in model.named_modules():
+        if isinstance(module, SparseLinear):
+            if f"{name}.weight" not in early:
+                raise ValueError(f"rewind: expected a dense run in {folder}, {name} is sparse")
+            places = places_of(module).cpu()
+            module.values.copy_(early[f"{name}.weight"].flatten()[places])
+    for name, parameter in model.named_parameters():
+        if not name.endswith(".values"):
+            parameter.copy_(early[name])
+
+
+def _recover(run: Run, steps: int) -> None:
+    for _ in range(steps):
+        began = time.perf_counter()
+        loss = run.compute_gradients()
+        run.update()
+        run.seconds.append(time.perf_counter() - began)
+        run.losses.append(loss)
+    if steps:
+        run.evaluate()
+
+
+@torch.no_grad()
+def latencies(run: Run) -> tuple[float, float]:
+    """Median seconds of one forward pass of one sequence: as it is, and densified, in turn."""
+    model, dense = run.model.eval(), densify_(copy.deepcopy(run.model)).eval()
+    x = run.validation.get(0)[0][:1].to(run.ranks.device)
+    seconds: dict[str, list[float]] = {"sparse": [], "dense": []}
+    for _ in range(LATENCY_ROUNDS):
+        for name, m in (("sparse", model), ("dense", dense)):
+            if x.device.type == "cuda":
+                torch.cuda.synchronize()
+            began = time.perf_counter()
+            with torch.autocast(x.device.type, run.dtype, enabled=run.dtype != torch.float32):
+                m(x)
+            if x.device.type == "cuda":
+                torch.cuda.synchronize()
+            seconds[name].append(time.perf_counter() - began)
+    run.model.train()
+    return statistics.median(seconds["sparse"]), statistics.median(seconds["dense"])

@@ -1,0 +1,141 @@
+"""Pruning during training: gradual magnitude pruning, and rounds of it with rewinding."""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+from .algorithm import Updating
+from .budget import budgets
+from .pattern import is_distributed, places_of, set_pattern, whole
+from .select import generator, largest, largest_of_each, random_outside
+
+
+@dataclass
+class GMP(Updating):
+    """Gradual magnitude pruning: at each update the smallest weights go, until the sparsity is what
+    its schedule says. Where the schedule falls, new weights start at zero in random places."""
+
+    def update_pattern(self) -> None:
+        target = self.target(self.steps)
+        sizes = {n: (m.out_features, m.in_features) for n, m in self.layers.items()}
+        values = {name: whole(layer.values.detach()) for name, layer in self.layers.items()}
+        if self.distribution == "global":
+            total = round((1 - target) * sum(n * k for n, k in sizes.values()))
+            stored = sum(v.shape[0] for v in values.values())
+            kept = largest_of_each({name: v.abs() for name, v in values.items()}, total)
+            missing = budgets_of_growth(sizes, values, max(0, total - stored))
+            counts = {name: kept[name].shape[0] + missing[name] for name in values}
+        else:
+            counts = budgets(sizes, target, self.distribution)
+            kept = {name: largest(v.abs(), counts[name]) for name, v in values.items()}
+        for name, layer in self.layers.items():
+            places = places_of(layer)[kept[name]]
+            grown = counts[name] - places.shape[0]
+            if grown:
+                n, k = sizes[name]
+                rng = generator(self.seed, name, self.steps)
+                new = random_outside(places, n * k, grown, rng)
+                places = torch.cat([places, new]).sort().values
+            self._set(name, places)
+
+    def _set(self, name: str, places: Tensor) -> None:
+        set_pattern(self.layers[name], places, self.optimizers)
+
+
+def budgets_of_growth(
+    sizes: dict[str, tuple[int, int]], values: dict[str, Tensor], count: int
+) -> dict[str, int]:
+    """`count` new weights shared among layers in proportion to their free places, exactly."""
+    free = {name: n * k - values[name].shape[0] for name, (n, k) in sizes.items()}
+    grown, left, total = {}, count, sum(free.values())
+    for name, size in free.items():
+        grown[name] = round(left * size / total) if total else 0
+        left, total = left - grown[name], total - size
+    return grown
+
+
+@dataclass
+class IterativePruning(GMP):
+    """Rounds of training and magnitude pruning (Han et al. 2015; with rewinding, Frankle and Carbin
+    2018). After each `freq` steps the density is multiplied by (1 - sparsity)^(1 / rounds).
+
+    Args:
+        sparsity: at the end.
+        rounds: how many times it prunes.
+        freq: optimizer steps before each pruning.
+        rewind: None, or an optimizer step: after each pruning, all weights go back to what they
+            were after this step, and the optimizer forgets its state.
+    """
+
+    rounds: int = 10
+    freq: int = 1000
+    rewind: int | None = None
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self._final = self._schedule(0)
+        if self.rounds < 1 or self.freq < 1:
+            raise ValueError(
+                f"rounds, freq: expected at least 1, got {self.rounds} and {self.freq}"
+            )
+        if self.update is not None:
+            raise ValueError("update: iterative pruning has rounds and freq instead")
+        if self.rewind is not None and not 0 <= self.rewind <= self.freq:
+            raise ValueError(f"rewind: expected 0 to freq = {self.freq}, got {self.rewind}")
+        self._schedule = lambda step: round_sparsity(self._final, step // self.freq, self.rounds)
+        self._update_steps = lambda step: step % self.freq == 0 and step <= self.freq * self.rounds
+        self._early: dict[str, Tensor] = {}  # values by the layer's name
+        self._early_others: list[Tensor] = []
+
+    def _follow(self, optimizer: Optimizer) -> None:
+        if self.rewind is not None and is_distributed():
+            raise NotImplementedError("rewind: not available with several processes")
+        super()._follow(optimizer)
+        self._remember(self.steps)
+
+    def _after_step(self) -> None:
+        self._remember(self.steps + 1)
+        super()._after_step()
+
+    def _remember(self, step: int) -> None:
+        if step == self.rewind:
+            self._early = {n: m.values.detach().clone() for n, m in self.layers.items()}
+            self._early_others = [p.detach().clone() for p in self._others()]
+
+    def _others(self) -> list[nn.Parameter]:
+        """The parameters that are not pruned."""
+        ours = {id(layer.values) for layer in self.layers.values()}
+        groups = [group for o in self.optimizers for group in o.param_groups]
+        return [p for group in groups for p in group["params"] if id(p) not in ours]
+
+    @torch.no_grad()
+    def update_pattern(self) -> None:
+        super().update_pattern()
+        if self.rewind is None:
+            return
+        for name, layer in self.layers.items():
+            layer.values.copy_(self._early[name])
+        for parameter, early in zip(self._others(), self._early_others, strict=True):
+            parameter.copy_(early)
+        for optimizer in self.optimizers:
+            optimizer.state.clear()
+
+    def _set(self, name: str, places: Tensor) -> None:
+        follow = set_pattern(self.layers[name], places, self.optimizers)
+        if name in self._early:
+            self._early[name] = follow(self._early[name])
+
+    def state_dict(self) -> dict:
+        early = {"early": self._early, "early_others": self._early_others}
+        return super().state_dict() | early
+
+    def load_state_dict(self, state: dict) -> None:
+        self._early, self._early_others = state["early"], state["early_others"]
+        super().load_state_dict(state)
+
+
+def round_sparsity(final: float, done: int, rounds: int) -> float:
+    """The sparsity after `done` of `rounds` rounds that each remove the same share of the rest."""
+    return 1 - (1 - final) ** (min(done, rounds) / rounds)

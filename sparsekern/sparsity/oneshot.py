@@ -1,0 +1,226 @@
+"""Pruning of a trained model at once, with or without calibration text.
+
+    Magnitude   keeps the largest |w|
+    Wanda       keeps the largest |w_nk| * ||x_k|| of each row (Sun et al. 2023, arXiv 2306.11695)
+    SparseGPT   prunes columns from left to right by w^2 / [H^-1]_kk, H = X^T X, and corrects the
+                columns to come for the error made (Frantar and Alistarh 2023, arXiv 2301.00774)
+
+Each may be applied again at a higher sparsity: what was removed stays removed.
+"""
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ..nn import SparseLinear, sparsify_
+from .algorithm import Algorithm, Masks, mask_of
+from .budget import budgets
+from .pattern import places_of, set_pattern
+from .select import largest, largest_of_each
+
+DAMPING = 0.01  # of the mean diagonal of H, as in SparseGPT
+COLUMNS = 128  # that SparseGPT chooses the zeros of together
+
+
+@dataclass
+class Magnitude(Algorithm):
+    """Keeps the largest absolute values of each layer, or of all ("erk", "global")."""
+
+    init_method: str = "magnitude"
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self._kept: dict[str, Tensor] = {}  # masks [N, K] of layers that are still an nn.Linear
+
+    @torch.no_grad()
+    def _sparsify(self, model: nn.Module, chosen: dict[str, nn.Module]) -> nn.Module:
+        self._kept.clear()
+        self._prune(model, chosen, self._counts(chosen))
+        return sparsify_(model, Masks(self._kept), lambda module, name: name in self._kept)
+
+    def _counts(self, chosen: dict[str, nn.Module]) -> dict[str, int]:
+        """Weights to keep in each layer. ValueError where a layer stores fewer already."""
+        shapes = {name: (m.out_features, m.in_features) for name, m in chosen.items()}
+        if self.distribution == "global":
+            weights = {name: _scores(m, _dense(m).abs()) for name, m in chosen.items()}
+            total = round((1 - self.target(0)) * sum(n * k for n, k in shapes.values()))
+            counts = {n: p.shape[0] for n, p in largest_of_each(weights, total).items()}
+        else:
+            counts = budgets(shapes, self.target(0), self.distribution)
+        for name, module in chosen.items():
+            if isinstance(module, SparseLinear) and module.values.shape[0] < counts[name]:
+                raise ValueError(
+                    f"sparsity: {name} stores {module.values.shape[0]} weights already, "
+                    f"fewer than the {counts[name]} of sparsity {self.target(0)}"
+                )
+        return counts
+
+    def _prune(
+        self, model: nn.Module, chosen: dict[str, nn.Module], counts: dict[str, int]
+    ) -> None:
+        for name, module in chosen.items():
+            weight = _dense(module)
+            kept = largest(_scores(module, weight.abs()).flatten(), counts[name])
+            self._put(name, module, weight, kept)
+
+    def _put(self, name: str, module: nn.Module, weight: Tensor, places: Tensor) -> None:
+        """Give the layer these weights [N, K] at these places, and zeros elsewhere."""
+        if isinstance(module, SparseLinear):
+            set_pattern(module, places, self.optimizers)
+            module.values.copy_(weight.flatten()[places])
+        else:
+            self._kept[name] = mask_of(places, weight)
+            module.weight.copy_(weight * self._kept[name])
+
+
+@dataclass
+class _Calibrated(Magnitude):
+    """
+    Args:
+        calibration: inputs of the model: an iterable of tensors or of tuples of arguments, read
+            once for each layer. Layers are pruned in the order of their names in the model, each
+            with the inputs that the pruned ones before it give.
+    """
+
+    calibration: Any = None
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.calibration is None or not isinstance(self.calibration, Iterable):
+            got = type(self.calibration).__name__
+            raise ValueError(f"calibration: expected a list of inputs of the model, got {got}")
+        self.calibration = list(self.calibration)
+        if self.distribution == "global":
+            raise ValueError("distribution: expected uniform or erk, got global")
+
+    def mask(self, name: str, weight: Tensor) -> Tensor:
+        raise ValueError(f"{type(self).__name__}: needs the model and its inputs: use apply")
+
+    def _prune(
+        self, model: nn.Module, chosen: dict[str, nn.Module], counts: dict[str, int]
+    ) -> None:
+        training = model.training
+        model.eval()
+        try:
+            for name, module in chosen.items():
+                self._prune_layer(name, module, counts[name], self._inputs(model, module, name))
+        finally:
+            model.train(training)
+
+    def _inputs(self, model: nn.Module, module: nn.Module, name: str) -> list[Tensor]:
+        """x [M, K] of the layer, for each calibration batch."""
+        seen: list[Tensor] = []
+
+        def stop(layer: nn.Module, arguments: tuple) -> None:
+            seen.append(arguments[0].detach().flatten(0, -2))
+            raise _Seen
+
+        hook = module.register_forward_pre_hook(stop)
+        try:
+            for batch in self.calibration:
+                try:
+                    model(*batch) if isinstance(batch, tuple) else model(batch)
+                except _Seen:
+                    pass
+        finally:
+            hook.remove()
+        if not seen:
+            raise ValueError(f"calibration: no input reached {name}")
+        return seen
+
+    def _prune_layer(self, name: str, module: nn.Module, count: int, inputs: list[Tensor]) -> None:
+        raise NotImplementedError
+
+
+class _Seen(Exception):
+    """Ends a forward pass whose rest nobody needs."""
+
+
+@dataclass
+class Wanda(_Calibrated):
+    """Weights times the norm of their input, compared within each row: no weight is changed.
+
+    A layer's weights are shared evenly among its rows; the first have one more where they must.
+    """
+
+    def _prune_layer(self, name: str, module: nn.Module, count: int, inputs: list[Tensor]) -> None:
+        norms = sum(x.float().square().sum(0) for x in inputs).sqrt()  # [K]
+        weight = _dense(module)
+        scores = _scores(module, weight.abs().float() * norms)
+        n, k = scores.shape
+        counts = torch.full((n, 1), count // n, device=scores.device)
+        counts[: count % n] += 1
+        order = scores.argsort(dim=1, descending=True, stable=True)
+        ranked = torch.arange(k, device=scores.device) < counts  # [N, K], by rank in its row
+        kept = torch.zeros_like(ranked).scatter_(1, order, ranked)
+        self._put(name, module, weight, kept.flatten().nonzero().flatten())
+
+
+@dataclass
+class SparseGPT(_Calibrated):
+    """Optimal brain surgeon, a column at a time: the weights that stay change."""
+
+    def _prune_layer(self, name: str, module: nn.Module, count: int, inputs: list[Tensor]) -> None:
+        weight = _dense(module)
+        hessian = sum(x.float().t() @ x.float() for x in inputs)
+        stored = _scores(module, torch.zeros_like(weight)) == 0
+        new, places = sparsegpt(weight, stored, hessian, count)
+        self._put(name, module, new, places)
+
+
+def sparsegpt(weight: Tensor, stored: Tensor, hessian: Tensor, count: int) -> tuple[Tensor, Tensor]:
+    """Keep `count` of weight [N, K] where bool `stored` [N, K], given hessian = X^T X [K, K].
+
+    Returns the new weight and the places kept. Of each COLUMNS columns the same share stays.
+    """
+    w = weight.float()
+    n, k = w.shape
+    h = hessian.clone()
+    diagonal = h.diagonal()
+    dead = diagonal == 0  # inputs that calibration never saw: their weights do nothing
+    diagonal[dead] = 1.0
+    w = w.masked_fill(dead, 0.0)
+    diagonal += DAMPING * diagonal.mean()
+    inverse = torch.cholesky_inverse(torch.linalg.cholesky(h))
+    u = torch.linalg.cholesky(inverse, upper=True)  # row i: what column i corrects to its right
+    kept = torch.zeros(n, k, dtype=torch.bool, device=w.device)
+    done = 0
+    for first in range(0, k, COLUMNS):
+        last = min(first + COLUMNS, k)
+        block, factor = w[:, first:last].clone(), u[first:last, first:last]
+        scores = (block / factor.diagonal()).square()
+        # Numbers that are not stored stay out, unless nothing else is left.
+        scores = scores.masked_fill(~stored[:, first:last], -1.0)
+        # What the columns so far keep in all, exactly, and never more than there is.
+        available = int(stored[:, first:last].sum())
+        later = int(stored[:, last:].sum())
+        wanted = round(count * int(stored[:, :last].sum()) / max(1, int(stored.sum()))) - done
+        wanted = min(max(wanted, count - done - later), available)
+        done += wanted
+        keep = mask_of(largest(scores.flatten(), wanted), block)
+        kept[:, first:last] = keep
+        errors = torch.empty_like(block)
+        for i in range(last - first):
+            error = block[:, i].masked_fill(keep[:, i], 0.0) / factor[i, i]
+            block[:, i + 1 :] -= error[:, None] * factor[i, i + 1 :]
+            errors[:, i] = error
+        w[:, first:last] = block * keep
+        w[:, last:] -= errors @ u[first:last, last:]
+    return w.to(weight.dtype), kept.flatten().nonzero().flatten()
+
+
+def _dense(module: nn.Module) -> Tensor:
+    weight = module.weight.detach()
+    return weight.to_dense() if isinstance(module, SparseLinear) else weight
+
+
+def _scores(module: nn.Module, scores: Tensor) -> Tensor:
+    """The scores [N, K], below zero where the layer stores nothing."""
+    if not isinstance(module, SparseLinear):
+        return scores
+    stored = torch.zeros(scores.numel(), dtype=torch.bool, device=scores.device)
+    stored[places_of(module)] = True
+    return scores.masked_fill(~stored.view(scores.shape), -1.0)

@@ -1,0 +1,170 @@
+"""Training in two processes on a CPU: the run of one process, patterns the same on both ranks."""
+
+import json
+import os
+import subprocess
+import sys
+from dataclasses import asdict, replace
+from pathlib import Path
+
+import pytest
+import torch
+import torch.distributed as dist
+
+from sparsekern.gpt import train
+from sparsekern.gpt.checkpoint import load_checkpoint
+from sparsekern.gpt.distributed import Ranks
+from sparsekern.gpt.train import CHECKPOINT, TrainConfig
+
+pytestmark = pytest.mark.skipif(not dist.is_available(), reason="torch without distributed")
+
+TEXT = "".join(f"{i} bottles of beer on the wall, {i} bottles of beer.\n" for i in range(99, 0, -1))
+WORKER = Path(__file__).with_name("distributed_worker.py")
+STEPS = 8
+SETTINGS = {
+    "static": {"sparsity": 0.75},
+    "rigl": {"algorithm": "rigl", "sparsity": 0.75, "update": {"freq": 2}},
+    "set": {"algorithm": "set", "sparsity": 0.75, "update": {"freq": 2}},
+    "gmp": {
+        "algorithm": "gmp",
+        "sparsity": {"type": "cubic", "init": 0.0, "final": 0.8, "steps": 6},
+        "update": {"freq": 3, "stop": 6},
+    },
+}
+# FSDP2 takes a while on a CPU; set is rigl with other places.
+RUNS = [(a, p) for a in SETTINGS for p in ("ddp", "fsdp") if (a, p) != ("set", "fsdp")]
+
+
+def config(folder: Path, algorithm: str, parallel: str = "none") -> TrainConfig:
+    return TrainConfig(
+        data=str(folder / "text.txt"),
+        sparsity_config=str(folder / f"{algorithm}.json"),
+        layers=1,
+        heads=2,
+        width=32,
+        context=16,
+        batch=4,
+        steps=STEPS,
+        threads=1,
+        parallel=parallel,
+        out=str(folder / f"{algorithm}-{parallel}"),
+        eval_every=100,
+        eval_batches=1,
+        checkpoint_every=4,
+    )
+
+
+def torchrun(folder: Path, ranks: int = 2) -> list[dict]:
+    command = [sys.executable, "-m", "torch.distributed.run", f"--nproc-per-node={ranks}"]
+    command += ["--master-port=0", "--rdzv-backend=c10d", "--rdzv-endpoint=localhost:0"]
+    env = os.environ | {
+        "OMP_NUM_THREADS": "1",
+        "PYTHONPATH": os.pathsep.join(filter(None, sys.path)),
+    }
+    done = subprocess.run(
+        [*command, str(WORKER), str(folder)], env=env, capture_output=True, text=True, timeout=500
+    )
+    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-6000:]
+    return [json.loads((folder / f"results-{rank}.json").read_text()) for rank in range(ranks)]
+
+
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory) -> tuple[Path, list[dict]]:
+    """All two-process runs, in one torchrun; and those that resume a run of one process."""
+    folder = tmp_path_factory.mktemp("distributed")
+    (folder / "text.txt").write_text(TEXT)
+    for name, settings in SETTINGS.items():
+        (folder / f"{name}.json").write_text(json.dumps(settings))
+        train.train(config(folder, name))
+    configs = {f"{a}-{p}": _changed(config(folder, a, p)) for a, p in RUNS}
+    for parallel in ("ddp", "fsdp"):
+        alone = replace(config(folder, "rigl"), out=str(folder / f"resumed-{parallel}"))
+        _stop_half_way(alone)
+        configs[f"resumed-{parallel}"] = {"out": alone.out, "parallel": parallel, "resume": True}
+    (folder / "configs.json").write_text(json.dumps(configs))
+    return folder, torchrun(folder)
+
+
+def _changed(config: TrainConfig) -> dict:
+    return {name: value for name, value in asdict(config).items() if name != "resume"}
+
+
+def _stop_half_way(config: TrainConfig) -> None:
+    """The checkpoint of step 4, as a run that is killed afterwards leaves it."""
+    run = train.Run(config)
+    for step in range(5):
+        loss = run.compute_gradients()
+        if step == 4:
+            run.save()
+            return
+        run.update()
+        run.seconds.append(1.0)
+        run.losses.append(loss)
+
+
+def saved(folder: Path, name: str) -> dict:
+    return load_checkpoint(folder / name / CHECKPOINT)
+
+
+@pytest.mark.parametrize(("algorithm", "parallel"), RUNS)
+def test_two_processes_compute_what_one_does(runs, algorithm, parallel):
+    folder, _ = runs
+    one, two = saved(folder, f"{algorithm}-none"), saved(folder, f"{algorithm}-{parallel}")
+    assert two["losses"] == pytest.approx(one["losses"], abs=1e-4)
+    assert one["model"].keys() == two["model"].keys()
+    for name, t in one["model"].items():
+        if t.dtype == torch.int32:
+            assert torch.equal(t, two["model"][name]), name
+        else:
+            torch.testing.assert_close(t, two["model"][name], atol=1e-4, rtol=1e-3)
+    for a, b in zip(
+        one["optimizer"]["state"].values(), two["optimizer"]["state"].values(), strict=True
+    ):
+        assert a.keys() == b.keys() and all(a[key].shape == b[key].shape for key in a)
+
+
+@pytest.mark.parametrize(("algorithm", "parallel"), RUNS)
+def test_patterns_are_checked_after_every_update_and_the_same(runs, algorithm, parallel):
+    _, (first, second) = runs
+    name = f"{algorithm}-{parallel}"
+    updates = {"static": 0, "rigl": 4, "set": 4, "gmp": 2}[algorithm]
+    assert len(first[name]["checks"]) == 1 + updates
+    assert first[name] == second[name]
+    if updates:
+        assert first[name]["checks"][0] != first[name]["checks"][-1]
+
+
+def test_a_difference_between_ranks_is_an_error_on_both(runs):
+    for results in runs[1]:
+        assert results["error"] == "sparsity: the ranks have different patterns in a"
+
+
+@pytest.mark.parametrize("parallel", ["ddp", "fsdp"])
+def test_one_process_resumes_as_two(runs, parallel):
+    folder, _ = runs
+    whole, resumed = saved(folder, "rigl-none"), saved(folder, f"resumed-{parallel}")
+    assert resumed["losses"] == pytest.approx(whole["losses"], abs=1e-4)
+    assert resumed["losses"][:4] == whole["losses"][:4]
+
+
+@pytest.mark.parametrize("name", ["rigl-ddp", "gmp-fsdp"])
+def test_two_processes_resume_as_one(runs, name):
+    folder, _ = runs
+    run = train.Run(train.resumed_config({"out": str(folder / name), "parallel": "none"}))
+    assert run.step == STEPS and run.algorithm.steps == STEPS
+    state = run.state()
+    for key, t in saved(folder, name)["model"].items():
+        assert torch.equal(t, state["model"][key])
+    run.compute_gradients()
+    run.update()
+
+
+def test_mistakes(monkeypatch, tmp_path):
+    with pytest.raises(ValueError, match="parallel: ddp needs torchrun"):
+        Ranks("ddp", "cpu")
+    with pytest.raises(ValueError, match="parallel must be one of none, ddp, fsdp, got 'tp'"):
+        Ranks("tp", "cpu")
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    monkeypatch.setenv("RANK", "0")
+    with pytest.raises(ValueError, match="parallel must be ddp or fsdp under torchrun, got none"):
+        Ranks("none", "cpu")
