@@ -10,7 +10,7 @@ import os
 import sys
 from functools import lru_cache
 
-from . import cpu, reference, stream
+from . import cpu, reference, stream, triton
 from .problem import Kernel, Problem
 
 
@@ -21,6 +21,7 @@ def _never(problem: Problem) -> None:
 KERNELS: tuple[Kernel, ...] = (
     *stream.KERNELS,
     *cpu.KERNELS,
+    *triton.KERNELS,
     Kernel("dense", "spmm", None, _never, reference.spmm),
     Kernel("dense", "spmm_t", None, _never, reference.spmm_t),
     Kernel("dense", "sddmm", None, _never, reference.sddmm),
