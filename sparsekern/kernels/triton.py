@@ -17,6 +17,8 @@ from .problem import Kernel, Problem
 from .triton_pack import UNIT_COLUMNS, UNIT_ROWS, Bitmap, bitmap_of
 
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
+MOST_TOKENS = 65535 * 64  # the second dimension of a grid counts blocks of tokens
+MOST_PLACES = 2**36  # of W: an int32 counts 32 of them
 
 
 class Config(NamedTuple):
@@ -43,8 +45,8 @@ def spmm_config(m: int, n: int, k: int, size: int) -> Config:
     """
     block_m = min(128, max(16, 1 << max(0, m - 1).bit_length()))
     if block_m > 64:
-        return Config(block_m, 8, 4 if size == 2 else 2)
-    config = Config(block_m, 4, 4)
+        return Config(128, 8, 4) if size == 2 else Config(64, 8, 2, stages=1)
+    config = Config(block_m, 4, 4) if size == 2 else Config(block_m, 4, 4, stages=1)
     programs = -(-n // config.block_n) * -(-m // block_m)
     tiles = -(-k // UNIT_COLUMNS)
     split = 1
@@ -85,7 +87,6 @@ def _spmm(row_offsets, col_indices, values, n, k, x, bias=None, config=None):
         arrived,
         *(m, n, k, bitmap.tiles, 1, x.element_size()),
         HAS_BIAS=bias is not None,
-        IS_SPLIT=config.split > 1,
         AHEAD=config.ahead,
         **_constants(config, x.dtype),
     )
@@ -195,6 +196,10 @@ def _refuse(p: Problem) -> str | None:
         return "Triton is not installed"
     if p.dtype not in DTYPES:
         return f"it takes bfloat16, float16 and float32, not {str(p.dtype).removeprefix('torch.')}"
+    if p.M > MOST_TOKENS:
+        return f"it serves up to {MOST_TOKENS} tokens, not {p.M}"
+    if p.N * p.K >= MOST_PLACES:
+        return f"its bitmap has fewer than {MOST_PLACES} places, and W has {p.N * p.K}"
     return None
 
 

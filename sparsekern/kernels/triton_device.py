@@ -179,7 +179,7 @@ def _dot(a, b, acc, UPCAST: tl.constexpr, PRECISION: tl.constexpr):
     return tl.dot(a, b, acc, input_precision=PRECISION)
 
 
-@triton.jit(do_not_specialize=RUN_TIME)
+@triton.jit(do_not_specialize=["N", *RUN_TIME])
 def spmm_kernel(
     lanes,
     starts,
@@ -199,7 +199,6 @@ def spmm_kernel(
     BLOCK_M: tl.constexpr,
     WARPS: tl.constexpr,
     UNITS: tl.constexpr,
-    IS_SPLIT: tl.constexpr,
     AHEAD: tl.constexpr,
     UPCAST: tl.constexpr,
     PRECISION: tl.constexpr,
@@ -232,8 +231,8 @@ def spmm_kernel(
         acc = _dot(w, xt, acc, UPCAST, PRECISION)
 
     # The last program to arrive adds the parts of all, in the order of K.
-    last = True
-    if IS_SPLIT:
+    last = split == 1
+    if split > 1:
         cell = m_block * tl.num_programs(0) + block
         cells = tl.num_programs(0) * tl.num_programs(1)
         inside = tl.arange(0, BLOCK_N)[:, None] * BLOCK_M + tl.arange(0, BLOCK_M)[None, :]
