@@ -62,6 +62,16 @@ def sparse(w: Tensor) -> SparseTensor:
     return values
 
 
+def products(t):
+    """op -> arguments of the kernels' functions, for the operands of a Case."""
+    n, k = t.mask.shape
+    return {
+        "spmm": (t.row_offsets, t.col_indices, t.values, n, k, t.x),
+        "spmm_t": (t.row_offsets, t.col_indices, t.values, n, k, t.dy),
+        "sddmm": (t.row_offsets, t.col_indices, n, k, t.dy, t.x),
+    }
+
+
 def outcome(call):
     """(result, None) or (None, "Type: text") of a call."""
     try:

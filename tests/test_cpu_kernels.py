@@ -8,6 +8,7 @@ import sys
 
 import pytest
 import torch
+from conftest import products
 
 import sparsekern
 from sparsekern.kernels import cpu, table
@@ -25,16 +26,6 @@ MANY_BLOCKS = Case("many-blocks", 300, 1500, 1300, sparsity=0.6)
 @pytest.fixture(params=[1, 2], ids=["1-thread", "2-threads"])
 def threads(request):
     torch.set_num_threads(request.param)
-
-
-def products(t):
-    """op -> arguments of the kernel, without the pattern."""
-    n, k = t.mask.shape
-    return {
-        "spmm": (t.row_offsets, t.col_indices, t.values, n, k, t.x),
-        "spmm_t": (t.row_offsets, t.col_indices, t.values, n, k, t.dy),
-        "sddmm": (t.row_offsets, t.col_indices, n, k, t.dy, t.x),
-    }
 
 
 @pytest.mark.parametrize("dtype", TYPES)

@@ -10,7 +10,7 @@ import os
 import sys
 from functools import lru_cache
 
-from . import cpu, cuda, reference, stream
+from . import cpu, cuda, reference, stream, triton
 from .problem import Kernel, Problem
 
 
@@ -22,6 +22,7 @@ KERNELS: tuple[Kernel, ...] = (
     *stream.KERNELS,
     *cpu.KERNELS,
     *cuda.KERNELS,
+    *triton.KERNELS,
     Kernel("dense", "spmm", None, _never, reference.spmm),
     Kernel("dense", "spmm_t", None, _never, reference.spmm_t),
     Kernel("dense", "sddmm", None, _never, reference.sddmm),
@@ -40,9 +41,15 @@ def pick(problem: Problem) -> Kernel:
 
 
 def refusals(problem: Problem) -> list[tuple[str, str]]:
-    """(name, reason) of every row for this op that does not take `problem`, in table order."""
-    rows = [(row.name, _refusal(row, problem)) for row in KERNELS if row.op == problem.op]
-    return [(name, reason) for name, reason in rows if reason is not None]
+    """(name, reason) of every row for this op that does not take `problem`, in table order.
+
+    Of a name with a row for this device, the rows for other devices are left out.
+    """
+    rows = [row for row in KERNELS if row.op == problem.op]
+    here = {row.name for row in rows if row.device in (None, problem.device)}
+    rows = [row for row in rows if row.device in (None, problem.device) or row.name not in here]
+    reasons = [(row.name, _refusal(row, problem)) for row in rows]
+    return [(name, reason) for name, reason in reasons if reason is not None]
 
 
 def describe(problem: Problem, kernel: Kernel) -> str:

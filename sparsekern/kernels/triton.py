@@ -1,0 +1,223 @@
+"""Triton kernels: the table rows `triton`. Portable, with no compiler to install; triton_device.py
+has the kernels and why they are as they are, triton_pack.py the format.
+
+W is expanded tile by tile inside the kernel and multiplied by tl.dot, in bfloat16, float16 and
+float32, summed in float32. A stored W has no product at a missing entry, but here a missing entry
+is a zero: an infinite or NaN x gives NaN in rows that do not have its column.
+"""
+
+from functools import lru_cache
+from importlib.util import find_spec
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from .problem import Kernel, Problem
+from .triton_pack import UNIT_COLUMNS, UNIT_ROWS, Bitmap, bitmap_of
+
+DTYPES = (torch.bfloat16, torch.float16, torch.float32)
+MOST_TOKENS = 65535 * 64  # the second dimension of a grid counts blocks of tokens
+MOST_PLACES = 2**36  # of W: an int32 counts 32 of them
+
+
+class Config(NamedTuple):
+    """How a kernel is compiled and spread over the GPU."""
+
+    block_m: int
+    warps: int
+    units: int  # of 4 rows, for each warp
+    split: int = 1  # of K
+    stages: int = 2
+    max_registers: int | None = None
+    precision: str = "ieee"  # of tl.dot in float32
+    ahead: bool = False  # a tile's bits are loaded while the tile before it is decoded
+
+    @property
+    def block_n(self) -> int:
+        return UNIT_ROWS * self.units * self.warps
+
+
+def spmm_config(m: int, n: int, k: int, size: int) -> Config:
+    """Tiles and split of K of y = x W^T for values of `size` bytes.
+
+    12288 x 12288 in bfloat16, 16 tokens: 192 row blocks of 64, K in 4 parts: 768 programs.
+    """
+    block_m = min(128, max(16, 1 << max(0, m - 1).bit_length()))
+    if block_m > 64:
+        return Config(128, 8, 4) if size == 2 else Config(64, 8, 2, stages=1)
+    config = Config(block_m, 4, 4) if size == 2 else Config(block_m, 4, 4, stages=1)
+    programs = -(-n // config.block_n) * -(-m // block_m)
+    tiles = -(-k // UNIT_COLUMNS)
+    split = 1
+    while split < 16 and programs * split < 600 and tiles >= 4 * split:
+        split *= 2
+    return config._replace(split=split)
+
+
+def spmm_t_config(m: int, size: int) -> Config:
+    return Config(64 if m > 32 else 16, 8, 2 if size == 2 else 1)
+
+
+def sddmm_config(size: int) -> Config:
+    return Config(32, 8, 4 if size == 2 else 2, stages=3)
+
+
+def _spmm(row_offsets, col_indices, values, n, k, x, bias=None, config=None):
+    m, nnz = x.shape[0], values.shape[0]
+    y = x.new_empty(m, n)
+    if nnz == 0 or m == 0:
+        return _no_product(y, bias)
+    config = config or spmm_config(m, n, k, x.element_size())
+    bitmap = bitmap_of(row_offsets, col_indices, n, k)
+    blocks = -(-n // config.block_n), -(-m // config.block_m)
+    parts = arrived = y
+    if config.split > 1:
+        cells = blocks[0] * blocks[1]
+        shape = config.split * cells * config.block_n * config.block_m
+        parts = torch.empty(shape, dtype=torch.float32, device=x.device)
+        arrived = _zeros(x.device, cells)
+    _device().spmm_kernel[(*blocks, config.split)](
+        *_matrix(bitmap),
+        values,
+        x,
+        y if bias is None else bias,
+        y,
+        parts,
+        arrived,
+        *(m, n, k, bitmap.tiles, 1, x.element_size()),
+        HAS_BIAS=bias is not None,
+        AHEAD=config.ahead,
+        **_constants(config, x.dtype),
+    )
+    return y
+
+
+def _spmm_t(row_offsets, col_indices, values, n, k, dy, bias=None, config=None):
+    m, nnz = dy.shape[0], values.shape[0]
+    dx = dy.new_empty(m, k)
+    if nnz == 0 or m == 0:
+        return _no_product(dx, bias)
+    config = config or spmm_t_config(m, dy.element_size())
+    bitmap = bitmap_of(row_offsets, col_indices, n, k)
+    _device().spmm_t_kernel[(bitmap.tiles, -(-m // config.block_m))](
+        *_matrix(bitmap),
+        values,
+        dy,
+        dx if bias is None else bias,
+        dx,
+        *(m, n, k, bitmap.tiles, 1, dy.element_size()),
+        HAS_BIAS=bias is not None,
+        **_constants(config, dy.dtype),
+    )
+    return dx
+
+
+def _sddmm(row_offsets, col_indices, n, k, dy, x, config=None):
+    m, nnz = x.shape[0], col_indices.shape[0]
+    dvalues = x.new_empty(nnz)
+    if nnz == 0:
+        return dvalues
+    config = config or sddmm_config(x.element_size())
+    bitmap = bitmap_of(row_offsets, col_indices, n, k)
+    _device().sddmm_kernel[(-(-n // config.block_n), bitmap.tiles)](
+        *_matrix(bitmap),
+        dy,
+        x,
+        dvalues,
+        *(m, n, k, bitmap.tiles, 1, x.element_size()),
+        **_constants(config, x.dtype),
+    )
+    return dvalues
+
+
+@lru_cache(maxsize=1)
+def _device():
+    from . import triton_device  # imports triton, which is optional
+
+    return triton_device
+
+
+def _matrix(bitmap: Bitmap) -> tuple[Tensor, Tensor]:
+    return bitmap.lanes, bitmap.starts
+
+
+def _constants(config: Config, dtype: torch.dtype) -> dict:
+    """What the three kernels are compiled for."""
+    options = {"num_warps": config.warps, "num_stages": config.stages}
+    if config.max_registers:
+        options["maxnreg"] = config.max_registers
+    return {
+        "BLOCK_M": config.block_m,
+        "WARPS": config.warps,
+        "UNITS": config.units,
+        "UPCAST": _device().INTERPRETED and dtype == torch.bfloat16,
+        "PRECISION": config.precision,
+        **options,
+    }
+
+
+def _no_product(y: Tensor, bias: Tensor | None) -> Tensor:
+    return y.zero_() if bias is None else y.copy_(bias.expand_as(y))
+
+
+# Counters of programs that have arrived, all 0 between kernels. Two kernels that run at once must
+# not share any: calls on one stream may, and each call that a CUDA graph captures has its own.
+_ARENA = 2**18
+_arenas: dict[torch.device, tuple[Tensor, list[int]]] = {}  # counters, [how many are taken]
+_of_stream: dict[tuple[torch.device, int], Tensor] = {}
+
+
+def _zeros(device: torch.device, count: int) -> Tensor:
+    """int32 [at least count]."""
+    if device.type == "cpu":  # interpreted
+        return torch.zeros(count, dtype=torch.int32)
+    if not torch.cuda.is_current_stream_capturing():
+        key = device, torch.cuda.current_stream(device).cuda_stream
+        if key not in _of_stream or _of_stream[key].shape[0] < count:
+            _of_stream[key] = torch.zeros(max(count, 4096), dtype=torch.int32, device=device)
+        if device not in _arenas:
+            _arenas[device] = torch.zeros(_ARENA, dtype=torch.int32, device=device), [0]
+        return _of_stream[key]
+    counters, taken = _arenas.get(device, (None, [_ARENA]))
+    if taken[0] + count > _ARENA:
+        return torch.zeros(count, dtype=torch.int32, device=device)  # a node of the graph
+    taken[0] += count
+    return counters[taken[0] - count : taken[0]]
+
+
+@lru_cache(maxsize=1)
+def _is_installed() -> bool:
+    return find_spec("triton") is not None
+
+
+def _refuse(p: Problem) -> str | None:
+    if not _is_installed():
+        return "Triton is not installed"
+    if p.dtype not in DTYPES:
+        return f"it takes bfloat16, float16 and float32, not {str(p.dtype).removeprefix('torch.')}"
+    if p.M > MOST_TOKENS:
+        return f"it serves up to {MOST_TOKENS} tokens, not {p.M}"
+    if p.N * p.K >= MOST_PLACES:
+        return f"its bitmap has fewer than {MOST_PLACES} places, and W has {p.N * p.K}"
+    return None
+
+
+def _describe(p: Problem) -> str:
+    size = p.dtype.itemsize
+    config = {
+        "spmm": lambda: spmm_config(p.M, p.N, p.K, size),
+        "spmm_t": lambda: spmm_t_config(p.M, size),
+        "sddmm": lambda: sddmm_config(size),
+    }[p.op]()
+    return (
+        f"{config.block_n} x {UNIT_COLUMNS} of W and {config.block_m} tokens a block, "
+        f"K in {config.split} part{'s' if config.split > 1 else ''}"
+    )
+
+
+KERNELS = (
+    Kernel("triton", "spmm", "cuda", _refuse, _spmm, _describe),
+    Kernel("triton", "spmm_t", "cuda", _refuse, _spmm_t, _describe),
+    Kernel("triton", "sddmm", "cuda", _refuse, _sddmm, _describe),
+)

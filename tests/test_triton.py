@@ -1,0 +1,176 @@
+"""The Triton kernels without a GPU: run by the interpreter, and compiled for two generations."""
+
+import gc
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from sparsekern.kernels import table, triton, triton_pack
+from sparsekern.kernels.problem import Problem
+from sparsekern.testing import PROBLEMS, random_csr
+
+installed = pytest.mark.skipif(not triton._is_installed(), reason="Triton is not installed")
+PROBLEM = Problem("spmm", "cuda", torch.bfloat16, M=16, N=12288, K=12288, nnz=30_000_000)
+
+
+@installed
+@pytest.mark.slow
+def test_interpreted():
+    """triton_interpreted.py, in a process of its own."""
+    file = Path(__file__).with_name("triton_interpreted.py")
+    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", str(file)]
+    subprocess.run(command, env={**os.environ, "TRITON_INTERPRET": "1"}, check=True)
+
+
+# What a kernel of each op is compiled for: the tokens that lead to different configurations.
+SHARED_BYTES = {80: 163 * 1024, 90: 227 * 1024}
+TOKENS = {"spmm": (16, 64, 2048), "spmm_t": (16, 2048), "sddmm": (2048,)}
+TYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
+POINTERS = {"lanes": "*i64", "starts": "*i64", "parts": "*fp32", "arrived": "*i32"}
+INTEGERS = ("M", "N", "K", "tiles", "one", "size")
+
+
+@installed
+@pytest.mark.slow
+@pytest.mark.parametrize("dtype", TYPES)
+@pytest.mark.parametrize("op,tokens", [(op, m) for op in TOKENS for m in TOKENS[op]])
+@pytest.mark.parametrize("capability", SHARED_BYTES)
+def test_compiles(capability, op, tokens, dtype):
+    """Ahead of time, down to machine code. Fits into shared memory, and a value that a thread has
+    read leaves it only once, as part of a tile: no layout is converted for each place of W."""
+    from triton import compile
+    from triton.backends.compiler import GPUTarget
+    from triton.compiler import ASTSource
+
+    size = TYPES[dtype].itemsize
+    config, flags = {
+        "spmm": lambda: (triton.spmm_config(tokens, 12288, 12288, size), {"AHEAD": False}),
+        "spmm_t": lambda: (triton.spmm_t_config(tokens, size), {}),
+        "sddmm": lambda: (triton.sddmm_config(size), None),
+    }[op]()
+    constants = triton._constants(config, TYPES[dtype])
+    options = {k: v for k, v in constants.items() if k.islower()}
+    constants = {k: v for k, v in constants.items() if k.isupper()}
+    if flags is not None:
+        constants |= {"HAS_BIAS": True, **flags}
+
+    kernel = getattr(triton._device(), f"{op}_kernel")
+    signature = {
+        name: "constexpr"
+        if name in constants
+        else "i32"
+        if name in INTEGERS
+        else POINTERS.get(name, f"*{dtype}")
+        for name in kernel.arg_names
+    }
+    aligned = [i for i, t in enumerate(signature.values()) if t.startswith("*")]
+    aligned += [kernel.arg_names.index(name) for name in ("N", "K")]
+    source = ASTSource(
+        fn=kernel,
+        signature=signature,
+        constexprs=constants,
+        attrs={(i,): [["tt.divisibility", 16]] for i in aligned},
+    )
+    compiled = compile(source, target=GPUTarget("cuda", capability, 32), options=options)
+    assert len(compiled.asm["cubin"]) > 10_000
+    assert compiled.metadata.shared <= SHARED_BYTES[capability]
+    assert len(re.findall(r"= ttg\.convert_layout ", compiled.asm["ttgir"])) <= 8
+
+
+@pytest.mark.parametrize("case", PROBLEMS, ids=lambda case: case.name)
+def test_bitmap(case):
+    """Decoded as a kernel does: every stored place, and where its value lies."""
+    t = case.tensors()
+    n, k = t.mask.shape
+    bitmap = triton_pack.make_bitmap(t.row_offsets, t.col_indices, n, k)
+    units = bitmap.lanes.shape[0]
+    assert units * 4 >= n and units * 4 % 128 == 0 and bitmap.tiles * 256 >= k
+
+    def unpack(halves):  # int64 [units, tiles, i] -> low and high 32 bits
+        return torch.stack([halves & 0xFFFFFFFF, halves >> 32 & 0xFFFFFFFF], -1)
+
+    words, offsets = unpack(bitmap.lanes).unbind(-1)  # [units, tiles, 32]
+    places = words[..., None] >> torch.arange(32) & 1
+    mask = places.view(units, bitmap.tiles, 32, 4, 8).permute(0, 3, 1, 2, 4)
+    mask = mask.reshape(units * 4, bitmap.tiles * 256).bool()
+    assert torch.equal(mask[:n, :k], t.mask)
+    assert not mask[n:].any() and not mask[:, k:].any()
+
+    starts = unpack(bitmap.starts).flatten(2)[:, :, None]  # [units, tiles, 1, rows]
+    first = (starts + (offsets[..., None] >> torch.arange(0, 32, 8) & 255)).permute(0, 3, 1, 2)
+    first = first.reshape(units * 4, -1)[..., None]  # [rows, lanes of all tiles, 1]
+    bits = mask.view(units * 4, -1, 8).long()
+    where = (first + bits.cumsum(2) - bits).view(mask.shape)
+    assert torch.equal(where[mask], torch.arange(len(t.values)))
+
+
+def test_bitmaps_are_kept_and_go_with_their_patterns():
+    row_offsets, col_indices, _ = random_csr(60, 80, 0.5)
+    gc.collect()
+    kept = len(triton_pack._bitmaps)
+    bitmap = triton_pack.bitmap_of(row_offsets, col_indices, 60, 80)
+    assert triton_pack.bitmap_of(row_offsets, col_indices, 60, 80) is bitmap
+    col_indices[0] += 0  # a write
+    assert triton_pack.bitmap_of(row_offsets, col_indices, 60, 80) is not bitmap
+    assert len(triton_pack._bitmaps) == kept + 1
+    del col_indices
+    assert len(triton_pack._bitmaps) == kept
+
+
+def test_bitmap_of_inference_tensors():
+    with torch.inference_mode():
+        row_offsets, col_indices, _ = random_csr(60, 80, 0.5)
+    bitmap = triton_pack.bitmap_of(row_offsets, col_indices, 60, 80)
+    assert triton_pack.bitmap_of(row_offsets, col_indices, 60, 80) is bitmap
+
+
+def test_refusals(monkeypatch):
+    def reason(problem):
+        return dict(table.refusals(problem)).get("triton")
+
+    assert reason(PROBLEM._replace(device="cpu")) == "it runs on cuda"
+    monkeypatch.setattr(triton, "_is_installed", lambda: True)
+    text = "it takes bfloat16, float16 and float32, not float64"
+    assert reason(PROBLEM._replace(dtype=torch.float64)) == text
+    assert reason(PROBLEM) is None
+    assert "it serves up to 4194240 tokens, not 5000000" == reason(PROBLEM._replace(M=5_000_000))
+    assert "W has 1000000000000" in reason(PROBLEM._replace(N=10**6, K=10**6))
+    monkeypatch.setattr(triton, "_is_installed", lambda: False)
+    assert reason(PROBLEM) == "Triton is not installed"
+
+
+def test_without_triton():
+    """The package imports, and the row says why it does not run."""
+    probe = (
+        "import sys; sys.modules['triton'] = None\n"
+        "import sparsekern; from sparsekern.kernels import triton\n"
+        "assert not triton._is_installed(); sparsekern.explain"
+    )
+    subprocess.run([sys.executable, "-c", probe], check=True)
+
+
+def test_configurations():
+    """Every program has work, and blocks of rows divide what the bitmap is padded to."""
+    for n, k in ((1, 1), (37, 101), (6144, 2048), (12288, 12288), (28672, 8192)):
+        for m in (1, 16, 17, 64, 65, 8192):
+            for size in (2, 4):
+                config = triton.spmm_config(m, n, k, size)
+                assert 128 % config.block_n == 0
+                assert config.split == 1 or config.split <= k / 256
+    assert triton.spmm_config(16, 12288, 12288, 2).split == 4
+    assert "64 x 256 of W and 16 tokens a block, K in 4 parts" in triton._describe(PROBLEM)
+
+
+def test_no_stored_value():
+    row_offsets, col_indices, values = random_csr(5, 7, 1.0)
+    assert len(values) == 0
+    x, bias = torch.randn(3, 7), torch.randn(5)
+    pattern = row_offsets, col_indices, values, 5, 7
+    assert torch.equal(triton._spmm(*pattern, x, bias), bias.expand(3, 5))
+    assert torch.equal(triton._spmm_t(*pattern, torch.randn(3, 5)), torch.zeros(3, 7))
+    assert triton._sddmm(*pattern[:2], 5, 7, torch.randn(3, 5), x).shape == (0,)
