@@ -1,4 +1,4 @@
-// y[M, N] = x[M, K] @ W[N, K]^T + bias[N] for M <= 16 tokens, W packed as stream.cuh says.
+// y[M, N] = x[M, K] @ W[N, K]^T + bias[N] for M <= 8 tokens, W packed as stream.cuh says.
 //
 // A warp takes a part of a slice of 32 rows, lane r the row r. A block of eight warps takes
 // `block_parts` neighbouring parts of 8 / block_parts slices. x of these parts lies in shared
@@ -15,8 +15,8 @@
 namespace sk {
 
 constexpr int kGatherWarps = 8;
-constexpr int kGatherTokens = 16;  // the most
-constexpr int kGatherDepth = 4;    // granules
+constexpr int kGatherTokens = 8;  // the most
+constexpr int kGatherDepth = 4;   // granules
 
 // x at one column, kTokens of 16 bits, as floats times `value` added to acc.
 template <class T, int kTokens>
@@ -209,8 +209,7 @@ __device__ void spmm_gather(const uint4* values, const typename Deltas<kBits>::W
   SK_GATHER(sk_spmm_gather_##type##_d##bits##_t1, type, bits, 1, 4) \
   SK_GATHER(sk_spmm_gather_##type##_d##bits##_t2, type, bits, 2, 4) \
   SK_GATHER(sk_spmm_gather_##type##_d##bits##_t4, type, bits, 4, 4) \
-  SK_GATHER(sk_spmm_gather_##type##_d##bits##_t8, type, bits, 8, 4) \
-  SK_GATHER(sk_spmm_gather_##type##_d##bits##_t16, type, bits, 16, 3)
+  SK_GATHER(sk_spmm_gather_##type##_d##bits##_t8, type, bits, 8, 4)
 
 SK_GATHER_TOKENS(bf16, 4)
 SK_GATHER_TOKENS(bf16, 8)

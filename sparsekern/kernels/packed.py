@@ -20,7 +20,7 @@ PANEL = 128  # columns: what a part is made of
 WINDOW = 32  # columns
 RING = 4  # windows
 SLICES_AT_ONCE = 4  # of a block of rows
-MOST_SUMS = 16  # counters of a slice: one for each token of the gather kernel
+MOST_SUMS = 8  # counters of a slice: one for each token of the gather kernel
 
 
 TENSORS = ("values", "deltas", "offsets", "counts", "row_order", "arrived")
@@ -33,7 +33,7 @@ class Packed:
     values: 16-bit floats [granules, 32, 8]. deltas: uint8 [granules, 32, bits]. offsets: int32
     [slices * parts + 1], granules before each part of each slice. counts: int16 [slices, windows],
     granules of each window. row_order: int32 [slices * 32], the row of each lane, -1 for none.
-    arrived: int32 [slices * 16], zeros: what blocks that share rows count on in a product.
+    arrived: int32 [slices * 8], zeros: what blocks that share rows count on in a product.
     """
 
     n: int
