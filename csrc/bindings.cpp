@@ -7,6 +7,7 @@
 #include "cpu/decode.h"
 #include "cpu/products.h"
 #include "cpu/threads.h"
+#include "pattern/cover.h"
 #include "pattern/dense.h"
 
 namespace py = pybind11;
@@ -95,4 +96,20 @@ PYBIND11_MODULE(_C, m) {
                            as<void>(values), threads);
           },
           NoGil(), "values[nnz] = dense at the non-zeros.");
+
+  py::class_<sk::Cover>(m, "Cover", "W in groups of columns for sparse tensor cores.")
+      .def(py::init([](Pointer row_offsets, Pointer col_indices, int64_t n, int64_t k, int64_t nnz,
+                       Pointer row_order, int64_t slices, int per_group, int threads) {
+             return new sk::Cover(
+                 {as<const int32_t>(row_offsets), as<const int32_t>(col_indices), n, k, nnz, -1},
+                 as<const int32_t>(row_order), slices, per_group, threads);
+           }),
+           NoGil())
+      .def_property_readonly("steps", &sk::Cover::steps)
+      .def(
+          "write",
+          [](const sk::Cover& cover, Pointer step_offsets, Pointer records, Pointer places) {
+            cover.write(as<int32_t>(step_offsets), as<uint8_t>(records), as<int64_t>(places));
+          },
+          NoGil(), "step_offsets, records (zeros before) and places; cover.h has their sizes.");
 }

@@ -12,7 +12,8 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from .kernels.packed import TENSORS, Packed, pack
+from .kernels.layout import Packed
+from .kernels.packed import name_of, pack
 from .matmul import linear
 from .ops import spmm_packed
 from .tensor import SparseTensor
@@ -117,9 +118,10 @@ class SparseLinear(nn.Module):
 class PackedLinear(nn.Module):
     """A SparseLinear for inference on a GPU: its weight in the layout that the CUDA kernels read.
 
-    About 0.34 of the bytes of a dense 16-bit weight at 75 % sparsity. Up to 64 tokens W is read in
-    that form; above, it is written out for each call. No gradient, and no way back to CSR: keep
-    the checkpoint. Not for two CUDA streams at the same time (kernels/cuda.py says why).
+    At 75 % sparsity it takes about 0.34 of the bytes of a dense 16-bit weight if packed for one or
+    two tokens, 0.43 for more. Up to 64 tokens W is read in that form; above, it is written out for
+    each call. No gradient, and no way back to CSR: keep the checkpoint. Not for two CUDA streams at
+    the same time (kernels/cuda.py says why).
 
     Args:
         packed: W [out_features, in_features].
@@ -130,46 +132,47 @@ class PackedLinear(nn.Module):
         super().__init__()
         self.in_features = packed.k
         self.out_features = packed.n
-        self.nnz, self.bits, self.parts = packed.nnz, packed.bits, packed.parts
+        self.layout, self.dtype = name_of(packed), packed.dtype
+        self.nnz, self.numbers = packed.nnz, packed.numbers()
+        self._names = tuple(packed.tensors())
         for name, tensor in packed.tensors().items():
             self.register_buffer(name, tensor, persistent=False)
         self.register_buffer("bias", bias, persistent=False)
 
     @classmethod
-    def from_sparse(cls, linear: SparseLinear) -> "PackedLinear":
-        """The same function. TypeError unless its values are bfloat16 or float16."""
+    def from_sparse(cls, linear: SparseLinear, tokens: int = 1) -> "PackedLinear":
+        """The same function, laid out for calls of about so many tokens. TypeError unless its
+        values are bfloat16 or float16."""
         bias = None if linear.bias is None else linear.bias.detach().to(linear.values.dtype)
-        return cls(pack(linear.weight.detach()), bias).train(linear.training)
+        return cls(pack(linear.weight.detach(), tokens), bias).train(linear.training)
 
     @property
     def packed_bytes(self) -> int:
         """Bytes of the packed weight."""
-        return sum(getattr(self, name).nbytes for name in TENSORS)
+        return sum(getattr(self, name).nbytes for name in self._names)
 
     def forward(self, x: Tensor) -> Tensor:
-        if x.device.type != "cuda" or x.device != self.values.device:
+        if x.device.type != "cuda" or x.device != self.row_order.device:
             raise NotImplementedError(
                 f"PackedLinear: expected x on the weight's GPU, got x on {x.device} and the weight "
-                f"on {self.values.device}"
+                f"on {self.row_order.device}"
             )
         if torch.is_grad_enabled() and x.requires_grad:
             raise RuntimeError("PackedLinear: it has no gradient; use SparseLinear to train")
-        if x.dtype != self.values.dtype:
-            raise RuntimeError(
-                f"PackedLinear: expected x of dtype {self.values.dtype}, got {x.dtype}"
-            )
+        if x.dtype != self.dtype:
+            raise RuntimeError(f"PackedLinear: expected x of dtype {self.dtype}, got {x.dtype}")
         if x.ndim == 0 or x.shape[-1] != self.in_features:
             raise RuntimeError(
                 f"PackedLinear: expected x [..., {self.in_features}], got {tuple(x.shape)}"
             )
         y = spmm_packed(
             x.reshape(-1, self.in_features),
-            *(getattr(self, name) for name in TENSORS),
+            self.layout,
             self.out_features,
             self.in_features,
             self.nnz,
-            self.bits,
-            self.parts,
+            self.numbers,
+            [getattr(self, name) for name in self._names],
             self.bias,
         )
         return y.view(*x.shape[:-1], self.out_features)
@@ -177,19 +180,22 @@ class PackedLinear(nn.Module):
     def extra_repr(self) -> str:
         return (
             f"in_features={self.in_features}, out_features={self.out_features}, "
-            f"bias={self.bias is not None}, nnz={self.nnz}, bits={self.bits}, parts={self.parts}"
+            f"bias={self.bias is not None}, nnz={self.nnz}, layout={self.layout}"
         )
 
 
-def pack_(model: nn.Module) -> nn.Module:
+def pack_(model: nn.Module, tokens: int = 1) -> nn.Module:
     """Replace every SparseLinear of `model` by a PackedLinear, in place, and return the model.
 
-    For inference on a GPU: CSR and values are dropped. TypeError, and an unchanged model, unless
-    all their values are bfloat16 or float16.
+    For inference on a GPU, in calls of about so many tokens (the batch, in generation): CSR and
+    values are dropped. TypeError, and an unchanged model, unless all their values are bfloat16 or
+    float16.
     """
 
     def replace(name: str, module: nn.Module) -> nn.Module | None:
-        return PackedLinear.from_sparse(module) if isinstance(module, SparseLinear) else None
+        if not isinstance(module, SparseLinear):
+            return None
+        return PackedLinear.from_sparse(module, tokens)
 
     return replace_modules(model, replace)
 

@@ -22,7 +22,7 @@ from torch.autograd import Function
 from torch.utils.flop_counter import register_flop_formula
 
 from .kernels import cuda
-from .kernels.packed import Packed
+from .kernels.packed import LAYOUTS
 from .kernels.problem import Problem
 from .kernels.table import pick
 
@@ -83,30 +83,22 @@ for _name, _arguments, _run, _fake in (
     _library.impl(_name, _run, "CUDA")
     torch.library.register_fake(f"sparsekern::{_name}", _fake, lib=_library)
 
-# Packed weights (kernels/packed.py), for inference: no gradient, GPU alone.
-
-_PACKED = (
-    "Tensor values, Tensor deltas, Tensor offsets, Tensor counts, Tensor row_order, "
-    "Tensor arrived, SymInt n, SymInt k, SymInt nnz, int bits, int parts"
-)
+# Packed weights (kernels/packed.py), for inference: no gradient, GPU alone. `layout` names one of
+# LAYOUTS, `numbers` and `tensors` are what it consists of.
 
 
-def _run_spmm_packed(
-    x, values, deltas, offsets, counts, row_order, arrived, n, k, nnz, bits, parts, bias=None
-):
-    tensors = values, deltas, offsets, counts, row_order, arrived
-    return cuda.spmm_packed(x, Packed(n, k, nnz, bits, parts, *tensors), bias)
+def _run_spmm_packed(x, layout, n, k, nnz, numbers, tensors, bias=None):
+    return cuda.spmm_packed(x, LAYOUTS[layout](n, k, nnz, *numbers, *tensors), bias)
 
 
-def _fake_spmm_packed(
-    x, values, deltas, offsets, counts, row_order, arrived, n, k, nnz, bits, parts, bias=None
-):
+def _fake_spmm_packed(x, layout, n, k, nnz, numbers, tensors, bias=None):
     torch._check(x.shape[1] == k, lambda: f"spmm_packed: expected x [M, {k}], got {tuple(x.shape)}")
     return x.new_empty(x.shape[0], n)
 
 
 _library.define(
-    f"spmm_packed(Tensor x, {_PACKED}, Tensor? bias=None) -> Tensor",
+    "spmm_packed(Tensor x, str layout, SymInt n, SymInt k, SymInt nnz, int[] numbers, "
+    "Tensor[] tensors, Tensor? bias=None) -> Tensor",
     tags=(torch.Tag.pt2_compliant_tag,),
 )
 _library.impl("spmm_packed", _run_spmm_packed, "CUDA")

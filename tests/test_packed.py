@@ -1,50 +1,93 @@
-"""Delta streams, read back the way the CUDA kernels read them (csrc/cuda/stream.cuh)."""
+"""Packed weights, read back the way the CUDA kernels read them (csrc/cuda/{stream,cover}.cuh)."""
 
 import pytest
 import torch
 
-from sparsekern.kernels.packed import GRANULE, LANES, PANEL, RING, WINDOW, choose_parts, pack
+from sparsekern.kernels import cover
+from sparsekern.kernels.cover import WINDOW, Cover, CoverLayout, choose_per_group
+from sparsekern.kernels.cuda import configure_cover
+from sparsekern.kernels.layout import LANES, sort_rows
+from sparsekern.kernels.packed import choose_layout, pack
+from sparsekern.kernels.streams import PANEL, Streams, StreamsLayout, choose_parts
 from sparsekern.tensor import SparseTensor
 
+needs_library = pytest.mark.skipif(not cover.is_built(), reason="the C++ library is not built")
 
-def unpack(packed):
-    """W [N, K], and a check that a ring of four windows is enough."""
+
+def streams_of(w, parts=None, bits=None):
+    W = w if isinstance(w, SparseTensor) else SparseTensor.from_dense(w)
+    return StreamsLayout(W.row_offsets, W.col_indices, *W.shape, parts, bits).fill(W.values)
+
+
+def cover_of(w, per_group):
+    W = w if isinstance(w, SparseTensor) else SparseTensor.from_dense(w)
+    return CoverLayout(W.row_offsets, W.col_indices, *W.shape, per_group).fill(W.values)
+
+
+def unpack_streams(packed):
+    """W [N, K]."""
     panels = -(-packed.k // PANEL)
     w = torch.zeros(packed.n, packed.k, dtype=packed.values.dtype)
     filled = torch.zeros(packed.n, packed.k, dtype=torch.bool)
     for s in range(packed.slices):
         for p in range(packed.parts):
-            first = p * panels // packed.parts * (PANEL // WINDOW)
-            last = (p + 1) * panels // packed.parts * (PANEL // WINDOW)
-            begin = int(packed.offsets[s * packed.parts + p])
-            end = int(packed.offsets[s * packed.parts + p + 1])
-            complete = packed.counts[s, first:last].long().cumsum(0).tolist()
-            assert (complete[-1] if complete else 0) == end - begin
+            first = p * panels // packed.parts * PANEL
+            last = (p + 1) * panels // packed.parts * PANEL
+            begin, end = packed.offsets[s * packed.parts + p :][:2].tolist()
             for lane in range(LANES):
                 row = int(packed.row_order[s * LANES + lane])
                 values = packed.values[begin:end, lane].flatten()
                 codes = packed.deltas[begin:end, lane].int()
                 if packed.bits == 4:
                     codes = torch.cat([codes & 15, codes >> 4], dim=1)
-                    lines = (codes.flatten() & 7).cumsum(0) + first * WINDOW // 2
+                    lines = (codes.flatten() & 7).cumsum(0) + first // 2
                     columns = 2 * lines + (codes.flatten() >> 3)
                 else:
-                    columns = codes.flatten().cumsum(0) + first * WINDOW
-                real = values != 0
-                slots = torch.arange(len(values))[real]
-                columns = columns[real]
+                    columns = codes.flatten().cumsum(0) + first
+                columns = columns[values != 0]
                 if row < 0:
                     assert not len(columns)
                     continue
+                assert ((columns >= first) & (columns < last)).all()
                 assert not filled[row, columns].any() and (columns.diff() > 0).all()
                 filled[row, columns] = True
-                w[row, columns] = values[real]
-                for slot, column in zip(slots.tolist(), columns.tolist(), strict=True):
-                    window = column // WINDOW - first
-                    assert 0 <= window < last - first
-                    assert slot < complete[window] * GRANULE
-                    assert window < RING or slot >= complete[window - RING] * GRANULE
+                w[row, columns] = values[values != 0]
     return w
+
+
+def unpack_cover(packed):
+    """W [N, K], slot by slot; every value has a place of its own."""
+    per_group, steps = packed.per_group, packed.steps.long()
+    records = packed.records.view(torch.uint8)
+    value_bytes = per_group * 512
+    values = packed.records[:, : value_bytes // 2]  # [steps, per_group * 256]
+    positions = records[:, value_bytes:-32].view(torch.int16 if per_group == 1 else torch.int32)
+    columns = records[:, -32:].long()
+    tile = torch.arange(len(steps) - 1).repeat_interleave(steps.diff())  # of each step
+    w = torch.zeros(packed.n, packed.windows * WINDOW, dtype=packed.dtype)
+    filled = torch.zeros_like(w, dtype=torch.bool)
+    for lane in range(LANES):
+        g, t = lane // 4, lane % 4
+        for reg in range(8):  # a0 .. a3 of rows 0-15, of rows 16-31
+            b, half, upper = reg // 4, reg % 2, reg // 2 % 2
+            rows = packed.row_order[tile // packed.windows * LANES + b * 16 + half * 8 + g].long()
+            word = positions[:, g * 4 + 2 * b + upper].long()
+            for v in range(per_group):
+                if per_group == 1:
+                    value, bit = values[:, lane * 8 + reg], t * 4 + half * 2
+                else:
+                    value = values[:, b * 256 + lane * 8 + reg % 4 * 2 + v]
+                    bit = half * 16 + t * 4 + v * 2
+                slot = (upper * 4 + t) * 4 + (word >> bit & 3)
+                column = columns.gather(1, slot[:, None])[:, 0] + tile % packed.windows * WINDOW
+                real = (value != 0) & (rows >= 0)
+                assert ((value != 0) == real).all() and not filled[rows[real], column[real]].any()
+                filled[rows[real], column[real]] = True
+                w[rows[real], column[real]] = value[real]
+            if per_group == 2:
+                assert ((word >> (half * 16 + t * 4) & 3) < (word >> (bit) & 3)).all()
+    assert not w[:, packed.k :].any()
+    return w[:, : packed.k]
 
 
 def random_weight(n, k, density, seed=0):
@@ -62,12 +105,28 @@ def random_weight(n, k, density, seed=0):
 )
 def test_streams_hold_exactly_the_matrix(n, k, density, parts, bits):
     w = random_weight(n, k, density)
-    packed = pack(SparseTensor.from_dense(w), parts, bits)
-    assert torch.equal(unpack(packed), w)
+    assert torch.equal(unpack_streams(streams_of(w, parts, bits)), w)
 
 
-@pytest.mark.parametrize("bits", [4, 8])
-def test_uneven_patterns(bits):
+@needs_library
+@pytest.mark.parametrize("per_group", [1, 2])
+@pytest.mark.parametrize(
+    "n, k, density",
+    [
+        (64, 512, 0.5),
+        (70, 700, 0.25),
+        (300, 129, 0.05),
+        (1, 1, 1.0),
+        (40, 600, 1.0),
+        (5, 2000, 0.0),
+    ],
+)
+def test_covers_hold_exactly_the_matrix(n, k, density, per_group):
+    w = random_weight(n, k, density)
+    assert torch.equal(unpack_cover(cover_of(w, per_group)), w)
+
+
+def uneven_weight():
     n, k = 96, 1300
     w = random_weight(n, k, 0.02)
     w[3] = 1.5  # a full row
@@ -79,26 +138,95 @@ def test_uneven_patterns(bits):
     w[7, 1299] = 3.5  # a gap as long as the row
     w[8] = 0
     w[8, 128] = 4.5
-    packed = pack(SparseTensor.from_dense(w), 2, bits)
-    assert torch.equal(unpack(packed), w)
+    return w
 
 
-def test_stored_zeros_are_steps():
+@pytest.mark.parametrize("bits", [4, 8])
+def test_streams_of_uneven_patterns(bits):
+    w = uneven_weight()
+    assert torch.equal(unpack_streams(streams_of(w, 2, bits)), w)
+
+
+@needs_library
+@pytest.mark.parametrize("per_group", [1, 2])
+def test_covers_of_uneven_patterns(per_group):
+    w = uneven_weight()
+    assert torch.equal(unpack_cover(cover_of(w, per_group)), w)
+
+
+def test_stored_zeros_count_as_missing():
     w = random_weight(32, 256, 0.3)
     mask = w != 0
     w[mask] *= torch.arange(int(mask.sum())) % 3 > 0
-    assert torch.equal(unpack(pack(SparseTensor.from_dense(w, mask))), w)
+    W = SparseTensor.from_dense(w, mask)
+    assert torch.equal(unpack_streams(streams_of(W)), w)
+    if cover.is_built():
+        assert torch.equal(unpack_cover(cover_of(W, 1)), w)
+
+
+def test_other_values_in_the_same_layout():
+    w = random_weight(70, 500, 0.3)
+    W = SparseTensor.from_dense(w)
+    layouts = [StreamsLayout(W.row_offsets, W.col_indices, *W.shape)]
+    if cover.is_built():
+        layouts.append(CoverLayout(W.row_offsets, W.col_indices, *W.shape, 2))
+    for layout, unpack in zip(layouts, (unpack_streams, unpack_cover), strict=False):
+        packed = layout.fill(W.values)
+        layout.refill_(packed, -W.values)
+        assert torch.equal(unpack(packed), -w)
+
+
+@needs_library
+@pytest.mark.parametrize("density, slots", [(0.5, 2.5), (0.25, 1.5), (0.1, 1.02), (0.02, 0.6)])
+def test_slots_of_a_random_mask(density, slots):
+    packed = cover_of(random_weight(256, 2048, density), 1)
+    assert packed.records.shape[0] * 32 * 32 <= slots * 256 * 2048
+
+
+@needs_library
+def test_few_banks_are_met_twice():
+    columns = cover_of(random_weight(256, 2048, 0.1), 1).records.view(torch.uint8)[:, -32:].long()
+    banks = torch.nn.functional.one_hot(columns.view(-1, 8) % 8, 8).sum(1).amax(1)
+    assert banks.float().mean() < 1.15
+
+
+def test_rows_of_like_length_share_a_slice():
+    order = sort_rows(torch.tensor([0, 1, 5, 5, 7]), 4, 2)
+    assert order.tolist() == [1, 0, 3, 2] + [-1] * 28
+
+
+def test_the_layout_for_a_number_of_tokens():
+    weight = SparseTensor.from_dense(random_weight(64, 512, 0.6))
+    assert choose_layout(1) == "streams" and type(pack(weight)) is Streams
+    if cover.is_built():
+        assert choose_layout(16) == "cover" and type(pack(weight, 16)) is Cover
+    assert choose_per_group(16, 0.3) == 1 and choose_per_group(64, 0.3) == 2
+    assert choose_per_group(16, 0.6) == 2 and choose_per_group(64, 0.1) == 1
+
+
+@pytest.mark.parametrize(
+    "m, runs, warps", [(1, 264, 8), (16, 264, 8), (17, 132, 16), (64, 132, 16)]
+)
+def test_runs_fill_the_gpu(m, runs, warps):
+    launch = configure_cover(m, 384, 48, 1, "bf16", 132)  # 12288 x 12288
+    assert (launch.grid, launch.block) == (runs, warps * LANES)
+    units = 384 // warps * 48
+    first = [run * units // runs for run in range(runs + 1)]
+    blocks = [set(range(a // 48, -(-b // 48))) for a, b in zip(first, first[1:], strict=False)]
+    assert max(sum(block in run for run in blocks) for block in range(units // 48)) <= launch.shares
+    assert launch.smem_bytes <= 163 * 1024  # of compute capability 8.0
+    assert configure_cover(m, 0, 0, 1, "bf16", 132).grid == 1
 
 
 @pytest.mark.parametrize("density, bits", [(0.5, 4), (0.25, 4), (0.05, 8), (0.02, 8)])
 def test_the_smaller_format_is_chosen(density, bits):
-    packed = pack(SparseTensor.from_dense(random_weight(64, 2048, density)), 1)
+    packed = streams_of(random_weight(64, 2048, density), 1)
     assert packed.bits == bits
 
 
 def test_bytes_of_a_random_mask():
-    packed = pack(SparseTensor.from_dense(random_weight(256, 4096, 0.25)), 1)
-    assert packed.nbytes < 0.345 * 2 * 256 * 4096
+    packed = streams_of(random_weight(256, 4096, 0.25), 1)
+    assert packed.nbytes < 0.335 * 2 * 256 * 4096
 
 
 @pytest.mark.parametrize(

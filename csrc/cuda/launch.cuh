@@ -35,7 +35,7 @@ using uint32_t = unsigned int;
 using uint64_t = unsigned long;
 using uintptr_t = unsigned long;
 
-#else
+#elif !defined(SK_KERNEL)  // the tests' emulator has its own
 
 #include <atomic>
 #include <cstdint>

@@ -4,8 +4,8 @@
 // `block_parts` neighbouring parts of 8 / block_parts slices. x of these parts lies in shared
 // memory, [column][token]; for each entry a lane gathers x at its column and multiplies: about 8
 // instructions an entry for one token. Products and sums in float32, in column order.
-// Bytes: those of W, once; x once for each block. Faster than spmm_tensor.cu where tokens are few
-// or W is very sparse.
+// Bytes: those of W, once; x once for each block. Faster than spmm_cover.cu where tokens are few
+// and W is very sparse, and W takes the fewest bytes.
 //
 // Blocks that share a slice leave their sums in `partial`, and the last one to arrive adds them up
 // in a fixed order, so that results do not depend on who was last.
@@ -146,8 +146,7 @@ __device__ void spmm_gather(const uint4* values, const typename Deltas<kBits>::W
     end = offsets[slice * parts + part + 1];
   }
   using Stream = Stream<kBits, kGatherDepth>;
-  Stream stream(static_cast<unsigned>(__cvta_generic_to_shared(smem)) + warp * Stream::kWarpBytes,
-                values, deltas, begin, end);
+  Stream stream(shared_address(smem) + warp * Stream::kWarpBytes, values, deltas, begin, end);
   char* x_shared = smem + kGatherWarps * Stream::kWarpBytes;
   stage<kTokens>(reinterpret_cast<unsigned short*>(x_shared), x, tokens, k, col_begin, col_end);
   __syncthreads();

@@ -12,62 +12,16 @@
 //
 // An entry whose value is 0 is a step without a product: it bridges a longer gap, or lets a lane
 // wait for the others. So no pattern is an exception, and a stored zero costs nothing else. All
-// lanes of a warp take the same number of granules. They may run ahead of one another, but window w
-// of 32 columns is complete in all lanes after the first S(w) granules of the part, and no entry of
-// window w + 4 comes before them: a ring of four windows is enough for a kernel that writes them
-// out.
+// lanes of a warp take the same number of granules.
 // Made by sparsekern/kernels/packed.py.
 #pragma once
 
+#include "numbers.cuh"
+
 namespace sk {
 
-constexpr int kWarp = 32;
 constexpr int kGranule = 8;  // entries of a lane
 constexpr int kPanel = 128;  // columns
-constexpr int kWindow = 32;  // columns
-constexpr int kRing = 4;     // windows
-constexpr unsigned kAllLanes = 0xffffffffu;
-
-struct bf16 {
-  unsigned short bits;
-};
-struct f16 {
-  unsigned short bits;
-};
-
-template <class T>
-struct Convert;
-
-template <>
-struct Convert<bf16> {
-  static __device__ float low(unsigned pair) { return __uint_as_float(pair << 16); }
-  static __device__ float high(unsigned pair) { return __uint_as_float(pair & 0xffff0000u); }
-  static __device__ unsigned short round(float value) {
-    unsigned short bits;
-    asm("cvt.rn.bf16.f32 %0, %1;" : "=h"(bits) : "f"(value));
-    return bits;
-  }
-};
-
-template <>
-struct Convert<f16> {
-  static __device__ float low(unsigned pair) { return of(static_cast<unsigned short>(pair)); }
-  static __device__ float high(unsigned pair) {
-    return of(static_cast<unsigned short>(pair >> 16));
-  }
-  static __device__ unsigned short round(float value) {
-    unsigned short bits;
-    asm("cvt.rn.f16.f32 %0, %1;" : "=h"(bits) : "f"(value));
-    return bits;
-  }
-
- private:
-  static __device__ float of(unsigned short bits) {
-    float value;
-    asm("cvt.f32.f16 %0, %1;" : "=f"(value) : "h"(bits));
-    return value;
-  }
-};
 
 // The deltas of one granule of a lane.
 template <int kBits>
@@ -112,21 +66,14 @@ class Stream {
 
   // The next granule has arrived in the registers returned.
   __device__ Granule<kBits> front() const {
+    wait_copies<kDepth - 1>();
     Granule<kBits> g;
-    asm volatile("cp.async.wait_group %0;" : : "n"(kDepth - 1) : "memory");
-    const unsigned at = deltas_at_ + slot_;
     if constexpr (kBits == 4) {
-      asm volatile("ld.shared.u32 %0, [%1];" : "=r"(g.deltas) : "r"(at) : "memory");
+      g.deltas = load_shared_u32(deltas_at_ + slot_);
     } else {
-      asm volatile("ld.shared.v2.u32 {%0,%1}, [%2];"
-                   : "=r"(g.deltas.x), "=r"(g.deltas.y)
-                   : "r"(at)
-                   : "memory");
+      g.deltas = load_shared_v2(deltas_at_ + slot_);
     }
-    asm volatile("ld.shared.v4.u32 {%0,%1,%2,%3}, [%4];"
-                 : "=r"(g.values.x), "=r"(g.values.y), "=r"(g.values.z), "=r"(g.values.w)
-                 : "r"(values_at_ + slot_)
-                 : "memory");
+    g.values = load_shared_v4(values_at_ + slot_);
     return g;
   }
 
@@ -139,17 +86,11 @@ class Stream {
  private:
   __device__ void copy(unsigned slot) {
     if (next_ < end_) {
-      asm volatile("cp.async.cg.shared.global [%0], [%1], 16;"
-                   :
-                   : "r"(values_at_ + slot), "l"(values_ + next_)
-                   : "memory");
-      asm volatile("cp.async.ca.shared.global [%0], [%1], %2;"
-                   :
-                   : "r"(deltas_at_ + slot), "l"(deltas_ + next_), "n"(sizeof(Word))
-                   : "memory");
+      copy_async<16>(values_at_ + slot, values_ + next_);
+      copy_async<sizeof(Word)>(deltas_at_ + slot, deltas_ + next_);
       next_ += kWarp;
     }
-    asm volatile("cp.async.commit_group;" : : : "memory");
+    commit_copies();
   }
 
   const uint4* values_;
@@ -157,10 +98,6 @@ class Stream {
   unsigned values_at_, deltas_at_, slot_;  // shared addresses, and bytes from them
   int next_, end_;                         // of lanes' shares
 };
-
-__device__ inline unsigned word(const uint4& v, int i) {
-  return i == 0 ? v.x : i == 1 ? v.y : i == 2 ? v.z : v.w;
-}
 
 // The first panel of a part, of K cut into `panels` panels and `parts` parts.
 __device__ inline int part_panel(int part, int parts, int panels) {

@@ -44,6 +44,7 @@ def random_gpt(
     device: torch.device | str = "cpu",
     dtype: torch.dtype = torch.float32,
     seed: int = 0,
+    batch: int = 1,
 ) -> GPT:
     """A GPT for inference with random weights and, in the linears of its blocks, random zeros.
 
@@ -56,12 +57,13 @@ def random_gpt(
         part.to_empty(device=device)
         initialise(part, config.n_layer)
         if isinstance(part, Block) and sparsity:
-            for_inference(nn.sparsify_(part, UniformMask(sparsity)))
+            for_inference(nn.sparsify_(part, UniformMask(sparsity)), batch)
     model.lm_head.weight = model.wte.weight
     return model.eval()
 
 
-def for_inference(model: torch.nn.Module) -> torch.nn.Module:
-    """The sparse layers of `model` in the form that is fastest on its device, in place."""
+def for_inference(model: torch.nn.Module, batch: int = 1) -> torch.nn.Module:
+    """The sparse layers of `model` in the form that is fastest on its device to generate for so
+    many sequences at once, in place."""
     on_gpu = next(model.parameters()).is_cuda
-    return nn.pack_(model) if on_gpu else model
+    return nn.pack_(model, batch) if on_gpu else model

@@ -1,7 +1,7 @@
 """CUDA kernels for few tokens: the table row `stream` on a GPU, and products of packed weights.
 
-W is read once, as delta streams (packed.py), by one of two kernels: `gather` multiplies on CUDA
-cores, `tensor` writes tiles of W out in shared memory for the tensor cores (csrc/cuda). Values are
+W is read once, by one of two kernels: `gather` reads delta streams (streams.py) and multiplies on
+CUDA cores, `cover` reads a cover (cover.py) and multiplies on sparse tensor cores. Values are
 bfloat16 or float16, sums float32, rounded once. Results do not depend on timing: sums of parts are
 added in a fixed order. A stored zero counts as missing. An infinite or NaN x may give NaN in rows
 that do not have its column, as in a dense product.
@@ -11,23 +11,27 @@ two streams at the same time.
 """
 
 import weakref
-from functools import lru_cache
+from functools import cache, lru_cache
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from ..tensor import expand_rows
-from . import cuda_library
+from . import cover, cuda_library
+from .cover import Cover
 from .cpu import version_of
 from .crossover import density_limit
 from .dense import mm
-from .packed import GRANULE, LANES, PANEL, Layout, Packed
+from .layout import LANES, Packed, multiprocessors
+from .packed import STREAM_TOKENS, choose_layout, layout_for
 from .problem import Kernel, Problem
+from .streams import GRANULE, PANEL, Streams
 
 MOST_TOKENS = 64
+GATHER_TOKENS = 8  # of one launch
 GATHER_WARPS, GATHER_DEPTH = 8, 4  # as in spmm_gather.cu
-TENSOR_WARPS, TENSOR_DEPTH = 4, 3  # as in spmm_tensor.cu
+COVER_DEPTH = {1: 7, 2: 5}  # as in spmm_cover.cu
 EXPAND_WARPS = 8
 _TYPES = {torch.bfloat16: "bf16", torch.float16: "f16"}
 
@@ -40,46 +44,29 @@ class Launch(NamedTuple):
     block: int
     smem_bytes: int
     partial: int  # float32 elements of workspace
-    block_parts: int  # of the gather kernel: parts of a slice that one block takes
+    shares: int  # gather: parts of a slice that one block takes; cover: most blocks that share rows
 
 
 @lru_cache(maxsize=4096)
-def configure(
-    m: int, k: int, slices: int, parts: int, bits: int, type_name: str, density: float
-) -> Launch:
-    """Kernel and sizes for M tokens of a packed weight, the same on both routes."""
+def configure_gather(m: int, k: int, slices: int, parts: int, bits: int, type_name: str) -> Launch:
+    """Kernel and sizes for up to 8 tokens of delta streams, the same on both routes."""
     panels = -(-k // PANEL)
     stream_bytes = LANES * GRANULE * 2 + LANES * bits
-    if _uses_gather(m, density):
-        tokens = 1 << (m - 1).bit_length()
-        block_parts = GATHER_WARPS
-        # As many parts as there are, and x of them in 48 KB: several blocks share a multiprocessor.
-        while block_parts > 1 and (
-            block_parts > parts or _widest(panels, parts, block_parts) * tokens > 24576
-        ):
-            block_parts //= 2
-        splits = -(-parts // block_parts)
-        x_bytes = _widest(panels, parts, block_parts) * tokens * 2
-        smem_bytes = GATHER_WARPS * GATHER_DEPTH * stream_bytes + x_bytes
-        smem_bytes = max(smem_bytes, GATHER_WARPS * tokens * LANES * 4)
-        grid = -(-slices // (GATHER_WARPS // block_parts)) * splits
-        name = f"sk_spmm_gather_{type_name}_d{bits}_t{tokens}"
-        partial = slices * splits * tokens * LANES if splits > 1 else 1
-        return Launch(name, grid, GATHER_WARPS * LANES, smem_bytes, partial, block_parts)
-    tokens = max(8, 1 << (m - 1).bit_length())
-    blocks = -(-slices // TENSOR_WARPS)
-    tile_bytes = tokens * (TENSOR_WARPS * LANES + 4) * 4
-    smem_bytes = 32768 + tokens * PANEL * 2 + TENSOR_WARPS * TENSOR_DEPTH * stream_bytes
-    name = f"sk_spmm_tensor_{type_name}_d{bits}_t{tokens}"
-    partial = blocks * parts * tokens * TENSOR_WARPS * LANES if parts > 1 else 1
-    smem_bytes = max(smem_bytes, tile_bytes)
-    return Launch(name, blocks * parts, TENSOR_WARPS * LANES, smem_bytes, partial, 0)
-
-
-def _uses_gather(m: int, density: float) -> bool:
-    """The cost of `gather` grows with tokens and values, that of `tensor` hardly does: they meet
-    at 4 tokens, at 8 where W has 8 % of its values (docs/LOG.md)."""
-    return m <= 4 or (m <= 8 and density <= 0.08)
+    tokens = 1 << (m - 1).bit_length()
+    block_parts = GATHER_WARPS
+    # As many parts as there are, and x of them in 48 KB: several blocks share a multiprocessor.
+    while block_parts > 1 and (
+        block_parts > parts or _widest(panels, parts, block_parts) * tokens > 24576
+    ):
+        block_parts //= 2
+    splits = -(-parts // block_parts)
+    x_bytes = _widest(panels, parts, block_parts) * tokens * 2
+    smem_bytes = GATHER_WARPS * GATHER_DEPTH * stream_bytes + x_bytes
+    smem_bytes = max(smem_bytes, GATHER_WARPS * tokens * LANES * 4)
+    grid = -(-slices // (GATHER_WARPS // block_parts)) * splits
+    name = f"sk_spmm_gather_{type_name}_d{bits}_t{tokens}"
+    partial = slices * splits * tokens * LANES if splits > 1 else 1
+    return Launch(name, grid, GATHER_WARPS * LANES, smem_bytes, partial, block_parts)
 
 
 def _widest(panels: int, parts: int, block_parts: int) -> int:
@@ -88,6 +75,32 @@ def _widest(panels: int, parts: int, block_parts: int) -> int:
     ends = [min(parts, start + block_parts) for start in starts]
     spans = [e * panels // parts - s * panels // parts for s, e in zip(starts, ends, strict=True)]
     return max(spans) * PANEL
+
+
+@lru_cache(maxsize=4096)
+def configure_cover(
+    m: int, slices: int, windows: int, per_group: int, type_name: str, multiprocessors: int
+) -> Launch:
+    """Kernel and sizes for up to 64 tokens of a cover, the same on both routes.
+
+    The work is cut into equal runs of windows, one for each block: 16 warps on each multiprocessor,
+    8 where there is little. 12288 x 12288, 16 tokens, 132 multiprocessors: 2304 windows of 48
+    blocks of 256 rows, in 264 runs.
+    """
+    tokens = max(8, 1 << (m - 1).bit_length())
+    warps = 8 if tokens <= 16 else 16
+    blocks = -(-slices // warps)
+    units = blocks * windows
+    runs = multiprocessors
+    if warps == 8 and units >= 4 * multiprocessors:
+        runs *= 2
+    runs = max(1, min(runs, units))
+    shares = -(-windows * runs // units) + 1 if units else 1
+    ring_bytes = warps * COVER_DEPTH[per_group] * cover.RECORD_BYTES[per_group]
+    rows = warps * LANES
+    smem_bytes = max(tokens * cover.WINDOW * 2 + ring_bytes, tokens * (rows + 4) * 4)
+    name = f"sk_spmm_cover_{type_name}_v{per_group}_t{tokens}"
+    return Launch(name, runs, rows, smem_bytes, blocks * shares * tokens * rows, shares)
 
 
 def spmm_packed(x: Tensor, packed: Packed, bias: Tensor | None = None) -> Tensor:
@@ -101,14 +114,23 @@ def spmm_packed(x: Tensor, packed: Packed, bias: Tensor | None = None) -> Tensor
     y = x.new_empty(m, packed.n)
     if y.numel() == 0:
         return y
+    if packed.k == 0:
+        return y.zero_() if bias is None else y.copy_(bias.expand_as(y))
     x = x.contiguous()
-    type_name, density = _TYPES[x.dtype], packed.nnz / max(1, packed.n * packed.k)
-    launch = configure(
-        m, packed.k, packed.slices, packed.parts, packed.bits, type_name, round(density, 3)
+    if isinstance(packed, Cover):
+        _run_cover(x, packed, bias, y)
+        return y
+    for first in range(0, m, GATHER_TOKENS):
+        last = min(m, first + GATHER_TOKENS)
+        _run_gather(x[first:last], packed, bias, y[first:last])
+    return y
+
+
+def _run_gather(x: Tensor, packed: Streams, bias: Tensor | None, y: Tensor) -> None:
+    m, device = x.shape[0], x.device.index
+    launch = configure_gather(
+        m, packed.k, packed.slices, packed.parts, packed.bits, _TYPES[x.dtype]
     )
-    partial = x.new_empty(launch.partial, dtype=torch.float32)
-    is_gather = launch.block_parts > 0
-    device = x.device.index
     cuda_library.function(launch.kernel, device)(
         (launch.grid, 1),
         launch.block,
@@ -117,43 +139,80 @@ def spmm_packed(x: Tensor, packed: Packed, bias: Tensor | None = None) -> Tensor
         packed.values.data_ptr(),
         packed.deltas.data_ptr(),
         packed.offsets.data_ptr(),
-        *(() if is_gather else (packed.counts.data_ptr(),)),
         packed.row_order.data_ptr(),
         x.data_ptr(),
         0 if bias is None else bias.data_ptr(),
         y.data_ptr(),
-        partial.data_ptr(),
+        x.new_empty(launch.partial, dtype=torch.float32).data_ptr(),
         packed.arrived.data_ptr(),
         m,
         packed.n,
         packed.k,
         packed.slices,
         packed.parts,
-        *((launch.block_parts,) if is_gather else ()),
+        launch.shares,
     )
-    return y
+
+
+def _run_cover(x: Tensor, packed: Cover, bias: Tensor | None, y: Tensor) -> None:
+    m, device = x.shape[0], x.device.index
+    launch = configure_cover(
+        m,
+        packed.slices,
+        packed.windows,
+        packed.per_group,
+        _TYPES[x.dtype],
+        _multiprocessors(x.device),
+    )
+    cuda_library.function(launch.kernel, device)(
+        (launch.grid, 1),
+        launch.block,
+        launch.smem_bytes,
+        cuda_library.current_stream(device),
+        packed.records.data_ptr(),
+        packed.steps.data_ptr(),
+        packed.row_order.data_ptr(),
+        x.data_ptr(),
+        0 if bias is None else bias.data_ptr(),
+        y.data_ptr(),
+        x.new_empty(launch.partial, dtype=torch.float32).data_ptr(),
+        packed.arrived.data_ptr(),
+        m,
+        packed.n,
+        packed.k,
+        packed.slices,
+        packed.windows,
+        launch.shares,
+    )
+
+
+_multiprocessors = cache(multiprocessors)
 
 
 def expand(packed: Packed) -> Tensor:
     """W [N, K], dense; stored zeros and missing entries are both 0."""
-    w = packed.values.new_zeros(packed.n, packed.k)
-    streams = packed.slices * packed.parts
-    if packed.values.numel():
-        device = w.device.index
-        cuda_library.function(f"sk_expand_d{packed.bits}", device)(
-            (-(-streams // EXPAND_WARPS), 1),
-            EXPAND_WARPS * LANES,
-            0,
-            cuda_library.current_stream(device),
-            packed.values.data_ptr(),
-            packed.deltas.data_ptr(),
-            packed.offsets.data_ptr(),
-            packed.row_order.data_ptr(),
-            w.data_ptr(),
-            packed.k,
-            packed.slices,
-            packed.parts,
-        )
+    w = torch.zeros(packed.n, packed.k, dtype=packed.dtype, device=packed.row_order.device)
+    if packed.nnz == 0:
+        return w
+    if isinstance(packed, Cover):
+        name, units = f"sk_expand_cover_v{packed.per_group}", packed.slices * packed.windows
+        tensors, sizes = (packed.records, packed.steps), (packed.slices, packed.windows)
+    else:
+        name, units = f"sk_expand_d{packed.bits}", packed.slices * packed.parts
+        tensors = packed.values, packed.deltas, packed.offsets
+        sizes = packed.slices, packed.parts
+    device = w.device.index
+    cuda_library.function(name, device)(
+        (-(-units // EXPAND_WARPS), 1),
+        EXPAND_WARPS * LANES,
+        0,
+        cuda_library.current_stream(device),
+        *(tensor.data_ptr() for tensor in tensors),
+        packed.row_order.data_ptr(),
+        w.data_ptr(),
+        packed.k,
+        *sizes,
+    )
     return w
 
 
@@ -163,8 +222,16 @@ def expand(packed: Packed) -> Tensor:
 class _Pack:
     """The pack of one pattern; values are brought in when they may have changed."""
 
-    def __init__(self, row_offsets: Tensor, col_indices: Tensor, values: Tensor, n: int, k: int):
-        self.layout = Layout(row_offsets, col_indices, n, k)
+    def __init__(
+        self,
+        row_offsets: Tensor,
+        col_indices: Tensor,
+        values: Tensor,
+        n: int,
+        k: int,
+        tokens: int,
+    ):
+        self.layout = layout_for(row_offsets, col_indices, n, k, tokens)
         self.packed = self.layout.fill(values)
         self.index_version = version_of(row_offsets, col_indices)
         self.values_seen = _seen(values)
@@ -188,9 +255,10 @@ def _seen(values: Tensor) -> tuple[int, int] | None:
 _packs: dict[tuple, tuple[_Pack, weakref.ref]] = {}
 
 
-def _packed_of(row_offsets, col_indices, values, n, k) -> Packed:
+def _packed_of(row_offsets, col_indices, values, n, k, tokens) -> Packed:
+    tokens = 1 if tokens <= STREAM_TOKENS else 16 if tokens <= 16 else MOST_TOKENS
     nnz = col_indices.shape[0]
-    key = (row_offsets.data_ptr(), col_indices.data_ptr(), n, k, nnz, values.dtype)
+    key = (row_offsets.data_ptr(), col_indices.data_ptr(), n, k, nnz, values.dtype, tokens)
     entry = _packs.get(key)
     if entry is not None and entry[0].index_version == version_of(row_offsets, col_indices):
         return entry[0].refresh(values)
@@ -200,12 +268,13 @@ def _packed_of(row_offsets, col_indices, values, n, k) -> Packed:
             "call the model once before the capture, as for any warm-up"
         )
     forget = weakref.ref(col_indices, lambda _: _packs.pop(key, None))
-    _packs[key] = (_Pack(row_offsets, col_indices, values, n, k), forget)
+    _packs[key] = (_Pack(row_offsets, col_indices, values, n, k, tokens), forget)
     return _packs[key][0].packed
 
 
 def _spmm_stream(row_offsets, col_indices, values, n, k, x, bias=None):
-    return spmm_packed(x, _packed_of(row_offsets, col_indices, values, n, k), bias)
+    packed = _packed_of(row_offsets, col_indices, values, n, k, x.shape[0])
+    return spmm_packed(x, packed, bias)
 
 
 # `expand` for CSR: a scatter and torch.mm, in the dtype of the operands.
@@ -243,6 +312,8 @@ def _refuse_stream(p: Problem) -> str | None:
     major, minor = torch.cuda.get_device_capability()
     if major < 8:
         return f"it needs compute capability 8.0, not {major}.{minor}"
+    if p.M > STREAM_TOKENS and not cover.is_built():
+        return f"without the C++ library it serves up to {STREAM_TOKENS} tokens, not {p.M}"
     limit = density_limit(f"sm_{major}{minor}", p.dtype, p.M, "stream", "expand")
     if limit is not None and p.density > limit:
         return f"writing W out is faster above density {limit:.2f} at {p.M} tokens"
@@ -256,7 +327,7 @@ def _refuse_expand(p: Problem) -> str | None:
 
 
 def _describe_stream(p: Problem) -> str:
-    kernel = "gather" if _uses_gather(p.M, p.density) else "tensor"
+    kernel = "gather" if choose_layout(p.M) == "streams" else "cover"
     return f"{kernel} kernel, packed on the first call; values that require grad on every call"
 
 

@@ -1,0 +1,43 @@
+// The 16-bit floats that kernels read and write, and what every kernel here knows of a warp.
+#pragma once
+
+#include "ptx.cuh"
+
+namespace sk {
+
+constexpr int kWarp = 32;
+constexpr unsigned kAllLanes = 0xffffffffu;
+
+struct bf16 {
+  unsigned short bits;
+};
+struct f16 {
+  unsigned short bits;
+};
+
+template <class T>
+struct Convert;
+
+template <>
+struct Convert<bf16> {
+  static __device__ float low(unsigned pair) { return __uint_as_float(pair << 16); }
+  static __device__ float high(unsigned pair) { return __uint_as_float(pair & 0xffff0000u); }
+  static __device__ unsigned short round(float value) { return round_to_bf16(value); }
+};
+
+template <>
+struct Convert<f16> {
+  static __device__ float low(unsigned pair) {
+    return f16_to_float(static_cast<unsigned short>(pair));
+  }
+  static __device__ float high(unsigned pair) {
+    return f16_to_float(static_cast<unsigned short>(pair >> 16));
+  }
+  static __device__ unsigned short round(float value) { return round_to_f16(value); }
+};
+
+__device__ inline unsigned word(const uint4& v, int i) {
+  return i == 0 ? v.x : i == 1 ? v.y : i == 2 ? v.z : v.w;
+}
+
+}  // namespace sk

@@ -1,0 +1,158 @@
+// The instructions that CUDA C++ has no name for, each a function. Kernels hold no assembly, so the
+// tests can run them on a CPU, where tests/cuda/emulated_ptx.h takes the place of this file's.
+//
+// Addresses of shared memory are 32 bits, as the instructions want them.
+#pragma once
+
+#if !defined(__CUDACC__) && !defined(__CUDACC_RTC__)
+#include "emulated_ptx.h"
+#else
+
+namespace sk {
+
+__device__ inline unsigned shared_address(const void* pointer) {
+  return static_cast<unsigned>(__cvta_generic_to_shared(pointer));
+}
+
+__device__ inline unsigned load_shared_u8(unsigned at) {
+  unsigned v;
+  asm volatile("ld.shared.u8 %0, [%1];" : "=r"(v) : "r"(at) : "memory");
+  return v;
+}
+
+__device__ inline unsigned load_shared_u16(unsigned at) {
+  unsigned v;
+  asm volatile("ld.shared.u16 %0, [%1];" : "=r"(v) : "r"(at) : "memory");
+  return v;
+}
+
+__device__ inline unsigned load_shared_u32(unsigned at) {
+  unsigned v;
+  asm volatile("ld.shared.u32 %0, [%1];" : "=r"(v) : "r"(at) : "memory");
+  return v;
+}
+
+__device__ inline uint2 load_shared_v2(unsigned at) {
+  uint2 v;
+  asm volatile("ld.shared.v2.u32 {%0,%1}, [%2];" : "=r"(v.x), "=r"(v.y) : "r"(at) : "memory");
+  return v;
+}
+
+__device__ inline uint4 load_shared_v4(unsigned at) {
+  uint4 v;
+  asm volatile("ld.shared.v4.u32 {%0,%1,%2,%3}, [%4];"
+               : "=r"(v.x), "=r"(v.y), "=r"(v.z), "=r"(v.w)
+               : "r"(at)
+               : "memory");
+  return v;
+}
+
+__device__ inline void store_shared(unsigned at, uint2 v) {
+  asm volatile("st.shared.v2.u32 [%0], {%1,%2};" : : "r"(at), "r"(v.x), "r"(v.y) : "memory");
+}
+
+__device__ inline void store_shared(unsigned at, uint4 v) {
+  asm volatile("st.shared.v4.u32 [%0], {%1,%2,%3,%4};"
+               :
+               : "r"(at), "r"(v.x), "r"(v.y), "r"(v.z), "r"(v.w)
+               : "memory");
+}
+
+// Copies from global to shared memory in the background: kBytes is 4, 8 or 16.
+template <int kBytes>
+__device__ inline void copy_async(unsigned to, const void* from) {
+  if constexpr (kBytes == 16) {
+    asm volatile("cp.async.cg.shared.global [%0], [%1], 16;" : : "r"(to), "l"(from) : "memory");
+  } else {
+    asm volatile("cp.async.ca.shared.global [%0], [%1], %2;"
+                 :
+                 : "r"(to), "l"(from), "n"(kBytes)
+                 : "memory");
+  }
+}
+
+// 16 bytes, if count > limit: a predicate, where the compiler would make a branch.
+__device__ inline void copy_async_if(unsigned to, const void* from, int count, int limit) {
+  asm volatile(
+      "{\n"
+      ".reg .pred p;\n"
+      "setp.gt.s32 p, %2, %3;\n"
+      "@p cp.async.cg.shared.global [%0], [%1], 16;\n"
+      "}"
+      :
+      : "r"(to), "l"(from), "r"(count), "r"(limit)
+      : "memory");
+}
+
+// The copies of this thread since the last commit are a group.
+__device__ inline void commit_copies() { asm volatile("cp.async.commit_group;" : : : "memory"); }
+
+// Until at most kGroups groups of this thread are under way.
+template <int kGroups>
+__device__ inline void wait_copies() {
+  asm volatile("cp.async.wait_group %0;" : : "n"(kGroups) : "memory");
+}
+
+// Four 8 x 8 matrices of 16-bit elements, transposed. Lane 8 i + r gives the address of row r of
+// matrix i, 16 bytes. Lane 4 g + t gets out[i]: rows 2 t (low half) and 2 t + 1 of column g.
+__device__ inline void load_matrices_transposed(unsigned (&out)[4], unsigned row) {
+  asm volatile("ldmatrix.sync.aligned.m8n8.x4.trans.shared.b16 {%0,%1,%2,%3}, [%4];"
+               : "=r"(out[0]), "=r"(out[1]), "=r"(out[2]), "=r"(out[3])
+               : "r"(row)
+               : "memory");
+}
+
+struct bf16;
+struct f16;
+
+// c [16, 8] += a [16, 32] b [32, 8] with a sparse: of each group of four columns a row has two
+// values, at the positions that two bits each name. Fragments of lane (g, t) = lane / 4, lane % 4:
+//
+//   a0, a2   row g, groups t and t + 4: two values; a1, a3 the same of row g + 8
+//   b_i      rows 8 i + 2 t (low half) and 8 i + 2 t + 1 of column g
+//   c0, c1   row g, columns 2 t and 2 t + 1; c2, c3 row g + 8
+//
+// positions: of lanes t = 2 kSelector + u, for groups 4 u .. 4 u + 3, a nibble each: row g in the
+// low half, row g + 8 in the high one. The two positions of a group differ, in any order: the form
+// `mma.sp` without `::ordered_metadata`.
+template <class T, int kSelector>
+__device__ inline void mma_sparse(float (&c)[4], const unsigned (&a)[4], const unsigned (&b)[4],
+                                  unsigned positions);
+
+#define SK_MMA_SPARSE(type, selector)                                                             \
+  template <>                                                                                     \
+  __device__ inline void mma_sparse<type, selector>(float (&c)[4], const unsigned (&a)[4],        \
+                                                    const unsigned (&b)[4], unsigned positions) { \
+    asm volatile("mma.sp.sync.aligned.m16n8k32.row.col.f32." #type "." #type                      \
+                 ".f32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9,%10,%11}, {%0,%1,%2,%3}, %12, %13;"   \
+                 : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3])                                 \
+                 : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b[0]), "r"(b[1]), "r"(b[2]),   \
+                   "r"(b[3]), "r"(positions), "n"(selector));                                     \
+  }
+SK_MMA_SPARSE(bf16, 0)
+SK_MMA_SPARSE(bf16, 1)
+SK_MMA_SPARSE(f16, 0)
+SK_MMA_SPARSE(f16, 1)
+#undef SK_MMA_SPARSE
+
+__device__ inline unsigned short round_to_bf16(float value) {
+  unsigned short bits;
+  asm("cvt.rn.bf16.f32 %0, %1;" : "=h"(bits) : "f"(value));
+  return bits;
+}
+
+__device__ inline unsigned short round_to_f16(float value) {
+  unsigned short bits;
+  asm("cvt.rn.f16.f32 %0, %1;" : "=h"(bits) : "f"(value));
+  return bits;
+}
+
+__device__ inline float f16_to_float(unsigned short bits) {
+  float value;
+  asm("cvt.f32.f16 %0, %1;" : "=f"(value) : "h"(bits));
+  return value;
+}
+
+}  // namespace sk
+
+#endif

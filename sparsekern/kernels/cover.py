@@ -1,0 +1,100 @@
+"""W as the sparse tensor cores read it: columns in groups of four, one or two values a row.
+
+csrc/pattern/cover.h says how a tile of 32 rows and 256 columns is covered, csrc/cuda/spmm_cover.cu
+how it is read. 0.594 bytes (one value a group) or 1.156 (two) for each row and slot, and 1 to 2.4
+times as many slots as columns: docs/LOG.md has the table. Packing runs on the CPU, in C++.
+"""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from .layout import LANES, Packed, sort_rows
+
+try:
+    from .. import _C
+except ImportError:
+    _C = None
+
+WINDOW = 256  # columns
+ROW_BLOCK = 256  # rows sorted by nnz: those of a thread block, or half of them
+RECORD_BYTES = {1: 608, 2: 1184}
+
+
+def is_built() -> bool:
+    return _C is not None
+
+
+def choose_per_group(tokens: int, density: float) -> int:
+    """Values of a row in a group of four columns: what is faster on an H200 (docs/LOG.md). One
+    takes fewer bytes up to a density of 0.55, two fewer reads of x."""
+    return 2 if density > (0.55 if tokens <= 16 else 0.28) else 1
+
+
+@dataclass(frozen=True)
+class Cover(Packed):
+    """records: 16-bit floats [steps, bytes / 2] (values, then positions and columns as bits).
+    steps: int32 [slices * windows + 1], those before each tile. row_order: int32 [slices * 32],
+    the row of each lane, -1 for none. arrived: int32 [slices], zeros: what blocks that share rows
+    count on in a product.
+    """
+
+    per_group: int
+    records: Tensor
+    steps: Tensor
+    row_order: Tensor
+    arrived: Tensor
+
+    @property
+    def windows(self) -> int:
+        return -(-self.k // WINDOW)
+
+
+class CoverLayout:
+    """The index part of a pack, and `places`: where each value of W lies in the records."""
+
+    def __init__(self, row_offsets: Tensor, col_indices: Tensor, n: int, k: int, per_group: int):
+        device = col_indices.device
+        self.n, self.k, self.per_group = n, k, per_group
+        self.row_order = sort_rows(row_offsets, n, ROW_BLOCK)
+        row_order, offsets = self.row_order.cpu(), row_offsets.cpu()
+        indices = col_indices.cpu()
+        slices, windows = row_order.shape[0] // LANES, -(-k // WINDOW)
+        cover = _C.Cover(
+            offsets.data_ptr(),
+            indices.data_ptr(),
+            n,
+            k,
+            indices.shape[0],
+            row_order.data_ptr(),
+            slices,
+            per_group,
+            torch.get_num_threads(),
+        )
+        steps = torch.empty(slices * windows + 1, dtype=torch.int32)
+        records = torch.zeros(cover.steps, RECORD_BYTES[per_group] // 2, dtype=torch.int16)
+        places = torch.empty(indices.shape[0], dtype=torch.int64)
+        cover.write(steps.data_ptr(), records.data_ptr(), places.data_ptr())
+        self.steps, self.places = steps.to(device), places.to(device)
+        self.records = records.to(device)
+
+    def fill(self, values: Tensor) -> Cover:
+        """A pack with these values, in the order of the CSR indices."""
+        records = self.records.clone().view(values.dtype)
+        cover = Cover(
+            self.n,
+            self.k,
+            values.shape[0],
+            self.per_group,
+            records,
+            self.steps,
+            self.row_order,
+            self.row_order.new_zeros(self.row_order.shape[0] // LANES),
+        )
+        self.refill_(cover, values)
+        return cover
+
+    def refill_(self, packed: Cover, values: Tensor) -> None:
+        """Other values in a pack of this layout."""
+        packed.records.view(-1)[self.places] = values.detach()
