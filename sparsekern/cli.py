@@ -203,11 +203,12 @@ def run_generate(
     if checkpoint:
         if random_weights or sparsity is not None:
             raise ValueError("checkpoint: its weights and zeros stay, give no others")
-        models, tokenizer = trained_models(checkpoint, place, kind, bench)
+        models, tokenizer = trained_models(checkpoint, place, kind, batch, bench)
     else:
         if not random_weights:
             raise ValueError(f"preset: {preset} has no trained weights here, add --random-weights")
-        models = random_models(preset, sparsity or 0.0, place, kind, sampling["seed"], bench)
+        seed = sampling["seed"]
+        models = random_models(preset, sparsity or 0.0, place, kind, seed, batch, bench)
         tokenizer = ByteTokenizer()
     idx = tokenizer.encode(prompt)[None].long().repeat(batch, 1).to(place)
     if bench:
@@ -231,7 +232,7 @@ def chosen_device(name: str | None) -> torch.device:
 
 
 def trained_models(
-    path: Path, device: torch.device, dtype: torch.dtype, with_dense: bool
+    path: Path, device: torch.device, dtype: torch.dtype, batch: int, with_dense: bool
 ) -> tuple[dict[str, GPT], Tokenizer]:
     model, tokenizer = load_model(path)
     models = {}
@@ -239,7 +240,7 @@ def trained_models(
         if not any(isinstance(module, SparseLinear) for module in model.modules()):
             raise ValueError(f"bench: expected a sparse model, {path} is dense")
         models["dense"] = densify_(copy.deepcopy(model)).to(device, dtype)
-    models["sparse"] = for_inference(model.to(device, dtype))
+    models["sparse"] = for_inference(model.to(device, dtype), batch)
     return models, tokenizer
 
 
@@ -249,6 +250,7 @@ def random_models(
     device: torch.device,
     dtype: torch.dtype,
     seed: int,
+    batch: int,
     with_dense: bool,
 ) -> dict[str, GPT]:
     if not 0 <= sparsity < 1:
@@ -258,7 +260,7 @@ def random_models(
         if not sparsity:
             raise ValueError("bench: expected a sparse model, give a sparsity above 0")
         models["dense"] = random_gpt(PRESETS[preset], 0.0, device, dtype, seed)
-    models["sparse"] = random_gpt(PRESETS[preset], sparsity, device, dtype, seed)
+    models["sparse"] = random_gpt(PRESETS[preset], sparsity, device, dtype, seed, batch)
     return models
 
 

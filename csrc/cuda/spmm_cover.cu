@@ -269,6 +269,7 @@ __device__ void spmm_cover(const uint4* records, const int* steps, const int* ro
       sums[i] =
           *reinterpret_cast<const float4*>(tile + token * kTileRow + i % kQuads * 128 + lane * 4);
     }
+    __syncthreads();  // the tile has been read
     const int first_run = run_of(block * windows, runs, units);
     const int shares = run_of(block * windows + windows - 1, runs, units) - first_run + 1;
     bool is_last = true;

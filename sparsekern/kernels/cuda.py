@@ -314,10 +314,23 @@ def _refuse_stream(p: Problem) -> str | None:
         return f"it needs compute capability 8.0, not {major}.{minor}"
     if p.M > STREAM_TOKENS and not cover.is_built():
         return f"without the C++ library it serves up to {STREAM_TOKENS} tokens, not {p.M}"
+    if p.M > STREAM_TOKENS and (needed := _smem_bytes(p)) > (most := _most_smem_bytes()):
+        return f"it needs {needed} bytes of shared memory, the GPU has {most} for a block"
     limit = density_limit(f"sm_{major}{minor}", p.dtype, p.M, "stream", "expand")
     if limit is not None and p.density > limit:
         return f"writing W out is faster above density {limit:.2f} at {p.M} tokens"
     return None
+
+
+def _smem_bytes(p: Problem) -> int:
+    """Of the cover kernel."""
+    per_group = cover.choose_per_group(p.M, p.density)
+    return configure_cover(p.M, 1, 1, per_group, _TYPES[p.dtype], 1).smem_bytes
+
+
+@cache
+def _most_smem_bytes() -> int:
+    return torch.cuda.get_device_properties().shared_memory_per_block_optin
 
 
 def _refuse_expand(p: Problem) -> str | None:
