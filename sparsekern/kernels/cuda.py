@@ -131,6 +131,7 @@ def _run_gather(x: Tensor, packed: Streams, bias: Tensor | None, y: Tensor) -> N
     launch = configure_gather(
         m, packed.k, packed.slices, packed.parts, packed.bits, _TYPES[x.dtype]
     )
+    partial = x.new_empty(launch.partial, dtype=torch.float32)
     cuda_library.function(launch.kernel, device)(
         (launch.grid, 1),
         launch.block,
@@ -143,7 +144,7 @@ def _run_gather(x: Tensor, packed: Streams, bias: Tensor | None, y: Tensor) -> N
         x.data_ptr(),
         0 if bias is None else bias.data_ptr(),
         y.data_ptr(),
-        x.new_empty(launch.partial, dtype=torch.float32).data_ptr(),
+        partial.data_ptr(),
         packed.arrived.data_ptr(),
         m,
         packed.n,
@@ -164,6 +165,7 @@ def _run_cover(x: Tensor, packed: Cover, bias: Tensor | None, y: Tensor) -> None
         _TYPES[x.dtype],
         _multiprocessors(x.device),
     )
+    partial = x.new_empty(launch.partial, dtype=torch.float32)
     cuda_library.function(launch.kernel, device)(
         (launch.grid, 1),
         launch.block,
@@ -175,7 +177,7 @@ def _run_cover(x: Tensor, packed: Cover, bias: Tensor | None, y: Tensor) -> None
         x.data_ptr(),
         0 if bias is None else bias.data_ptr(),
         y.data_ptr(),
-        x.new_empty(launch.partial, dtype=torch.float32).data_ptr(),
+        partial.data_ptr(),
         packed.arrived.data_ptr(),
         m,
         packed.n,

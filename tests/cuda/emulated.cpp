@@ -1,0 +1,427 @@
+// Runs kernels as emulated.h says. Each thread of a block is a fiber, with a stack of its own.
+#undef _FORTIFY_SOURCE  // its longjmp refuses to go to another stack
+
+#include <setjmp.h>
+#include <sys/mman.h>
+#include <ucontext.h>
+#include <unistd.h>
+
+#include <algorithm>
+#include <cstdarg>
+#include <cstdio>
+#include <string>
+#include <vector>
+
+#include "emulated_ptx.h"
+
+uint3 threadIdx, blockIdx;
+dim3 blockDim, gridDim;
+
+namespace sk {
+alignas(1024) char smem[227 * 1024];
+}
+
+namespace emulated {
+namespace {
+
+constexpr unsigned kThreads = 512;  // the most of a block
+constexpr std::size_t kStackBytes = 64 * 1024;
+
+enum class State { kReady, kAtBarrier, kInWarp, kExited };
+
+struct Copy {
+  unsigned to;
+  const void* from;
+  unsigned bytes, group;
+};
+
+struct Thread {
+  State state = State::kExited;
+  bool has_stack = false;  // in use: `here` is where it goes on
+  jmp_buf here;
+  // Of the meeting it waits in.
+  const char* name;
+  Run* run;
+  void* mine;
+  std::vector<Copy> copies;  // not yet waited for, the oldest first
+  unsigned group;            // of the next copy
+};
+
+Thread threads[kThreads];
+unsigned current;  // thread
+jmp_buf scheduler;
+bool backward, failed;
+std::string error;
+unsigned smem_bytes;
+const Entry* kernel;
+void** arguments;
+
+std::vector<const Entry*>& table() {
+  static std::vector<const Entry*> entries;  // made before the first entry
+  return entries;
+}
+
+const Entry* find(const char* name) {
+  for (const Entry* entry : table()) {
+    if (!std::strcmp(entry->name, name)) return entry;
+  }
+  return nullptr;
+}
+
+// Fibers
+
+char* stack_of(unsigned thread) {
+  static const std::size_t page = sysconf(_SC_PAGESIZE);
+  static char* const stacks = [] {
+    void* all = mmap(nullptr, kThreads * (kStackBytes + page), PROT_READ | PROT_WRITE,
+                     MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
+    for (unsigned i = 0; all != MAP_FAILED && i < kThreads; ++i) {
+      mprotect(static_cast<char*>(all) + i * (kStackBytes + page), page, PROT_NONE);
+    }
+    return static_cast<char*>(all);
+  }();
+  if (stacks == MAP_FAILED) return nullptr;
+  return stacks + thread * (kStackBytes + page) + page;
+}
+
+void leave() {
+  if (_setjmp(threads[current].here) == 0) _longjmp(scheduler, 1);
+}
+
+void check_barrier();
+void check_warp(unsigned warp);
+
+// Runs its thread in one block after the other.
+void fiber() {
+  for (;;) {
+    kernel->caller(kernel->kernel, arguments);
+    threads[current].state = State::kExited;
+    threads[current].copies.clear();
+    check_barrier();
+    check_warp(current / kWarp);
+    leave();
+  }
+}
+
+// Until it waits, exits or fails.
+void resume(unsigned thread) {
+  current = thread;
+  threadIdx = {thread, 0, 0};
+  if (_setjmp(scheduler)) return;
+  Thread& t = threads[thread];
+  if (t.has_stack) _longjmp(t.here, 1);
+  t.has_stack = true;
+  ucontext_t context;
+  getcontext(&context);
+  context.uc_stack.ss_sp = stack_of(thread);
+  context.uc_stack.ss_size = kStackBytes;
+  context.uc_link = nullptr;
+  makecontext(&context, fiber, 0);
+  setcontext(&context);
+}
+
+// Waiting
+
+unsigned count(State state, unsigned first = 0, unsigned last = kThreads) {
+  return std::count_if(threads + first, threads + last,
+                       [=](const Thread& t) { return t.state == state; });
+}
+
+// The barrier opens when all that live have come.
+void check_barrier() {
+  const unsigned waiting = count(State::kAtBarrier, 0, blockDim.x);
+  if (!waiting || waiting + count(State::kExited, 0, blockDim.x) < blockDim.x) return;
+  for (Thread& t : threads) {
+    if (t.state == State::kAtBarrier) t.state = State::kReady;
+  }
+}
+
+// The lanes of a warp go on when all that live have come.
+void check_warp(unsigned warp) {
+  Thread* lanes = threads + warp * kWarp;
+  Run* run = nullptr;
+  void* brought[kWarp] = {};
+  for (int lane = 0; lane < kWarp; ++lane) {
+    if (lanes[lane].state == State::kExited) continue;
+    if (lanes[lane].state != State::kInWarp) return;
+    run = lanes[lane].run;
+    brought[lane] = &lanes[lane];
+  }
+  if (!run) return;
+  for (void*& lane : brought) lane = lane ? static_cast<Thread*>(lane)->mine : nullptr;
+  run(brought);
+  for (int lane = 0; lane < kWarp; ++lane) {
+    if (lanes[lane].state == State::kInWarp) lanes[lane].state = State::kReady;
+  }
+}
+
+std::string who_waits() {
+  std::string text = "deadlock:";
+  for (unsigned i = 0; i < blockDim.x; ++i) {
+    const Thread& t = threads[i];
+    const char* at = t.state == State::kAtBarrier ? "__syncthreads" : t.name;
+    if (t.state == State::kExited) continue;
+    text += " thread " + std::to_string(i) + " waits in " + at + ",";
+    if (text.size() > 100) break;
+  }
+  return text + " " + std::to_string(count(State::kExited, 0, blockDim.x)) + " have exited";
+}
+
+void run_block() {
+  std::memset(sk::smem, 0xff, sizeof sk::smem);  // NaNs
+  for (unsigned i = 0; i < blockDim.x; ++i) {
+    threads[i].state = State::kReady;
+    threads[i].group = 0;
+  }
+  const unsigned warps = blockDim.x / kWarp;
+  bool any = true;
+  while (any) {
+    any = false;
+    for (unsigned i = 0; i < warps; ++i) {
+      const unsigned warp = backward ? warps - 1 - i : i;
+      // A warp goes as far as it can, ahead of the others.
+      for (bool again = true; again;) {
+        again = false;
+        for (unsigned j = 0; j < kWarp; ++j) {
+          const unsigned thread = warp * kWarp + (backward ? kWarp - 1 - j : j);
+          if (threads[thread].state != State::kReady) continue;
+          resume(thread);
+          if (failed) return;
+          again = any = true;
+        }
+      }
+    }
+  }
+  failed = true;
+  if (count(State::kExited, 0, blockDim.x) < blockDim.x) {
+    error = who_waits();
+  } else if (std::any_of(sk::smem + smem_bytes, std::end(sk::smem),
+                         [](char c) { return c != '\xff'; })) {
+    error = "shared memory beyond the " + std::to_string(smem_bytes) + " bytes was written";
+  } else {
+    failed = false;
+  }
+}
+
+}  // namespace
+
+Entry::Entry(const char* name, Kernel* kernel, void (*caller)(Kernel*, void**),
+             const char* signature)
+    : name(name), kernel(kernel), caller(caller), signature(signature) {
+  table().push_back(this);
+}
+
+void fail(const char* format, ...) {
+  char text[200];
+  va_list values;
+  va_start(values, format);
+  std::vsnprintf(text, sizeof text, format, values);
+  va_end(values);
+  error = "thread " + std::to_string(current) + ": " + text;
+  failed = true;
+  _longjmp(scheduler, 1);
+}
+
+void wait_for_block() {
+  const unsigned first = current / kWarp * kWarp;
+  if (count(State::kInWarp, first, first + kWarp)) {
+    fail("divergence: __syncthreads, and others of its warp in a warp's instruction");
+  }
+  threads[current].state = State::kAtBarrier;
+  check_barrier();
+  if (threads[current].state != State::kReady) leave();
+}
+
+void meet(const char* name, Run* run, void* mine, bool all) {
+  const unsigned first = current / kWarp * kWarp;
+  for (unsigned i = first; i < first + kWarp; ++i) {
+    const Thread& t = threads[i];
+    if (t.state == State::kAtBarrier) fail("divergence: %s, thread %u in __syncthreads", name, i);
+    if (t.state == State::kInWarp && std::strcmp(t.name, name)) {
+      fail("divergence: %s, thread %u in %s", name, i, t.name);
+    }
+    if (t.state == State::kExited && all) fail("divergence: %s, thread %u has exited", name, i);
+  }
+  Thread& me = threads[current];
+  me.state = State::kInWarp;
+  me.name = name;
+  me.run = run;
+  me.mine = mine;
+  check_warp(current / kWarp);
+  if (me.state != State::kReady) leave();
+}
+
+void run_nothing(void* const (&)[kWarp]) {}
+
+void run_shuffle(void* const (&lanes)[kWarp]) {
+  for (void* lane : lanes) {
+    if (!lane) continue;
+    auto& mine = *static_cast<Shuffle*>(lane);
+    const auto* from = static_cast<Shuffle*>(lanes[static_cast<unsigned>(mine.from) % kWarp]);
+    if (!from) fail("__shfl_sync: from lane %d, which has exited", mine.from);
+    mine.result = from->value;
+  }
+}
+
+// Shared memory
+
+char* shared_bytes(const char* what, unsigned at, unsigned bytes) {
+  if (at > smem_bytes || bytes > smem_bytes - at) {
+    fail("%s: shared bytes %u to %u of %u", what, at, at + bytes, smem_bytes);
+  }
+  if (at % bytes) fail("%s: %u bytes at %u are not aligned", what, bytes, at);
+  return sk::smem + at;
+}
+
+void begin_copy(unsigned to, const void* from, unsigned bytes) {
+  if (reinterpret_cast<std::uintptr_t>(from) % bytes) {
+    fail("copy_async: %u bytes from %p are not aligned", bytes, from);
+  }
+  std::memset(shared_bytes("copy_async", to, bytes), 0xff, bytes);
+  threads[current].copies.push_back({to, from, bytes, threads[current].group});
+}
+
+void commit() { ++threads[current].group; }
+
+void wait_for_copies(unsigned groups) {
+  Thread& t = threads[current];
+  auto copy = t.copies.begin();
+  for (; copy != t.copies.end() && copy->group + groups < t.group; ++copy) {
+    std::memcpy(sk::smem + copy->to, copy->from, copy->bytes);
+  }
+  t.copies.erase(t.copies.begin(), copy);
+}
+
+// Tensor cores
+
+void run_load_matrices(void* const (&lanes)[kWarp]) {
+  for (int lane = 0; lane < kWarp; ++lane) {
+    const int column = lane / 4, row = lane % 4 * 2;
+    for (int i = 0; i < 4; ++i) {
+      unsigned short pair[2];
+      for (int r = 0; r < 2; ++r) {
+        const unsigned at = static_cast<Matrices*>(lanes[8 * i + row + r])->row;
+        std::memcpy(&pair[r], shared_bytes("load_matrices_transposed", at, 16) + column * 2, 2);
+      }
+      static_cast<Matrices*>(lanes[lane])->out[i] = pair[0] | static_cast<unsigned>(pair[1]) << 16;
+    }
+  }
+}
+
+void run_mma(void* const (&lanes)[kWarp]) {
+  const auto of = [&](int lane) -> const Mma& { return *static_cast<Mma*>(lanes[lane]); };
+  const auto number = [is_bf16 = of(0).is_bf16](unsigned pair, int half) {
+    const unsigned bits = half ? pair >> 16 : pair & 0xffffu;
+    return is_bf16 ? __uint_as_float(bits << 16) : sk::f16_to_float(bits);
+  };
+  float b[32][8];
+  for (int lane = 0; lane < kWarp; ++lane) {
+    for (int i = 0; i < 8; ++i) {
+      b[i / 2 * 8 + lane % 4 * 2 + i % 2][lane / 4] = number(of(lane).b[i / 2], i % 2);
+    }
+  }
+  for (int row = 0; row < 16; ++row) {
+    const int g = row % 8, upper = row / 8;
+    float sums[8];
+    for (int col = 0; col < 8; ++col) sums[col] = of(g * 4 + col / 2).c[upper * 2 + col % 2];
+    for (int group = 0; group < 8; ++group) {
+      const unsigned a = of(g * 4 + group % 4).a[group / 4 * 2 + upper];
+      const unsigned all = of(g * 4 + 2 * of(0).selector + group / 4).positions;
+      const unsigned two = all >> (upper * 16 + group % 4 * 4) & 15;
+      if (two % 4 == two / 4) {
+        fail("mma_sparse: row %d, group %d has position %u twice", row, group, two % 4);
+      }
+      for (int half = 0; half < 2; ++half) {
+        const float value = number(a, half);
+        const float* x = b[group * 4 + (two >> 2 * half & 3)];
+        for (int col = 0; col < 8; ++col) sums[col] += value * x[col];
+      }
+    }
+    for (int col = 0; col < 8; ++col) of(g * 4 + col / 2).c[upper * 2 + col % 2] = sums[col];
+  }
+}
+
+}  // namespace emulated
+
+namespace sk {
+
+unsigned shared_address(const void* pointer) {
+  const auto at = reinterpret_cast<std::uintptr_t>(pointer) - reinterpret_cast<std::uintptr_t>(smem);
+  if (at > sizeof smem) emulated::fail("shared_address: %p is not in shared memory", pointer);
+  return static_cast<unsigned>(at);
+}
+
+unsigned short round_to_bf16(float value) {
+  const unsigned bits = __float_as_uint(value);
+  if (value != value) return 0x7fff;
+  return static_cast<unsigned short>((bits + 0x7fff + (bits >> 16 & 1)) >> 16);
+}
+
+unsigned short round_to_f16(float value) {
+  const unsigned bits = __float_as_uint(value), sign = bits >> 16 & 0x8000;
+  const unsigned size = bits & 0x7fffffff;
+  if (value != value) return 0x7fff;
+  unsigned rounded;
+  if (size < 0x38800000) {  // below 2^-14: steps of 2^-24
+    rounded = static_cast<unsigned>(nearbyintf(fabsf(value) * 0x1p24f));
+  } else {
+    rounded = (size - 0x38000000 + 0xfff + (size >> 13 & 1)) >> 13;
+  }
+  return static_cast<unsigned short>(sign | std::min(rounded, 0x7c00u));
+}
+
+float f16_to_float(unsigned short bits) {
+  const unsigned sign = (bits & 0x8000u) << 16, exponent = bits >> 10 & 31, fraction = bits & 1023;
+  if (exponent == 0) return __uint_as_float(sign | __float_as_uint(fraction * 0x1p-24f));
+  return __uint_as_float(sign | (exponent == 31 ? 255 : exponent + 112) << 23 | fraction << 13);
+}
+
+}  // namespace sk
+
+extern "C" {
+
+// Threads, warps and blocks run from the last to the first.
+void emu_backward(int yes) { emulated::backward = yes; }
+
+// Of the i-th kernel; null beyond the last.
+const char* emu_kernel(unsigned i) {
+  return i < emulated::table().size() ? emulated::table()[i]->name : nullptr;
+}
+
+const char* emu_signature(const char* name) {
+  const emulated::Entry* entry = emulated::find(name);
+  return entry ? entry->signature : nullptr;
+}
+
+// Null, or what went wrong. args[i] points to the i-th argument.
+const char* emu_launch(const char* name, unsigned grid_x, unsigned grid_y, unsigned block,
+                       unsigned smem_bytes, void** args) {
+  using namespace emulated;
+  kernel = find(name);
+  if (!kernel) return "unknown kernel";
+  if (!grid_x || !grid_y || !block || block % kWarp || block > kThreads) {
+    return "a grid of no blocks, or blocks that are no whole warps up to 512 threads";
+  }
+  if (smem_bytes > sizeof sk::smem) return "more than 227 KB of shared memory";
+  if (!stack_of(0)) return "no memory for stacks";
+  arguments = args;
+  emulated::smem_bytes = smem_bytes;
+  gridDim = {grid_x, grid_y, 1};
+  blockDim = {block, 1, 1};
+  failed = false;
+  const unsigned blocks = grid_x * grid_y;
+  for (unsigned i = 0; i < blocks && !failed; ++i) {
+    const unsigned at = backward ? blocks - 1 - i : i;
+    blockIdx = {at % grid_x, at / grid_x, 0};
+    run_block();
+  }
+  if (!failed) return nullptr;
+  error = "block (" + std::to_string(blockIdx.x) + ", " + std::to_string(blockIdx.y) + "), " + error;
+  for (Thread& t : threads) {  // stacks are left as they are
+    t.has_stack = false;
+    t.state = State::kExited;
+    t.copies.clear();
+  }
+  return error.c_str();
+}
+}
