@@ -66,6 +66,10 @@ def test_predict_mistakes(capsys):
     assert "checkpoint: none.pt does not exist" in error_line(
         capsys, "predict", "--checkpoint=none.pt"
     )
+    for flag in ("batch", "layers", "systems"):
+        message = error_line(capsys, "predict", f"--{flag}=0")
+        assert f"{flag}: expected at least 1, got 0" in message
+    assert "batch: expected at least 1, got 0" in error_line(capsys, "sweep", "--batch=0")
 
 
 def test_predict_reads_the_masks_of_a_checkpoint(capsys, tmp_path):
@@ -178,10 +182,41 @@ def test_compare_takes_training_steps(capsys):
     assert "train_step demo, 1024 tokens, 1 threads" in out
 
 
+def test_compare_takes_products_of_a_gpu(capsys, tmp_path, monkeypatch):
+    """Those of our kernels that are right. By default, all results in bench/results are read and
+    other files are left out."""
+    ways = {
+        name: {"kind": kind, "is_right": is_right, "median_s": 1.0}
+        for name, kind, is_right in (
+            ("F.linear cublas", "dense", True),
+            ("stream", "ours", True),
+            ("triton", "ours", False),
+            ("torch CSR", "peer", True),
+        )
+    }
+    cell = {"op": "spmm", "M": 8, "N": 96, "K": 64, "nnz": 1536, "sparsity": 0.75}
+    cell |= {"mask": "random", "dtype": "torch.bfloat16", "ways": ways}
+    cell["speedups"] = {"stream": 2.0, "triton": 3.0, "torch CSR": 4.0}
+    folder = tmp_path / "bench" / "results"
+    folder.mkdir(parents=True)
+    (folder / "gpu.json").write_text(json.dumps({"cells": [cell]}))
+    (folder / "other.json").write_text("[]")
+    monkeypatch.chdir(tmp_path)
+    out = run(capsys, "compare", "--json=pairs.json")
+    assert "spmm 96x64, 8 tokens, bfloat16, stream, cold" in out
+    pairs = json.loads(Path("pairs.json").read_text())
+    assert [pair["measured"] for pair in pairs] == [2.0]
+    assert pairs[0]["mask"] == "of its density" and 1 <= pairs[0]["full"] <= 4.0001
+
+
 def test_compare_refuses_other_files(capsys, tmp_path):
     (tmp_path / "x.json").write_text("[]")
     message = error_line(capsys, "compare", "--results", str(tmp_path / "x.json"))
     assert "results: " in message and "is not a result of bench/run.py" in message
+    assert "none.json does not exist" in error_line(capsys, "compare", "--results", "none.json")
+    some = str(next(RESULTS.glob("*16-threads.json")))
+    message = error_line(capsys, "compare", "--match=nothing", "--results", some)
+    assert "match: no measurement has 'nothing' in its name" in message
 
 
 def test_a_benchmark_mask_is_the_measured_one():

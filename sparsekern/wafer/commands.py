@@ -40,7 +40,11 @@ def add_commands(
     added = command("predict", _run_predict, "one training step, and inference")
     _add_model(added)
     _add_machine(added)
-    added.add_argument("--checkpoint", type=Path, help="of ours: its shape and its actual masks")
+    added.add_argument(
+        "--checkpoint",
+        type=Path,
+        help="of ours: its shape and its actual masks, in place of a model's",
+    )
     added.add_argument(
         "--micro-batch", type=int, help="sequences on a system at a time (its share)"
     )
@@ -114,7 +118,7 @@ def _inputs(options: dict) -> Inputs:
 def _shape(options: dict) -> GPTShape:
     shape = gpt_shape(options["model"])
     names = ("layers", "width", "ffn", "vocabulary", "sequence")
-    given = {name: options[name] for name in names if options[name]}
+    given = {name: options[name] for name in names if options[name] is not None}
     if "width" in given:
         given.setdefault("ffn", 4 * given["width"])
     return replace(shape, **given, name=f"{shape.name}, changed") if given else shape
@@ -127,7 +131,9 @@ def _density(options: dict) -> float:
 
 
 def _batch(options: dict, shape: GPTShape, systems: int) -> int:
-    return options["batch"] or max(1, sweep.FULL_TOKENS // shape.sequence) * systems
+    if options["batch"] is not None:
+        return options["batch"]
+    return max(1, sweep.FULL_TOKENS // shape.sequence) * systems
 
 
 def _write_json(path: Path | None, value: object) -> None:
@@ -201,9 +207,10 @@ def _run_validate(**options) -> int:
 
 
 def _run_compare(**options) -> None:
-    results = options["results"] or sorted(Path("bench/results").glob("*.json"))
+    found = sorted(Path("bench/results").glob("*.json"))
+    results = options["results"] or [path for path in found if comparing.read(path)]
     if not results:
-        raise ValueError("results: no JSON files in bench/results; give --results")
+        raise ValueError("results: none in bench/results; give --results")
     pairs = comparing.compare(
         machine(options["machine"]),
         results,

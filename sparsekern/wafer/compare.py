@@ -1,7 +1,7 @@
 """Speed-ups measured here (bench/results) beside the wafer's, for the same shapes and masks."""
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -50,27 +50,56 @@ def compare(
 ) -> list[Pair]:
     """Of every product and training step in the JSON files of `results` with `match` in its name.
 
-    `mask_of` makes the mask of a measurement again from its parameters, or gives None: then a
-    random one of its density is assumed."""
+    `mask_of` makes the mask of a measurement on a CPU again from its parameters, or gives None:
+    then, and for those on a GPU, a random one of its density is assumed."""
     inputs = inputs or Inputs()
     pairs = []
     for path in results:
-        try:
-            benchmarks = json.loads(path.read_text())["benchmarks"]
-        except (json.JSONDecodeError, KeyError, TypeError) as error:
-            raise ValueError(f"results: {path} is not a result of bench/run.py") from error
-        for benchmark in benchmarks:
+        result = read(path)
+        if result is None:
+            raise ValueError(f"results: {path} is not a result of bench/run.py or bench/run_gpu.py")
+        for benchmark in result.get("benchmarks", ()):
             info = benchmark["extra_info"]
             if "speedup" not in info or match not in benchmark["name"]:
                 continue
             if info["op"] in PRODUCTS:
-                pairs.append(_product(machine, inputs, path, info, mask_of(info)))
+                how = f"{info['threads']} threads"
+                pairs.append(_product(machine, inputs, path, info, how, mask_of(info)))
             elif info["op"] == STEP:
                 pairs.append(_step(machine, inputs, path, info))
+        for info, kernel in _gpu_products(result.get("cells", ())):
+            pair = _product(machine, inputs, path, info, kernel, None)
+            if match in pair.what:
+                pairs.append(pair)
+    if not pairs:
+        raise ValueError(f"match: no measurement has {match!r} in its name")
     return pairs
 
 
-def _product(machine: Machine, inputs: Inputs, path: Path, info: dict, mask: Mask | None) -> Pair:
+def read(path: Path) -> dict | None:
+    """A result of bench/run.py or bench/run_gpu.py; None for any other JSON."""
+    if not path.is_file():
+        raise FileNotFoundError(f"results: {path} does not exist")
+    try:
+        result = json.loads(path.read_text())
+    except json.JSONDecodeError:
+        return None
+    is_result = isinstance(result, dict) and ("benchmarks" in result or "cells" in result)
+    return result if is_result else None
+
+
+def _gpu_products(cells: list[dict]) -> Iterator[tuple[dict, str]]:
+    """Our kernels' right products in a result of bench/run_gpu.py, with the kernel's name."""
+    for cell in cells:
+        density = cell["nnz"] / (cell["N"] * cell["K"])
+        for kernel, speedup in cell["speedups"].items():
+            if cell["ways"][kernel]["kind"] == "ours" and cell["ways"][kernel]["is_right"]:
+                yield cell | {"density": density, "speedup": speedup, "is_cold": True}, kernel
+
+
+def _product(
+    machine: Machine, inputs: Inputs, path: Path, info: dict, how: str, mask: Mask | None
+) -> Pair:
     n, k, product = info["N"], info["K"], PRODUCTS[info["op"]]
     pattern = info["density"] if mask is None else mask
 
@@ -85,7 +114,7 @@ def _product(machine: Machine, inputs: Inputs, path: Path, info: dict, mask: Mas
     def speedup(tokens: int) -> float:
         return seconds(tokens, 1.0, 1.0) / seconds(tokens, pattern, info["density"])
 
-    details = f"{info['dtype'].removeprefix('torch.')}, {info['threads']} threads"
+    details = f"{info['dtype'].removeprefix('torch.')}, {how}"
     if info.get("is_cold"):
         details += ", cold"
     if info["mask"] != "random":

@@ -147,7 +147,7 @@ def step_cost(
     """One step on `batch` sequences. `density`: of every linear layer, or the weights themselves;
     `micro_batch`: sequences on a system at a time, default all of its share."""
     inputs = inputs or Inputs()
-    for name, value in (("batch", batch), ("systems", systems)):
+    for name, value in (("systems", systems), ("batch", batch)):
         if value < 1:
             raise ValueError(f"{name}: expected at least 1, got {value}")
     share = math.ceil(batch / systems)

@@ -61,7 +61,7 @@ def sweep(
     """`batch`: sequences of all systems together; by default each system is full."""
     rows = []
     for name, count, model, sparsity in product(machines, systems, models, sparsities):
-        sequences = batch or default_batch(model, count)
+        sequences = default_batch(model, count) if batch is None else batch
         found = compare_with_dense(
             machine(name), gpt_shape(model), 1 - sparsity, sequences, count, inputs
         )
