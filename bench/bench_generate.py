@@ -14,18 +14,19 @@ import gc
 import json
 import re
 import time
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from datetime import date
 from pathlib import Path
 
 import measure
 import pytest
 import torch
-from measure import DENSE, Rival, ours
 from pytest_benchmark.utils import get_commit_info
 from torch import Tensor
 
 from sparsekern import densify_, sparsify_
+from sparsekern.bench.machine import processor
+from sparsekern.bench.race import DENSE, Race, Rival, ours
 from sparsekern.gpt import speed
 from sparsekern.gpt.checkpoint import atomic_write
 from sparsekern.gpt.generate import CACHE_MULTIPLE, Decoder
@@ -71,7 +72,7 @@ def random_prompt(config: GPTConfig, batch: int, context: int) -> Tensor:
 
 
 @pytest.mark.runs_on(workloads=workloads)
-def test_generate(race, workload):
+def test_generate(benchmark, is_quick, workload):
     config = PRESETS.get(workload.model, TINY)
     sparse = random_gpt(config, workload.sparsity)
     dense = densify_(copy.deepcopy(sparse))
@@ -85,12 +86,14 @@ def test_generate(race, workload):
         return decoder.tokens
 
     assert torch.equal(*map(run, decoders))
-    race(
-        "generate",
+    race = Race(
         ours(lambda: run(decoders[0])),
         [Rival("dense", DENSE, lambda: run(decoders[1]))],
-        {"M": workload.batch},
+        workload.threads,
+        most_rounds=measure.most_rounds(is_quick),
     )
+    info = {"op": "generate", "device": "cpu", **asdict(workload), "M": workload.batch}
+    measure.run(benchmark, f"generate {workload}", race, info)
 
 
 # On a GPU
@@ -155,7 +158,7 @@ def main() -> None:
         "config": vars(config),
         "dtype": str(dtype),
         "gpu": gpu,
-        "cpu": measure.cpu_name(),
+        "cpu": processor(),
         "torch": torch.__version__,
         "commit": get_commit_info(),
         "runs": [],

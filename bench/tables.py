@@ -4,6 +4,7 @@ from collections.abc import Callable, Iterable
 from statistics import geometric_mean, median
 from typing import TYPE_CHECKING
 
+from sparsekern.bench.records import groups, select, sparsities_of
 from sparsekern.report import COLOURS, MARKERS, table
 
 if TYPE_CHECKING:
@@ -18,18 +19,6 @@ PASSES = {
 PANELS = ("spmm", "spmm_t", "sddmm")
 OURS = "sparsekern"
 ALL_SHAPES = 5
-
-
-def select(infos: Iterable[dict], **wanted) -> list[dict]:
-    """Those with these fields; a tuple lists the values that will do."""
-
-    def fits(info: dict) -> bool:
-        return all(
-            info.get(name) in (value if isinstance(value, tuple) else (value,))
-            for name, value in wanted.items()
-        )
-
-    return [info for info in infos if fits(info)]
 
 
 def is_plain(info: dict) -> bool:
@@ -48,18 +37,6 @@ def label(info: dict) -> str:
     if info["mask"] != "random":
         parts.append("magnitude-pruned")
     return ", ".join(parts)
-
-
-def groups(infos: Iterable[dict], *keys: Callable[[dict], object]) -> dict[tuple, list[dict]]:
-    """Together what has the same keys, in the order of first appearance."""
-    found: dict[tuple, list[dict]] = {}
-    for info in infos:
-        found.setdefault(tuple(key(info) for key in keys), []).append(info)
-    return found
-
-
-def sparsities_of(infos: Iterable[dict]) -> list[float]:
-    return sorted({info["sparsity"] for info in infos})
 
 
 def percent(sparsities: Iterable[float]) -> list[str]:

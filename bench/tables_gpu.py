@@ -4,10 +4,11 @@ from collections.abc import Callable, Iterable
 from statistics import geometric_mean, median
 from typing import TYPE_CHECKING
 
-from measure_gpu import SHAPES
-from replay_gpu import OURS
-from tables import groups, percent, select, sparsities_of
+from tables import percent
 
+from sparsekern.bench.measure_gpu import SHAPES
+from sparsekern.bench.records import groups, select, sparsities_of
+from sparsekern.bench.replay_gpu import OURS
 from sparsekern.report import COLOURS, MARKERS, table
 
 if TYPE_CHECKING:

@@ -6,12 +6,12 @@ from dataclasses import replace
 from typing import Any
 
 import torch
-from measure_gpu import Way
-from replay_gpu import OURS, PEER
 from torch import Tensor
 
-from sparsekern import SparseTensor
-from sparsekern.kernels import table
+from ..kernels import table
+from ..tensor import SparseTensor
+from .measure_gpu import Way
+from .replay_gpu import OURS, PEER
 
 STREAM_TOKENS = 64  # the most that the CUDA kernels take
 
@@ -26,8 +26,8 @@ def absent(name: str, kind: str, reason: str) -> Way:
 def stream() -> Way:
     """Packed weights, laid out beforehand, and the CUDA kernels that read them."""
     try:
-        from sparsekern.kernels.cuda import spmm_packed
-        from sparsekern.kernels.packed import pack
+        from ..kernels.cuda import spmm_packed
+        from ..kernels.packed import pack
     except ImportError as error:
         return absent("stream", OURS, str(error))
     return Way(
@@ -44,20 +44,21 @@ def stream() -> Way:
 def row(name: str) -> Way:
     """A row of the kernel table, with a CSR copy of W for each call. Where it derives a layout of
     its own, its first call does, which is not timed."""
-    run = next((r.run for r in table.KERNELS if (r.name, r.op) == (name, "spmm")), None)
+    rows = [r for r in table.KERNELS if (r.name, r.op) == (name, "spmm") and r.device != "cpu"]
+    run = next((r.run for r in rows), None)
     if run is None:
         return absent(name, OURS, f"the kernel table has no row {name}")
     return Way(
         name,
         OURS,
         lambda W: W,
-        _clone,
+        clone,
         lambda x, W: run(W.row_offsets, W.col_indices, W.values, W.n, W.k, x),
         lambda W: W.values.nbytes,
     )
 
 
-def _clone(W: SparseTensor) -> SparseTensor:
+def clone(W: SparseTensor) -> SparseTensor:
     parts = (W.row_offsets, W.col_indices, W.values)
     return SparseTensor(*(part.clone() for part in parts), W.shape)
 

@@ -15,10 +15,10 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from replay_gpu import DENSE, Clock, Contender, Runner, race
 from torch import Tensor
 
-from sparsekern import SparseTensor
+from ..tensor import SparseTensor
+from .replay_gpu import DENSE, Clock, Contender, Runner, race
 
 SHAPES = (  # N x K
     (6144, 2048),
