@@ -103,7 +103,7 @@ def test_sddmm(race, workload):
     race(products.values_gradient(workload))
 
 
-@pytest.mark.runs_on(workloads=partial(grid, tokens=(1024,), two_threads=(1024,)))
+@pytest.mark.runs_on(workloads=gradient_grid)
 def test_linear(race, workload):
     """Forward and both gradients through autograd."""
     race(products.training_step(workload))

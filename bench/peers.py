@@ -27,6 +27,7 @@ from sparsekern.bench.products import cold_copies, feature_major, torch_csr
 from sparsekern.bench.race import PACKED, SPARSE, Rival, rotate
 
 BENCH = Path(__file__).parent
+BSR_BLOCK = (4, 4)
 DEEPSPARSE_PYTHON = BENCH.parent / "build" / "deepsparse" / "bin" / "python"  # make deepsparse
 
 
@@ -43,6 +44,14 @@ class Peer:
 
 def _from_fm(y: np.ndarray) -> Tensor:
     return torch.from_numpy(y.T)
+
+
+def _torch_bsr(W: SparseTensor, x: Tensor) -> Rival:
+    """Blocks with a single value in them are stored whole: at random nearly all of W is."""
+    matrix, x_fm = W.to_dense().to_sparse_bsr(BSR_BLOCK), feature_major(x)
+    if x_fm.ndim == 1:
+        return Rival("torch BSR", SPARSE, lambda: torch.mv(matrix, x_fm), lambda y: y[None])
+    return Rival("torch BSR", SPARSE, lambda: torch.mm(matrix, x_fm), torch.t)
 
 
 # SciPy, one thread always, and MKL through sparse_dot_mkl. Both take NumPy's arrays.
@@ -190,6 +199,7 @@ def _find() -> tuple[Peer, ...]:
     no_onnx = _onnxruntime_missing()
     return (
         Peer("torch CSR", SPARSE, fm, torch_csr),
+        Peer("torch BSR", SPARSE, f"{fm}; blocks of 4 x 4", _torch_bsr, is_light=False),
         Peer("scipy CSR", SPARSE, f"{fm}; one thread always", _scipy_csr),
         Peer("sparse_dot_mkl", SPARSE, fm, _mkl_csr, _mkl_missing()),
         Peer(

@@ -39,6 +39,7 @@ SUMMARY = (
         "forward, M = 1, weights cold, bf16",
         {"op": "spmm", "M": 1, **PLAIN, "is_cold": True, "dtype": "torch.bfloat16"},
     ),
+    ("training step of a linear, M = {M}", {"op": "linear", "M": 1024, **PLAIN}),
     ("training step of the demo's GPT", {"op": "train_step", "model": "demo"}),
     ("training step of GPT-2 small", {"op": "train_step", "model": "gpt2-small"}),
 )

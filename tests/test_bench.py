@@ -33,7 +33,7 @@ def result(op: str, M: int, sparsity: float, ours_s: float, **info) -> dict:
         "scipy CSR": {"kind": "sparse", "median_s": 8.0, "error": 1e-7, "is_right": True},
         "hasty": {"kind": "sparse", "median_s": 0.1, "error": 0.5, "is_right": False},
     }
-    shape = {"N": 8, "K": 8, "dtype": "torch.float32", "mask": "random", "is_cold": False}
+    shape = {"N": 768, "K": 768, "dtype": "torch.float32", "mask": "random", "is_cold": False}
     counts = {"dense_flop": 40, "calls": 1, "error": 2e-7, "threads": 1}
     fields = {"op": op, "M": M, "sparsity": sparsity, **shape, **counts, "rivals": rivals, **info}
     return {"stats": {"median": ours_s}, "extra_info": fields}

@@ -226,14 +226,30 @@ def test_ways_that_cannot_run_here_say_why():
 
 
 def test_rows_of_the_table_and_torch_csr_compute_the_product():
-    W, x = torch.randn(24, 16).relu(), torch.randn(5, 16)
-    for way in (peers_gpu.row("dense"), peers_gpu.torch_csr()):
+    W, x = torch.randn(48, 16).relu(), torch.randn(5, 16)
+    for way in (peers_gpu.row("dense"), peers_gpu.torch_csr(), peers_gpu.torch_bsr()):
         layout = way.lay_out(SparseTensor.from_dense(W))
         copy = way.clone(layout)
         assert 0 < way.nbytes(copy) == way.nbytes(layout) and copy is not layout
         for tokens in (x, x[:1]):
             y = way.result(way.multiply(way.prepare(tokens), copy))
             torch.testing.assert_close(y, tokens @ W.t())
+
+
+def test_a_way_with_another_weight_is_held_against_its_own_product():
+    way = dense_way("2:4")
+    way = replace(
+        way,
+        lay_out=lambda W: peers_gpu.largest_two_of_four(W.to_dense()),
+        dense_of=lambda W: W,
+        kind="bound",
+    )
+    (cell, _) = run(small_grid(sparsities=(0.0,)), [way])
+    assert cell["ways"]["2:4"]["is_right"]
+    (cell, _) = run(small_grid(sparsities=(0.0,)), [replace(way, dense_of=None)])
+    assert not cell["ways"]["2:4"]["is_right"]
+    kept = peers_gpu.largest_two_of_four(torch.tensor([[1.0, -4, 3, 2, 0, 0, 5, -6]]))
+    assert kept.tolist() == [[0, -4, 3, 0, 0, 0, 5, -6]]
 
 
 def some_cells() -> list[dict]:

@@ -75,6 +75,9 @@ class Way:
     is_graphed: bool = True
     note: str = ""  # what sets it apart from the others
     missing: str | None = None  # why it cannot run here
+    dense_of: Callable[[Any], Tensor] | None = (
+        None  # of a layout that is another W than the others'
+    )
 
 
 def weight(
@@ -247,7 +250,8 @@ class Shape:
         operand = way.prepare(x)
         calls = [lambda copy=copy: way.multiply(operand, copy) for copy in copies]
         info = {"bytes": way.nbytes(copies[0]), "note": way.note}
-        contender = Contender(way.name, way.kind, calls, way.result, way.is_graphed, info)
+        own = way.dense_of and x.double() @ way.dense_of(copies[0]).double().t()
+        contender = Contender(way.name, way.kind, calls, way.result, way.is_graphed, info, own)
         return self._check(contender, exact)
 
     def _check(self, contender: Contender, exact: Tensor) -> Runner:

@@ -6,13 +6,15 @@ from dataclasses import replace
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from ..kernels import table
 from ..tensor import SparseTensor
 from .measure_gpu import Way
-from .replay_gpu import OURS, PEER
+from .replay_gpu import BOUND, OURS, PEER
 
+BSR_BLOCK = (16, 16)
 STREAM_TOKENS = 64  # the most that the CUDA kernels take
 
 
@@ -81,6 +83,44 @@ def torch_csr() -> Way:
     )
 
 
+def torch_bsr() -> Way:
+    return Way(
+        "torch BSR",
+        PEER,
+        lambda W: W.to_dense().to_sparse_bsr(BSR_BLOCK),
+        torch.Tensor.clone,
+        lambda x, W: torch.mm(W, x),
+        lambda W: sum(t.nbytes for t in (W.crow_indices(), W.col_indices(), W.values())),
+        prepare=lambda x: x.t().contiguous(),
+        result=torch.t,
+        is_graphed=False,
+        note=f"blocks of {BSR_BLOCK[0]} x {BSR_BLOCK[1]}; queued calls, no graph",
+    )
+
+
+def two_of_four() -> Way:
+    """cuSPARSELt on the two largest of each four values of W: another product, at a density of 0.5
+    whatever W's, and the most that structure gives."""
+    pack = torch.sparse.to_sparse_semi_structured
+    return Way(
+        "2:4",
+        BOUND,
+        lambda W: pack(largest_two_of_four(W.to_dense())),
+        lambda W: pack(W.to_dense()),
+        F.linear,
+        lambda W: W.packed.nbytes,
+        is_graphed=False,
+        note="other work: two of four weights; queued calls, no graph",
+        dense_of=lambda W: W.to_dense(),
+    )
+
+
+def largest_two_of_four(W: Tensor) -> Tensor:
+    fours = W.view(-1, 4)
+    smallest = fours.abs().argsort(dim=1)[:, :2]
+    return fours.scatter(1, smallest, 0).view_as(W)
+
+
 def cupy_csr() -> Way:
     try:
         cupy = importlib.import_module("cupy")
@@ -138,7 +178,9 @@ def decode_ways() -> list[Way]:
         stream(),
         replace(row("triton"), where=lambda M, sparsity, mask: (M, mask) == (16, "random")),
         replace(torch_csr(), where=on_few),
+        replace(torch_bsr(), where=on_few),
         replace(cupy_csr(), where=on_few),
+        replace(two_of_four(), where=on_few),
     ]
 
 
