@@ -206,11 +206,10 @@ def plot(cells: list[dict], title: str) -> "Figure":
     cells = [c for c in select(cells, mask="random") if speedup(c, STREAM)]
     figure = Figure(figsize=(10, 4.8), layout="constrained")
     means, shapes = figure.subplots(1, 2, sharey=True)
-    colours, markers = (*COLOURS, "#E69F00", "#56B4E9", "#000000"), (*MARKERS, "v", "P", "X")
     by_tokens = groups(cells, lambda c: c["M"])
     one = groups(select(cells, M=1), lambda c: f"{c['N']}x{c['K']}")
     for panel, curves, name in ((means, by_tokens, "M = {}"), (shapes, one, "{}")):
-        for ((key,), chosen), colour, marker in zip(curves.items(), colours, markers, strict=False):
+        for ((key,), chosen), colour, marker in zip(curves.items(), COLOURS, MARKERS, strict=False):
             points = {
                 100 * s: geometric_mean([speedup(c, STREAM) for c in select(chosen, sparsity=s)])
                 for s in sparsities_of(chosen)

@@ -24,6 +24,7 @@ from .gpt.prune import PruneConfig, prune
 from .gpt.train import TrainConfig, config_from, load_model, resumed_config, train
 from .kernels.cuda_library import route
 from .nn import SparseLinear, densify_
+from .overview import page
 from .wafer import commands as wafer
 
 try:
@@ -67,6 +68,15 @@ def main(arguments: list[str] | None = None) -> int:
     demonstration.add_argument("--out", type=Path, default=Path("out"), help="folder (%(default)s)")
 
     bench.add_commands(commands.add_parser("bench", help="how fast the products are here"))
+
+    reporter = commands.add_parser("report", help="one page of everything that was measured")
+    reporter.set_defaults(run=run_report)
+    reporter.add_argument(
+        "--results", type=Path, default=Path("bench/results"), help="folder (%(default)s)"
+    )
+    reporter.add_argument(
+        "--out", type=Path, default=Path("out/report"), help="folder (%(default)s)"
+    )
 
     wafer_parser = commands.add_parser("wafer", help="what the same masks would do on a wafer")
     wafer.add_commands(wafer_parser, masks.checkpoint_weights, masks.benchmark_mask)
@@ -246,6 +256,11 @@ def random_models(
         models["dense"] = random_gpt(PRESETS[preset], 0.0, device, dtype, seed)
     models["sparse"] = random_gpt(PRESETS[preset], sparsity, device, dtype, seed)
     return models
+
+
+def run_report(results: Path, out: Path) -> None:
+    require("matplotlib", "demo")
+    print(f"Wrote {', '.join(map(str, page.write(results, out)))}")
 
 
 def run_demo(out: Path) -> None:

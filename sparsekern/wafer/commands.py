@@ -201,7 +201,7 @@ def _run_validate(**options) -> int:
 
 
 def _run_compare(**options) -> None:
-    results = options["results"] or sorted(Path("bench/results").glob("*.json"))
+    results = options["results"] or comparing.results_in(Path("bench/results"))
     if not results:
         raise ValueError("results: no JSON files in bench/results; give --results")
     pairs = comparing.compare(

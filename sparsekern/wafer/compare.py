@@ -24,6 +24,12 @@ PRODUCTS = {"spmm": FORWARD, "spmm_t": INPUT_GRADIENT, "sddmm": WEIGHT_GRADIENT}
 STEP = "train_step"
 
 
+def results_in(folder: Path) -> list[Path]:
+    """The results of products and training steps there; other benchmarks have other files."""
+    found = sorted(folder.glob("*.json"))
+    return [path for path in found if "benchmarks" in json.loads(path.read_text())]
+
+
 @dataclass(frozen=True)
 class Pair:
     """`same`: predicted for the tokens of the measurement; `full`: for as many as fill a wafer."""
