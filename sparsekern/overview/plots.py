@@ -102,7 +102,7 @@ def crossover(passes: dict[str, list[dict]]):
         for y, row in enumerate(rows.values()):
             for s, ratio in row.items():
                 text = f"{ratio:.2f}" if ratio < 10 else f"{ratio:.1f}"
-                style = {"weight": "bold"} if ratio < 1 else {}
+                style = {"weight": "bold"} if ratio < 0.995 else {}
                 is_dark = abs(math.log2(ratio)) > 0.6 * limit
                 style |= {"color": "white" if is_dark else "black", "fontsize": 9}
                 panel.text(sparsities.index(s), y, text, ha="center", va="center", **style)
@@ -156,7 +156,8 @@ def roofline(records: list[dict], names: dict[str, str], ceilings: dict):
 
 
 def bars(groups: dict[str, dict[str, float]], ylabel: str, ratio_of: tuple[str, str] | None = None):
-    """Groups of bars: group -> who -> value. ratio_of: (above, below) writes their ratio on top."""
+    """Groups of bars: group -> who -> value. ratio_of: (over, under) writes their ratio on top of
+    the first of them."""
     made, (panel,) = figure(1, width=max(6.0, 1.5 + 1.2 * len(groups)), height=4.2)
     names = list(dict.fromkeys(name for values in groups.values() for name in values))
     width = 0.8 / len(names)
@@ -166,20 +167,16 @@ def bars(groups: dict[str, dict[str, float]], ylabel: str, ratio_of: tuple[str, 
         panel.bar(at, heights, 0.92 * width, color=colour, label=name)
     for x, values in enumerate(groups.values()):
         if ratio_of and set(ratio_of) <= values.keys():
-            text = f"{values[ratio_of[0]] / values[ratio_of[1]]:.2f}x"
-            panel.annotate(
-                text,
-                (x, max(values.values())),
-                (0, 3),
-                textcoords="offset points",
-                ha="center",
-                fontsize=9,
-            )
+            over, under = (values[name] for name in ratio_of)
+            at = x + (names.index(ratio_of[0]) - (len(names) - 1) / 2) * width
+            place = {"textcoords": "offset points", "ha": "center", "fontsize": 9}
+            panel.annotate(f"{over / under:.2f}x", (at, over), (0, 3), **place)
     panel.set_xticks(range(len(groups)), list(groups), fontsize=9)
     panel.set_ylabel(ylabel)
     panel.margins(y=0.12)
     panel.yaxis.set_major_formatter("{x:,.0f}")
-    panel.legend(frameon=False, fontsize=9)
+    if len(names) > 1:
+        made.legend(loc="outside upper right", ncols=len(names), frameon=False, fontsize=9)
     _grid(panel)
     return made
 
