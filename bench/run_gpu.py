@@ -22,7 +22,7 @@ import pages
 import tables_gpu
 import torch
 
-from sparsekern.bench import crossover, measure_gpu, peers_gpu, replay_gpu
+from sparsekern.bench import ceilings, crossover, measure_gpu, peers_gpu, replay_gpu
 from sparsekern.bench.machine import about_gpu, git, gpu_under_load, installed
 from sparsekern.bench.measure_gpu import Grid, derive
 
@@ -90,8 +90,10 @@ Speed as a share of the CUDA kernels'.
 
 def machine(commit: str | None) -> dict:
     """What was measured on. nvidia-smi's numbers are read while copies keep the GPU busy."""
+    limits = ceilings.of_gpu(torch.bfloat16)
     return about_gpu() | {
-        "copy_bytes_per_s": replay_gpu.copy_bytes_per_s(),
+        "copy_bytes_per_s": limits["bytes_per_s"]["memory"],
+        "ceilings": limits,
         "under_load": gpu_under_load(),
         "system": f"{platform.system()} {platform.machine()}",
         "python": platform.python_version(),

@@ -80,7 +80,8 @@ def cells() -> dict:
         counts = {"nnz": 1000, "dtype": "torch.bfloat16"}
         return {**fields, **counts, "ways": ways, "speedups": speedups}
 
-    machine = {"gpu": "NVIDIA H200", "torch": "2.11.0", "commit": "abc", "copy_bytes_per_s": 4e12}
+    limits = {"flop_per_s": 8e14, "bytes_per_s": {"l2": 9e12, "memory": 4e12}}
+    machine = {"gpu": "NVIDIA H200", "torch": "2.11.0", "commit": "abc", "ceilings": limits}
     grid = [(M, s, N) for N in (2048, 8192) for s in (0.5, 0.7, 0.9) for M in (1, 8, 16, 32, 64)]
     every = [cell(*each) for each in grid]
     return {"verb": "decode", "date": "2026-01-02", "machine": machine, "cells": every}

@@ -11,6 +11,7 @@ from ..report import COLOURS, MARKERS
 TICKS = (0.05, 0.1, 0.2, 0.5, 1, 2, 5, 10, 20, 50)
 DIVERGING = "PuOr"  # orange: a loss, purple: a gain
 GREY = "#666666"
+LINES = ("-.", "--", "-", ":")
 
 
 def figure(panels: int, width: float = 5.0, height: float = 4.2, **options):
@@ -122,35 +123,32 @@ def _tokens(records: list[dict]) -> list[int]:
 
 def roofline(records: list[dict], names: dict[str, str], ceilings: dict):
     """Useful rate against useful FLOPs for each byte that must be moved, under the ceilings."""
-    made, (panel,) = figure(1, width=8.0, height=5.0)
+    made, (panel,) = figure(1, width=8.0, height=5.2)
     points = [
         (r["useful_flop"] / r["moved_bytes"], 1e-9 * r["useful_flop"] / r["ours_s"], r)
         for r in records
     ]
     low, high = min(p[0] for p in points) / 2, max(p[0] for p in points) * 2
     peak = 1e-9 * ceilings["flop_per_s"]
-    for level, rate in ceilings["bytes_per_s"].items():
-        corner = peak / (1e-9 * rate)
-        ends = [low, min(high, corner)]
-        if ends[0] < ends[1]:
-            panel.plot(ends, [1e-9 * rate * x for x in ends], color=GREY, linewidth=1)
-            label = f" {level}: {1e-9 * rate:,.0f} GB/s"
-            slope = {"rotation": 45, "rotation_mode": "anchor", "transform_rotates_text": True}
-            panel.text(low, 1e-9 * rate * low, label, va="bottom", fontsize=8, color=GREY, **slope)
-    panel.axhline(peak, color="black", linewidth=1.2)
-    panel.text(
-        high, peak, f"{peak:,.0f} GFLOP/s ", ha="right", va="bottom", fontsize=8, color="black"
-    )
+    panel.axhline(peak, color="black", linewidth=1.2, label=f"{peak:,.0f} GFLOP/s")
+    for (level, rate), style in zip(ceilings["bytes_per_s"].items(), LINES, strict=False):
+        rate *= 1e-9
+        ends = [low, max(low, min(high, peak / rate))]
+        label = f"{level.upper() if level != 'memory' else level}, {rate:,.0f} GB/s"
+        panel.plot(ends, [rate * x for x in ends], style, color=GREY, linewidth=1.3, label=label)
     for (op, name), colour, marker in zip(names.items(), COLOURS, MARKERS, strict=False):
         chosen = [p for p in points if p[2]["op"] == op]
         if chosen:
             style = {"color": colour, "marker": marker, "linestyle": "none", "alpha": 0.7}
             panel.plot([p[0] for p in chosen], [p[1] for p in chosen], label=name, **style)
     panel.set(xscale="log", yscale="log", xlim=(low, high))
-    panel.set_ylim(0.5 * min(p[1] for p in points), 2 * peak)
+    panel.set_ylim(min(0.5 * min(p[1] for p in points), 0.05 * peak), 2 * peak)
+    for axis in (panel.xaxis, panel.yaxis):
+        axis.set_major_formatter("{x:,.10g}")
+        axis.set_minor_formatter("")
     panel.set_xlabel("useful FLOPs for each byte of W and activations, read or written once")
     panel.set_ylabel("useful GFLOP/s")
-    panel.legend(loc="lower right", frameon=False, fontsize=9)
+    made.legend(loc="outside lower center", ncols=4, frameon=False, fontsize=9)
     _grid(panel)
     return made
 
@@ -178,6 +176,7 @@ def bars(groups: dict[str, dict[str, float]], ylabel: str, ratio_of: tuple[str, 
     if len(names) > 1:
         made.legend(loc="outside upper right", ncols=len(names), frameon=False, fontsize=9)
     _grid(panel)
+    panel.grid(visible=False, axis="x")
     return made
 
 

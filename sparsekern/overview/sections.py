@@ -141,10 +141,7 @@ def rooflines(results: Sequence[Result]) -> list[Part]:
 
 def _ceilings(result: Result, threads: int) -> dict:
     if result.kind == CELLS:
-        about = result.data["machine"]
-        limits = {"flop_per_s": about.get("flop_per_s")}
-        limits["bytes_per_s"] = {"memory": about["copy_bytes_per_s"]}
-        return limits if limits["flop_per_s"] else {}
+        return result.data["machine"].get("ceilings", {})
     ceilings = result.data["machine_info"].get("ceilings", {})
     return ceilings.get(str(threads) if threads else "cuda", {})
 
@@ -176,30 +173,28 @@ def decoding(results: Sequence[Result]) -> list[Part]:
             header += ["memory of blocks, of dense", "first token ms, dense", "sparse"]
             parts.append(_bars(result, speeds, header, rows))
         elif found := select(result.records, op="generate"):
-            speeds, rows = _speeds(found, lambda r: r["batch"] * r["tokens"], "batch", "batch")
+            speeds, rows = _speeds(
+                found,
+                lambda r: r["batch"] * r["tokens"],
+                lambda r: f"{r['model']}, {r['sparsity']:.0%}\nbatch {r['batch']}",
+            )
             parts.append(_bars(result, speeds, _SPEED_HEADER, rows))
     return parts
 
 
-_SPEED_HEADER = ["model", "zeros", "threads", "dense tokens/s", "sparse tokens/s", "times dense"]
+_SPEED_HEADER = ["model, zeros", "threads", "dense tokens/s", "sparse tokens/s", "times dense"]
 
 
-def _speeds(records: list[dict], tokens: Callable[[dict], int], field: str, name: str):
-    """(group -> dense and sparse tokens/s, rows of a table) of records of GPTs."""
+def _speeds(
+    records: list[dict], tokens: Callable[[dict], int], label: Callable[[dict], str]
+) -> tuple[dict[str, dict[str, float]], list[list[object]]]:
+    """(label -> dense and sparse tokens/s, rows of a table) of records of GPTs."""
     speeds, rows = {}, []
     for r in records:
         both = {"dense": tokens(r) / r["dense_s"], "sparse": tokens(r) / r["ours_s"]}
-        label = f"{r['model']}\n{r['sparsity']:.0%}, {name} {r[field]}"
-        speeds[f"{label}\n{r['threads']} threads" if field != "threads" else label] = both
-        rows.append(
-            [
-                r["model"],
-                f"{r['sparsity']:.0%}",
-                r["threads"],
-                *(f"{speed:,.0f}" for speed in both.values()),
-                f"{r['speedup']:.2f}",
-            ]
-        )
+        speeds[label(r)] = both
+        figures = [f"{speed:,.0f}" for speed in both.values()]
+        rows.append([label(r).replace("\n", " "), r["threads"], *figures, f"{r['speedup']:.2f}"])
     return speeds, rows
 
 
@@ -224,14 +219,11 @@ def training(results: Sequence[Result]) -> list[Part]:
             continue
         steps = select(result.records, op="train_step")
         for (threads,), chosen in groups(steps, lambda r: r["threads"]).items():
-            _, rows = _speeds(chosen, lambda r: r["M"], "threads", "threads")
-            speeds = {
-                f"{r['model'].replace('-small', '').replace('-', chr(10))}\n{r['sparsity']:.0%}": {
-                    "dense": r["M"] / r["dense_s"],
-                    "sparse": r["M"] / r["ours_s"],
-                }
-                for r in chosen
-            }
+            speeds, rows = _speeds(
+                chosen,
+                lambda r: r["M"],
+                lambda r: f"{r['model'].replace('-', chr(10))}\n{r['sparsity']:.0%}",
+            )
             figure = plots.bars(speeds, "tokens/s", ("sparse", "dense"))
             parts.append(Part(_where(result, threads), figure, _SPEED_HEADER, rows))
     return parts
