@@ -40,6 +40,9 @@ pytest-without-library: $(VENV)/.installed-test
 
 bench-smoke: $(VENV)/.installed-test
 	$(BIN)/python -m pytest -q bench --benchmark-disable --quick
+	$(BIN)/python -m sparsekern bench --quick --out build/bench/smoke.json
+	$(BIN)/python -m sparsekern bench compare build/bench/smoke.json build/bench/smoke.json
+	$(BIN)/python -m sparsekern report --out build/bench/report
 
 sanitize: $(VENV)/.installed-test
 	PATH="$$PATH:$(BIN)" cmake -G Ninja -S . -B build/sanitize -DSK_SANITIZE=ON
@@ -73,8 +76,10 @@ endif
 sanitize-gpu:
 	PYTHON=$(PYTHON) tests/sanitize_gpu.sh
 
+# README's table and plot, then the page of all results.
 bench: $(VENV)/.installed-test
 	$(BIN)/python bench/run.py
+	$(BIN)/python -m sparsekern report
 
 # Needs an NVIDIA GPU. The table in README, then the data that dispatch reads.
 bench-gpu: $(VENV)/.installed-test

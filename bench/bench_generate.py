@@ -14,18 +14,19 @@ import gc
 import json
 import re
 import time
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from datetime import date
 from pathlib import Path
 
 import measure
 import pytest
 import torch
-from measure import DENSE, Rival, ours
 from pytest_benchmark.utils import get_commit_info
 from torch import Tensor
 
 from sparsekern import densify_, sparsify_
+from sparsekern.bench.machine import processor
+from sparsekern.bench.race import DENSE, Race, Rival, ours
 from sparsekern.gpt import speed
 from sparsekern.gpt.checkpoint import atomic_write
 from sparsekern.gpt.generate import CACHE_MULTIPLE, Decoder
@@ -71,7 +72,7 @@ def random_prompt(config: GPTConfig, batch: int, context: int) -> Tensor:
 
 
 @pytest.mark.runs_on(workloads=workloads)
-def test_generate(race, workload):
+def test_generate(benchmark, is_quick, workload):
     config = PRESETS.get(workload.model, TINY)
     sparse = random_gpt(config, workload.sparsity)
     dense = densify_(copy.deepcopy(sparse))
@@ -85,12 +86,14 @@ def test_generate(race, workload):
         return decoder.tokens
 
     assert torch.equal(*map(run, decoders))
-    race(
-        "generate",
+    race = Race(
         ours(lambda: run(decoders[0])),
         [Rival("dense", DENSE, lambda: run(decoders[1]))],
-        {"M": workload.batch},
+        workload.threads,
+        most_rounds=measure.most_rounds(is_quick),
     )
+    info = {"op": "generate", "device": "cpu", **asdict(workload), "M": workload.batch}
+    measure.run(benchmark, f"generate {workload}", race, info)
 
 
 # On a GPU
@@ -106,7 +109,7 @@ def errors_of_one_block(
     twin = densify_(copy.deepcopy(sparse))
     tokens = random_prompt(config, batch, CHECK_TOKENS).to(device)
     exact = decoded_logits(copy.deepcopy(twin).double(), tokens)
-    models = {"dense": twin, "sparse": for_inference(sparse)}
+    models = {"dense": twin, "sparse": for_inference(sparse, batch)}
     errors = {
         name: ((decoded_logits(model, tokens) - exact).norm() / exact.norm()).item()
         for name, model in models.items()
@@ -125,10 +128,12 @@ def decoded_logits(model: GPT, tokens: Tensor) -> Tensor:
     return model(tokens[:, -1:], cache=cache, position=places[-1:])[0][:, -1].double()
 
 
-def build(config: GPTConfig, sparsity: float, device: str, dtype: torch.dtype) -> GPT:
-    """A random model. Its memory is what its tensors say, or this fails."""
+def build(
+    config: GPTConfig, sparsity: float, device: str, dtype: torch.dtype, batch: int = 1
+) -> GPT:
+    """A random model for `batch` sequences. Its memory is what its tensors say, or this fails."""
     began, before = time.perf_counter(), torch.cuda.memory_allocated()
-    model = random_gpt(config, sparsity, device, dtype)
+    model = random_gpt(config, sparsity, device, dtype, batch=batch)
     gc.collect()
     held, counted = torch.cuda.memory_allocated() - before, speed.memory_bytes(model)
     most = (1 + UNSEEN_MEMORY) * counted + WORKSPACE_BYTES
@@ -155,15 +160,15 @@ def main() -> None:
         "config": vars(config),
         "dtype": str(dtype),
         "gpu": gpu,
-        "cpu": measure.cpu_name(),
+        "cpu": processor(),
         "torch": torch.__version__,
         "commit": get_commit_info(),
         "runs": [],
     }
     dense = build(config, 0.0, device, dtype)
     for sparsity in options.sparsities:
-        sparse = build(config, sparsity, device, dtype)
         for batch in options.batches:
+            sparse = build(config, sparsity, device, dtype, batch)
             errors = errors_of_one_block(config, sparsity, batch, device, dtype)
             prompt = random_prompt(config, batch, options.context).to(device)
             models = {"dense": dense, "sparse": sparse}
@@ -173,7 +178,7 @@ def main() -> None:
                 file.write(json.dumps(result, indent=1).encode())
             print(f"\n## {options.preset}, {sparsity:.0%}, {gpu}\n\n{generation_section(run)}\n")
             print(f"Error of one block's logits: {errors}", flush=True)
-        del sparse, models
+            del sparse, models
 
 
 if __name__ == "__main__":

@@ -1,14 +1,14 @@
 """One training step of a GPT (forward, backward, AdamW): sparse linears against dense."""
 
 import copy
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 
 import measure
 import pytest
 import torch
-from measure import DENSE, Rival, ours
 
 from sparsekern import SparseLinear, densify_
+from sparsekern.bench.race import CORES, DENSE, Race, Rival, ours
 from sparsekern.gpt import demo
 from sparsekern.gpt.profile import linear_share, measured_cap, profile_step
 from sparsekern.gpt.train import TrainConfig, build_model, build_optimizer, compute_gradients
@@ -58,7 +58,7 @@ def workloads(quick: bool) -> list[Step]:
         Step("gpt2-small", 12, 768, GPT2_VOCABULARY, 256, 4, 0.75, 2),
         Step("gpt2-small-bytes", 12, 768, BYTES, 256, 4, 0.75, 2),
     ]
-    return [step for step in steps if step.threads <= len(measure.CORES)]
+    return [step for step in steps if step.threads <= len(CORES)]
 
 
 def check_gradients(model, x, y) -> None:
@@ -77,7 +77,7 @@ def check_gradients(model, x, y) -> None:
 
 
 @pytest.mark.runs_on(workloads=workloads)
-def test_train_step(race, workload):
+def test_train_step(benchmark, is_quick, workload):
     config = workload.config()
     tokens = torch.randint(
         workload.vocabulary,
@@ -98,13 +98,18 @@ def test_train_step(race, workload):
         step(each)
     linears = [name for name, m in model.named_modules() if isinstance(m, SparseLinear)]
     parts = profile_step(dense, optimizers[dense], (x, y), linears)
-    race(
-        "train_step",
+    race = Race(
         ours(lambda: step(model)),
         [Rival("dense", DENSE, lambda: step(dense))],
-        {
-            "M": config.batch * config.context,
-            "linear_share": linear_share(parts),
-            "cap": measured_cap(parts, float("inf")),
-        },
+        workload.threads,
+        most_rounds=measure.most_rounds(is_quick),
     )
+    info = {
+        "op": "train_step",
+        "device": "cpu",
+        **asdict(workload),
+        "M": config.batch * config.context,
+        "linear_share": linear_share(parts),
+        "cap": measured_cap(parts, float("inf")),
+    }
+    measure.run(benchmark, f"train_step {workload}", race, info)

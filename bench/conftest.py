@@ -1,15 +1,11 @@
 """--quick, the grid of workloads, and what the JSON says beside pytest-benchmark's own times."""
 
-import platform
-from functools import partial
-
 import measure
-import numpy
 import pytest
-import scipy
-import torch
 
-from sparsekern import __version__
+from sparsekern.bench import ceilings, machine
+from sparsekern.bench import race as racing
+from sparsekern.bench.rates import add_rates
 
 
 def pytest_addoption(parser):
@@ -22,35 +18,39 @@ def pytest_generate_tests(metafunc):
 
 
 @pytest.fixture
-def race(benchmark, request, workload):
-    """measure.race(op, ours, rivals, info, ...) on the cores of this workload."""
-    return partial(measure.race, benchmark, request.config.getoption("--quick"), workload)
+def is_quick(request) -> bool:
+    return request.config.getoption("--quick")
+
+
+@pytest.fixture
+def race(benchmark, is_quick):
+    """A product against its rivals and these peers."""
+
+    def run(product, peers=()):
+        contest = product.race(peers, most_rounds=measure.most_rounds(is_quick))
+        measure.run(benchmark, product.group, contest, product.info())
+
+    return run
 
 
 @pytest.fixture(autouse=True)
 def pinned(workload):
     """Before the test: peers start their threads where and as many as it says."""
-    measure.pin(workload.threads)
+    racing.pin(workload.threads)
 
 
 def pytest_benchmark_generate_machine_info():
     import peers
 
-    return {
-        "cpu": measure.cpu_name(),
-        "cores": len(measure.CORES),
-        "isa": measure.isa(),
-        "isa_of_torch": torch.backends.cpu.get_cpu_capability(),
-        "system": f"{platform.system()} {platform.machine()}",
-        "python": platform.python_version(),
-        "torch": torch.__version__,
-        "numpy": numpy.__version__,
-        "scipy": scipy.__version__,
-        "sparsekern": __version__,
+    return machine.about_cpu() | {
+        "ceilings": {str(n): ceilings.of_cpu(n) for n in range(1, 1 + min(2, len(racing.CORES)))},
         "peers": peers.report(),
     }
 
 
 def pytest_benchmark_update_json(output_json):
+    ceilings_of = output_json["machine_info"]["ceilings"]
     for benchmark in output_json["benchmarks"]:
-        measure.derive_ratios(benchmark)
+        racing.derive(benchmark)
+        info = benchmark["extra_info"]
+        add_rates(info, ceilings_of.get(str(info["threads"]), {}))

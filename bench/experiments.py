@@ -26,7 +26,7 @@ import torch
 from experiments_page import page, plot
 
 from sparsekern import __version__
-from sparsekern.cli import processor
+from sparsekern.bench.machine import processor
 from sparsekern.gpt.checkpoint import CHECKPOINT, atomic_write, load_checkpoint
 from sparsekern.gpt.config import TrainConfig, config_from, resumed_config
 from sparsekern.gpt.data import PREPARED, prepare, tokenizer_from_state

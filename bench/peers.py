@@ -20,12 +20,14 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from measure import PACKED, SPARSE, Rival
 from torch import Tensor
 
 from sparsekern import SparseTensor
+from sparsekern.bench.products import cold_copies, feature_major, torch_csr
+from sparsekern.bench.race import PACKED, SPARSE, Rival, rotate
 
 BENCH = Path(__file__).parent
+BSR_BLOCK = (4, 4)
 DEEPSPARSE_PYTHON = BENCH.parent / "build" / "deepsparse" / "bin" / "python"  # make deepsparse
 
 
@@ -44,44 +46,26 @@ def _from_fm(y: np.ndarray) -> Tensor:
     return torch.from_numpy(y.T)
 
 
-def _feature_major(x: Tensor) -> Tensor:
-    """[K, M], or the vector [K] of a single token: their own matrix-vector product is faster."""
-    return x[0].clone() if x.shape[0] == 1 else x.t().contiguous()
-
-
-# torch.sparse, whose CSR product is MKL's.
-
-
-def _torch_csr(W: SparseTensor, x: Tensor) -> Rival:
-    matrix, x_fm = W.to_torch(), _feature_major(x)
+def _torch_bsr(W: SparseTensor, x: Tensor) -> Rival:
+    """Blocks with a single value in them are stored whole: at random nearly all of W is."""
+    matrix, x_fm = W.to_dense().to_sparse_bsr(BSR_BLOCK), feature_major(x)
     if x_fm.ndim == 1:
-        return Rival("torch CSR", SPARSE, lambda: torch.mv(matrix, x_fm), lambda y: y[None])
-    return Rival("torch CSR", SPARSE, lambda: torch.mm(matrix, x_fm), torch.t)
-
-
-def sampled_addmm(W: SparseTensor, dy: Tensor, x: Tensor) -> Rival:
-    """The values' gradient (dy^T x) at the pattern of W: among peers torch alone has it."""
-    matrix, dy_fm = W.to_torch(), dy.t().contiguous()
-    return Rival(
-        "torch CSR",
-        SPARSE,
-        lambda: torch.sparse.sampled_addmm(matrix, dy_fm, x, beta=0),
-        lambda dw: dw.values(),
-    )
+        return Rival("torch BSR", SPARSE, lambda: torch.mv(matrix, x_fm), lambda y: y[None])
+    return Rival("torch BSR", SPARSE, lambda: torch.mm(matrix, x_fm), torch.t)
 
 
 # SciPy, one thread always, and MKL through sparse_dot_mkl. Both take NumPy's arrays.
 
 
 def _scipy_csr(W: SparseTensor, x: Tensor) -> Rival:
-    matrix, x_fm = W.to_scipy(), _feature_major(x).numpy()
+    matrix, x_fm = W.to_scipy(), feature_major(x).numpy()
     return Rival(
         "scipy CSR", SPARSE, lambda: matrix @ x_fm, lambda y: _from_fm(np.atleast_2d(y.T).T)
     )
 
 
 def _mkl_csr(W: SparseTensor, x: Tensor) -> Rival:
-    matrix, x_fm = W.to_scipy(), _feature_major(x).numpy()
+    matrix, x_fm = W.to_scipy(), feature_major(x).numpy()
     multiply = importlib.import_module("sparse_dot_mkl").dot_product_mkl
     return Rival(
         "sparse_dot_mkl",
@@ -214,7 +198,8 @@ def _find() -> tuple[Peer, ...]:
     fm = "feature-major"
     no_onnx = _onnxruntime_missing()
     return (
-        Peer("torch CSR", SPARSE, fm, _torch_csr),
+        Peer("torch CSR", SPARSE, fm, torch_csr),
+        Peer("torch BSR", SPARSE, f"{fm}; blocks of 4 x 4", _torch_bsr, is_light=False),
         Peer("scipy CSR", SPARSE, f"{fm}; one thread always", _scipy_csr),
         Peer("sparse_dot_mkl", SPARSE, fm, _mkl_csr, _mkl_missing()),
         Peer(
@@ -248,6 +233,12 @@ def race_entries(W: SparseTensor, x: Tensor, *, is_forward: bool) -> list[Rival]
         for peer in PEERS
         if not peer.missing and (is_forward or not peer.is_inference_only)
     ]
+
+
+def cold_entries(W: SparseTensor, x: Tensor) -> list[Rival]:
+    """Every peer that runs here and can hold hundreds of copies of W, through which it goes."""
+    light = [peer for peer in PEERS if peer.is_light and not peer.missing]
+    return [rotate(peer.multiply(each, x) for each in cold_copies(W)) for peer in light]
 
 
 def report() -> list[dict]:

@@ -12,10 +12,13 @@ import tempfile
 from datetime import date
 from pathlib import Path
 
-import measure
 import pages
 import pytest
 import tables
+
+from sparsekern.bench import machine
+from sparsekern.bench.products import COLD_BYTES
+from sparsekern.bench.race import CORES
 
 BENCH = Path(__file__).parent
 RESULTS = BENCH / "results"
@@ -36,6 +39,7 @@ SUMMARY = (
         "forward, M = 1, weights cold, bf16",
         {"op": "spmm", "M": 1, **PLAIN, "is_cold": True, "dtype": "torch.bfloat16"},
     ),
+    ("training step of a linear, M = {M}", {"op": "linear", "M": 1024, **PLAIN}),
     ("training step of the demo's GPT", {"op": "train_step", "model": "demo"}),
     ("training step of GPT-2 small", {"op": "train_step", "model": "gpt2-small"}),
 )
@@ -96,11 +100,11 @@ def infos_of(result: dict) -> list[dict]:
 
 
 def heading(result: dict) -> str:
-    machine, commit = result["machine_info"], result["commit_info"]
+    about, commit = result["machine_info"], result["commit_info"]
     changed = " with local changes" if commit["dirty"] else ""
     return (
-        f"{machine['cpu']}, {machine['cores']} cores, {machine['isa']}, torch {machine['torch']} "
-        f"({machine['isa_of_torch']}), fp32 unless said, "
+        f"{about['cpu']}, {about['cores']} cores, {about['isa']}, torch {about['torch']} "
+        f"({about['isa_of_torch']}), fp32 unless said, "
         f"{result['datetime'][:10]}, commit {commit['id'][:10]}{changed}."
     )
 
@@ -110,7 +114,7 @@ def page(name: str, result: dict) -> str:
     return SECTIONS.format(
         name=name,
         heading=heading(result),
-        cold_mb=measure.COLD_BYTES / 1e6,
+        cold_mb=COLD_BYTES / 1e6,
         summary=tables.summary(timed(infos), SUMMARY),
         peers=tables.peers(result["machine_info"]),
         **{
@@ -147,8 +151,8 @@ def write(folder: Path, name: str, text: str) -> None:
 
 
 def main() -> int:
-    machine = re.sub(r"[^a-z0-9]+", "-", measure.cpu_name().lower()).strip("-")
-    name = f"{machine}-{len(measure.CORES)}-cores-{measure.isa()}-{date.today()}"
+    cpu = re.sub(r"[^a-z0-9]+", "-", machine.processor().lower()).strip("-")
+    name = f"{cpu}-{len(CORES)}-cores-{machine.isa()}-{date.today()}"
     with tempfile.TemporaryDirectory() as folder:
         fresh = Path(folder) / "result.json"
         options = ["-q", "--benchmark-quiet", f"--benchmark-json={fresh}"]

@@ -12,22 +12,19 @@ import argparse
 import json
 import platform
 import re
-import subprocess
 import sys
 import time
 from dataclasses import replace
 from datetime import date
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
-import crossover
-import measure_gpu
 import pages
-import peers_gpu
-import replay_gpu
 import tables_gpu
 import torch
-from measure_gpu import Grid, derive
+
+from sparsekern.bench import ceilings, crossover, measure_gpu, peers_gpu, replay_gpu
+from sparsekern.bench.machine import about_gpu, git, gpu_under_load, installed
+from sparsekern.bench.measure_gpu import Grid, derive
 
 BENCH = Path(__file__).parent
 RESULTS = BENCH / "results"
@@ -35,7 +32,6 @@ PARTIAL = BENCH.parent / "build" / "bench"
 README = BENCH.parent / "README.md"
 MARKERS = "<!-- bench-gpu: begin -->", "<!-- bench-gpu: end -->"
 CROSSOVER = BENCH.parent / "sparsekern" / "kernels" / "crossover.json"
-SMI_FIELDS = ("driver_version", "clocks.sm", "clocks.mem", "power.draw", "temperature.gpu")
 LIMIT_S = 230.0  # no new W is begun after so long
 
 QUICK = Grid(shapes=((512, 1024),), tokens=(1, 16), sparsities=(0.5, 0.9), masks=("random",))
@@ -94,61 +90,18 @@ Speed as a share of the CUDA kernels'.
 
 def machine(commit: str | None) -> dict:
     """What was measured on. nvidia-smi's numbers are read while copies keep the GPU busy."""
-    properties = torch.cuda.get_device_properties(torch.cuda.current_device())
-    bandwidth = replay_gpu.copy_bytes_per_s()
-    return {
-        "gpu": properties.name,
-        "capability": f"sm_{properties.major}{properties.minor}",
-        "multiprocessors": properties.multi_processor_count,
-        "l2_bytes": properties.L2_cache_size,
-        "copy_bytes_per_s": bandwidth,
-        "under_load": load(),
+    limits = ceilings.of_gpu(torch.bfloat16)
+    return about_gpu() | {
+        "copy_bytes_per_s": limits["bytes_per_s"]["memory"],
+        "ceilings": limits,
+        "under_load": gpu_under_load(),
         "system": f"{platform.system()} {platform.machine()}",
         "python": platform.python_version(),
         "torch": torch.__version__,
-        "cuda": torch.version.cuda,
         "commit": commit or git("rev-parse", "HEAD") or "unknown",
         "dirty": bool(git("status", "--porcelain", "--untracked-files=no")),
         "packages": {name: installed(name) for name in ("triton", "cupy-cuda12x", "cupy-cuda13x")},
     }
-
-
-def load() -> dict[str, str]:
-    """Driver, clocks, power and temperature while the GPU copies."""
-    source = torch.empty(2**28, dtype=torch.int64, device="cuda").random_()
-    target = torch.empty_like(source)
-    for _ in range(1000):  # about a second
-        target.copy_(source)
-    command = [
-        "nvidia-smi",
-        f"--query-gpu={','.join(SMI_FIELDS)}",
-        "--format=csv,noheader",
-        "-i",
-        "0",
-    ]
-    try:
-        text = subprocess.run(command, capture_output=True, text=True, check=True).stdout
-    except (OSError, subprocess.CalledProcessError):
-        return {}
-    finally:
-        torch.cuda.synchronize()
-    return dict(zip(SMI_FIELDS, map(str.strip, text.split(",")), strict=True))
-
-
-def git(*arguments: str) -> str:
-    """Empty where there is no repository."""
-    command = ["git", "-C", str(BENCH), *arguments]
-    try:
-        return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
-    except (OSError, subprocess.CalledProcessError):
-        return ""
-
-
-def installed(package: str) -> str | None:
-    try:
-        return version(package)
-    except PackageNotFoundError:
-        return None
 
 
 def measure(verb: str, grid: Grid, path: Path, commit: str | None) -> dict:
@@ -176,7 +129,7 @@ def measure(verb: str, grid: Grid, path: Path, commit: str | None) -> dict:
                 print(progress(result["cells"][-len(grid.tokens) :], start), flush=True)
                 write_json(path, result)
     result["is_whole"] = len(result["cells"]) == wanted
-    result["machine"]["under_load_at_end"] = load()
+    result["machine"]["under_load_at_end"] = gpu_under_load()
     result["seconds"] = time.monotonic() - start
     write_json(path, result)
     return result
@@ -317,7 +270,7 @@ def main(arguments: list[str]) -> int:
 
     folder = args.out or PARTIAL
     path = folder / f"{args.verb}-{args.dtype}.json"
-    if args.verb == "decode" and (reason := peers_gpu.stream().missing):
+    if args.verb == "decode" and (reason := peers_gpu.stream(1).missing):
         raise SystemExit(f"bench-gpu: nothing to measure: {reason}")
     grid = grid_of(args.verb, getattr(torch, args.dtype), args.quick)
     result = measure(args.verb, grid, path, args.commit)

@@ -4,6 +4,9 @@ from collections.abc import Callable, Iterable
 from statistics import geometric_mean, median
 from typing import TYPE_CHECKING
 
+from measure import SHAPES
+
+from sparsekern.bench.records import groups, select, sparsities_of
 from sparsekern.report import COLOURS, MARKERS, table
 
 if TYPE_CHECKING:
@@ -13,27 +16,22 @@ PASSES = {
     "spmm": "forward",
     "spmm_t": "input gradient",
     "sddmm": "values' gradient",
+    "linear": "training step of a linear",
     "train_step": "GPT training step",
 }
-PANELS = ("spmm", "spmm_t", "sddmm")
+PRODUCTS = ("spmm", "spmm_t", "sddmm", "linear")
+PANELS = PRODUCTS[:3]
+MASKS = {"pruned": "magnitude-pruned", "trained": "pruned after training", "uneven": "uneven rows"}
 OURS = "sparsekern"
-ALL_SHAPES = 5
 
 
-def select(infos: Iterable[dict], **wanted) -> list[dict]:
-    """Those with these fields; a tuple lists the values that will do."""
-
-    def fits(info: dict) -> bool:
-        return all(
-            info.get(name) in (value if isinstance(value, tuple) else (value,))
-            for name, value in wanted.items()
-        )
-
-    return [info for info in infos if fits(info)]
+def standard(infos: Iterable[dict]) -> list[dict]:
+    """Without the large shapes, of which not all sparsities are run: no mean holds them."""
+    return [info for info in infos if (info.get("N"), info.get("K")) in (*SHAPES, (None, None))]
 
 
-def is_plain(info: dict) -> bool:
-    return info["dtype"] == "torch.float32" and info["mask"] == "random" and not info["is_cold"]
+def is_fp32_random(info: dict) -> bool:
+    return info["dtype"] == "torch.float32" and info["mask"] == "random"
 
 
 def label(info: dict) -> str:
@@ -46,20 +44,8 @@ def label(info: dict) -> str:
     if info["dtype"] == "torch.bfloat16":
         parts.append("bf16")
     if info["mask"] != "random":
-        parts.append("magnitude-pruned")
+        parts.append(MASKS.get(info["mask"], info["mask"]))
     return ", ".join(parts)
-
-
-def groups(infos: Iterable[dict], *keys: Callable[[dict], object]) -> dict[tuple, list[dict]]:
-    """Together what has the same keys, in the order of first appearance."""
-    found: dict[tuple, list[dict]] = {}
-    for info in infos:
-        found.setdefault(tuple(key(info) for key in keys), []).append(info)
-    return found
-
-
-def sparsities_of(infos: Iterable[dict]) -> list[float]:
-    return sorted({info["sparsity"] for info in infos})
 
 
 def percent(sparsities: Iterable[float]) -> list[str]:
@@ -69,7 +55,7 @@ def percent(sparsities: Iterable[float]) -> list[str]:
 def threads_cell(infos: list[dict]) -> str:
     """'1', or '2 (2 shapes)' where not all shapes were run."""
     threads, shapes = infos[0]["threads"], len({(i.get("N"), i.get("K")) for i in infos})
-    is_all = shapes == ALL_SHAPES or infos[0]["op"] == "train_step"
+    is_all = shapes == len(SHAPES) or infos[0]["op"] == "train_step"
     return f"{threads}" if is_all else f"{threads} ({shapes} shape{'s' * (shapes > 1)})"
 
 
@@ -93,6 +79,7 @@ def tokens_of(infos: list[dict]) -> str:
 
 def summary(infos: list[dict], rows: Iterable[tuple[str, dict]]) -> str:
     """One line for each (label, fields) and number of threads; {M} in a label: the tokens run."""
+    infos = standard(infos)
     sparsities = sparsities_of(infos)
     lines = []
     for name, fields in rows:
@@ -104,7 +91,7 @@ def summary(infos: list[dict], rows: Iterable[tuple[str, dict]]) -> str:
 
 def competitors(infos: list[dict]) -> str:
     """Each pass with a line for us and one for every competitor but the dense calls."""
-    products = [info for info in infos if info["op"] in PANELS]
+    products = [info for info in standard(infos) if info["op"] in PRODUCTS]
     sparsities = sparsities_of(products)
     lines = []
     for (name, _), chosen in groups(products, label, lambda i: i["threads"]).items():
@@ -131,7 +118,7 @@ def errors_cell(infos: list[dict], who: str) -> str:
 
 
 def by_shape(infos: list[dict]) -> str:
-    products = [info for info in infos if info["op"] in PANELS and info["threads"] == 1]
+    products = [info for info in infos if info["op"] in PRODUCTS and info["threads"] == 1]
     sparsities = sparsities_of(products)
     lines = []
     in_order = [info for (_,), alike in groups(products, label).items() for info in alike]
@@ -147,7 +134,7 @@ def by_shape(infos: list[dict]) -> str:
 
 def against_ourselves(infos: list[dict]) -> str:
     """How many times faster than our own call on fp32, on a random mask, or with one thread."""
-    products = [info for info in infos if info["op"] in PANELS]
+    products = [info for info in standard(infos) if info["op"] in PRODUCTS]
     sparsities = sparsities_of(products)
     lines = []
     for (name,), chosen in groups(products, label).items():
@@ -226,9 +213,11 @@ def plot(infos: list[dict], title: str) -> "Figure":
 
     products = [
         info
-        for info in select(infos, op=PANELS, threads=1, mask="random", dtype="torch.float32")
+        for info in select(
+            standard(infos), op=PANELS, threads=1, mask="random", dtype="torch.float32"
+        )
         # In cache a single token says little of decoding.
-        if info["is_cold"] or info["M"] > 1
+        if is_fp32_random(info) and (info["is_cold"] or info["M"] > 1)
     ]
     tokens = sorted({info["M"] for info in products})
     sparsities = sparsities_of(products)

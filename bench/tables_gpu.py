@@ -4,10 +4,11 @@ from collections.abc import Callable, Iterable
 from statistics import geometric_mean, median
 from typing import TYPE_CHECKING
 
-from measure_gpu import SHAPES
-from replay_gpu import OURS
-from tables import groups, percent, select, sparsities_of
+from tables import percent
 
+from sparsekern.bench.measure_gpu import SHAPES
+from sparsekern.bench.records import groups, select, sparsities_of
+from sparsekern.bench.replay_gpu import OURS
 from sparsekern.report import COLOURS, MARKERS, table
 
 if TYPE_CHECKING:
@@ -205,11 +206,10 @@ def plot(cells: list[dict], title: str) -> "Figure":
     cells = [c for c in select(cells, mask="random") if speedup(c, STREAM)]
     figure = Figure(figsize=(10, 4.8), layout="constrained")
     means, shapes = figure.subplots(1, 2, sharey=True)
-    colours, markers = (*COLOURS, "#E69F00", "#56B4E9", "#000000"), (*MARKERS, "v", "P", "X")
     by_tokens = groups(cells, lambda c: c["M"])
     one = groups(select(cells, M=1), lambda c: f"{c['N']}x{c['K']}")
     for panel, curves, name in ((means, by_tokens, "M = {}"), (shapes, one, "{}")):
-        for ((key,), chosen), colour, marker in zip(curves.items(), colours, markers, strict=False):
+        for ((key,), chosen), colour, marker in zip(curves.items(), COLOURS, MARKERS, strict=False):
             points = {
                 100 * s: geometric_mean([speedup(c, STREAM) for c in select(chosen, sparsity=s)])
                 for s in sparsities_of(chosen)

@@ -5,6 +5,7 @@
 #include <cstdint>
 
 #include "cpu/decode.h"
+#include "cpu/limits.h"
 #include "cpu/products.h"
 #include "cpu/threads.h"
 #include "pattern/cover.h"
@@ -43,6 +44,15 @@ PYBIND11_MODULE(_C, m) {
   m.def("lanes", [] { return sk::kernels().lanes; }, "Floats in one of its vectors.");
   m.def("cache_bytes", &sk::cache_bytes, "Of a core's L1 data (1) or L2 (2) cache; 0: unknown.");
   m.def("thread_runtime", &sk::thread_runtime, "Whose threads the kernels run on.");
+
+  m.def("multiply_adds", &sk::multiply_adds, NoGil(), "FLOPs done on registers by all threads.");
+  m.def(
+      "read_memory",
+      [](Pointer p, int64_t size, int64_t rounds, int threads) {
+        sk::read_memory(as<const float>(p), size, rounds, threads);
+      },
+      NoGil(), "Reads `size` floats, each thread a part of them, `rounds` times.");
+  m.def("add_chain", &sk::add_chain, NoGil(), "Additions done, one a cycle.");
 
   py::class_<sk::Pattern>(m, "Pattern", "What the kernels derive from a CSR pattern, made once.")
       .def(py::init<int64_t, int64_t, int64_t>(), py::arg("n"), py::arg("k"), py::arg("nnz"))

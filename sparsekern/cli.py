@@ -1,4 +1,4 @@
-"""python -m sparsekern {info, train, prune, generate, demo, wafer}"""
+"""python -m sparsekern {info, train, prune, generate, demo, bench, report, wafer}"""
 
 import argparse
 import copy
@@ -7,12 +7,13 @@ import platform
 import sys
 import time
 from dataclasses import fields
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
 import torch
 
 from . import __version__, masks, report
+from .bench import commands as bench
+from .bench.machine import installed, processor
 from .extras import require
 from .gpt import demo, distributed, speed
 from .gpt.data import ByteTokenizer, Tokenizer
@@ -23,7 +24,8 @@ from .gpt.prune import PruneConfig, prune
 from .gpt.train import TrainConfig, config_from, load_model, resumed_config, train
 from .kernels.cuda_library import route
 from .nn import SparseLinear, densify_
-from .wafer.commands import add_commands
+from .overview import page
+from .wafer import commands as wafer
 
 try:
     from . import _C
@@ -65,12 +67,24 @@ def main(arguments: list[str] | None = None) -> int:
     demonstration.set_defaults(run=run_demo)
     demonstration.add_argument("--out", type=Path, default=Path("out"), help="folder (%(default)s)")
 
-    wafer = commands.add_parser("wafer", help="what the same masks would do on a wafer")
-    add_commands(wafer, masks.checkpoint_weights, masks.benchmark_mask)
+    bench.add_commands(commands.add_parser("bench", help="how fast the products are here"))
+
+    reporter = commands.add_parser("report", help="one page of everything that was measured")
+    reporter.set_defaults(run=run_report)
+    reporter.add_argument(
+        "--results", type=Path, default=Path("bench/results"), help="folder (%(default)s)"
+    )
+    reporter.add_argument(
+        "--out", type=Path, default=Path("out/report"), help="folder (%(default)s)"
+    )
+
+    wafer_parser = commands.add_parser("wafer", help="what the same masks would do on a wafer")
+    wafer.add_commands(wafer_parser, masks.checkpoint_weights, masks.benchmark_mask)
 
     options = vars(parser.parse_args(arguments))
     options.pop("command")
-    options.pop("wafer_command", None)
+    for name in ("wafer_command", "bench_command"):
+        options.pop(name, None)
     run = options.pop("run")
     try:
         return run(**options) or 0
@@ -131,7 +145,7 @@ def run_info() -> None:
 
 
 def environment() -> dict[str, str]:
-    return {
+    found = {
         "sparsekern": __version__,
         "Python": platform.python_version(),
         "torch": torch.__version__,
@@ -145,25 +159,7 @@ def environment() -> dict[str, str]:
         "cupy": installed("cupy-cuda13x", "cupy-cuda12x", "cupy"),
         **{name: installed(name) for name in EXTRAS},
     }
-
-
-def installed(*names: str) -> str:
-    """The version of the first of these distributions that is installed."""
-    for name in names:
-        try:
-            return version(name)
-        except PackageNotFoundError:
-            continue
-    return "not installed"
-
-
-def processor() -> str:
-    cpuinfo = Path("/proc/cpuinfo")
-    if cpuinfo.exists():
-        for line in cpuinfo.read_text().splitlines():
-            if line.startswith("model name"):
-                return line.partition(":")[2].strip()
-    return platform.processor() or platform.machine()
+    return {name: value or "not installed" for name, value in found.items()}
 
 
 def run_train(**given) -> None:
@@ -262,6 +258,11 @@ def random_models(
         models["dense"] = random_gpt(PRESETS[preset], 0.0, device, dtype, seed)
     models["sparse"] = random_gpt(PRESETS[preset], sparsity, device, dtype, seed, batch)
     return models
+
+
+def run_report(results: Path, out: Path) -> None:
+    require("matplotlib", "demo")
+    print(f"Wrote {', '.join(map(str, page.write(results, out)))}")
 
 
 def run_demo(out: Path) -> None:

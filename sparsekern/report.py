@@ -12,8 +12,8 @@ from .wafer.shapes import GPTShape
 from .wafer.sweep import FULL_TOKENS
 
 # Okabe and Ito's palette: told apart by every kind of colour vision; markers differ as well.
-COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7")
-MARKERS = ("o", "s", "^", "D")
+COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
+MARKERS = ("o", "s", "^", "D", "v", "P", "X")
 
 
 def environment_section(environment: dict[str, str]) -> str:

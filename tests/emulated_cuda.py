@@ -80,9 +80,7 @@ class EmulatedRoute:
 
     def kernels(self) -> list[str]:
         names = iter(range(2**32))
-        return [
-            name.decode() for name in iter(lambda: self._library.emu_kernel(next(names)), None)
-        ]
+        return [name.decode() for name in iter(lambda: self._library.emu_kernel(next(names)), None)]
 
     def backward(self, yes: bool) -> None:
         """Threads, warps and blocks run from the last to the first. Results are the same, unless a

@@ -6,6 +6,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from sparsekern.bench import products, race
 from sparsekern.kernels import cpu
 
 BENCH = Path(__file__).parents[1] / "bench"
@@ -32,15 +33,15 @@ def result(op: str, M: int, sparsity: float, ours_s: float, **info) -> dict:
         "scipy CSR": {"kind": "sparse", "median_s": 8.0, "error": 1e-7, "is_right": True},
         "hasty": {"kind": "sparse", "median_s": 0.1, "error": 0.5, "is_right": False},
     }
-    shape = {"N": 8, "K": 8, "dtype": "torch.float32", "mask": "random", "is_cold": False}
+    shape = {"N": 768, "K": 768, "dtype": "torch.float32", "mask": "random", "is_cold": False}
     counts = {"dense_flop": 40, "calls": 1, "error": 2e-7, "threads": 1}
     fields = {"op": op, "M": M, "sparsity": sparsity, **shape, **counts, "rivals": rivals, **info}
     return {"stats": {"median": ours_s}, "extra_info": fields}
 
 
-def infos(bench, *benchmarks: dict) -> list[dict]:
+def infos(*benchmarks: dict) -> list[dict]:
     for benchmark in benchmarks:
-        bench("measure").derive_ratios(benchmark)
+        race.derive(benchmark)
     return [benchmark["extra_info"] for benchmark in benchmarks]
 
 
@@ -51,7 +52,6 @@ def some_infos(bench) -> list[dict]:
     sizes = {f"{name}_bytes": 2**20 for name in ("first", "later", "result", "bound", "dense")}
     return [
         *infos(
-            bench,
             result("spmm", 256, 0.5, ours_s=4.0),
             result("spmm", 256, 0.5, ours_s=2.0, threads=2),
             result("spmm", 1024, 0.5, ours_s=1.0),
@@ -63,14 +63,14 @@ def some_infos(bench) -> list[dict]:
     ]
 
 
-def test_ratios_are_against_the_best_dense_call(bench):
-    (info,) = infos(bench, result("spmm", 16, 0.5, ours_s=6.0, calls=3))
+def test_ratios_are_against_the_best_dense_call():
+    (info,) = infos(result("spmm", 16, 0.5, ours_s=6.0, calls=3))
     assert info["ours_s"] == 2 and info["speedup"] == 2
     assert info["best_dense"] == "F.linear" and info["dense_flop_per_s"] == 20
 
 
 def test_who_is_wrong_is_shown_and_not_the_best(bench):
-    (info,) = infos(bench, result("spmm", 16, 0.5, ours_s=2.0))
+    (info,) = infos(result("spmm", 16, 0.5, ours_s=2.0))
     assert info["speedups"] == {"scipy CSR": 0.5, "hasty": 40.0} and info["best_peer"] == 0.5
     lines = bench("tables").competitors([info]).splitlines()
     assert "hasty" in lines[4] and "5e-01 **wrong**" in lines[4]
@@ -122,35 +122,32 @@ def test_the_readme_has_a_place_for_the_table(bench):
     assert all(readme.count(marker) == 1 for marker in run.MARKERS)
 
 
-def test_cold_weights_are_many_copies_used_in_turn(bench, monkeypatch):
-    measure = bench("measure")
-    monkeypatch.setattr(measure, "COLD_BYTES", 1000)
-    W, dense = measure.weight(measure.Workload(1, 8, 8, 0.75, 1))
+def test_cold_weights_are_many_copies_used_in_turn(monkeypatch):
+    monkeypatch.setattr(products, "COLD_BYTES", 1000)
+    W, dense = products.weight(products.Workload(1, 8, 8, 0.75, 1))
     for weight, size in ((dense, 256), (W, 36 + 2 * 64)):
-        copies = measure.cold_copies(weight)
+        copies = products.cold_copies(weight)
         assert len(copies) == -(-1000 // size)
     assert len({each.values.data_ptr() for each in [W, *copies]}) == len(copies) + 1
 
     used = []
-    rivals = (measure.ours(lambda i=i: used.append(i)) for i in range(3))
-    rival = measure.rotate(rivals)
+    rivals = (race.ours(lambda i=i: used.append(i)) for i in range(3))
+    rival = race.rotate(rivals)
     for _ in range(4):
         rival.run()
     assert rival.copies == 3 and used == [0, 1, 2, 0]
 
 
-def test_the_check_finds_the_one_copy_that_is_wrong(bench):
-    measure = bench("measure")
+def test_the_check_finds_the_one_copy_that_is_wrong():
     one, scale = torch.ones(2, dtype=torch.float64), torch.ones(2, dtype=torch.float64)
-    copies = [measure.ours(lambda y=y: torch.full((2,), y)) for y in (1.0, 1.5, 1.0)]
-    assert measure.check(measure.rotate(copies), (one, scale))[0] == 0.5
-    copies[2] = measure.ours(lambda: torch.full((2,), torch.nan))
-    assert not measure.check(measure.rotate(copies), (one, scale))[0] < 1e9
+    copies = [race.ours(lambda y=y: torch.full((2,), y)) for y in (1.0, 1.5, 1.0)]
+    assert race.check(race.rotate(copies), (one, scale))[0] == 0.5
+    copies[2] = race.ours(lambda: torch.full((2,), torch.nan))
+    assert not race.check(race.rotate(copies), (one, scale))[0] < 1e9
 
 
-def test_pruned_rows_are_uneven(bench):
-    measure = bench("measure")
-    W, dense = measure.weight(measure.Workload(1, 64, 64, 0.75, 1, mask="pruned"))
+def test_pruned_rows_are_uneven():
+    W, dense = products.weight(products.Workload(1, 64, 64, 0.75, 1, mask="pruned"))
     assert W.nnz == 64 * 64 // 4 and torch.equal(W.to_dense(), dense)
     counts = W.row_offsets.diff()
     assert counts.max() > 3 * counts.min()
@@ -158,13 +155,13 @@ def test_pruned_rows_are_uneven(bench):
 
 def test_every_peer_computes_the_product(bench):
     pytest.importorskip("scipy")
-    peers, measure = bench("peers"), bench("measure")
-    W, dense = measure.weight(measure.Workload(1, 48, 32, 0.75, 1))
+    peers = bench("peers")
+    W, dense = products.weight(products.Workload(1, 48, 32, 0.75, 1))
     for M in (1, 5):
-        x = measure.normal(M, 32)
-        exact = measure.exact(lambda x, W: x @ W.t(), x, dense)
+        x = products.normal(M, 32)
+        exact = race.exact(lambda x, W: x @ W.t(), x, dense)
         for rival in peers.race_entries(W, x, is_forward=True):
-            assert measure.check(rival, exact)[0] < 1e-6, rival.name
+            assert race.check(rival, exact)[0] < 1e-6, rival.name
 
 
 @pytest.mark.skipif(cpu._C is None, reason="without the C++ library W is expanded")

@@ -11,6 +11,7 @@ import torch
 import torch.nn.functional as F
 
 from sparsekern import SparseTensor
+from sparsekern.bench import crossover, measure_gpu, peers_gpu
 from sparsekern.kernels import crossover as shipped
 
 BENCH = Path(__file__).parents[1] / "bench"
@@ -27,13 +28,11 @@ def bench(monkeypatch):
             del sys.modules[name]
 
 
-@pytest.fixture
-def measure_gpu(bench, monkeypatch):
+@pytest.fixture(autouse=True)
+def one_blas(monkeypatch):
     """torch without CUDA has no cuBLASLt to prefer: both names are then the CPU's product."""
-    module = bench("measure_gpu")
     if not torch.cuda.is_available():
-        monkeypatch.setattr(module, "blas", lambda library: nullcontext())
-    return module
+        monkeypatch.setattr(measure_gpu, "blas", lambda library: nullcontext())
 
 
 class CallingClock:
@@ -61,7 +60,7 @@ class CallingClock:
         return [[t * factor for factor in (2.0, 1.0, 0.5)] for t in taken]
 
 
-def dense_way(measure_gpu, name: str, multiply=F.linear, **options):
+def dense_way(name: str, multiply=F.linear, **options):
     """Multiplies by the dense W: right by construction."""
     return measure_gpu.Way(
         name,
@@ -74,21 +73,21 @@ def dense_way(measure_gpu, name: str, multiply=F.linear, **options):
     )
 
 
-def small_grid(measure_gpu, **options):
+def small_grid(**options):
     fields = {"shapes": ((24, 16),), "tokens": (1, 5), "sparsities": (0.5,), "masks": ("random",)}
     return measure_gpu.Grid(**fields | options)
 
 
-def run(measure_gpu, grid, ways, clock=None) -> list[dict]:
+def run(grid, ways, clock=None) -> list[dict]:
     generator = torch.Generator().manual_seed(0)
     found = measure_gpu.cells(grid, ways, clock or CallingClock(), generator)
     return [measure_gpu.derive(cell) for cell in found]
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
-def test_every_dense_call_is_right_for_both_masks(measure_gpu, dtype):
-    grid = small_grid(measure_gpu, masks=("random", "pruned"), sparsities=(0.0, 0.5), dtype=dtype)
-    cells = run(measure_gpu, grid, [])
+def test_every_dense_call_is_right_for_both_masks(dtype):
+    grid = small_grid(masks=("random", "pruned"), sparsities=(0.0, 0.5), dtype=dtype)
+    cells = run(grid, [])
     assert [(c["mask"], c["sparsity"], c["M"]) for c in cells[::3]] == [
         ("random", 0.0, 1),
         ("random", 0.5, 5),
@@ -100,9 +99,9 @@ def test_every_dense_call_is_right_for_both_masks(measure_gpu, dtype):
     assert len(cells[0]["ways"]) == 7 and cells[0]["nnz"] == 24 * 16
 
 
-def test_ratios_are_against_the_fastest_dense_call_that_is_right(measure_gpu):
+def test_ratios_are_against_the_fastest_dense_call_that_is_right():
     clock = CallingClock(stream=0.5, **{"F.linear cublaslt": 0.9})
-    (_, cell) = run(measure_gpu, small_grid(measure_gpu), [dense_way(measure_gpu, "stream")], clock)
+    (_, cell) = run(small_grid(), [dense_way("stream")], clock)
     assert cell["best_dense"] == "F.linear cublaslt" and cell["speedups"] == {"stream": 1.8}
     way = cell["ways"]["stream"]
     assert (way["median_s"], way["min_s"], way["max_s"]) == (0.5, 0.25, 1.0)
@@ -110,27 +109,27 @@ def test_ratios_are_against_the_fastest_dense_call_that_is_right(measure_gpu):
     assert measure_gpu.derive(cell)["speedups"] == {"stream": 2.0}
 
 
-def test_slow_dense_calls_are_timed_for_one_mask_only(measure_gpu):
-    grid = small_grid(measure_gpu, sparsities=(0.5, 0.75), tokens=(5,))
+def test_slow_dense_calls_are_timed_for_one_mask_only():
+    grid = small_grid(sparsities=(0.5, 0.75), tokens=(5,))
     slow = {f"{name} cublas": 2.0 for name in ("F.linear", "mm(W, x.t())")}
-    first, second = run(measure_gpu, grid, [], CallingClock(**slow))
+    first, second = run(grid, [], CallingClock(**slow))
     assert slow.keys() <= first["ways"].keys() and not slow.keys() & second["ways"].keys()
     assert len(second["ways"]) == 4
 
 
-def test_who_is_wrong_or_fails_is_marked_and_the_others_go_on(measure_gpu, bench):
+def test_who_is_wrong_or_fails_is_marked_and_the_others_go_on(bench):
     tables_gpu = bench("tables_gpu")
 
     def refuse(x, W):
         raise NotImplementedError("no such\nthing")
 
     ways = [
-        dense_way(measure_gpu, "stream", lambda x, W: 1.01 * F.linear(x, W)),
-        dense_way(measure_gpu, "triton", refuse),
-        dense_way(measure_gpu, "nan", lambda x, W: F.linear(x, W) * torch.nan),
-        dense_way(measure_gpu, "right"),
+        dense_way("stream", lambda x, W: 1.01 * F.linear(x, W)),
+        dense_way("triton", refuse),
+        dense_way("nan", lambda x, W: F.linear(x, W) * torch.nan),
+        dense_way("right"),
     ]
-    (_, cell) = run(measure_gpu, small_grid(measure_gpu), ways)
+    (_, cell) = run(small_grid(), ways)
     assert [cell["ways"][way.name]["is_right"] for way in ways] == [False, False, False, True]
     assert cell["ways"]["triton"]["failed"] == "NotImplementedError: no such"
     assert len(tables_gpu.failures([cell])) == 3
@@ -141,7 +140,7 @@ def test_who_is_wrong_or_fails_is_marked_and_the_others_go_on(measure_gpu, bench
     assert "failed" in lines["triton"] and "nan" in lines["nan"] and "wrong" not in lines["right"]
 
 
-def test_a_dense_call_that_fails_or_is_wrong_is_not_the_best(measure_gpu, monkeypatch):
+def test_a_dense_call_that_fails_or_is_wrong_is_not_the_best(monkeypatch):
     contenders = measure_gpu.dense_contenders
 
     def some_bad(x, copies, turned):
@@ -153,27 +152,27 @@ def test_a_dense_call_that_fails_or_is_wrong_is_not_the_best(measure_gpu, monkey
         return [broken, hasty, *contenders(x, copies, turned)]
 
     monkeypatch.setattr(measure_gpu, "dense_contenders", some_bad)
-    grid = small_grid(measure_gpu, sparsities=(0.5, 0.75), tokens=(5,))
-    first, second = run(measure_gpu, grid, [], CallingClock(hasty=0.01))
+    grid = small_grid(sparsities=(0.5, 0.75), tokens=(5,))
+    first, second = run(grid, [], CallingClock(hasty=0.01))
     assert first["ways"]["broken"]["failed"] == "RuntimeError: not supported"
     assert not first["ways"]["hasty"]["is_right"] and first["best_dense"] == "F.linear cublas"
     assert second["ways"].keys() == first["ways"].keys() - {"broken", "hasty"}
 
 
-def test_a_replay_that_writes_nothing_is_wrong(measure_gpu):
+def test_a_replay_that_writes_nothing_is_wrong():
 
     class LazyClock(CallingClock):
         def capture(self, calls):
             return (lambda: None), calls[-1]()
 
-    (_, cell) = run(measure_gpu, small_grid(measure_gpu), [], CallingClock())
+    (_, cell) = run(small_grid(), [], CallingClock())
     assert all(way["is_right"] for way in cell["ways"].values())
     with pytest.raises(ValueError, match="no dense call is right"):
-        run(measure_gpu, small_grid(measure_gpu), [], LazyClock())
+        run(small_grid(), [], LazyClock())
 
 
-def test_copies_are_cold_and_used_in_turn(measure_gpu, monkeypatch):
-    grid = small_grid(measure_gpu, shapes=((6144, 2048),), sparsities=(0.5, 0.95))
+def test_copies_are_cold_and_used_in_turn(monkeypatch):
+    grid = small_grid(shapes=((6144, 2048),), sparsities=(0.5, 0.95))
     for N, K in measure_gpu.SHAPES:
         launches = measure_gpu.launches_of(N, K, grid)
         assert 40 <= launches <= 160
@@ -195,7 +194,7 @@ def test_copies_are_cold_and_used_in_turn(measure_gpu, monkeypatch):
     assert measure_gpu.Runner(loop, 100, exact, CallingClock()).launches == 60
 
 
-def test_the_check_finds_the_one_copy_that_is_wrong(measure_gpu):
+def test_the_check_finds_the_one_copy_that_is_wrong():
     exact = torch.ones(1, 2, dtype=torch.float64)
     for bad, is_found in ((1.5, 0.5), (torch.nan, None)):
         calls = [lambda y=y: torch.full((1, 2), y) for y in (1.0, bad, 1.0)]
@@ -205,8 +204,8 @@ def test_the_check_finds_the_one_copy_that_is_wrong(measure_gpu):
         assert runner.error == is_found or (is_found is None and runner.error != runner.error)
 
 
-def test_pruned_masks_are_uneven_in_rows_and_columns(bench):
-    weight = bench("measure_gpu").weight
+def test_pruned_masks_are_uneven_in_rows_and_columns():
+    weight = measure_gpu.weight
     generator = torch.Generator().manual_seed(0)
     spread = {}
     for mask in ("random", "pruned"):
@@ -217,22 +216,18 @@ def test_pruned_masks_are_uneven_in_rows_and_columns(bench):
     assert columns > 4 and rows > 2
 
 
-def test_ways_that_cannot_run_here_say_why(bench):
-    peers_gpu = bench("peers_gpu")
+def test_ways_that_cannot_run_here_say_why():
     ways = {way.name: way for way in [*peers_gpu.decode_ways(), *peers_gpu.crossover_ways()]}
     assert ways.keys() >= {"stream", "triton", "expand", "torch CSR", "CuPy CSR"}
     missing = {name: way.missing for name, way in ways.items() if way.missing}
     assert all(missing.values())
-    assert (
-        bench("peers_gpu").row("no such row").missing == "the kernel table has no row no such row"
-    )
+    assert peers_gpu.row("no such row").missing == "the kernel table has no row no such row"
     assert not ways["stream"].where(65, 0.5, "random") or "stream" in missing
 
 
-def test_rows_of_the_table_and_torch_csr_compute_the_product(bench):
-    peers_gpu = bench("peers_gpu")
-    W, x = torch.randn(24, 16).relu(), torch.randn(5, 16)
-    for way in (peers_gpu.row("dense"), peers_gpu.torch_csr()):
+def test_rows_of_the_table_and_torch_csr_compute_the_product():
+    W, x = torch.randn(48, 16).relu(), torch.randn(5, 16)
+    for way in (peers_gpu.row("dense"), peers_gpu.torch_csr(), peers_gpu.torch_bsr()):
         layout = way.lay_out(SparseTensor.from_dense(W))
         copy = way.clone(layout)
         assert 0 < way.nbytes(copy) == way.nbytes(layout) and copy is not layout
@@ -241,9 +236,24 @@ def test_rows_of_the_table_and_torch_csr_compute_the_product(bench):
             torch.testing.assert_close(y, tokens @ W.t())
 
 
-def some_cells(bench) -> list[dict]:
+def test_a_way_with_another_weight_is_held_against_its_own_product():
+    way = dense_way("2:4")
+    way = replace(
+        way,
+        lay_out=lambda W: peers_gpu.largest_two_of_four(W.to_dense()),
+        dense_of=lambda W: W,
+        kind="bound",
+    )
+    (cell, _) = run(small_grid(sparsities=(0.0,)), [way])
+    assert cell["ways"]["2:4"]["is_right"]
+    (cell, _) = run(small_grid(sparsities=(0.0,)), [replace(way, dense_of=None)])
+    assert not cell["ways"]["2:4"]["is_right"]
+    kept = peers_gpu.largest_two_of_four(torch.tensor([[1.0, -4, 3, 2, 0, 0, 5, -6]]))
+    assert kept.tolist() == [[0, -4, 3, 0, 0, 0, 5, -6]]
+
+
+def some_cells() -> list[dict]:
     """Dense takes 1 s; ours 1 / tokens, and twice as long on a pruned W or with Triton."""
-    measure_gpu = bench("measure_gpu")
 
     def cell(M: int, mask: str, sparsity: float, K: int) -> dict:
         ours_s = (1 if mask == "random" else 2) / M
@@ -283,7 +293,7 @@ def rows_of(text: str) -> list[list[str]]:
 
 
 def test_tables_hold_geometric_means(bench):
-    tables_gpu, cells = bench("tables_gpu"), some_cells(bench)
+    tables_gpu, cells = bench("tables_gpu"), some_cells()
     assert rows_of(tables_gpu.summary(cells)) == [
         ["times dense", "50%", "90%"],
         ["1 token (2 shapes)", "1.00", "1.00"],
@@ -302,7 +312,7 @@ def test_tables_hold_geometric_means(bench):
 
 def test_results_are_a_page_a_plot_and_readmes_section(bench, monkeypatch, tmp_path):
     pytest.importorskip("matplotlib")
-    run_gpu, found = bench("run_gpu"), result(some_cells(bench))
+    run_gpu, found = bench("run_gpu"), result(some_cells())
     monkeypatch.setattr(run_gpu, "RESULTS", tmp_path / "results")
     monkeypatch.setattr(run_gpu, "README", tmp_path / "README.md")
     begin, end = run_gpu.MARKERS
@@ -336,10 +346,11 @@ def test_without_a_gpu_nothing_is_measured(bench):
         bench("run_gpu").main(["decode"])
 
 
-def test_a_crossing_lies_between_two_densities(bench):
-    crossing = bench("crossover").crossing
+def test_a_crossing_lies_between_two_densities():
+    crossing = crossover.crossing
     assert crossing({0.1: 4.0, 0.4: 0.25}) == 0.2
-    assert crossing({0.1: 0.9, 0.4: 2.0}) == 0.0
+    assert crossing({0.1: 0.9, 0.4: 0.5}) == 0.0
+    assert crossing({0.1: 0.9, 0.4: 2.0}) == 0.4  # one disturbed point does not decide
     assert crossing({0.1: 4.0, 1.0: 1.5}) == 1.0
     assert crossing({0.1: 4.0, 0.2: 2.0, 0.4: 0.5, 1.0: 2.0}) == pytest.approx(0.283)
 
@@ -348,7 +359,7 @@ def test_the_crossover_is_data_that_dispatch_reads(bench, monkeypatch, tmp_path)
     run_gpu = bench("run_gpu")
     monkeypatch.setattr(run_gpu, "CROSSOVER", tmp_path / "crossover.json")
     run_gpu.CROSSOVER.write_text('{"sm_80": {}, "sm_90": {"float16": {}}}')
-    run_gpu.publish(result(some_cells(bench)) | {"verb": "crossover"})
+    run_gpu.publish(result(some_cells()) | {"verb": "crossover"})
     data = json.loads(run_gpu.CROSSOVER.read_text())
     assert data.keys() == {"sm_80", "sm_90"} and "float16" in data["sm_90"]
     entry = data["sm_90"]

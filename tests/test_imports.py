@@ -11,7 +11,7 @@ PACKAGE = Path(__file__).parents[1] / "sparsekern"
 # but the demo, and it sees tensor and kernels alone.
 # `wafer` stands alone and imports no torch.
 CORE = ["extras", "text", "tensor", "kernels", "ops", "matmul", "nn", "weights", "sparsity", "gpt"]
-ROOMS = [*CORE, "wafer", "masks", "report", "cli"]
+ROOMS = [*CORE, "wafer", "bench", "masks", "report", "overview", "cli"]
 TOP = ["cli", "__main__"]
 BESIDE = {
     "testing": {"tensor", "kernels"},

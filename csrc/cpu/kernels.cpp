@@ -5,6 +5,7 @@
 
 #include "gather.h"
 #include "hash.h"
+#include "limit_loops.h"
 #include "panel.h"
 #include "sddmm.h"
 #include "spmm.h"
@@ -132,7 +133,8 @@ void stream_(Type type, Format format, const Stream& w, const void* values, cons
 }  // namespace
 
 extern const Kernels kKernels;
-const Kernels kKernels = {SK_STRING(SK_ISA), kLanes, hash,  pack_,  unpack_,      gather_,
-                          scatter_,          widen_, spmm_, sddmm_, stream_pack_, stream_};
+const Kernels kKernels = {SK_STRING(SK_ISA), kLanes,   hash,          pack_, unpack_,
+                          gather_,           scatter_, widen_,        spmm_, sddmm_,
+                          stream_pack_,      stream_,  multiply_adds, read};
 
 }  // namespace sk::SK_ISA

@@ -76,6 +76,10 @@ struct Kernels {
   // y[m][row] = sum over the row's non-zeros of value * x[m][col].
   void (*stream)(Type, Format, const Stream&, const void* values, const float* packed,
                  int64_t tokens, Matrix y);
+
+  // See limits.h.
+  int64_t (*multiply_adds)(int64_t rounds);
+  void (*read)(const float* p, int64_t size);
 };
 
 // The instruction set named by SPARSEKERN_ISA, else the best that this machine runs.

@@ -19,11 +19,11 @@ if TYPE_CHECKING:
 class Progress:
     """Lines, and on a terminal a tqdm bar below them."""
 
-    def __init__(self, total: int, done: int, is_shown: bool = True) -> None:
+    def __init__(self, total: int, done: int, is_shown: bool = True, unit: str = "step") -> None:
         self._bar, self._is_shown = None, is_shown
         if is_shown and sys.stderr.isatty() and find_spec("tqdm"):
             tqdm = require("tqdm", "gpt").tqdm
-            self._bar = tqdm(total=total, initial=done, unit="step", leave=False)
+            self._bar = tqdm(total=total, initial=done, unit=unit, leave=False)
 
     def advance(self) -> None:
         if self._bar:

@@ -11,8 +11,9 @@ from functools import lru_cache
 import torch
 from torch import Tensor
 
+from .crossover import density_limit
 from .dense import mm
-from .plan import Machine, Plan, dense_wins_above, describe, make_plan
+from .plan import Machine, Plan, dense_wins_above, describe, machine_name, make_plan
 from .problem import Kernel, Problem
 
 try:
@@ -149,10 +150,14 @@ def refuse_dtype(p: Problem) -> str | None:
 
 
 def _refuse_panel(p: Problem) -> str | None:
-    reason = refuse_dtype(p)
-    if reason is None and p.density > (limit := dense_wins_above(p, machine())):
-        reason = f"torch.mm is faster above density {limit:.2f} at {p.M} tokens"
-    return reason
+    if reason := refuse_dtype(p):
+        return reason
+    limit = density_limit(machine_name(machine()), p.dtype, p.M, f"panel {p.op}", "expand")
+    if limit is None:
+        limit = dense_wins_above(p, machine())
+    if p.density > limit:
+        return f"torch.mm is faster above density {limit:.2f} at {p.M} tokens"
+    return None
 
 
 def _describe_panel(p: Problem) -> str:

@@ -24,7 +24,7 @@ from .cpu import version_of
 from .crossover import density_limit
 from .dense import mm
 from .layout import LANES, Packed, multiprocessors
-from .packed import STREAM_TOKENS, choose_layout, layout_for
+from .packed import STREAM_TOKENS, choose_layout, layout_for, like
 from .problem import Kernel, Problem
 from .streams import GRANULE, PANEL, Streams
 
@@ -258,7 +258,7 @@ _packs: dict[tuple, tuple[_Pack, weakref.ref]] = {}
 
 
 def _packed_of(row_offsets, col_indices, values, n, k, tokens) -> Packed:
-    tokens = 1 if tokens <= STREAM_TOKENS else 16 if tokens <= 16 else MOST_TOKENS
+    tokens = like(tokens)
     nnz = col_indices.shape[0]
     key = (row_offsets.data_ptr(), col_indices.data_ptr(), n, k, nnz, values.dtype, tokens)
     entry = _packs.get(key)

@@ -14,9 +14,7 @@ waits for nothing, so a CUDA graph can capture it.
 
 import ctypes
 import hashlib
-import os
 import struct
-import tempfile
 import threading
 import warnings
 from collections.abc import Callable
@@ -25,6 +23,8 @@ from importlib.util import find_spec
 from pathlib import Path
 
 import torch
+
+from .cache_files import cache_folder, write_whole
 
 PACKAGE = Path(__file__).parents[1]
 LIBRARY = PACKAGE / "_sk_cuda.so"
@@ -189,13 +189,13 @@ class NvrtcRoute:
 
     def cubin(self, source: Path, arch: str) -> bytes:
         """The machine code of a source file, from the cache or compiled."""
-        path = _cache_folder() / f"{source.stem}-{arch}-{self._key(arch)}.cubin"
+        path = cache_folder() / f"{source.stem}-{arch}-{self._key(arch)}.cubin"
         try:
             return path.read_bytes()
         except OSError:
             cubin = self._compile(source, arch)
         try:
-            _write_whole(path, cubin)
+            write_whole(path, cubin)
         except OSError as error:
             warnings.warn(f"CUDA kernels were compiled and not cached: {error}", stacklevel=2)
         return cubin
@@ -284,17 +284,3 @@ def _toolkit_includes(cupy) -> list[Path]:
     for folder in wheels.submodule_search_locations if wheels else ():
         roots += sorted(Path(folder).glob("*"))
     return [root / "include" for root in roots if (root / "include" / "cuda_fp16.h").exists()]
-
-
-def _cache_folder() -> Path:
-    cache = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
-    return Path(cache) / "sparsekern"
-
-
-def _write_whole(path: Path, content: bytes) -> None:
-    """Processes may write the same file at the same time; none reads a part of it."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=path.parent) as folder:
-        part = Path(folder) / path.name
-        part.write_bytes(content)
-        os.replace(part, path)

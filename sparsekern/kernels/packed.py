@@ -20,6 +20,11 @@ def name_of(packed: Packed) -> str:
     return next(name for name, layout in LAYOUTS.items() if isinstance(packed, layout))
 
 
+def like(tokens: int) -> int:
+    """The least number of tokens for which W is laid out as for `tokens`: 1, 3 or 17."""
+    return 1 if tokens <= STREAM_TOKENS else 3 if tokens <= 16 else 17
+
+
 def choose_layout(tokens: int) -> str:
     """The layout for products of about so many tokens; `cover` is made by the C++ library."""
     return "cover" if tokens > STREAM_TOKENS and cover.is_built() else "streams"

@@ -37,8 +37,15 @@ class Plan(NamedTuple):
     col_parts: int
 
 
+def machine_name(machine: Machine) -> str:
+    """Of machines that a plan cannot tell apart: the key of their measured crossovers."""
+    tiles = " tiles" * machine.has_bf16_tiles
+    return f"{machine.isa} {machine.l1_bytes} {machine.l2_bytes}{tiles}"
+
+
 def dense_wins_above(p: Problem, machine: Machine) -> float:
-    """The density above which writing W out and calling torch.mm is faster than any sparse kernel.
+    """The density above which writing W out and calling torch.mm is faster than any sparse kernel,
+    where nobody has measured it on the machine at hand (see crossover.py).
 
     share * (1 + tokens / M): `share` is the rate of a sparse kernel over that of torch.mm for many
     tokens, `tokens` how many of them cost torch.mm as much as writing W out.

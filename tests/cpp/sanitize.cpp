@@ -16,6 +16,7 @@
 
 #include "cpu/decode.h"
 #include "cpu/kernels.h"
+#include "cpu/limits.h"
 #include "cpu/products.h"
 #include "pattern/dense.h"
 
@@ -236,6 +237,15 @@ void check_panels() {
     }
 }
 
+// The loops that measure this machine's limits, on exactly the memory that they are given.
+void check_limits() {
+  std::vector<float> memory(3 * 128 + 16);
+  const size_t begin = (64 - reinterpret_cast<uintptr_t>(memory.data()) % 64) / 4 % 16;
+  memory.resize(begin + 3 * 128);
+  sk::read_memory(memory.data() + begin, 3 * 128, 2, 2);
+  if (sk::multiply_adds(3, 2) <= 0 || sk::add_chain(3) <= 0) std::exit(1);
+}
+
 }  // namespace
 
 // Usage: sk_sanitize [isa...]; without names, all that run here.
@@ -258,6 +268,7 @@ int main(int argc, char** argv) {
       return argc > 1;
     }
     check_panels();
+    check_limits();
     for (sk::Type type : kTypes) {
       for (const Problem& p : kProblems) check(p, type, {1, 2, 4, 8});
       for (int64_t tokens = 1; tokens <= 130; tokens++) check({tokens, 9, 19, .4}, type, {8});

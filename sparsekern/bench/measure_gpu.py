@@ -15,10 +15,10 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from replay_gpu import DENSE, Clock, Contender, Runner, race
 from torch import Tensor
 
-from sparsekern import SparseTensor
+from ..tensor import SparseTensor
+from .replay_gpu import DENSE, Clock, Contender, Runner, race
 
 SHAPES = (  # N x K
     (6144, 2048),
@@ -75,6 +75,9 @@ class Way:
     is_graphed: bool = True
     note: str = ""  # what sets it apart from the others
     missing: str | None = None  # why it cannot run here
+    dense_of: Callable[[Any], Tensor] | None = (
+        None  # of a layout that is another W than the others'
+    )
 
 
 def weight(
@@ -204,7 +207,7 @@ class Shape:
         sparse, wide = SparseTensor.from_dense(W, kept), W.double()
         del W, kept
         counts = sparse.row_offsets.diff()
-        layouts: dict[str, list] = {}
+        layouts: dict[int, list] = {}  # by id of the way
         for M in self.grid.tokens:
             x = self.x[M].normal_(generator=self.generator)
             exact = x.double() @ wide.t()
@@ -237,17 +240,18 @@ class Shape:
             }
 
     def _runner(
-        self, way: Way, sparse: SparseTensor, x: Tensor, exact: Tensor, layouts: dict[str, list]
+        self, way: Way, sparse: SparseTensor, x: Tensor, exact: Tensor, layouts: dict[int, list]
     ) -> Runner:
-        if way.name not in layouts:
+        if id(way) not in layouts:
             first = way.lay_out(sparse)
             count = copies_of(way.nbytes(first), self.launches)
-            layouts[way.name] = [first, *(way.clone(first) for _ in range(count - 1))]
-        copies = layouts[way.name]
+            layouts[id(way)] = [first, *(way.clone(first) for _ in range(count - 1))]
+        copies = layouts[id(way)]
         operand = way.prepare(x)
         calls = [lambda copy=copy: way.multiply(operand, copy) for copy in copies]
         info = {"bytes": way.nbytes(copies[0]), "note": way.note}
-        contender = Contender(way.name, way.kind, calls, way.result, way.is_graphed, info)
+        own = way.dense_of and x.double() @ way.dense_of(copies[0]).double().t()
+        contender = Contender(way.name, way.kind, calls, way.result, way.is_graphed, info, own)
         return self._check(contender, exact)
 
     def _check(self, contender: Contender, exact: Tensor) -> Runner:

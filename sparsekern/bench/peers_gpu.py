@@ -6,14 +6,17 @@ from dataclasses import replace
 from typing import Any
 
 import torch
-from measure_gpu import Way
-from replay_gpu import OURS, PEER
+import torch.nn.functional as F
 from torch import Tensor
 
-from sparsekern import SparseTensor
-from sparsekern.kernels import table
+from ..kernels import cuda_library, table
+from ..kernels.cuda import MOST_TOKENS, spmm_packed
+from ..kernels.packed import like, pack
+from ..tensor import SparseTensor
+from .measure_gpu import Way
+from .replay_gpu import BOUND, OURS, PEER
 
-STREAM_TOKENS = 64  # the most that the CUDA kernels take
+BSR_BLOCK = (16, 16)
 
 
 def absent(name: str, kind: str, reason: str) -> Way:
@@ -23,41 +26,42 @@ def absent(name: str, kind: str, reason: str) -> Way:
     return Way(name, kind, never, never, never, never, missing=reason)
 
 
-def stream() -> Way:
-    """Packed weights, laid out beforehand, and the CUDA kernels that read them."""
-    try:
-        from sparsekern.kernels.cuda import spmm_packed
-        from sparsekern.kernels.packed import pack
-    except ImportError as error:
-        return absent("stream", OURS, str(error))
+def stream(tokens: int) -> Way:
+    """Weights packed for so many tokens, beforehand, and the CUDA kernels that read them."""
     return Way(
         "stream",
         OURS,
-        pack,
+        lambda W: pack(W, tokens),
         lambda W: W.clone(),
         spmm_packed,
         lambda W: W.nbytes,
-        where=lambda M, sparsity, mask: M <= STREAM_TOKENS,
+        where=lambda M, sparsity, mask: M <= MOST_TOKENS and like(M) == like(tokens),
+        missing=cuda_library.refusal(),
     )
+
+
+def streams() -> list[Way]:
+    return [stream(tokens) for tokens in (1, 16, MOST_TOKENS)]
 
 
 def row(name: str) -> Way:
     """A row of the kernel table, with a CSR copy of W for each call. Where it derives a layout of
     its own, its first call does, which is not timed."""
-    run = next((r.run for r in table.KERNELS if (r.name, r.op) == (name, "spmm")), None)
+    rows = [r for r in table.KERNELS if (r.name, r.op) == (name, "spmm") and r.device != "cpu"]
+    run = next((r.run for r in rows), None)
     if run is None:
         return absent(name, OURS, f"the kernel table has no row {name}")
     return Way(
         name,
         OURS,
         lambda W: W,
-        _clone,
+        clone,
         lambda x, W: run(W.row_offsets, W.col_indices, W.values, W.n, W.k, x),
         lambda W: W.values.nbytes,
     )
 
 
-def _clone(W: SparseTensor) -> SparseTensor:
+def clone(W: SparseTensor) -> SparseTensor:
     parts = (W.row_offsets, W.col_indices, W.values)
     return SparseTensor(*(part.clone() for part in parts), W.shape)
 
@@ -78,6 +82,44 @@ def torch_csr() -> Way:
         is_graphed=False,
         note="queued calls, no graph",
     )
+
+
+def torch_bsr() -> Way:
+    return Way(
+        "torch BSR",
+        PEER,
+        lambda W: W.to_dense().to_sparse_bsr(BSR_BLOCK),
+        torch.Tensor.clone,
+        lambda x, W: torch.mm(W, x),
+        lambda W: sum(t.nbytes for t in (W.crow_indices(), W.col_indices(), W.values())),
+        prepare=lambda x: x.t().contiguous(),
+        result=torch.t,
+        is_graphed=False,
+        note=f"blocks of {BSR_BLOCK[0]} x {BSR_BLOCK[1]}; queued calls, no graph",
+    )
+
+
+def two_of_four() -> Way:
+    """cuSPARSELt on the two largest of each four values of W: another product, at a density of 0.5
+    whatever W's, and the most that structure gives."""
+    pack = torch.sparse.to_sparse_semi_structured
+    return Way(
+        "2:4",
+        BOUND,
+        lambda W: pack(largest_two_of_four(W.to_dense())),
+        lambda W: pack(W.to_dense()),
+        F.linear,
+        lambda W: W.packed.nbytes,
+        is_graphed=False,
+        note="other work: two of four weights; queued calls, no graph",
+        dense_of=lambda W: W.to_dense(),
+    )
+
+
+def largest_two_of_four(W: Tensor) -> Tensor:
+    fours = W.view(-1, 4)
+    smallest = fours.abs().argsort(dim=1)[:, :2]
+    return fours.scatter(1, smallest, 0).view_as(W)
 
 
 def cupy_csr() -> Way:
@@ -134,12 +176,14 @@ def decode_ways() -> list[Way]:
         return M in (1, 16) and sparsity in (0.5, 0.8, 0.95) and mask == "random"
 
     return [
-        stream(),
+        *streams(),
         replace(row("triton"), where=lambda M, sparsity, mask: (M, mask) == (16, "random")),
         replace(torch_csr(), where=on_few),
+        replace(torch_bsr(), where=on_few),
         replace(cupy_csr(), where=on_few),
+        replace(two_of_four(), where=on_few),
     ]
 
 
 def crossover_ways() -> list[Way]:
-    return [stream(), row("triton"), row("expand")]
+    return [*streams(), row("triton"), row("expand")]

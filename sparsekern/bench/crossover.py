@@ -10,13 +10,14 @@ than the alternative up to there, by the geometric mean of the shapes. `dense` i
 call on a W that is dense already. null: not measured, or the kernel does not take so many tokens.
 """
 
+import itertools
 import math
 from collections.abc import Sequence
 from statistics import geometric_mean
 
-from measure_gpu import Grid
-from replay_gpu import DENSE, OURS
-from tables import groups, select
+from .measure_gpu import Grid
+from .records import groups, select
+from .replay_gpu import DENSE, OURS
 
 GRID = Grid(
     shapes=((6144, 2048), (4096, 11008), (12288, 12288)),
@@ -65,13 +66,13 @@ def seconds(cell: dict, name: str) -> float | None:
 
 
 def crossing(ratios: dict[float, float]) -> float:
-    """Where {density: times faster} first falls below 1: 0 if it starts there, the last density if
-    it never does. Straight lines in the logarithms between the points."""
+    """The limit under which {density: times faster} gains most in all, so that one disturbed
+    measurement does not decide: 0 if nothing is gained, the last density if all is. Between two
+    points a straight line in the logarithms says where it crosses 1."""
     points = sorted(ratios.items())
-    if points[0][1] < 1:
-        return 0.0
-    for (d0, r0), (d1, r1) in zip(points, points[1:], strict=False):
-        if r1 < 1:
-            share = math.log(r0) / (math.log(r0) - math.log(r1))
-            return round(d0 * (d1 / d0) ** share, 3)
-    return round(points[-1][0], 3)
+    gains = list(itertools.accumulate((math.log(r) for _, r in points), initial=0.0))
+    count = gains.index(max(gains))  # of densities at which it is the choice
+    if count in (0, len(points)):
+        return round(points[-1][0], 3) if count else 0.0
+    (d0, r0), (d1, r1) = points[count - 1 : count + 1]
+    return round(d0 * (d1 / d0) ** (math.log(r0) / (math.log(r0) - math.log(r1))), 3)

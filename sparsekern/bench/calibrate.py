@@ -1,0 +1,133 @@
+"""From which density on is writing W out the faster way on this machine? What dispatch then reads.
+
+CPU: `panel` against `expand`, both rows of the kernel table, for each pass. GPU: the products of
+measure_gpu.py. The entry goes to the user's cache folder (kernels/crossover.py).
+"""
+
+import json
+from datetime import date
+from statistics import geometric_mean
+
+import torch
+
+from ..gpt.progress import Progress
+from ..kernels import cpu, crossover
+from ..kernels.cache_files import write_whole
+from ..kernels.plan import machine_name
+from ..kernels.problem import Kernel
+from ..kernels.table import pick
+from ..testing import interleaved_times
+from ..text import table
+from . import measure_gpu, peers_gpu
+from .crossover import GRID, crossing, summarize
+from .machine import about_cpu, about_gpu, commit
+from .products import Workload, normal, weight
+from .race import pin
+from .replay_gpu import CudaClock
+
+SHAPES = ((3072, 768), (2048, 2048))
+TOKENS = (1, 16, 64, 256, 1024)
+DENSITIES = (0.02, 0.05, 0.1, 0.2, 0.35, 0.5, 0.6, 0.7, 0.8, 0.9, 1.0)
+ROUNDS, MIN_ROUND_S = 9, 1e-3
+HOPELESS = 0.8  # twice in a row: no denser W is timed
+DTYPES = (torch.float32, torch.bfloat16)
+OPS = ("spmm", "spmm_t", "sddmm")
+
+
+def calibrate(device: str, quick: bool) -> str:
+    """Measure, store, and tell what was found where."""
+    key, entry = _of_cpu(quick) if device == "cpu" else _of_gpu(quick)
+    path = crossover.calibrated_file()
+    data = json.loads(path.read_text()) if path.exists() else {}
+    data[key] = data.get(key, {}) | entry
+    write_whole(path, (json.dumps(data, indent=1) + "\n").encode())
+    crossover._calibrated.cache_clear()
+    pick.cache_clear()
+    return f"{render(key, entry)}\n\nDispatch now uses this: {path}"
+
+
+def _measured(name: str) -> str:
+    about = about_cpu()
+    return f"{name}, torch {about['torch']}, {date.today()}, commit {commit()['id'][:10]}"
+
+
+def _of_cpu(quick: bool) -> tuple[str, dict]:
+    if cpu._C is None:
+        raise ValueError("calibrate: there is nothing to choose from, the C++ library is not built")
+    shapes, tokens = (SHAPES[:1], (16, 256)) if quick else (SHAPES, TOKENS)
+    threads = torch.get_num_threads()
+    pin(threads)
+    entry: dict[str, object] = {
+        "measured": _measured(f"{about_cpu()['cpu']}, {threads} threads"),
+        "tokens": list(tokens),
+    }
+    progress = Progress(len(DTYPES) * len(OPS) * len(tokens), 0, unit="crossover")
+    for dtype in DTYPES:
+        found = entry[str(dtype).removeprefix("torch.")] = {}
+        for op in OPS:
+            limits = []
+            for M in tokens:
+                limits.append(_limit(op, M, shapes, dtype, threads))
+                progress.line(f"{op} M = {M} {dtype}: panel up to a density of {limits[-1]:.2f}")
+                progress.advance()
+            found[f"panel {op}"] = {"expand": limits}
+    progress.close()
+    return machine_name(cpu.machine()), entry
+
+
+def _limit(op: str, M: int, shapes, dtype: torch.dtype, threads: int) -> float:
+    """The density up to which `panel` is no slower, from the sparsest on."""
+    ratios: dict[float, float] = {}
+    for density in DENSITIES:
+        ratios[density] = geometric_mean(
+            [_ratio(op, Workload(M, *shape, 1 - density, threads, dtype)) for shape in shapes]
+        )
+        if len(ratios) > 1 and max(list(ratios.values())[-2:]) < HOPELESS:
+            break
+    return crossing(ratios)
+
+
+def _ratio(op: str, workload: Workload) -> float:
+    """How many times faster than `expand` the row `panel` is."""
+    W, _ = weight(workload)
+    x = normal(workload.M, workload.K).to(workload.dtype)
+    dy = normal(workload.M, workload.N).to(workload.dtype)
+    operands = {
+        "spmm": (W.row_offsets, W.col_indices, W.values, W.n, W.k, x),
+        "spmm_t": (W.row_offsets, W.col_indices, W.values, W.n, W.k, dy),
+        "sddmm": (W.row_offsets, W.col_indices, W.n, W.k, dy, x),
+    }[op]
+    runs = {name: lambda name=name: _row(name, op).run(*operands) for name in ("panel", "expand")}
+    seconds = interleaved_times(runs, ROUNDS, MIN_ROUND_S)
+    return min(seconds["expand"]) / min(seconds["panel"])
+
+
+def _row(name: str, op: str) -> Kernel:
+    return next(row for row in cpu.KERNELS if (row.name, row.op) == (name, op))
+
+
+def _of_gpu(quick: bool) -> tuple[str, dict]:
+    grid = measure_gpu.Grid(((512, 1024),), (1, 16), (0.5, 0.9), ("random",)) if quick else GRID
+    products = len(grid.shapes) * len(grid.sparsities) * len(grid.tokens)
+    progress = Progress(products, 0, unit="product")
+    cells = []
+    ways, generator = peers_gpu.crossover_ways(), torch.Generator("cuda")
+    # Graphs cannot be captured on the default stream.
+    with torch.no_grad(), torch.cuda.stream(torch.cuda.Stream()):
+        for cell in measure_gpu.cells(grid, ways, CudaClock(), generator):
+            cells.append(measure_gpu.derive(cell))
+            progress.advance()
+    progress.close()
+    return about_gpu()["capability"], summarize(cells, _measured(about_gpu()["gpu"]))
+
+
+def render(key: str, entry: dict) -> str:
+    """A line for each kernel: the densities up to which it runs, by tokens."""
+    header = ["density up to which it is no slower", "than", *(f"M = {M}" for M in entry["tokens"])]
+    rows = [
+        [f"{kernel}, {dtype}", other, *("-" if d is None else f"{d:.2f}" for d in densities)]
+        for dtype in sorted(entry.keys() - {"measured", "tokens"})
+        for kernel, others in entry[dtype].items()
+        for other, densities in others.items()
+    ]
+    return f"{key}: {entry['measured']}\n\n{table(header, rows, left=2)}"

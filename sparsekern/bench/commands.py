@@ -1,0 +1,64 @@
+"""python -m sparsekern bench [compare]"""
+
+import argparse
+import json
+import warnings
+from pathlib import Path
+
+import torch
+
+from ..gpt.checkpoint import atomic_write
+from ..gpt.progress import Progress
+from . import calibrate, compare, measure
+
+
+def add_commands(parser: argparse.ArgumentParser) -> None:
+    parser.set_defaults(run=run_bench)
+    parser.add_argument("--quick", action="store_true", help="one small shape, few rounds")
+    parser.add_argument("--device", choices=("cpu", "cuda"), help="cuda where there is one")
+    parser.add_argument(
+        "--calibrate",
+        action="store_true",
+        help="measure from which density on dense is faster, for dispatch to use from now on",
+    )
+    parser.add_argument(
+        "--out", type=Path, default=Path("out/bench.json"), help="JSON (%(default)s)"
+    )
+    commands = parser.add_subparsers(dest="bench_command")
+    added = commands.add_parser("compare", help="fails where NEW is slower than OLD")
+    added.set_defaults(run=run_compare)
+    added.add_argument("old", type=Path)
+    added.add_argument("new", type=Path)
+    added.add_argument(
+        "--threshold", type=float, default=0.1, help="share that is no regression (%(default)s)"
+    )
+
+
+def run_bench(quick: bool, device: str | None, out: Path, **options) -> None:
+    warnings.filterwarnings("ignore", message="Sparse .* tensor support is in beta state")
+    has_gpu = torch.cuda.is_available()
+    if device == "cuda" and not has_gpu:
+        raise ValueError("device: torch finds no NVIDIA GPU")
+    device = device or ("cuda" if has_gpu else "cpu")
+    if options["calibrate"]:
+        print(calibrate.calibrate(device, quick))
+        return
+    benchmarks = measure.measure(device, quick)
+    result = next(benchmarks)
+    progress = Progress(result.pop("wanted"), 0, unit="product")
+    progress.line(measure.heading(result))
+    for benchmark in benchmarks:
+        result["benchmarks"].append(benchmark)
+        info = benchmark["extra_info"]
+        progress.advance()
+        progress.line(f"{benchmark['group']}: {info['speedup']:.2f} times dense")
+    progress.close()
+    with atomic_write(out) as file:
+        file.write(json.dumps(result, indent=1).encode())
+    print(f"\n{measure.render(result)}\n\n{len(result['benchmarks'])} products: {out}")
+
+
+def run_compare(old: Path, new: Path, threshold: float, **options) -> int:
+    changes = compare.compare(old, new)
+    print(compare.render(changes, threshold))
+    return int(changes[0].ratio > 1 + threshold)

@@ -1,0 +1,110 @@
+"""What was measured on: machine, versions, commit, clocks."""
+
+import os
+import platform
+import subprocess
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+
+import numpy
+import torch
+
+from .. import __version__
+from ..kernels import cpu
+
+ROOT = Path(__file__).parents[2]  # of a checkout
+PACKAGES = ("triton", "cupy-cuda13x", "cupy-cuda12x", "scipy")
+SMI_FIELDS = ("driver_version", "clocks.sm", "clocks.mem", "power.draw", "temperature.gpu")
+
+
+def processor() -> str:
+    """The processor's name as it calls itself."""
+    cpuinfo = Path("/proc/cpuinfo")
+    if cpuinfo.exists():
+        for line in cpuinfo.read_text().splitlines():
+            if line.startswith("model name"):
+                return line.partition(":")[2].strip()
+    return platform.processor() or platform.machine()
+
+
+def installed(*names: str) -> str | None:
+    """The version of the first of these distributions that is installed."""
+    for name in names:
+        try:
+            return version(name)
+        except PackageNotFoundError:
+            continue
+    return None
+
+
+def cores() -> list[int]:
+    """Those that this process may run on, where the system says so."""
+    if hasattr(os, "sched_getaffinity"):
+        return sorted(os.sched_getaffinity(0))
+    return list(range(os.cpu_count() or 1))
+
+
+def isa() -> str:
+    """The instruction set of sparsekern's kernels."""
+    return cpu._C.isa() if cpu._C else "none"
+
+
+def about_cpu() -> dict[str, object]:
+    return {
+        "cpu": processor(),
+        "cores": len(cores()),
+        "isa": isa(),
+        "isa_of_torch": torch.backends.cpu.get_cpu_capability(),
+        "system": f"{platform.system()} {platform.machine()}",
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "numpy": numpy.__version__,
+        "sparsekern": __version__,
+        "packages": {name: installed(name) for name in PACKAGES},
+    }
+
+
+def about_gpu() -> dict[str, object]:
+    properties = torch.cuda.get_device_properties(torch.cuda.current_device())
+    return {
+        "gpu": properties.name,
+        "capability": f"sm_{properties.major}{properties.minor}",
+        "multiprocessors": properties.multi_processor_count,
+        "l2_bytes": properties.L2_cache_size,
+        "cuda": torch.version.cuda,
+    }
+
+
+def gpu_under_load() -> dict[str, str]:
+    """Driver, clocks, power and temperature while the GPU copies."""
+    source = torch.empty(2**28, dtype=torch.int64, device="cuda").random_()
+    target = torch.empty_like(source)
+    for _ in range(1000):  # about a second
+        target.copy_(source)
+    query = f"--query-gpu={','.join(SMI_FIELDS)}"
+    command = ["nvidia-smi", query, "--format=csv,noheader", "-i", "0"]
+    try:
+        text = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    except (OSError, subprocess.CalledProcessError):
+        return {}
+    finally:
+        torch.cuda.synchronize()
+    return dict(zip(SMI_FIELDS, map(str.strip, text.split(",")), strict=True))
+
+
+def git(*arguments: str) -> str:
+    """Empty where this is no checkout of the repository."""
+    if not (ROOT / ".git").exists():
+        return ""
+    command = ["git", "-C", str(ROOT), *arguments]
+    try:
+        return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
+    except (OSError, subprocess.CalledProcessError):
+        return ""
+
+
+def commit() -> dict[str, object]:
+    return {
+        "id": git("rev-parse", "HEAD") or "unknown",
+        "dirty": bool(git("status", "--porcelain", "--untracked-files=no")),
+    }

@@ -1,0 +1,146 @@
+"""The measurement behind `python -m sparsekern bench`: a grid of products, its JSON, its table.
+
+The JSON has the fields of pytest-benchmark's that bench/run.py writes, so both are read alike.
+"""
+
+from collections.abc import Callable, Iterator
+from dataclasses import replace
+from datetime import UTC, datetime
+from statistics import median
+
+import torch
+
+from .. import __version__
+from ..text import table
+from . import ceilings, machine, products, products_gpu
+from .products import Workload
+from .race import derive, pin
+from .rates import add_rates
+
+SHAPES = ((768, 768), (3072, 768), (4096, 4096))  # N x K
+SPARSITIES = (0.5, 0.75, 0.9, 0.95)
+TOKENS, GRADIENT_TOKENS = (16, 256, 1024), 1024
+QUICK_SHAPES, QUICK_SPARSITIES = ((768, 768),), (0.5, 0.9)
+QUICK_TOKENS, QUICK_ROUNDS = (16, 256), 3
+
+Work = Callable[[], dict]  # a measurement to be made -> a benchmark of the JSON
+
+
+def cpu_work(quick: bool, threads: int) -> list[Work]:
+    """Forward for one cold token and for some, the gradients, and a training step of a linear."""
+    shapes, sparsities, tokens, gradient_tokens = (
+        (QUICK_SHAPES, QUICK_SPARSITIES, QUICK_TOKENS, QUICK_TOKENS[-1])
+        if quick
+        else (SHAPES, SPARSITIES, TOKENS, GRADIENT_TOKENS)
+    )
+    found = []
+    for N, K in shapes:
+        for sparsity in sparsities:
+            w = Workload(gradient_tokens, N, K, sparsity, threads)
+            grid = [("spmm", replace(w, M=1, is_cold=True))]
+            grid += [("spmm", replace(w, M=M)) for M in tokens]
+            grid += [(op, w) for op in ("spmm_t", "sddmm", "linear")]
+            found += [lambda op=op, w=w: _on_cpu(op, w, quick) for op, w in grid]
+    return found
+
+
+def _on_cpu(op: str, workload: Workload, quick: bool) -> dict:
+    with torch.no_grad():
+        product = products.PRODUCTS[op](workload)
+        peers = []
+        if op == "spmm" and workload.M > 1:
+            peers = [products.torch_csr(product.W, product.x)]
+        race = product.race(peers, **({"most_rounds": QUICK_ROUNDS} if quick else {}))
+        seconds = race.run()
+    return {
+        "group": product.group,
+        "name": product.group,
+        "stats": stats(seconds),
+        "extra_info": product.info() | race.records(),
+    }
+
+
+def stats(seconds: list[float]) -> dict[str, float]:
+    return {
+        "min": min(seconds),
+        "median": median(seconds),
+        "max": max(seconds),
+        "rounds": len(seconds),
+    }
+
+
+def measure(device: str, quick: bool) -> Iterator[dict]:
+    """First the result without benchmarks, with their number, then each of them."""
+    about = machine.about_cpu() | {"device": device}
+    if device == "cpu":
+        threads = torch.get_num_threads()
+        pin(threads)
+        about["ceilings"] = {str(threads): ceilings.of_cpu(threads)}
+        limits, work = about["ceilings"][str(threads)], cpu_work(quick, threads)
+    else:
+        limits = ceilings.of_gpu(torch.bfloat16)
+        about |= machine.about_gpu()
+        about |= {"under_load": machine.gpu_under_load(), "ceilings": {"cuda": limits}}
+        work = products_gpu.work(quick)
+    yield {
+        "machine_info": about,
+        "commit_info": machine.commit(),
+        "datetime": datetime.now(UTC).isoformat(),
+        "version": __version__,
+        "wanted": len(work),
+        "benchmarks": [],
+    }
+    for each in work:
+        benchmark = each()
+        derive(benchmark)
+        add_rates(benchmark["extra_info"], limits)
+        yield benchmark
+
+
+def heading(result: dict) -> str:
+    """Machine, clocks and ceilings, in words."""
+    about = result["machine_info"]
+    name = about.get("gpu", f"{about['cpu']}, {about['isa']}")
+    lines = [f"{name}, torch {about['torch']}, commit {result['commit_info']['id'][:10]}"]
+    for threads, limits in about["ceilings"].items():
+        if not limits:
+            lines.append("No ceilings: the C++ library is not built.")
+            continue
+        clock = f"{limits['clock_hz'] / 1e9:.2f} GHz, " if "clock_hz" in limits else ""
+        levels = ", ".join(f"{n} {rate / 1e9:.0f}" for n, rate in limits["bytes_per_s"].items())
+        where = f"{threads} threads" if threads.isdigit() else "GPU"
+        lines.append(
+            f"Ceilings, {where}: {clock}{limits['flop_per_s'] / 1e9:.0f} GFLOP/s, GB/s: {levels}"
+        )
+    return "\n".join(lines)
+
+
+COLUMNS = ["product", "M", "N x K", "zeros", "kernel", "us", "useful GFLOP/s", "GB/s"]
+COLUMNS += ["of peak", "of bandwidth", "of roofline", "times dense", "torch CSR", "error"]
+
+
+def row(info: dict) -> list[object]:
+    shares = info.get("shares", {})
+    cold = " cold" if info["is_cold"] else ""
+    csr = info["speedups"].get("torch CSR")
+    return [
+        info["op"] + cold,
+        info["M"],
+        f"{info['N']}x{info['K']}",
+        f"{info['sparsity']:.0%}",
+        info["kernel"],
+        f"{1e6 * info['ours_s']:.1f}",
+        f"{1e-9 * info['useful_flop_per_s']:.1f}",
+        f"{1e-9 * info['moved_bytes_per_s']:.1f}",
+        f"{shares['flop']:.0%}" if shares else "",
+        f"{shares['bytes']:.0%} {info['level']}" if shares else "",
+        f"{shares['roofline']:.0%}" if shares else "",
+        f"{info['speedup']:.2f}",
+        "" if csr is None else f"{csr:.2f}",
+        f"{info['error']:.0e}",
+    ]
+
+
+def render(result: dict) -> str:
+    rows = [row(benchmark["extra_info"]) for benchmark in result["benchmarks"]]
+    return f"{heading(result)}\n\n{table(COLUMNS, rows)}"
