@@ -1,0 +1,137 @@
+"""The CUDA kernels of packed weights without a GPU, emulated thread by thread, and the emulator."""
+
+import pytest
+import torch
+from emulated_cuda import SOURCES, emulated_cuda  # noqa: F401
+from test_cuda_kernels import LAYOUTS, TOLERANCE, packed_as
+
+from sparsekern import SparseTensor
+from sparsekern.kernels import cover, cuda
+from sparsekern.kernels.cuda_library import source_of
+from sparsekern.testing import PROBLEMS, exact, relative_error
+
+pytestmark = pytest.mark.usefixtures("emulated_cuda")
+DTYPES = pytest.mark.parametrize("dtype", TOLERANCE, ids=str)
+needs_library = pytest.mark.skipif(not cover.is_built(), reason="the C++ library is not built")
+layouts = pytest.mark.parametrize(
+    "layout",
+    [pytest.param(name, marks=needs_library if name[0] == "v" else ()) for name in LAYOUTS],
+)
+
+
+@pytest.fixture(params=[3, 132], ids="sm{}".format, autouse=True)
+def multiprocessors(request, monkeypatch):
+    """Few, so that a block takes windows of several blocks of rows; many, so that it takes one."""
+    monkeypatch.setattr(cuda, "_multiprocessors", lambda device: request.param)
+
+
+def random_weight(n, k, density, dtype=torch.bfloat16):
+    return (torch.randn(n, k) * (torch.rand(n, k) < density)).to(dtype)
+
+
+def check(packed, w, m, bias=None):
+    x = torch.randn(m, w.shape[1]).to(w.dtype)
+    want, scale = x.double() @ w.double().T, x.double().abs() @ w.double().abs().T
+    if bias is not None:
+        want, scale = want + bias.double(), scale + bias.double().abs()
+    y = cuda.spmm_packed(x, packed, bias)
+    assert relative_error(y, want, scale) <= TOLERANCE[w.dtype]
+    assert not packed.arrived.any()
+    return x, y
+
+
+@DTYPES
+@layouts
+@pytest.mark.parametrize(
+    "case", [c for c in PROBLEMS if c.M <= 64 and c.N <= 700], ids=lambda case: case.name
+)
+def test_awkward_problems(case, layout, dtype, nan_memory):
+    t = case.tensors(dtype)
+    W = SparseTensor(t.row_offsets, t.col_indices, t.values, t.mask.shape)
+    y = cuda.spmm_packed(t.x, packed_as(layout, W))
+    want, scale = exact(t)["spmm"]
+    # Below its smallest normal number a type rounds to a fixed step.
+    scale = torch.where(scale == 0, scale, scale.clamp_min(torch.finfo(dtype).tiny))
+    assert relative_error(y, want, scale) <= TOLERANCE[dtype]
+
+
+@DTYPES
+@layouts
+def test_numbers_of_tokens(layout, dtype, nan_memory, emulated_cuda):  # noqa: F811
+    w = random_weight(600, 1300, 0.3, dtype)
+    w[7], w[9] = 1.5, 0
+    packed, bias = packed_as(layout, w), torch.randn(600).to(dtype)
+    for m in (1, 2, 3, 5, 8, 9, 16, 17, 33, 64):
+        x, y = check(packed, w, m, bias)
+        emulated_cuda.backward(True)
+        assert torch.equal(y, cuda.spmm_packed(x, packed, bias))
+        emulated_cuda.backward(False)
+
+
+@layouts
+@pytest.mark.parametrize("n, k", [(300, 700), (129, 1031), (5, 64)])
+def test_tiles_of_every_fill(n, k, layout):
+    w = torch.zeros(n, k, dtype=torch.bfloat16)
+    for i in range(0, k, 64):  # from empty to full
+        w[:, i : i + 64] = random_weight(n, min(64, k - i), i / max(1, k - 64))
+    packed = packed_as(layout, w)
+    check(packed, w, 11)
+    assert torch.equal(cuda.expand(packed), w)
+
+
+@layouts
+def test_many_tokens_write_w_out(layout):
+    w = random_weight(40, 300, 0.2)
+    check(packed_as(layout, w), w, 70)
+
+
+# The emulator
+
+
+@pytest.fixture
+def launch(emulated_cuda, multiprocessors):  # noqa: F811
+    def run(name, *args, block=64, smem_bytes=256):
+        emulated_cuda.launcher(name)((1, 1), block, smem_bytes, 0, *args)
+
+    return run
+
+
+def test_every_kernel_of_the_sources_is_there(emulated_cuda):  # noqa: F811
+    names = [name for name in emulated_cuda.kernels() if not name.startswith("sk_faults")]
+    assert len(names) > 30 and all(source_of(name, SOURCES) for name in names)
+
+
+def test_a_kernel_without_faults(launch):
+    x, y = torch.arange(64, dtype=torch.int32), torch.zeros(64, dtype=torch.int32)
+    launch("sk_faults_none", x.data_ptr(), y.data_ptr())
+    assert torch.equal(y, x.flip(0))
+
+
+@pytest.mark.parametrize("fault", ["no_wait", "no_barrier"])
+def test_missing_waits_change_the_result(launch, fault):
+    x, y = torch.arange(64, dtype=torch.int32), torch.zeros(64, dtype=torch.int32)
+    launch(f"sk_faults_{fault}", x.data_ptr(), y.data_ptr())
+    assert not torch.equal(y, x.flip(0))
+
+
+@pytest.mark.parametrize(
+    "kernel, argument, error",
+    [
+        ("barrier", 1, "thread 33: divergence: __syncwarp, thread 32 in __syncthreads"),
+        ("barrier", 2, "thread 33: divergence: __shfl_sync, thread 32 in __syncthreads"),
+        ("warp", 0, "divergence: load_matrices_transposed, thread 5 has exited"),
+        ("warp", 1, "thread 5: divergence: __syncwarp, thread 0 in load_matrices_transposed"),
+        ("warp", 2, "__shfl_sync: from lane 0, which has exited"),
+        ("mma", 0, "mma_sparse: row 0, group 0 has position 0 twice"),
+        ("address", 8, "load_shared_v4: 16 bytes at 8 are not aligned"),
+        ("address", 248, "load_shared_v4: shared bytes 248 to 264 of 256"),
+        ("plain_address", 300, "shared memory beyond the 256 bytes was written"),
+    ],
+)
+def test_faults_are_found(launch, kernel, argument, error):
+    with pytest.raises(RuntimeError, match=error):
+        launch(f"sk_faults_{kernel}", argument)
+
+
+def test_a_thread_that_is_done_holds_nobody_up(launch):
+    launch("sk_faults_barrier", 0)
