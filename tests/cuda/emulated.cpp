@@ -17,9 +17,7 @@
 uint3 threadIdx, blockIdx;
 dim3 blockDim, gridDim;
 
-namespace sk {
-alignas(1024) char smem[227 * 1024];
-}
+namespace sk { alignas(1024) char smem[227 * 1024]; }
 
 namespace emulated {
 namespace {
@@ -346,7 +344,8 @@ void run_mma(void* const (&lanes)[kWarp]) {
 namespace sk {
 
 unsigned shared_address(const void* pointer) {
-  const auto at = reinterpret_cast<std::uintptr_t>(pointer) - reinterpret_cast<std::uintptr_t>(smem);
+  const auto at =
+      reinterpret_cast<std::uintptr_t>(pointer) - reinterpret_cast<std::uintptr_t>(smem);
   if (at > sizeof smem) emulated::fail("shared_address: %p is not in shared memory", pointer);
   return static_cast<unsigned>(at);
 }
@@ -416,7 +415,8 @@ const char* emu_launch(const char* name, unsigned grid_x, unsigned grid_y, unsig
     run_block();
   }
   if (!failed) return nullptr;
-  error = "block (" + std::to_string(blockIdx.x) + ", " + std::to_string(blockIdx.y) + "), " + error;
+  error =
+      "block (" + std::to_string(blockIdx.x) + ", " + std::to_string(blockIdx.y) + "), " + error;
   for (Thread& t : threads) {  // stacks are left as they are
     t.has_stack = false;
     t.state = State::kExited;

@@ -1,11 +1,12 @@
-// CUDA C++ on a CPU, for the tests: what csrc/cuda/*.cu need to be compiled by a C++ compiler and run
-// by emulated.cpp, one thread at a time.
+// CUDA C++ on a CPU, for the tests: what csrc/cuda/*.cu need to be compiled by a C++ compiler and
+// run by emulated.cpp, one thread at a time.
 //
 // Blocks run one after the other, and a thread runs until it waits for others: at a barrier, or
 // where its warp has to be together. An error ends the launch. What is found:
 //
 // - barriers and warp instructions that not all threads meet, or meet at different ones;
-// - shared memory (dynamic alone: a variable would be each thread's own) used out of bounds, off its
+// - shared memory (dynamic alone: a variable would be each thread's own) used out of bounds, off
+// its
 //   alignment, or before it is written: it holds NaNs at first, and again from the start of an
 //   asynchronous copy until the thread has waited for it;
 // - positions that are no sparse operand of a tensor core.

@@ -18,10 +18,10 @@ __device__ void reverse(const unsigned* x, unsigned* y) {
 
 }  // namespace sk
 
-#define SK_REVERSE(name, waits, meets)                                   \
-  extern "C" __global__ void name(const unsigned* x, unsigned* y) {      \
-    sk::reverse<waits, meets>(x, y);                                     \
-  }                                                                      \
+#define SK_REVERSE(name, waits, meets)                              \
+  extern "C" __global__ void name(const unsigned* x, unsigned* y) { \
+    sk::reverse<waits, meets>(x, y);                                \
+  }                                                                 \
   SK_KERNEL(name)
 
 SK_REVERSE(sk_faults_none, true, true)
