@@ -18,6 +18,7 @@
 #include "cpu/kernels.h"
 #include "cpu/limits.h"
 #include "cpu/products.h"
+#include "pattern/cover.h"
 #include "pattern/dense.h"
 
 namespace {
@@ -81,10 +82,11 @@ void expect_same(const Array& got, const Array& want, const char* what) {
 }
 
 // Each number of vectors, of a tile, with several plans.
-void check(const Problem& p, sk::Type type, std::initializer_list<int> all_vecs) {
-  std::mt19937 random(1);
-  std::vector<int32_t> offsets{0}, cols;
+// The places of a random mask.
+void draw(const Problem& p, std::mt19937& random, std::vector<int32_t>& offsets,
+          std::vector<int32_t>& cols) {
   std::uniform_real_distribution<double> uniform;
+  offsets = {0};
   for (int64_t i = 0; i < p.n; i++) {
     for (int64_t c = 0; c < p.k; c++)
       if (uniform(random) < p.density) cols.push_back(static_cast<int32_t>(c));
@@ -92,6 +94,12 @@ void check(const Problem& p, sk::Type type, std::initializer_list<int> all_vecs)
   }
   offsets.shrink_to_fit();
   cols.shrink_to_fit();
+}
+
+void check(const Problem& p, sk::Type type, std::initializer_list<int> all_vecs) {
+  std::mt19937 random(1);
+  std::vector<int32_t> offsets, cols;
+  draw(p, random, offsets, cols);
   const int64_t nnz = static_cast<int64_t>(cols.size());
   const sk::Csr w{offsets.data(), cols.data(), p.n, p.k, nnz, 0};
   sk::Pattern pattern(p.n, p.k, nnz);
@@ -246,6 +254,31 @@ void check_limits() {
   if (sk::multiply_adds(3, 2) <= 0 || sk::add_chain(3) <= 0) std::exit(1);
 }
 
+// Each value of a cover has a place of its own among the values of the records.
+void check_cover(const Problem& p, int per_group) {
+  std::mt19937 random(1);
+  std::vector<int32_t> offsets, cols;
+  draw(p, random, offsets, cols);
+  const int64_t nnz = static_cast<int64_t>(cols.size());
+  const int64_t slices = (p.n + sk::kCoverRows - 1) / sk::kCoverRows;
+  std::vector<int32_t> row_order(slices * sk::kCoverRows, -1);
+  for (int64_t i = 0; i < p.n; i++) row_order[i] = static_cast<int32_t>(p.n - 1 - i);
+  const sk::Csr w{offsets.data(), cols.data(), p.n, p.k, nnz, 0};
+  const sk::Cover cover(w, row_order.data(), slices, per_group, 2);
+  const int64_t windows = (p.k + sk::kCoverWindow - 1) / sk::kCoverWindow;
+  const int64_t bytes = sk::cover_record_bytes(per_group);
+  std::vector<int32_t> step_offsets(slices * windows + 1);
+  std::vector<uint8_t> records(cover.steps() * bytes);
+  std::vector<int64_t> places(nnz, -1);
+  cover.write(step_offsets.data(), records.data(), places.data());
+  std::vector<bool> taken(records.size() / 2);
+  for (int64_t place : places) {
+    if (place < 0 || place * 2 % bytes >= 512 * per_group || taken.at(place)) std::exit(1);
+    taken[place] = true;
+  }
+  if (step_offsets.back() != cover.steps()) std::exit(1);
+}
+
 }  // namespace
 
 // Usage: sk_sanitize [isa...]; without names, all that run here.
@@ -269,6 +302,7 @@ int main(int argc, char** argv) {
     }
     check_panels();
     check_limits();
+    for (const Problem& p : kProblems) check_cover(p, 1), check_cover(p, 2);
     for (sk::Type type : kTypes) {
       for (const Problem& p : kProblems) check(p, type, {1, 2, 4, 8});
       for (int64_t tokens = 1; tokens <= 130; tokens++) check({tokens, 9, 19, .4}, type, {8});
