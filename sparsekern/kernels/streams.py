@@ -42,7 +42,7 @@ def choose_parts(n: int, k: int, multiprocessors: int) -> int:
     The least power of two, up to 16, that makes two blocks of 128 rows and one part for each
     multiprocessor. More would cost memory, because lanes wait for one another at the end of each
     part, and sums of parts. On 132 multiprocessors: 28672 x 8192 is cut in 2, 12288 x 12288 in 4,
-    2048 x 8192 in 16; within 10 % of the best of seven numbers for each (docs/LOG.md).
+    2048 x 8192 in 16.
     """
     panels = -(-k // PANEL)
     blocks = -(-n // ROW_BLOCK)
