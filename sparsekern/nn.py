@@ -119,9 +119,9 @@ class PackedLinear(nn.Module):
     """A SparseLinear for inference on a GPU: its weight in the layout that the CUDA kernels read.
 
     At 75 % sparsity it takes 0.32 to 0.37 of the bytes of a dense 16-bit weight if packed for one
-    or two tokens (the less, the larger it is), 0.43 for more. Up to 64 tokens W is read in that form; above, it is written out for
-    each call. No gradient, and no way back to CSR: keep the checkpoint. Not for two CUDA streams at
-    the same time (kernels/cuda.py says why).
+    or two tokens (the less, the larger it is), 0.43 for more. Up to 64 tokens W is read in that
+    form; above, it is written out for each call. No gradient, and no way back to CSR: keep the
+    checkpoint. Not for two CUDA streams at the same time (kernels/cuda.py says why).
 
     Args:
         packed: W [out_features, in_features].
