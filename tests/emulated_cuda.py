@@ -38,7 +38,7 @@ def library() -> Path:
     compiler = shlex.split(os.environ.get("CXX", "g++"))
     if sys.platform != "linux" or shutil.which(compiler[0]) is None:
         pytest.skip(f"the emulator needs Linux and a C++ compiler, here {compiler[0]}")
-    kernels = [path for path in SOURCES.glob("*.cu") if "SK_KERNEL(" in path.read_text()]
+    kernels = [path for path in SOURCES.glob("*.cu") if "__global__" in path.read_text()]
     folder = Path(_folder.name)
 
     def build(source: Path) -> str:

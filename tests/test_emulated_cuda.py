@@ -22,7 +22,7 @@ layouts = pytest.mark.parametrize(
 @pytest.fixture(params=[3, 132], ids="sm{}".format, autouse=True)
 def multiprocessors(request, monkeypatch):
     """Few, so that a block takes windows of several blocks of rows; many, so that it takes one."""
-    monkeypatch.setattr(cuda, "_multiprocessors", lambda device: request.param)
+    monkeypatch.setattr(cuda, "gpu_of", lambda device: cuda.Gpu(request.param, 227 * 1024))
 
 
 def random_weight(n, k, density, dtype=torch.bfloat16):
@@ -117,8 +117,8 @@ def test_missing_waits_change_the_result(launch, fault):
 @pytest.mark.parametrize(
     "kernel, argument, error",
     [
-        ("barrier", 1, "thread 33: divergence: __syncwarp, thread 32 in __syncthreads"),
-        ("barrier", 2, "thread 33: divergence: __shfl_sync, thread 32 in __syncthreads"),
+        ("barrier", 1, "thread 33: divergence: __syncwarp, thread 32 at a barrier"),
+        ("barrier", 2, "thread 33: divergence: __shfl_sync, thread 32 at a barrier"),
         ("warp", 0, "divergence: load_matrices_transposed, thread 5 has exited"),
         ("warp", 1, "thread 5: divergence: __syncwarp, thread 0 in load_matrices_transposed"),
         ("warp", 2, "__shfl_sync: from lane 0, which has exited"),

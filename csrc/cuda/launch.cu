@@ -49,10 +49,22 @@ cudaError_t raise_smem_limit(KernelEntry& entry, unsigned smem_bytes) {
   return error;
 }
 
+// Whether the current device has sm_90's way to start a kernel before the last one has ended.
+bool can_start_early() {
+  static std::atomic<signed char> known[kMaxDevices] = {};
+  int device, major = 0;
+  if (cudaGetDevice(&device) || device >= kMaxDevices) return false;
+  if (!known[device]) {
+    if (cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, device)) return false;
+    known[device] = major >= 9 ? 1 : -1;
+  }
+  return known[device] > 0;
+}
+
 }  // namespace
 
-KernelEntry::KernelEntry(const char* name, const void* kernel, const char* signature)
-    : name(name), kernel(kernel), signature(signature) {
+KernelEntry::KernelEntry(const char* name, const void* kernel, const char* signature, bool is_early)
+    : name(name), kernel(kernel), signature(signature), is_early(is_early) {
   table().entries.push_back(this);
   table().by_name.emplace(name, this);
 }
@@ -69,8 +81,17 @@ SK_EXPORT int sk_launch(const char* kernel, unsigned grid_x, unsigned grid_y, un
   cudaError_t error = cudaSuccess;
   if (smem_bytes > kEveryKernelSmemBytes) error = sk::raise_smem_limit(*entry, smem_bytes);
   if (error == cudaSuccess) {
-    error = cudaLaunchKernel(entry->kernel, dim3(grid_x, grid_y), dim3(block), args, smem_bytes,
-                             static_cast<cudaStream_t>(stream));
+    cudaLaunchAttribute early = {};
+    early.id = cudaLaunchAttributeProgrammaticStreamSerialization;
+    early.val.programmaticStreamSerializationAllowed = 1;
+    cudaLaunchConfig_t config = {};
+    config.gridDim = dim3(grid_x, grid_y);
+    config.blockDim = dim3(block);
+    config.dynamicSmemBytes = smem_bytes;
+    config.stream = static_cast<cudaStream_t>(stream);
+    config.attrs = &early;
+    config.numAttrs = entry->is_early && sk::can_start_early();
+    error = cudaLaunchKernelExC(&config, entry->kernel, args);
   }
   if (error != cudaSuccess) cudaGetLastError();  // it is reported here and not at the next launch
   return error;

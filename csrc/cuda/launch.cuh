@@ -13,6 +13,9 @@
 //
 // The last four lines may be what a macro expands to. Rules:
 // - SK_KERNEL(name) follows the definition, at namespace scope. A kernel without it is not found.
+// - SK_EARLY_KERNEL(name) in its place lets the kernel start before the last one of its stream has
+//   ended (on sm_90 and later, built with nvcc). It calls wait_for_last_kernel() before it reads or
+//   writes anything; before that it may only prefetch.
 // - The name begins with `sk_` and the name of its file: spmm_gather.cu holds sk_spmm_gather_*. By
 //   this the NVRTC route knows which file to compile.
 // - Parameters are pointers and ints. Python checks arguments against the signature kept here.
@@ -23,6 +26,7 @@
 #ifdef __CUDACC_RTC__
 
 #define SK_KERNEL(kernel)
+#define SK_EARLY_KERNEL(kernel)
 
 // What <cstdint> would declare.
 using int8_t = signed char;
@@ -59,19 +63,21 @@ constexpr int kMaxDevices = 64;
 struct KernelEntry {
   // Adds itself to the table, while the library is being loaded.
   template <class... T>
-  KernelEntry(const char* name, void (*kernel)(T...))
-      : KernelEntry(name, reinterpret_cast<const void*>(kernel), kSignature<T...>) {}
+  KernelEntry(const char* name, void (*kernel)(T...), bool is_early)
+      : KernelEntry(name, reinterpret_cast<const void*>(kernel), kSignature<T...>, is_early) {}
 
-  KernelEntry(const char* name, const void* kernel, const char* signature);
+  KernelEntry(const char* name, const void* kernel, const char* signature, bool is_early);
 
   const char* name;
   const void* kernel;
   const char* signature;
+  bool is_early;
   std::atomic<unsigned> smem_limit_bytes[kMaxDevices] = {};  // 0: the 48 KB of every kernel
 };
 
 }  // namespace sk
 
-#define SK_KERNEL(kernel) static sk::KernelEntry entry_of_##kernel(#kernel, kernel);
+#define SK_KERNEL(kernel) static sk::KernelEntry entry_of_##kernel(#kernel, kernel, false);
+#define SK_EARLY_KERNEL(kernel) static sk::KernelEntry entry_of_##kernel(#kernel, kernel, true);
 
 #endif

@@ -93,6 +93,31 @@ __device__ inline void wait_copies() {
   asm volatile("cp.async.wait_group %0;" : : "n"(kGroups) : "memory");
 }
 
+// A barrier for `warps` whole warps; `barrier` is 1 to 15 and not that of others at the same time.
+__device__ inline void sync_warps(int barrier, int warps) {
+  asm volatile("bar.sync %0, %1;" : : "r"(barrier), "r"(warps * 32) : "memory");
+}
+
+// A hint that costs nothing if wrong, as long as the address is that of an allocation.
+__device__ inline void prefetch_to_l2(const void* at) {
+  asm volatile("prefetch.global.L2 [%0];" : : "l"(at));
+}
+
+// The next kernel of the stream may take what this one leaves free of the multiprocessors, if its
+// launch allows that (launch.cuh).
+__device__ inline void let_next_kernel_start() {
+#if __CUDA_ARCH__ >= 900
+  asm volatile("griddepcontrol.launch_dependents;" : : : "memory");
+#endif
+}
+
+// Until the kernels before this one have ended, and what they wrote can be read.
+__device__ inline void wait_for_last_kernel() {
+#if __CUDA_ARCH__ >= 900
+  asm volatile("griddepcontrol.wait;" : : : "memory");
+#endif
+}
+
 // Four 8 x 8 matrices of 16-bit elements, transposed. Lane 8 i + r gives the address of row r of
 // matrix i, 16 bytes. Lane 4 g + t gets out[i]: rows 2 t (low half) and 2 t + 1 of column g.
 __device__ inline void load_matrices_transposed(unsigned (&out)[4], unsigned row) {

@@ -7,16 +7,21 @@
 // swizzled by column so that 8 slots meet 8 banks if their columns differ modulo 8; the packing
 // sees to that where it can.
 //
-// Bytes: those of the records, once, and x once for each block of 256 or 512 rows. About 1.6
-// instructions for a slot and row (16 tokens), so memory is to bound it.
+// Bytes: those of the records, once, and x once for each block of rows. About 1.6 instructions for
+// a slot and row (16 tokens), so memory is to bound it.
 //
-// The work, windows of blocks of rows, is cut into equal runs, one for each thread block; runs that
-// share rows leave their sums in `partial`, and the last one to arrive adds them up in a fixed
-// order.
+// A block has 16 warps, in groups of `group_warps` that take the same rows, 32 a warp, and each its
+// part of the windows. x of a window is a group's: it brings the next one while it uses this one.
+// So large groups read x less often, and small ones give small blocks of rows more to do.
+//
+// The work, windows of blocks of rows, is cut into runs, one for each thread block; runs that share
+// rows leave their sums in `partial`, and the last one to arrive adds them up in a fixed order.
 #include "cover.cuh"
 #include "launch.cuh"
 
 namespace sk {
+
+constexpr int kCoverWarps = 16;  // of a block, one on each multiprocessor
 
 // The records of a warp, kDepth of them in shared memory or on their way there.
 template <int kValues, int kDepth>
@@ -73,15 +78,23 @@ class Records {
   unsigned slot_, free_;  // bytes
 };
 
-// x of one window, kNTiles * 8 tokens, [column][token] in shared memory. A thread takes two
-// neighbouring columns and a part of the tokens. Zeros beyond M and K.
-template <int kNTiles, int kWarps>
-struct Window {
+// Brings x of a window, kNTiles * 8 tokens, to shared memory as [column][token]. A group of warps
+// does it: 8 tokens of two neighbouring columns are an item. Beyond the last token and the last
+// column it is repeated: those sums are never written, those columns have no values.
+template <int kNTiles>
+class Window {
+ public:
   static constexpr int kColumnBytes = kNTiles * 16;
   static constexpr int kBytes = kCoverColumns * kColumnBytes;
-  static constexpr int kPairs = kCoverColumns / 2;
-  static constexpr int kTokens = kNTiles * 8 * kPairs / (kWarps * kWarp);  // of a thread
-  unsigned pairs[kTokens];
+
+  __device__ Window(const unsigned short* x, int tokens, int k, int group_warps)
+      : x_(x),
+        last_token_(tokens - 1),
+        k_(k),
+        pair_(threadIdx.x % kPairs),
+        turns_(group_warps * kWarp / kPairs),
+        first_(threadIdx.x / kPairs % turns_),
+        in_pairs_(k % 2 == 0 && reinterpret_cast<unsigned long long>(x) % 4 == 0) {}
 
   // Where column `col` begins: its chunks of 8 tokens are exchanged by an exclusive or, which gives
   // eight columns that differ modulo 8 eight different groups of banks.
@@ -93,46 +106,74 @@ struct Window {
     return col * kColumnBytes + turn * 16;
   }
 
-  __device__ void load(const unsigned short* x, int tokens, int k, int window, bool aligned) {
-    const int col = window * kCoverColumns + threadIdx.x % kPairs * 2;
-    const int first = threadIdx.x / kPairs * kTokens;
-    const unsigned short* from = x + static_cast<long long>(first) * k + col;
-    if (aligned && (window + 1) * kCoverColumns <= k) {
-#pragma unroll
-      for (int i = 0; i < kTokens; ++i, from += k) {
-        pairs[i] = first + i < tokens ? *reinterpret_cast<const unsigned*>(from) : 0;
-      }
-    } else {
-#pragma unroll
-      for (int i = 0; i < kTokens; ++i, from += k) {
-        pairs[i] = 0;
-        if (first + i < tokens && col < k) pairs[i] = from[0];
-        if (first + i < tokens && col + 1 < k) pairs[i] |= static_cast<unsigned>(from[1]) << 16;
-      }
+  // Sends for the first items of this thread.
+  __device__ void load(int window) { load_some(window, first_); }
+
+  // All items of this thread; the first ones have been loaded.
+  __device__ void store(unsigned shared, int window) {
+    store_some(shared, first_);
+    for (int chunk = first_ + kAhead * turns_; chunk < kNTiles; chunk += kAhead * turns_) {
+      load_some(window, chunk);
+      store_some(shared, chunk);
     }
   }
 
-  __device__ void store(unsigned to) const {
-    const int part = threadIdx.x / kPairs;
+ private:
+  static constexpr int kPairs = kCoverColumns / 2;
+  static constexpr int kAhead = kNTiles < 2 ? 1 : 2;
+
+  struct Item {
+    unsigned pairs[8];
+  };
+
+  __device__ void load_some(int window, int chunk) {
 #pragma unroll
-    for (int c = 0; c < 2; ++c) {
-      unsigned words[kTokens / 2];
-#pragma unroll
-      for (int i = 0; i < kTokens / 2; ++i) {
-        words[i] = __byte_perm(pairs[2 * i], pairs[2 * i + 1], c ? 0x7632 : 0x5410);
-      }
-      const unsigned column = to + at(threadIdx.x % kPairs * 2 + c);
-      if constexpr (kTokens == 4) {
-        store_shared(column + part * 8, uint2{words[0], words[1]});
-      } else {
-#pragma unroll
-        for (int j = 0; j < kTokens / 8; ++j) {
-          store_shared(column ^ (part * (kTokens / 8) + j) * 16,
-                       uint4{words[4 * j], words[4 * j + 1], words[4 * j + 2], words[4 * j + 3]});
-        }
-      }
+    for (int i = 0; i < kAhead; ++i, chunk += turns_) {
+      if (chunk < kNTiles) load(items_[i], window, chunk);
     }
   }
+
+  __device__ void store_some(unsigned shared, int chunk) const {
+#pragma unroll
+    for (int i = 0; i < kAhead; ++i, chunk += turns_) {
+      if (chunk < kNTiles) store(items_[i], shared, chunk);
+    }
+  }
+
+  __device__ void load(Item& item, int window, int chunk) const {
+    const int col = window * kCoverColumns + pair_ * 2;
+    const int first_token = chunk * 8;
+    int row = min(first_token, last_token_) * k_ + min(col, in_pairs_ ? k_ - 2 : k_ - 1);
+    const int second = col + 1 < k_ ? 1 : 0;
+#pragma unroll
+    for (int i = 0; i < 8; ++i) {
+      if (in_pairs_) {
+        item.pairs[i] = *reinterpret_cast<const unsigned*>(x_ + row);
+      } else {
+        item.pairs[i] = x_[row] | static_cast<unsigned>(x_[row + second]) << 16;
+      }
+      if (first_token + i < last_token_) row += k_;
+    }
+  }
+
+  __device__ void store(const Item& item, unsigned shared, int chunk) const {
+#pragma unroll
+    for (int c = 0; c < 2; ++c) {
+      unsigned words[4];
+#pragma unroll
+      for (int i = 0; i < 4; ++i) {
+        words[i] = __byte_perm(item.pairs[2 * i], item.pairs[2 * i + 1], c ? 0x7632 : 0x5410);
+      }
+      store_shared((shared + at(pair_ * 2 + c)) ^ chunk * 16,
+                   uint4{words[0], words[1], words[2], words[3]});
+    }
+  }
+
+  const unsigned short* x_;
+  const int last_token_, k_;
+  const int pair_, turns_, first_;  // of the group's threads, `turns_` share a pair of columns
+  const bool in_pairs_;
+  Item items_[kAhead];
 };
 
 // A nibble for each of 8 groups, two positions: that of the value, and another one for the zero
@@ -159,7 +200,7 @@ struct Step {
   }
 
   // acc += the slots of the record times their x.
-  template <class T, int kNTiles, int kWarps>
+  template <class T, int kNTiles>
   __device__ void multiply(float (&acc)[2][kNTiles][4], unsigned window) const {
     unsigned a[2][4];
 #pragma unroll
@@ -172,7 +213,7 @@ struct Step {
       }
     }
     const unsigned at_groups = kValues == 1 ? spread_positions(positions) : positions;
-    const unsigned slot = window + Window<kNTiles, kWarps>::at(col);
+    const unsigned slot = window + Window<kNTiles>::at(col);
 #pragma unroll
     for (int j = 0; j < kNTiles; ++j) {
       unsigned b[4];
@@ -183,6 +224,25 @@ struct Step {
   }
 };
 
+// The bytes of records that a warp prefetches before it may read them.
+constexpr unsigned kPrefetchBytes = 8192;
+
+// Begins to bring what a warp reads first to L2, while the last kernel still runs. That one may be
+// about to write `steps`: whatever they are, the addresses are those of `all` records.
+template <int kValues>
+__device__ inline void prefetch(const uint4* records, int all, int begin, int end) {
+  constexpr int kLine = 128;
+  begin = max(0, min(begin, all));
+  end = max(begin, min(end, all));
+  const char* from = reinterpret_cast<const char*>(records) +
+                     static_cast<long long>(begin) * Record<kValues>::kBytes;
+  const unsigned bytes =
+      min(static_cast<unsigned>(end - begin) * Record<kValues>::kBytes, kPrefetchBytes);
+  for (unsigned at = threadIdx.x % kWarp * kLine; at < bytes; at += kWarp * kLine) {
+    prefetch_to_l2(from + at);
+  }
+}
+
 // The first window of run `run`, of `units` windows in all.
 __device__ inline int run_begin(int run, int runs, int units) {
   return static_cast<int>(static_cast<long long>(run) * units / runs);
@@ -192,151 +252,176 @@ __device__ inline int run_of(int unit, int runs, int units) {
   return static_cast<int>((static_cast<long long>(unit + 1) * runs - 1) / units);
 }
 
-template <class T, int kValues, int kNTiles, int kWarps, int kDepth>
+// y of one token and four rows.
+template <class T>
+__device__ inline void write(unsigned short* y, const unsigned short* bias, int n, int token,
+                             int row, const float4& sum) {
+  const float sums[4] = {sum.x, sum.y, sum.z, sum.w};
+  unsigned short four[4];
+#pragma unroll
+  for (int r = 0; r < 4; ++r) {
+    const float add = bias && row + r < n ? Convert<T>::low(bias[row + r]) : 0.0f;
+    four[r] = Convert<T>::round(sums[r] + add);
+  }
+  unsigned short* out = y + static_cast<long long>(token) * n + row;
+  if (n % 4 == 0 && row < n && reinterpret_cast<unsigned long long>(y) % 8 == 0) {
+    *reinterpret_cast<uint2*>(out) = {four[0] | static_cast<unsigned>(four[1]) << 16,
+                                      four[2] | static_cast<unsigned>(four[3]) << 16};
+  } else {
+#pragma unroll
+    for (int r = 0; r < 4; ++r) {
+      if (row + r < n) out[r] = four[r];
+    }
+  }
+}
+
+__device__ inline void add_to(float4& sum, const float4& add) {
+  sum.x += add.x;
+  sum.y += add.y;
+  sum.z += add.z;
+  sum.w += add.w;
+}
+
+template <class T, int kValues, int kNTiles, int kDepth>
 __device__ void spmm_cover(const uint4* records, const int* steps, const int* row_order,
                            const unsigned short* x, const unsigned short* bias, unsigned short* y,
                            float* partial, int* arrived, int tokens, int n, int k, int slices,
-                           int windows, int most_shares) {
-  constexpr int kRows = kWarps * kWarp;  // of a block
-  constexpr int kTileRow = kRows + 4;    // floats
+                           int windows, int group_warps, int most_shares, int all_steps) {
+  using Records = Records<kValues, kDepth>;
+  using Window = Window<kNTiles>;
   extern __shared__ __align__(128) char smem[];
-  const unsigned window_shared = shared_address(smem);
+  const unsigned shared = shared_address(smem);
   const int lane = threadIdx.x % kWarp, warp = threadIdx.x / kWarp;
-  const bool aligned = k % 2 == 0 && reinterpret_cast<unsigned long long>(x) % 4 == 0;
+  const int groups = kCoverWarps / group_warps, group = warp / group_warps;
+  const unsigned ring_shared = shared + groups * 2 * Window::kBytes + warp * Records::kWarpBytes;
+  // Of two windows of x: that of the product, and that of the next one.
+  unsigned x_shared = shared + group * 2 * Window::kBytes,
+           next_x_shared = x_shared + Window::kBytes;
   const int runs = gridDim.x;
-  const int units = (slices + kWarps - 1) / kWarps * windows;
+  const int units = (slices + group_warps - 1) / group_warps * windows;
+  const int run_first = run_begin(blockIdx.x, runs, units);
   const int run_end = run_begin(blockIdx.x + 1, runs, units);
+  Window ahead(x, tokens, k, group_warps);
 
-  for (int unit = run_begin(blockIdx.x, runs, units); unit < run_end;) {
-    const int block = unit / windows, first = unit % windows;
-    const int last = min(windows, first + run_end - unit);
-    unit += last - first;
-    const int slice = block * kWarps + warp;
+  let_next_kernel_start();
+  for (int unit = run_first; unit < run_end;) {
+    // Of windows [first, last) of these rows, the groups take equal parts.
+    const int block = unit / windows;
+    int first = unit % windows;
+    const int count = min(windows - first, run_end - unit);
+    const bool is_first = unit == run_first;
+    unit += count;
+    const int last = first + count * (group + 1) / groups;
+    first += count * group / groups;
+    const int slice = block * group_warps + warp % group_warps;
     const int* my_steps = steps + static_cast<long long>(slice) * windows;
-    int step = 0, end = 0, stop = 0;
+    if (is_first) {
+      if (slice < slices) {
+        prefetch<kValues>(records, all_steps, __ldcg(my_steps + first), __ldcg(my_steps + last));
+        prefetch_to_l2(row_order + slice * kWarp);
+      }
+      wait_for_last_kernel();
+    }
+    int step = 0, stop = 0, end = 0, row_of_lane = -1;
     if (slice < slices) {
       step = my_steps[first];
-      stop = my_steps[first + 1];
+      stop = my_steps[min(first + 1, last)];
       end = my_steps[last];
+      row_of_lane = row_order[slice * kWarp + lane];
     }
-    using Records = Records<kValues, kDepth>;
-    Records ring(window_shared + Window<kNTiles, kWarps>::kBytes + warp * Records::kWarpBytes,
-                 records, step, end);
-    Window<kNTiles, kWarps> ahead;
-    ahead.load(x, tokens, k, first, aligned);
+    if (first < last) ahead.load(first);
+    Records ring(ring_shared, records, step, end);
     Step<kValues> current;  // one ahead of the product
     current.load(ring.next());
     float acc[2][kNTiles][4] = {};
+    if (first < last) ahead.store(x_shared, first);
     for (int window = first; window < last; ++window) {
-      __syncthreads();  // nobody needs x of the last window any more
-      ahead.store(window_shared);
       int next_stop = stop;
       if (window + 1 < last) {
-        ahead.load(x, tokens, k, window + 1, aligned);
+        ahead.load(window + 1);
         if (slice < slices) next_stop = my_steps[window + 2];
       }
-      __syncthreads();  // x is there
+      sync_warps(1 + group, group_warps);  // x is there, and nobody needs the last one any more
       for (; step < stop; ++step) {
         Step<kValues> next;
         next.load(ring.next());
-        current.template multiply<T, kNTiles, kWarps>(acc, window_shared);
+        current.template multiply<T, kNTiles>(acc, x_shared);
         current = next;
       }
       stop = next_stop;
+      if (window + 1 < last) ahead.store(next_x_shared, window + 1);
+      const unsigned done = x_shared;
+      x_shared = next_x_shared;
+      next_x_shared = done;
     }
 
-    // The tile of y, [token][row], through shared memory: rows lie in the order of their nnz.
+    // Sums of the groups, [group][token][row], in shared memory: rows lie in the order of their
+    // nnz.
+    const int rows = group_warps * kWarp, tile_row = rows + 4;  // floats
     float* tile = reinterpret_cast<float*>(smem);
     __syncthreads();
-    const int first_row = block * kRows;
 #pragma unroll
     for (int b = 0; b < 4; ++b) {
-      const int row = slice < slices ? row_order[slice * kWarp + b * 8 + lane / 4] : -1;
+      const int row = __shfl_sync(kAllLanes, row_of_lane, b * 8 + lane / 4);
       if (row < 0) continue;
+      float* out = tile + group * kNTiles * 8 * tile_row + row - block * rows;
 #pragma unroll
       for (int i = 0; i < 2 * kNTiles; ++i) {
         const int token = i / 2 * 8 + lane % 4 * 2 + i % 2;
-        tile[token * kTileRow + row - first_row] = acc[b / 2][i / 2][b % 2 * 2 + i % 2];
+        out[token * tile_row] = acc[b / 2][i / 2][b % 2 * 2 + i % 2];
       }
     }
     __syncthreads();
-    // Of tokens warp, warp + kWarps, ...: four rows of each 128 a lane.
-    constexpr int kQuads = kRows / 128;
-    float4 sums[2 * kNTiles];
-#pragma unroll
-    for (int i = 0; i < 2 * kNTiles; ++i) {
-      const int token = warp + i / kQuads * kWarps;
-      sums[i] =
-          *reinterpret_cast<const float4*>(tile + token * kTileRow + i % kQuads * 128 + lane * 4);
-    }
-    __syncthreads();  // the tile has been read
     const int first_run = run_of(block * windows, runs, units);
     const int shares = run_of(block * windows + windows - 1, runs, units) - first_run + 1;
-    bool is_last = true;
-    if (shares > 1) {
-      constexpr int kTileQuads = kNTiles * 8 * kRows / 4;
-      float4* all = reinterpret_cast<float4*>(partial) +
-                    static_cast<long long>(block) * most_shares * kTileQuads + threadIdx.x;
-      float4* mine = all + (static_cast<int>(blockIdx.x) - first_run) * kTileQuads;
-#pragma unroll
-      for (int i = 0; i < 2 * kNTiles; ++i) {
-        if (warp + i / kQuads * kWarps < tokens) mine[i * kRows] = sums[i];
+    const int row_quads = rows / 4;
+    const int quads = tokens * row_quads;
+    const long long tile_quads = kNTiles * 8 * row_quads;
+    float4* all = reinterpret_cast<float4*>(partial) + block * most_shares * tile_quads;
+    float4* mine = all + (static_cast<int>(blockIdx.x) - first_run) * tile_quads;
+    for (int quad = threadIdx.x; quad < quads; quad += kCoverWarps * kWarp) {
+      const int token = quad / row_quads, row = quad % row_quads * 4;
+      float4 sum = {0.0f, 0.0f, 0.0f, 0.0f};
+      for (int g = 0; g < groups; ++g) {
+        add_to(sum,
+               *reinterpret_cast<const float4*>(tile + (g * kNTiles * 8 + token) * tile_row + row));
       }
-      __syncthreads();
-      int* before = reinterpret_cast<int*>(smem);
-      if (threadIdx.x == 0) {
-        __threadfence();  // after the barrier, so it orders the stores of all threads
-        *before = atomicAdd(arrived + block, 1);
+      if (shares == 1) {
+        write<T>(y, bias, n, token, block * rows + row, sum);
+      } else {
+        mine[quad] = sum;
       }
-      __syncthreads();
-      is_last = *before == shares - 1;
-      if (is_last) {
-        __threadfence();
-#pragma unroll
-        for (int i = 0; i < 2 * kNTiles; ++i) sums[i] = {0.0f, 0.0f, 0.0f, 0.0f};
-#pragma unroll(kNTiles < 8 ? 8 / kNTiles : 1)
-        for (int share = 0; share < shares; ++share) {
-#pragma unroll
-          for (int i = 0; i < 2 * kNTiles; ++i) {
-            if (warp + i / kQuads * kWarps >= tokens) continue;
-            const float4 add = __ldcg(all + share * kTileQuads + i * kRows);
-            sums[i].x += add.x;
-            sums[i].y += add.y;
-            sums[i].z += add.z;
-            sums[i].w += add.w;
-          }
-        }
-        if (threadIdx.x == 0) arrived[block] = 0;  // for the next launch
-      }
-      __syncthreads();  // `before` has been read
     }
-    if (!is_last) continue;
+    __syncthreads();  // the tile has been read
+    if (shares == 1) continue;
 
+    int* before = reinterpret_cast<int*>(smem);
+    if (threadIdx.x == 0) {
+      __threadfence();  // after the barrier, so it orders the stores of all threads
+      *before = atomicAdd(arrived + block, 1);
+    }
+    __syncthreads();
+    const bool is_last = *before == shares - 1;
+    __syncthreads();  // `before` has been read
+    if (!is_last) continue;
+    __threadfence();
+    if (threadIdx.x == 0) arrived[block] = 0;  // for the next launch
+    constexpr int kQuads = kNTiles < 4 ? 1 : kNTiles / 2, kShares = 8 / kQuads < 4 ? 4 : 8 / kQuads;
+    for (int quad = threadIdx.x; quad < quads; quad += kQuads * kCoverWarps * kWarp) {
+      float4 sums[kQuads] = {};
+#pragma unroll(kShares)
+      for (int share = 0; share < shares; ++share) {
 #pragma unroll
-    for (int quad = 0; quad < kQuads; ++quad) {
-      const int row = first_row + quad * 128 + lane * 4;
-      float add[4];
-#pragma unroll
-      for (int r = 0; r < 4; ++r) {
-        add[r] = bias && row + r < n ? Convert<T>::low(bias[row + r]) : 0.0f;
+        for (int i = 0; i < kQuads; ++i) {
+          const int other = quad + i * kCoverWarps * kWarp;
+          if (other < quads) add_to(sums[i], __ldcg(all + share * tile_quads + other));
+        }
       }
 #pragma unroll
-      for (int i = quad; i < 2 * kNTiles; i += kQuads) {
-        const int token = warp + i / kQuads * kWarps;
-        if (token >= tokens) continue;
-        unsigned short* out = y + static_cast<long long>(token) * n + row;
-        const unsigned short four[4] = {
-            Convert<T>::round(sums[i].x + add[0]), Convert<T>::round(sums[i].y + add[1]),
-            Convert<T>::round(sums[i].z + add[2]), Convert<T>::round(sums[i].w + add[3])};
-        if (n % 4 == 0 && row < n && reinterpret_cast<unsigned long long>(y) % 8 == 0) {
-          *reinterpret_cast<uint2*>(out) = {four[0] | static_cast<unsigned>(four[1]) << 16,
-                                            four[2] | static_cast<unsigned>(four[3]) << 16};
-        } else {
-#pragma unroll
-          for (int r = 0; r < 4; ++r) {
-            if (row + r < n) out[r] = four[r];
-          }
-        }
+      for (int i = 0; i < kQuads; ++i) {
+        const int other = quad + i * kCoverWarps * kWarp;
+        if (other >= quads) break;
+        write<T>(y, bias, n, other / row_quads, block * rows + other % row_quads * 4, sums[i]);
       }
     }
   }
@@ -344,23 +429,22 @@ __device__ void spmm_cover(const uint4* records, const int* steps, const int* ro
 
 }  // namespace sk
 
-#define SK_COVER(name, type, values, tiles, warps, depth, ctas)                                   \
-  extern "C" __global__ void __launch_bounds__(warps* sk::kWarp, ctas)                            \
-      name(const uint4* records, const int* steps, const int* row_order, const unsigned short* x, \
-           const unsigned short* bias, unsigned short* y, float* partial, int* arrived, int m,    \
-           int n, int k, int slices, int windows, int most_shares) {                              \
-    sk::spmm_cover<sk::type, values, tiles, warps, depth>(records, steps, row_order, x, bias, y,  \
-                                                          partial, arrived, m, n, k, slices,      \
-                                                          windows, most_shares);                  \
-  }                                                                                               \
-  SK_KERNEL(name)
+#define SK_COVER(name, type, values, tiles, depth)                                                 \
+  extern "C" __global__ void __launch_bounds__(sk::kCoverWarps* sk::kWarp, 1) name(                \
+      const uint4* records, const int* steps, const int* row_order, const unsigned short* x,       \
+      const unsigned short* bias, unsigned short* y, float* partial, int* arrived, int m, int n,   \
+      int k, int slices, int windows, int group_warps, int most_shares, int all_steps) {           \
+    sk::spmm_cover<sk::type, values, tiles, depth>(records, steps, row_order, x, bias, y, partial, \
+                                                   arrived, m, n, k, slices, windows, group_warps, \
+                                                   most_shares, all_steps);                        \
+  }                                                                                                \
+  SK_EARLY_KERNEL(name)
 
-// 16 warps on a multiprocessor. Many tokens want larger blocks, which share a window of x.
-#define SK_COVER_TOKENS(type, values, depth)                                      \
-  SK_COVER(sk_spmm_cover_##type##_v##values##_t8, type, values, 1, 8, depth, 2)   \
-  SK_COVER(sk_spmm_cover_##type##_v##values##_t16, type, values, 2, 8, depth, 2)  \
-  SK_COVER(sk_spmm_cover_##type##_v##values##_t32, type, values, 4, 16, depth, 1) \
-  SK_COVER(sk_spmm_cover_##type##_v##values##_t64, type, values, 8, 16, depth, 1)
+#define SK_COVER_TOKENS(type, values, depth)                               \
+  SK_COVER(sk_spmm_cover_##type##_v##values##_t8, type, values, 1, depth)  \
+  SK_COVER(sk_spmm_cover_##type##_v##values##_t16, type, values, 2, depth) \
+  SK_COVER(sk_spmm_cover_##type##_v##values##_t32, type, values, 4, depth) \
+  SK_COVER(sk_spmm_cover_##type##_v##values##_t64, type, values, 8, depth)
 
 SK_COVER_TOKENS(bf16, 1, 7)
 SK_COVER_TOKENS(bf16, 2, 5)

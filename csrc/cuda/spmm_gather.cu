@@ -128,8 +128,8 @@ template <class T, int kBits, int kTokens>
 __device__ void spmm_gather(const uint4* values, const typename Deltas<kBits>::Word* deltas,
                             const int* offsets, const int* row_order, const unsigned short* x,
                             const unsigned short* bias, unsigned short* y, float* partial,
-                            int* arrived, int tokens, int n, int k, int slices, int parts,
-                            int block_parts) {
+                            int* arrived, int all_granules, int tokens, int n, int k, int slices,
+                            int parts, int block_parts) {
   extern __shared__ __align__(16) char smem[];
   const int lane = threadIdx.x % kWarp, warp = threadIdx.x / kWarp;
   const int splits = (parts + block_parts - 1) / block_parts;
@@ -140,12 +140,20 @@ __device__ void spmm_gather(const uint4* values, const typename Deltas<kBits>::W
   const int col_begin = part_panel(split * block_parts, parts, panels) * kPanel;
   const int col_end = part_panel(min(parts, (split + 1) * block_parts), parts, panels) * kPanel;
 
+  using Stream = Stream<kBits, kGatherDepth>;
+  const bool has_work = slice < slices && part < parts;
+  let_next_kernel_start();
+  if (has_work) {
+    const int* from = offsets + slice * parts + part;
+    Stream::prefetch(values, deltas, all_granules, __ldcg(from), __ldcg(from + 1));
+  }
+  wait_for_last_kernel();
+  const int row = slice < slices ? row_order[slice * kWarp + lane] : -1;
   int begin = 0, end = 0;
-  if (slice < slices && part < parts) {
+  if (has_work) {
     begin = offsets[slice * parts + part];
     end = offsets[slice * parts + part + 1];
   }
-  using Stream = Stream<kBits, kGatherDepth>;
   Stream stream(shared_address(smem) + warp * Stream::kWarpBytes, values, deltas, begin, end);
   char* x_shared = smem + kGatherWarps * Stream::kWarpBytes;
   stage<kTokens>(reinterpret_cast<unsigned short*>(x_shared), x, tokens, k, col_begin, col_end);
@@ -168,7 +176,6 @@ __device__ void spmm_gather(const uint4* values, const typename Deltas<kBits>::W
   if (slice >= slices) return;
   const int first_warp = warp / block_parts * block_parts;
   const long long slice_sums = static_cast<long long>(slice) * splits * tokens * kWarp;
-  const int row = row_order[slice * kWarp + lane];
   const float add = bias && row >= 0 ? Convert<T>::low(bias[row]) : 0.0f;
   for (int t = warp % block_parts; t < tokens; t += block_parts) {
     float sum = 0.0f;
@@ -197,12 +204,13 @@ __device__ void spmm_gather(const uint4* values, const typename Deltas<kBits>::W
   extern "C" __global__ void __launch_bounds__(sk::kGatherWarps* sk::kWarp, ctas)                  \
       name(const uint4* values, const void* deltas, const int* offsets, const int* row_order,      \
            const unsigned short* x, const unsigned short* bias, unsigned short* y, float* partial, \
-           int* arrived, int m, int n, int k, int slices, int parts, int block_parts) {            \
+           int* arrived, int m, int n, int k, int slices, int parts, int block_parts,              \
+           int all_granules) {                                                                     \
     sk::spmm_gather<sk::type, bits, tokens>(                                                       \
         values, static_cast<const sk::Deltas<bits>::Word*>(deltas), offsets, row_order, x, bias,   \
-        y, partial, arrived, m, n, k, slices, parts, block_parts);                                 \
+        y, partial, arrived, all_granules, m, n, k, slices, parts, block_parts);                   \
   }                                                                                                \
-  SK_KERNEL(name)
+  SK_EARLY_KERNEL(name)
 
 #define SK_GATHER_TOKENS(type, bits)                                \
   SK_GATHER(sk_spmm_gather_##type##_d##bits##_t1, type, bits, 1, 4) \

@@ -64,6 +64,20 @@ class Stream {
     for (int i = 0; i < kDepth; ++i) copy(i * kSlotBytes);
   }
 
+  // Begins to bring the first granules to L2, while the last kernel still runs. That one may be
+  // about to write `begin` and `end`: whatever they are, the addresses are those of `all` granules.
+  static __device__ void prefetch(const uint4* values, const Word* deltas, int all, int begin,
+                                  int end) {
+    const int lane = threadIdx.x % kWarp;
+    begin = max(0, min(begin, all));
+    end = max(begin, min(end, all));
+    const int granule = begin + lane / 4;  // 128 bytes of values are a quarter of one
+    if (granule < end) {
+      prefetch_to_l2(values + granule * kWarp + lane % 4 * 8);
+      if (lane % 4 == 0) prefetch_to_l2(deltas + granule * kWarp);
+    }
+  }
+
   // The next granule has arrived in the registers returned.
   __device__ Granule<kBits> front() const {
     wait_copies<kDepth - 1>();

@@ -41,7 +41,7 @@ def stream(tokens: int) -> Way:
 
 
 def streams() -> list[Way]:
-    return [stream(tokens) for tokens in (1, 16, MOST_TOKENS)]
+    return [stream(tokens) for tokens in (1, 16, 32, MOST_TOKENS)]
 
 
 def row(name: str) -> Way:

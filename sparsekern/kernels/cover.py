@@ -18,7 +18,7 @@ except ImportError:
     _C = None
 
 WINDOW = 256  # columns
-ROW_BLOCK = 256  # rows sorted by nnz: those of a thread block, or half of them
+ROW_BLOCK = 128  # rows sorted by nnz: the fewest of a thread block
 RECORD_BYTES = {1: 608, 2: 1184}
 
 
@@ -29,7 +29,7 @@ def is_built() -> bool:
 def choose_per_group(tokens: int, density: float) -> int:
     """Values of a row in a group of four columns: what is faster on an H200 (docs/LOG.md). One
     takes fewer bytes up to a density of 0.55, two fewer reads of x."""
-    return 2 if density > (0.55 if tokens <= 16 else 0.28) else 1
+    return 2 if density > (0.55 if tokens <= 16 else 0.4 if tokens <= 32 else 0.18) else 1
 
 
 @dataclass(frozen=True)

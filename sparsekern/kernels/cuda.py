@@ -23,15 +23,16 @@ from .cover import Cover
 from .cpu import version_of
 from .crossover import density_limit
 from .dense import mm
-from .layout import LANES, Packed, multiprocessors
+from .layout import LANES, Packed
 from .packed import STREAM_TOKENS, choose_layout, layout_for, like
 from .problem import Kernel, Problem
 from .streams import GRANULE, PANEL, Streams
 
 MOST_TOKENS = 64
 GATHER_TOKENS = 8  # of one launch
-GATHER_WARPS, GATHER_DEPTH = 8, 4  # as in spmm_gather.cu
-COVER_DEPTH = {1: 7, 2: 5}  # as in spmm_cover.cu
+GATHER_WARPS, GATHER_DEPTH, GATHER_BLOCKS = 8, 4, 4  # as in spmm_gather.cu
+COVER_WARPS = 16  # as in spmm_cover.cu
+COVER_DEPTH = {1: 7, 2: 5}
 EXPAND_WARPS = 8
 _TYPES = {torch.bfloat16: "bf16", torch.float16: "f16"}
 
@@ -45,10 +46,26 @@ class Launch(NamedTuple):
     smem_bytes: int
     partial: int  # float32 elements of workspace
     shares: int  # gather: parts of a slice that one block takes; cover: most blocks that share rows
+    group_warps: int = 1  # cover: warps that share x
+
+
+class Gpu(NamedTuple):
+    """What a launch is fitted to."""
+
+    multiprocessors: int
+    smem_bytes: int  # the most of a block
+
+
+@cache
+def gpu_of(device: torch.device) -> Gpu:
+    properties = torch.cuda.get_device_properties(device)
+    return Gpu(properties.multi_processor_count, properties.shared_memory_per_block_optin)
 
 
 @lru_cache(maxsize=4096)
-def configure_gather(m: int, k: int, slices: int, parts: int, bits: int, type_name: str) -> Launch:
+def configure_gather(
+    m: int, k: int, slices: int, parts: int, bits: int, type_name: str, gpu: Gpu
+) -> Launch:
     """Kernel and sizes for up to 8 tokens of delta streams, the same on both routes."""
     panels = -(-k // PANEL)
     stream_bytes = LANES * GRANULE * 2 + LANES * bits
@@ -64,6 +81,10 @@ def configure_gather(m: int, k: int, slices: int, parts: int, bits: int, type_na
     smem_bytes = GATHER_WARPS * GATHER_DEPTH * stream_bytes + x_bytes
     smem_bytes = max(smem_bytes, GATHER_WARPS * tokens * LANES * 4)
     grid = -(-slices // (GATHER_WARPS // block_parts)) * splits
+    # No more blocks on a multiprocessor than there are when all share the work: a launch that
+    # starts early would fill those that are free first.
+    each = min(GATHER_BLOCKS, -(-grid // gpu.multiprocessors))
+    smem_bytes = max(smem_bytes, (gpu.smem_bytes + 1024) // (each + 1) - 1023)
     name = f"sk_spmm_gather_{type_name}_d{bits}_t{tokens}"
     partial = slices * splits * tokens * LANES if splits > 1 else 1
     return Launch(name, grid, GATHER_WARPS * LANES, smem_bytes, partial, block_parts)
@@ -79,28 +100,57 @@ def _widest(panels: int, parts: int, block_parts: int) -> int:
 
 @lru_cache(maxsize=4096)
 def configure_cover(
-    m: int, slices: int, windows: int, per_group: int, type_name: str, multiprocessors: int
+    m: int, slices: int, windows: int, per_group: int, type_name: str, gpu: Gpu
 ) -> Launch:
     """Kernel and sizes for up to 64 tokens of a cover, the same on both routes.
 
-    The work is cut into equal runs of windows, one for each block: 16 warps on each multiprocessor,
-    8 where there is little. 12288 x 12288, 16 tokens, 132 multiprocessors: 2304 windows of 48
-    blocks of 256 rows, in 264 runs.
+    The work is cut into runs of windows of blocks of rows, one run for each multiprocessor. 12288 x
+    12288, 16 tokens, 132 multiprocessors: 2304 windows of 48 blocks of 256 rows, in 132 runs.
     """
     tokens = max(8, 1 << (m - 1).bit_length())
-    warps = 8 if tokens <= 16 else 16
-    blocks = -(-slices // warps)
+    tiles_per_warp = slices * windows / (COVER_WARPS * gpu.multiprocessors)
+    group_warps = choose_group_warps(tokens, tiles_per_warp)
+    while (
+        group_warps < COVER_WARPS and _cover_smem(tokens, group_warps, per_group) > gpu.smem_bytes
+    ):
+        group_warps *= 2
+    blocks = -(-slices // group_warps)
     units = blocks * windows
-    runs = multiprocessors
-    if warps == 8 and units >= 4 * multiprocessors:
-        runs *= 2
-    runs = max(1, min(runs, units))
+    runs = choose_runs(tokens, blocks, windows, gpu.multiprocessors)
     shares = -(-windows * runs // units) + 1 if units else 1
-    ring_bytes = warps * COVER_DEPTH[per_group] * cover.RECORD_BYTES[per_group]
-    rows = warps * LANES
-    smem_bytes = max(tokens * cover.WINDOW * 2 + ring_bytes, tokens * (rows + 4) * 4)
+    smem_bytes = _cover_smem(tokens, group_warps, per_group)
     name = f"sk_spmm_cover_{type_name}_v{per_group}_t{tokens}"
-    return Launch(name, runs, rows, smem_bytes, blocks * shares * tokens * rows, shares)
+    partial = blocks * shares * tokens * group_warps * LANES
+    return Launch(name, runs, COVER_WARPS * LANES, smem_bytes, partial, shares, group_warps)
+
+
+def choose_group_warps(tokens: int, tiles_per_warp: float) -> int:
+    """How many of a block's 16 warps share x of a window, and a block's rows / 32: 16, 8 or 4.
+
+    Many read x less often; few leave fewer sums to add up. docs/LOG.md has the measurements.
+    """
+    if tiles_per_warp <= 1.5 and tokens <= 32:
+        return 4
+    return 8 if tokens <= 16 or tiles_per_warp <= 5 else 16
+
+
+def choose_runs(tokens: int, blocks: int, windows: int, multiprocessors: int) -> int:
+    """How many runs of equal length. A run that has windows of two blocks of rows begins anew
+    within, so as many for each block as there are multiprocessors, if that leaves few idle."""
+    for_each = min(windows, multiprocessors // max(1, blocks))
+    fewest = (0.8 if tokens <= 16 else 0.9) * multiprocessors
+    if blocks * for_each >= fewest or for_each == windows:
+        return max(1, blocks * for_each)
+    return max(1, min(multiprocessors, blocks * windows))
+
+
+def _cover_smem(tokens: int, group_warps: int, per_group: int) -> int:
+    """Bytes of shared memory: two windows of x of each group and the records of each warp, or the
+    sums of each group."""
+    groups = COVER_WARPS // group_warps
+    ring_bytes = COVER_WARPS * COVER_DEPTH[per_group] * cover.RECORD_BYTES[per_group]
+    x_bytes = groups * 2 * tokens * cover.WINDOW * 2
+    return max(x_bytes + ring_bytes, groups * tokens * (group_warps * LANES + 4) * 4)
 
 
 def spmm_packed(x: Tensor, packed: Packed, bias: Tensor | None = None) -> Tensor:
@@ -129,7 +179,13 @@ def spmm_packed(x: Tensor, packed: Packed, bias: Tensor | None = None) -> Tensor
 def _run_gather(x: Tensor, packed: Streams, bias: Tensor | None, y: Tensor) -> None:
     m, device = x.shape[0], x.device.index
     launch = configure_gather(
-        m, packed.k, packed.slices, packed.parts, packed.bits, _TYPES[x.dtype]
+        m,
+        packed.k,
+        packed.slices,
+        packed.parts,
+        packed.bits,
+        _TYPES[x.dtype],
+        gpu_of(x.device),
     )
     partial = x.new_empty(launch.partial, dtype=torch.float32)
     cuda_library.function(launch.kernel, device)(
@@ -152,6 +208,7 @@ def _run_gather(x: Tensor, packed: Streams, bias: Tensor | None, y: Tensor) -> N
         packed.slices,
         packed.parts,
         launch.shares,
+        packed.values.shape[0],
     )
 
 
@@ -163,7 +220,7 @@ def _run_cover(x: Tensor, packed: Cover, bias: Tensor | None, y: Tensor) -> None
         packed.windows,
         packed.per_group,
         _TYPES[x.dtype],
-        _multiprocessors(x.device),
+        gpu_of(x.device),
     )
     partial = x.new_empty(launch.partial, dtype=torch.float32)
     cuda_library.function(launch.kernel, device)(
@@ -184,11 +241,10 @@ def _run_cover(x: Tensor, packed: Cover, bias: Tensor | None, y: Tensor) -> None
         packed.k,
         packed.slices,
         packed.windows,
+        launch.group_warps,
         launch.shares,
+        packed.records.shape[0],
     )
-
-
-_multiprocessors = cache(multiprocessors)
 
 
 def expand(packed: Packed) -> Tensor:
@@ -316,7 +372,9 @@ def _refuse_stream(p: Problem) -> str | None:
         return f"it needs compute capability 8.0, not {major}.{minor}"
     if p.M > STREAM_TOKENS and not cover.is_built():
         return f"without the C++ library it serves up to {STREAM_TOKENS} tokens, not {p.M}"
-    if p.M > STREAM_TOKENS and (needed := _smem_bytes(p)) > (most := _most_smem_bytes()):
+    if p.M > STREAM_TOKENS and (needed := _smem_bytes(p)) > (
+        most := gpu_of(torch.device("cuda")).smem_bytes
+    ):
         return f"it needs {needed} bytes of shared memory, the GPU has {most} for a block"
     limit = density_limit(f"sm_{major}{minor}", p.dtype, p.M, "stream", "expand")
     if limit is not None and p.density > limit:
@@ -325,14 +383,9 @@ def _refuse_stream(p: Problem) -> str | None:
 
 
 def _smem_bytes(p: Problem) -> int:
-    """Of the cover kernel."""
-    per_group = cover.choose_per_group(p.M, p.density)
-    return configure_cover(p.M, 1, 1, per_group, _TYPES[p.dtype], 1).smem_bytes
-
-
-@cache
-def _most_smem_bytes() -> int:
-    return torch.cuda.get_device_properties().shared_memory_per_block_optin
+    """The least that the cover kernel needs."""
+    tokens = max(8, 1 << (p.M - 1).bit_length())
+    return _cover_smem(tokens, COVER_WARPS, cover.choose_per_group(p.M, p.density))
 
 
 def _refuse_expand(p: Problem) -> str | None:

@@ -21,8 +21,8 @@ def name_of(packed: Packed) -> str:
 
 
 def like(tokens: int) -> int:
-    """The least number of tokens for which W is laid out as for `tokens`: 1, 3 or 17."""
-    return 1 if tokens <= STREAM_TOKENS else 3 if tokens <= 16 else 17
+    """The least number of tokens for which W is laid out as for `tokens`: 1, 3, 17 or 33."""
+    return next(first for first in (33, 17, STREAM_TOKENS + 1, 1) if tokens >= first)
 
 
 def choose_layout(tokens: int) -> str:

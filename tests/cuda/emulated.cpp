@@ -37,6 +37,7 @@ struct Thread {
   State state = State::kExited;
   bool has_stack = false;  // in use: `here` is where it goes on
   jmp_buf here;
+  unsigned barrier, barrier_warps;  // that it waits at
   // Of the meeting it waits in.
   const char* name;
   Run* run;
@@ -86,7 +87,7 @@ void leave() {
   if (_setjmp(threads[current].here) == 0) _longjmp(scheduler, 1);
 }
 
-void check_barrier();
+void check_barrier(unsigned barrier);
 void check_warp(unsigned warp);
 
 // Runs its thread in one block after the other.
@@ -95,7 +96,7 @@ void fiber() {
     kernel->caller(kernel->kernel, arguments);
     threads[current].state = State::kExited;
     threads[current].copies.clear();
-    check_barrier();
+    check_barrier(0);
     check_warp(current / kWarp);
     leave();
   }
@@ -125,12 +126,18 @@ unsigned count(State state, unsigned first = 0, unsigned last = kThreads) {
                        [=](const Thread& t) { return t.state == state; });
 }
 
-// The barrier opens when all that live have come.
-void check_barrier() {
-  const unsigned waiting = count(State::kAtBarrier, 0, blockDim.x);
-  if (!waiting || waiting + count(State::kExited, 0, blockDim.x) < blockDim.x) return;
+// A barrier opens when all that it waits for have come.
+void check_barrier(unsigned barrier) {
+  const auto waits = [=](const Thread& t) {
+    return t.state == State::kAtBarrier && t.barrier == barrier;
+  };
+  const auto first = std::find_if(threads, threads + kThreads, waits);
+  if (first == threads + kThreads) return;
+  const unsigned all =
+      barrier ? first->barrier_warps * kWarp : blockDim.x - count(State::kExited, 0, blockDim.x);
+  if (std::count_if(threads, threads + kThreads, waits) < all) return;
   for (Thread& t : threads) {
-    if (t.state == State::kAtBarrier) t.state = State::kReady;
+    if (waits(t)) t.state = State::kReady;
   }
 }
 
@@ -157,7 +164,9 @@ std::string who_waits() {
   std::string text = "deadlock:";
   for (unsigned i = 0; i < blockDim.x; ++i) {
     const Thread& t = threads[i];
-    const char* at = t.state == State::kAtBarrier ? "__syncthreads" : t.name;
+    const char* at = t.state != State::kAtBarrier ? t.name
+                     : t.barrier                  ? "sync_warps"
+                                                  : "__syncthreads";
     if (t.state == State::kExited) continue;
     text += " thread " + std::to_string(i) + " waits in " + at + ",";
     if (text.size() > 100) break;
@@ -220,21 +229,24 @@ void fail(const char* format, ...) {
   _longjmp(scheduler, 1);
 }
 
-void wait_for_block() {
+void wait_for_warps(unsigned barrier, unsigned warps) {
   const unsigned first = current / kWarp * kWarp;
   if (count(State::kInWarp, first, first + kWarp)) {
-    fail("divergence: __syncthreads, and others of its warp in a warp's instruction");
+    fail("divergence: a barrier, and others of its warp in a warp's instruction");
   }
-  threads[current].state = State::kAtBarrier;
-  check_barrier();
-  if (threads[current].state != State::kReady) leave();
+  Thread& me = threads[current];
+  me.state = State::kAtBarrier;
+  me.barrier = barrier;
+  me.barrier_warps = warps;
+  check_barrier(barrier);
+  if (me.state != State::kReady) leave();
 }
 
 void meet(const char* name, Run* run, void* mine, bool all) {
   const unsigned first = current / kWarp * kWarp;
   for (unsigned i = first; i < first + kWarp; ++i) {
     const Thread& t = threads[i];
-    if (t.state == State::kAtBarrier) fail("divergence: %s, thread %u in __syncthreads", name, i);
+    if (t.state == State::kAtBarrier) fail("divergence: %s, thread %u at a barrier", name, i);
     if (t.state == State::kInWarp && std::strcmp(t.name, name)) {
       fail("divergence: %s, thread %u in %s", name, i, t.name);
     }

@@ -6,8 +6,7 @@
 //
 // - barriers and warp instructions that not all threads meet, or meet at different ones;
 // - shared memory (dynamic alone: a variable would be each thread's own) used out of bounds, off
-// its
-//   alignment, or before it is written: it holds NaNs at first, and again from the start of an
+//   its alignment, or before it is written: it holds NaNs at first, and again from the start of an
 //   asynchronous copy until the thread has waited for it;
 // - positions that are no sparse operand of a tensor core.
 //
@@ -51,7 +50,9 @@ constexpr int kWarp = 32;
 // Ends the launch with this text, as printf has it.
 [[noreturn]] __attribute__((format(printf, 1, 2))) void fail(const char* format, ...);
 
-void wait_for_block();
+// At barrier 0 all threads of the block that live wait for one another; at another one as many
+// warps as they say.
+void wait_for_warps(unsigned barrier, unsigned warps);
 
 // Waits for all lanes of the warp to come with the same `run` and `name`, then one of them calls
 // run with what each has brought; null for one that has exited, which `all` forbids.
@@ -109,8 +110,9 @@ class Entry {
 }  // namespace emulated
 
 #define SK_KERNEL(kernel) static emulated::Entry entry_of_##kernel(#kernel, kernel);
+#define SK_EARLY_KERNEL SK_KERNEL  // kernels run one after the other here
 
-inline void __syncthreads() { emulated::wait_for_block(); }
+inline void __syncthreads() { emulated::wait_for_warps(0, 0); }
 
 inline void __syncwarp(unsigned mask = 0xffffffffu) {
   emulated::check_mask(mask);

@@ -79,6 +79,11 @@ void wait_copies() {
   emulated::wait_for_copies(kGroups);
 }
 
+inline void sync_warps(int barrier, int warps) { emulated::wait_for_warps(barrier, warps); }
+inline void prefetch_to_l2(const void*) {}
+inline void let_next_kernel_start() {}
+inline void wait_for_last_kernel() {}
+
 inline void load_matrices_transposed(unsigned (&out)[4], unsigned row) {
   emulated::Matrices mine = {out, row};
   emulated::meet("load_matrices_transposed", emulated::run_load_matrices, &mine, true);
