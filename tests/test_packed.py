@@ -262,6 +262,18 @@ def test_parts_fill_the_gpu(n, k, parts):
     assert choose_parts(n, k, 132) == parts
 
 
+def test_uneven_rows_are_cut_into_more_parts():
+    lengths = torch.tensor([300, 40, 30, 30]).repeat_interleave(LANES)
+    w = torch.zeros(2 * 4 * LANES, 1024, dtype=torch.bfloat16)
+    for row, length in enumerate(lengths.repeat(2)):
+        w[row, :length] = 1
+    packed = streams_of(w[torch.randperm(len(w))])
+    assert choose_parts(28672, 8192, 132, True) == packed.parts == 8
+    assert streams_of(random_weight(28672 // 16, 512, 0.1)).parts == choose_parts(
+        28672 // 16, 512, 132
+    )
+
+
 def test_other_dtypes_are_refused():
     with pytest.raises(TypeError, match="weight: expected bfloat16 or float16 values"):
         pack(SparseTensor.from_dense(torch.ones(4, 4)))

@@ -36,20 +36,30 @@ class Streams(Packed):
     arrived: Tensor
 
 
-def choose_parts(n: int, k: int, multiprocessors: int) -> int:
+def choose_parts(n: int, k: int, multiprocessors: int, is_uneven: bool = False) -> int:
     """Into how many parts of columns W is cut, so that a GPU has work everywhere.
 
     The least power of two, up to 16, that makes two blocks of 128 rows and one part for each
     multiprocessor. More would cost memory, because lanes wait for one another at the end of each
     part, and sums of parts. On 132 multiprocessors: 28672 x 8192 is cut in 2, 12288 x 12288 in 4,
-    2048 x 8192 in 16.
+    2048 x 8192 in 16. Of uneven rows at least 8 parts: then a thread block takes one slice of 32
+    rows, and none of its warps waits for those of a longer slice.
     """
     panels = -(-k // PANEL)
     blocks = -(-n // ROW_BLOCK)
-    parts = 1
+    parts = 8 if is_uneven else 1
     while parts < min(panels, 16) and parts * blocks < 2 * multiprocessors:
         parts *= 2
     return min(parts, max(1, panels))
+
+
+def are_uneven(row_offsets: Tensor, row_order: Tensor) -> bool:
+    """Whether the longest of 4 neighbouring slices has many more entries than they have in the
+    mean: more than rows of random masks differ."""
+    lengths = row_offsets.diff().long()[row_order.long()] * (row_order >= 0)
+    longest = lengths.view(-1, LANES).amax(1)
+    blocks = torch.nn.functional.pad(longest, (0, -len(longest) % 4)).view(-1, 4)
+    return bool(4 * blocks.amax(1).sum() > 1.2 * blocks.sum())
 
 
 class StreamsLayout:
@@ -68,12 +78,13 @@ class StreamsLayout:
         bits: int | None = None,
     ):
         device = col_indices.device
+        self.row_order = sort_rows(row_offsets, n, ROW_BLOCK)
         if parts is None:
-            parts = choose_parts(n, k, multiprocessors(device))
+            is_uneven = n > 0 and are_uneven(row_offsets, self.row_order)
+            parts = choose_parts(n, k, multiprocessors(device), is_uneven)
         self.n, self.k, self.parts = n, k, parts
         nnz = col_indices.shape[0]
         panels = -(-k // PANEL)
-        self.row_order = sort_rows(row_offsets, n, ROW_BLOCK)
         slices = self.row_order.shape[0] // LANES
         lane_of_row = torch.empty(n, dtype=torch.int64, device=device)
         lane_of_row[self.row_order[:n].long()] = torch.arange(n, device=device)

@@ -71,12 +71,9 @@ def _spmm(row_offsets, col_indices, values, n, k, x, bias=None, config=None):
     config = config or spmm_config(m, n, k, x.element_size())
     bitmap = bitmap_of(row_offsets, col_indices, n, k)
     blocks = -(-n // config.block_n), -(-m // config.block_m)
-    parts = arrived = y
-    if config.split > 1:
-        cells = blocks[0] * blocks[1]
-        shape = config.split * cells * config.block_n * config.block_m
-        parts = torch.empty(shape, dtype=torch.float32, device=x.device)
-        arrived = _zeros(x.device, cells)
+    cells = blocks[0] * blocks[1] if config.split > 1 else 0
+    arrived = _zeros(x.device, cells)
+    parts = x.new_empty(config.split * cells * config.block_n * config.block_m, dtype=torch.float32)
     _device().spmm_kernel[(*blocks, config.split)](
         *_matrix(bitmap),
         values,
