@@ -32,6 +32,7 @@ MOST_TOKENS = 64
 GATHER_TOKENS = 8  # of one launch
 GATHER_WARPS, GATHER_DEPTH, GATHER_BLOCKS = 8, 4, 4  # as in spmm_gather.cu
 COVER_WARPS = 16  # as in spmm_cover.cu
+FEW_TILES = 1.5  # for each warp: then one beginning and one end are most of the time
 COVER_DEPTH = {1: 7, 2: 5}
 EXPAND_WARPS = 8
 _TYPES = {torch.bfloat16: "bf16", torch.float16: "f16"}
@@ -116,7 +117,8 @@ def configure_cover(
         group_warps *= 2
     blocks = -(-slices // group_warps)
     units = blocks * windows
-    runs = choose_runs(tokens, blocks, windows, gpu.multiprocessors)
+    busy = 0.7 if tiles_per_warp <= FEW_TILES else 0.8 if tokens <= 16 else 0.9
+    runs = choose_runs(blocks, windows, gpu.multiprocessors, busy)
     shares = -(-windows * runs // units) + 1 if units else 1
     smem_bytes = _cover_smem(tokens, group_warps, per_group)
     name = f"sk_spmm_cover_{type_name}_v{per_group}_t{tokens}"
@@ -129,17 +131,16 @@ def choose_group_warps(tokens: int, tiles_per_warp: float) -> int:
 
     Many read x less often; few leave fewer sums to add up. docs/LOG.md has the measurements.
     """
-    if tiles_per_warp <= 1.5 and tokens <= 32:
+    if tiles_per_warp <= FEW_TILES and tokens <= 32:
         return 4
     return 8 if tokens <= 16 or tiles_per_warp <= 5 else 16
 
 
-def choose_runs(tokens: int, blocks: int, windows: int, multiprocessors: int) -> int:
+def choose_runs(blocks: int, windows: int, multiprocessors: int, busy: float) -> int:
     """How many runs of equal length. A run that has windows of two blocks of rows begins anew
-    within, so as many for each block as there are multiprocessors, if that leaves few idle."""
+    within, so none does if the part `busy` of the multiprocessors can have one."""
     for_each = min(windows, multiprocessors // max(1, blocks))
-    fewest = (0.8 if tokens <= 16 else 0.9) * multiprocessors
-    if blocks * for_each >= fewest or for_each == windows:
+    if blocks * for_each >= busy * multiprocessors or for_each == windows:
         return max(1, blocks * for_each)
     return max(1, min(multiprocessors, blocks * windows))
 
