@@ -354,6 +354,10 @@ __device__ void spmm_cover(const uint4* records, const int* steps, const int* ro
       x_shared = next_x_shared;
       next_x_shared = done;
     }
+    // All groups meet as many barriers: racecheck counts them for a block.
+    for (int i = last - first; i < (count + groups - 1) / groups; ++i) {
+      sync_warps(1 + group, group_warps);
+    }
 
     // Sums of the groups, [group][token][row], in shared memory: rows lie in the order of their
     // nnz.
