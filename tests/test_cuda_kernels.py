@@ -26,8 +26,8 @@ def random_weight(n, k, density, dtype=torch.bfloat16):
     return w.to(dtype)
 
 
-# (bits, parts) of delta streams, values a group of a cover
-LAYOUTS = {"d4": (4, 3), "d8": (8, 3), "d4-whole": (4, 1), "d8-cut": (8, 8), "v1": 1, "v2": 2}
+# (bits, pieces) of delta streams, values a group of a cover
+LAYOUTS = {"d4": (4, 50), "d8": (8, 50), "d4-whole": (4, 1), "d8-cut": (8, 999), "v1": 1, "v2": 2}
 layouts = pytest.mark.parametrize("layout", LAYOUTS)
 
 
@@ -37,8 +37,8 @@ def packed_as(layout, w):
     indices = W.row_offsets, W.col_indices, *W.shape
     if layout[0] == "v":
         return CoverLayout(*indices, LAYOUTS[layout]).fill(W.values)
-    bits, parts = LAYOUTS[layout]
-    return StreamsLayout(*indices, parts, bits).fill(W.values)
+    bits, pieces = LAYOUTS[layout]
+    return StreamsLayout(*indices, pieces, bits).fill(W.values)
 
 
 def check(y, x, w, bias=None):

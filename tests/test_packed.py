@@ -5,19 +5,19 @@ import torch
 
 from sparsekern.kernels import cover
 from sparsekern.kernels.cover import WINDOW, Cover, CoverLayout, choose_per_group
-from sparsekern.kernels.cuda import Gpu, configure_cover
+from sparsekern.kernels.cuda import Gpu, configure_cover, configure_gather
 from sparsekern.kernels.layout import LANES, sort_rows
 from sparsekern.kernels.packed import choose_layout, like, pack
-from sparsekern.kernels.streams import PANEL, Streams, StreamsLayout, choose_parts
+from sparsekern.kernels.streams import GRANULE, Streams, StreamsLayout, choose_pieces
 from sparsekern.tensor import SparseTensor
 
 needs_library = pytest.mark.skipif(not cover.is_built(), reason="the C++ library is not built")
 per_groups = pytest.mark.parametrize("per_group", [1, 2])
 
 
-def streams_of(w, parts=None, bits=None):
+def streams_of(w, pieces=None, bits=None):
     W = w if isinstance(w, SparseTensor) else SparseTensor.from_dense(w)
-    return StreamsLayout(W.row_offsets, W.col_indices, *W.shape, parts, bits).fill(W.values)
+    return StreamsLayout(W.row_offsets, W.col_indices, *W.shape, pieces, bits).fill(W.values)
 
 
 def cover_of(w, per_group):
@@ -26,30 +26,29 @@ def cover_of(w, per_group):
 
 
 def unpack_streams(packed):
-    """W [N, K]."""
-    panels = -(-packed.k // PANEL)
+    """W [N, K], piece by piece."""
     w = torch.zeros(packed.n, packed.k, dtype=packed.values.dtype)
     filled = torch.zeros(packed.n, packed.k, dtype=torch.bool)
+    assert packed.bounds[0] == 0 and packed.bounds[-1] == len(packed.values)
     for s in range(packed.slices):
-        for p in range(packed.parts):
-            first = p * panels // packed.parts * PANEL
-            last = (p + 1) * panels // packed.parts * PANEL
-            begin, end = packed.offsets[s * packed.parts + p :][:2].tolist()
+        pieces = range(*packed.first_piece[s : s + 2].tolist())
+        assert len(pieces) > 0 and (packed.slice_of[pieces.start : pieces.stop] == s).all()
+        for p in pieces:
+            begin, end = packed.bounds[p : p + 2].tolist()
             for lane in range(LANES):
                 row = int(packed.row_order[s * LANES + lane])
                 values = packed.values[begin:end, lane].flatten()
                 codes = packed.deltas[begin:end, lane].int()
+                start = int(packed.starts[p, lane])
                 if packed.bits == 4:
                     codes = torch.cat([codes & 15, codes >> 4], dim=1)
-                    lines = (codes.flatten() & 7).cumsum(0) + first // 2
-                    columns = 2 * lines + (codes.flatten() >> 3)
+                    columns = 2 * (codes.flatten() & 7).cumsum(0) + (codes.flatten() >> 3) + start
                 else:
-                    columns = codes.flatten().cumsum(0) + first
+                    columns = codes.flatten().cumsum(0) + start
                 columns = columns[values != 0]
                 if row < 0:
                     assert not len(columns)
                     continue
-                assert ((columns >= first) & (columns < last)).all()
                 assert not filled[row, columns].any() and (columns.diff() > 0).all()
                 filled[row, columns] = True
                 w[row, columns] = values[values != 0]
@@ -99,14 +98,14 @@ def random_weight(n, k, density, seed=0):
 
 
 @pytest.mark.parametrize("bits", [4, 8, None])
-@pytest.mark.parametrize("parts", [1, 3, None])
+@pytest.mark.parametrize("pieces", [1, 5, 300, None])
 @pytest.mark.parametrize(
     "n, k, density",
     [(64, 512, 0.5), (70, 700, 0.25), (33, 129, 0.05), (1, 1, 1.0), (40, 600, 1.0), (5, 2000, 0.0)],
 )
-def test_streams_hold_exactly_the_matrix(n, k, density, parts, bits):
+def test_streams_hold_exactly_the_matrix(n, k, density, pieces, bits):
     w = random_weight(n, k, density)
-    assert torch.equal(unpack_streams(streams_of(w, parts, bits)), w)
+    assert torch.equal(unpack_streams(streams_of(w, pieces, bits)), w)
 
 
 @needs_library
@@ -145,7 +144,7 @@ def uneven_weight():
 @pytest.mark.parametrize("bits", [4, 8])
 def test_streams_of_uneven_patterns(bits):
     w = uneven_weight()
-    assert torch.equal(unpack_streams(streams_of(w, 2, bits)), w)
+    assert torch.equal(unpack_streams(streams_of(w, 20, bits)), w)
 
 
 @needs_library
@@ -255,23 +254,32 @@ def test_bytes_of_a_random_mask():
     assert packed.nbytes < 0.335 * 2 * 256 * 4096
 
 
+def test_pieces_are_even():
+    w = random_weight(1024, 1024, 0.2)
+    w[:256] *= random_weight(256, 1024, 0.3)
+    packed = streams_of(w, 300)
+    lengths, slices = packed.bounds.diff(), packed.slices
+    assert 300 <= len(lengths) <= 300 + slices
+    mean = len(packed.values) / 300
+    assert lengths.max() <= mean * 1.5 + 1
+    assert packed.nbytes < 1.06 * 3 * int((w != 0).sum()) + 128 * len(lengths)
+
+
 @pytest.mark.parametrize(
-    "n, k, parts", [(28672, 8192, 2), (12288, 12288, 4), (2048, 8192, 16), (64, 64, 1), (0, 0, 1)]
+    "n, k, density, blocks", [(28672, 8192, 0.25, 4), (2048, 8192, 0.25, 1), (10**6, 64, 0.1, 30)]
 )
-def test_parts_fill_the_gpu(n, k, parts):
-    assert choose_parts(n, k, 132) == parts
+def test_pieces_fill_the_gpu(n, k, density, blocks):
+    slices = n // LANES
+    pieces = choose_pieces(int(slices * k * density / GRANULE), slices, 132)
+    assert -(-max(pieces, slices) // (8 * 132)) == blocks
 
 
-def test_uneven_rows_are_cut_into_more_parts():
-    lengths = torch.tensor([300, 40, 30, 30]).repeat_interleave(LANES)
-    w = torch.zeros(2 * 4 * LANES, 1024, dtype=torch.bfloat16)
-    for row, length in enumerate(lengths.repeat(2)):
-        w[row, :length] = 1
-    packed = streams_of(w[torch.randperm(len(w))])
-    assert choose_parts(28672, 8192, 132, True) == packed.parts == 8
-    assert streams_of(random_weight(28672 // 16, 512, 0.1)).parts == choose_parts(
-        28672 // 16, 512, 132
-    )
+@pytest.mark.parametrize("m, k, tokens", [(1, 8192, 1), (7, 8192, 8), (8, 20000, 4), (2, 70000, 1)])
+def test_tokens_of_a_gather(m, k, tokens):
+    launch = configure_gather(m, k, 5000, 4, "bf16", H200)
+    assert launch.tokens == tokens and launch.kernel.endswith(f"_t{tokens}")
+    assert launch.smem_bytes <= H200.smem_bytes
+    assert configure_gather(1, 120000, 5000, 4, "bf16", H200) is None
 
 
 def test_other_dtypes_are_refused():

@@ -7,20 +7,19 @@ namespace sk {
 
 constexpr int kExpandWarps = 8;
 
-// Delta streams: a warp writes a part of a slice, lane r the row r.
+// Delta streams: a warp writes a piece, lane r of row r.
 template <int kBits>
-__device__ void expand(const unsigned short* values, const unsigned char* deltas,
-                       const int* offsets, const int* row_order, unsigned short* w, int k,
-                       int slices, int parts) {
+__device__ void expand(const unsigned short* values, const unsigned char* deltas, const int* bounds,
+                       const int* slice_of, const int* starts, const int* row_order,
+                       unsigned short* w, int k, int pieces) {
   const int lane = threadIdx.x % kWarp;
-  const int stream = blockIdx.x * kExpandWarps + threadIdx.x / kWarp;
-  if (stream >= slices * parts) return;
-  const int row = row_order[stream / parts * kWarp + lane];
+  const int piece = blockIdx.x * kExpandWarps + threadIdx.x / kWarp;
+  if (piece >= pieces) return;
+  const int row = row_order[slice_of[piece] * kWarp + lane];
   if (row < 0) return;
-  const int panels = (k + kPanel - 1) / kPanel;
   unsigned short* out = w + static_cast<long long>(row) * k;
-  int column = part_panel(stream % parts, parts, panels) * kPanel;
-  for (int g = offsets[stream]; g < offsets[stream + 1]; ++g) {
+  int column = starts[piece * kWarp + lane];
+  for (int g = bounds[piece]; g < bounds[piece + 1]; ++g) {
     const long long at = static_cast<long long>(g) * kWarp + lane;
 #pragma unroll
     for (int i = 0; i < kGranule; ++i) {
@@ -68,12 +67,12 @@ __device__ void expand_cover(const unsigned char* records, const int* steps, con
 
 }  // namespace sk
 
-#define SK_EXPAND(name, bits)                                                                  \
-  extern "C" __global__ void name(const unsigned short* values, const unsigned char* deltas,   \
-                                  const int* offsets, const int* row_order, unsigned short* w, \
-                                  int k, int slices, int parts) {                              \
-    sk::expand<bits>(values, deltas, offsets, row_order, w, k, slices, parts);                 \
-  }                                                                                            \
+#define SK_EXPAND(name, bits)                                                                   \
+  extern "C" __global__ void name(const unsigned short* values, const unsigned char* deltas,    \
+                                  const int* bounds, const int* slice_of, const int* starts,    \
+                                  const int* row_order, unsigned short* w, int k, int pieces) { \
+    sk::expand<bits>(values, deltas, bounds, slice_of, starts, row_order, w, k, pieces);        \
+  }                                                                                             \
   SK_KERNEL(name)
 
 SK_EXPAND(sk_expand_d4, 4)

@@ -1,11 +1,10 @@
 // y[M, N] = x[M, K] @ W[N, K]^T + bias[N] for M <= 8 tokens, W packed as stream.cuh says.
 //
-// A warp takes a part of a slice of 32 rows, lane r the row r. A block of eight warps takes
-// `block_parts` neighbouring parts of 8 / block_parts slices. x of these parts lies in shared
-// memory, [column][token]; for each entry a lane gathers x at its column and multiplies: about 8
-// instructions an entry for one token. Products and sums in float32, in column order.
-// Bytes: those of W, once; x once for each block. Faster than spmm_cover.cu where tokens are few
-// and W is very sparse, and W takes the fewest bytes.
+// A warp takes a piece of a slice of 32 rows, lane r the row r, and a block eight neighbouring
+// pieces. x lies in shared memory, [column][token]; for each entry a lane gathers x at its column
+// and multiplies: about 8 instructions an entry for one token. Products and sums in float32, in
+// column order. Bytes: those of W, once; x once for each block. Faster than spmm_cover.cu where
+// tokens are few, and W takes the fewest bytes.
 //
 // Blocks that share a slice leave their sums in `partial`, and the last one to arrive adds them up
 // in a fixed order, so that results do not depend on who was last.
@@ -15,8 +14,7 @@
 namespace sk {
 
 constexpr int kGatherWarps = 8;
-constexpr int kGatherTokens = 8;  // the most
-constexpr int kGatherDepth = 4;   // granules
+constexpr int kGatherDepth = 4;  // granules
 
 // x at one column, kTokens of 16 bits, as floats times `value` added to acc.
 template <class T, int kTokens>
@@ -79,14 +77,13 @@ __device__ inline void multiply_granule(float (&acc)[kTokens], const Granule<8>&
   }
 }
 
-// x [tokens, K], columns [begin, end), to shared memory as [column][kTokens]; zeros where there is
-// no token or no column. A thread turns round tiles of 4 columns.
+// x [tokens, K] to shared memory as [column][kTokens]; zeros where there is no token or no column.
+// A thread turns round tiles of 4 columns.
 template <int kTokens>
-__device__ inline void stage(unsigned short* to, const unsigned short* x, int tokens, int k,
-                             int begin, int end) {
+__device__ inline void stage(unsigned short* to, const unsigned short* x, int tokens, int k) {
   constexpr int kTile = kTokens < 8 ? kTokens : 8;  // tokens
   const bool aligned = k % 4 == 0 && reinterpret_cast<unsigned long long>(x) % 8 == 0;
-  for (int col = begin + threadIdx.x * 4; col < end; col += kGatherWarps * kWarp * 4) {
+  for (int col = threadIdx.x * 4; col < k; col += kGatherWarps * kWarp * 4) {
 #pragma unroll
     for (int first = 0; first < kTokens; first += kTile) {
       unsigned short tile[4 * kTile];  // [column][token]
@@ -102,7 +99,7 @@ __device__ inline void stage(unsigned short* to, const unsigned short* x, int to
           if (!aligned && first + t < tokens && col + c < k) tile[c * kTile + t] = from[c];
         }
       }
-      unsigned short* out = to + (col - begin) * kTokens + first;
+      unsigned short* out = to + col * kTokens + first;
       unsigned pairs[2 * kTile];
 #pragma unroll
       for (int i = 0; i < 2 * kTile; ++i) {
@@ -126,75 +123,84 @@ __device__ inline void stage(unsigned short* to, const unsigned short* x, int to
 
 template <class T, int kBits, int kTokens>
 __device__ void spmm_gather(const uint4* values, const typename Deltas<kBits>::Word* deltas,
-                            const int* offsets, const int* row_order, const unsigned short* x,
+                            const int* bounds, const int* slice_of, const int* first_piece,
+                            const int* starts, const int* row_order, const unsigned short* x,
                             const unsigned short* bias, unsigned short* y, float* partial,
-                            int* arrived, int all_granules, int tokens, int n, int k, int slices,
-                            int parts, int block_parts) {
+                            int* arrived, int tokens, int n, int k, int pieces, int all_granules) {
   extern __shared__ __align__(16) char smem[];
   const int lane = threadIdx.x % kWarp, warp = threadIdx.x / kWarp;
-  const int splits = (parts + block_parts - 1) / block_parts;
-  const int split = blockIdx.x % splits;
-  const int slice = blockIdx.x / splits * (kGatherWarps / block_parts) + warp / block_parts;
-  const int part = split * block_parts + warp % block_parts;
-  const int panels = (k + kPanel - 1) / kPanel;
-  const int col_begin = part_panel(split * block_parts, parts, panels) * kPanel;
-  const int col_end = part_panel(min(parts, (split + 1) * block_parts), parts, panels) * kPanel;
-
+  const int block = static_cast<int>(blockIdx.x), first_here = block * kGatherWarps;
+  const int piece = first_here + warp;
   using Stream = Stream<kBits, kGatherDepth>;
-  const bool has_work = slice < slices && part < parts;
   let_next_kernel_start();
-  if (has_work) {
-    const int* from = offsets + slice * parts + part;
-    Stream::prefetch(values, deltas, all_granules, __ldcg(from), __ldcg(from + 1));
+  if (piece < pieces) {
+    Stream::prefetch(values, deltas, all_granules, __ldcg(bounds + piece),
+                     __ldcg(bounds + piece + 1));
   }
   wait_for_last_kernel();
-  const int row = slice < slices ? row_order[slice * kWarp + lane] : -1;
-  int begin = 0, end = 0;
-  if (has_work) {
-    begin = offsets[slice * parts + part];
-    end = offsets[slice * parts + part + 1];
+  int begin = 0, end = 0, slice = 0, start = 0;
+  if (piece < pieces) {
+    begin = bounds[piece];
+    end = bounds[piece + 1];
+    slice = slice_of[piece];
+    start = starts[piece * kWarp + lane];
   }
   Stream stream(shared_address(smem) + warp * Stream::kWarpBytes, values, deltas, begin, end);
   char* x_shared = smem + kGatherWarps * Stream::kWarpBytes;
-  stage<kTokens>(reinterpret_cast<unsigned short*>(x_shared), x, tokens, k, col_begin, col_end);
+  stage<kTokens>(reinterpret_cast<unsigned short*>(x_shared), x, tokens, k);
+  const int row = row_order[slice * kWarp + lane];
+  const int first = first_piece[slice], last = first_piece[slice + 1] - 1;
   __syncthreads();
 
   float acc[kTokens] = {};
-  const int first_col = part_panel(min(part, parts), parts, panels) * kPanel;
-  const char* at = x_shared + (first_col - col_begin) * 2 * kTokens;
+  const char* at = x_shared + start * 2 * kTokens;
   for (int g = begin; g < end; ++g) {
     multiply_granule<T, kTokens>(acc, stream.front(), at);
     stream.advance();
   }
 
-  // The warps of a slice add up, each for some of the tokens.
+  // The warp that has the first piece of a slice here adds up those of this block.
   __syncthreads();  // all streams have been read
   auto sums = reinterpret_cast<float (*)[kTokens][kWarp]>(smem);
 #pragma unroll
   for (int t = 0; t < kTokens; ++t) sums[warp][t][lane] = acc[t];
   __syncthreads();
-  if (slice >= slices) return;
-  const int first_warp = warp / block_parts * block_parts;
-  const long long slice_sums = static_cast<long long>(slice) * splits * tokens * kWarp;
-  const float add = bias && row >= 0 ? Convert<T>::low(bias[row]) : 0.0f;
-  for (int t = warp % block_parts; t < tokens; t += block_parts) {
-    float sum = 0.0f;
-    for (int w = 0; w < block_parts; ++w) sum += sums[first_warp + w][t][lane];
-    if (splits > 1) {
-      float* all = partial + slice_sums + t * kWarp + lane;
-      all[split * tokens * kWarp] = sum;
-      __threadfence();
-      __syncwarp();
-      int before = 0;
-      if (lane == 0) before = atomicAdd(arrived + slice * kGatherTokens + t, 1);
-      if (__shfl_sync(kAllLanes, before, 0) != splits - 1) continue;
-      __threadfence();
-      sum = 0.0f;
-#pragma unroll 8
-      for (int s = 0; s < splits; ++s) sum += __ldcg(all + s * tokens * kWarp);
-      if (lane == 0) arrived[slice * kGatherTokens + t] = 0;  // for the next launch
+  if (piece >= pieces || piece != max(first, first_here)) return;
+  const int here = min(last - first_here, kGatherWarps - 1) - warp + 1;
+#pragma unroll
+  for (int t = 0; t < kTokens; ++t) {
+    for (int w = 1; w < here; ++w) acc[t] += sums[warp + w][t][lane];
+  }
+
+  const int first_block = first / kGatherWarps;
+  const int shares = last / kGatherWarps - first_block + 1;
+  if (shares > 1) {
+    // Of a slice that began in another block, and of one that begins here: two places a block.
+    constexpr int kPlace = kTokens * kWarp;
+    const int share = block - first_block;
+    float* mine = partial + (2 * block + (share == 0)) * kPlace + lane;
+#pragma unroll
+    for (int t = 0; t < kTokens; ++t) mine[t * kWarp] = acc[t];
+    __threadfence();
+    __syncwarp();
+    int before = 0;
+    if (lane == 0) before = atomicAdd(arrived + slice, 1);
+    if (__shfl_sync(kAllLanes, before, 0) != shares - 1) return;
+    __threadfence();
+#pragma unroll
+    for (int t = 0; t < kTokens; ++t) acc[t] = 0.0f;
+    for (int s = 0; s < shares; ++s) {
+      const float* theirs = partial + (2 * (first_block + s) + (s == 0)) * kPlace + lane;
+#pragma unroll
+      for (int t = 0; t < kTokens; ++t) acc[t] += __ldcg(theirs + t * kWarp);
     }
-    if (row >= 0) y[static_cast<long long>(t) * n + row] = Convert<T>::round(sum + add);
+    if (lane == 0) arrived[slice] = 0;  // for the next launch
+  }
+  if (row < 0) return;
+  const float add = bias ? Convert<T>::low(bias[row]) : 0.0f;
+#pragma unroll
+  for (int t = 0; t < kTokens; ++t) {
+    if (t < tokens) y[static_cast<long long>(t) * n + row] = Convert<T>::round(acc[t] + add);
   }
 }
 
@@ -202,13 +208,13 @@ __device__ void spmm_gather(const uint4* values, const typename Deltas<kBits>::W
 
 #define SK_GATHER(name, type, bits, tokens, ctas)                                                  \
   extern "C" __global__ void __launch_bounds__(sk::kGatherWarps* sk::kWarp, ctas)                  \
-      name(const uint4* values, const void* deltas, const int* offsets, const int* row_order,      \
+      name(const uint4* values, const void* deltas, const int* bounds, const int* slice_of,        \
+           const int* first_piece, const int* starts, const int* row_order,                        \
            const unsigned short* x, const unsigned short* bias, unsigned short* y, float* partial, \
-           int* arrived, int m, int n, int k, int slices, int parts, int block_parts,              \
-           int all_granules) {                                                                     \
+           int* arrived, int m, int n, int k, int pieces, int all_granules) {                      \
     sk::spmm_gather<sk::type, bits, tokens>(                                                       \
-        values, static_cast<const sk::Deltas<bits>::Word*>(deltas), offsets, row_order, x, bias,   \
-        y, partial, arrived, all_granules, m, n, k, slices, parts, block_parts);                   \
+        values, static_cast<const sk::Deltas<bits>::Word*>(deltas), bounds, slice_of, first_piece, \
+        starts, row_order, x, bias, y, partial, arrived, m, n, k, pieces, all_granules);           \
   }                                                                                                \
   SK_EARLY_KERNEL(name)
 

@@ -1,10 +1,9 @@
-// The packed weight that both SpMM kernels read, and how a lane decodes it.
+// Delta streams: the packed weight that spmm_gather.cu reads, and how a lane decodes it.
 //
-// W [N, K] is cut into slices of 32 rows (sorted by nnz inside of blocks of 128; lane r of a warp
-// owns row r of the slice) and parts of columns, each a whole number of panels of 128. One part of
-// one slice is a *stream* per lane: its non-zeros in column order, in granules of 8 entries.
-// Granule g of a part holds 32 x 8 values (lane-major, 16 B a lane) and, in a second array, 32 x 8
-// column deltas:
+// W [N, K] is cut into slices of 32 rows, all of them sorted by nnz; lane r of a warp owns row r of
+// the slice. A lane's row is a *stream*: its non-zeros in column order, in granules
+// of 8 entries. Granule g holds 32 x 8 values (lane-major, 16 B a lane) and, in a second array,
+// 32 x 8 column deltas:
 //
 //   4 bits: entry i < 4 in the low nibble of byte i, entry i >= 4 in the high nibble of byte i - 4.
 //           Bits 0-2 count pairs of columns since the last entry, bit 3 says which one of the pair.
@@ -12,8 +11,16 @@
 //
 // An entry whose value is 0 is a step without a product: it bridges a longer gap, or lets a lane
 // wait for the others. So no pattern is an exception, and a stored zero costs nothing else. All
-// lanes of a warp take the same number of granules.
-// Made by sparsekern/kernels/packed.py.
+// lanes of a slice take the same number of granules.
+//
+// The granules of a slice are cut into *pieces* of nearly equal length, one for each warp:
+//
+//   bounds       [pieces + 1]   granules before each piece
+//   slice_of     [pieces]
+//   first_piece  [slices + 1]   pieces before each slice; it has one at least
+//   starts       [pieces, 32]   the column (4 bits: of the pair) to which the first step adds
+//
+// Made by sparsekern/kernels/streams.py.
 #pragma once
 
 #include "numbers.cuh"
@@ -21,7 +28,6 @@
 namespace sk {
 
 constexpr int kGranule = 8;  // entries of a lane
-constexpr int kPanel = 128;  // columns
 
 // The deltas of one granule of a lane.
 template <int kBits>
@@ -112,10 +118,5 @@ class Stream {
   unsigned values_at_, deltas_at_, slot_;  // shared addresses, and bytes from them
   int next_, end_;                         // of lanes' shares
 };
-
-// The first panel of a part, of K cut into `panels` panels and `parts` parts.
-__device__ inline int part_panel(int part, int parts, int panels) {
-  return static_cast<int>(static_cast<long long>(part) * panels / parts);
-}
 
 }  // namespace sk

@@ -26,11 +26,11 @@ from .dense import mm
 from .layout import LANES, Packed
 from .packed import STREAM_TOKENS, choose_layout, layout_for, like
 from .problem import Kernel, Problem
-from .streams import GRANULE, PANEL, Streams
+from .streams import BLOCK_PIECES, GRANULE, MOST_BLOCKS, Streams
 
 MOST_TOKENS = 64
 GATHER_TOKENS = 8  # of one launch
-GATHER_WARPS, GATHER_DEPTH, GATHER_BLOCKS = 8, 4, 4  # as in spmm_gather.cu
+GATHER_DEPTH = 4  # as in spmm_gather.cu
 COVER_WARPS = 16  # as in spmm_cover.cu
 FEW_TILES = 1.5  # for each warp: then one beginning and one end are most of the time
 COVER_DEPTH = {1: 7, 2: 5}
@@ -46,8 +46,9 @@ class Launch(NamedTuple):
     block: int
     smem_bytes: int
     partial: int  # float32 elements of workspace
-    shares: int  # gather: parts of a slice that one block takes; cover: most blocks that share rows
-    group_warps: int = 1  # cover: warps that share x
+    tokens: int  # the most of the kernel
+    group_warps: int = 0  # cover: warps that share x
+    shares: int = 0  # cover: most blocks that share rows
 
 
 class Gpu(NamedTuple):
@@ -65,38 +66,34 @@ def gpu_of(device: torch.device) -> Gpu:
 
 @lru_cache(maxsize=4096)
 def configure_gather(
-    m: int, k: int, slices: int, parts: int, bits: int, type_name: str, gpu: Gpu
-) -> Launch:
-    """Kernel and sizes for up to 8 tokens of delta streams, the same on both routes."""
-    panels = -(-k // PANEL)
-    stream_bytes = LANES * GRANULE * 2 + LANES * bits
-    tokens = 1 << (m - 1).bit_length()
-    block_parts = GATHER_WARPS
-    # As many parts as there are, and x of them in 48 KB: several blocks share a multiprocessor.
-    while block_parts > 1 and (
-        block_parts > parts or _widest(panels, parts, block_parts) * tokens > 24576
-    ):
-        block_parts //= 2
-    splits = -(-parts // block_parts)
-    x_bytes = _widest(panels, parts, block_parts) * tokens * 2
-    smem_bytes = GATHER_WARPS * GATHER_DEPTH * stream_bytes + x_bytes
-    smem_bytes = max(smem_bytes, GATHER_WARPS * tokens * LANES * 4)
-    grid = -(-slices // (GATHER_WARPS // block_parts)) * splits
+    m: int, k: int, pieces: int, bits: int, type_name: str, gpu: Gpu
+) -> Launch | None:
+    """Kernel and sizes for as many of m tokens as it takes, 8 at most, on both routes; None if x of
+    one token does not fit in shared memory."""
+    tokens = min(GATHER_TOKENS, 1 << (m - 1).bit_length())
+    ring_bytes = _ring_bytes(bits)
+    while tokens and ring_bytes + _gather_x(k, tokens) > gpu.smem_bytes:
+        tokens //= 2
+    if not tokens:
+        return None
+    grid = -(-pieces // BLOCK_PIECES)
+    smem_bytes = max(ring_bytes + _gather_x(k, tokens), BLOCK_PIECES * tokens * LANES * 4)
     # No more blocks on a multiprocessor than there are when all share the work: a launch that
     # starts early would fill those that are free first.
-    each = min(GATHER_BLOCKS, -(-grid // gpu.multiprocessors))
+    each = max(1, min(MOST_BLOCKS, -(-grid // gpu.multiprocessors)))
     smem_bytes = max(smem_bytes, (gpu.smem_bytes + 1024) // (each + 1) - 1023)
     name = f"sk_spmm_gather_{type_name}_d{bits}_t{tokens}"
-    partial = slices * splits * tokens * LANES if splits > 1 else 1
-    return Launch(name, grid, GATHER_WARPS * LANES, smem_bytes, partial, block_parts)
+    return Launch(name, grid, BLOCK_PIECES * LANES, smem_bytes, 2 * grid * tokens * LANES, tokens)
 
 
-def _widest(panels: int, parts: int, block_parts: int) -> int:
-    """The most columns in `block_parts` neighbouring parts."""
-    starts = range(0, parts, block_parts)
-    ends = [min(parts, start + block_parts) for start in starts]
-    spans = [e * panels // parts - s * panels // parts for s, e in zip(starts, ends, strict=True)]
-    return max(spans) * PANEL
+def _ring_bytes(bits: int) -> int:
+    """Bytes of the granules of a block that are on their way."""
+    return BLOCK_PIECES * GATHER_DEPTH * LANES * (2 * GRANULE + bits)
+
+
+def _gather_x(k: int, tokens: int) -> int:
+    """Bytes of x in shared memory."""
+    return -(-k // 4) * 8 * tokens
 
 
 @lru_cache(maxsize=4096)
@@ -123,7 +120,7 @@ def configure_cover(
     smem_bytes = _cover_smem(tokens, group_warps, per_group)
     name = f"sk_spmm_cover_{type_name}_v{per_group}_t{tokens}"
     partial = blocks * shares * tokens * group_warps * LANES
-    return Launch(name, runs, COVER_WARPS * LANES, smem_bytes, partial, shares, group_warps)
+    return Launch(name, runs, COVER_WARPS * LANES, smem_bytes, partial, tokens, group_warps, shares)
 
 
 def choose_group_warps(tokens: int, tiles_per_warp: float) -> int:
@@ -157,10 +154,12 @@ def _cover_smem(tokens: int, group_warps: int, per_group: int) -> int:
 def spmm_packed(x: Tensor, packed: Packed, bias: Tensor | None = None) -> Tensor:
     """y [M, N] = x [M, K] @ W.T + bias [N], all on the GPU and in the dtype of the weight.
 
-    Above 64 tokens W is written out and torch multiplies. No checks: PackedLinear has them.
+    Above 64 tokens W is written out and torch multiplies; so it is where streams have so many
+    columns, about 100,000, that x of one token does not fit in shared memory. No checks:
+    PackedLinear has them.
     """
     m = x.shape[0]
-    if m > MOST_TOKENS:
+    if m > MOST_TOKENS or not _fits(packed, x):
         return mm(x, expand(packed).t(), bias)
     y = x.new_empty(m, packed.n)
     if y.numel() == 0:
@@ -170,47 +169,50 @@ def spmm_packed(x: Tensor, packed: Packed, bias: Tensor | None = None) -> Tensor
     x = x.contiguous()
     if isinstance(packed, Cover):
         _run_cover(x, packed, bias, y)
-        return y
-    for first in range(0, m, GATHER_TOKENS):
-        last = min(m, first + GATHER_TOKENS)
-        _run_gather(x[first:last], packed, bias, y[first:last])
+    else:
+        _run_gather(x, packed, bias, y)
     return y
 
 
 def _run_gather(x: Tensor, packed: Streams, bias: Tensor | None, y: Tensor) -> None:
-    m, device = x.shape[0], x.device.index
-    launch = configure_gather(
-        m,
-        packed.k,
-        packed.slices,
-        packed.parts,
-        packed.bits,
-        _TYPES[x.dtype],
-        gpu_of(x.device),
-    )
+    device = x.device.index
+    launch = _configure_gather(packed, x)
     partial = x.new_empty(launch.partial, dtype=torch.float32)
-    cuda_library.function(launch.kernel, device)(
-        (launch.grid, 1),
-        launch.block,
-        launch.smem_bytes,
-        cuda_library.current_stream(device),
-        packed.values.data_ptr(),
-        packed.deltas.data_ptr(),
-        packed.offsets.data_ptr(),
-        packed.row_order.data_ptr(),
-        x.data_ptr(),
-        0 if bias is None else bias.data_ptr(),
-        y.data_ptr(),
-        partial.data_ptr(),
-        packed.arrived.data_ptr(),
-        m,
-        packed.n,
-        packed.k,
-        packed.slices,
-        packed.parts,
-        launch.shares,
-        packed.values.shape[0],
-    )
+    for first in range(0, x.shape[0], launch.tokens):
+        tokens = min(launch.tokens, x.shape[0] - first)
+        cuda_library.function(launch.kernel, device)(
+            (launch.grid, 1),
+            launch.block,
+            launch.smem_bytes,
+            cuda_library.current_stream(device),
+            packed.values.data_ptr(),
+            packed.deltas.data_ptr(),
+            packed.bounds.data_ptr(),
+            packed.slice_of.data_ptr(),
+            packed.first_piece.data_ptr(),
+            packed.starts.data_ptr(),
+            packed.row_order.data_ptr(),
+            x[first:].data_ptr(),
+            0 if bias is None else bias.data_ptr(),
+            y[first:].data_ptr(),
+            partial.data_ptr(),
+            packed.arrived.data_ptr(),
+            tokens,
+            packed.n,
+            packed.k,
+            packed.slice_of.shape[0],
+            packed.values.shape[0],
+        )
+
+
+def _configure_gather(packed: Streams, x: Tensor) -> Launch | None:
+    pieces, type_name = packed.slice_of.shape[0], _TYPES[x.dtype]
+    return configure_gather(x.shape[0], packed.k, pieces, packed.bits, type_name, gpu_of(x.device))
+
+
+def _fits(packed: Packed, x: Tensor) -> bool:
+    """Whether a kernel has the shared memory that it needs."""
+    return isinstance(packed, Cover) or _configure_gather(packed, x) is not None
 
 
 def _run_cover(x: Tensor, packed: Cover, bias: Tensor | None, y: Tensor) -> None:
@@ -257,9 +259,9 @@ def expand(packed: Packed) -> Tensor:
         name, units = f"sk_expand_cover_v{packed.per_group}", packed.slices * packed.windows
         tensors, sizes = (packed.records, packed.steps), (packed.slices, packed.windows)
     else:
-        name, units = f"sk_expand_d{packed.bits}", packed.slices * packed.parts
-        tensors = packed.values, packed.deltas, packed.offsets
-        sizes = packed.slices, packed.parts
+        name, units = f"sk_expand_d{packed.bits}", packed.slice_of.shape[0]
+        tensors = packed.values, packed.deltas, packed.bounds, packed.slice_of, packed.starts
+        sizes = (units,)
     device = w.device.index
     cuda_library.function(name, device)(
         (-(-units // EXPAND_WARPS), 1),
@@ -373,9 +375,7 @@ def _refuse_stream(p: Problem) -> str | None:
         return f"it needs compute capability 8.0, not {major}.{minor}"
     if p.M > STREAM_TOKENS and not cover.is_built():
         return f"without the C++ library it serves up to {STREAM_TOKENS} tokens, not {p.M}"
-    if p.M > STREAM_TOKENS and (needed := _smem_bytes(p)) > (
-        most := gpu_of(torch.device("cuda")).smem_bytes
-    ):
+    if (needed := _smem_bytes(p)) > (most := gpu_of(torch.device("cuda")).smem_bytes):
         return f"it needs {needed} bytes of shared memory, the GPU has {most} for a block"
     limit = density_limit(f"sm_{major}{minor}", p.dtype, p.M, "stream", "expand")
     if limit is not None and p.density > limit:
@@ -384,7 +384,9 @@ def _refuse_stream(p: Problem) -> str | None:
 
 
 def _smem_bytes(p: Problem) -> int:
-    """The least that the cover kernel needs."""
+    """The least that a kernel needs."""
+    if choose_layout(p.M) == "streams":
+        return _ring_bytes(8) + _gather_x(p.K, 1)
     tokens = max(8, 1 << (p.M - 1).bit_length())
     return _cover_smem(tokens, COVER_WARPS, cover.choose_per_group(p.M, p.density))
 

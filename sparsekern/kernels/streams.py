@@ -1,8 +1,8 @@
 """W as the CUDA cores read it: delta streams, laid out in the order in which lanes consume them.
 
 csrc/cuda/stream.cuh describes the layout. 2.5 bytes a non-zero with 4-bit deltas, 3 with 8-bit
-ones, and what lanes spend on waiting for the longest of a warp. Packing is vectorised over entries
-and runs on the device that holds W.
+ones, and what lanes spend on waiting for the longest row of a slice. Packing is vectorised over
+entries and runs on the device that holds W.
 """
 
 from dataclasses import dataclass
@@ -14,58 +14,43 @@ from ..tensor import expand_rows
 from .layout import LANES, Packed, multiprocessors, sort_rows
 
 GRANULE = 8  # entries of a lane
-PANEL = 128  # columns: what a part is made of
-ROW_BLOCK = 128  # rows sorted by nnz
-MOST_SUMS = 8  # counters of a slice: one for each token
+BLOCK_PIECES = 8  # of a thread block
+MOST_BLOCKS = 4  # of a multiprocessor
 
 
 @dataclass(frozen=True)
 class Streams(Packed):
-    """values: 16-bit floats [granules, 32, 8]. deltas: uint8 [granules, 32, bits]. offsets: int32
-    [slices * parts + 1], granules before each part of each slice. row_order: int32 [slices * 32],
-    the row of each lane, -1 for none. arrived: int32 [slices * 8], zeros: what blocks that share
-    rows count on in a product.
+    """values: 16-bit floats [granules, 32, 8]. deltas: uint8 [granules, 32, bits]. bounds: int32
+    [pieces + 1], granules before each piece. slice_of: int32 [pieces]. first_piece: int32 [slices +
+    1], pieces before each slice. starts: int32 [pieces, 32], the column from which each lane goes
+    on. row_order: int32 [slices * 32], the row of each lane, -1 for none. arrived: int32 [slices],
+    zeros: what blocks that share a slice count on in a product.
     """
 
     bits: int
-    parts: int
     values: Tensor
     deltas: Tensor
-    offsets: Tensor
+    bounds: Tensor
+    slice_of: Tensor
+    first_piece: Tensor
+    starts: Tensor
     row_order: Tensor
     arrived: Tensor
 
 
-def choose_parts(n: int, k: int, multiprocessors: int, is_uneven: bool = False) -> int:
-    """Into how many parts of columns W is cut, so that a GPU has work everywhere.
-
-    The least power of two, up to 16, that makes two blocks of 128 rows and one part for each
-    multiprocessor. More would cost memory, because lanes wait for one another at the end of each
-    part, and sums of parts. On 132 multiprocessors: 28672 x 8192 is cut in 2, 12288 x 12288 in 4,
-    2048 x 8192 in 16. Of uneven rows at least 8 parts: then a thread block takes one slice of 32
-    rows, and none of its warps waits for those of a longer slice.
-    """
-    panels = -(-k // PANEL)
-    blocks = -(-n // ROW_BLOCK)
-    parts = 8 if is_uneven else 1
-    while parts < min(panels, 16) and parts * blocks < 2 * multiprocessors:
-        parts *= 2
-    return min(parts, max(1, panels))
-
-
-def are_uneven(row_offsets: Tensor, row_order: Tensor) -> bool:
-    """Whether the longest of 4 neighbouring slices has many more entries than they have in the
-    mean: more than rows of random masks differ."""
-    lengths = row_offsets.diff().long()[row_order.long()] * (row_order >= 0)
-    longest = lengths.view(-1, LANES).amax(1)
-    blocks = torch.nn.functional.pad(longest, (0, -len(longest) % 4)).view(-1, 4)
-    return bool(4 * blocks.amax(1).sum() > 1.2 * blocks.sum())
+def choose_pieces(granules: int, slices: int, multiprocessors: int) -> int:
+    """Into how many pieces W is cut: 1 to 4 blocks of 8 for each multiprocessor, of which a piece
+    has 16 granules or more, and one at least for each slice."""
+    block_pieces = multiprocessors * BLOCK_PIECES
+    blocks = max(granules // (16 * block_pieces), -(-slices // block_pieces))
+    return block_pieces * max(1, min(MOST_BLOCKS, blocks))
 
 
 class StreamsLayout:
     """The index part of a pack, and `places`: where each value of W lies in the packed values.
 
-    `parts` and `bits` default to what suits the GPU and to the smaller of the two formats.
+    `pieces`, about how many, and `bits` default to what suits the GPU and to the smaller of the two
+    formats.
     """
 
     def __init__(
@@ -74,44 +59,34 @@ class StreamsLayout:
         col_indices: Tensor,
         n: int,
         k: int,
-        parts: int | None = None,
+        pieces: int | None = None,
         bits: int | None = None,
     ):
         device = col_indices.device
-        self.row_order = sort_rows(row_offsets, n, ROW_BLOCK)
-        if parts is None:
-            is_uneven = n > 0 and are_uneven(row_offsets, self.row_order)
-            parts = choose_parts(n, k, multiprocessors(device), is_uneven)
-        self.n, self.k, self.parts = n, k, parts
+        self.n, self.k = n, k
         nnz = col_indices.shape[0]
-        panels = -(-k // PANEL)
+        self.row_order = sort_rows(row_offsets, n, max(1, n))
         slices = self.row_order.shape[0] // LANES
         lane_of_row = torch.empty(n, dtype=torch.int64, device=device)
         lane_of_row[self.row_order[:n].long()] = torch.arange(n, device=device)
-
-        first_column = torch.tensor(
-            [p * panels // parts * PANEL for p in range(parts + 1)], device=device
-        )
-        part = torch.searchsorted(first_column, col_indices, right=True).sub_(1)
         lane = lane_of_row[expand_rows(row_offsets, nnz)]  # of the padded, sorted rows
-        stream = lane * parts + part
-        step = self._steps(col_indices, stream, first_column[part], bits)
+        step = self._steps(col_indices, lane, bits)
         fillers = (step - 1).clamp_(min=0) // self.cap
 
-        # Entries of each stream, granules of each part of a slice.
-        width = torch.zeros(slices * LANES * parts, dtype=torch.int64, device=device)
-        width.scatter_add_(0, stream, fillers + 1)
-        longest = width.view(slices, LANES, parts).amax(1)
-        self.offsets = torch.zeros(slices * parts + 1, dtype=torch.int64, device=device)
-        self.offsets[1:] = (-(-longest // GRANULE)).flatten().cumsum(0)
-        self.granules = int(self.offsets[-1])
+        # Entries of each lane, granules of each slice.
+        width = torch.zeros(slices * LANES, dtype=torch.int64, device=device)
+        width.scatter_add_(0, lane, fillers + 1)
+        longest = -(-width.view(slices, LANES).amax(1) // GRANULE)
+        offsets = torch.zeros(slices + 1, dtype=torch.int64, device=device)
+        offsets[1:] = longest.cumsum(0)
+        self.granules = int(offsets[-1])
 
         # The slot of an entry in its stream, then its place among all granules.
         through = (fillers + 1).cumsum(0)
-        is_first = self._begins(stream)
+        is_first = self._begins(lane)
         before = torch.where(is_first, through - fillers - 1, 0).cummax(0).values
         slot = through - before - 1
-        first_granule = self.offsets[(lane // LANES) * parts + part]
+        first_granule = offsets[lane // LANES]
         self.places = self._place(first_granule, slot, lane)
 
         codes = torch.zeros(self.granules * LANES * GRANULE, dtype=torch.uint8, device=device)
@@ -124,8 +99,34 @@ class StreamsLayout:
         ordinal -= (times.cumsum(0) - times).repeat_interleave(times)
         places = self._place(first_granule[entry], slot[entry] - 1 - ordinal, lane[entry])
         codes[places] = self.cap
+
+        if pieces is None:
+            pieces = choose_pieces(self.granules, slices, multiprocessors(device))
+        self._cut(offsets, pieces)
+        self.starts = self._starts(codes, offsets)
         self.deltas = self._store(codes)
-        self.offsets = self.offsets.int()
+
+    def _cut(self, offsets: Tensor, pieces: int) -> None:
+        """About so many pieces, of nearly equal length, none of two slices."""
+        longest = offsets.diff()
+        share = offsets * pieces // max(1, self.granules)
+        counts = share.diff().clamp_(min=1).minimum(longest.clamp(min=1))
+        first = torch.zeros_like(offsets)
+        first[1:] = counts.cumsum(0)
+        slice_of = torch.arange(len(counts), device=offsets.device).repeat_interleave(counts)
+        of_slice = torch.arange(len(slice_of), device=offsets.device) - first[slice_of]
+        bounds = offsets[slice_of] + of_slice * longest[slice_of] // counts[slice_of]
+        self.bounds = torch.cat([bounds, offsets[-1:]]).int()
+        self.slice_of, self.first_piece = slice_of.int(), first.int()
+
+    def _starts(self, codes: Tensor, offsets: Tensor) -> Tensor:
+        """int32 [pieces, 32]: the column that each lane has come to before each piece."""
+        steps = codes & 7 if self.bits == 4 else codes
+        through = torch.zeros(self.granules + 1, LANES, dtype=torch.int64, device=codes.device)
+        through[1:] = steps.view(-1, LANES, GRANULE).sum(2, dtype=torch.int64).cumsum(0)
+        slice_begins = offsets[self.slice_of.long()]
+        columns = through[self.bounds[:-1].long()] - through[slice_begins]
+        return (columns * (2 if self.bits == 4 else 1)).int()
 
     def fill(self, values: Tensor) -> Streams:
         """A pack with these values, in the order of the CSR indices."""
@@ -134,12 +135,14 @@ class StreamsLayout:
             self.k,
             values.shape[0],
             self.bits,
-            self.parts,
             values.new_zeros(self.granules, LANES, GRANULE),
             self.deltas,
-            self.offsets,
+            self.bounds,
+            self.slice_of,
+            self.first_piece,
+            self.starts,
             self.row_order,
-            self.row_order.new_zeros(self.row_order.shape[0] // LANES * MOST_SUMS),
+            self.row_order.new_zeros(self.row_order.shape[0] // LANES),
         )
         self.refill_(packed, values)
         return packed
@@ -149,20 +152,20 @@ class StreamsLayout:
         packed.values.view(-1)[self.places] = values.detach()
 
     @staticmethod
-    def _begins(stream: Tensor) -> Tensor:
-        """Which entries are the first of their stream; those of one are neighbours."""
-        is_first = stream != stream.roll(1)
+    def _begins(lane: Tensor) -> Tensor:
+        """Which entries are the first of their row; those of one are neighbours."""
+        is_first = lane != lane.roll(1)
         is_first[:1] = True
         return is_first
 
-    def _steps(self, col_indices, stream, first_column, bits):
-        """Distance to the entry before in the same stream, in pairs of columns (4 bits) or columns
+    def _steps(self, col_indices, lane, bits):
+        """Distance to the entry before in the same row, in pairs of columns (4 bits) or columns
         (8)."""
-        is_first = self._begins(stream)
+        is_first = self._begins(lane)
 
         def steps(shift):
             position = col_indices.long() >> shift
-            return position - torch.where(is_first, first_column >> shift, position.roll(1))
+            return position - torch.where(is_first, 0, position.roll(1))
 
         if bits in (None, 4):
             lines = steps(1)
