@@ -36,8 +36,7 @@ class Records {
         from_(records + static_cast<long long>(begin) * Layout::kChunks + threadIdx.x % kWarp),
         ahead_(end - begin),
         tail_limit_(threadIdx.x % kWarp < Layout::kChunks - Layout::kTailAt ? 0 : 0x7fffffff),
-        slot_(0),
-        free_((kDepth - 2) * Layout::kBytes) {
+        slot_(0) {
 #pragma unroll
     for (int i = 0; i < kDepth - 2; ++i) copy(i * Layout::kBytes);
   }
@@ -47,18 +46,14 @@ class Records {
   __device__ unsigned next() {
     wait_copies<kDepth - 3>();
     __syncwarp();  // all lanes' copies are here, and all have read the last but one
-    copy(free_);
+    constexpr unsigned kTwo = 2 * Layout::kBytes;
+    copy(slot_ < kTwo ? slot_ + (kWarpBytes - kTwo) : slot_ - kTwo);
     const unsigned at = shared_ + slot_;
-    slot_ = after(slot_);
-    free_ = after(free_);
+    slot_ = slot_ == kWarpBytes - Layout::kBytes ? 0 : slot_ + Layout::kBytes;
     return at;
   }
 
  private:
-  static __device__ unsigned after(unsigned slot) {
-    return slot == kWarpBytes - Layout::kBytes ? 0 : slot + Layout::kBytes;
-  }
-
   __device__ void copy(unsigned slot) {
     const unsigned to = shared_ + slot + threadIdx.x % kWarp * 16;
 #pragma unroll
@@ -75,7 +70,7 @@ class Records {
   const uint4* from_;
   int ahead_;  // records not yet sent for
   const int tail_limit_;
-  unsigned slot_, free_;  // bytes
+  unsigned slot_;  // bytes
 };
 
 // Brings x of a window, kNTiles * 8 tokens, to shared memory as [column][token]. A group of warps
@@ -120,7 +115,8 @@ class Window {
 
  private:
   static constexpr int kPairs = kCoverColumns / 2;
-  static constexpr int kAhead = kNTiles < 2 ? 1 : 2;
+  // Items. Of 64 tokens two would be faster, were there registers for them.
+  static constexpr int kAhead = kNTiles == 2 || kNTiles == 4 ? 2 : 1;
 
   struct Item {
     unsigned pairs[8];
