@@ -85,6 +85,20 @@ def test_many_tokens_write_w_out(layout):
     check(packed_as(layout, w), w, 70)
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
+@pytest.mark.parametrize("n, k", [(37, 101), (3, 30000), (1, 1), (20, 7)])
+def test_csr_and_dense(n, k, dtype, monkeypatch, nan_memory):
+    monkeypatch.setattr(cuda.cuda_library, "refusal", lambda: None)
+    w = random_weight(n, k, 0.3, dtype)
+    w[0] = 0
+    W = SparseTensor.from_dense(w)
+    assert torch.equal(cuda._expand_csr(W.row_offsets, W.col_indices, W.values, n, k), w)
+    other = torch.randn(n, k).to(dtype)
+    assert torch.equal(
+        cuda._collect_csr(W.row_offsets, W.col_indices, other), other[W.to_dense() != 0]
+    )
+
+
 # The emulator
 
 

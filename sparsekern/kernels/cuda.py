@@ -35,6 +35,7 @@ COVER_WARPS = 16  # as in spmm_cover.cu
 FEW_TILES = 1.5  # for each warp: then one beginning and one end are most of the time
 COVER_DEPTH = {1: 7, 2: 5}
 EXPAND_WARPS = 8
+CSR_THREADS, CSR_ROW_BYTES = 256, 48 * 1024  # as in csr.cu
 _TYPES = {torch.bfloat16: "bf16", torch.float16: "f16"}
 
 
@@ -338,14 +339,44 @@ def _spmm_stream(row_offsets, col_indices, values, n, k, x, bias=None):
     return spmm_packed(x, packed, bias)
 
 
-# `expand` for CSR: a scatter and torch.mm, in the dtype of the operands.
+# `expand`: W written out and torch.mm, in the dtype of the operands.
 
 
 def _expand_csr(row_offsets, col_indices, values, n, k):
-    rows = expand_rows(row_offsets, values.shape[0])
-    w = values.new_zeros(n * k)
-    w[rows * k + col_indices] = values
-    return w.view(n, k)
+    if cuda_library.refusal():
+        rows = expand_rows(row_offsets, values.shape[0])
+        w = values.new_zeros(n * k)
+        w[rows * k + col_indices] = values
+        return w.view(n, k)
+    w = values.new_empty(n, k)
+    if w.numel():
+        row_bytes = min(k * values.element_size(), CSR_ROW_BYTES)
+        _run_csr("write_out", n, row_bytes, (row_offsets, col_indices, values, w), k)
+    return w
+
+
+def _collect_csr(row_offsets, col_indices, w):
+    """The entries of w [N, K] at the places of the pattern."""
+    n, k = w.shape
+    if cuda_library.refusal():
+        return w.view(-1)[expand_rows(row_offsets, col_indices.shape[0]) * k + col_indices]
+    values = w.new_empty(col_indices.shape[0])
+    if values.numel():
+        warps = CSR_THREADS // LANES
+        _run_csr("collect", -(-n // warps), 0, (row_offsets, col_indices, w, values), n, k)
+    return values
+
+
+def _run_csr(name: str, grid: int, smem_bytes: int, tensors: tuple[Tensor, ...], *sizes: int):
+    device = tensors[0].device.index
+    cuda_library.function(f"sk_csr_{name}_{tensors[-1].element_size()}", device)(
+        (grid, 1),
+        CSR_THREADS,
+        smem_bytes,
+        cuda_library.current_stream(device),
+        *(tensor.data_ptr() for tensor in tensors),
+        *sizes,
+    )
 
 
 def _spmm_expand(row_offsets, col_indices, values, n, k, x, bias=None):
@@ -357,8 +388,7 @@ def _spmm_t_expand(row_offsets, col_indices, values, n, k, dy, bias=None):
 
 
 def _sddmm_expand(row_offsets, col_indices, n, k, dy, x):
-    rows = expand_rows(row_offsets, col_indices.shape[0])
-    return mm(dy.t(), x).view(-1)[rows * k + col_indices]
+    return _collect_csr(row_offsets, col_indices, mm(dy.t(), x))
 
 
 def _refuse_stream(p: Problem) -> str | None:
