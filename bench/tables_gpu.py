@@ -1,5 +1,6 @@
 """The tables and the plot of a GPU result. `cells` are its records, through measure_gpu.derive."""
 
+import textwrap
 from collections.abc import Callable, Iterable
 from statistics import geometric_mean, median
 from typing import TYPE_CHECKING
@@ -226,5 +227,5 @@ def plot(cells: list[dict], title: str) -> "Figure":
         panel.legend(frameon=False, fontsize=9)
     means.set(title="geometric mean of the shapes", ylabel="times faster than the best dense call")
     shapes.set(title="one token, N x K")
-    figure.suptitle(title, fontsize=10)
+    figure.suptitle(textwrap.fill(title, 130), fontsize=9)
     return figure
