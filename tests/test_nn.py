@@ -299,6 +299,7 @@ def train_in_parallel(rank, path, results):
     optimizer.step()
     record = {"first": first, "grad": module.values.grad, "last": module.state_dict()}
     torch.save(record, results / f"{rank}.pt")
+    dist.barrier()  # a process that leaves while the other still works may abort
     dist.destroy_process_group()
 
 

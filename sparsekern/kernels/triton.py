@@ -72,7 +72,7 @@ def _spmm(row_offsets, col_indices, values, n, k, x, bias=None, config=None):
     bitmap = bitmap_of(row_offsets, col_indices, n, k)
     blocks = -(-n // config.block_n), -(-m // config.block_m)
     cells = blocks[0] * blocks[1] if config.split > 1 else 0
-    arrived = _zeros(x.device, cells)
+    arrived = _zeros(x.device, cells) if cells else x.new_empty(0, dtype=torch.int32)
     parts = x.new_empty(config.split * cells * config.block_n * config.block_m, dtype=torch.float32)
     _device().spmm_kernel[(*blocks, config.split)](
         *_matrix(bitmap),
