@@ -78,7 +78,7 @@ PRESETS = {
         {"layers": 8, "heads": 8, "width": 512, "context": 512},
         batch=64,
         steps=2000,
-        sweep_steps=250,
+        sweep_steps=200,
         finetune_steps=300,
         finetune_batch=16,
         prune_steps=200,
@@ -299,6 +299,8 @@ class Experiments:
         p = self.preset
         if "machine" not in self.results:
             self.results["machine"] = machine(self.device)
+        for sparsity in p.arms:
+            self.best_rate(sparsity)
         # The runs that others start from come right before these.
         for sparsity in p.arms:
             self.arm(sparsity, p.seeds[0])
