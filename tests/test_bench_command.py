@@ -6,27 +6,38 @@ import subprocess
 import sys
 from contextlib import nullcontext
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
 from test_bench_gpu import CallingClock
 
+from sparsekern import SparseTensor
 from sparsekern.bench import (
     calibrate,
     ceilings,
+    gpt_gpu,
     measure,
     measure_gpu,
     products,
     products_gpu,
     rates,
+    work_gpu,
 )
+from sparsekern.bench.peers_gpu import torch_csr
 from sparsekern.bench.products import Workload
 from sparsekern.bench.race import Race, derive, ours
 from sparsekern.cli import main
+from sparsekern.gpt.model import GPT, GPTConfig
+from sparsekern.gpt.train import compute_gradients
 from sparsekern.kernels import cpu, crossover
 from sparsekern.kernels.plan import machine_name
 from sparsekern.kernels.problem import Problem
 from sparsekern.kernels.table import pick
+from sparsekern.overview import sections
+from sparsekern.overview.load import load
+from sparsekern.wafer import compare as wafer
+from sparsekern.wafer.machine import machine
 
 needs_library = pytest.mark.skipif(cpu._C is None, reason="the C++ library is not built")
 
@@ -233,17 +244,21 @@ def gpu_cells(monkeypatch) -> list[dict]:
         monkeypatch.setattr(measure_gpu, "blas", lambda library: nullcontext())
     generator = torch.Generator().manual_seed(0)
     grid = measure_gpu.Grid(((24, 16),), (1, 5), (0.5,), ("random",))
-    ways = [products_gpu.dispatch(), products_gpu.torch_csr()]
+    ways = [products_gpu.dispatch(), torch_csr()]
     with torch.no_grad():
         forward = list(measure_gpu.cells(grid, ways, CallingClock(), generator))
+        gradients = list(products_gpu.gradients(grid, CallingClock(), generator))
         steps = list(products_gpu.training_steps(grid, CallingClock(), generator))
-    return [*forward, *steps]
+    return [*forward, *gradients, *steps]
 
 
 def test_a_gpus_products_are_benchmarks_like_a_cpus(gpu_cells):
     made = [products_gpu.benchmark(cell) for cell in gpu_cells]
     assert [b["group"] for b in made] == [
-        f"{op} 24x16-M{M}-50%-random-bfloat16-cuda" for op in ("spmm", "linear") for M in (1, 5)
+        f"{op} 24x16-M{M}-50%-random-bfloat16-cuda"
+        for ops in (("spmm",), ("spmm_t", "sddmm"), ("linear",))
+        for M in (1, 5)
+        for op in ops
     ]
     for benchmark in made:
         derive(benchmark)
@@ -251,7 +266,32 @@ def test_a_gpus_products_are_benchmarks_like_a_cpus(gpu_cells):
         assert info["speedup"] == 1 and info["device"] == "cuda" and "failed" in info
         assert all(rival["is_right"] for rival in info["rivals"].values())
         assert len(measure.row(info)) == len(measure.COLUMNS)
-    assert {"F.linear"} == made[-1]["extra_info"]["rivals"].keys()
+        assert info["useful_flop"] == info["passes"] * 2 * info["M"] * info["nnz"]
+    rivals = {b["extra_info"]["op"]: b["extra_info"]["rivals"].keys() for b in made}
+    assert rivals["linear"] == {"F.linear"}
+    assert rivals["spmm_t"] >= {"F.linear cublas", "mm(x, W[K, N]) cublaslt"}
+    assert rivals["sddmm"] >= {"mm(dy.t(), x) cublas", "mm(x.t(), dy) cublaslt", "torch CSR"}
+
+
+def test_torchs_input_gradient_is_the_product():
+    W, dy = SparseTensor.from_dense(torch.randn(24, 16).relu()), torch.randn(5, 24)
+    peer = products_gpu.torch_input_gradient(W, dy)
+    torch.testing.assert_close(peer.result(peer.calls[0]()), dy @ W.to_dense())
+
+
+def test_a_peer_gets_no_gradient_that_takes_it_seconds(monkeypatch):
+    monkeypatch.setattr(measure_gpu, "blas", lambda library: nullcontext())
+    monkeypatch.setattr(products_gpu, "PEER_PRODUCTS", 24 * 16)
+    grid = measure_gpu.Grid(((24, 16),), (1, 5), (0.5,), ("random",))
+    generator = torch.Generator().manual_seed(0)
+    with torch.no_grad():
+        cells = list(products_gpu.gradients(grid, CallingClock(), generator))
+    assert [(c["M"], "torch CSR" in c["ways"]) for c in cells] == [
+        (1, True),
+        (1, True),
+        (5, False),
+        (5, False),
+    ]
 
 
 def test_a_gpus_product_that_is_wrong_is_an_error(gpu_cells):
@@ -262,6 +302,91 @@ def test_a_gpus_product_that_is_wrong_is_an_error(gpu_cells):
         cell = gpu_cells[0] | {"ways": {**gpu_cells[0]["ways"], products_gpu.NAME: change}}
         with pytest.raises(ArithmeticError, match=message):
             products_gpu.benchmark(cell)
+
+
+# A GPT's step on a GPU, by the same clock
+
+
+@pytest.fixture
+def step(monkeypatch) -> gpt_gpu.Step:
+    monkeypatch.setattr(gpt_gpu, "compiled_blocks", lambda model: model)
+    return gpt_gpu.Step("tiny", GPTConfig(1, 2, 16, 8, 32), 2, (0.5, 0.75))
+
+
+def gpt_cells(step: gpt_gpu.Step, **seconds: float) -> list[dict]:
+    with torch.no_grad():
+        clock = CallingClock(**seconds)
+        return list(gpt_gpu.training_steps(step, clock, torch.device("cpu")))
+
+
+def test_a_gpts_step_is_a_benchmark_that_the_report_reads(step, tmp_path):
+    pytest.importorskip("matplotlib")
+    cells = gpt_cells(step, **{"dense, compiled": 0.5, "sparsekern": 0.25})
+    made = [gpt_gpu.benchmark(cell) for cell in cells]
+    assert [b["group"] for b in made] == [
+        f"train_step tiny-1x16-{s}-bfloat16-cuda" for s in ("50%", "75%")
+    ]
+    for benchmark in made:
+        derive(benchmark)
+        info = benchmark["extra_info"]
+        assert info["way"] == "sparsekern" and info["best_dense"] == "dense, compiled"
+        assert info["speedup"] == 2 and 0 < info["error"] < 1e-2 and info["M"] == 16
+        assert set(info["rivals"]) == {"dense", "dense, compiled", "sparsekern, compiled"}
+        assert all(rival["is_right"] for rival in info["rivals"].values())
+        assert len(measure.row(info)) == len(measure.COLUMNS)
+        assert info["useful_flop"] < info["dense_flop"]
+    path = tmp_path / "result.json"
+    about = {"gpu": "NVIDIA H200", "cpu": "", "cores": 2, "isa": "avx2", "torch": "2.11.0"}
+    commit = {"id": "abc", "dirty": False}
+    fields = {"machine_info": about, "commit_info": commit, "datetime": "2026-01-02T00:00:00"}
+    path.write_text(json.dumps(fields | {"benchmarks": made}))
+    (part,) = sections.training(load(tmp_path))
+    assert [row[:2] for row in part.rows] == [["tiny 50%", "GPU"], ["tiny 75%", "GPU"]]
+    (pair, _) = wafer.compare(machine("wse2"), [path])
+    assert pair.what == "train_step tiny, 16 tokens, GPU" and pair.measured == 2
+
+
+def test_a_gpts_step_with_a_wrong_gradient_is_an_error(step, monkeypatch):
+    def skips_a_layer(model, x, y, dtype):
+        compute_gradients(model, x, y, dtype)
+        for name, parameter in model.named_parameters():
+            if name.endswith("down.values"):
+                parameter.grad.zero_()
+
+    monkeypatch.setattr(gpt_gpu, "compute_gradients", skips_a_layer)
+    with pytest.raises(ArithmeticError, match="tiny-1x16-50%: error .* against fp64"):
+        gpt_gpu.benchmark(gpt_cells(step)[0])
+
+
+def test_a_gpts_step_that_does_not_compile_is_named(step, monkeypatch):
+    class Broken(GPT):
+        def forward(self, *args):
+            raise RuntimeError("no compiler")
+
+    monkeypatch.setattr(gpt_gpu, "compiled_blocks", lambda model: Broken(model.config))
+    info = gpt_gpu.benchmark(gpt_cells(step)[0])["extra_info"]
+    reason = "RuntimeError: no compiler"
+    assert info["failed"] == {"dense, compiled": reason, "sparsekern, compiled": reason}
+    assert info["way"] == "sparsekern" and set(info["rivals"]) == {"dense"}
+
+
+def test_all_that_a_gpu_measures_is_made(step, monkeypatch):
+    """With the names of CUDA in work_gpu.py standing for a CPU."""
+    monkeypatch.setattr(measure_gpu, "blas", lambda library: nullcontext())
+    monkeypatch.setattr(gpt_gpu, "QUICK", step)
+    for name, tokens in (("QUICK", (1, 5)), ("QUICK_STEP", (5,))):
+        grid = measure_gpu.Grid(((24, 16),), tokens, (0.5,), ("random",))
+        monkeypatch.setattr(work_gpu, name, grid)
+    names = {"no_grad": torch.no_grad, "Generator": lambda device: torch.Generator()}
+    names["device"] = lambda device: torch.device("cpu")
+    names["cuda"] = SimpleNamespace(Stream=lambda: None, stream=lambda stream: nullcontext())
+    monkeypatch.setattr(work_gpu, "torch", SimpleNamespace(**names))
+    monkeypatch.setattr(work_gpu, "CudaClock", CallingClock)
+    work = work_gpu.work(quick=True)
+    ops = [make()["extra_info"]["op"] for make in work]
+    assert ops == ["spmm", "spmm", "spmm_t", "sddmm", "linear", "train_step", "train_step"]
+    with pytest.raises(StopIteration):
+        work[-1]()
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="this machine has a GPU")
@@ -276,5 +401,7 @@ def test_the_command_on_a_gpu(tmp_path):
     out = tmp_path / "bench.json"
     assert main(["bench", "--quick", "--device=cuda", f"--out={out}"]) == 0
     result = json.loads(out.read_text())
-    assert {b["extra_info"]["op"] for b in result["benchmarks"]} == {"spmm", "linear"}
+    infos = [b["extra_info"] for b in result["benchmarks"]]
+    assert {info["op"] for info in infos} == {"spmm", "spmm_t", "sddmm", "linear", "train_step"}
+    assert not infos[-1]["failed"]
     assert result["machine_info"]["under_load"]
