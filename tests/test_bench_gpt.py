@@ -81,7 +81,7 @@ def test_a_gpts_step_that_does_not_compile_is_named(step, monkeypatch):
     assert info["way"] == "sparsekern" and set(info["rivals"]) == {"dense"}
 
 
-def test_all_that_a_gpu_measures_is_made(step, monkeypatch):
+def test_all_that_a_gpu_measures_is_made(step, monkeypatch, tmp_path):
     """With the names of CUDA in work_gpu.py standing for a CPU."""
     monkeypatch.setattr(measure_gpu, "blas", lambda library: nullcontext())
     monkeypatch.setattr(gpt_gpu, "QUICK", step)
@@ -94,7 +94,8 @@ def test_all_that_a_gpu_measures_is_made(step, monkeypatch):
     monkeypatch.setattr(work_gpu, "torch", SimpleNamespace(**names))
     monkeypatch.setattr(work_gpu, "CudaClock", CallingClock)
     work = work_gpu.work(quick=True)
-    ops = [make()["extra_info"]["op"] for make in work]
+    made = [make() for make in work]
+    ops = [benchmark["extra_info"]["op"] for benchmark in made]
     assert ops == ["spmm", "spmm", "spmm_t", "sddmm", "linear", "train_step", "train_step"]
     with pytest.raises(StopIteration):
         work[-1]()

@@ -63,7 +63,8 @@ def compare(
             if "speedup" not in info or match not in benchmark["name"]:
                 continue
             if info["op"] in PRODUCTS:
-                pairs.append(_product(machine, inputs, path, info, _where(info), mask_of(info)))
+                mask = mask_of(info) if info["threads"] else None
+                pairs.append(_product(machine, inputs, path, info, _where(info), mask))
             elif info["op"] == STEP:
                 pairs.append(_step(machine, inputs, path, info))
         for info, kernel in _gpu_products(result.get("cells", ())):
