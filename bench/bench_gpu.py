@@ -4,6 +4,8 @@ import measure
 import pytest
 import torch
 
+from sparsekern.bench import work_gpu
+
 pytestmark = [
     pytest.mark.gpu,
     pytest.mark.skipif(not torch.cuda.is_available(), reason="no NVIDIA GPU that torch can use"),
@@ -21,3 +23,12 @@ def test_quick_grid(verb, workload, tmp_path):
     for cell in result["cells"]:
         dense = [way for way in cell["ways"].values() if way["kind"] == "dense"]
         assert dense and all(way["is_right"] for way in dense)
+
+
+@pytest.mark.runs_on(workloads=lambda quick: measure.workloads(quick, tokens=(1,)) if quick else [])
+def test_quick_work(workload):
+    infos = [make()["extra_info"] for make in work_gpu.work(quick=True)]
+    assert {info["op"] for info in infos} == {"spmm", "spmm_t", "sddmm", "linear", "train_step"}
+    for info in infos:
+        dense = [rival for rival in info["rivals"].values() if rival["kind"] == "dense"]
+        assert dense and all(rival["is_right"] for rival in dense)

@@ -11,6 +11,7 @@ import pytest
 import torch
 from test_bench_gpu import CallingClock
 
+from sparsekern import SparseTensor
 from sparsekern.bench import (
     calibrate,
     ceilings,
@@ -20,6 +21,7 @@ from sparsekern.bench import (
     products_gpu,
     rates,
 )
+from sparsekern.bench.peers_gpu import torch_csr
 from sparsekern.bench.products import Workload
 from sparsekern.bench.race import Race, derive, ours
 from sparsekern.cli import main
@@ -233,17 +235,21 @@ def gpu_cells(monkeypatch) -> list[dict]:
         monkeypatch.setattr(measure_gpu, "blas", lambda library: nullcontext())
     generator = torch.Generator().manual_seed(0)
     grid = measure_gpu.Grid(((24, 16),), (1, 5), (0.5,), ("random",))
-    ways = [products_gpu.dispatch(), products_gpu.torch_csr()]
+    ways = [products_gpu.dispatch(), torch_csr()]
     with torch.no_grad():
         forward = list(measure_gpu.cells(grid, ways, CallingClock(), generator))
+        gradients = list(products_gpu.gradients(grid, CallingClock(), generator))
         steps = list(products_gpu.training_steps(grid, CallingClock(), generator))
-    return [*forward, *steps]
+    return [*forward, *gradients, *steps]
 
 
 def test_a_gpus_products_are_benchmarks_like_a_cpus(gpu_cells):
     made = [products_gpu.benchmark(cell) for cell in gpu_cells]
     assert [b["group"] for b in made] == [
-        f"{op} 24x16-M{M}-50%-random-bfloat16-cuda" for op in ("spmm", "linear") for M in (1, 5)
+        f"{op} 24x16-M{M}-50%-random-bfloat16-cuda"
+        for ops in (("spmm",), ("spmm_t", "sddmm"), ("linear",))
+        for M in (1, 5)
+        for op in ops
     ]
     for benchmark in made:
         derive(benchmark)
@@ -251,7 +257,32 @@ def test_a_gpus_products_are_benchmarks_like_a_cpus(gpu_cells):
         assert info["speedup"] == 1 and info["device"] == "cuda" and "failed" in info
         assert all(rival["is_right"] for rival in info["rivals"].values())
         assert len(measure.row(info)) == len(measure.COLUMNS)
-    assert {"F.linear"} == made[-1]["extra_info"]["rivals"].keys()
+        assert info["useful_flop"] == info["passes"] * 2 * info["M"] * info["nnz"]
+    rivals = {b["extra_info"]["op"]: b["extra_info"]["rivals"].keys() for b in made}
+    assert rivals["linear"] == {"F.linear"}
+    assert rivals["spmm_t"] >= {"F.linear cublas", "mm(x, W[K, N]) cublaslt"}
+    assert rivals["sddmm"] >= {"mm(dy.t(), x) cublas", "mm(x.t(), dy) cublaslt", "torch CSR"}
+
+
+def test_torchs_input_gradient_is_the_product():
+    W, dy = SparseTensor.from_dense(torch.randn(24, 16).relu()), torch.randn(5, 24)
+    peer = products_gpu.torch_input_gradient(W, dy)
+    torch.testing.assert_close(peer.result(peer.calls[0]()), dy @ W.to_dense())
+
+
+def test_a_peer_gets_no_gradient_that_takes_it_seconds(monkeypatch):
+    monkeypatch.setattr(measure_gpu, "blas", lambda library: nullcontext())
+    monkeypatch.setattr(products_gpu, "PEER_PRODUCTS", 24 * 16)
+    grid = measure_gpu.Grid(((24, 16),), (1, 5), (0.5,), ("random",))
+    generator = torch.Generator().manual_seed(0)
+    with torch.no_grad():
+        cells = list(products_gpu.gradients(grid, CallingClock(), generator))
+    assert [(c["M"], "torch CSR" in c["ways"]) for c in cells] == [
+        (1, True),
+        (1, True),
+        (5, False),
+        (5, False),
+    ]
 
 
 def test_a_gpus_product_that_is_wrong_is_an_error(gpu_cells):
@@ -276,5 +307,7 @@ def test_the_command_on_a_gpu(tmp_path):
     out = tmp_path / "bench.json"
     assert main(["bench", "--quick", "--device=cuda", f"--out={out}"]) == 0
     result = json.loads(out.read_text())
-    assert {b["extra_info"]["op"] for b in result["benchmarks"]} == {"spmm", "linear"}
+    infos = [b["extra_info"] for b in result["benchmarks"]]
+    assert {info["op"] for info in infos} == {"spmm", "spmm_t", "sddmm", "linear", "train_step"}
+    assert not infos[-1]["failed"]
     assert result["machine_info"]["under_load"]

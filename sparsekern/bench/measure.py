@@ -12,7 +12,7 @@ import torch
 
 from .. import __version__
 from ..text import table
-from . import ceilings, machine, products, products_gpu
+from . import ceilings, machine, products, work_gpu
 from .products import Workload
 from .race import derive, pin
 from .rates import add_rates
@@ -81,7 +81,7 @@ def measure(device: str, quick: bool) -> Iterator[dict]:
         limits = ceilings.of_gpu(torch.bfloat16)
         about |= machine.about_gpu()
         about |= {"under_load": machine.gpu_under_load(), "ceilings": {"cuda": limits}}
-        work = products_gpu.work(quick)
+        work = work_gpu.work(quick)
     yield {
         "machine_info": about,
         "commit_info": machine.commit(),
@@ -126,12 +126,12 @@ def row(info: dict) -> list[object]:
     return [
         info["op"] + cold,
         info["M"],
-        f"{info['N']}x{info['K']}",
+        f"{info['N']}x{info['K']}" if "N" in info else info["model"],
         f"{info['sparsity']:.0%}",
         info["kernel"],
         f"{1e6 * info['ours_s']:.1f}",
         f"{1e-9 * info['useful_flop_per_s']:.1f}",
-        f"{1e-9 * info['moved_bytes_per_s']:.1f}",
+        f"{1e-9 * info['moved_bytes_per_s']:.1f}" if "moved_bytes" in info else "",
         f"{shares['flop']:.0%}" if shares else "",
         f"{shares['bytes']:.0%} {info['level']}" if shares else "",
         f"{shares['roofline']:.0%}" if shares else "",

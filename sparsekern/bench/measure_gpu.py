@@ -109,15 +109,16 @@ def blas(library: str) -> Iterator[None]:
         torch.backends.cuda.preferred_blas_library(before)
 
 
+def in_blas(library: str, call: Callable[..., Tensor], *operands: Tensor) -> Tensor:
+    with blas(library):
+        return call(*operands)
+
+
 def dense_contenders(x: Tensor, copies: list[Tensor], turned: list[Tensor]) -> list[Contender]:
     """Every dense call: both libraries, both layouts of the result and of W ([N, K] and [K, N])."""
 
     def contender(name: str, library: str, call: Callable, weights: list[Tensor], result=None):
-        def run(W: Tensor) -> Tensor:
-            with blas(library):
-                return call(W)
-
-        calls = [lambda W=W: run(W) for W in weights]
+        calls = [partial(in_blas, library, call, W) for W in weights]
         return Contender(f"{name} {library}", DENSE, calls, result or (lambda y: y))
 
     found = []

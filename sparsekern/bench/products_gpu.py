@@ -1,54 +1,40 @@
-"""The products of `bench --device cuda`: forward with cold weights, and a training step.
+"""The products of `bench --device cuda`: forward and gradients, and a training step of a linear.
 
 What dispatch makes of a SparseTensor, against every dense call of cuBLAS and cuBLASLt and against
-torch's CSR.
+torch's CSR. Operands of the products come from memory.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from functools import partial
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from .. import ops
 from ..kernels.problem import Problem
 from ..kernels.table import pick
 from ..matmul import linear
 from ..tensor import SparseTensor, expand_rows
-from .measure_gpu import TOLERANCE, Grid, Way, attempt, cells, weight
-from .peers_gpu import clone, torch_csr
-from .replay_gpu import DENSE, OURS, Clock, Contender, CudaClock, Runner, race
+from .measure_gpu import (
+    LAUNCHES,
+    ROUNDS,
+    TOLERANCE,
+    Grid,
+    Way,
+    attempt,
+    copies_of,
+    dense_contenders,
+    in_blas,
+    weight,
+)
+from .peers_gpu import clone
+from .products import sampled_addmm, transpose, with_values
+from .replay_gpu import DENSE, OURS, PEER, Clock, Contender, Runner, race
 
 NAME = "sparsekern"
-GRID = Grid(((6144, 2048), (4096, 11008), (12288, 12288)), (1, 8, 32, 512), masks=("random",))
-STEP_GRID = Grid(((6144, 2048), (12288, 12288)), (1024, 4096), (0.5, 0.8, 0.95), ("random",))
-QUICK = Grid(((512, 1024),), (1, 16), (0.5, 0.9), ("random",))
-QUICK_STEP = Grid(((512, 1024),), (256,), (0.9,), ("random",))
 STEP_LAUNCHES = 20
-ROUNDS = 7
-
-
-def work(quick: bool) -> list[Callable[[], dict]]:
-    """Each makes the next benchmark of the JSON."""
-    forward, steps = (QUICK, QUICK_STEP) if quick else (GRID, STEP_GRID)
-    count = sum(len(g.shapes) * len(g.sparsities) * len(g.tokens) for g in (forward, steps))
-    found = _in_turn(forward, steps)
-    return [lambda: next(found)] * count
-
-
-def _in_turn(forward: Grid, steps: Grid) -> Iterator[dict]:
-    clock, generator = CudaClock(), torch.Generator("cuda")
-    ways = [dispatch(), torch_csr()]
-    # Graphs cannot be captured on the default stream.
-    stream = torch.cuda.Stream()
-    products = cells(forward, ways, clock, generator)
-    for made in (products, training_steps(steps, clock, generator)):
-        while True:
-            with torch.no_grad(), torch.cuda.stream(stream):
-                cell = next(made, None)
-            if cell is None:
-                break
-            yield benchmark(cell)
+PEER_PRODUCTS = 1e10  # multiplications of a gradient: with more, a peer would take seconds
 
 
 def dispatch() -> Way:
@@ -56,8 +42,20 @@ def dispatch() -> Way:
     return Way(NAME, OURS, lambda W: W, clone, linear, lambda W: W.values.nbytes)
 
 
+def gradients(grid: Grid, clock: Clock, generator: torch.Generator) -> Iterator[dict]:
+    """dx = dy W and (dy^T x) at the pattern of W, each in graphs of its own."""
+    return _for_each(grid, generator, lambda *operands: _gradients(*operands, clock))
+
+
 def training_steps(grid: Grid, clock: Clock, generator: torch.Generator) -> Iterator[dict]:
     """Forward and both gradients of a linear layer through autograd, as queued calls."""
+    return _for_each(grid, generator, lambda *operands: [_training_step(*operands, clock)])
+
+
+def _for_each(
+    grid: Grid, generator: torch.Generator, measure: Callable[..., Iterable[dict]]
+) -> Iterator[dict]:
+    """What `measure` makes of W, the same dense, x and dy, for all of the grid."""
 
     def normal(*shape: int) -> Tensor:
         empty = torch.empty(shape, dtype=grid.dtype, device=generator.device)
@@ -68,16 +66,75 @@ def training_steps(grid: Grid, clock: Clock, generator: torch.Generator) -> Iter
             dense, kept = weight(N, K, sparsity, "random", grid.dtype, generator)
             W = SparseTensor.from_dense(dense, kept)
             for M in grid.tokens:
-                cell = _training_step(W, dense, normal(M, K), normal(M, N), clock)
-                yield cell | {"sparsity": sparsity}
+                for cell in measure(W, dense, normal(M, K), normal(M, N)):
+                    yield cell | {"sparsity": sparsity}
+        if generator.device.type == "cuda":
+            torch.cuda.empty_cache()  # of the graphs' own pools
+
+
+def _gradients(W: SparseTensor, Wd: Tensor, x: Tensor, dy: Tensor, clock: Clock) -> Iterator[dict]:
+    at = expand_rows(W.row_offsets, W.nnz), W.col_indices
+    has_peer = x.shape[0] * W.nnz <= PEER_PRODUCTS
+    found = _input_gradient(W, Wd, dy)
+    if has_peer:
+        found.append(torch_input_gradient(W, dy))
+    exact = dy.double() @ Wd.double()
+    yield _cell("spmm_t", W, dy, found, LAUNCHES[0], exact, clock)
+    found = _values_gradient(W, dy, x, at)
+    if has_peer:
+        found.append(torch_values_gradient(W, dy, x))
+    exact = (dy.double().t() @ x.double())[at]
+    yield _cell("sddmm", W, dy, found, LAUNCHES[0], exact, clock)
+
+
+def _input_gradient(W: SparseTensor, Wd: Tensor, dy: Tensor) -> list[Contender]:
+    """Each call reads another copy of W. Dense calls are those of a product with W^T, ready made
+    where one wants it."""
+    copies = [W, *(clone(W) for _ in range(copies_of(W.values.nbytes, LAUNCHES[0]) - 1))]
+    calls = [
+        partial(ops.spmm_t, V.row_offsets, V.col_indices, V.values, *V.shape, dy) for V in copies
+    ]
+    count = copies_of(Wd.nbytes, LAUNCHES[0])
+    turned = [Wd.t().contiguous() for _ in range(count)]
+    dense = dense_contenders(dy, turned, [Wd.clone() for _ in range(count)])
+    return [Contender(NAME, OURS, calls), *dense]
+
+
+def _values_gradient(
+    W: SparseTensor, dy: Tensor, x: Tensor, at: tuple[Tensor, Tensor]
+) -> list[Contender]:
+    """Each call reads another copy of dy and x. Dense calls make the whole gradient."""
+    count = copies_of(dy.nbytes + x.nbytes, LAUNCHES[0])
+    pairs = [(dy.clone(), x.clone()) for _ in range(count)]
+    calls = [partial(ops.sddmm, W.row_offsets, W.col_indices, *W.shape, *pair) for pair in pairs]
+    found = [Contender(NAME, OURS, calls)]
+    for library in ("cublas", "cublaslt"):
+        for name, call, result in (
+            ("mm(dy.t(), x)", lambda dy, x: torch.mm(dy.t(), x), lambda dw: dw[at]),
+            ("mm(x.t(), dy)", lambda dy, x: torch.mm(x.t(), dy), lambda dw: dw.t()[at]),
+        ):
+            calls = [partial(in_blas, library, call, *pair) for pair in pairs]
+            found.append(Contender(f"{name} {library}", DENSE, calls, result))
+    return found
+
+
+def torch_input_gradient(W: SparseTensor, dy: Tensor) -> Contender:
+    """By a transposed W and a feature-major dy, ready made; one copy of each."""
+    matrix, dy_fm = transpose(W).to_torch(), dy.t().contiguous()
+    calls = [lambda: torch.mm(matrix, dy_fm)]
+    return Contender("torch CSR", PEER, calls, torch.t, is_graphed=False)
+
+
+def torch_values_gradient(W: SparseTensor, dy: Tensor, x: Tensor) -> Contender:
+    """In fp32, since torch has it in no 16-bit type."""
+    rival = sampled_addmm(with_values(W, W.values.float()), dy.float(), x.float())
+    return Contender("torch CSR", PEER, [rival.run], rival.result, is_graphed=False)
 
 
 def _training_step(W: SparseTensor, Wd: Tensor, x: Tensor, dy: Tensor, clock: Clock) -> dict:
-    (N, K), M = W.shape, x.shape[0]
     at = expand_rows(W.row_offsets, W.nnz), W.col_indices
     x, Wd = x.requires_grad_(), Wd.detach().requires_grad_()
-    values = W.values.detach().requires_grad_()
-    W = SparseTensor(W.row_offsets, W.col_indices, values, W.shape)
+    W = with_values(W, W.values.detach().requires_grad_())
 
     def step(forward: Callable[[], Tensor], weights: Tensor) -> tuple[Tensor, Tensor]:
         with torch.enable_grad():
@@ -104,39 +161,69 @@ def _training_step(W: SparseTensor, Wd: Tensor, x: Tensor, dy: Tensor, clock: Cl
             is_graphed=False,
         ),
     ]
+    return _cell("linear", W, dy, contenders, STEP_LAUNCHES, exact, clock)
+
+
+def _cell(
+    op: str,
+    W: SparseTensor,
+    dy: Tensor,
+    contenders: list[Contender],
+    launches: int,
+    exact: Tensor,
+    clock: Clock,
+) -> dict:
+    (N, K), M, dtype = W.shape, dy.shape[0], dy.dtype
     failed: dict[str, dict] = {}
     runners = [
         runner
         for each in contenders
-        for runner in attempt(failed, each, partial(Runner, each, STEP_LAUNCHES, exact, clock))
+        for runner in attempt(failed, each, partial(Runner, each, launches, exact, clock))
     ]
     return {
-        "op": "linear",
+        "op": op,
         "M": M,
         "N": N,
         "K": K,
         "mask": "random",
-        "dtype": str(x.dtype),
+        "dtype": str(dtype),
         "nnz": W.nnz,
-        "ways": race(runners, exact, TOLERANCE[x.dtype], clock, ROUNDS) | failed,
+        "ways": race(runners, exact, TOLERANCE[dtype], clock, ROUNDS) | failed,
     }
 
 
 def benchmark(cell: dict) -> dict:
     """A cell as a benchmark of the JSON. ArithmeticError where ours failed or is wrong."""
-    ways = dict(cell["ways"])
-    own = ways.pop(NAME)
     place = f"{cell['op']} {cell['N']}x{cell['K']}-M{cell['M']}-{cell['sparsity']:.0%}"
-    if not own["is_right"]:
-        reason = own.get("failed") or f"error {own['error']:.1e} against fp64"
-        raise ArithmeticError(f"{place}: {reason}")
     dtype = getattr(torch, cell["dtype"].removeprefix("torch."))
     M, N, K, nnz, is_step = *(cell[name] for name in ("M", "N", "K", "nnz")), cell["op"] == "linear"
-    passes = ("spmm", "spmm_t", "sddmm") if is_step else ("spmm",)
+    passes = ("spmm", "spmm_t", "sddmm") if is_step else (cell["op"],)
     kernels = [pick(Problem(op, "cuda", dtype, M, N, K, nnz)).name for op in passes]
     # Values, a byte for each column, and the activations of both sides, each once.
     moved = nnz * (dtype.itemsize + 1) + M * (N + K) * dtype.itemsize
+    info = {
+        **{key: value for key, value in cell.items() if key != "ways"},
+        "is_cold": not is_step,
+        "density": nnz / (N * K),
+        "kernel": ", ".join(dict.fromkeys(kernels)),
+        "passes": len(passes),
+        "useful_flop": len(passes) * 2 * M * nnz,
+        "dense_flop": len(passes) * 2 * M * N * K,
+        "moved_bytes": len(passes) * moved,
+    }
     group = f"{place}-{cell['mask']}-{cell['dtype'].removeprefix('torch.')}-cuda"
+    return record(group, place, cell["ways"], NAME, info)
+
+
+def record(group: str, place: str, ways: dict[str, dict], name: str, info: dict) -> dict:
+    """A benchmark of the JSON about the way `name`, the others its rivals.
+
+    ArithmeticError, which tells `place`, where that way failed or is wrong."""
+    own = ways[name]
+    if not own["is_right"]:
+        reason = own.get("failed") or f"error {own['error']:.1e} against fp64"
+        raise ArithmeticError(f"{place}: {reason}")
+    others = {other: way for other, way in ways.items() if other != name}
     return {
         "group": group,
         "name": group,
@@ -147,25 +234,18 @@ def benchmark(cell: dict) -> dict:
             "rounds": ROUNDS,
         },
         "extra_info": {
-            **{key: value for key, value in cell.items() if key != "ways"},
+            **info,
             "device": "cuda",
             "threads": 0,
-            "is_cold": not is_step,
-            "density": nnz / (N * K),
-            "kernel": ", ".join(dict.fromkeys(kernels)),
-            "passes": len(passes),
-            "useful_flop": len(passes) * 2 * M * nnz,
-            "dense_flop": len(passes) * 2 * M * N * K,
-            "moved_bytes": len(passes) * moved,
             "calls": 1,
             "error": own["error"],
             "rivals": {
-                name: {"kind": _KINDS.get(way["kind"], way["kind"])}
+                other: {"kind": _KINDS.get(way["kind"], way["kind"])}
                 | {key: way[key] for key in ("min_s", "median_s", "error", "is_right")}
-                for name, way in ways.items()
+                for other, way in others.items()
                 if "failed" not in way
             },
-            "failed": {name: way["failed"] for name, way in ways.items() if "failed" in way},
+            "failed": {other: way["failed"] for other, way in others.items() if "failed" in way},
         },
     }
 

@@ -194,7 +194,8 @@ def _speeds(
         both = {"dense": tokens(r) / r["dense_s"], "sparse": tokens(r) / r["ours_s"]}
         speeds[label(r)] = both
         figures = [f"{speed:,.0f}" for speed in both.values()]
-        rows.append([label(r).replace("\n", " "), r["threads"], *figures, f"{r['speedup']:.2f}"])
+        threads = r["threads"] or "GPU"
+        rows.append([label(r).replace("\n", " "), threads, *figures, f"{r['speedup']:.2f}"])
     return speeds, rows
 
 

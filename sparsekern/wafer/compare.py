@@ -63,8 +63,8 @@ def compare(
             if "speedup" not in info or match not in benchmark["name"]:
                 continue
             if info["op"] in PRODUCTS:
-                how = f"{info['threads']} threads"
-                pairs.append(_product(machine, inputs, path, info, how, mask_of(info)))
+                mask = mask_of(info) if info["threads"] else None
+                pairs.append(_product(machine, inputs, path, info, _where(info), mask))
             elif info["op"] == STEP:
                 pairs.append(_step(machine, inputs, path, info))
         for info, kernel in _gpu_products(result.get("cells", ())):
@@ -143,7 +143,7 @@ def _step(machine: Machine, inputs: Inputs, path: Path, info: dict) -> Pair:
     full = predicted(max(1, FULL_TOKENS // shape.sequence))
     return Pair(
         path.stem,
-        f"{STEP} {info['model']}, {info['M']} tokens, {info['threads']} threads",
+        f"{STEP} {info['model']}, {info['M']} tokens, {_where(info)}",
         info["sparsity"],
         info["speedup"],
         full.flop_ratio,
@@ -151,6 +151,10 @@ def _step(machine: Machine, inputs: Inputs, path: Path, info: dict) -> Pair:
         full.speedup,
         "of its density",
     )
+
+
+def _where(info: dict) -> str:
+    return f"{info['threads']} threads" if info["threads"] else "GPU"
 
 
 def render(pairs: list[Pair]) -> str:

@@ -1,0 +1,169 @@
+"""A GPT's training step on a GPU: forward, backward, clipping, AdamW; sparse linears against dense.
+
+The trainer's own step, products in bfloat16 by autocast, each side as it is and with blocks
+compiled by torch.compile. Its learning rate is 0: all the work is done, and as the weights stay,
+so does the exact gradient that every step is held against.
+"""
+
+import copy
+from collections.abc import Iterator
+from dataclasses import dataclass
+from functools import partial
+
+import torch
+from torch import Tensor
+
+from ..gpt.build import build_optimizer
+from ..gpt.flops import train_flops_per_token
+from ..gpt.model import GPT, GPTConfig
+from ..gpt.presets import PRESETS, UniformMask
+from ..gpt.speed import compiled_blocks
+from ..gpt.train import GRADIENT_CLIP, compute_gradients
+from ..kernels.problem import Problem
+from ..kernels.table import pick
+from ..nn import SparseLinear, densify_, sparsify_
+from ..tensor import expand_rows
+from .measure_gpu import ROUNDS, attempt
+from .products_gpu import NAME, record
+from .replay_gpu import DENSE, OURS, Clock, Contender, Runner, race
+
+DTYPE = torch.bfloat16
+# Of a gradient's error: how many times that of the dense model's, both against fp64.
+TOLERANCE = 2.0
+
+
+@dataclass(frozen=True)
+class Step:
+    """A model, its batch, and the sparsities of its linears."""
+
+    model: str
+    config: GPTConfig
+    batch: int
+    sparsities: tuple[float, ...]
+
+
+STEP = Step("gpt2-small", PRESETS["gpt2-small"], 8, (0.5, 0.75, 0.9))
+QUICK = Step("tiny", GPTConfig(2, 4, 128, 64, 256), 4, (0.75,))
+
+
+def training_steps(step: Step, clock: Clock, device: torch.device) -> Iterator[dict]:
+    """A record for each sparsity; its ways are both models, eager and compiled."""
+    config = step.config
+    torch.manual_seed(0)
+    tokens = torch.randint(config.vocab_size, (step.batch, config.block_size), device=device)
+    batch = tokens, tokens.roll(-1, dims=1)
+
+    def make() -> GPT:
+        with torch.device(device):
+            return GPT(config)
+
+    failed: dict[str, dict] = {}
+    dense = _runners("dense", DENSE, make(), batch, clock, failed)
+    exact, tolerance = dense[0].contender.exact, TOLERANCE * dense[0].error
+    for sparsity in step.sparsities:
+        model = sparsify_(make(), UniformMask(sparsity))
+        failed_here = dict(failed)
+        found = dense + _runners(NAME, OURS, model, batch, clock, failed_here)
+        ways = race(found, exact, tolerance, clock, ROUNDS) | failed_here
+        yield _cell(step, sparsity, model, ways)
+
+
+def _runners(
+    name: str,
+    kind: str,
+    model: GPT,
+    batch: tuple[Tensor, Tensor],
+    clock: Clock,
+    failed: dict[str, dict],
+) -> list[Runner]:
+    """The model eager and compiled, in this order. Both have the same weights and optimizer."""
+    optimizer, exact = build_optimizer(model, lr=0.0), _exact_gradient(model, *batch)
+
+    def step(stepper: GPT) -> list[Tensor]:
+        with torch.enable_grad():
+            compute_gradients(stepper, *batch, DTYPE)
+        optimizer.step()
+        return [parameter.grad for parameter in model.blocks.parameters()]
+
+    found = []
+    for suffix, stepper in (("", model), (", compiled", _compiled(model))):
+        each = Contender(
+            name + suffix, kind, [partial(step, stepper)], _flat, is_graphed=False, exact=exact
+        )
+        found += attempt(failed, each, partial(Runner, each, 1, exact, clock))
+    return found
+
+
+def _compiled(model: GPT) -> GPT:
+    for layer in model.modules():
+        if isinstance(layer, SparseLinear):
+            for tensor in (layer.values, layer.col_indices):
+                torch._dynamo.mark_dynamic(tensor, 0)  # one compilation for all sparsities
+    return compiled_blocks(model)
+
+
+def _flat(gradients: list[Tensor]) -> Tensor:
+    return torch.cat([gradient.flatten() for gradient in gradients])
+
+
+def _exact_gradient(model: GPT, x: Tensor, y: Tensor) -> Tensor:
+    """In fp64 of the blocks' parameters, of sparse weights at their patterns; clipped as the
+    trainer clips, by the norm of all. The embeddings' would hide a layer's error.
+
+    Sequence by sequence: attention in fp64 has all its scores in memory."""
+    twin = densify_(copy.deepcopy(model).double())
+    with torch.enable_grad():
+        for i in range(len(x)):
+            (twin(x[i : i + 1], y[i : i + 1])[1] / len(x)).backward()
+
+    def gradient(name: str) -> Tensor:
+        owner, _, last = name.rpartition(".")
+        layer = model.get_submodule(owner)
+        if last != "values":
+            return twin.get_parameter(name).grad
+        rows = expand_rows(layer.row_offsets, layer.values.shape[0])
+        return twin.get_submodule(owner).weight.grad[rows, layer.col_indices]
+
+    gradients = {name: gradient(name) for name, _ in model.named_parameters()}
+    norm = _flat(list(gradients.values())).norm()
+    of_blocks = [g for name, g in gradients.items() if name.startswith("blocks.")]
+    return _flat(of_blocks) * (GRADIENT_CLIP / norm).clamp(max=1)
+
+
+def _cell(step: Step, sparsity: float, model: GPT, ways: dict[str, dict]) -> dict:
+    M, config = step.batch * step.config.block_size, step.config
+    layers = [layer for layer in model.modules() if isinstance(layer, SparseLinear)]
+    kernels = {
+        pick(Problem(op, "cuda", DTYPE, M, *layer.weight.shape, layer.weight.nnz)).name: None
+        for op in ("spmm", "spmm_t", "sddmm")
+        for layer in layers
+    }
+    return {
+        "op": "train_step",
+        "model": step.model,
+        "layers": config.n_layer,
+        "width": config.n_embd,
+        "vocabulary": config.vocab_size,
+        "context": config.block_size,
+        "batch": step.batch,
+        "sparsity": sparsity,
+        "M": M,
+        "dtype": str(DTYPE),
+        "is_cold": False,
+        "kernel": ", ".join(kernels),
+        "useful_flop": M * train_flops_per_token(config, sparsity),
+        "dense_flop": M * train_flops_per_token(config),
+        "ways": ways,
+    }
+
+
+def benchmark(cell: dict) -> dict:
+    """A cell as a benchmark of the JSON. ArithmeticError where ours failed or is wrong.
+
+    Ours is the faster one that is right; the other one is a rival."""
+    info = {key: value for key, value in cell.items() if key != "ways"}
+    ways = cell["ways"]
+    right = [name for name, way in ways.items() if way["kind"] == OURS and way["is_right"]]
+    name = min(right, key=lambda name: ways[name]["median_s"], default=NAME)
+    place = f"train_step {cell['model']}-{cell['layers']}x{cell['width']}-{cell['sparsity']:.0%}"
+    return record(f"{place}-bfloat16-cuda", place, ways, name, info | {"way": name})

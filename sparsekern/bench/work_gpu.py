@@ -1,0 +1,50 @@
+"""All that `bench --device cuda` measures, in order, and its sizes."""
+
+from collections.abc import Callable, Iterator
+
+import torch
+
+from . import gpt_gpu
+from .measure_gpu import Grid, cells
+from .peers_gpu import torch_csr
+from .products_gpu import benchmark, dispatch, gradients, training_steps
+from .replay_gpu import CudaClock
+
+GRID = Grid(((6144, 2048), (4096, 11008), (12288, 12288)), (1, 8, 32, 512), masks=("random",))
+# Of the gradients and of the training step that they are parts of.
+STEP_GRID = Grid(((6144, 2048), (12288, 12288)), (1024, 4096), (0.5, 0.8, 0.95), ("random",))
+QUICK = Grid(((512, 1024),), (1, 16), (0.5, 0.9), ("random",))
+QUICK_STEP = Grid(((512, 1024),), (256,), (0.9,), ("random",))
+
+
+def work(quick: bool) -> list[Callable[[], dict]]:
+    """Each makes the next benchmark of the JSON."""
+    forward, steps, gpt = (
+        (QUICK, QUICK_STEP, gpt_gpu.QUICK) if quick else (GRID, STEP_GRID, gpt_gpu.STEP)
+    )
+    # A cell of the second grid is two gradients and a step.
+    count = _size(forward) + 3 * _size(steps) + len(gpt.sparsities)
+    found = _in_turn(forward, steps, gpt)
+    return [lambda: next(found)] * count
+
+
+def _size(grid: Grid) -> int:
+    return len(grid.shapes) * len(grid.sparsities) * len(grid.tokens)
+
+
+def _in_turn(forward: Grid, steps: Grid, gpt: gpt_gpu.Step) -> Iterator[dict]:
+    clock, generator = CudaClock(), torch.Generator("cuda")
+    # Graphs cannot be captured on the default stream.
+    stream = torch.cuda.Stream()
+    for made, as_benchmark in (
+        (cells(forward, [dispatch(), torch_csr()], clock, generator), benchmark),
+        (gradients(steps, clock, generator), benchmark),
+        (training_steps(steps, clock, generator), benchmark),
+        (gpt_gpu.training_steps(gpt, clock, torch.device("cuda")), gpt_gpu.benchmark),
+    ):
+        while True:
+            with torch.no_grad(), torch.cuda.stream(stream):
+                cell = next(made, None)
+            if cell is None:
+                break
+            yield as_benchmark(cell)
