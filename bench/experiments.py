@@ -70,19 +70,19 @@ class Preset:
 
 
 PRESETS = {
-    # 29.6M parameters, 25.2M of them in the blocks' linear layers; 65.5M tokens of pre-training.
+    # 29.6M parameters, 25.2M of them in the blocks' linear layers; 39.3M tokens of pre-training.
     "h200": Preset(
         "packages",
         "shakespeare",
         "bpe",
         {"layers": 8, "heads": 8, "width": 512, "context": 512},
         batch=64,
-        steps=2000,
+        steps=1200,
         sweep_steps=200,
         finetune_steps=300,
         finetune_batch=16,
-        prune_steps=200,
-        learning_rates=(6e-4, 1.2e-3, 2.4e-3),
+        prune_steps=100,
+        learning_rates=(3e-4, 6e-4, 1.2e-3, 2.4e-3, 4.8e-3),
         finetune_rates=(1e-4, 3e-4, 1e-3),
         prune_rate=3e-4,
     ),

@@ -274,6 +274,20 @@ def test_pieces_fill_the_gpu(n, k, density, blocks):
     assert -(-max(pieces, slices) // (8 * 132)) == blocks
 
 
+def test_like():
+    assert [like(tokens) for tokens in (0, 1, 2, 3, 16, 17, 32, 33, 64)] == [
+        1,
+        1,
+        1,
+        3,
+        3,
+        17,
+        17,
+        33,
+        33,
+    ]
+
+
 @pytest.mark.parametrize("m, k, tokens", [(1, 8192, 1), (7, 8192, 8), (8, 20000, 4), (2, 70000, 1)])
 def test_tokens_of_a_gather(m, k, tokens):
     launch = configure_gather(m, k, 5000, 4, "bf16", H200)

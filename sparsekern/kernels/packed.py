@@ -22,7 +22,7 @@ def name_of(packed: Packed) -> str:
 
 def like(tokens: int) -> int:
     """The least number of tokens for which W is laid out as for `tokens`: 1, 3, 17 or 33."""
-    return next(first for first in (33, 17, STREAM_TOKENS + 1, 1) if tokens >= first)
+    return next((first for first in (33, 17, STREAM_TOKENS + 1) if tokens >= first), 1)
 
 
 def choose_layout(tokens: int) -> str:
