@@ -4,6 +4,9 @@ has the kernels and why they are as they are, triton_pack.py the format.
 W is expanded tile by tile inside the kernel and multiplied by tl.dot, in bfloat16, float16 and
 float32, summed in float32. A stored W has no product at a missing entry, but here a missing entry
 is a zero: an infinite or NaN x gives NaN in rows that do not have its column.
+
+_spmm_cover() is another way for up to 64 tokens in a 16-bit type: W is packed as for the CUDA
+kernel (cover.py), and a stored zero counts as missing. triton_device_cover.py has its kernel.
 """
 
 from functools import lru_cache
@@ -13,11 +16,16 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from .cover import WINDOW, CoverLayout
+from .layout import LANES
+from .packs import pack_of
 from .problem import Kernel, Problem
 from .triton_pack import UNIT_COLUMNS, UNIT_ROWS, Bitmap, bitmap_of
 
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 MOST_TOKENS = 65535 * 64  # the second dimension of a grid counts blocks of tokens
+COVER_OPTIONS = {"num_warps": 1, "num_stages": 1}
+COVER_PROGRAMS = 2500  # of one warp, at least: 19 on each of 132 multiprocessors
 MOST_PLACES = 2**36  # of W: an int32 counts 32 of them
 
 
@@ -90,6 +98,58 @@ def _spmm(row_offsets, col_indices, values, n, k, x, bias=None, config=None):
     return y
 
 
+def cover_split(n: int, k: int) -> int:
+    """Parts of K: 28672 x 8192 has 896 slices of 32 rows, in 4 parts 3584 programs."""
+    slices, windows, split = -(-n // LANES), -(-k // WINDOW), 1
+    while slices * split < COVER_PROGRAMS and 2 * split <= windows:
+        split *= 2
+    return split
+
+
+class _TritonCover(CoverLayout):
+    """One value a group, and for each record the first column of its window."""
+
+    def __init__(self, row_offsets: Tensor, col_indices: Tensor, n: int, k: int):
+        super().__init__(row_offsets, col_indices, n, k, per_group=1)
+        counts = self.steps.diff().long()
+        tiles = torch.arange(counts.shape[0], dtype=torch.int32, device=counts.device)
+        self.bases = (tiles % -(-k // WINDOW) * WINDOW).repeat_interleave(counts)
+
+
+def _spmm_cover(row_offsets, col_indices, values, n, k, x, bias=None, split=None):
+    m, nnz = x.shape[0], values.shape[0]
+    y = x.new_empty(m, n)
+    if nnz == 0 or m == 0:
+        return _no_product(y, bias)
+    pattern = row_offsets, col_indices
+    pack = pack_of("triton", "cover", lambda: _TritonCover(*pattern, n, k), *pattern, values, n, k)
+    packed = pack.packed
+    split = split or cover_split(n, k)
+    block_m = max(16, 1 << (m - 1).bit_length())
+    x_fm = x.new_empty(k, block_m)  # columns of tokens from m on stay as they are, and unused
+    x_fm[:, :m].copy_(x.t())
+    cells = packed.slices if split > 1 else 0
+    arrived = _zeros(x.device, cells) if cells else x.new_empty(0, dtype=torch.int32)
+    parts = x.new_empty(split * cells * LANES * block_m, dtype=torch.float32)
+    _device_cover().spmm_cover_kernel[(packed.slices, split)](
+        packed.records.view(torch.int32),
+        pack.layout.bases,
+        packed.steps,
+        packed.row_order,
+        x_fm,
+        y if bias is None else bias,
+        y,
+        parts,
+        arrived,
+        *(m, n, k, packed.windows),
+        HAS_BIAS=bias is not None,
+        BLOCK_M=block_m,
+        UPCAST=_device().INTERPRETED and x.dtype == torch.bfloat16,
+        **COVER_OPTIONS,
+    )
+    return y
+
+
 def _spmm_t(row_offsets, col_indices, values, n, k, dy, bias=None, config=None):
     m, nnz = dy.shape[0], values.shape[0]
     dx = dy.new_empty(m, k)
@@ -133,6 +193,13 @@ def _device():
     from . import triton_device  # imports triton, which is optional
 
     return triton_device
+
+
+@lru_cache(maxsize=1)
+def _device_cover():
+    from . import triton_device_cover
+
+    return triton_device_cover
 
 
 def _matrix(bitmap: Bitmap) -> tuple[Tensor, Tensor]:
