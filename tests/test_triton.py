@@ -236,10 +236,14 @@ class Recorder:
 
 
 def test_parts_of_a_cover():
-    """Each part has a window at least."""
+    """Each part has a window at least, and none waits for another if W has not too many rows."""
     for n, k in ((1, 1), (37, 101), (8192, 2048), (12288, 12288), (28672, 8192), (64, 10**6)):
-        assert triton.cover_split(n, k) <= -(-k // 256)
-    assert triton.cover_split(28672, 8192) == 4
+        for m in (1, 16, 17, 64):
+            split = triton.cover_split(m, n, k)
+            assert 1 <= split <= -(-k // 256)
+            assert split * -(-n // 32) <= triton.COVER_PROGRAMS[triton.cover_block(m)]
+    assert triton.cover_split(16, 28672, 8192) == 3
+    assert triton.cover_split(16, 10**6, 8192) == 1
 
 
 @covers

@@ -25,7 +25,8 @@ from .triton_pack import UNIT_COLUMNS, UNIT_ROWS, Bitmap, bitmap_of
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 MOST_TOKENS = 65535 * 64  # the second dimension of a grid counts blocks of tokens
 COVER_OPTIONS = {"num_warps": 1, "num_stages": 1}
-COVER_PROGRAMS = 2500  # of one warp, at least: 19 on each of 132 multiprocessors
+# Programs of one warp, by BLOCK_M, for which 132 multiprocessors have the registers at once.
+COVER_PROGRAMS = {16: 2772, 32: 2112, 64: 1188}
 MOST_PLACES = 2**36  # of W: an int32 counts 32 of them
 
 
@@ -98,12 +99,16 @@ def _spmm(row_offsets, col_indices, values, n, k, x, bias=None, config=None):
     return y
 
 
-def cover_split(n: int, k: int) -> int:
-    """Parts of K: 28672 x 8192 has 896 slices of 32 rows, in 4 parts 3584 programs."""
-    slices, windows, split = -(-n // LANES), -(-k // WINDOW), 1
-    while slices * split < COVER_PROGRAMS and 2 * split <= windows:
-        split *= 2
-    return split
+def cover_block(m: int) -> int:
+    """Tokens of a program: all."""
+    return max(16, 1 << (m - 1).bit_length())
+
+
+def cover_split(m: int, n: int, k: int) -> int:
+    """Parts of K, such that all programs run at once: 28672 x 8192 and 16 tokens have 896 slices of
+    32 rows, in 3 parts 2688 programs."""
+    most = COVER_PROGRAMS[cover_block(m)] // -(-n // LANES)
+    return max(1, min(most, -(-k // WINDOW)))
 
 
 class _TritonCover(CoverLayout):
@@ -124,8 +129,7 @@ def _spmm_cover(row_offsets, col_indices, values, n, k, x, bias=None, split=None
     pattern = row_offsets, col_indices
     pack = pack_of("triton", "cover", lambda: _TritonCover(*pattern, n, k), *pattern, values, n, k)
     packed = pack.packed
-    split = split or cover_split(n, k)
-    block_m = max(16, 1 << (m - 1).bit_length())
+    split, block_m = split or cover_split(m, n, k), cover_block(m)
     x_fm = x.new_empty(k, block_m)  # columns of tokens from m on stay as they are, and unused
     x_fm[:, :m].copy_(x.t())
     cells = packed.slices if split > 1 else 0

@@ -8,8 +8,10 @@ their order those are the places that tl.dot wants from this lane when four neig
 lie in one (kWidth 4, which Triton chooses because of the joins). So W goes from memory into the
 product without leaving its registers; x, feature-major, is gathered by the columns of the slots.
 
-With 16 tokens a place (row and slot) costs 4.4 instructions of a lane: a value is shifted to its
-half of a pair, then goes to one of two pairs, and so makes four places.
+A place (row and slot) costs 4.0 instructions of a lane with 16 tokens, 4.8 with 32, 6.6 with 64. Of
+those 2 decode it: a value is shifted to its half of a pair, then goes to one of two pairs, and so
+makes four places. Addresses are carried along, and x comes in pairs of tokens: loaded as single
+ones, each pair would be put together twice.
 
 One warp is a program: 32 rows and a part of the windows of 256 columns. In slots without values x
 is that of some other column of W times 0: what is not finite there may reach all rows of a program,
@@ -56,29 +58,30 @@ def _record(words, positions):
 
 
 @triton.jit
-def _load_records(records, first, end):
-    """Two of them, zeros from `end` on: uint32 [128, 2] and uint64 [32, 2]."""
-    at = records + first.to(tl.int64) * WORDS
-    offs = tl.arange(0, 128)
-    words0 = tl.load(at + offs, mask=first < end, other=0)
-    words1 = tl.load(at + WORDS + offs, mask=first + 1 < end, other=0)
-    at = (at + 128).to(tl.pointer_type(tl.uint64))
-    offs = tl.arange(0, 32) // 4
-    positions0 = tl.load(at + offs, mask=first < end, other=0)
-    positions1 = tl.load(at + WORDS // 2 + offs, mask=first + 1 < end, other=0)
-    return tl.join(words0, words1).to(tl.uint32), tl.join(positions0, positions1)
+def _load_records(words, positions, left):
+    """Two records, zeros where fewer are left: uint32 [128, 2] and uint64 [32, 2]."""
+    words0 = tl.load(words, mask=left > 0, other=0)
+    words1 = tl.load(words + WORDS, mask=left > 1, other=0)
+    positions0 = tl.load(positions, mask=left > 0, other=0)
+    positions1 = tl.load(positions + WORDS // 2, mask=left > 1, other=0)
+    return tl.join(words0, words1), tl.join(positions0, positions1)
 
 
 @triton.jit
-def _load_columns(records, bases, first, end, K):
-    """The columns of W of 64 slots; of slots without values, any."""
-    slot = tl.arange(0, 64)
-    record = slot // 32
-    mask = first + record < end
-    at = records + first.to(tl.int64) * WORDS + 144
-    bytes = tl.load(at + record * WORDS + slot // 4 % 8, mask=mask, other=0)
-    base = tl.load(bases + first + record, mask=mask, other=0)
-    return tl.minimum(base + (bytes >> (slot % 4 * 8) & 255), K - 1)
+def _load_x(x_pairs, columns, bases, K, BLOCK_M: tl.constexpr):
+    """Pairs of tokens, uint32 [64, BLOCK_M / 2], at the columns of W of 64 slots."""
+    columns = (columns >> (tl.arange(0, 64) % 4 * 8).to(tl.uint32)) & 255
+    # Windows may end beyond W, and slots without values may have any column.
+    columns = tl.minimum(bases + columns.to(tl.int32), K - 1)
+    rows = x_pairs + columns.to(tl.uint32)[:, None].to(tl.uint64) * (BLOCK_M // 2)
+    return tl.load(rows + tl.arange(0, BLOCK_M // 2)[None, :])
+
+
+@triton.jit
+def _as_x(pairs, BLOCK_M: tl.constexpr, dtype: tl.constexpr):
+    """x [64, BLOCK_M] of the pairs."""
+    x = tl.join(pairs.to(tl.uint16), (pairs >> 16).to(tl.uint16))
+    return tl.reshape(x, (64, BLOCK_M)).to(dtype, bitcast=True)
 
 
 @triton.jit
@@ -119,18 +122,33 @@ def spmm_cover_kernel(
     end = tl.load(steps + tile + (part + 1) * windows // split)
     offs_m = tl.arange(0, BLOCK_M)
     acc = tl.zeros((32, BLOCK_M), tl.float32)
-    # Records and their x are read one turn ahead, columns two.
-    words, positions = _load_records(records, first, end)
-    columns = _load_columns(records, bases, first, end, K)
-    x = tl.load(x_fm + columns[:, None] * BLOCK_M + offs_m[None, :])  # [64, BLOCK_M]
-    columns = _load_columns(records, bases, first + 2, end, K)
+    dtype: tl.constexpr = x_fm.dtype.element_ty
+    x_pairs = x_fm.to(tl.pointer_type(tl.uint32))
+    # Addresses of two records, and of the bytes and windows of their 64 columns.
+    slot = tl.arange(0, 64)
+    record = records.to(tl.pointer_type(tl.uint32)) + first.to(tl.int64) * WORDS
+    words_at = record + tl.arange(0, 128)
+    positions_at = (record + 128).to(tl.pointer_type(tl.uint64)) + tl.arange(0, 32) // 4
+    columns_at = record + 144 + slot // 32 * WORDS + slot // 4 % 8
+    bases_at = bases + first + slot // 32
+    left = end - first
+    words, positions = _load_records(words_at, positions_at, left)
+    columns = tl.load(columns_at, mask=slot // 32 < left, other=0)
+    base = tl.load(bases_at, mask=slot // 32 < left, other=0)
+    # Records are read one turn ahead. x of a turn is waited for, while other warps decode.
     for _ in range(first, end, 2):
-        w = _as_tile(words, positions, x.dtype)
-        acc = _dot(w, x, acc, UPCAST, "ieee")
-        first += 2
-        words, positions = _load_records(records, first, end)
-        x = tl.load(x_fm + columns[:, None] * BLOCK_M + offs_m[None, :])
-        columns = _load_columns(records, bases, first + 2, end, K)
+        pairs = _load_x(x_pairs, columns, base, K, BLOCK_M)
+        words_at += 2 * WORDS
+        positions_at += WORDS
+        columns_at += 2 * WORDS
+        bases_at += 2
+        left -= 2
+        next_words, next_positions = _load_records(words_at, positions_at, left)
+        columns = tl.load(columns_at, mask=slot // 32 < left, other=0)
+        base = tl.load(bases_at, mask=slot // 32 < left, other=0)
+        w = _as_tile(words, positions, dtype)
+        acc = _dot(w, _as_x(pairs, BLOCK_M, dtype), acc, UPCAST, "ieee")
+        words, positions = next_words, next_positions
 
     # The last program to arrive adds the parts of all, in the order of K.
     last = split == 1
