@@ -193,7 +193,8 @@ def test_configurations():
                 assert 128 % config.block_n == 0
                 assert config.split == 1 or config.split <= k / 256
     assert triton.spmm_config(16, 12288, 12288, 2).split == 4
-    assert "64 x 256 of W and 16 tokens a block, K in 4 parts" in triton._describe(PROBLEM)
+    text = "64 x 256 of W and 16 tokens a block, K in 4 parts"
+    assert triton._describe(PROBLEM._replace(dtype=torch.float32)) == text
 
 
 @pytest.mark.parametrize("n, k, splits", [(64, 256, False), (64, 4096, True)])
@@ -202,7 +203,8 @@ def test_tensors_have_the_types_that_kernels_are_compiled_for(n, k, splits, monk
     recorder = Recorder((-(-n // config.block_n), 1, config.split))
     monkeypatch.setattr(triton, "_device", lambda: recorder)
     row_offsets, col_indices, values = random_csr(n, k, 0.5)
-    triton._spmm(row_offsets, col_indices, values.bfloat16(), n, k, torch.ones(2, k).bfloat16())
+    x = torch.ones(2, k).bfloat16()
+    triton._spmm(row_offsets, col_indices, values.bfloat16(), n, k, x, config=config)
     assert (config.split > 1) == splits
     types = [torch.int64] * 2 + [torch.bfloat16] * 4 + [torch.float32, torch.int32]
     assert [arg.dtype for arg in recorder.calls[0][:8]] == types
@@ -244,6 +246,14 @@ def test_parts_of_a_cover():
             assert split * -(-n // 32) <= triton.COVER_PROGRAMS[triton.cover_block(m)]
     assert triton.cover_split(16, 28672, 8192) == 3
     assert triton.cover_split(16, 10**6, 8192) == 1
+
+
+@covers
+def test_up_to_64_tokens_in_16_bits_take_a_cover():
+    assert triton._describe(PROBLEM) == "cover, 32 rows a block, K in 7 parts"
+    assert triton.takes_cover(64, torch.float16)
+    assert not triton.takes_cover(65, torch.float16)
+    assert not triton.takes_cover(16, torch.float32)
 
 
 @covers

@@ -5,8 +5,8 @@ W is expanded tile by tile inside the kernel and multiplied by tl.dot, in bfloat
 float32, summed in float32. A stored W has no product at a missing entry, but here a missing entry
 is a zero: an infinite or NaN x gives NaN in rows that do not have its column.
 
-_spmm_cover() is another way for up to 64 tokens in a 16-bit type: W is packed as for the CUDA
-kernel (cover.py), and a stored zero counts as missing. triton_device_cover.py has its kernel.
+Up to 64 tokens in a 16-bit type W is packed as for the CUDA kernel (cover.py), if the C++ library
+is there to do it, and a stored zero counts as missing. triton_device_cover.py has that kernel.
 """
 
 from functools import lru_cache
@@ -16,6 +16,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from . import cover
 from .cover import WINDOW, CoverLayout
 from .layout import LANES
 from .packs import pack_of
@@ -24,6 +25,7 @@ from .triton_pack import UNIT_COLUMNS, UNIT_ROWS, Bitmap, bitmap_of
 
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 MOST_TOKENS = 65535 * 64  # the second dimension of a grid counts blocks of tokens
+COVER_TOKENS = 64
 COVER_OPTIONS = {"num_warps": 1, "num_stages": 1}
 # Programs of one warp, by BLOCK_M, for which 132 multiprocessors have the registers at once.
 COVER_PROGRAMS = {16: 2772, 32: 2112, 64: 1188}
@@ -77,6 +79,8 @@ def _spmm(row_offsets, col_indices, values, n, k, x, bias=None, config=None):
     y = x.new_empty(m, n)
     if nnz == 0 or m == 0:
         return _no_product(y, bias)
+    if config is None and takes_cover(m, x.dtype):
+        return _spmm_cover(row_offsets, col_indices, values, n, k, x, bias)
     config = config or spmm_config(m, n, k, x.element_size())
     bitmap = bitmap_of(row_offsets, col_indices, n, k)
     blocks = -(-n // config.block_n), -(-m // config.block_m)
@@ -97,6 +101,10 @@ def _spmm(row_offsets, col_indices, values, n, k, x, bias=None, config=None):
         **_constants(config, x.dtype),
     )
     return y
+
+
+def takes_cover(m: int, dtype: torch.dtype) -> bool:
+    return m <= COVER_TOKENS and dtype.itemsize == 2 and cover.is_built()
 
 
 def cover_block(m: int) -> int:
@@ -273,6 +281,9 @@ def _refuse(p: Problem) -> str | None:
 
 def _describe(p: Problem) -> str:
     size = p.dtype.itemsize
+    if p.op == "spmm" and takes_cover(p.M, p.dtype):
+        split = cover_split(p.M, p.N, p.K)
+        return f"cover, {LANES} rows a block, K in {split} part{'s' if split > 1 else ''}"
     config = {
         "spmm": lambda: spmm_config(p.M, p.N, p.K, size),
         "spmm_t": lambda: spmm_t_config(p.M, size),
