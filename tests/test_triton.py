@@ -5,15 +5,17 @@ import os
 import re
 import subprocess
 import sys
+from functools import partial
 from pathlib import Path
 
 import pytest
 import torch
 
-from sparsekern.kernels import table, triton, triton_pack
+from sparsekern.kernels import cover, packs, table, triton, triton_pack
 from sparsekern.kernels.problem import Problem
 from sparsekern.testing import PROBLEMS, random_csr
 
+covers = pytest.mark.skipif(not cover.is_built(), reason="the C++ library is not built")
 installed = pytest.mark.skipif(not triton._is_installed(), reason="Triton is not installed")
 PROBLEM = Problem("spmm", "cuda", torch.bfloat16, M=16, N=12288, K=12288, nnz=30_000_000)
 
@@ -31,8 +33,12 @@ def test_interpreted():
 SHARED_BYTES = {80: 163 * 1024, 90: 227 * 1024}
 TOKENS = {"spmm": (16, 64, 2048), "spmm_t": (16, 2048), "sddmm": (2048,)}
 TYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
-POINTERS = {"lanes": "*i64", "starts": "*i64", "parts": "*fp32", "arrived": "*i32"}
-INTEGERS = ("M", "N", "K", "tiles", "one", "size")
+POINTERS = {
+    **dict.fromkeys(("lanes", "starts"), "*i64"),
+    **dict.fromkeys(("records", "bases", "steps", "row_order", "arrived"), "*i32"),
+    "parts": "*fp32",
+}
+INTEGERS = ("M", "N", "K", "tiles", "windows", "one", "size")
 
 
 @installed
@@ -43,10 +49,6 @@ INTEGERS = ("M", "N", "K", "tiles", "one", "size")
 def test_compiles(capability, op, tokens, dtype):
     """Ahead of time, down to machine code. Fits into shared memory, and a value that a thread has
     read leaves it only once, as part of a tile: no layout is converted for each place of W."""
-    from triton import compile
-    from triton.backends.compiler import GPUTarget
-    from triton.compiler import ASTSource
-
     size = TYPES[dtype].itemsize
     config, flags = {
         "spmm": lambda: (triton.spmm_config(tokens, 12288, 12288, size), {"AHEAD": False}),
@@ -54,12 +56,36 @@ def test_compiles(capability, op, tokens, dtype):
         "sddmm": lambda: (triton.sddmm_config(size), None),
     }[op]()
     constants = triton._constants(config, TYPES[dtype])
-    options = {k: v for k, v in constants.items() if k.islower()}
-    constants = {k: v for k, v in constants.items() if k.isupper()}
     if flags is not None:
         constants |= {"HAS_BIAS": True, **flags}
-
     kernel = getattr(triton._device(), f"{op}_kernel")
+    compiled = compile_kernel(kernel, capability, dtype, constants, aligned=("N", "K"))
+    assert compiled.metadata.shared <= SHARED_BYTES[capability]
+    assert conversions(compiled) <= 8
+
+
+@installed
+@pytest.mark.slow
+@pytest.mark.parametrize("dtype", ["bf16", "fp16"])
+@pytest.mark.parametrize("block_m", [16, 32, 64])
+@pytest.mark.parametrize("capability", SHARED_BYTES)
+def test_compiles_cover(capability, block_m, dtype):
+    """Only x passes through shared memory, and the sums once."""
+    constants = {"HAS_BIAS": True, "BLOCK_M": block_m, "UPCAST": False, **triton.COVER_OPTIONS}
+    kernel = triton._device_cover().spmm_cover_kernel
+    compiled = compile_kernel(kernel, capability, dtype, constants)
+    assert compiled.metadata.shared <= 64 * block_m * 2
+    assert conversions(compiled) <= 9
+
+
+def compile_kernel(kernel, capability, dtype, constants, aligned=()):
+    """`constants` has what the kernel takes, and options in small letters."""
+    from triton import compile
+    from triton.backends.compiler import GPUTarget
+    from triton.compiler import ASTSource
+
+    options = {k: v for k, v in constants.items() if k.islower()}
+    constants = {k: v for k, v in constants.items() if k.isupper()}
     signature = {
         name: "constexpr"
         if name in constants
@@ -68,18 +94,22 @@ def test_compiles(capability, op, tokens, dtype):
         else POINTERS.get(name, f"*{dtype}")
         for name in kernel.arg_names
     }
-    aligned = [i for i, t in enumerate(signature.values()) if t.startswith("*")]
-    aligned += [kernel.arg_names.index(name) for name in ("N", "K")]
+    indices = [i for i, t in enumerate(signature.values()) if t.startswith("*")]
+    indices += [kernel.arg_names.index(name) for name in aligned]
     source = ASTSource(
         fn=kernel,
         signature=signature,
         constexprs=constants,
-        attrs={(i,): [["tt.divisibility", 16]] for i in aligned},
+        attrs={(i,): [["tt.divisibility", 16]] for i in indices},
     )
     compiled = compile(source, target=GPUTarget("cuda", capability, 32), options=options)
     assert len(compiled.asm["cubin"]) > 10_000
-    assert compiled.metadata.shared <= SHARED_BYTES[capability]
-    assert len(re.findall(r"= ttg\.convert_layout ", compiled.asm["ttgir"])) <= 8
+    return compiled
+
+
+def conversions(compiled):
+    """From one layout to another, each through shared memory or shuffles."""
+    return len(re.findall(r"= ttg\.convert_layout ", compiled.asm["ttgir"]))
 
 
 @pytest.mark.parametrize("case", PROBLEMS, ids=lambda case: case.name)
@@ -163,27 +193,98 @@ def test_configurations():
                 assert 128 % config.block_n == 0
                 assert config.split == 1 or config.split <= k / 256
     assert triton.spmm_config(16, 12288, 12288, 2).split == 4
-    assert "64 x 256 of W and 16 tokens a block, K in 4 parts" in triton._describe(PROBLEM)
+    text = "64 x 256 of W and 16 tokens a block, K in 4 parts"
+    assert triton._describe(PROBLEM._replace(dtype=torch.float32)) == text
 
 
 @pytest.mark.parametrize("n, k, splits", [(64, 256, False), (64, 4096, True)])
 def test_tensors_have_the_types_that_kernels_are_compiled_for(n, k, splits, monkeypatch):
-    calls = []
-
-    class Recorder:
-        INTERPRETED = False
-
-        def __getattr__(self, name):
-            return {grid: lambda *args, **_: calls.append(args)}
-
     config = triton.spmm_config(2, n, k, 2)
-    grid = -(-n // config.block_n), 1, config.split
-    monkeypatch.setattr(triton, "_device", Recorder)
+    recorder = Recorder((-(-n // config.block_n), 1, config.split))
+    monkeypatch.setattr(triton, "_device", lambda: recorder)
     row_offsets, col_indices, values = random_csr(n, k, 0.5)
-    triton._spmm(row_offsets, col_indices, values.bfloat16(), n, k, torch.ones(2, k).bfloat16())
+    x = torch.ones(2, k).bfloat16()
+    triton._spmm(row_offsets, col_indices, values.bfloat16(), n, k, x, config=config)
     assert (config.split > 1) == splits
     types = [torch.int64] * 2 + [torch.bfloat16] * 4 + [torch.float32, torch.int32]
-    assert [arg.dtype for arg in calls[0][:8]] == types
+    assert [arg.dtype for arg in recorder.calls[0][:8]] == types
+
+
+@covers
+@pytest.mark.parametrize("split", [1, 2])
+def test_tensors_of_a_cover(split, monkeypatch):
+    recorder = Recorder((2, split))
+    monkeypatch.setattr(triton, "_device", lambda: recorder)
+    monkeypatch.setattr(triton, "_device_cover", lambda: recorder)
+    row_offsets, col_indices, values = random_csr(64, 600, 0.5)
+    x = torch.ones(2, 600).bfloat16()
+    triton._spmm_cover(row_offsets, col_indices, values.bfloat16(), 64, 600, x, split=split)
+    types = [torch.int32] * 4 + [torch.bfloat16] * 3 + [torch.float32, torch.int32]
+    assert [arg.dtype for arg in recorder.calls[0][:9]] == types
+    assert recorder.calls[0][0].shape[1] * 4 == cover.RECORD_BYTES[1]
+
+
+class Recorder:
+    """Takes the place of a module of kernels, on one grid."""
+
+    INTERPRETED = False
+
+    def __init__(self, grid):
+        self.calls = []
+        self._kernel = {grid: lambda *args, **_: self.calls.append(args)}
+
+    def __getattr__(self, name):
+        return self._kernel
+
+
+def test_parts_of_a_cover():
+    """Each part has a window at least, and none waits for another if W has not too many rows."""
+    for n, k in ((1, 1), (37, 101), (8192, 2048), (12288, 12288), (28672, 8192), (64, 10**6)):
+        for m in (1, 16, 17, 64):
+            split = triton.cover_split(m, n, k)
+            assert 1 <= split <= -(-k // 256)
+            assert split * -(-n // 32) <= triton.COVER_PROGRAMS[triton.cover_block(m)]
+    assert triton.cover_split(16, 28672, 8192) == 3
+    assert triton.cover_split(16, 10**6, 8192) == 1
+
+
+@covers
+def test_up_to_64_tokens_in_16_bits_take_a_cover():
+    assert triton._describe(PROBLEM) == "cover, 32 rows a block, K in 7 parts"
+    assert triton.takes_cover(64, torch.float16)
+    assert not triton.takes_cover(65, torch.float16)
+    assert not triton.takes_cover(16, torch.float32)
+
+
+@covers
+def test_packs_see_changes():
+    row_offsets, col_indices, values = random_csr(60, 80, 0.5, torch.float16)
+    pattern = row_offsets, col_indices
+
+    def pack_of():
+        layout = partial(cover.CoverLayout, *pattern, 60, 80, 1)
+        return packs.pack_of("row", "kind", layout, *pattern, values, 60, 80)
+
+    pack = pack_of()
+    before = pack.packed.records.clone()
+    assert pack_of() is pack and torch.equal(pack.packed.records, before)
+    values.mul_(-2)
+    assert pack_of() is pack
+    assert torch.equal(pack.packed.records.view(-1)[pack.layout.places], values)
+    col_indices[0] += 0  # a write
+    assert pack_of() is not pack
+
+
+@covers
+def test_packs_go_with_their_patterns():
+    row_offsets, col_indices, values = random_csr(60, 80, 0.5, torch.float16)
+    layout = cover.CoverLayout(row_offsets, col_indices, 60, 80, 1)
+    gc.collect()
+    kept = len(packs._packs)
+    packs.pack_of("row", "kind", lambda: layout, row_offsets, col_indices, values, 60, 80)
+    assert len(packs._packs) == kept + 1
+    del col_indices
+    assert len(packs._packs) == kept
 
 
 def test_no_stored_value():
@@ -192,5 +293,6 @@ def test_no_stored_value():
     x, bias = torch.randn(3, 7), torch.randn(5)
     pattern = row_offsets, col_indices, values, 5, 7
     assert torch.equal(triton._spmm(*pattern, x, bias), bias.expand(3, 5))
+    assert torch.equal(triton._spmm_cover(*pattern, x, bias), bias.expand(3, 5))
     assert torch.equal(triton._spmm_t(*pattern, torch.randn(3, 5)), torch.zeros(3, 7))
     assert triton._sddmm(*pattern[:2], 5, 7, torch.randn(3, 5), x).shape == (0,)

@@ -5,7 +5,7 @@ import torch
 from conftest import products
 
 from sparsekern import SparseTensor, explain, linear
-from sparsekern.kernels import triton, triton_pack
+from sparsekern.kernels import cover, triton, triton_pack
 from sparsekern.testing import PROBLEMS, Case, exact, relative_error
 
 pytestmark = [
@@ -17,6 +17,11 @@ pytestmark = [
 # float32 sums in another order; the 16-bit types round the result once.
 TOLERANCE = {torch.float32: 2e-6, torch.bfloat16: 2**-8, torch.float16: 2**-11}
 dtypes = pytest.mark.parametrize("dtype", TOLERANCE, ids=str)
+
+
+def cover_dtypes(test):
+    skip = pytest.mark.skipif(not cover.is_built(), reason="the C++ library is not built")
+    return skip(pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)(test))
 
 
 def on_gpu(t):
@@ -69,6 +74,71 @@ def test_split(split, dtype, nan_memory):
     assert not any(counters.any() for counters in triton._of_stream.values())
 
 
+@cover_dtypes
+@pytest.mark.parametrize("case", PROBLEMS, ids=lambda case: case.name)
+def test_cover(case, dtype, nan_memory):
+    t = case.tensors(dtype)
+    if case.M <= 64:
+        check(t, "spmm", triton._spmm_cover(*products(on_gpu(t))["spmm"]))
+
+
+@cover_dtypes
+def test_cover_of_every_number_of_tokens(dtype, nan_memory):
+    for m in range(1, 65):
+        t = Case("tokens", m, 70, 600).tensors(dtype)
+        check(t, "spmm", triton._spmm_cover(*products(on_gpu(t))["spmm"]))
+
+
+@cover_dtypes
+@pytest.mark.parametrize("fill", [0.001, 0.01, 0.3, 0.6, 0.95, 1.0])
+def test_cover_of_every_fill(fill, dtype, nan_memory):
+    t = Case("fill", 16, 128, 512, sparsity=1 - fill).tensors(dtype)
+    check(t, "spmm", triton._spmm_cover(*products(on_gpu(t))["spmm"]))
+
+
+@cover_dtypes
+@pytest.mark.parametrize("split", [1, 2, 3, 5])
+def test_cover_split(split, dtype, nan_memory):
+    t = Case("split", 33, 300, 1300).tensors(dtype)
+    arguments = products(on_gpu(t))["spmm"]
+    results = [triton._spmm_cover(*arguments, split=split) for _ in range(20)]
+    check(t, "spmm", results[0])
+    assert all(torch.equal(result, results[0]) for result in results)
+    assert not any(counters.any() for counters in triton._of_stream.values())
+
+
+@cover_dtypes
+def test_cover_of_uneven_masks(dtype, nan_memory):
+    """A full row, a full tile, an empty tile."""
+    W = torch.randn(200, 1000) * (torch.rand(200, 1000) < 0.1)
+    W[40], W[64:96, 256:512], W[96:128, 512:768] = torch.randn(1000), torch.randn(32, 256), 0
+    W, x, bias = W.to(dtype), torch.randn(16, 1000).to(dtype), torch.randn(200).to(dtype)
+    A = SparseTensor.from_dense(W.cuda())
+    pattern = A.row_offsets, A.col_indices, A.values, 200, 1000
+    got = triton._spmm_cover(*pattern, x.cuda(), bias.cuda()).cpu()
+    want = x.double() @ W.double().T + bias.double()
+    scale = x.double().abs() @ W.double().abs().T + bias.double().abs()
+    assert relative_error(got, want, scale) <= TOLERANCE[dtype]
+
+
+@pytest.mark.skipif(not cover.is_built(), reason="the C++ library is not built")
+def test_cover_in_a_graph():
+    """It sees new x and, from the next call outside on, new values."""
+    t = on_gpu(Case("graph", 16, 256, 2048).tensors(torch.bfloat16))
+    arguments = products(t)["spmm"]
+    want = triton._spmm_cover(*arguments)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        y = triton._spmm_cover(*arguments)
+    graph.replay()
+    assert torch.equal(y, want)
+    t.x.neg_()
+    graph.replay()
+    assert torch.equal(y, -want)
+    t.values.mul_(2)
+    assert torch.equal(triton._spmm_cover(*arguments), -2 * want)
+
+
 @dtypes
 def test_bias(dtype):
     t = Case("bias", 40, 70, 300).tensors(dtype)
@@ -88,7 +158,7 @@ def test_bitmap_is_that_of_the_cpu():
 
 
 def test_values_at_an_odd_address():
-    t = on_gpu(Case("offset", 16, 64, 512).tensors(torch.bfloat16))
+    t = on_gpu(Case("offset", 80, 64, 512).tensors(torch.bfloat16))
     values = torch.cat([t.values[:1], t.values])[1:]
     arguments = products(t)["spmm"]
     moved = products(t._replace(values=values))["spmm"]
@@ -115,7 +185,7 @@ def test_cuda_graph(forced):
     """A graph of two products that split K, replayed on new operands."""
     t = on_gpu(Case("graph", 16, 256, 2048).tensors(torch.bfloat16))
     W = SparseTensor(t.row_offsets, t.col_indices, t.values, (256, 2048))
-    assert triton.spmm_config(16, 256, 2048, 2).split > 1
+    assert triton.cover_split(16, 256, 2048) > 1
     x = t.x.clone()
     linear(x, W)
     graph = torch.cuda.CUDAGraph()

@@ -5,12 +5,14 @@ import pytest
 import torch
 from conftest import products
 
-from sparsekern.kernels import triton
+from sparsekern import SparseTensor
+from sparsekern.kernels import cover, triton
 from sparsekern.kernels.triton import Config
 from sparsekern.testing import PROBLEMS, Case, exact, relative_error
 
 assert triton._device().INTERPRETED
 
+covers = pytest.mark.skipif(not cover.is_built(), reason="the C++ library is not built")
 TYPES = {"float32": torch.float32, "float16": torch.float16}
 TOLERANCE = {torch.float32: 2e-6, torch.float16: 2**-11, torch.bfloat16: 2**-7}
 # The others take up to a minute each.
@@ -63,6 +65,81 @@ def test_bfloat16(nan_memory):
     for kernel in triton.KERNELS:
         got = kernel.run(*products(t)[kernel.op])
         assert error_of(got, kernel.op, t) <= TOLERANCE[torch.bfloat16], kernel.op
+
+
+COVER_TYPES = {"float16": torch.float16, "bfloat16": torch.bfloat16}
+
+
+def check_cover(t, split=None):
+    got = triton._spmm_cover(*products(t)["spmm"], split=split)
+    assert got.dtype == t.x.dtype and got.is_contiguous()
+    assert error_of(got, "spmm", t) <= TOLERANCE[got.dtype]
+
+
+@covers
+@pytest.mark.parametrize("dtype", COVER_TYPES)
+@pytest.mark.parametrize("case", [c for c in CASES if c.M <= 64], ids=lambda case: case.name)
+def test_cover(case, dtype, nan_memory):
+    check_cover(case.tensors(COVER_TYPES[dtype]))
+
+
+@covers
+@pytest.mark.parametrize("split", [1, 2, 3])
+@pytest.mark.parametrize("sparsity", [0.0, 0.3, 0.9, 0.999])
+def test_cover_split(sparsity, split, nan_memory):
+    check_cover(Case("split", 5, 70, 600, sparsity=sparsity).tensors(torch.float16), split)
+
+
+@covers
+@pytest.mark.parametrize("M", [1, 2, 15, 16, 17, 32, 33, 64])
+def test_cover_tokens(M, nan_memory):
+    check_cover(Case("tokens", M, 40, 300).tensors(torch.float16))
+
+
+@covers
+@pytest.mark.parametrize("mask", ["full row", "full tile", "empty tile", "one value"])
+def test_cover_of_uneven_masks(mask, nan_memory):
+    """Rows and tiles of 32 x 256 unlike their neighbours."""
+    W = torch.randn(96, 600) * (torch.rand(96, 600) < 0.1)
+    if mask == "full row":
+        W[40] = torch.randn(600)
+    elif mask == "full tile":
+        W[32:64, 256:512] = torch.randn(32, 256)
+    elif mask == "empty tile":
+        W[:, 256:512] = 0
+    else:
+        W = torch.zeros(96, 600)
+        W[95, 599] = 3
+    W, x, bias = W.half(), torch.randn(7, 600).half(), torch.randn(96).half()
+    A = SparseTensor.from_dense(W)
+    pattern = A.row_offsets, A.col_indices, A.values, 96, 600
+    for split in (1, 2):
+        got = triton._spmm_cover(*pattern, x, bias, split=split).double()
+        want = x.double() @ W.double().T + bias.double()
+        scale = x.double().abs() @ W.double().abs().T + bias.double().abs()
+        assert relative_error(got, want, scale) <= TOLERANCE[torch.float16]
+
+
+@covers
+def test_cover_of_infinite_x(nan_memory):
+    """It reaches every row that has its column, no other token, and no row of a slice of rows that
+    is empty."""
+    W = torch.randn(96, 300).half()
+    W[32:64] = 0
+    A = SparseTensor.from_dense(W)
+    x = torch.randn(3, 300).half()
+    x[1, 7] = torch.inf
+    got = triton._spmm_cover(A.row_offsets, A.col_indices, A.values, 96, 300, x)
+    assert not got[1, :32].isfinite().any() and not got[1, 64:].isfinite().any()
+    assert got[[0, 2]].isfinite().all() and not got[:, 32:64].any()
+
+
+@covers
+def test_cover_sees_new_values():
+    t = Case("change", 4, 50, 300).tensors(torch.float16)
+    before = triton._spmm_cover(*products(t)["spmm"])
+    t.values.mul_(2)
+    assert torch.equal(triton._spmm_cover(*products(t)["spmm"]), 2 * before)
 
 
 def test_values_may_change():

@@ -10,7 +10,6 @@ A packed weight holds the counters by which blocks find out who is last, so it m
 two streams at the same time.
 """
 
-import weakref
 from functools import cache, lru_cache
 from typing import NamedTuple
 
@@ -20,11 +19,11 @@ from torch import Tensor
 from ..tensor import expand_rows
 from . import cover, cuda_library
 from .cover import Cover
-from .cpu import version_of
 from .crossover import density_limit
 from .dense import mm
 from .layout import LANES, Packed
 from .packed import STREAM_TOKENS, choose_layout, layout_for, like
+from .packs import pack_of
 from .problem import Kernel, Problem
 from .streams import BLOCK_PIECES, GRANULE, MOST_BLOCKS, Streams
 
@@ -278,65 +277,12 @@ def expand(packed: Packed) -> Tensor:
     return w
 
 
-# Packs of ordinary sparse tensors, for the table row.
-
-
-class _Pack:
-    """The pack of one pattern; values are brought in when they may have changed."""
-
-    def __init__(
-        self,
-        row_offsets: Tensor,
-        col_indices: Tensor,
-        values: Tensor,
-        n: int,
-        k: int,
-        tokens: int,
-    ):
-        self.layout = layout_for(row_offsets, col_indices, n, k, tokens)
-        self.packed = self.layout.fill(values)
-        self.index_version = version_of(row_offsets, col_indices)
-        self.values_seen = _seen(values)
-
-    def refresh(self, values: Tensor) -> Packed:
-        seen = _seen(values)
-        # A parameter in training changes between calls, and not all writes are counted.
-        if values.requires_grad or seen is None or seen != self.values_seen:
-            self.layout.refill_(self.packed, values)
-            self.values_seen = seen
-        return self.packed
-
-
-def _seen(values: Tensor) -> tuple[int, int] | None:
-    try:
-        return values.data_ptr(), values._version
-    except RuntimeError:  # made in inference mode: writes are not counted
-        return None
-
-
-_packs: dict[tuple, tuple[_Pack, weakref.ref]] = {}
-
-
-def _packed_of(row_offsets, col_indices, values, n, k, tokens) -> Packed:
-    tokens = like(tokens)
-    nnz = col_indices.shape[0]
-    key = (row_offsets.data_ptr(), col_indices.data_ptr(), n, k, nnz, values.dtype, tokens)
-    entry = _packs.get(key)
-    if entry is not None and entry[0].index_version == version_of(row_offsets, col_indices):
-        return entry[0].refresh(values)
-    if torch.cuda.is_current_stream_capturing():
-        raise RuntimeError(
-            "stream: a weight is packed on its first product, which a CUDA graph cannot capture; "
-            "call the model once before the capture, as for any warm-up"
-        )
-    forget = weakref.ref(col_indices, lambda _: _packs.pop(key, None))
-    _packs[key] = (_Pack(row_offsets, col_indices, values, n, k, tokens), forget)
-    return _packs[key][0].packed
-
-
 def _spmm_stream(row_offsets, col_indices, values, n, k, x, bias=None):
-    packed = _packed_of(row_offsets, col_indices, values, n, k, x.shape[0])
-    return spmm_packed(x, packed, bias)
+    tokens, pattern = like(x.shape[0]), (row_offsets, col_indices)
+    pack = pack_of(
+        "stream", tokens, lambda: layout_for(*pattern, n, k, tokens), *pattern, values, n, k
+    )
+    return spmm_packed(x, pack.packed, bias)
 
 
 # `expand`: W written out and torch.mm, in the dtype of the operands.

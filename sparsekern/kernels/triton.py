@@ -4,6 +4,9 @@ has the kernels and why they are as they are, triton_pack.py the format.
 W is expanded tile by tile inside the kernel and multiplied by tl.dot, in bfloat16, float16 and
 float32, summed in float32. A stored W has no product at a missing entry, but here a missing entry
 is a zero: an infinite or NaN x gives NaN in rows that do not have its column.
+
+Up to 64 tokens in a 16-bit type W is packed as for the CUDA kernel (cover.py), if the C++ library
+is there to do it, and a stored zero counts as missing. triton_device_cover.py has that kernel.
 """
 
 from functools import lru_cache
@@ -13,11 +16,19 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from . import cover
+from .cover import WINDOW, CoverLayout
+from .layout import LANES
+from .packs import pack_of
 from .problem import Kernel, Problem
 from .triton_pack import UNIT_COLUMNS, UNIT_ROWS, Bitmap, bitmap_of
 
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 MOST_TOKENS = 65535 * 64  # the second dimension of a grid counts blocks of tokens
+COVER_TOKENS = 64
+COVER_OPTIONS = {"num_warps": 1, "num_stages": 1}
+# Programs of one warp, by BLOCK_M, for which 132 multiprocessors have the registers at once.
+COVER_PROGRAMS = {16: 2772, 32: 2112, 64: 1188}
 MOST_PLACES = 2**36  # of W: an int32 counts 32 of them
 
 
@@ -68,6 +79,8 @@ def _spmm(row_offsets, col_indices, values, n, k, x, bias=None, config=None):
     y = x.new_empty(m, n)
     if nnz == 0 or m == 0:
         return _no_product(y, bias)
+    if config is None and takes_cover(m, x.dtype):
+        return _spmm_cover(row_offsets, col_indices, values, n, k, x, bias)
     config = config or spmm_config(m, n, k, x.element_size())
     bitmap = bitmap_of(row_offsets, col_indices, n, k)
     blocks = -(-n // config.block_n), -(-m // config.block_m)
@@ -86,6 +99,65 @@ def _spmm(row_offsets, col_indices, values, n, k, x, bias=None, config=None):
         HAS_BIAS=bias is not None,
         AHEAD=config.ahead,
         **_constants(config, x.dtype),
+    )
+    return y
+
+
+def takes_cover(m: int, dtype: torch.dtype) -> bool:
+    return m <= COVER_TOKENS and dtype.itemsize == 2 and cover.is_built()
+
+
+def cover_block(m: int) -> int:
+    """Tokens of a program: all."""
+    return max(16, 1 << (m - 1).bit_length())
+
+
+def cover_split(m: int, n: int, k: int) -> int:
+    """Parts of K, such that all programs run at once: 28672 x 8192 and 16 tokens have 896 slices of
+    32 rows, in 3 parts 2688 programs."""
+    most = COVER_PROGRAMS[cover_block(m)] // -(-n // LANES)
+    return max(1, min(most, -(-k // WINDOW)))
+
+
+class _TritonCover(CoverLayout):
+    """One value a group, and for each record the first column of its window."""
+
+    def __init__(self, row_offsets: Tensor, col_indices: Tensor, n: int, k: int):
+        super().__init__(row_offsets, col_indices, n, k, per_group=1)
+        counts = self.steps.diff().long()
+        tiles = torch.arange(counts.shape[0], dtype=torch.int32, device=counts.device)
+        self.bases = (tiles % -(-k // WINDOW) * WINDOW).repeat_interleave(counts)
+
+
+def _spmm_cover(row_offsets, col_indices, values, n, k, x, bias=None, split=None):
+    m, nnz = x.shape[0], values.shape[0]
+    y = x.new_empty(m, n)
+    if nnz == 0 or m == 0:
+        return _no_product(y, bias)
+    pattern = row_offsets, col_indices
+    pack = pack_of("triton", "cover", lambda: _TritonCover(*pattern, n, k), *pattern, values, n, k)
+    packed = pack.packed
+    split, block_m = split or cover_split(m, n, k), cover_block(m)
+    x_fm = x.new_empty(k, block_m)  # columns of tokens from m on stay as they are, and unused
+    x_fm[:, :m].copy_(x.t())
+    cells = packed.slices if split > 1 else 0
+    arrived = _zeros(x.device, cells) if cells else x.new_empty(0, dtype=torch.int32)
+    parts = x.new_empty(split * cells * LANES * block_m, dtype=torch.float32)
+    _device_cover().spmm_cover_kernel[(packed.slices, split)](
+        packed.records.view(torch.int32),
+        pack.layout.bases,
+        packed.steps,
+        packed.row_order,
+        x_fm,
+        y if bias is None else bias,
+        y,
+        parts,
+        arrived,
+        *(m, n, k, packed.windows),
+        HAS_BIAS=bias is not None,
+        BLOCK_M=block_m,
+        UPCAST=_device().INTERPRETED and x.dtype == torch.bfloat16,
+        **COVER_OPTIONS,
     )
     return y
 
@@ -133,6 +205,13 @@ def _device():
     from . import triton_device  # imports triton, which is optional
 
     return triton_device
+
+
+@lru_cache(maxsize=1)
+def _device_cover():
+    from . import triton_device_cover
+
+    return triton_device_cover
 
 
 def _matrix(bitmap: Bitmap) -> tuple[Tensor, Tensor]:
@@ -202,6 +281,9 @@ def _refuse(p: Problem) -> str | None:
 
 def _describe(p: Problem) -> str:
     size = p.dtype.itemsize
+    if p.op == "spmm" and takes_cover(p.M, p.dtype):
+        split = cover_split(p.M, p.N, p.K)
+        return f"cover, {LANES} rows a block, K in {split} part{'s' if split > 1 else ''}"
     config = {
         "spmm": lambda: spmm_config(p.M, p.N, p.K, size),
         "spmm_t": lambda: spmm_t_config(p.M, size),
