@@ -40,4 +40,19 @@ __device__ inline unsigned word(const uint4& v, int i) {
   return i == 0 ? v.x : i == 1 ? v.y : i == 2 ? v.z : v.w;
 }
 
+// [begin, end)
+struct Range {
+  int begin, end;
+};
+
+__device__ inline bool operator!=(const Range& a, const Range& b) {
+  return a.begin != b.begin || a.end != b.end;
+}
+
+// What is read before wait_for_last_kernel() may be anything: made harmless.
+__device__ inline Range within(const Range& all, const Range& guess) {
+  const int begin = max(all.begin, min(guess.begin, all.end));
+  return {begin, max(begin, min(guess.end, all.end))};
+}
+
 }  // namespace sk

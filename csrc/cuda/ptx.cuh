@@ -103,6 +103,13 @@ __device__ inline void prefetch_to_l2(const void* at) {
   asm volatile("prefetch.global.L2 [%0];" : : "l"(at));
 }
 
+// Whether a kernel can start before the last one has ended.
+#if __CUDA_ARCH__ >= 900
+constexpr bool kStartsEarly = true;
+#else
+constexpr bool kStartsEarly = false;
+#endif
+
 // The next kernel of the stream may take what this one leaves free of the multiprocessors, if its
 // launch allows that (launch.cuh).
 __device__ inline void let_next_kernel_start() {

@@ -30,15 +30,17 @@ class Records {
   using Layout = Record<kValues>;
   static constexpr int kWarpBytes = kDepth * Layout::kBytes;
 
-  // Reads steps [begin, end); `shared` has kWarpBytes for this warp.
-  __device__ Records(unsigned shared, const uint4* records, int begin, int end)
+  // Reads the steps of `range`; `shared` has kWarpBytes for this warp.
+  __device__ Records(unsigned shared, const uint4* records, const Range& range)
       : shared_(shared),
-        from_(records + static_cast<long long>(begin) * Layout::kChunks + threadIdx.x % kWarp),
-        ahead_(end - begin),
-        tail_limit_(threadIdx.x % kWarp < Layout::kChunks - Layout::kTailAt ? 0 : 0x7fffffff),
-        slot_(0) {
-#pragma unroll
-    for (int i = 0; i < kDepth - 2; ++i) copy(i * Layout::kBytes);
+        tail_limit_(threadIdx.x % kWarp < Layout::kChunks - Layout::kTailAt ? 0 : 0x7fffffff) {
+    begin(records, range);
+  }
+
+  // In place of what was begun and not yet read.
+  __device__ void begin_again(const uint4* records, const Range& range) {
+    wait_copies<0>();
+    begin(records, range);
   }
 
   // The shared address of the next record, when it has arrived. The one before it may still be in
@@ -54,6 +56,14 @@ class Records {
   }
 
  private:
+  __device__ void begin(const uint4* records, const Range& range) {
+    from_ = records + static_cast<long long>(range.begin) * Layout::kChunks + threadIdx.x % kWarp;
+    ahead_ = range.end - range.begin;
+    slot_ = 0;
+#pragma unroll
+    for (int i = 0; i < kDepth - 2; ++i) copy(i * Layout::kBytes);
+  }
+
   __device__ void copy(unsigned slot) {
     const unsigned to = shared_ + slot + threadIdx.x % kWarp * 16;
 #pragma unroll
@@ -67,9 +77,9 @@ class Records {
   }
 
   const unsigned shared_;
-  const uint4* from_;
-  int ahead_;  // records not yet sent for
   const int tail_limit_;
+  const uint4* from_;
+  int ahead_;      // records not yet sent for
   unsigned slot_;  // bytes
 };
 
@@ -223,17 +233,14 @@ struct Step {
 // The bytes of records that a warp prefetches before it may read them.
 constexpr unsigned kPrefetchBytes = 8192;
 
-// Begins to bring what a warp reads first to L2, while the last kernel still runs. That one may be
-// about to write `steps`: whatever they are, the addresses are those of `all` records.
+// Begins to bring what a warp reads first to L2.
 template <int kValues>
-__device__ inline void prefetch(const uint4* records, int all, int begin, int end) {
+__device__ inline void prefetch(const uint4* records, const Range& range) {
   constexpr int kLine = 128;
-  begin = max(0, min(begin, all));
-  end = max(begin, min(end, all));
   const char* from = reinterpret_cast<const char*>(records) +
-                     static_cast<long long>(begin) * Record<kValues>::kBytes;
+                     static_cast<long long>(range.begin) * Record<kValues>::kBytes;
   const unsigned bytes =
-      min(static_cast<unsigned>(end - begin) * Record<kValues>::kBytes, kPrefetchBytes);
+      min(static_cast<unsigned>(range.end - range.begin) * Record<kValues>::kBytes, kPrefetchBytes);
   for (unsigned at = threadIdx.x % kWarp * kLine; at < bytes; at += kWarp * kLine) {
     prefetch_to_l2(from + at);
   }
@@ -311,22 +318,27 @@ __device__ void spmm_cover(const uint4* records, const int* steps, const int* ro
     first += count * group / groups;
     const int slice = block * group_warps + warp % group_warps;
     const int* my_steps = steps + static_cast<long long>(slice) * windows;
+    // While the last kernel runs, which may be about to write the steps, they are a guess.
+    Range guess = {0, 0}, range = {0, 0};
+    if (slice < slices) guess = {__ldcg(my_steps + first), __ldcg(my_steps + last)};
     if (is_first) {
+      guess = within({0, all_steps}, guess);
       if (slice < slices) {
-        prefetch<kValues>(records, all_steps, __ldcg(my_steps + first), __ldcg(my_steps + last));
+        prefetch<kValues>(records, guess);
         prefetch_to_l2(row_order + slice * kWarp);
       }
       wait_for_last_kernel();
     }
-    int step = 0, stop = 0, end = 0, row_of_lane = -1;
+    Records ring(ring_shared, records, guess);
+    int stop = 0, row_of_lane = -1;
     if (slice < slices) {
-      step = my_steps[first];
+      range = {__ldcg(my_steps + first), __ldcg(my_steps + last)};
       stop = my_steps[min(first + 1, last)];
-      end = my_steps[last];
       row_of_lane = row_order[slice * kWarp + lane];
     }
     if (first < last) ahead.load(first);
-    Records ring(ring_shared, records, step, end);
+    if (kStartsEarly && range != guess) ring.begin_again(records, range);
+    int step = range.begin;
     Step<kValues> current;  // one ahead of the product
     current.load(ring.next());
     float acc[2][kNTiles][4] = {};

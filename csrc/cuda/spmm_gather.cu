@@ -1,6 +1,6 @@
 // y[M, N] = x[M, K] @ W[N, K]^T + bias[N] for M <= 8 tokens, W packed as stream.cuh says.
 //
-// A warp takes a piece of a slice of 32 rows, lane r the row r, and a block eight neighbouring
+// A warp takes a piece of a slice of 32 rows, lane r the row r, and a block 16 neighbouring
 // pieces. x lies in shared memory, [column][token]; for each entry a lane gathers x at its column
 // and multiplies: about 8 instructions an entry for one token. Products and sums in float32, in
 // column order. Bytes: those of W, once; x once for each block. Faster than spmm_cover.cu where
@@ -13,7 +13,7 @@
 
 namespace sk {
 
-constexpr int kGatherWarps = 8;
+constexpr int kGatherWarps = 16;
 constexpr int kGatherDepth = 4;  // granules
 
 // x at one column, kTokens of 16 bits, as floats times `value` added to acc.
@@ -133,28 +133,31 @@ __device__ void spmm_gather(const uint4* values, const typename Deltas<kBits>::W
   const int piece = first_here + warp;
   using Stream = Stream<kBits, kGatherDepth>;
   let_next_kernel_start();
+  // While the last kernel runs, which may be about to write the bounds, they are a guess.
+  const Range all = {0, all_granules};
+  Range guess = {0, 0}, range = {0, 0};
   if (piece < pieces) {
-    Stream::prefetch(values, deltas, all_granules, __ldcg(bounds + piece),
-                     __ldcg(bounds + piece + 1));
+    guess = within(all, {__ldcg(bounds + piece), __ldcg(bounds + piece + 1)});
+    Stream::prefetch(values, deltas, guess);
   }
   wait_for_last_kernel();
-  int begin = 0, end = 0, slice = 0, start = 0;
+  Stream stream(shared_address(smem) + warp * Stream::kWarpBytes, values, deltas, guess);
+  int slice = 0, start = 0;
   if (piece < pieces) {
-    begin = bounds[piece];
-    end = bounds[piece + 1];
+    range = {__ldcg(bounds + piece), __ldcg(bounds + piece + 1)};
     slice = slice_of[piece];
     start = starts[piece * kWarp + lane];
   }
-  Stream stream(shared_address(smem) + warp * Stream::kWarpBytes, values, deltas, begin, end);
   char* x_shared = smem + kGatherWarps * Stream::kWarpBytes;
   stage<kTokens>(reinterpret_cast<unsigned short*>(x_shared), x, tokens, k);
   const int row = row_order[slice * kWarp + lane];
   const int first = first_piece[slice], last = first_piece[slice + 1] - 1;
+  if (kStartsEarly && range != guess) stream.begin_again(range);
   __syncthreads();
 
   float acc[kTokens] = {};
   const char* at = x_shared + start * 2 * kTokens;
-  for (int g = begin; g < end; ++g) {
+  for (int g = range.begin; g < range.end; ++g) {
     multiply_granule<T, kTokens>(acc, stream.front(), at);
     stream.advance();
   }
@@ -219,10 +222,10 @@ __device__ void spmm_gather(const uint4* values, const typename Deltas<kBits>::W
   SK_EARLY_KERNEL(name)
 
 #define SK_GATHER_TOKENS(type, bits)                                \
-  SK_GATHER(sk_spmm_gather_##type##_d##bits##_t1, type, bits, 1, 4) \
-  SK_GATHER(sk_spmm_gather_##type##_d##bits##_t2, type, bits, 2, 4) \
-  SK_GATHER(sk_spmm_gather_##type##_d##bits##_t4, type, bits, 4, 4) \
-  SK_GATHER(sk_spmm_gather_##type##_d##bits##_t8, type, bits, 8, 4)
+  SK_GATHER(sk_spmm_gather_##type##_d##bits##_t1, type, bits, 1, 2) \
+  SK_GATHER(sk_spmm_gather_##type##_d##bits##_t2, type, bits, 2, 2) \
+  SK_GATHER(sk_spmm_gather_##type##_d##bits##_t4, type, bits, 4, 2) \
+  SK_GATHER(sk_spmm_gather_##type##_d##bits##_t8, type, bits, 8, 2)
 
 SK_GATHER_TOKENS(bf16, 4)
 SK_GATHER_TOKENS(bf16, 8)

@@ -57,28 +57,27 @@ class Stream {
   static constexpr int kSlotBytes = kWarp * (16 + static_cast<int>(sizeof(Word)));
   static constexpr int kWarpBytes = kDepth * kSlotBytes;
 
-  // `shared` has kWarpBytes for this warp. Reads granules [begin, end).
-  __device__ Stream(unsigned shared, const uint4* values, const Word* deltas, int begin, int end)
+  // `shared` has kWarpBytes for this warp. Reads the granules of `range`.
+  __device__ Stream(unsigned shared, const uint4* values, const Word* deltas, const Range& range)
       : values_(values),
         deltas_(deltas),
         values_at_(shared + threadIdx.x % kWarp * 16),
-        deltas_at_(shared + kWarp * 16 + threadIdx.x % kWarp * static_cast<unsigned>(sizeof(Word))),
-        slot_(0),
-        next_(begin * kWarp + threadIdx.x % kWarp),
-        end_(end * kWarp) {
-#pragma unroll
-    for (int i = 0; i < kDepth; ++i) copy(i * kSlotBytes);
+        deltas_at_(shared + kWarp * 16 +
+                   threadIdx.x % kWarp * static_cast<unsigned>(sizeof(Word))) {
+    begin(range);
   }
 
-  // Begins to bring the first granules to L2, while the last kernel still runs. That one may be
-  // about to write `begin` and `end`: whatever they are, the addresses are those of `all` granules.
-  static __device__ void prefetch(const uint4* values, const Word* deltas, int all, int begin,
-                                  int end) {
+  // In place of what was begun and not yet read.
+  __device__ void begin_again(const Range& range) {
+    wait_copies<0>();
+    begin(range);
+  }
+
+  // Begins to bring the first granules to L2.
+  static __device__ void prefetch(const uint4* values, const Word* deltas, const Range& range) {
     const int lane = threadIdx.x % kWarp;
-    begin = max(0, min(begin, all));
-    end = max(begin, min(end, all));
-    const int granule = begin + lane / 4;  // 128 bytes of values are a quarter of one
-    if (granule < end) {
+    const int granule = range.begin + lane / 4;  // 128 bytes of values are a quarter of one
+    if (granule < range.end) {
       prefetch_to_l2(values + granule * kWarp + lane % 4 * 8);
       if (lane % 4 == 0) prefetch_to_l2(deltas + granule * kWarp);
     }
@@ -104,6 +103,14 @@ class Stream {
   }
 
  private:
+  __device__ void begin(const Range& range) {
+    slot_ = 0;
+    next_ = range.begin * kWarp + threadIdx.x % kWarp;
+    end_ = range.end * kWarp;
+#pragma unroll
+    for (int i = 0; i < kDepth; ++i) copy(i * kSlotBytes);
+  }
+
   __device__ void copy(unsigned slot) {
     if (next_ < end_) {
       copy_async<16>(values_at_ + slot, values_ + next_);

@@ -14,8 +14,9 @@ from ..tensor import expand_rows
 from .layout import LANES, Packed, multiprocessors, sort_rows
 
 GRANULE = 8  # entries of a lane
-BLOCK_PIECES = 8  # of a thread block
-MOST_BLOCKS = 4  # of a multiprocessor
+BLOCK_PIECES = 16  # of a thread block
+MOST_BLOCKS = 2  # of a multiprocessor
+MANY_GRANULES = 40  # of a piece
 
 
 @dataclass(frozen=True)
@@ -39,10 +40,10 @@ class Streams(Packed):
 
 
 def choose_pieces(granules: int, slices: int, multiprocessors: int) -> int:
-    """Into how many pieces W is cut: 1 to 4 blocks of 8 for each multiprocessor, of which a piece
-    has 16 granules or more, and one at least for each slice."""
+    """Into how many pieces W is cut: for each multiprocessor a block of 16, or two where pieces are
+    long even so. Each slice has one at least (docs/LOG.md has the measurements)."""
     block_pieces = multiprocessors * BLOCK_PIECES
-    blocks = max(granules // (16 * block_pieces), -(-slices // block_pieces))
+    blocks = max(granules // (MANY_GRANULES * block_pieces), -(-slices // block_pieces))
     return block_pieces * max(1, min(MOST_BLOCKS, blocks))
 
 

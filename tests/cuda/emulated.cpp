@@ -44,6 +44,7 @@ struct Thread {
   void* mine;
   std::vector<Copy> copies;  // not yet waited for, the oldest first
   unsigned group;            // of the next copy
+  bool has_waited;           // for the last kernel
 };
 
 Thread threads[kThreads];
@@ -179,6 +180,7 @@ void run_block() {
   for (unsigned i = 0; i < blockDim.x; ++i) {
     threads[i].state = State::kReady;
     threads[i].group = 0;
+    threads[i].has_waited = !kernel->is_early;
   }
   const unsigned warps = blockDim.x / kWarp;
   bool any = true;
@@ -213,8 +215,8 @@ void run_block() {
 }  // namespace
 
 Entry::Entry(const char* name, Kernel* kernel, void (*caller)(Kernel*, void**),
-             const char* signature)
-    : name(name), kernel(kernel), caller(caller), signature(signature) {
+             const char* signature, bool is_early)
+    : name(name), kernel(kernel), caller(caller), signature(signature), is_early(is_early) {
   table().push_back(this);
 }
 
@@ -260,6 +262,10 @@ void meet(const char* name, Run* run, void* mine, bool all) {
   check_warp(current / kWarp);
   if (me.state != State::kReady) leave();
 }
+
+void wait_for_last_kernel() { threads[current].has_waited = true; }
+
+bool reads_early() { return backward && !threads[current].has_waited; }
 
 void run_nothing(void* const (&)[kWarp]) {}
 

@@ -8,7 +8,9 @@
 // - shared memory (dynamic alone: a variable would be each thread's own) used out of bounds, off
 //   its alignment, or before it is written: it holds NaNs at first, and again from the start of an
 //   asynchronous copy until the thread has waited for it;
-// - positions that are no sparse operand of a tensor core.
+// - positions that are no sparse operand of a tensor core;
+// - what an early kernel believes of memory that the last kernel has yet to write: backward, a
+//   thread that has not waited for that one reads other numbers by __ldcg.
 //
 // A missing barrier shows where threads run in another order: emu_backward turns it around.
 #pragma once
@@ -66,6 +68,10 @@ struct Shuffle {
 };
 Run run_shuffle, run_nothing;
 
+// Of an early kernel: the last one has ended. Whether what is read was written before that.
+void wait_for_last_kernel();
+bool reads_early();
+
 inline void check_mask(unsigned mask) {
   if (mask != 0xffffffffu) fail("mask %#x: emulated for whole warps alone", mask);
 }
@@ -76,16 +82,18 @@ class Entry {
  public:
   // Adds itself to the table, while the library is being loaded.
   template <class... T>
-  Entry(const char* name, void (*kernel)(T...))
-      : Entry(name, reinterpret_cast<Kernel*>(kernel), call<T...>, kSignature<T...>) {}
+  Entry(const char* name, void (*kernel)(T...), bool is_early)
+      : Entry(name, reinterpret_cast<Kernel*>(kernel), call<T...>, kSignature<T...>, is_early) {}
 
   const char* name;
   Kernel* kernel;
   void (*caller)(Kernel* kernel, void** args);
   const char* signature;  // as in launch.cuh
+  bool is_early;
 
  private:
-  Entry(const char* name, Kernel* kernel, void (*caller)(Kernel*, void**), const char* signature);
+  Entry(const char* name, Kernel* kernel, void (*caller)(Kernel*, void**), const char* signature,
+        bool is_early);
 
   template <class T>
   static constexpr char code() {
@@ -109,8 +117,8 @@ class Entry {
 
 }  // namespace emulated
 
-#define SK_KERNEL(kernel) static emulated::Entry entry_of_##kernel(#kernel, kernel);
-#define SK_EARLY_KERNEL SK_KERNEL  // kernels run one after the other here
+#define SK_KERNEL(kernel) static emulated::Entry entry_of_##kernel(#kernel, kernel, false);
+#define SK_EARLY_KERNEL(kernel) static emulated::Entry entry_of_##kernel(#kernel, kernel, true);
 
 inline void __syncthreads() { emulated::wait_for_warps(0, 0); }
 
@@ -142,6 +150,7 @@ template <class T>
 T __ldcg(const T* at) {
   return *at;
 }
+inline int __ldcg(const int* at) { return emulated::reads_early() ? *at * 3 / 2 - 7 : *at; }
 
 inline unsigned __byte_perm(unsigned low, unsigned high, unsigned selector) {
   if (selector & 0x8888) emulated::fail("__byte_perm: selector %#x", selector);

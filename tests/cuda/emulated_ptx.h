@@ -81,8 +81,9 @@ void wait_copies() {
 
 inline void sync_warps(int barrier, int warps) { emulated::wait_for_warps(barrier, warps); }
 inline void prefetch_to_l2(const void*) {}
+constexpr bool kStartsEarly = true;
 inline void let_next_kernel_start() {}
-inline void wait_for_last_kernel() {}
+inline void wait_for_last_kernel() { emulated::wait_for_last_kernel(); }
 
 inline void load_matrices_transposed(unsigned (&out)[4], unsigned row) {
   emulated::Matrices mine = {out, row};
