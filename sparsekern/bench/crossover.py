@@ -22,7 +22,7 @@ from .replay_gpu import DENSE, OURS
 GRID = Grid(
     shapes=((6144, 2048), (4096, 11008), (12288, 12288)),
     tokens=(1, 8, 16, 32, 64, 256, 2048),
-    sparsities=(0.3, 0.5, 0.7, 0.8, 0.9, 0.95, 0.98),
+    sparsities=(0.0, 0.3, 0.5, 0.7, 0.8, 0.9, 0.95, 0.98),
     masks=("random",),
 )
 EXPAND = "expand"
