@@ -82,7 +82,7 @@ PRESETS = {
         finetune_steps=300,
         finetune_batch=16,
         prune_steps=100,
-        learning_rates=(3e-4, 6e-4, 1.2e-3, 2.4e-3, 4.8e-3),
+        learning_rates=(3e-4, 6e-4, 1.2e-3, 2.4e-3, 4.8e-3, 9.6e-3),
         finetune_rates=(1e-4, 3e-4, 1e-3),
         prune_rate=3e-4,
     ),
