@@ -8,7 +8,7 @@ from sparsekern.kernels.cover import WINDOW, Cover, CoverLayout, choose_per_grou
 from sparsekern.kernels.cuda import Gpu, configure_cover, configure_gather
 from sparsekern.kernels.layout import LANES, sort_rows
 from sparsekern.kernels.packed import choose_layout, like, pack
-from sparsekern.kernels.streams import GRANULE, Streams, StreamsLayout, choose_pieces
+from sparsekern.kernels.streams import GRANULE, Streams, StreamsLayout, choose_pieces, share_out
 from sparsekern.tensor import SparseTensor
 
 needs_library = pytest.mark.skipif(not cover.is_built(), reason="the C++ library is not built")
@@ -273,6 +273,26 @@ def test_pieces_fill_the_gpu(n, k, density, blocks):
     slices = n // LANES
     pieces = choose_pieces(int(slices * k * density / GRANULE), slices, 132)
     assert -(-max(pieces, slices) // (16 * 132)) == blocks
+
+
+@pytest.mark.parametrize("spread", [0.0, 0.2, 1.0])
+@pytest.mark.parametrize("slices, pieces", [(896, 2112), (192, 2112), (300, 200), (1, 64)])
+def test_slices_share_pieces(slices, pieces, spread):
+    generator = torch.Generator().manual_seed(slices)
+    lengths = 50 * torch.exp(spread * torch.randn(slices, generator=generator))
+    longest = lengths.round().long().sort(descending=True).values
+    counts = share_out(longest, pieces)
+    assert counts.min() >= 1 and counts.sum() <= max(pieces, slices)
+    if slices >= pieces:
+        assert (counts == 1).all()
+        return
+    length = next(n for n in range(1, 10**4) if (-(-longest // n)).sum() <= pieces)
+    assert (-(-longest // counts)).max() <= length + length // 16
+
+
+def test_pieces_of_nothing():
+    assert share_out(torch.tensor([0, 0]), 10).tolist() == [1, 1]
+    assert share_out(torch.tensor([3, 0, 1]), 100).tolist() == [3, 1, 1]
 
 
 @pytest.mark.parametrize("m, k, tokens", [(1, 8192, 1), (7, 8192, 8), (8, 20000, 4), (2, 70000, 1)])

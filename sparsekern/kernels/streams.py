@@ -47,6 +47,28 @@ def choose_pieces(granules: int, slices: int, multiprocessors: int) -> int:
     return block_pieces * max(1, min(MOST_BLOCKS, blocks))
 
 
+def share_out(longest: Tensor, pieces: int) -> Tensor:
+    """Into how many pieces each slice of so many granules is cut: `pieces` in all, or one a slice.
+
+    All pieces run at once, so the longest one is kept within 1/16 of the shortest length possible.
+    What is left over goes to slices in proportion, evenly spread over the blocks of pieces."""
+    total = int(longest.sum())
+    if total == 0:
+        return torch.ones_like(longest)
+    length, most = -(-total // pieces), int(longest.max())
+    while length < most:
+        middle = (length + most) // 2
+        if int((-(-longest // middle)).sum()) <= pieces:
+            most = middle
+        else:
+            length = middle + 1
+    counts = (-(-longest // (length + length // 16))).clamp_(min=1)
+    spare = max(0, pieces - int(counts.sum()))
+    through = torch.zeros(len(longest) + 1, dtype=torch.int64, device=longest.device)
+    through[1:] = longest.cumsum(0) * spare // total
+    return (counts + through.diff()).minimum(longest.clamp(min=1))
+
+
 class StreamsLayout:
     """The index part of a pack, and `places`: where each value of W lies in the packed values.
 
@@ -108,10 +130,9 @@ class StreamsLayout:
         self.deltas = self._store(codes)
 
     def _cut(self, offsets: Tensor, pieces: int) -> None:
-        """About so many pieces, of nearly equal length, none of two slices."""
+        """Pieces of nearly equal length, none of two slices: as many as asked, or one a slice."""
         longest = offsets.diff()
-        share = offsets * pieces // max(1, self.granules)
-        counts = share.diff().clamp_(min=1).minimum(longest.clamp(min=1))
+        counts = share_out(longest, pieces)
         first = torch.zeros_like(offsets)
         first[1:] = counts.cumsum(0)
         slice_of = torch.arange(len(counts), device=offsets.device).repeat_interleave(counts)
