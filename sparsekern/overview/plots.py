@@ -38,6 +38,12 @@ def _log_times(panel, ratios: Iterable[float]) -> None:
     panel.minorticks_off()
 
 
+def _legend_below(made, panels: int) -> None:
+    """As wide as one panel has room for, or as several."""
+    ncols = min(4, 2 * panels)
+    made.legend(loc="outside lower center", ncols=ncols, frameon=False, fontsize=9)
+
+
 def _percent_axis(panel, sparsities: Sequence[float]) -> None:
     ticks = [100 * s for s in sparsities]
     if len(ticks) > 1:
@@ -81,7 +87,7 @@ def speedup(passes: dict[str, list[dict]]):
     if any(r.get("best_peer") is not None for r in everyone):
         panels[0].plot([], [], color=GREY, linestyle="--", label="best sparse peer")
     panels[0].plot([], [], color="black", linewidth=1.2, label="best dense call")
-    made.legend(loc="outside lower center", ncols=4, frameon=False, fontsize=9)
+    _legend_below(made, len(panels))
     return made
 
 
@@ -210,5 +216,5 @@ def prediction(passes: dict[str, dict[str, dict[float, float]]]):
     panels[0].set_ylabel("times faster than dense")
     for name, (colour, marker) in styles.items():
         panels[0].plot([], [], color=colour, marker=marker, label=name)
-    made.legend(loc="outside lower center", ncols=4, frameon=False, fontsize=9)
+    _legend_below(made, len(panels))
     return made
