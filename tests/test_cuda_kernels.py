@@ -140,7 +140,7 @@ def test_cuda_graph_replays_new_tokens():
     w = random_weight(256, 512, 0.2)
     W, x = SparseTensor.from_dense(w), torch.randn(4, 512, device="cuda").bfloat16()
     graph = torch.cuda.CUDAGraph()
-    with pytest.raises(RuntimeError, match="call the model once before the capture"):
+    with pytest.raises(RuntimeError, match="call the product once before the capture"):
         with torch.cuda.graph(graph):
             linear(x, W)
     linear(x, W)
