@@ -87,6 +87,10 @@ class EmulatedRoute:
         kernel lacks a barrier."""
         self._library.emu_backward(yes)
 
+    def warpgroups(self, yes: bool) -> None:
+        """Whether the GPU has them, as sm_90a does."""
+        self._library.emu_warpgroups(yes)
+
     def launcher(self, name: str, device: int | None = None) -> Launcher:
         encoded, launch = name.encode(), self._library.emu_launch
         signature = self._library.emu_signature(encoded)
@@ -110,3 +114,4 @@ def emulated_cuda(monkeypatch):
     monkeypatch.setattr(torch.cuda, "current_device", lambda: None)
     yield route
     route.backward(False)
+    route.warpgroups(True)

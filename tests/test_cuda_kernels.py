@@ -9,6 +9,7 @@ from sparsekern.gpt.presets import UniformMask
 from sparsekern.kernels import cuda
 from sparsekern.kernels.cover import CoverLayout
 from sparsekern.kernels.packed import pack
+from sparsekern.kernels.pairs import PairsLayout
 from sparsekern.kernels.streams import StreamsLayout
 from sparsekern.nn import PackedLinear, pack_, sparsify_
 from sparsekern.testing import PROBLEMS, exact, relative_error
@@ -26,8 +27,9 @@ def random_weight(n, k, density, dtype=torch.bfloat16):
     return w.to(dtype)
 
 
-# (bits, pieces) of delta streams, values a group of a cover
+# (bits, pieces) of delta streams, values a group of a cover, pairs
 LAYOUTS = {"d4": (4, 50), "d8": (8, 50), "d4-whole": (4, 1), "d8-cut": (8, 999), "v1": 1, "v2": 2}
+LAYOUTS["pairs"] = None
 layouts = pytest.mark.parametrize("layout", LAYOUTS)
 
 
@@ -37,6 +39,8 @@ def packed_as(layout, w):
     indices = W.row_offsets, W.col_indices, *W.shape
     if layout[0] == "v":
         return CoverLayout(*indices, LAYOUTS[layout]).fill(W.values)
+    if layout == "pairs":
+        return PairsLayout(*indices).fill(W.values)
     bits, pieces = LAYOUTS[layout]
     return StreamsLayout(*indices, pieces, bits).fill(W.values)
 

@@ -68,6 +68,15 @@ def test_numbers_of_tokens(layout, dtype, nan_memory, emulated_cuda):  # noqa: F
         emulated_cuda.backward(False)
 
 
+@DTYPES
+def test_pairs_without_warpgroups(dtype, nan_memory, emulated_cuda):  # noqa: F811
+    w = random_weight(600, 1300, 0.3, dtype)
+    packed = packed_as("pairs", w)
+    emulated_cuda.warpgroups(False)
+    for m in (5, 30, 64):
+        check(packed, w, m)
+
+
 @layouts
 @pytest.mark.parametrize("n, k", [(300, 700), (129, 1031), (5, 64)])
 def test_tiles_of_every_fill(n, k, layout):

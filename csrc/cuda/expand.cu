@@ -1,6 +1,7 @@
 // W [N, K] dense, from packed W, for products of many tokens. `w` is zero before.
 #include "cover.cuh"
 #include "launch.cuh"
+#include "pairs.cuh"
 #include "stream.cuh"
 
 namespace sk {
@@ -65,7 +66,36 @@ __device__ void expand_cover(const unsigned char* records, const int* steps, con
   }
 }
 
+// Pairs: a warp writes a step, a lane its words.
+__device__ inline void expand_pairs(const unsigned* words, const int* steps, unsigned short* w,
+                                    int k, int slices, int row_steps) {
+  const int lane = threadIdx.x % kWarp;
+  const int step = blockIdx.x * kExpandWarps + threadIdx.x / kWarp;
+  if (step >= slices * row_steps) return;
+  const unsigned* masks = words + steps[step];
+  const unsigned* values = masks + kSlots;
+  for (int slot = 0; slot < kSlots; ++slot) {
+    const unsigned mask = masks[slot], before = (1u << lane) - 1;
+    if (mask >> lane & 1) {
+      const unsigned pair = values[__popc(mask & before)];
+      const int row = step / row_steps * kWarp + slot / 4 % 2 * 16 + slot % 2 * 8 + lane / 4;
+      const int col =
+          step % row_steps * kStepColumns + slot / 8 * 16 + slot % 4 / 2 * 8 + lane % 4 * 2;
+      unsigned short* out = w + static_cast<long long>(row) * k + col;
+      if (pair & 0x7fffu) out[0] = static_cast<unsigned short>(pair);
+      if (pair & 0x7fff0000u) out[1] = static_cast<unsigned short>(pair >> 16);
+    }
+    values += __popc(mask);
+  }
+}
+
 }  // namespace sk
+
+extern "C" __global__ void sk_expand_pairs(const unsigned* words, const int* steps,
+                                           unsigned short* w, int k, int slices, int row_steps) {
+  sk::expand_pairs(words, steps, w, k, slices, row_steps);
+}
+SK_KERNEL(sk_expand_pairs)
 
 #define SK_EXPAND(name, bits)                                                                   \
   extern "C" __global__ void name(const unsigned short* values, const unsigned char* deltas,    \

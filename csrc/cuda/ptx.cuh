@@ -47,6 +47,23 @@ __device__ inline uint4 load_shared_v4(unsigned at) {
   return v;
 }
 
+// The word at `at` if `condition` is not 0, else 0: a predicate, where the compiler would make a
+// branch.
+__device__ inline unsigned load_shared_if(unsigned at, unsigned condition) {
+  unsigned v;
+  asm volatile(
+      "{\n"
+      ".reg .pred p;\n"
+      "setp.ne.u32 p, %2, 0;\n"
+      "mov.u32 %0, 0;\n"
+      "@p ld.shared.u32 %0, [%1];\n"
+      "}"
+      : "=r"(v)
+      : "r"(at), "r"(condition)
+      : "memory");
+  return v;
+}
+
 __device__ inline void store_shared(unsigned at, uint2 v) {
   asm volatile("st.shared.v2.u32 [%0], {%1,%2};" : : "r"(at), "r"(v.x), "r"(v.y) : "memory");
 }
@@ -93,6 +110,16 @@ __device__ inline void wait_copies() {
   asm volatile("cp.async.wait_group %0;" : : "n"(kGroups) : "memory");
 }
 
+// The same for a number that is not known when compiling; for more than kMost it is as for kMost.
+template <int kMost>
+__device__ inline void wait_copies_but(int groups) {
+  if (groups >= kMost) {
+    wait_copies<kMost>();
+  } else if constexpr (kMost > 0) {
+    wait_copies_but<kMost - 1>(groups);
+  }
+}
+
 // A barrier for `warps` whole warps; `barrier` is 1 to 15 and not that of others at the same time.
 __device__ inline void sync_warps(int barrier, int warps) {
   asm volatile("bar.sync %0, %1;" : : "r"(barrier), "r"(warps * 32) : "memory");
@@ -125,8 +152,16 @@ __device__ inline void wait_for_last_kernel() {
 #endif
 }
 
-// Four 8 x 8 matrices of 16-bit elements, transposed. Lane 8 i + r gives the address of row r of
-// matrix i, 16 bytes. Lane 4 g + t gets out[i]: rows 2 t (low half) and 2 t + 1 of column g.
+// Four 8 x 8 matrices of 16-bit elements. Lane 8 i + r gives the address of row r of matrix i, 16
+// bytes. Lane 4 g + t gets out[i]: columns 2 t (low half) and 2 t + 1 of row g.
+__device__ inline void load_matrices(unsigned (&out)[4], unsigned row) {
+  asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0,%1,%2,%3}, [%4];"
+               : "=r"(out[0]), "=r"(out[1]), "=r"(out[2]), "=r"(out[3])
+               : "r"(row)
+               : "memory");
+}
+
+// The same, transposed: lane 4 g + t gets rows 2 t (low half) and 2 t + 1 of column g.
 __device__ inline void load_matrices_transposed(unsigned (&out)[4], unsigned row) {
   asm volatile("ldmatrix.sync.aligned.m8n8.x4.trans.shared.b16 {%0,%1,%2,%3}, [%4];"
                : "=r"(out[0]), "=r"(out[1]), "=r"(out[2]), "=r"(out[3])
@@ -136,6 +171,26 @@ __device__ inline void load_matrices_transposed(unsigned (&out)[4], unsigned row
 
 struct bf16;
 struct f16;
+
+// c [16, 8] += a [16, 16] b [16, 8]. Fragments of lane (g, t) = lane / 4, lane % 4:
+//
+//   a0, a1   columns 2 t (low half) and 2 t + 1 of rows g and g + 8; a2, a3 columns 2 t + 8, + 9
+//   b_i      rows 8 i + 2 t (low half) and 8 i + 2 t + 1 of column g
+//   c0, c1   row g, columns 2 t and 2 t + 1; c2, c3 row g + 8
+template <class T>
+__device__ inline void mma(float (&c)[4], const unsigned* a, unsigned b0, unsigned b1);
+
+#define SK_MMA(type)                                                                             \
+  template <>                                                                                    \
+  __device__ inline void mma<type>(float (&c)[4], const unsigned* a, unsigned b0, unsigned b1) { \
+    asm("mma.sync.aligned.m16n8k16.row.col.f32." #type "." #type                                 \
+        ".f32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, {%0,%1,%2,%3};"                             \
+        : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3])                                         \
+        : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));                         \
+  }
+SK_MMA(bf16)
+SK_MMA(f16)
+#undef SK_MMA
 
 // c [16, 8] += a [16, 32] b [32, 8] with a sparse: of each group of four columns a row has two
 // values, at the positions that two bits each name. Fragments of lane (g, t) = lane / 4, lane % 4:
@@ -166,6 +221,110 @@ SK_MMA_SPARSE(bf16, 1)
 SK_MMA_SPARSE(f16, 0)
 SK_MMA_SPARSE(f16, 1)
 #undef SK_MMA_SPARSE
+
+// Whether the four warps of a warpgroup can multiply together (sm_90a).
+#if defined(__CUDA_ARCH_FEAT_SM90_ALL)
+__device__ constexpr bool has_warpgroups() { return true; }
+#else
+__device__ constexpr bool has_warpgroups() { return false; }
+#endif
+
+// Of shared memory that this thread has written, for a warpgroup that reads it after a barrier.
+__device__ inline void publish_to_warpgroups() {
+#if defined(__CUDA_ARCH_FEAT_SM90_ALL)
+  asm volatile("fence.proxy.async.shared::cta;" : : : "memory");
+#endif
+}
+
+// Operand B [16, tokens] at `at` of shared memory: a row of 128 bytes a token, of whose eight
+// chunks of 16 bytes the one at i lies at i ^ token % 8. Rows begin at a multiple of 1024, `at` is
+// that or a chunk with an even number of the first row.
+__device__ inline unsigned long long describe_rows(unsigned at) {
+  constexpr unsigned long long kSwizzled128 = 1ull << 62, kEightRows = 1024 / 16;
+  return (at & 0x3ffff) >> 4 | 1ull << 16 | kEightRows << 32 | kSwizzled128;
+}
+
+// Registers of products to come have been written.
+__device__ inline void begin_warpgroup_products() {
+#if defined(__CUDA_ARCH_FEAT_SM90_ALL)
+  asm volatile("wgmma.fence.sync.aligned;" : : : "memory");
+#endif
+}
+__device__ inline void commit_warpgroup_products() {
+#if defined(__CUDA_ARCH_FEAT_SM90_ALL)
+  asm volatile("wgmma.commit_group.sync.aligned;" : : : "memory");
+#endif
+}
+// Until at most kGroups groups of products are under way.
+template <int kGroups>
+__device__ inline void wait_warpgroup_products() {
+#if defined(__CUDA_ARCH_FEAT_SM90_ALL)
+  asm volatile("wgmma.wait_group.sync.aligned %0;" : : "n"(kGroups) : "memory");
+#endif
+}
+
+// c [16, 8 kNTiles] of each warp += a [16, 16] b, with fragments as of mma and b of describe_rows.
+// It goes on in the background; the four warps of a warpgroup come together.
+template <class T, int kNTiles>
+__device__ inline void mma_warpgroup(float (&c)[kNTiles][4], const unsigned* a,
+                                     unsigned long long b);
+
+#if defined(__CUDA_ARCH_FEAT_SM90_ALL)
+#define SK_WARPGROUP_MMA_16(type)                                                             \
+  template <>                                                                                 \
+  __device__ inline void mma_warpgroup<type, 2>(float (&c)[2][4], const unsigned* a,          \
+                                                unsigned long long b) {                       \
+    asm volatile("wgmma.mma_async.sync.aligned.m64n16k16.f32." #type "." #type                \
+                 " {%0,%1,%2,%3,%4,%5,%6,%7}, {%8,%9,%10,%11}, %12, 1, 1, 1, 0;"              \
+                 : "+f"(c[0][0]), "+f"(c[0][1]), "+f"(c[0][2]), "+f"(c[0][3]), "+f"(c[1][0]), \
+                   "+f"(c[1][1]), "+f"(c[1][2]), "+f"(c[1][3])                                \
+                 : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b));                       \
+  }
+SK_WARPGROUP_MMA_16(bf16)
+SK_WARPGROUP_MMA_16(f16)
+#undef SK_WARPGROUP_MMA_16
+
+#define SK_WARPGROUP_MMA_32(type)                                                                \
+  template <>                                                                                    \
+  __device__ inline void mma_warpgroup<type, 4>(float (&c)[4][4], const unsigned* a,             \
+                                                unsigned long long b) {                          \
+    asm volatile("wgmma.mma_async.sync.aligned.m64n32k16.f32." #type "." #type                   \
+                 " {%0,%1,%2,%3,%4,%5,%6,%7,%8,%9,%10,%11,%12,%13,%14,%15}, {%16,%17,%18,%19}, " \
+                 "%20, 1, 1, 1, 0;"                                                              \
+                 : "+f"(c[0][0]), "+f"(c[0][1]), "+f"(c[0][2]), "+f"(c[0][3]), "+f"(c[1][0]),    \
+                   "+f"(c[1][1]), "+f"(c[1][2]), "+f"(c[1][3]), "+f"(c[2][0]), "+f"(c[2][1]),    \
+                   "+f"(c[2][2]), "+f"(c[2][3]), "+f"(c[3][0]), "+f"(c[3][1]), "+f"(c[3][2]),    \
+                   "+f"(c[3][3])                                                                 \
+                 : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b));                          \
+  }
+SK_WARPGROUP_MMA_32(bf16)
+SK_WARPGROUP_MMA_32(f16)
+#undef SK_WARPGROUP_MMA_32
+
+#define SK_WARPGROUP_MMA_64(type)                                                                  \
+  template <>                                                                                      \
+  __device__ inline void mma_warpgroup<type, 8>(float (&c)[8][4], const unsigned* a,               \
+                                                unsigned long long b) {                            \
+    asm volatile(                                                                                  \
+        "wgmma.mma_async.sync.aligned.m64n64k16.f32." #type "." #type                              \
+        " {%0,%1,%2,%3,%4,%5,%6,%7,%8,%9,%10,%11,%12,%13,%14,%15,%16,%17,%18,%19,%20,%21,%22,%23," \
+        "%24,%25,%26,%27,%28,%29,%30,%31}, {%32,%33,%34,%35}, %36, 1, 1, 1, 0;"                    \
+        : "+f"(c[0][0]), "+f"(c[0][1]), "+f"(c[0][2]), "+f"(c[0][3]), "+f"(c[1][0]),               \
+          "+f"(c[1][1]), "+f"(c[1][2]), "+f"(c[1][3]), "+f"(c[2][0]), "+f"(c[2][1]),               \
+          "+f"(c[2][2]), "+f"(c[2][3]), "+f"(c[3][0]), "+f"(c[3][1]), "+f"(c[3][2]),               \
+          "+f"(c[3][3]), "+f"(c[4][0]), "+f"(c[4][1]), "+f"(c[4][2]), "+f"(c[4][3]),               \
+          "+f"(c[5][0]), "+f"(c[5][1]), "+f"(c[5][2]), "+f"(c[5][3]), "+f"(c[6][0]),               \
+          "+f"(c[6][1]), "+f"(c[6][2]), "+f"(c[6][3]), "+f"(c[7][0]), "+f"(c[7][1]),               \
+          "+f"(c[7][2]), "+f"(c[7][3])                                                             \
+        : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b));                                     \
+  }
+SK_WARPGROUP_MMA_64(bf16)
+SK_WARPGROUP_MMA_64(f16)
+#undef SK_WARPGROUP_MMA_64
+#else
+template <class T, int kNTiles>
+__device__ inline void mma_warpgroup(float (&)[kNTiles][4], const unsigned*, unsigned long long) {}
+#endif
 
 __device__ inline unsigned short round_to_bf16(float value) {
   unsigned short bits;

@@ -10,18 +10,13 @@
 // Bytes: those of the records, once, and x once for each block of rows. About 1.6 instructions for
 // a slot and row (16 tokens), so memory is to bound it.
 //
-// A block has 16 warps, in groups of `group_warps` that take the same rows, 32 a warp, and each its
-// part of the windows. x of a window is a group's: it brings the next one while it uses this one.
-// So large groups read x less often, and small ones give small blocks of rows more to do.
-//
-// The work, windows of blocks of rows, is cut into runs, one for each thread block; runs that share
-// rows leave their sums in `partial`, and the last one to arrive adds them up in a fixed order.
+// runs.cuh says who does what. x of a window is a group's: it brings the next one while it uses
+// this one. So large groups read x less often, and small ones give small blocks of rows more to do.
 #include "cover.cuh"
 #include "launch.cuh"
+#include "runs.cuh"
 
 namespace sk {
-
-constexpr int kCoverWarps = 16;  // of a block, one on each multiprocessor
 
 // The records of a warp, kDepth of them in shared memory or on their way there.
 template <int kValues, int kDepth>
@@ -230,61 +225,6 @@ struct Step {
   }
 };
 
-// The bytes of records that a warp prefetches before it may read them.
-constexpr unsigned kPrefetchBytes = 8192;
-
-// Begins to bring what a warp reads first to L2.
-template <int kValues>
-__device__ inline void prefetch(const uint4* records, const Range& range) {
-  constexpr int kLine = 128;
-  const char* from = reinterpret_cast<const char*>(records) +
-                     static_cast<long long>(range.begin) * Record<kValues>::kBytes;
-  const unsigned bytes =
-      min(static_cast<unsigned>(range.end - range.begin) * Record<kValues>::kBytes, kPrefetchBytes);
-  for (unsigned at = threadIdx.x % kWarp * kLine; at < bytes; at += kWarp * kLine) {
-    prefetch_to_l2(from + at);
-  }
-}
-
-// The first window of run `run`, of `units` windows in all.
-__device__ inline int run_begin(int run, int runs, int units) {
-  return static_cast<int>(static_cast<long long>(run) * units / runs);
-}
-// The run that has window `unit`.
-__device__ inline int run_of(int unit, int runs, int units) {
-  return static_cast<int>((static_cast<long long>(unit + 1) * runs - 1) / units);
-}
-
-// y of one token and four rows.
-template <class T>
-__device__ inline void write(unsigned short* y, const unsigned short* bias, int n, int token,
-                             int row, const float4& sum) {
-  const float sums[4] = {sum.x, sum.y, sum.z, sum.w};
-  unsigned short four[4];
-#pragma unroll
-  for (int r = 0; r < 4; ++r) {
-    const float add = bias && row + r < n ? Convert<T>::low(bias[row + r]) : 0.0f;
-    four[r] = Convert<T>::round(sums[r] + add);
-  }
-  unsigned short* out = y + static_cast<long long>(token) * n + row;
-  if (n % 4 == 0 && row < n && reinterpret_cast<unsigned long long>(y) % 8 == 0) {
-    *reinterpret_cast<uint2*>(out) = {four[0] | static_cast<unsigned>(four[1]) << 16,
-                                      four[2] | static_cast<unsigned>(four[3]) << 16};
-  } else {
-#pragma unroll
-    for (int r = 0; r < 4; ++r) {
-      if (row + r < n) out[r] = four[r];
-    }
-  }
-}
-
-__device__ inline void add_to(float4& sum, const float4& add) {
-  sum.x += add.x;
-  sum.y += add.y;
-  sum.z += add.z;
-  sum.w += add.w;
-}
-
 template <class T, int kValues, int kNTiles, int kDepth>
 __device__ void spmm_cover(const uint4* records, const int* steps, const int* row_order,
                            const unsigned short* x, const unsigned short* bias, unsigned short* y,
@@ -295,7 +235,7 @@ __device__ void spmm_cover(const uint4* records, const int* steps, const int* ro
   extern __shared__ __align__(128) char smem[];
   const unsigned shared = shared_address(smem);
   const int lane = threadIdx.x % kWarp, warp = threadIdx.x / kWarp;
-  const int groups = kCoverWarps / group_warps, group = warp / group_warps;
+  const int groups = kRunWarps / group_warps, group = warp / group_warps;
   const unsigned ring_shared = shared + groups * 2 * Window::kBytes + warp * Records::kWarpBytes;
   // Of two windows of x: that of the product, and that of the next one.
   unsigned x_shared = shared + group * 2 * Window::kBytes,
@@ -324,7 +264,8 @@ __device__ void spmm_cover(const uint4* records, const int* steps, const int* ro
     if (is_first) {
       guess = within({0, all_steps}, guess);
       if (slice < slices) {
-        prefetch<kValues>(records, guess);
+        prefetch(records + static_cast<long long>(guess.begin) * Record<kValues>::kChunks,
+                 static_cast<long long>(guess.end - guess.begin) * Record<kValues>::kBytes);
         prefetch_to_l2(row_order + slice * kWarp);
       }
       wait_for_last_kernel();
@@ -367,82 +308,15 @@ __device__ void spmm_cover(const uint4* records, const int* steps, const int* ro
       sync_warps(1 + group, group_warps);
     }
 
-    // Sums of the groups, [group][token][row], in shared memory: rows lie in the order of their
-    // nnz.
-    const int rows = group_warps * kWarp, tile_row = rows + 4;  // floats
-    float* tile = reinterpret_cast<float*>(smem);
-    __syncthreads();
-#pragma unroll
-    for (int b = 0; b < 4; ++b) {
-      const int row = __shfl_sync(kAllLanes, row_of_lane, b * 8 + lane / 4);
-      if (row < 0) continue;
-      float* out = tile + group * kNTiles * 8 * tile_row + row - block * rows;
-#pragma unroll
-      for (int i = 0; i < 2 * kNTiles; ++i) {
-        const int token = i / 2 * 8 + lane % 4 * 2 + i % 2;
-        out[token * tile_row] = acc[b / 2][i / 2][b % 2 * 2 + i % 2];
-      }
-    }
-    __syncthreads();
-    const int first_run = run_of(block * windows, runs, units);
-    const int shares = run_of(block * windows + windows - 1, runs, units) - first_run + 1;
-    const int row_quads = rows / 4;
-    const int quads = tokens * row_quads;
-    const long long tile_quads = kNTiles * 8 * row_quads;
-    float4* all = reinterpret_cast<float4*>(partial) + block * most_shares * tile_quads;
-    float4* mine = all + (static_cast<int>(blockIdx.x) - first_run) * tile_quads;
-    for (int quad = threadIdx.x; quad < quads; quad += kCoverWarps * kWarp) {
-      const int token = quad / row_quads, row = quad % row_quads * 4;
-      float4 sum = {0.0f, 0.0f, 0.0f, 0.0f};
-      for (int g = 0; g < groups; ++g) {
-        add_to(sum,
-               *reinterpret_cast<const float4*>(tile + (g * kNTiles * 8 + token) * tile_row + row));
-      }
-      if (shares == 1) {
-        write<T>(y, bias, n, token, block * rows + row, sum);
-      } else {
-        mine[quad] = sum;
-      }
-    }
-    __syncthreads();  // the tile has been read
-    if (shares == 1) continue;
-
-    int* before = reinterpret_cast<int*>(smem);
-    if (threadIdx.x == 0) {
-      __threadfence();  // after the barrier, so it orders the stores of all threads
-      *before = atomicAdd(arrived + block, 1);
-    }
-    __syncthreads();
-    const bool is_last = *before == shares - 1;
-    __syncthreads();  // `before` has been read
-    if (!is_last) continue;
-    __threadfence();
-    if (threadIdx.x == 0) arrived[block] = 0;  // for the next launch
-    constexpr int kQuads = kNTiles < 4 ? 1 : kNTiles / 2, kShares = 8 / kQuads < 4 ? 4 : 8 / kQuads;
-    for (int quad = threadIdx.x; quad < quads; quad += kQuads * kCoverWarps * kWarp) {
-      float4 sums[kQuads] = {};
-#pragma unroll(kShares)
-      for (int share = 0; share < shares; ++share) {
-#pragma unroll
-        for (int i = 0; i < kQuads; ++i) {
-          const int other = quad + i * kCoverWarps * kWarp;
-          if (other < quads) add_to(sums[i], __ldcg(all + share * tile_quads + other));
-        }
-      }
-#pragma unroll
-      for (int i = 0; i < kQuads; ++i) {
-        const int other = quad + i * kCoverWarps * kWarp;
-        if (other >= quads) break;
-        write<T>(y, bias, n, other / row_quads, block * rows + other % row_quads * 4, sums[i]);
-      }
-    }
+    finish<T, kNTiles>(acc, row_of_lane, smem, bias, y, partial, arrived, tokens, n, block, windows,
+                       units, group_warps, most_shares);
   }
 }
 
 }  // namespace sk
 
 #define SK_COVER(name, type, values, tiles, depth)                                                 \
-  extern "C" __global__ void __launch_bounds__(sk::kCoverWarps* sk::kWarp, 1) name(                \
+  extern "C" __global__ void __launch_bounds__(sk::kRunWarps* sk::kWarp, 1) name(                  \
       const uint4* records, const int* steps, const int* row_order, const unsigned short* x,       \
       const unsigned short* bias, unsigned short* y, float* partial, int* arrived, int m, int n,   \
       int k, int slices, int windows, int group_warps, int most_shares, int all_steps) {           \

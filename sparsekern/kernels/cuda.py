@@ -17,22 +17,24 @@ import torch
 from torch import Tensor
 
 from ..tensor import expand_rows
-from . import cover, cuda_library
+from . import cover, cuda_library, pairs
 from .cover import Cover
 from .crossover import density_limit
 from .dense import mm
 from .layout import LANES, Packed
 from .packed import STREAM_TOKENS, choose_layout, layout_for, like
 from .packs import pack_of
+from .pairs import Pairs
 from .problem import Kernel, Problem
 from .streams import BLOCK_PIECES, GRANULE, MOST_BLOCKS, Streams
 
 MOST_TOKENS = 64
 GATHER_TOKENS = 8  # of one launch
 GATHER_DEPTH = 4  # as in spmm_gather.cu
-COVER_WARPS = 16  # as in spmm_cover.cu
+RUN_WARPS = 16  # as in runs.cuh
 FEW_TILES = 1.5  # for each warp: then one beginning and one end are most of the time
 COVER_DEPTH = {1: 7, 2: 5}
+PAIRS_RING_BYTES, PAIRS_WINDOW = 8192, 64  # as in spmm_pairs.cu; tokens times steps of a window
 EXPAND_WARPS = 8
 CSR_THREADS, CSR_ROW_BYTES = 256, 48 * 1024  # as in csr.cu
 _TYPES = {torch.bfloat16: "bf16", torch.float16: "f16"}
@@ -106,11 +108,9 @@ def configure_cover(
     12288, 16 tokens, 132 multiprocessors: 2304 windows of 48 blocks of 256 rows, in 132 runs.
     """
     tokens = max(8, 1 << (m - 1).bit_length())
-    tiles_per_warp = slices * windows / (COVER_WARPS * gpu.multiprocessors)
+    tiles_per_warp = slices * windows / (RUN_WARPS * gpu.multiprocessors)
     group_warps = choose_group_warps(tokens, tiles_per_warp)
-    while (
-        group_warps < COVER_WARPS and _cover_smem(tokens, group_warps, per_group) > gpu.smem_bytes
-    ):
+    while group_warps < RUN_WARPS and _cover_smem(tokens, group_warps, per_group) > gpu.smem_bytes:
         group_warps *= 2
     blocks = -(-slices // group_warps)
     units = blocks * windows
@@ -120,7 +120,7 @@ def configure_cover(
     smem_bytes = _cover_smem(tokens, group_warps, per_group)
     name = f"sk_spmm_cover_{type_name}_v{per_group}_t{tokens}"
     partial = blocks * shares * tokens * group_warps * LANES
-    return Launch(name, runs, COVER_WARPS * LANES, smem_bytes, partial, tokens, group_warps, shares)
+    return Launch(name, runs, RUN_WARPS * LANES, smem_bytes, partial, tokens, group_warps, shares)
 
 
 def choose_group_warps(tokens: int, tiles_per_warp: float) -> int:
@@ -142,11 +142,40 @@ def choose_runs(blocks: int, windows: int, multiprocessors: int, busy: float) ->
     return max(1, min(multiprocessors, blocks * windows))
 
 
+@lru_cache(maxsize=4096)
+def configure_pairs(m: int, slices: int, row_steps: int, type_name: str, gpu: Gpu) -> Launch:
+    """Kernel and sizes for up to 64 tokens of pairs: runs as of a cover, but of other windows."""
+    tokens = max(16, 1 << (m - 1).bit_length())
+    windows = -(-row_steps // (PAIRS_WINDOW // tokens))
+    tiles_per_warp = slices * row_steps / (4 * RUN_WARPS * gpu.multiprocessors)
+    group_warps = choose_group_warps(tokens, tiles_per_warp)
+    while group_warps < RUN_WARPS and _pairs_smem(tokens, group_warps) > gpu.smem_bytes:
+        group_warps *= 2
+    blocks = -(-slices // group_warps)
+    units = blocks * windows
+    busy = 0.7 if tiles_per_warp <= FEW_TILES else 0.8 if tokens <= 16 else 0.9
+    runs = choose_runs(blocks, windows, gpu.multiprocessors, busy)
+    shares = -(-windows * runs // units) + 1 if units else 1
+    name = f"sk_spmm_pairs_{type_name}_t{tokens}"
+    partial = blocks * shares * tokens * group_warps * LANES
+    smem_bytes = _pairs_smem(tokens, group_warps)
+    return Launch(name, runs, RUN_WARPS * LANES, smem_bytes, partial, tokens, group_warps, shares)
+
+
+def _pairs_smem(tokens: int, group_warps: int) -> int:
+    """Bytes of shared memory: rings at a multiple of their size, slots, and two windows of x of
+    each group; or the sums of each group."""
+    groups = RUN_WARPS // group_warps
+    x_bytes = groups * 2 * PAIRS_WINDOW * pairs.STEP * 2
+    used = PAIRS_RING_BYTES + RUN_WARPS * (PAIRS_RING_BYTES + pairs.SLOTS * 8) + x_bytes
+    return max(used, groups * tokens * (group_warps * LANES + 4) * 4)
+
+
 def _cover_smem(tokens: int, group_warps: int, per_group: int) -> int:
     """Bytes of shared memory: two windows of x of each group and the records of each warp, or the
     sums of each group."""
-    groups = COVER_WARPS // group_warps
-    ring_bytes = COVER_WARPS * COVER_DEPTH[per_group] * cover.RECORD_BYTES[per_group]
+    groups = RUN_WARPS // group_warps
+    ring_bytes = RUN_WARPS * COVER_DEPTH[per_group] * cover.RECORD_BYTES[per_group]
     x_bytes = groups * 2 * tokens * cover.WINDOW * 2
     return max(x_bytes + ring_bytes, groups * tokens * (group_warps * LANES + 4) * 4)
 
@@ -167,7 +196,9 @@ def spmm_packed(x: Tensor, packed: Packed, bias: Tensor | None = None) -> Tensor
     if packed.k == 0:
         return y.zero_() if bias is None else y.copy_(bias.expand_as(y))
     x = x.contiguous()
-    if isinstance(packed, Cover):
+    if isinstance(packed, Pairs):
+        _run_pairs(x, packed, bias, y)
+    elif isinstance(packed, Cover):
         _run_cover(x, packed, bias, y)
     else:
         _run_gather(x, packed, bias, y)
@@ -212,7 +243,7 @@ def _configure_gather(packed: Streams, x: Tensor) -> Launch | None:
 
 def _fits(packed: Packed, x: Tensor) -> bool:
     """Whether a kernel has the shared memory that it needs."""
-    return isinstance(packed, Cover) or _configure_gather(packed, x) is not None
+    return isinstance(packed, (Cover, Pairs)) or _configure_gather(packed, x) is not None
 
 
 def _run_cover(x: Tensor, packed: Cover, bias: Tensor | None, y: Tensor) -> None:
@@ -250,17 +281,51 @@ def _run_cover(x: Tensor, packed: Cover, bias: Tensor | None, y: Tensor) -> None
     )
 
 
+def _run_pairs(x: Tensor, packed: Pairs, bias: Tensor | None, y: Tensor) -> None:
+    m, device = x.shape[0], x.device.index
+    launch = configure_pairs(m, packed.slices, packed.row_steps, _TYPES[x.dtype], gpu_of(x.device))
+    partial = x.new_empty(launch.partial, dtype=torch.float32)
+    cuda_library.function(launch.kernel, device)(
+        (launch.grid, 1),
+        launch.block,
+        launch.smem_bytes,
+        cuda_library.current_stream(device),
+        packed.words.data_ptr(),
+        packed.steps.data_ptr(),
+        x.data_ptr(),
+        0 if bias is None else bias.data_ptr(),
+        y.data_ptr(),
+        partial.data_ptr(),
+        packed.arrived.data_ptr(),
+        m,
+        packed.n,
+        packed.k,
+        packed.slices,
+        packed.row_steps,
+        launch.group_warps,
+        launch.shares,
+        packed.words.shape[0],
+    )
+
+
 def expand(packed: Packed) -> Tensor:
     """W [N, K], dense; stored zeros and missing entries are both 0."""
-    w = torch.zeros(packed.n, packed.k, dtype=packed.dtype, device=packed.row_order.device)
+    w = torch.zeros(packed.n, packed.k, dtype=packed.dtype, device=packed.arrived.device)
     if packed.nnz == 0:
         return w
-    if isinstance(packed, Cover):
+    if isinstance(packed, Pairs):
+        name, units = "sk_expand_pairs", packed.slices * packed.row_steps
+        tensors, sizes = (packed.words, packed.steps), (packed.slices, packed.row_steps)
+    elif isinstance(packed, Cover):
         name, units = f"sk_expand_cover_v{packed.per_group}", packed.slices * packed.windows
-        tensors, sizes = (packed.records, packed.steps), (packed.slices, packed.windows)
+        tensors, sizes = (
+            (packed.records, packed.steps, packed.row_order),
+            (packed.slices, packed.windows),
+        )
     else:
         name, units = f"sk_expand_d{packed.bits}", packed.slice_of.shape[0]
         tensors = packed.values, packed.deltas, packed.bounds, packed.slice_of, packed.starts
+        tensors += (packed.row_order,)
         sizes = (units,)
     device = w.device.index
     cuda_library.function(name, device)(
@@ -269,7 +334,6 @@ def expand(packed: Packed) -> Tensor:
         0,
         cuda_library.current_stream(device),
         *(tensor.data_ptr() for tensor in tensors),
-        packed.row_order.data_ptr(),
         w.data_ptr(),
         packed.k,
         *sizes,
@@ -364,7 +428,7 @@ def _smem_bytes(p: Problem) -> int:
     if choose_layout(p.M) == "streams":
         return _ring_bytes(8) + _gather_x(p.K, 1)
     tokens = max(8, 1 << (p.M - 1).bit_length())
-    return _cover_smem(tokens, COVER_WARPS, cover.choose_per_group(p.M, p.density))
+    return _cover_smem(tokens, RUN_WARPS, cover.choose_per_group(p.M, p.density))
 
 
 def _refuse_expand(p: Problem) -> str | None:

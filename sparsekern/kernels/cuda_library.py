@@ -181,9 +181,8 @@ class NvrtcRoute:
 
     def _module(self, source: Path, device: int) -> int:
         if (source, device) not in self._modules:
-            major, minor = torch.cuda.get_device_capability(device)
             self._runtime.setDevice(device)  # makes the context that loading needs
-            cubin = self.cubin(source, f"sm_{major}{minor}")
+            cubin = self.cubin(source, arch_of(torch.cuda.get_device_capability(device)))
             self._modules[source, device] = self._driver.moduleLoadData(cubin)
         return self._modules[source, device]
 
@@ -275,6 +274,11 @@ def source_of(kernel: str, folder: Path) -> Path:
     if not paths:
         raise ValueError(f"kernel: no CUDA source has {kernel}")
     return max(paths, key=lambda path: len(path.stem))
+
+
+def arch_of(capability: tuple[int, int]) -> str:
+    """What machine code is compiled for; sm_90a is Hopper with its warpgroups."""
+    return "sm_90a" if capability == (9, 0) else "sm_{}{}".format(*capability)
 
 
 def _toolkit_includes(cupy) -> list[Path]:

@@ -10,9 +10,10 @@ from ..tensor import SparseTensor
 from . import cover, streams
 from .cover import Cover
 from .layout import Packed
+from .pairs import Pairs, PairsLayout
 from .streams import Streams
 
-LAYOUTS: dict[str, type[Packed]] = {"streams": Streams, "cover": Cover}
+LAYOUTS: dict[str, type[Packed]] = {"streams": Streams, "cover": Cover, "pairs": Pairs}
 STREAM_TOKENS = 2  # up to here `streams` is the faster layout (docs/LOG.md)
 
 

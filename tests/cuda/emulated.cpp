@@ -20,6 +20,9 @@ dim3 blockDim, gridDim;
 namespace sk { alignas(1024) char smem[227 * 1024]; }
 
 namespace emulated {
+
+bool warpgroups = true;
+
 namespace {
 
 constexpr unsigned kThreads = 512;  // the most of a block
@@ -312,6 +315,16 @@ void wait_for_copies(unsigned groups) {
 
 void run_load_matrices(void* const (&lanes)[kWarp]) {
   for (int lane = 0; lane < kWarp; ++lane) {
+    for (int i = 0; i < 4; ++i) {
+      const unsigned at = static_cast<Matrices*>(lanes[8 * i + lane / 4])->row;
+      const char* row = shared_bytes("load_matrices", at, 16);
+      std::memcpy(&static_cast<Matrices*>(lanes[lane])->out[i], row + lane % 4 * 4, 4);
+    }
+  }
+}
+
+void run_load_matrices_transposed(void* const (&lanes)[kWarp]) {
+  for (int lane = 0; lane < kWarp; ++lane) {
     const int column = lane / 4, row = lane % 4 * 2;
     for (int i = 0; i < 4; ++i) {
       unsigned short pair[2];
@@ -324,16 +337,59 @@ void run_load_matrices(void* const (&lanes)[kWarp]) {
   }
 }
 
+// One half of a pair.
+float number(unsigned pair, int half, bool is_bf16) {
+  const unsigned bits = half ? pair >> 16 : pair & 0xffffu;
+  return is_bf16 ? __uint_as_float(bits << 16) : sk::f16_to_float(bits);
+}
+
 void run_mma(void* const (&lanes)[kWarp]) {
-  const auto of = [&](int lane) -> const Mma& { return *static_cast<Mma*>(lanes[lane]); };
-  const auto number = [is_bf16 = of(0).is_bf16](unsigned pair, int half) {
-    const unsigned bits = half ? pair >> 16 : pair & 0xffffu;
-    return is_bf16 ? __uint_as_float(bits << 16) : sk::f16_to_float(bits);
+  const auto of = [&](int lane) -> const DenseMma& { return *static_cast<DenseMma*>(lanes[lane]); };
+  for (int lane = 0; lane < kWarp; ++lane) {
+    for (int i = 0; i < 4; ++i) {
+      const int g = lane / 4, upper = i / 2, col = lane % 4 * 2 + i % 2;
+      float sum = of(lane).c[i];
+      for (int k = 0; k < 16; ++k) {
+        const int t = k % 8 / 2, half = k % 2;
+        const float w = number(of(g * 4 + t).a[k / 8 * 2 + upper], half, of(0).is_bf16);
+        sum += w * number(of(col * 4 + t).b[k / 8], half, of(0).is_bf16);
+      }
+      of(lane).c[i] = sum;
+    }
+  }
+}
+
+void run_mma_group(void* const (&lanes)[kWarp]) {
+  const auto of = [&](int lane) -> const GroupMma& { return *static_cast<GroupMma*>(lanes[lane]); };
+  const bool is_bf16 = of(0).is_bf16;
+  const unsigned first = (of(0).b & 0x3fff) << 4;
+  if (of(0).b >> 14 != (64ull << 18 | 1ull << 48 | 1ull << 2)) {
+    fail("mma_warpgroup: operand %#llx has another layout", of(0).b);
+  }
+  for (int lane = 0; lane < kWarp; ++lane) {
+    if (of(lane).b != of(0).b) fail("mma_warpgroup: lanes with other operands");
+    for (int i = 0; i < of(0).tiles * 4; ++i) {
+      const int g = lane / 4, upper = i % 4 / 2, token = i / 4 * 8 + lane % 4 * 2 + i % 2;
+      for (int k = 0; k < 16; ++k) {
+        const unsigned at = first + token / 8 * 1024 + token % 8 * 128 + k * 2;
+        unsigned short x;
+        std::memcpy(&x, shared_bytes("mma_warpgroup", at ^ (at >> 7 & 7) << 4, 2), 2);
+        const unsigned pair = of(g * 4 + k % 8 / 2).a[k / 8 * 2 + upper];
+        of(lane).c[i] += number(pair, k % 2, is_bf16) * number(x, 0, is_bf16);
+      }
+    }
+  }
+}
+
+void run_mma_sparse(void* const (&lanes)[kWarp]) {
+  const auto of = [&](int lane) -> const SparseMma& {
+    return *static_cast<SparseMma*>(lanes[lane]);
   };
+  const bool is_bf16 = of(0).is_bf16;
   float b[32][8];
   for (int lane = 0; lane < kWarp; ++lane) {
     for (int i = 0; i < 8; ++i) {
-      b[i / 2 * 8 + lane % 4 * 2 + i % 2][lane / 4] = number(of(lane).b[i / 2], i % 2);
+      b[i / 2 * 8 + lane % 4 * 2 + i % 2][lane / 4] = number(of(lane).b[i / 2], i % 2, is_bf16);
     }
   }
   for (int row = 0; row < 16; ++row) {
@@ -348,7 +404,7 @@ void run_mma(void* const (&lanes)[kWarp]) {
         fail("mma_sparse: row %d, group %d has position %u twice", row, group, two % 4);
       }
       for (int half = 0; half < 2; ++half) {
-        const float value = number(a, half);
+        const float value = number(a, half, is_bf16);
         const float* x = b[group * 4 + (two >> 2 * half & 3)];
         for (int col = 0; col < 8; ++col) sums[col] += value * x[col];
       }
@@ -399,6 +455,9 @@ extern "C" {
 
 // Threads, warps and blocks run from the last to the first.
 void emu_backward(int yes) { emulated::backward = yes; }
+
+// Whether warpgroups multiply together, as on sm_90a.
+void emu_warpgroups(int yes) { emulated::warpgroups = yes; }
 
 // Of the i-th kernel; null beyond the last.
 const char* emu_kernel(unsigned i) {

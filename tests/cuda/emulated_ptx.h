@@ -28,14 +28,30 @@ struct Matrices {
   unsigned* out;
   unsigned row;
 };
-struct Mma {
+struct DenseMma {
+  float* c;
+  const unsigned* a;
+  unsigned b[2];
+  bool is_bf16;
+};
+struct GroupMma {
+  float* c;  // [tiles][4]
+  int tiles;
+  const unsigned* a;
+  unsigned long long b;
+  bool is_bf16;
+};
+struct SparseMma {
   float* c;
   const unsigned *a, *b;
   unsigned positions;
   bool is_bf16;
   int selector;
 };
-Run run_load_matrices, run_mma;
+Run run_load_matrices, run_load_matrices_transposed, run_mma, run_mma_group, run_mma_sparse;
+
+// Whether has_warpgroups().
+extern bool warpgroups;
 
 }  // namespace emulated
 
@@ -59,6 +75,9 @@ inline unsigned load_shared_u32(unsigned at) {
 }
 inline uint2 load_shared_v2(unsigned at) { return emulated::load<uint2>("load_shared_v2", at); }
 inline uint4 load_shared_v4(unsigned at) { return emulated::load<uint4>("load_shared_v4", at); }
+inline unsigned load_shared_if(unsigned at, unsigned condition) {
+  return condition ? emulated::load<unsigned>("load_shared_if", at) : 0;
+}
 inline void store_shared(unsigned at, uint2 v) { emulated::store("store_shared", at, v); }
 inline void store_shared(unsigned at, uint4 v) { emulated::store("store_shared", at, v); }
 
@@ -79,15 +98,55 @@ void wait_copies() {
   emulated::wait_for_copies(kGroups);
 }
 
+template <int kMost>
+void wait_copies_but(int groups) {
+  emulated::wait_for_copies(groups < kMost ? groups : kMost);
+}
+
 inline void sync_warps(int barrier, int warps) { emulated::wait_for_warps(barrier, warps); }
 inline void prefetch_to_l2(const void*) {}
 constexpr bool kStartsEarly = true;
 inline void let_next_kernel_start() {}
 inline void wait_for_last_kernel() { emulated::wait_for_last_kernel(); }
 
+inline void load_matrices(unsigned (&out)[4], unsigned row) {
+  emulated::Matrices mine = {out, row};
+  emulated::meet("load_matrices", emulated::run_load_matrices, &mine, true);
+}
+
 inline void load_matrices_transposed(unsigned (&out)[4], unsigned row) {
   emulated::Matrices mine = {out, row};
-  emulated::meet("load_matrices_transposed", emulated::run_load_matrices, &mine, true);
+  emulated::meet("load_matrices_transposed", emulated::run_load_matrices_transposed, &mine, true);
+}
+
+template <class T>
+void mma(float (&c)[4], const unsigned* a, unsigned b0, unsigned b1) {
+  constexpr bool kBf16 = std::is_same_v<T, bf16>;
+  static_assert(kBf16 || std::is_same_v<T, f16>);
+  emulated::DenseMma mine = {c, a, {b0, b1}, kBf16};
+  emulated::meet(kBf16 ? "mma<bf16>" : "mma<f16>", emulated::run_mma, &mine, true);
+}
+
+inline bool has_warpgroups() { return emulated::warpgroups; }
+inline void publish_to_warpgroups() {}
+inline void begin_warpgroup_products() {}
+inline void commit_warpgroup_products() {}
+template <int kGroups>
+void wait_warpgroup_products() {}
+
+// As ptx.cuh has it: rows, the distance of eight of them, and the pattern of 128 bytes.
+inline unsigned long long describe_rows(unsigned at) {
+  return (at & 0x3ffff) >> 4 | 1ull << 16 | 64ull << 32 | 1ull << 62;
+}
+
+// At once, and each warp for itself: its rows of c depend on no other warp.
+template <class T, int kNTiles>
+void mma_warpgroup(float (&c)[kNTiles][4], const unsigned* a, unsigned long long b) {
+  constexpr bool kBf16 = std::is_same_v<T, bf16>;
+  static_assert(kBf16 || std::is_same_v<T, f16>);
+  emulated::GroupMma mine = {c[0], kNTiles, a, b, kBf16};
+  emulated::meet(kBf16 ? "mma_warpgroup<bf16>" : "mma_warpgroup<f16>", emulated::run_mma_group,
+                 &mine, true);
 }
 
 template <class T, int kSelector>
@@ -96,8 +155,8 @@ void mma_sparse(float (&c)[4], const unsigned (&a)[4], const unsigned (&b)[4], u
   static_assert((kBf16 || std::is_same_v<T, f16>) && (kSelector == 0 || kSelector == 1));
   constexpr const char* kName = kBf16 ? (kSelector ? "mma_sparse<bf16, 1>" : "mma_sparse<bf16, 0>")
                                       : (kSelector ? "mma_sparse<f16, 1>" : "mma_sparse<f16, 0>");
-  emulated::Mma mine = {c, a, b, positions, kBf16, kSelector};
-  emulated::meet(kName, emulated::run_mma, &mine, true);
+  emulated::SparseMma mine = {c, a, b, positions, kBf16, kSelector};
+  emulated::meet(kName, emulated::run_mma_sparse, &mine, true);
 }
 
 unsigned short round_to_bf16(float value);

@@ -1,0 +1,148 @@
+// How the kernels on tensor cores share out their work and add up what each has of it.
+//
+// A warp takes 32 rows, a slice. A block has 16 warps in groups of `group_warps` that take the same
+// windows of columns: so a block of rows has group_warps * 32 rows, and each group its part of K.
+// All windows of all blocks of rows are cut into runs of equal length, one for each thread block;
+// runs that share rows leave their sums in `partial`, and the last one to arrive adds them up in a
+// fixed order.
+#pragma once
+
+#include "numbers.cuh"
+
+namespace sk {
+
+constexpr int kRunWarps = 16;  // of a block, one on each multiprocessor
+
+// The bytes of W that a warp prefetches before it may read them.
+constexpr unsigned kPrefetchBytes = 8192;
+
+// Begins to bring what a warp reads first to L2: `bytes` of them, or the first kPrefetchBytes.
+__device__ inline void prefetch(const void* from, long long bytes) {
+  constexpr int kLine = 128;
+  const unsigned most = bytes < kPrefetchBytes ? static_cast<unsigned>(bytes) : kPrefetchBytes;
+  for (unsigned at = threadIdx.x % kWarp * kLine; at < most; at += kWarp * kLine) {
+    prefetch_to_l2(static_cast<const char*>(from) + at);
+  }
+}
+
+// The first window of run `run`, of `units` windows in all.
+__device__ inline int run_begin(int run, int runs, int units) {
+  return static_cast<int>(static_cast<long long>(run) * units / runs);
+}
+// The run that has window `unit`.
+__device__ inline int run_of(int unit, int runs, int units) {
+  return static_cast<int>((static_cast<long long>(unit + 1) * runs - 1) / units);
+}
+
+// y of one token and four rows.
+template <class T>
+__device__ inline void write(unsigned short* y, const unsigned short* bias, int n, int token,
+                             int row, const float4& sum) {
+  const float sums[4] = {sum.x, sum.y, sum.z, sum.w};
+  unsigned short four[4];
+#pragma unroll
+  for (int r = 0; r < 4; ++r) {
+    const float add = bias && row + r < n ? Convert<T>::low(bias[row + r]) : 0.0f;
+    four[r] = Convert<T>::round(sums[r] + add);
+  }
+  unsigned short* out = y + static_cast<long long>(token) * n + row;
+  if (n % 4 == 0 && row < n && reinterpret_cast<unsigned long long>(y) % 8 == 0) {
+    *reinterpret_cast<uint2*>(out) = {four[0] | static_cast<unsigned>(four[1]) << 16,
+                                      four[2] | static_cast<unsigned>(four[3]) << 16};
+  } else {
+#pragma unroll
+    for (int r = 0; r < 4; ++r) {
+      if (row + r < n) out[r] = four[r];
+    }
+  }
+}
+
+__device__ inline void add_to(float4& sum, const float4& add) {
+  sum.x += add.x;
+  sum.y += add.y;
+  sum.z += add.z;
+  sum.w += add.w;
+}
+
+// Writes y of a block of rows, or adds this run's sums to those of the others. All threads of the
+// block come here, and shared memory is theirs. acc: of 32 rows as mma has them, row_of_lane: the
+// row of W of each of these, -1 for none.
+template <class T, int kNTiles>
+__device__ inline void finish(const float (&acc)[2][kNTiles][4], int row_of_lane, char* smem,
+                              const unsigned short* bias, unsigned short* y, float* partial,
+                              int* arrived, int tokens, int n, int block, int windows, int units,
+                              int group_warps, int most_shares) {
+  // Sums of the groups, [group][token][row], in shared memory: rows lie in the order of their
+  // nnz.
+  const int lane = threadIdx.x % kWarp, runs = gridDim.x;
+  const int groups = kRunWarps / group_warps, group = threadIdx.x / kWarp / group_warps;
+  const int rows = group_warps * kWarp, tile_row = rows + 4;  // floats
+  float* tile = reinterpret_cast<float*>(smem);
+  __syncthreads();
+#pragma unroll
+  for (int b = 0; b < 4; ++b) {
+    const int row = __shfl_sync(kAllLanes, row_of_lane, b * 8 + lane / 4);
+    if (row < 0) continue;
+    float* out = tile + group * kNTiles * 8 * tile_row + row - block * rows;
+#pragma unroll
+    for (int i = 0; i < 2 * kNTiles; ++i) {
+      const int token = i / 2 * 8 + lane % 4 * 2 + i % 2;
+      out[token * tile_row] = acc[b / 2][i / 2][b % 2 * 2 + i % 2];
+    }
+  }
+  __syncthreads();
+  const int first_run = run_of(block * windows, runs, units);
+  const int shares = run_of(block * windows + windows - 1, runs, units) - first_run + 1;
+  const int row_quads = rows / 4;
+  const int quads = tokens * row_quads;
+  const long long tile_quads = kNTiles * 8 * row_quads;
+  float4* all = reinterpret_cast<float4*>(partial) + block * most_shares * tile_quads;
+  float4* mine = all + (static_cast<int>(blockIdx.x) - first_run) * tile_quads;
+  for (int quad = threadIdx.x; quad < quads; quad += kRunWarps * kWarp) {
+    const int token = quad / row_quads, row = quad % row_quads * 4;
+    float4 sum = {0.0f, 0.0f, 0.0f, 0.0f};
+    for (int g = 0; g < groups; ++g) {
+      add_to(sum,
+             *reinterpret_cast<const float4*>(tile + (g * kNTiles * 8 + token) * tile_row + row));
+    }
+    if (shares == 1) {
+      write<T>(y, bias, n, token, block * rows + row, sum);
+    } else {
+      mine[quad] = sum;
+    }
+  }
+  __syncthreads();  // the tile has been read
+  if (shares == 1) return;
+
+  int* before = reinterpret_cast<int*>(smem);
+  if (threadIdx.x == 0) {
+    __threadfence();  // after the barrier, so it orders the stores of all threads
+    *before = atomicAdd(arrived + block, 1);
+  }
+  __syncthreads();
+  const bool is_last = *before == shares - 1;
+  __syncthreads();  // `before` has been read
+  if (!is_last) return;
+  __threadfence();
+  if (threadIdx.x == 0) arrived[block] = 0;  // for the next launch
+  constexpr int kQuads = kNTiles < 4 ? 1 : kNTiles / 2, kShares = 8 / kQuads < 4 ? 4 : 8 / kQuads;
+  for (int quad = threadIdx.x; quad < quads; quad += kQuads * kRunWarps * kWarp) {
+    float4 sums[kQuads] = {};
+#pragma unroll(kShares)
+    for (int share = 0; share < shares; ++share) {
+#pragma unroll
+      for (int i = 0; i < kQuads; ++i) {
+        const int other = quad + i * kRunWarps * kWarp;
+        if (other < quads) add_to(sums[i], __ldcg(all + share * tile_quads + other));
+      }
+    }
+#pragma unroll
+    for (int i = 0; i < kQuads; ++i) {
+      const int other = quad + i * kRunWarps * kWarp;
+      if (other >= quads) break;
+      write<T>(y, bias, n, other / row_quads, block * rows + other % row_quads * 4, sums[i]);
+    }
+  }
+}
+
+}  // namespace sk

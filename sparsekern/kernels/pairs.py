@@ -1,0 +1,79 @@
+"""W as the tensor cores read it: pairs of neighbouring columns, those without a value left out.
+
+csrc/cuda/pairs.cuh describes the layout, csrc/cuda/spmm_pairs.cu how it is read. For a random mask
+of density d it takes 1/16 + 2 (1 - (1 - d)^2) bytes for each place of W. Packing is a count and a
+running sum, in torch, on the device of W.
+"""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from ..tensor import expand_rows
+from .layout import LANES, Packed
+
+STEP = 64  # columns
+SLOTS = 32  # of a step
+
+
+@dataclass(frozen=True)
+class Pairs(Packed):
+    """words: 16-bit floats [words, 2] (masks of a step as bits, then its pairs), some more at the
+    end, so that 16 bytes can be read at a time. steps: int32 [slices * row steps + 1], the words
+    before each. arrived: int32 [slices], zeros: what blocks that share rows count on in a product.
+    """
+
+    words: Tensor
+    steps: Tensor
+    arrived: Tensor
+
+    @property
+    def row_steps(self) -> int:
+        return -(-self.k // STEP)
+
+
+class PairsLayout:
+    """The index part of a pack, and `places`: where each value of W lies, in 16-bit units."""
+
+    def __init__(self, row_offsets: Tensor, col_indices: Tensor, n: int, k: int):
+        self.n, self.k = n, k
+        device, nnz = col_indices.device, col_indices.shape[0]
+        slices, row_steps = -(-n // LANES), -(-k // STEP)
+        rows, columns = expand_rows(row_offsets, nnz), col_indices.long()
+        step = rows // LANES * row_steps + columns // STEP
+        # Of mma's operand A: tile of 16 rows, half of these, row; 16 columns, half, pair.
+        row, column = rows % LANES, columns % STEP
+        register = row // 8 % 2 + column // 8 % 2 * 2
+        slot = column // 16 * 8 + row // 16 * 4 + register
+        lane = row % 8 * 4 + column % 8 // 2
+        pair = (step * SLOTS + slot) * LANES + lane
+
+        has_value = torch.zeros(slices * row_steps * SLOTS * LANES, dtype=torch.bool, device=device)
+        has_value[pair] = True
+        bits = has_value.view(-1, LANES) << torch.arange(LANES, device=device)
+        masks = bits.sum(1).view(-1, SLOTS)  # [steps, slots], int64
+        counts = has_value.view(-1, SLOTS * LANES).sum(1)
+        first = torch.zeros(slices * row_steps + 1, dtype=torch.int64, device=device)
+        torch.cumsum(counts + SLOTS, 0, out=first[1:])
+        if int(first[-1]) >= 2**31 - 4:
+            raise ValueError(f"W: {n} x {k} with {nnz} values is too large for 32-bit offsets")
+        # The words of pairs stand in the order of pairs, after the masks of this and earlier steps.
+        rank = torch.cumsum(has_value, 0, dtype=torch.int64)[pair] - 1
+        self.places = 2 * (rank + SLOTS * (step + 1)) + column % 2
+        words = torch.zeros(-(-int(first[-1]) // 4) * 4, dtype=torch.int32, device=device)
+        at = first[:-1, None] + torch.arange(SLOTS, device=device)
+        words[at] = masks.int()  # bit 31 wraps
+        self.words, self.steps = words.view(torch.int16).view(-1, 2), first.int()
+
+    def fill(self, values: Tensor) -> Pairs:
+        """A pack with these values, in the order of the CSR indices."""
+        words = self.words.clone().view(values.dtype)
+        arrived = torch.zeros(-(-self.n // LANES), dtype=torch.int32, device=words.device)
+        packed = Pairs(self.n, self.k, values.shape[0], words, self.steps, arrived)
+        self.refill_(packed, values)
+        return packed
+
+    def refill_(self, packed: Pairs, values: Tensor) -> None:
+        """Other values in a pack of this layout."""
+        packed.words.view(-1)[self.places] = values.detach()
