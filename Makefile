@@ -11,7 +11,7 @@ CXX_SOURCES := $(shell find csrc tests/cpp tests/cuda -name '*.cpp' -o -name '*.
 BUILD_INPUTS := pyproject.toml setup.py CMakeLists.txt $(CXX_SOURCES)
 VENV_STAMP := $(VENV)/.with-$(subst ==,-,$(TORCH))
 
-.PHONY: demo test lint pytest pytest-without-library sanitize neon cuda sanitize-gpu bench-smoke bench bench-gpu deepsparse clean
+.PHONY: demo test lint pytest pytest-without-library sanitize neon cuda check-gpu sanitize-gpu bench-smoke bench bench-gpu deepsparse clean
 
 demo: $(VENV)/.installed-demo
 	$(BIN)/python -m sparsekern demo --out out
@@ -72,14 +72,20 @@ cuda: $(VENV)/.installed-test
 	$(BIN)/python -m pytest -q -rs tests/test_cuda_library.py
 endif
 
-# On a machine with a GPU, in the environment that PYTHON has.
+# On a machine with a GPU, in the environment that PYTHON has. pytest-xdist makes the first one short.
+check-gpu:
+	PYTHON=$(PYTHON) tests/check_gpu.sh
+
 sanitize-gpu:
 	PYTHON=$(PYTHON) tests/sanitize_gpu.sh
 
-# README's table and plot, then the page of all results.
-bench: $(VENV)/.installed-test
+# README's table and plot, then the page of all results. The demo trains weights to be pruned.
+bench: $(VENV)/.installed-test out/dense/checkpoint.pt
 	$(BIN)/python bench/run.py
 	$(BIN)/python -m sparsekern report
+
+out/dense/checkpoint.pt: | $(VENV)/.installed-test
+	$(BIN)/python -m sparsekern demo --out out
 
 # Needs an NVIDIA GPU. The table in README, then the data that dispatch reads.
 bench-gpu: $(VENV)/.installed-test

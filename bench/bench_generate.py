@@ -151,6 +151,7 @@ def main() -> None:
     parser.add_argument("--tokens", type=int, default=64)
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--out", type=Path, default=RESULTS, help="folder (%(default)s)")
+    parser.add_argument("--commit", help="where there is no repository")
     options = parser.parse_args()
     config, device, dtype = PRESETS[options.preset], "cuda", torch.bfloat16
     gpu = torch.cuda.get_device_name()
@@ -162,7 +163,7 @@ def main() -> None:
         "gpu": gpu,
         "cpu": processor(),
         "torch": torch.__version__,
-        "commit": get_commit_info(),
+        "commit": {"id": options.commit} if options.commit else get_commit_info(),
         "runs": [],
     }
     dense = build(config, 0.0, device, dtype)

@@ -11,3 +11,11 @@ def replace_section(readme: Path, markers: tuple[str, str], text: str) -> None:
     begin, end = markers
     before, rest = whole.split(begin)
     readme.write_text(f"{before}{begin}\n{text}\n{end}{rest.split(end)[1]}")
+
+
+def details(name: str) -> str:
+    """A link to the page of a result, and its plot."""
+    path = f"bench/results/{name}"
+    return (
+        f"Details: [{path}.md]({path}.md).\n\n![times faster than dense, by sparsity]({path}.png)"
+    )

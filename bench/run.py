@@ -85,6 +85,12 @@ Cap: with linears that take no time, by their share of the dense step.
 
 {steps}
 
+## Generation
+
+Tokens a second of all texts of a batch together, the prompt's reading included.
+
+{generation}
+
 ## Memory
 
 Growth of the process's peak by a forward and backward of SparseLinear. The first call also derives
@@ -124,6 +130,7 @@ def page(name: str, result: dict) -> str:
                 tables.by_shape,
                 tables.against_ourselves,
                 tables.steps,
+                tables.generation,
                 tables.memory,
             )
         },
@@ -136,8 +143,8 @@ def timed(infos: list[dict]) -> list[dict]:
 
 def update_readme(name: str, result: dict) -> None:
     summary = tables.summary(timed(infos_of(result)), SUMMARY)
-    details = f"Details: [bench/results/{name}.md](bench/results/{name}.md)."
-    pages.replace_section(README, MARKERS, f"{summary}\n\n{heading(result)} {details}")
+    text = f"{summary}\n\n{heading(result)} {pages.details(name)}"
+    pages.replace_section(README, MARKERS, text)
 
 
 def write(folder: Path, name: str, text: str) -> None:

@@ -5,11 +5,13 @@ python bench/run_gpu.py crossover   sparsekern/kernels/crossover.json
 python bench/run_gpu.py publish X.json   the same from a file that --out FOLDER wrote
 
 With --out only the JSON is written, there: to measure on a machine without the repository or
-without matplotlib. --dtype float16; --quick: one small shape, nothing is published.
+without matplotlib. --part 1/2 and --part 2/2 share the shapes out, to two GPUs; `publish` then gets
+both files. --dtype float16; --quick: one small shape, nothing is published.
 """
 
 import argparse
 import json
+import math
 import platform
 import re
 import sys
@@ -33,6 +35,8 @@ README = BENCH.parent / "README.md"
 MARKERS = "<!-- bench-gpu: begin -->", "<!-- bench-gpu: end -->"
 CROSSOVER = BENCH.parent / "sparsekern" / "kernels" / "crossover.json"
 LIMIT_S = 230.0  # no new W is begun after so long
+
+Part = tuple[int, int]  # (2, 3): the second of three
 
 QUICK = Grid(shapes=((512, 1024),), tokens=(1, 16), sparsities=(0.5, 0.9), masks=("random",))
 
@@ -104,8 +108,11 @@ def machine(commit: str | None) -> dict:
     }
 
 
-def measure(verb: str, grid: Grid, path: Path, commit: str | None) -> dict:
-    """All cells; the file is written after each shape, so that nothing is lost with a later one."""
+def measure(
+    verb: str, grid: Grid, path: Path, commit: str | None, part: Part | None = None
+) -> dict:
+    """All cells; the file is written after each W, so that nothing is lost with a later one.
+    `part`: which one of the whole `grid` is."""
     start = time.monotonic()
     make = peers_gpu.decode_ways if verb == "decode" else peers_gpu.crossover_ways
     ways = make()
@@ -115,6 +122,7 @@ def measure(verb: str, grid: Grid, path: Path, commit: str | None) -> dict:
         "date": str(date.today()),
         "seed": generator.seed(),
         "is_whole": False,
+        **({"part": part} if part else {}),
         "machine": machine(commit) | {"missing": {w.name: w.missing for w in ways if w.missing}},
         "cells": [],
     }
@@ -156,9 +164,10 @@ def heading(result: dict) -> str:
     changed = " with local changes" if m["dirty"] else ""
     dtype = result["cells"][0]["dtype"].removeprefix("torch.")
     smi = "".join(f", {name.replace('.', ' ')} {value}" for name, value in clocks.items())
+    gpus = f", each W on one of {len(result['parts'])} such GPUs" if "parts" in result else ""
     return (
         f"{m['gpu']} ({m['capability']}, {m['multiprocessors']} multiprocessors), {dtype}, "
-        f"torch {m['torch']}, CUDA {m['cuda']}{smi}, {result['date']}, "
+        f"torch {m['torch']}, CUDA {m['cuda']}{smi}{gpus}, {result['date']}, "
         f"commit {m['commit'][:10]}{changed}."
     )
 
@@ -199,9 +208,36 @@ def digest(result: dict) -> str:
     return "\n\n".join(parts)
 
 
+def joined(results: list[dict]) -> dict:
+    """The result of all parts of a grid, in the order of the grid, about the machine of the first;
+    `parts` has all of them."""
+    first, *others = results
+    if not others:
+        return first
+    places = sorted(tuple(r.get("part", ())) for r in results)
+    if places != [(i + 1, len(results)) for i in range(len(results))]:
+        raise SystemExit(f"bench-gpu: expected all parts of a grid, once each, got {places}")
+
+    def identity(r: dict) -> tuple:
+        dtypes = {cell["dtype"] for cell in r["cells"]}
+        return r["verb"], *(r["machine"][key] for key in ("gpu", "torch", "commit")), *dtypes
+
+    if len(about := set(map(identity, results))) > 1:
+        raise SystemExit(f"bench-gpu: expected parts of one measurement, got {about}")
+    shapes = grid_of(first["verb"], torch.bfloat16, quick=False).shapes
+    cells = sorted(
+        (cell for r in results for cell in r["cells"]),
+        key=lambda c: (measure_gpu.MASKS.index(c["mask"]), shapes.index((c["N"], c["K"]))),
+    )
+    parts = [{key: value for key, value in r.items() if key != "cells"} for r in results]
+    whole = {key: value for key, value in first.items() if key != "part"}
+    is_whole = all(r["is_whole"] for r in results)
+    return whole | {"is_whole": is_whole, "parts": parts, "cells": cells}
+
+
 def publish(result: dict) -> None:
     """Of decode: JSON, page, plot and README's table. Of crossover: the data file."""
-    if not result["is_whole"]:
+    if not result["is_whole"] or "part" in result:
         raise SystemExit("bench-gpu: not published, since some cells were not run")
     if tables_gpu.failures(result["cells"]):
         raise SystemExit("bench-gpu: not published, since one of our kernels failed or was wrong")
@@ -228,8 +264,7 @@ def write_page(folder: Path, name: str, result: dict) -> None:
 
 
 def update_readme(name: str, result: dict) -> None:
-    details = f"Details: [bench/results/{name}.md](bench/results/{name}.md)."
-    text = f"{tables_gpu.summary(result['cells'])}\n\n{heading(result)} {details}"
+    text = f"{tables_gpu.summary(result['cells'])}\n\n{heading(result)} {pages.details(name)}"
     pages.replace_section(README, MARKERS, text)
 
 
@@ -251,6 +286,22 @@ def grid_of(verb: str, dtype: torch.dtype, quick: bool) -> Grid:
     return replace(crossover.GRID, dtype=dtype)
 
 
+def part_of(grid: Grid, part: Part) -> Grid:
+    """Its share of the shapes: the largest first, each goes to the part with the fewest weights."""
+    place, count = part
+    shares: list[list[tuple[int, int]]] = [[] for _ in range(count)]
+    for shape in sorted(grid.shapes, key=math.prod, reverse=True):
+        min(shares, key=lambda share: sum(map(math.prod, share))).append(shape)
+    return replace(grid, shapes=[shape for shape in grid.shapes if shape in shares[place - 1]])
+
+
+def parse_part(text: str) -> Part:
+    place, _, count = text.partition("/")
+    if not (place.isdigit() and count.isdigit() and 1 <= int(place) <= int(count)):
+        raise argparse.ArgumentTypeError(f"expected 1/2 or the like, got {text}")
+    return int(place), int(count)
+
+
 def main(arguments: list[str]) -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     verbs = parser.add_subparsers(dest="verb", required=True)
@@ -260,26 +311,30 @@ def main(arguments: list[str]) -> int:
         options.add_argument("--out", type=Path)
         options.add_argument("--commit", help="where there is no repository")
         options.add_argument("--quick", action="store_true")
-    verbs.add_parser("publish").add_argument("file", type=Path)
+        options.add_argument("--part", type=parse_part, help="1/2: the first half of the shapes")
+    verbs.add_parser("publish").add_argument("files", type=Path, nargs="+")
     args = parser.parse_args(arguments)
     if args.verb == "publish":
-        publish(json.loads(args.file.read_text()))
+        publish(joined([json.loads(file.read_text()) for file in args.files]))
         return 0
     if not torch.cuda.is_available():
         raise SystemExit("bench-gpu: torch finds no NVIDIA GPU")
 
     folder = args.out or PARTIAL
-    path = folder / f"{args.verb}-{args.dtype}.json"
+    suffix = "-{}of{}".format(*args.part) if args.part else ""
+    path = folder / f"{args.verb}-{args.dtype}{suffix}.json"
     if args.verb == "decode" and (reason := peers_gpu.stream(1).missing):
         raise SystemExit(f"bench-gpu: nothing to measure: {reason}")
     grid = grid_of(args.verb, getattr(torch, args.dtype), args.quick)
-    result = measure(args.verb, grid, path, args.commit)
+    if args.part:
+        grid = part_of(grid, args.part)
+    result = measure(args.verb, grid, path, args.commit, args.part)
     print(digest(result))
     print(f"{len(result['cells'])} cells in {result['seconds']:.0f} s: {path}")
     if bad := tables_gpu.failures(result["cells"]):
         print("\n".join(["Failed or wrong:", *bad[:20]]))
         return 1
-    if not args.quick and not args.out:
+    if not args.quick and not args.out and not args.part:
         publish(result)
     return 0
 

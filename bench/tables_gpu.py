@@ -221,7 +221,8 @@ def plot(cells: list[dict], title: str) -> "Figure":
         ticks = [100 * s for s in sparsities_of(cells)]
         panel.set(xlabel="zeros in W (%)", yscale="log")
         panel.set_xticks(ticks, [f"{t:g}" for t in ticks])
-        panel.set_yticks([0.5, 1, 2, 3, 4, 5, 6], ["0.5x", "1x", "2x", "3x", "4x", "5x", "6x"])
+        times = (0.5, 1, 2, 3, 4, 6, 8, 10)
+        panel.set_yticks(times, [f"{t:g}x" for t in times])
         panel.minorticks_off()
         panel.grid(alpha=0.3)
         panel.legend(frameon=False, fontsize=9)

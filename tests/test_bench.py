@@ -58,6 +58,7 @@ def some_infos(bench) -> list[dict]:
             result("spmm", 1, 0.5, ours_s=1.0, is_cold=True),
             result("sddmm", 256, 0.75, ours_s=2.0),
             result("train_step", 1024, 0.75, ours_s=2.0, rivals=dense, **model, **cap),
+            result("generate", 4, 0.75, ours_s=2.0, rivals=dense, **model | {"batch": 4}, tokens=8),
         ),
         {"op": "memory", "M": 1, "N": 8, "K": 8, "every": 4, "threads": 1, **sizes},
     ]
@@ -92,6 +93,8 @@ def test_tables_hold_geometric_means(bench):
         ["training step of the demo's GPT", "1", "", "2.00"],
     ]
     (scaling, dense) = tables.against_ourselves(some_infos(bench)).splitlines()[2:]
+    (*_, speeds) = tables.generation(some_infos(bench)).splitlines()
+    assert [part.strip() for part in speeds.split("|")[5:8]] == ["8.0", "16.0", "2.00"]
     assert "sparsekern, one thread" in scaling and "2.00" in scaling and "1.00" in dense
 
 

@@ -47,13 +47,13 @@ def small(monkeypatch):
 
 def test_the_command_measures_every_product(small, tmp_path, capsys):
     out = tmp_path / "new" / "bench.json"
-    assert main(["bench", "--quick", "--device=cpu", f"--out={out}"]) == 0
+    assert main(["bench", "--quick", "--device=cpu", f"--out={out}", "--commit=abc"]) == 0
     printed = capsys.readouterr().out
     result = json.loads(out.read_text())
     about, infos = result["machine_info"], [b["extra_info"] for b in result["benchmarks"]]
     assert {info["op"] for info in infos} == set(products.PRODUCTS)
     assert {"cpu", "cores", "isa", "torch", "python", "sparsekern"} <= about.keys()
-    assert {"id", "dirty"} == result["commit_info"].keys()
+    assert result["commit_info"] == {"id": "abc", "dirty": False} and "commit abc" in printed
     for info in infos:
         assert info["error"] < 2e-6 and info["speedup"] > 0 and info["kernel"]
         assert all(rival["is_right"] for rival in info["rivals"].values())
@@ -62,6 +62,20 @@ def test_the_command_measures_every_product(small, tmp_path, capsys):
             assert 0 < info["shares"]["roofline"] and (info["level"] == "memory") >= info["is_cold"]
     assert len([line for line in printed.splitlines() if line.startswith("| ")]) == len(infos) + 2
     assert ("No ceilings" in printed) == (cpu._C is None)
+
+
+def test_what_was_measured_before_an_error_is_kept_apart(small, tmp_path, monkeypatch, capsys):
+    made = iter(measure.cpu_work(quick=True, threads=1)[:2])
+
+    def fail():
+        raise ArithmeticError("the third is wrong")
+
+    monkeypatch.setattr(measure, "cpu_work", lambda quick, threads: [*made, fail])
+    out = tmp_path / "bench.json"
+    assert main(["bench", "--quick", "--device=cpu", f"--out={out}"]) == 2
+    assert "the third is wrong" in capsys.readouterr().err
+    partial = json.loads(out.with_suffix(".partial.json").read_text())
+    assert len(partial["benchmarks"]) == 2 and not out.exists()
 
 
 @needs_library
@@ -256,7 +270,7 @@ def test_a_gpus_products_are_benchmarks_like_a_cpus(gpu_cells):
         info = benchmark["extra_info"]
         assert info["speedup"] == 1 and info["device"] == "cuda" and "failed" in info
         assert all(rival["is_right"] for rival in info["rivals"].values())
-        assert len(measure.row(info)) == len(measure.COLUMNS)
+        assert len(measure.row(benchmark)) == len(measure.COLUMNS)
         assert info["useful_flop"] == info["passes"] * 2 * info["M"] * info["nnz"]
     rivals = {b["extra_info"]["op"]: b["extra_info"]["rivals"].keys() for b in made}
     assert rivals["linear"] == {"F.linear"}

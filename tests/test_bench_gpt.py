@@ -44,7 +44,7 @@ def test_a_gpts_step_is_a_benchmark_that_the_report_reads(step, tmp_path):
         assert info["speedup"] == 2 and 0 < info["error"] < 1e-2 and info["M"] == 16
         assert set(info["rivals"]) == {"dense", "dense, compiled", "sparsekern, compiled"}
         assert all(rival["is_right"] for rival in info["rivals"].values())
-        assert len(measure.row(info)) == len(measure.COLUMNS)
+        assert len(measure.row(benchmark)) == len(measure.COLUMNS)
         assert info["useful_flop"] < info["dense_flop"]
     path = tmp_path / "result.json"
     about = {"gpu": "NVIDIA H200", "cpu": "", "cores": 2, "isa": "avx2", "torch": "2.11.0"}
@@ -52,7 +52,10 @@ def test_a_gpts_step_is_a_benchmark_that_the_report_reads(step, tmp_path):
     fields = {"machine_info": about, "commit_info": commit, "datetime": "2026-01-02T00:00:00"}
     path.write_text(json.dumps(fields | {"benchmarks": made}))
     (part,) = sections.training(load(tmp_path))
-    assert [row[:2] for row in part.rows] == [["tiny 50%", "GPU"], ["tiny 75%", "GPU"]]
+    assert [row[:2] for row in part.rows] == [
+        ["tiny 50% zeros", "GPU"],
+        ["tiny 75% zeros", "GPU"],
+    ]
     (pair, _) = wafer.compare(machine("wse2"), [path])
     assert pair.what == "train_step tiny, 16 tokens, GPU" and pair.measured == 2
 

@@ -1,5 +1,6 @@
 """The GPU's benchmark without a GPU: its race on a clock that only calls, its tables, its pages."""
 
+import argparse
 import json
 import sys
 from contextlib import nullcontext
@@ -13,6 +14,8 @@ import torch.nn.functional as F
 from sparsekern import SparseTensor
 from sparsekern.bench import crossover, measure_gpu, peers_gpu
 from sparsekern.kernels import crossover as shipped
+from sparsekern.kernels import packs
+from sparsekern.kernels.streams import StreamsLayout
 
 BENCH = Path(__file__).parents[1] / "bench"
 
@@ -236,6 +239,53 @@ def test_rows_of_the_table_and_torch_csr_compute_the_product():
             torch.testing.assert_close(y, tokens @ W.t())
 
 
+def test_copies_of_a_weight_are_laid_out_once():
+    W, made = SparseTensor.from_dense(torch.randn(48, 64).relu().bfloat16()), []
+
+    def multiply(x, W):
+        def make_layout():
+            made.append(1)
+            return StreamsLayout(*pattern, *W.shape)
+
+        pattern = W.row_offsets, W.col_indices
+        pack = packs.pack_of("stream", 1, make_layout, *pattern, W.values, *W.shape)
+        used.append(pack)
+        return x
+
+    way = peers_gpu.in_csr("stream", multiply)
+    first = way.lay_out(W)
+    twins = [first, way.clone(first), way.clone(first)]
+    before = packs._packs.keys() | set()
+    for _ in range(2):
+        used = []
+        for each in twins:
+            way.multiply(None, each)
+        assert made == [1]
+        packed = [pack.packed for pack in used]
+        assert len({id(pack) for pack in used}) == 3
+        assert len({p.values.data_ptr() for p in packed}) == 3
+        assert all(torch.equal(p.values, packed[0].values) for p in packed)
+    # A pack still follows its own values, and goes with its pattern.
+    twins[1].W.values.mul_(2)
+    way.multiply(None, twins[1])
+    assert torch.equal(used[-1].packed.values, 2 * packed[0].values) and made == [1]
+    assert torch.equal(packed[2].values, packed[0].values)
+    del first, twins, each
+    assert not packs._packs.keys() - before
+
+
+def test_a_layout_that_suits_two_numbers_of_tokens_is_made_once(monkeypatch):
+    made = []
+    monkeypatch.setattr(peers_gpu, "pack", lambda W, tokens: made.append(tokens) or tokens)
+    monkeypatch.setattr(
+        peers_gpu, "choose_layout", lambda tokens: "cover" if tokens > 2 else "streams"
+    )
+    for density, want in ((0.5, [1, 16, 32]), (0.3, [1, 16, 64]), (0.1, [1, 16])):
+        W = SparseTensor.from_dense((torch.arange(1000) < 1000 * density).float().view(10, 100))
+        ways, made[:] = peers_gpu.streams(), []
+        assert [way.lay_out(W) for way in ways][:2] == [1, 16] and made == want
+
+
 def test_a_way_with_another_weight_is_held_against_its_own_product():
     way = dense_way("2:4")
     way = replace(
@@ -338,6 +388,55 @@ def test_results_are_a_page_a_plot_and_readmes_section(bench, monkeypatch, tmp_p
     path.write_text(json.dumps(found))
     with pytest.raises(SystemExit, match="failed or was wrong"):
         run_gpu.main(["publish", str(path)])
+
+
+def test_parts_share_the_shapes_out(bench):
+    run_gpu = bench("run_gpu")
+    for verb, sizes in (("decode", [3, 4]), ("crossover", [1, 2])):
+        grid = run_gpu.grid_of(verb, torch.bfloat16, quick=False)
+        parts = [run_gpu.part_of(grid, (place, 2)).shapes for place in (1, 2)]
+        assert sorted(parts[0] + parts[1]) == sorted(grid.shapes)
+        assert [len(part) for part in parts] == sizes
+    loads = [
+        sum(n * k for n, k in run_gpu.part_of(measure_gpu.Grid(), (i, 2)).shapes) for i in (1, 2)
+    ]
+    assert max(loads) < 1.05 * min(loads)
+    for text in ("0/2", "3/2", "1", "a/b"):
+        with pytest.raises(argparse.ArgumentTypeError, match=f"got {text}"):
+            run_gpu.parse_part(text)
+
+
+def test_parts_are_published_together(bench, monkeypatch, tmp_path):
+    pytest.importorskip("matplotlib")
+    run_gpu, whole = bench("run_gpu"), result(some_cells())
+    monkeypatch.setattr(run_gpu, "RESULTS", tmp_path)
+    monkeypatch.setattr(run_gpu, "README", tmp_path / "README.md")
+    run_gpu.README.write_text("\n".join(run_gpu.MARKERS))
+    grid = measure_gpu.Grid(shapes=((8, 8), (8, 16)))
+    monkeypatch.setattr(run_gpu, "grid_of", lambda *_, **__: grid)
+
+    def written(place: int, **fields) -> str:
+        cells = [c for c in whole["cells"] if c["K"] == 8 * place]
+        path = tmp_path / f"part{place}.json"
+        path.write_text(json.dumps(whole | {"cells": cells, "part": (place, 2)} | fields))
+        return str(path)
+
+    first, second = written(1), written(2)
+    assert run_gpu.main(["publish", second, first]) == 0
+    published = json.loads((tmp_path / f"{run_gpu.name_of(whole)}.json").read_text())
+    assert published["cells"] == json.loads(json.dumps(whole["cells"])) and "part" not in published
+    assert [part["part"] for part in published["parts"]] == [[2, 2], [1, 2]]
+    assert "each W on one of 2 such GPUs" in run_gpu.README.read_text()
+
+    for fields, message in (
+        ({"part": (1, 2)}, "expected all parts of a grid"),
+        ({"machine": {**whole["machine"], "commit": "def"}}, "expected parts of one measurement"),
+        ({"is_whole": False}, "some cells were not run"),
+    ):
+        with pytest.raises(SystemExit, match=message):
+            run_gpu.main(["publish", first, written(2, **fields)])
+    with pytest.raises(SystemExit, match="some cells were not run"):
+        run_gpu.main(["publish", first])
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="this machine has a GPU")

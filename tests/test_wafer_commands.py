@@ -177,7 +177,7 @@ def test_compare_lists_measurements_beside_predictions(capsys, tmp_path):
 
 
 def test_compare_takes_training_steps(capsys):
-    results = sorted(RESULTS.glob("*2-cores-avx512-2026-11-23.json"))
+    results = sorted(RESULTS.glob("*2-cores-avx512-2026-11-24.json"))
     out = run(capsys, "compare", "--match", "train_step", "--results", *map(str, results))
     assert "train_step demo, 1024 tokens, 1 threads" in out
 

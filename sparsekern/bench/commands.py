@@ -24,6 +24,7 @@ def add_commands(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--out", type=Path, default=Path("out/bench.json"), help="JSON (%(default)s)"
     )
+    parser.add_argument("--commit", help="where there is no repository")
     commands = parser.add_subparsers(dest="bench_command")
     added = commands.add_parser("compare", help="fails where NEW is slower than OLD")
     added.set_defaults(run=run_compare)
@@ -34,7 +35,7 @@ def add_commands(parser: argparse.ArgumentParser) -> None:
     )
 
 
-def run_bench(quick: bool, device: str | None, out: Path, **options) -> None:
+def run_bench(quick: bool, device: str | None, out: Path, commit: str | None, **options) -> None:
     warnings.filterwarnings("ignore", message="Sparse .* tensor support is in beta state")
     has_gpu = torch.cuda.is_available()
     if device == "cuda" and not has_gpu:
@@ -45,17 +46,27 @@ def run_bench(quick: bool, device: str | None, out: Path, **options) -> None:
         return
     benchmarks = measure.measure(device, quick)
     result = next(benchmarks)
+    if commit:
+        result["commit_info"] = {"id": commit, "dirty": False}
     progress = Progress(result.pop("wanted"), 0, unit="product")
     progress.line(measure.heading(result))
-    for benchmark in benchmarks:
-        result["benchmarks"].append(benchmark)
-        info = benchmark["extra_info"]
-        progress.advance()
-        progress.line(f"{benchmark['group']}: {info['speedup']:.2f} times dense")
+    try:
+        for benchmark in benchmarks:
+            result["benchmarks"].append(benchmark)
+            info = benchmark["extra_info"]
+            progress.advance()
+            progress.line(f"{benchmark['group']}: {info['speedup']:.2f} times dense")
+    except BaseException:
+        _write(out.with_suffix(".partial.json"), result)
+        raise
     progress.close()
-    with atomic_write(out) as file:
-        file.write(json.dumps(result, indent=1).encode())
+    _write(out, result)
     print(f"\n{measure.render(result)}\n\n{len(result['benchmarks'])} products: {out}")
+
+
+def _write(path: Path, result: dict) -> None:
+    with atomic_write(path) as file:
+        file.write(json.dumps(result, indent=1).encode())
 
 
 def run_compare(old: Path, new: Path, threshold: float, **options) -> int:

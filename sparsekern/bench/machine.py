@@ -82,7 +82,9 @@ def gpu_under_load() -> dict[str, str]:
     for _ in range(1000):  # about a second
         target.copy_(source)
     query = f"--query-gpu={','.join(SMI_FIELDS)}"
-    command = ["nvidia-smi", query, "--format=csv,noheader", "-i", "0"]
+    # CUDA_VISIBLE_DEVICES renumbers torch's GPUs, and not nvidia-smi's.
+    uuid = f"GPU-{torch.cuda.get_device_properties(torch.cuda.current_device()).uuid}"
+    command = ["nvidia-smi", query, "--format=csv,noheader", "-i", uuid]
     try:
         text = subprocess.run(command, capture_output=True, text=True, check=True).stdout
     except (OSError, subprocess.CalledProcessError):

@@ -115,11 +115,13 @@ def heading(result: dict) -> str:
     return "\n".join(lines)
 
 
-COLUMNS = ["product", "M", "N x K", "zeros", "kernel", "us", "useful GFLOP/s", "GB/s"]
-COLUMNS += ["of peak", "of bandwidth", "of roofline", "times dense", "torch CSR", "error"]
+COLUMNS = ["product", "M", "N x K", "zeros", "kernel", "us", "spread", "useful GFLOP/s"]
+COLUMNS += ["GB/s", "of peak", "of bandwidth", "of roofline", "times dense", "torch CSR", "error"]
 
 
-def row(info: dict) -> list[object]:
+def row(benchmark: dict) -> list[object]:
+    """us: the median; spread: from the least to the most, as a share of it."""
+    info, seconds = benchmark["extra_info"], benchmark["stats"]
     shares = info.get("shares", {})
     cold = " cold" if info["is_cold"] else ""
     csr = info["speedups"].get("torch CSR")
@@ -130,6 +132,7 @@ def row(info: dict) -> list[object]:
         f"{info['sparsity']:.0%}",
         info["kernel"],
         f"{1e6 * info['ours_s']:.1f}",
+        f"{(seconds['max'] - seconds['min']) / seconds['median']:.0%}",
         f"{1e-9 * info['useful_flop_per_s']:.1f}",
         f"{1e-9 * info['moved_bytes_per_s']:.1f}" if "moved_bytes" in info else "",
         f"{shares['flop']:.0%}" if shares else "",
@@ -142,5 +145,5 @@ def row(info: dict) -> list[object]:
 
 
 def render(result: dict) -> str:
-    rows = [row(benchmark["extra_info"]) for benchmark in result["benchmarks"]]
+    rows = [row(benchmark) for benchmark in result["benchmarks"]]
     return f"{heading(result)}\n\n{table(COLUMNS, rows)}"

@@ -15,11 +15,27 @@ LINES = ("-.", "--", "-", ":")
 
 
 def figure(panels: int, width: float = 5.0, height: float = 4.2, **options):
-    """A figure and its panels, side by side."""
+    """A figure and its panels, in rows that a page can hold."""
     # Figure itself, not pyplot: no window system is touched and no figure stays open.
     make = require("matplotlib.figure", "demo").Figure
-    found = make(figsize=(max(6.0, width * panels), height), layout="constrained")
-    return found, found.subplots(1, panels, squeeze=False, **options)[0]
+    columns = _columns(panels)
+    rows = -(-panels // columns)
+    size = max(6.0, width * columns), height * rows
+    found = make(figsize=size, layout="constrained")
+    places = found.subplots(rows, columns, squeeze=False, **options).flat
+    for place in places[panels:]:
+        place.remove()
+    return found, places[:panels]
+
+
+def _columns(panels: int) -> int:
+    """Of so many panels; more than three would be too small to read."""
+    return panels if panels <= 3 else 2
+
+
+def _label_rows(panels, label: str) -> None:
+    for panel in panels[:: _columns(len(panels))]:
+        panel.set_ylabel(label)
 
 
 def _grid(panel) -> None:
@@ -40,7 +56,7 @@ def _log_times(panel, ratios: Iterable[float]) -> None:
 
 def _legend_below(made, panels: int) -> None:
     """As wide as one panel has room for, or as several."""
-    ncols = min(4, 2 * panels)
+    ncols = min(4, 2 * _columns(panels))
     made.legend(loc="outside lower center", ncols=ncols, frameon=False, fontsize=9)
 
 
@@ -80,7 +96,7 @@ def speedup(passes: dict[str, list[dict]]):
         _percent_axis(panel, sparsities_of(records))
         _grid(panel)
     _log_times(panels[0], shown)
-    panels[0].set_ylabel("times faster than the best dense call")
+    _label_rows(panels, "times faster than the best dense call")
     for M, (colour, marker) in styles.items():
         label = f"M = {M:,} token{'s' * (M > 1)}"
         panels[0].plot([], [], color=colour, marker=marker, label=label)
@@ -213,7 +229,7 @@ def prediction(passes: dict[str, dict[str, dict[float, float]]]):
         _grid(panel)
     ratios = [r for curves in passes.values() for curve in curves.values() for r in curve.values()]
     _log_times(panels[0], ratios)
-    panels[0].set_ylabel("times faster than dense")
+    _label_rows(panels, "times faster than dense")
     for name, (colour, marker) in styles.items():
         panels[0].plot([], [], color=colour, marker=marker, label=name)
     _legend_below(made, len(panels))

@@ -151,7 +151,7 @@ def decoding(results: Sequence[Result]) -> list[Part]:
     for result in results:
         if result.kind == GENERATION:
             speeds = {
-                f"{run['sparsity']:.0%}\nbatch {run['batch']}": {
+                f"{run['sparsity']:.0%} zeros\nbatch {run['batch']}": {
                     side: run[side]["tokens_per_s"] for side in ("dense", "sparse")
                 }
                 for run in result.data["runs"]
@@ -176,13 +176,13 @@ def decoding(results: Sequence[Result]) -> list[Part]:
             speeds, rows = _speeds(
                 found,
                 lambda r: r["batch"] * r["tokens"],
-                lambda r: f"{r['model']}, {r['sparsity']:.0%}\nbatch {r['batch']}",
+                lambda r: f"{r['model']}, {r['sparsity']:.0%} zeros\nbatch {r['batch']}",
             )
             parts.append(_bars(result, speeds, _SPEED_HEADER, rows))
     return parts
 
 
-_SPEED_HEADER = ["model, zeros", "threads", "dense tokens/s", "sparse tokens/s", "times dense"]
+_SPEED_HEADER = ["model", "threads", "dense tokens/s", "sparse tokens/s", "times dense"]
 
 
 def _speeds(
@@ -223,7 +223,7 @@ def training(results: Sequence[Result]) -> list[Part]:
             speeds, rows = _speeds(
                 chosen,
                 lambda r: r["M"],
-                lambda r: f"{r['model'].replace('-', chr(10))}\n{r['sparsity']:.0%}",
+                lambda r: f"{r['model'].replace('-', chr(10))}\n{r['sparsity']:.0%} zeros",
             )
             figure = plots.bars(speeds, "tokens/s", ("sparse", "dense"))
             parts.append(Part(_where(result, threads), figure, _SPEED_HEADER, rows))
