@@ -72,20 +72,19 @@ __device__ inline void expand_pairs(const unsigned* words, const int* steps, uns
   const int lane = threadIdx.x % kWarp;
   const int step = blockIdx.x * kExpandWarps + threadIdx.x / kWarp;
   if (step >= slices * row_steps) return;
-  const unsigned* masks = words + steps[step];
-  const unsigned* values = masks + kSlots;
+  const unsigned* head = words + steps[step];
+  const unsigned mask = head[lane];
+  const int start = reinterpret_cast<const unsigned short*>(head + kWarp)[lane];
+  const unsigned* values = head + kHeadWords + start / 4;
   for (int slot = 0; slot < kSlots; ++slot) {
-    const unsigned mask = masks[slot], before = (1u << lane) - 1;
-    if (mask >> lane & 1) {
-      const unsigned pair = values[__popc(mask & before)];
-      const int row = step / row_steps * kWarp + slot / 4 % 2 * 16 + slot % 2 * 8 + lane / 4;
-      const int col =
-          step % row_steps * kStepColumns + slot / 8 * 16 + slot % 4 / 2 * 8 + lane % 4 * 2;
-      unsigned short* out = w + static_cast<long long>(row) * k + col;
-      if (pair & 0x7fffu) out[0] = static_cast<unsigned short>(pair);
-      if (pair & 0x7fff0000u) out[1] = static_cast<unsigned short>(pair >> 16);
-    }
-    values += __popc(mask);
+    if (!(mask >> (slot % 4 * 8 + slot / 4 + 2) % 32 & 1)) continue;
+    const unsigned pair = *values++;
+    const int row = step / row_steps * kWarp + slot / 4 % 2 * 16 + slot % 2 * 8 + lane / 4;
+    const int col =
+        step % row_steps * kStepColumns + slot / 8 * 16 + slot % 4 / 2 * 8 + lane % 4 * 2;
+    unsigned short* out = w + static_cast<long long>(row) * k + col;
+    if (pair & 0x7fffu) out[0] = static_cast<unsigned short>(pair);
+    if (pair & 0x7fff0000u) out[1] = static_cast<unsigned short>(pair >> 16);
   }
 }
 

@@ -1,15 +1,17 @@
 // The pairs of a packed weight, for any W (sparsekern/kernels/pairs.py makes them).
 //
 // W is cut into steps of 32 rows and 64 columns, of which each lane of a warp has 32 pairs of
-// neighbouring columns: those of operand A of mma in ptx.cuh, register by register. A pair that has
-// a value is a word, low half the left column; the others are not stored. A step is
+// neighbouring columns: those of operand A of mma in ptx.cuh, register by register. Slot s of a
+// lane is register s % 4 of rows 16 (s / 4 % 2) .. + 15 and columns 16 (s / 8) .. + 15. A pair that
+// has a value is a word, low half the left column; the others are not stored. A step is
 //
-//   masks   32 words: bit l of word s is set if lane l has slot s. Slot s is register s % 4 of rows
-//           16 (s / 4 % 2) .. + 15 and columns 16 (s / 8) .. + 15
-//   values  the words, slot by slot, in a slot by lane
+//   masks   a word a lane: bit (8 (s % 4) + s / 4 + 2) % 32 is set if the lane has slot s, which
+//           puts four slots into the same bit of four bytes
+//   starts  16 bits a lane: where its words begin, in bytes after the starts
+//   values  the words, lane by lane, in a lane by slot
 //
 // Steps of the same 32 rows follow one another without gaps, so a warp may begin at any of them.
-// For a random mask of density d that is 1/16 + 2 (1 - (1 - d)^2) bytes a place of W.
+// For a random mask of density d that is 3/32 + 2 (1 - (1 - d)^2) bytes a place of W.
 #pragma once
 
 #include "numbers.cuh"
@@ -18,7 +20,8 @@ namespace sk {
 
 constexpr int kStepColumns = 64;
 constexpr int kSixteens = kStepColumns / 16;
-constexpr int kSlots = 32;                               // of a step
-constexpr int kMostStepWords = kSlots + kSlots * kWarp;  // where all pairs have values
+constexpr int kSlots = 32;                                   // of a lane in a step
+constexpr int kHeadWords = kWarp + kWarp / 2;                // masks and starts
+constexpr int kMostStepWords = kHeadWords + kSlots * kWarp;  // where all pairs have values
 
 }  // namespace sk

@@ -49,8 +49,7 @@ __device__ inline uint4 load_shared_v4(unsigned at) {
 
 // The word at `at` if `condition` is not 0, else 0: a predicate, where the compiler would make a
 // branch.
-__device__ inline unsigned load_shared_if(unsigned at, unsigned condition) {
-  unsigned v;
+__device__ inline void load_shared_if(unsigned& word, unsigned at, unsigned condition) {
   asm volatile(
       "{\n"
       ".reg .pred p;\n"
@@ -58,10 +57,16 @@ __device__ inline unsigned load_shared_if(unsigned at, unsigned condition) {
       "mov.u32 %0, 0;\n"
       "@p ld.shared.u32 %0, [%1];\n"
       "}"
-      : "=r"(v)
+      : "=&r"(word)
       : "r"(at), "r"(condition)
       : "memory");
-  return v;
+}
+
+// The products of the four bytes of a and b, and add: their sum.
+__device__ inline unsigned dot_bytes(unsigned a, unsigned b, unsigned add) {
+  unsigned sum;
+  asm("dp4a.u32.u32 %0, %1, %2, %3;" : "=r"(sum) : "r"(a), "r"(b), "r"(add));
+  return sum;
 }
 
 __device__ inline void store_shared(unsigned at, uint2 v) {

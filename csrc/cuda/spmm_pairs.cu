@@ -1,14 +1,12 @@
 // y[M, N] = x[M, K] @ W[N, K]^T + bias[N] for M <= 64 tokens on dense tensor cores, W packed as
-// pairs.cuh says: a warp takes the words of its lanes out of the stream into operand A of mma and
-// leaves 0 in the registers that have none.
+// pairs.cuh says: each lane of a warp takes its words out of the stream, one after the other, into
+// operand A of mma and leaves 0 in the registers that have none.
 //
-// The rank of a lane in a slot is the number of lanes before it that have a word there, so the
-// lanes that read a slot find their words side by side: one wavefront, whatever the pattern.
-//
-// Bytes: those of the steps, once, and x once for each block of rows. About 8 instructions for a
-// slot of 64 places of W, full or empty, and x is read from shared memory once for 32 rows: 4 bytes
-// a place with 64 tokens. So it suits more tokens than cover, whose slots are fewer but pay for x
-// each.
+// Bytes: those of the steps, once, and x once for each block of rows. A slot of 64 places of W
+// costs 4.5 instructions, full or empty, and as many wavefronts of shared memory as lanes meet in a
+// bank: 3 on average where all have a word. x is read from shared memory once for 64 rows (mma:
+// 32): 2 bytes a place with 64 tokens. So it suits more tokens than cover, whose slots are fewer
+// but pay for x each.
 //
 // runs.cuh says who does what.
 #include "launch.cuh"
@@ -17,14 +15,17 @@
 
 namespace sk {
 
-// The words of a warp on their way through shared memory: a ring of rows of 16 bytes a lane.
+// The words of a warp on their way through shared memory: a ring of rows of 16 bytes a lane. What
+// the ring begins with lies behind its end once more, so that a lane's words of a step are a piece.
 class Words {
  public:
-  static constexpr int kRowBytes = kWarp * 16, kRows = 16;
-  static constexpr int kBytes = kRows * kRowBytes;
+  static constexpr unsigned kRowBytes = kWarp * 16, kRows = 16;
+  static constexpr unsigned kRingBytes = kRows * kRowBytes, kLaneBytes = kSlots * 4;
+  static constexpr unsigned kBytes = kRingBytes + kLaneBytes;
 
-  // Reads the words of `range`; `shared`, a multiple of kBytes, has as many for this warp.
-  __device__ Words(unsigned shared, const unsigned* words, const Range& range) : shared_(shared) {
+  // Reads the words of `range`; `shared` has kBytes for this warp.
+  __device__ Words(unsigned shared, const unsigned* words, const Range& range)
+      : shared_(shared), lane_(threadIdx.x % kWarp) {
     begin(words, range);
   }
 
@@ -37,7 +38,8 @@ class Words {
   // Until all words before `end` are here. What lies before the last step may be overwritten.
   __device__ void wait_for(int end) {
     __syncwarp();  // all lanes have read what they need of it
-    for (const int bytes = (end - origin_) * 4; arrived_ < bytes; arrived_ += kRowBytes) {
+#pragma unroll 1
+    for (const unsigned bytes = offset(end); arrived_ < bytes; arrived_ += kRowBytes) {
       wait_copies<kAhead - 1>();
       copy();
     }
@@ -45,12 +47,14 @@ class Words {
   }
 
   // Until the copies that this thread committed before `sent` rows are here too.
-  __device__ int sent() const { return sent_; }
-  __device__ void wait_for_others(int sent) const { wait_copies_but<kAhead>(sent_ - sent); }
+  __device__ unsigned sent() const { return sent_; }
+  __device__ void wait_for_others(unsigned sent) const {
+    wait_copies_but<kAhead>((sent_ - sent) / kRowBytes);
+  }
 
   // Bytes of the stream before `word`, and where the byte at such an offset lies.
   __device__ unsigned offset(int word) const { return (word - origin_) * 4; }
-  __device__ unsigned at(unsigned offset) const { return (offset & (kBytes - 1)) | shared_; }
+  __device__ unsigned at(unsigned offset) const { return shared_ + (offset & (kRingBytes - 1)); }
 
  private:
   static constexpr int kAhead = 6;  // rows under way
@@ -58,63 +62,69 @@ class Words {
   static_assert(kAhead + kStepRows <= kRows, "a row on its way may not replace one of the step");
 
   __device__ void begin(const unsigned* words, const Range& range) {
-    const int lane = threadIdx.x % kWarp, quad = range.begin / 4;
-    from_ = reinterpret_cast<const uint4*>(words) + quad + lane;
-    ahead_ = (range.end + 3) / 4 - quad - lane;
+    const int quad = range.begin / 4;
+    from_ = reinterpret_cast<const uint4*>(words) + quad + lane_;
+    ahead_ = (range.end + 3) / 4 - quad - lane_;
     origin_ = quad * 4;
-    arrived_ = 0;
-    sent_ = 0;
+    arrived_ = sent_ = 0;
 #pragma unroll
     for (int i = 0; i < kAhead; ++i) copy();
   }
 
   __device__ void copy() {
-    copy_async_if(shared_ + sent_ % kRows * kRowBytes + threadIdx.x % kWarp * 16, from_, ahead_, 0);
+    const unsigned slot = sent_ & (kRingBytes - 1);
+    copy_async_if(shared_ + slot + lane_ * 16, from_, ahead_, 0);
+    if (slot == 0 && lane_ < static_cast<int>(kLaneBytes / 16)) {
+      copy_async_if(shared_ + kRingBytes + lane_ * 16, from_, ahead_, 0);
+    }
     commit_copies();
     from_ += kWarp;
     ahead_ -= kWarp;
-    ++sent_;
+    sent_ += kRowBytes;
   }
 
   const unsigned shared_;
-  const uint4* from_;  // of this lane
-  int ahead_;          // quads not yet sent for, this lane's first
-  int origin_;         // the word at offset 0
-  int arrived_;        // bytes
-  int sent_;           // rows
+  const int lane_;
+  const uint4* from_;        // of this lane
+  int ahead_;                // quads not yet sent for, this lane's first
+  int origin_;               // the word at offset 0
+  unsigned arrived_, sent_;  // bytes
 };
 
-// Brings x of a window to shared memory as [step][token][64 columns], kTokens tokens, zeros beyond
-// the last one and beyond K. The eight chunks of 8 columns are exchanged by token, so that the same
-// chunk of eight tokens lies in eight groups of banks. All warps of a group do it.
+// Brings x of a window to shared memory as [step][token][64 columns], zeros beyond K. Beyond the
+// last token lies anything: those sums go nowhere. The eight chunks of 8 columns are exchanged by
+// token, so that the same chunk of eight tokens lies in eight groups of banks. All warps of a group
+// do it.
 template <int kTokens>
 class Window {
  public:
-  static constexpr int kSteps = 64 / kTokens;
-  static constexpr int kStepBytes = kTokens * kStepColumns * 2;
-  static constexpr int kBytes = kSteps * kStepBytes;
+  static constexpr unsigned kSteps = 64 / kTokens;
+  static constexpr unsigned kStepBytes = kTokens * kStepColumns * 2;
+  static constexpr unsigned kBytes = kSteps * kStepBytes;
 
   __device__ Window(const unsigned short* x, int tokens, int k, int group_warps)
       : x_(x),
         tokens_(tokens),
         k_(k),
-        threads_(group_warps * kWarp),
+        turn_(group_warps * kWarp / 8),
+        first_(threadIdx.x / 8 & (turn_ - 1)),
         is_aligned_(k % 8 == 0 && reinterpret_cast<unsigned long long>(x) % 16 == 0) {}
 
   // Sends for the chunks of this thread, a group of copies.
   __device__ void copy(unsigned shared, int window) const {
-    constexpr int kChunks = kBytes / 16;
+    const unsigned chunk = threadIdx.x % 8;
+    // Rows of 8 chunks; the threads of a group are a power of two, so a thread's are alike.
+    unsigned to = shared + first_ * 128 + ((chunk ^ first_) & 7) * 16;
 #pragma unroll 1
-    for (int chunk = threadIdx.x % threads_; chunk < kChunks; chunk += threads_) {
-      const int token = chunk / 8 % kTokens;
-      const int col = (window * kSteps + chunk / (8 * kTokens)) * kStepColumns + chunk % 8 * 8;
-      const unsigned to = shared + chunk / 8 * 128 + ((chunk ^ token) & 7) * 16;
+    for (unsigned row = first_; row < kSteps * kTokens; row += turn_, to += turn_ * 128) {
+      const int token = row % kTokens;
+      const int col = (window * kSteps + row / kTokens) * kStepColumns + chunk * 8;
+      if (token >= tokens_) continue;
       const unsigned short* from = x_ + static_cast<long long>(token) * k_ + col;
-      const int count = token < tokens_ ? k_ - col : 0;
-      if (is_aligned_ && count > 0) {
+      if (is_aligned_ && col < k_) {
         copy_async<16>(to, from);
       } else {
-        store_shared(to, gather(from, count));
+        store_shared(to, gather(from, k_ - col));
       }
     }
     commit_copies();
@@ -132,65 +142,54 @@ class Window {
   }
 
   const unsigned short* x_;
-  const int tokens_, k_, threads_;
+  const int tokens_, k_;
+  const unsigned turn_, first_;  // rows at a time, the first one
   const bool is_aligned_;
 };
 
-// What a lane knows of the slots of a step: where they are, and which bits of a mask concern it.
+// What a lane has of a step.
 class Slots {
  public:
-  static constexpr int kBytes = kSlots * 8;  // of shared memory, a warp's
-
-  __device__ explicit Slots(unsigned shared)
-      : shared_(shared), self_(1u << threadIdx.x % kWarp), before_(self_ - 1) {}
-
-  // Finds where the slots of the step at `word` begin.
-  __device__ void begin(const Words& words, int word) const {
-    const int lane = threadIdx.x % kWarp;
-    const unsigned mask = load_shared_u32(words.at(words.offset(word + lane)));
-    const unsigned count = __popc(mask);
-    unsigned sum = count;  // of the lanes up to this one
-#pragma unroll
-    for (int i = 1; i < kWarp; i *= 2) {
-      const unsigned below = __shfl_up_sync(kAllLanes, sum, i);
-      if (lane >= i) sum += below;
-    }
-    store_shared(shared_ + lane * 8, uint2{mask, words.offset(word + kSlots) + (sum - count) * 4});
-    __syncwarp();
+  __device__ Slots(const Words& words, int word) {
+    const unsigned head = words.offset(word), lane = threadIdx.x % kWarp;
+    mask_ = load_shared_u32(words.at(head + lane * 4));
+    const unsigned start = load_shared_u16(words.at(head + kWarp * 4 + lane * 2));
+    at_ = words.at(head + kHeadWords * 4 + start);
   }
 
-  // The registers of 32 rows and 16 columns: operand A of rows 0-15, then of rows 16-31.
-  __device__ void load(unsigned (&a)[8], const Words& words, int sixteen) const {
+  // The registers of 16 columns: operand A of rows 0-15, then of rows 16-31. In order, from 0 on.
+  __device__ void load(unsigned (&a)[8], int sixteen) {
 #pragma unroll
-    for (int i = 0; i < 8; i += 2) {
-      const uint4 two = load_shared_v4(shared_ + (sixteen * 8 + i) * 8);
-      a[i] = take(words, two.x, two.y);
-      a[i + 1] = take(words, two.z, two.w);
+    for (int tile = 0; tile < 2; ++tile) {
+      // Four slots, a byte each: 4, the bytes of a word, if the lane has it.
+      const unsigned four = rotate_right(mask_, 2 * sixteen + tile) & 0x04040404u;
+      load_shared_if(a[tile * 4], at_, four & 0x04u);
+      load_shared_if(a[tile * 4 + 1], dot_bytes(four, 0x00000001u, at_), four & 0x0400u);
+      load_shared_if(a[tile * 4 + 2], dot_bytes(four, 0x00000101u, at_), four & 0x040000u);
+      load_shared_if(a[tile * 4 + 3], dot_bytes(four, 0x00010101u, at_), four & 0x04000000u);
+      at_ = dot_bytes(four, 0x01010101u, at_);
     }
   }
 
  private:
-  __device__ unsigned take(const Words& words, unsigned mask, unsigned offset) const {
-    return load_shared_if(words.at(offset + __popc(mask & before_) * 4), mask & self_);
+  static __device__ unsigned rotate_right(unsigned bits, unsigned by) {
+    return by ? bits >> by | bits << (32 - by) : bits;
   }
 
-  const unsigned shared_, self_, before_;
+  unsigned mask_, at_;
 };
 
-// acc += the step at `word`, up to `end`, times its x.
+// acc += a step times its x.
 template <class T, int kNTiles>
-__device__ inline void multiply(float (&acc)[2][kNTiles][4], Words& words, const Slots& slots,
-                                int word, int end, unsigned x) {
+__device__ inline void multiply(float (&acc)[2][kNTiles][4], unsigned (&a)[2][8], Slots slots,
+                                unsigned x) {
   const int lane = threadIdx.x % kWarp;
   // Of this lane for ldmatrix: tokens lane / 16 * 8 .. + 7, chunk lane / 8 % 2.
   const unsigned row = x + (lane / 16 * 8 + lane % 8) * 128 + ((lane / 8 % 2) ^ (lane % 8)) * 16;
-  words.wait_for(end);
-  slots.begin(words, word);
-  unsigned a[2][8];  // one ahead of the product
-  slots.load(a[0], words, 0);
+  slots.load(a[0], 0);
 #pragma unroll
   for (int i = 0; i < kSixteens; ++i) {
-    if (i + 1 < kSixteens) slots.load(a[(i + 1) % 2], words, i + 1);
+    if (i + 1 < kSixteens) slots.load(a[(i + 1) % 2], i + 1);
 #pragma unroll
     for (int j = 0; j < kNTiles; j += 2) {
       unsigned b[4];
@@ -204,32 +203,39 @@ __device__ inline void multiply(float (&acc)[2][kNTiles][4], Words& words, const
   }
 }
 
-// The same by the four warps of a warpgroup, whose x is the same. Where a warp has no rows, its
-// step is empty.
+// The same by the four warps of a warpgroup, whose x is the same. The last products go on.
 template <class T, int kNTiles>
-__device__ inline void multiply_together(float (&acc)[2][kNTiles][4], Words& words,
-                                         const Slots& slots, int word, int end, unsigned x,
-                                         bool has_rows) {
-  unsigned a[2][8] = {};
-  if (has_rows) {
-    words.wait_for(end);
-    slots.begin(words, word);
-    slots.load(a[0], words, 0);
-  }
+__device__ inline void multiply_together(float (&acc)[2][kNTiles][4], unsigned (&a)[2][8],
+                                         Slots slots, unsigned x) {
 #pragma unroll
   for (int i = 0; i < kSixteens; ++i) {
+    wait_warpgroup_products<1>();  // this operand is free
+    slots.load(a[i % 2], i);
     const unsigned long long b = describe_rows(x + i * 32);
     begin_warpgroup_products();
     mma_warpgroup<T>(acc[0], a[i % 2], b);
     mma_warpgroup<T>(acc[1], a[i % 2] + 4, b);
     commit_warpgroup_products();
-    if (i + 1 < kSixteens) {
-      wait_warpgroup_products<1>();  // the other operand is free
-      if (has_rows) slots.load(a[(i + 1) % 2], words, i + 1);
-    }
   }
-  wait_warpgroup_products<0>();
 }
+
+// Where the steps of a slice end, in words: 32 of them are read at a time.
+class Ends {
+ public:
+  __device__ Ends(const int* steps, int last) : steps_(steps), last_(last) {}
+
+  // Of the next step, from `first` on.
+  __device__ int next() {
+    const int lane = threadIdx.x % kWarp;
+    if (count_ % kWarp == 0) ends_ = steps_[min(count_ + lane + 1, last_)];
+    return __shfl_sync(kAllLanes, ends_, count_++ % kWarp);
+  }
+
+ private:
+  const int* steps_;
+  const int last_;
+  int ends_ = 0, count_ = 0;
+};
 
 template <class T, int kNTiles>
 __device__ void spmm_pairs(const unsigned* all_words, const int* steps, const unsigned short* x,
@@ -238,15 +244,14 @@ __device__ void spmm_pairs(const unsigned* all_words, const int* steps, const un
                            int group_warps, int most_shares, int words_end) {
   using Window = Window<kNTiles * 8>;
   extern __shared__ __align__(128) char smem[];
-  // Rings first: they want a multiple of their size.
-  const unsigned shared =
-      (shared_address(smem) + Words::kBytes - 1) / Words::kBytes * Words::kBytes;
-  const int lane = threadIdx.x % kWarp, warp = threadIdx.x / kWarp;
+  // x first: describe_rows wants a multiple of 1024.
+  const unsigned shared = (shared_address(smem) + 1023) / 1024 * 1024;
+  const int lane = threadIdx.x % kWarp;
+  const int warp = __shfl_sync(kAllLanes, static_cast<int>(threadIdx.x) / kWarp, 0);  // uniform
   const int groups = kRunWarps / group_warps, group = warp / group_warps;
-  const unsigned slots_shared = shared + kRunWarps * Words::kBytes;
-  const Slots slots(slots_shared + warp * Slots::kBytes);
+  const unsigned words_shared = shared + groups * 2 * Window::kBytes + warp * Words::kBytes;
   // Of two windows of x: that of the product, and that of the next one.
-  unsigned x_shared = slots_shared + kRunWarps * Slots::kBytes + group * 2 * Window::kBytes,
+  unsigned x_shared = shared + group * 2 * Window::kBytes,
            next_x_shared = x_shared + Window::kBytes;
   const int windows = (row_steps + Window::kSteps - 1) / Window::kSteps;
   const int runs = gridDim.x;
@@ -265,52 +270,54 @@ __device__ void spmm_pairs(const unsigned* all_words, const int* steps, const un
     unit += count;
     const int last = first + count * (group + 1) / groups;
     first += count * group / groups;
-    const int slice = block * group_warps + warp % group_warps;
-    const int* my_steps = steps + static_cast<long long>(slice) * row_steps;
-    int step = first * Window::kSteps;
-    const int last_step = min(last * Window::kSteps, row_steps);
+    // Warps beyond the last slice do its work once more, and their sums go nowhere.
+    const int own_slice = block * group_warps + warp % group_warps;
+    const int slice = min(own_slice, slices - 1);
+    const int first_step = first * Window::kSteps;
+    const int count_steps = min(static_cast<int>(last * Window::kSteps), row_steps) - first_step;
+    const int* my_steps = steps + static_cast<long long>(slice) * row_steps + first_step;
     // While the last kernel runs, which may be about to write the steps, they are a guess.
-    Range guess = {0, 0}, range = {0, 0};
-    if (slice < slices) guess = {__ldcg(my_steps + step), __ldcg(my_steps + last_step)};
+    Range guess = {__ldcg(my_steps), __ldcg(my_steps + count_steps)};
     if (is_first) {
       guess = within({0, words_end}, guess);
       prefetch(all_words + guess.begin, (guess.end - guess.begin) * 4ll);
       wait_for_last_kernel();
     }
-    Words words(shared + warp * Words::kBytes, all_words, guess);
-    int end = 0, row_of_lane = -1;
-    if (slice < slices) {
-      range = {__ldcg(my_steps + step), __ldcg(my_steps + last_step)};
-      end = my_steps[min(step + 1, last_step)];
-      if (slice * kWarp + lane < n) row_of_lane = slice * kWarp + lane;
-    }
+    Words words(words_shared, all_words, guess);
+    const Range range = {__ldcg(my_steps), __ldcg(my_steps + count_steps)};
+    const int row_of_lane = own_slice * kWarp + lane < n ? own_slice * kWarp + lane : -1;
     if (kStartsEarly && range != guess) words.begin_again(all_words, range);
-    int word = range.begin;
-    float acc[2][kNTiles][4] = {};
     if (first < last) x_window.copy(x_shared, first);
-    int sent = words.sent();
+    unsigned sent = words.sent();
+    Ends ends(my_steps, count_steps);
+    int step = 0, word = range.begin, end = first < last ? ends.next() : word;
+    float acc[2][kNTiles][4] = {};
+    unsigned a[2][8] = {};
     for (int window = first; window < last; ++window) {
       words.wait_for_others(sent);
       publish_to_warpgroups();
-      sync_warps(1 + group, group_warps);  // x is there, and nobody needs the last one any more
+      wait_warpgroup_products<0>();        // the last window has been read
+      sync_warps(1 + group, group_warps);  // by all warps, and x is there
       if (window + 1 < last) x_window.copy(next_x_shared, window + 1);
       sent = words.sent();
-      const int window_end = min((window + 1) * Window::kSteps, last_step);
+      const int window_end =
+          min(static_cast<int>((window + 1 - first) * Window::kSteps), count_steps);
       for (unsigned at = x_shared; step < window_end; ++step, at += Window::kStepBytes) {
-        const bool has_rows = slice < slices;
-        const int next_end = has_rows ? my_steps[min(step + 2, last_step)] : 0;
-        if (has_warpgroups()) {
-          multiply_together<T, kNTiles>(acc, words, slots, word, end, at, has_rows);
-        } else if (has_rows) {
-          multiply<T, kNTiles>(acc, words, slots, word, end, at);
-        }
+        words.wait_for(end);
+        const Slots slots(words, word);
         word = end;
-        end = next_end;
+        end = ends.next();
+        if (has_warpgroups()) {
+          multiply_together<T, kNTiles>(acc, a, slots, at);
+        } else {
+          multiply<T, kNTiles>(acc, a, slots, at);
+        }
       }
       const unsigned done = x_shared;
       x_shared = next_x_shared;
       next_x_shared = done;
     }
+    wait_warpgroup_products<0>();
     // All groups meet as many barriers: racecheck counts them for a block.
     for (int i = last - first; i < (count + groups - 1) / groups; ++i) {
       sync_warps(1 + group, group_warps);

@@ -1,7 +1,7 @@
 """W as the tensor cores read it: pairs of neighbouring columns, those without a value left out.
 
 csrc/cuda/pairs.cuh describes the layout, csrc/cuda/spmm_pairs.cu how it is read. For a random mask
-of density d it takes 1/16 + 2 (1 - (1 - d)^2) bytes for each place of W. Packing is a count and a
+of density d it takes 3/32 + 2 (1 - (1 - d)^2) bytes for each place of W. Packing is a count and a
 running sum, in torch, on the device of W.
 """
 
@@ -14,13 +14,14 @@ from ..tensor import expand_rows
 from .layout import LANES, Packed
 
 STEP = 64  # columns
-SLOTS = 32  # of a step
+SLOTS = 32  # of a lane in a step
+HEAD = LANES + LANES // 2  # words of a step before its values: masks, starts
 
 
 @dataclass(frozen=True)
 class Pairs(Packed):
-    """words: 16-bit floats [words, 2] (masks of a step as bits, then its pairs), some more at the
-    end, so that 16 bytes can be read at a time. steps: int32 [slices * row steps + 1], the words
+    """words: 16-bit floats [words, 2] (masks and starts of a step as bits, then its pairs), some more
+    at the end, so that 16 bytes can be read at a time. steps: int32 [slices * row steps + 1], the words
     before each. arrived: int32 [slices], zeros: what blocks that share rows count on in a product.
     """
 
@@ -47,23 +48,26 @@ class PairsLayout:
         register = row // 8 % 2 + column // 8 % 2 * 2
         slot = column // 16 * 8 + row // 16 * 4 + register
         lane = row % 8 * 4 + column % 8 // 2
-        pair = (step * SLOTS + slot) * LANES + lane
+        pair = (step * LANES + lane) * SLOTS + slot
 
-        has_value = torch.zeros(slices * row_steps * SLOTS * LANES, dtype=torch.bool, device=device)
+        has_value = torch.zeros(slices * row_steps * LANES * SLOTS, dtype=torch.bool, device=device)
         has_value[pair] = True
-        bits = has_value.view(-1, LANES) << torch.arange(LANES, device=device)
-        masks = bits.sum(1).view(-1, SLOTS)  # [steps, slots], int64
-        counts = has_value.view(-1, SLOTS * LANES).sum(1)
+        each = has_value.view(-1, LANES, SLOTS)
+        slots = torch.arange(SLOTS, device=device)
+        masks = (each << (slots % 4 * 8 + slots // 4 + 2) % 32).sum(2)  # [steps, lanes], int64
+        counts = each.sum(2)
+        starts = 4 * (counts.cumsum(1) - counts)
         first = torch.zeros(slices * row_steps + 1, dtype=torch.int64, device=device)
-        torch.cumsum(counts + SLOTS, 0, out=first[1:])
+        torch.cumsum(counts.sum(1) + HEAD, 0, out=first[1:])
         if int(first[-1]) >= 2**31 - 4:
             raise ValueError(f"W: {n} x {k} with {nnz} values is too large for 32-bit offsets")
-        # The words of pairs stand in the order of pairs, after the masks of this and earlier steps.
+        # The words of pairs stand in the order of pairs, after the heads of this and earlier steps.
         rank = torch.cumsum(has_value, 0, dtype=torch.int64)[pair] - 1
-        self.places = 2 * (rank + SLOTS * (step + 1)) + column % 2
+        self.places = 2 * (rank + HEAD * (step + 1)) + column % 2
         words = torch.zeros(-(-int(first[-1]) // 4) * 4, dtype=torch.int32, device=device)
-        at = first[:-1, None] + torch.arange(SLOTS, device=device)
-        words[at] = masks.int()  # bit 31 wraps
+        head = torch.cat([masks, starts[:, ::2] | starts[:, 1::2] << 16], 1)
+        at = first[:-1, None] + torch.arange(HEAD, device=device)
+        words[at] = head.int()  # bit 31 wraps
         self.words, self.steps = words.view(torch.int16).view(-1, 2), first.int()
 
     def fill(self, values: Tensor) -> Pairs:

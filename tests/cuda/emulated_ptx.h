@@ -75,8 +75,12 @@ inline unsigned load_shared_u32(unsigned at) {
 }
 inline uint2 load_shared_v2(unsigned at) { return emulated::load<uint2>("load_shared_v2", at); }
 inline uint4 load_shared_v4(unsigned at) { return emulated::load<uint4>("load_shared_v4", at); }
-inline unsigned load_shared_if(unsigned at, unsigned condition) {
-  return condition ? emulated::load<unsigned>("load_shared_if", at) : 0;
+inline void load_shared_if(unsigned& word, unsigned at, unsigned condition) {
+  word = condition ? emulated::load<unsigned>("load_shared_if", at) : 0;
+}
+inline unsigned dot_bytes(unsigned a, unsigned b, unsigned add) {
+  for (int i = 0; i < 32; i += 8) add += (a >> i & 0xff) * (b >> i & 0xff);
+  return add;
 }
 inline void store_shared(unsigned at, uint2 v) { emulated::store("store_shared", at, v); }
 inline void store_shared(unsigned at, uint4 v) { emulated::store("store_shared", at, v); }
