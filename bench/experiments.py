@@ -1,190 +1,186 @@
 """The sparsity experiments: what sparse pre-training and iterative pruning cost in loss, and save.
 
-    python bench/experiments.py --out RESULTS --work SCRATCH --device cuda --minutes 9
+    python bench/experiments.py --out RESULTS --work SCRATCH --device cuda --minutes 6.5
 
 One GPT on the Python sources of this machine's packages (held out by package), each arm pre-trained
 sparse on the same tokens and fine-tuned dense on Shakespeare; and the dense model pruned. Every
-learning rate is the best of the same sweep for each arm. Stop it at any time and call it again:
-what is done is in RESULTS/experiments.json, runs that were stopped go on from their checkpoint in
-SCRATCH. Where SCRATCH is lost, a run that others start from is made again when they need it.
+learning rate is the best of the same sweep for each arm.
+
+Runs that do not wait for each other are made at the same time, by several processes on each GPU.
+Losses do not depend on that, times do: steps are timed first, on a GPU that does nothing else, and
+those are the only times kept. Stop it at any time and call it again: what is done is in
+RESULTS/experiments.json, runs that were stopped go on from their checkpoint in SCRATCH. Where
+SCRATCH is lost, a run that others start from is made again when they need it.
 """
 
 import argparse
 import json
 import math
+import os
 import platform
 import shutil
-import subprocess
 import sys
 import time
-from collections.abc import Callable
-from dataclasses import dataclass, field, replace
+import zlib
+from collections.abc import Iterator
+from dataclasses import replace
 from datetime import date
 from pathlib import Path
 
+import numpy as np
 import torch
 from experiments_page import page, plot
+from experiments_presets import PRESETS, Preset
+from workers import Job, Pool, Worker
 
 from sparsekern import __version__
-from sparsekern.bench.machine import processor
-from sparsekern.gpt.checkpoint import CHECKPOINT, atomic_write, load_checkpoint
-from sparsekern.gpt.config import TrainConfig, config_from, resumed_config
+from sparsekern.bench.machine import git
+from sparsekern.gpt.checkpoint import atomic_write
 from sparsekern.gpt.data import PREPARED, prepare, tokenizer_from_state
-from sparsekern.gpt.flops import amdahl_cap, multiply_adds
-from sparsekern.gpt.prune import PruneConfig, prune
-from sparsekern.gpt.train import OutOfTime, train
+from sparsekern.gpt.train import METRICS
 
-REPOSITORY = Path(__file__).parents[1]
+WORKER = Path(__file__).with_name("experiments_worker.py")
 
 
-@dataclass(frozen=True)
-class Preset:
-    """What is trained, on what, for how long."""
-
-    pretrain_data: str
-    finetune_data: str
-    tokenizer: str
-    model: dict
-    batch: int
-    steps: int  # of pre-training
-    sweep_steps: int
-    finetune_steps: int
-    finetune_batch: int
-    prune_steps: int  # of recovery, each round
-    learning_rates: tuple[float, ...]
-    finetune_rates: tuple[float, ...]
-    prune_rate: float
-    arms: tuple[float, ...] = (0.0, 0.75, 0.5, 0.9)
-    prune_to: tuple[float, ...] = (0.5, 0.75, 0.838, 0.9)
-    seeds: tuple[int, ...] = (0, 1, 2)
-    seed_arms: tuple[float, ...] = (0.0, 0.75)
-    eval_batches: int = 16
-    dtype: str = "bfloat16"
-    vocab_size: int = 8192
-
-    def cap(self) -> float:
-        """How much training FLOPs would fall with the linear layers free."""
-        vocab_size = 256 if self.tokenizer == "bytes" else self.vocab_size
-        macs = multiply_adds(TrainConfig(**self.model).model(vocab_size))
-        return amdahl_cap(macs.linear / macs.total)
-
-
-PRESETS = {
-    # 29.6M parameters, 25.2M of them in the blocks' linear layers; 39.3M tokens of pre-training.
-    "h200": Preset(
-        "packages",
-        "shakespeare",
-        "bpe",
-        {"layers": 8, "heads": 8, "width": 512, "context": 512},
-        batch=64,
-        steps=1200,
-        sweep_steps=200,
-        finetune_steps=300,
-        finetune_batch=16,
-        prune_steps=100,
-        learning_rates=(3e-4, 6e-4, 1.2e-3, 2.4e-3, 4.8e-3, 9.6e-3),
-        finetune_rates=(1e-4, 3e-4, 1e-3),
-        prune_rate=3e-4,
-    ),
-    # A minute on two cores: that everything runs, not that anything is learned.
-    "smoke": Preset(
-        str(REPOSITORY / "sparsekern"),
-        str(REPOSITORY / "tests"),
-        "bytes",
-        {"layers": 1, "heads": 2, "width": 32, "context": 16},
-        batch=4,
-        steps=8,
-        sweep_steps=4,
-        finetune_steps=4,
-        finetune_batch=4,
-        prune_steps=2,
-        learning_rates=(1e-3, 3e-3),
-        finetune_rates=(1e-3,),
-        prune_rate=1e-3,
-        arms=(0.0, 0.75),
-        prune_to=(0.5, 0.9),
-        seeds=(0, 1),
-        eval_batches=1,
-        dtype="float32",
-    ),
-}
-
-
-@dataclass
 class Experiments:
-    preset: Preset
-    out: Path
-    work: Path
-    device: str
-    deadline: float = math.inf
-    results: dict = field(default_factory=dict)
+    """The results so far, in OUT, and what can be made from them."""
 
-    def __post_init__(self) -> None:
-        self.path = self.out / "experiments.json"
-        if self.path.exists():
-            self.results = json.loads(self.path.read_text())
+    def __init__(self, preset: Preset, out: Path, work: Path, device: str, about: dict) -> None:
+        self.preset, self.work, self.device, self.about = preset, work, device, about
+        self.began = time.monotonic()
+        self.path = out / "experiments.json"
+        self.results: dict = json.loads(self.path.read_text()) if self.path.exists() else {}
+        self.failed: dict[str, str] = {}  # key -> why, in this call
+        self.results["failed"] = self.failed
+
+    def make(self, gpus: list[str], per_gpu: int, deadline: float) -> str | None:
+        """All that is missing -> the key of what comes next when time is up."""
+        waiting = next(iter(self.plan()), None)
+        if waiting is None or time.monotonic() > deadline:
+            return waiting and waiting.key
+        command = [sys.executable, str(WORKER), self.device]
+        pool = Pool(command, gpus, per_gpu, self.work / "logs", deadline)
+        try:
+            self.say("data")
+            self.data()
+            self.say(f"data is there: {self.results['data']}")
+            return pool.run(self.ready, self.finish)
+        finally:
+            pool.close()
 
     # Bookkeeping
 
-    def once(self, key: str, work: Callable[[], dict]) -> dict:
-        """The result of `work`, of now or of an earlier call."""
-        if key not in self.results:
-            if time.monotonic() > self.deadline:
-                raise OutOfTime(f"before {key}")
-            began = time.perf_counter()
-            print(f"\n== {key}", flush=True)
-            result = work()
-            self.results[key] = result | {"wall_s": time.perf_counter() - began}
-            self.save()
-        return self.results[key]
+    def ready(self) -> Iterator[Job]:
+        return (job for job in self.plan() if job.key not in self.failed)
+
+    def finish(self, job: Job, worker: Worker, answer: dict) -> None:
+        """Keep what a worker says of a run, and say it."""
+        if "result" in answer:
+            about = self.results.setdefault("machine", {"device": worker.device} | self.about)
+            if worker.device not in (about["device"], *about.get("also", ())):
+                about.setdefault("also", []).append(worker.device)
+            # A run that was made again keeps its first result.
+            self.results.setdefault(job.key, answer["result"])
+            if not job.key.startswith("pretrain"):
+                shutil.rmtree(self.folder(job.key), ignore_errors=True)
+        elif answer.get("is_final"):
+            self.failed[job.key] = answer["failed"]
+        self.save()
+        seconds = time.monotonic() - worker.began
+        place = f"GPU {worker.gpu}" if worker.gpu else "the CPU"
+        self.say(f"{job.key}: {outcome(answer)}   {seconds:.1f} s on {place}")
+        for line in answer.get("log", ()):
+            print(f"    {line}", flush=True)
+
+    def say(self, text: str) -> None:
+        print(f"{time.monotonic() - self.began:6.1f} s   {text}", flush=True)
 
     def save(self) -> None:
+        add_times(self.results)
         with atomic_write(self.path) as file:
             file.write(json.dumps(self.results, indent=1).encode())
 
-    def train(self, key: str, settings: dict) -> dict:
-        """One training run in SCRATCH/key, resumed where it was stopped."""
-        folder = self.work / key.replace(" ", "-")
-        if (folder / CHECKPOINT).exists():
-            config = resumed_config({"out": str(folder), "device": self.device})
-        else:
-            config = config_from(settings | {"out": str(folder), "device": self.device})
-        metrics = train(config, self.deadline)
-        names = ("config", "parameters", "evaluations", "step_s", "tokens_per_s", "sparsity")
-        names += ("flops", "flop_ratio", "source", "peak_memory_bytes", "peak_gpu_bytes")
-        return {name: metrics[name] for name in names} | {
-            "loss": metrics["evaluations"][-1]["loss"],
-            "steps_s": sum(metrics["seconds"]),
-        }
+    def folder(self, key: str) -> Path:
+        return self.work / key.replace(" ", "-")
 
-    def folder(self, key: str, settings: dict) -> Path:
-        """Where the finished run `key` lies; it is made again if SCRATCH was lost."""
-        folder = self.work / key.replace(" ", "-")
-        done = folder / CHECKPOINT
-        if not done.exists() or len(load_checkpoint(done)["losses"]) < settings["steps"]:
-            print(f"\n== {key}, again: its checkpoint is gone", flush=True)
-            self.train(key, settings)
-        return folder
+    def new(self, key: str, kind: str, settings: dict, is_alone: bool = False) -> Iterator[Job]:
+        """The run, unless there is a result."""
+        if key not in self.results:
+            own = {"out": str(self.folder(key)), "device": self.device}
+            yield Job(key, kind, settings | own, is_alone)
+
+    def from_source(self, source: str, jobs: list[Job]) -> Iterator[Job]:
+        """Runs that begin with the weights of another, as soon as these are there."""
+        if not jobs or self.loss(source) is None:
+            return
+        if (self.folder(source) / METRICS).exists():
+            yield from jobs
+        else:  # SCRATCH was lost
+            here = {"data": str(self.work / "pretrain"), "out": str(self.folder(source))}
+            config = self.results[source]["config"] | here
+            yield Job(source, "train", config | {"resume": False, "device": self.device})
+
+    def loss(self, key: str) -> float | None:
+        """None before the run has ended, and where it diverged."""
+        return self.results.get(key, {}).get("loss")
+
+    def has_ended(self, key: str) -> bool:
+        return key in self.results or key in self.failed
+
+    def best(self, keys: dict[float, str]) -> float | None:
+        """The rate whose run ended lowest, once all have ended."""
+        if not all(map(self.has_ended, keys.values())):
+            return None
+        losses = {rate: self.loss(key) for rate, key in keys.items()}
+        return min((r for r, x in losses.items() if x is not None), key=losses.get, default=None)
 
     # The parts
 
-    def data(self, name: str) -> str:
-        """Encode both texts once, with one tokenizer: a folder in SCRATCH."""
-        p, folders = self.preset, {n: self.work / n for n in ("pretrain", "finetune")}
-        for which, source in (("pretrain", p.pretrain_data), ("finetune", p.finetune_data)):
-            if (folders[which] / PREPARED[0]).exists():
-                continue
-            tokenizer = p.tokenizer
-            if which == "finetune":
-                state = json.loads((folders["pretrain"] / PREPARED[0]).read_text())
-                tokenizer = tokenizer_from_state(state)
-            prepare(source, tokenizer, folders[which], p.vocab_size)
-        return str(folders[name])
+    def plan(self) -> Iterator[Job]:
+        """What can be made now and is not yet, the most valuable first."""
+        p, first = self.preset, self.preset.seeds[0]
+        yield from self.timing()
+        for sparsity in p.arms:
+            yield from self.sweep(sparsity)
+        for sparsity in p.arms:
+            yield from self.pretrain(sparsity, first)
+        for sparsity in p.arms:
+            yield from self.finetune(sparsity, first)
+        yield from self.pruning()
+        # Other seeds would slow the first one, which more depends on.
+        if all(self.has_ended(f"pretrain {sparsity} seed {first}") for sparsity in p.arms):
+            for seed in p.seeds[1:]:
+                for sparsity in p.seed_arms:
+                    yield from self.pretrain(sparsity, seed)
+                    yield from self.finetune(sparsity, seed)
+
+    def data(self) -> None:
+        """Encode both texts once, with one tokenizer, in folders of SCRATCH."""
+        p, facts = self.preset, {}
+        tokenizer = p.tokenizer
+        for name, source in (("pretrain", p.pretrain_data), ("finetune", p.finetune_data)):
+            folder = self.work / name
+            if not (folder / PREPARED[0]).exists():
+                prepare(source, tokenizer, folder, p.vocab_size)
+            tokenizer = tokenizer_from_state(json.loads((folder / PREPARED[0]).read_text()))
+            splits = [np.load(folder / file) for file in PREPARED[1:]]
+            facts[name] = {"source": source, "tokens": [len(tokens) for tokens in splits]}
+            facts[name]["crc32"] = [zlib.crc32(tokens) for tokens in splits]
+        if self.results.setdefault("data", facts) != facts:
+            raise ValueError(f"data: not the text of {self.path}; choose another --out")
+
+    def timing(self) -> Iterator[Job]:
+        p = self.preset
+        runs = {str(s): self.pretraining(s, 0, 1e-4, p.steps) for s in {*p.arms, *p.prune_to}}
+        runs["finetune"] = runs["0.0"] | self.tuning(0, 1e-4)
+        own = {"out": str(self.folder("times")), "device": self.device}
+        runs = {name: settings | own for name, settings in sorted(runs.items())}
+        yield from self.new("times", "time", {"runs": runs}, is_alone=True)
 
     def pretraining(self, sparsity: float, seed: int, lr: float, steps: int) -> dict:
         p = self.preset
         return p.model | {
-            "data": self.data("pretrain"),
+            "data": str(self.work / "pretrain"),
             "tokenizer": p.tokenizer,
             "vocab_size": p.vocab_size,
             "sparsity": sparsity,
@@ -193,136 +189,124 @@ class Experiments:
             "lr": lr,
             "seed": seed,
             "dtype": p.dtype,
-            "eval_every": max(1, steps // 8),
+            "eval_every": max(1, steps // 8) if steps == p.steps else steps,
             "eval_batches": p.eval_batches,
-            "checkpoint_every": max(1, steps // 8),
+            "checkpoint_every": steps,
         }
 
-    def best_rate(self, sparsity: float) -> float:
-        """The learning rate whose short run ends lowest."""
-        p = self.preset
-        losses = {}
-        for lr in p.learning_rates:
-            key = f"sweep {sparsity} lr {lr}"
-            settings = self.pretraining(sparsity, 0, lr, p.sweep_steps)
-            losses[lr] = self.once(key, lambda k=key, s=settings: self.train(k, s))["loss"]
-            shutil.rmtree(self.work / key.replace(" ", "-"), ignore_errors=True)
-        return min(losses, key=losses.get)
+    def sweep_keys(self, sparsity: float) -> dict[float, str]:
+        return {lr: f"sweep {sparsity} lr {lr}" for lr in self.preset.learning_rates}
 
-    def arm(self, sparsity: float, seed: int) -> None:
-        """Sparse pre-training, then dense fine-tuning."""
+    def sweep(self, sparsity: float) -> Iterator[Job]:
+        for lr, key in self.sweep_keys(sparsity).items():
+            settings = self.pretraining(sparsity, 0, lr, self.preset.sweep_steps)
+            yield from self.new(key, "train", settings)
+
+    def pretrain(self, sparsity: float, seed: int) -> Iterator[Job]:
+        lr = self.best(self.sweep_keys(sparsity))
+        if lr is not None:
+            settings = self.pretraining(sparsity, seed, lr, self.preset.steps)
+            yield from self.new(f"pretrain {sparsity} seed {seed}", "train", settings)
+
+    def tuning(self, seed: int, lr: float) -> dict:
         p = self.preset
-        settings = self.pretraining(sparsity, seed, self.best_rate(sparsity), p.steps)
-        key = f"pretrain {sparsity} seed {seed}"
-        self.once(key, lambda: self.train(key, settings))
-        # Other seeds take the rate that the first one found.
-        rates = p.finetune_rates if seed == p.seeds[0] else (self.best_finetune_rate(sparsity),)
+        return {
+            "data": str(self.work / "finetune"),
+            "batch": p.finetune_batch,
+            "steps": p.finetune_steps,
+            "lr": lr,
+            "seed": seed,
+            "dtype": p.dtype,
+            "eval_every": max(1, p.finetune_steps // 4),
+            "eval_batches": p.eval_batches,
+            "checkpoint_every": p.finetune_steps,
+        }
+
+    def finetune(self, sparsity: float, seed: int) -> Iterator[Job]:
+        """Of the first seed at all rates, of the others at the rate that the first one found."""
+        p, first = self.preset, self.preset.seeds[0]
+        rates = p.finetune_rates
+        if seed != first:
+            keys = {lr: f"finetune {sparsity} seed {first} lr {lr}" for lr in rates}
+            best = self.best(keys)
+            rates = () if best is None else (best,)
+        source = f"pretrain {sparsity} seed {seed}"
+        start = {"init_from": str(self.folder(source)), "dense": True}
+        jobs = []
         for lr in rates:
-            tuned = f"finetune {sparsity} seed {seed} lr {lr}"
-            self.once(tuned, lambda k=tuned, r=lr: self.finetune(k, key, settings, seed, r))
-            shutil.rmtree(self.work / tuned.replace(" ", "-"), ignore_errors=True)
-        # Checkpoints are large, and pruning alone needs one after this.
-        if sparsity or seed != p.seeds[0]:
-            shutil.rmtree(self.work / key.replace(" ", "-"), ignore_errors=True)
+            key = f"finetune {sparsity} seed {seed} lr {lr}"
+            jobs += self.new(key, "train", start | self.tuning(seed, lr))
+        yield from self.from_source(source, jobs)
 
-    def finetune(self, key: str, source: str, settings: dict, seed: int, lr: float) -> dict:
-        p = self.preset
-        return self.train(
-            key,
-            {
-                "init_from": str(self.folder(source, settings)),
-                "dense": True,
-                "data": self.data("finetune"),
-                "batch": p.finetune_batch,
-                "steps": p.finetune_steps,
-                "lr": lr,
-                "seed": seed,
-                "dtype": p.dtype,
-                "eval_every": max(1, p.finetune_steps // 4),
-                "eval_batches": p.eval_batches,
-                "checkpoint_every": p.finetune_steps,
-            },
-        )
-
-    def best_finetune_rate(self, sparsity: float) -> float:
-        p = self.preset
-        seed = p.seeds[0]
-        return min(
-            p.finetune_rates,
-            key=lambda lr: self.results[f"finetune {sparsity} seed {seed} lr {lr}"]["loss"],
-        )
-
-    def pruning(self) -> None:
+    def pruning(self) -> Iterator[Job]:
         """The dense model: in rounds, at once with as many steps, at once without any."""
         p, seed = self.preset, self.preset.seeds[0]
-        settings = self.pretraining(0.0, seed, self.best_rate(0.0), p.steps)
         source = f"pretrain 0.0 seed {seed}"
-
-        def pruned(key: str, **given) -> dict:
-            config = PruneConfig(
-                source=str(self.folder(source, settings)),
-                out=str(self.work / key.replace(" ", "-")),
-                lr=p.prune_rate,
-                device=self.device,
-                **given,
-            )
-            rows = prune(config)
-            shutil.rmtree(config.out, ignore_errors=True)
-            return {"rows": rows}
-
-        # What as many more steps do to the model that is not pruned.
         total = p.prune_steps * len(p.prune_to)
-        key = "prune control"
-        control = settings | {"steps": total, "lr": p.prune_rate, "seed": seed + 1}
+        # What as many more steps do to the model that is not pruned.
+        control = self.pretraining(0.0, seed + 1, p.prune_rate, total)
         for name in ("sparsity", *p.model, "tokenizer", "vocab_size"):
             control.pop(name)
-        control |= {"eval_every": p.prune_steps, "checkpoint_every": total}
-        self.once(
-            key,
-            lambda: self.train(
-                key, control | {"init_from": str(self.folder(source, settings)), "dense": True}
-            ),
-        )
-        targets = ",".join(map(str, p.prune_to))
-        self.once("prune rounds", lambda: pruned("prune rounds", targets=targets, steps=total))
-        for method in ("magnitude", "wanda", "sparsegpt"):
+        control |= {"init_from": str(self.folder(source)), "dense": True}
+        jobs = [*self.new("prune control", "train", control | {"eval_every": p.prune_steps})]
+
+        def add(key: str, **given) -> None:
+            settings = {"source": str(self.folder(source)), "lr": p.prune_rate} | given
+            jobs.extend(self.new(f"prune {key}", "prune", settings))
+
+        add("rounds", targets=",".join(map(str, p.prune_to)), steps=total)
+        for i, target in reversed([*enumerate(p.prune_to, 1)]):  # the longest first
+            add(f"once {target}", targets=str(target), steps=p.prune_steps * i)
+        for method in ("sparsegpt", "wanda", "magnitude"):
             for target in p.prune_to:
-                key = f"prune {method} {target}"
-                given = {"targets": str(target), "method": method, "steps": 0}
-                self.once(key, lambda k=key, g=given: pruned(k, **g))
-        for i, target in enumerate(p.prune_to):
-            key, steps = f"prune once {target}", p.prune_steps * (i + 1)
-            given = {"targets": str(target), "steps": steps}
-            self.once(key, lambda k=key, g=given: pruned(k, **g))
-
-    def run(self) -> None:
-        p = self.preset
-        if "machine" not in self.results:
-            self.results["machine"] = machine(self.device)
-        for sparsity in p.arms:
-            self.best_rate(sparsity)
-        # The runs that others start from come right before these.
-        for sparsity in p.arms:
-            self.arm(sparsity, p.seeds[0])
-            if sparsity == 0.0:
-                self.pruning()
-        for seed in p.seeds[1:]:
-            for sparsity in p.seed_arms:
-                self.arm(sparsity, seed)
+                add(f"{method} {target}", targets=str(target), method=method, steps=0)
+        yield from self.from_source(source, jobs)
 
 
-def machine(device: str) -> dict:
-    commit = subprocess.run(
-        ["git", "-C", REPOSITORY, "rev-parse", "HEAD"], capture_output=True, text=True
-    )
+def add_times(results: dict) -> None:
+    """Give each run the times of its steps alone on a GPU."""
+    times = results.get("times", {}).get("times", {})
+    for key, run in results.items():
+        kind, sparsity = [*key.split(), ""][:2]
+        timed = times.get("finetune" if kind == "finetune" else sparsity)
+        if kind not in ("pretrain", "finetune") or not timed or not run["loss"]:
+            continue
+        config, step_s = run["config"], timed["step_s"]
+        run["step_s"], run["steps_s"] = step_s, config["steps"] * step_s
+        run["tokens_per_s"] = config["batch"] * config["context"] / step_s
+        for evaluation in run["evaluations"]:
+            evaluation["seconds"] = evaluation["step"] * step_s
+
+
+def outcome(answer: dict) -> str:
+    """In a few words."""
+    result = answer.get("result", {})
+    if "rows" in result:
+        return "loss " + ", ".join(f"{row['loss']:.4f}" for row in result["rows"])
+    if result.get("loss"):
+        return f"loss {result['loss']:.4f}"
+    if "times" in result:
+        return ", ".join(f"{k} {1e3 * v['step_s']:.1f} ms" for k, v in result["times"].items())
+    return result.get("diverged") or answer.get("stopped") or f"failed, {answer['failed']}"
+
+
+def machine(places: str, commit: str) -> dict:
     return {
-        "device": torch.cuda.get_device_name() if device == "cuda" else processor(),
+        "runs at once": places,
         "torch": torch.__version__,
         "python": platform.python_version(),
         "sparsekern": __version__,
-        "commit": commit.stdout.strip() or "unknown",
+        "commit": commit or git("rev-parse", "HEAD") or "unknown",
         "date": date.today().isoformat(),
     }
+
+
+def visible_gpus() -> list[str]:
+    given = os.environ.get("CUDA_VISIBLE_DEVICES")
+    found = given.split(",") if given else [str(i) for i in range(torch.cuda.device_count())]
+    if not found:
+        raise ValueError("device: expected cpu, this torch sees no GPU, got cuda")
+    return found
 
 
 def main() -> int:
@@ -333,26 +317,35 @@ def main() -> int:
     for name in ("pretrain", "finetune"):
         parser.add_argument(f"--{name}-data", help="other text than the preset's, as of train")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--gpus", help="as 0,1; all that are visible")
+    parser.add_argument("--per-gpu", type=int, help="processes on each (5), or on the CPU (1)")
     parser.add_argument("--minutes", type=float, default=math.inf, help="then stop, resumable")
+    parser.add_argument("--commit", default="", help="of the sources, where git does not say it")
     options = parser.parse_args()
-    deadline = time.monotonic() + 60 * options.minutes
     texts = {f"{name}_data": getattr(options, f"{name}_data") for name in ("pretrain", "finetune")}
     preset = replace(PRESETS[options.preset], **{k: v for k, v in texts.items() if v})
-    all_of_it = Experiments(preset, options.out, options.work, options.device, deadline)
-    code = 0
+    gpus, per_gpu = [""], options.per_gpu or 1
+    if options.device == "cuda":
+        gpus = options.gpus.split(",") if options.gpus else visible_gpus()
+        per_gpu = options.per_gpu or 5
+    about = machine(f"{len(gpus)} x {per_gpu}", options.commit)
+    experiments = Experiments(preset, options.out, options.work, options.device, about)
     try:
-        all_of_it.run()
-        print("\nall done")
-    except OutOfTime as stopped:
-        print(f"\nout of time: {stopped}; call again to continue")
-        code = 3
-    all_of_it.save()
-    (options.out / "experiments.md").write_text(page(all_of_it.results, preset.cap()))
+        left = experiments.make(gpus, per_gpu, experiments.began + 60 * options.minutes)
+    finally:
+        experiments.save()
+    (options.out / "experiments.md").write_text(page(experiments.results, preset.cap()))
     try:
-        plot(all_of_it.results, options.out / "experiments.png")
+        plot(experiments.results, options.out / "experiments.png")
     except ImportError as error:
         print(f"no plot: {error}")
-    return code
+    if left:
+        print(f"out of time: before {left}; call again to continue")
+    elif experiments.failed:
+        print(f"failed: {', '.join(experiments.failed)}; call again to try anew")
+    else:
+        print("all done")
+    return 3 if left or experiments.failed else 0
 
 
 if __name__ == "__main__":
