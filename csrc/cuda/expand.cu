@@ -74,7 +74,7 @@ __device__ inline void expand_pairs(const unsigned* words, const int* steps, uns
   if (step >= slices * row_steps) return;
   const unsigned* head = words + steps[step];
   const unsigned mask = head[lane];
-  const int start = reinterpret_cast<const unsigned short*>(head + kWarp)[lane];
+  const int start = lane ? reinterpret_cast<const unsigned short*>(head + kWarp)[lane] : 0;
   const unsigned* values = head + kHeadWords + start / 4;
   for (int slot = 0; slot < kSlots; ++slot) {
     if (!(mask >> (slot % 4 * 8 + slot / 4 + 2) % 32 & 1)) continue;

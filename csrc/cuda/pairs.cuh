@@ -7,10 +7,12 @@
 //
 //   masks   a word a lane: bit (8 (s % 4) + s / 4 + 2) % 32 is set if the lane has slot s, which
 //           puts four slots into the same bit of four bytes
-//   starts  16 bits a lane: where its words begin, in bytes after the starts
+//   starts  16 bits a lane: where its words begin, in bytes after the starts. Those of lane 0 begin
+//           right there, and it has the length of the step instead, in units of 16 bytes
 //   values  the words, lane by lane, in a lane by slot
 //
-// Steps of the same 32 rows follow one another without gaps, so a warp may begin at any of them.
+// Steps begin at multiples of 16 bytes, and those of the same 32 rows follow one another, so a warp
+// may begin at any of them.
 // For a random mask of density d that is 3/32 + 2 (1 - (1 - d)^2) bytes a place of W.
 #pragma once
 

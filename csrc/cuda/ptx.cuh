@@ -115,14 +115,54 @@ __device__ inline void wait_copies() {
   asm volatile("cp.async.wait_group %0;" : : "n"(kGroups) : "memory");
 }
 
-// The same for a number that is not known when compiling; for more than kMost it is as for kMost.
-template <int kMost>
-__device__ inline void wait_copies_but(int groups) {
-  if (groups >= kMost) {
-    wait_copies<kMost>();
-  } else if constexpr (kMost > 0) {
-    wait_copies_but<kMost - 1>(groups);
-  }
+// Whether there are copies in bulk, and warpgroups whose four warps multiply together (sm_90a).
+#if defined(__CUDA_ARCH_FEAT_SM90_ALL)
+__device__ constexpr bool has_warpgroups() { return true; }
+#else
+__device__ constexpr bool has_warpgroups() { return false; }
+#endif
+
+// A barrier in shared memory, 8 bytes: each copy in bulk that it is given to is one phase of it. To
+// be made by one thread, before others know of it.
+__device__ inline void init_barrier(unsigned barrier) {
+#if defined(__CUDA_ARCH_FEAT_SM90_ALL)
+  asm volatile(
+      "mbarrier.init.shared::cta.b64 [%0], 1;\n"
+      "fence.mbarrier_init.release.cluster;"
+      :
+      : "r"(barrier)
+      : "memory");
+#endif
+}
+
+// Copies from global to shared memory in the background, by one thread: a multiple of 16 bytes.
+__device__ inline void copy_bulk(unsigned to, const void* from, unsigned bytes, unsigned barrier) {
+#if defined(__CUDA_ARCH_FEAT_SM90_ALL)
+  asm volatile(
+      "mbarrier.arrive.expect_tx.shared::cta.b64 _, [%3], %2;\n"
+      "cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1], %2, [%3];"
+      :
+      : "r"(to), "l"(from), "r"(bytes), "r"(barrier)
+      : "memory");
+#endif
+}
+
+// Until the copy of a phase has arrived; phases are 0 and 1 in turn.
+__device__ inline void wait_barrier(unsigned barrier, unsigned phase) {
+#if defined(__CUDA_ARCH_FEAT_SM90_ALL)
+  unsigned is_over;
+  do {
+    asm volatile(
+        "{\n"
+        ".reg .pred p;\n"
+        "mbarrier.try_wait.parity.shared::cta.b64 p, [%1], %2;\n"
+        "selp.u32 %0, 1, 0, p;\n"
+        "}"
+        : "=r"(is_over)
+        : "r"(barrier), "r"(phase)
+        : "memory");
+  } while (!is_over);
+#endif
 }
 
 // A barrier for `warps` whole warps; `barrier` is 1 to 15 and not that of others at the same time.
@@ -226,13 +266,6 @@ SK_MMA_SPARSE(bf16, 1)
 SK_MMA_SPARSE(f16, 0)
 SK_MMA_SPARSE(f16, 1)
 #undef SK_MMA_SPARSE
-
-// Whether the four warps of a warpgroup can multiply together (sm_90a).
-#if defined(__CUDA_ARCH_FEAT_SM90_ALL)
-__device__ constexpr bool has_warpgroups() { return true; }
-#else
-__device__ constexpr bool has_warpgroups() { return false; }
-#endif
 
 // Of shared memory that this thread has written, for a warpgroup that reads it after a barrier.
 __device__ inline void publish_to_warpgroups() {

@@ -15,80 +15,100 @@
 
 namespace sk {
 
-// The words of a warp on their way through shared memory: a ring of rows of 16 bytes a lane. What
-// the ring begins with lies behind its end once more, so that a lane's words of a step are a piece.
+constexpr unsigned kBufferBytes = 5120;  // of words, two a warp
+static_assert(kMostStepWords * 4 <= kBufferBytes, "a step fits where all pairs have values");
+
+// The words of a warp on their way through shared memory, in two buffers: while the steps of one
+// are used, the other is filled, with as many whole steps as fit.
 class Words {
  public:
-  static constexpr unsigned kRowBytes = kWarp * 16, kRows = 16;
-  static constexpr unsigned kRingBytes = kRows * kRowBytes, kLaneBytes = kSlots * 4;
-  static constexpr unsigned kBytes = kRingBytes + kLaneBytes;
+  static constexpr unsigned kBytes = 2 * kBufferBytes;
+  static constexpr unsigned kBarrierBytes = 2 * 8;
 
-  // Reads the words of `range`; `shared` has kBytes for this warp.
-  __device__ Words(unsigned shared, const unsigned* words, const Range& range)
-      : shared_(shared), lane_(threadIdx.x % kWarp) {
-    begin(words, range);
-  }
-
-  // In place of what was begun and not yet read.
-  __device__ void begin_again(const unsigned* words, const Range& range) {
-    wait_copies<0>();
-    begin(words, range);
-  }
-
-  // Until all words before `end` are here. What lies before the last step may be overwritten.
-  __device__ void wait_for(int end) {
-    __syncwarp();  // all lanes have read what they need of it
-#pragma unroll 1
-    for (const unsigned bytes = offset(end); arrived_ < bytes; arrived_ += kRowBytes) {
-      wait_copies<kAhead - 1>();
-      copy();
+  // `shared` has kBytes for this warp alone, `barriers` kBarrierBytes.
+  __device__ Words(const unsigned* words, unsigned shared, unsigned barriers)
+      : words_(words), shared_(shared), barriers_(barriers), lane_(threadIdx.x % kWarp) {
+    if (has_warpgroups()) {
+      if (lane_ < 2) init_barrier(barriers + lane_ * 8);
+      __syncwarp();
     }
-    __syncwarp();  // all lanes' copies are here
   }
 
-  // Until the copies that this thread committed before `sent` rows are here too.
-  __device__ unsigned sent() const { return sent_; }
-  __device__ void wait_for_others(unsigned sent) const {
-    wait_copies_but<kAhead>((sent_ - sent) / kRowBytes);
+  // Sends for the first of `count` steps; `bounds`: where each begins, and where the last one ends.
+  __device__ void begin(const int* bounds, int count) {
+    bounds_ = bounds;
+    left_ = count;
+    begin_ = __ldcg(bounds);
+    look_ahead();
+    now_ = fill(0);
+    after_ = fill(1);
+    buffer_ = 0;
+    step_ = 0;
+    at_ = shared_;
   }
 
-  // Bytes of the stream before `word`, and where the byte at such an offset lies.
-  __device__ unsigned offset(int word) const { return (word - origin_) * 4; }
-  __device__ unsigned at(unsigned offset) const { return shared_ + (offset & (kRingBytes - 1)); }
+  // The shared address of the next step, when it has arrived. The one before it is used up.
+  __device__ unsigned next() {
+    __syncwarp();  // by all lanes
+    if (step_ == now_) {
+      now_ = after_;
+      after_ = fill(buffer_);
+      buffer_ ^= 1;
+      step_ = 0;
+      at_ = shared_ + buffer_ * kBufferBytes;
+    }
+    if (step_++ == 0) wait(buffer_);
+    return at_;
+  }
+
+  // The step there has so many bytes.
+  __device__ void skip(unsigned bytes) { at_ += bytes; }
 
  private:
-  static constexpr int kAhead = 6;  // rows under way
-  static constexpr int kStepRows = (kMostStepWords * 4 + kRowBytes - 16) / kRowBytes + 1;
-  static_assert(kAhead + kStepRows <= kRows, "a row on its way may not replace one of the step");
+  // Where the next 32 steps end; beyond the last one it says nothing.
+  __device__ void look_ahead() { ends_ = __ldcg(bounds_ + min(lane_ + 1, left_)); }
 
-  __device__ void begin(const unsigned* words, const Range& range) {
-    const int quad = range.begin / 4;
-    from_ = reinterpret_cast<const uint4*>(words) + quad + lane_;
-    ahead_ = (range.end + 3) / 4 - quad - lane_;
-    origin_ = quad * 4;
-    arrived_ = sent_ = 0;
-#pragma unroll
-    for (int i = 0; i < kAhead; ++i) copy();
-  }
-
-  __device__ void copy() {
-    const unsigned slot = sent_ & (kRingBytes - 1);
-    copy_async_if(shared_ + slot + lane_ * 16, from_, ahead_, 0);
-    if (slot == 0 && lane_ < static_cast<int>(kLaneBytes / 16)) {
-      copy_async_if(shared_ + kRingBytes + lane_ * 16, from_, ahead_, 0);
+  // Sends for as many steps as fit. How many?
+  __device__ int fill(int buffer) {
+    const bool fits = lane_ < left_ && ends_ - begin_ <= static_cast<int>(kBufferBytes / 4);
+    const int count = __popc(__ballot_sync(kAllLanes, fits));
+    if (!count) return 0;
+    const int end = __shfl_sync(kAllLanes, ends_, count - 1);
+    const unsigned to = shared_ + buffer * kBufferBytes;
+    const unsigned* from = words_ + begin_;
+    if (has_warpgroups()) {
+      if (lane_ == 0) copy_bulk(to, from, (end - begin_) * 4, barriers_ + buffer * 8);
+    } else {
+      for (int i = lane_ * 4; i < end - begin_; i += kWarp * 4)
+        copy_async<16>(to + i * 4, from + i);
+      commit_copies();
     }
-    commit_copies();
-    from_ += kWarp;
-    ahead_ -= kWarp;
-    sent_ += kRowBytes;
+    begin_ = end;
+    left_ -= count;
+    bounds_ += count;
+    look_ahead();
+    return count;
   }
 
-  const unsigned shared_;
+  // Until the steps of a buffer have arrived.
+  __device__ void wait(int buffer) {
+    if (!has_warpgroups()) {
+      wait_copies<0>();
+    } else {
+      wait_barrier(barriers_ + buffer * 8, phases_ >> buffer & 1);
+      phases_ ^= 1u << buffer;
+    }
+    __syncwarp();
+  }
+
+  const unsigned* words_;
+  const unsigned shared_, barriers_;
   const int lane_;
-  const uint4* from_;        // of this lane
-  int ahead_;                // quads not yet sent for, this lane's first
-  int origin_;               // the word at offset 0
-  unsigned arrived_, sent_;  // bytes
+  const int* bounds_ = nullptr;  // of the steps not yet sent for
+  int left_ = 0, begin_ = 0, ends_ = 0;
+  int now_ = 0, after_ = 0;  // steps of this buffer, and of the other one
+  int step_ = 0, buffer_ = 0;
+  unsigned at_ = 0, phases_ = 0;  // a bit a barrier: that of the next arrival
 };
 
 // Brings x of a window to shared memory as [step][token][64 columns], zeros beyond K. Beyond the
@@ -112,16 +132,15 @@ class Window {
 
   // Sends for the chunks of this thread, a group of copies.
   __device__ void copy(unsigned shared, int window) const {
-    const unsigned chunk = threadIdx.x % 8;
-    // Rows of 8 chunks; the threads of a group are a power of two, so a thread's are alike.
-    unsigned to = shared + first_ * 128 + ((chunk ^ first_) & 7) * 16;
+    // Rows of 8 chunks; the rows of a thread are alike modulo 8.
+    unsigned to = shared + first_ * 128 + ((threadIdx.x ^ first_) & 7) * 16;
+    const int first_col = window * static_cast<int>(kSteps) * kStepColumns + threadIdx.x % 8 * 8;
 #pragma unroll 1
     for (unsigned row = first_; row < kSteps * kTokens; row += turn_, to += turn_ * 128) {
-      const int token = row % kTokens;
-      const int col = (window * kSteps + row / kTokens) * kStepColumns + chunk * 8;
+      const int token = row % kTokens, col = first_col + row / kTokens * kStepColumns;
       if (token >= tokens_) continue;
-      const unsigned short* from = x_ + static_cast<long long>(token) * k_ + col;
-      if (is_aligned_ && col < k_) {
+      const unsigned short* from = x_ + (token * k_ + col);
+      if (col + 8 <= k_ && is_aligned_) {
         copy_async<16>(to, from);
       } else {
         store_shared(to, gather(from, k_ - col));
@@ -150,11 +169,13 @@ class Window {
 // What a lane has of a step.
 class Slots {
  public:
-  __device__ Slots(const Words& words, int word) {
-    const unsigned head = words.offset(word), lane = threadIdx.x % kWarp;
-    mask_ = load_shared_u32(words.at(head + lane * 4));
-    const unsigned start = load_shared_u16(words.at(head + kWarp * 4 + lane * 2));
-    at_ = words.at(head + kHeadWords * 4 + start);
+  // Of the next step.
+  __device__ explicit Slots(Words& words) {
+    const unsigned at = words.next(), lane = threadIdx.x % kWarp;
+    mask_ = load_shared_u32(at + lane * 4);
+    const unsigned start = load_shared_u16(at + kWarp * 4 + lane * 2);
+    words.skip(__shfl_sync(kAllLanes, start, 0) * 16);
+    at_ = at + kHeadWords * 4 + (lane ? start : 0);
   }
 
   // The registers of 16 columns: operand A of rows 0-15, then of rows 16-31. In order, from 0 on.
@@ -219,24 +240,6 @@ __device__ inline void multiply_together(float (&acc)[2][kNTiles][4], unsigned (
   }
 }
 
-// Where the steps of a slice end, in words: 32 of them are read at a time.
-class Ends {
- public:
-  __device__ Ends(const int* steps, int last) : steps_(steps), last_(last) {}
-
-  // Of the next step, from `first` on.
-  __device__ int next() {
-    const int lane = threadIdx.x % kWarp;
-    if (count_ % kWarp == 0) ends_ = steps_[min(count_ + lane + 1, last_)];
-    return __shfl_sync(kAllLanes, ends_, count_++ % kWarp);
-  }
-
- private:
-  const int* steps_;
-  const int last_;
-  int ends_ = 0, count_ = 0;
-};
-
 template <class T, int kNTiles>
 __device__ void spmm_pairs(const unsigned* all_words, const int* steps, const unsigned short* x,
                            const unsigned short* bias, unsigned short* y, float* partial,
@@ -249,7 +252,9 @@ __device__ void spmm_pairs(const unsigned* all_words, const int* steps, const un
   const int lane = threadIdx.x % kWarp;
   const int warp = __shfl_sync(kAllLanes, static_cast<int>(threadIdx.x) / kWarp, 0);  // uniform
   const int groups = kRunWarps / group_warps, group = warp / group_warps;
-  const unsigned words_shared = shared + groups * 2 * Window::kBytes + warp * Words::kBytes;
+  const unsigned words_shared = shared + groups * 2 * Window::kBytes;
+  Words words(all_words, words_shared + warp * Words::kBytes,
+              words_shared + kRunWarps * Words::kBytes + warp * Words::kBarrierBytes);
   // Of two windows of x: that of the product, and that of the next one.
   unsigned x_shared = shared + group * 2 * Window::kBytes,
            next_x_shared = x_shared + Window::kBytes;
@@ -276,37 +281,31 @@ __device__ void spmm_pairs(const unsigned* all_words, const int* steps, const un
     const int first_step = first * Window::kSteps;
     const int count_steps = min(static_cast<int>(last * Window::kSteps), row_steps) - first_step;
     const int* my_steps = steps + static_cast<long long>(slice) * row_steps + first_step;
-    // While the last kernel runs, which may be about to write the steps, they are a guess.
-    Range guess = {__ldcg(my_steps), __ldcg(my_steps + count_steps)};
+    const int row_of_lane = own_slice * kWarp + lane < n ? own_slice * kWarp + lane : -1;
     if (is_first) {
-      guess = within({0, words_end}, guess);
+      // While the last kernel runs, which may be about to write the steps, they are a guess.
+      const Range guess =
+          within({0, words_end}, {__ldcg(my_steps), __ldcg(my_steps + count_steps)});
       prefetch(all_words + guess.begin, (guess.end - guess.begin) * 4ll);
       wait_for_last_kernel();
     }
-    Words words(words_shared, all_words, guess);
-    const Range range = {__ldcg(my_steps), __ldcg(my_steps + count_steps)};
-    const int row_of_lane = own_slice * kWarp + lane < n ? own_slice * kWarp + lane : -1;
-    if (kStartsEarly && range != guess) words.begin_again(all_words, range);
+    publish_to_warpgroups();  // that sums of other rows are not in the way of words
+    __syncwarp();
+    words.begin(my_steps, count_steps);
     if (first < last) x_window.copy(x_shared, first);
-    unsigned sent = words.sent();
-    Ends ends(my_steps, count_steps);
-    int step = 0, word = range.begin, end = first < last ? ends.next() : word;
+    int step = 0;
     float acc[2][kNTiles][4] = {};
     unsigned a[2][8] = {};
     for (int window = first; window < last; ++window) {
-      words.wait_for_others(sent);
+      wait_copies<0>();
       publish_to_warpgroups();
       wait_warpgroup_products<0>();        // the last window has been read
       sync_warps(1 + group, group_warps);  // by all warps, and x is there
       if (window + 1 < last) x_window.copy(next_x_shared, window + 1);
-      sent = words.sent();
       const int window_end =
           min(static_cast<int>((window + 1 - first) * Window::kSteps), count_steps);
       for (unsigned at = x_shared; step < window_end; ++step, at += Window::kStepBytes) {
-        words.wait_for(end);
-        const Slots slots(words, word);
-        word = end;
-        end = ends.next();
+        const Slots slots(words);
         if (has_warpgroups()) {
           multiply_together<T, kNTiles>(acc, a, slots, at);
         } else {

@@ -34,7 +34,7 @@ GATHER_DEPTH = 4  # as in spmm_gather.cu
 RUN_WARPS = 16  # as in runs.cuh
 FEW_TILES = 1.5  # for each warp: then one beginning and one end are most of the time
 COVER_DEPTH = {1: 7, 2: 5}
-PAIRS_RING_BYTES, PAIRS_WINDOW = 8192 + 128, 64  # as in spmm_pairs.cu; tokens times steps
+PAIRS_WORDS_BYTES, PAIRS_WINDOW = 2 * (5120 + 8), 64  # as in spmm_pairs.cu; tokens times steps
 EXPAND_WARPS = 8
 CSR_THREADS, CSR_ROW_BYTES = 256, 48 * 1024  # as in csr.cu
 _TYPES = {torch.bfloat16: "bf16", torch.float16: "f16"}
@@ -163,11 +163,11 @@ def configure_pairs(m: int, slices: int, row_steps: int, type_name: str, gpu: Gp
 
 
 def _pairs_smem(tokens: int, group_warps: int) -> int:
-    """Bytes of shared memory: two windows of x of each group, at a multiple of 1024, and the ring
+    """Bytes of shared memory: two windows of x of each group, at a multiple of 1024, and the words
     of each warp; or the sums of each group."""
     groups = RUN_WARPS // group_warps
     x_bytes = groups * 2 * PAIRS_WINDOW * pairs.STEP * 2
-    used = 1024 + x_bytes + RUN_WARPS * PAIRS_RING_BYTES
+    used = 1024 + x_bytes + RUN_WARPS * PAIRS_WORDS_BYTES
     return max(used, groups * tokens * (group_warps * LANES + 4) * 4)
 
 

@@ -20,8 +20,8 @@ HEAD = LANES + LANES // 2  # words of a step before its values: masks, starts
 
 @dataclass(frozen=True)
 class Pairs(Packed):
-    """words: 16-bit floats [words, 2] (masks and starts of a step as bits, then its pairs), some more
-    at the end, so that 16 bytes can be read at a time. steps: int32 [slices * row steps + 1], the words
+    """words: 16-bit floats [words, 2] (masks and starts of a step as bits, then its pairs, then zeros
+    up to a multiple of 16 bytes). steps: int32 [slices * row steps + 1], the words
     before each. arrived: int32 [slices], zeros: what blocks that share rows count on in a product.
     """
 
@@ -56,15 +56,19 @@ class PairsLayout:
         slots = torch.arange(SLOTS, device=device)
         masks = (each << (slots % 4 * 8 + slots // 4 + 2) % 32).sum(2)  # [steps, lanes], int64
         counts = each.sum(2)
+        quads = (counts.sum(1) + HEAD + 3) // 4  # of 16 bytes, [steps]
         starts = 4 * (counts.cumsum(1) - counts)
+        starts[:, 0] = quads  # in place of a 0
         first = torch.zeros(slices * row_steps + 1, dtype=torch.int64, device=device)
-        torch.cumsum(counts.sum(1) + HEAD, 0, out=first[1:])
-        if int(first[-1]) >= 2**31 - 4:
+        torch.cumsum(4 * quads, 0, out=first[1:])
+        if int(first[-1]) >= 2**31 - 2**12:
             raise ValueError(f"W: {n} x {k} with {nnz} values is too large for 32-bit offsets")
-        # The words of pairs stand in the order of pairs, after the heads of this and earlier steps.
-        rank = torch.cumsum(has_value, 0, dtype=torch.int64)[pair] - 1
-        self.places = 2 * (rank + HEAD * (step + 1)) + column % 2
-        words = torch.zeros(-(-int(first[-1]) // 4) * 4, dtype=torch.int32, device=device)
+        # The words of pairs stand in the order of pairs, behind the head of their step.
+        order = torch.cumsum(has_value, 0, dtype=torch.int64)
+        before = order[:: LANES * SLOTS] - has_value[:: LANES * SLOTS].long()  # [steps]
+        at = first[step] + HEAD + order[pair] - 1 - before[step]
+        self.places = 2 * at + column % 2
+        words = torch.zeros(int(first[-1]), dtype=torch.int32, device=device)
         head = torch.cat([masks, starts[:, ::2] | starts[:, 1::2] << 16], 1)
         at = first[:-1, None] + torch.arange(HEAD, device=device)
         words[at] = head.int()  # bit 31 wraps

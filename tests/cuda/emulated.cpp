@@ -9,6 +9,7 @@
 #include <algorithm>
 #include <cstdarg>
 #include <cstdio>
+#include <map>
 #include <string>
 #include <vector>
 
@@ -36,6 +37,13 @@ struct Copy {
   unsigned bytes, group;
 };
 
+// A copy in bulk is one phase of its barrier; it arrives when the first thread waits for it.
+struct Barrier {
+  unsigned phases;  // that are over
+  bool is_under_way;
+  Copy copy;
+};
+
 struct Thread {
   State state = State::kExited;
   bool has_stack = false;  // in use: `here` is where it goes on
@@ -51,7 +59,8 @@ struct Thread {
 };
 
 Thread threads[kThreads];
-unsigned current;  // thread
+std::map<unsigned, Barrier> barriers;  // of the block, by address
+unsigned current;                      // thread
 jmp_buf scheduler;
 bool backward, failed;
 std::string error;
@@ -180,6 +189,7 @@ std::string who_waits() {
 
 void run_block() {
   std::memset(sk::smem, 0xff, sizeof sk::smem);  // NaNs
+  barriers.clear();
   for (unsigned i = 0; i < blockDim.x; ++i) {
     threads[i].state = State::kReady;
     threads[i].group = 0;
@@ -309,6 +319,42 @@ void wait_for_copies(unsigned groups) {
     std::memcpy(sk::smem + copy->to, copy->from, copy->bytes);
   }
   t.copies.erase(t.copies.begin(), copy);
+}
+
+// Copies in bulk
+
+void init_barrier(unsigned barrier) {
+  shared_bytes("init_barrier", barrier, 8);
+  barriers[barrier] = {};
+}
+
+Barrier& barrier_at(const char* what, unsigned at) {
+  const auto found = barriers.find(at);
+  if (found == barriers.end()) fail("%s: there is no barrier at %u", what, at);
+  return found->second;
+}
+
+void copy_bulk(unsigned to, const void* from, unsigned bytes, unsigned at) {
+  Barrier& barrier = barrier_at("copy_bulk", at);
+  if (reinterpret_cast<std::uintptr_t>(from) % 16 || to % 16 || bytes % 16 || !bytes) {
+    fail("copy_bulk: %u bytes from %p to %u are not aligned", bytes, from, to);
+  }
+  if (to > smem_bytes || bytes > smem_bytes - to) {
+    fail("copy_bulk: shared bytes %u to %u of %u", to, to + bytes, smem_bytes);
+  }
+  if (barrier.is_under_way) fail("copy_bulk: the last copy of its barrier is under way");
+  std::memset(sk::smem + to, 0xff, bytes);
+  barrier.copy = {to, from, bytes, 0};
+  barrier.is_under_way = true;
+}
+
+void wait_barrier(unsigned at, unsigned phase) {
+  Barrier& barrier = barrier_at("wait_barrier", at);
+  if (barrier.phases % 2 != phase) return;
+  if (!barrier.is_under_way) fail("wait_barrier: nothing is under way");
+  std::memcpy(sk::smem + barrier.copy.to, barrier.copy.from, barrier.copy.bytes);
+  barrier.is_under_way = false;
+  ++barrier.phases;
 }
 
 // Tensor cores

@@ -138,11 +138,12 @@ T __shfl_sync(unsigned mask, T value, int from) {
   return value;
 }
 
-// The value of the lane `lanes` below; its own where there is none.
-template <class T>
-T __shfl_up_sync(unsigned mask, T value, unsigned lanes) {
-  const int lane = threadIdx.x % emulated::kWarp, from = lane - static_cast<int>(lanes);
-  return __shfl_sync(mask, value, from < 0 ? lane : from);
+inline unsigned __ballot_sync(unsigned mask, bool yes) {
+  unsigned ballot = 0;
+  for (int lane = 0; lane < emulated::kWarp; ++lane) {
+    ballot |= __shfl_sync(mask, yes ? 1u : 0u, lane) << lane;
+  }
+  return ballot;
 }
 
 inline int __popc(unsigned bits) { return __builtin_popcount(bits); }

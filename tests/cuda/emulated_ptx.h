@@ -23,6 +23,9 @@ void store(const char* what, unsigned at, const T& value) {
 void begin_copy(unsigned to, const void* from, unsigned bytes);
 void commit();
 void wait_for_copies(unsigned groups);
+void init_barrier(unsigned barrier);
+void copy_bulk(unsigned to, const void* from, unsigned bytes, unsigned barrier);
+void wait_barrier(unsigned barrier, unsigned phase);
 
 struct Matrices {
   unsigned* out;
@@ -102,9 +105,13 @@ void wait_copies() {
   emulated::wait_for_copies(kGroups);
 }
 
-template <int kMost>
-void wait_copies_but(int groups) {
-  emulated::wait_for_copies(groups < kMost ? groups : kMost);
+inline bool has_warpgroups() { return emulated::warpgroups; }
+inline void init_barrier(unsigned barrier) { emulated::init_barrier(barrier); }
+inline void copy_bulk(unsigned to, const void* from, unsigned bytes, unsigned barrier) {
+  emulated::copy_bulk(to, from, bytes, barrier);
+}
+inline void wait_barrier(unsigned barrier, unsigned phase) {
+  emulated::wait_barrier(barrier, phase);
 }
 
 inline void sync_warps(int barrier, int warps) { emulated::wait_for_warps(barrier, warps); }
@@ -131,7 +138,6 @@ void mma(float (&c)[4], const unsigned* a, unsigned b0, unsigned b1) {
   emulated::meet(kBf16 ? "mma<bf16>" : "mma<f16>", emulated::run_mma, &mine, true);
 }
 
-inline bool has_warpgroups() { return emulated::warpgroups; }
 inline void publish_to_warpgroups() {}
 inline void begin_warpgroup_products() {}
 inline void commit_warpgroup_products() {}
