@@ -109,10 +109,10 @@ PYBIND11_MODULE(_C, m) {
 
   py::class_<sk::Cover>(m, "Cover", "W in groups of columns for sparse tensor cores.")
       .def(py::init([](Pointer row_offsets, Pointer col_indices, int64_t n, int64_t k, int64_t nnz,
-                       Pointer row_order, int64_t slices, int per_group, int threads) {
+                       Pointer row_order, int64_t slices, int threads) {
              return new sk::Cover(
                  {as<const int32_t>(row_offsets), as<const int32_t>(col_indices), n, k, nnz, -1},
-                 as<const int32_t>(row_order), slices, per_group, threads);
+                 as<const int32_t>(row_order), slices, threads);
            }),
            NoGil())
       .def_property_readonly("steps", &sk::Cover::steps)

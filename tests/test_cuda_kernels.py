@@ -27,9 +27,9 @@ def random_weight(n, k, density, dtype=torch.bfloat16):
     return w.to(dtype)
 
 
-# (bits, pieces) of delta streams, values a group of a cover, pairs
-LAYOUTS = {"d4": (4, 50), "d8": (8, 50), "d4-whole": (4, 1), "d8-cut": (8, 999), "v1": 1, "v2": 2}
-LAYOUTS["pairs"] = None
+# (bits, pieces) of delta streams
+STREAMS = {"d4": (4, 50), "d8": (8, 50), "d4-whole": (4, 1), "d8-cut": (8, 999)}
+LAYOUTS = [*STREAMS, "cover", "pairs"]
 layouts = pytest.mark.parametrize("layout", LAYOUTS)
 
 
@@ -37,11 +37,11 @@ def packed_as(layout, w):
     """w, dense or a SparseTensor, in one of LAYOUTS."""
     W = w if isinstance(w, SparseTensor) else SparseTensor.from_dense(w)
     indices = W.row_offsets, W.col_indices, *W.shape
-    if layout[0] == "v":
-        return CoverLayout(*indices, LAYOUTS[layout]).fill(W.values)
+    if layout == "cover":
+        return CoverLayout(*indices).fill(W.values)
     if layout == "pairs":
         return PairsLayout(*indices).fill(W.values)
-    bits, pieces = LAYOUTS[layout]
+    bits, pieces = STREAMS[layout]
     return StreamsLayout(*indices, pieces, bits).fill(W.values)
 
 
@@ -125,7 +125,7 @@ def test_infinite_x_does_not_leak_from_waiting_lanes():
     assert torch.isposinf(cuda.spmm_packed(x, pack(SparseTensor.from_dense(w)))).all()
 
 
-@pytest.mark.parametrize("m, kernel", [(1, "gather"), (16, "cover"), (64, "cover")])
+@pytest.mark.parametrize("m, kernel", [(1, "gather"), (16, "cover"), (64, "pairs")])
 def test_sparse_tensors_use_the_kernel_and_see_new_values(m, kernel):
     w = random_weight(256, 512, 0.2)
     W, x = SparseTensor.from_dense(w), torch.randn(m, 512, device="cuda").bfloat16()
@@ -170,7 +170,7 @@ def test_other_stream_and_last_device():
 
 
 @DTYPES
-@pytest.mark.parametrize("tokens", [1, 16])
+@pytest.mark.parametrize("tokens", [1, 16, 64])
 def test_packed_modules(tokens, dtype):
     model = torch.nn.Sequential(
         torch.nn.Linear(512, 384), torch.nn.GELU(), torch.nn.Linear(384, 256)
@@ -181,7 +181,7 @@ def test_packed_modules(tokens, dtype):
     with torch.no_grad():
         want, want_long = model(x), model(long)
     packed = pack_(model, tokens)
-    assert isinstance(packed[0], PackedLinear) and packed[0].packed_bytes < 0.5 * 2 * 512 * 384
+    assert isinstance(packed[0], PackedLinear) and packed[0].packed_bytes < 0.55 * 2 * 512 * 384
     with torch.inference_mode():
         torch.testing.assert_close(packed(x), want, rtol=2e-2, atol=2e-2)
         torch.testing.assert_close(packed(long), want_long, rtol=2e-2, atol=2e-2)

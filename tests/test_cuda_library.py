@@ -14,7 +14,7 @@ import pytest
 import torch
 
 from sparsekern.kernels import cuda_library
-from sparsekern.kernels.cuda_library import LibraryRoute, NvrtcRoute, source_of
+from sparsekern.kernels.cuda_library import LibraryRoute, NvrtcRoute, arch_of, source_of
 
 ROOT = Path(__file__).parents[1]
 SOURCES = ROOT / "csrc" / "cuda"

@@ -1,18 +1,20 @@
-"""Packed weights, read back the way the CUDA kernels read them (csrc/cuda/{stream,cover}.cuh)."""
+"""Packed weights, read back as the CUDA kernels read them (csrc/cuda/{stream,cover,pairs}.cuh)."""
+
+from itertools import pairwise
 
 import pytest
 import torch
 
 from sparsekern.kernels import cover
-from sparsekern.kernels.cover import WINDOW, Cover, CoverLayout, choose_per_group
-from sparsekern.kernels.cuda import Gpu, configure_cover, configure_gather
+from sparsekern.kernels.cover import WINDOW, Cover, CoverLayout
+from sparsekern.kernels.cuda import Gpu, configure_cover, configure_gather, configure_pairs
 from sparsekern.kernels.layout import LANES, sort_rows
 from sparsekern.kernels.packed import choose_layout, like, pack
+from sparsekern.kernels.pairs import HEAD, SLOTS, STEP, Pairs, PairsLayout
 from sparsekern.kernels.streams import GRANULE, Streams, StreamsLayout, choose_pieces, share_out
 from sparsekern.tensor import SparseTensor
 
 needs_library = pytest.mark.skipif(not cover.is_built(), reason="the C++ library is not built")
-per_groups = pytest.mark.parametrize("per_group", [1, 2])
 
 
 def streams_of(w, pieces=None, bits=None):
@@ -20,9 +22,14 @@ def streams_of(w, pieces=None, bits=None):
     return StreamsLayout(W.row_offsets, W.col_indices, *W.shape, pieces, bits).fill(W.values)
 
 
-def cover_of(w, per_group):
+def cover_of(w):
     W = w if isinstance(w, SparseTensor) else SparseTensor.from_dense(w)
-    return CoverLayout(W.row_offsets, W.col_indices, *W.shape, per_group).fill(W.values)
+    return CoverLayout(W.row_offsets, W.col_indices, *W.shape).fill(W.values)
+
+
+def pairs_of(w):
+    W = w if isinstance(w, SparseTensor) else SparseTensor.from_dense(w)
+    return PairsLayout(W.row_offsets, W.col_indices, *W.shape).fill(W.values)
 
 
 def unpack_streams(packed):
@@ -57,12 +64,10 @@ def unpack_streams(packed):
 
 def unpack_cover(packed):
     """W [N, K], slot by slot; every value has a place of its own."""
-    per_group, steps = packed.per_group, packed.steps.long()
-    records = packed.records.view(torch.uint8)
-    value_bytes = per_group * 512
-    values = packed.records[:, : value_bytes // 2]  # [steps, per_group * 256]
-    positions = records[:, value_bytes:-32].view(torch.int16 if per_group == 1 else torch.int32)
-    columns = records[:, -32:].long()
+    steps = packed.steps.long()
+    values = packed.records[:, :256]  # [steps, lanes * 8]
+    positions = packed.records.view(torch.int16)[:, 256:288]
+    columns = packed.records.view(torch.uint8)[:, -32:].long()
     tile = torch.arange(len(steps) - 1).repeat_interleave(steps.diff())  # of each step
     w = torch.zeros(packed.n, packed.windows * WINDOW, dtype=packed.dtype)
     filled = torch.zeros_like(w, dtype=torch.bool)
@@ -72,22 +77,39 @@ def unpack_cover(packed):
             b, half, upper = reg // 4, reg % 2, reg // 2 % 2
             rows = packed.row_order[tile // packed.windows * LANES + b * 16 + half * 8 + g].long()
             word = positions[:, g * 4 + 2 * b + upper].long()
-            for v in range(per_group):
-                if per_group == 1:
-                    value, bit = values[:, lane * 8 + reg], t * 4 + half * 2
-                else:
-                    value = values[:, b * 256 + lane * 8 + reg % 4 * 2 + v]
-                    bit = half * 16 + t * 4 + v * 2
-                slot = (upper * 4 + t) * 4 + (word >> bit & 3)
-                column = columns.gather(1, slot[:, None])[:, 0] + tile % packed.windows * WINDOW
-                real = (value != 0) & (rows >= 0)
-                assert ((value != 0) == real).all() and not filled[rows[real], column[real]].any()
-                filled[rows[real], column[real]] = True
-                w[rows[real], column[real]] = value[real]
-            if per_group == 2:
-                assert ((word >> (half * 16 + t * 4) & 3) < (word >> (bit) & 3)).all()
+            value = values[:, lane * 8 + reg]
+            slot = (upper * 4 + t) * 4 + (word >> t * 4 + half * 2 & 3)
+            column = columns.gather(1, slot[:, None])[:, 0] + tile % packed.windows * WINDOW
+            real = (value != 0) & (rows >= 0)
+            assert ((value != 0) == real).all() and not filled[rows[real], column[real]].any()
+            filled[rows[real], column[real]] = True
+            w[rows[real], column[real]] = value[real]
     assert not w[:, packed.k :].any()
     return w[:, : packed.k]
+
+
+def unpack_pairs(packed):
+    """W [N, K], pair by pair; every word of a step is that of a slot."""
+    bounds, row_steps = packed.steps.tolist(), packed.row_steps
+    w = torch.zeros(packed.slices * LANES, row_steps * STEP, dtype=packed.dtype)
+    for step, (begin, end) in enumerate(pairwise(bounds)):
+        words = packed.words[begin:end]
+        masks = words.view(torch.int32)[:LANES, 0].tolist()
+        starts = words.view(torch.int16)[LANES:HEAD].flatten().tolist()
+        assert starts[0] * 4 == end - begin and begin % 4 == 0
+        at = HEAD
+        for lane, mask in enumerate(masks):
+            assert lane == 0 or starts[lane] == 4 * (at - HEAD)
+            for slot in range(SLOTS):
+                if not mask >> (slot % 4 * 8 + slot // 4 + 2) % 32 & 1:
+                    continue
+                row = step // row_steps * LANES + slot // 4 % 2 * 16 + slot % 2 * 8 + lane // 4
+                column = step % row_steps * STEP + slot // 8 * 16 + slot % 4 // 2 * 8 + lane % 4 * 2
+                w[row, column : column + 2] = words[at]
+                at += 1
+        assert end - begin == -(-at // 4) * 4
+    assert not w[packed.n :].any() and not w[:, packed.k :].any()
+    return w[: packed.n, : packed.k]
 
 
 def random_weight(n, k, density, seed=0):
@@ -108,9 +130,7 @@ def test_streams_hold_exactly_the_matrix(n, k, density, pieces, bits):
     assert torch.equal(unpack_streams(streams_of(w, pieces, bits)), w)
 
 
-@needs_library
-@per_groups
-@pytest.mark.parametrize(
+SMALL = pytest.mark.parametrize(
     "n, k, density",
     [
         (64, 512, 0.5),
@@ -121,9 +141,19 @@ def test_streams_hold_exactly_the_matrix(n, k, density, pieces, bits):
         (5, 2000, 0.0),
     ],
 )
-def test_covers_hold_exactly_the_matrix(n, k, density, per_group):
+
+
+@needs_library
+@SMALL
+def test_covers_hold_exactly_the_matrix(n, k, density):
     w = random_weight(n, k, density)
-    assert torch.equal(unpack_cover(cover_of(w, per_group)), w)
+    assert torch.equal(unpack_cover(cover_of(w)), w)
+
+
+@SMALL
+def test_pairs_hold_exactly_the_matrix(n, k, density):
+    w = random_weight(n, k, density)
+    assert torch.equal(unpack_pairs(pairs_of(w)), w)
 
 
 def uneven_weight():
@@ -148,10 +178,14 @@ def test_streams_of_uneven_patterns(bits):
 
 
 @needs_library
-@per_groups
-def test_covers_of_uneven_patterns(per_group):
+def test_covers_of_uneven_patterns():
     w = uneven_weight()
-    assert torch.equal(unpack_cover(cover_of(w, per_group)), w)
+    assert torch.equal(unpack_cover(cover_of(w)), w)
+
+
+def test_pairs_of_uneven_patterns():
+    w = uneven_weight()
+    assert torch.equal(unpack_pairs(pairs_of(w)), w)
 
 
 def test_stored_zeros_count_as_missing():
@@ -160,45 +194,44 @@ def test_stored_zeros_count_as_missing():
     w[mask] *= torch.arange(int(mask.sum())) % 3 > 0
     W = SparseTensor.from_dense(w, mask)
     assert torch.equal(unpack_streams(streams_of(W)), w)
+    assert torch.equal(unpack_pairs(pairs_of(W)), w)
     if cover.is_built():
-        assert torch.equal(unpack_cover(cover_of(W, 1)), w)
+        assert torch.equal(unpack_cover(cover_of(W)), w)
 
 
 def test_other_values_in_the_same_layout():
     w = random_weight(70, 500, 0.3)
     W = SparseTensor.from_dense(w)
-    layouts = [StreamsLayout(W.row_offsets, W.col_indices, *W.shape)]
+    layouts = {StreamsLayout: unpack_streams, PairsLayout: unpack_pairs}
     if cover.is_built():
-        layouts.append(CoverLayout(W.row_offsets, W.col_indices, *W.shape, 2))
-    for layout, unpack in zip(layouts, (unpack_streams, unpack_cover), strict=False):
+        layouts[CoverLayout] = unpack_cover
+    for kind, unpack in layouts.items():
+        layout = kind(W.row_offsets, W.col_indices, *W.shape)
         packed = layout.fill(W.values)
         layout.refill_(packed, -W.values)
         assert torch.equal(unpack(packed), -w)
 
 
 @needs_library
-@pytest.mark.parametrize(
-    "per_group, density, slots",
-    [
-        (2, 0.5, 1.4),
-        (1, 0.5, 2.5),
-        (1, 0.25, 1.5),
-        (1, 0.1, 1.02),
-        (1, 0.02, 0.6),
-    ],
-)
-def test_slots_of_a_random_mask(per_group, density, slots):
-    packed = cover_of(random_weight(256, 2048, density), per_group)
+@pytest.mark.parametrize("density, slots", [(0.5, 2.5), (0.25, 1.5), (0.1, 1.02), (0.02, 0.6)])
+def test_slots_of_a_random_mask(density, slots):
+    packed = cover_of(random_weight(256, 2048, density))
     assert packed.records.shape[0] * 32 * 32 <= slots * 256 * 2048
 
 
 @needs_library
-@per_groups
-def test_few_banks_are_met_twice(per_group):
-    packed = cover_of(random_weight(256, 2048, 0.1), per_group)
+def test_few_banks_are_met_twice():
+    packed = cover_of(random_weight(256, 2048, 0.1))
     columns = packed.records.view(torch.uint8)[:, -32:].long()
     banks = torch.nn.functional.one_hot(columns.view(-1, 8) % 8, 8).sum(1).amax(1)
     assert banks.float().mean() < 1.2
+
+
+@pytest.mark.parametrize("density", [0.5, 0.2, 0.05])
+def test_bytes_of_pairs(density):
+    packed = pairs_of(random_weight(512, 2048, density))
+    expected = 3 / 32 + 2 * (1 - (1 - density) ** 2)
+    assert packed.nbytes == pytest.approx(expected * 512 * 2048, rel=0.03)
 
 
 def test_rows_of_like_length_share_a_slice():
@@ -207,14 +240,20 @@ def test_rows_of_like_length_share_a_slice():
 
 
 def test_the_layout_for_a_number_of_tokens():
-    weight = SparseTensor.from_dense(random_weight(64, 512, 0.6))
-    assert choose_layout(1) == "streams" and type(pack(weight)) is Streams
+    weight = SparseTensor.from_dense(random_weight(64, 512, 0.3))
+    assert choose_layout(2, 0.3) == "streams" and type(pack(weight)) is Streams
+    assert choose_layout(33, 0.01) == "pairs" and type(pack(weight, 64)) is Pairs
+    assert choose_layout(3, 0.6) == choose_layout(17, 0.5) == "pairs"
     if cover.is_built():
-        assert choose_layout(16) == "cover" and type(pack(weight, 16)) is Cover
-    assert choose_per_group(16, 0.3) == 1 and choose_per_group(64, 0.3) == 2
-    assert choose_per_group(16, 0.6) == 2 and choose_per_group(64, 0.1) == 1
+        assert choose_layout(3, 0.5) == choose_layout(32, 0.4) == "cover"
+        assert type(pack(weight, 16)) is Cover
     fewest = [like(m) for m in (0, 1, 2, 3, 16, 17, 32, 33, 64)]
     assert fewest == [1, 1, 1, 3, 3, 17, 17, 33, 33]
+
+
+def test_without_the_library_more_tokens_read_pairs(monkeypatch):
+    monkeypatch.setattr(cover, "_C", None)
+    assert choose_layout(3, 0.3) == "pairs" and choose_layout(1, 0.3) == "streams"
 
 
 H200, A100 = Gpu(132, 227 * 1024), Gpu(108, 163 * 1024)
@@ -225,10 +264,17 @@ H200, A100 = Gpu(132, 227 * 1024), Gpu(108, 163 * 1024)
 @pytest.mark.parametrize(
     "n, k", [(12288, 12288), (28672, 8192), (6144, 2048), (2048, 8192), (1, 1)]
 )
-@per_groups
-def test_runs_fill_the_gpu(n, k, m, per_group, gpu):
-    slices, windows = -(-n // LANES), -(-k // WINDOW)
-    launch = configure_cover(m, slices, windows, per_group, "bf16", gpu)
+@pytest.mark.parametrize("layout", ["cover", "pairs"])
+def test_runs_fill_the_gpu(n, k, m, layout, gpu):
+    slices = -(-n // LANES)
+    if layout == "cover":
+        windows = -(-k // WINDOW)
+        launch = configure_cover(m, slices, windows, "bf16", gpu)
+        assert launch.tokens >= min(m, 32)
+    else:
+        launch = configure_pairs(m, slices, -(-k // STEP), "bf16", gpu)
+        windows = -(-k // (STEP * 64 // launch.tokens))
+        assert launch.tokens >= m
     blocks = -(-slices // launch.group_warps)
     units = blocks * windows
     assert 0.7 * min(gpu.multiprocessors, units) <= launch.grid <= gpu.multiprocessors
@@ -241,7 +287,8 @@ def test_runs_fill_the_gpu(n, k, m, per_group, gpu):
 
 
 def test_a_launch_for_no_rows():
-    assert configure_cover(1, 0, 0, 1, "bf16", H200).grid == 1
+    assert configure_cover(1, 0, 0, "bf16", H200).grid == 1
+    assert configure_pairs(1, 0, 0, "bf16", H200).grid == 1
 
 
 @pytest.mark.parametrize("density, bits", [(0.5, 4), (0.25, 4), (0.05, 8), (0.02, 8)])

@@ -221,7 +221,7 @@ def test_tensors_of_a_cover(split, monkeypatch):
     triton._spmm_cover(row_offsets, col_indices, values.bfloat16(), 64, 600, x, split=split)
     types = [torch.int32] * 4 + [torch.bfloat16] * 3 + [torch.float32, torch.int32]
     assert [arg.dtype for arg in recorder.calls[0][:9]] == types
-    assert recorder.calls[0][0].shape[1] * 4 == cover.RECORD_BYTES[1]
+    assert recorder.calls[0][0].shape[1] * 4 == cover.RECORD_BYTES
 
 
 class Recorder:
@@ -262,7 +262,7 @@ def test_packs_see_changes():
     pattern = row_offsets, col_indices
 
     def pack_of():
-        layout = partial(cover.CoverLayout, *pattern, 60, 80, 1)
+        layout = partial(cover.CoverLayout, *pattern, 60, 80)
         return packs.pack_of("row", "kind", layout, *pattern, values, 60, 80)
 
     pack = pack_of()
@@ -278,7 +278,7 @@ def test_packs_see_changes():
 @covers
 def test_packs_go_with_their_patterns():
     row_offsets, col_indices, values = random_csr(60, 80, 0.5, torch.float16)
-    layout = cover.CoverLayout(row_offsets, col_indices, 60, 80, 1)
+    layout = cover.CoverLayout(row_offsets, col_indices, 60, 80)
     gc.collect()
     kept = len(packs._packs)
     packs.pack_of("row", "kind", lambda: layout, row_offsets, col_indices, values, 60, 80)

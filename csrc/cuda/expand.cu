@@ -39,29 +39,24 @@ __device__ void expand(const unsigned short* values, const unsigned char* deltas
 }
 
 // A cover: a warp writes a tile, a lane its values.
-template <int kValues>
-__device__ void expand_cover(const unsigned char* records, const int* steps, const int* row_order,
-                             unsigned short* w, int k, int slices, int windows) {
-  using Layout = Record<kValues>;
+__device__ inline void expand_cover(const unsigned char* records, const int* steps,
+                                    const int* row_order, unsigned short* w, int k, int slices,
+                                    int windows) {
   const int lane = threadIdx.x % kWarp, g = lane / 4, t = lane % 4;
   const int tile = blockIdx.x * kExpandWarps + threadIdx.x / kWarp;
   if (tile >= slices * windows) return;
   for (int step = steps[tile]; step < steps[tile + 1]; ++step) {
-    const unsigned char* record = records + static_cast<long long>(step) * Layout::kBytes;
+    const unsigned char* record = records + static_cast<long long>(step) * Record::kBytes;
     const auto values = reinterpret_cast<const unsigned short*>(record);
     for (int i = 0; i < 8; ++i) {  // registers a0 .. a3 of rows 0-15, then of rows 16-31
-      const int half = i % 2, group = i / 2 % 2 * 4 + t;
+      const int half = i % 2, group = i / 2 % 2 * 4 + t, bit = t * 4 + half * 2;
       const int row = row_order[tile / windows * kWarp + i / 4 * 16 + half * 8 + g];
       const unsigned char* positions =
-          record + Layout::kPositionsAt + (g * 4 + i / 4 * 2 + i / 2 % 2) * 2 * kValues;
-      for (int v = 0; v < kValues; ++v) {
-        const unsigned short value =
-            values[kValues == 1 ? lane * 8 + i : i / 4 * 256 + lane * 8 + i % 4 * 2 + v];
-        const int bit = kValues == 1 ? t * 4 + half * 2 : half * 16 + t * 4 + v * 2;
-        const int slot = group * 4 + (positions[bit / 8] >> bit % 8 & 3);
-        const int col = tile % windows * kCoverColumns + record[Layout::kColumnsAt + slot];
-        if (value & 0x7fff) w[static_cast<long long>(row) * k + col] = value;
-      }
+          record + Record::kPositionsAt + (g * 4 + i / 4 * 2 + i / 2 % 2) * 2;
+      const int slot = group * 4 + (positions[bit / 8] >> bit % 8 & 3);
+      const int col = tile % windows * kCoverColumns + record[Record::kColumnsAt + slot];
+      const unsigned short value = values[lane * 8 + i];
+      if (value & 0x7fff) w[static_cast<long long>(row) * k + col] = value;
     }
   }
 }
@@ -107,13 +102,9 @@ SK_KERNEL(sk_expand_pairs)
 SK_EXPAND(sk_expand_d4, 4)
 SK_EXPAND(sk_expand_d8, 8)
 
-#define SK_EXPAND_COVER(name, values)                                                         \
-  extern "C" __global__ void name(const unsigned char* records, const int* steps,             \
-                                  const int* row_order, unsigned short* w, int k, int slices, \
-                                  int windows) {                                              \
-    sk::expand_cover<values>(records, steps, row_order, w, k, slices, windows);               \
-  }                                                                                           \
-  SK_KERNEL(name)
-
-SK_EXPAND_COVER(sk_expand_cover_v1, 1)
-SK_EXPAND_COVER(sk_expand_cover_v2, 2)
+extern "C" __global__ void sk_expand_cover(const unsigned char* records, const int* steps,
+                                           const int* row_order, unsigned short* w, int k,
+                                           int slices, int windows) {
+  sk::expand_cover(records, steps, row_order, w, k, slices, windows);
+}
+SK_KERNEL(sk_expand_cover)

@@ -1,4 +1,4 @@
-// y[M, N] = x[M, K] @ W[N, K]^T + bias[N] for M <= 64 tokens on sparse tensor cores, W packed as
+// y[M, N] = x[M, K] @ W[N, K]^T + bias[N] for M <= 32 tokens on sparse tensor cores, W packed as
 // cover.cuh says: operand A of mma.sp.m16n8k32 lies in memory as the lanes want it, and nothing has
 // to be decoded.
 //
@@ -18,17 +18,16 @@
 
 namespace sk {
 
-// The records of a warp, kDepth of them in shared memory or on their way there.
-template <int kValues, int kDepth>
+constexpr int kDepth = 7;  // records of a warp in shared memory or on their way there
+
 class Records {
  public:
-  using Layout = Record<kValues>;
-  static constexpr int kWarpBytes = kDepth * Layout::kBytes;
+  static constexpr int kWarpBytes = kDepth * Record::kBytes;
 
   // Reads the steps of `range`; `shared` has kWarpBytes for this warp.
   __device__ Records(unsigned shared, const uint4* records, const Range& range)
       : shared_(shared),
-        tail_limit_(threadIdx.x % kWarp < Layout::kChunks - Layout::kTailAt ? 0 : 0x7fffffff) {
+        tail_limit_(threadIdx.x % kWarp < Record::kChunks - Record::kTailAt ? 0 : 0x7fffffff) {
     begin(records, range);
   }
 
@@ -43,31 +42,28 @@ class Records {
   __device__ unsigned next() {
     wait_copies<kDepth - 3>();
     __syncwarp();  // all lanes' copies are here, and all have read the last but one
-    constexpr unsigned kTwo = 2 * Layout::kBytes;
+    constexpr unsigned kTwo = 2 * Record::kBytes;
     copy(slot_ < kTwo ? slot_ + (kWarpBytes - kTwo) : slot_ - kTwo);
     const unsigned at = shared_ + slot_;
-    slot_ = slot_ == kWarpBytes - Layout::kBytes ? 0 : slot_ + Layout::kBytes;
+    slot_ = slot_ == kWarpBytes - Record::kBytes ? 0 : slot_ + Record::kBytes;
     return at;
   }
 
  private:
   __device__ void begin(const uint4* records, const Range& range) {
-    from_ = records + static_cast<long long>(range.begin) * Layout::kChunks + threadIdx.x % kWarp;
+    from_ = records + static_cast<long long>(range.begin) * Record::kChunks + threadIdx.x % kWarp;
     ahead_ = range.end - range.begin;
     slot_ = 0;
 #pragma unroll
-    for (int i = 0; i < kDepth - 2; ++i) copy(i * Layout::kBytes);
+    for (int i = 0; i < kDepth - 2; ++i) copy(i * Record::kBytes);
   }
 
   __device__ void copy(unsigned slot) {
     const unsigned to = shared_ + slot + threadIdx.x % kWarp * 16;
-#pragma unroll
-    for (int i = 0; i < kValues; ++i) {
-      copy_async_if(to + i * kWarp * 16, from_ + i * kWarp, ahead_, 0);
-    }
-    copy_async_if(to + Layout::kTailAt * 16, from_ + Layout::kTailAt, ahead_, tail_limit_);
+    copy_async_if(to, from_, ahead_, 0);
+    copy_async_if(to + Record::kTailAt * 16, from_ + Record::kTailAt, ahead_, tail_limit_);
     commit_copies();
-    from_ += Layout::kChunks;
+    from_ += Record::kChunks;
     --ahead_;
   }
 
@@ -99,10 +95,7 @@ class Window {
   // Where column `col` begins: its chunks of 8 tokens are exchanged by an exclusive or, which gives
   // eight columns that differ modulo 8 eight different groups of banks.
   static __device__ unsigned at(unsigned col) {
-    const unsigned turn = kNTiles == 1   ? 0
-                          : kNTiles == 2 ? (col >> 2) & 1
-                          : kNTiles == 4 ? (col >> 1) & 3
-                                         : col & 7;
+    const unsigned turn = kNTiles == 1 ? 0 : kNTiles == 2 ? (col >> 2) & 1 : (col >> 1) & 3;
     return col * kColumnBytes + turn * 16;
   }
 
@@ -120,8 +113,7 @@ class Window {
 
  private:
   static constexpr int kPairs = kCoverColumns / 2;
-  // Items. Of 64 tokens two would be faster, were there registers for them.
-  static constexpr int kAhead = kNTiles == 2 || kNTiles == 4 ? 2 : 1;
+  static constexpr int kAhead = kNTiles == 1 ? 1 : 2;  // items
 
   struct Item {
     unsigned pairs[8];
@@ -185,19 +177,15 @@ __device__ inline unsigned spread_positions(unsigned p) {
 }
 
 // A lane's share of one record.
-template <int kValues>
 struct Step {
   unsigned col, positions;
-  uint4 values[kValues];
+  uint4 values;
 
   __device__ void load(unsigned record) {
-    using Layout = Record<kValues>;
     const unsigned lane = threadIdx.x % kWarp;
-    col = load_shared_u8(record + Layout::kColumnsAt + lane);
-    positions = kValues == 1 ? load_shared_u16(record + Layout::kPositionsAt + lane * 2)
-                             : load_shared_u32(record + Layout::kPositionsAt + lane * 4);
-#pragma unroll
-    for (int i = 0; i < kValues; ++i) values[i] = load_shared_v4(record + i * 512 + lane * 16);
+    col = load_shared_u8(record + Record::kColumnsAt + lane);
+    positions = load_shared_u16(record + Record::kPositionsAt + lane * 2);
+    values = load_shared_v4(record + lane * 16);
   }
 
   // acc += the slots of the record times their x.
@@ -206,14 +194,10 @@ struct Step {
     unsigned a[2][4];
 #pragma unroll
     for (int i = 0; i < 8; ++i) {
-      if constexpr (kValues == 1) {
-        const unsigned pair = word(values[0], i / 2);
-        a[i / 4][i % 4] = i % 2 ? pair >> 16 : pair & 0xffffu;
-      } else {
-        a[i / 4][i % 4] = word(values[i / 4], i % 4);
-      }
+      const unsigned pair = word(values, i / 2);
+      a[i / 4][i % 4] = i % 2 ? pair >> 16 : pair & 0xffffu;
     }
-    const unsigned at_groups = kValues == 1 ? spread_positions(positions) : positions;
+    const unsigned at_groups = spread_positions(positions);
     const unsigned slot = window + Window<kNTiles>::at(col);
 #pragma unroll
     for (int j = 0; j < kNTiles; ++j) {
@@ -225,12 +209,11 @@ struct Step {
   }
 };
 
-template <class T, int kValues, int kNTiles, int kDepth>
+template <class T, int kNTiles>
 __device__ void spmm_cover(const uint4* records, const int* steps, const int* row_order,
                            const unsigned short* x, const unsigned short* bias, unsigned short* y,
                            float* partial, int* arrived, int tokens, int n, int k, int slices,
                            int windows, int group_warps, int most_shares, int all_steps) {
-  using Records = Records<kValues, kDepth>;
   using Window = Window<kNTiles>;
   extern __shared__ __align__(128) char smem[];
   const unsigned shared = shared_address(smem);
@@ -264,8 +247,8 @@ __device__ void spmm_cover(const uint4* records, const int* steps, const int* ro
     if (is_first) {
       guess = within({0, all_steps}, guess);
       if (slice < slices) {
-        prefetch(records + static_cast<long long>(guess.begin) * Record<kValues>::kChunks,
-                 static_cast<long long>(guess.end - guess.begin) * Record<kValues>::kBytes);
+        prefetch(records + static_cast<long long>(guess.begin) * Record::kChunks,
+                 static_cast<long long>(guess.end - guess.begin) * Record::kBytes);
         prefetch_to_l2(row_order + slice * kWarp);
       }
       wait_for_last_kernel();
@@ -280,7 +263,7 @@ __device__ void spmm_cover(const uint4* records, const int* steps, const int* ro
     if (first < last) ahead.load(first);
     if (kStartsEarly && range != guess) ring.begin_again(records, range);
     int step = range.begin;
-    Step<kValues> current;  // one ahead of the product
+    Step current;  // one ahead of the product
     current.load(ring.next());
     float acc[2][kNTiles][4] = {};
     if (first < last) ahead.store(x_shared, first);
@@ -292,7 +275,7 @@ __device__ void spmm_cover(const uint4* records, const int* steps, const int* ro
       }
       sync_warps(1 + group, group_warps);  // x is there, and nobody needs the last one any more
       for (; step < stop; ++step) {
-        Step<kValues> next;
+        Step next;
         next.load(ring.next());
         current.template multiply<T, kNTiles>(acc, x_shared);
         current = next;
@@ -315,24 +298,20 @@ __device__ void spmm_cover(const uint4* records, const int* steps, const int* ro
 
 }  // namespace sk
 
-#define SK_COVER(name, type, values, tiles, depth)                                                 \
+#define SK_COVER(name, type, tiles)                                                                \
   extern "C" __global__ void __launch_bounds__(sk::kRunWarps* sk::kWarp, 1) name(                  \
       const uint4* records, const int* steps, const int* row_order, const unsigned short* x,       \
       const unsigned short* bias, unsigned short* y, float* partial, int* arrived, int m, int n,   \
       int k, int slices, int windows, int group_warps, int most_shares, int all_steps) {           \
-    sk::spmm_cover<sk::type, values, tiles, depth>(records, steps, row_order, x, bias, y, partial, \
-                                                   arrived, m, n, k, slices, windows, group_warps, \
-                                                   most_shares, all_steps);                        \
+    sk::spmm_cover<sk::type, tiles>(records, steps, row_order, x, bias, y, partial, arrived, m, n, \
+                                    k, slices, windows, group_warps, most_shares, all_steps);      \
   }                                                                                                \
   SK_EARLY_KERNEL(name)
 
-#define SK_COVER_TOKENS(type, values, depth)                               \
-  SK_COVER(sk_spmm_cover_##type##_v##values##_t8, type, values, 1, depth)  \
-  SK_COVER(sk_spmm_cover_##type##_v##values##_t16, type, values, 2, depth) \
-  SK_COVER(sk_spmm_cover_##type##_v##values##_t32, type, values, 4, depth) \
-  SK_COVER(sk_spmm_cover_##type##_v##values##_t64, type, values, 8, depth)
+#define SK_COVER_TOKENS(type)                   \
+  SK_COVER(sk_spmm_cover_##type##_t8, type, 1)  \
+  SK_COVER(sk_spmm_cover_##type##_t16, type, 2) \
+  SK_COVER(sk_spmm_cover_##type##_t32, type, 4)
 
-SK_COVER_TOKENS(bf16, 1, 7)
-SK_COVER_TOKENS(bf16, 2, 5)
-SK_COVER_TOKENS(f16, 1, 7)
-SK_COVER_TOKENS(f16, 2, 5)
+SK_COVER_TOKENS(bf16)
+SK_COVER_TOKENS(f16)

@@ -55,10 +55,10 @@ SK_CLONES int choose(const Columns& pool, uint32_t open, uint32_t closed, unsign
 
 // Groups of four slots that hold all of `pool`. What a slot leaves of a column goes back there.
 template <class Slot>
-void make_groups(Columns pool, int per_group, int closed_cost, std::vector<Slot>& slots) {
+void make_groups(Columns pool, int closed_cost, std::vector<Slot>& slots) {
   unsigned banks = 0;  // of two groups, which are read together
   while (pool.count) {
-    uint32_t once = 0, closed = 0;  // rows with a value, and with per_group values
+    uint32_t closed = 0;  // rows with a value
     if (slots.size() % (2 * kCoverGroup) == 0) banks = 0;
     for (int s = 0; s < kCoverGroup; s++) {
       const int i = pool.count ? choose(pool, ~closed, closed, banks, s ? closed_cost : 0) : 0;
@@ -70,8 +70,7 @@ void make_groups(Columns pool, int per_group, int closed_cost, std::vector<Slot>
       slots.push_back({rows, pool.col[i]});
       banks |= 1u << (pool.col[i] & 7);
       pool.rows[i] &= closed;
-      closed |= per_group == 1 ? rows : once & rows;
-      once |= rows;
+      closed |= rows;
       if (!pool.rows[i]) {
         pool.count--;
         pool.rows[i] = pool.rows[pool.count];
@@ -120,12 +119,11 @@ void make_steps(std::vector<Slot>& slots) {
 
 }  // namespace
 
-Cover::Cover(const Csr& w, const int32_t* row_order, int64_t slices, int per_group, int threads)
+Cover::Cover(const Csr& w, const int32_t* row_order, int64_t slices, int threads)
     : w_(w),
       row_order_(row_order, row_order + slices * kCoverRows),
       slices_(slices),
       windows_((w.k + kCoverWindow - 1) / kCoverWindow),
-      per_group_(per_group),
       threads_(threads),
       slots_(slices),
       step_offsets_(slices * windows_ + 1) {
@@ -156,7 +154,7 @@ Cover::Cover(const Csr& w, const int32_t* row_order, int64_t slices, int per_gro
       slots.clear();
       for (int closed_cost : kClosedCosts) {
         others.clear();
-        make_groups(pool, per_group_, closed_cost, others);
+        make_groups(pool, closed_cost, others);
         if (slots.empty() || others.size() < slots.size()) slots.swap(others);
       }
       make_steps(slots);
@@ -169,7 +167,6 @@ Cover::Cover(const Csr& w, const int32_t* row_order, int64_t slices, int per_gro
 
 void Cover::write(int32_t* step_offsets, uint8_t* records, int64_t* places) const {
   std::copy(step_offsets_.begin(), step_offsets_.end(), step_offsets);
-  const int64_t bytes = cover_record_bytes(per_group_);
   parallel_for(threads_, slices_, [&](int64_t slice) {
     std::array<int32_t, kCoverRows> next = {}, end = {};
     for (int r = 0; r < kCoverRows; r++) {
@@ -189,45 +186,25 @@ void Cover::write(int32_t* step_offsets, uint8_t* records, int64_t* places) cons
       }
       const int64_t* steps = &step_offsets_[slice * windows_ + window];
       for (int64_t step = steps[0]; step < steps[1]; step++, slots += kSlots) {
-        uint8_t* record = records + step * bytes;
-        const int value_bytes = per_group_ * 512;
-        uint8_t* positions = record + value_bytes;
-        uint8_t* cols = positions + per_group_ * 64;
+        uint8_t* record = records + step * kCoverRecordBytes;
+        uint8_t* positions = record + kCoverValueBytes;
+        uint8_t* cols = record + kCoverRecordBytes - kSlots;
         for (int s = 0; s < kSlots; s++) cols[s] = slots[s].col;
         for (int group = 0; group < kCoverGroups; group++) {
           const Slot* four = slots + group * kCoverGroup;
           for (int r = 0; r < kCoverRows; r++) {
+            int at = 0;
+            while (at < kCoverGroup && !(four[at].rows >> r & 1)) at++;
+            if (at == kCoverGroup) continue;
             // Row r = 16 tile + 8 half + g. Lane (g, t) has the values of groups t and t + 4, lane
-            // (g, 2 tile + u) the positions in groups 4 u .. 4 u + 3 of rows g and g + 8.
+            // (g, 2 tile + u) the positions in groups 4 u .. 4 u + 3, a nibble each, of rows g and
+            // g + 8, two bits each.
             const int tile = r / 16, half = r / 8 % 2, g = r % 8;
             const int lane = g * 4 + group % 4, reg = group / 4 * 2 + half;
-            int at[2] = {-1, -1}, found = 0;
-            for (int s = 0; s < kCoverGroup; s++) {
-              if (four[s].rows >> r & 1) at[found++] = s;
-            }
-            uint32_t code;
-            int64_t place = step * bytes / 2;
-            if (per_group_ == 1) {
-              code = found ? at[0] : 0;
-              place += lane * 8 + tile * 4 + reg;
-              if (found) places[entry[r * kCoverWindow + four[at[0]].col]] = place;
-            } else {
-              // Ascending positions, as the instruction wants them.
-              if (found < 2) at[1] = 3;
-              if (found == 0 || at[0] == 3) at[0] = 2;
-              code = at[0] | at[1] << 2;
-              place += tile * 256 + lane * 8 + reg * 2;
-              for (int i = 0; i < 2; i++) {
-                if (four[at[i]].rows >> r & 1) {
-                  places[entry[r * kCoverWindow + four[at[i]].col]] = place + i;
-                }
-              }
-            }
-            // With one value a group, 2 bits of a nibble each for the rows g and g + 8.
-            const int bits = 2 * per_group_;
-            const int bit = per_group_ == 1 ? group % 4 * 4 + half * 2 : half * 16 + group % 4 * 4;
-            uint8_t* word = positions + (g * 4 + 2 * tile + group / 4) * bits;
-            word[bit / 8] |= code << bit % 8;
+            places[entry[r * kCoverWindow + four[at].col]] =
+                step * (kCoverRecordBytes / 2) + lane * 8 + tile * 4 + reg;
+            const int bit = group % 4 * 4 + half * 2;
+            positions[(g * 4 + 2 * tile + group / 4) * 2 + bit / 8] |= at << bit % 8;
           }
         }
       }

@@ -1,10 +1,10 @@
 // W [N, K] as groups of four slots, for the sparse tensor cores of a GPU (csrc/cuda/spmm_cover.cu).
 //
 // A tile is 32 rows (a slice of `row_order`) times a window of 256 columns. Its columns are put
-// into slots, four of them a group, such that no row has more than `per_group` non-zeros in a
-// group: then one operand of mma.sp holds them with their positions. A column that fits nowhere
-// whole is split by rows over several slots, so every pattern has a cover, and nothing is left out.
-// Eight groups are a step: one instruction for each 16 rows. Slots that stay empty hold zeros.
+// into slots, four of them a group, such that no row has more than one non-zero in a group: then
+// one operand of mma.sp holds them with their positions. A column that fits nowhere whole is split
+// by rows over several slots, so every pattern has a cover, and nothing is left out. Eight groups
+// are a step: one instruction for each 16 rows. Slots that stay empty hold zeros.
 #pragma once
 
 #include <cstdint>
@@ -20,12 +20,12 @@ constexpr int kCoverGroup = 4;     // slots
 constexpr int kCoverGroups = 8;    // of a step
 
 // Bytes of a step: values, positions, columns.
-constexpr int cover_record_bytes(int per_group) { return per_group == 1 ? 608 : 1184; }
+constexpr int kCoverValueBytes = 512, kCoverRecordBytes = kCoverValueBytes + 64 + 32;
 
 class Cover {
  public:
-  // row_order [slices * 32]: the row of each lane, -1 for none. per_group: 1 or 2.
-  Cover(const Csr& w, const int32_t* row_order, int64_t slices, int per_group, int threads);
+  // row_order [slices * 32]: the row of each lane, -1 for none.
+  Cover(const Csr& w, const int32_t* row_order, int64_t slices, int threads);
 
   int64_t steps() const { return step_offsets_.back(); }
 
@@ -43,7 +43,7 @@ class Cover {
   Csr w_;
   std::vector<int32_t> row_order_;
   int64_t slices_, windows_;
-  int per_group_, threads_;
+  int threads_;
   std::vector<std::vector<Slot>> slots_;  // of each slice, tile by tile, whole steps
   std::vector<int64_t> step_offsets_;
 };

@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ..kernels import cover, cuda_library, packs, table
+from ..kernels import cuda_library, packs, table
 from ..kernels.cpu import version_of
 from ..kernels.cuda import MOST_TOKENS, spmm_packed
 from ..kernels.packed import Packed, choose_layout, like, pack
@@ -51,10 +51,8 @@ def streams() -> list[Way]:
     packed = lru_cache(maxsize=len(every))(pack)
 
     def lay_out(W: SparseTensor, tokens: int) -> Packed:
-        def kind(tokens: int) -> tuple:
-            return choose_layout(tokens), cover.choose_per_group(tokens, W.density)
-
-        return packed(W, next(t for t in every if kind(t) == kind(tokens)))
+        name = choose_layout(tokens, W.density)
+        return packed(W, next(t for t in every if choose_layout(t, W.density) == name))
 
     return [stream(tokens, lay_out) for tokens in every]
 

@@ -1,8 +1,8 @@
-"""W as the sparse tensor cores read it: columns in groups of four, one or two values a row.
+"""W as the sparse tensor cores read it: columns in groups of four, of which a row has one value.
 
 csrc/pattern/cover.h says how a tile of 32 rows and 256 columns is covered, csrc/cuda/spmm_cover.cu
-how it is read. 0.594 bytes (one value a group) or 1.156 (two) for each row and slot, and 1 to 2.4
-times as many slots as columns: docs/LOG.md has the table. Packing runs on the CPU, in C++.
+how it is read. 0.594 bytes for each row and slot, and 1 to 2.4 times as many slots as columns:
+docs/MATH.md has the table. Packing runs on the CPU, in C++.
 """
 
 from dataclasses import dataclass
@@ -19,17 +19,11 @@ except ImportError:
 
 WINDOW = 256  # columns
 ROW_BLOCK = 128  # rows sorted by nnz: the fewest of a thread block
-RECORD_BYTES = {1: 608, 2: 1184}
+RECORD_BYTES = 608
 
 
 def is_built() -> bool:
     return _C is not None
-
-
-def choose_per_group(tokens: int, density: float) -> int:
-    """Values of a row in a group of four columns: what is faster on an H200 (docs/LOG.md). One
-    takes fewer bytes up to a density of 0.55, two fewer reads of x."""
-    return 2 if density > (0.55 if tokens <= 16 else 0.4 if tokens <= 32 else 0.18) else 1
 
 
 @dataclass(frozen=True)
@@ -40,7 +34,6 @@ class Cover(Packed):
     count on in a product.
     """
 
-    per_group: int
     records: Tensor
     steps: Tensor
     row_order: Tensor
@@ -54,9 +47,9 @@ class Cover(Packed):
 class CoverLayout:
     """The index part of a pack, and `places`: where each value of W lies in the records."""
 
-    def __init__(self, row_offsets: Tensor, col_indices: Tensor, n: int, k: int, per_group: int):
+    def __init__(self, row_offsets: Tensor, col_indices: Tensor, n: int, k: int):
         device = col_indices.device
-        self.n, self.k, self.per_group = n, k, per_group
+        self.n, self.k = n, k
         self.row_order = sort_rows(row_offsets, n, ROW_BLOCK)
         row_order, offsets = self.row_order.cpu(), row_offsets.cpu()
         indices = col_indices.cpu()
@@ -69,11 +62,10 @@ class CoverLayout:
             indices.shape[0],
             row_order.data_ptr(),
             slices,
-            per_group,
             torch.get_num_threads(),
         )
         steps = torch.empty(slices * windows + 1, dtype=torch.int32)
-        records = torch.zeros(cover.steps, RECORD_BYTES[per_group] // 2, dtype=torch.int16)
+        records = torch.zeros(cover.steps, RECORD_BYTES // 2, dtype=torch.int16)
         places = torch.empty(indices.shape[0], dtype=torch.int64)
         cover.write(steps.data_ptr(), records.data_ptr(), places.data_ptr())
         self.steps, self.places = steps.to(device), places.to(device)
@@ -86,7 +78,6 @@ class CoverLayout:
             self.n,
             self.k,
             values.shape[0],
-            self.per_group,
             records,
             self.steps,
             self.row_order,

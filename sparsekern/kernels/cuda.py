@@ -1,10 +1,10 @@
 """CUDA kernels for few tokens: the table row `stream` on a GPU, and products of packed weights.
 
-W is read once, by one of two kernels: `gather` reads delta streams (streams.py) and multiplies on
-CUDA cores, `cover` reads a cover (cover.py) and multiplies on sparse tensor cores. Values are
-bfloat16 or float16, sums float32, rounded once. Results do not depend on timing: sums of parts are
-added in a fixed order. A stored zero counts as missing. An infinite or NaN x may give NaN in rows
-that do not have its column, as in a dense product.
+W is read once, by one of three kernels: `gather` reads delta streams (streams.py) and multiplies on
+CUDA cores, `cover` a cover (cover.py) on sparse tensor cores, `pairs` pairs of columns (pairs.py)
+on dense ones. Values are bfloat16 or float16, sums float32, rounded once. Results do not depend on
+timing: sums of parts are added in a fixed order. A stored zero counts as missing. An infinite or
+NaN x may give NaN in rows that do not have its column, as in a dense product.
 
 A packed weight holds the counters by which blocks find out who is last, so it must not be used on
 two streams at the same time.
@@ -22,7 +22,7 @@ from .cover import Cover
 from .crossover import density_limit
 from .dense import mm
 from .layout import LANES, Packed
-from .packed import STREAM_TOKENS, choose_layout, layout_for, like
+from .packed import choose_layout, layout_for, like
 from .packs import pack_of
 from .pairs import Pairs
 from .problem import Kernel, Problem
@@ -32,8 +32,8 @@ MOST_TOKENS = 64
 GATHER_TOKENS = 8  # of one launch
 GATHER_DEPTH = 4  # as in spmm_gather.cu
 RUN_WARPS = 16  # as in runs.cuh
-FEW_TILES = 1.5  # for each warp: then one beginning and one end are most of the time
-COVER_DEPTH = {1: 7, 2: 5}
+FEW_TILES, MANY_TILES = 1.5, 5  # for each warp; few: one beginning and one end are most of the time
+COVER_TOKENS, COVER_DEPTH = 32, 7  # as in spmm_cover.cu
 PAIRS_WORDS_BYTES, PAIRS_WINDOW = 2 * (5120 + 8), 64  # as in spmm_pairs.cu; tokens times steps
 EXPAND_WARPS = 8
 CSR_THREADS, CSR_ROW_BYTES = 256, 48 * 1024  # as in csr.cu
@@ -99,28 +99,21 @@ def _gather_x(k: int, tokens: int) -> int:
 
 
 @lru_cache(maxsize=4096)
-def configure_cover(
-    m: int, slices: int, windows: int, per_group: int, type_name: str, gpu: Gpu
-) -> Launch:
-    """Kernel and sizes for up to 64 tokens of a cover, the same on both routes.
+def configure_cover(m: int, slices: int, windows: int, type_name: str, gpu: Gpu) -> Launch:
+    """Kernel and sizes for as many of m tokens of a cover as it takes, 32 at most, on both routes.
 
     The work is cut into runs of windows of blocks of rows, one run for each multiprocessor. 12288 x
     12288, 16 tokens, 132 multiprocessors: 2304 windows of 48 blocks of 256 rows, in 132 runs.
     """
-    tokens = max(8, 1 << (m - 1).bit_length())
+    tokens = min(COVER_TOKENS, max(8, 1 << (m - 1).bit_length()))
     tiles_per_warp = slices * windows / (RUN_WARPS * gpu.multiprocessors)
     group_warps = choose_group_warps(tokens, tiles_per_warp)
-    while group_warps < RUN_WARPS and _cover_smem(tokens, group_warps, per_group) > gpu.smem_bytes:
+    while group_warps < RUN_WARPS and _cover_smem(tokens, group_warps) > gpu.smem_bytes:
         group_warps *= 2
-    blocks = -(-slices // group_warps)
-    units = blocks * windows
     busy = 0.7 if tiles_per_warp <= FEW_TILES else 0.8 if tokens <= 16 else 0.9
-    runs = choose_runs(blocks, windows, gpu.multiprocessors, busy)
-    shares = -(-windows * runs // units) + 1 if units else 1
-    smem_bytes = _cover_smem(tokens, group_warps, per_group)
-    name = f"sk_spmm_cover_{type_name}_v{per_group}_t{tokens}"
-    partial = blocks * shares * tokens * group_warps * LANES
-    return Launch(name, runs, RUN_WARPS * LANES, smem_bytes, partial, tokens, group_warps, shares)
+    runs = choose_runs(-(-slices // group_warps), windows, gpu.multiprocessors, busy)
+    name, smem_bytes = f"sk_spmm_cover_{type_name}_t{tokens}", _cover_smem(tokens, group_warps)
+    return _launch_runs(name, tokens, slices, windows, group_warps, runs, smem_bytes)
 
 
 def choose_group_warps(tokens: int, tiles_per_warp: float) -> int:
@@ -128,9 +121,9 @@ def choose_group_warps(tokens: int, tiles_per_warp: float) -> int:
 
     Many read x less often; few leave fewer sums to add up. docs/LOG.md has the measurements.
     """
-    if tiles_per_warp <= FEW_TILES and tokens <= 32:
+    if tiles_per_warp <= FEW_TILES:
         return 4
-    return 8 if tokens <= 16 or tiles_per_warp <= 5 else 16
+    return 8 if tokens <= 16 or tiles_per_warp <= MANY_TILES else 16
 
 
 def choose_runs(blocks: int, windows: int, multiprocessors: int, busy: float) -> int:
@@ -144,40 +137,54 @@ def choose_runs(blocks: int, windows: int, multiprocessors: int, busy: float) ->
 
 @lru_cache(maxsize=4096)
 def configure_pairs(m: int, slices: int, row_steps: int, type_name: str, gpu: Gpu) -> Launch:
-    """Kernel and sizes for up to 64 tokens of pairs: runs as of a cover, but of other windows."""
+    """Kernel and sizes for up to 64 tokens of pairs. Runs as of a cover; groups of 4 warps are the
+    fastest for W of up to 5 tiles a warp, where no run has two blocks of rows."""
     tokens = max(16, 1 << (m - 1).bit_length())
     windows = -(-row_steps // (PAIRS_WINDOW // tokens))
-    tiles_per_warp = slices * row_steps / (4 * RUN_WARPS * gpu.multiprocessors)
-    group_warps = choose_group_warps(tokens, tiles_per_warp)
+    tiles_per_warp = slices * row_steps * pairs.STEP / cover.WINDOW
+    is_large = tiles_per_warp > MANY_TILES * RUN_WARPS * gpu.multiprocessors
+    busy = 0.8 if is_large else 0.7
+    for group_warps in (8,) if is_large else (4, 8):
+        blocks = -(-slices // group_warps)
+        runs = choose_runs(blocks, windows, gpu.multiprocessors, busy)
+        if runs % max(1, blocks) == 0:
+            break
     while group_warps < RUN_WARPS and _pairs_smem(tokens, group_warps) > gpu.smem_bytes:
         group_warps *= 2
-    blocks = -(-slices // group_warps)
+        runs = choose_runs(-(-slices // group_warps), windows, gpu.multiprocessors, busy)
+    name, smem_bytes = f"sk_spmm_pairs_{type_name}_t{tokens}", _pairs_smem(tokens, group_warps)
+    return _launch_runs(name, tokens, slices, windows, group_warps, runs, smem_bytes)
+
+
+def _launch_runs(
+    name: str,
+    tokens: int,
+    slices: int,
+    windows: int,
+    group_warps: int,
+    runs: int,
+    smem_bytes: int,
+) -> Launch:
+    """Of a kernel that runs.cuh shares out."""
+    groups, blocks = RUN_WARPS // group_warps, -(-slices // group_warps)
     units = blocks * windows
-    busy = 0.7 if tiles_per_warp <= FEW_TILES else 0.8 if tokens <= 16 else 0.9
-    runs = choose_runs(blocks, windows, gpu.multiprocessors, busy)
     shares = -(-windows * runs // units) + 1 if units else 1
-    name = f"sk_spmm_pairs_{type_name}_t{tokens}"
     partial = blocks * shares * tokens * group_warps * LANES
-    smem_bytes = _pairs_smem(tokens, group_warps)
+    smem_bytes = max(smem_bytes, groups * tokens * (group_warps * LANES + 4) * 4)  # or its sums
     return Launch(name, runs, RUN_WARPS * LANES, smem_bytes, partial, tokens, group_warps, shares)
+
+
+def _cover_smem(tokens: int, group_warps: int) -> int:
+    """Bytes of shared memory: two windows of x of each group and the records of each warp."""
+    x_bytes = RUN_WARPS // group_warps * 2 * tokens * cover.WINDOW * 2
+    return x_bytes + RUN_WARPS * COVER_DEPTH * cover.RECORD_BYTES
 
 
 def _pairs_smem(tokens: int, group_warps: int) -> int:
     """Bytes of shared memory: two windows of x of each group, at a multiple of 1024, and the words
-    of each warp; or the sums of each group."""
-    groups = RUN_WARPS // group_warps
-    x_bytes = groups * 2 * PAIRS_WINDOW * pairs.STEP * 2
-    used = 1024 + x_bytes + RUN_WARPS * PAIRS_WORDS_BYTES
-    return max(used, groups * tokens * (group_warps * LANES + 4) * 4)
-
-
-def _cover_smem(tokens: int, group_warps: int, per_group: int) -> int:
-    """Bytes of shared memory: two windows of x of each group and the records of each warp, or the
-    sums of each group."""
-    groups = RUN_WARPS // group_warps
-    ring_bytes = RUN_WARPS * COVER_DEPTH[per_group] * cover.RECORD_BYTES[per_group]
-    x_bytes = groups * 2 * tokens * cover.WINDOW * 2
-    return max(x_bytes + ring_bytes, groups * tokens * (group_warps * LANES + 4) * 4)
+    of each warp."""
+    x_bytes = RUN_WARPS // group_warps * 2 * PAIRS_WINDOW * pairs.STEP * 2
+    return 1024 + x_bytes + RUN_WARPS * PAIRS_WORDS_BYTES
 
 
 def spmm_packed(x: Tensor, packed: Packed, bias: Tensor | None = None) -> Tensor:
@@ -247,43 +254,38 @@ def _fits(packed: Packed, x: Tensor) -> bool:
 
 
 def _run_cover(x: Tensor, packed: Cover, bias: Tensor | None, y: Tensor) -> None:
-    m, device = x.shape[0], x.device.index
-    launch = configure_cover(
-        m,
-        packed.slices,
-        packed.windows,
-        packed.per_group,
-        _TYPES[x.dtype],
-        gpu_of(x.device),
-    )
+    device = x.device.index
+    sizes = packed.slices, packed.windows
+    launch = configure_cover(x.shape[0], *sizes, _TYPES[x.dtype], gpu_of(x.device))
     partial = x.new_empty(launch.partial, dtype=torch.float32)
-    cuda_library.function(launch.kernel, device)(
-        (launch.grid, 1),
-        launch.block,
-        launch.smem_bytes,
-        cuda_library.current_stream(device),
-        packed.records.data_ptr(),
-        packed.steps.data_ptr(),
-        packed.row_order.data_ptr(),
-        x.data_ptr(),
-        0 if bias is None else bias.data_ptr(),
-        y.data_ptr(),
-        partial.data_ptr(),
-        packed.arrived.data_ptr(),
-        m,
-        packed.n,
-        packed.k,
-        packed.slices,
-        packed.windows,
-        launch.group_warps,
-        launch.shares,
-        packed.records.shape[0],
-    )
+    for first in range(0, x.shape[0], launch.tokens):
+        cuda_library.function(launch.kernel, device)(
+            (launch.grid, 1),
+            launch.block,
+            launch.smem_bytes,
+            cuda_library.current_stream(device),
+            packed.records.data_ptr(),
+            packed.steps.data_ptr(),
+            packed.row_order.data_ptr(),
+            x[first:].data_ptr(),
+            0 if bias is None else bias.data_ptr(),
+            y[first:].data_ptr(),
+            partial.data_ptr(),
+            packed.arrived.data_ptr(),
+            min(launch.tokens, x.shape[0] - first),
+            packed.n,
+            packed.k,
+            *sizes,
+            launch.group_warps,
+            launch.shares,
+            packed.records.shape[0],
+        )
 
 
 def _run_pairs(x: Tensor, packed: Pairs, bias: Tensor | None, y: Tensor) -> None:
-    m, device = x.shape[0], x.device.index
-    launch = configure_pairs(m, packed.slices, packed.row_steps, _TYPES[x.dtype], gpu_of(x.device))
+    device = x.device.index
+    sizes = packed.slices, packed.row_steps
+    launch = configure_pairs(x.shape[0], *sizes, _TYPES[x.dtype], gpu_of(x.device))
     partial = x.new_empty(launch.partial, dtype=torch.float32)
     cuda_library.function(launch.kernel, device)(
         (launch.grid, 1),
@@ -297,11 +299,10 @@ def _run_pairs(x: Tensor, packed: Pairs, bias: Tensor | None, y: Tensor) -> None
         y.data_ptr(),
         partial.data_ptr(),
         packed.arrived.data_ptr(),
-        m,
+        x.shape[0],
         packed.n,
         packed.k,
-        packed.slices,
-        packed.row_steps,
+        *sizes,
         launch.group_warps,
         launch.shares,
         packed.words.shape[0],
@@ -317,7 +318,7 @@ def expand(packed: Packed) -> Tensor:
         name, units = "sk_expand_pairs", packed.slices * packed.row_steps
         tensors, sizes = (packed.words, packed.steps), (packed.slices, packed.row_steps)
     elif isinstance(packed, Cover):
-        name, units = f"sk_expand_cover_v{packed.per_group}", packed.slices * packed.windows
+        name, units = "sk_expand_cover", packed.slices * packed.windows
         tensors, sizes = (
             (packed.records, packed.steps, packed.row_order),
             (packed.slices, packed.windows),
@@ -413,8 +414,6 @@ def _refuse_stream(p: Problem) -> str | None:
     major, minor = torch.cuda.get_device_capability()
     if major < 8:
         return f"it needs compute capability 8.0, not {major}.{minor}"
-    if p.M > STREAM_TOKENS and not cover.is_built():
-        return f"without the C++ library it serves up to {STREAM_TOKENS} tokens, not {p.M}"
     if (needed := _smem_bytes(p)) > (most := gpu_of(torch.device("cuda")).smem_bytes):
         return f"it needs {needed} bytes of shared memory, the GPU has {most} for a block"
     limit = density_limit(f"sm_{major}{minor}", p.dtype, p.M, "stream", "expand")
@@ -425,10 +424,13 @@ def _refuse_stream(p: Problem) -> str | None:
 
 def _smem_bytes(p: Problem) -> int:
     """The least that a kernel needs."""
-    if choose_layout(p.M) == "streams":
+    layout = choose_layout(p.M, p.density)
+    if layout == "streams":
         return _ring_bytes(8) + _gather_x(p.K, 1)
-    tokens = max(8, 1 << (p.M - 1).bit_length())
-    return _cover_smem(tokens, RUN_WARPS, cover.choose_per_group(p.M, p.density))
+    tokens = 1 << (p.M - 1).bit_length()
+    if layout == "cover":
+        return _cover_smem(max(8, tokens), RUN_WARPS)
+    return _pairs_smem(max(16, tokens), RUN_WARPS)
 
 
 def _refuse_expand(p: Problem) -> str | None:
@@ -438,7 +440,8 @@ def _refuse_expand(p: Problem) -> str | None:
 
 
 def _describe_stream(p: Problem) -> str:
-    kernel = "gather" if choose_layout(p.M) == "streams" else "cover"
+    layout = choose_layout(p.M, p.density)
+    kernel = "gather" if layout == "streams" else layout
     return f"{kernel} kernel, packed on the first call; values that require grad on every call"
 
 

@@ -1,16 +1,17 @@
 """Weights of one layer laid out for the CUDA kernels: which layouts there are, and which one suits.
 
 `streams` (streams.py) takes the fewest bytes and is read by CUDA cores: for one or two tokens.
-`cover` (cover.py) is read by sparse tensor cores: for more. Both hold any pattern, exactly.
+`cover` (cover.py) is read by sparse tensor cores: for more, up to 32, where W is sparse enough.
+`pairs` (pairs.py) is read by dense tensor cores. All hold any pattern, exactly.
 """
 
 import torch
 
 from ..tensor import SparseTensor
-from . import cover, streams
+from . import cover, pairs, streams
 from .cover import Cover
 from .layout import Packed
-from .pairs import Pairs, PairsLayout
+from .pairs import Pairs
 from .streams import Streams
 
 LAYOUTS: dict[str, type[Packed]] = {"streams": Streams, "cover": Cover, "pairs": Pairs}
@@ -26,9 +27,13 @@ def like(tokens: int) -> int:
     return next((first for first in (33, 17, STREAM_TOKENS + 1) if tokens >= first), 1)
 
 
-def choose_layout(tokens: int) -> str:
-    """The layout for products of about so many tokens; `cover` is made by the C++ library."""
-    return "cover" if tokens > STREAM_TOKENS and cover.is_built() else "streams"
+def choose_layout(tokens: int, density: float) -> str:
+    """The layout for products of about so many tokens: what is faster on an H200 (docs/LOG.md).
+    `cover` is made by the C++ library alone."""
+    if tokens <= STREAM_TOKENS:
+        return "streams"
+    densest = 0.55 if tokens <= 16 else 0.4 if tokens <= 32 else 0.0
+    return "cover" if density <= densest and cover.is_built() else "pairs"
 
 
 def pack(weight: SparseTensor, tokens: int = 1) -> Packed:
@@ -46,10 +51,12 @@ def pack(weight: SparseTensor, tokens: int = 1) -> Packed:
 
 def layout_for(
     row_offsets: torch.Tensor, col_indices: torch.Tensor, n: int, k: int, tokens: int
-) -> "streams.StreamsLayout | cover.CoverLayout":
+) -> "streams.StreamsLayout | cover.CoverLayout | pairs.PairsLayout":
     """The index part of a pack."""
-    if choose_layout(tokens) == "streams":
-        return streams.StreamsLayout(row_offsets, col_indices, n, k)
-    density = col_indices.shape[0] / max(1, n * k)
-    per_group = cover.choose_per_group(tokens, density)
-    return cover.CoverLayout(row_offsets, col_indices, n, k, per_group)
+    layouts = {
+        "streams": streams.StreamsLayout,
+        "cover": cover.CoverLayout,
+        "pairs": pairs.PairsLayout,
+    }
+    name = choose_layout(tokens, col_indices.shape[0] / max(1, n * k))
+    return layouts[name](row_offsets, col_indices, n, k)

@@ -20,9 +20,9 @@ HEAD = LANES + LANES // 2  # words of a step before its values: masks, starts
 
 @dataclass(frozen=True)
 class Pairs(Packed):
-    """words: 16-bit floats [words, 2] (masks and starts of a step as bits, then its pairs, then zeros
-    up to a multiple of 16 bytes). steps: int32 [slices * row steps + 1], the words
-    before each. arrived: int32 [slices], zeros: what blocks that share rows count on in a product.
+    """words: 16-bit floats [words, 2] (masks and starts of a step as bits, then its pairs, then
+    zeros up to a multiple of 16 bytes). steps: int32 [slices * row steps + 1], the words before
+    each. arrived: int32 [slices], zeros: what blocks that share rows count on in a product.
     """
 
     words: Tensor

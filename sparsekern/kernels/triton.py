@@ -120,10 +120,10 @@ def cover_split(m: int, n: int, k: int) -> int:
 
 
 class _TritonCover(CoverLayout):
-    """One value a group, and for each record the first column of its window."""
+    """With the first column of its window for each record."""
 
     def __init__(self, row_offsets: Tensor, col_indices: Tensor, n: int, k: int):
-        super().__init__(row_offsets, col_indices, n, k, per_group=1)
+        super().__init__(row_offsets, col_indices, n, k)
         counts = self.steps.diff().long()
         tiles = torch.arange(counts.shape[0], dtype=torch.int32, device=counts.device)
         self.bases = (tiles % -(-k // WINDOW) * WINDOW).repeat_interleave(counts)

@@ -255,7 +255,7 @@ void check_limits() {
 }
 
 // Each value of a cover has a place of its own among the values of the records.
-void check_cover(const Problem& p, int per_group) {
+void check_cover(const Problem& p) {
   std::mt19937 random(1);
   std::vector<int32_t> offsets, cols;
   draw(p, random, offsets, cols);
@@ -264,16 +264,16 @@ void check_cover(const Problem& p, int per_group) {
   std::vector<int32_t> row_order(slices * sk::kCoverRows, -1);
   for (int64_t i = 0; i < p.n; i++) row_order[i] = static_cast<int32_t>(p.n - 1 - i);
   const sk::Csr w{offsets.data(), cols.data(), p.n, p.k, nnz, 0};
-  const sk::Cover cover(w, row_order.data(), slices, per_group, 2);
+  const sk::Cover cover(w, row_order.data(), slices, 2);
   const int64_t windows = (p.k + sk::kCoverWindow - 1) / sk::kCoverWindow;
-  const int64_t bytes = sk::cover_record_bytes(per_group);
+  constexpr int64_t bytes = sk::kCoverRecordBytes;
   std::vector<int32_t> step_offsets(slices * windows + 1);
   std::vector<uint8_t> records(cover.steps() * bytes);
   std::vector<int64_t> places(nnz, -1);
   cover.write(step_offsets.data(), records.data(), places.data());
   std::vector<bool> taken(records.size() / 2);
   for (int64_t place : places) {
-    if (place < 0 || place * 2 % bytes >= 512 * per_group || taken.at(place)) std::exit(1);
+    if (place < 0 || place * 2 % bytes >= sk::kCoverValueBytes || taken.at(place)) std::exit(1);
     taken[place] = true;
   }
   if (step_offsets.back() != cover.steps()) std::exit(1);
@@ -302,7 +302,7 @@ int main(int argc, char** argv) {
     }
     check_panels();
     check_limits();
-    for (const Problem& p : kProblems) check_cover(p, 1), check_cover(p, 2);
+    for (const Problem& p : kProblems) check_cover(p);
     for (sk::Type type : kTypes) {
       for (const Problem& p : kProblems) check(p, type, {1, 2, 4, 8});
       for (int64_t tokens = 1; tokens <= 130; tokens++) check({tokens, 9, 19, .4}, type, {8});
