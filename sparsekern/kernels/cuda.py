@@ -34,7 +34,7 @@ GATHER_DEPTH = 4  # as in spmm_gather.cu
 RUN_WARPS = 16  # as in runs.cuh
 FEW_TILES, MANY_TILES = 1.5, 5  # for each warp; few: one beginning and one end are most of the time
 COVER_TOKENS, COVER_DEPTH = 32, 7  # as in spmm_cover.cu
-PAIRS_WORDS_BYTES, PAIRS_WINDOW = 2 * (5120 + 8), 64  # as in spmm_pairs.cu; tokens times steps
+PAIRS_WORDS_BYTES, PAIRS_WINDOW = 2 * (4352 + 8), 64  # as in spmm_pairs.cu; tokens times steps
 EXPAND_WARPS = 8
 CSR_THREADS, CSR_ROW_BYTES = 256, 48 * 1024  # as in csr.cu
 _TYPES = {torch.bfloat16: "bf16", torch.float16: "f16"}
@@ -149,10 +149,10 @@ def configure_pairs(m: int, slices: int, row_steps: int, type_name: str, gpu: Gp
         runs = choose_runs(blocks, windows, gpu.multiprocessors, busy)
         if runs % max(1, blocks) == 0:
             break
-    while group_warps < RUN_WARPS and _pairs_smem(tokens, group_warps) > gpu.smem_bytes:
+    while group_warps < RUN_WARPS and _pairs_smem(group_warps) > gpu.smem_bytes:
         group_warps *= 2
         runs = choose_runs(-(-slices // group_warps), windows, gpu.multiprocessors, busy)
-    name, smem_bytes = f"sk_spmm_pairs_{type_name}_t{tokens}", _pairs_smem(tokens, group_warps)
+    name, smem_bytes = f"sk_spmm_pairs_{type_name}_t{tokens}", _pairs_smem(group_warps)
     return _launch_runs(name, tokens, slices, windows, group_warps, runs, smem_bytes)
 
 
@@ -180,7 +180,7 @@ def _cover_smem(tokens: int, group_warps: int) -> int:
     return x_bytes + RUN_WARPS * COVER_DEPTH * cover.RECORD_BYTES
 
 
-def _pairs_smem(tokens: int, group_warps: int) -> int:
+def _pairs_smem(group_warps: int) -> int:
     """Bytes of shared memory: two windows of x of each group, at a multiple of 1024, and the words
     of each warp."""
     x_bytes = RUN_WARPS // group_warps * 2 * PAIRS_WINDOW * pairs.STEP * 2
@@ -250,7 +250,12 @@ def _configure_gather(packed: Streams, x: Tensor) -> Launch | None:
 
 def _fits(packed: Packed, x: Tensor) -> bool:
     """Whether a kernel has the shared memory that it needs."""
-    return isinstance(packed, (Cover, Pairs)) or _configure_gather(packed, x) is not None
+    if isinstance(packed, Streams):
+        return _configure_gather(packed, x) is not None
+    needed = _pairs_smem(RUN_WARPS)
+    if isinstance(packed, Cover):
+        needed = _cover_smem(COVER_TOKENS, RUN_WARPS)
+    return needed <= gpu_of(x.device).smem_bytes
 
 
 def _run_cover(x: Tensor, packed: Cover, bias: Tensor | None, y: Tensor) -> None:
@@ -430,7 +435,7 @@ def _smem_bytes(p: Problem) -> int:
     tokens = 1 << (p.M - 1).bit_length()
     if layout == "cover":
         return _cover_smem(max(8, tokens), RUN_WARPS)
-    return _pairs_smem(max(16, tokens), RUN_WARPS)
+    return _pairs_smem(RUN_WARPS)
 
 
 def _refuse_expand(p: Problem) -> str | None:
