@@ -334,11 +334,13 @@ def main() -> int:
         left = experiments.make(gpus, per_gpu, experiments.began + 60 * options.minutes)
     finally:
         experiments.save()
-    (options.out / "experiments.md").write_text(page(experiments.results, preset.cap()))
+    picture = "experiments.png"
     try:
-        plot(experiments.results, options.out / "experiments.png")
+        plot(experiments.results, options.out / picture)
     except ImportError as error:
         print(f"no plot: {error}")
+        picture = ""
+    (options.out / "experiments.md").write_text(page(experiments.results, preset.cap(), picture))
     if left:
         print(f"out of time: before {left}; call again to continue")
     elif experiments.failed:

@@ -10,14 +10,16 @@ from sparsekern.text import table
 ONE_SHOT = {"magnitude": "magnitude", "wanda": "Wanda", "sparsegpt": "SparseGPT"}
 
 
-def page(results: dict, cap: float) -> str:
-    """All that is there so far, as Markdown. `cap`: the FLOP ratio with the linear layers free."""
+def page(results: dict, cap: float, picture: str = "") -> str:
+    """All that is there so far, as Markdown. `cap`: the FLOP ratio with the linear layers free;
+    `picture`: the file that `plot` wrote beside it."""
     parts = [
         "# Sparse pre-training, dense fine-tuning and iterative pruning",
         ", ".join(f"{name} {value}" for name, value in results.get("machine", {}).items()),
         about(results),
         f"Losses are nats per token on held-out text. With the linear layers free, training FLOPs "
         f"would fall {cap:.2f}x (Amdahl).",
+        *([f"![loss by FLOPs, time and sparsity]({picture})"] if picture else []),
         "## Pre-training\n\n"
         "The same tokens for each arm; the learning rate is the best of its sweep.\n\n"
         + pretraining_table(results),
@@ -156,8 +158,7 @@ def spread(values: list[float], form: str = ".4f") -> list[str]:
 
 
 def pruning_table(results: dict) -> str:
-    rows, steps = [], 0
-    control = results.get("prune control", {}).get("evaluations", [])
+    rows, steps, control = [], 0, not_pruned(results)
     for i, r in enumerate(results.get("prune rounds", {}).get("rows", [])):
         cells = [f"{r['sparsity']:.1%}", f"{r['flop_ratio']:.2f}x", f"{r['parameters']:,}"]
         for key in (*ONE_SHOT, "once"):
@@ -176,8 +177,9 @@ def pruning_table(results: dict) -> str:
     return (
         "Loss of the dense model pruned: at once without recovery by three methods; by magnitude\n"
         "at once, then in rounds, with the same steps of recovery in all; and of the dense model\n"
-        "after these steps. The learning rate starts anew in each round, and once elsewhere; its\n"
-        "highest value is the same everywhere and was not swept.\n\n" + table(header, rows)
+        "after these steps. The learning rate starts anew in each round, and once elsewhere: the\n"
+        "model that is not pruned ends its schedule in the last row alone. Its highest value is\n"
+        "the same everywhere and was not swept.\n\n" + table(header, rows)
     )
 
 
@@ -185,6 +187,13 @@ def pruned(results: dict, key: str) -> list[dict]:
     """The last row of each pruning at once of a kind, by sparsity."""
     found = [r["rows"][-1] for k, r in results.items() if k.rpartition(" ")[0] == f"prune {key}"]
     return sorted(found, key=lambda row: row["sparsity"])
+
+
+def not_pruned(results: dict) -> list[dict]:
+    """The dense model after as many steps as each round had come to, at that round's sparsity."""
+    rounds = results.get("prune rounds", {}).get("rows", [])
+    control = results.get("prune control", {}).get("evaluations", [])
+    return [r | {"loss": e["loss"]} for r, e in zip(rounds, control, strict=False)]
 
 
 def times_table(results: dict) -> str:
@@ -249,7 +258,7 @@ def plot(results: dict, path: Path) -> None:
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
 
-    figure, panels = plt.subplots(2, 2, figsize=(12, 9))
+    figure, panels = plt.subplots(2, 2, figsize=(12, 9), layout="constrained")
     for axes in panels.flat:
         axes.set_ylabel("validation loss (nats per token)")
         axes.grid(alpha=0.3)
@@ -258,11 +267,9 @@ def plot(results: dict, path: Path) -> None:
     pruning_panel(panels[1, 1], results)
     for axes in panels.flat:
         if axes.get_legend_handles_labels()[0]:
-            # Curves of pruning are everywhere.
-            below = {"loc": "upper center", "bbox_to_anchor": (0.5, -0.12), "ncols": 2}
-            axes.legend(frameon=False, **(below if axes is panels[1, 1] else {}))
+            axes.legend(frameon=False)
         axes.spines[["top", "right"]].set_visible(False)
-    figure.tight_layout()
+    figure.get_layout_engine().set(w_pad=0.1, h_pad=0.1)
     figure.savefig(path, dpi=120)
     plt.close(figure)
 
@@ -314,6 +321,7 @@ def pruning_panel(axes, results: dict) -> None:
         "SparseGPT, no recovery": (pruned(results, "sparsegpt"), "--"),
         "Wanda, no recovery": (pruned(results, "wanda"), "--"),
         "magnitude, no recovery": (pruned(results, "magnitude"), "--"),
+        "not pruned, as many steps": (not_pruned(results), "-"),
     }
     shown = []
     styles = zip(curves.items(), COLOURS, MARKERS, strict=False)
@@ -323,12 +331,9 @@ def pruning_panel(axes, results: dict) -> None:
             axes.plot(*zip(*points, strict=True), line, color=colour, marker=marker, label=label)
             shown += [loss for _, loss in points] if line == "-" else []
     if rounds and shown:
-        control = results.get("prune control", {}).get("evaluations", rounds[:1])
-        axes.axhline(
-            control[-1]["loss"], color="black", linewidth=1, label="not pruned, as many steps"
-        )
+        axes.axhline(rounds[0]["loss"], color="black", linewidth=1, label="before")
         # What is not recovered soon leaves the panel.
-        low = min(*shown, control[-1]["loss"])
-        room = max(max(shown) - low, 0.02)
+        low, high = min(*shown, rounds[0]["loss"]), max(*shown, rounds[0]["loss"])
+        room = max(high - low, 0.02)
         axes.set_ylim(low - 0.1 * room, low + 4 * room)
     axes.set(title="Pruning the dense model", xlabel="sparsity (%)")

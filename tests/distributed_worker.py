@@ -37,7 +37,7 @@ for name, settings in json.loads((folder / "configs.json").read_text()).items():
 
 # The check itself: one rank changes a pattern behind the others' backs.
 linear = torch.nn.Linear(4, 4)
-layer = SparseLinear.from_linear(linear, torch.eye(4, dtype=torch.bool))
+layer = SparseLinear.from_linear(linear, torch.eye(4, dtype=torch.bool)).to(config.device)
 check_same_on_all_ranks({"a": layer})
 if rank == "1":
     pattern.set_pattern(layer, places_of(layer)[:2])

@@ -410,6 +410,12 @@ def test_iterative_pruning_without_rewinding_goes_on():
     assert losses[-1] < losses[0] and optimizer.state
 
 
+def test_rewinding_in_several_processes_is_refused(monkeypatch):
+    monkeypatch.setattr("sparsekern.sparsity.gradual.is_distributed", lambda: True)
+    with pytest.raises(NotImplementedError, match="rewind: not available with several processes"):
+        start(IterativePruning(0.75, rounds=2, freq=3, rewind=1))
+
+
 def trained() -> Net:
     model = net()
     fit(model, adamw(model, weight_decay=0.0), 150)
@@ -574,6 +580,11 @@ def test_other_forms_of_a_config():
     assert configure({"sparsity": 0.9, "init_method": "random"}) == Static(0.9)
     old = configure({"type": "gmp", "schedule": {"type": "exp", "init": 0, "gamma": -0.1}})
     assert isinstance(old, GMP) and old.target(10) == pytest.approx(1 - math.exp(-1))
+    kept = [
+        configure({"sparsity": 0.5, "init_method": name}).mask("w", net().up.weight)
+        for name in ("topk", "magnitude")
+    ]
+    assert torch.equal(*kept)
     group = configure([{"sparsity": 0.5, "param_filter": "up*"}, {"sparsity": 0.9}])
     model = group.apply(net())
     assert model.up.weight.sparsity == 0.5 and model.down.weight.sparsity == pytest.approx(

@@ -159,6 +159,31 @@ def test_two_processes_resume_as_one(runs, name):
     run.update()
 
 
+@pytest.mark.gpu
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="fewer than two NVIDIA GPUs")
+def test_two_gpus_compute_what_a_cpu_does(runs, tmp_path):
+    """Through NCCL. A rounding may decide what grows, so losses are held less tightly."""
+    two_on_gpus(runs, tmp_path, "cuda")
+
+
+def two_on_gpus(runs, tmp_path: Path, device: str) -> None:
+    folder, _ = runs
+    given = {"device": device}
+    configs = {
+        f"{a}-{p}": _changed(config(folder, a, p)) | given | {"out": str(tmp_path / f"{a}-{p}")}
+        for a, p in RUNS
+    }
+    alone = replace(config(folder, "rigl"), out=str(tmp_path / "resumed"))
+    _stop_half_way(alone)
+    resumed = {"out": alone.out, "parallel": "fsdp", "resume": True}
+    (tmp_path / "configs.json").write_text(json.dumps(configs | {"resumed": resumed | given}))
+    first, second = torchrun(tmp_path)
+    assert first == second and first["error"].endswith("the ranks have different patterns in a")
+    for name in (*configs, "resumed"):
+        one = saved(folder, f"{name.partition('-')[0] if name in configs else 'rigl'}-none")
+        assert first[name]["losses"] == pytest.approx(one["losses"], abs=1e-2), name
+
+
 def test_mistakes(monkeypatch, tmp_path):
     with pytest.raises(ValueError, match="parallel: ddp needs torchrun"):
         Ranks("ddp", "cpu")

@@ -118,12 +118,18 @@ def experiments() -> dict:
             "evaluations": points,
             "loss": points[-1]["loss"],
             "tokens_per_s": 32768 / step_s,
+            "step_s": step_s,
             "steps_s": points[-1]["seconds"],
+            "flops": 1e15 * (1 - sparsity),
         }
 
     machine = {"device": "NVIDIA H200", "torch": "2.11.0", "date": "2026-01-02", "commit": "abc"}
     arms = {f"pretrain {s} seed 0": run(s) for s in (0.9, 0.0, 0.5, 0.75)}
-    return {"machine": machine, "sweep 0.0 lr 0.001": {}, "pretrain 0.75 seed 1": {}, **arms}
+    diverged = {"loss": None, "diverged": "loss is nan at step 3"}
+    tuned = {f"finetune 0.75 seed 0 lr {lr}": run(0.75) | {"loss": 3 * lr} for lr in (2, 1)}
+    tuned |= {"finetune 0.75 seed 0 lr 3": diverged, "pretrain 0.95 seed 0": diverged}
+    others = {"sweep 0.0 lr 0.001": {}, "pretrain 0.75 seed 1": {}}
+    return {"machine": machine, **others, **arms, **tuned}
 
 
 @pytest.fixture
@@ -186,6 +192,19 @@ def test_each_file_is_read_as_what_it_is(folder):
     assert {record["kernel"] for record in results["h200-decode-bfloat16.json"].records} == {
         "stream"
     }
+
+
+def test_arms_of_experiments_stand_beside_dense(folder):
+    (result,) = [r for r in load.load(folder) if r.kind == load.EXPERIMENTS]
+    found = {section.title: section.parts for section in sections([result])}
+    ((speeds,), (losses,)) = found["Training"], found["Loss against wall-clock"]
+    assert [row[-1] for row in speeds.rows] == ["1.33", "1.60", "1.82"]
+    assert losses.rows == [
+        ["dense", "2.0000", "1.00x", "200.0", "-"],
+        ["50% sparse", "2.1250", "2.00x", "150.0", "-"],
+        ["75% sparse", "2.1875", "4.00x", "125.0", "3.0000"],
+        ["90% sparse", "2.2250", "10.00x", "110.0", "-"],
+    ]
 
 
 def test_what_is_not_measured_says_so(tmp_path):

@@ -199,7 +199,23 @@ def test_a_killed_run_resumes_bit_for_bit(tiny, tmp_path, monkeypatch, algorithm
         assert [round(e["sparsity"], 2) for e in result["evaluations"]] == [0.0, 0.7, 0.8]
 
 
-@pytest.mark.parametrize("algorithm", ["gmp", "set", "rigl"])
+def test_iterative_pruning_with_rewinding_resumes_bit_for_bit(tiny, tmp_path, monkeypatch):
+    """Killed at step 14, resumed from 12, with a round and its rewinding to come."""
+    path = tmp_path / "sparsity.json"
+    settings = {"algorithm": "iterative", "sparsity": 0.8, "rounds": 3, "freq": 5, "rewind": 2}
+    path.write_text(json.dumps(settings))
+    whole = replace(tiny, sparsity_config=str(path))
+    assert train.train(whole)["sparsity"] == pytest.approx(0.8, abs=1e-3)
+    broken = replace(whole, out=str(tmp_path / "broken"))
+    interrupt(monkeypatch, broken, 14)
+    train.train(train.resumed_config({"out": broken.out}))
+    a, b = final(whole), final(broken)
+    early = [state.pop("algorithm")["early"] for state in (a, b)]
+    assert early[0] and all(torch.equal(early[0][name], early[1][name]) for name in early[0])
+    assert states_equal(a | {"algorithm": None}, b | {"algorithm": None})
+
+
+@pytest.mark.parametrize("algorithm", ["gmp", "set", "rigl", "iterative"])
 def test_algorithms_by_flags(tiny, algorithm):
     result = train.train(replace(tiny, sparsity=0.75, algorithm=algorithm))
     assert result["sparsity"] == pytest.approx(0.75, abs=1e-3)

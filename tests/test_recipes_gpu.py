@@ -13,7 +13,16 @@ from sparsekern.gpt import train
 from sparsekern.gpt.checkpoint import load_checkpoint
 from sparsekern.gpt.prune import PruneConfig, prune
 from sparsekern.gpt.train import CHECKPOINT, TrainConfig
-from sparsekern.sparsity import GMP, SET, Magnitude, RigL, SparseGPT, Static, Wanda
+from sparsekern.sparsity import (
+    GMP,
+    SET,
+    IterativePruning,
+    Magnitude,
+    RigL,
+    SparseGPT,
+    Static,
+    Wanda,
+)
 from sparsekern.sparsity.pattern import places_of
 
 pytestmark = [
@@ -41,6 +50,7 @@ def places(model: nn.Module) -> torch.Tensor:
         lambda: SET(0.75, update={"freq": 1}),
         lambda: RigL(0.75, update={"freq": 1}, block_elems=1000),
         lambda: GMP({"type": "linear", "init": 0.2, "slope": 0.2}, update={"freq": 1}),
+        lambda: IterativePruning(0.75, rounds=3, freq=1, rewind=1),
     ],
 )
 def test_choices_are_those_of_a_cpu(make):
@@ -58,6 +68,26 @@ def test_choices_are_those_of_a_cpu(make):
         found.append((places(model), model[0].values.detach().cpu()))
     assert torch.equal(found[0][0], found[1][0])
     torch.testing.assert_close(found[0][1], found[1][1])
+
+
+def test_a_rewinding_goes_on_from_a_checkpoint():
+    """Which is read onto the CPU."""
+    found = []
+    for stop in (9, 2):
+        model, algorithm = layer().cuda(), IterativePruning(0.75, rounds=2, freq=2, rewind=1)
+        algorithm.apply(model)
+        optimizer = algorithm.apply(torch.optim.SGD(model.parameters(), lr=1e-2))
+        for step in range(4):
+            if step == stop:
+                state = algorithm.state_dict()
+                early = {name: t.cpu() for name, t in state["early"].items()}
+                others = [t.cpu() for t in state["early_others"]]
+                algorithm.load_state_dict(state | {"early": early, "early_others": others})
+            optimizer.zero_grad()
+            model(torch.ones(8, 96).double().cuda()).square().sum().backward()
+            optimizer.step()
+        found.append((places(model), model[0].values.detach().cpu()))
+    assert torch.equal(found[0][0], found[1][0]) and torch.equal(found[0][1], found[1][1])
 
 
 @pytest.mark.parametrize("make", [Wanda, SparseGPT])
@@ -93,6 +123,11 @@ def test_training_in_bf16_resumes_on_a_cpu_and_is_pruned(tmp_path: Path):
     assert result["losses"][-1] < result["losses"][0] - 1 and result["peak_gpu_bytes"] > 0
     exact = train.train(replace(config, dtype="float32", device="cpu", out=str(tmp_path / "cpu")))
     assert result["losses"][-1] == pytest.approx(exact["losses"][-1], abs=0.3)
+    shared = {"data": config.data, "batch": 8, "steps": 4, "device": "cuda", "dtype": "bfloat16"}
+    start = {"init_from": config.out, "dense": True, "out": str(tmp_path / "dense")}
+    dense = train.train(train.config_from(start | shared))
+    before, after = result["evaluations"][-1]["loss"], dense["evaluations"][0]["loss"]
+    assert after == pytest.approx(before, abs=0.02) and dense["sparsity"] == 0
     resumed = train.Run(train.resumed_config({"out": config.out, "device": "cpu"}))
     saved = load_checkpoint(Path(config.out) / CHECKPOINT)["model"]
     assert all(torch.equal(t.cpu(), saved[k]) for k, t in resumed.model.state_dict().items())

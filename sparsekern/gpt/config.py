@@ -15,6 +15,7 @@ from .model import GPTConfig
 UPDATE_SHARE = 0.02
 STOP_SHARE = 0.75
 DROP_FRACTION = 0.3
+ROUNDS = 10  # of iterative pruning
 
 
 def flag(default: object, text: str, **argument: object) -> object:
@@ -30,7 +31,9 @@ class TrainConfig:
     tokenizer: str = flag("bytes", "how text becomes tokens", choices=TOKENIZERS)
     vocab_size: int = flag(2048, "vocabulary of the bpe tokenizer")
     sparsity: float = flag(0.0, "share of zeros in the linear layers of the blocks, 0 = dense")
-    algorithm: str = flag("static", "how the zeros are chosen: static, gmp, set, rigl, magnitude")
+    algorithm: str = flag(
+        "static", "how the zeros are chosen: static, gmp, set, rigl, iterative, magnitude"
+    )
     init_method: str = flag(
         "random", "which weights stay at first", choices=("random", "magnitude")
     )
@@ -110,6 +113,9 @@ class TrainConfig:
             else:
                 drop = {"type": "cosine", "init": DROP_FRACTION, "half_period": stop}
                 settings["drop_fraction"] = drop
+        if self.algorithm == "iterative":
+            freq = max(1, int(STOP_SHARE * self.steps) // ROUNDS)
+            settings |= {"rounds": ROUNDS, "freq": freq}
         return settings
 
     def make_algorithm(self, settings: object) -> Algorithm | Group | None:

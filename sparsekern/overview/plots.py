@@ -202,15 +202,25 @@ def bars(groups: dict[str, dict[str, float]], ylabel: str, ratio_of: tuple[str, 
     return made
 
 
-def losses(arms: dict[str, list[dict]]):
-    """Validation loss against the seconds spent in steps: a curve for each arm."""
-    made, (panel,) = figure(1, width=7.0)
-    for (name, points), colour, marker in zip(arms.items(), COLOURS, MARKERS, strict=False):
-        seconds, values = [p["seconds"] for p in points], [p["loss"] for p in points]
-        panel.plot(seconds, values, color=colour, marker=marker, markersize=5, label=name)
-    panel.set(xlabel="seconds spent in training steps", ylabel="validation loss (nats per token)")
-    panel.legend(frameon=False, fontsize=9)
-    _grid(panel)
+def losses(arms: dict[str, dict]):
+    """Validation loss against seconds in steps, and against FLOPs: a curve for each run."""
+    made, panels = figure(2, width=4.8, sharey=True)
+    for (name, run), colour, marker in zip(arms.items(), COLOURS, MARKERS, strict=False):
+        points = [p for p in run["evaluations"] if p["step"]]  # the first would hide the others
+        values = [p["loss"] for p in points]
+        spent = (
+            [p["seconds"] for p in points],
+            [run["flops"] * p["step"] / points[-1]["step"] for p in points],
+        )
+        style = {"color": colour, "marker": marker, "markersize": 5, "label": name}
+        for panel, places in zip(panels, spent, strict=True):
+            panel.plot(places, values, **style)
+    panels[0].set(xlabel="seconds spent in training steps")
+    panels[1].set(xlabel="training FLOPs, of stored weights alone")
+    _label_rows(panels, "validation loss (nats per token)")
+    panels[1].legend(frameon=False, fontsize=9)
+    for panel in panels:
+        _grid(panel)
     return made
 
 

@@ -61,7 +61,7 @@ def sections(results: Sequence[Result]) -> list[Section]:
         ("Training", "Tokens a second of whole steps, optimizer included.", training),
         (
             "Loss against wall-clock",
-            "Sparse pre-training beside dense, the same tokens for each.",
+            "Sparse pre-training beside dense, the same tokens for each; losses in nats per token.",
             loss,
         ),
         (
@@ -208,15 +208,7 @@ def training(results: Sequence[Result]) -> list[Part]:
     parts = []
     for result in results:
         if result.kind == EXPERIMENTS:
-            arms = pretrained(result)
-            speeds = {name: {"tokens/s": run["tokens_per_s"]} for name, run in arms.items()}
-            rows = [
-                [name, f"{run['tokens_per_s']:,.0f}", f"{run['loss']:.4f}", f"{run['steps_s']:.0f}"]
-                for name, run in arms.items()
-            ]
-            header = ["pre-training", "tokens/s", "loss", "seconds"]
-            figure = plots.bars(speeds, "tokens/s")
-            parts.append(Part(f"{result.title}: {result.about}.", figure, header, rows))
+            parts += _arms(result)
             continue
         steps = select(result.records, op="train_step")
         for (threads,), chosen in groups(steps, lambda r: r["threads"]).items():
@@ -230,25 +222,56 @@ def training(results: Sequence[Result]) -> list[Part]:
     return parts
 
 
-def pretrained(result: Result) -> dict[str, dict]:
-    """Arm -> run of its first seed, by sparsity."""
-    runs = {}
+def _arms(result: Result) -> list[Part]:
+    """Sparse pre-training beside the dense run of the same experiments."""
+    runs = pretrained(result)
+    dense = runs.pop("dense", None)
+    if not dense or not runs:
+        return []
+    both = {
+        name: {"dense": dense["tokens_per_s"], "sparse": run["tokens_per_s"]}
+        for name, run in runs.items()
+    }
+    rows = [
+        [name, f"{s['dense']:,.0f}", f"{s['sparse']:,.0f}", f"{s['sparse'] / s['dense']:.2f}"]
+        for name, s in both.items()
+    ]
+    return [_bars(result, both, ["pre-training", *_SPEED_HEADER[2:]], rows)]
+
+
+def pretrained(result: Result, kind: str = "pretrain") -> dict[str, dict]:
+    """Arm -> run of its first seed, by sparsity; of fine-tunings the best. Without those that
+    diverged."""
+    runs: dict[float, dict] = {}
     for key, run in result.data.items():
         words = key.split()
-        if words[0] == "pretrain" and words[3] == "0":
-            runs[float(words[1])] = run
+        if words[0] == kind and words[3] == "0" and "step_s" in run:
+            arm = float(words[1])
+            runs[arm] = min(run, runs.get(arm, run), key=lambda r: r["loss"])
     return {f"{s:.0%} sparse" if s else "dense": runs[s] for s in sorted(runs)}
 
 
 def loss(results: Sequence[Result]) -> list[Part]:
     parts = []
     for result in results:
-        if result.kind == EXPERIMENTS:
-            arms = {
-                name: [point for point in run["evaluations"] if point["step"]]
-                for name, run in pretrained(result).items()
-            }
-            parts.append(Part(f"{result.title}: {result.about}.", plots.losses(arms)))
+        arms = pretrained(result) if result.kind == EXPERIMENTS else {}
+        if not arms:
+            continue
+        tuned = pretrained(result, "finetune")
+        most = max(run["flops"] for run in arms.values())
+        rows = [
+            [
+                name,
+                f"{run['loss']:.4f}",
+                f"{most / run['flops']:.2f}x",
+                f"{run['steps_s']:.1f}",
+                f"{tuned[name]['loss']:.4f}" if name in tuned else "-",
+            ]
+            for name, run in arms.items()
+        ]
+        header = ["pre-training", "loss", "fewer FLOPs", "seconds", "then fine-tuned dense"]
+        text = f"{result.title}: {result.about}."
+        parts.append(Part(text, plots.losses(arms), header, rows))
     return parts
 
 

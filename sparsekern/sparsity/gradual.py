@@ -132,7 +132,9 @@ class IterativePruning(GMP):
         return super().state_dict() | early
 
     def load_state_dict(self, state: dict) -> None:
-        self._early, self._early_others = state["early"], state["early_others"]
+        # A checkpoint is read onto the CPU; follow() needs the values where the pattern is.
+        self._early = {n: t.to(self.layers[n].values.device) for n, t in state["early"].items()}
+        self._early_others = state["early_others"]
         super().load_state_dict(state)
 
 
