@@ -15,7 +15,7 @@
 
 namespace sk {
 
-constexpr int kRound = 2;  // of 16 columns, whose products a warpgroup sends off together
+constexpr int kRound = 1;  // of 16 columns, whose products a warpgroup sends off together
 constexpr int kRounds = kSixteens / kRound;  // of a step
 constexpr unsigned kBufferBytes = 4352;      // of words, two a warp
 static_assert(kMostStepWords * 4 <= kBufferBytes, "a step fits where all pairs have values");
