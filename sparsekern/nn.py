@@ -152,10 +152,10 @@ class PackedLinear(nn.Module):
         return sum(getattr(self, name).nbytes for name in self._names)
 
     def forward(self, x: Tensor) -> Tensor:
-        if x.device.type != "cuda" or x.device != self.row_order.device:
+        if x.device.type != "cuda" or x.device != self.arrived.device:
             raise NotImplementedError(
                 f"PackedLinear: expected x on the weight's GPU, got x on {x.device} and the weight "
-                f"on {self.row_order.device}"
+                f"on {self.arrived.device}"
             )
         if torch.is_grad_enabled() and x.requires_grad:
             raise RuntimeError("PackedLinear: it has no gradient; use SparseLinear to train")

@@ -15,9 +15,7 @@
 
 namespace sk {
 
-constexpr int kRound = 1;  // of 16 columns, whose products a warpgroup sends off together
-constexpr int kRounds = kSixteens / kRound;  // of a step
-constexpr unsigned kBufferBytes = 4352;      // of words, two a warp
+constexpr unsigned kBufferBytes = 4352;  // of words, two a warp
 static_assert(kMostStepWords * 4 <= kBufferBytes, "a step fits where all pairs have values");
 
 // The words of a warp on their way through shared memory, in two buffers: while the steps of one
@@ -204,23 +202,23 @@ class Slots {
 
 // acc += a step times its x.
 template <class T, int kNTiles>
-__device__ inline void multiply(float (&acc)[2][kNTiles][4], unsigned (&a)[2][kRound][8],
-                                Slots slots, unsigned x) {
+__device__ inline void multiply(float (&acc)[2][kNTiles][4], unsigned (&a)[2][8], Slots slots,
+                                unsigned x) {
   const int lane = threadIdx.x % kWarp;
   // Of this lane for ldmatrix: tokens lane / 16 * 8 .. + 7, chunk lane / 8 % 2.
   const unsigned row = x + (lane / 16 * 8 + lane % 8) * 128 + ((lane / 8 % 2) ^ (lane % 8)) * 16;
-  slots.load(a[0][0], 0);
+  slots.load(a[0], 0);
 #pragma unroll
   for (int i = 0; i < kSixteens; ++i) {
-    if (i + 1 < kSixteens) slots.load(a[(i + 1) % 2][0], i + 1);
+    if (i + 1 < kSixteens) slots.load(a[(i + 1) % 2], i + 1);
 #pragma unroll
     for (int j = 0; j < kNTiles; j += 2) {
       unsigned b[4];
       load_matrices(b, (row ^ i * 32) + j * 1024);
 #pragma unroll
       for (int tile = 0; tile < 2; ++tile) {
-        mma<T>(acc[tile][j], a[i % 2][0] + tile * 4, b[0], b[1]);
-        mma<T>(acc[tile][j + 1], a[i % 2][0] + tile * 4, b[2], b[3]);
+        mma<T>(acc[tile][j], a[i % 2] + tile * 4, b[0], b[1]);
+        mma<T>(acc[tile][j + 1], a[i % 2] + tile * 4, b[2], b[3]);
       }
     }
   }
@@ -228,20 +226,16 @@ __device__ inline void multiply(float (&acc)[2][kNTiles][4], unsigned (&a)[2][kR
 
 // The same by the four warps of a warpgroup, whose x is the same. The last products go on.
 template <class T, int kNTiles>
-__device__ inline void multiply_together(float (&acc)[2][kNTiles][4], unsigned (&a)[2][kRound][8],
+__device__ inline void multiply_together(float (&acc)[2][kNTiles][4], unsigned (&a)[2][8],
                                          Slots slots, unsigned x) {
 #pragma unroll
-  for (int i = 0; i < kRounds; ++i) {
-    wait_warpgroup_products<kRounds == 1 ? 0 : 1>();  // this operand is free
-#pragma unroll
-    for (int j = 0; j < kRound; ++j) slots.load(a[i % 2][j], i * kRound + j);
+  for (int i = 0; i < kSixteens; ++i) {
+    wait_warpgroup_products<1>();  // this operand is free
+    slots.load(a[i % 2], i);
+    const unsigned long long b = describe_rows(x + i * 32);
     begin_warpgroup_products();
-#pragma unroll
-    for (int j = 0; j < kRound; ++j) {
-      const unsigned long long b = describe_rows(x + (i * kRound + j) * 32);
-      mma_warpgroup<T>(acc[0], a[i % 2][j], b);
-      mma_warpgroup<T>(acc[1], a[i % 2][j] + 4, b);
-    }
+    mma_warpgroup<T>(acc[0], a[i % 2], b);
+    mma_warpgroup<T>(acc[1], a[i % 2] + 4, b);
     commit_warpgroup_products();
   }
 }
@@ -301,7 +295,7 @@ __device__ void spmm_pairs(const unsigned* all_words, const int* steps, const un
     if (first < last) x_window.copy(x_shared, first);
     int step = 0;
     float acc[2][kNTiles][4] = {};
-    unsigned a[2][kRound][8] = {};
+    unsigned a[2][8] = {};
     for (int window = first; window < last; ++window) {
       wait_copies<0>();
       publish_to_warpgroups();
