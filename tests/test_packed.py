@@ -7,7 +7,12 @@ import torch
 
 from sparsekern.kernels import cover
 from sparsekern.kernels.cover import WINDOW, Cover, CoverLayout
-from sparsekern.kernels.cuda import Gpu, configure_cover, configure_gather, configure_pairs
+from sparsekern.kernels.cuda_launch import (
+    Gpu,
+    configure_cover,
+    configure_gather,
+    configure_pairs,
+)
 from sparsekern.kernels.layout import LANES, sort_rows
 from sparsekern.kernels.packed import choose_layout, like, pack
 from sparsekern.kernels.pairs import HEAD, SLOTS, STEP, Pairs, PairsLayout

@@ -321,7 +321,7 @@ __device__ void spmm_pairs(const unsigned* all_words, const int* steps, const un
     for (int i = last - first; i < (count + groups - 1) / groups; ++i) {
       sync_warps(1 + group, group_warps);
     }
-    wait_copies<0>();  // none is under way when sums take the place of the rings
+    wait_copies<0>();  // none is under way when sums take the place of words
     finish<T, kNTiles>(acc, row_of_lane, smem, bias, y, partial, arrived, tokens, n, block, windows,
                        units, group_warps, most_shares);
   }

@@ -10,54 +10,40 @@ A packed weight holds the counters by which blocks find out who is last, so it m
 two streams at the same time.
 """
 
-from functools import cache, lru_cache
-from typing import NamedTuple
+from functools import cache
 
 import torch
 from torch import Tensor
 
 from ..tensor import expand_rows
-from . import cover, cuda_library, pairs
+from . import cuda_library
 from .cover import Cover
 from .crossover import density_limit
+from .cuda_launch import (
+    COVER_TOKENS,
+    RUN_WARPS,
+    Gpu,
+    Launch,
+    configure_cover,
+    configure_gather,
+    configure_pairs,
+    cover_smem,
+    gather_x,
+    pairs_smem,
+    ring_bytes,
+)
 from .dense import mm
 from .layout import LANES, Packed
 from .packed import choose_layout, layout_for, like
 from .packs import pack_of
 from .pairs import Pairs
 from .problem import Kernel, Problem
-from .streams import BLOCK_PIECES, GRANULE, MOST_BLOCKS, Streams
+from .streams import Streams
 
 MOST_TOKENS = 64
-GATHER_TOKENS = 8  # of one launch
-GATHER_DEPTH = 4  # as in spmm_gather.cu
-RUN_WARPS = 16  # as in runs.cuh
-FEW_TILES, MANY_TILES = 1.5, 5  # for each warp; few: one beginning and one end are most of the time
-COVER_TOKENS, COVER_DEPTH = 32, 7  # as in spmm_cover.cu
-PAIRS_WORDS_BYTES, PAIRS_WINDOW = 2 * (4352 + 8), 64  # as in spmm_pairs.cu; tokens times steps
 EXPAND_WARPS = 8
 CSR_THREADS, CSR_ROW_BYTES = 256, 48 * 1024  # as in csr.cu
 _TYPES = {torch.bfloat16: "bf16", torch.float16: "f16"}
-
-
-class Launch(NamedTuple):
-    """How a kernel is launched for one problem."""
-
-    kernel: str
-    grid: int
-    block: int
-    smem_bytes: int
-    partial: int  # float32 elements of workspace
-    tokens: int  # the most of the kernel
-    group_warps: int = 0  # cover: warps that share x
-    shares: int = 0  # cover: most blocks that share rows
-
-
-class Gpu(NamedTuple):
-    """What a launch is fitted to."""
-
-    multiprocessors: int
-    smem_bytes: int  # the most of a block
 
 
 @cache
@@ -66,132 +52,11 @@ def gpu_of(device: torch.device) -> Gpu:
     return Gpu(properties.multi_processor_count, properties.shared_memory_per_block_optin)
 
 
-@lru_cache(maxsize=4096)
-def configure_gather(
-    m: int, k: int, pieces: int, bits: int, type_name: str, gpu: Gpu
-) -> Launch | None:
-    """Kernel and sizes for as many of m tokens as it takes, 8 at most, on both routes; None if x of
-    one token does not fit in shared memory."""
-    tokens = min(GATHER_TOKENS, 1 << (m - 1).bit_length())
-    ring_bytes = _ring_bytes(bits)
-    while tokens and ring_bytes + _gather_x(k, tokens) > gpu.smem_bytes:
-        tokens //= 2
-    if not tokens:
-        return None
-    grid = -(-pieces // BLOCK_PIECES)
-    smem_bytes = max(ring_bytes + _gather_x(k, tokens), BLOCK_PIECES * tokens * LANES * 4)
-    # No more blocks on a multiprocessor than there are when all share the work: a launch that
-    # starts early would fill those that are free first.
-    each = max(1, min(MOST_BLOCKS, -(-grid // gpu.multiprocessors)))
-    smem_bytes = max(smem_bytes, (gpu.smem_bytes + 1024) // (each + 1) - 1023)
-    name = f"sk_spmm_gather_{type_name}_d{bits}_t{tokens}"
-    return Launch(name, grid, BLOCK_PIECES * LANES, smem_bytes, 2 * grid * tokens * LANES, tokens)
-
-
-def _ring_bytes(bits: int) -> int:
-    """Bytes of the granules of a block that are on their way."""
-    return BLOCK_PIECES * GATHER_DEPTH * LANES * (2 * GRANULE + bits)
-
-
-def _gather_x(k: int, tokens: int) -> int:
-    """Bytes of x in shared memory."""
-    return -(-k // 4) * 8 * tokens
-
-
-@lru_cache(maxsize=4096)
-def configure_cover(m: int, slices: int, windows: int, type_name: str, gpu: Gpu) -> Launch:
-    """Kernel and sizes for as many of m tokens of a cover as it takes, 32 at most, on both routes.
-
-    The work is cut into runs of windows of blocks of rows, one run for each multiprocessor. 12288 x
-    12288, 16 tokens, 132 multiprocessors: 2304 windows of 48 blocks of 256 rows, in 132 runs.
-    """
-    tokens = min(COVER_TOKENS, max(8, 1 << (m - 1).bit_length()))
-    tiles_per_warp = slices * windows / (RUN_WARPS * gpu.multiprocessors)
-    group_warps = choose_group_warps(tokens, tiles_per_warp)
-    while group_warps < RUN_WARPS and _cover_smem(tokens, group_warps) > gpu.smem_bytes:
-        group_warps *= 2
-    busy = 0.7 if tiles_per_warp <= FEW_TILES else 0.8 if tokens <= 16 else 0.9
-    runs = choose_runs(-(-slices // group_warps), windows, gpu.multiprocessors, busy)
-    name, smem_bytes = f"sk_spmm_cover_{type_name}_t{tokens}", _cover_smem(tokens, group_warps)
-    return _launch_runs(name, tokens, slices, windows, group_warps, runs, smem_bytes)
-
-
-def choose_group_warps(tokens: int, tiles_per_warp: float) -> int:
-    """How many of a block's 16 warps share x of a window, and a block's rows / 32: 16, 8 or 4.
-
-    Many read x less often; few leave fewer sums to add up. docs/LOG.md has the measurements.
-    """
-    if tiles_per_warp <= FEW_TILES:
-        return 4
-    return 8 if tokens <= 16 or tiles_per_warp <= MANY_TILES else 16
-
-
-def choose_runs(blocks: int, windows: int, multiprocessors: int, busy: float) -> int:
-    """How many runs of equal length. A run that has windows of two blocks of rows begins anew
-    within, so none does if the part `busy` of the multiprocessors can have one."""
-    for_each = min(windows, multiprocessors // max(1, blocks))
-    if blocks * for_each >= busy * multiprocessors or for_each == windows:
-        return max(1, blocks * for_each)
-    return max(1, min(multiprocessors, blocks * windows))
-
-
-@lru_cache(maxsize=4096)
-def configure_pairs(m: int, slices: int, row_steps: int, type_name: str, gpu: Gpu) -> Launch:
-    """Kernel and sizes for up to 64 tokens of pairs. Runs as of a cover; groups of 4 warps are the
-    fastest for W of up to 5 tiles a warp, where no run has two blocks of rows."""
-    tokens = max(16, 1 << (m - 1).bit_length())
-    windows = -(-row_steps // (PAIRS_WINDOW // tokens))
-    tiles_per_warp = slices * row_steps * pairs.STEP / cover.WINDOW
-    is_large = tiles_per_warp > MANY_TILES * RUN_WARPS * gpu.multiprocessors
-    busy = 0.8 if is_large else 0.7
-    for group_warps in (8,) if is_large else (4, 8):
-        blocks = -(-slices // group_warps)
-        runs = choose_runs(blocks, windows, gpu.multiprocessors, busy)
-        if runs % max(1, blocks) == 0:
-            break
-    while group_warps < RUN_WARPS and _pairs_smem(group_warps) > gpu.smem_bytes:
-        group_warps *= 2
-        runs = choose_runs(-(-slices // group_warps), windows, gpu.multiprocessors, busy)
-    name, smem_bytes = f"sk_spmm_pairs_{type_name}_t{tokens}", _pairs_smem(group_warps)
-    return _launch_runs(name, tokens, slices, windows, group_warps, runs, smem_bytes)
-
-
-def _launch_runs(
-    name: str,
-    tokens: int,
-    slices: int,
-    windows: int,
-    group_warps: int,
-    runs: int,
-    smem_bytes: int,
-) -> Launch:
-    """Of a kernel that runs.cuh shares out."""
-    groups, blocks = RUN_WARPS // group_warps, -(-slices // group_warps)
-    units = blocks * windows
-    shares = -(-windows * runs // units) + 1 if units else 1
-    partial = blocks * shares * tokens * group_warps * LANES
-    smem_bytes = max(smem_bytes, groups * tokens * (group_warps * LANES + 4) * 4)  # or its sums
-    return Launch(name, runs, RUN_WARPS * LANES, smem_bytes, partial, tokens, group_warps, shares)
-
-
-def _cover_smem(tokens: int, group_warps: int) -> int:
-    """Bytes of shared memory: two windows of x of each group and the records of each warp."""
-    x_bytes = RUN_WARPS // group_warps * 2 * tokens * cover.WINDOW * 2
-    return x_bytes + RUN_WARPS * COVER_DEPTH * cover.RECORD_BYTES
-
-
-def _pairs_smem(group_warps: int) -> int:
-    """Bytes of shared memory: two windows of x of each group, at a multiple of 1024, and the words
-    of each warp."""
-    x_bytes = RUN_WARPS // group_warps * 2 * PAIRS_WINDOW * pairs.STEP * 2
-    return 1024 + x_bytes + RUN_WARPS * PAIRS_WORDS_BYTES
-
-
 def spmm_packed(x: Tensor, packed: Packed, bias: Tensor | None = None) -> Tensor:
     """y [M, N] = x [M, K] @ W.T + bias [N], all on the GPU and in the dtype of the weight.
 
-    Above 64 tokens W is written out and torch multiplies; so it is where streams have so many
-    columns, about 100,000, that x of one token does not fit in shared memory. No checks:
+    Above 64 tokens W is written out and torch multiplies; so it is where a kernel would need more
+    shared memory than the GPU has (streams: for one token of about 100,000 columns). No checks:
     PackedLinear has them.
     """
     m = x.shape[0]
@@ -213,29 +78,15 @@ def spmm_packed(x: Tensor, packed: Packed, bias: Tensor | None = None) -> Tensor
 
 
 def _run_gather(x: Tensor, packed: Streams, bias: Tensor | None, y: Tensor) -> None:
-    device = x.device.index
     launch = _configure_gather(packed, x)
+    indices = packed.bounds, packed.slice_of, packed.first_piece, packed.starts, packed.row_order
     partial = x.new_empty(launch.partial, dtype=torch.float32)
     for first in range(0, x.shape[0], launch.tokens):
-        tokens = min(launch.tokens, x.shape[0] - first)
-        cuda_library.function(launch.kernel, device)(
-            (launch.grid, 1),
-            launch.block,
-            launch.smem_bytes,
-            cuda_library.current_stream(device),
-            packed.values.data_ptr(),
-            packed.deltas.data_ptr(),
-            packed.bounds.data_ptr(),
-            packed.slice_of.data_ptr(),
-            packed.first_piece.data_ptr(),
-            packed.starts.data_ptr(),
-            packed.row_order.data_ptr(),
-            x[first:].data_ptr(),
-            0 if bias is None else bias.data_ptr(),
-            y[first:].data_ptr(),
-            partial.data_ptr(),
-            packed.arrived.data_ptr(),
-            tokens,
+        _start(
+            launch,
+            (packed.values, packed.deltas, *indices),
+            (x[first:], bias, y[first:], partial, packed.arrived),
+            min(launch.tokens, x.shape[0] - first),
             packed.n,
             packed.k,
             packed.slice_of.shape[0],
@@ -252,31 +103,21 @@ def _fits(packed: Packed, x: Tensor) -> bool:
     """Whether a kernel has the shared memory that it needs."""
     if isinstance(packed, Streams):
         return _configure_gather(packed, x) is not None
-    needed = _pairs_smem(RUN_WARPS)
+    needed = pairs_smem(RUN_WARPS)
     if isinstance(packed, Cover):
-        needed = _cover_smem(COVER_TOKENS, RUN_WARPS)
+        needed = cover_smem(COVER_TOKENS, RUN_WARPS)
     return needed <= gpu_of(x.device).smem_bytes
 
 
 def _run_cover(x: Tensor, packed: Cover, bias: Tensor | None, y: Tensor) -> None:
-    device = x.device.index
     sizes = packed.slices, packed.windows
     launch = configure_cover(x.shape[0], *sizes, _TYPES[x.dtype], gpu_of(x.device))
     partial = x.new_empty(launch.partial, dtype=torch.float32)
     for first in range(0, x.shape[0], launch.tokens):
-        cuda_library.function(launch.kernel, device)(
-            (launch.grid, 1),
-            launch.block,
-            launch.smem_bytes,
-            cuda_library.current_stream(device),
-            packed.records.data_ptr(),
-            packed.steps.data_ptr(),
-            packed.row_order.data_ptr(),
-            x[first:].data_ptr(),
-            0 if bias is None else bias.data_ptr(),
-            y[first:].data_ptr(),
-            partial.data_ptr(),
-            packed.arrived.data_ptr(),
+        _start(
+            launch,
+            (packed.records, packed.steps, packed.row_order),
+            (x[first:], bias, y[first:], partial, packed.arrived),
             min(launch.tokens, x.shape[0] - first),
             packed.n,
             packed.k,
@@ -288,22 +129,13 @@ def _run_cover(x: Tensor, packed: Cover, bias: Tensor | None, y: Tensor) -> None
 
 
 def _run_pairs(x: Tensor, packed: Pairs, bias: Tensor | None, y: Tensor) -> None:
-    device = x.device.index
     sizes = packed.slices, packed.row_steps
     launch = configure_pairs(x.shape[0], *sizes, _TYPES[x.dtype], gpu_of(x.device))
     partial = x.new_empty(launch.partial, dtype=torch.float32)
-    cuda_library.function(launch.kernel, device)(
-        (launch.grid, 1),
-        launch.block,
-        launch.smem_bytes,
-        cuda_library.current_stream(device),
-        packed.words.data_ptr(),
-        packed.steps.data_ptr(),
-        x.data_ptr(),
-        0 if bias is None else bias.data_ptr(),
-        y.data_ptr(),
-        partial.data_ptr(),
-        packed.arrived.data_ptr(),
+    _start(
+        launch,
+        (packed.words, packed.steps),
+        (x, bias, y, partial, packed.arrived),
         x.shape[0],
         packed.n,
         packed.k,
@@ -311,6 +143,20 @@ def _run_pairs(x: Tensor, packed: Pairs, bias: Tensor | None, y: Tensor) -> None
         launch.group_warps,
         launch.shares,
         packed.words.shape[0],
+    )
+
+
+def _start(
+    launch: Launch, weight: tuple[Tensor, ...], operands: tuple[Tensor | None, ...], *sizes: int
+) -> None:
+    device = operands[0].device.index
+    cuda_library.function(launch.kernel, device)(
+        (launch.grid, 1),
+        launch.block,
+        launch.smem_bytes,
+        cuda_library.current_stream(device),
+        *(0 if tensor is None else tensor.data_ptr() for tensor in (*weight, *operands)),
+        *sizes,
     )
 
 
@@ -431,11 +277,11 @@ def _smem_bytes(p: Problem) -> int:
     """The least that a kernel needs."""
     layout = choose_layout(p.M, p.density)
     if layout == "streams":
-        return _ring_bytes(8) + _gather_x(p.K, 1)
+        return ring_bytes(8) + gather_x(p.K, 1)
     tokens = 1 << (p.M - 1).bit_length()
     if layout == "cover":
-        return _cover_smem(max(8, tokens), RUN_WARPS)
-    return _pairs_smem(RUN_WARPS)
+        return cover_smem(max(8, tokens), RUN_WARPS)
+    return pairs_smem(RUN_WARPS)
 
 
 def _refuse_expand(p: Problem) -> str | None:
