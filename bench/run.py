@@ -1,12 +1,18 @@
 """Runs the benchmarks: results/<machine>-<isa>-<date>.json, .md and .png, and README's table.
 
-python bench/run.py [pytest's arguments]
+python bench/run.py [--part NAME [--note TEXT]] [pytest's arguments]
 
 With arguments the files go to build/bench and README stays as it is: both are of the whole grid.
+With --part they are a result of their own, <machine>-<isa>-NAME-<date>.json and .md, whose page
+says what was run and holds TEXT:
+
+python bench/run.py --part trained -k "test_spmm_masks and trained"
 """
 
+import argparse
 import json
 import re
+import shlex
 import sys
 import tempfile
 from datetime import date
@@ -53,9 +59,7 @@ Times faster than the best dense call, which is the fastest of torch and OpenBLA
 operands (for bf16 of both types). Medians of interleaved rounds, geometric means over the shapes;
 in brackets the best sparse peer of each shape. Below 1 is a loss.
 
-![speed-up against sparsity]({name}.png)
-
-{summary}
+{overview}
 
 ## Everyone
 
@@ -99,6 +103,7 @@ the values in walking order.
 
 {memory}
 """
+NOT_RUN = "Not run."
 
 
 def infos_of(result: dict) -> list[dict]:
@@ -115,16 +120,25 @@ def heading(result: dict) -> str:
     )
 
 
+def overview(name: str, result: dict) -> str:
+    """The plot and the table of the whole grid, or which part of it this is."""
+    if part := result.get("part"):
+        note = f" {part['note']}" if part["note"] else ""
+        return f"A part of the grid alone: `{part['command']}`.{note}"
+    summary = tables.summary(timed(infos_of(result)), SUMMARY)
+    return f"![speed-up against sparsity]({name}.png)\n\n{summary}"
+
+
 def page(name: str, result: dict) -> str:
     infos = infos_of(result)
-    return SECTIONS.format(
+    text = SECTIONS.format(
         name=name,
         heading=heading(result),
         cold_mb=COLD_BYTES / 1e6,
-        summary=tables.summary(timed(infos), SUMMARY),
+        overview=overview(name, result),
         peers=tables.peers(result["machine_info"]),
         **{
-            table.__name__: table(infos) or "Not run."
+            table.__name__: table(infos) or NOT_RUN
             for table in (
                 tables.competitors,
                 tables.by_shape,
@@ -135,6 +149,10 @@ def page(name: str, result: dict) -> str:
             )
         },
     )
+    if "part" not in result:
+        return text
+    sections = re.split(r"(?m)^(?=## )", text)
+    return "".join(each for each in sections if NOT_RUN not in each).rstrip() + "\n"
 
 
 def timed(infos: list[dict]) -> list[dict]:
@@ -153,24 +171,39 @@ def write(folder: Path, name: str, text: str) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     (folder / f"{name}.json").write_text(text)
     (folder / f"{name}.md").write_text(page(name, result))
-    title = f"{result['machine_info']['cpu']}, one thread, geometric means of the shapes"
-    tables.plot(infos_of(result), title).savefig(folder / f"{name}.png", dpi=120)
+    if "part" not in result:
+        title = f"{result['machine_info']['cpu']}, one thread, geometric means of the shapes"
+        tables.plot(infos_of(result), title).savefig(folder / f"{name}.png", dpi=120)
 
 
 def main() -> int:
+    parser = argparse.ArgumentParser(allow_abbrev=False)
+    parser.add_argument("--part")
+    parser.add_argument("--note", default="")
+    options, selection = parser.parse_known_args()
+    is_whole = len(sys.argv) == 1
     cpu = re.sub(r"[^a-z0-9]+", "-", machine.processor().lower()).strip("-")
-    name = f"{cpu}-{len(CORES)}-cores-{machine.isa()}-{date.today()}"
+    part = f"-{options.part}" if options.part else ""
+    name = f"{cpu}-{len(CORES)}-cores-{machine.isa()}{part}-{date.today()}"
     with tempfile.TemporaryDirectory() as folder:
         fresh = Path(folder) / "result.json"
-        options = ["-q", "--benchmark-quiet", f"--benchmark-json={fresh}"]
-        if code := pytest.main([str(BENCH), *options, *sys.argv[1:]]):
+        report = ["-q", "--benchmark-quiet", f"--benchmark-json={fresh}"]
+        if code := pytest.main([str(BENCH), *report, *selection]):
             return code  # no numbers from a red run
-        text = fresh.read_text()
-    is_whole = len(sys.argv) == 1
-    write(RESULTS if is_whole else PARTIAL, name, text)
+        result = json.loads(fresh.read_text())
+    about = result["machine_info"]
+    about["cores"] = len(CORES)  # not those that the last test was pinned to
+    if options.part:
+        # Those of more threads were measured on that test's cores too.
+        run = {str(info["threads"]) for info in infos_of(result)}
+        about["ceilings"] = {n: each for n, each in about["ceilings"].items() if n in run}
+        command = shlex.join(["bench/run.py", "--part", options.part, *selection])
+        result["part"] = {"name": options.part, "command": command, "note": options.note}
+    folder = RESULTS if is_whole or options.part else PARTIAL
+    write(folder, name, json.dumps(result, indent=4))
     if is_whole:
-        update_readme(name, json.loads(text))
-    print(page(name, json.loads(text)))
+        update_readme(name, result)
+    print(page(name, result))
     return 0
 
 

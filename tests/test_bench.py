@@ -119,6 +119,39 @@ def test_results_are_a_page_a_plot_and_readmes_section(bench, monkeypatch, tmp_p
     assert "former" not in text and text.endswith("-->\nafter\n")
 
 
+def test_a_part_of_the_grid_is_a_page_that_says_so(bench, monkeypatch, tmp_path):
+    run = bench("run")
+    machine = {"cpu": "A CPU", "cores": 1, "isa": "avx2", "torch": "2.13.0", "isa_of_torch": "AVX2"}
+    machine |= {"peers": [], "ceilings": {"1": {}, "2": {}}}
+    full = {"machine_info": machine, "commit_info": {"id": "abc", "dirty": False}}
+    full |= {"datetime": "2026-01-02T03:04", "benchmarks": []}
+    full["benchmarks"].append(result("spmm", 256, 0.75, ours_s=2.0, mask="trained"))
+    race.derive(full["benchmarks"][0])
+
+    def run_pytest(arguments: list[str]) -> int:
+        assert arguments[-2:] == ["-k", "trained"]
+        (path,) = (a.split("=")[1] for a in arguments if a.startswith("--benchmark-json="))
+        Path(path).write_text(run.json.dumps(full))
+        return 0
+
+    monkeypatch.setattr(run.pytest, "main", run_pytest)
+    monkeypatch.setattr(run, "RESULTS", tmp_path)
+    monkeypatch.setattr(run, "CORES", [0, 1])
+    monkeypatch.setattr(run, "update_readme", None)
+    arguments = ["--part", "trained", "--note", "Of a demo.", "-k", "trained"]
+    monkeypatch.setattr(sys, "argv", ["run.py", *arguments])
+    assert run.main() == 0
+
+    written = sorted(tmp_path.iterdir())
+    assert [path.suffix for path in written] == [".json", ".md"]
+    assert all("-2-cores-" in path.name and "-trained-" in path.name for path in written)
+    assert list(run.json.loads(written[0].read_text())["machine_info"]["ceilings"]) == ["1"]
+    page = written[1].read_text()
+    assert "`bench/run.py --part trained -k trained`. Of a demo." in page
+    assert "A CPU, 2 cores" in page and "pruned after training" in page
+    assert "## By shape" in page and "## Memory" not in page and "Not run." not in page
+
+
 def test_the_readme_has_a_place_for_the_table(bench):
     run = bench("run")
     readme = run.README.read_text()
