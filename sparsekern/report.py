@@ -32,7 +32,7 @@ def check_section(checks: list[dict]) -> str:
         for c in checks
     ]
     return (
-        "Largest relative error against float64, on the same numbers: sparsekern may err at most\n"
+        "Relative error against float64, in the Frobenius norm, on the same numbers: sparsekern may err at most\n"
         "twice as much as torch.\n\n"
         + table(["dtype", "x", "W", "torch.matmul", "sparsekern.matmul"], rows, left=3)
     )

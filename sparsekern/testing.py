@@ -157,6 +157,13 @@ def relative_error(got: Tensor, want_fp64: Tensor, scale_fp64: Tensor) -> float:
     return relative.max().item() if relative.numel() else 0.0
 
 
+def frobenius_error(y: Tensor, exact: Tensor) -> float:
+    """|y - exact| / |exact|, in fp64."""
+    if y.shape != exact.shape:
+        raise ValueError(f"shape of the result: expected {exact.shape}, got {y.shape}")
+    return ((y.double() - exact).norm() / exact.norm()).item()
+
+
 def interleaved_times(
     fns: dict[str, Callable[[], object]],
     rounds: int = 15,

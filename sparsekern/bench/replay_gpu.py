@@ -13,6 +13,8 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
+from ..testing import frobenius_error
+
 LOOP_LAUNCHES = 60  # of a replay of a competitor that no graph can hold
 REPLAY_S = 20e-3  # a replay takes no longer, but for the fewest launches
 FEWEST_LAUNCHES = 3
@@ -134,13 +136,6 @@ class Runner:
     def last_error(self, exact: Tensor) -> float:
         """Of the last call of the last replay."""
         return self._error(self.y, exact)
-
-
-def frobenius_error(y: Tensor, exact: Tensor) -> float:
-    """|y - exact| / |exact|, in fp64."""
-    if y.shape != exact.shape:
-        raise ValueError(f"shape of the result: expected {exact.shape}, got {y.shape}")
-    return ((y.double() - exact).norm() / exact.norm()).item()
 
 
 def race(
