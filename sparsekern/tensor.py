@@ -39,7 +39,7 @@ class SparseTensor:
         self, row_offsets: Tensor, col_indices: Tensor, values: Tensor, shape: Sequence[int]
     ):
         n, k = _check_sizes(row_offsets, col_indices, values, shape)
-        _check_pattern(row_offsets, col_indices, n, k)
+        check_pattern(row_offsets, col_indices, n, k)
         indices = (t.int().contiguous() for t in (row_offsets, col_indices))
         self._set(*indices, values, n, k, False)
 
@@ -332,7 +332,7 @@ def _check_sizes(
     return n, k
 
 
-def _check_pattern(row_offsets: Tensor, col_indices: Tensor, n: int, k: int) -> None:
+def check_pattern(row_offsets: Tensor, col_indices: Tensor, n: int, k: int) -> None:
     nnz = col_indices.shape[0]
     first, last = row_offsets[0].item(), row_offsets[-1].item()
     if (first, last) != (0, nnz):
