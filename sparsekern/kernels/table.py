@@ -8,6 +8,7 @@ prints each new problem with the kernel chosen and every refusal on standard err
 
 import os
 import sys
+from dataclasses import replace
 from functools import lru_cache
 
 from . import cpu, cuda, reference, stream, triton
@@ -31,13 +32,14 @@ KERNELS: tuple[Kernel, ...] = (
 
 @lru_cache(maxsize=4096)
 def pick(problem: Problem) -> Kernel:
-    """The kernel that runs `problem`. ValueError if SPARSEKERN_KERNEL names one that cannot."""
+    """The kernel that runs `problem`, bound to it. ValueError if SPARSEKERN_KERNEL names one that
+    cannot."""
     forced = os.environ.get("SPARSEKERN_KERNEL")
     kernel = _forced(problem, forced) if forced else None
     kernel = kernel or next(row for row in KERNELS if _refusal(row, problem) is None)
     if os.environ.get("SPARSEKERN_DEBUG") == "1":
         print(f"sparsekern: {describe(problem, kernel)}", file=sys.stderr)
-    return kernel
+    return replace(kernel, run=kernel.bind(problem)) if kernel.bind else kernel
 
 
 def refusals(problem: Problem) -> list[tuple[str, str]]:
