@@ -12,6 +12,7 @@ from dataclasses import replace
 from functools import lru_cache
 
 from . import cpu, cuda, reference, stream, triton
+from .derived import derived
 from .problem import Kernel, Problem
 
 
@@ -19,14 +20,26 @@ def _never(problem: Problem) -> None:
     return None
 
 
+def _dense(op: str) -> Kernel:
+    """The function of reference.py, on indices that were checked when they last changed."""
+    product = getattr(reference, op)
+
+    def run(row_offsets, col_indices, *operands):
+        n, k = operands[:2] if op == "sddmm" else operands[1:3]
+        derived("checked", row_offsets, col_indices, n, k, lambda *_: None)
+        return product(row_offsets, col_indices, *operands)
+
+    return Kernel("dense", op, None, _never, run)
+
+
 KERNELS: tuple[Kernel, ...] = (
     *stream.KERNELS,
     *cpu.KERNELS,
     *cuda.KERNELS,
     *triton.KERNELS,
-    Kernel("dense", "spmm", None, _never, reference.spmm),
-    Kernel("dense", "spmm_t", None, _never, reference.spmm_t),
-    Kernel("dense", "sddmm", None, _never, reference.sddmm),
+    _dense("spmm"),
+    _dense("spmm_t"),
+    _dense("sddmm"),
 )
 
 
