@@ -13,7 +13,7 @@ from torch import Tensor
 from .crossover import density_limit
 from .dense import mm
 from .derived import kept, versions
-from .plan import Machine, dense_wins_above, describe, machine_name, make_plan
+from .plan import Machine, Plan, dense_wins_above, describe, machine_name, make_plan
 from .problem import Kernel, Problem, bound_kernel
 
 try:
@@ -39,10 +39,22 @@ def type_of(dtype: torch.dtype) -> "_C.Type":
     return _C.Type.float32 if dtype == torch.float32 else _C.Type.bfloat16
 
 
+class _Plans(dict):
+    """The plan of a problem by the number of threads, made when first asked for."""
+
+    def __init__(self, problem: Problem):
+        self._problem = problem
+
+    def __missing__(self, threads: int) -> Plan:
+        plan = self[threads] = make_plan(self._problem, machine(), threads)
+        return plan
+
+
 def _bind_spmm(problem: Problem):
     """Of spmm and spmm_t."""
     type_, is_transposed = type_of(problem.dtype), problem.op == "spmm_t"
     m, width = problem.M, problem.K if is_transposed else problem.N
+    plan = _Plans(problem)
 
     def run(row_offsets, col_indices, values, n, k, x, bias=None):
         y = x.new_empty(m, width)
@@ -57,7 +69,7 @@ def _bind_spmm(problem: Problem):
             y.data_ptr(),
             m,
             is_transposed,
-            *make_plan(problem, machine(), torch.get_num_threads()),
+            *plan[torch.get_num_threads()],
         )
         return y
 
@@ -65,7 +77,7 @@ def _bind_spmm(problem: Problem):
 
 
 def _bind_sddmm(problem: Problem):
-    type_ = type_of(problem.dtype)
+    type_, plan = type_of(problem.dtype), _Plans(problem)
 
     def run(row_offsets, col_indices, n, k, dy, x):
         dvalues = x.new_empty(problem.nnz)
@@ -78,7 +90,7 @@ def _bind_sddmm(problem: Problem):
             x.data_ptr(),
             dvalues.data_ptr(),
             problem.M,
-            *make_plan(problem, machine(), torch.get_num_threads()),
+            *plan[torch.get_num_threads()],
         )
         return dvalues
 
