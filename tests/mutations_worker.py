@@ -57,10 +57,10 @@ class Products:
 
 
 def is_close(got, want_scale):
+    """Whether a sum in float32 or wider, rounded once, may be this."""
     want, scale = want_scale
-    bound = {torch.float64: 1e-13, torch.float32: 3e-6}.get(got.dtype, 1.1e-2) * scale + 1e-30
-    if got.dtype == torch.float16:
-        bound = bound + 1e-6  # subnormals
+    bound = torch.finfo(got.dtype).eps * want.abs() + 1e-7
+    bound += (1e-14 if got.dtype == torch.float64 else 3e-6) * scale
     return got.shape == want.shape and bool(((got.double() - want).abs() <= bound).all())
 
 
@@ -179,14 +179,17 @@ def main(dtype):
     for m in TOKENS:
         torch.set_num_threads(2 if m == 16 else 1)
         for density in DENSITIES:
-            for what in WRITES:
+            for i, what in enumerate(WRITES):
+                if dtype != torch.float32 and (i + m) % 2:  # each write with half of the tokens
+                    continue
                 # Autograd itself refuses counted writes between the two.
                 case(dtype, m, density, what, "counted", next(kinds), "before")
                 case(dtype, m, density, what, next(uncounted), next(kinds), next(whens))
             next(uncounted)  # 12 writes and 4 routes: another one for each the next time
-    print("end", flush=True)
 
 
 if __name__ == "__main__":
     torch.manual_seed(0)
-    main(sys.argv[1])
+    for name in sys.argv[1:]:
+        main(name)
+    print("end", flush=True)
