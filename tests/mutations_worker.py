@@ -180,7 +180,7 @@ def main(dtype):
         torch.set_num_threads(2 if m == 16 else 1)
         for density in DENSITIES:
             for i, what in enumerate(WRITES):
-                if dtype != torch.float32 and (i + m) % 2:  # each write with half of the tokens
+                if dtype != torch.float32 and (i + TOKENS.index(m)) % 2:  # each write with half of the tokens
                     continue
                 # Autograd itself refuses counted writes between the two.
                 case(dtype, m, density, what, "counted", next(kinds), "before")
