@@ -130,6 +130,9 @@ class PackedLinear(nn.Module):
 
     def __init__(self, packed: Packed, bias: Tensor | None = None):
         super().__init__()
+        packed.check()
+        if bias is not None and bias.shape != (packed.n,):
+            raise ValueError(f"bias: expected shape ({packed.n},), got {tuple(bias.shape)}")
         self.in_features = packed.k
         self.out_features = packed.n
         self.layout, self.dtype = name_of(packed), packed.dtype
@@ -145,6 +148,16 @@ class PackedLinear(nn.Module):
         values are bfloat16 or float16."""
         bias = None if linear.bias is None else linear.bias.detach().to(linear.values.dtype)
         return cls(pack(linear.weight.detach(), tokens), bias).train(linear.training)
+
+    def _apply(self, fn, recurse=True):
+        """Moves go through. Casts (half(), float()) do not: indices lie in the bits of the floats,
+        which no cast keeps, so the layer stays as it was packed and wants x in its dtype."""
+
+        def move(tensor: Tensor) -> Tensor:
+            result = fn(tensor)
+            return result if result.dtype == tensor.dtype else tensor.to(result.device)
+
+        return super()._apply(move, recurse)
 
     @property
     def packed_bytes(self) -> int:

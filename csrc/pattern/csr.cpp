@@ -63,6 +63,10 @@ uint64_t hash_all(const Csr& w) {
 
 }  // namespace
 
+void check(const Csr& w) {
+  if (const char* error = find_error(w)) throw std::invalid_argument(error);
+}
+
 bool Witness::is_known(const Csr& w) {
   if (!has_seen_ || !std::equal(row_offsets_.begin(), row_offsets_.end(), w.row_offsets))
     return false;
@@ -76,7 +80,7 @@ bool Witness::recognises(const Csr& w) {
     return true;
   }
   has_seen_ = false;
-  if (const char* error = find_error(w)) throw std::invalid_argument(error);
+  check(w);
   has_seen_ = true;
   version_ = w.version;
   hash_ = hash_all(w);

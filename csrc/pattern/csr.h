@@ -13,6 +13,9 @@ struct Csr {
   int64_t version;  // grows with every write to the two arrays; below 0: nobody counts
 };
 
+// Throws std::invalid_argument, with what is wrong, unless w is valid CSR with nnz non-zeros.
+void check(const Csr& w);
+
 // Recognises the indices it has seen last. To read all of them on every call would cost as much as
 // a product of few tokens. They are believed to be the same if
 // - the version is the same,

@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 LANES = 32  # rows of a slice: one warp
+FLOATS = (torch.bfloat16, torch.float16)
 
 
 @dataclass(frozen=True)
@@ -24,6 +25,43 @@ class Packed:
         """Those of the layout."""
         parts = [getattr(self, field.name) for field in fields(self)[3:]]
         return [part for part in parts if not isinstance(part, Tensor)]
+
+    def parts(self) -> dict[str, tuple[torch.dtype | None, tuple[int, ...]]]:
+        """Type and shape of each tensor, by the numbers and by the lengths of the first dimensions
+        that these leave free; None: a 16-bit float."""
+        raise NotImplementedError
+
+    def check(self) -> None:
+        """TypeError or ValueError that names what the kernels cannot count on: types, shapes,
+        devices. What stands in the tensors is not read: it is as the layouts here wrote it."""
+        for name in ("n", "k", "nnz"):
+            check_size(name, getattr(self, name))
+        if self.nnz > self.n * self.k:
+            raise ValueError(f"nnz: expected at most {self.n} x {self.k}, got {self.nnz}")
+        device = self.arrived.device
+        for name, (dtype, shape) in self.parts().items():
+            t = getattr(self, name)
+            if t.dtype not in ((dtype,) if dtype else FLOATS):
+                raise TypeError(f"{name}: expected {dtype or 'a 16-bit float'}, got {t.dtype}")
+            if t.shape != shape:
+                raise ValueError(f"{name}: expected shape {shape}, got {tuple(t.shape)}")
+            if t.device != device or not t.is_contiguous() or t.data_ptr() % 16:
+                raise ValueError(f"{name}: expected a contiguous tensor on {device}, aligned")
+            for size in shape[:1]:
+                check_size(f"rows of {name}", size)
+
+    def check_values(self, values: Tensor) -> None:
+        """Of a refill."""
+        if values.shape != (self.nnz,):
+            raise ValueError(
+                f"values: expected shape ({self.nnz},), that of the pattern, "
+                f"got {tuple(values.shape)}"
+            )
+        if values.dtype != self.dtype or values.device != self.arrived.device:
+            raise TypeError(
+                f"values: expected {self.dtype} on {self.arrived.device}, "
+                f"got {values.dtype} on {values.device}"
+            )
 
     @property
     def dtype(self) -> torch.dtype:
@@ -46,6 +84,34 @@ class Packed:
     def clone(self) -> "Packed":
         """A copy with memory of its own."""
         return replace(self, **{name: part.clone() for name, part in self.tensors().items()})
+
+
+def check_size(name: str, size: int) -> None:
+    """Of what kernels count in 32 bits."""
+    if not 0 <= size < 2**31:
+        raise ValueError(f"{name}: expected 0 <= {name} < 2**31, got {size}")
+
+
+def check_fill(values: Tensor, nnz: int) -> None:
+    """Of values that a layout is filled with."""
+    if values.dtype not in FLOATS:
+        raise TypeError(f"values: expected bfloat16 or float16, got {values.dtype}")
+    if values.shape != (nnz,):
+        raise ValueError(
+            f"values: expected shape ({nnz},), that of the pattern, got {tuple(values.shape)}"
+        )
+
+
+def check_indices(row_offsets: Tensor, col_indices: Tensor, n: int) -> None:
+    """Their types and lengths, which those who make a layout count on."""
+    for name, t in (("row_offsets", row_offsets), ("col_indices", col_indices)):
+        if t.dtype != torch.int32 or not t.is_contiguous() or t.ndim != 1:
+            raise TypeError(
+                f"{name}: expected a contiguous int32 vector, got {t.dtype} of shape "
+                f"{tuple(t.shape)}"
+            )
+    if row_offsets.shape[0] != n + 1:
+        raise ValueError(f"row_offsets: expected {n + 1} elements, got {row_offsets.shape[0]}")
 
 
 def sort_rows(row_offsets: Tensor, n: int, block: int) -> Tensor:
