@@ -76,7 +76,7 @@ def assemble(
 
 def check_operands(packed: Packed, x: Tensor, bias: Tensor | None) -> None:
     """What spmm_packed() counts on: TypeError or ValueError that names the operand."""
-    for name, t, shape in (("x", x, (x.shape[0], packed.k)), ("bias", bias, (packed.n,))):
+    for name, t, shape in (("x", x, (*x.shape[:1], packed.k)), ("bias", bias, (packed.n,))):
         if t is None:
             continue
         if t.shape != shape:

@@ -8,6 +8,7 @@ bits in each run.
 """
 
 import warnings
+from functools import cache
 
 import torch
 from torch import Tensor
@@ -64,11 +65,19 @@ def _product(row_offsets, col_indices, values, shape, x, bias):
 
 
 def _csr(row_offsets: Tensor, col_indices: Tensor, values: Tensor, shape) -> Tensor:
+    _warn()
+    return torch.sparse_csr_tensor(
+        row_offsets, col_indices, values.detach(), shape, check_invariants=False
+    )
+
+
+@cache
+def _warn() -> None:
+    """torch says once in a process that CSR is in beta state: here, unheard."""
     with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", "Sparse CSR tensor support is in beta state")
-        return torch.sparse_csr_tensor(
-            row_offsets, col_indices, values.detach(), shape, check_invariants=False
-        )
+        warnings.simplefilter("ignore")
+        zero = torch.zeros(1, dtype=torch.int32)
+        torch.sparse_csr_tensor(zero, zero[:0], zero[:0], (0, 0), check_invariants=False)
 
 
 def _sum_dtype(x: Tensor) -> torch.dtype:
