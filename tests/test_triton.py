@@ -172,6 +172,9 @@ def test_refusals(monkeypatch):
     assert "that of W has 1000256012288" in reason(PROBLEM._replace(N=10**6, K=10**6))
     # A bitmap has 128 rows at least.
     assert "that of W has 274877906944" in reason(PROBLEM._replace(N=1, K=2**31 - 1))
+    wide = PROBLEM._replace(N=64, K=2**24)
+    assert reason(wide) is None
+    assert reason(wide._replace(op="sddmm")) == "it takes up to 16776960 columns, not 16777216"
     monkeypatch.setattr(triton, "_is_installed", lambda: False)
     assert reason(PROBLEM) == "Triton is not installed"
 

@@ -21,6 +21,7 @@ import torch
 from torch import Tensor
 
 from ..tensor import check_pattern
+from .layout import check_indices
 
 T = TypeVar("T")
 
@@ -73,8 +74,8 @@ def derived(
 ) -> T:
     """make(row_offsets, col_indices) of a checked copy of the indices; made anew when they change.
 
-    ValueError if they are not a valid pattern of [n, k]; RuntimeError while a CUDA graph is
-    captured and nothing is there yet: making waits for the GPU, which a capture cannot.
+    TypeError or ValueError if they are not a valid pattern of [n, k]; RuntimeError while a CUDA
+    graph is captured and nothing is there yet: making waits for the GPU, which a capture cannot.
     """
     slot = kept(kind, row_offsets, col_indices, n, k, _Slot)
     now = versions(row_offsets, col_indices)
@@ -85,6 +86,7 @@ def derived(
                 "this pattern was not used since it changed, and a CUDA graph cannot capture its "
                 "preparation: call the product once before the capture, as for any warm-up"
             )
+        check_indices(row_offsets, col_indices, n)
         copies = row_offsets.clone(), col_indices.clone()
         check_pattern(*copies, n, k)
         thing = make(*copies)

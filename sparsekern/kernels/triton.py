@@ -25,7 +25,8 @@ from .problem import Kernel, Problem
 from .triton_pack import UNIT_COLUMNS, UNIT_ROWS, Bitmap, bitmap_of, places
 
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
-MOST_TOKENS = 65535 * 64  # the second dimension of a grid counts blocks of tokens
+MOST_BLOCKS = 65535  # of the second dimension of a grid
+MOST_TOKENS = MOST_BLOCKS * 64
 COVER_TOKENS = 64
 COVER_OPTIONS = {"num_warps": 1, "num_stages": 1}
 # Programs of one warp, by BLOCK_M, for which 132 multiprocessors have the registers at once.
@@ -278,6 +279,8 @@ def _refuse(p: Problem) -> str | None:
         return f"it takes bfloat16, float16 and float32, not {str(p.dtype).removeprefix('torch.')}"
     if p.M > MOST_TOKENS:
         return f"it serves up to {MOST_TOKENS} tokens, not {p.M}"
+    if p.op == "sddmm" and p.K > (most := MOST_BLOCKS * UNIT_COLUMNS):
+        return f"it takes up to {most} columns, not {p.K}"
     if (count := places(p.N, p.K)) >= MOST_PLACES:
         return f"its bitmap has fewer than {MOST_PLACES} places, and that of W has {count}"
     return None
