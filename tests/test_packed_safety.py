@@ -292,16 +292,12 @@ def test_products_without_the_library(row, monkeypatch):
     W = SparseTensor.from_dense(random_weight(40, 90, 0.3).half())
     x, dy = torch.randn(5, 90).half(), torch.randn(5, 40).half()
     pattern, sizes = (W.row_offsets, W.col_indices), (40, 90)
-    rows = {
-        r.op: r.run for r in table.KERNELS if (r.name, r.device) in ((row, "cuda"), (row, None))
-    }
+    rows = {r.op: r.run for r in table.KERNELS if r.name == row and r.device in ("cuda", None)}
+    operands = {"spmm": (W.values, *sizes, x), "spmm_t": (W.values, *sizes, dy)}
+    operands["sddmm"] = *sizes, dy, x
 
     def products():
-        return [
-            rows["spmm"](*pattern, W.values, *sizes, x),
-            rows["spmm_t"](*pattern, W.values, *sizes, dy),
-            rows["sddmm"](*pattern, *sizes, dy, x),
-        ]
+        return [rows[op](*pattern, *operands[op]) for op in operands]
 
     want = products()
     w = W.to_dense().float()
