@@ -315,3 +315,19 @@ def test_products_without_the_library(row, monkeypatch):
         W.col_indices.data.copy_(before)
     with pytest.raises(TypeError, match="col_indices: expected a contiguous int32 vector"):
         rows["spmm"](W.row_offsets, W.col_indices.long(), W.values, *sizes, x)
+
+
+def test_what_is_made_in_inference_mode_can_be_refilled():
+    W = SparseTensor.from_dense(random_weight(40, 90, 0.3))
+
+    def packed(values):
+        pattern = W.row_offsets, W.col_indices
+        sizes = 40, 90
+        make = lambda *indices: StreamsLayout(*indices, *sizes)  # noqa: E731
+        return unpack_streams(packs.pack_of("row", 1, make, *pattern, values, *sizes).packed)
+
+    with torch.inference_mode():
+        assert torch.equal(packed(W.values), W.to_dense())
+    assert torch.equal(packed(2 * W.values), 2 * W.to_dense())
+    with torch.inference_mode():
+        assert torch.equal(packed(3 * W.values), 3 * W.to_dense())

@@ -87,9 +87,10 @@ def derived(
                 "preparation: call the product once before the capture, as for any warm-up"
             )
         check_indices(row_offsets, col_indices, n)
-        copies = row_offsets.clone(), col_indices.clone()
-        check_pattern(*copies, n, k)
-        thing = make(*copies)
+        with torch.inference_mode(False):  # whose tensors nobody may write to later on
+            copies = row_offsets.clone(), col_indices.clone()
+            check_pattern(*copies, n, k)
+            thing = make(*copies)
         if slot.is_captured:
             slot.replaced += (slot.thing,)
         slot.thing, slot.versions, slot.is_captured = thing, now, False
