@@ -121,7 +121,9 @@ def test_granules_beyond_two_to_the_31_bytes(tmp_path):
         path = tmp_path / name
         with open(path, "wb") as file:
             os.truncate(file.fileno(), count * dtype.itemsize)
-        return torch.from_file(str(path), shared=True, size=count, dtype=dtype).view(shape)
+        memory = torch.from_file(str(path), shared=True, size=count, dtype=dtype)
+        path.unlink()
+        return memory.view(shape)
 
     values = sparse_file("values", (granules, 32, 8), torch.bfloat16)
     deltas = sparse_file("deltas", (granules, 32, 8), torch.uint8)

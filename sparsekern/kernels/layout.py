@@ -34,21 +34,27 @@ class Packed:
     def check(self) -> None:
         """TypeError or ValueError that names what the kernels cannot count on: types, shapes,
         devices. What stands in the tensors is not read: it is as the layouts here wrote it."""
-        for name in ("n", "k", "nnz"):
-            check_size(name, getattr(self, name))
-        if self.nnz > self.n * self.k:
-            raise ValueError(f"nnz: expected at most {self.n} x {self.k}, got {self.nnz}")
-        device = self.arrived.device
+        n, k, nnz = self.n, self.k, self.nnz
+        if not (0 <= n < 2**31 and 0 <= k < 2**31 and 0 <= nnz < 2**31 and nnz <= n * k):
+            raise ValueError(f"n, k, nnz: expected 0 <= nnz <= n * k < 2**62, got {n}, {k}, {nnz}")
+        like = self.arrived
+        gpu = like.get_device()  # below 0 where it is none
         for name, (dtype, shape) in self.parts().items():
             t = getattr(self, name)
-            if t.dtype not in ((dtype,) if dtype else FLOATS):
-                raise TypeError(f"{name}: expected {dtype or 'a 16-bit float'}, got {t.dtype}")
-            if t.shape != shape:
-                raise ValueError(f"{name}: expected shape {shape}, got {tuple(t.shape)}")
-            if t.device != device or not t.is_contiguous() or t.data_ptr() % 16:
-                raise ValueError(f"{name}: expected a contiguous tensor on {device}, aligned")
-            for size in shape[:1]:
-                check_size(f"rows of {name}", size)
+            if not (
+                (t.dtype is dtype or (dtype is None and t.dtype in FLOATS))
+                and t.shape == shape
+                and t.get_device() == gpu
+                and (gpu >= 0 or t.device == like.device)
+                and t.is_contiguous()
+                and t.data_ptr() % 16 == 0
+                and shape[0] < 2**31  # kernels count it in 32 bits
+            ):
+                raise (TypeError if t.shape == shape else ValueError)(
+                    f"{name}: expected {dtype or 'a 16-bit float'} of shape {shape} on "
+                    f"{like.device}, contiguous and aligned, got {t.dtype} of shape "
+                    f"{tuple(t.shape)} on {t.device}"
+                )
 
     def check_values(self, values: Tensor) -> None:
         """Of a refill."""
@@ -65,8 +71,8 @@ class Packed:
 
     @property
     def dtype(self) -> torch.dtype:
-        """Of the values."""
-        return next(iter(self.tensors().values())).dtype
+        """Of the values, which lie in the first tensor."""
+        return next(part.dtype for part in vars(self).values() if isinstance(part, Tensor))
 
     @property
     def slices(self) -> int:
@@ -84,12 +90,6 @@ class Packed:
     def clone(self) -> "Packed":
         """A copy with memory of its own."""
         return replace(self, **{name: part.clone() for name, part in self.tensors().items()})
-
-
-def check_size(name: str, size: int) -> None:
-    """Of what kernels count in 32 bits."""
-    if not 0 <= size < 2**31:
-        raise ValueError(f"{name}: expected 0 <= {name} < 2**31, got {size}")
 
 
 def check_fill(values: Tensor, nnz: int) -> None:

@@ -17,6 +17,10 @@ from .pairs import Pairs
 from .streams import Streams
 
 LAYOUTS: dict[str, type[Packed]] = {"streams": Streams, "cover": Cover, "pairs": Pairs}
+_COUNTS = {  # of numbers and of tensors
+    name: tuple([field.type for field in fields(kind)[3:]].count(t) for t in (int, Tensor))
+    for name, kind in LAYOUTS.items()
+}
 STREAM_TOKENS = 2  # up to here `streams` is the faster layout (docs/LOG.md)
 
 
@@ -62,8 +66,7 @@ def assemble(
     if layout not in LAYOUTS:
         raise ValueError(f"layout: expected one of {', '.join(LAYOUTS)}, got {layout!r}")
     kind = LAYOUTS[layout]
-    types = [field.type for field in fields(kind)[3:]]
-    counts = types.count(int), types.count(Tensor)
+    counts = _COUNTS[layout]
     if (len(numbers), len(tensors)) != counts:
         raise ValueError(
             f"{layout}: expected {counts[0]} numbers and {counts[1]} tensors, "
@@ -76,16 +79,14 @@ def assemble(
 
 def check_operands(packed: Packed, x: Tensor, bias: Tensor | None) -> None:
     """What spmm_packed() counts on: TypeError or ValueError that names the operand."""
+    dtype, device = packed.dtype, packed.arrived.device
     for name, t, shape in (("x", x, (*x.shape[:1], packed.k)), ("bias", bias, (packed.n,))):
         if t is None:
             continue
         if t.shape != shape:
             raise ValueError(f"{name}: expected shape {shape}, got {tuple(t.shape)}")
-        if t.dtype != packed.dtype or t.device != packed.arrived.device:
-            raise TypeError(
-                f"{name}: expected {packed.dtype} on {packed.arrived.device}, "
-                f"got {t.dtype} on {t.device}"
-            )
+        if t.dtype is not dtype or t.device != device:
+            raise TypeError(f"{name}: expected {dtype} on {device}, got {t.dtype} on {t.device}")
 
 
 def layout_for(
