@@ -8,8 +8,9 @@ tensors live. Three rules hold for everything that is derived:
 - It is stale when torch's version counters of the index tensors have moved. A write that no counter
   sees (through .data, NumPy, another process) may leave a result stale, never out of bounds;
   SparseTensor.indices_changed_() moves the counters by hand.
-- What a CUDA graph has captured is kept when it is replaced: a replay after a change of the pattern
-  is that of the old pattern, and reads no memory of others.
+- What a CUDA graph has captured is kept when it is replaced, until what another graph has captured
+  is replaced too: a replay after a change of the pattern is that of the old pattern, and reads no
+  memory of others. Nobody tells when a graph is gone, so more than one would be a leak.
 """
 
 import copy
@@ -61,7 +62,7 @@ class _Slot:
     thing: object = None
     versions: tuple[int, int] | None = None
     is_captured = False  # a CUDA graph reads the thing
-    replaced: tuple[object, ...] = ()  # that graphs may still read
+    replaced: object = None  # the last one that a graph may still read
 
 
 def derived(
@@ -92,7 +93,7 @@ def derived(
             check_pattern(*copies, n, k)
             thing = make(*copies)
         if slot.is_captured:
-            slot.replaced += (slot.thing,)
+            slot.replaced = slot.thing
         slot.thing, slot.versions, slot.is_captured = thing, now, False
     if is_capturing:
         slot.is_captured = True
