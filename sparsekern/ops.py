@@ -25,7 +25,7 @@ from torch.autograd import Function, forward_ad, profiler
 from .flop_formulas import register_when_imported
 from .kernels import cuda
 from .kernels.operands import check_gradients, check_product, check_sddmm
-from .kernels.packed import LAYOUTS
+from .kernels.packed import assemble, check_operands
 from .kernels.problem import Problem
 from .kernels.table import pick
 
@@ -110,7 +110,9 @@ for _name, _arguments, _run, _fake in (
 
 
 def _run_spmm_packed(x, layout, n, k, nnz, numbers, tensors, bias=None):
-    return cuda.spmm_packed(x, LAYOUTS[layout](n, k, nnz, *numbers, *tensors), bias)
+    packed = assemble(layout, n, k, nnz, numbers, tensors)
+    check_operands(packed, x, bias)
+    return cuda.spmm_packed(x, packed, bias)
 
 
 def _fake_spmm_packed(x, layout, n, k, nnz, numbers, tensors, bias=None):
