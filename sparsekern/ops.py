@@ -70,25 +70,23 @@ def _run_sddmm(row_offsets, col_indices, n, k, dy, x):
     return run(row_offsets, col_indices, n, k, dy.contiguous(), x.contiguous())
 
 
-# Fakes: the shapes, for tracing.
+# Fakes: the same checks, and the shapes, for tracing. They also run where one operand alone is on
+# the meta device.
 
 
 def _fake_spmm(row_offsets, col_indices, values, n, k, x, bias=None):
-    torch._check(x.shape[1] == k, lambda: f"spmm: expected x [M, {k}], got {tuple(x.shape)}")
-    return x.new_empty(x.shape[0], n)
+    m, _ = check_product("spmm", row_offsets, col_indices, values, n, k, x, bias)
+    return x.new_empty(m, n)
 
 
 def _fake_spmm_t(row_offsets, col_indices, values, n, k, dy, bias=None):
-    torch._check(dy.shape[1] == n, lambda: f"spmm_t: expected dy [M, {n}], got {tuple(dy.shape)}")
-    return dy.new_empty(dy.shape[0], k)
+    m, _ = check_product("spmm_t", row_offsets, col_indices, values, n, k, dy, bias)
+    return dy.new_empty(m, k)
 
 
 def _fake_sddmm(row_offsets, col_indices, n, k, dy, x):
-    torch._check(
-        dy.shape[0] == x.shape[0],
-        lambda: f"sddmm: expected as many rows in dy as in x, got {dy.shape[0]} and {x.shape[0]}",
-    )
-    return x.new_empty(col_indices.shape[0])
+    _, nnz = check_sddmm(row_offsets, col_indices, n, k, dy, x)
+    return x.new_empty(nnz)
 
 
 _W = "Tensor row_offsets, Tensor col_indices, Tensor values, SymInt n, SymInt k"
