@@ -72,13 +72,13 @@ PYBIND11_MODULE(_C, m) {
       .def(
           "spmm_stream",
           [](sk::Pattern& p, Pointer row_offsets, Pointer col_indices, int64_t version,
-             sk::Format format, sk::Type type, Pointer values, Pointer x, Pointer y, int64_t tokens,
-             int threads) {
+             sk::Format format, sk::Type type, Pointer values, Pointer bias, Pointer x, Pointer y,
+             int64_t tokens, int threads) {
             sk::spmm_stream(p, csr(p, row_offsets, col_indices, version), format, type,
-                            as<void>(values), {as<void>(x), p.k}, {as<void>(y), p.n}, tokens,
-                            threads);
+                            as<void>(values), as<void>(bias), {as<void>(x), p.k},
+                            {as<void>(y), p.n}, tokens, threads);
           },
-          NoGil(), "y[M, N] = x W^T for few tokens; contiguous.")
+          NoGil(), "y[M, N] = x W^T + bias for few tokens; contiguous.")
       .def(
           "sddmm",
           [](sk::Pattern& p, Pointer row_offsets, Pointer col_indices, int64_t version,

@@ -69,9 +69,9 @@ void widen_(Type type, const void* values, int64_t size, float* wide) {
   });
 }
 
-void spmm_(int vecs, const Walk& w, const float* walked, const float* start, const float* x,
-           float* y) {
-#define SK_CALL(v) return spmm_block<v>(w, walked, start, x, y)
+void spmm_(int vecs, const Walk& w, int64_t rows, const float* walked, const float* start,
+           const float* x, float* y) {
+#define SK_CALL(v) return spmm_block<v>(w, rows, walked, start, x, y)
   SK_WITH_VECS(SK_CALL)
 #undef SK_CALL
 }

@@ -10,6 +10,9 @@
 
 namespace sk {
 
+// How many sums are added up before they are moved to a total, so that rounding errors stay small:
+// those of SpMM's column blocks (spmm.h), of SDDMM's tiles of tokens (products.cpp).
+constexpr int64_t kSumBlocks = 32;
 constexpr int64_t kStreamTokens = 16, kBitmapTokens = 8;  // most that `stream` takes
 
 enum class Type { kFloat, kBfloat16 };
@@ -42,6 +45,7 @@ struct Stream {
   const uint64_t* bits;  // of the first row on, [rows][words]; null for kColumns
   int64_t words;
   const uint16_t* cols;  // [nnz], all of W; null for kBitmap
+  const float* start;    // of the first row on: what the sums are added to
 };
 
 struct Kernels {
@@ -64,16 +68,17 @@ struct Kernels {
   // wide[i] = values[i].
   void (*widen)(Type, const void* values, int64_t size, float* wide);
   // y[row][:] = start[row] + the sum over the row's non-zeros of value * x[col][:]; start and y are
-  // local to the block.
-  void (*spmm)(int vecs, const Walk&, const float* walked, const float* start, const float* x,
-               float* y);
+  // local to the block, of `rows` rows. With more than kSumBlocks column blocks as much memory
+  // again is used behind y.
+  void (*spmm)(int vecs, const Walk&, int64_t rows, const float* walked, const float* start,
+               const float* x, float* y);
   // walked (+)= sum_m dy[row][m] * x[col][m] for each non-zero; dy is local to the block.
   void (*sddmm)(int vecs, const Walk&, const float* dy, const float* x, bool add, float* walked);
 
   // x as `stream` wants it: packed has 64 floats for each 64 features or less and token, of
   // kStreamTokens tokens.
   void (*stream_pack)(Type, Format, Matrix x, int64_t tokens, int64_t features, float* packed);
-  // y[m][row] = sum over the row's non-zeros of value * x[m][col].
+  // y[m][row] = start[row] + the sum over the row's non-zeros of value * x[m][col].
   void (*stream)(Type, Format, const Stream&, const void* values, const float* packed,
                  int64_t tokens, Matrix y);
 

@@ -93,8 +93,10 @@ void spmm(Pattern& pattern, const Csr& csr, bool transposed, Type type, const vo
     kern.pack(type, at(x, type, t.first, 0), t.tokens, k, t.vecs, x_panel);
     for (int64_t b = blocks.first; b < blocks.end; b++) {
       const int64_t first = b * plan.rows, rows = std::min(plan.rows, n - first);
-      float* y_panel = y_scratch.floats(rows * t.vecs * kern.lanes);
-      kern.spmm(t.vecs, walk(s, b), walked + nnz_before(s, b), start + first, x_panel, y_panel);
+      const int64_t panels = s.col_blocks > kSumBlocks ? 2 : 1;
+      float* y_panel = y_scratch.floats(panels * rows * t.vecs * kern.lanes);
+      kern.spmm(t.vecs, walk(s, b), rows, walked + nnz_before(s, b), start + first, x_panel,
+                y_panel);
       kern.unpack(type, y_panel, t.vecs, t.tokens, rows, at(y, type, t.first, first));
     }
   });
@@ -106,30 +108,39 @@ void sddmm(Pattern& pattern, const Csr& csr, Type type, Matrix dy, Matrix x, voi
   const auto schedule = pattern.schedule(csr, false, plan.rows, plan.cols);
   const Schedule& s = *schedule;
 
-  float* walked = w_scratch.floats(csr.nnz);
-  if (tokens == 0) std::fill_n(walked, csr.nnz, 0.0f);
   const std::vector<Tile> tiles = cut_tokens(tokens, kern.lanes, plan);
+  const int64_t count = static_cast<int64_t>(tiles.size());
+  // The sums of kSumBlocks tiles, and if there are more tiles the totals of those.
+  float* walked = w_scratch.floats(count > kSumBlocks ? 2 * csr.nnz : csr.nnz);
+  float* total = count > kSumBlocks ? walked + csr.nnz : walked;
+  if (tokens == 0) std::fill_n(walked, csr.nnz, 0.0f);
   parallel_for(plan.threads, plan.row_parts * plan.col_parts, [&](int64_t cell) {
     const Range row_blocks(s.row_blocks, cell / plan.col_parts, plan.row_parts);
     const Range col_blocks(s.col_blocks, cell % plan.col_parts, plan.col_parts);
     const int64_t x_first = col_blocks.first * plan.cols;
     const int64_t x_cols = std::min(col_blocks.end * plan.cols, csr.k) - x_first;
-    for (const Tile& t : tiles) {
-      const int64_t width = t.vecs * kern.lanes;
+    for (int64_t i = 0; i < count; i++) {
+      const Tile& t = tiles[i];
+      const int64_t width = t.vecs * kern.lanes, sums = i % kSumBlocks;
+      const bool is_complete = sums == kSumBlocks - 1 || i == count - 1;
       float* x_panel = x_scratch.floats(x_cols * width);
       kern.pack(type, at(x, type, t.first, x_first), t.tokens, x_cols, t.vecs, x_panel);
       for (int64_t b = row_blocks.first; b < row_blocks.end; b++) {
         const int64_t first = b * plan.rows, rows = std::min(plan.rows, csr.n - first);
         float* dy_panel = y_scratch.floats(rows * width);
         kern.pack(type, at(dy, type, t.first, first), t.tokens, rows, t.vecs, dy_panel);
-        kern.sddmm(t.vecs, walk(s, b, col_blocks.first, col_blocks.end), dy_panel, x_panel,
-                   t.first > 0, walked + nnz_before(s, b, col_blocks.first));
+        const Walk w = walk(s, b, col_blocks.first, col_blocks.end);
+        const int64_t at = nnz_before(s, b, col_blocks.first);
+        kern.sddmm(t.vecs, w, dy_panel, x_panel, sums > 0, walked + at);
+        if (is_complete && total != walked)
+          for (int64_t p = at; p < at + w.nnz; p++)
+            total[p] = i < kSumBlocks ? walked[p] : total[p] + walked[p];
       }
     }
   });
   parallel_for(plan.threads, s.row_blocks * s.col_blocks, [&](int64_t i) {
     const int64_t b = i / s.col_blocks, c = i % s.col_blocks;
-    kern.scatter(type, walk(s, b, c, c + 1), walked + s.nnz_offsets[i], dvalues);
+    kern.scatter(type, walk(s, b, c, c + 1), total + s.nnz_offsets[i], dvalues);
   });
 }
 

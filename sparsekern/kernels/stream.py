@@ -49,12 +49,13 @@ def _spmm_stream(row_offsets, col_indices, values, n, k, x, bias=None):
         _format(Problem("spmm", "cpu", x.dtype, tokens, n, k, nnz)),
         type_of(x),
         values.data_ptr(),
+        0 if bias is None else bias.data_ptr(),
         x.data_ptr(),
         y.data_ptr(),
         tokens,
         torch.get_num_threads(),
     )
-    return y if bias is None else y.add_(bias)
+    return y
 
 
 def _refuse_stream(p: Problem) -> str | None:
