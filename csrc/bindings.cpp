@@ -34,7 +34,8 @@ PYBIND11_MODULE(_C, m) {
 
   py::enum_<sk::Type>(m, "Type")
       .value("float32", sk::Type::kFloat)
-      .value("bfloat16", sk::Type::kBfloat16);
+      .value("bfloat16", sk::Type::kBfloat16)
+      .value("float64", sk::Type::kDouble);
 
   py::enum_<sk::Format>(m, "Format")
       .value("bitmap", sk::Format::kBitmap)
