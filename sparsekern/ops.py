@@ -18,34 +18,39 @@ serve functorch (vmap, func.grad) alone.
 
 import torch
 from torch import Tensor
-from torch.autograd import Function
-from torch.utils.flop_counter import register_flop_formula
+from torch.autograd import Function, forward_ad
 
+from .flop_formulas import register_when_imported
 from .kernels import cuda
+from .kernels.operands import check_product, check_sddmm
 from .kernels.packed import LAYOUTS
 from .kernels.problem import Problem
 from .kernels.table import pick
 
-# Implementations: contiguous operands, one look-up, the kernel.
+# Implementations: checks, contiguous operands, one look-up, the kernel.
 
 
 def _run_spmm(row_offsets, col_indices, values, n, k, x, bias=None):
-    problem = Problem("spmm", x.device.type, x.dtype, x.shape[0], n, k, col_indices.shape[0])
-    run = pick(problem).run
+    return _run_product("spmm", row_offsets, col_indices, values, n, k, x, bias)
+
+
+def _run_spmm_t(row_offsets, col_indices, values, n, k, dy, bias=None):
+    return _run_product("spmm_t", row_offsets, col_indices, values, n, k, dy, bias)
+
+
+def _run_product(op, row_offsets, col_indices, values, n, k, x, bias):
+    check_product(op, row_offsets, col_indices, values, n, k, x, bias)
+    device = "cpu" if x.is_cpu else "cuda"
+    run = pick(Problem(op, device, x.dtype, x.shape[0], n, k, col_indices.numel())).run
     bias = None if bias is None else bias.contiguous()
     return run(row_offsets, col_indices, values.contiguous(), n, k, x.contiguous(), bias)
 
 
-def _run_spmm_t(row_offsets, col_indices, values, n, k, dy, bias=None):
-    problem = Problem("spmm_t", dy.device.type, dy.dtype, dy.shape[0], n, k, col_indices.shape[0])
-    run = pick(problem).run
-    bias = None if bias is None else bias.contiguous()
-    return run(row_offsets, col_indices, values.contiguous(), n, k, dy.contiguous(), bias)
-
-
 def _run_sddmm(row_offsets, col_indices, n, k, dy, x):
-    problem = Problem("sddmm", x.device.type, x.dtype, x.shape[0], n, k, col_indices.shape[0])
-    return pick(problem).run(row_offsets, col_indices, n, k, dy.contiguous(), x.contiguous())
+    check_sddmm(row_offsets, col_indices, n, k, dy, x)
+    device = "cpu" if x.is_cpu else "cuda"
+    run = pick(Problem("sddmm", device, x.dtype, x.shape[0], n, k, col_indices.numel())).run
+    return run(row_offsets, col_indices, n, k, dy.contiguous(), x.contiguous())
 
 
 # Fakes: the shapes, for tracing.
@@ -104,31 +109,19 @@ _library.define(
 _library.impl("spmm_packed", _run_spmm_packed, "CUDA")
 torch.library.register_fake("sparsekern::spmm_packed", _fake_spmm_packed, lib=_library)
 
+register_when_imported()
+
 spmm_packed = torch.ops.sparsekern.spmm_packed.default
 _spmm = torch.ops.sparsekern.spmm.default
 _spmm_t = torch.ops.sparsekern.spmm_t.default
 _sddmm = torch.ops.sparsekern.sddmm.default
 
 
-@register_flop_formula([torch.ops.sparsekern.spmm, torch.ops.sparsekern.spmm_t])
-def _flop_spmm(row_offsets, col_indices, values, n, k, x, *args, **kwargs) -> int:
-    """A multiplication and an addition for each token and stored value. Arguments are shapes."""
-    return 2 * x[0] * values[0]
-
-
-@register_flop_formula(torch.ops.sparsekern.sddmm)
-def _flop_sddmm(row_offsets, col_indices, n, k, dy, x, *args, **kwargs) -> int:
-    return 2 * x[0] * col_indices[0]
-
-
 # The router: what callers use.
 
 # Private in torch, so its absence must not break the import.
 in_functorch = getattr(torch._C, "_are_functorch_transforms_active", lambda: False)
-
-
-def _wants_grad(values: Tensor, x: Tensor, bias: Tensor | None) -> bool:
-    return values.requires_grad or x.requires_grad or (bias is not None and bias.requires_grad)
+_PLAIN = (Tensor, torch.nn.Parameter)
 
 
 def spmm(
@@ -142,11 +135,9 @@ def spmm(
 ) -> Tensor:
     """y [M, N] = x [M, K] @ W.T + bias [N], differentiable in values, x and bias."""
     args = row_offsets, col_indices, values, n, k, x, bias
-    if in_functorch():
-        return _SpMMFunctorch.apply(*args)
-    if torch.is_grad_enabled() and _wants_grad(values, x, bias):
-        return _SpMM.apply(*args)
-    return _spmm(*args)
+    if function := _function("spmm", values, x, bias):
+        return function.apply(*args)
+    return _run_spmm(*args) if _is_direct(values, x, bias) else _spmm(*args)
 
 
 def spmm_t(
@@ -160,27 +151,54 @@ def spmm_t(
 ) -> Tensor:
     """dx [M, K] = dy [M, N] @ W + bias [K], differentiable in values, dy and bias."""
     args = row_offsets, col_indices, values, n, k, dy, bias
-    if in_functorch():
-        return _SpMMTFunctorch.apply(*args)
-    if torch.is_grad_enabled() and _wants_grad(values, dy, bias):
-        return _SpMMT.apply(*args)
-    return _spmm_t(*args)
+    if function := _function("spmm_t", values, dy, bias):
+        return function.apply(*args)
+    return _run_spmm_t(*args) if _is_direct(values, dy, bias) else _spmm_t(*args)
 
 
 def sddmm(
     row_offsets: Tensor, col_indices: Tensor, n: int, k: int, dy: Tensor, x: Tensor
 ) -> Tensor:
     """dvalues [nnz] = (dy [M, N].T @ x [M, K]) at the pattern, differentiable in dy and x."""
+    args = row_offsets, col_indices, n, k, dy, x
+    if function := _function("sddmm", dy, x, None):
+        return function.apply(*args)
+    return _run_sddmm(*args) if _is_direct(dy, x, None) else _sddmm(*args)
+
+
+def _function(op: str, a: Tensor, b: Tensor, bias: Tensor | None) -> type[Function] | None:
+    """The Function through which autograd, functorch or a level of forward mode sees the product;
+    None if nobody looks."""
+    is_dual = forward_ad._current_level >= 0
     if in_functorch():
-        return _SDDMMFunctorch.apply(row_offsets, col_indices, n, k, dy, x)
-    if torch.is_grad_enabled() and (dy.requires_grad or x.requires_grad):
-        return _SDDMM.apply(row_offsets, col_indices, n, k, dy, x)
-    return _sddmm(row_offsets, col_indices, n, k, dy, x)
+        return _FUNCTIONS[op][3 if is_dual else 2]
+    if is_dual:
+        return _FUNCTIONS[op][1]
+    wants_grad = a.requires_grad or b.requires_grad or (bias is not None and bias.requires_grad)
+    return _FUNCTIONS[op][0] if wants_grad and torch.is_grad_enabled() else None
 
 
-# Gradients, written once for both kinds of Function. They call the router, so that the gradient is
-# itself differentiable, in functorch too. Each saves an operand only if the other one's gradient
-# needs it: frozen values keep no activations alive.
+def _is_direct(a: Tensor, b: Tensor, bias: Tensor | None) -> bool:
+    """Whether nothing looks on between the caller and the kernel, so that the op may be left out,
+    which costs more than a small product: no tracer, mode or profiler, no subclass, and no tensor
+    that only the dispatcher can read (a lazy negation, an efficient zero)."""
+    return (
+        not torch.compiler.is_compiling()
+        and type(a) in _PLAIN
+        and type(b) in _PLAIN
+        and (b.is_cpu or b.is_cuda)
+        and not (a.is_neg() or b.is_neg() or a._is_zerotensor() or b._is_zerotensor())
+        and (bias is None or type(bias) is torch.nn.Parameter)
+        and torch._C._len_torch_dispatch_stack() == 0
+        and torch._C._get_tracing_state() is None
+        and not torch.autograd.profiler._is_profiler_enabled
+    )
+
+
+# Derivatives, written once for both kinds of Function. They call the router, so that a derivative
+# is itself differentiable, in functorch too. For the gradient each saves an operand only if the
+# other one's gradient needs it: frozen values keep no activations alive. The products are bilinear:
+# a tangent is one product for each operand that has one.
 
 
 def _save_product(ctx, row_offsets, col_indices, values, n, k, x, bias):
@@ -217,6 +235,28 @@ def _bias_gradient(ctx, h):
     return h.sum(0) if ctx.needs_input_grad[6] else None
 
 
+def _product_jvp(product, ctx, dvalues, dx, dbias):
+    row_offsets, col_indices, values, x = ctx.saved_tensors
+    pattern, sizes = (row_offsets, col_indices), ctx.sizes
+    parts = []
+    if dx is not None:
+        parts.append(product(*pattern, values, *sizes, dx))
+    if dvalues is not None:
+        parts.append(product(*pattern, dvalues, *sizes, x))
+    if dbias is not None:
+        out = sizes[0] if product is spmm else sizes[1]
+        parts.append(dbias.expand(x.shape[0], out))
+    return sum(parts[1:], parts[0]) if parts else None
+
+
+def _spmm_jvp(ctx, ro, ci, dvalues, n, k, dx, dbias):
+    return _product_jvp(spmm, ctx, dvalues, dx, dbias)
+
+
+def _spmm_t_jvp(ctx, ro, ci, dvalues, n, k, ddy, dbias):
+    return _product_jvp(spmm_t, ctx, dvalues, ddy, dbias)
+
+
 def _save_sddmm(ctx, row_offsets, col_indices, n, k, dy, x):
     ctx.sizes = n, k
     dy_grad, x_grad = ctx.needs_input_grad[4:]
@@ -234,29 +274,43 @@ def _sddmm_backward(ctx, h):
     return None, None, None, None, ddy, dx
 
 
+def _sddmm_jvp(ctx, ro, ci, n, k, ddy, dx):
+    row_offsets, col_indices, dy, x = ctx.saved_tensors
+    pattern, sizes = (row_offsets, col_indices), ctx.sizes
+    parts = []
+    if ddy is not None:
+        parts.append(sddmm(*pattern, *sizes, ddy, x))
+    if dx is not None:
+        parts.append(sddmm(*pattern, *sizes, dy, dx))
+    return sum(parts[1:], parts[0]) if parts else None
+
+
 class _SpMM(Function):
     @staticmethod
-    def forward(ctx, *args):
+    def forward(ctx, row_offsets, col_indices, values, n, k, x, bias):
+        args = row_offsets, col_indices, values, n, k, x, bias
         _save_product(ctx, *args)
-        return _spmm(*args)
+        return _run_spmm(*args) if _is_direct(values, x, bias) else _spmm(*args)
 
     backward = staticmethod(_spmm_backward)
 
 
 class _SpMMT(Function):
     @staticmethod
-    def forward(ctx, *args):
+    def forward(ctx, row_offsets, col_indices, values, n, k, dy, bias):
+        args = row_offsets, col_indices, values, n, k, dy, bias
         _save_product(ctx, *args)
-        return _spmm_t(*args)
+        return _run_spmm_t(*args) if _is_direct(values, dy, bias) else _spmm_t(*args)
 
     backward = staticmethod(_spmm_t_backward)
 
 
 class _SDDMM(Function):
     @staticmethod
-    def forward(ctx, *args):
+    def forward(ctx, row_offsets, col_indices, n, k, dy, x):
+        args = row_offsets, col_indices, n, k, dy, x
         _save_sddmm(ctx, *args)
-        return _sddmm(*args)
+        return _run_sddmm(*args) if _is_direct(dy, x, None) else _sddmm(*args)
 
     backward = staticmethod(_sddmm_backward)
 
@@ -324,3 +378,69 @@ class _SDDMMFunctorch(Function):
     @staticmethod
     def vmap(info, in_dims, *args):
         return _vmap_loop(sddmm, info, in_dims, *args)
+
+
+# And where a level of forward-mode autograd is on. torch.compile refuses a Function that has a jvp,
+# so these are classes of their own.
+
+
+class _SpMMDual(_SpMM):
+    @staticmethod
+    def forward(ctx, *args):
+        ctx.save_for_forward(*(args[i] for i in (0, 1, 2, 5)))
+        return _SpMM.forward(ctx, *args)
+
+    jvp = staticmethod(_spmm_jvp)
+
+
+class _SpMMTDual(_SpMMT):
+    @staticmethod
+    def forward(ctx, *args):
+        ctx.save_for_forward(*(args[i] for i in (0, 1, 2, 5)))
+        return _SpMMT.forward(ctx, *args)
+
+    jvp = staticmethod(_spmm_t_jvp)
+
+
+class _SDDMMDual(_SDDMM):
+    @staticmethod
+    def forward(ctx, *args):
+        ctx.save_for_forward(*(args[i] for i in (0, 1, 4, 5)))
+        return _SDDMM.forward(ctx, *args)
+
+    jvp = staticmethod(_sddmm_jvp)
+
+
+class _SpMMFunctorchDual(_SpMMFunctorch):
+    @staticmethod
+    def setup_context(ctx, inputs, output):
+        ctx.save_for_forward(*(inputs[i] for i in (0, 1, 2, 5)))
+        _SpMMFunctorch.setup_context(ctx, inputs, output)
+
+    jvp = staticmethod(_spmm_jvp)
+
+
+class _SpMMTFunctorchDual(_SpMMTFunctorch):
+    @staticmethod
+    def setup_context(ctx, inputs, output):
+        ctx.save_for_forward(*(inputs[i] for i in (0, 1, 2, 5)))
+        _SpMMTFunctorch.setup_context(ctx, inputs, output)
+
+    jvp = staticmethod(_spmm_t_jvp)
+
+
+class _SDDMMFunctorchDual(_SDDMMFunctorch):
+    @staticmethod
+    def setup_context(ctx, inputs, output):
+        ctx.save_for_forward(*(inputs[i] for i in (0, 1, 4, 5)))
+        _SDDMMFunctorch.setup_context(ctx, inputs, output)
+
+    jvp = staticmethod(_sddmm_jvp)
+
+
+# op -> its Functions: for autograd, with forward mode, for functorch, that with forward mode
+_FUNCTIONS = {
+    "spmm": (_SpMM, _SpMMDual, _SpMMFunctorch, _SpMMFunctorchDual),
+    "spmm_t": (_SpMMT, _SpMMTDual, _SpMMTFunctorch, _SpMMTFunctorchDual),
+    "sddmm": (_SDDMM, _SDDMMDual, _SDDMMFunctorch, _SDDMMFunctorchDual),
+}
