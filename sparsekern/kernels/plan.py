@@ -19,7 +19,7 @@ class Machine(NamedTuple):
     """What a plan depends on."""
 
     isa: str
-    lanes: int  # floats in a vector
+    lanes: int  # floats in a vector, or doubles where those are what is computed in
     l1_bytes: int  # of one core; 0: unknown
     l2_bytes: int
     has_bf16_tiles: bool  # AMX: torch.mm multiplies bfloat16 at eight times the rate of float32
@@ -75,10 +75,10 @@ def make_plan(p: Problem, machine: Machine, threads: int) -> Plan:
     - A row block's y panel stays in L2.
     """
     n, k = (p.K, p.N) if p.op == "spmm_t" else (p.N, p.K)
-    is_sddmm = p.op == "sddmm"
+    is_sddmm, real_bytes = p.op == "sddmm", 8 if p.dtype == torch.float64 else 4
     threads = threads if p.M * p.nnz >= SMALL_WORK else 1
 
-    vecs = WIDEST if machine.lanes < 16 or is_sddmm or p.density > 0.18 else 4
+    vecs = WIDEST if machine.lanes * real_bytes < 64 or is_sddmm or p.density > 0.18 else 4
     while vecs > 1 and p.M <= vecs * machine.lanes * 3 // 4:
         vecs //= 2
     too_few = p.M <= vecs * machine.lanes * (threads - 1)
@@ -92,7 +92,7 @@ def make_plan(p: Problem, machine: Machine, threads: int) -> Plan:
         share = 2 / 3 if vecs == 4 else 3 / 4
     else:
         share = 5 / 4 if p.density > 0.03 else 2
-    column_bytes = vecs * machine.lanes * 4  # of x, in a whole tile
+    column_bytes = vecs * machine.lanes * real_bytes  # of x, in a whole tile
     cols = min(max(int((machine.l1_bytes or 32768) * share) // column_bytes, 16), 65536)
 
     row_parts = col_parts = 1
@@ -103,7 +103,7 @@ def make_plan(p: Problem, machine: Machine, threads: int) -> Plan:
         row_parts = -(-threads // left)
     y_bytes = min(196608, machine.l2_bytes * 3 // 8 or 196608)
     part_rows = max(1, -(-n // row_parts))
-    blocks = -(-part_rows // min(y_bytes // (width * 4), 65536))
+    blocks = -(-part_rows // min(y_bytes // (width * real_bytes), 65536))
     rows = -(-part_rows // blocks)
     return Plan(threads, vecs, tile_parts, rows, cols, row_parts, col_parts)
 

@@ -62,7 +62,7 @@ def _refuse_stream(p: Problem) -> str | None:
         return f"it serves up to {MOST_TOKENS} tokens, not {p.M}"
     if p.K > 65536:
         return f"its columns are 16 bits wide, too few for K = {p.K}"
-    return refuse_dtype(p)
+    return refuse_dtype(p, (torch.float32, torch.bfloat16))
 
 
 def _describe_stream(p: Problem) -> str:

@@ -11,7 +11,7 @@ import sys
 from dataclasses import replace
 from functools import lru_cache
 
-from . import cpu, cuda, reference, stream, triton
+from . import core, cpu, cuda, reference, stream, triton, widened
 from .derived import derived
 from .problem import Kernel, Problem
 
@@ -32,9 +32,15 @@ def _dense(op: str) -> Kernel:
     return Kernel("dense", op, None, _never, run)
 
 
+def _first(problem: Problem) -> Kernel:
+    return next(row for row in KERNELS if _refusal(row, problem) is None)
+
+
 KERNELS: tuple[Kernel, ...] = (
+    *core.kernels(_first),
     *stream.KERNELS,
     *cpu.KERNELS,
+    *widened.KERNELS,
     *cuda.KERNELS,
     *triton.KERNELS,
     _dense("spmm"),
@@ -49,7 +55,7 @@ def pick(problem: Problem) -> Kernel:
     cannot."""
     forced = os.environ.get("SPARSEKERN_KERNEL")
     kernel = _forced(problem, forced) if forced else None
-    kernel = kernel or next(row for row in KERNELS if _refusal(row, problem) is None)
+    kernel = kernel or _first(problem)
     if os.environ.get("SPARSEKERN_DEBUG") == "1":
         print(f"sparsekern: {describe(problem, kernel)}", file=sys.stderr)
     return replace(kernel, run=kernel.bind(problem)) if kernel.bind else kernel
