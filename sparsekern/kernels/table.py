@@ -15,7 +15,7 @@ from inspect import signature
 from torch import Tensor
 
 from ..tensor import INDEX_LIMIT, VALUE_DTYPES
-from . import cpu, cuda, reference, stream, triton
+from . import core, cpu, cuda, reference, stream, triton, widened
 from .derived import ensure_checked
 from .problem import Kernel, Problem
 
@@ -42,9 +42,15 @@ def _dense(op: str) -> Kernel:
     return Kernel("dense", op, None, _never, run)
 
 
+def _first(problem: Problem) -> Kernel:
+    return next(row for row in KERNELS if _refusal(row, problem) is None)
+
+
 KERNELS: tuple[Kernel, ...] = (
+    *core.kernels(_first),
     *stream.KERNELS,
     *cpu.KERNELS,
+    *widened.KERNELS,
     *cuda.KERNELS,
     *triton.KERNELS,
     _dense("spmm"),
@@ -60,7 +66,7 @@ def pick(problem: Problem) -> Kernel:
     _check(problem)
     forced = os.environ.get("SPARSEKERN_KERNEL")
     kernel = _forced(problem, forced) if forced else None
-    kernel = kernel or next(row for row in KERNELS if _refusal(row, problem) is None)
+    kernel = kernel or _first(problem)
     if os.environ.get("SPARSEKERN_DEBUG") == "1":
         print(f"sparsekern: {describe(problem, kernel)}", file=sys.stderr)
     return replace(kernel, run=kernel.bind(problem)) if kernel.bind else kernel
