@@ -25,8 +25,8 @@ def dense_parts(w: Tensor, mask: Tensor | None) -> Parts:
     check_values("w", w, ndim=2)
     if w.is_meta:
         raise ValueError(
-            "w: expected a tensor with data, got one on the meta device, which has no zeros to see; "
-            "give SparseTensor(row_offsets, col_indices, values, shape) meta tensors instead"
+            "w: expected a tensor with data, got one on the meta device, where no zeros are to be "
+            "seen; SparseTensor(row_offsets, col_indices, values, shape) takes meta tensors"
         )
     if mask is None:
         mask = w != 0

@@ -23,6 +23,10 @@ from .indices import expand_rows as expand_rows
 # torch function -> its implementation for a SparseTensor argument.
 TORCH_FUNCTIONS: dict[Callable, Callable] = {}
 
+# The same for Tensor.__rmatmul__, __rsub__ and their kind, by name: torch.compile (torch 2.13) does
+# not find these functions in a dict.
+REFLECTED: dict[str, Callable] = {}
+
 # name of a torch function or method -> what to write in its place
 ALTERNATIVES: dict[str, str] = {}
 
@@ -297,9 +301,12 @@ class SparseTensor:
     def __torch_function__(cls, func, types, args=(), kwargs=None):
         implementation = TORCH_FUNCTIONS.get(func)
         if implementation is None:
-            if len(types) > 1:  # another class may know it
-                return NotImplemented
-            raise TypeError(unsupported(getattr(func, "__name__", str(func))))
+            name = getattr(func, "__name__", str(func))
+            implementation = REFLECTED.get(name)
+            if implementation is None:
+                if len(types) > 1:  # another class may know it
+                    return NotImplemented
+                raise TypeError(unsupported(name))
         return implementation(*args, **(kwargs or {}))
 
     def __getattr__(self, name: str):
