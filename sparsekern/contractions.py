@@ -19,8 +19,6 @@ from .tensor import TORCH_FUNCTIONS, SparseTensor, register
 def _einsum(equation, *operands):
     if len(operands) == 1 and isinstance(operands[0], (list, tuple)):
         operands = operands[0]
-    if not isinstance(equation, str):
-        raise NotImplementedError('einsum: give a SparseTensor with an equation, as "ij,bj->bi"')
     sparse = [i for i, t in enumerate(operands) if isinstance(t, SparseTensor)]
     if len(sparse) > 1 or len(operands) > 2:
         raise NotImplementedError(

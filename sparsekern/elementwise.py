@@ -156,6 +156,12 @@ def _unary(name: str) -> Callable:
     return run
 
 
+def _relu(input, inplace: bool = False):
+    if inplace:
+        raise TypeError(unsupported("relu_"))
+    return input.relu()
+
+
 def _to_dense_first(name: str) -> Callable:
     func = getattr(torch, name)
 
@@ -204,7 +210,7 @@ for _names, _implementation in {
     for _name in _names:
         register(_name, _implementation)
 register("rsub", _reflected_sub, method=False)
-TORCH_FUNCTIONS[F.relu] = TORCH_FUNCTIONS[torch.relu]
+TORCH_FUNCTIONS[F.relu] = _relu
 REFLECTED |= {"__rsub__": _reflected_sub, "__rdiv__": _reflected_div}
 
 # Defined here and not in the class, __eq__ leaves the hash: that of the object, as torch's.

@@ -172,17 +172,19 @@ def _extremum(name: str):
     return run
 
 
-def _norm(input: SparseTensor, p="fro", dim=None, keepdim: bool = False, dtype=None) -> Tensor:
+def _norm(
+    input: SparseTensor, p="fro", dim=None, keepdim: bool = False, out=None, dtype=None
+) -> Tensor:
     p = 2.0 if p in ("fro", None) else p
-    if dim is not None or keepdim or not isinstance(p, (int, float)) or p < 0:
-        raise TypeError("norm: only of all of a SparseTensor, 'fro' or p >= 0: use W.to_dense()")
+    if out is not None or dim is not None or keepdim or not isinstance(p, (int, float)) or p < 0:
+        raise TypeError(
+            "norm: only of all of a SparseTensor, 'fro' or p >= 0, no out=: use W.to_dense()"
+        )
     return torch.linalg.vector_norm(input.values, p, dtype=dtype)
 
 
 def _vector_norm(x, ord=2, dim=None, keepdim: bool = False, *, dtype=None, out=None) -> Tensor:
-    if out is not None:
-        raise TypeError("norm: out= is not supported with a SparseTensor")
-    return _norm(x, ord, dim, keepdim, dtype)
+    return _norm(x, ord, dim, keepdim, out, dtype)
 
 
 def _matrix_norm(A, ord=None, dim=None, keepdim: bool = False, *, dtype=None, out=None) -> Tensor:
@@ -331,6 +333,8 @@ SparseTensor.__int__ = lambda self: int(_item(self))
 SparseTensor.__getitem__ = _getitem
 SparseTensor.__iter__ = _iter
 ALTERNATIVES |= {
+    "grad": "take the gradient of W.values",
+    "backward": "of a SparseTensor there is none: W.sum().backward(), or gradients of W.values",
     **dict.fromkeys(("numpy", "tolist"), "use W.to_dense() or W.to_scipy()"),
     **dict.fromkeys(("stride", "storage", "data_ptr"), "it consists of three tensors"),
     **dict.fromkeys(

@@ -55,11 +55,15 @@ def _linear_of_sparse(input, weight, bias) -> Tensor:
             "gives the sparse product of two"
         )
     x, values, b = autocast(weight, input.values, bias)
-    fitting = fits(x, -1, input.shape[1], values) and x.ndim == 2
-    if not fitting or not (b is None or (fits(b, -1, x.shape[0], values) and b.ndim == 1)):
+    fitting = fits(x, -1, input.shape[1], values) and x.ndim <= 2
+    if b is not None:
+        fitting = fitting and x.ndim == 2 and fits(b, -1, x.shape[0], values) and b.ndim == 1
+    if not fitting:
         raise_as_torch(F.linear, input, weight, bias)
-    y = times(x, input.T, values).mT
-    return y.contiguous() if b is None else y + b
+    y = times(x, input.T, values)
+    if x.ndim == 1:
+        return y
+    return y.mT.contiguous() if b is None else y.mT + b
 
 
 def _linear(input, weight, bias=None, *, out=None) -> Tensor:

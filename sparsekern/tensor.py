@@ -47,7 +47,9 @@ class SparseTensor:
     It is no torch.Tensor, but torch's functions take it where they can, and a TypeError names what
     to write where not. `values` is an attribute and holds what is trained: give it to optimizers.
     A module does not see `module.w = W`: it is in no state_dict and stays where it is on `.to()`.
-    Use `module.register_buffer("w", W)` for a fixed matrix and SparseLinear for a trained weight.
+    `module.register_buffer("w", W)` does for a fixed matrix: it moves, and is saved and loaded; but
+    torch.compile, DDP and functional_call take tensors alone as buffers. For a weight of a layer,
+    trained or not, use SparseLinear.
 
     Writes to the index tensors that torch counts (`W.col_indices[3] = 5`) are seen by the next
     product, which checks the pattern anew. After others call `indices_changed_()`.
@@ -304,7 +306,7 @@ class SparseTensor:
             name = getattr(func, "__name__", str(func))
             implementation = REFLECTED.get(name)
             if implementation is None:
-                if len(types) > 1:  # another class may know it
+                if not set(types) <= {Tensor, SparseTensor}:  # another class may know it
                     return NotImplemented
                 raise TypeError(unsupported(name))
         return implementation(*args, **(kwargs or {}))

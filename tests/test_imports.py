@@ -10,8 +10,8 @@ PACKAGE = Path(__file__).parents[1] / "sparsekern"
 # Each room may import those before it. `testing` hangs beside: nothing in the package imports it
 # but the demo, and it sees tensor and kernels alone.
 # `wafer` stands alone and imports no torch.
-CORE = ["extras", "text", "indices", "conversions", "tensor", "kernels", "ops", "matmul"]
-CORE += ["products", "contractions", "elementwise", "functions"]
+CORE = ["extras", "text", "indices", "conversions", "tensor", "sparse_sparse", "kernels", "ops"]
+CORE += ["matmul", "products", "contractions", "elementwise", "functions"]
 CORE += ["nn", "weights", "sparsity", "gpt"]
 ROOMS = [*CORE, "wafer", "bench", "masks", "report", "overview", "cli"]
 TOP = ["cli", "__main__"]
