@@ -61,9 +61,8 @@ def _linear_of_sparse(input, weight, bias) -> Tensor:
     if not fitting:
         raise_as_torch(F.linear, input, weight, bias)
     y = times(x, input.T, values)
-    if x.ndim == 1:
-        return y
-    return y.mT.contiguous() if b is None else y.mT + b
+    y = y if x.ndim == 1 else y.mT.contiguous()
+    return y if b is None else y + b
 
 
 def _linear(input, weight, bias=None, *, out=None) -> Tensor:

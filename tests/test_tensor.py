@@ -13,6 +13,9 @@ from hypothesis import strategies as st
 from torch import nn
 
 from sparsekern import SparseLinear, SparseTensor
+from sparsekern.kernels import reference
+from sparsekern.sparsity.pattern import places_of, set_pattern
+from sparsekern.tensor import check_pattern
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 LAYOUTS = {
@@ -441,6 +444,22 @@ def test_places_beyond_32_bits(index_dtype):
     assert_same(SparseTensor(*parts, (n, n)), W)
     got = torch.mv(W, x[0].float())
     torch.testing.assert_close(got.double(), want[0], rtol=1e-4, atol=1.0)
+
+
+def test_places_beyond_32_bits_elsewhere():
+    """The dense rows' flat places and those that dynamic sparsity moves, N * K = 3.6e9."""
+    n = 60_000
+    rows, cols = torch.tensor([0, 40_000, n - 1]), torch.tensor([n - 1, 5, n - 1])
+    offsets = torch.searchsorted(rows, torch.arange(n + 1))
+    layer = SparseLinear(n, n, offsets, cols, nn.Parameter(torch.tensor([1.0, 2.0, 3.0])))
+    places = rows * n + cols
+    pattern = layer.row_offsets, layer.col_indices
+    assert places.max() > 2**31 and torch.equal(reference._flat_indices(*pattern, n), places)
+    assert torch.equal(places_of(layer), places)
+    set_pattern(layer, places + torch.tensor([0, 1, 0]))
+    assert layer.col_indices.tolist() == [n - 1, 6, n - 1]
+    assert layer.values.tolist() == [1, 0, 3]
+    check_pattern(layer.row_offsets, layer.col_indices, n, n)
 
 
 def test_what_torch_has_and_this_has_not_is_said():
