@@ -15,8 +15,15 @@ INDEX_LIMIT = 2**31  # indices are int32
 
 def expand_rows(row_offsets: Tensor, nnz: int) -> Tensor:
     """The row of each stored entry: int64 [nnz]."""
+    if row_offsets.is_cuda:  # there repeat_interleave believes offsets that lead out of its bounds
+        return _search_rows(row_offsets, nnz)
     rows = torch.arange(row_offsets.shape[0] - 1, device=row_offsets.device)
     return rows.repeat_interleave(row_offsets.diff(), output_size=nnz)
+
+
+def _search_rows(row_offsets: Tensor, nnz: int) -> Tensor:
+    at = torch.arange(nnz, dtype=row_offsets.dtype, device=row_offsets.device)
+    return torch.searchsorted(row_offsets, at, right=True) - 1
 
 
 def count_rows(rows: Tensor, n: int) -> Tensor:

@@ -16,9 +16,15 @@ from torch import Tensor
 
 from . import conversions
 from .conversions import Parts
-from .indices import check_pattern as check_pattern
-from .indices import check_sizes, check_values, checked_pattern, counted, sorting_order
-from .indices import expand_rows as expand_rows
+from .indices import (
+    check_pattern,
+    check_sizes,
+    check_values,
+    checked_pattern,
+    counted,
+    expand_rows,
+    sorting_order,
+)
 
 # torch function -> its implementation for a SparseTensor argument.
 TORCH_FUNCTIONS: dict[Callable, Callable] = {}
@@ -152,8 +158,7 @@ class SparseTensor:
 
     def to_torch(self) -> Tensor:
         """A torch CSR tensor; it shares memory with this one unless this is a transpose."""
-        csr = self.row_offsets, self.col_indices, self.values
-        return conversions.to_torch(*csr, self.shape, self.is_transposed)
+        return conversions.to_torch(*self._checked(), self.shape, self.is_transposed)
 
     def to_scipy(self):
         """A scipy.sparse CSR array. 16-bit values become float32: scipy has no 16-bit floats.
@@ -161,14 +166,20 @@ class SparseTensor:
         It shares memory with this one where it can: `indices_changed_()` after changes of its
         pattern.
         """
-        csr = self.row_offsets, self.col_indices, self.values
-        return conversions.to_scipy(*csr, self.n, self.k, self.is_transposed)
+        return conversions.to_scipy(*self._checked(), self.n, self.k, self.is_transposed)
 
     def to_cupy(self):
         """A cupyx.scipy.sparse CSR matrix; it shares memory with this one unless this is a
         transpose."""
+        return conversions.to_cupy(*self._checked(), self.n, self.k, self.is_transposed)
+
+    def _checked(self) -> tuple[Tensor, Tensor, Tensor]:
+        """CSR for others, who trust it: the indices may have been written to."""
         csr = self.row_offsets, self.col_indices, self.values
-        return conversions.to_cupy(*csr, self.n, self.k, self.is_transposed)
+        check_sizes(*csr, (self.n, self.k))
+        if not self.col_indices.is_meta:
+            check_pattern(self.row_offsets, self.col_indices, self.n, self.k)
+        return csr
 
     def to(self, *args, **kwargs) -> "SparseTensor":
         """Move or cast the values with the arguments of Tensor.to; the pattern follows."""

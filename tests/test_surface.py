@@ -594,3 +594,31 @@ def test_compile_functions():
     x = torch.randn(2, 5, dtype=W.dtype)
     got = torch.compile(f, fullgraph=True, backend="aot_eager")(sparse(W), x)
     torch.testing.assert_close(got, f(W, x))
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+def test_on_a_gpu():
+    w, v, x = W.float().cuda(), V.float().cuda(), torch.randn(2, 5, device="cuda")
+    A, B = sparse(W.float()).cuda(), sparse(v)
+    assert A.is_cuda and A.row_offsets.is_cuda and torch.equal(A, sparse(w))
+    for got, want in (
+        (A + B, w + v),
+        (A * B, w * v),
+        (A - x[0], w - x[0]),
+        (A @ B.T, w @ v.T),
+        (A.sum(0), w.sum(0)),
+        (A[1:3], w[1:3]),
+        (A.T[2], w.T[2]),
+        (
+            torch.einsum("bij,ij->bi", x[:, None] + w, A),
+            torch.einsum("bij,ij->bi", x[:, None] + w, w),
+        ),
+        (torch.addmm(x[0], x[:, :4], A), torch.addmm(x[0], x[:, :4], w)),
+        (sparsekern.sddmm(A, x[:, :4].T, x), torch.where(w != 0, x[:, :4].T @ x, 0)),
+        (saved(A), w),
+    ):
+        torch.testing.assert_close(dense(got), want, rtol=1e-4, atol=1e-4)
+    A.row_offsets.data[2] = 10**6  # torch counts no such write
+    with pytest.raises(ValueError, match="row_offsets: expected"):
+        A.to_torch()

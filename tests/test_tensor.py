@@ -12,7 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
 
-from sparsekern import SparseLinear, SparseTensor
+from sparsekern import SparseLinear, SparseTensor, indices
 from sparsekern.kernels import reference
 from sparsekern.sparsity.pattern import places_of, set_pattern
 from sparsekern.tensor import check_pattern
@@ -517,3 +517,34 @@ def test_indices_changed():
             W.row_offsets.clone(), W.col_indices.clone(), W.values, 64, 64
         )
     frozen.indices_changed_()
+
+
+def test_what_leaves_is_checked():
+    """Others trust the CSR that they are given, and read out of bounds."""
+    for export in (lambda W: W.to_torch(), lambda W: W.T.to_torch(), lambda W: W.T.to_scipy()):
+        for name, change in (
+            ("row_offsets", lambda t: t * 1000),
+            ("col_indices", lambda t: t + 10**9),
+            ("values", lambda t: t[:1]),
+        ):
+            W = csr()
+            setattr(W, name, change(getattr(W, name)))
+            with pytest.raises(ValueError, match=f"{name}: expected"):
+                export(W)
+
+
+def test_rows_of_entries():
+    for n, k in ((0, 3), (1, 5), (6, 7), (50, 3)):
+        W = SparseTensor.from_dense(random_dense(n, k, density=0.3))
+        rows = W.to_dense().nonzero()[:, 0]
+        assert torch.equal(indices.expand_rows(W.row_offsets, W.nnz), rows)
+        assert torch.equal(indices._search_rows(W.row_offsets, W.nnz), rows)
+
+
+def test_the_check_in_a_graph():
+    W = SparseTensor.from_dense(random_dense(4, 5))
+    for row_offsets, col_indices in (
+        (W.row_offsets, W.col_indices),
+        (W.row_offsets.long(), W.col_indices.long()),
+    ):
+        torch.library.opcheck(indices.checked_pattern, (row_offsets, col_indices, 4, 5))
