@@ -47,6 +47,9 @@ class SparseLinear(nn.Module):
         self.out_features = out_features
         self.register_buffer("row_offsets", weight.row_offsets)
         self.register_buffer("col_indices", weight.col_indices)
+        if weight.values is not values:  # the columns were not sorted: the values move with them
+            trained = values.requires_grad or not isinstance(values, nn.Parameter)
+            values = nn.Parameter(weight.values.detach(), trained)
         self.values = _parameter(values)
         self.register_parameter("bias", None if bias is None else _parameter(bias))
 
@@ -107,6 +110,7 @@ class SparseLinear(nn.Module):
             # int64 indices would stay so under assign=True.
             state_dict[names[0]] = weight.row_offsets
             state_dict[names[1]] = weight.col_indices
+            state_dict[names[2]] = weight.values  # in the order of the columns
             if weight.nnz != self.values.shape[0]:
                 self.col_indices = self.col_indices.new_empty(weight.nnz)
                 resize_(self.values, self.values.new_empty(weight.nnz))

@@ -15,7 +15,7 @@ it to, and no other. (On other devices than a CPU its whole token becomes NaN, a
 import torch
 from torch import Tensor
 
-from ..tensor import expand_rows
+from ..indices import expand_rows
 from .dense import skip_missing
 from .derived import derived
 

@@ -11,8 +11,8 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.optim import Optimizer
 
+from ..indices import expand_rows
 from ..nn import SparseLinear, resize_
-from ..tensor import expand_rows
 
 
 def places_of(layer: SparseLinear) -> Tensor:
