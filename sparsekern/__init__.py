@@ -4,7 +4,7 @@ y[M, N] = x[M, K] @ W[N, K].T        M tokens, N out_features, K in_features
 """
 
 from .matmul import explain, linear, matmul
-from .nn import SparseLinear, densify_, sparsify_
+from .nn import SparseLinear, densify_, parameter_groups, sparsify_
 from .sparsity import Static
 from .tensor import SparseTensor
 
@@ -18,5 +18,6 @@ __all__ = [
     "explain",
     "linear",
     "matmul",
+    "parameter_groups",
     "sparsify_",
 ]

@@ -21,7 +21,7 @@ from torch import Tensor
 from torch.autograd import Function
 from torch.utils.flop_counter import register_flop_formula
 
-from .kernels import cuda
+from .kernels import cuda, observed
 from .kernels.packed import LAYOUTS
 from .kernels.problem import Problem
 from .kernels.table import pick
@@ -44,6 +44,7 @@ def _run_spmm_t(row_offsets, col_indices, values, n, k, dy, bias=None):
 
 
 def _run_sddmm(row_offsets, col_indices, n, k, dy, x):
+    observed.note(row_offsets, dy, x)
     problem = Problem("sddmm", x.device.type, x.dtype, x.shape[0], n, k, col_indices.shape[0])
     return pick(problem).run(row_offsets, col_indices, n, k, dy.contiguous(), x.contiguous())
 
