@@ -3,8 +3,9 @@
 y[M, N] = x[M, K] @ W[N, K].T        M tokens, N out_features, K in_features
 """
 
+from .groups import parameter_groups
 from .matmul import explain, linear, matmul
-from .nn import SparseLinear, densify_, parameter_groups, sparsify_
+from .nn import SparseLinear, densify_, sparsify_
 from .sparsity import Static
 from .tensor import SparseTensor
 

@@ -26,7 +26,6 @@ __all__ = [
     "SparseLinear",
     "densify_",
     "pack_",
-    "parameter_groups",
     "replace_modules",
     "resize_",
     "sparsifiable",
@@ -356,32 +355,6 @@ def replace_modules(
 
 def _parameter(tensor: Tensor) -> nn.Parameter:
     return tensor if isinstance(tensor, nn.Parameter) else nn.Parameter(tensor)
-
-
-def parameter_groups(model: nn.Module, weight_decay: float = 0.1) -> list[dict]:
-    """Parameter groups for an optimizer: weight decay for matrices and for the values of sparse
-    ones, none for biases and norms.
-
-    `values` are 1-D, so the usual rule "decay what has two dimensions" leaves every sparse weight
-    without decay. For the same reason optimizers that look at rows and columns do not see them:
-    Adafactor, Shampoo and SOAP keep a full state for `values` instead of a factored one (their
-    numbers differ from those of the dense layer), LAMB takes the layer for a vector, and Muon, which
-    makes matrices orthogonal, refuses them: give it the dense matrices, and AdamW these.
-    """
-    values = {
-        id(p)
-        for module in model.modules()
-        if isinstance(module, SparseLinear)
-        for name, p in module.named_parameters()
-        if name == "values" or name.startswith("parametrizations.values.")
-    }
-    groups: dict[bool, list[nn.Parameter]] = {True: [], False: []}
-    for p in model.parameters():
-        groups[p.ndim > 1 or id(p) in values].append(p)
-    return [
-        {"params": groups[True], "weight_decay": weight_decay},
-        {"params": groups[False], "weight_decay": 0.0},
-    ]
 
 
 def layer_of(values: Tensor) -> SparseLinear | None:

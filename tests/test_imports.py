@@ -19,6 +19,7 @@ CORE = [
     "matmul",
     "loading",
     "nn",
+    "groups",
     "weights",
     "sparsity",
     "gpt",

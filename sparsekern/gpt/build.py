@@ -6,7 +6,8 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from ..nn import SparseLinear, parameter_groups, replace_modules
+from ..groups import parameter_groups
+from ..nn import SparseLinear, replace_modules
 from .checkpoint import load_checkpoint
 from .config import TrainConfig
 from .data import Tokenizer, tokenizer_from_state

@@ -23,10 +23,6 @@ class Observation:
 _observations: weakref.WeakValueDictionary[int, Observation] = weakref.WeakValueDictionary()
 
 
-def is_observed(row_offsets: Tensor) -> bool:
-    return row_offsets.data_ptr() in _observations
-
-
 def note(row_offsets: Tensor, dy: Tensor, x: Tensor) -> None:
     """To be called with the operands of each sddmm."""
     if not _observations:
