@@ -30,6 +30,14 @@ from sparsekern.sparsity.pattern import places_of, set_pattern
 DECAY = 0.9
 
 
+@pytest.fixture(autouse=True)
+def one_thread():
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)  # these tensors are tiny
+    yield
+    torch.set_num_threads(before)
+
+
 def mlp() -> nn.Sequential:
     torch.manual_seed(0)
     return nn.Sequential(nn.Linear(16, 24), nn.BatchNorm1d(24), nn.GELU(), nn.Linear(24, 8))
@@ -78,12 +86,11 @@ def mask_of(layer: SparseLinear) -> torch.Tensor:
 
 # Averages
 
+CUBIC = {"type": "cubic", "init": 0.0, "final": 0.9, "steps": 8}
 MOVING = {
     "rigl": lambda: RigL(0.75, update={"freq": 2}),
     "set": lambda: SET(0.75, update={"freq": 2}),
-    "gmp": lambda: GMP(
-        {"type": "cubic", "init": 0.0, "final": 0.9, "steps": 8}, update={"freq": 3}
-    ),
+    "gmp": lambda: GMP(CUBIC, update={"freq": 3}),
     "iterative": lambda: IterativePruning(0.9, rounds=4, freq=2),
 }
 AVERAGES = {
@@ -111,8 +118,9 @@ class DenseAverage:
         self.count += 1
 
 
-@pytest.mark.parametrize("use_buffers", [False, True])
-@pytest.mark.parametrize("kind", AVERAGES)
+@pytest.mark.parametrize(
+    ("kind", "use_buffers"), [("swa", True), ("avg_fn", False), ("multi", True), ("multi", False)]
+)
 @pytest.mark.parametrize("name", MOVING)
 def test_an_average_is_that_of_the_dense_weights(name, kind, use_buffers):
     model, optimizer = start(MOVING[name](), mlp())
@@ -302,11 +310,10 @@ def test_state_in_a_wrapper_and_in_what_it_wraps_moves():
     moments = [s[k] for s, k in zip(states, ("slow", "exp_avg"), strict=True)]
     set_pattern(layer, torch.arange(100), [outer])
     kept = torch.isin(before[1], torch.arange(100))
-    for o, k, moment in zip(
-        (outer, outer.base_optimizer), ("slow", "exp_avg"), moments, strict=True
-    ):
+    now = outer.state[layer.values]["slow"], outer.base_optimizer.state[layer.values]["exp_avg"]
+    for t, moment in zip(now, moments, strict=True):
         want = torch.zeros(100).index_put((before[1][kept],), moment[kept])
-        assert torch.equal(o.state[layer.values][k], want)
+        assert torch.equal(t, want)
 
 
 def test_values_split_among_optimizers():
@@ -335,10 +342,9 @@ def test_an_optimizer_in_the_backward_pass():
         optimizer = torch.optim.SGD([p], 1e-2)
         if p.ndim == 1 and any(p is layer.values for layer in layers(model)):
             algorithm.apply(optimizer)
-        p.register_post_accumulate_grad_hook(lambda p, o=optimizer: (o.step(), o.zero_grad()))
+        p.register_post_accumulate_grad_hook(lambda p, o=optimizer: o.step())
     for step in range(4):
-        x, y = batch(step)
-        F.mse_loss(model(x), y).backward()
+        gradients(model, step)
     assert algorithm.steps == 4 and patterns(model) != first
 
 
@@ -367,7 +373,7 @@ def test_an_algorithm_that_follows_nobody():
     algorithm = RigL(0.75, update={"freq": 100, "stop": 300})
     model = algorithm.apply(plain())
     optimizer = torch.optim.SGD(model.parameters(), 1e-2)
-    with pytest.raises(RuntimeError, match=r"RigL: .* values of 0, 2, but .* apply\(optimizer\)"):
+    with pytest.raises(RuntimeError, match=r"RigL: .* values of 0, 2, but .* apply"):
         fit(model, optimizer, 2)
     algorithm.apply(optimizer)
     algorithm.steps = 300
@@ -450,19 +456,18 @@ def test_layers_of_many_sizes_share_a_graph(frames):
     assert frames.frame_count <= 2
 
 
-@pytest.mark.parametrize("whole_step", [False, True])
-def test_rigl_under_compile_does_what_it_does_without(whole_step):
+@pytest.mark.parametrize("backend", ["inductor", "eager"])
+def test_rigl_under_compile_does_what_it_does_without(backend):
     """The first update comes long after the first compilation."""
     torch._dynamo.reset()
     algorithm = RigL(0.75, update={"freq": 5})
     model, optimizer = start(algorithm, plain())
     twin, twins = start(RigL(0.75, update={"freq": 5}), plain())
     first = patterns(model)
-    compiled = torch.compile(model, fullgraph=True)
-    if whole_step:
-        step = torch.compile(optimizer.step)
-        stepped = type("Stepped", (), {"step": staticmethod(step)})
-        fit(compiled, stepped, 12)
+    compiled = torch.compile(model, fullgraph=True, backend=backend)
+    if backend == "eager":  # the whole step, too
+        step = torch.compile(optimizer.step, backend=backend)
+        fit(compiled, type("Stepped", (), {"step": staticmethod(step)}), 12)
     else:
         fit(compiled, optimizer, 12)
     fit(twin, twins, 12)
