@@ -42,36 +42,19 @@ def load(
     try:
         for hook in hooks.values():
             hook(state_dict, prefix, metadata, strict, *lists)
-        missing, unexpected = _key_errors(layer, state_dict, prefix) if strict else ([], [])
+        if strict:  # nn.Module says so of the others
+            missing_keys += [prefix + n for n in INDICES if prefix + n not in state_dict]
         try:
-            pattern = _checked(layer, state_dict, prefix, is_whole=not missing)
+            pattern = _checked(layer, state_dict, prefix)
         except _Refused as error:
             error_msgs.append(str(error))
             return
-        missing_keys += missing
-        unexpected_keys += unexpected
-        if not missing and not unexpected:
-            _apply(layer, load_others, pattern, state_dict, prefix, metadata, lists)
+        _apply(layer, load_others, pattern, state_dict, prefix, metadata, strict, lists)
     finally:
         layer._load_state_dict_pre_hooks = hooks
 
 
-def _key_errors(layer: nn.Module, state_dict: dict, prefix: str) -> tuple[list[str], list[str]]:
-    parts = (layer._parameters | layer._buffers).items()
-    names = {n for n, t in parts if t is not None and n not in layer._non_persistent_buffers_set}
-    missing = [prefix + name for name in sorted(names) if prefix + name not in state_dict]
-    unexpected = []
-    for key in state_dict:
-        name, *rest = key.removeprefix(prefix).split(".")
-        known = layer._modules if rest else names
-        if key.startswith(prefix) and name not in known and name != "_extra_state":
-            unexpected.append(key)
-    return missing, unexpected
-
-
-def _checked(
-    layer: nn.Module, state_dict: dict, prefix: str, is_whole: bool
-) -> tuple[Tensor, Tensor] | None:
+def _checked(layer: nn.Module, state_dict: dict, prefix: str) -> tuple[Tensor, Tensor] | None:
     """The pattern to load, int32; None where the layer keeps its own. Raises _Refused."""
     given = {k: state_dict[prefix + k] for k in (*INDICES, "values") if prefix + k in state_dict}
     if "values" not in given and f"{prefix}weight" in state_dict:
@@ -91,7 +74,7 @@ def _checked(
             raise _Refused(f"{prefix}{name}: expected a tensor, got {type(t).__name__}")
         if t.is_meta:
             raise _Refused(f"{prefix}{name}: expected a tensor with data, got one on meta")
-    if is_whole and len(given) == 3:
+    if len(given) == 3:
         return _checked_pattern(layer, given, prefix)
     for name in given.keys() - {"values"}:
         own = getattr(layer, name)
@@ -150,6 +133,7 @@ def _apply(
     state_dict: dict,
     prefix: str,
     metadata: dict,
+    strict: bool,
     lists: tuple[list, list, list],
 ) -> None:
     before = layer.row_offsets, layer.col_indices
@@ -169,7 +153,7 @@ def _apply(
     errors = len(lists[2])
     try:
         rest = {k: t for k, t in state_dict.items() if k.removeprefix(prefix) not in INDICES}
-        load_others(rest, prefix, metadata, False, *lists)
+        load_others(rest, prefix, metadata, strict, *lists)
     finally:
         layer._buffers = indices | layer._buffers
     if len(lists[2]) > errors and pattern is not None:
