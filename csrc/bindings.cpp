@@ -22,8 +22,15 @@ T* as(Pointer p) {
   return reinterpret_cast<T*>(p);
 }
 
-sk::Csr csr(const sk::Pattern& p, Pointer row_offsets, Pointer col_indices, int64_t version = -1) {
-  return {as<const int32_t>(row_offsets), as<const int32_t>(col_indices), p.n, p.k, p.nnz, version};
+sk::Csr csr(const sk::Pattern& p, Pointer row_offsets, Pointer col_indices,
+            int64_t row_version = -1, int64_t col_version = -1) {
+  return {as<const int32_t>(row_offsets),
+          as<const int32_t>(col_indices),
+          p.n,
+          p.k,
+          p.nnz,
+          row_version,
+          col_version};
 }
 
 }  // namespace
@@ -58,38 +65,39 @@ PYBIND11_MODULE(_C, m) {
       .def(py::init<int64_t, int64_t, int64_t>(), py::arg("n"), py::arg("k"), py::arg("nnz"))
       .def(
           "spmm",
-          [](sk::Pattern& p, Pointer row_offsets, Pointer col_indices, int64_t version,
-             sk::Type type, Pointer values, Pointer bias, Pointer x, Pointer y, int64_t tokens,
-             bool transposed, int threads, int vecs, int tile_parts, int64_t rows, int64_t cols,
-             int64_t row_parts, int64_t col_parts) {
+          [](sk::Pattern& p, Pointer row_offsets, Pointer col_indices, int64_t row_version,
+             int64_t col_version, sk::Type type, Pointer values, Pointer bias, Pointer x, Pointer y,
+             int64_t tokens, bool transposed, int threads, int vecs, int tile_parts, int64_t rows,
+             int64_t cols, int64_t row_parts, int64_t col_parts) {
             const int64_t features = transposed ? p.n : p.k, outputs = transposed ? p.k : p.n;
-            sk::spmm(p, csr(p, row_offsets, col_indices, version), transposed, type,
-                     as<void>(values), as<void>(bias), {as<void>(x), features},
+            sk::spmm(p, csr(p, row_offsets, col_indices, row_version, col_version), transposed,
+                     type, as<void>(values), as<void>(bias), {as<void>(x), features},
                      {as<void>(y), outputs}, tokens,
                      {threads, vecs, tile_parts, rows, cols, row_parts, col_parts});
           },
           NoGil(), "y[M, N] = x W^T + bias, or transposed: y[M, K] = x W + bias; contiguous.")
       .def(
           "spmm_stream",
-          [](sk::Pattern& p, Pointer row_offsets, Pointer col_indices, int64_t version,
-             sk::Format format, sk::Type type, Pointer values, Pointer x, Pointer y, int64_t tokens,
-             int threads) {
-            sk::spmm_stream(p, csr(p, row_offsets, col_indices, version), format, type,
-                            as<void>(values), {as<void>(x), p.k}, {as<void>(y), p.n}, tokens,
+          [](sk::Pattern& p, Pointer row_offsets, Pointer col_indices, int64_t row_version,
+             int64_t col_version, sk::Format format, sk::Type type, Pointer values, Pointer x,
+             Pointer y, int64_t tokens, int threads) {
+            sk::spmm_stream(p, csr(p, row_offsets, col_indices, row_version, col_version), format,
+                            type, as<void>(values), {as<void>(x), p.k}, {as<void>(y), p.n}, tokens,
                             threads);
           },
           NoGil(), "y[M, N] = x W^T for few tokens; contiguous.")
       .def(
           "sddmm",
-          [](sk::Pattern& p, Pointer row_offsets, Pointer col_indices, int64_t version,
-             sk::Type type, Pointer dy, Pointer x, Pointer dvalues, int64_t tokens, int threads,
-             int vecs, int tile_parts, int64_t rows, int64_t cols, int64_t row_parts,
-             int64_t col_parts) {
-            sk::sddmm(p, csr(p, row_offsets, col_indices, version), type, {as<void>(dy), p.n},
-                      {as<void>(x), p.k}, as<void>(dvalues), tokens,
+          [](sk::Pattern& p, Pointer row_offsets, Pointer col_indices, int64_t row_version,
+             int64_t col_version, sk::Type type, Pointer dy, Pointer x, Pointer dvalues,
+             int64_t tokens, int threads, int vecs, int tile_parts, int64_t rows, int64_t cols,
+             int64_t row_parts, int64_t col_parts) {
+            sk::sddmm(p, csr(p, row_offsets, col_indices, row_version, col_version), type,
+                      {as<void>(dy), p.n}, {as<void>(x), p.k}, as<void>(dvalues), tokens,
                       {threads, vecs, tile_parts, rows, cols, row_parts, col_parts});
           },
           NoGil(), "dvalues[nnz] = dy^T x at the non-zeros, in CSR order.")
+      .def("kept_bytes", &sk::Pattern::kept_bytes, "Of all that was derived.")
       .def(
           "to_dense",
           [](const sk::Pattern& p, Pointer row_offsets, Pointer col_indices, int element_bytes,
@@ -111,7 +119,7 @@ PYBIND11_MODULE(_C, m) {
       .def(py::init([](Pointer row_offsets, Pointer col_indices, int64_t n, int64_t k, int64_t nnz,
                        Pointer row_order, int64_t slices, int threads) {
              return new sk::Cover(
-                 {as<const int32_t>(row_offsets), as<const int32_t>(col_indices), n, k, nnz, -1},
+                 {as<const int32_t>(row_offsets), as<const int32_t>(col_indices), n, k, nnz},
                  as<const int32_t>(row_order), slices, threads);
            }),
            NoGil())

@@ -16,37 +16,60 @@ call against 16 us for torch.library.custom_op. The Functions with a `setup_cont
 serve functorch (vmap, func.grad) alone.
 """
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
-from torch.autograd import Function
-from torch.utils.flop_counter import register_flop_formula
+from torch.autograd import Function, forward_ad, profiler
 
+from .flop_formulas import register_when_imported
 from .kernels import cuda, observed
+from .kernels.operands import check_gradients, check_product, check_sddmm
 from .kernels.packed import LAYOUTS
 from .kernels.problem import Problem
 from .kernels.table import pick
 
-# Implementations: contiguous operands, one look-up, the kernel.
+# Implementations: checks, contiguous operands, one look-up, the kernel.
+
+_new = tuple.__new__  # of a Problem: half the time of its own
 
 
 def _run_spmm(row_offsets, col_indices, values, n, k, x, bias=None):
-    problem = Problem("spmm", x.device.type, x.dtype, x.shape[0], n, k, col_indices.shape[0])
-    run = pick(problem).run
+    return _run_product("spmm", row_offsets, col_indices, values, n, k, x, bias)
+
+
+def _run_spmm_t(row_offsets, col_indices, values, n, k, dy, bias=None):
+    return _run_product("spmm_t", row_offsets, col_indices, values, n, k, dy, bias)
+
+
+def _run_product(op, row_offsets, col_indices, values, n, k, x, bias):
+    m, nnz = check_product(op, row_offsets, col_indices, values, n, k, x, bias)
+    device = "cpu" if x.is_cpu else "cuda"
+    run = pick(_new(Problem, (op, device, x.dtype, m, n, k, nnz))).run
     bias = None if bias is None else bias.contiguous()
     return run(row_offsets, col_indices, values.contiguous(), n, k, x.contiguous(), bias)
 
 
-def _run_spmm_t(row_offsets, col_indices, values, n, k, dy, bias=None):
-    problem = Problem("spmm_t", dy.device.type, dy.dtype, dy.shape[0], n, k, col_indices.shape[0])
-    run = pick(problem).run
-    bias = None if bias is None else bias.contiguous()
-    return run(row_offsets, col_indices, values.contiguous(), n, k, dy.contiguous(), bias)
+def _run_gradients(op, row_offsets, col_indices, values, n, k, h, other):
+    """The gradients of a product with respect to its dense operand, by `op`, and to its values: all
+    that the backward pass of a small layer does, checked once."""
+    m, nnz = check_gradients(op, row_offsets, col_indices, values, n, k, h, other)
+    device, dtype = "cpu" if h.is_cpu else "cuda", h.dtype
+    h, other = h.contiguous(), other.contiguous()
+    run = pick(_new(Problem, (op, device, dtype, m, n, k, nnz))).run
+    gradient = run(row_offsets, col_indices, values.contiguous(), n, k, h, None)
+    run = pick(_new(Problem, ("sddmm", device, dtype, m, n, k, nnz))).run
+    dy, x = (h, other) if op == "spmm_t" else (other, h)
+    observed.note(row_offsets, dy, x)
+    return gradient, run(row_offsets, col_indices, n, k, dy, x)
 
 
 def _run_sddmm(row_offsets, col_indices, n, k, dy, x):
+    m, nnz = check_sddmm(row_offsets, col_indices, n, k, dy, x)
     observed.note(row_offsets, dy, x)
-    problem = Problem("sddmm", x.device.type, x.dtype, x.shape[0], n, k, col_indices.shape[0])
-    return pick(problem).run(row_offsets, col_indices, n, k, dy.contiguous(), x.contiguous())
+    device = "cpu" if x.is_cpu else "cuda"
+    run = pick(_new(Problem, ("sddmm", device, x.dtype, m, n, k, nnz))).run
+    return run(row_offsets, col_indices, n, k, dy.contiguous(), x.contiguous())
 
 
 # Fakes: the shapes, for tracing.
@@ -105,31 +128,25 @@ _library.define(
 _library.impl("spmm_packed", _run_spmm_packed, "CUDA")
 torch.library.register_fake("sparsekern::spmm_packed", _fake_spmm_packed, lib=_library)
 
+register_when_imported()
+
 spmm_packed = torch.ops.sparsekern.spmm_packed.default
 _spmm = torch.ops.sparsekern.spmm.default
 _spmm_t = torch.ops.sparsekern.spmm_t.default
 _sddmm = torch.ops.sparsekern.sddmm.default
 
 
-@register_flop_formula([torch.ops.sparsekern.spmm, torch.ops.sparsekern.spmm_t])
-def _flop_spmm(row_offsets, col_indices, values, n, k, x, *args, **kwargs) -> int:
-    """A multiplication and an addition for each token and stored value. Arguments are shapes."""
-    return 2 * x[0] * values[0]
-
-
-@register_flop_formula(torch.ops.sparsekern.sddmm)
-def _flop_sddmm(row_offsets, col_indices, n, k, dy, x, *args, **kwargs) -> int:
-    return 2 * x[0] * col_indices[0]
-
-
-# The router: what callers use.
+# The router: what callers use. A small product costs less than the dispatcher, autograd's Python
+# and functorch's do, so each of them is passed only where it has something to see.
 
 # Private in torch, so its absence must not break the import.
 in_functorch = getattr(torch._C, "_are_functorch_transforms_active", lambda: False)
-
-
-def _wants_grad(values: Tensor, x: Tensor, bias: Tensor | None) -> bool:
-    return values.requires_grad or x.requires_grad or (bias is not None and bias.requires_grad)
+_is_compiling = torch.compiler.is_compiling
+_modes = torch._C._len_torch_dispatch_stack
+_tracing_state = torch._C._get_tracing_state
+_is_wrapped = torch._C._functorch.is_functorch_wrapped_tensor
+_is_grad_enabled = torch.is_grad_enabled
+_Parameter = torch.nn.Parameter
 
 
 def spmm(
@@ -143,11 +160,10 @@ def spmm(
 ) -> Tensor:
     """y [M, N] = x [M, K] @ W.T + bias [N], differentiable in values, x and bias."""
     args = row_offsets, col_indices, values, n, k, x, bias
-    if in_functorch():
-        return _SpMMFunctorch.apply(*args)
-    if torch.is_grad_enabled() and _wants_grad(values, x, bias):
-        return _SpMM.apply(*args)
-    return _spmm(*args)
+    function, is_direct = _route("spmm", values, x, bias)
+    if function is not None:
+        return (_APPLY["spmm"] if is_direct else function.apply)(*args)
+    return _run_product("spmm", *args) if is_direct else _spmm(*args)
 
 
 def spmm_t(
@@ -161,61 +177,121 @@ def spmm_t(
 ) -> Tensor:
     """dx [M, K] = dy [M, N] @ W + bias [K], differentiable in values, dy and bias."""
     args = row_offsets, col_indices, values, n, k, dy, bias
-    if in_functorch():
-        return _SpMMTFunctorch.apply(*args)
-    if torch.is_grad_enabled() and _wants_grad(values, dy, bias):
-        return _SpMMT.apply(*args)
-    return _spmm_t(*args)
+    function, is_direct = _route("spmm_t", values, dy, bias)
+    if function is not None:
+        return (_APPLY["spmm_t"] if is_direct else function.apply)(*args)
+    return _run_product("spmm_t", *args) if is_direct else _spmm_t(*args)
 
 
 def sddmm(
     row_offsets: Tensor, col_indices: Tensor, n: int, k: int, dy: Tensor, x: Tensor
 ) -> Tensor:
     """dvalues [nnz] = (dy [M, N].T @ x [M, K]) at the pattern, differentiable in dy and x."""
+    args = row_offsets, col_indices, n, k, dy, x
+    function, is_direct = _route("sddmm", dy, x, None)
+    if function is not None:
+        return (_APPLY["sddmm"] if is_direct else function.apply)(*args)
+    return _run_sddmm(*args) if is_direct else _sddmm(*args)
+
+
+def _route(
+    op: str, a: Tensor, b: Tensor, bias: Tensor | None
+) -> tuple[type[Function] | None, bool]:
+    """(the Function that must see this product, if any; whether nothing looks on below it)."""
+    is_dual = forward_ad._current_level >= 0
     if in_functorch():
-        return _SDDMMFunctorch.apply(row_offsets, col_indices, n, k, dy, x)
-    if torch.is_grad_enabled() and (dy.requires_grad or x.requires_grad):
-        return _SDDMM.apply(row_offsets, col_indices, n, k, dy, x)
-    return _sddmm(row_offsets, col_indices, n, k, dy, x)
+        return _FUNCTIONS[op][3 if is_dual else 2], False
+    if is_dual:
+        return _FUNCTIONS[op][1], False
+    wants_grad = _is_grad_enabled() and (
+        a.requires_grad or b.requires_grad or (bias is not None and bias.requires_grad)
+    )
+    return _FUNCTIONS[op][0] if wants_grad else None, _is_direct(a, b, bias)
 
 
-# Gradients, written once for both kinds of Function. They call the router, so that the gradient is
-# itself differentiable, in functorch too. Each saves an operand only if the other one's gradient
-# needs it: frozen values keep no activations alive.
+def _is_direct(a: Tensor, b: Tensor, bias: Tensor | None) -> bool:
+    """Whether nothing looks on between the caller and the kernel: no tracer, mode or profiler, no
+    subclass, and no tensor that only the dispatcher can read (a lazy negation, an efficient zero,
+    what a functorch transform has left)."""
+    return (
+        not _is_compiling()
+        and (b.is_cpu or b.is_cuda)
+        and _is_plain(a)
+        and _is_plain(b)
+        and (bias is None or _is_plain(bias))
+        and not _modes()
+        and _tracing_state() is None
+        and not profiler._is_profiler_enabled
+    )
+
+
+def _is_plain(t: Tensor) -> bool:
+    kind = type(t)
+    return (kind is Tensor or kind is _Parameter) and not (
+        t.is_neg() or t._is_zerotensor() or _is_wrapped(t)
+    )
+
+
+# Derivatives, written once for both kinds of Function. They call the router, so that a derivative
+# is itself differentiable, in functorch too. For the gradient each saves an operand only if the
+# other one's gradient needs it: frozen values keep no activations alive. The products are bilinear:
+# a tangent is one product for each operand that has one.
 
 
 def _save_product(ctx, row_offsets, col_indices, values, n, k, x, bias):
     ctx.sizes = n, k
-    values_grad, x_grad = ctx.needs_input_grad[2], ctx.needs_input_grad[5]
+    needs = ctx.needs_input_grad
     ctx.save_for_backward(
-        row_offsets, col_indices, values if x_grad else None, x if values_grad else None
+        row_offsets, col_indices, values if needs[5] else None, x if needs[2] else None
     )
 
 
 def _spmm_backward(ctx, h):
     row_offsets, col_indices, values, x = ctx.saved_tensors
     n, k = ctx.sizes
-    dvalues = dx = None
-    if ctx.needs_input_grad[2]:
-        dvalues = sddmm(row_offsets, col_indices, n, k, h, x)
-    if ctx.needs_input_grad[5]:
-        dx = spmm_t(row_offsets, col_indices, values, n, k, h)
-    return None, None, dvalues, None, None, dx, _bias_gradient(ctx, h)
+    needs = ctx.needs_input_grad
+    if needs[2] and needs[5] and not _is_grad_enabled() and _is_direct(x, h, None):
+        args = row_offsets, col_indices, values, n, k, h
+        dx, dvalues = _run_gradients("spmm_t", *args, x)
+    else:
+        dvalues = sddmm(row_offsets, col_indices, n, k, h, x) if needs[2] else None
+        dx = spmm_t(row_offsets, col_indices, values, n, k, h) if needs[5] else None
+    return None, None, dvalues, None, None, dx, h.sum(0) if needs[6] else None
 
 
 def _spmm_t_backward(ctx, h):
     row_offsets, col_indices, values, dy = ctx.saved_tensors
     n, k = ctx.sizes
-    dvalues = ddy = None
-    if ctx.needs_input_grad[2]:
-        dvalues = sddmm(row_offsets, col_indices, n, k, dy, h)
-    if ctx.needs_input_grad[5]:
-        ddy = spmm(row_offsets, col_indices, values, n, k, h)
-    return None, None, dvalues, None, None, ddy, _bias_gradient(ctx, h)
+    needs = ctx.needs_input_grad
+    if needs[2] and needs[5] and not _is_grad_enabled() and _is_direct(dy, h, None):
+        args = row_offsets, col_indices, values, n, k, h
+        ddy, dvalues = _run_gradients("spmm", *args, dy)
+    else:
+        dvalues = sddmm(row_offsets, col_indices, n, k, dy, h) if needs[2] else None
+        ddy = spmm(row_offsets, col_indices, values, n, k, h) if needs[5] else None
+    return None, None, dvalues, None, None, ddy, h.sum(0) if needs[6] else None
 
 
-def _bias_gradient(ctx, h):
-    return h.sum(0) if ctx.needs_input_grad[6] else None
+def _product_jvp(product, ctx, dvalues, dx, dbias):
+    row_offsets, col_indices, values, x = ctx.saved_tensors
+    pattern, sizes = (row_offsets, col_indices), ctx.sizes
+    parts = []
+    if dx is not None:
+        parts.append(product(*pattern, values, *sizes, dx))
+    if dvalues is not None:
+        parts.append(product(*pattern, dvalues, *sizes, x))
+    if dbias is not None:
+        out = sizes[0] if product is spmm else sizes[1]
+        parts.append(dbias.expand(x.shape[0], out))
+    return sum(parts[1:], parts[0]) if parts else None
+
+
+def _spmm_jvp(ctx, ro, ci, dvalues, n, k, dx, dbias):
+    return _product_jvp(spmm, ctx, dvalues, dx, dbias)
+
+
+def _spmm_t_jvp(ctx, ro, ci, dvalues, n, k, ddy, dbias):
+    return _product_jvp(spmm_t, ctx, dvalues, ddy, dbias)
 
 
 def _save_sddmm(ctx, row_offsets, col_indices, n, k, dy, x):
@@ -227,12 +303,21 @@ def _save_sddmm(ctx, row_offsets, col_indices, n, k, dy, x):
 def _sddmm_backward(ctx, h):
     row_offsets, col_indices, dy, x = ctx.saved_tensors
     n, k = ctx.sizes
-    ddy = dx = None
-    if ctx.needs_input_grad[4]:
-        ddy = spmm(row_offsets, col_indices, h, n, k, x)
-    if ctx.needs_input_grad[5]:
-        dx = spmm_t(row_offsets, col_indices, h, n, k, dy)
+    needs = ctx.needs_input_grad
+    ddy = spmm(row_offsets, col_indices, h, n, k, x) if needs[4] else None
+    dx = spmm_t(row_offsets, col_indices, h, n, k, dy) if needs[5] else None
     return None, None, None, None, ddy, dx
+
+
+def _sddmm_jvp(ctx, ro, ci, n, k, ddy, dx):
+    row_offsets, col_indices, dy, x = ctx.saved_tensors
+    pattern, sizes = (row_offsets, col_indices), ctx.sizes
+    parts = []
+    if ddy is not None:
+        parts.append(sddmm(*pattern, *sizes, ddy, x))
+    if dx is not None:
+        parts.append(sddmm(*pattern, *sizes, dy, dx))
+    return sum(parts[1:], parts[0]) if parts else None
 
 
 class _SpMM(Function):
@@ -260,6 +345,25 @@ class _SDDMM(Function):
         return _sddmm(*args)
 
     backward = staticmethod(_sddmm_backward)
+
+
+def _direct(parent: type[Function], save: Callable, run: Callable) -> Callable:
+    """`apply` of the same Function without the op and without a look for functorch, which whoever
+    calls it has taken."""
+
+    def forward(ctx, *args):
+        save(ctx, *args)
+        return run(*args)
+
+    kind = type(parent.__name__, (parent,), {"forward": staticmethod(forward)})
+    return super(Function, kind).apply
+
+
+_APPLY = {
+    "spmm": _direct(_SpMM, _save_product, _run_spmm),
+    "spmm_t": _direct(_SpMMT, _save_product, _run_spmm_t),
+    "sddmm": _direct(_SDDMM, _save_sddmm, _run_sddmm),
+}
 
 
 # The same for functorch.
@@ -325,3 +429,36 @@ class _SDDMMFunctorch(Function):
     @staticmethod
     def vmap(info, in_dims, *args):
         return _vmap_loop(sddmm, info, in_dims, *args)
+
+
+# And where a level of forward-mode autograd is on. torch.compile refuses a Function that has a jvp,
+# so these are classes of their own.
+
+
+def _with_jvp(parent: type[Function], jvp: Callable, places: tuple[int, ...]) -> type[Function]:
+    """The same Function with tangents; `places` are those of the arguments that jvp wants."""
+
+    def forward(ctx, *args):
+        ctx.save_for_forward(*(args[i] for i in places))
+        return parent.forward(ctx, *args)
+
+    def setup_context(ctx, inputs, output):
+        ctx.save_for_forward(*(inputs[i] for i in places))
+        parent.setup_context(ctx, inputs, output)
+
+    method = setup_context if "setup_context" in vars(parent) else forward
+    methods = {method.__name__: staticmethod(method), "jvp": staticmethod(jvp)}
+    return type(parent.__name__, (parent,), methods)
+
+
+_PRODUCT_PLACES, _SDDMM_PLACES = (0, 1, 2, 5), (0, 1, 4, 5)
+
+# op -> its Functions: for autograd, with forward mode, for functorch, that with forward mode
+_FUNCTIONS = {
+    op: (plain, _with_jvp(plain, jvp, places), functorch, _with_jvp(functorch, jvp, places))
+    for op, plain, functorch, jvp, places in (
+        ("spmm", _SpMM, _SpMMFunctorch, _spmm_jvp, _PRODUCT_PLACES),
+        ("spmm_t", _SpMMT, _SpMMTFunctorch, _spmm_t_jvp, _PRODUCT_PLACES),
+        ("sddmm", _SDDMM, _SDDMMFunctorch, _sddmm_jvp, _SDDMM_PLACES),
+    )
+}

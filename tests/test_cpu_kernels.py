@@ -11,11 +11,12 @@ import torch
 from conftest import products
 
 import sparsekern
-from sparsekern.kernels import cpu, table
+from sparsekern.kernels import cpu, derived, table
 from sparsekern.testing import PROBLEMS, Case, exact, random_csr, relative_error
 
 pytestmark = pytest.mark.skipif(cpu._C is None, reason="the C++ library is not built")
 
+panel = cpu.KERNELS[0].run
 TYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 # The unit roundoff, times what a sum of a few hundred terms adds for float32. A bfloat16 result is
 # rounded once, from a float32 sum.
@@ -96,7 +97,7 @@ def test_not_a_number_stays_where_it_belongs(M):
     t = Case("nan", M, 90, 70).tensors()
     t.x[:, 3] = torch.nan
     t.x[:, 4] = torch.inf
-    y = cpu._spmm_panel(*products(t)["spmm"])
+    y = panel(*products(t)["spmm"])
     touched = t.mask[:, 3] | t.mask[:, 4]
     assert not y[:, touched].isfinite().any()
     assert y[:, ~touched].isfinite().all()
@@ -118,9 +119,9 @@ def test_changed_values_are_seen_however_they_changed():
     row_offsets, col_indices, values = random_csr(60, 80, 0.5)
     x = torch.randn(100, 80)
     arguments = (row_offsets, col_indices, values, 60, 80, x)
-    before = cpu._spmm_panel(*arguments)
+    before = panel(*arguments)
     values.data.mul_(2)  # in a way that autograd's version counter does not notice
-    assert torch.allclose(cpu._spmm_panel(*arguments), 2 * before)
+    assert torch.allclose(panel(*arguments), 2 * before)
 
 
 def test_changed_pattern_is_seen_however_it_changed():
@@ -134,11 +135,11 @@ def test_changed_pattern_is_seen_however_it_changed():
             "spmm_t": (row_offsets, col_indices, values, 60, 80, dy),
             "sddmm": (row_offsets, col_indices, 60, 80, dy, x),
         }.items():
-            panel, dense = (
+            sparse, dense = (
                 next(row.run for row in table.KERNELS if (row.op, row.name) == (op, name))
                 for name in ("panel", "dense")
             )
-            torch.testing.assert_close(panel(*arguments), dense(*arguments), rtol=1e-4, atol=1e-4)
+            torch.testing.assert_close(sparse(*arguments), dense(*arguments), rtol=1e-4, atol=1e-4)
         row_offsets.data.copy_(other_rows)
         col_indices.data.copy_(other_cols)
 
@@ -146,10 +147,10 @@ def test_changed_pattern_is_seen_however_it_changed():
 def test_pattern_made_invalid_is_refused():
     row_offsets, col_indices, values = random_csr(60, 80, 0.5)
     x = torch.randn(100, 80)
-    cpu._spmm_panel(row_offsets, col_indices, values, 60, 80, x)
+    panel(row_offsets, col_indices, values, 60, 80, x)
     col_indices[7] = 80
     with pytest.raises(ValueError, match="col_indices: expected"):
-        cpu._spmm_panel(row_offsets, col_indices, values, 60, 80, x)
+        panel(row_offsets, col_indices, values, 60, 80, x)
 
 
 def test_one_changed_column_changes_the_fingerprint():
@@ -158,22 +159,22 @@ def test_one_changed_column_changes_the_fingerprint():
     col_indices = (torch.arange(500, dtype=torch.int32) % 10) * 2
     values, x = torch.ones(500), torch.randn(100, 20)
     for place in range(0, 500, 7):
-        before = cpu._spmm_panel(row_offsets, col_indices, values, 50, 20, x)
+        before = panel(row_offsets, col_indices, values, 50, 20, x)
         col_indices[place] += 1
-        after = cpu._spmm_panel(row_offsets, col_indices, values, 50, 20, x)
+        after = panel(row_offsets, col_indices, values, 50, 20, x)
         changed = (before != after).any(dim=0).nonzero().flatten().tolist()
         assert changed == [place // 10]
 
 
 def test_patterns_go_with_their_tensors():
     gc.collect()
-    kept = len(cpu._patterns)
+    kept = len(derived._store)
     w = sparsekern.SparseTensor.from_dense(torch.randn(50, 60))
     sparsekern.linear(torch.randn(100, 60), w)
-    assert len(cpu._patterns) == kept + 1
+    assert len(derived._store) == kept + 1
     del w
     gc.collect()
-    assert len(cpu._patterns) == kept
+    assert len(derived._store) == kept
 
 
 def test_two_threads_of_the_caller_at_once():
@@ -181,10 +182,10 @@ def test_two_threads_of_the_caller_at_once():
     from concurrent.futures import ThreadPoolExecutor
 
     t = Case("shared", 200, 300, 400).tensors()
-    want = cpu._spmm_panel(*products(t)["spmm"])
+    want = panel(*products(t)["spmm"])
     fresh = t._replace(col_indices=t.col_indices.clone())
     with ThreadPoolExecutor(4) as pool:
-        runs = pool.map(lambda _: cpu._spmm_panel(*products(fresh)["spmm"]), range(32))
+        runs = pool.map(lambda _: panel(*products(fresh)["spmm"]), range(32))
         assert all(torch.equal(got, want) for got in runs)
 
 

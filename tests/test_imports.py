@@ -10,21 +10,20 @@ PACKAGE = Path(__file__).parents[1] / "sparsekern"
 # Each room may import those before it. `testing` hangs beside: nothing in the package imports it
 # but the demo, and it sees tensor and kernels alone.
 # `wafer` stands alone and imports no torch.
-CORE = [
-    "extras",
-    "text",
-    "tensor",
-    "kernels",
-    "ops",
-    "matmul",
-    "loading",
-    "nn",
+CORE = ["extras", "text", "tensor", "kernels", "flop_formulas", "ops", "matmul", "loading", "nn"]
+ROOMS = [
+    *CORE,
     "groups",
     "weights",
     "sparsity",
     "gpt",
+    "wafer",
+    "bench",
+    "masks",
+    "report",
+    "overview",
+    "cli",
 ]
-ROOMS = [*CORE, "wafer", "bench", "masks", "report", "overview", "cli"]
 TOP = ["cli", "__main__"]
 BESIDE = {
     "testing": {"tensor", "kernels"},
@@ -67,7 +66,7 @@ def test_imports_go_one_way(path):
 
 
 def test_the_reader_sees_imports():
-    assert imported_rooms(Path("ops.py")) == {"kernels"}
+    assert imported_rooms(Path("ops.py")) == {"kernels", "flop_formulas"}
     assert {"kernels", "ops", "tensor"} <= imported_rooms(Path("matmul.py"))
     assert "tensor" in imported_rooms(Path("kernels/reference.py"))
 

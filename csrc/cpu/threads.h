@@ -10,7 +10,8 @@
 namespace sk {
 
 // Calls body(context, task) for every task in [0, tasks), by at most `threads` threads, each task
-// once. Tasks are handed out in order as threads get free.
+// once. Tasks are handed out in order as threads get free. An exception of a task ends the loop and
+// is thrown here; of several, one.
 void run_tasks(int threads, int64_t tasks, void (*body)(const void* context, int64_t task),
                const void* context);
 

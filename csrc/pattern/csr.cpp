@@ -63,26 +63,46 @@ uint64_t hash_all(const Csr& w) {
 
 }  // namespace
 
-bool Witness::is_known(const Csr& w) {
-  if (!has_seen_ || !std::equal(row_offsets_.begin(), row_offsets_.end(), w.row_offsets))
-    return false;
-  if (w.version >= 0 && w.version == version_) return has_sample(w, sample_);
-  return hash_all(w) == hash_;
+void check(const Csr& w) {
+  if (const char* error = find_error(w)) throw std::invalid_argument(error);
 }
 
+Snapshot::Snapshot(const Csr& w)
+    : row_offsets_(w.row_offsets, w.row_offsets + w.n + 1),
+      col_indices_(w.col_indices, w.col_indices + w.nnz),
+      n_(w.n),
+      k_(w.k) {
+  check(csr());
+}
+
+Csr Snapshot::csr() const {
+  return {row_offsets_.data(), col_indices_.data(), n_, k_,
+          static_cast<int64_t>(col_indices_.size())};
+}
+
+uint64_t Snapshot::hash() const { return hash_all(csr()); }
+
 bool Witness::recognises(const Csr& w) {
-  if (is_known(w)) {
-    version_ = w.version;
-    return true;
-  }
-  has_seen_ = false;
-  if (const char* error = find_error(w)) throw std::invalid_argument(error);
+  if (!has_seen_ || !std::equal(row_offsets_.begin(), row_offsets_.end(), w.row_offsets))
+    return false;
+  const bool is_counted = w.row_version >= 0 && w.col_version >= 0;
+  const bool is_same = is_counted && w.row_version == row_version_ && w.col_version == col_version_
+                           ? has_sample(w, sample_)
+                           : hash_all(w) == hash_;
+  if (is_same) row_version_ = w.row_version, col_version_ = w.col_version;
+  return is_same;
+}
+
+bool Witness::learn(const Csr& w, const Snapshot& snapshot) {
+  const uint64_t hash = snapshot.hash();
+  const Csr own = snapshot.csr();
+  const bool is_same = has_seen_ && hash == hash_;
   has_seen_ = true;
-  version_ = w.version;
-  hash_ = hash_all(w);
-  row_offsets_.assign(w.row_offsets, w.row_offsets + w.n + 1);
-  sample_ = take_sample(w);
-  return false;
+  hash_ = hash;
+  row_version_ = w.row_version, col_version_ = w.col_version;
+  row_offsets_.assign(own.row_offsets, own.row_offsets + own.n + 1);
+  sample_ = take_sample(own);
+  return is_same;
 }
 
 }  // namespace sk

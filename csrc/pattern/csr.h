@@ -10,12 +10,30 @@ struct Csr {
   const int32_t* row_offsets;  // [n + 1]
   const int32_t* col_indices;  // [nnz], strictly increasing inside a row
   int64_t n, k, nnz;
-  int64_t version;  // grows with every write to the two arrays; below 0: nobody counts
+  // Of each array: grows with every write to it. Below 0: nobody counts.
+  int64_t row_version = -1, col_version = -1;
 };
 
-// Recognises the indices it has seen last. To read all of them on every call would cost as much as
-// a product of few tokens. They are believed to be the same if
-// - the version is the same,
+// Throws std::invalid_argument, with what is wrong, unless w is valid CSR with nnz non-zeros.
+void check(const Csr& w);
+
+// A private copy of the indices, checked. All that is derived is made from one, so nothing that
+// anybody writes to the caller's arrays, at any time, leads a kernel out of its bounds.
+class Snapshot {
+ public:
+  explicit Snapshot(const Csr& w);  // throws as check() does
+
+  Csr csr() const;
+  uint64_t hash() const;
+
+ private:
+  std::vector<int32_t> row_offsets_, col_indices_;
+  int64_t n_, k_;
+};
+
+// Recognises the indices that it has learnt. To read all of them on every call would cost as much
+// as a product of few tokens. They are believed to be the same if
+// - the versions are the same,
 // - row_offsets, read whole, are equal, and
 // - 64 evenly spaced cache lines of col_indices, or all of them if there are no more, are equal.
 // A write that no version counts (a collective, `.data`) is so noticed if it changes the number of
@@ -24,15 +42,14 @@ struct Csr {
 // inference mode), all indices are hashed by each call.
 class Witness {
  public:
-  // Whether w is what it was. If not, it is checked, and is what the next call compares with.
-  // Throws std::invalid_argument if w is not valid CSR with nnz non-zeros.
   bool recognises(const Csr& w);
 
- private:
-  bool is_known(const Csr& w);
+  // Learns a snapshot of w. Returns whether it holds what was learnt before.
+  bool learn(const Csr& w, const Snapshot& snapshot);
 
+ private:
   bool has_seen_ = false;
-  int64_t version_ = -1;
+  int64_t row_version_ = -1, col_version_ = -1;
   uint64_t hash_ = 0;
   std::vector<int32_t> row_offsets_, sample_;
 };

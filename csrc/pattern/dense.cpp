@@ -2,11 +2,15 @@
 
 #include <algorithm>
 #include <cstring>
+#include <stdexcept>
+#include <vector>
 
 #include "../cpu/threads.h"
 
 namespace sk {
 namespace {
+
+[[noreturn]] void fail(const char* what) { throw std::invalid_argument(what); }
 
 template <class F>
 void with_element(int bytes, F f) {
@@ -15,11 +19,34 @@ void with_element(int bytes, F f) {
   if (bytes == 8) f(uint64_t{});
 }
 
+// Calls f(row, first, columns, count) for each row, whose entries are the ones from `first` on.
+// Its columns are copied before they are checked: what f sees cannot change any more.
 template <class F>
 void for_rows(const Csr& w, int threads, F f) {
   constexpr int64_t kRows = 64;
   parallel_for(threads, (w.n + kRows - 1) / kRows, [&](int64_t block) {
-    for (int64_t i = block * kRows; i < std::min(w.n, (block + 1) * kRows); i++) f(i);
+    const int64_t end = std::min(w.n, (block + 1) * kRows);
+    std::vector<int32_t> columns;
+    int64_t first = w.row_offsets[block * kRows];
+    if (block == 0 && first != 0) fail("row_offsets: expected to begin with 0");
+    for (int64_t i = block * kRows; i < end; i++) {
+      const int64_t last = w.row_offsets[i + 1];
+      if (first < 0 || last < first || last > w.nnz)
+        fail("row_offsets: expected never to decrease, and to end with the number of columns");
+      columns.assign(w.col_indices + first, w.col_indices + last);
+      int32_t previous = -1;
+      bool is_rising = true;
+      for (const int32_t col : columns) {
+        is_rising &= col > previous;
+        previous = col;
+      }
+      if (!is_rising) fail("col_indices: expected >= 0 and strictly increasing in each row");
+      if (previous >= w.k) fail("col_indices: expected to lie below in_features");
+      f(i, first, columns.data(), last - first);
+      first = last;
+    }
+    if (end == w.n && first != w.nnz)
+      fail("row_offsets: expected to end with the number of columns");
   });
 }
 
@@ -28,11 +55,11 @@ void for_rows(const Csr& w, int threads, F f) {
 void to_dense(const Csr& w, int element_bytes, const void* values, void* dense, int threads) {
   with_element(element_bytes, [&](auto element) {
     using T = decltype(element);
-    for_rows(w, threads, [&](int64_t i) {
+    for_rows(w, threads, [&](int64_t i, int64_t first, const int32_t* columns, int64_t count) {
       T* row = static_cast<T*>(dense) + i * w.k;
+      const T* stored = static_cast<const T*>(values) + first;
       std::memset(row, 0, w.k * sizeof(T));
-      for (int32_t p = w.row_offsets[i]; p < w.row_offsets[i + 1]; p++)
-        row[w.col_indices[p]] = static_cast<const T*>(values)[p];
+      for (int64_t p = 0; p < count; p++) row[columns[p]] = stored[p];
     });
   });
 }
@@ -40,10 +67,10 @@ void to_dense(const Csr& w, int element_bytes, const void* values, void* dense, 
 void from_dense(const Csr& w, int element_bytes, const void* dense, void* values, int threads) {
   with_element(element_bytes, [&](auto element) {
     using T = decltype(element);
-    for_rows(w, threads, [&](int64_t i) {
+    for_rows(w, threads, [&](int64_t i, int64_t first, const int32_t* columns, int64_t count) {
       const T* row = static_cast<const T*>(dense) + i * w.k;
-      for (int32_t p = w.row_offsets[i]; p < w.row_offsets[i + 1]; p++)
-        static_cast<T*>(values)[p] = row[w.col_indices[p]];
+      T* stored = static_cast<T*>(values) + first;
+      for (int64_t p = 0; p < count; p++) stored[p] = row[columns[p]];
     });
   });
 }

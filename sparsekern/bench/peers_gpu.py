@@ -13,8 +13,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ..kernels import cuda_library, packs, table
-from ..kernels.cpu import version_of
 from ..kernels.cuda import MOST_TOKENS, spmm_packed
+from ..kernels.derived import versions
 from ..kernels.packed import Packed, choose_layout, like, pack
 from ..tensor import SparseTensor
 from .measure_gpu import Way
@@ -95,7 +95,7 @@ def share_packs(origin: SparseTensor, twin: SparseTensor) -> None:
         if key[:2] != theirs or (mine := (*own, *key[2:])) in packs._packs:
             continue
         made = copy.deepcopy(found)
-        made.index_version = version_of(twin.row_offsets, twin.col_indices)
+        made.index_version = versions(twin.row_offsets, twin.col_indices)
         made.values_seen = packs._seen(twin.values)
         forget = weakref.ref(twin.col_indices, lambda _, key=mine: packs._packs.pop(key, None))
         packs._packs[mine] = made, forget

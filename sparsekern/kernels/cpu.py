@@ -5,7 +5,6 @@
 take float32 and bfloat16, sum in float32, and use as many threads as torch does.
 """
 
-import weakref
 from functools import lru_cache
 
 import torch
@@ -13,8 +12,9 @@ from torch import Tensor
 
 from .crossover import density_limit
 from .dense import mm
+from .derived import kept, versions
 from .plan import Machine, Plan, dense_wins_above, describe, machine_name, make_plan
-from .problem import Kernel, Problem
+from .problem import Kernel, Problem, bound_kernel
 
 try:
     from .. import _C
@@ -29,79 +29,72 @@ def machine() -> Machine:
     return Machine(_C.isa(), _C.lanes(), _C.cache_bytes(1), _C.cache_bytes(2), has_tiles)
 
 
-# By addresses and sizes of the index tensors. A C++ Pattern compares what it has derived with the
-# indices (how thoroughly, csr.h says), so an entry can be out of date but not wrong. It goes
-# when its col_indices tensor does.
-_patterns: dict[tuple[int, int, int, int, int], tuple["_C.Pattern", weakref.ref]] = {}
-
-
 def pattern_of(row_offsets: Tensor, col_indices: Tensor, n: int, k: int) -> "_C.Pattern":
-    nnz = col_indices.shape[0]
-    key = (row_offsets.data_ptr(), col_indices.data_ptr(), n, k, nnz)
-    if key not in _patterns:
-        forget = weakref.ref(col_indices, lambda _: _patterns.pop(key, None))
-        _patterns[key] = (_C.Pattern(n, k, nnz), forget)
-    return _patterns[key][0]
+    """The C++ store of what this pattern's kernels derive; it notices itself when that is stale,
+    as csrc/pattern/csr.h says."""
+    return kept("cpu", row_offsets, col_indices, n, k, lambda: _C.Pattern(n, k, len(col_indices)))
 
 
-def version_of(row_offsets: Tensor, col_indices: Tensor) -> int:
-    """Grows with every write to the indices that torch counts; -1 where it does not count."""
-    try:
-        return row_offsets._version + col_indices._version
-    except RuntimeError:  # made in inference mode
-        return -1
+def type_of(dtype: torch.dtype) -> "_C.Type":
+    return _C.Type.float32 if dtype == torch.float32 else _C.Type.bfloat16
 
 
-def type_of(x: Tensor) -> "_C.Type":
-    return _C.Type.float32 if x.dtype == torch.float32 else _C.Type.bfloat16
+class _Plans(dict):
+    """The plan of a problem by the number of threads, made when first asked for."""
+
+    def __init__(self, problem: Problem):
+        self._problem = problem
+
+    def __missing__(self, threads: int) -> Plan:
+        plan = self[threads] = make_plan(self._problem, machine(), threads)
+        return plan
 
 
-def _plan(op: str, x: Tensor, n: int, k: int, nnz: int) -> Plan:
-    problem = Problem(op, "cpu", x.dtype, x.shape[0], n, k, nnz)
-    return make_plan(problem, machine(), torch.get_num_threads())
+def _bind_spmm(problem: Problem):
+    """Of spmm and spmm_t."""
+    type_, is_transposed = type_of(problem.dtype), problem.op == "spmm_t"
+    m, width = problem.M, problem.K if is_transposed else problem.N
+    plan = _Plans(problem)
+
+    def run(row_offsets, col_indices, values, n, k, x, bias=None):
+        y = x.new_empty(m, width)
+        pattern_of(row_offsets, col_indices, n, k).spmm(
+            row_offsets.data_ptr(),
+            col_indices.data_ptr(),
+            *versions(row_offsets, col_indices),
+            type_,
+            values.data_ptr(),
+            0 if bias is None else bias.data_ptr(),
+            x.data_ptr(),
+            y.data_ptr(),
+            m,
+            is_transposed,
+            *plan[torch.get_num_threads()],
+        )
+        return y
+
+    return run
 
 
-def _spmm(op, row_offsets, col_indices, values, n, k, x, bias):
-    y = x.new_empty(x.shape[0], n if op == "spmm" else k)
-    pattern_of(row_offsets, col_indices, n, k).spmm(
-        row_offsets.data_ptr(),
-        col_indices.data_ptr(),
-        version_of(row_offsets, col_indices),
-        type_of(x),
-        values.data_ptr(),
-        0 if bias is None else bias.data_ptr(),
-        x.data_ptr(),
-        y.data_ptr(),
-        x.shape[0],
-        op == "spmm_t",
-        *_plan(op, x, n, k, values.shape[0]),
-    )
-    return y
+def _bind_sddmm(problem: Problem):
+    type_, plan = type_of(problem.dtype), _Plans(problem)
 
+    def run(row_offsets, col_indices, n, k, dy, x):
+        dvalues = x.new_empty(problem.nnz)
+        pattern_of(row_offsets, col_indices, n, k).sddmm(
+            row_offsets.data_ptr(),
+            col_indices.data_ptr(),
+            *versions(row_offsets, col_indices),
+            type_,
+            dy.data_ptr(),
+            x.data_ptr(),
+            dvalues.data_ptr(),
+            problem.M,
+            *plan[torch.get_num_threads()],
+        )
+        return dvalues
 
-def _spmm_panel(row_offsets, col_indices, values, n, k, x, bias=None):
-    return _spmm("spmm", row_offsets, col_indices, values, n, k, x, bias)
-
-
-def _spmm_t_panel(row_offsets, col_indices, values, n, k, dy, bias=None):
-    return _spmm("spmm_t", row_offsets, col_indices, values, n, k, dy, bias)
-
-
-def _sddmm_panel(row_offsets, col_indices, n, k, dy, x):
-    nnz = col_indices.shape[0]
-    dvalues = x.new_empty(nnz)
-    pattern_of(row_offsets, col_indices, n, k).sddmm(
-        row_offsets.data_ptr(),
-        col_indices.data_ptr(),
-        version_of(row_offsets, col_indices),
-        type_of(x),
-        dy.data_ptr(),
-        x.data_ptr(),
-        dvalues.data_ptr(),
-        x.shape[0],
-        *_plan("sddmm", x, n, k, nnz),
-    )
-    return dvalues
+    return run
 
 
 def _expand(row_offsets, col_indices, values, n, k):
@@ -165,9 +158,9 @@ def _describe_panel(p: Problem) -> str:
 
 
 KERNELS = (
-    Kernel("panel", "spmm", "cpu", _refuse_panel, _spmm_panel, _describe_panel),
-    Kernel("panel", "spmm_t", "cpu", _refuse_panel, _spmm_t_panel, _describe_panel),
-    Kernel("panel", "sddmm", "cpu", _refuse_panel, _sddmm_panel, _describe_panel),
+    bound_kernel("panel", "spmm", "cpu", _refuse_panel, _bind_spmm, _describe_panel),
+    bound_kernel("panel", "spmm_t", "cpu", _refuse_panel, _bind_spmm, _describe_panel),
+    bound_kernel("panel", "sddmm", "cpu", _refuse_panel, _bind_sddmm, _describe_panel),
     Kernel("expand", "spmm", "cpu", refuse_dtype, _spmm_expand),
     Kernel("expand", "spmm_t", "cpu", refuse_dtype, _spmm_t_expand),
     Kernel("expand", "sddmm", "cpu", refuse_dtype, _sddmm_expand),

@@ -28,23 +28,23 @@ _captured: dict[int, weakref.ref] = {}  # by the id of col_indices
 def versions(row_offsets: Tensor, col_indices: Tensor) -> tuple[int, int]:
     """Version counters of both: each moves with every write that torch counts; -1 where it counts
     none (tensors made in inference mode)."""
-    return _version(row_offsets), _version(col_indices)
-
-
-def _version(t: Tensor) -> int:
-    return -1 if t.is_inference() else t._version
+    try:
+        return row_offsets._version, col_indices._version
+    except RuntimeError:
+        return tuple(-1 if t.is_inference() else t._version for t in (row_offsets, col_indices))
 
 
 def kept(
     kind: Hashable, row_offsets: Tensor, col_indices: Tensor, n: int, k: int, make: Callable[[], T]
 ) -> T:
     """make() of the first call with these tensors, which sees to its own staleness."""
-    key = (kind, row_offsets.data_ptr(), col_indices.data_ptr(), n, k, col_indices.shape[0])
-    entry = _store.get(key)
-    if entry is None:
-        entry = make(), weakref.ref(col_indices, lambda _: _store.pop(key, None))
-        _store[key] = entry
-    return entry[0]
+    key = kind, row_offsets.data_ptr(), col_indices.data_ptr(), n, k, col_indices.numel()
+    try:
+        return _store[key][0]
+    except KeyError:
+        thing = make()
+        _store[key] = thing, weakref.ref(col_indices, lambda _: _store.pop(key, None))
+        return thing
 
 
 class _Slot:

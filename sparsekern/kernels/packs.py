@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .cpu import version_of
+from .derived import versions
 from .layout import Packed
 
 
@@ -21,7 +21,7 @@ class Pack:
     def __init__(self, layout: Any, row_offsets: Tensor, col_indices: Tensor, values: Tensor):
         self.layout = layout
         self.packed: Packed = layout.fill(values)
-        self.index_version = version_of(row_offsets, col_indices)
+        self.index_version = versions(row_offsets, col_indices)
         self.values_seen = _seen(values)
 
     def refresh(self, values: Tensor) -> "Pack":
@@ -57,7 +57,7 @@ def pack_of(
     nnz = col_indices.shape[0]
     key = (row_offsets.data_ptr(), col_indices.data_ptr(), n, k, nnz, values.dtype, row, kind)
     entry = _packs.get(key)
-    if entry is not None and entry[0].index_version == version_of(row_offsets, col_indices):
+    if entry is not None and entry[0].index_version == versions(row_offsets, col_indices):
         return entry[0].refresh(values)
     if values.is_cuda and torch.cuda.is_current_stream_capturing():
         raise RuntimeError(

@@ -5,6 +5,7 @@ from dataclasses import dataclass
 from typing import NamedTuple
 
 import torch
+from torch import Tensor
 
 
 class Problem(NamedTuple):
@@ -38,12 +39,38 @@ class Kernel:
     """One row of the table.
 
     `refuse(problem)` returns the reason why this kernel cannot or should not run the problem, or
-    None. `run` takes the arguments of the function of the same op in `reference.py`.
+    None. `run` takes the arguments of the function of the same op in `reference.py`. Where it
+    decides something by the problem alone, `bind(problem)` is the same function with that decided,
+    once for all calls.
     """
 
     name: str
     op: str
     device: str | None  # None: any device
     refuse: Callable[[Problem], str | None]
-    run: Callable[..., torch.Tensor]
+    run: Callable[..., Tensor]
     plan: Callable[[Problem], str] | None = None  # how it would go about the problem, in words
+    bind: Callable[[Problem], Callable[..., Tensor]] | None = None
+
+
+def problem_of(op: str, *operands) -> Problem:
+    """The problem of a function in `reference.py` called with these operands."""
+    col_indices = operands[1]
+    n, k, x = operands[2:5] if op == "sddmm" else operands[3:6]
+    return Problem(op, x.device.type, x.dtype, x.shape[0], n, k, col_indices.shape[0])
+
+
+def bound_kernel(
+    name: str,
+    op: str,
+    device: str,
+    refuse: Callable[[Problem], str | None],
+    bind: Callable[[Problem], Callable[..., Tensor]],
+    plan: Callable[[Problem], str] | None = None,
+) -> Kernel:
+    """A row whose `run` binds for each call."""
+
+    def run(*operands) -> Tensor:
+        return bind(problem_of(op, *operands))(*operands)
+
+    return Kernel(name, op, device, refuse, run, plan, bind)

@@ -5,12 +5,11 @@ are compressed once for each pattern. What a call checks before it believes that
 those it has compressed is written in csrc/pattern/csr.h.
 """
 
-from functools import lru_cache
-
 import torch
 
-from .cpu import _C, pattern_of, refuse_dtype, type_of, version_of
-from .problem import Kernel, Problem
+from .cpu import _C, pattern_of, refuse_dtype, type_of
+from .derived import versions
+from .problem import Problem, bound_kernel
 
 MOST_TOKENS = 16
 
@@ -34,27 +33,27 @@ def stream_format(problem: Problem, lanes: int) -> str:
     return "bitmap" if problem.density >= least else "columns"
 
 
-@lru_cache(maxsize=4096)
-def _format(problem: Problem) -> "_C.Format":
-    return getattr(_C.Format, stream_format(problem, _C.lanes()))
+def _bind(problem: Problem):
+    m, n_, type_ = problem.M, problem.N, type_of(problem.dtype)
+    format_ = getattr(_C.Format, stream_format(problem, _C.lanes()))
 
+    def run(row_offsets, col_indices, values, n, k, x, bias=None):
+        y = x.new_empty(m, n_)
+        pattern_of(row_offsets, col_indices, n, k).spmm_stream(
+            row_offsets.data_ptr(),
+            col_indices.data_ptr(),
+            *versions(row_offsets, col_indices),
+            format_,
+            type_,
+            values.data_ptr(),
+            x.data_ptr(),
+            y.data_ptr(),
+            m,
+            torch.get_num_threads(),
+        )
+        return y if bias is None else y.add_(bias)
 
-def _spmm_stream(row_offsets, col_indices, values, n, k, x, bias=None):
-    tokens, nnz = x.shape[0], values.shape[0]
-    y = x.new_empty(tokens, n)
-    pattern_of(row_offsets, col_indices, n, k).spmm_stream(
-        row_offsets.data_ptr(),
-        col_indices.data_ptr(),
-        version_of(row_offsets, col_indices),
-        _format(Problem("spmm", "cpu", x.dtype, tokens, n, k, nnz)),
-        type_of(x),
-        values.data_ptr(),
-        x.data_ptr(),
-        y.data_ptr(),
-        tokens,
-        torch.get_num_threads(),
-    )
-    return y if bias is None else y.add_(bias)
+    return run
 
 
 def _refuse_stream(p: Problem) -> str | None:
@@ -69,4 +68,4 @@ def _describe_stream(p: Problem) -> str:
     return f"{_C.isa()}, columns as {stream_format(p, _C.lanes())}"
 
 
-KERNELS = (Kernel("stream", "spmm", "cpu", _refuse_stream, _spmm_stream, _describe_stream),)
+KERNELS = (bound_kernel("stream", "spmm", "cpu", _refuse_stream, _bind, _describe_stream),)

@@ -8,9 +8,11 @@ prints each new problem with the kernel chosen and every refusal on standard err
 
 import os
 import sys
+from dataclasses import replace
 from functools import lru_cache
 
 from . import cpu, cuda, reference, stream, triton
+from .derived import derived
 from .problem import Kernel, Problem
 
 
@@ -18,26 +20,39 @@ def _never(problem: Problem) -> None:
     return None
 
 
+def _dense(op: str) -> Kernel:
+    """The function of reference.py, on indices that were checked when they last changed."""
+    product = getattr(reference, op)
+
+    def run(row_offsets, col_indices, *operands):
+        n, k = operands[:2] if op == "sddmm" else operands[1:3]
+        derived("checked", row_offsets, col_indices, n, k, lambda *_: None)
+        return product(row_offsets, col_indices, *operands)
+
+    return Kernel("dense", op, None, _never, run)
+
+
 KERNELS: tuple[Kernel, ...] = (
     *stream.KERNELS,
     *cpu.KERNELS,
     *cuda.KERNELS,
     *triton.KERNELS,
-    Kernel("dense", "spmm", None, _never, reference.spmm),
-    Kernel("dense", "spmm_t", None, _never, reference.spmm_t),
-    Kernel("dense", "sddmm", None, _never, reference.sddmm),
+    _dense("spmm"),
+    _dense("spmm_t"),
+    _dense("sddmm"),
 )
 
 
 @lru_cache(maxsize=4096)
 def pick(problem: Problem) -> Kernel:
-    """The kernel that runs `problem`. ValueError if SPARSEKERN_KERNEL names one that cannot."""
+    """The kernel that runs `problem`, bound to it. ValueError if SPARSEKERN_KERNEL names one that
+    cannot."""
     forced = os.environ.get("SPARSEKERN_KERNEL")
     kernel = _forced(problem, forced) if forced else None
     kernel = kernel or next(row for row in KERNELS if _refusal(row, problem) is None)
     if os.environ.get("SPARSEKERN_DEBUG") == "1":
         print(f"sparsekern: {describe(problem, kernel)}", file=sys.stderr)
-    return kernel
+    return replace(kernel, run=kernel.bind(problem)) if kernel.bind else kernel
 
 
 def refusals(problem: Problem) -> list[tuple[str, str]]:

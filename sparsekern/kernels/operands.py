@@ -1,0 +1,142 @@
+"""Checks of what an op is called with, on every call: whatever the tensors have become since they
+were made, no kernel sees an array that is shorter, of another type or elsewhere than it believes.
+
+Indices inside the arrays are checked where something is made from them (derived.py, csrc/pattern).
+"""
+
+import torch
+from torch import Tensor
+
+_int32 = torch.int32
+
+
+def check_product(
+    op: str,
+    row_offsets: Tensor,
+    col_indices: Tensor,
+    values: Tensor,
+    n: int,
+    k: int,
+    x: Tensor,
+    bias: Tensor | None,
+) -> tuple[int, int]:
+    """(M, nnz) of the operands of spmm: x [M, K], bias [N]; of spmm_t: x is dy [M, N], bias [K]."""
+    width, out = (k, n) if op == "spmm" else (n, k)
+    dtype, device, is_cpu = x.dtype, x.get_device(), x.is_cpu
+    nnz, shape = col_indices.numel(), x.shape
+    if (
+        _is_pattern(row_offsets, col_indices, n, device, is_cpu)
+        and values.dtype is dtype
+        and values.dim() == 1
+        and values.numel() == nnz
+        and values.get_device() == device
+        and values.is_cpu is is_cpu
+        and len(shape) == 2
+        and shape[1] == width
+        and (bias is None or _is_bias(bias, out, x))
+    ):
+        return shape[0], nnz
+    name = "x" if op == "spmm" else "dy"
+    check_pattern_arrays(op, row_offsets, col_indices, n, x.device)
+    _check(op, name, x, (None, width), dtype, x.device)
+    _check(op, "values", values, (col_indices.numel(),), dtype, x.device)
+    if bias is not None:
+        _check(op, "bias", bias, (out,), dtype, x.device)
+    raise AssertionError(f"{op}: operands refused without a reason")
+
+
+def check_gradients(
+    op: str,
+    row_offsets: Tensor,
+    col_indices: Tensor,
+    values: Tensor,
+    n: int,
+    k: int,
+    h: Tensor,
+    other: Tensor,
+) -> tuple[int, int]:
+    """(M, nnz) of the operands of `op`(values, h) and of the sddmm of h and `other`."""
+    m, nnz = check_product(op, row_offsets, col_indices, values, n, k, h, None)
+    if (
+        other.dtype is h.dtype
+        and other.shape == (m, k if op == "spmm_t" else n)
+        and other.get_device() == h.get_device()
+        and other.is_cpu is h.is_cpu
+    ):
+        return m, nnz
+    return check_sddmm(
+        row_offsets, col_indices, n, k, *((h, other) if op == "spmm_t" else (other, h))
+    )
+
+
+def check_sddmm(
+    row_offsets: Tensor, col_indices: Tensor, n: int, k: int, dy: Tensor, x: Tensor
+) -> tuple[int, int]:
+    """(M, nnz) of the operands of sddmm: dy [M, N], x [M, K]."""
+    device, is_cpu, shape = x.get_device(), x.is_cpu, x.shape
+    if (
+        _is_pattern(row_offsets, col_indices, n, device, is_cpu)
+        and dy.dtype is x.dtype
+        and len(shape) == 2
+        and shape[1] == k
+        and dy.shape == (shape[0], n)
+        and dy.get_device() == device
+        and dy.is_cpu is is_cpu
+    ):
+        return shape[0], col_indices.numel()
+    check_pattern_arrays("sddmm", row_offsets, col_indices, n, x.device)
+    _check("sddmm", "x", x, (None, k), x.dtype, x.device)
+    _check("sddmm", "dy", dy, (x.shape[0], n), x.dtype, x.device)
+    raise AssertionError("sddmm: operands refused without a reason")
+
+
+def check_pattern_arrays(
+    op: str, row_offsets: Tensor, col_indices: Tensor, n: int, device: torch.device
+) -> None:
+    """TypeError or ValueError, with what is wrong, unless both are arrays that a kernel can read
+    as the CSR of n rows."""
+    for name, t, shape in (
+        ("row_offsets", row_offsets, (n + 1,)),
+        ("col_indices", col_indices, (None,)),
+    ):
+        _check(op, name, t, shape, torch.int32, device)
+        if not t.is_contiguous():
+            raise ValueError(
+                f"{op}: {name}: expected a contiguous tensor, got strides {t.stride()}"
+            )
+
+
+def _is_pattern(row_offsets, col_indices, n, device, is_cpu) -> bool:
+    return (
+        row_offsets.dtype is _int32
+        and col_indices.dtype is _int32
+        and row_offsets.numel() == n + 1
+        and row_offsets.dim() == col_indices.dim() == 1
+        and row_offsets.is_contiguous()
+        and col_indices.is_contiguous()
+        and row_offsets.get_device() == col_indices.get_device() == device
+        and row_offsets.is_cpu is col_indices.is_cpu is is_cpu
+    )
+
+
+def _is_bias(bias, size, x) -> bool:
+    return (
+        bias.dtype is x.dtype
+        and bias.dim() == 1
+        and bias.numel() == size
+        and bias.get_device() == x.get_device()
+        and bias.is_cpu == x.is_cpu
+    )
+
+
+def _check(op: str, name: str, t: Tensor, shape: tuple, dtype: torch.dtype, device) -> None:
+    if t.dtype != dtype:
+        raise TypeError(f"{op}: {name}: expected {dtype}, got {t.dtype}")
+    fits = t.ndim == len(shape) and all(
+        want is None or want == got for want, got in zip(shape, t.shape, strict=True)
+    )
+    if not fits:
+        wanted = ", ".join("M" if size is None else str(size) for size in shape)
+        raise ValueError(f"{op}: {name}: expected shape [{wanted}], got {list(t.shape)}")
+    if t.device != device:
+        raise ValueError(f"{op}: {name}: expected device {device}, got {t.device}")
