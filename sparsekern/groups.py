@@ -2,7 +2,7 @@
 
 from torch import nn
 
-from .nn import SparseLinear
+from .nn import SparseLinear, value_parameters
 
 
 def parameter_groups(model: nn.Module, weight_decay: float = 0.1) -> list[dict]:
@@ -15,13 +15,8 @@ def parameter_groups(model: nn.Module, weight_decay: float = 0.1) -> list[dict]:
     numbers differ from those of the dense layer), LAMB takes the layer for a vector, and Muon,
     which makes matrices orthogonal, refuses them: give it the dense matrices, and AdamW these.
     """
-    values = {
-        id(p)
-        for module in model.modules()
-        if isinstance(module, SparseLinear)
-        for name, p in module.named_parameters()
-        if name == "values" or name.startswith("parametrizations.values.")
-    }
+    layers = [module for module in model.modules() if isinstance(module, SparseLinear)]
+    values = {id(p) for layer in layers for p in value_parameters(layer)}
     groups: dict[bool, list[nn.Parameter]] = {True: [], False: []}
     for p in model.parameters():
         groups[p.ndim > 1 or id(p) in values].append(p)

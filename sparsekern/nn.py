@@ -357,6 +357,15 @@ def _parameter(tensor: Tensor) -> nn.Parameter:
     return tensor if isinstance(tensor, nn.Parameter) else nn.Parameter(tensor)
 
 
+def value_parameters(layer: SparseLinear) -> list[nn.Parameter]:
+    """The values, or what a parametrization makes them from."""
+    return [
+        p
+        for name, p in layer.named_parameters()
+        if name == "values" or name.startswith("parametrizations.values.")
+    ]
+
+
 def layer_of(values: Tensor) -> SparseLinear | None:
     """The layer whose values these are. Looks at all there are."""
     return next(

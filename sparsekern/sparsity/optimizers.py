@@ -14,8 +14,8 @@ from torch import Tensor
 from torch.optim import Optimizer
 from torch.optim.optimizer import register_optimizer_step_pre_hook
 
-from ..nn import SparseLinear, layer_of
-from .pattern import check_same_on_all_ranks, holders
+from ..nn import SparseLinear, layer_of, value_parameters
+from .pattern import check_can_change, check_same_on_all_ranks, holders
 
 # What the optimizers of torch keep for each element. LBFGS has vectors for all parameters together,
 # and those with 8 bits have a scale for each block: of these nothing can be said.
@@ -59,7 +59,8 @@ def unwrapped(target) -> Optimizer | None:
 
 def held_layers(optimizer: Optimizer, layers: Mapping[str, SparseLinear]) -> list[str]:
     held = {id(p) for group in optimizer.param_groups for p in group["params"]}
-    return [name for name, layer in layers.items() if id(layer.values) in held]
+    parts = {name: value_parameters(layer) for name, layer in layers.items()}
+    return [name for name, of_layer in parts.items() if any(id(p) in held for p in of_layer)]
 
 
 def follow(algorithm, optimizer: Optimizer) -> None:
@@ -70,6 +71,8 @@ def follow(algorithm, optimizer: Optimizer) -> None:
             _check_all_are_held(algorithm)
             check_same_on_all_ranks(algorithm.layers)
             algorithm._is_checked = True
+        if algorithm.is_due:
+            check_can_change(algorithm.layers, algorithm.optimizers)
 
     def after(*_) -> None:
         algorithm._stepped.add(id(optimizer))
