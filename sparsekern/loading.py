@@ -10,6 +10,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor, nn
 
+from . import copies
 from .kernels import observed
 from .kernels.derived import is_captured
 from .tensor import SparseTensor, _check_values
@@ -154,6 +155,7 @@ def _apply(
     try:
         rest = {k: t for k, t in state_dict.items() if k.removeprefix(prefix) not in INDICES}
         load_others(rest, prefix, metadata, strict, *lists)
+        copies.forget(layer._parameters.get("values"))
     finally:
         layer._buffers = indices | layer._buffers
     if len(lists[2]) > errors and pattern is not None:

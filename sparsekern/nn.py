@@ -5,6 +5,7 @@ and deepcopy it is an ordinary module, its optimizer state has nnz elements, and
 weight decay can bring a removed weight back: there is no place for it.
 """
 
+import copy
 import weakref
 from collections import Counter
 from collections.abc import Callable
@@ -13,7 +14,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from . import loading
+from . import copies, loading
 from .kernels.layout import Packed
 from .kernels.packed import name_of, pack
 from .loading import counted, resize_, set_indices
@@ -82,6 +83,12 @@ class SparseLinear(nn.Module):
     def __new__(cls, *args, **kwargs):  # copies and unpickled ones come this way too
         layer = super().__new__(cls)
         _layers.add(layer)
+        return layer
+
+    def __deepcopy__(self, memo):
+        layer = memo[id(self)] = type(self).__new__(type(self))
+        layer.__dict__.update(copy.deepcopy(self.__dict__, memo))
+        copies.note(layer, self)
         return layer
 
     @classmethod
@@ -306,8 +313,17 @@ def densify_(model: nn.Module, optimizer: Optimizer | None = None) -> nn.Module:
     """Replace every SparseLinear of `model` by its nn.Linear, in place, and return the model.
 
     With an optimizer, the dense weights take the place of the values in its groups and its state
-    becomes dense too: zero where nothing was stored.
+    becomes dense too: zero where nothing was stored. ValueError, and an unchanged model, for state
+    of another shape than the values.
     """
+    if optimizer:
+        for layer in (m for m in model.modules() if isinstance(m, SparseLinear)):
+            for key, t in optimizer.state.get(layer.values, {}).items():
+                if isinstance(t, Tensor) and t.numel() != 1 and t.shape != layer.values.shape:
+                    raise ValueError(
+                        f"densify_: the optimizer keeps {key!r} of shape {tuple(t.shape)} for the "
+                        f"{layer.values.shape[0]} values of {layer}, expected as many"
+                    )
     dense: dict[nn.Parameter, tuple[nn.Parameter, SparseLinear]] = {}
 
     def replace(name: str, module: nn.Module) -> nn.Module | None:

@@ -10,9 +10,20 @@ PACKAGE = Path(__file__).parents[1] / "sparsekern"
 # Each room may import those before it. `testing` hangs beside: nothing in the package imports it
 # but the demo, and it sees tensor and kernels alone.
 # `wafer` stands alone and imports no torch.
-CORE = ["extras", "text", "tensor", "kernels", "flop_formulas", "ops", "matmul", "loading", "nn"]
+CORE = [
+    "extras",
+    "text",
+    "tensor",
+    "kernels",
+    "flop_formulas",
+    "ops",
+    "matmul",
+    "copies",
+    "loading",
+]
 ROOMS = [
     *CORE,
+    "nn",
     "groups",
     "weights",
     "sparsity",

@@ -1,6 +1,7 @@
 """What stands beside a pattern that changes: averages, optimizers, compiled models, CUDA graphs."""
 
 import copy
+import warnings
 import weakref
 
 import pytest
@@ -14,7 +15,7 @@ from torch.optim.swa_utils import (
 )
 from torch.utils.checkpoint import checkpoint
 
-from sparsekern import SparseLinear, Static, sparsify_
+from sparsekern import SparseLinear, Static, densify_, sparsify_
 from sparsekern.kernels import derived
 from sparsekern.sparsity import (
     GMP,
@@ -195,6 +196,48 @@ def test_an_average_by_hand():
     fit(model, optimizer, 9, each=update)
     for layer, mean in zip(layers(average), want.means, strict=True):
         torch.testing.assert_close(layer.weight.to_dense(), mean, atol=1e-6, rtol=1e-6)
+
+
+@pytest.mark.parametrize("how", ["lerp", "data"])
+def test_an_average_by_hand_that_does_not_follow_is_told(how):
+    model, optimizer = start(RigL(0.75, update={"steps": [4]}), plain())
+    average = copy.deepcopy(model)
+
+    def update():
+        for a, p in zip(average.parameters(), model.parameters(), strict=True):
+            if how == "data":
+                a.data.mul_(DECAY).add_(p.data, alpha=1 - DECAY)
+            else:
+                a.detach().lerp_(p.detach(), 1 - DECAY)
+
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        fit(model, optimizer, 3, each=update)
+    with pytest.warns(UserWarning, match="a copy of .* call sparsekern.sparsity.match_patterns_"):
+        fit(model, optimizer, 1)
+
+
+def test_other_copies_are_nobodys_business():
+    model, optimizer = start(SET(0.75, update={"freq": 2}), plain())
+    kept, loaded, trained, swa = copy.deepcopy(model), *(copy.deepcopy(model) for _ in range(3))
+    swa, ema = AveragedModel(model), copy.deepcopy(model)
+    other = torch.optim.SGD(trained.parameters(), 0.1)
+
+    @torch.no_grad()
+    def update():
+        loaded.load_state_dict(model.state_dict())
+        swa.update_parameters(model)
+        match_patterns_(ema, model)
+        for a, p in zip(ema.parameters(), model.parameters(), strict=True):
+            a.lerp_(p, 0.1)
+
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        for step in range(6):
+            fit(trained, other, 1, step)
+            fit(model, optimizer, 1, step, update)
+    assert patterns(loaded) == patterns(swa) == patterns(ema) == patterns(model)
+    assert patterns(kept) == patterns(trained) != patterns(model)
 
 
 # Optimizers
@@ -419,6 +462,15 @@ def test_state_that_cannot_follow():
     assert patterns(model) == before
 
 
+def test_densify_refuses_state_of_another_shape():
+    model, optimizer = start(Static(0.5), plain())
+    fit(model, optimizer, 1)
+    longer_state(optimizer, model[2], "exp_avg")
+    with pytest.raises(ValueError, match=r"'exp_avg' of shape \(93,\) for the 96 values"):
+        densify_(model, optimizer)
+    assert len(layers(model)) == 2
+
+
 # torch.compile
 
 
@@ -493,6 +545,23 @@ def test_rigl_under_activation_checkpointing(use_reentrant):
     assert patterns(model) == patterns(twin)
 
 
+def test_rigl_under_functorch():
+    """Gradients of torch.func, put into .grad by hand."""
+    model, optimizer = start(RigL(0.75, update={"freq": 2}), plain())
+    twin, twins = start(RigL(0.75, update={"freq": 2}), plain())
+    for step in range(4):
+        x, y = batch(step)
+        parameters = dict(model.named_parameters())
+        found = torch.func.grad(lambda p: F.mse_loss(torch.func.functional_call(model, p, x), y))(  # noqa: B023
+            parameters
+        )
+        for name, p in parameters.items():
+            p.grad = found[name]
+        optimizer.step()
+    fit(twin, twins, 4)
+    assert patterns(model) == patterns(twin)
+
+
 def test_layers_that_share_their_indices_see_their_own_gradients():
     a = SparseLinear.from_linear(nn.Linear(16, 16), torch.rand(16, 16) < 0.3)
     b = SparseLinear(16, 16, a.row_offsets, a.col_indices, a.values.detach().clone(), a.bias)
@@ -554,3 +623,43 @@ def test_a_captured_pattern_does_not_change(captured):
     with pytest.raises(RuntimeError, match=r"2\.col_indices: a captured CUDA graph"):
         model.load_state_dict(other)
     assert patterns(model)[1] == before[1] and torch.equal(model[2].values, values)
+
+
+@pytest.mark.gpu
+def test_a_graph_that_was_captured_stays_right_or_its_pattern_stays():
+    model = Static(0.75).apply(plain()).cuda()
+    x = batch(0)[0].cuda()
+    with torch.no_grad():
+        model(x)
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            y = model(x)
+        before = patterns(model)
+        with pytest.raises(RuntimeError, match="a captured CUDA graph reads the pattern"):
+            set_pattern(model[0], torch.arange(9, device="cuda"))
+        assert patterns(model) == before
+        model[0].values.mul_(2)
+        graph.replay()
+        torch.testing.assert_close(y, model(x))
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("backend", ["inductor", None])
+def test_patterns_move_on_a_gpu_as_on_a_cpu(backend):
+    runs = []
+    for device in ("cpu", "cuda"):
+        torch._dynamo.reset()
+        algorithm = RigL(0.75, update={"freq": 2})
+        model = algorithm.apply(plain()).to(device)
+        optimizer = algorithm.apply(torch.optim.SGD(model.parameters(), 1e-2))
+        average = AveragedModel(model, use_buffers=True, avg_fn=get_ema_avg_fn(DECAY))
+        call = torch.compile(model, backend=backend) if backend and device == "cuda" else model
+        for step in range(4):
+            x, y = (t.to(device) for t in batch(step))
+            optimizer.zero_grad()
+            F.mse_loss(call(x), y).backward()
+            optimizer.step()
+            average.update_parameters(model)
+        assert patterns(average) == patterns(model)
+        runs.append(average.cpu()(batch(0)[0]))
+    torch.testing.assert_close(*runs, atol=1e-3, rtol=1e-3)

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim.swa_utils import AveragedModel
 
+from .. import copies
 from ..kernels.derived import versions
 from ..nn import SparseLinear
 from .pattern import places_of, set_pattern
@@ -63,6 +64,7 @@ def _match(mine: SparseLinear, theirs: SparseLinear) -> None:
     own = places_of(mine)
     if own.shape != places.shape or not torch.equal(own, places):
         set_pattern(mine, places)
+    copies.forget(mine.values)
     now, counts = _indices_and_versions(mine, theirs)
     _equal[mine] = tuple(weakref.ref(t) for t in now), counts
 

@@ -14,6 +14,7 @@ from torch import Tensor
 from torch.optim import Optimizer
 from torch.optim.optimizer import register_optimizer_step_pre_hook
 
+from .. import copies
 from ..nn import SparseLinear, layer_of, value_parameters
 from .pattern import check_can_change, check_same_on_all_ranks, holders
 
@@ -113,6 +114,7 @@ def check_optimizer_state(optimizer: Optimizer) -> None:
         for p in group["params"]:
             if p.ndim != 1:
                 continue
+            copies.forget(p)
             state = optimizer.state.get(p)
             for key in ELEMENTWISE if state else ():
                 t = state.get(key)

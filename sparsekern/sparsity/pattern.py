@@ -3,6 +3,7 @@
 A place is row * K + column: the pattern of a layer is its ascending places, int64 [nnz].
 """
 
+import warnings
 import zlib
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 
@@ -11,6 +12,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
+from .. import copies
 from ..kernels.derived import is_captured
 from ..loading import CAPTURED, resize_, set_indices
 from ..nn import SparseLinear
@@ -42,6 +44,14 @@ def set_pattern(
         moved[stays] = t[at[stays]]
         return moved
 
+    for written in copies.written_copies(layer):
+        warnings.warn(
+            f"a copy of {written} was written to, by no optimizer, and keeps its pattern while "
+            "that of the original changes: if it is an average of the weights, numbers of "
+            "different places are added up from now on; call sparsekern.sparsity.match_patterns_("
+            "average, model) before each update",
+            stacklevel=3,
+        )
     values, shape = layer.values, layer.values.shape
     for state in _states(values, optimizers):
         for key, t in state.items():
@@ -109,7 +119,9 @@ def holders(optimizers: Iterable[Optimizer]) -> list[Optimizer]:
         optimizer = waiting.pop()
         if id(optimizer) not in found:
             found[id(optimizer)] = optimizer
-            waiting += [part for part in vars(optimizer).values() if isinstance(part, Optimizer)]
+            for part in vars(optimizer).values():
+                inner = part if isinstance(part, (list, tuple)) else [part]
+                waiting += [o for o in inner if isinstance(o, Optimizer)]
     return list(found.values())
 
 
