@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from sparsekern import SparseLinear, SparseTensor, densify_
+from sparsekern.kernels import observed
 from sparsekern.sparsity import (
     GMP,
     SET,
@@ -243,9 +244,9 @@ def test_rigl_never_holds_the_whole_gradient(monkeypatch):
 def test_rigl_keeps_inputs_on_update_steps_alone_and_sums_micro_batches():
     algorithm = RigL(0.8, update={"freq": 2})
     model, optimizer = start(algorithm)
-    assert not algorithm._hooks
+    assert not algorithm._seen
     fit(model, optimizer, 1)
-    assert len(algorithm._hooks) == len(SIZES)
+    assert algorithm._seen.keys() == SIZES.keys()
     for step in (5, 6):
         F.mse_loss(model(batch(step)[0]), batch(step)[1]).backward()
     want = dense_gradients(model, *batch(5)), dense_gradients(model, *batch(6))
@@ -253,7 +254,7 @@ def test_rigl_keeps_inputs_on_update_steps_alone_and_sums_micro_batches():
     got = algorithm._block("up", layer, 3, 7)
     torch.testing.assert_close(got, (want[0]["up"] + want[1]["up"])[3:7])
     optimizer.step()
-    assert not algorithm._seen and not algorithm._hooks
+    assert not algorithm._seen and not observed._observations
 
 
 def test_rigl_skips_a_gradient_that_is_not_finite():

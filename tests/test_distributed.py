@@ -139,6 +139,21 @@ def test_a_difference_between_ranks_is_an_error_on_both(runs):
         assert results["error"] == "sparsity: the ranks have different patterns in a"
 
 
+def test_fsdp2_refuses_other_patterns_before_the_first_step(runs):
+    """It shards and averages values by their number, wherever they belong."""
+    text = "sparsity: the ranks have different patterns in 0, 2"
+    for results in runs[1]:
+        assert results["fsdp same"] is results["fsdp same, no algorithm"] is None
+        assert results["fsdp other"] == results["fsdp other, no algorithm"] == text
+
+
+def test_ddp_gives_all_ranks_the_patterns_of_the_first_and_averages_follow(runs):
+    one, two = runs[1]
+    assert one["first"] != two["first"]
+    assert one["ddp"] == two["ddp"] == one["average"] == two["average"]
+    assert one["ddp"][0] != one["first"]
+
+
 @pytest.mark.parametrize("parallel", ["ddp", "fsdp"])
 def test_one_process_resumes_as_two(runs, parallel):
     folder, _ = runs

@@ -6,6 +6,7 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
+from ..groups import parameter_groups
 from ..nn import SparseLinear, replace_modules
 from .checkpoint import load_checkpoint
 from .config import TrainConfig
@@ -50,14 +51,7 @@ def load_model(path: Path) -> tuple[GPT, Tokenizer]:
 
 def build_optimizer(model: nn.Module, lr: float) -> torch.optim.AdamW:
     """AdamW that decays matrices and the values of sparse matrices, not biases and norms."""
-    decayed, others = [], []
-    for name, parameter in model.named_parameters():
-        is_weight = parameter.ndim > 1 or name.endswith(".values")
-        (decayed if is_weight else others).append(parameter)
-    groups = [
-        {"params": decayed, "weight_decay": WEIGHT_DECAY},
-        {"params": others, "weight_decay": 0.0},
-    ]
+    groups = parameter_groups(model, WEIGHT_DECAY)
     return torch.optim.AdamW(groups, lr=lr, betas=BETAS, fused=True)
 
 

@@ -4,14 +4,17 @@ from collections.abc import Iterable
 from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
 from typing import Any
+from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
+from torch.optim.swa_utils import AveragedModel
 
 from ..nn import SparseLinear, sparsifiable, sparsify_
 from .budget import DISTRIBUTIONS, budgets
-from .pattern import check_same_on_all_ranks
+from .optimizers import follow, held_layers, note_model_of, unwrapped
+from .pattern import check_can_change, check_same_on_all_ranks
 from .schedules import Constant, Schedule, schedule, update_steps
 from .select import generator, largest, largest_of_each
 
@@ -61,6 +64,10 @@ class Algorithm:
         if isinstance(self.param_filter, str):
             self.param_filter = [self.param_filter]
         self.layers, self.optimizers, self.steps = {}, [], 0
+        self._stepped: set[int] = set()  # the optimizers that have made the step after these
+        self._is_checked = False  # that the optimizers and all ranks have what they should
+        # Steps when an optimizer that it does not follow made its last.
+        self._unfollowed: WeakKeyDictionary[Optimizer, int] = WeakKeyDictionary()
 
     def target(self, step: int) -> float:
         """The sparsity after `step` optimizer steps. ValueError if the schedule leaves [0, 1]."""
@@ -103,11 +110,20 @@ class Algorithm:
         moves with the weights, and its steps are counted. Returns what it was given.
 
         Layers that are a SparseLinear already keep their pattern. Make the optimizer between the
-        two calls: it must see the new Parameters.
+        two calls: it must see the new Parameters. Where several optimizers share the layers, apply
+        each: a step is counted when all of them have made it.
         """
-        if isinstance(target, Optimizer):
-            self._follow(target)
+        optimizer = unwrapped(target)
+        if optimizer is not None:
+            self._follow(optimizer)
             return target
+        if not isinstance(target, nn.Module):
+            raise TypeError(f"apply: expected a model or an optimizer, got {type(target).__name__}")
+        if isinstance(target, AveragedModel):
+            raise TypeError(
+                "apply: expected the model itself, got an AveragedModel, which follows the "
+                "patterns of the model by itself"
+            )
         return self._take(target, set())
 
     def _take(self, model: nn.Module, taken: set[str]) -> nn.Module:
@@ -120,6 +136,7 @@ class Algorithm:
             raise ValueError(f"param_filter: {wanted} matches no layer; there are: {there}")
         model = self._sparsify(model, {name: chosen[name] for name in names})
         self.layers = {name: model.get_submodule(name) for name in names}
+        note_model_of(self)
         return model
 
     def _sparsify(self, model: nn.Module, chosen: dict[str, nn.Module]) -> nn.Module:
@@ -138,16 +155,14 @@ class Algorithm:
     def _follow(self, optimizer: Optimizer) -> None:
         if not self.layers:
             raise ValueError("apply: expected the model before the optimizer")
-        held = {id(p) for group in optimizer.param_groups for p in group["params"]}
-        for name, layer in self.layers.items():
-            if layer.values.requires_grad and id(layer.values) not in held:
-                raise ValueError(
-                    f"apply: the optimizer does not hold the values of {name}; make it after "
-                    "applying the algorithm to the model"
-                )
-        if not self.optimizers:
-            optimizer.register_step_post_hook(lambda *_: self._after_step())
-        self.optimizers.append(optimizer)
+        trained = [name for name, layer in self.layers.items() if layer.values.requires_grad]
+        if trained and not held_layers(optimizer, self.layers):
+            raise ValueError(
+                f"apply: the optimizer does not hold the values of {trained[0]}; make it after "
+                "applying the algorithm to the model"
+            )
+        if not any(optimizer is other for other in self.optimizers):
+            follow(self, optimizer)
         self._before_step()
 
     def _before_step(self) -> None:
@@ -156,6 +171,7 @@ class Algorithm:
     def _after_step(self) -> None:
         self.steps += 1
         if self._updates(self.steps):
+            check_can_change(self.layers, self.optimizers)
             self.update_pattern()
             check_same_on_all_ranks(self.layers)
         self._before_step()

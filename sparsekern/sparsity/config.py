@@ -26,6 +26,7 @@ from .algorithm import Algorithm
 from .dynamic import SET, RigL
 from .gradual import GMP, IterativePruning
 from .oneshot import Magnitude, SparseGPT, Wanda
+from .optimizers import held_layers, unwrapped
 from .schedules import make
 from .static import Static
 
@@ -62,9 +63,12 @@ class Group:
     def apply(self, target: nn.Module | Optimizer) -> nn.Module | Optimizer:
         """As Algorithm.apply, for each of them."""
         taken: set[str] = set()
+        optimizer = unwrapped(target)
+        held = held_layers(optimizer, self.layers) if optimizer is not None else []
         for algorithm in self.algorithms:
-            if isinstance(target, Optimizer):
-                algorithm.apply(target)
+            if optimizer is not None:
+                if held_layers(optimizer, algorithm.layers) or not held:
+                    algorithm.apply(target)
             else:
                 target = algorithm._take(target, taken)
                 taken |= algorithm.layers.keys()

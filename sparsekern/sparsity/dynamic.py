@@ -7,8 +7,8 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import Tensor
-from torch.utils.hooks import RemovableHandle
 
+from ..kernels.observed import Observation
 from ..nn import SparseLinear
 from .algorithm import Updating
 from .budget import budgets
@@ -78,7 +78,8 @@ class RigL(SET):
     That gradient is computed on the update steps alone, from the inputs and output gradients of
     their backward pass, which are kept until then: `block_elems` of its elements at a time, summed
     over the micro-batches and ranks, in float32 (float64 for such a model). A layer that had no
-    gradient keeps its pattern; so do all where one is not finite, with a warning.
+    gradient keeps its pattern; so do all where one is not finite, with a warning. RuntimeError if
+    values have gradients and none was seen (a replayed CUDA graph hides them).
     """
 
     block_elems: int = 2**22
@@ -87,21 +88,44 @@ class RigL(SET):
         super().__post_init__()
         if self.block_elems < 1:
             raise ValueError(f"block_elems: expected at least 1, got {self.block_elems}")
-        self._seen: dict[str, list[tuple[Tensor, Tensor]]] = {}
-        self._hooks: list[RemovableHandle] = []
+        self._seen: dict[str, Observation] = {}
+        self._row_offsets: dict[str, Tensor] = {}  # of each layer, no other's
 
     def _before_step(self) -> None:
-        for hook in self._hooks:
-            hook.remove()
-        self._hooks, self._seen = [], {}
-        if self.is_due:
-            self._seen = {name: [] for name in self.layers}
-            self._hooks = [
-                layer.register_forward_hook(_keep_gradients(self._seen[name]))
-                for name, layer in self.layers.items()
-            ]
+        self._seen = {}
+        if not self.is_due:
+            return
+        for name, layer in self.layers.items():
+            if layer.row_offsets is not self._row_offsets.get(name):  # perhaps another layer's too
+                layer.row_offsets = self._row_offsets[name] = layer.row_offsets.clone()
+            self._seen[name] = Observation(layer.row_offsets)
+
+    def _check_seen(self) -> None:
+        """RuntimeError if values have gradients, but no layer saw where they come from."""
+        flags = [(bool(o.pairs), _has_gradient(self.layers[n])) for n, o in self._seen.items()]
+        if is_distributed() and flags:
+            device = next(iter(self.layers.values())).col_indices.device
+            of_all = torch.tensor(flags, dtype=torch.int32, device=device)
+            dist.all_reduce(of_all, dist.ReduceOp.MAX)
+            flags = of_all.tolist()
+        both = zip(self._seen, flags, strict=True)
+        unseen = [name for name, (was_seen, has_gradient) in both if has_gradient and not was_seen]
+        if not unseen:
+            return
+        text = (
+            f"RigL: the values of {', '.join(unseen)} have gradients, but the products that they "
+            "come from were not seen in this step"
+        )
+        if any(was_seen for was_seen, _ in flags):
+            warnings.warn(f"{text}; these layers keep their patterns", stacklevel=2)
+        else:
+            raise RuntimeError(
+                f"{text}, so no weight could grow: a replayed CUDA graph hides them, for one; take "
+                "the steps where algorithm.is_due without it"
+            )
 
     def update_pattern(self) -> None:
+        self._check_seen()
         try:
             super().update_pattern()
         except FloatingPointError as error:
@@ -133,20 +157,16 @@ class RigL(SET):
         device = layer.col_indices.device
         block = torch.zeros(last - first, layer.in_features, dtype=dtype, device=device)
         with torch.autocast(device.type, enabled=False):
-            for x, dy in self._seen[name]:
+            for x, dy in self._seen[name].pairs:
                 block.addmm_(dy[:, first:last].t().to(dtype), x.to(dtype))
         if is_distributed():
             dist.all_reduce(block)
         return block
 
 
-def _keep_gradients(pairs: list[tuple[Tensor, Tensor]]):
-    """A forward hook that keeps x [M, K] and dy [M, N] of each pass through the layer."""
-
-    def hook(layer: SparseLinear, arguments: tuple, y: Tensor) -> None:
-        if not y.requires_grad:
-            return
-        x = arguments[0].detach().flatten(0, -2)
-        y.register_hook(lambda dy: pairs.append((x, dy.detach().flatten(0, -2))))
-
-    return hook
+def _has_gradient(layer: SparseLinear) -> bool:
+    gradient = layer.values.grad
+    if gradient is None:
+        return False
+    own = gradient.to_local() if hasattr(gradient, "to_local") else gradient
+    return bool(own.any())
