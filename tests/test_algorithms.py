@@ -490,6 +490,151 @@ def test_sparsegpt_reconstructs_better_than_masking(monkeypatch):
     torch.testing.assert_close(same, w)
 
 
+class Branches(nn.Module):
+    """Two layers in a row, and one that some inputs do not reach."""
+
+    def __init__(self):
+        super().__init__()
+        torch.manual_seed(0)
+        self.a, self.b, self.c = nn.Linear(8, 8), nn.Linear(8, 8), nn.Linear(8, 8)
+        self.frozen = nn.Dropout(0.5).eval()
+
+    def forward(self, x, use_c=True):
+        y = self.frozen(self.b(self.a(x) * 1e20 if x.min() < -50 else self.a(x)))
+        return self.c(y) if use_c else y
+
+
+def unreached(x):
+    return [(x, False)]
+
+
+def not_finite(x):
+    return [torch.full_like(x, math.inf)]
+
+
+def too_large(x):
+    return [x - 100]
+
+
+FAILURES = [
+    (unreached, "calibration: no input reached c"),
+    (not_finite, "calibration: the inputs of a are not finite"),
+    (too_large, "calibration: the squared inputs of b overflow float32"),
+]
+NO_FACTOR = (None, "calibration: the Hessian of the inputs of c has no Cholesky factor")
+
+
+@pytest.mark.parametrize("is_sparse", [False, True])
+@pytest.mark.parametrize(
+    ("make", "inputs", "message"),
+    [(make, *failure) for make in (Wanda, SparseGPT) for failure in FAILURES]
+    + [(SparseGPT, *NO_FACTOR)],
+)
+def test_one_shot_pruning_that_fails_leaves_the_model(
+    make, inputs, message, is_sparse, monkeypatch
+):
+    """In whatever layer: weights, patterns, modules, hooks and modes are as before."""
+    if inputs is None:
+        real, calls = torch.linalg.cholesky, []
+
+        def cholesky(h, **settings):
+            calls.append(h)
+            if len(calls) == 5:  # two a layer
+                raise torch.linalg.LinAlgError("not positive-definite")
+            return real(h, **settings)
+
+        monkeypatch.setattr(torch.linalg, "cholesky", cholesky)
+    model = Branches().train()
+    model.frozen.eval()
+    if is_sparse:
+        Static(0.3, param_filter=["a", "b"]).apply(model)
+    before, modules = copy.deepcopy(model.state_dict()), list(model.modules())
+    x = torch.randn(64, 8)
+    algorithm = make(0.75, calibration=inputs(x) if inputs else [x])
+    with pytest.raises(ValueError, match=message):
+        algorithm.apply(model)
+    assert list(model.modules()) == modules and not algorithm.layers
+    assert all(torch.equal(t, before[name]) for name, t in model.state_dict().items())
+    assert model.training and model.a.training and not model.frozen.training
+    assert not any(m._forward_pre_hooks for m in modules)
+
+
+@pytest.mark.parametrize("make", [Wanda, SparseGPT])
+def test_calibration_in_every_form(make):
+    x = torch.randn(64, 8)
+    forms = [[x], [(x, True)], [[x]], [{"x": x, "use_c": True}], iter([x])]
+    states = [make(0.5, calibration=form).apply(Branches()).state_dict() for form in forms]
+    for state in states[1:]:
+        assert all(torch.equal(t, states[0][name]) for name, t in state.items())
+    for wrong in ({"x": x}, "text", 3):
+        with pytest.raises(ValueError, match="calibration: expected a list of inputs"):
+            make(0.5, calibration=wrong)
+
+
+def test_later_layers_see_the_pruned_earlier_ones():
+    """And the replaced modules themselves keep the weights that they had."""
+    model, x = Branches(), torch.randn(64, 8)
+    dense, old = copy.deepcopy(model), model.a
+    Wanda(0.5, calibration=[x]).apply(model)
+    assert torch.equal(old.weight, dense.a.weight)
+    norms = model.a(x).norm(dim=0)  # of the pruned one
+    scores = dense.b.weight.abs() * norms
+    kept = scores >= scores.topk(4, dim=1).values[:, -1:]
+    assert torch.equal(model.b.weight.to_dense() != 0, kept)
+
+
+class Fails(Static):
+    def _first_places(self, name, weight, count):
+        if name == "out":
+            raise MemoryError(name)
+        return super()._first_places(name, weight, count)
+
+
+def test_a_group_of_which_one_fails_changes_nothing():
+    model = Static(0.3, param_filter="down").apply(net())
+    before, modules = copy.deepcopy(model.state_dict()), list(model.modules())
+    group = Group([Magnitude(0.6, param_filter="*"), Static(0.5, param_filter="nothing")])
+    with pytest.raises(ValueError, match="'nothing' matches no layer"):
+        group.apply(model)
+    group = Group([Magnitude(0.6, param_filter=["up", "down"]), Fails(0.5, param_filter="out")])
+    with pytest.raises(MemoryError):
+        group.apply(model)
+    assert list(model.modules()) == modules
+    assert all(torch.equal(t, before[name]) for name, t in model.state_dict().items())
+    assert not group.layers
+    optimizer = adamw(Static(0.5).apply(model))
+    with pytest.raises(ValueError, match="expected the model before the optimizer"):
+        group.apply(optimizer)
+
+
+@pytest.mark.parametrize("rewind", [None, 1])
+def test_an_update_that_fails_changes_nothing(monkeypatch, rewind):
+    algorithm = IterativePruning(0.8, rounds=2, freq=2, rewind=rewind)
+    model, optimizer = start(algorithm)
+    fit(model, optimizer, 1)
+    from sparsekern.sparsity import gradual
+
+    calls, states = [], []
+
+    def failing(layer, places, optimizers=()):
+        if not calls:
+            states.append(copy.deepcopy((model.state_dict(), optimizer.state_dict())))
+        calls.append(layer)
+        if len(calls) == 2:
+            raise MemoryError
+        return set_pattern(layer, places, optimizers)
+
+    early = copy.deepcopy(algorithm._early)
+    monkeypatch.setattr(gradual, "set_pattern", failing)
+    with pytest.raises(MemoryError):
+        fit(model, optimizer, 1, 1)
+    weights, state = states[0]
+    assert all(torch.equal(t, weights[name]) for name, t in model.state_dict().items())
+    for i, moments in optimizer.state_dict()["state"].items():
+        assert all(torch.equal(t, state["state"][i][key]) for key, t in moments.items())
+    assert all(torch.equal(t, early[name]) for name, t in algorithm._early.items())
+
+
 # Which layers
 
 

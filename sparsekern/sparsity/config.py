@@ -23,6 +23,7 @@ from torch.optim import Optimizer
 from .algorithm import Algorithm
 from .checks import known_keys, nearest, shown
 from .dynamic import SET, RigL
+from .filters import filter_parts
 from .gradual import GMP, IterativePruning
 from .oneshot import Magnitude, SparseGPT, Wanda
 from .published import flattened, modern
@@ -53,7 +54,7 @@ class Group:
     def __init__(self, algorithms: list[Algorithm] | Mapping[str, Algorithm]):
         if isinstance(algorithms, Mapping):
             for glob, algorithm in algorithms.items():
-                algorithm.param_filter = [glob]
+                algorithm.param_filter = filter_parts(glob)
             algorithms = list(algorithms.values())
         if not algorithms:
             raise ValueError("Group: expected at least one algorithm")

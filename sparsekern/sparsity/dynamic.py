@@ -15,7 +15,7 @@ from .balance import Balance
 from .budget import budgets
 from .pattern import is_distributed, places_of, set_pattern, whole
 from .schedules import Constant, schedule, value_at
-from .select import generator, random_outside
+from .select import generator, merged, random_outside
 
 
 @dataclass
@@ -72,7 +72,7 @@ class SET(Updating):
             count = max(0, counts[name] - survivors.shape[0])
             grown = self._grow(name, layer, survivors, count)
             if grown is not None:
-                chosen[name] = torch.cat([survivors, grown]).sort().values
+                chosen[name] = merged(survivors, grown)
         for name, places in chosen.items():
             set_pattern(self.layers[name], places, self.optimizers)
 

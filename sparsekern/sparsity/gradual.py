@@ -11,7 +11,7 @@ from .budget import budgets
 from .checks import whole as whole_number
 from .pattern import is_distributed, places_of, set_pattern, whole
 from .schedules import EXAMPLE, Constant, When
-from .select import generator, largest, largest_of_each, random_outside
+from .select import generator, largest, largest_of_each, merged, random_outside
 from .undo import layers_unchanged_on_failure
 
 
@@ -58,7 +58,7 @@ class GMP(Updating):
                 n, k = sizes[name]
                 rng = generator(self.seed, name, self.steps)
                 new = random_outside(places, n * k, grown, rng)
-                places = torch.cat([places, new]).sort().values
+                places = merged(places, new)
             chosen[name] = places
         return chosen
 
@@ -144,13 +144,18 @@ class IterativePruning(GMP):
 
     @torch.no_grad()
     def update_pattern(self) -> None:
-        super().update_pattern()
+        early = dict(self._early)
+        try:
+            super().update_pattern()
+        except BaseException:
+            self._early = early
+            raise
         if self.rewind is None:
             return
         for name, layer in self.layers.items():
             layer.values.copy_(self._early[name])
-        for parameter, early in zip(self._others(), self._early_others, strict=True):
-            parameter.copy_(early)
+        for parameter, value in zip(self._others(), self._early_others, strict=True):
+            parameter.copy_(value)
         for optimizer in self.optimizers:
             optimizer.state.clear()
 

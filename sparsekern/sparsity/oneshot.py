@@ -186,6 +186,7 @@ class Wanda(_Calibrated):
 
     def _prune_layer(self, name: str, module: nn.Module, count: int, inputs: list[Tensor]) -> None:
         norms = sum(x.float().square().sum(0) for x in inputs).sqrt()  # [K]
+        _check_finite(name, norms)
         weight = _dense(module)
         scores = _scores(module, weight.abs().float() * norms)
         n, k = scores.shape
@@ -204,10 +205,7 @@ class SparseGPT(_Calibrated):
     def _prune_layer(self, name: str, module: nn.Module, count: int, inputs: list[Tensor]) -> None:
         weight = _dense(module)
         hessian = sum(x.float().t() @ x.float() for x in inputs)
-        if not hessian.isfinite().all():
-            raise ValueError(
-                f"calibration: the inputs of {name} are too large to square in float32"
-            )
+        _check_finite(name, hessian)
         stored = _scores(module, torch.zeros_like(weight)) == 0
         try:
             new, places = sparsegpt(weight, stored, hessian, count)
@@ -219,6 +217,11 @@ class SparseGPT(_Calibrated):
         if not new.isfinite().all():
             raise ValueError(f"SparseGPT: the corrected weights of {name} are not finite")
         self._put(name, module, new, places)
+
+
+def _check_finite(name: str, squares: Tensor) -> None:
+    if not squares.isfinite().all():
+        raise ValueError(f"calibration: the squared inputs of {name} overflow float32")
 
 
 def sparsegpt(weight: Tensor, stored: Tensor, hessian: Tensor, count: int) -> tuple[Tensor, Tensor]:

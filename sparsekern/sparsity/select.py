@@ -20,9 +20,17 @@ def largest(scores: Tensor, count: int) -> Tensor:
         return torch.arange(0, device=scores.device)
     scores = scores.masked_fill(scores.isnan(), torch.inf)
     threshold = scores.topk(count, sorted=False).values.min()
-    above = (scores > threshold).nonzero().flatten()
-    equal = (scores == threshold).nonzero().flatten()[: count - above.shape[0]]
-    return torch.cat([above, equal]).sort().values
+    is_chosen = scores > threshold
+    equal = (scores == threshold).nonzero().flatten()[: count - int(is_chosen.sum())]
+    is_chosen[equal] = True
+    return is_chosen.nonzero().flatten()
+
+
+def merged(a: Tensor, b: Tensor) -> Tensor:
+    """Two runs of ascending places as one."""
+    if a.is_cpu:
+        return torch.from_numpy(_merged(a.numpy(), b.numpy()))
+    return torch.cat([a, b]).sort().values
 
 
 def largest_of_each(scores: dict[str, Tensor], count: int) -> dict[str, Tensor]:
