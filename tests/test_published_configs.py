@@ -348,6 +348,7 @@ def test_the_block_is_found_where_old_files_have_it(tmp_path, where):
         inner[where[-1]] = {"sparsity": 0.5, "algorithm": "set"}
     (tmp_path / "a.yaml").write_text(yaml.safe_dump(document))
     assert configure(load_config(tmp_path / "a.yaml")) == (SET(0.5) if where else None)
+    document["model"]["capacity"] = 3  # no misspelt sparsity
     if where:
         inner[where[-1]] = 0.5
         (tmp_path / "a.yaml").write_text(yaml.safe_dump(document))
@@ -548,6 +549,8 @@ def test_an_error_never_writes_an_unbounded_value(tmp_path, text):
             b"trainer: {init: {sparsty: {sparsity: 0.5}}}",
             "'sparsty' in trainer.init; d",
         ),
+        ("a.yaml", b"sparsitty: {sparsity: 0.5}\nmodel: {}", "'sparsitty' in the file; did you"),
+        ("a.yaml", b"model: {sparsty: 0.5}", "'sparsty' in model; did you mean 'sparsity'"),
         ("a.yaml", b"trainer: [1]", "expected settings in trainer, got"),
     ],
 )

@@ -82,11 +82,11 @@ def known_keys(name: str, settings: Iterable[Any], known: Iterable[str]) -> None
             )
 
 
-def nearest(word: Any, known: Iterable[str]) -> str:
-    """A question for an error: what was meant."""
+def nearest(word: Any, known: Iterable[str], likeness: float = 0.6) -> str:
+    """A question for an error: what was meant. Empty if nothing is as like."""
     if not isinstance(word, str):
         return ""
-    close = difflib.get_close_matches(word[:60].lower(), list(known), 1, 0.6)
+    close = difflib.get_close_matches(word[:60].lower(), list(known), 1, likeness)
     return f"; did you mean {close[0]!r}?" if close else ""
 
 

@@ -35,7 +35,7 @@ def load_config(path: str | Path) -> Any:
     if not path.is_file():
         raise FileNotFoundError(f"sparsity config: {path} does not exist")
     try:
-        text = path.read_text(encoding="utf-8")
+        text = path.read_text(encoding="utf-8-sig")
     except UnicodeDecodeError as error:
         raise ValueError(f"sparsity config: {path} is not text in UTF-8: {error}") from error
     _refuse_recipe(path, text)
@@ -99,7 +99,7 @@ def _shortened(text: str) -> str:
 
 
 def _refuse_recipe(path: Path, text: str) -> None:
-    found = _RECIPE.search(text)
+    found = _RECIPE.search(re.sub("#.*", "", text))
     if found:
         _raise_recipe(path, found.group())
 
@@ -121,38 +121,26 @@ def _block(path: Path, settings: Any) -> Any:
         found, block = _at(path, settings, keys)
         if found and (is_file or not _is_level(block)):
             return block
-    if is_file:
-        close = {key: nearest(key, ["sparsity"]) for key in settings}
-        wrong = [key for key, hint in close.items() if hint]
-        if wrong:
-            raise ValueError(
-                f"sparsity config: {path} has the key {shown(wrong[0])}{close[wrong[0]]}"
-            )
-        return None
-    return settings
+    return None if is_file else settings
 
 
 def _at(path: Path, settings: Mapping, keys: tuple[str, ...]) -> tuple[bool, Any]:
-    """Whether there is something at these keys, and what."""
+    """Whether there is something at these keys, and what. ValueError for a misspelt `sparsity`."""
     part: Any = settings
     for depth, key in enumerate(keys):
-        if isinstance(part, Mapping) and key in part:
-            part = part[key]
-            continue
-        if isinstance(part, Mapping):
-            near = [k for k in part if isinstance(k, str) and nearest(k, [key])]
-            if depth and key == "sparsity" and near:
-                where = ".".join(keys[:depth])
-                raise ValueError(
-                    f"sparsity config: {path} has {shown(near[0])} in {where}"
-                    f"{nearest(near[0], [key])}"
-                )
-        elif keys[0] == "trainer":
-            where = ".".join(keys[:depth])
+        where = ".".join(keys[:depth]) or "the file"
+        if not isinstance(part, Mapping):
+            if keys[0] != "trainer":
+                return False, None
             raise ValueError(
                 f"sparsity config: {path}: expected settings in {where}, got {shown(part)}"
             )
-        return False, None
+        if key not in part:
+            for near in part if key == "sparsity" and SECTIONS & settings.keys() else ():
+                if meant := nearest(near, [key], 0.85):
+                    raise ValueError(f"sparsity config: {path} has {shown(near)} in {where}{meant}")
+            return False, None
+        part = part[key]
     return True, part
 
 
