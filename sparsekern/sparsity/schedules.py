@@ -1,8 +1,8 @@
 """How a number (sparsity, drop fraction) changes over training, and which steps update.
 
 In code a schedule is any callable step -> float. In configs it is a number, a list of numbers (the
-next one at each update) or {type: ..., ...} with the fields of one of the classes below. All mean
-what they mean in cstorch.sparse, whose names they have.
+next one at each update) or {type: ..., ...} with the fields of one of the classes below. Those that
+cstorch.sparse has too mean what they mean there; cubic is not among them.
 """
 
 import math
