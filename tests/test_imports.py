@@ -10,7 +10,8 @@ PACKAGE = Path(__file__).parents[1] / "sparsekern"
 # Each room may import those before it. `testing` hangs beside: nothing in the package imports it
 # but the demo, and it sees tensor and kernels alone.
 # `wafer` stands alone and imports no torch.
-CORE = ["extras", "text", "tensor", "kernels", "ops", "matmul", "nn", "weights", "sparsity", "gpt"]
+CORE = ["extras", "text", "files", "tensor", "kernels", "ops", "matmul", "nn"]
+CORE += ["digests", "bitmasks", "weights", "sparsity", "gpt"]
 ROOMS = [*CORE, "wafer", "bench", "masks", "report", "overview", "cli"]
 TOP = ["cli", "__main__"]
 BESIDE = {
