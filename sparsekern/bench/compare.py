@@ -34,10 +34,12 @@ class Change(NamedTuple):
 
 def load(path: Path) -> dict[str, Times]:
     """Group -> times of a result of `bench`, bench/run.py or bench/run_gpu.py."""
+    if not path.is_file():
+        raise FileNotFoundError(f"compare: {path} does not exist")
     try:
-        result = json.loads(path.read_text())
+        result = json.loads(path.read_bytes())
         entries = _cells(result["cells"]) if "cells" in result else _groups(result["benchmarks"])
-    except (json.JSONDecodeError, KeyError, TypeError) as error:
+    except (AttributeError, LookupError, RecursionError, TypeError, ValueError) as error:
         raise ValueError(f"compare: {path} is not a result of a benchmark") from error
     found: dict[str, Times] = {}
     for group, times in entries:
