@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 MOST_THREADS = 8
+MANY_BYTES = 2**20  # worth the start of threads
 
 
 def digest(t: Tensor) -> str:
@@ -25,6 +26,8 @@ def digest(t: Tensor) -> str:
 
 def digests(tensors: Mapping[str, Tensor]) -> dict[str, str]:
     """The digest of each tensor."""
+    if sum(t.nbytes for t in tensors.values()) < MANY_BYTES:
+        return {name: digest(t) for name, t in tensors.items()}
     with ThreadPoolExecutor(min(MOST_THREADS, os.cpu_count() or 1)) as pool:
         return dict(zip(tensors, pool.map(digest, tensors.values()), strict=True))
 

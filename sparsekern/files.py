@@ -177,12 +177,15 @@ def read_cached(name: str) -> bytes | None:
         handle = os.open(private_cache() / name, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK)
     except OSError:
         return None
-    with open(handle, "rb") as file:
+    try:
         about = os.fstat(handle)
         is_ours = about.st_uid == os.geteuid() and not about.st_mode & 0o022
         if not stat.S_ISREG(about.st_mode) or not is_ours:
             return None
-        whole = file.read()
+        with open(handle, "rb", closefd=False) as file:
+            whole = file.read()
+    finally:
+        os.close(handle)
     content = whole[DIGEST_BYTES:]
     return content if whole[:DIGEST_BYTES] == _digest(name, content) else None
 

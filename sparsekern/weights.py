@@ -109,6 +109,19 @@ def save_weights(weights: nn.Module | Weights, path: str | Path, **metadata: obj
             code = re.search(r"os error (\d+)", str(error))
             number = int(code[1]) if code else errno.EIO
             raise OSError(number, os.strerror(number), str(path)) from error
+        _sort_metadata(part)
+
+
+def _sort_metadata(path: Path) -> None:
+    """safetensors writes its metadata in any order; the same weights shall be the same bytes."""
+    with open(path, "r+b") as file:
+        size = int.from_bytes(file.read(8), "little")
+        header = json.loads(file.read(size))
+        header["__metadata__"] = dict(sorted(header["__metadata__"].items()))
+        text = json.dumps(header, ensure_ascii=False, separators=(",", ":")).encode()
+        if len(text) <= size:
+            file.seek(8)
+            file.write(text.ljust(size))
 
 
 def load_weights(path: str | Path) -> Weights:
@@ -128,6 +141,8 @@ def load_weights(path: str | Path) -> Weights:
         return from_bitmasks(_read_shards(path))
     header, tensors = _read(path)
     if header is None:
+        if part := next((name for name in tensors if name.endswith(f".{PARTS[0]}")), None):
+            raise ValueError(f"weights: {path}: expected sparsekern metadata beside {part}")
         return from_bitmasks(tensors)
     if name := "digests" in header and changed(tensors, header["digests"]):
         raise ValueError(f"weights: {path}: {name} is damaged, it does not have its digest")
