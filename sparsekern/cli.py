@@ -207,7 +207,9 @@ def crossovers() -> str:
 
 def run_train(**given) -> None:
     try:
-        result = train(resumed_config(given) if given.get("resume") else config_from(given))
+        config = resumed_config(given) if given.get("resume") else config_from(given)
+        config.check_use(given)  # a flag at its default as well
+        result = train(config)
     finally:
         distributed.finish()
     if result["sparsity"] and os.environ.get("RANK", "0") == "0":

@@ -227,9 +227,7 @@ def config_from(given: dict) -> TrainConfig:
             if name in given and given[name] != getattr(saved, name):
                 raise ValueError(f"{name} is {getattr(saved, name)} in {path}, got {given[name]}")
         given = given | {name: getattr(saved, name) for name in FROM_SOURCE}
-    config = TrainConfig(**given)
-    config.check_use(given)
-    return config
+    return TrainConfig(**given)
 
 
 def changed(config: TrainConfig) -> dict:
