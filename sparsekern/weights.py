@@ -97,7 +97,7 @@ def save_weights(weights: nn.Module | Weights, path: str | Path, **metadata: obj
         "format_version": FORMAT_VERSION,
         "sparse": sparse,
         "aliases": aliases,
-        "metadata": metadata,
+        "metadata": _as_json(metadata),
         "digests": digests(tensors),
     }
     header["digest"] = digest_of_json(header)
@@ -110,6 +110,14 @@ def save_weights(weights: nn.Module | Weights, path: str | Path, **metadata: obj
             number = int(code[1]) if code else errno.EIO
             raise OSError(number, os.strerror(number), str(path)) from error
         _sort_metadata(part)
+
+
+def _as_json(metadata: dict) -> dict:
+    """As it will come back: lists for tuples, texts for keys."""
+    try:
+        return json.loads(json.dumps(metadata))
+    except (TypeError, ValueError) as error:
+        raise ValueError(f"metadata: expected what JSON can hold: {error}") from error
 
 
 def _sort_metadata(path: Path) -> None:

@@ -300,6 +300,19 @@ def test_compare_fails_where_something_is_slower(tmp_path, capsys):
     assert main(["bench", "compare", str(old), str(old)]) == 0
 
 
+def test_compare_concludes_nothing_from_noise(tmp_path, capsys):
+    old = result(tmp_path / "old.json", 1.0, a=1.0, b=1.0)
+    new = result(tmp_path / "new.json", 1.0, a=1.0, b=3.0)
+    data = json.loads(new.read_text())
+    data["noisy"] = [data["benchmarks"].pop(1)]
+    new.write_text(json.dumps(data))
+    assert main(["bench", "compare", str(old), str(new)]) == 0
+    out = capsys.readouterr().out
+    assert "0 slower by more than 10%. 1 noisy: nothing is concluded" in out
+    (row,) = (line for line in out.splitlines() if line.startswith("| b"))
+    assert row.endswith(" noisy |")
+
+
 def test_compare_reads_a_gpus_cells(tmp_path):
     right = {"is_right": True, "median_s": 9.0}
     ways = {

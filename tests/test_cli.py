@@ -283,6 +283,16 @@ def test_a_rising_sparsity_is_printed(tiny, capsys, algorithm):
     assert shown[0] == 0 and shown == sorted(shown) and shown[-1] == 75 and len(set(shown)) > 3
 
 
+def test_a_damaged_result_is_named(tmp_path, capsys):
+    pytest.importorskip("matplotlib")
+    path = tmp_path / "results" / "a.json"
+    path.parent.mkdir()
+    for content in (b"{", b"\xff", b'{"benchmarks": 3}', b'{"cells": [{}]}'):
+        path.write_bytes(content)
+        line = error_line(capsys, ["report", f"--results={path.parent}", f"--out={tmp_path}"])
+        assert f"results: {path} is " in line
+
+
 def test_a_diverging_run_says_so(tiny, tmp_path, capsys):
     assert main([*tiny, "--lr=1e30"]) == 2
     assert re.search(r"error: .* is (nan|inf) at step \d; checkpoint: ", capsys.readouterr().err)

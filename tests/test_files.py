@@ -53,6 +53,7 @@ def tiny(tmp_path: Path) -> TrainConfig:
 
 @pytest.mark.parametrize("mask", [0o022, 0o077, 0o002])
 def test_modes_follow_the_umask(tiny, mask):
+    pytest.importorskip("safetensors")
     before = os.umask(mask)
     try:
         train.train(replace(tiny, steps=1))
@@ -298,6 +299,24 @@ def test_weights_that_share_memory_are_saved(tmp_path):
     assert same(stored, weights.load_weights(tmp_path / "w.safetensors"))
     with pytest.raises(ValueError, match="two of them would have the name W.values"):
         weights.save_weights({"W": W, "W.values": whole}, tmp_path / "x.safetensors")
+
+
+def test_metadata_is_what_json_makes_of_it(tmp_path):
+    pytest.importorskip("safetensors")
+    path = tmp_path / "w.safetensors"
+    weights.save_weights({}, path, a=(1, 2), b={10: "x", 9: math.inf, True: None})
+    want = {"a": [1, 2], "b": {"10": "x", "9": math.inf, "true": None}}
+    assert weights.load_metadata(path) == want and weights.load_weights(path) == {}
+    with pytest.raises(ValueError, match="metadata: expected what JSON can hold: .*complex"):
+        weights.save_weights({}, path, a=1j)
+    assert weights.load_metadata(path) == want
+
+
+def test_the_same_weights_are_the_same_bytes(tmp_path):
+    pytest.importorskip("safetensors")
+    for i in range(8):  # safetensors orders metadata at random
+        weights.save_weights({"w": torch.ones(3)}, tmp_path / str(i), nöte='ü"\x01')
+    assert len({(tmp_path / str(i)).read_bytes() for i in range(8)}) == 1
 
 
 # Weights of others
@@ -583,6 +602,7 @@ def contents(folder: Path, same_in_all: tuple[str, ...]) -> dict:
 
 @pytest.mark.parametrize("settings", [{}, {"sparsity": 0.75, "algorithm": "rigl"}])
 def test_a_run_killed_at_any_rename_ends_with_the_same_files(tiny, tmp_path, monkeypatch, settings):
+    pytest.importorskip("safetensors")
     tiny = replace(tiny, out="run", **settings)
     (tmp_path / "whole").mkdir()
     monkeypatch.chdir(tmp_path / "whole")
@@ -603,6 +623,7 @@ def test_a_run_killed_at_any_rename_ends_with_the_same_files(tiny, tmp_path, mon
 
 
 def test_a_pruning_killed_at_any_rename_ends_with_the_same_files(tiny, tmp_path, monkeypatch):
+    pytest.importorskip("safetensors")
     train.train(tiny)
     config = PruneConfig(tiny.out, steps=2, rounds=2, target=0.8, out="pruned")
     monkeypatch.setattr(pruning, "latencies", lambda run: (1.0, 1.0))

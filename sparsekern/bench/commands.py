@@ -81,4 +81,4 @@ def _write(path: Path, result: dict) -> None:
 def run_compare(old: Path, new: Path, threshold: float, **options) -> int:
     changes = compare.compare(old, new)
     print(compare.render(changes, threshold))
-    return int(changes[0].ratio > 1 + threshold)
+    return int(any(change.is_slower(threshold) for change in changes))
