@@ -261,7 +261,7 @@ def run_generate(
     for ids in texts:
         # What random weights choose is no text.
         print(tokenizer.decode(ids) if checkpoint else " ".join(map(str, ids)), end="\n\n")
-    print(f"{batch} x {tokens} tokens in {took_s:.2f} s, start-up included", file=sys.stderr)
+    print(f"{batch} x {tokens} tokens in {took_s:.2f} s, after loading", file=sys.stderr)
 
 
 def chosen_device(name: str | None) -> torch.device:
