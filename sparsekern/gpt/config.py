@@ -26,6 +26,27 @@ def flag(default: object, text: str, **argument: object) -> object:
     return field(default=default, metadata={"help": text, **argument})
 
 
+def check_method(algorithm: object) -> None:
+    if isinstance(algorithm, str) and algorithm.lower() in NEED_TEXT:
+        raise ValueError(
+            f"algorithm: {algorithm} chooses by what a trained model makes of text: train without, "
+            f"then sparsekern prune --method {algorithm.lower()}"
+        )
+
+
+def check_methods(settings: object) -> None:
+    """The same for the blocks of a config file."""
+    for block in settings if isinstance(settings, list) else [settings]:
+        if isinstance(block, Mapping):
+            check_method(block.get("algorithm", block.get("type")))
+
+
+def check_sparsity(value: float) -> None:
+    if not 0 <= value < 1:
+        hint = f"; did you mean {value / 100:g}?" if 1 < value < 100 else ""
+        raise ValueError(f"sparsity must be at least 0 and below 1, got {value}{hint}")
+
+
 @dataclass(frozen=True)
 class TrainConfig:
     data: str = flag(
@@ -141,24 +162,7 @@ class TrainConfig:
         return settings
 
     def make_algorithm(self, settings: object) -> Algorithm | Group | None:
-        for block in settings if isinstance(settings, list) else [settings]:
-            if isinstance(block, Mapping):
-                check_method(block.get("algorithm", block.get("type")))
         return None if settings is None else algorithms.configure(settings, seed=self.seed)
-
-
-def check_method(algorithm: object) -> None:
-    if isinstance(algorithm, str) and algorithm.lower() in NEED_TEXT:
-        raise ValueError(
-            f"algorithm: {algorithm} chooses by what a trained model makes of text: train without, "
-            f"then sparsekern prune --method {algorithm.lower()}"
-        )
-
-
-def check_sparsity(value: float) -> None:
-    if not 0 <= value < 1:
-        hint = f"; did you mean {value / 100:g}?" if 1 < value < 100 else ""
-        raise ValueError(f"sparsity must be at least 0 and below 1, got {value}{hint}")
 
 
 # A resumed run may change these; any other change would make it another run.

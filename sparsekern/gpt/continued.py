@@ -1,7 +1,9 @@
 """A run that starts from the sparse weights of another: what its own sparsity means then."""
 
-from ..nn import SparseLinear, sparsifiable
-from ..sparsity import GMP, Algorithm, Group, IterativePruning, Magnitude
+import copy
+
+from ..nn import SparseLinear
+from ..sparsity import GMP, Group, IterativePruning, Magnitude
 from .config import TrainConfig
 from .model import GPT
 
@@ -10,8 +12,15 @@ def from_sparse(model: GPT, settings: object, config: TrainConfig) -> object:
     """Prune the layers that are sparse already to the sparsity at which the algorithm begins, by
     magnitude, in place. Returns the settings: a gradual schedule of flags begins where the model
     is. ValueError where the algorithm would begin with fewer zeros than there are."""
+    if not any(isinstance(module, SparseLinear) for module in model.modules()):
+        return settings
     algorithm = config.make_algorithm(settings)
-    layers = _sparse_layers(model, algorithm)
+    parts = algorithm.algorithms if isinstance(algorithm, Group) else [algorithm]
+    # What each takes, it tells when it is applied.
+    algorithm.apply(copy.deepcopy(model))
+    taken = [{n: model.get_submodule(n) for n in part.layers} for part in parts]
+    sparse = [{n: m for n, m in t.items() if isinstance(m, SparseLinear)} for t in taken]
+    layers = {name: module for each in sparse for name, module in each.items()}
     if not layers:
         return settings
     if isinstance(algorithm, IterativePruning):
@@ -23,30 +32,14 @@ def from_sparse(model: GPT, settings: object, config: TrainConfig) -> object:
         there = _sparsity(layers)
         _check_more(config.sparsity, layers, config)
         settings = settings | {"sparsity": settings["sparsity"] | {"init": there}}
-        algorithm = config.make_algorithm(settings)
-    taken: set[str] = set()
-    for part in algorithm.algorithms if isinstance(algorithm, Group) else [algorithm]:
-        layers = _sparse_layers(model, part, taken)
-        taken |= layers.keys()
+        parts = [config.make_algorithm(settings)]
+    for part, layers in zip(parts, sparse, strict=True):
         target = part.target(0)
         if layers and _check_more(target, layers, config):
             # By their own names, since Magnitude would prune the dense ones too.
             names = list(layers)
             Magnitude(target, distribution=part.distribution, param_filter=names).apply(model)
     return settings
-
-
-def _sparse_layers(
-    model: GPT, algorithm: Algorithm | Group, taken: set[str] = frozenset()
-) -> dict[str, SparseLinear]:
-    """Those that the algorithm takes, and that have a pattern."""
-    parts = algorithm.algorithms if isinstance(algorithm, Group) else [algorithm]
-    return {
-        name: module
-        for part in parts
-        for name, module in sparsifiable(model, part._filter()).items()
-        if isinstance(module, SparseLinear) and name not in taken
-    }
 
 
 def _sparsity(layers: dict[str, SparseLinear]) -> float:

@@ -26,7 +26,7 @@ from .build import (
     model_from_state,
 )
 from .checkpoint import CHECKPOINT, WEIGHTS, about, load_checkpoint, save_checkpoint
-from .config import TrainConfig, config_from, resumed_config
+from .config import TrainConfig, check_methods, config_from, resumed_config
 from .continued import from_sparse
 from .data import Batches, load_tokens, tokenizer_from_state
 from .distributed import Ranks, load_optimizer, whole_state
@@ -102,6 +102,7 @@ class Run:
         if config.init_from and not saved:
             source = load_checkpoint(config.init_from)
         self.settings = saved["sparsity"] if saved else config.sparsity_settings()
+        check_methods(self.settings)
         with about(self.path if saved else None):
             config.make_algorithm(self.settings)  # mistakes show before any work
 
