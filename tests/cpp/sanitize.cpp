@@ -23,7 +23,7 @@
 
 namespace {
 
-constexpr sk::Type kTypes[] = {sk::Type::kFloat, sk::Type::kBfloat16};
+constexpr sk::Type kTypes[] = {sk::Type::kFloat, sk::Type::kBfloat16, sk::Type::kDouble};
 
 struct Problem {
   int64_t tokens, n, k;
@@ -44,16 +44,20 @@ float as_float(uint16_t b) {
   return f;
 }
 
-// An array of floats or bfloat16, of the exact size.
+// An array of floats, bfloat16 or doubles, of the exact size.
 struct Array {
   sk::Type type;
   std::vector<float> f;
   std::vector<uint16_t> h;
+  std::vector<double> d;
 
   Array(sk::Type type, int64_t size, std::mt19937* random) : type(type) {
-    (type == sk::Type::kFloat ? f.resize(size) : h.resize(size));
+    if (type == sk::Type::kFloat) f.resize(size);
+    if (type == sk::Type::kBfloat16) h.resize(size);
+    if (type == sk::Type::kDouble) d.resize(size);
     std::normal_distribution<float> normal;
     for (float& v : f) v = random ? normal(*random) : NAN;
+    for (double& v : d) v = random ? normal(*random) : NAN;
     for (uint16_t& v : h) {
       const float x = random ? normal(*random) : NAN;
       uint32_t bits;
@@ -62,21 +66,29 @@ struct Array {
     }
   }
   const void* data() const {
+    if (type == sk::Type::kDouble) return d.data();
     return type == sk::Type::kFloat ? static_cast<const void*>(f.data()) : h.data();
   }
   void* data() { return const_cast<void*>(static_cast<const Array*>(this)->data()); }
-  double operator[](int64_t i) const { return type == sk::Type::kFloat ? f[i] : as_float(h[i]); }
+  double operator[](int64_t i) const {
+    if (type == sk::Type::kDouble) return d[i];
+    return type == sk::Type::kFloat ? f[i] : as_float(h[i]);
+  }
 };
 
 void expect(double got, double want, double scale, sk::Type type, const char* what) {
-  const double tolerance = (type == sk::Type::kFloat ? 2e-6 : 8e-3) * scale;
+  const double tolerance = (type == sk::Type::kDouble  ? 1e-14
+                            : type == sk::Type::kFloat ? 2e-6
+                                                       : 8e-3) *
+                           scale;
   if (std::abs(got - want) <= tolerance) return;
   std::printf("%s: expected %g, got %g\n", what, want, got);
   std::exit(1);
 }
 
 void expect_same(const Array& got, const Array& want, const char* what) {
-  const size_t bytes = want.f.size() * sizeof(float) + want.h.size() * sizeof(uint16_t);
+  const size_t bytes = want.f.size() * sizeof(float) + want.h.size() * sizeof(uint16_t) +
+                       want.d.size() * sizeof(double);
   if (bytes == 0 || std::memcmp(got.data(), want.data(), bytes) == 0) return;
   std::printf("%s: expected the same bits\n", what);
   std::exit(1);
@@ -172,6 +184,7 @@ void check(const Problem& p, sk::Type type, std::initializer_list<int> all_vecs)
   for (sk::Format format : {sk::Format::kBitmap, sk::Format::kColumns}) {
     const int64_t most = format == sk::Format::kBitmap ? sk::kBitmapTokens : sk::kStreamTokens;
     for (int64_t tokens = 0; tokens <= std::min(most, p.tokens); tokens++) {
+      if (type == sk::Type::kDouble) continue;
       Array few(type, tokens * p.k, &random), out(type, tokens * p.n, nullptr);
       sk::spmm_stream(pattern, {offsets.data(), cols.data(), p.n, p.k, nnz, tokens % 3 - 1}, format,
                       type, values.data(), tokens % 2 ? bias.data() : nullptr, {few.data(), p.k},
