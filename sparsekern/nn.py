@@ -121,7 +121,9 @@ class PackedLinear(nn.Module):
     At 75 % sparsity it takes 0.32 to 0.37 of the bytes of a dense 16-bit weight if packed for one
     or two tokens (the less, the larger it is), 0.43 for more. Up to 64 tokens W is read in that
     form; above, it is written out for each call. No gradient, and no way back to CSR: keep the
-    checkpoint. Not for two CUDA streams at the same time (kernels/cuda.py says why).
+    checkpoint. Not for two CUDA streams at the same time (kernels/cuda.py says why). Its buffers
+    are in no state_dict. Each call checks their types and sizes, but not what stands in them: to
+    average or write them by hand may lead a kernel anywhere.
 
     Args:
         packed: W [out_features, in_features].
@@ -130,6 +132,9 @@ class PackedLinear(nn.Module):
 
     def __init__(self, packed: Packed, bias: Tensor | None = None):
         super().__init__()
+        packed.check()
+        if bias is not None and bias.shape != (packed.n,):
+            raise ValueError(f"bias: expected shape ({packed.n},), got {tuple(bias.shape)}")
         self.in_features = packed.k
         self.out_features = packed.n
         self.layout, self.dtype = name_of(packed), packed.dtype
@@ -145,6 +150,16 @@ class PackedLinear(nn.Module):
         values are bfloat16 or float16."""
         bias = None if linear.bias is None else linear.bias.detach().to(linear.values.dtype)
         return cls(pack(linear.weight.detach(), tokens), bias).train(linear.training)
+
+    def _apply(self, fn, recurse=True):
+        """Moves go through. Casts (half(), float()) do not: indices lie in the bits of the floats,
+        which no cast keeps, so the layer stays as it was packed and wants x in its dtype."""
+
+        def move(tensor: Tensor) -> Tensor:
+            result = fn(tensor)
+            return result if result.dtype == tensor.dtype else tensor.to(result.device)
+
+        return super()._apply(move, recurse)
 
     @property
     def packed_bytes(self) -> int:

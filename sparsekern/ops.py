@@ -16,18 +16,22 @@ call against 16 us for torch.library.custom_op. The Functions with a `setup_cont
 serve functorch (vmap, func.grad) alone.
 """
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
-from torch.autograd import Function, forward_ad
+from torch.autograd import Function, forward_ad, profiler
 
 from .flop_formulas import register_when_imported
 from .kernels import cuda
-from .kernels.operands import check_product, check_sddmm
-from .kernels.packed import LAYOUTS
+from .kernels.operands import check_gradients, check_product, check_sddmm
+from .kernels.packed import assemble, check_operands
 from .kernels.problem import Problem
 from .kernels.table import pick
 
 # Implementations: checks, contiguous operands, one look-up, the kernel.
+
+_new = tuple.__new__  # of a Problem: half the time of its own
 
 
 def _run_spmm(row_offsets, col_indices, values, n, k, x, bias=None):
@@ -39,39 +43,50 @@ def _run_spmm_t(row_offsets, col_indices, values, n, k, dy, bias=None):
 
 
 def _run_product(op, row_offsets, col_indices, values, n, k, x, bias):
-    check_product(op, row_offsets, col_indices, values, n, k, x, bias)
+    m, nnz = check_product(op, row_offsets, col_indices, values, n, k, x, bias)
     device = "cpu" if x.is_cpu else "cuda"
-    run = pick(Problem(op, device, x.dtype, x.shape[0], n, k, col_indices.numel())).run
+    run = pick(_new(Problem, (op, device, x.dtype, m, n, k, nnz))).run
     bias = None if bias is None else bias.contiguous()
     return run(row_offsets, col_indices, values.contiguous(), n, k, x.contiguous(), bias)
 
 
+def _run_gradients(op, row_offsets, col_indices, values, n, k, h, other):
+    """The gradients of a product with respect to its dense operand, by `op`, and to its values: all
+    that the backward pass of a small layer does, checked once."""
+    m, nnz = check_gradients(op, row_offsets, col_indices, values, n, k, h, other)
+    device, dtype = "cpu" if h.is_cpu else "cuda", h.dtype
+    h, other = h.contiguous(), other.contiguous()
+    run = pick(_new(Problem, (op, device, dtype, m, n, k, nnz))).run
+    gradient = run(row_offsets, col_indices, values.contiguous(), n, k, h, None)
+    run = pick(_new(Problem, ("sddmm", device, dtype, m, n, k, nnz))).run
+    dy, x = (h, other) if op == "spmm_t" else (other, h)
+    return gradient, run(row_offsets, col_indices, n, k, dy, x)
+
+
 def _run_sddmm(row_offsets, col_indices, n, k, dy, x):
-    check_sddmm(row_offsets, col_indices, n, k, dy, x)
+    m, nnz = check_sddmm(row_offsets, col_indices, n, k, dy, x)
     device = "cpu" if x.is_cpu else "cuda"
-    run = pick(Problem("sddmm", device, x.dtype, x.shape[0], n, k, col_indices.numel())).run
+    run = pick(_new(Problem, ("sddmm", device, x.dtype, m, n, k, nnz))).run
     return run(row_offsets, col_indices, n, k, dy.contiguous(), x.contiguous())
 
 
-# Fakes: the shapes, for tracing.
+# Fakes: the same checks, and the shapes, for tracing. They also run where one operand alone is on
+# the meta device.
 
 
 def _fake_spmm(row_offsets, col_indices, values, n, k, x, bias=None):
-    torch._check(x.shape[1] == k, lambda: f"spmm: expected x [M, {k}], got {tuple(x.shape)}")
-    return x.new_empty(x.shape[0], n)
+    m, _ = check_product("spmm", row_offsets, col_indices, values, n, k, x, bias)
+    return x.new_empty(m, n)
 
 
 def _fake_spmm_t(row_offsets, col_indices, values, n, k, dy, bias=None):
-    torch._check(dy.shape[1] == n, lambda: f"spmm_t: expected dy [M, {n}], got {tuple(dy.shape)}")
-    return dy.new_empty(dy.shape[0], k)
+    m, _ = check_product("spmm_t", row_offsets, col_indices, values, n, k, dy, bias)
+    return dy.new_empty(m, k)
 
 
 def _fake_sddmm(row_offsets, col_indices, n, k, dy, x):
-    torch._check(
-        dy.shape[0] == x.shape[0],
-        lambda: f"sddmm: expected as many rows in dy as in x, got {dy.shape[0]} and {x.shape[0]}",
-    )
-    return x.new_empty(col_indices.shape[0])
+    _, nnz = check_sddmm(row_offsets, col_indices, n, k, dy, x)
+    return x.new_empty(nnz)
 
 
 _W = "Tensor row_offsets, Tensor col_indices, Tensor values, SymInt n, SymInt k"
@@ -93,7 +108,9 @@ for _name, _arguments, _run, _fake in (
 
 
 def _run_spmm_packed(x, layout, n, k, nnz, numbers, tensors, bias=None):
-    return cuda.spmm_packed(x, LAYOUTS[layout](n, k, nnz, *numbers, *tensors), bias)
+    packed = assemble(layout, n, k, nnz, numbers, tensors)
+    check_operands(packed, x, bias)
+    return cuda.spmm_packed(x, packed, bias)
 
 
 def _fake_spmm_packed(x, layout, n, k, nnz, numbers, tensors, bias=None):
@@ -117,11 +134,17 @@ _spmm_t = torch.ops.sparsekern.spmm_t.default
 _sddmm = torch.ops.sparsekern.sddmm.default
 
 
-# The router: what callers use.
+# The router: what callers use. A small product costs less than the dispatcher, autograd's Python
+# and functorch's do, so each of them is passed only where it has something to see.
 
 # Private in torch, so its absence must not break the import.
 in_functorch = getattr(torch._C, "_are_functorch_transforms_active", lambda: False)
-_PLAIN = (Tensor, torch.nn.Parameter)
+_is_compiling = torch.compiler.is_compiling
+_modes = torch._C._len_torch_dispatch_stack
+_tracing_state = torch._C._get_tracing_state
+_is_wrapped = torch._C._functorch.is_functorch_wrapped_tensor
+_is_grad_enabled = torch.is_grad_enabled
+_Parameter = torch.nn.Parameter
 
 
 def spmm(
@@ -135,9 +158,10 @@ def spmm(
 ) -> Tensor:
     """y [M, N] = x [M, K] @ W.T + bias [N], differentiable in values, x and bias."""
     args = row_offsets, col_indices, values, n, k, x, bias
-    if function := _function("spmm", values, x, bias):
-        return function.apply(*args)
-    return _run_spmm(*args) if _is_direct(values, x, bias) else _spmm(*args)
+    function, is_direct = _route("spmm", values, x, bias)
+    if function is not None:
+        return (_APPLY["spmm"] if is_direct else function.apply)(*args)
+    return _run_product("spmm", *args) if is_direct else _spmm(*args)
 
 
 def spmm_t(
@@ -151,9 +175,10 @@ def spmm_t(
 ) -> Tensor:
     """dx [M, K] = dy [M, N] @ W + bias [K], differentiable in values, dy and bias."""
     args = row_offsets, col_indices, values, n, k, dy, bias
-    if function := _function("spmm_t", values, dy, bias):
-        return function.apply(*args)
-    return _run_spmm_t(*args) if _is_direct(values, dy, bias) else _spmm_t(*args)
+    function, is_direct = _route("spmm_t", values, dy, bias)
+    if function is not None:
+        return (_APPLY["spmm_t"] if is_direct else function.apply)(*args)
+    return _run_product("spmm_t", *args) if is_direct else _spmm_t(*args)
 
 
 def sddmm(
@@ -161,37 +186,47 @@ def sddmm(
 ) -> Tensor:
     """dvalues [nnz] = (dy [M, N].T @ x [M, K]) at the pattern, differentiable in dy and x."""
     args = row_offsets, col_indices, n, k, dy, x
-    if function := _function("sddmm", dy, x, None):
-        return function.apply(*args)
-    return _run_sddmm(*args) if _is_direct(dy, x, None) else _sddmm(*args)
+    function, is_direct = _route("sddmm", dy, x, None)
+    if function is not None:
+        return (_APPLY["sddmm"] if is_direct else function.apply)(*args)
+    return _run_sddmm(*args) if is_direct else _sddmm(*args)
 
 
-def _function(op: str, a: Tensor, b: Tensor, bias: Tensor | None) -> type[Function] | None:
-    """The Function through which autograd, functorch or a level of forward mode sees the product;
-    None if nobody looks."""
+def _route(
+    op: str, a: Tensor, b: Tensor, bias: Tensor | None
+) -> tuple[type[Function] | None, bool]:
+    """(the Function that must see this product, if any; whether nothing looks on below it)."""
     is_dual = forward_ad._current_level >= 0
     if in_functorch():
-        return _FUNCTIONS[op][3 if is_dual else 2]
+        return _FUNCTIONS[op][3 if is_dual else 2], False
     if is_dual:
-        return _FUNCTIONS[op][1]
-    wants_grad = a.requires_grad or b.requires_grad or (bias is not None and bias.requires_grad)
-    return _FUNCTIONS[op][0] if wants_grad and torch.is_grad_enabled() else None
+        return _FUNCTIONS[op][1], False
+    wants_grad = _is_grad_enabled() and (
+        a.requires_grad or b.requires_grad or (bias is not None and bias.requires_grad)
+    )
+    return _FUNCTIONS[op][0] if wants_grad else None, _is_direct(a, b, bias)
 
 
 def _is_direct(a: Tensor, b: Tensor, bias: Tensor | None) -> bool:
-    """Whether nothing looks on between the caller and the kernel, so that the op may be left out,
-    which costs more than a small product: no tracer, mode or profiler, no subclass, and no tensor
-    that only the dispatcher can read (a lazy negation, an efficient zero)."""
+    """Whether nothing looks on between the caller and the kernel: no tracer, mode or profiler, no
+    subclass, and no tensor that only the dispatcher can read (a lazy negation, an efficient zero,
+    what a functorch transform has left)."""
     return (
-        not torch.compiler.is_compiling()
-        and type(a) in _PLAIN
-        and type(b) in _PLAIN
+        not _is_compiling()
         and (b.is_cpu or b.is_cuda)
-        and not (a.is_neg() or b.is_neg() or a._is_zerotensor() or b._is_zerotensor())
-        and (bias is None or type(bias) is torch.nn.Parameter)
-        and torch._C._len_torch_dispatch_stack() == 0
-        and torch._C._get_tracing_state() is None
-        and not torch.autograd.profiler._is_profiler_enabled
+        and _is_plain(a)
+        and _is_plain(b)
+        and (bias is None or _is_plain(bias))
+        and not _modes()
+        and _tracing_state() is None
+        and not profiler._is_profiler_enabled
+    )
+
+
+def _is_plain(t: Tensor) -> bool:
+    kind = type(t)
+    return (kind is Tensor or kind is _Parameter) and not (
+        t.is_neg() or t._is_zerotensor() or _is_wrapped(t)
     )
 
 
@@ -203,36 +238,36 @@ def _is_direct(a: Tensor, b: Tensor, bias: Tensor | None) -> bool:
 
 def _save_product(ctx, row_offsets, col_indices, values, n, k, x, bias):
     ctx.sizes = n, k
-    values_grad, x_grad = ctx.needs_input_grad[2], ctx.needs_input_grad[5]
+    needs = ctx.needs_input_grad
     ctx.save_for_backward(
-        row_offsets, col_indices, values if x_grad else None, x if values_grad else None
+        row_offsets, col_indices, values if needs[5] else None, x if needs[2] else None
     )
 
 
 def _spmm_backward(ctx, h):
     row_offsets, col_indices, values, x = ctx.saved_tensors
     n, k = ctx.sizes
-    dvalues = dx = None
-    if ctx.needs_input_grad[2]:
-        dvalues = sddmm(row_offsets, col_indices, n, k, h, x)
-    if ctx.needs_input_grad[5]:
-        dx = spmm_t(row_offsets, col_indices, values, n, k, h)
-    return None, None, dvalues, None, None, dx, _bias_gradient(ctx, h)
+    needs = ctx.needs_input_grad
+    if needs[2] and needs[5] and not _is_grad_enabled() and _is_direct(x, h, None):
+        args = row_offsets, col_indices, values, n, k, h
+        dx, dvalues = _run_gradients("spmm_t", *args, x)
+    else:
+        dvalues = sddmm(row_offsets, col_indices, n, k, h, x) if needs[2] else None
+        dx = spmm_t(row_offsets, col_indices, values, n, k, h) if needs[5] else None
+    return None, None, dvalues, None, None, dx, h.sum(0) if needs[6] else None
 
 
 def _spmm_t_backward(ctx, h):
     row_offsets, col_indices, values, dy = ctx.saved_tensors
     n, k = ctx.sizes
-    dvalues = ddy = None
-    if ctx.needs_input_grad[2]:
-        dvalues = sddmm(row_offsets, col_indices, n, k, dy, h)
-    if ctx.needs_input_grad[5]:
-        ddy = spmm(row_offsets, col_indices, values, n, k, h)
-    return None, None, dvalues, None, None, ddy, _bias_gradient(ctx, h)
-
-
-def _bias_gradient(ctx, h):
-    return h.sum(0) if ctx.needs_input_grad[6] else None
+    needs = ctx.needs_input_grad
+    if needs[2] and needs[5] and not _is_grad_enabled() and _is_direct(dy, h, None):
+        args = row_offsets, col_indices, values, n, k, h
+        ddy, dvalues = _run_gradients("spmm", *args, dy)
+    else:
+        dvalues = sddmm(row_offsets, col_indices, n, k, dy, h) if needs[2] else None
+        ddy = spmm(row_offsets, col_indices, values, n, k, h) if needs[5] else None
+    return None, None, dvalues, None, None, ddy, h.sum(0) if needs[6] else None
 
 
 def _product_jvp(product, ctx, dvalues, dx, dbias):
@@ -266,11 +301,9 @@ def _save_sddmm(ctx, row_offsets, col_indices, n, k, dy, x):
 def _sddmm_backward(ctx, h):
     row_offsets, col_indices, dy, x = ctx.saved_tensors
     n, k = ctx.sizes
-    ddy = dx = None
-    if ctx.needs_input_grad[4]:
-        ddy = spmm(row_offsets, col_indices, h, n, k, x)
-    if ctx.needs_input_grad[5]:
-        dx = spmm_t(row_offsets, col_indices, h, n, k, dy)
+    needs = ctx.needs_input_grad
+    ddy = spmm(row_offsets, col_indices, h, n, k, x) if needs[4] else None
+    dx = spmm_t(row_offsets, col_indices, h, n, k, dy) if needs[5] else None
     return None, None, None, None, ddy, dx
 
 
@@ -287,32 +320,48 @@ def _sddmm_jvp(ctx, ro, ci, n, k, ddy, dx):
 
 class _SpMM(Function):
     @staticmethod
-    def forward(ctx, row_offsets, col_indices, values, n, k, x, bias):
-        args = row_offsets, col_indices, values, n, k, x, bias
+    def forward(ctx, *args):
         _save_product(ctx, *args)
-        return _run_spmm(*args) if _is_direct(values, x, bias) else _spmm(*args)
+        return _spmm(*args)
 
     backward = staticmethod(_spmm_backward)
 
 
 class _SpMMT(Function):
     @staticmethod
-    def forward(ctx, row_offsets, col_indices, values, n, k, dy, bias):
-        args = row_offsets, col_indices, values, n, k, dy, bias
+    def forward(ctx, *args):
         _save_product(ctx, *args)
-        return _run_spmm_t(*args) if _is_direct(values, dy, bias) else _spmm_t(*args)
+        return _spmm_t(*args)
 
     backward = staticmethod(_spmm_t_backward)
 
 
 class _SDDMM(Function):
     @staticmethod
-    def forward(ctx, row_offsets, col_indices, n, k, dy, x):
-        args = row_offsets, col_indices, n, k, dy, x
+    def forward(ctx, *args):
         _save_sddmm(ctx, *args)
-        return _run_sddmm(*args) if _is_direct(dy, x, None) else _sddmm(*args)
+        return _sddmm(*args)
 
     backward = staticmethod(_sddmm_backward)
+
+
+def _direct(parent: type[Function], save: Callable, run: Callable) -> Callable:
+    """`apply` of the same Function without the op and without a look for functorch, which whoever
+    calls it has taken."""
+
+    def forward(ctx, *args):
+        save(ctx, *args)
+        return run(*args)
+
+    kind = type(parent.__name__, (parent,), {"forward": staticmethod(forward)})
+    return super(Function, kind).apply
+
+
+_APPLY = {
+    "spmm": _direct(_SpMM, _save_product, _run_spmm),
+    "spmm_t": _direct(_SpMMT, _save_product, _run_spmm_t),
+    "sddmm": _direct(_SDDMM, _save_sddmm, _run_sddmm),
+}
 
 
 # The same for functorch.
@@ -384,63 +433,30 @@ class _SDDMMFunctorch(Function):
 # so these are classes of their own.
 
 
-class _SpMMDual(_SpMM):
-    @staticmethod
+def _with_jvp(parent: type[Function], jvp: Callable, places: tuple[int, ...]) -> type[Function]:
+    """The same Function with tangents; `places` are those of the arguments that jvp wants."""
+
     def forward(ctx, *args):
-        ctx.save_for_forward(*(args[i] for i in (0, 1, 2, 5)))
-        return _SpMM.forward(ctx, *args)
+        ctx.save_for_forward(*(args[i] for i in places))
+        return parent.forward(ctx, *args)
 
-    jvp = staticmethod(_spmm_jvp)
-
-
-class _SpMMTDual(_SpMMT):
-    @staticmethod
-    def forward(ctx, *args):
-        ctx.save_for_forward(*(args[i] for i in (0, 1, 2, 5)))
-        return _SpMMT.forward(ctx, *args)
-
-    jvp = staticmethod(_spmm_t_jvp)
-
-
-class _SDDMMDual(_SDDMM):
-    @staticmethod
-    def forward(ctx, *args):
-        ctx.save_for_forward(*(args[i] for i in (0, 1, 4, 5)))
-        return _SDDMM.forward(ctx, *args)
-
-    jvp = staticmethod(_sddmm_jvp)
-
-
-class _SpMMFunctorchDual(_SpMMFunctorch):
-    @staticmethod
     def setup_context(ctx, inputs, output):
-        ctx.save_for_forward(*(inputs[i] for i in (0, 1, 2, 5)))
-        _SpMMFunctorch.setup_context(ctx, inputs, output)
+        ctx.save_for_forward(*(inputs[i] for i in places))
+        parent.setup_context(ctx, inputs, output)
 
-    jvp = staticmethod(_spmm_jvp)
-
-
-class _SpMMTFunctorchDual(_SpMMTFunctorch):
-    @staticmethod
-    def setup_context(ctx, inputs, output):
-        ctx.save_for_forward(*(inputs[i] for i in (0, 1, 2, 5)))
-        _SpMMTFunctorch.setup_context(ctx, inputs, output)
-
-    jvp = staticmethod(_spmm_t_jvp)
+    method = setup_context if "setup_context" in vars(parent) else forward
+    methods = {method.__name__: staticmethod(method), "jvp": staticmethod(jvp)}
+    return type(parent.__name__, (parent,), methods)
 
 
-class _SDDMMFunctorchDual(_SDDMMFunctorch):
-    @staticmethod
-    def setup_context(ctx, inputs, output):
-        ctx.save_for_forward(*(inputs[i] for i in (0, 1, 4, 5)))
-        _SDDMMFunctorch.setup_context(ctx, inputs, output)
-
-    jvp = staticmethod(_sddmm_jvp)
-
+_PRODUCT_PLACES, _SDDMM_PLACES = (0, 1, 2, 5), (0, 1, 4, 5)
 
 # op -> its Functions: for autograd, with forward mode, for functorch, that with forward mode
 _FUNCTIONS = {
-    "spmm": (_SpMM, _SpMMDual, _SpMMFunctorch, _SpMMFunctorchDual),
-    "spmm_t": (_SpMMT, _SpMMTDual, _SpMMTFunctorch, _SpMMTFunctorchDual),
-    "sddmm": (_SDDMM, _SDDMMDual, _SDDMMFunctorch, _SDDMMFunctorchDual),
+    op: (plain, _with_jvp(plain, jvp, places), functorch, _with_jvp(functorch, jvp, places))
+    for op, plain, functorch, jvp, places in (
+        ("spmm", _SpMM, _SpMMFunctorch, _spmm_jvp, _PRODUCT_PLACES),
+        ("spmm_t", _SpMMT, _SpMMTFunctorch, _spmm_t_jvp, _PRODUCT_PLACES),
+        ("sddmm", _SDDMM, _SDDMMFunctorch, _sddmm_jvp, _SDDMM_PLACES),
+    )
 }

@@ -339,7 +339,7 @@ def check_pattern(row_offsets: Tensor, col_indices: Tensor, n: int, k: int) -> N
         raise ValueError(
             f"row_offsets: expected to start at 0 and end at nnz = {nnz}, got {first} and {last}"
         )
-    falls = row_offsets.diff() < 0
+    falls = row_offsets[1:] < row_offsets[:-1]  # a difference may pass 2^31
     if falls.any():
         row = falls.nonzero()[0].item()
         raise ValueError(

@@ -29,10 +29,6 @@ def machine() -> Machine:
     return Machine(_C.isa(), _C.lanes(), _C.cache_bytes(1), _C.cache_bytes(2), has_tiles)
 
 
-def _plan(problem: Problem) -> Plan:
-    return make_plan(problem, _machine_for(problem.dtype), torch.get_num_threads())
-
-
 def _machine_for(dtype: torch.dtype) -> Machine:
     """The machine with as many lanes as a vector has of what `dtype` is computed in."""
     here = machine()
@@ -49,10 +45,22 @@ def type_of(dtype: torch.dtype) -> "_C.Type":
     return getattr(_C.Type, str(dtype).removeprefix("torch."))
 
 
+class _Plans(dict):
+    """The plan of a problem by the number of threads, made when first asked for."""
+
+    def __init__(self, problem: Problem):
+        self._problem = problem
+
+    def __missing__(self, threads: int) -> Plan:
+        plan = self[threads] = make_plan(self._problem, _machine_for(self._problem.dtype), threads)
+        return plan
+
+
 def _bind_spmm(problem: Problem):
     """Of spmm and spmm_t."""
     type_, is_transposed = type_of(problem.dtype), problem.op == "spmm_t"
     m, width = problem.M, problem.K if is_transposed else problem.N
+    plan = _Plans(problem)
 
     def run(row_offsets, col_indices, values, n, k, x, bias=None):
         y = x.new_empty(m, width)
@@ -67,7 +75,7 @@ def _bind_spmm(problem: Problem):
             y.data_ptr(),
             m,
             is_transposed,
-            *_plan(problem),
+            *plan[torch.get_num_threads()],
         )
         return y
 
@@ -75,7 +83,7 @@ def _bind_spmm(problem: Problem):
 
 
 def _bind_sddmm(problem: Problem):
-    type_ = type_of(problem.dtype)
+    type_, plan = type_of(problem.dtype), _Plans(problem)
 
     def run(row_offsets, col_indices, n, k, dy, x):
         dvalues = x.new_empty(problem.nnz)
@@ -88,7 +96,7 @@ def _bind_sddmm(problem: Problem):
             x.data_ptr(),
             dvalues.data_ptr(),
             problem.M,
-            *_plan(problem),
+            *plan[torch.get_num_threads()],
         )
         return dvalues
 
@@ -163,7 +171,7 @@ def _refuse_panel(p: Problem) -> str | None:
 
 
 def _describe_panel(p: Problem) -> str:
-    return describe(_plan(p), _machine_for(p.dtype))
+    return describe(_Plans(p)[torch.get_num_threads()], _machine_for(p.dtype))
 
 
 KERNELS = (

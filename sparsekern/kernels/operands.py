@@ -7,6 +7,8 @@ Indices inside the arrays are checked where something is made from them (derived
 import torch
 from torch import Tensor
 
+_int32 = torch.int32
+
 
 def check_product(
     op: str,
@@ -17,49 +19,75 @@ def check_product(
     k: int,
     x: Tensor,
     bias: Tensor | None,
-) -> None:
-    """Operands of spmm (x [M, K], bias [N]) and spmm_t (x is dy [M, N], bias [K])."""
+) -> tuple[int, int]:
+    """(M, nnz) of the operands of spmm: x [M, K], bias [N]; of spmm_t: x is dy [M, N], bias [K]."""
     width, out = (k, n) if op == "spmm" else (n, k)
-    dtype, device = x.dtype, x.get_device()
+    dtype, device, is_cpu = x.dtype, x.get_device(), x.is_cpu
+    nnz, shape = col_indices.numel(), x.shape
     if (
-        _is_pattern(row_offsets, col_indices, n, device, x.is_cpu)
+        _is_pattern(row_offsets, col_indices, n, device, is_cpu)
         and values.dtype is dtype
         and values.dim() == 1
-        and values.numel() == col_indices.numel()
+        and values.numel() == nnz
         and values.get_device() == device
-        and values.is_cpu == x.is_cpu
-        and x.dim() == 2
-        and x.shape[1] == width
+        and values.is_cpu is is_cpu
+        and len(shape) == 2
+        and shape[1] == width
         and (bias is None or _is_bias(bias, out, x))
     ):
-        return
+        return shape[0], nnz
     name = "x" if op == "spmm" else "dy"
     check_pattern_arrays(op, row_offsets, col_indices, n, x.device)
     _check(op, name, x, (None, width), dtype, x.device)
     _check(op, "values", values, (col_indices.numel(),), dtype, x.device)
     if bias is not None:
         _check(op, "bias", bias, (out,), dtype, x.device)
+    raise AssertionError(f"{op}: operands refused without a reason")
+
+
+def check_gradients(
+    op: str,
+    row_offsets: Tensor,
+    col_indices: Tensor,
+    values: Tensor,
+    n: int,
+    k: int,
+    h: Tensor,
+    other: Tensor,
+) -> tuple[int, int]:
+    """(M, nnz) of the operands of `op`(values, h) and of the sddmm of h and `other`."""
+    m, nnz = check_product(op, row_offsets, col_indices, values, n, k, h, None)
+    if (
+        other.dtype is h.dtype
+        and other.shape == (m, k if op == "spmm_t" else n)
+        and other.get_device() == h.get_device()
+        and other.is_cpu is h.is_cpu
+    ):
+        return m, nnz
+    return check_sddmm(
+        row_offsets, col_indices, n, k, *((h, other) if op == "spmm_t" else (other, h))
+    )
 
 
 def check_sddmm(
     row_offsets: Tensor, col_indices: Tensor, n: int, k: int, dy: Tensor, x: Tensor
-) -> None:
-    """Operands of sddmm: dy [M, N], x [M, K]."""
-    device = x.get_device()
+) -> tuple[int, int]:
+    """(M, nnz) of the operands of sddmm: dy [M, N], x [M, K]."""
+    device, is_cpu, shape = x.get_device(), x.is_cpu, x.shape
     if (
-        _is_pattern(row_offsets, col_indices, n, device, x.is_cpu)
+        _is_pattern(row_offsets, col_indices, n, device, is_cpu)
         and dy.dtype is x.dtype
-        and dy.dim() == x.dim() == 2
-        and dy.shape[0] == x.shape[0]
-        and dy.shape[1] == n
-        and x.shape[1] == k
+        and len(shape) == 2
+        and shape[1] == k
+        and dy.shape == (shape[0], n)
         and dy.get_device() == device
-        and dy.is_cpu == x.is_cpu
+        and dy.is_cpu is is_cpu
     ):
-        return
+        return shape[0], col_indices.numel()
     check_pattern_arrays("sddmm", row_offsets, col_indices, n, x.device)
     _check("sddmm", "x", x, (None, k), x.dtype, x.device)
     _check("sddmm", "dy", dy, (x.shape[0], n), x.dtype, x.device)
+    raise AssertionError("sddmm: operands refused without a reason")
 
 
 def check_pattern_arrays(
@@ -80,14 +108,14 @@ def check_pattern_arrays(
 
 def _is_pattern(row_offsets, col_indices, n, device, is_cpu) -> bool:
     return (
-        row_offsets.dtype is torch.int32
-        and col_indices.dtype is torch.int32
+        row_offsets.dtype is _int32
+        and col_indices.dtype is _int32
         and row_offsets.numel() == n + 1
         and row_offsets.dim() == col_indices.dim() == 1
         and row_offsets.is_contiguous()
         and col_indices.is_contiguous()
         and row_offsets.get_device() == col_indices.get_device() == device
-        and row_offsets.is_cpu == col_indices.is_cpu == is_cpu
+        and row_offsets.is_cpu is col_indices.is_cpu is is_cpu
     )
 
 
@@ -108,7 +136,8 @@ def _check(op: str, name: str, t: Tensor, shape: tuple, dtype: torch.dtype, devi
         want is None or want == got for want, got in zip(shape, t.shape, strict=True)
     )
     if not fits:
-        wanted = ", ".join("M" if size is None else str(size) for size in shape)
+        any_size = "nnz" if name == "col_indices" else "M"
+        wanted = ", ".join(any_size if size is None else str(size) for size in shape)
         raise ValueError(f"{op}: {name}: expected shape [{wanted}], got {list(t.shape)}")
     if t.device != device:
         raise ValueError(f"{op}: {name}: expected device {device}, got {t.device}")

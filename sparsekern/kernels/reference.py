@@ -17,6 +17,7 @@ from torch import Tensor
 
 from ..tensor import expand_rows
 from .dense import skip_missing
+from .derived import derived
 
 
 def spmm(
@@ -60,20 +61,25 @@ def sddmm(
 ) -> Tensor:
     """dvalues [nnz] = (dy [M, N].T @ x [M, K]) at the stored entries."""
     dw = _mm(dy.t(), x).to(x.dtype)
-    return dw.view(-1)[_flat_indices(row_offsets, col_indices, k)]
+    return dw.view(-1)[places_of(row_offsets, col_indices, n, k)]
 
 
-def _flat_indices(row_offsets: Tensor, col_indices: Tensor, k: int) -> Tensor:
-    """Where each stored value lies in a row-major [N, K] matrix: int64 [nnz]."""
-    return expand_rows(row_offsets, col_indices.shape[0]) * k + col_indices
+def places_of(row_offsets: Tensor, col_indices: Tensor, n: int, k: int) -> Tensor:
+    """Where each stored value lies in a row-major [N, K] matrix: int64 [nnz], of checked indices
+    (derived.py): one out of range would be an assertion that ends a GPU's context."""
+
+    def make(row_offsets: Tensor, col_indices: Tensor) -> Tensor:
+        return expand_rows(row_offsets, col_indices.shape[0]) * k + col_indices
+
+    return derived("places", row_offsets, col_indices, n, k, make)
 
 
 def _densify(row_offsets: Tensor, col_indices: Tensor, values: Tensor, n: int, k: int) -> Tensor:
     values = values.to(_product_dtype(values))
+    places = places_of(row_offsets, col_indices, n, k)
     # Strictly increasing columns: as many values as places means every place, in row-major order.
     if values.shape[0] == n * k:
         return values.view(n, k)
-    places = _flat_indices(row_offsets, col_indices, k)
     return values.new_zeros(n * k).scatter_(0, places, values).view(n, k)
 
 
