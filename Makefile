@@ -11,7 +11,7 @@ CXX_SOURCES := $(shell find csrc tests/cpp tests/cuda -name '*.cpp' -o -name '*.
 BUILD_INPUTS := pyproject.toml setup.py CMakeLists.txt $(CXX_SOURCES)
 VENV_STAMP := $(VENV)/.with-$(subst ==,-,$(TORCH))
 
-.PHONY: demo test lint pytest pytest-without-library sanitize neon cuda check-gpu sanitize-gpu bench-smoke bench bench-gpu deepsparse clean
+.PHONY: demo test lint pytest pytest-without-library sanitize fuzz build-sanitize build-threads neon cuda check-gpu sanitize-gpu bench-smoke bench bench-gpu deepsparse clean
 
 demo: $(VENV)/.installed-demo
 	$(BIN)/python -m sparsekern demo --out out
@@ -44,10 +44,27 @@ bench-smoke: $(VENV)/.installed-test
 	$(BIN)/python -m sparsekern bench compare build/bench/smoke.json build/bench/smoke.json
 	$(BIN)/python -m sparsekern report --out build/bench/report
 
-sanitize: $(VENV)/.installed-test
-	PATH="$$PATH:$(BIN)" cmake -G Ninja -S . -B build/sanitize -DSK_SANITIZE=ON
+# The fuzzer runs beside the others. ThreadSanitizer's shadow has no place for every random layout.
+sanitize: build-sanitize build-threads
+	build/sanitize/sk_fuzz --seconds 60 & fuzz=$$!; \
+	  build/sanitize/sk_sanitize && $(FIXED_LAYOUT) build/threads/sk_threads; status=$$?; \
+	  wait $$fuzz && exit $$status
+
+FIXED_LAYOUT := $(shell setarch -R true 2>/dev/null && echo setarch -R)
+
+# Patterns and mutations at random for SECONDS, from a SEED of your own or of the clock.
+SECONDS ?= 60
+SEED ?= $(shell date +%s%N)
+fuzz: build-sanitize
+	build/sanitize/sk_fuzz --seconds $(SECONDS) --seed $(SEED)
+
+build-sanitize: $(VENV)/.installed-test
+	PATH="$$PATH:$(BIN)" cmake -G Ninja -S . -B build/sanitize -DSK_SANITIZE=address
 	PATH="$$PATH:$(BIN)" cmake --build build/sanitize
-	build/sanitize/sk_sanitize
+
+build-threads: $(VENV)/.installed-test
+	PATH="$$PATH:$(BIN)" cmake -G Ninja -S . -B build/threads -DSK_SANITIZE=thread
+	PATH="$$PATH:$(BIN)" cmake --build build/threads
 
 # The same for aarch64, emulated. The search for leaks would have to trace a process of qemu's.
 ifeq ($(shell command -v aarch64-linux-gnu-g++ >/dev/null && command -v qemu-aarch64),)
@@ -55,10 +72,10 @@ neon:
 	@echo "neon: skipped, no aarch64 cross compiler (aarch64-linux-gnu-g++) or no qemu-aarch64"
 else
 neon: $(VENV)/.installed-test
-	PATH="$$PATH:$(BIN)" cmake -G Ninja -S . -B build/neon -DSK_SANITIZE=ON \
+	PATH="$$PATH:$(BIN)" cmake -G Ninja -S . -B build/neon -DSK_SANITIZE=address \
 	  -DCMAKE_SYSTEM_NAME=Linux -DCMAKE_SYSTEM_PROCESSOR=aarch64 \
 	  -DCMAKE_CXX_COMPILER=aarch64-linux-gnu-g++
-	PATH="$$PATH:$(BIN)" cmake --build build/neon
+	PATH="$$PATH:$(BIN)" cmake --build build/neon --target sk_sanitize
 	ASAN_OPTIONS=detect_leaks=0 qemu-aarch64 -L /usr/aarch64-linux-gnu build/neon/sk_sanitize neon
 endif
 

@@ -1,8 +1,11 @@
 // The only door between Python and C++: raw pointers, sizes and strides. Knows nothing of torch.
-// Shapes and types are checked in Python; pointers are trusted. The GIL is released in kernels.
+// Shapes and types are checked in Python; pointers are trusted, but for null where something is to
+// be read: a storage that was freed below its tensor. The GIL is released in kernels.
 #include <pybind11/pybind11.h>
 
 #include <cstdint>
+#include <stdexcept>
+#include <string>
 
 #include "cpu/decode.h"
 #include "cpu/limits.h"
@@ -22,10 +25,18 @@ T* as(Pointer p) {
   return reinterpret_cast<T*>(p);
 }
 
+template <class T>
+T* as(Pointer p, const char* name, int64_t size) {
+  if (!p && size > 0)
+    throw std::invalid_argument(std::string(name) + ": expected " + std::to_string(size) +
+                                " elements, but their memory was freed");
+  return as<T>(p);
+}
+
 sk::Csr csr(const sk::Pattern& p, Pointer row_offsets, Pointer col_indices,
             int64_t row_version = -1, int64_t col_version = -1) {
-  return {as<const int32_t>(row_offsets),
-          as<const int32_t>(col_indices),
+  return {as<const int32_t>(row_offsets, "row_offsets", p.n + 1),
+          as<const int32_t>(col_indices, "col_indices", p.nnz),
           p.n,
           p.k,
           p.nnz,
@@ -41,7 +52,8 @@ PYBIND11_MODULE(_C, m) {
 
   py::enum_<sk::Type>(m, "Type")
       .value("float32", sk::Type::kFloat)
-      .value("bfloat16", sk::Type::kBfloat16);
+      .value("bfloat16", sk::Type::kBfloat16)
+      .value("float64", sk::Type::kDouble);
 
   py::enum_<sk::Format>(m, "Format")
       .value("bitmap", sk::Format::kBitmap)
@@ -71,7 +83,8 @@ PYBIND11_MODULE(_C, m) {
              int64_t cols, int64_t row_parts, int64_t col_parts) {
             const int64_t features = transposed ? p.n : p.k, outputs = transposed ? p.k : p.n;
             sk::spmm(p, csr(p, row_offsets, col_indices, row_version, col_version), transposed,
-                     type, as<void>(values), as<void>(bias), {as<void>(x), features},
+                     type, as<void>(values, "values", p.nnz), as<void>(bias),
+                     {as<void>(x, transposed ? "dy" : "x", tokens * features), features},
                      {as<void>(y), outputs}, tokens,
                      {threads, vecs, tile_parts, rows, cols, row_parts, col_parts});
           },
@@ -79,13 +92,14 @@ PYBIND11_MODULE(_C, m) {
       .def(
           "spmm_stream",
           [](sk::Pattern& p, Pointer row_offsets, Pointer col_indices, int64_t row_version,
-             int64_t col_version, sk::Format format, sk::Type type, Pointer values, Pointer x,
-             Pointer y, int64_t tokens, int threads) {
+             int64_t col_version, sk::Format format, sk::Type type, Pointer values, Pointer bias,
+             Pointer x, Pointer y, int64_t tokens, int threads) {
             sk::spmm_stream(p, csr(p, row_offsets, col_indices, row_version, col_version), format,
-                            type, as<void>(values), {as<void>(x), p.k}, {as<void>(y), p.n}, tokens,
+                            type, as<void>(values, "values", p.nnz), as<void>(bias),
+                            {as<void>(x, "x", tokens * p.k), p.k}, {as<void>(y), p.n}, tokens,
                             threads);
           },
-          NoGil(), "y[M, N] = x W^T for few tokens; contiguous.")
+          NoGil(), "y[M, N] = x W^T + bias for few tokens; contiguous.")
       .def(
           "sddmm",
           [](sk::Pattern& p, Pointer row_offsets, Pointer col_indices, int64_t row_version,
@@ -93,7 +107,8 @@ PYBIND11_MODULE(_C, m) {
              int64_t tokens, int threads, int vecs, int tile_parts, int64_t rows, int64_t cols,
              int64_t row_parts, int64_t col_parts) {
             sk::sddmm(p, csr(p, row_offsets, col_indices, row_version, col_version), type,
-                      {as<void>(dy), p.n}, {as<void>(x), p.k}, as<void>(dvalues), tokens,
+                      {as<void>(dy, "dy", tokens * p.n), p.n},
+                      {as<void>(x, "x", tokens * p.k), p.k}, as<void>(dvalues), tokens,
                       {threads, vecs, tile_parts, rows, cols, row_parts, col_parts});
           },
           NoGil(), "dvalues[nnz] = dy^T x at the non-zeros, in CSR order.")
@@ -102,8 +117,8 @@ PYBIND11_MODULE(_C, m) {
           "to_dense",
           [](const sk::Pattern& p, Pointer row_offsets, Pointer col_indices, int element_bytes,
              Pointer values, Pointer dense, int threads) {
-            sk::to_dense(csr(p, row_offsets, col_indices), element_bytes, as<void>(values),
-                         as<void>(dense), threads);
+            sk::to_dense(csr(p, row_offsets, col_indices), element_bytes,
+                         as<void>(values, "values", p.nnz), as<void>(dense), threads);
           },
           NoGil(), "dense[N, K] = W.")
       .def(
@@ -118,9 +133,9 @@ PYBIND11_MODULE(_C, m) {
   py::class_<sk::Cover>(m, "Cover", "W in groups of columns for sparse tensor cores.")
       .def(py::init([](Pointer row_offsets, Pointer col_indices, int64_t n, int64_t k, int64_t nnz,
                        Pointer row_order, int64_t slices, int threads) {
-             return new sk::Cover(
-                 {as<const int32_t>(row_offsets), as<const int32_t>(col_indices), n, k, nnz},
-                 as<const int32_t>(row_order), slices, threads);
+             return new sk::Cover({as<const int32_t>(row_offsets, "row_offsets", n + 1),
+                                   as<const int32_t>(col_indices, "col_indices", nnz), n, k, nnz},
+                                  as<const int32_t>(row_order), slices, threads);
            }),
            NoGil())
       .def_property_readonly("steps", &sk::Cover::steps)

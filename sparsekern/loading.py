@@ -11,9 +11,10 @@ import torch
 from torch import Tensor, nn
 
 from . import copies
+from .indices import check_values, counted
 from .kernels import observed
 from .kernels.derived import is_captured
-from .tensor import SparseTensor, _check_values
+from .tensor import SparseTensor
 
 INDICES = ("row_offsets", "col_indices")
 CAPTURED = (
@@ -76,7 +77,7 @@ def _checked(layer: nn.Module, state_dict: dict, prefix: str) -> tuple[Tensor, T
         if t.is_meta:
             raise _Refused(f"{prefix}{name}: expected a tensor with data, got one on meta")
     if len(given) == 3:
-        return _checked_pattern(layer, given, prefix)
+        return _checked_pattern(layer, given, state_dict, prefix)
     for name in given.keys() - {"values"}:
         own = getattr(layer, name)
         if not own.is_meta and given[name].shape == own.shape:
@@ -88,7 +89,7 @@ def _checked(layer: nn.Module, state_dict: dict, prefix: str) -> tuple[Tensor, T
         )
     if "values" in given:
         try:
-            _check_values(f"{prefix}values", given["values"], ndim=1)
+            check_values(f"{prefix}values", given["values"], ndim=1)
         except (TypeError, ValueError) as error:
             raise _Refused(str(error)) from error
         if given["values"].shape != layer.values.shape:
@@ -100,13 +101,14 @@ def _checked(layer: nn.Module, state_dict: dict, prefix: str) -> tuple[Tensor, T
 
 
 def _checked_pattern(
-    layer: nn.Module, given: dict[str, Tensor], prefix: str
+    layer: nn.Module, given: dict[str, Tensor], state_dict: dict, prefix: str
 ) -> tuple[Tensor, Tensor] | None:
     shape = (layer.out_features, layer.in_features)
     try:
         weight = SparseTensor(*given.values(), shape)
     except (TypeError, ValueError) as error:
         raise _Refused(f"{prefix}{error}") from error
+    state_dict[f"{prefix}values"] = weight.values  # in the order of the columns
     if _is_own(layer, weight):
         return None
     if is_captured(layer.col_indices):
@@ -170,15 +172,6 @@ def set_indices(layer: nn.Module, row_offsets: Tensor, col_indices: Tensor) -> N
     layer.row_offsets, layer.col_indices = counted(row_offsets), counted(col_indices)
     if before is not None:
         observed.moved(before, layer.row_offsets)
-
-
-def counted(t: Tensor) -> Tensor:
-    """The same tensor, with a version counter: those made in inference mode have none, and all
-    that is derived from them is then checked and made anew for every product."""
-    if not t.is_inference():
-        return t
-    with torch.inference_mode(False):
-        return t.clone()
 
 
 def resize_(parameter: nn.Parameter, data: Tensor) -> None:

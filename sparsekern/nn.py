@@ -15,12 +15,13 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from . import copies, loading
+from .indices import check_sizes, counted
 from .kernels.layout import Packed
 from .kernels.packed import name_of, pack
-from .loading import counted, resize_, set_indices
+from .loading import resize_, set_indices
 from .matmul import linear
 from .ops import spmm_packed
-from .tensor import SparseTensor, _check_sizes
+from .tensor import SparseTensor
 
 __all__ = [
     "PackedLinear",
@@ -66,11 +67,14 @@ class SparseLinear(nn.Module):
         super().__init__()
         shape = (out_features, in_features)
         if getattr(values, "is_meta", False):  # no indices to look at: load_state_dict will
-            _check_sizes(row_offsets, col_indices, values, shape)
+            check_sizes(row_offsets, col_indices, values, shape)
             indices = row_offsets.int(), col_indices.int()
         else:
             weight = SparseTensor(row_offsets, col_indices, values, shape)
             indices = weight.row_offsets, weight.col_indices
+            if weight.values is not values:  # the columns were not sorted: the values move along
+                trained = values.requires_grad or not isinstance(values, nn.Parameter)
+                values = nn.Parameter(weight.values.detach(), trained)
         if bias is not None and bias.shape != (out_features,):
             raise ValueError(f"bias: expected shape ({out_features},), got {tuple(bias.shape)}")
         self.in_features = in_features
@@ -184,7 +188,9 @@ class PackedLinear(nn.Module):
     At 75 % sparsity it takes 0.32 to 0.37 of the bytes of a dense 16-bit weight if packed for one
     or two tokens (the less, the larger it is), 0.43 for more. Up to 64 tokens W is read in that
     form; above, it is written out for each call. No gradient, and no way back to CSR: keep the
-    checkpoint. Not for two CUDA streams at the same time (kernels/cuda.py says why).
+    checkpoint. Not for two CUDA streams at the same time (kernels/cuda.py says why). Its buffers
+    are in no state_dict. Each call checks their types and sizes, but not what stands in them: to
+    average or write them by hand may lead a kernel anywhere.
 
     Args:
         packed: W [out_features, in_features].
@@ -193,6 +199,9 @@ class PackedLinear(nn.Module):
 
     def __init__(self, packed: Packed, bias: Tensor | None = None):
         super().__init__()
+        packed.check()
+        if bias is not None and bias.shape != (packed.n,):
+            raise ValueError(f"bias: expected shape ({packed.n},), got {tuple(bias.shape)}")
         self.in_features = packed.k
         self.out_features = packed.n
         self.layout, self.dtype = name_of(packed), packed.dtype
@@ -208,6 +217,16 @@ class PackedLinear(nn.Module):
         values are bfloat16 or float16."""
         bias = None if linear.bias is None else linear.bias.detach().to(linear.values.dtype)
         return cls(pack(linear.weight.detach(), tokens), bias).train(linear.training)
+
+    def _apply(self, fn, recurse=True):
+        """Moves go through. Casts (half(), float()) do not: indices lie in the bits of the floats,
+        which no cast keeps, so the layer stays as it was packed and wants x in its dtype."""
+
+        def move(tensor: Tensor) -> Tensor:
+            result = fn(tensor)
+            return result if result.dtype == tensor.dtype else tensor.to(result.device)
+
+        return super()._apply(move, recurse)
 
     @property
     def packed_bytes(self) -> int:

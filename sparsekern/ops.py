@@ -25,7 +25,7 @@ from torch.autograd import Function, forward_ad, profiler
 from .flop_formulas import register_when_imported
 from .kernels import cuda, observed
 from .kernels.operands import check_gradients, check_product, check_sddmm
-from .kernels.packed import LAYOUTS
+from .kernels.packed import assemble, check_operands
 from .kernels.problem import Problem
 from .kernels.table import pick
 
@@ -72,25 +72,23 @@ def _run_sddmm(row_offsets, col_indices, n, k, dy, x):
     return run(row_offsets, col_indices, n, k, dy.contiguous(), x.contiguous())
 
 
-# Fakes: the shapes, for tracing.
+# Fakes: the same checks, and the shapes, for tracing. They also run where one operand alone is on
+# the meta device.
 
 
 def _fake_spmm(row_offsets, col_indices, values, n, k, x, bias=None):
-    torch._check(x.shape[1] == k, lambda: f"spmm: expected x [M, {k}], got {tuple(x.shape)}")
-    return x.new_empty(x.shape[0], n)
+    m, _ = check_product("spmm", row_offsets, col_indices, values, n, k, x, bias)
+    return x.new_empty(m, n)
 
 
 def _fake_spmm_t(row_offsets, col_indices, values, n, k, dy, bias=None):
-    torch._check(dy.shape[1] == n, lambda: f"spmm_t: expected dy [M, {n}], got {tuple(dy.shape)}")
-    return dy.new_empty(dy.shape[0], k)
+    m, _ = check_product("spmm_t", row_offsets, col_indices, values, n, k, dy, bias)
+    return dy.new_empty(m, k)
 
 
 def _fake_sddmm(row_offsets, col_indices, n, k, dy, x):
-    torch._check(
-        dy.shape[0] == x.shape[0],
-        lambda: f"sddmm: expected as many rows in dy as in x, got {dy.shape[0]} and {x.shape[0]}",
-    )
-    return x.new_empty(col_indices.shape[0])
+    _, nnz = check_sddmm(row_offsets, col_indices, n, k, dy, x)
+    return x.new_empty(nnz)
 
 
 _W = "Tensor row_offsets, Tensor col_indices, Tensor values, SymInt n, SymInt k"
@@ -112,7 +110,9 @@ for _name, _arguments, _run, _fake in (
 
 
 def _run_spmm_packed(x, layout, n, k, nnz, numbers, tensors, bias=None):
-    return cuda.spmm_packed(x, LAYOUTS[layout](n, k, nnz, *numbers, *tensors), bias)
+    packed = assemble(layout, n, k, nnz, numbers, tensors)
+    check_operands(packed, x, bias)
+    return cuda.spmm_packed(x, packed, bias)
 
 
 def _fake_spmm_packed(x, layout, n, k, nnz, numbers, tensors, bias=None):

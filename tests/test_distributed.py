@@ -28,7 +28,7 @@ SETTINGS = {
     "gmp": {
         "algorithm": "gmp",
         "sparsity": {"type": "cubic", "init": 0.0, "final": 0.8, "steps": 6},
-        "update": {"freq": 3, "stop": 6},
+        "update": {"freq": 3, "stop": 7},
     },
 }
 # FSDP2 takes a while on a CPU; set is rigl with other places.

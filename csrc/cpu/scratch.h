@@ -11,6 +11,8 @@ class Scratch {
  public:
   ~Scratch() { std::free(data_); }
   float* floats(int64_t size) {
+    constexpr int64_t kMost = (PTRDIFF_MAX - 4095) / static_cast<int64_t>(sizeof(float));
+    if (size > kMost) throw std::bad_alloc();
     if (size > size_) {
       std::free(data_);
       size_ = 0;

@@ -26,6 +26,7 @@ struct Compressed {
 };
 constexpr int kColumnPadding = 32;  // zeros, so that a full vector can be loaded at every non-zero
 
+// Throws std::invalid_argument if the format has no room for K columns.
 Compressed compress(const Csr& w, Format format);
 
 }  // namespace sk

@@ -2,6 +2,7 @@
 
 #include <algorithm>
 #include <array>
+#include <stdexcept>
 
 #include "../cpu/threads.h"
 
@@ -23,7 +24,8 @@ constexpr int kConflict = 64;  // a bank that is taken: fewer conflicts, 2 % mor
 constexpr int kClosedCosts[] = {16, 32, 64};  // a row that is left over; each is tried
 
 // The search is most of the time of packing, and vectors make it three times as fast.
-#if defined(__x86_64__) && defined(__gnu_linux__) && !defined(__SANITIZE_ADDRESS__)
+#if defined(__x86_64__) && defined(__gnu_linux__) && !defined(__SANITIZE_ADDRESS__) && \
+    !defined(__SANITIZE_THREAD__)
 #define SK_CLONES __attribute__((target_clones("avx512f", "avx2", "default")))
 #else
 #define SK_CLONES
@@ -117,31 +119,50 @@ void make_steps(std::vector<Slot>& slots) {
   }
 }
 
+void check_order(const std::vector<int32_t>& row_order, int64_t n) {
+  std::vector<bool> is_there(n);
+  int64_t missing = n;
+  for (int32_t row : row_order) {
+    if (row == -1) continue;
+    if (row < 0 || row >= n || is_there[row])
+      throw std::invalid_argument("row_order: expected each row once, and -1");
+    is_there[row] = true;
+    missing--;
+  }
+  if (missing) throw std::invalid_argument("row_order: expected all rows");
+}
+
 }  // namespace
 
 Cover::Cover(const Csr& w, const int32_t* row_order, int64_t slices, int threads)
-    : w_(w),
+    : row_offsets_(w.row_offsets, w.row_offsets + w.n + 1),
+      col_indices_(w.col_indices, w.col_indices + w.nnz),
       row_order_(row_order, row_order + slices * kCoverRows),
       slices_(slices),
       windows_((w.k + kCoverWindow - 1) / kCoverWindow),
       threads_(threads),
       slots_(slices),
       step_offsets_(slices * windows_ + 1) {
+  Csr own = w;
+  own.row_offsets = row_offsets_.data();
+  own.col_indices = col_indices_.data();
+  check(own);
+  check_order(row_order_, w.n);
   parallel_for(threads_, slices_, [&](int64_t slice) {
     std::array<int32_t, kCoverRows> next = {}, end = {};
     for (int r = 0; r < kCoverRows; r++) {
       const int32_t row = row_order_[slice * kCoverRows + r];
       if (row < 0) continue;
-      next[r] = w_.row_offsets[row];
-      end[r] = w_.row_offsets[row + 1];
+      next[r] = row_offsets_[row];
+      end[r] = row_offsets_[row + 1];
     }
     std::vector<Slot> slots, others;
     for (int64_t window = 0; window < windows_; window++) {
       uint32_t rows[kCoverWindow] = {};
       const int64_t first = window * kCoverWindow, last = first + kCoverWindow;
       for (int r = 0; r < kCoverRows; r++) {
-        for (; next[r] < end[r] && w_.col_indices[next[r]] < last; next[r]++) {
-          rows[w_.col_indices[next[r]] - first] |= uint32_t{1} << r;
+        for (; next[r] < end[r] && col_indices_[next[r]] < last; next[r]++) {
+          rows[col_indices_[next[r]] - first] |= uint32_t{1} << r;
         }
       }
       Columns pool;
@@ -172,16 +193,16 @@ void Cover::write(int32_t* step_offsets, uint8_t* records, int64_t* places) cons
     for (int r = 0; r < kCoverRows; r++) {
       const int32_t row = row_order_[slice * kCoverRows + r];
       if (row < 0) continue;
-      next[r] = w_.row_offsets[row];
-      end[r] = w_.row_offsets[row + 1];
+      next[r] = row_offsets_[row];
+      end[r] = row_offsets_[row + 1];
     }
     std::vector<int32_t> entry(kCoverRows * kCoverWindow);  // of each place of the tile
     const Slot* slots = slots_[slice].data();
     for (int64_t window = 0; window < windows_; window++) {
       const int64_t first = window * kCoverWindow, last = first + kCoverWindow;
       for (int r = 0; r < kCoverRows; r++) {
-        for (; next[r] < end[r] && w_.col_indices[next[r]] < last; next[r]++) {
-          entry[r * kCoverWindow + w_.col_indices[next[r]] - first] = next[r];
+        for (; next[r] < end[r] && col_indices_[next[r]] < last; next[r]++) {
+          entry[r * kCoverWindow + col_indices_[next[r]] - first] = next[r];
         }
       }
       const int64_t* steps = &step_offsets_[slice * windows_ + window];

@@ -24,7 +24,9 @@ constexpr int kCoverValueBytes = 512, kCoverRecordBytes = kCoverValueBytes + 64 
 
 class Cover {
  public:
-  // row_order [slices * 32]: the row of each lane, -1 for none.
+  // row_order [slices * 32]: the row of each lane, -1 for none. All indices are copied and the
+  // copies are checked: std::invalid_argument unless w is valid CSR and row_order has each row
+  // once.
   Cover(const Csr& w, const int32_t* row_order, int64_t slices, int threads);
 
   int64_t steps() const { return step_offsets_.back(); }
@@ -40,8 +42,7 @@ class Cover {
   };
   using Step = Slot[kCoverGroups * kCoverGroup];
 
-  Csr w_;
-  std::vector<int32_t> row_order_;
+  std::vector<int32_t> row_offsets_, col_indices_, row_order_;
   int64_t slices_, windows_;
   int threads_;
   std::vector<std::vector<Slot>> slots_;  // of each slice, tile by tile, whole steps

@@ -1,7 +1,6 @@
 #include "dense.h"
 
 #include <algorithm>
-#include <cstring>
 #include <stdexcept>
 #include <vector>
 
@@ -19,18 +18,22 @@ void with_element(int bytes, F f) {
   if (bytes == 8) f(uint64_t{});
 }
 
+// Once, whoever writes to it meanwhile: what was checked is what is used.
+int64_t read(const int32_t* p) { return __atomic_load_n(p, __ATOMIC_RELAXED); }
+
 // Calls f(row, first, columns, count) for each row, whose entries are the ones from `first` on.
 // Its columns are copied before they are checked: what f sees cannot change any more.
 template <class F>
 void for_rows(const Csr& w, int threads, F f) {
   constexpr int64_t kRows = 64;
+  if (read(w.row_offsets) != 0) fail("row_offsets: expected to begin with 0");
+  if (w.n == 0 && w.nnz != 0) fail("row_offsets: expected to end with the number of columns");
   parallel_for(threads, (w.n + kRows - 1) / kRows, [&](int64_t block) {
     const int64_t end = std::min(w.n, (block + 1) * kRows);
     std::vector<int32_t> columns;
-    int64_t first = w.row_offsets[block * kRows];
-    if (block == 0 && first != 0) fail("row_offsets: expected to begin with 0");
+    int64_t first = read(w.row_offsets + block * kRows);
     for (int64_t i = block * kRows; i < end; i++) {
-      const int64_t last = w.row_offsets[i + 1];
+      const int64_t last = read(w.row_offsets + i + 1);
       if (first < 0 || last < first || last > w.nnz)
         fail("row_offsets: expected never to decrease, and to end with the number of columns");
       columns.assign(w.col_indices + first, w.col_indices + last);
@@ -40,8 +43,10 @@ void for_rows(const Csr& w, int threads, F f) {
         is_rising &= col > previous;
         previous = col;
       }
-      if (!is_rising) fail("col_indices: expected >= 0 and strictly increasing in each row");
-      if (previous >= w.k) fail("col_indices: expected to lie below in_features");
+      if (!is_rising || previous >= w.k) {
+        const Snapshot all(w);  // says what is wrong; the fault may be that of a row offset
+        fail("col_indices: expected to stay as they are during a product");
+      }
       f(i, first, columns.data(), last - first);
       first = last;
     }
@@ -58,7 +63,7 @@ void to_dense(const Csr& w, int element_bytes, const void* values, void* dense, 
     for_rows(w, threads, [&](int64_t i, int64_t first, const int32_t* columns, int64_t count) {
       T* row = static_cast<T*>(dense) + i * w.k;
       const T* stored = static_cast<const T*>(values) + first;
-      std::memset(row, 0, w.k * sizeof(T));
+      std::fill_n(row, w.k, T{0});
       for (int64_t p = 0; p < count; p++) row[columns[p]] = stored[p];
     });
   });

@@ -1,6 +1,8 @@
 #include "pattern.h"
 
 #include <algorithm>
+#include <stdexcept>
+#include <string>
 
 namespace sk {
 namespace {
@@ -19,7 +21,17 @@ int64_t bytes_of(const Compressed& c) {
   return bytes_of(c.row_offsets) + bytes_of(c.bits) + bytes_of(c.cols);
 }
 
+int64_t checked(const char* name, int64_t size) {
+  if (size < 0 || size >> 31)
+    throw std::invalid_argument(std::string(name) + ": expected 0 <= " + name +
+                                " < 2**31 (int32 indices), got " + std::to_string(size));
+  return size;
+}
+
 }  // namespace
+
+Pattern::Pattern(int64_t n, int64_t k, int64_t nnz)
+    : n(checked("n", n)), k(checked("k", k)), nnz(checked("nnz", nnz)) {}
 
 template <class T, class Make>
 std::shared_ptr<const T> Pattern::find(const Csr& w, int kind, int64_t rows, int64_t cols,

@@ -23,7 +23,8 @@ namespace sk {
 // and of threads that change from call to call ask for a schedule each.
 class Pattern {
  public:
-  Pattern(int64_t n, int64_t k, int64_t nnz) : n(n), k(k), nnz(nnz) {}
+  // Throws std::invalid_argument unless all three are in [0, 2^31).
+  Pattern(int64_t n, int64_t k, int64_t nnz);
 
   // The schedule of W, or of W^T, for these blocks.
   std::shared_ptr<const Schedule> schedule(const Csr& w, bool transposed, int64_t rows_per_block,

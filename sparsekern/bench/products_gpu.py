@@ -12,10 +12,11 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from .. import ops
+from ..indices import expand_rows
 from ..kernels.problem import Problem
 from ..kernels.table import pick
 from ..matmul import linear
-from ..tensor import SparseTensor, expand_rows
+from ..tensor import SparseTensor
 from .measure_gpu import (
     LAUNCHES,
     ROUNDS,

@@ -106,7 +106,7 @@ class TrainConfig:
         if self.algorithm in ("gmp", "set", "rigl"):
             freq = max(1, round(UPDATE_SHARE * self.steps))
             stop = max(1, int(STOP_SHARE * self.steps) // freq) * freq
-            settings["update"] = {"freq": freq, "stop": stop}
+            settings["update"] = {"freq": freq, "stop": stop + 1}  # the last one at `stop`
             if self.algorithm == "gmp":
                 cubic = {"type": "cubic", "init": 0.0, "final": self.sparsity, "steps": stop}
                 settings["sparsity"] = cubic
@@ -119,7 +119,16 @@ class TrainConfig:
         return settings
 
     def make_algorithm(self, settings: object) -> Algorithm | Group | None:
-        return None if settings is None else algorithms.configure(settings, seed=self.seed)
+        """The algorithm of what `sparsity_settings` gave, or None for a dense model. ValueError for
+        what `steps` steps would meet only on their way."""
+        try:
+            algorithm = algorithms.configure(settings, seed=self.seed)
+            if algorithm:
+                algorithm.check(self.steps)
+        except ValueError as error:
+            where = f"{self.sparsity_config}: " if self.sparsity_config else ""
+            raise ValueError(f"{where}{error}") from error
+        return algorithm
 
 
 # A resumed run may change these; any other change would make it another run.

@@ -136,7 +136,8 @@ def _check(op: str, name: str, t: Tensor, shape: tuple, dtype: torch.dtype, devi
         want is None or want == got for want, got in zip(shape, t.shape, strict=True)
     )
     if not fits:
-        wanted = ", ".join("M" if size is None else str(size) for size in shape)
+        any_size = "nnz" if name == "col_indices" else "M"
+        wanted = ", ".join(any_size if size is None else str(size) for size in shape)
         raise ValueError(f"{op}: {name}: expected shape [{wanted}], got {list(t.shape)}")
     if t.device != device:
         raise ValueError(f"{op}: {name}: expected device {device}, got {t.device}")

@@ -10,9 +10,13 @@ import os
 import sys
 from dataclasses import replace
 from functools import lru_cache
+from inspect import signature
 
-from . import cpu, cuda, reference, stream, triton
-from .derived import derived
+from torch import Tensor
+
+from ..indices import INDEX_LIMIT, VALUE_DTYPES
+from . import core, cpu, cuda, reference, stream, triton, widened
+from .derived import ensure_checked
 from .problem import Kernel, Problem
 
 
@@ -23,18 +27,30 @@ def _never(problem: Problem) -> None:
 def _dense(op: str) -> Kernel:
     """The function of reference.py, on indices that were checked when they last changed."""
     product = getattr(reference, op)
+    names = tuple(signature(product).parameters)
 
     def run(row_offsets, col_indices, *operands):
         n, k = operands[:2] if op == "sddmm" else operands[1:3]
-        derived("checked", row_offsets, col_indices, n, k, lambda *_: None)
+        for name, t in zip(names, (row_offsets, col_indices, *operands), strict=False):
+            if isinstance(t, Tensor) and t.numel() > 0 and t.data_ptr() == 0:  # torch would read it
+                raise ValueError(
+                    f"{name}: expected {t.numel()} elements, but their memory was freed"
+                )
+        ensure_checked(row_offsets, col_indices, n, k)
         return product(row_offsets, col_indices, *operands)
 
     return Kernel("dense", op, None, _never, run)
 
 
+def _first(problem: Problem) -> Kernel:
+    return next(row for row in KERNELS if _refusal(row, problem) is None)
+
+
 KERNELS: tuple[Kernel, ...] = (
+    *core.kernels(_first),
     *stream.KERNELS,
     *cpu.KERNELS,
+    *widened.KERNELS,
     *cuda.KERNELS,
     *triton.KERNELS,
     _dense("spmm"),
@@ -47,12 +63,27 @@ KERNELS: tuple[Kernel, ...] = (
 def pick(problem: Problem) -> Kernel:
     """The kernel that runs `problem`, bound to it. ValueError if SPARSEKERN_KERNEL names one that
     cannot."""
+    _check(problem)
     forced = os.environ.get("SPARSEKERN_KERNEL")
     kernel = _forced(problem, forced) if forced else None
-    kernel = kernel or next(row for row in KERNELS if _refusal(row, problem) is None)
+    kernel = kernel or _first(problem)
     if os.environ.get("SPARSEKERN_DEBUG") == "1":
         print(f"sparsekern: {describe(problem, kernel)}", file=sys.stderr)
     return replace(kernel, run=kernel.bind(problem)) if kernel.bind else kernel
+
+
+def _check(problem: Problem) -> None:
+    """Sizes and a dtype that there can be; operands.py has seen that the tensors agree."""
+    for name, size in (("n", problem.N), ("k", problem.K), ("nnz", problem.nnz)):
+        if not 0 <= size < INDEX_LIMIT:
+            raise ValueError(
+                f"{problem.op}: {name}: expected 0 <= {name} < 2**31 (int32 indices), got {size}"
+            )
+    if problem.dtype not in VALUE_DTYPES:
+        raise TypeError(
+            f"{problem.op}: values, x, dy: expected float32, bfloat16, float16 or float64, "
+            f"got {problem.dtype}"
+        )
 
 
 def refusals(problem: Problem) -> list[tuple[str, str]]:

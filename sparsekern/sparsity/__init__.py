@@ -4,8 +4,9 @@ state are stored at nnz."""
 
 from .algorithm import Algorithm
 from .averages import match_patterns_
-from .config import ALGORITHMS, Group, configure, get, load_config
+from .config import ALGORITHMS, Group, configure, get
 from .dynamic import SET, RigL
+from .files import load_config
 from .gradual import GMP, IterativePruning
 from .oneshot import Magnitude, SparseGPT, Wanda
 from .optimizers import check_optimizer_state

@@ -13,10 +13,10 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from .. import copies
+from ..indices import expand_rows
 from ..kernels.derived import is_captured
 from ..loading import CAPTURED, resize_, set_indices
 from ..nn import SparseLinear
-from ..tensor import expand_rows
 
 
 def places_of(layer: SparseLinear) -> Tensor:

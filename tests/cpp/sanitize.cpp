@@ -1,9 +1,6 @@
 // The C++ core under AddressSanitizer and UndefinedBehaviorSanitizer: each product on each
 // instruction set, on sizes that meet every tail, with exactly as much memory as the interface asks
-// for, against a plain loop in double; and pack and unpack to the bit.
-#include <sys/wait.h>
-#include <unistd.h>
-
+// for, against a plain loop in double; pack and unpack to the bit; and changes.cpp.
 #include <algorithm>
 #include <cmath>
 #include <cstdio>
@@ -11,17 +8,21 @@
 #include <cstring>
 #include <initializer_list>
 #include <random>
-#include <stdexcept>
 #include <vector>
 
+#include "changes.h"
 #include "cpu/decode.h"
 #include "cpu/kernels.h"
 #include "cpu/limits.h"
 #include "cpu/products.h"
 #include "pattern/cover.h"
 #include "pattern/dense.h"
+#include "support.h"
 
 namespace {
+
+using test::Array;
+using test::to_bfloat16;
 
 constexpr sk::Type kTypes[] = {sk::Type::kFloat, sk::Type::kBfloat16};
 
@@ -34,38 +35,8 @@ struct Problem {
 const Problem kProblems[] = {{0, 5, 7, .5},        {1, 1, 1, 1},        {1, 37, 101, .3},
                              {7, 37, 101, .3},     {33, 37, 101, 1, 3}, {64, 37, 101, 0, 1},
                              {129, 300, 1, .9},    {65, 1, 300, .2},    {33, 3300, 20, .1},
-                             {100, 230, 700, .03}, {70, 120, 330, .5}};
-
-float as_float(uint16_t b) {
-  const uint32_t bits = uint32_t{b} << 16;
-  float f;
-  std::memcpy(&f, &bits, 4);
-  return f;
-}
-
-// An array of floats or bfloat16, of the exact size.
-struct Array {
-  sk::Type type;
-  std::vector<float> f;
-  std::vector<uint16_t> h;
-
-  Array(sk::Type type, int64_t size, std::mt19937* random) : type(type) {
-    (type == sk::Type::kFloat ? f.resize(size) : h.resize(size));
-    std::normal_distribution<float> normal;
-    for (float& v : f) v = random ? normal(*random) : NAN;
-    for (uint16_t& v : h) {
-      const float x = random ? normal(*random) : NAN;
-      uint32_t bits;
-      std::memcpy(&bits, &x, 4);
-      v = static_cast<uint16_t>(bits >> 16);
-    }
-  }
-  const void* data() const {
-    return type == sk::Type::kFloat ? static_cast<const void*>(f.data()) : h.data();
-  }
-  void* data() { return const_cast<void*>(static_cast<const Array*>(this)->data()); }
-  double operator[](int64_t i) const { return type == sk::Type::kFloat ? f[i] : as_float(h[i]); }
-};
+                             {100, 230, 700, .03}, {70, 120, 330, .5},  {40, 5, 9000, .2},
+                             {5000, 3, 5, .5}};
 
 void expect(double got, double want, double scale, sk::Type type, const char* what) {
   const double tolerance = (type == sk::Type::kFloat ? 2e-6 : 8e-3) * scale;
@@ -81,7 +52,6 @@ void expect_same(const Array& got, const Array& want, const char* what) {
   std::exit(1);
 }
 
-// Each number of vectors, of a tile, with several plans.
 // The places of a random mask.
 void draw(const Problem& p, std::mt19937& random, std::vector<int32_t>& offsets,
           std::vector<int32_t>& cols) {
@@ -96,6 +66,7 @@ void draw(const Problem& p, std::mt19937& random, std::vector<int32_t>& offsets,
   cols.shrink_to_fit();
 }
 
+// Each number of vectors, of a tile, with several plans.
 void check(const Problem& p, sk::Type type, std::initializer_list<int> all_vecs) {
   std::mt19937 random(1);
   std::vector<int32_t> offsets, cols;
@@ -173,11 +144,11 @@ void check(const Problem& p, sk::Type type, std::initializer_list<int> all_vecs)
     for (int64_t tokens = 0; tokens <= std::min(most, p.tokens); tokens++) {
       Array few(type, tokens * p.k, &random), out(type, tokens * p.n, nullptr);
       sk::spmm_stream(pattern, {offsets.data(), cols.data(), p.n, p.k, nnz, tokens % 3 - 1}, format,
-                      type, values.data(), {few.data(), p.k}, {out.data(), p.n}, tokens,
-                      1 + tokens % 3);
+                      type, values.data(), tokens % 2 ? bias.data() : nullptr, {few.data(), p.k},
+                      {out.data(), p.n}, tokens, 1 + tokens % 3);
       for (int64_t m = 0; m < tokens; m++)
         for (int64_t i = 0; i < p.n; i++) {
-          double want = 0, scale = 0;
+          double want = tokens % 2 ? bias[i] : 0, scale = std::abs(want);
           for (int32_t q = offsets[i]; q < offsets[i + 1]; q++) {
             want += values[q] * few[m * p.k + cols[q]];
             scale += std::abs(values[q] * few[m * p.k + cols[q]]);
@@ -192,13 +163,6 @@ void check(const Problem& p, sk::Type type, std::initializer_list<int> all_vecs)
   sk::to_dense(w, bytes, values.data(), dense.data(), 2);
   sk::from_dense(w, bytes, dense.data(), back.data(), 2);
   expect_same(back, values, "to_dense, from_dense");
-}
-
-// To the nearest, a tie to the even one; a NaN keeps its upper bits and becomes quiet.
-uint16_t to_bfloat16(uint32_t bits) {
-  const uint32_t upper = bits >> 16, rest = bits & 0xffff;
-  if ((bits & 0x7fffffff) > 0x7f800000) return static_cast<uint16_t>(upper | 0x40);
-  return static_cast<uint16_t>(upper + (rest > 0x8000 || (rest == 0x8000 && upper % 2 == 1)));
 }
 
 // pack and unpack, to the bit, with every width and number of tokens: ties, infinities, NaNs and
@@ -282,24 +246,11 @@ void check_cover(const Problem& p) {
 }  // namespace
 
 // Usage: sk_sanitize [isa...]; without names, all that run here.
-// The instruction set is chosen once a process, so each one gets its own.
 int main(int argc, char** argv) {
   std::vector<const char*> isas{"portable", "avx2", "avx512", "neon"};
   if (argc > 1) isas.assign(argv + 1, argv + argc);
-  for (const char* isa : isas) {
-    if (const pid_t child = fork()) {
-      int status = 0;
-      waitpid(child, &status, 0);
-      if (status != 0) return 1;
-      continue;
-    }
-    setenv("SPARSEKERN_ISA", isa, 1);
-    try {
-      sk::kernels();
-    } catch (const std::invalid_argument&) {
-      std::printf("sanitize: %s is not built or does not run here\n", isa);
-      return argc > 1;
-    }
+  auto run = [](const char* isa) {
+    test::check_changes();
     check_panels();
     check_limits();
     for (const Problem& p : kProblems) check_cover(p);
@@ -308,6 +259,6 @@ int main(int argc, char** argv) {
       for (int64_t tokens = 1; tokens <= 130; tokens++) check({tokens, 9, 19, .4}, type, {8});
     }
     std::printf("sanitize: %s ok\n", isa);
-    return 0;
-  }
+  };
+  return test::for_isas(isas, false, run, [](const char*, int) {});
 }
