@@ -6,6 +6,7 @@ in torch tells an average from another copy, so this is for a warning alone.
 """
 
 import weakref
+from collections.abc import Iterable
 from dataclasses import dataclass
 
 import torch
@@ -32,10 +33,11 @@ def note(layer: nn.Module, original: nn.Module) -> None:
     _copies[key] = _Copy(ref, weakref.ref(original), _fingerprint(values))
 
 
-def forget(values: Tensor) -> None:
-    """These values are trained, loaded or averaged with care."""
+def forget(parameters: Iterable[Tensor]) -> None:
+    """These are trained, loaded or averaged with care."""
     if _copies:
-        _copies.pop(id(values), None)
+        for p in parameters:
+            _copies.pop(id(p), None)
 
 
 def written_copies(original: nn.Module) -> list[nn.Module]:

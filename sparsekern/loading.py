@@ -157,7 +157,7 @@ def _apply(
     try:
         rest = {k: t for k, t in state_dict.items() if k.removeprefix(prefix) not in INDICES}
         load_others(rest, prefix, metadata, strict, *lists)
-        copies.forget(layer._parameters.get("values"))
+        copies.forget(layer._parameters.values())
     finally:
         layer._buffers = indices | layer._buffers
     if len(lists[2]) > errors and pattern is not None:

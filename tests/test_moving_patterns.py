@@ -30,6 +30,8 @@ from sparsekern.sparsity.pattern import places_of, set_pattern
 
 DECAY = 0.9
 
+needs_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="no NVIDIA GPU")
+
 
 @pytest.fixture(autouse=True)
 def one_thread():
@@ -626,6 +628,7 @@ def test_a_captured_pattern_does_not_change(captured):
 
 
 @pytest.mark.gpu
+@needs_gpu
 def test_a_graph_that_was_captured_stays_right_or_its_pattern_stays():
     model = Static(0.75).apply(plain()).cuda()
     x = batch(0)[0].cuda()
@@ -644,6 +647,7 @@ def test_a_graph_that_was_captured_stays_right_or_its_pattern_stays():
 
 
 @pytest.mark.gpu
+@needs_gpu
 @pytest.mark.parametrize("backend", ["inductor", None])
 def test_patterns_move_on_a_gpu_as_on_a_cpu(backend):
     runs = []

@@ -31,6 +31,10 @@ def _forget(key: int, ref: weakref.ref) -> None:
         del _observations[key]
 
 
+def is_observed(row_offsets: Tensor) -> bool:
+    return row_offsets.data_ptr() in _observations
+
+
 def note(row_offsets: Tensor, dy: Tensor, x: Tensor) -> None:
     """To be called with the operands of each sddmm."""
     if not _observations:

@@ -64,7 +64,7 @@ def _match(mine: SparseLinear, theirs: SparseLinear) -> None:
     own = places_of(mine)
     if own.shape != places.shape or not torch.equal(own, places):
         set_pattern(mine, places)
-    copies.forget(mine.values)
+    copies.forget(mine.parameters())
     now, counts = _indices_and_versions(mine, theirs)
     _equal[mine] = tuple(weakref.ref(t) for t in now), counts
 

@@ -8,7 +8,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from ..kernels.observed import Observation
+from ..kernels.observed import Observation, is_observed
 from ..nn import SparseLinear
 from .algorithm import Updating
 from .balance import Balance
@@ -108,15 +108,14 @@ class RigL(SET):
             raise ValueError(f"block_elems: expected at least 1, got {self.block_elems}")
         self.balance = Balance.of(self.balance_in_groups, self.balance_out_groups)
         self._seen: dict[str, Observation] = {}
-        self._row_offsets: dict[str, Tensor] = {}  # of each layer, no other's
 
     def _before_step(self) -> None:
         self._seen = {}
         if not self.is_due:
             return
         for name, layer in self.layers.items():
-            if layer.row_offsets is not self._row_offsets.get(name):  # perhaps another layer's too
-                layer.row_offsets = self._row_offsets[name] = layer.row_offsets.clone()
+            if is_observed(layer.row_offsets):  # it shares its indices with another layer
+                layer.row_offsets = layer.row_offsets.clone()
             self._seen[name] = Observation(layer.row_offsets)
 
     def _check_seen(self) -> None:

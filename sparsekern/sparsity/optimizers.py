@@ -114,7 +114,6 @@ def check_optimizer_state(optimizer: Optimizer) -> None:
         for p in group["params"]:
             if p.ndim != 1:
                 continue
-            copies.forget(p)
             state = optimizer.state.get(p)
             for key in ELEMENTWISE if state else ():
                 t = state.get(key)
@@ -166,6 +165,7 @@ def _check_is_followed(optimizer: Optimizer) -> None:
 def _before_any_step(optimizer: Optimizer, args: tuple, kwargs: dict) -> None:
     if torch.compiler.is_compiling():  # inside of a compiled step there is nothing to read yet
         return
+    copies.forget(p for group in optimizer.param_groups for p in group["params"])
     check_optimizer_state(optimizer)
     _check_is_followed(optimizer)
 
