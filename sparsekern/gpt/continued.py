@@ -4,6 +4,7 @@ import copy
 
 from ..nn import SparseLinear
 from ..sparsity import GMP, Group, IterativePruning, Magnitude
+from .build import model_from_state
 from .config import TrainConfig
 from .model import GPT
 
@@ -16,8 +17,8 @@ def from_sparse(model: GPT, settings: object, config: TrainConfig) -> object:
         return settings
     algorithm = config.make_algorithm(settings)
     parts = algorithm.algorithms if isinstance(algorithm, Group) else [algorithm]
-    # What each takes, it tells when it is applied.
-    algorithm.apply(copy.deepcopy(model))
+    # What each takes, it tells when it is applied: to another model of the same weights.
+    algorithm.apply(model_from_state(model.config, copy.deepcopy(dict(model.state_dict()))))
     taken = [{n: model.get_submodule(n) for n in part.layers} for part in parts]
     sparse = [{n: m for n, m in t.items() if isinstance(m, SparseLinear)} for t in taken]
     layers = {name: module for each in sparse for name, module in each.items()}
