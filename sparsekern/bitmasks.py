@@ -5,7 +5,8 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
-from .tensor import INDEX_LIMIT, VALUE_DTYPES, SparseTensor
+from .indices import INDEX_LIMIT, VALUE_DTYPES
+from .tensor import SparseTensor
 
 PARTS = ("shape", "compressed", "bitmask")
 EXTRA_PARTS = ("row_offsets",)  # what the others say already

@@ -24,8 +24,9 @@ from .bitmasks import from_bitmasks
 from .digests import changed, digest_of_json, digests
 from .extras import require
 from .files import atomic_path
+from .indices import INDEX_LIMIT
 from .nn import SparseLinear, replace_modules
-from .tensor import INDEX_LIMIT, SparseTensor
+from .tensor import SparseTensor
 
 __all__ = [
     "from_bitmasks",
