@@ -20,6 +20,10 @@ from .kernels.table import describe, pick
 from .sparse_sparse import sparse_times_sparse
 from .tensor import REFLECTED, TORCH_FUNCTIONS, SparseTensor, register
 
+_PLAIN = (Tensor, torch.nn.Parameter)
+# Private in torch, so its absence must not break the import.
+_is_any_autocast_enabled = getattr(torch._C, "_is_any_autocast_enabled", lambda: True)
+
 
 def matmul(
     input: Tensor | SparseTensor, other: Tensor | SparseTensor, *, out: Tensor | None = None
@@ -41,11 +45,37 @@ def linear(
         return _linear_of_sparse(input, weight, bias)
     if not isinstance(weight, SparseTensor):
         return F.linear(input, weight, bias)
+    if not weight.is_transposed:
+        parts = weight.row_offsets, weight.col_indices, weight.values, weight.n, weight.k
+        y = quick_linear(input, *parts, bias)
+        if y is not None:
+            return y
     x, values, b = autocast(input, weight.values, bias)
     n, k = weight.shape
     if not fits(x, -1, k, values) or not (b is None or (fits(b, -1, n, values) and b.ndim == 1)):
         raise_as_torch(F.linear, input, weight, bias)
     return times(x, weight.T, values, b)
+
+
+def quick_linear(
+    x, row_offsets: Tensor, col_indices: Tensor, values: Tensor, n: int, k: int, bias
+) -> Tensor | None:
+    """linear() of a matrix x [M, K] where there is nothing to convert, fold or refuse; None where
+    there is. A small layer pays for every line of Python."""
+    if torch.compiler.is_compiling() or type(x) not in _PLAIN:
+        return None
+    if _is_any_autocast_enabled():
+        x, values, bias = autocast(x, values, bias)
+    if (
+        x.dim() != 2
+        or x.shape[1] != k
+        or x.dtype is not values.dtype
+        or x.device != values.device
+        or x.layout is not torch.strided
+        or (bias is not None and (bias.shape != (n,) or bias.dtype is not x.dtype))
+    ):
+        return None
+    return ops.spmm(row_offsets, col_indices, values, n, k, x, bias)
 
 
 def _linear_of_sparse(input, weight, bias) -> Tensor:
@@ -102,8 +132,10 @@ def _matmul(func: Callable, a, b, out: Tensor | None) -> Tensor | SparseTensor:
 
 
 def _dense_sparse(func: Callable, a, b: SparseTensor, out: Tensor | None) -> Tensor:
-    x, values = operands(func, a, b.values, out)
-    if not fits(x, -1, b.shape[0], values):
+    x, values = a, b.values
+    if torch.compiler.is_compiling() or _is_any_autocast_enabled():
+        x, values = operands(func, x, values, out)
+    if not fits(x, -1, b.k if b.is_transposed else b.n, values):
         raise_as_torch(func, a, b)
     y = times(x, b, values)
     if out is None:
@@ -150,15 +182,15 @@ def fits(x, dim: int, size: int, values: Tensor) -> bool:
         isinstance(x, Tensor)
         and x.ndim > 0
         and x.shape[dim] == size
-        and x.dtype == values.dtype
+        and x.dtype is values.dtype
         and x.device == values.device
-        and x.layout == torch.strided
+        and x.layout is torch.strided
     )
 
 
 def operands(func: Callable, x, values: Tensor, out: Tensor | None) -> tuple:
     # torch's autocast leaves calls with out= alone, and on a CPU also mv and addmv.
-    if out is not None or (func in _VECTOR_FUNCTIONS and values.device.type == "cpu"):
+    if out is not None or (func in _VECTOR_FUNCTIONS and values.is_cpu):
         return x, values
     return autocast(x, values)
 
@@ -168,17 +200,15 @@ _VECTOR_FUNCTIONS = (torch.mv, torch.addmv)
 
 def autocast(*tensors):
     """The operands as torch's autocast hands them to matmul: float64 is exempt."""
-    device = tensors[1].device.type
+    device = "cpu" if tensors[1].is_cpu else tensors[1].device.type
     # torch knows no autocast on the meta device, and raises.
     if device == "meta" or not torch.is_autocast_enabled(device):
         return tensors
     dtype = torch.get_autocast_dtype(device)
-    return tuple(
-        t.to(dtype)
-        if isinstance(t, Tensor) and t.is_floating_point() and t.dtype != torch.float64
-        else t
-        for t in tensors
-    )
+    return [t.to(dtype) if isinstance(t, Tensor) and t.dtype in _CAST else t for t in tensors]
+
+
+_CAST = (torch.float32, torch.bfloat16, torch.float16)
 
 
 def raise_as_torch(func: Callable, *args, **kwargs) -> NoReturn:

@@ -19,7 +19,7 @@ from .indices import check_sizes, counted
 from .kernels.layout import Packed
 from .kernels.packed import name_of, pack
 from .loading import resize_, set_indices
-from .matmul import linear
+from .matmul import linear, quick_linear
 from .ops import spmm_packed
 from .tensor import SparseTensor
 
@@ -129,6 +129,14 @@ class SparseLinear(nn.Module):
         )
 
     def forward(self, x: Tensor) -> Tensor:
+        # nn.Module's way to an attribute takes longer than the check of an operand.
+        parameters, buffers = self._parameters, self._buffers
+        values, bias = parameters.get("values"), parameters.get("bias")
+        if type(values) is nn.Parameter:
+            indices = buffers["row_offsets"], buffers["col_indices"]
+            y = quick_linear(x, *indices, values, self.out_features, self.in_features, bias)
+            if y is not None:
+                return y
         return linear(x, self.weight, self.bias)
 
     def extra_repr(self) -> str:
