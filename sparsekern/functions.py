@@ -12,7 +12,13 @@ from torch import Tensor
 
 from .indices import counted
 from .matmul import matmul
-from .tensor import ALTERNATIVES, TORCH_FUNCTIONS, SparseTensor, register
+from .tensor import (
+    ALTERNATIVES,
+    TORCH_FUNCTIONS,
+    SparseTensor,
+    name_what_is_missing,
+    register,
+)
 
 # Shapes
 
@@ -342,3 +348,4 @@ ALTERNATIVES |= {
         "fill W.values, as with torch.nn.init.normal_(W.values)",
     ),
 }
+name_what_is_missing()

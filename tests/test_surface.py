@@ -369,7 +369,7 @@ def test_attributes():
     assert one.item() == float(one) == 2.5 and int(one) == 2 and bool(one)
     assert (w == None) is False and w != "w"  # noqa: E711
     assert len({w, w.T, w}) == 2 and w in [w]
-    assert not hasattr(w, "cumsum")
+    assert not hasattr(w, "cumsum") and not hasattr(SparseTensor, "cumsum")
 
 
 def test_requires_grad():
