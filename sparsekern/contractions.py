@@ -83,7 +83,7 @@ def _contract(W: SparseTensor, w: str, x: Tensor, x_letters: str, result: str) -
         return torch.einsum(f",{kept}->{result}", W.values.sum(), x)
     for summed, other in (w, w[::-1]):
         if summed not in kept + result:
-            total = _sum_out(W.T if summed == w[0] else W)  # [other]
+            total = sum_over(W, w.index(summed))  # [other]
             return torch.einsum(f"{other},{kept}->{result}", total, x)
     stay = [c for c in w if c in result]
     if len(stay) == 2:
@@ -100,17 +100,28 @@ def _contract(W: SparseTensor, w: str, x: Tensor, x_letters: str, result: str) -
     if not stay:
         z = next(c for c in ascii_letters if c not in rest)
         return torch.einsum(f"{z},{z}{rest}->{result}", W.values, x)
-    wide = torch.float32 if x.dtype.itemsize == 2 else x.dtype
+    wide = _wider(x.dtype)
     products = W.values.to(wide).view(-1, *[1] * len(rest)) * x.to(wide)
     at = w.index(stay[0])
-    y = products.new_zeros(W.shape[at], *x.shape[1:])
-    y = y.index_put((coordinates[at],), products, accumulate=True).to(x.dtype)
+    y = _sum_at(coordinates[at], products, W.shape[at]).to(x.dtype)
     return torch.einsum(f"{stay[0]}{rest}->{result}", y)
 
 
-def _sum_out(W: SparseTensor) -> Tensor:
-    """The sum of each row of W."""
-    return matmul(W, W.values.new_ones(W.shape[1]))
+def sum_over(W: SparseTensor, dim: int) -> Tensor:
+    """The sum of each column of W (dim 0) or of each row (dim 1)."""
+    values = W.values.to(_wider(W.dtype))
+    return _sum_at(W._coordinates()[1 - dim], values, W.shape[1 - dim]).to(W.dtype)
+
+
+def _wider(dtype: torch.dtype) -> torch.dtype:
+    return torch.float32 if dtype.itemsize == 2 else torch.float64
+
+
+def _sum_at(places: Tensor, products: Tensor, size: int) -> Tensor:
+    """[size, ..]: the sum of those products [nnz, ..] that have the same place. One after the other
+    and so in a wider type; unlike index_add, index_put is deterministic on a GPU too."""
+    y = products.new_zeros(size, *products.shape[1:])
+    return y.index_put((places,), products, accumulate=True)
 
 
 def _tensordot(a, b, dims=2, out=None):

@@ -10,9 +10,15 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
+from .contractions import sum_over
 from .indices import counted
-from .matmul import matmul
-from .tensor import ALTERNATIVES, TORCH_FUNCTIONS, SparseTensor, register
+from .tensor import (
+    ALTERNATIVES,
+    TORCH_FUNCTIONS,
+    SparseTensor,
+    name_what_is_missing,
+    register,
+)
 
 # Shapes
 
@@ -149,8 +155,7 @@ def _sum(input: SparseTensor, dim=None, keepdim: bool = False, *, dtype=None) ->
     if len(set(dims)) != 1:  # all, as for dim=()
         total = values.sum()
         return total.view(1, 1) if keepdim else total
-    W = input._with_values(values, input.is_transposed)
-    total = matmul(W if dims == [1] else W.T, values.new_ones(input.shape[dims[0]]))
+    total = sum_over(input._with_values(values, input.is_transposed), dims[0])
     return total.unsqueeze(dims[0]) if keepdim else total
 
 
@@ -342,3 +347,4 @@ ALTERNATIVES |= {
         "fill W.values, as with torch.nn.init.normal_(W.values)",
     ),
 }
+name_what_is_missing()

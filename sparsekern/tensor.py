@@ -322,12 +322,6 @@ class SparseTensor:
                 raise TypeError(unsupported(name))
         return implementation(*args, **(kwargs or {}))
 
-    def __getattr__(self, name: str):
-        """Only for what is not there."""
-        if hasattr(Tensor, name):
-            raise AttributeError(unsupported(name))
-        raise AttributeError(f"'SparseTensor' object has no attribute '{name}'")
-
 
 def unsupported(name: str) -> str:
     alternative = ALTERNATIVES.get(
@@ -344,6 +338,24 @@ def register(name: str, implementation: Callable, method: bool = True) -> None:
             TORCH_FUNCTIONS[getattr(owner, name)] = implementation
     if method:
         setattr(SparseTensor, name, implementation)
+
+
+class _Missing:
+    """What a Tensor has and a SparseTensor lacks. A __getattr__ would say the same, and slow down
+    every other attribute."""
+
+    def __init__(self, name: str):
+        self.name = name
+
+    def __get__(self, instance, owner):
+        raise AttributeError(unsupported(self.name))
+
+
+def name_what_is_missing() -> None:
+    """After all has been registered."""
+    for name in dir(Tensor):
+        if not name.startswith("_") and name not in SparseTensor.__dict__:
+            setattr(SparseTensor, name, _Missing(name))
 
 
 def _rebuild(

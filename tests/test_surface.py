@@ -167,6 +167,13 @@ def pairs(draw):
     return *pair, draw(st.booleans()), draw(st.booleans())
 
 
+def test_sums_of_many_are_accurate():
+    w = torch.rand(3, 20_000)
+    got = sparse(w).sum(1)
+    torch.testing.assert_close(got.double(), w.double().sum(1), rtol=1e-7, atol=0)
+    assert sparse(torch.ones(5000, 1, dtype=torch.bfloat16)).sum(0) == 4992  # 5000, rounded once
+
+
 @settings(deadline=None, max_examples=60)
 @given(pairs())
 def test_arithmetic_of_any_pair(pair):
@@ -222,8 +229,11 @@ def test_large_matrices_with_few_entries():
     assert torch.equal(A + A, 2 * A) and not torch.equal(A, A.T)
     assert (A @ A)[n - 1, n - 1] == 4 * 4 + 3 * 1 and A[n - 5 :].shape == (5, n)
     assert A.sum(0)[n - 1] == 5 and A.T[n - 1].sum() == 5
-    x = torch.ones(2, n)
-    torch.testing.assert_close(A.T.to_torch() @ x.T, (x @ A).T)
+    half = A.half()
+    assert half.sum(1)[n - 1] == 7 and half.mean() == 0 and (half @ half)[n - 1, n - 1] == 19
+    x = torch.ones(n, 2)
+    for letters in ("ij,ib->b", "ij,jb->b", "ij,ib->ib"):
+        assert torch.einsum(letters, A, x)[-1, ...].max() == (7 if "->ib" in letters else 10)
 
 
 def test_product_of_two_has_one_derivative():
@@ -369,7 +379,7 @@ def test_attributes():
     assert one.item() == float(one) == 2.5 and int(one) == 2 and bool(one)
     assert (w == None) is False and w != "w"  # noqa: E711
     assert len({w, w.T, w}) == 2 and w in [w]
-    assert not hasattr(w, "cumsum")
+    assert not hasattr(w, "cumsum") and not hasattr(SparseTensor, "cumsum")
 
 
 def test_requires_grad():
