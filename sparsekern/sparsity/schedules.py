@@ -6,7 +6,7 @@ cstorch.sparse has too mean what they mean there; cubic is not among them.
 """
 
 import math
-from bisect import bisect_left, bisect_right
+from bisect import bisect_right
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import MISSING, dataclass, field, fields
 from typing import Any
@@ -188,7 +188,10 @@ class Every:
         object.__setattr__(self, "stop", stop)
 
     def __call__(self, step: int) -> bool:
-        return step in self._until(step + 1)
+        # Arithmetic that dynamo can trace, where it sees the step of an optimizer.
+        if step < self.start or (self.stop is not None and step >= self.stop):
+            return False
+        return (step - self.start) % self.freq == 0
 
     def through(self, step: int) -> int:
         """The number of update steps from 0 to `step`."""
@@ -216,7 +219,7 @@ class At:
         object.__setattr__(self, "steps", tuple(steps))
 
     def __call__(self, step: int) -> bool:
-        return self.through(step) > bisect_left(self.steps, step)
+        return step in self.steps
 
     def through(self, step: int) -> int:
         return bisect_right(self.steps, step)
