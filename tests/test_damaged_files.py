@@ -439,6 +439,10 @@ def test_a_damaged_checkpoint_is_one_error_that_names_it(good_state, tmp_path, n
 def test_a_checkpoint_of_the_format_before_still_loads(good_state, tmp_path):
     torch.save(good_state | {"format": FORMATS[0]}, tmp_path / CHECKPOINT)
     assert train.Run(train.resumed_config({"out": str(tmp_path)})).step == 2
+    # Also with settings that did nothing.
+    config = good_state["config"] | {"sparsity": 0.0, "algorithm": "set", "optimizer_state": "keep"}
+    torch.save(good_state | {"format": FORMATS[0], "config": config}, tmp_path / CHECKPOINT)
+    assert train.resumed_config({"out": str(tmp_path)}).algorithm == "static"
 
 
 @pytest.mark.parametrize(

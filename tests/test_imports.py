@@ -19,7 +19,7 @@ ROOMS = [*CORE, "wafer", "bench", "masks", "report", "overview", "cli"]
 TOP = ["cli", "__main__"]
 BESIDE = {
     "testing": {"tensor", "kernels"},
-    "wafer": {"extras", "text"},
+    "wafer": {"extras", "text", "files"},
     "__init__": set(ROOMS),
     "__main__": {*ROOMS, "testing"},
 }

@@ -199,7 +199,11 @@ def saved_config(path: Path, saved: dict, **changes: object) -> TrainConfig:
             if type(value) not in kinds:
                 kind = known[name].__name__
                 raise ValueError(f"config: {name}: expected {kind}, got {str(value)[:80]!r}")
-        return TrainConfig(**saved | changes)
+        # Versions before took these where they did nothing.
+        idle = [] if saved.get("init_from") else ["optimizer_state"]
+        if saved.get("sparsity_config") or not saved.get("sparsity"):
+            idle += OF_SPARSITY
+        return TrainConfig(**{k: v for k, v in saved.items() if k not in idle} | changes)
 
 
 def resumed_config(given: dict) -> TrainConfig:
