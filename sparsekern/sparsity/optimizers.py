@@ -83,8 +83,9 @@ def follow(algorithm, optimizer: Optimizer) -> None:
 
     algorithm._is_checked = False
     algorithm.optimizers.append(optimizer)
-    optimizer.register_step_pre_hook(before)
-    optimizer.register_step_post_hook(after)
+    # A compiled step leaves its graph for them: they look at numbers and change shapes.
+    optimizer.register_step_pre_hook(torch.compiler.disable(before))
+    optimizer.register_step_post_hook(torch.compiler.disable(after))
 
 
 def _check_all_are_held(algorithm) -> None:
