@@ -10,10 +10,11 @@ PACKAGE = Path(__file__).parents[1] / "sparsekern"
 # Each room may import those before it. `testing` hangs beside: nothing in the package imports it
 # but the demo, and it sees tensor and kernels alone.
 # `wafer` stands alone and imports no torch.
-CORE = ["extras", "text", "indices", "conversions", "tensor", "sparse_sparse", "kernels"]
+CORE = ["extras", "text", "files", "indices", "conversions", "tensor", "sparse_sparse", "kernels"]
 CORE += ["flop_formulas", "ops"]
 CORE += ["matmul", "products", "contractions", "elementwise", "functions"]
-CORE += ["copies", "loading", "sparse_linear", "nn", "groups", "weights", "sparsity", "gpt"]
+CORE += ["copies", "loading", "sparse_linear", "nn", "groups"]
+CORE += ["digests", "bitmasks", "weights", "sparsity", "gpt"]
 ROOMS = [*CORE, "wafer", "bench", "masks", "report", "overview", "cli"]
 TOP = ["cli", "__main__"]
 BESIDE = {

@@ -63,7 +63,7 @@ def operands(op, M, length, density, dtype, is_positive):
     """A problem whose sums have `length` terms before pruning."""
     generator = torch.Generator().manual_seed(0)
     draw = torch.rand if is_positive else torch.randn
-    M, N, K = {"spmm": (M, 32, length), "spmm_t": (M, length, 32), "sddmm": (length, 32, 32)}[op]
+    M, N, K = {"spmm": (M, 20, length), "spmm_t": (M, length, 20), "sddmm": (length, 20, 30)}[op]
     mask = torch.rand(N, K, generator=generator) < density
 
     def numbers(*shape):
@@ -102,18 +102,25 @@ def check_errors(monkeypatch, op, t):
             assert (error <= bound).all(), (name, (error / bound).max())
 
 
+@pytest.fixture
+def one_thread():
+    torch.set_num_threads(1)
+
+
 @needs_library
+@pytest.mark.usefixtures("one_thread")
 @pytest.mark.parametrize("is_positive", [False, True], ids=["normal", "positive"])
 @pytest.mark.parametrize("length", [64, 1024, 4096, 16384, 65536])
 @pytest.mark.parametrize("op", OPS)
 def test_errors_float32(monkeypatch, op, length, is_positive):
-    for density in (0.05, 0.2, 0.5, 0.9):
-        for M in (1, 7, 16, 64, 200) if op != "sddmm" else (0,):
+    for density, M in ((0.05, 130), (0.2, 16), (0.5, 7), (0.5, 130), (0.9, 1), (0.9, 64)):
+        if op != "sddmm" or M == 130:
             t = operands(op, M, length, density, torch.float32, is_positive)
             check_errors(monkeypatch, op, t)
 
 
 @needs_library
+@pytest.mark.usefixtures("one_thread")
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float64], ids=str)
 @pytest.mark.parametrize("op", OPS)
 def test_errors_other_types(monkeypatch, op, dtype):
@@ -218,7 +225,7 @@ def test_a_stored_zero_meets_infinity(monkeypatch, dtype):
 @pytest.mark.parametrize("density", [0.02, 0.1, 0.3, 0.9])
 def test_panel_and_stream_give_the_same_bits_whatever_the_threads(monkeypatch, density, dtype):
     """`expand` and `dense` are torch.mm, which promises no such thing."""
-    for M in (1, 5, 16, 40, 70, 130, 300, 700):
+    for M in (1, 16, 40, 130, 700):
         t = Case("bits", M, 330, 410, sparsity=1 - density).tensors(dtype)
         results = []
         for threads in (1, 2, 3, 5, 8):

@@ -24,7 +24,7 @@ namespace {
 using test::Array;
 using test::to_bfloat16;
 
-constexpr sk::Type kTypes[] = {sk::Type::kFloat, sk::Type::kBfloat16};
+constexpr sk::Type kTypes[] = {sk::Type::kFloat, sk::Type::kBfloat16, sk::Type::kDouble};
 
 struct Problem {
   int64_t tokens, n, k;
@@ -39,14 +39,18 @@ const Problem kProblems[] = {{0, 5, 7, .5},        {1, 1, 1, 1},        {1, 37, 
                              {5000, 3, 5, .5}};
 
 void expect(double got, double want, double scale, sk::Type type, const char* what) {
-  const double tolerance = (type == sk::Type::kFloat ? 2e-6 : 8e-3) * scale;
+  const double tolerance = (type == sk::Type::kDouble  ? 1e-14
+                            : type == sk::Type::kFloat ? 2e-6
+                                                       : 8e-3) *
+                           scale;
   if (std::abs(got - want) <= tolerance) return;
   std::printf("%s: expected %g, got %g\n", what, want, got);
   std::exit(1);
 }
 
 void expect_same(const Array& got, const Array& want, const char* what) {
-  const size_t bytes = want.f.size() * sizeof(float) + want.h.size() * sizeof(uint16_t);
+  const size_t bytes = want.f.size() * sizeof(float) + want.h.size() * sizeof(uint16_t) +
+                       want.d.size() * sizeof(double);
   if (bytes == 0 || std::memcmp(got.data(), want.data(), bytes) == 0) return;
   std::printf("%s: expected the same bits\n", what);
   std::exit(1);
@@ -142,6 +146,7 @@ void check(const Problem& p, sk::Type type, std::initializer_list<int> all_vecs)
   for (sk::Format format : {sk::Format::kBitmap, sk::Format::kColumns}) {
     const int64_t most = format == sk::Format::kBitmap ? sk::kBitmapTokens : sk::kStreamTokens;
     for (int64_t tokens = 0; tokens <= std::min(most, p.tokens); tokens++) {
+      if (type == sk::Type::kDouble) continue;
       Array few(type, tokens * p.k, &random), out(type, tokens * p.n, nullptr);
       sk::spmm_stream(pattern, {offsets.data(), cols.data(), p.n, p.k, nnz, tokens % 3 - 1}, format,
                       type, values.data(), tokens % 2 ? bias.data() : nullptr, {few.data(), p.k},
