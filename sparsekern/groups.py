@@ -2,7 +2,7 @@
 
 from torch import nn
 
-from .nn import SparseLinear, value_parameters
+from .sparse_linear import SparseLinear, value_parameters
 
 
 def parameter_groups(model: nn.Module, weight_decay: float = 0.1) -> list[dict]:

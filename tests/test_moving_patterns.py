@@ -202,7 +202,7 @@ def test_an_average_by_hand():
 
 @pytest.mark.parametrize("how", ["lerp", "data"])
 def test_an_average_by_hand_that_does_not_follow_is_told(how):
-    model, optimizer = start(RigL(0.75, update={"steps": [4]}), plain())
+    model, optimizer = start(RigL(0.75, update={"steps": [0, 4]}), plain())
     average = copy.deepcopy(model)
 
     def update():
@@ -344,7 +344,7 @@ class Outer(torch.optim.Optimizer):
 
 
 def test_state_in_a_wrapper_and_in_what_it_wraps_moves():
-    algorithm = SET(0.5, update={"steps": [3]})
+    algorithm = SET(0.5, update={"steps": [0, 3]})
     model = algorithm.apply(plain())
     outer = algorithm.apply(Outer(torch.optim.AdamW(model.parameters(), 1e-2)))
     fit(model, outer, 2)

@@ -15,7 +15,7 @@ from torch.optim import Optimizer
 from torch.optim.optimizer import register_optimizer_step_pre_hook
 
 from .. import copies
-from ..nn import SparseLinear, layer_of, value_parameters
+from ..sparse_linear import SparseLinear, layer_of, value_parameters
 from .pattern import check_can_change, check_same_on_all_ranks, holders
 
 # What the optimizers of torch keep for each element. LBFGS has vectors for all parameters together,
@@ -83,8 +83,9 @@ def follow(algorithm, optimizer: Optimizer) -> None:
 
     algorithm._is_checked = False
     algorithm.optimizers.append(optimizer)
-    optimizer.register_step_pre_hook(before)
-    optimizer.register_step_post_hook(after)
+    # A compiled step leaves its graph for them: they look at numbers and change shapes.
+    optimizer.register_step_pre_hook(torch.compiler.disable(before))
+    optimizer.register_step_post_hook(torch.compiler.disable(after))
 
 
 def _check_all_are_held(algorithm) -> None:

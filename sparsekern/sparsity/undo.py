@@ -7,7 +7,9 @@ import torch
 from torch import nn
 from torch.optim import Optimizer
 
-from ..nn import SparseLinear, resize_
+from ..loading import resize_
+from ..nn import SparseLinear
+from .pattern import holders
 
 
 @contextmanager
@@ -46,11 +48,11 @@ def layers_unchanged_on_failure(
 
 class _Saved:
     def __init__(self, layer: SparseLinear, optimizers: Sequence[Optimizer]) -> None:
-        self.layer, self.optimizers = layer, optimizers
+        self.layer, self.optimizers = layer, holders(optimizers)
         self.row_offsets, self.col_indices = layer.row_offsets, layer.col_indices
         # A change of equal size writes into the values; the state is replaced as a whole.
         self.values, self.grad = layer.values.detach().clone(), layer.values.grad
-        self.state = [dict(o.state.get(layer.values, {})) for o in optimizers]
+        self.state = [dict(o.state.get(layer.values, {})) for o in self.optimizers]
 
     @torch.no_grad()
     def restore(self) -> None:
