@@ -81,7 +81,8 @@ def derived(
     slot = kept(kind, row_offsets, col_indices, n, k, _Slot)
     now = versions(row_offsets, col_indices)
     is_capturing = col_indices.is_cuda and torch.cuda.is_current_stream_capturing()
-    if slot.versions != now:
+    is_counted = -1 not in now or col_indices.is_cuda  # on a CPU making costs no wait for anybody
+    if slot.versions != now or not is_counted:
         if is_capturing:
             raise RuntimeError(
                 "this pattern was not used since it changed, and a CUDA graph cannot capture its "
