@@ -5,6 +5,8 @@ and deepcopy it is an ordinary module, its optimizer state has nnz elements, and
 weight decay can bring a removed weight back: there is no place for it.
 """
 
+import copy
+import weakref
 from collections import Counter
 from collections.abc import Callable
 
@@ -12,13 +14,36 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
+from . import copies, loading
+from .indices import check_sizes, counted
 from .kernels.layout import Packed
 from .kernels.packed import name_of, pack
+from .loading import resize_, set_indices
 from .matmul import linear
 from .ops import spmm_packed
 from .tensor import SparseTensor
 
+__all__ = [
+    "PackedLinear",
+    "SparseLinear",
+    "densify_",
+    "pack_",
+    "replace_modules",
+    "resize_",
+    "sparsifiable",
+    "sparsify_",
+]
+
 HEAD_NAMES = ("head", "lm_head")
+
+# torch.compile takes the shapes of parameters for fixed, and would compile again for each nnz: of
+# every pruning, and of every layer under the compilation of blocks. These it takes for dynamic.
+_sources = (r".*_parameters\['values'\]", r".*_buffers\['col_indices'\]")
+torch.compiler.config.dynamic_sources = ",".join(
+    filter(None, (torch.compiler.config.dynamic_sources, *_sources))
+)
+
+_layers: "weakref.WeakSet[SparseLinear]" = weakref.WeakSet()
 
 
 class SparseLinear(nn.Module):
@@ -40,15 +65,35 @@ class SparseLinear(nn.Module):
         bias: Tensor | None = None,
     ):
         super().__init__()
-        weight = SparseTensor(row_offsets, col_indices, values, (out_features, in_features))
+        shape = (out_features, in_features)
+        if getattr(values, "is_meta", False):  # no indices to look at: load_state_dict will
+            check_sizes(row_offsets, col_indices, values, shape)
+            indices = row_offsets.int(), col_indices.int()
+        else:
+            weight = SparseTensor(row_offsets, col_indices, values, shape)
+            indices = weight.row_offsets, weight.col_indices
+            if weight.values is not values:  # the columns were not sorted: the values move along
+                trained = values.requires_grad or not isinstance(values, nn.Parameter)
+                values = nn.Parameter(weight.values.detach(), trained)
         if bias is not None and bias.shape != (out_features,):
             raise ValueError(f"bias: expected shape ({out_features},), got {tuple(bias.shape)}")
         self.in_features = in_features
         self.out_features = out_features
-        self.register_buffer("row_offsets", weight.row_offsets)
-        self.register_buffer("col_indices", weight.col_indices)
+        self.register_buffer("row_offsets", counted(indices[0]))
+        self.register_buffer("col_indices", counted(indices[1]))
         self.values = _parameter(values)
         self.register_parameter("bias", None if bias is None else _parameter(bias))
+
+    def __new__(cls, *args, **kwargs):  # copies and unpickled ones come this way too
+        layer = super().__new__(cls)
+        _layers.add(layer)
+        return layer
+
+    def __deepcopy__(self, memo):
+        layer = memo[id(self)] = type(self).__new__(type(self))
+        layer.__dict__.update(copy.deepcopy(self.__dict__, memo))
+        copies.note(layer, self)
+        return layer
 
     @classmethod
     def from_linear(cls, linear: nn.Linear, mask: Tensor | None = None) -> "SparseLinear":
@@ -56,6 +101,7 @@ class SparseLinear(nn.Module):
 
         The bias is the same Parameter.
         """
+        _refuse_meta("weight", linear.weight)
         weight = SparseTensor.from_dense(linear.weight.detach(), mask)
         module = cls(
             linear.in_features,
@@ -96,23 +142,44 @@ class SparseLinear(nn.Module):
         self, state_dict, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs
     ):
         """Accepts another pattern than the module's own, also one with another nnz."""
-        names = [prefix + name for name in ("row_offsets", "col_indices", "values")]
-        if all(name in state_dict for name in names):
-            parts = [state_dict[name] for name in names]
-            try:
-                weight = SparseTensor(*parts, (self.out_features, self.in_features))
-            except (TypeError, ValueError) as error:
-                error_msgs.append(f"{prefix}{error}")
-                return
-            # int64 indices would stay so under assign=True.
-            state_dict[names[0]] = weight.row_offsets
-            state_dict[names[1]] = weight.col_indices
-            if weight.nnz != self.values.shape[0]:
-                self.col_indices = self.col_indices.new_empty(weight.nnz)
-                resize_(self.values, self.values.new_empty(weight.nnz))
-        super()._load_from_state_dict(
-            state_dict, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs
-        )
+        lists = missing_keys, unexpected_keys, error_msgs
+        load_others = super()._load_from_state_dict
+        loading.load(self, load_others, state_dict, prefix, local_metadata, strict, *lists)
+
+    def _apply(self, fn, recurse=True):
+        """Moves and casts; indices stay int32 whatever the values become."""
+
+        def kept(t: Tensor) -> Tensor:
+            result = fn(t)
+            is_cast = t.dtype == torch.int32 and result.dtype != torch.int32
+            return t.to(result.device) if is_cast else result
+
+        before = self.row_offsets
+        super()._apply(kept, recurse)
+        after, self._buffers["row_offsets"] = self.row_offsets, before
+        set_indices(self, after, self.col_indices)
+        return self
+
+    def __setattr__(self, name, value):
+        # torch.nn.utils.parametrize keeps what it knows of `values` in a ModuleDict under that
+        # name, which a ModuleDict cannot have: it is one of its methods.
+        if name == "parametrizations" and type(value) is nn.ModuleDict:
+            value = _Parametrizations(value)
+        super().__setattr__(name, value)
+
+
+class _Parametrizations(nn.ModuleDict):
+    """`parametrizations` of a module with a parameter that is called `values`."""
+
+    def add_module(self, name: str, module: nn.Module | None) -> None:
+        if name == "values":
+            self._modules[name] = module
+        else:
+            super().add_module(name, module)
+
+    @property
+    def values(self) -> nn.Module:
+        return self.__getattr__("values")
 
 
 class PackedLinear(nn.Module):
@@ -228,9 +295,13 @@ def sparsify_(
     A weight that another module uses too (tied to an embedding) stays dense, and so does one with
     the attribute `requires_dense`. So do subclasses of nn.Linear: they compute something of their
     own. Make the optimizer afterwards: it must see the new Parameters. If an algorithm fails the
-    model is unchanged.
+    model is unchanged. ValueError where there is nothing to replace, unless filter_fn said so.
     """
     chosen = sparsifiable(model, filter_fn)
+    if not chosen and not (filter_fn and sparsifiable(model, lambda module, name: True)):
+        raise ValueError(f"sparsify_: {_nothing_in(model)}")
+    for name, module in chosen.items():
+        _refuse_meta(f"{name}.weight" if name else "weight", module)
 
     def replace(name: str, module: nn.Module) -> nn.Module | None:
         if name not in chosen or isinstance(module, SparseLinear):
@@ -261,8 +332,17 @@ def densify_(model: nn.Module, optimizer: Optimizer | None = None) -> nn.Module:
     """Replace every SparseLinear of `model` by its nn.Linear, in place, and return the model.
 
     With an optimizer, the dense weights take the place of the values in its groups and its state
-    becomes dense too: zero where nothing was stored.
+    becomes dense too: zero where nothing was stored. ValueError, and an unchanged model, for state
+    of another shape than the values.
     """
+    if optimizer:
+        for layer in (m for m in model.modules() if isinstance(m, SparseLinear)):
+            for key, t in optimizer.state.get(layer.values, {}).items():
+                if isinstance(t, Tensor) and t.numel() != 1 and t.shape != layer.values.shape:
+                    raise ValueError(
+                        f"densify_: the optimizer keeps {key!r} of shape {tuple(t.shape)} for the "
+                        f"{layer.values.shape[0]} values of {layer}, expected as many"
+                    )
     dense: dict[nn.Parameter, tuple[nn.Parameter, SparseLinear]] = {}
 
     def replace(name: str, module: nn.Module) -> nn.Module | None:
@@ -291,16 +371,6 @@ def _densified(state, module: SparseLinear):
     return SparseTensor._trusted(module.row_offsets, module.col_indices, state, n, k).to_dense()
 
 
-def resize_(parameter: nn.Parameter, data: Tensor) -> None:
-    """Give the same Parameter other data, of another size; its gradient goes."""
-    parameter.grad = None
-    # A graph that is still alive (the loss of the step before) holds the parameter's node, with the
-    # old size. torch replaces that node when the dtype changes, and then alone.
-    other = torch.float64 if data.dtype != torch.float64 else torch.float32
-    parameter.data = data.new_empty(0, dtype=other)
-    parameter.data = data
-
-
 def replace_modules(
     model: nn.Module, replace: Callable[[str, nn.Module], nn.Module | None]
 ) -> nn.Module:
@@ -320,3 +390,42 @@ def replace_modules(
 
 def _parameter(tensor: Tensor) -> nn.Parameter:
     return tensor if isinstance(tensor, nn.Parameter) else nn.Parameter(tensor)
+
+
+def value_parameters(layer: SparseLinear) -> list[nn.Parameter]:
+    """The values, or what a parametrization makes them from."""
+    return [
+        p
+        for name, p in layer.named_parameters()
+        if name == "values" or name.startswith("parametrizations.values.")
+    ]
+
+
+def layer_of(values: Tensor) -> SparseLinear | None:
+    """The layer whose values these are. Looks at all there are."""
+    return next(
+        (m for m in list(_layers) if m.__dict__.get("_parameters", {}).get("values") is values),
+        None,
+    )
+
+
+def _nothing_in(model: nn.Module) -> str:
+    def has_matrix(module: nn.Module) -> bool:
+        return any(p is not None and p.ndim > 1 for p in module._parameters.values())
+
+    kinds = Counter(type(m).__name__ for m in model.modules() if has_matrix(m))
+    there = ", ".join(f"{count} {kind}" for kind, count in sorted(kinds.items())) or "none"
+    return (
+        f"no nn.Linear to replace; modules with a matrix: {there}. Its subclasses stay dense, and "
+        "tied weights, those that are marked requires_dense, and without a filter_fn the layers "
+        f"named {' or '.join(HEAD_NAMES)}"
+    )
+
+
+def _refuse_meta(name: str, module: nn.Module | Tensor) -> None:
+    weight = module if isinstance(module, Tensor) else getattr(module, "weight", None)
+    if isinstance(weight, Tensor) and weight.is_meta:
+        raise NotImplementedError(
+            f"{name}: on the meta device there are no weights to choose from: make the model "
+            "sparse where it has some (to_empty, then load them); a sparse one may then go to meta"
+        )

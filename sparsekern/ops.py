@@ -23,7 +23,7 @@ from torch import Tensor
 from torch.autograd import Function, forward_ad, profiler
 
 from .flop_formulas import register_when_imported
-from .kernels import cuda
+from .kernels import cuda, observed
 from .kernels.operands import check_gradients, check_product, check_sddmm
 from .kernels.packed import assemble, check_operands
 from .kernels.problem import Problem
@@ -60,11 +60,13 @@ def _run_gradients(op, row_offsets, col_indices, values, n, k, h, other):
     gradient = run(row_offsets, col_indices, values.contiguous(), n, k, h, None)
     run = pick(_new(Problem, ("sddmm", device, dtype, m, n, k, nnz))).run
     dy, x = (h, other) if op == "spmm_t" else (other, h)
+    observed.note(row_offsets, dy, x)
     return gradient, run(row_offsets, col_indices, n, k, dy, x)
 
 
 def _run_sddmm(row_offsets, col_indices, n, k, dy, x):
     m, nnz = check_sddmm(row_offsets, col_indices, n, k, dy, x)
+    observed.note(row_offsets, dy, x)
     device = "cpu" if x.is_cpu else "cuda"
     run = pick(_new(Problem, ("sddmm", device, x.dtype, m, n, k, nnz))).run
     return run(row_offsets, col_indices, n, k, dy.contiguous(), x.contiguous())

@@ -4,7 +4,7 @@ from pathlib import Path
 from statistics import median
 
 from .extras import require
-from .gpt.checkpoint import atomic_write
+from .files import atomic_write
 from .text import table
 from .wafer.cost import compare_with_dense
 from .wafer.machine import machine

@@ -21,7 +21,7 @@ from typing import TypeVar
 import torch
 from torch import Tensor
 
-from ..tensor import check_pattern
+from ..indices import check_pattern
 from .layout import check_indices
 
 T = TypeVar("T")

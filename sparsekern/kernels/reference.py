@@ -15,9 +15,9 @@ it to, and no other. (On other devices than a CPU its whole token becomes NaN, a
 import torch
 from torch import Tensor
 
-from ..tensor import expand_rows
+from ..indices import expand_rows
 from .dense import skip_missing
-from .derived import derived
+from .derived import derived, ensure_checked
 
 
 def spmm(
@@ -65,13 +65,20 @@ def sddmm(
 
 
 def places_of(row_offsets: Tensor, col_indices: Tensor, n: int, k: int) -> Tensor:
-    """Where each stored value lies in a row-major [N, K] matrix: int64 [nnz], of checked indices
-    (derived.py): one out of range would be an assertion that ends a GPU's context."""
+    """Where each stored value lies in a row-major [N, K] matrix: int64 [nnz].
+
+    The indices are checked when they have changed (derived.py). On a CPU they are read as they are,
+    so that a write that nobody counts (a collective's) is seen: torch checks its own accesses. On a
+    GPU an index out of range would be an assertion that ends the context: a checked copy is read.
+    """
 
     def make(row_offsets: Tensor, col_indices: Tensor) -> Tensor:
         return expand_rows(row_offsets, col_indices.shape[0]) * k + col_indices
 
-    return derived("places", row_offsets, col_indices, n, k, make)
+    if col_indices.is_cuda:
+        return derived("places", row_offsets, col_indices, n, k, make)
+    ensure_checked(row_offsets, col_indices, n, k)
+    return make(row_offsets, col_indices)
 
 
 def _densify(row_offsets: Tensor, col_indices: Tensor, values: Tensor, n: int, k: int) -> Tensor:

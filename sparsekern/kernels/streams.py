@@ -10,7 +10,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from ..tensor import expand_rows
+from ..indices import expand_rows
 from .layout import LANES, Packed, check_fill, check_indices, multiprocessors, sort_rows
 
 GRANULE = 8  # entries of a lane

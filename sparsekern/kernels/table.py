@@ -14,7 +14,7 @@ from inspect import signature
 
 from torch import Tensor
 
-from ..tensor import INDEX_LIMIT, VALUE_DTYPES
+from ..indices import INDEX_LIMIT, VALUE_DTYPES
 from . import core, cpu, cuda, reference, stream, triton, widened
 from .derived import ensure_checked
 from .problem import Kernel, Problem

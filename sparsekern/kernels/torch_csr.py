@@ -13,7 +13,7 @@ from functools import cache
 import torch
 from torch import Tensor
 
-from ..tensor import expand_rows
+from ..indices import expand_rows
 from .dense import mm
 from .derived import derived
 from .problem import Kernel, Problem

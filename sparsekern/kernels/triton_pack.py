@@ -18,7 +18,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from ..tensor import expand_rows
+from ..indices import expand_rows
 from .derived import derived
 
 UNIT_ROWS, UNIT_COLUMNS, LANES, ROWS_OF_UNITS = 4, 256, 32, 32
