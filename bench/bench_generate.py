@@ -27,8 +27,8 @@ from torch import Tensor
 from sparsekern import densify_, sparsify_
 from sparsekern.bench.machine import processor
 from sparsekern.bench.race import DENSE, Race, Rival, ours
+from sparsekern.files import atomic_write
 from sparsekern.gpt import speed
-from sparsekern.gpt.checkpoint import atomic_write
 from sparsekern.gpt.generate import CACHE_MULTIPLE, Decoder
 from sparsekern.gpt.model import GPT, Cache, GPTConfig
 from sparsekern.gpt.presets import PRESETS, UniformMask, for_inference, random_gpt

@@ -35,7 +35,7 @@ from workers import Job, Pool, Worker
 
 from sparsekern import __version__
 from sparsekern.bench.machine import git
-from sparsekern.gpt.checkpoint import atomic_write
+from sparsekern.files import atomic_write
 from sparsekern.gpt.data import PREPARED, prepare, tokenizer_from_state
 from sparsekern.gpt.train import METRICS
 

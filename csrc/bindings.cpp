@@ -52,7 +52,8 @@ PYBIND11_MODULE(_C, m) {
 
   py::enum_<sk::Type>(m, "Type")
       .value("float32", sk::Type::kFloat)
-      .value("bfloat16", sk::Type::kBfloat16);
+      .value("bfloat16", sk::Type::kBfloat16)
+      .value("float64", sk::Type::kDouble);
 
   py::enum_<sk::Format>(m, "Format")
       .value("bitmap", sk::Format::kBitmap)
@@ -91,14 +92,14 @@ PYBIND11_MODULE(_C, m) {
       .def(
           "spmm_stream",
           [](sk::Pattern& p, Pointer row_offsets, Pointer col_indices, int64_t row_version,
-             int64_t col_version, sk::Format format, sk::Type type, Pointer values, Pointer x,
-             Pointer y, int64_t tokens, int threads) {
+             int64_t col_version, sk::Format format, sk::Type type, Pointer values, Pointer bias,
+             Pointer x, Pointer y, int64_t tokens, int threads) {
             sk::spmm_stream(p, csr(p, row_offsets, col_indices, row_version, col_version), format,
-                            type, as<void>(values, "values", p.nnz),
+                            type, as<void>(values, "values", p.nnz), as<void>(bias),
                             {as<void>(x, "x", tokens * p.k), p.k}, {as<void>(y), p.n}, tokens,
                             threads);
           },
-          NoGil(), "y[M, N] = x W^T for few tokens; contiguous.")
+          NoGil(), "y[M, N] = x W^T + bias for few tokens; contiguous.")
       .def(
           "sddmm",
           [](sk::Pattern& p, Pointer row_offsets, Pointer col_indices, int64_t row_version,

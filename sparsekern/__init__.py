@@ -3,8 +3,12 @@
 y[M, N] = x[M, K] @ W[N, K].T        M tokens, N out_features, K in_features
 """
 
+# These register what torch's functions do with a SparseTensor.
+from . import contractions, elementwise, functions  # noqa: F401
+from .groups import parameter_groups
 from .matmul import explain, linear, matmul
 from .nn import SparseLinear, densify_, sparsify_
+from .products import sddmm
 from .sparsity import Static
 from .tensor import SparseTensor
 
@@ -18,5 +22,7 @@ __all__ = [
     "explain",
     "linear",
     "matmul",
+    "parameter_groups",
+    "sddmm",
     "sparsify_",
 ]

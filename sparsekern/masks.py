@@ -23,8 +23,9 @@ def checkpoint_weights(path: Path) -> tuple[GPTShape, tuple[Weight, ...]]:
     """The shape of a trained model, and its linear layers' weights with their actual masks."""
     model, _ = load_model(path)
     c = model.config
+    run = path if path.is_dir() else path.parent
     shape = GPTShape(
-        path.parent.name, c.n_layer, c.n_embd, c.n_head, 4 * c.n_embd, c.vocab_size, c.block_size
+        run.name, c.n_layer, c.n_embd, c.n_head, 4 * c.n_embd, c.vocab_size, c.block_size
     )
     weights = []
     for name, module in model.blocks.named_modules():

@@ -1,9 +1,9 @@
-"""matmul() and linear(): torch.matmul and F.linear with one sparse operand.
+"""matmul() and linear(): torch.matmul and F.linear with a sparse operand.
 
 Shapes, dtypes, autocast, `out=` and error texts are torch's own. The leading dimensions are folded
 to x [M, K], one of the ops in ops.py runs, and the dimensions come back; every result is contiguous
-as torch's is. torch.matmul, torch.mm, torch.mv, F.linear, the methods of Tensor and the operator @
-come here through SparseTensor.__torch_function__.
+as torch's is. torch.matmul, torch.mm, torch.mv, F.linear, the methods and the operator @ come here
+through SparseTensor.__torch_function__. Two SparseTensors make a third one.
 """
 
 import operator
@@ -17,31 +17,92 @@ from torch import Tensor
 from . import ops
 from .kernels.problem import Problem
 from .kernels.table import describe, pick
-from .tensor import TORCH_FUNCTIONS, SparseTensor
+from .sparse_sparse import sparse_times_sparse
+from .tensor import REFLECTED, TORCH_FUNCTIONS, SparseTensor, register
+
+_PLAIN = (Tensor, torch.nn.Parameter)
+# Private in torch, so its absence must not break the import.
+_is_any_autocast_enabled = getattr(torch._C, "_is_any_autocast_enabled", lambda: True)
 
 
 def matmul(
     input: Tensor | SparseTensor, other: Tensor | SparseTensor, *, out: Tensor | None = None
-) -> Tensor:
-    """torch.matmul(input, other, out=out) where one of the two may be a SparseTensor.
+) -> Tensor | SparseTensor:
+    """torch.matmul(input, other, out=out) where one or both may be a SparseTensor.
 
-    Two dense arguments go to torch.matmul unchanged. Wrong arguments raise what torch.matmul
-    raises; NotImplementedError where torch.matmul could and this cannot, as for two sparse ones.
+    Two dense arguments go to torch.matmul unchanged, two sparse ones give a SparseTensor. Wrong
+    arguments raise what torch.matmul raises; NotImplementedError where torch.matmul could and this
+    cannot.
     """
     return _matmul(torch.matmul, input, other, out)
 
 
-def linear(input: Tensor, weight: Tensor | SparseTensor, bias: Tensor | None = None) -> Tensor:
+def linear(
+    input: Tensor | SparseTensor, weight: Tensor | SparseTensor, bias: Tensor | None = None
+) -> Tensor:
     """F.linear: input [..., K] @ weight [N, K].T + bias [N] -> [..., N]."""
     if isinstance(input, SparseTensor) or isinstance(bias, SparseTensor):
-        raise NotImplementedError("linear: only the weight may be a SparseTensor")
+        return _linear_of_sparse(input, weight, bias)
     if not isinstance(weight, SparseTensor):
         return F.linear(input, weight, bias)
-    x, values, b = _autocast(input, weight.values, bias)
+    if not weight.is_transposed:
+        parts = weight.row_offsets, weight.col_indices, weight.values, weight.n, weight.k
+        y = quick_linear(input, *parts, bias)
+        if y is not None:
+            return y
+    x, values, b = autocast(input, weight.values, bias)
     n, k = weight.shape
-    if not _fits(x, -1, k, values) or not (b is None or (_fits(b, -1, n, values) and b.ndim == 1)):
-        _raise_as_torch(F.linear, input, weight, bias)
-    return _times(x, weight.T, values, b)
+    if not fits(x, -1, k, values) or not (b is None or (fits(b, -1, n, values) and b.ndim == 1)):
+        raise_as_torch(F.linear, input, weight, bias)
+    return times(x, weight.T, values, b)
+
+
+def quick_linear(
+    x, row_offsets: Tensor, col_indices: Tensor, values: Tensor, n: int, k: int, bias
+) -> Tensor | None:
+    """linear() of a matrix x [M, K] where there is nothing to convert, fold or refuse; None where
+    there is. A small layer pays for every line of Python."""
+    if torch.compiler.is_compiling() or type(x) not in _PLAIN:
+        return None
+    if _is_any_autocast_enabled():
+        x, values, bias = autocast(x, values, bias)
+    if (
+        x.dim() != 2
+        or x.shape[1] != k
+        or x.dtype is not values.dtype
+        or x.device != values.device
+        or x.layout is not torch.strided
+        or (bias is not None and (bias.shape != (n,) or bias.dtype is not x.dtype))
+    ):
+        return None
+    return ops.spmm(row_offsets, col_indices, values, n, k, x, bias)
+
+
+def _linear_of_sparse(input, weight, bias) -> Tensor:
+    if isinstance(weight, SparseTensor) or isinstance(bias, SparseTensor):
+        raise NotImplementedError(
+            "linear: only one of input and weight may be a SparseTensor; torch.matmul(input, W.T) "
+            "gives the sparse product of two"
+        )
+    x, values, b = autocast(weight, input.values, bias)
+    fitting = fits(x, -1, input.shape[1], values) and x.ndim <= 2
+    if b is not None:
+        fitting = fitting and x.ndim == 2 and fits(b, -1, x.shape[0], values) and b.ndim == 1
+    if not fitting:
+        raise_as_torch(F.linear, input, weight, bias)
+    y = times(x, input.T, values)
+    y = y if x.ndim == 1 else y.mT.contiguous()
+    return y if b is None else y + b
+
+
+def _linear(input, weight, bias=None, *, out=None) -> Tensor:
+    """What F.linear comes to: torch's takes out=, too."""
+    if out is None:
+        return linear(input, weight, bias)
+    with torch.autocast(out.device.type, enabled=False):  # torch's leaves such calls alone
+        y = linear(input, weight, bias)
+    F.linear(y[..., :0], y.new_empty(y.shape[-1], 0), out=out)
+    return out.copy_(y)
 
 
 def explain(x: Tensor, W: SparseTensor) -> str:
@@ -59,13 +120,11 @@ def explain(x: Tensor, W: SparseTensor) -> str:
     return "\n".join(lines)
 
 
-def _matmul(func: Callable, a, b, out: Tensor | None) -> Tensor:
+def _matmul(func: Callable, a, b, out: Tensor | None) -> Tensor | SparseTensor:
     """`func` is torch.matmul or a stricter form of it: the one whose errors are raised."""
-    if isinstance(a, SparseTensor) and isinstance(b, SparseTensor):
-        raise NotImplementedError(
-            f"{func.__name__}: expected a dense operand, got two SparseTensors"
-        )
     if isinstance(a, SparseTensor):
+        if isinstance(b, SparseTensor):
+            return _sparse_sparse(func, a, b, out)
         return _sparse_dense(func, a, b, out)
     if isinstance(b, SparseTensor):
         return _dense_sparse(func, a, b, out)
@@ -73,88 +132,106 @@ def _matmul(func: Callable, a, b, out: Tensor | None) -> Tensor:
 
 
 def _dense_sparse(func: Callable, a, b: SparseTensor, out: Tensor | None) -> Tensor:
-    x, values = _operands(func, a, b.values, out)
-    if not _fits(x, -1, b.shape[0], values):
-        _raise_as_torch(func, a, b)
-    y = _times(x, b, values)
+    x, values = a, b.values
+    if torch.compiler.is_compiling() or _is_any_autocast_enabled():
+        x, values = operands(func, x, values, out)
+    if not fits(x, -1, b.k if b.is_transposed else b.n, values):
+        raise_as_torch(func, a, b)
+    y = times(x, b, values)
     if out is None:
         return y
-    return _write(func, out, y, x[..., :0], values[:0].view(0, b.shape[1]))
+    return write(func, out, y, x[..., :0], values[:0].view(0, b.shape[1]))
 
 
 def _sparse_dense(func: Callable, a: SparseTensor, b, out: Tensor | None) -> Tensor:
-    x, values = _operands(func, b, a.values, out)
+    x, values = operands(func, b, a.values, out)
     dim = -2 if isinstance(x, Tensor) and x.ndim > 1 else -1
-    if not _fits(x, dim, a.shape[1], values):
-        _raise_as_torch(func, a, b)
+    if not fits(x, dim, a.shape[1], values):
+        raise_as_torch(func, a, b)
     if dim == -1:
-        y = _times(x, a.T, values)
+        y = times(x, a.T, values)
     else:  # A x = (x^T A^T)^T
-        y = _times(x.mT, a.T, values).mT.contiguous()
+        y = times(x.mT, a.T, values).mT.contiguous()
     if out is None:
         return y
-    return _write(func, out, y, values[:0].view(a.shape[0], 0), x.narrow(dim, 0, 0))
+    return write(func, out, y, values[:0].view(a.shape[0], 0), x.narrow(dim, 0, 0))
 
 
-def _times(x: Tensor, b: SparseTensor, values: Tensor, bias: Tensor | None = None) -> Tensor:
+def _sparse_sparse(func: Callable, a: SparseTensor, b: SparseTensor, out) -> SparseTensor:
+    if out is not None:
+        raise NotImplementedError(f"{func.__name__}: out= takes no product of two SparseTensors")
+    a_values, b_values = operands(func, a.values, b.values, None)
+    if a.shape[1] != b.shape[0] or not fits(a_values, -1, a.nnz, b_values):
+        raise_as_torch(func, a, b)
+    a, b = a._with_values(a_values, a.is_transposed), b._with_values(b_values, b.is_transposed)
+    return sparse_times_sparse(a, b)
+
+
+def times(x: Tensor, b: SparseTensor, values: Tensor, bias: Tensor | None = None) -> Tensor:
     """x [..., I] @ b [I, O] + bias [O] -> [..., O], contiguous. `values` stand in for b's own."""
     op = ops.spmm if b.is_transposed else ops.spmm_t
+    if x.ndim == 2:
+        return op(b.row_offsets, b.col_indices, values, b.n, b.k, x, bias)
     rows = x.unsqueeze(0) if x.ndim == 1 else x.flatten(0, -2)
     y = op(b.row_offsets, b.col_indices, values, b.n, b.k, rows, bias)
-    return y if x.ndim == 2 else y.view(*x.shape[:-1], y.shape[1])
+    return y.view(*x.shape[:-1], y.shape[1])
 
 
-def _fits(x, dim: int, size: int, values: Tensor) -> bool:
+def fits(x, dim: int, size: int, values: Tensor) -> bool:
     return (
         isinstance(x, Tensor)
         and x.ndim > 0
         and x.shape[dim] == size
-        and x.dtype == values.dtype
+        and x.dtype is values.dtype
         and x.device == values.device
-        and x.layout == torch.strided
+        and x.layout is torch.strided
     )
 
 
-def _operands(func: Callable, x, values: Tensor, out: Tensor | None) -> tuple:
-    # torch's autocast leaves calls with out= alone, and on a CPU also mv.
-    if out is not None or (func is torch.mv and values.device.type == "cpu"):
+def operands(func: Callable, x, values: Tensor, out: Tensor | None) -> tuple:
+    # torch's autocast leaves calls with out= alone, and on a CPU also mv and addmv.
+    if out is not None or (func in _VECTOR_FUNCTIONS and values.is_cpu):
         return x, values
-    return _autocast(x, values)
+    return autocast(x, values)
 
 
-def _autocast(*tensors):
+_VECTOR_FUNCTIONS = (torch.mv, torch.addmv)
+
+
+def autocast(*tensors):
     """The operands as torch's autocast hands them to matmul: float64 is exempt."""
-    device = tensors[1].device.type
-    if not torch.is_autocast_enabled(device):
+    device = "cpu" if tensors[1].is_cpu else tensors[1].device.type
+    # torch knows no autocast on the meta device, and raises.
+    if device == "meta" or not torch.is_autocast_enabled(device):
         return tensors
     dtype = torch.get_autocast_dtype(device)
-    return tuple(
-        t.to(dtype)
-        if isinstance(t, Tensor) and t.is_floating_point() and t.dtype != torch.float64
-        else t
-        for t in tensors
-    )
+    return [t.to(dtype) if isinstance(t, Tensor) and t.dtype in _CAST else t for t in tensors]
 
 
-def _raise_as_torch(func: Callable, *args) -> NoReturn:
+_CAST = (torch.float32, torch.bfloat16, torch.float16)
+
+
+def raise_as_torch(func: Callable, *args, **kwargs) -> NoReturn:
     """Raise torch's own error: call `func` with a dense twin, one element large, of each W."""
 
     def twin(a):
+        if isinstance(a, (list, tuple)):
+            return [twin(t) for t in a]
         if not isinstance(a, SparseTensor):
             return a
         return torch.zeros((), dtype=a.dtype, device=a.device).expand(a.shape)
 
-    func(*(twin(a) for a in args))
+    func(*(twin(a) for a in args), **kwargs)
     # torch can do it.
     got = ", ".join(
         f"{tuple(a.shape)} {a.dtype} {a.layout} on {a.device}"
         for a in map(twin, args)
-        if a is not None
+        if isinstance(a, Tensor)
     )
     raise NotImplementedError(f"{func.__name__}: not supported with a SparseTensor, got {got}")
 
 
-def _write(func: Callable, out: Tensor, y: Tensor, a: Tensor, b: Tensor) -> Tensor:
+def write(func: Callable, out: Tensor, y: Tensor, a: Tensor, b: Tensor) -> Tensor:
     """y to `out`, as func(.., out=out) would. a and b are the operands without their inner
     dimension: torch itself checks, warns and resizes, and computes nothing."""
     func(a, b, out=out)
@@ -171,19 +248,14 @@ def _mv(input, vec, *, out=None):
 
 def _strict(func, a_ndim, b_ndim, a, b, out):
     if (getattr(a, "ndim", None), getattr(b, "ndim", None)) != (a_ndim, b_ndim):
-        _raise_as_torch(func, a, b)
+        raise_as_torch(func, a, b)
     return _matmul(func, a, b, out)
 
 
 def _operator(input, other):
     """x @ W and x.matmul(W)."""
-    # torch.compile (torch 2.13) passes W @ x here with its operands swapped. Where that could be
-    # meant we refuse: the graph breaks, and the eager call has the right order.
     if torch.compiler.is_dynamo_compiling() and isinstance(other, SparseTensor):
-        if input.shape[-2:][:1] == other.shape[1:]:
-            raise NotImplementedError(
-                "torch.compile cannot tell x @ W from W @ x if both fit: write torch.matmul"
-            )
+        _keep_order_in_dynamo()
     return matmul(input, other)
 
 
@@ -191,17 +263,35 @@ def _reflected_operator(input, other):
     return matmul(other, input)
 
 
+def _keep_order_in_dynamo() -> None:
+    """While torch.compile traces: make it hand over W @ x as Tensor.__rmatmul__(x, W).
+
+    torch 2.13 does so for every other operator; for this one it passes x @ W, with the operands
+    swapped, which cannot be told from a real x @ W. Its table of reflected operators lacks the
+    entry: we add it and let the trace begin anew.
+    """
+    from torch._dynamo import exc
+    from torch._dynamo.variables import builtin
+
+    reflected = builtin.BUILTIN_TO_TENSOR_RFN_MAP
+    if reflected.get(operator.matmul) is not Tensor.__rmatmul__:
+        reflected[operator.matmul] = Tensor.__rmatmul__
+        raise exc.UnspecializeRestartAnalysis(restart_reason="the order of W @ x")
+
+
+_keep_order_in_dynamo._dynamo_marked_constant = True  # it runs when traced, and is not traced
+
+register("matmul", matmul)
+register("mm", _mm)
+register("mv", _mv)
 TORCH_FUNCTIONS.update(
     {
-        torch.matmul: matmul,
-        torch.mm: _mm,
-        torch.mv: _mv,
-        F.linear: linear,
+        torch.linalg.matmul: matmul,
+        torch.sparse.mm: matmul,
+        F.linear: _linear,
         Tensor.matmul: _operator,
         Tensor.__matmul__: _operator,
-        Tensor.__rmatmul__: _reflected_operator,
-        Tensor.mm: _mm,
-        Tensor.mv: _mv,
         operator.matmul: matmul,  # torch.export has this one
     }
 )
+REFLECTED["__rmatmul__"] = _reflected_operator

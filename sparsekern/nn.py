@@ -1,9 +1,4 @@
-"""SparseLinear, and sparsify_ / densify_ to swap it in and out of a model.
-
-The weight is a 1-D `values` Parameter beside int32 index buffers. To optimizers, DDP, state_dict
-and deepcopy it is an ordinary module, its optimizer state has nnz elements, and no momentum or
-weight decay can bring a removed weight back: there is no place for it.
-"""
+"""sparsify_ and densify_ swap SparseLinear in and out of a model; PackedLinear, for inference."""
 
 from collections import Counter
 from collections.abc import Callable
@@ -14,105 +9,21 @@ from torch.optim import Optimizer
 
 from .kernels.layout import Packed
 from .kernels.packed import name_of, pack
-from .matmul import linear
 from .ops import spmm_packed
+from .sparse_linear import SparseLinear, refuse_meta
 from .tensor import SparseTensor
 
+__all__ = [
+    "PackedLinear",
+    "SparseLinear",
+    "densify_",
+    "pack_",
+    "replace_modules",
+    "sparsifiable",
+    "sparsify_",
+]
+
 HEAD_NAMES = ("head", "lm_head")
-
-
-class SparseLinear(nn.Module):
-    """y [..., N] = x [..., K] @ W.T + bias, as nn.Linear with in_features K and out_features N.
-
-    Args:
-        in_features, out_features: K and N.
-        row_offsets, col_indices, values: W as in SparseTensor, which checks them.
-        bias: [N] or None.
-    """
-
-    def __init__(
-        self,
-        in_features: int,
-        out_features: int,
-        row_offsets: Tensor,
-        col_indices: Tensor,
-        values: Tensor,
-        bias: Tensor | None = None,
-    ):
-        super().__init__()
-        weight = SparseTensor(row_offsets, col_indices, values, (out_features, in_features))
-        if bias is not None and bias.shape != (out_features,):
-            raise ValueError(f"bias: expected shape ({out_features},), got {tuple(bias.shape)}")
-        self.in_features = in_features
-        self.out_features = out_features
-        self.register_buffer("row_offsets", weight.row_offsets)
-        self.register_buffer("col_indices", weight.col_indices)
-        self.values = _parameter(values)
-        self.register_parameter("bias", None if bias is None else _parameter(bias))
-
-    @classmethod
-    def from_linear(cls, linear: nn.Linear, mask: Tensor | None = None) -> "SparseLinear":
-        """The weights of `linear` where the bool mask [N, K] is True; without one, where != 0.
-
-        The bias is the same Parameter.
-        """
-        weight = SparseTensor.from_dense(linear.weight.detach(), mask)
-        module = cls(
-            linear.in_features,
-            linear.out_features,
-            weight.row_offsets,
-            weight.col_indices,
-            nn.Parameter(weight.values, requires_grad=linear.weight.requires_grad),
-            linear.bias,
-        )
-        return module.train(linear.training)
-
-    def to_linear(self) -> nn.Linear:
-        """The nn.Linear of the same function, zeros where nothing is stored; shares the bias."""
-        module = nn.Linear(self.in_features, self.out_features, bias=False, device="meta")
-        weight = self.weight.detach().to_dense()
-        module.weight = nn.Parameter(weight, requires_grad=self.values.requires_grad)
-        module.bias = self.bias
-        return module.train(self.training)
-
-    @property
-    def weight(self) -> SparseTensor:
-        """W [N, K], sharing this module's tensors."""
-        return SparseTensor._trusted(
-            self.row_offsets, self.col_indices, self.values, self.out_features, self.in_features
-        )
-
-    def forward(self, x: Tensor) -> Tensor:
-        return linear(x, self.weight, self.bias)
-
-    def extra_repr(self) -> str:
-        return (
-            f"in_features={self.in_features}, out_features={self.out_features}, "
-            f"bias={self.bias is not None}, nnz={self.values.shape[0]}, "
-            f"sparsity={self.weight.sparsity:.4g}"
-        )
-
-    def _load_from_state_dict(
-        self, state_dict, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs
-    ):
-        """Accepts another pattern than the module's own, also one with another nnz."""
-        names = [prefix + name for name in ("row_offsets", "col_indices", "values")]
-        if all(name in state_dict for name in names):
-            parts = [state_dict[name] for name in names]
-            try:
-                weight = SparseTensor(*parts, (self.out_features, self.in_features))
-            except (TypeError, ValueError) as error:
-                error_msgs.append(f"{prefix}{error}")
-                return
-            # int64 indices would stay so under assign=True.
-            state_dict[names[0]] = weight.row_offsets
-            state_dict[names[1]] = weight.col_indices
-            if weight.nnz != self.values.shape[0]:
-                self.col_indices = self.col_indices.new_empty(weight.nnz)
-                resize_(self.values, self.values.new_empty(weight.nnz))
-        super()._load_from_state_dict(
-            state_dict, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs
-        )
 
 
 class PackedLinear(nn.Module):
@@ -121,7 +32,9 @@ class PackedLinear(nn.Module):
     At 75 % sparsity it takes 0.32 to 0.37 of the bytes of a dense 16-bit weight if packed for one
     or two tokens (the less, the larger it is), 0.43 for more. Up to 64 tokens W is read in that
     form; above, it is written out for each call. No gradient, and no way back to CSR: keep the
-    checkpoint. Not for two CUDA streams at the same time (kernels/cuda.py says why).
+    checkpoint. Not for two CUDA streams at the same time (kernels/cuda.py says why). Its buffers
+    are in no state_dict. Each call checks their types and sizes, but not what stands in them: to
+    average or write them by hand may lead a kernel anywhere.
 
     Args:
         packed: W [out_features, in_features].
@@ -130,6 +43,9 @@ class PackedLinear(nn.Module):
 
     def __init__(self, packed: Packed, bias: Tensor | None = None):
         super().__init__()
+        packed.check()
+        if bias is not None and bias.shape != (packed.n,):
+            raise ValueError(f"bias: expected shape ({packed.n},), got {tuple(bias.shape)}")
         self.in_features = packed.k
         self.out_features = packed.n
         self.layout, self.dtype = name_of(packed), packed.dtype
@@ -145,6 +61,16 @@ class PackedLinear(nn.Module):
         values are bfloat16 or float16."""
         bias = None if linear.bias is None else linear.bias.detach().to(linear.values.dtype)
         return cls(pack(linear.weight.detach(), tokens), bias).train(linear.training)
+
+    def _apply(self, fn, recurse=True):
+        """Moves go through. Casts (half(), float()) do not: indices lie in the bits of the floats,
+        which no cast keeps, so the layer stays as it was packed and wants x in its dtype."""
+
+        def move(tensor: Tensor) -> Tensor:
+            result = fn(tensor)
+            return result if result.dtype == tensor.dtype else tensor.to(result.device)
+
+        return super()._apply(move, recurse)
 
     @property
     def packed_bytes(self) -> int:
@@ -213,9 +139,13 @@ def sparsify_(
     A weight that another module uses too (tied to an embedding) stays dense, and so does one with
     the attribute `requires_dense`. So do subclasses of nn.Linear: they compute something of their
     own. Make the optimizer afterwards: it must see the new Parameters. If an algorithm fails the
-    model is unchanged.
+    model is unchanged. ValueError where there is nothing to replace, unless filter_fn said so.
     """
     chosen = sparsifiable(model, filter_fn)
+    if not chosen and not (filter_fn and sparsifiable(model, lambda module, name: True)):
+        raise ValueError(f"sparsify_: {_nothing_in(model)}")
+    for name, module in chosen.items():
+        refuse_meta(f"{name}.weight" if name else "weight", module)
 
     def replace(name: str, module: nn.Module) -> nn.Module | None:
         if name not in chosen or isinstance(module, SparseLinear):
@@ -246,8 +176,17 @@ def densify_(model: nn.Module, optimizer: Optimizer | None = None) -> nn.Module:
     """Replace every SparseLinear of `model` by its nn.Linear, in place, and return the model.
 
     With an optimizer, the dense weights take the place of the values in its groups and its state
-    becomes dense too: zero where nothing was stored.
+    becomes dense too: zero where nothing was stored. ValueError, and an unchanged model, for state
+    of another shape than the values.
     """
+    if optimizer:
+        for layer in (m for m in model.modules() if isinstance(m, SparseLinear)):
+            for key, t in optimizer.state.get(layer.values, {}).items():
+                if isinstance(t, Tensor) and t.numel() != 1 and t.shape != layer.values.shape:
+                    raise ValueError(
+                        f"densify_: the optimizer keeps {key!r} of shape {tuple(t.shape)} for the "
+                        f"{layer.values.shape[0]} values of {layer}, expected as many"
+                    )
     dense: dict[nn.Parameter, tuple[nn.Parameter, SparseLinear]] = {}
 
     def replace(name: str, module: nn.Module) -> nn.Module | None:
@@ -276,16 +215,6 @@ def _densified(state, module: SparseLinear):
     return SparseTensor._trusted(module.row_offsets, module.col_indices, state, n, k).to_dense()
 
 
-def resize_(parameter: nn.Parameter, data: Tensor) -> None:
-    """Give the same Parameter other data, of another size; its gradient goes."""
-    parameter.grad = None
-    # A graph that is still alive (the loss of the step before) holds the parameter's node, with the
-    # old size. torch replaces that node when the dtype changes, and then alone.
-    other = torch.float64 if data.dtype != torch.float64 else torch.float32
-    parameter.data = data.new_empty(0, dtype=other)
-    parameter.data = data
-
-
 def replace_modules(
     model: nn.Module, replace: Callable[[str, nn.Module], nn.Module | None]
 ) -> nn.Module:
@@ -303,5 +232,14 @@ def replace_modules(
     return model
 
 
-def _parameter(tensor: Tensor) -> nn.Parameter:
-    return tensor if isinstance(tensor, nn.Parameter) else nn.Parameter(tensor)
+def _nothing_in(model: nn.Module) -> str:
+    def has_matrix(module: nn.Module) -> bool:
+        return any(p is not None and p.ndim > 1 for p in module._parameters.values())
+
+    kinds = Counter(type(m).__name__ for m in model.modules() if has_matrix(m))
+    there = ", ".join(f"{count} {kind}" for kind, count in sorted(kinds.items())) or "none"
+    return (
+        f"no nn.Linear to replace; modules with a matrix: {there}. Its subclasses stay dense, and "
+        "tied weights, those that are marked requires_dense, and without a filter_fn the layers "
+        f"named {' or '.join(HEAD_NAMES)}"
+    )

@@ -23,9 +23,9 @@ from torch import Tensor
 from torch.autograd import Function, forward_ad, profiler
 
 from .flop_formulas import register_when_imported
-from .kernels import cuda
+from .kernels import cuda, observed
 from .kernels.operands import check_gradients, check_product, check_sddmm
-from .kernels.packed import LAYOUTS
+from .kernels.packed import assemble, check_operands
 from .kernels.problem import Problem
 from .kernels.table import pick
 
@@ -60,11 +60,13 @@ def _run_gradients(op, row_offsets, col_indices, values, n, k, h, other):
     gradient = run(row_offsets, col_indices, values.contiguous(), n, k, h, None)
     run = pick(_new(Problem, ("sddmm", device, dtype, m, n, k, nnz))).run
     dy, x = (h, other) if op == "spmm_t" else (other, h)
+    observed.note(row_offsets, dy, x)
     return gradient, run(row_offsets, col_indices, n, k, dy, x)
 
 
 def _run_sddmm(row_offsets, col_indices, n, k, dy, x):
     m, nnz = check_sddmm(row_offsets, col_indices, n, k, dy, x)
+    observed.note(row_offsets, dy, x)
     device = "cpu" if x.is_cpu else "cuda"
     run = pick(_new(Problem, ("sddmm", device, x.dtype, m, n, k, nnz))).run
     return run(row_offsets, col_indices, n, k, dy.contiguous(), x.contiguous())
@@ -108,7 +110,9 @@ for _name, _arguments, _run, _fake in (
 
 
 def _run_spmm_packed(x, layout, n, k, nnz, numbers, tensors, bias=None):
-    return cuda.spmm_packed(x, LAYOUTS[layout](n, k, nnz, *numbers, *tensors), bias)
+    packed = assemble(layout, n, k, nnz, numbers, tensors)
+    check_operands(packed, x, bias)
+    return cuda.spmm_packed(x, packed, bias)
 
 
 def _fake_spmm_packed(x, layout, n, k, nnz, numbers, tensors, bias=None):
@@ -157,9 +161,13 @@ def spmm(
     """y [M, N] = x [M, K] @ W.T + bias [N], differentiable in values, x and bias."""
     args = row_offsets, col_indices, values, n, k, x, bias
     function, is_direct = _route("spmm", values, x, bias)
-    if function is not None:
-        return (_APPLY["spmm"] if is_direct else function.apply)(*args)
-    return _run_product("spmm", *args) if is_direct else _spmm(*args)
+    if is_direct:
+        try:
+            return _run_spmm(*args) if function is None else _APPLY["spmm"](*args)
+        except (RuntimeError, ValueError):
+            if not _is_any_lazy(values, x, bias):
+                raise
+    return (_spmm if function is None else function.apply)(*args)
 
 
 def spmm_t(
@@ -174,9 +182,13 @@ def spmm_t(
     """dx [M, K] = dy [M, N] @ W + bias [K], differentiable in values, dy and bias."""
     args = row_offsets, col_indices, values, n, k, dy, bias
     function, is_direct = _route("spmm_t", values, dy, bias)
-    if function is not None:
-        return (_APPLY["spmm_t"] if is_direct else function.apply)(*args)
-    return _run_product("spmm_t", *args) if is_direct else _spmm_t(*args)
+    if is_direct:
+        try:
+            return _run_spmm_t(*args) if function is None else _APPLY["spmm_t"](*args)
+        except (RuntimeError, ValueError):
+            if not _is_any_lazy(values, dy, bias):
+                raise
+    return (_spmm_t if function is None else function.apply)(*args)
 
 
 def sddmm(
@@ -185,9 +197,13 @@ def sddmm(
     """dvalues [nnz] = (dy [M, N].T @ x [M, K]) at the pattern, differentiable in dy and x."""
     args = row_offsets, col_indices, n, k, dy, x
     function, is_direct = _route("sddmm", dy, x, None)
-    if function is not None:
-        return (_APPLY["sddmm"] if is_direct else function.apply)(*args)
-    return _run_sddmm(*args) if is_direct else _sddmm(*args)
+    if is_direct:
+        try:
+            return _run_sddmm(*args) if function is None else _APPLY["sddmm"](*args)
+        except (RuntimeError, ValueError):
+            if not _is_any_lazy(dy, x, None):
+                raise
+    return (_sddmm if function is None else function.apply)(*args)
 
 
 def _route(
@@ -207,8 +223,7 @@ def _route(
 
 def _is_direct(a: Tensor, b: Tensor, bias: Tensor | None) -> bool:
     """Whether nothing looks on between the caller and the kernel: no tracer, mode or profiler, no
-    subclass, and no tensor that only the dispatcher can read (a lazy negation, an efficient zero,
-    what a functorch transform has left)."""
+    subclass, and no negation that is still to be done, which only the dispatcher sees."""
     return (
         not _is_compiling()
         and (b.is_cpu or b.is_cuda)
@@ -223,9 +238,13 @@ def _is_direct(a: Tensor, b: Tensor, bias: Tensor | None) -> bool:
 
 def _is_plain(t: Tensor) -> bool:
     kind = type(t)
-    return (kind is Tensor or kind is _Parameter) and not (
-        t.is_neg() or t._is_zerotensor() or _is_wrapped(t)
-    )
+    return (kind is Tensor or kind is _Parameter) and not t.is_neg()
+
+
+def _is_any_lazy(*tensors: Tensor | None) -> bool:
+    """Whether one of them has no memory of its own, so that a direct call has failed: an efficient
+    zero, or what a functorch transform has left."""
+    return any(t is not None and (t._is_zerotensor() or _is_wrapped(t)) for t in tensors)
 
 
 # Derivatives, written once for both kinds of Function. They call the router, so that a derivative

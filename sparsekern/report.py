@@ -4,7 +4,7 @@ from pathlib import Path
 from statistics import median
 
 from .extras import require
-from .gpt.checkpoint import atomic_write
+from .files import atomic_write
 from .text import table
 from .wafer.cost import compare_with_dense
 from .wafer.machine import machine
@@ -32,8 +32,8 @@ def check_section(checks: list[dict]) -> str:
         for c in checks
     ]
     return (
-        "Error against float64 in the Frobenius norm, on the same numbers: sparsekern may err at\n"
-        "most twice as much as torch.\n\n"
+        "Relative error against float64 at the worst element, on the same numbers: sparsekern may\n"
+        "err at most twice as much as torch.\n\n"
         + table(["dtype", "x", "W", "torch.matmul", "sparsekern.matmul"], rows, left=3)
     )
 

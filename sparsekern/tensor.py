@@ -2,23 +2,39 @@
 
 W [N, K] is held as CSR: row_offsets int32 [N+1], col_indices int32 [nnz] (strictly increasing in
 each row) and values [nnz]. An entry is stored because the pattern says so and not because its value
-is non-zero: explicit zeros and NaN are kept.
+is non-zero: explicit zeros are kept.
+
+What torch computes on it is registered by matmul.py, products.py, contractions.py, elementwise.py
+and functions.py, which this module may not import.
 """
 
+import copy
 from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
 
-from .extras import require
+from . import conversions
+from .conversions import Parts
+from .indices import (
+    check_pattern,
+    check_sizes,
+    check_values,
+    checked_pattern,
+    counted,
+    expand_rows,
+    sorting_order,
+)
 
-VALUE_DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
-INDEX_DTYPES = (torch.int32, torch.int64)
-INDEX_LIMIT = 2**31  # indices are int32
-
-# torch function -> its implementation for a SparseTensor argument. Filled by matmul.py, which this
-# module may not import.
+# torch function -> its implementation for a SparseTensor argument.
 TORCH_FUNCTIONS: dict[Callable, Callable] = {}
+
+# The same for Tensor.__rmatmul__, __rsub__ and their kind, by name: torch.compile (torch 2.13) does
+# not find these functions in a dict.
+REFLECTED: dict[str, Callable] = {}
+
+# name of a torch function or method -> what to write in its place
+ALTERNATIVES: dict[str, str] = {}
 
 
 class SparseTensor:
@@ -26,22 +42,43 @@ class SparseTensor:
 
     Args:
         row_offsets: int32 or int64 [N+1]; row i holds the entries row_offsets[i]:row_offsets[i+1].
-        col_indices: int32 or int64 [nnz], strictly increasing in each row, in [0, K).
+        col_indices: int32 or int64 [nnz], different ones in each row, in [0, K).
         values: [nnz], float32, bfloat16, float16 or float64; may require grad.
         shape: (N, K).
 
     The arguments are checked here, once; ValueError or TypeError names the one that is wrong.
+    Columns that do not increase in a row are sorted, and the values with them; a column that stands
+    twice in a row is an error. In a graph of torch.compile the check runs with the graph.
+
+    It is no torch.Tensor, but torch's functions take it where they can, and a TypeError names what
+    to write where not. `values` is an attribute and holds what is trained: give it to optimizers.
+    A module does not see `module.w = W`: it is in no state_dict and stays where it is on `.to()`.
+    `module.register_buffer("w", W)` does for a fixed matrix: it moves, and is saved and loaded; but
+    torch.compile, DDP and functional_call take tensors alone as buffers. For a weight of a layer,
+    trained or not, use SparseLinear.
+
+    Writes to the index tensors that torch counts (`W.col_indices[3] = 5`) are seen by the next
+    product, which checks the pattern anew. After others call `indices_changed_()`.
     """
 
-    __slots__ = ("row_offsets", "col_indices", "values", "n", "k", "is_transposed")
+    __slots__ = ("row_offsets", "col_indices", "values", "n", "k", "is_transposed", "__weakref__")
 
     def __init__(
         self, row_offsets: Tensor, col_indices: Tensor, values: Tensor, shape: Sequence[int]
     ):
-        n, k = _check_sizes(row_offsets, col_indices, values, shape)
-        check_pattern(row_offsets, col_indices, n, k)
-        indices = (t.int().contiguous() for t in (row_offsets, col_indices))
-        self._set(*indices, values, n, k, False)
+        n, k = check_sizes(row_offsets, col_indices, values, shape)
+        if torch.compiler.is_compiling():
+            row_offsets, col_indices, order = checked_pattern(row_offsets, col_indices, n, k)
+        else:
+            order = sorting_order(row_offsets, col_indices, n, k)
+            if order is not None:
+                col_indices = col_indices[order]
+        self.row_offsets = counted(row_offsets.int().contiguous())
+        self.col_indices = counted(col_indices.int().contiguous())
+        self.values = values if order is None else values[order]
+        self.n = n  # rows and columns of the stored W, whatever is_transposed says
+        self.k = k
+        self.is_transposed = False
 
     @classmethod
     def _trusted(
@@ -55,40 +92,37 @@ class SparseTensor:
     ) -> "SparseTensor":
         """Without checks: for tensors that were checked before."""
         tensor = cls.__new__(cls)
-        tensor._set(row_offsets, col_indices, values, n, k, is_transposed)
+        tensor.row_offsets = row_offsets
+        tensor.col_indices = col_indices
+        tensor.values = values
+        tensor.n = n
+        tensor.k = k
+        tensor.is_transposed = is_transposed
         return tensor
 
-    def _set(self, row_offsets, col_indices, values, n, k, is_transposed) -> None:
-        self.row_offsets = row_offsets
-        self.col_indices = col_indices
-        self.values = values
-        self.n = n  # rows and columns of the stored W, whatever is_transposed says
-        self.k = k
-        self.is_transposed = is_transposed
+    def _with_values(self, values: Tensor, is_transposed: bool) -> "SparseTensor":
+        return self._trusted(
+            self.row_offsets, self.col_indices, values, self.n, self.k, is_transposed
+        )
+
+    @property
+    def T(self) -> "SparseTensor":
+        """The transpose; shares all tensors."""
+        return self._trusted(
+            self.row_offsets, self.col_indices, self.values, self.n, self.k, not self.is_transposed
+        )
 
     # Conversions
 
     @classmethod
     def from_dense(cls, w: Tensor, mask: Tensor | None = None) -> "SparseTensor":
-        """The entries of w [N, K] where the bool mask [N, K] is True; without one, where w != 0.
+        """The entries of w [N, K] where the bool mask [N, K] is True; without one, where w != 0,
+        and then a NaN in w is an error: some files mark pruned weights by it.
 
         Gradients flow from the values back to w.
         """
-        _check_values("w", w, ndim=2)
-        if mask is None:
-            mask = w != 0
-        elif not isinstance(mask, Tensor) or mask.dtype != torch.bool:
-            raise TypeError(f"mask: expected a tensor of dtype torch.bool, got {_kind(mask)}")
-        elif mask.shape != w.shape or mask.device != w.device:
-            raise ValueError(
-                f"mask: expected shape {tuple(w.shape)} on {w.device}, "
-                f"got shape {tuple(mask.shape)} on {mask.device}"
-            )
-        n, k = w.shape
-        rows, cols = mask.nonzero(as_tuple=True)
-        _check_limit("nnz", rows.shape[0])
-        values = w[rows, cols]
-        return cls._trusted(_count_rows(rows, n), cols.int().contiguous(), values, n, k)
+        parts = conversions.dense_parts(w, mask)
+        return cls._trusted(parts.row_offsets, parts.col_indices, parts.values, *parts.shape)
 
     @classmethod
     def from_torch(cls, t: Tensor) -> "SparseTensor":
@@ -97,92 +131,66 @@ class SparseTensor:
         Every stored entry stays: also explicit zeros, and all entries of a BSR block. Duplicate
         entries of a COO tensor are summed.
         """
-        if not isinstance(t, Tensor) or t.layout not in _COORDINATES:
-            raise TypeError(f"t: expected a torch COO, CSR, CSC or BSR tensor, got {_kind(t)}")
-        if t.ndim != 2 or t.dense_dim() != 0:
-            raise ValueError(
-                f"t: expected 2 sparse dimensions, got shape {tuple(t.shape)} with "
-                f"{t.dense_dim()} dense dimensions"
-            )
-        if t.layout == torch.sparse_csr:
-            return cls(t.crow_indices(), t.col_indices(), t.values(), t.shape)
-        rows, cols, values = _COORDINATES[t.layout](t)
-        n, k = t.shape
-        order = (rows * k + cols).argsort()
-        return cls(_count_rows(rows, n), cols[order], values[order], (n, k))
+        return cls(*conversions.torch_parts(t))
 
     @classmethod
     def from_scipy(cls, a) -> "SparseTensor":
         """From any 2-D scipy.sparse matrix or array; duplicates are summed, zeros kept."""
-        csr = a.tocsr(copy=True)
-        csr.sum_duplicates()  # and sorts the columns
-        parts = (torch.from_numpy(part) for part in (csr.indptr, csr.indices, csr.data))
-        return cls(*parts, csr.shape)
+        return cls(*conversions.scipy_parts(a))
 
     @classmethod
     def from_cupy(cls, a) -> "SparseTensor":
         """From any 2-D cupyx.scipy.sparse matrix or array.
 
-        A CSR one shares its memory (its indices do where they are int32). Nothing in it is sorted
-        or summed, so the columns of each row must increase: `a.sum_duplicates()` sees to that.
+        A CSR one shares its memory, its indices where they are int32, and all of it only where the
+        columns increase in each row. Nothing is summed: duplicates are an error.
         """
-        csr = a.tocsr()
-        if csr is not a:
-            csr.sum_duplicates()  # and sorts the columns
-        return cls(*map(torch.from_dlpack, (csr.indptr, csr.indices, csr.data)), csr.shape)
+        return cls(*conversions.cupy_parts(a))
 
     def to_dense(self) -> Tensor:
         """The dense matrix, zeros where nothing is stored. Gradients flow back to the values."""
-        rows = expand_rows(self.row_offsets, self.nnz)
-        places = (rows, self.col_indices.long())
-        if self.is_transposed:
-            places = places[::-1]
-        return self.values.new_zeros(self.shape).index_put(places, self.values)
+        return self.values.new_zeros(self.shape).index_put(self._coordinates(), self.values)
+
+    def _coordinates(self) -> tuple[Tensor, Tensor]:
+        """Row and column of each stored value in this matrix, both int64 [nnz]."""
+        rows, cols = expand_rows(self.row_offsets, self.nnz), self.col_indices.long()
+        return (cols, rows) if self.is_transposed else (rows, cols)
 
     def to_torch(self) -> Tensor:
         """A torch CSR tensor; it shares memory with this one unless this is a transpose."""
-        make = torch.sparse_csc_tensor if self.is_transposed else torch.sparse_csr_tensor
-        t = make(
-            self.row_offsets, self.col_indices, self.values, self.shape, check_invariants=False
-        )
-        return t.to_sparse_csr()
+        return conversions.to_torch(*self._checked(), self.shape, self.is_transposed)
 
     def to_scipy(self):
-        """A scipy.sparse CSR array. 16-bit values become float32: scipy has no 16-bit floats."""
-        import scipy.sparse  # optional dependency
+        """A scipy.sparse CSR array. 16-bit values become float32: scipy has no 16-bit floats.
 
-        values = self.values.detach()
-        if values.itemsize == 2:
-            values = values.float()
-        parts = (t.cpu().numpy() for t in (values, self.col_indices, self.row_offsets))
-        csr = scipy.sparse.csr_array(tuple(parts), shape=(self.n, self.k))
-        return csr.T.tocsr() if self.is_transposed else csr
+        It shares memory with this one where it can: `indices_changed_()` after changes of its
+        pattern.
+        """
+        return conversions.to_scipy(*self._checked(), self.n, self.k, self.is_transposed)
 
     def to_cupy(self):
         """A cupyx.scipy.sparse CSR matrix; it shares memory with this one unless this is a
         transpose."""
-        if self.dtype.itemsize == 2:
-            raise TypeError(
-                "to_cupy: expected float32 or float64, the floats that cupyx.scipy.sparse has, "
-                f"got {self.dtype}"
-            )
-        if self.device.type != "cuda":
-            raise ValueError(f"to_cupy: expected a tensor on a GPU, got one on {self.device}")
-        cupy, sparse = require("cupy", "cupy"), require("cupyx.scipy.sparse", "cupy")
-        parts = (self.values.detach(), self.col_indices, self.row_offsets)
-        with torch.cuda.device(self.device):
-            csr = sparse.csr_matrix(
-                tuple(cupy.from_dlpack(part) for part in parts), shape=(self.n, self.k)
-            )
-            return csr.T.tocsr() if self.is_transposed else csr
+        return conversions.to_cupy(*self._checked(), self.n, self.k, self.is_transposed)
+
+    def _checked(self) -> tuple[Tensor, Tensor, Tensor]:
+        """CSR for others, who trust it: the indices may have been written to."""
+        csr = self.row_offsets, self.col_indices, self.values
+        check_sizes(*csr, (self.n, self.k))
+        if not self.col_indices.is_meta:
+            check_pattern(self.row_offsets, self.col_indices, self.n, self.k)
+        return csr
 
     def to(self, *args, **kwargs) -> "SparseTensor":
         """Move or cast the values with the arguments of Tensor.to; the pattern follows."""
-        values = self.values.to(*args, **kwargs)
-        _check_values("dtype", values, ndim=1)
+        return self._follow(self.values.to(*args, **kwargs))
+
+    def _follow(self, values: Tensor) -> "SparseTensor":
+        """This pattern with other values [nnz], which may be on another device."""
+        check_values("dtype", values, ndim=1)
         return self._trusted(
-            self.row_offsets.to(values.device),
-            self.col_indices.to(values.device),
+            counted(self.row_offsets.to(values.device)),
+            counted(self.col_indices.to(values.device)),
             values,
             self.n,
             self.k,
@@ -193,15 +201,39 @@ class SparseTensor:
         """The same tensor with values cut from the autograd graph."""
         return self._with_values(self.values.detach(), self.is_transposed)
 
-    @property
-    def T(self) -> "SparseTensor":
-        """The transpose; shares all tensors."""
-        return self._with_values(self.values, not self.is_transposed)
+    def indices_changed_(self) -> "SparseTensor":
+        """Tell the library that row_offsets or col_indices were written in a way that torch does
+        not count: through `.data`, NumPy, SciPy (`to_scipy` shares memory), another process.
 
-    def _with_values(self, values: Tensor, is_transposed: bool) -> "SparseTensor":
-        return self._trusted(
-            self.row_offsets, self.col_indices, values, self.n, self.k, is_transposed
-        )
+        Without it, products after such a write may go on with the pattern from before. They never
+        read or write out of bounds: what kernels use is made of a checked copy. The next product
+        raises ValueError if the new pattern is not a valid one.
+        """
+        # A tensor from inference mode has no counter: kernels look at all of it on every call.
+        tensors = [t for t in (self.row_offsets, self.col_indices) if not t.is_inference()]
+        torch.autograd.graph.increment_version(tensors)
+        return self
+
+    # Copies and files
+
+    def __copy__(self) -> "SparseTensor":
+        return self._with_values(self.values, self.is_transposed)
+
+    def __deepcopy__(self, memo: dict) -> "SparseTensor":
+        values = copy.deepcopy(self.values, memo)
+        indices = (copy.deepcopy(t, memo) for t in (self.row_offsets, self.col_indices))
+        return self._trusted(*map(counted, indices), values, self.n, self.k, self.is_transposed)
+
+    def __reduce__(self):
+        csr = Parts(self.row_offsets, self.col_indices, self.values, (self.n, self.k))
+        return _rebuild, (*csr, self.is_transposed)
+
+    def __setstate__(self, state: tuple) -> None:
+        """Of files that an earlier version wrote: what is loaded is checked like all else."""
+        slots = state[1]
+        csr = (slots[name] for name in ("row_offsets", "col_indices", "values"))
+        self.__init__(*csr, (slots["n"], slots["k"]))
+        self.is_transposed = bool(slots["is_transposed"])
 
     # Properties
 
@@ -225,6 +257,10 @@ class SparseTensor:
     def requires_grad(self) -> bool:
         return self.values.requires_grad
 
+    @requires_grad.setter
+    def requires_grad(self, requires_grad: bool) -> None:
+        self.values.requires_grad = requires_grad
+
     @property
     def nnz(self) -> int:
         """Number of stored values."""
@@ -247,9 +283,26 @@ class SparseTensor:
             f"sparsity={self.sparsity:.4g}, dtype={self.dtype}, device={self.device}{grad})"
         )
 
-    # Products: torch's dispatch to matmul.py
+    @property
+    def _is_param(self) -> bool:
+        return False
+
+    @_is_param.setter
+    def _is_param(self, _: bool) -> None:
+        """nn.Parameter(W) comes here."""
+        raise TypeError(
+            "nn.Parameter: a SparseTensor cannot be one: use SparseLinear, or make W.values the "
+            "Parameter: SparseTensor(row_offsets, col_indices, nn.Parameter(values), shape)"
+        )
+
+    # torch's dispatch to what was registered
 
     __array_ufunc__ = None  # numpy_array @ W comes to __rmatmul__, which raises torch's error
+
+    def __array__(self, *args, **kwargs):
+        raise TypeError(
+            "a SparseTensor is no NumPy array: use W.to_dense().numpy(), W.to_scipy() or W.values"
+        )
 
     def __matmul__(self, other: Tensor) -> Tensor:
         return TORCH_FUNCTIONS[torch.matmul](self, other)
@@ -261,127 +314,60 @@ class SparseTensor:
     def __torch_function__(cls, func, types, args=(), kwargs=None):
         implementation = TORCH_FUNCTIONS.get(func)
         if implementation is None:
-            return NotImplemented
+            name = getattr(func, "__name__", str(func))
+            implementation = REFLECTED.get(name)
+            if implementation is None:
+                if not set(types) <= {Tensor, SparseTensor}:  # another class may know it
+                    return NotImplemented
+                raise TypeError(unsupported(name))
         return implementation(*args, **(kwargs or {}))
 
 
-def expand_rows(row_offsets: Tensor, nnz: int) -> Tensor:
-    """The row of each stored entry: int64 [nnz]."""
-    rows = torch.arange(row_offsets.shape[0] - 1, device=row_offsets.device)
-    return rows.repeat_interleave(row_offsets.diff(), output_size=nnz)
+def unsupported(name: str) -> str:
+    alternative = ALTERNATIVES.get(
+        name, "W.values are its stored values, W.to_dense() is dense, W.to_torch() a torch CSR"
+    )
+    return f"{name}: not supported with a SparseTensor: {alternative}"
 
 
-def _count_rows(rows: Tensor, n: int) -> Tensor:
-    """row_offsets int32 [N+1] of entries whose rows are given."""
-    row_offsets = torch.zeros(n + 1, dtype=torch.int32, device=rows.device)
-    row_offsets[1:] = rows.bincount(minlength=n).cumsum(0)
-    return row_offsets
+def register(name: str, implementation: Callable, method: bool = True) -> None:
+    """Make `implementation` what torch.<name> and Tensor.<name> do with a SparseTensor, and its
+    method of that name."""
+    for owner in (torch, Tensor):
+        if hasattr(owner, name):
+            TORCH_FUNCTIONS[getattr(owner, name)] = implementation
+    if method:
+        setattr(SparseTensor, name, implementation)
 
 
-def _coo_coordinates(t: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    t = t.coalesce()
-    rows, cols = t.indices()
-    return rows, cols, t.values()
+class _Missing:
+    """What a Tensor has and a SparseTensor lacks. A __getattr__ would say the same, and slow down
+    every other attribute."""
+
+    def __init__(self, name: str):
+        self.name = name
+
+    def __get__(self, instance, owner):
+        raise AttributeError(unsupported(self.name))
 
 
-def _csc_coordinates(t: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    return t.row_indices(), expand_rows(t.ccol_indices(), t.row_indices().shape[0]), t.values()
+def name_what_is_missing() -> None:
+    """After all has been registered."""
+    for name in dir(Tensor):
+        if not name.startswith("_") and name not in SparseTensor.__dict__:
+            setattr(SparseTensor, name, _Missing(name))
 
 
-def _bsr_coordinates(t: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    blocks = t.values()  # [nnz_blocks, height, width]
-    height, width = blocks.shape[1:]
-    rows = expand_rows(t.crow_indices(), blocks.shape[0])[:, None, None] * height
-    cols = t.col_indices().long()[:, None, None] * width
-    rows = rows + torch.arange(height, device=t.device)[:, None]
-    cols = cols + torch.arange(width, device=t.device)
-    rows, cols = torch.broadcast_tensors(rows, cols)
-    return rows.flatten(), cols.flatten(), blocks.flatten()
+def _rebuild(
+    row_offsets: Tensor,
+    col_indices: Tensor,
+    values: Tensor,
+    shape: tuple[int, int],
+    is_transposed: bool,
+) -> SparseTensor:
+    """A SparseTensor from a file, which is not trusted."""
+    W = SparseTensor(row_offsets, col_indices, values, shape)
+    return W.T if is_transposed else W
 
 
-_COORDINATES = {
-    torch.sparse_csr: None,  # has no need of them
-    torch.sparse_coo: _coo_coordinates,
-    torch.sparse_csc: _csc_coordinates,
-    torch.sparse_bsr: _bsr_coordinates,
-}
-
-
-def _check_sizes(
-    row_offsets: Tensor, col_indices: Tensor, values: Tensor, shape: Sequence[int]
-) -> tuple[int, int]:
-    """Everything that can be checked without reading an index."""
-    if len(shape) != 2:
-        raise ValueError(f"shape: expected (N, K), got {tuple(shape)}")
-    n, k = shape
-    for name, size in (("N", n), ("K", k)):
-        _check_limit(name, size)
-    for name, t in (("row_offsets", row_offsets), ("col_indices", col_indices)):
-        if not isinstance(t, Tensor) or t.layout != torch.strided or t.dtype not in INDEX_DTYPES:
-            raise TypeError(f"{name}: expected an int32 or int64 tensor, got {_kind(t)}")
-        if t.ndim != 1:
-            raise ValueError(f"{name}: expected a 1-D tensor, got shape {tuple(t.shape)}")
-    _check_values("values", values, ndim=1)
-    nnz = col_indices.shape[0]
-    _check_limit("nnz", nnz)
-    for name, t, size in (("row_offsets", row_offsets, n + 1), ("values", values, nnz)):
-        if t.shape[0] != size:
-            raise ValueError(f"{name}: expected {size} elements, got {t.shape[0]}")
-        if t.device != col_indices.device:
-            raise ValueError(f"{name}: expected device {col_indices.device}, got {t.device}")
-    return n, k
-
-
-def check_pattern(row_offsets: Tensor, col_indices: Tensor, n: int, k: int) -> None:
-    nnz = col_indices.shape[0]
-    first, last = row_offsets[0].item(), row_offsets[-1].item()
-    if (first, last) != (0, nnz):
-        raise ValueError(
-            f"row_offsets: expected to start at 0 and end at nnz = {nnz}, got {first} and {last}"
-        )
-    falls = row_offsets.diff() < 0
-    if falls.any():
-        row = falls.nonzero()[0].item()
-        raise ValueError(
-            f"row_offsets: expected not to decrease, got {row_offsets[row].item()} before "
-            f"{row_offsets[row + 1].item()} at row {row}"
-        )
-    if nnz == 0:
-        return
-    low, high = (bound.item() for bound in col_indices.aminmax())
-    if low < 0 or high >= k:
-        raise ValueError(f"col_indices: expected to lie in [0, {k}), got {low} to {high}")
-    steps = col_indices.diff()
-    starts = row_offsets[1:-1]
-    starts = starts[(starts > 0) & (starts < nnz)].long()
-    steps[starts - 1] = 1  # from one row to the next any step will do
-    for wrong, what in ((steps < 0, "not sorted"), (steps == 0, "a duplicate")):
-        if wrong.any():
-            at = wrong.nonzero()[0].item()
-            row = torch.searchsorted(row_offsets, at, right=True).item() - 1
-            raise ValueError(
-                "col_indices: expected to increase strictly in each row, got "
-                f"{col_indices[at].item()} before {col_indices[at + 1].item()} in row {row}: {what}"
-            )
-
-
-def _check_values(name: str, values: Tensor, ndim: int) -> None:
-    if not isinstance(values, Tensor) or values.layout != torch.strided:
-        raise TypeError(f"{name}: expected a strided tensor, got {_kind(values)}")
-    if values.dtype not in VALUE_DTYPES:
-        raise TypeError(
-            f"{name}: expected float32, bfloat16, float16 or float64, got {values.dtype}"
-        )
-    if values.ndim != ndim:
-        raise ValueError(f"{name}: expected a {ndim}-D tensor, got shape {tuple(values.shape)}")
-
-
-def _check_limit(name: str, size: int) -> None:
-    if not 0 <= size < INDEX_LIMIT:
-        raise ValueError(f"{name}: expected 0 <= {name} < 2**31 (int32 indices), got {size}")
-
-
-def _kind(value) -> str:
-    if isinstance(value, Tensor):
-        return f"a {value.layout} tensor of dtype {value.dtype}"
-    return type(value).__name__
+torch.serialization.add_safe_globals([_rebuild])

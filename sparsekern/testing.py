@@ -16,10 +16,14 @@ from torch import Tensor
 def random_mask(
     n: int, k: int, sparsity: float, generator: torch.Generator | None = None
 ) -> Tensor:
-    """A uniformly random bool mask [n, k], exactly round((1 - sparsity) * n * k) of it True."""
+    """A uniformly random bool mask [n, k], exactly round((1 - sparsity) * n * k) of it True.
+
+    The draw stays as it is, a permutation of all places, since recorded measurements name masks by
+    their generator; algorithms draw in O(nnz) (sparsity/select.py)."""
     mask = torch.zeros(n * k, dtype=torch.bool)
     nnz = round((1 - sparsity) * n * k)
-    mask[torch.randperm(n * k, generator=generator)[:nnz]] = True
+    dtype = torch.int32 if n * k < 2**31 else torch.int64  # the same permutation
+    mask[torch.randperm(n * k, generator=generator, dtype=dtype)[:nnz]] = True
     return mask.view(n, k)
 
 

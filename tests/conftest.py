@@ -70,6 +70,13 @@ def sparse(w: Tensor) -> SparseTensor:
     return values
 
 
+def written_out(row_offsets, col_indices, values, n, k):
+    """W [n, k] of what the arrays hold now."""
+    w = values.new_zeros(n, k)
+    w[torch.arange(n).repeat_interleave(row_offsets.diff()), col_indices.long()] = values
+    return w
+
+
 def products(t):
     """op -> arguments of the kernels' functions, for the operands of a Case."""
     n, k = t.mask.shape

@@ -7,10 +7,12 @@ import sys
 from pathlib import Path
 
 import torch
+from torch.distributed.fsdp import fully_shard
+from torch.optim.swa_utils import AveragedModel
 
-from sparsekern import SparseLinear
+from sparsekern import SparseLinear, Static
 from sparsekern.gpt import distributed, train
-from sparsekern.sparsity import pattern
+from sparsekern.sparsity import RigL, check_same_patterns, pattern
 from sparsekern.sparsity.pattern import check_same_on_all_ranks, places_of
 
 folder = Path(sys.argv[1])
@@ -45,5 +47,51 @@ try:
     check_same_on_all_ranks({"a": layer})
 except RuntimeError as error:
     results["error"] = str(error)
+
+
+def message(call, *arguments) -> str | None:
+    try:
+        call(*arguments)
+    except RuntimeError as error:
+        return str(error)
+    return None
+
+
+def net(seed: int) -> torch.nn.Sequential:
+    torch.manual_seed(seed)
+    layers = torch.nn.Linear(16, 16), torch.nn.GELU(), torch.nn.Linear(16, 8)
+    return torch.nn.Sequential(*layers).to(config.device)
+
+
+def step(model, optimizer, seed: int) -> None:
+    x = torch.randn(8, 16, generator=torch.Generator().manual_seed(seed)).to(config.device)
+    optimizer.zero_grad()
+    model(x[4 * int(rank) : 4 * int(rank) + 4]).square().mean().backward()
+    optimizer.step()
+
+
+# FSDP2 keeps the patterns that each rank has: with other weights, the largest are elsewhere.
+for name, seed in (("same", 0), ("other", int(rank))):
+    algorithm = Static(0.5, init_method="magnitude")
+    model = fully_shard(algorithm.apply(net(seed)))
+    optimizer = algorithm.apply(torch.optim.SGD(model.parameters(), 0.1))
+    results[f"fsdp {name}"] = message(step, model, optimizer, 0)
+    results[f"fsdp {name}, no algorithm"] = message(check_same_patterns, model)
+
+# DDP gives all ranks those of the first, which an average follows.
+algorithm = RigL(0.5, init_method="magnitude", update={"freq": 1})
+model = algorithm.apply(net(int(rank)))
+first = places_of(model[0]).tolist()
+optimizer = algorithm.apply(torch.optim.SGD(model.parameters(), 0.1))
+parallel = torch.nn.parallel.DistributedDataParallel(model)
+average = AveragedModel(parallel)
+for seed in range(3):
+    step(parallel, optimizer, seed)
+    average.update_parameters(parallel)
+check_same_patterns(average)
+results["ddp"] = [places_of(layer).tolist() for layer in (model[0], model[2])]
+results["average"] = [places_of(average.module.module[i]).tolist() for i in (0, 2)]
+results["first"] = first
+
 (folder / f"results-{rank}.json").write_text(json.dumps(results))
 distributed.finish()

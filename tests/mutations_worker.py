@@ -180,7 +180,8 @@ def main(dtype):
         torch.set_num_threads(2 if m == 16 else 1)
         for density in DENSITIES:
             for i, what in enumerate(WRITES):
-                if dtype != torch.float32 and (i + TOKENS.index(m)) % 2:  # each write with half of the tokens
+                # Each write with half of the tokens.
+                if dtype != torch.float32 and (i + TOKENS.index(m)) % 2:
                     continue
                 # Autograd itself refuses counted writes between the two.
                 case(dtype, m, density, what, "counted", next(kinds), "before")

@@ -1,9 +1,7 @@
 """python -m sparsekern bench: what it measures, stores, and compares."""
 
 import json
-import os
-import subprocess
-import sys
+import re
 from contextlib import nullcontext
 from pathlib import Path
 
@@ -17,6 +15,7 @@ from sparsekern.bench import (
     ceilings,
     measure,
     measure_gpu,
+    noise,
     products,
     products_gpu,
     rates,
@@ -50,7 +49,8 @@ def test_the_command_measures_every_product(small, tmp_path, capsys):
     assert main(["bench", "--quick", "--device=cpu", f"--out={out}", "--commit=abc"]) == 0
     printed = capsys.readouterr().out
     result = json.loads(out.read_text())
-    about, infos = result["machine_info"], [b["extra_info"] for b in result["benchmarks"]]
+    measured = [*result["benchmarks"], *result["noisy"]]
+    about, infos = result["machine_info"], [b["extra_info"] for b in measured]
     assert {info["op"] for info in infos} == set(products.PRODUCTS)
     assert {"cpu", "cores", "isa", "torch", "python", "sparsekern"} <= about.keys()
     assert result["commit_info"] == {"id": "abc", "dirty": False} and "commit abc" in printed
@@ -75,7 +75,7 @@ def test_what_was_measured_before_an_error_is_kept_apart(small, tmp_path, monkey
     assert main(["bench", "--quick", "--device=cpu", f"--out={out}"]) == 2
     assert "the third is wrong" in capsys.readouterr().err
     partial = json.loads(out.with_suffix(".partial.json").read_text())
-    assert len(partial["benchmarks"]) == 2 and not out.exists()
+    assert len(partial["benchmarks"] + partial["noisy"]) == 2 and not out.exists()
 
 
 @needs_library
@@ -143,7 +143,8 @@ def test_dispatch_takes_what_was_calibrated_here(small, monkeypatch, tmp_path, c
     path.write_text('{"sm_90": {"tokens": [1], "bfloat16": {"stream": {"dense": [0.5]}}}}')
     # As conftest would have it for good: no file of this machine's user.
     monkeypatch.setattr(crossover, "_calibrated", calibrated(path))
-    monkeypatch.setattr(calibrate, "_ratio", lambda op, w: 0.25 if w.sparsity < 0.85 else 4.0)
+    ratio = lambda op, w: calibrate.Ratio(0.25 if w.sparsity < 0.85 else 4.0, 0.0)  # noqa: E731
+    monkeypatch.setattr(calibrate, "_ratio", ratio)
     assert main(["bench", "--calibrate", "--quick", "--device=cpu"]) == 0
     assert f"Dispatch now uses this: {path}" in capsys.readouterr().out
     stored = json.loads(path.read_text())
@@ -168,15 +169,100 @@ def calibrated(path: Path):
     return read
 
 
-def test_a_broken_cache_file_is_named(tmp_path):
-    """In a process of its own: in this one no such file is read."""
-    path = tmp_path / "sparsekern" / "crossover.json"
-    path.parent.mkdir()
-    path.write_text("{")
-    code = "from sparsekern.kernels import crossover; crossover._calibrated()"
-    environment = {**os.environ, "XDG_CACHE_HOME": str(tmp_path)}
-    done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True)
-    assert f"{path} is not JSON: delete it".encode() in done.stderr
+def quiet_or_not(op: str, w: Workload) -> calibrate.Ratio:
+    """SDDMM alone can be measured; panel wins below a density of 0.15."""
+    spread = 0.01 if op == "sddmm" else 0.9
+    return calibrate.Ratio(0.25 if w.sparsity < 0.85 else 4.0, spread)
+
+
+@needs_library
+def test_noise_is_measured_again_and_never_stored(small, monkeypatch, tmp_path, capsys):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    out, path = tmp_path / "mine.json", tmp_path / "sparsekern" / "crossover.json"
+    monkeypatch.setattr(crossover, "_calibrated", calibrated(path))
+    calls = []
+
+    def ratio(op: str, w: Workload) -> calibrate.Ratio:
+        calls.append((op, w))
+        return quiet_or_not(op, w)
+
+    monkeypatch.setattr(calibrate, "_ratio", ratio)
+    arguments = ["bench", "--calibrate", "--quick", "--device=cpu", f"--out={out}"]
+    assert main(arguments) == 0
+    printed = capsys.readouterr().out
+    assert "spmm M = 16 torch.float32: noisy (spread 90%)" in printed
+    assert "8 of 12 are missing: too noisy" in printed and "To undo it, delete" in printed
+    (entry,) = json.loads(path.read_text()).values()
+    for dtype in ("float32", "bfloat16"):
+        assert entry[dtype]["panel spmm"] == {"expand": [None, None]}
+        assert entry[dtype]["panel sddmm"] == {"expand": [0.141, 0.141]}
+    assert json.loads(out.read_text()) == json.loads(path.read_text())
+    once = [call for call in calls if call[0] == "spmm" and call[1].dtype == torch.float32]
+    assert len(once) == 2 * (1 + noise.REPEATS)  # of two numbers of tokens, the first density
+    # What is missing is as if nobody had calibrated.
+    limit = crossover.density_limit
+    key = machine_name(cpu.machine())
+    assert limit(key, torch.float32, 16, "panel spmm", "expand") is None
+    assert limit(key, torch.float32, 16, "panel sddmm", "expand") == 0.141
+
+    before = path.read_bytes()
+    monkeypatch.setattr(calibrate, "_ratio", lambda op, w: calibrate.Ratio(4.0, 0.9))
+    assert main(arguments) == 0
+    assert "Nothing is stored." in capsys.readouterr().out and path.read_bytes() == before
+
+
+def test_a_spread_is_of_the_quartiles():
+    assert noise.spread([1.0, 1.0, 1.0, 1.0, 9.0]) == 0  # one disturbed round is none
+    assert noise.spread([1.0, 2.0, 3.0, 4.0, 5.0]) == pytest.approx(2 / 3)
+    found = iter([0.9, 0.5, 0.7, 0.1])
+    assert noise.quietest(lambda: next(found), lambda x: x) == 0.5
+    found = iter([0.9, 0.1, 0.0])
+    assert noise.quietest(lambda: next(found), lambda x: x) == 0.1 and next(found) == 0.0
+
+
+def test_a_noisy_product_is_flagged_and_kept_apart(small, tmp_path, monkeypatch, capsys):
+    def work(quick: bool, threads: int):
+        for spread in (0.01, 0.5):
+            benchmark = measure._on_cpu("spmm", Workload(4, 48, 64, 0.5, threads), True)
+            benchmark["stats"]["spread"] = spread
+            benchmark["extra_info"]["rivals"]["F.linear"]["spread"] = 0.0
+            yield lambda benchmark=benchmark: benchmark
+
+    monkeypatch.setattr(measure, "cpu_work", lambda *a: list(work(*a)))
+    monkeypatch.setattr(noise, "of_benchmark", lambda b: b["stats"]["spread"])
+    out = tmp_path / "bench.json"
+    assert main(["bench", "--quick", "--device=cpu", f"--out={out}"]) == 0
+    printed = capsys.readouterr().out
+    rows = [line for line in printed.splitlines() if line.startswith("| spmm")]
+    assert "50% noisy" in rows[1] and "noisy" not in rows[0]
+    assert "1 of 2 are noisy" in printed
+    stored = json.loads(out.read_text())
+    assert len(stored["benchmarks"]) == len(stored["noisy"]) == 1
+
+
+def test_a_gpus_noisy_cell_gives_no_limit():
+    from sparsekern.bench.crossover import limit
+
+    def cell(sparsity: float, spread: float) -> dict:
+        ways = {
+            "stream": {"kind": "ours", "median_s": 1.0, "is_right": True, "spread": 0.01},
+            "F.linear": {"kind": "dense", "median_s": 2.0, "is_right": True, "spread": spread},
+        }
+        return {"sparsity": sparsity, "ways": ways, "best_dense": "F.linear", "dense_s": 2.0}
+
+    assert limit([cell(0.5, 0.1), cell(0.9, 0.1)], "stream", "dense") == 0.5
+    assert limit([cell(0.5, 0.9), cell(0.9, 0.1)], "stream", "dense") is None
+
+
+def test_info_says_that_a_calibration_is_in_force(monkeypatch, capsys):
+    assert main(["info"]) == 0
+    assert re.search(r"crossovers +as shipped", capsys.readouterr().out)
+    if cpu._C:
+        data = {machine_name(cpu.machine()): {"measured": "A CPU, 2026-01-02"}}
+        monkeypatch.setattr(crossover, "_calibrated", lambda: data)
+        assert main(["info"]) == 0
+        out = capsys.readouterr().out
+        assert f"A CPU, 2026-01-02: {crossover.calibrated_file()}" in out
 
 
 # Comparing
@@ -214,6 +300,19 @@ def test_compare_fails_where_something_is_slower(tmp_path, capsys):
     assert main(["bench", "compare", str(old), str(old)]) == 0
 
 
+def test_compare_concludes_nothing_from_noise(tmp_path, capsys):
+    old = result(tmp_path / "old.json", 1.0, a=1.0, b=1.0)
+    new = result(tmp_path / "new.json", 1.0, a=1.0, b=3.0)
+    data = json.loads(new.read_text())
+    data["noisy"] = [data["benchmarks"].pop(1)]
+    new.write_text(json.dumps(data))
+    assert main(["bench", "compare", str(old), str(new)]) == 0
+    out = capsys.readouterr().out
+    assert "0 slower by more than 10%. 1 noisy: nothing is concluded" in out
+    (row,) = (line for line in out.splitlines() if line.startswith("| b"))
+    assert row.endswith(" noisy |")
+
+
 def test_compare_reads_a_gpus_cells(tmp_path):
     right = {"is_right": True, "median_s": 9.0}
     ways = {
@@ -234,7 +333,7 @@ def test_compare_mistakes(tmp_path, capsys):
     for files, message in {
         (old, other): "have no group in common",
         (old, tmp_path / "not.json"): "not.json is not a result of a benchmark",
-        (old, tmp_path / "none.json"): "none.json",
+        (old, tmp_path / "none.json"): "compare: {} does not exist".format(tmp_path / "none.json"),
     }.items():
         assert main(["bench", "compare", *map(str, files)]) == 2
         assert message in capsys.readouterr().err
@@ -321,7 +420,7 @@ def test_the_command_on_a_gpu(tmp_path):
     out = tmp_path / "bench.json"
     assert main(["bench", "--quick", "--device=cuda", f"--out={out}"]) == 0
     result = json.loads(out.read_text())
-    infos = [b["extra_info"] for b in result["benchmarks"]]
+    infos = [b["extra_info"] for b in [*result["benchmarks"], *result["noisy"]]]
     assert {info["op"] for info in infos} == {"spmm", "spmm_t", "sddmm", "linear", "train_step"}
     assert not infos[-1]["failed"]
     assert result["machine_info"]["under_load"]

@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from sparsekern import SparseTensor
 from sparsekern.bench import crossover, measure_gpu, peers_gpu
 from sparsekern.kernels import crossover as shipped
-from sparsekern.kernels import packs
+from sparsekern.kernels import derived, packs
 from sparsekern.kernels.streams import StreamsLayout
 
 BENCH = Path(__file__).parents[1] / "bench"
@@ -243,9 +243,9 @@ def test_copies_of_a_weight_are_laid_out_once():
     W, made = SparseTensor.from_dense(torch.randn(48, 64).relu().bfloat16()), []
 
     def multiply(x, W):
-        def make_layout():
+        def make_layout(*indices):
             made.append(1)
-            return StreamsLayout(*pattern, *W.shape)
+            return StreamsLayout(*indices, *W.shape)
 
         pattern = W.row_offsets, W.col_indices
         pack = packs.pack_of("stream", 1, make_layout, *pattern, W.values, *W.shape)
@@ -255,7 +255,7 @@ def test_copies_of_a_weight_are_laid_out_once():
     way = peers_gpu.in_csr("stream", multiply)
     first = way.lay_out(W)
     twins = [first, way.clone(first), way.clone(first)]
-    before = packs._packs.keys() | set()
+    before = derived._store.keys() | set()
     for _ in range(2):
         used = []
         for each in twins:
@@ -271,7 +271,7 @@ def test_copies_of_a_weight_are_laid_out_once():
     assert torch.equal(used[-1].packed.values, 2 * packed[0].values) and made == [1]
     assert torch.equal(packed[2].values, packed[0].values)
     del first, twins, each
-    assert not packs._packs.keys() - before
+    assert not derived._store.keys() - before
 
 
 def test_a_layout_that_suits_two_numbers_of_tokens_is_made_once(monkeypatch):

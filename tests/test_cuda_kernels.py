@@ -93,6 +93,32 @@ def test_tiles_of_every_fill(n, k, layout, m):
     assert torch.equal(cuda.expand(packed), w)
 
 
+@pytest.mark.parametrize("dtype", [*TOLERANCE, torch.float32, torch.float64], ids=str)
+@pytest.mark.parametrize("is_damaged", [pytest.param(False, marks=pytest.mark.sanitize), True])
+def test_kernels_that_read_csr(dtype, is_damaged):
+    """With infinities, so that all of them run; with indices that are anything, where rows overlap,
+    so that threads race for a place."""
+    n, k, m = 67, 5000, 19
+    W = SparseTensor.from_dense(random_weight(n, k, 0.1, dtype))
+    x, dy = torch.randn(m, k).to(dtype).cuda(), torch.randn(m, n).to(dtype).cuda()
+    x[5, 70], dy[m - 1, 3] = torch.inf, torch.nan
+    stored = W.to_dense() != 0
+    args = W.row_offsets, W.col_indices, W.values, n, k
+    y, dx = cuda._spmm_expand(*args, x), cuda._spmm_t_expand(*args, dy)
+    assert torch.equal(~y[5].isfinite(), stored[:, 70])
+    assert torch.equal(~dx[m - 1].isfinite(), stored[3])
+    dvalues = cuda._sddmm_expand(*args[:2], n, k, dy, x.nan_to_num(posinf=0))
+    assert torch.equal(dvalues.isnan(), stored.nonzero()[:, 0] == 3)
+    if is_damaged:
+        for indices, step in ((W.col_indices.data, 150), (W.row_offsets.data, 4)):
+            some = indices[::step]
+            some.copy_(torch.randint(-(2**31), 2**31 - 1, some.shape))
+        assert cuda._spmm_expand(*args, x).shape == y.shape
+        assert cuda._spmm_t_expand(*args, dy).shape == dx.shape
+        assert cuda._sddmm_expand(*args[:2], n, k, dy, x).shape == dvalues.shape
+        torch.cuda.synchronize()
+
+
 @layouts
 @pytest.mark.parametrize("m", [1, 8, 40])
 def test_layouts_of_x_and_bias(m, layout):

@@ -248,7 +248,7 @@ def test_compiled_kernels_are_cached_by_what_they_come_from(toy_folder, tmp_path
     cubin = route.cubin(source, "sm_90")
     assert b"sk_toy_f32" in cubin and b"sk_toy_i32" in cubin
     (cached,) = cache.iterdir()
-    assert cached.name.startswith("toy-sm_90-") and cached.read_bytes() == cubin
+    assert cached.name.startswith("toy-sm_90-") and cached.read_bytes().endswith(cubin)
 
     with monkeypatch.context() as patch:
         patch.setattr(NvrtcRoute, "_compile", lambda *_: pytest.fail("compiled again"))

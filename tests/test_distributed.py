@@ -28,7 +28,7 @@ SETTINGS = {
     "gmp": {
         "algorithm": "gmp",
         "sparsity": {"type": "cubic", "init": 0.0, "final": 0.8, "steps": 6},
-        "update": {"freq": 3, "stop": 6},
+        "update": {"freq": 3, "stop": 7},
     },
 }
 # FSDP2 takes a while on a CPU; set is rigl with other places.
@@ -137,6 +137,21 @@ def test_patterns_are_checked_after_every_update_and_the_same(runs, algorithm, p
 def test_a_difference_between_ranks_is_an_error_on_both(runs):
     for results in runs[1]:
         assert results["error"] == "sparsity: the ranks have different patterns in a"
+
+
+def test_fsdp2_refuses_other_patterns_before_the_first_step(runs):
+    """It shards and averages values by their number, wherever they belong."""
+    text = "sparsity: the ranks have different patterns in 0, 2"
+    for results in runs[1]:
+        assert results["fsdp same"] is results["fsdp same, no algorithm"] is None
+        assert results["fsdp other"] == results["fsdp other, no algorithm"] == text
+
+
+def test_ddp_gives_all_ranks_the_patterns_of_the_first_and_averages_follow(runs):
+    one, two = runs[1]
+    assert one["first"] != two["first"]
+    assert one["ddp"] == two["ddp"] == one["average"] == two["average"]
+    assert one["ddp"][0] != one["first"]
 
 
 @pytest.mark.parametrize("parallel", ["ddp", "fsdp"])

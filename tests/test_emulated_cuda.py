@@ -1,5 +1,7 @@
 """The CUDA kernels of packed weights without a GPU, emulated thread by thread, and the emulator."""
 
+import os
+
 import pytest
 import torch
 from emulated_cuda import SOURCES, emulated_cuda  # noqa: F401
@@ -8,6 +10,7 @@ from test_cuda_kernels import LAYOUTS, TOLERANCE, packed_as
 from sparsekern import SparseTensor
 from sparsekern.kernels import cover, cuda
 from sparsekern.kernels.cuda_library import source_of
+from sparsekern.kernels.streams import Streams
 from sparsekern.testing import PROBLEMS, exact, relative_error
 
 pytestmark = pytest.mark.usefixtures("emulated_cuda")
@@ -106,6 +109,48 @@ def test_csr_and_dense(n, k, dtype, monkeypatch, nan_memory):
     assert torch.equal(
         cuda._collect_csr(W.row_offsets, W.col_indices, other), other[W.to_dense() != 0]
     )
+
+
+def test_granules_beyond_two_to_the_31_bytes(tmp_path):
+    """A piece that begins at granule 2**26: its lanes' shares are counted from 2**31 on. The file
+    has holes, which take no room."""
+    first, granules = 2**26, 2**26 + 2
+
+    def sparse_file(name, shape, dtype):
+        count = torch.Size(shape).numel()
+        path = tmp_path / name
+        with open(path, "wb") as file:
+            os.truncate(file.fileno(), count * dtype.itemsize)
+        memory = torch.from_file(str(path), shared=True, size=count, dtype=dtype)
+        path.unlink()
+        return memory.view(shape)
+
+    values = sparse_file("values", (granules, 32, 8), torch.bfloat16)
+    deltas = sparse_file("deltas", (granules, 32, 8), torch.uint8)
+    values[first, 3, :2] = torch.tensor([2.0, 3.0])
+    values[first + 1, 3, 0] = 4
+    deltas[first, 3, :2] = torch.tensor([1, 6], dtype=torch.uint8)
+    deltas[first + 1, 3, 0] = 9
+    int32 = {"dtype": torch.int32}
+    packed = Streams(
+        32,
+        20,
+        3,
+        8,
+        values,
+        deltas,
+        torch.tensor([first, granules], **int32),
+        torch.zeros(1, **int32),
+        torch.tensor([0, 1], **int32),
+        torch.zeros(1, 32, **int32),
+        torch.arange(32, **int32),
+        torch.zeros(1, **int32),
+    )
+    packed.check()
+    y = cuda.spmm_packed(torch.arange(20).bfloat16()[None], packed)
+    assert y[0, 3] == 2 * 1 + 3 * 7 + 4 * 16 and y.count_nonzero() == 1
+    w = cuda.expand(packed)
+    assert w[3, [1, 7, 16]].tolist() == [2, 3, 4] and w.count_nonzero() == 3
 
 
 # The emulator

@@ -11,6 +11,7 @@ import torch
 
 from sparsekern import SparseLinear, Static, cli, densify_, sparsify_
 from sparsekern.gpt import speed
+from sparsekern.gpt.checkpoint import load_checkpoint, save_checkpoint
 from sparsekern.gpt.generate import Decoder, generate
 from sparsekern.gpt.model import GPT, Cache, GPTConfig
 from sparsekern.gpt.presets import PRESETS, UniformMask, for_inference, random_gpt
@@ -304,10 +305,10 @@ def test_mistakes(run, checkpoint, tmp_path):
 
 def test_bench_needs_a_sparse_checkpoint(run, checkpoint):
     path = Path(checkpoint.partition("=")[2])
-    state = torch.load(path)
+    state = load_checkpoint(path)
     model = densify_(cli.load_model(path)[0])
     state["config"]["sparsity"], state["model"] = 0.0, model.state_dict()
-    torch.save(state, path)
+    save_checkpoint(path, state)
     assert "expected a sparse model" in run(checkpoint, "--bench")
 
 

@@ -10,8 +10,9 @@ import pytest
 import torch
 
 from sparsekern import SparseLinear, Static, densify_, sparsify_
+from sparsekern.files import atomic_write
 from sparsekern.gpt import flops, profile, train
-from sparsekern.gpt.checkpoint import atomic_write, load_checkpoint
+from sparsekern.gpt.checkpoint import load_checkpoint
 from sparsekern.gpt.data import (
     Batches,
     BPETokenizer,
@@ -368,13 +369,12 @@ def test_a_bpe_run_resumes_with_its_own_tokenizer(
 
 KILLED_WHILE_SAVING = """
 import os, sys
-from sparsekern.gpt import checkpoint
 from sparsekern.gpt.train import TrainConfig, train
 replace, saves = os.replace, []
 def replace_once(*paths):
     saves.append(paths)
     os._exit(9) if len(saves) == 2 else replace(*paths)
-checkpoint.os.replace = replace_once
+os.replace = replace_once
 train(TrainConfig(**eval(sys.argv[1])))
 """
 

@@ -12,9 +12,18 @@ from conftest import random_dense
 from torch import nn
 from torch.func import functional_call, grad, vmap
 from torch.fx import GraphModule
+from torch.nn.utils import parametrize
 from torch.utils.checkpoint import checkpoint
 
-from sparsekern import SparseLinear, SparseTensor, Static, densify_, sparsify_
+from sparsekern import (
+    SparseLinear,
+    SparseTensor,
+    Static,
+    densify_,
+    parameter_groups,
+    sparsify_,
+)
+from sparsekern.sparsity import SET
 
 N, K = 6, 9
 
@@ -165,7 +174,7 @@ def test_load_state_dict_narrows_and_casts(assign):
     "name, change, text",
     [
         ("col_indices", lambda t: t + K, "col_indices: expected to lie in [0, 9)"),
-        ("col_indices", lambda t: t.flip(0), "not sorted"),
+        ("col_indices", lambda t: t * 0, "col_indices: expected to increase strictly"),
         ("row_offsets", lambda t: t[1:], "row_offsets: expected 7 elements, got 6"),
         ("values", lambda t: t[1:], "values: expected"),
         ("values", lambda t: t.int(), "values: expected float32, bfloat16"),
@@ -285,6 +294,56 @@ def test_checkpoint_and_frozen_values():
     assert torch.equal(x.grad, want)
 
 
+class Doubled(nn.Module):
+    def forward(self, values):
+        return 2 * values
+
+    def right_inverse(self, values):
+        return values / 2
+
+
+def test_parametrized_values():
+    """On d6bc3ee the module lost its parameter."""
+    module = sparse_linear()
+    x, before = torch.randn(3, K), copy.deepcopy(module.state_dict())
+    want = module(x)
+    parametrize.register_parametrization(module, "values", Doubled())
+    original = module.parametrizations["values"].original
+    assert torch.equal(module(x), want) and torch.equal(original, before["values"] / 2)
+    assert dict(module.named_parameters()).keys() == {"bias", "parametrizations.values.original"}
+    module(x).sum().backward()
+    twin = sparse_linear()
+    twin.load_state_dict(before)
+    twin(x).sum().backward()
+    torch.testing.assert_close(original.grad, 2 * twin.values.grad)
+    doubled = {name: 2 * p for name, p in module.named_parameters()}
+    y = functional_call(module, doubled, (x,))
+    torch.testing.assert_close(y, 2 * want)
+    assert parameter_groups(module)[0]["params"] == [original]
+    copied = copy.deepcopy(module)
+    copied.load_state_dict(module.state_dict())
+    assert torch.equal(copied(x), want)
+    state = module.state_dict()
+    state["col_indices"] = state["col_indices"].flip(0)
+    with pytest.raises(RuntimeError, match="col_indices: expected the layer's own"):
+        module.load_state_dict(state)
+    algorithm = SET(0.5, update={"freq": 1})
+    algorithm.apply(nn.Sequential(module))
+    optimizer = algorithm.apply(torch.optim.SGD([original], 0.1))
+    with pytest.raises(RuntimeError, match="the values of 0 are parametrized"):
+        optimizer.step()
+    parametrize.remove_parametrizations(module, "values")
+    assert torch.equal(module.values, before["values"]) and torch.equal(module(x), want)
+
+
+def test_parametrized_bias():
+    module = sparse_linear()
+    x = torch.randn(3, K)
+    want = module(x)
+    parametrize.register_parametrization(module, "bias", Doubled())
+    torch.testing.assert_close(module(x), want)
+
+
 def train_in_parallel(rank, path, results):
     dist.init_process_group("gloo", init_method=f"file://{path}", rank=rank, world_size=2)
     torch.set_num_threads(1)
@@ -358,6 +417,52 @@ def test_sparsify_skips_names_and_ties():
     model = sparsify_(Heads(), Static(0.5), lambda module, name: name in ("head", "a"))
     sparse = [name for name, m in model.named_modules() if isinstance(m, SparseLinear)]
     assert sparse == ["head"]  # the filter replaces the rule of names; a tied weight stays dense
+
+
+@pytest.mark.parametrize(
+    ("model", "seen"),
+    [
+        (nn.Sequential(nn.Conv2d(3, 4, 3), nn.ReLU(), nn.Conv2d(4, 4, 3)), "2 Conv2d"),
+        (nn.MultiheadAttention(8, 2), "1 MultiheadAttention, 1 NonDynamicallyQuantizableLinear"),
+        (nn.Sequential(nn.Embedding(4, 8), nn.LSTM(8, 8)), "1 Embedding, 1 LSTM"),
+        (nn.ModuleDict({"lm_head": nn.Linear(4, 4)}), "1 Linear"),
+        (nn.GELU(), "none"),
+    ],
+)
+def test_nothing_to_sparsify_is_an_error(model, seen):
+    with pytest.raises(ValueError, match=f"no nn.Linear to replace; .* matrix: {seen}. Its sub"):
+        sparsify_(model, Static(0.5))
+
+
+def test_a_filter_may_take_nothing():
+    model = nn.Sequential(nn.Linear(4, 4))
+    assert sparsify_(model, Static(0.5), lambda module, name: False) is model
+    assert type(model[0]) is nn.Linear
+    with pytest.raises(ValueError, match="no nn.Linear"):  # there is nothing to filter
+        sparsify_(nn.Conv2d(3, 4, 3), Static(0.5), lambda module, name: True)
+    sparse = sparsify_(model, Static(0.5))
+    assert sparsify_(sparse, Static(0.5)) is sparse  # sparse already
+
+
+def test_parameter_groups_decay_what_a_dense_model_decays():
+    model = Model()
+    names = {name: p.ndim > 1 for name, p in model.named_parameters()}
+    sparsify_(model, Static(0.5))
+    decayed, others = parameter_groups(model, 0.3)
+    assert (decayed["weight_decay"], others["weight_decay"]) == (0.3, 0.0)
+    ids = {id(p) for p in decayed["params"]}
+    for name, p in model.named_parameters():
+        dense = name.replace("values", "weight")
+        assert (id(p) in ids) == names[dense], name
+    assert len(decayed["params"]) + len(others["params"]) == len(names)
+    optimizer = torch.optim.SGD([decayed, others], lr=1.0)
+    before = {name: p.detach().clone() for name, p in model.named_parameters()}
+    for p in model.parameters():
+        p.grad = torch.zeros_like(p)
+    optimizer.step()
+    for name, p in model.named_parameters():
+        share = 0.7 if names[name.replace("values", "weight")] else 1.0
+        torch.testing.assert_close(p, share * before[name])
 
 
 def test_sparsify_a_single_linear():

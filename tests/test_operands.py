@@ -165,10 +165,10 @@ def test_a_wrong_operand_is_named(dtype, shape):
 def test_each_cpu_kernel_meets_the_faults():
     names = {
         pick(Problem("spmm", "cpu", dtype, m, N, K, int(density * N * K))).name
-        for dtype in (torch.float32, torch.float64)
+        for dtype in (torch.float32, torch.float16, torch.float64)
         for m, density in SHAPES.values()
     }
-    assert names == {"stream", "panel", "expand", "dense"}
+    assert names == {"stream", "panel", "expand", "widened"}
 
 
 @pytest.mark.parametrize("op", ["spmm", "spmm_t", "sddmm"])

@@ -46,10 +46,11 @@ def test_every_plan_is_legal(problem, machine, threads):
 
 @given(problems(), machines, threads)
 def test_threads_do_not_change_the_order_of_sums(problem, machine, threads):
-    """Tiles keep their width, or 8 vectors are halved; narrow ones also keep the column blocks."""
+    """Tiles keep their width, or 8 vectors are halved. SpMM sums column blocks from 0: it keeps
+    them too."""
     one, many = make_plan(problem, machine, 1), make_plan(problem, machine, threads)
     assert many.vecs == one.vecs
-    if one.vecs < 4:
+    if problem.op != "sddmm":
         assert many.cols == one.cols
 
 

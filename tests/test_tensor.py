@@ -10,8 +10,12 @@ import torch
 from conftest import random_dense
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from torch import nn
 
-from sparsekern import SparseTensor
+from sparsekern import SparseLinear, SparseTensor, indices
+from sparsekern.kernels import cpu, reference
+from sparsekern.sparsity.pattern import places_of, set_pattern
+from sparsekern.tensor import check_pattern
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 LAYOUTS = {
@@ -48,7 +52,7 @@ def matrices(draw):
 @settings(deadline=None)
 @given(matrices())
 def test_dense_round_trip(w):
-    W = SparseTensor.from_dense(w)
+    W = SparseTensor.from_dense(w, w != 0)
     assert W.nnz == (w != 0).sum() and W.shape == w.shape
     torch.testing.assert_close(W.to_dense(), w, rtol=0, atol=0, equal_nan=True)
     torch.testing.assert_close(W.T.to_dense(), w.T, rtol=0, atol=0, equal_nan=True)
@@ -72,12 +76,13 @@ def test_mask_round_trip_keeps_explicit_zeros(w, bits):
 @settings(deadline=None)
 @given(matrices().filter(lambda w: w.numel() > 0))
 def test_torch_and_scipy_round_trips(w):
-    W = SparseTensor.from_dense(w)
+    W = SparseTensor.from_dense(w, w != 0)
     for layout in ("coo", "csr", "csc"):
         assert_same(SparseTensor.from_torch(LAYOUTS[layout](w)), W)
     assert_same(SparseTensor.from_scipy(W.to_scipy()).to(w.dtype), W)
-    assert_same(SparseTensor.from_torch(W.T.to_torch()), SparseTensor.from_dense(w.T))
-    assert_same(SparseTensor.from_scipy(W.T.to_scipy()).to(w.dtype), SparseTensor.from_dense(w.T))
+    transposed = SparseTensor.from_dense(w.T, w.T != 0)
+    assert_same(SparseTensor.from_torch(W.T.to_torch()), transposed)
+    assert_same(SparseTensor.from_scipy(W.T.to_scipy()).to(w.dtype), transposed)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -114,7 +119,7 @@ def test_to_scipy_widens_16_bit_values():
     assert SparseTensor.from_dense(torch.ones(2, 2).bfloat16()).to_scipy().dtype == np.float32
 
 
-def test_from_cupy_shares_memory_and_sorts_nothing():
+def test_from_cupy_shares_memory():
     """scipy's matrices stand for cupyx's: the same attributes, and arrays that speak DLPack."""
     a = scipy.sparse.csr_matrix(random_dense(5, 7).numpy())
     W = SparseTensor.from_cupy(a)
@@ -128,10 +133,13 @@ def test_from_cupy_shares_memory_and_sorts_nothing():
     long.indices, long.indptr = a.indices.astype(np.int64), a.indptr.astype(np.int64)
     assert_same(SparseTensor.from_cupy(long), W)
 
-    for columns, what in (([2, 0], "not sorted"), ([2, 2], "a duplicate")):
-        a = scipy.sparse.csr_matrix((np.ones(2), np.array(columns), np.array([0, 2])), shape=(1, 3))
-        with pytest.raises(ValueError, match=f"col_indices: .* in row 0: {what}"):
-            SparseTensor.from_cupy(a)
+    def one_row(columns):
+        parts = np.array([1.0, 2.0]), np.array(columns), np.array([0, 2])
+        return scipy.sparse.csr_matrix(parts, shape=(1, 3))
+
+    assert SparseTensor.from_cupy(one_row([2, 0])).to_dense().tolist() == [[2, 0, 1]]
+    with pytest.raises(ValueError, match="col_indices: .* in row 0: a duplicate"):
+        SparseTensor.from_cupy(one_row([2, 2]))
     with pytest.raises(TypeError, match="values: expected float32, .*, got torch.complex64"):
         SparseTensor.from_cupy(scipy.sparse.csr_matrix(np.eye(3, dtype=np.complex64)))
 
@@ -144,9 +152,13 @@ def test_what_to_cupy_refuses():
         SparseTensor.from_dense(torch.eye(2)).to_cupy()
 
 
-def test_nan_is_kept():
+def test_nan_is_kept_where_asked():
     w = torch.tensor([[0.0, torch.nan], [1.0, 0.0]])
-    W = SparseTensor.from_dense(w)
+    with pytest.raises(ValueError, match="w: 1 of its entries are NaN.* mask=~w.isnan"):
+        SparseTensor.from_dense(w)
+    marked = SparseTensor.from_dense(w, ~w.isnan())  # what a file with NaN for pruned means
+    assert marked.nnz == 3 and torch.equal(marked.to_dense(), w.nan_to_num())
+    W = SparseTensor.from_dense(w, w != 0)
     assert W.nnz == 2 and W.to_dense().isnan().sum() == 1
     assert SparseTensor.from_torch(w.to_sparse_csr()).values.isnan().sum() == 1
 
@@ -240,16 +252,22 @@ WRONG = {
     ),
     "columns low": (dict(col_indices=(-1, 2, 1)), ValueError, "got -1 to 2"),
     "columns beyond int32": (dict(col_indices=(0, 2**32, 1)), ValueError, "0 to 4294967296"),
-    "columns unsorted": (
-        dict(col_indices=(2, 0, 1)),
-        ValueError,
-        "col_indices: expected to increase strictly in each row, got 2 before 0 in row 0: not "
-        "sorted",
-    ),
     "columns duplicate": (
         dict(row_offsets=(0, 1, 3), col_indices=(0, 1, 1)),
         ValueError,
         "got 1 before 1 in row 1: a duplicate",
+    ),
+    "columns duplicate, unsorted": (
+        dict(row_offsets=(0, 0, 3), col_indices=(2, 0, 2)),
+        ValueError,
+        "got 2 before 2 in row 1: a duplicate",
+    ),
+    "offsets wrap": (
+        dict(
+            row_offsets=torch.tensor([0, 2**31 - 1, -(2**31), 3], dtype=torch.int32), shape=(3, 3)
+        ),
+        ValueError,
+        "row_offsets: expected not to decrease, got 2147483647 before -2147483648 at row 1",
     ),
     "values dtype": (
         dict(values=(1, 2, 3)),
@@ -346,3 +364,188 @@ def test_strided_indices_are_made_contiguous():
     assert again.row_offsets.is_contiguous() and again.col_indices.is_contiguous()
     assert torch.equal(again.to_dense(), W.to_dense())
     assert W.col_indices.is_contiguous()
+
+
+@settings(deadline=None, max_examples=60)
+@given(
+    st.integers(0, 5), st.integers(0, 6), st.sampled_from(("int32", "int64")), st.integers(0, 999)
+)
+def test_unsorted_columns_are_sorted(n, k, index_dtype, seed):
+    rng = torch.Generator().manual_seed(seed)
+    w = torch.rand(n, k, generator=rng)
+    w *= w < 0.6
+    W = SparseTensor.from_dense(w)
+    ends = W.row_offsets.tolist()
+    orders = [torch.arange(0)]
+    for a, b in zip(ends, ends[1:], strict=False):
+        orders.append(a + torch.randperm(b - a, generator=rng))
+    order, dtype = torch.cat(orders), getattr(torch, index_dtype)
+    parts = W.row_offsets.to(dtype), W.col_indices[order].to(dtype), W.values[order]
+    assert_same(SparseTensor(*parts, w.shape), W)
+    if w.numel():
+        unsorted = torch.sparse_csr_tensor(*parts, w.shape, check_invariants=False)
+        assert_same(SparseTensor.from_torch(unsorted), W)
+
+
+def test_values_are_sorted_with_their_columns():
+    parts = (0, 2, 3), (2, 0, 1)
+    values = torch.tensor([1.0, 2.0, 3.0], requires_grad=True)
+    want = torch.tensor([[2.0, 0.0, 1.0], [0.0, 3.0, 0.0]])
+    W = csr(*parts, values)
+    assert torch.equal(W.to_dense(), want)
+    (W.to_dense() * torch.arange(6.0).view(2, 3)).sum().backward()
+    assert values.grad.tolist() == [2, 0, 4]
+    for given_values in (values, nn.Parameter(values.detach(), requires_grad=False)):
+        tensors = (torch.tensor(part) for part in parts)
+        layer = SparseLinear(3, 2, *tensors, given_values)
+        assert torch.equal(layer.weight.to_dense(), want)
+        assert layer.values.is_leaf and layer.values.requires_grad == given_values.requires_grad
+    layer = SparseLinear.from_linear(nn.Linear(3, 2))
+    tensors = {"col_indices": torch.tensor(parts[1]), "values": values.detach()}
+    layer.load_state_dict({"row_offsets": torch.tensor(parts[0]), **tensors}, strict=False)
+    assert torch.equal(layer.weight.to_dense(), want)
+
+
+@pytest.mark.parametrize("index_dtype", [torch.int32, torch.int64], ids=str)
+def test_places_beyond_32_bits(index_dtype):
+    """A diagonal and some entries beside it, N * K = 4.3e9, in each layout of torch."""
+    n = 65_537
+    rows = torch.arange(n).repeat(2)
+    cols = torch.cat([torch.arange(n), (torch.arange(n) * 7 + 3) % n])
+    places = (rows * n + cols).unique()
+    rows, cols, values = places // n, places % n, torch.arange(1.0, len(places) + 1)
+    W = SparseTensor(torch.searchsorted(rows, torch.arange(n + 1)), cols, values, (n, n))
+    assert torch.equal(W.values, values)
+
+    x = torch.randn(2, n, dtype=torch.float64)
+    want = torch.zeros(2, n, dtype=torch.float64).index_add(1, rows, values.double() * x[:, cols])
+    csr = W.to_torch()
+    forms = {
+        "csr": csr,
+        "coo": torch.sparse_coo_tensor(torch.stack([rows, cols]), values, (n, n)),
+        "csc": W.T.to_torch().t(),
+        "bsr": torch.sparse_bsr_tensor(
+            W.row_offsets, W.col_indices, values[:, None, None], (n, n), check_invariants=False
+        ),
+    }
+    for t in forms.values():
+        if t.layout != torch.sparse_coo:
+            name = "ccol_indices" if t.layout == torch.sparse_csc else "crow_indices"
+            plain = "row_indices" if t.layout == torch.sparse_csc else "col_indices"
+            outer, inner = (getattr(t, part)().to(index_dtype) for part in (name, plain))
+            make = torch.sparse_compressed_tensor
+            t = make(outer, inner, t.values(), t.shape, layout=t.layout, check_invariants=False)
+        assert_same(SparseTensor.from_torch(t), W)
+    assert_same(SparseTensor.from_scipy(W.to_scipy()), W)
+    assert torch.equal(SparseTensor.from_torch(W.T.to_torch()), W.T)
+    reverse = torch.cat([torch.arange(a, b).flip(0) for a, b in W.row_offsets[-9:].unfold(0, 2, 1)])
+    order = torch.cat([torch.arange(int(reverse.min())), reverse])
+    parts = W.row_offsets.to(index_dtype), W.col_indices[order].to(index_dtype), values[order]
+    assert_same(SparseTensor(*parts, (n, n)), W)
+    if cpu._C is not None:  # without the library W is written out
+        got = torch.mv(W, x[0].float())
+        torch.testing.assert_close(got.double(), want[0], rtol=1e-4, atol=1.0)
+
+
+def test_places_beyond_32_bits_elsewhere():
+    """The dense rows' flat places and those that dynamic sparsity moves, N * K = 3.6e9."""
+    n = 60_000
+    rows, cols = torch.tensor([0, 40_000, n - 1]), torch.tensor([n - 1, 5, n - 1])
+    offsets = torch.searchsorted(rows, torch.arange(n + 1))
+    layer = SparseLinear(n, n, offsets, cols, nn.Parameter(torch.tensor([1.0, 2.0, 3.0])))
+    places = rows * n + cols
+    pattern = layer.row_offsets, layer.col_indices
+    assert places.max() > 2**31 and torch.equal(reference.places_of(*pattern, n, n), places)
+    assert torch.equal(places_of(layer), places)
+    set_pattern(layer, places + torch.tensor([0, 1, 0]))
+    assert layer.col_indices.tolist() == [n - 1, 6, n - 1]
+    assert layer.values.tolist() == [1, 0, 3]
+    check_pattern(layer.row_offsets, layer.col_indices, n, n)
+
+
+def test_what_torch_has_and_this_has_not_is_said():
+    for wrong, error, text in (
+        (torch.ones(2, 3, 4).to_sparse(), ValueError, "make a SparseTensor of each matrix"),
+        (torch.ones(2, 3, 4).to_sparse_csr(), ValueError, "make a SparseTensor of each matrix"),
+        (
+            torch.ones(2, 3).to_sparse_csr().to(torch.complex64),
+            TypeError,
+            "torch.sparse has complex",
+        ),
+        (torch.ones(2, 3).to_sparse_csr().int(), TypeError, "got torch.int32; convert it first"),
+        (torch.ones(2, 3, dtype=torch.int64).to_sparse(), TypeError, "int64; convert it first"),
+    ):
+        with pytest.raises(error, match=text):
+            SparseTensor.from_torch(wrong)
+    with pytest.raises(TypeError, match="values: .* got torch.int64; convert it first"):
+        SparseTensor.from_scipy(scipy.sparse.eye_array(3, dtype=np.int64))
+
+
+def test_indices_of_inference_mode_are_copied():
+    """Such tensors have no version counter, and every product would look at all of them."""
+    w = random_dense(4, 5)
+    with torch.inference_mode():
+        made = SparseTensor.from_dense(w)
+        parts = (t.clone() for t in (made.row_offsets, made.col_indices, made.values))
+        tensors = [
+            made,
+            SparseTensor(*parts, w.shape),
+            SparseTensor(made.row_offsets.long(), made.col_indices.long(), made.values, w.shape),
+            SparseTensor.from_torch(w.to_sparse_csr()),
+            SparseTensor.from_torch(w.to_sparse()),
+            SparseTensor.from_scipy(made.to_scipy()),
+            made.clone(),
+            made.to("meta"),
+            copy.deepcopy(made),
+        ]
+    for W in tensors:
+        assert not W.row_offsets.is_inference() and not W.col_indices.is_inference()
+
+
+def test_indices_changed():
+    """Writes that torch does not count are seen after a word about them."""
+    w = random_dense(64, 64, density=0.2, dtype=torch.float32)
+    W, x = SparseTensor.from_dense(w), torch.randn(8, 64)
+    torch.testing.assert_close(x @ W.T, x @ w.T)
+    versions = W.row_offsets._version, W.col_indices._version
+    row = next(i for i in range(64) if W.col_indices[W.row_offsets[i + 1] - 1] < 63)
+    W.col_indices.numpy()[W.row_offsets[row + 1] - 1] += 1
+    assert W.indices_changed_() is W
+    assert (W.row_offsets._version, W.col_indices._version) > versions
+    torch.testing.assert_close(x @ W.T, x @ W.to_dense().T)
+    with torch.inference_mode():
+        frozen = SparseTensor._trusted(
+            W.row_offsets.clone(), W.col_indices.clone(), W.values, 64, 64
+        )
+    frozen.indices_changed_()
+
+
+def test_what_leaves_is_checked():
+    """Others trust the CSR that they are given, and read out of bounds."""
+    for export in (lambda W: W.to_torch(), lambda W: W.T.to_torch(), lambda W: W.T.to_scipy()):
+        for name, change in (
+            ("row_offsets", lambda t: t * 1000),
+            ("col_indices", lambda t: t + 10**9),
+            ("values", lambda t: t[:1]),
+        ):
+            W = csr()
+            setattr(W, name, change(getattr(W, name)))
+            with pytest.raises(ValueError, match=f"{name}: expected"):
+                export(W)
+
+
+def test_rows_of_entries():
+    for n, k in ((0, 3), (1, 5), (6, 7), (50, 3)):
+        W = SparseTensor.from_dense(random_dense(n, k, density=0.3))
+        rows = W.to_dense().nonzero()[:, 0]
+        assert torch.equal(indices.expand_rows(W.row_offsets, W.nnz), rows)
+        assert torch.equal(indices._search_rows(W.row_offsets, W.nnz), rows)
+
+
+def test_the_check_in_a_graph():
+    W = SparseTensor.from_dense(random_dense(4, 5))
+    for row_offsets, col_indices in (
+        (W.row_offsets, W.col_indices),
+        (W.row_offsets.long(), W.col_indices.long()),
+    ):
+        torch.library.opcheck(indices.checked_pattern, (row_offsets, col_indices, 4, 5))

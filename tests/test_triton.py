@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from sparsekern.kernels import cover, packs, table, triton, triton_pack
+from sparsekern.kernels import cover, derived, packs, table, triton, triton_pack
 from sparsekern.kernels.problem import Problem
 from sparsekern.testing import PROBLEMS, random_csr
 
@@ -142,14 +142,14 @@ def test_bitmap(case):
 def test_bitmaps_are_kept_and_go_with_their_patterns():
     row_offsets, col_indices, _ = random_csr(60, 80, 0.5)
     gc.collect()
-    kept = len(triton_pack._bitmaps)
+    kept = len(derived._store)
     bitmap = triton_pack.bitmap_of(row_offsets, col_indices, 60, 80)
     assert triton_pack.bitmap_of(row_offsets, col_indices, 60, 80) is bitmap
     col_indices[0] += 0  # a write
     assert triton_pack.bitmap_of(row_offsets, col_indices, 60, 80) is not bitmap
-    assert len(triton_pack._bitmaps) == kept + 1
+    assert len(derived._store) == kept + 1
     del col_indices
-    assert len(triton_pack._bitmaps) == kept
+    assert len(derived._store) == kept
 
 
 def test_bitmap_of_inference_tensors():
@@ -169,7 +169,12 @@ def test_refusals(monkeypatch):
     assert reason(PROBLEM._replace(dtype=torch.float64)) == text
     assert reason(PROBLEM) is None
     assert "it serves up to 4194240 tokens, not 5000000" == reason(PROBLEM._replace(M=5_000_000))
-    assert "W has 1000000000000" in reason(PROBLEM._replace(N=10**6, K=10**6))
+    assert "that of W has 1000256012288" in reason(PROBLEM._replace(N=10**6, K=10**6))
+    # A bitmap has 128 rows at least.
+    assert "that of W has 274877906944" in reason(PROBLEM._replace(N=1, K=2**31 - 1))
+    wide = PROBLEM._replace(N=64, K=2**24)
+    assert reason(wide) is None
+    assert reason(wide._replace(op="sddmm")) == "it takes up to 16776960 columns, not 16777216"
     monkeypatch.setattr(triton, "_is_installed", lambda: False)
     assert reason(PROBLEM) == "Triton is not installed"
 
@@ -262,7 +267,7 @@ def test_packs_see_changes():
     pattern = row_offsets, col_indices
 
     def pack_of():
-        layout = partial(cover.CoverLayout, *pattern, 60, 80)
+        layout = partial(cover.CoverLayout, n=60, k=80)
         return packs.pack_of("row", "kind", layout, *pattern, values, 60, 80)
 
     pack = pack_of()
@@ -278,13 +283,13 @@ def test_packs_see_changes():
 @covers
 def test_packs_go_with_their_patterns():
     row_offsets, col_indices, values = random_csr(60, 80, 0.5, torch.float16)
-    layout = cover.CoverLayout(row_offsets, col_indices, 60, 80)
+    layout = partial(cover.CoverLayout, n=60, k=80)
     gc.collect()
-    kept = len(packs._packs)
-    packs.pack_of("row", "kind", lambda: layout, row_offsets, col_indices, values, 60, 80)
-    assert len(packs._packs) == kept + 1
+    kept = len(derived._store)
+    packs.pack_of("row", "kind", layout, row_offsets, col_indices, values, 60, 80)
+    assert len(derived._store) == kept + 1
     del col_indices
-    assert len(packs._packs) == kept
+    assert len(derived._store) == kept
 
 
 def test_no_stored_value():

@@ -18,12 +18,15 @@ thread_local Scratch x_scratch;
 }  // namespace
 
 void spmm_stream(Pattern& pattern, const Csr& csr, Format format, Type type, const void* values,
-                 Matrix x, Matrix y, int64_t tokens, int threads) {
+                 const void* bias, Matrix x, Matrix y, int64_t tokens, int threads) {
   const auto compressed = pattern.compressed(csr, format);
   if (tokens == 0 || csr.n == 0) return;
   const Kernels& kern = kernels();
   const Compressed& c = *compressed;
-  float* packed = x_scratch.floats(64 * c.words * kStreamTokens);
+  const int64_t x_floats = 64 * c.words * kStreamTokens;
+  float* packed = x_scratch.floats(x_floats + csr.n);
+  float* start = packed + x_floats;
+  bias ? kern.widen(type, bias, csr.n, start) : void(std::fill_n(start, csr.n, 0.0f));
   kern.stream_pack(type, format, x, tokens, csr.k, packed);
 
   const int64_t groups = (csr.n + kRowGroup - 1) / kRowGroup;
@@ -36,7 +39,8 @@ void spmm_stream(Pattern& pattern, const Csr& csr, Format format, Type type, con
                    csr.nnz,
                    c.bits.data() + first * (format == Format::kBitmap ? c.words : 0),
                    c.words,
-                   c.cols.data()};
+                   c.cols.data(),
+                   start + first};
     Matrix out = y;
     out.data = static_cast<char*>(y.data) + first * size_of(type);
     kern.stream(type, format, w, values, packed, tokens, out);

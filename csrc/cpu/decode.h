@@ -5,9 +5,9 @@
 
 namespace sk {
 
-// y[tokens, n] = x[tokens, k] W^T, for at most kBitmapTokens tokens in kBitmap; in kColumns for at
-// most kStreamTokens, and k <= 65536.
+// y[tokens, n] = x[tokens, k] W^T + bias[n], for at most kBitmapTokens tokens in kBitmap; in
+// kColumns for at most kStreamTokens, and k <= 65536. bias may be null.
 void spmm_stream(Pattern& pattern, const Csr& csr, Format format, Type type, const void* values,
-                 Matrix x, Matrix y, int64_t tokens, int threads);
+                 const void* bias, Matrix x, Matrix y, int64_t tokens, int threads);
 
 }  // namespace sk

@@ -17,13 +17,17 @@
 namespace sk::SK_ISA {
 namespace {
 
-// Calls f with a null pointer of the element type.
+// Calls f with a null pointer of the element type, and one of the type it is computed in.
 template <class F>
 void with_type(Type type, F f) {
-  if (type == Type::kFloat)
-    f(static_cast<float*>(nullptr));
-  else
-    f(static_cast<bf16*>(nullptr));
+  float* real = nullptr;
+  if (type == Type::kFloat) f(static_cast<float*>(nullptr), real);
+  if (type == Type::kBfloat16) f(static_cast<bf16*>(nullptr), real);
+  if (type == Type::kDouble) f(static_cast<double*>(nullptr), static_cast<double*>(nullptr));
+}
+template <class F>
+void with_real(Type type, F f) {
+  type == Type::kDouble ? f(static_cast<double*>(nullptr)) : f(static_cast<float*>(nullptr));
 }
 
 template <class T>
@@ -35,6 +39,12 @@ const T* as(const void* data, T*) {
   return static_cast<const T*>(data);
 }
 
+// Tokens in a panel.
+template <class Real>
+int64_t width(int vecs, Real*) {
+  return int64_t{vecs} * Simd<Real>::kCount;
+}
+
 #define SK_WITH_VECS(call) \
   switch (vecs) {          \
     case 1: call(1);       \
@@ -43,43 +53,63 @@ const T* as(const void* data, T*) {
     case 8: call(8);       \
   }
 
-void pack_(Type type, Matrix x, int64_t tokens, int64_t features, int vecs, float* panel) {
-  with_type(type, [&](auto* t) {
-    pack(as(static_cast<const void*>(x.data), t), x.stride, tokens, features, vecs * kLanes, panel);
+void pack_(Type type, Matrix x, int64_t tokens, int64_t features, int vecs, void* panel) {
+  with_type(type, [&](auto* t, auto* real) {
+    pack(as(static_cast<const void*>(x.data), t), x.stride, tokens, features, width(vecs, real),
+         as(panel, real));
   });
 }
 
-void unpack_(Type type, const float* panel, int vecs, int64_t tokens, int64_t features, Matrix y) {
-  with_type(type, [&](auto* t) {
-    unpack(panel, vecs * kLanes, tokens, features, as(y.data, t), y.stride);
+void unpack_(Type type, const void* panel, int vecs, int64_t tokens, int64_t features, Matrix y) {
+  with_type(type, [&](auto* t, auto* real) {
+    unpack(as(panel, real), width(vecs, real), tokens, features, as(y.data, t), y.stride);
   });
 }
 
-void gather_(Type type, const Walk& w, const void* values, float* walked) {
-  with_type(type, [&](auto* t) { gather(w, as(values, t), walked); });
+void gather_(Type type, const Walk& w, const void* values, void* walked) {
+  with_type(type, [&](auto* t, auto* real) { gather(w, as(values, t), as(walked, real)); });
 }
 
-void scatter_(Type type, const Walk& w, const float* walked, void* values) {
-  with_type(type, [&](auto* t) { scatter(w, walked, as(values, t)); });
+void scatter_(Type type, const Walk& w, const void* walked, void* values) {
+  with_type(type, [&](auto* t, auto* real) { scatter(w, as(walked, real), as(values, t)); });
 }
 
-void widen_(Type type, const void* values, int64_t size, float* wide) {
-  with_type(type, [&](auto* t) {
-    for (int64_t i = 0; i < size; i++) wide[i] = to_float(as(values, t)[i]);
+void widen_(Type type, const void* values, int64_t size, void* wide) {
+  with_type(type, [&](auto* t, auto* real) {
+    for (int64_t i = 0; i < size; i++) as(wide, real)[i] = to_real(as(values, t)[i]);
   });
 }
 
-void spmm_(int vecs, const Walk& w, const float* walked, const float* start, const float* x,
-           float* y) {
-#define SK_CALL(v) return spmm_block<v>(w, walked, start, x, y)
-  SK_WITH_VECS(SK_CALL)
+void spmm_(Type type, int vecs, const Walk& w, int64_t rows, const void* walked, const void* start,
+           const void* x, void* y) {
+  with_real(type, [&](auto* r) {
+#define SK_CALL(v) return spmm_block<v>(w, rows, as(walked, r), as(start, r), as(x, r), as(y, r))
+    SK_WITH_VECS(SK_CALL)
 #undef SK_CALL
+  });
 }
 
-void sddmm_(int vecs, const Walk& w, const float* dy, const float* x, bool add, float* walked) {
-#define SK_CALL(v) return sddmm_block<v>(w, dy, x, add, walked)
-  SK_WITH_VECS(SK_CALL)
+void sddmm_(Type type, int vecs, const Walk& w, const void* dy, const void* x, bool add,
+            void* walked) {
+  with_real(type, [&](auto* r) {
+#define SK_CALL(v) return sddmm_block<v>(w, as(dy, r), as(x, r), add, as(walked, r))
+    SK_WITH_VECS(SK_CALL)
 #undef SK_CALL
+  });
+}
+
+void add_(Type type, bool is_first, int64_t size, const void* part, void* total) {
+  with_real(type, [&](auto* r) {
+    const auto* from = as(part, r);
+    auto* to = as(total, r);
+    for (int64_t i = 0; i < size; i++) to[i] = is_first ? from[i] : to[i] + from[i];
+  });
+}
+
+// The types that `stream` takes.
+template <class F>
+void with_stream_type(Type type, F f) {
+  type == Type::kFloat ? f(static_cast<float*>(nullptr)) : f(static_cast<bf16*>(nullptr));
 }
 
 // Tokens that a kernel computes at once: the smallest of its sizes that is enough.
@@ -99,7 +129,7 @@ void with_panel_width(int64_t tokens, const F& f) {
 
 void stream_pack_(Type type, Format format, Matrix x, int64_t tokens, int64_t features,
                   float* packed) {
-  with_type(type, [&](auto* t) {
+  with_stream_type(type, [&](auto* t) {
     auto* in = as(static_cast<const void*>(x.data), t);
     const int64_t words = (features + 63) / 64;
     if (format == Format::kBitmap)
@@ -117,7 +147,7 @@ void stream_pack_(Type type, Format format, Matrix x, int64_t tokens, int64_t fe
 
 void stream_(Type type, Format format, const Stream& w, const void* values, const float* packed,
              int64_t tokens, Matrix y) {
-  with_type(type, [&](auto* t) {
+  with_stream_type(type, [&](auto* t) {
     auto *v = as(values, t), *out = as(y.data, t);
     if (format == Format::kBitmap)
       with_bitmap_tokens(
@@ -133,8 +163,8 @@ void stream_(Type type, Format format, const Stream& w, const void* values, cons
 }  // namespace
 
 extern const Kernels kKernels;
-const Kernels kKernels = {SK_STRING(SK_ISA), kLanes,   hash,          pack_, unpack_,
-                          gather_,           scatter_, widen_,        spmm_, sddmm_,
-                          stream_pack_,      stream_,  multiply_adds, read};
+const Kernels kKernels = {SK_STRING(SK_ISA), kLanes,        hash,  pack_,  unpack_, gather_,
+                          scatter_,          widen_,        spmm_, sddmm_, add_,    stream_pack_,
+                          stream_,           multiply_adds, read};
 
 }  // namespace sk::SK_ISA

@@ -1,7 +1,8 @@
 // What an instruction set offers: the leaf loops of the CPU kernels, over raw pointers.
-// A panel is a feature-major slice of activations, [features][width] floats with
+// A panel is a feature-major slice of activations, [features][width] numbers with
 // width = vecs * lanes tokens, aligned to 64 bytes. It is what makes the inner loop fast: each
-// non-zero of W meets a whole panel row, contiguous, in registers' width.
+// non-zero of W meets a whole panel row, contiguous, in registers' width. The numbers of panels and
+// of arrays in walking order are float, for float64 double.
 #pragma once
 
 #include <cstdint>
@@ -10,10 +11,15 @@
 
 namespace sk {
 
+// How many sums are added up before they are moved to a total, so that rounding errors stay small:
+// those of SpMM's column blocks (spmm.h), of SDDMM's tiles of tokens (products.cpp).
+constexpr int64_t kSumBlocks = 32;
 constexpr int64_t kStreamTokens = 16, kBitmapTokens = 8;  // most that `stream` takes
 
-enum class Type { kFloat, kBfloat16 };
-inline int64_t size_of(Type t) { return t == Type::kFloat ? 4 : 2; }
+enum class Type { kFloat, kBfloat16, kDouble };
+inline int64_t size_of(Type t) { return t == Type::kDouble ? 8 : t == Type::kFloat ? 4 : 2; }
+// Of what it is computed in.
+inline int64_t real_size_of(Type t) { return t == Type::kDouble ? 8 : 4; }
 
 // A token-major matrix: element (m, c) at data + (m * stride + c) elements.
 struct Matrix {
@@ -42,38 +48,43 @@ struct Stream {
   const uint64_t* bits;  // of the first row on, [rows][words]; null for kColumns
   int64_t words;
   const uint16_t* cols;  // [nnz], all of W; null for kBitmap
+  const float* start;    // of the first row on: what the sums are added to
 };
 
 struct Kernels {
   const char* isa;
-  int lanes;
+  int lanes;  // floats; half as many doubles
 
   // A 64-bit hash, the same on every instruction set.
   uint64_t (*hash)(const int32_t* words, int64_t size);
 
   // panel[c][m] = x[m][c] for c < features, m < tokens; 0 for tokens <= m < width.
-  void (*pack)(Type, Matrix x, int64_t tokens, int64_t features, int vecs, float* panel);
+  void (*pack)(Type, Matrix x, int64_t tokens, int64_t features, int vecs, void* panel);
   // y[m][c] = panel[c][m], rounded to the type.
-  void (*unpack)(Type, const float* panel, int vecs, int64_t tokens, int64_t features, Matrix y);
+  void (*unpack)(Type, const void* panel, int vecs, int64_t tokens, int64_t features, Matrix y);
 
-  // The block's values, from CSR order into walking order and float.
-  void (*gather)(Type, const Walk&, const void* values, float* walked);
+  // The block's values, from CSR order into walking order.
+  void (*gather)(Type, const Walk&, const void* values, void* walked);
   // The reverse, rounded to the type. Not for W^T.
-  void (*scatter)(Type, const Walk&, const float* walked, void* values);
+  void (*scatter)(Type, const Walk&, const void* walked, void* values);
 
   // wide[i] = values[i].
-  void (*widen)(Type, const void* values, int64_t size, float* wide);
+  void (*widen)(Type, const void* values, int64_t size, void* wide);
   // y[row][:] = start[row] + the sum over the row's non-zeros of value * x[col][:]; start and y are
-  // local to the block.
-  void (*spmm)(int vecs, const Walk&, const float* walked, const float* start, const float* x,
-               float* y);
+  // local to the block, of `rows` rows. With more than kSumBlocks column blocks as much memory
+  // again is used behind y.
+  void (*spmm)(Type, int vecs, const Walk&, int64_t rows, const void* walked, const void* start,
+               const void* x, void* y);
   // walked (+)= sum_m dy[row][m] * x[col][m] for each non-zero; dy is local to the block.
-  void (*sddmm)(int vecs, const Walk&, const float* dy, const float* x, bool add, float* walked);
+  void (*sddmm)(Type, int vecs, const Walk&, const void* dy, const void* x, bool add, void* walked);
+
+  // total[i] = part[i], or with !is_first total[i] + part[i].
+  void (*add)(Type, bool is_first, int64_t size, const void* part, void* total);
 
   // x as `stream` wants it: packed has 64 floats for each 64 features or less and token, of
-  // kStreamTokens tokens.
+  // kStreamTokens tokens. Not for kDouble, which `stream` does not take.
   void (*stream_pack)(Type, Format, Matrix x, int64_t tokens, int64_t features, float* packed);
-  // y[m][row] = sum over the row's non-zeros of value * x[m][col].
+  // y[m][row] = start[row] + the sum over the row's non-zeros of value * x[m][col].
   void (*stream)(Type, Format, const Stream&, const void* values, const float* packed,
                  int64_t tokens, Matrix y);
 

@@ -57,4 +57,20 @@ void unpack(const float* panel, int64_t width, int64_t tokens, int64_t features,
       y[m * stride + c] = from_float<T>(panel[c * width + m]);
 }
 
+// float64: strips of a cache line of tokens.
+inline void pack(const double* x, int64_t stride, int64_t tokens, int64_t features, int64_t width,
+                 double* panel) {
+  for (int64_t m0 = 0; m0 < width; m0 += 8)
+    for (int64_t c = 0; c < features; c++)
+      for (int64_t m = m0; m < width && m < m0 + 8; m++)
+        panel[c * width + m] = m < tokens ? x[m * stride + c] : 0;
+}
+
+inline void unpack(const double* panel, int64_t width, int64_t tokens, int64_t features, double* y,
+                   int64_t stride) {
+  for (int64_t m0 = 0; m0 < tokens; m0 += 8)
+    for (int64_t c = 0; c < features; c++)
+      for (int64_t m = m0; m < tokens && m < m0 + 8; m++) y[m * stride + c] = panel[c * width + m];
+}
+
 }  // namespace sk::SK_ISA

@@ -54,6 +54,11 @@ int64_t nnz_before(const Schedule& s, int64_t row_block, int64_t col_block = 0) 
   return s.nnz_offsets[row_block * s.col_blocks + col_block];
 }
 
+// Memory for `count` numbers.
+char* numbers(Scratch& scratch, Type type, int64_t count) {
+  return reinterpret_cast<char*>(scratch.floats(count * real_size_of(type) / 4));
+}
+
 Matrix at(Matrix m, Type type, int64_t row, int64_t col) {
   m.data = static_cast<char*>(m.data) + (row * m.stride + col) * size_of(type);
   return m;
@@ -74,27 +79,30 @@ void spmm(Pattern& pattern, const Csr& csr, bool transposed, Type type, const vo
   const int64_t n = transposed ? csr.k : csr.n, k = transposed ? csr.n : csr.k;
   const auto schedule = pattern.schedule(csr, transposed, plan.rows, plan.cols);
   const Schedule& s = *schedule;
-  float* walked = w_scratch.floats(csr.nnz + n);
-  float* start = walked + csr.nnz;
-  bias ? kern.widen(type, bias, n, start) : void(std::fill_n(start, n, 0.0f));
+  const int64_t real = real_size_of(type), lanes = kern.lanes * 4 / real;
+  char* walked = numbers(w_scratch, type, csr.nnz + n);
+  char* start = walked + csr.nnz * real;
+  bias ? kern.widen(type, bias, n, start) : void(std::fill_n(start, n * real, char{0}));
   parallel_for(plan.threads, s.row_blocks * s.col_blocks, [&](int64_t i) {
     const int64_t b = i / s.col_blocks, c = i % s.col_blocks;
-    kern.gather(type, walk(s, b, c, c + 1), values, walked + s.nnz_offsets[i]);
+    kern.gather(type, walk(s, b, c, c + 1), values, walked + s.nnz_offsets[i] * real);
   });
 
-  const std::vector<Tile> tiles = cut_tokens(tokens, kern.lanes, plan);
+  const std::vector<Tile> tiles = cut_tokens(tokens, lanes, plan);
   const int64_t count = static_cast<int64_t>(tiles.size()), whole = count - count % plan.threads;
   parallel_for(plan.threads, whole + (count - whole) * plan.row_parts, [&](int64_t task) {
     const int64_t parts = task < whole ? 1 : plan.row_parts;
     const int64_t i = task < whole ? task : whole + (task - whole) / parts;
     const Range blocks(s.row_blocks, task < whole ? 0 : (task - whole) % parts, parts);
     const Tile& t = tiles[i];
-    float* x_panel = x_scratch.floats(k * t.vecs * kern.lanes);
+    char* x_panel = numbers(x_scratch, type, k * t.vecs * lanes);
     kern.pack(type, at(x, type, t.first, 0), t.tokens, k, t.vecs, x_panel);
     for (int64_t b = blocks.first; b < blocks.end; b++) {
       const int64_t first = b * plan.rows, rows = std::min(plan.rows, n - first);
-      float* y_panel = y_scratch.floats(rows * t.vecs * kern.lanes);
-      kern.spmm(t.vecs, walk(s, b), walked + nnz_before(s, b), start + first, x_panel, y_panel);
+      const int64_t panels = s.col_blocks > kSumBlocks ? 2 : 1;
+      char* y_panel = numbers(y_scratch, type, panels * rows * t.vecs * lanes);
+      kern.spmm(type, t.vecs, walk(s, b), rows, walked + nnz_before(s, b) * real,
+                start + first * real, x_panel, y_panel);
       kern.unpack(type, y_panel, t.vecs, t.tokens, rows, at(y, type, t.first, first));
     }
   });
@@ -106,30 +114,39 @@ void sddmm(Pattern& pattern, const Csr& csr, Type type, Matrix dy, Matrix x, voi
   const auto schedule = pattern.schedule(csr, false, plan.rows, plan.cols);
   const Schedule& s = *schedule;
 
-  float* walked = w_scratch.floats(csr.nnz);
-  if (tokens == 0) std::fill_n(walked, csr.nnz, 0.0f);
-  const std::vector<Tile> tiles = cut_tokens(tokens, kern.lanes, plan);
+  const int64_t real = real_size_of(type), lanes = kern.lanes * 4 / real;
+  const std::vector<Tile> tiles = cut_tokens(tokens, lanes, plan);
+  const int64_t count = static_cast<int64_t>(tiles.size());
+  // The sums of kSumBlocks tiles, and if there are more tiles the totals of those.
+  char* walked = numbers(w_scratch, type, count > kSumBlocks ? 2 * csr.nnz : csr.nnz);
+  char* total = count > kSumBlocks ? walked + csr.nnz * real : walked;
+  if (tokens == 0) std::fill_n(walked, csr.nnz * real, char{0});
   parallel_for(plan.threads, plan.row_parts * plan.col_parts, [&](int64_t cell) {
     const Range row_blocks(s.row_blocks, cell / plan.col_parts, plan.row_parts);
     const Range col_blocks(s.col_blocks, cell % plan.col_parts, plan.col_parts);
     const int64_t x_first = col_blocks.first * plan.cols;
     const int64_t x_cols = std::min(col_blocks.end * plan.cols, csr.k) - x_first;
-    for (const Tile& t : tiles) {
-      const int64_t width = t.vecs * kern.lanes;
-      float* x_panel = x_scratch.floats(x_cols * width);
+    for (int64_t i = 0; i < count; i++) {
+      const Tile& t = tiles[i];
+      const int64_t width = t.vecs * lanes, sums = i % kSumBlocks;
+      const bool is_complete = sums == kSumBlocks - 1 || i == count - 1;
+      char* x_panel = numbers(x_scratch, type, x_cols * width);
       kern.pack(type, at(x, type, t.first, x_first), t.tokens, x_cols, t.vecs, x_panel);
       for (int64_t b = row_blocks.first; b < row_blocks.end; b++) {
         const int64_t first = b * plan.rows, rows = std::min(plan.rows, csr.n - first);
-        float* dy_panel = y_scratch.floats(rows * width);
+        char* dy_panel = numbers(y_scratch, type, rows * width);
         kern.pack(type, at(dy, type, t.first, first), t.tokens, rows, t.vecs, dy_panel);
-        kern.sddmm(t.vecs, walk(s, b, col_blocks.first, col_blocks.end), dy_panel, x_panel,
-                   t.first > 0, walked + nnz_before(s, b, col_blocks.first));
+        const Walk w = walk(s, b, col_blocks.first, col_blocks.end);
+        const int64_t begin = nnz_before(s, b, col_blocks.first) * real;
+        kern.sddmm(type, t.vecs, w, dy_panel, x_panel, sums > 0, walked + begin);
+        if (is_complete && total != walked)
+          kern.add(type, i < kSumBlocks, w.nnz, walked + begin, total + begin);
       }
     }
   });
   parallel_for(plan.threads, s.row_blocks * s.col_blocks, [&](int64_t i) {
     const int64_t b = i / s.col_blocks, c = i % s.col_blocks;
-    kern.scatter(type, walk(s, b, c, c + 1), walked + s.nnz_offsets[i], dvalues);
+    kern.scatter(type, walk(s, b, c, c + 1), total + s.nnz_offsets[i] * real, dvalues);
   });
 }
 

@@ -9,28 +9,30 @@
 
 namespace sk::SK_ISA {
 
-template <int kVecs, bool kAdd>
-void sddmm_run(const Run& run, const uint16_t* row, const uint16_t* c, const float* dy,
-               const float* x, float* out) {
+template <int kVecs, bool kAdd, class Real>
+void sddmm_run(const Run& run, const uint16_t* row, const uint16_t* c, const Real* dy,
+               const Real* x, Real* out) {
+  using V = typename Simd<Real>::V;
+  constexpr int kLanes = Simd<Real>::kCount;
   constexpr int64_t kWidth = kVecs * kLanes;
   const int32_t count = run.count;
   row += run.first;
   for (int32_t q = 0; q < run.segments; q++, c += count, out += count) {
-    const float* dy_row = dy + row[q] * kWidth;
-    Vec d[kVecs];
+    const Real* dy_row = dy + row[q] * kWidth;
+    V d[kVecs];
     SK_FOR(j, kVecs) d[j] = load(dy_row + j * kLanes);
 
     auto x_row = [&](int32_t p) { return in_register(x + c[p] * kWidth); };
     auto dot = [&](int32_t p) {
-      const float* in = x_row(p);
-      Vec a = zero();
+      const Real* in = x_row(p);
+      V a{};
       SK_FOR(j, kVecs) a = fma(d[j], load(in + j * kLanes), a);
       return a;
     };
     int32_t p = 0;
     for (; p + 4 <= count; p += 4) {
-      const float *x0 = x_row(p), *x1 = x_row(p + 1), *x2 = x_row(p + 2), *x3 = x_row(p + 3);
-      Vec a0 = zero(), a1 = zero(), a2 = zero(), a3 = zero();
+      const Real *x0 = x_row(p), *x1 = x_row(p + 1), *x2 = x_row(p + 2), *x3 = x_row(p + 3);
+      V a0{}, a1{}, a2{}, a3{};
       SK_FOR(j, kVecs) {
         a0 = fma(d[j], load(x0 + j * kLanes), a0);
         a1 = fma(d[j], load(x1 + j * kLanes), a1);
@@ -40,18 +42,19 @@ void sddmm_run(const Run& run, const uint16_t* row, const uint16_t* c, const flo
       sum4<kAdd>(out + p, a0, a1, a2, a3);
     }
     if (p < count) {
-      float rest[4];
+      Real rest[4];
       const int32_t left = count - p;
-      const Vec second = left > 1 ? dot(p + 1) : zero(), third = left > 2 ? dot(p + 2) : zero();
-      sum4<false>(rest, dot(p), second, third, zero());
+      const V second = left > 1 ? dot(p + 1) : V{}, third = left > 2 ? dot(p + 2) : V{};
+      sum4<false>(rest, dot(p), second, third, V{});
       for (int32_t i = 0; i < left; i++) out[p + i] = kAdd ? out[p + i] + rest[i] : rest[i];
     }
   }
 }
 
-template <int kVecs>
-void sddmm_block(const Walk& w, const float* dy, const float* x, bool accumulate, float* walked) {
-  auto* f = accumulate ? sddmm_run<kVecs, true> : sddmm_run<kVecs, false>;
+template <int kVecs, class Real>
+void sddmm_block(const Walk& w, const Real* dy, const Real* x, bool accumulate, Real* walked) {
+  constexpr int kLanes = Simd<Real>::kCount;
+  auto* f = accumulate ? sddmm_run<kVecs, true, Real> : sddmm_run<kVecs, false, Real>;
   const uint16_t* cols = w.cols;
   for (int64_t b = 0; b < w.col_blocks; b++, x += w.cols_per_block * kVecs * kLanes)
     for (int64_t r = w.run_offsets[b]; r < w.run_offsets[b + 1]; r++) {

@@ -1,7 +1,7 @@
 // One vector type per instruction set. Included only by kernels.cpp, which is compiled once per
 // ISA with SK_ISA naming the namespace, so that no inline function is shared between ISAs.
 //
-//   Vec                       kLanes floats in one register
+//   Vec                       kLanes floats in one register; Doubles: half as many doubles
 //   zero, load, store         aligned to the register
 //   splat(p)                  the element at p (float or bf16) in every lane
 //   fma(a, b, c)              a * b + c
@@ -26,7 +26,8 @@ namespace sk::SK_ISA {
 
 // The same pointer, in a register of its own. An operand at [base + index + constant] is split off
 // its multiply-add when it issues, one at [base + constant] is not: 3 to 10 % of the inner loops.
-SK_INLINE const float* in_register(const float* p) {
+template <class Real>
+SK_INLINE const Real* in_register(const Real* p) {
 #if defined(__GNUC__)
   asm("" : "+r"(p));
 #endif
@@ -44,6 +45,13 @@ SK_INLINE float to_float(bf16 x) {
   memcpy(&f, &bits, 4);
   return f;
 }
+
+// What an element is computed in.
+template <class T>
+SK_INLINE float to_real(T x) {
+  return to_float(x);
+}
+SK_INLINE double to_real(double x) { return x; }
 
 template <class T>
 T from_float(float x);
@@ -243,5 +251,36 @@ SK_INLINE void transpose(Row (&r)[kBlock]) {
 }
 
 #endif
+
+// The compiler's own vectors: float64 serves precision, not speed.
+using Doubles __attribute__((vector_size(kLanes * 4), may_alias)) = double;
+
+SK_INLINE Doubles load(const double* p) { return *reinterpret_cast<const Doubles*>(p); }
+SK_INLINE void store(double* p, Doubles v) { *reinterpret_cast<Doubles*>(p) = v; }
+SK_INLINE Doubles splat(const double* p) { return Doubles{} + *p; }
+SK_INLINE Doubles add(Doubles a, Doubles b) { return a + b; }
+SK_INLINE Doubles fma(Doubles a, Doubles b, Doubles c) { return a * b + c; }
+SK_INLINE double sum(Doubles a) {
+  double s = a[0];
+  for (int i = 1; i < kLanes / 2; i++) s += a[i];
+  return s;
+}
+template <bool kAdd>
+SK_INLINE void sum4(double* p, Doubles a, Doubles b, Doubles c, Doubles d) {
+  const double sums[] = {sum(a), sum(b), sum(c), sum(d)};
+  SK_FOR(i, 4) p[i] = kAdd ? p[i] + sums[i] : sums[i];
+}
+
+// Of float or double: the register and how many it holds.
+template <class Real>
+struct Simd {
+  using V = Vec;
+  static constexpr int kCount = kLanes;
+};
+template <>
+struct Simd<double> {
+  using V = Doubles;
+  static constexpr int kCount = kLanes / 2;
+};
 
 }  // namespace sk::SK_ISA

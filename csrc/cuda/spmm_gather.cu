@@ -152,7 +152,7 @@ __device__ void spmm_gather(const uint4* values, const typename Deltas<kBits>::W
   stage<kTokens>(reinterpret_cast<unsigned short*>(x_shared), x, tokens, k);
   const int row = row_order[slice * kWarp + lane];
   const int first = first_piece[slice], last = first_piece[slice + 1] - 1;
-  if (kStartsEarly && range != guess) stream.begin_again(range);
+  if (kStartsEarly && range != guess) stream.begin_again(values, deltas, range);
   __syncthreads();
 
   float acc[kTokens] = {};

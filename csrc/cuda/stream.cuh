@@ -59,18 +59,16 @@ class Stream {
 
   // `shared` has kWarpBytes for this warp. Reads the granules of `range`.
   __device__ Stream(unsigned shared, const uint4* values, const Word* deltas, const Range& range)
-      : values_(values),
-        deltas_(deltas),
-        values_at_(shared + threadIdx.x % kWarp * 16),
+      : values_at_(shared + threadIdx.x % kWarp * 16),
         deltas_at_(shared + kWarp * 16 +
                    threadIdx.x % kWarp * static_cast<unsigned>(sizeof(Word))) {
-    begin(range);
+    begin(values, deltas, range);
   }
 
   // In place of what was begun and not yet read.
-  __device__ void begin_again(const Range& range) {
+  __device__ void begin_again(const uint4* values, const Word* deltas, const Range& range) {
     wait_copies<0>();
-    begin(range);
+    begin(values, deltas, range);
   }
 
   // Begins to bring the first granules to L2.
@@ -78,8 +76,9 @@ class Stream {
     const int lane = threadIdx.x % kWarp;
     const int granule = range.begin + lane / 4;  // 128 bytes of values are a quarter of one
     if (granule < range.end) {
-      prefetch_to_l2(values + granule * kWarp + lane % 4 * 8);
-      if (lane % 4 == 0) prefetch_to_l2(deltas + granule * kWarp);
+      const long long at = static_cast<long long>(granule) * kWarp;
+      prefetch_to_l2(values + at + lane % 4 * 8);
+      if (lane % 4 == 0) prefetch_to_l2(deltas + at);
     }
   }
 
@@ -103,19 +102,23 @@ class Stream {
   }
 
  private:
-  __device__ void begin(const Range& range) {
+  __device__ void begin(const uint4* values, const Word* deltas, const Range& range) {
+    const long long first = static_cast<long long>(range.begin) * kWarp + threadIdx.x % kWarp;
     slot_ = 0;
-    next_ = range.begin * kWarp + threadIdx.x % kWarp;
-    end_ = range.end * kWarp;
+    values_ = values + first;
+    deltas_ = deltas + first;
+    ahead_ = range.end - range.begin;
 #pragma unroll
     for (int i = 0; i < kDepth; ++i) copy(i * kSlotBytes);
   }
 
   __device__ void copy(unsigned slot) {
-    if (next_ < end_) {
-      copy_async<16>(values_at_ + slot, values_ + next_);
-      copy_async<sizeof(Word)>(deltas_at_ + slot, deltas_ + next_);
-      next_ += kWarp;
+    if (ahead_ > 0) {
+      copy_async<16>(values_at_ + slot, values_);
+      copy_async<sizeof(Word)>(deltas_at_ + slot, deltas_);
+      values_ += kWarp;
+      deltas_ += kWarp;
+      --ahead_;
     }
     commit_copies();
   }
@@ -123,7 +126,7 @@ class Stream {
   const uint4* values_;
   const Word* deltas_;
   unsigned values_at_, deltas_at_, slot_;  // shared addresses, and bytes from them
-  int next_, end_;                         // of lanes' shares
+  int ahead_;                              // granules not yet sent for
 };
 
 }  // namespace sk

@@ -5,20 +5,24 @@ measure_gpu.py. The entry goes to the user's cache folder (kernels/crossover.py)
 """
 
 import json
+import warnings
+from collections.abc import Iterator
 from datetime import date
+from pathlib import Path
 from statistics import geometric_mean
+from typing import NamedTuple
 
 import torch
 
+from ..files import atomic_write, private_cache
 from ..gpt.progress import Progress
 from ..kernels import cpu, crossover
-from ..kernels.cache_files import write_whole
 from ..kernels.plan import machine_name
 from ..kernels.problem import Kernel
 from ..kernels.table import pick
 from ..testing import interleaved_times
 from ..text import table
-from . import measure_gpu, peers_gpu
+from . import measure_gpu, noise, peers_gpu
 from .crossover import GRID, crossing, summarize
 from .machine import about_cpu, about_gpu, commit
 from .products import Workload, normal, weight
@@ -34,16 +38,60 @@ DTYPES = (torch.float32, torch.bfloat16)
 OPS = ("spmm", "spmm_t", "sddmm")
 
 
-def calibrate(device: str, quick: bool) -> str:
-    """Measure, store, and tell what was found where."""
+class Ratio(NamedTuple):
+    """How many times faster than `expand` the row `panel` is, and the larger spread of the two."""
+
+    times: float
+    spread: float
+
+
+def calibrate(device: str, quick: bool, out: Path | None = None) -> str:
+    """Measure, store what is no noise, and tell what was found where."""
     key, entry = _of_cpu(quick) if device == "cpu" else _of_gpu(quick)
-    path = crossover.calibrated_file()
-    data = json.loads(path.read_text()) if path.exists() else {}
-    data[key] = data.get(key, {}) | entry
-    write_whole(path, (json.dumps(data, indent=1) + "\n").encode())
+    text = render(key, entry)
+    found = list(_limits(entry))
+    lost = sum(limit is None for limit in found)
+    if lost:
+        text += (
+            f"\n\n{lost} of {len(found)} are missing: too noisy (half of the rounds spread over "
+            f"more than {noise.LIMIT:.0%}\nof their median) or not measured. Nothing of them is "
+            "stored; dispatch goes by what ships."
+        )
+    if out:
+        _write(out, {key: entry})
+    if lost == len(found):
+        return f"{text}\n\nNothing is stored."
+    path = private_cache() / crossover.calibrated_file().name
+    data = _stored(path)
+    before = data.get(key, {})
+    # Limits for other numbers of tokens do not go with these.
+    data[key] = (before if before.get("tokens") == entry["tokens"] else {}) | entry
+    _write(path, data)
     crossover._calibrated.cache_clear()
     pick.cache_clear()
-    return f"{render(key, entry)}\n\nDispatch now uses this: {path}"
+    return f"{text}\n\nDispatch now uses this: {path}\nTo undo it, delete that file."
+
+
+def _stored(path: Path) -> dict:
+    try:
+        return crossover.read(path)
+    except FileNotFoundError:
+        return {}
+    except (ValueError, OSError) as error:
+        warnings.warn(f"calibrate: {path} is replaced: {error}", stacklevel=3)
+        return {}
+
+
+def _write(path: Path, data: dict) -> None:
+    with atomic_write(path) as file:
+        file.write((json.dumps(data, indent=1) + "\n").encode())
+
+
+def _limits(entry: dict) -> Iterator[float | None]:
+    for dtype in entry.keys() - set(crossover.NOT_DTYPES):
+        for others in entry[dtype].values():
+            for limits in others.values():
+                yield from limits
 
 
 def _measured(name: str) -> str:
@@ -67,28 +115,36 @@ def _of_cpu(quick: bool) -> tuple[str, dict]:
         for op in OPS:
             limits = []
             for M in tokens:
-                limits.append(_limit(op, M, shapes, dtype, threads))
-                progress.line(f"{op} M = {M} {dtype}: panel up to a density of {limits[-1]:.2f}")
+                limit, spread = _limit(op, M, shapes, dtype, threads)
+                limits.append(limit)
+                told = "noisy" if limit is None else f"panel up to a density of {limit:.2f}"
+                progress.line(f"{op} M = {M} {dtype}: {told} (spread {spread:.0%})")
                 progress.advance()
             found[f"panel {op}"] = {"expand": limits}
     progress.close()
     return machine_name(cpu.machine()), entry
 
 
-def _limit(op: str, M: int, shapes, dtype: torch.dtype, threads: int) -> float:
-    """The density up to which `panel` is no slower, from the sparsest on."""
+def _limit(op: str, M: int, shapes, dtype: torch.dtype, threads: int) -> tuple[float | None, float]:
+    """The density up to which `panel` is no slower, from the sparsest on, and the largest spread of
+    what it is from. Nothing where that is noise."""
     ratios: dict[float, float] = {}
+    worst = 0.0
     for density in DENSITIES:
-        ratios[density] = geometric_mean(
-            [_ratio(op, Workload(M, *shape, 1 - density, threads, dtype)) for shape in shapes]
-        )
+        found = []
+        for shape in shapes:
+            w = Workload(M, *shape, 1 - density, threads, dtype)
+            found.append(noise.quietest(lambda w=w: _ratio(op, w), lambda ratio: ratio.spread))
+        worst = max(worst, *(ratio.spread for ratio in found))
+        if worst > noise.LIMIT:
+            return None, worst
+        ratios[density] = geometric_mean([ratio.times for ratio in found])
         if len(ratios) > 1 and max(list(ratios.values())[-2:]) < HOPELESS:
             break
-    return crossing(ratios)
+    return crossing(ratios), worst
 
 
-def _ratio(op: str, workload: Workload) -> float:
-    """How many times faster than `expand` the row `panel` is."""
+def _ratio(op: str, workload: Workload) -> Ratio:
     W, _ = weight(workload)
     x = normal(workload.M, workload.K).to(workload.dtype)
     dy = normal(workload.M, workload.N).to(workload.dtype)
@@ -99,7 +155,8 @@ def _ratio(op: str, workload: Workload) -> float:
     }[op]
     runs = {name: lambda name=name: _row(name, op).run(*operands) for name in ("panel", "expand")}
     seconds = interleaved_times(runs, ROUNDS, MIN_ROUND_S)
-    return min(seconds["expand"]) / min(seconds["panel"])
+    times = min(seconds["expand"]) / min(seconds["panel"])
+    return Ratio(times, max(map(noise.spread, seconds.values())))
 
 
 def _row(name: str, op: str) -> Kernel:
@@ -126,7 +183,7 @@ def render(key: str, entry: dict) -> str:
     header = ["density up to which it is no slower", "than", *(f"M = {M}" for M in entry["tokens"])]
     rows = [
         [f"{kernel}, {dtype}", other, *("-" if d is None else f"{d:.2f}" for d in densities)]
-        for dtype in sorted(entry.keys() - {"measured", "tokens"})
+        for dtype in sorted(entry.keys() - set(crossover.NOT_DTYPES))
         for kernel, others in entry[dtype].items()
         for other, densities in others.items()
     ]

@@ -7,9 +7,12 @@ from pathlib import Path
 
 import torch
 
-from ..gpt.checkpoint import atomic_write
+from ..files import atomic_write
 from ..gpt.progress import Progress
-from . import calibrate, compare, measure
+from . import calibrate as calibrating
+from . import compare, measure, noise
+
+OUT = Path("out/bench.json")
 
 
 def add_commands(parser: argparse.ArgumentParser) -> None:
@@ -22,7 +25,7 @@ def add_commands(parser: argparse.ArgumentParser) -> None:
         help="measure from which density on dense is faster, for dispatch to use from now on",
     )
     parser.add_argument(
-        "--out", type=Path, default=Path("out/bench.json"), help="JSON (%(default)s)"
+        "--out", type=Path, help=f"JSON ({OUT}; with --calibrate beside what dispatch reads)"
     )
     parser.add_argument("--commit", help="where there is no repository")
     commands = parser.add_subparsers(dest="bench_command")
@@ -35,15 +38,18 @@ def add_commands(parser: argparse.ArgumentParser) -> None:
     )
 
 
-def run_bench(quick: bool, device: str | None, out: Path, commit: str | None, **options) -> None:
+def run_bench(
+    quick: bool, device: str | None, out: Path | None, commit: str | None, calibrate: bool
+) -> None:
     warnings.filterwarnings("ignore", message="Sparse .* tensor support is in beta state")
     has_gpu = torch.cuda.is_available()
     if device == "cuda" and not has_gpu:
         raise ValueError("device: torch finds no NVIDIA GPU")
     device = device or ("cuda" if has_gpu else "cpu")
-    if options["calibrate"]:
-        print(calibrate.calibrate(device, quick))
+    if calibrate:
+        print(calibrating.calibrate(device, quick, out))
         return
+    out = out or OUT
     benchmarks = measure.measure(device, quick)
     result = next(benchmarks)
     if commit:
@@ -52,16 +58,19 @@ def run_bench(quick: bool, device: str | None, out: Path, commit: str | None, **
     progress.line(measure.heading(result))
     try:
         for benchmark in benchmarks:
-            result["benchmarks"].append(benchmark)
-            info = benchmark["extra_info"]
+            is_noisy = noise.of_benchmark(benchmark) > noise.LIMIT
+            result["noisy" if is_noisy else "benchmarks"].append(benchmark)
+            speedup = benchmark["extra_info"]["speedup"]
             progress.advance()
-            progress.line(f"{benchmark['group']}: {info['speedup']:.2f} times dense")
+            flag = measure.NOISY * is_noisy
+            progress.line(f"{benchmark['group']}: {speedup:.2f} times dense{flag}")
     except BaseException:
         _write(out.with_suffix(".partial.json"), result)
         raise
     progress.close()
     _write(out, result)
-    print(f"\n{measure.render(result)}\n\n{len(result['benchmarks'])} products: {out}")
+    count = len(result["benchmarks"]) + len(result["noisy"])
+    print(f"\n{measure.render(result)}\n\n{count} products: {out}")
 
 
 def _write(path: Path, result: dict) -> None:
@@ -72,4 +81,4 @@ def _write(path: Path, result: dict) -> None:
 def run_compare(old: Path, new: Path, threshold: float, **options) -> int:
     changes = compare.compare(old, new)
     print(compare.render(changes, threshold))
-    return int(changes[0].ratio > 1 + threshold)
+    return int(any(change.is_slower(threshold) for change in changes))

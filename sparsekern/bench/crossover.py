@@ -7,7 +7,8 @@ sparsekern/kernels/crossover.json holds, by compute capability and dtype,
 
 for each kernel and each alternative one density for each number of tokens: the kernel is no slower
 than the alternative up to there, by the geometric mean of the shapes. `dense` is the best dense
-call on a W that is dense already. null: not measured, or the kernel does not take so many tokens.
+call on a W that is dense already. null: not measured, or noise, or the kernel does not take so
+many tokens.
 """
 
 import itertools
@@ -15,6 +16,7 @@ import math
 from collections.abc import Sequence
 from statistics import geometric_mean
 
+from . import noise
 from .measure_gpu import Grid
 from .records import groups, select
 from .replay_gpu import DENSE, OURS
@@ -48,8 +50,11 @@ def summarize(cells: list[dict], measured: str) -> dict:
 
 
 def limit(cells: Sequence[dict], name: str, other: str) -> float | None:
-    """The density up to which `name` is no slower than `other`, from the sparsest on."""
+    """The density up to which `name` is no slower than `other`, from the sparsest on; nothing where
+    one of the measurements is noise."""
     ratios = {}
+    if any(is_noisy(c, each) for c in cells for each in (name, other)):
+        return None
     for (sparsity,), chosen in groups(cells, lambda c: c["sparsity"]).items():
         times = [(seconds(c, other), seconds(c, name)) for c in chosen]
         if all(None not in pair for pair in times):
@@ -63,6 +68,11 @@ def seconds(cell: dict, name: str) -> float | None:
         return cell["dense_s"]
     way = cell["ways"].get(name)
     return way["median_s"] if way and way["is_right"] else None
+
+
+def is_noisy(cell: dict, name: str) -> bool:
+    way = cell["ways"].get(cell["best_dense"] if name == DENSE else name) or {}
+    return way.get("spread", 0.0) > noise.LIMIT
 
 
 def crossing(ratios: dict[float, float]) -> float:

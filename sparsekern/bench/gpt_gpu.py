@@ -19,10 +19,10 @@ from ..gpt.model import GPT, GPTConfig
 from ..gpt.presets import PRESETS, UniformMask
 from ..gpt.speed import compiled_blocks
 from ..gpt.train import GRADIENT_CLIP, compute_gradients
+from ..indices import expand_rows
 from ..kernels.problem import Problem
 from ..kernels.table import pick
 from ..nn import SparseLinear, densify_, sparsify_
-from ..tensor import expand_rows
 from .measure_gpu import ROUNDS, attempt
 from .products_gpu import NAME, record
 from .replay_gpu import DENSE, OURS, Clock, Contender, Runner, race

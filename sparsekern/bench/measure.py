@@ -12,9 +12,9 @@ import torch
 
 from .. import __version__
 from ..text import table
-from . import ceilings, machine, products, work_gpu
+from . import ceilings, machine, noise, products, work_gpu
 from .products import Workload
-from .race import derive, pin
+from .race import Rival, derive, pin
 from .rates import add_rates
 
 SHAPES = ((768, 768), (3072, 768), (4096, 4096))  # N x K
@@ -50,14 +50,20 @@ def _on_cpu(op: str, workload: Workload, quick: bool) -> dict:
         peers = []
         if op == "spmm" and workload.M > 1:
             peers = [products.torch_csr(product.W, product.x)]
-        race = product.race(peers, **({"most_rounds": QUICK_ROUNDS} if quick else {}))
-        seconds = race.run()
-    return {
+        return noise.quietest(lambda: _raced(product, peers, quick), noise.of_benchmark)
+
+
+def _raced(product: products.Product, peers: list[Rival], quick: bool) -> dict:
+    race = product.race(peers, **({"most_rounds": QUICK_ROUNDS} if quick else {}))
+    seconds = race.run()
+    benchmark = {
         "group": product.group,
         "name": product.group,
         "stats": stats(seconds),
         "extra_info": product.info() | race.records(),
     }
+    derive(benchmark)
+    return benchmark
 
 
 def stats(seconds: list[float]) -> dict[str, float]:
@@ -66,6 +72,7 @@ def stats(seconds: list[float]) -> dict[str, float]:
         "median": median(seconds),
         "max": max(seconds),
         "rounds": len(seconds),
+        "spread": noise.spread(seconds),
     }
 
 
@@ -89,6 +96,7 @@ def measure(device: str, quick: bool) -> Iterator[dict]:
         "version": __version__,
         "wanted": len(work),
         "benchmarks": [],
+        "noisy": [],  # benchmarks too: to be seen, and not to be compared or drawn
     }
     for each in work:
         benchmark = each()
@@ -115,13 +123,14 @@ def heading(result: dict) -> str:
     return "\n".join(lines)
 
 
+NOISY = " noisy"
 COLUMNS = ["product", "M", "N x K", "zeros", "kernel", "us", "spread", "useful GFLOP/s"]
 COLUMNS += ["GB/s", "of peak", "of bandwidth", "of roofline", "times dense", "torch CSR", "error"]
 
 
 def row(benchmark: dict) -> list[object]:
-    """us: the median; spread: from the least to the most, as a share of it."""
-    info, seconds = benchmark["extra_info"], benchmark["stats"]
+    """us: the median; spread: the larger of ours and dense's (noise.py)."""
+    info, spread = benchmark["extra_info"], noise.of_benchmark(benchmark)
     shares = info.get("shares", {})
     cold = " cold" if info["is_cold"] else ""
     csr = info["speedups"].get("torch CSR")
@@ -132,7 +141,7 @@ def row(benchmark: dict) -> list[object]:
         f"{info['sparsity']:.0%}",
         info["kernel"],
         f"{1e6 * info['ours_s']:.1f}",
-        f"{(seconds['max'] - seconds['min']) / seconds['median']:.0%}",
+        f"{spread:.0%}{NOISY * (spread > noise.LIMIT)}",
         f"{1e-9 * info['useful_flop_per_s']:.1f}",
         f"{1e-9 * info['moved_bytes_per_s']:.1f}" if "moved_bytes" in info else "",
         f"{shares['flop']:.0%}" if shares else "",
@@ -145,5 +154,12 @@ def row(benchmark: dict) -> list[object]:
 
 
 def render(result: dict) -> str:
-    rows = [row(benchmark) for benchmark in result["benchmarks"]]
-    return f"{heading(result)}\n\n{table(COLUMNS, rows)}"
+    rows = [row(benchmark) for benchmark in [*result["benchmarks"], *result["noisy"]]]
+    text = f"{heading(result)}\n\n{table(COLUMNS, rows)}"
+    if result["noisy"]:
+        text += (
+            f"\n\n{len(result['noisy'])} of {len(rows)} are noisy, the last ones: half of the"
+            f"\nrounds spread over more than {noise.LIMIT:.0%} of their median, measured again too."
+            "\nThey stand apart in the file, under `noisy`, and nothing is concluded from them."
+        )
+    return text

@@ -1,8 +1,6 @@
 """The sparse ways to y = x W^T on a GPU: ours, and the libraries that run there."""
 
-import copy
 import importlib
-import weakref
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import lru_cache
@@ -12,10 +10,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ..kernels import cuda_library, packs, table
+from ..kernels import cuda_library, table
 from ..kernels.cuda import MOST_TOKENS, spmm_packed
-from ..kernels.derived import versions
 from ..kernels.packed import Packed, choose_layout, like, pack
+from ..kernels.packs import share_packs
 from ..tensor import SparseTensor
 from .measure_gpu import Way
 from .replay_gpu import BOUND, OURS, PEER
@@ -81,24 +79,6 @@ def in_csr(name: str, multiply: Callable[[Tensor, SparseTensor], Tensor]) -> Way
         return Copy(origin, origin)
 
     return Way(name, OURS, lay_out, Copy.clone, call, lambda each: each.W.values.nbytes)
-
-
-def share_packs(origin: SparseTensor, twin: SparseTensor) -> None:
-    """Give `twin`, a clone of `origin`, a copy of each pack that it lacks: the same one would be
-    made, but slowly."""
-
-    def address(W: SparseTensor) -> tuple[int, int]:
-        return W.row_offsets.data_ptr(), W.col_indices.data_ptr()
-
-    theirs, own = address(origin), address(twin)
-    for key, (found, _) in list(packs._packs.items()):
-        if key[:2] != theirs or (mine := (*own, *key[2:])) in packs._packs:
-            continue
-        made = copy.deepcopy(found)
-        made.index_version = versions(twin.row_offsets, twin.col_indices)
-        made.values_seen = packs._seen(twin.values)
-        forget = weakref.ref(twin.col_indices, lambda _, key=mine: packs._packs.pop(key, None))
-        packs._packs[mine] = made, forget
 
 
 def row(name: str) -> Way:

@@ -14,11 +14,12 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from .. import ops
+from ..indices import expand_rows
 from ..kernels.problem import Problem
 from ..kernels.table import pick
 from ..matmul import linear
 from ..sparsity import Static
-from ..tensor import SparseTensor, expand_rows
+from ..tensor import SparseTensor
 from ..testing import random_mask
 from .race import DENSE, SPARSE, TOLERANCE, Race, Rival, exact, ours, rotate
 

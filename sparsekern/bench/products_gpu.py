@@ -12,10 +12,11 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from .. import ops
+from ..indices import expand_rows
 from ..kernels.problem import Problem
 from ..kernels.table import pick
 from ..matmul import linear
-from ..tensor import SparseTensor, expand_rows
+from ..tensor import SparseTensor
 from .measure_gpu import (
     LAUNCHES,
     ROUNDS,
@@ -231,6 +232,7 @@ def record(group: str, place: str, ways: dict[str, dict], name: str, info: dict)
             "min": own["min_s"],
             "median": own["median_s"],
             "max": own["max_s"],
+            "spread": own.get("spread", 0.0),
             "rounds": ROUNDS,
         },
         "extra_info": {
@@ -242,6 +244,7 @@ def record(group: str, place: str, ways: dict[str, dict], name: str, info: dict)
             "rivals": {
                 other: {"kind": _KINDS.get(way["kind"], way["kind"])}
                 | {key: way[key] for key in ("min_s", "median_s", "error", "is_right")}
+                | {"spread": way.get("spread", 0.0)}
                 for other, way in others.items()
                 if "failed" not in way
             },

@@ -18,6 +18,7 @@ from torch import Tensor
 
 from ..testing import relative_error
 from .machine import cores
+from .noise import spread
 
 # Relative to |x| @ |W|.T. fp32 rounds to 6e-8 and dense products of these sizes stay below 1e-6;
 # bf16 rounds its result to 4e-3.
@@ -184,6 +185,7 @@ class Race:
                     "kind": rival.kind,
                     "min_s": min(self.seconds[rival.name]),
                     "median_s": median(self.seconds[rival.name]),
+                    "spread": spread(self.seconds[rival.name]),
                     "error": self.errors[rival.name],
                     # Written so that NaN is wrong.
                     "is_right": self.errors[rival.name] < self.tolerance,

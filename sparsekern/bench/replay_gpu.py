@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from ..testing import frobenius_error
+from .noise import spread
 
 LOOP_LAUNCHES = 60  # of a replay of a competitor that no graph can hold
 REPLAY_S = 20e-3  # a replay takes no longer, but for the fewest launches
@@ -153,6 +154,7 @@ def race(
             "median_s": median(calls),
             "min_s": min(calls),
             "max_s": max(calls),
+            "spread": spread(calls),
             "launches": runner.launches,
             "copies": len(runner.contender.calls),
             "error": error,

@@ -6,8 +6,10 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
+from ..groups import parameter_groups
 from ..nn import SparseLinear, replace_modules
-from .checkpoint import load_checkpoint
+from ..weights import load_metadata, load_weights, set_weights_
+from .checkpoint import CHECKPOINT, WEIGHTS, about, check_shapes, checkpoint_file, load_checkpoint
 from .config import TrainConfig
 from .data import Tokenizer, tokenizer_from_state
 from .model import GPT, GPTConfig
@@ -27,37 +29,66 @@ def build_model(config: TrainConfig, vocab_size: int) -> GPT:
 
 
 def model_from_state(config: GPTConfig, state: dict[str, Tensor]) -> GPT:
-    """A GPT with the weights and patterns of a state_dict."""
+    """A GPT with the weights and patterns of a state_dict. ValueError names what does not fit."""
 
     def replace(name: str, module: nn.Module) -> nn.Module | None:
-        if f"{name}.values" not in state:
+        if type(module) is not nn.Linear or f"{name}.values" not in state:
             return None
-        parts = (state[f"{name}.{part}"] for part in ("row_offsets", "col_indices", "values"))
-        return SparseLinear(module.in_features, module.out_features, *parts, module.bias)
+        parts = [state.get(f"{name}.{part}") for part in ("row_offsets", "col_indices", "values")]
+        if any(part is None for part in parts):
+            raise ValueError(f"{name}: expected row_offsets, col_indices and values")
+        if parts[-1].dtype != module.weight.dtype:
+            raise ValueError(
+                f"{name}: values: expected {module.weight.dtype}, got {parts[-1].dtype}"
+            )
+        try:
+            return SparseLinear(module.in_features, module.out_features, *parts, module.bias)
+        except (TypeError, ValueError) as error:
+            raise ValueError(f"{name}: {error}") from error
 
     model = replace_modules(GPT(config), replace)
-    model.load_state_dict(state)
+    try:
+        model.load_state_dict(state)
+    except RuntimeError as error:
+        raise ValueError(f"model: {' '.join(str(error).split())}") from error
     return model
 
 
-def load_model(path: Path) -> tuple[GPT, Tokenizer]:
-    """The trained model and its tokenizer."""
+def load_model(path: str | Path) -> tuple[GPT, Tokenizer]:
+    """The trained model and its tokenizer, from the folder of a run, its checkpoint.pt or its
+    model.safetensors."""
+    path = Path(path)
+    if path.is_dir() and not (path / CHECKPOINT).exists() and (path / WEIGHTS).exists():
+        path /= WEIGHTS
+    if path.suffix == ".safetensors":
+        return _load_weights(path)
+    path = checkpoint_file(path)
     state = load_checkpoint(path)
-    tokenizer = tokenizer_from_state(state["tokenizer"])
-    config = TrainConfig(**state["config"]).model(tokenizer.vocab_size)
-    return model_from_state(config, state["model"]), tokenizer
+    with about(path):
+        tokenizer = tokenizer_from_state(state["tokenizer"])
+        config = model_config(state["config"], tokenizer.vocab_size)
+        return model_from_state(config, state["model"]), tokenizer
+
+
+def _load_weights(path: Path) -> tuple[GPT, Tokenizer]:
+    found, metadata = load_weights(path), load_metadata(path)
+    with about(path):
+        if not {"config", "tokenizer"} <= metadata.keys():
+            raise ValueError("expected the weights of a run of sparsekern, with config, tokenizer")
+        check_shapes(metadata["config"], {name: tuple(w.shape) for name, w in found.items()})
+        tokenizer = tokenizer_from_state(metadata["tokenizer"])
+        model = GPT(model_config(metadata["config"], tokenizer.vocab_size))
+        return set_weights_(model, found), tokenizer
+
+
+def model_config(config: dict, vocab_size: int) -> GPTConfig:
+    """The shape of the model, from the settings in a file."""
+    return GPTConfig(*(config[n] for n in ("layers", "heads", "width", "context")), vocab_size)
 
 
 def build_optimizer(model: nn.Module, lr: float) -> torch.optim.AdamW:
     """AdamW that decays matrices and the values of sparse matrices, not biases and norms."""
-    decayed, others = [], []
-    for name, parameter in model.named_parameters():
-        is_weight = parameter.ndim > 1 or name.endswith(".values")
-        (decayed if is_weight else others).append(parameter)
-    groups = [
-        {"params": decayed, "weight_decay": WEIGHT_DECAY},
-        {"params": others, "weight_decay": 0.0},
-    ]
+    groups = parameter_groups(model, WEIGHT_DECAY)
     return torch.optim.AdamW(groups, lr=lr, betas=BETAS, fused=True)
 
 

@@ -1,14 +1,15 @@
 """The settings of a training run: each field is a command-line flag."""
 
 import math
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, fields
 from pathlib import Path
 
 from .. import sparsity as algorithms
 from ..sparsity import Algorithm, Group
-from .checkpoint import CHECKPOINT, load_checkpoint
+from .checkpoint import CHECKPOINT, about, checkpoint_file, load_checkpoint
 from .data import TOKENIZERS
-from .distributed import PARALLEL
+from .distributed import PARALLEL, check_device
 from .model import GPTConfig
 
 # Of a pattern that changes during training: shares of all steps, as published configs have them.
@@ -16,11 +17,34 @@ UPDATE_SHARE = 0.02
 STOP_SHARE = 0.75
 DROP_FRACTION = 0.3
 ROUNDS = 10  # of iterative pruning
+NEED_TEXT = ("wanda", "sparsegpt")  # to choose by: train has none to give, prune has
+OF_SPARSITY = ("algorithm", "init_method", "distribution")  # nothing without a sparsity
 
 
 def flag(default: object, text: str, **argument: object) -> object:
     """A field that is also a command-line flag."""
     return field(default=default, metadata={"help": text, **argument})
+
+
+def check_method(algorithm: object) -> None:
+    if isinstance(algorithm, str) and algorithm.lower() in NEED_TEXT:
+        raise ValueError(
+            f"algorithm: {algorithm} chooses by what a trained model makes of text: train without, "
+            f"then sparsekern prune --method {algorithm.lower()}"
+        )
+
+
+def check_methods(settings: object) -> None:
+    """The same for the blocks of a config file."""
+    for block in settings if isinstance(settings, list) else [settings]:
+        if isinstance(block, Mapping):
+            check_method(block.get("algorithm", block.get("type")))
+
+
+def check_sparsity(value: float) -> None:
+    if not 0 <= value < 1:
+        hint = f"; did you mean {value / 100:g}?" if 1 < value < 100 else ""
+        raise ValueError(f"sparsity must be at least 0 and below 1, got {value}{hint}")
 
 
 @dataclass(frozen=True)
@@ -41,7 +65,7 @@ class TrainConfig:
         "uniform", "of the zeros over the layers", choices=("uniform", "erk", "global")
     )
     sparsity_config: str = flag("", "YAML or JSON file with a `sparsity` block, for all the rest")
-    init_from: str = flag("", "start from the weights of this run (a folder)")
+    init_from: str = flag("", "start from the weights of this run (its folder or checkpoint.pt)")
     dense: bool = flag(False, "with --init-from: all weights dense, the absent ones from zero")
     optimizer_state: str = flag("reset", "with --init-from", choices=("reset", "keep"))
     layers: int = flag(4, "number of blocks")
@@ -59,7 +83,9 @@ class TrainConfig:
     )
     parallel: str = flag("none", "under torchrun", choices=PARALLEL)
     out: str = flag("out/train", "folder for checkpoint.pt and metrics.json")
-    resume: bool = flag(False, "continue from OUT/checkpoint.pt; other flags come from there")
+    resume: bool = flag(
+        False, "continue from OUT/checkpoint.pt; other flags come from there; more steps lengthen"
+    )
     eval_every: int = flag(50, "steps between evaluations")
     eval_batches: int = flag(4, "batches of an evaluation")
     checkpoint_every: int = flag(50, "steps between checkpoints")
@@ -74,16 +100,33 @@ class TrainConfig:
         if self.algorithm not in algorithms.ALGORITHMS:
             known = ", ".join(sorted(algorithms.ALGORITHMS))
             raise ValueError(f"algorithm: expected one of {known}, got {self.algorithm!r}")
-        if not 0 <= self.sparsity < 1:
-            raise ValueError(f"sparsity must be at least 0 and below 1, got {self.sparsity}")
+        check_method(self.algorithm)
+        check_sparsity(self.sparsity)
         if not 0 < self.lr < math.inf:
             raise ValueError(f"lr must be positive and finite, got {self.lr}")
+        check_device(self.device)
         if self.dense and (self.sparsity or self.sparsity_config or not self.init_from):
             raise ValueError("dense: expected init_from and no sparsity; without both leave it out")
         if self.sparsity_config and self.sparsity:
             raise ValueError(
                 f"sparsity: {self.sparsity_config} gives it, got {self.sparsity} as well"
             )
+        if self.optimizer_state == "keep" and not self.init_from:
+            raise ValueError("optimizer_state: expected init_from beside keep")
+        self.check_use(changed(self))
+
+    def check_use(self, given: Iterable[str]) -> None:
+        """ValueError for a setting that was given and would do nothing."""
+        for name in OF_SPARSITY:
+            if name not in given:
+                continue
+            value = getattr(self, name)
+            if self.sparsity_config:
+                raise ValueError(f"{name}: {self.sparsity_config} gives it, got {value} as well")
+            if not self.sparsity:
+                raise ValueError(
+                    f"{name}: expected a sparsity above 0 beside it, got {value} alone"
+                )
 
     def model(self, vocab_size: int) -> GPTConfig:
         return GPTConfig(self.layers, self.heads, self.width, self.context, vocab_size)
@@ -106,7 +149,7 @@ class TrainConfig:
         if self.algorithm in ("gmp", "set", "rigl"):
             freq = max(1, round(UPDATE_SHARE * self.steps))
             stop = max(1, int(STOP_SHARE * self.steps) // freq) * freq
-            settings["update"] = {"freq": freq, "stop": stop}
+            settings["update"] = {"freq": freq, "stop": stop + 1}  # the last one at `stop`
             if self.algorithm == "gmp":
                 cubic = {"type": "cubic", "init": 0.0, "final": self.sparsity, "steps": stop}
                 settings["sparsity"] = cubic
@@ -119,7 +162,16 @@ class TrainConfig:
         return settings
 
     def make_algorithm(self, settings: object) -> Algorithm | Group | None:
-        return None if settings is None else algorithms.configure(settings, seed=self.seed)
+        """The algorithm of what `sparsity_settings` gave, or None for a dense model. ValueError for
+        what `steps` steps would meet only on their way."""
+        try:
+            algorithm = algorithms.configure(settings, seed=self.seed)
+            if algorithm:
+                algorithm.check(self.steps)
+        except ValueError as error:
+            where = f"{self.sparsity_config}: " if self.sparsity_config else ""
+            raise ValueError(f"{where}{error}") from error
+        return algorithm
 
 
 # A resumed run may change these; any other change would make it another run.
@@ -136,31 +188,63 @@ FREE_ON_RESUME = (
 FROM_SOURCE = ("layers", "heads", "width", "context", "tokenizer", "vocab_size")
 
 
+def saved_config(path: Path, saved: dict, **changes: object) -> TrainConfig:
+    """The settings in a checkpoint, with changes. ValueError names the file and what is wrong."""
+    with about(path):
+        known = {f.name: f.type for f in fields(TrainConfig)}
+        for name, value in saved.items():
+            if name not in known:
+                raise ValueError(f"config: expected settings of this sparsekern, got {name!r}")
+            kinds = (int, float) if known[name] is float else (known[name],)
+            if type(value) not in kinds:
+                kind = known[name].__name__
+                raise ValueError(f"config: {name}: expected {kind}, got {str(value)[:80]!r}")
+        # Versions before took these where they did nothing.
+        idle = [] if saved.get("init_from") else ["optimizer_state"]
+        if saved.get("sparsity_config") or not saved.get("sparsity"):
+            idle += OF_SPARSITY
+        return TrainConfig(**{k: v for k, v in saved.items() if k not in idle} | changes)
+
+
 def resumed_config(given: dict) -> TrainConfig:
-    """The config of the checkpoint in the folder given["out"], with `given` on top.
+    """The config of the checkpoint in the folder given["out"], with `given` on top. A run that is
+    finished may be given more steps.
 
     Raises ValueError if `given` would change what the run computes."""
     given = given | {"resume": True}
     path = Path(given.get("out", TrainConfig.out)) / CHECKPOINT
-    saved = load_checkpoint(path)["config"]
+    state = load_checkpoint(path)
+    if "prune" in state:
+        raise ValueError(
+            f"resume: {path} was written by prune, which continues by itself; to train its weights "
+            f"on: --init-from {path.parent}"
+        )
+    saved = saved_config(path, state["config"])
+    is_finished = len(state["losses"]) == saved.steps
     for name in given.keys() - set(FREE_ON_RESUME):
-        if given[name] != saved[name]:
-            raise ValueError(
-                f"{name} is {saved[name]} in {path}, got {given[name]}; a resumed run keeps it"
+        old, new = getattr(saved, name), given[name]
+        if new == old or (name == "steps" and is_finished and new > old):
+            continue
+        hint = ""
+        if name == "steps" and new > old:
+            hint = (
+                "; to train longer, resume it to its end first, or begin anew with "
+                f"--init-from {path.parent} --optimizer-state keep"
             )
-    return TrainConfig(**saved | given)
+        raise ValueError(f"{name} is {old} in {path}, got {new}; a resumed run keeps it{hint}")
+    return saved_config(path, state["config"], **given)
 
 
 def config_from(given: dict) -> TrainConfig:
     """The config of these flags; with `init_from` its shape and tokenizer are those of that run."""
-    if not given.get("init_from"):
-        return TrainConfig(**given)
-    path = Path(given["init_from"]) / CHECKPOINT
-    saved = load_checkpoint(path)["config"]
-    for name in FROM_SOURCE:
-        if name in given and given[name] != saved[name]:
-            raise ValueError(f"{name} is {saved[name]} in {path}, got {given[name]}")
-    return TrainConfig(**given | {name: saved[name] for name in FROM_SOURCE})
+    if given.get("init_from"):
+        path = checkpoint_file(given["init_from"])
+        saved = saved_config(path, load_checkpoint(path)["config"])
+        for name in FROM_SOURCE:
+            if name in given and given[name] != getattr(saved, name):
+                raise ValueError(f"{name} is {getattr(saved, name)} in {path}, got {given[name]}")
+        given = given | {name: getattr(saved, name) for name in FROM_SOURCE}
+    return TrainConfig(**given)
 
 
 def changed(config: TrainConfig) -> dict:

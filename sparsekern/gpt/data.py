@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from ..extras import require
+from ..files import atomic_write
 
 TEXT_SUFFIXES = (".md", ".py", ".txt")
 VALIDATION_SHARE = 0.1
@@ -110,7 +111,17 @@ def make_tokenizer(name: str, text: str, vocab_size: int) -> Tokenizer:
 
 
 def tokenizer_from_state(state: dict) -> Tokenizer:
-    return ByteTokenizer() if state["name"] == "bytes" else BPETokenizer(state["serialized"])
+    name, serialized = state.get("name"), state.get("serialized")
+    if name == ByteTokenizer.name:
+        return ByteTokenizer()
+    if name != BPETokenizer.name or not isinstance(serialized, str):
+        raise ValueError(f"tokenizer: expected bytes, or bpe with its state, got {str(name)[:80]}")
+    try:
+        return BPETokenizer(serialized)
+    except ImportError:
+        raise
+    except Exception as error:  # the only kind that `tokenizers` raises
+        raise ValueError(f"tokenizer: its state cannot be read: {error}") from error
 
 
 def default_source() -> str:
@@ -141,6 +152,8 @@ def load_text(source: str) -> str:
             "data: expected 'shakespeare', 'stdlib', 'packages' or a path, "
             f"but {source!r} does not exist"
         )
+    if not path.is_file():
+        raise ValueError(f"data: expected a file or a folder, {source} is neither")
     return _read_files([path])
 
 
@@ -219,11 +232,12 @@ def prepare(source: str, tokenizer: Tokenizer | str, folder: Path, vocab_size: i
     training, validation = load_split(source)
     if isinstance(tokenizer, str):
         tokenizer = make_tokenizer(tokenizer, training, vocab_size)
-    folder.mkdir(parents=True, exist_ok=True)
     for name, text in zip(PREPARED[1:], (training, validation), strict=True):
-        np.save(folder / name, tokenizer.encode(text).numpy())
+        with atomic_write(folder / name) as file:
+            np.save(file, tokenizer.encode(text).numpy())
     # Last: a folder without it is not complete.
-    (folder / PREPARED[0]).write_text(json.dumps({"source": source, **tokenizer.state()}))
+    with atomic_write(folder / PREPARED[0]) as file:
+        file.write(json.dumps({"source": source, **tokenizer.state()}).encode())
 
 
 def load_tokens(
@@ -233,14 +247,32 @@ def load_tokens(
     folder, or a new one called `name`."""
     folder = Path(source)
     if all((folder / file).is_file() for file in PREPARED):
-        state = json.loads((folder / PREPARED[0]).read_text())
-        if tokenizer is not None and state != {"source": state["source"], **tokenizer.state()}:
-            raise ValueError(f"data: {source} was prepared with another tokenizer")
-        splits = (torch.from_numpy(np.load(folder / file)) for file in PREPARED[1:])
-        return tokenizer_from_state(state), *splits
+        return _load_prepared(folder, tokenizer)
     training, validation = load_split(source)
     tokenizer = tokenizer or make_tokenizer(name, training, vocab_size)
     return tokenizer, tokenizer.encode(training), tokenizer.encode(validation)
+
+
+def _load_prepared(folder: Path, tokenizer: Tokenizer | None) -> tuple[Tokenizer, Tensor, Tensor]:
+    try:
+        state = json.loads((folder / PREPARED[0]).read_bytes())
+        mine = tokenizer_from_state(state)
+    except (ValueError, RecursionError, AttributeError) as error:
+        raise ValueError(f"data: {folder / PREPARED[0]} is damaged: {error}") from error
+    if tokenizer is not None and state != {"source": state.get("source"), **tokenizer.state()}:
+        raise ValueError(f"data: {folder} was prepared with another tokenizer")
+    splits = []
+    for path in (folder / file for file in PREPARED[1:]):
+        try:
+            tokens = np.load(path)
+        except (ValueError, EOFError) as error:
+            raise ValueError(f"data: {path} is damaged: {error}") from error
+        if tokens.ndim != 1 or tokens.dtype.kind not in "iu":
+            raise ValueError(f"data: {path}: expected tokens, got {tokens.dtype} {tokens.shape}")
+        if tokens.size and not 0 <= tokens.min() <= tokens.max() < mine.vocab_size:
+            raise ValueError(f"data: {path}: expected tokens in [0, {mine.vocab_size})")
+        splits.append(torch.from_numpy(tokens))
+    return mine, *splits
 
 
 class Batches:

@@ -12,6 +12,14 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 PARALLEL = ("none", "ddp", "fsdp")
+MOMENTS = ("step", "exp_avg", "exp_avg_sq")  # of AdamW
+
+
+def check_device(name: str) -> None:
+    """ValueError for what no machine has."""
+    kind, _, index = name.partition(":")
+    if kind not in ("cpu", "cuda") or (":" in name and not (kind == "cuda" and index.isdigit())):
+        raise ValueError(f"device: expected cpu, cuda or cuda:N, got {name!r}")
 
 
 class Ranks:
@@ -24,11 +32,18 @@ class Ranks:
         if started and parallel == "none" and int(os.environ["WORLD_SIZE"]) > 1:
             raise ValueError("parallel must be ddp or fsdp under torchrun, got none")
         if parallel != "none" and not started:
-            raise ValueError(f"parallel: {parallel} needs torchrun, as in: torchrun -m sparsekern")
+            raise ValueError(
+                f"parallel: {parallel} needs torchrun, as in: torchrun -m sparsekern; one process "
+                "takes --parallel none"
+            )
         self.parallel = parallel
+        check_device(device)
         self.device = torch.device(device)
-        if self.device.type == "cuda" and not torch.cuda.is_available():
+        count = torch.cuda.device_count()
+        if self.device.type == "cuda" and not count:
             raise ValueError(f"device: expected cpu, this torch sees no GPU, got {device}")
+        if (self.device.index or 0) >= max(1, count):
+            raise ValueError(f"device: expected cpu or cuda:0 to cuda:{count - 1}, got {device}")
         if parallel != "none":
             if self.device.type == "cuda":
                 self.device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
@@ -83,13 +98,49 @@ def whole_state(state):
 
 
 def load_optimizer(optimizer: Optimizer, state: dict) -> None:
-    """`optimizer.load_state_dict` of whole tensors, cut up as the optimizer's parameters are."""
+    """`optimizer.load_state_dict` of whole tensors, cut up as the optimizer's parameters are.
+
+    The settings of its groups stay. ValueError where a tensor does not have its parameter's shape:
+    a fused optimizer would write past its end."""
     parameters = [p for group in optimizer.param_groups for p in group["params"]]
+    groups, of_parameters = state.get("param_groups"), state.get("state")
+    if not isinstance(groups, list) or not isinstance(of_parameters, dict):
+        raise ValueError("optimizer: expected state and param_groups")
+    indices = [group.get("params") for group in groups if isinstance(group, dict)]
+    wanted, first = [], 0
+    for group in optimizer.param_groups:
+        wanted.append(list(range(first, first + len(group["params"]))))
+        first += len(group["params"])
+    if indices != wanted:
+        raise ValueError(
+            f"optimizer: expected groups of {[len(w) for w in wanted]} parameters, got others"
+        )
     cut = {}
-    for index, of_parameter in state["state"].items():
+    for index, of_parameter in of_parameters.items():
+        if type(index) is not int or not 0 <= index < len(parameters):
+            raise ValueError(f"optimizer: expected {len(parameters)} parameters, got {index}")
         p = parameters[index]
+        _check_moments(index, of_parameter, p)
         cut[index] = {key: _cut_as(t, p) for key, t in of_parameter.items()}
-    optimizer.load_state_dict(state | {"state": cut})
+    mine = [
+        {key: value for key, value in group.items() if key != "params"} | {"params": params}
+        for group, params in zip(optimizer.param_groups, wanted, strict=True)
+    ]
+    optimizer.load_state_dict({"state": cut, "param_groups": mine})
+
+
+def _check_moments(index: int, state: object, parameter: nn.Parameter) -> None:
+    if not isinstance(state, dict) or state.keys() not in (set(), set(MOMENTS)):
+        raise ValueError(f"optimizer: state of parameter {index}: expected {', '.join(MOMENTS)}")
+    for key, t in state.items():
+        shape = () if key == "step" else parameter.shape
+        is_right = isinstance(t, Tensor) and t.shape == shape and t.is_floating_point()
+        if not is_right:
+            got = f"{t.dtype} {list(t.shape)}" if isinstance(t, Tensor) else type(t).__name__
+            raise ValueError(
+                f"optimizer: state of parameter {index}: {key}: expected floats of shape "
+                f"{list(shape)}, got {got}"
+            )
 
 
 def _cut_as(t, parameter: nn.Parameter):

@@ -53,6 +53,8 @@ def peak_memory_bytes() -> int:
 def evaluation_line(run: "Run") -> str:
     config, evaluation = run.config, run.evaluations[-1]
     line = f"step {run.step:>5}/{config.steps}   validation loss {evaluation['loss']:.3f}"
+    if run.algorithm and run.algorithm.resizes:
+        line += f"   sparsity {evaluation['sparsity']:.1%}"
     if not run.losses:
         return line
     recent = statistics.mean(run.losses[-config.eval_every :])
@@ -75,4 +77,9 @@ def print_plan(run: "Run") -> None:
         "run": f"steps {run.step} to {config.steps} of {config.batch} x {config.context} tokens, "
         f"{run.ranks.size} x {torch.get_num_threads()} threads, seed {config.seed}",
     }
+    if run.lengthened_from:
+        rows["longer"] = (
+            f"the learning rate is that of a run of {config.steps} steps from here on, changes of "
+            f"the pattern keep the plan of {run.lengthened_from}"
+        )
     print("\n".join(f"{name:<7}{text}" for name, text in rows.items()), flush=True)

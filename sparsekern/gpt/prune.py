@@ -8,14 +8,15 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
+from ..files import atomic_write
 from ..nn import SparseLinear, densify_
 from ..sparsity import Magnitude, SparseGPT, Wanda
 from ..sparsity.gradual import round_sparsity
 from ..sparsity.pattern import places_of
-from .checkpoint import CHECKPOINT, atomic_write, load_checkpoint, save_checkpoint
-from .config import FROM_SOURCE, TrainConfig, flag
+from .checkpoint import CHECKPOINT, checkpoint_file, load_checkpoint, save_checkpoint
+from .config import FROM_SOURCE, TrainConfig, flag, saved_config
 from .flops import flop_ratio
 from .train import Run
 
@@ -27,7 +28,7 @@ LATENCY_ROUNDS = 9
 
 @dataclass(frozen=True)
 class PruneConfig:
-    source: str = flag("", "folder of the training run to prune")
+    source: str = flag("", "training run to prune (its folder or checkpoint.pt)")
     target: float = flag(0.838, "sparsity of the blocks' linear layers after the last round")
     steps: int = flag(1000, "optimizer steps of recovery, of all rounds together")
     rounds: int = flag(4, "each removes the same share of what is left; 1 is one-shot")
@@ -35,7 +36,7 @@ class PruneConfig:
     method: str = flag("magnitude", "how weights are chosen", choices=tuple(METHODS))
     distribution: str = flag("uniform", "over the layers", choices=("uniform", "erk", "global"))
     lr: float = flag(2e-4, "highest learning rate of each round")
-    rewind: str = flag("", "after pruning, weights go back to those of this dense run (a folder)")
+    rewind: str = flag("", "after pruning, weights go back to those of this dense run")
     calibration: int = flag(4, "batches of training text for wanda and sparsegpt")
     data: str = flag("", "text (that of the run)")
     batch: int = flag(0, "sequences per step (that of the run)")
@@ -44,11 +45,16 @@ class PruneConfig:
     threads: int = flag(0, "CPU threads (those of the run)")
     eval_batches: int = flag(0, "batches of an evaluation (those of the run)")
     seed: int = flag(0, "fixes the batches")
-    out: str = flag("out/prune", "folder for the pruned model and prune.json; continues from there")
+    out: str = flag(
+        "out/prune", "folder for the pruned model and prune.json; continues after its last round"
+    )
 
     def __post_init__(self) -> None:
         if not 0 < self.target < 1:
-            raise ValueError(f"target: expected a sparsity above 0 and below 1, got {self.target}")
+            hint = f"; did you mean {self.target / 100:g}?" if 1 < self.target < 100 else ""
+            raise ValueError(
+                f"target: expected a sparsity above 0 and below 1, got {self.target}{hint}"
+            )
         for name in ("rounds", "calibration"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
@@ -84,21 +90,26 @@ def prune(config: PruneConfig) -> list[dict]:
     path = Path(config.out) / CHECKPOINT
     settings = asdict(config)
     rows: list[dict] = []
-    state = source = load_checkpoint(Path(config.source) / CHECKPOINT)
+    source = load_checkpoint(config.source)
+    trained = saved_config(checkpoint_file(config.source), source["config"])
+    early = _load_early(config.rewind, trained) if config.rewind else None
+    state = load_checkpoint(path) if path.exists() else source
     if path.exists():
-        state = load_checkpoint(path)
+        if not {"prune", "rows"} <= state.keys():
+            raise ValueError(f"out: {path} was not written by prune; choose another folder")
         for name in settings.keys() - {"out", "device"}:
-            old = state["prune"][name]
+            old = state["prune"].get(name, getattr(PruneConfig, name))
             if old != settings[name]:
                 raise ValueError(f"{name} is {old} in {path}, got {settings[name]}")
         rows = state["rows"]
     targets = config.sparsities()
-    run = Run(_recovery(config, source, 0), state)
+    # Of the source in any case: what a pruning took does not depend on where it was stopped.
+    run = Run(_recovery(config, trained, 0), source)
     for index in range(len(rows), len(targets) + 1):
         steps = config.steps * index // len(targets) - sum(row["steps"] for row in rows)
-        run.restart(_recovery(config, source, index, steps), state)
+        run.restart(_recovery(config, trained, index, steps), state)
         if index:
-            _prune(run, config, targets[index - 1])
+            _prune(run, config, targets[index - 1], early)
         elif run.sparsity >= targets[0]:
             raise ValueError(
                 f"target: the first round wants sparsity {targets[0]:.4g}, but the model has "
@@ -110,11 +121,19 @@ def prune(config: PruneConfig) -> list[dict]:
         state = run.state()
         # What `generate` and `train --init-from` take.
         save_checkpoint(path, state | {"prune": settings, "rows": rows})
-        with atomic_write(path.with_name(TABLE)) as file:
-            file.write(json.dumps({"config": settings, "rows": rows}, indent=1).encode())
+        _write_table(path, settings, rows)
         print(line(rows[-1]), flush=True)
+    # Again where nothing was left to do: a kill may have come before the last two files.
+    _write_table(path, settings, rows)
+    run.restart(saved_config(path, state["config"]), state)
+    run.losses = state["losses"]
     run.export()
     return rows
+
+
+def _write_table(path: Path, settings: dict, rows: list[dict]) -> None:
+    with atomic_write(path.with_name(TABLE)) as file:
+        file.write(json.dumps({"config": settings, "rows": rows}, indent=1).encode())
 
 
 def _row(run: Run, index: int) -> dict:
@@ -143,9 +162,9 @@ def line(row: dict) -> str:
     )
 
 
-def _recovery(config: PruneConfig, source: dict, index: int, steps: int = 1) -> TrainConfig:
+def _recovery(config: PruneConfig, source: TrainConfig, index: int, steps: int = 1) -> TrainConfig:
     """The settings of the training after round `index`."""
-    given = {name: source["config"][name] for name in (*FROM_SOURCE, *FROM_RUN)}
+    given = {name: getattr(source, name) for name in (*FROM_SOURCE, *FROM_RUN)}
     given |= {name: getattr(config, name) for name in FROM_RUN if getattr(config, name)}
     seed, never = config.seed + index, 10**9
     return TrainConfig(
@@ -153,33 +172,44 @@ def _recovery(config: PruneConfig, source: dict, index: int, steps: int = 1) -> 
         steps=max(1, steps),
         lr=config.lr,
         seed=seed,
-        # Checkpoints are written here, round by round, and not by the run.
-        out=str(Path(config.out) / "round"),
+        # Its checkpoint is written here, round by round, and not by the run.
+        out=config.out,
         eval_every=never,
         checkpoint_every=never,
     )
 
 
-def _prune(run: Run, config: PruneConfig, target: float) -> None:
+def _prune(run: Run, config: PruneConfig, target: float, early: dict[str, Tensor] | None) -> None:
     settings: dict = {"distribution": config.distribution}
     if config.method != "magnitude":
         # Training text, of steps that no round comes to.
         batches = (run.training.get(2**30 + i)[0] for i in range(config.calibration))
         settings["calibration"] = [x.to(run.ranks.device) for x in batches]
     model = METHODS[config.method](target, **settings).apply(run.model)
-    if config.rewind:
-        _rewind(model, Path(config.rewind))
+    if early:
+        _rewind(model, early)
     run.restart(run.config, {"model": model.state_dict()})
 
 
+def _load_early(path: str, source: TrainConfig) -> dict[str, Tensor]:
+    """The weights of a dense run of the same shape."""
+    state = load_checkpoint(path)
+    early = saved_config(checkpoint_file(path), state["config"])
+    for name in FROM_SOURCE:
+        mine, got = getattr(source, name), getattr(early, name)
+        if mine != got:
+            raise ValueError(f"rewind: {name} is {mine} in {source.out}, {got} in {path}")
+    if sparse := [name for name in state["model"] if name.endswith(".values")]:
+        layer = sparse[0].removesuffix(".values")
+        raise ValueError(f"rewind: expected a dense run in {path}, {layer} is sparse")
+    return state["model"]
+
+
 @torch.no_grad()
-def _rewind(model: nn.Module, folder: Path) -> None:
-    """The stored weights of `model` and all the rest as they are in another, dense run."""
-    early = load_checkpoint(folder / CHECKPOINT)["model"]
+def _rewind(model: nn.Module, early: dict[str, Tensor]) -> None:
+    """The stored weights of `model` and all the rest as they are in `early`."""
     for name, module in model.named_modules():
         if isinstance(module, SparseLinear):
-            if f"{name}.weight" not in early:
-                raise ValueError(f"rewind: expected a dense run in {folder}, {name} is sparse")
             places = places_of(module).cpu()
             module.values.copy_(early[f"{name}.weight"].flatten()[places])
     for name, parameter in model.named_parameters():

@@ -5,13 +5,14 @@ import math
 import statistics
 import time
 import zlib
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from importlib.util import find_spec
 from pathlib import Path
 
 import torch
 from torch import Tensor, nn
 
+from ..files import atomic_write
 from ..nn import densify_
 from ..sparsity import GMP, Group, RigL
 from ..sparsity.pattern import check_same_on_all_ranks
@@ -24,8 +25,9 @@ from .build import (
     load_model,
     model_from_state,
 )
-from .checkpoint import CHECKPOINT, atomic_write, load_checkpoint, save_checkpoint
-from .config import TrainConfig, config_from, resumed_config
+from .checkpoint import CHECKPOINT, WEIGHTS, about, load_checkpoint, save_checkpoint
+from .config import TrainConfig, check_methods, config_from, resumed_config
+from .continued import from_sparse
 from .data import Batches, load_tokens, tokenizer_from_state
 from .distributed import Ranks, load_optimizer, whole_state
 from .flops import (
@@ -52,7 +54,6 @@ EVAL_BATCHES = 4
 VALIDATION_SEED = 0
 
 METRICS = "metrics.json"
-WEIGHTS = "model.safetensors"
 
 
 def compute_gradients(
@@ -95,13 +96,15 @@ class Run:
         self.dtype = getattr(torch, config.dtype)
         self.path = Path(config.out) / CHECKPOINT
         saved = load_checkpoint(self.path) if config.resume else None
-        if self.path.exists() and not saved:
+        if self.path.exists() and not saved and not start:
             raise ValueError(f"out: {self.path} exists already; resume it or choose another folder")
         source = start
         if config.init_from and not saved:
-            source = load_checkpoint(Path(config.init_from) / CHECKPOINT)
+            source = load_checkpoint(config.init_from)
         self.settings = saved["sparsity"] if saved else config.sparsity_settings()
-        config.make_algorithm(self.settings)  # mistakes show before any work
+        check_methods(self.settings)
+        with about(self.path if saved else None):
+            config.make_algorithm(self.settings)  # mistakes show before any work
 
         self._load_data(saved or source)
         if saved and saved["data_crc32"] != self.data_crc32:
@@ -112,11 +115,14 @@ class Run:
 
         self._forget()
         self.source: dict | None = None  # what it took to make the weights that this run began with
+        self.lengthened_from = 0  # steps that it had when it was finished before
         if saved:
+            before = saved["config"]["steps"]
+            self.lengthened_from = before if config.steps > before else 0
             self.losses, self.seconds = saved["losses"], saved["seconds"]
             self.evaluations = saved["evaluations"]
             self.flops, self.source = saved["flops"], saved["source"]
-            self._build(saved)
+            self._build(saved, self.path)
         elif source:
             spent = {"flops": source["flops"], "seconds": sum(source["seconds"])}
             self.source = spent | {"steps": len(source["losses"]), "before": source["source"]}
@@ -160,21 +166,23 @@ class Run:
         model = model_from_state(config.model(self.tokenizer.vocab_size), source["model"])
         optimizer = build_optimizer(model, config.lr)
         if config.optimizer_state == "keep":
-            optimizer.load_state_dict(source["optimizer"])
+            load_optimizer(optimizer, source["optimizer"])
         if config.dense:
             densify_(model, optimizer)
-        algorithm = config.make_algorithm(self.settings)
-        if algorithm:
+        if self.settings is not None:
             if config.optimizer_state == "keep":
                 raise ValueError("optimizer_state: keep needs the pattern of init_from, or dense")
-            model = algorithm.apply(model)
+            self.settings = from_sparse(model, self.settings, config)
+            model = config.make_algorithm(self.settings).apply(model)
             optimizer = build_optimizer(model, config.lr)
         return {"model": model.state_dict(), "optimizer": optimizer.state_dict()}
 
-    def _build(self, state: dict) -> None:
-        """Model, optimizer and algorithm from whole tensors, placed as `parallel` says."""
+    def _build(self, state: dict, path: Path | None = None) -> None:
+        """Model, optimizer and algorithm from whole tensors, placed as `parallel` says. `path`: the
+        file that they are from."""
         config = self.config
-        model = model_from_state(config.model(self.tokenizer.vocab_size), state["model"])
+        with about(path):
+            model = model_from_state(config.model(self.tokenizer.vocab_size), state["model"])
         self.model = model.to(self.ranks.device)
         self.algorithm = config.make_algorithm(self.settings)
         if self.algorithm:
@@ -183,7 +191,8 @@ class Run:
         self.wrapped = self.ranks.wrap(self.model)
         self.optimizer = build_optimizer(self.model, config.lr)
         if "optimizer" in state:
-            load_optimizer(self.optimizer, state["optimizer"])
+            with about(path):
+                load_optimizer(self.optimizer, state["optimizer"])
         if not self.algorithm:
             return
         self.is_rebuilt = config.parallel == "fsdp" and self.algorithm.resizes
@@ -193,7 +202,8 @@ class Run:
             kind = type(self.algorithm).__name__
             raise NotImplementedError(f"parallel: {kind} changes its size; fsdp cannot, use ddp")
         if "algorithm" in state:
-            self.algorithm.load_state_dict(state["algorithm"])
+            with about(path):
+                self.algorithm.load_state_dict(state["algorithm"])
         check_same_on_all_ranks(self.algorithm.layers)
 
     @property
@@ -208,7 +218,7 @@ class Run:
     def state(self) -> dict:
         """What a checkpoint holds, in whole tensors. All ranks must call it together."""
         return {
-            "config": asdict(self.config),
+            "config": self.about()["config"],
             "sparsity": self.settings,
             "tokenizer": self.tokenizer.state(),
             "data_crc32": self.data_crc32,
@@ -227,13 +237,17 @@ class Run:
         if self.ranks.rank == 0:
             save_checkpoint(self.path, state)
 
+    def about(self) -> dict:
+        """What the exported weights say of their run: the same, whether it was resumed or not."""
+        config = asdict(replace(self.config, resume=False))
+        return {"config": config, "tokenizer": self.tokenizer.state(), "step": self.step}
+
     def export(self) -> None:
         """The weights alone, for other programs."""
         state = whole_state(dict(self.model.state_dict()))
         if self.ranks.rank == 0 and find_spec("safetensors"):
             model = model_from_state(self.model.config, state)
-            about = {"config": asdict(self.config), "tokenizer": self.tokenizer.state()}
-            save_weights(model, self.path.with_name(WEIGHTS), **about)
+            save_weights(model, self.path.with_name(WEIGHTS), **self.about())
 
     def evaluate(self) -> None:
         config = self.config
@@ -315,6 +329,8 @@ def train(config: TrainConfig, deadline: float = math.inf) -> dict:
         torch.cuda.reset_peak_memory_stats()
     if is_first:
         print_plan(run)
+        if run.step == config.steps:
+            print(f"done   all {run.step} steps were made before; --resume --steps MORE goes on")
     progress = Progress(config.steps, run.step, is_first)
     start = run.step
     while run.step < config.steps:
@@ -327,7 +343,9 @@ def train(config: TrainConfig, deadline: float = math.inf) -> dict:
             run.save()
         if is_late:
             raise OutOfTime(f"stopped at step {run.step} of {config.steps}")
-        if run.step % config.eval_every == 0:
+        # A run that was finished before has been evaluated there.
+        is_new = not run.evaluations or run.evaluations[-1]["step"] < run.step
+        if run.step % config.eval_every == 0 and is_new:
             run.evaluate()
             progress.line(evaluation_line(run))
         began = time.perf_counter()
@@ -338,8 +356,8 @@ def train(config: TrainConfig, deadline: float = math.inf) -> dict:
     if start < config.steps:
         run.evaluate()
         run.save()
-        run.export()
         progress.line(evaluation_line(run))
+    run.export()  # also by a resumed run that was finished: a kill may have come before
     progress.close()
 
     result = _result(run)
@@ -357,7 +375,7 @@ def train(config: TrainConfig, deadline: float = math.inf) -> dict:
 def _result(run: Run) -> dict:
     config, is_cuda = run.config, run.ranks.device.type == "cuda"
     return {
-        "config": asdict(config),
+        "config": run.about()["config"],
         "threads": torch.get_num_threads(),
         "parameters": sum(p.numel() for p in run.model.parameters()),
         "losses": run.losses,

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from .layout import LANES, Packed, sort_rows
+from .layout import LANES, Packed, check_fill, check_indices, sort_rows
 
 try:
     from .. import _C
@@ -43,11 +43,21 @@ class Cover(Packed):
     def windows(self) -> int:
         return -(-self.k // WINDOW)
 
+    def parts(self):
+        return {
+            "records": (None, (self.records.shape[0], RECORD_BYTES // 2)),
+            "steps": (torch.int32, (self.slices * self.windows + 1,)),
+            "row_order": (torch.int32, (self.slices * LANES,)),
+            "arrived": (torch.int32, (self.slices,)),
+        }
+
 
 class CoverLayout:
-    """The index part of a pack, and `places`: where each value of W lies in the records."""
+    """The index part of a pack, and `places`: where each value of W lies in the records. The C++
+    library checks the indices."""
 
     def __init__(self, row_offsets: Tensor, col_indices: Tensor, n: int, k: int):
+        check_indices(row_offsets, col_indices, n)
         device = col_indices.device
         self.n, self.k = n, k
         self.row_order = sort_rows(row_offsets, n, ROW_BLOCK)
@@ -73,6 +83,7 @@ class CoverLayout:
 
     def fill(self, values: Tensor) -> Cover:
         """A pack with these values, in the order of the CSR indices."""
+        check_fill(values, self.places.shape[0])
         records = self.records.clone().view(values.dtype)
         cover = Cover(
             self.n,
@@ -83,9 +94,11 @@ class CoverLayout:
             self.row_order,
             self.row_order.new_zeros(self.row_order.shape[0] // LANES),
         )
+        cover.check()
         self.refill_(cover, values)
         return cover
 
     def refill_(self, packed: Cover, values: Tensor) -> None:
         """Other values in a pack of this layout."""
+        packed.check_values(values)
         packed.records.view(-1)[self.places] = values.detach()

@@ -2,7 +2,7 @@
 
 `panel` walks the non-zeros over feature-major panels of the tokens, packed inside the call
 (csrc/cpu). `expand` writes W out and calls torch.mm, where W is too full for `panel` to win. Both
-take float32 and bfloat16, sum in float32, and use as many threads as torch does.
+take float32, bfloat16, summed in float32, and float64, and use as many threads as torch does.
 """
 
 from functools import lru_cache
@@ -11,10 +11,10 @@ import torch
 from torch import Tensor
 
 from .crossover import density_limit
-from .dense import mm
+from .dense import mm, skip_missing
 from .derived import kept, versions
 from .plan import Machine, Plan, dense_wins_above, describe, machine_name, make_plan
-from .problem import Kernel, Problem, bound_kernel
+from .problem import Kernel, Problem, bound_kernel, problem_of
 
 try:
     from .. import _C
@@ -29,6 +29,12 @@ def machine() -> Machine:
     return Machine(_C.isa(), _C.lanes(), _C.cache_bytes(1), _C.cache_bytes(2), has_tiles)
 
 
+def _machine_for(dtype: torch.dtype) -> Machine:
+    """The machine with as many lanes as a vector has of what `dtype` is computed in."""
+    here = machine()
+    return here._replace(lanes=here.lanes // 2) if dtype == torch.float64 else here
+
+
 def pattern_of(row_offsets: Tensor, col_indices: Tensor, n: int, k: int) -> "_C.Pattern":
     """The C++ store of what this pattern's kernels derive; it notices itself when that is stale,
     as csrc/pattern/csr.h says."""
@@ -36,7 +42,7 @@ def pattern_of(row_offsets: Tensor, col_indices: Tensor, n: int, k: int) -> "_C.
 
 
 def type_of(dtype: torch.dtype) -> "_C.Type":
-    return _C.Type.float32 if dtype == torch.float32 else _C.Type.bfloat16
+    return getattr(_C.Type, str(dtype).removeprefix("torch."))
 
 
 class _Plans(dict):
@@ -46,7 +52,7 @@ class _Plans(dict):
         self._problem = problem
 
     def __missing__(self, threads: int) -> Plan:
-        plan = self[threads] = make_plan(self._problem, machine(), threads)
+        plan = self[threads] = make_plan(self._problem, _machine_for(self._problem.dtype), threads)
         return plan
 
 
@@ -112,11 +118,19 @@ def _expand(row_offsets, col_indices, values, n, k):
 
 
 def _spmm_expand(row_offsets, col_indices, values, n, k, x, bias=None):
-    return mm(x, _expand(row_offsets, col_indices, values, n, k).t(), bias)
+    w = row_offsets, col_indices, values, n, k
+    y = mm(x, _expand(*w).t(), bias)
+    return skip_missing(y, x, lambda few: _panel("spmm", *w, few, bias))
 
 
 def _spmm_t_expand(row_offsets, col_indices, values, n, k, dy, bias=None):
-    return mm(dy, _expand(row_offsets, col_indices, values, n, k), bias)
+    w = row_offsets, col_indices, values, n, k
+    dx = mm(dy, _expand(*w), bias)
+    return skip_missing(dx, dy, lambda few: _panel("spmm_t", *w, few, bias))
+
+
+def _panel(op, *operands):
+    return _bind_spmm(problem_of(op, *operands))(*operands)
 
 
 def _sddmm_expand(row_offsets, col_indices, n, k, dy, x):
@@ -133,12 +147,15 @@ def _sddmm_expand(row_offsets, col_indices, n, k, dy, x):
     return dvalues
 
 
-def refuse_dtype(p: Problem) -> str | None:
+def refuse_dtype(
+    p: Problem, dtypes: tuple[torch.dtype, ...] = (torch.float32, torch.bfloat16, torch.float64)
+) -> str | None:
     """What every row that calls `_C` refuses."""
     if _C is None:
         return "the C++ library is not built"
-    if p.dtype not in (torch.float32, torch.bfloat16):
-        return f"it takes float32 and bfloat16, not {str(p.dtype).removeprefix('torch.')}"
+    if p.dtype not in dtypes:
+        *taken, got = (str(dtype).removeprefix("torch.") for dtype in (*dtypes, p.dtype))
+        return f"it takes {', '.join(taken)}, not {got}"
     return None
 
 
@@ -154,7 +171,7 @@ def _refuse_panel(p: Problem) -> str | None:
 
 
 def _describe_panel(p: Problem) -> str:
-    return describe(make_plan(p, machine(), torch.get_num_threads()), machine())
+    return describe(_Plans(p)[torch.get_num_threads()], _machine_for(p.dtype))
 
 
 KERNELS = (

@@ -6,12 +6,17 @@ in sparsekern/bench/crossover.py.
 """
 
 import json
+import math
+import warnings
 from functools import cache
 from pathlib import Path
 
 import torch
 
-from .cache_files import cache_folder
+from ..files import cache_folder, read_regular
+
+MOST_BYTES = 2**22  # of a file; those of today have some thousands
+NOT_DTYPES = ("measured", "tokens")
 
 
 @cache
@@ -21,19 +26,63 @@ def _measured() -> dict:
 
 @cache
 def _calibrated() -> dict:
-    path = calibrated_file()
+    """What was measured here. A damaged file is as good as none, but for a warning."""
     try:
-        return json.loads(path.read_text())
+        return read(path := calibrated_file())
     except FileNotFoundError:
         return {}
-    except json.JSONDecodeError as error:
-        raise ValueError(
-            f"{path} is not JSON: delete it, or make it anew with bench --calibrate"
-        ) from error
+    except (ValueError, OSError) as error:
+        warnings.warn(
+            f"crossover: {path} is ignored, kernels are chosen by what ships with sparsekern: "
+            f"{error}. Delete it, or make it anew with bench --calibrate",
+            stacklevel=2,
+        )
+        return {}
 
 
 def calibrated_file() -> Path:
     return cache_folder() / "crossover.json"
+
+
+def read(path: Path) -> dict:
+    """The data in a file. ValueError says what is wrong with it."""
+    try:
+        data = json.loads(read_regular(path, MOST_BYTES))
+    except RecursionError:
+        raise ValueError("it is nested too deep") from None
+    except UnicodeDecodeError as error:
+        raise ValueError(f"expected UTF-8, {error.reason} at byte {error.start}") from None
+    except json.JSONDecodeError as error:
+        raise ValueError(f"it is not JSON: {error}") from None
+    for machine, entry in _items("the file", data):
+        _check_tokens(f"{machine}: tokens", dict(_items(machine, entry)).get("tokens"))
+        for dtype in entry.keys() - set(NOT_DTYPES):
+            for kernel, others in _items(f"{machine}: {dtype}", entry[dtype]):
+                for other, densities in _items(f"{machine}: {dtype}: {kernel}", others):
+                    name = f"{machine}: {dtype}: {kernel}: {other}"
+                    _check_densities(name, densities, len(entry["tokens"]))
+    return data
+
+
+def _items(name: str, value: object):
+    if not isinstance(value, dict):
+        raise ValueError(f"{name[:80]}: expected an object, got {type(value).__name__}")
+    return value.items()
+
+
+def _check_tokens(name: str, value: object) -> None:
+    is_list = isinstance(value, list) and value
+    if not is_list or not all(type(v) is int and v > 0 for v in value) or value != sorted(value):
+        raise ValueError(f"{name[:80]}: expected rising numbers of tokens, got {str(value)[:40]}")
+
+
+def _check_densities(name: str, value: object, count: int) -> None:
+    def is_density(v: object) -> bool:
+        return type(v) in (int, float) and math.isfinite(v) and 0 <= v <= 1
+
+    is_list = isinstance(value, list) and len(value) == count
+    if not is_list or not all(v is None or is_density(v) for v in value):
+        raise ValueError(f"{name[:80]}: expected {count} densities or null, got {str(value)[:40]}")
 
 
 def density_limit(
@@ -49,7 +98,9 @@ def density_limit(
     for data in (_calibrated(), _measured()):
         entry = data.get(machine, {})
         densities = entry.get(str(dtype).removeprefix("torch."), {}).get(kernel, {}).get(other)
-        if densities is not None:
-            tokens = entry["tokens"]
-            return densities[next((i for i, most in enumerate(tokens) if M <= most), -1)]
+        if densities is None:
+            continue
+        at = next((i for i, most in enumerate(entry["tokens"]) if M <= most), -1)
+        if densities[at] is not None:
+            return densities[at]
     return None

@@ -4,7 +4,9 @@ W is read once, by one of three kernels: `gather` reads delta streams (streams.p
 CUDA cores, `cover` a cover (cover.py) on sparse tensor cores, `pairs` pairs of columns (pairs.py)
 on dense ones. Values are bfloat16 or float16, sums float32, rounded once. Results do not depend on
 timing: sums of parts are added in a fixed order. A stored zero counts as missing. An infinite or
-NaN x may give NaN in rows that do not have its column, as in a dense product.
+NaN x reaches the rows that have its column, and no other token. `gather` keeps it from all other
+rows; `cover` and `pairs`, and a packed weight that is written out, may give NaN there, as a dense
+product does. The row `expand` keeps it from them too (csr.cu, mend), if the CUDA library is there.
 
 A packed weight holds the counters by which blocks find out who is last, so it must not be used on
 two streams at the same time.
@@ -15,8 +17,7 @@ from functools import cache
 import torch
 from torch import Tensor
 
-from ..tensor import expand_rows
-from . import cuda_library
+from . import cuda_library, torch_csr
 from .cover import Cover
 from .crossover import density_limit
 from .cuda_launch import (
@@ -33,17 +34,23 @@ from .cuda_launch import (
     ring_bytes,
 )
 from .dense import mm
+from .derived import ensure_checked
 from .layout import LANES, Packed
 from .packed import choose_layout, layout_for, like
 from .packs import pack_of
-from .pairs import Pairs
+from .pairs import MOST_WORDS, Pairs, most_words
 from .problem import Kernel, Problem
+from .reference import places_of
 from .streams import Streams
+from .torch_csr import is_nearly_empty
 
 MOST_TOKENS = 64
 EXPAND_WARPS = 8
-CSR_THREADS, CSR_ROW_BYTES = 256, 48 * 1024  # as in csr.cu
+CSR_THREADS, CSR_ROW_BYTES, CSR_COLUMNS = 256, 48 * 1024, 4096  # as in csr.cu
+MOST_COLUMNS = 2**25  # the kernels count 64 rows of x in 32 bits
+MOST_ROWS = 2**30  # and W's, with those that fill a block up
 _TYPES = {torch.bfloat16: "bf16", torch.float16: "f16"}
+_ALL_TYPES = {**_TYPES, torch.float32: "f32", torch.float64: "f64"}
 
 
 @cache
@@ -56,8 +63,8 @@ def spmm_packed(x: Tensor, packed: Packed, bias: Tensor | None = None) -> Tensor
     """y [M, N] = x [M, K] @ W.T + bias [N], all on the GPU and in the dtype of the weight.
 
     Above 64 tokens W is written out and torch multiplies; so it is where a kernel would need more
-    shared memory than the GPU has (streams: for one token of about 100,000 columns). No checks:
-    PackedLinear has them.
+    shared memory than the GPU has (streams: for one token of about 100,000 columns). No checks: the
+    op has them (packed.py).
     """
     m = x.shape[0]
     if m > MOST_TOKENS or not _fits(packed, x):
@@ -68,6 +75,7 @@ def spmm_packed(x: Tensor, packed: Packed, bias: Tensor | None = None) -> Tensor
     if packed.k == 0:
         return y.zero_() if bias is None else y.copy_(bias.expand_as(y))
     x = x.contiguous()
+    bias = None if bias is None else bias.contiguous()
     if isinstance(packed, Pairs):
         _run_pairs(x, packed, bias, y)
     elif isinstance(packed, Cover):
@@ -100,7 +108,9 @@ def _configure_gather(packed: Streams, x: Tensor) -> Launch | None:
 
 
 def _fits(packed: Packed, x: Tensor) -> bool:
-    """Whether a kernel has the shared memory that it needs."""
+    """Whether a kernel has the shared memory that it needs, and counts far enough."""
+    if packed.k >= MOST_COLUMNS or packed.n >= MOST_ROWS:
+        return False
     if isinstance(packed, Streams):
         return _configure_gather(packed, x) is not None
     needed = pairs_smem(RUN_WARPS)
@@ -194,26 +204,31 @@ def expand(packed: Packed) -> Tensor:
 
 
 def _spmm_stream(row_offsets, col_indices, values, n, k, x, bias=None):
-    tokens, pattern = like(x.shape[0]), (row_offsets, col_indices)
-    pack = pack_of(
-        "stream", tokens, lambda: layout_for(*pattern, n, k, tokens), *pattern, values, n, k
-    )
+    tokens = like(x.shape[0])
+
+    def make_layout(*indices: Tensor):
+        return layout_for(*indices, n, k, tokens)
+
+    pack = pack_of("stream", tokens, make_layout, row_offsets, col_indices, values, n, k)
     return spmm_packed(x, pack.packed, bias)
 
 
-# `expand`: W written out and torch.mm, in the dtype of the operands.
+# `expand`: W written out and torch.mm, in the dtype of the operands. The kernels read the caller's
+# indices, which were checked since they last changed; csr.cu says what a write that nobody counted
+# may do.
 
 
 def _expand_csr(row_offsets, col_indices, values, n, k):
     if cuda_library.refusal():
-        rows = expand_rows(row_offsets, values.shape[0])
         w = values.new_zeros(n * k)
-        w[rows * k + col_indices] = values
+        w[places_of(row_offsets, col_indices, n, k)] = values
         return w.view(n, k)
+    ensure_checked(row_offsets, col_indices, n, k)
     w = values.new_empty(n, k)
     if w.numel():
         row_bytes = min(k * values.element_size(), CSR_ROW_BYTES)
-        _run_csr("write_out", n, row_bytes, (row_offsets, col_indices, values, w), k)
+        tensors = row_offsets, col_indices, values, w
+        _run_csr(f"write_out_{w.element_size()}", n, row_bytes, tensors, k, len(values))
     return w
 
 
@@ -221,32 +236,52 @@ def _collect_csr(row_offsets, col_indices, w):
     """The entries of w [N, K] at the places of the pattern."""
     n, k = w.shape
     if cuda_library.refusal():
-        return w.view(-1)[expand_rows(row_offsets, col_indices.shape[0]) * k + col_indices]
+        return w.view(-1)[places_of(row_offsets, col_indices, n, k)]
+    ensure_checked(row_offsets, col_indices, n, k)
     values = w.new_empty(col_indices.shape[0])
-    if values.numel():
-        warps = CSR_THREADS // LANES
-        _run_csr("collect", -(-n // warps), 0, (row_offsets, col_indices, w, values), n, k)
+    if len(values):
+        warps, tensors = CSR_THREADS // LANES, (row_offsets, col_indices, w, values)
+        _run_csr(f"collect_{w.element_size()}", -(-n // warps), 0, tensors, n, k, len(values))
     return values
 
 
-def _run_csr(name: str, grid: int, smem_bytes: int, tensors: tuple[Tensor, ...], *sizes: int):
+def _mend(op, row_offsets, col_indices, values, n, k, x, bias, y):
+    """y, the product of W written out. Infinities and NaN in it that come from a place that is not
+    stored go, without a look at it from here: one launch, that a CUDA graph can capture."""
+    m, nnz = x.shape[0], len(values)
+    if cuda_library.refusal() or y.numel() == 0 or nnz == n * k:
+        return y
+    warps, kind = CSR_THREADS // LANES, _ALL_TYPES[x.dtype]
+    smem_bytes = warps * 4
+    if op == "mend_t":
+        smem_bytes += CSR_COLUMNS * max(4, x.element_size())
+    tensors = row_offsets, col_indices, values, x, bias, y
+    _run_csr(f"{op}_{kind}", -(-m // warps), smem_bytes, tensors, m, n, k, nnz)
+    return y
+
+
+def _run_csr(
+    name: str, grid: int, smem_bytes: int, tensors: tuple[Tensor | None, ...], *sizes: int
+):
     device = tensors[0].device.index
-    cuda_library.function(f"sk_csr_{name}_{tensors[-1].element_size()}", device)(
+    cuda_library.function(f"sk_csr_{name}", device)(
         (grid, 1),
         CSR_THREADS,
         smem_bytes,
         cuda_library.current_stream(device),
-        *(tensor.data_ptr() for tensor in tensors),
+        *(0 if tensor is None else tensor.data_ptr() for tensor in tensors),
         *sizes,
     )
 
 
 def _spmm_expand(row_offsets, col_indices, values, n, k, x, bias=None):
-    return mm(x, _expand_csr(row_offsets, col_indices, values, n, k).t(), bias)
+    weight = row_offsets, col_indices, values, n, k
+    return _mend("mend", *weight, x, bias, mm(x, _expand_csr(*weight).t(), bias))
 
 
 def _spmm_t_expand(row_offsets, col_indices, values, n, k, dy, bias=None):
-    return mm(dy, _expand_csr(row_offsets, col_indices, values, n, k), bias)
+    weight = row_offsets, col_indices, values, n, k
+    return _mend("mend_t", *weight, dy, bias, mm(dy, _expand_csr(*weight), bias))
 
 
 def _sddmm_expand(row_offsets, col_indices, n, k, dy, x):
@@ -258,6 +293,8 @@ def _refuse_stream(p: Problem) -> str | None:
         return f"it serves up to {MOST_TOKENS} tokens, not {p.M}"
     if p.dtype not in _TYPES:
         return f"it takes bfloat16 and float16, not {str(p.dtype).removeprefix('torch.')}"
+    if p.K >= MOST_COLUMNS or p.N >= MOST_ROWS:
+        return f"it takes fewer than {MOST_ROWS} rows and {MOST_COLUMNS} columns"
     if reason := cuda_library.refusal():
         return reason
     if not torch.cuda.is_available():
@@ -267,6 +304,11 @@ def _refuse_stream(p: Problem) -> str | None:
         return f"it needs compute capability 8.0, not {major}.{minor}"
     if (needed := _smem_bytes(p)) > (most := gpu_of(torch.device("cuda")).smem_bytes):
         return f"it needs {needed} bytes of shared memory, the GPU has {most} for a block"
+    layout = choose_layout(p.M, p.density)
+    if layout == "pairs" and most_words(p.N, p.K, p.nnz) >= MOST_WORDS:
+        return "its offsets have 32 bits, too few for the pairs of W"
+    if layout != "streams" and is_nearly_empty(p):
+        return f"W is too empty for {layout}"
     limit = density_limit(f"sm_{major}{minor}", p.dtype, p.M, "stream", "expand")
     if limit is not None and p.density > limit:
         return f"writing W out is faster above density {limit:.2f} at {p.M} tokens"
@@ -285,8 +327,8 @@ def _smem_bytes(p: Problem) -> int:
 
 
 def _refuse_expand(p: Problem) -> str | None:
-    if p.dtype not in (*_TYPES, torch.float32):
-        return f"it takes 16-bit floats and float32, not {str(p.dtype).removeprefix('torch.')}"
+    if p.dtype not in _ALL_TYPES:
+        return f"it takes floats of 16, 32 and 64 bits, not {str(p.dtype).removeprefix('torch.')}"
     return None
 
 
@@ -298,6 +340,7 @@ def _describe_stream(p: Problem) -> str:
 
 KERNELS = (
     Kernel("stream", "spmm", "cuda", _refuse_stream, _spmm_stream, _describe_stream),
+    *torch_csr.KERNELS,
     Kernel("expand", "spmm", "cuda", _refuse_expand, _spmm_expand),
     Kernel("expand", "spmm_t", "cuda", _refuse_expand, _spmm_t_expand),
     Kernel("expand", "sddmm", "cuda", _refuse_expand, _sddmm_expand),

@@ -2,7 +2,8 @@
 
 `_sk_cuda.so` is built from them where nvcc was found. Where it is missing, NVRTC compiles the same
 sources at first use, through CuPy, for the GPU at hand; the result is cached in the user's cache
-folder by the sources, the architecture and NVRTC's version. Either way
+folder by the sources, the architecture and NVRTC's version, and compiled anew where what lies there
+is damaged or others could have written it. Either way
 
     function("sk_spmm_gather_bf16_d4", x.device.index)(
         (columns, splits), 256, smem_bytes, current_stream(x.device.index), x.data_ptr(), n
@@ -24,7 +25,7 @@ from pathlib import Path
 
 import torch
 
-from .cache_files import cache_folder, write_whole
+from ..files import read_cached, write_cached
 
 PACKAGE = Path(__file__).parents[1]
 LIBRARY = PACKAGE / "_sk_cuda.so"
@@ -188,13 +189,12 @@ class NvrtcRoute:
 
     def cubin(self, source: Path, arch: str) -> bytes:
         """The machine code of a source file, from the cache or compiled."""
-        path = cache_folder() / f"{source.stem}-{arch}-{self._key(arch)}.cubin"
+        name = f"{source.stem}-{arch}-{self._key(arch)}.cubin"
+        if cached := read_cached(name):
+            return cached
+        cubin = self._compile(source, arch)
         try:
-            return path.read_bytes()
-        except OSError:
-            cubin = self._compile(source, arch)
-        try:
-            write_whole(path, cubin)
+            write_cached(name, cubin)
         except OSError as error:
             warnings.warn(f"CUDA kernels were compiled and not cached: {error}", stacklevel=2)
         return cubin

@@ -1,15 +1,19 @@
 """The one store of what kernels derive from a pattern: schedules, bitmaps, packs.
 
-A thing is kept by its kind and by the addresses and sizes of the index tensors, for as long as the
-`col_indices` tensor lives. Two rules hold for everything that is derived:
+A thing is kept by its kind and by the addresses and sizes of the index tensors, for as long as both
+tensors live. Three rules hold for everything that is derived:
 
 - It is made from a private copy of the indices that was checked, so no write at any time, by
   whomever and however, lets a kernel leave its bounds.
 - It is stale when torch's version counters of the index tensors have moved. A write that no counter
   sees (through .data, NumPy, another process) may leave a result stale, never out of bounds;
   SparseTensor.indices_changed_() moves the counters by hand.
+- What a CUDA graph has captured is kept when it is replaced, until what another graph has captured
+  is replaced too: a replay after a change of the pattern is that of the old pattern, and reads no
+  memory of others. Nobody tells when a graph is gone, so more than one would be a leak.
 """
 
+import copy
 import weakref
 from collections.abc import Callable, Hashable
 from typing import TypeVar
@@ -17,11 +21,12 @@ from typing import TypeVar
 import torch
 from torch import Tensor
 
-from ..tensor import check_pattern
+from ..indices import check_pattern
+from .layout import check_indices
 
 T = TypeVar("T")
 
-_store: dict[tuple, tuple[object, weakref.ref]] = {}
+_store: dict[tuple, tuple] = {}  # the thing, and a reference to each index tensor
 _captured: dict[int, weakref.ref] = {}  # by the id of col_indices
 
 
@@ -43,8 +48,12 @@ def kept(
         return _store[key][0]
     except KeyError:
         thing = make()
-        _store[key] = thing, weakref.ref(col_indices, lambda _: _store.pop(key, None))
-        return thing
+
+    def forget(_: weakref.ref) -> None:
+        _store.pop(key, None)
+
+    _store[key] = thing, weakref.ref(row_offsets, forget), weakref.ref(col_indices, forget)
+    return thing
 
 
 class _Slot:
@@ -52,6 +61,8 @@ class _Slot:
 
     thing: object = None
     versions: tuple[int, int] | None = None
+    is_captured = False  # a CUDA graph reads the thing
+    replaced: object = None  # the last one that a graph may still read
 
 
 def derived(
@@ -64,21 +75,52 @@ def derived(
 ) -> T:
     """make(row_offsets, col_indices) of a checked copy of the indices; made anew when they change.
 
-    ValueError if they are not a valid pattern of [n, k]; RuntimeError while a CUDA graph is
-    captured and nothing is there yet: making waits for the GPU, which a capture cannot.
+    TypeError or ValueError if they are not a valid pattern of [n, k]; RuntimeError while a CUDA
+    graph is captured and nothing is there yet: making waits for the GPU, which a capture cannot.
     """
     slot = kept(kind, row_offsets, col_indices, n, k, _Slot)
     now = versions(row_offsets, col_indices)
-    if slot.versions != now:
-        if col_indices.is_cuda and torch.cuda.is_current_stream_capturing():
+    is_capturing = col_indices.is_cuda and torch.cuda.is_current_stream_capturing()
+    is_counted = -1 not in now or col_indices.is_cuda  # on a CPU making costs no wait for anybody
+    if slot.versions != now or not is_counted:
+        if is_capturing:
             raise RuntimeError(
                 "this pattern was not used since it changed, and a CUDA graph cannot capture its "
                 "preparation: call the product once before the capture, as for any warm-up"
             )
-        copies = row_offsets.clone(), col_indices.clone()
-        check_pattern(*copies, n, k)
-        slot.thing, slot.versions = make(*copies), now
+        check_indices(row_offsets, col_indices, n)
+        with torch.inference_mode(False):  # whose tensors nobody may write to later on
+            copies = row_offsets.clone(), col_indices.clone()
+            check_pattern(*copies, n, k)
+            thing = make(*copies)
+        if slot.is_captured:
+            slot.replaced = slot.thing
+        slot.thing, slot.versions, slot.is_captured = thing, now, False
+    if is_capturing:
+        slot.is_captured = True
+        note_capture(col_indices)
     return slot.thing
+
+
+def ensure_checked(row_offsets: Tensor, col_indices: Tensor, n: int, k: int) -> None:
+    """For what reads the caller's indices itself: errors as of derived()."""
+    derived("checked", row_offsets, col_indices, n, k, lambda *_: True)
+
+
+def share(origin: tuple[Tensor, Tensor], twin: tuple[Tensor, Tensor]) -> list[object]:
+    """Give the indices `twin`, clones of `origin`, deep copies of what was derived from these and
+    they lack: the copies that were made."""
+    made = []
+    addresses = tuple(t.data_ptr() for t in origin)
+    for (kind, *rest), (slot, *_) in list(_store.items()):
+        if tuple(rest[:2]) != addresses or not isinstance(slot, _Slot):
+            continue
+        n, k, _ = rest[2:]
+        mine = kept(kind, *twin, n, k, _Slot)
+        if mine.versions is None and slot.versions == versions(*origin):
+            mine.thing, mine.versions = copy.deepcopy(slot.thing), versions(*twin)
+            made.append(mine.thing)
+    return made
 
 
 def note_capture(col_indices: Tensor) -> None:

@@ -5,16 +5,22 @@
 `pairs` (pairs.py) is read by dense tensor cores. All hold any pattern, exactly.
 """
 
-import torch
+from dataclasses import fields
+
+from torch import Tensor
 
 from ..tensor import SparseTensor
 from . import cover, pairs, streams
 from .cover import Cover
-from .layout import Packed
+from .layout import FLOATS, Packed
 from .pairs import Pairs
 from .streams import Streams
 
 LAYOUTS: dict[str, type[Packed]] = {"streams": Streams, "cover": Cover, "pairs": Pairs}
+_COUNTS = {  # of numbers and of tensors
+    name: tuple([field.type for field in fields(kind)[3:]].count(t) for t in (int, Tensor))
+    for name, kind in LAYOUTS.items()
+}
 STREAM_TOKENS = 2  # up to here `streams` is the faster layout (docs/LOG.md)
 
 
@@ -40,17 +46,51 @@ def pack(weight: SparseTensor, tokens: int = 1) -> Packed:
     """`weight` laid out for products of about so many tokens, on its device.
 
     Products of other numbers of tokens are as exact, only slower. TypeError unless values are
-    bfloat16 or float16.
+    bfloat16 or float16; ValueError if the indices are not valid any more, or of a transpose.
     """
-    if weight.values.dtype not in (torch.bfloat16, torch.float16):
+    if weight.values.dtype not in FLOATS:
         raise TypeError(f"weight: expected bfloat16 or float16 values, got {weight.values.dtype}")
-    return layout_for(weight.row_offsets, weight.col_indices, *weight.shape, tokens).fill(
-        weight.values
-    )
+    if weight.is_transposed:
+        raise ValueError("weight: expected W [N, K] as it is stored, got a transpose")
+    # A copy, which is checked, and which nobody writes to.
+    indices = weight.row_offsets.clone(), weight.col_indices.clone()
+    own = SparseTensor(*indices, weight.values, (weight.n, weight.k))
+    return layout_for(own.row_offsets, own.col_indices, *own.shape, tokens).fill(own.values)
+
+
+def assemble(
+    layout: str, n: int, k: int, nnz: int, numbers: list[int], tensors: list[Tensor]
+) -> Packed:
+    """The packed weight of these parts, as PackedLinear keeps them and the op gets them; TypeError
+    or ValueError that names what is not as Packed.check() wants it."""
+    if layout not in LAYOUTS:
+        raise ValueError(f"layout: expected one of {', '.join(LAYOUTS)}, got {layout!r}")
+    kind = LAYOUTS[layout]
+    counts = _COUNTS[layout]
+    if (len(numbers), len(tensors)) != counts:
+        raise ValueError(
+            f"{layout}: expected {counts[0]} numbers and {counts[1]} tensors, "
+            f"got {len(numbers)} and {len(tensors)}"
+        )
+    packed = kind(n, k, nnz, *numbers, *tensors)
+    packed.check()
+    return packed
+
+
+def check_operands(packed: Packed, x: Tensor, bias: Tensor | None) -> None:
+    """What spmm_packed() counts on: TypeError or ValueError that names the operand."""
+    dtype, device = packed.dtype, packed.arrived.device
+    for name, t, shape in (("x", x, (*x.shape[:1], packed.k)), ("bias", bias, (packed.n,))):
+        if t is None:
+            continue
+        if t.shape != shape:
+            raise ValueError(f"{name}: expected shape {shape}, got {tuple(t.shape)}")
+        if t.dtype is not dtype or t.device != device:
+            raise TypeError(f"{name}: expected {dtype} on {device}, got {t.dtype} on {t.device}")
 
 
 def layout_for(
-    row_offsets: torch.Tensor, col_indices: torch.Tensor, n: int, k: int, tokens: int
+    row_offsets: Tensor, col_indices: Tensor, n: int, k: int, tokens: int
 ) -> "streams.StreamsLayout | cover.CoverLayout | pairs.PairsLayout":
     """The index part of a pack."""
     layouts = {

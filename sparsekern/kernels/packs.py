@@ -1,69 +1,70 @@
 """Packs of ordinary sparse tensors, for table rows: one for each pattern and kind of layout.
 
-The index part is made once, on the first product; values are brought in when they may have
-changed. A pack goes when its `col_indices` does.
+The index part is made once, on the first product (derived.py keeps it); values are brought in when
+they may have changed: on each call if they require grad, else when they are another tensor or torch
+has counted a write to them. A CUDA graph does the same in each replay as in the call that was
+captured: values that require grad are packed anew, others are what they were at the capture, until
+a call outside of the graph brings new ones in.
 """
 
 import weakref
 from collections.abc import Callable
 from typing import Any
 
-import torch
 from torch import Tensor
 
-from .derived import versions
+from ..tensor import SparseTensor
+from .derived import derived, share
 from .layout import Packed
 
 
 class Pack:
     """The pack of one pattern; `layout` is what its index part was made by."""
 
-    def __init__(self, layout: Any, row_offsets: Tensor, col_indices: Tensor, values: Tensor):
+    def __init__(self, layout: Any, values: Tensor):
         self.layout = layout
         self.packed: Packed = layout.fill(values)
-        self.index_version = versions(row_offsets, col_indices)
-        self.values_seen = _seen(values)
+        self.saw(values)
+
+    def saw(self, values: Tensor) -> None:
+        """The pack has these values."""
+        self._values = weakref.ref(values)
+        self._version = None if values.is_inference() else values._version
 
     def refresh(self, values: Tensor) -> "Pack":
-        seen = _seen(values)
-        # A parameter in training changes between calls, and not all writes are counted.
-        if values.requires_grad or seen is None or seen != self.values_seen:
+        # A parameter in training changes between calls, and not all writes are counted. The tensor
+        # itself is compared: the address of one that is gone may be that of other values.
+        is_seen = self._values() is values and not values.is_inference()
+        if values.requires_grad or not is_seen or self._version != values._version:
             self.layout.refill_(self.packed, values)
-            self.values_seen = seen
+            self.saw(values)
         return self
-
-
-def _seen(values: Tensor) -> tuple[int, int] | None:
-    try:
-        return values.data_ptr(), values._version
-    except RuntimeError:  # made in inference mode: writes are not counted
-        return None
-
-
-_packs: dict[tuple, tuple[Pack, weakref.ref]] = {}
 
 
 def pack_of(
     row: str,
     kind: Any,
-    make_layout: Callable[[], Any],
+    make_layout: Callable[[Tensor, Tensor], Any],
     row_offsets: Tensor,
     col_indices: Tensor,
     values: Tensor,
     n: int,
     k: int,
 ) -> Pack:
-    """The pack of `kind` with these values, for the table row `row`."""
-    nnz = col_indices.shape[0]
-    key = (row_offsets.data_ptr(), col_indices.data_ptr(), n, k, nnz, values.dtype, row, kind)
-    entry = _packs.get(key)
-    if entry is not None and entry[0].index_version == versions(row_offsets, col_indices):
-        return entry[0].refresh(values)
-    if values.is_cuda and torch.cuda.is_current_stream_capturing():
-        raise RuntimeError(
-            f"{row}: a weight is packed on its first product, which a CUDA graph cannot capture; "
-            "call the product once before the capture, as for any warm-up"
-        )
-    pack = Pack(make_layout(), row_offsets, col_indices, values)
-    _packs[key] = (pack, weakref.ref(col_indices, lambda _: _packs.pop(key, None)))
-    return pack
+    """The pack of `kind` with these values, for the table row `row`. make_layout(row_offsets,
+    col_indices) gets checked copies."""
+
+    def make(*indices: Tensor) -> Pack:
+        return Pack(make_layout(*indices), values)
+
+    pack = derived((row, kind, values.dtype), row_offsets, col_indices, n, k, make)
+    return pack.refresh(values)
+
+
+def share_packs(origin: SparseTensor, twin: SparseTensor) -> None:
+    """Give `twin`, a clone of `origin`, a copy of each pack that it lacks: the same one would be
+    made, but slowly."""
+    indices = ((W.row_offsets, W.col_indices) for W in (origin, twin))
+    for thing in share(*indices):
+        if isinstance(thing, Pack):
+            thing.saw(twin.values)

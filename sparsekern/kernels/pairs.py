@@ -10,12 +10,18 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from ..tensor import expand_rows
-from .layout import LANES, Packed
+from ..indices import expand_rows
+from .layout import LANES, Packed, check_fill, check_indices
 
 STEP = 64  # columns
 SLOTS = 32  # of a lane in a step
 HEAD = LANES + LANES // 2  # words of a step before its values: masks, starts
+MOST_WORDS = 2**31 - 2**12
+
+
+def most_words(n: int, k: int, nnz: int) -> int:
+    """As many words as W may take: each value one of its own, each step filled up."""
+    return -(-n // LANES) * -(-k // STEP) * (HEAD + 3) + nnz
 
 
 @dataclass(frozen=True)
@@ -33,11 +39,19 @@ class Pairs(Packed):
     def row_steps(self) -> int:
         return -(-self.k // STEP)
 
+    def parts(self):
+        return {
+            "words": (None, (self.words.shape[0], 2)),
+            "steps": (torch.int32, (self.slices * self.row_steps + 1,)),
+            "arrived": (torch.int32, (self.slices,)),
+        }
+
 
 class PairsLayout:
     """The index part of a pack, and `places`: where each value of W lies, in 16-bit units."""
 
     def __init__(self, row_offsets: Tensor, col_indices: Tensor, n: int, k: int):
+        check_indices(row_offsets, col_indices, n)
         self.n, self.k = n, k
         device, nnz = col_indices.device, col_indices.shape[0]
         slices, row_steps = -(-n // LANES), -(-k // STEP)
@@ -61,7 +75,7 @@ class PairsLayout:
         starts[:, 0] = quads  # in place of a 0
         first = torch.zeros(slices * row_steps + 1, dtype=torch.int64, device=device)
         torch.cumsum(4 * quads, 0, out=first[1:])
-        if int(first[-1]) >= 2**31 - 2**12:
+        if int(first[-1]) >= MOST_WORDS:
             raise ValueError(f"W: {n} x {k} with {nnz} values is too large for 32-bit offsets")
         # The words of pairs stand in the order of pairs, behind the head of their step.
         order = torch.cumsum(has_value, 0, dtype=torch.int64)
@@ -76,12 +90,15 @@ class PairsLayout:
 
     def fill(self, values: Tensor) -> Pairs:
         """A pack with these values, in the order of the CSR indices."""
+        check_fill(values, self.places.shape[0])
         words = self.words.clone().view(values.dtype)
         arrived = torch.zeros(-(-self.n // LANES), dtype=torch.int32, device=words.device)
         packed = Pairs(self.n, self.k, values.shape[0], words, self.steps, arrived)
+        packed.check()
         self.refill_(packed, values)
         return packed
 
     def refill_(self, packed: Pairs, values: Tensor) -> None:
         """Other values in a pack of this layout."""
+        packed.check_values(values)
         packed.words.view(-1)[self.places] = values.detach()

@@ -19,7 +19,7 @@ class Machine(NamedTuple):
     """What a plan depends on."""
 
     isa: str
-    lanes: int  # floats in a vector
+    lanes: int  # floats in a vector, or doubles where those are what is computed in
     l1_bytes: int  # of one core; 0: unknown
     l2_bytes: int
     has_bf16_tiles: bool  # AMX: torch.mm multiplies bfloat16 at eight times the rate of float32
@@ -67,30 +67,33 @@ def make_plan(p: Problem, machine: Machine, threads: int) -> Plan:
     - SDDMM's threads take a part of the rows and columns of W and go through all tiles, so that
       nobody waits; the grid is the one whose cells have the fewest rows and columns to pack.
     - A column block of x fits L1, or a little more where few of its rows are read, and in SDDMM,
-      which reads a row of dy for each row and column block. More than two threads are taken to
-      share an L1 in pairs, which a virtual machine does not show.
+      which reads a row of dy for each row and column block.
+    - SpMM sums each column block from 0, so its blocks, and with them the bits of the result, are
+      the same for any number of threads. More than two threads are taken to share an L1 in pairs,
+      which a virtual machine does not show: the widest tiles are then halved, which sums in the
+      same order.
     - A row block's y panel stays in L2.
     """
     n, k = (p.K, p.N) if p.op == "spmm_t" else (p.N, p.K)
-    is_sddmm = p.op == "sddmm"
+    is_sddmm, real_bytes = p.op == "sddmm", 8 if p.dtype == torch.float64 else 4
     threads = threads if p.M * p.nnz >= SMALL_WORK else 1
 
-    vecs = WIDEST if machine.lanes < 16 or is_sddmm or p.density > 0.18 else 4
+    vecs = WIDEST if machine.lanes * real_bytes < 64 or is_sddmm or p.density > 0.18 else 4
     while vecs > 1 and p.M <= vecs * machine.lanes * 3 // 4:
         vecs //= 2
     too_few = p.M <= vecs * machine.lanes * (threads - 1)
-    tile_parts = 2 if vecs == WIDEST and too_few and not is_sddmm else 1
+    tile_parts = 2 if vecs == WIDEST and (too_few or threads > 2) and not is_sddmm else 1
     width = vecs * machine.lanes // tile_parts  # tokens
-    row_bytes = width * 4
 
-    l1_bytes = machine.l1_bytes or 32768
-    if threads > 2 and vecs >= 4:  # narrower tiles would sum in another order
-        l1_bytes = l1_bytes * 2 // 3
     if is_sddmm:
-        quarters = 5 if p.density > 0.07 else 8
+        share = 5 / 4 if p.density > 0.07 else 2
+        share = share * 2 / 3 if threads > 2 else share
+    elif p.density > 0.07:
+        share = 2 / 3 if vecs == 4 else 3 / 4
     else:
-        quarters = 3 if p.density > 0.07 else 5 if p.density > 0.03 else 8
-    cols = min(max(l1_bytes * quarters // 4 // row_bytes, 16), 65536)
+        share = 5 / 4 if p.density > 0.03 else 2
+    column_bytes = vecs * machine.lanes * real_bytes  # of x, in a whole tile
+    cols = min(max(int((machine.l1_bytes or 32768) * share) // column_bytes, 16), 65536)
 
     row_parts = col_parts = 1
     if is_sddmm:
@@ -100,7 +103,7 @@ def make_plan(p: Problem, machine: Machine, threads: int) -> Plan:
         row_parts = -(-threads // left)
     y_bytes = min(196608, machine.l2_bytes * 3 // 8 or 196608)
     part_rows = max(1, -(-n // row_parts))
-    blocks = -(-part_rows // min(y_bytes // row_bytes, 65536))
+    blocks = -(-part_rows // min(y_bytes // (width * real_bytes), 65536))
     rows = -(-part_rows // blocks)
     return Plan(threads, vecs, tile_parts, rows, cols, row_parts, col_parts)
 

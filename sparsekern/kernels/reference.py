@@ -7,16 +7,17 @@
 bias may be None. row_offsets int32 [N+1] and col_indices int32 [nnz] are CSR with strictly
 increasing columns in a row; values [nnz] have the dtype of x and dy. 16-bit types are multiplied
 and summed in float32 and rounded once; on a GPU by its tensor cores, as torch.mm does. Right for
-any dtype and device, and fastest where W is nearly full. It allocates N x K elements. A stored W
-has no product at a missing entry, so an infinite or NaN x gives NaN here (0 * inf, as in
-torch.matmul) where a sparse kernel skips it.
+any dtype and device, and fastest where W is nearly full. It allocates N x K elements. A place that
+is not stored takes no part: an infinite or NaN x reaches the outputs that a stored value connects
+it to, and no other. (On other devices than a CPU its whole token becomes NaN, as in torch.matmul.)
 """
 
 import torch
 from torch import Tensor
 
-from ..tensor import expand_rows
-from .derived import derived
+from ..indices import expand_rows
+from .dense import skip_missing
+from .derived import derived, ensure_checked
 
 
 def spmm(
@@ -30,7 +31,11 @@ def spmm(
 ) -> Tensor:
     """y [M, N] = x [M, K] @ W.T + bias [N]."""
     w = _densify(row_offsets, col_indices, values, n, k)
-    return _mm(x, w.t(), bias).to(x.dtype)
+    y = _mm(x, w.t(), bias)
+    if y.is_cpu:
+        rows = expand_rows(row_offsets, col_indices.shape[0])
+        y = skip_missing(y, x, lambda few: _stored(few, w.t(), bias, values, col_indices, rows))
+    return y.to(x.dtype)
 
 
 def spmm_t(
@@ -44,7 +49,11 @@ def spmm_t(
 ) -> Tensor:
     """dx [M, K] = dy [M, N] @ W + bias [K]."""
     w = _densify(row_offsets, col_indices, values, n, k)
-    return _mm(dy, w, bias).to(dy.dtype)
+    dx = _mm(dy, w, bias)
+    if dx.is_cpu:
+        rows = expand_rows(row_offsets, col_indices.shape[0])
+        dx = skip_missing(dx, dy, lambda few: _stored(few, w, bias, values, rows, col_indices))
+    return dx.to(dy.dtype)
 
 
 def sddmm(
@@ -56,13 +65,20 @@ def sddmm(
 
 
 def places_of(row_offsets: Tensor, col_indices: Tensor, n: int, k: int) -> Tensor:
-    """Where each stored value lies in a row-major [N, K] matrix: int64 [nnz], of checked indices
-    (derived.py): one out of range would be an assertion that ends a GPU's context."""
+    """Where each stored value lies in a row-major [N, K] matrix: int64 [nnz].
+
+    The indices are checked when they have changed (derived.py). On a CPU they are read as they are,
+    so that a write that nobody counts (a collective's) is seen: torch checks its own accesses. On a
+    GPU an index out of range would be an assertion that ends the context: a checked copy is read.
+    """
 
     def make(row_offsets: Tensor, col_indices: Tensor) -> Tensor:
         return expand_rows(row_offsets, col_indices.shape[0]) * k + col_indices
 
-    return derived("places", row_offsets, col_indices, n, k, make)
+    if col_indices.is_cuda:
+        return derived("places", row_offsets, col_indices, n, k, make)
+    ensure_checked(row_offsets, col_indices, n, k)
+    return make(row_offsets, col_indices)
 
 
 def _densify(row_offsets: Tensor, col_indices: Tensor, values: Tensor, n: int, k: int) -> Tensor:
@@ -72,6 +88,26 @@ def _densify(row_offsets: Tensor, col_indices: Tensor, values: Tensor, n: int, k
     if values.shape[0] == n * k:
         return values.view(n, k)
     return values.new_zeros(n * k).scatter_(0, places, values).view(n, k)
+
+
+def _stored(
+    x: Tensor, w: Tensor, bias: Tensor | None, values: Tensor, sources: Tensor, targets: Tensor
+) -> Tensor:
+    """x @ w + bias of stored values alone: values[p] multiplies x[:, sources[p]] and is added to
+    output targets[p].
+
+    Every infinity and NaN of x has a stand-in of its sign in the dense product, which vanishes
+    where W stores nothing; what they make of the other outputs is then added there.
+    """
+    x, values = x.to(w.dtype), values.to(w.dtype)
+    is_bad = ~x.isfinite()
+    y = _mm(torch.where(is_bad, x.sign().nan_to_num(1.0), x), w, bias)
+    places = is_bad.any(dim=0)[sources].nonzero().flatten()
+    for p in places.split(max(1, 2**24 // x.shape[0])):
+        source = sources[p]
+        products = torch.where(is_bad[:, source], x[:, source] * values[p], 0)
+        y.index_add_(1, targets[p], products)
+    return y
 
 
 def _mm(a: Tensor, b: Tensor, bias: Tensor | None = None) -> Tensor:

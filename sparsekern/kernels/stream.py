@@ -46,12 +46,13 @@ def _bind(problem: Problem):
             format_,
             type_,
             values.data_ptr(),
+            0 if bias is None else bias.data_ptr(),
             x.data_ptr(),
             y.data_ptr(),
             m,
             torch.get_num_threads(),
         )
-        return y if bias is None else y.add_(bias)
+        return y
 
     return run
 
@@ -61,7 +62,7 @@ def _refuse_stream(p: Problem) -> str | None:
         return f"it serves up to {MOST_TOKENS} tokens, not {p.M}"
     if p.K > 65536:
         return f"its columns are 16 bits wide, too few for K = {p.K}"
-    return refuse_dtype(p)
+    return refuse_dtype(p, (torch.float32, torch.bfloat16))
 
 
 def _describe_stream(p: Problem) -> str:

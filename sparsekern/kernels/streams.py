@@ -10,8 +10,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from ..tensor import expand_rows
-from .layout import LANES, Packed, multiprocessors, sort_rows
+from ..indices import expand_rows
+from .layout import LANES, Packed, check_fill, check_indices, multiprocessors, sort_rows
 
 GRANULE = 8  # entries of a lane
 BLOCK_PIECES = 16  # of a thread block
@@ -37,6 +37,21 @@ class Streams(Packed):
     starts: Tensor
     row_order: Tensor
     arrived: Tensor
+
+    def parts(self):
+        if self.bits not in (4, 8):
+            raise ValueError(f"bits: expected 4 or 8, got {self.bits}")
+        granules, pieces = self.values.shape[0], self.slice_of.shape[0]
+        return {
+            "values": (None, (granules, LANES, GRANULE)),
+            "deltas": (torch.uint8, (granules, LANES, self.bits)),
+            "bounds": (torch.int32, (pieces + 1,)),
+            "slice_of": (torch.int32, (pieces,)),
+            "first_piece": (torch.int32, (self.slices + 1,)),
+            "starts": (torch.int32, (pieces, LANES)),
+            "row_order": (torch.int32, (self.slices * LANES,)),
+            "arrived": (torch.int32, (self.slices,)),
+        }
 
 
 def choose_pieces(granules: int, slices: int, multiprocessors: int) -> int:
@@ -85,6 +100,7 @@ class StreamsLayout:
         pieces: int | None = None,
         bits: int | None = None,
     ):
+        check_indices(row_offsets, col_indices, n)
         device = col_indices.device
         self.n, self.k = n, k
         nnz = col_indices.shape[0]
@@ -152,6 +168,7 @@ class StreamsLayout:
 
     def fill(self, values: Tensor) -> Streams:
         """A pack with these values, in the order of the CSR indices."""
+        check_fill(values, self.places.shape[0])
         packed = Streams(
             self.n,
             self.k,
@@ -166,11 +183,13 @@ class StreamsLayout:
             self.row_order,
             self.row_order.new_zeros(self.row_order.shape[0] // LANES),
         )
+        packed.check()
         self.refill_(packed, values)
         return packed
 
     def refill_(self, packed: Streams, values: Tensor) -> None:
         """Other values in a pack of this layout."""
+        packed.check_values(values)
         packed.values.view(-1)[self.places] = values.detach()
 
     @staticmethod

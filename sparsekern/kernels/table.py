@@ -14,9 +14,9 @@ from inspect import signature
 
 from torch import Tensor
 
-from ..tensor import INDEX_LIMIT, VALUE_DTYPES
-from . import cpu, cuda, reference, stream, triton
-from .derived import versions
+from ..indices import INDEX_LIMIT, VALUE_DTYPES
+from . import core, cpu, cuda, reference, stream, triton, widened
+from .derived import ensure_checked
 from .problem import Kernel, Problem
 
 
@@ -25,30 +25,32 @@ def _never(problem: Problem) -> None:
 
 
 def _dense(op: str) -> Kernel:
-    """The function of reference.py, where torch reads the operands and would not notice what
-    csrc/pattern notices."""
+    """The function of reference.py, on indices that were checked when they last changed."""
     product = getattr(reference, op)
     names = tuple(signature(product).parameters)
 
-    def run(*operands):
-        for name, t in zip(names, operands, strict=False):
-            if isinstance(t, Tensor) and t.numel() > 0 and t.data_ptr() == 0:
+    def run(row_offsets, col_indices, *operands):
+        n, k = operands[:2] if op == "sddmm" else operands[1:3]
+        for name, t in zip(names, (row_offsets, col_indices, *operands), strict=False):
+            if isinstance(t, Tensor) and t.numel() > 0 and t.data_ptr() == 0:  # torch would read it
                 raise ValueError(
                     f"{name}: expected {t.numel()} elements, but their memory was freed"
                 )
-        indices = operands[:2]
-        if indices[0].is_cpu and -1 in versions(
-            *indices
-        ):  # nobody counts writes: take what is there
-            indices = tuple(t.clone() for t in indices)
-        return product(*indices, *operands[2:])
+        ensure_checked(row_offsets, col_indices, n, k)
+        return product(row_offsets, col_indices, *operands)
 
     return Kernel("dense", op, None, _never, run)
 
 
+def _first(problem: Problem) -> Kernel:
+    return next(row for row in KERNELS if _refusal(row, problem) is None)
+
+
 KERNELS: tuple[Kernel, ...] = (
+    *core.kernels(_first),
     *stream.KERNELS,
     *cpu.KERNELS,
+    *widened.KERNELS,
     *cuda.KERNELS,
     *triton.KERNELS,
     _dense("spmm"),
@@ -64,7 +66,7 @@ def pick(problem: Problem) -> Kernel:
     _check(problem)
     forced = os.environ.get("SPARSEKERN_KERNEL")
     kernel = _forced(problem, forced) if forced else None
-    kernel = kernel or next(row for row in KERNELS if _refusal(row, problem) is None)
+    kernel = kernel or _first(problem)
     if os.environ.get("SPARSEKERN_DEBUG") == "1":
         print(f"sparsekern: {describe(problem, kernel)}", file=sys.stderr)
     return replace(kernel, run=kernel.bind(problem)) if kernel.bind else kernel

@@ -3,7 +3,8 @@ has the kernels and why they are as they are, triton_pack.py the format.
 
 W is expanded tile by tile inside the kernel and multiplied by tl.dot, in bfloat16, float16 and
 float32, summed in float32. A stored W has no product at a missing entry, but here a missing entry
-is a zero: an infinite or NaN x gives NaN in rows that do not have its column.
+is a zero: an infinite or NaN x may give NaN in rows of the same token that do not have its column.
+It never reaches another token, and always the rows that have its column.
 
 Up to 64 tokens in a 16-bit type W is packed as for the CUDA kernel (cover.py), if the C++ library
 is there to do it, and a stored zero counts as missing. triton_device_cover.py has that kernel.
@@ -21,15 +22,16 @@ from .cover import WINDOW, CoverLayout
 from .layout import LANES
 from .packs import pack_of
 from .problem import Kernel, Problem
-from .triton_pack import UNIT_COLUMNS, UNIT_ROWS, Bitmap, bitmap_of
+from .triton_pack import UNIT_COLUMNS, UNIT_ROWS, Bitmap, bitmap_of, places
 
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
-MOST_TOKENS = 65535 * 64  # the second dimension of a grid counts blocks of tokens
+MOST_BLOCKS = 65535  # of the second dimension of a grid
+MOST_TOKENS = MOST_BLOCKS * 64
 COVER_TOKENS = 64
 COVER_OPTIONS = {"num_warps": 1, "num_stages": 1}
 # Programs of one warp, by BLOCK_M, for which 132 multiprocessors have the registers at once.
 COVER_PROGRAMS = {16: 2772, 32: 2112, 64: 1188}
-MOST_PLACES = 2**36  # of W: an int32 counts 32 of them
+MOST_PLACES = 2**36  # of a bitmap: an int32 counts 32 of them
 
 
 class Config(NamedTuple):
@@ -134,8 +136,11 @@ def _spmm_cover(row_offsets, col_indices, values, n, k, x, bias=None, split=None
     y = x.new_empty(m, n)
     if nnz == 0 or m == 0:
         return _no_product(y, bias)
-    pattern = row_offsets, col_indices
-    pack = pack_of("triton", "cover", lambda: _TritonCover(*pattern, n, k), *pattern, values, n, k)
+
+    def make_layout(*indices: Tensor) -> _TritonCover:
+        return _TritonCover(*indices, n, k)
+
+    pack = pack_of("triton", "cover", make_layout, row_offsets, col_indices, values, n, k)
     packed = pack.packed
     split, block_m = split or cover_split(m, n, k), cover_block(m)
     x_fm = x.new_empty(k, block_m)  # columns of tokens from m on stay as they are, and unused
@@ -274,8 +279,10 @@ def _refuse(p: Problem) -> str | None:
         return f"it takes bfloat16, float16 and float32, not {str(p.dtype).removeprefix('torch.')}"
     if p.M > MOST_TOKENS:
         return f"it serves up to {MOST_TOKENS} tokens, not {p.M}"
-    if p.N * p.K >= MOST_PLACES:
-        return f"its bitmap has fewer than {MOST_PLACES} places, and W has {p.N * p.K}"
+    if p.op == "sddmm" and p.K > (most := MOST_BLOCKS * UNIT_COLUMNS):
+        return f"it takes up to {most} columns, not {p.K}"
+    if (count := places(p.N, p.K)) >= MOST_PLACES:
+        return f"its bitmap has fewer than {MOST_PLACES} places, and that of W has {count}"
     return None
 
 

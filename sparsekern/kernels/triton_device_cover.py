@@ -118,8 +118,8 @@ def spmm_cover_kernel(
     slice, part = tl.program_id(0), tl.program_id(1)
     split = tl.num_programs(1)
     tile = slice * windows
-    first = tl.load(steps + tile + part * windows // split)
-    end = tl.load(steps + tile + (part + 1) * windows // split)
+    first = tl.load(steps + tile + part.to(tl.int64) * windows // split)
+    end = tl.load(steps + tile + (part + 1).to(tl.int64) * windows // split)
     offs_m = tl.arange(0, BLOCK_M)
     acc = tl.zeros((32, BLOCK_M), tl.float32)
     dtype: tl.constexpr = x_fm.dtype.element_ty

@@ -13,13 +13,13 @@ piece.
 17 bits for 8 places: 0.27 bytes a place of W, whatever its density.
 """
 
-import weakref
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from ..tensor import expand_rows
+from ..indices import expand_rows
+from .derived import derived
 
 UNIT_ROWS, UNIT_COLUMNS, LANES, ROWS_OF_UNITS = 4, 256, 32, 32
 
@@ -64,37 +64,16 @@ def _count_bits(byte: Tensor) -> Tensor:
     return (byte + (byte >> 4)) & 0x0F
 
 
-# By addresses, sizes and versions of the index tensors; an entry goes when its col_indices does. A
-# write to the indices that torch does not count (through .data) is not seen.
-_bitmaps: dict[tuple, tuple[tuple[int, int], Bitmap, weakref.ref]] = {}
-
-
 def bitmap_of(row_offsets: Tensor, col_indices: Tensor, n: int, k: int) -> Bitmap:
-    """make_bitmap(), kept as long as `col_indices` lives."""
-    kept = _bitmaps.get(_key(row_offsets, col_indices, n, k))
-    if kept is not None and kept[0] == _versions(row_offsets, col_indices):
-        return kept[1]
-    if col_indices.is_cuda and torch.cuda.is_current_stream_capturing():
-        raise RuntimeError(
-            "the bitmap of this pattern is not made yet, and a CUDA graph cannot make it: "
-            "call the product once before the capture"
-        )
-    bitmap = make_bitmap(row_offsets, col_indices, n, k)
-    keep_bitmap(row_offsets, col_indices, n, k, bitmap)
-    return bitmap
+    """make_bitmap() of checked indices, kept as derived.py says."""
+
+    def make(*indices: Tensor) -> Bitmap:
+        return make_bitmap(*indices, n, k)
+
+    return derived("bitmap", row_offsets, col_indices, n, k, make)
 
 
-def keep_bitmap(row_offsets: Tensor, col_indices: Tensor, n: int, k: int, bitmap: Bitmap) -> None:
-    """Let bitmap_of() return `bitmap`, until the indices change or `col_indices` goes."""
-    key = _key(row_offsets, col_indices, n, k)
-    forget = weakref.ref(col_indices, lambda _: _bitmaps.pop(key, None))
-    _bitmaps[key] = (_versions(row_offsets, col_indices), bitmap, forget)
-
-
-def _key(row_offsets: Tensor, col_indices: Tensor, n: int, k: int) -> tuple:
-    return row_offsets.data_ptr(), col_indices.data_ptr(), n, k, col_indices.shape[0]
-
-
-def _versions(*indices: Tensor) -> tuple[int, ...]:
-    """Each grows with every write that torch counts."""
-    return tuple(-1 if t.is_inference() else t._version for t in indices)
+def places(n: int, k: int) -> int:
+    """How many places of W a bitmap has, those beyond its edges with them."""
+    rows, columns = UNIT_ROWS * ROWS_OF_UNITS, UNIT_COLUMNS
+    return -(-n // rows) * rows * -(-k // columns) * columns

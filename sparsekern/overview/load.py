@@ -85,12 +85,22 @@ def load(folder: Path) -> list[Result]:
     found = []
     for path in sorted(folder.rglob("*.json")):
         try:
-            data = json.loads(path.read_text())
-        except json.JSONDecodeError as error:
+            data = json.loads(path.read_bytes())
+        except (ValueError, RecursionError) as error:
             raise ValueError(f"results: {path} is not JSON: {error}") from error
         if kind := kind_of(data):
             found.append(Result(path, kind, data))
+            _check(found[-1])
     return found
+
+
+def _check(result: Result) -> None:
+    """Reads what the page will read of it."""
+    try:
+        _ = result.about, result.records
+    except (AttributeError, LookupError, TypeError, ValueError) as error:
+        kind = type(error).__name__
+        raise ValueError(f"results: {result.path} is damaged ({kind}: {error})") from error
 
 
 def kind_of(data: object) -> str | None:

@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from datetime import date
 from pathlib import Path
 
-from ..gpt.checkpoint import atomic_write
+from ..files import atomic_write
 from ..text import table
 from .load import load
 from .sections import NOT_YET, Part, Section, sections

@@ -3,10 +3,14 @@
 state are stored at nnz."""
 
 from .algorithm import Algorithm
-from .config import ALGORITHMS, Group, configure, get, load_config
+from .averages import match_patterns_
+from .config import ALGORITHMS, Group, configure, get
 from .dynamic import SET, RigL
+from .files import load_config
 from .gradual import GMP, IterativePruning
 from .oneshot import Magnitude, SparseGPT, Wanda
+from .optimizers import check_optimizer_state
+from .pattern import check_same_patterns
 from .static import Static
 
 __all__ = [
@@ -21,7 +25,10 @@ __all__ = [
     "SparseGPT",
     "Static",
     "Wanda",
+    "check_optimizer_state",
+    "check_same_patterns",
     "configure",
     "get",
     "load_config",
+    "match_patterns_",
 ]

@@ -1,21 +1,28 @@
 """What all algorithms share: which layers, how many weights in each, and when to change them."""
 
-from collections.abc import Iterable
+import warnings
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
-from fnmatch import fnmatchcase
+from re import Pattern
 from typing import Any
+from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
+from torch.optim.swa_utils import AveragedModel
 
 from ..nn import SparseLinear, sparsifiable, sparsify_
+from .balance import Balance
 from .budget import DISTRIBUTIONS, budgets
-from .pattern import check_same_on_all_ranks
-from .schedules import Constant, Schedule, schedule, update_steps
-from .select import generator, largest, largest_of_each
-
-INITS = ("random", "magnitude", "topk")  # topk: the name that published configs give to magnitude
+from .checks import one_of, shown, whole
+from .filters import filter_parts, matching
+from .initial import INITS, checkerboard, first_places
+from .optimizers import follow, held_layers, note_model_of, unwrapped
+from .pattern import check_can_change, check_same_on_all_ranks
+from .published import is_sparse_by_default
+from .schedules import Schedule, schedule, update_steps, value_at
+from .select import largest, largest_of_each
 
 
 @dataclass
@@ -23,21 +30,25 @@ class Algorithm:
     """Sparsity for the linear layers of a model: `apply(model)`, then `apply(optimizer)`.
 
     Args:
-        sparsity: share of weights removed, in [0, 1], or a schedule of it (schedules.py).
-        init_method: which weights are kept at first: "random", uniform over the layer, or
-            "magnitude" (also "topk"), the largest absolute values.
+        sparsity: share of weights removed, in [0, 1], or a schedule of it (schedules.py), which is
+            held to [0, 1].
+        init_method: which weights are kept at first: "random", uniform over the layer;
+            "magnitude" (also "topk"), the largest absolute values; "from_zeros", all that are not
+            zero, whatever the sparsity; "checkerboard", evenly spread.
         seed: of all random choices. They depend on the seed, the layer's name and shape and the
             step alone, so every process and device makes the same.
         distribution: "uniform", "erk" or "global" (budget.py).
         param_filter: globs for the names of the weights ("*mlp*.weight"; the name of the layer does
-            as well). By default every nn.Linear but those named `head` or `lm_head`.
+            as well, and so do names of the published GPT models, published.py), or compiled regular
+            expressions, which are searched for. Each must match a layer. By default every nn.Linear
+            but those named `head` or `lm_head`.
     """
 
     sparsity: Any
     init_method: str = "random"
     seed: int = 0
     distribution: str = "uniform"
-    param_filter: str | Iterable[str] | None = None
+    param_filter: str | Pattern | Iterable[str | Pattern] | None = None
 
     layers: dict[str, SparseLinear] = field(init=False, repr=False, compare=False)
     optimizers: list[Optimizer] = field(init=False, repr=False, compare=False)
@@ -45,30 +56,37 @@ class Algorithm:
 
     def __post_init__(self) -> None:
         self._schedule: Schedule = schedule("sparsity", self.sparsity)
-        if isinstance(self._schedule, Constant):
-            self.target(0)
-        if self.init_method not in INITS:
-            raise ValueError(
-                f"init_method: expected one of {', '.join(INITS)}, got {self.init_method!r}"
-            )
-        if self.distribution not in DISTRIBUTIONS:
-            raise ValueError(
-                f"distribution: expected one of {', '.join(DISTRIBUTIONS)}, "
-                f"got {self.distribution!r}"
-            )
+        self.init_method = one_of("init_method", self.init_method, INITS)
+        self.distribution = one_of("distribution", self.distribution, DISTRIBUTIONS)
+        self.seed = whole("seed", self.seed)
         if self.distribution == "global" and self.init_method == "random":
             raise ValueError("distribution: global needs init_method magnitude, got random")
-        if isinstance(self.param_filter, str):
-            self.param_filter = [self.param_filter]
+        if self.distribution != "uniform" and self.init_method in ("from_zeros", "checkerboard"):
+            raise ValueError(
+                f"distribution: {self.distribution} needs init_method random or magnitude, "
+                f"got {self.init_method}"
+            )
+        self.param_filter = filter_parts(self.param_filter)
+        self.is_published = False  # made from a config: its default filter is the published one
+        self.balance: Balance | None = None
         self.layers, self.optimizers, self.steps = {}, [], 0
+        self._stepped: set[int] = set()  # the optimizers that have made the step after these
+        self._is_checked = False  # that the optimizers and all ranks have what they should
+        # Steps when an optimizer that it does not follow made its last.
+        self._unfollowed: WeakKeyDictionary[Optimizer, int] = WeakKeyDictionary()
 
     def target(self, step: int) -> float:
-        """The sparsity after `step` optimizer steps. ValueError if the schedule leaves [0, 1]."""
-        value = self._schedule(step)
-        if not -1e-9 <= value <= 1 + 1e-9:  # a sum of floats may miss its end by a rounding
-            at = "" if isinstance(self._schedule, Constant) else f" at step {step}"
-            raise ValueError(f"sparsity: expected a number in [0, 1], got {value}{at}")
+        """The sparsity after `step` optimizer steps, held to [0, 1]."""
+        value = value_at("sparsity", self._schedule, step, self._updates_before(step))
         return min(max(value, 0.0), 1.0)
+
+    def _updates_before(self, step: int) -> int:
+        """The updates before the last one that is not after `step`."""
+        return 0
+
+    def check(self, steps: int) -> None:
+        """ValueError for what a run of `steps` optimizer steps would meet only on its way."""
+        self.target(0)
 
     # The first pattern
 
@@ -80,21 +98,39 @@ class Algorithm:
 
     def masks(self, weights: dict[str, Tensor]) -> dict[str, Tensor]:
         """The same for all layers together."""
+        choose = self._chooser(weights)
+        return {name: choose(name, weight) for name, weight in weights.items()}
+
+    def _chooser(self, weights: dict[str, Tensor]) -> Callable[[str, Tensor], Tensor]:
+        """What makes the mask of each of these layers, one at a time."""
         target = self.target(0)
         if self.distribution == "global":
             total = sum(w.numel() for w in weights.values())
             scores = {name: w.detach().abs() for name, w in weights.items()}
             kept = largest_of_each(scores, round((1 - target) * total))
-        else:
-            counts = budgets({n: w.shape for n, w in weights.items()}, target, self.distribution)
-            kept = {n: self._first_places(n, w, counts[n]) for n, w in weights.items()}
-        return {name: mask_of(kept[name], weight) for name, weight in weights.items()}
+            return lambda name, weight: mask_of(kept[name], weight)
+        counts = budgets({n: w.shape for n, w in weights.items()}, target, self.distribution)
+        return lambda name, weight: mask_of(self._first_places(name, weight, counts[name]), weight)
 
     def _first_places(self, name: str, weight: Tensor, count: int) -> Tensor:
-        if self.init_method == "random":
-            order = torch.randperm(weight.numel(), generator=generator(self.seed, name))
-            return order[:count].to(weight.device)
-        return largest(weight.detach().abs().flatten(), count)
+        if self.init_method == "checkerboard":
+            return checkerboard(*weight.shape, self.target(0)).flatten().nonzero().flatten()
+        return first_places(self.init_method, name, weight, count, self.seed, self.balance)
+
+    def _largest(
+        self,
+        scores: Tensor,
+        places: Tensor,
+        count: int,
+        layer: SparseLinear,
+        before: Tensor | None = None,
+    ) -> Tensor:
+        """Where the `count` largest scores at these places are, ascending. With a balance each
+        group has its share, together with the places `before`."""
+        if self.balance is None:
+            return largest(scores, count)
+        n, k = layer.out_features, layer.in_features
+        return self.balance.largest(scores, places, count, n, k, before)
 
     # A model, an optimizer
 
@@ -103,52 +139,64 @@ class Algorithm:
         moves with the weights, and its steps are counted. Returns what it was given.
 
         Layers that are a SparseLinear already keep their pattern. Make the optimizer between the
-        two calls: it must see the new Parameters.
+        two calls: it must see the new Parameters. Where several optimizers share the layers, apply
+        each: a step is counted when all of them have made it.
         """
-        if isinstance(target, Optimizer):
-            self._follow(target)
+        optimizer = unwrapped(target)
+        if optimizer is not None:
+            self._follow(optimizer)
             return target
+        if not isinstance(target, nn.Module):
+            raise TypeError(f"apply: expected a model or an optimizer, got {type(target).__name__}")
+        if isinstance(target, AveragedModel):
+            raise TypeError(
+                "apply: expected the model itself, got an AveragedModel, which follows the "
+                "patterns of the model by itself"
+            )
         return self._take(target, set())
 
     def _take(self, model: nn.Module, taken: set[str]) -> nn.Module:
         """`apply` without the layers that another algorithm has taken."""
-        chosen = sparsifiable(model, self._filter())
-        names = [name for name in chosen if name not in taken]
+        there = sparsifiable(model, lambda module, name: True)
+        if self.param_filter is not None:
+            found = matching(self.param_filter, there)
+        else:
+            found = sparsifiable(model).keys()
+            if self.is_published:
+                found = {name for name in found if is_sparse_by_default(name)}
+        names = [name for name in there if name in found and name not in taken]
         if not names:
-            wanted = "any nn.Linear" if self.param_filter is None else list(self.param_filter)
-            there = ", ".join(sparsifiable(model, lambda module, name: True)) or "none"
-            raise ValueError(f"param_filter: {wanted} matches no layer; there are: {there}")
-        model = self._sparsify(model, {name: chosen[name] for name in names})
+            wanted = "any nn.Linear" if self.param_filter is None else shown(self.param_filter)
+            listed = ", ".join(there) or "none"
+            why = "" if self.param_filter is None else " that no block before it has"
+            raise ValueError(f"param_filter: {wanted} matches no layer{why}; there are: {listed}")
+        for name in names if self.balance else ():
+            self.balance.check(name, there[name].out_features, there[name].in_features)
+        model = self._sparsify(model, {name: there[name] for name in names})
         self.layers = {name: model.get_submodule(name) for name in names}
+        note_model_of(self)
         return model
 
     def _sparsify(self, model: nn.Module, chosen: dict[str, nn.Module]) -> nn.Module:
         dense = {n: m.weight.detach() for n, m in chosen.items() if type(m) is nn.Linear}
-        masks = self.masks(dense) if dense else {}
-        return sparsify_(model, Masks(masks), lambda module, name: name in masks)
-
-    def _filter(self):
-        if self.param_filter is None:
-            return None
-        globs = list(self.param_filter)
-        return lambda module, name: any(
-            fnmatchcase(name, glob) or fnmatchcase(f"{name}.weight", glob) for glob in globs
-        )
+        masks = Masks(self._chooser(dense)) if dense else None
+        return sparsify_(model, masks, lambda module, name: name in dense)
 
     def _follow(self, optimizer: Optimizer) -> None:
+        self._check_optimizer(optimizer)
+        if not any(optimizer is other for other in self.optimizers):
+            follow(self, optimizer)
+        self._before_step()
+
+    def _check_optimizer(self, optimizer: Optimizer) -> None:
         if not self.layers:
             raise ValueError("apply: expected the model before the optimizer")
-        held = {id(p) for group in optimizer.param_groups for p in group["params"]}
-        for name, layer in self.layers.items():
-            if layer.values.requires_grad and id(layer.values) not in held:
-                raise ValueError(
-                    f"apply: the optimizer does not hold the values of {name}; make it after "
-                    "applying the algorithm to the model"
-                )
-        if not self.optimizers:
-            optimizer.register_step_post_hook(lambda *_: self._after_step())
-        self.optimizers.append(optimizer)
-        self._before_step()
+        trained = [name for name, layer in self.layers.items() if layer.values.requires_grad]
+        if trained and not held_layers(optimizer, self.layers):
+            raise ValueError(
+                f"apply: the optimizer does not hold the values of {trained[0]}; make it after "
+                "applying the algorithm to the model"
+            )
 
     def _before_step(self) -> None:
         """Called before the forward pass of each step."""
@@ -156,6 +204,7 @@ class Algorithm:
     def _after_step(self) -> None:
         self.steps += 1
         if self._updates(self.steps):
+            check_can_change(self.layers, self.optimizers)
             self.update_pattern()
             check_same_on_all_ranks(self.layers)
         self._before_step()
@@ -197,9 +246,12 @@ class Algorithm:
 class Updating(Algorithm):
     """An algorithm that changes the pattern during training.
 
+    Before the first update the layers are dense: with step 0 among the updates, as by default, they
+    begin sparse.
+
     Args:
-        update: the optimizer steps after which it does: {freq, start, stop}, {steps: [...]}, a
-            callable, or None for every step.
+        update: the optimizer steps after which it does: {freq, start, stop}, which are start,
+            start + freq, ... before stop; {steps: [...]}; a callable; or None for every step.
     """
 
     update: Any = None
@@ -208,8 +260,37 @@ class Updating(Algorithm):
         super().__post_init__()
         self._update_steps = update_steps(self.update)
 
+    @property
+    def starts_sparse(self) -> bool:
+        return self._updates_at(0)
+
+    def _updates_at(self, step: int) -> bool:
+        return self._update_steps(step)
+
     def _updates(self, step: int) -> bool:
-        return step > 0 and self._update_steps(step)
+        return step > 0 and self._updates_at(step)
+
+    def _updates_before(self, step: int) -> int:
+        return max(0, self._update_steps.through(step) - 1)
+
+    def check(self, steps: int) -> None:
+        super().check(steps)
+        for step in self._update_steps.of_run(steps):
+            self._check_update(step)
+
+    def _check_update(self, step: int) -> None:
+        self.target(step)
+
+    def _chooser(self, weights: dict[str, Tensor]) -> Callable[[str, Tensor], Tensor]:
+        if self.starts_sparse:
+            return super()._chooser(weights)
+        if self.target(0):
+            warnings.warn(
+                f"{type(self).__name__}: dense until the first update, as in cstorch.sparse; to "
+                "begin sparse make step 0 an update",
+                stacklevel=2,
+            )
+        return lambda name, weight: torch.ones_like(weight, dtype=torch.bool)
 
     @property
     def resizes(self) -> bool:
@@ -217,16 +298,13 @@ class Updating(Algorithm):
 
 
 class Masks:
-    """Masks made before, as an algorithm for `sparsify_`."""
+    """A function (name, weight) -> mask, as an algorithm for `sparsify_`."""
 
-    def __init__(self, masks: dict[str, Tensor]) -> None:
-        self._masks = masks
-
-    def mask(self, name: str, weight: Tensor) -> Tensor:
-        return self._masks[name]
+    def __init__(self, mask: Callable[[str, Tensor], Tensor]) -> None:
+        self.mask = mask
 
 
 def mask_of(places: Tensor, weight: Tensor) -> Tensor:
     mask = torch.zeros(weight.numel(), dtype=torch.bool, device=weight.device)
-    mask[places] = True
+    mask[places.to(weight.device)] = True
     return mask.view(weight.shape)

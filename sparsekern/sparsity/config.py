@@ -1,4 +1,4 @@
-"""Algorithms from settings: the vocabulary of published configs.
+"""Algorithms from settings, in the vocabulary of published configs (cstorch.sparse).
 
     sparsity: 0.75                       # static, random
 
@@ -10,24 +10,27 @@
       update: {freq: 100, stop: 3584}
       param_filter: ["*qkv.weight", "*mlp*"]
 
-A list of such blocks is a Group. Old names: `type` of `algorithm`, `schedule` of `sparsity`.
+A list of such blocks, or {groups: [...]}, is a Group; null is a dense model. published.py has the
+words of older releases. Names of algorithms, types and methods may be in any case.
 """
 
-import json
 from collections.abc import Mapping
-from pathlib import Path
 from typing import Any
 
 from torch import nn
 from torch.optim import Optimizer
 
-from ..extras import require
 from .algorithm import Algorithm
+from .checks import known_keys, nearest, shown
 from .dynamic import SET, RigL
+from .filters import filter_parts
 from .gradual import GMP, IterativePruning
 from .oneshot import Magnitude, SparseGPT, Wanda
+from .optimizers import held_layers, unwrapped
+from .published import flattened, modern
 from .schedules import make
 from .static import Static
+from .undo import unchanged_on_failure
 
 ALGORITHMS = {
     "static": Static,
@@ -39,7 +42,6 @@ ALGORITHMS = {
     "wanda": Wanda,
     "sparsegpt": SparseGPT,
 }
-ALIASES = {"type": "algorithm", "schedule": "sparsity"}
 
 
 class Group:
@@ -53,22 +55,42 @@ class Group:
     def __init__(self, algorithms: list[Algorithm] | Mapping[str, Algorithm]):
         if isinstance(algorithms, Mapping):
             for glob, algorithm in algorithms.items():
-                algorithm.param_filter = [glob]
+                algorithm.param_filter = filter_parts(glob)
             algorithms = list(algorithms.values())
         if not algorithms:
             raise ValueError("Group: expected at least one algorithm")
         self.algorithms = algorithms
 
     def apply(self, target: nn.Module | Optimizer) -> nn.Module | Optimizer:
-        """As Algorithm.apply, for each of them."""
-        taken: set[str] = set()
-        for algorithm in self.algorithms:
-            if isinstance(target, Optimizer):
+        """As Algorithm.apply, for each of them: all, or where one fails none."""
+        optimizer = unwrapped(target)
+        if optimizer is not None:
+            held = held_layers(optimizer, self.layers)
+            chosen = [a for a in self.algorithms if held_layers(optimizer, a.layers) or not held]
+            for algorithm in chosen:
+                algorithm._check_optimizer(optimizer)
+            for algorithm in chosen:
                 algorithm.apply(target)
-            else:
-                target = algorithm._take(target, taken)
-                taken |= algorithm.layers.keys()
-        return target
+            return target
+        before = [algorithm.layers for algorithm in self.algorithms]
+        optimizers = [o for algorithm in self.algorithms for o in algorithm.optimizers]
+        taken: set[str] = set()
+        model = target
+        try:
+            with unchanged_on_failure(model, optimizers):
+                for algorithm in self.algorithms:
+                    model = algorithm._take(model, taken)
+                    taken |= algorithm.layers.keys()
+        except BaseException:
+            for algorithm, layers in zip(self.algorithms, before, strict=True):
+                algorithm.layers = layers
+            raise
+        return model
+
+    def check(self, steps: int) -> None:
+        """As Algorithm.check, for each of them."""
+        for algorithm in self.algorithms:
+            algorithm.check(steps)
 
     @property
     def layers(self) -> dict:
@@ -88,49 +110,71 @@ class Group:
 
 def get(name: str, **settings: Any) -> Algorithm:
     """The algorithm of this name, made with `settings`. ValueError if there is none."""
-    if name not in ALGORITHMS:
+    key = name.lower() if isinstance(name, str) else ""
+    if key not in ALGORITHMS:
         known = ", ".join(sorted(ALGORITHMS))
-        raise ValueError(f"algorithm: expected one of {known}, got {name!r}")
-    return make(name, ALGORITHMS[name], settings)
+        raise ValueError(
+            f"algorithm: expected one of {known}, got {shown(name)}{nearest(name, ALGORITHMS)}"
+        )
+    if key in ("wanda", "sparsegpt") and "calibration" not in settings:
+        raise ValueError(
+            f"algorithm: {key} prunes a trained model with calibration text, which no config can "
+            f"give; use `sparsekern prune --method {key}`"
+        )
+    return make(key, ALGORITHMS[key], settings)
 
 
-def configure(settings: Any, **defaults: Any) -> Algorithm | Group:
-    """The algorithm of a config: a number, a dict, or a list of dicts.
+def configure(settings: Any, **defaults: Any) -> Algorithm | Group | None:
+    """The algorithm of a config: a number, a dict, or a list of dicts; None for a dense model.
 
     `defaults` are settings that each block takes where it gives none of its own, as seed=1.
     """
+    if settings is None:
+        return None
     if isinstance(settings, (int, float)) and not isinstance(settings, bool):
-        return get("static", **(defaults | {"sparsity": settings}))
-    if isinstance(settings, list) and all(isinstance(block, Mapping) for block in settings):
-        return Group([configure(block, **defaults) for block in settings])
+        return configure({"sparsity": settings}, **defaults)
+    if isinstance(settings, list) and settings:
+        return Group([_member(i, block, defaults) for i, block in enumerate(settings)])
     if not isinstance(settings, Mapping):
-        raise ValueError(f"sparsity: expected a number, a block or a list of them, got {settings}")
-    block: dict[str, Any] = {}
-    for key, value in settings.items():
-        name = ALIASES.get(key, key)
-        if name in block:
-            raise ValueError(f"sparsity: {key!r} and {name!r} are the same setting, got both")
-        block[name] = value
+        raise ValueError(
+            f"sparsity: expected a number, a block or a list of blocks, got {shown(settings)}"
+        )
+    if "groups" in settings:
+        return configure(flattened(settings), **defaults)
+    block = modern(settings)
+    if isinstance(block, list):
+        return configure(block, **defaults)
+    algorithm = block.pop("algorithm", "static")
     if "sparsity" not in block:
-        raise ValueError(f"sparsity: a block needs the key 'sparsity', got {sorted(block)}")
-    return get(block.pop("algorithm", "static"), **(defaults | block))
+        _check_keys(algorithm, block)
+        raise ValueError(f"sparsity: a block needs the key 'sparsity', got {shown(list(settings))}")
+    if block["sparsity"] is None:
+        _check_keys(algorithm, block)
+        return None
+    made = get(algorithm, **{**defaults, **_named(block)})
+    made.is_published = True
+    return made
 
 
-def load_config(path: str | Path) -> Any:
-    """The settings in a .json or YAML file, for `configure`: all of it, or its key `sparsity`."""
-    path = Path(path)
-    if not path.is_file():
-        raise FileNotFoundError(f"sparsity config: {path} does not exist")
-    text = path.read_text()
-    if path.suffix == ".json":
-        settings = json.loads(text)
-    else:
-        yaml = require("yaml", "gpt")
-        try:
-            settings = yaml.safe_load(text)
-        except yaml.YAMLError as error:
-            raise ValueError(f"sparsity config: {path} is not YAML: {error}") from error
-    inner = settings.get("sparsity") if isinstance(settings, dict) else None
-    is_block = isinstance(inner, dict) and inner.keys() & {"sparsity", "schedule"}
-    is_group = isinstance(inner, list) and any(isinstance(part, dict) for part in inner)
-    return inner if is_block or is_group else settings
+def _member(index: int, block: Any, defaults: dict[str, Any]) -> Algorithm:
+    if not isinstance(block, Mapping):
+        raise ValueError(f"sparsity: expected a list of blocks, got {shown(block)} at {index}")
+    made = configure(block, **defaults)
+    if not isinstance(made, Algorithm):
+        raise ValueError(
+            f"sparsity: expected a block with one sparsity at {index} of the list, "
+            f"got {shown(dict(block))}"
+        )
+    return made
+
+
+def _named(block: dict[Any, Any]) -> dict[str, Any]:
+    for key in block:
+        if not isinstance(key, str):
+            raise ValueError(f"sparsity: expected names of settings, got {shown(key)}")
+    return block
+
+
+def _check_keys(algorithm: Any, block: dict[Any, Any]) -> None:
+    kind = ALGORITHMS.get(algorithm.lower() if isinstance(algorithm, str) else "", RigL)
+    known_keys("sparsity", block, kind.__dataclass_fields__)

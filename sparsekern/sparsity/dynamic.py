@@ -7,14 +7,15 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import Tensor
-from torch.utils.hooks import RemovableHandle
 
+from ..kernels.observed import Observation, is_observed
 from ..nn import SparseLinear
 from .algorithm import Updating
+from .balance import Balance
 from .budget import budgets
 from .pattern import is_distributed, places_of, set_pattern, whole
-from .schedules import Constant, schedule
-from .select import generator, largest, random_outside
+from .schedules import Constant, schedule, value_at
+from .select import generator, merged, random_outside
 
 
 @dataclass
@@ -22,8 +23,11 @@ class SET(Updating):
     """Sparse evolutionary training (Mocanu et al. 2018, arXiv 1707.04780): new weights in random
     places.
 
+    Each update drops a share of a layer's weights and grows as many as its sparsity leaves room
+    for: none, where the schedule of the sparsity rises faster than weights are dropped.
+
     Args:
-        drop_fraction: share of a layer's weights that is replaced at each update, or a schedule.
+        drop_fraction: share of a layer's weights that is dropped at each update, or a schedule.
     """
 
     drop_fraction: Any = 0.3
@@ -37,10 +41,16 @@ class SET(Updating):
 
     @property
     def resizes(self) -> bool:
-        return not isinstance(self._schedule, Constant)
+        return not (isinstance(self._schedule, Constant) and self.starts_sparse)
+
+    def _check_update(self, step: int) -> None:
+        super()._check_update(step)
+        self._drop_fraction(step)
 
     def _drop_fraction(self, step: int) -> float:
-        fraction = self._drop(step)
+        # Nothing was dropped when the first pattern was made.
+        updates = max(0, self._updates_before(step) - self.starts_sparse)
+        fraction = value_at("drop_fraction", self._drop, step, updates)
         if not 0 <= fraction <= 1:
             raise ValueError(
                 f"drop_fraction: expected a number in [0, 1], got {fraction} at step {step}"
@@ -56,11 +66,13 @@ class SET(Updating):
         for name, layer in self.layers.items():
             values = whole(layer.values.detach())
             nnz = values.shape[0]
-            stay = min(nnz - round(fraction * nnz), counts[name])
-            survivors = places_of(layer)[largest(values.abs(), stay)]
-            grown = self._grow(name, layer, survivors, counts[name] - stay)
+            places, stay = places_of(layer), nnz - round(fraction * nnz)
+            survivors = places[self._largest(values.abs(), places, stay, layer)]
+            # A layer that is still denser than its target grows nothing, as in cstorch.sparse.
+            count = max(0, counts[name] - survivors.shape[0])
+            grown = self._grow(name, layer, survivors, count)
             if grown is not None:
-                chosen[name] = torch.cat([survivors, grown]).sort().values
+                chosen[name] = merged(survivors, grown)
         for name, places in chosen.items():
             set_pattern(self.layers[name], places, self.optimizers)
 
@@ -78,30 +90,60 @@ class RigL(SET):
     That gradient is computed on the update steps alone, from the inputs and output gradients of
     their backward pass, which are kept until then: `block_elems` of its elements at a time, summed
     over the micro-batches and ranks, in float32 (float64 for such a model). A layer that had no
-    gradient keeps its pattern; so do all where one is not finite, with a warning.
+    gradient keeps its pattern; so do all where one is not finite, with a warning. RuntimeError if
+    values have gradients and none was seen (a replayed CUDA graph hides them).
+
+    Args:
+        balance_in_groups, balance_out_groups: of these many runs of columns or of rows, such as the
+            heads of attention, each has the same number of weights, always.
     """
 
     block_elems: int = 2**22
+    balance_in_groups: int | None = None
+    balance_out_groups: int | None = None
 
     def __post_init__(self) -> None:
         super().__post_init__()
         if self.block_elems < 1:
             raise ValueError(f"block_elems: expected at least 1, got {self.block_elems}")
-        self._seen: dict[str, list[tuple[Tensor, Tensor]]] = {}
-        self._hooks: list[RemovableHandle] = []
+        self.balance = Balance.of(self.balance_in_groups, self.balance_out_groups)
+        self._seen: dict[str, Observation] = {}
 
     def _before_step(self) -> None:
-        for hook in self._hooks:
-            hook.remove()
-        self._hooks, self._seen = [], {}
-        if self.is_due:
-            self._seen = {name: [] for name in self.layers}
-            self._hooks = [
-                layer.register_forward_hook(_keep_gradients(self._seen[name]))
-                for name, layer in self.layers.items()
-            ]
+        self._seen = {}
+        if not self.is_due:
+            return
+        for name, layer in self.layers.items():
+            if is_observed(layer.row_offsets):  # it shares its indices with another layer
+                layer.row_offsets = layer.row_offsets.clone()
+            self._seen[name] = Observation(layer.row_offsets)
+
+    def _check_seen(self) -> None:
+        """RuntimeError if values have gradients, but no layer saw where they come from."""
+        flags = [(bool(o.pairs), _has_gradient(self.layers[n])) for n, o in self._seen.items()]
+        if is_distributed() and flags:
+            device = next(iter(self.layers.values())).col_indices.device
+            of_all = torch.tensor(flags, dtype=torch.int32, device=device)
+            dist.all_reduce(of_all, dist.ReduceOp.MAX)
+            flags = of_all.tolist()
+        both = zip(self._seen, flags, strict=True)
+        unseen = [name for name, (was_seen, has_gradient) in both if has_gradient and not was_seen]
+        if not unseen:
+            return
+        text = (
+            f"RigL: the values of {', '.join(unseen)} have gradients, but the products that they "
+            "come from were not seen in this step"
+        )
+        if any(was_seen for was_seen, _ in flags):
+            warnings.warn(f"{text}; these layers keep their patterns", stacklevel=2)
+        else:
+            raise RuntimeError(
+                f"{text}, so no weight could grow: a replayed CUDA graph hides them, for one; take "
+                "the steps where algorithm.is_due without it"
+            )
 
     def update_pattern(self) -> None:
+        self._check_seen()
         try:
             super().update_pattern()
         except FloatingPointError as error:
@@ -120,10 +162,12 @@ class RigL(SET):
             bounds = torch.tensor([first * k, last * k], device=survivors.device)
             low, high = torch.searchsorted(survivors, bounds).tolist()
             score[survivors[low:high] - first * k] = -1.0  # below every other
-            top = largest(score, count)
+            places = torch.arange(first * k, last * k, device=survivors.device)
+            top = self._largest(score, places, count, layer, survivors)
             best = torch.cat([best.to(score.dtype), score[top]])
-            where = torch.cat([where, top + first * k])
-            keep = largest(best, count)  # ascending in `where`, so ties still go to the first
+            where = torch.cat([where, places[top]])
+            # Ascending in `where`, so ties still go to the first.
+            keep = self._largest(best, where, count, layer, survivors)
             best, where = best[keep], where[keep]
         return where if count == 0 or best.max() > 0 else None
 
@@ -133,20 +177,16 @@ class RigL(SET):
         device = layer.col_indices.device
         block = torch.zeros(last - first, layer.in_features, dtype=dtype, device=device)
         with torch.autocast(device.type, enabled=False):
-            for x, dy in self._seen[name]:
+            for x, dy in self._seen[name].pairs:
                 block.addmm_(dy[:, first:last].t().to(dtype), x.to(dtype))
         if is_distributed():
             dist.all_reduce(block)
         return block
 
 
-def _keep_gradients(pairs: list[tuple[Tensor, Tensor]]):
-    """A forward hook that keeps x [M, K] and dy [M, N] of each pass through the layer."""
-
-    def hook(layer: SparseLinear, arguments: tuple, y: Tensor) -> None:
-        if not y.requires_grad:
-            return
-        x = arguments[0].detach().flatten(0, -2)
-        y.register_hook(lambda dy: pairs.append((x, dy.detach().flatten(0, -2))))
-
-    return hook
+def _has_gradient(layer: SparseLinear) -> bool:
+    gradient = layer.values.grad
+    if gradient is None:
+        return False
+    own = gradient.to_local() if hasattr(gradient, "to_local") else gradient
+    return bool(own.any())

@@ -8,8 +8,11 @@ from torch.optim import Optimizer
 
 from .algorithm import Updating
 from .budget import budgets
+from .checks import whole as whole_number
 from .pattern import is_distributed, places_of, set_pattern, whole
-from .select import generator, largest, largest_of_each, random_outside
+from .schedules import EXAMPLE, Constant, When
+from .select import generator, largest, largest_of_each, merged, random_outside
+from .undo import layers_unchanged_on_failure
 
 
 @dataclass
@@ -17,7 +20,24 @@ class GMP(Updating):
     """Gradual magnitude pruning: at each update the smallest weights go, until the sparsity is what
     its schedule says. Where the schedule falls, new weights start at zero in random places."""
 
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if isinstance(self._schedule, Constant):
+            self._check_constant(self._schedule.value)
+
+    def _check_constant(self, value: float) -> None:
+        raise ValueError(
+            f"sparsity: GMP expected a schedule, as in sparsity: {EXAMPLE}, got {value:g} at every "
+            "step, which is the algorithm static"
+        )
+
     def update_pattern(self) -> None:
+        with layers_unchanged_on_failure(self.layers.values(), self.optimizers):
+            for name, places in self._new_places().items():
+                self._set(name, places)
+
+    def _new_places(self) -> dict[str, Tensor]:
+        """All choices of this update, before any layer changes."""
         target = self.target(self.steps)
         sizes = {n: (m.out_features, m.in_features) for n, m in self.layers.items()}
         values = {name: whole(layer.values.detach()) for name, layer in self.layers.items()}
@@ -30,6 +50,7 @@ class GMP(Updating):
         else:
             counts = budgets(sizes, target, self.distribution)
             kept = {name: largest(v.abs(), counts[name]) for name, v in values.items()}
+        chosen = {}
         for name, layer in self.layers.items():
             places = places_of(layer)[kept[name]]
             grown = counts[name] - places.shape[0]
@@ -37,8 +58,9 @@ class GMP(Updating):
                 n, k = sizes[name]
                 rng = generator(self.seed, name, self.steps)
                 new = random_outside(places, n * k, grown, rng)
-                places = torch.cat([places, new]).sort().values
-            self._set(name, places)
+                places = merged(places, new)
+            chosen[name] = places
+        return chosen
 
     def _set(self, name: str, places: Tensor) -> None:
         set_pattern(self.layers[name], places, self.optimizers)
@@ -75,19 +97,29 @@ class IterativePruning(GMP):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        self._final = self._schedule(0)
-        if self.rounds < 1 or self.freq < 1:
-            raise ValueError(
-                f"rounds, freq: expected at least 1, got {self.rounds} and {self.freq}"
-            )
+        if not isinstance(self._schedule, Constant):
+            raise ValueError("sparsity: iterative pruning expected the number to end with")
+        self._final = self._schedule.value
+        self.rounds = whole_number("rounds", self.rounds, 1)
+        self.freq = whole_number("freq", self.freq, 1)
         if self.update is not None:
             raise ValueError("update: iterative pruning has rounds and freq instead")
-        if self.rewind is not None and not 0 <= self.rewind <= self.freq:
-            raise ValueError(f"rewind: expected 0 to freq = {self.freq}, got {self.rewind}")
+        if self.rewind is not None:
+            self.rewind = whole_number("rewind", self.rewind, 0)
+            if self.rewind > self.freq:
+                raise ValueError(f"rewind: expected 0 to freq = {self.freq}, got {self.rewind}")
         self._schedule = lambda step: round_sparsity(self._final, step // self.freq, self.rounds)
-        self._update_steps = lambda step: step % self.freq == 0 and step <= self.freq * self.rounds
+        self._update_steps = When(
+            lambda step: step % self.freq == 0 and step <= self.freq * self.rounds
+        )
         self._early: dict[str, Tensor] = {}  # values by the layer's name
         self._early_others: list[Tensor] = []
+
+    def _check_constant(self, value: float) -> None:
+        """The rounds make a schedule of it."""
+
+    def _updates_before(self, step: int) -> int:
+        return 0
 
     def _follow(self, optimizer: Optimizer) -> None:
         if self.rewind is not None and is_distributed():
@@ -112,13 +144,18 @@ class IterativePruning(GMP):
 
     @torch.no_grad()
     def update_pattern(self) -> None:
-        super().update_pattern()
+        early = dict(self._early)
+        try:
+            super().update_pattern()
+        except BaseException:
+            self._early = early
+            raise
         if self.rewind is None:
             return
         for name, layer in self.layers.items():
             layer.values.copy_(self._early[name])
-        for parameter, early in zip(self._others(), self._early_others, strict=True):
-            parameter.copy_(early)
+        for parameter, value in zip(self._others(), self._early_others, strict=True):
+            parameter.copy_(value)
         for optimizer in self.optimizers:
             optimizer.state.clear()
 

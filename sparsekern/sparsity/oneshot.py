@@ -5,10 +5,12 @@
     SparseGPT   prunes columns from left to right by w^2 / [H^-1]_kk, H = X^T X, and corrects the
                 columns to come for the error made (Frantar and Alistarh 2023, arXiv 2301.00774)
 
-Each may be applied again at a higher sparsity: what was removed stays removed.
+Each may be applied again at a higher sparsity: what was removed stays removed. Where one fails, in
+any layer, the model is as it was.
 """
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -16,17 +18,19 @@ import torch
 from torch import Tensor, nn
 
 from ..nn import SparseLinear, sparsify_
-from .algorithm import Algorithm, Masks, mask_of
+from .algorithm import Masks, mask_of
 from .budget import budgets
 from .pattern import places_of, set_pattern
 from .select import largest, largest_of_each
+from .static import Fixed
+from .undo import unchanged_on_failure
 
 DAMPING = 0.01  # of the mean diagonal of H, as in SparseGPT
 COLUMNS = 128  # that SparseGPT chooses the zeros of together
 
 
 @dataclass
-class Magnitude(Algorithm):
+class Magnitude(Fixed):
     """Keeps the largest absolute values of each layer, or of all ("erk", "global")."""
 
     init_method: str = "magnitude"
@@ -37,9 +41,19 @@ class Magnitude(Algorithm):
 
     @torch.no_grad()
     def _sparsify(self, model: nn.Module, chosen: dict[str, nn.Module]) -> nn.Module:
+        linears = {name: m for name, m in chosen.items() if type(m) is nn.Linear}
+        dense = {name: m.weight.data for name, m in linears.items()}
         self._kept.clear()
-        self._prune(model, chosen, self._counts(chosen))
-        return sparsify_(model, Masks(self._kept), lambda module, name: name in self._kept)
+        try:
+            with unchanged_on_failure(model, self.optimizers):
+                self._prune(model, chosen, self._counts(chosen))
+                masks = Masks(lambda name, weight: self._kept[name])
+                return sparsify_(model, masks, lambda module, name: name in self._kept)
+        finally:
+            # The layers that are replaced had the pruned weights, for the inputs of later ones.
+            for name, weight in dense.items():
+                linears[name].weight.data = weight
+            self._kept.clear()
 
     def _counts(self, chosen: dict[str, nn.Module]) -> dict[str, int]:
         """Weights to keep in each layer. ValueError where a layer stores fewer already."""
@@ -73,23 +87,27 @@ class Magnitude(Algorithm):
             module.values.copy_(weight.flatten()[places])
         else:
             self._kept[name] = mask_of(places, weight)
-            module.weight.copy_(weight * self._kept[name])
+            module.weight.data = weight * self._kept[name]
 
 
 @dataclass
 class _Calibrated(Magnitude):
     """
     Args:
-        calibration: inputs of the model: an iterable of tensors or of tuples of arguments, read
-            once for each layer. Layers are pruned in the order of their names in the model, each
-            with the inputs that the pruned ones before it give.
+        calibration: inputs of the model, read once for each layer: an iterable of tensors, of
+            tuples or lists of arguments, or of dicts of named arguments. Layers are pruned in the
+            order of their names in the model, each with the inputs that the pruned ones before it
+            give.
     """
 
     calibration: Any = None
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if self.calibration is None or not isinstance(self.calibration, Iterable):
+        is_list = isinstance(self.calibration, Iterable) and not isinstance(
+            self.calibration, (str, bytes, Mapping)
+        )
+        if not is_list:
             got = type(self.calibration).__name__
             raise ValueError(f"calibration: expected a list of inputs of the model, got {got}")
         self.calibration = list(self.calibration)
@@ -102,33 +120,32 @@ class _Calibrated(Magnitude):
     def _prune(
         self, model: nn.Module, chosen: dict[str, nn.Module], counts: dict[str, int]
     ) -> None:
-        training = model.training
-        model.eval()
-        try:
+        with _evaluating(model):
             for name, module in chosen.items():
                 self._prune_layer(name, module, counts[name], self._inputs(model, module, name))
-        finally:
-            model.train(training)
 
     def _inputs(self, model: nn.Module, module: nn.Module, name: str) -> list[Tensor]:
-        """x [M, K] of the layer, for each calibration batch."""
+        """x [M, K] of the layer, for each calibration batch. ValueError unless all are finite."""
         seen: list[Tensor] = []
 
-        def stop(layer: nn.Module, arguments: tuple) -> None:
-            seen.append(arguments[0].detach().flatten(0, -2))
+        def stop(layer: nn.Module, arguments: tuple, named: dict) -> None:
+            x = arguments[0] if arguments else named[next(iter(named))]
+            seen.append(x.detach().flatten(0, -2))
             raise _Seen
 
-        hook = module.register_forward_pre_hook(stop)
+        hook = module.register_forward_pre_hook(stop, with_kwargs=True)
         try:
             for batch in self.calibration:
                 try:
-                    model(*batch) if isinstance(batch, tuple) else model(batch)
+                    _call(model, batch)
                 except _Seen:
                     pass
         finally:
             hook.remove()
         if not seen:
             raise ValueError(f"calibration: no input reached {name}")
+        if not all(x.isfinite().all() for x in seen):
+            raise ValueError(f"calibration: the inputs of {name} are not finite")
         return seen
 
     def _prune_layer(self, name: str, module: nn.Module, count: int, inputs: list[Tensor]) -> None:
@@ -137,6 +154,27 @@ class _Calibrated(Magnitude):
 
 class _Seen(Exception):
     """Ends a forward pass whose rest nobody needs."""
+
+
+def _call(model: nn.Module, batch: Any) -> None:
+    if isinstance(batch, Mapping):
+        model(**batch)
+    elif isinstance(batch, (tuple, list)):
+        model(*batch)
+    else:
+        model(batch)
+
+
+@contextmanager
+def _evaluating(model: nn.Module) -> Iterator[None]:
+    """The model in eval mode; each module has its own mode again afterwards."""
+    training = {module: module.training for module in model.modules()}
+    model.eval()
+    try:
+        yield
+    finally:
+        for module, mode in training.items():
+            module.training = mode
 
 
 @dataclass
@@ -148,6 +186,7 @@ class Wanda(_Calibrated):
 
     def _prune_layer(self, name: str, module: nn.Module, count: int, inputs: list[Tensor]) -> None:
         norms = sum(x.float().square().sum(0) for x in inputs).sqrt()  # [K]
+        _check_finite(name, norms)
         weight = _dense(module)
         scores = _scores(module, weight.abs().float() * norms)
         n, k = scores.shape
@@ -166,9 +205,23 @@ class SparseGPT(_Calibrated):
     def _prune_layer(self, name: str, module: nn.Module, count: int, inputs: list[Tensor]) -> None:
         weight = _dense(module)
         hessian = sum(x.float().t() @ x.float() for x in inputs)
+        _check_finite(name, hessian)
         stored = _scores(module, torch.zeros_like(weight)) == 0
-        new, places = sparsegpt(weight, stored, hessian, count)
+        try:
+            new, places = sparsegpt(weight, stored, hessian, count)
+        except torch.linalg.LinAlgError as error:
+            raise ValueError(
+                f"calibration: the Hessian of the inputs of {name} has no Cholesky factor; more "
+                f"or other inputs may give it one ({error})"
+            ) from error
+        if not new.isfinite().all():
+            raise ValueError(f"SparseGPT: the corrected weights of {name} are not finite")
         self._put(name, module, new, places)
+
+
+def _check_finite(name: str, squares: Tensor) -> None:
+    if not squares.isfinite().all():
+        raise ValueError(f"calibration: the squared inputs of {name} overflow float32")
 
 
 def sparsegpt(weight: Tensor, stored: Tensor, hessian: Tensor, count: int) -> tuple[Tensor, Tensor]:

@@ -3,16 +3,20 @@
 A place is row * K + column: the pattern of a layer is its ascending places, int64 [nnz].
 """
 
+import warnings
 import zlib
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 
 import torch
 import torch.distributed as dist
-from torch import Tensor
+from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from ..nn import SparseLinear, resize_
-from ..tensor import expand_rows
+from .. import copies
+from ..indices import expand_rows
+from ..kernels.derived import is_captured
+from ..loading import CAPTURED, resize_, set_indices
+from ..nn import SparseLinear
 
 
 def places_of(layer: SparseLinear) -> Tensor:
@@ -27,8 +31,10 @@ def set_pattern(
     """Give the layer another pattern. Stored weights that stay keep their value and optimizer
     state; new ones start at zero in both. The Parameter remains the same object.
 
-    Returns the map of any [nnz] tensor from the old pattern to the new one.
+    Returns the map of any [nnz] tensor from the old pattern to the new one. RuntimeError, and
+    nothing has changed, where something that belongs to the pattern cannot follow.
     """
+    check_can_change({"this layer": layer}, optimizers)
     old = places_of(layer)
     at = torch.searchsorted(old, places).clamp_(max=max(0, old.shape[0] - 1))
     stays = old[at] == places if old.shape[0] else torch.zeros_like(places, dtype=torch.bool)
@@ -38,9 +44,16 @@ def set_pattern(
         moved[stays] = t[at[stays]]
         return moved
 
+    for written in copies.written_copies(layer):
+        warnings.warn(
+            f"a copy of {written} was written to, by no optimizer, and keeps its pattern while "
+            "that of the original changes: if it is an average of the weights, numbers of "
+            "different places are added up from now on; call sparsekern.sparsity.match_patterns_("
+            "average, model) before each update",
+            stacklevel=3,
+        )
     values, shape = layer.values, layer.values.shape
-    for optimizer in optimizers:
-        state = optimizer.state.get(values, {})
+    for state in _states(values, optimizers):
         for key, t in state.items():
             if isinstance(t, Tensor) and t.shape == shape:
                 state[key] = _replaced(t, follow)
@@ -52,9 +65,70 @@ def set_pattern(
         values.grad = None
     # New tensors: kernels remember what they packed by the old ones.
     ends = torch.arange(layer.out_features + 1, device=places.device) * layer.in_features
-    layer.row_offsets = torch.searchsorted(places, ends).int()
-    layer.col_indices = (places % layer.in_features).int()
+    set_indices(layer, torch.searchsorted(places, ends).int(), (places % layer.in_features).int())
     return follow
+
+
+def check_can_change(layers: Mapping[str, SparseLinear], optimizers: Iterable[Optimizer]) -> None:
+    """RuntimeError unless all that belongs to the patterns of these layers can follow a change."""
+    for optimizer in holders(optimizers):
+        if isinstance(optimizer, torch.optim.LBFGS) and optimizer.state:
+            raise RuntimeError(
+                "sparsity: LBFGS keeps the steps of all parameters in one vector, which cannot "
+                "follow a change of the pattern; use another optimizer"
+            )
+    for name, layer in layers.items():
+        if is_captured(layer.col_indices):
+            raise RuntimeError(f"sparsity: {name}: {CAPTURED}")
+        values = layer._parameters.get("values")
+        if values is None:
+            raise RuntimeError(
+                f"sparsity: the values of {name} are parametrized, and cannot follow a change of "
+                "the pattern; call torch.nn.utils.parametrize.remove_parametrizations first"
+            )
+        for state in _states(values, optimizers):
+            for key, part in state.items():
+                if not (isinstance(part, Tensor) and part.shape == values.shape):
+                    for t in _tensors(part):
+                        _check_is_a_number(name, key, t, values)
+
+
+def _check_is_a_number(name: str, key: str, t: Tensor, values: Tensor) -> None:
+    if t.numel() > 1:
+        raise RuntimeError(
+            f"sparsity: the optimizer keeps {key!r} of shape {tuple(t.shape)} for the "
+            f"{values.shape[0]} values of {name}, and nothing says which weight is where in it: it "
+            "cannot follow a change of the pattern; use an optimizer whose state has the shape of "
+            "the parameter"
+        )
+
+
+def _tensors(part) -> Iterator[Tensor]:
+    if isinstance(part, Tensor):
+        yield part
+    elif isinstance(part, (dict, list, tuple)):
+        for inner in part.values() if isinstance(part, dict) else part:
+            yield from _tensors(inner)
+
+
+def holders(optimizers: Iterable[Optimizer]) -> list[Optimizer]:
+    """These optimizers and those that they wrap, each with state of its own."""
+    found: dict[int, Optimizer] = {}
+    waiting = list(optimizers)
+    while waiting:
+        optimizer = waiting.pop()
+        if id(optimizer) not in found:
+            found[id(optimizer)] = optimizer
+            for part in vars(optimizer).values():
+                inner = part if isinstance(part, (list, tuple)) else [part]
+                waiting += [o for o in inner if isinstance(o, Optimizer)]
+    return list(found.values())
+
+
+def _states(values: Tensor, optimizers: Iterable[Optimizer]) -> list[dict]:
+    """What each of them keeps for these values; a wrapper may share its state with the wrapped."""
+    states = [o.state[values] for o in holders(optimizers) if values in o.state]
+    return list({id(state): state for state in states}.values())
 
 
 def whole(t: Tensor) -> Tensor:
@@ -83,18 +157,30 @@ def is_distributed() -> bool:
     return dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1
 
 
+def check_same_patterns(model: nn.Module) -> None:
+    """RuntimeError on every rank if a SparseLinear of the model has different patterns on them.
+
+    All ranks must call it together. Algorithms that follow an optimizer do, before its first step
+    and after each update; without one, call it after fully_shard: FSDP2 cuts up and averages values
+    whatever their places are. (DDP gives all ranks the patterns of the first.)
+    """
+    modules = model.named_modules()
+    check_same_on_all_ranks({n: m for n, m in modules if isinstance(m, SparseLinear)})
+
+
 def check_same_on_all_ranks(layers: Mapping[str, SparseLinear]) -> None:
-    """RuntimeError on every rank if the ranks' patterns are not the same."""
-    if not is_distributed() or not layers:
+    """The same for these layers. Those that another rank does not have are not compared."""
+    if not is_distributed():
         return
-    device = next(iter(layers.values())).col_indices.device
-    hashes = torch.tensor([_crc(layer) for layer in layers.values()], device=device)
-    of_ranks = [torch.empty_like(hashes) for _ in range(dist.get_world_size())]
-    dist.all_gather(of_ranks, hashes)
-    differ = (torch.stack(of_ranks) != hashes).any(0).tolist()
-    if any(differ):
-        names = ", ".join(name for name, wrong in zip(layers, differ, strict=True) if wrong)
-        raise RuntimeError(f"sparsity: the ranks have different patterns in {names}")
+    hashes = {name: _crc(layer) for name, layer in layers.items()}
+    of_ranks: list[dict[str, int]] = [{}] * dist.get_world_size()
+    dist.all_gather_object(of_ranks, hashes)
+    found: dict[str, set[int]] = {}
+    for name, crc in ((n, c) for of_rank in of_ranks for n, c in of_rank.items()):
+        found.setdefault(name, set()).add(crc)
+    differ = [name for name, crcs in found.items() if len(crcs) > 1]
+    if differ:
+        raise RuntimeError(f"sparsity: the ranks have different patterns in {', '.join(differ)}")
 
 
 def _crc(layer: SparseLinear) -> int:

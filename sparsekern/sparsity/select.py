@@ -2,8 +2,11 @@
 
 import hashlib
 
+import numpy as np
 import torch
 from torch import Tensor
+
+CHUNK = 2**20  # random numbers drawn at a time
 
 
 def largest(scores: Tensor, count: int) -> Tensor:
@@ -17,9 +20,17 @@ def largest(scores: Tensor, count: int) -> Tensor:
         return torch.arange(0, device=scores.device)
     scores = scores.masked_fill(scores.isnan(), torch.inf)
     threshold = scores.topk(count, sorted=False).values.min()
-    above = (scores > threshold).nonzero().flatten()
-    equal = (scores == threshold).nonzero().flatten()[: count - above.shape[0]]
-    return torch.cat([above, equal]).sort().values
+    is_chosen = scores > threshold
+    equal = (scores == threshold).nonzero().flatten()[: count - int(is_chosen.sum())]
+    is_chosen[equal] = True
+    return is_chosen.nonzero().flatten()
+
+
+def merged(a: Tensor, b: Tensor) -> Tensor:
+    """Two runs of ascending places as one."""
+    if a.is_cpu:
+        return torch.from_numpy(_merged(a.numpy(), b.numpy()))
+    return torch.cat([a, b]).sort().values
 
 
 def largest_of_each(scores: dict[str, Tensor], count: int) -> dict[str, Tensor]:
@@ -35,16 +46,86 @@ def largest_of_each(scores: dict[str, Tensor], count: int) -> dict[str, Tensor]:
     return result
 
 
-def generator(*key: object) -> torch.Generator:
-    """A CPU generator whose stream depends on the key alone."""
+def generator(*key: object) -> np.random.PCG64:
+    """A stream of random bits that depends on the key alone: numpy promises the same one on every
+    machine and in every release."""
     digest = hashlib.blake2b("/".join(map(str, key)).encode(), digest_size=8).digest()
-    return torch.Generator().manual_seed(int.from_bytes(digest, "little", signed=True))
+    return np.random.PCG64(int.from_bytes(digest, "little"))
 
 
-def random_outside(kept: Tensor, size: int, count: int, rng: torch.Generator) -> Tensor:
-    """`count` different places of range(size), uniformly among those not in `kept` (ascending)."""
-    free = size - kept.shape[0]
-    ranks = torch.randperm(free, generator=rng)[:count].to(kept.device)
+def random_places(size: int, count: int, rng: np.random.PCG64) -> Tensor:
+    """`count` different places of range(size), uniformly, ascending: int64 [count].
+
+    In O(count) memory. As many are drawn as are missing, until none is: no round treats one place
+    otherwise than another, so neither does the result.
+    """
+    if not 0 <= count <= size:
+        raise ValueError(f"count: expected 0 to {size}, got {count}")
+    if 2 * count > size:
+        is_chosen = np.ones(size, dtype=bool)
+        is_chosen[random_places(size, size - count, rng).numpy()] = False
+        return torch.from_numpy(np.flatnonzero(is_chosen))
+    # A byte for each place is less than int64 [count], then.
+    dense = 8 * count > size
+    return torch.from_numpy((_mark if dense else _sort)(size, count, rng))
+
+
+def _mark(size: int, count: int, rng: np.random.PCG64) -> np.ndarray:
+    is_chosen, missing = np.zeros(size, dtype=bool), count
+    while missing:
+        is_chosen[_draw(size, missing, rng)] = True
+        missing = count - int(np.count_nonzero(is_chosen))
+    return np.flatnonzero(is_chosen)
+
+
+def _sort(size: int, count: int, rng: np.random.PCG64) -> np.ndarray:
+    chosen = _unique(_draw(size, count, rng))
+    more = chosen[:0]
+    while missing := count - len(chosen) - len(more):
+        new = _unique(_draw(size, missing, rng))
+        more = _merged(more, _others(_others(new, chosen), more))
+    return _merged(chosen, more)
+
+
+def _draw(size: int, count: int, rng: np.random.PCG64) -> np.ndarray:
+    """int64 [count] of range(size), each by as many random bits as size has: others are dropped."""
+    bits = max(1, (size - 1).bit_length())
+    drawn, done = np.empty(count, dtype=np.int64), 0
+    while done < count:
+        raw = rng.random_raw(min(CHUNK, 2 * (count - done) + 16))
+        raw >>= np.uint64(64 - bits)
+        raw = raw[raw < size][: count - done]
+        drawn[done : done + len(raw)] = raw
+        done += len(raw)
+    return drawn
+
+
+def _unique(values: np.ndarray) -> np.ndarray:
+    values.sort()
+    is_first = np.ones(len(values), dtype=bool)
+    np.not_equal(values[1:], values[:-1], out=is_first[1:])
+    return values[is_first]
+
+
+def _others(values: np.ndarray, known: np.ndarray) -> np.ndarray:
+    """Those of `values` that are not in `known` (ascending)."""
+    if not len(known):
+        return values
+    at = np.minimum(np.searchsorted(known, values), len(known) - 1)
+    return values[known[at] != values]
+
+
+def _merged(a: np.ndarray, b: np.ndarray) -> np.ndarray:
+    merged = np.concatenate([a, b])
+    merged.sort(kind="stable")  # of two runs in order: a merge
+    return merged
+
+
+def random_outside(kept: Tensor, size: int, count: int, rng: np.random.PCG64) -> Tensor:
+    """`count` different places of range(size), uniformly among those not in `kept` (ascending).
+
+    They come ascending."""
+    ranks = random_places(size - kept.shape[0], count, rng).to(kept.device)
     # The r-th free place lies behind as many kept ones as have at most r free places before them.
     before = kept - torch.arange(kept.shape[0], device=kept.device)
     return ranks + torch.searchsorted(before, ranks, right=True)

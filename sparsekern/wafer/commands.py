@@ -6,6 +6,7 @@ from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
+from ..files import atomic_write
 from . import compare as comparing
 from . import pe_kernels, plots, predict, sensitivity, sweep, validate
 from .balance import Mask
@@ -138,8 +139,8 @@ def _batch(options: dict, shape: GPTShape, systems: int) -> int:
 
 def _write_json(path: Path | None, value: object) -> None:
     if path:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text(json.dumps(value, indent=1) + "\n")
+        with atomic_write(path) as file:
+            file.write((json.dumps(value, indent=1) + "\n").encode())
 
 
 def _run_predict(**options) -> None:

@@ -4,6 +4,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from ..extras import require
+from ..files import atomic_write
 from .balance import binomial_imbalance
 from .cost import compare_with_dense, step_cost
 from .inputs import Inputs
@@ -149,14 +150,14 @@ def sensitivity_bars(swings: list[Swing]):
 
 
 def write(folder: Path, figures: dict[str, object]) -> list[Path]:
-    folder.mkdir(parents=True, exist_ok=True)
     paths = []
     for name, figure in figures.items():
         for panel in figure.axes:
             panel.grid(alpha=0.3)
             panel.legend(frameon=False, fontsize=8)
         paths.append(folder / f"{name}.png")
-        figure.savefig(paths[-1], dpi=120)
+        with atomic_write(paths[-1]) as file:
+            figure.savefig(file, format="png", dpi=120)
     return paths
 
 

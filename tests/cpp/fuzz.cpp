@@ -153,7 +153,9 @@ Op draw_op(Random& random, int64_t k) {
 }
 
 Call draw_call(Random& random, Op op, sk::Plan plan, int64_t n, int64_t k, int64_t nnz) {
-  const auto type = random.chance(50) ? sk::Type::kFloat : sk::Type::kBfloat16;
+  const bool is_stream = op == Op::kColumns || op == Op::kBitmap;  // which takes no double
+  const auto type = random.pick(
+      {sk::Type::kFloat, sk::Type::kBfloat16, is_stream ? sk::Type::kFloat : sk::Type::kDouble});
   int64_t tokens = random.range(1, random.chance(10) ? 140 : 40);
   if (random.chance(5)) tokens = 0;
   if (op == Op::kColumns) tokens = std::min(tokens, random.range(0, sk::kStreamTokens));
@@ -208,7 +210,8 @@ void run(sk::Pattern& pattern, const sk::Csr& w, Call& c) {
              transposed ? dx : y, c.tokens, c.plan);
   };
   auto stream = [&](sk::Format format) {
-    sk::spmm_stream(pattern, w, format, c.type, c.values.data(), x, y, c.tokens, c.plan.threads);
+    sk::spmm_stream(pattern, w, format, c.type, c.values.data(), bias, x, y, c.tokens,
+                    c.plan.threads);
   };
   switch (c.op) {
     case Op::kSpmm: return spmm(false);
@@ -236,7 +239,7 @@ Array product(const Indices& w, const Call& c) {
   if (c.op == Op::kSpmm || transposed || is_stream)
     for (int64_t m = 0; m < c.tokens; m++)
       for (int64_t i = 0; i < features; i++)
-        sum[m * (features + c.gap) + i] = c.has_bias && !is_stream ? c.bias[i] : 0;
+        sum[m * (features + c.gap) + i] = c.has_bias ? c.bias[i] : 0;
   for (int64_t i = 0; i < c.n; i++)
     for (int64_t p = w.offsets[i]; p < w.offsets[i + 1]; p++) {
       const int64_t col = w.cols[p];

@@ -24,7 +24,7 @@ namespace {
 using test::Array;
 using test::to_bfloat16;
 
-constexpr sk::Type kTypes[] = {sk::Type::kFloat, sk::Type::kBfloat16};
+constexpr sk::Type kTypes[] = {sk::Type::kFloat, sk::Type::kBfloat16, sk::Type::kDouble};
 
 struct Problem {
   int64_t tokens, n, k;
@@ -35,17 +35,22 @@ struct Problem {
 const Problem kProblems[] = {{0, 5, 7, .5},        {1, 1, 1, 1},        {1, 37, 101, .3},
                              {7, 37, 101, .3},     {33, 37, 101, 1, 3}, {64, 37, 101, 0, 1},
                              {129, 300, 1, .9},    {65, 1, 300, .2},    {33, 3300, 20, .1},
-                             {100, 230, 700, .03}, {70, 120, 330, .5}};
+                             {100, 230, 700, .03}, {70, 120, 330, .5},  {40, 5, 9000, .2},
+                             {5000, 3, 5, .5}};
 
 void expect(double got, double want, double scale, sk::Type type, const char* what) {
-  const double tolerance = (type == sk::Type::kFloat ? 2e-6 : 8e-3) * scale;
+  const double tolerance = (type == sk::Type::kDouble  ? 1e-14
+                            : type == sk::Type::kFloat ? 2e-6
+                                                       : 8e-3) *
+                           scale;
   if (std::abs(got - want) <= tolerance) return;
   std::printf("%s: expected %g, got %g\n", what, want, got);
   std::exit(1);
 }
 
 void expect_same(const Array& got, const Array& want, const char* what) {
-  const size_t bytes = want.f.size() * sizeof(float) + want.h.size() * sizeof(uint16_t);
+  const size_t bytes = want.f.size() * sizeof(float) + want.h.size() * sizeof(uint16_t) +
+                       want.d.size() * sizeof(double);
   if (bytes == 0 || std::memcmp(got.data(), want.data(), bytes) == 0) return;
   std::printf("%s: expected the same bits\n", what);
   std::exit(1);
@@ -141,13 +146,14 @@ void check(const Problem& p, sk::Type type, std::initializer_list<int> all_vecs)
   for (sk::Format format : {sk::Format::kBitmap, sk::Format::kColumns}) {
     const int64_t most = format == sk::Format::kBitmap ? sk::kBitmapTokens : sk::kStreamTokens;
     for (int64_t tokens = 0; tokens <= std::min(most, p.tokens); tokens++) {
+      if (type == sk::Type::kDouble) continue;
       Array few(type, tokens * p.k, &random), out(type, tokens * p.n, nullptr);
       sk::spmm_stream(pattern, {offsets.data(), cols.data(), p.n, p.k, nnz, tokens % 3 - 1}, format,
-                      type, values.data(), {few.data(), p.k}, {out.data(), p.n}, tokens,
-                      1 + tokens % 3);
+                      type, values.data(), tokens % 2 ? bias.data() : nullptr, {few.data(), p.k},
+                      {out.data(), p.n}, tokens, 1 + tokens % 3);
       for (int64_t m = 0; m < tokens; m++)
         for (int64_t i = 0; i < p.n; i++) {
-          double want = 0, scale = 0;
+          double want = tokens % 2 ? bias[i] : 0, scale = std::abs(want);
           for (int32_t q = offsets[i]; q < offsets[i + 1]; q++) {
             want += values[q] * few[m * p.k + cols[q]];
             scale += std::abs(values[q] * few[m * p.k + cols[q]]);

@@ -44,26 +44,36 @@ inline uint32_t bits_of(float f) {
   return bits;
 }
 
-// An array of floats or bfloat16, of the exact size: random, or NaN.
+// An array of floats, bfloat16 or doubles, of the exact size: random, or NaN.
 struct Array {
   sk::Type type;
   std::vector<float> f;
   std::vector<uint16_t> h;
+  std::vector<double> d;
 
   Array(sk::Type type, int64_t size, std::mt19937* random) : type(type) {
-    (type == sk::Type::kFloat ? f.resize(size) : h.resize(size));
+    if (type == sk::Type::kFloat) f.resize(size);
+    if (type == sk::Type::kBfloat16) h.resize(size);
+    if (type == sk::Type::kDouble) d.resize(size);
     std::normal_distribution<float> normal;
     for (float& v : f) v = random ? normal(*random) : NAN;
+    for (double& v : d) v = random ? normal(*random) : NAN;
     for (uint16_t& v : h) v = static_cast<uint16_t>(bits_of(random ? normal(*random) : NAN) >> 16);
   }
-  int64_t size() const { return static_cast<int64_t>(f.size() + h.size()); }
+  int64_t size() const { return static_cast<int64_t>(f.size() + h.size() + d.size()); }
   const void* data() const {
+    if (type == sk::Type::kDouble) return d.data();
     return type == sk::Type::kFloat ? static_cast<const void*>(f.data()) : h.data();
   }
   void* data() { return const_cast<void*>(static_cast<const Array*>(this)->data()); }
-  double operator[](int64_t i) const { return type == sk::Type::kFloat ? f[i] : as_float(h[i]); }
+  double operator[](int64_t i) const {
+    if (type == sk::Type::kDouble) return d[i];
+    return type == sk::Type::kFloat ? f[i] : as_float(h[i]);
+  }
   void set(int64_t i, float v) {
-    type == sk::Type::kFloat ? void(f[i] = v) : void(h[i] = to_bfloat16(bits_of(v)));
+    if (type == sk::Type::kFloat) f[i] = v;
+    if (type == sk::Type::kBfloat16) h[i] = to_bfloat16(bits_of(v));
+    if (type == sk::Type::kDouble) d[i] = v;
   }
 };
 

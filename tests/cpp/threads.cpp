@@ -92,12 +92,12 @@ class Readers {
         sk::sddmm(pattern_, csr, type, {dy.data(), kRows}, in, dvalues.data(), tokens, plan);
         return expect(dvalues, static_cast<float>(tokens), "threads: sddmm");
       case 3:
-        sk::spmm_stream(pattern_, csr, sk::Format::kColumns, type, values_.data(), in, out,
-                        std::min<int64_t>(tokens, sk::kStreamTokens), 2);
+        sk::spmm_stream(pattern_, csr, sk::Format::kColumns, type, values_.data(), bias.data(), in,
+                        out, std::min<int64_t>(tokens, sk::kStreamTokens), 2);
         y.resize(std::min<int64_t>(tokens, sk::kStreamTokens) * kRows);
-        return expect(y, sum, "threads: stream of columns");
+        return expect(y, sum + 1, "threads: stream of columns");
       case 4:
-        sk::spmm_stream(pattern_, csr, sk::Format::kBitmap, type, values_.data(), in, out,
+        sk::spmm_stream(pattern_, csr, sk::Format::kBitmap, type, values_.data(), nullptr, in, out,
                         std::min<int64_t>(tokens, sk::kBitmapTokens), 2);
         y.resize(std::min<int64_t>(tokens, sk::kBitmapTokens) * kRows);
         return expect(y, sum, "threads: stream of bits");

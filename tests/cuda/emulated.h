@@ -62,9 +62,9 @@ using Run = void(void* const (&lanes)[kWarp]);
 void meet(const char* name, Run* run, void* mine, bool all);
 
 struct Shuffle {
-  unsigned value;
+  std::uint64_t value;
   int from;
-  unsigned result;
+  std::uint64_t result;
 };
 Run run_shuffle, run_nothing;
 
@@ -129,12 +129,12 @@ inline void __syncwarp(unsigned mask = 0xffffffffu) {
 
 template <class T>
 T __shfl_sync(unsigned mask, T value, int from) {
-  static_assert(sizeof(T) == 4 && std::is_trivially_copyable_v<T>);
+  static_assert(sizeof(T) <= 8 && std::is_trivially_copyable_v<T>);
   emulated::check_mask(mask);
   emulated::Shuffle mine = {0, from, 0};
-  std::memcpy(&mine.value, &value, 4);
+  std::memcpy(&mine.value, &value, sizeof(T));
   emulated::meet("__shfl_sync", emulated::run_shuffle, &mine, false);
-  std::memcpy(&value, &mine.result, 4);
+  std::memcpy(&value, &mine.result, sizeof(T));
   return value;
 }
 

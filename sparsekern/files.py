@@ -1,0 +1,194 @@
+"""Files that are whole or not there, digests of what they hold, and the user's cache folder.
+
+What is written takes its name when it is complete and on the disk: a kill or a full disk leaves the
+file of before. Modes follow the umask, but for the cache, which is its owner's alone.
+"""
+
+import errno
+import hashlib
+import os
+import shutil
+import stat
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from typing import BinaryIO
+
+TEMPORARY = ".tmp"
+# What a file system answers that does not sync folders, or to who may not read one.
+NO_SYNC = (errno.EINVAL, errno.EACCES, errno.ENOTSUP, errno.EBADF)
+
+
+@contextmanager
+def atomic_write(path: Path) -> Iterator[BinaryIO]:
+    """A file to write to; it takes the name `path` only when the block ends without an error.
+
+    OSError names `path`, also where a library in between turned it into another error."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(path.name + TEMPORARY)
+    _remove(temporary)
+    writer = None
+    try:
+        with open(temporary, "xb") as file:
+            writer = _Writer(file)
+            yield writer
+            file.flush()
+            os.fsync(file.fileno())
+        _rename(temporary, path)
+    except BaseException as error:  # Ctrl-C too leaves nothing half-written
+        _remove(temporary)
+        failed = error if isinstance(error, OSError) else writer and writer.failed
+        if failed and failed.errno and failed.filename is None:
+            raise OSError(failed.errno, failed.strerror, str(path)) from error
+        raise
+
+
+@contextmanager
+def atomic_path(path: Path) -> Iterator[Path]:
+    """As `atomic_write`, for a library that opens its file itself: it gets another path to write
+    to, in a folder of its own, since it may make temporary files beside it."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    folder = path.with_name(path.name + TEMPORARY)
+    _remove(folder)
+    folder.mkdir()
+    try:
+        part = folder / path.name
+        yield part
+        part.chmod(folder.stat().st_mode & 0o666)  # as the umask has it
+        with open(part, "rb") as file:
+            os.fsync(file.fileno())
+        _rename(part, path)
+    finally:
+        _remove(folder)
+
+
+class _Writer:
+    """A file that remembers why writing to it failed."""
+
+    def __init__(self, file: BinaryIO) -> None:
+        self._file = file
+        self.failed: OSError | None = None
+
+    def write(self, content: bytes) -> int:
+        try:
+            return self._file.write(content)
+        except OSError as error:
+            self.failed = error
+            raise
+
+    def __getattr__(self, name: str):
+        return getattr(self._file, name)
+
+
+def _rename(part: Path, path: Path) -> None:
+    os.replace(part, path)
+    try:
+        folder = os.open(path.parent, os.O_RDONLY)
+        try:
+            os.fsync(folder)  # else a power cut may undo the renaming
+        finally:
+            os.close(folder)
+    except OSError as error:
+        if error.errno not in NO_SYNC:
+            raise
+
+
+def _remove(path: Path) -> None:
+    """What a killed process left there."""
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path, ignore_errors=True)
+    else:
+        path.unlink(missing_ok=True)
+
+
+def read_regular(path: Path, most_bytes: int) -> bytes:
+    """What a file holds. ValueError where it is a folder, a device or a pipe, or too large."""
+    # Opening a pipe would wait for its other end.
+    file = os.open(path, os.O_RDONLY | os.O_NONBLOCK)
+    try:
+        about = os.fstat(file)
+        if not stat.S_ISREG(about.st_mode):
+            raise ValueError("expected a file")
+        if about.st_size > most_bytes:
+            raise ValueError(f"expected at most {most_bytes} bytes, got {about.st_size}")
+        with open(file, "rb", closefd=False) as reader:
+            return reader.read(most_bytes)
+    finally:
+        os.close(file)
+
+
+# The cache: what the user's machine remembers, compiled kernels and measured crossovers.
+
+DIGEST_BYTES = hashlib.sha256().digest_size
+
+
+def cache_folder() -> Path:
+    if cache := os.environ.get("XDG_CACHE_HOME"):
+        return Path(cache) / "sparsekern"
+    try:
+        return Path.home() / ".cache" / "sparsekern"
+    except RuntimeError as error:
+        raise FileNotFoundError("cache: there is no home folder, set XDG_CACHE_HOME") from error
+
+
+def private_cache() -> Path:
+    """The cache folder, made where it is missing, closed to writing by others where it is ours.
+    PermissionError where it belongs to somebody else or is a link."""
+    folder = cache_folder()
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    with suppress(FileExistsError):
+        folder.mkdir(mode=0o700)
+    handle = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW)
+    try:
+        about = os.fstat(handle)
+        if about.st_uid != os.geteuid():
+            raise PermissionError(f"{folder} belongs to user {about.st_uid}, not to us")
+        if about.st_mode & 0o022:
+            os.fchmod(handle, 0o700)
+    finally:
+        os.close(handle)
+    return folder
+
+
+def write_cached(name: str, content: bytes) -> None:
+    """Keep machine code in the cache, with a digest of it and of its name. OSError if it cannot.
+
+    Processes may write the same file at the same time; none reads a part of it."""
+    path = private_cache() / name
+    part = path.with_name(f"{name}.{os.getpid()}{TEMPORARY}")
+    _remove(part)
+    try:
+        handle = os.open(part, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW, 0o600)
+        with open(handle, "wb") as file:
+            file.write(_digest(name, content) + content)
+            file.flush()
+            os.fsync(file.fileno())
+        _remove(path)  # a folder would not be replaced
+        _rename(part, path)
+    except BaseException:
+        _remove(part)
+        raise
+
+
+def read_cached(name: str) -> bytes | None:
+    """What `write_cached` kept: nothing where it is missing or damaged, where others could have
+    written it, or where it is a link."""
+    try:
+        handle = os.open(private_cache() / name, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK)
+    except OSError:
+        return None
+    try:
+        about = os.fstat(handle)
+        is_ours = about.st_uid == os.geteuid() and not about.st_mode & 0o022
+        if not stat.S_ISREG(about.st_mode) or not is_ours:
+            return None
+        with open(handle, "rb", closefd=False) as file:
+            whole = file.read()
+    finally:
+        os.close(handle)
+    content = whole[DIGEST_BYTES:]
+    return content if whole[:DIGEST_BYTES] == _digest(name, content) else None
+
+
+def _digest(name: str, content: bytes) -> bytes:
+    return hashlib.sha256(name.encode() + b"\0" + content).digest()

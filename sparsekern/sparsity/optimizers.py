@@ -1,0 +1,174 @@
+"""What an optimizer step must find: state that fits the values, and an algorithm that follows.
+
+Both are looked at before every step of any optimizer, by torch's global hook: a fused AdamW writes
+past the end of state that is too short (of a damaged checkpoint, or of one with another pattern),
+and an algorithm that follows no optimizer would never change a pattern, without a word. It costs
+about a microsecond for each 1-D parameter.
+"""
+
+import weakref
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor
+from torch.optim import Optimizer
+from torch.optim.optimizer import register_optimizer_step_pre_hook
+
+from .. import copies
+from ..sparse_linear import SparseLinear, layer_of, value_parameters
+from .pattern import check_can_change, check_same_on_all_ranks, holders
+
+# What the optimizers of torch keep for each element. LBFGS has vectors for all parameters together,
+# and those with 8 bits have a scale for each block: of these nothing can be said.
+ELEMENTWISE = (
+    "acc_delta",
+    "ax",
+    "exp_avg",
+    "exp_avg_sq",
+    "exp_inf",
+    "grad_avg",
+    "max_exp_avg_sq",
+    "momentum_buffer",
+    "prev",
+    "square_avg",
+    "step_size",
+    "sum",
+)
+NEVER = -1  # in the place of a step: no update is to come
+LOOK_AHEAD = 10_000  # steps, to tell whether an algorithm has an update before it
+
+_algorithms: list[weakref.ref] = []  # that have a model; they have no hash
+
+
+def unwrapped(target) -> Optimizer | None:
+    """The optimizer that `target` is or wraps (as accelerate's does); None if it is none.
+
+    NotImplementedError for a wrapper with state of its own that calls no hooks."""
+    if isinstance(target, Optimizer) and hasattr(target, "_optimizer_step_post_hooks"):
+        return target
+    inner = getattr(target, "optimizer", None)
+    if not isinstance(inner, Optimizer) or isinstance(target, torch.nn.Module):
+        return None
+    state = getattr(target, "state", inner.state)
+    if state is not inner.state and state:
+        raise NotImplementedError(
+            f"apply: {type(target).__name__} calls no step hooks and keeps state of its own, which "
+            "cannot follow a pattern; use the optimizer inside of it"
+        )
+    return unwrapped(inner)
+
+
+def held_layers(optimizer: Optimizer, layers: Mapping[str, SparseLinear]) -> list[str]:
+    held = {id(p) for group in optimizer.param_groups for p in group["params"]}
+    parts = {name: value_parameters(layer) for name, layer in layers.items()}
+    return [name for name, of_layer in parts.items() if any(id(p) in held for p in of_layer)]
+
+
+def follow(algorithm, optimizer: Optimizer) -> None:
+    """Let the algorithm count the steps that all its optimizers have made."""
+
+    def before(*_) -> None:
+        if not algorithm._is_checked:
+            _check_all_are_held(algorithm)
+            check_same_on_all_ranks(algorithm.layers)
+            algorithm._is_checked = True
+        if algorithm.is_due:
+            check_can_change(algorithm.layers, algorithm.optimizers)
+
+    def after(*_) -> None:
+        algorithm._stepped.add(id(optimizer))
+        if len(algorithm._stepped) == len(algorithm.optimizers):
+            algorithm._stepped.clear()
+            algorithm._after_step()
+
+    algorithm._is_checked = False
+    algorithm.optimizers.append(optimizer)
+    # A compiled step leaves its graph for them: they look at numbers and change shapes.
+    optimizer.register_step_pre_hook(torch.compiler.disable(before))
+    optimizer.register_step_post_hook(torch.compiler.disable(after))
+
+
+def _check_all_are_held(algorithm) -> None:
+    held = {n for o in algorithm.optimizers for n in held_layers(o, algorithm.layers)}
+    layers = algorithm.layers.items()
+    missing = [n for n, layer in layers if layer.values.requires_grad and n not in held]
+    if missing:
+        raise RuntimeError(
+            f"sparsity: no optimizer that the algorithm follows holds the values of "
+            f"{', '.join(missing)}; call algorithm.apply(optimizer) with each optimizer before "
+            "the first step"
+        )
+
+
+def note_model_of(algorithm) -> None:
+    """To be called when the algorithm has got its layers."""
+    _algorithms[:] = [ref for ref in _algorithms if ref() is not None and ref() is not algorithm]
+    _algorithms.append(weakref.ref(algorithm))
+
+
+def check_optimizer_state(optimizer: Optimizer) -> None:
+    """RuntimeError if state of the values of a SparseLinear does not have their number of elements.
+
+    It is called before every step; call it yourself to know right after load_state_dict.
+    """
+    for group in optimizer.param_groups:
+        for p in group["params"]:
+            if p.ndim != 1:
+                continue
+            state = optimizer.state.get(p)
+            for key in ELEMENTWISE if state else ():
+                t = state.get(key)
+                if isinstance(t, Tensor) and t.numel() != 1 and t.shape != p.shape:
+                    _refuse_state(key, t, p)
+
+
+def _refuse_state(key: str, t: Tensor, values: Tensor) -> None:
+    layer = layer_of(values)
+    if layer is not None:
+        raise RuntimeError(
+            f"sparsity: the optimizer's {key!r} has shape {tuple(t.shape)}, but there are "
+            f"{values.shape[0]} values in {_name_of(layer)}: its state is that of another pattern "
+            "(or damaged); load a matching one, or start with a new optimizer"
+        )
+
+
+def _name_of(layer: SparseLinear) -> str:
+    for ref in _algorithms:
+        for name, other in getattr(ref(), "layers", {}).items():
+            if other is layer:
+                return name
+    return str(layer)
+
+
+def _check_is_followed(optimizer: Optimizer) -> None:
+    for ref in list(_algorithms):
+        algorithm = ref()
+        if algorithm is None or any(optimizer is o for o in holders(algorithm.optimizers)):
+            continue
+        last = algorithm._unfollowed.get(optimizer)
+        if last == NEVER:
+            continue
+        names = held_layers(optimizer, algorithm.layers)
+        # Whoever counts the steps by hand may do so: an error comes where none was counted.
+        algorithm._unfollowed[optimizer] = algorithm.steps
+        if not names or last != algorithm.steps:
+            continue
+        if not any(algorithm._updates(algorithm.steps + i) for i in range(1, LOOK_AHEAD)):
+            algorithm._unfollowed[optimizer] = NEVER
+        else:
+            raise RuntimeError(
+                f"{type(algorithm).__name__}: an optimizer steps the values of {', '.join(names)}, "
+                "but the algorithm does not follow it, and would never change their patterns: call "
+                "algorithm.apply(optimizer) after apply(model)"
+            )
+
+
+def _before_any_step(optimizer: Optimizer, args: tuple, kwargs: dict) -> None:
+    if torch.compiler.is_compiling():  # inside of a compiled step there is nothing to read yet
+        return
+    copies.forget(p for group in optimizer.param_groups for p in group["params"])
+    check_optimizer_state(optimizer)
+    _check_is_followed(optimizer)
+
+
+register_optimizer_step_pre_hook(_before_any_step)

@@ -1,0 +1,669 @@
+"""What stands beside a pattern that changes: averages, optimizers, compiled models, CUDA graphs."""
+
+import copy
+import warnings
+import weakref
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+from torch.optim.swa_utils import (
+    AveragedModel,
+    get_ema_avg_fn,
+    get_ema_multi_avg_fn,
+)
+from torch.utils.checkpoint import checkpoint
+
+from sparsekern import SparseLinear, Static, densify_, sparsify_
+from sparsekern.kernels import derived
+from sparsekern.sparsity import (
+    GMP,
+    SET,
+    Group,
+    IterativePruning,
+    RigL,
+    check_optimizer_state,
+    match_patterns_,
+)
+from sparsekern.sparsity.pattern import places_of, set_pattern
+
+DECAY = 0.9
+
+needs_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="no NVIDIA GPU")
+
+
+@pytest.fixture(autouse=True)
+def one_thread():
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)  # these tensors are tiny
+    yield
+    torch.set_num_threads(before)
+
+
+def mlp() -> nn.Sequential:
+    torch.manual_seed(0)
+    return nn.Sequential(nn.Linear(16, 24), nn.BatchNorm1d(24), nn.GELU(), nn.Linear(24, 8))
+
+
+def plain() -> nn.Sequential:
+    torch.manual_seed(0)
+    return nn.Sequential(nn.Linear(16, 24), nn.GELU(), nn.Linear(24, 8))
+
+
+def batch(step: int) -> tuple[torch.Tensor, torch.Tensor]:
+    x = torch.randn(32, 16, generator=torch.Generator().manual_seed(step))
+    return x, x[:, :8].sin()
+
+
+def gradients(model: nn.Module, step: int) -> None:
+    model.zero_grad()
+    x, y = batch(step)
+    F.mse_loss(model(x), y).backward()
+
+
+def fit(model: nn.Module, optimizer, steps: int, first: int = 0, each=lambda: None) -> None:
+    for step in range(first, first + steps):
+        gradients(model, step)
+        optimizer.step()
+        each()
+
+
+def start(algorithm, model: nn.Module):
+    model = algorithm.apply(model)
+    return model, algorithm.apply(torch.optim.AdamW(model.parameters(), 1e-2))
+
+
+def layers(model: nn.Module) -> list[SparseLinear]:
+    return [m for m in model.modules() if isinstance(m, SparseLinear)]
+
+
+def patterns(model: nn.Module) -> list[list[int]]:
+    return [places_of(layer).tolist() for layer in layers(model)]
+
+
+def mask_of(layer: SparseLinear) -> torch.Tensor:
+    mask = torch.zeros(layer.out_features * layer.in_features)
+    return mask.index_fill_(0, places_of(layer), 1).view(layer.out_features, -1)
+
+
+# Averages
+
+CUBIC = {"type": "cubic", "init": 0.0, "final": 0.9, "steps": 8}
+MOVING = {
+    "rigl": lambda: RigL(0.75, update={"freq": 2}),
+    "set": lambda: SET(0.75, update={"freq": 2}),
+    "gmp": lambda: GMP(CUBIC, update={"freq": 3}),
+    "iterative": lambda: IterativePruning(0.9, rounds=4, freq=2),
+}
+AVERAGES = {
+    "swa": ({}, lambda mean, new, n: mean + (new - mean) / (n + 1)),
+    "avg_fn": ({"avg_fn": get_ema_avg_fn(DECAY)}, lambda mean, new, n: mean.lerp(new, 1 - DECAY)),
+    "multi": (
+        {"multi_avg_fn": get_ema_multi_avg_fn(DECAY)},
+        lambda mean, new, n: mean.lerp(new, 1 - DECAY),
+    ),
+}
+
+
+class DenseAverage:
+    """The average of to_dense(), at the places that are stored."""
+
+    def __init__(self, model: nn.Module, average) -> None:
+        self.model, self.average, self.count, self.means = model, average, 0, []
+
+    def update(self) -> None:
+        now = [layer.weight.detach().to_dense() for layer in layers(self.model)]
+        if self.count:
+            now = [self.average(m, w, self.count) for m, w in zip(self.means, now, strict=True)]
+        masks = [mask_of(layer) for layer in layers(self.model)]
+        self.means = [w * mask for w, mask in zip(now, masks, strict=True)]
+        self.count += 1
+
+
+@pytest.mark.parametrize(
+    ("kind", "use_buffers"), [("swa", True), ("avg_fn", False), ("multi", True), ("multi", False)]
+)
+@pytest.mark.parametrize("name", MOVING)
+def test_an_average_is_that_of_the_dense_weights(name, kind, use_buffers):
+    model, optimizer = start(MOVING[name](), mlp())
+    settings, formula = AVERAGES[kind]
+    average = AveragedModel(model, use_buffers=use_buffers, **settings)
+    want = DenseAverage(model, formula)
+    first = patterns(model)
+    fit(model, optimizer, 3)  # the pattern changes before the first update, too
+    for step in range(3, 12):
+        fit(model, optimizer, 1, step)
+        average.update_parameters(model)
+        want.update()
+    assert patterns(average) == patterns(model) != first
+    for layer, mean in zip(layers(average), want.means, strict=True):
+        torch.testing.assert_close(layer.weight.to_dense(), mean, atol=1e-6, rtol=1e-6)
+        assert layer.col_indices.dtype == torch.int32
+    average.eval()
+    x = batch(0)[0]
+    y = F.linear(x, want.means[0], average.module[0].bias)
+    y = F.linear(F.gelu(average.module[1](y)), want.means[1], average.module[3].bias)
+    torch.testing.assert_close(average(x), y)
+
+
+@pytest.mark.parametrize("columns", [128, 5000])
+def test_averaged_buffers_leave_indices_alone(columns):
+    """(0.9999 * 106 + 0.0001 * 106) rounded down is 105."""
+    model = sparsify_(nn.Sequential(nn.Linear(columns, 8)), Static(0.9))
+    average = AveragedModel(model, multi_avg_fn=get_ema_multi_avg_fn(0.9999), use_buffers=True)
+    version = average.module[0].col_indices._version
+    for _ in range(5):
+        average.update_parameters(model)
+    assert patterns(average) == patterns(model)
+    assert average.module[0].col_indices._version == version  # nothing derived is made anew
+    x = torch.randn(3, columns)
+    torch.testing.assert_close(average(x), model(x))
+
+
+def test_an_average_of_a_model_in_ddp_or_compiled_follows():
+    algorithm = SET(0.75, update={"freq": 1})
+    model, optimizer = start(algorithm, plain())
+    wrapped = torch.compile(model, backend="eager")
+    average = AveragedModel(model)
+    fit(wrapped, optimizer, 3, each=lambda: average.update_parameters(wrapped))
+    assert patterns(average) == patterns(model)
+
+
+def test_an_average_made_too_early_and_other_uses_of_it():
+    model = plain()
+    average = AveragedModel(model)
+    average.update_parameters(model)  # dense models average as before
+    algorithm = Static(0.5)
+    model = algorithm.apply(model)
+    with pytest.raises(ValueError, match="make the average of the model after it became sparse"):
+        average.update_parameters(model)
+    with pytest.raises(TypeError, match="AveragedModel, which follows the patterns"):
+        algorithm.apply(AveragedModel(model))
+
+
+def test_an_average_by_hand():
+    model, optimizer = start(RigL(0.75, update={"freq": 2}), plain())
+    average = copy.deepcopy(model)
+    want = DenseAverage(model, lambda mean, new, n: mean.lerp(new, 1 - DECAY))
+    want.update()
+
+    @torch.no_grad()
+    def update():
+        assert match_patterns_(average, model) is average
+        for a, p in zip(average.parameters(), model.parameters(), strict=True):
+            a.lerp_(p, 1 - DECAY)
+        want.update()
+
+    fit(model, optimizer, 9, each=update)
+    for layer, mean in zip(layers(average), want.means, strict=True):
+        torch.testing.assert_close(layer.weight.to_dense(), mean, atol=1e-6, rtol=1e-6)
+
+
+@pytest.mark.parametrize("how", ["lerp", "data"])
+def test_an_average_by_hand_that_does_not_follow_is_told(how):
+    model, optimizer = start(RigL(0.75, update={"steps": [0, 4]}), plain())
+    average = copy.deepcopy(model)
+
+    def update():
+        for a, p in zip(average.parameters(), model.parameters(), strict=True):
+            if how == "data":
+                a.data.mul_(DECAY).add_(p.data, alpha=1 - DECAY)
+            else:
+                a.detach().lerp_(p.detach(), 1 - DECAY)
+
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        fit(model, optimizer, 3, each=update)
+    with pytest.warns(UserWarning, match="a copy of .* call sparsekern.sparsity.match_patterns_"):
+        fit(model, optimizer, 1)
+
+
+def test_other_copies_are_nobodys_business():
+    model, optimizer = start(SET(0.75, update={"freq": 2}), plain())
+    kept, loaded, trained, swa = copy.deepcopy(model), *(copy.deepcopy(model) for _ in range(3))
+    swa, ema = AveragedModel(model), copy.deepcopy(model)
+    other = torch.optim.SGD(trained.parameters(), 0.1)
+
+    @torch.no_grad()
+    def update():
+        loaded.load_state_dict(model.state_dict())
+        swa.update_parameters(model)
+        match_patterns_(ema, model)
+        for a, p in zip(ema.parameters(), model.parameters(), strict=True):
+            a.lerp_(p, 0.1)
+
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        for step in range(6):
+            fit(trained, other, 1, step)
+            fit(model, optimizer, 1, step, update)
+    assert patterns(loaded) == patterns(swa) == patterns(ema) == patterns(model)
+    assert patterns(kept) == patterns(trained) != patterns(model)
+
+
+# Optimizers
+
+
+def longer_state(optimizer, layer: SparseLinear, key: str, by: int = -3) -> None:
+    t = optimizer.state[layer.values][key]
+    optimizer.state[layer.values][key] = t.new_zeros(t.shape[0] + by)
+
+
+@pytest.mark.parametrize("by", [-3, 5])
+@pytest.mark.parametrize(
+    ("make", "key"),
+    [
+        (lambda p: torch.optim.AdamW(p, fused=True), "exp_avg"),
+        (lambda p: torch.optim.AdamW(p, foreach=True), "exp_avg_sq"),
+        (lambda p: torch.optim.SGD(p, momentum=0.9), "momentum_buffer"),
+        (lambda p: torch.optim.Adagrad(p), "sum"),
+        (lambda p: torch.optim.RMSprop(p), "square_avg"),
+    ],
+)
+@pytest.mark.parametrize("algorithm", [None, "static"])
+def test_state_of_another_length_is_refused_before_a_step(algorithm, make, key, by):
+    model = plain()
+    if algorithm is None:
+        model = sparsify_(model, Static(0.5))
+        optimizer = make(model.parameters())
+    else:
+        algorithm = Static(0.5)
+        model = algorithm.apply(model)
+        optimizer = algorithm.apply(make(model.parameters()))
+    fit(model, optimizer, 1)
+    check_optimizer_state(optimizer)
+    longer_state(optimizer, model[2], key, by)
+    before = copy.deepcopy(model.state_dict())
+    name = "2" if algorithm else "SparseLinear"
+    with pytest.raises(
+        RuntimeError, match=rf"'{key}' has shape \({96 + by},\).* 96 values in {name}"
+    ):
+        fit(model, optimizer, 1)
+    assert all(torch.equal(t, before[key]) for key, t in model.state_dict().items())
+
+
+def test_a_checkpoint_of_another_pattern_is_refused():
+    other, others = start(Static(0.8), plain())
+    fit(other, others, 1)
+    model, optimizer = start(Static(0.5), plain())
+    optimizer.load_state_dict(others.state_dict())
+    with pytest.raises(RuntimeError, match="its state is that of another pattern"):
+        check_optimizer_state(optimizer)
+    with pytest.raises(RuntimeError, match="its state is that of another pattern"):
+        fit(model, optimizer, 1)
+
+
+def test_state_that_is_no_sparse_layers_is_none_of_our_business():
+    p = nn.Parameter(torch.zeros(4))
+    p.grad = torch.ones(4)
+    optimizer = torch.optim.SGD([p], momentum=0.5)
+    optimizer.state[p]["momentum_buffer"] = torch.zeros(1, 4)[:, :3]
+    check_optimizer_state(optimizer)
+
+
+class Accelerated(torch.optim.Optimizer):
+    """As accelerate wraps an optimizer: no __init__ of Optimizer, so no hooks."""
+
+    def __init__(self, optimizer):
+        self.optimizer = optimizer
+
+    state = property(lambda self: self.optimizer.state)
+    param_groups = property(lambda self: self.optimizer.param_groups)
+
+    def step(self, closure=None):
+        self.optimizer.step(closure)
+
+
+def test_a_wrapped_optimizer():
+    algorithm, plain_one = (SET(0.75, update={"freq": 2}) for _ in range(2))
+    model = algorithm.apply(plain())
+    wrapped = Accelerated(torch.optim.AdamW(model.parameters(), 1e-2))
+    assert algorithm.apply(wrapped) is wrapped
+    fit(model, wrapped, 6)
+    assert algorithm.steps == 6
+    twin, optimizer = start(plain_one, plain())
+    fit(twin, optimizer, 6)
+    assert patterns(model) == patterns(twin)
+    assert torch.equal(model[0].values, twin[0].values)
+
+
+class Outer(torch.optim.Optimizer):
+    """As SAM or Lookahead: an optimizer with state, and another one in it."""
+
+    def __init__(self, inner):
+        super().__init__(inner.param_groups, {})
+        self.base_optimizer = inner
+
+    def step(self, closure=None):
+        for group in self.param_groups:
+            for p in group["params"]:
+                slow = self.state[p].setdefault("slow", torch.zeros_like(p))
+                slow.lerp_(p.detach(), 0.5)
+        self.base_optimizer.step()
+
+
+def test_state_in_a_wrapper_and_in_what_it_wraps_moves():
+    algorithm = SET(0.5, update={"steps": [0, 3]})
+    model = algorithm.apply(plain())
+    outer = algorithm.apply(Outer(torch.optim.AdamW(model.parameters(), 1e-2)))
+    fit(model, outer, 2)
+    layer = model[0]
+    gradients(model, 2)
+    before = copy.deepcopy(model), places_of(layer)
+    states = copy.deepcopy([dict(o.state[layer.values]) for o in (outer, outer.base_optimizer)])
+    moments = [s[k] for s, k in zip(states, ("slow", "exp_avg"), strict=True)]
+    set_pattern(layer, torch.arange(100), [outer])
+    kept = torch.isin(before[1], torch.arange(100))
+    now = outer.state[layer.values]["slow"], outer.base_optimizer.state[layer.values]["exp_avg"]
+    for t, moment in zip(now, moments, strict=True):
+        want = torch.zeros(100).index_put((before[1][kept],), moment[kept])
+        assert torch.equal(t, want)
+
+
+def test_values_split_among_optimizers():
+    """One for each layer: the run of a single one, and steps are counted once."""
+    alone = SET(0.75, update={"freq": 2})
+    twin, single = start(alone, plain())
+    algorithm = SET(0.75, update={"freq": 2})
+    model = algorithm.apply(plain())
+    parts = [algorithm.apply(torch.optim.AdamW(m.parameters(), 1e-2)) for m in (model[0], model[2])]
+    for step in range(7):
+        gradients(model, step)
+        for part in parts:
+            part.step()
+    fit(twin, single, 7)
+    assert algorithm.steps == 7
+    assert patterns(model) == patterns(twin)
+    for a, b in zip(model.parameters(), twin.parameters(), strict=True):
+        assert torch.equal(a, b)
+
+
+def test_an_optimizer_in_the_backward_pass():
+    algorithm = RigL(0.75, update={"freq": 2})
+    model = algorithm.apply(plain())
+    first = patterns(model)
+    for p in model.parameters():
+        optimizer = torch.optim.SGD([p], 1e-2)
+        if p.ndim == 1 and any(p is layer.values for layer in layers(model)):
+            algorithm.apply(optimizer)
+        p.register_post_accumulate_grad_hook(lambda p, o=optimizer: o.step())
+    for step in range(4):
+        gradients(model, step)
+    assert algorithm.steps == 4 and patterns(model) != first
+
+
+def test_values_that_no_optimizer_holds():
+    algorithm = SET(0.75, update={"freq": 2})
+    model = algorithm.apply(plain())
+    optimizer = algorithm.apply(torch.optim.SGD(model[0].parameters(), 1e-2))
+    with pytest.raises(RuntimeError, match="no optimizer .* holds the values of 2; call"):
+        fit(model, optimizer, 1)
+    model[2].values.requires_grad_(False)
+    fit(model, optimizer, 1)
+
+
+def test_a_group_and_optimizers_for_each_part():
+    group = Group({"0": SET(0.75, update={"freq": 1}), "2": SET(0.5, update={"freq": 1})})
+    model = group.apply(plain())
+    first = patterns(model)
+    parts = [group.apply(torch.optim.SGD(m.parameters(), 1e-2)) for m in (model[0], model[2])]
+    gradients(model, 0)
+    for part in parts:
+        part.step()
+    assert all(a != b for a, b in zip(first, patterns(model), strict=True))
+
+
+def test_an_algorithm_that_follows_nobody():
+    algorithm = RigL(0.75, update={"freq": 100, "stop": 300})
+    model = algorithm.apply(plain())
+    optimizer = torch.optim.SGD(model.parameters(), 1e-2)
+    with pytest.raises(RuntimeError, match=r"RigL: .* values of 0, 2, but .* apply"):
+        fit(model, optimizer, 2)
+    algorithm.apply(optimizer)
+    algorithm.steps = 300
+    fit(model, torch.optim.SGD(model.parameters(), 1e-2), 3)  # no update is to come any more
+
+
+def test_static_patterns_and_steps_by_hand_need_nobody():
+    model = Static(0.75).apply(plain())
+    fit(model, torch.optim.SGD(model.parameters(), 1e-2), 3)
+    algorithm = SET(0.75, update={"freq": 1})
+    model = algorithm.apply(plain())
+
+    def count():
+        algorithm.steps += 1
+        algorithm.update_pattern()
+
+    fit(model, torch.optim.SGD(model.parameters(), 1e-2), 3, each=count)
+
+
+class Blocks(torch.optim.SGD):
+    """State that has another shape than the parameter, as optimizers with 8 bits have."""
+
+    def step(self, closure=None):
+        for p in self.param_groups[0]["params"]:
+            self.state[p]["absmax"] = torch.ones(2)
+        return super().step(closure)
+
+
+def test_state_that_cannot_follow():
+    model, _ = start(algorithm := SET(0.75, update={"freq": 2}), plain())
+    optimizer = algorithm.optimizers[0]
+    algorithm.optimizers.clear()
+    algorithm.apply(Blocks(model.parameters(), 1e-2))
+    before = patterns(model)
+    with pytest.raises(RuntimeError, match=r"'absmax' of shape \(2,\) for the 96 values of 0"):
+        fit(model, algorithm.optimizers[0], 2)
+    assert patterns(model) == before and optimizer is not algorithm.optimizers[0]
+    lbfgs = torch.optim.LBFGS(model.parameters())
+    gradients(model, 0)
+    lbfgs.step(lambda: F.mse_loss(model(batch(0)[0]), batch(0)[1]))
+    with pytest.raises(RuntimeError, match="LBFGS keeps the steps of all parameters in one vector"):
+        set_pattern(model[0], torch.arange(9), [lbfgs])
+    assert patterns(model) == before
+
+
+def test_densify_refuses_state_of_another_shape():
+    model, optimizer = start(Static(0.5), plain())
+    fit(model, optimizer, 1)
+    longer_state(optimizer, model[2], "exp_avg")
+    with pytest.raises(ValueError, match=r"'exp_avg' of shape \(93,\) for the 96 values"):
+        densify_(model, optimizer)
+    assert len(layers(model)) == 2
+
+
+# torch.compile
+
+
+@pytest.fixture
+def frames():
+    """Compiles whole graphs, and counts them."""
+    torch._dynamo.reset()
+    counter = torch._dynamo.testing.CompileCounterWithBackend("aot_eager")
+    yield counter
+    torch._dynamo.reset()
+
+
+def test_pruning_compiles_no_graph_for_each_size(frames):
+    algorithm = IterativePruning(0.8, rounds=12, freq=1)
+    model, optimizer = start(algorithm, plain())
+    twin, twins = start(IterativePruning(0.8, rounds=12, freq=1), plain())
+    compiled = torch.compile(model, fullgraph=True, backend=frames)
+    sizes = set()
+    for step in range(13):
+        fit(compiled, optimizer, 1, step)
+        fit(twin, twins, 1, step)
+        sizes.add(layers(model)[0].values.shape[0])
+    assert len(sizes) >= 12 and frames.frame_count <= 2
+    for a, b in zip(model.parameters(), twin.parameters(), strict=True):
+        torch.testing.assert_close(a, b)
+
+
+def test_layers_of_many_sizes_share_a_graph(frames):
+    for nnz in range(3, 15):
+        mask = torch.arange(6 * 9).view(6, 9) < nnz
+        layer = SparseLinear.from_linear(nn.Linear(9, 6), mask)
+        layer.compile(fullgraph=True, backend=frames)
+        x = torch.randn(4, 9)
+        torch.testing.assert_close(layer(x), F.linear(x, layer.weight.to_dense(), layer.bias))
+    assert frames.frame_count <= 2
+
+
+@pytest.mark.parametrize("backend", ["inductor", "eager"])
+def test_rigl_under_compile_does_what_it_does_without(backend):
+    """The first update comes long after the first compilation."""
+    torch._dynamo.reset()
+    algorithm = RigL(0.75, update={"freq": 5})
+    model, optimizer = start(algorithm, plain())
+    twin, twins = start(RigL(0.75, update={"freq": 5}), plain())
+    first = patterns(model)
+    compiled = torch.compile(model, fullgraph=True, backend=backend)
+    if backend == "eager":  # the whole step, too
+        step = torch.compile(optimizer.step, backend=backend)
+        fit(compiled, type("Stepped", (), {"step": staticmethod(step)}), 12)
+    else:
+        fit(compiled, optimizer, 12)
+    fit(twin, twins, 12)
+    assert algorithm.steps == 12
+    assert patterns(model) == patterns(twin) != first
+    torch.testing.assert_close(model[0].values, twin[0].values, atol=1e-5, rtol=1e-4)
+
+
+@pytest.mark.parametrize("use_reentrant", [False, True])
+def test_rigl_under_activation_checkpointing(use_reentrant):
+    class Checkpointed(nn.Module):
+        def __init__(self, inner):
+            super().__init__()
+            self.inner = inner
+
+        def forward(self, x):
+            return checkpoint(self.inner, x.requires_grad_(), use_reentrant=use_reentrant)
+
+    model, optimizer = start(RigL(0.75, update={"freq": 2}), plain())
+    twin, twins = start(RigL(0.75, update={"freq": 2}), plain())
+    fit(Checkpointed(model), optimizer, 4)
+    fit(twin, twins, 4)
+    assert patterns(model) == patterns(twin)
+
+
+def test_rigl_under_functorch():
+    """Gradients of torch.func, put into .grad by hand."""
+    model, optimizer = start(RigL(0.75, update={"freq": 2}), plain())
+    twin, twins = start(RigL(0.75, update={"freq": 2}), plain())
+    for step in range(4):
+        x, y = batch(step)
+        parameters = dict(model.named_parameters())
+        found = torch.func.grad(lambda p: F.mse_loss(torch.func.functional_call(model, p, x), y))(  # noqa: B023
+            parameters
+        )
+        for name, p in parameters.items():
+            p.grad = found[name]
+        optimizer.step()
+    fit(twin, twins, 4)
+    assert patterns(model) == patterns(twin)
+
+
+def test_layers_that_share_their_indices_see_their_own_gradients():
+    a = SparseLinear.from_linear(nn.Linear(16, 16), torch.rand(16, 16) < 0.3)
+    b = SparseLinear(16, 16, a.row_offsets, a.col_indices, a.values.detach().clone(), a.bias)
+    assert a.row_offsets is b.row_offsets
+    algorithm = RigL(0.7, update={"freq": 1})
+    model = algorithm.apply(nn.ModuleList([a, b]))
+    algorithm.apply(torch.optim.SGD(model.parameters(), 0.0))
+    x = torch.randn(5, 16)
+    a(x).sum().backward()
+    torch.testing.assert_close(algorithm._block("0", a, 0, 16), x.sum(0).expand(16, 16))
+    assert not algorithm._block("1", b, 0, 16).any()
+
+
+def test_gradients_that_nobody_saw_are_an_error():
+    """As those of a replayed CUDA graph."""
+    algorithm = RigL(0.75, update={"freq": 1})
+    model, optimizer = start(algorithm, plain())
+    before = patterns(model)
+    for p in model.parameters():
+        p.grad = torch.ones_like(p)
+    with pytest.raises(RuntimeError, match="values of 0, 2 have gradients, but .* not seen"):
+        optimizer.step()
+    assert patterns(model) == before
+    gradients(model, 0)
+    algorithm._seen["2"].pairs.clear()
+    with pytest.warns(UserWarning, match="values of 2 have gradients.* keep their patterns"):
+        optimizer.step()
+    assert patterns(model)[0] != before[0]
+
+
+# CUDA graphs
+
+
+@pytest.fixture
+def captured(monkeypatch):
+    """Says of one layer that a CUDA graph reads its pattern."""
+
+    def note(layer: SparseLinear) -> None:
+        t = layer.col_indices
+        monkeypatch.setitem(derived._captured, id(t), weakref.ref(t))
+
+    return note
+
+
+def test_a_captured_pattern_does_not_change(captured):
+    algorithm = SET(0.75, update={"freq": 1})
+    model, optimizer = start(algorithm, plain())
+    before, state = patterns(model), copy.deepcopy(model.state_dict())
+    captured(model[2])
+    with pytest.raises(RuntimeError, match="2: a captured CUDA graph reads the pattern"):
+        fit(model, optimizer, 1)
+    with pytest.raises(RuntimeError, match="a captured CUDA graph reads the pattern"):
+        set_pattern(model[2], torch.arange(9))
+    assert patterns(model) == before
+    model.load_state_dict(state)  # its own pattern: other values are what a graph reads anew
+    assert model[2].col_indices is not None and derived.is_captured(model[2].col_indices)
+    other = Static(0.5).apply(plain()).state_dict()
+    values = model[2].values.detach().clone()
+    with pytest.raises(RuntimeError, match=r"2\.col_indices: a captured CUDA graph"):
+        model.load_state_dict(other)
+    assert patterns(model)[1] == before[1] and torch.equal(model[2].values, values)
+
+
+@pytest.mark.gpu
+@needs_gpu
+def test_a_graph_that_was_captured_stays_right_or_its_pattern_stays():
+    model = Static(0.75).apply(plain()).cuda()
+    x = batch(0)[0].cuda()
+    with torch.no_grad():
+        model(x)
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            y = model(x)
+        before = patterns(model)
+        with pytest.raises(RuntimeError, match="a captured CUDA graph reads the pattern"):
+            set_pattern(model[0], torch.arange(9, device="cuda"))
+        assert patterns(model) == before
+        model[0].values.mul_(2)
+        graph.replay()
+        torch.testing.assert_close(y, model(x))
+
+
+@pytest.mark.gpu
+@needs_gpu
+@pytest.mark.parametrize("backend", ["inductor", None])
+def test_patterns_move_on_a_gpu_as_on_a_cpu(backend):
+    runs = []
+    for device in ("cpu", "cuda"):
+        torch._dynamo.reset()
+        algorithm = RigL(0.75, update={"freq": 2})
+        model = algorithm.apply(plain()).to(device)
+        optimizer = algorithm.apply(torch.optim.SGD(model.parameters(), 1e-2))
+        average = AveragedModel(model, use_buffers=True, avg_fn=get_ema_avg_fn(DECAY))
+        call = torch.compile(model, backend=backend) if backend and device == "cuda" else model
+        for step in range(4):
+            x, y = (t.to(device) for t in batch(step))
+            optimizer.zero_grad()
+            F.mse_loss(call(x), y).backward()
+            optimizer.step()
+            average.update_parameters(model)
+        assert patterns(average) == patterns(model)
+        runs.append(average.cpu()(batch(0)[0]))
+    torch.testing.assert_close(*runs, atol=1e-3, rtol=1e-3)
