@@ -110,7 +110,8 @@ def _is_pattern(row_offsets, col_indices, n, device, is_cpu) -> bool:
     return (
         row_offsets.dtype is _int32
         and col_indices.dtype is _int32
-        and row_offsets.numel() == n + 1  # of whatever shape
+        and row_offsets.numel() == n + 1
+        and row_offsets.dim() == col_indices.dim() == 1  # kernels size results by shape[0]
         and row_offsets.is_contiguous()
         and col_indices.is_contiguous()
         and row_offsets.get_device() == col_indices.get_device() == device
