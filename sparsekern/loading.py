@@ -19,7 +19,8 @@ from .tensor import SparseTensor
 INDICES = ("row_offsets", "col_indices")
 CAPTURED = (
     "a captured CUDA graph reads the pattern of this layer and would not see another one: delete "
-    "the graph (and the layer's copies in it), change the pattern, and capture again"
+    "the graph, say so with sparsekern.nn.forget_graphs_(model), change the pattern, and capture "
+    "again"
 )
 
 

@@ -7,6 +7,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
+from .kernels.derived import forget_captures
 from .kernels.layout import Packed
 from .kernels.packed import name_of, pack
 from .ops import spmm_packed
@@ -17,6 +18,7 @@ __all__ = [
     "PackedLinear",
     "SparseLinear",
     "densify_",
+    "forget_graphs_",
     "pack_",
     "replace_modules",
     "sparsifiable",
@@ -213,6 +215,15 @@ def _densified(state, module: SparseLinear):
         return state
     n, k = module.out_features, module.in_features
     return SparseTensor._trusted(module.row_offsets, module.col_indices, state, n, k).to_dense()
+
+
+def forget_graphs_(model: nn.Module) -> nn.Module:
+    """Say that no CUDA graph that was captured with this model is replayed any more, so that its
+    patterns may change; returns the model. Nobody else can tell when a graph is gone."""
+    for module in model.modules():
+        if isinstance(module, SparseLinear):
+            forget_captures(module.col_indices)
+    return model
 
 
 def replace_modules(

@@ -17,6 +17,7 @@ from torch.utils.checkpoint import checkpoint
 
 from sparsekern import SparseLinear, Static, densify_, sparsify_
 from sparsekern.kernels import derived
+from sparsekern.nn import forget_graphs_
 from sparsekern.sparsity import (
     GMP,
     SET,
@@ -625,6 +626,18 @@ def test_a_captured_pattern_does_not_change(captured):
     with pytest.raises(RuntimeError, match=r"2\.col_indices: a captured CUDA graph"):
         model.load_state_dict(other)
     assert patterns(model)[1] == before[1] and torch.equal(model[2].values, values)
+    forget_graphs_(model)
+    model.load_state_dict(other)
+    assert patterns(model)[1] != before[1]
+
+
+def test_captures_that_pass(captured):
+    """Of a sampler, whose graph is gone when it has its tokens; others stay."""
+    first, second = (Static(0.75).apply(plain())[2] for _ in range(2))
+    captured(first)
+    with derived.passing_captures():
+        captured(second)
+    assert derived.is_captured(first.col_indices) and not derived.is_captured(second.col_indices)
 
 
 @pytest.mark.gpu

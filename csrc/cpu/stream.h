@@ -277,7 +277,7 @@ void stream_bitmap(const Stream& w, const T* values, const float* x, int64_t tok
     Vec sums[kRows * kTokens];
     for (int r = 0; r < kRows; r++) {
       const int64_t row = least(i + r, w.rows - 1);
-      const bool at_end = kOverread && w.row_offsets[row + 1] + kLanes > w.nnz;
+      const bool at_end = kOverread && w.row_offsets[row + 1] > w.nnz - kLanes;
       auto* f = at_end ? bitmap_row<kTokens, true, T> : bitmap_row<kTokens, false, T>;
       f(w, values + w.row_offsets[row], w.bits + row * w.words, x, sums + r * kTokens);
     }
@@ -292,9 +292,9 @@ void stream_gather(const Stream& w, const T* values, const float* x, T* y) {
     Vec acc[4];
     SK_FOR(r, 4) {
       const int64_t row = least(i + r, w.rows - 1);
-      const int32_t end = w.row_offsets[row + 1];
+      const int64_t end = w.row_offsets[row + 1];
       Vec a = zero();
-      int32_t p = w.row_offsets[row];
+      int64_t p = w.row_offsets[row];
       for (; p + kLanes <= end; p += kLanes) {
         prefetch_values(values + p);
         prefetch_indices(w.cols + p);

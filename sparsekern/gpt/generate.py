@@ -5,6 +5,7 @@ On CUDA the step of a token, sampling included, is one replay of a CUDA graph.""
 import torch
 from torch import Tensor
 
+from ..kernels.derived import passing_captures
 from .model import GPT, Cache
 
 CACHE_MULTIPLE = 64  # positions: attention on CUDA copies masks whose rows are not aligned
@@ -21,11 +22,12 @@ def generate(
     """
     if count == 0:
         return idx
-    decoder = Decoder(model, idx, count, temperature, top_k, seed)
-    decoder.start()
-    for _ in range(count - 1):
-        decoder.step()
-    return decoder.tokens
+    with passing_captures():  # a model may be trained on after a sample
+        decoder = Decoder(model, idx, count, temperature, top_k, seed)
+        decoder.start()
+        for _ in range(count - 1):
+            decoder.step()
+        return decoder.tokens
 
 
 class Decoder:

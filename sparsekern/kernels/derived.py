@@ -15,7 +15,8 @@ tensors live. Three rules hold for everything that is derived:
 
 import copy
 import weakref
-from collections.abc import Callable, Hashable
+from collections.abc import Callable, Hashable, Iterator
+from contextlib import contextmanager
 from typing import TypeVar
 
 import torch
@@ -128,6 +129,22 @@ def note_capture(col_indices: Tensor) -> None:
     if col_indices.is_cuda and torch.cuda.is_current_stream_capturing():
         key = id(col_indices)
         _captured[key] = weakref.ref(col_indices, lambda _: _captured.pop(key, None))
+
+
+def forget_captures(col_indices: Tensor) -> None:
+    """The graphs that were captured with this pattern are gone."""
+    _captured.pop(id(col_indices), None)
+
+
+@contextmanager
+def passing_captures() -> Iterator[None]:
+    """The graphs that are captured inside are gone when it ends."""
+    before = set(_captured)
+    try:
+        yield
+    finally:
+        for key in _captured.keys() - before:
+            _captured.pop(key, None)
 
 
 def is_captured(col_indices: Tensor) -> bool:

@@ -12,6 +12,7 @@ import torch
 from .problem import Problem
 
 SMALL_WORK = 2**18  # multiply-adds below which a second thread costs more than it gives
+LONGEST_SUM = 96  # non-zeros added up one by one, so that rounding errors stay small
 WIDEST = 8  # vectors in a panel's row: their accumulators fill a register file of 16
 
 
@@ -93,7 +94,10 @@ def make_plan(p: Problem, machine: Machine, threads: int) -> Plan:
     else:
         share = 5 / 4 if p.density > 0.03 else 2
     column_bytes = vecs * machine.lanes * real_bytes  # of x, in a whole tile
-    cols = min(max(int((machine.l1_bytes or 32768) * share) // column_bytes, 16), 65536)
+    cols = int((machine.l1_bytes or 32768) * share) // column_bytes
+    if not is_sddmm:  # narrow panels deal a segment out to several sums
+        cols = min(cols, int(LONGEST_SUM * {1: 4, 2: 2}.get(vecs, 1) / max(p.density, 1e-9)))
+    cols = min(max(cols, 16), 65536)
 
     row_parts = col_parts = 1
     if is_sddmm:
