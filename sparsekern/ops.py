@@ -24,7 +24,7 @@ from torch.autograd import Function, forward_ad, profiler
 
 from .flop_formulas import register_when_imported
 from .kernels import cuda, observed
-from .kernels.operands import check_gradients, check_product, check_sddmm
+from .kernels.operands import check_gradients, check_memory, check_product, check_sddmm
 from .kernels.packed import assemble, check_operands
 from .kernels.problem import Problem
 from .kernels.table import pick
@@ -45,6 +45,10 @@ def _run_spmm_t(row_offsets, col_indices, values, n, k, dy, bias=None):
 def _run_product(op, row_offsets, col_indices, values, n, k, x, bias):
     m, nnz = check_product(op, row_offsets, col_indices, values, n, k, x, bias)
     device = "cpu" if x.is_cpu else "cuda"
+    if device == "cuda":  # a CPU's kernels look themselves
+        check_memory(op, row_offsets=row_offsets, col_indices=col_indices, values=values, x=x)
+    if bias is not None:
+        check_memory(op, bias=bias)
     run = pick(_new(Problem, (op, device, x.dtype, m, n, k, nnz))).run
     bias = None if bias is None else bias.contiguous()
     return run(row_offsets, col_indices, values.contiguous(), n, k, x.contiguous(), bias)
@@ -68,6 +72,8 @@ def _run_sddmm(row_offsets, col_indices, n, k, dy, x):
     m, nnz = check_sddmm(row_offsets, col_indices, n, k, dy, x)
     observed.note(row_offsets, dy, x)
     device = "cpu" if x.is_cpu else "cuda"
+    if device == "cuda":
+        check_memory("sddmm", row_offsets=row_offsets, col_indices=col_indices, dy=dy, x=x)
     run = pick(_new(Problem, ("sddmm", device, x.dtype, m, n, k, nnz))).run
     return run(row_offsets, col_indices, n, k, dy.contiguous(), x.contiguous())
 

@@ -90,6 +90,13 @@ def check_sddmm(
     raise AssertionError("sddmm: operands refused without a reason")
 
 
+def check_memory(op: str, **operands: Tensor) -> None:
+    """ValueError for a tensor whose storage was freed below it (resize_(0))."""
+    for name, t in operands.items():
+        if not t.data_ptr() and t.numel():
+            raise ValueError(f"{op}: {name}: expected {t.numel()} elements, their memory was freed")
+
+
 def check_pattern_arrays(
     op: str, row_offsets: Tensor, col_indices: Tensor, n: int, device: torch.device
 ) -> None:
