@@ -20,7 +20,7 @@ import torch
 from torch import Tensor, nn
 
 from sparsekern import SparseLinear, SparseTensor
-from sparsekern.bench.machine import about_gpu, commit, environment
+from sparsekern.bench.machine import about_cpu, about_gpu, commit
 from sparsekern.kernels import cuda
 from sparsekern.kernels.problem import Problem
 from sparsekern.kernels.table import pick
@@ -155,8 +155,8 @@ def main() -> None:
     torch.set_num_threads(1)
     torch.manual_seed(0)
     tables = {"Host time of a call": list(host_times(arguments.device))}
-    machine = {"environment": environment(), "commit": commit()}
-    name = machine["environment"]["cpu"].lower().replace(" ", "-").strip("-")
+    machine = {"machine": about_cpu(), "commit": commit()}
+    name = machine["machine"]["cpu"].lower().replace(" ", "-").strip("-")
     if arguments.device == "cuda":
         machine["gpu"] = about_gpu()
         name = machine["gpu"]["gpu"].lower().replace(" ", "-")

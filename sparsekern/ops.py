@@ -152,7 +152,7 @@ _modes = torch._C._len_torch_dispatch_stack
 _tracing_state = torch._C._get_tracing_state
 _is_wrapped = torch._C._functorch.is_functorch_wrapped_tensor
 _is_grad_enabled = torch.is_grad_enabled
-_Parameter = torch.nn.Parameter
+_PLAIN = (Tensor, torch.nn.Parameter)
 
 
 def spmm(
@@ -169,7 +169,7 @@ def spmm(
     function, is_direct = _route("spmm", values, x, bias)
     if is_direct:
         try:
-            return _run_spmm(*args) if function is None else _APPLY["spmm"](*args)
+            return _run_product("spmm", *args) if function is None else _APPLY["spmm"](*args)
         except (RuntimeError, ValueError):
             if not _is_any_lazy(values, x, bias):
                 raise
@@ -190,7 +190,7 @@ def spmm_t(
     function, is_direct = _route("spmm_t", values, dy, bias)
     if is_direct:
         try:
-            return _run_spmm_t(*args) if function is None else _APPLY["spmm_t"](*args)
+            return _run_product("spmm_t", *args) if function is None else _APPLY["spmm_t"](*args)
         except (RuntimeError, ValueError):
             if not _is_any_lazy(values, dy, bias):
                 raise
@@ -233,18 +233,14 @@ def _is_direct(a: Tensor, b: Tensor, bias: Tensor | None) -> bool:
     return (
         not _is_compiling()
         and (b.is_cpu or b.is_cuda)
-        and _is_plain(a)
-        and _is_plain(b)
-        and (bias is None or _is_plain(bias))
+        and type(a) in _PLAIN
+        and type(b) in _PLAIN
+        and not (a.is_neg() or b.is_neg())
+        and (bias is None or (type(bias) in _PLAIN and not bias.is_neg()))
         and not _modes()
         and _tracing_state() is None
         and not profiler._is_profiler_enabled
     )
-
-
-def _is_plain(t: Tensor) -> bool:
-    kind = type(t)
-    return (kind is Tensor or kind is _Parameter) and not t.is_neg()
 
 
 def _is_any_lazy(*tensors: Tensor | None) -> bool:
