@@ -162,6 +162,7 @@ def test_replaced_patterns_and_sizes():
 # Memory.
 
 
+@pytest.mark.skipif(cpu._C is None, reason="the C++ library is not built")
 @pytest.mark.skipif(sys.platform != "linux", reason="RLIMIT_AS as Linux has it")
 @pytest.mark.parametrize("threads", [1, 2])
 def test_out_of_memory_in_a_thread_is_a_memory_error(threads):
@@ -192,6 +193,7 @@ print("right")
     assert run.returncode == 0
 
 
+@pytest.mark.skipif(cpu._C is None, reason="the C++ library is not built")
 def test_what_one_pattern_keeps_is_bounded(large):
     """Six times the bytes of its indices, whatever the numbers of tokens and threads."""
     W = large

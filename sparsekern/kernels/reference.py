@@ -15,9 +15,9 @@ it to, and no other. (On other devices than a CPU its whole token becomes NaN, a
 import torch
 from torch import Tensor
 
-from ..indices import expand_rows
+from ..indices import check_pattern, expand_rows
 from .dense import skip_missing
-from .derived import derived, ensure_checked
+from .derived import derived
 
 
 def spmm(
@@ -67,9 +67,9 @@ def sddmm(
 def places_of(row_offsets: Tensor, col_indices: Tensor, n: int, k: int) -> Tensor:
     """Where each stored value lies in a row-major [N, K] matrix: int64 [nnz].
 
-    The indices are checked when they have changed (derived.py). On a CPU they are read as they are,
-    so that a write that nobody counts (a collective's) is seen: torch checks its own accesses. On a
-    GPU an index out of range would be an assertion that ends the context: a checked copy is read.
+    On a CPU the indices are read and checked by each call, so that a write that nobody counts (a
+    collective's) is seen. On a GPU that would wait: a copy is read, which is checked and made when
+    the indices have changed (derived.py).
     """
 
     def make(row_offsets: Tensor, col_indices: Tensor) -> Tensor:
@@ -77,7 +77,7 @@ def places_of(row_offsets: Tensor, col_indices: Tensor, n: int, k: int) -> Tenso
 
     if col_indices.is_cuda:
         return derived("places", row_offsets, col_indices, n, k, make)
-    ensure_checked(row_offsets, col_indices, n, k)
+    check_pattern(row_offsets, col_indices, n, k)
     return make(row_offsets, col_indices)
 
 
