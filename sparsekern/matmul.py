@@ -21,6 +21,7 @@ from .sparse_sparse import sparse_times_sparse
 from .tensor import REFLECTED, TORCH_FUNCTIONS, SparseTensor, register
 
 _PLAIN = (Tensor, torch.nn.Parameter)
+_is_compiling = torch.compiler.is_compiling
 # Private in torch, so its absence must not break the import.
 _is_any_autocast_enabled = getattr(torch._C, "_is_any_autocast_enabled", lambda: True)
 
@@ -34,6 +35,8 @@ def matmul(
     arguments raise what torch.matmul raises; NotImplementedError where torch.matmul could and this
     cannot.
     """
+    if isinstance(other, SparseTensor) and not isinstance(input, SparseTensor):
+        return _dense_sparse(torch.matmul, input, other, out)
     return _matmul(torch.matmul, input, other, out)
 
 
@@ -62,7 +65,7 @@ def quick_linear(
 ) -> Tensor | None:
     """linear() of a matrix x [M, K] where there is nothing to convert, fold or refuse; None where
     there is. A small layer pays for every line of Python."""
-    if torch.compiler.is_compiling() or type(x) not in _PLAIN:
+    if _is_compiling() or type(x) not in _PLAIN:
         return None
     if _is_any_autocast_enabled():
         x, values, bias = autocast(x, values, bias)
@@ -133,7 +136,7 @@ def _matmul(func: Callable, a, b, out: Tensor | None) -> Tensor | SparseTensor:
 
 def _dense_sparse(func: Callable, a, b: SparseTensor, out: Tensor | None) -> Tensor:
     x, values = a, b.values
-    if torch.compiler.is_compiling() or _is_any_autocast_enabled():
+    if _is_compiling() or _is_any_autocast_enabled():
         x, values = operands(func, x, values, out)
     if not fits(x, -1, b.k if b.is_transposed else b.n, values):
         raise_as_torch(func, a, b)

@@ -10,7 +10,7 @@ from torch.optim import Optimizer
 from .kernels.derived import forget_captures
 from .kernels.layout import Packed
 from .kernels.packed import name_of, pack
-from .ops import spmm_packed
+from .registered import spmm_packed
 from .sparse_linear import SparseLinear, refuse_meta
 from .tensor import SparseTensor
 

@@ -1,4 +1,4 @@
-"""The three products as torch ops, with autograd.
+"""The three products with autograd: what callers use.
 
     pass     formula                               op        shapes
     forward  Y  = X W^T + bias                     spmm      [M, K] -> [M, N]
@@ -10,10 +10,9 @@ derivative is there. W is row_offsets int32 [N+1], col_indices int32 [nnz], valu
 dy and bias have one dtype, which the result has too; bias may be None. The gradient of W is that of
 its stored values.
 
-Each op is one opaque node for torch.compile and picks its kernel when it runs, never at trace time.
-Autograd is an autograd.Function outside of the op, skipped when nobody asks for a gradient: 4 us a
-call against 16 us for torch.library.custom_op. The Functions with a `setup_context` cost 40 us and
-serve functorch (vmap, func.grad) alone.
+registered.py has the ops. Autograd is an autograd.Function outside of them, skipped when nobody
+asks for a gradient: 4 us a call against 16 us for torch.library.custom_op. The Functions with a
+`setup_context` cost 40 us and serve functorch (vmap, func.grad) alone.
 """
 
 from collections.abc import Callable
@@ -22,119 +21,16 @@ import torch
 from torch import Tensor
 from torch.autograd import Function, forward_ad, profiler
 
-from .flop_formulas import register_when_imported
-from .kernels import cuda, observed
-from .kernels.operands import check_gradients, check_product, check_sddmm
-from .kernels.packed import assemble, check_operands
-from .kernels.problem import Problem
-from .kernels.table import pick
-
-# Implementations: checks, contiguous operands, one look-up, the kernel.
-
-_new = tuple.__new__  # of a Problem: half the time of its own
-
-
-def _run_spmm(row_offsets, col_indices, values, n, k, x, bias=None):
-    return _run_product("spmm", row_offsets, col_indices, values, n, k, x, bias)
-
-
-def _run_spmm_t(row_offsets, col_indices, values, n, k, dy, bias=None):
-    return _run_product("spmm_t", row_offsets, col_indices, values, n, k, dy, bias)
-
-
-def _run_product(op, row_offsets, col_indices, values, n, k, x, bias):
-    m, nnz = check_product(op, row_offsets, col_indices, values, n, k, x, bias)
-    device = "cpu" if x.is_cpu else "cuda"
-    run = pick(_new(Problem, (op, device, x.dtype, m, n, k, nnz))).run
-    bias = None if bias is None else bias.contiguous()
-    return run(row_offsets, col_indices, values.contiguous(), n, k, x.contiguous(), bias)
-
-
-def _run_gradients(op, row_offsets, col_indices, values, n, k, h, other):
-    """The gradients of a product with respect to its dense operand, by `op`, and to its values: all
-    that the backward pass of a small layer does, checked once."""
-    m, nnz = check_gradients(op, row_offsets, col_indices, values, n, k, h, other)
-    device, dtype = "cpu" if h.is_cpu else "cuda", h.dtype
-    h, other = h.contiguous(), other.contiguous()
-    run = pick(_new(Problem, (op, device, dtype, m, n, k, nnz))).run
-    gradient = run(row_offsets, col_indices, values.contiguous(), n, k, h, None)
-    run = pick(_new(Problem, ("sddmm", device, dtype, m, n, k, nnz))).run
-    dy, x = (h, other) if op == "spmm_t" else (other, h)
-    observed.note(row_offsets, dy, x)
-    return gradient, run(row_offsets, col_indices, n, k, dy, x)
-
-
-def _run_sddmm(row_offsets, col_indices, n, k, dy, x):
-    m, nnz = check_sddmm(row_offsets, col_indices, n, k, dy, x)
-    observed.note(row_offsets, dy, x)
-    device = "cpu" if x.is_cpu else "cuda"
-    run = pick(_new(Problem, ("sddmm", device, x.dtype, m, n, k, nnz))).run
-    return run(row_offsets, col_indices, n, k, dy.contiguous(), x.contiguous())
-
-
-# Fakes: the same checks, and the shapes, for tracing. They also run where one operand alone is on
-# the meta device.
-
-
-def _fake_spmm(row_offsets, col_indices, values, n, k, x, bias=None):
-    m, _ = check_product("spmm", row_offsets, col_indices, values, n, k, x, bias)
-    return x.new_empty(m, n)
-
-
-def _fake_spmm_t(row_offsets, col_indices, values, n, k, dy, bias=None):
-    m, _ = check_product("spmm_t", row_offsets, col_indices, values, n, k, dy, bias)
-    return dy.new_empty(m, k)
-
-
-def _fake_sddmm(row_offsets, col_indices, n, k, dy, x):
-    _, nnz = check_sddmm(row_offsets, col_indices, n, k, dy, x)
-    return x.new_empty(nnz)
-
-
-_W = "Tensor row_offsets, Tensor col_indices, Tensor values, SymInt n, SymInt k"
-_PATTERN = "Tensor row_offsets, Tensor col_indices, SymInt n, SymInt k"
-
-_library = torch.library.Library("sparsekern", "DEF")
-for _name, _arguments, _run, _fake in (
-    ("spmm", f"{_W}, Tensor x, Tensor? bias=None", _run_spmm, _fake_spmm),
-    ("spmm_t", f"{_W}, Tensor dy, Tensor? bias=None", _run_spmm_t, _fake_spmm_t),
-    ("sddmm", f"{_PATTERN}, Tensor dy, Tensor x", _run_sddmm, _fake_sddmm),
-):
-    _library.define(f"{_name}({_arguments}) -> Tensor", tags=(torch.Tag.pt2_compliant_tag,))
-    _library.impl(_name, _run, "CPU")
-    _library.impl(_name, _run, "CUDA")
-    torch.library.register_fake(f"sparsekern::{_name}", _fake, lib=_library)
-
-# Packed weights (kernels/packed.py), for inference: no gradient, GPU alone. `layout` names one of
-# LAYOUTS, `numbers` and `tensors` are what it consists of.
-
-
-def _run_spmm_packed(x, layout, n, k, nnz, numbers, tensors, bias=None):
-    packed = assemble(layout, n, k, nnz, numbers, tensors)
-    check_operands(packed, x, bias)
-    return cuda.spmm_packed(x, packed, bias)
-
-
-def _fake_spmm_packed(x, layout, n, k, nnz, numbers, tensors, bias=None):
-    torch._check(x.shape[1] == k, lambda: f"spmm_packed: expected x [M, {k}], got {tuple(x.shape)}")
-    return x.new_empty(x.shape[0], n)
-
-
-_library.define(
-    "spmm_packed(Tensor x, str layout, SymInt n, SymInt k, SymInt nnz, int[] numbers, "
-    "Tensor[] tensors, Tensor? bias=None) -> Tensor",
-    tags=(torch.Tag.pt2_compliant_tag,),
+from .registered import (
+    run_gradients,
+    run_product,
+    run_sddmm,
+    run_spmm,
+    run_spmm_t,
+    sddmm_op,
+    spmm_op,
+    spmm_t_op,
 )
-_library.impl("spmm_packed", _run_spmm_packed, "CUDA")
-torch.library.register_fake("sparsekern::spmm_packed", _fake_spmm_packed, lib=_library)
-
-register_when_imported()
-
-spmm_packed = torch.ops.sparsekern.spmm_packed.default
-_spmm = torch.ops.sparsekern.spmm.default
-_spmm_t = torch.ops.sparsekern.spmm_t.default
-_sddmm = torch.ops.sparsekern.sddmm.default
-
 
 # The router: what callers use. A small product costs less than the dispatcher, autograd's Python
 # and functorch's do, so each of them is passed only where it has something to see.
@@ -146,7 +42,7 @@ _modes = torch._C._len_torch_dispatch_stack
 _tracing_state = torch._C._get_tracing_state
 _is_wrapped = torch._C._functorch.is_functorch_wrapped_tensor
 _is_grad_enabled = torch.is_grad_enabled
-_Parameter = torch.nn.Parameter
+_PLAIN = (Tensor, torch.nn.Parameter)
 
 
 def spmm(
@@ -163,11 +59,11 @@ def spmm(
     function, is_direct = _route("spmm", values, x, bias)
     if is_direct:
         try:
-            return _run_spmm(*args) if function is None else _APPLY["spmm"](*args)
+            return run_product("spmm", *args) if function is None else _APPLY["spmm"](*args)
         except (RuntimeError, ValueError):
             if not _is_any_lazy(values, x, bias):
                 raise
-    return (_spmm if function is None else function.apply)(*args)
+    return (spmm_op if function is None else function.apply)(*args)
 
 
 def spmm_t(
@@ -184,11 +80,11 @@ def spmm_t(
     function, is_direct = _route("spmm_t", values, dy, bias)
     if is_direct:
         try:
-            return _run_spmm_t(*args) if function is None else _APPLY["spmm_t"](*args)
+            return run_product("spmm_t", *args) if function is None else _APPLY["spmm_t"](*args)
         except (RuntimeError, ValueError):
             if not _is_any_lazy(values, dy, bias):
                 raise
-    return (_spmm_t if function is None else function.apply)(*args)
+    return (spmm_t_op if function is None else function.apply)(*args)
 
 
 def sddmm(
@@ -199,11 +95,11 @@ def sddmm(
     function, is_direct = _route("sddmm", dy, x, None)
     if is_direct:
         try:
-            return _run_sddmm(*args) if function is None else _APPLY["sddmm"](*args)
+            return run_sddmm(*args) if function is None else _APPLY["sddmm"](*args)
         except (RuntimeError, ValueError):
             if not _is_any_lazy(dy, x, None):
                 raise
-    return (_sddmm if function is None else function.apply)(*args)
+    return (sddmm_op if function is None else function.apply)(*args)
 
 
 def _route(
@@ -227,18 +123,14 @@ def _is_direct(a: Tensor, b: Tensor, bias: Tensor | None) -> bool:
     return (
         not _is_compiling()
         and (b.is_cpu or b.is_cuda)
-        and _is_plain(a)
-        and _is_plain(b)
-        and (bias is None or _is_plain(bias))
+        and type(a) in _PLAIN
+        and type(b) in _PLAIN
+        and not (a.is_neg() or b.is_neg())
+        and (bias is None or (type(bias) in _PLAIN and not bias.is_neg()))
         and not _modes()
         and _tracing_state() is None
         and not profiler._is_profiler_enabled
     )
-
-
-def _is_plain(t: Tensor) -> bool:
-    kind = type(t)
-    return (kind is Tensor or kind is _Parameter) and not t.is_neg()
 
 
 def _is_any_lazy(*tensors: Tensor | None) -> bool:
@@ -267,7 +159,7 @@ def _spmm_backward(ctx, h):
     needs = ctx.needs_input_grad
     if needs[2] and needs[5] and not _is_grad_enabled() and _is_direct(x, h, None):
         args = row_offsets, col_indices, values, n, k, h
-        dx, dvalues = _run_gradients("spmm_t", *args, x)
+        dx, dvalues = run_gradients("spmm_t", *args, x)
     else:
         dvalues = sddmm(row_offsets, col_indices, n, k, h, x) if needs[2] else None
         dx = spmm_t(row_offsets, col_indices, values, n, k, h) if needs[5] else None
@@ -280,7 +172,7 @@ def _spmm_t_backward(ctx, h):
     needs = ctx.needs_input_grad
     if needs[2] and needs[5] and not _is_grad_enabled() and _is_direct(dy, h, None):
         args = row_offsets, col_indices, values, n, k, h
-        ddy, dvalues = _run_gradients("spmm", *args, dy)
+        ddy, dvalues = run_gradients("spmm", *args, dy)
     else:
         dvalues = sddmm(row_offsets, col_indices, n, k, dy, h) if needs[2] else None
         ddy = spmm(row_offsets, col_indices, values, n, k, h) if needs[5] else None
@@ -339,7 +231,7 @@ class _SpMM(Function):
     @staticmethod
     def forward(ctx, *args):
         _save_product(ctx, *args)
-        return _spmm(*args)
+        return spmm_op(*args)
 
     backward = staticmethod(_spmm_backward)
 
@@ -348,7 +240,7 @@ class _SpMMT(Function):
     @staticmethod
     def forward(ctx, *args):
         _save_product(ctx, *args)
-        return _spmm_t(*args)
+        return spmm_t_op(*args)
 
     backward = staticmethod(_spmm_t_backward)
 
@@ -357,7 +249,7 @@ class _SDDMM(Function):
     @staticmethod
     def forward(ctx, *args):
         _save_sddmm(ctx, *args)
-        return _sddmm(*args)
+        return sddmm_op(*args)
 
     backward = staticmethod(_sddmm_backward)
 
@@ -375,9 +267,9 @@ def _direct(parent: type[Function], save: Callable, run: Callable) -> Callable:
 
 
 _APPLY = {
-    "spmm": _direct(_SpMM, _save_product, _run_spmm),
-    "spmm_t": _direct(_SpMMT, _save_product, _run_spmm_t),
-    "sddmm": _direct(_SDDMM, _save_sddmm, _run_sddmm),
+    "spmm": _direct(_SpMM, _save_product, run_spmm),
+    "spmm_t": _direct(_SpMMT, _save_product, run_spmm_t),
+    "sddmm": _direct(_SDDMM, _save_sddmm, run_sddmm),
 }
 
 
@@ -405,7 +297,7 @@ def _vmap_loop(product, info, in_dims, *args):
 
 
 class _SpMMFunctorch(Function):
-    forward = staticmethod(_spmm)
+    forward = staticmethod(spmm_op)
 
     @staticmethod
     def setup_context(ctx, inputs, output):
@@ -419,7 +311,7 @@ class _SpMMFunctorch(Function):
 
 
 class _SpMMTFunctorch(Function):
-    forward = staticmethod(_spmm_t)
+    forward = staticmethod(spmm_t_op)
 
     @staticmethod
     def setup_context(ctx, inputs, output):
@@ -433,7 +325,7 @@ class _SpMMTFunctorch(Function):
 
 
 class _SDDMMFunctorch(Function):
-    forward = staticmethod(_sddmm)
+    forward = staticmethod(sddmm_op)
 
     @staticmethod
     def setup_context(ctx, inputs, output):

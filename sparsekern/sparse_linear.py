@@ -112,10 +112,10 @@ class SparseLinear(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         # nn.Module's way to an attribute takes longer than the check of an operand.
         parameters, buffers = self._parameters, self._buffers
-        values, bias = parameters.get("values"), parameters.get("bias")
-        if type(values) is nn.Parameter:
+        if "values" in parameters and "bias" in parameters:  # else they are parametrized
             indices = buffers["row_offsets"], buffers["col_indices"]
-            y = quick_linear(x, *indices, values, self.out_features, self.in_features, bias)
+            sizes = self.out_features, self.in_features
+            y = quick_linear(x, *indices, parameters["values"], *sizes, parameters["bias"])
             if y is not None:
                 return y
         return linear(x, self.weight, self.bias)

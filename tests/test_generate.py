@@ -212,7 +212,7 @@ def check_compilations(monkeypatch, counts):
     for _ in range(9):
         decoder.step()
     assert torch.equal(decoder.tokens, uncached(model, start, 10))
-    assert counts["stats"]["unique_graphs"] == 2
+    assert counts["stats"]["unique_graphs"] == 1  # nnz is dynamic from the first block on
 
 
 # The command

@@ -13,7 +13,7 @@ from test_packed import (
     unpack_streams,
 )
 
-from sparsekern import SparseTensor, ops
+from sparsekern import SparseTensor, registered
 from sparsekern.kernels import cover, cuda, derived, packs, table, torch_csr
 from sparsekern.kernels.cover import CoverLayout
 from sparsekern.kernels.layout import sort_rows
@@ -96,7 +96,7 @@ def test_the_op_checks_its_operands(kind):
         ((x, bias[None]), "bias"),
     ):
         with pytest.raises((TypeError, ValueError), match=f"^{name}: expected"):
-            ops._run_spmm_packed(bad[0], name_of(packed), *parts, bad[1])
+            registered.run_spmm_packed(bad[0], name_of(packed), *parts, bad[1])
 
 
 @kinds

@@ -156,7 +156,14 @@ def test_bitmap_of_inference_tensors():
     with torch.inference_mode():
         row_offsets, col_indices, _ = random_csr(60, 80, 0.5)
     bitmap = triton_pack.bitmap_of(row_offsets, col_indices, 60, 80)
-    assert triton_pack.bitmap_of(row_offsets, col_indices, 60, 80) is bitmap
+    # Nobody counts writes to these: where it costs no wait for a GPU they are read anew.
+    again = triton_pack.bitmap_of(row_offsets, col_indices, 60, 80)
+    assert torch.equal(again.lanes, bitmap.lanes) and torch.equal(again.starts, bitmap.starts)
+    with torch.inference_mode():
+        col_indices[row_offsets[1] - 1] = 79
+    want = triton_pack.make_bitmap(row_offsets, col_indices, 60, 80)
+    got = triton_pack.bitmap_of(row_offsets, col_indices, 60, 80)
+    assert torch.equal(got.lanes, want.lanes) and not torch.equal(got.lanes, bitmap.lanes)
 
 
 def test_refusals(monkeypatch):

@@ -5,14 +5,14 @@
 take float32, bfloat16, summed in float32, and float64, and use as many threads as torch does.
 """
 
-from functools import lru_cache
+from functools import lru_cache, partial
 
 import torch
 from torch import Tensor
 
 from .crossover import density_limit
 from .dense import mm, skip_missing
-from .derived import kept, versions
+from .derived import _store, kept, versions
 from .plan import Machine, Plan, dense_wins_above, describe, machine_name, make_plan
 from .problem import Kernel, Problem, bound_kernel, problem_of
 
@@ -38,7 +38,12 @@ def _machine_for(dtype: torch.dtype) -> Machine:
 def pattern_of(row_offsets: Tensor, col_indices: Tensor, n: int, k: int) -> "_C.Pattern":
     """The C++ store of what this pattern's kernels derive; it notices itself when that is stale,
     as csrc/pattern/csr.h says."""
-    return kept("cpu", row_offsets, col_indices, n, k, lambda: _C.Pattern(n, k, len(col_indices)))
+    key = "cpu", row_offsets.data_ptr(), col_indices.data_ptr(), n, k, col_indices.numel()
+    try:  # what kept() does first, for the calls that cost as little as it
+        return _store[key][0]
+    except KeyError:
+        make = partial(_C.Pattern, n, k, col_indices.numel())
+        return kept("cpu", row_offsets, col_indices, n, k, make)
 
 
 def type_of(dtype: torch.dtype) -> "_C.Type":

@@ -90,6 +90,13 @@ def check_sddmm(
     raise AssertionError("sddmm: operands refused without a reason")
 
 
+def check_memory(op: str, **operands: Tensor) -> None:
+    """ValueError for a tensor whose storage was freed below it (resize_(0))."""
+    for name, t in operands.items():
+        if not t.data_ptr() and t.numel():
+            raise ValueError(f"{op}: {name}: expected {t.numel()} elements, their memory was freed")
+
+
 def check_pattern_arrays(
     op: str, row_offsets: Tensor, col_indices: Tensor, n: int, device: torch.device
 ) -> None:
@@ -110,7 +117,8 @@ def _is_pattern(row_offsets, col_indices, n, device, is_cpu) -> bool:
     return (
         row_offsets.dtype is _int32
         and col_indices.dtype is _int32
-        and row_offsets.numel() == n + 1  # of whatever shape
+        and row_offsets.numel() == n + 1
+        and row_offsets.dim() == col_indices.dim() == 1  # kernels size results by shape[0]
         and row_offsets.is_contiguous()
         and col_indices.is_contiguous()
         and row_offsets.get_device() == col_indices.get_device() == device

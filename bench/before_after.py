@@ -1,0 +1,106 @@
+"""Two checkouts of this package in turn on one core: what a change of the CPU kernels costs.
+
+    python bench/before_after.py OLD NEW [--rounds 15] > bench/results/NAME.md
+
+Each checkout has its libraries built and runs in a process of its own; they take turns, product by
+product, on the same random data. CPU time of one thread: what others run beside counts less.
+"""
+
+import argparse
+import os
+import statistics
+import subprocess
+import sys
+from pathlib import Path
+
+SHAPES = ((2048, 2048), (3072, 768))
+DENSITIES = (0.05, 0.1, 0.25, 0.5)
+WORKER = """
+import os, sys, time, torch
+os.sched_setaffinity(0, {int(sys.argv[1])})
+torch.set_num_threads(1)
+from sparsekern.bench.machine import about_cpu, commit
+from sparsekern.kernels import table
+from sparsekern.testing import random_csr
+print(about_cpu()["cpu"], about_cpu()["isa"], commit()["id"][:7], flush=True)
+rows = {(row.name, row.op): row for row in table.KERNELS if row.device in ("cpu", None)}
+kept = {}
+for line in sys.stdin:
+    if line not in kept:
+        name, op, m, n, k, density, dtype = line.split()
+        m, n, k, dtype = int(m), int(n), int(k), getattr(torch, dtype)
+        ro, ci, v = random_csr(n, k, 1 - float(density), dtype)
+        generator = torch.Generator().manual_seed(1)
+        x, dy = (torch.randn(m, c, generator=generator).to(dtype) for c in (k, n))
+        operands = {"spmm": (v, n, k, x), "spmm_t": (v, n, k, dy), "sddmm": (n, k, dy, x)}[op]
+        w = torch.zeros(n, k, dtype=torch.float64)
+        w[torch.arange(n).repeat_interleave(ro.diff()), ci.long()] = v.double()
+        exact = {"spmm": lambda: x.double() @ w.T, "spmm_t": lambda: dy.double() @ w}.get(op)
+        kept = {line: lambda run=rows[name, op].run: run(ro, ci, *operands)}
+        y = kept[line]()
+        if exact:
+            want = exact()
+            assert (y - want).abs().max() <= 0.01 * want.abs().max(), line
+        kept[line]()
+    began = time.thread_time()
+    kept[line]()
+    print(time.thread_time() - began, flush=True)
+"""
+
+
+class Checkout:
+    """A process that runs the products of one checkout."""
+
+    def __init__(self, path: Path, core: int):
+        env = {**os.environ, "PYTHONPATH": str(path), "OMP_NUM_THREADS": "1"}
+        command = [sys.executable, "-c", WORKER, str(core)]
+        pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE}
+        self._process = subprocess.Popen(command, env=env, cwd=path, text=True, **pipes)
+        self.about = self._process.stdout.readline().strip()
+
+    def seconds(self, case: str) -> float:
+        print(case, file=self._process.stdin, flush=True)
+        return float(self._process.stdout.readline())
+
+
+def cases() -> list[str]:
+    many = [
+        f"panel {op} 1024 {n} {k} {density} float32"
+        for op in ("spmm", "spmm_t", "sddmm")
+        for n, k in SHAPES
+        for density in DENSITIES
+    ]
+    few = [
+        f"stream spmm {m} 2048 2048 {density} {dtype}"
+        for dtype in ("float32", "bfloat16")
+        for m in (1, 4, 16)
+        for density in DENSITIES
+    ]
+    return many + few
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description="Old and new kernels in turn on one core")
+    parser.add_argument("old", type=Path)
+    parser.add_argument("new", type=Path)
+    parser.add_argument("--rounds", type=int, default=15)
+    parser.add_argument("--core", type=int, default=max(os.sched_getaffinity(0)))
+    arguments = parser.parse_args()
+    old, new = (Checkout(path, arguments.core) for path in (arguments.old, arguments.new))
+    print(f"# Old and new kernels in turn\n\nold: {old.about}, new: {new.about}\n")
+    print(f"CPU milliseconds of one thread, medians (least) of {arguments.rounds} rounds.\n")
+    print("| kernel op M N K density dtype | old | new | new / old |\n|---|---:|---:|---:|")
+    for case in cases():
+        times: dict[Checkout, list[float]] = {old: [], new: []}
+        for i in range(-1, arguments.rounds):
+            for checkout in (old, new) if i % 2 else (new, old):
+                seconds = checkout.seconds(case)
+                if i >= 0:
+                    times[checkout].append(1e3 * seconds)
+        (a, least_a), (b, least_b) = ((statistics.median(t), min(t)) for t in times.values())
+        cells = f"{a:.3f} ({least_a:.3f}) | {b:.3f} ({least_b:.3f})"
+        print(f"| {case} | {cells} | {b / a:.2f} ({least_b / least_a:.2f}) |", flush=True)
+
+
+if __name__ == "__main__":
+    main()

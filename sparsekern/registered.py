@@ -1,0 +1,129 @@
+"""The three products as torch ops: schemas, implementations and fakes. ops.py has what callers use.
+
+Each op is one opaque node for torch.compile and picks its kernel when it runs, never at trace time.
+Python owns the schemas, so the package imports and traces without its libraries.
+"""
+
+import torch
+
+from .flop_formulas import register_when_imported
+from .kernels import cuda, observed
+from .kernels.operands import check_gradients, check_memory, check_product, check_sddmm
+from .kernels.packed import assemble, check_operands
+from .kernels.problem import Problem
+from .kernels.table import pick
+
+# Implementations: checks, contiguous operands, one look-up, the kernel.
+
+_new = tuple.__new__  # of a Problem: half the time of its own
+
+
+def run_spmm(row_offsets, col_indices, values, n, k, x, bias=None):
+    return run_product("spmm", row_offsets, col_indices, values, n, k, x, bias)
+
+
+def run_spmm_t(row_offsets, col_indices, values, n, k, dy, bias=None):
+    return run_product("spmm_t", row_offsets, col_indices, values, n, k, dy, bias)
+
+
+def run_product(op, row_offsets, col_indices, values, n, k, x, bias):
+    m, nnz = check_product(op, row_offsets, col_indices, values, n, k, x, bias)
+    device = "cpu" if x.is_cpu else "cuda"
+    if device == "cuda":  # a CPU's kernels look themselves
+        check_memory(op, row_offsets=row_offsets, col_indices=col_indices, values=values, x=x)
+    if bias is not None and not bias.data_ptr():
+        check_memory(op, bias=bias)
+    run = pick(_new(Problem, (op, device, x.dtype, m, n, k, nnz))).run
+    bias = None if bias is None else bias.contiguous()
+    return run(row_offsets, col_indices, values.contiguous(), n, k, x.contiguous(), bias)
+
+
+def run_gradients(op, row_offsets, col_indices, values, n, k, h, other):
+    """The gradients of a product with respect to its dense operand, by `op`, and to its values: all
+    that the backward pass of a small layer does, checked once."""
+    m, nnz = check_gradients(op, row_offsets, col_indices, values, n, k, h, other)
+    device, dtype = "cpu" if h.is_cpu else "cuda", h.dtype
+    if device == "cuda":
+        check_memory(op, row_offsets=row_offsets, col_indices=col_indices, values=values, h=h)
+        check_memory(op, other=other)
+    h, other = h.contiguous(), other.contiguous()
+    run = pick(_new(Problem, (op, device, dtype, m, n, k, nnz))).run
+    gradient = run(row_offsets, col_indices, values.contiguous(), n, k, h, None)
+    run = pick(_new(Problem, ("sddmm", device, dtype, m, n, k, nnz))).run
+    dy, x = (h, other) if op == "spmm_t" else (other, h)
+    observed.note(row_offsets, dy, x)
+    return gradient, run(row_offsets, col_indices, n, k, dy, x)
+
+
+def run_sddmm(row_offsets, col_indices, n, k, dy, x):
+    m, nnz = check_sddmm(row_offsets, col_indices, n, k, dy, x)
+    observed.note(row_offsets, dy, x)
+    device = "cpu" if x.is_cpu else "cuda"
+    if device == "cuda":
+        check_memory("sddmm", row_offsets=row_offsets, col_indices=col_indices, dy=dy, x=x)
+    run = pick(_new(Problem, ("sddmm", device, x.dtype, m, n, k, nnz))).run
+    return run(row_offsets, col_indices, n, k, dy.contiguous(), x.contiguous())
+
+
+# Fakes: the same checks, and the shapes, for tracing. They also run where one operand alone is on
+# the meta device.
+
+
+def _fake_spmm(row_offsets, col_indices, values, n, k, x, bias=None):
+    m, _ = check_product("spmm", row_offsets, col_indices, values, n, k, x, bias)
+    return x.new_empty(m, n)
+
+
+def _fake_spmm_t(row_offsets, col_indices, values, n, k, dy, bias=None):
+    m, _ = check_product("spmm_t", row_offsets, col_indices, values, n, k, dy, bias)
+    return dy.new_empty(m, k)
+
+
+def _fake_sddmm(row_offsets, col_indices, n, k, dy, x):
+    _, nnz = check_sddmm(row_offsets, col_indices, n, k, dy, x)
+    return x.new_empty(nnz)
+
+
+_W = "Tensor row_offsets, Tensor col_indices, Tensor values, SymInt n, SymInt k"
+_PATTERN = "Tensor row_offsets, Tensor col_indices, SymInt n, SymInt k"
+
+_library = torch.library.Library("sparsekern", "DEF")
+for _name, _arguments, _run, _fake in (
+    ("spmm", f"{_W}, Tensor x, Tensor? bias=None", run_spmm, _fake_spmm),
+    ("spmm_t", f"{_W}, Tensor dy, Tensor? bias=None", run_spmm_t, _fake_spmm_t),
+    ("sddmm", f"{_PATTERN}, Tensor dy, Tensor x", run_sddmm, _fake_sddmm),
+):
+    _library.define(f"{_name}({_arguments}) -> Tensor", tags=(torch.Tag.pt2_compliant_tag,))
+    _library.impl(_name, _run, "CPU")
+    _library.impl(_name, _run, "CUDA")
+    torch.library.register_fake(f"sparsekern::{_name}", _fake, lib=_library)
+
+# Packed weights (kernels/packed.py), for inference: no gradient, GPU alone. `layout` names one of
+# LAYOUTS, `numbers` and `tensors` are what it consists of.
+
+
+def run_spmm_packed(x, layout, n, k, nnz, numbers, tensors, bias=None):
+    packed = assemble(layout, n, k, nnz, numbers, tensors)
+    check_operands(packed, x, bias)
+    return cuda.spmm_packed(x, packed, bias)
+
+
+def _fake_spmm_packed(x, layout, n, k, nnz, numbers, tensors, bias=None):
+    torch._check(x.shape[1] == k, lambda: f"spmm_packed: expected x [M, {k}], got {tuple(x.shape)}")
+    return x.new_empty(x.shape[0], n)
+
+
+_library.define(
+    "spmm_packed(Tensor x, str layout, SymInt n, SymInt k, SymInt nnz, int[] numbers, "
+    "Tensor[] tensors, Tensor? bias=None) -> Tensor",
+    tags=(torch.Tag.pt2_compliant_tag,),
+)
+_library.impl("spmm_packed", run_spmm_packed, "CUDA")
+torch.library.register_fake("sparsekern::spmm_packed", _fake_spmm_packed, lib=_library)
+
+register_when_imported()
+
+spmm_packed = torch.ops.sparsekern.spmm_packed.default
+spmm_op = torch.ops.sparsekern.spmm.default
+spmm_t_op = torch.ops.sparsekern.spmm_t.default
+sddmm_op = torch.ops.sparsekern.sddmm.default
