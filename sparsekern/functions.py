@@ -192,6 +192,11 @@ def _vector_norm(x, ord=2, dim=None, keepdim: bool = False, *, dtype=None, out=N
     return _norm(x, ord, dim, keepdim, out, dtype)
 
 
+def _linalg_norm(A, ord=None, dim=None, keepdim: bool = False, *, out=None, dtype=None) -> Tensor:
+    """With an order torch takes the norm of A as a matrix, without one that of all its elements."""
+    return _matrix_norm(A, ord, dim, keepdim, dtype=dtype, out=out)
+
+
 def _matrix_norm(A, ord=None, dim=None, keepdim: bool = False, *, dtype=None, out=None) -> Tensor:
     if ord not in (None, "fro"):
         raise TypeError(f"norm: of a SparseTensor as a matrix only 'fro', got {ord!r}")
@@ -307,7 +312,7 @@ for _name, _implementation in {
 }.items():
     register(_name, _implementation)
 TORCH_FUNCTIONS |= {
-    torch.linalg.norm: lambda A, ord=None, *args, **kwargs: _vector_norm(A, ord, *args, **kwargs),
+    torch.linalg.norm: _linalg_norm,
     torch.linalg.vector_norm: _vector_norm,
     torch.linalg.matrix_norm: _matrix_norm,
 }

@@ -5,6 +5,8 @@ Python owns the schemas, so the package imports and traces without its libraries
 """
 
 import torch
+from torch import Tensor
+from torch.autograd import forward_ad
 
 from .flop_formulas import register_when_imported
 from .kernels import cuda, observed
@@ -28,10 +30,13 @@ def run_spmm_t(row_offsets, col_indices, values, n, k, dy, bias=None):
 
 def run_product(op, row_offsets, col_indices, values, n, k, x, bias):
     m, nnz = check_product(op, row_offsets, col_indices, values, n, k, x, bias)
+    if forward_ad._current_level >= 0:
+        _refuse_tangents(op, values, x, bias)
     device = "cpu" if x.is_cpu else "cuda"
-    if device == "cuda":  # a CPU's kernels look themselves
+    # A CPU's kernels look themselves, but for views with an offset.
+    if device == "cuda" or _has_offset(row_offsets, col_indices, values, x):
         check_memory(op, row_offsets=row_offsets, col_indices=col_indices, values=values, x=x)
-    if bias is not None and not bias.data_ptr():
+    if bias is not None and (not bias.data_ptr() or bias.storage_offset()):
         check_memory(op, bias=bias)
     run = pick(_new(Problem, (op, device, x.dtype, m, n, k, nnz))).run
     bias = None if bias is None else bias.contiguous()
@@ -43,7 +48,11 @@ def run_gradients(op, row_offsets, col_indices, values, n, k, h, other):
     that the backward pass of a small layer does, checked once."""
     m, nnz = check_gradients(op, row_offsets, col_indices, values, n, k, h, other)
     device, dtype = "cpu" if h.is_cpu else "cuda", h.dtype
-    if device == "cuda":
+    if (
+        device == "cuda"
+        or _has_offset(row_offsets, col_indices, values, h)
+        or other.storage_offset()
+    ):
         check_memory(op, row_offsets=row_offsets, col_indices=col_indices, values=values, h=h)
         check_memory(op, other=other)
     h, other = h.contiguous(), other.contiguous()
@@ -57,12 +66,41 @@ def run_gradients(op, row_offsets, col_indices, values, n, k, h, other):
 
 def run_sddmm(row_offsets, col_indices, n, k, dy, x):
     m, nnz = check_sddmm(row_offsets, col_indices, n, k, dy, x)
+    if forward_ad._current_level >= 0:
+        _refuse_tangents("sddmm", dy, x)
     observed.note(row_offsets, dy, x)
     device = "cpu" if x.is_cpu else "cuda"
-    if device == "cuda":
+    if device == "cuda" or _has_offset(row_offsets, col_indices, dy, x):
         check_memory("sddmm", row_offsets=row_offsets, col_indices=col_indices, dy=dy, x=x)
     run = pick(_new(Problem, ("sddmm", device, x.dtype, m, n, k, nnz))).run
     return run(row_offsets, col_indices, n, k, dy.contiguous(), x.contiguous())
+
+
+def _has_offset(a: Tensor, b: Tensor, c: Tensor, d: Tensor) -> bool:
+    return bool(
+        a.storage_offset() or b.storage_offset() or c.storage_offset() or d.storage_offset()
+    )
+
+
+def _refuse_tangents(op: str, *tensors: Tensor | None) -> None:
+    """An op that was called past ops.py (by a compiled graph, by its name) would lose them."""
+    if not forward_ad._is_fwd_grad_enabled():
+        return
+    with _above_autograd():
+        has_tangent = [t is not None and forward_ad.unpack_dual(t)[1] is not None for t in tensors]
+    if any(has_tangent):
+        raise NotImplementedError(
+            f"{op}: an operand has a tangent, which the op alone, as a graph of torch.compile "
+            "calls it, does not carry on: call torch.matmul, F.linear or the module in eager mode"
+        )
+
+
+def _above_autograd():
+    """An op runs below autograd, and so does a compiled graph: no tangents are to be seen there."""
+    return torch._C._ForceDispatchKeyGuard(
+        torch._C._dispatch_tls_local_include_set(),
+        torch._C.DispatchKeySet(torch._C.DispatchKey.Undefined),
+    )
 
 
 # Fakes: the same checks, and the shapes, for tracing. They also run where one operand alone is on

@@ -39,9 +39,10 @@ class _Product(Function):
         ctx.shapes = args[1], args[4]
         ctx.save_for_backward(args[0], args[2], args[3], args[5])
         y = _mm(*args)
-        rows, cols = y.indices()
+        # Copies: autograd refuses writes to views that a Function returns.
+        rows, cols, values = (t.clone() for t in (*y.indices(), y.values()))
         ctx.mark_non_differentiable(rows, cols)
-        return rows, cols, y.values()
+        return rows, cols, values
 
     # torch's own double backward of torch.sparse.mm is silently zero.
     @staticmethod

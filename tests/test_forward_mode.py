@@ -161,3 +161,25 @@ def test_second_order_of_a_network():
         for f in (lambda x: torch.matmul(W, x), lambda x: w @ x)
     )
     torch.testing.assert_close(got, want)
+
+
+def test_a_tangent_that_an_op_would_lose_is_refused():
+    """A graph that was compiled without one calls the op, past all that carries tangents on."""
+    w = SparseTensor.from_dense(torch.eye(4))
+    x, t = torch.randn(3, 4), torch.randn(3, 4)
+    compiled = torch.compile(lambda x: x @ w.T, backend="aot_eager")
+    assert torch.equal(compiled(x), x)
+    parts = w.row_offsets, w.col_indices
+    for call in (
+        compiled,
+        lambda x: torch.ops.sparsekern.spmm(*parts, w.values, 4, 4, x),
+        lambda x: torch.ops.sparsekern.spmm_t(*parts, w.values, 4, 4, x),
+        lambda x: torch.ops.sparsekern.sddmm(*parts, 4, 4, x, x),
+    ):
+        with forward_ad.dual_level():
+            with pytest.raises(NotImplementedError, match="an operand has a tangent"):
+                call(forward_ad.make_dual(x, t))
+            call(x)
+    with forward_ad.dual_level():
+        y = torch.matmul(forward_ad.make_dual(x, t), w.T)
+        assert torch.equal(forward_ad.unpack_dual(y).tangent, t)

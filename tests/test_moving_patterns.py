@@ -578,6 +578,21 @@ def test_layers_that_share_their_indices_see_their_own_gradients():
     assert not algorithm._block("1", b, 0, 16).any()
 
 
+def test_layers_that_share_their_values_are_refused():
+    """Moved once for each layer, they would lie in the places of neither."""
+    first = SparseLinear.from_linear(nn.Linear(8, 8, bias=False), torch.rand(8, 8) < 0.5)
+    model = nn.Sequential(first, copy.copy(first))
+    model[1]._buffers, model[1]._parameters = dict(first._buffers), dict(first._parameters)
+    algorithm = SET(0.5, update={"freq": 1})
+    model = algorithm.apply(model)
+    optimizer = algorithm.apply(torch.optim.SGD(model.parameters(), 0.1))
+    before = first.to_linear().weight.detach().clone()
+    model(torch.ones(2, 8)).sum().backward()
+    with pytest.raises(RuntimeError, match="0 and 1 share their values"):
+        optimizer.step()
+    assert torch.equal(first.to_linear().weight, before)
+
+
 def test_gradients_that_nobody_saw_are_an_error():
     """As those of a replayed CUDA graph."""
     algorithm = RigL(0.75, update={"freq": 1})

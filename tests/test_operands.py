@@ -210,6 +210,28 @@ def test_freed_values_and_activations_are_not_read(dtype, shape):
         assert_right(run(op, right), want)
 
 
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("shape", SHAPES)
+def test_freed_memory_is_not_read_behind_an_offset(dtype, shape):
+    """There the address is no null pointer; and a bias whose address is one is not left out."""
+
+    def freed_view(t):
+        t = torch.cat([t, t])[t.shape[0] :]
+        t.untyped_storage().resize_(0)
+        return t
+
+    for op, (right, want) in operands(dtype, *SHAPES[shape]).items():
+        for name in {"row_offsets", "col_indices", "values", "x", "dy", "bias"} & right.keys():
+            for free in (freed, freed_view):
+                if right[name] is None:
+                    continue
+                with pytest.raises(
+                    (ValueError, RuntimeError), match="freed|not allocated|storage of size 0"
+                ):
+                    run(op, {**right, name: free(right[name])})
+        assert_right(run(op, right), want)
+
+
 def test_strided_values_activations_and_bias_are_right():
     for dtype in DTYPES:
         for shape in SHAPES.values():

@@ -236,6 +236,25 @@ def test_large_matrices_with_few_entries():
         assert torch.einsum(letters, A, x)[-1, ...].max() == (7 if "->ib" in letters else 10)
 
 
+def test_orders_of_a_norm():
+    """torch.linalg.norm with an order is that of a matrix, torch.norm that of all elements."""
+    w = torch.tensor([[3.0, 0.0], [4.0, 1.0]])
+    W = sparse(w)
+    assert torch.linalg.norm(W) == torch.linalg.norm(w) == torch.linalg.norm(W, "fro")
+    for order in (1, 2, float("inf")):
+        torch.testing.assert_close(torch.norm(W, order), torch.norm(w, order))
+        with pytest.raises(TypeError, match="norm: of a SparseTensor as a matrix only 'fro'"):
+            torch.linalg.norm(W, order)
+
+
+def test_product_of_two_may_be_written_to():
+    a, b = (sparse(torch.eye(3)).requires_grad_() for _ in range(2))
+    y = a @ b
+    y.values.mul_(2)
+    y.to_dense().sum().backward()
+    assert torch.equal(a.values.grad, torch.full((3,), 2.0))
+
+
 def test_product_of_two_has_one_derivative():
     check(lambda a, b: a @ b.T, W, V)
     a = sparse(W.clone().requires_grad_())

@@ -91,9 +91,11 @@ def check_sddmm(
 
 
 def check_memory(op: str, **operands: Tensor) -> None:
-    """ValueError for a tensor whose storage was freed below it (resize_(0))."""
+    """ValueError for a tensor whose storage was freed below it (resize_(0)). The address of a view
+    with an offset is no null pointer then."""
     for name, t in operands.items():
-        if not t.data_ptr() and t.numel():
+        is_null = not (t.untyped_storage().nbytes() if t.storage_offset() else t.data_ptr())
+        if is_null and t.numel():
             raise ValueError(f"{op}: {name}: expected {t.numel()} elements, their memory was freed")
 
 

@@ -77,7 +77,14 @@ def check_can_change(layers: Mapping[str, SparseLinear], optimizers: Iterable[Op
                 "sparsity: LBFGS keeps the steps of all parameters in one vector, which cannot "
                 "follow a change of the pattern; use another optimizer"
             )
+    holder: dict[int, str] = {}
     for name, layer in layers.items():
+        other = holder.setdefault(id(layer.values), name)
+        if other != name:
+            raise RuntimeError(
+                f"sparsity: {other} and {name} share their values, which cannot follow the change "
+                "of two patterns; use one module in both places"
+            )
         if is_captured(layer.col_indices):
             raise RuntimeError(f"sparsity: {name}: {CAPTURED}")
         values = layer._parameters.get("values")
