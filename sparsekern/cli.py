@@ -313,6 +313,7 @@ def run_report(results: Path, out: Path) -> None:
 
 def run_demo(out: Path) -> None:
     require("matplotlib", "demo")  # now, not after minutes of measuring
+    out.mkdir(parents=True, exist_ok=True)
     torch.set_num_threads(demo.THREADS)
     began = time.perf_counter()
     sections: dict[str, str] = {}

@@ -247,9 +247,13 @@ def _read_shards(index: Path) -> dict[str, Tensor]:
         raise ValueError(f"weights: {index}: weight_map: expected the name of a file for each name")
     tensors: dict[str, Tensor] = {}
     for shard in dict.fromkeys(places.values()):
-        if Path(shard).name != shard:
+        if not shard or Path(shard).name != shard:
             raise ValueError(f"weights: {index}: expected files beside it, got {shard!r}")
-        found = _read(index.with_name(shard))[1]
+        header, found = _read(index.with_name(shard))
+        if header is not None:
+            raise ValueError(
+                f"weights: {index.with_name(shard)} is a whole file of sparsekern, load it alone"
+            )
         wanted = {name for name, file in places.items() if file == shard}
         if missing := sorted(wanted - found.keys()):
             raise ValueError(f"weights: {index.with_name(shard)} lacks {missing[0]}")
@@ -303,8 +307,23 @@ def _tied(model: nn.Module, weights: Weights) -> Weights:
     added = {}
     for group in names.values():
         if there := [name for name in group if name in weights]:
+            for name in there[1:]:
+                if not _same(weights[there[0]], weights[name]):
+                    raise ValueError(
+                        f"weights: the model has one tensor for {there[0]} and {name}, got two "
+                        "that differ"
+                    )
             added |= {name: weights[there[0]] for name in group if name not in weights}
     return weights | added
+
+
+def _same(a: object, b: object) -> bool:
+    """Whether two weights of one parameter may be taken for it: not of dense ones that differ."""
+    if a is b or not isinstance(a, Tensor) or not isinstance(b, Tensor) or a.is_meta or b.is_meta:
+        return True
+    if a.shape != b.shape or a.layout != b.layout or a.dtype != b.dtype or a.device != b.device:
+        return a.shape != b.shape  # the shape is refused elsewhere
+    return torch.equal(a, b)
 
 
 def _check_can_be_copied(name: str, t: object, to: Tensor | SparseTensor) -> None:

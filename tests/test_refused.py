@@ -66,6 +66,41 @@ def test_from_zeros_takes_pruned_matrices():
         weights.from_zeros(given, ["bias"])
 
 
+class Tied(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.wte = nn.Embedding(8, 4)
+        self.lm_head = nn.Linear(4, 8, bias=False)
+        self.lm_head.weight = self.wte.weight
+
+
+def test_two_weights_for_one_tied_parameter():
+    one = torch.randn(8, 4)
+    model = weights.set_weights_(Tied(), {"wte.weight": one, "lm_head.weight": one.clone()})
+    assert torch.equal(model.wte.weight, one)
+    model = Tied()
+    before = model.wte.weight.clone()
+    with pytest.raises(ValueError, match=r"one tensor for wte\.weight and lm_head\.weight"):
+        weights.set_weights_(model, {"wte.weight": one, "lm_head.weight": one + 1})
+    assert torch.equal(model.wte.weight, before)
+
+
+def test_an_index_names_files_of_others(tmp_path):
+    weights.save_weights({"w": random_sparse()}, tmp_path / "m.safetensors")
+    index = tmp_path / "model.safetensors.index.json"
+    index.write_text('{"weight_map": {"w.values": "m.safetensors"}}')
+    with pytest.raises(ValueError, match="m.safetensors is a whole file of sparsekern"):
+        weights.load_weights(tmp_path)
+    index.write_text('{"weight_map": {"w": ""}}')
+    with pytest.raises(ValueError, match="index.json: expected files beside it, got ''"):
+        weights.load_weights(tmp_path)
+
+
+def test_calibrate_wants_a_file_before_it_measures(tmp_path, capsys):
+    assert cli.main(["bench", "--calibrate", "--out", str(tmp_path)]) == 2
+    assert "out: expected a file" in capsys.readouterr().err
+
+
 def test_metadata_of_a_folder(tmp_path):
     weights.save_weights({"w": torch.ones(2)}, tmp_path / "model.safetensors", step=3)
     assert weights.load_metadata(tmp_path) == {"step": 3}
