@@ -2,8 +2,6 @@
 
 On CUDA the step of a token, sampling included, is one replay of a CUDA graph."""
 
-import math
-
 import torch
 from torch import Tensor
 
@@ -55,11 +53,10 @@ class Decoder:
         seed: int = 0,
         stepper: GPT | None = None,
     ) -> None:
-        is_sampling = count >= 1 and top_k >= 1 and 0 <= temperature < math.inf
-        if not is_sampling or prompt.shape[1] < 1:
+        if count < 1 or not temperature >= 0 or top_k < 1 or prompt.shape[1] < 1:
             raise ValueError(
-                "generate: expected count >= 1, finite temperature >= 0, top_k >= 1 and at least "
-                f"one token to start from, got count {count}, temperature {temperature}, "
+                "generate: expected count >= 1, temperature >= 0, top_k >= 1 and at least one "
+                f"token to start from, got count {count}, temperature {temperature}, "
                 f"top_k {top_k}, idx {list(prompt.shape)}"
             )
         batch, self._prompt_length = prompt.shape
