@@ -18,7 +18,7 @@ from .bench import commands as bench
 from .bench.machine import installed, processor
 from .extras import require
 from .gpt import demo, distributed, speed
-from .gpt.config import check_sparsity
+from .gpt.config import MOST_SEED, check_sparsity
 from .gpt.data import ByteTokenizer, Tokenizer
 from .gpt.generate import generate
 from .gpt.model import GPT
@@ -239,6 +239,8 @@ def run_generate(
             "generate: expected a prompt, tokens >= 1 and batch >= 1, "
             f"got prompt {prompt!r}, tokens {tokens}, batch {batch}"
         )
+    if not 0 <= sampling["seed"] <= MOST_SEED:
+        raise ValueError(f"seed: expected 0 to {MOST_SEED}, got {sampling['seed']}")
     place = chosen_device(device)
     kind = getattr(torch, dtype or ("bfloat16" if place.type == "cuda" else "float32"))
     if checkpoint:
@@ -311,6 +313,7 @@ def run_report(results: Path, out: Path) -> None:
 
 def run_demo(out: Path) -> None:
     require("matplotlib", "demo")  # now, not after minutes of measuring
+    out.mkdir(parents=True, exist_ok=True)
     torch.set_num_threads(demo.THREADS)
     began = time.perf_counter()
     sections: dict[str, str] = {}

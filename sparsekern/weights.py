@@ -178,7 +178,8 @@ def load_weights(path: str | Path) -> Weights:
 
 def load_metadata(path: str | Path) -> dict:
     """What was given to `save_weights` beside the weights; {} for files of others."""
-    header, _ = _read(Path(path), with_tensors=False)
+    path = Path(path)
+    header, _ = _read(path / FILE if path.is_dir() else path, with_tensors=False)
     return header["metadata"] if header else {}
 
 
@@ -246,9 +247,13 @@ def _read_shards(index: Path) -> dict[str, Tensor]:
         raise ValueError(f"weights: {index}: weight_map: expected the name of a file for each name")
     tensors: dict[str, Tensor] = {}
     for shard in dict.fromkeys(places.values()):
-        if Path(shard).name != shard:
+        if not shard or Path(shard).name != shard:
             raise ValueError(f"weights: {index}: expected files beside it, got {shard!r}")
-        found = _read(index.with_name(shard))[1]
+        header, found = _read(index.with_name(shard))
+        if header is not None:
+            raise ValueError(
+                f"weights: {index.with_name(shard)} is a whole file of sparsekern, load it alone"
+            )
         wanted = {name for name, file in places.items() if file == shard}
         if missing := sorted(wanted - found.keys()):
             raise ValueError(f"weights: {index.with_name(shard)} lacks {missing[0]}")
@@ -302,8 +307,39 @@ def _tied(model: nn.Module, weights: Weights) -> Weights:
     added = {}
     for group in names.values():
         if there := [name for name in group if name in weights]:
+            for name in there[1:]:
+                if not _same(weights[there[0]], weights[name]):
+                    raise ValueError(
+                        f"weights: the model has one tensor for {there[0]} and {name}, got two "
+                        "that differ"
+                    )
             added |= {name: weights[there[0]] for name in group if name not in weights}
     return weights | added
+
+
+def _same(a: object, b: object) -> bool:
+    """Whether two weights of one parameter may be taken for it: not of dense ones that differ."""
+    if a is b or not isinstance(a, Tensor) or not isinstance(b, Tensor) or a.is_meta or b.is_meta:
+        return True
+    if a.shape != b.shape or a.layout != b.layout or a.dtype != b.dtype or a.device != b.device:
+        return a.shape != b.shape  # the shape is refused elsewhere
+    return torch.equal(a, b)
+
+
+def _check_can_be_copied(name: str, t: object, to: Tensor | SparseTensor) -> None:
+    """ValueError for what `load_state_dict` would refuse half-way, or copy as something else."""
+    if isinstance(t, SparseTensor):
+        if t.is_transposed:
+            raise ValueError(f"weights: {name} is a transpose, expected W itself")
+        t = t.values
+    if isinstance(to, SparseTensor):
+        to = to.values
+    if not isinstance(t, Tensor) or not isinstance(to, Tensor):
+        if type(t) is not type(to):
+            raise ValueError(f"weights: expected a tensor for {name}, got {type(t).__name__}")
+    elif t.layout != torch.strided or t.is_meta or (t.is_complex() and not to.is_complex()):
+        kind = "on the meta device" if t.is_meta else f"{t.dtype}, {t.layout}"
+        raise ValueError(f"weights: expected {name} as {to.dtype} with its elements, got {kind}")
 
 
 def _check_fit(model: nn.Module, weights: Weights) -> None:
@@ -311,8 +347,9 @@ def _check_fit(model: nn.Module, weights: Weights) -> None:
     modules = dict(model.named_modules())
     for name, t in weights.items():
         want = mine.get(name)
-        if want is None or not isinstance(t, Tensor | SparseTensor):
+        if want is None:
             continue
+        _check_can_be_copied(name, t, want)
         if t.shape != want.shape:
             raise ValueError(
                 f"weights: expected {name} of shape {tuple(want.shape)}, got {tuple(t.shape)}"
@@ -354,21 +391,35 @@ def from_masks(source: nn.Module | Mapping[str, Tensor]) -> Weights:
     weights: Weights = {}
     for name, t in tensors.items():
         if name.endswith("_orig") and f"{name[:-5]}_mask" in tensors:
-            weights[name[:-5]] = _masked(t, [tensors[f"{name[:-5]}_mask"]])
+            weights[name[:-5]] = _masked(name[:-5], t, [tensors[f"{name[:-5]}_mask"]])
         elif name.endswith(".original") and "parametrizations." in name:
             stem = name.removesuffix("original")
             masks = [m for k, m in tensors.items() if k.startswith(stem) and k.endswith(".mask")]
             if not masks:
                 raise ValueError(f"weights: {name} has no mask beside it; give the model itself")
-            weights[stem.replace("parametrizations.", "").removesuffix(".")] = _masked(t, masks)
+            own = stem.replace("parametrizations.", "").removesuffix(".")
+            weights[own] = _masked(own, t, masks)
         elif name.endswith("_mask") and f"{name[:-5]}_orig" in tensors:
             continue
+        elif (
+            name.endswith("_mask") and name[:-5] in tensors and tensors[name[:-5]].shape == t.shape
+        ):
+            raise ValueError(
+                f"weights: {name} is a mask beside {name[:-5]}, expected {name[:-5]}_orig as "
+                "torch.nn.utils.prune has it; rename it, or use SparseTensor.from_dense"
+            )
         elif "parametrizations." not in name:
             weights[name] = t
     return weights
 
 
-def _masked(weight: Tensor, masks: list[Tensor]) -> Tensor | SparseTensor:
+def _masked(name: str, weight: Tensor, masks: list[Tensor]) -> Tensor | SparseTensor:
+    for mask in masks:
+        if mask.shape != weight.shape:
+            raise ValueError(
+                f"weights: expected a mask of {name} of shape {tuple(weight.shape)}, "
+                f"got {tuple(mask.shape)}"
+            )
     kept = torch.stack([mask.bool() for mask in masks]).all(0)
     if weight.ndim != 2:
         return weight.detach() * kept
@@ -378,18 +429,24 @@ def _masked(weight: Tensor, masks: list[Tensor]) -> Tensor | SparseTensor:
 def from_zeros(
     weights: Mapping[str, Tensor | SparseTensor], names: Iterable[str] | None = None
 ) -> Weights:
-    """Matrices with zeros as SparseTensors: those named, or all that are at least half zeros.
+    """Matrices with zeros as SparseTensors: those named, or all that are at least half zeros. A
+    matrix of zeros alone is new (of LoRA, say), and stays dense unless it is named.
 
     ValueError where one holds NaN, by which some mark what is pruned."""
     chosen = None if names is None else set(names)
     if chosen and not chosen <= weights.keys():
         raise ValueError(f"names: {sorted(chosen - weights.keys())} are not among the weights")
+    for name in sorted(chosen or ()):
+        t = weights[name]
+        if isinstance(t, Tensor) and not (t.ndim == 2 and t.is_floating_point()):
+            raise ValueError(
+                f"names: expected matrices of floating-point numbers, {name} is {t.dtype} of shape "
+                f"{tuple(t.shape)}"
+            )
     result: Weights = {}
     for name, t in weights.items():
         is_matrix = isinstance(t, Tensor) and t.ndim == 2 and t.is_floating_point()
-        wanted = (
-            name in chosen if chosen is not None else is_matrix and 2 * (t == 0).sum() >= t.numel()
-        )
+        wanted = name in chosen if chosen is not None else is_matrix and _is_pruned(t)
         is_asked = is_matrix and (chosen is None or name in chosen)
         if is_asked and (count := int(t.isnan().sum())):
             raise ValueError(
@@ -398,6 +455,11 @@ def from_zeros(
             )
         result[name] = SparseTensor.from_dense(t.detach()) if is_matrix and wanted else t
     return result
+
+
+def _is_pruned(t: Tensor) -> bool:
+    zeros = int((t == 0).sum())
+    return zeros < t.numel() <= 2 * zeros
 
 
 def _join(module: str, name: str) -> str:

@@ -471,8 +471,8 @@ def test_resume_errors(tiny: TrainConfig):
         ({"lr": math.nan}, "lr must be positive and finite, got nan"),
         ({"seed": -1}, "seed must not be negative, got -1"),
         ({"algorithm": "rigged"}, "algorithm: .*'rigged'"),
-        ({"tokenizer": "words"}, "tokenizer must be one of"),
-        ({"heads": 5}, "multiple of n_head"),
+        ({"tokenizer": "words"}, "tokenizer: expected one of"),
+        ({"heads": 5}, "multiple of heads"),
         ({"context": 10_000}, "context 10000 needs at least 10001"),
     ],
 )

@@ -47,6 +47,8 @@ class Ratio(NamedTuple):
 
 def calibrate(device: str, quick: bool, out: Path | None = None) -> str:
     """Measure, store what is no noise, and tell what was found where."""
+    if out and out.is_dir():  # now, not after minutes of measuring
+        raise ValueError(f"out: expected a file, {out} is a folder")
     key, entry = _of_cpu(quick) if device == "cpu" else _of_gpu(quick)
     text = render(key, entry)
     found = list(_limits(entry))

@@ -18,6 +18,19 @@ STOP_SHARE = 0.75
 DROP_FRACTION = 0.3
 ROUNDS = 10  # of iterative pruning
 NEED_TEXT = ("wanda", "sparsegpt")  # to choose by: train has none to give, prune has
+AT_LEAST_ONE = (
+    "layers",
+    "heads",
+    "width",
+    "context",
+    "batch",
+    "steps",
+    "eval_every",
+    "eval_batches",
+    "checkpoint_every",
+)
+MOST_SEED = 2**63 - 1
+MOST_THREADS = 1024  # of many more a process dies without a word
 OF_SPARSITY = ("algorithm", "init_method", "distribution")  # nothing without a sparsity
 
 
@@ -91,12 +104,24 @@ class TrainConfig:
     checkpoint_every: int = flag(50, "steps between checkpoints")
 
     def __post_init__(self) -> None:
-        for name in ("batch", "steps", "eval_every", "eval_batches", "checkpoint_every"):
+        for name in AT_LEAST_ONE:
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
-        for name in ("seed", "threads"):
+        for name, most in (("seed", MOST_SEED), ("threads", MOST_THREADS)):
             if getattr(self, name) < 0:
                 raise ValueError(f"{name} must not be negative, got {getattr(self, name)}")
+            if getattr(self, name) > most:
+                raise ValueError(f"{name} must be at most {most}, got {getattr(self, name)}")
+        if self.width % self.heads:
+            raise ValueError(
+                f"width: expected a multiple of heads, got width {self.width}, heads {self.heads}"
+            )
+        for part in fields(self):
+            choices, value = part.metadata.get("choices"), getattr(self, part.name)
+            if choices and value not in choices:
+                raise ValueError(
+                    f"{part.name}: expected one of {', '.join(choices)}, got {value!r}"
+                )
         if self.algorithm not in algorithms.ALGORITHMS:
             known = ", ".join(sorted(algorithms.ALGORITHMS))
             raise ValueError(f"algorithm: expected one of {known}, got {self.algorithm!r}")
@@ -157,8 +182,9 @@ class TrainConfig:
                 drop = {"type": "cosine", "init": DROP_FRACTION, "half_period": stop}
                 settings["drop_fraction"] = drop
         if self.algorithm == "iterative":
-            freq = max(1, int(STOP_SHARE * self.steps) // ROUNDS)
-            settings |= {"rounds": ROUNDS, "freq": freq}
+            stop = max(1, int(STOP_SHARE * self.steps))
+            rounds = min(ROUNDS, stop)  # a short run has fewer, and the sparsity at its end too
+            settings |= {"rounds": rounds, "freq": stop // rounds}
         return settings
 
     def make_algorithm(self, settings: object) -> Algorithm | Group | None:

@@ -53,7 +53,7 @@ class Decoder:
         seed: int = 0,
         stepper: GPT | None = None,
     ) -> None:
-        if count < 1 or temperature < 0 or top_k < 1 or prompt.shape[1] < 1:
+        if count < 1 or not temperature >= 0 or top_k < 1 or prompt.shape[1] < 1:
             raise ValueError(
                 "generate: expected count >= 1, temperature >= 0, top_k >= 1 and at least one "
                 f"token to start from, got count {count}, temperature {temperature}, "

@@ -62,6 +62,8 @@ class PruneConfig:
             raise ValueError(f"steps must not be negative, got {self.steps}")
         if self.method not in METHODS:
             raise ValueError(f"method: expected one of {', '.join(METHODS)}, got {self.method!r}")
+        if self.distribution == "global" and self.method != "magnitude":
+            raise ValueError(f"distribution: {self.method} expected uniform or erk, got global")
         if self.rewind and self.method == "sparsegpt":
             raise ValueError("rewind: sparsegpt corrects the weights that stay, got both")
         bounds = [0.0, *self.sparsities(), 1.0]
@@ -105,6 +107,8 @@ def prune(config: PruneConfig) -> list[dict]:
     targets = config.sparsities()
     # Of the source in any case: what a pruning took does not depend on where it was stopped.
     run = Run(_recovery(config, trained, 0), source)
+    if rows and state["data_crc32"] != run.data_crc32:
+        raise ValueError(f"data: {run.config.data} changed since {path} was written")
     for index in range(len(rows), len(targets) + 1):
         steps = config.steps * index // len(targets) - sum(row["steps"] for row in rows)
         run.restart(_recovery(config, trained, index, steps), state)

@@ -98,6 +98,9 @@ class Run:
         saved = load_checkpoint(self.path) if config.resume else None
         if self.path.exists() and not saved and not start:
             raise ValueError(f"out: {self.path} exists already; resume it or choose another folder")
+        folder = next(p for p in self.path.parents if p.exists())
+        if not folder.is_dir():
+            raise ValueError(f"out: expected a folder, {folder} is none")
         source = start
         if config.init_from and not saved:
             source = load_checkpoint(config.init_from)

@@ -231,7 +231,9 @@ class Algorithm:
         return {"steps": self.steps}
 
     def load_state_dict(self, state: dict) -> None:
-        self.steps = state["steps"]
+        if "steps" not in state:
+            raise ValueError("algorithm: its state has no 'steps'")
+        self.steps = whole("steps", state["steps"], 0)
         self._before_step()
 
     @property

@@ -15,6 +15,7 @@ words of older releases. Names of algorithms, types and methods may be in any ca
 """
 
 from collections.abc import Mapping
+from dataclasses import fields
 from typing import Any
 
 from torch import nn
@@ -177,4 +178,4 @@ def _named(block: dict[Any, Any]) -> dict[str, Any]:
 
 def _check_keys(algorithm: Any, block: dict[Any, Any]) -> None:
     kind = ALGORITHMS.get(algorithm.lower() if isinstance(algorithm, str) else "", RigL)
-    known_keys("sparsity", block, kind.__dataclass_fields__)
+    known_keys("sparsity", block, (part.name for part in fields(kind) if part.init))

@@ -13,9 +13,11 @@ from ..nn import SparseLinear
 from .algorithm import Updating
 from .balance import Balance
 from .budget import budgets
+from .checks import whole as whole_number
 from .pattern import is_distributed, places_of, set_pattern, whole
 from .schedules import Constant, schedule, value_at
 from .select import generator, merged, random_outside
+from .undo import layers_unchanged_on_failure
 
 
 @dataclass
@@ -73,8 +75,9 @@ class SET(Updating):
             grown = self._grow(name, layer, survivors, count)
             if grown is not None:
                 chosen[name] = merged(survivors, grown)
-        for name, places in chosen.items():
-            set_pattern(self.layers[name], places, self.optimizers)
+        with layers_unchanged_on_failure(self.layers.values(), self.optimizers):
+            for name, places in chosen.items():
+                set_pattern(self.layers[name], places, self.optimizers)
 
     def _grow(self, name: str, layer: SparseLinear, survivors: Tensor, count: int) -> Tensor | None:
         """`count` places outside `survivors`; None leaves the layer as it is."""
@@ -104,8 +107,7 @@ class RigL(SET):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if self.block_elems < 1:
-            raise ValueError(f"block_elems: expected at least 1, got {self.block_elems}")
+        self.block_elems = whole_number("block_elems", self.block_elems, 1)
         self.balance = Balance.of(self.balance_in_groups, self.balance_out_groups)
         self._seen: dict[str, Observation] = {}
 

@@ -3,11 +3,13 @@
 import json
 import re
 from collections.abc import Mapping
+from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
 from ..extras import require
 from .checks import nearest, shown
+from .config import ALGORITHMS
 from .schedules import SCHEDULES
 
 # Sections of published training configs, new and old. A file that has them is no block itself.
@@ -33,7 +35,8 @@ def load_config(path: str | Path) -> Any:
     published training configs have it. None where such a file has no block: a dense model."""
     path = Path(path)
     if not path.is_file():
-        raise FileNotFoundError(f"sparsity config: {path} does not exist")
+        wrong = "is not a file" if path.exists() else "does not exist"
+        raise FileNotFoundError(f"sparsity config: {path} {wrong}")
     try:
         text = path.read_text(encoding="utf-8-sig")
     except UnicodeDecodeError as error:
@@ -117,11 +120,28 @@ def _block(path: Path, settings: Any) -> Any:
     if not isinstance(settings, Mapping):
         return settings
     is_file = bool(SECTIONS & settings.keys())
+    found = {}
     for keys in PATHS:
-        found, block = _at(path, settings, keys)
-        if found and (is_file or not _is_level(block)):
-            return block
-    return None if is_file else settings
+        is_there, block = _at(path, settings, keys)
+        if is_there and (is_file or not _is_level(block)):
+            found[".".join(keys)] = block
+    if len(found) > 1:
+        raise ValueError(
+            f"sparsity config: {path}: expected one block, there are {' and '.join(found)}"
+        )
+    if found and not is_file and (stray := [key for key in settings if _is_setting(key)]):
+        raise ValueError(
+            f"sparsity config: {path}: {shown(stray[0])} stands beside the block 'sparsity', "
+            "expected it inside of it"
+        )
+    return next(iter(found.values()), None if is_file else settings)
+
+
+def _is_setting(key: Any) -> bool:
+    """Whether a key beside the block was meant to be inside of it; others hold anchors."""
+    known = {"algorithm", "type", "groups", "schedule", "param_name_patterns"}
+    known |= {part.name for kind in ALGORITHMS.values() for part in fields(kind) if part.init}
+    return key != "sparsity" and (key in known or bool(nearest(key, known, 0.85)))
 
 
 def _at(path: Path, settings: Mapping, keys: tuple[str, ...]) -> tuple[bool, Any]:

@@ -144,6 +144,11 @@ class IterativePruning(GMP):
 
     @torch.no_grad()
     def update_pattern(self) -> None:
+        if self.rewind is not None and len(self._others()) != len(self._early_others):
+            raise RuntimeError(
+                f"rewind: expected the {len(self._early_others)} other parameters that the "
+                f"optimizer had at step {self.rewind}, it has {len(self._others())}"
+            )
         early = dict(self._early)
         try:
             super().update_pattern()

@@ -130,7 +130,7 @@ class _Calibrated(Magnitude):
 
         def stop(layer: nn.Module, arguments: tuple, named: dict) -> None:
             x = arguments[0] if arguments else named[next(iter(named))]
-            seen.append(x.detach().flatten(0, -2))
+            seen.append(x.detach().reshape(-1, x.shape[-1]))
             raise _Seen
 
         hook = module.register_forward_pre_hook(stop, with_kwargs=True)
@@ -142,7 +142,7 @@ class _Calibrated(Magnitude):
                     pass
         finally:
             hook.remove()
-        if not seen:
+        if not sum(x.shape[0] for x in seen):
             raise ValueError(f"calibration: no input reached {name}")
         if not all(x.isfinite().all() for x in seen):
             raise ValueError(f"calibration: the inputs of {name} are not finite")

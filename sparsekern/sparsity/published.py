@@ -14,7 +14,7 @@ import re
 from collections.abc import Mapping
 from typing import Any
 
-from .checks import shown
+from .checks import shown, whole
 
 LAYERS = {
     "attention.qkv": tuple(f"self_attn.proj_{part}_dense_layer" for part in "qkv"),
@@ -58,6 +58,8 @@ def _merged(block: Mapping[str, Any]) -> dict[str, Any]:
     params = block.get("params", {})
     if not isinstance(params, Mapping):
         raise ValueError(f"params: expected settings, got {shown(params)}")
+    if twice := [key for key in block if key != "params" and key in params]:
+        raise ValueError(f"params: expected {shown(twice[0])} once, it is beside them too")
     return {key: value for key, value in block.items() if key != "params"} | dict(params)
 
 
@@ -104,7 +106,10 @@ def _split_schedule(block: dict[str, Any]) -> None:
         isinstance(pair, list) and len(pair) == 2 for pair in pairs
     ):
         raise ValueError(f"sparsity_schedule: expected [step, sparsity] pairs, got {shown(pairs)}")
-    block["update"] = {"steps": [step for step, _ in pairs]}
+    steps = [whole("sparsity_schedule", step, 0) for step, _ in pairs]
+    if steps != sorted(set(steps)):
+        raise ValueError(f"sparsity_schedule: expected rising steps, got {shown(steps)}")
+    block["update"] = {"steps": steps}
     block["sparsity"] = [level for _, level in pairs]
 
 

@@ -1,0 +1,252 @@
+"""What would do something else than it says is refused, and leaves things as they were."""
+
+import copy
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+
+from sparsekern import SparseTensor, cli, sparsity, weights
+from sparsekern.nn import SparseLinear
+from sparsekern.sparsity import GMP, SET, IterativePruning, SparseGPT, Wanda, dynamic
+
+X = torch.randn(8, 16)
+
+
+def mlp() -> nn.Sequential:
+    torch.manual_seed(0)
+    return nn.Sequential(nn.Linear(16, 16), nn.GELU(), nn.Linear(16, 16))
+
+
+def random_sparse() -> SparseTensor:
+    return SparseTensor.from_dense(torch.randn(16, 16), torch.rand(16, 16) < 0.3)
+
+
+@pytest.mark.parametrize(
+    "bad",
+    [
+        random_sparse().T,
+        np.zeros((16, 16), "f4"),
+        torch.zeros(16, 16, device="meta"),
+        torch.zeros(16, 16, dtype=torch.complex64),
+        torch.zeros(16, 16).to_sparse(),
+        None,
+    ],
+    ids=["transpose", "numpy", "meta", "complex", "torch.sparse", "None"],
+)
+def test_weights_that_cannot_be_copied_leave_the_model(bad):
+    model = mlp()
+    before = copy.deepcopy(model.state_dict())
+    given = {**weights.weights_of(model), "0.weight": random_sparse(), "2.weight": bad}
+    with pytest.raises(ValueError, match=r"2\.weight"):
+        weights.set_weights_(model, given)
+    assert type(model[0]) is nn.Linear
+    after = model.state_dict()
+    assert before.keys() == after.keys()
+    assert all(torch.equal(before[name], t) for name, t in after.items())
+
+
+def test_masks_that_do_not_belong_to_their_weight():
+    with pytest.raises(ValueError, match=r"a\.bias .*\(4,\), got \(1,\)"):
+        weights.from_masks({"a.bias_orig": torch.ones(4), "a.bias_mask": torch.ones(1)})
+    with pytest.raises(ValueError, match="W_mask is a mask beside W"):
+        weights.from_masks({"W": torch.ones(4, 4), "W_mask": torch.ones(4, 4)})
+    other = {"attn": torch.ones(4, 4), "attn_mask": torch.ones(2, 2)}
+    assert weights.from_masks(other).keys() == other.keys()
+
+
+def test_from_zeros_takes_pruned_matrices():
+    half = torch.eye(4)
+    given = {"pruned": half, "new": torch.zeros(4, 4), "bias": torch.zeros(4)}
+    found = weights.from_zeros(given)
+    assert [name for name, t in found.items() if isinstance(t, SparseTensor)] == ["pruned"]
+    assert isinstance(weights.from_zeros(given, ["new"])["new"], SparseTensor)
+    with pytest.raises(ValueError, match="bias is torch.float32 of shape"):
+        weights.from_zeros(given, ["bias"])
+
+
+class Tied(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.wte = nn.Embedding(8, 4)
+        self.lm_head = nn.Linear(4, 8, bias=False)
+        self.lm_head.weight = self.wte.weight
+
+
+def test_two_weights_for_one_tied_parameter():
+    one = torch.randn(8, 4)
+    model = weights.set_weights_(Tied(), {"wte.weight": one, "lm_head.weight": one.clone()})
+    assert torch.equal(model.wte.weight, one)
+    model = Tied()
+    before = model.wte.weight.clone()
+    with pytest.raises(ValueError, match=r"one tensor for wte\.weight and lm_head\.weight"):
+        weights.set_weights_(model, {"wte.weight": one, "lm_head.weight": one + 1})
+    assert torch.equal(model.wte.weight, before)
+
+
+def test_an_index_names_files_of_others(tmp_path):
+    weights.save_weights({"w": random_sparse()}, tmp_path / "m.safetensors")
+    index = tmp_path / "model.safetensors.index.json"
+    index.write_text('{"weight_map": {"w.values": "m.safetensors"}}')
+    with pytest.raises(ValueError, match="m.safetensors is a whole file of sparsekern"):
+        weights.load_weights(tmp_path)
+    index.write_text('{"weight_map": {"w": ""}}')
+    with pytest.raises(ValueError, match="index.json: expected files beside it, got ''"):
+        weights.load_weights(tmp_path)
+
+
+def test_calibrate_wants_a_file_before_it_measures(tmp_path, capsys):
+    assert cli.main(["bench", "--calibrate", "--out", str(tmp_path)]) == 2
+    assert "out: expected a file" in capsys.readouterr().err
+
+
+def test_metadata_of_a_folder(tmp_path):
+    weights.save_weights({"w": torch.ones(2)}, tmp_path / "model.safetensors", step=3)
+    assert weights.load_metadata(tmp_path) == {"step": 3}
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        ("sparsity: {sparsity: 0.5}\nparam_filter: ['*mlp*']", "'param_filter' stands beside"),
+        ("sparsity: {sparsity: 0.5}\nseed: 3", "'seed' stands beside"),
+        ("sparsity: {sparsity: 0.5}\nparam_filtr: '*mlp*'", "'param_filtr' stands beside"),
+        ("sparsity: {sparsity: 0.5}\ntrainer: {init: {sparsity: {sparsity: 0.9}}}", "one block"),
+        ("algorithm: rigl\nsparsity: 0.5\nblock_elems: big", "block_elems"),
+        ("algorithm: rigl\nsparsity: 0.5\nblock_elems: 1.5", "block_elems"),
+        ("algorithm: gmp\nsparsity_schedule: [[10, 0.5], [0, 0.3]]", "rising steps"),
+        ("algorithm: gmp\nsparsity_schedule: [[0, 0.3], [0, 0.5]]", "rising steps"),
+        ("groups: [{sparsity: 0.9, params: {sparsity: 0.5}}]", "'sparsity' once"),
+    ],
+)
+def test_settings_that_would_be_lost(tmp_path, text, expected):
+    pytest.importorskip("yaml")
+    path = tmp_path / "block.yaml"
+    path.write_text(text)
+    with pytest.raises(ValueError, match=expected):
+        sparsity.configure(sparsity.load_config(path))
+
+
+def test_a_folder_as_config_is_no_missing_file(tmp_path):
+    with pytest.raises(FileNotFoundError, match="is not a file"):
+        sparsity.load_config(tmp_path)
+
+
+SMALL = ["--width", "16", "--heads", "2", "--layers", "1", "--context", "8", "--steps", "2"]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "expected"),
+    [
+        (["train", *SMALL, "--threads", "100000"], "threads must be at most 1024"),
+        (["train", *SMALL, "--width", "17"], "width: expected a multiple of heads"),
+        (["train", *SMALL, "--layers", "0"], "layers must be at least 1"),
+        (["train", *SMALL, "--context", "0"], "context must be at least 1"),
+        (["train", *SMALL, "--seed", str(2**64)], "seed must be at most"),
+        (["train", *SMALL, "--out", "{file}/deeper"], "out: expected a folder"),
+        (["prune", "--source", "x", "--method", "wanda", "--distribution", "global"], "uniform"),
+        (["generate", "--checkpoint", "x", "--seed", str(2**64)], "seed: expected"),
+    ],
+)
+def test_flags_that_cannot_work(tmp_path, capsys, arguments, expected):
+    file = tmp_path / "text.txt"
+    file.write_text("some text of many words " * 50)
+    given = [a.format(file=file) for a in arguments]
+    if given[0] == "train":
+        given += [
+            "--data",
+            str(file),
+            *([] if "--out" in given else ["--out", str(tmp_path / "o")]),
+        ]
+    assert cli.main(given) == 2
+    assert expected in capsys.readouterr().err
+
+
+def trained(tmp_path, *more: str) -> str:
+    file = tmp_path / "text.txt"
+    file.write_text("some text of many words " * 50)
+    out = str(tmp_path / "run")
+    assert cli.main(["train", *SMALL, "--data", str(file), "--out", out, *more]) == 0
+    return out
+
+
+def test_prune_wants_a_type_that_it_knows_and_the_text_of_before(tmp_path, capsys):
+    out = trained(tmp_path)
+    pruner = ["prune", "--source", out, "--rounds", "2", "--steps", "2", "--target", "0.5"]
+    assert cli.main([*pruner, "--dtype", "int32", "--out", str(tmp_path / "a")]) == 2
+    assert "dtype: expected one of float32, bfloat16, got 'int32'" in capsys.readouterr().err
+    pruner += ["--out", str(tmp_path / "b")]
+    assert cli.main(pruner) == 0
+    (tmp_path / "text.txt").write_text("other text, of no such words " * 50)
+    capsys.readouterr()
+    assert cli.main(pruner) == 2
+    assert "changed since" in capsys.readouterr().err
+
+
+def test_a_temperature_is_a_number(tmp_path, capsys):
+    out = trained(tmp_path)
+    capsys.readouterr()
+    assert cli.main(["generate", "--checkpoint", out, "--temperature", "nan"]) == 2
+    assert "temperature >= 0" in capsys.readouterr().err
+
+
+def test_a_short_iterative_run_reaches_its_sparsity(tmp_path, capsys):
+    trained(tmp_path, "--steps", "6", "--sparsity", "0.75", "--algorithm", "iterative")
+    assert "75% sparse" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("kind", [Wanda, SparseGPT])
+def test_calibration_without_tokens(kind):
+    with pytest.raises(ValueError, match="no input reached 0"):
+        kind(0.5, calibration=[X[:0]]).apply(mlp())
+    assert isinstance(kind(0.5, calibration=[X[0]]).apply(mlp())[0], SparseLinear)
+
+
+def after_a_step(algorithm) -> tuple[nn.Sequential, torch.optim.Optimizer]:
+    model = algorithm.apply(mlp())
+    optimizer = algorithm.apply(torch.optim.AdamW(model.parameters()))
+    for _ in range(2):
+        optimizer.zero_grad()
+        model(X).square().mean().backward()
+        if not algorithm.steps:
+            optimizer.step()
+    return model, optimizer
+
+
+def patterns(model: nn.Module) -> list[torch.Tensor]:
+    return [m.col_indices.clone() for m in model if isinstance(m, SparseLinear)]
+
+
+def test_an_update_that_fails_in_a_later_layer_changes_none(monkeypatch):
+    model, optimizer = after_a_step(SET(0.5, update={"freq": 2}))
+    before, calls, real = patterns(model), [], dynamic.set_pattern
+
+    def failing(*arguments):
+        calls.append(arguments)
+        if len(calls) == 2:
+            raise MemoryError("the second layer")
+        return real(*arguments)
+
+    monkeypatch.setattr(dynamic, "set_pattern", failing)
+    with pytest.raises(MemoryError):
+        optimizer.step()
+    assert all(map(torch.equal, before, patterns(model)))
+
+
+def test_a_rewind_that_cannot_be_changes_nothing():
+    model, optimizer = after_a_step(IterativePruning(0.75, rounds=2, freq=2, rewind=0))
+    optimizer.add_param_group({"params": [nn.Parameter(torch.zeros(3))]})
+    before = patterns(model)
+    with pytest.raises(RuntimeError, match="rewind: expected the 2 other parameters"):
+        optimizer.step()
+    assert all(map(torch.equal, before, patterns(model)))
+
+
+@pytest.mark.parametrize("state", [{}, {"steps": "x"}, {"steps": -1}, {"steps": 1.5}])
+def test_the_state_of_an_algorithm_has_steps(state):
+    algorithm = GMP([0.3, 0.5], update={"freq": 2})
+    algorithm.apply(mlp())
+    with pytest.raises(ValueError, match="steps"):
+        algorithm.load_state_dict(state)
+    assert algorithm.steps == 0
