@@ -77,6 +77,8 @@ def print_plan(run: "Run") -> None:
         "run": f"steps {run.step} to {config.steps} of {config.batch} x {config.context} tokens, "
         f"{run.ranks.size} x {torch.get_num_threads()} threads, seed {config.seed}",
     }
+    if config.sparsity_config and run.settings is None:
+        rows["config"] = f"{config.sparsity_config} has no sparsity block: a dense run"
     if run.lengthened_from:
         rows["longer"] = (
             f"the learning rate is that of a run of {config.steps} steps from here on, changes of "

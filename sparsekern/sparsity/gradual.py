@@ -118,6 +118,14 @@ class IterativePruning(GMP):
     def _check_constant(self, value: float) -> None:
         """The rounds make a schedule of it."""
 
+    def check(self, steps: int) -> None:
+        super().check(steps)
+        if self.rounds * self.freq > steps:
+            raise ValueError(
+                f"rounds, freq: expected their product to be at most the run's {steps} steps, "
+                f"got {self.rounds} x {self.freq}"
+            )
+
     def _updates_before(self, step: int) -> int:
         return 0
 
