@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from . import copies
-from .indices import check_values, counted
+from .indices import check_values, counted, kind
 from .kernels import observed
 from .kernels.derived import is_captured
 from .tensor import SparseTensor
@@ -66,12 +66,8 @@ def _checked(layer: nn.Module, state_dict: dict, prefix: str) -> tuple[Tensor, T
             "these weights with sparsekern.weights.set_weights_(model, weights), or call "
             "densify_(model) before loading"
         )
-    bias = state_dict.get(f"{prefix}bias")
-    if isinstance(bias, Tensor) and layer.bias is not None and bias.shape != layer.bias.shape:
-        raise _Refused(
-            f"size mismatch for {prefix}bias: expected {tuple(layer.bias.shape)}, "
-            f"got {tuple(bias.shape)}"
-        )
+    if layer.bias is not None:
+        _check_bias(layer, state_dict.get(f"{prefix}bias", layer.bias), prefix)
     for name, t in given.items():
         if not isinstance(t, Tensor):
             raise _Refused(f"{prefix}{name}: expected a tensor, got {type(t).__name__}")
@@ -99,6 +95,19 @@ def _checked(layer: nn.Module, state_dict: dict, prefix: str) -> tuple[Tensor, T
                 f"layer's own pattern, got {given['values'].shape[0]} and no other pattern"
             )
     return None
+
+
+def _check_bias(layer: nn.Module, bias, prefix: str) -> None:
+    """nn.Module would say so too, but after it has loaded the values."""
+    if not isinstance(bias, Tensor) or bias.layout != torch.strided:
+        raise _Refused(f"{prefix}bias: expected a dense tensor, got {kind(bias)}")
+    if bias.is_meta and not layer.bias.is_meta:
+        raise _Refused(f"{prefix}bias: expected a tensor with data, got one on meta")
+    if bias.shape != layer.bias.shape:
+        raise _Refused(
+            f"size mismatch for {prefix}bias: expected {tuple(layer.bias.shape)}, "
+            f"got {tuple(bias.shape)}"
+        )
 
 
 def _checked_pattern(

@@ -41,6 +41,7 @@ _is_compiling = torch.compiler.is_compiling
 _modes = torch._C._len_torch_dispatch_stack
 _tracing_state = torch._C._get_tracing_state
 _is_wrapped = torch._C._functorch.is_functorch_wrapped_tensor
+_is_batched = torch._C._functorch.is_legacy_batchedtensor  # by is_grads_batched=True
 _is_grad_enabled = torch.is_grad_enabled
 _PLAIN = (Tensor, torch.nn.Parameter)
 
@@ -133,10 +134,30 @@ def _is_direct(a: Tensor, b: Tensor, bias: Tensor | None) -> bool:
     )
 
 
+def _gradients(op: str, row_offsets, col_indices, values, n, k, h, other) -> tuple | None:
+    """run_gradients(), unless somebody differentiates them once more, in whatever mode, or looks
+    on: then None."""
+    if (
+        _is_grad_enabled()
+        or forward_ad._current_level >= 0
+        or in_functorch()
+        or not _is_direct(other, h, None)
+    ):
+        return None
+    try:
+        return run_gradients(op, row_offsets, col_indices, values, n, k, h, other)
+    except (RuntimeError, ValueError):
+        if not _is_any_lazy(values, h, other):
+            raise
+        return None
+
+
 def _is_any_lazy(*tensors: Tensor | None) -> bool:
     """Whether one of them has no memory of its own, so that a direct call has failed: an efficient
-    zero, or what a functorch transform has left."""
-    return any(t is not None and (t._is_zerotensor() or _is_wrapped(t)) for t in tensors)
+    zero, what a functorch transform has left, or a batch of gradients."""
+    return any(
+        t is not None and (t._is_zerotensor() or _is_wrapped(t) or _is_batched(t)) for t in tensors
+    )
 
 
 # Derivatives, written once for both kinds of Function. They call the router, so that a derivative
@@ -157,9 +178,10 @@ def _spmm_backward(ctx, h):
     row_offsets, col_indices, values, x = ctx.saved_tensors
     n, k = ctx.sizes
     needs = ctx.needs_input_grad
-    if needs[2] and needs[5] and not _is_grad_enabled() and _is_direct(x, h, None):
-        args = row_offsets, col_indices, values, n, k, h
-        dx, dvalues = run_gradients("spmm_t", *args, x)
+    args = "spmm_t", row_offsets, col_indices, values, n, k, h, x
+    both = _gradients(*args) if needs[2] and needs[5] else None
+    if both is not None:
+        dx, dvalues = both
     else:
         dvalues = sddmm(row_offsets, col_indices, n, k, h, x) if needs[2] else None
         dx = spmm_t(row_offsets, col_indices, values, n, k, h) if needs[5] else None
@@ -170,9 +192,10 @@ def _spmm_t_backward(ctx, h):
     row_offsets, col_indices, values, dy = ctx.saved_tensors
     n, k = ctx.sizes
     needs = ctx.needs_input_grad
-    if needs[2] and needs[5] and not _is_grad_enabled() and _is_direct(dy, h, None):
-        args = row_offsets, col_indices, values, n, k, h
-        ddy, dvalues = run_gradients("spmm", *args, dy)
+    args = "spmm", row_offsets, col_indices, values, n, k, h, dy
+    both = _gradients(*args) if needs[2] and needs[5] else None
+    if both is not None:
+        ddy, dvalues = both
     else:
         dvalues = sddmm(row_offsets, col_indices, n, k, dy, h) if needs[2] else None
         ddy = spmm(row_offsets, col_indices, values, n, k, h) if needs[5] else None

@@ -112,3 +112,21 @@ with FlopCounterMode(display=False) as counter:
 assert counter.get_total_flops() == 2 * 3 * 8, counter.get_total_flops()
 """
     subprocess.run([sys.executable, "-c", code], check=True)
+
+
+@pytest.mark.parametrize("density", [0.3, 1.0])
+@pytest.mark.parametrize("trained", ["x", "values", "both"])
+def test_gradients_in_a_batch(trained, density):
+    """is_grads_batched=True hands backward a tensor without memory of its own."""
+    w = torch.where(torch.rand(6, 6) < density, torch.randn(6, 6), 0)
+    W, w = SparseTensor.from_dense(w), w.requires_grad_(trained != "x")
+    W.requires_grad_(trained != "x")
+    x, h = torch.randn(4, 6, requires_grad=trained != "values"), torch.randn(3, 4, 6)
+    for y, dense in ((x @ W.T, x @ w.T), (x @ W, x @ w)):
+        leaves = [(a, b) for a, b in ((x, x), (W.values, w)) if a.requires_grad]
+        got, want = (
+            torch.autograd.grad(out, of, h, is_grads_batched=True, retain_graph=True)
+            for out, of in zip((y, dense), zip(*leaves, strict=True), strict=True)
+        )
+        for a, b in zip(got, want, strict=True):
+            torch.testing.assert_close(a, b if a.shape == b.shape else b[:, *W._coordinates()])

@@ -183,3 +183,21 @@ def test_a_tangent_that_an_op_would_lose_is_refused():
     with forward_ad.dual_level():
         y = torch.matmul(forward_ad.make_dual(x, t), w.T)
         assert torch.equal(forward_ad.unpack_dual(y).tangent, t)
+
+
+@pytest.mark.parametrize("transposed", [False, True])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
+def test_forward_over_reverse_without_a_graph(dtype, transposed):
+    """autograd.grad inside a dual level: all the gradients have tangents."""
+    w, x, t = (torch.randn(5, 5, dtype=dtype) for _ in range(3))
+    W = SparseTensor.from_dense(w).requires_grad_()
+
+    def tangents(W, leaf):
+        with forward_ad.dual_level():
+            dual = forward_ad.make_dual(x.clone().requires_grad_(), t)
+            y = torch.matmul(dual, W if transposed else W.T)
+            gradients = torch.autograd.grad(y.pow(2).sum(), (dual, leaf))
+            return [forward_ad.unpack_dual(g).tangent.flatten() for g in gradients]
+
+    w.requires_grad_()
+    torch.testing.assert_close(tangents(W, W.values), tangents(w, w))

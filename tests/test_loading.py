@@ -145,14 +145,20 @@ def test_its_own_pattern_is_not_written():
         (lambda s: s | {"0.values": [1.0]}, "0.values: expected a tensor, got list"),
         (lambda s: s | {"0.values": s["0.values"][:, None]}, "0.values: expected a 1-D tensor"),
         (lambda s: s | {"0.bias": torch.ones(3)}, "size mismatch for 0.bias: expected (12,)"),
+        (lambda s: s | {"0.bias": None}, "0.bias: expected a dense tensor, got NoneType"),
+        (lambda s: s | {"0.bias": torch.ones(N).to_sparse()}, "0.bias: expected a dense tensor"),
+        (lambda s: s | {"0.bias": torch.ones(N, device="meta")}, "0.bias: expected a tensor with"),
     ],
 )
 def test_wrong_entries(change, text):
-    mine, other = model(), model(0.7)
+    mine = model()
+    as_many = copy.deepcopy(mine)  # weights, in other places
+    set_pattern(as_many[0], ((places_of(mine[0]) + 1) % (N * K)).sort().values)
     before = bytes_of(mine)
-    with pytest.raises(RuntimeError, match=re.escape(text)):
-        mine.load_state_dict(change(other.state_dict()))
-    assert_same(mine, before)
+    for other in (model(0.7), as_many):
+        with pytest.raises(RuntimeError, match=re.escape(text)):
+            mine.load_state_dict(change(other.state_dict()))
+        assert_same(mine, before)
 
 
 def test_each_layer_by_its_name():
