@@ -114,7 +114,10 @@ def _scaled_sum(summand: Tensor, y: Tensor, beta, alpha) -> Tensor:
     """beta * summand + alpha * y, rounded once; without the summand where beta is 0, as in torch,
     so that its NaN do not count."""
     if beta == 0:
-        return y if alpha == 1 else y * alpha
+        y = y if alpha == 1 else y * alpha
+        if not summand.requires_grad:
+            return y
+        return torch.where(torch.zeros((), dtype=torch.bool, device=y.device), summand, y)
     if alpha == beta == 1:
         return summand + y
     wide = torch.float32 if y.dtype.itemsize == 2 else y.dtype

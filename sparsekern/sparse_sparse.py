@@ -2,11 +2,14 @@
 
 import torch
 from torch import Tensor
-from torch.autograd import Function
+from torch.autograd import Function, forward_ad
 from torch.autograd.function import once_differentiable
 
 from .indices import count_rows
 from .tensor import SparseTensor
+
+# Private in torch, so its absence must not break the import.
+in_functorch = getattr(torch._C, "_are_functorch_transforms_active", lambda: False)
 
 
 def sparse_times_sparse(a: SparseTensor, b: SparseTensor) -> SparseTensor:
@@ -14,6 +17,11 @@ def sparse_times_sparse(a: SparseTensor, b: SparseTensor) -> SparseTensor:
 
     Differentiable once: a second derivative raises.
     """
+    if in_functorch() or forward_ad._current_level >= 0:
+        raise NotImplementedError(
+            "matmul: a product of two SparseTensors has no torch.func and no forward mode; "
+            "write W1 @ W2.to_dense(), whose second factor is dense"
+        )
     rows, cols, values = _Product.apply(*_coo(a), a.values, *_coo(b), b.values)
     n, k = a.shape[0], b.shape[1]
     return SparseTensor(count_rows(rows, n), cols, values, (n, k))

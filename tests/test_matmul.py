@@ -7,6 +7,7 @@ import warnings
 import numpy as np
 import pytest
 import torch
+import torch._dynamo.testing  # not brought by torch._dynamo
 import torch.nn.functional as F
 from conftest import outcome, random_dense, sparse
 from torch.func import grad, vmap

@@ -6,6 +6,7 @@ import weakref
 
 import pytest
 import torch
+import torch._dynamo.testing  # not brought by torch._dynamo
 import torch.nn.functional as F
 from torch import nn
 from torch.optim.swa_utils import (

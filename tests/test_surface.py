@@ -651,3 +651,22 @@ def test_on_a_gpu():
     A.row_offsets.data[2] = 10**6  # torch counts no such write
     with pytest.raises(ValueError, match="row_offsets: expected"):
         A.to_torch()
+
+
+def test_product_of_two_refuses_what_it_has_not():
+    W = sparse(random_dense(6, 6))
+    with pytest.raises(NotImplementedError, match="no torch.func and no forward mode"):
+        torch.func.grad(lambda v: (W._with_values(v, False) @ W).values.sum())(W.values)
+    with torch.autograd.forward_ad.dual_level():
+        with pytest.raises(NotImplementedError, match="no torch.func and no forward mode"):
+            W @ W
+
+
+def test_a_summand_times_zero_has_a_gradient_of_zeros():
+    w = random_dense(4, 5)
+    W, x = sparse(w), torch.randn(3, 5, dtype=w.dtype)
+    summand = torch.full((3, 4), torch.nan, dtype=w.dtype, requires_grad=True)
+    y = torch.addmm(summand, x, W.T, beta=0, alpha=2)
+    torch.testing.assert_close(y, 2 * x @ w.T)
+    y.sum().backward()
+    assert summand.grad is not None and not summand.grad.any()
