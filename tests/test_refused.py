@@ -8,7 +8,6 @@ import torch
 from torch import nn
 
 from sparsekern import SparseTensor, cli, sparsity, weights
-from sparsekern.gpt.config import TrainConfig
 from sparsekern.nn import SparseLinear
 from sparsekern.sparsity import GMP, SET, IterativePruning, SparseGPT, Wanda, dynamic
 
@@ -257,9 +256,3 @@ def test_rounds_that_the_run_does_not_reach():
     with pytest.raises(ValueError, match="rounds, freq: .* at most the run's 12 steps, got 5 x 3"):
         IterativePruning(0.8, rounds=5, freq=3).check(12)
     IterativePruning(0.8, rounds=4, freq=3).check(12)
-
-
-def test_a_vocabulary_of_bytes():
-    with pytest.raises(ValueError, match="vocab_size: bytes are 256, got 300; use tokenizer bpe"):
-        TrainConfig(vocab_size=300).check_use(["vocab_size"])
-    TrainConfig(vocab_size=300, tokenizer="bpe").check_use(["vocab_size"])

@@ -142,8 +142,6 @@ class TrainConfig:
 
     def check_use(self, given: Iterable[str]) -> None:
         """ValueError for a setting that was given and would do nothing."""
-        if "vocab_size" in given and self.tokenizer == "bytes":
-            raise ValueError(f"vocab_size: bytes are 256, got {self.vocab_size}; use tokenizer bpe")
         for name in OF_SPARSITY:
             if name not in given:
                 continue

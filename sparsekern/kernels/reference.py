@@ -18,6 +18,7 @@ from torch import Tensor
 from ..indices import check_pattern, expand_rows
 from .dense import skip_missing
 from .derived import derived
+from .layout import check_indices
 
 
 def spmm(
@@ -77,6 +78,7 @@ def places_of(row_offsets: Tensor, col_indices: Tensor, n: int, k: int) -> Tenso
 
     if col_indices.is_cuda:
         return derived("places", row_offsets, col_indices, n, k, make)
+    check_indices(row_offsets, col_indices, n)
     check_pattern(row_offsets, col_indices, n, k)
     return make(row_offsets, col_indices)
 
