@@ -40,9 +40,9 @@ def set_pattern(
     stays = old[at] == places if old.shape[0] else torch.zeros_like(places, dtype=torch.bool)
 
     def follow(t: Tensor) -> Tensor:
-        moved = t.new_zeros(places.shape[0])
-        moved[stays] = t[at[stays]]
-        return moved
+        if not t.shape[0]:
+            return t.new_zeros(places.shape[0])
+        return torch.where(stays, t[at], t.new_zeros(()))
 
     for written in copies.written_copies(layer):
         warnings.warn(
