@@ -65,14 +65,12 @@ def quick_linear(
 ) -> Tensor | None:
     """linear() of a matrix x [M, K] where there is nothing to convert, fold or refuse; None where
     there is. A small layer pays for every line of Python."""
-    if _is_compiling() or type(x) not in _PLAIN:
+    if _is_compiling() or type(x) not in _PLAIN or x.dim() != 2 or x.shape[1] != k:
         return None
-    if _is_any_autocast_enabled():
+    if _is_any_autocast_enabled():  # after the shape: what is not served here is cast elsewhere
         x, values, bias = autocast(x, values, bias)
     if (
-        x.dim() != 2
-        or x.shape[1] != k
-        or x.dtype is not values.dtype
+        x.dtype is not values.dtype
         or x.device != values.device
         or x.layout is not torch.strided
         or (bias is not None and (bias.shape != (n,) or bias.dtype is not x.dtype))
