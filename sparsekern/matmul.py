@@ -63,20 +63,31 @@ def linear(
 def quick_linear(
     x, row_offsets: Tensor, col_indices: Tensor, values: Tensor, n: int, k: int, bias
 ) -> Tensor | None:
-    """linear() of a matrix x [M, K] where there is nothing to convert, fold or refuse; None where
-    there is. A small layer pays for every line of Python."""
-    if _is_compiling() or type(x) not in _PLAIN or x.dim() != 2 or x.shape[1] != k:
-        return None
-    if _is_any_autocast_enabled():  # after the shape: what is not served here is cast elsewhere
-        x, values, bias = autocast(x, values, bias)
+    """linear() of x [..., M, K] where there is nothing to convert or refuse; None where there is. A
+    small layer pays for every line of Python."""
     if (
-        x.dtype is not values.dtype
-        or x.device != values.device
+        _is_compiling()
+        or type(x) not in _PLAIN
         or x.layout is not torch.strided
-        or (bias is not None and (bias.shape != (n,) or bias.dtype is not x.dtype))
+        or x.dim() < 2
+        or x.shape[-1] != k
+        or x.device != values.device
+        or (bias is not None and bias.shape != (n,))
     ):
         return None
-    return ops.spmm(row_offsets, col_indices, values, n, k, x, bias)
+    product = ops.spmm
+    dtype = _autocast_dtype(values) if _is_any_autocast_enabled() else None
+    if dtype is None:
+        if x.dtype is not values.dtype or (bias is not None and bias.dtype is not x.dtype):
+            return None
+    else:
+        if any(t is not None and t.dtype not in _CAST for t in (x, values, bias)):
+            return None
+        x, product = x.to(dtype), ops.spmm_cast
+    if x.dim() == 2:
+        return product(row_offsets, col_indices, values, n, k, x, bias)
+    y = product(row_offsets, col_indices, values, n, k, x.flatten(0, -2), bias)
+    return y.view(*x.shape[:-1], n)
 
 
 def _linear_of_sparse(input, weight, bias) -> Tensor:
@@ -201,12 +212,19 @@ _VECTOR_FUNCTIONS = (torch.mv, torch.addmv)
 
 def autocast(*tensors):
     """The operands as torch's autocast hands them to matmul: float64 is exempt."""
-    device = "cpu" if tensors[1].is_cpu else tensors[1].device.type
+    dtype = _autocast_dtype(tensors[1])
+    if dtype is None:
+        return tensors
+    return [t.to(dtype) if isinstance(t, Tensor) and t.dtype in _CAST else t for t in tensors]
+
+
+def _autocast_dtype(values: Tensor) -> torch.dtype | None:
+    """What autocast makes of products on the device of `values`; None where it is off."""
+    device = "cpu" if values.is_cpu else values.device.type
     # torch knows no autocast on the meta device, and raises.
     if device == "meta" or not torch.is_autocast_enabled(device):
-        return tensors
-    dtype = torch.get_autocast_dtype(device)
-    return [t.to(dtype) if isinstance(t, Tensor) and t.dtype in _CAST else t for t in tensors]
+        return None
+    return torch.get_autocast_dtype(device)
 
 
 _CAST = (torch.float32, torch.bfloat16, torch.float16)
