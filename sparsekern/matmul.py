@@ -15,6 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from . import ops
+from .casts import cast
 from .kernels.problem import Problem
 from .kernels.table import describe, pick
 from .sparse_sparse import sparse_times_sparse
@@ -75,18 +76,13 @@ def quick_linear(
         or (bias is not None and bias.shape != (n,))
     ):
         return None
-    product = ops.spmm
-    dtype = _autocast_dtype(values) if _is_any_autocast_enabled() else None
-    if dtype is None:
-        if x.dtype is not values.dtype or (bias is not None and bias.dtype is not x.dtype):
-            return None
-    else:
-        if any(t is not None and t.dtype not in _CAST for t in (x, values, bias)):
-            return None
-        x, product = x.to(dtype), ops.spmm_cast
+    if _is_any_autocast_enabled():
+        x, values, bias = autocast(x, values, bias)
+    if x.dtype is not values.dtype or (bias is not None and bias.dtype is not x.dtype):
+        return None
     if x.dim() == 2:
-        return product(row_offsets, col_indices, values, n, k, x, bias)
-    y = product(row_offsets, col_indices, values, n, k, x.flatten(0, -2), bias)
+        return ops.spmm(row_offsets, col_indices, values, n, k, x, bias)
+    y = ops.spmm(row_offsets, col_indices, values, n, k, x.flatten(0, -2), bias)
     return y.view(*x.shape[:-1], n)
 
 
@@ -212,19 +208,12 @@ _VECTOR_FUNCTIONS = (torch.mv, torch.addmv)
 
 def autocast(*tensors):
     """The operands as torch's autocast hands them to matmul: float64 is exempt."""
-    dtype = _autocast_dtype(tensors[1])
-    if dtype is None:
-        return tensors
-    return [t.to(dtype) if isinstance(t, Tensor) and t.dtype in _CAST else t for t in tensors]
-
-
-def _autocast_dtype(values: Tensor) -> torch.dtype | None:
-    """What autocast makes of products on the device of `values`; None where it is off."""
-    device = "cpu" if values.is_cpu else values.device.type
+    device = "cpu" if tensors[1].is_cpu else tensors[1].device.type
     # torch knows no autocast on the meta device, and raises.
     if device == "meta" or not torch.is_autocast_enabled(device):
-        return None
-    return torch.get_autocast_dtype(device)
+        return tensors
+    dtype = torch.get_autocast_dtype(device)
+    return [cast(t, dtype) if isinstance(t, Tensor) and t.dtype in _CAST else t for t in tensors]
 
 
 _CAST = (torch.float32, torch.bfloat16, torch.float16)

@@ -67,37 +67,6 @@ def spmm(
     return (spmm_op if function is None else function.apply)(*args)
 
 
-def spmm_cast(
-    row_offsets: Tensor,
-    col_indices: Tensor,
-    values: Tensor,
-    n: int,
-    k: int,
-    x: Tensor,
-    bias: Tensor | None = None,
-) -> Tensor:
-    """spmm() of values and bias cast to the dtype of x; their gradients have their own dtype.
-
-    What autocast needs. A cast that autograd records costs 3 us each; here the casts are part of
-    the Function, which saves the values themselves and casts them once more in the backward pass.
-    """
-    args = row_offsets, col_indices, values, n, k, x, bias
-    if (
-        _is_grad_enabled()
-        and (values.requires_grad or (bias is not None and bias.requires_grad))
-        and forward_ad._current_level < 0
-        and not in_functorch()
-        and _is_direct(values, x, bias)
-    ):
-        try:
-            return _apply_cast(*args)
-        except (RuntimeError, ValueError):
-            if not _is_any_lazy(values, x, bias):
-                raise
-    values, bias = _cast(values, bias, x.dtype)
-    return spmm(row_offsets, col_indices, values, n, k, x, bias)
-
-
 def spmm_t(
     row_offsets: Tensor,
     col_indices: Tensor,
@@ -209,8 +178,6 @@ def _spmm_backward(ctx, h):
     row_offsets, col_indices, values, x = ctx.saved_tensors
     n, k = ctx.sizes
     needs = ctx.needs_input_grad
-    if values is not None and values.dtype is not h.dtype:  # spmm_cast's
-        values = values.to(h.dtype)
     args = "spmm_t", row_offsets, col_indices, values, n, k, h, x
     both = _gradients(*args) if needs[2] and needs[5] else None
     if both is not None:
@@ -327,19 +294,6 @@ _APPLY = {
     "spmm_t": _direct(_SpMMT, _save_product, run_spmm_t),
     "sddmm": _direct(_SDDMM, _save_sddmm, run_sddmm),
 }
-
-
-def _cast(values: Tensor, bias: Tensor | None, dtype: torch.dtype) -> tuple:
-    return values.to(dtype), None if bias is None else bias.to(dtype)
-
-
-def _run_spmm_cast(row_offsets, col_indices, values, n, k, x, bias):
-    values, bias = _cast(values, bias, x.dtype)
-    return run_product("spmm", row_offsets, col_indices, values, n, k, x, bias)
-
-
-# Autograd itself casts the gradients that the shared backward returns.
-_apply_cast = _direct(_SpMM, _save_product, _run_spmm_cast)
 
 
 # The same for functorch.

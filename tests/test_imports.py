@@ -11,7 +11,7 @@ PACKAGE = Path(__file__).parents[1] / "sparsekern"
 # but the demo, and it sees tensor and kernels alone.
 # `wafer` stands alone and imports no torch.
 CORE = ["extras", "text", "files", "indices", "conversions", "tensor", "sparse_sparse", "kernels"]
-CORE += ["flop_formulas", "registered", "ops"]
+CORE += ["flop_formulas", "registered", "ops", "casts"]
 CORE += ["matmul", "products", "contractions", "elementwise", "functions"]
 CORE += ["copies", "loading", "sparse_linear", "nn", "groups"]
 CORE += ["digests", "bitmasks", "weights", "sparsity", "gpt"]
