@@ -7,6 +7,7 @@ weight; here a write that torch counts makes a new cast.
 """
 
 import weakref
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
@@ -18,6 +19,8 @@ _hooks = getattr(torch._C._autograd, "_top_saved_tensors_default_hooks", lambda 
 _modes = torch._C._len_torch_dispatch_stack
 _is_compiling = torch.compiler.is_compiling
 _is_cache_enabled = torch.is_autocast_cache_enabled
+_is_cuda_initialized = torch.cuda.is_initialized
+_CAST = (torch.float32, torch.bfloat16, torch.float16)
 _PLAIN = (Tensor, torch.nn.Parameter)
 _CONVERT = {torch.bfloat16: Tensor.bfloat16, torch.float16: Tensor.half}  # 0.5 us less than to()
 
@@ -26,25 +29,37 @@ class _Casts(dict):
     """Of one device and context: by the id of a parameter, what was cast and its cast."""
 
 
-_casts: dict[int, weakref.ref] = {}  # by the number of the device
+_stores: dict[int, weakref.ref] = {}  # by the number of the device
 _sentinels: dict[int, Tensor] = {}
 
 
-def cast(t: Tensor, dtype: torch.dtype) -> Tensor:
-    """t.to(dtype) under an enabled autocast to `dtype`."""
-    if t.dtype is dtype:
-        return t
-    if not t.requires_grad or _is_compiling() or dtype not in _CONVERT:
-        return _convert(t, dtype)
-    device = t.get_device()
-    if (
-        _modes()
+def cast(tensors: Sequence, dtype: torch.dtype) -> list:
+    """t.to(dtype) of each tensor but float64 ones, under an enabled autocast to `dtype`."""
+    stores = None if _is_observed() or dtype not in _CONVERT else _stores
+    return [
+        _cast(t, dtype, stores) if isinstance(t, Tensor) and t.dtype in _CAST else t
+        for t in tensors
+    ]
+
+
+def _is_observed() -> bool:
+    """Whether a cast belongs to whoever looks on, or torch would not keep one."""
+    return (
+        _is_compiling()
+        or _modes() > 0
         or forward_ad._current_level >= 0
         or not _is_cache_enabled()
-        or (device >= 0 and t.is_cuda and torch.cuda.is_current_stream_capturing())
-    ):
+        or (_is_cuda_initialized() and torch.cuda.is_current_stream_capturing())
+    )
+
+
+def _cast(t: Tensor, dtype: torch.dtype, stores: dict | None) -> Tensor:
+    if t.dtype is dtype:
+        return t
+    if stores is None or not t.requires_grad:
         return _convert(t, dtype)
-    casts = _casts[device]() if device in _casts else None
+    store = stores.get(t.get_device())
+    casts = None if store is None else store()
     if casts is not None and id(t) in casts:
         original, version, address, kept = casts[id(t)]
         if (
@@ -57,7 +72,7 @@ def cast(t: Tensor, dtype: torch.dtype) -> Tensor:
     if type(t) not in _PLAIN or not t.is_leaf or t._is_view() or _in_functorch():
         return _convert(t, dtype)
     if casts is None:
-        casts = _begin(device, t.device)
+        casts = _begin(t.get_device(), t.device)
         if casts is None:
             return _convert(t, dtype)
     version, address = t._version, t.data_ptr()
@@ -85,5 +100,5 @@ def _begin(number: int, device: torch.device) -> _Casts | None:
         return None
     if not hasattr(kept, "sparsekern_casts"):
         kept.sparsekern_casts = _Casts()
-    _casts[number] = weakref.ref(kept.sparsekern_casts)
+    _stores[number] = weakref.ref(kept.sparsekern_casts)
     return kept.sparsekern_casts

@@ -143,6 +143,17 @@ def _dense_sparse(func: Callable, a, b: SparseTensor, out: Tensor | None) -> Ten
     x, values = a, b.values
     if _is_compiling() or _is_any_autocast_enabled():
         x, values = operands(func, x, values, out)
+    if (  # times() of a matrix that fits(): a small product pays for every call of Python
+        out is None
+        and type(x) in _PLAIN
+        and x.dim() == 2
+        and x.shape[1] == (b.k if b.is_transposed else b.n)
+        and x.dtype is values.dtype
+        and x.device == values.device
+        and x.layout is torch.strided
+    ):
+        op = ops.spmm if b.is_transposed else ops.spmm_t
+        return op(b.row_offsets, b.col_indices, values, b.n, b.k, x)
     if not fits(x, -1, b.k if b.is_transposed else b.n, values):
         raise_as_torch(func, a, b)
     y = times(x, b, values)
@@ -213,10 +224,7 @@ def autocast(*tensors):
     if device == "meta" or not torch.is_autocast_enabled(device):
         return tensors
     dtype = torch.get_autocast_dtype(device)
-    return [cast(t, dtype) if isinstance(t, Tensor) and t.dtype in _CAST else t for t in tensors]
-
-
-_CAST = (torch.float32, torch.bfloat16, torch.float16)
+    return cast(tensors, dtype)
 
 
 def raise_as_torch(func: Callable, *args, **kwargs) -> NoReturn:

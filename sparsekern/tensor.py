@@ -320,7 +320,7 @@ class SparseTensor:
                 if not set(types) <= {Tensor, SparseTensor}:  # another class may know it
                     return NotImplemented
                 raise TypeError(unsupported(name))
-        return implementation(*args, **(kwargs or {}))
+        return implementation(*args, **kwargs) if kwargs else implementation(*args)
 
 
 def unsupported(name: str) -> str:

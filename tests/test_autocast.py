@@ -36,7 +36,7 @@ def assert_right(layer, x, dtype=BF16):
 
 
 def cast_of(t, dtype=BF16):
-    return casts.cast(t, dtype)
+    return casts.cast([t], dtype)[0]
 
 
 @pytest.mark.parametrize("dtype", [BF16, torch.float16])
