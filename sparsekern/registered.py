@@ -137,8 +137,8 @@ for _name, _arguments, _run, _fake in (
     _library.impl(_name, _run, "CUDA")
     torch.library.register_fake(f"sparsekern::{_name}", _fake, lib=_library)
 
-# Packed weights (kernels/kernels/cuda/choose.py), for inference: no gradient, GPU alone. `layout` names one of
-# LAYOUTS, `numbers` and `tensors` are what it consists of.
+# Packed weights (kernels/cuda/choose.py), for inference: no gradient, GPU alone. `layout` names one
+# of LAYOUTS, `numbers` and `tensors` are what it consists of.
 
 
 def run_spmm_packed(x, layout, n, k, nnz, numbers, tensors, bias=None):

@@ -11,8 +11,8 @@ PACKAGE = Path(__file__).parents[1] / "sparsekern"
 # but the demo, and it sees tensor and kernels alone.
 # `wafer` stands alone and imports no torch.
 CORE = ["extras", "terminal", "files", "indices", "conversions", "tensor", "sparse_sparse"]
-CORE += ["kernels", "flop_formulas", "registered", "ops", "matmul", "surface", "nn", "weights"]
-CORE += ["sparsity", "gpt"]
+CORE += ["kernels", "flop_formulas", "registered", "ops", "casts", "matmul", "surface"]
+CORE += ["nn", "weights", "sparsity", "gpt"]
 ROOMS = [*CORE, "wafer", "bench", "report", "commands", "cli"]
 TOP = ["cli", "__main__"]
 BESIDE = {

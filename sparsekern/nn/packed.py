@@ -18,9 +18,9 @@ class PackedLinear(nn.Module):
     At 75 % sparsity it takes 0.32 to 0.37 of the bytes of a dense 16-bit weight if packed for one
     or two tokens (the less, the larger it is), 0.43 for more. Up to 64 tokens W is read in that
     form; above, it is written out for each call. No gradient, and no way back to CSR: keep the
-    checkpoint. Not for two CUDA streams at the same time (kernels/cuda/rows.py says why). Its buffers
-    are in no state_dict. Each call checks their types and sizes, but not what stands in them: to
-    average or write them by hand may lead a kernel anywhere.
+    checkpoint. Not for two CUDA streams at the same time (kernels/cuda/rows.py says why). Its
+    buffers are in no state_dict. Each call checks their types and sizes, but not what stands in
+    them: to average or write them by hand may lead a kernel anywhere.
 
     Args:
         packed: W [out_features, in_features].

@@ -161,9 +161,10 @@ def test_damaged_metadata_is_one_error_that_names_the_file(tmp_path, name):
     safetensors = pytest.importorskip("safetensors.torch")
     header, message = DAMAGED_HEADERS[name]
     W = SparseTensor.from_dense(torch.tensor([[1.0, 0, 2], [0, 3, 0]]))
-    tensors = {f"{n}.{part}": t for n in "wd" for part, t in zip(
-        weights.store.PARTS, (W.row_offsets.clone(), W.col_indices.clone(), W.values.clone()), strict=True
-    )} | {"d": torch.ones(1)}  # fmt: skip
+    tensors = {"d": torch.ones(1)}
+    for name in "wd":
+        parts = zip(weights.store.PARTS, (W.row_offsets, W.col_indices, W.values), strict=True)
+        tensors |= {f"{name}.{part}": t.clone() for part, t in parts}
     path = tmp_path / "w.safetensors"
     text = header if isinstance(header, str) else json.dumps(header)
     safetensors.save_file(tensors, path, {"sparsekern": text})
