@@ -47,9 +47,8 @@ def train(algorithm, is_shown: bool) -> float:
         optimizer.step()  # 3. at its update steps this changes the pattern
         if is_shown and step % 20 == 0:
             moved = int((~torch.isin(places(model[0]), before)).sum())
-            zeros = f"{model[0].weight.sparsity:.1%} zeros"
-            change = f"{moved:,} of {len(before):,} weights moved"
-            print(f"step {step:4}   loss {loss.item():.3f}   {zeros}   {change}")
+            line = f"step {step:4}   loss {loss.item():.3f}   {model[0].weight.sparsity:.1%} zeros"
+            print(f"{line}   {moved:,} of {len(before):,} weights moved")
     x, y = data(4096, seed=0)
     return nn.functional.mse_loss(model(x), y).item()
 
