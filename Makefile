@@ -99,7 +99,7 @@ check-gpu:
 sanitize-gpu:
 	PYTHON=$(PYTHON) tests/sanitize_gpu.sh
 
-# README's table and plot, then the page of all results. The demo trains weights to be pruned.
+# The CPU's table and plot in docs/benchmarks.md, then the page of all results. The demo trains weights to be pruned.
 bench: $(VENV)/.installed-test out/dense/checkpoint.pt
 	$(BIN)/python bench/run.py
 	$(BIN)/python -m sparsekern report
@@ -107,7 +107,7 @@ bench: $(VENV)/.installed-test out/dense/checkpoint.pt
 out/dense/checkpoint.pt: | $(VENV)/.installed-test
 	$(BIN)/python -m sparsekern demo --out out
 
-# Needs an NVIDIA GPU. The table in README, then the data that dispatch reads.
+# Needs an NVIDIA GPU. The table in docs/benchmarks.md, then the data that dispatch reads.
 bench-gpu: $(VENV)/.installed-test
 	$(BIN)/python bench/run_gpu.py decode
 	$(BIN)/python bench/run_gpu.py crossover

@@ -89,7 +89,7 @@ def configure_cover(m: int, slices: int, windows: int, type_name: str, gpu: Gpu)
 def choose_group_warps(tokens: int, tiles_per_warp: float) -> int:
     """How many of a block's 16 warps share x of a window, and a block's rows / 32: 16, 8 or 4.
 
-    Many read x less often; few leave fewer sums to add up. docs/LOG.md has the measurements.
+    Many read x less often; few leave fewer sums to add up. docs/log.md has the measurements.
     """
     if tiles_per_warp <= FEW_TILES:
         return 4

@@ -21,7 +21,7 @@ _COUNTS = {  # of numbers and of tensors
     name: tuple([field.type for field in fields(kind)[3:]].count(t) for t in (int, Tensor))
     for name, kind in LAYOUTS.items()
 }
-STREAM_TOKENS = 2  # up to here `streams` is the faster layout (docs/LOG.md)
+STREAM_TOKENS = 2  # up to here `streams` is the faster layout (docs/log.md)
 
 
 def name_of(packed: Packed) -> str:
@@ -34,7 +34,7 @@ def like(tokens: int) -> int:
 
 
 def choose_layout(tokens: int, density: float) -> str:
-    """The layout for products of about so many tokens: what is faster on an H200 (docs/LOG.md).
+    """The layout for products of about so many tokens: what is faster on an H200 (docs/log.md).
     `cover` is made by the C++ library alone."""
     if tokens <= STREAM_TOKENS:
         return "streams"

@@ -1,7 +1,7 @@
 """How the C++ kernels cut a product on a CPU, and from which density on torch.mm is the faster one.
 
 Pure functions of the problem, the machine and the number of threads. The constants were found by
-measurement on machines with AVX-512, with and without AMX, and with AVX2 (docs/LOG.md).
+measurement on machines with AVX-512, with and without AMX, and with AVX2 (docs/log.md).
 """
 
 from functools import lru_cache

@@ -15,7 +15,7 @@ import numpy as np
 
 EULER_GAMMA = 0.5772156649015329
 # In windows of outputs: how far columns of PEs drift apart before the slowest holds back the
-# others, and over how many they keep step at least. Fitted on the simulator: docs/MATH.md.
+# others, and over how many they keep step at least. Fitted on the simulator: docs/math.md.
 WINDOW_DRIFT = 5.0
 WINDOWS_IN_STEP = 8
 
