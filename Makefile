@@ -14,7 +14,7 @@ CXX_SOURCES := $(shell find csrc tests/cpp tests/cuda -name '*.cpp' -o -name '*.
 BUILD_INPUTS := pyproject.toml setup.py CMakeLists.txt $(CXX_SOURCES)
 VENV_STAMP := $(VENV)/.with-$(subst ==,-,$(TORCH))
 
-.PHONY: demo test lint pytest pytest-without-library sanitize fuzz build-sanitize build-threads neon cuda check-gpu sanitize-gpu bench-smoke bench bench-gpu deepsparse clean
+.PHONY: demo test lint pytest pytest-without-library sanitize fuzz build-sanitize build-threads neon cuda check-gpu sanitize-gpu bench-smoke bench bench-gpu deepsparse docs clean
 
 demo: $(VENV)/.installed-demo
 	$(BIN)/python -m sparsekern demo --out out
@@ -26,6 +26,11 @@ lint: $(VENV)/.installed-test
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/clang-format --dry-run --Werror $(CXX_SOURCES)
+	$(BIN)/python tools/api.py --check
+
+# docs/api.md, from the docstrings.
+docs: $(VENV)/.installed-test
+	$(BIN)/python tools/api.py
 
 pytest: $(VENV)/.installed-test
 	$(BIN)/python -m pytest $(PARALLEL)

@@ -22,7 +22,7 @@ BENCH = Path(__file__).parent
 README = BENCH.parent / "README.md"
 BENCHMARKS = BENCH.parent / "docs" / "benchmarks.md"
 PICTURE = BENCH.parent / "docs" / "speedup.png"
-SECTION = "<!-- front: begin -->", "<!-- front: end -->"
+SECTION = "<!-- readme: begin -->", "<!-- readme: end -->"
 
 SPARSITIES = (0.75, 0.9, 0.95)
 NEAREST = {0.75: 0.7}  # stands in, and says so, where the first was not measured
@@ -144,21 +144,26 @@ def plot() -> "Figure":
     axes = figure.subplots()
     axes.axhspan(0.1, 1, color="0.93")
     axes.axhline(1, color="black", linewidth=1.5)
+    lines = []
     for row, colour, marker in zip(ROWS, COLOURS, MARKERS, strict=False):
         points = {100 * s: t for s, t in sorted(row.speedups().items()) if 0.5 <= s <= 0.95}
-        axes.plot(
-            points.keys(), points.values(), color=colour, marker=marker, linewidth=3, markersize=9
-        )
-        x, y = list(points.items())[-1]
-        axes.text(x + 1.5, y, row.label, color=colour, fontsize=17, va="center", weight="bold")
+        style = {"color": colour, "marker": marker, "linewidth": 3, "markersize": 9}
+        axes.plot(points.keys(), points.values(), **style)
+        lines.append((*list(points.items())[-1], row.label, colour))
+    lowest = 0.0
+    for x, y, label, colour in sorted(lines, key=lambda line: line[1]):
+        lowest = max(y, 1.22 * lowest)  # labels of lines that end close to each other move apart
+        style = {"color": colour, "fontsize": 17, "weight": "bold", "va": "center"}
+        axes.text(x + 1.5, lowest, label, **style)
     axes.text(51, 0.57, "dense is faster", fontsize=16, color="0.35", va="center")
     axes.set(xlim=(48, 128), ylim=(0.5, 11), yscale="log")
-    axes.set_xticks([50, 75, 90], ["50%", "75%", "90%"])
-    axes.set_yticks([0.5, 1, 2, 5, 10], ["0.5x", "1x", "2x", "5x", "10x"])
+    axes.set_xticks([50, 75, 95], ["50%", "75%", "95%"])
+    axes.set_yticks([0.5, 1, 2, 5, 10], ["0.5", "1", "2", "5", "10"])
     axes.minorticks_off()
     axes.tick_params(labelsize=17)
     axes.set_xlabel("zeros in the weight", fontsize=17, loc="left")
-    axes.set_title("Speed against the best dense call", fontsize=20, loc="left")
+    axes.set_ylabel("speed against dense", fontsize=17)
+    axes.set_title("CPUs and single tokens gain, GPU training loses", fontsize=19, loc="left")
     axes.spines[["top", "right"]].set_visible(False)
     return figure
 

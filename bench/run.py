@@ -1,8 +1,8 @@
-"""Runs the benchmarks: results/<machine>-<isa>-<date>.json, .md and .png, and the table in docs/benchmarks.md.
+"""Runs the benchmarks: results/<machine>-<isa>-<date>.json, .md and .png, and docs/benchmarks.md.
 
 python bench/run.py [--part NAME [--note TEXT]] [pytest's arguments]
 
-With arguments the files go to build/bench and docs/benchmarks.md stays as it is: both are of the whole grid.
+With arguments the files go to build/bench and docs/benchmarks.md stays: both are of the whole grid.
 With --part they are a result of their own, <machine>-<isa>-NAME-<date>.json and .md, whose page
 says what was run and holds TEXT:
 

@@ -1,6 +1,6 @@
 """The benchmark of a GPU: products of few tokens with W from memory, and who wins from where on.
 
-python bench/run_gpu.py decode      results/<GPU>-decode-<dtype>-<date>.* and a table in docs/benchmarks.md
+python bench/run_gpu.py decode      results/<GPU>-decode-<dtype>-<date>.*, docs/benchmarks.md
 python bench/run_gpu.py crossover   sparsekern/kernels/crossover.json
 python bench/run_gpu.py publish X.json   the same from a file that --out FOLDER wrote
 

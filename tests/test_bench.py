@@ -1,4 +1,4 @@
-"""What the benchmarks make of their times: ratios, tables, the section of a page. And their race."""
+"""Ratios, tables and sections that the benchmarks make of their times; and their race."""
 
 import sys
 from pathlib import Path
