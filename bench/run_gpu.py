@@ -1,4 +1,4 @@
-"""The benchmark of a GPU: products of few tokens with W from memory, and who wins from where on.
+"""The GPU benchmark: products of few tokens, and the density at which each kernel becomes fastest.
 
 python bench/run_gpu.py decode      results/<GPU>-decode-<dtype>-<date>.*, docs/benchmarks.md
 python bench/run_gpu.py crossover   sparsekern/kernels/crossover.json
@@ -93,7 +93,7 @@ Speed as a share of the CUDA kernels'.
 
 
 def machine(commit: str | None) -> dict:
-    """What was measured on. nvidia-smi's numbers are read while copies keep the GPU busy."""
+    """The machine measured on. nvidia-smi's numbers are read while copies keep the GPU busy."""
     limits = ceilings.of_gpu(torch.bfloat16)
     return about_gpu() | {
         "copy_bytes_per_s": limits["bytes_per_s"]["memory"],

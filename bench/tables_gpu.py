@@ -122,7 +122,7 @@ def by_shape(cells: list[dict]) -> str:
 
 
 def bytes_read(cells: list[dict], limit_bytes_per_s: float) -> str:
-    """What one token reaches of the copy bandwidth, over the bytes of the packed weights."""
+    """Share of the copy bandwidth that one token reaches, by the bytes of the packed weights."""
     cells = select(cells, M=1, mask="random")
     sparsities = sparsities_of(cells)
 

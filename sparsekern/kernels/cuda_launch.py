@@ -34,7 +34,7 @@ class Launch(NamedTuple):
 
 
 class Gpu(NamedTuple):
-    """What a launch is fitted to."""
+    """The properties of a GPU that a launch is fitted to."""
 
     multiprocessors: int
     smem_bytes: int  # the most of a block
@@ -135,7 +135,7 @@ def _launch_runs(
     runs: int,
     smem_bytes: int,
 ) -> Launch:
-    """Of a kernel that runs.cuh shares out."""
+    """Launch of a kernel whose work runs.cuh splits into runs."""
     groups, blocks = RUN_WARPS // group_warps, -(-slices // group_warps)
     units = blocks * windows
     shares = -(-windows * runs // units) + 1 if units else 1

@@ -78,7 +78,7 @@ def assemble(
 
 
 def check_operands(packed: Packed, x: Tensor, bias: Tensor | None) -> None:
-    """What spmm_packed() counts on: TypeError or ValueError that names the operand."""
+    """Check the operands of spmm_packed(): TypeError or ValueError names the wrong one."""
     dtype, device = packed.dtype, packed.arrived.device
     for name, t, shape in (("x", x, (*x.shape[:1], packed.k)), ("bias", bias, (packed.n,))):
         if t is None:
