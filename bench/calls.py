@@ -1,4 +1,4 @@
-"""What Python, dispatch and autograd cost in a call, beside the kernel: one token through a layer
+"""Cost of Python, dispatch and autograd in a call, beside the kernel: one token through a layer
 so small that nothing else counts, ours and torch's in turn, in one thread.
 
     python bench/calls.py [--device cuda] [--out FOLDER]

@@ -229,7 +229,7 @@ class SparseTensor:
         return _rebuild, (*csr, self.is_transposed)
 
     def __setstate__(self, state: tuple) -> None:
-        """Of files that an earlier version wrote: what is loaded is checked like all else."""
+        """Restore, also from files of an earlier version; all of it is checked, as ever."""
         slots = state[1]
         csr = (slots[name] for name in ("row_offsets", "col_indices", "values"))
         self.__init__(*csr, (slots["n"], slots["k"]))
@@ -341,7 +341,7 @@ def register(name: str, implementation: Callable, method: bool = True) -> None:
 
 
 class _Missing:
-    """What a Tensor has and a SparseTensor lacks. A __getattr__ would say the same, and slow down
+    """A name that a Tensor has and a SparseTensor lacks. A __getattr__ would do, and slow down
     every other attribute."""
 
     def __init__(self, name: str):

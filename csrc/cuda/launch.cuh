@@ -28,7 +28,7 @@
 #define SK_KERNEL(kernel)
 #define SK_EARLY_KERNEL(kernel)
 
-// What <cstdint> would declare.
+// The types that <cstdint> would declare.
 using int8_t = signed char;
 using int16_t = short;
 using int32_t = int;

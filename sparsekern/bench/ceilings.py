@@ -1,4 +1,4 @@
-"""What this very machine can do at most: arithmetic, and the memory at each distance.
+"""Ceilings of this very machine: arithmetic, and the memory at each distance.
 
 CPU: loops in C++ (csrc/cpu/limits.h) of the instruction set that the kernels use. GPU: torch's own
 dense product and copies, the best that a program meets there.
@@ -58,7 +58,7 @@ def _read(memory: torch.Tensor, size_bytes: int, threads: int) -> int:
 
 
 def _best_rate(work: Callable[[], int]) -> float:
-    """What `work` says it did, per second, in its best round."""
+    """Amount that `work` says it did, per second, in its best round."""
     best = 0.0
     for _ in range(ROUNDS):
         start = time.perf_counter()

@@ -94,7 +94,7 @@ def _best_dense(rivals: dict[str, dict]) -> float:
 
 
 def compare(old: Path, new: Path) -> list[Change]:
-    """What both have measured, the worst first."""
+    """Changes of what both have measured, the worst first."""
     before, after = load(old), load(new)
     changes = [Change(g, before[g], after[g]) for g in before if g in after]
     if not changes:

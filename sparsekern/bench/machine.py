@@ -1,4 +1,4 @@
-"""What was measured on: machine, versions, commit, clocks."""
+"""The machine of a measurement: processor, versions, commit, clocks."""
 
 import os
 import platform
@@ -38,7 +38,7 @@ def installed(*names: str) -> str | None:
 
 
 def cores() -> list[int]:
-    """Those that this process may run on, where the system says so."""
+    """Cores that this process may run on, where the system says so."""
     if hasattr(os, "sched_getaffinity"):
         return sorted(os.sched_getaffinity(0))
     return list(range(os.cpu_count() or 1))

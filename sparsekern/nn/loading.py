@@ -1,4 +1,4 @@
-"""What a SparseLinear takes from a state_dict: all that is there for it, or nothing.
+"""Loading of a SparseLinear from a state_dict: all that is there for it, or nothing.
 
 Its pattern and its values belong together: row_offsets and col_indices are loaded with their
 values, and one or two of the three only where they fit the pattern that the layer has.

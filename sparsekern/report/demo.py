@@ -175,7 +175,7 @@ def sample_section(text: str) -> str:
 
 
 def generation_section(result: dict) -> str:
-    """What gpt.speed.compare() measured: a row for each way of each model."""
+    """The section about gpt.speed.compare(): a row for each way of each model."""
     rows = [
         [
             name,

@@ -50,7 +50,7 @@ class Result:
 
     @cached_property
     def records(self) -> list[dict]:
-        """Of products: a record for each, with `speedup` over the best dense call."""
+        """One record for each product, with `speedup` over the best dense call."""
         if self.kind == PRODUCTS:
             infos = (benchmark["extra_info"] for benchmark in self.data["benchmarks"])
             return [{"device": "cpu"} | info for info in infos if "speedup" in info]

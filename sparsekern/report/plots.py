@@ -29,7 +29,7 @@ def figure(panels: int, width: float = 5.0, height: float = 4.2, **options):
 
 
 def _columns(panels: int) -> int:
-    """Of so many panels; more than three would be too small to read."""
+    """Columns of a figure of so many panels; more than three would be too small to read."""
     return panels if panels <= 3 else 2
 
 

@@ -82,7 +82,7 @@ def plain(records: list[dict]) -> list[dict]:
 
 
 def common(records: list[dict]) -> list[dict]:
-    """Of the shapes that were run at every sparsity, so that means are of the same shapes."""
+    """Records of shapes that were run at every sparsity: means are of the same shapes."""
     everywhere = len(sparsities_of(records))
     shapes = groups(records, lambda r: r["M"], lambda r: r["N"], lambda r: r["K"]).values()
     return [r for alike in shapes if len(sparsities_of(alike)) == everywhere for r in alike]

@@ -1,4 +1,4 @@
-"""What an optimizer step must find: state that fits the values, and an algorithm that follows.
+"""Checks before an optimizer step: state that fits the values, and an algorithm that follows.
 
 Both are looked at before every step of any optimizer, by torch's global hook: a fused AdamW writes
 past the end of state that is too short (of a damaged checkpoint, or of one with another pattern),

@@ -132,7 +132,7 @@ def holders(optimizers: Iterable[Optimizer]) -> list[Optimizer]:
 
 
 def _states(values: Tensor, optimizers: Iterable[Optimizer]) -> list[dict]:
-    """What each of them keeps for these values; a wrapper may share its state with the wrapped."""
+    """Each optimizer's state for these values; a wrapper may share its state with the wrapped."""
     states = [o.state[values] for o in holders(optimizers) if values in o.state]
     return list({id(state): state for state in states}.values())
 

@@ -1,4 +1,4 @@
-"""What else a tensor has: shapes, copies, casts, sums, and rows by index.
+"""The rest of a tensor's methods: shapes, copies, casts, sums, and rows by index.
 
 A reduction counts the places that are not stored as the zeros they are. A row or a column is a
 dense vector, several rows are a SparseTensor.
@@ -115,7 +115,7 @@ def _type_as(input: SparseTensor, other) -> SparseTensor:
 
 
 def _cast(name: str):
-    """Of the values; the pattern follows."""
+    """A cast of the values; the pattern follows."""
 
     def run(input: SparseTensor, *args, **kwargs) -> SparseTensor:
         return input._follow(getattr(input.values, name)(*args, **kwargs))

@@ -125,7 +125,7 @@ def uniform_weights(shape: GPTShape, density: float) -> tuple[Weight, ...]:
 
 
 def masked_weights(masks: Sequence[tuple[str, Mask]]) -> tuple[Weight, ...]:
-    """Of actual masks, one for each matrix of each block: (its name, its mask)."""
+    """Weights with actual masks, one for each matrix of each block: (its name, its mask)."""
     return tuple(Weight(name, *mask.shape, mask.density, 1, mask) for name, mask in masks)
 
 

@@ -33,7 +33,7 @@ def digests(tensors: Mapping[str, Tensor]) -> dict[str, str]:
 
 
 def digest_of_json(value: object) -> str:
-    """Of anything that JSON can hold, whatever the order of its keys."""
+    """Digest of anything that JSON can hold, whatever the order of its keys."""
     return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()
 
 

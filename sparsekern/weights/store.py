@@ -167,7 +167,7 @@ def load_weights(path: str | Path) -> Weights:
 
 
 def load_metadata(path: str | Path) -> dict:
-    """What was given to `save_weights` beside the weights; {} for files of others."""
+    """Metadata that was given to `save_weights` beside the weights; {} for files of others."""
     path = Path(path)
     header, _ = _read(path / FILE if path.is_dir() else path, with_tensors=False)
     return header["metadata"] if header else {}

@@ -1,4 +1,4 @@
-"""What the benchmarks make of their times: ratios, tables, README's section. And their race."""
+"""Ratios, tables and sections that the benchmarks make of their times; and their race."""
 
 import sys
 from pathlib import Path
@@ -98,7 +98,7 @@ def test_tables_hold_geometric_means(bench):
     assert "sparsekern, one thread" in scaling and "2.00" in scaling and "1.00" in dense
 
 
-def test_results_are_a_page_a_plot_and_readmes_section(bench, monkeypatch, tmp_path):
+def test_results_are_a_page_a_plot_and_a_section(bench, monkeypatch, tmp_path):
     run = bench("run")
     found = some_infos(bench)
     machine = {"cpu": "A CPU", "cores": 2, "isa": "avx2", "torch": "2.13.0", "isa_of_torch": "AVX2"}
@@ -111,10 +111,10 @@ def test_results_are_a_page_a_plot_and_readmes_section(bench, monkeypatch, tmp_p
     assert "no wheel" in page and "Not run." not in page
     assert (tmp_path / "results" / "a-cpu.png").stat().st_size > 10_000
 
-    monkeypatch.setattr(run, "README", tmp_path / "README.md")
-    run.README.write_text(f"before\n{run.MARKERS[0]}\nformer\n{run.MARKERS[1]}\nafter\n")
-    run.update_readme("a-cpu", full)
-    text = run.README.read_text()
+    monkeypatch.setattr(run, "PAGE", tmp_path / "benchmarks.md")
+    run.PAGE.write_text(f"before\n{run.MARKERS[0]}\nformer\n{run.MARKERS[1]}\nafter\n")
+    run.update_page("a-cpu", full)
+    text = run.PAGE.read_text()
     assert text.startswith("before\n<!-- bench: begin -->\n| times dense")
     assert "former" not in text and text.endswith("-->\nafter\n")
 
@@ -137,7 +137,7 @@ def test_a_part_of_the_grid_is_a_page_that_says_so(bench, monkeypatch, tmp_path)
     monkeypatch.setattr(run.pytest, "main", run_pytest)
     monkeypatch.setattr(run, "RESULTS", tmp_path)
     monkeypatch.setattr(run, "CORES", [0, 1])
-    monkeypatch.setattr(run, "update_readme", None)
+    monkeypatch.setattr(run, "update_page", None)
     arguments = ["--part", "trained", "--note", "Of a demo.", "-k", "trained"]
     monkeypatch.setattr(sys, "argv", ["run.py", *arguments])
     assert run.main() == 0
@@ -152,10 +152,10 @@ def test_a_part_of_the_grid_is_a_page_that_says_so(bench, monkeypatch, tmp_path)
     assert "## By shape" in page and "## Memory" not in page and "Not run." not in page
 
 
-def test_the_readme_has_a_place_for_the_table(bench):
+def test_the_page_has_a_place_for_the_table(bench):
     run = bench("run")
-    readme = run.README.read_text()
-    assert all(readme.count(marker) == 1 for marker in run.MARKERS)
+    page = run.PAGE.read_text()
+    assert all(page.count(marker) == 1 for marker in run.MARKERS)
 
 
 def test_cold_weights_are_many_copies_used_in_turn(monkeypatch):

@@ -359,13 +359,13 @@ def test_tables_hold_geometric_means(bench):
     ]
 
 
-def test_results_are_a_page_a_plot_and_readmes_section(bench, monkeypatch, tmp_path):
+def test_results_are_a_page_a_plot_and_a_section(bench, monkeypatch, tmp_path):
     pytest.importorskip("matplotlib")
     run_gpu, found = bench("run_gpu"), result(some_cells())
     monkeypatch.setattr(run_gpu, "RESULTS", tmp_path / "results")
-    monkeypatch.setattr(run_gpu, "README", tmp_path / "README.md")
+    monkeypatch.setattr(run_gpu, "PAGE", tmp_path / "benchmarks.md")
     begin, end = run_gpu.MARKERS
-    run_gpu.README.write_text(f"before\n{begin}\nformer\n{end}\nafter\n")
+    run_gpu.PAGE.write_text(f"before\n{begin}\nformer\n{end}\nafter\n")
     path = tmp_path / "decode.json"
     path.write_text(json.dumps(found))
 
@@ -376,7 +376,7 @@ def test_results_are_a_page_a_plot_and_readmes_section(bench, monkeypatch, tmp_p
         "no module named cupy" in page and "Not run." not in page and "clocks sm 1980 MHz" in page
     )
     assert (tmp_path / "results" / f"{name}.png").stat().st_size > 10_000
-    text = run_gpu.README.read_text()
+    text = run_gpu.PAGE.read_text()
     assert text.startswith(f"before\n{begin}\n| times dense") and text.endswith(f"{end}\nafter\n")
     assert "former" not in text and f"[bench/results/{name}.md]" in text
 
@@ -409,8 +409,8 @@ def test_parts_are_published_together(bench, monkeypatch, tmp_path):
     pytest.importorskip("matplotlib")
     run_gpu, whole = bench("run_gpu"), result(some_cells())
     monkeypatch.setattr(run_gpu, "RESULTS", tmp_path)
-    monkeypatch.setattr(run_gpu, "README", tmp_path / "README.md")
-    run_gpu.README.write_text("\n".join(run_gpu.MARKERS))
+    monkeypatch.setattr(run_gpu, "PAGE", tmp_path / "benchmarks.md")
+    run_gpu.PAGE.write_text("\n".join(run_gpu.MARKERS))
     grid = measure_gpu.Grid(shapes=((8, 8), (8, 16)))
     monkeypatch.setattr(run_gpu, "grid_of", lambda *_, **__: grid)
 
@@ -425,7 +425,7 @@ def test_parts_are_published_together(bench, monkeypatch, tmp_path):
     published = json.loads((tmp_path / f"{run_gpu.name_of(whole)}.json").read_text())
     assert published["cells"] == json.loads(json.dumps(whole["cells"])) and "part" not in published
     assert [part["part"] for part in published["parts"]] == [[2, 2], [1, 2]]
-    assert "each W on one of 2 such GPUs" in run_gpu.README.read_text()
+    assert "each W on one of 2 such GPUs" in run_gpu.PAGE.read_text()
 
     for fields, message in (
         ({"part": (1, 2)}, "expected all parts of a grid"),

@@ -16,7 +16,7 @@ MOST_TOKENS = 16
 
 # The least density at which the bitmap is faster, for 1, 2, up to 4 and up to 8 tokens: where the
 # time of one place of W meets density * the time of one non-zero. Measured with weights in cache
-# and, for one token, out of memory, where two bytes a non-zero count for more (docs/LOG.md).
+# and, for one token, out of memory, where two bytes a non-zero count for more (docs/log.md).
 _BITMAP_FROM = {16: (0.3, 0.22, 0.3, 0.5), 8: (0.45, 0.38, 0.52, 0.8)}
 
 

@@ -62,7 +62,7 @@ class _Plans(dict):
 
 
 def _bind_spmm(problem: Problem):
-    """Of spmm and spmm_t."""
+    """Bind `panel` to a problem of spmm or spmm_t."""
     type_, is_transposed = type_of(problem.dtype), problem.op == "spmm_t"
     m, width = problem.M, problem.K if is_transposed else problem.N
     plan = _Plans(problem)
@@ -155,7 +155,7 @@ def _sddmm_expand(row_offsets, col_indices, n, k, dy, x):
 def refuse_dtype(
     p: Problem, dtypes: tuple[torch.dtype, ...] = (torch.float32, torch.bfloat16, torch.float64)
 ) -> str | None:
-    """What every row that calls `_C` refuses."""
+    """Reason why no row that calls `_C` runs it: not built, or the dtype. None where one may."""
     if _C is None:
         return "the C++ library is not built"
     if p.dtype not in dtypes:

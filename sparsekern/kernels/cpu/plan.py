@@ -1,7 +1,7 @@
 """How the C++ kernels cut a product on a CPU, and from which density on torch.mm is the faster one.
 
 Pure functions of the problem, the machine and the number of threads. The constants were found by
-measurement on machines with AVX-512, with and without AMX, and with AVX2 (docs/LOG.md).
+measurement on machines with AVX-512, with and without AMX, and with AVX2 (docs/log.md).
 """
 
 from functools import lru_cache
@@ -17,7 +17,7 @@ WIDEST = 8  # vectors in a panel's row: their accumulators fill a register file 
 
 
 class Machine(NamedTuple):
-    """What a plan depends on."""
+    """The properties of a machine that a plan depends on."""
 
     isa: str
     lanes: int  # floats in a vector, or doubles where those are what is computed in
@@ -39,7 +39,7 @@ class Plan(NamedTuple):
 
 
 def machine_name(machine: Machine) -> str:
-    """Of machines that a plan cannot tell apart: the key of their measured crossovers."""
+    """Key of the crossover table: machines with equal keys get equal plans."""
     tiles = " tiles" * machine.has_bf16_tiles
     return f"{machine.isa} {machine.l1_bytes} {machine.l2_bytes}{tiles}"
 

@@ -21,7 +21,7 @@ _COUNTS = {  # of numbers and of tensors
     name: tuple([field.type for field in fields(kind)[3:]].count(t) for t in (int, Tensor))
     for name, kind in LAYOUTS.items()
 }
-STREAM_TOKENS = 2  # up to here `streams` is the faster layout (docs/LOG.md)
+STREAM_TOKENS = 2  # up to here `streams` is the faster layout (docs/log.md)
 
 
 def name_of(packed: Packed) -> str:
@@ -34,7 +34,7 @@ def like(tokens: int) -> int:
 
 
 def choose_layout(tokens: int, density: float) -> str:
-    """The layout for products of about so many tokens: what is faster on an H200 (docs/LOG.md).
+    """The layout for products of about so many tokens: what is faster on an H200 (docs/log.md).
     `cover` is made by the C++ library alone."""
     if tokens <= STREAM_TOKENS:
         return "streams"
@@ -78,7 +78,7 @@ def assemble(
 
 
 def check_operands(packed: Packed, x: Tensor, bias: Tensor | None) -> None:
-    """What spmm_packed() counts on: TypeError or ValueError that names the operand."""
+    """Check the operands of spmm_packed(): TypeError or ValueError names the wrong one."""
     dtype, device = packed.dtype, packed.arrived.device
     for name, t, shape in (("x", x, (*x.shape[:1], packed.k)), ("bias", bias, (packed.n,))):
         if t is None:

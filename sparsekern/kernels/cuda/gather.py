@@ -56,7 +56,7 @@ class Streams(Packed):
 
 def choose_pieces(granules: int, slices: int, multiprocessors: int) -> int:
     """Into how many pieces W is cut: for each multiprocessor a block of 16, or two where pieces are
-    long even so. Each slice has one at least (docs/LOG.md has the measurements)."""
+    long even so. Each slice has one at least (docs/log.md has the measurements)."""
     block_pieces = multiprocessors * BLOCK_PIECES
     blocks = max(granules // (MANY_GRANULES * block_pieces), -(-slices // block_pieces))
     return block_pieces * max(1, min(MOST_BLOCKS, blocks))

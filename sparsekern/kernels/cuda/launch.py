@@ -34,7 +34,7 @@ class Launch(NamedTuple):
 
 
 class Gpu(NamedTuple):
-    """What a launch is fitted to."""
+    """The properties of a GPU that a launch is fitted to."""
 
     multiprocessors: int
     smem_bytes: int  # the most of a block
@@ -89,7 +89,7 @@ def configure_cover(m: int, slices: int, windows: int, type_name: str, gpu: Gpu)
 def choose_group_warps(tokens: int, tiles_per_warp: float) -> int:
     """How many of a block's 16 warps share x of a window, and a block's rows / 32: 16, 8 or 4.
 
-    Many read x less often; few leave fewer sums to add up. docs/LOG.md has the measurements.
+    Many read x less often; few leave fewer sums to add up. docs/log.md has the measurements.
     """
     if tiles_per_warp <= FEW_TILES:
         return 4
@@ -135,7 +135,7 @@ def _launch_runs(
     runs: int,
     smem_bytes: int,
 ) -> Launch:
-    """Of a kernel that runs.cuh shares out."""
+    """Launch of a kernel whose work runs.cuh splits into runs."""
     groups, blocks = RUN_WARPS // group_warps, -(-slices // group_warps)
     units = blocks * windows
     shares = -(-windows * runs // units) + 1 if units else 1

@@ -1,4 +1,4 @@
-"""What the layouts of packed weights have in common."""
+"""The base class of the layouts of packed weights, and what they share."""
 
 from dataclasses import dataclass, fields, replace
 
@@ -22,7 +22,7 @@ class Packed:
         return {name: part for name, part in parts.items() if isinstance(part, Tensor)}
 
     def numbers(self) -> list[int]:
-        """Those of the layout."""
+        """The integers that describe the layout, in a fixed order."""
         parts = [getattr(self, field.name) for field in fields(self)[3:]]
         return [part for part in parts if not isinstance(part, Tensor)]
 
@@ -57,7 +57,7 @@ class Packed:
                 )
 
     def check_values(self, values: Tensor) -> None:
-        """Of a refill."""
+        """Check the values of a refill: TypeError or ValueError names what is wrong."""
         if values.shape != (self.nnz,):
             raise ValueError(
                 f"values: expected shape ({self.nnz},), that of the pattern, "
@@ -71,7 +71,7 @@ class Packed:
 
     @property
     def dtype(self) -> torch.dtype:
-        """Of the values, which lie in the first tensor."""
+        """Dtype of the values, which lie in the first tensor."""
         return next(part.dtype for part in vars(self).values() if isinstance(part, Tensor))
 
     @property
@@ -93,7 +93,7 @@ class Packed:
 
 
 def check_fill(values: Tensor, nnz: int) -> None:
-    """Of values that a layout is filled with."""
+    """Check the values that a layout is filled with."""
     if values.dtype not in FLOATS:
         raise TypeError(f"values: expected bfloat16 or float16, got {values.dtype}")
     if values.shape != (nnz,):
@@ -127,7 +127,7 @@ def sort_rows(row_offsets: Tensor, n: int, block: int) -> Tensor:
 
 
 def multiprocessors(device: torch.device) -> int:
-    """Of a GPU; 132 where there is none."""
+    """Number of multiprocessors; 132 (an H200) if `device` is not a GPU."""
     if device.type != "cuda":
         return 132
     return torch.cuda.get_device_properties(device).multi_processor_count

@@ -277,7 +277,7 @@ def source_of(kernel: str, folder: Path) -> Path:
 
 
 def arch_of(capability: tuple[int, int]) -> str:
-    """What machine code is compiled for; sm_90a is Hopper with its warpgroups."""
+    """Architecture to compile machine code for; sm_90a is Hopper with its warpgroups."""
     return "sm_90a" if capability == (9, 0) else "sm_{}{}".format(*capability)
 
 

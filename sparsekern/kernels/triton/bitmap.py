@@ -58,7 +58,7 @@ def make_bitmap(row_offsets: Tensor, col_indices: Tensor, n: int, k: int) -> Bit
 
 
 def _count_bits(byte: Tensor) -> Tensor:
-    """Of each element, 0 .. 255, how many of its bits are set."""
+    """The number of set bits of each element, 0 .. 255."""
     byte = byte - (byte >> 1 & 0x55)
     byte = (byte & 0x33) + (byte >> 2 & 0x33)
     return (byte + (byte >> 4)) & 0x0F

@@ -61,7 +61,7 @@ def _store_columns(p, word, one, size, values, result, COUNT: tl.constexpr):
 
 @triton.jit
 def _load_bits(lanes, starts, unit, step, UNITS: tl.constexpr):
-    """What W's places are, of units `unit`, `unit + step` ...: three int64 [T, 2 x log2(UNITS)]."""
+    """Places of W of the units `unit`, `unit + step` ...: three int64 [T, 2 x log2(UNITS)]."""
     if UNITS == 1:
         pairs = tl.load(lanes + unit * 32 + tl.arange(0, unit.shape[0]) % 32)
         s01 = tl.load(starts + unit * 2)
@@ -151,13 +151,13 @@ def _store_units(pairs, s01, s23, values, one, size, result, UNITS: tl.constexpr
 
 @triton.jit
 def _first_unit(block, tile, tiles, WARPS: tl.constexpr, UNITS: tl.constexpr):
-    """Of each thread, in rows from block * 4 * UNITS * WARPS and columns from tile * 256."""
+    """Each thread's first unit, in rows from block * 4 * UNITS * WARPS, columns from tile * 256."""
     return (block * WARPS + tl.arange(0, 32 * WARPS) // 32) * UNITS * tiles + tile
 
 
 @triton.jit
 def _as_tile(parts, WARPS: tl.constexpr, UNITS: tl.constexpr):
-    """Of _load_units(): W as [4 * UNITS * WARPS, 256]."""
+    """The result of _load_units() as a tile of W [4 * UNITS * WARPS, 256]."""
     # Warp, lane, 3 bits of the column, 2 of the row, those of the unit; low bits first.
     if UNITS == 1:
         parts = tl.reshape(parts, (WARPS, 32, 2, 2, 2, 2, 2))

@@ -39,7 +39,7 @@ def _four(value, position):
 
 @triton.jit
 def _sixteen_rows(words0, words1, positions):
-    """Of the words of groups t and t + 4: [32, 2, 2, 2 (h), 2 (u)]."""
+    """Sixteen rows out of the words of groups t and t + 4: [32, 2, 2, 2 (h), 2 (u)]."""
     low = tl.join(_four(words0, positions), _four(words0 >> 16, positions >> 2))
     high = tl.join(_four(words1, positions >> 16), _four(words1 >> 16, positions >> 18))
     return tl.join(low, high)

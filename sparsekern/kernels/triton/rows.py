@@ -224,7 +224,7 @@ def _matrix(bitmap: Bitmap) -> tuple[Tensor, Tensor]:
 
 
 def _constants(config: Config, dtype: torch.dtype) -> dict:
-    """What the three kernels are compiled for."""
+    """The compile-time constants of the three kernels."""
     options = {"num_warps": config.warps, "num_stages": config.stages}
     if config.max_registers:
         options["maxnreg"] = config.max_registers

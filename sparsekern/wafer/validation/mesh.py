@@ -51,7 +51,7 @@ def mesh_errors() -> dict[str, list[float]]:
 
 
 def mesh_calibration() -> Point:
-    """Of WINDOW_DRIFT and WINDOWS_IN_STEP in balance.py: 300 random masks on meshes of 2 x 200 to
+    """Fit of WINDOW_DRIFT and WINDOWS_IN_STEP, balance.py: 300 random masks on meshes of 2 x 200 to
     32 x 32, densities of 1 to 70%, windows of 2 to 64 outputs."""
     quantity = f"mesh: window drift {WINDOW_DRIFT:g}, least windows {WINDOWS_IN_STEP}"
     note = "as fitted when committed"

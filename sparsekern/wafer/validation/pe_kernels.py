@@ -38,7 +38,7 @@ class Fit:
 
 @dataclass(frozen=True)
 class Summary:
-    """What is kept of a data set: no row of it."""
+    """Summary of a data set: no row of it is kept."""
 
     fit: Fit
     imbalance_error: tuple[float, float] | None  # of the formula, nothing fitted
@@ -82,7 +82,7 @@ def family(row: dict[str, float]) -> int:
 
 
 def least_squares(rows: list[dict[str, float]], kind: str) -> np.ndarray:
-    """Of relative errors."""
+    """Coefficients with the least squares of relative errors."""
     cycles = np.array([row["avg_cycles"] for row in rows])
     matrix = np.array([features(row, kind) for row in rows]) / cycles[:, None]
     return np.linalg.lstsq(matrix, np.ones(len(rows)), rcond=None)[0]

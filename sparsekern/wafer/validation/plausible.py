@@ -34,7 +34,7 @@ def plausible_points() -> list[Point]:
 
 
 def square_speedups(inputs: Inputs, sparsities: tuple[float, ...] = SPARSITIES) -> list[float]:
-    """Of a 12k x 12k product over a full batch of tokens."""
+    """Speed-ups of a 12k x 12k product over a full batch of tokens."""
 
     def cycles(density: float) -> float:
         return product_cycles(WSE2, inputs, FULL_TOKENS, SQUARE, SQUARE, density).total

@@ -24,7 +24,7 @@ class Validation:
 
     @property
     def failed(self) -> list[Point]:
-        """Of the classes that must hold."""
+        """Failed points of the classes that must hold."""
         return [point for point in self.points if point.kind in FATAL and point.is_pass is False]
 
     @property
