@@ -10,7 +10,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from .layout import LANES, Packed, check_fill, check_indices, sort_rows
+from .layout import LANES, Packed, as_stored, check_fill, check_indices, sort_rows
 
 try:
     from ... import _C
@@ -101,4 +101,4 @@ class CoverLayout:
     def refill_(self, packed: Cover, values: Tensor) -> None:
         """Other values in a pack of this layout."""
         packed.check_values(values)
-        packed.records.view(-1)[self.places] = values.detach()
+        packed.records.view(-1)[self.places] = as_stored(values)

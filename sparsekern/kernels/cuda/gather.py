@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from ...indices import expand_rows
-from .layout import LANES, Packed, check_fill, check_indices, multiprocessors, sort_rows
+from .layout import LANES, Packed, as_stored, check_fill, check_indices, multiprocessors, sort_rows
 
 GRANULE = 8  # entries of a lane
 BLOCK_PIECES = 16  # of a thread block
@@ -190,7 +190,7 @@ class StreamsLayout:
     def refill_(self, packed: Streams, values: Tensor) -> None:
         """Other values in a pack of this layout."""
         packed.check_values(values)
-        packed.values.view(-1)[self.places] = values.detach()
+        packed.values.view(-1)[self.places] = as_stored(values)
 
     @staticmethod
     def _begins(lane: Tensor) -> Tensor:

@@ -92,6 +92,13 @@ class Packed:
         return replace(self, **{name: part.clone() for name, part in self.tensors().items()})
 
 
+def as_stored(values: Tensor) -> Tensor:
+    """`values` as layouts hold them: a stored zero is -0, since +0 is a place that is not stored.
+    No product shows the sign: its sum begins at +0."""
+    values = values.detach()
+    return values.masked_fill(values == 0, -0.0)
+
+
 def check_fill(values: Tensor, nnz: int) -> None:
     """Check the values that a layout is filled with."""
     if values.dtype not in FLOATS:

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from ...indices import expand_rows
-from .layout import LANES, Packed, check_fill, check_indices
+from .layout import LANES, Packed, as_stored, check_fill, check_indices
 
 STEP = 64  # columns
 SLOTS = 32  # of a lane in a step
@@ -101,4 +101,4 @@ class PairsLayout:
     def refill_(self, packed: Pairs, values: Tensor) -> None:
         """Other values in a pack of this layout."""
         packed.check_values(values)
-        packed.words.view(-1)[self.places] = values.detach()
+        packed.words.view(-1)[self.places] = as_stored(values)

@@ -3,10 +3,9 @@
 W is read once, by one of three kernels: `gather` reads delta streams (gather.py) and multiplies on
 CUDA cores, `cover` a cover (cover.py) on sparse tensor cores, `pairs` pairs of columns (pairs.py)
 on dense ones. Values are bfloat16 or float16, sums float32, rounded once. Results do not depend on
-timing: sums of parts are added in a fixed order. A stored zero counts as missing. An infinite or
-NaN x reaches the rows that have its column, and no other token. `gather` keeps it from all other
-rows; `cover` and `pairs`, and a packed weight that is written out, may give NaN there, as a dense
-product does. The row `expand` keeps it from them too (csr.cu, mend), if the CUDA library is there.
+timing: sums of parts are added in a fixed order. A place that is not stored takes no part: an
+infinite or NaN x reaches the outputs that a stored value connects it to, and no others. Where W is
+written out (the row `expand`, a packed weight and many tokens) another kernel sees to that (mend).
 
 A packed weight holds the counters by which blocks find out who is last, so it must not be used on
 two streams at the same time.

@@ -5,6 +5,7 @@ import os
 import pytest
 import torch
 from emulated_cuda import SOURCES, emulated_cuda  # noqa: F401
+from infinities import check_stored, tokens_with_infinities, weight_with_infinities
 from test_cuda_kernels import LAYOUTS, TOLERANCE, packed_as
 
 from sparsekern import SparseTensor
@@ -92,6 +93,30 @@ def test_tiles_of_every_fill(n, k, layout):
     packed = packed_as(layout, w)
     check(packed, w, 11)
     assert torch.equal(cuda_rows.expand(packed), w)
+
+
+@DTYPES
+@layouts
+@pytest.mark.parametrize("n, k", [(300, 1031), (40, 64)])
+def test_infinities_reach_what_a_stored_value_connects(n, k, layout, dtype, nan_memory):
+    """A finite sum is right, others are as the stored values have them; zeros that are stored and
+    infinities of W take part."""
+    w, mask, bias = weight_with_infinities(n, k, dtype)
+    packed = packed_as(layout, SparseTensor.from_dense(w, mask))
+    for m in (1, 2, 4, 8, 16, 30, 64):
+        x = tokens_with_infinities(m, k, dtype)
+        for b in (bias, None):
+            check_stored(cuda.spmm_packed(x, packed, b), x, w, mask, b)
+        assert not packed.arrived.any()
+
+
+def test_infinities_without_warpgroups(nan_memory, emulated_cuda):  # noqa: F811
+    w, mask, bias = weight_with_infinities(300, 1031, torch.bfloat16)
+    packed = packed_as("pairs", SparseTensor.from_dense(w, mask))
+    emulated_cuda.warpgroups(False)
+    for m in (5, 30, 64):
+        x = tokens_with_infinities(m, 1031, torch.bfloat16)
+        check_stored(cuda.spmm_packed(x, packed, bias), x, w, mask, bias)
 
 
 @layouts
