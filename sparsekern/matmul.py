@@ -104,7 +104,7 @@ def _linear_of_sparse(input, weight, bias) -> Tensor:
 
 
 def _linear(input, weight, bias=None, *, out=None) -> Tensor:
-    """What F.linear comes to: torch's takes out=, too."""
+    """The function behind F.linear: torch's takes out=, too."""
     if out is None:
         return linear(input, weight, bias)
     with torch.autocast(out.device.type, enabled=False):  # torch's leaves such calls alone
