@@ -69,7 +69,13 @@ def _cast(t: Tensor, dtype: torch.dtype, stores: dict | None) -> Tensor:
             and kept.dtype is dtype
         ):
             return kept
-    if type(t) not in _PLAIN or not t.is_leaf or t._is_view() or _in_functorch():
+    if (
+        type(t) not in _PLAIN
+        or not t.is_leaf
+        or t._is_view()
+        or t.is_inference()  # no counter
+        or _in_functorch()
+    ):
         return _convert(t, dtype)
     if casts is None:
         casts = _begin(t.get_device(), t.device)
