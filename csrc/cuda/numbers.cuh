@@ -57,7 +57,7 @@ __device__ inline bool operator!=(const Range& a, const Range& b) {
   return a.begin != b.begin || a.end != b.end;
 }
 
-// What is read before wait_for_last_kernel() may be anything: made harmless.
+// The part of `guess` inside of `all`: what is read before wait_for_last_kernel() may be anything.
 __device__ inline Range within(const Range& all, const Range& guess) {
   const int begin = max(all.begin, min(guess.begin, all.end));
   return {begin, max(begin, min(guess.end, all.end))};

@@ -166,10 +166,10 @@ class Window {
   const bool is_aligned_;
 };
 
-// What a lane has of a step.
+// A lane's slots of one step.
 class Slots {
  public:
-  // Of the next step.
+  // Takes the slots of the next step.
   __device__ explicit Slots(Words& words) {
     const unsigned at = words.next(), lane = threadIdx.x % kWarp;
     mask_ = load_shared_u32(at + lane * 4);
@@ -205,7 +205,7 @@ template <class T, int kNTiles>
 __device__ inline void multiply(float (&acc)[2][kNTiles][4], unsigned (&a)[2][8], Slots slots,
                                 unsigned x) {
   const int lane = threadIdx.x % kWarp;
-  // Of this lane for ldmatrix: tokens lane / 16 * 8 .. + 7, chunk lane / 8 % 2.
+  // This lane's address for ldmatrix: tokens lane / 16 * 8 .. + 7, chunk lane / 8 % 2.
   const unsigned row = x + (lane / 16 * 8 + lane % 8) * 128 + ((lane / 8 % 2) ^ (lane % 8)) * 16;
   slots.load(a[0], 0);
 #pragma unroll
