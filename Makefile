@@ -14,7 +14,7 @@ CXX_SOURCES := $(shell find csrc tests/cpp tests/cuda -name '*.cpp' -o -name '*.
 BUILD_INPUTS := pyproject.toml setup.py CMakeLists.txt $(CXX_SOURCES)
 VENV_STAMP := $(VENV)/.with-$(subst ==,-,$(TORCH))
 
-.PHONY: demo test lint pytest pytest-without-library sanitize fuzz build-sanitize build-threads neon cuda check-gpu sanitize-gpu bench-smoke bench bench-gpu deepsparse clean
+.PHONY: demo test lint pytest pytest-without-library sanitize fuzz build-sanitize build-threads neon cuda check-gpu sanitize-gpu bench-smoke bench bench-gpu deepsparse docs clean
 
 demo: $(VENV)/.installed-demo
 	$(BIN)/python -m sparsekern demo --out out
@@ -26,6 +26,11 @@ lint: $(VENV)/.installed-test
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/clang-format --dry-run --Werror $(CXX_SOURCES)
+	$(BIN)/python tools/api.py --check
+
+# docs/api.md, from the docstrings.
+docs: $(VENV)/.installed-test
+	$(BIN)/python tools/api.py
 
 pytest: $(VENV)/.installed-test
 	$(BIN)/python -m pytest $(PARALLEL)
@@ -34,12 +39,13 @@ pytest: $(VENV)/.installed-test
 # would read that file; the emulator runs the same kernels with and without it, for minutes.
 pytest-without-library: $(VENV)/.installed-test
 	rm -rf build/without-library && mkdir -p build/without-library
-	cp -r README.md bench csrc pyproject.toml sparsekern tests build/without-library
+	cp -r README.md bench csrc docs pyproject.toml sparsekern tests build/without-library
 	rm -f build/without-library/sparsekern/*.so
 	echo 'raise ImportError("left out")' > build/without-library/sparsekern/_C.py
 	cd build/without-library && ../../$(BIN)/python -m pytest -q $(PARALLEL) -m "not slow" \
-	  --ignore=tests/test_cpu_kernels.py --ignore=tests/test_packaging.py \
-	  --ignore=tests/test_imports.py --ignore=tests/test_emulated_cuda.py --ignore=tests/test_emulated_csr.py
+	  --ignore=tests/kernels/cpu/test_cpu_kernels.py --ignore=tests/test_packaging.py \
+	  --ignore=tests/test_imports.py --ignore=tests/kernels/cuda/test_emulated_cuda.py \
+	  --ignore=tests/kernels/cuda/test_emulated_csr.py
 
 bench-smoke: $(VENV)/.installed-test
 	$(BIN)/python -m pytest -q bench --benchmark-disable --quick
@@ -89,7 +95,7 @@ cuda:
 else
 cuda: $(VENV)/.installed-test
 	$(BIN)/python -m sparsekern info | grep "CUDA kernels  *built with nvcc"
-	$(BIN)/python -m pytest -q -rs tests/test_cuda_library.py
+	$(BIN)/python -m pytest -q -rs tests/kernels/cuda/test_cuda_library.py
 endif
 
 # On a machine with a GPU, in the environment that PYTHON has. pytest-xdist makes the first one short.
@@ -99,7 +105,7 @@ check-gpu:
 sanitize-gpu:
 	PYTHON=$(PYTHON) tests/sanitize_gpu.sh
 
-# README's table and plot, then the page of all results. The demo trains weights to be pruned.
+# The CPU's table and plot in docs/benchmarks.md, then the page of all results. The demo trains weights to be pruned.
 bench: $(VENV)/.installed-test out/dense/checkpoint.pt
 	$(BIN)/python bench/run.py
 	$(BIN)/python -m sparsekern report
@@ -107,7 +113,7 @@ bench: $(VENV)/.installed-test out/dense/checkpoint.pt
 out/dense/checkpoint.pt: | $(VENV)/.installed-test
 	$(BIN)/python -m sparsekern demo --out out
 
-# Needs an NVIDIA GPU. The table in README, then the data that dispatch reads.
+# Needs an NVIDIA GPU. The table in docs/benchmarks.md, then the data that dispatch reads.
 bench-gpu: $(VENV)/.installed-test
 	$(BIN)/python bench/run_gpu.py decode
 	$(BIN)/python bench/run_gpu.py crossover

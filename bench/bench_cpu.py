@@ -44,7 +44,7 @@ def forward_grid(quick: bool) -> list[products.Workload]:
 
 
 def masks_grid(quick: bool) -> list[products.Workload]:
-    """Of the shapes that the demo's GPT has."""
+    """Workloads of the shapes that the demo's GPT has."""
     found = [w for mask in OTHER_MASKS for w in grid(quick, tokens=(256,), mask=mask)]
     return [w for w in found if w.mask != "trained" or (w.N, w.K) in measure.SHAPES[:3]]
 

@@ -44,12 +44,12 @@ class Layer:
 
     @property
     def result_bytes(self) -> int:
-        """Of y, dx and the values' gradient: what the caller asks for."""
+        """Bytes of y, dx and the values' gradient: what the caller asks for."""
         return 4 * (self.M * (self.N + self.K) + self.nnz)
 
     @property
     def bound_bytes(self) -> int:
-        """Of a later call: its results, each thread's panels of tokens, and the values in the order
+        """Bytes of a later call: its results, each thread's panels, and the values in the order
         in which they are walked."""
         panels = 4 * PANEL_TOKENS * (self.N + self.K) * self.threads
         return self.result_bytes + panels + 4 * self.nnz + SLACK_BYTES

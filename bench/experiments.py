@@ -137,7 +137,7 @@ class Experiments:
     # The parts
 
     def plan(self) -> Iterator[Job]:
-        """What can be made now and is not yet, the most valuable first."""
+        """Jobs that can run now and have not, the most valuable first."""
         p, first = self.preset, self.preset.seeds[0]
         yield from self.timing()
         for sparsity in p.arms:
@@ -223,7 +223,7 @@ class Experiments:
         }
 
     def finetune(self, sparsity: float, seed: int) -> Iterator[Job]:
-        """Of the first seed at all rates, of the others at the rate that the first one found."""
+        """Jobs of the first seed at all rates, of the others at the rate that it found."""
         p, first = self.preset, self.preset.seeds[0]
         rates = p.finetune_rates
         if seed != first:

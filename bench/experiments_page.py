@@ -1,11 +1,11 @@
-"""What experiments.py found, as tables and a plot."""
+"""The results of experiments.py as tables and a plot."""
 
 import math
 import statistics
 from pathlib import Path
 
-from sparsekern.report import COLOURS, MARKERS
-from sparsekern.text import table
+from sparsekern.report.demo import COLOURS, MARKERS
+from sparsekern.terminal import table
 
 ONE_SHOT = {"magnitude": "magnitude", "wanda": "Wanda", "sparsegpt": "SparseGPT"}
 
@@ -290,7 +290,7 @@ def pretraining_panels(left, right, results: dict) -> None:
 
 
 def finetuning_panel(axes, results: dict) -> None:
-    """What sparsity costs before and after, each seed a point."""
+    """The cost of sparsity before and after fine-tuning, each seed a point."""
     for kind, label, colour, marker in (
         ("pretrain", "pre-trained", COLOURS[0], MARKERS[0]),
         ("finetune", "then fine-tuned dense", COLOURS[1], MARKERS[1]),

@@ -1,4 +1,4 @@
-"""What experiments.py trains, on what, for how long."""
+"""The runs of experiments.py: models, data, lengths."""
 
 from dataclasses import dataclass
 from pathlib import Path

@@ -1,8 +1,8 @@
-"""Runs the benchmarks: results/<machine>-<isa>-<date>.json, .md and .png, and README's table.
+"""Runs the benchmarks: results/<machine>-<isa>-<date>.json, .md and .png, and docs/benchmarks.md.
 
 python bench/run.py [--part NAME [--note TEXT]] [pytest's arguments]
 
-With arguments the files go to build/bench and README stays as it is: both are of the whole grid.
+With arguments the files go to build/bench and docs/benchmarks.md stays: both are of the whole grid.
 With --part they are a result of their own, <machine>-<isa>-NAME-<date>.json and .md, whose page
 says what was run and holds TEXT:
 
@@ -29,11 +29,11 @@ from sparsekern.bench.race import CORES
 BENCH = Path(__file__).parent
 RESULTS = BENCH / "results"
 PARTIAL = BENCH.parent / "build" / "bench"
-README = BENCH.parent / "README.md"
+PAGE = BENCH.parent / "docs" / "benchmarks.md"
 MARKERS = "<!-- bench: begin -->", "<!-- bench: end -->"
 
 PLAIN = {"dtype": "torch.float32", "mask": "random", "is_cold": False}
-# Rows of README's table: (label, fields of extra_info).
+# Rows of the page's table: (label, fields of extra_info).
 SUMMARY = (
     ("forward, M = {M}", {"op": "spmm", "M": (256, 1024), **PLAIN}),
     ("input gradient, M = {M}", {"op": "spmm_t", "M": (256, 1024), **PLAIN}),
@@ -159,10 +159,10 @@ def timed(infos: list[dict]) -> list[dict]:
     return [info for info in infos if "rivals" in info]
 
 
-def update_readme(name: str, result: dict) -> None:
+def update_page(name: str, result: dict) -> None:
     summary = tables.summary(timed(infos_of(result)), SUMMARY)
     text = f"{summary}\n\n{heading(result)} {pages.details(name)}"
-    pages.replace_section(README, MARKERS, text)
+    pages.replace_section(PAGE, MARKERS, text)
 
 
 def write(folder: Path, name: str, text: str) -> None:
@@ -202,7 +202,7 @@ def main() -> int:
     folder = RESULTS if is_whole or options.part else PARTIAL
     write(folder, name, json.dumps(result, indent=4))
     if is_whole:
-        update_readme(name, result)
+        update_page(name, result)
     print(page(name, result))
     return 0
 

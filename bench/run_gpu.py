@@ -1,6 +1,6 @@
-"""The benchmark of a GPU: products of few tokens with W from memory, and who wins from where on.
+"""The GPU benchmark: products of few tokens, and the density at which each kernel becomes fastest.
 
-python bench/run_gpu.py decode      results/<GPU>-decode-<dtype>-<date>.* and README's table
+python bench/run_gpu.py decode      results/<GPU>-decode-<dtype>-<date>.*, docs/benchmarks.md
 python bench/run_gpu.py crossover   sparsekern/kernels/crossover.json
 python bench/run_gpu.py publish X.json   the same from a file that --out FOLDER wrote
 
@@ -31,7 +31,7 @@ from sparsekern.bench.measure_gpu import Grid, derive
 BENCH = Path(__file__).parent
 RESULTS = BENCH / "results"
 PARTIAL = BENCH.parent / "build" / "bench"
-README = BENCH.parent / "README.md"
+PAGE = BENCH.parent / "docs" / "benchmarks.md"
 MARKERS = "<!-- bench-gpu: begin -->", "<!-- bench-gpu: end -->"
 CROSSOVER = BENCH.parent / "sparsekern" / "kernels" / "crossover.json"
 LIMIT_S = 230.0  # no new W is begun after so long
@@ -93,7 +93,7 @@ Speed as a share of the CUDA kernels'.
 
 
 def machine(commit: str | None) -> dict:
-    """What was measured on. nvidia-smi's numbers are read while copies keep the GPU busy."""
+    """The machine measured on. nvidia-smi's numbers are read while copies keep the GPU busy."""
     limits = ceilings.of_gpu(torch.bfloat16)
     return about_gpu() | {
         "copy_bytes_per_s": limits["bytes_per_s"]["memory"],
@@ -236,7 +236,7 @@ def joined(results: list[dict]) -> dict:
 
 
 def publish(result: dict) -> None:
-    """Of decode: JSON, page, plot and README's table. Of crossover: the data file."""
+    """Write the JSON, page, plot and table of a decode result, or the data file of a crossover."""
     if not result["is_whole"] or "part" in result:
         raise SystemExit("bench-gpu: not published, since some cells were not run")
     if tables_gpu.failures(result["cells"]):
@@ -245,7 +245,7 @@ def publish(result: dict) -> None:
         name = name_of(result)
         write_page(RESULTS, name, result)
         if "bfloat16" in result["cells"][0]["dtype"]:
-            update_readme(name, result)
+            update_page(name, result)
     else:
         update_crossover(result)
 
@@ -263,9 +263,9 @@ def write_page(folder: Path, name: str, result: dict) -> None:
     figure.savefig(folder / f"{name}.png", dpi=120)
 
 
-def update_readme(name: str, result: dict) -> None:
+def update_page(name: str, result: dict) -> None:
     text = f"{tables_gpu.summary(result['cells'])}\n\n{heading(result)} {pages.details(name)}"
-    pages.replace_section(README, MARKERS, text)
+    pages.replace_section(PAGE, MARKERS, text)
 
 
 def update_crossover(result: dict) -> None:

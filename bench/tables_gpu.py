@@ -10,14 +10,14 @@ from tables import percent
 from sparsekern.bench.measure_gpu import SHAPES
 from sparsekern.bench.records import groups, select, sparsities_of
 from sparsekern.bench.replay_gpu import OURS
-from sparsekern.report import COLOURS, MARKERS, table
+from sparsekern.report.demo import COLOURS, MARKERS, table
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 STREAM, TRITON = "stream", "triton"
-# Rows of README's table.
-README_TOKENS = (("1 token", (1,)), ("8 and 16 tokens", (8, 16)), ("32 and 64 tokens", (32, 64)))
+# Rows of the table in docs/benchmarks.md.
+SUMMARY_TOKENS = (("1 token", (1,)), ("8 and 16 tokens", (8, 16)), ("32 and 64 tokens", (32, 64)))
 
 
 def speedup(cell: dict, name: str) -> float | None:
@@ -50,11 +50,11 @@ def ratio_cell(cells: list[dict], name: str, is_spread: bool = True) -> str:
 
 
 def summary(cells: list[dict]) -> str:
-    """README's table: geometric means of the CUDA kernels over shapes and tokens."""
+    """Geometric means of the CUDA kernels over shapes and tokens."""
     cells = select(cells, mask="random")
     sparsities = sparsities_of(cells)
     rows = []
-    for label, tokens in README_TOKENS:
+    for label, tokens in SUMMARY_TOKENS:
         chosen = select(cells, M=tokens)
         if not chosen:
             continue
@@ -122,7 +122,7 @@ def by_shape(cells: list[dict]) -> str:
 
 
 def bytes_read(cells: list[dict], limit_bytes_per_s: float) -> str:
-    """What one token reaches of the copy bandwidth, over the bytes of the packed weights."""
+    """Share of the copy bandwidth that one token reaches, by the bytes of the packed weights."""
     cells = select(cells, M=1, mask="random")
     sparsities = sparsities_of(cells)
 

@@ -1,4 +1,4 @@
-"""Runs at the same time, by processes on one or more GPUs: a crash loses one run and no other."""
+"""A pool of worker processes, one or more a GPU. A crash costs one run and no other."""
 
 import json
 import os

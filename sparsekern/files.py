@@ -94,7 +94,7 @@ def _rename(part: Path, path: Path) -> None:
 
 
 def _remove(path: Path) -> None:
-    """What a killed process left there."""
+    """Remove what a killed process left there."""
     if path.is_dir() and not path.is_symlink():
         shutil.rmtree(path, ignore_errors=True)
     else:
@@ -102,7 +102,7 @@ def _remove(path: Path) -> None:
 
 
 def read_regular(path: Path, most_bytes: int) -> bytes:
-    """What a file holds. ValueError where it is a folder, a device or a pipe, or too large."""
+    """Contents of a file. ValueError where it is a folder, a device or a pipe, or too large."""
     # Opening a pipe would wait for its other end.
     file = os.open(path, os.O_RDONLY | os.O_NONBLOCK)
     try:
@@ -171,7 +171,7 @@ def write_cached(name: str, content: bytes) -> None:
 
 
 def read_cached(name: str) -> bytes | None:
-    """What `write_cached` kept: nothing where it is missing or damaged, where others could have
+    """Bytes kept by `write_cached`: None where they are missing or damaged, where others could have
     written it, or where it is a link."""
     try:
         handle = os.open(private_cache() / name, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK)

@@ -4,8 +4,8 @@ W [N, K] is held as CSR: row_offsets int32 [N+1], col_indices int32 [nnz] (stric
 each row) and values [nnz]. An entry is stored because the pattern says so and not because its value
 is non-zero: explicit zeros are kept.
 
-What torch computes on it is registered by matmul.py, products.py, contractions.py, elementwise.py
-and functions.py, which this module may not import.
+What torch computes on it is registered by matmul.py and surface/, which this module may not
+import.
 """
 
 import copy
@@ -229,7 +229,7 @@ class SparseTensor:
         return _rebuild, (*csr, self.is_transposed)
 
     def __setstate__(self, state: tuple) -> None:
-        """Of files that an earlier version wrote: what is loaded is checked like all else."""
+        """Restore, also from files of an earlier version; all of it is checked, as ever."""
         slots = state[1]
         csr = (slots[name] for name in ("row_offsets", "col_indices", "values"))
         self.__init__(*csr, (slots["n"], slots["k"]))
@@ -320,7 +320,7 @@ class SparseTensor:
                 if not set(types) <= {Tensor, SparseTensor}:  # another class may know it
                     return NotImplemented
                 raise TypeError(unsupported(name))
-        return implementation(*args, **(kwargs or {}))
+        return implementation(*args, **kwargs) if kwargs else implementation(*args)
 
 
 def unsupported(name: str) -> str:
@@ -341,7 +341,7 @@ def register(name: str, implementation: Callable, method: bool = True) -> None:
 
 
 class _Missing:
-    """What a Tensor has and a SparseTensor lacks. A __getattr__ would say the same, and slow down
+    """A name that a Tensor has and a SparseTensor lacks. A __getattr__ would do, and slow down
     every other attribute."""
 
     def __init__(self, name: str):

@@ -1,4 +1,4 @@
-"""What tests and benchmarks share: random patterns, awkward problems, error measure, fair timer.
+"""Tools of tests and benchmarks: random patterns, awkward problems, error measure, fair timer.
 
 Letters as everywhere: `y[M, N] = x[M, K] @ W[N, K].T`, M tokens, N out_features, K in_features.
 """

@@ -1,4 +1,4 @@
-// What an instruction set offers: the leaf loops of the CPU kernels, over raw pointers.
+// The leaf loops of the CPU kernels that each instruction set offers, over raw pointers.
 // A panel is a feature-major slice of activations, [features][width] numbers with
 // width = vecs * lanes tokens, aligned to 64 bytes. It is what makes the inner loop fast: each
 // non-zero of W meets a whole panel row, contiguous, in registers' width. The numbers of panels and
@@ -18,7 +18,7 @@ constexpr int64_t kStreamTokens = 16, kBitmapTokens = 8;  // most that `stream` 
 
 enum class Type { kFloat, kBfloat16, kDouble };
 inline int64_t size_of(Type t) { return t == Type::kDouble ? 8 : t == Type::kFloat ? 4 : 2; }
-// Of what it is computed in.
+// Bytes of the type that it is computed in.
 inline int64_t real_size_of(Type t) { return t == Type::kDouble ? 8 : 4; }
 
 // A token-major matrix: element (m, c) at data + (m * stride + c) elements.

@@ -1,4 +1,4 @@
-// What this machine can do at most: the loops behind limits.h. No kernel calls them.
+// Loops that measure what this machine can do at most, behind limits.h. No kernel calls them.
 #pragma once
 
 #include "simd.h"

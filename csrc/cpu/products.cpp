@@ -20,7 +20,7 @@ struct Tile {
   int vecs;
 };
 
-// What is left over takes half as wide a tile if that holds it. No narrower: it would sum in
+// The tiles; a rest takes half as wide a tile if that holds it. No narrower: it would sum in
 // another order than its neighbours (spmm.h).
 std::vector<Tile> cut_tokens(int64_t tokens, int lanes, const Plan& plan) {
   std::vector<Tile> tiles;
@@ -33,7 +33,7 @@ std::vector<Tile> cut_tokens(int64_t tokens, int lanes, const Plan& plan) {
   return tiles;
 }
 
-// What a row block holds in the column blocks [first, end).
+// The walk through what a row block holds in the column blocks [first, end).
 Walk walk(const Schedule& s, int64_t row_block, int64_t first, int64_t end) {
   const int64_t at = row_block * s.col_blocks + first, nnz = s.nnz_offsets[at];
   return {s.runs.data(),

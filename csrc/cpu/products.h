@@ -11,7 +11,7 @@ struct Plan {
   int vecs;            // vectors in a panel's row: a tile is vecs * lanes tokens; 1, 2, 4 or 8
   int tile_parts;      // 2: tiles of 8 vectors are halved
   int64_t rows, cols;  // of a block of W, or of W^T; at most 65536
-  // What a task takes of W. SpMM: the tiles that threads share evenly are taken whole, of the
+  // The part of W of a task. SpMM: the tiles that threads share evenly are taken whole, of the
   // others a task takes one of row_parts. SDDMM: a cell of a grid of row_parts x col_parts.
   int64_t row_parts, col_parts;
 };

@@ -46,7 +46,7 @@ SK_INLINE float to_float(bf16 x) {
   return f;
 }
 
-// What an element is computed in.
+// The number that an element is computed in.
 template <class T>
 SK_INLINE float to_real(T x) {
   return to_float(x);
@@ -271,7 +271,7 @@ SK_INLINE void sum4(double* p, Doubles a, Doubles b, Doubles c, Doubles d) {
   SK_FOR(i, 4) p[i] = kAdd ? p[i] + sums[i] : sums[i];
 }
 
-// Of float or double: the register and how many it holds.
+// The register of float or double, and how many it holds.
 template <class Real>
 struct Simd {
   using V = Vec;

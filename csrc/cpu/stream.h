@@ -25,7 +25,7 @@ namespace sk::SK_ISA {
 
 constexpr int64_t kSumWords = 32, kSumNnz = 512;
 
-// What the hardware's prefetcher does not see coming: the next page of a stream out of DRAM.
+// Prefetches what the hardware does not see coming: the next page of values out of DRAM.
 template <class T>
 SK_INLINE void prefetch_values(const T* p) {
   __builtin_prefetch(reinterpret_cast<const char*>(p) + 1024);

@@ -267,7 +267,7 @@ SK_MMA_SPARSE(f16, 0)
 SK_MMA_SPARSE(f16, 1)
 #undef SK_MMA_SPARSE
 
-// Of shared memory that this thread has written, for a warpgroup that reads it after a barrier.
+// Publishes what this thread wrote to shared memory to a warpgroup that reads it after a barrier.
 __device__ inline void publish_to_warpgroups() {
 #if defined(__CUDA_ARCH_FEAT_SM90_ALL)
   asm volatile("fence.proxy.async.shared::cta;" : : : "memory");

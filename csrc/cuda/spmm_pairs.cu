@@ -166,10 +166,10 @@ class Window {
   const bool is_aligned_;
 };
 
-// What a lane has of a step.
+// A lane's slots of one step.
 class Slots {
  public:
-  // Of the next step.
+  // Takes the slots of the next step.
   __device__ explicit Slots(Words& words) {
     const unsigned at = words.next(), lane = threadIdx.x % kWarp;
     mask_ = load_shared_u32(at + lane * 4);
@@ -205,7 +205,7 @@ template <class T, int kNTiles>
 __device__ inline void multiply(float (&acc)[2][kNTiles][4], unsigned (&a)[2][8], Slots slots,
                                 unsigned x) {
   const int lane = threadIdx.x % kWarp;
-  // Of this lane for ldmatrix: tokens lane / 16 * 8 .. + 7, chunk lane / 8 % 2.
+  // This lane's address for ldmatrix: tokens lane / 16 * 8 .. + 7, chunk lane / 8 % 2.
   const unsigned row = x + (lane / 16 * 8 + lane % 8) * 128 + ((lane / 8 % 2) ^ (lane % 8)) * 16;
   slots.load(a[0], 0);
 #pragma unroll
@@ -238,6 +238,23 @@ __device__ inline void multiply_together(float (&acc)[2][kNTiles][4], unsigned (
     mma_warpgroup<T>(acc[1], a[i % 2] + 4, b);
     commit_warpgroup_products();
   }
+}
+
+// Of a row of W the stored values in steps [first, end) times x of one token.
+template <class T>
+__device__ float sum_pairs(const unsigned* words, const int* steps, const unsigned short* x,
+                           int row, int row_steps, int first, int end) {
+  const int* my_steps = steps + static_cast<long long>(row / kWarp) * row_steps;
+  float sum = 0;
+  for (int step = first; step < end; ++step) {
+    const auto add = [&](int of_step, int column, unsigned short value) {
+      if (of_step != row % kWarp) return;
+      const unsigned short at = x[step * kStepColumns + column];
+      sum = fmaf(Convert<T>::low(value), Convert<T>::low(at), sum);
+    };
+    for (int t = 0; t < 4; ++t) visit_pairs(words + my_steps[step], row % 8 * 4 + t, add);
+  }
+  return sum;
 }
 
 template <class T, int kNTiles>
@@ -322,8 +339,14 @@ __device__ void spmm_pairs(const unsigned* all_words, const int* steps, const un
       sync_warps(1 + group, group_warps);
     }
     wait_copies<0>();  // none is under way when sums take the place of words
+    const int end_of_all = unit - block * windows;
+    const auto sum_stored = [&](int token, int row) {
+      return sum_pairs<T>(all_words, steps, x + static_cast<long long>(token) * k, row, row_steps,
+                          (end_of_all - count) * static_cast<int>(Window::kSteps),
+                          min(end_of_all * static_cast<int>(Window::kSteps), row_steps));
+    };
     finish<T, kNTiles>(acc, row_of_lane, smem, bias, y, partial, arrived, tokens, n, block, windows,
-                       units, group_warps, most_shares);
+                       units, group_warps, most_shares, sum_stored);
   }
 }
 

@@ -16,8 +16,8 @@ namespace sk {
 
 enum class Format { kBitmap, kColumns };
 
-// What a kernel may read: always memory of ours, so that whatever happens to the caller's indices
-// after they were checked, no access leaves its bounds.
+// The indices that a kernel reads: always our memory, so that whatever happens to the caller's
+// indices after they were checked, no access leaves its bounds.
 struct Compressed {
   std::vector<int32_t> row_offsets;  // [n + 1]
   int64_t words;                     // of a row's bits

@@ -10,7 +10,7 @@ struct Csr {
   const int32_t* row_offsets;  // [n + 1]
   const int32_t* col_indices;  // [nnz], strictly increasing inside a row
   int64_t n, k, nnz;
-  // Of each array: grows with every write to it. Below 0: nobody counts.
+  // Version of each array: grows with every write to it. Below 0: nobody counts.
   int64_t row_version = -1, col_version = -1;
 };
 

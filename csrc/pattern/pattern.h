@@ -1,4 +1,4 @@
-// What the CPU kernels derive from a sparsity pattern, once. Values are never kept here: a call
+// Data that the CPU kernels derive from a sparsity pattern, once. No values are kept here: a call
 // reads them where they are, so a changed value is seen by the next call, whoever changed it and
 // however.
 #pragma once
@@ -19,7 +19,7 @@ namespace sk {
 // between threads. Both look-ups throw std::invalid_argument if w is not valid CSR with nnz
 // non-zeros.
 //
-// What was used last is kept, up to kMostBytes times the bytes of W's indices: numbers of tokens
+// The latest are kept, up to kMostBytes times the bytes of W's indices: numbers of tokens
 // and of threads that change from call to call ask for a schedule each.
 class Pattern {
  public:

@@ -5,7 +5,7 @@ from pathlib import Path
 from statistics import geometric_mean
 from typing import NamedTuple
 
-from ..text import table
+from ..terminal import table
 from . import noise
 from .race import DENSE, OURS
 
@@ -94,7 +94,7 @@ def _best_dense(rivals: dict[str, dict]) -> float:
 
 
 def compare(old: Path, new: Path) -> list[Change]:
-    """What both have measured, the worst first."""
+    """Changes of what both have measured, the worst first."""
     before, after = load(old), load(new)
     changes = [Change(g, before[g], after[g]) for g in before if g in after]
     if not changes:

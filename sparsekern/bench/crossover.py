@@ -31,7 +31,7 @@ EXPAND = "expand"
 
 
 def summarize(cells: list[dict], measured: str) -> dict:
-    """What to put under the GPU's compute capability."""
+    """The entry for the GPU's compute capability."""
     tokens = sorted({cell["M"] for cell in cells})
     entry: dict[str, object] = {"measured": measured, "tokens": tokens}
     for (dtype,), chosen in groups(cells, lambda c: c["dtype"]).items():

@@ -1,4 +1,4 @@
-"""What was measured on: machine, versions, commit, clocks."""
+"""The machine of a measurement: processor, versions, commit, clocks."""
 
 import os
 import platform
@@ -10,7 +10,7 @@ import numpy
 import torch
 
 from .. import __version__
-from ..kernels import cpu
+from ..kernels.cpu import panel
 
 ROOT = Path(__file__).parents[2]  # of a checkout
 PACKAGES = ("triton", "cupy-cuda13x", "cupy-cuda12x", "scipy")
@@ -38,7 +38,7 @@ def installed(*names: str) -> str | None:
 
 
 def cores() -> list[int]:
-    """Those that this process may run on, where the system says so."""
+    """Cores that this process may run on, where the system says so."""
     if hasattr(os, "sched_getaffinity"):
         return sorted(os.sched_getaffinity(0))
     return list(range(os.cpu_count() or 1))
@@ -46,7 +46,7 @@ def cores() -> list[int]:
 
 def isa() -> str:
     """The instruction set of sparsekern's kernels."""
-    return cpu._C.isa() if cpu._C else "none"
+    return panel._C.isa() if panel._C else "none"
 
 
 def about_cpu() -> dict[str, object]:

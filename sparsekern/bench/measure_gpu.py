@@ -269,7 +269,7 @@ class Shape:
 def attempt(
     failed: dict[str, dict], contender: Contender | Way, make: Callable[[], Runner]
 ) -> list[Runner]:
-    """What `make` makes, or nothing and the reason in `failed`: the others go on."""
+    """Call `make`; where it fails, note the reason in `failed`, and the others go on."""
     try:
         return [make()]
     except Exception as error:

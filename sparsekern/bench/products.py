@@ -55,7 +55,7 @@ class Workload:
 
 @dataclass(frozen=True)
 class Product:
-    """What a race is about."""
+    """The product that a race is about."""
 
     op: str
     workload: Workload
@@ -76,7 +76,7 @@ class Product:
         return Race(self.ours, rivals, w.threads, self.exact, tolerance, few, **options)
 
     def info(self) -> dict[str, object]:
-        """What extra_info says of the product, beside what the race does."""
+        """The fields of the product in extra_info, beside those of the race."""
         w, W = self.workload, self.W
         passes = ("spmm", "spmm_t", "sddmm") if self.op == "linear" else (self.op,)
         kernels = [pick(Problem(p, "cpu", w.dtype, w.M, w.N, w.K, W.nnz)).name for p in passes]

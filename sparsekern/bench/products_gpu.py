@@ -56,7 +56,7 @@ def training_steps(grid: Grid, clock: Clock, generator: torch.Generator) -> Iter
 def _for_each(
     grid: Grid, generator: torch.Generator, measure: Callable[..., Iterable[dict]]
 ) -> Iterator[dict]:
-    """What `measure` makes of W, the same dense, x and dy, for all of the grid."""
+    """Results of `measure` on W, the same dense, x and dy, for all of the grid."""
 
     def normal(*shape: int) -> Tensor:
         empty = torch.empty(shape, dtype=grid.dtype, device=generator.device)

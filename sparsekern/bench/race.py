@@ -176,7 +176,7 @@ class Race:
         return ours_s
 
     def records(self) -> dict[str, object]:
-        """What extra_info says of the race."""
+        """The fields of the race in extra_info."""
         return {
             "calls": self.calls,
             "error": self.errors[self.ours.name],

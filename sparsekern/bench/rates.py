@@ -1,4 +1,4 @@
-"""What a measurement reaches of this machine's ceilings (ceilings.py)."""
+"""Shares of this machine's ceilings (ceilings.py) that a measurement reaches."""
 
 MEMORY = "memory"
 

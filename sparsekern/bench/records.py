@@ -4,7 +4,7 @@ from collections.abc import Callable, Iterable
 
 
 def select(records: Iterable[dict], **wanted) -> list[dict]:
-    """Those with these fields; a tuple lists the values that will do."""
+    """Records with these fields; a tuple lists the values that will do."""
 
     def fits(record: dict) -> bool:
         return all(

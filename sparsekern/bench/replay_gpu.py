@@ -135,7 +135,7 @@ class Runner:
             self.y.fill_(math.nan)
 
     def last_error(self, exact: Tensor) -> float:
-        """Of the last call of the last replay."""
+        """Error of the last call of the last replay."""
         return self._error(self.y, exact)
 
 

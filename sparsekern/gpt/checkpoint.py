@@ -14,8 +14,8 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from ..digests import changed, digests
 from ..files import atomic_write
+from ..weights.digests import changed, digests
 
 FORMAT = "sparsekern-gpt-3"
 FORMATS = ("sparsekern-gpt-2", FORMAT)
@@ -54,7 +54,7 @@ def save_checkpoint(path: Path, state: dict) -> None:
 
 
 def load_checkpoint(path: str | Path) -> dict:
-    """What `save_checkpoint` wrote; ValueError names what is wrong with anything else."""
+    """Read what `save_checkpoint` wrote; ValueError names what is wrong with anything else."""
     path = checkpoint_file(path)
     if not path.is_file():
         raise FileNotFoundError(f"checkpoint: {path} does not exist")

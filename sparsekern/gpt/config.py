@@ -157,7 +157,7 @@ class TrainConfig:
         return GPTConfig(self.layers, self.heads, self.width, self.context, vocab_size)
 
     def sparsity_settings(self) -> object:
-        """What `sparsity.configure` takes, or None for a dense model."""
+        """The argument for `sparsity.configure`, or None for a dense model."""
         if self.sparsity_config:
             return algorithms.load_config(self.sparsity_config)
         if not self.sparsity:

@@ -24,7 +24,7 @@ from .model import GPTConfig
 
 @dataclass(frozen=True)
 class MultiplyAdds:
-    """Of one token, forward."""
+    """Multiply-adds of one token, forward."""
 
     linear: int
     attention: int
@@ -68,7 +68,7 @@ def amdahl_cap(share: float, speedup: float = math.inf) -> float:
 
 
 def dense_gradient_flops_per_token(config: GPTConfig, sparsity: float) -> float:
-    """What RigL adds on a step that changes the pattern: the weight gradient of absent weights."""
+    """FLOPs that RigL adds when it changes the pattern: the weight gradient of absent weights."""
     return 2 * multiply_adds(config).linear * sparsity
 
 

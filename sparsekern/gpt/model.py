@@ -108,7 +108,7 @@ class Cache:
         self._layers = [(weight.new_zeros(shape), weight.new_zeros(shape)) for _ in model.blocks]
 
     def past(self, position: Tensor) -> list[Past]:
-        """What each block needs to add positions [T] and to see them and all before."""
+        """State that each block needs to add positions [T] and to see them and all before."""
         keys = self._layers[0][0]
         is_future = torch.arange(keys.shape[2], device=keys.device) > position[:, None]
         mask = keys.new_zeros(is_future.shape).masked_fill(is_future, -math.inf)  # [T, S]

@@ -1,4 +1,4 @@
-"""What a training run prints."""
+"""The output of a training run."""
 
 import resource
 import statistics

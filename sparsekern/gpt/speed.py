@@ -54,7 +54,7 @@ def compare(
 
 
 def ways(model: GPT, prompt: Tensor, count: int, **sampling) -> dict[str, Decoder]:
-    """What a step can be: on CUDA one graph of eager kernels, or of compiled blocks."""
+    """The kinds of step to time: on CUDA one graph of eager kernels, or of compiled blocks."""
     eager = Decoder(model, prompt, count, **sampling)
     if not prompt.is_cuda:
         return {"eager": eager}
@@ -82,7 +82,7 @@ def compiled_blocks(model: GPT) -> GPT:
 
 
 def memory_bytes(module: nn.Module) -> int:
-    """Of all parameters and buffers, shared ones once."""
+    """Bytes of all parameters and buffers, shared ones once."""
     return sum(t.nbytes for t in [*module.parameters(), *module.buffers()])
 
 

@@ -219,7 +219,7 @@ class Run:
         return linear_sparsity(self.model)
 
     def state(self) -> dict:
-        """What a checkpoint holds, in whole tensors. All ranks must call it together."""
+        """The contents of a checkpoint, in whole tensors. All ranks must call it together."""
         return {
             "config": self.about()["config"],
             "sparsity": self.settings,
@@ -241,7 +241,7 @@ class Run:
             save_checkpoint(self.path, state)
 
     def about(self) -> dict:
-        """What the exported weights say of their run: the same, whether it was resumed or not."""
+        """Metadata of the exported weights: the same, whether the run was resumed or not."""
         config = asdict(replace(self.config, resume=False))
         return {"config": config, "tokenizer": self.tokenizer.state(), "step": self.step}
 

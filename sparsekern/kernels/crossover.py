@@ -26,7 +26,7 @@ def _measured() -> dict:
 
 @cache
 def _calibrated() -> dict:
-    """What was measured here. A damaged file is as good as none, but for a warning."""
+    """Crossovers measured on this machine. A damaged file is as good as none, but for a warning."""
     try:
         return read(path := calibrated_file())
     except FileNotFoundError:

@@ -1,4 +1,4 @@
-"""What a kernel is asked, and what it answers: the two records of the table in `table.py`."""
+"""The question to the table in `table.py` and its rows: `Problem` and `Kernel`."""
 
 from collections.abc import Callable
 from dataclasses import dataclass

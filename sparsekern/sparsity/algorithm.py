@@ -1,4 +1,4 @@
-"""What all algorithms share: which layers, how many weights in each, and when to change them."""
+"""The base of all algorithms: which layers, how many weights in each, and when to change them."""
 
 import warnings
 from collections.abc import Callable, Iterable
@@ -102,7 +102,7 @@ class Algorithm:
         return {name: choose(name, weight) for name, weight in weights.items()}
 
     def _chooser(self, weights: dict[str, Tensor]) -> Callable[[str, Tensor], Tensor]:
-        """What makes the mask of each of these layers, one at a time."""
+        """A function that makes the mask of each of these layers, one at a time."""
         target = self.target(0)
         if self.distribution == "global":
             total = sum(w.numel() for w in weights.values())

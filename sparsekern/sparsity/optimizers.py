@@ -1,4 +1,4 @@
-"""What an optimizer step must find: state that fits the values, and an algorithm that follows.
+"""Checks before an optimizer step: state that fits the values, and an algorithm that follows.
 
 Both are looked at before every step of any optimizer, by torch's global hook: a fused AdamW writes
 past the end of state that is too short (of a damaged checkpoint, or of one with another pattern),
@@ -14,8 +14,8 @@ from torch import Tensor
 from torch.optim import Optimizer
 from torch.optim.optimizer import register_optimizer_step_pre_hook
 
-from .. import copies
-from ..sparse_linear import SparseLinear, layer_of, value_parameters
+from ..nn import copies
+from ..nn.linear import SparseLinear, layer_of, value_parameters
 from .pattern import check_can_change, check_same_on_all_ranks, holders
 
 # What the optimizers of torch keep for each element. LBFGS has vectors for all parameters together,

@@ -12,11 +12,10 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from .. import copies
 from ..indices import expand_rows
 from ..kernels.derived import is_captured
-from ..loading import CAPTURED, resize_, set_indices
-from ..nn import SparseLinear
+from ..nn import SparseLinear, copies
+from ..nn.loading import CAPTURED, resize_, set_indices
 
 
 def places_of(layer: SparseLinear) -> Tensor:
@@ -133,7 +132,7 @@ def holders(optimizers: Iterable[Optimizer]) -> list[Optimizer]:
 
 
 def _states(values: Tensor, optimizers: Iterable[Optimizer]) -> list[dict]:
-    """What each of them keeps for these values; a wrapper may share its state with the wrapped."""
+    """Each optimizer's state for these values; a wrapper may share its state with the wrapped."""
     states = [o.state[values] for o in holders(optimizers) if values in o.state]
     return list({id(state): state for state in states}.values())
 

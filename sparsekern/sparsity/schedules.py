@@ -254,7 +254,7 @@ UPDATE_ALIASES = {"begin": "start", "end": "stop"}
 
 
 def update_steps(value: Any) -> UpdateSteps:
-    """Of {freq, start, stop}, {steps: [...]}, a callable, or None for every step."""
+    """Update steps out of {freq, start, stop}, {steps: [...]}, a callable, or None (every step)."""
     if isinstance(value, UpdateSteps):
         return value
     if callable(value):

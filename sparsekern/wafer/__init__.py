@@ -1,1 +1,1 @@
-"""What the same masks would do on a wafer-scale machine: an analytical model. Imports no torch."""
+"""An analytical model of sparse training on a wafer-scale machine. Imports no torch."""

@@ -15,14 +15,14 @@ import numpy as np
 
 EULER_GAMMA = 0.5772156649015329
 # In windows of outputs: how far columns of PEs drift apart before the slowest holds back the
-# others, and over how many they keep step at least. Fitted on the simulator: docs/MATH.md.
+# others, and over how many they keep step at least. Fitted on the simulator: docs/math.md.
 WINDOW_DRIFT = 5.0
 WINDOWS_IN_STEP = 8
 
 
 @lru_cache
 def expected_normal_maximum(parts: int) -> float:
-    """Of `parts` independent standard normals (Gumbel's limit); 0 for one part."""
+    """Expected maximum of `parts` independent standard normals (Gumbel's limit); 0 for one part."""
     if parts < 2:
         return 0.0
     quantile = NormalDist().inv_cdf
@@ -54,7 +54,7 @@ def outputs_in_step(
 def windowed_imbalance(
     parts: int, k_per_part: float, density: float, outputs: int, window: int
 ) -> float:
-    """Of columns of PEs that each own `k_per_part` inputs and step through the outputs."""
+    """Imbalance of columns of PEs that each own `k_per_part` inputs, over steps of outputs."""
     if window < 1:
         raise ValueError(f"window: expected at least 1 output, got {window}")
     in_step = outputs_in_step(parts, k_per_part, density, outputs, window)

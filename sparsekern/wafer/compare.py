@@ -5,18 +5,12 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-from ..text import table
+from ..terminal import table
 from .balance import Mask
 from .cost import compare_with_dense
 from .inputs import Inputs
 from .machine import Machine
-from .product import (
-    FORWARD,
-    INPUT_GRADIENT,
-    WEIGHT_GRADIENT,
-    product_cycles,
-    stream_bytes,
-)
+from .product import FORWARD, INPUT_GRADIENT, WEIGHT_GRADIENT, product_cycles, stream_bytes
 from .shapes import GPTShape
 from .sweep import FULL_TOKENS
 
@@ -48,7 +42,7 @@ def compare(
     mask_of: Callable[[dict], Mask | None] = lambda workload: None,
     match: str = "",
 ) -> list[Pair]:
-    """Of every product and training step in the JSON files of `results` with `match` in its name.
+    """Pairs for every product and training step in the files of `results` with `match` in the name.
 
     `mask_of` makes the mask of a measurement on a CPU again from its parameters, or gives None:
     then, and for those on a GPU, a random one of its density is assumed."""
@@ -104,7 +98,7 @@ def _product(
     pattern = info["density"] if mask is None else mask
 
     def seconds(tokens: int, weight: float | Mask, density: float) -> float:
-        """Of the product, or of its stream: weights in, or their gradients out."""
+        """Seconds of the product, or of its stream: weights in, or their gradients out."""
         cycles = product_cycles(machine, inputs, tokens, n, k, weight, product).total
         streamed = stream_bytes(inputs, n, k, density)
         if product == WEIGHT_GRADIENT:

@@ -15,13 +15,7 @@ from .inputs import Inputs
 from .machine import Machine
 from .memory import ActivationPlan, plan_activations
 from .mesh import MeshCycles
-from .product import (
-    FORWARD,
-    INPUT_GRADIENT,
-    WEIGHT_GRADIENT,
-    product_cycles,
-    stream_bytes,
-)
+from .product import FORWARD, INPUT_GRADIENT, WEIGHT_GRADIENT, product_cycles, stream_bytes
 from .shapes import GPTShape
 
 
@@ -131,7 +125,7 @@ def uniform_weights(shape: GPTShape, density: float) -> tuple[Weight, ...]:
 
 
 def masked_weights(masks: Sequence[tuple[str, Mask]]) -> tuple[Weight, ...]:
-    """Of actual masks, one for each matrix of each block: (its name, its mask)."""
+    """Weights with actual masks, one for each matrix of each block: (its name, its mask)."""
     return tuple(Weight(name, *mask.shape, mask.density, 1, mask) for name, mask in masks)
 
 

@@ -1,4 +1,4 @@
-"""What no public source tells: inputs of the model, each with the range it may lie in."""
+"""Inputs of the model that no public source tells, each with the range it may lie in."""
 
 from dataclasses import dataclass, fields, replace
 from typing import Literal

@@ -1,4 +1,4 @@
-"""Wafer-scale machines as data: every figure with its unit, its source and how it was come by.
+"""Wafer-scale machines as data: every figure with its unit, its source and how it was obtained.
 
 Marks: `read` in the named source; `second-hand`: in a text about it; `assumed`: by us, for want of
 a source. Where sources disagree there are two machines, told apart by what follows the `@`.

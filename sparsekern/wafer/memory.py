@@ -1,4 +1,4 @@
-"""What activations need of a wafer's SRAM, and what is done where it is short.
+"""Activations in a wafer's SRAM, and what is done where it is short.
 
 resident   every activation that the backward pass reads stays
 recompute  the input of every `stride`-th block stays; segments run forward once more

@@ -1,4 +1,4 @@
-"""The closed form: cycles of one product on a mesh of PEs (docs/MATH.md, "The wafer").
+"""The closed form: cycles of one product on a mesh of PEs (docs/math.md, "The wafer").
 
 y[M, N] = x[M, K] @ W[N, K].T, K cut over the columns of PEs and M over the rows. W streams down the
 columns; each nonzero starts one AXPY over the tokens of a PE; sums of the N outputs are reduced

@@ -26,7 +26,7 @@ def product_cycles(
     density: float | Mask,
     product: str = FORWARD,
 ) -> MeshCycles:
-    """Of W [n, k]. The input gradient streams its transpose: [k, n] takes the place of [n, k]. The
+    """Cycles of a product with W [n, k]. The input gradient streams the transpose, [k, n]. The
     weight gradient makes a dot of x and dy at each kept place, where the others make an AXPY."""
     if product == INPUT_GRADIENT:
         n, k = k, n
@@ -72,7 +72,7 @@ def _mapped(machine, inputs, tokens, n, k, density, is_gradient, groups) -> Mesh
 
 
 def stream_bytes(inputs: Inputs, n: int, k: int, density: float) -> float:
-    """Of W on the I/O links. index16: value and 16-bit index; bitmap: values and a bit a place;
+    """Bytes of W on the I/O links. index16: value and 16-bit index; bitmap: values, a bit a place;
     best: the smaller one. Never more than all places, zeros too, dropped where they enter."""
     value_bytes = BYTES_PER_ELEM[inputs.precision]
     places = n * k

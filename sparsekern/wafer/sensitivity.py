@@ -1,4 +1,4 @@
-"""What a prediction hangs on: each input 20% up and down, and each assumed one over its range."""
+"""How a prediction depends on its inputs: each 20% up and down, assumed ones over their range."""
 
 from dataclasses import dataclass, replace
 
@@ -15,7 +15,7 @@ UNUSED_FIGURES = ("cores", "power_w", "fma32_per_cycle")
 
 @dataclass(frozen=True)
 class Swing:
-    """Of step time and speed-up, relative to those of the inputs as they are."""
+    """Changes of step time and speed-up, relative to those of the inputs as they are."""
 
     name: str
     mark: str

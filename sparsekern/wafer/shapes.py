@@ -30,7 +30,7 @@ class GPTShape:
 
     @property
     def linear_fma(self) -> int:
-        """Of one token, forward, all blocks; also the number of their weights."""
+        """Multiply-adds of one token, forward, all blocks; also the number of their weights."""
         return self.layers * sum(n * k for n, k in self.matrices.values())
 
     @property
@@ -42,12 +42,12 @@ class GPTShape:
         return self.width * self.vocabulary
 
     def forward_flop(self, density: float = 1.0) -> float:
-        """Of one token."""
+        """Forward FLOPs of one token."""
         fma = self.linear_fma * density + self.attention_fma + self.head_fma
         return FLOP_PER_FMA * fma
 
     def train_flop(self, density: float = 1.0) -> float:
-        """Of one token."""
+        """Training FLOPs of one token."""
         return PRODUCTS_PER_TRAINING_STEP * self.forward_flop(density)
 
     def flop_ratio(self, density: float) -> float:

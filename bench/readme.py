@@ -1,0 +1,179 @@
+"""README's table and picture, from committed results: python bench/readme.py
+
+Five representative products and training steps, one line each, none of them a mean over shapes.
+docs/benchmarks.md gets the same lines with the file that each one comes from.
+"""
+
+import json
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import pages
+
+from sparsekern.bench.records import select
+from sparsekern.report import COLOURS, MARKERS, table
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+BENCH = Path(__file__).parent
+README = BENCH.parent / "README.md"
+BENCHMARKS = BENCH.parent / "docs" / "benchmarks.md"
+PICTURE = BENCH.parent / "docs" / "speedup.png"
+SECTION = "<!-- readme: begin -->", "<!-- readme: end -->"
+
+SPARSITIES = (0.75, 0.9, 0.95)
+NEAREST = {0.75: 0.7}  # stands in, and says so, where the first was not measured
+CPU = "intel-r-xeon-r-processor-2-cores-avx512-2026-11-24"
+CPU_NAME = "Intel Xeon, 2 cores, AVX-512"
+DECODE = "nvidia-h200-decode-bfloat16-2026-11-28"
+GPU = "nvidia-h200-products-2026-11-28"
+GPU_NAME = "NVIDIA H200"
+DECODED = {"N": 4096, "K": 11008, "mask": "random"}
+
+
+@dataclass(frozen=True)
+class Row:
+    label: str  # in README
+    what: str  # in docs/benchmarks.md
+    machine: str
+    file: str  # in bench/results, without its suffix
+    fields: dict[str, object]  # of the one record for each sparsity
+
+    def speedups(self) -> dict[float, float]:
+        """Times the best dense call by sparsity."""
+        chosen = select(records(self.file), **self.fields)
+        found = {record["sparsity"]: record["speedup"] for record in chosen}
+        if len(found) != len(chosen) or not found:
+            raise ValueError(f"{self.file}: expected one record a sparsity with {self.fields}")
+        return found
+
+
+ROWS = (
+    Row(
+        "training, CPU",
+        "a step of the demo's GPT, 3 layers of width 768, 1,024 tokens, fp32, 2 threads",
+        CPU_NAME,
+        CPU,
+        {"op": "train_step", "model": "demo", "threads": 2},
+    ),
+    Row(
+        "one token, CPU",
+        "W 2048 x 2048 from memory, 1 token, fp32, 1 thread",
+        CPU_NAME,
+        CPU,
+        {
+            **{"op": "spmm", "M": 1, "N": 2048, "K": 2048, "threads": 1, "is_cold": True},
+            **{"dtype": "torch.float32", "mask": "random"},
+        },
+    ),
+    Row(
+        "one token, GPU",
+        "W 4096 x 11008 from memory, 1 token, bf16",
+        GPU_NAME,
+        DECODE,
+        {**DECODED, "M": 1},
+    ),
+    Row(
+        "batch of 32, GPU",
+        "W 4096 x 11008 from memory, 32 tokens, bf16",
+        GPU_NAME,
+        DECODE,
+        {**DECODED, "M": 32},
+    ),
+    Row(
+        "training, GPU",
+        "a step of GPT-2 small, 8,192 tokens, bf16",
+        GPU_NAME,
+        GPU,
+        {"op": "train_step", "model": "gpt2-small"},
+    ),
+)
+
+
+def records(file: str) -> list[dict]:
+    """Measurements with `speedup` over the best dense call."""
+    data = json.loads((BENCH / "results" / f"{file}.json").read_text())
+    if "benchmarks" in data:
+        return [benchmark["extra_info"] for benchmark in data["benchmarks"]]
+    return [
+        cell | {"speedup": dense_s / cell["ways"]["stream"]["median_s"]}
+        for cell in data["cells"]
+        if "median_s" in cell["ways"].get("stream", {})
+        for dense_s in [min(w["median_s"] for w in cell["ways"].values() if w["kind"] == "dense")]
+    ]
+
+
+def cell(found: dict[float, float], sparsity: float) -> str:
+    """'2.15', '**0.69, a loss**', '2.00 at 70%' or 'not measured'."""
+    measured = sparsity if sparsity in found else NEAREST.get(sparsity)
+    if measured not in found:
+        return "not measured"
+    text = f"{found[measured]:.2f}"
+    if measured != sparsity:
+        text += f" at {measured:.0%}"
+    return f"**{text}, a loss**" if found[measured] < 1 else text
+
+
+def cells(row: Row) -> list[str]:
+    found = row.speedups()
+    return [cell(found, sparsity) for sparsity in SPARSITIES]
+
+
+def front_table() -> str:
+    header = ["times dense", *(f"{s:.0%} zeros" for s in SPARSITIES)]
+    return table(header, [[row.label, *cells(row)] for row in ROWS])
+
+
+def sources_table() -> str:
+    """The same lines with what was measured, where, and in which file."""
+    lines = [
+        [row.label, row.what, row.machine, f"[{row.file}](../bench/results/{row.file}.json)"]
+        for row in ROWS
+    ]
+    return table(["row", "measured", "machine", "file"], lines, left=4)
+
+
+def plot() -> "Figure":
+    """One line a row, labelled at its end; readable at 400 pixels."""
+    from matplotlib.figure import Figure  # no table needs it
+
+    figure = Figure(figsize=(8, 5), layout="constrained")
+    axes = figure.subplots()
+    axes.axhspan(0.1, 1, color="0.93")
+    axes.axhline(1, color="black", linewidth=1.5)
+    lines = []
+    for row, colour, marker in zip(ROWS, COLOURS, MARKERS, strict=False):
+        points = {100 * s: t for s, t in sorted(row.speedups().items()) if 0.5 <= s <= 0.95}
+        style = {"color": colour, "marker": marker, "linewidth": 3, "markersize": 9}
+        axes.plot(points.keys(), points.values(), **style)
+        lines.append((*list(points.items())[-1], row.label, colour))
+    lowest = 0.0
+    for x, y, label, colour in sorted(lines, key=lambda line: line[1]):
+        lowest = max(y, 1.22 * lowest)  # labels of lines that end close to each other move apart
+        style = {"color": colour, "fontsize": 17, "weight": "bold", "va": "center"}
+        axes.text(x + 1.5, lowest, label, **style)
+    axes.text(51, 0.57, "dense is faster", fontsize=16, color="0.35", va="center")
+    axes.set(xlim=(48, 128), ylim=(0.5, 11), yscale="log")
+    axes.set_xticks([50, 75, 95], ["50%", "75%", "95%"])
+    axes.set_yticks([0.5, 1, 2, 5, 10], ["0.5", "1", "2", "5", "10"])
+    axes.minorticks_off()
+    axes.tick_params(labelsize=17)
+    axes.set_xlabel("zeros in the weight", fontsize=17, loc="left")
+    axes.set_ylabel("speed against dense", fontsize=17)
+    axes.set_title("CPUs and single tokens gain, GPU training loses", fontsize=19, loc="left")
+    axes.spines[["top", "right"]].set_visible(False)
+    return figure
+
+
+def main() -> int:
+    pages.replace_section(README, SECTION, front_table())
+    pages.replace_section(BENCHMARKS, SECTION, sources_table())
+    plot().savefig(PICTURE, dpi=100, metadata={"Software": None})
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,38 @@
+"""README's table is what bench/readme.py makes of committed results, and losses are called so."""
+
+from importlib import import_module
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+
+
+@pytest.fixture
+def readme(monkeypatch):
+    """bench/readme.py, which is a script and in no package."""
+    monkeypatch.syspath_prepend(ROOT / "bench")
+    return import_module("readme")
+
+
+def between(path: Path, markers: tuple[str, str]) -> str:
+    begin, end = markers
+    return path.read_text().split(begin)[1].split(end)[0].strip()
+
+
+def test_tables_are_those_of_the_results(readme):
+    assert between(readme.README, readme.SECTION) == readme.front_table()
+    assert between(readme.BENCHMARKS, readme.SECTION) == readme.sources_table()
+
+
+def test_losses_are_called_losses(readme):
+    assert readme.cell({0.75: 0.69}, 0.75) == "**0.69, a loss**"
+    assert readme.cell({0.7: 1.5}, 0.75) == "1.50 at 70%"
+    assert readme.cell({0.7: 1.5}, 0.9) == "not measured"
+
+
+def test_every_row_names_one_record_for_each_sparsity(readme):
+    row = readme.ROWS[1]
+    loose = readme.Row(row.label, row.what, row.machine, row.file, {"op": "spmm"})
+    with pytest.raises(ValueError, match="expected one record a sparsity"):
+        loose.speedups()
