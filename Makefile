@@ -43,8 +43,9 @@ pytest-without-library: $(VENV)/.installed-test
 	rm -f build/without-library/sparsekern/*.so
 	echo 'raise ImportError("left out")' > build/without-library/sparsekern/_C.py
 	cd build/without-library && ../../$(BIN)/python -m pytest -q $(PARALLEL) -m "not slow" \
-	  --ignore=tests/test_cpu_kernels.py --ignore=tests/test_packaging.py \
-	  --ignore=tests/test_imports.py --ignore=tests/test_emulated_cuda.py --ignore=tests/test_emulated_csr.py
+	  --ignore=tests/kernels/cpu/test_cpu_kernels.py --ignore=tests/test_packaging.py \
+	  --ignore=tests/test_imports.py --ignore=tests/kernels/cuda/test_emulated_cuda.py \
+	  --ignore=tests/kernels/cuda/test_emulated_csr.py
 
 bench-smoke: $(VENV)/.installed-test
 	$(BIN)/python -m pytest -q bench --benchmark-disable --quick
@@ -94,7 +95,7 @@ cuda:
 else
 cuda: $(VENV)/.installed-test
 	$(BIN)/python -m sparsekern info | grep "CUDA kernels  *built with nvcc"
-	$(BIN)/python -m pytest -q -rs tests/test_cuda_library.py
+	$(BIN)/python -m pytest -q -rs tests/kernels/cuda/test_cuda_library.py
 endif
 
 # On a machine with a GPU, in the environment that PYTHON has. pytest-xdist makes the first one short.

@@ -32,7 +32,7 @@ from sparsekern.gpt import speed
 from sparsekern.gpt.generate import CACHE_MULTIPLE, Decoder
 from sparsekern.gpt.model import GPT, Cache, GPTConfig
 from sparsekern.gpt.presets import PRESETS, UniformMask, for_inference, random_gpt
-from sparsekern.report import generation_section
+from sparsekern.report.demo import generation_section
 
 RESULTS = Path(__file__).parent / "results"
 # The allocator rounds each tensor up to 512 bytes, and libraries have workspaces; more than this

@@ -4,8 +4,8 @@ import math
 import statistics
 from pathlib import Path
 
-from sparsekern.report import COLOURS, MARKERS
-from sparsekern.text import table
+from sparsekern.report.demo import COLOURS, MARKERS
+from sparsekern.terminal import table
 
 ONE_SHOT = {"magnitude": "magnitude", "wanda": "Wanda", "sparsegpt": "SparseGPT"}
 

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 from measure import SHAPES
 
 from sparsekern.bench.records import groups, select, sparsities_of
-from sparsekern.report import COLOURS, MARKERS, table
+from sparsekern.report.demo import COLOURS, MARKERS, table
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure

@@ -10,7 +10,7 @@ from tables import percent
 from sparsekern.bench.measure_gpu import SHAPES
 from sparsekern.bench.records import groups, select, sparsities_of
 from sparsekern.bench.replay_gpu import OURS
-from sparsekern.report import COLOURS, MARKERS, table
+from sparsekern.report.demo import COLOURS, MARKERS, table
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure

@@ -4,12 +4,11 @@ y[M, N] = x[M, K] @ W[N, K].T        M tokens, N out_features, K in_features
 """
 
 # These register what torch's functions do with a SparseTensor.
-from . import contractions, elementwise, functions  # noqa: F401
-from .groups import parameter_groups
 from .matmul import explain, linear, matmul
-from .nn import SparseLinear, densify_, sparsify_
-from .products import sddmm
+from .nn import SparseLinear, densify_, parameter_groups, sparsify_
 from .sparsity import Static
+from .surface import contractions, elementwise, functions  # noqa: F401
+from .surface.products import sddmm
 from .tensor import SparseTensor
 
 __version__ = "0.1.0"

@@ -13,9 +13,9 @@ from pathlib import Path
 
 import torch
 
-from . import __version__, masks, report
-from .bench import commands as bench
+from . import __version__
 from .bench.machine import installed, processor
+from .commands import bench, wafer, wafer_masks
 from .extras import require
 from .gpt import demo, distributed, speed
 from .gpt.config import MOST_SEED, check_sparsity
@@ -25,12 +25,13 @@ from .gpt.model import GPT
 from .gpt.presets import PRESETS, for_inference, random_gpt
 from .gpt.prune import PruneConfig, prune
 from .gpt.train import TrainConfig, config_from, load_model, resumed_config, train
-from .kernels import cpu, crossover
-from .kernels.cuda_library import route
-from .kernels.plan import machine_name
+from .kernels import crossover
+from .kernels.cpu import panel
+from .kernels.cpu.plan import machine_name
+from .kernels.cuda.library import route
 from .nn import SparseLinear, densify_
-from .overview import page
-from .wafer import commands as wafer
+from .report import demo as demo_report
+from .report import page
 
 try:
     from . import _C
@@ -86,7 +87,7 @@ def main(arguments: list[str] | None = None) -> int:
     )
 
     wafer_parser = commands.add_parser("wafer", help="what the same masks would do on a wafer")
-    wafer.add_commands(wafer_parser, masks.checkpoint_weights, masks.benchmark_mask)
+    wafer.add_commands(wafer_parser, wafer_masks.checkpoint_weights, wafer_masks.benchmark_mask)
 
     options = vars(parser.parse_args(arguments))
     options.pop("command")
@@ -197,7 +198,7 @@ def environment() -> dict[str, str]:
 
 def crossovers() -> str:
     """Whether dispatch goes by what was measured on this machine."""
-    names = [machine_name(cpu.machine())] if _C else []
+    names = [machine_name(panel.machine())] if _C else []
     if torch.cuda.is_available():
         names.append("sm_{}{}".format(*torch.cuda.get_device_capability()))
     data = crossover._calibrated()
@@ -213,12 +214,12 @@ def run_train(**given) -> None:
     finally:
         distributed.finish()
     if result["sparsity"] and os.environ.get("RANK", "0") == "0":
-        print(f"wafer  {report.wafer_line(result)}")
+        print(f"wafer  {demo_report.wafer_line(result)}")
 
 
 def run_prune(**given) -> None:
     rows = prune(PruneConfig(**given))
-    print(f"\n{report.prune_section(rows)}")
+    print(f"\n{demo_report.prune_section(rows)}")
 
 
 def run_generate(
@@ -255,7 +256,7 @@ def run_generate(
         tokenizer = ByteTokenizer()
     idx = tokenizer.encode(prompt)[None].long().repeat(batch, 1).to(place)
     if bench:
-        print(report.generation_section(speed.compare(models, idx, tokens, **sampling)))
+        print(demo_report.generation_section(speed.compare(models, idx, tokens, **sampling)))
         return
     began = time.perf_counter()
     texts = generate(models["sparse"], idx, tokens, **sampling).tolist()
@@ -322,11 +323,11 @@ def run_demo(out: Path) -> None:
         sections[title] = body
         print(f"\n## {title}  [{time.perf_counter() - began:.0f} s]\n\n{body}", flush=True)
 
-    show("Machine", report.environment_section(environment()))
-    show("Correctness", report.check_section(demo.check()))
+    show("Machine", demo_report.environment_section(environment()))
+    show("Correctness", demo_report.check_section(demo.check()))
     timings = demo.time_kernels()
     shape = f"{demo.KERNEL_N} x {demo.KERNEL_K}"
-    show("Kernels", report.kernel_section(timings, shape, demo.THREADS))
+    show("Kernels", demo_report.kernel_section(timings, shape, demo.THREADS))
 
     configs = {
         "dense": demo.train_config(out / "dense", 0.0),
@@ -337,10 +338,10 @@ def run_demo(out: Path) -> None:
         print(f"\n## Training, {name}\n", flush=True)
         runs[name] = demo.train_in_subprocess(config)
     steps = demo.time_steps(configs["dense"], configs["sparse"])
-    show("Dense against sparse", report.training_section(runs["dense"], runs["sparse"], steps))
-    show("Where the time goes", report.profile_section(steps))
-    show("Sample", report.sample_section(demo.sample(out / "sparse")))
+    show("Dense against sparse", demo_report.training_section(runs["dense"], runs["sparse"], steps))
+    show("Where the time goes", demo_report.profile_section(steps))
+    show("Sample", demo_report.sample_section(demo.sample(out / "sparse")))
 
     labelled = {"dense": runs["dense"], f"{demo.SPARSITY:.0%} sparse": runs["sparse"]}
-    written = report.write(out, sections, timings, labelled)
+    written = demo_report.write(out, sections, timings, labelled)
     print(f"\nWrote {', '.join(map(str, written))} in {time.perf_counter() - began:.0f} s.")

@@ -15,6 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from . import ops
+from .casts import cast
 from .kernels.problem import Problem
 from .kernels.table import describe, pick
 from .sparse_sparse import sparse_times_sparse
@@ -63,20 +64,26 @@ def linear(
 def quick_linear(
     x, row_offsets: Tensor, col_indices: Tensor, values: Tensor, n: int, k: int, bias
 ) -> Tensor | None:
-    """linear() of a matrix x [M, K] where there is nothing to convert, fold or refuse; None where
-    there is. A small layer pays for every line of Python."""
-    if _is_compiling() or type(x) not in _PLAIN or x.dim() != 2 or x.shape[1] != k:
-        return None
-    if _is_any_autocast_enabled():  # after the shape: what is not served here is cast elsewhere
-        x, values, bias = autocast(x, values, bias)
+    """linear() of x [..., M, K] where there is nothing to convert or refuse; None where there is. A
+    small layer pays for every line of Python."""
     if (
-        x.dtype is not values.dtype
-        or x.device != values.device
+        _is_compiling()
+        or type(x) not in _PLAIN
         or x.layout is not torch.strided
-        or (bias is not None and (bias.shape != (n,) or bias.dtype is not x.dtype))
+        or x.dim() < 2
+        or x.shape[-1] != k
+        or x.device != values.device
+        or (bias is not None and bias.shape != (n,))
     ):
         return None
-    return ops.spmm(row_offsets, col_indices, values, n, k, x, bias)
+    if _is_any_autocast_enabled():
+        x, values, bias = autocast(x, values, bias)
+    if x.dtype is not values.dtype or (bias is not None and bias.dtype is not x.dtype):
+        return None
+    if x.dim() == 2:
+        return ops.spmm(row_offsets, col_indices, values, n, k, x, bias)
+    y = ops.spmm(row_offsets, col_indices, values, n, k, x.flatten(0, -2), bias)
+    return y.view(*x.shape[:-1], n)
 
 
 def _linear_of_sparse(input, weight, bias) -> Tensor:
@@ -136,6 +143,17 @@ def _dense_sparse(func: Callable, a, b: SparseTensor, out: Tensor | None) -> Ten
     x, values = a, b.values
     if _is_compiling() or _is_any_autocast_enabled():
         x, values = operands(func, x, values, out)
+    if (  # times() of a matrix that fits(): a small product pays for every call of Python
+        out is None
+        and type(x) in _PLAIN
+        and x.dim() == 2
+        and x.shape[1] == (b.k if b.is_transposed else b.n)
+        and x.dtype is values.dtype
+        and x.device == values.device
+        and x.layout is torch.strided
+    ):
+        op = ops.spmm if b.is_transposed else ops.spmm_t
+        return op(b.row_offsets, b.col_indices, values, b.n, b.k, x)
     if not fits(x, -1, b.k if b.is_transposed else b.n, values):
         raise_as_torch(func, a, b)
     y = times(x, b, values)
@@ -206,10 +224,7 @@ def autocast(*tensors):
     if device == "meta" or not torch.is_autocast_enabled(device):
         return tensors
     dtype = torch.get_autocast_dtype(device)
-    return [t.to(dtype) if isinstance(t, Tensor) and t.dtype in _CAST else t for t in tensors]
-
-
-_CAST = (torch.float32, torch.bfloat16, torch.float16)
+    return cast(tensors, dtype)
 
 
 def raise_as_torch(func: Callable, *args, **kwargs) -> NoReturn:

@@ -9,9 +9,10 @@ from torch import Tensor
 from torch.autograd import forward_ad
 
 from .flop_formulas import register_when_imported
-from .kernels import cuda, observed
+from .kernels import observed
+from .kernels.cuda import rows as cuda_rows
+from .kernels.cuda.choose import assemble, check_operands
 from .kernels.operands import check_gradients, check_memory, check_product, check_sddmm
-from .kernels.packed import assemble, check_operands
 from .kernels.problem import Problem
 from .kernels.table import pick
 
@@ -136,14 +137,14 @@ for _name, _arguments, _run, _fake in (
     _library.impl(_name, _run, "CUDA")
     torch.library.register_fake(f"sparsekern::{_name}", _fake, lib=_library)
 
-# Packed weights (kernels/packed.py), for inference: no gradient, GPU alone. `layout` names one of
-# LAYOUTS, `numbers` and `tensors` are what it consists of.
+# Packed weights (kernels/cuda/choose.py), for inference: no gradient, GPU alone. `layout` names one
+# of LAYOUTS, `numbers` and `tensors` are what it consists of.
 
 
 def run_spmm_packed(x, layout, n, k, nnz, numbers, tensors, bias=None):
     packed = assemble(layout, n, k, nnz, numbers, tensors)
     check_operands(packed, x, bias)
-    return cuda.spmm_packed(x, packed, bias)
+    return cuda_rows.spmm_packed(x, packed, bias)
 
 
 def _fake_spmm_packed(x, layout, n, k, nnz, numbers, tensors, bias=None):

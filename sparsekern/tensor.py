@@ -4,8 +4,8 @@ W [N, K] is held as CSR: row_offsets int32 [N+1], col_indices int32 [nnz] (stric
 each row) and values [nnz]. An entry is stored because the pattern says so and not because its value
 is non-zero: explicit zeros are kept.
 
-What torch computes on it is registered by matmul.py, products.py, contractions.py, elementwise.py
-and functions.py, which this module may not import.
+What torch computes on it is registered by matmul.py and surface/, which this module may not
+import.
 """
 
 import copy
@@ -320,7 +320,7 @@ class SparseTensor:
                 if not set(types) <= {Tensor, SparseTensor}:  # another class may know it
                     return NotImplemented
                 raise TypeError(unsupported(name))
-        return implementation(*args, **(kwargs or {}))
+        return implementation(*args, **kwargs) if kwargs else implementation(*args)
 
 
 def unsupported(name: str) -> str:

@@ -9,7 +9,7 @@ cd "$(dirname "$0")/.."
 PYTHON=${PYTHON:-python3}
 LOGS=${LOGS:-build/check-gpu}
 WORKERS=${WORKERS:-$((($(nproc) + 1) / 2))}
-TIMED=tests/test_cuda_library.py::test_a_launch_takes_a_few_microseconds
+TIMED=tests/kernels/cuda/test_cuda_library.py::test_a_launch_takes_a_few_microseconds
 # Each process would start as many threads as there are cores.
 export OMP_NUM_THREADS=${OMP_NUM_THREADS:-2} TORCHINDUCTOR_COMPILE_THREADS=1
 
@@ -17,7 +17,7 @@ if ! "$PYTHON" -c "import sys, torch; sys.exit(not torch.cuda.is_available())"; 
   echo "check-gpu: torch sees no GPU here" >&2
   exit 2
 fi
-mapfile -t files < <(grep -l "mark\.gpu\b" tests/test_*.py)
+mapfile -t files < <(grep -rl --include="test_*.py" "mark\.gpu\b" tests)
 spread=()
 if "$PYTHON" -c "import xdist" 2> /dev/null; then
   spread=(-n "$WORKERS" --dist worksteal -p no:benchmark)

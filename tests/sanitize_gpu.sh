@@ -19,7 +19,7 @@ if ! "$PYTHON" -c "import sys, torch; sys.exit(not torch.cuda.is_available())"; 
   echo "sanitize-gpu: torch sees no GPU here" >&2
   exit 2
 fi
-mapfile -t files < <(grep -l "mark.sanitize" tests/test_*.py)
+mapfile -t files < <(grep -rl --include="test_*.py" "mark.sanitize" tests)
 mkdir -p "$LOGS"
 
 check() {  # in a process of its own

@@ -11,7 +11,7 @@ import pytest
 
 from sparsekern import files
 from sparsekern.kernels import crossover
-from sparsekern.kernels.cuda_library import NvrtcRoute
+from sparsekern.kernels.cuda.library import NvrtcRoute
 
 GOOD = '{"m": {"tokens": [1, 8], "float32": {"panel spmm": {"expand": [0.5, null]}}}}'
 DAMAGED_CROSSOVERS = {

@@ -10,7 +10,7 @@
 //              for row g + 8
 //   columns    1 B a slot: its column of the window, which is where it finds its x
 //
-// 0.594 B for each slot and row.
+// 0.594 B for each slot and row. A value is +0 where nothing is stored; a stored zero is -0.
 #pragma once
 
 #include "numbers.cuh"
@@ -27,5 +27,19 @@ struct Record {
   static constexpr int kTailAt = kWarp;  // chunks; one a lane before it
   static_assert(kBytes % 16 == 0 && kChunks - kTailAt < kWarp, "copied 16 bytes a lane at a time");
 };
+
+// What a row has in a group of a record: a value and its slot.
+struct CoverPlace {
+  unsigned short value;
+  int slot;
+};
+
+__device__ inline CoverPlace cover_place(const unsigned char* record, int row, int group) {
+  const int tile = row / 16, half = row / 8 % 2, g = row % 8;
+  const auto values = reinterpret_cast<const unsigned short*>(record);
+  const int at = (g * 4 + tile * 2 + group / 4) * 2, bit = group % 4 * 4 + half * 2;
+  const int position = record[Record::kPositionsAt + at + bit / 8] >> bit % 8 & 3;
+  return {values[(g * 4 + group % 4) * 8 + tile * 4 + group / 4 * 2 + half], group * 4 + position};
+}
 
 }  // namespace sk

@@ -1,4 +1,5 @@
-// W [N, K] dense, from packed W, for products of many tokens. `w` is zero before.
+// W [N, K] dense, from packed W, for products of many tokens. `w` is +0 before, and so it stays
+// where nothing is stored; a stored zero is -0.
 #include "cover.cuh"
 #include "launch.cuh"
 #include "pairs.cuh"
@@ -33,30 +34,25 @@ __device__ void expand(const unsigned short* values, const unsigned char* deltas
         column += deltas[at * 8 + i];
       }
       const unsigned short value = values[at * kGranule + i];
-      if (value & 0x7fff) out[column + odd] = value;  // both zeros are steps
+      if (is_stored(value)) out[column + odd] = value;
     }
   }
 }
 
-// A cover: a warp writes a tile, a lane its values.
+// A cover: a warp writes a tile, a lane a row of it.
 __device__ inline void expand_cover(const unsigned char* records, const int* steps,
                                     const int* row_order, unsigned short* w, int k, int slices,
                                     int windows) {
-  const int lane = threadIdx.x % kWarp, g = lane / 4, t = lane % 4;
+  const int lane = threadIdx.x % kWarp;
   const int tile = blockIdx.x * kExpandWarps + threadIdx.x / kWarp;
   if (tile >= slices * windows) return;
+  const int row = row_order[tile / windows * kWarp + lane];
   for (int step = steps[tile]; step < steps[tile + 1]; ++step) {
     const unsigned char* record = records + static_cast<long long>(step) * Record::kBytes;
-    const auto values = reinterpret_cast<const unsigned short*>(record);
-    for (int i = 0; i < 8; ++i) {  // registers a0 .. a3 of rows 0-15, then of rows 16-31
-      const int half = i % 2, group = i / 2 % 2 * 4 + t, bit = t * 4 + half * 2;
-      const int row = row_order[tile / windows * kWarp + i / 4 * 16 + half * 8 + g];
-      const unsigned char* positions =
-          record + Record::kPositionsAt + (g * 4 + i / 4 * 2 + i / 2 % 2) * 2;
-      const int slot = group * 4 + (positions[bit / 8] >> bit % 8 & 3);
-      const int col = tile % windows * kCoverColumns + record[Record::kColumnsAt + slot];
-      const unsigned short value = values[lane * 8 + i];
-      if (value & 0x7fff) w[static_cast<long long>(row) * k + col] = value;
+    for (int group = 0; group < kWarp / 4; ++group) {
+      const CoverPlace at = cover_place(record, lane, group);
+      const int col = tile % windows * kCoverColumns + record[Record::kColumnsAt + at.slot];
+      if (is_stored(at.value)) w[static_cast<long long>(row) * k + col] = at.value;
     }
   }
 }
@@ -67,20 +63,10 @@ __device__ inline void expand_pairs(const unsigned* words, const int* steps, uns
   const int lane = threadIdx.x % kWarp;
   const int step = blockIdx.x * kExpandWarps + threadIdx.x / kWarp;
   if (step >= slices * row_steps) return;
-  const unsigned* head = words + steps[step];
-  const unsigned mask = head[lane];
-  const int start = lane ? reinterpret_cast<const unsigned short*>(head + kWarp)[lane] : 0;
-  const unsigned* values = head + kHeadWords + start / 4;
-  for (int slot = 0; slot < kSlots; ++slot) {
-    if (!(mask >> (slot % 4 * 8 + slot / 4 + 2) % 32 & 1)) continue;
-    const unsigned pair = *values++;
-    const int row = step / row_steps * kWarp + slot / 4 % 2 * 16 + slot % 2 * 8 + lane / 4;
-    const int col =
-        step % row_steps * kStepColumns + slot / 8 * 16 + slot % 4 / 2 * 8 + lane % 4 * 2;
-    unsigned short* out = w + static_cast<long long>(row) * k + col;
-    if (pair & 0x7fffu) out[0] = static_cast<unsigned short>(pair);
-    if (pair & 0x7fff0000u) out[1] = static_cast<unsigned short>(pair >> 16);
-  }
+  visit_pairs(words + steps[step], lane, [&](int row, int column, unsigned short value) {
+    const long long of_w = step / row_steps * kWarp + row;
+    w[of_w * k + step % row_steps * kStepColumns + column] = value;
+  });
 }
 
 }  // namespace sk

@@ -36,6 +36,14 @@ struct Convert<f16> {
   static __device__ unsigned short round(float value) { return round_to_f16(value); }
 };
 
+// Whether a place of W that a layout has is stored. Where nothing is stored layouts have +0; a
+// stored zero is -0 there (sparsekern/kernels/layout.py), which makes no other sum: sums begin at
+// +0.
+__device__ inline bool is_stored(unsigned short value) { return value != 0; }
+__device__ inline bool is_stored(float value) { return __float_as_uint(value) != 0; }
+
+__device__ inline bool is_finite(float value) { return value - value == 0; }
+
 __device__ inline unsigned word(const uint4& v, int i) {
   return i == 0 ? v.x : i == 1 ? v.y : i == 2 ? v.z : v.w;
 }

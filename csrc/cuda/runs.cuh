@@ -5,6 +5,10 @@
 // All windows of all blocks of rows are cut into runs of equal length, one for each thread block;
 // runs that share rows leave their sums in `partial`, and the last one to arrive adds them up in a
 // fixed order.
+//
+// A place that is not stored takes no part in a product, but a tensor core multiplies x there by
+// the zero of an operand: NaN if x is infinite or NaN, and NaN stays. So a finite sum is right, and
+// one that is not is computed anew from the stored values alone. That is rare and need not be fast.
 #pragma once
 
 #include "numbers.cuh"
@@ -64,14 +68,18 @@ __device__ inline void add_to(float4& sum, const float4& add) {
   sum.w += add.w;
 }
 
+__device__ inline bool is_finite(const float4& sum) {
+  return fmaf(sum.x, 0.0f, fmaf(sum.y, 0.0f, fmaf(sum.z, 0.0f, sum.w * 0.0f))) == 0;
+}
+
 // Writes y of a block of rows, or adds this run's sums to those of the others. All threads of the
 // block come here, and shared memory is theirs. acc: of 32 rows as mma has them, row_of_lane: the
-// row of W of each of these, -1 for none.
-template <class T, int kNTiles>
+// row of W of each of these, -1 for none. sum_stored(token, row): this run's sum of stored values.
+template <class T, int kNTiles, class SumStored>
 __device__ inline void finish(const float (&acc)[2][kNTiles][4], int row_of_lane, char* smem,
                               const unsigned short* bias, unsigned short* y, float* partial,
                               int* arrived, int tokens, int n, int block, int windows, int units,
-                              int group_warps, int most_shares) {
+                              int group_warps, int most_shares, const SumStored& sum_stored) {
   // Sums of the groups, [group][token][row], in shared memory: rows lie in the order of their
   // nnz.
   const int lane = threadIdx.x % kWarp, runs = gridDim.x;
@@ -104,6 +112,16 @@ __device__ inline void finish(const float (&acc)[2][kNTiles][4], int row_of_lane
     for (int g = 0; g < groups; ++g) {
       add_to(sum,
              *reinterpret_cast<const float4*>(tile + (g * kNTiles * 8 + token) * tile_row + row));
+    }
+    if (!is_finite(sum)) {
+      float* four = tile + token * tile_row + row;  // this thread's, and read
+      *reinterpret_cast<float4*>(four) = sum;
+#pragma unroll 1
+      for (int r = 0; r < 4; ++r) {
+        const int of_w = block * rows + row + r;
+        if (of_w < n && !is_finite(four[r])) four[r] = sum_stored(token, of_w);
+      }
+      sum = *reinterpret_cast<const float4*>(four);
     }
     if (shares == 1) {
       write<T>(y, bias, n, token, block * rows + row, sum);

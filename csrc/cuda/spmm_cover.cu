@@ -209,6 +209,28 @@ struct Step {
   }
 };
 
+// Of a row of W, which has place `place` in the order of rows, the stored values in windows [first,
+// end) times x of one token.
+template <class T>
+__device__ float sum_cover(const uint4* records, const int* steps, const unsigned short* x,
+                           int place, int windows, int first, int end) {
+  const int* of_windows = steps + static_cast<long long>(place / kWarp) * windows;
+  float sum = 0;
+  for (int window = first; window < end; ++window) {
+    for (int step = of_windows[window]; step < of_windows[window + 1]; ++step) {
+      const auto record = reinterpret_cast<const unsigned char*>(
+          records + static_cast<long long>(step) * Record::kChunks);
+      for (int group = 0; group < kWarp / 4; ++group) {
+        const CoverPlace at = cover_place(record, place % kWarp, group);
+        if (!is_stored(at.value)) continue;
+        const int col = window * kCoverColumns + record[Record::kColumnsAt + at.slot];
+        sum = fmaf(Convert<T>::low(at.value), Convert<T>::low(x[col]), sum);
+      }
+    }
+  }
+  return sum;
+}
+
 template <class T, int kNTiles>
 __device__ void spmm_cover(const uint4* records, const int* steps, const int* row_order,
                            const unsigned short* x, const unsigned short* bias, unsigned short* y,
@@ -291,8 +313,15 @@ __device__ void spmm_cover(const uint4* records, const int* steps, const int* ro
       sync_warps(1 + group, group_warps);
     }
 
+    const int end_of_all = unit - block * windows;
+    const auto sum_stored = [&](int token, int row) {
+      int place = block * group_warps * kWarp;
+      while (row_order[place] != row) ++place;
+      return sum_cover<T>(records, steps, x + static_cast<long long>(token) * k, place, windows,
+                          end_of_all - count, end_of_all);
+    };
     finish<T, kNTiles>(acc, row_of_lane, smem, bias, y, partial, arrived, tokens, n, block, windows,
-                       units, group_warps, most_shares);
+                       units, group_warps, most_shares, sum_stored);
   }
 }
 

@@ -60,7 +60,7 @@ __device__ inline void multiply_granule(float (&acc)[kTokens], const Granule<4>&
     const unsigned pair = word(g.values, i / 2);
     const float value = i % 2 ? Convert<T>::high(pair) : Convert<T>::low(pair);
     const unsigned step = __byte_perm(steps[i / 4], 0, 0x4440 + i % 4);
-    if (value != 0.0f) multiply<T, kTokens>(acc, value, at + step * kTokens);
+    if (is_stored(value)) multiply<T, kTokens>(acc, value, at + step * kTokens);
   }
   at += (second >> 24) * kTokens;
 }
@@ -73,7 +73,7 @@ __device__ inline void multiply_granule(float (&acc)[kTokens], const Granule<8>&
     const unsigned pair = word(g.values, i / 2);
     const float value = i % 2 ? Convert<T>::high(pair) : Convert<T>::low(pair);
     at += __byte_perm(i < 4 ? g.deltas.x : g.deltas.y, 0, 0x4440 + i % 4) * (2 * kTokens);
-    if (value != 0.0f) multiply<T, kTokens>(acc, value, at);
+    if (is_stored(value)) multiply<T, kTokens>(acc, value, at);
   }
 }
 

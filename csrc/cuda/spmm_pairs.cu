@@ -240,6 +240,23 @@ __device__ inline void multiply_together(float (&acc)[2][kNTiles][4], unsigned (
   }
 }
 
+// Of a row of W the stored values in steps [first, end) times x of one token.
+template <class T>
+__device__ float sum_pairs(const unsigned* words, const int* steps, const unsigned short* x,
+                           int row, int row_steps, int first, int end) {
+  const int* my_steps = steps + static_cast<long long>(row / kWarp) * row_steps;
+  float sum = 0;
+  for (int step = first; step < end; ++step) {
+    const auto add = [&](int of_step, int column, unsigned short value) {
+      if (of_step != row % kWarp) return;
+      const unsigned short at = x[step * kStepColumns + column];
+      sum = fmaf(Convert<T>::low(value), Convert<T>::low(at), sum);
+    };
+    for (int t = 0; t < 4; ++t) visit_pairs(words + my_steps[step], row % 8 * 4 + t, add);
+  }
+  return sum;
+}
+
 template <class T, int kNTiles>
 __device__ void spmm_pairs(const unsigned* all_words, const int* steps, const unsigned short* x,
                            const unsigned short* bias, unsigned short* y, float* partial,
@@ -322,8 +339,14 @@ __device__ void spmm_pairs(const unsigned* all_words, const int* steps, const un
       sync_warps(1 + group, group_warps);
     }
     wait_copies<0>();  // none is under way when sums take the place of words
+    const int end_of_all = unit - block * windows;
+    const auto sum_stored = [&](int token, int row) {
+      return sum_pairs<T>(all_words, steps, x + static_cast<long long>(token) * k, row, row_steps,
+                          (end_of_all - count) * static_cast<int>(Window::kSteps),
+                          min(end_of_all * static_cast<int>(Window::kSteps), row_steps));
+    };
     finish<T, kNTiles>(acc, row_of_lane, smem, bias, y, partial, arrived, tokens, n, block, windows,
-                       units, group_warps, most_shares);
+                       units, group_warps, most_shares, sum_stored);
   }
 }
 

@@ -9,8 +9,8 @@
 //           Bits 0-2 count pairs of columns since the last entry, bit 3 says which one of the pair.
 //   8 bits: entry i in byte i, the columns since the last entry.
 //
-// An entry whose value is 0 is a step without a product: it bridges a longer gap, or lets a lane
-// wait for the others. So no pattern is an exception, and a stored zero costs nothing else. All
+// An entry whose value is +0 is a step without a product: it bridges a longer gap, or lets a lane
+// wait for the others. So no pattern is an exception. A stored zero is -0, which is multiplied. All
 // lanes of a slice take the same number of granules.
 //
 // The granules of a slice are cut into *pieces* of nearly equal length, one for each warp:
@@ -20,7 +20,7 @@
 //   first_piece  [slices + 1]   pieces before each slice; it has one at least
 //   starts       [pieces, 32]   the column (4 bits: of the pair) to which the first step adds
 //
-// Made by sparsekern/kernels/streams.py.
+// Made by sparsekern/kernels/gather.py.
 #pragma once
 
 #include "numbers.cuh"

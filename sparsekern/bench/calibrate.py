@@ -16,12 +16,13 @@ import torch
 
 from ..files import atomic_write, private_cache
 from ..gpt.progress import Progress
-from ..kernels import cpu, crossover
-from ..kernels.plan import machine_name
+from ..kernels import crossover
+from ..kernels.cpu import panel
+from ..kernels.cpu.plan import machine_name
 from ..kernels.problem import Kernel
 from ..kernels.table import pick
+from ..terminal import table
 from ..testing import interleaved_times
-from ..text import table
 from . import measure_gpu, noise, peers_gpu
 from .crossover import GRID, crossing, summarize
 from .machine import about_cpu, about_gpu, commit
@@ -102,7 +103,7 @@ def _measured(name: str) -> str:
 
 
 def _of_cpu(quick: bool) -> tuple[str, dict]:
-    if cpu._C is None:
+    if panel._C is None:
         raise ValueError("calibrate: there is nothing to choose from, the C++ library is not built")
     shapes, tokens = (SHAPES[:1], (16, 256)) if quick else (SHAPES, TOKENS)
     threads = torch.get_num_threads()
@@ -124,7 +125,7 @@ def _of_cpu(quick: bool) -> tuple[str, dict]:
                 progress.advance()
             found[f"panel {op}"] = {"expand": limits}
     progress.close()
-    return machine_name(cpu.machine()), entry
+    return machine_name(panel.machine()), entry
 
 
 def _limit(op: str, M: int, shapes, dtype: torch.dtype, threads: int) -> tuple[float | None, float]:
@@ -162,7 +163,7 @@ def _ratio(op: str, workload: Workload) -> Ratio:
 
 
 def _row(name: str, op: str) -> Kernel:
-    return next(row for row in cpu.KERNELS if (row.name, row.op) == (name, op))
+    return next(row for row in panel.KERNELS if (row.name, row.op) == (name, op))
 
 
 def _of_gpu(quick: bool) -> tuple[str, dict]:

@@ -10,7 +10,7 @@ from statistics import median
 
 import torch
 
-from ..kernels import cpu
+from ..kernels.cpu import panel
 
 ROUNDS = 5
 FMA_ROUNDS = 200_000
@@ -27,10 +27,10 @@ def of_cpu(threads: int) -> dict[str, object]:
     Empty without the C++ library. l3: eight times L2, which is memory where there is no third
     cache. Each thread reads a part of its own.
     """
-    if cpu._C is None:
+    if panel._C is None:
         return {}
-    cpu._C.multiply_adds(FMA_ROUNDS, threads)  # threads wake up
-    l1_bytes, l2_bytes = cpu._C.cache_bytes(1) or 2**15, cpu._C.cache_bytes(2) or 2**20
+    panel._C.multiply_adds(FMA_ROUNDS, threads)  # threads wake up
+    l1_bytes, l2_bytes = panel._C.cache_bytes(1) or 2**15, panel._C.cache_bytes(2) or 2**20
     sizes = {
         "l1": threads * l1_bytes // 2,
         "l2": threads * l2_bytes // 2,
@@ -40,8 +40,8 @@ def of_cpu(threads: int) -> dict[str, object]:
     memory = torch.ones(max(sizes.values()) // 4)
     return {
         "threads": threads,
-        "clock_hz": _best_rate(lambda: cpu._C.add_chain(CHAIN_ROUNDS)),
-        "flop_per_s": _best_rate(lambda: cpu._C.multiply_adds(FMA_ROUNDS, threads)),
+        "clock_hz": _best_rate(lambda: panel._C.add_chain(CHAIN_ROUNDS)),
+        "flop_per_s": _best_rate(lambda: panel._C.multiply_adds(FMA_ROUNDS, threads)),
         "bytes_per_s": {
             level: _best_rate(lambda size=size: _read(memory, size, threads))
             for level, size in sizes.items()
@@ -53,7 +53,7 @@ def of_cpu(threads: int) -> dict[str, object]:
 def _read(memory: torch.Tensor, size_bytes: int, threads: int) -> int:
     """The bytes read."""
     rounds = max(1, READ_BYTES // size_bytes)
-    cpu._C.read_memory(memory.data_ptr(), size_bytes // 4, rounds, threads)
+    panel._C.read_memory(memory.data_ptr(), size_bytes // 4, rounds, threads)
     return rounds * size_bytes
 
 

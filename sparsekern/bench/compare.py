@@ -5,7 +5,7 @@ from pathlib import Path
 from statistics import geometric_mean
 from typing import NamedTuple
 
-from ..text import table
+from ..terminal import table
 from . import noise
 from .race import DENSE, OURS
 

@@ -10,7 +10,7 @@ import numpy
 import torch
 
 from .. import __version__
-from ..kernels import cpu
+from ..kernels.cpu import panel
 
 ROOT = Path(__file__).parents[2]  # of a checkout
 PACKAGES = ("triton", "cupy-cuda13x", "cupy-cuda12x", "scipy")
@@ -46,7 +46,7 @@ def cores() -> list[int]:
 
 def isa() -> str:
     """The instruction set of sparsekern's kernels."""
-    return cpu._C.isa() if cpu._C else "none"
+    return panel._C.isa() if panel._C else "none"
 
 
 def about_cpu() -> dict[str, object]:

@@ -11,7 +11,7 @@ from statistics import median
 import torch
 
 from .. import __version__
-from ..text import table
+from ..terminal import table
 from . import ceilings, machine, noise, products, work_gpu
 from .products import Workload
 from .race import Rival, derive, pin

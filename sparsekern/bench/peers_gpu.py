@@ -10,10 +10,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ..kernels import cuda_library, table
-from ..kernels.cuda import MOST_TOKENS, spmm_packed
-from ..kernels.packed import Packed, choose_layout, like, pack
-from ..kernels.packs import share_packs
+from ..kernels import table
+from ..kernels.cuda import library as cuda_library
+from ..kernels.cuda.choose import Packed, choose_layout, like, pack
+from ..kernels.cuda.packs import share_packs
+from ..kernels.cuda.rows import MOST_TOKENS, spmm_packed
 from ..tensor import SparseTensor
 from .measure_gpu import Way
 from .replay_gpu import BOUND, OURS, PEER

@@ -6,8 +6,7 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from ..groups import parameter_groups
-from ..nn import SparseLinear, replace_modules
+from ..nn import SparseLinear, parameter_groups, replace_modules
 from ..weights import load_metadata, load_weights, set_weights_
 from .checkpoint import CHECKPOINT, WEIGHTS, about, check_shapes, checkpoint_file, load_checkpoint
 from .config import TrainConfig

@@ -14,8 +14,8 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from ..digests import changed, digests
 from ..files import atomic_write
+from ..weights.digests import changed, digests
 
 FORMAT = "sparsekern-gpt-3"
 FORMATS = ("sparsekern-gpt-2", FORMAT)

@@ -23,7 +23,7 @@ import torch
 from torch import Tensor
 
 from ..indices import check_pattern
-from .layout import check_indices
+from .cuda.layout import check_indices
 
 T = TypeVar("T")
 

@@ -16,9 +16,9 @@ import torch
 from torch import Tensor
 
 from ..indices import check_pattern, expand_rows
+from .cuda.layout import check_indices
 from .dense import skip_missing
 from .derived import derived
-from .layout import check_indices
 
 
 def spmm(

@@ -15,8 +15,11 @@ from inspect import signature
 from torch import Tensor
 
 from ..indices import INDEX_LIMIT, VALUE_DTYPES
-from . import core, cpu, cuda, reference, stream, triton, widened
+from . import core, reference
+from .cpu import few_tokens, panel, widened
+from .cuda import rows as cuda_rows
 from .problem import Kernel, Problem
+from .triton import rows as triton_rows
 
 
 def _never(problem: Problem) -> None:
@@ -45,11 +48,11 @@ def _first(problem: Problem) -> Kernel:
 
 KERNELS: tuple[Kernel, ...] = (
     *core.kernels(_first),
-    *stream.KERNELS,
-    *cpu.KERNELS,
+    *few_tokens.KERNELS,
+    *panel.KERNELS,
     *widened.KERNELS,
-    *cuda.KERNELS,
-    *triton.KERNELS,
+    *cuda_rows.KERNELS,
+    *triton_rows.KERNELS,
     _dense("spmm"),
     _dense("spmm_t"),
     _dense("sddmm"),

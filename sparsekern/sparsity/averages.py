@@ -16,9 +16,8 @@ import torch
 from torch import Tensor, nn
 from torch.optim.swa_utils import AveragedModel
 
-from .. import copies
 from ..kernels.derived import versions
-from ..nn import SparseLinear
+from ..nn import SparseLinear, copies
 from .pattern import places_of, set_pattern
 
 INDICES = ("row_offsets", "col_indices")

@@ -14,8 +14,8 @@ from torch import Tensor
 from torch.optim import Optimizer
 from torch.optim.optimizer import register_optimizer_step_pre_hook
 
-from .. import copies
-from ..sparse_linear import SparseLinear, layer_of, value_parameters
+from ..nn import copies
+from ..nn.linear import SparseLinear, layer_of, value_parameters
 from .pattern import check_can_change, check_same_on_all_ranks, holders
 
 # What the optimizers of torch keep for each element. LBFGS has vectors for all parameters together,

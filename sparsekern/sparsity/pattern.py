@@ -12,11 +12,10 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from .. import copies
 from ..indices import expand_rows
 from ..kernels.derived import is_captured
-from ..loading import CAPTURED, resize_, set_indices
-from ..nn import SparseLinear
+from ..nn import SparseLinear, copies
+from ..nn.loading import CAPTURED, resize_, set_indices
 
 
 def places_of(layer: SparseLinear) -> Tensor:

@@ -7,8 +7,8 @@ import torch
 from torch import nn
 from torch.optim import Optimizer
 
-from ..loading import resize_
 from ..nn import SparseLinear
+from ..nn.loading import resize_
 from .pattern import holders
 
 

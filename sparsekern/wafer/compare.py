@@ -5,18 +5,12 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-from ..text import table
+from ..terminal import table
 from .balance import Mask
 from .cost import compare_with_dense
 from .inputs import Inputs
 from .machine import Machine
-from .product import (
-    FORWARD,
-    INPUT_GRADIENT,
-    WEIGHT_GRADIENT,
-    product_cycles,
-    stream_bytes,
-)
+from .product import FORWARD, INPUT_GRADIENT, WEIGHT_GRADIENT, product_cycles, stream_bytes
 from .shapes import GPTShape
 from .sweep import FULL_TOKENS
 

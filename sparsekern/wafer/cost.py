@@ -15,13 +15,7 @@ from .inputs import Inputs
 from .machine import Machine
 from .memory import ActivationPlan, plan_activations
 from .mesh import MeshCycles
-from .product import (
-    FORWARD,
-    INPUT_GRADIENT,
-    WEIGHT_GRADIENT,
-    product_cycles,
-    stream_bytes,
-)
+from .product import FORWARD, INPUT_GRADIENT, WEIGHT_GRADIENT, product_cycles, stream_bytes
 from .shapes import GPTShape
 
 

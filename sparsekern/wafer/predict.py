@@ -2,7 +2,7 @@
 
 from dataclasses import asdict
 
-from ..text import table
+from ..terminal import table
 from .cost import Comparison, StepCost
 from .inference import InferenceCost
 from .inputs import RANGES, Inputs

@@ -4,7 +4,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import product
 
-from ..text import table
+from ..terminal import table
 from .cost import Comparison, compare_with_dense
 from .inputs import Inputs
 from .machine import machine

@@ -1,0 +1,1 @@
+"""The commands of `python -m sparsekern`, one file each."""

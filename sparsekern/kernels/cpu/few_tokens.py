@@ -1,0 +1,72 @@
+"""SpMM for few tokens, as in decoding: the table row `stream` (csrc/cpu/stream.h).
+
+W is read once, in CSR order, at the speed of memory. Values are read where they are; column indices
+are compressed once for each pattern. What a call checks before it believes that the indices are
+those it has compressed is written in csrc/pattern/csr.h.
+"""
+
+import torch
+
+from ..derived import versions
+from ..problem import Problem, bound_kernel
+from .panel import _C, pattern_of, refuse_dtype, type_of
+
+MOST_TOKENS = 16
+
+
+# The least density at which the bitmap is faster, for 1, 2, up to 4 and up to 8 tokens: where the
+# time of one place of W meets density * the time of one non-zero. Measured with weights in cache
+# and, for one token, out of memory, where two bytes a non-zero count for more (docs/log.md).
+_BITMAP_FROM = {16: (0.3, 0.22, 0.3, 0.5), 8: (0.45, 0.38, 0.52, 0.8)}
+
+
+def stream_format(problem: Problem, lanes: int) -> str:
+    """How column indices are compressed for `problem` where a register holds `lanes` floats.
+
+    "bitmap": a bit per place of W, at most 8 tokens; a place costs the same full or empty.
+    "columns": 16 bits per non-zero. 2048 x 2048 at a density of 0.25 on AVX-512: "columns" for 1
+    and for 8 tokens, "bitmap" for 2.
+    """
+    if problem.M > 8 or lanes not in _BITMAP_FROM:
+        return "columns"
+    least = _BITMAP_FROM[lanes][max(0, problem.M - 1).bit_length()]
+    return "bitmap" if problem.density >= least else "columns"
+
+
+def _bind(problem: Problem):
+    m, n_, type_ = problem.M, problem.N, type_of(problem.dtype)
+    format_ = getattr(_C.Format, stream_format(problem, _C.lanes()))
+
+    def run(row_offsets, col_indices, values, n, k, x, bias=None):
+        y = x.new_empty(m, n_)
+        pattern_of(row_offsets, col_indices, n, k).spmm_stream(
+            row_offsets.data_ptr(),
+            col_indices.data_ptr(),
+            *versions(row_offsets, col_indices),
+            format_,
+            type_,
+            values.data_ptr(),
+            0 if bias is None else bias.data_ptr(),
+            x.data_ptr(),
+            y.data_ptr(),
+            m,
+            torch.get_num_threads(),
+        )
+        return y
+
+    return run
+
+
+def _refuse_stream(p: Problem) -> str | None:
+    if p.M > MOST_TOKENS:
+        return f"it serves up to {MOST_TOKENS} tokens, not {p.M}"
+    if p.K > 65536:
+        return f"its columns are 16 bits wide, too few for K = {p.K}"
+    return refuse_dtype(p, (torch.float32, torch.bfloat16))
+
+
+def _describe_stream(p: Problem) -> str:
+    return f"{_C.isa()}, columns as {stream_format(p, _C.lanes())}"
+
+
+KERNELS = (bound_kernel("stream", "spmm", "cpu", _refuse_stream, _bind, _describe_stream),)

@@ -1,0 +1,189 @@
+"""CPU kernels in C++: the table rows that call `sparsekern._C`.
+
+`panel` walks the non-zeros over feature-major panels of the tokens, packed inside the call
+(csrc/cpu). `expand` writes W out and calls torch.mm, where W is too full for `panel` to win. Both
+take float32, bfloat16, summed in float32, and float64, and use as many threads as torch does.
+"""
+
+from functools import lru_cache, partial
+
+import torch
+from torch import Tensor
+
+from ..crossover import density_limit
+from ..dense import mm, skip_missing
+from ..derived import _store, kept, versions
+from ..problem import Kernel, Problem, bound_kernel, problem_of
+from .plan import Machine, Plan, dense_wins_above, describe, machine_name, make_plan
+
+try:
+    from ... import _C
+except ImportError:  # the rows stay in the table and say so
+    _C = None
+
+
+@lru_cache(maxsize=1)
+def machine() -> Machine:
+    """This machine, as its C++ library and torch see it."""
+    has_tiles = torch.cpu._is_amx_tile_supported()
+    return Machine(_C.isa(), _C.lanes(), _C.cache_bytes(1), _C.cache_bytes(2), has_tiles)
+
+
+def _machine_for(dtype: torch.dtype) -> Machine:
+    """The machine with as many lanes as a vector has of what `dtype` is computed in."""
+    here = machine()
+    return here._replace(lanes=here.lanes // 2) if dtype == torch.float64 else here
+
+
+def pattern_of(row_offsets: Tensor, col_indices: Tensor, n: int, k: int) -> "_C.Pattern":
+    """The C++ store of what this pattern's kernels derive; it notices itself when that is stale,
+    as csrc/pattern/csr.h says."""
+    key = "cpu", row_offsets.data_ptr(), col_indices.data_ptr(), n, k, col_indices.numel()
+    try:  # what kept() does first, for the calls that cost as little as it
+        return _store[key][0]
+    except KeyError:
+        make = partial(_C.Pattern, n, k, col_indices.numel())
+        return kept("cpu", row_offsets, col_indices, n, k, make)
+
+
+def type_of(dtype: torch.dtype) -> "_C.Type":
+    return getattr(_C.Type, str(dtype).removeprefix("torch."))
+
+
+class _Plans(dict):
+    """The plan of a problem by the number of threads, made when first asked for."""
+
+    def __init__(self, problem: Problem):
+        self._problem = problem
+
+    def __missing__(self, threads: int) -> Plan:
+        plan = self[threads] = make_plan(self._problem, _machine_for(self._problem.dtype), threads)
+        return plan
+
+
+def _bind_spmm(problem: Problem):
+    """Bind `panel` to a problem of spmm or spmm_t."""
+    type_, is_transposed = type_of(problem.dtype), problem.op == "spmm_t"
+    m, width = problem.M, problem.K if is_transposed else problem.N
+    plan = _Plans(problem)
+
+    def run(row_offsets, col_indices, values, n, k, x, bias=None):
+        y = x.new_empty(m, width)
+        pattern_of(row_offsets, col_indices, n, k).spmm(
+            row_offsets.data_ptr(),
+            col_indices.data_ptr(),
+            *versions(row_offsets, col_indices),
+            type_,
+            values.data_ptr(),
+            0 if bias is None else bias.data_ptr(),
+            x.data_ptr(),
+            y.data_ptr(),
+            m,
+            is_transposed,
+            *plan[torch.get_num_threads()],
+        )
+        return y
+
+    return run
+
+
+def _bind_sddmm(problem: Problem):
+    type_, plan = type_of(problem.dtype), _Plans(problem)
+
+    def run(row_offsets, col_indices, n, k, dy, x):
+        dvalues = x.new_empty(problem.nnz)
+        pattern_of(row_offsets, col_indices, n, k).sddmm(
+            row_offsets.data_ptr(),
+            col_indices.data_ptr(),
+            *versions(row_offsets, col_indices),
+            type_,
+            dy.data_ptr(),
+            x.data_ptr(),
+            dvalues.data_ptr(),
+            problem.M,
+            *plan[torch.get_num_threads()],
+        )
+        return dvalues
+
+    return run
+
+
+def _expand(row_offsets, col_indices, values, n, k):
+    """W [N, K], dense."""
+    w = values.new_empty(n, k)
+    pattern_of(row_offsets, col_indices, n, k).to_dense(
+        row_offsets.data_ptr(),
+        col_indices.data_ptr(),
+        values.element_size(),
+        values.data_ptr(),
+        w.data_ptr(),
+        torch.get_num_threads(),
+    )
+    return w
+
+
+def _spmm_expand(row_offsets, col_indices, values, n, k, x, bias=None):
+    w = row_offsets, col_indices, values, n, k
+    y = mm(x, _expand(*w).t(), bias)
+    return skip_missing(y, x, lambda few: _panel("spmm", *w, few, bias))
+
+
+def _spmm_t_expand(row_offsets, col_indices, values, n, k, dy, bias=None):
+    w = row_offsets, col_indices, values, n, k
+    dx = mm(dy, _expand(*w), bias)
+    return skip_missing(dx, dy, lambda few: _panel("spmm_t", *w, few, bias))
+
+
+def _panel(op, *operands):
+    return _bind_spmm(problem_of(op, *operands))(*operands)
+
+
+def _sddmm_expand(row_offsets, col_indices, n, k, dy, x):
+    dw = mm(dy.t(), x)
+    dvalues = x.new_empty(col_indices.shape[0])
+    pattern_of(row_offsets, col_indices, n, k).from_dense(
+        row_offsets.data_ptr(),
+        col_indices.data_ptr(),
+        dw.element_size(),
+        dw.data_ptr(),
+        dvalues.data_ptr(),
+        torch.get_num_threads(),
+    )
+    return dvalues
+
+
+def refuse_dtype(
+    p: Problem, dtypes: tuple[torch.dtype, ...] = (torch.float32, torch.bfloat16, torch.float64)
+) -> str | None:
+    """Reason why no row that calls `_C` runs it: not built, or the dtype. None where one may."""
+    if _C is None:
+        return "the C++ library is not built"
+    if p.dtype not in dtypes:
+        *taken, got = (str(dtype).removeprefix("torch.") for dtype in (*dtypes, p.dtype))
+        return f"it takes {', '.join(taken)}, not {got}"
+    return None
+
+
+def _refuse_panel(p: Problem) -> str | None:
+    if reason := refuse_dtype(p):
+        return reason
+    limit = density_limit(machine_name(machine()), p.dtype, p.M, f"panel {p.op}", "expand")
+    if limit is None:
+        limit = dense_wins_above(p, machine())
+    if p.density > limit:
+        return f"torch.mm is faster above density {limit:.2f} at {p.M} tokens"
+    return None
+
+
+def _describe_panel(p: Problem) -> str:
+    return describe(_Plans(p)[torch.get_num_threads()], _machine_for(p.dtype))
+
+
+KERNELS = (
+    bound_kernel("panel", "spmm", "cpu", _refuse_panel, _bind_spmm, _describe_panel),
+    bound_kernel("panel", "spmm_t", "cpu", _refuse_panel, _bind_spmm, _describe_panel),
+    bound_kernel("panel", "sddmm", "cpu", _refuse_panel, _bind_sddmm, _describe_panel),
+    Kernel("expand", "spmm", "cpu", refuse_dtype, _spmm_expand),
+    Kernel("expand", "spmm_t", "cpu", refuse_dtype, _spmm_t_expand),
+    Kernel("expand", "sddmm", "cpu", refuse_dtype, _sddmm_expand),
+)

@@ -1,0 +1,43 @@
+"""float16 on a CPU: the table row `widened`, a product in float32 that is rounded once.
+
+What is summed in float32 anyway is given to the float32 rows; widening costs a pass over the values
+and the activations.
+"""
+
+import torch
+
+from ..problem import Problem, bound_kernel
+from . import few_tokens, panel
+
+
+def _inner(problem: Problem):
+    wide = problem._replace(dtype=torch.float32)
+    rows = (row for row in (*few_tokens.KERNELS, *panel.KERNELS) if row.op == problem.op)
+    return next(row for row in rows if row.refuse(wide) is None), wide
+
+
+def _bind(problem: Problem):
+    row, wide = _inner(problem)
+    product = row.bind(wide) if row.bind else row.run
+
+    def run(row_offsets, col_indices, *operands):
+        widened = (t.float() if isinstance(t, torch.Tensor) else t for t in operands)
+        return product(row_offsets, col_indices, *widened).half()
+
+    return run
+
+
+def _refuse(p: Problem) -> str | None:
+    return panel.refuse_dtype(p, (torch.float16,))
+
+
+def _describe(p: Problem) -> str:
+    row, wide = _inner(p)
+    plan = f", {row.plan(wide)}" if row.plan else ""
+    return f"float32 {row.name}{plan}"
+
+
+KERNELS = tuple(
+    bound_kernel("widened", op, "cpu", _refuse, _bind, _describe)
+    for op in ("spmm", "spmm_t", "sddmm")
+)

@@ -1,0 +1,1 @@
+"""Kernels for NVIDIA GPUs: the layouts of packed weights, and the rows that launch csrc/cuda."""

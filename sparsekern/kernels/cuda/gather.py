@@ -1,0 +1,233 @@
+"""W as the CUDA cores read it: delta streams, laid out in the order in which lanes consume them.
+
+csrc/cuda/stream.cuh describes the layout. 2.5 bytes a non-zero with 4-bit deltas, 3 with 8-bit
+ones, and what lanes spend on waiting for the longest row of a slice. Packing is vectorised over
+entries and runs on the device that holds W.
+"""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from ...indices import expand_rows
+from .layout import LANES, Packed, as_stored, check_fill, check_indices, multiprocessors, sort_rows
+
+GRANULE = 8  # entries of a lane
+BLOCK_PIECES = 16  # of a thread block
+MOST_BLOCKS = 2  # of a multiprocessor
+MANY_GRANULES = 40  # of a piece
+
+
+@dataclass(frozen=True)
+class Streams(Packed):
+    """values: 16-bit floats [granules, 32, 8]. deltas: uint8 [granules, 32, bits]. bounds: int32
+    [pieces + 1], granules before each piece. slice_of: int32 [pieces]. first_piece: int32 [slices +
+    1], pieces before each slice. starts: int32 [pieces, 32], the column from which each lane goes
+    on. row_order: int32 [slices * 32], the row of each lane, -1 for none. arrived: int32 [slices],
+    zeros: what blocks that share a slice count on in a product.
+    """
+
+    bits: int
+    values: Tensor
+    deltas: Tensor
+    bounds: Tensor
+    slice_of: Tensor
+    first_piece: Tensor
+    starts: Tensor
+    row_order: Tensor
+    arrived: Tensor
+
+    def parts(self):
+        if self.bits not in (4, 8):
+            raise ValueError(f"bits: expected 4 or 8, got {self.bits}")
+        granules, pieces = self.values.shape[0], self.slice_of.shape[0]
+        return {
+            "values": (None, (granules, LANES, GRANULE)),
+            "deltas": (torch.uint8, (granules, LANES, self.bits)),
+            "bounds": (torch.int32, (pieces + 1,)),
+            "slice_of": (torch.int32, (pieces,)),
+            "first_piece": (torch.int32, (self.slices + 1,)),
+            "starts": (torch.int32, (pieces, LANES)),
+            "row_order": (torch.int32, (self.slices * LANES,)),
+            "arrived": (torch.int32, (self.slices,)),
+        }
+
+
+def choose_pieces(granules: int, slices: int, multiprocessors: int) -> int:
+    """Into how many pieces W is cut: for each multiprocessor a block of 16, or two where pieces are
+    long even so. Each slice has one at least (docs/log.md has the measurements)."""
+    block_pieces = multiprocessors * BLOCK_PIECES
+    blocks = max(granules // (MANY_GRANULES * block_pieces), -(-slices // block_pieces))
+    return block_pieces * max(1, min(MOST_BLOCKS, blocks))
+
+
+def share_out(longest: Tensor, pieces: int) -> Tensor:
+    """Into how many pieces each slice of so many granules is cut: `pieces` in all, or one a slice.
+
+    All pieces run at once, so the longest one is kept within 1/16 of the shortest length possible.
+    What is left over goes to slices in proportion, evenly spread over the blocks of pieces."""
+    total = int(longest.sum())
+    if total == 0:
+        return torch.ones_like(longest)
+    length, most = -(-total // pieces), int(longest.max())
+    while length < most:
+        middle = (length + most) // 2
+        if int((-(-longest // middle)).sum()) <= pieces:
+            most = middle
+        else:
+            length = middle + 1
+    counts = (-(-longest // (length + length // 16))).clamp_(min=1)
+    spare = max(0, pieces - int(counts.sum()))
+    through = torch.zeros(len(longest) + 1, dtype=torch.int64, device=longest.device)
+    through[1:] = longest.cumsum(0) * spare // total
+    return (counts + through.diff()).minimum(longest.clamp(min=1))
+
+
+class StreamsLayout:
+    """The index part of a pack, and `places`: where each value of W lies in the packed values.
+
+    `pieces`, about how many, and `bits` default to what suits the GPU and to the smaller of the two
+    formats.
+    """
+
+    def __init__(
+        self,
+        row_offsets: Tensor,
+        col_indices: Tensor,
+        n: int,
+        k: int,
+        pieces: int | None = None,
+        bits: int | None = None,
+    ):
+        check_indices(row_offsets, col_indices, n)
+        device = col_indices.device
+        self.n, self.k = n, k
+        nnz = col_indices.shape[0]
+        self.row_order = sort_rows(row_offsets, n, max(1, n))
+        slices = self.row_order.shape[0] // LANES
+        lane_of_row = torch.empty(n, dtype=torch.int64, device=device)
+        lane_of_row[self.row_order[:n].long()] = torch.arange(n, device=device)
+        lane = lane_of_row[expand_rows(row_offsets, nnz)]  # of the padded, sorted rows
+        step = self._steps(col_indices, lane, bits)
+        fillers = (step - 1).clamp_(min=0) // self.cap
+
+        # Entries of each lane, granules of each slice.
+        width = torch.zeros(slices * LANES, dtype=torch.int64, device=device)
+        width.scatter_add_(0, lane, fillers + 1)
+        longest = -(-width.view(slices, LANES).amax(1) // GRANULE)
+        offsets = torch.zeros(slices + 1, dtype=torch.int64, device=device)
+        offsets[1:] = longest.cumsum(0)
+        self.granules = int(offsets[-1])
+
+        # The slot of an entry in its stream, then its place among all granules.
+        through = (fillers + 1).cumsum(0)
+        is_first = self._begins(lane)
+        before = torch.where(is_first, through - fillers - 1, 0).cummax(0).values
+        slot = through - before - 1
+        first_granule = offsets[lane // LANES]
+        self.places = self._place(first_granule, slot, lane)
+
+        codes = torch.zeros(self.granules * LANES * GRANULE, dtype=torch.uint8, device=device)
+        rest = step - fillers * self.cap
+        codes[self.places] = self._code(rest, col_indices)
+        bridged = fillers.nonzero()[:, 0]
+        times = fillers[bridged]
+        entry = bridged.repeat_interleave(times)
+        ordinal = torch.arange(entry.shape[0], device=device)
+        ordinal -= (times.cumsum(0) - times).repeat_interleave(times)
+        places = self._place(first_granule[entry], slot[entry] - 1 - ordinal, lane[entry])
+        codes[places] = self.cap
+
+        if pieces is None:
+            pieces = choose_pieces(self.granules, slices, multiprocessors(device))
+        self._cut(offsets, pieces)
+        self.starts = self._starts(codes, offsets)
+        self.deltas = self._store(codes)
+
+    def _cut(self, offsets: Tensor, pieces: int) -> None:
+        """Pieces of nearly equal length, none of two slices: as many as asked, or one a slice."""
+        longest = offsets.diff()
+        counts = share_out(longest, pieces)
+        first = torch.zeros_like(offsets)
+        first[1:] = counts.cumsum(0)
+        slice_of = torch.arange(len(counts), device=offsets.device).repeat_interleave(counts)
+        of_slice = torch.arange(len(slice_of), device=offsets.device) - first[slice_of]
+        bounds = offsets[slice_of] + of_slice * longest[slice_of] // counts[slice_of]
+        self.bounds = torch.cat([bounds, offsets[-1:]]).int()
+        self.slice_of, self.first_piece = slice_of.int(), first.int()
+
+    def _starts(self, codes: Tensor, offsets: Tensor) -> Tensor:
+        """int32 [pieces, 32]: the column that each lane has come to before each piece."""
+        steps = codes & 7 if self.bits == 4 else codes
+        through = torch.zeros(self.granules + 1, LANES, dtype=torch.int64, device=codes.device)
+        through[1:] = steps.view(-1, LANES, GRANULE).sum(2, dtype=torch.int64).cumsum(0)
+        slice_begins = offsets[self.slice_of.long()]
+        columns = through[self.bounds[:-1].long()] - through[slice_begins]
+        return (columns * (2 if self.bits == 4 else 1)).int()
+
+    def fill(self, values: Tensor) -> Streams:
+        """A pack with these values, in the order of the CSR indices."""
+        check_fill(values, self.places.shape[0])
+        packed = Streams(
+            self.n,
+            self.k,
+            values.shape[0],
+            self.bits,
+            values.new_zeros(self.granules, LANES, GRANULE),
+            self.deltas,
+            self.bounds,
+            self.slice_of,
+            self.first_piece,
+            self.starts,
+            self.row_order,
+            self.row_order.new_zeros(self.row_order.shape[0] // LANES),
+        )
+        packed.check()
+        self.refill_(packed, values)
+        return packed
+
+    def refill_(self, packed: Streams, values: Tensor) -> None:
+        """Other values in a pack of this layout."""
+        packed.check_values(values)
+        packed.values.view(-1)[self.places] = as_stored(values)
+
+    @staticmethod
+    def _begins(lane: Tensor) -> Tensor:
+        """Which entries are the first of their row; those of one are neighbours."""
+        is_first = lane != lane.roll(1)
+        is_first[:1] = True
+        return is_first
+
+    def _steps(self, col_indices, lane, bits):
+        """Distance to the entry before in the same row, in pairs of columns (4 bits) or columns
+        (8)."""
+        is_first = self._begins(lane)
+
+        def steps(shift):
+            position = col_indices.long() >> shift
+            return position - torch.where(is_first, 0, position.roll(1))
+
+        if bits in (None, 4):
+            lines = steps(1)
+            entries = lines.shape[0] + int(((lines - 1).clamp_(min=0) // 7).sum())
+            if bits == 4 or 2.5 * entries <= 3.0 * lines.shape[0]:
+                self.bits, self.cap = 4, 7
+                return lines
+        self.bits, self.cap = 8, 255
+        return steps(0)
+
+    def _place(self, first_granule, slot, lane):
+        granule = first_granule + slot // GRANULE
+        return (granule * LANES + lane % LANES) * GRANULE + slot % GRANULE
+
+    def _code(self, rest, col_indices):
+        if self.bits == 8:
+            return rest.to(torch.uint8)
+        return (rest + ((col_indices & 1) << 3)).to(torch.uint8)
+
+    def _store(self, codes):
+        codes = codes.view(-1, LANES, GRANULE)
+        if self.bits == 8:
+            return codes
+        return codes[..., :4] | codes[..., 4:] << 4

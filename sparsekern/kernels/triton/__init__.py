@@ -1,0 +1,1 @@
+"""Kernels in Triton for NVIDIA GPUs, with no compiler to install."""

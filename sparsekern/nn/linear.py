@@ -1,0 +1,201 @@
+"""SparseLinear: the module that takes the place of nn.Linear.
+
+The weight is a 1-D `values` Parameter beside int32 index buffers. To optimizers, DDP, state_dict
+and deepcopy it is an ordinary module, its optimizer state has nnz elements, and no momentum or
+weight decay can bring a removed weight back: there is no place for it.
+"""
+
+import copy
+import weakref
+
+import torch
+from torch import Tensor, nn
+
+from ..indices import check_sizes, counted
+from ..matmul import linear, quick_linear
+from ..tensor import SparseTensor
+from . import copies, loading
+from .loading import set_indices
+
+# torch.compile takes the shapes of parameters for fixed, and would compile again for each nnz: of
+# every pruning, and of every layer under the compilation of blocks. These it takes for dynamic.
+_sources = (r".*_parameters\['values'\]", r".*_buffers\['col_indices'\]")
+torch.compiler.config.dynamic_sources = ",".join(
+    filter(None, (torch.compiler.config.dynamic_sources, *_sources))
+)
+
+_layers: "weakref.WeakSet[SparseLinear]" = weakref.WeakSet()
+
+
+class SparseLinear(nn.Module):
+    """y [..., N] = x [..., K] @ W.T + bias, as nn.Linear with in_features K and out_features N.
+
+    Args:
+        in_features, out_features: K and N.
+        row_offsets, col_indices, values: W as in SparseTensor, which checks them.
+        bias: [N] or None.
+    """
+
+    def __init__(
+        self,
+        in_features: int,
+        out_features: int,
+        row_offsets: Tensor,
+        col_indices: Tensor,
+        values: Tensor,
+        bias: Tensor | None = None,
+    ):
+        super().__init__()
+        shape = (out_features, in_features)
+        if getattr(values, "is_meta", False):  # no indices to look at: load_state_dict will
+            check_sizes(row_offsets, col_indices, values, shape)
+            indices = row_offsets.int(), col_indices.int()
+        else:
+            weight = SparseTensor(row_offsets, col_indices, values, shape)
+            indices = weight.row_offsets, weight.col_indices
+            if weight.values is not values:  # the columns were not sorted: the values move along
+                trained = values.requires_grad or not isinstance(values, nn.Parameter)
+                values = nn.Parameter(weight.values.detach(), trained)
+        if bias is not None and bias.shape != (out_features,):
+            raise ValueError(f"bias: expected shape ({out_features},), got {tuple(bias.shape)}")
+        self.in_features = in_features
+        self.out_features = out_features
+        self.register_buffer("row_offsets", counted(indices[0]))
+        self.register_buffer("col_indices", counted(indices[1]))
+        self.values = _parameter(values)
+        self.register_parameter("bias", None if bias is None else _parameter(bias))
+
+    def __new__(cls, *args, **kwargs):  # copies and unpickled ones come this way too
+        layer = super().__new__(cls)
+        _layers.add(layer)
+        return layer
+
+    def __deepcopy__(self, memo):
+        layer = memo[id(self)] = type(self).__new__(type(self))
+        layer.__dict__.update(copy.deepcopy(self.__dict__, memo))
+        copies.note(layer, self)
+        return layer
+
+    @classmethod
+    def from_linear(cls, linear: nn.Linear, mask: Tensor | None = None) -> "SparseLinear":
+        """The weights of `linear` where the bool mask [N, K] is True; without one, where != 0.
+
+        The bias is the same Parameter.
+        """
+        refuse_meta("weight", linear.weight)
+        weight = SparseTensor.from_dense(linear.weight.detach(), mask)
+        module = cls(
+            linear.in_features,
+            linear.out_features,
+            weight.row_offsets,
+            weight.col_indices,
+            nn.Parameter(weight.values, requires_grad=linear.weight.requires_grad),
+            linear.bias,
+        )
+        return module.train(linear.training)
+
+    def to_linear(self) -> nn.Linear:
+        """The nn.Linear of the same function, zeros where nothing is stored; shares the bias."""
+        module = nn.Linear(self.in_features, self.out_features, bias=False, device="meta")
+        weight = self.weight.detach().to_dense()
+        module.weight = nn.Parameter(weight, requires_grad=self.values.requires_grad)
+        module.bias = self.bias
+        return module.train(self.training)
+
+    @property
+    def weight(self) -> SparseTensor:
+        """W [N, K], sharing this module's tensors."""
+        return SparseTensor._trusted(
+            self.row_offsets, self.col_indices, self.values, self.out_features, self.in_features
+        )
+
+    def forward(self, x: Tensor) -> Tensor:
+        # nn.Module's way to an attribute takes longer than the check of an operand.
+        parameters, buffers = self._parameters, self._buffers
+        if "values" in parameters and "bias" in parameters:  # else they are parametrized
+            indices = buffers["row_offsets"], buffers["col_indices"]
+            sizes = self.out_features, self.in_features
+            y = quick_linear(x, *indices, parameters["values"], *sizes, parameters["bias"])
+            if y is not None:
+                return y
+        return linear(x, self.weight, self.bias)
+
+    def extra_repr(self) -> str:
+        return (
+            f"in_features={self.in_features}, out_features={self.out_features}, "
+            f"bias={self.bias is not None}, nnz={self.values.shape[0]}, "
+            f"sparsity={self.weight.sparsity:.4g}"
+        )
+
+    def _load_from_state_dict(
+        self, state_dict, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs
+    ):
+        """Accepts another pattern than the module's own, also one with another nnz."""
+        lists = missing_keys, unexpected_keys, error_msgs
+        load_others = super()._load_from_state_dict
+        loading.load(self, load_others, state_dict, prefix, local_metadata, strict, *lists)
+
+    def _apply(self, fn, recurse=True):
+        """Moves and casts; indices stay int32 whatever the values become."""
+
+        def kept(t: Tensor) -> Tensor:
+            result = fn(t)
+            is_cast = t.dtype == torch.int32 and result.dtype != torch.int32
+            return t.to(result.device) if is_cast else result
+
+        before = self.row_offsets
+        super()._apply(kept, recurse)
+        after, self._buffers["row_offsets"] = self.row_offsets, before
+        set_indices(self, after, self.col_indices)
+        return self
+
+    def __setattr__(self, name, value):
+        # torch.nn.utils.parametrize keeps what it knows of `values` in a ModuleDict under that
+        # name, which a ModuleDict cannot have: it is one of its methods.
+        if name == "parametrizations" and type(value) is nn.ModuleDict:
+            value = _Parametrizations(value)
+        super().__setattr__(name, value)
+
+
+class _Parametrizations(nn.ModuleDict):
+    """`parametrizations` of a module with a parameter that is called `values`."""
+
+    def add_module(self, name: str, module: nn.Module | None) -> None:
+        if name == "values":
+            self._modules[name] = module
+        else:
+            super().add_module(name, module)
+
+    @property
+    def values(self) -> nn.Module:
+        return self.__getattr__("values")
+
+
+def value_parameters(layer: SparseLinear) -> list[nn.Parameter]:
+    """The values, or what a parametrization makes them from."""
+    return [
+        p
+        for name, p in layer.named_parameters()
+        if name == "values" or name.startswith("parametrizations.values.")
+    ]
+
+
+def layer_of(values: Tensor) -> SparseLinear | None:
+    """The layer whose values these are. Looks at all there are."""
+    return next(
+        (m for m in list(_layers) if m.__dict__.get("_parameters", {}).get("values") is values),
+        None,
+    )
+
+
+def _parameter(tensor: Tensor) -> nn.Parameter:
+    return tensor if isinstance(tensor, nn.Parameter) else nn.Parameter(tensor)
+
+
+def refuse_meta(name: str, module: nn.Module | Tensor) -> None:
+    weight = module if isinstance(module, Tensor) else getattr(module, "weight", None)
+    if isinstance(weight, Tensor) and weight.is_meta:
+        raise NotImplementedError(
+            f"{name}: on the meta device there are no weights to choose from: make the model "
+            "sparse where it has some (to_empty, then load them); a sparse one may then go to meta"
+        )

@@ -1,0 +1,194 @@
+"""Loading of a SparseLinear from a state_dict: all that is there for it, or nothing.
+
+Its pattern and its values belong together: row_offsets and col_indices are loaded with their
+values, and one or two of the three only where they fit the pattern that the layer has.
+"""
+
+from collections import OrderedDict
+from collections.abc import Callable
+
+import torch
+from torch import Tensor, nn
+
+from ..indices import check_values, counted, kind
+from ..kernels import observed
+from ..kernels.derived import is_captured
+from ..tensor import SparseTensor
+from . import copies
+
+INDICES = ("row_offsets", "col_indices")
+CAPTURED = (
+    "a captured CUDA graph reads the pattern of this layer and would not see another one: delete "
+    "the graph, say so with sparsekern.nn.forget_graphs_(model), change the pattern, and capture "
+    "again"
+)
+
+
+class _Refused(Exception):
+    """Its text is what to tell the caller of load_state_dict."""
+
+
+def load(
+    layer: nn.Module,
+    load_others: Callable,
+    state_dict: dict,
+    prefix: str,
+    metadata: dict,
+    strict: bool,
+    missing_keys: list[str],
+    unexpected_keys: list[str],
+    error_msgs: list[str],
+) -> None:
+    """Module._load_from_state_dict of a SparseLinear; `load_others` is that of nn.Module."""
+    lists = missing_keys, unexpected_keys, error_msgs
+    hooks, layer._load_state_dict_pre_hooks = layer._load_state_dict_pre_hooks, OrderedDict()
+    try:
+        for hook in hooks.values():
+            hook(state_dict, prefix, metadata, strict, *lists)
+        if strict:  # nn.Module says so of the others
+            missing_keys += [prefix + n for n in INDICES if prefix + n not in state_dict]
+        try:
+            pattern = _checked(layer, state_dict, prefix)
+        except _Refused as error:
+            error_msgs.append(str(error))
+            return
+        _apply(layer, load_others, pattern, state_dict, prefix, metadata, strict, lists)
+    finally:
+        layer._load_state_dict_pre_hooks = hooks
+
+
+def _checked(layer: nn.Module, state_dict: dict, prefix: str) -> tuple[Tensor, Tensor] | None:
+    """The pattern to load, int32; None where the layer keeps its own. Raises _Refused."""
+    given = {k: state_dict[prefix + k] for k in (*INDICES, "values") if prefix + k in state_dict}
+    if "values" not in given and f"{prefix}weight" in state_dict:
+        raise _Refused(
+            f"{prefix}weight: a dense weight, but the layer is a SparseLinear: give the model "
+            "these weights with sparsekern.weights.set_weights_(model, weights), or call "
+            "densify_(model) before loading"
+        )
+    if layer.bias is not None:
+        _check_bias(layer, state_dict.get(f"{prefix}bias", layer.bias), prefix)
+    for name, t in given.items():
+        if not isinstance(t, Tensor):
+            raise _Refused(f"{prefix}{name}: expected a tensor, got {type(t).__name__}")
+        if t.is_meta:
+            raise _Refused(f"{prefix}{name}: expected a tensor with data, got one on meta")
+    if len(given) == 3:
+        return _checked_pattern(layer, given, state_dict, prefix)
+    for name in given.keys() - {"values"}:
+        own = getattr(layer, name)
+        if not own.is_meta and given[name].shape == own.shape:
+            if torch.equal(given[name].to(own.device), own.to(given[name].dtype)):
+                continue
+        raise _Refused(
+            f"{prefix}{name}: expected the layer's own, for not all of row_offsets, col_indices "
+            "and values are there; a pattern is loaded together with its values"
+        )
+    if "values" in given:
+        try:
+            check_values(f"{prefix}values", given["values"], ndim=1)
+        except (TypeError, ValueError) as error:
+            raise _Refused(str(error)) from error
+        if given["values"].shape != layer.values.shape:
+            raise _Refused(
+                f"{prefix}values: expected {layer.col_indices.shape[0]} elements, those of the "
+                f"layer's own pattern, got {given['values'].shape[0]} and no other pattern"
+            )
+    return None
+
+
+def _check_bias(layer: nn.Module, bias, prefix: str) -> None:
+    """nn.Module would say so too, but after it has loaded the values."""
+    if not isinstance(bias, Tensor) or bias.layout != torch.strided:
+        raise _Refused(f"{prefix}bias: expected a dense tensor, got {kind(bias)}")
+    if bias.is_meta and not layer.bias.is_meta:
+        raise _Refused(f"{prefix}bias: expected a tensor with data, got one on meta")
+    if bias.shape != layer.bias.shape:
+        raise _Refused(
+            f"size mismatch for {prefix}bias: expected {tuple(layer.bias.shape)}, "
+            f"got {tuple(bias.shape)}"
+        )
+
+
+def _checked_pattern(
+    layer: nn.Module, given: dict[str, Tensor], state_dict: dict, prefix: str
+) -> tuple[Tensor, Tensor] | None:
+    shape = (layer.out_features, layer.in_features)
+    try:
+        weight = SparseTensor(*given.values(), shape)
+    except (TypeError, ValueError) as error:
+        raise _Refused(f"{prefix}{error}") from error
+    state_dict[f"{prefix}values"] = weight.values  # in the order of the columns
+    if _is_own(layer, weight):
+        return None
+    if is_captured(layer.col_indices):
+        raise _Refused(f"{prefix}col_indices: {CAPTURED}")
+    if weight.nnz != layer.values.shape[0] and hasattr(layer.values, "full_tensor"):
+        raise _Refused(
+            f"{prefix}values: FSDP2 keeps the size of its shards, {layer.values.shape[0]}, got "
+            f"{weight.nnz}: load before fully_shard"
+        )
+    return weight.row_offsets, weight.col_indices
+
+
+def _is_own(layer: nn.Module, weight: SparseTensor) -> bool:
+    own = layer.row_offsets, layer.col_indices
+    if own[0].is_meta or own[1].shape != weight.col_indices.shape:
+        return False
+    theirs = weight.row_offsets, weight.col_indices
+    return all(torch.equal(a, b.to(a.device)) for a, b in zip(own, theirs, strict=True))
+
+
+def _apply(
+    layer: nn.Module,
+    load_others: Callable,
+    pattern: tuple[Tensor, Tensor] | None,
+    state_dict: dict,
+    prefix: str,
+    metadata: dict,
+    strict: bool,
+    lists: tuple[list, list, list],
+) -> None:
+    before = layer.row_offsets, layer.col_indices
+    values = layer._parameters.get("values")
+    data = None if values is None else values.data
+    is_assigned = metadata.get("assign_to_params_buffers", False)
+    if is_assigned and pattern is None and f"{prefix}values" in state_dict:
+        pattern = before  # to the device of the new values
+    if pattern is not None:
+        nnz = pattern[1].shape[0]
+        if nnz != layer.values.shape[0]:
+            resize_(values, values.detach().new_empty(nnz))
+        device = state_dict[f"{prefix}values"].device if is_assigned else before[1].device
+        set_indices(layer, *(t.to(device, copy=not is_assigned) for t in pattern))
+    # nn.Module would copy indices in place, into what kernels and CUDA graphs hold.
+    indices = {name: layer._buffers.pop(name) for name in INDICES}
+    errors = len(lists[2])
+    try:
+        rest = {k: t for k, t in state_dict.items() if k.removeprefix(prefix) not in INDICES}
+        load_others(rest, prefix, metadata, strict, *lists)
+        copies.forget(layer._parameters.values())
+    finally:
+        layer._buffers = indices | layer._buffers
+    if len(lists[2]) > errors and pattern is not None:
+        set_indices(layer, *before)
+        if values.shape != data.shape:
+            resize_(values, data)
+
+
+def set_indices(layer: nn.Module, row_offsets: Tensor, col_indices: Tensor) -> None:
+    """Give the layer other index tensors; whoever observes its gradients goes on doing so."""
+    before = layer._buffers.get("row_offsets")
+    layer.row_offsets, layer.col_indices = counted(row_offsets), counted(col_indices)
+    if before is not None:
+        observed.moved(before, layer.row_offsets)
+
+
+def resize_(parameter: nn.Parameter, data: Tensor) -> None:
+    """Give the same Parameter other data, of another size; its gradient goes."""
+    parameter.grad = None
+    # A graph that is still alive (the loss of the step before) holds the parameter's node, with the
+    # old size. torch replaces that node when the dtype changes, and then alone.
+    other = torch.float64 if data.dtype != torch.float64 else torch.float32
+    parameter.data = data.new_empty(0, dtype=other)
+    parameter.data = data

@@ -1,1 +1,0 @@
-"""One page of everything that was measured."""

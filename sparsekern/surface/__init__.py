@@ -1,0 +1,1 @@
+"""What torch's functions and methods do with a SparseTensor beside matmul and linear."""

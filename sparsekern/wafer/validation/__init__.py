@@ -1,0 +1,1 @@
+"""Public figures that the cost model is held to, and simulations of its parts."""

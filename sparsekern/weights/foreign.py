@@ -1,0 +1,97 @@
+"""Weights from the ways in which others mark what is pruned: masks, parametrizations, zeros."""
+
+from collections.abc import Iterable, Mapping
+
+import torch
+from torch import Tensor, nn
+
+from ..tensor import SparseTensor
+from .store import Weights
+
+__all__ = ["from_masks", "from_zeros"]
+
+
+def from_masks(source: nn.Module | Mapping[str, Tensor]) -> Weights:
+    """Weights under masks: torch.nn.utils.prune (`weight_orig`, `weight_mask`), or parametrizations
+    that have a `mask` (torch.ao.pruning among them), of a model or of its state_dict.
+
+    The pattern is the mask, also where a kept weight is zero. Only matrices become sparse.
+    """
+    tensors = dict(source.state_dict() if isinstance(source, nn.Module) else source)
+    if isinstance(source, nn.Module):
+        # torch.ao.pruning leaves its masks out of the state_dict.
+        for name, module in source.named_modules():
+            if hasattr(module, "mask") and ".parametrizations." in f".{name}":
+                tensors[f"{name}.mask"] = module.mask
+    weights: Weights = {}
+    for name, t in tensors.items():
+        if name.endswith("_orig") and f"{name[:-5]}_mask" in tensors:
+            weights[name[:-5]] = _masked(name[:-5], t, [tensors[f"{name[:-5]}_mask"]])
+        elif name.endswith(".original") and "parametrizations." in name:
+            stem = name.removesuffix("original")
+            masks = [m for k, m in tensors.items() if k.startswith(stem) and k.endswith(".mask")]
+            if not masks:
+                raise ValueError(f"weights: {name} has no mask beside it; give the model itself")
+            own = stem.replace("parametrizations.", "").removesuffix(".")
+            weights[own] = _masked(own, t, masks)
+        elif name.endswith("_mask") and f"{name[:-5]}_orig" in tensors:
+            continue
+        elif (
+            name.endswith("_mask") and name[:-5] in tensors and tensors[name[:-5]].shape == t.shape
+        ):
+            raise ValueError(
+                f"weights: {name} is a mask beside {name[:-5]}, expected {name[:-5]}_orig as "
+                "torch.nn.utils.prune has it; rename it, or use SparseTensor.from_dense"
+            )
+        elif "parametrizations." not in name:
+            weights[name] = t
+    return weights
+
+
+def _masked(name: str, weight: Tensor, masks: list[Tensor]) -> Tensor | SparseTensor:
+    for mask in masks:
+        if mask.shape != weight.shape:
+            raise ValueError(
+                f"weights: expected a mask of {name} of shape {tuple(weight.shape)}, "
+                f"got {tuple(mask.shape)}"
+            )
+    kept = torch.stack([mask.bool() for mask in masks]).all(0)
+    if weight.ndim != 2:
+        return weight.detach() * kept
+    return SparseTensor.from_dense(weight.detach(), kept)
+
+
+def from_zeros(
+    weights: Mapping[str, Tensor | SparseTensor], names: Iterable[str] | None = None
+) -> Weights:
+    """Matrices with zeros as SparseTensors: those named, or all that are at least half zeros. A
+    matrix of zeros alone is new (of LoRA, say), and stays dense unless it is named.
+
+    ValueError where one holds NaN, by which some mark what is pruned."""
+    chosen = None if names is None else set(names)
+    if chosen and not chosen <= weights.keys():
+        raise ValueError(f"names: {sorted(chosen - weights.keys())} are not among the weights")
+    for name in sorted(chosen or ()):
+        t = weights[name]
+        if isinstance(t, Tensor) and not (t.ndim == 2 and t.is_floating_point()):
+            raise ValueError(
+                f"names: expected matrices of floating-point numbers, {name} is {t.dtype} of shape "
+                f"{tuple(t.shape)}"
+            )
+    result: Weights = {}
+    for name, t in weights.items():
+        is_matrix = isinstance(t, Tensor) and t.ndim == 2 and t.is_floating_point()
+        wanted = name in chosen if chosen is not None else is_matrix and _is_pruned(t)
+        is_asked = is_matrix and (chosen is None or name in chosen)
+        if is_asked and (count := int(t.isnan().sum())):
+            raise ValueError(
+                f"weights: {name}: expected numbers, {count} of {t.numel()} are NaN; where NaN "
+                "marks pruned weights, give nan_to_num(0) of it"
+            )
+        result[name] = SparseTensor.from_dense(t.detach()) if is_matrix and wanted else t
+    return result
+
+
+def _is_pruned(t: Tensor) -> bool:
+    zeros = int((t == 0).sum())
+    return zeros < t.numel() <= 2 * zeros

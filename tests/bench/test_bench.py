@@ -1,0 +1,208 @@
+"""Ratios, tables and sections that the benchmarks make of their times; and their race."""
+
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from sparsekern.bench import products, race
+from sparsekern.kernels.cpu import panel
+
+BENCH = Path(__file__).parents[2] / "bench"
+
+
+@pytest.fixture
+def bench(monkeypatch):
+    """Imports a module of bench/, which is a folder of scripts and not a package."""
+    for package in ("pytest_benchmark", "threadpoolctl", "matplotlib"):
+        pytest.importorskip(package)
+    monkeypatch.syspath_prepend(BENCH)
+    before = set(sys.modules)
+    yield lambda name: __import__(name)
+    for name in set(sys.modules) - before:
+        if (BENCH / f"{name}.py").exists():
+            del sys.modules[name]
+
+
+def result(op: str, M: int, sparsity: float, ours_s: float, **info) -> dict:
+    """Dense takes 4 s, a peer 8 s, and one that is wrong no time at all."""
+    rivals = {
+        "F.linear": {"kind": "dense", "median_s": 4.0, "error": 0.0, "is_right": True},
+        "torch.mm": {"kind": "dense", "median_s": 6.0, "error": 0.0, "is_right": True},
+        "scipy CSR": {"kind": "sparse", "median_s": 8.0, "error": 1e-7, "is_right": True},
+        "hasty": {"kind": "sparse", "median_s": 0.1, "error": 0.5, "is_right": False},
+    }
+    shape = {"N": 768, "K": 768, "dtype": "torch.float32", "mask": "random", "is_cold": False}
+    counts = {"dense_flop": 40, "calls": 1, "error": 2e-7, "threads": 1}
+    fields = {"op": op, "M": M, "sparsity": sparsity, **shape, **counts, "rivals": rivals, **info}
+    return {"stats": {"median": ours_s}, "extra_info": fields}
+
+
+def infos(*benchmarks: dict) -> list[dict]:
+    for benchmark in benchmarks:
+        race.derive(benchmark)
+    return [benchmark["extra_info"] for benchmark in benchmarks]
+
+
+def some_infos(bench) -> list[dict]:
+    dense = {"dense": {"kind": "dense", "median_s": 4.0, "error": 0.0, "is_right": True}}
+    model = {"model": "demo", "layers": 1, "width": 8, "vocabulary": 9, "batch": 1, "context": 4}
+    cap = {"linear_share": 0.5, "cap": 2.0}
+    sizes = {f"{name}_bytes": 2**20 for name in ("first", "later", "result", "bound", "dense")}
+    return [
+        *infos(
+            result("spmm", 256, 0.5, ours_s=4.0),
+            result("spmm", 256, 0.5, ours_s=2.0, threads=2),
+            result("spmm", 1024, 0.5, ours_s=1.0),
+            result("spmm", 1, 0.5, ours_s=1.0, is_cold=True),
+            result("sddmm", 256, 0.75, ours_s=2.0),
+            result("train_step", 1024, 0.75, ours_s=2.0, rivals=dense, **model, **cap),
+            result("generate", 4, 0.75, ours_s=2.0, rivals=dense, **model | {"batch": 4}, tokens=8),
+        ),
+        {"op": "memory", "M": 1, "N": 8, "K": 8, "every": 4, "threads": 1, **sizes},
+    ]
+
+
+def test_ratios_are_against_the_best_dense_call():
+    (info,) = infos(result("spmm", 16, 0.5, ours_s=6.0, calls=3))
+    assert info["ours_s"] == 2 and info["speedup"] == 2
+    assert info["best_dense"] == "F.linear" and info["dense_flop_per_s"] == 20
+
+
+def test_who_is_wrong_is_shown_and_not_the_best(bench):
+    (info,) = infos(result("spmm", 16, 0.5, ours_s=2.0))
+    assert info["speedups"] == {"scipy CSR": 0.5, "hasty": 40.0} and info["best_peer"] == 0.5
+    lines = bench("tables").competitors([info]).splitlines()
+    assert "hasty" in lines[4] and "5e-01 **wrong**" in lines[4]
+    assert "1e-07" in lines[3] and "wrong" not in lines[3]
+
+
+def test_tables_hold_geometric_means(bench):
+    run, tables = bench("run"), bench("tables")
+    rows = [
+        [part.strip() for part in line.split("|")[1:-1]]
+        for line in tables.summary(run.timed(some_infos(bench)), run.SUMMARY).splitlines()
+    ]
+    assert rows[0] == ["times dense", "threads", "50%", "75%"]
+    assert rows[2:] == [
+        ["forward, M = 256 and 1024", "1 (1 shape)", "2.00 (0.50)", ""],
+        ["forward, M = 256", "2 (1 shape)", "2.00 (0.50)", ""],
+        ["values' gradient, M = 256", "1 (1 shape)", "", "2.00 (0.50)"],
+        ["forward, M = 1, weights cold", "1 (1 shape)", "4.00 (0.50)", ""],
+        ["training step of the demo's GPT", "1", "", "2.00"],
+    ]
+    (scaling, dense) = tables.against_ourselves(some_infos(bench)).splitlines()[2:]
+    (*_, speeds) = tables.generation(some_infos(bench)).splitlines()
+    assert [part.strip() for part in speeds.split("|")[5:8]] == ["8.0", "16.0", "2.00"]
+    assert "sparsekern, one thread" in scaling and "2.00" in scaling and "1.00" in dense
+
+
+def test_results_are_a_page_a_plot_and_a_section(bench, monkeypatch, tmp_path):
+    run = bench("run")
+    found = some_infos(bench)
+    machine = {"cpu": "A CPU", "cores": 2, "isa": "avx2", "torch": "2.13.0", "isa_of_torch": "AVX2"}
+    machine["peers"] = [{"name": "absent", "layout": "its own", "missing": "no wheel"}]
+    full = {"machine_info": machine, "commit_info": {"id": "abc", "dirty": False}}
+    full |= {"datetime": "2026-01-02T03:04", "benchmarks": [{"extra_info": i} for i in found]}
+
+    run.write(tmp_path / "results", "a-cpu", run.json.dumps(full))
+    page = (tmp_path / "results" / "a-cpu.md").read_text()
+    assert "no wheel" in page and "Not run." not in page
+    assert (tmp_path / "results" / "a-cpu.png").stat().st_size > 10_000
+
+    monkeypatch.setattr(run, "PAGE", tmp_path / "benchmarks.md")
+    run.PAGE.write_text(f"before\n{run.MARKERS[0]}\nformer\n{run.MARKERS[1]}\nafter\n")
+    run.update_page("a-cpu", full)
+    text = run.PAGE.read_text()
+    assert text.startswith("before\n<!-- bench: begin -->\n| times dense")
+    assert "former" not in text and text.endswith("-->\nafter\n")
+
+
+def test_a_part_of_the_grid_is_a_page_that_says_so(bench, monkeypatch, tmp_path):
+    run = bench("run")
+    machine = {"cpu": "A CPU", "cores": 1, "isa": "avx2", "torch": "2.13.0", "isa_of_torch": "AVX2"}
+    machine |= {"peers": [], "ceilings": {"1": {}, "2": {}}}
+    full = {"machine_info": machine, "commit_info": {"id": "abc", "dirty": False}}
+    full |= {"datetime": "2026-01-02T03:04", "benchmarks": []}
+    full["benchmarks"].append(result("spmm", 256, 0.75, ours_s=2.0, mask="trained"))
+    race.derive(full["benchmarks"][0])
+
+    def run_pytest(arguments: list[str]) -> int:
+        assert arguments[-2:] == ["-k", "trained"]
+        (path,) = (a.split("=")[1] for a in arguments if a.startswith("--benchmark-json="))
+        Path(path).write_text(run.json.dumps(full))
+        return 0
+
+    monkeypatch.setattr(run.pytest, "main", run_pytest)
+    monkeypatch.setattr(run, "RESULTS", tmp_path)
+    monkeypatch.setattr(run, "CORES", [0, 1])
+    monkeypatch.setattr(run, "update_page", None)
+    arguments = ["--part", "trained", "--note", "Of a demo.", "-k", "trained"]
+    monkeypatch.setattr(sys, "argv", ["run.py", *arguments])
+    assert run.main() == 0
+
+    written = sorted(tmp_path.iterdir())
+    assert [path.suffix for path in written] == [".json", ".md"]
+    assert all("-2-cores-" in path.name and "-trained-" in path.name for path in written)
+    assert list(run.json.loads(written[0].read_text())["machine_info"]["ceilings"]) == ["1"]
+    page = written[1].read_text()
+    assert "`bench/run.py --part trained -k trained`. Of a demo." in page
+    assert "A CPU, 2 cores" in page and "pruned after training" in page
+    assert "## By shape" in page and "## Memory" not in page and "Not run." not in page
+
+
+def test_the_page_has_a_place_for_the_table(bench):
+    run = bench("run")
+    page = run.PAGE.read_text()
+    assert all(page.count(marker) == 1 for marker in run.MARKERS)
+
+
+def test_cold_weights_are_many_copies_used_in_turn(monkeypatch):
+    monkeypatch.setattr(products, "COLD_BYTES", 1000)
+    W, dense = products.weight(products.Workload(1, 8, 8, 0.75, 1))
+    for weight, size in ((dense, 256), (W, 36 + 2 * 64)):
+        copies = products.cold_copies(weight)
+        assert len(copies) == -(-1000 // size)
+    assert len({each.values.data_ptr() for each in [W, *copies]}) == len(copies) + 1
+
+    used = []
+    rivals = (race.ours(lambda i=i: used.append(i)) for i in range(3))
+    rival = race.rotate(rivals)
+    for _ in range(4):
+        rival.run()
+    assert rival.copies == 3 and used == [0, 1, 2, 0]
+
+
+def test_the_check_finds_the_one_copy_that_is_wrong():
+    one, scale = torch.ones(2, dtype=torch.float64), torch.ones(2, dtype=torch.float64)
+    copies = [race.ours(lambda y=y: torch.full((2,), y)) for y in (1.0, 1.5, 1.0)]
+    assert race.check(race.rotate(copies), (one, scale))[0] == 0.5
+    copies[2] = race.ours(lambda: torch.full((2,), torch.nan))
+    assert not race.check(race.rotate(copies), (one, scale))[0] < 1e9
+
+
+def test_pruned_rows_are_uneven():
+    W, dense = products.weight(products.Workload(1, 64, 64, 0.75, 1, mask="pruned"))
+    assert W.nnz == 64 * 64 // 4 and torch.equal(W.to_dense(), dense)
+    counts = W.row_offsets.diff()
+    assert counts.max() > 3 * counts.min()
+
+
+def test_every_peer_computes_the_product(bench):
+    pytest.importorskip("scipy")
+    peers = bench("peers")
+    W, dense = products.weight(products.Workload(1, 48, 32, 0.75, 1))
+    for M in (1, 5):
+        x = products.normal(M, 32)
+        exact = race.exact(lambda x, W: x @ W.t(), x, dense)
+        for rival in peers.race_entries(W, x, is_forward=True):
+            assert race.check(rival, exact)[0] < 1e-6, rival.name
+
+
+@pytest.mark.skipif(panel._C is None, reason="without the C++ library W is expanded")
+@pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="needs Linux's /proc")
+@pytest.mark.parametrize("threads", [1, 2])
+def test_no_dense_matrix_appears_in_forward_and_backward(bench, threads):
+    memory = bench("bench_memory")
+    memory.check(memory.Layer(threads=threads))

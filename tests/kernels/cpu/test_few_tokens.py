@@ -1,0 +1,214 @@
+"""SpMM for few tokens: both compressed formats on awkward problems and every instruction set, and
+what they promise beside the numbers: no stale pattern, no NaN out of nowhere, the same bits
+whatever the threads."""
+
+import subprocess
+import sys
+
+import pytest
+import torch
+from conftest import written_out
+
+from sparsekern.kernels import table
+from sparsekern.kernels.cpu import few_tokens as stream
+from sparsekern.kernels.problem import Problem
+from sparsekern.testing import Case, exact, random_csr, relative_error
+
+pytestmark = pytest.mark.skipif(stream._C is None, reason="the C++ library is not built")
+
+few_tokens = stream.KERNELS[0].run
+TYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+# As in test_cpu_kernels.py.
+TOLERANCE = {torch.float32: 2e-6, torch.bfloat16: 2**-8}
+MOST_TOKENS = {"bitmap": 8, "columns": 16}
+
+# Rows off the groups of 2, 4, 8 and 16 that share a loop; columns off words and vectors.
+SHAPES = [
+    Case("odd", 0, 37, 101),
+    Case("odd-dense", 0, 37, 101, sparsity=0.2),
+    Case("odd-rare", 0, 37, 101, sparsity=0.97),
+    Case("empty-row", 0, 37, 101, "empty_row"),
+    Case("full-row", 0, 37, 101, "full_row", 0.9),
+    Case("full", 0, 37, 101, "full"),
+    Case("empty", 0, 37, 101, "empty"),
+    Case("one-by-one", 0, 1, 1, "full"),
+    Case("one-row", 0, 1, 300),
+    Case("one-column", 0, 300, 1),
+    Case("word", 0, 16, 64, sparsity=0.5),
+    Case("word-and-one", 0, 17, 65, "full"),
+    Case("long-rows", 0, 20, 3001, sparsity=0.5),
+    Case("many-rows", 0, 1001, 70, sparsity=0.5),
+]
+
+
+@pytest.fixture(params=list(MOST_TOKENS))
+def format(request, monkeypatch):
+    """Every problem in this format, whatever stream_format() would choose."""
+    monkeypatch.setattr(stream, "stream_format", lambda problem, lanes: request.param)
+    yield request.param
+
+
+def operands(t):
+    return t.row_offsets, t.col_indices, t.values, *t.mask.shape, t.x
+
+
+def with_tokens(case, M):
+    return Case(case.name, M, case.N, case.K, case.mask_kind, case.sparsity)
+
+
+@pytest.mark.parametrize("dtype", TYPES)
+@pytest.mark.parametrize("case", SHAPES, ids=lambda case: case.name)
+def test_products(case, dtype, format, nan_memory):
+    for M in range(MOST_TOKENS[format] + 1):
+        t = with_tokens(case, M).tensors(TYPES[dtype])
+        got = few_tokens(*operands(t))
+        assert got.dtype == TYPES[dtype] and got.shape == (M, case.N) and got.is_contiguous()
+        error = relative_error(got, *exact(t)["spmm"])
+        assert error <= TOLERANCE[TYPES[dtype]], (M, error)
+
+
+@pytest.mark.parametrize("dtype", TYPES)
+@pytest.mark.parametrize("bad", [torch.nan, torch.inf, -torch.inf])
+def test_not_a_number_stays_where_it_belongs(dtype, bad, format):
+    """In x it reaches the rows of W that have its column; in W its own row and no other."""
+    for M in (1, 2, 4, MOST_TOKENS[format]):
+        t = Case("nan", M, 90, 150).tensors(TYPES[dtype])
+        t.x[:, [3, 70, 149]] = bad
+        touched = t.mask[:, [3, 70, 149]].any(dim=1)
+        y = few_tokens(*operands(t))
+        assert not y[:, touched].isfinite().any()
+        assert y[:, ~touched].isfinite().all()
+        t = Case("nan", M, 90, 150).tensors(TYPES[dtype])
+        t.values[::97] = bad
+        rows = torch.repeat_interleave(torch.arange(90), t.row_offsets.diff())[::97]
+        finite = few_tokens(*operands(t)).isfinite()
+        assert not finite[:, rows].any()
+        finite[:, rows] = True
+        assert finite.all()
+
+
+def test_explicit_zeros_meet_x(format):
+    """A stored zero is a product like any other: 0 * inf is NaN."""
+    t = Case("zeros", 2, 40, 50).tensors()
+    t.values.zero_()
+    t.x[:, 7] = torch.inf
+    y = few_tokens(*operands(t))
+    assert y[:, t.mask[:, 7]].isnan().all()
+    assert torch.equal(y[:, ~t.mask[:, 7]], torch.zeros(2, int((~t.mask[:, 7]).sum())))
+
+
+@pytest.mark.slow
+def test_every_instruction_set(isa_env):
+    """The tests above in a process of their own: the choice is made once a process."""
+    pytest_command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", __file__]
+    subprocess.run([*pytest_command, "-k", "products or number or zeros"], env=isa_env, check=True)
+
+
+@pytest.mark.parametrize("M", [1, 5])
+def test_same_bits_whatever_the_threads(M, format):
+    t = Case("bits", M, 1500, 600, sparsity=0.5).tensors()  # enough non-zeros for all threads
+    results = []
+    for threads in (1, 2, 3, 2, 1):
+        torch.set_num_threads(threads)
+        results.append(few_tokens(*operands(t)))
+    assert all(torch.equal(result, results[0]) for result in results[1:])
+
+
+def test_changed_values_are_seen_however_they_changed(format):
+    t = Case("values", 3, 60, 80).tensors()
+    before = few_tokens(*operands(t))
+    t.values.data.mul_(2)
+    assert torch.equal(few_tokens(*operands(t)), 2 * before)
+
+
+def expect_right(arguments):
+    *w, x = arguments
+    want = x @ written_out(*w).T
+    torch.testing.assert_close(few_tokens(*arguments), want, rtol=1e-4, atol=1e-4)
+
+
+def test_one_changed_column_is_seen_by_its_version(format):
+    row_offsets = torch.arange(0, 5001, 10, dtype=torch.int32)
+    col_indices = (torch.arange(5000, dtype=torch.int32) % 10) * 2
+    arguments = (row_offsets, col_indices, torch.ones(5000), 500, 20, torch.randn(2, 20))
+    for place in range(0, 5000, 333):
+        expect_right(arguments)
+        col_indices[place] += 1
+    expect_right(arguments)
+
+
+def test_pattern_replaced_behind_the_versions_is_seen(format):
+    """Collectives and .data write into index buffers without touching their version counter."""
+    row_offsets, col_indices, values = random_csr(60, 80, 0.5)
+    other_rows, other_cols, _ = random_csr(60, 80, 0.5, seed=1)
+    arguments = (row_offsets, col_indices, values, 60, 80, torch.randn(3, 80))
+    expect_right(arguments)
+    col_indices.data[: row_offsets[1]] = torch.arange(int(row_offsets[1]), dtype=torch.int32)
+    expect_right(arguments)
+    row_offsets.data.copy_(other_rows)
+    col_indices.data.copy_(other_cols)
+    expect_right(arguments)
+
+
+def test_every_change_is_seen_in_inference_mode(format):
+    """Such tensors have no version: all indices are read by each call."""
+    with torch.inference_mode():
+        row_offsets = torch.arange(0, 5001, 10, dtype=torch.int32)
+        col_indices = (torch.arange(5000, dtype=torch.int32) % 10) * 2
+        arguments = (row_offsets, col_indices, torch.ones(5000), 500, 20, torch.randn(2, 20))
+        for place in range(0, 5000, 333):
+            expect_right(arguments)
+            col_indices[place] += 1
+        expect_right(arguments)
+
+
+def test_pattern_made_invalid_is_refused(format):
+    row_offsets, col_indices, values = random_csr(60, 80, 0.5)
+    arguments = (row_offsets, col_indices, values, 60, 80, torch.randn(3, 80))
+    few_tokens(*arguments)
+    good = int(col_indices[7])
+    for bad in (80, -1, 2**31 - 1):
+        col_indices[7] = bad
+        with pytest.raises(ValueError, match="col_indices: expected"):
+            few_tokens(*arguments)
+    col_indices[7] = good
+    expect_right(arguments)
+    row_offsets.data[3] = 10**9
+    with pytest.raises(ValueError, match="row_offsets: expected"):
+        few_tokens(*arguments)
+
+
+def test_bias(format):
+    t = with_tokens(SHAPES[0], 3).tensors()
+    bias = torch.randn(t.mask.shape[0])
+    got = few_tokens(*operands(t), bias)
+    assert torch.equal(got, few_tokens(*operands(t)) + bias)
+
+
+def test_threads_of_the_caller_at_once(format):
+    from concurrent.futures import ThreadPoolExecutor
+
+    t = Case("shared", 3, 1000, 700).tensors()
+    want = few_tokens(*operands(t))
+    fresh = t._replace(col_indices=t.col_indices.clone())
+    with ThreadPoolExecutor(4) as pool:
+        runs = pool.map(lambda _: few_tokens(*operands(fresh)), range(32))
+        assert all(torch.equal(got, want) for got in runs)
+
+
+def test_the_table_streams_few_tokens(fresh_table):
+    problem = Problem("spmm", "cpu", torch.float32, 1, 768, 768, 768 * 768 // 10)
+    assert table.pick(problem).name == "stream"
+    many = dict(table.refusals(problem._replace(M=17)))
+    assert many["stream"] == "it serves up to 16 tokens, not 17"
+    wide = dict(table.refusals(problem._replace(K=65537)))
+    assert wide["stream"] == "its columns are 16 bits wide, too few for K = 65537"
+    assert "not float64" in dict(table.refusals(problem._replace(dtype=torch.float64)))["stream"]
+
+
+@pytest.mark.parametrize("lanes", [4, 8, 16])
+@pytest.mark.parametrize("density", [0, 0.01, 0.2, 0.5, 1])
+def test_formats_serve_what_they_are_chosen_for(lanes, density):
+    for M in range(17):
+        problem = Problem("spmm", "cpu", torch.float32, M, 100, 100, int(1e4 * density))
+        assert M <= MOST_TOKENS[stream.stream_format(problem, lanes)]

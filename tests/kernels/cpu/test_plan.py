@@ -1,0 +1,97 @@
+"""The planner: a pure function whose plans are legal for any problem, machine and threads."""
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+import sparsekern
+from sparsekern.kernels.cpu import panel
+from sparsekern.kernels.cpu.plan import SMALL_WORK, Machine, dense_wins_above, describe, make_plan
+from sparsekern.kernels.problem import Problem
+
+AVX2 = Machine("avx2", 8, 32 * 2**10, 512 * 2**10, False)
+AVX512 = Machine("avx512", 16, 48 * 2**10, 2**21, True)
+UNKNOWN = Machine("portable", 4, 0, 0, False)
+
+sizes = st.integers(0, 2**17)
+machines = st.sampled_from([AVX2, AVX512, UNKNOWN])
+threads = st.integers(1, 129)
+
+
+@st.composite
+def problems(draw):
+    M, N, K = draw(sizes), draw(sizes), draw(sizes)
+    nnz = draw(st.integers(0, min(N * K, 2**31 - 1)))
+    op = draw(st.sampled_from(["spmm", "spmm_t", "sddmm"]))
+    dtype = draw(st.sampled_from([torch.float32, torch.bfloat16]))
+    return Problem(op, "cpu", dtype, M, N, K, nnz)
+
+
+@given(problems(), machines, threads)
+def test_every_plan_is_legal(problem, machine, threads):
+    plan = make_plan(problem, machine, threads)
+    assert 1 <= plan.threads <= threads
+    assert plan.vecs in (1, 2, 4, 8)
+    assert plan.tile_parts in ((1, 2) if plan.vecs == 8 else (1,))
+    assert 1 <= plan.rows <= 65536 and 1 <= plan.cols <= 65536
+    assert plan.row_parts * plan.col_parts >= 1
+    if problem.M * problem.nnz < SMALL_WORK:
+        assert plan.threads == 1
+    if problem.op == "sddmm":
+        assert plan.row_parts * plan.col_parts == plan.threads
+    else:
+        assert plan.col_parts == 1
+
+
+@given(problems(), machines, threads)
+def test_threads_do_not_change_the_order_of_sums(problem, machine, threads):
+    """Tiles keep their width, or 8 vectors are halved. SpMM sums column blocks from 0: it keeps
+    them too."""
+    one, many = make_plan(problem, machine, 1), make_plan(problem, machine, threads)
+    assert many.vecs == one.vecs
+    if problem.op != "sddmm":
+        assert many.cols == one.cols
+
+
+@given(problems(), machines, threads)
+def test_panels_stay_within_their_bound(problem, machine, threads):
+    """The x panel of a tile is K or N rows of at most 128 tokens, the y panel 192 KiB."""
+    plan = make_plan(problem, machine, threads)
+    width = plan.vecs * machine.lanes // plan.tile_parts
+    assert width <= 128
+    assert plan.rows * width * 4 <= 196608 or plan.rows == 1
+
+
+def test_tokens_go_round():
+    problem = Problem("spmm", "cpu", torch.float32, 1024, 2048, 2048, 2**20)
+    assert make_plan(problem, AVX512, 1).tile_parts == 1
+    halved = make_plan(problem, AVX512, 16)
+    assert halved.tile_parts == 2 and halved.row_parts == 1  # 16 tiles of 64 tokens
+    few = make_plan(problem._replace(M=256), AVX512, 16)
+    assert few.row_parts == 4  # 4 tiles, each for 4 threads
+    grid = make_plan(problem._replace(op="sddmm"), AVX512, 16)
+    assert (grid.row_parts, grid.col_parts) == (4, 4)
+
+
+def test_dense_crossover_falls_with_tokens_and_with_tiles_of_bfloat16():
+    problem = Problem("spmm", "cpu", torch.bfloat16, 16, 768, 768, 1)
+    few, many = (dense_wins_above(problem._replace(M=M), AVX2) for M in (16, 1024))
+    assert few > many > 0.5
+    assert dense_wins_above(problem._replace(M=1024), AVX512) < 0.1
+
+
+def test_description():
+    plan = make_plan(Problem("sddmm", "cpu", torch.float32, 1024, 768, 768, 2**17), AVX2, 4)
+    text = "avx2, 4 threads, tiles of 64 tokens, blocks of 384 x "
+    assert describe(plan, AVX2).startswith(text)
+    assert describe(plan, AVX2).endswith("W in 2 x 2 parts")
+
+
+@pytest.mark.skipif(panel._C is None, reason="the C++ library is not built")
+def test_explain_prints_the_plan():
+    torch.set_num_threads(1)
+    W = sparsekern.SparseTensor.from_dense(torch.randn(64, 96), torch.rand(64, 96) < 0.25)
+    lines = sparsekern.explain(torch.randn(100, 96), W).splitlines()
+    assert len(lines) == 3
+    assert all(f"panel ({panel.machine().isa}, 1 thread, tiles of " in line for line in lines)

@@ -1,0 +1,117 @@
+"""The CUDA kernels on a CPU: tests/cuda/emulated.h says how, and which faults it finds.
+
+A test with the fixture `emulated_cuda` calls the functions of sparsekern.kernels.cuda.rows with
+tensors on the CPU:
+
+    from emulated_cuda import emulated_cuda  # noqa: F401
+
+    @pytest.mark.usefixtures("emulated_cuda")
+"""
+
+import ctypes
+import os
+import shlex
+import shutil
+import subprocess
+import sys
+import tempfile
+from concurrent.futures import ThreadPoolExecutor
+from functools import cache
+from pathlib import Path
+
+import pytest
+import torch
+
+from sparsekern.kernels.cuda import library as cuda_library
+from sparsekern.kernels.cuda.library import Launcher
+
+EMULATOR = Path(__file__).parents[2] / "cuda"
+SOURCES = Path(__file__).parents[3] / "csrc" / "cuda"
+FLAGS = "-std=c++17 -O1 -fPIC -fno-strict-aliasing -ffp-contract=off".split()
+AS_CUDA = "-Wno-unknown-pragmas -include emulated.h -x c++".split()
+_folder = tempfile.TemporaryDirectory(prefix="sparsekern-emulated-")  # until the tests end
+
+
+@cache
+def library() -> Path:
+    """All kernels, and those of faults.cu, compiled for the CPU; once in a session."""
+    compiler = shlex.split(os.environ.get("CXX", "g++"))
+    if sys.platform != "linux" or shutil.which(compiler[0]) is None:
+        pytest.skip(f"the emulator needs Linux and a C++ compiler, here {compiler[0]}")
+    kernels = [path for path in SOURCES.glob("*.cu") if "__global__" in path.read_text()]
+    folder = Path(_folder.name)
+
+    def build(source: Path) -> str:
+        options = [*FLAGS, f"-I{EMULATOR}", f"-I{SOURCES}"]
+        if source.suffix == ".cu":
+            options += AS_CUDA
+        else:
+            options += ["-O2"]
+        target = str(folder / f"{source.stem}.o")
+        run([*compiler, *options, "-c", str(source), "-o", target])
+        return target
+
+    with ThreadPoolExecutor() as pool:
+        sources = [*kernels, EMULATOR / "faults.cu", EMULATOR / "emulated.cpp"]
+        objects = list(pool.map(build, sources))
+    path = folder / "emulated.so"
+    run([*compiler, "-shared", *objects, "-o", str(path)])
+    return path
+
+
+def run(command: list[str]) -> None:
+    done = subprocess.run(command, capture_output=True, text=True)
+    if done.returncode:
+        raise RuntimeError(f"{shlex.join(command)}\n{done.stderr}")
+
+
+class EmulatedRoute:
+    """What LibraryRoute is for a GPU; an error of a kernel is a RuntimeError."""
+
+    def __init__(self):
+        self._library = ctypes.CDLL(str(library()))
+        self._library.emu_launch.argtypes = (
+            ctypes.c_char_p,
+            *(ctypes.c_uint,) * 4,
+            ctypes.c_void_p,
+        )
+        for function in ("emu_kernel", "emu_signature", "emu_launch"):
+            getattr(self._library, function).restype = ctypes.c_char_p
+
+    def kernels(self) -> list[str]:
+        names = iter(range(2**32))
+        return [name.decode() for name in iter(lambda: self._library.emu_kernel(next(names)), None)]
+
+    def backward(self, yes: bool) -> None:
+        """Threads, warps and blocks run from the last to the first. Results are the same, unless a
+        kernel lacks a barrier."""
+        self._library.emu_backward(yes)
+
+    def warpgroups(self, yes: bool) -> None:
+        """Whether the GPU has them, as sm_90a does."""
+        self._library.emu_warpgroups(yes)
+
+    def launcher(self, name: str, device: int | None = None) -> Launcher:
+        encoded, launch = name.encode(), self._library.emu_launch
+        signature = self._library.emu_signature(encoded)
+        if signature is None:
+            raise ValueError(f"kernel: expected one of {', '.join(self.kernels())}, got {name}")
+
+        def start(grid_x, grid_y, block, smem_bytes, stream, args):
+            error = launch(encoded, grid_x, grid_y, block, smem_bytes, args)
+            if error:
+                raise RuntimeError(f"{name}: {error.decode()}")
+
+        return Launcher(name, device, start, signature.decode())
+
+
+@pytest.fixture
+def emulated_cuda(monkeypatch):
+    """Launches for CPU tensors, whose device has no index, are emulated."""
+    route = EmulatedRoute()
+    monkeypatch.setattr(cuda_library, "function", cache(route.launcher))
+    monkeypatch.setattr(cuda_library, "current_stream", lambda device: 0)
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: None)
+    yield route
+    route.backward(False)
+    route.warpgroups(True)

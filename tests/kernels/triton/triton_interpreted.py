@@ -1,0 +1,155 @@
+"""The Triton kernels in Triton's interpreter, on CPU tensors. Run by test_triton.py in a process of
+its own: TRITON_INTERPRET must be set before triton is imported."""
+
+import pytest
+import torch
+from conftest import products
+
+from sparsekern import SparseTensor
+from sparsekern.kernels.cuda import cover
+from sparsekern.kernels.triton import rows as triton_rows
+from sparsekern.kernels.triton.rows import Config
+from sparsekern.testing import PROBLEMS, Case, exact, relative_error
+
+assert triton_rows._device().INTERPRETED
+
+covers = pytest.mark.skipif(not cover.is_built(), reason="the C++ library is not built")
+TYPES = {"float32": torch.float32, "float16": torch.float16}
+TOLERANCE = {torch.float32: 2e-6, torch.float16: 2**-11, torch.bfloat16: 2**-7}
+# The others take up to a minute each.
+CASES = [c for c in PROBLEMS if c.M * c.N * c.K < 3e6 or c.name == "gpt-128x512-90%"]
+CONFIGS = (
+    Config(16, 4, 1),
+    Config(16, 4, 2, split=2),
+    Config(32, 8, 4, split=3),
+    Config(16, 4, 4, split=3, ahead=True),
+)
+
+
+def error_of(got, op, t):
+    want, scale = exact(t)[op]
+    # Below its smallest normal number a type rounds to a fixed step.
+    scale = torch.where(scale == 0, scale, scale.clamp_min(torch.finfo(got.dtype).tiny))
+    return relative_error(got, want, scale)
+
+
+@pytest.mark.parametrize("dtype", TYPES)
+@pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
+def test_products(case, dtype, nan_memory):
+    t = case.tensors(TYPES[dtype])
+    for kernel in triton_rows.KERNELS:
+        got = kernel.run(*products(t)[kernel.op])
+        assert got.dtype == TYPES[dtype] and got.is_contiguous()
+        assert error_of(got, kernel.op, t) <= TOLERANCE[got.dtype], kernel.op
+
+
+@pytest.mark.parametrize("config", CONFIGS, ids=str)
+def test_configurations(config, nan_memory):
+    t = Case("configurations", 20, 130, 600, sparsity=0.4).tensors()
+    for run, op in (
+        (triton_rows._spmm, "spmm"),
+        (triton_rows._spmm_t, "spmm_t"),
+        (triton_rows._sddmm, "sddmm"),
+    ):
+        assert error_of(run(*products(t)[op], config=config), op, t) <= 2e-6, op
+
+
+@pytest.mark.parametrize("M", [3, 40])
+def test_bias(M, nan_memory):
+    t = Case("bias", M, 70, 300).tensors()
+    for run, op in ((triton_rows._spmm, "spmm"), (triton_rows._spmm_t, "spmm_t")):
+        want, scale = exact(t)[op]
+        bias = torch.randn(want.shape[1])
+        got = run(*products(t)[op], bias)
+        assert relative_error(got, want + bias.double(), scale + bias.double().abs()) <= 2e-6
+
+
+def test_bfloat16(nan_memory):
+    """The interpreter cuts a bfloat16 off where a GPU rounds it."""
+    t = Case("bfloat16", 7, 50, 300).tensors(torch.bfloat16)
+    for kernel in triton_rows.KERNELS:
+        got = kernel.run(*products(t)[kernel.op])
+        assert error_of(got, kernel.op, t) <= TOLERANCE[torch.bfloat16], kernel.op
+
+
+COVER_TYPES = {"float16": torch.float16, "bfloat16": torch.bfloat16}
+
+
+def check_cover(t, split=None):
+    got = triton_rows._spmm_cover(*products(t)["spmm"], split=split)
+    assert got.dtype == t.x.dtype and got.is_contiguous()
+    assert error_of(got, "spmm", t) <= TOLERANCE[got.dtype]
+
+
+@covers
+@pytest.mark.parametrize("dtype", COVER_TYPES)
+@pytest.mark.parametrize("case", [c for c in CASES if c.M <= 64], ids=lambda case: case.name)
+def test_cover(case, dtype, nan_memory):
+    check_cover(case.tensors(COVER_TYPES[dtype]))
+
+
+@covers
+@pytest.mark.parametrize("split", [1, 2, 3])
+@pytest.mark.parametrize("sparsity", [0.0, 0.3, 0.9, 0.999])
+def test_cover_split(sparsity, split, nan_memory):
+    check_cover(Case("split", 5, 70, 600, sparsity=sparsity).tensors(torch.float16), split)
+
+
+@covers
+@pytest.mark.parametrize("M", [1, 2, 15, 16, 17, 32, 33, 64])
+def test_cover_tokens(M, nan_memory):
+    check_cover(Case("tokens", M, 40, 300).tensors(torch.float16))
+
+
+@covers
+@pytest.mark.parametrize("mask", ["full row", "full tile", "empty tile", "one value"])
+def test_cover_of_uneven_masks(mask, nan_memory):
+    """Rows and tiles of 32 x 256 unlike their neighbours."""
+    W = torch.randn(96, 600) * (torch.rand(96, 600) < 0.1)
+    if mask == "full row":
+        W[40] = torch.randn(600)
+    elif mask == "full tile":
+        W[32:64, 256:512] = torch.randn(32, 256)
+    elif mask == "empty tile":
+        W[:, 256:512] = 0
+    else:
+        W = torch.zeros(96, 600)
+        W[95, 599] = 3
+    W, x, bias = W.half(), torch.randn(7, 600).half(), torch.randn(96).half()
+    A = SparseTensor.from_dense(W)
+    pattern = A.row_offsets, A.col_indices, A.values, 96, 600
+    for split in (1, 2):
+        got = triton_rows._spmm_cover(*pattern, x, bias, split=split).double()
+        want = x.double() @ W.double().T + bias.double()
+        scale = x.double().abs() @ W.double().abs().T + bias.double().abs()
+        assert relative_error(got, want, scale) <= TOLERANCE[torch.float16]
+
+
+@covers
+def test_cover_of_infinite_x(nan_memory):
+    """It reaches every row that has its column, no other token, and no row of a slice of rows that
+    is empty."""
+    W = torch.randn(96, 300).half()
+    W[32:64] = 0
+    A = SparseTensor.from_dense(W)
+    x = torch.randn(3, 300).half()
+    x[1, 7] = torch.inf
+    got = triton_rows._spmm_cover(A.row_offsets, A.col_indices, A.values, 96, 300, x)
+    assert not got[1, :32].isfinite().any() and not got[1, 64:].isfinite().any()
+    assert got[[0, 2]].isfinite().all() and not got[:, 32:64].any()
+
+
+@covers
+def test_cover_sees_new_values():
+    t = Case("change", 4, 50, 300).tensors(torch.float16)
+    before = triton_rows._spmm_cover(*products(t)["spmm"])
+    t.values.mul_(2)
+    assert torch.equal(triton_rows._spmm_cover(*products(t)["spmm"]), 2 * before)
+
+
+def test_values_may_change():
+    """Nothing that depends on the values is kept."""
+    t = Case("change", 4, 50, 300).tensors()
+    before = triton_rows._spmm(*products(t)["spmm"])
+    t.values.data.mul_(2)
+    assert torch.equal(triton_rows._spmm(*products(t)["spmm"]), 2 * before)

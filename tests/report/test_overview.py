@@ -1,0 +1,235 @@
+"""The page of all results: every kind of file in one folder, and what has no file yet."""
+
+import json
+from html.parser import HTMLParser
+from pathlib import Path
+
+import pytest
+
+from sparsekern.cli import main
+from sparsekern.report import load, page
+from sparsekern.report.sections import NOT_YET, sections
+
+pytest.importorskip("matplotlib")
+
+COMMIT = {"id": "0123456789abcdef", "dirty": False}
+LIMITS = {
+    "flop_per_s": 2e11,
+    "bytes_per_s": {"l1": 3e11, "l2": 1.6e11, "l3": 3e10, "memory": 1.6e10},
+}
+
+
+def product(op: str, M: int, sparsity: float, threads: int, N: int = 768, **fields) -> dict:
+    """A loss at 50 %, a gain from 75 % on, and larger with M."""
+    dense_s = 1e-8 * M * N
+    speedup = 0.4 * (1 + 0.1 * M**0.25) / (1 - sparsity)
+    useful = 2 * M * N * 768 * (1 - sparsity)
+    info = {
+        "op": op,
+        "M": M,
+        "N": N,
+        "K": 768,
+        "sparsity": sparsity,
+        "density": 1 - sparsity,
+        "threads": threads,
+        "dtype": "torch.float32",
+        "mask": "random",
+        "is_cold": M == 1,
+        "useful_flop": useful,
+        "moved_bytes": 6 * N * 768 * (1 - sparsity) + 4 * M * (N + 768),
+        "dense_s": dense_s,
+        "ours_s": dense_s / speedup,
+        "speedup": speedup,
+        "best_peer": None if op == "linear" else 0.7 * speedup,
+    }
+    return {"name": f"test_{op}", "extra_info": info | fields}
+
+
+def products(**machine) -> dict:
+    grid = [(op, M) for op in ("spmm", "spmm_t", "sddmm") for M in (256, 1024)]
+    grid += [("spmm", 1), ("spmm", 16), ("linear", 1024)]
+    benchmarks = [product(op, M, s, 1) for op, M in grid for s in (0.5, 0.75, 0.9, 0.95)]
+    gpt = {"layers": 2, "width": 768, "vocabulary": 256, "batch": 8, "context": 128}
+    benchmarks += [
+        product("train_step", 1024, s, 1, model="demo", **gpt) for s in (0.5, 0.75, 0.9, 0.95)
+    ]
+    benchmarks += [
+        product("generate", 4, 0.75, 1, model="gpt2-small", batch=4, tokens=32),
+        {"name": "test_memory", "extra_info": {"op": "memory"}},
+    ]
+    about = {"cpu": "A CPU", "cores": 2, "isa": "avx2", "torch": "2.13.0"}
+    return {
+        "machine_info": about | {"ceilings": {"1": LIMITS}} | machine,
+        "commit_info": COMMIT,
+        "datetime": "2026-01-02T03:04:05",
+        "benchmarks": benchmarks,
+    }
+
+
+def cells() -> dict:
+    def cell(M: int, sparsity: float, N: int) -> dict:
+        ours_s = 1e-5 * (1 - sparsity) * M**0.25
+        right = {"is_right": True, "error": 1e-3, "bytes": 1000}
+        ways = {
+            "F.linear cublas": {"kind": "dense", "median_s": 4e-6, **right},
+            "stream": {"kind": "ours", "median_s": ours_s, **right},
+            "hasty": {"kind": "ours", "median_s": 1e-9, **right, "is_right": False},
+        }
+        speedups = {"stream": 4e-6 / ours_s, "hasty": 4e3}
+        fields = {"op": "spmm", "M": M, "N": N, "K": 2048, "sparsity": sparsity, "mask": "random"}
+        counts = {"nnz": 1000, "dtype": "torch.bfloat16"}
+        return {**fields, **counts, "ways": ways, "speedups": speedups}
+
+    limits = {"flop_per_s": 8e14, "bytes_per_s": {"l2": 9e12, "memory": 4e12}}
+    machine = {"gpu": "NVIDIA H200", "torch": "2.11.0", "commit": "abc", "ceilings": limits}
+    grid = [(M, s, N) for N in (2048, 8192) for s in (0.5, 0.7, 0.9) for M in (1, 8, 16, 32, 64)]
+    every = [cell(*each) for each in grid]
+    return {"verb": "decode", "date": "2026-01-02", "machine": machine, "cells": every}
+
+
+def generation() -> dict:
+    def side(tokens_per_s: float) -> dict:
+        return {"tokens_per_s": tokens_per_s, "first_token_s": 0.02}
+
+    runs = [
+        {
+            "sparsity": sparsity,
+            "batch": batch,
+            "dense": side(200.0 * batch),
+            "sparse": side(batch * (150 + 200 * sparsity)),
+            "speedup": 0.75 + sparsity,
+            "block_bytes_ratio": 0.31,
+        }
+        for sparsity in (0.5, 0.75, 0.9)
+        for batch in (1, 16)
+    ]
+    about = {"gpu": "NVIDIA H200", "preset": "gpt3-6.7b", "torch": "2.11.0", "commit": COMMIT}
+    return about | {"runs": runs}
+
+
+def experiments() -> dict:
+    def run(sparsity: float) -> dict:
+        step_s = 0.1 * (1 - 0.5 * sparsity)
+        points = [
+            {"step": step, "seconds": step * step_s, "loss": 4 + sparsity / 4 - step / 1000}
+            for step in range(0, 2001, 250)
+        ]
+        return {
+            "evaluations": points,
+            "loss": points[-1]["loss"],
+            "tokens_per_s": 32768 / step_s,
+            "step_s": step_s,
+            "steps_s": points[-1]["seconds"],
+            "flops": 1e15 * (1 - sparsity),
+        }
+
+    machine = {"device": "NVIDIA H200", "torch": "2.11.0", "date": "2026-01-02", "commit": "abc"}
+    arms = {f"pretrain {s} seed 0": run(s) for s in (0.9, 0.0, 0.5, 0.75)}
+    diverged = {"loss": None, "diverged": "loss is nan at step 3"}
+    tuned = {f"finetune 0.75 seed 0 lr {lr}": run(0.75) | {"loss": 3 * lr} for lr in (2, 1)}
+    tuned |= {"finetune 0.75 seed 0 lr 3": diverged, "pretrain 0.95 seed 0": diverged}
+    others = {"sweep 0.0 lr 0.001": {}, "pretrain 0.75 seed 1": {}}
+    return {"machine": machine, **others, **arms, **tuned}
+
+
+@pytest.fixture
+def folder(tmp_path) -> Path:
+    """A file of each kind, and files of something else."""
+    files = {
+        "a-cpu.json": products(),
+        "h200-decode-bfloat16.json": cells(),
+        "generate-gpt3-6.7b.json": generation(),
+        "h200/experiments.json": experiments(),
+        "wafer/sweep.json": [{"rows": 1}],
+        "wafer/validate.json": {"failed": 0},
+    }
+    for name, content in files.items():
+        path = tmp_path / "results" / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(json.dumps(content))
+    return tmp_path / "results"
+
+
+class Images(HTMLParser):
+    def __init__(self, text: str):
+        super().__init__()
+        self.sources: list[str] = []
+        self.feed(text)
+
+    def handle_starttag(self, tag: str, attributes: list) -> None:
+        if tag == "img":
+            found = dict(attributes)
+            assert found["alt"]
+            self.sources.append(found["src"])
+        assert tag not in ("script", "link")
+
+
+def test_every_section_has_its_figures(folder, tmp_path, capsys):
+    out = tmp_path / "report"
+    assert main(["report", f"--results={folder}", f"--out={out}"]) == 0
+    assert "report.html" in capsys.readouterr().out
+    html, markdown = (out / "report.html").read_text(), (out / "report.md").read_text()
+    assert NOT_YET not in html and NOT_YET not in markdown
+    images = Images(html).sources
+    assert all(source.startswith("data:image/png;base64,") for source in images)
+    pictures = {path.name for path in out.glob("*.png")}
+    assert len(images) == len(pictures)
+    assert all(f"]({name})" in markdown for name in pictures)
+    assert all((out / name).stat().st_size > 5000 for name in pictures)
+    assert "NVIDIA H200, gpt3-6.7b, torch 2.11.0, commit 0123456789." in markdown
+
+
+def test_each_file_is_read_as_what_it_is(folder):
+    results = {result.path.name: result for result in load.load(folder)}
+    assert {name: result.kind for name, result in results.items()} == {
+        "a-cpu.json": load.PRODUCTS,
+        "h200-decode-bfloat16.json": load.CELLS,
+        "generate-gpt3-6.7b.json": load.GENERATION,
+        "experiments.json": load.EXPERIMENTS,
+    }
+    assert results["experiments.json"].title == "h200"
+    # A kernel that is wrong is nobody's best.
+    assert {record["kernel"] for record in results["h200-decode-bfloat16.json"].records} == {
+        "stream"
+    }
+
+
+def test_arms_of_experiments_stand_beside_dense(folder):
+    (result,) = [r for r in load.load(folder) if r.kind == load.EXPERIMENTS]
+    found = {section.title: section.parts for section in sections([result])}
+    ((speeds,), (losses,)) = found["Training"], found["Loss against wall-clock"]
+    assert [row[-1] for row in speeds.rows] == ["1.33", "1.60", "1.82"]
+    assert losses.rows == [
+        ["dense", "2.0000", "1.00x", "200.0", "-"],
+        ["50% sparse", "2.1250", "2.00x", "150.0", "-"],
+        ["75% sparse", "2.1875", "4.00x", "125.0", "3.0000"],
+        ["90% sparse", "2.2250", "10.00x", "110.0", "-"],
+    ]
+
+
+def test_what_is_not_measured_says_so(tmp_path):
+    (tmp_path / "a-cpu.json").write_text(json.dumps(products(ceilings={})))
+    found = {section.title: section.parts for section in sections(load.load(tmp_path))}
+    assert not found["Roofline"] and not found["Loss against wall-clock"]
+    assert found["Speed-up against sparsity"] and found["Crossover map"] and found["Training"]
+    assert page.as_markdown(sections([])).count(NOT_YET) == len(found)
+
+
+def test_means_are_of_the_same_shapes(tmp_path):
+    """A shape that was run at one sparsity alone is in no curve."""
+    result = products()
+    result["benchmarks"].append(product("spmm", 256, 0.75, 1, N=8192, speedup=1e6))
+    (tmp_path / "a-cpu.json").write_text(json.dumps(result))
+    (only,) = load.load(tmp_path)
+    from sparsekern.report.sections import by_pass
+
+    ((_, passes),) = by_pass(only)
+    assert all(record["N"] == 768 for record in passes["forward"])
+
+
+def test_mistakes_are_named(tmp_path, capsys):
+    assert main(["report", f"--results={tmp_path / 'none'}", f"--out={tmp_path}"]) == 2
+    assert "none does not exist" in capsys.readouterr().err
+    (tmp_path / "bad.json").write_text("{")
+    assert main(["report", f"--results={tmp_path}", f"--out={tmp_path}"]) == 2
+    assert "bad.json is not JSON" in capsys.readouterr().err

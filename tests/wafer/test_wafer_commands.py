@@ -1,0 +1,243 @@
+"""python -m sparsekern wafer: what each command prints, writes and refuses."""
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+
+from sparsekern import sparsify_
+from sparsekern.cli import main
+from sparsekern.commands import wafer, wafer_masks
+from sparsekern.gpt.train import TrainConfig, build_model, train
+from sparsekern.sparsity import Static
+from sparsekern.wafer.machine import WSE2
+from sparsekern.wafer.sensitivity import sensitivity
+from sparsekern.wafer.shapes import gpt_shape
+from sparsekern.wafer.validation.points import ratio_point
+from sparsekern.wafer.validation.validate import Validation
+
+RESULTS = Path(__file__).parents[2] / "bench" / "results"
+
+
+def run(capsys, *arguments: str) -> str:
+    assert main(["wafer", *arguments]) == 0
+    return capsys.readouterr().out
+
+
+def error_line(capsys, *arguments: str) -> str:
+    assert main(["wafer", *arguments]) == 2
+    printed = capsys.readouterr()
+    assert printed.err.count("\n") == 1
+    return printed.err
+
+
+def test_predict_prints_the_step_its_terms_and_its_doubts(capsys, tmp_path):
+    file = tmp_path / "numbers.json"
+    out = run(capsys, "predict", "--sources", "--json", str(file))
+    for text in ("gpt3-xl on 1 x wse2", "speed-up 2.", "Amdahl cap", "activations: recompute"):
+        assert text in out
+    for text in ("weight gradient", "reduction", "imbalance", "I/O in", "inference, weights resi"):
+        assert text in out
+    assert "Absolute time not validated" in out
+    assert "second-hand" in out and "assumed" in out and "Argonne documentation" in out
+    numbers = json.loads(file.read_text())
+    assert numbers["absolute_time"] == "not validated"
+    assert 1 < numbers["speedup"] < numbers["amdahl_cap"] < 4
+    assert numbers["machine"]["clock_hz"]["source"]
+    assert len(numbers["sparse"]["layers"]) == 5 * 3
+
+
+def test_predict_takes_a_shape_a_machine_and_systems(capsys):
+    out = run(capsys, "predict", "--width=1024", "--layers=2", "--machine=wse3", "--systems=4")
+    assert "gpt3-xl, changed on 4 x wse3" in out
+    assert "bound by" in run(capsys, "predict", "--model=gpt2-small", "--batch=1")
+
+
+def test_predict_mistakes(capsys):
+    assert "sparsity: expected 0 <= sparsity < 1, got 1.0" in error_line(
+        capsys, "predict", "--sparsity=1"
+    )
+    assert "machine: expected one of" in error_line(capsys, "predict", "--machine=wse9")
+    assert "model: expected one of" in error_line(capsys, "predict", "--model=gpt9")
+    assert "column_groups: expected at most 750" in error_line(
+        capsys, "predict", "--column-groups=1000"
+    )
+    assert "checkpoint: none.pt does not exist" in error_line(
+        capsys, "predict", "--checkpoint=none.pt"
+    )
+    for flag in ("batch", "layers", "systems"):
+        message = error_line(capsys, "predict", f"--{flag}=0")
+        assert f"{flag}: expected at least 1, got 0" in message
+    assert "batch: expected at least 1, got 0" in error_line(capsys, "sweep", "--batch=0")
+
+
+def test_predict_reads_the_masks_of_a_checkpoint(capsys, tmp_path):
+    (tmp_path / "text.txt").write_text("".join(f"{i} green bottles.\n" for i in range(200)))
+    train(
+        TrainConfig(
+            data=str(tmp_path / "text.txt"),
+            out=str(tmp_path / "run"),
+            sparsity=0.75,
+            layers=2,
+            heads=2,
+            width=32,
+            context=16,
+            batch=2,
+            steps=2,
+            threads=1,
+        )
+    )
+    capsys.readouterr()
+    path = tmp_path / "run" / "checkpoint.pt"
+    shape, weights = wafer_masks.checkpoint_weights(path)
+    assert (shape.layers, shape.width, shape.sequence, len(weights)) == (2, 32, 16, 8)
+    assert all(w.mask is not None and abs(w.density - 0.25) < 0.01 for w in weights)
+    assert {(w.n, w.k) for w in weights} == set(shape.matrices.values())
+    assert sum(w.n * w.k for w in weights) == shape.linear_fma
+    out = run(capsys, "predict", f"--checkpoint={path}", "--batch=64")
+    assert "run on 1 x wse2" in out and "blocks" not in out and "0.250" in out
+
+
+def test_masks_of_modules_are_their_patterns():
+    config = TrainConfig(layers=1, heads=2, width=32, context=8)
+    model = build_model(config, 256)
+    dense = [wafer_masks._mask(m) for m in model.blocks.modules()]
+    assert all(mask.density == 1 for mask in dense if mask is not None)
+    sparsify_(model, Static(0.5))
+    for module in model.blocks.modules():
+        mask = wafer_masks._mask(module)
+        if mask is not None:
+            kept = torch.zeros(mask.shape, dtype=torch.bool)
+            rows = torch.arange(mask.shape[0]).repeat_interleave(
+                torch.from_numpy(mask.row_offsets).diff()
+            )
+            kept[rows, torch.from_numpy(mask.col_indices)] = True
+            assert torch.equal(kept, module.to_linear().weight != 0)
+
+
+def test_sweep_lists_every_combination(capsys, tmp_path):
+    file = tmp_path / "rows.json"
+    out = run(
+        capsys,
+        *("sweep", "--models", "gpt2-small", "gpt3-xl", "--sparsities", "0", "0.5", "0.9"),
+        *("--machines", "wse2", "wse3", "--systems", "1", "16", "--json", str(file)),
+    )
+    assert out.count("| wse2 ") == out.count("| wse3 ") == 12
+    rows = json.loads(file.read_text())
+    assert len(rows) == 24
+    for row in rows:
+        assert 1 <= row["speedup"] <= row["amdahl_cap"] * (1 + 1e-9)
+        assert row["systems"] * 128 == row["batch"]
+
+
+def test_sweep_draws_its_plots(capsys, tmp_path):
+    pytest.importorskip("matplotlib")
+    out = run(capsys, "sweep", "--models", "gpt3-xl", "--plots", str(tmp_path))
+    names = {path.name for path in tmp_path.iterdir()}
+    assert names == {
+        "speedup.png",
+        "roofline.png",
+        "imbalance.png",
+        "stacked-time-gpt3-xl.png",
+        "total-cost-gpt3-xl.png",
+    }
+    assert all(path.read_bytes().startswith(b"\x89PNG") for path in tmp_path.iterdir())
+    assert out.count("wrote ") == 5
+
+
+def test_validate_fails_where_a_point_must_hold(capsys, monkeypatch, tmp_path):
+    wrong = ratio_point("V01", "A", "wrong", 2.0, 2.5, 0.01, "nowhere")
+    held = ratio_point("V14", "B", "right", 2.5, 2.5, 0.01, "nowhere")
+    held = type(held)(**{**vars(held), "held_out_errors": (0.0, 0.0)})
+    for points, code in (([held], 0), ([held, wrong], 1)):
+        monkeypatch.setattr(
+            wafer.validate, "validate", lambda data, points=points: Validation(points, [held])
+        )
+        assert main(["wafer", "validate", f"--json={tmp_path / 'v.json'}"]) == code
+        failed = [point.id for point in points if point is wrong]
+        assert json.loads((tmp_path / "v.json").read_text())["failed"] == failed
+        assert ("none." in capsys.readouterr().out) == (code == 0)
+
+
+def test_compare_lists_measurements_beside_predictions(capsys, tmp_path):
+    results = sorted(RESULTS.glob("*16-threads.json"))
+    file = tmp_path / "pairs.json"
+    out = run(
+        capsys,
+        *("compare", "--match", "3072x768", "--json", str(file), "--results", *map(str, results)),
+    )
+    assert "spmm 3072x768, 1024 tokens, float32, 16 threads" in out and "actual" in out
+    for pair in json.loads(file.read_text()):
+        assert 1 <= pair["same"] and 1 <= pair["full"] and pair["measured"] > 0
+        assert max(pair["same"], pair["full"]) <= pair["flop_ratio"] * 1.0001
+        if pair["what"].startswith("spmm ") and pair["sparsity"] == 0.5:
+            # Few tokens wait for the stream: index and value are as many bytes as dense values.
+            assert pair["same"] == pytest.approx(1) and pair["full"] > 1.5
+
+
+def test_compare_takes_training_steps(capsys):
+    results = sorted(RESULTS.glob("*2-cores-avx512-2026-11-24.json"))
+    out = run(capsys, "compare", "--match", "train_step", "--results", *map(str, results))
+    assert "train_step demo, 1024 tokens, 1 threads" in out
+
+
+def test_compare_takes_products_of_a_gpu(capsys, tmp_path, monkeypatch):
+    """Those of our kernels that are right. By default, all results in bench/results are read and
+    other files are left out."""
+    ways = {
+        name: {"kind": kind, "is_right": is_right, "median_s": 1.0}
+        for name, kind, is_right in (
+            ("F.linear cublas", "dense", True),
+            ("stream", "ours", True),
+            ("triton", "ours", False),
+            ("torch CSR", "peer", True),
+        )
+    }
+    cell = {"op": "spmm", "M": 8, "N": 96, "K": 64, "nnz": 1536, "sparsity": 0.75}
+    cell |= {"mask": "random", "dtype": "torch.bfloat16", "ways": ways}
+    cell["speedups"] = {"stream": 2.0, "triton": 3.0, "torch CSR": 4.0}
+    folder = tmp_path / "bench" / "results"
+    folder.mkdir(parents=True)
+    (folder / "gpu.json").write_text(json.dumps({"cells": [cell]}))
+    (folder / "other.json").write_text("[]")
+    monkeypatch.chdir(tmp_path)
+    out = run(capsys, "compare", "--json=pairs.json")
+    assert "spmm 96x64, 8 tokens, bfloat16, stream, cold" in out
+    pairs = json.loads(Path("pairs.json").read_text())
+    assert [pair["measured"] for pair in pairs] == [2.0]
+    assert pairs[0]["mask"] == "of its density" and 1 <= pairs[0]["full"] <= 4.0001
+
+
+def test_compare_refuses_other_files(capsys, tmp_path):
+    (tmp_path / "x.json").write_text("[]")
+    message = error_line(capsys, "compare", "--results", str(tmp_path / "x.json"))
+    assert "results: " in message and "is not a result of bench/run.py" in message
+    assert "none.json does not exist" in error_line(capsys, "compare", "--results", "none.json")
+    some = str(next(RESULTS.glob("*16-threads.json")))
+    message = error_line(capsys, "compare", "--match=nothing", "--results", some)
+    assert "match: no measurement has 'nothing' in its name" in message
+
+
+def test_a_benchmark_mask_is_the_measured_one():
+    workload = {"N": 96, "K": 64, "sparsity": 0.75, "mask": "random"}
+    mask = wafer_masks.benchmark_mask(workload)
+    assert mask.shape == (96, 64) and mask.nnz == 96 * 64 // 4
+    assert wafer_masks.benchmark_mask(workload | {"mask": "pruned"}) is None
+
+
+def test_sensitivity_ranks_its_inputs(capsys, tmp_path):
+    out = run(capsys, "sensitivity", "--model=gpt2-small")
+    assert "clock_hz" in out and "utilisation" in out and "###" in out
+    swings = sensitivity(WSE2, gpt_shape("gpt3-xl"), 0.25, 128)
+    widths = [swing.width for swing in swings]
+    assert widths == sorted(widths, reverse=True)
+    clock = next(swing for swing in swings if swing.name == "clock_hz")
+    assert clock.step_low == pytest.approx(0.25, abs=0.01)  # a clock 20% lower
+    assert abs(clock.speedup_low) < 0.01
+
+
+def test_sensitivity_draws_its_bars(capsys, tmp_path):
+    pytest.importorskip("matplotlib")
+    assert "wrote " in run(capsys, "sensitivity", "--plots", str(tmp_path))
+    assert (tmp_path / "sensitivity.png").exists()
