@@ -106,7 +106,7 @@ def test_infinities_reach_what_a_stored_value_connects(n, k, layout, dtype, nan_
     for m in (1, 2, 4, 8, 16, 30, 64):
         x = tokens_with_infinities(m, k, dtype)
         for b in (bias, None):
-            check_stored(cuda.spmm_packed(x, packed, b), x, w, mask, b)
+            check_stored(cuda_rows.spmm_packed(x, packed, b), x, w, mask, b)
         assert not packed.arrived.any()
 
 
@@ -116,7 +116,7 @@ def test_infinities_without_warpgroups(nan_memory, emulated_cuda):  # noqa: F811
     emulated_cuda.warpgroups(False)
     for m in (5, 30, 64):
         x = tokens_with_infinities(m, 1031, torch.bfloat16)
-        check_stored(cuda.spmm_packed(x, packed, bias), x, w, mask, bias)
+        check_stored(cuda_rows.spmm_packed(x, packed, bias), x, w, mask, bias)
 
 
 @layouts
