@@ -54,11 +54,7 @@ def outputs_in_step(
 def windowed_imbalance(
     parts: int, k_per_part: float, density: float, outputs: int, window: int
 ) -> float:
-<<<<<<< HEAD
-    """Imbalance of columns of PEs, each with `k_per_part` inputs, that step through the outputs."""
-=======
     """Imbalance of columns of PEs that each own `k_per_part` inputs, over steps of outputs."""
->>>>>>> main
     if window < 1:
         raise ValueError(f"window: expected at least 1 output, got {window}")
     in_step = outputs_in_step(parts, k_per_part, density, outputs, window)
