@@ -26,7 +26,7 @@ _CONVERT = {torch.bfloat16: Tensor.bfloat16, torch.float16: Tensor.half}  # 0.5 
 
 
 class _Casts(dict):
-    """Of one device and context: by the id of a parameter, what was cast and its cast."""
+    """Casts of one device and context: by the id of a parameter, what was cast and its cast."""
 
 
 _stores: dict[int, weakref.ref] = {}  # by the number of the device
