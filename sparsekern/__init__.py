@@ -3,13 +3,23 @@
 y[M, N] = x[M, K] @ W[N, K].T        M tokens, N out_features, K in_features
 """
 
-# These register what torch's functions do with a SparseTensor.
-from .matmul import explain, linear, matmul
-from .nn import SparseLinear, densify_, parameter_groups, sparsify_
-from .sparsity import Static
-from .surface import contractions, elementwise, functions  # noqa: F401
-from .surface.products import sddmm
-from .tensor import SparseTensor
+import sys
+from importlib import import_module
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from .public import (
+        SparseLinear,
+        SparseTensor,
+        Static,
+        densify_,
+        explain,
+        linear,
+        matmul,
+        parameter_groups,
+        sddmm,
+        sparsify_,
+    )
 
 __version__ = "0.1.0"
 
@@ -25,3 +35,19 @@ __all__ = [
     "sddmm",
     "sparsify_",
 ]
+
+
+def _load() -> None:
+    """Import torch and all public names, and register what torch's functions do with them."""
+    public = import_module(".public", __name__)
+    globals().update({name: getattr(public, name) for name in __all__})
+
+
+def _runs_as_command() -> bool:
+    """Whether Python is at `python -m sparsekern`, which parses its arguments before it loads."""
+    words = sys.orig_argv
+    return sys.argv[:1] == ["-m"] and ("-m", __name__) in zip(words, words[1:], strict=False)
+
+
+if not _runs_as_command():
+    _load()

@@ -12,7 +12,7 @@ PACKAGE = Path(__file__).parents[1] / "sparsekern"
 # `wafer` stands alone and imports no torch.
 CORE = ["extras", "terminal", "files", "indices", "conversions", "tensor", "sparse_sparse"]
 CORE += ["kernels", "flop_formulas", "registered", "ops", "casts", "matmul", "surface"]
-CORE += ["nn", "weights", "sparsity", "gpt"]
+CORE += ["nn", "weights", "sparsity", "public", "gpt"]
 ROOMS = [*CORE, "wafer", "bench", "report", "commands", "cli"]
 TOP = ["cli", "__main__"]
 BESIDE = {

@@ -1,1 +1,5 @@
 """The commands of `python -m sparsekern`, one file each."""
+
+from pathlib import Path
+
+BENCH_OUT = Path("out/bench.json")

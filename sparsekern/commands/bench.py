@@ -1,6 +1,5 @@
 """python -m sparsekern bench [compare]"""
 
-import argparse
 import json
 import warnings
 from pathlib import Path
@@ -11,31 +10,7 @@ from ..bench import calibrate as calibrating
 from ..bench import compare, measure, noise
 from ..files import atomic_write
 from ..gpt.progress import Progress
-
-OUT = Path("out/bench.json")
-
-
-def add_commands(parser: argparse.ArgumentParser) -> None:
-    parser.set_defaults(run=run_bench)
-    parser.add_argument("--quick", action="store_true", help="one small shape, few rounds")
-    parser.add_argument("--device", choices=("cpu", "cuda"), help="cuda where there is one")
-    parser.add_argument(
-        "--calibrate",
-        action="store_true",
-        help="measure from which density on dense is faster, for dispatch to use from now on",
-    )
-    parser.add_argument(
-        "--out", type=Path, help=f"JSON ({OUT}; with --calibrate beside what dispatch reads)"
-    )
-    parser.add_argument("--commit", help="where there is no repository")
-    commands = parser.add_subparsers(dest="bench_command")
-    added = commands.add_parser("compare", help="fails where NEW is slower than OLD")
-    added.set_defaults(run=run_compare)
-    added.add_argument("old", type=Path)
-    added.add_argument("new", type=Path)
-    added.add_argument(
-        "--threshold", type=float, default=0.1, help="share that is no regression (%(default)s)"
-    )
+from . import BENCH_OUT
 
 
 def run_bench(
@@ -49,7 +24,7 @@ def run_bench(
     if calibrate:
         print(calibrating.calibrate(device, quick, out))
         return
-    out = out or OUT
+    out = out or BENCH_OUT
     benchmarks = measure.measure(device, quick)
     result = next(benchmarks)
     if commit:

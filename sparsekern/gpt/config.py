@@ -2,14 +2,14 @@
 
 import math
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, fields
 from pathlib import Path
 
 from .. import sparsity as algorithms
 from ..sparsity import Algorithm, Group
 from .checkpoint import CHECKPOINT, about, checkpoint_file, load_checkpoint
-from .data import TOKENIZERS
-from .distributed import PARALLEL, check_device
+from .distributed import check_device
+from .flags import TrainFlags
 from .model import GPTConfig
 
 # Of a pattern that changes during training: shares of all steps, as published configs have them.
@@ -34,11 +34,6 @@ MOST_THREADS = 1024  # of many more a process dies without a word
 OF_SPARSITY = ("algorithm", "init_method", "distribution")  # nothing without a sparsity
 
 
-def flag(default: object, text: str, **argument: object) -> object:
-    """A field that is also a command-line flag."""
-    return field(default=default, metadata={"help": text, **argument})
-
-
 def check_method(algorithm: object) -> None:
     if isinstance(algorithm, str) and algorithm.lower() in NEED_TEXT:
         raise ValueError(
@@ -61,48 +56,7 @@ def check_sparsity(value: float) -> None:
 
 
 @dataclass(frozen=True)
-class TrainConfig:
-    data: str = flag(
-        "stdlib", "shakespeare, stdlib, packages (what is installed), a file or a folder"
-    )
-    tokenizer: str = flag("bytes", "how text becomes tokens", choices=TOKENIZERS)
-    vocab_size: int = flag(2048, "vocabulary of the bpe tokenizer")
-    sparsity: float = flag(0.0, "share of zeros in the linear layers of the blocks, 0 = dense")
-    algorithm: str = flag(
-        "static", "how the zeros are chosen: static, gmp, set, rigl, iterative, magnitude"
-    )
-    init_method: str = flag(
-        "random", "which weights stay at first", choices=("random", "magnitude")
-    )
-    distribution: str = flag(
-        "uniform", "of the zeros over the layers", choices=("uniform", "erk", "global")
-    )
-    sparsity_config: str = flag("", "YAML or JSON file with a `sparsity` block, for all the rest")
-    init_from: str = flag("", "start from the weights of this run (its folder or checkpoint.pt)")
-    dense: bool = flag(False, "with --init-from: all weights dense, the absent ones from zero")
-    optimizer_state: str = flag("reset", "with --init-from", choices=("reset", "keep"))
-    layers: int = flag(4, "number of blocks")
-    heads: int = flag(8, "attention heads")
-    width: int = flag(512, "size of the residual stream")
-    context: int = flag(128, "tokens that the model sees")
-    batch: int = flag(8, "sequences per step, of all processes together")
-    steps: int = flag(200, "optimizer steps in all")
-    lr: float = flag(6e-4, "highest learning rate")
-    seed: int = flag(0, "fixes weights, zeros and batches")
-    threads: int = flag(0, "CPU threads, 0 = torch's own choice")
-    device: str = flag("cpu", "cpu or cuda")
-    dtype: str = flag(
-        "float32", "of the products; weights are float32", choices=("float32", "bfloat16")
-    )
-    parallel: str = flag("none", "under torchrun", choices=PARALLEL)
-    out: str = flag("out/train", "folder for checkpoint.pt and metrics.json")
-    resume: bool = flag(
-        False, "continue from OUT/checkpoint.pt; other flags come from there; more steps lengthen"
-    )
-    eval_every: int = flag(50, "steps between evaluations")
-    eval_batches: int = flag(4, "batches of an evaluation")
-    checkpoint_every: int = flag(50, "steps between checkpoints")
-
+class TrainConfig(TrainFlags):
     def __post_init__(self) -> None:
         for name in AT_LEAST_ONE:
             if getattr(self, name) < 1:

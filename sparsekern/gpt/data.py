@@ -13,6 +13,7 @@ from torch import Tensor
 
 from ..extras import require
 from ..files import atomic_write
+from .flags import TOKENIZERS
 
 TEXT_SUFFIXES = (".md", ".py", ".txt")
 VALIDATION_SHARE = 0.1
@@ -98,7 +99,6 @@ def _chunks(text: str) -> list[str]:
 
 
 Tokenizer = ByteTokenizer | BPETokenizer
-TOKENIZERS = (ByteTokenizer.name, BPETokenizer.name)
 
 
 def make_tokenizer(name: str, text: str, vocab_size: int) -> Tokenizer:

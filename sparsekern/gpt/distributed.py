@@ -11,7 +11,8 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-PARALLEL = ("none", "ddp", "fsdp")
+from .flags import PARALLEL
+
 MOMENTS = ("step", "exp_avg", "exp_avg_sq")  # of AdamW
 
 

@@ -16,39 +16,19 @@ from ..sparsity import Magnitude, SparseGPT, Wanda
 from ..sparsity.gradual import round_sparsity
 from ..sparsity.pattern import places_of
 from .checkpoint import CHECKPOINT, checkpoint_file, load_checkpoint, save_checkpoint
-from .config import FROM_SOURCE, TrainConfig, flag, saved_config
+from .config import FROM_SOURCE, TrainConfig, saved_config
+from .flags import PRUNE_METHODS, PruneFlags
 from .flops import flop_ratio
 from .train import Run
 
-METHODS = {"magnitude": Magnitude, "wanda": Wanda, "sparsegpt": SparseGPT}
+METHODS = dict(zip(PRUNE_METHODS, (Magnitude, Wanda, SparseGPT), strict=True))
 TABLE = "prune.json"
 FROM_RUN = ("data", "batch", "threads", "device", "dtype", "eval_batches")
 LATENCY_ROUNDS = 9
 
 
 @dataclass(frozen=True)
-class PruneConfig:
-    source: str = flag("", "training run to prune (its folder or checkpoint.pt)")
-    target: float = flag(0.838, "sparsity of the blocks' linear layers after the last round")
-    steps: int = flag(1000, "optimizer steps of recovery, of all rounds together")
-    rounds: int = flag(4, "each removes the same share of what is left; 1 is one-shot")
-    targets: str = flag("", "sparsities after each round, as 0.5,0.75, in place of the last two")
-    method: str = flag("magnitude", "how weights are chosen", choices=tuple(METHODS))
-    distribution: str = flag("uniform", "over the layers", choices=("uniform", "erk", "global"))
-    lr: float = flag(2e-4, "highest learning rate of each round")
-    rewind: str = flag("", "after pruning, weights go back to those of this dense run")
-    calibration: int = flag(4, "batches of training text for wanda and sparsegpt")
-    data: str = flag("", "text (that of the run)")
-    batch: int = flag(0, "sequences per step (that of the run)")
-    device: str = flag("", "cpu or cuda (that of the run)")
-    dtype: str = flag("", "float32 or bfloat16 (that of the run)")
-    threads: int = flag(0, "CPU threads (those of the run)")
-    eval_batches: int = flag(0, "batches of an evaluation (those of the run)")
-    seed: int = flag(0, "fixes the batches")
-    out: str = flag(
-        "out/prune", "folder for the pruned model and prune.json; continues after its last round"
-    )
-
+class PruneConfig(PruneFlags):
     def __post_init__(self) -> None:
         if not 0 < self.target < 1:
             hint = f"; did you mean {self.target / 100:g}?" if 1 < self.target < 100 else ""

@@ -9,9 +9,10 @@ from pathlib import Path
 import pytest
 import torch
 
-from sparsekern import cli
 from sparsekern.cli import main
-from sparsekern.gpt import demo
+from sparsekern.commands import train as train_command
+from sparsekern.gpt import demo, flags, presets
+from sparsekern.gpt.data import BPETokenizer, ByteTokenizer
 from sparsekern.gpt.train import CHECKPOINT, METRICS, load_model
 
 TEXT = "".join(f"{i} bottles of beer on the wall, {i} bottles of beer.\n" for i in range(99, 0, -1))
@@ -119,7 +120,7 @@ def test_every_error_is_one_line(tiny, capsys, monkeypatch, error, code, line):
     def fail(config):
         raise error
 
-    monkeypatch.setattr(cli, "train", fail)
+    monkeypatch.setattr(train_command, "train", fail)
     monkeypatch.delenv("SPARSEKERN_DEBUG", raising=False)
     assert main(tiny) == code
     printed = capsys.readouterr().err
@@ -371,3 +372,27 @@ def test_demo_end_to_end_in_miniature(tmp_path, capfd, monkeypatch):
     assert "one step, dense and sparse in turn" in report
     files = {"report.md", "speedup.png", "loss.png", "dense", "sparse"}
     assert {path.name for path in tmp_path.iterdir()} == files
+
+
+@pytest.mark.parametrize(
+    ("arguments", "code"),
+    [
+        (["--help"], 0),
+        (["train", "--help"], 0),
+        (["wafer", "predict", "--help"], 0),
+        (["bench", "compare", "--help"], 0),
+        (["train", "--steps=many"], 2),
+        (["no-command"], 2),
+    ],
+)
+def test_help_and_usage_errors_import_no_torch(arguments, code):
+    command = [sys.executable, "-X", "importtime", "-m", "sparsekern", *arguments]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode == code
+    imported = {line.rpartition("|")[2].strip() for line in done.stderr.splitlines()}
+    assert "sparsekern.cli" in imported and "torch" not in imported
+
+
+def test_the_names_that_the_parser_knows_are_those_there_are():
+    assert flags.PRESET_NAMES == tuple(presets.PRESETS)
+    assert flags.TOKENIZERS == (ByteTokenizer.name, BPETokenizer.name)

@@ -15,7 +15,7 @@ from sparsekern.gpt.checkpoint import load_checkpoint, save_checkpoint
 from sparsekern.gpt.generate import Decoder, generate
 from sparsekern.gpt.model import GPT, Cache, GPTConfig
 from sparsekern.gpt.presets import PRESETS, UniformMask, for_inference, random_gpt
-from sparsekern.gpt.train import CHECKPOINT
+from sparsekern.gpt.train import CHECKPOINT, load_model
 
 TINY = GPTConfig(n_layer=2, n_head=2, n_embd=32, block_size=16, vocab_size=256)
 
@@ -306,7 +306,7 @@ def test_mistakes(run, checkpoint, tmp_path):
 def test_bench_needs_a_sparse_checkpoint(run, checkpoint):
     path = Path(checkpoint.partition("=")[2])
     state = load_checkpoint(path)
-    model = densify_(cli.load_model(path)[0])
+    model = densify_(load_model(path)[0])
     state["config"]["sparsity"], state["model"] = 0.0, model.state_dict()
     save_checkpoint(path, state)
     assert "expected a sparse model" in run(checkpoint, "--bench")

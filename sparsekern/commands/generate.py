@@ -1,0 +1,103 @@
+"""python -m sparsekern generate"""
+
+import copy
+import sys
+import time
+from pathlib import Path
+
+import torch
+
+from ..gpt import speed
+from ..gpt.config import MOST_SEED, check_sparsity
+from ..gpt.data import ByteTokenizer, Tokenizer
+from ..gpt.generate import generate
+from ..gpt.model import GPT
+from ..gpt.presets import PRESETS, for_inference, random_gpt
+from ..gpt.train import load_model
+from ..nn import SparseLinear, densify_
+from ..report import demo as demo_report
+
+
+def run_generate(
+    checkpoint: Path | None,
+    preset: str | None,
+    random_weights: bool,
+    sparsity: float | None,
+    prompt: str,
+    tokens: int,
+    batch: int,
+    device: str | None,
+    dtype: str | None,
+    bench: bool,
+    **sampling,
+) -> None:
+    if tokens < 1 or batch < 1 or not prompt:
+        raise ValueError(
+            "generate: expected a prompt, tokens >= 1 and batch >= 1, "
+            f"got prompt {prompt!r}, tokens {tokens}, batch {batch}"
+        )
+    if not 0 <= sampling["seed"] <= MOST_SEED:
+        raise ValueError(f"seed: expected 0 to {MOST_SEED}, got {sampling['seed']}")
+    place = chosen_device(device)
+    kind = getattr(torch, dtype or ("bfloat16" if place.type == "cuda" else "float32"))
+    if checkpoint:
+        if random_weights or sparsity is not None:
+            raise ValueError("checkpoint: its weights and zeros stay, give no others")
+        models, tokenizer = trained_models(checkpoint, place, kind, batch, bench)
+    else:
+        if not random_weights:
+            raise ValueError(f"preset: {preset} has no trained weights here, add --random-weights")
+        seed = sampling["seed"]
+        models = random_models(preset, sparsity or 0.0, place, kind, seed, batch, bench)
+        tokenizer = ByteTokenizer()
+    idx = tokenizer.encode(prompt)[None].long().repeat(batch, 1).to(place)
+    if bench:
+        print(demo_report.generation_section(speed.compare(models, idx, tokens, **sampling)))
+        return
+    began = time.perf_counter()
+    texts = generate(models["sparse"], idx, tokens, **sampling).tolist()
+    took_s = time.perf_counter() - began
+    for ids in texts:
+        # What random weights choose is no text.
+        print(tokenizer.decode(ids) if checkpoint else " ".join(map(str, ids)), end="\n\n")
+    print(f"{batch} x {tokens} tokens in {took_s:.2f} s, after loading", file=sys.stderr)
+
+
+def chosen_device(name: str | None) -> torch.device:
+    count = torch.cuda.device_count()
+    gpus = ["cuda", *(f"cuda:{i}" for i in range(count))] if count else []
+    if name not in (None, "cpu", *gpus):
+        raise ValueError(f"device: expected one of {', '.join(['cpu', *gpus])}, got {name!r}")
+    return torch.device(name or ("cuda" if count else "cpu"))
+
+
+def trained_models(
+    path: Path, device: torch.device, dtype: torch.dtype, batch: int, with_dense: bool
+) -> tuple[dict[str, GPT], Tokenizer]:
+    model, tokenizer = load_model(path)
+    models = {}
+    if with_dense:
+        if not any(isinstance(module, SparseLinear) for module in model.modules()):
+            raise ValueError(f"bench: expected a sparse model, {path} is dense")
+        models["dense"] = densify_(copy.deepcopy(model)).to(device, dtype)
+    models["sparse"] = for_inference(model.to(device, dtype), batch)
+    return models, tokenizer
+
+
+def random_models(
+    preset: str,
+    sparsity: float,
+    device: torch.device,
+    dtype: torch.dtype,
+    seed: int,
+    batch: int,
+    with_dense: bool,
+) -> dict[str, GPT]:
+    check_sparsity(sparsity)
+    models = {}
+    if with_dense:
+        if not sparsity:
+            raise ValueError("bench: expected a sparse model, give a sparsity above 0")
+        models["dense"] = random_gpt(PRESETS[preset], 0.0, device, dtype, seed)
+    models["sparse"] = random_gpt(PRESETS[preset], sparsity, device, dtype, seed, batch)
+    return models

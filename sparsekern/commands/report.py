@@ -1,0 +1,11 @@
+"""python -m sparsekern report"""
+
+from pathlib import Path
+
+from ..extras import require
+from ..report import page
+
+
+def run_report(results: Path, out: Path) -> None:
+    require("matplotlib", "demo")
+    print(f"Wrote {', '.join(map(str, page.write(results, out)))}")

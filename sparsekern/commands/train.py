@@ -1,0 +1,18 @@
+"""python -m sparsekern train"""
+
+import os
+
+from ..gpt import distributed
+from ..gpt.train import config_from, resumed_config, train
+from ..report import demo as demo_report
+
+
+def run_train(**given) -> None:
+    try:
+        config = resumed_config(given) if given.get("resume") else config_from(given)
+        config.check_use(given)  # a flag at its default as well
+        result = train(config)
+    finally:
+        distributed.finish()
+    if result["sparsity"] and os.environ.get("RANK", "0") == "0":
+        print(f"wafer  {demo_report.wafer_line(result)}")
