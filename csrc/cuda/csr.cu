@@ -5,11 +5,11 @@
 // derived.py); here no access leaves its bounds whatever they hold: offsets are held to [0, nnz],
 // columns beyond K are passed over.
 #include "launch.cuh"
-#include "numbers.cuh"
+#include "mend.cuh"
 
 namespace sk {
 
-constexpr unsigned kCsrThreads = 256, kCsrWarps = kCsrThreads / kWarp;
+constexpr unsigned kCsrThreads = kMendThreads, kCsrWarps = kMendWarps;
 constexpr unsigned kCsrRowBytes = 48 * 1024;  // of shared memory
 
 // A row of W: entries [begin, end). Unsigned, as all that steps towards a bound near 2^31.
@@ -63,47 +63,7 @@ __device__ void collect(const int* row_offsets, const int* col_indices, const El
   }
 }
 
-// The floats of W, and what they are summed in.
-template <class T>
-struct Float {
-  using Element = unsigned short;
-  using Sum = float;
-  static __device__ float load(unsigned short value) { return Convert<T>::low(value); }
-  static __device__ unsigned short round(float sum) { return Convert<T>::round(sum); }
-};
-template <>
-struct Float<float> {
-  using Element = float;
-  using Sum = float;
-  static __device__ float load(float value) { return value; }
-  static __device__ float round(float sum) { return sum; }
-};
-template <>
-struct Float<double> {
-  using Element = double;
-  using Sum = double;
-  static __device__ double load(double value) { return value; }
-  static __device__ double round(double sum) { return sum; }
-};
-
 constexpr unsigned kMendColumns = 4096;  // of a sum that is in shared memory
-
-// Which of the kCsrWarps tokens of this block have an infinity or NaN in their result: where W was
-// written out, one such x times a zero of W spoils all of a token's results, the first one too. To
-// `spoilt`, in shared memory.
-template <class T>
-__device__ void find_spoilt(const typename Float<T>::Element* y, unsigned tokens, int width,
-                            int* spoilt) {
-  const unsigned token = blockIdx.x * kCsrWarps + threadIdx.x;
-  if (threadIdx.x < kCsrWarps) {
-    spoilt[threadIdx.x] = 0;
-    if (token < tokens) {
-      const auto first = Float<T>::load(y[static_cast<long long>(token) * width]);
-      spoilt[threadIdx.x] = !(first - first == 0);
-    }
-  }
-  __syncthreads();
-}
 
 // y [M, N] = x W^T + bias anew, of the tokens that find_spoilt() finds, from the stored values
 // alone. A warp sums a row.

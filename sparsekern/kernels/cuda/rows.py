@@ -46,7 +46,7 @@ from .pairs import MOST_WORDS, Pairs, most_words
 
 MOST_TOKENS = 64
 EXPAND_WARPS = 8
-CSR_THREADS, CSR_ROW_BYTES, CSR_COLUMNS = 256, 48 * 1024, 4096  # as in csr.cu
+CSR_THREADS, CSR_ROW_BYTES, CSR_COLUMNS = 256, 48 * 1024, 4096  # as in csr.cu and mend.cuh
 MOST_COLUMNS = 2**25  # the kernels count 64 rows of x in 32 bits
 MOST_ROWS = 2**30  # and W's, with those that fill a block up
 _TYPES = {torch.bfloat16: "bf16", torch.float16: "f16"}
@@ -68,7 +68,7 @@ def spmm_packed(x: Tensor, packed: Packed, bias: Tensor | None = None) -> Tensor
     """
     m = x.shape[0]
     if m > MOST_TOKENS or not _fits(packed, x):
-        return mm(x, expand(packed).t(), bias)
+        return _run_expanded(x, packed, bias)
     y = x.new_empty(m, packed.n)
     if y.numel() == 0:
         return y
@@ -82,6 +82,25 @@ def spmm_packed(x: Tensor, packed: Packed, bias: Tensor | None = None) -> Tensor
         _run_cover(x, packed, bias, y)
     else:
         _run_gather(x, packed, bias, y)
+    return y
+
+
+def _run_expanded(x: Tensor, packed: Packed, bias: Tensor | None) -> Tensor:
+    w = expand(packed)
+    y = mm(x, w.t(), bias)
+    if y.numel() == 0 or packed.nnz == w.numel():
+        return y
+    warps, device = CSR_THREADS // LANES, y.device.index
+    x = x.contiguous()
+    bias = None if bias is None else bias.contiguous()
+    cuda_library.function(f"sk_expand_mend_{_TYPES[y.dtype]}", device)(
+        (-(-x.shape[0] // warps), 1),
+        CSR_THREADS,
+        warps * 4,
+        cuda_library.current_stream(device),
+        *(0 if tensor is None else tensor.data_ptr() for tensor in (w, x, bias, y)),
+        *(*y.shape, packed.k),
+    )
     return y
 
 
@@ -171,7 +190,7 @@ def _start(
 
 
 def expand(packed: Packed) -> Tensor:
-    """W [N, K], dense; stored zeros and missing entries are both 0."""
+    """W [N, K], dense: a missing entry is +0, a stored zero -0."""
     w = torch.zeros(packed.n, packed.k, dtype=packed.dtype, device=packed.arrived.device)
     if packed.nnz == 0:
         return w

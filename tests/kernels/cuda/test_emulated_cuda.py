@@ -103,7 +103,7 @@ def test_infinities_reach_what_a_stored_value_connects(n, k, layout, dtype, nan_
     infinities of W take part."""
     w, mask, bias = weight_with_infinities(n, k, dtype)
     packed = packed_as(layout, SparseTensor.from_dense(w, mask))
-    for m in (1, 2, 4, 8, 16, 30, 64):
+    for m in (1, 2, 4, 8, 16, 30, 64, 70):
         x = tokens_with_infinities(m, k, dtype)
         for b in (bias, None):
             check_stored(cuda_rows.spmm_packed(x, packed, b), x, w, mask, b)
