@@ -105,7 +105,8 @@ check-gpu:
 sanitize-gpu:
 	PYTHON=$(PYTHON) tests/sanitize_gpu.sh
 
-# The CPU's table and plot in docs/benchmarks.md, then the page of all results. The demo trains weights to be pruned.
+# The CPU's table and plot in docs/benchmarks.md, then the page of all results. The demo trains
+# weights to be pruned.
 bench: $(VENV)/.installed-test out/dense/checkpoint.pt
 	$(BIN)/python bench/run.py
 	$(BIN)/python -m sparsekern report

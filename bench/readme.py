@@ -13,7 +13,8 @@ from typing import TYPE_CHECKING
 import pages
 
 from sparsekern.bench.records import select
-from sparsekern.report import COLOURS, MARKERS, table
+from sparsekern.report.demo import COLOURS, MARKERS
+from sparsekern.terminal import table
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure

@@ -26,7 +26,7 @@ _CONVERT = {torch.bfloat16: Tensor.bfloat16, torch.float16: Tensor.half}  # 0.5 
 
 
 class _Casts(dict):
-    """Of one device and context: by the id of a parameter, what was cast and its cast."""
+    """Casts of one device and context: by the id of a parameter, what was cast and its cast."""
 
 
 _stores: dict[int, weakref.ref] = {}  # by the number of the device
@@ -69,7 +69,13 @@ def _cast(t: Tensor, dtype: torch.dtype, stores: dict | None) -> Tensor:
             and kept.dtype is dtype
         ):
             return kept
-    if type(t) not in _PLAIN or not t.is_leaf or t._is_view() or _in_functorch():
+    if (
+        type(t) not in _PLAIN
+        or not t.is_leaf
+        or t._is_view()
+        or t.is_inference()  # no counter
+        or _in_functorch()
+    ):
         return _convert(t, dtype)
     if casts is None:
         casts = _begin(t.get_device(), t.device)

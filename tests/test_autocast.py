@@ -185,3 +185,12 @@ def test_more_dimensions(layer):
     with torch.autocast("cpu", BF16):
         for part in x:
             assert_right(layer, part)
+
+
+def test_a_layer_from_inference_mode(x):
+    """Its parameters want gradients, and count no writes."""
+    with torch.inference_mode(), torch.autocast("cpu", BF16):
+        layer = SparseLinear(6, 5, *random_csr(5, 6, 0.5, torch.float32), torch.randn(5))
+        for _ in range(2):
+            assert_right(layer, x)
+            layer.values.add_(1)

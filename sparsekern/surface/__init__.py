@@ -1,1 +1,1 @@
-"""What torch's functions and methods do with a SparseTensor beside matmul and linear."""
+"""Torch's functions and methods on a SparseTensor, beside matmul and linear."""

@@ -204,8 +204,8 @@ def test_without_triton():
     """The package imports, and the row says why it does not run."""
     probe = (
         "import sys; sys.modules['triton'] = None\n"
-        "import sparsekern; from sparsekern.kernels import triton\n"
-        "assert not triton._is_installed(); sparsekern.explain"
+        "import sparsekern; from sparsekern.kernels.triton import rows\n"
+        "assert not rows._is_installed(); sparsekern.explain"
     )
     subprocess.run([sys.executable, "-c", probe], check=True)
 
