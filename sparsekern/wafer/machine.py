@@ -137,7 +137,7 @@ def _read(path: Path, name: str) -> Machine:
     except ValueError as error:  # of the text's encoding too
         raise ValueError(f"machine: {path} is not TOML: {error}") from None
     base = given.pop("base", None)
-    if base is not None and base not in MACHINES:
+    if base is not None and base not in list(MACHINES):
         raise _mistake(path, "base", f"one of {', '.join(MACHINES)}", repr(base))
     figures = MACHINES[base].figures() if base is not None else {}
     for field, found in given.items():
