@@ -93,7 +93,8 @@ def test_kernels_and_core_do_not_import_optional_packages():
         tree = ast.parse((PACKAGE / path).read_text())
         top = [node for node in tree.body if isinstance(node, (ast.Import, ast.ImportFrom))]
         names = {a.name.split(".")[0] for n in top if isinstance(n, ast.Import) for a in n.names}
-        names |= {(n.module or "").split(".")[0] for n in top if isinstance(n, ast.ImportFrom)}
+        absolute = [n for n in top if isinstance(n, ast.ImportFrom) and not n.level]
+        names |= {n.module.split(".")[0] for n in absolute}
         assert not names & optional, path
 
 
