@@ -33,7 +33,8 @@ def mend_kernel(
     HAS_BIAS: tl.constexpr,
     ROWS: tl.constexpr,
 ):
-    """y = x W^T + bias. Program (token and ROWS rows of W)."""
+    """y = x W^T + bias. Program (token and ROWS rows of W): one warp, all of which reads a result
+    before any of it is written."""
     blocks = tl.cdiv(N, ROWS)
     token = (tl.program_id(0) // blocks).to(tl.int64)
     first = tl.program_id(0) % blocks * ROWS

@@ -231,6 +231,7 @@ def _mend(row_offsets, col_indices, values, n, k, x, bias, y):
         *(n, k, len(values)),
         HAS_BIAS=bias is not None,
         ROWS=mend.ROWS,
+        num_warps=1,
     )
 
 
