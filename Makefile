@@ -20,7 +20,7 @@ demo: $(VENV)/.installed-demo
 	$(BIN)/python -m sparsekern demo --out out
 
 # The last step closes with the summary line of the whole suite.
-test: lint sanitize neon cuda pytest-without-library bench-smoke pytest
+test: lint sanitize neon cuda check-wheel pytest-without-library bench-smoke pytest
 
 lint: $(VENV)/.installed-test
 	$(BIN)/ruff check .
@@ -137,6 +137,10 @@ wheel: $(WHEEL_ENV)/.installed
 	$(WHEEL_ENV)/bin/python -m build --outdir build/wheel
 	PATH="$(WHEEL_ENV)/bin:$$PATH" auditwheel repair --wheel-dir dist build/wheel/*.whl
 	cp build/wheel/*.tar.gz dist
+
+# The wheel that `make wheel` has just made, in an environment without compilers.
+check-wheel: wheel $(VENV)/.installed-test
+	SPARSEKERN_DIST=$(CURDIR)/dist $(BIN)/python -m pytest -q tests/test_packaging.py -k installed
 
 $(WHEEL_ENV)/.installed: pyproject.toml
 	$(PYTHON) -m venv $(WHEEL_ENV)
