@@ -144,6 +144,8 @@ def test_links_lead_somewhere(page):
         file = (page.parent / path).resolve() if path else page
         if file.is_relative_to(RESULTS) and not RESULTS.is_dir():
             continue  # a source distribution leaves them out
+        if file in UNWRITTEN:
+            continue
         if not file.exists() or (anchor and file.suffix == ".md" and anchor not in slugs(file)):
             wrong.append(target)
     assert not wrong

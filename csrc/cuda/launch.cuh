@@ -1,7 +1,7 @@
 // The table of the kernels in this library, and what a source file does to be in it.
 //
 // A .cu file here is compiled by two compilers: by nvcc into `_sk_cuda.so`, and, where that library
-// is missing, by NVRTC at first use. sparsekern/kernels/kernels/cuda/library.py launches on both routes. So
+// is missing, by NVRTC at first use. sparsekern/kernels/cuda/library.py launches on both routes. So
 // a file holds device code that includes no host header, and no launchers:
 //
 //   #include "launch.cuh"

@@ -37,8 +37,8 @@ struct Convert<f16> {
 };
 
 // Whether a place of W that a layout has is stored. Where nothing is stored layouts have +0; a
-// stored zero is -0 there (sparsekern/kernels/layout.py), which makes no other sum: sums begin at
-// +0.
+// stored zero is -0 there (sparsekern/kernels/cuda/layout.py), which makes no other sum: sums begin
+// at +0.
 __device__ inline bool is_stored(unsigned short value) { return value != 0; }
 __device__ inline bool is_stored(float value) { return __float_as_uint(value) != 0; }
 

@@ -1,4 +1,4 @@
-// The pairs of a packed weight, for any W (sparsekern/kernels/pairs.py makes them).
+// The pairs of a packed weight, for any W (sparsekern/kernels/cuda/pairs.py makes them).
 //
 // W is cut into steps of 32 rows and 64 columns, of which each lane of a warp has 32 pairs of
 // neighbouring columns: those of operand A of mma in ptx.cuh, register by register. Slot s of a

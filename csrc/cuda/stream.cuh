@@ -20,7 +20,7 @@
 //   first_piece  [slices + 1]   pieces before each slice; it has one at least
 //   starts       [pieces, 32]   the column (4 bits: of the pair) to which the first step adds
 //
-// Made by sparsekern/kernels/gather.py.
+// Made by sparsekern/kernels/cuda/gather.py.
 #pragma once
 
 #include "numbers.cuh"

@@ -2,6 +2,7 @@
 
 import argparse
 import json
+import sys
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -23,6 +24,7 @@ INPUT_FLAGS = {
     "attention_efficiency": "rate of attention over that of a dense product",
     "column_groups": "groups of columns side by side; 0 takes the fastest",
 }
+MACHINE_HELP = "one of " + ", ".join(MACHINES) + ", or a TOML file of your own"
 
 
 def add_commands(
@@ -57,7 +59,7 @@ def add_commands(
     added = command("sweep", _run_sweep, "every combination of the lists given")
     added.add_argument("--models", nargs="+", default=sweep.MODELS, choices=GPT_SHAPES)
     added.add_argument("--sparsities", nargs="+", type=float, default=sweep.SPARSITIES)
-    added.add_argument("--machines", nargs="+", default=["wse2"], choices=MACHINES)
+    added.add_argument("--machines", nargs="+", default=["wse2"], help=MACHINE_HELP)
     added.add_argument("--systems", nargs="+", type=int, default=[1])
     added.add_argument("--batch", type=int, help="sequences of all systems (each is filled)")
     added.add_argument(
@@ -96,7 +98,7 @@ def _add_model(parser: argparse.ArgumentParser) -> None:
 
 
 def _add_machine(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--machine", default="wse2", help="one of: " + ", ".join(MACHINES))
+    parser.add_argument("--machine", default="wse2", help=MACHINE_HELP)
     _add_inputs(parser)
 
 
@@ -219,9 +221,14 @@ def _run_compare(**options) -> None:
         _inputs(options),
         options["benchmark_mask"],
         options["match"],
+        progress=_show,
     )
     print(comparing.render(pairs))
     _write_json(options["json"], [pair.as_dict() for pair in pairs])
+
+
+def _show(pair: comparing.Pair) -> None:
+    print(f"{pair.source}: {pair.what}, {pair.sparsity:.0%} zeros", file=sys.stderr, flush=True)
 
 
 def _run_sensitivity(**options) -> None:

@@ -41,13 +41,29 @@ def compare(
     inputs: Inputs | None = None,
     mask_of: Callable[[dict], Mask | None] = lambda workload: None,
     match: str = "",
+    progress: Callable[[Pair], None] = lambda pair: None,
 ) -> list[Pair]:
     """Pairs for every product and training step in the files of `results` with `match` in the name.
 
     `mask_of` makes the mask of a measurement on a CPU again from its parameters, or gives None:
-    then, and for those on a GPU, a random one of its density is assumed."""
-    inputs = inputs or Inputs()
+    then, and for those on a GPU, a random one of its density is assumed. `progress` is
+    called with each pair as it is found."""
     pairs = []
+    for pair in _pairs(machine, results, inputs or Inputs(), mask_of, match):
+        progress(pair)
+        pairs.append(pair)
+    if not pairs:
+        raise ValueError(f"match: no measurement has {match!r} in its name")
+    return pairs
+
+
+def _pairs(
+    machine: Machine,
+    results: list[Path],
+    inputs: Inputs,
+    mask_of: Callable[[dict], Mask | None],
+    match: str,
+) -> Iterator[Pair]:
     for path in results:
         result = read(path)
         if result is None:
@@ -58,16 +74,13 @@ def compare(
                 continue
             if info["op"] in PRODUCTS:
                 mask = mask_of(info) if info["threads"] else None
-                pairs.append(_product(machine, inputs, path, info, _where(info), mask))
+                yield _product(machine, inputs, path, info, _where(info), mask)
             elif info["op"] == STEP:
-                pairs.append(_step(machine, inputs, path, info))
+                yield _step(machine, inputs, path, info)
         for info, kernel in _gpu_products(result.get("cells", ())):
             pair = _product(machine, inputs, path, info, kernel, None)
             if match in pair.what:
-                pairs.append(pair)
-    if not pairs:
-        raise ValueError(f"match: no measurement has {match!r} in its name")
-    return pairs
+                yield pair
 
 
 def read(path: Path) -> dict | None:

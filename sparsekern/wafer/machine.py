@@ -1,11 +1,15 @@
-"""Wafer-scale machines as data: every figure with its unit, its source and how it was obtained.
+"""Wafer-scale machines: TOML files that give every figure with its unit, its mark and its source.
 
 Marks: `read` in the named source; `second-hand`: in a text about it; `assumed`: by us, for want of
 a source. Where sources disagree there are two machines, told apart by what follows the `@`.
+A file may begin with `base = "wse2"` and then gives only what differs from that machine.
 """
 
+import math
+import tomllib
 from dataclasses import dataclass, fields, replace
-from typing import Literal
+from pathlib import Path
+from typing import Literal, get_args
 
 READ, SECOND_HAND, ASSUMED = "read", "second-hand", "assumed"
 Mark = Literal["read", "second-hand", "assumed"]
@@ -13,6 +17,26 @@ Mark = Literal["read", "second-hand", "assumed"]
 BYTES_PER_ELEM = {"fp16": 2, "bf16": 2, "fp32": 4}
 WAVELET_BYTES = 4  # the payload of one fabric message
 FLOP_PER_FMA = 2
+MACHINE_FILES = Path(__file__).parent / "machines"
+
+UNITS = {
+    "cores": "cores",
+    "grid_rows": "PEs",
+    "grid_cols": "PEs",
+    "clock_hz": "Hz",
+    "fma16_per_cycle": "FMA/cycle",
+    "fma32_per_cycle": "FMA/cycle",
+    "sram_bytes_per_pe": "bytes",
+    "sram_bytes_per_cycle": "bytes/cycle",
+    "link_bytes_per_cycle": "bytes/cycle",
+    "hop_cycles": "cycles",
+    "ramp_cycles": "cycles",
+    "io_bytes_per_s": "bytes/s",
+    "stream_latency_s": "s",
+    "optimizer_params_per_s": "parameters/s",
+    "power_w": "W",
+}
+COUNTS = ("cores", "grid_rows", "grid_cols")  # whole numbers
 
 
 @dataclass(frozen=True)
@@ -92,86 +116,71 @@ class Machine:
         return self["link_bytes_per_cycle"] / BYTES_PER_ELEM[precision]
 
 
-WHITE_PAPER = "Cerebras SDK technical overview, 2022"
-DEEP_DIVE = "summary of the architecture deep dive (IEEE Micro 43(3)), besthub"
-SDK_EXAMPLES = "csl-examples, single-tile-matvec"
-NO_SOURCE = "no public figure found"
+def machine(name_or_path: str | Path) -> Machine:
+    """One of MACHINES by its name, or the machine that a TOML file describes."""
+    if name_or_path in MACHINES:
+        return MACHINES[str(name_or_path)]
+    path = Path(name_or_path)
+    if path.suffix != ".toml":
+        raise ValueError(
+            f"machine: expected one of {', '.join(MACHINES)}, or a file that ends in .toml, "
+            f"got {str(name_or_path)!r}"
+        )
+    if not path.is_file():
+        raise FileNotFoundError(f"machine: {path} does not exist")
+    return _read(path, path.name)
 
 
-def _figure(value: float, unit: str, mark: Mark, source: str) -> Figure:
-    return Figure(value, unit, mark, source)
+def _read(path: Path, name: str) -> Machine:
+    try:
+        given = tomllib.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:  # of the text's encoding too
+        raise ValueError(f"machine: {path} is not TOML: {error}") from None
+    base = given.pop("base", None)
+    if base is not None and base not in list(MACHINES):
+        raise _mistake(path, "base", f"one of {', '.join(MACHINES)}", repr(base))
+    figures = MACHINES[base].figures() if base is not None else {}
+    for field, found in given.items():
+        if field not in UNITS:
+            raise _mistake(path, field, f"base or one of {', '.join(UNITS)}", repr(field))
+        figures[field] = _figure(path, field, found)
+    for field in UNITS:
+        if field not in figures:
+            raise _mistake(path, field, "a value, or a base above it", "nothing")
+    found = Machine(name, **figures)
+    if found.grid_pes > found["cores"]:
+        expected = f"at least the {found.grid_pes:,} PEs of the grid"
+        raise _mistake(path, "cores", expected, f"{found['cores']:,}")
+    return found
 
 
-WSE2 = Machine(
-    name="wse2",
-    cores=_figure(850_000, "cores", READ, WHITE_PAPER),
-    grid_rows=_figure(994, "PEs", READ, SDK_EXAMPLES),
-    grid_cols=_figure(750, "PEs", READ, SDK_EXAMPLES),
-    clock_hz=_figure(1.1e9, "Hz", SECOND_HAND, DEEP_DIVE + "; also WaferLLM's scripts"),
-    fma16_per_cycle=_figure(4, "FMA/cycle", READ, WHITE_PAPER + ': "eight operations per clock"'),
-    fma32_per_cycle=_figure(1, "FMA/cycle", READ, "roofline of SpMM_Cerebras: 2 FLOP/cycle"),
-    sram_bytes_per_pe=_figure(48 * 1024, "bytes", READ, WHITE_PAPER),
-    sram_bytes_per_cycle=_figure(24, "bytes/cycle", SECOND_HAND, DEEP_DIVE + ": 2 reads, 1 write"),
-    link_bytes_per_cycle=_figure(WAVELET_BYTES, "bytes/cycle", READ, WHITE_PAPER + ": wavelet"),
-    hop_cycles=_figure(1, "cycles", READ, WHITE_PAPER),
-    ramp_cycles=_figure(2, "cycles", ASSUMED, NO_SOURCE + "; T_R of arXiv 2404.15888 not read"),
-    io_bytes_per_s=_figure(150e9, "bytes/s", READ, "Argonne documentation: 1.2 Tb/s a system"),
-    stream_latency_s=_figure(20e-6, "s", ASSUMED, NO_SOURCE),
-    optimizer_params_per_s=_figure(
-        75e9, "parameters/s", ASSUMED, "16-bit gradients at full I/O; glossary/memoryx: keeps up"
-    ),
-    power_w=_figure(23e3, "W", ASSUMED, "often quoted for the CS-2; not read at its source"),
-)
-
-WSE3 = replace(
-    WSE2,
-    name="wse3",
-    cores=_figure(900_000, "cores", READ, "Argonne tutorial"),
-    grid_rows=_figure(1172, "PEs", ASSUMED, "fabric size quoted for the CS-3; not read"),
-    grid_cols=_figure(762, "PEs", ASSUMED, "fabric size quoted for the CS-3; not read"),
-    clock_hz=_figure(0.875e9, "Hz", ASSUMED, "inferred: fits the marketed 125 PFLOPS / 10"),
-    fma16_per_cycle=_figure(8, "FMA/cycle", SECOND_HAND, "nextplatform, 2024"),
-    sram_bytes_per_cycle=_figure(
-        24, "bytes/cycle", SECOND_HAND, "as WSE-2; 21 PB/s (press) is 26.7 bytes/cycle"
-    ),
-    io_bytes_per_s=_figure(150e9, "bytes/s", READ, 'Argonne: "a CS system" 1.2 Tb/s'),
-    power_w=_figure(23e3, "W", SECOND_HAND, "press"),
-)
-
-MACHINES: dict[str, Machine] = {
-    "wse2": WSE2,
-    "wse2@0.85GHz": replace(
-        WSE2,
-        name="wse2@0.85GHz",
-        clock_hz=_figure(0.85e9, "Hz", READ, SDK_EXAMPLES + ", run.py times with it"),
-    ),
-    "wse2@narrow-sram": replace(
-        WSE2,
-        name="wse2@narrow-sram",
-        sram_bytes_per_cycle=_figure(
-            12,
-            "bytes/cycle",
-            READ,
-            "csl-skills; roofline of SpMM_Cerebras: 2 x 32-bit reads, 1 write",
-        ),
-    ),
-    "wse3": WSE3,
-    "wse3@1.1GHz": replace(
-        WSE3,
-        name="wse3@1.1GHz",
-        clock_hz=_figure(1.1e9, "Hz", READ, "WaferLLM's WSE-3 script; may be copied from WSE-2"),
-    ),
-    "wse3@wide-sram": replace(
-        WSE3,
-        name="wse3@wide-sram",
-        sram_bytes_per_cycle=_figure(
-            48, "bytes/cycle", ASSUMED, "what 8 FMA/cycle of AXPY would need"
-        ),
-    ),
-}
+def _figure(path: Path, field: str, found: object) -> Figure:
+    keys = [key.name for key in fields(Figure)]
+    if not isinstance(found, dict) or set(found) != set(keys):
+        got = ", ".join(found) or "none" if isinstance(found, dict) else repr(found)
+        raise _mistake(path, field, f"a table of {', '.join(keys)}", got)
+    figure = Figure(**found)
+    is_number = type(figure.value) in (int, float) and math.isfinite(figure.value)
+    if not is_number or figure.value <= 0:
+        raise _mistake(path, f"{field}.value", "a number above 0", repr(figure.value))
+    if field in COUNTS and figure.value != int(figure.value):
+        raise _mistake(path, f"{field}.value", "a whole number", repr(figure.value))
+    if figure.unit != UNITS[field]:
+        raise _mistake(path, f"{field}.unit", repr(UNITS[field]), repr(figure.unit))
+    if figure.mark not in get_args(Mark):
+        expected = f"one of {', '.join(get_args(Mark))}"
+        raise _mistake(path, f"{field}.mark", expected, repr(figure.mark))
+    if not isinstance(figure.source, str) or not figure.source.strip():
+        raise _mistake(path, f"{field}.source", "where the value is from", repr(figure.source))
+    return figure
 
 
-def machine(name: str) -> Machine:
-    if name not in MACHINES:
-        raise ValueError(f"machine: expected one of {', '.join(MACHINES)}, got {name!r}")
-    return MACHINES[name]
+def _mistake(path: Path, field: str, expected: str, got: str) -> ValueError:
+    return ValueError(f"machine: {path}: {field}: expected {expected}, got {got}")
+
+
+MACHINES: dict[str, Machine] = {}
+for _path in sorted(MACHINE_FILES.glob("*.toml"), key=lambda path: path.stem):  # a base comes first
+    MACHINES[_path.stem] = _read(_path, _path.stem)
+
+WSE2, WSE3 = MACHINES["wse2"], MACHINES["wse3"]

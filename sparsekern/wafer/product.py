@@ -43,9 +43,10 @@ def product_cycles(
 @lru_cache(maxsize=20_000)
 def _fastest(machine, inputs, tokens, n, k, density, is_gradient) -> tuple[int, MeshCycles]:
     cols = int(machine["grid_cols"])
+    if inputs.column_groups > cols:
+        raise ValueError(f"column_groups: expected at most {cols}, got {inputs.column_groups}")
     given = (inputs.column_groups,) if inputs.column_groups else COLUMN_GROUPS
-    if max(given) > cols:
-        raise ValueError(f"column_groups: expected at most {cols}, got {max(given)}")
+    given = [groups for groups in given if groups <= cols]
     costs = {g: _mapped(machine, inputs, tokens, n, k, density, is_gradient, g) for g in given}
     return min(costs.items(), key=lambda item: item[1].total)
 

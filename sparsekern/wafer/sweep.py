@@ -58,14 +58,14 @@ def sweep(
     batch: int | None = None,
     inputs: Inputs | None = None,
 ) -> list[Row]:
-    """`batch`: sequences of all systems together; by default each system is full."""
+    """`batch`: sequences of all systems together; by default each system is full.
+    `machines`: names or TOML files, as `machine` takes them."""
+    wafers = [machine(name) for name in machines]
     rows = []
-    for name, count, model, sparsity in product(machines, systems, models, sparsities):
+    for wafer, count, model, sparsity in product(wafers, systems, models, sparsities):
         sequences = default_batch(model, count) if batch is None else batch
-        found = compare_with_dense(
-            machine(name), gpt_shape(model), 1 - sparsity, sequences, count, inputs
-        )
-        rows.append(Row(name, count, model, sequences, sparsity, found))
+        found = compare_with_dense(wafer, gpt_shape(model), 1 - sparsity, sequences, count, inputs)
+        rows.append(Row(wafer.name, count, model, sequences, sparsity, found))
     return rows
 
 

@@ -53,6 +53,22 @@ def test_predict_takes_a_shape_a_machine_and_systems(capsys):
     assert "bound by" in run(capsys, "predict", "--model=gpt2-small", "--batch=1")
 
 
+FASTER = 'base = "wse2"\nclock_hz = {value=2.2e9, unit="Hz", mark="assumed", source="a guess"}\n'
+
+
+def test_every_command_takes_a_machine_of_ones_own(capsys, tmp_path):
+    own = tmp_path / "own.toml"
+    own.write_text(FASTER)
+    small = ("--models", "gpt2-small", "--sparsities", "0.5")
+    out = run(capsys, "predict", "--sources", f"--machine={own}")
+    assert "gpt3-xl on 1 x own.toml" in out and "a guess" in out
+    assert "| own.toml |" in run(capsys, "sweep", *small, "--machines", "wse2", str(own))
+    assert "clock_hz" in run(capsys, "sensitivity", "--model=gpt2-small", f"--machine={own}")
+    results = sorted(RESULTS.glob("*2-cores-avx512-2026-11-24.json"))
+    arguments = ("compare", "--match=train_step", "--results", *map(str, results))
+    assert run(capsys, *arguments, f"--machine={own}") != run(capsys, *arguments)
+
+
 def test_predict_mistakes(capsys):
     assert "sparsity: expected 0 <= sparsity < 1, got 1.0" in error_line(
         capsys, "predict", "--sparsity=1"
@@ -179,8 +195,12 @@ def test_compare_lists_measurements_beside_predictions(capsys, tmp_path):
 @needs_results
 def test_compare_takes_training_steps(capsys):
     results = sorted(RESULTS.glob("*2-cores-avx512-2026-11-24.json"))
-    out = run(capsys, "compare", "--match", "train_step", "--results", *map(str, results))
-    assert "train_step demo, 1024 tokens, 1 threads" in out
+    assert main(["wafer", "compare", "--match", "train_step", "--results", *map(str, results)]) == 0
+    printed = capsys.readouterr()
+    assert "train_step demo, 1024 tokens, 1 threads" in printed.out
+    progress = printed.err.splitlines()  # a line for each
+    assert len(progress) == printed.out.count("| train_step ") > 0
+    assert all("train_step" in line and line.endswith("% zeros") for line in progress)
 
 
 def test_compare_takes_products_of_a_gpu(capsys, tmp_path, monkeypatch):

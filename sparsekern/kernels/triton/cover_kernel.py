@@ -14,8 +14,8 @@ makes four places. Addresses are carried along, and x comes in pairs of tokens: 
 ones, each pair would be put together twice.
 
 One warp is a program: 32 rows and a part of the windows of 256 columns. In slots without values x
-is that of some other column of W times 0: what is not finite there may reach all rows of a program,
-never another token.
+is that of some other column of W times 0: NaN where that is not finite, which is mended afterwards
+(mend_kernels.py).
 """
 
 import triton

@@ -2,12 +2,11 @@
 has the kernels and why they are as they are, bitmap.py the format.
 
 W is expanded tile by tile inside the kernel and multiplied by tl.dot, in bfloat16, float16 and
-float32, summed in float32. A stored W has no product at a missing entry, but here a missing entry
-is a zero: an infinite or NaN x may give NaN in rows of the same token that do not have its column.
-It never reaches another token, and always the rows that have its column.
+float32, summed in float32. A missing entry is a zero there, which makes NaN of an infinite or NaN
+x; so a second launch computes what is not finite anew, from the stored values (mend_kernels.py).
 
 Up to 64 tokens in a 16-bit type W is packed as for the CUDA kernel (cover.py), if the C++ library
-is there to do it, and a stored zero counts as missing. cover_kernel.py has that kernel.
+is there to do it. cover_kernel.py has that kernel.
 """
 
 from functools import lru_cache
@@ -102,6 +101,7 @@ def _spmm(row_offsets, col_indices, values, n, k, x, bias=None, config=None):
         AHEAD=config.ahead,
         **_constants(config, x.dtype),
     )
+    _mend(row_offsets, col_indices, values, n, k, x, bias, y)
     return y
 
 
@@ -164,6 +164,7 @@ def _spmm_cover(row_offsets, col_indices, values, n, k, x, bias=None, split=None
         UPCAST=_device().INTERPRETED and x.dtype == torch.bfloat16,
         **COVER_OPTIONS,
     )
+    _mend(row_offsets, col_indices, values, n, k, x, bias, y)
     return y
 
 
@@ -184,6 +185,16 @@ def _spmm_t(row_offsets, col_indices, values, n, k, dy, bias=None, config=None):
         HAS_BIAS=bias is not None,
         **_constants(config, dy.dtype),
     )
+    if nnz < n * k:
+        _device_mend().mend_t_kernel[(m * bitmap.tiles,)](
+            *_matrix(bitmap),
+            values,
+            dy,
+            dx if bias is None else bias,
+            dx,
+            *(n, k, bitmap.tiles),
+            HAS_BIAS=bias is not None,
+        )
     return dx
 
 
@@ -205,6 +216,25 @@ def _sddmm(row_offsets, col_indices, n, k, dy, x, config=None):
     return dvalues
 
 
+def _mend(row_offsets, col_indices, values, n, k, x, bias, y):
+    """What is infinite or NaN in y anew, in place."""
+    if len(values) == n * k:
+        return
+    mend = _device_mend()
+    mend.mend_kernel[(x.shape[0] * -(-n // mend.ROWS),)](
+        row_offsets,
+        col_indices,
+        values,
+        x,
+        y if bias is None else bias,
+        y,
+        *(n, k, len(values)),
+        HAS_BIAS=bias is not None,
+        ROWS=mend.ROWS,
+        num_warps=1,
+    )
+
+
 @lru_cache(maxsize=1)
 def _device():
     from . import bitmap_kernels  # imports triton, which is optional
@@ -217,6 +247,13 @@ def _device_cover():
     from . import cover_kernel
 
     return cover_kernel
+
+
+@lru_cache(maxsize=1)
+def _device_mend():
+    from . import mend_kernels
+
+    return mend_kernels
 
 
 def _matrix(bitmap: Bitmap) -> tuple[Tensor, Tensor]:

@@ -291,7 +291,7 @@ def test_mending_is_captured():
 @pytest.mark.parametrize(
     "row, m", [*(("stream", m) for m in (1, 2, 8, 16, 40, 64)), ("triton", 8), ("triton", 40)]
 )
-def test_a_nan_stays_with_its_token_and_is_never_lost(row, m, force):
+def test_a_nan_reaches_what_stored_values_connect_it_to(row, m, force):
     force(row)
     W = random_weight(200, 700, 0.2, torch.bfloat16)
     w, x = W.to_dense(), torch.randn(m, 700, device="cuda").bfloat16()
@@ -302,9 +302,7 @@ def test_a_nan_stays_with_its_token_and_is_never_lost(row, m, force):
     others = torch.arange(m, device="cuda") != token
     assert torch.equal(y[others], clean[others])
     stored = w[:, 300] != 0
-    assert stored.any() and y[token, stored].isnan().all()
-    if row == "stream" and m <= 2:  # gather: and nowhere else
-        assert torch.equal(y[token].isnan(), stored)
+    assert stored.any() and torch.equal(y[token].isnan(), stored)
 
 
 # Captured graphs

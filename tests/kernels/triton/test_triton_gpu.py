@@ -3,6 +3,7 @@
 import pytest
 import torch
 from conftest import products
+from infinities import check_stored, tokens_with_infinities, weight_with_infinities
 
 from sparsekern import SparseTensor, explain, linear
 from sparsekern.kernels.cuda import cover
@@ -61,6 +62,22 @@ def test_tiles_of_every_fill(fill, dtype, nan_memory):
     t = Case("fill", 16, 128, 512, sparsity=1 - fill).tensors(dtype)
     for kernel in triton_rows.KERNELS:
         check(t, kernel.op, kernel.run(*products(on_gpu(t))[kernel.op]))
+
+
+@dtypes
+@pytest.mark.parametrize("M", [1, 16, 64, 130])
+def test_infinities_reach_what_a_stored_value_connects(M, dtype, nan_memory):
+    n, k = 300, 1031
+    w, mask, bias = weight_with_infinities(n, k, dtype, "cuda")
+    W = SparseTensor.from_dense(w, mask)
+    pattern = W.row_offsets, W.col_indices, W.values, n, k
+    x = tokens_with_infinities(M, k, dtype, "cuda")
+    dy = tokens_with_infinities(M, n, dtype, "cuda")
+    config = triton_rows.spmm_config(M, n, k, dtype.itemsize)
+    for b, b_t in ((None, None), (bias, torch.randn(k, device="cuda").to(dtype))):
+        check_stored(triton_rows._spmm(*pattern, x, b), x, w, mask, b)
+        check_stored(triton_rows._spmm(*pattern, x, b, config=config), x, w, mask, b)
+        check_stored(triton_rows._spmm_t(*pattern, dy, b_t), dy, w.t(), mask.t(), b_t)
 
 
 @dtypes

@@ -4,6 +4,7 @@ its own: TRITON_INTERPRET must be set before triton is imported."""
 import pytest
 import torch
 from conftest import products
+from infinities import check_stored, tokens_with_infinities, weight_with_infinities
 
 from sparsekern import SparseTensor
 from sparsekern.kernels.cuda import cover
@@ -125,18 +126,24 @@ def test_cover_of_uneven_masks(mask, nan_memory):
         assert relative_error(got, want, scale) <= TOLERANCE[torch.float16]
 
 
-@covers
-def test_cover_of_infinite_x(nan_memory):
-    """It reaches every row that has its column, no other token, and no row of a slice of rows that
-    is empty."""
-    W = torch.randn(96, 300).half()
-    W[32:64] = 0
-    A = SparseTensor.from_dense(W)
-    x = torch.randn(3, 300).half()
-    x[1, 7] = torch.inf
-    got = triton_rows._spmm_cover(A.row_offsets, A.col_indices, A.values, 96, 300, x)
-    assert not got[1, :32].isfinite().any() and not got[1, 64:].isfinite().any()
-    assert got[[0, 2]].isfinite().all() and not got[:, 32:64].any()
+INFINITE = [*COVER_TYPES.values(), torch.float32]
+
+
+@pytest.mark.parametrize("dtype", INFINITE, ids=str)
+@pytest.mark.parametrize("M", [1, 7])
+def test_infinities_reach_what_a_stored_value_connects(M, dtype, nan_memory):
+    w, mask, bias = weight_with_infinities(70, 300, dtype)
+    W = SparseTensor.from_dense(w, mask)
+    pattern = W.row_offsets, W.col_indices, W.values, 70, 300
+    x, dy = tokens_with_infinities(M, 300, dtype), tokens_with_infinities(M, 70, dtype)
+    for b, b_t in ((None, None), (bias, torch.randn(300).to(dtype))):
+        config = Config(16, 4, 1, split=2)
+        check_stored(triton_rows._spmm(*pattern, x, b, config=config), x, w, mask, b)
+        check_stored(triton_rows._spmm_t(*pattern, dy, b_t), dy, w.t(), mask.t(), b_t)
+        if cover.is_built() and dtype.itemsize == 2:
+            for split in (1, 2):
+                y = triton_rows._spmm_cover(*pattern, x, b, split=split)
+                check_stored(y, x, w, mask, b)
 
 
 @covers
