@@ -14,13 +14,13 @@ CXX_SOURCES := $(shell find csrc tests/cpp tests/cuda -name '*.cpp' -o -name '*.
 BUILD_INPUTS := pyproject.toml setup.py CMakeLists.txt $(CXX_SOURCES)
 VENV_STAMP := $(VENV)/.with-$(subst ==,-,$(TORCH))
 
-.PHONY: demo test lint pytest pytest-without-library sanitize fuzz build-sanitize build-threads neon cuda check-gpu sanitize-gpu bench-smoke bench bench-gpu deepsparse docs clean
+.PHONY: demo test lint pytest pytest-without-library sanitize fuzz build-sanitize build-threads neon cuda check-gpu sanitize-gpu bench-smoke bench bench-gpu deepsparse docs wheel check-wheel clean
 
 demo: $(VENV)/.installed-demo
 	$(BIN)/python -m sparsekern demo --out out
 
 # The last step closes with the summary line of the whole suite.
-test: lint sanitize neon cuda pytest-without-library bench-smoke pytest
+test: lint sanitize neon cuda check-wheel pytest-without-library bench-smoke pytest
 
 lint: $(VENV)/.installed-test
 	$(BIN)/ruff check .
@@ -128,8 +128,30 @@ build/deepsparse/.installed:
 	build/deepsparse/bin/python -m pip --disable-pip-version-check install -q deepsparse==1.8.0
 	touch $@
 
+# dist/: the source distribution, and the wheel that is built from it for PYTHON (3.11 or later) and
+# for the glibc of this machine or one as old as its libraries allow. CUDA kernels come along where
+# nvcc is found. No torch is needed.
+WHEEL_ENV := build/wheel-$(notdir $(PYTHON))
+wheel: $(WHEEL_ENV)/.installed
+	rm -rf build/wheel
+	$(WHEEL_ENV)/bin/python -m build --outdir build/wheel
+	PATH="$(WHEEL_ENV)/bin:$$PATH" auditwheel repair --wheel-dir dist build/wheel/*.whl
+	cp build/wheel/*.tar.gz dist
+
+# The wheel that `make wheel` has just made, in an environment without compilers.
+check-wheel: wheel $(VENV)/.installed-test
+	SPARSEKERN_DIST=$(CURDIR)/dist $(BIN)/python -m pytest -q tests/test_packaging.py -k installed
+
+$(WHEEL_ENV)/.installed: pyproject.toml
+	$(PYTHON) -m venv $(WHEEL_ENV)
+	$(WHEEL_ENV)/bin/python -c "import tomllib; file = open('pyproject.toml', 'rb'); \
+	  print(*tomllib.load(file)['project']['optional-dependencies']['build'], sep='\n')" \
+	  > $(WHEEL_ENV)/build.txt
+	$(WHEEL_ENV)/bin/python -m pip --disable-pip-version-check install -q -r $(WHEEL_ENV)/build.txt
+	touch $@
+
 clean:
-	rm -rf build out *.egg-info .pytest_cache .ruff_cache .hypothesis .benchmarks
+	rm -rf build dist out *.egg-info .pytest_cache .ruff_cache .hypothesis .benchmarks
 	rm -f sparsekern/*.so $(VENV)/.installed-*
 	find . -name __pycache__ -not -path './$(VENV)/*' -exec rm -rf {} +
 

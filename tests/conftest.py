@@ -3,6 +3,7 @@
 import os
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -10,6 +11,11 @@ from torch import Tensor
 
 from sparsekern import SparseTensor
 from sparsekern.kernels import crossover, table
+
+RESULTS = Path(__file__).parents[1] / "bench" / "results"
+needs_results = pytest.mark.skipif(
+    not RESULTS.is_dir(), reason="bench/results is not in a source distribution"
+)
 
 
 @pytest.fixture(autouse=True)

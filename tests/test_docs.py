@@ -13,6 +13,7 @@ from typing import NamedTuple
 
 import pytest
 import torch
+from conftest import RESULTS
 
 from sparsekern import cli, sparsity
 
@@ -141,6 +142,8 @@ def test_links_lead_somewhere(page):
             continue
         path, _, anchor = target.partition("#")
         file = (page.parent / path).resolve() if path else page
+        if file.is_relative_to(RESULTS) and not RESULTS.is_dir():
+            continue  # a source distribution leaves them out
         if file in UNWRITTEN:
             continue
         if not file.exists() or (anchor and file.suffix == ".md" and anchor not in slugs(file)):

@@ -4,6 +4,7 @@ from importlib import import_module
 from pathlib import Path
 
 import pytest
+from conftest import needs_results
 
 ROOT = Path(__file__).parents[2]
 
@@ -20,6 +21,7 @@ def between(path: Path, markers: tuple[str, str]) -> str:
     return path.read_text().split(begin)[1].split(end)[0].strip()
 
 
+@needs_results
 def test_tables_are_those_of_the_results(readme):
     assert between(readme.README, readme.SECTION) == readme.front_table()
     assert between(readme.BENCHMARKS, readme.SECTION) == readme.sources_table()
@@ -31,6 +33,7 @@ def test_losses_are_called_losses(readme):
     assert readme.cell({0.7: 1.5}, 0.9) == "not measured"
 
 
+@needs_results
 def test_every_row_names_one_record_for_each_sparsity(readme):
     row = readme.ROWS[1]
     loose = readme.Row(row.label, row.what, row.machine, row.file, {"op": "spmm"})

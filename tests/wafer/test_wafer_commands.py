@@ -5,6 +5,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from conftest import RESULTS, needs_results
 
 from sparsekern import sparsify_
 from sparsekern.cli import main
@@ -16,8 +17,6 @@ from sparsekern.wafer.sensitivity import sensitivity
 from sparsekern.wafer.shapes import gpt_shape
 from sparsekern.wafer.validation.points import ratio_point
 from sparsekern.wafer.validation.validate import Validation
-
-RESULTS = Path(__file__).parents[2] / "bench" / "results"
 
 
 def run(capsys, *arguments: str) -> str:
@@ -176,6 +175,7 @@ def test_validate_fails_where_a_point_must_hold(capsys, monkeypatch, tmp_path):
         assert ("none." in capsys.readouterr().out) == (code == 0)
 
 
+@needs_results
 def test_compare_lists_measurements_beside_predictions(capsys, tmp_path):
     results = sorted(RESULTS.glob("*16-threads.json"))
     file = tmp_path / "pairs.json"
@@ -192,6 +192,7 @@ def test_compare_lists_measurements_beside_predictions(capsys, tmp_path):
             assert pair["same"] == pytest.approx(1) and pair["full"] > 1.5
 
 
+@needs_results
 def test_compare_takes_training_steps(capsys):
     results = sorted(RESULTS.glob("*2-cores-avx512-2026-11-24.json"))
     assert main(["wafer", "compare", "--match", "train_step", "--results", *map(str, results)]) == 0
@@ -229,6 +230,7 @@ def test_compare_takes_products_of_a_gpu(capsys, tmp_path, monkeypatch):
     assert pairs[0]["mask"] == "of its density" and 1 <= pairs[0]["full"] <= 4.0001
 
 
+@needs_results
 def test_compare_refuses_other_files(capsys, tmp_path):
     (tmp_path / "x.json").write_text("[]")
     message = error_line(capsys, "compare", "--results", str(tmp_path / "x.json"))
