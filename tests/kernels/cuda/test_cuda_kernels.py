@@ -145,7 +145,8 @@ def test_infinities_reach_what_a_stored_value_connects(layout, dtype, nan_memory
     for m in (1, 2, 4, 8, 16, 30, 64, 70):
         x = tokens_with_infinities(m, 2053, dtype, "cuda")
         for b in (bias, None):
-            check_stored(cuda_rows.spmm_packed(x, packed, b), x, w, mask, b)
+            scale = 1 if m <= 64 else 16  # 70 tokens are torch.mm's, whose sums are about 20
+            check_stored(cuda_rows.spmm_packed(x, packed, b), x, w, mask, b, scale)
         assert not packed.arrived.any()
 
 
