@@ -39,7 +39,7 @@ pytest: $(VENV)/.installed-test
 # would read that file; the emulator runs the same kernels with and without it, for minutes.
 pytest-without-library: $(VENV)/.installed-test
 	rm -rf build/without-library && mkdir -p build/without-library
-	cp -r README.md bench csrc docs pyproject.toml sparsekern tests build/without-library
+	cp -r *.md CITATION.cff LICENSE bench csrc docs examples pyproject.toml sparsekern tests build/without-library
 	rm -f build/without-library/sparsekern/*.so
 	echo 'raise ImportError("left out")' > build/without-library/sparsekern/_C.py
 	cd build/without-library && ../../$(BIN)/python -m pytest -q $(PARALLEL) -m "not slow" \
