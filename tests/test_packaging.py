@@ -55,7 +55,7 @@ def test_sdist_holds_every_source(sdist):
     with tarfile.open(sdist) as tar:
         names = {name.partition("/")[2] for name in tar.getnames()}
     folders = ("sparsekern", "csrc", "tests", "bench", "docs", "examples")
-    suffixes = {".py", ".cpp", ".h", ".cu", ".cuh", ".md", ".json"}
+    suffixes = {".py", ".cpp", ".h", ".cu", ".cuh", ".md", ".json", ".toml", ".ipynb"}
     sources = {
         path.relative_to(ROOT).as_posix()
         for folder in folders
@@ -79,7 +79,8 @@ def test_there_is_one_version_number(sdist):
 def test_wheel_holds_the_package_and_its_library_only(wheel):
     with zipfile.ZipFile(wheel) as archive:
         names = archive.namelist()
-    paths = [*(ROOT / "sparsekern").rglob("*.py"), *(ROOT / "sparsekern").rglob("*.json")]
+    found = (ROOT / "sparsekern").rglob("*")
+    paths = [path for path in found if path.suffix in (".py", ".json", ".toml")]
     package = {path.relative_to(ROOT).as_posix() for path in paths}
     # What CuPy compiles where there is no CUDA library.
     kernels = {f"sparsekern/csrc/cuda/{path.name}" for path in (ROOT / "csrc/cuda").iterdir()}

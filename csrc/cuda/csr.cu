@@ -65,35 +65,23 @@ __device__ void collect(const int* row_offsets, const int* col_indices, const El
 
 constexpr unsigned kMendColumns = 4096;  // of a sum that is in shared memory
 
-// y [M, N] = x W^T + bias anew, of the tokens that find_spoilt() finds, from the stored values
-// alone. A warp sums a row.
+// y [M, N] = x W^T + bias anew, of the tokens that find_spoilt() finds.
 template <class T>
 __device__ void mend(const int* row_offsets, const int* col_indices,
                      const typename Float<T>::Element* values, const typename Float<T>::Element* x,
                      const typename Float<T>::Element* bias, typename Float<T>::Element* y, int m,
                      int n, int k, int nnz) {
   using F = Float<T>;
-  extern __shared__ __align__(16) char smem[];
-  int* spoilt = reinterpret_cast<int*>(smem);
-  find_spoilt<T>(y, m, n, spoilt);
-  const unsigned lane = threadIdx.x % kWarp;
-  for (unsigned t = 0; t < kCsrWarps; ++t) {
-    if (!spoilt[t]) continue;
-    const long long token = static_cast<long long>(blockIdx.x) * kCsrWarps + t;
-    const typename F::Element* from = x + token * k;
-    for (unsigned row = threadIdx.x / kWarp; row < static_cast<unsigned>(n); row += kCsrWarps) {
-      const Entries entries = entries_of(row_offsets, row, nnz);
-      typename F::Sum sum = 0;
-      for (unsigned i = entries.begin + lane; i < entries.end; i += kWarp) {
-        const unsigned col = col_indices[i];
-        if (col < static_cast<unsigned>(k)) sum += F::load(values[i]) * F::load(from[col]);
-      }
-      for (int other = kWarp / 2; other; other /= 2) {
-        sum += __shfl_sync(kAllLanes, sum, static_cast<int>(lane) ^ other);
-      }
-      if (lane == 0) y[token * n + row] = F::round(bias ? sum + F::load(bias[row]) : sum);
+  const auto sum_part = [&](unsigned row, const typename F::Element* from, unsigned lane) {
+    const Entries entries = entries_of(row_offsets, row, nnz);
+    typename F::Sum sum = 0;
+    for (unsigned i = entries.begin + lane; i < entries.end; i += kWarp) {
+      const unsigned col = col_indices[i];
+      if (col < static_cast<unsigned>(k)) sum += F::load(values[i]) * F::load(from[col]);
     }
-  }
+    return sum;
+  };
+  mend_tokens<T>(x, bias, y, m, n, k, sum_part);
 }
 
 // dx [M, K] = dy W + bias anew, as mend(). The columns of a row are different ones, so a block adds

@@ -70,33 +70,20 @@ __device__ inline void expand_pairs(const unsigned* words, const int* steps, uns
   });
 }
 
-// y [M, N] = x w^T + bias anew, of the tokens that find_spoilt() finds, where w is stored alone. A
-// warp sums a row.
+// y [M, N] = x w^T + bias anew, of the tokens that find_spoilt() finds, where w is stored alone.
 template <class T>
 __device__ void mend_expanded(const unsigned short* w, const unsigned short* x,
                               const unsigned short* bias, unsigned short* y, int m, int n, int k) {
-  extern __shared__ __align__(16) char smem[];
-  int* spoilt = reinterpret_cast<int*>(smem);
-  find_spoilt<T>(y, m, n, spoilt);
-  const int lane = threadIdx.x % kWarp;
-  for (unsigned t = 0; t < kMendWarps; ++t) {
-    if (!spoilt[t]) continue;
-    const long long token = static_cast<long long>(blockIdx.x) * kMendWarps + t;
-    const unsigned short* from = x + token * k;
-    for (int row = threadIdx.x / kWarp; row < n; row += kMendWarps) {
-      const unsigned short* values = w + static_cast<long long>(row) * k;
-      float sum = 0;
-      for (int col = lane; col < k; col += kWarp) {
-        if (!is_stored(values[col])) continue;
-        sum = fmaf(Convert<T>::low(values[col]), Convert<T>::low(from[col]), sum);
-      }
-      for (int other = kWarp / 2; other; other /= 2) {
-        sum += __shfl_sync(kAllLanes, sum, lane ^ other);
-      }
-      const float add = bias ? Convert<T>::low(bias[row]) : 0.0f;
-      if (lane == 0) y[token * n + row] = Convert<T>::round(sum + add);
+  const auto sum_part = [&](unsigned row, const unsigned short* from, unsigned lane) {
+    const unsigned short* values = w + static_cast<long long>(row) * k;
+    float sum = 0;
+    for (unsigned col = lane; col < static_cast<unsigned>(k); col += kWarp) {
+      if (!is_stored(values[col])) continue;
+      sum = fmaf(Convert<T>::low(values[col]), Convert<T>::low(from[col]), sum);
     }
-  }
+    return sum;
+  };
+  mend_tokens<T>(x, bias, y, m, n, k, sum_part);
 }
 
 }  // namespace sk

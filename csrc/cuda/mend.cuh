@@ -40,11 +40,34 @@ __device__ void find_spoilt(const typename Float<T>::Element* y, unsigned tokens
   if (threadIdx.x < kMendWarps) {
     spoilt[threadIdx.x] = 0;
     if (token < tokens) {
-      const auto first = Float<T>::load(y[static_cast<long long>(token) * width]);
-      spoilt[threadIdx.x] = !(first - first == 0);
+      spoilt[threadIdx.x] = !is_finite(Float<T>::load(y[static_cast<long long>(token) * width]));
     }
   }
   __syncthreads();
+}
+
+// y [M, N] = x W^T + bias anew, of the tokens that find_spoilt() finds. A warp sums a row of W:
+// sum_part(row, x of the token, lane) is the part of a lane, over stored places alone.
+template <class T, class SumPart>
+__device__ void mend_tokens(const typename Float<T>::Element* x,
+                            const typename Float<T>::Element* bias, typename Float<T>::Element* y,
+                            int m, int n, int k, const SumPart& sum_part) {
+  using F = Float<T>;
+  extern __shared__ __align__(16) char smem[];
+  int* spoilt = reinterpret_cast<int*>(smem);
+  find_spoilt<T>(y, m, n, spoilt);
+  const unsigned lane = threadIdx.x % kWarp;
+  for (unsigned t = 0; t < kMendWarps; ++t) {
+    if (!spoilt[t]) continue;
+    const long long token = static_cast<long long>(blockIdx.x) * kMendWarps + t;
+    for (unsigned row = threadIdx.x / kWarp; row < static_cast<unsigned>(n); row += kMendWarps) {
+      typename F::Sum sum = sum_part(row, x + token * k, lane);
+      for (int other = kWarp / 2; other; other /= 2) {
+        sum += __shfl_sync(kAllLanes, sum, static_cast<int>(lane) ^ other);
+      }
+      if (lane == 0) y[token * n + row] = F::round(bias ? sum + F::load(bias[row]) : sum);
+    }
+  }
 }
 
 }  // namespace sk

@@ -42,7 +42,10 @@ struct Convert<f16> {
 __device__ inline bool is_stored(unsigned short value) { return value != 0; }
 __device__ inline bool is_stored(float value) { return __float_as_uint(value) != 0; }
 
-__device__ inline bool is_finite(float value) { return value - value == 0; }
+template <class Real>
+__device__ inline bool is_finite(Real value) {
+  return value - value == 0;
+}
 
 __device__ inline unsigned word(const uint4& v, int i) {
   return i == 0 ? v.x : i == 1 ? v.y : i == 2 ? v.z : v.w;

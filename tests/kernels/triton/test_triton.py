@@ -89,11 +89,11 @@ def test_compiles_cover(capability, block_m, dtype):
 def test_compiles_what_mends(capability, dtype):
     mend = triton_rows._device_mend()
     constants = {"HAS_BIAS": True, "ROWS": mend.ROWS, "num_warps": 1}
-    compile_kernel(mend.mend_kernel, capability, dtype, constants)
-    compile_kernel(mend.mend_t_kernel, capability, dtype, {"HAS_BIAS": True})
+    compile_kernel(mend.mend_kernel, capability, dtype, constants, least_bytes=5_000)
+    compile_kernel(mend.mend_t_kernel, capability, dtype, {"HAS_BIAS": True}, least_bytes=5_000)
 
 
-def compile_kernel(kernel, capability, dtype, constants, aligned=()):
+def compile_kernel(kernel, capability, dtype, constants, aligned=(), least_bytes=10_000):
     """`constants` has what the kernel takes, and options in small letters."""
     from triton import compile
     from triton.backends.compiler import GPUTarget
@@ -118,7 +118,7 @@ def compile_kernel(kernel, capability, dtype, constants, aligned=()):
         attrs={(i,): [["tt.divisibility", 16]] for i in indices},
     )
     compiled = compile(source, target=GPUTarget("cuda", capability, 32), options=options)
-    assert len(compiled.asm["cubin"]) > 5_000
+    assert len(compiled.asm["cubin"]) > least_bytes
     return compiled
 
 

@@ -147,6 +147,20 @@ def test_infinities_reach_what_a_stored_value_connects(M, dtype, nan_memory):
 
 
 @covers
+def test_cover_of_infinite_x(nan_memory):
+    """It reaches every row that has its column, no other token, and no row of a slice of rows that
+    is empty."""
+    W = torch.randn(96, 300).half()
+    W[32:64] = 0
+    A = SparseTensor.from_dense(W)
+    x = torch.randn(3, 300).half()
+    x[1, 7] = torch.inf
+    got = triton_rows._spmm_cover(A.row_offsets, A.col_indices, A.values, 96, 300, x)
+    assert not got[1, :32].isfinite().any() and not got[1, 64:].isfinite().any()
+    assert got[[0, 2]].isfinite().all() and not got[:, 32:64].any()
+
+
+@covers
 def test_cover_sees_new_values():
     t = Case("change", 4, 50, 300).tensors(torch.float16)
     before = triton_rows._spmm_cover(*products(t)["spmm"])
