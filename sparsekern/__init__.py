@@ -46,8 +46,18 @@ def _load() -> None:
 def _runs_as_command() -> bool:
     """Whether Python is at `python -m sparsekern`, which parses its arguments before it loads."""
     words = sys.orig_argv
-    return sys.argv[:1] == ["-m"] and ("-m", __name__) in zip(words, words[1:], strict=False)
+    if sys.argv[:1] != ["-m"] or "-m" not in words:
+        return False
+    return words[words.index("-m") + 1] == __name__  # a later -m is an argument of some program
 
 
 if not _runs_as_command():
     _load()
+
+
+def __getattr__(name: str) -> object:
+    """A public name that somebody (a sitecustomize.py) wants before the command has loaded it."""
+    if name not in __all__:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    _load()
+    return globals()[name]

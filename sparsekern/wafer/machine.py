@@ -36,6 +36,8 @@ UNITS = {
     "optimizer_params_per_s": "parameters/s",
     "power_w": "W",
 }
+# Of any figure: beyond, products of them are no longer numbers.
+SMALLEST, LARGEST = 1e-20, 1e20
 COUNTS = ("cores", "grid_rows", "grid_cols")  # whole numbers
 
 
@@ -127,7 +129,8 @@ def machine(name_or_path: str | Path) -> Machine:
             f"got {str(name_or_path)!r}"
         )
     if not path.is_file():
-        raise FileNotFoundError(f"machine: {path} does not exist")
+        wrong = "is no file" if path.exists() else "does not exist"
+        raise FileNotFoundError(f"machine: {path} {wrong}")
     return _read(path, path.name)
 
 
@@ -160,9 +163,11 @@ def _figure(path: Path, field: str, found: object) -> Figure:
         got = ", ".join(found) or "none" if isinstance(found, dict) else repr(found)
         raise _mistake(path, field, f"a table of {', '.join(keys)}", got)
     figure = Figure(**found)
-    is_number = type(figure.value) in (int, float) and math.isfinite(figure.value)
-    if not is_number or figure.value <= 0:
+    if type(figure.value) not in (int, float) or not 0 < figure.value < math.inf:
         raise _mistake(path, f"{field}.value", "a number above 0", repr(figure.value))
+    if not SMALLEST <= figure.value <= LARGEST:
+        expected = f"a number from {SMALLEST:g} to {LARGEST:g}"
+        raise _mistake(path, f"{field}.value", expected, f"{figure.value!r:.40}")
     if field in COUNTS and figure.value != int(figure.value):
         raise _mistake(path, f"{field}.value", "a whole number", repr(figure.value))
     if figure.unit != UNITS[field]:

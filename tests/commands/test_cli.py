@@ -1,6 +1,7 @@
 """The command line: what it prints, and one line for each mistake."""
 
 import json
+import os
 import re
 import subprocess
 import sys
@@ -391,6 +392,26 @@ def test_help_and_usage_errors_import_no_torch(arguments, code):
     assert done.returncode == code
     imported = {line.rpartition("|")[2].strip() for line in done.stderr.splitlines()}
     assert "sparsekern.cli" in imported and "torch" not in imported
+
+
+@pytest.mark.parametrize("arguments", [[], ["-m", "sparsekern"]])
+def test_other_programs_have_the_public_names_at_once(tmp_path, arguments):
+    (tmp_path / "tool").mkdir()
+    (tmp_path / "tool" / "__main__.py").write_text(
+        "import sparsekern; print(vars(sparsekern)['matmul'])"
+    )
+    command = [sys.executable, "-m", "tool", *arguments]
+    env = os.environ | {"PYTHONPATH": os.pathsep.join([str(tmp_path), *sys.path])}
+    assert "function matmul" in subprocess.check_output(command, cwd=tmp_path, env=env, text=True)
+
+
+def test_public_names_before_the_command_has_loaded_them(tmp_path):
+    (tmp_path / "usercustomize.py").write_text("from sparsekern import matmul; print(matmul)")
+    (tmp_path / "sitecustomize.py").write_text("import usercustomize")
+    env = os.environ | {"PYTHONPATH": os.pathsep.join([str(tmp_path), *sys.path])}
+    command = [sys.executable, "-m", "sparsekern", "--help"]
+    done = subprocess.run(command, env=env, text=True, capture_output=True, check=True)
+    assert "function matmul" in done.stdout and "Error" not in done.stderr
 
 
 def test_the_names_that_the_parser_knows_are_those_there_are():

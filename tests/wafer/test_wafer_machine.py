@@ -89,6 +89,11 @@ def test_a_small_grid_is_predicted(own):
         ),
         ("2e9|0", "own.toml: clock_hz.value: expected a number above 0, got 0"),
         ("2e9|inf", "own.toml: clock_hz.value: expected a number above 0, got inf"),
+        (
+            "2e9|1e-300",
+            r"clock_hz.value: expected a number from 1e-20 to 1e\+20, got 1e-300",
+        ),
+        ("2e9|1" + "0" * 400, r"clock_hz.value: expected a number from 1e-20 to 1e\+20, got 1000"),
         ("2e9|nan", "own.toml: clock_hz.value: expected a number above 0, got nan"),
         ("2e9|true", "own.toml: clock_hz.value: expected a number above 0, got True"),
         ('2e9|"fast"', "own.toml: clock_hz.value: expected a number above 0, got 'fast'"),
