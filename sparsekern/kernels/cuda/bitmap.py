@@ -1,0 +1,123 @@
+"""A pattern as a bitmap: W written out, its values collected, and 2:4 operands filled from it.
+
+Bit j of word c of a row of W [N, K] stands for column 64 c + j; `starts` says where the values of a
+word begin. 12 bytes for 64 places, whatever the density. csrc/cuda/bitmap.cu has the kernels, which
+run at the speed of a copy. The bitmap is made from a checked copy of the indices (derived.py) and
+nobody else can write to it, so the kernels need no check of their own.
+"""
+
+from dataclasses import dataclass
+from functools import cache
+
+import torch
+from torch import Tensor
+
+from ...indices import expand_rows
+from ..derived import derived
+from . import library as cuda_library
+
+COLUMNS = 64  # of a word
+THREADS, BLOCK_WORDS, TURNS = 256, 32, 2  # as in bitmap.cu
+TILE_ROWS = 128
+BLOCKS = 8  # on a multiprocessor
+_CHUNK = 2**26  # entries that are looked at together
+
+
+@dataclass(frozen=True)
+class Bitmap:
+    words: Tensor  # int64 [N, row_words]
+    starts: Tensor  # int32 [N, row_words]
+
+    @property
+    def row_words(self) -> int:
+        return self.words.shape[1]
+
+
+def make_bitmap(row_offsets: Tensor, col_indices: Tensor, n: int, k: int) -> Bitmap:
+    """The Bitmap of a CSR pattern of [n, k]."""
+    row_words = max(1, -(-k // COLUMNS))
+    words = col_indices.new_zeros(n * row_words, dtype=torch.int64)
+    rows = expand_rows(row_offsets, col_indices.shape[0])
+    for first in range(0, col_indices.shape[0], _CHUNK):
+        columns = col_indices[first : first + _CHUNK].long()
+        word = rows[first : first + _CHUNK] * row_words + columns // COLUMNS
+        # Every place is stored once, so the sum of its bits is their union; 1 << 63 wraps.
+        words.scatter_add_(0, word, torch.ones_like(columns) << columns % COLUMNS)
+    counts = _BITS.to(words.device)[words.view(torch.uint8).int()].view(-1, 8).sum(1)
+    starts = (counts.cumsum(0) - counts).int()
+    return Bitmap(words.view(n, row_words), starts.view(n, row_words))
+
+
+_BITS = torch.tensor([byte.bit_count() for byte in range(256)])
+
+
+def bitmap_of(row_offsets: Tensor, col_indices: Tensor, n: int, k: int) -> Bitmap:
+    """make_bitmap() of checked indices, kept as derived.py says."""
+
+    def make(*indices: Tensor) -> Bitmap:
+        return make_bitmap(*indices, n, k)
+
+    return derived("cuda bitmap", row_offsets, col_indices, n, k, make)
+
+
+def write_out(bitmap: Bitmap, values: Tensor, n: int, k: int) -> Tensor:
+    """W [N, K], dense, in the dtype of values [nnz]."""
+    w = values.new_empty(n, k)
+    if w.numel():
+        blocks = -(-bitmap.words.numel() // (TURNS * BLOCK_WORDS))
+        sizes = bitmap.words.numel(), bitmap.row_words, k
+        _run(f"write_out_{w.element_size()}", blocks, 0, bitmap, (values, w), *sizes)
+    return w
+
+
+def collect(bitmap: Bitmap, w: Tensor, nnz: int) -> Tensor:
+    """The entries [nnz] of w [N, K], contiguous, at the places of the pattern."""
+    values = w.new_empty(nnz)
+    if nnz:
+        blocks = -(-bitmap.words.numel() // (TURNS * BLOCK_WORDS))
+        size = w.element_size()
+        sizes = bitmap.words.numel(), bitmap.row_words, w.shape[1]
+        _run(f"collect_{size}", blocks, THREADS * 8 * size, bitmap, (w, values), *sizes)
+    return values
+
+
+def fill(bitmap: Bitmap, values: Tensor, rest: Tensor, operand: Tensor, n: int, k: int) -> None:
+    """Writes the slots [N, K / 2] of W to `operand`, then `rest`, bytes that follow them.
+
+    values are of 16 bits, the pattern has at most two of four neighbours in a row, K is a multiple
+    of 16."""
+    count, parts = bitmap.words.numel(), rest.numel() * rest.element_size() // 16
+    blocks = -(-count // (TURNS * BLOCK_WORDS))
+    sizes = count, bitmap.row_words, n, k, parts
+    _run("fill", blocks, 0, bitmap, (values, rest, operand), *sizes)
+
+
+def fill_transposed(
+    bitmap: Bitmap, values: Tensor, rest: Tensor, operand: Tensor, n: int, k: int
+) -> None:
+    """The same for the slots [K, N / 2] of W^T, with at most two of four in a column."""
+    parts = rest.numel() * rest.element_size() // 16
+    blocks = -(-n // TILE_ROWS) * bitmap.row_words
+    smem_bytes = 4 * (TILE_ROWS * (COLUMNS // 2 + 1) + TILE_ROWS // 32) + 2 * TILE_ROWS * 8
+    sizes = bitmap.row_words, n, k, parts
+    _run("fill_transposed", blocks, smem_bytes, bitmap, (values, rest, operand), *sizes)
+
+
+@cache
+def _multiprocessors(device: torch.device) -> int:
+    return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 3
+
+
+def _run(
+    name: str, blocks: int, smem_bytes: int, bitmap: Bitmap, tensors: tuple[Tensor, ...], *sizes
+) -> None:
+    device = bitmap.words.device.index
+    blocks = min(blocks, BLOCKS * _multiprocessors(bitmap.words.device))
+    cuda_library.function(f"sk_bitmap_{name}", device)(
+        (blocks, 1),
+        THREADS,
+        smem_bytes,
+        cuda_library.current_stream(device),
+        *(t.data_ptr() for t in (bitmap.words, bitmap.starts, *tensors)),
+        *sizes,
+    )
