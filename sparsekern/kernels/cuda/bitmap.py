@@ -60,6 +60,24 @@ def bitmap_of(row_offsets: Tensor, col_indices: Tensor, n: int, k: int) -> Bitma
     return derived("cuda bitmap", row_offsets, col_indices, n, k, make)
 
 
+def is_two_way(bitmap: Bitmap) -> bool:
+    """Whether at most two of four neighbours are stored, in rows and in columns of W: of columns
+    4 i to 4 i + 3 in each row, and of rows 4 i to 4 i + 3 in each column. Waits for the GPU."""
+    words = bitmap.words
+    rows = torch.nn.functional.pad(words, (0, 0, 0, -words.shape[0] % 4)).view(-1, 4, words.shape[1])
+    many_in_column = _three_of(*rows.unbind(1))
+    many_in_row = _three_of(words, words >> 1, words >> 2, words >> 3) & _FIRST_OF_FOUR
+    return not (many_in_column.any() | many_in_row.any())
+
+
+_FIRST_OF_FOUR = 0x1111111111111111
+
+
+def _three_of(a: Tensor, b: Tensor, c: Tensor, d: Tensor) -> Tensor:
+    """The bits that are set in three of them or more."""
+    return a & b & (c | d) | c & d & (a | b)
+
+
 def write_out(bitmap: Bitmap, values: Tensor, n: int, k: int) -> Tensor:
     """W [N, K], dense, in the dtype of values [nnz]."""
     w = values.new_empty(n, k)

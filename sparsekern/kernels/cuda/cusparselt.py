@@ -173,6 +173,7 @@ class Plan:
         lib.call("DenseDescriptorInit", handle, x, m, k, k, 16, kind, _ROW)
         lib.call("DenseDescriptorInit", handle, y, n, m, n, 16, kind, _COLUMN)
         matmul, self._selection, self._plan = _opaque(), _opaque(), _opaque()
+        self._is_planned = False
         lib.call(
             "MatmulDescriptorInit",
             *(handle, matmul, _PLAIN, _TRANSPOSED, w, x, y, y, _FLOAT32),
@@ -185,6 +186,7 @@ class Plan:
         if split_k != 1:
             self._set(_SPLIT_K, split_k)
         lib.call("MatmulPlanInit", handle, self._plan, matmul, self._selection)
+        self._is_planned = True
         size = ctypes.c_size_t()
         lib.call("MatmulGetWorkspace", handle, self._plan, ctypes.byref(size))
         self.workspace_bytes = size.value
@@ -226,7 +228,8 @@ class Plan:
     def __del__(self):
         lib = library()
         if not isinstance(lib, str):
-            lib.MatmulPlanDestroy(self._plan)
+            if self._is_planned:
+                lib.MatmulPlanDestroy(self._plan)
             lib.MatmulAlgSelectionDestroy(self._selection)
             for descriptor in self._kept[:3]:
                 lib.MatDescriptorDestroy(descriptor)
