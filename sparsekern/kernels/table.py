@@ -17,7 +17,8 @@ from torch import Tensor
 from ..indices import INDEX_LIMIT, VALUE_DTYPES
 from . import core, reference
 from .cpu import few_tokens, panel, widened
-from .cuda import rows as cuda_rows
+from .cuda import csr, expand
+from .cuda import few_tokens as cuda_few_tokens
 from .problem import Kernel, Problem
 from .triton import rows as triton_rows
 
@@ -51,7 +52,9 @@ KERNELS: tuple[Kernel, ...] = (
     *few_tokens.KERNELS,
     *panel.KERNELS,
     *widened.KERNELS,
-    *cuda_rows.KERNELS,
+    *cuda_few_tokens.KERNELS,
+    *csr.KERNELS,
+    *expand.KERNELS,
     *triton_rows.KERNELS,
     _dense("spmm"),
     _dense("spmm_t"),
