@@ -80,7 +80,7 @@ def _refuse(p: Problem) -> str | None:
         return f"it needs {needed} bytes of shared memory, the GPU has {most} for a block"
     if reason := layout.refuse(p):
         return reason
-    limit = density_limit(f"sm_{major}{minor}", p.dtype, p.M, "stream", "expand")
+    limit = density_limit(f"sm_{major}{minor}", p.dtype, p.M, "few_tokens", "expand")
     if limit is not None and p.density > limit:
         return f"writing W out is faster above density {limit:.2f} at {p.M} tokens"
     return None
@@ -91,4 +91,6 @@ def _describe(p: Problem) -> str:
     return f"{name} kernel, packed on the first call; values that require grad on every call"
 
 
-KERNELS: tuple[Kernel, ...] = (bound_kernel("stream", "spmm", "cuda", _refuse, _bind, _describe),)
+KERNELS: tuple[Kernel, ...] = (
+    bound_kernel("few_tokens", "spmm", "cuda", _refuse, _bind, _describe),
+)

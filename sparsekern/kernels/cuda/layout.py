@@ -20,7 +20,7 @@ from ..operands import check_pattern_arrays
 from ..problem import Problem
 from .library import start
 
-# tests/kernels/cuda/test_constants.py holds these, and those of the layouts, to csrc/cuda.
+# tests/kernels/cuda/test_constants.py holds constants of this folder to those of csrc/cuda.
 LANES = 32  # rows of a slice: one warp
 EXPAND_WARPS = 8
 TYPES = {torch.bfloat16: "bf16", torch.float16: "f16"}

@@ -185,7 +185,7 @@ def test_few_values_and_wide_rows(layout):
 def test_sparse_tensors_use_the_kernel_and_see_new_values(m, kernel):
     w = random_weight(256, 512, 0.2)
     W, x = SparseTensor.from_dense(w), torch.randn(m, 512, device="cuda").bfloat16()
-    assert f"-> stream ({kernel} kernel" in explain(x, W)
+    assert f"-> few_tokens ({kernel} kernel" in explain(x, W)
     check(linear(x, W), x, w)
     W.values.mul_(2)
     check(linear(x, W), x, 2 * w)
