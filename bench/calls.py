@@ -21,7 +21,7 @@ from torch import Tensor, nn
 
 from sparsekern import SparseLinear, SparseTensor
 from sparsekern.bench.machine import about_cpu, about_gpu, commit
-from sparsekern.kernels.cuda import rows as cuda_rows
+from sparsekern.kernels.cuda import expand
 from sparsekern.kernels.problem import Problem
 from sparsekern.kernels.table import pick
 from sparsekern.testing import random_csr
@@ -117,7 +117,7 @@ def graph_us(call: Callable[[], object]) -> float:
 
 
 def mend_times() -> Iterable[dict]:
-    mend = cuda_rows._mend
+    mend = expand._mend
     for n, k in ((768, 768), (2048, 2048), (8192, 2048)):
         W = SparseTensor(*random_csr(n, k, 0.75, torch.bfloat16), (n, k)).to("cuda")
         for m in (256, 2048, 8192):
@@ -125,14 +125,14 @@ def mend_times() -> Iterable[dict]:
             operands = W.row_offsets, W.col_indices, W.values, n, k, x, None
 
             def product(operands=operands) -> Tensor:
-                return cuda_rows._spmm_expand(*operands)
+                return expand.spmm(*operands)
 
             with_mend = graph_us(product)
             try:
-                cuda_rows._mend = lambda *arguments: arguments[-1]
+                expand._mend = lambda *arguments: arguments[-1]
                 without = graph_us(product)
             finally:
-                cuda_rows._mend = mend
+                expand._mend = mend
             case = f"{n} x {k}, {m} tokens"
             yield {"case": case, "us": {"without": without, "with": with_mend}}
 

@@ -10,8 +10,8 @@ from torch.autograd import forward_ad
 
 from .flop_formulas import register_when_imported
 from .kernels import observed
-from .kernels.cuda import rows as cuda_rows
 from .kernels.cuda.choose import assemble, check_operands
+from .kernels.cuda.few_tokens import spmm_packed as multiply_packed
 from .kernels.operands import check_gradients, check_memory, check_product, check_sddmm
 from .kernels.problem import Problem
 from .kernels.table import pick
@@ -144,7 +144,7 @@ for _name, _arguments, _run, _fake in (
 def run_spmm_packed(x, layout, n, k, nnz, numbers, tensors, bias=None):
     packed = assemble(layout, n, k, nnz, numbers, tensors)
     check_operands(packed, x, bias)
-    return cuda_rows.spmm_packed(x, packed, bias)
+    return multiply_packed(x, packed, bias)
 
 
 def _fake_spmm_packed(x, layout, n, k, nnz, numbers, tensors, bias=None):

@@ -13,8 +13,8 @@ from torch import Tensor
 from ..kernels import table
 from ..kernels.cuda import library as cuda_library
 from ..kernels.cuda.choose import Packed, choose_layout, like, pack
-from ..kernels.cuda.packs import share_packs
-from ..kernels.cuda.rows import MOST_TOKENS, spmm_packed
+from ..kernels.cuda.few_tokens import MOST_TOKENS, spmm_packed
+from ..kernels.cuda.layout import share_packs
 from ..tensor import SparseTensor
 from .measure_gpu import Way
 from .replay_gpu import BOUND, OURS, PEER
@@ -50,8 +50,8 @@ def streams() -> list[Way]:
     packed = lru_cache(maxsize=len(every))(pack)
 
     def lay_out(W: SparseTensor, tokens: int) -> Packed:
-        name = choose_layout(tokens, W.density)
-        return packed(W, next(t for t in every if choose_layout(t, W.density) == name))
+        layout = choose_layout(tokens, W.density)
+        return packed(W, next(t for t in every if choose_layout(t, W.density) is layout))
 
     return [stream(tokens, lay_out) for tokens in every]
 

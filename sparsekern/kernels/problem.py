@@ -7,6 +7,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+OLD_NAMES = {"stream": "few_tokens"}  # of rows: files and settings have them for one release more
+
 
 class Problem(NamedTuple):
     """One product: everything that the choice of a kernel may depend on.

@@ -8,6 +8,7 @@ prints each new problem with the kernel chosen and every refusal on standard err
 
 import os
 import sys
+import warnings
 from dataclasses import replace
 from functools import lru_cache
 from inspect import signature
@@ -17,8 +18,9 @@ from torch import Tensor
 from ..indices import INDEX_LIMIT, VALUE_DTYPES
 from . import core, reference
 from .cpu import few_tokens, panel, widened
-from .cuda import rows as cuda_rows
-from .problem import Kernel, Problem
+from .cuda import csr, expand
+from .cuda import few_tokens as cuda_few_tokens
+from .problem import OLD_NAMES, Kernel, Problem
 from .triton import rows as triton_rows
 
 
@@ -51,7 +53,9 @@ KERNELS: tuple[Kernel, ...] = (
     *few_tokens.KERNELS,
     *panel.KERNELS,
     *widened.KERNELS,
-    *cuda_rows.KERNELS,
+    *cuda_few_tokens.KERNELS,
+    *csr.KERNELS,
+    *expand.KERNELS,
     *triton_rows.KERNELS,
     _dense("spmm"),
     _dense("spmm_t"),
@@ -114,6 +118,14 @@ def _refusal(row: Kernel, problem: Problem) -> str | None:
 
 
 def _forced(problem: Problem, name: str) -> Kernel | None:
+    if name in OLD_NAMES:
+        warnings.warn(
+            f"SPARSEKERN_KERNEL: {name} is called {OLD_NAMES[name]} now; the next release knows "
+            "that name alone",
+            FutureWarning,
+            stacklevel=1,  # this line: once in a process
+        )
+        name = OLD_NAMES[name]
     rows = [row for row in KERNELS if row.name == name]
     if not rows:
         known = ", ".join(sorted({row.name for row in KERNELS}))

@@ -157,7 +157,7 @@ def test_dispatch_takes_what_was_calibrated_here(small, monkeypatch, tmp_path, c
         return pick(Problem("spmm_t", "cpu", torch.float32, 100, 100, 100, nnz)).name
 
     assert (name(1300), name(1500)) == ("panel", "expand")  # sqrt(0.1 * 0.2) = 0.141
-    assert crossover.density_limit("sm_90", torch.bfloat16, 7, "stream", "dense") == 0.5
+    assert crossover.density_limit("sm_90", torch.bfloat16, 7, "few_tokens", "dense") == 0.5
 
 
 def calibrated(path: Path):

@@ -15,8 +15,8 @@ from sparsekern import SparseTensor
 from sparsekern.bench import crossover, measure_gpu, peers_gpu
 from sparsekern.kernels import crossover as shipped
 from sparsekern.kernels import derived
-from sparsekern.kernels.cuda import packs
-from sparsekern.kernels.cuda.gather import StreamsLayout
+from sparsekern.kernels.cuda.gather import GatherLayout
+from sparsekern.kernels.cuda.layout import pack_of
 
 BENCH = Path(__file__).parents[2] / "bench"
 
@@ -246,10 +246,10 @@ def test_copies_of_a_weight_are_laid_out_once():
     def multiply(x, W):
         def make_layout(*indices):
             made.append(1)
-            return StreamsLayout(*indices, *W.shape)
+            return GatherLayout(*indices, *W.shape)
 
         pattern = W.row_offsets, W.col_indices
-        pack = packs.pack_of("stream", 1, make_layout, *pattern, W.values, *W.shape)
+        pack = pack_of("stream", 1, make_layout, *pattern, W.values, *W.shape)
         used.append(pack)
         return x
 
@@ -278,7 +278,7 @@ def test_copies_of_a_weight_are_laid_out_once():
 def test_a_layout_that_suits_two_numbers_of_tokens_is_made_once(monkeypatch):
     made = []
     monkeypatch.setattr(peers_gpu, "pack", lambda W, tokens: made.append(tokens) or tokens)
-    choose = {1: "streams", 16: "cover", 32: "cover", 64: "pairs"}
+    choose = {1: "gather", 16: "cover", 32: "cover", 64: "pairs"}
     monkeypatch.setattr(peers_gpu, "choose_layout", lambda tokens, density: choose[tokens])
     W = SparseTensor.from_dense(torch.ones(10, 100))
     assert [way.lay_out(W) for way in peers_gpu.streams()] == [1, 16, 16, 64]

@@ -9,6 +9,7 @@ Up to 64 tokens in a 16-bit type W is packed as for the CUDA kernel (cover.py), 
 is there to do it. cover_kernel.py has that kernel.
 """
 
+from collections.abc import Callable
 from functools import lru_cache
 from importlib.util import find_spec
 from typing import NamedTuple
@@ -18,9 +19,8 @@ from torch import Tensor
 
 from ..cuda import cover
 from ..cuda.cover import WINDOW, CoverLayout
-from ..cuda.layout import LANES
-from ..cuda.packs import pack_of
-from ..problem import Kernel, Problem
+from ..cuda.layout import LANES, pack_of
+from ..problem import Kernel, Problem, bound_kernel
 from .bitmap import UNIT_COLUMNS, UNIT_ROWS, Bitmap, bitmap_of, places
 
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
@@ -75,13 +75,15 @@ def sddmm_config(size: int) -> Config:
     return Config(32, 8, 4 if size == 2 else 2, stages=3)
 
 
+def _bind_spmm(p: Problem) -> Callable[..., Tensor]:
+    return _spmm_cover if takes_cover(p.M, p.dtype) else _spmm
+
+
 def _spmm(row_offsets, col_indices, values, n, k, x, bias=None, config=None):
     m, nnz = x.shape[0], values.shape[0]
     y = x.new_empty(m, n)
     if nnz == 0 or m == 0:
         return _no_product(y, bias)
-    if config is None and takes_cover(m, x.dtype):
-        return _spmm_cover(row_offsets, col_indices, values, n, k, x, bias)
     config = config or spmm_config(m, n, k, x.element_size())
     bitmap = bitmap_of(row_offsets, col_indices, n, k)
     blocks = -(-n // config.block_n), -(-m // config.block_m)
@@ -117,7 +119,7 @@ def cover_block(m: int) -> int:
 def cover_split(m: int, n: int, k: int) -> int:
     """Parts of K, such that all programs run at once: 28672 x 8192 and 16 tokens have 896 slices of
     32 rows, in 3 parts 2688 programs."""
-    most = COVER_PROGRAMS[cover_block(m)] // -(-n // LANES)
+    most = COVER_PROGRAMS[cover_block(m)] // max(1, -(-n // LANES))
     return max(1, min(most, -(-k // WINDOW)))
 
 
@@ -340,7 +342,7 @@ def _describe(p: Problem) -> str:
 
 
 KERNELS = (
-    Kernel("triton", "spmm", "cuda", _refuse, _spmm, _describe),
+    bound_kernel("triton", "spmm", "cuda", _refuse, _bind_spmm, _describe),
     Kernel("triton", "spmm_t", "cuda", _refuse, _spmm_t, _describe),
     Kernel("triton", "sddmm", "cuda", _refuse, _sddmm, _describe),
 )

@@ -6,7 +6,8 @@ from emulated_cuda import emulated_cuda  # noqa: F401
 from test_emulated_cuda import random_weight
 
 from sparsekern import SparseTensor
-from sparsekern.kernels.cuda import rows as cuda_rows
+from sparsekern.kernels.cuda import expand, few_tokens
+from sparsekern.kernels.cuda.layout import Gpu
 
 pytestmark = pytest.mark.usefixtures("emulated_cuda", "with_library")
 FLOATS = pytest.mark.parametrize(
@@ -16,8 +17,8 @@ FLOATS = pytest.mark.parametrize(
 
 @pytest.fixture
 def with_library(monkeypatch):
-    monkeypatch.setattr(cuda_rows.cuda_library, "refusal", lambda: None)
-    monkeypatch.setattr(cuda_rows, "gpu_of", lambda device: cuda_rows.Gpu(3, 227 * 1024))
+    monkeypatch.setattr(expand.cuda_library, "refusal", lambda: None)
+    monkeypatch.setattr(few_tokens, "gpu_of", lambda device: Gpu(3, 227 * 1024))
 
 
 def by_stored_values(w, mask, x, bias):
@@ -39,7 +40,7 @@ def test_infinities_reach_what_a_stored_value_connects(way, n, k, dtype, nan_mem
     x[9, 1 if way == "spmm" else 2] = torch.inf  # nothing is stored there
     x[20] = torch.nan
     bias = torch.randn(n if way == "spmm" else k).to(dtype)
-    run = {"spmm": cuda_rows._spmm_expand, "spmm_t": cuda_rows._spmm_t_expand}[way]
+    run = {"spmm": expand.spmm, "spmm_t": expand.spmm_t}[way]
     for b in (bias, None):
         y = run(W.row_offsets, W.col_indices, W.values, n, k, x, b)
         w_, mask_ = (w, mask) if way == "spmm" else (w.t(), mask.t())
@@ -73,9 +74,7 @@ def test_no_index_leads_out_of_bounds(damage, seed):
         return memory[edge : edge + count].fill_(1.0)
 
     def check(name, grid, smem_bytes, tensors, *sizes):
-        cuda_rows._run_csr(
-            name, grid, smem_bytes, (row_offsets, col_indices, *tensors), *sizes, nnz
-        )
+        expand._start(name, grid, smem_bytes, (row_offsets, col_indices, *tensors), *sizes, nnz)
         out = tensors[-1] if name != "write_out_4" else tensors[1]
         assert memory[:edge].isnan().all() and memory[edge + out.numel() :].isnan().all()
 
@@ -90,19 +89,19 @@ def test_no_index_leads_out_of_bounds(damage, seed):
     assert dx.isfinite().all()
 
 
-@pytest.mark.parametrize("row", ["expand", "stream"])
+@pytest.mark.parametrize("row", ["expand", "few_tokens"])
 def test_a_pattern_made_invalid_is_refused(row):
     W = SparseTensor.from_dense(random_weight(40, 130, 0.3))
     x, dy, args = torch.randn(5, 130).bfloat16(), torch.randn(5, 40).bfloat16(), (40, 130)
     pattern = W.row_offsets, W.col_indices
 
     def products():
-        if row == "stream":
-            return [cuda_rows._spmm_stream(*pattern, W.values, *args, x)]
+        if row == "few_tokens":
+            return [few_tokens.KERNELS[0].run(*pattern, W.values, *args, x)]
         return [
-            cuda_rows._spmm_expand(*pattern, W.values, *args, x),
-            cuda_rows._spmm_t_expand(*pattern, W.values, *args, dy),
-            cuda_rows._sddmm_expand(*pattern, *args, dy, x),
+            expand.spmm(*pattern, W.values, *args, x),
+            expand.spmm_t(*pattern, W.values, *args, dy),
+            expand.sddmm(*pattern, *args, dy, x),
         ]
 
     products()
@@ -127,7 +126,7 @@ def test_places_of_x_beyond_two_to_the_31():
     y = torch.zeros(m, n, dtype=torch.bfloat16)
     y[2] = torch.nan
     tensors = W.row_offsets, W.col_indices, W.values, x, None, y
-    cuda_rows._run_csr("mend_bf16", 1, 32, tensors, m, n, k, 3)
+    expand._start("mend_bf16", 1, 32, tensors, m, n, k, 3)
     assert y.tolist() == [[0, 0], [0, 0], [32, 400]]
     W3 = SparseTensor(*map(torch.tensor, ([0, 0, 0, 2], [7, k - 1], [0.0, 0.0])), (m, k))
-    assert cuda_rows._collect_csr(W3.row_offsets, W3.col_indices, x).tolist() == [100, 10]
+    assert expand.collect(W3.row_offsets, W3.col_indices, x).tolist() == [100, 10]

@@ -12,7 +12,8 @@ import pytest
 import torch
 
 from sparsekern.kernels import derived, table
-from sparsekern.kernels.cuda import cover, packs
+from sparsekern.kernels.cuda import cover
+from sparsekern.kernels.cuda.layout import pack_of
 from sparsekern.kernels.problem import Problem
 from sparsekern.kernels.triton import bitmap as bitmaps
 from sparsekern.kernels.triton import rows as triton_rows
@@ -290,18 +291,18 @@ def test_packs_see_changes():
     row_offsets, col_indices, values = random_csr(60, 80, 0.5, torch.float16)
     pattern = row_offsets, col_indices
 
-    def pack_of():
+    def get():
         layout = partial(cover.CoverLayout, n=60, k=80)
-        return packs.pack_of("row", "kind", layout, *pattern, values, 60, 80)
+        return pack_of("row", "kind", layout, *pattern, values, 60, 80)
 
-    pack = pack_of()
+    pack = get()
     before = pack.packed.records.clone()
-    assert pack_of() is pack and torch.equal(pack.packed.records, before)
+    assert get() is pack and torch.equal(pack.packed.records, before)
     values.mul_(-2)
-    assert pack_of() is pack
+    assert get() is pack
     assert torch.equal(pack.packed.records.view(-1)[pack.layout.places], values)
     col_indices[0] += 0  # a write
-    assert pack_of() is not pack
+    assert get() is not pack
 
 
 @covers
@@ -310,7 +311,7 @@ def test_packs_go_with_their_patterns():
     layout = partial(cover.CoverLayout, n=60, k=80)
     gc.collect()
     kept = len(derived._store)
-    packs.pack_of("row", "kind", layout, row_offsets, col_indices, values, 60, 80)
+    pack_of("row", "kind", layout, row_offsets, col_indices, values, 60, 80)
     assert len(derived._store) == kept + 1
     del col_indices
     assert len(derived._store) == kept
