@@ -17,47 +17,19 @@ constexpr unsigned kTurns = 2;  // words of a thread at a time, so that more loa
 
 using Word = unsigned long long;
 
-// Eight columns: which are stored, and where their values begin.
+// The octet that a thread takes of word `word`, in a matrix [N, k]: which of its columns are
+// stored, and where their values begin.
 struct Piece {
   unsigned bits, first;
 };
+__device__ inline Piece piece_of(const Word* words, const int* starts, unsigned word,
+                                 unsigned octet) {
+  const Word bits = words[word], before = bits & ((Word{1} << octet * 8) - 1);
+  return {static_cast<unsigned>(bits >> octet * 8) & 0xffu,
+          static_cast<unsigned>(starts[word] + __popcll(before))};
+}
 
-// What a thread reads of its words, some time before it needs it.
-template <unsigned kWords>
-struct Ahead {
-  Word words[kWords];
-  int starts[kWords];
-
-  __device__ void load(unsigned i, const Word* all_words, const int* all_starts, unsigned word) {
-    words[i] = all_words[word];
-    starts[i] = all_starts[word];
-  }
-  __device__ Piece piece(unsigned i, unsigned octet) const {
-    const Word before = words[i] & ((Word{1} << octet * 8) - 1);
-    return {static_cast<unsigned>(words[i] >> octet * 8) & 0xffu,
-            static_cast<unsigned>(starts[i] + __popcll(before))};
-  }
-};
-
-// The words of a matrix of `count` of them, kTurns * kBlockWords at a time: block after block.
-struct Turn {
-  unsigned chunk, octet, count;
-
-  __device__ Turn(unsigned count) : chunk(blockIdx.x), octet(threadIdx.x % kOctets), count(count) {}
-  __device__ bool is_in() const { return chunk * (kTurns * kBlockWords) < count; }
-  __device__ unsigned word(unsigned t) const {
-    return (chunk * kTurns + t) * kBlockWords + threadIdx.x / kOctets;
-  }
-  __device__ void load(Ahead<kTurns>& ahead, const Word* words, const int* starts) const {
-#pragma unroll
-    for (unsigned t = 0; t < kTurns; ++t) {
-      ahead.words[t] = 0;
-      if (word(t) < count) ahead.load(t, words, starts, word(t));
-    }
-  }
-};
-
-// Where the octet of a word begins in a matrix [N, k].
+// Where it begins.
 struct Place {
   long long row;
   unsigned col;
@@ -65,6 +37,11 @@ struct Place {
 __device__ inline Place place_of(unsigned word, unsigned octet, unsigned row_words) {
   const unsigned row = word / row_words;
   return {row, (word - row * row_words) * kWordColumns + octet * 8};
+}
+
+// The t-th word of a thread.
+__device__ inline unsigned word_of(unsigned t) {
+  return (blockIdx.x * kTurns + t) * kBlockWords + threadIdx.x / kOctets;
 }
 
 // The elements of a piece, 0 where none is stored.
@@ -93,29 +70,25 @@ __device__ void copy_eight(const Element* from, Element* to) {
 template <class Element>
 __device__ void write_out(const Word* words, const int* starts, const Element* values, Element* w,
                           unsigned count, unsigned row_words, unsigned k) {
-  Turn turn(count);
-  Ahead<kTurns> ahead;
-  turn.load(ahead, words, starts);
-  while (turn.is_in()) {
-    __align__(16) Element eight[kTurns][8];
+  const unsigned octet = threadIdx.x % kOctets;
+  __align__(16) Element eight[kTurns][8];
 #pragma unroll
-    for (unsigned t = 0; t < kTurns; ++t) load_piece(values, ahead.piece(t, turn.octet), eight[t]);
-    const Turn now = turn;
-    turn.chunk += gridDim.x;
-    turn.load(ahead, words, starts);
+  for (unsigned t = 0; t < kTurns; ++t) {
+    if (word_of(t) >= count) break;
+    load_piece(values, piece_of(words, starts, word_of(t), octet), eight[t]);
+  }
 #pragma unroll
-    for (unsigned t = 0; t < kTurns; ++t) {
-      if (now.word(t) >= count) break;
-      const Place place = place_of(now.word(t), now.octet, row_words);
-      if (place.col >= k) continue;
-      Element* out = w + place.row * k + place.col;
-      if (k % 8 == 0) {
-        copy_eight(eight[t], out);
-      } else {
+  for (unsigned t = 0; t < kTurns; ++t) {
+    if (word_of(t) >= count) break;
+    const Place place = place_of(word_of(t), octet, row_words);
+    if (place.col >= k) continue;
+    Element* out = w + place.row * k + place.col;
+    if (k % 8 == 0) {
+      copy_eight(eight[t], out);
+    } else {
 #pragma unroll
-        for (unsigned i = 0; i < 8; ++i) {
-          if (place.col + i < k) out[i] = eight[t][i];
-        }
+      for (unsigned i = 0; i < 8; ++i) {
+        if (place.col + i < k) out[i] = eight[t][i];
       }
     }
   }
@@ -127,54 +100,51 @@ template <class Element>
 __device__ void collect(const Word* words, const int* starts, const Element* w, Element* values,
                         unsigned count, unsigned row_words, unsigned k) {
   extern __shared__ __align__(16) char smem[];
-  const unsigned lane = threadIdx.x % kWarp;
+  const unsigned lane = threadIdx.x % kWarp, octet = threadIdx.x % kOctets;
   Element* mine = reinterpret_cast<Element*>(smem) + threadIdx.x / kWarp * (kWarp * 8);
-  for (Turn turn(count); turn.is_in(); turn.chunk += gridDim.x) {
-    Ahead<kTurns> ahead;
-    __align__(16) Element eight[kTurns][8];
+  __align__(16) Element eight[kTurns][8];
 #pragma unroll
-    for (unsigned t = 0; t < kTurns; ++t) {
-      if (turn.word(t) >= count) continue;
-      const Place place = place_of(turn.word(t), turn.octet, row_words);
-      const Element* from = w + place.row * k + place.col;
-      if (k % 8 == 0) {
-        if (place.col < k) copy_eight(from, eight[t]);
-      } else {
-#pragma unroll
-        for (unsigned i = 0; i < 8; ++i) {
-          if (place.col + i < k) eight[t][i] = from[i];
-        }
-      }
-    }
-    turn.load(ahead, words, starts);
-#pragma unroll
-    for (unsigned t = 0; t < kTurns; ++t) {
-      const unsigned first_word = turn.word(t) - lane / kOctets;
-      if (first_word >= count) break;  // of the warp
-      const unsigned first = __shfl_sync(kAllLanes, ahead.starts[t], 0);
-      const bool is_in = turn.word(t) < count;
-      const Piece piece = is_in ? ahead.piece(t, turn.octet) : Piece{0, first};
-      Element* to = mine + (piece.first - first);
+  for (unsigned t = 0; t < kTurns; ++t) {
+    if (word_of(t) >= count) break;
+    const Place place = place_of(word_of(t), octet, row_words);
+    const Element* from = w + place.row * k + place.col;
+    if (k % 8 == 0) {
+      if (place.col < k) copy_eight(from, eight[t]);
+    } else {
 #pragma unroll
       for (unsigned i = 0; i < 8; ++i) {
-        if (piece.bits >> i & 1) *to++ = eight[t][i];
+        if (place.col + i < k) eight[t][i] = from[i];
       }
-      unsigned end = piece.first + __popc(piece.bits);
-      for (int other = 1; other < kWarp; other *= 2) {
-        end = max(end, __shfl_sync(kAllLanes, end, static_cast<int>(lane) ^ other));
-      }
-      __syncwarp();
-      for (unsigned i = lane; i < end - first; i += kWarp) values[first + i] = mine[i];
-      __syncwarp();
     }
+  }
+#pragma unroll
+  for (unsigned t = 0; t < kTurns; ++t) {
+    const unsigned first_word = word_of(t) - lane / kOctets;
+    if (first_word >= count) break;  // of the warp
+    const unsigned first = starts[first_word];
+    Piece piece = {0, first};
+    if (word_of(t) < count) piece = piece_of(words, starts, word_of(t), octet);
+    Element* to = mine + (piece.first - first);
+#pragma unroll
+    for (unsigned i = 0; i < 8; ++i) {
+      if (piece.bits >> i & 1) *to++ = eight[t][i];
+    }
+    unsigned end = piece.first + __popc(piece.bits);
+    for (int other = 1; other < kWarp; other *= 2) {
+      end = max(end, __shfl_sync(kAllLanes, end, static_cast<int>(lane) ^ other));
+    }
+    __syncwarp();
+    for (unsigned i = lane; i < end - first; i += kWarp) values[first + i] = mine[i];
+    __syncwarp();
   }
 }
 
 // 2:4. Of four neighbours at most two are stored, and a slot each is there for two: the stored ones
 // and, where they are fewer, the first free ones beside them, whose value is 0. Slots are in the
 // order of the neighbours. `four` has a bit for each that is stored.
+
 struct Slots {
-  bool is_first, is_second;  // stored
+  bool is_first, is_second;
 };
 __device__ inline Slots slots_of(unsigned four) {
   const bool both = __popc(four) >= 2;
@@ -182,58 +152,64 @@ __device__ inline Slots slots_of(unsigned four) {
 }
 
 __device__ inline unsigned slot_pair(const unsigned short* from, const Slots& slots) {
-  const unsigned first = slots.is_first ? from[0] : 0u;
-  const unsigned second = slots.is_second ? from[slots.is_first] : 0u;
+  unsigned first = 0, second = 0;
+  if (slots.is_first) first = from[0];
+  if (slots.is_second) second = from[slots.is_first];
   return first | second << 16;
 }
 
-// What follows the slots in the operand is that of `rest`.
+// What follows the slots in the operand is that of `rest`: of the blocks after `blocks`.
 __device__ inline void copy_rest(const uint4* rest, unsigned short* operand, long long slots,
-                                 unsigned parts) {
-  for (unsigned part = blockIdx.x * kBitmapThreads + threadIdx.x; part < parts;
-       part += gridDim.x * kBitmapThreads) {
-    reinterpret_cast<uint4*>(operand + slots)[part] = rest[part];
-  }
+                                 unsigned parts, unsigned blocks) {
+  const unsigned part = (blockIdx.x - blocks) * kBitmapThreads + threadIdx.x;
+  if (part < parts) reinterpret_cast<uint4*>(operand + slots)[part] = rest[part];
 }
 
 // The slots of W, [N, K / 2], then what follows them. K is a multiple of 16.
 __device__ inline void fill(const Word* words, const int* starts, const unsigned short* values,
                             const uint4* rest, unsigned short* operand, unsigned count,
                             unsigned row_words, unsigned n, unsigned k, unsigned parts) {
-  Turn turn(count);
-  Ahead<kTurns> ahead;
-  turn.load(ahead, words, starts);
-  while (turn.is_in()) {
-    uint2 four_slots[kTurns];
-#pragma unroll
-    for (unsigned t = 0; t < kTurns; ++t) {
-      const Piece piece = ahead.piece(t, turn.octet);
-      const unsigned low = piece.bits & 15;
-      four_slots[t] = {slot_pair(values + piece.first, slots_of(low)),
-                       slot_pair(values + piece.first + __popc(low), slots_of(piece.bits >> 4))};
-    }
-    const Turn now = turn;
-    turn.chunk += gridDim.x;
-    turn.load(ahead, words, starts);
-#pragma unroll
-    for (unsigned t = 0; t < kTurns; ++t) {
-      if (now.word(t) >= count) break;
-      const Place place = place_of(now.word(t), now.octet, row_words);
-      if (place.col >= k) continue;
-      *reinterpret_cast<uint2*>(operand + place.row * (k / 2) + place.col / 2) = four_slots[t];
-    }
+  constexpr unsigned kMost = kTurns * kBlockWords;
+  const unsigned octet = threadIdx.x % kOctets, blocks = (count + kMost - 1) / kMost;
+  if (blockIdx.x >= blocks) {
+    copy_rest(rest, operand, static_cast<long long>(n) * (k / 2), parts, blocks);
+    return;
   }
-  copy_rest(rest, operand, static_cast<long long>(n) * (k / 2), parts);
+  uint2 four_slots[kTurns];
+#pragma unroll
+  for (unsigned t = 0; t < kTurns; ++t) {
+    if (word_of(t) >= count) break;
+    const Piece piece = piece_of(words, starts, word_of(t), octet);
+    const unsigned low = piece.bits & 15;
+    four_slots[t] = {slot_pair(values + piece.first, slots_of(low)),
+                     slot_pair(values + piece.first + __popc(low), slots_of(piece.bits >> 4))};
+  }
+#pragma unroll
+  for (unsigned t = 0; t < kTurns; ++t) {
+    if (word_of(t) >= count) break;
+    const Place place = place_of(word_of(t), octet, row_words);
+    if (place.col >= k) continue;
+    *reinterpret_cast<uint2*>(operand + place.row * (k / 2) + place.col / 2) = four_slots[t];
+  }
 }
 
 constexpr unsigned kTileRows = 128, kTileOctets = kTileRows / 8;
-constexpr unsigned kTileWords =
-    kTileRows * (kWordColumns / 2 + 1) + kTileRows / kWarp;  // of 32 bits
+constexpr unsigned kTileStride = kWordColumns + 2;  // of a row, in 16-bit values
+constexpr unsigned kTileWords = kTileRows * kTileStride / 2 + kTileRows / kWarp;  // of 32 bits
 
 // Where row `row` of a tile begins in shared memory, in 16-bit values. No two of 16 rows that are 8
 // apart share a bank.
-__device__ inline unsigned tile_row(unsigned row) {
-  return 2 * (row * (kWordColumns / 2 + 1) + row / kWarp);
+__device__ inline unsigned tile_row(unsigned row) { return row * kTileStride + row / kWarp * 2; }
+
+// The same of a column of a tile, of rows `four` of which are stored, the first at `at`.
+__device__ inline unsigned slot_pair_of_column(const unsigned short* at, unsigned four) {
+  // Two bits for each `four`: the first that is stored, and the last.
+  constexpr unsigned kFirst = 0x12131210, kLast = 0xffffaa50;
+  const Slots slots = slots_of(four);
+  unsigned first = 0, second = 0;
+  if (slots.is_first) first = at[(kFirst >> four * 2 & 3) * kTileStride];
+  if (slots.is_second) second = at[(kLast >> four * 2 & 3) * kTileStride];
+  return first | second << 16;
 }
 
 // The bits of 8 rows of 8 columns, a byte a row, as a byte a column.
@@ -246,90 +222,69 @@ __device__ inline Word transpose_bits(Word x) {
   return x ^ t ^ t << 28;
 }
 
-// The slots of W^T, [K, N / 2], then what follows them. A block turns tiles of 128 rows and a word
+// The slots of W^T, [K, N / 2], then what follows them. A block turns a tile of 128 rows and a word
 // of columns around. N is a multiple of 16.
 __device__ inline void fill_transposed(const Word* words, const int* starts,
                                        const unsigned short* values, const uint4* rest,
                                        unsigned short* operand, unsigned row_words, unsigned n,
                                        unsigned k, unsigned parts) {
-  constexpr unsigned kRows = kTileRows / kBlockWords;  // of a thread
   extern __shared__ __align__(16) char smem[];
   auto tile = reinterpret_cast<unsigned short*>(smem);
   auto row_bytes = reinterpret_cast<unsigned char*>(smem + 4 * kTileWords);  // [row][octet]
   auto column_bytes = row_bytes + kTileRows * kOctets;                       // [column][octet]
   const unsigned tiles = (n + kTileRows - 1) / kTileRows * row_words;
-  const unsigned octet = threadIdx.x % kOctets;
-  const auto load = [&](Ahead<kRows>& ahead, unsigned at) {
-#pragma unroll
-    for (unsigned t = 0; t < kRows; ++t) {
-      const unsigned row = at / row_words * kTileRows + t * kBlockWords + threadIdx.x / kOctets;
-      ahead.words[t] = 0;
-      if (at < tiles && row < n) ahead.load(t, words, starts, row * row_words + at % row_words);
-    }
-  };
-  Ahead<kRows> ahead;
-  load(ahead, blockIdx.x);
-  for (unsigned at = blockIdx.x; at < tiles; at += gridDim.x) {
-    const unsigned first_row = at / row_words * kTileRows,
-                   first_col = at % row_words * kWordColumns;
-    unsigned short eight[kRows][8];
-    unsigned bits_of[kRows];
-#pragma unroll
-    for (unsigned t = 0; t < kRows; ++t) {
-      const Piece piece = ahead.piece(t, octet);
-      bits_of[t] = piece.bits;
-      load_piece(values, piece, eight[t]);
-    }
-    load(ahead, at + gridDim.x);
-#pragma unroll
-    for (unsigned t = 0; t < kRows; ++t) {
-      const unsigned row = t * kBlockWords + threadIdx.x / kOctets;
-      row_bytes[row * kOctets + octet] = static_cast<unsigned char>(bits_of[t]);
-      auto out = reinterpret_cast<unsigned*>(tile + tile_row(row) + octet * 8);
-#pragma unroll
-      for (int i = 0; i < 4; ++i) {
-        out[i] = eight[t][2 * i] | static_cast<unsigned>(eight[t][2 * i + 1]) << 16;
-      }
-    }
-    __syncthreads();
-    if (threadIdx.x < kTileOctets * kOctets) {
-      const unsigned row_octet = threadIdx.x / kOctets;
-      Word bits = 0;
-#pragma unroll
-      for (unsigned i = 0; i < 8; ++i) {
-        bits |= static_cast<Word>(row_bytes[(row_octet * 8 + i) * kOctets + octet]) << 8 * i;
-      }
-      bits = transpose_bits(bits);
-#pragma unroll
-      for (unsigned i = 0; i < 8; ++i) {
-        column_bytes[(octet * 8 + i) * kTileOctets + row_octet] =
-            static_cast<unsigned char>(bits >> 8 * i);
-      }
-    }
-    __syncthreads();
-    const unsigned row_octet = threadIdx.x % kTileOctets;
-    for (unsigned c = threadIdx.x / kTileOctets;
-         c < kWordColumns && first_col + c < k && first_row + row_octet * 8 < n;
-         c += kBitmapThreads / kTileOctets) {
-      const unsigned bits = column_bytes[c * kTileOctets + row_octet];
-      unsigned pairs[2];
-#pragma unroll
-      for (unsigned half = 0; half < 2; ++half) {
-        const unsigned four = bits >> 4 * half & 15, row = row_octet * 8 + half * 4;
-        const Slots slots = slots_of(four);
-        const unsigned low = four & 1 ? 0 : four & 2 ? 1 : four & 4 ? 2 : 3;
-        const unsigned high = four & 8 ? 3 : four & 4 ? 2 : four & 2 ? 1 : 0;
-        const unsigned first = slots.is_first ? tile[tile_row(row + low) + c] : 0u;
-        const unsigned second = slots.is_second ? tile[tile_row(row + high) + c] : 0u;
-        pairs[half] = first | second << 16;
-      }
-      const long long row_of_out = static_cast<long long>(first_col + c) * (n / 2);
-      *reinterpret_cast<uint2*>(operand + row_of_out + (first_row / 2 + row_octet * 4)) = {
-          pairs[0], pairs[1]};
-    }
-    __syncthreads();  // the tile has been read
+  if (blockIdx.x >= tiles) {
+    copy_rest(rest, operand, static_cast<long long>(k) * (n / 2), parts, tiles);
+    return;
   }
-  copy_rest(rest, operand, static_cast<long long>(k) * (n / 2), parts);
+  const unsigned first_row = blockIdx.x / row_words * kTileRows;
+  const unsigned first_col = blockIdx.x % row_words * kWordColumns;
+  const unsigned octet = threadIdx.x % kOctets;
+#pragma unroll
+  for (unsigned t = 0; t < kTileRows / kBlockWords; ++t) {
+    const unsigned row = t * kBlockWords + threadIdx.x / kOctets;
+    const unsigned word = (first_row + row) * row_words + blockIdx.x % row_words;
+    Piece piece = {0, 0};
+    if (first_row + row < n) piece = piece_of(words, starts, word, octet);
+    unsigned short eight[8];
+    load_piece(values, piece, eight);
+    row_bytes[row * kOctets + octet] = static_cast<unsigned char>(piece.bits);
+    auto out = reinterpret_cast<unsigned*>(tile + tile_row(row) + octet * 8);
+#pragma unroll
+    for (int i = 0; i < 4; ++i) {
+      out[i] = eight[2 * i] | static_cast<unsigned>(eight[2 * i + 1]) << 16;
+    }
+  }
+  __syncthreads();
+  if (threadIdx.x < kTileOctets * kOctets) {
+    const unsigned row_octet = threadIdx.x / kOctets;
+    Word bits = 0;
+#pragma unroll
+    for (unsigned i = 0; i < 8; ++i) {
+      bits |= static_cast<Word>(row_bytes[(row_octet * 8 + i) * kOctets + octet]) << 8 * i;
+    }
+    bits = transpose_bits(bits);
+#pragma unroll
+    for (unsigned i = 0; i < 8; ++i) {
+      column_bytes[(octet * 8 + i) * kTileOctets + row_octet] =
+          static_cast<unsigned char>(bits >> 8 * i);
+    }
+  }
+  __syncthreads();
+  constexpr unsigned kStep = kBitmapThreads / kTileOctets;  // columns at a time
+  const unsigned row_octet = threadIdx.x % kTileOctets, column = threadIdx.x / kTileOctets;
+  if (first_row + row_octet * 8 >= n) return;
+  const unsigned short* from = tile + tile_row(row_octet * 8) + column;
+  unsigned short* out = operand + static_cast<long long>(first_col + column) * (n / 2) +
+                        (first_row / 2 + row_octet * 4);
+#pragma unroll
+  for (unsigned c = 0; c < kWordColumns; c += kStep) {
+    if (first_col + column + c >= k) return;
+    const unsigned bits = column_bytes[(column + c) * kTileOctets + row_octet];
+    *reinterpret_cast<uint2*>(out + static_cast<long long>(c) * (n / 2)) = {
+        slot_pair_of_column(from + c, bits & 15),
+        slot_pair_of_column(from + 4 * kTileStride + c, bits >> 4)};
+  }
 }
 
 }  // namespace sk

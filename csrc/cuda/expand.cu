@@ -83,7 +83,7 @@ __device__ void mend_expanded(const unsigned short* w, const unsigned short* x,
     }
     return sum;
   };
-  mend_tokens<T>(x, bias, y, m, n, k, sum_part);
+  mend_tokens<T>(x, bias, y, m, n, k, 1, sum_part);
 }
 
 }  // namespace sk

@@ -23,6 +23,7 @@ class Problem(NamedTuple):
     N: int  # out_features, the rows of W
     K: int  # in_features, the columns of W
     nnz: int  # stored values of W
+    is_two_way: bool = False  # known for what cuda/two_of_four.py takes alone
 
     @property
     def density(self) -> float:

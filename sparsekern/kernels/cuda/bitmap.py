@@ -7,19 +7,19 @@ nobody else can write to it, so the kernels need no check of their own.
 """
 
 from dataclasses import dataclass
-from functools import cache
 
 import torch
 from torch import Tensor
 
 from ...indices import expand_rows
 from ..derived import derived
-from . import library as cuda_library
+from .library import start
 
 COLUMNS = 64  # of a word
-THREADS, BLOCK_WORDS, TURNS = 256, 32, 2  # as in bitmap.cu
+THREADS, BLOCK_WORDS = 256, 64  # of a block
 TILE_ROWS = 128
-BLOCKS = 8  # on a multiprocessor
+TILE_BYTES = 4 * (TILE_ROWS * (COLUMNS // 2 + 1) + TILE_ROWS // 32) + 2 * TILE_ROWS * COLUMNS // 8
+PART_BYTES = 16
 _CHUNK = 2**26  # entries that are looked at together
 
 
@@ -27,6 +27,10 @@ _CHUNK = 2**26  # entries that are looked at together
 class Bitmap:
     words: Tensor  # int64 [N, row_words]
     starts: Tensor  # int32 [N, row_words]
+
+    @property
+    def tensors(self) -> tuple[Tensor, Tensor]:
+        return self.words, self.starts
 
     @property
     def row_words(self) -> int:
@@ -82,9 +86,9 @@ def write_out(bitmap: Bitmap, values: Tensor, n: int, k: int) -> Tensor:
     """W [N, K], dense, in the dtype of values [nnz]."""
     w = values.new_empty(n, k)
     if w.numel():
-        blocks = -(-bitmap.words.numel() // (TURNS * BLOCK_WORDS))
-        sizes = bitmap.words.numel(), bitmap.row_words, k
-        _run(f"write_out_{w.element_size()}", blocks, 0, bitmap, (values, w), *sizes)
+        count = bitmap.words.numel()
+        name, blocks = f"write_out_{w.element_size()}", -(-count // BLOCK_WORDS)
+        _start(name, blocks, 0, (*bitmap.tensors, values, w), count, bitmap.row_words, k)
     return w
 
 
@@ -92,50 +96,33 @@ def collect(bitmap: Bitmap, w: Tensor, nnz: int) -> Tensor:
     """The entries [nnz] of w [N, K], contiguous, at the places of the pattern."""
     values = w.new_empty(nnz)
     if nnz:
-        blocks = -(-bitmap.words.numel() // (TURNS * BLOCK_WORDS))
-        size = w.element_size()
-        sizes = bitmap.words.numel(), bitmap.row_words, w.shape[1]
-        _run(f"collect_{size}", blocks, THREADS * 8 * size, bitmap, (w, values), *sizes)
+        count, size = bitmap.words.numel(), w.element_size()
+        tensors, sizes = (*bitmap.tensors, w, values), (count, bitmap.row_words, w.shape[1])
+        _start(f"collect_{size}", -(-count // BLOCK_WORDS), THREADS * 8 * size, tensors, *sizes)
     return values
 
 
-def fill(bitmap: Bitmap, values: Tensor, rest: Tensor, operand: Tensor, n: int, k: int) -> None:
-    """Writes the slots [N, K / 2] of W to `operand`, then `rest`, bytes that follow them.
+def fill(bitmap: Bitmap, values: Tensor, tail: Tensor, operand: Tensor, n: int, k: int) -> None:
+    """Write the slots [N, K / 2] of W to `operand`, and after them the bytes `tail`.
 
     values are of 16 bits, the pattern has at most two of four neighbours in a row, K is a multiple
     of 16."""
-    count, parts = bitmap.words.numel(), rest.numel() * rest.element_size() // 16
-    blocks = -(-count // (TURNS * BLOCK_WORDS))
-    sizes = count, bitmap.row_words, n, k, parts
-    _run("fill", blocks, 0, bitmap, (values, rest, operand), *sizes)
+    count, parts = bitmap.words.numel(), len(tail) // PART_BYTES
+    blocks = -(-count // BLOCK_WORDS) + -(-parts // THREADS)
+    tensors, sizes = (*bitmap.tensors, values, tail, operand), (bitmap.row_words, n, k, parts)
+    _start("fill", blocks, 0, tensors, count, *sizes)
 
 
 def fill_transposed(
-    bitmap: Bitmap, values: Tensor, rest: Tensor, operand: Tensor, n: int, k: int
+    bitmap: Bitmap, values: Tensor, tail: Tensor, operand: Tensor, n: int, k: int
 ) -> None:
-    """The same for the slots [K, N / 2] of W^T, with at most two of four in a column."""
-    parts = rest.numel() * rest.element_size() // 16
-    blocks = -(-n // TILE_ROWS) * bitmap.row_words
-    smem_bytes = 4 * (TILE_ROWS * (COLUMNS // 2 + 1) + TILE_ROWS // 32) + 2 * TILE_ROWS * 8
-    sizes = bitmap.row_words, n, k, parts
-    _run("fill_transposed", blocks, smem_bytes, bitmap, (values, rest, operand), *sizes)
+    """The same for the slots [K, N / 2] of W^T: at most two of four in a column, N such a
+    multiple."""
+    parts = len(tail) // PART_BYTES
+    blocks = -(-n // TILE_ROWS) * bitmap.row_words + -(-parts // THREADS)
+    tensors, sizes = (*bitmap.tensors, values, tail, operand), (bitmap.row_words, n, k, parts)
+    _start("fill_transposed", blocks, TILE_BYTES, tensors, *sizes)
 
 
-@cache
-def _multiprocessors(device: torch.device) -> int:
-    return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 3
-
-
-def _run(
-    name: str, blocks: int, smem_bytes: int, bitmap: Bitmap, tensors: tuple[Tensor, ...], *sizes
-) -> None:
-    device = bitmap.words.device.index
-    blocks = min(blocks, BLOCKS * _multiprocessors(bitmap.words.device))
-    cuda_library.function(f"sk_bitmap_{name}", device)(
-        (blocks, 1),
-        THREADS,
-        smem_bytes,
-        cuda_library.current_stream(device),
-        *(t.data_ptr() for t in (bitmap.words, bitmap.starts, *tensors)),
-        *sizes,
-    )
+def _start(name: str, blocks: int, smem_bytes: int, tensors: tuple[Tensor, ...], *sizes: int):
+    start(f"sk_bitmap_{name}", blocks, THREADS, smem_bytes, tensors, *sizes)

@@ -5,13 +5,14 @@ it is part of this package. Names, enumerations and the order of calls are those
 versions 0.8.0 to 0.10.0. A plan holds pointers to its descriptors, so a Plan keeps all of them where
 they are as long as it lives.
 
-A handle belongs to one thread and device, and so do its plans (plan()).
+A handle belongs to one thread and device, and so do its plans.
 """
 
 import ctypes
 import threading
 from functools import cache
 from importlib.metadata import PackageNotFoundError, files
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -21,6 +22,8 @@ OLDEST = (0, 8, 0)  # before, a selection cannot be destroyed
 _TYPES = {torch.float16: 2, torch.bfloat16: 14}  # cudaDataType
 _FLOAT32 = 2  # cusparseComputeType
 _ROW, _COLUMN = 2, 1
+ALIGNMENT = 16  # bytes
+MOST_PLANS = 256  # of a thread
 _PLAIN, _TRANSPOSED = 0, 1
 _ID, _MOST_ID, _SPLIT_K = 0, 1, 3  # attributes of a selection
 _BIAS = 8  # of a descriptor of a matmul
@@ -115,6 +118,13 @@ def _opaque() -> ctypes.Array:
     return (ctypes.c_char * 512).from_buffer(memory, -ctypes.addressof(memory) % 16)
 
 
+class Way(NamedTuple):
+    """An algorithm of the library: its number, None for the library's choice, and split_k."""
+
+    number: int | None
+    split: int
+
+
 class _Threads(threading.local):
     def __init__(self):
         self.handles: dict[int, ctypes.Array] = {}
@@ -137,7 +147,7 @@ def _sparse(handle: ctypes.Array, rows: int, columns: int, dtype: torch.dtype) -
     descriptor = _opaque()
     library().call(
         "StructuredDescriptorInit",
-        *(handle, descriptor, rows, columns, columns, 16, _TYPES[dtype], _ROW, 0),
+        *(handle, descriptor, rows, columns, columns, ALIGNMENT, _TYPES[dtype], _ROW, 0),
     )
     return descriptor
 
@@ -162,74 +172,101 @@ def compress(w: Tensor) -> Tensor:
 
 
 class Plan:
-    """y [M, N] = x [M, K] W^T by one algorithm of the library, on the current GPU and thread."""
+    """y [M, N] = x [M, K] W^T + bias [N] in one way, on the current GPU and by this thread."""
 
-    def __init__(self, n: int, k: int, m: int, dtype: torch.dtype, device: int, way=(None, 1)):
-        """way: (id of the algorithm or None for the library's own choice, split_k)."""
+    def __init__(
+        self,
+        n: int,
+        k: int,
+        m: int,
+        dtype: torch.dtype,
+        device: int,
+        way: Way = Way(None, 1),
+        bias: Tensor | None = None,
+    ):
+        """The address of `bias` is read here, its numbers by each product."""
         lib, kind = library(), _TYPES[dtype]
+        self._shape, self._lib, self._device = (m, n), lib, device
+        self._is_selected = self._is_planned = False
         self._handle = handle = _handle(device)
-        # x as the transposed of [M, K], y column by column as [N, M].
+        # x is the transposed of [K, M], y lies column by column as [N, M].
         w, x, y = _sparse(handle, n, k, dtype), _opaque(), _opaque()
-        lib.call("DenseDescriptorInit", handle, x, m, k, k, 16, kind, _ROW)
-        lib.call("DenseDescriptorInit", handle, y, n, m, n, 16, kind, _COLUMN)
         matmul, self._selection, self._plan = _opaque(), _opaque(), _opaque()
-        self._is_planned = False
-        lib.call(
-            "MatmulDescriptorInit",
-            *(handle, matmul, _PLAIN, _TRANSPOSED, w, x, y, y, _FLOAT32),
-        )
+        self._kept, self.bias = (w, x, y, matmul), bias
+        lib.call("DenseDescriptorInit", handle, x, m, k, k, ALIGNMENT, kind, _ROW)
+        lib.call("DenseDescriptorInit", handle, y, n, m, n, ALIGNMENT, kind, _COLUMN)
+        operands = _PLAIN, _TRANSPOSED, w, x, y, y, _FLOAT32
+        lib.call("MatmulDescriptorInit", handle, matmul, *operands)
+        if bias is not None:
+            address = ctypes.c_void_p(bias.data_ptr())
+            lib.call("MatmulDescSetAttribute", handle, matmul, _BIAS, ctypes.byref(address), 8)
         lib.call("MatmulAlgSelectionInit", handle, self._selection, matmul, 0)
-        self._kept = w, x, y, matmul
-        number, split_k = way
-        if number is not None:
-            self._set(_ID, number)
-        if split_k != 1:
-            self._set(_SPLIT_K, split_k)
+        self._is_selected = True
+        if way.number is not None:
+            self._attribute("Set", _ID, ctypes.c_int(way.number))
+        if way.split != 1:
+            self._attribute("Set", _SPLIT_K, ctypes.c_int(way.split))
         lib.call("MatmulPlanInit", handle, self._plan, matmul, self._selection)
         self._is_planned = True
         size = ctypes.c_size_t()
         lib.call("MatmulGetWorkspace", handle, self._plan, ctypes.byref(size))
-        self.workspace_bytes = size.value
+        self._workspace_bytes = size.value
         self._one, self._zero = ctypes.c_float(1), ctypes.c_float(0)
 
-    def _set(self, attribute: int, value: int) -> None:
-        number = ctypes.c_int(value)
-        library().call(
-            "MatmulAlgSetAttribute",
-            *(self._handle, self._selection, attribute, ctypes.byref(number), 4),
-        )
+    def _attribute(self, verb: str, attribute: int, number: ctypes.c_int) -> None:
+        arguments = self._handle, self._selection, attribute, ctypes.byref(number), 4
+        self._lib.call(f"MatmulAlg{verb}Attribute", *arguments)
 
-    def most_id(self) -> int:
-        """The number of algorithms that there are for this product."""
+    def algorithms(self) -> int:
+        """How many there are for this product; their numbers begin at 0."""
         number = ctypes.c_int()
-        library().call(
-            "MatmulAlgGetAttribute",
-            *(self._handle, self._selection, _MOST_ID, ctypes.byref(number), 4),
-        )
+        self._attribute("Get", _MOST_ID, number)
         return number.value
 
-    def set_bias(self, bias: Tensor) -> None:
-        """y gets bias [N] too, from here on."""
-        address = ctypes.c_void_p(bias.data_ptr())
-        library().call(
-            "MatmulDescSetAttribute",
-            *(self._handle, self._kept[3], _BIAS, ctypes.byref(address), 8),
-        )
-
-    def run(self, operand: Tensor, x: Tensor, y: Tensor, workspace: int, stream: int) -> None:
-        """y [M, N] = x [M, K] W^T, both contiguous; workspace: an address of workspace_bytes."""
-        out, stream = y.data_ptr(), ctypes.c_void_p(stream)
-        library().call(
+    def multiply(self, operand: Tensor, x: Tensor) -> Tensor:
+        """The product with x [M, K], contiguous, on torch's current stream."""
+        y = x.new_empty(self._shape)
+        workspace = x.new_empty(self._workspace_bytes, dtype=torch.uint8)
+        stream = ctypes.c_void_p(torch._C._cuda_getCurrentRawStream(self._device))
+        out = y.data_ptr()
+        self._lib.call(
             "Matmul",
             *(self._handle, self._plan, ctypes.byref(self._one), operand.data_ptr(), x.data_ptr()),
-            *(ctypes.byref(self._zero), out, out, workspace, ctypes.byref(stream), 1),
+            *(ctypes.byref(self._zero), out, out, workspace.data_ptr(), ctypes.byref(stream), 1),
         )
+        return y
 
     def __del__(self):
-        lib = library()
-        if not isinstance(lib, str):
-            if self._is_planned:
-                lib.MatmulPlanDestroy(self._plan)
-            lib.MatmulAlgSelectionDestroy(self._selection)
-            for descriptor in self._kept[:3]:
-                lib.MatDescriptorDestroy(descriptor)
+        if self._is_planned:
+            self._lib.MatmulPlanDestroy(self._plan)
+        if self._is_selected:
+            self._lib.MatmulAlgSelectionDestroy(self._selection)
+
+
+def multiply(operand: Tensor, x: Tensor, n: int, bias: Tensor | None, way: Way) -> Tensor:
+    """y [M, n] = x [M, K] W^T + bias [n] of the operand of W; x is contiguous.
+
+    A plan reads the bias at one address. While a CUDA graph is captured that is the bias's own, and
+    the plan is for this call. Else it is the plan's own, to which the bias is copied; so there is
+    one for each stream."""
+    (m, k), device = x.shape, x.device.index
+    x = _aligned(x)
+    if torch.cuda.is_current_stream_capturing():
+        bias = None if bias is None else _aligned(bias.contiguous())
+        return Plan(n, k, m, x.dtype, device, way, bias).multiply(operand, x)
+    stream = torch._C._cuda_getCurrentRawStream(device)
+    key = n, k, m, x.dtype, device, way, bias is not None, stream
+    plans = _threads.plans
+    if key not in plans:
+        while len(plans) >= MOST_PLANS:
+            plans.pop(next(iter(plans)))
+        kept = None if bias is None else x.new_empty(n)
+        plans[key] = Plan(n, k, m, x.dtype, device, way, kept)
+    plan = plans[key]
+    if bias is not None:
+        plan.bias.copy_(bias)
+    return plan.multiply(operand, x)
+
+
+def _aligned(t: Tensor) -> Tensor:
+    return t.clone() if t.data_ptr() % ALIGNMENT else t

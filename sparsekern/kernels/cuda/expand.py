@@ -1,21 +1,22 @@
 """W written out and torch.mm, on a GPU: the table rows `expand`, and packed weights of many tokens.
 
-All in the dtype of the operands. The kernels read the caller's indices, which were checked since
-they last changed; csrc/cuda/csr.cu says what a write that nobody counted may do. A zero that is
-written out makes NaN of an infinity or a NaN in x; one more launch computes such tokens anew from
-the stored values, without a look at the result from here, so that a CUDA graph can capture it.
+All in the dtype of the operands. Places are those of a bitmap (bitmap.py). A zero that is written
+out makes NaN of an infinity or a NaN in x; one more launch (mend) computes such tokens anew from the
+stored values, without a look at the result from here, so that a CUDA graph can capture it. It reads
+the caller's indices; csrc/cuda/mend.cu says what a write that nobody counted may do.
 """
 
 import torch
 from torch import Tensor
 
-from ..derived import ensure_checked
 from ..problem import Kernel, Problem
 from ..reference import mm, places_of
+from . import bitmap as bitmaps
 from . import library as cuda_library
+from .bitmap import bitmap_of
 from .layout import LANES, TYPES, Packed
 
-THREADS, ROW_BYTES, COLUMNS = 256, 48 * 1024, 4096  # of a block, of a row of W, of a row of dx
+THREADS, COLUMNS = 256, 4096  # of a block, of a row of dx at a time
 WARPS = THREADS // LANES
 ALL_TYPES = {**TYPES, torch.float32: "f32", torch.float64: "f64"}
 
@@ -38,13 +39,7 @@ def write_out(row_offsets: Tensor, col_indices: Tensor, values: Tensor, n: int, 
         w = values.new_zeros(n * k)
         w[places_of(row_offsets, col_indices, n, k)] = values
         return w.view(n, k)
-    ensure_checked(row_offsets, col_indices, n, k)
-    w = values.new_empty(n, k)
-    if w.numel():
-        row_bytes = min(k * values.element_size(), ROW_BYTES)
-        tensors = row_offsets, col_indices, values, w
-        _start(f"write_out_{w.element_size()}", n, row_bytes, tensors, k, len(values))
-    return w
+    return bitmaps.write_out(bitmap_of(row_offsets, col_indices, n, k), values, n, k)
 
 
 def collect(row_offsets: Tensor, col_indices: Tensor, w: Tensor) -> Tensor:
@@ -52,40 +47,32 @@ def collect(row_offsets: Tensor, col_indices: Tensor, w: Tensor) -> Tensor:
     n, k = w.shape
     if cuda_library.refusal():
         return w.view(-1)[places_of(row_offsets, col_indices, n, k)]
-    ensure_checked(row_offsets, col_indices, n, k)
-    values = w.new_empty(col_indices.shape[0])
-    if len(values):
-        tensors = row_offsets, col_indices, w, values
-        _start(f"collect_{w.element_size()}", -(-n // WARPS), 0, tensors, n, k, len(values))
-    return values
+    return bitmaps.collect(bitmap_of(row_offsets, col_indices, n, k), w, len(col_indices))
 
 
-def _mend(op, row_offsets, col_indices, values, n, k, x, bias, y):
-    """y, the product of W written out, without what an infinity or NaN in x has made of places that
-    are not stored."""
+def mend(op, row_offsets, col_indices, values, n, k, x, bias, y, checked=1):
+    """y, a product `op` that multiplied places which are not stored by 0, without what an infinity
+    or NaN in x has made there. A token where that is so has one in its first `checked` results."""
     m, nnz = x.shape[0], len(values)
     if cuda_library.refusal() or y.numel() == 0 or nnz == n * k:
         return y
-    smem_bytes = WARPS * 4
-    if op == "mend_t":
-        smem_bytes += COLUMNS * max(4, x.element_size())
-    tensors = row_offsets, col_indices, values, x, bias, y
-    _start(f"{op}_{ALL_TYPES[x.dtype]}", -(-m // WARPS), smem_bytes, tensors, m, n, k, nnz)
+    name, smem_bytes = "mend", WARPS * 4
+    if op == "spmm_t":
+        name, smem_bytes = "mend_t", smem_bytes + COLUMNS * max(4, x.element_size())
+    tensors, sizes = (row_offsets, col_indices, values, x, bias, y), (m, n, k, nnz, checked)
+    name = f"sk_{name}_{ALL_TYPES[x.dtype]}"
+    cuda_library.start(name, -(-m // WARPS), THREADS, smem_bytes, tensors, *sizes)
     return y
-
-
-def _start(name: str, grid: int, smem_bytes: int, tensors: tuple[Tensor | None, ...], *sizes: int):
-    cuda_library.start(f"sk_csr_{name}", grid, THREADS, smem_bytes, tensors, *sizes)
 
 
 def spmm(row_offsets, col_indices, values, n, k, x, bias=None):
     weight = row_offsets, col_indices, values, n, k
-    return _mend("mend", *weight, x, bias, mm(x, write_out(*weight).t(), bias))
+    return mend("spmm", *weight, x, bias, mm(x, write_out(*weight).t(), bias))
 
 
 def spmm_t(row_offsets, col_indices, values, n, k, dy, bias=None):
     weight = row_offsets, col_indices, values, n, k
-    return _mend("mend_t", *weight, dy, bias, mm(dy, write_out(*weight), bias))
+    return mend("spmm_t", *weight, dy, bias, mm(dy, write_out(*weight), bias))
 
 
 def sddmm(row_offsets, col_indices, n, k, dy, x):

@@ -26,46 +26,43 @@ from ..problem import Kernel, Problem
 from . import bitmap as bitmaps
 from . import cusparselt
 from . import library as cuda_library
+from .algorithms import way_of
 from .bitmap import Bitmap
+from .expand import mend
+from .layout import TYPES
 
 LEAST_TOKENS, LEAST_SIZE = 1024, 1024  # below, W written out is as fast
-MULTIPLE = 16  # of N and K; of M it is 8
+MULTIPLE_OF_TOKENS, MULTIPLE = 8, 16  # what cuSPARSELt takes: of M, and of N and K
 
 
 @dataclass(frozen=True)
-class Side:
-    """What the operand of W or of W^T has beside the values."""
+class _Side:
+    """What the operand of W or of W^T holds beside values."""
 
     tail: Tensor  # bytes
     checked: int
 
 
 @dataclass(frozen=True)
-class TwoOfFour:
+class _TwoOfFour:
     bitmap: Bitmap
-    sides: dict[str, Side]  # by op
+    sides: dict[str, _Side]  # by op
 
 
-def make(row_offsets: Tensor, col_indices: Tensor, n: int, k: int) -> TwoOfFour | None:
+def _make(row_offsets: Tensor, col_indices: Tensor, n: int, k: int) -> _TwoOfFour | None:
     """None for a pattern that is not two-way."""
     bitmap = bitmaps.make_bitmap(row_offsets, col_indices, n, k)
     if not bitmaps.is_two_way(bitmap):
         return None
     ones = torch.ones(len(col_indices), dtype=torch.bfloat16, device=col_indices.device)
     stored = bitmaps.write_out(bitmap, ones, n, k).bool()
-    return TwoOfFour(bitmap, {"spmm": _side(stored), "spmm_t": _side(stored.t())})
+    return _TwoOfFour(bitmap, {"spmm": _side(stored), "spmm_t": _side(stored.t())})
 
 
-def _side(stored: Tensor) -> Side:
+def _side(stored: Tensor) -> _Side:
     two = with_free_places(stored)
     operand = cusparselt.compress(two.to(torch.bfloat16))
-    return Side(operand[two.numel() :].clone(), _checked(two))
-
-
-def _checked(two: Tensor) -> int:
-    """How many of the first rows have every column that any row has."""
-    first = two.to(torch.uint8).argmax(0)[two.any(0)]
-    return 1 + int(first.max()) if len(first) else 0
+    return _Side(operand[two.numel() :].clone(), rows_of_all_columns(two))
 
 
 def with_free_places(stored: Tensor) -> Tensor:
@@ -74,3 +71,112 @@ def with_free_places(stored: Tensor) -> Tensor:
     free = ~four
     missing = 2 - four.sum(-1, keepdim=True)
     return (four | free & (free.cumsum(-1) <= missing)).view(stored.shape)
+
+
+def rows_of_all_columns(two: Tensor) -> int:
+    """How many of the first rows hold every column that any row holds."""
+    first = two.to(torch.uint8).argmax(0)[two.any(0)]
+    return 1 + int(first.max()) if len(first) else 0
+
+
+def _pattern(row_offsets: Tensor, col_indices: Tensor, n: int, k: int) -> _TwoOfFour | None:
+    def make(*indices: Tensor) -> _TwoOfFour | None:
+        return _make(*indices, n, k)
+
+    return derived("two of four", row_offsets, col_indices, n, k, make)
+
+
+def takes(problem: Problem, row_offsets: Tensor, col_indices: Tensor) -> bool:
+    """Whether the pattern of a problem that the rows would not refuse otherwise is two-way. It is
+    looked at once."""
+    if problem.device != "cuda" or problem.op == "sddmm" or _refuse_size(problem):
+        return False
+    return _pattern(row_offsets, col_indices, problem.N, problem.K) is not None
+
+
+def _product(op, row_offsets, col_indices, values, n, k, x, bias=None) -> Tensor:
+    weight = row_offsets, col_indices, values, n, k
+    pattern = _pattern(row_offsets, col_indices, n, k)
+    outputs, inputs = (n, k) if op == "spmm" else (k, n)
+
+    def random() -> tuple[Tensor, Tensor]:
+        """An operand of random values, and what it is of."""
+        generator = torch.Generator(x.device).manual_seed(0)
+        some = torch.randn(len(values), generator=generator, device=x.device).to(x.dtype)
+        w = bitmaps.write_out(pattern.bitmap, some, n, k)
+        return _operand(op, pattern, some, n, k), w if op == "spmm" else w.t()
+
+    way = way_of(outputs, inputs, x.shape[0], x.dtype, x.device.index, random)
+    y = cusparselt.multiply(_operand(op, pattern, values, n, k), x, outputs, bias, way)
+    return mend(op, *weight, x, bias, y, pattern.sides[op].checked)
+
+
+def _operand(op: str, pattern: _TwoOfFour, values: Tensor, n: int, k: int) -> Tensor:
+    tail = pattern.sides[op].tail
+    operand = values.new_empty(n * k // 2 + len(tail) // 2)
+    fill = bitmaps.fill if op == "spmm" else bitmaps.fill_transposed
+    fill(pattern.bitmap, values, tail, operand, n, k)
+    return operand
+
+
+def spmm(*operands) -> Tensor:
+    return _product("spmm", *operands)
+
+
+def spmm_t(*operands) -> Tensor:
+    return _product("spmm_t", *operands)
+
+
+def _refuse_size(p: Problem) -> str | None:
+    if p.dtype not in TYPES:
+        return f"it takes bfloat16 and float16, not {str(p.dtype).removeprefix('torch.')}"
+    if p.M < LEAST_TOKENS or min(p.N, p.K) < LEAST_SIZE:
+        return f"it is for {LEAST_TOKENS} tokens and {LEAST_SIZE} rows and columns or more"
+    if p.N % MULTIPLE or p.K % MULTIPLE or p.M % MULTIPLE_OF_TOKENS:
+        return f"it takes N and K in multiples of {MULTIPLE}, M of {MULTIPLE_OF_TOKENS}"
+    if 2 * p.nnz > p.N * p.K:
+        return "more than two of four are stored"
+    return cuda_library.refusal() or _refuse_machine()
+
+
+@cache
+def _refuse_machine() -> str | None:
+    lib = cusparselt.library()
+    if isinstance(lib, str):
+        return lib
+    if not torch.cuda.is_available():
+        return "there is no GPU"
+    major, minor = torch.cuda.get_device_capability()
+    if (major, minor) != (9, 0):
+        return f"it was tried with compute capability 9.0 alone, not {major}.{minor}"
+    if not _has_slots_in_rows():
+        return f"cuSPARSELt {'.'.join(map(str, lib.version))} lays out its operands in another way"
+    return None
+
+
+def _has_slots_in_rows() -> bool:
+    """Whether an operand of [N, K] begins with its slots [N, K / 2], of two shapes and of
+    different places."""
+    for n, k in ((16, 16), (272, 1040)):
+        group = torch.arange(n * k // 4, device="cuda") % 6
+        pairs = torch.tensor([(0, 1), (0, 2), (0, 3), (1, 2), (1, 3), (2, 3)], device="cuda")
+        slots = (torch.arange(n * k // 2, device="cuda") % 251 + 1).view(-1, 2).bfloat16()
+        w = slots.new_zeros(n * k // 4, 4).scatter_(1, pairs[group], slots)
+        operand = cusparselt.compress(w.view(n, k))
+        if not torch.equal(operand[: n * k].view(torch.bfloat16), slots.flatten()):
+            return False
+    return True
+
+
+def _refuse(p: Problem) -> str | None:
+    if reason := _refuse_size(p):
+        return reason
+    if not p.is_two_way:
+        return "the pattern is not two-way: at most two of four in rows and in columns"
+    return None
+
+
+KERNELS = (
+    Kernel("two_of_four", "spmm", "cuda", _refuse, spmm),
+    Kernel("two_of_four", "spmm_t", "cuda", _refuse, spmm_t),
+)

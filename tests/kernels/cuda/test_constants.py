@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 import sparsekern
-from sparsekern.kernels.cuda import cover, expand, gather, layout, library, pairs, runs
+from sparsekern.kernels.cuda import bitmap, cover, expand, gather, layout, library, pairs, runs
 
 CSRC = Path(__file__).parents[3] / "csrc"
 TRITON = Path(sparsekern.__file__).parent / "kernels" / "triton"
@@ -16,11 +16,18 @@ TRITON = Path(sparsekern.__file__).parent / "kernels" / "triton"
 TIED = [
     ("layout.LANES", "numbers.cuh", "kWarp"),
     ("layout.EXPAND_WARPS", "expand.cu", "kExpandWarps"),
-    ("expand.THREADS", "csr.cu", "kCsrThreads"),
     ("expand.THREADS", "mend.cuh", "kMendThreads"),
     ("expand.WARPS", "mend.cuh", "kMendWarps"),
-    ("expand.ROW_BYTES", "csr.cu", "kCsrRowBytes"),
-    ("expand.COLUMNS", "csr.cu", "kMendColumns"),
+    ("expand.COLUMNS", "mend.cu", "kMendColumns"),
+    ("bitmap.COLUMNS", "bitmap.cu", "kWordColumns"),
+    ("bitmap.THREADS", "bitmap.cu", "kBitmapThreads"),
+    ("bitmap.BLOCK_WORDS", "bitmap.cu", "kTurns * kBlockWords"),
+    ("bitmap.TILE_ROWS", "bitmap.cu", "kTileRows"),
+    (
+        "bitmap.TILE_BYTES",
+        "bitmap.cu",
+        "4 * kTileWords + kTileRows * kOctets + kWordColumns * kTileOctets",
+    ),
     ("gather.GRANULE", "gather.cuh", "kGranule"),
     ("gather.BLOCK_PIECES", "spmm_gather.cu", "kGatherWarps"),
     ("gather.DEPTH", "spmm_gather.cu", "kGatherDepth"),
@@ -40,7 +47,7 @@ TIED = [
     ("cover.WINDOW", "cover.h", "kCoverWindow"),
     ("cover.RECORD_BYTES", "cover.h", "kCoverRecordBytes"),
 ]
-MODULES = {m.__name__.split(".")[-1]: m for m in (cover, expand, gather, layout, library, pairs)}
+MODULES = {m.__name__.split(".")[-1]: m for m in (bitmap, cover, expand, gather, layout, library, pairs)}
 MODULES["runs"] = runs
 
 

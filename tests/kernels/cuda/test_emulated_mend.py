@@ -1,4 +1,4 @@
-"""The kernels of csr.cu without a GPU: infinities, wild indices, places beyond 2^31."""
+"""The kernels of mend.cu without a GPU: infinities, wild indices, places beyond 2^31."""
 
 import pytest
 import torch
@@ -69,24 +69,19 @@ def test_no_index_leads_out_of_bounds(damage, seed):
     # The memory around what is written and read: NaN to read, and unchanged afterwards.
     memory = torch.full((4 * edge,), torch.nan)
 
-    def inside(count):
+    def inside(shape):
         memory.fill_(torch.nan)
-        return memory[edge : edge + count].fill_(1.0)
+        return memory[edge : edge + shape[0] * shape[1]].view(shape)
 
-    def check(name, grid, smem_bytes, tensors, *sizes):
-        expand._start(name, grid, smem_bytes, (row_offsets, col_indices, *tensors), *sizes, nnz)
-        out = tensors[-1] if name != "write_out_4" else tensors[1]
-        assert memory[:edge].isnan().all() and memory[edge + out.numel() :].isnan().all()
+    def check(op, x, y, checked):
+        expand.mend(op, row_offsets, col_indices, W.values, n, k, x, None, y, checked)
+        assert memory[:edge].isnan().all() and memory[edge + y.numel() :].isnan().all()
 
-    check("write_out_4", n, k * 4, (W.values, inside(n * k).view(n, k)), k)
-    check("collect_4", -(-n // 8), 0, (torch.ones(n, k), inside(nnz)), n, k)
-    collected = memory[edge : edge + nnz].clone()
-    assert ((collected == 1) | (collected == 0)).all()
-    x, y = torch.full((m, k), torch.inf), inside(m * n).fill_(torch.nan)
-    check("mend_f32", 2, 32, (W.values, x, None, y), m, n, k)
-    dy, dx = torch.ones(m, n), inside(m * k).fill_(torch.nan)
-    check("mend_t_f32", 2, 32 + 4 * 4096, (W.values, dy, None, dx), m, n, k)
-    assert dx.isfinite().all()
+    for checked in (1, 7):
+        check("spmm", torch.full((m, k), torch.inf), inside((m, n)).fill_(torch.nan), checked)
+        dx = inside((m, k)).fill_(torch.nan)
+        check("spmm_t", torch.ones(m, n), dx, checked)
+        assert dx.isfinite().all()
 
 
 @pytest.mark.parametrize("row", ["expand", "few_tokens"])
@@ -125,8 +120,5 @@ def test_places_of_x_beyond_two_to_the_31():
     x[2, 5], x[2, k - 1], x[2, 7] = 1, 10, 100
     y = torch.zeros(m, n, dtype=torch.bfloat16)
     y[2] = torch.nan
-    tensors = W.row_offsets, W.col_indices, W.values, x, None, y
-    expand._start("mend_bf16", 1, 32, tensors, m, n, k, 3)
+    expand.mend("spmm", W.row_offsets, W.col_indices, W.values, n, k, x, None, y)
     assert y.tolist() == [[0, 0], [0, 0], [32, 400]]
-    W3 = SparseTensor(*map(torch.tensor, ([0, 0, 0, 2], [7, k - 1], [0.0, 0.0])), (m, k))
-    assert expand.collect(W3.row_offsets, W3.col_indices, x).tolist() == [100, 10]
