@@ -11,8 +11,9 @@ try:
     from .. import _C
 
     _C.read_tensors_of(Tensor)
-    tokens = _C.tokens  # the same checks of what lies as kernels read it, in a fifth of the time
+    tokens, cast_all = _C.tokens, _C.cast_all
 except (ImportError, AttributeError):  # not built, or a torch without the table that it reads
+    cast_all = None
 
     def tokens(*operands) -> None:
         """None: look yourself."""
