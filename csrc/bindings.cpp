@@ -13,6 +13,7 @@
 #include "cpu/threads.h"
 #include "pattern/cover.h"
 #include "pattern/dense.h"
+#include "tensors.h"
 
 namespace py = pybind11;
 
@@ -48,6 +49,7 @@ sk::Csr csr(const sk::Pattern& p, Pointer row_offsets, Pointer col_indices,
 
 PYBIND11_MODULE(_C, m) {
   m.doc() = "CPU kernels of sparsekern over raw pointers";
+  if (!sk::add_tensor_functions(m.ptr())) throw py::error_already_set();
   using NoGil = py::call_guard<py::gil_scoped_release>;
 
   py::enum_<sk::Type>(m, "Type")

@@ -7,14 +7,15 @@ weight; here a write that torch counts makes a new cast.
 """
 
 import weakref
-from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 from torch.autograd import forward_ad
 
+from .kernels.operands import cast_all
+from .ops import in_functorch
+
 # Private in torch, so its absence must not break the import.
-_in_functorch = getattr(torch._C, "_are_functorch_transforms_active", lambda: True)
 _hooks = getattr(torch._C._autograd, "_top_saved_tensors_default_hooks", lambda _: True)
 _modes = torch._C._len_torch_dispatch_stack
 _is_compiling = torch.compiler.is_compiling
@@ -22,7 +23,7 @@ _is_cache_enabled = torch.is_autocast_cache_enabled
 _is_cuda_initialized = torch.cuda.is_initialized
 _CAST = (torch.float32, torch.bfloat16, torch.float16)
 _PLAIN = (Tensor, torch.nn.Parameter)
-_CONVERT = {torch.bfloat16: Tensor.bfloat16, torch.float16: Tensor.half}  # 0.5 us less than to()
+_METHODS = {torch.bfloat16: "bfloat16", torch.float16: "half"}  # 0.5 us less than to()
 
 
 class _Casts(dict):
@@ -33,13 +34,18 @@ _stores: dict[int, weakref.ref] = {}  # by the number of the device
 _sentinels: dict[int, Tensor] = {}
 
 
-def cast(tensors: Sequence, dtype: torch.dtype) -> list:
-    """t.to(dtype) of each tensor but float64 ones, under an enabled autocast to `dtype`."""
-    stores = None if _is_observed() or dtype not in _CONVERT else _stores
-    return [
-        _cast(t, dtype, stores) if isinstance(t, Tensor) and t.dtype in _CAST else t
-        for t in tensors
-    ]
+def autocast(*tensors):
+    """The operands as torch's autocast hands them to matmul: float64 is exempt. The second one says
+    on which device; others may be None."""
+    device = "cpu" if tensors[1].is_cpu else tensors[1].device.type
+    # torch knows no autocast on the meta device, and raises.
+    if device == "meta" or not torch.is_autocast_enabled(device):
+        return tensors
+    dtype = torch.get_autocast_dtype(device)
+    if dtype not in _METHODS or cast_all is None or _is_observed():
+        return [_convert(t, dtype) for t in tensors]
+    store = _stores.get(tensors[1].get_device())
+    return cast_all(store and store(), dtype, _METHODS[dtype], _cast, *tensors)
 
 
 def _is_observed() -> bool:
@@ -53,28 +59,16 @@ def _is_observed() -> bool:
     )
 
 
-def _cast(t: Tensor, dtype: torch.dtype, stores: dict | None) -> Tensor:
-    if t.dtype is dtype:
-        return t
-    if stores is None or not t.requires_grad:
-        return _convert(t, dtype)
-    store = stores.get(t.get_device())
-    casts = None if store is None else store()
-    if casts is not None and id(t) in casts:
-        original, version, address, kept = casts[id(t)]
-        if (
-            original() is t
-            and t._version == version
-            and t.data_ptr() == address
-            and kept.dtype is dtype
-        ):
-            return kept
+def _cast(t, casts: _Casts | None, dtype: torch.dtype):
+    """A new cast, kept if it is that of a parameter."""
     if (
         type(t) not in _PLAIN
+        or t.dtype not in _CAST
+        or not t.requires_grad
         or not t.is_leaf
         or t._is_view()
         or t.is_inference()  # no counter
-        or _in_functorch()
+        or in_functorch()
     ):
         return _convert(t, dtype)
     if casts is None:
@@ -88,8 +82,10 @@ def _cast(t: Tensor, dtype: torch.dtype, stores: dict | None) -> Tensor:
     return kept
 
 
-def _convert(t: Tensor, dtype: torch.dtype) -> Tensor:
-    return _CONVERT[dtype](t) if dtype in _CONVERT else t.to(dtype)
+def _convert(t, dtype: torch.dtype):
+    if not isinstance(t, Tensor) or t.dtype not in _CAST or t.dtype is dtype:
+        return t
+    return getattr(t, _METHODS[dtype])() if dtype in _METHODS else t.to(dtype)
 
 
 def _begin(number: int, device: torch.device) -> _Casts | None:

@@ -7,6 +7,18 @@ Indices inside the arrays are checked where something is made from them (derived
 import torch
 from torch import Tensor
 
+try:
+    from .. import _C
+
+    _C.read_tensors_of(Tensor)
+    tokens, cast_all = _C.tokens, _C.cast_all
+except (ImportError, AttributeError):  # not built, or a torch without the table that it reads
+    cast_all = None
+
+    def tokens(*operands) -> None:
+        """None: look yourself."""
+
+
 _int32 = torch.int32
 
 

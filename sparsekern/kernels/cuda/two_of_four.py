@@ -86,12 +86,13 @@ def _pattern(row_offsets: Tensor, col_indices: Tensor, n: int, k: int) -> _TwoOf
     return derived("two of four", row_offsets, col_indices, n, k, make)
 
 
-def takes(problem: Problem, row_offsets: Tensor, col_indices: Tensor) -> bool:
-    """Whether the pattern of a problem that the rows would not refuse otherwise is two-way. It is
+def recognised(problem: Problem, row_offsets: Tensor, col_indices: Tensor) -> Problem:
+    """The problem, and whether its pattern is two-way, where the rows take it if it is. A pattern is
     looked at once."""
-    if problem.device != "cuda" or problem.op == "sddmm" or _refuse_size(problem):
-        return False
-    return _pattern(row_offsets, col_indices, problem.N, problem.K) is not None
+    if _refuse_size(problem) or problem.op == "sddmm":
+        return problem
+    is_two_way = _pattern(row_offsets, col_indices, problem.N, problem.K) is not None
+    return problem._replace(is_two_way=is_two_way)
 
 
 def _product(op, row_offsets, col_indices, values, n, k, x, bias=None) -> Tensor:

@@ -47,7 +47,9 @@ TIED = [
     ("cover.WINDOW", "cover.h", "kCoverWindow"),
     ("cover.RECORD_BYTES", "cover.h", "kCoverRecordBytes"),
 ]
-MODULES = {m.__name__.split(".")[-1]: m for m in (bitmap, cover, expand, gather, layout, library, pairs)}
+MODULES = {
+    m.__name__.split(".")[-1]: m for m in (bitmap, cover, expand, gather, layout, library, pairs)
+}
 MODULES["runs"] = runs
 
 
