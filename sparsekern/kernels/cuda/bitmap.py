@@ -9,6 +9,7 @@ nobody else can write to it, so the kernels need no check of their own.
 from dataclasses import dataclass
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from ...indices import expand_rows
@@ -68,10 +69,8 @@ def is_two_way(bitmap: Bitmap) -> bool:
     """Whether at most two of four neighbours are stored, in rows and in columns of W: of columns
     4 i to 4 i + 3 in each row, and of rows 4 i to 4 i + 3 in each column. Waits for the GPU."""
     words = bitmap.words
-    rows = torch.nn.functional.pad(words, (0, 0, 0, -words.shape[0] % 4)).view(
-        -1, 4, words.shape[1]
-    )
-    many_in_column = _three_of(*rows.unbind(1))
+    fours = F.pad(words, (0, 0, 0, -words.shape[0] % 4)).view(-1, 4, bitmap.row_words)
+    many_in_column = _three_of(*fours.unbind(1))
     many_in_row = _three_of(words, words >> 1, words >> 2, words >> 3) & _FIRST_OF_FOUR
     return not (many_in_column.any() | many_in_row.any())
 

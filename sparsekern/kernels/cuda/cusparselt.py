@@ -1,9 +1,9 @@
 """NVIDIA's 2:4 sparse matmul through the C interface of cuSPARSELt, without its headers.
 
-The library comes with torch's CUDA builds (or the wheel nvidia-cusparselt-cu12 or -cu13); nothing of
-it is part of this package. Names, enumerations and the order of calls are those of cusparseLt.h,
-versions 0.8.0 to 0.10.0. A plan holds pointers to its descriptors, so a Plan keeps all of them where
-they are as long as it lives.
+The library comes with torch's CUDA builds (or the wheel nvidia-cusparselt-cu12 or -cu13); nothing
+of it is part of this package. Names, enumerations and the order of calls are those of cusparseLt.h,
+versions 0.8.0 to 0.10.0. A plan holds pointers to its descriptors, so a Plan keeps all of them
+where they are as long as it lives.
 
 A handle belongs to one thread and device, and so do its plans.
 """
@@ -12,7 +12,6 @@ import ctypes
 import threading
 from functools import cache
 from importlib.metadata import PackageNotFoundError, files
-from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -25,7 +24,7 @@ _ROW, _COLUMN = 2, 1
 ALIGNMENT = 16  # bytes
 MOST_PLANS = 256  # of a thread
 _PLAIN, _TRANSPOSED = 0, 1
-_ID, _MOST_ID, _SPLIT_K = 0, 1, 3  # attributes of a selection
+_ID, _MOST_ID = 0, 1  # attributes of a selection
 _BIAS = 8  # of a descriptor of a matmul
 
 _pointer, _int64, _uint32, _int, _size = (
@@ -118,13 +117,6 @@ def _opaque() -> ctypes.Array:
     return (ctypes.c_char * 512).from_buffer(memory, -ctypes.addressof(memory) % 16)
 
 
-class Way(NamedTuple):
-    """An algorithm of the library: its number, None for the library's choice, and split_k."""
-
-    number: int | None
-    split: int
-
-
 class _Threads(threading.local):
     def __init__(self):
         self.handles: dict[int, ctypes.Array] = {}
@@ -172,7 +164,7 @@ def compress(w: Tensor) -> Tensor:
 
 
 class Plan:
-    """y [M, N] = x [M, K] W^T + bias [N] in one way, on the current GPU and by this thread."""
+    """y [M, N] = x [M, K] W^T + bias [N] by one algorithm, on the current GPU and by this thread."""
 
     def __init__(
         self,
@@ -181,10 +173,11 @@ class Plan:
         m: int,
         dtype: torch.dtype,
         device: int,
-        way: Way = Way(None, 1),
+        algorithm: int | None = None,
         bias: Tensor | None = None,
     ):
-        """The address of `bias` is read here, its numbers by each product."""
+        """algorithm: a number, None for the library's own choice. The address of `bias` is read
+        here, its elements by each product."""
         lib, kind = library(), _TYPES[dtype]
         self._shape, self._lib, self._device = (m, n), lib, device
         self._is_selected = self._is_planned = False
@@ -202,10 +195,8 @@ class Plan:
             lib.call("MatmulDescSetAttribute", handle, matmul, _BIAS, ctypes.byref(address), 8)
         lib.call("MatmulAlgSelectionInit", handle, self._selection, matmul, 0)
         self._is_selected = True
-        if way.number is not None:
-            self._attribute("Set", _ID, ctypes.c_int(way.number))
-        if way.split != 1:
-            self._attribute("Set", _SPLIT_K, ctypes.c_int(way.split))
+        if algorithm is not None:
+            self._attribute("Set", _ID, ctypes.c_int(algorithm))
         lib.call("MatmulPlanInit", handle, self._plan, matmul, self._selection)
         self._is_planned = True
         size = ctypes.c_size_t()
@@ -243,7 +234,9 @@ class Plan:
             self._lib.MatmulAlgSelectionDestroy(self._selection)
 
 
-def multiply(operand: Tensor, x: Tensor, n: int, bias: Tensor | None, way: Way) -> Tensor:
+def multiply(
+    operand: Tensor, x: Tensor, n: int, bias: Tensor | None, algorithm: int | None
+) -> Tensor:
     """y [M, n] = x [M, K] W^T + bias [n] of the operand of W; x is contiguous.
 
     A plan reads the bias at one address. While a CUDA graph is captured that is the bias's own, and
@@ -253,15 +246,15 @@ def multiply(operand: Tensor, x: Tensor, n: int, bias: Tensor | None, way: Way) 
     x = _aligned(x)
     if torch.cuda.is_current_stream_capturing():
         bias = None if bias is None else _aligned(bias.contiguous())
-        return Plan(n, k, m, x.dtype, device, way, bias).multiply(operand, x)
+        return Plan(n, k, m, x.dtype, device, algorithm, bias).multiply(operand, x)
     stream = torch._C._cuda_getCurrentRawStream(device)
-    key = n, k, m, x.dtype, device, way, bias is not None, stream
+    key = n, k, m, x.dtype, device, algorithm, bias is not None, stream
     plans = _threads.plans
     if key not in plans:
         while len(plans) >= MOST_PLANS:
             plans.pop(next(iter(plans)))
         kept = None if bias is None else x.new_empty(n)
-        plans[key] = Plan(n, k, m, x.dtype, device, way, kept)
+        plans[key] = Plan(n, k, m, x.dtype, device, algorithm, kept)
     plan = plans[key]
     if bias is not None:
         plan.bias.copy_(bias)

@@ -1,9 +1,9 @@
 """W written out and torch.mm, on a GPU: the table rows `expand`, and packed weights of many tokens.
 
 All in the dtype of the operands. Places are those of a bitmap (bitmap.py). A zero that is written
-out makes NaN of an infinity or a NaN in x; one more launch (mend) computes such tokens anew from the
-stored values, without a look at the result from here, so that a CUDA graph can capture it. It reads
-the caller's indices; csrc/cuda/mend.cu says what a write that nobody counted may do.
+out makes NaN of an infinity or a NaN in x; one more launch (mend) computes such tokens anew from
+the stored values, without a look at the result from here, so that a CUDA graph can capture it. It
+reads the caller's indices; csrc/cuda/mend.cu says what a write that nobody counted may do.
 """
 
 import torch

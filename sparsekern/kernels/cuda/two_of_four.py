@@ -26,7 +26,7 @@ from ..problem import Kernel, Problem
 from . import bitmap as bitmaps
 from . import cusparselt
 from . import library as cuda_library
-from .algorithms import way_of
+from .algorithms import algorithm_of
 from .bitmap import Bitmap
 from .expand import mend
 from .layout import TYPES
@@ -87,8 +87,8 @@ def _pattern(row_offsets: Tensor, col_indices: Tensor, n: int, k: int) -> _TwoOf
 
 
 def recognised(problem: Problem, row_offsets: Tensor, col_indices: Tensor) -> Problem:
-    """The problem, and whether its pattern is two-way, where the rows take it if it is. A pattern is
-    looked at once."""
+    """The problem, and whether its pattern is two-way, where the rows take it if it is. A pattern
+    is looked at once."""
     if _refuse_size(problem) or problem.op == "sddmm":
         return problem
     is_two_way = _pattern(row_offsets, col_indices, problem.N, problem.K) is not None
@@ -107,8 +107,8 @@ def _product(op, row_offsets, col_indices, values, n, k, x, bias=None) -> Tensor
         w = bitmaps.write_out(pattern.bitmap, some, n, k)
         return _operand(op, pattern, some, n, k), w if op == "spmm" else w.t()
 
-    way = way_of(outputs, inputs, x.shape[0], x.dtype, x.device.index, random)
-    y = cusparselt.multiply(_operand(op, pattern, values, n, k), x, outputs, bias, way)
+    algorithm = algorithm_of(outputs, inputs, x.shape[0], x.dtype, x.device.index, random)
+    y = cusparselt.multiply(_operand(op, pattern, values, n, k), x, outputs, bias, algorithm)
     return mend(op, *weight, x, bias, y, pattern.sides[op].checked)
 
 

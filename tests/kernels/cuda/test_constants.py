@@ -47,10 +47,8 @@ TIED = [
     ("cover.WINDOW", "cover.h", "kCoverWindow"),
     ("cover.RECORD_BYTES", "cover.h", "kCoverRecordBytes"),
 ]
-MODULES = {
-    m.__name__.split(".")[-1]: m for m in (bitmap, cover, expand, gather, layout, library, pairs)
-}
-MODULES["runs"] = runs
+_MODULES = bitmap, cover, expand, gather, layout, library, pairs, runs
+MODULES = {module.__name__.split(".")[-1]: module for module in _MODULES}
 
 
 @cache

@@ -59,7 +59,7 @@ def test_no_index_leads_out_of_bounds(damage, seed):
     """Indices that are anything, as a write that torch does not count may leave them."""
     n, k, m, edge = 40, 130, 9, 4096
     W = SparseTensor.from_dense(random_weight(n, k, 0.3, torch.float32))
-    row_offsets, col_indices, nnz = W.row_offsets.clone(), W.col_indices.clone(), W.nnz
+    row_offsets, col_indices = W.row_offsets.clone(), W.col_indices.clone()
     generator = torch.Generator().manual_seed(seed)
     for t, name in ((col_indices, "columns"), (row_offsets, "offsets")):
         if damage in (name, "both"):
