@@ -164,7 +164,7 @@ def compress(w: Tensor) -> Tensor:
 
 
 class Plan:
-    """y [M, N] = x [M, K] W^T + bias [N] by one algorithm, on the current GPU and by this thread."""
+    """y [M, N] = x [M, K] W^T + bias [N] by one algorithm, on the current GPU, by this thread."""
 
     def __init__(
         self,
