@@ -145,9 +145,9 @@ def _sparse(handle: ctypes.Array, rows: int, columns: int, dtype: torch.dtype) -
 
 
 def compress(w: Tensor) -> Tensor:
-    """The operand, bytes, of w [N, K], contiguous, of 16 bits, with at most two of four neighbours
-    that are not 0. What it holds is the library's own."""
-    lib, device = library(), w.device.index
+    """The operand, bytes, of w [N, K] of 16 bits with at most two of four neighbours that are not
+    0. What it holds is the library's own."""
+    lib, device, w = library(), w.device.index, w.contiguous()
     with torch.cuda.device(device):
         handle = _handle(device)
         descriptor = _sparse(handle, *w.shape, w.dtype)
