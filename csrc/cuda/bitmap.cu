@@ -44,6 +44,16 @@ __device__ inline unsigned word_of(unsigned t) {
   return (blockIdx.x * kTurns + t) * kBlockWords + threadIdx.x / kOctets;
 }
 
+// The pieces of a thread; all are asked for before one is waited for.
+__device__ inline void load_pieces(Piece (&pieces)[kTurns], const Word* words, const int* starts,
+                                   unsigned count, unsigned octet) {
+#pragma unroll
+  for (unsigned t = 0; t < kTurns; ++t) {
+    pieces[t] = piece_of(words, starts, min(word_of(t), count - 1), octet);
+    if (word_of(t) >= count) pieces[t].bits = 0;
+  }
+}
+
 // The elements of a piece, 0 where none is stored.
 template <class Element>
 __device__ void load_piece(const Element* values, const Piece& piece, Element (&eight)[8]) {
@@ -71,12 +81,11 @@ template <class Element>
 __device__ void write_out(const Word* words, const int* starts, const Element* values, Element* w,
                           unsigned count, unsigned row_words, unsigned k) {
   const unsigned octet = threadIdx.x % kOctets;
+  Piece pieces[kTurns];
+  load_pieces(pieces, words, starts, count, octet);
   __align__(16) Element eight[kTurns][8];
 #pragma unroll
-  for (unsigned t = 0; t < kTurns; ++t) {
-    if (word_of(t) >= count) break;
-    load_piece(values, piece_of(words, starts, word_of(t), octet), eight[t]);
-  }
+  for (unsigned t = 0; t < kTurns; ++t) load_piece(values, pieces[t], eight[t]);
 #pragma unroll
   for (unsigned t = 0; t < kTurns; ++t) {
     if (word_of(t) >= count) break;
@@ -175,14 +184,15 @@ __device__ inline void fill(const Word* words, const int* starts, const unsigned
     copy_rest(rest, operand, static_cast<long long>(n) * (k / 2), parts, blocks);
     return;
   }
+  Piece pieces[kTurns];
+  load_pieces(pieces, words, starts, count, octet);
   uint2 four_slots[kTurns];
 #pragma unroll
   for (unsigned t = 0; t < kTurns; ++t) {
-    if (word_of(t) >= count) break;
-    const Piece piece = piece_of(words, starts, word_of(t), octet);
-    const unsigned low = piece.bits & 15;
-    four_slots[t] = {slot_pair(values + piece.first, slots_of(low)),
-                     slot_pair(values + piece.first + __popc(low), slots_of(piece.bits >> 4))};
+    const unsigned low = pieces[t].bits & 15;
+    const unsigned short* from = values + pieces[t].first;
+    four_slots[t] = {slot_pair(from, slots_of(low)),
+                     slot_pair(from + __popc(low), slots_of(pieces[t].bits >> 4))};
   }
 #pragma unroll
   for (unsigned t = 0; t < kTurns; ++t) {
@@ -240,15 +250,23 @@ __device__ inline void fill_transposed(const Word* words, const int* starts,
   const unsigned first_row = blockIdx.x / row_words * kTileRows;
   const unsigned first_col = blockIdx.x % row_words * kWordColumns;
   const unsigned octet = threadIdx.x % kOctets;
+  constexpr unsigned kRows = kTileRows / kBlockWords;  // of a thread
+  Piece pieces[kRows];
 #pragma unroll
-  for (unsigned t = 0; t < kTileRows / kBlockWords; ++t) {
+  for (unsigned t = 0; t < kRows; ++t) {
+    const unsigned row = first_row + t * kBlockWords + threadIdx.x / kOctets;
+    pieces[t] =
+        piece_of(words, starts, min(row, n - 1) * row_words + blockIdx.x % row_words, octet);
+    if (row >= n) pieces[t].bits = 0;
+  }
+  unsigned short elements[kRows][8];
+#pragma unroll
+  for (unsigned t = 0; t < kRows; ++t) load_piece(values, pieces[t], elements[t]);
+#pragma unroll
+  for (unsigned t = 0; t < kRows; ++t) {
     const unsigned row = t * kBlockWords + threadIdx.x / kOctets;
-    const unsigned word = (first_row + row) * row_words + blockIdx.x % row_words;
-    Piece piece = {0, 0};
-    if (first_row + row < n) piece = piece_of(words, starts, word, octet);
-    unsigned short eight[8];
-    load_piece(values, piece, eight);
-    row_bytes[row * kOctets + octet] = static_cast<unsigned char>(piece.bits);
+    const auto& eight = elements[t];
+    row_bytes[row * kOctets + octet] = static_cast<unsigned char>(pieces[t].bits);
     auto out = reinterpret_cast<unsigned*>(tile + tile_row(row) + octet * 8);
 #pragma unroll
     for (int i = 0; i < 4; ++i) {

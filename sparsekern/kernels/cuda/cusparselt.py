@@ -1,4 +1,4 @@
-"""NVIDIA's 2:4 sparse matmul through the C interface of cuSPARSELt, without its headers.
+"""NVIDIA's 2:4 sparse matmul of bfloat16 through the C interface of cuSPARSELt, without its headers.
 
 The library comes with torch's CUDA builds (or the wheel nvidia-cusparselt-cu12 or -cu13); nothing
 of it is part of this package. Names, enumerations and the order of calls are those of cusparseLt.h,
@@ -18,13 +18,13 @@ from torch import Tensor
 
 SONAME = "libcusparseLt.so.0"
 OLDEST = (0, 8, 0)  # before, a selection cannot be destroyed
-_TYPES = {torch.float16: 2, torch.bfloat16: 14}  # cudaDataType
+_BFLOAT16 = 14  # cudaDataType
 _FLOAT32 = 2  # cusparseComputeType
 _ROW, _COLUMN = 2, 1
 ALIGNMENT = 16  # bytes
 MOST_PLANS = 256  # of a thread
 _PLAIN, _TRANSPOSED = 0, 1
-_ID, _MOST_ID = 0, 1  # attributes of a selection
+_ID = 0  # attribute of a selection
 _BIAS = 8  # of a descriptor of a matmul
 
 _pointer, _int64, _uint32, _int, _size = (
@@ -46,7 +46,6 @@ _SIGNATURES = {
     "MatmulDescSetAttribute": (_pointer, _pointer, _int, _pointer, _size),
     "MatmulAlgSelectionInit": (_pointer, _pointer, _pointer, _int),
     "MatmulAlgSetAttribute": (_pointer, _pointer, _int, _pointer, _size),
-    "MatmulAlgGetAttribute": (_pointer, _pointer, _int, _pointer, _size),
     "MatmulAlgSelectionDestroy": (_pointer,),
     "MatmulPlanInit": (_pointer,) * 4,
     "MatmulPlanDestroy": (_pointer,),
@@ -135,22 +134,22 @@ def _handle(device: int) -> ctypes.Array:
     return _threads.handles[device]
 
 
-def _sparse(handle: ctypes.Array, rows: int, columns: int, dtype: torch.dtype) -> ctypes.Array:
+def _sparse(handle: ctypes.Array, rows: int, columns: int) -> ctypes.Array:
     descriptor = _opaque()
     library().call(
         "StructuredDescriptorInit",
-        *(handle, descriptor, rows, columns, columns, ALIGNMENT, _TYPES[dtype], _ROW, 0),
+        *(handle, descriptor, rows, columns, columns, ALIGNMENT, _BFLOAT16, _ROW, 0),
     )
     return descriptor
 
 
 def compress(w: Tensor) -> Tensor:
-    """The operand, bytes, of w [N, K] of 16 bits with at most two of four neighbours that are not
+    """The operand, bytes, of w [N, K], bfloat16, with at most two of four neighbours that are not
     0. What it holds is the library's own."""
     lib, device, w = library(), w.device.index, w.contiguous()
     with torch.cuda.device(device):
         handle = _handle(device)
-        descriptor = _sparse(handle, *w.shape, w.dtype)
+        descriptor = _sparse(handle, *w.shape)
         size, scratch = ctypes.c_size_t(), ctypes.c_size_t()
         refs = ctypes.byref(size), ctypes.byref(scratch)
         lib.call("SpMMACompressedSize2", handle, descriptor, *refs)
@@ -171,23 +170,22 @@ class Plan:
         n: int,
         k: int,
         m: int,
-        dtype: torch.dtype,
         device: int,
         algorithm: int | None = None,
         bias: Tensor | None = None,
     ):
         """algorithm: a number, None for the library's own choice. The address of `bias` is read
         here, its elements by each product."""
-        lib, kind = library(), _TYPES[dtype]
+        lib = library()
         self._shape, self._lib, self._device = (m, n), lib, device
         self._is_selected = self._is_planned = False
         self._handle = handle = _handle(device)
         # x is the transposed of [K, M], y lies column by column as [N, M].
-        w, x, y = _sparse(handle, n, k, dtype), _opaque(), _opaque()
+        w, x, y = _sparse(handle, n, k), _opaque(), _opaque()
         matmul, self._selection, self._plan = _opaque(), _opaque(), _opaque()
         self._kept, self.bias = (w, x, y, matmul), bias
-        lib.call("DenseDescriptorInit", handle, x, m, k, k, ALIGNMENT, kind, _ROW)
-        lib.call("DenseDescriptorInit", handle, y, n, m, n, ALIGNMENT, kind, _COLUMN)
+        lib.call("DenseDescriptorInit", handle, x, m, k, k, ALIGNMENT, _BFLOAT16, _ROW)
+        lib.call("DenseDescriptorInit", handle, y, n, m, n, ALIGNMENT, _BFLOAT16, _COLUMN)
         operands = _PLAIN, _TRANSPOSED, w, x, y, y, _FLOAT32
         lib.call("MatmulDescriptorInit", handle, matmul, *operands)
         if bias is not None:
@@ -196,23 +194,15 @@ class Plan:
         lib.call("MatmulAlgSelectionInit", handle, self._selection, matmul, 0)
         self._is_selected = True
         if algorithm is not None:
-            self._attribute("Set", _ID, ctypes.c_int(algorithm))
+            number = ctypes.c_int(algorithm)
+            arguments = self._selection, _ID, ctypes.byref(number), ctypes.sizeof(number)
+            lib.call("MatmulAlgSetAttribute", handle, *arguments)
         lib.call("MatmulPlanInit", handle, self._plan, matmul, self._selection)
         self._is_planned = True
         size = ctypes.c_size_t()
         lib.call("MatmulGetWorkspace", handle, self._plan, ctypes.byref(size))
         self._workspace_bytes = size.value
         self._one, self._zero = ctypes.c_float(1), ctypes.c_float(0)
-
-    def _attribute(self, verb: str, attribute: int, number: ctypes.c_int) -> None:
-        arguments = self._handle, self._selection, attribute, ctypes.byref(number), 4
-        self._lib.call(f"MatmulAlg{verb}Attribute", *arguments)
-
-    def algorithms(self) -> int:
-        """How many there are for this product; their numbers begin at 0."""
-        number = ctypes.c_int()
-        self._attribute("Get", _MOST_ID, number)
-        return number.value
 
     def multiply(self, operand: Tensor, x: Tensor) -> Tensor:
         """The product with x [M, K], contiguous, on torch's current stream."""
@@ -246,15 +236,15 @@ def multiply(
     x = _aligned(x)
     if torch.cuda.is_current_stream_capturing():
         bias = None if bias is None else _aligned(bias.contiguous())
-        return Plan(n, k, m, x.dtype, device, algorithm, bias).multiply(operand, x)
+        return Plan(n, k, m, device, algorithm, bias).multiply(operand, x)
     stream = torch._C._cuda_getCurrentRawStream(device)
-    key = n, k, m, x.dtype, device, algorithm, bias is not None, stream
+    key = n, k, m, device, algorithm, bias is not None, stream
     plans = _threads.plans
     if key not in plans:
         while len(plans) >= MOST_PLANS:
             plans.pop(next(iter(plans)))
         kept = None if bias is None else x.new_empty(n)
-        plans[key] = Plan(n, k, m, x.dtype, device, algorithm, kept)
+        plans[key] = Plan(n, k, m, device, algorithm, kept)
     plan = plans[key]
     if bias is not None:
         plan.bias.copy_(bias)

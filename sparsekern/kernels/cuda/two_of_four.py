@@ -29,7 +29,6 @@ from . import library as cuda_library
 from .algorithms import algorithm_of
 from .bitmap import Bitmap
 from .expand import mend
-from .layout import TYPES
 
 LEAST_TOKENS, LEAST_SIZE = 1024, 1024  # below, W written out is as fast
 MULTIPLE_OF_TOKENS, MULTIPLE = 8, 16  # what cuSPARSELt takes: of M, and of N and K
@@ -107,7 +106,7 @@ def _product(op, row_offsets, col_indices, values, n, k, x, bias=None) -> Tensor
         w = bitmaps.write_out(pattern.bitmap, some, n, k)
         return _operand(op, pattern, some, n, k), w if op == "spmm" else w.t()
 
-    algorithm = algorithm_of(outputs, inputs, x.shape[0], x.dtype, x.device.index, random)
+    algorithm = algorithm_of(outputs, inputs, x.shape[0], x.device.index, random)
     y = cusparselt.multiply(_operand(op, pattern, values, n, k), x, outputs, bias, algorithm)
     return mend(op, *weight, x, bias, y, pattern.sides[op].checked)
 
@@ -129,8 +128,8 @@ def spmm_t(*operands) -> Tensor:
 
 
 def _refuse_size(p: Problem) -> str | None:
-    if p.dtype not in TYPES:
-        return f"it takes bfloat16 and float16, not {str(p.dtype).removeprefix('torch.')}"
+    if p.dtype is not torch.bfloat16:
+        return f"it takes bfloat16, not {str(p.dtype).removeprefix('torch.')}"
     if p.M < LEAST_TOKENS or min(p.N, p.K) < LEAST_SIZE:
         return f"it is for {LEAST_TOKENS} tokens and {LEAST_SIZE} rows and columns or more"
     if p.N % MULTIPLE or p.K % MULTIPLE or p.M % MULTIPLE_OF_TOKENS:

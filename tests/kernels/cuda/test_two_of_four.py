@@ -13,7 +13,7 @@ from sparsekern.testing import relative_error
 
 on_gpu = pytest.mark.gpu
 needs_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")
-TOLERANCE = {torch.bfloat16: 2**-8, torch.float16: 2**-11}
+TOLERANCE = 2**-8  # one rounding of the result
 
 
 def two_way(n: int, k: int, share: float = 0.3324) -> torch.Tensor:
@@ -68,49 +68,47 @@ def test_a_machine_without_the_library_says_so():
 
 @on_gpu
 @needs_gpu
-@pytest.mark.parametrize("dtype", TOLERANCE, ids=str)
 @pytest.mark.parametrize("n, k, m", [(1024, 1024, 1024), (1040, 2064, 1032), (3072, 1088, 2048)])
-def test_products(n, k, m, dtype):
+def test_products(n, k, m):
     mask = two_way(n, k).cuda()
-    w = torch.randn(n, k, device="cuda").to(dtype) * mask
+    w = torch.randn(n, k, device="cuda").bfloat16() * mask
     w[mask.nonzero().T.tolist()[0][0], mask.nonzero().T.tolist()[1][0]] = 0  # stored
     W = SparseTensor.from_dense(w, mask)
     W.values.requires_grad_()
-    x = torch.randn(m, k, device="cuda").to(dtype).requires_grad_()
-    bias = torch.randn(n, device="cuda").to(dtype).requires_grad_()
+    x = torch.randn(m, k, device="cuda").bfloat16().requires_grad_()
+    bias = torch.randn(n, device="cuda").bfloat16().requires_grad_()
     assert explain(x, W).count("-> two_of_four") == 2
     y = linear(x, W, bias)
     dy = torch.randn_like(y)
     y.backward(dy)
     exact = x.double() @ w.double().T + bias.double()
     scale = x.double().abs() @ w.double().abs().T + bias.double().abs()
-    assert relative_error(y, exact, scale) <= TOLERANCE[dtype]
+    assert relative_error(y, exact, scale) <= TOLERANCE
     exact, scale = dy.double() @ w.double(), dy.double().abs() @ w.double().abs()
-    assert relative_error(x.grad, exact, scale) <= TOLERANCE[dtype]
+    assert relative_error(x.grad, exact, scale) <= TOLERANCE
     exact = (dy.double().T @ x.double())[mask]
     scale = (dy.double().abs().T @ x.double().abs())[mask]
-    assert relative_error(W.values.grad, exact, scale) <= TOLERANCE[dtype]
+    assert relative_error(W.values.grad, exact, scale) <= TOLERANCE
     assert torch.equal(linear(x, W, bias), y)
     with torch.no_grad():
         W.values.mul_(2)
         again = linear(x, W)
     exact, scale = 2 * x.double() @ w.double().T, 2 * x.double().abs() @ w.double().abs().T
-    assert relative_error(again, exact, scale) <= TOLERANCE[dtype]
+    assert relative_error(again, exact, scale) <= TOLERANCE
 
 
 @on_gpu
 @needs_gpu
-@pytest.mark.parametrize("dtype", TOLERANCE, ids=str)
-def test_infinities_reach_what_a_stored_value_connects(dtype):
+def test_infinities_reach_what_a_stored_value_connects():
     n, k, m = 1024, 1088, 1024
     mask = two_way(n, k)
     mask[:, 7] = False
-    w = torch.randn(n, k).to(dtype) * mask
-    x = torch.randn(m, k).to(dtype)
+    w = torch.randn(n, k).bfloat16() * mask
+    x = torch.randn(m, k).bfloat16()
     for token in range(0, m, 37):
         x[token, token % k] = (torch.inf, -torch.inf, torch.nan)[token % 3]
     x[5, 7] = torch.inf  # no row stores it
-    bias = torch.randn(n).to(dtype)
+    bias = torch.randn(n).bfloat16()
     W = SparseTensor.from_dense(w, mask).cuda()
     for b in (bias, None):
         y = linear(x.cuda(), W, None if b is None else b.cuda())
@@ -159,9 +157,8 @@ def test_what_it_does_not_take_runs_elsewhere():
     mask = two_way(1024, 1024).cuda()
     w = torch.randn(1024, 1024, device="cuda").bfloat16() * mask
     W = SparseTensor.from_dense(w, mask)
-    for x in (torch.randn(1025, 1024), torch.randn(512, 1024), torch.randn(1024, 1024).double()):
-        x = x.cuda() if x.dtype == torch.double else x.cuda().bfloat16()
-        text = explain(x, W.double() if x.dtype == torch.double else W)
+    for m, dtype in ((1025, torch.bfloat16), (512, torch.bfloat16), (1024, torch.float16)):
+        text = explain(torch.randn(m, 1024, device="cuda").to(dtype), W.to(dtype))
         assert "-> expand" in text and "two_of_four refused: it " in text
     free = torch.rand(1024, 1024, device="cuda") < 0.3
     x = torch.randn(1024, 1024, device="cuda").bfloat16()
@@ -185,7 +182,7 @@ def test_no_call_leaks():
     peaks = []
     for _ in range(4):
         for _ in range(300):
-            cusparselt.Plan(1024, 1024, 1024, torch.bfloat16, 0).multiply(operand, x)
+            cusparselt.Plan(1024, 1024, 1024, 0).multiply(operand, x)
         torch.cuda.synchronize()
         peaks.append(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss)
     assert peaks[-1] - peaks[1] < 8 * 1024  # KiB
