@@ -75,7 +75,7 @@ class Cover(Packed):
 class CoverLayout(Layout):
     """Made by the C++ library, which checks the indices."""
 
-    packed = Cover
+    kind = Cover
 
     def __init__(self, row_offsets: Tensor, col_indices: Tensor, n: int, k: int):
         super().__init__(row_offsets, col_indices, n, k)

@@ -3,7 +3,9 @@
 All in the dtype of the operands. The kernels read the caller's indices, which were checked since
 they last changed; csrc/cuda/csr.cu says what a write that nobody counted may do. A zero that is
 written out makes NaN of an infinity or a NaN in x; one more launch computes such tokens anew from
-the stored values, without a look at the result from here, so that a CUDA graph can capture it.
+the stored values, without a look at the result from here, so that a CUDA graph can capture it. With
+neither nvcc nor CuPy, torch's indexing takes the place of the kernels, and Triton's launch that of
+the last one; float64, or a machine without Triton, then keeps what the zeros have made.
 """
 
 import torch
@@ -12,6 +14,7 @@ from torch import Tensor
 from ..derived import ensure_checked
 from ..problem import Kernel, Problem
 from ..reference import mm, places_of
+from ..triton import rows as triton_rows
 from . import library as cuda_library
 from .layout import LANES, TYPES, Packed
 
@@ -64,7 +67,12 @@ def _mend(op, row_offsets, col_indices, values, n, k, x, bias, y):
     """y, the product of W written out, without what an infinity or NaN in x has made of places that
     are not stored."""
     m, nnz = x.shape[0], len(values)
-    if cuda_library.refusal() or y.numel() == 0 or nnz == n * k:
+    if y.numel() == 0 or nnz == n * k:
+        return y
+    if cuda_library.refusal():
+        if triton_rows.can_mend(x.dtype):
+            mend = triton_rows.mend if op == "mend" else triton_rows.mend_t
+            mend(row_offsets, col_indices, values, n, k, x, bias, y)
         return y
     smem_bytes = WARPS * 4
     if op == "mend_t":
