@@ -7,12 +7,12 @@
 #include <stdexcept>
 #include <string>
 
-#include "cpu/decode.h"
-#include "cpu/limits.h"
+#include "bench/bench_loops.h"
+#include "common/threads.h"
+#include "cpu/dense.h"
+#include "cpu/few_tokens.h"
 #include "cpu/products.h"
-#include "cpu/threads.h"
-#include "pattern/cover.h"
-#include "pattern/dense.h"
+#include "packing/cover.h"
 
 namespace py = pybind11;
 
@@ -90,14 +90,14 @@ PYBIND11_MODULE(_C, m) {
           },
           NoGil(), "y[M, N] = x W^T + bias, or transposed: y[M, K] = x W + bias; contiguous.")
       .def(
-          "spmm_stream",
+          "spmm_few_tokens",
           [](sk::Pattern& p, Pointer row_offsets, Pointer col_indices, int64_t row_version,
              int64_t col_version, sk::Format format, sk::Type type, Pointer values, Pointer bias,
              Pointer x, Pointer y, int64_t tokens, int threads) {
-            sk::spmm_stream(p, csr(p, row_offsets, col_indices, row_version, col_version), format,
-                            type, as<void>(values, "values", p.nnz), as<void>(bias),
-                            {as<void>(x, "x", tokens * p.k), p.k}, {as<void>(y), p.n}, tokens,
-                            threads);
+            sk::spmm_few_tokens(p, csr(p, row_offsets, col_indices, row_version, col_version),
+                                format, type, as<void>(values, "values", p.nnz), as<void>(bias),
+                                {as<void>(x, "x", tokens * p.k), p.k}, {as<void>(y), p.n}, tokens,
+                                threads);
           },
           NoGil(), "y[M, N] = x W^T + bias for few tokens; contiguous.")
       .def(

@@ -3,13 +3,12 @@
 
 #include <type_traits>
 
+#include "few_tokens_columns.h"
+#include "few_tokens_rows.h"
 #include "gather.h"
-#include "hash.h"
-#include "limit_loops.h"
 #include "panel.h"
 #include "sddmm.h"
 #include "spmm.h"
-#include "stream.h"
 
 #define SK_STRING2(x) #x
 #define SK_STRING(x) SK_STRING2(x)
@@ -106,9 +105,9 @@ void add_(Type type, bool is_first, int64_t size, const void* part, void* total)
   });
 }
 
-// The types that `stream` takes.
+// The types that `spmm_few` takes.
 template <class F>
-void with_stream_type(Type type, F f) {
+void with_few_type(Type type, F f) {
   type == Type::kFloat ? f(static_cast<float*>(nullptr)) : f(static_cast<bf16*>(nullptr));
 }
 
@@ -127,44 +126,43 @@ void with_panel_width(int64_t tokens, const F& f) {
   f(std::integral_constant<int, 16>());
 }
 
-void stream_pack_(Type type, Format format, Matrix x, int64_t tokens, int64_t features,
-                  float* packed) {
-  with_stream_type(type, [&](auto* t) {
+void pack_few_(Type type, Format format, Matrix x, int64_t tokens, int64_t features,
+               float* packed) {
+  with_few_type(type, [&](auto* t) {
     auto* in = as(static_cast<const void*>(x.data), t);
     const int64_t words = (features + 63) / 64;
     if (format == Format::kBitmap)
       with_bitmap_tokens(tokens, [&](auto rows) {
-        stream_pack_rows(in, x.stride, tokens, features, words, rows, packed);
+        pack_rows(in, x.stride, tokens, features, words, rows, packed);
       });
     else if (tokens == 1)
-      stream_pack_rows(in, x.stride, 1, features, words, 1, packed);
+      pack_rows(in, x.stride, 1, features, words, 1, packed);
     else
-      with_panel_width(tokens, [&](auto width) {
-        stream_pack_panel(in, x.stride, tokens, features, width, packed);
-      });
+      with_panel_width(
+          tokens, [&](auto width) { pack_panel(in, x.stride, tokens, features, width, packed); });
   });
 }
 
-void stream_(Type type, Format format, const Stream& w, const void* values, const float* packed,
-             int64_t tokens, Matrix y) {
-  with_stream_type(type, [&](auto* t) {
+void spmm_few_(Type type, Format format, const CompressedRows& w, const void* values,
+               const float* packed, int64_t tokens, Matrix y) {
+  with_few_type(type, [&](auto* t) {
     auto *v = as(values, t), *out = as(y.data, t);
     if (format == Format::kBitmap)
       with_bitmap_tokens(
-          tokens, [&](auto rows) { stream_bitmap<rows>(w, v, packed, tokens, out, y.stride); });
+          tokens, [&](auto rows) { spmm_bitmap<rows>(w, v, packed, tokens, out, y.stride); });
     else if (tokens == 1)
-      stream_gather(w, v, packed, out);
+      spmm_gather(w, v, packed, out);
     else
       with_panel_width(
-          tokens, [&](auto width) { stream_columns<width>(w, v, packed, tokens, out, y.stride); });
+          tokens, [&](auto width) { spmm_columns<width>(w, v, packed, tokens, out, y.stride); });
   });
 }
 
 }  // namespace
 
 extern const Kernels kKernels;
-const Kernels kKernels = {SK_STRING(SK_ISA), kLanes,        hash,  pack_,  unpack_, gather_,
-                          scatter_,          widen_,        spmm_, sddmm_, add_,    stream_pack_,
-                          stream_,           multiply_adds, read};
+const Kernels kKernels = {SK_STRING(SK_ISA), kLanes,   pack_, unpack_, gather_,
+                          scatter_,          widen_,   spmm_, sddmm_,  add_,
+                          pack_few_,         spmm_few_};
 
 }  // namespace sk::SK_ISA

@@ -1,17 +1,20 @@
 // The NH hash of Black et al., "UMAC" (1999): a sum of 32 x 32 bit products of keyed words, which
 // the compiler turns into vector instructions. The keys move on with the position.
-#pragma once
+#include "hash.h"
 
-#include <cstdint>
+#include "../common/clones.h"
 
-namespace sk::SK_ISA {
+namespace sk {
+namespace {
 
 inline uint64_t mix(uint64_t h) {
   h = (h ^ h >> 31) * 0x9e3779b97f4a7c15;
   return h ^ h >> 29;
 }
 
-inline uint64_t hash(const int32_t* words, int64_t size) {
+}  // namespace
+
+SK_CLONES uint64_t hash(const int32_t* words, int64_t size) {
   constexpr int kPairs = 16, kWords = 2 * kPairs;
   uint32_t key[kWords];
   for (int j = 0; j < kWords; j++) key[j] = static_cast<uint32_t>(mix(j + 1));
@@ -34,4 +37,4 @@ inline uint64_t hash(const int32_t* words, int64_t size) {
   return all;
 }
 
-}  // namespace sk::SK_ISA
+}  // namespace sk
