@@ -1,65 +1,28 @@
 #include "bench_loops.h"
 
-#include <stdexcept>
-#include <string>
-#include <string_view>
-
+#include "../common/machine.h"
 #include "../common/threads.h"
-#include "../cpu/kernels.h"
-#include "isa_loops.h"
+#include "bench_loops_isa.h"
 
 namespace sk {
 
-namespace portable { extern const IsaLoops kIsaLoops; }
-namespace avx2 { extern const IsaLoops kIsaLoops; }
-namespace avx512 { extern const IsaLoops kIsaLoops; }
-namespace neon { extern const IsaLoops kIsaLoops; }
-
-namespace {
-
-struct Named {
-  std::string_view isa;
-  const IsaLoops* loops;
-};
-
-const Named kAll[] = {
-    {"portable", &portable::kIsaLoops},
-#ifdef SK_HAVE_NEON
-    {"neon", &neon::kIsaLoops},
-#endif
-#ifdef SK_HAVE_AVX2
-    {"avx2", &avx2::kIsaLoops},
-#endif
-#ifdef SK_HAVE_AVX512
-    {"avx512", &avx512::kIsaLoops},
-#endif
-};
-
-// Those of the instruction set that the kernels use.
-const IsaLoops& loops() {
-  const std::string isa = kernels().isa;
-  for (const Named& named : kAll)
-    if (named.isa == isa) return *named.loops;
-  throw std::logic_error("bench loops: none were built for " + isa);
-}
-
-}  // namespace
+SK_DECLARE(extern const IsaLoops kIsaLoops)
 
 int64_t multiply_adds(int64_t rounds, int threads) {
   int64_t flop = 0;
-  const IsaLoops& isa = loops();
+  const IsaLoops& loops = SK_CHOSEN(kIsaLoops);
   parallel_for(threads, threads, [&](int64_t task) {
-    const int64_t done = isa.multiply_adds(rounds);
+    const int64_t done = loops.multiply_adds(rounds);
     if (task == 0) flop = done * threads;
   });
   return flop;
 }
 
 void read_memory(const float* p, int64_t size, int64_t rounds, int threads) {
-  const IsaLoops& isa = loops();
+  const IsaLoops& loops = SK_CHOSEN(kIsaLoops);
   const int64_t part = size / threads / 128 * 128;
   parallel_for(threads, threads, [&](int64_t task) {
-    for (int64_t r = 0; r < rounds; r++) isa.read(p + task * part, part);
+    for (int64_t r = 0; r < rounds; r++) loops.read(p + task * part, part);
   });
 }
 

@@ -52,7 +52,6 @@ struct CompressedRows {
 };
 
 struct Kernels {
-  const char* isa;
   int lanes;  // floats; half as many doubles
 
   // panel[c][m] = x[m][c] for c < features, m < tokens; 0 for tokens <= m < width.
@@ -86,11 +85,7 @@ struct Kernels {
                    int64_t tokens, Matrix y);
 };
 
-// The instruction set named by SPARSEKERN_ISA, else the best that this machine runs.
-// Throws std::invalid_argument for a name that is unknown, not built or not runnable here.
+// Those of the chosen instruction set; throws as sk::isa() does.
 const Kernels& kernels();
-
-// Size of a core's L1 data cache (level 1) or L2 cache (2); 0 where the system does not say.
-int64_t cache_bytes(int level);
 
 }  // namespace sk

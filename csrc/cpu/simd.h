@@ -1,5 +1,5 @@
-// One vector type per instruction set. Included only by what is compiled once per ISA, with SK_ISA
-// naming the namespace, so that no inline function is shared between ISAs.
+// One vector type per instruction set. Included only by *_isa.cpp, which are compiled once per ISA
+// with SK_ISA naming the namespace, so that no inline function is shared between ISAs.
 //
 //   Vec                       kLanes floats in one register; Doubles: half as many doubles
 //   zero, load, store         aligned to the register

@@ -4,7 +4,6 @@
 #include <array>
 #include <stdexcept>
 
-#include "../common/clones.h"
 #include "../common/threads.h"
 
 namespace sk {
@@ -24,6 +23,14 @@ constexpr int kGain = 16;
 constexpr int kConflict = 64;  // a bank that is taken: fewer conflicts, 2 % more slots
 constexpr int kClosedCosts[] = {16, 32, 64};  // a row that is left over; each is tried
 
+// The search is most of the time of packing, and vectors make it three times as fast.
+#if defined(__x86_64__) && defined(__gnu_linux__) && !defined(__SANITIZE_ADDRESS__) && \
+    !defined(__SANITIZE_THREAD__)
+#define SK_CLONES __attribute__((target_clones("avx512f", "avx2", "default")))
+#else
+#define SK_CLONES
+#endif
+
 inline int count_bits(uint32_t x) {  // in a form that compilers vectorise
   x -= (x >> 1) & 0x55555555u;
   x = (x & 0x33333333u) + ((x >> 2) & 0x33333333u);
@@ -33,8 +40,7 @@ inline int count_bits(uint32_t x) {  // in a form that compilers vectorise
 }
 
 // Position in `pool` of the column that suits a group best: many rows in `open`, few in `closed`,
-// and a bank of shared memory (its column modulo 8) that the group does not use yet. The search is
-// most of the time of packing, and vectors make it three times as fast.
+// and a bank of shared memory (its column modulo 8) that the group does not use yet.
 SK_CLONES int choose(const Columns& pool, uint32_t open, uint32_t closed, unsigned banks,
                      int closed_cost) {
   int32_t key[kCoverWindow];

@@ -1,5 +1,5 @@
 // The loops for one instruction set: compiled once per ISA, with SK_ISA naming it.
-#include "isa_loops.h"
+#include "bench_loops_isa.h"
 
 #include "../cpu/simd.h"
 
