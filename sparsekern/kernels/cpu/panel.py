@@ -55,7 +55,7 @@ def _plan(problem: Problem, threads: int) -> Plan:
 
 
 class _Plans(dict):
-    """The plan of a problem by the number of threads, made and handed to C++ when first asked for."""
+    """The plan of a problem by the number of threads, for C++; made when first asked for."""
 
     def __init__(self, problem: Problem):
         self._problem = problem
