@@ -17,7 +17,7 @@ const char* isa_name();
 
 // SK_DECLARE(declaration) stands for one in the namespace of each instruction set that was built,
 // and SK_CHOSEN(name) is the name that was declared so in the namespace of isa().
-#if defined(SK_HAVE_AVX2) && defined(SK_HAVE_AVX512)
+#if defined(SK_HAVE_AVX2) || defined(SK_HAVE_AVX512)  // CMakeLists.txt builds both or none
 #define SK_DECLARE(...)               \
   namespace portable { __VA_ARGS__; } \
   namespace avx2 { __VA_ARGS__; }     \
