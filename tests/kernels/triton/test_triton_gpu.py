@@ -6,7 +6,7 @@ from conftest import products
 from infinities import check_stored, tokens_with_infinities, weight_with_infinities
 
 from sparsekern import SparseTensor, explain, linear
-from sparsekern.kernels.cuda import cover
+from sparsekern.kernels.cuda import cover, expand
 from sparsekern.kernels.triton import bitmap
 from sparsekern.kernels.triton import rows as triton_rows
 from sparsekern.testing import PROBLEMS, Case, exact, relative_error
@@ -79,6 +79,20 @@ def test_infinities_reach_what_a_stored_value_connects(M, dtype, nan_memory):
         check_stored(SPMM(*pattern, x, b), x, w, mask, b)
         check_stored(triton_rows._spmm(*pattern, x, b, config=config), x, w, mask, b)
         check_stored(triton_rows._spmm_t(*pattern, dy, b_t), dy, w.t(), mask.t(), b_t)
+
+
+@dtypes
+def test_infinities_of_a_weight_that_is_written_out(dtype, nan_memory, monkeypatch):
+    """The rows `expand` where no CUDA kernel can run."""
+    monkeypatch.setattr(expand.cuda_library, "refusal", lambda: "none here")
+    w, mask, bias = weight_with_infinities(300, 1031, dtype, "cuda")
+    W = SparseTensor.from_dense(w, mask)
+    weight = W.row_offsets, W.col_indices, W.values, 300, 1031
+    x = tokens_with_infinities(130, 1031, dtype, "cuda")
+    dy = tokens_with_infinities(130, 300, dtype, "cuda")
+    for b, b_t in ((None, None), (bias, torch.randn(1031, device="cuda").to(dtype))):
+        check_stored(expand.spmm(*weight, x, b), x, w, mask, b)
+        check_stored(expand.spmm_t(*weight, dy, b_t), dy, w.t(), mask.t(), b_t)
 
 
 @dtypes
