@@ -46,13 +46,13 @@ MODULES["runs"] = runs
 
 @cache
 def numbers(file: str) -> dict[str, int]:
-    """The constexpr numbers of a source and of those that it includes; of a name that stands twice,
-    the first. Those that a template's argument is in are left out."""
+    """The constexpr numbers of a source, and of those of csrc/cuda that it includes; of a name that
+    stands twice, the first. Those that a template's argument is in are left out."""
     (path,) = CSRC.rglob(file)
     text = re.sub(r"//.*", "", path.read_text())
     found: dict[str, int] = {}
     for name in re.findall(r'#include "([\w/.]+)"', text):
-        if any(CSRC.rglob(name)):  # not the emulator's
+        if (CSRC / "cuda" / name).exists():
             found |= numbers(name)
     here = set()
     for line in re.findall(r"constexpr (?:int|unsigned) ([^;()]*=[^;]*);", text):
