@@ -9,7 +9,7 @@ from ..wafer import compare as wafer
 from ..wafer.machine import machine
 from ..wafer.sweep import FULL_TOKENS
 from . import plots
-from .load import CELLS, EXPERIMENTS, GENERATION, PRODUCTS, Result
+from .load import EXPERIMENTS, GENERATION, PRODUCTS, Result
 
 PASSES = {
     "spmm": "forward",
@@ -131,19 +131,12 @@ def rooflines(results: Sequence[Result]) -> list[Part]:
     parts = []
     for result in results:
         for (threads,), records in groups(plain(result.records), lambda r: r["threads"]).items():
-            limits = _ceilings(result, threads)
+            limits = result.ceilings(threads)
             records = [r for r in records if r.get("moved_bytes")]
             if limits and records:
                 figure = plots.roofline(records, PASSES, limits)
                 parts.append(Part(_where(result, threads), figure))
     return parts
-
-
-def _ceilings(result: Result, threads: int) -> dict:
-    if result.kind == CELLS:
-        return result.data["machine"].get("ceilings", {})
-    ceilings = result.data["machine_info"].get("ceilings", {})
-    return ceilings.get(str(threads) if threads else "cuda", {})
 
 
 def decoding(results: Sequence[Result]) -> list[Part]:
@@ -280,7 +273,7 @@ def predictions(results: Sequence[Result]) -> list[Part]:
     for result in results:
         if result.kind != PRODUCTS:
             continue
-        pairs = wafer.compare(machine("wse2"), [result.path])
+        pairs = wafer.compare(machine("wse2"), {result.title: result.records})
         passes = {}
         for op, name in {**PASSES, "train_step": "training step of a GPT"}.items():
             chosen = [p for p in pairs if p.what.startswith(f"{op} ") and _is_compared(p, op)]
