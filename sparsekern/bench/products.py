@@ -21,7 +21,7 @@ from ..matmul import linear
 from ..sparsity import Static
 from ..tensor import SparseTensor
 from ..testing import random_mask
-from .race import TOLERANCE, Race, Rival, exact, ours, rotate
+from .race import TOLERANCE, Rival, exact, ours, race, rotate
 from .records import DENSE, OTHER, SPARSE
 
 COLD_BYTES = 160e6  # of the copies that a competitor with cold weights goes through
@@ -66,15 +66,11 @@ class Product:
     rivals: list[Rival]
     exact: tuple[Tensor, Tensor]
 
-    def race(self, peers: list[Rival] = (), **options) -> Race:
+    def race(self, peers: list[Rival] = (), **options) -> dict:
+        """What a race found, with the fields of the product and our kernels' names."""
         w = self.workload
         rivals, few = [*self.rivals, *peers], w.M == 1
-        tolerance = TOLERANCE[w.dtype]
-        return Race(self.ours, rivals, w.threads, self.exact, tolerance, few, **options)
-
-    def case(self, ways: dict[str, dict]) -> dict:
-        """What the race found, with the fields of the product and our kernels' names."""
-        w = self.workload
+        ways = race(self.ours, rivals, w.threads, self.exact, TOLERANCE[w.dtype], few, **options)
         passes = ("spmm", "spmm_t", "sddmm") if self.op == "linear" else (self.op,)
         sizes = w.M, w.N, w.K, self.W.nnz
         kernels = [pick(Problem(p, "cpu", w.dtype, *sizes)).name for p in passes]
