@@ -66,8 +66,7 @@ def measure(device: str, quick: bool) -> tuple[dict, int, Iterator[dict]]:
 def heading(about: dict) -> str:
     """Machine, clocks and ceilings, in words."""
     here = about["machine"]
-    name = here.get("gpu", f"{here['cpu']}, {here['isa']}")
-    lines = [f"{name}, torch {here['torch']}, commit {about['commit']['id'][:10]}"]
+    lines = [machine.in_words(about, "bfloat16" if "gpu" in here else "float32")]
     for threads, limits in here["ceilings"].items():
         if not limits:
             lines.append("No ceilings: the C++ library is not built.")
