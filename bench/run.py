@@ -146,17 +146,13 @@ def derived(run: Run) -> list[dict]:
 
 def update_page(name: str, run: Run) -> None:
     summary = tables.summary(derived(run), SUMMARY)
-    text = f"{summary}\n\n{machine.in_words(run.about, 'fp32')} {pages.details(name)}"
-    pages.replace_section(PAGE, MARKERS, text)
+    pages.update(PAGE, MARKERS, name, summary, machine.in_words(run.about, "fp32"))
 
 
 def write(folder: Path, name: str, run: Run) -> None:
-    """The table and what is made of it."""
-    records.write(folder / f"{name}{records.SUFFIX}", run.about, run.records)
-    (folder / f"{name}.md").write_text(page(name, run))
-    if "part" not in run.about:
-        figure = plots.speedup(tables.passes(derived(run)))
-        pages.write_plot(figure, folder / f"{name}.png")
+    is_whole = "part" not in run.about
+    figure = plots.speedup(tables.passes(derived(run))) if is_whole else None
+    pages.publish(folder, name, run, page(name, run), figure)
 
 
 def main() -> int:

@@ -201,10 +201,12 @@ def publish(run: Run) -> None:
     if tables_gpu.failures(cells_of(run)):
         raise SystemExit("bench-gpu: not published, since one of our kernels failed or was wrong")
     if run.about["benchmark"] == "decode":
-        name = name_of(run)
-        write_page(pages.RESULTS, name, run)
-        if run.records[0]["dtype"] == "bfloat16":
-            update_page(name, run)
+        name, cells, dtype = name_of(run), cells_of(run), run.records[0]["dtype"]
+        drawn = {"geometric means of the shapes": select(cells, mask="random")}
+        pages.publish(pages.RESULTS, name, run, page(name, run), plots.speedup(drawn))
+        if dtype == "bfloat16":
+            about = in_words(run.about, dtype)
+            pages.update(PAGE, MARKERS, name, tables_gpu.summary(cells), about)
     else:
         update_crossover(run)
 
@@ -213,20 +215,6 @@ def name_of(run: Run) -> str:
     gpu = re.sub(r"[^a-z0-9]+", "-", run.about["machine"]["gpu"].lower()).strip("-")
     about = run.about
     return f"{gpu}-{about['benchmark']}-{run.records[0]['dtype']}-{about['date']}"
-
-
-def write_page(folder: Path, name: str, run: Run) -> None:
-    records.write(folder / f"{name}{records.SUFFIX}", run.about, run.records)
-    (folder / f"{name}.md").write_text(page(name, run))
-    cells = [c for c in select(cells_of(run), mask="random") if "speedup" in c]
-    figure = plots.speedup({"geometric means of the shapes": cells})
-    pages.write_plot(figure, folder / f"{name}.png")
-
-
-def update_page(name: str, run: Run) -> None:
-    heading = in_words(run.about, run.records[0]["dtype"])
-    text = f"{tables_gpu.summary(cells_of(run))}\n\n{heading} {pages.details(name)}"
-    pages.replace_section(PAGE, MARKERS, text)
 
 
 def update_crossover(run: Run) -> None:
