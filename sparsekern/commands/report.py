@@ -8,4 +8,4 @@ from ..report import page
 
 def run_report(results: Path, out: Path) -> None:
     require("matplotlib", "demo")
-    print(f"Wrote {', '.join(map(str, page.write(results, out)))}")
+    print(f"Wrote {', '.join(map(str, page.write([results], out)))}")

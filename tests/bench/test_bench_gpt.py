@@ -12,8 +12,10 @@ from sparsekern.bench import gpt_gpu, measure, measure_gpu, work_gpu
 from sparsekern.bench.race import derive
 from sparsekern.gpt.model import GPT, GPTConfig
 from sparsekern.gpt.train import compute_gradients
-from sparsekern.report import sections
+from sparsekern.report import models
 from sparsekern.report.load import load
+from sparsekern.report.nearest import choose, this
+from sparsekern.report.view import View
 from sparsekern.wafer import compare as wafer
 from sparsekern.wafer.machine import machine
 
@@ -51,11 +53,9 @@ def test_a_gpts_step_is_a_benchmark_that_the_report_reads(step, tmp_path):
     commit = {"id": "abc", "dirty": False}
     fields = {"machine_info": about, "commit_info": commit, "datetime": "2026-01-02T00:00:00"}
     path.write_text(json.dumps(fields | {"benchmarks": made}))
-    (part,) = sections.training(load(tmp_path))
-    assert [row[:2] for row in part.rows] == [
-        ["tiny 50% zeros", "GPU"],
-        ["tiny 75% zeros", "GPU"],
-    ]
+    results = load(tmp_path)
+    section = models.training(View(results, choose(results, this())))
+    assert section.rows == [["tiny, GPU", "32", "2.00", "2.00"]]
     (pair, _) = wafer.compare(machine("wse2"), [path])
     assert pair.what == "train_step tiny, 16 tokens, GPU" and pair.measured == 2
 
