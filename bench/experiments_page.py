@@ -203,7 +203,7 @@ def times_table(results: dict) -> str:
         [
             "fine-tuning" if name == "finetune" else name_of(float(name)),
             f"{1e3 * t['step_s']:.1f} ms",
-            f"{1e3 * min(t['all_s']):.1f} - {1e3 * max(t['all_s']):.1f} ms",
+            f"{1e3 * t['least_s']:.1f} - {1e3 * t['most_s']:.1f} ms",
             ratio(dense.get("step_s"), t["step_s"]) if name != "finetune" else "-",
             f"{1e3 * t['latency_s']:.2f} ms",
             f"{1e3 * t['dense_latency_s']:.2f} ms",

@@ -67,7 +67,8 @@ def time_runs(settings: dict, deadline: float) -> dict:
     found = {}
     for name, run in runs.items():
         timed = seconds[name][TIMED_STEPS:]
-        found[name] = {"step_s": statistics.median(timed), "all_s": timed}
+        found[name] = {"step_s": statistics.median(timed)}
+        found[name] |= {"least_s": min(timed), "most_s": max(timed)}
         found[name]["latency_s"], found[name]["dense_latency_s"] = latencies(run)
     return {"times": found}
 

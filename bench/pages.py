@@ -1,6 +1,62 @@
-"""The sections of README and docs/benchmarks.md that the benchmarks write."""
+"""What the pages of all benchmarks share: tables by sparsity, plots, and their places in docs/."""
 
+import io
+from collections.abc import Callable, Iterable
 from pathlib import Path
+
+from PIL import Image
+
+from sparsekern.bench.records import select, sparsities_of
+from sparsekern.files import atomic_write
+from sparsekern.terminal import table
+
+RESULTS = Path(__file__).parent / "results"
+NOT_RUN = "Not run."
+COLOURS = 256
+
+Line = tuple[list, list[dict], Callable[[list[dict]], str]]  # labels, cases, their text
+
+
+def by_sparsity(
+    header: list[str], left: int, lines: Iterable[Line], cases: list[dict], *more: str
+) -> str:
+    """A table with a column for each sparsity of `cases`, between the labels of its lines, the
+    first `left` of which are words, and a last column, `more`: its name, for the last label."""
+    sparsities = sparsities_of(cases)
+    rows = []
+    for labels, chosen, text in lines:
+        cells = [text(select(chosen, sparsity=s)) for s in sparsities]
+        if any(cells):
+            rows.append([*labels[: len(header)], *cells, *labels[len(header) :]])
+    columns = [*header, *(f"{sparsity:.0%}" for sparsity in sparsities), *more]
+    return table(columns, rows, left=left) if rows else ""
+
+
+def heading(about: dict, dtype: str) -> str:
+    """Machine, versions, clocks, day and commit of a run (sparsekern/bench/records.py)."""
+    m, commit = about["machine"], about["commit"]
+    if "gpu" in m:
+        parts = [f"{m['gpu']} ({m['capability']}, {m['multiprocessors']} multiprocessors)", dtype]
+        parts += [f"torch {m['torch']}", f"CUDA {m['cuda']}"]
+        parts += [f"{name.replace('.', ' ')} {value}" for name, value in m["under_load"].items()]
+        if "parts" in about:
+            parts.append(f"each W on one of {about['parts']} such GPUs")
+    else:
+        parts = [m["cpu"], f"{m['cores']} cores", m["isa"]]
+        parts += [f"torch {m['torch']} ({m['isa_of_torch']})", f"{dtype} unless said"]
+    changed = " with local changes" if commit["dirty"] else ""
+    return ", ".join([*parts, about["date"], f"commit {commit['id'][:10]}{changed}."])
+
+
+def write_plot(figure, path: Path) -> None:
+    """A PNG of 256 colours: a third of the bytes, and nothing that an eye would miss."""
+    whole, small = io.BytesIO(), io.BytesIO()
+    figure.savefig(whole, format="png", dpi=120)
+    Image.open(whole).convert("RGB").quantize(COLOURS, dither=Image.Dither.NONE).save(
+        small, "png", optimize=True
+    )
+    with atomic_write(path) as file:
+        file.write(small.getvalue())
 
 
 def replace_section(page: Path, markers: tuple[str, str], text: str) -> None:

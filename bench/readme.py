@@ -4,7 +4,6 @@ Five representative products and training steps, one line each, none of them a m
 docs/benchmarks.md gets the same lines with the file that each one comes from.
 """
 
-import json
 import sys
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,7 +11,8 @@ from typing import TYPE_CHECKING
 
 import pages
 
-from sparsekern.bench.records import select
+from sparsekern.bench import records
+from sparsekern.bench.rates import derive
 from sparsekern.report.demo import COLOURS, MARKERS
 from sparsekern.terminal import table
 
@@ -41,14 +41,15 @@ class Row:
     what: str  # in docs/benchmarks.md
     machine: str
     file: str  # in bench/results, without its suffix
-    fields: dict[str, object]  # of the one record for each sparsity
+    fields: dict[str, object]  # of the one case for each sparsity
+    kernel: str | None = None
 
     def speedups(self) -> dict[float, float]:
         """Times the best dense call by sparsity."""
-        chosen = select(records(self.file), **self.fields)
+        chosen = records.select(cases(self.file, self.kernel), **self.fields)
         found = {record["sparsity"]: record["speedup"] for record in chosen}
         if len(found) != len(chosen) or not found:
-            raise ValueError(f"{self.file}: expected one record a sparsity with {self.fields}")
+            raise ValueError(f"{self.file}: expected one case a sparsity with {self.fields}")
         return found
 
 
@@ -67,7 +68,7 @@ ROWS = (
         CPU,
         {
             **{"op": "spmm", "M": 1, "N": 2048, "K": 2048, "threads": 1, "is_cold": True},
-            **{"dtype": "torch.float32", "mask": "random"},
+            **{"dtype": "float32", "mask": "random"},
         },
     ),
     Row(
@@ -76,6 +77,7 @@ ROWS = (
         GPU_NAME,
         DECODE,
         {**DECODED, "M": 1},
+        "stream",
     ),
     Row(
         "batch of 32, GPU",
@@ -83,6 +85,7 @@ ROWS = (
         GPU_NAME,
         DECODE,
         {**DECODED, "M": 32},
+        "stream",
     ),
     Row(
         "training, GPU",
@@ -94,16 +97,15 @@ ROWS = (
 )
 
 
-def records(file: str) -> list[dict]:
-    """Measurements with `speedup` over the best dense call."""
-    data = json.loads((BENCH / "results" / f"{file}.json").read_text())
-    if "benchmarks" in data:
-        return [benchmark["extra_info"] for benchmark in data["benchmarks"]]
+def cases(file: str, kernel: str | None) -> list[dict]:
+    """Measurements with `speedup` of this kernel, or of our fastest, over the best dense call."""
+    derived = map(derive, records.cases(records.read(BENCH / "results" / f"{file}.csv").records))
+    if kernel is None:
+        return [case for case in derived if "speedup" in case]
     return [
-        cell | {"speedup": dense_s / cell["ways"]["stream"]["median_s"]}
-        for cell in data["cells"]
-        if "median_s" in cell["ways"].get("stream", {})
-        for dense_s in [min(w["median_s"] for w in cell["ways"].values() if w["kind"] == "dense")]
+        case | {"speedup": case["speedups"][kernel]}
+        for case in derived
+        if kernel in case["speedups"]
     ]
 
 
@@ -131,7 +133,7 @@ def front_table() -> str:
 def sources_table() -> str:
     """The same lines with what was measured, where, and in which file."""
     lines = [
-        [row.label, row.what, row.machine, f"[{row.file}](../bench/results/{row.file}.json)"]
+        [row.label, row.what, row.machine, f"[{row.file}](../bench/results/{row.file}.csv)"]
         for row in ROWS
     ]
     return table(["row", "measured", "machine", "file"], lines, left=4)

@@ -28,6 +28,7 @@ from .crossover import GRID, crossing, summarize
 from .machine import about_cpu, about_gpu, commit
 from .products import Workload, normal, weight
 from .race import pin
+from .rates import derive
 from .replay_gpu import CudaClock
 
 SHAPES = ((3072, 768), (2048, 2048))
@@ -175,7 +176,7 @@ def _of_gpu(quick: bool) -> tuple[str, dict]:
     # Graphs cannot be captured on the default stream.
     with torch.no_grad(), torch.cuda.stream(torch.cuda.Stream()):
         for cell in measure_gpu.cells(grid, ways, CudaClock(), generator):
-            cells.append(measure_gpu.derive(cell))
+            cells.append(derive(cell))
             progress.advance()
     progress.close()
     return about_gpu()["capability"], summarize(cells, _measured(about_gpu()["gpu"]))

@@ -3,6 +3,7 @@
 import os
 import platform
 import subprocess
+from datetime import date
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
@@ -109,4 +110,15 @@ def commit() -> dict[str, object]:
     return {
         "id": git("rev-parse", "HEAD") or "unknown",
         "dirty": bool(git("status", "--porcelain", "--untracked-files=no")),
+    }
+
+
+def about_run(benchmark: str, machine: dict, commit_id: str | None = None) -> dict:
+    """What a table of measurements says of its run (records.py). `commit_id`: where there is no
+    repository."""
+    return {
+        "benchmark": benchmark,
+        "date": date.today().isoformat(),
+        "commit": {"id": commit_id, "dirty": False} if commit_id else commit(),
+        "machine": machine,
     }

@@ -19,6 +19,7 @@ from torch import Tensor
 from ..testing import relative_error
 from .machine import cores
 from .noise import spread
+from .records import DENSE, OTHER, OURS
 
 # Relative to |x| @ |W|.T. fp32 rounds to 6e-8 and dense products of these sizes stay below 1e-6;
 # bf16 rounds its result to 4e-3.
@@ -31,11 +32,6 @@ TURN_S = 1e-3  # of one competitor where a call takes microseconds: it then repe
 # race of two threads was up to seven times its minimum. So they run with one thread only.
 OTHER_POOLS = ("OpenBLAS", "onnxruntime dense", "DeepSparse", "sparse_dot_mkl")
 REST_S = 5e-3  # between competitors with two threads: pools spin after their work
-
-DENSE = "dense"  # a call whose fastest is what all are held against
-PACKED = "packed dense"  # a dense engine that lays out W beforehand: shown, not held against
-SPARSE = "sparse"
-OURS = "ours"
 
 CORES = cores()  # at the start, before pin()
 
@@ -112,7 +108,7 @@ def check(rival: Rival, exact: tuple[Tensor, Tensor]) -> tuple[float, float]:
 class Race:
     """`ours` against its rivals: nobody is timed before all are checked against `exact`.
 
-    ArithmeticError where we are wrong; a rival that is wrong is marked in records(). With `repeat`
+    ArithmeticError where we are wrong; a rival that is wrong is marked in run(). With `repeat`
     each turn is many calls: microseconds need it, and weights that are not cold are then in cache.
     Without `exact` nothing is checked.
     """
@@ -137,7 +133,7 @@ class Race:
         if not error < tolerance:
             raise ArithmeticError(f"{ours.name}: error {error:.1e} against fp64")
 
-        self._contenders = [ours, *(rival for rival in rivals if rival.kind in (DENSE, OURS))]
+        self._contenders = [ours, *(rival for rival in rivals if rival.kind in (DENSE, OTHER))]
         once_s = {rival.name: rival.time(1) for rival in self._contenders}
         self.calls = max(1, round(TURN_S / min(once_s.values()))) if repeat else 1
         wanted = int(BUDGET_S / (self.calls * sum(once_s.values())))
@@ -161,66 +157,26 @@ class Race:
         if self.repeat:
             self.ours.run()
 
-    def run_ours(self) -> None:
-        for _ in range(self.calls):
-            self.ours.run()
-
-    def run(self) -> list[float]:
-        """All rounds, where nobody else takes our time: our seconds for `calls` calls."""
+    def run(self) -> dict[str, dict]:
+        """All rounds -> name -> what was found of each, ours first."""
         ours_s = []
         for _ in range(self.rounds):
             self.time_rivals()
-            start = time.perf_counter()
-            self.run_ours()
-            ours_s.append(time.perf_counter() - start)
-        return ours_s
-
-    def records(self) -> dict[str, object]:
-        """The fields of the race in extra_info."""
+            ours_s.append(self.ours.time(self.calls))
+        self.seconds[self.ours.name] = ours_s
         return {
-            "calls": self.calls,
-            "error": self.errors[self.ours.name],
-            "rivals": {
-                rival.name: {
-                    "kind": rival.kind,
-                    "min_s": min(self.seconds[rival.name]),
-                    "median_s": median(self.seconds[rival.name]),
-                    "spread": spread(self.seconds[rival.name]),
-                    "error": self.errors[rival.name],
-                    # Written so that NaN is wrong.
-                    "is_right": self.errors[rival.name] < self.tolerance,
-                }
-                for rival in self.rivals
-            },
+            rival.name: {
+                "kind": rival.kind,
+                "median_s": median(self.seconds[rival.name]),
+                "min_s": min(self.seconds[rival.name]),
+                "spread": spread(self.seconds[rival.name]),
+                "error": self.errors[rival.name],
+                # Written so that NaN is wrong.
+                "is_right": self.errors[rival.name] < self.tolerance,
+            }
+            for rival in (self.ours, *self.rivals)
         }
 
     def _rest(self) -> None:
         if self.threads > 1:
             time.sleep(REST_S)
-
-
-def derive(benchmark: dict) -> None:
-    """Add to a benchmark of the JSON: seconds of a call, rates, and how many times faster than the
-    best dense call we and all others are.
-
-    Medians are compared: round by round, all competitors met the same machine. Nobody who is wrong
-    is the best.
-    """
-    info = benchmark["extra_info"]
-    if "rivals" not in info:
-        return
-    info["ours_s"] = benchmark["stats"]["median"] / info["calls"]
-    rivals = info["rivals"].items()
-    right = [(name, rival) for name, rival in rivals if rival["is_right"]]
-    dense = {name: rival["median_s"] for name, rival in right if rival["kind"] == DENSE}
-    info["best_dense"] = min(dense, key=dense.get)
-    info["dense_s"] = dense[info["best_dense"]]
-    info["speedup"] = info["dense_s"] / info["ours_s"]
-    info["speedups"] = {
-        name: info["dense_s"] / rival["median_s"] for name, rival in rivals if name not in dense
-    }
-    sparse = [info["speedups"][name] for name, rival in right if rival["kind"] == SPARSE]
-    info["best_peer"] = max(sparse, default=None)
-    for count in ("useful_flop", "dense_flop", "moved_bytes"):
-        if count in info:
-            info[f"{count}_per_s"] = info[count] / info["ours_s"]

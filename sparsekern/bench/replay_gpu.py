@@ -20,11 +20,6 @@ LOOP_LAUNCHES = 60  # of a replay of a competitor that no graph can hold
 REPLAY_S = 20e-3  # a replay takes no longer, but for the fewest launches
 FEWEST_LAUNCHES = 3
 
-DENSE = "dense"  # a call whose fastest is what all are held against
-OURS = "ours"
-PEER = "peer"
-BOUND = "bound"  # other work, for comparison
-
 
 @dataclass
 class Contender:
@@ -35,7 +30,7 @@ class Contender:
     calls: list[Callable[[], Any]]
     result: Callable[[Any], Tensor] = lambda y: y
     is_graphed: bool = True
-    info: dict[str, object] = field(default_factory=dict)  # for the JSON
+    info: dict[str, object] = field(default_factory=dict)  # further fields of its record
     exact: Tensor | None = None  # where it computes another product than the others
 
 
@@ -153,10 +148,7 @@ def race(
             "kind": runner.contender.kind,
             "median_s": median(calls),
             "min_s": min(calls),
-            "max_s": max(calls),
             "spread": spread(calls),
-            "launches": runner.launches,
-            "copies": len(runner.contender.calls),
             "error": error,
             "is_right": error < tolerance,  # written so that NaN is wrong
             **runner.contender.info,

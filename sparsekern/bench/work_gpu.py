@@ -7,7 +7,7 @@ import torch
 from . import gpt_gpu
 from .measure_gpu import Grid, cells
 from .peers_gpu import torch_csr
-from .products_gpu import benchmark, dispatch, gradients, training_steps
+from .products_gpu import checked, dispatch, gradients, training_steps
 from .replay_gpu import CudaClock
 
 GRID = Grid(((6144, 2048), (4096, 11008), (12288, 12288)), (1, 8, 32, 512), masks=("random",))
@@ -18,7 +18,7 @@ QUICK_STEP = Grid(((512, 1024),), (256,), (0.9,), ("random",))
 
 
 def work(quick: bool) -> list[Callable[[], dict]]:
-    """Each makes the next benchmark of the JSON."""
+    """Each makes the next case."""
     forward, steps, gpt = (
         (QUICK, QUICK_STEP, gpt_gpu.QUICK) if quick else (GRID, STEP_GRID, gpt_gpu.STEP)
     )
@@ -36,15 +36,15 @@ def _in_turn(forward: Grid, steps: Grid, gpt: gpt_gpu.Step) -> Iterator[dict]:
     clock, generator = CudaClock(), torch.Generator("cuda")
     # Graphs cannot be captured on the default stream.
     stream = torch.cuda.Stream()
-    for made, as_benchmark in (
-        (cells(forward, [dispatch(), torch_csr()], clock, generator), benchmark),
-        (gradients(steps, clock, generator), benchmark),
-        (training_steps(steps, clock, generator), benchmark),
-        (gpt_gpu.training_steps(gpt, clock, torch.device("cuda")), gpt_gpu.benchmark),
+    for made, check in (
+        (cells(forward, [dispatch(), torch_csr()], clock, generator), checked),
+        (gradients(steps, clock, generator), checked),
+        (training_steps(steps, clock, generator), checked),
+        (gpt_gpu.training_steps(gpt, clock, torch.device("cuda")), gpt_gpu.checked),
     ):
         while True:
             with torch.no_grad(), torch.cuda.stream(stream):
                 cell = next(made, None)
             if cell is None:
                 break
-            yield as_benchmark(cell)
+            yield check(cell)

@@ -14,8 +14,9 @@ def speed(record: dict) -> float:
 
 
 def plain(records: list[dict]) -> list[dict]:
-    """Random masks, one dtype; one token with weights from memory, as in decoding."""
-    found = [r for r in select(records, mask="random") if r["M"] > 1 or r["is_cold"]]
+    """Products on random masks, one dtype; one token with weights from memory, as in decoding."""
+    found = [r for r in select(records, mask="random") if "N" in r]
+    found = [r for r in found if r["M"] > 1 or r["is_cold"]]
     dtypes = list(dict.fromkeys(r["dtype"] for r in found))
     return select(found, dtype=dtypes[0]) if dtypes else []
 

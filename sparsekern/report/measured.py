@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from statistics import mean
 
 from ..bench.records import select
-from .load import CELLS, EXPERIMENTS, GENERATION, PRODUCTS, Result
+from .load import EXPERIMENTS, GENERATION, Result
 
 
 @dataclass(frozen=True)
@@ -19,29 +19,12 @@ class Processor:
 
 
 def processor_of(result: Result) -> Processor:
-    about = result.data["machine_info"]
+    about = result.run.about["machine"]
     return Processor(about["cpu"], about["cores"], about["isa"])
 
 
-def gpu_of(result: Result) -> str | None:
-    match result.kind:
-        case "products":
-            return result.data["machine_info"].get("gpu")
-        case "cells":
-            return result.data["machine"]["gpu"]
-        case "generation":
-            return result.data["gpu"]
-    return result.data["machine"]["device"]
-
-
-def ceilings(result: Result, threads: int) -> dict:
-    """flop_per_s, and bytes_per_s by level; empty where they were not measured."""
-    if result.kind == CELLS:
-        return result.data["machine"].get("ceilings", {})
-    if result.kind != PRODUCTS:
-        return {}
-    found = result.data["machine_info"].get("ceilings", {})
-    return found.get(str(threads) if threads else "cuda", {})
+def gpu_of(result: Result) -> str:
+    return result.run.about["machine"]["gpu"]
 
 
 @dataclass(frozen=True)
@@ -73,8 +56,8 @@ def generations(result: Result) -> list[Generation]:
     if result.kind == GENERATION:
         return [
             Generation(
-                result.data["preset"],
-                result.data["gpu"].removeprefix("NVIDIA "),
+                result.run.records[0]["model"],
+                gpu_of(result).removeprefix("NVIDIA "),
                 run["sparsity"],
                 run["batch"],
                 (run["dense"]["tokens_per_s"], run["sparse"]["tokens_per_s"]),

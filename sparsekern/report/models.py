@@ -160,14 +160,10 @@ def wafer_prediction(view: View) -> Section | None:
     """Whole training steps, measured here beside the model of a wafer."""
     panels = []
     for result in view.present(view.cpu.result, view.gpu):
-        found = steps(result)
-        if not found:
+        cases = select(result.records, op=wafer.STEP)
+        if not cases:
             continue
-        pairs = [
-            p
-            for p in wafer.compare(machine("wse2"), [result.path])
-            if p.what.startswith(f"{wafer.STEP} ")
-        ]
+        pairs = wafer.compare(machine("wse2"), {result.title: cases})
         alike = groups(pairs, lambda p: p.what)
         (what,), chosen = max(alike.items(), key=lambda item: (len(item[1]), item[0]))
         where = "GPU" if is_of_a_gpu(result) else "CPU"

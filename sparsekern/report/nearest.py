@@ -36,15 +36,23 @@ def this() -> Processor:
     return Processor(about["cpu"], about["cores"], about["isa"])
 
 
-def choose(results: Sequence[Result], here: Processor) -> Choice:
-    """The same processor first, then the same instruction set, then the number of cores most like
-    ours; of equals the one with the most kinds of measurement, then the newest."""
+def choose(results: Sequence[Result], here: Processor, own: Result | None = None) -> Choice:
+    """`own` results first, then those of the same processor, then of the same instruction set, then
+    of the number of cores most like ours; of equals those with the most kinds of measurement, then
+    the newest."""
 
     def rank(result: Result) -> tuple:
         other = processor_of(result)
         kinds = {(r["op"], r.get("M"), r["threads"]) for r in result.records}
         unlike = abs(other.cores - here.cores)
-        return other == here, other.isa == here.isa, -unlike, len(kinds), result.path.name
+        return (
+            result is own,
+            other == here,
+            other.isa == here.isa,
+            -unlike,
+            len(kinds),
+            result.path.name,
+        )
 
     found = max(filter(is_of_a_cpu, results), key=rank, default=None)
     return Choice(here, found, found is not None and processor_of(found) == here)

@@ -10,7 +10,7 @@ from pathlib import Path
 
 from ..files import atomic_write
 from ..terminal import table
-from .load import Result, load
+from .load import Result, load, read
 from .nearest import choose, this
 from .sections import sections
 from .summary import picture, sentences
@@ -42,10 +42,13 @@ th:first-child, td:first-child { text-align: left; white-space: nowrap; }
 """
 
 
-def write(folders: Sequence[Path], out: Path) -> list[Path]:
-    """report.html, report.md and its figures in the folder `out`, of the results in `folders`."""
-    results = [result for folder in folders for result in load(folder)]
-    view = View(results, choose(results, this()))
+def write(folder: Path, own: Path, out: Path) -> list[Path]:
+    """report.html, report.md and its figures in the folder `out`: of the results in `folder`, and
+    of `own` where it exists, which were measured on this machine."""
+    results = load(folder)
+    mine = read(own) if own.exists() else None
+    results += [mine] if mine else []
+    view = View(results, choose(results, this(), mine))
     found, first = sections(view), picture(view)
     pictures = {name: _png(panel.figure) for name, panel in _named(found, first)}
     files = {f"{name}.png": content for name, content in pictures.items()}

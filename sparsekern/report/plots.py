@@ -98,8 +98,8 @@ def speedups(curves: dict[str, Curve], floor: str = "dense is faster", ylabel: s
     panel.grid(alpha=0.3)
     panel.axhspan(limits[0], 1, color="0.94")
     panel.axhline(1, color="black", linewidth=1.2)
-    corner = {"transform": panel.transAxes, "ha": "right", "va": "bottom", "fontsize": 9}
-    panel.text(0.99, 0.01, floor, color=GREY, **corner)
+    corner = {"transform": panel.transAxes, "va": "bottom", "fontsize": 9}
+    panel.text(0.02, 0.01, floor, color=GREY, **corner)
     if ylabel == "times dense":
         ends = [place(s) for s in (ZEROS[0], 0.95)]
         panel.plot(ends, [2**x for x in ends], ":", color=GREY, linewidth=1)

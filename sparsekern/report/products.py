@@ -1,7 +1,7 @@
 """Sections about products of a linear layer: CPUs, GPUs, and the ceilings of both."""
 
 from ..bench.records import groups, select, sparsities_of
-from . import measured, plots
+from . import plots
 from .curves import Curve, at_90, common, curve, curves, plain, span, starts, tokens
 from .load import Result
 from .measured import processor_of
@@ -47,7 +47,7 @@ def on_a_cpu(view: View) -> Section | None:
     return Section(
         f"On a CPU all products {starts(every)}{at_90(every)}",
         f"{processor_of(result)}; {threads} thread{'s' * (threads > 1)}, "
-        f"{records[0]['dtype'].removeprefix('torch.')}, random masks, medians; geometric means "
+        f"{records[0]['dtype']}, random masks, medians; geometric means "
         f"over the shapes. One token has its weights in memory, more tokens have them in cache. "
         f"The best dense calls were {dense or 'not named'}. The dotted line is the work that is "
         "left: no kernel reaches it, since zeros save arithmetic and not everything else.",
@@ -70,7 +70,7 @@ def other_cpus(view: View) -> Section | None:
     files, text = [], ""
     for result in view.results:
         products = [r for r in result.records if r["device"] == "cpu" and r["op"] == "spmm"]
-        products = [r for r in products if r["M"] >= MANY and r["dtype"] == "torch.float32"]
+        products = [r for r in products if r["M"] >= MANY and r["dtype"] == "float32"]
         products = select(products, mask=("random", "trained"))
         alike = groups(products, lambda r: r["mask"], lambda r: r["threads"])
         for (mask, threads), rows in alike.items():
@@ -196,7 +196,7 @@ def ceilings(view: View) -> Section | None:
     for result in view.present(view.cpu.result, view.decode):
         records = plain(result.records)
         threads = threads_of(records)
-        limits = measured.ceilings(result, threads)
+        limits = result.ceilings(threads)
         records = [r for r in select(records, threads=threads, op="spmm") if r.get("moved_bytes")]
         if not limits or not records:
             continue
@@ -230,7 +230,7 @@ def _share_title(result: Result, found: dict[str, Curve]) -> str:
 
 def _shares(records: list[dict], limits: dict) -> dict[str, Curve]:
     bandwidth, peak = limits["bytes_per_s"]["memory"], limits["flop_per_s"]
-    width = 4 if records[0]["dtype"] == "torch.float32" else 2
+    width = 4 if records[0]["dtype"] == "float32" else 2
 
     def dense_bytes(r: dict) -> int:
         return width * (r["N"] * r["K"] + r["M"] * (r["N"] + r["K"]))

@@ -287,9 +287,10 @@ def test_a_rising_sparsity_is_printed(tiny, capsys, algorithm):
 
 def test_a_damaged_result_is_named(tmp_path, capsys):
     pytest.importorskip("matplotlib")
-    path = tmp_path / "results" / "a.json"
+    path = tmp_path / "results" / "a.csv"
     path.parent.mkdir()
-    for content in (b"{", b"\xff", b'{"benchmarks": 3}', b'{"cells": [{}]}'):
+    head = b'# {"benchmark": "products", "shared": {}}\n'
+    for content in (b"{", b"\xff", b"# 3\nM\n1\n", head, head + b"M,N\n1,2\n"):
         path.write_bytes(content)
         line = error_line(capsys, ["report", f"--results={path.parent}", f"--out={tmp_path}"])
         assert f"results: {path} is " in line
