@@ -26,9 +26,9 @@ from torch import Tensor
 from sparsekern import densify_, sparsify_
 from sparsekern.bench import records
 from sparsekern.bench.machine import about_cpu, about_gpu, about_run
-from sparsekern.bench.noise import spread
-from sparsekern.bench.race import Race, Rival, ours
+from sparsekern.bench.race import Rival, ours, race
 from sparsekern.bench.records import DENSE, OURS
+from sparsekern.bench.turns import way as found
 from sparsekern.gpt import speed
 from sparsekern.gpt.generate import CACHE_MULTIPLE, Decoder
 from sparsekern.gpt.model import GPT, Cache, GPTConfig
@@ -87,14 +87,14 @@ def test_generate(keep, is_quick, workload):
         return decoder.tokens
 
     assert torch.equal(*map(run, decoders))
-    race = Race(
+    ways = race(
         ours(lambda: run(decoders[0])),
         [Rival("dense", DENSE, lambda: run(decoders[1]))],
         workload.threads,
         most_rounds=grids.most_rounds(is_quick),
     )
     info = {"op": "generate", "device": "cpu", **asdict(workload), "M": workload.batch}
-    keep(info | {"ways": race.run()})
+    keep(info | {"ways": ways})
 
 
 # On a GPU
@@ -150,12 +150,7 @@ def case(
     config = PRESETS[preset]
     ways = {
         f"{side}, {way}": {
-            "kind": kind,
-            "median_s": median(seconds["step_s"]),
-            "min_s": min(seconds["step_s"]),
-            "spread": spread(seconds["step_s"]),
-            "error": errors[side],
-            "is_right": True,
+            **found(kind, seconds["step_s"], errors[side], float("inf")),
             "bytes": run[side]["block_bytes"],
             "weight_bytes": run[side]["weight_bytes"],
             "first_token_s": median(seconds["first_token_s"]),

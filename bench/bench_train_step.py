@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from sparsekern import SparseLinear, densify_
-from sparsekern.bench.race import CORES, Race, Rival, ours
+from sparsekern.bench.race import CORES, Rival, ours, race
 from sparsekern.bench.records import DENSE
 from sparsekern.gpt import demo
 from sparsekern.gpt.profile import linear_share, measured_cap, profile_step
@@ -99,7 +99,7 @@ def test_train_step(keep, is_quick, workload):
         step(each)
     linears = [name for name, m in model.named_modules() if isinstance(m, SparseLinear)]
     parts = profile_step(dense, optimizers[dense], (x, y), linears)
-    race = Race(
+    ways = race(
         ours(lambda: step(model)),
         [Rival("dense", DENSE, lambda: step(dense))],
         workload.threads,
@@ -113,4 +113,4 @@ def test_train_step(keep, is_quick, workload):
         "linear_share": linear_share(parts),
         "cap": measured_cap(parts, float("inf")),
     }
-    keep(info | {"ways": race.run()})
+    keep(info | {"ways": ways})

@@ -10,7 +10,6 @@ the look for infinities adds to a product of a W that is written out (replayed C
 import argparse
 import contextlib
 import statistics
-import time
 from collections.abc import Callable, Iterable
 from datetime import date
 from pathlib import Path
@@ -22,6 +21,7 @@ from sparsekern import SparseLinear, SparseTensor
 from sparsekern.bench import records
 from sparsekern.bench.machine import about_cpu, about_gpu, about_run
 from sparsekern.bench.records import DENSE, OTHER, OURS
+from sparsekern.bench.turns import Turn, in_turns, on_gpu, on_host
 from sparsekern.kernels.cuda import rows as cuda_rows
 from sparsekern.kernels.problem import Problem
 from sparsekern.kernels.table import pick
@@ -30,7 +30,7 @@ from sparsekern.testing import random_csr
 
 SIZES = {"cpu": 8, "cuda": 64}
 BLOCKS, CALLS = 400, 100  # the fastest block counts: others share these cores
-GRAPH_CALLS, REPLAYS = 20, 15
+GRAPH_CALLS, REPLAYS, AHEAD_S = 20, 15, 50e-6
 KINDS = {"torch": DENSE, "ours": OURS, "kernel": OTHER}
 TITLES = {
     "call": "Host time of a call",
@@ -40,16 +40,13 @@ TITLES = {
 
 def least_s(calls: dict[str, Callable[[], object]]) -> dict[str, float]:
     """Seconds of each call: the fastest of blocks that take turns."""
-    best = dict.fromkeys(calls, float("inf"))
-    for _ in range(BLOCKS):
-        for name, call in calls.items():
-            began = time.perf_counter()
-            for _ in range(CALLS):
-                call()
-            best[name] = min(best[name], (time.perf_counter() - began) / CALLS)
-            if torch.cuda.is_available():
-                torch.cuda.synchronize()
-    return best
+
+    def rest(name: str) -> None:
+        if torch.cuda.is_available():
+            torch.cuda.synchronize()
+
+    turns = {name: on_host(call, CALLS) for name, call in calls.items()}
+    return {name: min(each) for name, each in in_turns(turns, BLOCKS, before=rest).items()}
 
 
 def layers(device: str, dtype: torch.dtype) -> tuple[nn.Linear, SparseLinear, SparseTensor]:
@@ -112,21 +109,13 @@ def host_times(device: str) -> Iterable[dict]:
             yield {"op": "call", "case": name, **sizes, "ways": ways}
 
 
-def graph_s(call: Callable[[], object]) -> float:
+def graph_of(call: Callable[[], object]) -> Turn:
     call()
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
         for _ in range(GRAPH_CALLS):
             call()
-    times = []
-    for _ in range(REPLAYS):
-        begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-        begin.record()
-        graph.replay()
-        end.record()
-        torch.cuda.synchronize()
-        times.append(1e-3 * begin.elapsed_time(end) / GRAPH_CALLS)
-    return statistics.median(times)
+    return on_gpu(graph.replay, AHEAD_S)
 
 
 def mend_times() -> Iterable[dict]:
@@ -140,15 +129,17 @@ def mend_times() -> Iterable[dict]:
             def product(operands=operands) -> Tensor:
                 return cuda_rows._spmm_expand(*operands)
 
-            with_mend = graph_s(product)
+            turns = {"with": graph_of(product)}
             try:
                 cuda_rows._mend = lambda *arguments: arguments[-1]
-                without = graph_s(product)
+                turns = {"without": graph_of(product)} | turns
             finally:
                 cuda_rows._mend = mend
             ways = {
-                "without": {"kind": OTHER, "median_s": without},
-                "with": {"kind": OURS, "median_s": with_mend},
+                name: {"kind": kind, "median_s": statistics.median(seconds) / GRAPH_CALLS}
+                for (name, seconds), kind in zip(
+                    in_turns(turns, REPLAYS).items(), (OTHER, OURS), strict=True
+                )
             }
             sizes = {"M": m, "N": n, "K": k, "sparsity": 0.75, "nnz": W.nnz, "threads": 0}
             yield {"op": "mend", "device": "cuda", "dtype": "bfloat16", **sizes, "ways": ways}

@@ -42,8 +42,7 @@ def race(keep, is_quick):
     """A product against its rivals and these peers."""
 
     def run(product, peers=()):
-        contest = product.race(peers, most_rounds=grids.most_rounds(is_quick))
-        keep(product.case(contest.run()))
+        keep(product.race(peers, most_rounds=grids.most_rounds(is_quick)))
 
     return run
 

@@ -32,22 +32,6 @@ def by_sparsity(
     return table(columns, rows, left=left) if rows else ""
 
 
-def heading(about: dict, dtype: str) -> str:
-    """Machine, versions, clocks, day and commit of a run (sparsekern/bench/records.py)."""
-    m, commit = about["machine"], about["commit"]
-    if "gpu" in m:
-        parts = [f"{m['gpu']} ({m['capability']}, {m['multiprocessors']} multiprocessors)", dtype]
-        parts += [f"torch {m['torch']}", f"CUDA {m['cuda']}"]
-        parts += [f"{name.replace('.', ' ')} {value}" for name, value in m["under_load"].items()]
-        if "parts" in about:
-            parts.append(f"each W on one of {about['parts']} such GPUs")
-    else:
-        parts = [m["cpu"], f"{m['cores']} cores", m["isa"]]
-        parts += [f"torch {m['torch']} ({m['isa_of_torch']})", f"{dtype} unless said"]
-    changed = " with local changes" if commit["dirty"] else ""
-    return ", ".join([*parts, about["date"], f"commit {commit['id'][:10]}{changed}."])
-
-
 def write_plot(figure, path: Path) -> None:
     """A PNG of 256 colours: a third of the bytes, and nothing that an eye would miss."""
     whole, small = io.BytesIO(), io.BytesIO()

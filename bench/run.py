@@ -118,7 +118,7 @@ def page(name: str, run: Run) -> str:
     cases = derived(run)
     text = SECTIONS.format(
         name=name,
-        heading=pages.heading(run.about, "fp32"),
+        heading=machine.in_words(run.about, "fp32"),
         cold_mb=COLD_BYTES / 1e6,
         overview=overview(name, run, cases),
         peers=tables.peers(run.about["machine"]),
@@ -146,7 +146,7 @@ def derived(run: Run) -> list[dict]:
 
 def update_page(name: str, run: Run) -> None:
     summary = tables.summary(derived(run), SUMMARY)
-    text = f"{summary}\n\n{pages.heading(run.about, 'fp32')} {pages.details(name)}"
+    text = f"{summary}\n\n{machine.in_words(run.about, 'fp32')} {pages.details(name)}"
     pages.replace_section(PAGE, MARKERS, text)
 
 

@@ -23,7 +23,7 @@ import tables_gpu
 import torch
 
 from sparsekern.bench import ceilings, crossover, measure_gpu, peers_gpu, records, replay_gpu
-from sparsekern.bench.machine import about_cpu, about_gpu, about_run, gpu_under_load
+from sparsekern.bench.machine import about_cpu, about_gpu, about_run, gpu_under_load, in_words
 from sparsekern.bench.measure_gpu import Grid
 from sparsekern.bench.rates import derive
 from sparsekern.bench.records import Run, select
@@ -154,7 +154,7 @@ def page(name: str, run: Run) -> str:
     dtype = cells[0]["dtype"]
     return SECTIONS.format(
         name=name,
-        heading=pages.heading(run.about, dtype),
+        heading=in_words(run.about, dtype),
         rounds=measure_gpu.ROUNDS,
         fewest=measure_gpu.LAUNCHES[0],
         cold_mb=measure_gpu.COLD_BYTES / 1e6,
@@ -166,22 +166,6 @@ def page(name: str, run: Run) -> str:
         absent=tables_gpu.absent(run.about["machine"]),
         **{each: getattr(tables_gpu, each)(cells) or pages.NOT_RUN for each in names},
     )
-
-
-def digest(run: Run) -> str:
-    """The short of it, for a terminal."""
-    cells, heading = cells_of(run), pages.heading(run.about, run.records[0]["dtype"])
-    if run.about["benchmark"] == "crossover":
-        return f"{heading}\n\n{json.dumps(crossover.summarize(cells, ''))}"
-    parts = (
-        heading,
-        tables_gpu.summary(cells),
-        tables_gpu.competitors(cells),
-        tables_gpu.bytes_read(cells, copy_rate(run.about)),
-        f"pruned\n{tables_gpu.pruned(cells)}",
-        f"triton\n{tables_gpu.triton(cells)}",
-    )
-    return "\n\n".join(parts)
 
 
 def joined(runs: list[Run]) -> Run:
@@ -240,7 +224,7 @@ def write_page(folder: Path, name: str, run: Run) -> None:
 
 
 def update_page(name: str, run: Run) -> None:
-    heading = pages.heading(run.about, run.records[0]["dtype"])
+    heading = in_words(run.about, run.records[0]["dtype"])
     text = f"{tables_gpu.summary(cells_of(run))}\n\n{heading} {pages.details(name)}"
     pages.replace_section(PAGE, MARKERS, text)
 
@@ -306,8 +290,8 @@ def main(arguments: list[str]) -> int:
     if args.part:
         grid = part_of(grid, args.part)
     run = measure(args.verb, grid, path, args.commit, args.part)
-    print(digest(run))
     cells = cells_of(run)
+    print(page(path.stem, run) if args.verb == "decode" else crossover.summarize(cells, ""))
     print(f"{len(cells)} cells in {run.about['seconds']:.0f} s: {path}")
     if bad := tables_gpu.failures(cells):
         print("\n".join(["Failed or wrong:", *bad[:20]]))

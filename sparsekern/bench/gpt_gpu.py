@@ -20,10 +20,9 @@ from ..gpt.presets import PRESETS, UniformMask
 from ..gpt.speed import compiled_blocks
 from ..gpt.train import GRADIENT_CLIP, compute_gradients
 from ..indices import expand_rows
-from ..kernels.problem import Problem
-from ..kernels.table import pick
 from ..nn import SparseLinear, densify_, sparsify_
 from .measure_gpu import ROUNDS, attempt
+from .products import PASSES, kernels
 from .products_gpu import NAME, check_ours
 from .records import DENSE, OURS
 from .replay_gpu import Clock, Contender, Runner, race
@@ -133,15 +132,11 @@ def _exact_gradient(model: GPT, x: Tensor, y: Tensor) -> Tensor:
 
 def _cell(step: Step, sparsity: float, model: GPT, ways: dict[str, dict]) -> dict:
     M, config = step.batch * step.config.block_size, step.config
-    layers = [layer for layer in model.modules() if isinstance(layer, SparseLinear)]
-    kernels = {
-        pick(Problem(op, "cuda", DTYPE, M, *layer.weight.shape, layer.weight.nnz)).name: None
-        for op in ("spmm", "spmm_t", "sddmm")
-        for layer in layers
-    }
+    weights = [layer.weight for layer in model.modules() if isinstance(layer, SparseLinear)]
+    sizes = {(M, *weight.shape, weight.nnz): None for weight in weights}
     for way in ways.values():
         if way["kind"] == OURS and "median_s" in way:
-            way["kernel"] = ", ".join(kernels)
+            way["kernel"] = kernels(PASSES["train_step"], "cuda", DTYPE, *sizes)
     return {
         **{"op": "train_step", "device": "cuda", "model": step.model, "layers": config.n_layer},
         **{"width": config.n_embd, "vocabulary": config.vocab_size},

@@ -8,7 +8,7 @@ import torch
 from ..terminal import table
 from . import ceilings, machine, noise, products, work_gpu
 from .products import Workload
-from .race import Rival, pin
+from .race import pin
 from .rates import derive
 
 SHAPES = ((768, 768), (3072, 768), (4096, 4096))  # N x K
@@ -44,12 +44,8 @@ def _on_cpu(op: str, workload: Workload, quick: bool) -> dict:
         peers = []
         if op == "spmm" and workload.M > 1:
             peers = [products.torch_csr(product.W, product.x)]
-        return noise.quietest(lambda: _raced(product, peers, quick), noise.of_case)
-
-
-def _raced(product: products.Product, peers: list[Rival], quick: bool) -> dict:
-    race = product.race(peers, **({"most_rounds": QUICK_ROUNDS} if quick else {}))
-    return derive(product.case(race.run()))
+        rounds = {"most_rounds": QUICK_ROUNDS} if quick else {}
+        return noise.quietest(lambda: derive(product.race(peers, **rounds)), noise.of_case)
 
 
 def measure(device: str, quick: bool) -> tuple[dict, int, Iterator[dict]]:
@@ -70,8 +66,7 @@ def measure(device: str, quick: bool) -> tuple[dict, int, Iterator[dict]]:
 def heading(about: dict) -> str:
     """Machine, clocks and ceilings, in words."""
     here = about["machine"]
-    name = here.get("gpu", f"{here['cpu']}, {here['isa']}")
-    lines = [f"{name}, torch {here['torch']}, commit {about['commit']['id'][:10]}"]
+    lines = [machine.in_words(about, "bfloat16" if "gpu" in here else "float32")]
     for threads, limits in here["ceilings"].items():
         if not limits:
             lines.append("No ceilings: the C++ library is not built.")

@@ -5,7 +5,7 @@ torch and OpenBLAS, and torch's own sparse CSR.
 """
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import asdict, dataclass, replace
 from functools import lru_cache, partial
 
@@ -21,7 +21,7 @@ from ..matmul import linear
 from ..sparsity import Static
 from ..tensor import SparseTensor
 from ..testing import random_mask
-from .race import TOLERANCE, Race, Rival, exact, ours, rotate
+from .race import TOLERANCE, Rival, exact, ours, race, rotate
 from .records import DENSE, OTHER, SPARSE
 
 COLD_BYTES = 160e6  # of the copies that a competitor with cold weights goes through
@@ -54,6 +54,19 @@ class Workload:
         return asdict(self) | {"dtype": str(self.dtype).removeprefix("torch.")}
 
 
+# The products in an op.
+PASSES = {op: (op,) for op in ("spmm", "spmm_t", "sddmm")}
+PASSES |= {"linear": tuple(PASSES), "train_step": tuple(PASSES)}
+
+
+def kernels(
+    passes: Iterable[str], device: str, dtype: torch.dtype, *sizes: tuple[int, int, int, int]
+) -> str:
+    """The names of the kernels that run these products, of each (M, N, K, nnz)."""
+    problems = (Problem(op, device, dtype, *each) for op in passes for each in sizes)
+    return ", ".join(dict.fromkeys(pick(problem).name for problem in problems))
+
+
 @dataclass(frozen=True)
 class Product:
     """The product that a race is about."""
@@ -66,19 +79,13 @@ class Product:
     rivals: list[Rival]
     exact: tuple[Tensor, Tensor]
 
-    def race(self, peers: list[Rival] = (), **options) -> Race:
+    def race(self, peers: list[Rival] = (), **options) -> dict:
+        """What a race found, with the fields of the product and our kernels' names."""
         w = self.workload
         rivals, few = [*self.rivals, *peers], w.M == 1
-        tolerance = TOLERANCE[w.dtype]
-        return Race(self.ours, rivals, w.threads, self.exact, tolerance, few, **options)
-
-    def case(self, ways: dict[str, dict]) -> dict:
-        """What the race found, with the fields of the product and our kernels' names."""
-        w = self.workload
-        passes = ("spmm", "spmm_t", "sddmm") if self.op == "linear" else (self.op,)
+        ways = race(self.ours, rivals, w.threads, self.exact, TOLERANCE[w.dtype], few, **options)
         sizes = w.M, w.N, w.K, self.W.nnz
-        kernels = [pick(Problem(p, "cpu", w.dtype, *sizes)).name for p in passes]
-        ways[self.ours.name]["kernel"] = ", ".join(dict.fromkeys(kernels))
+        ways[self.ours.name]["kernel"] = kernels(PASSES[self.op], "cpu", w.dtype, sizes)
         return {"op": self.op, "device": "cpu", **w.fields(), "nnz": self.W.nnz, "ways": ways}
 
 

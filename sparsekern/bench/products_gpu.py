@@ -13,8 +13,6 @@ from torch import Tensor
 
 from .. import ops
 from ..indices import expand_rows
-from ..kernels.problem import Problem
-from ..kernels.table import pick
 from ..matmul import linear
 from ..tensor import SparseTensor
 from .measure_gpu import (
@@ -30,7 +28,7 @@ from .measure_gpu import (
     weight,
 )
 from .peers_gpu import clone, in_csr
-from .products import sampled_addmm, transpose, with_values
+from .products import PASSES, kernels, sampled_addmm, transpose, with_values
 from .records import DENSE, OURS, SPARSE
 from .replay_gpu import Clock, Contender, Runner, race
 
@@ -195,10 +193,8 @@ def checked(cell: dict) -> dict:
     own = cell["ways"][NAME]
     check_ours(own, f"{cell['op']} {cell['N']}x{cell['K']}-M{cell['M']}-{cell['sparsity']:.0%}")
     own.pop("bytes", None)  # of CSR, which is not what is read
-    sizes = getattr(torch, cell["dtype"]), *(cell[name] for name in ("M", "N", "K", "nnz"))
-    passes = ("spmm", "spmm_t", "sddmm") if cell["op"] == "linear" else (cell["op"],)
-    kernels = [pick(Problem(op, "cuda", *sizes)).name for op in passes]
-    own["kernel"] = ", ".join(dict.fromkeys(kernels))
+    sizes = tuple(cell[name] for name in ("M", "N", "K", "nnz"))
+    own["kernel"] = kernels(PASSES[cell["op"]], "cuda", getattr(torch, cell["dtype"]), sizes)
     return cell
 
 

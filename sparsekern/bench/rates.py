@@ -3,7 +3,7 @@
 from .records import DENSE, OURS, SPARSE
 
 MEMORY = "memory"
-PASSES = {"spmm": 1, "spmm_t": 1, "sddmm": 1, "linear": 3}  # products in an op
+PRODUCTS = {"spmm": 1, "spmm_t": 1, "sddmm": 1, "linear": 3}  # in an op
 ITEM_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
 INDEX_BYTES = {"cpu": 2, "cuda": 1}  # of a column, as the kernels store it
 
@@ -37,7 +37,7 @@ def derive(case: dict, ceilings: dict | None = None) -> dict:
         case["ours"] = name = min(ours, key=ours.get)
         case |= {"ours_s": ours[name], "speedup": speedups[name]}
         case |= {"error": right[name]["error"], "kernel": right[name].get("kernel", name)}
-        if case["op"] in PASSES:
+        if case["op"] in PRODUCTS:
             case |= _counts(case, right[name].get("bytes"))
         _add_rates(case, ceilings)
     return case
@@ -46,7 +46,7 @@ def derive(case: dict, ceilings: dict | None = None) -> dict:
 def _counts(case: dict, packed: int | None) -> dict:
     """Moved are the values and column indices of W, or its packed bytes, and the activations of
     both sides, each once."""
-    M, N, K, nnz, passes = *(case[name] for name in ("M", "N", "K", "nnz")), PASSES[case["op"]]
+    M, N, K, nnz, passes = *(case[name] for name in ("M", "N", "K", "nnz")), PRODUCTS[case["op"]]
     item = ITEM_BYTES[case["dtype"]]
     weight = packed or nnz * (item + INDEX_BYTES[case["device"]])
     return {

@@ -65,8 +65,9 @@ def _evaluations(key: str, run: dict) -> list[dict]:
 def nested(run: Run) -> dict:
     """Name -> run, with the times of its steps; `times`, `machine`, `data` and `failed`."""
     about = run.about
-    machine = about["machine"] | {"commit": about["commit"]["id"], "date": about["date"]}
-    results: dict = {"machine": machine}
+    results: dict = {}
+    if machine := about["machine"]:  # a run has ended
+        results["machine"] = machine | {"commit": about["commit"]["id"], "date": about["date"]}
     results |= {name: about[name] for name in ("data", "failed") if name in about}
     for r in run.records:
         if r["op"] == "time":

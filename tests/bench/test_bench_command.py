@@ -23,7 +23,7 @@ from sparsekern.bench import (
 )
 from sparsekern.bench.peers_gpu import torch_csr
 from sparsekern.bench.products import Workload
-from sparsekern.bench.race import Race, ours
+from sparsekern.bench.race import ours, race
 from sparsekern.cli import main
 from sparsekern.kernels import crossover
 from sparsekern.kernels.cpu import panel
@@ -130,7 +130,7 @@ def test_masks_have_their_density_and_their_shape(mask):
 @pytest.mark.parametrize("op", products.PRODUCTS)
 def test_every_rival_computes_the_product(op):
     product = products.PRODUCTS[op](Workload(5, 48, 32, 0.5, 1))
-    ways = product.race(most_rounds=1).run()
+    ways = product.race(most_rounds=1)["ways"]
     assert len(ways) > 1 and all(way["is_right"] for way in ways.values())
 
 
@@ -138,7 +138,7 @@ def test_nobody_is_timed_when_we_are_wrong():
     exact = torch.ones(2, dtype=torch.float64), torch.ones(2, dtype=torch.float64)
     for wrong in (1.1, torch.nan):
         with pytest.raises(ArithmeticError, match="sparsekern: error .* against fp64"):
-            Race(ours(lambda y=wrong: torch.full((2,), y)), [], 1, exact, 1e-6)
+            race(ours(lambda y=wrong: torch.full((2,), y)), [], 1, exact, 1e-6)
 
 
 # What dispatch reads

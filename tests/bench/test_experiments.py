@@ -2,7 +2,6 @@
 its workers, which may crash."""
 
 import importlib
-import json
 import shutil
 import sys
 import time
@@ -10,6 +9,9 @@ from pathlib import Path
 
 import pytest
 import torch
+
+from sparsekern.bench.records import read
+from sparsekern.bench.runs import nested
 
 BENCH = Path(__file__).parents[2] / "bench"
 MODULES = ("experiments", "experiments_page", "experiments_presets")
@@ -62,7 +64,7 @@ def call(bench, monkeypatch, tmp_path):
 
 
 def results(folder: Path) -> dict:
-    return json.loads((folder / "out" / "experiments.json").read_text())
+    return nested(read(folder / "out" / "experiments.csv"))
 
 
 def test_it_stops_continues_and_finishes(call, tmp_path, capsys):
