@@ -16,8 +16,11 @@ VENV_STAMP := $(VENV)/.with-$(subst ==,-,$(TORCH))
 
 .PHONY: demo test lint pytest pytest-without-library sanitize fuzz build-sanitize build-threads neon cuda check-gpu sanitize-gpu bench-smoke bench bench-gpu deepsparse docs wheel check-wheel clean
 
+# Dense is held to OpenBLAS too, with the kernel that it chooses itself.
+DEMO := env -u OPENBLAS_CORETYPE -u OPENBLAS_L2_SIZE $(BIN)/python -m sparsekern demo --out out
+
 demo: $(VENV)/.installed-demo
-	$(BIN)/python -m sparsekern demo --out out
+	$(DEMO)
 
 # The last step closes with the summary line of the whole suite.
 test: lint sanitize neon cuda check-wheel pytest-without-library bench-smoke pytest
@@ -112,7 +115,7 @@ bench: $(VENV)/.installed-test out/dense/checkpoint.pt
 	$(BIN)/python -m sparsekern report
 
 out/dense/checkpoint.pt: | $(VENV)/.installed-test
-	$(BIN)/python -m sparsekern demo --out out
+	$(DEMO)
 
 # Needs an NVIDIA GPU. The table in docs/benchmarks.md, then the data that dispatch reads.
 bench-gpu: $(VENV)/.installed-test

@@ -89,15 +89,19 @@ def load(folder: Path) -> list[Result]:
     """All tables in a folder and in those in it, by name; calls and the like have no section."""
     if not folder.is_dir():
         raise FileNotFoundError(f"results: folder {folder} does not exist")
-    found = []
-    for path in sorted(folder.rglob(f"*{records.SUFFIX}")):
-        try:
-            run = records.read(path)
-            if kind := KINDS.get(run.about["benchmark"]):
-                result = Result(path, kind, run)
-                _ = result.about, result.records, result.data  # what the page will read
-                found.append(result)
-        except (AttributeError, LookupError, TypeError, ValueError) as error:
-            reason = f"{type(error).__name__}: {error}"
-            raise ValueError(f"results: {path} is damaged ({reason})") from error
-    return found
+    found = [read(path) for path in sorted(folder.rglob(f"*{records.SUFFIX}"))]
+    return [result for result in found if result]
+
+
+def read(path: Path) -> Result | None:
+    """One table; None where it has no section."""
+    try:
+        run = records.read(path)
+        if kind := KINDS.get(run.about["benchmark"]):
+            result = Result(path, kind, run)
+            _ = result.about, result.records, result.data  # what the page will read
+            return result
+    except (AttributeError, LookupError, TypeError, ValueError) as error:
+        reason = f"{type(error).__name__}: {error}"
+        raise ValueError(f"results: {path} is damaged ({reason})") from error
+    return None

@@ -12,8 +12,10 @@ from sparsekern.bench.rates import case_name, derive
 from sparsekern.bench.work_gpu import checked
 from sparsekern.gpt.model import GPT, GPTConfig
 from sparsekern.gpt.train import compute_gradients
-from sparsekern.report import sections
+from sparsekern.report import models
 from sparsekern.report.load import load
+from sparsekern.report.nearest import choose, this
+from sparsekern.report.view import View
 from sparsekern.wafer import compare as wafer
 from sparsekern.wafer.machine import machine
 
@@ -50,11 +52,8 @@ def test_a_gpts_step_is_a_case_that_the_report_reads(step, tmp_path):
     about["commit"] = {"id": "abc", "dirty": False}
     records.write(tmp_path / "result.csv", about, records.flat(made))
     results = load(tmp_path)
-    (part,) = sections.training(results)
-    assert [row[:2] for row in part.rows] == [
-        ["tiny 50% zeros", "GPU"],
-        ["tiny 75% zeros", "GPU"],
-    ]
+    section = models.training(View(results, choose(results, this())))
+    assert section.rows == [["tiny, GPU", "32", "2.00", "2.00"]]
     (pair, _) = wafer.compare(machine("wse2"), {"result": results[0].records})
     assert pair.what == "train_step tiny, 16 tokens, GPU" and pair.measured == 2
 

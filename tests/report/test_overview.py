@@ -1,4 +1,4 @@
-"""The page of all results: every kind of file in one folder, and what has no file yet."""
+"""The page of all results: what it says of each kind of file, and what it begins with."""
 
 from html.parser import HTMLParser
 from pathlib import Path
@@ -7,8 +7,11 @@ import pytest
 
 from sparsekern.bench import records, runs
 from sparsekern.cli import main
-from sparsekern.report import load, page
-from sparsekern.report.sections import NOT_YET, sections
+from sparsekern.commands import BENCH_OUT
+from sparsekern.report import curves, load, measured, nearest, page, plots, products
+from sparsekern.report.sections import sections
+from sparsekern.report.summary import picture, sentences
+from sparsekern.report.view import View
 
 pytest.importorskip("matplotlib")
 
@@ -42,7 +45,7 @@ def about(benchmark: str, **machine) -> dict:
     return head | {"machine": {"torch": "2.11.0"} | machine}
 
 
-def products() -> list[dict]:
+def cpu_cases() -> list[dict]:
     grid = [(op, M) for op in ("spmm", "spmm_t", "sddmm") for M in (256, 1024)]
     grid += [("spmm", 1), ("spmm", 16), ("linear", 1024)]
     cases = [product(op, M, s, 1) for op, M in grid for s in (0.5, 0.75, 0.9, 0.95)]
@@ -144,7 +147,7 @@ def folder(tmp_path) -> Path:
     limits = {"ceilings": {"cuda": GPU_LIMITS}}
     call = {"op": "call", "case": "matmul", "ways": {"ours": {"kind": "ours", "min_s": 1e-6}}}
     files = {
-        "a-cpu": (about("products", **A_CPU, ceilings={"1": LIMITS}), products()),
+        "a-cpu": (about("products", **A_CPU, ceilings={"1": LIMITS}), cpu_cases()),
         "h200-decode-bfloat16": (about("decode", **gpu, **limits), cells()),
         "generate-gpt3-6.7b": (about("generate", **gpu), generation()),
         "calls": (about("calls", **A_CPU), [call]),
@@ -170,19 +173,62 @@ class Images(HTMLParser):
         assert tag not in ("script", "link")
 
 
-def test_every_section_has_its_figures(folder, tmp_path, capsys):
+HERE = measured.Processor("A CPU", 2, "avx2")
+
+
+def view(folder: Path, here: measured.Processor = HERE) -> View:
+    results = load.load(folder)
+    return View(results, nearest.choose(results, here))
+
+
+def titles(found: View) -> list[str]:
+    return [section.title for section in sections(found)]
+
+
+def test_the_page_has_its_figures(folder, tmp_path, capsys):
     out = tmp_path / "report"
     assert main(["report", f"--results={folder}", f"--out={out}"]) == 0
     assert "report.html" in capsys.readouterr().out
     html, markdown = (out / "report.html").read_text(), (out / "report.md").read_text()
-    assert NOT_YET not in html and NOT_YET not in markdown
     images = Images(html).sources
     assert all(source.startswith("data:image/png;base64,") for source in images)
     pictures = {path.name for path in out.glob("*.png")}
-    assert len(images) == len(pictures)
+    assert len(images) == len(pictures) == len(set(images))
     assert all(f"]({name})" in markdown for name in pictures)
     assert all((out / name).stat().st_size > 5000 for name in pictures)
-    assert "NVIDIA H200, gpt3-6.7b, torch 2.11.0, 2026-01-02, commit 0123456789." in markdown
+    assert "NVIDIA H200, gpt3-6.7b, torch 2.11.0, 2026-01-02, commit 0123456789" in markdown
+
+
+def test_every_figure_names_its_files(folder):
+    found = view(folder)
+    panels = [picture(found), *(p for section in sections(found) for p in section.panels)]
+    assert all(panel.files for panel in panels)
+    assert all(files for _, files in sentences(found))
+    markdown = page.as_markdown(found, sections(found), picture(found))
+    assert markdown.count("](") == len(panels)
+    # One for each figure, one for each sentence, and the list of all of them.
+    assert markdown.count("a-cpu.csv") > 5 and "h200/experiments.csv" in markdown
+
+
+def test_the_summary_is_of_five_sentences_losses_among_them(folder):
+    found = sentences(view(folder))
+    assert len(found) == 5
+    training, token, gpu, losses, quality = (text for text, _ in found)
+    assert training.startswith("On a CPU a training step of the demo's GPT is ")
+    assert "times as fast at 75% zeros and " in token
+    assert "its first token takes 20 ms instead of 20" in gpu
+    assert losses.startswith("It loses too: 64 tokens on a GPU reach ")
+    assert quality == "Zeros are not free: a small GPT trained at 75% ends 0.19 nats above dense."
+
+
+def test_titles_say_what_is_seen(folder):
+    found = titles(view(folder))
+    assert (
+        found[0].startswith("On a CPU all products gain from ") and "times dense at 90%" in found[0]
+    )
+    assert any("1 token reaches 4.0 times dense" in title for title in found)
+    assert any(title.startswith("A whole model writes ") for title in found)
+    assert "Zeros cost quality: 0.12 nats at 50% zeros, 0.19 nats at 75% zeros" in " ".join(found)
 
 
 def test_each_file_is_read_as_what_it_is(folder):
@@ -200,36 +246,112 @@ def test_each_file_is_read_as_what_it_is(folder):
     }
 
 
+def test_the_page_begins_with_this_machine(tmp_path):
+    """Else with the one of the same instruction set, then of the most like number of cores."""
+    others = {"slow": ("avx2", 2), "near": ("avx512", 4), "far": ("avx512", 16)}
+    for name, (isa, cores) in others.items():
+        machine = A_CPU | {"cpu": name, "isa": isa, "cores": cores}
+        head = about("products", **machine)
+        records.write(tmp_path / f"{name}.csv", head, records.flat(cpu_cases()))
+    found = view(tmp_path, measured.Processor("mine", 2, "avx512"))
+    assert found.cpu.result.path.stem == "near" and not found.cpu.is_here
+    assert "This machine: mine, 2 cores, avx512. It has no results of its own" in found.words()
+    assert "nearest machine that was measured: near, 4 cores, avx512" in found.words()
+    found = view(tmp_path, measured.Processor("far", 16, "avx512"))
+    assert found.cpu.is_here and found.words().endswith("The CPU figures were measured here.")
+    (line,) = sections(found)[1].panels
+    assert len({tuple(file.path.name for file in line.files)}) == 1 and len(line.files) == 3
+
+
+def test_own_results_come_first(folder, tmp_path, monkeypatch):
+    """What `bench` has just written here stands before a richer table of the same machine."""
+    monkeypatch.chdir(tmp_path)
+    here = nearest.this()
+    machine = {"cpu": here.name, "cores": here.cores, "isa": here.isa}
+    rich = tmp_path / "results" / "rich.csv"
+    records.write(rich, about("products", **machine), records.flat(cpu_cases()))
+    few = [case for case in cpu_cases() if case["op"] == "spmm"]
+    records.write(BENCH_OUT, about("products", **machine), records.flat(few))
+    assert main(["report", f"--results={folder}", f"--out={tmp_path}"]) == 0
+    markdown = (tmp_path / "report.md").read_text()
+    assert "The CPU figures were measured here." in markdown
+    first, second, *_ = markdown.split("\n## ")[1:]
+    assert "bench.csv" in first and "rich.csv" not in first and "rich.csv" in second
+
+
+def test_one_token_and_64_stand_apart(folder):
+    section = products.few_tokens_on_a_gpu(view(folder))
+    mean, one, many = section.panels
+    labels = {text.get_text() for text in mean.figure.axes[0].texts}
+    assert {"1 token", "8 tokens", "16 tokens", "32 tokens", "64 tokens"} <= labels
+    assert one.title.startswith("By shape of W, 1 token: ") and "64 tokens" in many.title
+
+
+def test_the_wait_stands_beside_the_speed(folder):
+    (section,) = [s for s in sections(view(folder)) if s.title.startswith("A whole model writes")]
+    rows = {row[0]: row[1:] for row in section.rows}
+    assert rows["gpt3-6.7b, H200, 75%, batch 1"] == ["200", "300", "1.50", "20.0", "20.0", "0.31"]
+    assert rows["gpt2-small, CPU, 75%, batch 4"][3:] == ["-", "-", "-"]
+
+
+def test_speed_ups_share_their_axes(folder):
+    found = sections(view(folder))
+    axes = [panel.figure.axes[0] for section in found for panel in section.panels]
+    alike = [each for each in axes if each.get_ylabel() == "times dense"]
+    assert len(alike) > 4
+    assert len({(each.get_xlim(), each.get_ylim()) for each in alike}) == 1
+    assert alike[0].get_ylim() == plots.TIMES
+
+
 def test_arms_of_experiments_stand_beside_dense(folder):
-    (result,) = [r for r in load.load(folder) if r.kind == load.EXPERIMENTS]
-    found = {section.title: section.parts for section in sections([result])}
-    ((speeds,), (losses,)) = found["Training"], found["Loss against wall-clock"]
-    assert [row[-1] for row in speeds.rows] == ["1.33", "1.60", "1.82"]
-    assert losses.rows == [
-        ["dense", "2.0000", "1.00x", "200.0", "-"],
-        ["50% sparse", "2.1250", "2.00x", "150.0", "-"],
-        ["75% sparse", "2.1875", "4.00x", "125.0", "3.0000"],
-        ["90% sparse", "2.2250", "10.00x", "110.0", "-"],
+    (section,) = [s for s in sections(view(folder)) if s.title.startswith("Zeros cost")]
+    # Of fine-tunings the best, and none that diverged; there is no dense one to hold it against.
+    assert section.header == ["zeros", "after pre-training", "fewer FLOPs"]
+    assert section.rows == [
+        ["50%", "+0.12", "2.00x"],
+        ["75%", "+0.19", "4.00x"],
+        ["90%", "+0.23", "10.00x"],
     ]
 
 
-def test_what_is_not_measured_says_so(tmp_path):
-    records.write(tmp_path / "a-cpu.csv", about("products", **A_CPU), records.flat(products()))
-    found = {section.title: section.parts for section in sections(load.load(tmp_path))}
-    assert not found["Roofline"] and not found["Loss against wall-clock"]
-    assert found["Speed-up against sparsity"] and found["Crossover map"] and found["Training"]
-    assert page.as_markdown(sections([])).count(NOT_YET) == len(found)
+def test_what_is_not_measured_is_left_out(tmp_path):
+    records.write(tmp_path / "a-cpu.csv", about("products", **A_CPU), records.flat(cpu_cases()))
+    found = titles(view(tmp_path))
+    assert len(found) == 4  # products, writing, training, wafer
+    assert not any("GPU" in title or "ceilings" in title for title in found)
+    nothing = View([], nearest.choose([], HERE))
+    assert "Nothing was measured on any CPU" in nothing.words()
+    assert page.NOTHING in page.as_markdown(nothing, sections(nothing), picture(nothing))
+    assert page.NOTHING in page.as_html(nothing, [], None, {})
 
 
 def test_means_are_of_the_same_shapes(tmp_path):
     """A shape that was run at one sparsity alone is in no curve."""
-    cases = [*products(), product("spmm", 256, 0.75, 1, N=8192, speedup=1e6)]
+    cases = [*cpu_cases(), product("spmm", 256, 0.75, 1, N=8192, speedup=1e6)]
     records.write(tmp_path / "a-cpu.csv", about("products", **A_CPU), records.flat(cases))
     (only,) = load.load(tmp_path)
-    from sparsekern.report.sections import by_pass
+    assert all(record["N"] == 768 for record in curves.common(curves.plain(only.records)))
 
-    ((_, passes),) = by_pass(only)
-    assert all(record["N"] == 768 for record in passes["forward"])
+
+@pytest.mark.parametrize(
+    ("found", "at"),
+    [
+        ({0.5: 0.5, 0.75: 2.0}, 1 - 2**-1.5),  # halfway in halvings of the density
+        ({0.5: 1.5, 0.75: 2.0}, 0.5),
+        ({0.5: 0.5, 0.75: 0.9}, None),
+        ({0.0: 0.5, 0.5: 1.0}, 0.5),
+        ({}, None),
+    ],
+)
+def test_a_curve_crosses_dense_where_it_stays_above(found, at):
+    assert curves.crossing(found) == (at and pytest.approx(at))
+
+
+def test_labels_move_apart_around_where_they_belong():
+    assert plots.apart([0.2, 0.5], 0.1, 0, 1) == [0.2, 0.5]
+    assert plots.apart([0.5, 0.5, 0.5], 0.1, 0, 1) == pytest.approx([0.4, 0.5, 0.6])
+    assert plots.apart([0.99, 1.0], 0.1, 0, 0.97) == pytest.approx([0.87, 0.97])
+    assert plots.apart([0.0, 0.01], 0.1, 0.03, 1) == pytest.approx([0.03, 0.13])
 
 
 def test_mistakes_are_named(tmp_path, capsys):
