@@ -5,8 +5,6 @@ from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from PIL import Image
-
 from sparsekern.bench import records
 from sparsekern.bench.records import Run, select, sparsities_of
 from sparsekern.files import atomic_write
@@ -39,6 +37,8 @@ def by_sparsity(
 
 def write_plot(figure, path: Path) -> None:
     """A PNG of 256 colours: a third of the bytes, and nothing that an eye would miss."""
+    from PIL import Image  # comes with matplotlib; no table needs it
+
     whole, small = io.BytesIO(), io.BytesIO()
     figure.savefig(whole, format="png", dpi=120)
     Image.open(whole).convert("RGB").quantize(COLOURS, dither=Image.Dither.NONE).save(

@@ -151,7 +151,7 @@ def update_page(name: str, run: Run) -> None:
 
 def write(folder: Path, name: str, run: Run) -> None:
     is_whole = "part" not in run.about
-    figure = plots.speedup(tables.passes(derived(run))) if is_whole else None
+    figure = plots.speedups(tables.forward_curves(derived(run))) if is_whole else None
     pages.publish(folder, name, run, page(name, run), figure)
 
 

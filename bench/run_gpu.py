@@ -25,9 +25,10 @@ import torch
 from sparsekern.bench import ceilings, crossover, measure_gpu, peers_gpu, records, replay_gpu
 from sparsekern.bench.machine import about_cpu, about_gpu, about_run, gpu_under_load, in_words
 from sparsekern.bench.measure_gpu import Grid
-from sparsekern.bench.rates import derive
+from sparsekern.bench.rates import case_name, derive
 from sparsekern.bench.records import Run, select
 from sparsekern.report import plots
+from sparsekern.report.curves import curves, tokens
 
 BENCH = Path(__file__).parent
 PARTIAL = BENCH.parent / "build" / "bench"
@@ -119,8 +120,9 @@ def measure(verb: str, grid: Grid, path: Path, commit: str | None, part: Part | 
         deadline = start + LIMIT_S
         for cell in measure_gpu.cells(grid, ways, clock, generator, deadline=deadline):
             cells.append(derive(cell))
+            found = ", ".join(f"{name} {ratio:.2f}" for name, ratio in cell["speedups"].items())
+            print(f"{time.monotonic() - start:4.0f} s {case_name(cell)}: {found}", flush=True)
             if cell["M"] == grid.tokens[-1]:
-                print(progress(cells[-len(grid.tokens) :], start), flush=True)
                 records.write(path, about, records.flat(cells))
     about["is_whole"] = len(cells) == wanted
     about["machine"]["under_load_at_end"] = gpu_under_load()
@@ -129,27 +131,13 @@ def measure(verb: str, grid: Grid, path: Path, commit: str | None, part: Part | 
     return records.read(path)
 
 
-def progress(cells: list[dict], start: float) -> str:
-    """One line for a W: times dense by tokens."""
-    first = cells[0]
-    parts = [
-        f"{c['M']}:" + ",".join(f"{name[:3]}{ratio:.2f}" for name, ratio in c["speedups"].items())
-        for c in cells
-    ]
-    what = f"{first['mask']} {first['N']}x{first['K']} {first['sparsity']:.0%}"
-    return f"{time.monotonic() - start:4.0f} s {what} {' '.join(parts)}"
-
-
 def cells_of(run: Run) -> list[dict]:
     return [derive(cell) for cell in records.cases(run.records)]
 
 
-def copy_rate(about: dict) -> float:
-    return about["machine"]["ceilings"]["cuda"]["bytes_per_s"]["memory"]
-
-
 def page(name: str, run: Run) -> str:
-    cells, limit = cells_of(run), copy_rate(run.about)
+    cells = cells_of(run)
+    limit = run.about["machine"]["ceilings"]["cuda"]["bytes_per_s"]["memory"]
     names = ("summary", "competitors", "by_shape", "pruned", "triton")
     dtype = cells[0]["dtype"]
     return SECTIONS.format(
@@ -202,8 +190,8 @@ def publish(run: Run) -> None:
         raise SystemExit("bench-gpu: not published, since one of our kernels failed or was wrong")
     if run.about["benchmark"] == "decode":
         name, cells, dtype = name_of(run), cells_of(run), run.records[0]["dtype"]
-        drawn = {"geometric means of the shapes": select(cells, mask="random")}
-        pages.publish(pages.RESULTS, name, run, page(name, run), plots.speedup(drawn))
+        drawn = curves(select(cells, mask="random"), lambda cell: cell["M"], tokens)
+        pages.publish(pages.RESULTS, name, run, page(name, run), plots.speedups(drawn))
         if dtype == "bfloat16":
             about = in_words(run.about, dtype)
             pages.update(PAGE, MARKERS, name, tables_gpu.summary(cells), about)
