@@ -24,7 +24,7 @@ import tables
 from sparsekern.bench import machine, records
 from sparsekern.bench.products import COLD_BYTES
 from sparsekern.bench.race import CORES
-from sparsekern.bench.rates import derive
+from sparsekern.bench.rates import derived
 from sparsekern.bench.records import Run
 from sparsekern.report import plots
 
@@ -138,10 +138,6 @@ def page(name: str, run: Run) -> str:
         return text
     sections = re.split(r"(?m)^(?=## )", text)
     return "".join(each for each in sections if pages.NOT_RUN not in each).rstrip() + "\n"
-
-
-def derived(run: Run) -> list[dict]:
-    return [derive(case) for case in records.cases(run.records)]
 
 
 def update_page(name: str, run: Run) -> None:

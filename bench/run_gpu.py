@@ -25,7 +25,7 @@ import torch
 from sparsekern.bench import ceilings, crossover, measure_gpu, peers_gpu, records, replay_gpu
 from sparsekern.bench.machine import about_cpu, about_gpu, about_run, gpu_under_load, in_words
 from sparsekern.bench.measure_gpu import Grid
-from sparsekern.bench.rates import case_name, derive
+from sparsekern.bench.rates import case_name, derive, derived
 from sparsekern.bench.records import Run, select
 from sparsekern.report import plots
 from sparsekern.report.curves import curves, tokens
@@ -131,12 +131,8 @@ def measure(verb: str, grid: Grid, path: Path, commit: str | None, part: Part | 
     return records.read(path)
 
 
-def cells_of(run: Run) -> list[dict]:
-    return [derive(cell) for cell in records.cases(run.records)]
-
-
 def page(name: str, run: Run) -> str:
-    cells = cells_of(run)
+    cells = derived(run)
     limit = run.about["machine"]["ceilings"]["cuda"]["bytes_per_s"]["memory"]
     names = ("summary", "competitors", "by_shape", "pruned", "triton")
     dtype = cells[0]["dtype"]
@@ -186,10 +182,10 @@ def publish(run: Run) -> None:
     """Write the table, page, plot and section of a decode run, or the data file of a crossover."""
     if not run.about["is_whole"] or "part" in run.about:
         raise SystemExit("bench-gpu: not published, since some cells were not run")
-    if tables_gpu.failures(cells_of(run)):
+    if tables_gpu.failures(derived(run)):
         raise SystemExit("bench-gpu: not published, since one of our kernels failed or was wrong")
     if run.about["benchmark"] == "decode":
-        name, cells, dtype = name_of(run), cells_of(run), run.records[0]["dtype"]
+        name, cells, dtype = name_of(run), derived(run), run.records[0]["dtype"]
         drawn = curves(select(cells, mask="random"), lambda cell: cell["M"], tokens)
         pages.publish(pages.RESULTS, name, run, page(name, run), plots.speedups(drawn))
         if dtype == "bfloat16":
@@ -210,7 +206,7 @@ def update_crossover(run: Run) -> None:
     m, commit = run.about["machine"], run.about["commit"]["id"][:10]
     measured = f"{m['gpu']}, torch {m['torch']}, {run.about['date']}, commit {commit}"
     data = json.loads(CROSSOVER.read_text()) if CROSSOVER.exists() else {}
-    found = crossover.summarize(cells_of(run), measured)
+    found = crossover.summarize(derived(run), measured)
     data[m["capability"]] = data.get(m["capability"], {}) | found
     CROSSOVER.write_text(json.dumps(data, indent=1) + "\n")
 
@@ -266,7 +262,7 @@ def main(arguments: list[str]) -> int:
     if args.part:
         grid = part_of(grid, args.part)
     run = measure(args.verb, grid, path, args.commit, args.part)
-    cells = cells_of(run)
+    cells = derived(run)
     print(page(path.stem, run) if args.verb == "decode" else crossover.summarize(cells, ""))
     print(f"{len(cells)} cells in {run.about['seconds']:.0f} s: {path}")
     if bad := tables_gpu.failures(cells):
