@@ -278,3 +278,24 @@ def test_even_shares_among_rows_of_blocks(n, k, share, seed):
     for i in range(0, n, 4):
         rows = mask[i : i + 4]
         assert abs(int(rows.sum()) - count * rows.shape[0] / n) <= 1
+
+
+@pytest.mark.parametrize(
+    ("sparsity", "entropy", "squares"),
+    [(0.5, 0.41, 0.89), (0.6, 0.77, 0.93), (0.75, 0.94, 0.98), (0.9, 0.99, 1.00)],
+)
+def test_how_free_two_way_masks_are(sparsity, entropy, squares):
+    """As docs/math.md says, relative to free masks: entropy, and squares of Gaussian weights."""
+    n = 256
+    count = round((1 - sparsity) * n * n)
+    ways = [len(masks) for masks in two_way._masks_within(4, 4)]
+    assert sum(ways) == 7343
+    (chances,) = two_way._chances([ways], [n * n // 16], count)
+    bits = sum(p * math.log2(w / p) for p, w in zip(chances, ways, strict=True) if p) / 16
+    free = -sum(p * math.log2(p) for p in (sparsity, 1 - sparsity))
+    assert bits / free == pytest.approx(entropy, abs=0.006)
+    weight = randn(n, n, 0)
+    kept = weight[two_way.largest({"": weight}, count)[""]].square().sum()
+    assert kept / weight.square().flatten().topk(count).values.sum() == pytest.approx(
+        squares, abs=0.008
+    )
