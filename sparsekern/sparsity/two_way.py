@@ -24,8 +24,8 @@ from .select import CHUNK, draw, largest_of_each, largest_of_rows, random_places
 MOST = 8  # places that a whole block keeps
 # Masks of a row, one bit a place: of no place, of each one, of each two.
 ROWS = [0, 1, 2, 4, 8, *(1 << i | 1 << j for i, j in itertools.combinations(range(4), 2))]
-# Scores are squared, scaled to [0, 1] and set apart in levels, so that no sum of a lower level
-# passes one place of a higher: what must stay, what may stay, what must not.
+# What a place is worth: its score squared, in parts of the largest of its block, if it may stay. No
+# sum of 8 such reaches half of what one place is worth that must stay, or must not.
 MUST, MUST_NOT = 32.0, -1024.0
 CPU_BLOCKS, GPU_BLOCKS = 2**10, 2**16  # looked at together: their sums fit a cache, or the memory
 
@@ -53,8 +53,8 @@ def largest(layers: dict[str, Tensor], count: int) -> dict[str, Tensor]:
     room = sum(b.room for b in best.values())
     if room < fitting:
         raise ValueError(
-            f"family: a two-way mask within what is stored keeps at most {room} places of "
-            f"{', '.join(layers)}, expected {fitting}"
+            f"family: a two-way mask within what is stored keeps at most {room} weights, "
+            f"expected {fitting}"
         )
     gains = {name: b.gains for name, b in best.items()}
     chosen = largest_of_each(gains, fitting)
@@ -92,19 +92,23 @@ class Best:
     largest sum of squares.
 
     A score of inf (or NaN) must stay if anything can, one of -inf is not there. `scale` is the
-    score to compare others with, where there are several layers: by default the largest.
+    largest of the other scores, of all layers that are compared.
 
     gains: float64 [blocks, 8], what a block gains by its first place, by its second, ...: never
-        more than by the one before, and NONE where nothing is left that may stay.
+        more than by the one before, and NONE or less where nothing is left that may stay.
     """
 
     NONE = MUST_NOT / 2
 
     def __init__(self, scores: Tensor, scale: float | None = None) -> None:
         self.scores = scores
-        self.scale = largest_finite(scores) if scale is None else scale
-        gains = [_best_sums(part).diff(dim=0).cummin(0).values.t() for _, part in self._parts()]
-        self.gains = torch.cat(gains) if gains else scores.new_empty(0, MOST, dtype=torch.float64)
+        scale = largest_finite(scores) if scale is None else scale
+        gains = [scores.new_empty(MOST, 0, dtype=torch.float64)]
+        for _, worth, unit in self._parts():
+            gain = _best_sums(worth).diff(dim=0)
+            level = (gain / MUST).round_() * MUST
+            gains.append(((gain - level) * (unit / scale).square() + level).cummin(0).values)
+        self.gains = torch.cat(gains, dim=1).t().contiguous()
 
     @property
     def room(self) -> int:
@@ -115,32 +119,35 @@ class Best:
         """The best mask, bool [N, K], of these many places in each block: int64 [blocks]."""
         n, k = self.scores.shape
         mask = torch.empty(n, k, dtype=torch.bool, device=self.scores.device)
-        for rows, part in self._parts():
-            size = part.shape[1]
-            bits = _best_bits(part, counts[:size])
-            counts = counts[size:]
+        for rows, worth, _ in self._parts():
+            of_part, counts = counts.tensor_split([worth.shape[1]])
+            bits = _best_bits(worth, of_part)
             places = (bits >> torch.arange(16, device=bits.device)[:, None] & 1).bool()
             height = mask[rows].shape[0]
             blocks = places.view(4, 4, -(-height // 4), -(-k // 4)).permute(2, 0, 3, 1)
             mask[rows] = blocks.reshape(-1, -(-k // 4) * 4)[:height, :k]
         return mask
 
-    def _parts(self) -> Iterator[tuple[slice, Tensor]]:
-        """Slices of rows, and the worth of the places of their blocks: float64 [16, blocks]."""
+    def _parts(self) -> Iterator[tuple[slice, Tensor, Tensor]]:
+        """Slices of rows; what the places of their blocks are worth, float64 [16, blocks]; and in
+        which unit, the largest score of each block."""
         n, k = self.scores.shape
         height = max(1, GPU_BLOCKS // max(1, -(-k // 4))) * 4
         for first in range(0, n, height):
             rows = slice(first, min(first + height, n))
-            worth = self._worth(self.scores[rows])
-            short = -worth.shape[0] % 4, -k % 4
-            worth = torch.nn.functional.pad(worth, (0, short[1], 0, short[0]), value=MUST_NOT)
-            blocks = worth.view(worth.shape[0] // 4, 4, worth.shape[1] // 4, 4)
-            yield rows, blocks.permute(1, 3, 0, 2).reshape(16, -1)
+            scores = self.scores[rows].double()
+            rest = (0, -k % 4, 0, -scores.shape[0] % 4)
+            padded = torch.nn.functional.pad(scores, rest, value=-torch.inf)
+            blocks = padded.unflatten(1, (-1, 4)).unflatten(0, (-1, 4))  # [bands, 4, cols, 4]
+            yield rows, *_worth(blocks.permute(1, 3, 0, 2).reshape(16, -1))
 
-    def _worth(self, scores: Tensor) -> Tensor:
-        worth = (scores.double() / self.scale).square_()
-        worth.masked_fill_((scores == torch.inf) | scores.isnan(), MUST)
-        return worth.masked_fill_(scores == -torch.inf, MUST_NOT)
+
+def _worth(scores: Tensor) -> tuple[Tensor, Tensor]:
+    unit = scores.abs().nan_to_num_(0, 0, 0).amax(0)
+    unit.masked_fill_(unit == 0, 1)
+    worth = (scores / unit).square_()
+    worth.masked_fill_((scores == torch.inf) | scores.isnan(), MUST)
+    return worth.masked_fill_(scores == -torch.inf, MUST_NOT), unit
 
 
 def largest_finite(*scores: Tensor) -> float:

@@ -78,17 +78,22 @@ def are_two_way(model) -> bool:
     return all(is_two_way(m.row_offsets, m.col_indices, m.in_features) for m in layers)
 
 
-def run(algorithm, model=None, steps: int = 9) -> tuple[nn.Module, list[dict[str, set[int]]]]:
-    """The model after some steps, and the patterns before them and after each."""
-    model = algorithm.apply(model or Net())
-    optimizer = algorithm.apply(torch.optim.AdamW(model.parameters(), lr=1e-2))
-    seen = [patterns(model)]
-    for step in range(steps):
+def steps(model, optimizer, numbers: range) -> list[dict[str, set[int]]]:
+    """The patterns after each of these steps."""
+    seen = []
+    for step in numbers:
         optimizer.zero_grad()
         (model(batch(step)) - batch(step)[:, :7].sin()).square().mean().backward()
         optimizer.step()
         seen.append(patterns(model))
-    return model, seen
+    return seen
+
+
+def run(algorithm, number: int = 9) -> tuple[nn.Module, list[dict[str, set[int]]]]:
+    """A model after some steps, and the patterns before them and after each."""
+    model = algorithm.apply(Net())
+    optimizer = algorithm.apply(torch.optim.AdamW(model.parameters(), lr=1e-2))
+    return model, [patterns(model), *steps(model, optimizer, range(number))]
 
 
 def test_every_algorithm_is_here():
@@ -136,7 +141,7 @@ def test_what_gmp_removes_stays_removed(family, distribution, init_method):
     how = {"distribution": distribution, "family": family}
     algorithm = GMP(schedule, init_method, update={}, **how)
     algorithm.check(8)
-    model, seen = run(algorithm, steps=8)
+    model, seen = run(algorithm, 8)
     total = sum(n * k for n, k in SIZES.values())
     for step, (before, after) in enumerate(zip([seen[0], *seen], seen, strict=False)):
         assert all(after[name] <= before[name] for name in SIZES)
@@ -186,11 +191,11 @@ def test_sparsegpt_takes_whole_blocks_of_columns(family, monkeypatch):
 @both
 def test_a_schedule_that_falls_lets_weights_grow(family):
     algorithm = GMP([0.9, 0.7, 0.5, 0.75], update={"freq": 1}, family=family)
-    model, seen = run(algorithm, steps=3)
+    model, seen = run(algorithm, 3)
     assert [len(of["up"]) for of in seen] == [86, 259, 432, 216]
     assert seen[0]["up"] <= seen[1]["up"] and seen[3]["up"] <= seen[2]["up"]
     dynamic = SET([0.9, 0.7, 0.5], update={"freq": 1}, drop_fraction=0.1, family=family)
-    model, seen = run(dynamic, steps=2)
+    model, seen = run(dynamic, 2)
     assert [len(of["up"]) for of in seen] == [86, 259, 432]
     assert family == "unstructured" or are_two_way(model)
 
@@ -199,7 +204,7 @@ def test_a_dynamic_pattern_that_begins_dense():
     for make in (SET, RigL):
         with pytest.warns(UserWarning, match="dense until the first update"):
             algorithm = make(0.75, update={"freq": 1, "start": 1}, family="two-way")
-            model, seen = run(algorithm, steps=6)
+            model, seen = run(algorithm, 6)
         assert [len(of["up"]) for of in seen] == [864, 605, 423, 296, 216, 216, 216]
         assert are_two_way(model)
 
@@ -275,7 +280,7 @@ def test_a_block_with_a_family(tmp_path):
 
 def test_an_algorithms_state_has_its_family():
     algorithm = MAKERS["gmp"](family="two-way")
-    run(algorithm, steps=3)
+    run(algorithm, 3)
     state = algorithm.state_dict()
     assert state == {"steps": 3, "family": "two-way"} and Static(0.5).state_dict() == {"steps": 0}
     again = MAKERS["gmp"](family="two-way")
@@ -286,6 +291,26 @@ def test_an_algorithms_state_has_its_family():
         MAKERS["gmp"]().load_state_dict(state)
     with pytest.raises(ValueError, match="family: expected two-way, got .* unstructured"):
         again.load_state_dict({"steps": 3})
+
+
+@both
+@pytest.mark.parametrize("name", ["gmp", "set", "rigl", "iterative"])
+@pytest.mark.parametrize("stop", [3, 6])
+def test_a_run_goes_on_where_it_was_stopped(name, family, stop):
+    """Also on its way to a two-way mask, with more than half of the weights."""
+    whole = run(MAKERS[name](family=family))[1]
+    algorithm = MAKERS[name](family=family)
+    model = algorithm.apply(Net())
+    optimizer = algorithm.apply(torch.optim.AdamW(model.parameters(), lr=1e-2))
+    steps(model, optimizer, range(stop))
+    again = MAKERS[name](family=family)
+    loaded = again.apply(copy.deepcopy(model))
+    follower = torch.optim.AdamW(loaded.parameters(), lr=1e-2)
+    follower.load_state_dict(optimizer.state_dict())
+    again.apply(follower)
+    again.load_state_dict(algorithm.state_dict())
+    steps(loaded, follower, range(stop, 9))
+    assert patterns(loaded) == whole[-1]
 
 
 @pytest.mark.parametrize(

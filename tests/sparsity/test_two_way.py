@@ -203,6 +203,17 @@ def test_equals_infinite_and_nan():
     assert torch.equal(tiny, two_way.largest({"": scores.nan_to_num(0, 0)}, 5)[""])
 
 
+def test_one_huge_score_does_not_blur_the_others():
+    """Not even where something must stay: each block is weighed by its own scores."""
+    scores = randn(12, 12, 0).abs()
+    scores[0, 5] = scores[9, 9] = math.inf
+    want = two_way.largest({"": scores}, 41)[""]
+    scores[:4, :4] = 0
+    scores[1, 1] = 1e15
+    got = two_way.largest({"": scores}, 41 + 1 - int(want[:4, :4].sum()))[""]
+    assert got[1, 1] and torch.equal(got[4:], want[4:]) and torch.equal(got[:, 4:], want[:, 4:])
+
+
 # Beside what stays
 
 
