@@ -60,8 +60,9 @@ def largest(layers: dict[str, Tensor], count: int) -> dict[str, Tensor]:
     chosen = largest_of_each(gains, fitting)
     masks = {}
     for name, b in best.items():
-        of_block = (chosen[name] // MOST).bincount(minlength=b.gains.shape[0])
-        masks[name] = b.mask(of_block)
+        blocks = b.gains.shape[:2]
+        counts = (chosen[name] // MOST).bincount(minlength=blocks.numel())
+        masks[name] = b.mask(counts.view(blocks))
     if count > fitting:
         others = {
             name: scores.masked_fill(masks[name], -torch.inf) for name, scores in layers.items()
@@ -72,16 +73,16 @@ def largest(layers: dict[str, Tensor], count: int) -> dict[str, Tensor]:
 
 
 def largest_of_bands(scores: Tensor, counts: Tensor) -> Tensor:
-    """The same for one layer and a count for each row of blocks, int64 [ceil(N / 4)]."""
+    """The same for one layer and a count for each row of blocks, int64 [bands]."""
     best = Best(scores)
-    gains = best.gains.view(counts.shape[0], -1)
+    gains = best.gains.flatten(1)
     short = ((gains > best.NONE).sum(1) < counts).nonzero().flatten().tolist()
     if short:
         raise ValueError(
             f"family: a two-way mask within what is stored has no room for {int(counts[short[0]])} "
             f"weights in rows {4 * short[0]} to {4 * short[0] + 3}"
         )
-    return best.mask(largest_of_rows(gains, counts).view(-1, MOST).sum(1))
+    return best.mask(largest_of_rows(gains, counts).view(best.gains.shape).sum(2))
 
 
 # The best masks
@@ -94,8 +95,8 @@ class Best:
     A score of inf (or NaN) must stay if anything can, one of -inf is not there. `scale` is the
     largest of the other scores, of all layers that are compared.
 
-    gains: float64 [blocks, 8], what a block gains by its first place, by its second, ...: never
-        more than by the one before, and NONE or less where nothing is left that may stay.
+    gains: float64 [bands, cols, 8], what each block gains by its first place, by its second, ...:
+        never more than by the one before, and NONE or less where nothing is left that may stay.
     """
 
     NONE = MUST_NOT / 2
@@ -103,12 +104,13 @@ class Best:
     def __init__(self, scores: Tensor, scale: float | None = None) -> None:
         self.scores = scores
         scale = largest_finite(scores) if scale is None else scale
-        gains = [scores.new_empty(MOST, 0, dtype=torch.float64)]
-        for _, worth, unit in self._parts():
+        bands, cols = (-(-size // 4) for size in scores.shape)
+        self.gains = scores.new_empty(bands, cols, MOST, dtype=torch.float64)
+        for part, worth, unit in self._parts():
             gain = _best_sums(worth).diff(dim=0)
             level = (gain / MUST).round_() * MUST
-            gains.append(((gain - level) * (unit / scale).square() + level).cummin(0).values)
-        self.gains = torch.cat(gains, dim=1).t().contiguous()
+            gain = ((gain - level) * (unit / scale).square() + level).cummin(0).values
+            self.gains[part] = gain.t().view(-1, cols, MOST)
 
     @property
     def room(self) -> int:
@@ -116,30 +118,29 @@ class Best:
         return int((self.gains > self.NONE).sum())
 
     def mask(self, counts: Tensor) -> Tensor:
-        """The best mask, bool [N, K], of these many places in each block: int64 [blocks]."""
-        n, k = self.scores.shape
-        mask = torch.empty(n, k, dtype=torch.bool, device=self.scores.device)
-        for rows, worth, _ in self._parts():
-            of_part, counts = counts.tensor_split([worth.shape[1]])
-            bits = _best_bits(worth, of_part)
-            places = (bits >> torch.arange(16, device=bits.device)[:, None] & 1).bool()
-            height = mask[rows].shape[0]
-            blocks = places.view(4, 4, -(-height // 4), -(-k // 4)).permute(2, 0, 3, 1)
-            mask[rows] = blocks.reshape(-1, -(-k // 4) * 4)[:height, :k]
-        return mask
+        """The best mask, bool [N, K], of these many places in each block: int64 [bands, cols]."""
+        (n, k), (bands, cols) = self.scores.shape, counts.shape
+        mask = self.scores.new_empty(bands * 4, cols * 4, dtype=torch.bool)
+        blocks = mask.view(bands, 4, cols, 4).permute(1, 3, 0, 2)  # as in _parts
+        for part, worth, _ in self._parts():
+            bits = _best_bits(worth, counts[part].flatten()).view(-1, cols)
+            shifts = torch.arange(16, device=bits.device).view(4, 4, 1, 1)
+            blocks[:, :, part] = (bits >> shifts & 1).bool()
+        return mask[:n, :k].contiguous()
 
     def _parts(self) -> Iterator[tuple[slice, Tensor, Tensor]]:
-        """Slices of rows; what the places of their blocks are worth, float64 [16, blocks]; and in
-        which unit, the largest score of each block."""
+        """Some rows of blocks; what their places are worth, float64 [16, blocks]; and in which
+        unit, the largest score of each block."""
         n, k = self.scores.shape
-        height = max(1, GPU_BLOCKS // max(1, -(-k // 4))) * 4
-        for first in range(0, n, height):
-            rows = slice(first, min(first + height, n))
-            scores = self.scores[rows].double()
-            rest = (0, -k % 4, 0, -scores.shape[0] % 4)
+        bands, cols = -(-n // 4), -(-k // 4)
+        together = max(1, GPU_BLOCKS // max(1, cols))
+        for first in range(0, bands, together):
+            part = slice(first, min(first + together, bands))
+            scores = self.scores[4 * part.start : 4 * part.stop].double()
+            rest = (0, 4 * cols - k, 0, -scores.shape[0] % 4)
             padded = torch.nn.functional.pad(scores, rest, value=-torch.inf)
-            blocks = padded.unflatten(1, (-1, 4)).unflatten(0, (-1, 4))  # [bands, 4, cols, 4]
-            yield rows, *_worth(blocks.permute(1, 3, 0, 2).reshape(16, -1))
+            blocks = padded.view(-1, 4, cols, 4).permute(1, 3, 0, 2)  # [4, 4, bands, cols]
+            yield part, *_worth(blocks.reshape(16, -1))
 
 
 def _worth(scores: Tensor) -> tuple[Tensor, Tensor]:

@@ -157,7 +157,7 @@ def test_the_largest_sum_of_squares_of_any_count(n, k, share, stored, seed):
 @given(st.integers(1, 9), st.integers(1, 9), seeds)
 def test_gains_never_grow(n, k, seed):
     gains = two_way.Best(randn(n, k, seed)).gains
-    assert (gains.diff(dim=1) <= 0).all()
+    assert (gains.diff(dim=2) <= 0).all()
 
 
 def test_several_layers_share_one_budget():
