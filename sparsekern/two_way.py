@@ -17,8 +17,8 @@ CHUNK = 2**22  # entries looked at together
 def is_two_way(row_offsets: Tensor, col_indices: Tensor, k: int) -> bool:
     """Whether a checked CSR pattern with K columns is two-way, however it came about.
 
-    O(nnz) work and, for rows of about the same nnz, a bounded number of entries at a time; the
-    first ones that are too many end it. It waits for the GPU that holds the pattern.
+    O(nnz), but for sorting, and if rows have about the same nnz in bounded memory. The first place
+    too many ends it. It waits for the GPU that holds the pattern.
     """
     n, nnz = row_offsets.shape[0] - 1, col_indices.shape[0]
     rows = max(1, CHUNK * n // max(1, nnz) // 4) * 4
