@@ -137,9 +137,9 @@ def few_tokens_on_a_gpu(view: View) -> Section | None:
         panels.append(Panel(title, plots.speedups(shapes), [result]))
     return Section(
         f"Few tokens on a GPU: {_gains(found)}",
-        f"{result.about}. Geometric means over {len(panels[-1].figure.axes[0].lines) - 2} shapes, "
-        "weights from memory, replays of a CUDA graph. Large matrices gain most, and the mean "
-        "hides it: so each shape stands for itself beside it.",
+        f"{result.about}. Geometric means over {len(shapes)} shapes, weights from memory, replays "
+        "of a CUDA graph. The mean hides how far the sizes are apart: each shape stands for itself "
+        "beside it.",
         panels,
     )
 
