@@ -299,7 +299,7 @@ def visible_gpus() -> list[str]:
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--out", type=Path, required=True, help="small: results, page, plot")
+    parser.add_argument("--out", type=Path, required=True, help="small: results, page, plots")
     parser.add_argument("--work", type=Path, required=True, help="large: tokens, checkpoints")
     parser.add_argument("--preset", choices=PRESETS, default="h200")
     for name in ("pretrain", "finetune"):
@@ -322,13 +322,12 @@ def main() -> int:
         left = experiments.make(gpus, per_gpu, experiments.began + 60 * options.minutes)
     finally:
         experiments.save()
-    picture = "experiments.png"
+    pictures: list[str] = []
     try:
-        plot(experiments.results, options.out / picture)
+        pictures = plot(experiments.results, options.out)
     except ImportError as error:
         print(f"no plot: {error}")
-        picture = ""
-    (options.out / "experiments.md").write_text(page(experiments.results, preset.cap(), picture))
+    (options.out / "experiments.md").write_text(page(experiments.results, preset.cap(), pictures))
     if left:
         print(f"out of time: before {left}; call again to continue")
     elif experiments.failed:

@@ -3,12 +3,15 @@
 import io
 from collections.abc import Callable, Iterable
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-from PIL import Image
-
-from sparsekern.bench.records import select, sparsities_of
+from sparsekern.bench import records
+from sparsekern.bench.records import Run, select, sparsities_of
 from sparsekern.files import atomic_write
 from sparsekern.terminal import table
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
 
 RESULTS = Path(__file__).parent / "results"
 NOT_RUN = "Not run."
@@ -34,6 +37,8 @@ def by_sparsity(
 
 def write_plot(figure, path: Path) -> None:
     """A PNG of 256 colours: a third of the bytes, and nothing that an eye would miss."""
+    from PIL import Image  # comes with matplotlib; no table needs it
+
     whole, small = io.BytesIO(), io.BytesIO()
     figure.savefig(whole, format="png", dpi=120)
     Image.open(whole).convert("RGB").quantize(COLOURS, dither=Image.Dither.NONE).save(
@@ -41,6 +46,23 @@ def write_plot(figure, path: Path) -> None:
     )
     with atomic_write(path) as file:
         file.write(small.getvalue())
+
+
+def publish(folder: Path, name: str, run: Run, text: str, figure: "Figure | None") -> None:
+    """The table, its page, and the plot where there is one."""
+    records.write(folder / f"{name}{records.SUFFIX}", run.about, run.records)
+    (folder / f"{name}.md").write_text(text)
+    if figure:
+        write_plot(figure, folder / f"{name}.png")
+
+
+def update(page: Path, markers: tuple[str, str], name: str, summary: str, about: str) -> None:
+    """The section in docs/ of a run: its summary, and links to its page and plot."""
+    path = f"bench/results/{name}"
+    link = f"../{path}"  # from docs/
+    details = f"Details: [{path}.md]({link}.md)."
+    plot = f"![times faster than dense, by sparsity]({link}.png)"
+    replace_section(page, markers, f"{summary}\n\n{about} {details}\n\n{plot}")
 
 
 def replace_section(page: Path, markers: tuple[str, str], text: str) -> None:
@@ -51,12 +73,3 @@ def replace_section(page: Path, markers: tuple[str, str], text: str) -> None:
     begin, end = markers
     before, rest = whole.split(begin)
     page.write_text(f"{before}{begin}\n{text}\n{end}{rest.split(end)[1]}")
-
-
-def details(name: str) -> str:
-    """A link to the page of a result, and its plot."""
-    path = f"bench/results/{name}"
-    link = f"../{path}"  # from docs/
-    return (
-        f"Details: [{path}.md]({link}.md).\n\n![times faster than dense, by sparsity]({link}.png)"
-    )

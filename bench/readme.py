@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 import pages
 
 from sparsekern.bench import records
-from sparsekern.bench.rates import derive
+from sparsekern.bench.rates import derived
 from sparsekern.report.demo import COLOURS, MARKERS
 from sparsekern.terminal import table
 
@@ -99,13 +99,11 @@ ROWS = (
 
 def cases(file: str, kernel: str | None) -> list[dict]:
     """Measurements with `speedup` of this kernel, or of our fastest, over the best dense call."""
-    derived = map(derive, records.cases(records.read(BENCH / "results" / f"{file}.csv").records))
+    found = derived(records.read(BENCH / "results" / f"{file}.csv"))
     if kernel is None:
-        return [case for case in derived if "speedup" in case]
+        return [case for case in found if "speedup" in case]
     return [
-        case | {"speedup": case["speedups"][kernel]}
-        for case in derived
-        if kernel in case["speedups"]
+        case | {"speedup": case["speedups"][kernel]} for case in found if kernel in case["speedups"]
     ]
 
 

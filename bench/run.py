@@ -24,7 +24,7 @@ import tables
 from sparsekern.bench import machine, records
 from sparsekern.bench.products import COLD_BYTES
 from sparsekern.bench.race import CORES
-from sparsekern.bench.rates import derive
+from sparsekern.bench.rates import derived
 from sparsekern.bench.records import Run
 from sparsekern.report import plots
 
@@ -140,23 +140,15 @@ def page(name: str, run: Run) -> str:
     return "".join(each for each in sections if pages.NOT_RUN not in each).rstrip() + "\n"
 
 
-def derived(run: Run) -> list[dict]:
-    return [derive(case) for case in records.cases(run.records)]
-
-
 def update_page(name: str, run: Run) -> None:
     summary = tables.summary(derived(run), SUMMARY)
-    text = f"{summary}\n\n{machine.in_words(run.about, 'fp32')} {pages.details(name)}"
-    pages.replace_section(PAGE, MARKERS, text)
+    pages.update(PAGE, MARKERS, name, summary, machine.in_words(run.about, "fp32"))
 
 
 def write(folder: Path, name: str, run: Run) -> None:
-    """The table and what is made of it."""
-    records.write(folder / f"{name}{records.SUFFIX}", run.about, run.records)
-    (folder / f"{name}.md").write_text(page(name, run))
-    if "part" not in run.about:
-        figure = plots.speedup(tables.passes(derived(run)))
-        pages.write_plot(figure, folder / f"{name}.png")
+    is_whole = "part" not in run.about
+    figure = plots.speedups(tables.forward_curves(derived(run))) if is_whole else None
+    pages.publish(folder, name, run, page(name, run), figure)
 
 
 def main() -> int:

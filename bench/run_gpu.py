@@ -25,9 +25,10 @@ import torch
 from sparsekern.bench import ceilings, crossover, measure_gpu, peers_gpu, records, replay_gpu
 from sparsekern.bench.machine import about_cpu, about_gpu, about_run, gpu_under_load, in_words
 from sparsekern.bench.measure_gpu import Grid
-from sparsekern.bench.rates import derive
+from sparsekern.bench.rates import case_name, derive, derived
 from sparsekern.bench.records import Run, select
 from sparsekern.report import plots
+from sparsekern.report.curves import curves, tokens
 
 BENCH = Path(__file__).parent
 PARTIAL = BENCH.parent / "build" / "bench"
@@ -119,8 +120,9 @@ def measure(verb: str, grid: Grid, path: Path, commit: str | None, part: Part | 
         deadline = start + LIMIT_S
         for cell in measure_gpu.cells(grid, ways, clock, generator, deadline=deadline):
             cells.append(derive(cell))
+            found = ", ".join(f"{name} {ratio:.2f}" for name, ratio in cell["speedups"].items())
+            print(f"{time.monotonic() - start:4.0f} s {case_name(cell)}: {found}", flush=True)
             if cell["M"] == grid.tokens[-1]:
-                print(progress(cells[-len(grid.tokens) :], start), flush=True)
                 records.write(path, about, records.flat(cells))
     about["is_whole"] = len(cells) == wanted
     about["machine"]["under_load_at_end"] = gpu_under_load()
@@ -129,27 +131,9 @@ def measure(verb: str, grid: Grid, path: Path, commit: str | None, part: Part | 
     return records.read(path)
 
 
-def progress(cells: list[dict], start: float) -> str:
-    """One line for a W: times dense by tokens."""
-    first = cells[0]
-    parts = [
-        f"{c['M']}:" + ",".join(f"{name[:3]}{ratio:.2f}" for name, ratio in c["speedups"].items())
-        for c in cells
-    ]
-    what = f"{first['mask']} {first['N']}x{first['K']} {first['sparsity']:.0%}"
-    return f"{time.monotonic() - start:4.0f} s {what} {' '.join(parts)}"
-
-
-def cells_of(run: Run) -> list[dict]:
-    return [derive(cell) for cell in records.cases(run.records)]
-
-
-def copy_rate(about: dict) -> float:
-    return about["machine"]["ceilings"]["cuda"]["bytes_per_s"]["memory"]
-
-
 def page(name: str, run: Run) -> str:
-    cells, limit = cells_of(run), copy_rate(run.about)
+    cells = derived(run)
+    limit = run.about["machine"]["ceilings"]["cuda"]["bytes_per_s"]["memory"]
     names = ("summary", "competitors", "by_shape", "pruned", "triton")
     dtype = cells[0]["dtype"]
     return SECTIONS.format(
@@ -198,13 +182,15 @@ def publish(run: Run) -> None:
     """Write the table, page, plot and section of a decode run, or the data file of a crossover."""
     if not run.about["is_whole"] or "part" in run.about:
         raise SystemExit("bench-gpu: not published, since some cells were not run")
-    if tables_gpu.failures(cells_of(run)):
+    if tables_gpu.failures(derived(run)):
         raise SystemExit("bench-gpu: not published, since one of our kernels failed or was wrong")
     if run.about["benchmark"] == "decode":
-        name = name_of(run)
-        write_page(pages.RESULTS, name, run)
-        if run.records[0]["dtype"] == "bfloat16":
-            update_page(name, run)
+        name, cells, dtype = name_of(run), derived(run), run.records[0]["dtype"]
+        drawn = curves(select(cells, mask="random"), lambda cell: cell["M"], tokens)
+        pages.publish(pages.RESULTS, name, run, page(name, run), plots.speedups(drawn))
+        if dtype == "bfloat16":
+            about = in_words(run.about, dtype)
+            pages.update(PAGE, MARKERS, name, tables_gpu.summary(cells), about)
     else:
         update_crossover(run)
 
@@ -215,26 +201,12 @@ def name_of(run: Run) -> str:
     return f"{gpu}-{about['benchmark']}-{run.records[0]['dtype']}-{about['date']}"
 
 
-def write_page(folder: Path, name: str, run: Run) -> None:
-    records.write(folder / f"{name}{records.SUFFIX}", run.about, run.records)
-    (folder / f"{name}.md").write_text(page(name, run))
-    cells = [c for c in select(cells_of(run), mask="random") if "speedup" in c]
-    figure = plots.speedup({"geometric means of the shapes": cells})
-    pages.write_plot(figure, folder / f"{name}.png")
-
-
-def update_page(name: str, run: Run) -> None:
-    heading = in_words(run.about, run.records[0]["dtype"])
-    text = f"{tables_gpu.summary(cells_of(run))}\n\n{heading} {pages.details(name)}"
-    pages.replace_section(PAGE, MARKERS, text)
-
-
 def update_crossover(run: Run) -> None:
     """Replaces what the file says of this capability and dtype; the rest stays."""
     m, commit = run.about["machine"], run.about["commit"]["id"][:10]
     measured = f"{m['gpu']}, torch {m['torch']}, {run.about['date']}, commit {commit}"
     data = json.loads(CROSSOVER.read_text()) if CROSSOVER.exists() else {}
-    found = crossover.summarize(cells_of(run), measured)
+    found = crossover.summarize(derived(run), measured)
     data[m["capability"]] = data.get(m["capability"], {}) | found
     CROSSOVER.write_text(json.dumps(data, indent=1) + "\n")
 
@@ -290,7 +262,7 @@ def main(arguments: list[str]) -> int:
     if args.part:
         grid = part_of(grid, args.part)
     run = measure(args.verb, grid, path, args.commit, args.part)
-    cells = cells_of(run)
+    cells = derived(run)
     print(page(path.stem, run) if args.verb == "decode" else crossover.summarize(cells, ""))
     print(f"{len(cells)} cells in {run.about['seconds']:.0f} s: {path}")
     if bad := tables_gpu.failures(cells):

@@ -8,6 +8,7 @@ from grids import SHAPES
 from pages import Line, by_sparsity
 
 from sparsekern.bench.records import groups, select
+from sparsekern.report.curves import Curve, curves, tokens
 from sparsekern.terminal import table
 
 PASSES = {
@@ -142,12 +143,12 @@ def scalings(cases: list[dict]) -> list[tuple[dict, dict]]:
     return [(one[0], two[0]) for one, two in found if one and two]
 
 
-def passes(cases: list[dict]) -> dict[str, list[dict]]:
-    """For the plot: one thread, random masks in fp32. In cache a token says little of decoding."""
-    fields = {"threads": 1, "mask": "random", "dtype": "float32"}
+def forward_curves(cases: list[dict]) -> dict[str, Curve]:
+    """For the plot, by tokens: one thread, random masks in fp32. In cache a token says little of
+    decoding."""
+    fields = {"op": "spmm", "threads": 1, "mask": "random", "dtype": "float32"}
     shown = [c for c in select(standard(cases), **fields) if c["is_cold"] or c["M"] > 1]
-    found = {PASSES[op]: select(shown, op=op) for op in PRODUCTS[:3]}
-    return {name: chosen for name, chosen in found.items() if chosen}
+    return curves(shown, lambda case: case["M"], tokens)
 
 
 def steps(cases: list[dict]) -> str:

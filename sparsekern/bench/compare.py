@@ -6,7 +6,7 @@ from typing import NamedTuple
 
 from ..terminal import table
 from . import noise, records
-from .rates import case_name, derive
+from .rates import case_name, derived
 from .records import OURS
 
 
@@ -49,7 +49,7 @@ def load(path: Path) -> dict[str, Times]:
     except (FileNotFoundError, ValueError) as error:
         raise type(error)(f"compare: {error}") from error
     found = {}
-    for case in map(derive, records.cases(run.records)):
+    for case in derived(run):
         for who, way in case["ways"].items():
             if "dense_s" in case and way["kind"] == OURS and way["is_right"]:
                 dense = case["ways"][case["best_dense"]]

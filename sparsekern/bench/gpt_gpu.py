@@ -23,7 +23,7 @@ from ..indices import expand_rows
 from ..nn import SparseLinear, densify_, sparsify_
 from .measure_gpu import ROUNDS, attempt
 from .products import PASSES, kernels
-from .products_gpu import NAME, check_ours
+from .products_gpu import NAME
 from .records import DENSE, OURS
 from .replay_gpu import Clock, Contender, Runner, race
 
@@ -146,12 +146,3 @@ def _cell(step: Step, sparsity: float, model: GPT, ways: dict[str, dict]) -> dic
         "dense_flop": M * train_flops_per_token(config),
         "ways": ways,
     }
-
-
-def checked(cell: dict) -> dict:
-    """The cell. ArithmeticError where neither form of ours is right."""
-    own = [way for way in cell["ways"].values() if way["kind"] == OURS]
-    if not any(way["is_right"] for way in own):
-        place = f"train_step {cell['model']}-{cell['layers']}x{cell['width']}"
-        check_ours(own[0], f"{place}-{cell['sparsity']:.0%}")
-    return cell

@@ -28,7 +28,7 @@ from .measure_gpu import (
     weight,
 )
 from .peers_gpu import clone, in_csr
-from .products import PASSES, kernels, sampled_addmm, transpose, with_values
+from .products import sampled_addmm, transpose, with_values
 from .records import DENSE, OURS, SPARSE
 from .replay_gpu import Clock, Contender, Runner, race
 
@@ -186,20 +186,3 @@ def _cell(
         "is_cold": op != "linear",
         "ways": race(runners, exact, TOLERANCE[dtype], clock, ROUNDS) | failed,
     }
-
-
-def checked(cell: dict) -> dict:
-    """The cell with the names of our kernels. ArithmeticError where ours failed or is wrong."""
-    own = cell["ways"][NAME]
-    check_ours(own, f"{cell['op']} {cell['N']}x{cell['K']}-M{cell['M']}-{cell['sparsity']:.0%}")
-    own.pop("bytes", None)  # of CSR, which is not what is read
-    sizes = tuple(cell[name] for name in ("M", "N", "K", "nnz"))
-    own["kernel"] = kernels(PASSES[cell["op"]], "cuda", getattr(torch, cell["dtype"]), sizes)
-    return cell
-
-
-def check_ours(way: dict, place: str) -> None:
-    """ArithmeticError, which tells `place`, where it failed or is wrong."""
-    if not way["is_right"]:
-        reason = way.get("failed") or f"error {way['error']:.1e} against fp64"
-        raise ArithmeticError(f"{place}: {reason}")

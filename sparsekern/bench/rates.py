@@ -1,11 +1,16 @@
 """What follows from the times of a case: speed-ups, rates, and shares of the machine's ceilings."""
 
-from .records import DENSE, OURS, SPARSE
+from .records import DENSE, OURS, SPARSE, Run, cases
 
 MEMORY = "memory"
 PRODUCTS = {"spmm": 1, "spmm_t": 1, "sddmm": 1, "linear": 3}  # in an op
 ITEM_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
 INDEX_BYTES = {"cpu": 2, "cuda": 1}  # of a column, as the kernels store it
+
+
+def derived(run: Run) -> list[dict]:
+    """The cases of a table."""
+    return [derive(case) for case in cases(run.records)]
 
 
 def derive(case: dict, ceilings: dict | None = None) -> dict:
@@ -16,6 +21,8 @@ def derive(case: dict, ceilings: dict | None = None) -> dict:
     Medians are compared: round by round, all contenders met the same machine. Nobody who is wrong
     is the best. The case itself is changed.
     """
+    if case.get("op") in PRODUCTS:
+        case |= _counts(case)
     timed = {name: way for name, way in case["ways"].items() if "median_s" in way}
     dense = {n: w["median_s"] for n, w in timed.items() if w["kind"] == DENSE and w["is_right"]}
     if not dense:
@@ -37,31 +44,31 @@ def derive(case: dict, ceilings: dict | None = None) -> dict:
         case["ours"] = name = min(ours, key=ours.get)
         case |= {"ours_s": ours[name], "speedup": speedups[name]}
         case |= {"error": right[name]["error"], "kernel": right[name].get("kernel", name)}
-        if case["op"] in PRODUCTS:
-            case |= _counts(case, right[name].get("bytes"))
-        _add_rates(case, ceilings)
+        _add_rates(case, right[name].get("bytes"), ceilings)
     return case
 
 
-def _counts(case: dict, packed: int | None) -> dict:
-    """Moved are the values and column indices of W, or its packed bytes, and the activations of
-    both sides, each once."""
+def _counts(case: dict) -> dict:
     M, N, K, nnz, passes = *(case[name] for name in ("M", "N", "K", "nnz")), PRODUCTS[case["op"]]
     item = ITEM_BYTES[case["dtype"]]
-    weight = packed or nnz * (item + INDEX_BYTES[case["device"]])
     return {
         "density": nnz / (N * K),
         "dense_bytes": N * K * item,
         "passes": passes,
         "useful_flop": passes * 2 * M * nnz,
         "dense_flop": passes * 2 * M * N * K,
-        "moved_bytes": passes * (weight + M * (N + K) * item),
     }
 
 
-def _add_rates(case: dict, ceilings: dict | None) -> None:
-    """The level that the data comes from, and the shares that the rates are of the arithmetic
-    peak, of that level's bandwidth, and of what the two allow together (roofline)."""
+def _add_rates(case: dict, packed_bytes: int | None, ceilings: dict | None) -> None:
+    """Moved are the values and column indices of W, or its packed bytes, and the activations of
+    both sides, each once. With ceilings the level that the data comes from, and the shares that the
+    rates are of the arithmetic peak, of that level's bandwidth, and of what the two allow together
+    (roofline)."""
+    if "passes" in case:
+        M, N, K, item = *(case[name] for name in ("M", "N", "K")), ITEM_BYTES[case["dtype"]]
+        weight = packed_bytes or case["nnz"] * (item + INDEX_BYTES[case["device"]])
+        case["moved_bytes"] = case["passes"] * (weight + M * (N + K) * item)
     for count in ("useful_flop", "moved_bytes"):
         if count in case:
             case[f"{count}_per_s"] = case[count] / case["ours_s"]

@@ -115,10 +115,10 @@ def read(path: Path) -> Run:
     if not path.is_file():
         raise FileNotFoundError(f"{path} does not exist")
     try:
-        head, *lines = path.read_text().splitlines()
+        head, _, lines = path.read_text("utf-8").partition("\n")
         about = json.loads(head.removeprefix(MARK))
         shared = about.pop("shared")
-        columns, *rows = csv.reader(lines)
+        columns, *rows = csv.reader(io.StringIO(lines))
         types = [_read_bool if FIELDS[name] is bool else FIELDS[name] for name in columns]
         records = [
             shared

@@ -102,3 +102,36 @@ def add_times(results: dict) -> None:
         run["tokens_per_s"] = config["batch"] * config["context"] / step_s
         for evaluation in run["evaluations"]:
             evaluation["seconds"] = evaluation["step"] * step_s
+
+
+def trained(results: dict, kind: str = "pretrain") -> dict[float, dict[int, dict]]:
+    """Sparsity -> seed -> run; of fine-tunings at several rates the best. Runs that diverged are
+    left out."""
+    found: dict[float, dict[int, dict]] = {}
+    for key, run in results.items():
+        words = key.split()
+        if words[0] == kind and run["loss"] is not None:
+            seeds, seed = found.setdefault(float(words[1]), {}), int(words[3])
+            seeds[seed] = min(run, seeds.get(seed, run), key=lambda r: r["loss"])
+    return {sparsity: dict(sorted(seeds.items())) for sparsity, seeds in sorted(found.items())}
+
+
+def costs(runs: dict[float, dict[int, dict]]) -> dict[float, list[float]]:
+    """Sparsity -> loss above the dense run of the same seed, one for each seed that both have."""
+    dense = runs.get(0.0, {})
+    return {
+        s: [run["loss"] - dense[seed]["loss"] for seed, run in seeds.items() if seed in dense]
+        for s, seeds in runs.items()
+        if s
+    }
+
+
+def path(run: dict, spent: str) -> tuple[list[float], list[float]]:
+    """What was spent ('seconds', or 'flops' in 1e15) at each evaluation, and the losses; without
+    the first one, which would hide what differs."""
+    points = [point for point in run["evaluations"] if point["step"]]
+    if spent == "seconds":
+        x = [point["seconds"] for point in points]
+    else:
+        x = [1e-15 * run["flops"] * point["step"] / points[-1]["step"] for point in points]
+    return x, [point["loss"] for point in points]

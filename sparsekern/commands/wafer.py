@@ -8,7 +8,7 @@ from dataclasses import replace
 from pathlib import Path
 
 from ..bench import records
-from ..bench.rates import derive
+from ..bench.rates import derived
 from ..files import atomic_write
 from ..wafer import compare as comparing
 from ..wafer import plots, predict, sensitivity, sweep
@@ -232,10 +232,10 @@ def _run_compare(**options) -> None:
 def _measured(path: Path) -> list[dict]:
     """The cases of a table in which dense was timed too."""
     try:
-        cases = records.cases(records.read(path).records)
+        cases = derived(records.read(path))
     except (FileNotFoundError, ValueError) as error:
         raise type(error)(f"results: {error}") from error
-    return [case for case in map(derive, cases) if "speedups" in case]
+    return [case for case in cases if "speedups" in case]
 
 
 def _show(pair: comparing.Pair) -> None:

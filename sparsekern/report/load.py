@@ -5,7 +5,7 @@ from functools import cached_property
 from pathlib import Path
 
 from ..bench import records
-from ..bench.rates import derive
+from ..bench.rates import derived
 from ..bench.runs import nested
 
 PRODUCTS = "products"  # bench/run.py, python -m sparsekern bench
@@ -49,8 +49,8 @@ class Result:
         """The products and steps, each with `speedup` over the best dense call (bench/rates.py)."""
         if self.kind not in (PRODUCTS, CELLS):
             return []
-        derived = map(derive, records.cases(self.run.records))
-        return [case for case in derived if "speedup" in case and not case.get("is_noisy")]
+        found = derived(self.run)
+        return [case for case in found if "speedup" in case and not case.get("is_noisy")]
 
     def ceilings(self, threads: int) -> dict:
         """Measured in the same run; 0 threads: a GPU's."""
@@ -62,12 +62,12 @@ class Result:
         """The runs of experiments by their names, or those of generation, of each side the best."""
         if self.kind == EXPERIMENTS:
             return nested(self.run)
-        cases = records.cases(self.run.records) if self.kind == GENERATION else ()
+        cases = derived(self.run) if self.kind == GENERATION else ()
         return {"runs": [_generation(case) for case in cases]}
 
 
 def _generation(case: dict) -> dict:
-    best = {"dense": derive(case)["best_dense"], "sparse": case["ours"]}
+    best = {"dense": case["best_dense"], "sparse": case["ours"]}
     sides = {side: case["ways"][name] for side, name in best.items()}
     dense, sparse = sides.values()
     return {

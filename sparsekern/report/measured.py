@@ -4,6 +4,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from statistics import mean
 
+from ..bench import runs
 from ..bench.records import select
 from .load import EXPERIMENTS, GENERATION, Result
 
@@ -81,26 +82,10 @@ def generations(result: Result) -> list[Generation]:
 
 
 def trained(result: Result, kind: str = "pretrain") -> dict[float, dict[int, dict]]:
-    """Sparsity -> seed -> run of the experiments; of fine-tunings at several rates the best. Runs
-    that diverged are left out."""
-    found: dict[float, dict[int, dict]] = {}
-    for key, run in result.data.items() if result.kind == EXPERIMENTS else ():
-        words = key.split()
-        if words[0] == kind and "step_s" in run:
-            seeds = found.setdefault(float(words[1]), {})
-            seed = int(words[3])
-            seeds[seed] = min(run, seeds.get(seed, run), key=lambda r: r["loss"])
-    return dict(sorted(found.items()))
-
-
-def costs(runs: dict[float, dict[int, dict]]) -> dict[float, list[float]]:
-    """Sparsity -> loss above the dense run of the same seed, one for each seed that both have."""
-    dense = runs.get(0.0, {})
-    return {
-        s: [run["loss"] - dense[seed]["loss"] for seed, run in seeds.items() if seed in dense]
-        for s, seeds in runs.items()
-        if s
-    }
+    """The training runs of experiments (bench/runs.py) whose steps were timed."""
+    found = runs.trained(result.data, kind) if result.kind == EXPERIMENTS else {}
+    timed = {s: {n: r for n, r in seeds.items() if "step_s" in r} for s, seeds in found.items()}
+    return {s: seeds for s, seeds in timed.items() if seeds}
 
 
 def mean_cost(found: Sequence[float]) -> str:

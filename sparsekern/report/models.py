@@ -3,6 +3,7 @@
 from statistics import mean, median
 
 from ..bench.records import groups, select
+from ..bench.runs import costs, path
 from ..wafer import compare as wafer
 from ..wafer.machine import machine
 from ..wafer.sweep import FULL_TOKENS
@@ -94,28 +95,17 @@ def quality(view: View) -> Section | None:
         return None
     runs, tuned = measured.trained(result), measured.trained(result, "finetune")
     stages = {
-        "after pre-training": measured.costs(runs),
-        "after dense fine-tuning": measured.costs(tuned),
+        "after pre-training": costs(runs),
+        "after dense fine-tuning": costs(tuned),
     }
     stages = {name: {s: v for s, v in found.items() if v} for name, found in stages.items()}
     stages = {name: found for name, found in stages.items() if found}
     if not stages:
         return None
     first = {s: run[min(run)] for s, run in runs.items()}
-    paths = {
-        _arm(s): run["evaluations"][1:] for s, run in first.items()
-    }  # the first hides the rest
-    by_flops = {
-        _arm(s): (
-            [1e-15 * run["flops"] * p["step"] / run["evaluations"][-1]["step"] for p in points],
-            [p["loss"] for p in points],
-        )
-        for (s, run), points in zip(first.items(), paths.values(), strict=True)
-    }
-    by_time = {
-        name: ([p["seconds"] for p in points], [p["loss"] for p in points])
-        for name, points in paths.items()
-    }
+    by_flops, by_time = (
+        {_arm(s): path(run, spent) for s, run in first.items()} for spent in ("flops", "seconds")
+    )
     saved = {s: first[0.0]["flops"] / run["flops"] for s, run in first.items() if s}
     slower = [run["tokens_per_s"] / first[0.0]["tokens_per_s"] for s, run in first.items() if s]
     panels = [
@@ -131,15 +121,15 @@ def quality(view: View) -> Section | None:
             [result],
         ),
     ]
-    costs = stages.get("after pre-training", {})
-    parts = [f"{mean(found):.2f} nats at {s:.0%} zeros" for s, found in costs.items()]
+    above = stages.get("after pre-training", {})
+    parts = [f"{mean(found):.2f} nats at {s:.0%} zeros" for s, found in above.items()]
     rows = [
         [
             f"{s:.0%}",
             *(measured.mean_cost(each[s]) if s in each else "-" for each in stages.values()),
             f"{saved[s]:.2f}x",
         ]
-        for s in costs
+        for s in above
     ]
     return Section(
         f"Zeros cost quality: {', '.join(parts)}",

@@ -4,6 +4,7 @@ from collections.abc import Sequence
 from statistics import mean
 
 from ..bench.records import groups, select
+from ..bench.runs import costs
 from . import measured, plots
 from .curves import Curve, common, crossing, curve, plain, span
 from .load import Result
@@ -123,13 +124,13 @@ def cpu_curves(view: View) -> dict[str, Curve]:
 def _quality(view: View):
     if not view.experiments:
         return None
-    before = measured.costs(measured.trained(view.experiments)).get(0.75)
+    before = costs(measured.trained(view.experiments)).get(0.75)
     if not before:
         return None
     text = (
         f"Zeros are not free: a small GPT trained at 75% ends {mean(before):.2f} nats above dense"
     )
-    after = measured.costs(measured.trained(view.experiments, "finetune")).get(0.75)
+    after = costs(measured.trained(view.experiments, "finetune")).get(0.75)
     if after:
         text += f", and {mean(after):.2f} above it after dense fine-tuning"
     return f"{text}.", [view.experiments]

@@ -117,7 +117,8 @@ def test_tables_hold_geometric_means(bench):
 def test_results_are_a_page_a_plot_and_a_section(bench, monkeypatch, tmp_path):
     run = bench("run")
     peer = {"name": "absent", "layout": "its own", "missing": "no wheel"}
-    found = a_run(some_cases(), peers=[peer])
+    cases = [*some_cases(), measured("spmm", 256, 0.75, ours_s=1.0)]
+    found = a_run(cases, peers=[peer])
     run.write(tmp_path / "results", "a-cpu", found)
     page = (tmp_path / "results" / "a-cpu.md").read_text()
     assert "no wheel" in page and "Not run." not in page

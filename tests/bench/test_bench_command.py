@@ -24,6 +24,7 @@ from sparsekern.bench import (
 from sparsekern.bench.peers_gpu import torch_csr
 from sparsekern.bench.products import Workload
 from sparsekern.bench.race import ours, race
+from sparsekern.bench.work_gpu import checked
 from sparsekern.cli import main
 from sparsekern.kernels import crossover
 from sparsekern.kernels.cpu import panel
@@ -352,7 +353,7 @@ def gpu_cells(monkeypatch) -> list[dict]:
 
 
 def test_a_gpus_products_are_cases_like_a_cpus(gpu_cells):
-    made = [rates.derive(products_gpu.checked(cell)) for cell in gpu_cells]
+    made = [rates.derive(checked(cell)) for cell in gpu_cells]
     assert [rates.case_name(case) for case in made] == [
         f"{op} 24x16-M{M}-50%-GPU-bfloat16" + "-cold" * (op != "linear")
         for ops in (("spmm",), ("spmm_t", "sddmm"), ("linear",))
@@ -394,11 +395,15 @@ def test_a_peer_gets_no_gradient_that_takes_it_seconds(monkeypatch):
 def test_a_gpus_product_that_is_wrong_is_an_error(gpu_cells):
     for change, message in (
         ({"is_right": False, "error": 0.5}, "error 5.0e-01 against fp64"),
-        ({"is_right": False, "failed": "no such thing"}, "spmm 24x16-M1-50%: no such thing"),
+        (
+            {"is_right": False, "failed": "no such thing"},
+            "spmm 24x16-M1-50%-GPU.*: no such thing",
+        ),
     ):
+        change["kind"] = "ours"
         cell = gpu_cells[0] | {"ways": {**gpu_cells[0]["ways"], products_gpu.NAME: change}}
         with pytest.raises(ArithmeticError, match=message):
-            products_gpu.checked(cell)
+            checked(cell)
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="this machine has a GPU")

@@ -9,6 +9,7 @@ from test_bench_gpu import CallingClock
 
 from sparsekern.bench import gpt_gpu, measure, measure_gpu, records, work_gpu
 from sparsekern.bench.rates import case_name, derive
+from sparsekern.bench.work_gpu import checked
 from sparsekern.gpt.model import GPT, GPTConfig
 from sparsekern.gpt.train import compute_gradients
 from sparsekern.report import models
@@ -34,7 +35,7 @@ def gpt_cells(step: gpt_gpu.Step, **seconds: float) -> list[dict]:
 def test_a_gpts_step_is_a_case_that_the_report_reads(step, tmp_path):
     pytest.importorskip("matplotlib")
     cells = gpt_cells(step, **{"dense, compiled": 0.5, "sparsekern": 0.25})
-    made = [derive(gpt_gpu.checked(cell)) for cell in cells]
+    made = [derive(checked(cell)) for cell in cells]
     assert [case_name(case) for case in made] == [
         f"train_step tiny-M2-{s}-GPU-bfloat16" for s in ("50%", "75%")
     ]
@@ -65,8 +66,8 @@ def test_a_gpts_step_with_a_wrong_gradient_is_an_error(step, monkeypatch):
                 parameter.grad.zero_()
 
     monkeypatch.setattr(gpt_gpu, "compute_gradients", skips_a_layer)
-    with pytest.raises(ArithmeticError, match="tiny-1x16-50%: error .* against fp64"):
-        gpt_gpu.checked(gpt_cells(step)[0])
+    with pytest.raises(ArithmeticError, match="tiny-M2-50%-GPU-bfloat16: error .* against fp64"):
+        checked(gpt_cells(step)[0])
 
 
 def test_a_gpts_step_that_does_not_compile_is_named(step, monkeypatch):
@@ -75,7 +76,7 @@ def test_a_gpts_step_that_does_not_compile_is_named(step, monkeypatch):
             raise RuntimeError("no compiler")
 
     monkeypatch.setattr(gpt_gpu, "compiled_blocks", lambda model: Broken(model.config))
-    case = derive(gpt_gpu.checked(gpt_cells(step)[0]))
+    case = derive(checked(gpt_cells(step)[0]))
     failed = {name: way["failed"] for name, way in case["ways"].items() if "failed" in way}
     reason = "RuntimeError: no compiler"
     assert failed == {"dense, compiled": reason, "sparsekern, compiled": reason}
@@ -90,6 +91,7 @@ def test_all_that_a_gpu_measures_is_made(step, monkeypatch, tmp_path):
         grid = measure_gpu.Grid(((24, 16),), tokens, (0.5,), ("random",))
         monkeypatch.setattr(work_gpu, name, grid)
     names = {"no_grad": torch.no_grad, "Generator": lambda device: torch.Generator()}
+    names["bfloat16"] = torch.bfloat16
     names["device"] = lambda device: torch.device("cpu")
     names["cuda"] = SimpleNamespace(Stream=lambda: None, stream=lambda stream: nullcontext())
     monkeypatch.setattr(work_gpu, "torch", SimpleNamespace(**names))

@@ -89,8 +89,8 @@ def test_it_stops_continues_and_finishes(call, tmp_path, capsys):
     for title in ("Pre-training", "Dense fine-tuning", "Seeds", "Pruning the dense model", "Times"):
         assert f"## {title}" in page
     assert "## Runs that failed" not in page
-    is_plotted = (tmp_path / "out" / "experiments.png").exists()  # with matplotlib
-    assert ("](experiments.png)" in page) == is_plotted
+    is_plotted = (tmp_path / "out" / "experiments-flops.png").exists()  # with matplotlib
+    assert ("](experiments-flops.png)" in page) == is_plotted
     # Equal tokens, so FLOPs differ by sparsity alone.
     dense, sparse = (last[f"pretrain {sparsity} seed 0"] for sparsity in (0.0, 0.75))
     assert sparse["config"]["steps"] == dense["config"]["steps"]

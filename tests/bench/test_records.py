@@ -10,7 +10,7 @@ CASES = [
         **{"op": "spmm", "case": 'in "words", two', "M": 8, "sparsity": 0.5, "is_cold": is_cold},
         "ways": {
             "F.linear": {"kind": "dense", "median_s": 1.25e-6, "is_right": True},
-            "ours": {"kind": "ours", "failed": "no such\tthing", "is_right": False},
+            "ours": {"kind": "ours", "failed": "no such\tthing\nhere", "is_right": False},
         },
     }
     for is_cold in (True, False)
