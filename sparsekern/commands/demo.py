@@ -40,9 +40,10 @@ def run_demo(out: Path) -> None:
     shape, threads = f"{demo.KERNEL_N} x {demo.KERNEL_K}", demo.KERNEL_THREADS
     show("Kernels", demo_report.kernel_section(timings, shape, threads, missing))
 
-    print("\ntiming training steps", flush=True)
+    print()
     sparsities = {"dense": 0.0, "sparse": demo.SPARSITY}
-    steps = demo.time_steps(*(demo.train_config(out, s) for s in sparsities.values()), dense)
+    configs = [demo.train_config(out, s) for s in sparsities.values()]
+    steps = demo.time_steps(*configs, dense, say)
     show("One step, in turn", demo_report.steps_section(steps, demo.SPARSITY))
     count = demo.steps_in_time(steps["dense_s"] + steps["sparse_s"])
     runs = {}

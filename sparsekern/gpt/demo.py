@@ -40,7 +40,7 @@ from .train import METRICS, build_model, build_optimizer, compute_gradients
 LAYERS, WIDTH, HEADS, CONTEXT, BATCH = 3, 768, 12, 128, 8
 SPARSITY = 0.75
 STEPS = 60, 12  # at most and at least: as many as both runs take in TRAINING_S
-TRAINING_S = 45.0
+TRAINING_S = 30.0
 EVALUATIONS = 6
 THREADS = min(2, os.cpu_count() or 1)
 STEP_ROUNDS = 7, 3  # at most and at least: as many as take ROUNDS_S
@@ -123,15 +123,15 @@ def time_kernels(dense: dict[str, Linear], say: Callable[[str], None]) -> list[d
         if PACKED in dense:
             forward[PACKED] = partial(packed(dense_w, tokens), x_plain)
         training = {name: partial(products, library) for name, library in whole.items()}
+        say(f"timing forward, {tokens} tokens")
         with torch.no_grad():
             ours = {s: partial(linear, x, w) for s, w in sparse.items()}
             timed = interleaved_times(forward | ours, KERNEL_ROUNDS)
         rows.append(_row("forward", tokens, timed))
-        say(f"timed: forward, {tokens} tokens")
+        say(f"timing forward + backward, {tokens} tokens")
         ours = {s: partial(step, w) for s, w in sparse.items()}
         timed = interleaved_times(training | ours, KERNEL_ROUNDS)
         rows.append(_row("forward + backward", tokens, timed))
-        say(f"timed: forward + backward, {tokens} tokens")
     return rows
 
 
@@ -189,7 +189,9 @@ def train_in_subprocess(config: TrainConfig, library: str = TORCH) -> dict:
     return json.loads((out / METRICS).read_text()) | {"wall_s": wall_s}
 
 
-def time_steps(dense: TrainConfig, sparse: TrainConfig, found: Iterable[str]) -> dict:
+def time_steps(
+    dense: TrainConfig, sparse: TrainConfig, found: Iterable[str], say: Callable[[str], None]
+) -> dict:
     """One training step, dense and sparse in turn in one process, and what bounds the sparse one.
 
     Dense is F.linear and, where `found` has it, oneDNN; NumPy's pool of threads would disturb
@@ -207,13 +209,16 @@ def time_steps(dense: TrainConfig, sparse: TrainConfig, found: Iterable[str]) ->
         compute_gradients(models[name], *batch)
         optimizers[name].step()
 
-    seconds = _in_turn({name: partial(step, name) for name in models}, "training steps")
+    say(f"timing a training step, {', '.join(models)} in turn")
+    seconds = _in_turn({name: partial(step, name) for name in models})
     medians = {name: statistics.median(values) for name, values in seconds.items()}
     best = min(names, key=medians.get)
     layers = {n: m for n, m in models["sparse"].named_modules() if isinstance(m, SparseLinear)}
     rounds = len(seconds["sparse"])
+    say(f"timing the parts of the step by {best}")
     work = models[best], optimizers[best], batch, list(layers)
     parts = profile_step(*work, library=LIBRARIES[best], rounds=rounds)
+    say("timing the products of the linears, dense and sparse in turn")
     products = time_products(layers.values(), LIBRARIES[best])
     return {
         "dense": {name: medians[name] for name in names},
@@ -244,7 +249,7 @@ def time_products(layers: Iterable[SparseLinear], library: Linear) -> dict[str, 
         for each in steps[side]:
             each()
 
-    seconds = _in_turn({side: partial(run, side) for side in steps}, "products of the linears")
+    seconds = _in_turn({side: partial(run, side) for side in steps})
     return {side: statistics.median(values) for side, values in seconds.items()}
 
 
@@ -265,7 +270,7 @@ def predicted(parts: dict[str, float], products: dict[str, float], density: floa
     return rest + linears * products["sparse"] / products["dense"] + update * density
 
 
-def _in_turn(fns: dict[str, Callable[[], None]], unit: str) -> dict[str, list[float]]:
+def _in_turn(fns: dict[str, Callable[[], None]]) -> dict[str, list[float]]:
     """Seconds of each in rounds of all, after one round that is not counted."""
     seconds: dict[str, list[float]] = {name: [] for name in fns}
     most, least = STEP_ROUNDS
@@ -279,7 +284,7 @@ def _in_turn(fns: dict[str, Callable[[], None]], unit: str) -> dict[str, list[fl
         progress.advance()
         now = time.perf_counter()
         if now - said > SAY_S:
-            progress.line(f"timing {unit}: {i} of {most} rounds")
+            progress.line(f"round {i} of {most}")
             said = now
         if i >= least and now - started > ROUNDS_S:
             break

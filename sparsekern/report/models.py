@@ -109,14 +109,14 @@ def quality(view: View) -> Section | None:
     saved = {s: first[0.0]["flops"] / run["flops"] for s, run in first.items() if s}
     slower = [run["tokens_per_s"] / first[0.0]["tokens_per_s"] for s, run in first.items() if s]
     panels = [
-        Panel("Fine-tuning dense wins part of it back", plots.costs(stages), [result]),
+        Panel(_stages_title(stages), plots.costs(stages), [result]),
         Panel(
-            f"For the same loss fewer FLOPs; in all {span(saved.values())} times fewer",
+            f"In FLOPs: {span(saved.values())} times fewer in all",
             plots.losses(by_flops, "training FLOPs of stored weights (1e15)"),
             [result],
         ),
         Panel(
-            f"On this GPU it does not save the time: {span(slower)} of dense speed",
+            f"In time: {span(slower)} of dense speed",
             plots.losses(by_time, "seconds in training steps"),
             [result],
         ),
@@ -140,6 +140,13 @@ def quality(view: View) -> Section | None:
         ["zeros", *stages, "fewer FLOPs"],
         rows,
     )
+
+
+def _stages_title(stages: dict[str, dict[float, list[float]]]) -> str:
+    before, *after = stages.values()
+    if after and all(mean(after[0][s]) < mean(before[s]) for s in after[0].keys() & before.keys()):
+        return "Fine-tuning dense wins part of it back"
+    return "What zeros cost at the end"
 
 
 def _arm(sparsity: float) -> str:
