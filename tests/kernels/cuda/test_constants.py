@@ -46,14 +46,13 @@ MODULES["runs"] = runs
 
 @cache
 def numbers(file: str) -> dict[str, int]:
-    """The constexpr numbers of a source, and of those of csrc/cuda that it includes; of a name that
-    stands twice, the first. Those that a template's argument is in are left out."""
+    """The constexpr numbers of a source and of the .cuh that it includes; of a name that stands
+    twice, the first. Those that a template's argument is in are left out."""
     (path,) = CSRC.rglob(file)
     text = re.sub(r"//.*", "", path.read_text())
     found: dict[str, int] = {}
-    for name in re.findall(r'#include "([\w/.]+)"', text):
-        if (CSRC / "cuda" / name).exists():
-            found |= numbers(name)
+    for name in re.findall(r'#include "(\w+\.cuh)"', text):
+        found |= numbers(name)
     here = set()
     for line in re.findall(r"constexpr (?:int|unsigned) ([^;()]*=[^;]*);", text):
         for name, value in re.findall(r"(\w+) = ([^,]+)", line):
