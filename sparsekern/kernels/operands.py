@@ -11,12 +11,11 @@ try:
     from .. import _C
 
     _C.read_tensors_of(Tensor)
-    tokens, cast_all = _C.tokens, _C.cast_all
+    tokens = _C.tokens
 except (ImportError, AttributeError):  # not built, or a torch without the table that it reads
-    cast_all = None
 
     def tokens(*operands) -> None:
-        """None: look yourself."""
+        """M where nothing is to be checked any more; None here: look yourself."""
 
 
 _int32 = torch.int32
