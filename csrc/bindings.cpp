@@ -1,6 +1,7 @@
 // The only door between Python and C++: raw pointers, sizes and strides. Knows nothing of torch.
-// Shapes and types are checked in Python; pointers are trusted, but for null where something is to
-// be read: a storage that was freed below its tensor. The GIL is released in kernels.
+// Shapes and types are checked before (tensors.h, kernels/operands.py); pointers are trusted, but
+// for null where something is to be read: a storage that was freed below its tensor. The GIL is
+// released in kernels.
 #include <pybind11/pybind11.h>
 
 #include <cstdint>

@@ -77,6 +77,7 @@ struct Operand : DLTensor {
 int64_t find_tokens(PyObject* const* args, Py_ssize_t count) {
   if (!api || count < 8 || count % 2) return -1;
   const int64_t n = PyLong_AsLongLong(args[0]);
+  if (n < 0) return -1;
   Operand rows, cols, first{};
   if (!rows.read(args[1]) || !rows.is_indices() || rows.shape[0] - 1 != n) return -1;
   if (!cols.read(args[2]) || !cols.is_indices() || !cols.is_on_device_of(rows)) return -1;
@@ -97,7 +98,7 @@ int64_t find_tokens(PyObject* const* args, Py_ssize_t count) {
   return first.shape[0];
 }
 
-PyObject* tokens(PyObject*, PyObject* const* args, Py_ssize_t count) {
+PyObject* fitting_tokens(PyObject*, PyObject* const* args, Py_ssize_t count) {
   const int64_t m = find_tokens(args, count);
   if (m >= 0 && !PyErr_Occurred()) return PyLong_FromLongLong(m);
   PyErr_Clear();
@@ -107,10 +108,12 @@ PyObject* tokens(PyObject*, PyObject* const* args, Py_ssize_t count) {
 PyMethodDef functions[] = {
     {"read_tensors_of", read_tensors_of, METH_O,
      "Read the tensors of this type, torch.Tensor. AttributeError if it has no table for that."},
-    {"tokens", reinterpret_cast<PyCFunction>(reinterpret_cast<void*>(tokens)), METH_FASTCALL,
-     "tokens(n, row_offsets, col_indices, values, bias, outputs, x, width, ...): M if that is a\n"
-     "pattern of n rows, values are [nnz] or None, bias [outputs] or None, each x [M, width], all\n"
-     "of one dtype and on one device, and all lie contiguous in memory of their own; else None."},
+    {"fitting_tokens", reinterpret_cast<PyCFunction>(reinterpret_cast<void*>(fitting_tokens)),
+     METH_FASTCALL,
+     "fitting_tokens(n, row_offsets, col_indices, values, bias, outputs, x, width, ...): M if the\n"
+     "indices are a pattern of n rows, values are [nnz] or None, bias [outputs] or None, each x\n"
+     "[M, width], all of one dtype and on one device, each contiguous from the start of its\n"
+     "memory; else None."},
     {nullptr, nullptr, 0, nullptr}};
 
 }  // namespace
