@@ -3,8 +3,9 @@ so small that nothing else counts, ours and torch's in turn, in one thread.
 
     python bench/calls.py [--device cuda] [--out FOLDER]
 
-On a GPU it is the time of the host, which launches and does not wait; and, as a second table, what
-the look for infinities adds to a product of a W that is written out (replayed CUDA graphs).
+On a CPU it is the CPU time of the thread, so that what others run counts less. On a GPU it is the
+time of the host, which launches and does not wait; and, as a second table, what the look for
+infinities adds to a product of a W that is written out (replayed CUDA graphs).
 """
 
 import argparse
@@ -27,22 +28,26 @@ from sparsekern.kernels.table import pick
 from sparsekern.testing import random_csr
 
 SIZES = {"cpu": 8, "cuda": 64}
-BLOCKS, CALLS = 400, 100  # the fastest block counts: others share these cores
+BLOCKS, CALLS = 400, 100
 GRAPH_CALLS, REPLAYS = 20, 15
 
 
-def least_us(calls: dict[str, Callable[[], object]]) -> dict[str, float]:
-    """Microseconds of each call: the fastest of blocks that take turns."""
-    best = dict.fromkeys(calls, float("inf"))
+def block_us(calls: dict[str, Callable[[], object]], device: str) -> dict[str, dict[str, float]]:
+    """Microseconds of each call, in the fastest and in the median of blocks that take turns."""
+    clock = time.thread_time if device == "cpu" else time.perf_counter
+    blocks = {name: [] for name in calls}
     for _ in range(BLOCKS):
         for name, call in calls.items():
-            began = time.perf_counter()
+            began = clock()
             for _ in range(CALLS):
                 call()
-            best[name] = min(best[name], 1e6 * (time.perf_counter() - began) / CALLS)
-            if torch.cuda.is_available():
+            blocks[name].append(1e6 * (clock() - began) / CALLS)
+            if device == "cuda":
                 torch.cuda.synchronize()
-    return best
+    return {
+        "us": {name: min(times) for name, times in blocks.items()},
+        "median_us": {name: statistics.median(times) for name, times in blocks.items()},
+    }
 
 
 def layers(device: str, dtype: torch.dtype) -> tuple[nn.Linear, SparseLinear, SparseTensor]:
@@ -96,7 +101,7 @@ def host_times(device: str) -> Iterable[dict]:
     )
     for name, context, calls in cases:
         with context:
-            yield {"case": name, "us": least_us(calls), "error": error}
+            yield {"case": name, **block_us(calls, device), "error": error}
 
 
 def graph_us(call: Callable[[], object]) -> float:
@@ -137,13 +142,19 @@ def mend_times() -> Iterable[dict]:
             yield {"case": case, "us": {"without": without, "with": with_mend}}
 
 
+def cell(row: dict, name: str) -> str:
+    if name not in row["us"]:
+        return ""
+    median = f" ({row['median_us'][name]:.2f})" if "median_us" in row else ""
+    return f"{row['us'][name]:.2f}{median}"
+
+
 def table(title: str, rows: list[dict]) -> str:
     names = list(dict.fromkeys(name for row in rows for name in row["us"]))
     lines = [f"## {title}", "", f"| microseconds | {' | '.join(names)} |"]
     lines.append("|---|" + "---:|" * len(names))
     for row in rows:
-        cells = (f"{row['us'][name]:.2f}" if name in row["us"] else "" for name in names)
-        lines.append(f"| {row['case']} | {' | '.join(cells)} |")
+        lines.append(f"| {row['case']} | {' | '.join(cell(row, name) for name in names)} |")
     return "\n".join(lines)
 
 
@@ -166,8 +177,9 @@ def main() -> None:
     path.with_suffix(".json").write_text(json.dumps({**machine, "tables": tables}, indent=1))
     path.with_suffix(".md").write_text(
         f"# What a call costs beside its kernel\n\n`python bench/calls.py --device "
-        f"{arguments.device}`, commit {machine['commit']['id'][:7]}, fastest of {BLOCKS} blocks of "
-        f"{CALLS} calls that take turns, one thread; results checked against float64.\n\n{page}\n"
+        f"{arguments.device}`, commit {machine['commit']['id'][:7]}, fastest (median) of {BLOCKS} "
+        f"blocks of {CALLS} calls that take turns, one thread; results checked against float64."
+        f"\n\n{page}\n"
     )
     print(page)
 
