@@ -19,7 +19,6 @@ _hooks = getattr(torch._C._autograd, "_top_saved_tensors_default_hooks", lambda 
 _modes = torch._C._len_torch_dispatch_stack
 _is_compiling = torch.compiler.is_compiling
 _is_cache_enabled = torch.is_autocast_cache_enabled
-_is_cuda_initialized = torch.cuda.is_initialized
 _CAST = (torch.float32, torch.bfloat16, torch.float16)
 _PLAIN = (Tensor, torch.nn.Parameter)
 _CONVERT = {torch.bfloat16: Tensor.bfloat16, torch.float16: Tensor.half}  # 0.5 us less than to()
@@ -35,43 +34,47 @@ _sentinels: dict[int, Tensor] = {}
 
 def autocast(*tensors):
     """The operands as torch's autocast hands them to matmul: float64 is exempt. The second one says
-    on which device; others may be None."""
+    on which device; others may be None. A small layer pays for every line."""
     device = "cpu" if tensors[1].is_cpu else tensors[1].device.type
     # torch knows no autocast on the meta device, and raises.
     if device == "meta" or not torch.is_autocast_enabled(device):
         return tensors
     dtype = torch.get_autocast_dtype(device)
-    if dtype not in _CONVERT or _is_observed():
+    if dtype not in _CONVERT or _is_observed(device):
         return [_convert(t, dtype) for t in tensors]
     store = _stores.get(tensors[1].get_device())
     casts = None if store is None else store()
-    return [_cast(t, dtype, casts) for t in tensors]
+    results = []
+    for t in tensors:
+        kept = casts.get(id(t)) if casts else None
+        if kept is not None:
+            original, version, address, to, cast = kept
+            if (
+                original() is t
+                and to is dtype is not t.dtype
+                and t._version == version
+                and t.data_ptr() == address
+                and t.requires_grad
+            ):
+                results.append(cast)
+                continue
+        results.append(_cast(t, dtype, casts))
+    return results
 
 
-def _is_observed() -> bool:
+def _is_observed(device: str) -> bool:
     """Whether a cast belongs to whoever looks on, or torch would not keep one."""
     return (
         _is_compiling()
         or _modes() > 0
         or forward_ad._current_level >= 0
         or not _is_cache_enabled()
-        or (_is_cuda_initialized() and torch.cuda.is_current_stream_capturing())
+        or (device == "cuda" and torch.cuda.is_current_stream_capturing())
     )
 
 
 def _cast(t, dtype: torch.dtype, casts: _Casts | None):
-    kept = None if t is None or casts is None else casts.get(id(t))
-    if kept is not None:
-        original, version, address, cast = kept
-        if (
-            original() is t
-            and t.dtype is not dtype
-            and t.requires_grad
-            and t._version == version
-            and t.data_ptr() == address
-            and cast.dtype is dtype
-        ):
-            return cast
+    """A new cast, kept where t is a parameter."""
     if (
         type(t) not in _PLAIN
         or not t.requires_grad
@@ -90,7 +93,7 @@ def _cast(t, dtype: torch.dtype, casts: _Casts | None):
     version, address = t._version, t.data_ptr()
     with torch.inference_mode(False), torch.enable_grad():  # a cast outlives these modes
         cast = _convert(t, dtype)
-    casts[id(t)] = weakref.ref(t), version, address, cast
+    casts[id(t)] = weakref.ref(t), version, address, dtype, cast
     return cast
 
 
