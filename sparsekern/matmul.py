@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from . import ops
-from .casts import cast
+from .casts import autocast
 from .kernels.problem import Problem
 from .kernels.table import describe, pick
 from .sparse_sparse import sparse_times_sparse
@@ -215,16 +215,6 @@ def operands(func: Callable, x, values: Tensor, out: Tensor | None) -> tuple:
 
 
 _VECTOR_FUNCTIONS = (torch.mv, torch.addmv)
-
-
-def autocast(*tensors):
-    """The operands as torch's autocast hands them to matmul: float64 is exempt."""
-    device = "cpu" if tensors[1].is_cpu else tensors[1].device.type
-    # torch knows no autocast on the meta device, and raises.
-    if device == "meta" or not torch.is_autocast_enabled(device):
-        return tensors
-    dtype = torch.get_autocast_dtype(device)
-    return cast(tensors, dtype)
 
 
 def raise_as_torch(func: Callable, *args, **kwargs) -> NoReturn:
