@@ -27,7 +27,7 @@ struct DLPackExchangeAPI {
 
 PyTypeObject* tensor_type;
 const DLPackExchangeAPI* api;
-PyObject *storage_offset, *dtype, *requires_grad, *is_leaf, *version;  // names
+PyObject* storage_offset;  // the method's name
 
 PyObject* read_tensors_of(PyObject*, PyObject* type) {
   PyObject* capsule = PyObject_GetAttrString(type, "__dlpack_c_exchange_api__");
@@ -77,6 +77,7 @@ struct Operand : DLTensor {
 int64_t find_tokens(PyObject* const* args, Py_ssize_t count) {
   if (!api || count < 8 || count % 2) return -1;
   const int64_t n = PyLong_AsLongLong(args[0]);
+  if (n < 0) return -1;
   Operand rows, cols, first{};
   if (!rows.read(args[1]) || !rows.is_indices() || rows.shape[0] - 1 != n) return -1;
   if (!cols.read(args[2]) || !cols.is_indices() || !cols.is_on_device_of(rows)) return -1;
@@ -97,97 +98,29 @@ int64_t find_tokens(PyObject* const* args, Py_ssize_t count) {
   return first.shape[0];
 }
 
-PyObject* tokens(PyObject*, PyObject* const* args, Py_ssize_t count) {
+PyObject* fitting_tokens(PyObject*, PyObject* const* args, Py_ssize_t count) {
   const int64_t m = find_tokens(args, count);
   if (m >= 0 && !PyErr_Occurred()) return PyLong_FromLongLong(m);
   PyErr_Clear();
   Py_RETURN_NONE;
 }
 
-// Whether the attribute is there and `expected`.
-bool has(PyObject* object, PyObject* name, PyObject* expected) {
-  PyObject* value = PyObject_GetAttr(object, name);
-  if (!value) PyErr_Clear();
-  Py_XDECREF(value);
-  return value == expected;  // as addresses: both live elsewhere, too
-}
-
-// The cast that `casts`, {id: (weak reference, version, address, cast)}, has of a tensor and that
-// still holds; null where there is none, perhaps with Python's error set.
-PyObject* find_cast(PyObject* casts, PyObject* tensor, const DLTensor& t, PyObject* wanted) {
-  PyObject* id = PyLong_FromVoidPtr(tensor);
-  PyObject* entry = id ? PyDict_GetItemWithError(casts, id) : nullptr;
-  Py_XDECREF(id);
-  PyObject *reference, *kept;
-  long long then;
-  unsigned long long address;
-  if (!entry || !PyArg_ParseTuple(entry, "OLKO", &reference, &then, &address, &kept))
-    return nullptr;
-  Py_INCREF(entry);  // whatever becomes of casts
-  PyObject *alive = PyObject_CallNoArgs(reference), *now = PyObject_GetAttr(tensor, version);
-  const bool holds = alive == tensor && now && PyLong_AsLongLong(now) == then &&
-                     address == reinterpret_cast<uintptr_t>(t.data) && has(kept, dtype, wanted);
-  Py_XDECREF(alive);
-  Py_XDECREF(now);
-  if (holds) Py_INCREF(kept);
-  Py_DECREF(entry);
-  return holds ? kept : nullptr;
-}
-
-PyObject* cast(PyObject* tensor, PyObject* casts, PyObject* wanted, PyObject* method,
-               PyObject* make) {
-  DLTensor t;
-  if (tensor == Py_None) return Py_NewRef(tensor);
-  if (PyObject_TypeCheck(tensor, tensor_type) && api->read(tensor, &t) >= 0) {
-    if (has(tensor, dtype, wanted)) return Py_NewRef(tensor);
-    if (t.type_code == 2 && t.type_bits == 32 && t.type_lanes == 1) {
-      if (has(tensor, requires_grad, Py_False) || has(tensor, is_leaf, Py_False))
-        return PyObject_CallMethodNoArgs(tensor, method);
-      if (PyObject* kept = casts == Py_None ? nullptr : find_cast(casts, tensor, t, wanted))
-        return kept;
-    }
-  }
-  PyErr_Clear();
-  return PyObject_CallFunctionObjArgs(make, tensor, casts, wanted, nullptr);
-}
-
-PyObject* cast_all(PyObject*, PyObject* const* args, Py_ssize_t count) {
-  if (!api || count < 4 || !(args[0] == Py_None || PyDict_Check(args[0])))
-    return PyErr_Format(PyExc_TypeError, "cast_all: expected casts, dtype, method, make, tensors");
-  PyObject* result = PyList_New(count - 4);
-  for (Py_ssize_t i = 4; result && i < count; i++) {
-    PyObject* t = cast(args[i], args[0], args[1], args[2], args[3]);
-    if (t)
-      PyList_SET_ITEM(result, i - 4, t);
-    else
-      Py_CLEAR(result);
-  }
-  return result;
-}
-
 PyMethodDef functions[] = {
     {"read_tensors_of", read_tensors_of, METH_O,
      "Read the tensors of this type, torch.Tensor. AttributeError if it has no table for that."},
-    {"tokens", reinterpret_cast<PyCFunction>(reinterpret_cast<void*>(tokens)), METH_FASTCALL,
-     "tokens(n, row_offsets, col_indices, values, bias, outputs, x, width, ...): M if that is a\n"
-     "pattern of n rows, values are [nnz] or None, bias [outputs] or None, each x [M, width], all\n"
-     "of one dtype and on one device, and all lie contiguous in memory of their own; else None."},
-    {"cast_all", reinterpret_cast<PyCFunction>(reinterpret_cast<void*>(cast_all)), METH_FASTCALL,
-     "cast_all(casts, dtype, method, make, *tensors): a list of them, cast. What casts of\n"
-     "sparsekern/casts.py keeps is taken from there, float32 that is no parameter is cast by the\n"
-     "tensor's method of that name, the rest by make(tensor, casts, dtype)."},
+    {"fitting_tokens", reinterpret_cast<PyCFunction>(reinterpret_cast<void*>(fitting_tokens)),
+     METH_FASTCALL,
+     "fitting_tokens(n, row_offsets, col_indices, values, bias, outputs, x, width, ...): M if the\n"
+     "indices are a pattern of n rows, values are [nnz] or None, bias [outputs] or None, each x\n"
+     "[M, width], all of one dtype and on one device, each contiguous from the start of its\n"
+     "memory; else None."},
     {nullptr, nullptr, 0, nullptr}};
 
 }  // namespace
 
 bool add_tensor_functions(PyObject* module) {
   storage_offset = PyUnicode_InternFromString("storage_offset");
-  dtype = PyUnicode_InternFromString("dtype");
-  requires_grad = PyUnicode_InternFromString("requires_grad");
-  is_leaf = PyUnicode_InternFromString("is_leaf");
-  version = PyUnicode_InternFromString("_version");
-  return storage_offset && dtype && requires_grad && is_leaf && version &&
-         PyModule_AddFunctions(module, functions) == 0;
+  return storage_offset && PyModule_AddFunctions(module, functions) == 0;
 }
 
 }  // namespace sk

@@ -7,7 +7,7 @@
 
 namespace sk {
 
-// Adds read_tensors_of() and tokens() to the module; false with Python's error set.
+// Adds read_tensors_of() and fitting_tokens() to the module; false with Python's error set.
 bool add_tensor_functions(PyObject* module);
 
 }  // namespace sk

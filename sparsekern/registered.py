@@ -13,7 +13,13 @@ from .kernels import observed
 from .kernels.cuda.choose import assemble, check_operands
 from .kernels.cuda.few_tokens import spmm_packed as multiply_packed
 from .kernels.cuda.two_of_four import recognised
-from .kernels.operands import check_gradients, check_memory, check_product, check_sddmm, tokens
+from .kernels.operands import (
+    check_gradients,
+    check_memory,
+    check_product,
+    check_sddmm,
+    fitting_tokens,
+)
 from .kernels.problem import Problem
 from .kernels.table import pick
 
@@ -32,7 +38,7 @@ def run_spmm_t(row_offsets, col_indices, values, n, k, dy, bias=None):
 
 def run_product(op, row_offsets, col_indices, values, n, k, x, bias):
     width, outputs = (k, n) if op == "spmm" else (n, k)
-    m = tokens(n, row_offsets, col_indices, values, bias, outputs, x, width)
+    m = fitting_tokens(n, row_offsets, col_indices, values, bias, outputs, x, width)
     if m is None:  # something is wrong, or lies elsewhere than kernels read it
         m, _ = check_product(op, row_offsets, col_indices, values, n, k, x, bias)
         check_memory(op, row_offsets=row_offsets, col_indices=col_indices, values=values, x=x)
@@ -54,7 +60,7 @@ def run_gradients(op, row_offsets, col_indices, values, n, k, h, other):
     """The gradients of a product with respect to its dense operand, by `op`, and to its values: all
     that the backward pass of a small layer does, checked once."""
     widths = (k, n) if op == "spmm" else (n, k)
-    m = tokens(n, row_offsets, col_indices, values, None, 0, h, widths[0], other, widths[1])
+    m = fitting_tokens(n, row_offsets, col_indices, values, None, 0, h, widths[0], other, widths[1])
     if m is None:
         m, _ = check_gradients(op, row_offsets, col_indices, values, n, k, h, other)
         check_memory(op, row_offsets=row_offsets, col_indices=col_indices, values=values, h=h)
@@ -73,7 +79,7 @@ def run_gradients(op, row_offsets, col_indices, values, n, k, h, other):
 
 
 def run_sddmm(row_offsets, col_indices, n, k, dy, x):
-    m = tokens(n, row_offsets, col_indices, None, None, 0, dy, n, x, k)
+    m = fitting_tokens(n, row_offsets, col_indices, None, None, 0, dy, n, x, k)
     if m is None:
         m, _ = check_sddmm(row_offsets, col_indices, n, k, dy, x)
         check_memory("sddmm", row_offsets=row_offsets, col_indices=col_indices, dy=dy, x=x)

@@ -17,7 +17,7 @@ from ..kernels.cuda.few_tokens import MOST_TOKENS, spmm_packed
 from ..kernels.cuda.layout import share_packs
 from ..tensor import SparseTensor
 from .measure_gpu import Way
-from .replay_gpu import BOUND, OURS, PEER
+from .records import OTHER, OURS, SPARSE
 
 BSR_BLOCK = (16, 16)
 
@@ -29,10 +29,10 @@ def absent(name: str, kind: str, reason: str) -> Way:
     return Way(name, kind, never, never, never, never, missing=reason)
 
 
-def stream(tokens: int, lay_out: Callable[[SparseTensor, int], Packed] = pack) -> Way:
+def few_tokens(tokens: int, lay_out: Callable[[SparseTensor, int], Packed] = pack) -> Way:
     """Weights packed for so many tokens, beforehand, and the CUDA kernels that read them."""
     return Way(
-        "stream",
+        "few_tokens",
         OURS,
         lambda W: lay_out(W, tokens),
         lambda W: W.clone(),
@@ -43,7 +43,7 @@ def stream(tokens: int, lay_out: Callable[[SparseTensor, int], Packed] = pack) -
     )
 
 
-def streams() -> list[Way]:
+def every_few_tokens() -> list[Way]:
     """For each number of tokens that W is laid out for. A layout that suits two of them is made
     once: a cover takes the CPU up to a second."""
     every = (1, 16, 32, MOST_TOKENS)
@@ -53,7 +53,7 @@ def streams() -> list[Way]:
         layout = choose_layout(tokens, W.density)
         return packed(W, next(t for t in every if choose_layout(t, W.density) is layout))
 
-    return [stream(tokens, lay_out) for tokens in every]
+    return [few_tokens(tokens, lay_out) for tokens in every]
 
 
 @dataclass(frozen=True)
@@ -102,7 +102,7 @@ def clone(W: SparseTensor) -> SparseTensor:
 def torch_csr() -> Way:
     return Way(
         "torch CSR",
-        PEER,
+        SPARSE,
         SparseTensor.to_torch,
         torch.Tensor.clone,
         lambda x, W: torch.mv(W, x) if x.ndim == 1 else torch.mm(W, x),
@@ -117,7 +117,7 @@ def torch_csr() -> Way:
 def torch_bsr() -> Way:
     return Way(
         "torch BSR",
-        PEER,
+        SPARSE,
         lambda W: W.to_dense().to_sparse_bsr(BSR_BLOCK),
         torch.Tensor.clone,
         lambda x, W: torch.mm(W, x),
@@ -135,7 +135,7 @@ def two_of_four() -> Way:
     pack = torch.sparse.to_sparse_semi_structured
     return Way(
         "2:4",
-        BOUND,
+        OTHER,
         lambda W: pack(largest_two_of_four(W.to_dense())),
         lambda W: pack(W.to_dense()),
         F.linear,
@@ -158,7 +158,7 @@ def cupy_csr() -> Way:
         sparse = importlib.import_module("cupyx.scipy.sparse")
         cusparse = importlib.import_module("cupyx.cusparse")
     except ImportError as error:
-        return absent("CuPy CSR", PEER, str(error))
+        return absent("CuPy CSR", SPARSE, str(error))
 
     def on_stream(function: Callable[..., Any]) -> Callable[..., Any]:
         """CuPy has a current stream of its own."""
@@ -187,7 +187,7 @@ def cupy_csr() -> Way:
 
     return Way(
         "CuPy CSR",
-        PEER,
+        SPARSE,
         on_stream(lay_out),
         on_stream(lambda W: W.copy()),
         on_stream(multiply),
@@ -206,7 +206,7 @@ def decode_ways() -> list[Way]:
         return M in (1, 16) and sparsity in (0.5, 0.8, 0.95) and mask == "random"
 
     return [
-        *streams(),
+        *every_few_tokens(),
         replace(row("triton"), where=lambda M, sparsity, mask: (M, mask) == (16, "random")),
         replace(torch_csr(), where=on_few),
         replace(torch_bsr(), where=on_few),
@@ -216,4 +216,4 @@ def decode_ways() -> list[Way]:
 
 
 def crossover_ways() -> list[Way]:
-    return [*streams(), row("triton"), row("expand")]
+    return [*every_few_tokens(), row("triton"), row("expand")]

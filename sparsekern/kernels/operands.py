@@ -1,7 +1,9 @@
 """Checks of what an op is called with, on every call: whatever the tensors have become since they
 were made, no kernel sees an array that is shorter, of another type or elsewhere than it believes.
 
-Indices inside the arrays are checked where something is made from them (derived.py, csrc/pattern).
+`fitting_tokens` looks at all operands in one step (csrc/tensors.h). What it does not accept is left
+to the functions here, which name what is wrong. Indices inside the arrays are checked where
+something is made from them (derived.py, csrc/pattern).
 """
 
 import torch
@@ -11,12 +13,11 @@ try:
     from .. import _C
 
     _C.read_tensors_of(Tensor)
-    tokens, cast_all = _C.tokens, _C.cast_all
+    fitting_tokens = _C.fitting_tokens
 except (ImportError, AttributeError):  # not built, or a torch without the table that it reads
-    cast_all = None
 
-    def tokens(*operands) -> None:
-        """None: look yourself."""
+    def fitting_tokens(*operands) -> None:
+        """No number of tokens: whoever asks has to check the operands one by one."""
 
 
 _int32 = torch.int32

@@ -55,6 +55,10 @@ class Kernel:
     plan: Callable[[Problem], str] | None = None  # how it would go about the problem, in words
     bind: Callable[[Problem], Callable[..., Tensor]] | None = None
 
+    def bound(self, problem: Problem) -> Callable[..., Tensor]:
+        """`run` for the problem that has chosen this row."""
+        return self.bind(problem) if self.bind else self.run
+
 
 def problem_of(op: str, *operands) -> Problem:
     """The problem of a function in `reference.py` called with these operands."""

@@ -74,7 +74,7 @@ def pick(problem: Problem) -> Kernel:
     kernel = kernel or _first(problem)
     if os.environ.get("SPARSEKERN_DEBUG") == "1":
         print(f"sparsekern: {describe(problem, kernel)}", file=sys.stderr)
-    return replace(kernel, run=kernel.bind(problem)) if kernel.bind else kernel
+    return replace(kernel, run=kernel.bound(problem))
 
 
 def _check(problem: Problem) -> None:

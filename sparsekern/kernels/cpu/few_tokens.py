@@ -39,7 +39,7 @@ def _bind(problem: Problem):
 
     def run(row_offsets, col_indices, values, n, k, x, bias=None):
         y = x.new_empty(m, n_)
-        pattern_of(row_offsets, col_indices, n, k).spmm_stream(
+        pattern_of(row_offsets, col_indices, n, k).spmm_few_tokens(
             row_offsets.data_ptr(),
             col_indices.data_ptr(),
             *versions(row_offsets, col_indices),

@@ -1,7 +1,7 @@
 """The layout `cover`, which sparse tensor cores read: columns in groups of four, of which a row has
 one value.
 
-csrc/pattern/cover.h says how a tile of 32 rows and 256 columns is covered, csrc/cuda/spmm_cover.cu
+csrc/packing/cover.h says how a tile of 32 rows and 256 columns is covered, csrc/cuda/spmm_cover.cu
 how it is read. 0.594 bytes for each row and slot, and 1 to 2.4 times as many slots as columns:
 docs/math.md has the table. Packing runs on the CPU, in C++.
 """
@@ -75,7 +75,7 @@ class Cover(Packed):
 class CoverLayout(Layout):
     """Made by the C++ library, which checks the indices."""
 
-    packed = Cover
+    kind = Cover
 
     def __init__(self, row_offsets: Tensor, col_indices: Tensor, n: int, k: int):
         super().__init__(row_offsets, col_indices, n, k)

@@ -1,4 +1,4 @@
-"""NVIDIA's 2:4 sparse matmul of bfloat16 through the C interface of cuSPARSELt, without its headers.
+"""2:4 sparse products of bfloat16 through the C interface of cuSPARSELt, without its headers.
 
 The library comes with torch's CUDA builds (or the wheel nvidia-cusparselt-cu12 or -cu13); nothing
 of it is part of this package. Names, enumerations and the order of calls are those of cusparseLt.h,

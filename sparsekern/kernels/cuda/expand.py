@@ -3,7 +3,9 @@
 All in the dtype of the operands. Places are those of a bitmap (bitmap.py). A zero that is written
 out makes NaN of an infinity or a NaN in x; one more launch (mend) computes such tokens anew from
 the stored values, without a look at the result from here, so that a CUDA graph can capture it. It
-reads the caller's indices; csrc/cuda/mend.cu says what a write that nobody counted may do.
+reads the caller's indices; csrc/cuda/mend.cu says what a write that nobody counted may do. With
+neither nvcc nor CuPy, torch's indexing takes the place of the kernels, and Triton's launch that of
+the last one; float64, or a machine without Triton, then keeps what the zeros have made.
 """
 
 import torch
@@ -11,6 +13,7 @@ from torch import Tensor
 
 from ..problem import Kernel, Problem
 from ..reference import mm, places_of
+from ..triton import rows as triton_rows
 from . import bitmap as bitmaps
 from . import library as cuda_library
 from .bitmap import bitmap_of
@@ -54,7 +57,12 @@ def mend(op, row_offsets, col_indices, values, n, k, x, bias, y, checked=1):
     """y, a product `op` that multiplied places which are not stored by 0, without what an infinity
     or NaN in x has made there. A token where that is so has one in its first `checked` results."""
     m, nnz = x.shape[0], len(values)
-    if cuda_library.refusal() or y.numel() == 0 or nnz == n * k:
+    if y.numel() == 0 or nnz == n * k:
+        return y
+    if cuda_library.refusal():
+        if triton_rows.can_mend(x.dtype):
+            with_triton = triton_rows.mend if op == "spmm" else triton_rows.mend_t
+            with_triton(row_offsets, col_indices, values, n, k, x, bias, y)
         return y
     name, smem_bytes = "mend", WARPS * 4
     if op == "spmm_t":

@@ -51,7 +51,7 @@ def spmm_packed(x: Tensor, packed: Packed, bias: Tensor | None = None) -> Tensor
 
 def _bind(problem: Problem) -> Callable[..., Tensor]:
     layout = choose_layout(problem.M, problem.density)
-    name, make_layout = layout.packed.name, partial(layout, n=problem.N, k=problem.K)
+    name, make_layout = layout.kind.name, partial(layout, n=problem.N, k=problem.K)
 
     def run(row_offsets, col_indices, values, n, k, x, bias=None):
         pack = pack_of("few_tokens", name, make_layout, row_offsets, col_indices, values, n, k)
@@ -87,7 +87,7 @@ def _refuse(p: Problem) -> str | None:
 
 
 def _describe(p: Problem) -> str:
-    name = choose_layout(p.M, p.density).packed.name
+    name = choose_layout(p.M, p.density).kind.name
     return f"{name} kernel, packed on the first call; values that require grad on every call"
 
 

@@ -146,7 +146,7 @@ class GatherLayout(Layout):
     """`pieces`, about how many, and `bits` default to what suits the GPU and to the smaller of the
     two formats."""
 
-    packed = Gather
+    kind = Gather
 
     def __init__(
         self,

@@ -182,7 +182,7 @@ class Packed:
 class Layout:
     """The index part of a packed weight: made from a pattern, it is filled with values."""
 
-    packed: ClassVar[type[Packed]]
+    kind: ClassVar[type[Packed]]
     n: int
     k: int
     places: Tensor  # where each value of W lies in Packed.floats

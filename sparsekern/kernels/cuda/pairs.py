@@ -63,7 +63,7 @@ class Pairs(Packed):
 
 
 class PairsLayout(Layout):
-    packed = Pairs
+    kind = Pairs
 
     def __init__(self, row_offsets: Tensor, col_indices: Tensor, n: int, k: int):
         super().__init__(row_offsets, col_indices, n, k)

@@ -103,7 +103,7 @@ def _spmm(row_offsets, col_indices, values, n, k, x, bias=None, config=None):
         AHEAD=config.ahead,
         **_constants(config, x.dtype),
     )
-    _mend(row_offsets, col_indices, values, n, k, x, bias, y)
+    mend(row_offsets, col_indices, values, n, k, x, bias, y)
     return y
 
 
@@ -166,7 +166,7 @@ def _spmm_cover(row_offsets, col_indices, values, n, k, x, bias=None, split=None
         UPCAST=_device().INTERPRETED and x.dtype == torch.bfloat16,
         **COVER_OPTIONS,
     )
-    _mend(row_offsets, col_indices, values, n, k, x, bias, y)
+    mend(row_offsets, col_indices, values, n, k, x, bias, y)
     return y
 
 
@@ -187,16 +187,7 @@ def _spmm_t(row_offsets, col_indices, values, n, k, dy, bias=None, config=None):
         HAS_BIAS=bias is not None,
         **_constants(config, dy.dtype),
     )
-    if nnz < n * k:
-        _device_mend().mend_t_kernel[(m * bitmap.tiles,)](
-            *_matrix(bitmap),
-            values,
-            dy,
-            dx if bias is None else bias,
-            dx,
-            *(n, k, bitmap.tiles),
-            HAS_BIAS=bias is not None,
-        )
+    mend_t(row_offsets, col_indices, values, n, k, dy, bias, dx)
     return dx
 
 
@@ -218,12 +209,26 @@ def _sddmm(row_offsets, col_indices, n, k, dy, x, config=None):
     return dvalues
 
 
-def _mend(row_offsets, col_indices, values, n, k, x, bias, y):
-    """What is infinite or NaN in y anew, in place."""
+def can_mend(dtype: torch.dtype) -> bool:
+    return _is_installed() and dtype in DTYPES
+
+
+def mend(
+    row_offsets: Tensor,
+    col_indices: Tensor,
+    values: Tensor,
+    n: int,
+    k: int,
+    x: Tensor,
+    bias: Tensor | None,
+    y: Tensor,
+) -> None:
+    """y = x W^T + bias: what is infinite or NaN in it anew, in place, from the stored values. The
+    indices are the caller's, which were checked."""
     if len(values) == n * k:
         return
-    mend = _device_mend()
-    mend.mend_kernel[(x.shape[0] * -(-n // mend.ROWS),)](
+    device = _device_mend()
+    device.mend_kernel[(x.shape[0] * -(-n // device.ROWS),)](
         row_offsets,
         col_indices,
         values,
@@ -232,8 +237,33 @@ def _mend(row_offsets, col_indices, values, n, k, x, bias, y):
         y,
         *(n, k, len(values)),
         HAS_BIAS=bias is not None,
-        ROWS=mend.ROWS,
+        ROWS=device.ROWS,
         num_warps=1,
+    )
+
+
+def mend_t(
+    row_offsets: Tensor,
+    col_indices: Tensor,
+    values: Tensor,
+    n: int,
+    k: int,
+    dy: Tensor,
+    bias: Tensor | None,
+    dx: Tensor,
+) -> None:
+    """The same of dx = dy W + bias."""
+    if len(values) == n * k:
+        return
+    bitmap = bitmap_of(row_offsets, col_indices, n, k)
+    _device_mend().mend_t_kernel[(dy.shape[0] * bitmap.tiles,)](
+        *_matrix(bitmap),
+        values,
+        dy,
+        dx if bias is None else bias,
+        dx,
+        *(n, k, bitmap.tiles),
+        HAS_BIAS=bias is not None,
     )
 
 

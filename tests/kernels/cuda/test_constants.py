@@ -53,14 +53,13 @@ MODULES = {module.__name__.split(".")[-1]: module for module in _MODULES}
 
 @cache
 def numbers(file: str) -> dict[str, int]:
-    """The constexpr numbers of a source and of those that it includes; of a name that stands twice,
-    the first. Those that a template's argument is in are left out."""
+    """The constexpr numbers of a source and of the .cuh that it includes; of a name that stands
+    twice, the first. Those that a template's argument is in are left out."""
     (path,) = CSRC.rglob(file)
     text = re.sub(r"//.*", "", path.read_text())
     found: dict[str, int] = {}
-    for name in re.findall(r'#include "([\w/.]+)"', text):
-        if any(CSRC.rglob(name)):  # not the emulator's
-            found |= numbers(name)
+    for name in re.findall(r'#include "(\w+\.cuh)"', text):
+        found |= numbers(name)
     here = set()
     for line in re.findall(r"constexpr (?:int|unsigned) ([^;()]*=[^;]*);", text):
         for name, value in re.findall(r"(\w+) = ([^,]+)", line):

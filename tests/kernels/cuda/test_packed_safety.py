@@ -22,6 +22,7 @@ from sparsekern.kernels.cuda.gather import GatherLayout
 from sparsekern.kernels.cuda.layout import pack_of, sort_rows
 from sparsekern.kernels.cuda.pairs import PairsLayout
 from sparsekern.kernels.problem import Problem
+from sparsekern.kernels.triton import rows as triton_rows
 from sparsekern.nn import PackedLinear
 
 LAYOUTS = {"gather": GatherLayout, "cover": CoverLayout, "pairs": PairsLayout}
@@ -288,6 +289,7 @@ def test_what_32_bits_do_not_count_is_refused(m, n, k, nnz, dtype, row, gpu):
 def test_products_without_the_library(row, monkeypatch):
     """Of torch's own indexing; test_gpu_safety.py has the writes that nobody counts."""
     monkeypatch.setattr(few_tokens.cuda_library, "refusal", lambda: "none here")
+    monkeypatch.setattr(triton_rows, "can_mend", lambda dtype: False)
     W = SparseTensor.from_dense(random_weight(40, 90, 0.3).half())
     x, dy = torch.randn(5, 90).half(), torch.randn(5, 40).half()
     pattern, sizes = (W.row_offsets, W.col_indices), (40, 90)
