@@ -12,7 +12,7 @@ each GPU, and the rows refuse where it is otherwise.
 
 A place that is not stored takes no part in a product: where x is infinite or NaN, a free place
 beside a stored one makes NaN of it. Such a token shows in its first results: `checked` of them have
-every column that is multiplied at all. They are computed anew (csr.cu, mend).
+every column that is multiplied at all. They are computed anew (mend.cu).
 """
 
 from dataclasses import dataclass
