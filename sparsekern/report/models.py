@@ -134,7 +134,7 @@ def quality(view: View) -> Section | None:
     return Section(
         f"Zeros cost quality: {', '.join(parts)}",
         f"{result.about}. A small GPT with the same tokens for each arm: "
-        f"{_tokens_each(first[0.0])} for each parameter of the dense one, where 20 are usual. So it "
+        f"{_tokens_each(first[0.0])} for each parameter of the dense one, where 20 are usual. It "
         "says nothing of models that have converged. Each dot is a seed; where there is one alone, "
         "small differences are noise.",
         panels,
