@@ -6,9 +6,8 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from pages import write_plot
-
 from sparsekern.bench.runs import costs, path, trained
+from sparsekern.files import write_picture
 from sparsekern.report import plots
 from sparsekern.terminal import table
 
@@ -267,7 +266,7 @@ def plot(results: dict, folder: Path) -> list[str]:
     if "prune rounds" in results:
         figures["pruning"] = pruning(results)
     for name, figure in figures.items():
-        write_plot(figure, folder / f"experiments-{name}.png")
+        write_picture(figure, folder / f"experiments-{name}.png")
     return [f"experiments-{name}.png" for name in figures]
 
 

@@ -1,13 +1,12 @@
 """What the pages of all benchmarks share: tables by sparsity, plots, and their places in docs/."""
 
-import io
 from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from sparsekern.bench import records
 from sparsekern.bench.records import Run, select, sparsities_of
-from sparsekern.files import atomic_write
+from sparsekern.files import write_picture
 from sparsekern.terminal import table
 
 if TYPE_CHECKING:
@@ -15,7 +14,6 @@ if TYPE_CHECKING:
 
 RESULTS = Path(__file__).parent / "results"
 NOT_RUN = "Not run."
-COLOURS = 256
 
 Line = tuple[list, list[dict], Callable[[list[dict]], str]]  # labels, cases, their text
 
@@ -35,25 +33,12 @@ def by_sparsity(
     return table(columns, rows, left=left) if rows else ""
 
 
-def write_plot(figure, path: Path) -> None:
-    """A PNG of 256 colours: a third of the bytes, and nothing that an eye would miss."""
-    from PIL import Image  # comes with matplotlib; no table needs it
-
-    whole, small = io.BytesIO(), io.BytesIO()
-    figure.savefig(whole, format="png", dpi=120)
-    Image.open(whole).convert("RGB").quantize(COLOURS, dither=Image.Dither.NONE).save(
-        small, "png", optimize=True
-    )
-    with atomic_write(path) as file:
-        file.write(small.getvalue())
-
-
 def publish(folder: Path, name: str, run: Run, text: str, figure: "Figure | None") -> None:
     """The table, its page, and the plot where there is one."""
     records.write(folder / f"{name}{records.SUFFIX}", run.about, run.records)
     (folder / f"{name}.md").write_text(text)
     if figure:
-        write_plot(figure, folder / f"{name}.png")
+        write_picture(figure, folder / f"{name}.png")
 
 
 def update(page: Path, markers: tuple[str, str], name: str, summary: str, about: str) -> None:

@@ -13,7 +13,8 @@ import pages
 
 from sparsekern.bench import records
 from sparsekern.bench.rates import derived
-from sparsekern.report.demo import COLOURS, MARKERS
+from sparsekern.files import write_picture
+from sparsekern.report import plots
 from sparsekern.terminal import table
 
 if TYPE_CHECKING:
@@ -26,6 +27,7 @@ PICTURE = BENCH.parent / "docs" / "speedup.png"
 SECTION = "<!-- readme: begin -->", "<!-- readme: end -->"
 
 SPARSITIES = (0.75, 0.9, 0.95)
+SPARSITIES_DRAWN = 0.5, 0.95  # from, to
 NEAREST = {0.75: 0.7}  # stands in, and says so, where the first was not measured
 CPU = "intel-r-xeon-r-processor-2-cores-avx512-2026-11-24"
 CPU_NAME = "Intel Xeon, 2 cores, AVX-512"
@@ -138,41 +140,22 @@ def sources_table() -> str:
 
 
 def plot() -> "Figure":
-    """One line a row, labelled at its end; readable at 400 pixels."""
-    from matplotlib.figure import Figure  # no table needs it
-
-    figure = Figure(figsize=(8, 5), layout="constrained")
-    axes = figure.subplots()
-    axes.axhspan(0.1, 1, color="0.93")
-    axes.axhline(1, color="black", linewidth=1.5)
-    lines = []
-    for row, colour, marker in zip(ROWS, COLOURS, MARKERS, strict=False):
-        points = {100 * s: t for s, t in sorted(row.speedups().items()) if 0.5 <= s <= 0.95}
-        style = {"color": colour, "marker": marker, "linewidth": 3, "markersize": 9}
-        axes.plot(points.keys(), points.values(), **style)
-        lines.append((*list(points.items())[-1], row.label, colour))
-    lowest = 0.0
-    for x, y, label, colour in sorted(lines, key=lambda line: line[1]):
-        lowest = max(y, 1.22 * lowest)  # labels of lines that end close to each other move apart
-        style = {"color": colour, "fontsize": 17, "weight": "bold", "va": "center"}
-        axes.text(x + 1.5, lowest, label, **style)
-    axes.text(51, 0.57, "dense is faster", fontsize=16, color="0.35", va="center")
-    axes.set(xlim=(48, 128), ylim=(0.5, 11), yscale="log")
-    axes.set_xticks([50, 75, 95], ["50%", "75%", "95%"])
-    axes.set_yticks([0.5, 1, 2, 5, 10], ["0.5", "1", "2", "5", "10"])
-    axes.minorticks_off()
-    axes.tick_params(labelsize=17)
-    axes.set_xlabel("zeros in the weight", fontsize=17, loc="left")
-    axes.set_ylabel("speed against dense", fontsize=17)
-    axes.set_title("CPUs and single tokens gain, GPU training loses", fontsize=19, loc="left")
-    axes.spines[["top", "right"]].set_visible(False)
+    """A line for each row, as on the report's page."""
+    found = {row.label: sorted(row.speedups().items()) for row in ROWS}
+    low, high = SPARSITIES_DRAWN
+    figure = plots.speedups(
+        {label: {s: t for s, t in curve if low <= s <= high} for label, curve in found.items()}
+    )
+    figure.axes[0].set_title(
+        "CPUs and single tokens gain, GPU training loses", loc="left", fontsize=11
+    )
     return figure
 
 
 def main() -> int:
     pages.replace_section(README, SECTION, front_table())
     pages.replace_section(BENCHMARKS, SECTION, sources_table())
-    plot().savefig(PICTURE, dpi=100, metadata={"Software": None})
+    write_picture(plot(), PICTURE, dpi=160)
     return 0
 
 
