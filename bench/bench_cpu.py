@@ -16,7 +16,7 @@ from measure import workloads as grid
 
 from sparsekern import Static
 from sparsekern.bench import products
-from sparsekern.gpt.train import load_model
+from sparsekern.gpt.build import load_model
 
 BF16 = {"dtype": torch.bfloat16}
 OTHER_MASKS = ("pruned", "banded", "uneven", "trained")

@@ -23,7 +23,8 @@ from sparsekern.bench.machine import processor
 from sparsekern.gpt.checkpoint import CHECKPOINT
 from sparsekern.gpt.config import TrainConfig, config_from, resumed_config
 from sparsekern.gpt.prune import PruneConfig, latencies, prune
-from sparsekern.gpt.train import OutOfTime, Run, train
+from sparsekern.gpt.start import begin
+from sparsekern.gpt.train import OutOfTime, train
 
 TIMED_ROUNDS, TIMED_STEPS = 6, 6  # of each run in turn; the first round warms up
 
@@ -53,14 +54,13 @@ def prune_run(settings: dict, deadline: float) -> dict:
 def time_runs(settings: dict, deadline: float) -> dict:
     """Seconds of a step of each run in turn, and of a forward pass of one sequence: as it is, and
     densified. For a GPU of its own."""
-    runs = {name: Run(TrainConfig(**given)) for name, given in settings["runs"].items()}
+    runs = {name: begin(TrainConfig(**given)) for name, given in settings["runs"].items()}
     seconds: dict[str, list[float]] = {name: [] for name in runs}
     for _ in range(TIMED_ROUNDS):
         for name, run in runs.items():
             for _ in range(TIMED_STEPS):
                 began = time.perf_counter()
-                run.losses.append(run.compute_gradients())
-                run.update()
+                run.update(run.compute_gradients())
                 if run.ranks.device.type == "cuda":
                     torch.cuda.synchronize()
                 seconds[name].append(time.perf_counter() - began)

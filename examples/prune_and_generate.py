@@ -17,10 +17,13 @@ from pathlib import Path
 
 import torch
 
+from sparsekern.gpt.build import load_model
+from sparsekern.gpt.config import TrainConfig
 from sparsekern.gpt.data import Batches, load_tokens
 from sparsekern.gpt.generate import generate
 from sparsekern.gpt.model import GPT
-from sparsekern.gpt.train import TrainConfig, evaluate, load_model, train
+from sparsekern.gpt.step import evaluate
+from sparsekern.gpt.train import train
 from sparsekern.sparsity import SparseGPT
 from sparsekern.weights import load_weights, save_weights, set_weights_
 

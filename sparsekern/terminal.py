@@ -1,4 +1,16 @@
-"""Results as text."""
+"""Results and progress as text."""
+
+import sys
+import time
+from collections.abc import Iterable, Iterator
+from importlib.util import find_spec
+from types import TracebackType
+from typing import TextIO, TypeVar
+
+from .extras import require
+
+T = TypeVar("T")
+SILENCE_S = 5.0  # without a bar: a line of progress after so long without one
 
 
 def table(header: list[str], rows: list[list[object]], left: int = 1) -> str:
@@ -16,3 +28,67 @@ def table(header: list[str], rows: list[list[object]], left: int = 1) -> str:
 
     rule = ["-" * width if i < left else "-" * (width - 1) + ":" for i, width in enumerate(widths)]
     return "\n".join([line(header), line(rule), *map(line, cells[1:])])
+
+
+class Progress:
+    """Results as lines on stdout, and on stderr how many of `total` units are done: a tqdm bar on a
+    terminal, a line now and then elsewhere. For a with statement."""
+
+    def __init__(
+        self, total: int, done: int = 0, unit: str = "step", is_shown: bool = True
+    ) -> None:
+        self._total, self._done, self._unit, self._is_shown = total, done, unit, is_shown
+        self._bar = None
+        self._said = time.perf_counter()
+        if is_shown and sys.stderr.isatty() and find_spec("tqdm"):
+            tqdm = require("tqdm", "gpt").tqdm
+            self._bar = tqdm(total=total, initial=done, unit=unit, leave=False)
+
+    def __enter__(self) -> "Progress":
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        self.close()
+
+    def close(self) -> None:
+        if self._bar:
+            self._bar.close()
+
+    def advance(self) -> None:
+        """One more is done."""
+        self._done += 1
+        if self._bar:
+            self._bar.update()
+        elif self._is_shown and time.perf_counter() - self._said > SILENCE_S:
+            self._say(f"{self._unit} {self._done}/{self._total}", sys.stderr)
+
+    def about(self, text: str) -> None:
+        """What comes next, and takes a while."""
+        if self._bar:
+            self._bar.set_postfix_str(text)
+        elif self._is_shown:
+            self._say(text, sys.stderr)
+
+    def line(self, text: str) -> None:
+        if self._bar:
+            self._bar.write(text)
+        elif self._is_shown:
+            self._say(text, sys.stdout)
+
+    def _say(self, text: str, file: TextIO) -> None:
+        print(text, file=file, flush=True)
+        self._said = time.perf_counter()
+
+
+def track(items: Iterable[T], unit: str, total: int | None = None) -> Iterator[T]:
+    """The items, with the progress through them."""
+    items = items if total is not None else list(items)
+    with Progress(len(items) if total is None else total, unit=unit) as progress:
+        for item in items:
+            yield item
+            progress.advance()

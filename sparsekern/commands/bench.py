@@ -8,8 +8,8 @@ import torch
 
 from ..bench import calibrate as calibrating
 from ..bench import compare, measure, noise
-from ..files import atomic_write
-from ..gpt.progress import Progress
+from ..files import atomic_write, check_writable
+from ..terminal import Progress
 from . import BENCH_OUT
 
 
@@ -25,24 +25,24 @@ def run_bench(
         print(calibrating.calibrate(device, quick, out))
         return
     out = out or BENCH_OUT
+    check_writable("out", out)
     benchmarks = measure.measure(device, quick)
     result = next(benchmarks)
     if commit:
         result["commit_info"] = {"id": commit, "dirty": False}
-    progress = Progress(result.pop("wanted"), 0, unit="product")
-    progress.line(measure.heading(result))
     try:
-        for benchmark in benchmarks:
-            is_noisy = noise.of_benchmark(benchmark) > noise.LIMIT
-            result["noisy" if is_noisy else "benchmarks"].append(benchmark)
-            speedup = benchmark["extra_info"]["speedup"]
-            progress.advance()
-            flag = measure.NOISY * is_noisy
-            progress.line(f"{benchmark['group']}: {speedup:.2f} times dense{flag}")
+        with Progress(result.pop("wanted"), unit="product") as progress:
+            progress.line(measure.heading(result))
+            for benchmark in benchmarks:
+                is_noisy = noise.of_benchmark(benchmark) > noise.LIMIT
+                result["noisy" if is_noisy else "benchmarks"].append(benchmark)
+                speedup = benchmark["extra_info"]["speedup"]
+                progress.advance()
+                flag = measure.NOISY * is_noisy
+                progress.line(f"{benchmark['group']}: {speedup:.2f} times dense{flag}")
     except BaseException:
         _write(out.with_suffix(".partial.json"), result)
         raise
-    progress.close()
     _write(out, result)
     count = len(result["benchmarks"]) + len(result["noisy"])
     print(f"\n{measure.render(result)}\n\n{count} products: {out}")

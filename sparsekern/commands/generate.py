@@ -8,12 +8,12 @@ from pathlib import Path
 import torch
 
 from ..gpt import speed
+from ..gpt.build import load_model
 from ..gpt.config import MOST_SEED, check_sparsity
 from ..gpt.data import ByteTokenizer, Tokenizer
 from ..gpt.generate import generate
 from ..gpt.model import GPT
 from ..gpt.presets import PRESETS, for_inference, random_gpt
-from ..gpt.train import load_model
 from ..nn import SparseLinear, densify_
 from ..report import demo as demo_report
 

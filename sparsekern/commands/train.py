@@ -3,7 +3,8 @@
 import os
 
 from ..gpt import distributed
-from ..gpt.train import config_from, resumed_config, train
+from ..gpt.config import config_from, resumed_config
+from ..gpt.train import train
 from ..report import demo as demo_report
 
 

@@ -17,6 +17,7 @@ from .flags import TOKENIZERS
 
 TEXT_SUFFIXES = (".md", ".py", ".txt")
 VALIDATION_SHARE = 0.1
+VALIDATION_SEED = 0
 # Of the sources of installed packages: enough for a small GPT, and not too much of any one.
 PACKAGES_CHARACTERS = 128_000_000
 PACKAGE_CHARACTERS = 8_000_000
@@ -273,6 +274,24 @@ def _load_prepared(folder: Path, tokenizer: Tokenizer | None) -> tuple[Tokenizer
             raise ValueError(f"data: {path}: expected tokens in [0, {mine.vocab_size})")
         splits.append(torch.from_numpy(tokens))
     return mine, *splits
+
+
+class Text:
+    """What a run trains on: tokens of two splits and their tokenizer."""
+
+    def __init__(
+        self, source: str, tokenizer: Tokenizer | None, name: str, vocab_size: int
+    ) -> None:
+        """The arguments of `load_tokens`."""
+        self.tokenizer, self.training, self.validation = load_tokens(
+            source, tokenizer, name, vocab_size
+        )
+        self.crc32 = zlib.crc32(self.training.numpy())
+
+    def batches(self, batch: int, context: int, seed: int) -> tuple["Batches", "Batches"]:
+        """To train and to validate. The latter are the same for every seed: losses compare."""
+        training = Batches(self.training, batch, context, seed)
+        return training, Batches(self.validation, batch, context, VALIDATION_SEED)
 
 
 class Batches:

@@ -59,13 +59,13 @@ class Ranks:
         rows = batch.shape[0] // self.size
         return batch[self.rank * rows : (self.rank + 1) * rows].to(self.device, non_blocking=True)
 
-    def mean(self, value: float) -> float:
+    def mean(self, value: Tensor) -> Tensor:
         """The mean over the ranks, the same on each."""
         if self.size == 1:
             return value
-        total = torch.tensor(value, dtype=torch.float64, device=self.device)
+        total = value.double()
         dist.all_reduce(total)
-        return total.item() / self.size
+        return total / self.size
 
     def wrap(self, model: nn.Module) -> nn.Module:
         """The model to call in training. FSDP2 cuts up the given one itself."""

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from .flops import amdahl_cap
 from .model import GPT
-from .train import compute_gradients
+from .step import compute_gradients
 
 ROUNDS = 7
 WARMUP_ROUNDS = 2

@@ -11,7 +11,7 @@ from test_bench_gpu import CallingClock
 from sparsekern.bench import gpt_gpu, measure, measure_gpu, work_gpu
 from sparsekern.bench.race import derive
 from sparsekern.gpt.model import GPT, GPTConfig
-from sparsekern.gpt.train import compute_gradients
+from sparsekern.gpt.step import compute_gradients
 from sparsekern.report import sections
 from sparsekern.report.load import load
 from sparsekern.wafer import compare as wafer

@@ -9,21 +9,21 @@ from pathlib import Path
 
 import pytest
 import torch
+from tiny import flags, interrupt_at, tiny_config
 
 from sparsekern.cli import main
 from sparsekern.commands import train as train_command
-from sparsekern.gpt import demo, flags, presets
+from sparsekern.gpt import demo, presets
+from sparsekern.gpt import flags as known_flags
+from sparsekern.gpt.build import load_model
+from sparsekern.gpt.checkpoint import CHECKPOINT
 from sparsekern.gpt.data import BPETokenizer, ByteTokenizer
-from sparsekern.gpt.train import CHECKPOINT, METRICS, load_model
-
-TEXT = "".join(f"{i} bottles of beer on the wall, {i} bottles of beer.\n" for i in range(99, 0, -1))
-TINY = "--layers=1 --heads=2 --width=32 --context=16 --batch=2 --steps=6 --eval-every=3 --threads=1"
+from sparsekern.gpt.train import METRICS
 
 
 @pytest.fixture
 def tiny(tmp_path: Path) -> list[str]:
-    (tmp_path / "text.txt").write_text(TEXT)
-    return ["train", *TINY.split(), f"--data={tmp_path / 'text.txt'}", f"--out={tmp_path / 'run'}"]
+    return flags(tiny_config(tmp_path))
 
 
 def error_line(capsys: pytest.CaptureFixture, arguments: list[str]) -> str:
@@ -146,18 +146,9 @@ def test_a_finished_run_says_so_and_is_lengthened(tiny, tmp_path, capsys):
 
 
 def test_an_unfinished_run_is_not_lengthened(tiny, tmp_path, capsys, monkeypatch):
-    from sparsekern.gpt.data import Batches
-
-    get = Batches.get
-
-    def interrupted(self, step):
-        if step == 5:
-            raise KeyboardInterrupt
-        return get(self, step)
-
     with monkeypatch.context() as patch:
-        patch.setattr(Batches, "get", interrupted)
-        assert main([*tiny, "--checkpoint-every=2"]) == 130
+        interrupt_at(patch, 5)
+        assert main(tiny) == 130
     capsys.readouterr()
     line = error_line(capsys, ["train", f"--out={tmp_path / 'run'}", "--resume", "--steps=9"])
     assert (
@@ -415,5 +406,5 @@ def test_public_names_before_the_command_has_loaded_them(tmp_path):
 
 
 def test_the_names_that_the_parser_knows_are_those_there_are():
-    assert flags.PRESET_NAMES == tuple(presets.PRESETS)
-    assert flags.TOKENIZERS == (ByteTokenizer.name, BPETokenizer.name)
+    assert known_flags.PRESET_NAMES == tuple(presets.PRESETS)
+    assert known_flags.TOKENIZERS == (ByteTokenizer.name, BPETokenizer.name)

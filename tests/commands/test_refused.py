@@ -5,6 +5,7 @@ import copy
 import numpy as np
 import pytest
 import torch
+from tiny import flags, tiny_config
 from torch import nn
 
 from sparsekern import SparseTensor, cli, sparsity, weights
@@ -164,11 +165,9 @@ def test_flags_that_cannot_work(tmp_path, capsys, arguments, expected):
 
 
 def trained(tmp_path, *more: str) -> str:
-    file = tmp_path / "text.txt"
-    file.write_text("some text of many words " * 50)
-    out = str(tmp_path / "run")
-    assert cli.main(["train", *SMALL, "--data", str(file), "--out", out, *more]) == 0
-    return out
+    config = tiny_config(tmp_path)
+    assert cli.main([*flags(config), *more]) == 0
+    return config.out
 
 
 def test_prune_wants_a_type_that_it_knows_and_the_text_of_before(tmp_path, capsys):

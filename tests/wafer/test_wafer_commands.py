@@ -10,7 +10,9 @@ from conftest import RESULTS, needs_results
 from sparsekern import sparsify_
 from sparsekern.cli import main
 from sparsekern.commands import wafer, wafer_masks
-from sparsekern.gpt.train import TrainConfig, build_model, train
+from sparsekern.gpt.build import build_model
+from sparsekern.gpt.config import TrainConfig
+from sparsekern.gpt.train import train
 from sparsekern.sparsity import Static
 from sparsekern.wafer.machine import WSE2
 from sparsekern.wafer.sensitivity import sensitivity
