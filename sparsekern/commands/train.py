@@ -6,9 +6,13 @@ from ..gpt import distributed
 from ..gpt.config import config_from, resumed_config
 from ..gpt.train import train
 from ..report import demo as demo_report
+from . import algorithms
 
 
 def run_train(**given) -> None:
+    if "help_algorithm" in given:
+        print(algorithms.help_of(given["help_algorithm"]))
+        return
     try:
         config = resumed_config(given) if given.get("resume") else config_from(given)
         config.check_use(given)  # a flag at its default as well

@@ -33,7 +33,7 @@ def add_commands(
     benchmark_mask: Callable[[dict], Mask | None],
 ) -> None:
     """The last two read what needs torch: a checkpoint, and the masks of measurements."""
-    commands = parser.add_subparsers(dest="wafer_command", required=True)
+    commands = parser.add_subparsers(dest="wafer_command", metavar="COMMAND", title="commands")
 
     def command(name: str, run: Callable, text: str) -> argparse.ArgumentParser:
         added = commands.add_parser(name, help=text)

@@ -5,12 +5,14 @@ import os
 import re
 import subprocess
 import sys
+import tomllib
 from pathlib import Path
 
 import pytest
 import torch
 from tiny import flags, interrupt_at, tiny_config
 
+from sparsekern import __version__
 from sparsekern.cli import main
 from sparsekern.commands import train as train_command
 from sparsekern.gpt import demo, presets
@@ -78,11 +80,25 @@ def test_train_mistakes(tiny, tmp_path, capsys):
         "--data=/missing": "'/missing' does not exist",
         "--context=9999": "context 9999 needs at least 10000",
         "--resume": "checkpoint.pt does not exist",
+        "--vocab-size=300": "vocab_size: expected tokenizer bpe beside it, bytes has 256, got 300",
+        "--vocab-size=2048": "vocab_size: expected tokenizer bpe beside it",
         "--unheard-of": "unrecognized arguments: --unheard-of",
     }.items():
         assert re.search(message, error_line(capsys, [*tiny, flag]))
     assert not (tmp_path / "run").exists()
-    assert "required: command" in error_line(capsys, [])
+
+
+@pytest.mark.parametrize(("arguments", "command"), [([], "generate"), (["wafer"], "sensitivity")])
+def test_without_a_command_they_are_listed(capsys, arguments, command):
+    assert main(arguments) == 2
+    printed = capsys.readouterr()
+    assert printed.out == "" and re.search(rf"^ +{command}\b", printed.err, re.MULTILINE)
+
+
+def test_the_version(capsys):
+    with pytest.raises(SystemExit, match="0"):
+        main(["--version"])
+    assert capsys.readouterr().out == f"sparsekern {__version__}\n"
 
 
 @pytest.mark.parametrize("content", [b"", b"short", b"\xff\xfe\0", b"text\0" * 999])
@@ -310,7 +326,7 @@ def without_extras(arguments: list[str]) -> subprocess.CompletedProcess:
 
 def test_training_needs_torch_and_numpy_alone(tiny):
     done = without_extras([*tiny, "--data=stdlib"])
-    assert done.returncode == 0 and done.stderr == "" and "step     6/6" in done.stdout
+    assert done.returncode == 0 and "Error" not in done.stderr and "step     6/6" in done.stdout
 
 
 @pytest.mark.parametrize(
@@ -366,10 +382,23 @@ def test_demo_end_to_end_in_miniature(tmp_path, capfd, monkeypatch):
     assert {path.name for path in tmp_path.iterdir()} == files
 
 
+def entry(where: str) -> list[str]:
+    """A process that runs the command; the console script is what pip makes of pyproject.toml."""
+    if where == "-m sparsekern":
+        return [sys.executable, "-X", "importtime", "-m", "sparsekern"]
+    with open(Path(__file__).parents[2] / "pyproject.toml", "rb") as file:
+        module, _, name = tomllib.load(file)["project"]["scripts"]["sparsekern"].partition(":")
+    script = f"import sys; from {module} import {name}; sys.exit({name}())"
+    return [sys.executable, "-X", "importtime", "-c", script]
+
+
+@pytest.mark.parametrize("where", ["-m sparsekern", "console script"])
 @pytest.mark.parametrize(
     ("arguments", "code"),
     [
+        ([], 2),
         (["--help"], 0),
+        (["--version"], 0),
         (["train", "--help"], 0),
         (["wafer", "predict", "--help"], 0),
         (["bench", "compare", "--help"], 0),
@@ -377,12 +406,16 @@ def test_demo_end_to_end_in_miniature(tmp_path, capfd, monkeypatch):
         (["no-command"], 2),
     ],
 )
-def test_help_and_usage_errors_import_no_torch(arguments, code):
-    command = [sys.executable, "-X", "importtime", "-m", "sparsekern", *arguments]
-    done = subprocess.run(command, capture_output=True, text=True)
+def test_help_and_usage_errors_import_no_torch(where, arguments, code):
+    done = subprocess.run([*entry(where), *arguments], capture_output=True, text=True)
     assert done.returncode == code
     imported = {line.rpartition("|")[2].strip() for line in done.stderr.splitlines()}
     assert "sparsekern.cli" in imported and "torch" not in imported
+
+
+def test_the_console_script_runs_commands():
+    done = subprocess.run([*entry("console script"), "info"], capture_output=True, text=True)
+    assert done.returncode == 0 and f"torch          {torch.__version__}" in done.stdout
 
 
 @pytest.mark.parametrize("arguments", [[], ["-m", "sparsekern"]])
