@@ -415,7 +415,7 @@ def test_help_and_usage_errors_import_no_torch(where, arguments, code):
 
 def test_the_console_script_runs_commands():
     done = subprocess.run([*entry("console script"), "info"], capture_output=True, text=True)
-    assert done.returncode == 0 and f"torch          {torch.__version__}" in done.stdout
+    assert done.returncode == 0 and torch.__version__ in done.stdout
 
 
 @pytest.mark.parametrize("arguments", [[], ["-m", "sparsekern"]])

@@ -25,11 +25,9 @@ def test_what_it_prints_makes_the_algorithm_with_its_defaults(capsys, tmp_path, 
     path = tmp_path / "block.yaml"
     path.write_text(shown(capsys, name.upper()))
     settings = load_config(path)
-    made, plain = (
-        configure(settings),
-        configure({k: settings[k] for k in ("algorithm", "sparsity")}),
-    )
-    assert type(made) is ALGORITHMS[name] and made == plain
+    plain = {key: settings[key] for key in ("algorithm", "sparsity")}
+    made = configure(settings)
+    assert type(made) is ALGORITHMS[name] and made == configure(plain)
     assert list(settings) == ["algorithm", *(key.name for key in keys(ALGORITHMS[name]))]
 
 
