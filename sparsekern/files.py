@@ -77,7 +77,7 @@ def check_writable(name: str, path: Path) -> None:
         with tempfile.NamedTemporaryFile(dir=path.parent, prefix=f"{path.name}."):
             pass
     except OSError as error:
-        raise ValueError(f"{name}: cannot write to {path.parent}: {error.strerror}") from error
+        raise ValueError(f"{name}: cannot write {path}: {error.strerror}") from error
     finally:
         for folder in made:
             with suppress(OSError):

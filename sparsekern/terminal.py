@@ -2,14 +2,12 @@
 
 import sys
 import time
-from collections.abc import Iterable, Iterator
 from importlib.util import find_spec
 from types import TracebackType
-from typing import TextIO, TypeVar
+from typing import TextIO
 
 from .extras import require
 
-T = TypeVar("T")
 SILENCE_S = 5.0  # without a bar: a line of progress after so long without one
 
 
@@ -31,12 +29,13 @@ def table(header: list[str], rows: list[list[object]], left: int = 1) -> str:
 
 
 class Progress:
-    """Results as lines on stdout, and on stderr how many of `total` units are done: a tqdm bar on a
-    terminal, a line now and then elsewhere. For a with statement."""
+    """Results as lines on stdout, and on stderr how many units are done: a tqdm bar on a terminal,
+    a line now and then elsewhere. For a with statement."""
 
     def __init__(
-        self, total: int, done: int = 0, unit: str = "step", is_shown: bool = True
+        self, total: int | None, done: int = 0, unit: str = "step", is_shown: bool = True
     ) -> None:
+        """`total`: None where nobody knows."""
         self._total, self._done, self._unit, self._is_shown = total, done, unit, is_shown
         self._bar = None
         self._said = time.perf_counter()
@@ -59,13 +58,15 @@ class Progress:
         if self._bar:
             self._bar.close()
 
-    def advance(self) -> None:
+    def advance(self, what: str = "") -> None:
         """One more is done."""
         self._done += 1
         if self._bar:
+            self._bar.set_postfix_str(what, refresh=False)
             self._bar.update()
         elif self._is_shown and time.perf_counter() - self._said > SILENCE_S:
-            self._say(f"{self._unit} {self._done}/{self._total}", sys.stderr)
+            of = "" if self._total is None else f"/{self._total}"
+            self._say(f"{self._unit} {self._done}{of}{what and ': '}{what}", sys.stderr)
 
     def about(self, text: str) -> None:
         """What comes next, and takes a while."""
@@ -83,12 +84,3 @@ class Progress:
     def _say(self, text: str, file: TextIO) -> None:
         print(text, file=file, flush=True)
         self._said = time.perf_counter()
-
-
-def track(items: Iterable[T], unit: str, total: int | None = None) -> Iterator[T]:
-    """The items, with the progress through them."""
-    items = items if total is not None else list(items)
-    with Progress(len(items) if total is None else total, unit=unit) as progress:
-        for item in items:
-            yield item
-            progress.advance()

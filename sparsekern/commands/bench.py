@@ -8,7 +8,8 @@ import torch
 
 from ..bench import calibrate as calibrating
 from ..bench import compare, measure, noise
-from ..files import atomic_write, check_writable
+from ..files import atomic_write, check_writable, private_cache
+from ..kernels import crossover
 from ..terminal import Progress
 from . import BENCH_OUT
 
@@ -21,11 +22,13 @@ def run_bench(
     if device == "cuda" and not has_gpu:
         raise ValueError("device: torch finds no NVIDIA GPU")
     device = device or ("cuda" if has_gpu else "cpu")
+    out = out if calibrate else out or BENCH_OUT
+    if out:
+        check_writable("out", out)
     if calibrate:
+        check_writable("calibrate", private_cache() / crossover.calibrated_file().name)
         print(calibrating.calibrate(device, quick, out))
         return
-    out = out or BENCH_OUT
-    check_writable("out", out)
     benchmarks = measure.measure(device, quick)
     result = next(benchmarks)
     if commit:
