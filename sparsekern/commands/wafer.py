@@ -159,7 +159,8 @@ def _run_predict(**options) -> None:
     inputs, wafer, systems = _inputs(options), machine(options["machine"]), options["systems"]
     progress = Progress(None, unit="part")
     if options["checkpoint"]:
-        progress.about(f"reading {options['checkpoint']}")
+        if options["checkpoint"].exists():
+            progress.about(f"reading {options['checkpoint']}")
         shape, weights = options["checkpoint_weights"](options["checkpoint"])
         progress.about(f"predicting from the masks of {len(weights)} layers")
         kept = sum(w.n * w.k * w.density for w in weights) / shape.linear_fma

@@ -7,7 +7,7 @@ import pytest
 import torch
 from conftest import RESULTS, needs_results
 
-from sparsekern import sparsify_
+from sparsekern import sparsify_, terminal
 from sparsekern.cli import main
 from sparsekern.commands import wafer, wafer_masks
 from sparsekern.gpt.build import build_model
@@ -169,7 +169,7 @@ def test_validate_fails_where_a_point_must_hold(capsys, monkeypatch, tmp_path):
     held = type(held)(**{**vars(held), "held_out_errors": (0.0, 0.0)})
     for points, code in (([held], 0), ([held, wrong], 1)):
         monkeypatch.setattr(
-            wafer.validate, "validate", lambda data, points=points: Validation(points, [held])
+            wafer.validate, "validate", lambda *_, points=points: Validation(points, [held])
         )
         assert main(["wafer", "validate", f"--json={tmp_path / 'v.json'}"]) == code
         failed = [point.id for point in points if point is wrong]
@@ -195,7 +195,8 @@ def test_compare_lists_measurements_beside_predictions(capsys, tmp_path):
 
 
 @needs_results
-def test_compare_takes_training_steps(capsys):
+def test_compare_takes_training_steps(capsys, monkeypatch):
+    monkeypatch.setattr(terminal, "SILENCE_S", -1.0)
     results = sorted(RESULTS.glob("*2-cores-avx512-2026-11-24.json"))
     assert main(["wafer", "compare", "--match", "train_step", "--results", *map(str, results)]) == 0
     printed = capsys.readouterr()
