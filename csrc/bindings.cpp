@@ -7,12 +7,13 @@
 #include <stdexcept>
 #include <string>
 
-#include "cpu/decode.h"
-#include "cpu/limits.h"
+#include "bench/bench_loops.h"
+#include "common/machine.h"
+#include "common/threads.h"
+#include "cpu/dense.h"
+#include "cpu/few_tokens.h"
 #include "cpu/products.h"
-#include "cpu/threads.h"
-#include "pattern/cover.h"
-#include "pattern/dense.h"
+#include "packing/cover.h"
 
 namespace py = pybind11;
 
@@ -59,7 +60,15 @@ PYBIND11_MODULE(_C, m) {
       .value("bitmap", sk::Format::kBitmap)
       .value("columns", sk::Format::kColumns);
 
-  m.def("isa", [] { return sk::kernels().isa; }, "The instruction set in use.");
+  py::class_<sk::Plan>(m, "Plan", "How a product is cut.")
+      .def(py::init([](int threads, int vecs, int tile_parts, int64_t rows, int64_t cols,
+                       int64_t row_parts, int64_t col_parts) {
+             return sk::Plan{threads, vecs, tile_parts, rows, cols, row_parts, col_parts};
+           }),
+           py::kw_only(), py::arg("threads"), py::arg("vecs"), py::arg("tile_parts"),
+           py::arg("rows"), py::arg("cols"), py::arg("row_parts"), py::arg("col_parts"));
+
+  m.def("isa", &sk::isa_name, "The instruction set in use.");
   m.def("lanes", [] { return sk::kernels().lanes; }, "Floats in one of its vectors.");
   m.def("cache_bytes", &sk::cache_bytes, "Of a core's L1 data (1) or L2 (2) cache; 0: unknown.");
   m.def("thread_runtime", &sk::thread_runtime, "Whose threads the kernels run on.");
@@ -79,37 +88,33 @@ PYBIND11_MODULE(_C, m) {
           "spmm",
           [](sk::Pattern& p, Pointer row_offsets, Pointer col_indices, int64_t row_version,
              int64_t col_version, sk::Type type, Pointer values, Pointer bias, Pointer x, Pointer y,
-             int64_t tokens, bool transposed, int threads, int vecs, int tile_parts, int64_t rows,
-             int64_t cols, int64_t row_parts, int64_t col_parts) {
+             int64_t tokens, bool transposed, const sk::Plan& plan) {
             const int64_t features = transposed ? p.n : p.k, outputs = transposed ? p.k : p.n;
             sk::spmm(p, csr(p, row_offsets, col_indices, row_version, col_version), transposed,
                      type, as<void>(values, "values", p.nnz), as<void>(bias),
                      {as<void>(x, transposed ? "dy" : "x", tokens * features), features},
-                     {as<void>(y), outputs}, tokens,
-                     {threads, vecs, tile_parts, rows, cols, row_parts, col_parts});
+                     {as<void>(y), outputs}, tokens, plan);
           },
           NoGil(), "y[M, N] = x W^T + bias, or transposed: y[M, K] = x W + bias; contiguous.")
       .def(
-          "spmm_stream",
+          "spmm_few_tokens",
           [](sk::Pattern& p, Pointer row_offsets, Pointer col_indices, int64_t row_version,
              int64_t col_version, sk::Format format, sk::Type type, Pointer values, Pointer bias,
              Pointer x, Pointer y, int64_t tokens, int threads) {
-            sk::spmm_stream(p, csr(p, row_offsets, col_indices, row_version, col_version), format,
-                            type, as<void>(values, "values", p.nnz), as<void>(bias),
-                            {as<void>(x, "x", tokens * p.k), p.k}, {as<void>(y), p.n}, tokens,
-                            threads);
+            sk::spmm_few_tokens(p, csr(p, row_offsets, col_indices, row_version, col_version),
+                                format, type, as<void>(values, "values", p.nnz), as<void>(bias),
+                                {as<void>(x, "x", tokens * p.k), p.k}, {as<void>(y), p.n}, tokens,
+                                threads);
           },
           NoGil(), "y[M, N] = x W^T + bias for few tokens; contiguous.")
       .def(
           "sddmm",
           [](sk::Pattern& p, Pointer row_offsets, Pointer col_indices, int64_t row_version,
              int64_t col_version, sk::Type type, Pointer dy, Pointer x, Pointer dvalues,
-             int64_t tokens, int threads, int vecs, int tile_parts, int64_t rows, int64_t cols,
-             int64_t row_parts, int64_t col_parts) {
+             int64_t tokens, const sk::Plan& plan) {
             sk::sddmm(p, csr(p, row_offsets, col_indices, row_version, col_version), type,
                       {as<void>(dy, "dy", tokens * p.n), p.n},
-                      {as<void>(x, "x", tokens * p.k), p.k}, as<void>(dvalues), tokens,
-                      {threads, vecs, tile_parts, rows, cols, row_parts, col_parts});
+                      {as<void>(x, "x", tokens * p.k), p.k}, as<void>(dvalues), tokens, plan);
           },
           NoGil(), "dvalues[nnz] = dy^T x at the non-zeros, in CSR order.")
       .def("kept_bytes", &sk::Pattern::kept_bytes, "Of all that was derived.")

@@ -14,7 +14,7 @@ namespace sk {
 // How many sums are added up before they are moved to a total, so that rounding errors stay small:
 // those of SpMM's column blocks (spmm.h), of SDDMM's tiles of tokens (products.cpp).
 constexpr int64_t kSumBlocks = 32;
-constexpr int64_t kStreamTokens = 16, kBitmapTokens = 8;  // most that `stream` takes
+constexpr int64_t kFewTokens = 16, kBitmapTokens = 8;  // the most that `spmm_few` takes
 
 enum class Type { kFloat, kBfloat16, kDouble };
 inline int64_t size_of(Type t) { return t == Type::kDouble ? 8 : t == Type::kFloat ? 4 : 2; }
@@ -40,8 +40,8 @@ struct Walk {
   const int32_t* source;  // in walking order; null for W itself, where start says it
 };
 
-// Rows of W as they are streamed for few tokens: see stream.h and pattern/compressed.h.
-struct Stream {
+// Rows of W as few_tokens.h streams them: see pattern/compressed.h.
+struct CompressedRows {
   const int32_t* row_offsets;  // of the first row on; positions in all values of W
   int64_t rows;
   int64_t nnz;           // of all W, where the values end
@@ -52,11 +52,7 @@ struct Stream {
 };
 
 struct Kernels {
-  const char* isa;
   int lanes;  // floats; half as many doubles
-
-  // A 64-bit hash, the same on every instruction set.
-  uint64_t (*hash)(const int32_t* words, int64_t size);
 
   // panel[c][m] = x[m][c] for c < features, m < tokens; 0 for tokens <= m < width.
   void (*pack)(Type, Matrix x, int64_t tokens, int64_t features, int vecs, void* panel);
@@ -81,23 +77,15 @@ struct Kernels {
   // total[i] = part[i], or with !is_first total[i] + part[i].
   void (*add)(Type, bool is_first, int64_t size, const void* part, void* total);
 
-  // x as `stream` wants it: packed has 64 floats for each 64 features or less and token, of
-  // kStreamTokens tokens. Not for kDouble, which `stream` does not take.
-  void (*stream_pack)(Type, Format, Matrix x, int64_t tokens, int64_t features, float* packed);
+  // x as `spmm_few` wants it: packed has 64 floats for each 64 features or less and token, of
+  // kFewTokens tokens. Not for kDouble, which `spmm_few` does not take.
+  void (*pack_few)(Type, Format, Matrix x, int64_t tokens, int64_t features, float* packed);
   // y[m][row] = start[row] + the sum over the row's non-zeros of value * x[m][col].
-  void (*stream)(Type, Format, const Stream&, const void* values, const float* packed,
-                 int64_t tokens, Matrix y);
-
-  // See limits.h.
-  int64_t (*multiply_adds)(int64_t rounds);
-  void (*read)(const float* p, int64_t size);
+  void (*spmm_few)(Type, Format, const CompressedRows&, const void* values, const float* packed,
+                   int64_t tokens, Matrix y);
 };
 
-// The instruction set named by SPARSEKERN_ISA, else the best that this machine runs.
-// Throws std::invalid_argument for a name that is unknown, not built or not runnable here.
+// Those of the chosen instruction set; throws as sk::isa() does.
 const Kernels& kernels();
-
-// Size of a core's L1 data cache (level 1) or L2 cache (2); 0 where the system does not say.
-int64_t cache_bytes(int level);
 
 }  // namespace sk

@@ -6,8 +6,8 @@
 #include <algorithm>
 #include <vector>
 
+#include "../common/threads.h"
 #include "scratch.h"
-#include "threads.h"
 
 namespace sk {
 namespace {

@@ -5,7 +5,7 @@
 
 namespace sk {
 
-// How a product is cut; chosen by sparsekern/kernels/plan.py.
+// How a product is cut; chosen by sparsekern/kernels/cpu/plan.py.
 struct Plan {
   int threads;
   int vecs;            // vectors in a panel's row: a tile is vecs * lanes tokens; 1, 2, 4 or 8

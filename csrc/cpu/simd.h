@@ -1,5 +1,5 @@
-// One vector type per instruction set. Included only by kernels.cpp, which is compiled once per
-// ISA with SK_ISA naming the namespace, so that no inline function is shared between ISAs.
+// One vector type per instruction set. Included only by *_isa.cpp, which are compiled once per ISA
+// with SK_ISA naming the namespace, so that no inline function is shared between ISAs.
 //
 //   Vec                       kLanes floats in one register; Doubles: half as many doubles
 //   zero, load, store         aligned to the register
@@ -8,6 +8,8 @@
 //   sum4<kAdd>(p, a, b, c, d) p[0..3] (+)= sum(a), sum(b), sum(c), sum(d)
 //   Row, load_row, store_row  kBlock consecutive elements of a matrix, as floats
 //   transpose(Row[kBlock])    a kBlock x kBlock block, in place
+//   least(a, b)               std::min, which would be shared between ISAs
+//   prefetch_values(p), prefetch_indices(p)   of the streams of W that few_tokens.h reads
 #pragma once
 
 #include <cstdint>
@@ -32,6 +34,17 @@ SK_INLINE const Real* in_register(const Real* p) {
   asm("" : "+r"(p));
 #endif
   return p;
+}
+
+SK_INLINE int64_t least(int64_t a, int64_t b) { return a < b ? a : b; }
+
+// Prefetches what the hardware does not see coming: the next page of values out of DRAM.
+template <class T>
+SK_INLINE void prefetch_values(const T* p) {
+  __builtin_prefetch(reinterpret_cast<const char*>(p) + 1024);
+}
+SK_INLINE void prefetch_indices(const void* p) {
+  __builtin_prefetch(static_cast<const char*>(p) + 512);
 }
 
 struct bf16 {

@@ -1,4 +1,4 @@
-// The cover of a packed weight, for any W (csrc/pattern/cover.h makes it).
+// The cover of a packed weight, for any W (csrc/packing/cover.h makes it).
 //
 // For each tile of 32 rows and 256 columns, columns are put into groups of four slots such that no
 // row has more than one non-zero in a group. A *step* is 8 groups of 32 rows, a record of

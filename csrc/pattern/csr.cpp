@@ -3,7 +3,7 @@
 #include <algorithm>
 #include <stdexcept>
 
-#include "../cpu/kernels.h"
+#include "hash.h"
 
 namespace sk {
 namespace {
@@ -56,7 +56,6 @@ bool has_sample(const Csr& w, const std::vector<int32_t>& sample) {
 }
 
 uint64_t hash_all(const Csr& w) {
-  const auto hash = kernels().hash;
   const uint64_t parts[] = {hash(w.row_offsets, w.n + 1), hash(w.col_indices, w.nnz)};
   return hash(reinterpret_cast<const int32_t*>(parts), 4);
 }

@@ -1,7 +1,7 @@
 """Ceilings of this very machine: arithmetic, and the memory at each distance.
 
-CPU: loops in C++ (csrc/cpu/limits.h) of the instruction set that the kernels use. GPU: torch's own
-dense product and copies, the best that a program meets there.
+CPU: loops in C++ (csrc/bench/bench_loops.h) of the instruction set that the kernels use. GPU:
+torch's own dense product and copies, the best that a program meets there.
 """
 
 import time

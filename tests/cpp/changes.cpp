@@ -13,12 +13,12 @@
 #include <thread>
 #include <vector>
 
-#include "cpu/decode.h"
+#include "common/threads.h"
+#include "cpu/dense.h"
+#include "cpu/few_tokens.h"
 #include "cpu/products.h"
 #include "cpu/scratch.h"
-#include "cpu/threads.h"
-#include "pattern/cover.h"
-#include "pattern/dense.h"
+#include "packing/cover.h"
 #include "support.h"
 
 namespace test {

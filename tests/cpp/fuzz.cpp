@@ -19,10 +19,10 @@
 #include <thread>
 #include <utility>
 
-#include "cpu/decode.h"
+#include "cpu/dense.h"
+#include "cpu/few_tokens.h"
 #include "cpu/products.h"
-#include "pattern/cover.h"
-#include "pattern/dense.h"
+#include "packing/cover.h"
 #include "support.h"
 
 namespace {
@@ -158,7 +158,7 @@ Call draw_call(Random& random, Op op, sk::Plan plan, int64_t n, int64_t k, int64
       {sk::Type::kFloat, sk::Type::kBfloat16, is_stream ? sk::Type::kFloat : sk::Type::kDouble});
   int64_t tokens = random.range(1, random.chance(10) ? 140 : 40);
   if (random.chance(5)) tokens = 0;
-  if (op == Op::kColumns) tokens = std::min(tokens, random.range(0, sk::kStreamTokens));
+  if (op == Op::kColumns) tokens = std::min(tokens, random.range(0, sk::kFewTokens));
   if (op == Op::kBitmap) tokens = std::min(tokens, random.range(0, sk::kBitmapTokens));
   tokens = std::min(tokens, 60000 / (nnz + n + k + 1));
   const int64_t gap = random.below(3);
@@ -210,8 +210,8 @@ void run(sk::Pattern& pattern, const sk::Csr& w, Call& c) {
              transposed ? dx : y, c.tokens, c.plan);
   };
   auto stream = [&](sk::Format format) {
-    sk::spmm_stream(pattern, w, format, c.type, c.values.data(), bias, x, y, c.tokens,
-                    c.plan.threads);
+    sk::spmm_few_tokens(pattern, w, format, c.type, c.values.data(), bias, x, y, c.tokens,
+                        c.plan.threads);
   };
   switch (c.op) {
     case Op::kSpmm: return spmm(false);

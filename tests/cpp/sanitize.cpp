@@ -10,13 +10,13 @@
 #include <random>
 #include <vector>
 
+#include "bench/bench_loops.h"
 #include "changes.h"
-#include "cpu/decode.h"
+#include "cpu/dense.h"
+#include "cpu/few_tokens.h"
 #include "cpu/kernels.h"
-#include "cpu/limits.h"
 #include "cpu/products.h"
-#include "pattern/cover.h"
-#include "pattern/dense.h"
+#include "packing/cover.h"
 #include "support.h"
 
 namespace {
@@ -144,13 +144,13 @@ void check(const Problem& p, sk::Type type, std::initializer_list<int> all_vecs)
   }
 
   for (sk::Format format : {sk::Format::kBitmap, sk::Format::kColumns}) {
-    const int64_t most = format == sk::Format::kBitmap ? sk::kBitmapTokens : sk::kStreamTokens;
+    const int64_t most = format == sk::Format::kBitmap ? sk::kBitmapTokens : sk::kFewTokens;
     for (int64_t tokens = 0; tokens <= std::min(most, p.tokens); tokens++) {
       if (type == sk::Type::kDouble) continue;
       Array few(type, tokens * p.k, &random), out(type, tokens * p.n, nullptr);
-      sk::spmm_stream(pattern, {offsets.data(), cols.data(), p.n, p.k, nnz, tokens % 3 - 1}, format,
-                      type, values.data(), tokens % 2 ? bias.data() : nullptr, {few.data(), p.k},
-                      {out.data(), p.n}, tokens, 1 + tokens % 3);
+      sk::spmm_few_tokens(pattern, {offsets.data(), cols.data(), p.n, p.k, nnz, tokens % 3 - 1},
+                          format, type, values.data(), tokens % 2 ? bias.data() : nullptr,
+                          {few.data(), p.k}, {out.data(), p.n}, tokens, 1 + tokens % 3);
       for (int64_t m = 0; m < tokens; m++)
         for (int64_t i = 0; i < p.n; i++) {
           double want = tokens % 2 ? bias[i] : 0, scale = std::abs(want);
@@ -214,8 +214,8 @@ void check_panels() {
     }
 }
 
-// The loops that measure this machine's limits, on exactly the memory that they are given.
-void check_limits() {
+// The loops of bench_loops.h, on exactly the memory that they are given.
+void check_bench_loops() {
   std::vector<float> memory(3 * 128 + 16);
   const size_t begin = (64 - reinterpret_cast<uintptr_t>(memory.data()) % 64) / 4 % 16;
   memory.resize(begin + 3 * 128);
@@ -257,7 +257,7 @@ int main(int argc, char** argv) {
   auto run = [](const char* isa) {
     test::check_changes();
     check_panels();
-    check_limits();
+    check_bench_loops();
     for (const Problem& p : kProblems) check_cover(p);
     for (sk::Type type : kTypes) {
       for (const Problem& p : kProblems) check(p, type, {1, 2, 4, 8});

@@ -6,10 +6,10 @@
 #include <shared_mutex>
 #include <thread>
 
-#include "cpu/decode.h"
+#include "cpu/dense.h"
+#include "cpu/few_tokens.h"
 #include "cpu/products.h"
-#include "pattern/cover.h"
-#include "pattern/dense.h"
+#include "packing/cover.h"
 #include "support.h"
 
 namespace {
@@ -92,13 +92,13 @@ class Readers {
         sk::sddmm(pattern_, csr, type, {dy.data(), kRows}, in, dvalues.data(), tokens, plan);
         return expect(dvalues, static_cast<float>(tokens), "threads: sddmm");
       case 3:
-        sk::spmm_stream(pattern_, csr, sk::Format::kColumns, type, values_.data(), bias.data(), in,
-                        out, std::min<int64_t>(tokens, sk::kStreamTokens), 2);
-        y.resize(std::min<int64_t>(tokens, sk::kStreamTokens) * kRows);
+        sk::spmm_few_tokens(pattern_, csr, sk::Format::kColumns, type, values_.data(), bias.data(),
+                            in, out, std::min<int64_t>(tokens, sk::kFewTokens), 2);
+        y.resize(std::min<int64_t>(tokens, sk::kFewTokens) * kRows);
         return expect(y, sum + 1, "threads: stream of columns");
       case 4:
-        sk::spmm_stream(pattern_, csr, sk::Format::kBitmap, type, values_.data(), nullptr, in, out,
-                        std::min<int64_t>(tokens, sk::kBitmapTokens), 2);
+        sk::spmm_few_tokens(pattern_, csr, sk::Format::kBitmap, type, values_.data(), nullptr, in,
+                            out, std::min<int64_t>(tokens, sk::kBitmapTokens), 2);
         y.resize(std::min<int64_t>(tokens, sk::kBitmapTokens) * kRows);
         return expect(y, sum, "threads: stream of bits");
       default:

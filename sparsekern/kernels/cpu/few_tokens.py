@@ -1,4 +1,4 @@
-"""SpMM for few tokens, as in decoding: the table row `stream` (csrc/cpu/stream.h).
+"""SpMM for few tokens, as in decoding: the table row `stream` (csrc/cpu/few_tokens.h).
 
 W is read once, in CSR order, at the speed of memory. Values are read where they are; column indices
 are compressed once for each pattern. What a call checks before it believes that the indices are
@@ -39,7 +39,7 @@ def _bind(problem: Problem):
 
     def run(row_offsets, col_indices, values, n, k, x, bias=None):
         y = x.new_empty(m, n_)
-        pattern_of(row_offsets, col_indices, n, k).spmm_stream(
+        pattern_of(row_offsets, col_indices, n, k).spmm_few_tokens(
             row_offsets.data_ptr(),
             col_indices.data_ptr(),
             *versions(row_offsets, col_indices),

@@ -50,14 +50,18 @@ def type_of(dtype: torch.dtype) -> "_C.Type":
     return getattr(_C.Type, str(dtype).removeprefix("torch."))
 
 
+def _plan(problem: Problem, threads: int) -> Plan:
+    return make_plan(problem, _machine_for(problem.dtype), threads)
+
+
 class _Plans(dict):
-    """The plan of a problem by the number of threads, made when first asked for."""
+    """The plan of a problem by the number of threads, for C++; made when first asked for."""
 
     def __init__(self, problem: Problem):
         self._problem = problem
 
-    def __missing__(self, threads: int) -> Plan:
-        plan = self[threads] = make_plan(self._problem, _machine_for(self._problem.dtype), threads)
+    def __missing__(self, threads: int) -> "_C.Plan":
+        plan = self[threads] = _C.Plan(**_plan(self._problem, threads)._asdict())
         return plan
 
 
@@ -65,7 +69,7 @@ def _bind_spmm(problem: Problem):
     """Bind `panel` to a problem of spmm or spmm_t."""
     type_, is_transposed = type_of(problem.dtype), problem.op == "spmm_t"
     m, width = problem.M, problem.K if is_transposed else problem.N
-    plan = _Plans(problem)
+    plans = _Plans(problem)
 
     def run(row_offsets, col_indices, values, n, k, x, bias=None):
         y = x.new_empty(m, width)
@@ -80,7 +84,7 @@ def _bind_spmm(problem: Problem):
             y.data_ptr(),
             m,
             is_transposed,
-            *plan[torch.get_num_threads()],
+            plans[torch.get_num_threads()],
         )
         return y
 
@@ -88,7 +92,7 @@ def _bind_spmm(problem: Problem):
 
 
 def _bind_sddmm(problem: Problem):
-    type_, plan = type_of(problem.dtype), _Plans(problem)
+    type_, plans = type_of(problem.dtype), _Plans(problem)
 
     def run(row_offsets, col_indices, n, k, dy, x):
         dvalues = x.new_empty(problem.nnz)
@@ -101,7 +105,7 @@ def _bind_sddmm(problem: Problem):
             x.data_ptr(),
             dvalues.data_ptr(),
             problem.M,
-            *plan[torch.get_num_threads()],
+            plans[torch.get_num_threads()],
         )
         return dvalues
 
@@ -176,7 +180,7 @@ def _refuse_panel(p: Problem) -> str | None:
 
 
 def _describe_panel(p: Problem) -> str:
-    return describe(_Plans(p)[torch.get_num_threads()], _machine_for(p.dtype))
+    return describe(_plan(p, torch.get_num_threads()), _machine_for(p.dtype))
 
 
 KERNELS = (

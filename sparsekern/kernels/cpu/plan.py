@@ -27,14 +27,16 @@ class Machine(NamedTuple):
 
 
 class Plan(NamedTuple):
-    """The tokens are cut into tiles of vecs x lanes / tile_parts, W (spmm_t: W^T) into blocks."""
+    """The tokens are cut into tiles of vecs x lanes / tile_parts, W (spmm_t: W^T) into blocks.
+
+    The fields are those of `_C.Plan` (csrc/cpu/products.h), by name."""
 
     threads: int
     vecs: int
     tile_parts: int
     rows: int
     cols: int
-    row_parts: int  # what a thread's task takes: see csrc/cpu/products.h
+    row_parts: int  # what a thread's task takes
     col_parts: int
 
 

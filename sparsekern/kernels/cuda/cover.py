@@ -1,6 +1,6 @@
 """W as the sparse tensor cores read it: columns in groups of four, of which a row has one value.
 
-csrc/pattern/cover.h says how a tile of 32 rows and 256 columns is covered, csrc/cuda/spmm_cover.cu
+csrc/packing/cover.h says how a tile of 32 rows and 256 columns is covered, csrc/cuda/spmm_cover.cu
 how it is read. 0.594 bytes for each row and slot, and 1 to 2.4 times as many slots as columns:
 docs/math.md has the table. Packing runs on the CPU, in C++.
 """

@@ -4,7 +4,7 @@
 #include <array>
 #include <stdexcept>
 
-#include "../cpu/threads.h"
+#include "../common/threads.h"
 
 namespace sk {
 namespace {

@@ -4,7 +4,7 @@
 #include <stdexcept>
 #include <vector>
 
-#include "../cpu/threads.h"
+#include "../common/threads.h"
 
 namespace sk {
 namespace {

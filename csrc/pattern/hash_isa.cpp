@@ -1,17 +1,19 @@
 // The NH hash of Black et al., "UMAC" (1999): a sum of 32 x 32 bit products of keyed words, which
-// the compiler turns into vector instructions. The keys move on with the position.
-#pragma once
-
+// the compiler turns into vector instructions. The keys move on with the position. Compiled once
+// per ISA, with SK_ISA naming it.
 #include <cstdint>
 
 namespace sk::SK_ISA {
+namespace {
 
-inline uint64_t mix(uint64_t h) {
+uint64_t mix(uint64_t h) {
   h = (h ^ h >> 31) * 0x9e3779b97f4a7c15;
   return h ^ h >> 29;
 }
 
-inline uint64_t hash(const int32_t* words, int64_t size) {
+}  // namespace
+
+uint64_t hash(const int32_t* words, int64_t size) {
   constexpr int kPairs = 16, kWords = 2 * kPairs;
   uint32_t key[kWords];
   for (int j = 0; j < kWords; j++) key[j] = static_cast<uint32_t>(mix(j + 1));

@@ -10,7 +10,7 @@
 #include <cstdint>
 #include <vector>
 
-#include "csr.h"
+#include "../pattern/csr.h"
 
 namespace sk {
 

@@ -1,4 +1,5 @@
-// This machine's ceilings: the caller takes the time.
+// Loops that measure what this machine can do at most; the caller takes the time. They are no part
+// of the kernel library: no kernel calls them, sparsekern/bench/ceilings.py does.
 #pragma once
 
 #include <cstdint>

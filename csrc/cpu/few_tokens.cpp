@@ -1,11 +1,11 @@
 // Shares the rows of W out to threads. A row is summed by one thread in one order, so the result
 // depends neither on the number of threads nor on their timing.
-#include "decode.h"
+#include "few_tokens.h"
 
 #include <algorithm>
 
+#include "../common/threads.h"
 #include "scratch.h"
-#include "threads.h"
 
 namespace sk {
 namespace {
@@ -17,33 +17,33 @@ thread_local Scratch x_scratch;
 
 }  // namespace
 
-void spmm_stream(Pattern& pattern, const Csr& csr, Format format, Type type, const void* values,
-                 const void* bias, Matrix x, Matrix y, int64_t tokens, int threads) {
+void spmm_few_tokens(Pattern& pattern, const Csr& csr, Format format, Type type, const void* values,
+                     const void* bias, Matrix x, Matrix y, int64_t tokens, int threads) {
   const auto compressed = pattern.compressed(csr, format);
   if (tokens == 0 || csr.n == 0) return;
   const Kernels& kern = kernels();
   const Compressed& c = *compressed;
-  const int64_t x_floats = 64 * c.words * kStreamTokens;
+  const int64_t x_floats = 64 * c.words * kFewTokens;
   float* packed = x_scratch.floats(x_floats + csr.n);
   float* start = packed + x_floats;
   bias ? kern.widen(type, bias, csr.n, start) : void(std::fill_n(start, csr.n, 0.0f));
-  kern.stream_pack(type, format, x, tokens, csr.k, packed);
+  kern.pack_few(type, format, x, tokens, csr.k, packed);
 
   const int64_t groups = (csr.n + kRowGroup - 1) / kRowGroup;
   const int64_t most_tasks = csr.nnz < kSmallNnz ? 1 : 4 * std::max(1, threads);
   const int64_t rows = (groups + most_tasks - 1) / most_tasks * kRowGroup;
   parallel_for(threads, (csr.n + rows - 1) / rows, [&](int64_t task) {
     const int64_t first = task * rows;
-    const Stream w{c.row_offsets.data() + first,
-                   std::min(rows, csr.n - first),
-                   csr.nnz,
-                   c.bits.data() + first * (format == Format::kBitmap ? c.words : 0),
-                   c.words,
-                   c.cols.data(),
-                   start + first};
+    const CompressedRows w{c.row_offsets.data() + first,
+                           std::min(rows, csr.n - first),
+                           csr.nnz,
+                           c.bits.data() + first * (format == Format::kBitmap ? c.words : 0),
+                           c.words,
+                           c.cols.data(),
+                           start + first};
     Matrix out = y;
     out.data = static_cast<char*>(y.data) + first * size_of(type);
-    kern.stream(type, format, w, values, packed, tokens, out);
+    kern.spmm_few(type, format, w, values, packed, tokens, out);
   });
 }
 

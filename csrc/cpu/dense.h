@@ -2,7 +2,7 @@
 // product is the faster one.
 #pragma once
 
-#include "pattern.h"
+#include "../pattern/csr.h"
 
 namespace sk {
 

@@ -1,25 +1,28 @@
-#include "limits.h"
+#include "bench_loops.h"
 
-#include "kernels.h"
-#include "threads.h"
+#include "../common/machine.h"
+#include "../common/threads.h"
+#include "bench_loops_isa.h"
 
 namespace sk {
 
+SK_DECLARE(extern const IsaLoops kIsaLoops)
+
 int64_t multiply_adds(int64_t rounds, int threads) {
   int64_t flop = 0;
-  const Kernels& k = kernels();
+  const IsaLoops& loops = SK_CHOSEN(kIsaLoops);
   parallel_for(threads, threads, [&](int64_t task) {
-    const int64_t done = k.multiply_adds(rounds);
+    const int64_t done = loops.multiply_adds(rounds);
     if (task == 0) flop = done * threads;
   });
   return flop;
 }
 
 void read_memory(const float* p, int64_t size, int64_t rounds, int threads) {
-  const Kernels& k = kernels();
+  const IsaLoops& loops = SK_CHOSEN(kIsaLoops);
   const int64_t part = size / threads / 128 * 128;
   parallel_for(threads, threads, [&](int64_t task) {
-    for (int64_t r = 0; r < rounds; r++) k.read(p + task * part, part);
+    for (int64_t r = 0; r < rounds; r++) loops.read(p + task * part, part);
   });
 }
 

@@ -1,9 +1,10 @@
-// Loops that measure what this machine can do at most, behind limits.h. No kernel calls them.
-#pragma once
+// The loops for one instruction set: compiled once per ISA, with SK_ISA naming it.
+#include "bench_loops_isa.h"
 
-#include "simd.h"
+#include "../cpu/simd.h"
 
 namespace sk::SK_ISA {
+namespace {
 
 // Makes the compiler believe that v is needed.
 SK_INLINE void use(Vec v) {
@@ -17,7 +18,7 @@ SK_INLINE void use(Vec v) {
 
 // Multiply-adds on registers alone: enough chains to hide their latency, and few enough for the
 // registers of each instruction set. Returns the FLOPs.
-inline int64_t multiply_adds(int64_t rounds) {
+int64_t multiply_adds(int64_t rounds) {
   constexpr int kChains = kLanes == 8 ? 12 : 16;
   alignas(64) float numbers[kChains * kLanes];
   for (int i = 0; i < kChains * kLanes; i++) numbers[i] = 1e-3f * static_cast<float>(i);
@@ -34,7 +35,7 @@ inline int64_t multiply_adds(int64_t rounds) {
 }
 
 // Reads size floats from p, which is aligned to 64 bytes; size is a multiple of 128.
-inline void read(const float* p, int64_t size) {
+void read(const float* p, int64_t size) {
   constexpr int kVecs = 8;
   Vec sums[kVecs];
   SK_FOR(i, kVecs) sums[i] = zero();
@@ -44,5 +45,10 @@ inline void read(const float* p, int64_t size) {
   SK_FOR(i, kVecs) all = add(all, sums[i]);
   use(all);
 }
+
+}  // namespace
+
+extern const IsaLoops kIsaLoops;
+const IsaLoops kIsaLoops = {multiply_adds, read};
 
 }  // namespace sk::SK_ISA

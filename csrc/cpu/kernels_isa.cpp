@@ -1,0 +1,163 @@
+// The leaf loops for one instruction set: compiled once per ISA, with SK_ISA naming it.
+#include <type_traits>
+
+#include "few_tokens_columns.h"
+#include "few_tokens_rows.h"
+#include "gather.h"
+#include "kernels.h"
+#include "panel.h"
+#include "sddmm.h"
+#include "spmm.h"
+
+namespace sk::SK_ISA {
+namespace {
+
+// Calls f with a null pointer of the element type, and one of the type it is computed in.
+template <class F>
+void with_type(Type type, F f) {
+  float* real = nullptr;
+  if (type == Type::kFloat) f(static_cast<float*>(nullptr), real);
+  if (type == Type::kBfloat16) f(static_cast<bf16*>(nullptr), real);
+  if (type == Type::kDouble) f(static_cast<double*>(nullptr), static_cast<double*>(nullptr));
+}
+template <class F>
+void with_real(Type type, F f) {
+  type == Type::kDouble ? f(static_cast<double*>(nullptr)) : f(static_cast<float*>(nullptr));
+}
+
+template <class T>
+T* as(void* data, T*) {
+  return static_cast<T*>(data);
+}
+template <class T>
+const T* as(const void* data, T*) {
+  return static_cast<const T*>(data);
+}
+
+// Tokens in a panel.
+template <class Real>
+int64_t width(int vecs, Real*) {
+  return int64_t{vecs} * Simd<Real>::kCount;
+}
+
+#define SK_WITH_VECS(call) \
+  switch (vecs) {          \
+    case 1: call(1);       \
+    case 2: call(2);       \
+    case 4: call(4);       \
+    case 8: call(8);       \
+  }
+
+void pack_(Type type, Matrix x, int64_t tokens, int64_t features, int vecs, void* panel) {
+  with_type(type, [&](auto* t, auto* real) {
+    pack(as(static_cast<const void*>(x.data), t), x.stride, tokens, features, width(vecs, real),
+         as(panel, real));
+  });
+}
+
+void unpack_(Type type, const void* panel, int vecs, int64_t tokens, int64_t features, Matrix y) {
+  with_type(type, [&](auto* t, auto* real) {
+    unpack(as(panel, real), width(vecs, real), tokens, features, as(y.data, t), y.stride);
+  });
+}
+
+void gather_(Type type, const Walk& w, const void* values, void* walked) {
+  with_type(type, [&](auto* t, auto* real) { gather(w, as(values, t), as(walked, real)); });
+}
+
+void scatter_(Type type, const Walk& w, const void* walked, void* values) {
+  with_type(type, [&](auto* t, auto* real) { scatter(w, as(walked, real), as(values, t)); });
+}
+
+void widen_(Type type, const void* values, int64_t size, void* wide) {
+  with_type(type, [&](auto* t, auto* real) {
+    for (int64_t i = 0; i < size; i++) as(wide, real)[i] = to_real(as(values, t)[i]);
+  });
+}
+
+void spmm_(Type type, int vecs, const Walk& w, int64_t rows, const void* walked, const void* start,
+           const void* x, void* y) {
+  with_real(type, [&](auto* r) {
+#define SK_CALL(v) return spmm_block<v>(w, rows, as(walked, r), as(start, r), as(x, r), as(y, r))
+    SK_WITH_VECS(SK_CALL)
+#undef SK_CALL
+  });
+}
+
+void sddmm_(Type type, int vecs, const Walk& w, const void* dy, const void* x, bool add,
+            void* walked) {
+  with_real(type, [&](auto* r) {
+#define SK_CALL(v) return sddmm_block<v>(w, as(dy, r), as(x, r), add, as(walked, r))
+    SK_WITH_VECS(SK_CALL)
+#undef SK_CALL
+  });
+}
+
+void add_(Type type, bool is_first, int64_t size, const void* part, void* total) {
+  with_real(type, [&](auto* r) {
+    const auto* from = as(part, r);
+    auto* to = as(total, r);
+    for (int64_t i = 0; i < size; i++) to[i] = is_first ? from[i] : to[i] + from[i];
+  });
+}
+
+// The types that `spmm_few` takes.
+template <class F>
+void with_few_type(Type type, F f) {
+  type == Type::kFloat ? f(static_cast<float*>(nullptr)) : f(static_cast<bf16*>(nullptr));
+}
+
+// Tokens that a kernel computes at once: the smallest of its sizes that is enough.
+template <class F>
+void with_bitmap_tokens(int64_t tokens, const F& f) {
+  if (tokens <= 1) return f(std::integral_constant<int, 1>());
+  if (tokens <= 2) return f(std::integral_constant<int, 2>());
+  if (tokens <= 4) return f(std::integral_constant<int, 4>());
+  f(std::integral_constant<int, 8>());
+}
+template <class F>
+void with_panel_width(int64_t tokens, const F& f) {
+  if (tokens <= kBlock) return f(std::integral_constant<int, kBlock>());
+  if (tokens <= 8) return f(std::integral_constant<int, 8>());
+  f(std::integral_constant<int, 16>());
+}
+
+void pack_few_(Type type, Format format, Matrix x, int64_t tokens, int64_t features,
+               float* packed) {
+  with_few_type(type, [&](auto* t) {
+    auto* in = as(static_cast<const void*>(x.data), t);
+    const int64_t words = (features + 63) / 64;
+    if (format == Format::kBitmap)
+      with_bitmap_tokens(tokens, [&](auto rows) {
+        pack_rows(in, x.stride, tokens, features, words, rows, packed);
+      });
+    else if (tokens == 1)
+      pack_rows(in, x.stride, 1, features, words, 1, packed);
+    else
+      with_panel_width(
+          tokens, [&](auto width) { pack_panel(in, x.stride, tokens, features, width, packed); });
+  });
+}
+
+void spmm_few_(Type type, Format format, const CompressedRows& w, const void* values,
+               const float* packed, int64_t tokens, Matrix y) {
+  with_few_type(type, [&](auto* t) {
+    auto *v = as(values, t), *out = as(y.data, t);
+    if (format == Format::kBitmap)
+      with_bitmap_tokens(
+          tokens, [&](auto rows) { spmm_bitmap<rows>(w, v, packed, tokens, out, y.stride); });
+    else if (tokens == 1)
+      spmm_gather(w, v, packed, out);
+    else
+      with_panel_width(
+          tokens, [&](auto width) { spmm_columns<width>(w, v, packed, tokens, out, y.stride); });
+  });
+}
+
+}  // namespace
+
+extern const Kernels kKernels;
+const Kernels kKernels = {kLanes, pack_,  unpack_, gather_,   scatter_, widen_,
+                          spmm_,  sddmm_, add_,    pack_few_, spmm_few_};
+
+}  // namespace sk::SK_ISA
