@@ -1,9 +1,9 @@
 """Results and progress as text."""
 
 import sys
+import threading
 import time
 from importlib.util import find_spec
-from types import TracebackType
 from typing import TextIO
 
 from .extras import require
@@ -38,6 +38,7 @@ class Progress:
         """`total`: None where nobody knows."""
         self._total, self._done, self._unit, self._is_shown = total, done, unit, is_shown
         self._bar = None
+        self._timer: threading.Timer | None = None
         self._said = time.perf_counter()
         if is_shown and sys.stderr.isatty() and find_spec("tqdm"):
             tqdm = require("tqdm", "gpt").tqdm
@@ -46,20 +47,17 @@ class Progress:
     def __enter__(self) -> "Progress":
         return self
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
+    def __exit__(self, *error: object) -> None:
         self.close()
 
     def close(self) -> None:
+        self._forget()
         if self._bar:
             self._bar.close()
 
     def advance(self, what: str = "") -> None:
         """One more is done."""
+        self._forget()
         self._done += 1
         if self._bar:
             self._bar.set_postfix_str(what, refresh=False)
@@ -69,13 +67,21 @@ class Progress:
             self._say(f"{self._unit} {self._done}{of}{what and ': '}{what}", sys.stderr)
 
     def about(self, text: str) -> None:
-        """What comes next, and takes a while."""
+        """What comes next. It is told where that takes long."""
+        self._forget()
         if self._bar:
             self._bar.set_postfix_str(text)
         elif self._is_shown:
-            self._say(text, sys.stderr)
+            self._timer = threading.Timer(SILENCE_S, self._say, (text, sys.stderr))
+            self._timer.daemon = True
+            self._timer.start()
+
+    def _forget(self) -> None:
+        if self._timer:
+            self._timer.cancel()
 
     def line(self, text: str) -> None:
+        self._forget()
         if self._bar:
             self._bar.write(text)
         elif self._is_shown:

@@ -1,7 +1,5 @@
 """python -m sparsekern train"""
 
-import os
-
 from ..gpt import distributed
 from ..gpt.config import config_from, resumed_config
 from ..gpt.train import train
@@ -19,5 +17,5 @@ def run_train(**given) -> None:
         result = train(config)
     finally:
         distributed.finish()
-    if result["sparsity"] and os.environ.get("RANK", "0") == "0":
+    if result["sparsity"] and distributed.is_first_rank():
         print(f"wafer  {demo_report.wafer_line(result)}")

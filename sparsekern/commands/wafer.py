@@ -157,21 +157,19 @@ def _write_json(path: Path | None, value: object) -> None:
 
 def _run_predict(**options) -> None:
     inputs, wafer, systems = _inputs(options), machine(options["machine"]), options["systems"]
-    progress = Progress(None, unit="part")
-    if options["checkpoint"]:
-        if options["checkpoint"].exists():
-            progress.about(f"reading {options['checkpoint']}")
-        shape, weights = options["checkpoint_weights"](options["checkpoint"])
-        progress.about(f"predicting from the masks of {len(weights)} layers")
-        kept = sum(w.n * w.k * w.density for w in weights) / shape.linear_fma
-    else:
-        shape = _shape(options)
-        weights = kept = _density(options)
-    batch = _batch(options, shape, systems)
-    found = compare_with_dense(
-        wafer, shape, weights, batch, systems, inputs, options["micro_batch"]
-    )
-    progress.close()
+    with Progress(None, unit="part") as progress:
+        if path := options["checkpoint"]:
+            progress.about(f"reading {path}")
+            shape, weights = options["checkpoint_weights"](path)
+            progress.about(f"predicting from the masks of {len(weights)} layers")
+            kept = sum(w.n * w.k * w.density for w in weights) / shape.linear_fma
+        else:
+            shape = _shape(options)
+            weights = kept = _density(options)
+        batch = _batch(options, shape, systems)
+        found = compare_with_dense(
+            wafer, shape, weights, batch, systems, inputs, options["micro_batch"]
+        )
     inference = inference_cost(wafer, shape, kept, inputs)
     print(predict.render(shape, found, inference))
     if options["sources"]:

@@ -3,7 +3,7 @@
 import json
 import sysconfig
 import zlib
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -242,15 +242,23 @@ def prepare(source: str, tokenizer: Tokenizer | str, folder: Path, vocab_size: i
 
 
 def load_tokens(
-    source: str, tokenizer: Tokenizer | None, name: str, vocab_size: int
+    source: str,
+    tokenizer: Tokenizer | None,
+    name: str,
+    vocab_size: int,
+    tell: Callable[[str], None] = lambda text: None,
 ) -> tuple[Tokenizer, Tensor, Tensor]:
     """Tokens for training and for validation, and their tokenizer: that given, that of a prepared
-    folder, or a new one called `name`."""
+    folder, or a new one called `name`. `tell` is told what comes next."""
+    tell(f"reading {source}")
     folder = Path(source)
     if all((folder / file).is_file() for file in PREPARED):
         return _load_prepared(folder, tokenizer)
     training, validation = load_split(source)
-    tokenizer = tokenizer or make_tokenizer(name, training, vocab_size)
+    if not tokenizer:
+        tell(f"learning a vocabulary from {len(training):,} characters")
+        tokenizer = make_tokenizer(name, training, vocab_size)
+    tell(f"encoding {len(training):,} characters")
     return tokenizer, tokenizer.encode(training), tokenizer.encode(validation)
 
 
@@ -280,11 +288,16 @@ class Text:
     """What a run trains on: tokens of two splits and their tokenizer."""
 
     def __init__(
-        self, source: str, tokenizer: Tokenizer | None, name: str, vocab_size: int
+        self,
+        source: str,
+        tokenizer: Tokenizer | None,
+        name: str,
+        vocab_size: int,
+        tell: Callable[[str], None] = lambda text: None,
     ) -> None:
         """The arguments of `load_tokens`."""
         self.tokenizer, self.training, self.validation = load_tokens(
-            source, tokenizer, name, vocab_size
+            source, tokenizer, name, vocab_size, tell
         )
         self.crc32 = zlib.crc32(self.training.numpy())
 

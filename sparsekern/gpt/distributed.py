@@ -23,6 +23,11 @@ def check_device(name: str) -> None:
         raise ValueError(f"device: expected cpu, cuda or cuda:N, got {name!r}")
 
 
+def is_first_rank() -> bool:
+    """Whether this process is the one that tells and writes."""
+    return os.environ.get("RANK", "0") == "0"
+
+
 class Ranks:
     """This process among those that torchrun started; the only one without torchrun."""
 

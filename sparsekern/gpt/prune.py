@@ -88,7 +88,8 @@ def prune(config: PruneConfig) -> list[dict]:
         rows = state["rows"]
     targets = config.sparsities()
     # Of the source in any case: what a pruning took does not depend on where it was stopped.
-    run = begin(_recovery(config, trained, 0), source)
+    with Progress(None, unit="part") as progress:
+        run = begin(_recovery(config, trained, 0), source, progress.about)
     if rows and state["data_crc32"] != run.text.crc32:
         raise ValueError(f"data: {run.config.data} changed since {path} was written")
     with Progress(config.steps, sum(row["steps"] for row in rows)) as progress:

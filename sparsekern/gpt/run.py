@@ -60,6 +60,7 @@ class Run:
         self.history = history
         self.path = Path(config.out) / CHECKPOINT
         self.lengthened_from = 0  # steps that it had when it was finished before
+        self._gradient_s = 0.0  # of the step that is under way
         self._place(state, path)
 
     def _place(self, state: dict, path: Path | None = None) -> None:
@@ -104,14 +105,14 @@ class Run:
     def compute_gradients(self) -> float:
         """The first half of a step -> its loss. FloatingPointError unless that is finite, and the
         gradient too."""
-        self._began = time.perf_counter()
+        began = time.perf_counter()
         self.parts.set_learning_rate(learning_rate(self.config, self.step))
         x, y = map(self.ranks.part, self.training.get(self.step))
         loss, norm = compute_gradients(self.parts.wrapped, x, y, self.dtype)
         found = self.ranks.mean(loss).item()
         self.check_finite("loss", found)
         self.check_finite("gradient norm", norm.item())
-        self._gradient_s = time.perf_counter() - self._began
+        self._gradient_s = time.perf_counter() - began
         return found
 
     def update(self, loss: float) -> None:

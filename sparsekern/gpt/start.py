@@ -1,5 +1,6 @@
 """Where a run begins: at random weights, at its own checkpoint, or at the weights of another."""
 
+from collections.abc import Callable
 from pathlib import Path
 
 from ..files import check_writable
@@ -12,9 +13,14 @@ from .distributed import Ranks
 from .run import History, Run
 
 
-def begin(config: TrainConfig, source: dict | None = None) -> Run:
+def begin(
+    config: TrainConfig,
+    source: dict | None = None,
+    tell: Callable[[str], None] = lambda text: None,
+) -> Run:
     """The run of `config`, before its next step. It begins with the weights of `source`, what the
-    checkpoint of another run holds; `init_from` names such a file."""
+    checkpoint of another run holds; `init_from` names such a file. `tell` is told what takes
+    long."""
     path = Path(config.out) / CHECKPOINT
     saved = load_checkpoint(path) if config.resume else None
     if path.exists() and not saved and not source:
@@ -30,7 +36,8 @@ def begin(config: TrainConfig, source: dict | None = None) -> Run:
         raise ValueError(f"batch: expected a multiple of {ranks.size}, got {config.batch}")
     if ranks.rank == 0:
         check_writable("out", path)
-    text = _text(config, saved or source)
+    text = _text(config, saved or source, tell)
+    tell("making the model")
     if saved and saved["data_crc32"] != text.crc32:
         raise ValueError(f"data: {config.data} changed since {path} was written")
 
@@ -48,7 +55,7 @@ def begin(config: TrainConfig, source: dict | None = None) -> Run:
     return Run(config, settings, ranks, text, History(), state)
 
 
-def _text(config: TrainConfig, state: dict | None) -> Text:
+def _text(config: TrainConfig, state: dict | None, tell: Callable[[str], None]) -> Text:
     """With the tokenizer of a checkpoint, where there is one."""
     tokenizer = tokenizer_from_state(state["tokenizer"]) if state else None
-    return Text(config.data, tokenizer, config.tokenizer, config.vocab_size)
+    return Text(config.data, tokenizer, config.tokenizer, config.vocab_size, tell)

@@ -11,6 +11,7 @@ from ..files import atomic_write
 from ..terminal import Progress
 from . import lines
 from .config import TrainConfig
+from .distributed import is_first_rank
 from .flops import flop_ratio, train_flops_per_token
 from .memory import peak_memory_bytes
 from .run import Run
@@ -31,11 +32,12 @@ def train(config: TrainConfig, deadline: float = math.inf) -> dict:
     OutOfTime when time.monotonic() passes `deadline` before the last step."""
     if config.threads:
         torch.set_num_threads(config.threads)
-    run = begin(config)
+    with Progress(None, unit="part", is_shown=is_first_rank()) as progress:
+        run = begin(config, tell=progress.about)
     if run.ranks.device.type == "cuda":
         torch.cuda.reset_peak_memory_stats()
-    start, is_first = run.step, run.ranks.rank == 0
-    with Progress(config.steps, start, is_shown=is_first) as progress:
+    start = run.step
+    with Progress(config.steps, start, is_shown=is_first_rank()) as progress:
         progress.line(_plan(run))
         while run.step < config.steps:
             loss = run.compute_gradients()
@@ -57,7 +59,7 @@ def train(config: TrainConfig, deadline: float = math.inf) -> dict:
             progress.line(_evaluation(run))
         run.export()  # also by a resumed run that was finished: a kill may have come before
         result = _result(run)
-        if is_first:
+        if is_first_rank():
             with atomic_write(run.path.with_name(METRICS)) as file:
                 file.write(json.dumps(result, indent=1).encode())
         progress.line(lines.summary(result))
