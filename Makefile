@@ -4,8 +4,8 @@
 PYTHON ?= python3
 TORCH ?= torch==2.13.0
 
-# A process of pytest for each core. Its benchmarks are for bench/ alone, where time counts.
-PARALLEL := -n $(shell nproc) --dist worksteal -p no:benchmark
+# A process of pytest for each core.
+PARALLEL := -n $(shell nproc) --dist worksteal
 
 VENV := .venv
 BIN := $(VENV)/bin
@@ -16,8 +16,11 @@ VENV_STAMP := $(VENV)/.with-$(subst ==,-,$(TORCH))
 
 .PHONY: demo test lint pytest pytest-without-library sanitize fuzz build-sanitize build-threads neon cuda check-gpu sanitize-gpu bench-smoke bench bench-gpu deepsparse docs wheel check-wheel clean
 
+# Dense is held to OpenBLAS too, with the kernel that it chooses itself.
+DEMO := env -u OPENBLAS_CORETYPE -u OPENBLAS_L2_SIZE $(BIN)/python -m sparsekern demo --out out
+
 demo: $(VENV)/.installed-demo
-	$(BIN)/python -m sparsekern demo --out out
+	$(DEMO)
 
 # The last step closes with the summary line of the whole suite.
 test: lint sanitize neon cuda check-wheel pytest-without-library bench-smoke pytest
@@ -48,9 +51,9 @@ pytest-without-library: $(VENV)/.installed-test
 	  --ignore=tests/kernels/cuda/test_emulated_csr.py
 
 bench-smoke: $(VENV)/.installed-test
-	$(BIN)/python -m pytest -q bench --benchmark-disable --quick
-	$(BIN)/python -m sparsekern bench --quick --out build/bench/smoke.json
-	$(BIN)/python -m sparsekern bench compare build/bench/smoke.json build/bench/smoke.json
+	$(BIN)/python -m pytest -q bench --quick
+	$(BIN)/python -m sparsekern bench --quick --out build/bench/smoke.csv
+	$(BIN)/python -m sparsekern bench compare build/bench/smoke.csv build/bench/smoke.csv
 	$(BIN)/python -m sparsekern report --out build/bench/report
 
 # The fuzzer runs beside the others. ThreadSanitizer's shadow has no place for every random layout.
@@ -112,7 +115,7 @@ bench: $(VENV)/.installed-test out/dense/checkpoint.pt
 	$(BIN)/python -m sparsekern report
 
 out/dense/checkpoint.pt: | $(VENV)/.installed-test
-	$(BIN)/python -m sparsekern demo --out out
+	$(DEMO)
 
 # Needs an NVIDIA GPU. The table in docs/benchmarks.md, then the data that dispatch reads.
 bench-gpu: $(VENV)/.installed-test

@@ -11,7 +11,10 @@ import os
 import statistics
 import subprocess
 import sys
+from functools import partial
 from pathlib import Path
+
+from sparsekern.bench.turns import Seconds, in_turns
 
 SHAPES = ((2048, 2048), (3072, 768))
 DENSITIES = (0.05, 0.1, 0.25, 0.5)
@@ -58,9 +61,10 @@ class Checkout:
         self._process = subprocess.Popen(command, env=env, cwd=path, text=True, **pipes)
         self.about = self._process.stdout.readline().strip()
 
-    def seconds(self, case: str) -> float:
+    def turn(self, case: str) -> Seconds:
         print(case, file=self._process.stdin, flush=True)
-        return float(self._process.stdout.readline())
+        took = float(self._process.stdout.readline())
+        return lambda: took
 
 
 def cases() -> list[str]:
@@ -91,13 +95,11 @@ def main() -> None:
     print(f"CPU milliseconds of one thread, medians (least) of {arguments.rounds} rounds.\n")
     print("| kernel op M N K density dtype | old | new | new / old |\n|---|---:|---:|---:|")
     for case in cases():
-        times: dict[Checkout, list[float]] = {old: [], new: []}
-        for i in range(-1, arguments.rounds):
-            for checkout in (old, new) if i % 2 else (new, old):
-                seconds = checkout.seconds(case)
-                if i >= 0:
-                    times[checkout].append(1e3 * seconds)
-        (a, least_a), (b, least_b) = ((statistics.median(t), min(t)) for t in times.values())
+        turns = {"old": partial(old.turn, case), "new": partial(new.turn, case)}
+        times = in_turns(turns, arguments.rounds, warm_up=1).values()
+        (a, least_a), (b, least_b) = (
+            (1e3 * statistics.median(seconds), 1e3 * min(seconds)) for seconds in times
+        )
         cells = f"{a:.3f} ({least_a:.3f}) | {b:.3f} ({least_b:.3f})"
         print(f"| {case} | {cells} | {b / a:.2f} ({least_b / least_a:.2f}) |", flush=True)
 

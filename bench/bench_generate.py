@@ -5,29 +5,30 @@ Under pytest, on a CPU: GPT-2 small. As a script, on a GPU: the larger presets w
 python bench/bench_generate.py [--preset gpt3-6.7b] [--sparsities 0.75 0.5 0.9] [--batches 1 16]
 
 prints a section for each sparsity and batch and keeps all of them in
-results/generate-<preset>-<GPU>-<date>.json, rewritten after each.
+results/generate-<preset>-<GPU>-<date>.csv, rewritten after each.
 """
 
 import argparse
 import copy
 import gc
-import json
 import re
 import time
 from dataclasses import asdict, dataclass, replace
 from datetime import date
 from pathlib import Path
+from statistics import median
 
-import measure
+import grids
 import pytest
 import torch
-from pytest_benchmark.utils import get_commit_info
 from torch import Tensor
 
 from sparsekern import densify_, sparsify_
-from sparsekern.bench.machine import processor
-from sparsekern.bench.race import DENSE, Race, Rival, ours
-from sparsekern.files import atomic_write
+from sparsekern.bench import records
+from sparsekern.bench.machine import about_cpu, about_gpu, about_run
+from sparsekern.bench.race import Rival, ours, race
+from sparsekern.bench.records import DENSE, OURS
+from sparsekern.bench.turns import way as found
 from sparsekern.gpt import speed
 from sparsekern.gpt.generate import CACHE_MULTIPLE, Decoder
 from sparsekern.gpt.model import GPT, Cache, GPTConfig
@@ -72,7 +73,7 @@ def random_prompt(config: GPTConfig, batch: int, context: int) -> Tensor:
 
 
 @pytest.mark.runs_on(workloads=workloads)
-def test_generate(benchmark, is_quick, workload):
+def test_generate(keep, is_quick, workload):
     config = PRESETS.get(workload.model, TINY)
     sparse = random_gpt(config, workload.sparsity)
     dense = densify_(copy.deepcopy(sparse))
@@ -86,14 +87,14 @@ def test_generate(benchmark, is_quick, workload):
         return decoder.tokens
 
     assert torch.equal(*map(run, decoders))
-    race = Race(
+    ways = race(
         ours(lambda: run(decoders[0])),
         [Rival("dense", DENSE, lambda: run(decoders[1]))],
         workload.threads,
-        most_rounds=measure.most_rounds(is_quick),
+        most_rounds=grids.most_rounds(is_quick),
     )
     info = {"op": "generate", "device": "cpu", **asdict(workload), "M": workload.batch}
-    measure.run(benchmark, f"generate {workload}", race, info)
+    keep(info | {"ways": ways})
 
 
 # On a GPU
@@ -142,6 +143,30 @@ def build(
     return model
 
 
+def case(
+    preset: str, sparsity: float, dtype: torch.dtype, run: dict, errors: dict[str, float]
+) -> dict:
+    """What speed.compare() found: a way is a model and how its steps are run."""
+    config = PRESETS[preset]
+    ways = {
+        f"{side}, {way}": {
+            **found(kind, seconds["step_s"], errors[side], float("inf")),
+            "bytes": run[side]["block_bytes"],
+            "weight_bytes": run[side]["weight_bytes"],
+            "first_token_s": median(seconds["first_token_s"]),
+        }
+        for side, kind in (("dense", DENSE), ("sparse", OURS))
+        for way, seconds in run[side]["ways"].items()
+    }
+    return {
+        **{"op": "generate", "device": "cuda", "model": preset, "layers": config.n_layer},
+        **{"width": config.n_embd, "vocabulary": config.vocab_size, "context": run["context"]},
+        **{"batch": run["batch"], "tokens": 1, "sparsity": sparsity, "threads": 0},
+        "dtype": str(dtype).removeprefix("torch."),
+        "ways": ways,
+    }
+
+
 def main() -> None:
     parser = argparse.ArgumentParser()
     parser.add_argument("--preset", choices=PRESETS, default="gpt3-6.7b")
@@ -154,18 +179,10 @@ def main() -> None:
     parser.add_argument("--commit", help="where there is no repository")
     options = parser.parse_args()
     config, device, dtype = PRESETS[options.preset], "cuda", torch.bfloat16
-    gpu = torch.cuda.get_device_name()
+    about = about_run("generate", about_cpu() | about_gpu(), options.commit)
+    gpu = about["machine"]["gpu"]
     name = re.sub(r"[^a-z0-9.]+", "-", f"generate-{options.preset}-{gpu}-{date.today()}".lower())
-    result = {
-        "preset": options.preset,
-        "config": vars(config),
-        "dtype": str(dtype),
-        "gpu": gpu,
-        "cpu": processor(),
-        "torch": torch.__version__,
-        "commit": {"id": options.commit} if options.commit else get_commit_info(),
-        "runs": [],
-    }
+    cases: list[dict] = []
     dense = build(config, 0.0, device, dtype)
     for sparsity in options.sparsities:
         for batch in options.batches:
@@ -174,9 +191,8 @@ def main() -> None:
             prompt = random_prompt(config, batch, options.context).to(device)
             models = {"dense": dense, "sparse": sparse}
             run = speed.compare(models, prompt, options.tokens, options.rounds)
-            result["runs"].append({"sparsity": sparsity, "errors": errors, **run})
-            with atomic_write(options.out / f"{name}.json") as file:
-                file.write(json.dumps(result, indent=1).encode())
+            cases.append(case(options.preset, sparsity, dtype, run, errors))
+            records.write(options.out / f"{name}{records.SUFFIX}", about, records.flat(cases))
             print(f"\n## {options.preset}, {sparsity:.0%}, {gpu}\n\n{generation_section(run)}\n")
             print(f"Error of one block's logits: {errors}", flush=True)
             del sparse, models

@@ -3,12 +3,13 @@
 import copy
 from dataclasses import asdict, dataclass, replace
 
-import measure
+import grids
 import pytest
 import torch
 
 from sparsekern import SparseLinear, densify_
-from sparsekern.bench.race import CORES, DENSE, Race, Rival, ours
+from sparsekern.bench.race import CORES, Rival, ours, race
+from sparsekern.bench.records import DENSE
 from sparsekern.gpt import demo
 from sparsekern.gpt.build import build_model, build_optimizer
 from sparsekern.gpt.config import TrainConfig
@@ -53,7 +54,7 @@ def workloads(quick: bool) -> list[Step]:
     steps = [
         Step("demo", demo.LAYERS, demo.WIDTH, BYTES, demo.CONTEXT, demo.BATCH, sparsity, threads)
         for threads in (1, 2)
-        for sparsity in measure.SPARSITIES
+        for sparsity in grids.SPARSITIES
     ]
     # GPT-2 small, with its own head and with one that leaves the linears nearly alone.
     steps += [
@@ -79,7 +80,7 @@ def check_gradients(model, x, y) -> None:
 
 
 @pytest.mark.runs_on(workloads=workloads)
-def test_train_step(benchmark, is_quick, workload):
+def test_train_step(keep, is_quick, workload):
     config = workload.config()
     tokens = torch.randint(
         workload.vocabulary,
@@ -100,11 +101,11 @@ def test_train_step(benchmark, is_quick, workload):
         step(each)
     linears = [name for name, m in model.named_modules() if isinstance(m, SparseLinear)]
     parts = profile_step(dense, optimizers[dense], (x, y), linears)
-    race = Race(
+    ways = race(
         ours(lambda: step(model)),
         [Rival("dense", DENSE, lambda: step(dense))],
         workload.threads,
-        most_rounds=measure.most_rounds(is_quick),
+        most_rounds=grids.most_rounds(is_quick),
     )
     info = {
         "op": "train_step",
@@ -114,4 +115,4 @@ def test_train_step(benchmark, is_quick, workload):
         "linear_share": linear_share(parts),
         "cap": measured_cap(parts, float("inf")),
     }
-    measure.run(benchmark, f"train_step {workload}", race, info)
+    keep(info | {"ways": ways})

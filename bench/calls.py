@@ -9,9 +9,7 @@ the look for infinities adds to a product of a W that is written out (replayed C
 
 import argparse
 import contextlib
-import json
 import statistics
-import time
 from collections.abc import Callable, Iterable
 from datetime import date
 from pathlib import Path
@@ -20,29 +18,35 @@ import torch
 from torch import Tensor, nn
 
 from sparsekern import SparseLinear, SparseTensor
-from sparsekern.bench.machine import about_cpu, about_gpu, commit
+from sparsekern.bench import records
+from sparsekern.bench.machine import about_cpu, about_gpu, about_run
+from sparsekern.bench.records import DENSE, OTHER, OURS
+from sparsekern.bench.turns import Turn, in_turns, on_gpu, on_host
 from sparsekern.kernels.cuda import rows as cuda_rows
 from sparsekern.kernels.problem import Problem
 from sparsekern.kernels.table import pick
+from sparsekern.terminal import table
 from sparsekern.testing import random_csr
 
 SIZES = {"cpu": 8, "cuda": 64}
 BLOCKS, CALLS = 400, 100  # the fastest block counts: others share these cores
-GRAPH_CALLS, REPLAYS = 20, 15
+GRAPH_CALLS, REPLAYS, AHEAD_S = 20, 15, 50e-6
+KINDS = {"torch": DENSE, "ours": OURS, "kernel": OTHER}
+TITLES = {
+    "call": "Host time of a call",
+    "mend": "What the look for infinities adds to a product (row expand)",
+}
 
 
-def least_us(calls: dict[str, Callable[[], object]]) -> dict[str, float]:
-    """Microseconds of each call: the fastest of blocks that take turns."""
-    best = dict.fromkeys(calls, float("inf"))
-    for _ in range(BLOCKS):
-        for name, call in calls.items():
-            began = time.perf_counter()
-            for _ in range(CALLS):
-                call()
-            best[name] = min(best[name], 1e6 * (time.perf_counter() - began) / CALLS)
-            if torch.cuda.is_available():
-                torch.cuda.synchronize()
-    return best
+def least_s(calls: dict[str, Callable[[], object]]) -> dict[str, float]:
+    """Seconds of each call: the fastest of blocks that take turns."""
+
+    def rest(name: str) -> None:
+        if torch.cuda.is_available():
+            torch.cuda.synchronize()
+
+    turns = {name: on_host(call, CALLS) for name, call in calls.items()}
+    return {name: min(each) for name, each in in_turns(turns, BLOCKS, before=rest).items()}
 
 
 def layers(device: str, dtype: torch.dtype) -> tuple[nn.Linear, SparseLinear, SparseTensor]:
@@ -96,24 +100,22 @@ def host_times(device: str) -> Iterable[dict]:
     )
     for name, context, calls in cases:
         with context:
-            yield {"case": name, "us": least_us(calls), "error": error}
+            ways = {
+                who: {"kind": KINDS[who], "min_s": seconds}
+                for who, seconds in least_s(calls).items()
+            }
+            ways["ours"] |= {"error": error, "is_right": True}
+            sizes = {"M": 1, "N": size, "K": size, "device": device, "threads": 1}
+            yield {"op": "call", "case": name, **sizes, "ways": ways}
 
 
-def graph_us(call: Callable[[], object]) -> float:
+def graph_of(call: Callable[[], object]) -> Turn:
     call()
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
         for _ in range(GRAPH_CALLS):
             call()
-    times = []
-    for _ in range(REPLAYS):
-        begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-        begin.record()
-        graph.replay()
-        end.record()
-        torch.cuda.synchronize()
-        times.append(1e3 * begin.elapsed_time(end) / GRAPH_CALLS)
-    return statistics.median(times)
+    return on_gpu(graph.replay, AHEAD_S)
 
 
 def mend_times() -> Iterable[dict]:
@@ -127,24 +129,41 @@ def mend_times() -> Iterable[dict]:
             def product(operands=operands) -> Tensor:
                 return cuda_rows._spmm_expand(*operands)
 
-            with_mend = graph_us(product)
+            turns = {"with": graph_of(product)}
             try:
                 cuda_rows._mend = lambda *arguments: arguments[-1]
-                without = graph_us(product)
+                turns = {"without": graph_of(product)} | turns
             finally:
                 cuda_rows._mend = mend
-            case = f"{n} x {k}, {m} tokens"
-            yield {"case": case, "us": {"without": without, "with": with_mend}}
+            ways = {
+                name: {"kind": kind, "median_s": statistics.median(seconds) / GRAPH_CALLS}
+                for (name, seconds), kind in zip(
+                    in_turns(turns, REPLAYS).items(), (OTHER, OURS), strict=True
+                )
+            }
+            sizes = {"M": m, "N": n, "K": k, "sparsity": 0.75, "nnz": W.nnz, "threads": 0}
+            yield {"op": "mend", "device": "cuda", "dtype": "bfloat16", **sizes, "ways": ways}
 
 
-def table(title: str, rows: list[dict]) -> str:
-    names = list(dict.fromkeys(name for row in rows for name in row["us"]))
-    lines = [f"## {title}", "", f"| microseconds | {' | '.join(names)} |"]
-    lines.append("|---|" + "---:|" * len(names))
-    for row in rows:
-        cells = (f"{row['us'][name]:.2f}" if name in row["us"] else "" for name in names)
-        lines.append(f"| {row['case']} | {' | '.join(cells)} |")
-    return "\n".join(lines)
+def page(cases: list[dict]) -> str:
+    parts = []
+    for op, title in TITLES.items():
+        if chosen := records.select(cases, op=op):
+            names = list(dict.fromkeys(name for case in chosen for name in case["ways"]))
+            rows = [
+                [label(case), *(cell(case["ways"].get(n, {})) for n in names)] for case in chosen
+            ]
+            parts.append(f"## {title}\n\n{table(['microseconds', *names], rows)}")
+    return "\n\n".join(parts)
+
+
+def label(case: dict) -> str:
+    return case.get("case") or f"{case['N']} x {case['K']}, {case['M']} tokens"
+
+
+def cell(way: dict) -> str:
+    seconds = way.get("median_s", way.get("min_s"))
+    return "" if seconds is None else f"{1e6 * seconds:.2f}"
 
 
 def main() -> None:
@@ -154,22 +173,21 @@ def main() -> None:
     arguments = parser.parse_args()
     torch.set_num_threads(1)
     torch.manual_seed(0)
-    tables = {"Host time of a call": list(host_times(arguments.device))}
-    machine = {"machine": about_cpu(), "commit": commit()}
-    name = machine["machine"]["cpu"].lower().replace(" ", "-").strip("-")
+    cases, machine = list(host_times(arguments.device)), about_cpu()
     if arguments.device == "cuda":
-        machine["gpu"] = about_gpu()
-        name = machine["gpu"]["gpu"].lower().replace(" ", "-")
-        tables["What the look for infinities adds to a product (row expand)"] = list(mend_times())
-    page = "\n\n".join(table(title, rows) for title, rows in tables.items())
+        machine |= about_gpu()
+        cases += mend_times()
+    about = about_run("calls", machine)
+    name = machine.get("gpu", machine["cpu"]).lower().replace(" ", "-").strip("-")
     path = arguments.out / f"{name}-calls-{date.today()}"
-    path.with_suffix(".json").write_text(json.dumps({**machine, "tables": tables}, indent=1))
+    records.write(path.with_suffix(records.SUFFIX), about, records.flat(cases))
     path.with_suffix(".md").write_text(
         f"# What a call costs beside its kernel\n\n`python bench/calls.py --device "
-        f"{arguments.device}`, commit {machine['commit']['id'][:7]}, fastest of {BLOCKS} blocks of "
-        f"{CALLS} calls that take turns, one thread; results checked against float64.\n\n{page}\n"
+        f"{arguments.device}`, commit {about['commit']['id'][:7]}, fastest of {BLOCKS} blocks of "
+        f"{CALLS} calls that take turns, one thread; results checked against float64.\n\n"
+        f"{page(cases)}\n"
     )
-    print(page)
+    print(page(cases))
 
 
 if __name__ == "__main__":

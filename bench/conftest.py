@@ -1,15 +1,24 @@
-"""--quick, the grid of workloads, and what the JSON says beside pytest-benchmark's own times."""
+"""--quick, the grid of workloads, and --table, where the cases of a green run go."""
 
-import measure
+from pathlib import Path
+
+import grids
+import peers
 import pytest
 
-from sparsekern.bench import ceilings, machine
+from sparsekern.bench import ceilings, machine, records
 from sparsekern.bench import race as racing
-from sparsekern.bench.rates import add_rates
+
+CASES = pytest.StashKey[list[dict]]()
 
 
 def pytest_addoption(parser):
     parser.addoption("--quick", action="store_true", help="benchmarks: small grid, few rounds")
+    parser.addoption("--table", type=Path, help="benchmarks: the .csv file to write")
+
+
+def pytest_configure(config):
+    config.stash[CASES] = []
 
 
 def pytest_generate_tests(metafunc):
@@ -23,12 +32,17 @@ def is_quick(request) -> bool:
 
 
 @pytest.fixture
-def race(benchmark, is_quick):
+def keep(request):
+    """Takes a case of the table."""
+    return request.config.stash[CASES].append
+
+
+@pytest.fixture
+def race(keep, is_quick):
     """A product against its rivals and these peers."""
 
     def run(product, peers=()):
-        contest = product.race(peers, most_rounds=measure.most_rounds(is_quick))
-        measure.run(benchmark, product.group, contest, product.info())
+        keep(product.race(peers, most_rounds=grids.most_rounds(is_quick)))
 
     return run
 
@@ -39,18 +53,13 @@ def pinned(workload):
     racing.pin(workload.threads)
 
 
-def pytest_benchmark_generate_machine_info():
-    import peers
-
-    return machine.about_cpu() | {
-        "ceilings": {str(n): ceilings.of_cpu(n) for n in range(1, 1 + min(2, len(racing.CORES)))},
-        "peers": peers.report(),
-    }
-
-
-def pytest_benchmark_update_json(output_json):
-    ceilings_of = output_json["machine_info"]["ceilings"]
-    for benchmark in output_json["benchmarks"]:
-        racing.derive(benchmark)
-        info = benchmark["extra_info"]
-        add_rates(info, ceilings_of.get(str(info["threads"]), {}))
+def pytest_sessionfinish(session, exitstatus):
+    path, cases = session.config.getoption("--table"), session.config.stash[CASES]
+    if not path or exitstatus:  # no numbers from a red run
+        return
+    about = machine.about_cpu() | {"cores": len(racing.CORES), "ceilings": {}}
+    for threads in sorted({case["threads"] for case in cases}):
+        racing.pin(threads)
+        about["ceilings"][str(threads)] = ceilings.of_cpu(threads)
+    about["peers"] = peers.report()
+    records.write(path, machine.about_run("products", about), records.flat(cases))

@@ -9,7 +9,7 @@ learning rate is the best of the same sweep for each arm.
 Runs that do not wait for each other are made at the same time, by several processes on each GPU.
 Losses do not depend on that, times do: steps are timed first, on a GPU that does nothing else, and
 those are the only times kept. Stop it at any time and call it again: what is done is in
-RESULTS/experiments.json, runs that were stopped go on from their checkpoint in SCRATCH. Where
+RESULTS/experiments.csv, runs that were stopped go on from their checkpoint in SCRATCH. Where
 SCRATCH is lost, a run that others start from is made again when they need it.
 """
 
@@ -34,8 +34,9 @@ from experiments_presets import PRESETS, Preset
 from workers import Job, Pool, Worker
 
 from sparsekern import __version__
+from sparsekern.bench import records
 from sparsekern.bench.machine import git
-from sparsekern.files import atomic_write
+from sparsekern.bench.runs import add_times, flat, nested
 from sparsekern.gpt.data import PREPARED, prepare, tokenizer_from_state
 from sparsekern.gpt.train import METRICS
 
@@ -48,8 +49,8 @@ class Experiments:
     def __init__(self, preset: Preset, out: Path, work: Path, device: str, about: dict) -> None:
         self.preset, self.work, self.device, self.about = preset, work, device, about
         self.began = time.monotonic()
-        self.path = out / "experiments.json"
-        self.results: dict = json.loads(self.path.read_text()) if self.path.exists() else {}
+        self.path = out / "experiments.csv"
+        self.results: dict = nested(records.read(self.path)) if self.path.exists() else {}
         self.failed: dict[str, str] = {}  # key -> why, in this call
         self.results["failed"] = self.failed
 
@@ -97,8 +98,8 @@ class Experiments:
 
     def save(self) -> None:
         add_times(self.results)
-        with atomic_write(self.path) as file:
-            file.write(json.dumps(self.results, indent=1).encode())
+        run = flat(self.results)
+        records.write(self.path, run.about, run.records)
 
     def folder(self, key: str) -> Path:
         return self.work / key.replace(" ", "-")
@@ -116,9 +117,11 @@ class Experiments:
         if (self.folder(source) / METRICS).exists():
             yield from jobs
         else:  # SCRATCH was lost
-            here = {"data": str(self.work / "pretrain"), "out": str(self.folder(source))}
-            config = self.results[source]["config"] | here
-            yield Job(source, "train", config | {"resume": False, "device": self.device})
+            config = self.results[source]["config"]
+            sparsity = float(source.split()[1])
+            settings = self.pretraining(sparsity, config["seed"], config["lr"], config["steps"])
+            here = {"out": str(self.folder(source)), "device": self.device}
+            yield Job(source, "train", settings | here)
 
     def loss(self, key: str) -> float | None:
         """None before the run has ended, and where it diverged."""
@@ -267,21 +270,6 @@ class Experiments:
         yield from self.from_source(source, jobs)
 
 
-def add_times(results: dict) -> None:
-    """Give each run the times of its steps alone on a GPU."""
-    times = results.get("times", {}).get("times", {})
-    for key, run in results.items():
-        kind, sparsity = [*key.split(), ""][:2]
-        timed = times.get("finetune" if kind == "finetune" else sparsity)
-        if kind not in ("pretrain", "finetune") or not timed or not run["loss"]:
-            continue
-        config, step_s = run["config"], timed["step_s"]
-        run["step_s"], run["steps_s"] = step_s, config["steps"] * step_s
-        run["tokens_per_s"] = config["batch"] * config["context"] / step_s
-        for evaluation in run["evaluations"]:
-            evaluation["seconds"] = evaluation["step"] * step_s
-
-
 def outcome(answer: dict) -> str:
     """In a few words."""
     result = answer.get("result", {})
@@ -315,7 +303,7 @@ def visible_gpus() -> list[str]:
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--out", type=Path, required=True, help="small: results, page, plot")
+    parser.add_argument("--out", type=Path, required=True, help="small: results, page, plots")
     parser.add_argument("--work", type=Path, required=True, help="large: tokens, checkpoints")
     parser.add_argument("--preset", choices=PRESETS, default="h200")
     for name in ("pretrain", "finetune"):
@@ -338,13 +326,12 @@ def main() -> int:
         left = experiments.make(gpus, per_gpu, experiments.began + 60 * options.minutes)
     finally:
         experiments.save()
-    picture = "experiments.png"
+    pictures: list[str] = []
     try:
-        plot(experiments.results, options.out / picture)
+        pictures = plot(experiments.results, options.out)
     except ImportError as error:
         print(f"no plot: {error}")
-        picture = ""
-    (options.out / "experiments.md").write_text(page(experiments.results, preset.cap(), picture))
+    (options.out / "experiments.md").write_text(page(experiments.results, preset.cap(), pictures))
     if left:
         print(f"out of time: before {left}; call again to continue")
     elif experiments.failed:

@@ -1,25 +1,32 @@
-"""The results of experiments.py as tables and a plot."""
+"""The results of experiments.py as tables and pictures."""
 
 import math
 import statistics
+from collections.abc import Iterable
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-from sparsekern.report.demo import COLOURS, MARKERS
+from sparsekern.bench.runs import costs, path, trained
+from sparsekern.files import write_picture
+from sparsekern.report import plots
 from sparsekern.terminal import table
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
 
 ONE_SHOT = {"magnitude": "magnitude", "wanda": "Wanda", "sparsegpt": "SparseGPT"}
 
 
-def page(results: dict, cap: float, picture: str = "") -> str:
+def page(results: dict, cap: float, pictures: Iterable[str] = ()) -> str:
     """All that is there so far, as Markdown. `cap`: the FLOP ratio with the linear layers free;
-    `picture`: the file that `plot` wrote beside it."""
+    `pictures`: the files that `plot` wrote beside it."""
     parts = [
         "# Sparse pre-training, dense fine-tuning and iterative pruning",
         ", ".join(f"{name} {value}" for name, value in results.get("machine", {}).items()),
         about(results),
         f"Losses are nats per token on held-out text. With the linear layers free, training FLOPs "
         f"would fall {cap:.2f}x (Amdahl).",
-        *([f"![loss by FLOPs, time and sparsity]({picture})"] if picture else []),
+        *(f"![{Path(picture).stem}]({picture})" for picture in pictures),
         "## Pre-training\n\n"
         "The same tokens for each arm; the learning rate is the best of its sweep.\n\n"
         + pretraining_table(results),
@@ -39,14 +46,16 @@ def page(results: dict, cap: float, picture: str = "") -> str:
 def about(results: dict) -> str:
     """The model, the text, and how much of it was read."""
     lines = []
-    if runs := chosen(results, "pretrain"):
-        c, dense = runs[0][2]["config"], runs[0][2]["parameters"]
+    if runs := of_first_seed(results, "pretrain"):
+        sparsity, run = min(runs.items(), key=lambda item: item[0])
+        c = run["config"]
         lines.append(
             f"A GPT of {c['layers']} layers, width {c['width']} and context {c['context']}, "
-            f"{dense:,} parameters at {runs[0][0]:.0%} sparsity. Pre-training: {tokens_read(c)}."
+            f"{run['parameters']:,} parameters at {sparsity:.0%} sparsity. "
+            f"Pre-training: {tokens_read(c)}."
         )
-    if tuned := chosen(results, "finetune"):
-        lines.append(f"Fine-tuning: {tokens_read(tuned[0][2]['config'])}.")
+    for tuned in [*of_first_seed(results, "finetune").values()][:1]:
+        lines.append(f"Fine-tuning: {tokens_read(tuned['config'])}.")
     for name, facts in results.get("data", {}).items():
         training, held_out = facts["tokens"]
         text = f"{training:,} tokens for training, {held_out:,} held out"
@@ -59,20 +68,8 @@ def tokens_read(config: dict) -> str:
     return f"{config['steps']} steps of {batch:,} tokens, {config['steps'] * batch / 1e6:.3g} M"
 
 
-def chosen(results: dict, kind: str) -> list[tuple[float, int, dict]]:
-    """(sparsity, seed, result) of the runs of a kind; of fine-tunings the best rate of each."""
-    found: dict[tuple[float, int], dict] = {}
-    for key, result in results.items():
-        words = key.split()
-        if words[0] == kind and result["loss"] is not None:
-            place = float(words[1]), int(words[3])
-            if place not in found or result["loss"] < found[place]["loss"]:
-                found[place] = result
-    return [(*place, result) for place, result in sorted(found.items())]
-
-
 def of_first_seed(results: dict, kind: str) -> dict[float, dict]:
-    return {sparsity: run for sparsity, seed, run in chosen(results, kind) if seed == 0}
+    return {s: seeds[0] for s, seeds in trained(results, kind).items() if 0 in seeds}
 
 
 def name_of(sparsity: float) -> str:
@@ -137,18 +134,15 @@ def finetuning_table(results: dict) -> str:
 def seeds_table(results: dict) -> str:
     rows = []
     for kind in ("pretrain", "finetune"):
-        losses: dict[float, dict[int, float]] = {}
-        for sparsity, seed, result in chosen(results, kind):
-            losses.setdefault(sparsity, {})[seed] = result["loss"]
-        dense = losses.get(0.0, {})
-        for sparsity, of_seeds in losses.items():
-            if len(of_seeds) < 2:
-                continue
-            rows.append([kind, name_of(sparsity), *spread(list(of_seeds.values()))])
-            both = [loss - dense[seed] for seed, loss in of_seeds.items() if seed in dense]
-            if sparsity and both:
-                cells = spread(both, "+.4f")
-                rows.append([kind, f"{name_of(sparsity)} - dense", *cells])
+        runs = trained(results, kind)
+        above = costs(runs)
+        for sparsity, seeds in runs.items():
+            if len(seeds) > 1:
+                losses = [run["loss"] for run in seeds.values()]
+                rows.append([kind, name_of(sparsity), *spread(losses)])
+                if above.get(sparsity):
+                    cells = spread(above[sparsity], "+.4f")
+                    rows.append([kind, f"{name_of(sparsity)} - dense", *cells])
     return table(["run", "arm", "mean loss", "max - min", "each seed"], rows, left=2)
 
 
@@ -203,7 +197,7 @@ def times_table(results: dict) -> str:
         [
             "fine-tuning" if name == "finetune" else name_of(float(name)),
             f"{1e3 * t['step_s']:.1f} ms",
-            f"{1e3 * min(t['all_s']):.1f} - {1e3 * max(t['all_s']):.1f} ms",
+            f"{1e3 * t['least_s']:.1f} - {1e3 * t['most_s']:.1f} ms",
             ratio(dense.get("step_s"), t["step_s"]) if name != "finetune" else "-",
             f"{1e3 * t['latency_s']:.2f} ms",
             f"{1e3 * t['dense_latency_s']:.2f} ms",
@@ -251,89 +245,46 @@ def sweep_row(arm: float, losses: dict[float, float | None], rates: list[float])
     return [*cells, "lowest" if best == rates[0] else "highest"]
 
 
-def plot(results: dict, path: Path) -> None:
-    """Validation loss over FLOPs and over time, after fine-tuning, and of pruning over sparsity."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-
-    figure, panels = plt.subplots(2, 2, figsize=(12, 9), layout="constrained")
-    for axes in panels.flat:
-        axes.set_ylabel("validation loss (nats per token)")
-        axes.grid(alpha=0.3)
-    pretraining_panels(*panels[0], results)
-    finetuning_panel(panels[1, 0], results)
-    pruning_panel(panels[1, 1], results)
-    for axes in panels.flat:
-        if axes.get_legend_handles_labels()[0]:
-            axes.legend(frameon=False)
-        axes.spines[["top", "right"]].set_visible(False)
-    figure.get_layout_engine().set(w_pad=0.1, h_pad=0.1)
-    figure.savefig(path, dpi=120)
-    plt.close(figure)
-
-
-def pretraining_panels(left, right, results: dict) -> None:
-    runs = of_first_seed(results, "pretrain").items()
-    for (sparsity, run), colour, marker in zip(runs, COLOURS, MARKERS, strict=False):
-        steps = run["config"]["steps"]
-        # The first evaluations would hide what differs.
-        points = [e for e in run["evaluations"] if e["step"]]
-        style = {"color": colour, "marker": marker, "label": name_of(sparsity)}
-        losses = [e["loss"] for e in points]
-        left.plot([run["flops"] * e["step"] / steps for e in points], losses, **style)
-        if "step_s" in run:
-            right.plot([e["seconds"] for e in points], losses, **style)
-    left.set(title="Pre-training", xlabel="training FLOPs")
-    right.set(title="Pre-training", xlabel="seconds in training steps, alone on a GPU")
-
-
-def finetuning_panel(axes, results: dict) -> None:
-    """The cost of sparsity before and after fine-tuning, each seed a point."""
-    for kind, label, colour, marker in (
-        ("pretrain", "pre-trained", COLOURS[0], MARKERS[0]),
-        ("finetune", "then fine-tuned dense", COLOURS[1], MARKERS[1]),
-    ):
-        runs = chosen(results, kind)
-        dense = {seed: run["loss"] for sparsity, seed, run in runs if not sparsity}
-        points = [(100 * s, r["loss"] - dense[seed], seed) for s, seed, r in runs if seed in dense]
-        first = [(x, y) for x, y, seed in points if seed == 0]
-        others = [(x, y) for x, y, seed in points if seed and x]
-        style = {"color": colour, "marker": marker, "fillstyle": "none", "zorder": 3}
-        if first:
-            axes.plot(*zip(*first, strict=True), **style | {"fillstyle": "full"}, label=label)
-        if others:
-            axes.plot(*zip(*others, strict=True), linestyle="", **style)
-    axes.axhline(0, color="black", linewidth=1)
-    axes.set(
-        title="What sparsity costs (open: other seeds)",
-        xlabel="sparsity of pre-training (%)",
-        ylabel="loss above that of the dense arm (nats)",
-    )
-
-
-def pruning_panel(axes, results: dict) -> None:
-    rounds = results.get("prune rounds", {}).get("rows", [])
-    curves = {
-        "in rounds, with recovery": (rounds, "-"),
-        "at once, with as many steps": (pruned(results, "once"), "-"),
-        "SparseGPT, no recovery": (pruned(results, "sparsegpt"), "--"),
-        "Wanda, no recovery": (pruned(results, "wanda"), "--"),
-        "magnitude, no recovery": (pruned(results, "magnitude"), "--"),
-        "not pruned, as many steps": (not_pruned(results), "-"),
+def plot(results: dict, folder: Path) -> list[str]:
+    """Pictures of loss over FLOPs and over time, of what sparsity costs, and of pruning -> their
+    names. What has no runs yet has no picture."""
+    runs = of_first_seed(results, "pretrain")
+    stages = {
+        label: {s: found for s, found in costs(trained(results, kind)).items() if found}
+        for kind, label in (("pretrain", "pre-trained"), ("finetune", "then fine-tuned dense"))
     }
-    shown = []
-    styles = zip(curves.items(), COLOURS, MARKERS, strict=False)
-    for (label, (rows, line)), colour, marker in styles:
-        points = [(100 * r["sparsity"], r["loss"]) for r in rows if r["sparsity"]]
-        if points:
-            axes.plot(*zip(*points, strict=True), line, color=colour, marker=marker, label=label)
-            shown += [loss for _, loss in points] if line == "-" else []
-    if rounds and shown:
-        axes.axhline(rounds[0]["loss"], color="black", linewidth=1, label="before")
-        # What is not recovered soon leaves the panel.
-        low, high = min(*shown, rounds[0]["loss"]), max(*shown, rounds[0]["loss"])
-        room = max(high - low, 0.02)
-        axes.set_ylim(low - 0.1 * room, low + 4 * room)
-    axes.set(title="Pruning the dense model", xlabel="sparsity (%)")
+    stages = {label: found for label, found in stages.items() if found}
+    timed = {name_of(s): path(run, "seconds") for s, run in runs.items() if "step_s" in run}
+    figures = {}
+    if runs:
+        curves = {name_of(s): path(run, "flops") for s, run in runs.items()}
+        figures["flops"] = plots.losses(curves, "training FLOPs of stored weights (1e15)")
+    if timed:
+        figures["time"] = plots.losses(timed, "seconds in training steps, alone on a GPU")
+    if stages:
+        figures["cost"] = plots.costs(stages)
+    if "prune rounds" in results:
+        figures["pruning"] = pruning(results)
+    for name, figure in figures.items():
+        write_picture(figure, folder / f"experiments-{name}.png")
+    return [f"experiments-{name}.png" for name in figures]
+
+
+def pruning(results: dict) -> "Figure":
+    recovered = {
+        "in rounds": results["prune rounds"]["rows"],
+        "at once, as many steps": pruned(results, "once"),
+        "not pruned, as many steps": not_pruned(results),
+    }
+    at_once = {f"{name}, no steps": pruned(results, method) for method, name in ONE_SHOT.items()}
+    curves = {
+        label: ([100 * r["sparsity"] for r in rows], [r["loss"] for r in rows])
+        for label, rows in (recovered | at_once).items()
+        if rows
+    }
+    figure = plots.losses(curves, "zeros in W (%)")
+    # What is not recovered soon leaves the panel.
+    shown = [loss for label in recovered if label in curves for loss in curves[label][1]]
+    room = max(max(shown) - min(shown), 0.02)
+    figure.axes[0].set(xlim=(40, 95), ylim=(min(shown) - 0.1 * room, min(shown) + 4 * room))
+    return figure

@@ -11,8 +11,8 @@ import shutil
 import statistics
 import sys
 import threading
-import time
 import traceback
+from functools import partial
 from pathlib import Path
 from typing import TextIO
 
@@ -20,13 +20,15 @@ import torch
 
 from sparsekern import SparseTensor, matmul
 from sparsekern.bench.machine import processor
+from sparsekern.bench.turns import in_turns, on_host
 from sparsekern.gpt.checkpoint import CHECKPOINT
 from sparsekern.gpt.config import TrainConfig, config_from, resumed_config
 from sparsekern.gpt.prune import PruneConfig, latencies, prune
+from sparsekern.gpt.run import Run
 from sparsekern.gpt.start import begin
 from sparsekern.gpt.train import OutOfTime, train
 
-TIMED_ROUNDS, TIMED_STEPS = 6, 6  # of each run in turn; the first round warms up
+TIMED_STEPS, WARM_UP_STEPS = 30, 6  # of each run in turn
 
 
 def train_run(settings: dict, deadline: float) -> dict:
@@ -55,20 +57,18 @@ def time_runs(settings: dict, deadline: float) -> dict:
     """Seconds of a step of each run in turn, and of a forward pass of one sequence: as it is, and
     densified. For a GPU of its own."""
     runs = {name: begin(TrainConfig(**given)) for name, given in settings["runs"].items()}
-    seconds: dict[str, list[float]] = {name: [] for name in runs}
-    for _ in range(TIMED_ROUNDS):
-        for name, run in runs.items():
-            for _ in range(TIMED_STEPS):
-                began = time.perf_counter()
-                run.update(run.compute_gradients())
-                if run.ranks.device.type == "cuda":
-                    torch.cuda.synchronize()
-                seconds[name].append(time.perf_counter() - began)
+
+    def step(run: Run) -> None:
+        run.update(run.compute_gradients())
+        if run.ranks.device.type == "cuda":
+            torch.cuda.synchronize()
+
+    turns = {name: on_host(partial(step, run)) for name, run in runs.items()}
     found = {}
-    for name, run in runs.items():
-        timed = seconds[name][TIMED_STEPS:]
-        found[name] = {"step_s": statistics.median(timed), "all_s": timed}
-        found[name]["latency_s"], found[name]["dense_latency_s"] = latencies(run)
+    for name, seconds in in_turns(turns, TIMED_STEPS, warm_up=WARM_UP_STEPS).items():
+        found[name] = {"step_s": statistics.median(seconds)}
+        found[name] |= {"least_s": min(seconds), "most_s": max(seconds)}
+        found[name]["latency_s"], found[name]["dense_latency_s"] = latencies(runs[name])
     return {"times": found}
 
 

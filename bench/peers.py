@@ -24,7 +24,8 @@ from torch import Tensor
 
 from sparsekern import SparseTensor
 from sparsekern.bench.products import cold_copies, feature_major, torch_csr
-from sparsekern.bench.race import PACKED, SPARSE, Rival, rotate
+from sparsekern.bench.race import Rival, rotate
+from sparsekern.bench.records import PACKED, SPARSE
 
 BENCH = Path(__file__).parent
 BSR_BLOCK = (4, 4)

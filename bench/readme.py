@@ -4,7 +4,6 @@ Five representative products and training steps, one line each, none of them a m
 docs/benchmarks.md gets the same lines with the file that each one comes from.
 """
 
-import json
 import sys
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,8 +11,10 @@ from typing import TYPE_CHECKING
 
 import pages
 
-from sparsekern.bench.records import select
-from sparsekern.report.demo import COLOURS, MARKERS
+from sparsekern.bench import records
+from sparsekern.bench.rates import derived
+from sparsekern.files import write_picture
+from sparsekern.report import plots
 from sparsekern.terminal import table
 
 if TYPE_CHECKING:
@@ -26,6 +27,7 @@ PICTURE = BENCH.parent / "docs" / "speedup.png"
 SECTION = "<!-- readme: begin -->", "<!-- readme: end -->"
 
 SPARSITIES = (0.75, 0.9, 0.95)
+SPARSITIES_DRAWN = 0.5, 0.95  # from, to
 NEAREST = {0.75: 0.7}  # stands in, and says so, where the first was not measured
 CPU = "intel-r-xeon-r-processor-2-cores-avx512-2026-11-24"
 CPU_NAME = "Intel Xeon, 2 cores, AVX-512"
@@ -41,14 +43,15 @@ class Row:
     what: str  # in docs/benchmarks.md
     machine: str
     file: str  # in bench/results, without its suffix
-    fields: dict[str, object]  # of the one record for each sparsity
+    fields: dict[str, object]  # of the one case for each sparsity
+    kernel: str | None = None
 
     def speedups(self) -> dict[float, float]:
         """Times the best dense call by sparsity."""
-        chosen = select(records(self.file), **self.fields)
+        chosen = records.select(cases(self.file, self.kernel), **self.fields)
         found = {record["sparsity"]: record["speedup"] for record in chosen}
         if len(found) != len(chosen) or not found:
-            raise ValueError(f"{self.file}: expected one record a sparsity with {self.fields}")
+            raise ValueError(f"{self.file}: expected one case a sparsity with {self.fields}")
         return found
 
 
@@ -67,7 +70,7 @@ ROWS = (
         CPU,
         {
             **{"op": "spmm", "M": 1, "N": 2048, "K": 2048, "threads": 1, "is_cold": True},
-            **{"dtype": "torch.float32", "mask": "random"},
+            **{"dtype": "float32", "mask": "random"},
         },
     ),
     Row(
@@ -76,6 +79,7 @@ ROWS = (
         GPU_NAME,
         DECODE,
         {**DECODED, "M": 1},
+        "stream",
     ),
     Row(
         "batch of 32, GPU",
@@ -83,6 +87,7 @@ ROWS = (
         GPU_NAME,
         DECODE,
         {**DECODED, "M": 32},
+        "stream",
     ),
     Row(
         "training, GPU",
@@ -94,16 +99,13 @@ ROWS = (
 )
 
 
-def records(file: str) -> list[dict]:
-    """Measurements with `speedup` over the best dense call."""
-    data = json.loads((BENCH / "results" / f"{file}.json").read_text())
-    if "benchmarks" in data:
-        return [benchmark["extra_info"] for benchmark in data["benchmarks"]]
+def cases(file: str, kernel: str | None) -> list[dict]:
+    """Measurements with `speedup` of this kernel, or of our fastest, over the best dense call."""
+    found = derived(records.read(BENCH / "results" / f"{file}.csv"))
+    if kernel is None:
+        return [case for case in found if "speedup" in case]
     return [
-        cell | {"speedup": dense_s / cell["ways"]["stream"]["median_s"]}
-        for cell in data["cells"]
-        if "median_s" in cell["ways"].get("stream", {})
-        for dense_s in [min(w["median_s"] for w in cell["ways"].values() if w["kind"] == "dense")]
+        case | {"speedup": case["speedups"][kernel]} for case in found if kernel in case["speedups"]
     ]
 
 
@@ -131,48 +133,29 @@ def front_table() -> str:
 def sources_table() -> str:
     """The same lines with what was measured, where, and in which file."""
     lines = [
-        [row.label, row.what, row.machine, f"[{row.file}](../bench/results/{row.file}.json)"]
+        [row.label, row.what, row.machine, f"[{row.file}](../bench/results/{row.file}.csv)"]
         for row in ROWS
     ]
     return table(["row", "measured", "machine", "file"], lines, left=4)
 
 
 def plot() -> "Figure":
-    """One line a row, labelled at its end; readable at 400 pixels."""
-    from matplotlib.figure import Figure  # no table needs it
-
-    figure = Figure(figsize=(8, 5), layout="constrained")
-    axes = figure.subplots()
-    axes.axhspan(0.1, 1, color="0.93")
-    axes.axhline(1, color="black", linewidth=1.5)
-    lines = []
-    for row, colour, marker in zip(ROWS, COLOURS, MARKERS, strict=False):
-        points = {100 * s: t for s, t in sorted(row.speedups().items()) if 0.5 <= s <= 0.95}
-        style = {"color": colour, "marker": marker, "linewidth": 3, "markersize": 9}
-        axes.plot(points.keys(), points.values(), **style)
-        lines.append((*list(points.items())[-1], row.label, colour))
-    lowest = 0.0
-    for x, y, label, colour in sorted(lines, key=lambda line: line[1]):
-        lowest = max(y, 1.22 * lowest)  # labels of lines that end close to each other move apart
-        style = {"color": colour, "fontsize": 17, "weight": "bold", "va": "center"}
-        axes.text(x + 1.5, lowest, label, **style)
-    axes.text(51, 0.57, "dense is faster", fontsize=16, color="0.35", va="center")
-    axes.set(xlim=(48, 128), ylim=(0.5, 11), yscale="log")
-    axes.set_xticks([50, 75, 95], ["50%", "75%", "95%"])
-    axes.set_yticks([0.5, 1, 2, 5, 10], ["0.5", "1", "2", "5", "10"])
-    axes.minorticks_off()
-    axes.tick_params(labelsize=17)
-    axes.set_xlabel("zeros in the weight", fontsize=17, loc="left")
-    axes.set_ylabel("speed against dense", fontsize=17)
-    axes.set_title("CPUs and single tokens gain, GPU training loses", fontsize=19, loc="left")
-    axes.spines[["top", "right"]].set_visible(False)
+    """A line for each row, as on the report's page."""
+    found = {row.label: sorted(row.speedups().items()) for row in ROWS}
+    low, high = SPARSITIES_DRAWN
+    figure = plots.speedups(
+        {label: {s: t for s, t in curve if low <= s <= high} for label, curve in found.items()}
+    )
+    figure.axes[0].set_title(
+        "CPUs and single tokens gain, GPU training loses", loc="left", fontsize=11
+    )
     return figure
 
 
 def main() -> int:
     pages.replace_section(README, SECTION, front_table())
     pages.replace_section(BENCHMARKS, SECTION, sources_table())
-    plot().savefig(PICTURE, dpi=100, metadata={"Software": None})
+    write_picture(plot(), PICTURE, dpi=160)
     return 0
 
 

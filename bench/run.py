@@ -1,16 +1,15 @@
-"""Runs the benchmarks: results/<machine>-<isa>-<date>.json, .md and .png, and docs/benchmarks.md.
+"""Runs the benchmarks: results/<machine>-<isa>-<date>.csv, .md and .png, and docs/benchmarks.md.
 
 python bench/run.py [--part NAME [--note TEXT]] [pytest's arguments]
 
 With arguments the files go to build/bench and docs/benchmarks.md stays: both are of the whole grid.
-With --part they are a result of their own, <machine>-<isa>-NAME-<date>.json and .md, whose page
+With --part they are a result of their own, <machine>-<isa>-NAME-<date>.csv and .md, whose page
 says what was run and holds TEXT:
 
 python bench/run.py --part trained -k "test_spmm_masks and trained"
 """
 
 import argparse
-import json
 import re
 import shlex
 import sys
@@ -22,18 +21,20 @@ import pages
 import pytest
 import tables
 
-from sparsekern.bench import machine
+from sparsekern.bench import machine, records
 from sparsekern.bench.products import COLD_BYTES
 from sparsekern.bench.race import CORES
+from sparsekern.bench.rates import derived
+from sparsekern.bench.records import Run
+from sparsekern.report import plots
 
 BENCH = Path(__file__).parent
-RESULTS = BENCH / "results"
 PARTIAL = BENCH.parent / "build" / "bench"
 PAGE = BENCH.parent / "docs" / "benchmarks.md"
 MARKERS = "<!-- bench: begin -->", "<!-- bench: end -->"
 
-PLAIN = {"dtype": "torch.float32", "mask": "random", "is_cold": False}
-# Rows of the page's table: (label, fields of extra_info).
+PLAIN = {"dtype": "float32", "mask": "random", "is_cold": False}
+# Rows of the page's table: (label, fields of its cases).
 SUMMARY = (
     ("forward, M = {M}", {"op": "spmm", "M": (256, 1024), **PLAIN}),
     ("input gradient, M = {M}", {"op": "spmm_t", "M": (256, 1024), **PLAIN}),
@@ -43,7 +44,7 @@ SUMMARY = (
     ("forward, M = 1, weights in cache", {"op": "spmm", "M": 1, **PLAIN}),
     (
         "forward, M = 1, weights cold, bf16",
-        {"op": "spmm", "M": 1, **PLAIN, "is_cold": True, "dtype": "torch.bfloat16"},
+        {"op": "spmm", "M": 1, **PLAIN, "is_cold": True, "dtype": "bfloat16"},
     ),
     ("training step of a linear, M = {M}", {"op": "linear", "M": 1024, **PLAIN}),
     ("training step of the demo's GPT", {"op": "train_step", "model": "demo"}),
@@ -103,42 +104,26 @@ the values in walking order.
 
 {memory}
 """
-NOT_RUN = "Not run."
 
 
-def infos_of(result: dict) -> list[dict]:
-    return [benchmark["extra_info"] for benchmark in result["benchmarks"]]
-
-
-def heading(result: dict) -> str:
-    about, commit = result["machine_info"], result["commit_info"]
-    changed = " with local changes" if commit["dirty"] else ""
-    return (
-        f"{about['cpu']}, {about['cores']} cores, {about['isa']}, torch {about['torch']} "
-        f"({about['isa_of_torch']}), fp32 unless said, "
-        f"{result['datetime'][:10]}, commit {commit['id'][:10]}{changed}."
-    )
-
-
-def overview(name: str, result: dict) -> str:
+def overview(name: str, run: Run, cases: list[dict]) -> str:
     """The plot and the table of the whole grid, or which part of it this is."""
-    if part := result.get("part"):
+    if part := run.about.get("part"):
         note = f" {part['note']}" if part["note"] else ""
         return f"A part of the grid alone: `{part['command']}`.{note}"
-    summary = tables.summary(timed(infos_of(result)), SUMMARY)
-    return f"![speed-up against sparsity]({name}.png)\n\n{summary}"
+    return f"![speed-up against sparsity]({name}.png)\n\n{tables.summary(cases, SUMMARY)}"
 
 
-def page(name: str, result: dict) -> str:
-    infos = infos_of(result)
+def page(name: str, run: Run) -> str:
+    cases = derived(run)
     text = SECTIONS.format(
         name=name,
-        heading=heading(result),
+        heading=machine.in_words(run.about, "fp32"),
         cold_mb=COLD_BYTES / 1e6,
-        overview=overview(name, result),
-        peers=tables.peers(result["machine_info"]),
+        overview=overview(name, run, cases),
+        peers=tables.peers(run.about["machine"]),
         **{
-            table.__name__: table(infos) or NOT_RUN
+            table.__name__: table(cases) or pages.NOT_RUN
             for table in (
                 tables.competitors,
                 tables.by_shape,
@@ -149,31 +134,21 @@ def page(name: str, result: dict) -> str:
             )
         },
     )
-    if "part" not in result:
+    if "part" not in run.about:
         return text
     sections = re.split(r"(?m)^(?=## )", text)
-    return "".join(each for each in sections if NOT_RUN not in each).rstrip() + "\n"
+    return "".join(each for each in sections if pages.NOT_RUN not in each).rstrip() + "\n"
 
 
-def timed(infos: list[dict]) -> list[dict]:
-    return [info for info in infos if "rivals" in info]
+def update_page(name: str, run: Run) -> None:
+    summary = tables.summary(derived(run), SUMMARY)
+    pages.update(PAGE, MARKERS, name, summary, machine.in_words(run.about, "fp32"))
 
 
-def update_page(name: str, result: dict) -> None:
-    summary = tables.summary(timed(infos_of(result)), SUMMARY)
-    text = f"{summary}\n\n{heading(result)} {pages.details(name)}"
-    pages.replace_section(PAGE, MARKERS, text)
-
-
-def write(folder: Path, name: str, text: str) -> None:
-    """The JSON and what is made of it."""
-    result = json.loads(text)
-    folder.mkdir(parents=True, exist_ok=True)
-    (folder / f"{name}.json").write_text(text)
-    (folder / f"{name}.md").write_text(page(name, result))
-    if "part" not in result:
-        title = f"{result['machine_info']['cpu']}, one thread, geometric means of the shapes"
-        tables.plot(infos_of(result), title).savefig(folder / f"{name}.png", dpi=120)
+def write(folder: Path, name: str, run: Run) -> None:
+    is_whole = "part" not in run.about
+    figure = plots.speedups(tables.forward_curves(derived(run))) if is_whole else None
+    pages.publish(folder, name, run, page(name, run), figure)
 
 
 def main() -> int:
@@ -186,24 +161,17 @@ def main() -> int:
     part = f"-{options.part}" if options.part else ""
     name = f"{cpu}-{len(CORES)}-cores-{machine.isa()}{part}-{date.today()}"
     with tempfile.TemporaryDirectory() as folder:
-        fresh = Path(folder) / "result.json"
-        report = ["-q", "--benchmark-quiet", f"--benchmark-json={fresh}"]
-        if code := pytest.main([str(BENCH), *report, *selection]):
-            return code  # no numbers from a red run
-        result = json.loads(fresh.read_text())
-    about = result["machine_info"]
-    about["cores"] = len(CORES)  # not those that the last test was pinned to
+        fresh = Path(folder) / f"fresh{records.SUFFIX}"
+        if code := pytest.main([str(BENCH), "-q", f"--table={fresh}", *selection]):
+            return code
+        run = records.read(fresh)
     if options.part:
-        # Those of more threads were measured on that test's cores too.
-        run = {str(info["threads"]) for info in infos_of(result)}
-        about["ceilings"] = {n: each for n, each in about["ceilings"].items() if n in run}
         command = shlex.join(["bench/run.py", "--part", options.part, *selection])
-        result["part"] = {"name": options.part, "command": command, "note": options.note}
-    folder = RESULTS if is_whole or options.part else PARTIAL
-    write(folder, name, json.dumps(result, indent=4))
+        run.about["part"] = {"name": options.part, "command": command, "note": options.note}
+    write(pages.RESULTS if is_whole or options.part else PARTIAL, name, run)
     if is_whole:
-        update_page(name, result)
-    print(page(name, result))
+        update_page(name, run)
+    print(page(name, run))
     return 0
 
 

@@ -1,16 +1,15 @@
-"""The tables and the plot of a result. `infos` are the extra_info of its benchmarks."""
+"""The tables of a CPU's page. `cases` are derived ones (sparsekern/bench/rates.py)."""
 
 from collections.abc import Callable, Iterable
+from functools import partial
 from statistics import geometric_mean, median
-from typing import TYPE_CHECKING
 
-from measure import SHAPES
+from grids import SHAPES
+from pages import Line, by_sparsity
 
-from sparsekern.bench.records import groups, select, sparsities_of
-from sparsekern.report.demo import COLOURS, MARKERS, table
-
-if TYPE_CHECKING:
-    from matplotlib.figure import Figure
+from sparsekern.bench.records import groups, select
+from sparsekern.report.curves import Curve, curves, tokens
+from sparsekern.terminal import table
 
 PASSES = {
     "spmm": "forward",
@@ -20,155 +19,139 @@ PASSES = {
     "train_step": "GPT training step",
 }
 PRODUCTS = ("spmm", "spmm_t", "sddmm", "linear")
-PANELS = PRODUCTS[:3]
 MASKS = {"pruned": "magnitude-pruned", "trained": "pruned after training", "uneven": "uneven rows"}
 OURS = "sparsekern"
 
 
-def standard(infos: Iterable[dict]) -> list[dict]:
+def standard(cases: Iterable[dict]) -> list[dict]:
     """Without the large shapes, of which not all sparsities are run: no mean holds them."""
-    return [info for info in infos if (info.get("N"), info.get("K")) in (*SHAPES, (None, None))]
+    return [case for case in cases if (case.get("N"), case.get("K")) in (*SHAPES, (None, None))]
 
 
-def is_fp32_random(info: dict) -> bool:
-    return info["dtype"] == "torch.float32" and info["mask"] == "random"
-
-
-def label(info: dict) -> str:
+def label(case: dict) -> str:
     """'forward, M = 1, weights cold'."""
-    if info["op"] == "train_step":
-        return f"{PASSES[info['op']]}, {info['model']}"
-    parts = [PASSES[info["op"]], f"M = {info['M']}"]
-    if info["M"] == 1:
-        parts.append("weights cold" if info["is_cold"] else "weights in cache")
-    if info["dtype"] == "torch.bfloat16":
+    if case["op"] == "train_step":
+        return f"{PASSES[case['op']]}, {case['model']}"
+    parts = [PASSES[case["op"]], f"M = {case['M']}"]
+    if case["M"] == 1:
+        parts.append("weights cold" if case["is_cold"] else "weights in cache")
+    if case["dtype"] == "bfloat16":
         parts.append("bf16")
-    if info["mask"] != "random":
-        parts.append(MASKS.get(info["mask"], info["mask"]))
+    if case["mask"] != "random":
+        parts.append(MASKS.get(case["mask"], case["mask"]))
     return ", ".join(parts)
 
 
-def percent(sparsities: Iterable[float]) -> list[str]:
-    return [f"{sparsity:.0%}" for sparsity in sparsities]
-
-
-def threads_cell(infos: list[dict]) -> str:
+def threads_cell(cases: list[dict]) -> str:
     """'1', or '2 (2 shapes)' where not all shapes were run."""
-    threads, shapes = infos[0]["threads"], len({(i.get("N"), i.get("K")) for i in infos})
-    is_all = shapes == len(SHAPES) or infos[0]["op"] == "train_step"
+    threads, shapes = cases[0]["threads"], len({(i.get("N"), i.get("K")) for i in cases})
+    is_all = shapes == len(SHAPES) or cases[0]["op"] == "train_step"
     return f"{threads}" if is_all else f"{threads} ({shapes} shape{'s' * (shapes > 1)})"
 
 
-def mean(infos: list[dict], value: Callable[[dict], float | None]) -> str:
+def mean(cases: list[dict], value: Callable[[dict], float | None]) -> str:
     """Geometric mean, or nothing where there is no value for each."""
-    values = [value(info) for info in infos]
+    values = [value(case) for case in cases]
     return f"{geometric_mean(values):.2f}" if values and None not in values else ""
 
 
-def cell(infos: list[dict]) -> str:
+def cell(cases: list[dict]) -> str:
     """'2.31 (0.63)': ours, and the best peer of each shape where there is one."""
-    peers = mean(infos, lambda info: info["best_peer"])
-    ours = mean(infos, lambda info: info["speedup"])
+    peers = mean(cases, lambda case: case["best_peer"])
+    ours = mean(cases, lambda case: case["speedup"])
     return f"{ours} ({peers})" if peers else ours
 
 
-def tokens_of(infos: list[dict]) -> str:
+def tokens_of(cases: list[dict]) -> str:
     """'256 and 1024'."""
-    return " and ".join(map(str, sorted({info["M"] for info in infos})))
+    return " and ".join(map(str, sorted({case["M"] for case in cases})))
 
 
-def summary(infos: list[dict], rows: Iterable[tuple[str, dict]]) -> str:
+def summary(cases: list[dict], rows: Iterable[tuple[str, dict]]) -> str:
     """One line for each (label, fields) and number of threads; {M} in a label: the tokens run."""
-    infos = standard(infos)
-    sparsities = sparsities_of(infos)
-    lines = []
-    for name, fields in rows:
-        for chosen in groups(select(infos, **fields), lambda i: i["threads"]).values():
-            cells = [cell(select(chosen, sparsity=s)) for s in sparsities]
-            lines.append([name.format(M=tokens_of(chosen)), threads_cell(chosen), *cells])
-    return table(["times dense", "threads", *percent(sparsities)], lines, left=2)
+    cases = [case for case in standard(cases) if "speedup" in case]
+    lines = [
+        ([name.format(M=tokens_of(chosen)), threads_cell(chosen)], chosen, cell)
+        for name, fields in rows
+        for chosen in groups(select(cases, **fields), lambda i: i["threads"]).values()
+    ]
+    return by_sparsity(["times dense", "threads"], 2, lines, cases)
 
 
-def competitors(infos: list[dict]) -> str:
+def products(cases: Iterable[dict]) -> list[dict]:
+    return [case for case in cases if case["op"] in PRODUCTS]
+
+
+def competitors(cases: list[dict]) -> str:
     """Each pass with a line for us and one for every competitor but the dense calls."""
-    products = [info for info in standard(infos) if info["op"] in PRODUCTS]
-    sparsities = sparsities_of(products)
-    lines = []
-    for (name, _), chosen in groups(products, label, lambda i: i["threads"]).items():
-        for who in (OURS, *chosen[0]["speedups"]):
-            cells = [
-                mean(
-                    select(chosen, sparsity=s),
-                    lambda i, who=who: i["speedup"] if who == OURS else i["speedups"].get(who),
-                )
-                for s in sparsities
-            ]
-            lines.append([name, threads_cell(chosen), who, *cells, errors_cell(chosen, who)])
-    header = ["pass", "threads", "times dense", *percent(sparsities), "error"]
-    return table(header, lines, left=3)
+    cases = products(standard(cases))
+    lines = [
+        (
+            [name, threads_cell(chosen), who, errors_cell(chosen, who)],
+            chosen,
+            lambda some, who=who: mean(some, lambda i: i["speedups"].get(who)),
+        )
+        for (name, _), chosen in groups(cases, label, lambda i: i["threads"]).items()
+        for who in chosen[0]["speedups"]
+    ]
+    return by_sparsity(["pass", "threads", "times dense"], 3, lines, cases, "error")
 
 
-def errors_cell(infos: list[dict], who: str) -> str:
+def errors_cell(cases: list[dict], who: str) -> str:
     """The worst relative error against fp64, and whether that is wrong."""
-    if who == OURS:
-        return f"{max(info['error'] for info in infos):.0e}"
-    rivals = [info["rivals"][who] for info in infos if who in info["rivals"]]
-    worst = f"{max(rival['error'] for rival in rivals):.0e}"
-    return worst if all(rival["is_right"] for rival in rivals) else f"{worst} **wrong**"
+    ways = [case["ways"][who] for case in cases if who in case["ways"]]
+    worst = f"{max(way['error'] for way in ways):.0e}"
+    return worst if all(way["is_right"] for way in ways) else f"{worst} **wrong**"
 
 
-def by_shape(infos: list[dict]) -> str:
-    products = [info for info in infos if info["op"] in PRODUCTS and info["threads"] == 1]
-    sparsities = sparsities_of(products)
+def by_shape(cases: list[dict]) -> str:
+    cases = select(products(cases), threads=1)
+    in_order = [case for (_,), alike in groups(cases, label).items() for case in alike]
     lines = []
-    in_order = [info for (_,), alike in groups(products, label).items() for info in alike]
     for (name, n, k), chosen in groups(in_order, label, lambda i: i["N"], lambda i: i["K"]).items():
-        rates = [1e-9 * info["dense_flop"] / info["dense_s"] for info in chosen]
-        calls = [info["best_dense"] for info in chosen]
-        cells = [cell(select(chosen, sparsity=s)) for s in sparsities]
-        best = max(dict.fromkeys(calls), key=calls.count)
-        lines.append([name, f"{n}x{k}", best, f"{median(rates):.0f}", *cells])
-    header = ["pass", "N x K", "best dense", "GFLOP/s", *percent(sparsities)]
-    return table(header, lines, left=3)
+        rate = median(1e-9 * case["dense_flop"] / case["dense_s"] for case in chosen)
+        lines.append(([name, f"{n}x{k}", most_often_best(chosen), f"{rate:.0f}"], chosen, cell))
+    return by_sparsity(["pass", "N x K", "best dense", "GFLOP/s"], 3, lines, cases)
 
 
-def against_ourselves(infos: list[dict]) -> str:
+def most_often_best(cases: list[dict]) -> str:
+    """The dense call."""
+    calls = [case["best_dense"] for case in cases]
+    return max(dict.fromkeys(calls), key=calls.count)
+
+
+def against_ourselves(cases: list[dict]) -> str:
     """How many times faster than our own call on fp32, on a random mask, or with one thread."""
-    products = [info for info in standard(infos) if info["op"] in PRODUCTS]
-    sparsities = sparsities_of(products)
-    lines = []
-    for (name,), chosen in groups(products, label).items():
-        others = [who for who in chosen[0]["speedups"] if who.startswith(OURS)]
-        for who in others:
-            cells = [
-                mean(
-                    select(chosen, sparsity=s), lambda i, who=who: i["speedup"] / i["speedups"][who]
-                )
-                for s in sparsities
-            ]
-            lines.append([name, who, *cells])
-        scaled = scalings(chosen)
+    cases = products(standard(cases))
+    lines: list[Line] = []
+    for (name,), chosen in groups(cases, label).items():
+        for who in chosen[0]["speedups"]:
+            if who.startswith(f"{OURS}, ") or who.startswith(f"{OURS} "):
+                ratio = lambda i, who=who: i["speedup"] / i["speedups"][who]  # noqa: E731
+                lines.append(([name, who], chosen, partial(mean, value=ratio)))
+        scaled = [two | {"one": one} for one, two in scalings(chosen)]
         for who, key in ((f"{OURS}, one thread", "ours_s"), ("dense against itself", "dense_s")):
-            if scaled:
-                cells = [
-                    mean(
-                        [two | {"one": one} for one, two in scaled if two["sparsity"] == s],
-                        lambda i, key=key: i["one"][key] / i[key],
-                    )
-                    for s in sparsities
-                ]
-                lines.append([f"{name}, two threads", who, *cells])
-    return table(["pass", "times", *percent(sparsities)], lines, left=2) if lines else ""
+            ratio = lambda i, key=key: i["one"][key] / i[key]  # noqa: E731
+            lines.append(([f"{name}, two threads", who], scaled, partial(mean, value=ratio)))
+    return by_sparsity(["pass", "times"], 2, lines, cases)
 
 
-def scalings(infos: list[dict]) -> list[tuple[dict, dict]]:
+def scalings(cases: list[dict]) -> list[tuple[dict, dict]]:
     """The pairs of runs that differ in the number of threads alone."""
-    pairs = groups(infos, lambda i: i["N"], lambda i: i["K"], lambda i: i["sparsity"]).values()
+    pairs = groups(cases, lambda i: i["N"], lambda i: i["K"], lambda i: i["sparsity"]).values()
     found = [(select(pair, threads=1), select(pair, threads=2)) for pair in pairs]
     return [(one[0], two[0]) for one, two in found if one and two]
 
 
-def steps(infos: list[dict]) -> str:
+def forward_curves(cases: list[dict]) -> dict[str, Curve]:
+    """For the plot, by tokens: one thread, random masks in fp32. In cache a token says little of
+    decoding."""
+    fields = {"op": "spmm", "threads": 1, "mask": "random", "dtype": "float32"}
+    shown = [c for c in select(standard(cases), **fields) if c["is_cold"] or c["M"] > 1]
+    return curves(shown, lambda case: case["M"], tokens)
+
+
+def steps(cases: list[dict]) -> str:
     rows = [
         [
             f"{i['model']}: {i['layers']} layers, width {i['width']}, "
@@ -181,13 +164,13 @@ def steps(infos: list[dict]) -> str:
             f"{i['linear_share']:.0%}",
             f"{i['cap']:.2f}",
         ]
-        for i in select(infos, op="train_step")
+        for i in select(cases, op="train_step")
     ]
     header = ["GPT", "threads", "sparsity", "dense", "sparse", "times dense", "linears", "cap"]
     return table(header, rows) if rows else ""
 
 
-def generation(infos: list[dict]) -> str:
+def generation(cases: list[dict]) -> str:
     """Tokens a second of all texts of a batch together."""
     rows = [
         [
@@ -198,22 +181,19 @@ def generation(infos: list[dict]) -> str:
             *(f"{i['batch'] * i['tokens'] / i[side]:.1f}" for side in ("dense_s", "ours_s")),
             f"{i['speedup']:.2f}",
         ]
-        for i in select(infos, op="generate")
+        for i in select(cases, op="generate")
     ]
     header = ["GPT", "batch", "threads", "sparsity", "dense tokens/s", "sparse", "times dense"]
     return table(header, rows) if rows else ""
 
 
-def memory(infos: list[dict]) -> str:
-    def mib(size: int) -> str:
-        return f"{size / 2**20:.0f} MiB"
-
+def memory(cases: list[dict]) -> str:
     rows = [
         [
-            f"{i['N']}x{i['K']}, M = {i['M']}, {1 - 1 / i['every']:.0%}",
-            *(mib(i[f"{key}_bytes"]) for key in ("first", "later", "result", "bound", "dense")),
+            f"{i['N']}x{i['K']}, M = {i['M']}, {i['sparsity']:.0%}",
+            *(f"{way['bytes'] / 2**20:.0f} MiB" for way in i["ways"].values()),
         ]
-        for i in select(infos, op="memory")
+        for i in select(cases, op="memory")
     ]
     header = ["layer", "first call", "later call", "its results", "bound", "dense N x K"]
     return table(header, rows) if rows else ""
@@ -222,55 +202,3 @@ def memory(infos: list[dict]) -> str:
 def peers(machine: dict) -> str:
     rows = [[p["name"], p["layout"], p["missing"] or "yes"] for p in machine["peers"]]
     return table(["peer", "x, y and what is not timed", "runs here"], rows, left=3)
-
-
-def plot(infos: list[dict], title: str) -> "Figure":
-    """Times dense against sparsity, one thread: a panel for each pass, a colour for each M."""
-    from matplotlib.figure import Figure  # no table needs it
-
-    products = [
-        info
-        for info in select(
-            standard(infos), op=PANELS, threads=1, mask="random", dtype="torch.float32"
-        )
-        # In cache a single token says little of decoding.
-        if is_fp32_random(info) and (info["is_cold"] or info["M"] > 1)
-    ]
-    tokens = sorted({info["M"] for info in products})
-    sparsities = sparsities_of(products)
-    figure = Figure(figsize=(12, 4.8), layout="constrained")
-    panels = figure.subplots(1, len(PANELS), sharey=True)
-    for panel, op in zip(panels, PANELS, strict=True):
-        for M, colour, marker in zip(tokens, COLOURS, MARKERS, strict=False):
-            _curves(panel, select(products, op=op, M=M), colour, marker)
-        panel.axhline(1, color="black", linewidth=1)
-        panel.set(title=PASSES[op], xlabel="zeros in W (%)", yscale="log")
-        panel.set_xticks([100 * s for s in sparsities], [f"{100 * s:g}" for s in sparsities])
-        panel.tick_params(labelsize=8)
-        panel.set_yticks(*_ticks())
-        panel.minorticks_off()
-        panel.grid(alpha=0.3)
-    panels[0].set_ylabel("times faster than the best dense call")
-    for M, colour, marker in zip(tokens, COLOURS, MARKERS, strict=False):
-        name = f"M = {M} tokens" if M > 1 else "M = 1, weights from memory"
-        panels[0].plot([], [], color=colour, marker=marker, label=name)
-    panels[0].plot([], [], color="black", linestyle="--", linewidth=1, label="best sparse peer")
-    panels[0].plot([], [], color="black", linewidth=1, label="best dense call")
-    panels[0].legend(frameon=False, fontsize=9)
-    figure.suptitle(title, fontsize=10)
-    return figure
-
-
-def _curves(panel, infos: list[dict], colour: str, marker: str) -> None:
-    for value, style in (("speedup", {"marker": marker}), ("best_peer", {"linestyle": "--"})):
-        points = {
-            100 * s: [info[value] for info in select(infos, sparsity=s)]
-            for s in sparsities_of(infos)
-        }
-        points = {x: geometric_mean(y) for x, y in points.items() if None not in y}
-        panel.plot(points.keys(), points.values(), color=colour, linewidth=1.5, **style)
-
-
-def _ticks() -> tuple[list[float], list[str]]:
-    ticks = [0.1, 0.2, 0.5, 1, 2, 5, 10, 20, 50]
-    return ticks, [f"{tick:g}x" for tick in ticks]

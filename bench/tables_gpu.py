@@ -1,19 +1,15 @@
-"""The tables and the plot of a GPU result. `cells` are its records, through measure_gpu.derive."""
+"""The tables of a GPU's page. `cells` are derived cases (sparsekern/bench/rates.py)."""
 
-import textwrap
 from collections.abc import Callable, Iterable
+from functools import partial
 from statistics import geometric_mean, median
-from typing import TYPE_CHECKING
 
-from tables import percent
+from pages import by_sparsity
+from tables import most_often_best
 
 from sparsekern.bench.measure_gpu import SHAPES
-from sparsekern.bench.records import groups, select, sparsities_of
-from sparsekern.bench.replay_gpu import OURS
-from sparsekern.report.demo import COLOURS, MARKERS, table
-
-if TYPE_CHECKING:
-    from matplotlib.figure import Figure
+from sparsekern.bench.records import DENSE, OURS, groups, select
+from sparsekern.terminal import table
 
 STREAM, TRITON = "stream", "triton"
 # Rows of the table in docs/benchmarks.md.
@@ -57,37 +53,35 @@ def ratio_cell(cells: list[dict], name: str, is_spread: bool = True) -> str:
 def summary(cells: list[dict]) -> str:
     """Geometric means of the CUDA kernels over shapes and tokens."""
     cells = select(cells, mask="random")
-    sparsities = sparsities_of(cells)
-    rows = []
+    lines = []
     for label, tokens in SUMMARY_TOKENS:
         chosen = select(cells, M=tokens)
-        if not chosen:
-            continue
         count = len(shapes_of(chosen))
-        if count < len(SHAPES):
+        if 0 < count < len(SHAPES):
             label += f" ({count} shape{'s' * (count > 1)})"
-        cells_of = [select(chosen, sparsity=s) for s in sparsities]
-        rows.append([label, *(ratio_cell(each, STREAM, is_spread=False) for each in cells_of)])
-    return table(["times dense", *percent(sparsities)], rows)
+        lines.append(([label], chosen, partial(ratio_cell, name=STREAM, is_spread=False)))
+    return by_sparsity(["times dense"], 1, lines, cells)
 
 
 def competitors(cells: list[dict]) -> str:
     """A line for each number of tokens and everyone but the dense calls."""
     cells = select(cells, mask="random")
-    sparsities = sparsities_of(cells)
-    rows = []
-    for (M,), chosen in groups(cells, lambda c: c["M"]).items():
-        for name in names_of(chosen):
-            cells_of = [select(chosen, sparsity=s) for s in sparsities]
-            ratios = [ratio_cell(each, name) for each in cells_of]
-            rows.append([M, label_of(chosen, name), *ratios, worst_error(chosen, name)])
-    header = ["tokens", "times dense [lowest-highest shape]", *percent(sparsities), "error"]
-    return table(header, rows, left=2) if rows else ""
+    lines = [
+        (
+            [M, label_of(chosen, name), worst_error(chosen, name)],
+            chosen,
+            partial(ratio_cell, name=name),
+        )
+        for (M,), chosen in groups(cells, lambda c: c["M"]).items()
+        for name in names_of(chosen)
+    ]
+    header = ["tokens", "times dense [lowest-highest shape]"]
+    return by_sparsity(header, 2, lines, cells, "error")
 
 
 def names_of(cells: list[dict]) -> list[str]:
     """All but the dense calls, in the order of first appearance."""
-    found = (n for c in cells for n, way in c["ways"].items() if way["kind"] != "dense")
+    found = (n for c in cells for n, way in c["ways"].items() if way["kind"] != DENSE)
     return list(dict.fromkeys(found))
 
 
@@ -104,32 +98,27 @@ def worst_error(cells: list[dict], name: str) -> str:
 def by_shape(cells: list[dict]) -> str:
     """Microseconds of the best dense call and of the CUDA kernels, with the ratio."""
     cells = select(cells, mask="random")
-    sparsities = sparsities_of(cells)
-    rows = []
-    for (M, n, k), chosen in groups(
-        cells, lambda c: c["M"], lambda c: c["N"], lambda c: c["K"]
-    ).items():
-        calls = [c["best_dense"] for c in chosen]
-        best = max(dict.fromkeys(calls), key=calls.count)
+    shapes = groups(cells, lambda c: c["M"], lambda c: c["N"], lambda c: c["K"])
+    lines = []
+    for (M, n, k), chosen in shapes.items():
         dense_us = 1e6 * median(c["dense_s"] for c in chosen)
         rate = 1e-12 * chosen[0]["dense_bytes"] / (1e-6 * dense_us)
-        columns = [
-            ", ".join(
-                f"{1e6 * c['ways'][STREAM]['median_s']:.1f} ({speedup(c, STREAM):.2f})"
-                for c in select(chosen, sparsity=s)
-                if speedup(c, STREAM) is not None
-            )
-            for s in sparsities
-        ]
-        rows.append([M, f"{n}x{k}", best, f"{dense_us:.1f}", f"{rate:.2f}", *columns])
-    header = ["tokens", "N x K", "best dense", "us", "TB/s", *percent(sparsities)]
-    return table(header, rows, left=3)
+        labels = [M, f"{n}x{k}", most_often_best(chosen), f"{dense_us:.1f}", f"{rate:.2f}"]
+        lines.append((labels, chosen, _times))
+    return by_sparsity(["tokens", "N x K", "best dense", "us", "TB/s"], 3, lines, cells)
+
+
+def _times(cells: list[dict]) -> str:
+    return ", ".join(
+        f"{1e6 * c['ways'][STREAM]['median_s']:.1f} ({speedup(c, STREAM):.2f})"
+        for c in cells
+        if speedup(c, STREAM) is not None
+    )
 
 
 def bytes_read(cells: list[dict], limit_bytes_per_s: float) -> str:
     """Share of the copy bandwidth that one token reaches, by the bytes of the packed weights."""
     cells = select(cells, M=1, mask="random")
-    sparsities = sparsities_of(cells)
 
     def column(cell: dict) -> str:
         way = cell["ways"].get(STREAM, {})
@@ -138,26 +127,22 @@ def bytes_read(cells: list[dict], limit_bytes_per_s: float) -> str:
         rate, share = way["bytes"] / way["median_s"], way["bytes"] / cell["dense_bytes"]
         return f"{1e-12 * rate:.2f} ({rate / limit_bytes_per_s:.0%}; {share:.3f})"
 
-    rows = [
-        [f"{n}x{k}", *(", ".join(map(column, select(chosen, sparsity=s))) for s in sparsities)]
+    lines = [
+        ([f"{n}x{k}"], chosen, lambda some: ", ".join(map(column, some)))
         for (n, k), chosen in groups(cells, lambda c: c["N"], lambda c: c["K"]).items()
     ]
-    return table(["TB/s (of the limit; bytes of dense)", *percent(sparsities)], rows)
+    return by_sparsity(["TB/s (of the limit; bytes of dense)"], 1, lines, cells)
 
 
 def shares(cells: list[dict], ratio: Callable[[dict], float | None]) -> str:
     """'0.97 [0.91-1.02]' by tokens and sparsity: the mean and the extremes over the shapes."""
-    sparsities = sparsities_of(cells)
-    rows = []
-    for (M,), chosen in groups(cells, lambda c: c["M"]).items():
-        columns = []
-        for s in sparsities:
-            found = [r for c in select(chosen, sparsity=s) if (r := ratio(c)) is not None]
-            spread = f" [{min(found):.2f}-{max(found):.2f}]" if found else ""
-            columns.append(f"{geometric_mean(found):.2f}{spread}" if found else "")
-        if any(columns):
-            rows.append([M, *columns])
-    return table(["tokens", *percent(sparsities)], rows) if rows else ""
+
+    def text(some: list[dict]) -> str:
+        found = [r for c in some if (r := ratio(c)) is not None]
+        return f"{geometric_mean(found):.2f} [{min(found):.2f}-{max(found):.2f}]" if found else ""
+
+    by_tokens = groups(cells, lambda c: c["M"]).items()
+    return by_sparsity(["tokens"], 1, [([M], chosen, text) for (M,), chosen in by_tokens], cells)
 
 
 def pruned(cells: list[dict]) -> str:
@@ -203,35 +188,3 @@ def failures(cells: list[dict]) -> list[str]:
 def absent(machine: dict) -> str:
     rows = [[name, reason] for name, reason in machine["missing"].items()]
     return table(["did not run", "because"], rows, left=2) if rows else "Everyone ran."
-
-
-def plot(cells: list[dict], title: str) -> "Figure":
-    """Times dense against sparsity: the means by tokens, and each shape at one token."""
-    from matplotlib.figure import Figure  # no table needs it
-
-    cells = [c for c in select(cells, mask="random") if speedup(c, STREAM)]
-    figure = Figure(figsize=(10, 4.8), layout="constrained")
-    means, shapes = figure.subplots(1, 2, sharey=True)
-    by_tokens = groups(cells, lambda c: c["M"])
-    one = groups(select(cells, M=1), lambda c: f"{c['N']}x{c['K']}")
-    for panel, curves, name in ((means, by_tokens, "M = {}"), (shapes, one, "{}")):
-        for ((key,), chosen), colour, marker in zip(curves.items(), COLOURS, MARKERS, strict=False):
-            points = {
-                100 * s: geometric_mean([speedup(c, STREAM) for c in select(chosen, sparsity=s)])
-                for s in sparsities_of(chosen)
-            }
-            style = {"color": colour, "marker": marker, "linewidth": 1.5}
-            panel.plot(points.keys(), points.values(), label=name.format(key), **style)
-        panel.axhline(1, color="black", linewidth=1)
-        ticks = [100 * s for s in sparsities_of(cells)]
-        panel.set(xlabel="zeros in W (%)", yscale="log")
-        panel.set_xticks(ticks, [f"{t:g}" for t in ticks])
-        times = (0.5, 1, 2, 3, 4, 6, 8, 10)
-        panel.set_yticks(times, [f"{t:g}x" for t in times])
-        panel.minorticks_off()
-        panel.grid(alpha=0.3)
-        panel.legend(frameon=False, fontsize=9)
-    means.set(title="geometric mean of the shapes", ylabel="times faster than the best dense call")
-    shapes.set(title="one token, N x K")
-    figure.suptitle(textwrap.fill(title, 130), fontsize=9)
-    return figure

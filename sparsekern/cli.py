@@ -197,7 +197,9 @@ def add_bench_flags(parser: argparse.ArgumentParser) -> None:
         help="measure from which density on dense is faster, for dispatch to use from now on",
     )
     parser.add_argument(
-        "--out", type=Path, help=f"JSON ({BENCH_OUT}; with --calibrate beside what dispatch reads)"
+        "--out",
+        type=Path,
+        help=f"a .csv file ({BENCH_OUT}; with --calibrate JSON, beside what dispatch reads)",
     )
     parser.add_argument("--commit", help="where there is no repository")
     commands = parser.add_subparsers(dest="bench_command")

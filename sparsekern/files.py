@@ -6,6 +6,7 @@ file of before. Modes follow the umask, but for the cache, which is its owner's 
 
 import errno
 import hashlib
+import io
 import os
 import shutil
 import stat
@@ -42,6 +43,19 @@ def atomic_write(path: Path) -> Iterator[BinaryIO]:
         if failed and failed.errno and failed.filename is None:
             raise OSError(failed.errno, failed.strerror, str(path)) from error
         raise
+
+
+def write_picture(figure, path: Path, dpi: int = 120) -> None:
+    """A figure of matplotlib's as a PNG of 256 colours: a third of the bytes, and nothing that an
+    eye would miss."""
+    from PIL import Image  # comes with matplotlib
+
+    whole, small = io.BytesIO(), io.BytesIO()
+    figure.savefig(whole, format="png", dpi=dpi)
+    picture = Image.open(whole).convert("RGB").quantize(256, dither=Image.Dither.NONE)
+    picture.save(small, "png", optimize=True)
+    with atomic_write(path) as file:
+        file.write(small.getvalue())
 
 
 @contextmanager

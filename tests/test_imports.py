@@ -10,7 +10,16 @@ PACKAGE = Path(__file__).parents[1] / "sparsekern"
 # Each room may import those before it. `testing` hangs beside: nothing in the package imports it
 # but the demo, and it sees tensor and kernels alone.
 # `wafer` stands alone and imports no torch.
-CORE = ["extras", "terminal", "files", "indices", "conversions", "tensor", "sparse_sparse"]
+CORE = [
+    "extras",
+    "terminal",
+    "files",
+    "indices",
+    "two_way",
+    "conversions",
+    "tensor",
+    "sparse_sparse",
+]
 CORE += ["kernels", "flop_formulas", "registered", "ops", "casts", "matmul", "surface"]
 CORE += ["nn", "weights", "sparsity", "public", "gpt"]
 ROOMS = [*CORE, "wafer", "bench", "report", "commands", "cli"]

@@ -21,13 +21,14 @@ from ..kernels.cpu.plan import machine_name
 from ..kernels.problem import Kernel
 from ..kernels.table import pick
 from ..terminal import Progress, table
-from ..testing import interleaved_times
 from . import measure_gpu, noise, peers_gpu
 from .crossover import GRID, crossing, summarize
 from .machine import about_cpu, about_gpu, commit
 from .products import Workload, normal, weight
 from .race import pin
+from .rates import derive
 from .replay_gpu import CudaClock
+from .turns import in_turns, on_host
 
 SHAPES = ((3072, 768), (2048, 2048))
 TOKENS = (1, 16, 64, 256, 1024)
@@ -156,7 +157,11 @@ def _ratio(op: str, workload: Workload) -> Ratio:
         "sddmm": (W.row_offsets, W.col_indices, W.n, W.k, dy, x),
     }[op]
     runs = {name: lambda name=name: _row(name, op).run(*operands) for name in ("panel", "expand")}
-    seconds = interleaved_times(runs, ROUNDS, MIN_ROUND_S)
+    for run in runs.values():
+        run()  # the first call pays for packing and allocation
+    once_s = {name: on_host(run)()() for name, run in runs.items()}
+    turns = {n: on_host(run, max(1, round(MIN_ROUND_S / once_s[n]))) for n, run in runs.items()}
+    seconds = in_turns(turns, ROUNDS)
     times = min(seconds["expand"]) / min(seconds["panel"])
     return Ratio(times, max(map(noise.spread, seconds.values())))
 
@@ -174,7 +179,7 @@ def _of_gpu(quick: bool) -> tuple[str, dict]:
     # Graphs cannot be captured on the default stream.
     with torch.no_grad(), torch.cuda.stream(torch.cuda.Stream()):
         for cell in measure_gpu.cells(grid, ways, CudaClock(), generator):
-            cells.append(measure_gpu.derive(cell))
+            cells.append(derive(cell))
             progress.advance()
     progress.close()
     return about_gpu()["capability"], summarize(cells, _measured(about_gpu()["gpu"]))

@@ -1,13 +1,13 @@
 """Two results of the same benchmarks: what has become slower?"""
 
-import json
 from pathlib import Path
 from statistics import geometric_mean
 from typing import NamedTuple
 
 from ..terminal import table
-from . import noise
-from .race import DENSE, OURS
+from . import noise, records
+from .rates import case_name, derived
+from .records import OURS
 
 
 class Times(NamedTuple):
@@ -43,54 +43,20 @@ class Change(NamedTuple):
 
 
 def load(path: Path) -> dict[str, Times]:
-    """Group -> times of a result of `bench`, bench/run.py or bench/run_gpu.py."""
-    if not path.exists():
-        raise FileNotFoundError(f"compare: {path} does not exist")
+    """Name -> times of each of our kernels that is right, in a table of measurements."""
     try:
-        result = json.loads(path.read_bytes())
-        entries = _cells(result["cells"]) if "cells" in result else _all_groups(result)
-    except (AttributeError, LookupError, RecursionError, TypeError, ValueError) as error:
-        raise ValueError(f"compare: {path} is not a result of a benchmark") from error
-    found: dict[str, Times] = {}
-    for group, times in entries:
-        before = found.get(group, times)
-        least = map(min, zip(before[:2], times[:2], strict=True))
-        found[group] = Times(*least, before.is_noisy or times.is_noisy)
+        run = records.read(path)
+    except (FileNotFoundError, ValueError) as error:
+        raise type(error)(f"compare: {error}") from error
+    found = {}
+    for case in derived(run):
+        for who, way in case["ways"].items():
+            if "dense_s" in case and way["kind"] == OURS and way["is_right"]:
+                dense = case["ways"][case["best_dense"]]
+                spread = max(each.get("spread", 0.0) for each in (way, dense))
+                is_noisy = case.get("is_noisy", spread > noise.LIMIT)
+                found[f"{case_name(case)} {who}"] = Times(way["min_s"], dense["min_s"], is_noisy)
     return found
-
-
-def _all_groups(result: dict) -> list[tuple[str, Times]]:
-    noisy = _groups(result.get("noisy", []))
-    quiet = _groups(result["benchmarks"])
-    return quiet + [(group, times._replace(is_noisy=True)) for group, times in noisy]
-
-
-def _groups(benchmarks: list[dict]) -> list[tuple[str, Times]]:
-    return [
-        (
-            benchmark["group"],
-            Times(benchmark["stats"]["min"] / info["calls"], _best_dense(info["rivals"])),
-        )
-        for benchmark in benchmarks
-        if "rivals" in (info := benchmark["extra_info"])
-    ]
-
-
-def _cells(cells: list[dict]) -> list[tuple[str, Times]]:
-    return [
-        (
-            f"{name} {cell['N']}x{cell['K']}-M{cell['M']}-{cell['sparsity']:.0%}-{cell['mask']}-"
-            f"{cell['dtype'].removeprefix('torch.')}",
-            Times(way["min_s"], _best_dense(cell["ways"]), way.get("spread", 0.0) > noise.LIMIT),
-        )
-        for cell in cells
-        for name, way in cell["ways"].items()
-        if way["kind"] == OURS and way["is_right"]
-    ]
-
-
-def _best_dense(rivals: dict[str, dict]) -> float:
-    return min(r["min_s"] for r in rivals.values() if r["kind"] == DENSE and r["is_right"])
 
 
 def compare(old: Path, new: Path) -> list[Change]:

@@ -18,8 +18,7 @@ from statistics import geometric_mean
 
 from . import noise
 from .measure_gpu import Grid
-from .records import groups, select
-from .replay_gpu import DENSE, OURS
+from .records import DENSE, OURS, groups, select
 
 GRID = Grid(
     shapes=((6144, 2048), (4096, 11008), (12288, 12288)),
@@ -38,7 +37,7 @@ def summarize(cells: list[dict], measured: str) -> dict:
         names = dict.fromkeys(
             name for c in chosen for name, way in c["ways"].items() if way["kind"] == OURS
         )
-        entry[dtype.removeprefix("torch.")] = {
+        entry[dtype] = {
             name: {
                 other: [limit(select(chosen, M=M), name, other) for M in tokens]
                 for other in (EXPAND, DENSE)

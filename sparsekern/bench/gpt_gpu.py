@@ -20,12 +20,12 @@ from ..gpt.presets import PRESETS, UniformMask
 from ..gpt.speed import compiled_blocks
 from ..gpt.step import GRADIENT_CLIP, compute_gradients
 from ..indices import expand_rows
-from ..kernels.problem import Problem
-from ..kernels.table import pick
 from ..nn import SparseLinear, densify_, sparsify_
 from .measure_gpu import ROUNDS, attempt
-from .products_gpu import NAME, record
-from .replay_gpu import DENSE, OURS, Clock, Contender, Runner, race
+from .products import PASSES, kernels
+from .products_gpu import NAME
+from .records import DENSE, OURS
+from .replay_gpu import Clock, Contender, Runner, race
 
 DTYPE = torch.bfloat16
 # Of a gradient's error: how many times that of the dense model's, both against fp64.
@@ -132,38 +132,17 @@ def _exact_gradient(model: GPT, x: Tensor, y: Tensor) -> Tensor:
 
 def _cell(step: Step, sparsity: float, model: GPT, ways: dict[str, dict]) -> dict:
     M, config = step.batch * step.config.block_size, step.config
-    layers = [layer for layer in model.modules() if isinstance(layer, SparseLinear)]
-    kernels = {
-        pick(Problem(op, "cuda", DTYPE, M, *layer.weight.shape, layer.weight.nnz)).name: None
-        for op in ("spmm", "spmm_t", "sddmm")
-        for layer in layers
-    }
+    weights = [layer.weight for layer in model.modules() if isinstance(layer, SparseLinear)]
+    sizes = {(M, *weight.shape, weight.nnz): None for weight in weights}
+    for way in ways.values():
+        if way["kind"] == OURS and "median_s" in way:
+            way["kernel"] = kernels(PASSES["train_step"], "cuda", DTYPE, *sizes)
     return {
-        "op": "train_step",
-        "model": step.model,
-        "layers": config.n_layer,
-        "width": config.n_embd,
-        "vocabulary": config.vocab_size,
-        "context": config.block_size,
-        "batch": step.batch,
-        "sparsity": sparsity,
-        "M": M,
-        "dtype": str(DTYPE),
-        "is_cold": False,
-        "kernel": ", ".join(kernels),
+        **{"op": "train_step", "device": "cuda", "model": step.model, "layers": config.n_layer},
+        **{"width": config.n_embd, "vocabulary": config.vocab_size},
+        **{"context": config.block_size, "batch": step.batch, "M": M, "sparsity": sparsity},
+        **{"dtype": str(DTYPE).removeprefix("torch."), "threads": 0, "is_cold": False},
         "useful_flop": M * train_flops_per_token(config, sparsity),
         "dense_flop": M * train_flops_per_token(config),
         "ways": ways,
     }
-
-
-def benchmark(cell: dict) -> dict:
-    """A cell as a benchmark of the JSON. ArithmeticError where ours failed or is wrong.
-
-    Ours is the faster one that is right; the other one is a rival."""
-    info = {key: value for key, value in cell.items() if key != "ways"}
-    ways = cell["ways"]
-    right = [name for name, way in ways.items() if way["kind"] == OURS and way["is_right"]]
-    name = min(right, key=lambda name: ways[name]["median_s"], default=NAME)
-    place = f"train_step {cell['model']}-{cell['layers']}x{cell['width']}-{cell['sparsity']:.0%}"
-    return record(f"{place}-bfloat16-cuda", place, ways, name, info | {"way": name})

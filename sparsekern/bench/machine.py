@@ -3,6 +3,7 @@
 import os
 import platform
 import subprocess
+from datetime import date
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
@@ -110,3 +111,30 @@ def commit() -> dict[str, object]:
         "id": git("rev-parse", "HEAD") or "unknown",
         "dirty": bool(git("status", "--porcelain", "--untracked-files=no")),
     }
+
+
+def about_run(benchmark: str, machine: dict, commit_id: str | None = None) -> dict:
+    """What a table of measurements says of its run (records.py). `commit_id`: where there is no
+    repository."""
+    return {
+        "benchmark": benchmark,
+        "date": date.today().isoformat(),
+        "commit": {"id": commit_id, "dirty": False} if commit_id else commit(),
+        "machine": machine,
+    }
+
+
+def in_words(about: dict, dtype: str) -> str:
+    """Machine, versions, clocks, day and commit of a run (sparsekern/bench/records.py)."""
+    m, commit = about["machine"], about["commit"]
+    if "gpu" in m:
+        parts = [f"{m['gpu']} ({m['capability']}, {m['multiprocessors']} multiprocessors)", dtype]
+        parts += [f"torch {m['torch']}", f"CUDA {m['cuda']}"]
+        parts += [f"{name.replace('.', ' ')} {value}" for name, value in m["under_load"].items()]
+        if "parts" in about:
+            parts.append(f"each W on one of {about['parts']} such GPUs")
+    else:
+        parts = [m["cpu"], f"{m['cores']} cores", m["isa"]]
+        parts += [f"torch {m['torch']} ({m['isa_of_torch']})", f"{dtype} unless said"]
+    changed = " with local changes" if commit["dirty"] else ""
+    return ", ".join([*parts, about["date"], f"commit {commit['id'][:10]}{changed}."])

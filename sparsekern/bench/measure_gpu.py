@@ -18,7 +18,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ..tensor import SparseTensor
-from .replay_gpu import DENSE, Clock, Contender, Runner, race
+from .records import DENSE
+from .replay_gpu import Clock, Contender, Runner, race
 
 SHAPES = (  # N x K
     (6144, 2048),
@@ -207,7 +208,6 @@ class Shape:
             turned.copy_(W.t())
         sparse, wide = SparseTensor.from_dense(W, kept), W.double()
         del W, kept
-        counts = sparse.row_offsets.diff()
         layouts: dict[int, list] = {}  # by id of the way
         for M in self.grid.tokens:
             x = self.x[M].normal_(generator=self.generator)
@@ -227,16 +227,9 @@ class Shape:
             records = race(runners, exact, TOLERANCE[dtype], self.clock, self.rounds)
             self._keep_near_best(M, records)
             yield {
-                "op": "spmm",
-                "M": M,
-                "N": self.N,
-                "K": self.K,
-                "sparsity": sparsity,
-                "mask": mask,
-                "dtype": str(dtype),
-                "nnz": sparse.nnz,
-                "row_nnz": {"min": counts.min().item(), "max": counts.max().item()},
-                "dense_bytes": self.N * self.K * dtype.itemsize,
+                **{"op": "spmm", "device": "cuda", "M": M, "N": self.N, "K": self.K},
+                **{"sparsity": sparsity, "nnz": sparse.nnz, "mask": mask, "threads": 0},
+                **{"dtype": str(dtype).removeprefix("torch."), "is_cold": True},
                 "ways": records | failed,
             }
 
@@ -250,7 +243,7 @@ class Shape:
         copies = layouts[id(way)]
         operand = way.prepare(x)
         calls = [lambda copy=copy: way.multiply(operand, copy) for copy in copies]
-        info = {"bytes": way.nbytes(copies[0]), "note": way.note}
+        info = {"bytes": way.nbytes(copies[0])} | ({"note": way.note} if way.note else {})
         own = way.dense_of and x.double() @ way.dense_of(copies[0]).double().t()
         contender = Contender(way.name, way.kind, calls, way.result, way.is_graphed, info, own)
         return self._check(contender, exact)
@@ -276,26 +269,3 @@ def attempt(
         reason = f"{type(error).__name__}: {error}".splitlines()[0]
         failed[contender.name] = {"kind": contender.kind, "failed": reason, "is_right": False}
         return []
-
-
-def derive(cell: dict) -> dict:
-    """Add the best dense call and how many times faster than it everyone else is.
-
-    Nobody who is wrong is the best dense call.
-    """
-    timed = {name: way for name, way in cell["ways"].items() if "failed" not in way}
-    dense = {
-        name: way["median_s"]
-        for name, way in timed.items()
-        if way["kind"] == DENSE and way["is_right"]
-    }
-    if not dense:
-        raise ValueError(f"no dense call is right: {cell['ways']}")
-    cell["best_dense"] = min(dense, key=dense.get)
-    cell["dense_s"] = dense[cell["best_dense"]]
-    cell["speedups"] = {
-        name: cell["dense_s"] / way["median_s"]
-        for name, way in timed.items()
-        if way["kind"] != DENSE
-    }
-    return cell

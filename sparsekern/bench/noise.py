@@ -32,8 +32,6 @@ def quietest(measure: Callable[[], Found], noise: Callable[[Found], float]) -> F
     return found
 
 
-def of_benchmark(benchmark: dict) -> float:
-    """The larger spread of a benchmark's two times: ours, and the best dense call's."""
-    info = benchmark["extra_info"]
-    dense = info["rivals"][info["best_dense"]] if "best_dense" in info else {}
-    return max(benchmark["stats"].get("spread", 0.0), dense.get("spread", 0.0))
+def of_case(case: dict) -> float:
+    """The larger spread of a derived case's two times: ours, and the best dense call's."""
+    return max(case["ways"][case[who]].get("spread", 0.0) for who in ("ours", "best_dense"))

@@ -17,7 +17,7 @@ from ..kernels.cuda.packs import share_packs
 from ..kernels.cuda.rows import MOST_TOKENS, spmm_packed
 from ..tensor import SparseTensor
 from .measure_gpu import Way
-from .replay_gpu import BOUND, OURS, PEER
+from .records import OTHER, OURS, SPARSE
 
 BSR_BLOCK = (16, 16)
 
@@ -102,7 +102,7 @@ def clone(W: SparseTensor) -> SparseTensor:
 def torch_csr() -> Way:
     return Way(
         "torch CSR",
-        PEER,
+        SPARSE,
         SparseTensor.to_torch,
         torch.Tensor.clone,
         lambda x, W: torch.mv(W, x) if x.ndim == 1 else torch.mm(W, x),
@@ -117,7 +117,7 @@ def torch_csr() -> Way:
 def torch_bsr() -> Way:
     return Way(
         "torch BSR",
-        PEER,
+        SPARSE,
         lambda W: W.to_dense().to_sparse_bsr(BSR_BLOCK),
         torch.Tensor.clone,
         lambda x, W: torch.mm(W, x),
@@ -135,7 +135,7 @@ def two_of_four() -> Way:
     pack = torch.sparse.to_sparse_semi_structured
     return Way(
         "2:4",
-        BOUND,
+        OTHER,
         lambda W: pack(largest_two_of_four(W.to_dense())),
         lambda W: pack(W.to_dense()),
         F.linear,
@@ -158,7 +158,7 @@ def cupy_csr() -> Way:
         sparse = importlib.import_module("cupyx.scipy.sparse")
         cusparse = importlib.import_module("cupyx.cusparse")
     except ImportError as error:
-        return absent("CuPy CSR", PEER, str(error))
+        return absent("CuPy CSR", SPARSE, str(error))
 
     def on_stream(function: Callable[..., Any]) -> Callable[..., Any]:
         """CuPy has a current stream of its own."""
@@ -187,7 +187,7 @@ def cupy_csr() -> Way:
 
     return Way(
         "CuPy CSR",
-        PEER,
+        SPARSE,
         on_stream(lay_out),
         on_stream(lambda W: W.copy()),
         on_stream(multiply),

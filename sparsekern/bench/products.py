@@ -5,7 +5,7 @@ torch and OpenBLAS, and torch's own sparse CSR.
 """
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import asdict, dataclass, replace
 from functools import lru_cache, partial
 
@@ -21,7 +21,8 @@ from ..matmul import linear
 from ..sparsity import Static
 from ..tensor import SparseTensor
 from ..testing import random_mask
-from .race import DENSE, SPARSE, TOLERANCE, Race, Rival, exact, ours, rotate
+from .race import TOLERANCE, Rival, exact, ours, race, rotate
+from .records import DENSE, OTHER, SPARSE
 
 COLD_BYTES = 160e6  # of the copies that a competitor with cold weights goes through
 LOG_NORMAL_SIGMA = 0.5  # of the rows' scales in a magnitude-pruned W
@@ -49,8 +50,21 @@ class Workload:
         return name + dtype + mask + ("-cold" if self.is_cold else "")
 
     def fields(self) -> dict[str, object]:
-        """For the JSON."""
-        return asdict(self) | {"dtype": str(self.dtype)}
+        """Of its records."""
+        return asdict(self) | {"dtype": str(self.dtype).removeprefix("torch.")}
+
+
+# The products in an op.
+PASSES = {op: (op,) for op in ("spmm", "spmm_t", "sddmm")}
+PASSES |= {"linear": tuple(PASSES), "train_step": tuple(PASSES)}
+
+
+def kernels(
+    passes: Iterable[str], device: str, dtype: torch.dtype, *sizes: tuple[int, int, int, int]
+) -> str:
+    """The names of the kernels that run these products, of each (M, N, K, nnz)."""
+    problems = (Problem(op, device, dtype, *each) for op in passes for each in sizes)
+    return ", ".join(dict.fromkeys(pick(problem).name for problem in problems))
 
 
 @dataclass(frozen=True)
@@ -65,37 +79,14 @@ class Product:
     rivals: list[Rival]
     exact: tuple[Tensor, Tensor]
 
-    @property
-    def group(self) -> str:
-        return f"{self.op} {self.workload}"
-
-    def race(self, peers: list[Rival] = (), **options) -> Race:
+    def race(self, peers: list[Rival] = (), **options) -> dict:
+        """What a race found, with the fields of the product and our kernels' names."""
         w = self.workload
         rivals, few = [*self.rivals, *peers], w.M == 1
-        tolerance = TOLERANCE[w.dtype]
-        return Race(self.ours, rivals, w.threads, self.exact, tolerance, few, **options)
-
-    def info(self) -> dict[str, object]:
-        """The fields of the product in extra_info, beside those of the race."""
-        w, W = self.workload, self.W
-        passes = ("spmm", "spmm_t", "sddmm") if self.op == "linear" else (self.op,)
-        kernels = [pick(Problem(p, "cpu", w.dtype, w.M, w.N, w.K, W.nnz)).name for p in passes]
-        counts = W.row_offsets.diff()
-        # Values, 16 bits for each column, and the activations of both sides, each once.
-        moved = W.nnz * (w.dtype.itemsize + 2) + w.M * (w.N + w.K) * w.dtype.itemsize
-        return {
-            "op": self.op,
-            "device": "cpu",
-            **w.fields(),
-            "nnz": W.nnz,
-            "density": W.density,
-            "row_nnz": {"min": counts.min().item(), "max": counts.max().item()},
-            "kernel": ", ".join(dict.fromkeys(kernels)),
-            "passes": len(passes),
-            "useful_flop": len(passes) * 2 * w.M * W.nnz,
-            "dense_flop": len(passes) * 2 * w.M * w.N * w.K,
-            "moved_bytes": len(passes) * moved,
-        }
+        ways = race(self.ours, rivals, w.threads, self.exact, TOLERANCE[w.dtype], few, **options)
+        sizes = w.M, w.N, w.K, self.W.nnz
+        ways[self.ours.name]["kernel"] = kernels(PASSES[self.op], "cpu", w.dtype, sizes)
+        return {"op": self.op, "device": "cpu", **w.fields(), "nnz": self.W.nnz, "ways": ways}
 
 
 # W
@@ -254,7 +245,7 @@ def forward(workload: Workload) -> Product:
     if workload.dtype != torch.float32:
         wide_W, wide_x = with_values(W, W.values.float()), x.float()
         rivals += _dense(workload, wide_x, Wd.float())
-        rivals.append(_ours(workload, wide_x, wide_W, "sparsekern fp32"))
+        rivals.append(replace(_ours(workload, wide_x, wide_W, "sparsekern fp32"), kind=OTHER))
     correct = exact(lambda x, W: x @ W.t(), x, Wd)
     return Product("spmm", workload, W, x, _ours(workload, x, W), rivals, correct)
 

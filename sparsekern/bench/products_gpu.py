@@ -13,8 +13,6 @@ from torch import Tensor
 
 from .. import ops
 from ..indices import expand_rows
-from ..kernels.problem import Problem
-from ..kernels.table import pick
 from ..matmul import linear
 from ..tensor import SparseTensor
 from .measure_gpu import (
@@ -31,7 +29,8 @@ from .measure_gpu import (
 )
 from .peers_gpu import clone, in_csr
 from .products import sampled_addmm, transpose, with_values
-from .replay_gpu import DENSE, OURS, PEER, Clock, Contender, Runner, race
+from .records import DENSE, OURS, SPARSE
+from .replay_gpu import Clock, Contender, Runner, race
 
 NAME = "sparsekern"
 STEP_LAUNCHES = 20
@@ -123,13 +122,13 @@ def torch_input_gradient(W: SparseTensor, dy: Tensor) -> Contender:
     """By a transposed W and a feature-major dy, ready made; one copy of each."""
     matrix, dy_fm = transpose(W).to_torch(), dy.t().contiguous()
     calls = [lambda: torch.mm(matrix, dy_fm)]
-    return Contender("torch CSR", PEER, calls, torch.t, is_graphed=False)
+    return Contender("torch CSR", SPARSE, calls, torch.t, is_graphed=False)
 
 
 def torch_values_gradient(W: SparseTensor, dy: Tensor, x: Tensor) -> Contender:
     """In fp32, since torch has it in no 16-bit type."""
     rival = sampled_addmm(with_values(W, W.values.float()), dy.float(), x.float())
-    return Contender("torch CSR", PEER, [rival.run], rival.result, is_graphed=False)
+    return Contender("torch CSR", SPARSE, [rival.run], rival.result, is_graphed=False)
 
 
 def _training_step(W: SparseTensor, Wd: Tensor, x: Tensor, dy: Tensor, clock: Clock) -> dict:
@@ -182,75 +181,8 @@ def _cell(
         for runner in attempt(failed, each, partial(Runner, each, launches, exact, clock))
     ]
     return {
-        "op": op,
-        "M": M,
-        "N": N,
-        "K": K,
-        "mask": "random",
-        "dtype": str(dtype),
-        "nnz": W.nnz,
+        **{"op": op, "device": "cuda", "M": M, "N": N, "K": K, "nnz": W.nnz},
+        **{"mask": "random", "dtype": str(dtype).removeprefix("torch."), "threads": 0},
+        "is_cold": op != "linear",
         "ways": race(runners, exact, TOLERANCE[dtype], clock, ROUNDS) | failed,
     }
-
-
-def benchmark(cell: dict) -> dict:
-    """A cell as a benchmark of the JSON. ArithmeticError where ours failed or is wrong."""
-    place = f"{cell['op']} {cell['N']}x{cell['K']}-M{cell['M']}-{cell['sparsity']:.0%}"
-    dtype = getattr(torch, cell["dtype"].removeprefix("torch."))
-    M, N, K, nnz, is_step = *(cell[name] for name in ("M", "N", "K", "nnz")), cell["op"] == "linear"
-    passes = ("spmm", "spmm_t", "sddmm") if is_step else (cell["op"],)
-    kernels = [pick(Problem(op, "cuda", dtype, M, N, K, nnz)).name for op in passes]
-    # Values, a byte for each column, and the activations of both sides, each once.
-    moved = nnz * (dtype.itemsize + 1) + M * (N + K) * dtype.itemsize
-    info = {
-        **{key: value for key, value in cell.items() if key != "ways"},
-        "is_cold": not is_step,
-        "density": nnz / (N * K),
-        "kernel": ", ".join(dict.fromkeys(kernels)),
-        "passes": len(passes),
-        "useful_flop": len(passes) * 2 * M * nnz,
-        "dense_flop": len(passes) * 2 * M * N * K,
-        "moved_bytes": len(passes) * moved,
-    }
-    group = f"{place}-{cell['mask']}-{cell['dtype'].removeprefix('torch.')}-cuda"
-    return record(group, place, cell["ways"], NAME, info)
-
-
-def record(group: str, place: str, ways: dict[str, dict], name: str, info: dict) -> dict:
-    """A benchmark of the JSON about the way `name`, the others its rivals.
-
-    ArithmeticError, which tells `place`, where that way failed or is wrong."""
-    own = ways[name]
-    if not own["is_right"]:
-        reason = own.get("failed") or f"error {own['error']:.1e} against fp64"
-        raise ArithmeticError(f"{place}: {reason}")
-    others = {other: way for other, way in ways.items() if other != name}
-    return {
-        "group": group,
-        "name": group,
-        "stats": {
-            "min": own["min_s"],
-            "median": own["median_s"],
-            "max": own["max_s"],
-            "spread": own.get("spread", 0.0),
-            "rounds": ROUNDS,
-        },
-        "extra_info": {
-            **info,
-            "device": "cuda",
-            "threads": 0,
-            "calls": 1,
-            "error": own["error"],
-            "rivals": {
-                other: {"kind": _KINDS.get(way["kind"], way["kind"])}
-                | {key: way[key] for key in ("min_s", "median_s", "error", "is_right")}
-                | {"spread": way.get("spread", 0.0)}
-                for other, way in others.items()
-                if "failed" not in way
-            },
-            "failed": {other: way["failed"] for other, way in others.items() if "failed" in way},
-        },
-    }
-
-
-_KINDS = {"peer": "sparse"}  # as race.py calls them

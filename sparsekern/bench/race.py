@@ -18,7 +18,8 @@ from torch import Tensor
 
 from ..testing import relative_error
 from .machine import cores
-from .noise import spread
+from .records import DENSE, OTHER, OURS
+from .turns import Seconds, Turn, in_turns, on_host, way
 
 # Relative to |x| @ |W|.T. fp32 rounds to 6e-8 and dense products of these sizes stay below 1e-6;
 # bf16 rounds its result to 4e-3.
@@ -31,11 +32,6 @@ TURN_S = 1e-3  # of one competitor where a call takes microseconds: it then repe
 # race of two threads was up to seven times its minimum. So they run with one thread only.
 OTHER_POOLS = ("OpenBLAS", "onnxruntime dense", "DeepSparse", "sparse_dot_mkl")
 REST_S = 5e-3  # between competitors with two threads: pools spin after their work
-
-DENSE = "dense"  # a call whose fastest is what all are held against
-PACKED = "packed dense"  # a dense engine that lays out W beforehand: shown, not held against
-SPARSE = "sparse"
-OURS = "ours"
 
 CORES = cores()  # at the start, before pin()
 
@@ -56,14 +52,16 @@ class Rival:
     copies: int = 1
     exact: tuple[Tensor, Tensor] | None = None  # where it computes another product than the others
 
-    def time(self, calls: int) -> float:
+    def takes_turn(self, calls: int) -> Turn:
         """Seconds of one call, the mean of `calls` in a row."""
-        if self.turn:
-            return sum(self.turn() for _ in range(calls)) / calls
-        start = time.perf_counter()
-        for _ in range(calls):
-            self.run()
-        return (time.perf_counter() - start) / calls
+        if self.turn is None:
+            return on_host(self.run, calls)
+
+        def turn() -> Seconds:
+            took = sum(self.turn() for _ in range(calls)) / calls
+            return lambda: took
+
+        return turn
 
 
 def ours(run: Callable[[], Tensor], name: str = "sparsekern") -> Rival:
@@ -109,118 +107,52 @@ def check(rival: Rival, exact: tuple[Tensor, Tensor]) -> tuple[float, float]:
     return torch.tensor(errors).max().item(), median(taken_s)  # a NaN is the maximum
 
 
-class Race:
-    """`ours` against its rivals: nobody is timed before all are checked against `exact`.
+def race(
+    ours: Rival,
+    rivals: list[Rival],
+    threads: int,
+    exact: tuple[Tensor, Tensor] | None = None,
+    tolerance: float = math.inf,
+    repeat: bool = False,
+    most_rounds: int = ROUNDS[1],
+) -> dict[str, dict]:
+    """Name -> what was found of each, ours first; each of our turns is preceded by one of every
+    rival. Nobody is timed before all are checked against `exact`.
 
-    ArithmeticError where we are wrong; a rival that is wrong is marked in records(). With `repeat`
+    ArithmeticError where we are wrong; a rival that is wrong is marked. With `repeat`
     each turn is many calls: microseconds need it, and weights that are not cold are then in cache.
     Without `exact` nothing is checked.
     """
+    if threads > 1:
+        rivals = [rival for rival in rivals if rival.name not in OTHER_POOLS]
+    everyone = {rival.name: rival for rival in (*rivals, ours)}
+    checked = {name: check(r, exact) if exact else (0.0, 0.0) for name, r in everyone.items()}
+    errors = {name: error for name, (error, _) in checked.items()}
+    if not errors[ours.name] < tolerance:
+        raise ArithmeticError(f"{ours.name}: error {errors[ours.name]:.1e} against fp64")
 
-    def __init__(
-        self,
-        ours: Rival,
-        rivals: list[Rival],
-        threads: int,
-        exact: tuple[Tensor, Tensor] | None = None,
-        tolerance: float = math.inf,
-        repeat: bool = False,
-        most_rounds: int = ROUNDS[1],
-    ):
+    peers = {name for name, r in everyone.items() if r.kind not in (DENSE, OTHER, OURS)}
+    once_s = [r.takes_turn(1)()() for name, r in everyone.items() if name not in peers]
+    calls = max(1, round(TURN_S / min(once_s))) if repeat else 1
+    rounds = min(most_rounds, max(ROUNDS[0], int(BUDGET_S / (calls * sum(once_s)))))
+    # Of peers that take long once, as they were checked, is enough.
+    known = {n: [s] for n, (_, s) in checked.items() if n in peers and s > PEER_BUDGET_S}
+
+    def is_enough(name: str, taken: list[Seconds]) -> bool:
+        if name not in peers:
+            return False
+        spent_s = sum(seconds() for seconds in taken) * calls
+        return name in known or len(taken) >= PEER_ROUNDS or spent_s > PEER_BUDGET_S
+
+    def before(name: str) -> None:
         if threads > 1:
-            rivals = [rival for rival in rivals if rival.name not in OTHER_POOLS]
-        self.ours, self.rivals, self.threads, self.repeat = ours, rivals, threads, repeat
-        self.tolerance = tolerance
-        checked = {r.name: check(r, exact) if exact else (0.0, 0.0) for r in (ours, *rivals)}
-        self.errors = {name: error for name, (error, _) in checked.items()}
-        error = self.errors[ours.name]
-        if not error < tolerance:
-            raise ArithmeticError(f"{ours.name}: error {error:.1e} against fp64")
-
-        self._contenders = [ours, *(rival for rival in rivals if rival.kind in (DENSE, OURS))]
-        once_s = {rival.name: rival.time(1) for rival in self._contenders}
-        self.calls = max(1, round(TURN_S / min(once_s.values()))) if repeat else 1
-        wanted = int(BUDGET_S / (self.calls * sum(once_s.values())))
-        self.rounds = min(most_rounds, max(ROUNDS[0], wanted))
-        self.seconds: dict[str, list[float]] = {rival.name: [] for rival in rivals}
-        for rival in rivals:
-            if rival not in self._contenders and checked[rival.name][1] > PEER_BUDGET_S:
-                self.seconds[rival.name].append(checked[rival.name][1])  # once is enough
-
-    def time_rivals(self) -> None:
-        """A turn of each, before one of ours."""
-        for rival in self.rivals:
-            samples = self.seconds[rival.name]
-            is_enough = len(samples) >= PEER_ROUNDS or sum(samples) * self.calls > PEER_BUDGET_S
-            if rival in self._contenders or not is_enough:
-                self._rest()
-                if self.repeat:
-                    rival.run()  # back into its caches, or to its next copy
-                samples.append(rival.time(self.calls))
-        self._rest()
-        if self.repeat:
-            self.ours.run()
-
-    def run_ours(self) -> None:
-        for _ in range(self.calls):
-            self.ours.run()
-
-    def run(self) -> list[float]:
-        """All rounds, where nobody else takes our time: our seconds for `calls` calls."""
-        ours_s = []
-        for _ in range(self.rounds):
-            self.time_rivals()
-            start = time.perf_counter()
-            self.run_ours()
-            ours_s.append(time.perf_counter() - start)
-        return ours_s
-
-    def records(self) -> dict[str, object]:
-        """The fields of the race in extra_info."""
-        return {
-            "calls": self.calls,
-            "error": self.errors[self.ours.name],
-            "rivals": {
-                rival.name: {
-                    "kind": rival.kind,
-                    "min_s": min(self.seconds[rival.name]),
-                    "median_s": median(self.seconds[rival.name]),
-                    "spread": spread(self.seconds[rival.name]),
-                    "error": self.errors[rival.name],
-                    # Written so that NaN is wrong.
-                    "is_right": self.errors[rival.name] < self.tolerance,
-                }
-                for rival in self.rivals
-            },
-        }
-
-    def _rest(self) -> None:
-        if self.threads > 1:
             time.sleep(REST_S)
+        if repeat:
+            everyone[name].run()  # back into its caches, or to its next copy
 
-
-def derive(benchmark: dict) -> None:
-    """Add to a benchmark of the JSON: seconds of a call, rates, and how many times faster than the
-    best dense call we and all others are.
-
-    Medians are compared: round by round, all competitors met the same machine. Nobody who is wrong
-    is the best.
-    """
-    info = benchmark["extra_info"]
-    if "rivals" not in info:
-        return
-    info["ours_s"] = benchmark["stats"]["median"] / info["calls"]
-    rivals = info["rivals"].items()
-    right = [(name, rival) for name, rival in rivals if rival["is_right"]]
-    dense = {name: rival["median_s"] for name, rival in right if rival["kind"] == DENSE}
-    info["best_dense"] = min(dense, key=dense.get)
-    info["dense_s"] = dense[info["best_dense"]]
-    info["speedup"] = info["dense_s"] / info["ours_s"]
-    info["speedups"] = {
-        name: info["dense_s"] / rival["median_s"] for name, rival in rivals if name not in dense
+    turns = {name: rival.takes_turn(calls) for name, rival in everyone.items()}
+    seconds = in_turns(turns, rounds, before=before, is_enough=is_enough) | known
+    return {
+        rival.name: way(rival.kind, seconds[rival.name], errors[rival.name], tolerance)
+        for rival in (ours, *rivals)
     }
-    sparse = [info["speedups"][name] for name, rival in right if rival["kind"] == SPARSE]
-    info["best_peer"] = max(sparse, default=None)
-    for count in ("useful_flop", "dense_flop", "moved_bytes"):
-        if count in info:
-            info[f"{count}_per_s"] = info[count] / info["ours_s"]

@@ -1,24 +1,87 @@
-"""Shares of this machine's ceilings (ceilings.py) that a measurement reaches."""
+"""What follows from the times of a case: speed-ups, rates, and shares of the machine's ceilings."""
+
+from .records import DENSE, OURS, SPARSE, Run, cases
 
 MEMORY = "memory"
+PRODUCTS = {"spmm": 1, "spmm_t": 1, "sddmm": 1, "linear": 3}  # in an op
+ITEM_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
+INDEX_BYTES = {"cpu": 2, "cuda": 1}  # of a column, as the kernels store it
 
 
-def add_rates(info: dict, ceilings: dict) -> None:
-    """Add to a record the level that its data comes from, and the shares that its rates are of the
-    arithmetic peak, of that level's bandwidth, and of what the two allow together (roofline)."""
-    if not ceilings or "moved_bytes" not in info or "ours_s" not in info:
+def derived(run: Run) -> list[dict]:
+    """The cases of a table."""
+    return [derive(case) for case in cases(run.records)]
+
+
+def derive(case: dict, ceilings: dict | None = None) -> dict:
+    """The case with its counts, and where a dense call was timed: ours (the fastest of ours), how
+    many times faster than the best dense call everybody is, rates, and with ceilings (ceilings.py)
+    the shares of them.
+
+    Medians are compared: round by round, all contenders met the same machine. Nobody who is wrong
+    is the best. The case itself is changed.
+    """
+    if case.get("op") in PRODUCTS:
+        case |= _counts(case)
+    timed = {name: way for name, way in case["ways"].items() if "median_s" in way}
+    dense = {n: w["median_s"] for n, w in timed.items() if w["kind"] == DENSE and w["is_right"]}
+    if not dense:
+        if any(way.get("kind") == DENSE for way in timed.values()):
+            raise ValueError(f"no dense call is right: {case}")
+        return case
+    case["best_dense"] = min(dense, key=dense.get)
+    case["dense_s"] = dense[case["best_dense"]]
+    case["speedups"] = speedups = {
+        name: case["dense_s"] / way["median_s"]
+        for name, way in timed.items()
+        if way["kind"] != DENSE
+    }
+    right = {name: way for name, way in timed.items() if way["is_right"]}
+    peers = [speedups[name] for name, way in right.items() if way["kind"] == SPARSE]
+    case["best_peer"] = max(peers, default=None)
+    ours = {name: way["median_s"] for name, way in right.items() if way["kind"] == OURS}
+    if ours:
+        case["ours"] = name = min(ours, key=ours.get)
+        case |= {"ours_s": ours[name], "speedup": speedups[name]}
+        case |= {"error": right[name]["error"], "kernel": right[name].get("kernel", name)}
+        _add_rates(case, right[name].get("bytes"), ceilings)
+    return case
+
+
+def _counts(case: dict) -> dict:
+    M, N, K, nnz, passes = *(case[name] for name in ("M", "N", "K", "nnz")), PRODUCTS[case["op"]]
+    item = ITEM_BYTES[case["dtype"]]
+    return {
+        "density": nnz / (N * K),
+        "dense_bytes": N * K * item,
+        "passes": passes,
+        "useful_flop": passes * 2 * M * nnz,
+        "dense_flop": passes * 2 * M * N * K,
+    }
+
+
+def _add_rates(case: dict, packed_bytes: int | None, ceilings: dict | None) -> None:
+    """Moved are the values and column indices of W, or its packed bytes, and the activations of
+    both sides, each once. With ceilings the level that the data comes from, and the shares that the
+    rates are of the arithmetic peak, of that level's bandwidth, and of what the two allow together
+    (roofline)."""
+    if "passes" in case:
+        M, N, K, item = *(case[name] for name in ("M", "N", "K")), ITEM_BYTES[case["dtype"]]
+        weight = packed_bytes or case["nnz"] * (item + INDEX_BYTES[case["device"]])
+        case["moved_bytes"] = case["passes"] * (weight + M * (N + K) * item)
+    for count in ("useful_flop", "moved_bytes"):
+        if count in case:
+            case[f"{count}_per_s"] = case[count] / case["ours_s"]
+    if not ceilings or "moved_bytes" not in case:
         return
-    of_pass = info["moved_bytes"] // info["passes"]
-    level = MEMORY if info["is_cold"] else level_of(of_pass, ceilings)
+    of_pass = case["moved_bytes"] // case["passes"]
+    case["level"] = level = MEMORY if case["is_cold"] else level_of(of_pass, ceilings)
     peak, bandwidth = ceilings["flop_per_s"], ceilings["bytes_per_s"][level]
-    flop_per_s = info["useful_flop"] / info["ours_s"]
-    bytes_per_s = info["moved_bytes"] / info["ours_s"]
-    limit = min(peak, info["useful_flop"] / info["moved_bytes"] * bandwidth)
-    info["level"] = level
-    info["shares"] = {
-        "flop": flop_per_s / peak,
-        "bytes": bytes_per_s / bandwidth,
-        "roofline": flop_per_s / limit,
+    limit = min(peak, case["useful_flop"] / case["moved_bytes"] * bandwidth)
+    case["shares"] = {
+        "flop": case["useful_flop_per_s"] / peak,
+        "bytes": case["moved_bytes_per_s"] / bandwidth,
+        "roofline": case["useful_flop_per_s"] / limit,
     }
 
 
@@ -26,3 +89,15 @@ def level_of(nbytes: int, ceilings: dict) -> str:
     """The nearest that holds so many bytes. Each was measured on half of what it holds."""
     fits = (name for name, size in ceilings["bytes"].items() if nbytes <= 2 * size)
     return next(fits, MEMORY)
+
+
+def case_name(case: dict) -> str:
+    """'spmm 768x768-M256-50%-1T' and what sets it apart from the standard case."""
+    if "model" in case:
+        what, tokens = case["model"], case.get("batch", case.get("M"))
+    else:
+        what, tokens = f"{case['N']}x{case['K']}", case["M"]
+    parts = [f"{case['op']} {what}", f"M{tokens}", f"{case['sparsity']:.0%}"]
+    parts.append(f"{case['threads']}T" if case.get("threads") else "GPU")
+    parts += [case[name] for name in ("dtype", "mask") if case.get(name, "random") != "random"]
+    return "-".join(parts) + "-cold" * case.get("is_cold", False)

@@ -1,6 +1,165 @@
-"""Choosing among records: dicts with the fields of a measurement."""
+"""The one format of measurements: a flat record for each contender of each case, in a CSV file.
 
-from collections.abc import Callable, Iterable
+A file begins with `# ` and a JSON object about the run: machine, versions, commit, date, and under
+`shared` the fields that all records have in common. Then a table with the other fields. A field
+that a record does not have is empty.
+
+In memory the records of a case are often wanted together: cases() nests them, flat() undoes it.
+"""
+
+import csv
+import io
+import json
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from ..files import atomic_write
+
+# Kinds of contenders.
+DENSE = "dense"  # a call whose fastest is what all are held against
+PACKED = "packed dense"  # a dense engine that lays out W beforehand: shown, not held against
+SPARSE = "sparse"  # another sparse library
+OURS = "ours"
+OTHER = "other"  # of other operands or other work, for comparison
+
+# Fields of the case: what was to be done.
+CASE: dict[str, type] = {
+    "op": str,  # spmm, spmm_t, sddmm, linear, train_step, generate, memory, call, pretrain, ...
+    "case": str,  # in words, where the sizes do not say it
+    "device": str,
+    "model": str,
+    "layers": int,
+    "width": int,
+    "vocabulary": int,
+    "context": int,
+    "batch": int,
+    "tokens": int,  # that median_s makes of each text
+    "M": int,
+    "N": int,
+    "K": int,
+    "sparsity": float,
+    "nnz": int,
+    "mask": str,
+    "dtype": str,
+    "threads": int,  # 0: on a GPU
+    "is_cold": bool,
+    "useful_flop": float,  # of a whole model; products have theirs by their sizes
+    "dense_flop": float,
+    "linear_share": float,  # of the dense step's time
+    "cap": float,  # of the speed-up, by that share
+    "seed": int,
+    "lr": float,
+    "steps": int,  # of a training run
+    "is_noisy": bool,  # nothing is concluded from it
+}
+# Fields of a contender: who did it, and what was found.
+FOUND: dict[str, type] = {
+    "contender": str,
+    "kind": str,
+    "kernel": str,
+    "median_s": float,
+    "min_s": float,
+    "max_s": float,
+    "spread": float,  # noise.py
+    "error": float,
+    "is_right": bool,
+    "bytes": int,
+    "weight_bytes": int,
+    "first_token_s": float,
+    "latency_s": float,
+    "step": int,  # of an evaluation, or a round of pruning
+    "loss": float,
+    "flops": float,
+    "flop_ratio": float,
+    "parameters": int,
+    "note": str,
+    "failed": str,  # why there are no numbers
+}
+FIELDS = CASE | FOUND
+DIGITS = {"median_s": 7, "loss": 9, "spread": 4, "error": 4}  # 6 elsewhere
+MARK, SUFFIX = "# ", ".csv"
+
+
+@dataclass
+class Run:
+    about: dict
+    records: list[dict]
+
+
+def write(path: Path, about: dict, records: Sequence[dict]) -> None:
+    first = records[0] if records else {}
+    same = {name: first.get(name) for name in FIELDS if name != "contender"}
+    for record in records:
+        same = {name: value for name, value in same.items() if record.get(name) == value}
+    columns = [name for name in FIELDS if name not in same]
+    shared = {name: value for name, value in same.items() if value is not None}
+    text = io.StringIO()
+    text.write(MARK + json.dumps(about | {"shared": shared}) + "\n")
+    table = csv.writer(text, lineterminator="\n")
+    table.writerow(columns)
+    table.writerows([_text(name, record.get(name)) for name in columns] for record in records)
+    with atomic_write(path) as file:
+        file.write(text.getvalue().encode())
+
+
+def _text(name: str, value: object) -> str:
+    if value is None:
+        return ""
+    if isinstance(value, float):
+        return f"{value:.{DIGITS.get(name, 6)}g}"
+    return str(int(value) if isinstance(value, bool) else value)
+
+
+def read(path: Path) -> Run:
+    if not path.is_file():
+        raise FileNotFoundError(f"{path} does not exist")
+    try:
+        head, _, lines = path.read_text("utf-8").partition("\n")
+        about = json.loads(head.removeprefix(MARK))
+        shared = about.pop("shared")
+        columns, *rows = csv.reader(io.StringIO(lines))
+        types = [_read_bool if FIELDS[name] is bool else FIELDS[name] for name in columns]
+        records = [
+            shared
+            | {
+                name: kind(cell)
+                for name, kind, cell in zip(columns, types, row, strict=True)
+                if cell
+            }
+            for row in rows
+        ]
+    except (AttributeError, LookupError, RecursionError, TypeError, ValueError) as error:
+        raise ValueError(
+            f"{path} is not a table of measurements ({type(error).__name__}: {error})"
+        ) from error
+    return Run(about, records)
+
+
+def _read_bool(cell: str) -> bool:
+    return {"0": False, "1": True}[cell]
+
+
+def cases(records: Iterable[dict]) -> list[dict]:
+    """The fields of each case, and under `ways` those of each contender by its name."""
+    found: dict[tuple, dict] = {}
+    for record in records:
+        case = {name: record[name] for name in CASE if name in record}
+        way = {name: record[name] for name in FOUND if name in record}
+        ways = found.setdefault(tuple(case.items()), case | {"ways": {}})["ways"]
+        ways[way.pop("contender")] = way
+    return list(found.values())
+
+
+def flat(cases: Iterable[dict]) -> list[dict]:
+    """A record for each contender, without what can be derived from others."""
+    return [
+        {name: case[name] for name in CASE if name in case}
+        | {"contender": contender}
+        | {name: way[name] for name in FOUND if name in way}
+        for case in cases
+        for contender, way in case["ways"].items()
+    ]
 
 
 def select(records: Iterable[dict], **wanted) -> list[dict]:

@@ -14,16 +14,11 @@ import torch
 from torch import Tensor
 
 from ..testing import frobenius_error
-from .noise import spread
+from .turns import Turn, in_turns, on_gpu, way
 
 LOOP_LAUNCHES = 60  # of a replay of a competitor that no graph can hold
 REPLAY_S = 20e-3  # a replay takes no longer, but for the fewest launches
 FEWEST_LAUNCHES = 3
-
-DENSE = "dense"  # a call whose fastest is what all are held against
-OURS = "ours"
-PEER = "peer"
-BOUND = "bound"  # other work, for comparison
 
 
 @dataclass
@@ -35,7 +30,7 @@ class Contender:
     calls: list[Callable[[], Any]]
     result: Callable[[Any], Tensor] = lambda y: y
     is_graphed: bool = True
-    info: dict[str, object] = field(default_factory=dict)  # for the JSON
+    info: dict[str, object] = field(default_factory=dict)  # further fields of its record
     exact: Tensor | None = None  # where it computes another product than the others
 
 
@@ -53,21 +48,12 @@ class Clock(Protocol):
 class CudaClock:
     """CUDA graphs and events on the current stream, which may not be the default one."""
 
-    # A kernel that waits goes first, so that all is queued before the GPU comes to it: no time
-    # holds a wait for Python.
-    CYCLES_PER_S = 2e9
     GRAPH_AHEAD_S = 50e-6
     CALL_AHEAD_S = 100e-6  # for each call of a loop
 
     def once(self, call: Callable[[], object]) -> float:
-        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
         torch.cuda.synchronize()
-        self._wait(10 * self.CALL_AHEAD_S)
-        start.record()
-        call()
-        end.record()
-        torch.cuda.synchronize()
-        return 1e-3 * start.elapsed_time(end)
+        return on_gpu(call, 10 * self.CALL_AHEAD_S)()()
 
     def capture(self, calls: list[Callable[[], Any]]) -> tuple[Callable[[], None], Any]:
         # Without torch.cuda.graph, which may collect garbage and empty the allocator's cache.
@@ -82,25 +68,13 @@ class CudaClock:
         return graph.replay, y
 
     def race(self, runners: list["Runner"], rounds: int) -> list[list[float]]:
-        events = [
-            [[torch.cuda.Event(enable_timing=True) for _ in range(2)] for _ in range(rounds + 1)]
-            for _ in runners
-        ]
-        for turn in range(rounds + 1):
-            for runner, pairs in zip(runners, events, strict=True):
-                start, end = pairs[turn]
-                is_graphed = runner.contender.is_graphed
-                self._wait(
-                    self.GRAPH_AHEAD_S if is_graphed else self.CALL_AHEAD_S * runner.launches
-                )
-                start.record()
-                runner.replay()
-                end.record()
-        torch.cuda.synchronize()
-        return [[1e-3 * start.elapsed_time(end) for start, end in pairs[1:]] for pairs in events]
+        def turn(runner: Runner) -> Turn:
+            ahead_s = self.CALL_AHEAD_S * runner.launches
+            is_graphed = runner.contender.is_graphed
+            return on_gpu(runner.replay, self.GRAPH_AHEAD_S if is_graphed else ahead_s)
 
-    def _wait(self, seconds: float) -> None:
-        torch.cuda._sleep(int(seconds * self.CYCLES_PER_S))
+        turns = {runner.contender.name: turn(runner) for runner in runners}
+        return list(in_turns(turns, rounds, warm_up=1).values())
 
 
 class Runner:
@@ -149,18 +123,8 @@ def race(
     for runner, seconds in zip(runners, clock.race(runners, rounds), strict=True):
         error = torch.tensor([runner.error, runner.last_error(exact)]).max().item()
         calls = [s / runner.launches for s in seconds]
-        records[runner.contender.name] = {
-            "kind": runner.contender.kind,
-            "median_s": median(calls),
-            "min_s": min(calls),
-            "max_s": max(calls),
-            "spread": spread(calls),
-            "launches": runner.launches,
-            "copies": len(runner.contender.calls),
-            "error": error,
-            "is_right": error < tolerance,  # written so that NaN is wrong
-            **runner.contender.info,
-        }
+        found = way(runner.contender.kind, calls, error, tolerance)
+        records[runner.contender.name] = found | runner.contender.info
     return records
 
 

@@ -2,4 +2,4 @@
 
 from pathlib import Path
 
-BENCH_OUT = Path("out/bench.json")
+BENCH_OUT = Path("out/bench.csv")

@@ -1,14 +1,14 @@
 """python -m sparsekern bench [compare]"""
 
-import json
 import warnings
 from pathlib import Path
 
 import torch
 
 from ..bench import calibrate as calibrating
-from ..bench import compare, measure, noise
-from ..files import atomic_write, check_writable, private_cache
+from ..bench import compare, measure, noise, records
+from ..bench.rates import case_name
+from ..files import check_writable, private_cache
 from ..kernels import crossover
 from ..terminal import Progress
 from . import BENCH_OUT
@@ -29,31 +29,26 @@ def run_bench(
         check_writable("calibrate", private_cache() / crossover.calibrated_file().name)
         print(calibrating.calibrate(device, quick, out))
         return
-    benchmarks = measure.measure(device, quick)
-    result = next(benchmarks)
+    if out.suffix != records.SUFFIX:
+        raise ValueError(f"out: expected a {records.SUFFIX} file, got {out}")
+    about, count, measured = measure.measure(device, quick)
     if commit:
-        result["commit_info"] = {"id": commit, "dirty": False}
+        about["commit"] = {"id": commit, "dirty": False}
+    cases: list[dict] = []
     try:
-        with Progress(result.pop("wanted"), unit="product") as progress:
-            progress.line(measure.heading(result))
-            for benchmark in benchmarks:
-                is_noisy = noise.of_benchmark(benchmark) > noise.LIMIT
-                result["noisy" if is_noisy else "benchmarks"].append(benchmark)
-                speedup = benchmark["extra_info"]["speedup"]
+        with Progress(count, unit="product") as progress:
+            progress.line(measure.heading(about))
+            for case in measured:
+                case["is_noisy"] = noise.of_case(case) > noise.LIMIT
+                cases.append(case)
                 progress.advance()
-                flag = measure.NOISY * is_noisy
-                progress.line(f"{benchmark['group']}: {speedup:.2f} times dense{flag}")
+                flag = measure.NOISY * case["is_noisy"]
+                progress.line(f"{case_name(case)}: {case['speedup']:.2f} times dense{flag}")
     except BaseException:
-        _write(out.with_suffix(".partial.json"), result)
+        records.write(out.with_suffix(f".partial{records.SUFFIX}"), about, records.flat(cases))
         raise
-    _write(out, result)
-    count = len(result["benchmarks"]) + len(result["noisy"])
-    print(f"\n{measure.render(result)}\n\n{count} products: {out}")
-
-
-def _write(path: Path, result: dict) -> None:
-    with atomic_write(path) as file:
-        file.write(json.dumps(result, indent=1).encode())
+    records.write(out, about, records.flat(cases))
+    print(f"\n{measure.render(about, cases)}\n\n{len(cases)} products: {out}")
 
 
 def run_compare(old: Path, new: Path, threshold: float, **options) -> int:

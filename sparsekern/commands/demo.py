@@ -18,29 +18,47 @@ def run_demo(out: Path) -> None:
     began = time.perf_counter()
     sections: dict[str, str] = {}
 
+    def at() -> str:
+        return f"[{time.perf_counter() - began:.0f} s]"
+
+    def say(text: str) -> None:
+        print(f"{text}  {at()}", flush=True)
+
     def show(title: str, body: str) -> None:
         sections[title] = body
-        print(f"\n## {title}  [{time.perf_counter() - began:.0f} s]\n\n{body}", flush=True)
+        say(f"\n## {title}")
+        print(f"\n{body}", flush=True)
 
     show("Machine", demo_report.environment_section(environment()))
-    show("Correctness", demo_report.check_section(demo.check()))
-    timings = demo.time_kernels()
-    shape = f"{demo.KERNEL_N} x {demo.KERNEL_K}"
-    show("Kernels", demo_report.kernel_section(timings, shape, demo.THREADS))
+    dense, missing = demo.dense_calls()
+    show(
+        "Correctness",
+        f"{demo_report.check_section(demo.check())}\n\n{demo_report.dense_section(dense)}",
+    )
+    print()
+    timings = demo.time_kernels(dense, say)
+    shape, threads = f"{demo.KERNEL_N} x {demo.KERNEL_K}", demo.KERNEL_THREADS
+    show("Kernels", demo_report.kernel_section(timings, shape, threads, missing))
 
-    configs = {
-        "dense": demo.train_config(out / "dense", 0.0),
-        "sparse": demo.train_config(out / "sparse", demo.SPARSITY),
-    }
+    print()
+    sparsities = {"dense": 0.0, "sparse": demo.SPARSITY}
+    configs = [demo.train_config(out, s) for s in sparsities.values()]
+    steps = demo.time_steps(*configs, dense, say)
+    show("One step, in turn", demo_report.steps_section(steps, demo.SPARSITY))
+    count = demo.steps_in_time(steps["dense_s"] + steps["sparse_s"])
     runs = {}
-    for name, config in configs.items():
-        print(f"\n## Training, {name}\n", flush=True)
-        runs[name] = demo.train_in_subprocess(config)
-    steps = demo.time_steps(configs["dense"], configs["sparse"])
-    show("Dense against sparse", demo_report.training_section(runs["dense"], runs["sparse"], steps))
-    show("Where the time goes", demo_report.profile_section(steps))
-    show("Sample", demo_report.sample_section(demo.sample(out / "sparse")))
+    for name, sparsity in sparsities.items():
+        say(f"\n## Training, {name}")
+        print(flush=True)
+        library = steps["best_dense"] if name == "dense" else demo.TORCH
+        config = demo.train_config(out / name, sparsity, count)
+        runs[name] = demo.train_in_subprocess(config, library)
+    show("Training", demo_report.training_section(runs["dense"], runs["sparse"], steps))
+    show("What to do next", demo_report.next_section(demo.next_steps(out, count)))
 
-    labelled = {"dense": runs["dense"], f"{demo.SPARSITY:.0%} sparse": runs["sparse"]}
+    labelled = {
+        f"dense by {steps['best_dense']}": runs["dense"],
+        f"{demo.SPARSITY:.0%} sparse": runs["sparse"],
+    }
     written = demo_report.write(out, sections, timings, labelled)
-    print(f"\nWrote {', '.join(map(str, written))} in {time.perf_counter() - began:.0f} s.")
+    say(f"\nWrote {', '.join(map(str, written))}")

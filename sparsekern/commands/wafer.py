@@ -6,6 +6,8 @@ from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
+from ..bench import records
+from ..bench.rates import derived
 from ..files import atomic_write, check_writable
 from ..terminal import Progress
 from ..wafer import compare as comparing
@@ -74,7 +76,7 @@ def add_commands(
     added.add_argument("--data", type=Path, help="folder of the CSV files of pr0f3ss/SpMM_Cerebras")
 
     added = command("compare", _run_compare, "measured speed-ups beside the wafer's")
-    added.add_argument("--results", type=Path, nargs="+", help="JSON files (bench/results/*.json)")
+    added.add_argument("--results", type=Path, nargs="+", help="tables (bench/results/*.csv)")
     added.add_argument("--match", default="", help="only measurements with this in their name")
     _add_machine(added)
     added.set_defaults(benchmark_mask=benchmark_mask)
@@ -224,10 +226,10 @@ def _run_validate(**options) -> int:
 
 
 def _run_compare(**options) -> None:
-    found = sorted(Path("bench/results").glob("*.json"))
-    results = options["results"] or [path for path in found if comparing.read(path)]
-    if not results:
+    paths = options["results"] or sorted(Path("bench/results").glob("*.csv"))
+    if not paths:
         raise ValueError("results: none in bench/results; give --results")
+    results = {path.stem: _measured(path) for path in paths}
     with Progress(None, unit="measurement") as progress:
         pairs = comparing.compare(
             machine(options["machine"]),
@@ -239,6 +241,15 @@ def _run_compare(**options) -> None:
         )
     print(comparing.render(pairs))
     _write_json(options["json"], [pair.as_dict() for pair in pairs])
+
+
+def _measured(path: Path) -> list[dict]:
+    """The cases of a table in which dense was timed too."""
+    try:
+        cases = derived(records.read(path))
+    except (FileNotFoundError, ValueError) as error:
+        raise type(error)(f"results: {error}") from error
+    return [case for case in cases if "speedups" in case]
 
 
 def _run_sensitivity(**options) -> None:

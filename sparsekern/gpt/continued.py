@@ -60,7 +60,8 @@ def _from_sparse(model: GPT, settings: object, config: TrainConfig) -> object:
         if layers and _check_more(target, layers, config):
             # By their own names, since Magnitude would prune the dense ones too.
             names = list(layers)
-            Magnitude(target, distribution=part.distribution, param_filter=names).apply(model)
+            how = {"distribution": part.distribution, "family": part.family}
+            Magnitude(target, param_filter=names, **how).apply(model)
     return settings
 
 

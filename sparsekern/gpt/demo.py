@@ -6,21 +6,34 @@ import statistics
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
+from functools import partial
 from pathlib import Path
 
 import torch
-import torch.nn.functional as F
+from torch import Tensor
 
 from ..matmul import linear, matmul
 from ..nn import SparseLinear
 from ..tensor import SparseTensor
+from ..terminal import Progress
 from ..testing import interleaved_times, random_mask, relative_error
-from .build import build_model, build_optimizer, load_model
+from .build import build_model, build_optimizer
 from .checkpoint import CHECKPOINT
 from .config import TrainConfig, changed
 from .data import default_source
-from .generate import generate
+from .dense import (
+    LIBRARIES,
+    NUMPY,
+    ONEDNN,
+    PACKED,
+    TORCH,
+    Linear,
+    libraries,
+    openblas,
+    packed,
+    use_,
+)
 from .profile import linear_share, measured_cap, profile_step
 from .step import compute_gradients
 from .train import METRICS
@@ -28,20 +41,21 @@ from .train import METRICS
 # The model: large enough that its linears are most of a step, small enough for two cores.
 LAYERS, WIDTH, HEADS, CONTEXT, BATCH = 3, 768, 12, 128, 8
 SPARSITY = 0.75
-STEPS, EVAL_EVERY = 100, 20
+STEPS = 60, 12  # at most and at least: as many as both runs take in TRAINING_S
+TRAINING_S = 30.0
+EVALUATIONS = 6
 THREADS = min(2, os.cpu_count() or 1)
-STEP_ROUNDS = 9
-# The speed-up of sparse linears that the measured cap is stated for.
-LINEAR_SPEEDUP = 2.3
+STEP_ROUNDS = 7, 3  # at most and at least: as many as take ROUNDS_S
+ROUNDS_S = 15.0
+SAY_S = 4.0  # between two lines
 
-# The microbenchmark: the first layer of the MLP, over tokens and sparsities.
+# The microbenchmark: the first layer of the MLP, over tokens and sparsities. One thread: each
+# library has a pool, whose threads spin after their work on the cores of whoever comes next.
 KERNEL_N, KERNEL_K = 4 * WIDTH, WIDTH
 KERNEL_TOKENS = (16, 256, 1024)
 KERNEL_SPARSITIES = (0.5, 0.75, 0.9, 0.95)
-KERNEL_ROUNDS = 9
-
-PROMPT = "\n"
-SAMPLE_TOKENS = 240
+KERNEL_ROUNDS = 7
+KERNEL_THREADS = 1
 
 
 def random_weight(n: int, k: int, sparsity: float, dtype: torch.dtype) -> tuple:
@@ -74,48 +88,76 @@ def check() -> list[dict]:
     return rows
 
 
-def time_kernels() -> list[dict]:
-    """Least seconds of the dense and the sparse product, forward alone and with the backward.
+def dense_calls() -> tuple[dict[str, Linear], dict[str, str]]:
+    """The dense libraries that are right here, by their names in words; and why not the others."""
+    found, missing = libraries()
+    if NUMPY in found:
+        found[f"{NUMPY}, {openblas(KERNEL_THREADS)}"] = found.pop(NUMPY)
+    return found, missing
 
-    All that share a row are interleaved in one process; of the rounds the fastest is the one that
-    other work on the machine disturbed least. Dense is the best of F.linear and torch.mm on
-    activations in its own layout (feature-major)."""
+
+def time_kernels(dense: dict[str, Linear], say: Callable[[str], None]) -> list[dict]:
+    """Median seconds of the sparse product and of every dense one, forward alone and with the
+    backward. What shares a row is interleaved in one process, on one thread.
+
+    Dense forward is also torch.mm of transposes, and oneDNN on a W that it laid out beforehand. Of
+    the three products of training each library does all, without autograd."""
+    torch.set_num_threads(KERNEL_THREADS)
     n, k = KERNEL_N, KERNEL_K
-    dense_w = torch.randn(n, k, requires_grad=True)
+    dense_w = torch.randn(n, k)
     sparse = {s: random_weight(n, k, s, torch.float32)[1] for s in KERNEL_SPARSITIES}
     for w in sparse.values():
         w.values.requires_grad_()
+    whole = {name: library for name, library in dense.items() if name != PACKED}
     rows = []
     for tokens in KERNEL_TOKENS:
         x = torch.randn(tokens, k, requires_grad=True)
-        x_fm = x.detach().t().contiguous()
-        dy = torch.randn(tokens, n)
+        x_plain, dy = x.detach(), torch.randn(tokens, n)
 
-        def step(y, x, w, dy=dy):
-            return torch.autograd.grad(y, (x, w), dy)
+        def products(library, x=x_plain, dy=dy):
+            return library(x, dense_w), library(dy, dense_w.t()), library(dy.t(), x.t())
 
+        def step(w, x=x, dy=dy):
+            return torch.autograd.grad(linear(x, w), (x, w.values), dy)
+
+        forward = {name: partial(library, x_plain, dense_w) for name, library in whole.items()}
+        forward["torch.mm"] = partial(torch.mm, dense_w, x_plain.t())
+        if PACKED in dense:
+            forward[PACKED] = partial(packed(dense_w, tokens), x_plain)
+        training = {name: partial(products, library) for name, library in whole.items()}
+        say(f"timing forward, {tokens} tokens")
         with torch.no_grad():
-            forward = {
-                "dense": lambda x=x: F.linear(x, dense_w),
-                "dense feature-major": lambda x=x_fm: torch.mm(dense_w, x),
-            } | {s: lambda x=x, w=w: linear(x, w) for s, w in sparse.items()}
-            forward_s = _each(min, interleaved_times(forward, KERNEL_ROUNDS))
-        training = {"dense": lambda x=x: step(F.linear(x, dense_w), x, dense_w)} | {
-            s: lambda x=x, w=w: step(linear(x, w), x, w.values) for s, w in sparse.items()
-        }
-        training_s = _each(min, interleaved_times(training, KERNEL_ROUNDS))
-        forward_s["dense"] = min(forward_s["dense"], forward_s.pop("dense feature-major"))
-        for name, seconds in (("forward", forward_s), ("forward + backward", training_s)):
-            dense_s = seconds.pop("dense")
-            rows.append({"pass": name, "tokens": tokens, "dense_s": dense_s, "sparse_s": seconds})
+            ours = {s: partial(linear, x, w) for s, w in sparse.items()}
+            timed = interleaved_times(forward | ours, KERNEL_ROUNDS)
+        rows.append(_row("forward", tokens, timed))
+        say(f"timing forward + backward, {tokens} tokens")
+        ours = {s: partial(step, w) for s, w in sparse.items()}
+        timed = interleaved_times(training | ours, KERNEL_ROUNDS)
+        rows.append(_row("forward + backward", tokens, timed))
     return rows
 
 
-def _each(statistic: Callable[[list[float]], float], seconds: dict) -> dict:
-    return {name: statistic(values) for name, values in seconds.items()}
+def _row(name: str, tokens: int, seconds: dict) -> dict:
+    medians = {who: statistics.median(values) for who, values in seconds.items()}
+    dense_s = {who: s for who, s in medians.items() if isinstance(who, str)}
+    best = min(dense_s, key=dense_s.get)
+    return {
+        "pass": name,
+        "tokens": tokens,
+        "dense_s": dense_s[best],
+        "best_dense": best,
+        "sparse_s": {who: s for who, s in medians.items() if who not in dense_s},
+    }
 
 
-def train_config(out: Path, sparsity: float) -> TrainConfig:
+def steps_in_time(step_s: float) -> int:
+    """Training steps of each run where a step of both takes so long, by EVALUATIONS."""
+    most, least = STEPS
+    wanted = min(most, max(least, int(TRAINING_S / step_s)))
+    return max(EVALUATIONS, wanted - wanted % EVALUATIONS)
+
+
+def train_config(out: Path, sparsity: float, steps: int = STEPS[0]) -> TrainConfig:
     return TrainConfig(
         data=default_source(),
         sparsity=sparsity,
@@ -124,64 +166,151 @@ def train_config(out: Path, sparsity: float) -> TrainConfig:
         width=WIDTH,
         context=CONTEXT,
         batch=BATCH,
-        steps=STEPS,
+        steps=steps,
         threads=THREADS,
         out=str(out),
-        eval_every=EVAL_EVERY,
-        checkpoint_every=STEPS,
+        eval_every=steps // EVALUATIONS,
+        checkpoint_every=steps,
     )
 
 
-def train_in_subprocess(config: TrainConfig) -> dict:
+def train_in_subprocess(config: TrainConfig, library: str = TORCH) -> dict:
     """`python -m sparsekern train` with this config -> its metrics, and wall_s of the process.
 
-    A process of its own, so that the peak memory is of this run alone."""
+    A process of its own, so that the peak memory is of this run alone. `library` does all dense
+    linears."""
     out = Path(config.out)
     (out / CHECKPOINT).unlink(missing_ok=True)
     flags = [f"--{name.replace('_', '-')}={value}" for name, value in changed(config).items()]
+    module = ["sparsekern"] if library == TORCH else ["sparsekern.gpt.dense", library]
     began = time.perf_counter()
-    code = subprocess.run([sys.executable, "-m", "sparsekern", "train", *flags]).returncode
+    code = subprocess.run([sys.executable, "-m", *module, "train", *flags]).returncode
     wall_s = time.perf_counter() - began
     if code:
         raise ChildProcessError(f"training in {out} ended with exit code {code}")
     return json.loads((out / METRICS).read_text()) | {"wall_s": wall_s}
 
 
-def time_steps(dense: TrainConfig, sparse: TrainConfig) -> dict:
-    """One training step, dense and sparse in turn in one process, and the profile of the dense one.
+def time_steps(
+    dense: TrainConfig, sparse: TrainConfig, found: Iterable[str], say: Callable[[str], None]
+) -> dict:
+    """One training step, dense and sparse in turn in one process, and what bounds the sparse one.
 
-    Both start untrained and see one random batch: the time of a step depends on neither."""
+    Dense is F.linear and, where `found` has it, oneDNN; NumPy's pool of threads would disturb
+    torch's. All start untrained and see one random batch: the time of a step depends on neither."""
     torch.set_num_threads(THREADS)
-    x, y = torch.randint(256, (2, BATCH, CONTEXT))
-    models = {"dense": build_model(dense, 256), "sparse": build_model(sparse, 256)}
+    batch = torch.randint(256, (2, BATCH, CONTEXT))
+    names = [name for name in (TORCH, ONEDNN) if name in found]
+    models = {name: build_model(dense, 256) for name in names}
+    for name in names[1:]:
+        use_(models[name], LIBRARIES[name])
+    models["sparse"] = build_model(sparse, 256)
     optimizers = {name: build_optimizer(model, 1e-4) for name, model in models.items()}
 
     def step(name: str) -> None:
-        compute_gradients(models[name], x, y)
+        compute_gradients(models[name], *batch)
         optimizers[name].step()
 
-    steps = {name: lambda name=name: step(name) for name in models}
-    seconds = _each(statistics.median, interleaved_times(steps, STEP_ROUNDS))
-    linears = [
-        name
-        for name, module in models["sparse"].named_modules()
-        if isinstance(module, SparseLinear)
-    ]
-    parts = profile_step(models["dense"], optimizers["dense"], (x, y), linears)
+    say(f"timing a training step, {', '.join(models)} in turn")
+    seconds = _in_turn({name: partial(step, name) for name in models})
+    medians = {name: statistics.median(values) for name, values in seconds.items()}
+    best = min(names, key=medians.get)
+    layers = {n: m for n, m in models["sparse"].named_modules() if isinstance(m, SparseLinear)}
+    rounds = len(seconds["sparse"])
+    say(f"timing the parts of the step by {best}")
+    work = models[best], optimizers[best], batch, list(layers)
+    parts = profile_step(*work, library=LIBRARIES[best], rounds=rounds)
+    say("timing the products of the linears, dense and sparse in turn")
+    products = time_products(layers.values(), LIBRARIES[best])
     return {
-        "dense_s": seconds["dense"],
-        "sparse_s": seconds["sparse"],
+        "dense": {name: medians[name] for name in names},
+        "best_dense": best,
+        "rounds": rounds,
+        "dense_s": medians[best],
+        "sparse_s": medians["sparse"],
+        "spread": max(_spread(seconds[name]) for name in (best, "sparse")),
         "parts_s": parts,
         "linear_share": linear_share(parts),
-        "linear_speedup": LINEAR_SPEEDUP,
-        "cap": measured_cap(parts, LINEAR_SPEEDUP),
-        "cap_free": measured_cap(parts, float("inf")),
+        "products_s": products,
+        "predicted_s": predicted(parts, products, 1 - SPARSITY),
+        "cap": measured_cap(parts, float("inf")),
     }
 
 
-def sample(out: Path) -> str:
-    """A few lines from the trained model in the folder `out`."""
-    model, tokenizer = load_model(out / CHECKPOINT)
-    prompt = tokenizer.encode(PROMPT)[None].long()
-    tokens = generate(model, prompt, SAMPLE_TOKENS)
-    return tokenizer.decode(tokens[0].tolist()).strip()
+def time_products(layers: Iterable[SparseLinear], library: Linear) -> dict[str, float]:
+    """Median seconds of the three products of all these layers, dense and sparse in turn."""
+    tokens, steps = BATCH * CONTEXT, {"dense": [], "sparse": []}
+    for layer in layers:
+        n, k = layer.out_features, layer.in_features
+        x, dy = torch.randn(tokens, k, requires_grad=True), torch.randn(tokens, n)
+        w = torch.randn(n, k)
+        steps["dense"].append(partial(_dense_products, library, x.detach(), w, dy))
+        steps["sparse"].append(partial(_sparse_products, layer, x, dy))
+
+    def run(side: str) -> None:
+        for each in steps[side]:
+            each()
+
+    seconds = _in_turn({side: partial(run, side) for side in steps})
+    return {side: statistics.median(values) for side, values in seconds.items()}
+
+
+def _dense_products(library: Linear, x: Tensor, w: Tensor, dy: Tensor) -> None:
+    library(x, w), library(dy, w.t()), library(dy.t(), x.t())
+
+
+def _sparse_products(layer: SparseLinear, x: Tensor, dy: Tensor) -> None:
+    torch.autograd.grad(layer(x), (x, layer.values), dy)
+
+
+def predicted(parts: dict[str, float], products: dict[str, float], density: float) -> float:
+    """Seconds of a sparse step: the products as they were measured alone, AdamW on the stored
+    weights, all else as in the dense step."""
+    linears = parts["linear forward"] + parts["linear backward"]
+    update = parts["linear AdamW"]
+    rest = sum(parts.values()) - linears - update
+    return rest + linears * products["sparse"] / products["dense"] + update * density
+
+
+def _in_turn(fns: dict[str, Callable[[], None]]) -> dict[str, list[float]]:
+    """Seconds of each in rounds of all, after one round that is not counted."""
+    seconds: dict[str, list[float]] = {name: [] for name in fns}
+    most, least = STEP_ROUNDS
+    progress = Progress(most + 1, 0, unit="round")
+    started = said = time.perf_counter()
+    for i in range(most + 1):
+        for name, fn in fns.items():
+            began = time.perf_counter()
+            fn()
+            seconds[name].append(time.perf_counter() - began)
+        progress.advance()
+        now = time.perf_counter()
+        if now - said > SAY_S:
+            progress.line(f"round {i} of {most}")
+            said = now
+        if i >= least and now - started > ROUNDS_S:
+            break
+    progress.close()
+    return {name: values[1:] for name, values in seconds.items()}
+
+
+def _spread(seconds: list[float]) -> float:
+    """How far the middle half of the rounds is apart, of their median."""
+    low, _, high = statistics.quantiles(seconds, n=4)
+    return (high - low) / statistics.median(seconds)
+
+
+def next_steps(out: Path, steps: int) -> dict[str, str]:
+    """Command -> what it does: what the reader can type now, after a run of so many steps."""
+    is_near = Path(sys.executable).is_relative_to(Path.cwd())
+    python = os.path.relpath(sys.executable) if is_near else "python"
+    run = out / "sparse"
+    return {
+        f"{python} -m sparsekern generate --checkpoint {run}": (
+            "Text from the sparse model; after so few steps it is hardly one"
+        ),
+        f"{python} -m sparsekern train --resume --out {run} --steps {10 * steps}": (
+            "Ten times as many steps, from where it stands"
+        ),
+        f"{python} -m sparsekern bench --quick": "More products on this machine",
+    }

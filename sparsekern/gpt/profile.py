@@ -11,6 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from .dense import Linear, linear
 from .flops import amdahl_cap
 from .model import GPT
 from .step import compute_gradients
@@ -37,45 +38,29 @@ class Clock:
         return seconds
 
 
-class _TimedLinear(torch.autograd.Function):
-    """F.linear with the three products of torch's own forward and backward, on the clock."""
-
-    @staticmethod
-    def forward(ctx, x: Tensor, weight: Tensor, bias: Tensor, clock: Clock) -> Tensor:
-        ctx.save_for_backward(x, weight)
-        ctx.clock = clock
-        with clock("linear forward"):
-            return F.linear(x, weight, bias)
-
-    @staticmethod
-    def backward(ctx, dy: Tensor) -> tuple[Tensor, Tensor, Tensor, None]:
-        x, weight = ctx.saved_tensors
-        flat_dy, flat_x = dy.flatten(0, -2), x.flatten(0, -2)  # [M, N], [M, K]
-        with ctx.clock("linear backward"):
-            dx = torch.mm(flat_dy, weight)
-            dw = torch.mm(flat_dy.t(), flat_x)
-        return dx.view_as(x), dw, flat_dy.sum(0), None
-
-
 def profile_step(
-    model: GPT, optimizer: torch.optim.Optimizer, batch: tuple[Tensor, Tensor], linears: list[str]
+    model: GPT,
+    optimizer: torch.optim.Optimizer,
+    batch: tuple[Tensor, Tensor],
+    linears: list[str],
+    library: Linear = F.linear,
+    rounds: int = ROUNDS,
 ) -> dict[str, float]:
     """Median seconds of the parts of a training step of a dense model; their sum is the step.
 
-    `linears` names the nn.Linear modules that would be sparse. AdamW works on each element alike,
-    so their part of it is their share of the parameters. The model trains on `batch` meanwhile."""
+    `linears` names the nn.Linear modules that would be sparse; `library` does their products. AdamW
+    works on each element alike, so their part of it is their share of the parameters. The model
+    trains on `batch` meanwhile."""
     clock = Clock()
     layers = [model.get_submodule(name) for name in linears]
     for layer in layers:
-        layer.forward = partial(_forward, layer, clock)
+        layer.forward = partial(_forward, layer, library, clock)
     try:
-        rounds = [
-            _step_parts(model, optimizer, batch, clock) for _ in range(WARMUP_ROUNDS + ROUNDS)
-        ]
+        taken = [_step_parts(model, optimizer, batch, clock) for _ in range(WARMUP_ROUNDS + rounds)]
     finally:
         for layer in layers:
             del layer.forward
-    parts = {name: statistics.median(r[name] for r in rounds[WARMUP_ROUNDS:]) for name in rounds[0]}
+    parts = {name: statistics.median(r[name] for r in taken[WARMUP_ROUNDS:]) for name in taken[0]}
     update = parts.pop("AdamW")
     share = sum(layer.weight.numel() for layer in layers) / sum(
         p.numel() for p in model.parameters()
@@ -83,8 +68,8 @@ def profile_step(
     return parts | {"linear AdamW": share * update, "rest of AdamW": (1 - share) * update}
 
 
-def _forward(layer: nn.Linear, clock: Clock, x: Tensor) -> Tensor:
-    return _TimedLinear.apply(x, layer.weight, layer.bias, clock)
+def _forward(layer: nn.Linear, library: Linear, clock: Clock, x: Tensor) -> Tensor:
+    return linear(x, layer.weight, layer.bias, library, clock)
 
 
 def _step_parts(

@@ -1,5 +1,6 @@
 """Results of the demo as Markdown and plots: the same sections on the terminal and in report.md."""
 
+from collections.abc import Iterable
 from pathlib import Path
 from statistics import median
 
@@ -61,22 +62,43 @@ def prune_section(rounds: list[dict]) -> str:
     )
 
 
-def kernel_section(timings: list[dict], shape: str, threads: int) -> str:
+def kernel_section(timings: list[dict], shape: str, threads: int, missing: dict[str, str]) -> str:
+    """`missing`: why a dense library did not take part."""
     sparsities = list(timings[0]["sparse_s"])
     rows = [
         [
             t["pass"],
             t["tokens"],
             f"{1e3 * t['dense_s']:.3f} ms",
+            t["best_dense"].partition(", OpenBLAS")[0],
             *(f"{t['dense_s'] / seconds:.2f}x" for seconds in t["sparse_s"].values()),
         ]
         for t in timings
     ]
-    return (
-        f"One linear layer ({shape}, float32, {threads} threads): how many times faster than the\n"
-        "best dense product of torch, by share of zeros. Best of some interleaved rounds.\n\n"
-        + table(["pass", "tokens", "dense", *(f"{s:.0%}" for s in sparsities)], rows)
+    header = ["pass", "tokens", "dense", "by", *(f"{s:.0%}" for s in sparsities)]
+    left_out = [f"{name} takes no part: {reason}." for name, reason in missing.items()]
+    return "\n\n".join(
+        [
+            f"One linear layer ({shape}, float32, {threads} thread{'s' * (threads > 1)}): how many "
+            "times as fast as the best\ndense call of this machine, by share of zeros. Medians of "
+            "interleaved rounds; below 1x is a loss.",
+            table(header, rows),
+            *left_out,
+        ]
     )
+
+
+def dense_section(names: Iterable[str]) -> str:
+    return (
+        "Dense is held to the fastest of what torch and NumPy bring, each checked against float64:"
+        f"\n{'; '.join(names)}."
+    )
+
+
+TOO_SHORT = (
+    "So short a run says nothing of quality: a model that has hardly begun to learn can even lose "
+    "less\nwith zeros. What zeros cost in longer runs: docs/benchmarks.md, 'What sparsity costs'."
+)
 
 
 def training_section(dense: dict, sparse: dict, steps: dict) -> str:
@@ -120,20 +142,15 @@ def training_section(dense: dict, sparse: dict, steps: dict) -> str:
             lambda r: r["wall_s"],
             f"{times(dense['wall_s'], sparse['wall_s'])} as fast",
         ),
-        [
-            "one step, dense and sparse in turn",
-            f"{1e3 * steps['dense_s']:.1f} ms",
-            f"{1e3 * steps['sparse_s']:.1f} ms",
-            f"{times(steps['dense_s'], steps['sparse_s'])} as fast",
-        ],
     ]
     c = sparse["config"]
+    dense_name, sparse_name = f"dense by {steps['best_dense']}", f"{c['sparsity']:.0%} sparse"
     return (
         f"GPT-2 with {c['layers']} layers, width {c['width']}, {c['heads']} heads, context "
         f"{c['context']} on {c['data']}:\n{c['steps']} steps of {c['batch']} x {c['context']} "
-        f"tokens, {sparse['threads']} threads. Losses in nats per token.\n\n"
-        + table(["", "dense", f"{c['sparsity']:.0%} sparse", "ratio"], rows)
-        + f"\n\n{wafer_line(sparse, steps['dense_s'] / steps['sparse_s'])}"
+        f"tokens, {sparse['threads']} threads, one run after the other. Losses in nats per token."
+        f"\n\n{table(['', dense_name, sparse_name, 'ratio'], rows)}\n\n{TOO_SHORT}"
+        f"\n\n{wafer_line(sparse, steps['dense_s'] / steps['sparse_s'])}"
     )
 
 
@@ -154,24 +171,44 @@ def wafer_line(run: dict, measured: float | None = None) -> str:
     )
 
 
-def profile_section(steps: dict) -> str:
-    parts = steps["parts_s"]
+BUSY = 0.2  # spread of the rounds from which on their times are doubtful
+
+
+def steps_section(steps: dict, sparsity: float) -> str:
+    """One training step in turn, and what bounds the sparse one."""
+    parts, sparse_s, dense_s = steps["parts_s"], steps["sparse_s"], steps["dense_s"]
+    rows = [
+        [f"dense by {name}", f"{1e3 * s:.1f} ms", f"{s / sparse_s:.2f}x"]
+        for name, s in steps["dense"].items()
+    ]
+    rows.append([f"{sparsity:.0%} sparse", f"{1e3 * sparse_s:.1f} ms", ""])
     total = sum(parts.values())
-    rows = [[name, f"{1e3 * s:.1f} ms", f"{s / total:.0%}"] for name, s in parts.items()]
-    rows.append(["the dense step", f"{1e3 * total:.1f} ms", "100%"])
-    speedup = steps["dense_s"] / steps["sparse_s"]
-    return (
-        table(["part of the dense step", "time", "share"], rows)
-        + f"\n\nThe linears are {steps['linear_share']:.0%} of the dense step. By Amdahl's law it "
-        f"gets at most {steps['cap']:.2f}x faster with linears\n{steps['linear_speedup']}x faster, "
-        f"and {steps['cap_free']:.2f}x with linears that take no time. Measured: {speedup:.2f}x, "
-        f"{speedup / steps['cap']:.0%} of the first cap."
+    shares = [[name, f"{1e3 * s:.1f} ms", f"{s / total:.0%}"] for name, s in parts.items()]
+    products, speedup = steps["products_s"], dense_s / sparse_s
+    stays = total - sum(s for name, s in parts.items() if name.startswith("linear"))
+    text = (
+        f"One training step, all in turn in one process, medians of {steps['rounds']} rounds:\n\n"
+        + table(["step", "time", "sparse is as fast"], rows)
+        + "\n\n"
+        + table([f"part of the step by {steps['best_dense']}", "time", "share"], shares)
+        + f"\n\nA step cannot be more than {steps['cap']:.2f}x as fast, because "
+        f"{1e3 * stays:.1f} ms of it are no linears and stay as they are.\nThe products of the "
+        f"linears, timed alone in turn, are {products['dense'] / products['sparse']:.2f}x as fast; "
+        f"that foretells {total / steps['predicted_s']:.2f}x for the step.\n"
+        f"Measured: {speedup:.2f}x."
     )
+    if speedup > steps["cap"]:
+        text += " That is more than can be: this machine was too busy to tell."
+    if steps["spread"] > BUSY:
+        text += (
+            "\n\nThe machine was busy: the middle half of the rounds is "
+            f"{steps['spread']:.0%} apart. Take these times as rough."
+        )
+    return text
 
 
-def sample_section(text: str) -> str:
-    quoted = "\n".join(f"    {line}".rstrip() for line in text.splitlines())
-    return f"What the sparse model writes after so little training:\n\n{quoted}"
+def next_section(commands: dict[str, str]) -> str:
+    return "\n\n".join(f"{what}:\n\n    {command}" for command, what in commands.items())
 
 
 def generation_section(result: dict) -> str:
@@ -203,7 +240,7 @@ def write(folder: Path, sections: dict[str, str], timings: list[dict], runs: dic
     """report.md, speedup.png and loss.png in `folder`; `runs` maps a label to training metrics."""
     plots = {
         "Kernels": ("speedup.png", plot_speedup(timings)),
-        "Dense against sparse": ("loss.png", plot_losses(runs)),
+        "Training": ("loss.png", plot_losses(runs)),
     }
     text = "# sparsekern demo\n"
     for title, body in sections.items():
@@ -223,6 +260,8 @@ def plot_speedup(timings: list[dict]):
     passes = list(dict.fromkeys(t["pass"] for t in timings))
     figure = _figure(width=4.8 * len(passes))
     panels = figure.subplots(1, len(passes), sharey=True, squeeze=False)[0]
+    ratios = [t["dense_s"] / s for t in timings for s in t["sparse_s"].values()]
+    limits = min(0.45, 0.9 * min(ratios)), max(17, 1.1 * max(ratios))
     for panel, name in zip(panels, passes, strict=True):
         chosen = [t for t in timings if t["pass"] == name]
         for t, colour, marker in zip(chosen, COLOURS, MARKERS, strict=False):
@@ -230,13 +269,21 @@ def plot_speedup(timings: list[dict]):
             speedups = [t["dense_s"] / s for s in t["sparse_s"].values()]
             label = f"M = {t['tokens']} tokens"
             panel.plot(sparsities, speedups, color=colour, marker=marker, label=label)
-        panel.axhline(1, color="black", linestyle="--", linewidth=1)
-        panel.annotate("dense", (sparsities[-1], 1), (0, 4), textcoords="offset points", ha="right")
-        panel.set(title=name, xlabel="zeros in the weight (%)", xticks=sparsities, yscale="log")
+        panel.axhspan(limits[0], 1, color="0.94")
+        panel.axhline(1, color="black", linewidth=1)
+        corner = {"transform": panel.transAxes, "color": "0.4", "ha": "right", "va": "bottom"}
+        panel.text(0.99, 0.01, "dense is faster", **corner)
+        panel.set(
+            title=name,
+            xlabel="zeros in the weight (%)",
+            xticks=sparsities,
+            yscale="log",
+            ylim=limits,
+        )
         panel.set_yticks([0.5, 1, 2, 4, 8, 16], ["0.5x", "1x", "2x", "4x", "8x", "16x"])
         panel.minorticks_off()
         panel.grid(alpha=0.3)
-    panels[0].set_ylabel("times faster than the best dense product")
+    panels[0].set_ylabel("times as fast as the best dense call")
     panels[0].legend(frameon=False)
     return figure
 
@@ -260,7 +307,7 @@ def plot_losses(runs: dict[str, dict]):
             label=f"{label}, {len(elapsed)} steps in {seconds:.0f} s",
         )
     panel.set(
-        title="Same text, same steps, less time",
+        title="Same text, same steps; too few of them to compare quality",
         xlabel="seconds spent in training steps",
         ylabel="loss (nats per token)",
     )

@@ -1,22 +1,31 @@
-"""The result files of all benchmarks, by what they hold."""
+"""The tables of all benchmarks (bench/records.py), by what they hold."""
 
-import json
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
+
+from ..bench import records
+from ..bench.rates import derived
+from ..bench.runs import nested
 
 PRODUCTS = "products"  # bench/run.py, python -m sparsekern bench
 CELLS = "cells"  # bench/run_gpu.py
 GENERATION = "generation"  # bench/bench_generate.py
 EXPERIMENTS = "experiments"  # bench/experiments.py
-OURS = "ours"
+KINDS = {
+    "products": PRODUCTS,
+    "decode": CELLS,
+    "crossover": CELLS,
+    "generate": GENERATION,
+    "experiments": EXPERIMENTS,
+}
 
 
 @dataclass(frozen=True)
 class Result:
     path: Path
     kind: str
-    data: dict
+    run: records.Run
 
     @property
     def title(self) -> str:
@@ -26,92 +35,73 @@ class Result:
     @cached_property
     def about(self) -> str:
         """Machine, version of torch, day and commit, in words."""
-        data = self.data
-        match self.kind:
-            case "products":
-                machine, commit = data["machine_info"], data["commit_info"]["id"]
-                name = machine.get("gpu", f"{machine['cpu']}, {machine['cores']} cores")
-                parts = name, machine["isa"], machine["torch"], data["datetime"][:10], commit
-            case "cells":
-                machine = data["machine"]
-                cells = data["cells"]
-                dtype = cells[0]["dtype"].removeprefix("torch.") if cells else ""
-                commit = machine["commit"]
-                parts = machine["gpu"], dtype, machine["torch"], data["date"], commit
-            case "generation":
-                parts = data["gpu"], data["preset"], data["torch"], "", data["commit"]["id"]
-            case _:
-                machine = data["machine"]
-                commit = machine["commit"]
-                parts = machine["device"], "", machine["torch"], machine["date"], commit
-        name, detail, torch, day, commit = parts
-        found = [name, detail, f"torch {torch}", day, f"commit {commit[:10]}"]
+        about, machine = self.run.about, self.run.about["machine"]
+        first = self.run.records[0] if self.run.records else {}
+        name = machine.get("gpu") or machine.get("device")
+        name = name or f"{machine['cpu']}, {machine['cores']} cores"
+        detail = {CELLS: first.get("dtype"), GENERATION: first.get("model")}
+        found = [name, detail.get(self.kind, machine.get("isa")), f"torch {machine['torch']}"]
+        found += [about["date"], f"commit {about['commit']['id'][:10]}"]
         return ", ".join(part for part in found if part)
 
     @cached_property
     def records(self) -> list[dict]:
-        """One record for each product, with `speedup` over the best dense call."""
-        if self.kind == PRODUCTS:
-            infos = (benchmark["extra_info"] for benchmark in self.data["benchmarks"])
-            return [{"device": "cpu"} | info for info in infos if "speedup" in info]
-        if self.kind == CELLS:
-            return [record for cell in self.data["cells"] for record in _fastest(cell)]
-        return []
+        """The products and steps, each with `speedup` over the best dense call (bench/rates.py)."""
+        if self.kind not in (PRODUCTS, CELLS):
+            return []
+        found = derived(self.run)
+        return [case for case in found if "speedup" in case and not case.get("is_noisy")]
+
+    def ceilings(self, threads: int) -> dict:
+        """Measured in the same run; 0 threads: a GPU's."""
+        found = self.run.about["machine"].get("ceilings", {})
+        return found.get(str(threads) if threads else "cuda", {})
+
+    @cached_property
+    def data(self) -> dict:
+        """The runs of experiments by their names, or those of generation, of each side the best."""
+        if self.kind == EXPERIMENTS:
+            return nested(self.run)
+        cases = derived(self.run) if self.kind == GENERATION else ()
+        return {"runs": [_generation(case) for case in cases]}
 
 
-def _fastest(cell: dict) -> list[dict]:
-    """The record of the fastest of our kernels that is right, if one is."""
-    ways = {n: w for n, w in cell["ways"].items() if w["kind"] == OURS and w["is_right"]}
-    if not ways:
-        return []
-    name = min(ways, key=lambda n: ways[n]["median_s"])
-    own = {
-        "device": "cuda",
-        "threads": 0,
-        "is_cold": True,
-        "kernel": name,
-        "ours_s": ways[name]["median_s"],
-        "speedup": cell["speedups"][name],
-        "useful_flop": 2 * cell["M"] * cell["nnz"],
-        "moved_bytes": ways[name]["bytes"] + 2 * cell["M"] * (cell["N"] + cell["K"]),
+def _generation(case: dict) -> dict:
+    best = {"dense": case["best_dense"], "sparse": case["ours"]}
+    sides = {side: case["ways"][name] for side, name in best.items()}
+    dense, sparse = sides.values()
+    return {
+        "sparsity": case["sparsity"],
+        "batch": case["batch"],
+        "speedup": case["speedup"],
+        "block_bytes_ratio": sparse["bytes"] / dense["bytes"],
+        **{
+            side: {
+                "tokens_per_s": case["batch"] * case["tokens"] / way["median_s"],
+                "first_token_s": way["first_token_s"],
+            }
+            for side, way in sides.items()
+        },
     }
-    return [{key: value for key, value in cell.items() if key != "ways"} | own]
 
 
 def load(folder: Path) -> list[Result]:
-    """All results in a folder and in those in it, by name; other JSON files are left out."""
+    """All tables in a folder and in those in it, by name; calls and the like have no section."""
     if not folder.is_dir():
         raise FileNotFoundError(f"results: folder {folder} does not exist")
-    found = []
-    for path in sorted(folder.rglob("*.json")):
-        try:
-            data = json.loads(path.read_bytes())
-        except (ValueError, RecursionError) as error:
-            raise ValueError(f"results: {path} is not JSON: {error}") from error
-        if kind := kind_of(data):
-            found.append(Result(path, kind, data))
-            _check(found[-1])
-    return found
+    found = [read(path) for path in sorted(folder.rglob(f"*{records.SUFFIX}"))]
+    return [result for result in found if result]
 
 
-def _check(result: Result) -> None:
-    """Reads what the page will read of it."""
+def read(path: Path) -> Result | None:
+    """One table; None where it has no section."""
     try:
-        _ = result.about, result.records
+        run = records.read(path)
+        if kind := KINDS.get(run.about["benchmark"]):
+            result = Result(path, kind, run)
+            _ = result.about, result.records, result.data  # what the page will read
+            return result
     except (AttributeError, LookupError, TypeError, ValueError) as error:
-        kind = type(error).__name__
-        raise ValueError(f"results: {result.path} is damaged ({kind}: {error})") from error
-
-
-def kind_of(data: object) -> str | None:
-    if not isinstance(data, dict):
-        return None
-    if "benchmarks" in data:
-        return PRODUCTS
-    if "cells" in data:
-        return CELLS
-    if "runs" in data and "preset" in data:
-        return GENERATION
-    if "machine" in data and any(key.startswith("pretrain ") for key in data):
-        return EXPERIMENTS
+        reason = f"{type(error).__name__}: {error}"
+        raise ValueError(f"results: {path} is damaged ({reason})") from error
     return None

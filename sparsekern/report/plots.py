@@ -1,246 +1,248 @@
-"""The figures of the page. Colours are told apart by every kind of colour vision."""
+"""The figures of the page: one panel each, as wide as a phone, so that it wraps and not shrinks.
+
+All speed-ups share their axes: zeros spaced by log2(1 / density), so that a kernel that saved all
+the work would be a straight line, and a logarithmic scale of times the best dense call. Colours are
+told apart by every kind of colour vision; markers differ as well.
+"""
 
 import math
-from collections.abc import Callable, Iterable, Sequence
-from statistics import geometric_mean
+from collections.abc import Sequence
+from statistics import mean
 
-from ..bench.records import select, sparsities_of
 from ..extras import require
+from .curves import Curve
 from .demo import COLOURS, MARKERS
 
-TICKS = (0.05, 0.1, 0.2, 0.5, 1, 2, 5, 10, 20, 50)
 DIVERGING = "PuOr"  # orange: a loss, purple: a gain
 GREY = "#666666"
-LINES = ("-.", "--", "-", ":")
+SIZE = 4.6, 3.9  # inches
+TIMES = 0.25, 22.0  # of every axis in times dense
+TIMES_TICKS = (0.1, 0.2, 0.5, 1, 2, 5, 10, 20, 50)
+ZEROS = 0.45, 0.985
+ZEROS_TICKS = (0.5, 0.75, 0.9, 0.95, 0.98)
+BEHIND = {"facecolor": "white", "alpha": 0.75, "linewidth": 0, "pad": 0.6}  # of text on a line
+LABEL = {"fontsize": 9.5, "va": "center", "bbox": BEHIND}
 
 
-def figure(panels: int, width: float = 5.0, height: float = 4.2, **options):
-    """A figure and its panels, in rows that a page can hold."""
+def _panel(height: float = SIZE[1]):
+    """A figure and its panel."""
     # Figure itself, not pyplot: no window system is touched and no figure stays open.
-    make = require("matplotlib.figure", "demo").Figure
-    columns = _columns(panels)
-    rows = -(-panels // columns)
-    size = max(6.0, width * columns), height * rows
-    found = make(figsize=size, layout="constrained")
-    places = found.subplots(rows, columns, squeeze=False, **options).flat
-    for place in places[panels:]:
-        place.remove()
-    return found, places[:panels]
-
-
-def _columns(panels: int) -> int:
-    """Columns of a figure of so many panels; more than three would be too small to read."""
-    return panels if panels <= 3 else 2
-
-
-def _label_rows(panels, label: str) -> None:
-    for panel in panels[:: _columns(len(panels))]:
-        panel.set_ylabel(label)
-
-
-def _grid(panel) -> None:
-    panel.grid(alpha=0.3)
+    made = require("matplotlib.figure", "demo").Figure(
+        figsize=(SIZE[0], height), layout="constrained"
+    )
+    panel = made.subplots()
     panel.set_axisbelow(True)
+    panel.spines[["top", "right"]].set_visible(False)
+    panel.tick_params(labelsize=9.5)
+    return made, panel
 
 
-def _log_times(panel, ratios: Iterable[float]) -> None:
-    """A logarithmic axis in times, wide enough for these."""
-    ratios = list(ratios)
-    panel.set_yscale("log")
-    panel.set_ylim(min(0.8, 0.85 * min(ratios)), max(1.25, 1.2 * max(ratios)))
-    low, high = panel.get_ylim()
-    ticks = [tick for tick in TICKS if low <= tick <= high]
-    panel.set_yticks(ticks, [f"{tick:g}x" for tick in ticks])
-    panel.minorticks_off()
+def place(sparsity: float) -> float:
+    """Where zeros stand on their axis: log2(1 / density)."""
+    return -math.log2(1 - sparsity)
 
 
-def _legend_below(made, panels: int) -> None:
-    """As wide as one panel has room for, or as several."""
-    ncols = min(4, 2 * _columns(panels))
-    made.legend(loc="outside lower center", ncols=ncols, frameon=False, fontsize=9)
+def _zeros_axis(panel, ticks: Sequence[float] = ZEROS_TICKS, room: float = 0.0) -> None:
+    panel.set_xticks([place(s) for s in ticks], [f"{s:.0%}" for s in ticks])
+    panel.set_xlim(place(ZEROS[0]), place(ZEROS[1]) + room)
+    panel.set_xlabel("zeros in W")
 
 
-def _percent_axis(panel, sparsities: Sequence[float]) -> None:
-    ticks = [100 * s for s in sparsities]
-    if len(ticks) > 1:
-        panel.set_xlim(ticks[0] - 3, ticks[-1] + 3)
-    panel.set_xticks(ticks, [f"{tick:g}" for tick in ticks])
-    panel.tick_params(axis="x", labelsize=8)
-    panel.set_xlabel("zeros in W (%)")
+def _times_axis(axis, limits: tuple[float, float]) -> None:
+    """A logarithmic axis in times dense."""
+    ticks = [tick for tick in TIMES_TICKS if limits[0] <= tick <= limits[1]]
+    axis.set_ticks(ticks, [f"{tick:g}" for tick in ticks])
+    axis.set_ticks([], minor=True)
 
 
-def means(records: list[dict], value: Callable[[dict], float | None]) -> dict[float, float]:
-    """Sparsity -> geometric mean, where every record has the value."""
-    found = {s: [value(r) for r in select(records, sparsity=s)] for s in sparsities_of(records)}
-    return {s: geometric_mean(values) for s, values in found.items() if None not in values}
+def _limits(ratios: Sequence[float]) -> tuple[float, float]:
+    """Those of every panel, or wider where a value would be cut off."""
+    return min(TIMES[0], 0.9 * min(ratios)), max(TIMES[1], 1.1 * max(ratios))
 
 
-def speedup(passes: dict[str, list[dict]]):
-    """Times dense against sparsity: a panel for each pass, a curve for each M."""
-    made, panels = figure(len(passes), width=4.4, sharey=True)
-    everyone = [record for records in passes.values() for record in records]
-    tokens = sorted({record["M"] for record in everyone})
-    styles = dict(zip(tokens, zip(COLOURS, MARKERS, strict=True), strict=False))
-    shown: list[float] = [1.0]
-    for panel, (name, records) in zip(panels, passes.items(), strict=True):
-        for M, (colour, marker) in styles.items():
-            chosen = select(records, M=M)
-            ours = means(chosen, lambda r: r["speedup"])
-            peers = means(chosen, lambda r: r.get("best_peer"))
-            style = {"color": colour, "linewidth": 1.6}
-            panel.plot([100 * s for s in ours], ours.values(), marker=marker, **style)
-            panel.plot([100 * s for s in peers], peers.values(), linestyle="--", **style)
-            shown += [*ours.values(), *peers.values()]
-        panel.axhline(1, color="black", linewidth=1.2)
-        panel.set_title(name, fontsize=10)
-        _percent_axis(panel, sparsities_of(records))
-        _grid(panel)
-    _log_times(panels[0], shown)
-    _label_rows(panels, "times faster than the best dense call")
-    for M, (colour, marker) in styles.items():
-        label = f"M = {M:,} token{'s' * (M > 1)}"
-        panels[0].plot([], [], color=colour, marker=marker, label=label)
-    if any(r.get("best_peer") is not None for r in everyone):
-        panels[0].plot([], [], color=GREY, linestyle="--", label="best sparse peer")
-    panels[0].plot([], [], color="black", linewidth=1.2, label="best dense call")
-    _legend_below(made, len(panels))
-    return made
+def apart(wanted: Sequence[float], least: float, low: float, high: float) -> list[float]:
+    """The places nearest to the wanted ones, ascending, that are `least` from each other and lie
+    between low and high where there is room.
+
+    Neighbours that are too near become a block around their mean."""
+    blocks: list[tuple[float, int]] = []  # of places less their rank times `least`: mean, count
+    for i, at in enumerate(wanted):
+        blocks.append((at - i * least, 1))
+        while len(blocks) > 1 and blocks[-2][0] >= blocks[-1][0]:
+            (one, n), (other, m) = blocks[-2:]
+            blocks[-2:] = [((n * one + m * other) / (n + m), n + m)]
+    lowest = [mean for mean, count in blocks for _ in range(count)]
+    most = high - (len(wanted) - 1) * least
+    return [max(low, min(at, most)) + i * least for i, at in enumerate(lowest)]
 
 
-def crossover(passes: dict[str, list[dict]]):
-    """Times dense by M and sparsity; orange cells are losses."""
-    made, panels = figure(len(passes), width=4.6, height=3.9)
-    values = {
-        name: {M: means(select(records, M=M), lambda r: r["speedup"]) for M in _tokens(records)}
-        for name, records in passes.items()
-    }
-    ratios = [r for rows in values.values() for row in rows.values() for r in row.values()]
-    limit = min(3.0, max(1.0, *(abs(math.log2(r)) for r in ratios)))
-    for panel, (name, rows) in zip(panels, values.items(), strict=True):
-        sparsities = sparsities_of(passes[name])
-        grid = [[math.log2(row.get(s, math.nan)) for s in sparsities] for row in rows.values()]
-        image = panel.imshow(
-            grid, cmap=DIVERGING, vmin=-limit, vmax=limit, aspect="auto", origin="lower"
-        )
-        for y, row in enumerate(rows.values()):
-            for s, ratio in row.items():
-                text = f"{ratio:.2f}" if ratio < 10 else f"{ratio:.1f}"
-                style = {"weight": "bold"} if ratio < 0.995 else {}
-                is_dark = abs(math.log2(ratio)) > 0.6 * limit
-                style |= {"color": "white" if is_dark else "black", "fontsize": 9}
-                panel.text(sparsities.index(s), y, text, ha="center", va="center", **style)
-        panel.set_xticks(range(len(sparsities)), [f"{100 * s:g}" for s in sparsities])
-        panel.set_yticks(range(len(rows)), [f"{M:,}" for M in rows])
-        panel.set(xlabel="zeros in W (%)", ylabel="M (tokens)")
-        panel.set_title(name, fontsize=10)
-    bar = made.colorbar(image, ax=list(panels), label="times the best dense call")
-    ticks = [t for t in (-3, -2, -1, 0, 1, 2, 3) if abs(t) <= limit]
-    bar.set_ticks(ticks, labels=[f"{2.0**t:g}x" for t in ticks])
-    return made
+def _end_labels(panel, x: float, ends: dict[str, tuple[float, str]]) -> None:
+    """Labels right of where lines end, text -> (y, colour), apart where lines end together."""
+    height = panel.transData + panel.transAxes.inverted()
+    wanted = sorted(
+        (height.transform((x, y))[1], text, colour) for text, (y, colour) in ends.items()
+    )
+    places = apart([at for at, *_ in wanted], 0.065, 0.03, 0.97)
+    for at, (_, text, colour) in zip(places, wanted, strict=True):
+        panel.text(x, at, text, color=colour, transform=panel.get_xaxis_transform(), **LABEL)
 
 
-def _tokens(records: list[dict]) -> list[int]:
-    return sorted({record["M"] for record in records})
-
-
-def roofline(records: list[dict], names: dict[str, str], ceilings: dict):
-    """Useful rate against useful FLOPs for each byte that must be moved, under the ceilings."""
-    made, (panel,) = figure(1, width=8.0, height=5.2)
-    points = [
-        (r["useful_flop"] / r["moved_bytes"], 1e-9 * r["useful_flop"] / r["ours_s"], r)
-        for r in records
-    ]
-    low, high = min(p[0] for p in points) / 2, max(p[0] for p in points) * 2
-    peak = 1e-9 * ceilings["flop_per_s"]
-    panel.axhline(peak, color="black", linewidth=1.2, label=f"{peak:,.0f} GFLOP/s")
-    for (level, rate), style in zip(ceilings["bytes_per_s"].items(), LINES, strict=False):
-        rate *= 1e-9
-        ends = [low, max(low, min(high, peak / rate))]
-        label = f"{level.upper() if level != 'memory' else level}, {rate:,.0f} GB/s"
-        panel.plot(ends, [rate * x for x in ends], style, color=GREY, linewidth=1.3, label=label)
-    for (op, name), colour, marker in zip(names.items(), COLOURS, MARKERS, strict=False):
-        chosen = [p for p in points if p[2]["op"] == op]
-        if chosen:
-            style = {"color": colour, "marker": marker, "linestyle": "none", "alpha": 0.7}
-            panel.plot([p[0] for p in chosen], [p[1] for p in chosen], label=name, **style)
-    panel.set(xscale="log", yscale="log", xlim=(low, high))
-    panel.set_ylim(min(0.5 * min(p[1] for p in points), 0.05 * peak), 2 * peak)
-    for axis in (panel.xaxis, panel.yaxis):
-        axis.set_major_formatter("{x:,.10g}")
-        axis.set_minor_formatter("")
-    panel.set_xlabel("useful FLOPs for each byte of W and activations, read or written once")
-    panel.set_ylabel("useful GFLOP/s")
-    made.legend(loc="outside lower center", ncols=4, frameon=False, fontsize=9)
-    _grid(panel)
-    return made
-
-
-def bars(groups: dict[str, dict[str, float]], ylabel: str, ratio_of: tuple[str, str] | None = None):
-    """Groups of bars: group -> who -> value. ratio_of: (over, under) writes their ratio on top of
-    the first of them."""
-    made, (panel,) = figure(1, width=max(6.0, 1.5 + 1.2 * len(groups)), height=4.2)
-    names = list(dict.fromkeys(name for values in groups.values() for name in values))
-    width = 0.8 / len(names)
-    for i, (name, colour) in enumerate(zip(names, COLOURS, strict=False)):
-        at = [x + (i - (len(names) - 1) / 2) * width for x in range(len(groups))]
-        heights = [values.get(name, 0.0) for values in groups.values()]
-        panel.bar(at, heights, 0.92 * width, color=colour, label=name)
-    for x, values in enumerate(groups.values()):
-        if ratio_of and set(ratio_of) <= values.keys():
-            over, under = (values[name] for name in ratio_of)
-            at = x + (names.index(ratio_of[0]) - (len(names) - 1) / 2) * width
-            place = {"textcoords": "offset points", "ha": "center", "fontsize": 9}
-            panel.annotate(f"{over / under:.2f}x", (at, over), (0, 3), **place)
-    panel.set_xticks(range(len(groups)), list(groups), fontsize=9)
+def speedups(curves: dict[str, Curve], floor: str = "dense is faster", ylabel: str = "times dense"):
+    """Times dense, or another, against zeros: a labelled line for each curve."""
+    made, panel = _panel()
+    ratios = [ratio for curve in curves.values() for ratio in curve.values()]
+    limits = _limits(ratios)
+    panel.set(yscale="log", ylim=limits)
+    _zeros_axis(panel, room=2.6)
+    _times_axis(panel.yaxis, limits)
+    panel.grid(alpha=0.3)
+    panel.axhspan(limits[0], 1, color="0.94")
+    panel.axhline(1, color="black", linewidth=1.2)
+    corner = {"transform": panel.transAxes, "va": "bottom", "fontsize": 9}
+    panel.text(0.02, 0.01, floor, color=GREY, **corner)
+    if ylabel == "times dense":
+        ends = [place(s) for s in (ZEROS[0], 0.95)]
+        panel.plot(ends, [2**x for x in ends], ":", color=GREY, linewidth=1)
+        panel.text(place(0.9), 13, "1 / density", color=GREY, fontsize=9, ha="right")
+    _lines(panel, curves)
     panel.set_ylabel(ylabel)
-    panel.margins(y=0.12)
-    panel.yaxis.set_major_formatter("{x:,.0f}")
+    return made
+
+
+def _lines(panel, curves: dict[str, Curve]) -> None:
+    """A line for each curve, labelled at its end."""
+    ends = {}
+    colours, markers = COLOURS + COLOURS, MARKERS + MARKERS[::-1]
+    for (name, curve), colour, marker in zip(curves.items(), colours, markers, strict=False):
+        x = [place(s) for s in curve]
+        panel.plot(x, curve.values(), color=colour, marker=marker, markersize=5, linewidth=1.8)
+        ends[name] = list(curve.values())[-1], colour
+    end = place(max(s for curve in curves.values() for s in curve))
+    _end_labels(panel, end + 0.22, ends)
+
+
+def summary(rows: dict[str, Curve]):
+    """A line for each situation, a dot for each share of zeros, losses in the shade."""
+    made, panel = _panel(height=0.62 * len(rows) + 1.3)
+    ratios = [ratio for row in rows.values() for ratio in row.values()]
+    limits = _limits(ratios)
+    panel.set(xscale="log", xlim=limits, ylim=(len(rows) - 0.35, -0.75))
+    panel.axvspan(limits[0], 1, color="0.94")
+    panel.axvline(1, color="black", linewidth=1.2)
+    sparsities = sorted({s for row in rows.values() for s in row})
+    styles = dict(zip(sparsities, zip(COLOURS, MARKERS, strict=True), strict=False))
+    for y, (name, row) in enumerate(rows.items()):
+        panel.plot(row.values(), [y] * len(row), color="0.7", linewidth=2, zorder=1)
+        for s, ratio in row.items():
+            panel.plot(ratio, y, color=styles[s][0], marker=styles[s][1], markersize=8)
+        panel.text(1.04 * limits[0], y - 0.38, name, fontsize=10, va="center", bbox=BEHIND)
+    for s, (colour, marker) in styles.items():
+        panel.plot([], [], color=colour, marker=marker, linestyle="none", label=f"{s:.0%} zeros")
+    style = {"frameon": False, "fontsize": 9, "handletextpad": 0.1, "columnspacing": 0.9}
+    made.legend(loc="outside upper center", ncols=len(styles), **style)
+    _times_axis(panel.xaxis, limits)
+    panel.set_yticks([])
+    panel.spines["left"].set_visible(False)
+    panel.set_xlabel("times as fast as the best dense call (shaded: slower)")
+    return made
+
+
+def crossover(rows: dict[int, Curve]):
+    """Times dense by tokens and zeros; orange and bold: dense is faster."""
+    sparsities = sorted({s for row in rows.values() for s in row})
+    made, panel = _panel(height=0.36 * len(rows) + 1.2)
+    limit = 2.0  # log2: one scale of colours for every map
+    grid = [[math.log2(row.get(s, math.nan)) for s in sparsities] for row in rows.values()]
+    panel.imshow(grid, cmap=DIVERGING, vmin=-limit, vmax=limit, aspect="auto", origin="lower")
+    for y, row in enumerate(rows.values()):
+        for s, ratio in row.items():
+            style = {"weight": "bold"} if ratio < 0.995 else {}
+            is_dark = abs(math.log2(ratio)) > 0.6 * limit
+            style |= {"color": "white" if is_dark else "black", "fontsize": 8.5}
+            text = f"{ratio:.2f}" if ratio < 10 else f"{ratio:.1f}"
+            panel.text(sparsities.index(s), y, text, ha="center", va="center", **style)
+    panel.set_xticks(range(len(sparsities)), [f"{s:.0%}" for s in sparsities], fontsize=9)
+    panel.set_yticks(range(len(rows)), [f"{M:,}" for M in rows])
+    panel.set(xlabel="zeros in W", ylabel="tokens")
+    return made
+
+
+def shares(curves: dict[str, Curve]):
+    """Share of what the machine can do, against zeros."""
+    made, panel = _panel()
+    _zeros_axis(panel, room=2.6)
+    panel.set_ylim(0, max(1.05, 1.05 * max(v for curve in curves.values() for v in curve.values())))
+    panel.yaxis.set_major_formatter(lambda value, _: f"{value:.0%}")
+    panel.grid(alpha=0.3)
+    panel.axhline(1, color="black", linewidth=1.2)
+    _lines(panel, curves)
+    panel.set_ylabel("of the ceiling")
+    return made
+
+
+def bars(rows: dict[str, dict[str, float]]):
+    """Times dense: a group of lying bars for each row, from 1 to the right or to the left."""
+    names = list(dict.fromkeys(name for values in rows.values() for name in values))
+    made, panel = _panel(height=0.62 * len(rows) * max(1, len(names) / 1.6) + 1.3)
+    ratios = [ratio for values in rows.values() for ratio in values.values()]
+    limits = min(0.15, 0.7 * min(ratios)), max(6.0, 1.4 * max(ratios))
+    panel.set(xscale="log", xlim=limits, ylim=(len(rows) - 0.45, -0.7))
+    panel.axvspan(limits[0], 1, color="0.94")
+    height = 0.62 / len(names)
+    for y, (name, values) in enumerate(rows.items()):
+        panel.text(1.04 * limits[0], y - 0.44, name, **LABEL)
+        for i, who in enumerate(name for name in names if name in values):
+            at, ratio = y - 0.2 + (i + 0.5) * height, values[who]
+            colour = COLOURS[names.index(who)]
+            panel.barh(at, ratio - 1, 0.85 * height, left=1, color=colour)
+            side = {"ha": "left" if ratio >= 1 else "right", "va": "center"}
+            panel.annotate(
+                f"{ratio:.2f}",
+                (ratio, at),
+                (3 if ratio >= 1 else -3, 0),
+                fontsize=9,
+                textcoords="offset points",
+                **side,
+            )
+    panel.axvline(1, color="black", linewidth=1.2)
     if len(names) > 1:
-        made.legend(loc="outside upper right", ncols=len(names), frameon=False, fontsize=9)
-    _grid(panel)
-    panel.grid(visible=False, axis="x")
+        for who, colour in zip(names, COLOURS, strict=False):
+            panel.bar(0, 0, color=colour, label=who)
+        made.legend(loc="outside upper center", ncols=len(names), frameon=False, fontsize=9.5)
+    _times_axis(panel.xaxis, limits)
+    panel.set_yticks([])
+    panel.spines["left"].set_visible(False)
+    panel.set_xlabel("times as fast as dense (shaded: slower)")
     return made
 
 
-def losses(arms: dict[str, dict]):
-    """Validation loss against seconds in steps, and against FLOPs: a curve for each run."""
-    made, panels = figure(2, width=4.8, sharey=True)
-    for (name, run), colour, marker in zip(arms.items(), COLOURS, MARKERS, strict=False):
-        points = [p for p in run["evaluations"] if p["step"]]  # the first would hide the others
-        values = [p["loss"] for p in points]
-        spent = (
-            [p["seconds"] for p in points],
-            [run["flops"] * p["step"] / points[-1]["step"] for p in points],
-        )
+def costs(stages: dict[str, dict[float, list[float]]]):
+    """Loss above dense against zeros: a dot for each seed, a line through the means."""
+    made, panel = _panel()
+    _zeros_axis(panel, ZEROS_TICKS[:3])
+    panel.set_xlim(place(0.4), place(0.93))
+    panel.grid(alpha=0.3)
+    panel.axhline(0, color="black", linewidth=1.2)
+    for (name, found), colour, marker in zip(stages.items(), COLOURS, MARKERS, strict=False):
+        means = {s: mean(values) for s, values in found.items()}
+        style = {"color": colour, "marker": marker}
+        x = [place(s) for s in means]
+        panel.plot(x, means.values(), linestyle=":", linewidth=1, markersize=8, label=name, **style)
+        for s, values in found.items():
+            panel.plot([place(s)] * len(values), values, linestyle="none", alpha=0.4, **style)
+    panel.legend(frameon=False, fontsize=9.5, loc="upper left")
+    panel.set_ylim(0, None)
+    panel.set_ylabel("loss above dense (nats per token)")
+    return made
+
+
+def losses(runs: dict[str, tuple[Sequence[float], Sequence[float]]], spent: str):
+    """Validation loss against what was spent: a line for each run."""
+    made, panel = _panel()
+    for (name, (x, y)), colour, marker in zip(runs.items(), COLOURS, MARKERS, strict=False):
         style = {"color": colour, "marker": marker, "markersize": 5, "label": name}
-        for panel, places in zip(panels, spent, strict=True):
-            panel.plot(places, values, **style)
-    panels[0].set(xlabel="seconds spent in training steps")
-    panels[1].set(xlabel="training FLOPs, of stored weights alone")
-    _label_rows(panels, "validation loss (nats per token)")
-    panels[1].legend(frameon=False, fontsize=9)
-    for panel in panels:
-        _grid(panel)
-    return made
-
-
-def prediction(passes: dict[str, dict[str, dict[float, float]]]):
-    """Times dense against sparsity, pass -> who -> curve: measured here, predicted for a wafer."""
-    made, panels = figure(len(passes), width=4.2, sharey=True)
-    names = list(dict.fromkeys(name for curves in passes.values() for name in curves))
-    styles = dict(zip(names, zip(COLOURS, MARKERS, strict=True), strict=False))
-    for panel, (title, curves) in zip(panels, passes.items(), strict=True):
-        for name, curve in curves.items():
-            colour, marker = styles[name]
-            panel.plot([100 * s for s in curve], curve.values(), color=colour, marker=marker)
-        panel.axhline(1, color="black", linewidth=1.2)
-        panel.set_title(title, fontsize=10)
-        _percent_axis(panel, sorted({s for curve in curves.values() for s in curve}))
-        _grid(panel)
-    ratios = [r for curves in passes.values() for curve in curves.values() for r in curve.values()]
-    _log_times(panels[0], ratios)
-    _label_rows(panels, "times faster than dense")
-    for name, (colour, marker) in styles.items():
-        panels[0].plot([], [], color=colour, marker=marker, label=name)
-    _legend_below(made, len(panels))
+        panel.plot(x, y, **style)
+    panel.set(xlabel=spent, ylabel="validation loss (nats per token)", xlim=(0, None))
+    panel.legend(frameon=False, fontsize=9.5)
+    panel.grid(alpha=0.3)
     return made

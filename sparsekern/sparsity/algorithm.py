@@ -1,7 +1,8 @@
 """The base of all algorithms: which layers, how many weights in each, and when to change them."""
 
+import math
 import warnings
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from re import Pattern
 from typing import Any
@@ -13,16 +14,15 @@ from torch.optim import Optimizer
 from torch.optim.swa_utils import AveragedModel
 
 from ..nn import SparseLinear, sparsifiable, sparsify_
-from .balance import Balance
 from .budget import DISTRIBUTIONS, budgets
 from .checks import one_of, shown, whole
+from .families import FAMILIES, Unstructured
 from .filters import filter_parts, matching
 from .initial import INITS, checkerboard, first_places
 from .optimizers import follow, held_layers, note_model_of, unwrapped
-from .pattern import check_can_change, check_same_on_all_ranks
+from .pattern import check_can_change, check_same_on_all_ranks, places_of
 from .published import is_sparse_by_default
 from .schedules import Schedule, schedule, update_steps, value_at
-from .select import largest, largest_of_each
 
 
 @dataclass
@@ -42,6 +42,8 @@ class Algorithm:
             as well, and so do names of the published GPT models, published.py), or compiled regular
             expressions, which are searched for. Each must match a layer. By default every nn.Linear
             but those named `head` or `lm_head`.
+        family: "unstructured", any mask; or "two-way", at most 2 of each 4 neighbours along both
+            axes (families.py), which needs a sparsity of at least 0.5.
     """
 
     sparsity: Any
@@ -49,6 +51,7 @@ class Algorithm:
     seed: int = 0
     distribution: str = "uniform"
     param_filter: str | Pattern | Iterable[str | Pattern] | None = None
+    family: str = field(default="unstructured", kw_only=True)
 
     layers: dict[str, SparseLinear] = field(init=False, repr=False, compare=False)
     optimizers: list[Optimizer] = field(init=False, repr=False, compare=False)
@@ -59,6 +62,7 @@ class Algorithm:
         self.init_method = one_of("init_method", self.init_method, INITS)
         self.distribution = one_of("distribution", self.distribution, DISTRIBUTIONS)
         self.seed = whole("seed", self.seed)
+        self.family = one_of("family", self.family, FAMILIES)
         if self.distribution == "global" and self.init_method == "random":
             raise ValueError("distribution: global needs init_method magnitude, got random")
         if self.distribution != "uniform" and self.init_method in ("from_zeros", "checkerboard"):
@@ -68,7 +72,7 @@ class Algorithm:
             )
         self.param_filter = filter_parts(self.param_filter)
         self.is_published = False  # made from a config: its default filter is the published one
-        self.balance: Balance | None = None
+        self._family: Unstructured = FAMILIES[self.family]()
         self.layers, self.optimizers, self.steps = {}, [], 0
         self._stepped: set[int] = set()  # the optimizers that have made the step after these
         self._is_checked = False  # that the optimizers and all ranks have what they should
@@ -105,32 +109,54 @@ class Algorithm:
         """A function that makes the mask of each of these layers, one at a time."""
         target = self.target(0)
         if self.distribution == "global":
+            self._check_density(target)
             total = sum(w.numel() for w in weights.values())
-            scores = {name: w.detach().abs() for name, w in weights.items()}
-            kept = largest_of_each(scores, round((1 - target) * total))
+            scores = {n: (w.detach().abs().flatten(), None, *w.shape) for n, w in weights.items()}
+            kept = self._family.largest_of_each(scores, round((1 - target) * total))
             return lambda name, weight: mask_of(kept[name], weight)
-        counts = budgets({n: w.shape for n, w in weights.items()}, target, self.distribution)
+        counts = self._budgets({n: w.shape for n, w in weights.items()}, target)
         return lambda name, weight: mask_of(self._first_places(name, weight, counts[name]), weight)
 
     def _first_places(self, name: str, weight: Tensor, count: int) -> Tensor:
         if self.init_method == "checkerboard":
-            return checkerboard(*weight.shape, self.target(0)).flatten().nonzero().flatten()
-        return first_places(self.init_method, name, weight, count, self.seed, self.balance)
+            places = checkerboard(*weight.shape, self.target(0)).flatten().nonzero().flatten()
+        else:
+            places = first_places(self.init_method, name, weight, count, self.seed, self._family)
+        if self.init_method in ("from_zeros", "checkerboard"):
+            self._check_pattern(name, places, *weight.shape)
+        return places
 
-    def _largest(
-        self,
-        scores: Tensor,
-        places: Tensor,
-        count: int,
-        layer: SparseLinear,
-        before: Tensor | None = None,
-    ) -> Tensor:
-        """Where the `count` largest scores at these places are, ascending. With a balance each
-        group has its share, together with the places `before`."""
-        if self.balance is None:
-            return largest(scores, count)
-        n, k = layer.out_features, layer.in_features
-        return self.balance.largest(scores, places, count, n, k, before)
+    def _budgets(self, shapes: Mapping[str, tuple[int, int]], target: float) -> dict[str, int]:
+        """How many weights each layer of these shapes (N, K) keeps at this sparsity."""
+        self._check_density(target)
+        return budgets(shapes, target, self.distribution, self._most(shapes, target))
+
+    def _most(self, shapes: Mapping[str, tuple[int, int]], target: float) -> dict[str, int]:
+        """How many weights each layer may keep, where all together have this sparsity."""
+        most = {name: self._family.most(n, k) for name, (n, k) in shapes.items()}
+        return {
+            name: max(most[name], math.ceil((1 - target) * n * k))
+            for name, (n, k) in shapes.items()
+        }
+
+    def _check_density(self, target: float) -> None:
+        """ValueError for a sparsity that no mask of the family has."""
+        if 1 - target > self._family.densest:
+            raise ValueError(
+                f"sparsity: {self.family} masks keep at most half of the "
+                f"weights, expected {1 - self._family.densest:g} or more, got {target:g}"
+            )
+
+    def _check_pattern(self, name: str, places: Tensor, n: int, k: int) -> None:
+        """ValueError unless the places of a layer are a mask of the family, or become one."""
+        if self._family.holds(places, n, k):
+            return
+        if self.resizes and self._family.leads_there(places, n, k):
+            return
+        raise ValueError(
+            f"family: expected a {self.family} pattern of {name}, at most 2 of each 4 neighbours "
+            f"along both axes; its {places.shape[0]} stored weights are none"
+        )
 
     # A model, an optimizer
 
@@ -170,14 +196,18 @@ class Algorithm:
             listed = ", ".join(there) or "none"
             why = "" if self.param_filter is None else " that no block before it has"
             raise ValueError(f"param_filter: {wanted} matches no layer{why}; there are: {listed}")
-        for name in names if self.balance else ():
-            self.balance.check(name, there[name].out_features, there[name].in_features)
+        for name in names:
+            self._family.check(name, there[name].out_features, there[name].in_features)
         model = self._sparsify(model, {name: there[name] for name in names})
         self.layers = {name: model.get_submodule(name) for name in names}
         note_model_of(self)
         return model
 
     def _sparsify(self, model: nn.Module, chosen: dict[str, nn.Module]) -> nn.Module:
+        for name, layer in chosen.items():
+            if isinstance(layer, SparseLinear):
+                n, k = layer.out_features, layer.in_features
+                self._check_pattern(name, places_of(layer), n, k)
         dense = {n: m.weight.detach() for n, m in chosen.items() if type(m) is nn.Linear}
         masks = Masks(self._chooser(dense)) if dense else None
         return sparsify_(model, masks, lambda module, name: name in dense)
@@ -228,11 +258,17 @@ class Algorithm:
     # What a checkpoint holds beside the model's and the optimizer's state
 
     def state_dict(self) -> dict:
-        return {"steps": self.steps}
+        family = {} if self.family == "unstructured" else {"family": self.family}
+        return {"steps": self.steps} | family
 
     def load_state_dict(self, state: dict) -> None:
         if "steps" not in state:
             raise ValueError("algorithm: its state has no 'steps'")
+        family = state.get("family", "unstructured")
+        if family != self.family:
+            raise ValueError(
+                f"family: expected {self.family}, got the state of an algorithm with {family} masks"
+            )
         self.steps = whole("steps", state["steps"], 0)
         self._before_step()
 

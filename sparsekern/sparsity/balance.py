@@ -2,15 +2,17 @@
 
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from .checks import whole
-from .select import largest
+from .families import Unstructured
+from .select import largest, random_places
 
 
 @dataclass(frozen=True)
-class Balance:
+class Balance(Unstructured):
     """`groups` runs of rows ("out") or of columns ("in") of a weight [N, K] keep the same number of
     weights each; where it does not divide, the first keep one more."""
 
@@ -52,11 +54,17 @@ class Balance:
     def group_of(self, places: Tensor, n: int, k: int) -> Tensor:
         return self.position(places, n, k) // (n * k // self.groups)
 
-    def largest(
-        self, scores: Tensor, places: Tensor, count: int, n: int, k: int, before: Tensor | None
-    ) -> Tensor:
+    def random(self, n: int, k: int, count: int, rng: np.random.PCG64) -> Tensor:
+        size = n * k // self.groups
+        shares = enumerate(self.shares(count))
+        parts = [random_places(size, share, rng) + i * size for i, share in shares]
+        return self.place(torch.cat(parts), n, k).sort().values
+
+    def largest(self, scores, places, n, k, count, before=None) -> Tensor:
         """Where the largest of `scores` are, ascending: in each group as many as make its share of
         `count` together with the places `before`."""
+        if places is None:
+            places = torch.arange(n * k, device=scores.device)
         wanted = self.shares(count + (0 if before is None else before.shape[0]))
         if before is not None:
             held = self.group_of(before, n, k).bincount(minlength=self.groups).tolist()

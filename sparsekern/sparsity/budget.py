@@ -1,8 +1,8 @@
 """How many weights each layer keeps.
 
 uniform   every layer the same sparsity
-erk       density of a layer in proportion to (N + K) / (N K), at most 1: small layers stay
-          denser (Erdos-Renyi, Mocanu et al. 2018, as RigL uses it); the total is exact
+erk       density of a layer in proportion to (N + K) / (N K), up to what it has room for: small
+          layers stay denser (Erdos-Renyi, Mocanu et al. 2018, as RigL uses it); the total is exact
 global    one threshold for all layers, over scores: decided in algorithm.py, not here
 """
 
@@ -11,23 +11,30 @@ from collections.abc import Mapping
 DISTRIBUTIONS = ("uniform", "erk", "global")
 
 
-def budgets(shapes: Mapping[str, tuple[int, int]], sparsity: float, kind: str) -> dict[str, int]:
-    """Stored weights of each layer, from its shape (N, K)."""
+def budgets(
+    shapes: Mapping[str, tuple[int, int]],
+    sparsity: float,
+    kind: str,
+    most: Mapping[str, int] | None = None,
+) -> dict[str, int]:
+    """Stored weights of each layer, from its shape (N, K). It has room for `most`, by default for
+    all; and for as many as the sparsity asks of it alone."""
     sizes = {name: n * k for name, (n, k) in shapes.items()}
+    most = sizes if most is None else most
     if kind == "uniform":
         return {name: round((1 - sparsity) * size) for name, size in sizes.items()}
     total = round((1 - sparsity) * sum(sizes.values()))
-    # Layers that would pass density 1 are full; the others share what is left.
+    # Layers that would pass what they have room for are full; the others share what is left.
     full: set[str] = set()
     while True:
         share = {name: sum(shapes[name]) for name in shapes if name not in full}
-        left = total - sum(sizes[name] for name in full)
+        left = total - sum(most[name] for name in full)
         scale = left / max(1, sum(share.values()))
-        over = {name for name in share if scale * share[name] > sizes[name]}
+        over = {name for name in share if scale * share[name] > most[name]}
         if not over:
             break
         full |= over
-    wanted = {n: float(sizes[n]) if n in full else scale * share[n] for n in shapes}
+    wanted = {n: float(most[n]) if n in full else scale * share[n] for n in shapes}
     counts = {name: int(want) for name, want in wanted.items()}
     # Largest remainders get the weights that rounding down left over.
     by_remainder = sorted(wanted, key=lambda name: counts[name] - wanted[name])

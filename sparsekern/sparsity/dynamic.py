@@ -1,6 +1,7 @@
 """Dynamic sparse training: the smallest weights go, as many others grow elsewhere."""
 
 import warnings
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -12,11 +13,10 @@ from ..kernels.observed import Observation, is_observed
 from ..nn import SparseLinear
 from .algorithm import Updating
 from .balance import Balance
-from .budget import budgets
 from .checks import whole as whole_number
 from .pattern import is_distributed, places_of, set_pattern, whole
 from .schedules import Constant, schedule, value_at
-from .select import generator, merged, random_outside
+from .select import generator
 from .undo import layers_unchanged_on_failure
 
 
@@ -40,6 +40,8 @@ class SET(Updating):
         if self.distribution == "global":
             raise ValueError("distribution: expected uniform or erk for a dynamic pattern")
         self._drop_fraction(0)
+        if self.starts_sparse:
+            self._check_density(self.target(0))
 
     @property
     def resizes(self) -> bool:
@@ -47,6 +49,7 @@ class SET(Updating):
 
     def _check_update(self, step: int) -> None:
         super()._check_update(step)
+        self._check_density(self.target(step))
         self._drop_fraction(step)
 
     def _drop_fraction(self, step: int) -> float:
@@ -62,27 +65,28 @@ class SET(Updating):
     def update_pattern(self) -> None:
         fraction = self._drop_fraction(self.steps)
         sizes = {n: (m.out_features, m.in_features) for n, m in self.layers.items()}
-        counts = budgets(sizes, self.target(self.steps), self.distribution)
+        counts = self._budgets(sizes, self.target(self.steps))
         # All choices first: if one fails, or a rank's, no layer has changed.
         chosen = {}
         for name, layer in self.layers.items():
             values = whole(layer.values.detach())
             nnz = values.shape[0]
             places, stay = places_of(layer), nnz - round(fraction * nnz)
-            survivors = places[self._largest(values.abs(), places, stay, layer)]
+            survivors = places[self._family.largest(values.abs(), places, *sizes[name], stay)]
             # A layer that is still denser than its target grows nothing, as in cstorch.sparse.
             count = max(0, counts[name] - survivors.shape[0])
             grown = self._grow(name, layer, survivors, count)
             if grown is not None:
-                chosen[name] = merged(survivors, grown)
+                chosen[name] = grown
         with layers_unchanged_on_failure(self.layers.values(), self.optimizers):
             for name, places in chosen.items():
                 set_pattern(self.layers[name], places, self.optimizers)
 
     def _grow(self, name: str, layer: SparseLinear, survivors: Tensor, count: int) -> Tensor | None:
-        """`count` places outside `survivors`; None leaves the layer as it is."""
-        size = layer.out_features * layer.in_features
-        return random_outside(survivors, size, count, generator(self.seed, name, self.steps))
+        """The survivors and `count` other places; None leaves the layer as it is."""
+        n, k = layer.out_features, layer.in_features
+        rng = generator(self.seed, name, self.steps)
+        return self._family.grown_at_random(survivors, n, k, count, rng)
 
 
 @dataclass
@@ -94,7 +98,8 @@ class RigL(SET):
     their backward pass, which are kept until then: `block_elems` of its elements at a time, summed
     over the micro-batches and ranks, in float32 (float64 for such a model). A layer that had no
     gradient keeps its pattern; so do all where one is not finite, with a warning. RuntimeError if
-    values have gradients and none was seen (a replayed CUDA graph hides them).
+    values have gradients and none was seen (a replayed CUDA graph hides them). Two-way masks need
+    the gradient of one whole layer at a time.
 
     Args:
         balance_in_groups, balance_out_groups: of these many runs of columns or of rows, such as the
@@ -109,7 +114,12 @@ class RigL(SET):
     def __post_init__(self) -> None:
         super().__post_init__()
         self.block_elems = whole_number("block_elems", self.block_elems, 1)
-        self.balance = Balance.of(self.balance_in_groups, self.balance_out_groups)
+        balance = Balance.of(self.balance_in_groups, self.balance_out_groups)
+        if balance and self.family != "unstructured":
+            raise ValueError(
+                f"family: {self.family} masks have no groups, got {balance.setting} too"
+            )
+        self._family = balance or self._family
         self._seen: dict[str, Observation] = {}
 
     def _before_step(self) -> None:
@@ -154,25 +164,16 @@ class RigL(SET):
 
     def _grow(self, name: str, layer: SparseLinear, survivors: Tensor, count: int) -> Tensor | None:
         n, k = layer.out_features, layer.in_features
-        best = torch.empty(0, device=survivors.device)
-        where = survivors[:0]
-        rows = max(1, self.block_elems // k)
+        return self._family.grown(survivors, self._scores(name, layer), n, k, count)
+
+    def _scores(self, name: str, layer: SparseLinear) -> Iterator[tuple[int, Tensor]]:
+        """The absolute dense gradient, `block_elems` at a time: a row, and [rows, K] from there."""
+        n, rows = layer.out_features, max(1, self.block_elems // layer.in_features)
         for first in range(0, n, rows):
-            last = min(first + rows, n)
-            score = self._block(name, layer, first, last).abs_().flatten()
+            score = self._block(name, layer, first, min(first + rows, n)).abs_()
             if not score.isfinite().all():
                 raise FloatingPointError(f"RigL: the dense gradient of {name} is not finite")
-            bounds = torch.tensor([first * k, last * k], device=survivors.device)
-            low, high = torch.searchsorted(survivors, bounds).tolist()
-            score[survivors[low:high] - first * k] = -1.0  # below every other
-            places = torch.arange(first * k, last * k, device=survivors.device)
-            top = self._largest(score, places, count, layer, survivors)
-            best = torch.cat([best.to(score.dtype), score[top]])
-            where = torch.cat([where, places[top]])
-            # Ascending in `where`, so ties still go to the first.
-            keep = self._largest(best, where, count, layer, survivors)
-            best, where = best[keep], where[keep]
-        return where if count == 0 or best.max() > 0 else None
+            yield first, score
 
     def _block(self, name: str, layer: SparseLinear, first: int, last: int) -> Tensor:
         """Rows first:last of the gradient of the dense weight, [last - first, K]."""

@@ -7,18 +7,20 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from .algorithm import Updating
-from .budget import budgets
 from .checks import whole as whole_number
 from .pattern import is_distributed, places_of, set_pattern, whole
 from .schedules import EXAMPLE, Constant, When
-from .select import generator, largest, largest_of_each, merged, random_outside
+from .select import generator
 from .undo import layers_unchanged_on_failure
 
 
 @dataclass
 class GMP(Updating):
     """Gradual magnitude pruning: at each update the smallest weights go, until the sparsity is what
-    its schedule says. Where the schedule falls, new weights start at zero in random places."""
+    its schedule says. Where the schedule falls, new weights start at zero in random places.
+
+    On its way to a two-way mask it keeps one of half of all weights within what is stored.
+    """
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -31,6 +33,17 @@ class GMP(Updating):
             "step, which is the algorithm static"
         )
 
+    def check(self, steps: int) -> None:
+        super().check(steps)
+        self._check_end(self.target(max(self._update_steps.of_run(steps), default=0)))
+
+    def _check_end(self, target: float) -> None:
+        """ValueError if two-way masks are what it never comes to."""
+        super()._check_density(target)
+
+    def _check_density(self, target: float) -> None:
+        """It may be denser on its way."""
+
     def update_pattern(self) -> None:
         with layers_unchanged_on_failure(self.layers.values(), self.optimizers):
             for name, places in self._new_places().items():
@@ -41,24 +54,24 @@ class GMP(Updating):
         target = self.target(self.steps)
         sizes = {n: (m.out_features, m.in_features) for n, m in self.layers.items()}
         values = {name: whole(layer.values.detach()) for name, layer in self.layers.items()}
+        scores = {n: (v.abs(), places_of(self.layers[n]), *sizes[n]) for n, v in values.items()}
         if self.distribution == "global":
             total = round((1 - target) * sum(n * k for n, k in sizes.values()))
             stored = sum(v.shape[0] for v in values.values())
-            kept = largest_of_each({name: v.abs() for name, v in values.items()}, total)
-            missing = budgets_of_growth(sizes, values, max(0, total - stored))
+            kept = self._family.largest_of_each(scores, total)
+            free = {n: most - values[n].shape[0] for n, most in self._most(sizes, target).items()}
+            missing = budgets_of_growth(free, max(0, total - stored))
             counts = {name: kept[name].shape[0] + missing[name] for name in values}
         else:
-            counts = budgets(sizes, target, self.distribution)
-            kept = {name: largest(v.abs(), counts[name]) for name, v in values.items()}
+            counts = self._budgets(sizes, target)
+            kept = {n: self._family.largest(*scores[n], counts[n]) for n in scores}
         chosen = {}
         for name, layer in self.layers.items():
             places = places_of(layer)[kept[name]]
             grown = counts[name] - places.shape[0]
             if grown:
-                n, k = sizes[name]
                 rng = generator(self.seed, name, self.steps)
-                new = random_outside(places, n * k, grown, rng)
-                places = merged(places, new)
+                places = self._family.grown_at_random(places, *sizes[name], grown, rng)
             chosen[name] = places
         return chosen
 
@@ -66,11 +79,9 @@ class GMP(Updating):
         set_pattern(self.layers[name], places, self.optimizers)
 
 
-def budgets_of_growth(
-    sizes: dict[str, tuple[int, int]], values: dict[str, Tensor], count: int
-) -> dict[str, int]:
+def budgets_of_growth(free: dict[str, int], count: int) -> dict[str, int]:
     """`count` new weights shared among layers in proportion to their free places, exactly."""
-    free = {name: n * k - values[name].shape[0] for name, (n, k) in sizes.items()}
+    free = {name: max(0, size) for name, size in free.items()}
     grown, left, total = {}, count, sum(free.values())
     for name, size in free.items():
         grown[name] = round(left * size / total) if total else 0
@@ -100,6 +111,7 @@ class IterativePruning(GMP):
         if not isinstance(self._schedule, Constant):
             raise ValueError("sparsity: iterative pruning expected the number to end with")
         self._final = self._schedule.value
+        self._check_end(self._final)
         self.rounds = whole_number("rounds", self.rounds, 1)
         self.freq = whole_number("freq", self.freq, 1)
         if self.update is not None:

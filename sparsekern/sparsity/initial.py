@@ -5,35 +5,23 @@ import math
 import torch
 from torch import Tensor
 
-from .balance import Balance
-from .select import generator, largest, random_places
+from .families import Unstructured
+from .select import generator
 
 INITS = ("random", "magnitude", "topk", "from_zeros", "checkerboard")
 
 
 def first_places(
-    method: str, name: str, weight: Tensor, count: int, seed: int, balance: Balance | None = None
+    method: str, name: str, weight: Tensor, count: int, seed: int, family: Unstructured
 ) -> Tensor:
     """The places of the weight [N, K] that are kept, ascending: `count` of them where the method is
     random or magnitude (also called topk)."""
     n, k = weight.shape
     if method == "random":
-        return _random(generator(seed, name), n, k, count, balance).to(weight.device)
+        return family.random(n, k, count, generator(seed, name)).to(weight.device)
     if method == "from_zeros":
         return weight.flatten().nonzero().flatten()
-    scores = weight.detach().abs().flatten()
-    if balance is None:
-        return largest(scores, count)
-    places = torch.arange(n * k, device=weight.device)
-    return balance.largest(scores, places, count, n, k, None)
-
-
-def _random(rng, n: int, k: int, count: int, balance: Balance | None) -> Tensor:
-    if balance is None:
-        return random_places(n * k, count, rng)
-    size = n * k // balance.groups
-    parts = [random_places(size, c, rng) + i * size for i, c in enumerate(balance.shares(count))]
-    return balance.place(torch.cat(parts), n, k).sort().values
+    return family.largest(weight.detach().abs().flatten(), None, n, k, count)
 
 
 def checkerboard(n: int, k: int, sparsity: float) -> Tensor:

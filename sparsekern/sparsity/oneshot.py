@@ -5,6 +5,8 @@
     SparseGPT   prunes columns from left to right by w^2 / [H^-1]_kk, H = X^T X, and corrects the
                 columns to come for the error made (Frantar and Alistarh 2023, arXiv 2301.00774)
 
+A two-way mask keeps the largest sum of squares of these scores.
+
 Each may be applied again at a higher sparsity: what was removed stays removed. Where one fails, in
 any layer, the model is as it was.
 """
@@ -19,9 +21,8 @@ from torch import Tensor, nn
 
 from ..nn import SparseLinear, sparsify_
 from .algorithm import Masks, mask_of
-from .budget import budgets
+from .families import UNSTRUCTURED, Unstructured
 from .pattern import places_of, set_pattern
-from .select import largest, largest_of_each
 from .static import Fixed
 from .undo import unchanged_on_failure
 
@@ -59,25 +60,41 @@ class Magnitude(Fixed):
         """Weights to keep in each layer. ValueError where a layer stores fewer already."""
         shapes = {name: (m.out_features, m.in_features) for name, m in chosen.items()}
         if self.distribution == "global":
-            weights = {name: _scores(m, _dense(m).abs()) for name, m in chosen.items()}
+            scores = {
+                name: (_scores(module, _dense(module).abs()).flatten(), None, *shapes[name])
+                for name, module in chosen.items()
+            }
             total = round((1 - self.target(0)) * sum(n * k for n, k in shapes.values()))
-            counts = {n: p.shape[0] for n, p in largest_of_each(weights, total).items()}
+            kept = self._family.largest_of_each(scores, total)
+            counts = {name: places.shape[0] for name, places in kept.items()}
         else:
-            counts = budgets(shapes, self.target(0), self.distribution)
+            counts = self._budgets(shapes, self.target(0))
         for name, module in chosen.items():
-            if isinstance(module, SparseLinear) and module.values.shape[0] < counts[name]:
-                raise ValueError(
-                    f"sparsity: {name} stores {module.values.shape[0]} weights already, "
-                    f"fewer than the {counts[name]} of sparsity {self.target(0)}"
-                )
+            if isinstance(module, SparseLinear):
+                self._check_room(name, module, counts[name])
         return counts
+
+    def _check_room(self, name: str, layer: SparseLinear, count: int) -> None:
+        nnz = layer.values.shape[0]
+        if nnz < count:
+            raise ValueError(
+                f"sparsity: {name} stores {nnz} weights already, "
+                f"fewer than the {count} of sparsity {self.target(0)}"
+            )
+        room = self._family.room(_stored(layer))
+        if room < count:
+            raise ValueError(
+                f"family: a {self.family} mask within the {nnz} weights that {name} stores keeps "
+                f"{room} at most, fewer than the {count} of sparsity {self.target(0)}"
+            )
 
     def _prune(
         self, model: nn.Module, chosen: dict[str, nn.Module], counts: dict[str, int]
     ) -> None:
         for name, module in chosen.items():
             weight = _dense(module)
-            kept = largest(_scores(module, weight.abs()).flatten(), counts[name])
+            scores = _scores(module, weight.abs()).flatten()
+            kept = self._family.largest(scores, None, *weight.shape, counts[name])
             self._put(name, module, weight, kept)
 
     def _put(self, name: str, module: nn.Module, weight: Tensor, places: Tensor) -> None:
@@ -181,7 +198,8 @@ def _evaluating(model: nn.Module) -> Iterator[None]:
 class Wanda(_Calibrated):
     """Weights times the norm of their input, compared within each row: no weight is changed.
 
-    A layer's weights are shared evenly among its rows; the first have one more where they must.
+    A layer's weights are shared evenly among its rows; the first have one more where they must. Of
+    a two-way mask, among its rows of blocks.
     """
 
     def _prune_layer(self, name: str, module: nn.Module, count: int, inputs: list[Tensor]) -> None:
@@ -189,12 +207,7 @@ class Wanda(_Calibrated):
         _check_finite(name, norms)
         weight = _dense(module)
         scores = _scores(module, weight.abs().float() * norms)
-        n, k = scores.shape
-        counts = torch.full((n, 1), count // n, device=scores.device)
-        counts[: count % n] += 1
-        order = scores.argsort(dim=1, descending=True, stable=True)
-        ranked = torch.arange(k, device=scores.device) < counts  # [N, K], by rank in its row
-        kept = torch.zeros_like(ranked).scatter_(1, order, ranked)
+        kept = self._family.evenly(scores, count)
         self._put(name, module, weight, kept.flatten().nonzero().flatten())
 
 
@@ -206,9 +219,8 @@ class SparseGPT(_Calibrated):
         weight = _dense(module)
         hessian = sum(x.float().t() @ x.float() for x in inputs)
         _check_finite(name, hessian)
-        stored = _scores(module, torch.zeros_like(weight)) == 0
         try:
-            new, places = sparsegpt(weight, stored, hessian, count)
+            new, places = sparsegpt(weight, _stored(module), hessian, count, self._family)
         except torch.linalg.LinAlgError as error:
             raise ValueError(
                 f"calibration: the Hessian of the inputs of {name} has no Cholesky factor; more "
@@ -224,10 +236,17 @@ def _check_finite(name: str, squares: Tensor) -> None:
         raise ValueError(f"calibration: the squared inputs of {name} overflow float32")
 
 
-def sparsegpt(weight: Tensor, stored: Tensor, hessian: Tensor, count: int) -> tuple[Tensor, Tensor]:
+def sparsegpt(
+    weight: Tensor,
+    stored: Tensor,
+    hessian: Tensor,
+    count: int,
+    family: Unstructured = UNSTRUCTURED,
+) -> tuple[Tensor, Tensor]:
     """Keep `count` of weight [N, K] where bool `stored` [N, K], given hessian = X^T X [K, K].
 
-    Returns the new weight and the places kept. Of each COLUMNS columns the same share stays.
+    Returns the new weight and the places kept. Of each COLUMNS columns, which are whole blocks of
+    a two-way mask, the same share of what can stay does.
     """
     w = weight.float()
     n, k = w.shape
@@ -240,26 +259,24 @@ def sparsegpt(weight: Tensor, stored: Tensor, hessian: Tensor, count: int) -> tu
     inverse = torch.cholesky_inverse(torch.linalg.cholesky(h))
     u = torch.linalg.cholesky(inverse, upper=True)  # row i: what column i corrects to its right
     kept = torch.zeros(n, k, dtype=torch.bool, device=w.device)
+    rooms = [family.room(part) for part in stored.split(COLUMNS, dim=1)]
     done = 0
-    for first in range(0, k, COLUMNS):
+    for i, first in enumerate(range(0, k, COLUMNS)):
         last = min(first + COLUMNS, k)
         block, factor = w[:, first:last].clone(), u[first:last, first:last]
-        scores = (block / factor.diagonal()).square()
-        # Numbers that are not stored stay out, unless nothing else is left.
-        scores = scores.masked_fill(~stored[:, first:last], -1.0)
+        scores = (block / factor.diagonal()).abs().masked_fill(~stored[:, first:last], -torch.inf)
         # What the columns so far keep in all, exactly, and never more than there is.
-        available = int(stored[:, first:last].sum())
-        later = int(stored[:, last:].sum())
-        wanted = round(count * int(stored[:, :last].sum()) / max(1, int(stored.sum()))) - done
-        wanted = min(max(wanted, count - done - later), available)
+        wanted = round(count * sum(rooms[: i + 1]) / max(1, sum(rooms))) - done
+        wanted = min(max(wanted, count - done - sum(rooms[i + 1 :])), rooms[i])
         done += wanted
-        keep = mask_of(largest(scores.flatten(), wanted), block)
+        chosen = family.largest(scores.flatten(), None, n, last - first, wanted)
+        keep = mask_of(chosen, block)
         kept[:, first:last] = keep
         errors = torch.empty_like(block)
-        for i in range(last - first):
-            error = block[:, i].masked_fill(keep[:, i], 0.0) / factor[i, i]
-            block[:, i + 1 :] -= error[:, None] * factor[i, i + 1 :]
-            errors[:, i] = error
+        for j in range(last - first):
+            error = block[:, j].masked_fill(keep[:, j], 0.0) / factor[j, j]
+            block[:, j + 1 :] -= error[:, None] * factor[j, j + 1 :]
+            errors[:, j] = error
         w[:, first:last] = block * keep
         w[:, last:] -= errors @ u[first:last, last:]
     return w.to(weight.dtype), kept.flatten().nonzero().flatten()
@@ -271,9 +288,14 @@ def _dense(module: nn.Module) -> Tensor:
 
 
 def _scores(module: nn.Module, scores: Tensor) -> Tensor:
-    """The scores [N, K], below zero where the layer stores nothing."""
+    """The scores [N, K], -inf where the layer stores nothing."""
     if not isinstance(module, SparseLinear):
         return scores
-    stored = torch.zeros(scores.numel(), dtype=torch.bool, device=scores.device)
-    stored[places_of(module)] = True
-    return scores.masked_fill(~stored.view(scores.shape), -1.0)
+    return scores.masked_fill(~_stored(module), -torch.inf)
+
+
+def _stored(module: nn.Module) -> Tensor:
+    """Where it stores weights: bool [N, K]."""
+    if not isinstance(module, SparseLinear):
+        return torch.ones_like(module.weight, dtype=torch.bool)
+    return mask_of(places_of(module), module.weight)

@@ -46,6 +46,13 @@ def largest_of_each(scores: dict[str, Tensor], count: int) -> dict[str, Tensor]:
     return result
 
 
+def largest_of_rows(scores: Tensor, counts: Tensor) -> Tensor:
+    """The `counts` [rows] largest of the scores [rows, n] of each row: bool [rows, n]."""
+    order = scores.argsort(dim=1, descending=True, stable=True)
+    ranked = torch.arange(scores.shape[1], device=scores.device) < counts[:, None]
+    return torch.zeros_like(ranked).scatter_(1, order, ranked)
+
+
 def generator(*key: object) -> np.random.PCG64:
     """A stream of random bits that depends on the key alone: numpy promises the same one on every
     machine and in every release."""
@@ -73,21 +80,21 @@ def random_places(size: int, count: int, rng: np.random.PCG64) -> Tensor:
 def _mark(size: int, count: int, rng: np.random.PCG64) -> np.ndarray:
     is_chosen, missing = np.zeros(size, dtype=bool), count
     while missing:
-        is_chosen[_draw(size, missing, rng)] = True
+        is_chosen[draw(size, missing, rng)] = True
         missing = count - int(np.count_nonzero(is_chosen))
     return np.flatnonzero(is_chosen)
 
 
 def _sort(size: int, count: int, rng: np.random.PCG64) -> np.ndarray:
-    chosen = _unique(_draw(size, count, rng))
+    chosen = _unique(draw(size, count, rng))
     more = chosen[:0]
     while missing := count - len(chosen) - len(more):
-        new = _unique(_draw(size, missing, rng))
+        new = _unique(draw(size, missing, rng))
         more = _merged(more, _others(_others(new, chosen), more))
     return _merged(chosen, more)
 
 
-def _draw(size: int, count: int, rng: np.random.PCG64) -> np.ndarray:
+def draw(size: int, count: int, rng: np.random.PCG64) -> np.ndarray:
     """int64 [count] of range(size), each by as many random bits as size has: others are dropped."""
     bits = max(1, (size - 1).bit_length())
     drawn, done = np.empty(count, dtype=np.int64), 0

@@ -18,6 +18,7 @@ class Fixed(Algorithm):
                 f"sparsity: {type(self).__name__} chooses its pattern once, expected a number, "
                 f"got {shown(self.sparsity)}"
             )
+        self._check_density(self.target(0))
 
 
 @dataclass

@@ -1,9 +1,7 @@
 """Speed-ups measured here (bench/results) beside the wafer's, for the same shapes and masks."""
 
-import json
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from pathlib import Path
 
 from ..terminal import table
 from .balance import Mask
@@ -37,21 +35,23 @@ class Pair:
 
 def compare(
     machine: Machine,
-    results: list[Path],
+    results: dict[str, list[dict]],
     inputs: Inputs | None = None,
     mask_of: Callable[[dict], Mask | None] = lambda workload: None,
     match: str = "",
     progress: Callable[[Pair], None] = lambda pair: None,
 ) -> list[Pair]:
-    """Pairs for every product and training step in the files of `results` with `match` in the name.
+    """Pairs for every product and training step in `results`, which are measured cases by the name
+    of their table (bench/rates.py), with `match` in what is said of them.
 
     `mask_of` makes the mask of a measurement on a CPU again from its parameters, or gives None:
     then, and for those on a GPU, a random one of its density is assumed. `progress` is
     called with each pair as it is found."""
     pairs = []
-    for pair in _pairs(machine, results, inputs or Inputs(), mask_of, match):
-        progress(pair)
-        pairs.append(pair)
+    for source, cases in results.items():
+        for pair in _pairs(machine, source, cases, inputs or Inputs(), mask_of, match):
+            progress(pair)
+            pairs.append(pair)
     if not pairs:
         raise ValueError(f"match: no measurement has {match!r} in its name")
     return pairs
@@ -59,53 +59,43 @@ def compare(
 
 def _pairs(
     machine: Machine,
-    results: list[Path],
+    source: str,
+    cases: list[dict],
     inputs: Inputs,
     mask_of: Callable[[dict], Mask | None],
     match: str,
 ) -> Iterator[Pair]:
-    for path in results:
-        result = read(path)
-        if result is None:
-            raise ValueError(f"results: {path} is not a result of bench/run.py or bench/run_gpu.py")
-        for benchmark in result.get("benchmarks", ()):
-            info = benchmark["extra_info"]
-            if "speedup" not in info or match not in benchmark["name"]:
-                continue
-            if info["op"] in PRODUCTS:
-                mask = mask_of(info) if info["threads"] else None
-                yield _product(machine, inputs, path, info, _where(info), mask)
-            elif info["op"] == STEP:
-                yield _step(machine, inputs, path, info)
-        for info, kernel in _gpu_products(result.get("cells", ())):
-            pair = _product(machine, inputs, path, info, kernel, None)
-            if match in pair.what:
-                yield pair
+    for case in cases:
+        if case["op"] == STEP and "speedup" in case and match in (what := _what_step(case)):
+            yield _step(machine, inputs, source, what, case)
+        elif case["op"] in PRODUCTS:
+            for kernel in _ours(case):
+                if match in (what := _what_product(case, kernel)):
+                    mask = mask_of(case) if case["threads"] else None
+                    info = case | {"speedup": case["speedups"][kernel]}
+                    yield _product(machine, inputs, source, what, info, mask)
 
 
-def read(path: Path) -> dict | None:
-    """A result of bench/run.py or bench/run_gpu.py; None for any other JSON."""
-    if not path.is_file():
-        raise FileNotFoundError(f"results: {path} does not exist")
-    try:
-        result = json.loads(path.read_text())
-    except json.JSONDecodeError:
-        return None
-    is_result = isinstance(result, dict) and ("benchmarks" in result or "cells" in result)
-    return result if is_result else None
+def _ours(case: dict) -> list[str]:
+    """Our kernels that are right."""
+    ways = case["ways"].items()
+    return [name for name, way in ways if way["kind"] == "ours" and way["is_right"]]
 
 
-def _gpu_products(cells: list[dict]) -> Iterator[tuple[dict, str]]:
-    """Our kernels' right products in a result of bench/run_gpu.py, with the kernel's name."""
-    for cell in cells:
-        density = cell["nnz"] / (cell["N"] * cell["K"])
-        for kernel, speedup in cell["speedups"].items():
-            if cell["ways"][kernel]["kind"] == "ours" and cell["ways"][kernel]["is_right"]:
-                yield cell | {"density": density, "speedup": speedup, "is_cold": True}, kernel
+def _what_product(case: dict, kernel: str) -> str:
+    how = f"{case['threads']} threads" if case["threads"] else kernel
+    parts = [f"{case['op']} {case['N']}x{case['K']}", f"{case['M']} tokens", case["dtype"], how]
+    parts += ["cold"] * case["is_cold"] + [case["mask"]] * (case["mask"] != "random")
+    return ", ".join(parts)
+
+
+def _what_step(case: dict) -> str:
+    where = f"{case['threads']} threads" if case["threads"] else "GPU"
+    return f"{STEP} {case['model']}, {case['M']} tokens, {where}"
 
 
 def _product(
-    machine: Machine, inputs: Inputs, path: Path, info: dict, how: str, mask: Mask | None
+    machine: Machine, inputs: Inputs, source: str, what: str, info: dict, mask: Mask | None
 ) -> Pair:
     n, k, product = info["N"], info["K"], PRODUCTS[info["op"]]
     pattern = info["density"] if mask is None else mask
@@ -121,14 +111,9 @@ def _product(
     def speedup(tokens: int) -> float:
         return seconds(tokens, 1.0, 1.0) / seconds(tokens, pattern, info["density"])
 
-    details = f"{info['dtype'].removeprefix('torch.')}, {how}"
-    if info.get("is_cold"):
-        details += ", cold"
-    if info["mask"] != "random":
-        details += f", {info['mask']}"
     return Pair(
-        path.stem,
-        f"{info['op']} {n}x{k}, {info['M']} tokens, {details}",
+        source,
+        what,
         info["sparsity"],
         info["speedup"],
         1 / info["density"],
@@ -138,7 +123,7 @@ def _product(
     )
 
 
-def _step(machine: Machine, inputs: Inputs, path: Path, info: dict) -> Pair:
+def _step(machine: Machine, inputs: Inputs, source: str, what: str, info: dict) -> Pair:
     width = info["width"]
     shape = GPTShape(
         info["model"], info["layers"], width, 1, 4 * width, info["vocabulary"], info["context"]
@@ -149,8 +134,8 @@ def _step(machine: Machine, inputs: Inputs, path: Path, info: dict) -> Pair:
 
     full = predicted(max(1, FULL_TOKENS // shape.sequence))
     return Pair(
-        path.stem,
-        f"{STEP} {info['model']}, {info['M']} tokens, {_where(info)}",
+        source,
+        what,
         info["sparsity"],
         info["speedup"],
         full.flop_ratio,
@@ -158,10 +143,6 @@ def _step(machine: Machine, inputs: Inputs, path: Path, info: dict) -> Pair:
         full.speedup,
         "of its density",
     )
-
-
-def _where(info: dict) -> str:
-    return f"{info['threads']} threads" if info["threads"] else "GPU"
 
 
 def render(pairs: list[Pair]) -> str:

@@ -4,7 +4,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from ..extras import require
-from ..files import atomic_write
+from ..files import write_picture
 from .balance import binomial_imbalance
 from .cost import compare_with_dense, step_cost
 from .inputs import Inputs
@@ -156,8 +156,7 @@ def write(folder: Path, figures: dict[str, object]) -> list[Path]:
             panel.grid(alpha=0.3)
             panel.legend(frameon=False, fontsize=8)
         paths.append(folder / f"{name}.png")
-        with atomic_write(paths[-1]) as file:
-            figure.savefig(file, format="png", dpi=120)
+        write_picture(figure, paths[-1])
     return paths
 
 

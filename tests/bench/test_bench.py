@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from sparsekern.bench import products, race
+from sparsekern.bench import products, race, rates, records
 from sparsekern.kernels.cpu import panel
 
 BENCH = Path(__file__).parents[2] / "bench"
@@ -15,7 +15,7 @@ BENCH = Path(__file__).parents[2] / "bench"
 @pytest.fixture
 def bench(monkeypatch):
     """Imports a module of bench/, which is a folder of scripts and not a package."""
-    for package in ("pytest_benchmark", "threadpoolctl", "matplotlib"):
+    for package in ("threadpoolctl", "matplotlib"):
         pytest.importorskip(package)
     monkeypatch.syspath_prepend(BENCH)
     before = set(sys.modules)
@@ -25,64 +25,80 @@ def bench(monkeypatch):
             del sys.modules[name]
 
 
-def result(op: str, M: int, sparsity: float, ours_s: float, **info) -> dict:
+def measured(op: str, M: int, sparsity: float, ours_s: float, **fields) -> dict:
     """Dense takes 4 s, a peer 8 s, and one that is wrong no time at all."""
-    rivals = {
-        "F.linear": {"kind": "dense", "median_s": 4.0, "error": 0.0, "is_right": True},
-        "torch.mm": {"kind": "dense", "median_s": 6.0, "error": 0.0, "is_right": True},
+    right = {"error": 0.0, "is_right": True}
+    ways = {
+        "sparsekern": {"kind": "ours", "median_s": ours_s, "error": 2e-7, "is_right": True},
+        "F.linear": {"kind": "dense", "median_s": 4.0, **right},
+        "torch.mm": {"kind": "dense", "median_s": 6.0, **right},
         "scipy CSR": {"kind": "sparse", "median_s": 8.0, "error": 1e-7, "is_right": True},
         "hasty": {"kind": "sparse", "median_s": 0.1, "error": 0.5, "is_right": False},
     }
-    shape = {"N": 768, "K": 768, "dtype": "torch.float32", "mask": "random", "is_cold": False}
-    counts = {"dense_flop": 40, "calls": 1, "error": 2e-7, "threads": 1}
-    fields = {"op": op, "M": M, "sparsity": sparsity, **shape, **counts, "rivals": rivals, **info}
-    return {"stats": {"median": ours_s}, "extra_info": fields}
+    case = {"op": op, "device": "cpu", "M": M, "N": 768, "K": 768, "sparsity": sparsity}
+    case |= {"nnz": 1000, "mask": "random", "dtype": "float32", "threads": 1, "is_cold": False}
+    return rates.derive(case | {"ways": ways} | fields)
 
 
-def infos(*benchmarks: dict) -> list[dict]:
-    for benchmark in benchmarks:
-        race.derive(benchmark)
-    return [benchmark["extra_info"] for benchmark in benchmarks]
+def of_a_model(op: str, M: int, **fields) -> dict:
+    ways = {
+        "sparsekern": {"kind": "ours", "median_s": 2.0, "error": 0.0, "is_right": True},
+        "dense": {"kind": "dense", "median_s": 4.0, "error": 0.0, "is_right": True},
+    }
+    case = {"op": op, "device": "cpu", "model": "demo", "layers": 1, "width": 8, "vocabulary": 9}
+    case |= {"context": 4, "batch": 1, "M": M, "sparsity": 0.75, "threads": 1, "ways": ways}
+    return rates.derive(case | fields)
 
 
-def some_infos(bench) -> list[dict]:
-    dense = {"dense": {"kind": "dense", "median_s": 4.0, "error": 0.0, "is_right": True}}
-    model = {"model": "demo", "layers": 1, "width": 8, "vocabulary": 9, "batch": 1, "context": 4}
-    cap = {"linear_share": 0.5, "cap": 2.0}
-    sizes = {f"{name}_bytes": 2**20 for name in ("first", "later", "result", "bound", "dense")}
+def some_cases() -> list[dict]:
+    names = ("first call", "later call", "its results", "bound", "dense N x K")
+    layer = {"op": "memory", "M": 1, "N": 8, "K": 8, "sparsity": 0.75, "threads": 1}
     return [
-        *infos(
-            result("spmm", 256, 0.5, ours_s=4.0),
-            result("spmm", 256, 0.5, ours_s=2.0, threads=2),
-            result("spmm", 1024, 0.5, ours_s=1.0),
-            result("spmm", 1, 0.5, ours_s=1.0, is_cold=True),
-            result("sddmm", 256, 0.75, ours_s=2.0),
-            result("train_step", 1024, 0.75, ours_s=2.0, rivals=dense, **model, **cap),
-            result("generate", 4, 0.75, ours_s=2.0, rivals=dense, **model | {"batch": 4}, tokens=8),
-        ),
-        {"op": "memory", "M": 1, "N": 8, "K": 8, "every": 4, "threads": 1, **sizes},
+        measured("spmm", 256, 0.5, ours_s=4.0),
+        measured("spmm", 256, 0.5, ours_s=2.0, threads=2),
+        measured("spmm", 1024, 0.5, ours_s=1.0),
+        measured("spmm", 1, 0.5, ours_s=1.0, is_cold=True),
+        measured("sddmm", 256, 0.75, ours_s=2.0),
+        of_a_model("train_step", 1024, linear_share=0.5, cap=2.0),
+        of_a_model("generate", 4, batch=4, tokens=8),
+        layer | {"ways": {name: {"bytes": 2**20} for name in names}},
     ]
 
 
+def a_run(cases: list[dict], **machine) -> records.Run:
+    about = {"cpu": "A CPU", "cores": 2, "isa": "avx2", "torch": "2.13.0", "isa_of_torch": "AVX2"}
+    about |= {"peers": [], "ceilings": {}} | machine
+    commit = {"id": "abc", "dirty": False}
+    head = {"benchmark": "products", "date": "2026-01-02", "commit": commit, "machine": about}
+    return records.Run(head, records.flat(cases))
+
+
 def test_ratios_are_against_the_best_dense_call():
-    (info,) = infos(result("spmm", 16, 0.5, ours_s=6.0, calls=3))
-    assert info["ours_s"] == 2 and info["speedup"] == 2
-    assert info["best_dense"] == "F.linear" and info["dense_flop_per_s"] == 20
+    case = measured("spmm", 16, 0.5, ours_s=2.0)
+    assert case["ours_s"] == 2 and case["speedup"] == 2 and case["ours"] == "sparsekern"
+    assert case["best_dense"] == "F.linear" and case["useful_flop_per_s"] == 16 * 1000
 
 
 def test_who_is_wrong_is_shown_and_not_the_best(bench):
-    (info,) = infos(result("spmm", 16, 0.5, ours_s=2.0))
-    assert info["speedups"] == {"scipy CSR": 0.5, "hasty": 40.0} and info["best_peer"] == 0.5
-    lines = bench("tables").competitors([info]).splitlines()
+    case = measured("spmm", 16, 0.5, ours_s=2.0)
+    assert case["speedups"] == {"sparsekern": 2.0, "scipy CSR": 0.5, "hasty": 40.0}
+    assert case["best_peer"] == 0.5
+    lines = bench("tables").competitors([case]).splitlines()
     assert "hasty" in lines[4] and "5e-01 **wrong**" in lines[4]
     assert "1e-07" in lines[3] and "wrong" not in lines[3]
+
+
+def test_nothing_is_held_against_a_dense_call_that_is_wrong():
+    ways = {"F.linear": {"kind": "dense", "median_s": 1.0, "error": 1.0, "is_right": False}}
+    with pytest.raises(ValueError, match="no dense call is right"):
+        measured("spmm", 16, 0.5, ours_s=2.0, ways=ways)
 
 
 def test_tables_hold_geometric_means(bench):
     run, tables = bench("run"), bench("tables")
     rows = [
         [part.strip() for part in line.split("|")[1:-1]]
-        for line in tables.summary(run.timed(some_infos(bench)), run.SUMMARY).splitlines()
+        for line in tables.summary(some_cases(), run.SUMMARY).splitlines()
     ]
     assert rows[0] == ["times dense", "threads", "50%", "75%"]
     assert rows[2:] == [
@@ -92,28 +108,26 @@ def test_tables_hold_geometric_means(bench):
         ["forward, M = 1, weights cold", "1 (1 shape)", "4.00 (0.50)", ""],
         ["training step of the demo's GPT", "1", "", "2.00"],
     ]
-    (scaling, dense) = tables.against_ourselves(some_infos(bench)).splitlines()[2:]
-    (*_, speeds) = tables.generation(some_infos(bench)).splitlines()
+    (scaling, dense) = tables.against_ourselves(some_cases()).splitlines()[2:]
+    (*_, speeds) = tables.generation(some_cases()).splitlines()
     assert [part.strip() for part in speeds.split("|")[5:8]] == ["8.0", "16.0", "2.00"]
     assert "sparsekern, one thread" in scaling and "2.00" in scaling and "1.00" in dense
 
 
 def test_results_are_a_page_a_plot_and_a_section(bench, monkeypatch, tmp_path):
     run = bench("run")
-    found = some_infos(bench)
-    machine = {"cpu": "A CPU", "cores": 2, "isa": "avx2", "torch": "2.13.0", "isa_of_torch": "AVX2"}
-    machine["peers"] = [{"name": "absent", "layout": "its own", "missing": "no wheel"}]
-    full = {"machine_info": machine, "commit_info": {"id": "abc", "dirty": False}}
-    full |= {"datetime": "2026-01-02T03:04", "benchmarks": [{"extra_info": i} for i in found]}
-
-    run.write(tmp_path / "results", "a-cpu", run.json.dumps(full))
+    peer = {"name": "absent", "layout": "its own", "missing": "no wheel"}
+    cases = [*some_cases(), measured("spmm", 256, 0.75, ours_s=1.0)]
+    found = a_run(cases, peers=[peer])
+    run.write(tmp_path / "results", "a-cpu", found)
     page = (tmp_path / "results" / "a-cpu.md").read_text()
     assert "no wheel" in page and "Not run." not in page
-    assert (tmp_path / "results" / "a-cpu.png").stat().st_size > 10_000
+    assert records.read(tmp_path / "results" / "a-cpu.csv") == found
+    assert (tmp_path / "results" / "a-cpu.png").stat().st_size > 5_000
 
     monkeypatch.setattr(run, "PAGE", tmp_path / "benchmarks.md")
     run.PAGE.write_text(f"before\n{run.MARKERS[0]}\nformer\n{run.MARKERS[1]}\nafter\n")
-    run.update_page("a-cpu", full)
+    run.update_page("a-cpu", found)
     text = run.PAGE.read_text()
     assert text.startswith("before\n<!-- bench: begin -->\n| times dense")
     assert "former" not in text and text.endswith("-->\nafter\n")
@@ -121,21 +135,16 @@ def test_results_are_a_page_a_plot_and_a_section(bench, monkeypatch, tmp_path):
 
 def test_a_part_of_the_grid_is_a_page_that_says_so(bench, monkeypatch, tmp_path):
     run = bench("run")
-    machine = {"cpu": "A CPU", "cores": 1, "isa": "avx2", "torch": "2.13.0", "isa_of_torch": "AVX2"}
-    machine |= {"peers": [], "ceilings": {"1": {}, "2": {}}}
-    full = {"machine_info": machine, "commit_info": {"id": "abc", "dirty": False}}
-    full |= {"datetime": "2026-01-02T03:04", "benchmarks": []}
-    full["benchmarks"].append(result("spmm", 256, 0.75, ours_s=2.0, mask="trained"))
-    race.derive(full["benchmarks"][0])
 
     def run_pytest(arguments: list[str]) -> int:
         assert arguments[-2:] == ["-k", "trained"]
-        (path,) = (a.split("=")[1] for a in arguments if a.startswith("--benchmark-json="))
-        Path(path).write_text(run.json.dumps(full))
+        (path,) = (a.split("=")[1] for a in arguments if a.startswith("--table="))
+        found = a_run([measured("spmm", 256, 0.75, ours_s=2.0, mask="trained")])
+        records.write(Path(path), found.about, found.records)
         return 0
 
     monkeypatch.setattr(run.pytest, "main", run_pytest)
-    monkeypatch.setattr(run, "RESULTS", tmp_path)
+    monkeypatch.setattr(run.pages, "RESULTS", tmp_path)
     monkeypatch.setattr(run, "CORES", [0, 1])
     monkeypatch.setattr(run, "update_page", None)
     arguments = ["--part", "trained", "--note", "Of a demo.", "-k", "trained"]
@@ -143,9 +152,8 @@ def test_a_part_of_the_grid_is_a_page_that_says_so(bench, monkeypatch, tmp_path)
     assert run.main() == 0
 
     written = sorted(tmp_path.iterdir())
-    assert [path.suffix for path in written] == [".json", ".md"]
+    assert [path.suffix for path in written] == [".csv", ".md"]
     assert all("-2-cores-" in path.name and "-trained-" in path.name for path in written)
-    assert list(run.json.loads(written[0].read_text())["machine_info"]["ceilings"]) == ["1"]
     page = written[1].read_text()
     assert "`bench/run.py --part trained -k trained`. Of a demo." in page
     assert "A CPU, 2 cores" in page and "pruned after training" in page

@@ -19,10 +19,12 @@ from sparsekern.bench import (
     products,
     products_gpu,
     rates,
+    records,
 )
 from sparsekern.bench.peers_gpu import torch_csr
 from sparsekern.bench.products import Workload
-from sparsekern.bench.race import Race, derive, ours
+from sparsekern.bench.race import ours, race
+from sparsekern.bench.work_gpu import checked
 from sparsekern.cli import main
 from sparsekern.kernels import crossover
 from sparsekern.kernels.cpu import panel
@@ -46,22 +48,23 @@ def small(monkeypatch):
 
 
 def test_the_command_measures_every_product(small, tmp_path, capsys):
-    out = tmp_path / "new" / "bench.json"
+    out = tmp_path / "new" / "bench.csv"
     assert main(["bench", "--quick", "--device=cpu", f"--out={out}", "--commit=abc"]) == 0
     printed = capsys.readouterr().out
-    result = json.loads(out.read_text())
-    measured = [*result["benchmarks"], *result["noisy"]]
-    about, infos = result["machine_info"], [b["extra_info"] for b in measured]
-    assert {info["op"] for info in infos} == set(products.PRODUCTS)
-    assert {"cpu", "cores", "isa", "torch", "python", "sparsekern"} <= about.keys()
-    assert result["commit_info"] == {"id": "abc", "dirty": False} and "commit abc" in printed
-    for info in infos:
-        assert info["error"] < 2e-6 and info["speedup"] > 0 and info["kernel"]
-        assert all(rival["is_right"] for rival in info["rivals"].values())
-        assert info["useful_flop"] == info["passes"] * 2 * info["M"] * info["nnz"]
+    run = records.read(out)
+    machine = run.about["machine"]
+    (limits,) = machine["ceilings"].values()
+    cases = [rates.derive(case, limits) for case in records.cases(run.records)]
+    assert {case["op"] for case in cases} == set(products.PRODUCTS)
+    assert {"cpu", "cores", "isa", "torch", "python", "sparsekern"} <= machine.keys()
+    assert run.about["commit"] == {"id": "abc", "dirty": False} and "commit abc" in printed
+    for case in cases:
+        assert case["error"] < 2e-6 and case["speedup"] > 0 and case["kernel"]
+        assert all(way["is_right"] for way in case["ways"].values())
+        assert case["useful_flop"] == case["passes"] * 2 * case["M"] * case["nnz"]
         if panel._C:
-            assert 0 < info["shares"]["roofline"] and (info["level"] == "memory") >= info["is_cold"]
-    assert len([line for line in printed.splitlines() if line.startswith("| ")]) == len(infos) + 2
+            assert 0 < case["shares"]["roofline"] and (case["level"] == "memory") >= case["is_cold"]
+    assert len([line for line in printed.splitlines() if line.startswith("| ")]) == len(cases) + 2
     assert ("No ceilings" in printed) == (panel._C is None)
 
 
@@ -72,11 +75,16 @@ def test_what_was_measured_before_an_error_is_kept_apart(small, tmp_path, monkey
         raise ArithmeticError("the third is wrong")
 
     monkeypatch.setattr(measure, "cpu_work", lambda quick, threads: [*made, fail])
-    out = tmp_path / "bench.json"
+    out = tmp_path / "bench.csv"
     assert main(["bench", "--quick", "--device=cpu", f"--out={out}"]) == 2
     assert "the third is wrong" in capsys.readouterr().err
-    partial = json.loads(out.with_suffix(".partial.json").read_text())
-    assert len(partial["benchmarks"] + partial["noisy"]) == 2 and not out.exists()
+    partial = records.read(out.with_suffix(".partial.csv"))
+    assert len(records.cases(partial.records)) == 2 and not out.exists()
+
+
+def test_a_table_has_its_suffix(capsys):
+    assert main(["bench", "--quick", "--device=cpu", "--out=bench.json"]) == 2
+    assert "out: expected a .csv file, got bench.json" in capsys.readouterr().err
 
 
 @needs_library
@@ -88,22 +96,25 @@ def test_ceilings_are_in_the_order_of_the_levels(small):
 
 
 def test_shares_of_the_ceilings():
+    """4 values of 4 + 2 bytes and 1 * (2 + 4) activations of 4 bytes; 8 operations in a second."""
     limits = {
         "flop_per_s": 100.0,
-        "bytes_per_s": {"l1": 50.0, "memory": 10.0},
-        "bytes": {"l1": 8, "memory": 1000},
+        "bytes_per_s": {"l1": 96.0, "memory": 12.0},
+        "bytes": {"l1": 24, "memory": 1000},
     }
-    info = {"is_cold": False, "moved_bytes": 16, "useful_flop": 32, "ours_s": 1.0, "passes": 1}
-    rates.add_rates(info, limits)
-    assert info["level"] == "l1" and info["shares"]["flop"] == 0.32
-    assert info["shares"]["bytes"] == 0.32 and info["shares"]["roofline"] == 0.32
-    cold = info | {"is_cold": True}
-    rates.add_rates(cold, limits)
-    assert cold["level"] == "memory" and cold["shares"]["roofline"] == 1.6
-    assert rates.level_of(17, limits) == "memory" and rates.level_of(10**9, limits) == "memory"
-    untouched = {"op": "memory"}
-    rates.add_rates(untouched, limits)
-    assert untouched == {"op": "memory"}
+    right = {"median_s": 1.0, "error": 0.0, "is_right": True}
+    ways = {"mm": {"kind": "dense", **right}, "ours": {"kind": "ours", **right}}
+    case = {"op": "spmm", "device": "cpu", "M": 1, "N": 2, "K": 4, "nnz": 4, "dtype": "float32"}
+    warm = rates.derive(case | {"is_cold": False, "ways": ways}, limits)
+    assert warm["level"] == "l1" and warm["moved_bytes"] == 48 and warm["density"] == 0.5
+    assert warm["shares"] == {"flop": 0.08, "bytes": 0.5, "roofline": 0.5}
+    cold = rates.derive(case | {"is_cold": True, "ways": ways}, limits)
+    assert cold["level"] == "memory" and cold["shares"]["roofline"] == 4
+    packed = {"mm": ways["mm"], "ours": ways["ours"] | {"bytes": 10}}
+    assert rates.derive(case | {"is_cold": True, "ways": packed})["moved_bytes"] == 34
+    assert rates.level_of(49, limits) == "memory" and rates.level_of(10**9, limits) == "memory"
+    untouched = {"op": "memory", "ways": {"bound": {"bytes": 1}}}
+    assert rates.derive(dict(untouched)) == untouched
 
 
 @pytest.mark.parametrize("mask", products.MASKS)
@@ -120,17 +131,15 @@ def test_masks_have_their_density_and_their_shape(mask):
 @pytest.mark.parametrize("op", products.PRODUCTS)
 def test_every_rival_computes_the_product(op):
     product = products.PRODUCTS[op](Workload(5, 48, 32, 0.5, 1))
-    race = product.race(most_rounds=1)
-    assert len(race.run()) == 1
-    records = race.records()
-    assert records["rivals"] and all(r["is_right"] for r in records["rivals"].values())
+    ways = product.race(most_rounds=1)["ways"]
+    assert len(ways) > 1 and all(way["is_right"] for way in ways.values())
 
 
 def test_nobody_is_timed_when_we_are_wrong():
     exact = torch.ones(2, dtype=torch.float64), torch.ones(2, dtype=torch.float64)
     for wrong in (1.1, torch.nan):
         with pytest.raises(ArithmeticError, match="sparsekern: error .* against fp64"):
-            Race(ours(lambda y=wrong: torch.full((2,), y)), [], 1, exact, 1e-6)
+            race(ours(lambda y=wrong: torch.full((2,), y)), [], 1, exact, 1e-6)
 
 
 # What dispatch reads
@@ -224,21 +233,19 @@ def test_a_spread_is_of_the_quartiles():
 def test_a_noisy_product_is_flagged_and_kept_apart(small, tmp_path, monkeypatch, capsys):
     def work(quick: bool, threads: int):
         for spread in (0.01, 0.5):
-            benchmark = measure._on_cpu("spmm", Workload(4, 48, 64, 0.5, threads), True)
-            benchmark["stats"]["spread"] = spread
-            benchmark["extra_info"]["rivals"]["F.linear"]["spread"] = 0.0
-            yield lambda benchmark=benchmark: benchmark
+            case = measure._on_cpu("spmm", Workload(4, 48, 64, 0.5, threads), True)
+            case["ways"]["sparsekern"]["spread"] = spread
+            yield lambda case=case: case
 
     monkeypatch.setattr(measure, "cpu_work", lambda *a: list(work(*a)))
-    monkeypatch.setattr(noise, "of_benchmark", lambda b: b["stats"]["spread"])
-    out = tmp_path / "bench.json"
+    monkeypatch.setattr(noise, "of_case", lambda c: c["ways"]["sparsekern"]["spread"])
+    out = tmp_path / "bench.csv"
     assert main(["bench", "--quick", "--device=cpu", f"--out={out}"]) == 0
     printed = capsys.readouterr().out
     rows = [line for line in printed.splitlines() if line.startswith("| spmm")]
     assert "50% noisy" in rows[1] and "noisy" not in rows[0]
     assert "1 of 2 are noisy" in printed
-    stored = json.loads(out.read_text())
-    assert len(stored["benchmarks"]) == len(stored["noisy"]) == 1
+    assert [case["is_noisy"] for case in records.cases(records.read(out).records)] == [False, True]
 
 
 def test_a_gpus_noisy_cell_gives_no_limit():
@@ -269,72 +276,60 @@ def test_info_says_that_a_calibration_is_in_force(monkeypatch, capsys):
 # Comparing
 
 
-def result(path: Path, scale: float, **groups: float) -> Path:
-    """A result whose groups took so many seconds, dense `scale` seconds."""
-    rivals = {"F.linear": {"kind": "dense", "min_s": scale, "median_s": 9.0, "is_right": True}}
-    rivals["hasty"] = {"kind": "dense", "min_s": 1e-9, "median_s": 9.0, "is_right": False}
-    benchmarks = [
+def result(path: Path, scale: float, noisy: str = "", **seconds: float) -> Path:
+    """A table whose models took so many seconds, dense `scale` seconds."""
+    right = {"median_s": 9.0, "error": 0.0, "is_right": True}
+    cases = [
         {
-            "group": group,
-            "stats": {"min": 2 * seconds, "median": 9.0},
-            "extra_info": {"calls": 2, "rivals": rivals},
+            **{"op": "generate", "model": model, "M": 1, "sparsity": 0.5, "threads": 1},
+            "is_noisy": model == noisy,
+            "ways": {
+                "ours": {"kind": "ours", "min_s": each, **right},
+                "F.linear": {"kind": "dense", "min_s": scale, **right},
+                "hasty": {"kind": "dense", "min_s": 1e-9, **right, "is_right": False},
+                "broken": {"kind": "ours", "failed": "no such thing", "is_right": False},
+            },
         }
-        for group, seconds in groups.items()
+        for model, each in seconds.items()
     ]
-    benchmarks.append({"group": None, "stats": {"min": 1}, "extra_info": {"op": "memory"}})
-    path.write_text(json.dumps({"benchmarks": benchmarks}))
+    cases.append({"op": "memory", "ways": {"bound": {"bytes": 1}}})
+    records.write(path, {"benchmark": "products"}, records.flat(cases))
     return path
 
 
 def test_compare_fails_where_something_is_slower(tmp_path, capsys):
-    old = result(tmp_path / "old.json", 1.0, a=1.0, b=1.0, gone=1.0)
-    new = result(tmp_path / "new.json", 2.0, a=1.3, b=0.5, fresh=1.0)
+    old = result(tmp_path / "old.csv", 1.0, a=1.0, b=1.0, gone=1.0)
+    new = result(tmp_path / "new.csv", 2.0, a=1.3, b=0.5, fresh=1.0)
     assert main(["bench", "compare", str(old), str(new)]) == 1
     rows = [
         [part.strip() for part in line.split("|")[1:-1]]
         for line in capsys.readouterr().out.splitlines()
         if line.startswith("| ")
     ]
-    assert [row[0] for row in rows[2:]] == ["a", "b"]
+    assert [row[0] for row in rows[2:]] == [f"generate {x}-M1-50%-1T ours" for x in "ab"]
     assert rows[2][3:] == ["1.30", "2.00", "slower"] and rows[3][3:] == ["0.50", "2.00", ""]
     assert main(["bench", "compare", str(old), str(new), "--threshold=0.31"]) == 0
     assert main(["bench", "compare", str(old), str(old)]) == 0
 
 
 def test_compare_concludes_nothing_from_noise(tmp_path, capsys):
-    old = result(tmp_path / "old.json", 1.0, a=1.0, b=1.0)
-    new = result(tmp_path / "new.json", 1.0, a=1.0, b=3.0)
-    data = json.loads(new.read_text())
-    data["noisy"] = [data["benchmarks"].pop(1)]
-    new.write_text(json.dumps(data))
+    old = result(tmp_path / "old.csv", 1.0, a=1.0, b=1.0)
+    new = result(tmp_path / "new.csv", 1.0, noisy="b", a=1.0, b=3.0)
     assert main(["bench", "compare", str(old), str(new)]) == 0
     out = capsys.readouterr().out
     assert "0 slower by more than 10%. 1 noisy: nothing is concluded" in out
-    (row,) = (line for line in out.splitlines() if line.startswith("| b"))
+    (row,) = (line for line in out.splitlines() if line.startswith("| generate b"))
     assert row.endswith(" noisy |")
 
 
-def test_compare_reads_a_gpus_cells(tmp_path):
-    right = {"is_right": True, "median_s": 9.0}
-    ways = {
-        "F.linear cublas": {"kind": "dense", "min_s": 1.0, **right},
-        "stream": {"kind": "ours", "min_s": 0.5, **right},
-        "triton": {"kind": "ours", "failed": "no such thing", "is_right": False},
-    }
-    cell = {"M": 1, "N": 8, "K": 8, "sparsity": 0.5, "mask": "random", "dtype": "torch.bfloat16"}
-    path = tmp_path / "decode.json"
-    path.write_text(json.dumps({"cells": [cell | {"ways": ways}]}))
-    assert main(["bench", "compare", str(path), str(path)]) == 0
-
-
 def test_compare_mistakes(tmp_path, capsys):
-    old = result(tmp_path / "old.json", 1.0, a=1.0)
-    other = result(tmp_path / "other.json", 1.0, b=1.0)
-    (tmp_path / "not.json").write_text("[]")
+    old = result(tmp_path / "old.csv", 1.0, a=1.0)
+    other = result(tmp_path / "other.csv", 1.0, b=1.0)
+    (tmp_path / "not.csv").write_text("[]")
     for files, message in {
         (old, other): "have no group in common",
-        (old, tmp_path / "not.json"): "not.json is not a result of a benchmark",
-        (old, tmp_path / "none.json"): "compare: {} does not exist".format(tmp_path / "none.json"),
+        (old, tmp_path / "not.csv"): "not.csv is not a table of measurements",
+        (old, tmp_path / "none.csv"): "compare: {} does not exist".format(tmp_path / "none.csv"),
     }.items():
         assert main(["bench", "compare", *map(str, files)]) == 2
         assert message in capsys.readouterr().err
@@ -357,25 +352,23 @@ def gpu_cells(monkeypatch) -> list[dict]:
     return [*forward, *gradients, *steps]
 
 
-def test_a_gpus_products_are_benchmarks_like_a_cpus(gpu_cells):
-    made = [products_gpu.benchmark(cell) for cell in gpu_cells]
-    assert [b["group"] for b in made] == [
-        f"{op} 24x16-M{M}-50%-random-bfloat16-cuda"
+def test_a_gpus_products_are_cases_like_a_cpus(gpu_cells):
+    made = [rates.derive(checked(cell)) for cell in gpu_cells]
+    assert [rates.case_name(case) for case in made] == [
+        f"{op} 24x16-M{M}-50%-GPU-bfloat16" + "-cold" * (op != "linear")
         for ops in (("spmm",), ("spmm_t", "sddmm"), ("linear",))
         for M in (1, 5)
         for op in ops
     ]
-    for benchmark in made:
-        derive(benchmark)
-        info = benchmark["extra_info"]
-        assert info["speedup"] == 1 and info["device"] == "cuda" and "failed" in info
-        assert all(rival["is_right"] for rival in info["rivals"].values())
-        assert len(measure.row(benchmark)) == len(measure.COLUMNS)
-        assert info["useful_flop"] == info["passes"] * 2 * info["M"] * info["nnz"]
-    rivals = {b["extra_info"]["op"]: b["extra_info"]["rivals"].keys() for b in made}
-    assert rivals["linear"] == {"F.linear"}
-    assert rivals["spmm_t"] >= {"F.linear cublas", "mm(x, W[K, N]) cublaslt"}
-    assert rivals["sddmm"] >= {"mm(dy.t(), x) cublas", "mm(x.t(), dy) cublaslt", "torch CSR"}
+    for case in made:
+        assert case["speedup"] == 1 and case["device"] == "cuda" and case["kernel"]
+        assert all(way["is_right"] or "failed" in way for way in case["ways"].values())
+        assert len(measure.row(case)) == len(measure.COLUMNS)
+        assert case["useful_flop"] == case["passes"] * 2 * case["M"] * case["nnz"]
+    ways = {case["op"]: case["ways"].keys() for case in made}
+    assert ways["linear"] == {"sparsekern", "F.linear"}
+    assert ways["spmm_t"] >= {"F.linear cublas", "mm(x, W[K, N]) cublaslt"}
+    assert ways["sddmm"] >= {"mm(dy.t(), x) cublas", "mm(x.t(), dy) cublaslt", "torch CSR"}
 
 
 def test_torchs_input_gradient_is_the_product():
@@ -402,11 +395,15 @@ def test_a_peer_gets_no_gradient_that_takes_it_seconds(monkeypatch):
 def test_a_gpus_product_that_is_wrong_is_an_error(gpu_cells):
     for change, message in (
         ({"is_right": False, "error": 0.5}, "error 5.0e-01 against fp64"),
-        ({"is_right": False, "failed": "no such thing"}, "spmm 24x16-M1-50%: no such thing"),
+        (
+            {"is_right": False, "failed": "no such thing"},
+            "spmm 24x16-M1-50%-GPU.*: no such thing",
+        ),
     ):
+        change["kind"] = "ours"
         cell = gpu_cells[0] | {"ways": {**gpu_cells[0]["ways"], products_gpu.NAME: change}}
         with pytest.raises(ArithmeticError, match=message):
-            products_gpu.benchmark(cell)
+            checked(cell)
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="this machine has a GPU")
@@ -418,10 +415,10 @@ def test_a_gpu_that_is_not_there_is_named(capsys):
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="no NVIDIA GPU that torch can use")
 def test_the_command_on_a_gpu(tmp_path):
-    out = tmp_path / "bench.json"
+    out = tmp_path / "bench.csv"
     assert main(["bench", "--quick", "--device=cuda", f"--out={out}"]) == 0
-    result = json.loads(out.read_text())
-    infos = [b["extra_info"] for b in [*result["benchmarks"], *result["noisy"]]]
-    assert {info["op"] for info in infos} == {"spmm", "spmm_t", "sddmm", "linear", "train_step"}
-    assert not infos[-1]["failed"]
-    assert result["machine_info"]["under_load"]
+    run = records.read(out)
+    ops = {"spmm", "spmm_t", "sddmm", "linear", "train_step"}
+    assert {record["op"] for record in run.records} == ops
+    assert not any("failed" in r for r in records.select(run.records, op="train_step"))
+    assert run.about["machine"]["under_load"]

@@ -1,6 +1,5 @@
 """A GPT's step in the GPU's benchmark, without a GPU: on a clock that only calls."""
 
-import json
 from contextlib import nullcontext
 from types import SimpleNamespace
 
@@ -8,12 +7,15 @@ import pytest
 import torch
 from test_bench_gpu import CallingClock
 
-from sparsekern.bench import gpt_gpu, measure, measure_gpu, work_gpu
-from sparsekern.bench.race import derive
+from sparsekern.bench import gpt_gpu, measure, measure_gpu, records, work_gpu
+from sparsekern.bench.rates import case_name, derive
+from sparsekern.bench.work_gpu import checked
 from sparsekern.gpt.model import GPT, GPTConfig
 from sparsekern.gpt.step import compute_gradients
-from sparsekern.report import sections
+from sparsekern.report import models
 from sparsekern.report.load import load
+from sparsekern.report.nearest import choose, this
+from sparsekern.report.view import View
 from sparsekern.wafer import compare as wafer
 from sparsekern.wafer.machine import machine
 
@@ -30,33 +32,29 @@ def gpt_cells(step: gpt_gpu.Step, **seconds: float) -> list[dict]:
         return list(gpt_gpu.training_steps(step, clock, torch.device("cpu")))
 
 
-def test_a_gpts_step_is_a_benchmark_that_the_report_reads(step, tmp_path):
+def test_a_gpts_step_is_a_case_that_the_report_reads(step, tmp_path):
     pytest.importorskip("matplotlib")
     cells = gpt_cells(step, **{"dense, compiled": 0.5, "sparsekern": 0.25})
-    made = [gpt_gpu.benchmark(cell) for cell in cells]
-    assert [b["group"] for b in made] == [
-        f"train_step tiny-1x16-{s}-bfloat16-cuda" for s in ("50%", "75%")
+    made = [derive(checked(cell)) for cell in cells]
+    assert [case_name(case) for case in made] == [
+        f"train_step tiny-M2-{s}-GPU-bfloat16" for s in ("50%", "75%")
     ]
-    for benchmark in made:
-        derive(benchmark)
-        info = benchmark["extra_info"]
-        assert info["way"] == "sparsekern" and info["best_dense"] == "dense, compiled"
-        assert info["speedup"] == 2 and 0 < info["error"] < 1e-2 and info["M"] == 16
-        assert set(info["rivals"]) == {"dense", "dense, compiled", "sparsekern, compiled"}
-        assert all(rival["is_right"] for rival in info["rivals"].values())
-        assert len(measure.row(benchmark)) == len(measure.COLUMNS)
-        assert info["useful_flop"] < info["dense_flop"]
-    path = tmp_path / "result.json"
-    about = {"gpu": "NVIDIA H200", "cpu": "", "cores": 2, "isa": "avx2", "torch": "2.11.0"}
-    commit = {"id": "abc", "dirty": False}
-    fields = {"machine_info": about, "commit_info": commit, "datetime": "2026-01-02T00:00:00"}
-    path.write_text(json.dumps(fields | {"benchmarks": made}))
-    (part,) = sections.training(load(tmp_path))
-    assert [row[:2] for row in part.rows] == [
-        ["tiny 50% zeros", "GPU"],
-        ["tiny 75% zeros", "GPU"],
-    ]
-    (pair, _) = wafer.compare(machine("wse2"), [path])
+    for case in made:
+        assert case["ours"] == "sparsekern" and case["best_dense"] == "dense, compiled"
+        assert case["speedup"] == 2 and 0 < case["error"] < 1e-2 and case["M"] == 16
+        names = {"sparsekern", "sparsekern, compiled", "dense", "dense, compiled"}
+        assert case["ways"].keys() == names
+        assert all(way["is_right"] for way in case["ways"].values())
+        assert len(measure.row(case)) == len(measure.COLUMNS)
+        assert case["useful_flop"] < case["dense_flop"]
+    machine_info = {"gpu": "NVIDIA H200", "isa": "avx2", "torch": "2.11.0"}
+    about = {"benchmark": "products", "date": "2026-01-02", "machine": machine_info}
+    about["commit"] = {"id": "abc", "dirty": False}
+    records.write(tmp_path / "result.csv", about, records.flat(made))
+    results = load(tmp_path)
+    section = models.training(View(results, choose(results, this())))
+    assert section.rows == [["tiny, GPU", "32", "2.00", "2.00"]]
+    (pair, _) = wafer.compare(machine("wse2"), {"result": results[0].records})
     assert pair.what == "train_step tiny, 16 tokens, GPU" and pair.measured == 2
 
 
@@ -68,8 +66,8 @@ def test_a_gpts_step_with_a_wrong_gradient_is_an_error(step, monkeypatch):
                 parameter.grad.zero_()
 
     monkeypatch.setattr(gpt_gpu, "compute_gradients", skips_a_layer)
-    with pytest.raises(ArithmeticError, match="tiny-1x16-50%: error .* against fp64"):
-        gpt_gpu.benchmark(gpt_cells(step)[0])
+    with pytest.raises(ArithmeticError, match="tiny-M2-50%-GPU-bfloat16: error .* against fp64"):
+        checked(gpt_cells(step)[0])
 
 
 def test_a_gpts_step_that_does_not_compile_is_named(step, monkeypatch):
@@ -78,10 +76,11 @@ def test_a_gpts_step_that_does_not_compile_is_named(step, monkeypatch):
             raise RuntimeError("no compiler")
 
     monkeypatch.setattr(gpt_gpu, "compiled_blocks", lambda model: Broken(model.config))
-    info = gpt_gpu.benchmark(gpt_cells(step)[0])["extra_info"]
+    case = derive(checked(gpt_cells(step)[0]))
+    failed = {name: way["failed"] for name, way in case["ways"].items() if "failed" in way}
     reason = "RuntimeError: no compiler"
-    assert info["failed"] == {"dense, compiled": reason, "sparsekern, compiled": reason}
-    assert info["way"] == "sparsekern" and set(info["rivals"]) == {"dense"}
+    assert failed == {"dense, compiled": reason, "sparsekern, compiled": reason}
+    assert case["ours"] == "sparsekern" and case["best_dense"] == "dense"
 
 
 def test_all_that_a_gpu_measures_is_made(step, monkeypatch, tmp_path):
@@ -92,13 +91,14 @@ def test_all_that_a_gpu_measures_is_made(step, monkeypatch, tmp_path):
         grid = measure_gpu.Grid(((24, 16),), tokens, (0.5,), ("random",))
         monkeypatch.setattr(work_gpu, name, grid)
     names = {"no_grad": torch.no_grad, "Generator": lambda device: torch.Generator()}
+    names["bfloat16"] = torch.bfloat16
     names["device"] = lambda device: torch.device("cpu")
     names["cuda"] = SimpleNamespace(Stream=lambda: None, stream=lambda stream: nullcontext())
     monkeypatch.setattr(work_gpu, "torch", SimpleNamespace(**names))
     monkeypatch.setattr(work_gpu, "CudaClock", CallingClock)
     work = work_gpu.work(quick=True)
     made = [make() for make in work]
-    ops = [benchmark["extra_info"]["op"] for benchmark in made]
+    ops = [case["op"] for case in made]
     assert ops == ["spmm", "spmm", "spmm_t", "sddmm", "linear", "train_step", "train_step"]
     with pytest.raises(StopIteration):
         work[-1]()

@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 
 from sparsekern import SparseTensor
-from sparsekern.bench import crossover, measure_gpu, peers_gpu
+from sparsekern.bench import crossover, measure_gpu, peers_gpu, rates, records
 from sparsekern.kernels import crossover as shipped
 from sparsekern.kernels import derived
 from sparsekern.kernels.cuda import packs
@@ -85,7 +85,7 @@ def small_grid(**options):
 def run(grid, ways, clock=None) -> list[dict]:
     generator = torch.Generator().manual_seed(0)
     found = measure_gpu.cells(grid, ways, clock or CallingClock(), generator)
-    return [measure_gpu.derive(cell) for cell in found]
+    return [rates.derive(cell) for cell in found]
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
@@ -108,9 +108,9 @@ def test_ratios_are_against_the_fastest_dense_call_that_is_right():
     (_, cell) = run(small_grid(), [dense_way("stream")], clock)
     assert cell["best_dense"] == "F.linear cublaslt" and cell["speedups"] == {"stream": 1.8}
     way = cell["ways"]["stream"]
-    assert (way["median_s"], way["min_s"], way["max_s"]) == (0.5, 0.25, 1.0)
+    assert (way["median_s"], way["min_s"]) == (0.5, 0.25)
     cell["ways"]["F.linear cublaslt"]["is_right"] = False
-    assert measure_gpu.derive(cell)["speedups"] == {"stream": 2.0}
+    assert rates.derive(cell)["speedups"] == {"stream": 2.0}
 
 
 def test_slow_dense_calls_are_timed_for_one_mask_only():
@@ -291,7 +291,7 @@ def test_a_way_with_another_weight_is_held_against_its_own_product():
         way,
         lay_out=lambda W: peers_gpu.largest_two_of_four(W.to_dense()),
         dense_of=lambda W: W,
-        kind="bound",
+        kind="other",
     )
     (cell, _) = run(small_grid(sparsities=(0.0,)), [way])
     assert cell["ways"]["2:4"]["is_right"]
@@ -306,17 +306,16 @@ def some_cells() -> list[dict]:
 
     def cell(M: int, mask: str, sparsity: float, K: int) -> dict:
         ours_s = (1 if mask == "random" else 2) / M
-        right = {"is_right": True, "error": 1e-3, "note": "", "bytes": 1000}
+        right = {"is_right": True, "error": 1e-3, "bytes": 1000}
         ways = {
             "F.linear cublas": {"kind": "dense", "median_s": 1.0, **right},
             "stream": {"kind": "ours", "median_s": ours_s, **right},
         }
         if M == 16:
             ways["triton"] = {"kind": "ours", "median_s": 2 * ours_s, **right}
-        fields = {"M": M, "N": 8, "K": K, "mask": mask, "sparsity": sparsity}
-        return measure_gpu.derive(
-            {"op": "spmm", **fields, "dtype": "torch.bfloat16", "dense_bytes": 4000, "ways": ways}
-        )
+        sizes = {"M": M, "N": 8, "K": K, "nnz": 4 * K, "mask": mask, "sparsity": sparsity}
+        fields = {"dtype": "bfloat16", "threads": 0, "is_cold": True, "ways": ways}
+        return rates.derive({"op": "spmm", "device": "cuda", **sizes, **fields})
 
     return [
         cell(M, mask, sparsity, K)
@@ -327,13 +326,20 @@ def some_cells() -> list[dict]:
     ]
 
 
-def result(cells: list[dict]) -> dict:
+def a_run(cells: list[dict], **about) -> records.Run:
     machine = {"gpu": "NVIDIA H200", "capability": "sm_90", "multiprocessors": 132}
-    machine |= {"copy_bytes_per_s": 2000.0, "under_load": {"clocks.sm": "1980 MHz"}}
-    machine |= {"torch": "2.11.0", "cuda": "13.0", "commit": "abc", "dirty": False}
+    machine |= {"under_load": {"clocks.sm": "1980 MHz"}, "torch": "2.11.0", "cuda": "13.0"}
+    machine["ceilings"] = {"cuda": {"bytes_per_s": {"memory": 2000.0}}}
     machine["missing"] = {"CuPy CSR": "no module named cupy"}
-    fields = {"verb": "decode", "date": "2026-01-02", "is_whole": True}
-    return {**fields, "machine": machine, "cells": cells}
+    head = {"benchmark": "decode", "date": "2026-01-02", "is_whole": True, "machine": machine}
+    head["commit"] = {"id": "abc", "dirty": False}
+    return records.Run(head | about, records.flat(cells))
+
+
+def write(path: Path, cells: list[dict], **about) -> str:
+    run = a_run(cells, **about)
+    records.write(path, run.about, run.records)
+    return str(path)
 
 
 def rows_of(text: str) -> list[list[str]]:
@@ -350,7 +356,7 @@ def test_tables_hold_geometric_means(bench):
     ]
     assert rows_of(tables_gpu.triton(cells))[1:] == [["16", *["0.50 [0.50-0.50]"] * 2]]
     assert [row[1] for row in rows_of(tables_gpu.pruned(cells))[1:]] == ["0.50 [0.50-0.50]"] * 3
-    assert rows_of(tables_gpu.bytes_read(cells, 2000.0))[1][1] == "0.00 (50%; 0.250)"
+    assert rows_of(tables_gpu.bytes_read(cells, 2000.0))[1][1] == "0.00 (50%; 7.812)"
     assert rows_of(tables_gpu.by_shape(cells))[1][:4] == [
         "1",
         "8x8",
@@ -361,32 +367,29 @@ def test_tables_hold_geometric_means(bench):
 
 def test_results_are_a_page_a_plot_and_a_section(bench, monkeypatch, tmp_path):
     pytest.importorskip("matplotlib")
-    run_gpu, found = bench("run_gpu"), result(some_cells())
-    monkeypatch.setattr(run_gpu, "RESULTS", tmp_path / "results")
+    run_gpu, cells = bench("run_gpu"), some_cells()
+    monkeypatch.setattr(run_gpu.pages, "RESULTS", tmp_path / "results")
     monkeypatch.setattr(run_gpu, "PAGE", tmp_path / "benchmarks.md")
     begin, end = run_gpu.MARKERS
     run_gpu.PAGE.write_text(f"before\n{begin}\nformer\n{end}\nafter\n")
-    path = tmp_path / "decode.json"
-    path.write_text(json.dumps(found))
+    path = tmp_path / "decode.csv"
 
-    assert run_gpu.main(["publish", str(path)]) == 0
+    assert run_gpu.main(["publish", write(path, cells)]) == 0
     name = "nvidia-h200-decode-bfloat16-2026-01-02"
     page = (tmp_path / "results" / f"{name}.md").read_text()
     assert (
         "no module named cupy" in page and "Not run." not in page and "clocks sm 1980 MHz" in page
     )
-    assert (tmp_path / "results" / f"{name}.png").stat().st_size > 10_000
+    assert (tmp_path / "results" / f"{name}.png").stat().st_size > 5_000
     text = run_gpu.PAGE.read_text()
     assert text.startswith(f"before\n{begin}\n| times dense") and text.endswith(f"{end}\nafter\n")
     assert "former" not in text and f"[bench/results/{name}.md]" in text
 
-    path.write_text(json.dumps(found | {"is_whole": False}))
     with pytest.raises(SystemExit, match="some cells were not run"):
-        run_gpu.main(["publish", str(path)])
-    found["cells"][0]["ways"]["stream"]["is_right"] = False
-    path.write_text(json.dumps(found))
+        run_gpu.main(["publish", write(path, cells, is_whole=False)])
+    cells[0]["ways"]["stream"]["is_right"] = False
     with pytest.raises(SystemExit, match="failed or was wrong"):
-        run_gpu.main(["publish", str(path)])
+        run_gpu.main(["publish", write(path, cells)])
 
 
 def test_parts_share_the_shapes_out(bench):
@@ -407,29 +410,27 @@ def test_parts_share_the_shapes_out(bench):
 
 def test_parts_are_published_together(bench, monkeypatch, tmp_path):
     pytest.importorskip("matplotlib")
-    run_gpu, whole = bench("run_gpu"), result(some_cells())
-    monkeypatch.setattr(run_gpu, "RESULTS", tmp_path)
+    run_gpu, whole = bench("run_gpu"), a_run(some_cells())
+    monkeypatch.setattr(run_gpu.pages, "RESULTS", tmp_path)
     monkeypatch.setattr(run_gpu, "PAGE", tmp_path / "benchmarks.md")
     run_gpu.PAGE.write_text("\n".join(run_gpu.MARKERS))
     grid = measure_gpu.Grid(shapes=((8, 8), (8, 16)))
     monkeypatch.setattr(run_gpu, "grid_of", lambda *_, **__: grid)
 
     def written(place: int, **fields) -> str:
-        cells = [c for c in whole["cells"] if c["K"] == 8 * place]
-        path = tmp_path / f"part{place}.json"
-        path.write_text(json.dumps(whole | {"cells": cells, "part": (place, 2)} | fields))
-        return str(path)
+        cells = [c for c in some_cells() if c["K"] == 8 * place]
+        return write(tmp_path / f"part{place}.csv", cells, **{"part": (place, 2)} | fields)
 
     first, second = written(1), written(2)
     assert run_gpu.main(["publish", second, first]) == 0
-    published = json.loads((tmp_path / f"{run_gpu.name_of(whole)}.json").read_text())
-    assert published["cells"] == json.loads(json.dumps(whole["cells"])) and "part" not in published
-    assert [part["part"] for part in published["parts"]] == [[2, 2], [1, 2]]
+    published = records.read(tmp_path / f"{run_gpu.name_of(whole)}.csv")
+    assert records.cases(published.records) == records.cases(whole.records)
+    assert published.about["parts"] == 2 and "part" not in published.about
     assert "each W on one of 2 such GPUs" in run_gpu.PAGE.read_text()
 
     for fields, message in (
         ({"part": (1, 2)}, "expected all parts of a grid"),
-        ({"machine": {**whole["machine"], "commit": "def"}}, "expected parts of one measurement"),
+        ({"commit": {"id": "def", "dirty": False}}, "expected parts of one measurement"),
         ({"is_whole": False}, "some cells were not run"),
     ):
         with pytest.raises(SystemExit, match=message):
@@ -457,7 +458,7 @@ def test_the_crossover_is_data_that_dispatch_reads(bench, monkeypatch, tmp_path)
     run_gpu = bench("run_gpu")
     monkeypatch.setattr(run_gpu, "CROSSOVER", tmp_path / "crossover.json")
     run_gpu.CROSSOVER.write_text('{"sm_80": {}, "sm_90": {"float16": {}}}')
-    run_gpu.publish(result(some_cells()) | {"verb": "crossover"})
+    run_gpu.publish(a_run(some_cells(), benchmark="crossover"))
     data = json.loads(run_gpu.CROSSOVER.read_text())
     assert data.keys() == {"sm_80", "sm_90"} and "float16" in data["sm_90"]
     entry = data["sm_90"]

@@ -2,7 +2,6 @@
 its workers, which may crash."""
 
 import importlib
-import json
 import shutil
 import sys
 import time
@@ -10,6 +9,9 @@ from pathlib import Path
 
 import pytest
 import torch
+
+from sparsekern.bench.records import read
+from sparsekern.bench.runs import nested
 
 BENCH = Path(__file__).parents[2] / "bench"
 MODULES = ("experiments", "experiments_page", "experiments_presets")
@@ -62,7 +64,7 @@ def call(bench, monkeypatch, tmp_path):
 
 
 def results(folder: Path) -> dict:
-    return json.loads((folder / "out" / "experiments.json").read_text())
+    return nested(read(folder / "out" / "experiments.csv"))
 
 
 def test_it_stops_continues_and_finishes(call, tmp_path, capsys):
@@ -87,8 +89,8 @@ def test_it_stops_continues_and_finishes(call, tmp_path, capsys):
     for title in ("Pre-training", "Dense fine-tuning", "Seeds", "Pruning the dense model", "Times"):
         assert f"## {title}" in page
     assert "## Runs that failed" not in page
-    is_plotted = (tmp_path / "out" / "experiments.png").exists()  # with matplotlib
-    assert ("](experiments.png)" in page) == is_plotted
+    is_plotted = (tmp_path / "out" / "experiments-flops.png").exists()  # with matplotlib
+    assert ("](experiments-flops.png)" in page) == is_plotted
     # Equal tokens, so FLOPs differ by sparsity alone.
     dense, sparse = (last[f"pretrain {sparsity} seed 0"] for sparsity in (0.0, 0.75))
     assert sparse["config"]["steps"] == dense["config"]["steps"]

@@ -37,5 +37,5 @@ def test_losses_are_called_losses(readme):
 def test_every_row_names_one_record_for_each_sparsity(readme):
     row = readme.ROWS[1]
     loose = readme.Row(row.label, row.what, row.machine, row.file, {"op": "spmm"})
-    with pytest.raises(ValueError, match="expected one record a sparsity"):
+    with pytest.raises(ValueError, match="expected one case a sparsity"):
         loose.speedups()

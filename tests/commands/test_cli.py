@@ -294,9 +294,10 @@ def test_a_rising_sparsity_is_printed(tiny, capsys, algorithm):
 
 def test_a_damaged_result_is_named(tmp_path, capsys):
     pytest.importorskip("matplotlib")
-    path = tmp_path / "results" / "a.json"
+    path = tmp_path / "results" / "a.csv"
     path.parent.mkdir()
-    for content in (b"{", b"\xff", b'{"benchmarks": 3}', b'{"cells": [{}]}'):
+    head = b'# {"benchmark": "products", "shared": {}}\n'
+    for content in (b"{", b"\xff", b"# 3\nM\n1\n", head, head + b"M,N\n1,2\n"):
         path.write_bytes(content)
         line = error_line(capsys, ["report", f"--results={path.parent}", f"--out={tmp_path}"])
         assert f"results: {path} is " in line
@@ -353,14 +354,13 @@ def test_demo_end_to_end_in_miniature(tmp_path, capfd, monkeypatch):
         "HEADS": 2,
         "CONTEXT": 16,
         "BATCH": 2,
-        "STEPS": 4,
-        "EVAL_EVERY": 2,
-        "STEP_ROUNDS": 2,
+        "STEPS": (4, 4),
+        "EVALUATIONS": 2,
+        "STEP_ROUNDS": (2, 2),
         "KERNEL_N": 64,
         "KERNEL_K": 32,
         "KERNEL_TOKENS": (4, 16),
         "KERNEL_ROUNDS": 2,
-        "SAMPLE_TOKENS": 20,
     }
     for name, value in small.items():
         monkeypatch.setattr(demo, name, value)
@@ -372,12 +372,17 @@ def test_demo_end_to_end_in_miniature(tmp_path, capfd, monkeypatch):
         "Machine",
         "Correctness",
         "Kernels",
-        "Dense against sparse",
-        "Where the time goes",
-        "Sample",
+        "One step, in turn",
+        "Training",
+        "What to do next",
     ):
         assert f"## {title}" in out and f"## {title}" in report
-    assert "one step, dense and sparse in turn" in report
+    assert "F.linear" in report and "A step cannot be more than " in report
+    assert "says nothing of quality" in report
+    commands = [line.split()[3:] for line in report.splitlines() if line.startswith("    ")]
+    assert [command[0] for command in commands] == ["generate", "train", "bench"]
+    for command in commands[:2]:
+        assert main(command) == 0
     files = {"report.md", "speedup.png", "loss.png", "dense", "sparse"}
     assert {path.name for path in tmp_path.iterdir()} == files
 

@@ -1,14 +1,17 @@
-"""The page of all results: every kind of file in one folder, and what has no file yet."""
+"""The page of all results: what it says of each kind of file, and what it begins with."""
 
-import json
 from html.parser import HTMLParser
 from pathlib import Path
 
 import pytest
 
+from sparsekern.bench import records, runs
 from sparsekern.cli import main
-from sparsekern.report import load, page
-from sparsekern.report.sections import NOT_YET, sections
+from sparsekern.commands import BENCH_OUT
+from sparsekern.report import curves, load, measured, nearest, page, plots, products
+from sparsekern.report.sections import sections
+from sparsekern.report.summary import picture, sentences
+from sparsekern.report.view import View
 
 pytest.importorskip("matplotlib")
 
@@ -22,51 +25,45 @@ LIMITS = {
 def product(op: str, M: int, sparsity: float, threads: int, N: int = 768, **fields) -> dict:
     """A loss at 50 %, a gain from 75 % on, and larger with M."""
     dense_s = 1e-8 * M * N
-    speedup = 0.4 * (1 + 0.1 * M**0.25) / (1 - sparsity)
-    useful = 2 * M * N * 768 * (1 - sparsity)
-    info = {
-        "op": op,
-        "M": M,
-        "N": N,
-        "K": 768,
-        "sparsity": sparsity,
-        "density": 1 - sparsity,
-        "threads": threads,
-        "dtype": "torch.float32",
-        "mask": "random",
-        "is_cold": M == 1,
-        "useful_flop": useful,
-        "moved_bytes": 6 * N * 768 * (1 - sparsity) + 4 * M * (N + 768),
-        "dense_s": dense_s,
-        "ours_s": dense_s / speedup,
-        "speedup": speedup,
-        "best_peer": None if op == "linear" else 0.7 * speedup,
+    speedup = fields.pop("speedup", 0.4 * (1 + 0.1 * M**0.25) / (1 - sparsity))
+    right = {"error": 1e-7, "is_right": True}
+    ways = {
+        "sparsekern": {"kind": "ours", "median_s": dense_s / speedup, **right},
+        "F.linear": {"kind": "dense", "median_s": dense_s, **right},
     }
-    return {"name": f"test_{op}", "extra_info": info | fields}
+    if op != "linear":
+        ways["scipy CSR"] = {"kind": "sparse", "median_s": dense_s / (0.7 * speedup), **right}
+    case = {"op": op, "device": "cpu", "M": M, "sparsity": sparsity, "threads": threads}
+    case |= {"dtype": "float32", "mask": "random", "is_cold": M == 1, "ways": ways}
+    if "model" not in fields:
+        case |= {"N": N, "K": 768, "nnz": round(N * 768 * (1 - sparsity))}
+    return case | fields
 
 
-def products(**machine) -> dict:
+def about(benchmark: str, **machine) -> dict:
+    head = {"benchmark": benchmark, "date": "2026-01-02", "commit": COMMIT}
+    return head | {"machine": {"torch": "2.11.0"} | machine}
+
+
+def cpu_cases() -> list[dict]:
     grid = [(op, M) for op in ("spmm", "spmm_t", "sddmm") for M in (256, 1024)]
     grid += [("spmm", 1), ("spmm", 16), ("linear", 1024)]
-    benchmarks = [product(op, M, s, 1) for op, M in grid for s in (0.5, 0.75, 0.9, 0.95)]
+    cases = [product(op, M, s, 1) for op, M in grid for s in (0.5, 0.75, 0.9, 0.95)]
     gpt = {"layers": 2, "width": 768, "vocabulary": 256, "batch": 8, "context": 128}
-    benchmarks += [
+    cases += [
         product("train_step", 1024, s, 1, model="demo", **gpt) for s in (0.5, 0.75, 0.9, 0.95)
     ]
-    benchmarks += [
+    return [
+        *cases,
         product("generate", 4, 0.75, 1, model="gpt2-small", batch=4, tokens=32),
-        {"name": "test_memory", "extra_info": {"op": "memory"}},
+        {"op": "memory", "ways": {"bound": {"bytes": 1}}},
     ]
-    about = {"cpu": "A CPU", "cores": 2, "isa": "avx2", "torch": "2.13.0"}
-    return {
-        "machine_info": about | {"ceilings": {"1": LIMITS}} | machine,
-        "commit_info": COMMIT,
-        "datetime": "2026-01-02T03:04:05",
-        "benchmarks": benchmarks,
-    }
 
 
-def cells() -> dict:
+A_CPU = {"cpu": "A CPU", "cores": 2, "isa": "avx2", "torch": "2.13.0"}
+
+
+def cells() -> list[dict]:
     def cell(M: int, sparsity: float, N: int) -> dict:
         ours_s = 1e-5 * (1 - sparsity) * M**0.25
         right = {"is_right": True, "error": 1e-3, "bytes": 1000}
@@ -75,78 +72,90 @@ def cells() -> dict:
             "stream": {"kind": "ours", "median_s": ours_s, **right},
             "hasty": {"kind": "ours", "median_s": 1e-9, **right, "is_right": False},
         }
-        speedups = {"stream": 4e-6 / ours_s, "hasty": 4e3}
-        fields = {"op": "spmm", "M": M, "N": N, "K": 2048, "sparsity": sparsity, "mask": "random"}
-        counts = {"nnz": 1000, "dtype": "torch.bfloat16"}
-        return {**fields, **counts, "ways": ways, "speedups": speedups}
+        case = {"op": "spmm", "device": "cuda", "M": M, "N": N, "K": 2048, "sparsity": sparsity}
+        case |= {"nnz": 1000, "mask": "random", "dtype": "bfloat16", "threads": 0}
+        return case | {"is_cold": True, "ways": ways}
 
-    limits = {"flop_per_s": 8e14, "bytes_per_s": {"l2": 9e12, "memory": 4e12}}
-    machine = {"gpu": "NVIDIA H200", "torch": "2.11.0", "commit": "abc", "ceilings": limits}
     grid = [(M, s, N) for N in (2048, 8192) for s in (0.5, 0.7, 0.9) for M in (1, 8, 16, 32, 64)]
-    every = [cell(*each) for each in grid]
-    return {"verb": "decode", "date": "2026-01-02", "machine": machine, "cells": every}
+    return [cell(*each) for each in grid]
 
 
-def generation() -> dict:
-    def side(tokens_per_s: float) -> dict:
-        return {"tokens_per_s": tokens_per_s, "first_token_s": 0.02}
+GPU_LIMITS = {"flop_per_s": 8e14, "bytes_per_s": {"l2": 9e12, "memory": 4e12}}
 
-    runs = [
+
+def generation() -> list[dict]:
+    def side(kind: str, tokens_per_s: float, nbytes: int) -> dict:
+        right = {"error": 1e-3, "is_right": True, "bytes": nbytes, "first_token_s": 0.02}
+        return {"kind": kind, "median_s": 1 / tokens_per_s, **right}
+
+    return [
         {
-            "sparsity": sparsity,
-            "batch": batch,
-            "dense": side(200.0 * batch),
-            "sparse": side(batch * (150 + 200 * sparsity)),
-            "speedup": 0.75 + sparsity,
-            "block_bytes_ratio": 0.31,
+            **{"op": "generate", "device": "cuda", "model": "gpt3-6.7b", "batch": batch},
+            **{"tokens": 1, "sparsity": sparsity, "threads": 0},
+            "ways": {
+                "dense, CUDA graph": side("dense", 200.0, 1000),
+                "sparse, CUDA graph": side("ours", 150 + 200 * sparsity, 310),
+            },
         }
         for sparsity in (0.5, 0.75, 0.9)
         for batch in (1, 16)
     ]
-    about = {"gpu": "NVIDIA H200", "preset": "gpt3-6.7b", "torch": "2.11.0", "commit": COMMIT}
-    return about | {"runs": runs}
 
 
 def experiments() -> dict:
-    def run(sparsity: float) -> dict:
-        step_s = 0.1 * (1 - 0.5 * sparsity)
+    def config(lr: float) -> dict:
+        sizes = {"layers": 2, "width": 8, "context": 512, "batch": 64}
+        return sizes | {"steps": 2000, "lr": lr, "seed": 0}
+
+    def run(sparsity: float, lr: float = 1.0) -> dict:
         points = [
-            {"step": step, "seconds": step * step_s, "loss": 4 + sparsity / 4 - step / 1000}
-            for step in range(0, 2001, 250)
+            {"step": step, "loss": 4 + sparsity / 4 - step / 1000} for step in range(0, 2001, 250)
         ]
         return {
+            "config": config(lr),
             "evaluations": points,
             "loss": points[-1]["loss"],
-            "tokens_per_s": 32768 / step_s,
-            "step_s": step_s,
-            "steps_s": points[-1]["seconds"],
+            "parameters": 100,
             "flops": 1e15 * (1 - sparsity),
+            "peak_gpu_bytes": 1,
+        }
+
+    def tuned(lr: float) -> dict:
+        return run(0.75, lr) | {"evaluations": [{"step": 2000, "loss": 3 * lr}]}
+
+    def timed(sparsity: float) -> dict:
+        step_s = 0.1 * (1 - 0.5 * sparsity)
+        return dict.fromkeys(("step_s", "least_s", "most_s", "latency_s"), step_s) | {
+            "dense_latency_s": 0.1
         }
 
     machine = {"device": "NVIDIA H200", "torch": "2.11.0", "date": "2026-01-02", "commit": "abc"}
+    times = {str(s): timed(s) for s in (0.0, 0.5, 0.75, 0.9)} | {"finetune": timed(0)}
     arms = {f"pretrain {s} seed 0": run(s) for s in (0.9, 0.0, 0.5, 0.75)}
     diverged = {"loss": None, "diverged": "loss is nan at step 3"}
-    tuned = {f"finetune 0.75 seed 0 lr {lr}": run(0.75) | {"loss": 3 * lr} for lr in (2, 1)}
-    tuned |= {"finetune 0.75 seed 0 lr 3": diverged, "pretrain 0.95 seed 0": diverged}
-    others = {"sweep 0.0 lr 0.001": {}, "pretrain 0.75 seed 1": {}}
-    return {"machine": machine, **others, **arms, **tuned}
+    finetuned = {f"finetune 0.75 seed 0 lr {lr}": tuned(lr) for lr in (2, 1)}
+    finetuned |= {"finetune 0.75 seed 0 lr 3": diverged, "pretrain 0.95 seed 0": diverged}
+    others = {"sweep 0.0 lr 0.001": run(0.0), "pretrain 0.75 seed 1": run(0.75)}
+    return {"machine": machine, "times": {"times": times}, **others, **arms, **finetuned}
 
 
 @pytest.fixture
 def folder(tmp_path) -> Path:
-    """A file of each kind, and files of something else."""
+    """A table of each kind, and one that has no section."""
+    trained = runs.flat(experiments())
+    gpu = {"gpu": "NVIDIA H200"}
+    limits = {"ceilings": {"cuda": GPU_LIMITS}}
+    call = {"op": "call", "case": "matmul", "ways": {"ours": {"kind": "ours", "min_s": 1e-6}}}
     files = {
-        "a-cpu.json": products(),
-        "h200-decode-bfloat16.json": cells(),
-        "generate-gpt3-6.7b.json": generation(),
-        "h200/experiments.json": experiments(),
-        "wafer/sweep.json": [{"rows": 1}],
-        "wafer/validate.json": {"failed": 0},
+        "a-cpu": (about("products", **A_CPU, ceilings={"1": LIMITS}), cpu_cases()),
+        "h200-decode-bfloat16": (about("decode", **gpu, **limits), cells()),
+        "generate-gpt3-6.7b": (about("generate", **gpu), generation()),
+        "calls": (about("calls", **A_CPU), [call]),
     }
-    for name, content in files.items():
-        path = tmp_path / "results" / name
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text(json.dumps(content))
+    for name, (head, cases) in files.items():
+        records.write(tmp_path / "results" / f"{name}.csv", head, records.flat(cases))
+    path = tmp_path / "results" / "h200" / "experiments.csv"
+    records.write(path, trained.about, trained.records)
     return tmp_path / "results"
 
 
@@ -164,72 +173,190 @@ class Images(HTMLParser):
         assert tag not in ("script", "link")
 
 
-def test_every_section_has_its_figures(folder, tmp_path, capsys):
+HERE = measured.Processor("A CPU", 2, "avx2")
+
+
+def view(folder: Path, here: measured.Processor = HERE) -> View:
+    results = load.load(folder)
+    return View(results, nearest.choose(results, here))
+
+
+def titles(found: View) -> list[str]:
+    return [section.title for section in sections(found)]
+
+
+def test_the_page_has_its_figures(folder, tmp_path, capsys):
     out = tmp_path / "report"
     assert main(["report", f"--results={folder}", f"--out={out}"]) == 0
     assert "report.html" in capsys.readouterr().out
     html, markdown = (out / "report.html").read_text(), (out / "report.md").read_text()
-    assert NOT_YET not in html and NOT_YET not in markdown
     images = Images(html).sources
     assert all(source.startswith("data:image/png;base64,") for source in images)
     pictures = {path.name for path in out.glob("*.png")}
-    assert len(images) == len(pictures)
+    assert len(images) == len(pictures) == len(set(images))
     assert all(f"]({name})" in markdown for name in pictures)
     assert all((out / name).stat().st_size > 5000 for name in pictures)
-    assert "NVIDIA H200, gpt3-6.7b, torch 2.11.0, commit 0123456789." in markdown
+    assert "NVIDIA H200, gpt3-6.7b, torch 2.11.0, 2026-01-02, commit 0123456789" in markdown
+
+
+def test_every_figure_names_its_files(folder):
+    found = view(folder)
+    panels = [picture(found), *(p for section in sections(found) for p in section.panels)]
+    assert all(panel.files for panel in panels)
+    assert all(files for _, files in sentences(found))
+    markdown = page.as_markdown(found, sections(found), picture(found))
+    assert markdown.count("](") == len(panels)
+    # One for each figure, one for each sentence, and the list of all of them.
+    assert markdown.count("a-cpu.csv") > 5 and "h200/experiments.csv" in markdown
+
+
+def test_the_summary_is_of_five_sentences_losses_among_them(folder):
+    found = sentences(view(folder))
+    assert len(found) == 5
+    training, token, gpu, losses, quality = (text for text, _ in found)
+    assert training.startswith("On a CPU a training step of the demo's GPT is ")
+    assert "times as fast at 75% zeros and " in token
+    assert "its first token takes 20 ms instead of 20" in gpu
+    assert losses.startswith("It loses too: 64 tokens on a GPU reach ")
+    assert quality == "Zeros are not free: a small GPT trained at 75% ends 0.19 nats above dense."
+
+
+def test_titles_say_what_is_seen(folder):
+    found = titles(view(folder))
+    assert (
+        found[0].startswith("On a CPU all products gain from ") and "times dense at 90%" in found[0]
+    )
+    assert any("1 token reaches 4.0 times dense" in title for title in found)
+    assert any(title.startswith("A whole model writes ") for title in found)
+    assert "Zeros cost quality: 0.12 nats at 50% zeros, 0.19 nats at 75% zeros" in " ".join(found)
 
 
 def test_each_file_is_read_as_what_it_is(folder):
     results = {result.path.name: result for result in load.load(folder)}
     assert {name: result.kind for name, result in results.items()} == {
-        "a-cpu.json": load.PRODUCTS,
-        "h200-decode-bfloat16.json": load.CELLS,
-        "generate-gpt3-6.7b.json": load.GENERATION,
-        "experiments.json": load.EXPERIMENTS,
+        "a-cpu.csv": load.PRODUCTS,
+        "h200-decode-bfloat16.csv": load.CELLS,
+        "generate-gpt3-6.7b.csv": load.GENERATION,
+        "experiments.csv": load.EXPERIMENTS,
     }
-    assert results["experiments.json"].title == "h200"
+    assert results["experiments.csv"].title == "h200"
     # A kernel that is wrong is nobody's best.
-    assert {record["kernel"] for record in results["h200-decode-bfloat16.json"].records} == {
+    assert {record["kernel"] for record in results["h200-decode-bfloat16.csv"].records} == {
         "stream"
     }
 
 
+def test_the_page_begins_with_this_machine(tmp_path):
+    """Else with the one of the same instruction set, then of the most like number of cores."""
+    others = {"slow": ("avx2", 2), "near": ("avx512", 4), "far": ("avx512", 16)}
+    for name, (isa, cores) in others.items():
+        machine = A_CPU | {"cpu": name, "isa": isa, "cores": cores}
+        head = about("products", **machine)
+        records.write(tmp_path / f"{name}.csv", head, records.flat(cpu_cases()))
+    found = view(tmp_path, measured.Processor("mine", 2, "avx512"))
+    assert found.cpu.result.path.stem == "near" and not found.cpu.is_here
+    assert "This machine: mine, 2 cores, avx512. It has no results of its own" in found.words()
+    assert "nearest machine that was measured: near, 4 cores, avx512" in found.words()
+    found = view(tmp_path, measured.Processor("far", 16, "avx512"))
+    assert found.cpu.is_here and found.words().endswith("The CPU figures were measured here.")
+    (line,) = sections(found)[1].panels
+    assert len({tuple(file.path.name for file in line.files)}) == 1 and len(line.files) == 3
+
+
+def test_own_results_come_first(folder, tmp_path, monkeypatch):
+    """What `bench` has just written here stands before a richer table of the same machine."""
+    monkeypatch.chdir(tmp_path)
+    here = nearest.this()
+    machine = {"cpu": here.name, "cores": here.cores, "isa": here.isa}
+    rich = tmp_path / "results" / "rich.csv"
+    records.write(rich, about("products", **machine), records.flat(cpu_cases()))
+    few = [case for case in cpu_cases() if case["op"] == "spmm"]
+    records.write(BENCH_OUT, about("products", **machine), records.flat(few))
+    assert main(["report", f"--results={folder}", f"--out={tmp_path}"]) == 0
+    markdown = (tmp_path / "report.md").read_text()
+    assert "The CPU figures were measured here." in markdown
+    first, second, *_ = markdown.split("\n## ")[1:]
+    assert "bench.csv" in first and "rich.csv" not in first and "rich.csv" in second
+
+
+def test_one_token_and_64_stand_apart(folder):
+    section = products.few_tokens_on_a_gpu(view(folder))
+    mean, one, many = section.panels
+    labels = {text.get_text() for text in mean.figure.axes[0].texts}
+    assert {"1 token", "8 tokens", "16 tokens", "32 tokens", "64 tokens"} <= labels
+    assert one.title.startswith("By shape of W, 1 token: ") and "64 tokens" in many.title
+
+
+def test_the_wait_stands_beside_the_speed(folder):
+    (section,) = [s for s in sections(view(folder)) if s.title.startswith("A whole model writes")]
+    rows = {row[0]: row[1:] for row in section.rows}
+    assert rows["gpt3-6.7b, H200, 75%, batch 1"] == ["200", "300", "1.50", "20.0", "20.0", "0.31"]
+    assert rows["gpt2-small, CPU, 75%, batch 4"][3:] == ["-", "-", "-"]
+
+
+def test_speed_ups_share_their_axes(folder):
+    found = sections(view(folder))
+    axes = [panel.figure.axes[0] for section in found for panel in section.panels]
+    alike = [each for each in axes if each.get_ylabel() == "times dense"]
+    assert len(alike) > 4
+    assert len({(each.get_xlim(), each.get_ylim()) for each in alike}) == 1
+    assert alike[0].get_ylim() == plots.TIMES
+
+
 def test_arms_of_experiments_stand_beside_dense(folder):
-    (result,) = [r for r in load.load(folder) if r.kind == load.EXPERIMENTS]
-    found = {section.title: section.parts for section in sections([result])}
-    ((speeds,), (losses,)) = found["Training"], found["Loss against wall-clock"]
-    assert [row[-1] for row in speeds.rows] == ["1.33", "1.60", "1.82"]
-    assert losses.rows == [
-        ["dense", "2.0000", "1.00x", "200.0", "-"],
-        ["50% sparse", "2.1250", "2.00x", "150.0", "-"],
-        ["75% sparse", "2.1875", "4.00x", "125.0", "3.0000"],
-        ["90% sparse", "2.2250", "10.00x", "110.0", "-"],
+    (section,) = [s for s in sections(view(folder)) if s.title.startswith("Zeros cost")]
+    # Of fine-tunings the best, and none that diverged; there is no dense one to hold it against.
+    assert section.header == ["zeros", "after pre-training", "fewer FLOPs"]
+    assert section.rows == [
+        ["50%", "+0.12", "2.00x"],
+        ["75%", "+0.19", "4.00x"],
+        ["90%", "+0.23", "10.00x"],
     ]
 
 
-def test_what_is_not_measured_says_so(tmp_path):
-    (tmp_path / "a-cpu.json").write_text(json.dumps(products(ceilings={})))
-    found = {section.title: section.parts for section in sections(load.load(tmp_path))}
-    assert not found["Roofline"] and not found["Loss against wall-clock"]
-    assert found["Speed-up against sparsity"] and found["Crossover map"] and found["Training"]
-    assert page.as_markdown(sections([])).count(NOT_YET) == len(found)
+def test_what_is_not_measured_is_left_out(tmp_path):
+    records.write(tmp_path / "a-cpu.csv", about("products", **A_CPU), records.flat(cpu_cases()))
+    found = titles(view(tmp_path))
+    assert len(found) == 4  # products, writing, training, wafer
+    assert not any("GPU" in title or "ceilings" in title for title in found)
+    nothing = View([], nearest.choose([], HERE))
+    assert "Nothing was measured on any CPU" in nothing.words()
+    assert page.NOTHING in page.as_markdown(nothing, sections(nothing), picture(nothing))
+    assert page.NOTHING in page.as_html(nothing, [], None, {})
 
 
 def test_means_are_of_the_same_shapes(tmp_path):
     """A shape that was run at one sparsity alone is in no curve."""
-    result = products()
-    result["benchmarks"].append(product("spmm", 256, 0.75, 1, N=8192, speedup=1e6))
-    (tmp_path / "a-cpu.json").write_text(json.dumps(result))
+    cases = [*cpu_cases(), product("spmm", 256, 0.75, 1, N=8192, speedup=1e6)]
+    records.write(tmp_path / "a-cpu.csv", about("products", **A_CPU), records.flat(cases))
     (only,) = load.load(tmp_path)
-    from sparsekern.report.sections import by_pass
+    assert all(record["N"] == 768 for record in curves.common(curves.plain(only.records)))
 
-    ((_, passes),) = by_pass(only)
-    assert all(record["N"] == 768 for record in passes["forward"])
+
+@pytest.mark.parametrize(
+    ("found", "at"),
+    [
+        ({0.5: 0.5, 0.75: 2.0}, 1 - 2**-1.5),  # halfway in halvings of the density
+        ({0.5: 1.5, 0.75: 2.0}, 0.5),
+        ({0.5: 0.5, 0.75: 0.9}, None),
+        ({0.0: 0.5, 0.5: 1.0}, 0.5),
+        ({}, None),
+    ],
+)
+def test_a_curve_crosses_dense_where_it_stays_above(found, at):
+    assert curves.crossing(found) == (at and pytest.approx(at))
+
+
+def test_labels_move_apart_around_where_they_belong():
+    assert plots.apart([0.2, 0.5], 0.1, 0, 1) == [0.2, 0.5]
+    assert plots.apart([0.5, 0.5, 0.5], 0.1, 0, 1) == pytest.approx([0.4, 0.5, 0.6])
+    assert plots.apart([0.99, 1.0], 0.1, 0, 0.97) == pytest.approx([0.87, 0.97])
+    assert plots.apart([0.0, 0.01], 0.1, 0.03, 1) == pytest.approx([0.03, 0.13])
 
 
 def test_mistakes_are_named(tmp_path, capsys):
     assert main(["report", f"--results={tmp_path / 'none'}", f"--out={tmp_path}"]) == 2
     assert "none does not exist" in capsys.readouterr().err
-    (tmp_path / "bad.json").write_text("{")
+    (tmp_path / "bad.csv").write_text("{")
     assert main(["report", f"--results={tmp_path}", f"--out={tmp_path}"]) == 2
-    assert "bad.json is not JSON" in capsys.readouterr().err
+    assert "bad.csv is damaged" in capsys.readouterr().err

@@ -7,18 +7,27 @@ import pytest
 from sparsekern.report import demo as demo_report
 
 TIMINGS = [
-    {"pass": name, "tokens": tokens, "dense_s": 2e-3, "sparse_s": {0.5: 2e-3, 0.9: 0.5e-3}}
+    {
+        "pass": name,
+        "tokens": tokens,
+        "dense_s": 2e-3,
+        "best_dense": "NumPy, OpenBLAS with its kernel for Zen",
+        "sparse_s": {0.5: 2e-3, 0.9: 0.5e-3},
+    }
     for name in ("forward", "forward + backward")
     for tokens in (16, 1024)
 ]
 STEPS = {
+    "dense": {"F.linear": 0.5, "oneDNN": 0.4},
+    "best_dense": "oneDNN",
+    "rounds": 7,
     "dense_s": 0.4,
     "sparse_s": 0.2,
+    "spread": 0.05,
     "parts_s": {"linear forward": 0.1, "linear backward": 0.2, "rest": 0.1},
-    "linear_share": 0.75,
-    "linear_speedup": 2.3,
-    "cap": 2.5,
-    "cap_free": 4.0,
+    "products_s": {"dense": 0.3, "sparse": 0.1},
+    "predicted_s": 0.2,
+    "cap": 4.0,
 }
 
 
@@ -59,17 +68,19 @@ def test_a_table_lines_up_and_is_markdown():
 
 
 def test_kernel_section_states_speedups_over_dense():
-    text = demo_report.kernel_section(TIMINGS, "8 x 4", threads=2)
-    assert "| forward            |     16 | 2.000 ms | 1.00x | 4.00x |" in text
-    assert "(8 x 4, float32, 2 threads)" in text
+    text = demo_report.kernel_section(TIMINGS, "8 x 4", 1, {"oneDNN": "no operator"})
+    assert "| forward            |     16 | 2.000 ms | NumPy | 1.00x | 4.00x |" in text
+    assert "(8 x 4, float32, 1 thread)" in text
+    assert "oneDNN takes no part: no operator." in text
 
 
 def test_training_section_compares_the_two_runs():
     text = demo_report.training_section(metrics(0.4), metrics(0.2), STEPS)
     rows = [[cell.strip() for cell in line.split("|")[1:-1]] for line in text.splitlines()]
     assert ["wall-clock of all steps", "1.6 s", "0.8 s", "2.00x as fast"] in rows
-    assert ["one step, dense and sparse in turn", "400.0 ms", "200.0 ms", "2.00x as fast"] in rows
+    assert ["", "dense by oneDNN", "75% sparse", "ratio"] in rows
     assert ["last validation loss", "3.900", "3.900", ""] in rows
+    assert "So short a run says nothing of quality" in text
     line = text.splitlines()[-1]
     assert line.startswith("75% sparse: 2.00x as fast here, 2.40x fewer FLOPs, ")
     assert line.endswith("x as fast predicted on a wafer (wse2, 262,144 tokens a step).")
@@ -79,23 +90,30 @@ def test_a_run_without_a_dense_twin_states_the_prediction_alone():
     assert demo_report.wafer_line(metrics(0.2)).startswith("75% sparse: 2.40x fewer FLOPs, ")
 
 
-def test_profile_section_states_the_caps():
-    text = demo_report.profile_section(STEPS)
-    assert "The linears are 75% of the dense step" in text
-    assert "at most 2.50x faster with linears\n2.3x faster" in text
-    assert "4.00x with linears that take no time" in text
-    assert "Measured: 2.00x, 80% of the first cap" in text
+def test_a_step_is_held_to_the_best_dense_one_and_to_its_own_cap():
+    text = demo_report.steps_section(STEPS, 0.75)
+    assert "| dense by F.linear | 500.0 ms |             2.50x |" in text
+    assert "| dense by oneDNN   | 400.0 ms |             2.00x |" in text
+    assert "cannot be more than 4.00x as fast, because 100.0 ms of it are no linears" in text
+    assert "are 3.00x as fast; that foretells 2.00x for the step.\nMeasured: 2.00x." in text
+    assert "busy" not in text
+
+
+def test_times_that_cannot_be_are_called_so():
+    assert "too busy to tell" in demo_report.steps_section(STEPS | {"sparse_s": 0.05}, 0.75)
+    text = demo_report.steps_section(STEPS | {"spread": 0.5}, 0.75)
+    assert "the middle half of the rounds is 50% apart" in text
 
 
 def test_the_report_has_its_sections_and_plots(tmp_path: Path):
     pytest.importorskip("matplotlib")
-    sections = {"Kernels": "table one", "Dense against sparse": "table two", "Sample": "text"}
+    sections = {"Kernels": "table one", "Training": "table two", "What to do next": "text"}
     runs = {"dense": metrics(0.4), "75% sparse": metrics(0.2)}
     written = demo_report.write(tmp_path / "out", sections, TIMINGS, runs)
     assert sorted(p.name for p in (tmp_path / "out").iterdir()) == sorted(p.name for p in written)
     text = written[0].read_text()
     assert "## Kernels\n\ntable one\n\n![Kernels](speedup.png)" in text
-    assert "## Dense against sparse\n\ntable two\n\n![Dense against sparse](loss.png)" in text
+    assert "## Training\n\ntable two\n\n![Training](loss.png)" in text
     for plot in written[1:]:
         assert plot.read_bytes().startswith(b"\x89PNG")
 

@@ -5,9 +5,9 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import RESULTS, needs_results
 
 from sparsekern import sparsify_, terminal
+from sparsekern.bench import records
 from sparsekern.cli import main
 from sparsekern.commands import wafer, wafer_masks
 from sparsekern.gpt.build import build_model
@@ -55,6 +55,7 @@ def test_predict_takes_a_shape_a_machine_and_systems(capsys):
     assert "bound by" in run(capsys, "predict", "--model=gpt2-small", "--batch=1")
 
 
+MEASURED = Path(__file__).with_name("measured.csv")  # as bench/run.py would
 FASTER = 'base = "wse2"\nclock_hz = {value=2.2e9, unit="Hz", mark="assumed", source="a guess"}\n'
 
 
@@ -66,8 +67,7 @@ def test_every_command_takes_a_machine_of_ones_own(capsys, tmp_path):
     assert "gpt3-xl on 1 x own.toml" in out and "a guess" in out
     assert "| own.toml |" in run(capsys, "sweep", *small, "--machines", "wse2", str(own))
     assert "clock_hz" in run(capsys, "sensitivity", "--model=gpt2-small", f"--machine={own}")
-    results = sorted(RESULTS.glob("*2-cores-avx512-2026-11-24.json"))
-    arguments = ("compare", "--match=train_step", "--results", *map(str, results))
+    arguments = ("compare", "--match=train_step", "--results", str(MEASURED))
     assert run(capsys, *arguments, f"--machine={own}") != run(capsys, *arguments)
 
 
@@ -177,16 +177,14 @@ def test_validate_fails_where_a_point_must_hold(capsys, monkeypatch, tmp_path):
         assert ("none." in capsys.readouterr().out) == (code == 0)
 
 
-@needs_results
 def test_compare_lists_measurements_beside_predictions(capsys, tmp_path):
-    results = sorted(RESULTS.glob("*16-threads.json"))
     file = tmp_path / "pairs.json"
-    out = run(
-        capsys,
-        *("compare", "--match", "3072x768", "--json", str(file), "--results", *map(str, results)),
-    )
+    arguments = ("compare", "--match", "3072x768", "--json", str(file), "--results", str(MEASURED))
+    out = run(capsys, *arguments)
     assert "spmm 3072x768, 1024 tokens, float32, 16 threads" in out and "actual" in out
-    for pair in json.loads(file.read_text()):
+    pairs = json.loads(file.read_text())
+    assert {pair["what"].split()[0] for pair in pairs} == {"spmm", "spmm_t", "sddmm"}
+    for pair in pairs:
         assert 1 <= pair["same"] and 1 <= pair["full"] and pair["measured"] > 0
         assert max(pair["same"], pair["full"]) <= pair["flop_ratio"] * 1.0001
         if pair["what"].startswith("spmm ") and pair["sparsity"] == 0.5:
@@ -194,37 +192,31 @@ def test_compare_lists_measurements_beside_predictions(capsys, tmp_path):
             assert pair["same"] == pytest.approx(1) and pair["full"] > 1.5
 
 
-@needs_results
 def test_compare_takes_training_steps(capsys, monkeypatch):
     monkeypatch.setattr(terminal, "SILENCE_S", -1.0)
-    results = sorted(RESULTS.glob("*2-cores-avx512-2026-11-24.json"))
-    assert main(["wafer", "compare", "--match", "train_step", "--results", *map(str, results)]) == 0
+    assert main(["wafer", "compare", "--match", "train_step", f"--results={MEASURED}"]) == 0
     printed = capsys.readouterr()
     assert "train_step demo, 1024 tokens, 1 threads" in printed.out
     progress = printed.err.splitlines()  # a line for each
-    assert len(progress) == printed.out.count("| train_step ") > 0
+    assert len(progress) == printed.out.count("| train_step ") == 2
     assert all("train_step" in line and line.endswith("% zeros") for line in progress)
 
 
 def test_compare_takes_products_of_a_gpu(capsys, tmp_path, monkeypatch):
-    """Those of our kernels that are right. By default, all results in bench/results are read and
-    other files are left out."""
+    """Those of our kernels that are right. By default, all results in bench/results are read."""
     ways = {
-        name: {"kind": kind, "is_right": is_right, "median_s": 1.0}
-        for name, kind, is_right in (
-            ("F.linear cublas", "dense", True),
-            ("stream", "ours", True),
-            ("triton", "ours", False),
-            ("torch CSR", "peer", True),
+        name: {"kind": kind, "is_right": is_right, "error": 0.0, "median_s": seconds}
+        for name, kind, is_right, seconds in (
+            ("F.linear cublas", "dense", True, 2.0),
+            ("stream", "ours", True, 1.0),
+            ("triton", "ours", False, 0.1),
+            ("torch CSR", "sparse", True, 0.1),
         )
     }
-    cell = {"op": "spmm", "M": 8, "N": 96, "K": 64, "nnz": 1536, "sparsity": 0.75}
-    cell |= {"mask": "random", "dtype": "torch.bfloat16", "ways": ways}
-    cell["speedups"] = {"stream": 2.0, "triton": 3.0, "torch CSR": 4.0}
+    cell = {"op": "spmm", "device": "cuda", "M": 8, "N": 96, "K": 64, "nnz": 1536, "threads": 0}
+    cell |= {"sparsity": 0.75, "mask": "random", "dtype": "bfloat16", "is_cold": True}
     folder = tmp_path / "bench" / "results"
-    folder.mkdir(parents=True)
-    (folder / "gpu.json").write_text(json.dumps({"cells": [cell]}))
-    (folder / "other.json").write_text("[]")
+    records.write(folder / "gpu.csv", {}, records.flat([cell | {"ways": ways}]))
     monkeypatch.chdir(tmp_path)
     out = run(capsys, "compare", "--json=pairs.json")
     assert "spmm 96x64, 8 tokens, bfloat16, stream, cold" in out
@@ -233,14 +225,12 @@ def test_compare_takes_products_of_a_gpu(capsys, tmp_path, monkeypatch):
     assert pairs[0]["mask"] == "of its density" and 1 <= pairs[0]["full"] <= 4.0001
 
 
-@needs_results
 def test_compare_refuses_other_files(capsys, tmp_path):
     (tmp_path / "x.json").write_text("[]")
     message = error_line(capsys, "compare", "--results", str(tmp_path / "x.json"))
-    assert "results: " in message and "is not a result of bench/run.py" in message
-    assert "none.json does not exist" in error_line(capsys, "compare", "--results", "none.json")
-    some = str(next(RESULTS.glob("*16-threads.json")))
-    message = error_line(capsys, "compare", "--match=nothing", "--results", some)
+    assert "results: " in message and "x.json is not a table of measurements" in message
+    assert "none.csv does not exist" in error_line(capsys, "compare", "--results", "none.csv")
+    message = error_line(capsys, "compare", "--match=nothing", "--results", str(MEASURED))
     assert "match: no measurement has 'nothing' in its name" in message
 
 

@@ -1,4 +1,4 @@
-"""The grids of the benchmarks, and a race (sparsekern/bench/race.py) under pytest-benchmark."""
+"""The grids of the CPU benchmarks."""
 
 import os
 
@@ -10,7 +10,7 @@ import itertools
 from collections.abc import Iterable
 
 from sparsekern.bench.products import Workload
-from sparsekern.bench.race import CORES, PEER_ROUNDS, ROUNDS, Race
+from sparsekern.bench.race import CORES, PEER_ROUNDS, ROUNDS
 
 SHAPES = ((768, 768), (3072, 768), (768, 3072), (2048, 2048), (8192, 2048))  # N x K
 TWO_THREAD_SHAPES = ((3072, 768), (2048, 2048))
@@ -50,10 +50,3 @@ def large_workloads(quick: bool, *, tokens: Iterable[int], **options) -> list[Wo
 
 def most_rounds(quick: bool) -> int:
     return PEER_ROUNDS if quick else ROUNDS[1]
-
-
-def run(benchmark, group: str, race: Race, info: dict[str, object]) -> None:
-    """pytest-benchmark times us, and before each of its rounds the race times everyone else."""
-    benchmark.group = group
-    benchmark.pedantic(race.run_ours, setup=race.time_rivals, rounds=race.rounds)
-    benchmark.extra_info.update(**info, **race.records())

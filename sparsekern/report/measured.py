@@ -1,0 +1,96 @@
+"""What the page takes out of the results beside their records: machines, ceilings, whole runs."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from statistics import mean
+
+from ..bench import runs
+from ..bench.records import select
+from .load import EXPERIMENTS, GENERATION, Result
+
+
+@dataclass(frozen=True)
+class Processor:
+    name: str
+    cores: int
+    isa: str  # of our kernels
+
+    def __str__(self) -> str:
+        return f"{self.name}, {self.cores} core{'s' * (self.cores > 1)}, {self.isa}"
+
+
+def processor_of(result: Result) -> Processor:
+    about = result.run.about["machine"]
+    return Processor(about["cpu"], about["cores"], about["isa"])
+
+
+def gpu_of(result: Result) -> str:
+    return result.run.about["machine"]["gpu"]
+
+
+@dataclass(frozen=True)
+class Generation:
+    """Writing with a GPT, dense and sparse; seconds to the first token where they were taken."""
+
+    model: str
+    where: str
+    sparsity: float
+    batch: int
+    tokens_per_s: tuple[float, float]  # dense, sparse
+    first_token_s: tuple[float, float] | None
+    memory_ratio: float | None  # of the blocks' weights
+
+    @property
+    def speedup(self) -> float:
+        return self.tokens_per_s[1] / self.tokens_per_s[0]
+
+    @property
+    def first_speedup(self) -> float | None:
+        return self.first_token_s and self.first_token_s[0] / self.first_token_s[1]
+
+    @property
+    def name(self) -> str:
+        return f"{self.model}, {self.where}, {self.sparsity:.0%}, batch {self.batch}"
+
+
+def generations(result: Result) -> list[Generation]:
+    if result.kind == GENERATION:
+        return [
+            Generation(
+                result.run.records[0]["model"],
+                gpu_of(result).removeprefix("NVIDIA "),
+                run["sparsity"],
+                run["batch"],
+                (run["dense"]["tokens_per_s"], run["sparse"]["tokens_per_s"]),
+                (run["dense"]["first_token_s"], run["sparse"]["first_token_s"]),
+                run["block_bytes_ratio"],
+            )
+            for run in result.data["runs"]
+        ]
+    return [
+        Generation(
+            r["model"],
+            "CPU",
+            r["sparsity"],
+            r["batch"],
+            (r["batch"] * r["tokens"] / r["dense_s"], r["batch"] * r["tokens"] / r["ours_s"]),
+            None,
+            None,
+        )
+        for r in select(result.records, op="generate")
+    ]
+
+
+def trained(result: Result, kind: str = "pretrain") -> dict[float, dict[int, dict]]:
+    """The training runs of experiments (bench/runs.py) whose steps were timed."""
+    found = runs.trained(result.data, kind) if result.kind == EXPERIMENTS else {}
+    timed = {s: {n: r for n, r in seeds.items() if "step_s" in r} for s, seeds in found.items()}
+    return {s: seeds for s, seeds in timed.items() if seeds}
+
+
+def mean_cost(found: Sequence[float]) -> str:
+    """'+0.10 (three seeds, 0.05 to 0.13)'"""
+    text = f"{mean(found):+.2f}"
+    if len(found) > 1:
+        text += f" ({len(found)} seeds, {min(found):.2f} to {max(found):.2f})"
+    return text
