@@ -17,7 +17,7 @@ from grids import workloads as grid
 from sparsekern import Static
 from sparsekern.bench import products
 from sparsekern.bench.records import OTHER
-from sparsekern.gpt.train import load_model
+from sparsekern.gpt.build import load_model
 
 BF16 = {"dtype": torch.bfloat16}
 OTHER_MASKS = ("pruned", "banded", "uneven", "trained")

@@ -11,8 +11,10 @@ from sparsekern import SparseLinear, densify_
 from sparsekern.bench.race import CORES, Rival, ours, race
 from sparsekern.bench.records import DENSE
 from sparsekern.gpt import demo
+from sparsekern.gpt.build import build_model, build_optimizer
+from sparsekern.gpt.config import TrainConfig
 from sparsekern.gpt.profile import linear_share, measured_cap, profile_step
-from sparsekern.gpt.train import TrainConfig, build_model, build_optimizer, compute_gradients
+from sparsekern.gpt.step import compute_gradients
 from sparsekern.tensor import expand_rows
 
 GRADIENT_TOLERANCE = 1e-4  # relative to the largest gradient of the layer

@@ -182,20 +182,24 @@ class Experiments:
 
     def pretraining(self, sparsity: float, seed: int, lr: float, steps: int) -> dict:
         p = self.preset
-        return p.model | {
-            "data": str(self.work / "pretrain"),
-            "tokenizer": p.tokenizer,
-            "vocab_size": p.vocab_size,
-            "sparsity": sparsity,
-            "batch": p.batch,
-            "steps": steps,
-            "lr": lr,
-            "seed": seed,
-            "dtype": p.dtype,
-            "eval_every": max(1, steps // 8) if steps == p.steps else steps,
-            "eval_batches": p.eval_batches,
-            "checkpoint_every": steps,
-        }
+        vocabulary = {"vocab_size": p.vocab_size} if p.tokenizer == "bpe" else {}
+        return (
+            p.model
+            | vocabulary
+            | {
+                "data": str(self.work / "pretrain"),
+                "tokenizer": p.tokenizer,
+                "sparsity": sparsity,
+                "batch": p.batch,
+                "steps": steps,
+                "lr": lr,
+                "seed": seed,
+                "dtype": p.dtype,
+                "eval_every": max(1, steps // 8) if steps == p.steps else steps,
+                "eval_batches": p.eval_batches,
+                "checkpoint_every": steps,
+            }
+        )
 
     def sweep_keys(self, sparsity: float) -> dict[float, str]:
         return {lr: f"sweep {sparsity} lr {lr}" for lr in self.preset.learning_rates}
@@ -249,7 +253,7 @@ class Experiments:
         # What as many more steps do to the model that is not pruned.
         control = self.pretraining(0.0, seed + 1, p.prune_rate, total)
         for name in ("sparsity", *p.model, "tokenizer", "vocab_size"):
-            control.pop(name)
+            control.pop(name, None)
         control |= {"init_from": str(self.folder(source)), "dense": True}
         jobs = [*self.new("prune control", "train", control | {"eval_every": p.prune_steps})]
 

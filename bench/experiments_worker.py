@@ -24,7 +24,9 @@ from sparsekern.bench.turns import in_turns, on_host
 from sparsekern.gpt.checkpoint import CHECKPOINT
 from sparsekern.gpt.config import TrainConfig, config_from, resumed_config
 from sparsekern.gpt.prune import PruneConfig, latencies, prune
-from sparsekern.gpt.train import OutOfTime, Run, train
+from sparsekern.gpt.run import Run
+from sparsekern.gpt.start import begin
+from sparsekern.gpt.train import OutOfTime, train
 
 TIMED_STEPS, WARM_UP_STEPS = 30, 6  # of each run in turn
 
@@ -54,11 +56,10 @@ def prune_run(settings: dict, deadline: float) -> dict:
 def time_runs(settings: dict, deadline: float) -> dict:
     """Seconds of a step of each run in turn, and of a forward pass of one sequence: as it is, and
     densified. For a GPU of its own."""
-    runs = {name: Run(TrainConfig(**given)) for name, given in settings["runs"].items()}
+    runs = {name: begin(TrainConfig(**given)) for name, given in settings["runs"].items()}
 
     def step(run: Run) -> None:
-        run.losses.append(run.compute_gradients())
-        run.update()
+        run.update(run.compute_gradients())
         if run.ranks.device.type == "cuda":
             torch.cuda.synchronize()
 

@@ -17,10 +17,13 @@ from pathlib import Path
 
 import torch
 
+from sparsekern.gpt.build import load_model
+from sparsekern.gpt.config import TrainConfig
 from sparsekern.gpt.data import Batches, load_tokens
 from sparsekern.gpt.generate import generate
 from sparsekern.gpt.model import GPT
-from sparsekern.gpt.train import TrainConfig, evaluate, load_model, train
+from sparsekern.gpt.step import evaluate
+from sparsekern.gpt.train import train
 from sparsekern.sparsity import SparseGPT
 from sparsekern.weights import load_weights, save_weights, set_weights_
 
@@ -28,10 +31,8 @@ with tempfile.TemporaryDirectory() as folder:
     text = Path(folder, "text.txt")
     lines = [f"{i} bottles of beer on the wall, {i} bottles of beer." for i in range(999, 0, -1)]
     text.write_text("\n".join(lines))
-    config = TrainConfig(
-        data=str(text), layers=2, heads=4, width=128, context=64, steps=150, lr=3e-3, out=folder
-    )
-    train(config)
+    shape = {"layers": 2, "heads": 4, "width": 128, "context": 64}
+    train(TrainConfig(data=str(text), **shape, steps=150, lr=3e-3, out=folder))
     model, tokenizer = load_model(folder)
     _, learnt, kept_back = load_tokens(str(text), tokenizer, "bytes", 0)
     validation = Batches(kept_back, 8, 64, seed=0)

@@ -15,7 +15,8 @@ the same settings as flags, and bench/experiments.py is the experiment at a size
 import tempfile
 from pathlib import Path
 
-from sparsekern.gpt.train import TrainConfig, config_from, train
+from sparsekern.gpt.config import TrainConfig, config_from
+from sparsekern.gpt.train import train
 
 with tempfile.TemporaryDirectory() as folder:
     # Any text will do; these two are made here, so that nothing needs to be downloaded.

@@ -44,7 +44,10 @@ def _load() -> None:
 
 
 def _runs_as_command() -> bool:
-    """Whether Python is at `python -m sparsekern`, which parses its arguments before it loads."""
+    """Whether Python is at the script `sparsekern` or at `python -m sparsekern`, which parse their
+    arguments before they load."""
+    if "sparsekern_script" in sys.modules:
+        return True
     words = sys.orig_argv
     if sys.argv[:1] != ["-m"] or "-m" not in words:
         return False

@@ -1,4 +1,4 @@
-"""The parser of python -m sparsekern {info, train, prune, generate, demo, bench, report, wafer}
+"""The parser of `sparsekern COMMAND`, which is also `python -m sparsekern COMMAND`.
 
 It imports no torch: help and usage errors come at once. A command is imported when it runs.
 """
@@ -12,7 +12,7 @@ from dataclasses import fields
 from importlib import import_module
 from pathlib import Path
 
-from . import _load
+from . import __version__, _load
 from .commands import BENCH_OUT, wafer
 from .gpt.flags import PRESET_NAMES, PruneFlags, TrainFlags
 
@@ -27,8 +27,14 @@ class Parser(argparse.ArgumentParser):
 
 
 def main(arguments: list[str] | None = None) -> int:
-    parser = Parser(prog="sparsekern", description="Sparse weights that are faster than dense ones")
-    commands = parser.add_subparsers(dest="command", required=True)
+    parser = Parser(
+        prog="sparsekern",
+        description="Sparse weights that are faster than dense ones",
+        epilog="sparsekern COMMAND --help lists the options of a command.",
+    )
+    parser.add_argument("--version", action="version", version=f"sparsekern {__version__}")
+    parser.set_defaults(run=list_commands(parser))
+    commands = parser.add_subparsers(dest="command", metavar="COMMAND", title="commands")
 
     info = commands.add_parser("info", help="what this installation can use, and why not the rest")
     info.set_defaults(run=command("info", "run_info"))
@@ -37,6 +43,14 @@ def main(arguments: list[str] | None = None) -> int:
     trainer.set_defaults(run=command("train", "run_train"))
     for field in fields(TrainFlags):
         add_flag(trainer, field)
+    trainer.add_argument(
+        "--help-algorithm",
+        metavar="NAME",
+        nargs="?",
+        const="",
+        default=argparse.SUPPRESS,
+        help="show the keys of an algorithm for --sparsity-config, and exit; without NAME list all",
+    )
 
     pruner = commands.add_parser("prune", help="prune a trained GPT in rounds, and train it on")
     pruner.set_defaults(run=command("prune", "run_prune"))
@@ -63,6 +77,7 @@ def main(arguments: list[str] | None = None) -> int:
     )
 
     wafer_parser = commands.add_parser("wafer", help="what the same masks would do on a wafer")
+    wafer_parser.set_defaults(run=list_commands(wafer_parser))
     wafer.add_commands(
         wafer_parser,
         command("wafer_masks", "checkpoint_weights"),
@@ -75,6 +90,16 @@ def main(arguments: list[str] | None = None) -> int:
         options.pop(name, None)
     run = options.pop("run")
     return guarded(lambda: run(**options) or 0)
+
+
+def list_commands(parser: argparse.ArgumentParser) -> Callable:
+    """What runs where a command is missing: a usage error that helps."""
+
+    def run(**options: object) -> int:
+        parser.print_help(sys.stderr)
+        return 2
+
+    return run
 
 
 def command(module: str, name: str) -> Callable:

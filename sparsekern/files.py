@@ -10,6 +10,7 @@ import io
 import os
 import shutil
 import stat
+import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -74,6 +75,27 @@ def atomic_path(path: Path) -> Iterator[Path]:
         _rename(part, path)
     finally:
         _remove(folder)
+
+
+def check_writable(name: str, path: Path) -> None:
+    """ValueError about the setting `name` unless a file could be written at `path`, for before the
+    work that it is to hold. It is found by trying, and nothing of that is left."""
+    nearest = next((p for p in path.parents if os.path.lexists(p)), path.parent)
+    if not nearest.is_dir():
+        raise ValueError(f"{name}: expected a folder, {nearest} is none")
+    if path.is_dir():
+        raise ValueError(f"{name}: expected a file, {path} is a folder")
+    made = [p for p in path.parents if not os.path.lexists(p)]
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.NamedTemporaryFile(dir=path.parent, prefix=f"{path.name}."):
+            pass
+    except OSError as error:
+        raise ValueError(f"{name}: cannot write {path}: {error.strerror}") from error
+    finally:
+        for folder in made:
+            with suppress(OSError):
+                folder.rmdir()
 
 
 class _Writer:

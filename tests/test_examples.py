@@ -39,7 +39,7 @@ def test_example_prints_what_it_says(path, tmp_path):
     command = [sys.executable, str(path)]
     run = subprocess.run(command, cwd=tmp_path, env=env, capture_output=True, text=True)
     assert run.returncode == 0, run.stderr
-    assert not run.stderr.strip()
+    assert not re.search("Warning|Error", run.stderr)  # how far it is may be told
     printed = [words(line) for line in run.stdout.splitlines()]
     for line in expected_lines(path):
         wanted = words(line)

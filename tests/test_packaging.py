@@ -62,7 +62,15 @@ def test_sdist_holds_every_source(sdist):
         for path in (ROOT / folder).rglob("*")
         if path.suffix in suffixes and ROOT / "bench" / "results" not in path.parents
     }
-    files = {"CMakeLists.txt", "setup.py", "pyproject.toml", "Makefile", "LICENSE", "README.md"}
+    files = {
+        "sparsekern_script.py",
+        "CMakeLists.txt",
+        "setup.py",
+        "pyproject.toml",
+        "Makefile",
+        "LICENSE",
+        "README.md",
+    }
     assert not (sources | files) - names
     assert not [name for name in names if name.endswith((".so", ".o", ".pyc"))]
     assert not [name for name in names if name.startswith("bench/results")]
@@ -85,7 +93,8 @@ def test_wheel_holds_the_package_and_its_library_only(wheel):
     # What CuPy compiles where there is no CUDA library.
     kernels = {f"sparsekern/csrc/cuda/{path.name}" for path in (ROOT / "csrc/cuda").iterdir()}
     assert not (package | kernels | {"sparsekern/py.typed"}) - set(names)
-    assert {name.split("/")[0] for name in names if ".dist-info" not in name} == {"sparsekern"}
+    found = {name.split("/")[0] for name in names if ".dist-info" not in name}
+    assert found == {"sparsekern", "sparsekern_script.py"}
     (library,) = [name for name in names if name.endswith(".so")]
     assert library.startswith("sparsekern/_C.")
 

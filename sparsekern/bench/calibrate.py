@@ -15,13 +15,12 @@ from typing import NamedTuple
 import torch
 
 from ..files import atomic_write, private_cache
-from ..gpt.progress import Progress
 from ..kernels import crossover
 from ..kernels.cpu import panel
 from ..kernels.cpu.plan import machine_name
 from ..kernels.problem import Kernel
 from ..kernels.table import pick
-from ..terminal import table
+from ..terminal import Progress, table
 from . import measure_gpu, noise, peers_gpu
 from .crossover import GRID, crossing, summarize
 from .machine import about_cpu, about_gpu, commit

@@ -18,7 +18,7 @@ from ..gpt.flops import train_flops_per_token
 from ..gpt.model import GPT, GPTConfig
 from ..gpt.presets import PRESETS, UniformMask
 from ..gpt.speed import compiled_blocks
-from ..gpt.train import GRADIENT_CLIP, compute_gradients
+from ..gpt.step import GRADIENT_CLIP, compute_gradients
 from ..indices import expand_rows
 from ..nn import SparseLinear, densify_, sparsify_
 from .measure_gpu import ROUNDS, attempt

@@ -8,7 +8,9 @@ import torch
 from ..bench import calibrate as calibrating
 from ..bench import compare, measure, noise, records
 from ..bench.rates import case_name
-from ..gpt.progress import Progress
+from ..files import check_writable, private_cache
+from ..kernels import crossover
+from ..terminal import Progress
 from . import BENCH_OUT
 
 
@@ -20,29 +22,31 @@ def run_bench(
     if device == "cuda" and not has_gpu:
         raise ValueError("device: torch finds no NVIDIA GPU")
     device = device or ("cuda" if has_gpu else "cpu")
+    out = out if calibrate else out or BENCH_OUT
+    if out:
+        check_writable("out", out)
     if calibrate:
+        check_writable("calibrate", private_cache() / crossover.calibrated_file().name)
         print(calibrating.calibrate(device, quick, out))
         return
-    out = out or BENCH_OUT
-    if out.suffix != records.SUFFIX:  # now, not after minutes of measuring
+    if out.suffix != records.SUFFIX:
         raise ValueError(f"out: expected a {records.SUFFIX} file, got {out}")
     about, count, measured = measure.measure(device, quick)
     if commit:
         about["commit"] = {"id": commit, "dirty": False}
-    progress = Progress(count, 0, unit="product")
-    progress.line(measure.heading(about))
     cases: list[dict] = []
     try:
-        for case in measured:
-            case["is_noisy"] = noise.of_case(case) > noise.LIMIT
-            cases.append(case)
-            progress.advance()
-            flag = measure.NOISY * case["is_noisy"]
-            progress.line(f"{case_name(case)}: {case['speedup']:.2f} times dense{flag}")
+        with Progress(count, unit="product") as progress:
+            progress.line(measure.heading(about))
+            for case in measured:
+                case["is_noisy"] = noise.of_case(case) > noise.LIMIT
+                cases.append(case)
+                progress.advance()
+                flag = measure.NOISY * case["is_noisy"]
+                progress.line(f"{case_name(case)}: {case['speedup']:.2f} times dense{flag}")
     except BaseException:
         records.write(out.with_suffix(f".partial{records.SUFFIX}"), about, records.flat(cases))
         raise
-    progress.close()
     records.write(out, about, records.flat(cases))
     print(f"\n{measure.render(about, cases)}\n\n{len(cases)} products: {out}")
 

@@ -8,14 +8,15 @@ from pathlib import Path
 import torch
 
 from ..gpt import speed
+from ..gpt.build import load_model
 from ..gpt.config import MOST_SEED, check_sparsity
 from ..gpt.data import ByteTokenizer, Tokenizer
 from ..gpt.generate import generate
 from ..gpt.model import GPT
 from ..gpt.presets import PRESETS, for_inference, random_gpt
-from ..gpt.train import load_model
 from ..nn import SparseLinear, densify_
 from ..report import demo as demo_report
+from ..terminal import Progress
 
 
 def run_generate(
@@ -52,10 +53,14 @@ def run_generate(
         tokenizer = ByteTokenizer()
     idx = tokenizer.encode(prompt)[None].long().repeat(batch, 1).to(place)
     if bench:
-        print(demo_report.generation_section(speed.compare(models, idx, tokens, **sampling)))
+        with Progress(None, unit="model and round") as progress:
+            found = speed.compare(models, idx, tokens, advance=progress.advance, **sampling)
+        print(demo_report.generation_section(found))
         return
     began = time.perf_counter()
-    texts = generate(models["sparse"], idx, tokens, **sampling).tolist()
+    with Progress(tokens, unit="token") as progress:
+        drawn = generate(models["sparse"], idx, tokens, **sampling, advance=progress.advance)
+    texts = drawn.tolist()
     took_s = time.perf_counter() - began
     for ids in texts:
         # What random weights choose is no text.
@@ -94,10 +99,12 @@ def random_models(
     with_dense: bool,
 ) -> dict[str, GPT]:
     check_sparsity(sparsity)
+    if with_dense and not sparsity:
+        raise ValueError("bench: expected a sparse model, give a sparsity above 0")
+    wanted = {"dense": 0.0} if with_dense else {}
+    config = PRESETS[preset]
     models = {}
-    if with_dense:
-        if not sparsity:
-            raise ValueError("bench: expected a sparse model, give a sparsity above 0")
-        models["dense"] = random_gpt(PRESETS[preset], 0.0, device, dtype, seed)
-    models["sparse"] = random_gpt(PRESETS[preset], sparsity, device, dtype, seed, batch)
+    with Progress(config.n_layer * (1 + len(wanted)), unit="block") as progress:
+        for name, zeros in (wanted | {"sparse": sparsity}).items():
+            models[name] = random_gpt(config, zeros, device, dtype, seed, batch, progress.advance)
     return models

@@ -1,18 +1,21 @@
 """python -m sparsekern train"""
 
-import os
-
 from ..gpt import distributed
-from ..gpt.train import config_from, resumed_config, train
+from ..gpt.config import config_from, resumed_config
+from ..gpt.train import train
 from ..report import demo as demo_report
+from . import algorithms
 
 
 def run_train(**given) -> None:
+    if "help_algorithm" in given:
+        print(algorithms.help_of(given["help_algorithm"]))
+        return
     try:
         config = resumed_config(given) if given.get("resume") else config_from(given)
         config.check_use(given)  # a flag at its default as well
         result = train(config)
     finally:
         distributed.finish()
-    if result["sparsity"] and os.environ.get("RANK", "0") == "0":
+    if result["sparsity"] and distributed.is_first_rank():
         print(f"wafer  {demo_report.wafer_line(result)}")

@@ -2,14 +2,14 @@
 
 import argparse
 import json
-import sys
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
 from ..bench import records
 from ..bench.rates import derived
-from ..files import atomic_write
+from ..files import atomic_write, check_writable
+from ..terminal import Progress
 from ..wafer import compare as comparing
 from ..wafer import plots, predict, sensitivity, sweep
 from ..wafer.balance import Mask
@@ -18,7 +18,7 @@ from ..wafer.inference import inference_cost
 from ..wafer.inputs import ACTIVATIONS, STREAM_FORMATS, Inputs
 from ..wafer.machine import BYTES_PER_ELEM, MACHINES, machine
 from ..wafer.shapes import GPT_SHAPES, GPTShape, gpt_shape
-from ..wafer.validation import pe_kernels, validate
+from ..wafer.validation import mesh, pe_kernels, validate
 
 INPUT_FLAGS = {
     "utilisation": "share of the datapath's rate that is reached; an input, never a result",
@@ -35,11 +35,11 @@ def add_commands(
     benchmark_mask: Callable[[dict], Mask | None],
 ) -> None:
     """The last two read what needs torch: a checkpoint, and the masks of measurements."""
-    commands = parser.add_subparsers(dest="wafer_command", required=True)
+    commands = parser.add_subparsers(dest="wafer_command", metavar="COMMAND", title="commands")
 
     def command(name: str, run: Callable, text: str) -> argparse.ArgumentParser:
         added = commands.add_parser(name, help=text)
-        added.set_defaults(run=run)
+        added.set_defaults(run=lambda **options: _checked(run, options))
         added.add_argument("--json", type=Path, metavar="FILE", help="write the numbers there")
         return added
 
@@ -142,6 +142,15 @@ def _batch(options: dict, shape: GPTShape, systems: int) -> int:
     return max(1, sweep.FULL_TOKENS // shape.sequence) * systems
 
 
+def _checked(run: Callable, options: dict) -> int | None:
+    """Run a command, when its files can be written."""
+    if options["json"]:
+        check_writable("json", options["json"])
+    if options.get("plots"):
+        check_writable("plots", options["plots"] / "plot.png")
+    return run(**options)
+
+
 def _write_json(path: Path | None, value: object) -> None:
     if path:
         with atomic_write(path) as file:
@@ -150,16 +159,19 @@ def _write_json(path: Path | None, value: object) -> None:
 
 def _run_predict(**options) -> None:
     inputs, wafer, systems = _inputs(options), machine(options["machine"]), options["systems"]
-    if options["checkpoint"]:
-        shape, weights = options["checkpoint_weights"](options["checkpoint"])
-        kept = sum(w.n * w.k * w.density for w in weights) / shape.linear_fma
-    else:
-        shape = _shape(options)
-        weights = kept = _density(options)
-    batch = _batch(options, shape, systems)
-    found = compare_with_dense(
-        wafer, shape, weights, batch, systems, inputs, options["micro_batch"]
-    )
+    with Progress(None, unit="part") as progress:
+        if path := options["checkpoint"]:
+            progress.about(f"reading {path}")
+            shape, weights = options["checkpoint_weights"](path)
+            progress.about(f"predicting from the masks of {len(weights)} layers")
+            kept = sum(w.n * w.k * w.density for w in weights) / shape.linear_fma
+        else:
+            shape = _shape(options)
+            weights = kept = _density(options)
+        batch = _batch(options, shape, systems)
+        found = compare_with_dense(
+            wafer, shape, weights, batch, systems, inputs, options["micro_batch"]
+        )
     inference = inference_cost(wafer, shape, kept, inputs)
     print(predict.render(shape, found, inference))
     if options["sources"]:
@@ -206,7 +218,8 @@ def _measured_imbalance(data: Path | None) -> list[tuple[float, float]]:
 
 
 def _run_validate(**options) -> int:
-    found = validate.validate(options["data"])
+    with Progress(len(mesh.PROBLEMS), unit="mesh") as progress:
+        found = validate.validate(options["data"], progress.advance)
     print(validate.render(found))
     _write_json(options["json"], found.as_dict())
     return 1 if found.failed else 0
@@ -217,14 +230,15 @@ def _run_compare(**options) -> None:
     if not paths:
         raise ValueError("results: none in bench/results; give --results")
     results = {path.stem: _measured(path) for path in paths}
-    pairs = comparing.compare(
-        machine(options["machine"]),
-        results,
-        _inputs(options),
-        options["benchmark_mask"],
-        options["match"],
-        progress=_show,
-    )
+    with Progress(None, unit="measurement") as progress:
+        pairs = comparing.compare(
+            machine(options["machine"]),
+            results,
+            _inputs(options),
+            options["benchmark_mask"],
+            options["match"],
+            progress=lambda pair: progress.advance(f"{pair.what}, {pair.sparsity:.0%} zeros"),
+        )
     print(comparing.render(pairs))
     _write_json(options["json"], [pair.as_dict() for pair in pairs])
 
@@ -236,10 +250,6 @@ def _measured(path: Path) -> list[dict]:
     except (FileNotFoundError, ValueError) as error:
         raise type(error)(f"results: {error}") from error
     return [case for case in cases if "speedups" in case]
-
-
-def _show(pair: comparing.Pair) -> None:
-    print(f"{pair.source}: {pair.what}, {pair.sparsity:.0%} zeros", file=sys.stderr, flush=True)
 
 
 def _run_sensitivity(**options) -> None:

@@ -7,7 +7,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from ..gpt.train import load_model
+from ..gpt.build import load_model
 from ..nn import SparseLinear
 from ..testing import random_mask
 from ..wafer.balance import Mask

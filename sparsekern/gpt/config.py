@@ -96,6 +96,11 @@ class TrainConfig(TrainFlags):
 
     def check_use(self, given: Iterable[str]) -> None:
         """ValueError for a setting that was given and would do nothing."""
+        if "vocab_size" in given and self.tokenizer == "bytes":
+            raise ValueError(
+                "vocab_size: expected tokenizer bpe beside it, bytes has 256, "
+                f"got {self.vocab_size} alone"
+            )
         for name in OF_SPARSITY:
             if name not in given:
                 continue
@@ -183,6 +188,8 @@ def saved_config(path: Path, saved: dict, **changes: object) -> TrainConfig:
         idle = [] if saved.get("init_from") else ["optimizer_state"]
         if saved.get("sparsity_config") or not saved.get("sparsity"):
             idle += OF_SPARSITY
+        if saved.get("tokenizer") == "bytes":
+            idle.append("vocab_size")
         return TrainConfig(**{k: v for k, v in saved.items() if k not in idle} | changes)
 
 

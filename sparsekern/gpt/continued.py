@@ -1,15 +1,36 @@
-"""A run that starts from the sparse weights of another: what its own sparsity means then."""
+"""A run that begins with the weights of another: what its own settings mean then."""
 
 import copy
 
-from ..nn import SparseLinear
+from ..nn import SparseLinear, densify_
 from ..sparsity import GMP, Group, IterativePruning, Magnitude
-from .build import model_from_state
+from .build import build_optimizer, model_from_state
 from .config import TrainConfig
+from .distributed import load_optimizer
 from .model import GPT
 
 
-def from_sparse(model: GPT, settings: object, config: TrainConfig) -> object:
+def continued(
+    config: TrainConfig, settings: object, source: dict, vocab_size: int
+) -> tuple[dict, object]:
+    """The state before the first step, from the last of the run whose checkpoint holds `source`,
+    and the settings of the sparsity from there on."""
+    model = model_from_state(config.model(vocab_size), source["model"])
+    optimizer = build_optimizer(model, config.lr)
+    if config.optimizer_state == "keep":
+        load_optimizer(optimizer, source["optimizer"])
+    if config.dense:
+        densify_(model, optimizer)
+    if settings is not None:
+        if config.optimizer_state == "keep":
+            raise ValueError("optimizer_state: keep needs the pattern of init_from, or dense")
+        settings = _from_sparse(model, settings, config)
+        model = config.make_algorithm(settings).apply(model)
+        optimizer = build_optimizer(model, config.lr)
+    return {"model": model.state_dict(), "optimizer": optimizer.state_dict()}, settings
+
+
+def _from_sparse(model: GPT, settings: object, config: TrainConfig) -> object:
     """Prune the layers that are sparse already to the sparsity at which the algorithm begins, by
     magnitude, in place. Returns the settings: a gradual schedule of flags begins where the model
     is. ValueError where the algorithm would begin with fewer zeros than there are."""

@@ -3,7 +3,7 @@
 import json
 import sysconfig
 import zlib
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -17,6 +17,7 @@ from .flags import TOKENIZERS
 
 TEXT_SUFFIXES = (".md", ".py", ".txt")
 VALIDATION_SHARE = 0.1
+VALIDATION_SEED = 0
 # Of the sources of installed packages: enough for a small GPT, and not too much of any one.
 PACKAGES_CHARACTERS = 128_000_000
 PACKAGE_CHARACTERS = 8_000_000
@@ -241,15 +242,23 @@ def prepare(source: str, tokenizer: Tokenizer | str, folder: Path, vocab_size: i
 
 
 def load_tokens(
-    source: str, tokenizer: Tokenizer | None, name: str, vocab_size: int
+    source: str,
+    tokenizer: Tokenizer | None,
+    name: str,
+    vocab_size: int,
+    tell: Callable[[str], None] = lambda text: None,
 ) -> tuple[Tokenizer, Tensor, Tensor]:
     """Tokens for training and for validation, and their tokenizer: that given, that of a prepared
-    folder, or a new one called `name`."""
+    folder, or a new one called `name`. `tell` is told what comes next."""
+    tell(f"reading {source}")
     folder = Path(source)
     if all((folder / file).is_file() for file in PREPARED):
         return _load_prepared(folder, tokenizer)
     training, validation = load_split(source)
-    tokenizer = tokenizer or make_tokenizer(name, training, vocab_size)
+    if not tokenizer:
+        tell(f"learning a vocabulary from {len(training):,} characters")
+        tokenizer = make_tokenizer(name, training, vocab_size)
+    tell(f"encoding {len(training):,} characters")
     return tokenizer, tokenizer.encode(training), tokenizer.encode(validation)
 
 
@@ -273,6 +282,29 @@ def _load_prepared(folder: Path, tokenizer: Tokenizer | None) -> tuple[Tokenizer
             raise ValueError(f"data: {path}: expected tokens in [0, {mine.vocab_size})")
         splits.append(torch.from_numpy(tokens))
     return mine, *splits
+
+
+class Text:
+    """What a run trains on: tokens of two splits and their tokenizer."""
+
+    def __init__(
+        self,
+        source: str,
+        tokenizer: Tokenizer | None,
+        name: str,
+        vocab_size: int,
+        tell: Callable[[str], None] = lambda text: None,
+    ) -> None:
+        """The arguments of `load_tokens`."""
+        self.tokenizer, self.training, self.validation = load_tokens(
+            source, tokenizer, name, vocab_size, tell
+        )
+        self.crc32 = zlib.crc32(self.training.numpy())
+
+    def batches(self, batch: int, context: int, seed: int) -> tuple["Batches", "Batches"]:
+        """To train and to validate. The latter are the same for every seed: losses compare."""
+        training = Batches(self.training, batch, context, seed)
+        return training, Batches(self.validation, batch, context, VALIDATION_SEED)
 
 
 class Batches:

@@ -16,7 +16,9 @@ from torch import Tensor
 from ..matmul import linear, matmul
 from ..nn import SparseLinear
 from ..tensor import SparseTensor
+from ..terminal import Progress
 from ..testing import interleaved_times, random_mask, relative_error
+from .build import build_model, build_optimizer
 from .checkpoint import CHECKPOINT
 from .config import TrainConfig, changed
 from .data import default_source
@@ -33,8 +35,8 @@ from .dense import (
     use_,
 )
 from .profile import linear_share, measured_cap, profile_step
-from .progress import Progress
-from .train import METRICS, build_model, build_optimizer, compute_gradients
+from .step import compute_gradients
+from .train import METRICS
 
 # The model: large enough that its linears are most of a step, small enough for two cores.
 LAYERS, WIDTH, HEADS, CONTEXT, BATCH = 3, 768, 12, 128, 8

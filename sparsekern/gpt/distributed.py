@@ -23,6 +23,11 @@ def check_device(name: str) -> None:
         raise ValueError(f"device: expected cpu, cuda or cuda:N, got {name!r}")
 
 
+def is_first_rank() -> bool:
+    """Whether this process is the one that tells and writes."""
+    return os.environ.get("RANK", "0") == "0"
+
+
 class Ranks:
     """This process among those that torchrun started; the only one without torchrun."""
 
@@ -59,13 +64,13 @@ class Ranks:
         rows = batch.shape[0] // self.size
         return batch[self.rank * rows : (self.rank + 1) * rows].to(self.device, non_blocking=True)
 
-    def mean(self, value: float) -> float:
+    def mean(self, value: Tensor) -> Tensor:
         """The mean over the ranks, the same on each."""
         if self.size == 1:
             return value
-        total = torch.tensor(value, dtype=torch.float64, device=self.device)
+        total = value.double()
         dist.all_reduce(total)
-        return total.item() / self.size
+        return total / self.size
 
     def wrap(self, model: nn.Module) -> nn.Module:
         """The model to call in training. FSDP2 cuts up the given one itself."""

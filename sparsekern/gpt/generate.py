@@ -2,6 +2,8 @@
 
 On CUDA the step of a token, sampling included, is one replay of a CUDA graph."""
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
 
@@ -13,20 +15,28 @@ WARM_UPS = 2  # passes before a capture: libraries allocate and kernels compile 
 
 
 def generate(
-    model: GPT, idx: Tensor, count: int, temperature: float = 0.8, top_k: int = 40, seed: int = 0
+    model: GPT,
+    idx: Tensor,
+    count: int,
+    temperature: float = 0.8,
+    top_k: int = 40,
+    seed: int = 0,
+    advance: Callable[[], None] = lambda: None,
 ) -> Tensor:
     """Append `count` sampled tokens to idx int64 [B, T] -> [B, T + count].
 
     The model sees the last block_size tokens. temperature 0 takes the most likely token;
-    `top_k` keeps the k most likely ones.
+    `top_k` keeps the k most likely ones. `advance` is called after each token.
     """
     if count == 0:
         return idx
     with passing_captures():  # a model may be trained on after a sample
         decoder = Decoder(model, idx, count, temperature, top_k, seed)
         decoder.start()
+        advance()
         for _ in range(count - 1):
             decoder.step()
+            advance()
         return decoder.tokens
 
 

@@ -3,6 +3,7 @@
 Vocabularies are rounded up to a multiple of 64: dense heads are faster so.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -45,11 +46,13 @@ def random_gpt(
     dtype: torch.dtype = torch.float32,
     seed: int = 0,
     batch: int = 1,
+    advance: Callable[[], None] = lambda: None,
 ) -> GPT:
     """A GPT for inference with random weights and, in the linears of its blocks, random zeros.
 
     It is made where it will run, block by block: beside the result only one dense block is ever in
-    memory, with what it takes to draw its masks and to pack it."""
+    memory, with what it takes to draw its masks and to pack it. `advance` is called after each
+    block."""
     torch.manual_seed(seed)
     with torch.device("meta"):
         model = GPT(config).to(dtype).requires_grad_(False)
@@ -58,6 +61,8 @@ def random_gpt(
         initialise(part, config.n_layer)
         if isinstance(part, Block) and sparsity:
             for_inference(nn.sparsify_(part, UniformMask(sparsity)), batch)
+        if isinstance(part, Block):
+            advance()
     model.lm_head.weight = model.wte.weight
     return model.eval()
 

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from .dense import Linear, linear
 from .flops import amdahl_cap
 from .model import GPT
-from .train import compute_gradients
+from .step import compute_gradients
 
 ROUNDS = 7
 WARMUP_ROUNDS = 2

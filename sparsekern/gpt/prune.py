@@ -15,11 +15,13 @@ from ..nn import SparseLinear, densify_
 from ..sparsity import Magnitude, SparseGPT, Wanda
 from ..sparsity.gradual import round_sparsity
 from ..sparsity.pattern import places_of
+from ..terminal import Progress
 from .checkpoint import CHECKPOINT, checkpoint_file, load_checkpoint, save_checkpoint
 from .config import FROM_SOURCE, TrainConfig, saved_config
 from .flags import PRUNE_METHODS, PruneFlags
 from .flops import flop_ratio
-from .train import Run
+from .run import Run
+from .start import begin
 
 METHODS = dict(zip(PRUNE_METHODS, (Magnitude, Wanda, SparseGPT), strict=True))
 TABLE = "prune.json"
@@ -86,31 +88,34 @@ def prune(config: PruneConfig) -> list[dict]:
         rows = state["rows"]
     targets = config.sparsities()
     # Of the source in any case: what a pruning took does not depend on where it was stopped.
-    run = Run(_recovery(config, trained, 0), source)
-    if rows and state["data_crc32"] != run.data_crc32:
+    with Progress(None, unit="part") as progress:
+        run = begin(_recovery(config, trained, 0), source, progress.about)
+    if rows and state["data_crc32"] != run.text.crc32:
         raise ValueError(f"data: {run.config.data} changed since {path} was written")
-    for index in range(len(rows), len(targets) + 1):
-        steps = config.steps * index // len(targets) - sum(row["steps"] for row in rows)
-        run.restart(_recovery(config, trained, index, steps), state)
-        if index:
-            _prune(run, config, targets[index - 1], early)
-        elif run.sparsity >= targets[0]:
-            raise ValueError(
-                f"target: the first round wants sparsity {targets[0]:.4g}, but the model has "
-                f"{run.sparsity:.4g} already"
-            )
-        run.evaluate()
-        _recover(run, steps)
-        rows.append(_row(run, index))
-        state = run.state()
-        # What `generate` and `train --init-from` take.
-        save_checkpoint(path, state | {"prune": settings, "rows": rows})
-        _write_table(path, settings, rows)
-        print(line(rows[-1]), flush=True)
+    with Progress(config.steps, sum(row["steps"] for row in rows)) as progress:
+        for index in range(len(rows), len(targets) + 1):
+            steps = config.steps * index // len(targets) - sum(row["steps"] for row in rows)
+            run.restart(_recovery(config, trained, index, steps), state)
+            if index:
+                progress.about(f"round {index}: pruning to {targets[index - 1]:.1%}")
+                _prune(run, config, targets[index - 1], early)
+            elif run.sparsity >= targets[0]:
+                raise ValueError(
+                    f"target: the first round wants sparsity {targets[0]:.4g}, but the model has "
+                    f"{run.sparsity:.4g} already"
+                )
+            run.evaluate()
+            _recover(run, steps, progress)
+            rows.append(_row(run, index))
+            state = run.state()
+            # What `generate` and `train --init-from` take.
+            save_checkpoint(path, state | {"prune": settings, "rows": rows})
+            _write_table(path, settings, rows)
+            progress.line(line(rows[-1]))
     # Again where nothing was left to do: a kill may have come before the last two files.
     _write_table(path, settings, rows)
     run.restart(saved_config(path, state["config"]), state)
-    run.losses = state["losses"]
+    run.history.losses = state["losses"]
     run.export()
     return rows
 
@@ -122,18 +127,19 @@ def _write_table(path: Path, settings: dict, rows: list[dict]) -> None:
 
 def _row(run: Run, index: int) -> dict:
     latency_s, dense_latency_s = latencies(run)
+    history = run.history
     return {
         "round": index,
         "sparsity": run.sparsity,
-        "loss_before": run.evaluations[0]["loss"],
-        "loss": run.evaluations[-1]["loss"],
+        "loss_before": history.evaluations[0]["loss"],
+        "loss": history.evaluations[-1]["loss"],
         "steps": run.step,
         "flop_ratio": flop_ratio(run.model.config, run.sparsity),
         "parameters": sum(p.numel() for p in run.model.parameters()),
         "latency_s": latency_s,
         "dense_latency_s": dense_latency_s,
-        "train_flops": run.flops,
-        "train_s": sum(run.seconds),
+        "train_flops": history.flops,
+        "train_s": sum(history.seconds),
     }
 
 
@@ -201,13 +207,10 @@ def _rewind(model: nn.Module, early: dict[str, Tensor]) -> None:
             parameter.copy_(early[name])
 
 
-def _recover(run: Run, steps: int) -> None:
+def _recover(run: Run, steps: int, progress: Progress) -> None:
     for _ in range(steps):
-        began = time.perf_counter()
-        loss = run.compute_gradients()
-        run.update()
-        run.seconds.append(time.perf_counter() - began)
-        run.losses.append(loss)
+        run.update(run.compute_gradients())
+        progress.advance()
     if steps:
         run.evaluate()
 

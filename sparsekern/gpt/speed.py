@@ -1,6 +1,7 @@
 """How fast a GPT generates, dense against sparse: one harness, one run, rounds in turn."""
 
 import time
+from collections.abc import Callable
 from statistics import median
 
 import torch
@@ -13,12 +14,18 @@ SIDES = ("dense", "sparse")
 
 
 def compare(
-    models: dict[str, GPT], prompt: Tensor, count: int, rounds: int = 5, **sampling
+    models: dict[str, GPT],
+    prompt: Tensor,
+    count: int,
+    rounds: int = 5,
+    advance: Callable[[str], None] = lambda what: None,
+    **sampling,
 ) -> dict:
     """Generate `count` tokens after prompt int64 [B, T] with models["dense"] and models["sparse"].
 
     The first token and the steps after it are timed apart, every way that ways() knows of. Each
-    model's best way is the one with the lowest median; all the samples are in the result."""
+    model's best way is the one with the lowest median; all the samples are in the result. `advance`
+    is called after each model in each round."""
     if count < 2:
         raise ValueError(f"count: a speed needs at least 2 tokens, got {count}")
     decoders = {
@@ -32,6 +39,7 @@ def compare(
             first_token_s, step_s = _time(decoder, count - 1)
             seconds[key]["first_token_s"].append(first_token_s)
             seconds[key]["step_s"].append(step_s)
+            advance(", ".join(key))
 
     batch, context = prompt.shape
     result = {"batch": batch, "context": context, "steps": count - 1, "rounds": rounds, **sampling}

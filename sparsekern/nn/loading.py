@@ -161,15 +161,17 @@ def _apply(
             resize_(values, values.detach().new_empty(nnz))
         device = state_dict[f"{prefix}values"].device if is_assigned else before[1].device
         set_indices(layer, *(t.to(device, copy=not is_assigned) for t in pattern))
-    # nn.Module would copy indices in place, into what kernels and CUDA graphs hold.
-    indices = {name: layer._buffers.pop(name) for name in INDICES}
+    # nn.Module would copy indices in place, into what kernels and CUDA graphs hold. It passes over
+    # buffers that are not persistent; other threads may run forward meanwhile.
+    passed_over = layer._non_persistent_buffers_set
+    layer._non_persistent_buffers_set = passed_over | set(INDICES)
     errors = len(lists[2])
     try:
         rest = {k: t for k, t in state_dict.items() if k.removeprefix(prefix) not in INDICES}
         load_others(rest, prefix, metadata, strict, *lists)
         copies.forget(layer._parameters.values())
     finally:
-        layer._buffers = indices | layer._buffers
+        layer._non_persistent_buffers_set = passed_over
     if len(lists[2]) > errors and pattern is not None:
         set_indices(layer, *before)
         if values.shape != data.shape:

@@ -104,6 +104,7 @@ class RigL(SET):
     Args:
         balance_in_groups, balance_out_groups: of these many runs of columns or of rows, such as the
             heads of attention, each has the same number of weights, always.
+        block_elems: elements of a dense gradient that are in memory at a time.
     """
 
     block_elems: int = 2**22

@@ -95,7 +95,7 @@ class IterativePruning(GMP):
     2018). After each `freq` steps the density is multiplied by (1 - sparsity)^(1 / rounds).
 
     Args:
-        sparsity: at the end.
+        sparsity: share of weights removed at the end, in [0, 1].
         rounds: how many times it prunes.
         freq: optimizer steps before each pruning.
         rewind: None, or an optimizer step: after each pruning, all weights go back to what they

@@ -11,7 +11,7 @@ from sparsekern.bench import gpt_gpu, measure, measure_gpu, records, work_gpu
 from sparsekern.bench.rates import case_name, derive
 from sparsekern.bench.work_gpu import checked
 from sparsekern.gpt.model import GPT, GPTConfig
-from sparsekern.gpt.train import compute_gradients
+from sparsekern.gpt.step import compute_gradients
 from sparsekern.report import models
 from sparsekern.report.load import load
 from sparsekern.report.nearest import choose, this

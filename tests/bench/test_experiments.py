@@ -260,8 +260,9 @@ def test_a_run_stops_at_its_deadline_and_resumes(monkeypatch, tmp_path):
     from dataclasses import replace
 
     from sparsekern.gpt import train
+    from sparsekern.gpt.config import TrainConfig, resumed_config
 
-    config = train.TrainConfig(
+    config = TrainConfig(
         data=str(tmp_path / "text.txt"), layers=1, width=32, heads=2, context=16, batch=2, steps=6
     )
     config = replace(config, out=str(tmp_path / "run"), threads=1)
@@ -272,6 +273,6 @@ def test_a_run_stops_at_its_deadline_and_resumes(monkeypatch, tmp_path):
     with monkeypatch.context() as patch, pytest.raises(train.OutOfTime, match="at step 3 of 6"):
         patch.setattr(train.time, "monotonic", lambda: next(clock))
         train.train(config, deadline=5)
-    resumed = train.train(train.resumed_config({"out": config.out}))
+    resumed = train.train(resumed_config({"out": config.out}))
     whole = train.train(replace(config, out=str(tmp_path / "whole")))
     assert resumed["losses"] == whole["losses"]

@@ -5,25 +5,27 @@ import os
 import re
 import subprocess
 import sys
+import tomllib
 from pathlib import Path
 
 import pytest
 import torch
+from tiny import flags, interrupt_at, tiny_config
 
+from sparsekern import __version__
 from sparsekern.cli import main
 from sparsekern.commands import train as train_command
-from sparsekern.gpt import demo, flags, presets
+from sparsekern.gpt import demo, presets
+from sparsekern.gpt import flags as known_flags
+from sparsekern.gpt.build import load_model
+from sparsekern.gpt.checkpoint import CHECKPOINT
 from sparsekern.gpt.data import BPETokenizer, ByteTokenizer
-from sparsekern.gpt.train import CHECKPOINT, METRICS, load_model
-
-TEXT = "".join(f"{i} bottles of beer on the wall, {i} bottles of beer.\n" for i in range(99, 0, -1))
-TINY = "--layers=1 --heads=2 --width=32 --context=16 --batch=2 --steps=6 --eval-every=3 --threads=1"
+from sparsekern.gpt.train import METRICS
 
 
 @pytest.fixture
 def tiny(tmp_path: Path) -> list[str]:
-    (tmp_path / "text.txt").write_text(TEXT)
-    return ["train", *TINY.split(), f"--data={tmp_path / 'text.txt'}", f"--out={tmp_path / 'run'}"]
+    return flags(tiny_config(tmp_path))
 
 
 def error_line(capsys: pytest.CaptureFixture, arguments: list[str]) -> str:
@@ -78,11 +80,25 @@ def test_train_mistakes(tiny, tmp_path, capsys):
         "--data=/missing": "'/missing' does not exist",
         "--context=9999": "context 9999 needs at least 10000",
         "--resume": "checkpoint.pt does not exist",
+        "--vocab-size=300": "vocab_size: expected tokenizer bpe beside it, bytes has 256, got 300",
+        "--vocab-size=2048": "vocab_size: expected tokenizer bpe beside it",
         "--unheard-of": "unrecognized arguments: --unheard-of",
     }.items():
         assert re.search(message, error_line(capsys, [*tiny, flag]))
     assert not (tmp_path / "run").exists()
-    assert "required: command" in error_line(capsys, [])
+
+
+@pytest.mark.parametrize(("arguments", "command"), [([], "generate"), (["wafer"], "sensitivity")])
+def test_without_a_command_they_are_listed(capsys, arguments, command):
+    assert main(arguments) == 2
+    printed = capsys.readouterr()
+    assert printed.out == "" and re.search(rf"^ +{command}\b", printed.err, re.MULTILINE)
+
+
+def test_the_version(capsys):
+    with pytest.raises(SystemExit, match="0"):
+        main(["--version"])
+    assert capsys.readouterr().out == f"sparsekern {__version__}\n"
 
 
 @pytest.mark.parametrize("content", [b"", b"short", b"\xff\xfe\0", b"text\0" * 999])
@@ -146,18 +162,9 @@ def test_a_finished_run_says_so_and_is_lengthened(tiny, tmp_path, capsys):
 
 
 def test_an_unfinished_run_is_not_lengthened(tiny, tmp_path, capsys, monkeypatch):
-    from sparsekern.gpt.data import Batches
-
-    get = Batches.get
-
-    def interrupted(self, step):
-        if step == 5:
-            raise KeyboardInterrupt
-        return get(self, step)
-
     with monkeypatch.context() as patch:
-        patch.setattr(Batches, "get", interrupted)
-        assert main([*tiny, "--checkpoint-every=2"]) == 130
+        interrupt_at(patch, 5)
+        assert main(tiny) == 130
     capsys.readouterr()
     line = error_line(capsys, ["train", f"--out={tmp_path / 'run'}", "--resume", "--steps=9"])
     assert (
@@ -320,7 +327,7 @@ def without_extras(arguments: list[str]) -> subprocess.CompletedProcess:
 
 def test_training_needs_torch_and_numpy_alone(tiny):
     done = without_extras([*tiny, "--data=stdlib"])
-    assert done.returncode == 0 and done.stderr == "" and "step     6/6" in done.stdout
+    assert done.returncode == 0 and "Error" not in done.stderr and "step     6/6" in done.stdout
 
 
 @pytest.mark.parametrize(
@@ -380,10 +387,23 @@ def test_demo_end_to_end_in_miniature(tmp_path, capfd, monkeypatch):
     assert {path.name for path in tmp_path.iterdir()} == files
 
 
+def entry(where: str) -> list[str]:
+    """A process that runs the command; the console script is what pip makes of pyproject.toml."""
+    if where == "-m sparsekern":
+        return [sys.executable, "-X", "importtime", "-m", "sparsekern"]
+    with open(Path(__file__).parents[2] / "pyproject.toml", "rb") as file:
+        module, _, name = tomllib.load(file)["project"]["scripts"]["sparsekern"].partition(":")
+    script = f"import sys; from {module} import {name}; sys.exit({name}())"
+    return [sys.executable, "-X", "importtime", "-c", script]
+
+
+@pytest.mark.parametrize("where", ["-m sparsekern", "console script"])
 @pytest.mark.parametrize(
     ("arguments", "code"),
     [
+        ([], 2),
         (["--help"], 0),
+        (["--version"], 0),
         (["train", "--help"], 0),
         (["wafer", "predict", "--help"], 0),
         (["bench", "compare", "--help"], 0),
@@ -391,12 +411,16 @@ def test_demo_end_to_end_in_miniature(tmp_path, capfd, monkeypatch):
         (["no-command"], 2),
     ],
 )
-def test_help_and_usage_errors_import_no_torch(arguments, code):
-    command = [sys.executable, "-X", "importtime", "-m", "sparsekern", *arguments]
-    done = subprocess.run(command, capture_output=True, text=True)
+def test_help_and_usage_errors_import_no_torch(where, arguments, code):
+    done = subprocess.run([*entry(where), *arguments], capture_output=True, text=True)
     assert done.returncode == code
     imported = {line.rpartition("|")[2].strip() for line in done.stderr.splitlines()}
     assert "sparsekern.cli" in imported and "torch" not in imported
+
+
+def test_the_console_script_runs_commands():
+    done = subprocess.run([*entry("console script"), "info"], capture_output=True, text=True)
+    assert done.returncode == 0 and torch.__version__ in done.stdout
 
 
 @pytest.mark.parametrize("arguments", [[], ["-m", "sparsekern"]])
@@ -420,5 +444,5 @@ def test_public_names_before_the_command_has_loaded_them(tmp_path):
 
 
 def test_the_names_that_the_parser_knows_are_those_there_are():
-    assert flags.PRESET_NAMES == tuple(presets.PRESETS)
-    assert flags.TOKENIZERS == (ByteTokenizer.name, BPETokenizer.name)
+    assert known_flags.PRESET_NAMES == tuple(presets.PRESETS)
+    assert known_flags.TOKENIZERS == (ByteTokenizer.name, BPETokenizer.name)

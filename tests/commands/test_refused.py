@@ -1,13 +1,18 @@
 """What would do something else than it says is refused, and leaves things as they were."""
 
 import copy
+import os
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from tiny import flags, tiny_config
 from torch import nn
 
 from sparsekern import SparseTensor, cli, sparsity, weights
+from sparsekern.files import check_writable
+from sparsekern.gpt.train import train
 from sparsekern.nn import SparseLinear
 from sparsekern.sparsity import GMP, SET, IterativePruning, SparseGPT, Wanda, dynamic
 
@@ -163,12 +168,65 @@ def test_flags_that_cannot_work(tmp_path, capsys, arguments, expected):
     assert expected in capsys.readouterr().err
 
 
+WORK = ("gpt.start.Text", "bench.measure.measure", "bench.calibrate.calibrate")
+WORK += ("wafer.validation.validate.validate", "wafer.sensitivity.sensitivity")
+UNWRITABLE = {
+    "train": (["train", *SMALL, "--data", "{text}"], "--out"),
+    "prune": (["prune", "--source", "{run}", "--steps", "2"], "--out"),
+    "bench": (["bench", "--quick"], "--out"),
+    "calibrate": (["bench", "--calibrate", "--quick"], "--out"),
+    "json": (["wafer", "validate"], "--json"),
+    "plots": (["wafer", "sensitivity"], "--plots"),
+}
+
+
+@pytest.fixture(scope="module")
+def places(tmp_path_factory) -> dict:
+    """A text, a run that was trained on it, and a folder that is closed to all but root."""
+    folder = tmp_path_factory.mktemp("places")
+    config = tiny_config(folder)
+    train(config)
+    (folder / "closed").mkdir(mode=0o500)
+    return {"text": config.data, "run": config.out, "closed": folder / "closed"}
+
+
+@pytest.mark.parametrize("command", UNWRITABLE)
+@pytest.mark.parametrize(
+    ("place", "expected"),
+    [
+        ("/proc/sparsekern/x", "cannot write /proc/sparsekern/x"),
+        ("{text}/x", "expected a folder, {text} is none"),
+        ("{closed}/x", "cannot write {closed}/x"),
+    ],
+    ids=["nowhere", "file", "closed"],
+)
+def test_what_cannot_be_written_is_said_before_any_work(
+    places, capsys, monkeypatch, command, place, expected
+):
+    if place.startswith("/proc") and not Path("/proc").is_dir():
+        pytest.skip("there is no /proc")
+    if "closed" in place and os.geteuid() == 0:
+        pytest.skip("the superuser writes everywhere")
+    for work in WORK:
+        monkeypatch.setattr(f"sparsekern.{work}", None)
+    arguments, flag = UNWRITABLE[command]
+    assert cli.main([a.format(**places) for a in (*arguments, flag, place)]) == 2
+    printed = capsys.readouterr()
+    said = f"sparsekern: error: {flag.removeprefix('--')}: {expected.format(**places)}"
+    assert printed.err.startswith(said) and printed.err.count("\n") == 1
+
+
+def test_the_search_for_a_place_leaves_nothing(tmp_path):
+    check_writable("out", tmp_path / "a" / "b" / "file")
+    assert not list(tmp_path.iterdir())
+    with pytest.raises(ValueError, match="out: expected a file, .* is a folder"):
+        check_writable("out", tmp_path)
+
+
 def trained(tmp_path, *more: str) -> str:
-    file = tmp_path / "text.txt"
-    file.write_text("some text of many words " * 50)
-    out = str(tmp_path / "run")
-    assert cli.main(["train", *SMALL, "--data", str(file), "--out", out, *more]) == 0
-    return out
+    config = tiny_config(tmp_path)
+    assert cli.main([*flags(config), *more]) == 0
+    return config.out
 
 
 def test_prune_wants_a_type_that_it_knows_and_the_text_of_before(tmp_path, capsys):

@@ -11,14 +11,15 @@ from torch.distributed.fsdp import fully_shard
 from torch.optim.swa_utils import AveragedModel
 
 from sparsekern import SparseLinear, Static
-from sparsekern.gpt import distributed, train
+from sparsekern.gpt import distributed, parts, train
+from sparsekern.gpt.config import config_from, resumed_config
 from sparsekern.sparsity import RigL, check_same_patterns, pattern
 from sparsekern.sparsity.pattern import check_same_on_all_ranks, places_of
 
 folder = Path(sys.argv[1])
 rank = os.environ["RANK"]
 checks = []
-check = train.check_same_on_all_ranks
+check = parts.check_same_on_all_ranks
 
 
 def hashes(layers):
@@ -26,14 +27,14 @@ def hashes(layers):
     check_same_on_all_ranks(layers)
 
 
-train.check_same_on_all_ranks = hashes
+parts.check_same_on_all_ranks = hashes
 sys.modules["sparsekern.sparsity.algorithm"].check_same_on_all_ranks = hashes
 
 results = {}
 for name, settings in json.loads((folder / "configs.json").read_text()).items():
     checks.clear()
     resume = settings.pop("resume", False)
-    config = train.resumed_config(settings) if resume else train.config_from(settings)
+    config = resumed_config(settings) if resume else config_from(settings)
     result = train.train(config)
     results[name] = {"losses": result["losses"], "checks": list(checks)}
 

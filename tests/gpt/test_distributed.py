@@ -10,15 +10,16 @@ from pathlib import Path
 import pytest
 import torch
 import torch.distributed as dist
+from tiny import tiny_config
 
 from sparsekern.gpt import train
-from sparsekern.gpt.checkpoint import load_checkpoint
+from sparsekern.gpt.checkpoint import CHECKPOINT, load_checkpoint
+from sparsekern.gpt.config import TrainConfig, resumed_config
 from sparsekern.gpt.distributed import Ranks
-from sparsekern.gpt.train import CHECKPOINT, TrainConfig
+from sparsekern.gpt.start import begin
 
 pytestmark = pytest.mark.skipif(not dist.is_available(), reason="torch without distributed")
 
-TEXT = "".join(f"{i} bottles of beer on the wall, {i} bottles of beer.\n" for i in range(99, 0, -1))
 WORKER = Path(__file__).with_name("distributed_worker.py")
 STEPS = 8
 SETTINGS = {
@@ -36,20 +37,14 @@ RUNS = [(a, p) for a in SETTINGS for p in ("ddp", "fsdp") if (a, p) != ("set", "
 
 
 def config(folder: Path, algorithm: str, parallel: str = "none") -> TrainConfig:
-    return TrainConfig(
-        data=str(folder / "text.txt"),
+    return tiny_config(
+        folder,
         sparsity_config=str(folder / f"{algorithm}.json"),
-        layers=1,
-        heads=2,
-        width=32,
-        context=16,
         batch=4,
         steps=STEPS,
-        threads=1,
         parallel=parallel,
         out=str(folder / f"{algorithm}-{parallel}"),
         eval_every=100,
-        eval_batches=1,
         checkpoint_every=4,
     )
 
@@ -72,7 +67,6 @@ def torchrun(folder: Path, ranks: int = 2) -> list[dict]:
 def runs(tmp_path_factory) -> tuple[Path, list[dict]]:
     """All two-process runs, in one torchrun; and those that resume a run of one process."""
     folder = tmp_path_factory.mktemp("distributed")
-    (folder / "text.txt").write_text(TEXT)
     for name, settings in SETTINGS.items():
         (folder / f"{name}.json").write_text(json.dumps(settings))
         train.train(config(folder, name))
@@ -91,15 +85,13 @@ def _changed(config: TrainConfig) -> dict:
 
 def _stop_half_way(config: TrainConfig) -> None:
     """The checkpoint of step 4, as a run that is killed afterwards leaves it."""
-    run = train.Run(config)
+    run = begin(config)
     for step in range(5):
         loss = run.compute_gradients()
         if step == 4:
             run.save()
             return
-        run.update()
-        run.seconds.append(1.0)
-        run.losses.append(loss)
+        run.update(loss)
 
 
 def saved(folder: Path, name: str) -> dict:
@@ -165,13 +157,12 @@ def test_one_process_resumes_as_two(runs, parallel):
 @pytest.mark.parametrize("name", ["rigl-ddp", "gmp-fsdp"])
 def test_two_processes_resume_as_one(runs, name):
     folder, _ = runs
-    run = train.Run(train.resumed_config({"out": str(folder / name), "parallel": "none"}))
-    assert run.step == STEPS and run.algorithm.steps == STEPS
+    run = begin(resumed_config({"out": str(folder / name), "parallel": "none"}))
+    assert run.step == STEPS and run.parts.algorithm.steps == STEPS
     state = run.state()
     for key, t in saved(folder, name)["model"].items():
         assert torch.equal(t, state["model"][key])
-    run.compute_gradients()
-    run.update()
+    run.update(run.compute_gradients())
 
 
 @pytest.mark.gpu

@@ -11,11 +11,11 @@ import torch
 
 from sparsekern import SparseLinear, Static, cli, densify_, sparsify_
 from sparsekern.gpt import speed
-from sparsekern.gpt.checkpoint import load_checkpoint, save_checkpoint
+from sparsekern.gpt.build import load_model
+from sparsekern.gpt.checkpoint import CHECKPOINT, load_checkpoint, save_checkpoint
 from sparsekern.gpt.generate import Decoder, generate
 from sparsekern.gpt.model import GPT, Cache, GPTConfig
 from sparsekern.gpt.presets import PRESETS, UniformMask, for_inference, random_gpt
-from sparsekern.gpt.train import CHECKPOINT, load_model
 
 TINY = GPTConfig(n_layer=2, n_head=2, n_embd=32, block_size=16, vocab_size=256)
 

@@ -8,11 +8,14 @@ from pathlib import Path
 
 import pytest
 import torch
+from tiny import TEXT, interrupt, states_equal, tiny_config
 
 from sparsekern import SparseLinear, Static, densify_, sparsify_
 from sparsekern.files import atomic_write
-from sparsekern.gpt import flops, profile, train
-from sparsekern.gpt.checkpoint import load_checkpoint
+from sparsekern.gpt import flops, profile, run, train
+from sparsekern.gpt.build import FINAL_LR_SHARE, build_optimizer, learning_rate, load_model
+from sparsekern.gpt.checkpoint import CHECKPOINT, WEIGHTS, load_checkpoint
+from sparsekern.gpt.config import TrainConfig, resumed_config
 from sparsekern.gpt.data import (
     Batches,
     BPETokenizer,
@@ -22,29 +25,18 @@ from sparsekern.gpt.data import (
     split_text,
     tokenizer_from_state,
 )
+from sparsekern.gpt.memory import peak_memory_bytes
 from sparsekern.gpt.model import GPT, GPTConfig
-from sparsekern.gpt.train import CHECKPOINT, METRICS, WEIGHTS, TrainConfig
+from sparsekern.gpt.step import compute_gradients
+from sparsekern.gpt.train import METRICS
 
 TINY = GPTConfig(n_layer=2, n_head=2, n_embd=32, block_size=16, vocab_size=256)
-TEXT = "".join(f"{i} bottles of beer on the wall, {i} bottles of beer.\n" for i in range(99, 0, -1))
 
 
 @pytest.fixture
 def tiny(tmp_path: Path) -> TrainConfig:
-    text = tmp_path / "text.txt"
-    text.write_text(TEXT)
-    return TrainConfig(
-        data=str(text),
-        layers=2,
-        heads=2,
-        width=32,
-        context=16,
-        batch=4,
-        steps=12,
-        threads=1,
-        out=str(tmp_path / "run"),
-        eval_every=5,
-        checkpoint_every=4,
+    return tiny_config(
+        tmp_path, layers=2, batch=4, steps=12, eval_every=5, eval_batches=4, checkpoint_every=4
     )
 
 
@@ -111,11 +103,11 @@ def test_sparsify_takes_the_four_linears_of_each_block():
 
 def fit(model: GPT, batch: tuple, steps: int) -> float:
     """The loss of the last step."""
-    optimizer = train.build_optimizer(model, lr=3e-3)
+    optimizer = build_optimizer(model, lr=3e-3)
     for _ in range(steps):
-        loss, _ = train.compute_gradients(model, *batch)
+        loss, _ = compute_gradients(model, *batch)
         optimizer.step()
-    return loss
+    return loss.item()
 
 
 def test_a_tiny_dense_model_learns_one_batch_by_heart():
@@ -293,19 +285,6 @@ def test_amdahl():
 # Training
 
 
-def states_equal(a: Path, b: Path) -> bool:
-    """Weights, optimizer state, losses: bit for bit. The seconds differ, and the folders."""
-    a, b = load_checkpoint(a / CHECKPOINT), load_checkpoint(b / CHECKPOINT)
-    assert a["losses"] == b["losses"]
-    assert [e["loss"] for e in a["evaluations"]] == [e["loss"] for e in b["evaluations"]]
-    assert [e["step"] for e in a["evaluations"]] == [e["step"] for e in b["evaluations"]]
-    assert a["model"].keys() == b["model"].keys()
-    moments = [(state, b["optimizer"]["state"][i]) for i, state in a["optimizer"]["state"].items()]
-    return all(torch.equal(a["model"][k], b["model"][k]) for k in a["model"]) and all(
-        torch.equal(x[k], y[k]) for x, y in moments for k in x
-    )
-
-
 @pytest.mark.parametrize("sparsity", [0.0, 0.75])
 def test_training_learns_and_repeats_bit_for_bit(tiny: TrainConfig, tmp_path: Path, sparsity):
     first = replace(tiny, sparsity=sparsity, lr=1e-2, steps=40)
@@ -313,9 +292,9 @@ def test_training_learns_and_repeats_bit_for_bit(tiny: TrainConfig, tmp_path: Pa
     result = train.train(first)
     train.train(second)
     assert result["losses"][-1] < result["losses"][0] - 1
-    assert states_equal(Path(first.out), Path(second.out))
+    assert states_equal(first, second)
     assert (Path(first.out) / METRICS).exists()
-    model, tokenizer = train.load_model(Path(first.out) / CHECKPOINT)
+    model, tokenizer = load_model(Path(first.out) / CHECKPOINT)
     _, loss = model(*tiny_batch())
     assert tokenizer.name == "bytes" and loss.item() < result["losses"][0] - 1
 
@@ -323,17 +302,6 @@ def test_training_learns_and_repeats_bit_for_bit(tiny: TrainConfig, tmp_path: Pa
 def test_the_seed_changes_the_run(tiny: TrainConfig, tmp_path: Path):
     other = replace(tiny, seed=1, out=str(tmp_path / "other"))
     assert train.train(tiny)["losses"] != train.train(other)["losses"]
-
-
-def interrupt_at(monkeypatch: pytest.MonkeyPatch, step: int) -> None:
-    get = Batches.get
-
-    def interrupted(self: Batches, i: int):
-        if i == step:
-            raise KeyboardInterrupt
-        return get(self, i)
-
-    monkeypatch.setattr(Batches, "get", interrupted)
 
 
 @pytest.mark.parametrize(
@@ -345,12 +313,10 @@ def test_a_resumed_run_is_the_uninterrupted_one(
     whole = replace(tiny, **settings)
     train.train(whole)
     broken = replace(whole, out=str(tmp_path / "broken"))
-    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
-        interrupt_at(patch, 10)
-        train.train(broken)
+    interrupt(monkeypatch, broken, 10)
     assert len(load_checkpoint(Path(broken.out) / CHECKPOINT)["losses"]) == 8
-    train.train(train.resumed_config({"out": broken.out}))
-    assert states_equal(Path(whole.out), Path(broken.out))
+    train.train(resumed_config({"out": broken.out}))
+    assert states_equal(whole, broken)
 
 
 def test_a_bpe_run_resumes_with_its_own_tokenizer(
@@ -360,16 +326,15 @@ def test_a_bpe_run_resumes_with_its_own_tokenizer(
     tiny = replace(tiny, tokenizer="bpe", vocab_size=300)
     train.train(tiny)
     broken = replace(tiny, out=str(tmp_path / "broken"))
-    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
-        interrupt_at(patch, 5)
-        train.train(broken)
-    train.train(train.resumed_config({"out": broken.out}))
-    assert states_equal(Path(tiny.out), Path(broken.out))
+    interrupt(monkeypatch, broken, 5)
+    train.train(resumed_config({"out": broken.out}))
+    assert states_equal(tiny, broken)
 
 
 KILLED_WHILE_SAVING = """
 import os, sys
-from sparsekern.gpt.train import TrainConfig, train
+from sparsekern.gpt.config import TrainConfig
+from sparsekern.gpt.train import train
 replace, saves = os.replace, []
 def replace_once(*paths):
     saves.append(paths)
@@ -386,10 +351,10 @@ def test_a_kill_before_the_rename_keeps_the_checkpoint_before(tiny: TrainConfig,
     names = sorted(path.name for path in Path(broken.out).iterdir())
     assert names == [CHECKPOINT, CHECKPOINT + ".tmp"]
     assert len(load_checkpoint(Path(broken.out) / CHECKPOINT)["losses"]) == 4
-    train.train(train.resumed_config({"out": broken.out}))
+    train.train(resumed_config({"out": broken.out}))
     whole = replace(broken, out=str(tmp_path / "whole"))
     train.train(whole)
-    assert states_equal(Path(whole.out), Path(broken.out))
+    assert states_equal(whole, broken)
     assert sorted(path.name for path in Path(broken.out).iterdir()) == [
         CHECKPOINT,
         METRICS,
@@ -409,20 +374,20 @@ def test_a_failed_write_leaves_the_old_file_and_nothing_else(tmp_path: Path):
 
 def test_a_finished_run_resumes_to_itself(tiny: TrainConfig):
     result = train.train(tiny)
-    assert train.train(train.resumed_config({"out": tiny.out}))["losses"] == result["losses"]
+    assert train.train(resumed_config({"out": tiny.out}))["losses"] == result["losses"]
 
 
 def test_nan_stops_the_run_and_keeps_the_last_good_checkpoint(
     tiny: TrainConfig, monkeypatch: pytest.MonkeyPatch
 ):
-    compute, calls = train.compute_gradients, []
+    compute, calls = compute_gradients, []
 
     def nan_at_nine(*args):
         calls.append(args)
         loss, norm = compute(*args)
-        return (math.nan if len(calls) == 9 else loss), norm
+        return (loss * math.nan if len(calls) == 9 else loss), norm
 
-    monkeypatch.setattr(train, "compute_gradients", nan_at_nine)
+    monkeypatch.setattr(run, "compute_gradients", nan_at_nine)
     # Step 8 would be saved: its weights have just shown a NaN.
     with pytest.raises(FloatingPointError, match="loss is nan at step 8; .*checkpoint.pt is the"):
         train.train(tiny)
@@ -446,21 +411,21 @@ def test_a_bad_checkpoint_is_named_and_left_alone(tiny: TrainConfig, damage: str
         path.write_bytes({"truncated": whole[:-100], "empty": b"", "text": b"hello"}[damage])
     damaged = path.read_bytes()
     with pytest.raises(ValueError, match="checkpoint.pt (is truncated or not|was not written by)"):
-        train.resumed_config({"out": tiny.out})
+        resumed_config({"out": tiny.out})
     assert path.read_bytes() == damaged
 
 
 def test_resume_errors(tiny: TrainConfig):
     with pytest.raises(FileNotFoundError, match="checkpoint.pt does not exist"):
-        train.resumed_config({"out": tiny.out})
+        resumed_config({"out": tiny.out})
     train.train(tiny)
     with pytest.raises(ValueError, match="width is 32 in .*, got 64; a resumed run keeps it"):
-        train.resumed_config({"out": tiny.out, "width": 64})
+        resumed_config({"out": tiny.out, "width": 64})
     with pytest.raises(ValueError, match="exists already; resume it or choose another folder"):
         train.train(tiny)
     Path(tiny.data).write_text(TEXT.upper())
     with pytest.raises(ValueError, match="changed since .* was written"):
-        train.train(train.resumed_config({"out": tiny.out}))
+        train.train(resumed_config({"out": tiny.out}))
 
 
 @pytest.mark.parametrize(
@@ -484,16 +449,16 @@ def test_bad_settings_leave_no_folder(tiny: TrainConfig, settings: dict, message
 
 def test_learning_rate_rises_then_falls():
     config = TrainConfig(steps=100, lr=1.0)
-    rates = [train.learning_rate(config, step) for step in range(100)]
+    rates = [learning_rate(config, step) for step in range(100)]
     assert rates[0] == pytest.approx(0.1) and rates[9] == rates[10] == 1
     assert rates[10:] == sorted(rates[10:], reverse=True)
-    assert rates[-1] == pytest.approx(train.FINAL_LR_SHARE, abs=1e-3)
-    assert train.learning_rate(TrainConfig(steps=1), 0) > 0
+    assert rates[-1] == pytest.approx(FINAL_LR_SHARE, abs=1e-3)
+    assert learning_rate(TrainConfig(steps=1), 0) > 0
 
 
 def test_weight_decay_spares_biases_and_norms():
     model = sparsify_(tiny_model(), Static(0.75))
-    decayed, others = train.build_optimizer(model, 1e-3).param_groups
+    decayed, others = build_optimizer(model, 1e-3).param_groups
     names = {id(p): name for name, p in model.named_parameters()}
     assert {names[id(p)].split(".")[-1] for p in decayed["params"]} == {"values", "weight"}
     assert all(p.ndim == 1 and "values" not in names[id(p)] for p in others["params"])
@@ -506,10 +471,10 @@ def test_weight_decay_spares_biases_and_norms():
 def test_the_profiled_step_is_the_step():
     linears = ["blocks.0.mlp.up", "blocks.0.mlp.down"]
     plain, timed, batch = tiny_model(), tiny_model(), tiny_batch()
-    parts = profile.profile_step(timed, train.build_optimizer(timed, 1e-3), batch, linears)
-    optimizer = train.build_optimizer(plain, 1e-3)
+    parts = profile.profile_step(timed, build_optimizer(timed, 1e-3), batch, linears)
+    optimizer = build_optimizer(plain, 1e-3)
     for _ in range(profile.WARMUP_ROUNDS + profile.ROUNDS):
-        train.compute_gradients(plain, *batch)
+        compute_gradients(plain, *batch)
         optimizer.step()
     for p, t in zip(plain.parameters(), timed.parameters(), strict=True):
         torch.testing.assert_close(p, t)
@@ -521,7 +486,7 @@ def test_the_profiled_step_is_the_step():
 
 def test_peak_memory_is_of_this_process_and_not_of_its_parent():
     held = bytes([1]) * 2**30
-    assert train.peak_memory_bytes() > len(held)
-    code = "from sparsekern.gpt.train import peak_memory_bytes as peak; print(peak())"
+    assert peak_memory_bytes() > len(held)
+    code = "from sparsekern.gpt.memory import peak_memory_bytes as peak; print(peak())"
     child = subprocess.run([sys.executable, "-c", code], capture_output=True, check=True)
     assert 2**20 < int(child.stdout) < len(held)

@@ -10,9 +10,10 @@ import torch.nn.functional as F
 from torch import nn
 
 from sparsekern.gpt import train
-from sparsekern.gpt.checkpoint import load_checkpoint
+from sparsekern.gpt.checkpoint import CHECKPOINT, load_checkpoint
+from sparsekern.gpt.config import TrainConfig, config_from, resumed_config
 from sparsekern.gpt.prune import PruneConfig, prune
-from sparsekern.gpt.train import CHECKPOINT, TrainConfig
+from sparsekern.gpt.start import begin
 from sparsekern.sparsity import (
     GMP,
     SET,
@@ -125,10 +126,10 @@ def test_training_in_bf16_resumes_on_a_cpu_and_is_pruned(tmp_path: Path):
     assert result["losses"][-1] == pytest.approx(exact["losses"][-1], abs=0.3)
     shared = {"data": config.data, "batch": 8, "steps": 4, "device": "cuda", "dtype": "bfloat16"}
     start = {"init_from": config.out, "dense": True, "out": str(tmp_path / "dense")}
-    dense = train.train(train.config_from(start | shared))
+    dense = train.train(config_from(start | shared))
     before, after = result["evaluations"][-1]["loss"], dense["evaluations"][0]["loss"]
     assert after == pytest.approx(before, abs=0.02) and dense["sparsity"] == 0
-    resumed = train.Run(train.resumed_config({"out": config.out, "device": "cpu"}))
+    resumed = begin(resumed_config({"out": config.out, "device": "cpu"}))
     saved = load_checkpoint(Path(config.out) / CHECKPOINT)["model"]
     assert all(torch.equal(t.cpu(), saved[k]) for k, t in resumed.model.state_dict().items())
     for method in ("magnitude", "wanda", "sparsegpt"):

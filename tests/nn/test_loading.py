@@ -136,6 +136,21 @@ def test_its_own_pattern_is_not_written():
     assert [t._version for t in indices] == versions
 
 
+def test_other_threads_run_forward_while_its_own_pattern_loads(monkeypatch):
+    there, x, seen = model(), torch.randn(3, K), []
+    load = nn.Module._load_from_state_dict
+
+    def loading(module, *arguments):
+        seen.append(there(x))
+        load(module, *arguments)
+        seen.append(there(x))
+
+    state = {k: t * 2 if t.is_floating_point() else t for k, t in there.state_dict().items()}
+    monkeypatch.setattr(nn.Module, "_load_from_state_dict", loading)
+    there.load_state_dict(state)
+    torch.testing.assert_close(seen[-1], 2 * seen[0])
+
+
 @pytest.mark.parametrize(
     ("change", "text"),
     [

@@ -6,11 +6,13 @@ from pathlib import Path
 import pytest
 import torch
 
-from sparsekern import sparsify_
+from sparsekern import sparsify_, terminal
 from sparsekern.bench import records
 from sparsekern.cli import main
 from sparsekern.commands import wafer, wafer_masks
-from sparsekern.gpt.train import TrainConfig, build_model, train
+from sparsekern.gpt.build import build_model
+from sparsekern.gpt.config import TrainConfig
+from sparsekern.gpt.train import train
 from sparsekern.sparsity import Static
 from sparsekern.wafer.machine import WSE2
 from sparsekern.wafer.sensitivity import sensitivity
@@ -167,7 +169,7 @@ def test_validate_fails_where_a_point_must_hold(capsys, monkeypatch, tmp_path):
     held = type(held)(**{**vars(held), "held_out_errors": (0.0, 0.0)})
     for points, code in (([held], 0), ([held, wrong], 1)):
         monkeypatch.setattr(
-            wafer.validate, "validate", lambda data, points=points: Validation(points, [held])
+            wafer.validate, "validate", lambda *_, points=points: Validation(points, [held])
         )
         assert main(["wafer", "validate", f"--json={tmp_path / 'v.json'}"]) == code
         failed = [point.id for point in points if point is wrong]
@@ -190,7 +192,8 @@ def test_compare_lists_measurements_beside_predictions(capsys, tmp_path):
             assert pair["same"] == pytest.approx(1) and pair["full"] > 1.5
 
 
-def test_compare_takes_training_steps(capsys):
+def test_compare_takes_training_steps(capsys, monkeypatch):
+    monkeypatch.setattr(terminal, "SILENCE_S", -1.0)
     assert main(["wafer", "compare", "--match", "train_step", f"--results={MEASURED}"]) == 0
     printed = capsys.readouterr()
     assert "train_step demo, 1024 tokens, 1 threads" in printed.out

@@ -10,13 +10,15 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from test_files import same, tiny_config
+from tiny import same, tiny_config
 from torch import nn
 
 from sparsekern import SparseTensor, Static, sparsify_, weights
 from sparsekern.gpt import train
+from sparsekern.gpt.build import load_model
 from sparsekern.gpt.checkpoint import CHECKPOINT, FORMATS, load_checkpoint, save_checkpoint
-from sparsekern.gpt.train import TrainConfig
+from sparsekern.gpt.config import TrainConfig, resumed_config
+from sparsekern.gpt.start import begin
 
 
 @pytest.fixture
@@ -102,11 +104,11 @@ def test_a_flipped_bit_of_a_checkpoint_names_its_tensor(tiny):
     state["model"]["blocks.0.mlp.up.weight"][3, 5] += 1e-6
     torch.save(state, path)
     with pytest.raises(ValueError, match=rf"{path}: model.blocks.0.mlp.up.weight is damaged"):
-        train.load_model(path)
+        load_model(path)
     state["losses"][0] += 1e-9
     torch.save(state, path)
     with pytest.raises(ValueError, match=rf"{path}: it is damaged, what is beside its tensors"):
-        train.resumed_config({"out": tiny.out})
+        resumed_config({"out": tiny.out})
 
 
 # Damaged weights of ours
@@ -429,8 +431,8 @@ def test_a_damaged_checkpoint_is_one_error_that_names_it(good_state, tmp_path, n
     torch.save(state | {"format": FORMATS[0]}, path)
 
     def use() -> None:
-        train.load_model(path)
-        train.Run(train.resumed_config({"out": str(tmp_path)}))
+        load_model(path)
+        begin(resumed_config({"out": str(tmp_path)}))
 
     with pytest.raises(ValueError, match=message) as caught:
         use()
@@ -439,11 +441,11 @@ def test_a_damaged_checkpoint_is_one_error_that_names_it(good_state, tmp_path, n
 
 def test_a_checkpoint_of_the_format_before_still_loads(good_state, tmp_path):
     torch.save(good_state | {"format": FORMATS[0]}, tmp_path / CHECKPOINT)
-    assert train.Run(train.resumed_config({"out": str(tmp_path)})).step == 2
+    assert begin(resumed_config({"out": str(tmp_path)})).step == 2
     # Also with settings that did nothing.
     config = good_state["config"] | {"sparsity": 0.0, "algorithm": "set", "optimizer_state": "keep"}
     torch.save(good_state | {"format": FORMATS[0], "config": config}, tmp_path / CHECKPOINT)
-    assert train.resumed_config({"out": str(tmp_path)}).algorithm == "static"
+    assert resumed_config({"out": str(tmp_path)}).algorithm == "static"
 
 
 @pytest.mark.parametrize(

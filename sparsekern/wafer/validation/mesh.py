@@ -1,5 +1,6 @@
 """V28: the closed form against the event-level mesh, on problems that fitted nothing. Class S."""
 
+from collections.abc import Callable
 from itertools import product
 
 import numpy as np
@@ -14,6 +15,7 @@ MEAN, WORST = 0.05, 0.10
 SHAPES = ((384, 768), (768, 384))  # N x K
 DENSITIES = (0.05, 0.2, 0.5)
 WINDOW_AND_TOKENS = ((4, 24), (8, 12), (32, 100))
+PROBLEMS = tuple(product(SHAPES, DENSITIES, WINDOW_AND_TOKENS))
 UNEVEN_SIGMA = 0.3  # of the log-normal scales of rows or columns in a pruned W
 
 
@@ -31,12 +33,11 @@ def masks(n: int, k: int, density: float, seed: int) -> dict[str, Mask]:
     }
 
 
-def mesh_errors() -> dict[str, list[float]]:
-    """Relative errors by kind of mask: of the distribution for random ones, and of actual masks."""
+def mesh_errors(advance: Callable[[], None] = lambda: None) -> dict[str, list[float]]:
+    """Relative errors by kind of mask: of the distribution for random ones, and of actual masks.
+    `advance` is called after each of the PROBLEMS."""
     errors: dict[str, list[float]] = {}
-    for seed, ((n, k), density, (window, tokens)) in enumerate(
-        product(SHAPES, DENSITIES, WINDOW_AND_TOKENS)
-    ):
+    for seed, ((n, k), density, (window, tokens)) in enumerate(PROBLEMS):
         vector_cycles = -(-tokens // 4)
         mesh = Mesh(GRID, GRID, 1 + vector_cycles, vector_cycles, -(-tokens // 2), window)
         for name, mask in masks(n, k, density, seed).items():
@@ -47,6 +48,7 @@ def mesh_errors() -> dict[str, list[float]]:
             for label, pattern in given.items():
                 closed = mesh_cycles(mesh, n, -(-k // GRID), pattern).total
                 errors.setdefault(label, []).append(abs(closed / simulated - 1))
+        advance()
     return errors
 
 
@@ -58,9 +60,9 @@ def mesh_calibration() -> Point:
     return error_point("V28", "S", quantity, (0.012, 0.086), (MEAN, WORST), "simulator.py", note)
 
 
-def mesh_points() -> list[Point]:
+def mesh_points(advance: Callable[[], None] = lambda: None) -> list[Point]:
     points = []
-    for label, values in mesh_errors().items():
+    for label, values in mesh_errors(advance).items():
         quantity = f"{len(values)} products on {GRID} x {GRID} PEs: cycles; {label}"
         errors = (sum(values) / len(values), max(values))
         points.append(error_point("V28", "S", quantity, errors, (MEAN, WORST), "simulator.py"))

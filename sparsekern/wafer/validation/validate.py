@@ -1,5 +1,6 @@
 """Every public point that the model can be held against, and an exit code that tells."""
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -45,10 +46,11 @@ class Validation:
         }
 
 
-def validate(data: Path | None = None) -> Validation:
-    """`data`: the folder with the four CSV files of pe_kernels.py."""
+def validate(data: Path | None = None, advance: Callable[[], None] = lambda: None) -> Validation:
+    """`data`: the folder with the four CSV files of pe_kernels.py. `advance`: see mesh_errors,
+    which takes the time."""
     held_out, calibration = measured_points(data)
-    points = [*arithmetic_points(), *held_out, *plausible_points(), *mesh_points()]
+    points = [*arithmetic_points(), *held_out, *plausible_points(), *mesh_points(advance)]
     points.sort(key=lambda point: int(point.id[1:3]))
     return Validation(points, [*calibration, mesh_calibration()])
 

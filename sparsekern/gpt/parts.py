@@ -1,0 +1,108 @@
+"""Model, optimizer and algorithm of a run: made from whole tensors, placed on its ranks."""
+
+from pathlib import Path
+
+from ..sparsity import GMP, Group, RigL
+from ..sparsity.pattern import check_same_on_all_ranks
+from .build import build_optimizer, model_from_state
+from .checkpoint import about
+from .config import TrainConfig
+from .distributed import Ranks, load_optimizer, whole_state
+from .flops import linear_sparsity
+
+
+class Parts:
+    """`wrapped` is the model to call in training, `model` the GPT in it."""
+
+    def __init__(
+        self,
+        config: TrainConfig,
+        settings: object,
+        ranks: Ranks,
+        vocab_size: int,
+        state: dict,
+        path: Path | None = None,
+    ) -> None:
+        """`state` has the model's state_dict, and may have those of the optimizer and of the
+        algorithm. `path`: the file that they are from."""
+        self._config, self._settings, self._ranks = config, settings, ranks
+        self._place(vocab_size, state, path)
+
+    def _place(self, vocab_size: int, state: dict, path: Path | None = None) -> None:
+        config = self._config
+        with about(path):
+            model = model_from_state(config.model(vocab_size), state["model"])
+        self.model = model.to(self._ranks.device)
+        self.algorithm = config.make_algorithm(self._settings)
+        if self.algorithm:
+            self.model = self.algorithm.apply(self.model)
+        self._is_rebuilt = False
+        self.wrapped = self._ranks.wrap(self.model)
+        self.optimizer = build_optimizer(self.model, config.lr)
+        if "optimizer" in state:
+            with about(path):
+                load_optimizer(self.optimizer, state["optimizer"])
+        if not self.algorithm:
+            return
+        self._is_rebuilt = config.parallel == "fsdp" and self.algorithm.resizes
+        if not self._is_rebuilt:
+            self.algorithm.apply(self.optimizer)
+        elif not isinstance(self.algorithm, GMP) or getattr(self.algorithm, "rewind", None):
+            kind = type(self.algorithm).__name__
+            raise NotImplementedError(f"parallel: {kind} changes its size; fsdp cannot, use ddp")
+        if "algorithm" in state:
+            with about(path):
+                self.algorithm.load_state_dict(state["algorithm"])
+        check_same_on_all_ranks(self.algorithm.layers)
+
+    def state(self) -> dict:
+        """What `state` of a new one may be, in whole tensors. All ranks must call it together."""
+        return {
+            "model": whole_state(dict(self.model.state_dict())),
+            "optimizer": whole_state(self.optimizer.state_dict()),
+            "algorithm": self.algorithm.state_dict() if self.algorithm else {},
+        }
+
+    @property
+    def sparsity(self) -> float:
+        return linear_sparsity(self.model)
+
+    @property
+    def needs_dense_gradient(self) -> bool:
+        """Whether the next update looks at the gradients of weights that are not stored."""
+        if not self.algorithm:
+            return False
+        parts = self.algorithm.algorithms if isinstance(self.algorithm, Group) else [self.algorithm]
+        return any(isinstance(part, RigL) and part.is_due for part in parts)
+
+    def set_learning_rate(self, rate: float) -> None:
+        for group in self.optimizer.param_groups:
+            group["lr"] = rate
+
+    def update(self) -> None:
+        """The optimizer's step, and with it the algorithm's."""
+        before = self.sparsity
+        self.optimizer.step()
+        if self._is_rebuilt:
+            self._update_whole()
+        elif self._config.parallel == "ddp" and self.sparsity != before:
+            self.wrapped = self._ranks.wrap(self.model)  # its buckets have the sizes of before
+
+    def _update_whole(self) -> None:
+        """The algorithm's step on whole tensors: FSDP2's shards cannot change their size."""
+        due = self.algorithm.is_due
+        self.algorithm.steps += 1
+        if not due:
+            return
+        state = self.state()
+        model = model_from_state(self.model.config, state["model"])
+        algorithm = self._config.make_algorithm(self._settings)
+        algorithm.apply(model)
+        optimizer = build_optimizer(model, self._config.lr)
+        load_optimizer(optimizer, state["optimizer"])
+        algorithm.apply(optimizer)
+        algorithm.load_state_dict(state["algorithm"])
+        algorithm.update_pattern()
+        whole = {"model": model.state_dict(), "optimizer": optimizer.state_dict()}
+        whole |= {"algorithm": algorithm.state_dict()}
+        self._place(self.model.config.vocab_size, whole)

@@ -1,0 +1,176 @@
+"""The state of a training run: what a checkpoint holds, and one step further."""
+
+import math
+import time
+from dataclasses import asdict, dataclass, field, fields, replace
+from importlib.util import find_spec
+from pathlib import Path
+
+import torch
+
+from ..weights import save_weights
+from .build import learning_rate, model_from_state
+from .checkpoint import CHECKPOINT, WEIGHTS, save_checkpoint
+from .config import TrainConfig
+from .data import Text
+from .distributed import Ranks, whole_state
+from .flops import dense_gradient_flops_per_token, train_flops_per_token
+from .model import GPT
+from .parts import Parts
+from .step import compute_gradients, evaluate
+
+
+@dataclass
+class History:
+    """What a run has done so far, in plain values."""
+
+    losses: list[float] = field(default_factory=list)  # of each step, before its update
+    seconds: list[float] = field(default_factory=list)  # of each step
+    evaluations: list[dict] = field(default_factory=list)
+    flops: float = 0.0
+    source: dict | None = None  # what it took to make the weights that the run began with
+
+    @classmethod
+    def of(cls, state: dict) -> "History":
+        """That of a checkpoint."""
+        return cls(**{part.name: state[part.name] for part in fields(cls)})
+
+    def as_source(self) -> dict:
+        """What it took to make the weights at its end."""
+        spent = {"flops": self.flops, "seconds": sum(self.seconds)}
+        return spent | {"steps": len(self.losses), "before": self.source}
+
+
+class Run:
+    """A training run between two steps. start.begin makes one."""
+
+    def __init__(
+        self,
+        config: TrainConfig,
+        settings: object,
+        ranks: Ranks,
+        text: Text,
+        history: History,
+        state: dict,
+        path: Path | None = None,
+    ) -> None:
+        """`settings`: those of the sparsity, as config.make_algorithm takes them. `state`, from the
+        file `path`: what Parts takes."""
+        self.config, self.settings, self.ranks, self.text = config, settings, ranks, text
+        self.history = history
+        self.path = Path(config.out) / CHECKPOINT
+        self.lengthened_from = 0  # steps that it had when it was finished before
+        self._gradient_s = 0.0  # of the step that is under way
+        self._place(state, path)
+
+    def _place(self, state: dict, path: Path | None = None) -> None:
+        config = self.config
+        self.training, self.validation = self.text.batches(
+            config.batch, config.context, config.seed
+        )
+        vocab_size = self.text.tokenizer.vocab_size
+        self.parts = Parts(config, self.settings, self.ranks, vocab_size, state, path)
+
+    def restart(self, config: TrainConfig, state: dict) -> None:
+        """Begin anew on the same text, with other settings and the weights of `state`."""
+        self.config = config
+        self.history = History(source=self.history.source)
+        self._place({"model": state["model"]})
+
+    @property
+    def model(self) -> GPT:
+        return self.parts.model
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return getattr(torch, self.config.dtype)
+
+    @property
+    def step(self) -> int:
+        """Updates made so far."""
+        return len(self.history.losses)
+
+    @property
+    def sparsity(self) -> float:
+        return self.parts.sparsity
+
+    @property
+    def is_evaluated(self) -> bool:
+        """Whether the weights of now have been evaluated."""
+        evaluations = self.history.evaluations
+        return bool(evaluations) and evaluations[-1]["step"] >= self.step
+
+    # A step
+
+    def compute_gradients(self) -> float:
+        """The first half of a step -> its loss. FloatingPointError unless that is finite, and the
+        gradient too."""
+        began = time.perf_counter()
+        self.parts.set_learning_rate(learning_rate(self.config, self.step))
+        x, y = map(self.ranks.part, self.training.get(self.step))
+        loss, norm = compute_gradients(self.parts.wrapped, x, y, self.dtype)
+        found = self.ranks.mean(loss).item()
+        self.check_finite("loss", found)
+        self.check_finite("gradient norm", norm.item())
+        self._gradient_s = time.perf_counter() - began
+        return found
+
+    def update(self, loss: float) -> None:
+        """The other half: the optimizer's step, the algorithm's with it, and a note of the loss."""
+        began = time.perf_counter()
+        model, sparsity = self.model.config, self.sparsity
+        flops = train_flops_per_token(model, sparsity)
+        if self.parts.needs_dense_gradient:
+            flops += dense_gradient_flops_per_token(model, sparsity)
+        self.history.flops += self.config.batch * self.config.context * flops
+        self.parts.update()
+        self.history.seconds.append(self._gradient_s + time.perf_counter() - began)
+        self.history.losses.append(loss)
+
+    def evaluate(self) -> None:
+        config, history = self.config, self.history
+        loss = evaluate(
+            self.model, self.validation, config.eval_batches, self.dtype, self.ranks.device
+        )
+        if config.parallel == "fsdp":
+            self.model.reshard()  # a forward pass alone leaves whole weights, which do not train
+        self.check_finite("validation loss", loss)
+        seconds = sum(history.seconds)
+        history.evaluations.append(
+            {"step": self.step, "seconds": seconds, "loss": loss, "sparsity": self.sparsity}
+        )
+
+    def check_finite(self, what: str, value: float) -> None:
+        if not math.isfinite(value):
+            kept = f"{self.path} is the last good one" if self.path.exists() else "none was written"
+            raise FloatingPointError(f"{what} is {value} at step {self.step}; checkpoint: {kept}")
+
+    # Its files
+
+    def state(self) -> dict:
+        """The contents of a checkpoint, in whole tensors. All ranks must call it together."""
+        return {
+            "config": self.about()["config"],
+            "sparsity": self.settings,
+            "tokenizer": self.text.tokenizer.state(),
+            "data_crc32": self.text.crc32,
+            **self.parts.state(),
+            **vars(self.history),
+        }
+
+    def save(self) -> None:
+        state = self.state()
+        if self.ranks.rank == 0:
+            save_checkpoint(self.path, state)
+
+    def about(self) -> dict:
+        """Metadata of the exported weights: the same, whether the run was resumed or not."""
+        config = asdict(replace(self.config, resume=False))
+        return {"config": config, "tokenizer": self.text.tokenizer.state(), "step": self.step}
+
+    def export(self) -> None:
+        """The weights alone, for other programs."""
+        state = whole_state(dict(self.model.state_dict()))
+        if self.ranks.rank == 0 and find_spec("safetensors"):
+            model = model_from_state(self.model.config, state)
+            save_weights(model, self.path.with_name(WEIGHTS), **self.about())

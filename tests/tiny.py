@@ -1,0 +1,87 @@
+"""Runs so small that they take a second: their text, their settings, and what they leave."""
+
+from pathlib import Path
+
+import pytest
+import torch
+
+from sparsekern import SparseTensor
+from sparsekern.gpt.checkpoint import load_checkpoint
+from sparsekern.gpt.config import TrainConfig, changed
+from sparsekern.gpt.data import Batches
+from sparsekern.gpt.train import train
+
+TEXT = "".join(f"{i} bottles of beer on the wall, {i} bottles of beer.\n" for i in range(99, 0, -1))
+
+
+def tiny_config(folder: Path, **settings) -> TrainConfig:
+    """Trains on folder/text.txt, which it writes, into folder/run."""
+    (folder / "text.txt").write_text(TEXT)
+    given = dict(
+        data=str(folder / "text.txt"),
+        layers=1,
+        heads=2,
+        width=32,
+        context=16,
+        batch=2,
+        steps=6,
+        threads=1,
+        out=str(folder / "run"),
+        eval_every=3,
+        eval_batches=1,
+        checkpoint_every=2,
+    )
+    return TrainConfig(**given | settings)
+
+
+def flags(config: TrainConfig) -> list[str]:
+    """The same on the command line."""
+    given = changed(config).items()
+    return ["train", *(f"--{name.replace('_', '-')}={value}" for name, value in given)]
+
+
+def interrupt_at(monkeypatch: pytest.MonkeyPatch, step: int) -> None:
+    """Ctrl-C when a run asks for the batch of this step."""
+    get = Batches.get
+
+    def interrupted(self: Batches, i: int):
+        if i == step:
+            raise KeyboardInterrupt
+        return get(self, i)
+
+    monkeypatch.setattr(Batches, "get", interrupted)
+
+
+def interrupt(monkeypatch: pytest.MonkeyPatch, config: TrainConfig, step: int) -> None:
+    """A run that Ctrl-C ends in this step."""
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        interrupt_at(patch, step)
+        train(config)
+
+
+def final(config: TrainConfig) -> dict:
+    """What its checkpoint holds."""
+    return load_checkpoint(config.out)
+
+
+def same(a, b) -> bool:
+    """Whether all that is nested in them is equal, tensors bit for bit."""
+    if isinstance(a, dict):
+        return a.keys() == b.keys() and all(same(a[k], b[k]) for k in a)
+    if isinstance(a, list):
+        return len(a) == len(b) and all(map(same, a, b))
+    if isinstance(a, SparseTensor):
+        return same(
+            [a.row_offsets, a.col_indices, a.values], [b.row_offsets, b.col_indices, b.values]
+        )
+    return torch.equal(a, b) if isinstance(a, torch.Tensor) else a == b
+
+
+def states_equal(a: TrainConfig, b: TrainConfig) -> bool:
+    """Weights, patterns, optimizer, losses and FLOPs. The seconds differ, and the folders."""
+    a, b = final(a), final(b)
+    for state in (a, b):
+        for evaluation in state["evaluations"]:
+            del evaluation["seconds"]
+        del state["seconds"], state["config"], state["source"]
+    return same(a, b)
