@@ -73,7 +73,7 @@ def random_prompt(config: GPTConfig, batch: int, context: int) -> Tensor:
 
 
 @pytest.mark.runs_on(workloads=workloads)
-def test_generate(keep, is_quick, workload):
+def test_generate(keep_race, is_quick, workload):
     config = PRESETS.get(workload.model, TINY)
     sparse = random_gpt(config, workload.sparsity)
     dense = densify_(copy.deepcopy(sparse))
@@ -94,7 +94,7 @@ def test_generate(keep, is_quick, workload):
         most_rounds=grids.most_rounds(is_quick),
     )
     info = {"op": "generate", "device": "cpu", **asdict(workload), "M": workload.batch}
-    keep(info | {"ways": ways})
+    keep_race(info | {"ways": ways})
 
 
 # On a GPU

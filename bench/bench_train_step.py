@@ -80,7 +80,7 @@ def check_gradients(model, x, y) -> None:
 
 
 @pytest.mark.runs_on(workloads=workloads)
-def test_train_step(keep, is_quick, workload):
+def test_train_step(keep_race, is_quick, workload):
     config = workload.config()
     tokens = torch.randint(
         workload.vocabulary,
@@ -115,4 +115,4 @@ def test_train_step(keep, is_quick, workload):
         "linear_share": linear_share(parts),
         "cap": measured_cap(parts, float("inf")),
     }
-    keep(info | {"ways": ways})
+    keep_race(info | {"ways": ways})

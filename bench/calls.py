@@ -3,13 +3,15 @@ so small that nothing else counts, ours and torch's in turn, in one thread.
 
     python bench/calls.py [--device cuda] [--out FOLDER]
 
-On a GPU it is the time of the host, which launches and does not wait; and, as a second table, what
-the look for infinities adds to a product of a W that is written out (replayed CUDA graphs).
+On a CPU it is the CPU time of the thread, so that what others run counts less. On a GPU it is the
+time of the host, which launches and does not wait; and, as a second table, what the look for
+infinities adds to a product of a W that is written out (replayed CUDA graphs).
 """
 
 import argparse
 import contextlib
 import statistics
+import time
 from collections.abc import Callable, Iterable
 from datetime import date
 from pathlib import Path
@@ -22,14 +24,14 @@ from sparsekern.bench import records
 from sparsekern.bench.machine import about_cpu, about_gpu, about_run
 from sparsekern.bench.records import DENSE, OTHER, OURS
 from sparsekern.bench.turns import Turn, in_turns, on_gpu, on_host
-from sparsekern.kernels.cuda import rows as cuda_rows
+from sparsekern.kernels.cuda import expand
 from sparsekern.kernels.problem import Problem
 from sparsekern.kernels.table import pick
 from sparsekern.terminal import table
 from sparsekern.testing import random_csr
 
 SIZES = {"cpu": 8, "cuda": 64}
-BLOCKS, CALLS = 400, 100  # the fastest block counts: others share these cores
+BLOCKS, CALLS = 400, 100
 GRAPH_CALLS, REPLAYS, AHEAD_S = 20, 15, 50e-6
 KINDS = {"torch": DENSE, "ours": OURS, "kernel": OTHER}
 TITLES = {
@@ -38,15 +40,20 @@ TITLES = {
 }
 
 
-def least_s(calls: dict[str, Callable[[], object]]) -> dict[str, float]:
-    """Seconds of each call: the fastest of blocks that take turns."""
+def block_s(calls: dict[str, Callable[[], object]], device: str) -> dict[str, dict[str, float]]:
+    """Seconds of each call, in the fastest and in the median of blocks that take turns."""
 
     def rest(name: str) -> None:
-        if torch.cuda.is_available():
+        if device == "cuda":
             torch.cuda.synchronize()
 
-    turns = {name: on_host(call, CALLS) for name, call in calls.items()}
-    return {name: min(each) for name, each in in_turns(turns, BLOCKS, before=rest).items()}
+    clock = time.thread_time if device == "cpu" else time.perf_counter
+    turns = {name: on_host(call, CALLS, clock) for name, call in calls.items()}
+    blocks = in_turns(turns, BLOCKS, before=rest)
+    return {
+        name: {"median_s": statistics.median(each), "min_s": min(each)}
+        for name, each in blocks.items()
+    }
 
 
 def layers(device: str, dtype: torch.dtype) -> tuple[nn.Linear, SparseLinear, SparseTensor]:
@@ -101,8 +108,8 @@ def host_times(device: str) -> Iterable[dict]:
     for name, context, calls in cases:
         with context:
             ways = {
-                who: {"kind": KINDS[who], "min_s": seconds}
-                for who, seconds in least_s(calls).items()
+                who: {"kind": KINDS[who], **seconds}
+                for who, seconds in block_s(calls, device).items()
             }
             ways["ours"] |= {"error": error, "is_right": True}
             sizes = {"M": 1, "N": size, "K": size, "device": device, "threads": 1}
@@ -119,7 +126,7 @@ def graph_of(call: Callable[[], object]) -> Turn:
 
 
 def mend_times() -> Iterable[dict]:
-    mend = cuda_rows._mend
+    mend = expand.mend
     for n, k in ((768, 768), (2048, 2048), (8192, 2048)):
         W = SparseTensor(*random_csr(n, k, 0.75, torch.bfloat16), (n, k)).to("cuda")
         for m in (256, 2048, 8192):
@@ -127,14 +134,14 @@ def mend_times() -> Iterable[dict]:
             operands = W.row_offsets, W.col_indices, W.values, n, k, x, None
 
             def product(operands=operands) -> Tensor:
-                return cuda_rows._spmm_expand(*operands)
+                return expand.spmm(*operands)
 
             turns = {"with": graph_of(product)}
             try:
-                cuda_rows._mend = lambda *arguments: arguments[-1]
+                expand.mend = lambda *arguments: arguments[-1]
                 turns = {"without": graph_of(product)} | turns
             finally:
-                cuda_rows._mend = mend
+                expand.mend = mend
             ways = {
                 name: {"kind": kind, "median_s": statistics.median(seconds) / GRAPH_CALLS}
                 for (name, seconds), kind in zip(
@@ -162,8 +169,9 @@ def label(case: dict) -> str:
 
 
 def cell(way: dict) -> str:
-    seconds = way.get("median_s", way.get("min_s"))
-    return "" if seconds is None else f"{1e6 * seconds:.2f}"
+    """The fastest and the median, or what there is of both."""
+    least, median = (f"{1e6 * way[at]:.2f}" if at in way else "" for at in ("min_s", "median_s"))
+    return f"{least} ({median})" if least and median else least or median
 
 
 def main() -> None:
@@ -183,9 +191,9 @@ def main() -> None:
     records.write(path.with_suffix(records.SUFFIX), about, records.flat(cases))
     path.with_suffix(".md").write_text(
         f"# What a call costs beside its kernel\n\n`python bench/calls.py --device "
-        f"{arguments.device}`, commit {about['commit']['id'][:7]}, fastest of {BLOCKS} blocks of "
-        f"{CALLS} calls that take turns, one thread; results checked against float64.\n\n"
-        f"{page(cases)}\n"
+        f"{arguments.device}`, commit {about['commit']['id'][:7]}, fastest (median) of {BLOCKS} "
+        f"blocks of {CALLS} calls that take turns, one thread; results checked against float64."
+        f"\n\n{page(cases)}\n"
     )
     print(page(cases))
 

@@ -1,5 +1,10 @@
-"""--quick, the grid of workloads, and --table, where the cases of a green run go."""
+"""--quick, the grid of workloads, --table, where the cases of a green run go, and pytest-benchmark.
 
+The race is the one timer: pytest-benchmark reports what the race measured, with an entry for each
+contender, grouped by case.
+"""
+
+import copy
 from pathlib import Path
 
 import grids
@@ -37,12 +42,60 @@ def keep(request):
     return request.config.stash[CASES].append
 
 
+class Clock:
+    """Moves on by the seconds that the race measured, and stands still otherwise."""
+
+    now = 0.0
+
+    def read(self) -> float:
+        return self.now
+
+    def replay(self, benchmark, seconds: list[float]) -> None:
+        rounds = iter(seconds)
+
+        def begin() -> None:
+            self.now = 0.0  # each difference is then exact
+
+        def end() -> None:
+            self.now = next(rounds)
+
+        benchmark.pedantic(end, setup=begin, rounds=len(seconds))
+
+
 @pytest.fixture
-def race(keep, is_quick):
+def clock(request) -> Clock:
+    """The timer of a `benchmark` that is made after it."""
+    clock = Clock()
+    request.node.add_marker(pytest.mark.benchmark(timer=clock.read))
+    return clock
+
+
+@pytest.fixture
+def keep_race(keep, clock, benchmark):
+    """Takes a case of the table whose contenders have times, and shows them."""
+
+    def run(case):
+        keep(case)
+        name, fullname = benchmark.name, benchmark.fullname
+        found = records.flat([case])
+        # One fixture is one entry, so all but the first contender have copies of it.
+        entries = [benchmark, *(copy.copy(benchmark) for _ in found[1:])]
+        for entry, record in zip(entries, found, strict=True):
+            contender = record["contender"]
+            entry.group, entry.fullname = name, f"{fullname} {contender}"
+            entry.name = contender if record["is_right"] else f"{contender} (wrong)"
+            entry.extra_info = record
+            clock.replay(entry, case["ways"][contender]["seconds"])
+
+    return run
+
+
+@pytest.fixture
+def race(keep_race, is_quick):
     """A product against its rivals and these peers."""
 
     def run(product, peers=()):
-        keep(product.race(peers, most_rounds=grids.most_rounds(is_quick)))
+        keep_race(product.race(peers, most_rounds=grids.most_rounds(is_quick)))
 
     return run
 

@@ -79,7 +79,7 @@ ROWS = (
         GPU_NAME,
         DECODE,
         {**DECODED, "M": 1},
-        "stream",
+        "few_tokens",
     ),
     Row(
         "batch of 32, GPU",
@@ -87,7 +87,7 @@ ROWS = (
         GPU_NAME,
         DECODE,
         {**DECODED, "M": 32},
-        "stream",
+        "few_tokens",
     ),
     Row(
         "training, GPU",

@@ -256,7 +256,7 @@ def main(arguments: list[str]) -> int:
     folder = args.out or PARTIAL
     suffix = "-{}of{}".format(*args.part) if args.part else ""
     path = folder / f"{args.verb}-{args.dtype}{suffix}.csv"
-    if args.verb == "decode" and (reason := peers_gpu.stream(1).missing):
+    if args.verb == "decode" and (reason := peers_gpu.few_tokens(1).missing):
         raise SystemExit(f"bench-gpu: nothing to measure: {reason}")
     grid = grid_of(args.verb, getattr(torch, args.dtype), args.quick)
     if args.part:

@@ -11,7 +11,7 @@ from sparsekern.bench.measure_gpu import SHAPES
 from sparsekern.bench.records import DENSE, OURS, groups, select
 from sparsekern.terminal import table
 
-STREAM, TRITON = "stream", "triton"
+FEW_TOKENS, TRITON = "few_tokens", "triton"
 # Rows of the table in docs/benchmarks.md.
 SUMMARY_TOKENS = (
     ("1 token", (1,)),
@@ -59,7 +59,7 @@ def summary(cells: list[dict]) -> str:
         count = len(shapes_of(chosen))
         if 0 < count < len(SHAPES):
             label += f" ({count} shape{'s' * (count > 1)})"
-        lines.append(([label], chosen, partial(ratio_cell, name=STREAM, is_spread=False)))
+        lines.append(([label], chosen, partial(ratio_cell, name=FEW_TOKENS, is_spread=False)))
     return by_sparsity(["times dense"], 1, lines, cells)
 
 
@@ -110,9 +110,9 @@ def by_shape(cells: list[dict]) -> str:
 
 def _times(cells: list[dict]) -> str:
     return ", ".join(
-        f"{1e6 * c['ways'][STREAM]['median_s']:.1f} ({speedup(c, STREAM):.2f})"
+        f"{1e6 * c['ways'][FEW_TOKENS]['median_s']:.1f} ({speedup(c, FEW_TOKENS):.2f})"
         for c in cells
-        if speedup(c, STREAM) is not None
+        if speedup(c, FEW_TOKENS) is not None
     )
 
 
@@ -121,7 +121,7 @@ def bytes_read(cells: list[dict], limit_bytes_per_s: float) -> str:
     cells = select(cells, M=1, mask="random")
 
     def column(cell: dict) -> str:
-        way = cell["ways"].get(STREAM, {})
+        way = cell["ways"].get(FEW_TOKENS, {})
         if "median_s" not in way:
             return ""
         rate, share = way["bytes"] / way["median_s"], way["bytes"] / cell["dense_bytes"]
@@ -152,12 +152,12 @@ def pruned(cells: list[dict]) -> str:
         return tuple(cell[field] for field in ("M", "N", "K", "sparsity"))
 
     def seconds(cell: dict) -> float:
-        return cell["ways"][STREAM]["median_s"]
+        return cell["ways"][FEW_TOKENS]["median_s"]
 
-    random = {key(c): seconds(c) for c in select(cells, mask="random") if speedup(c, STREAM)}
+    random = {key(c): seconds(c) for c in select(cells, mask="random") if speedup(c, FEW_TOKENS)}
 
     def ratio(cell: dict) -> float | None:
-        if key(cell) not in random or not speedup(cell, STREAM):
+        if key(cell) not in random or not speedup(cell, FEW_TOKENS):
             return None
         return random[key(cell)] / seconds(cell)
 
@@ -168,7 +168,7 @@ def triton(cells: list[dict]) -> str:
     """Speed of the Triton kernel as a share of the CUDA kernels'."""
 
     def ratio(cell: dict) -> float | None:
-        both = speedup(cell, TRITON), speedup(cell, STREAM)
+        both = speedup(cell, TRITON), speedup(cell, FEW_TOKENS)
         return None if None in both else both[0] / both[1]
 
     return shares(select(cells, mask="random"), ratio)

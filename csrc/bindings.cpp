@@ -1,6 +1,7 @@
 // The only door between Python and C++: raw pointers, sizes and strides. Knows nothing of torch.
-// Shapes and types are checked in Python; pointers are trusted, but for null where something is to
-// be read: a storage that was freed below its tensor. The GIL is released in kernels.
+// Shapes and types are checked before (tensors.h, kernels/operands.py); pointers are trusted, but
+// for null where something is to be read: a storage that was freed below its tensor. The GIL is
+// released in kernels.
 #include <pybind11/pybind11.h>
 
 #include <cstdint>
@@ -14,6 +15,7 @@
 #include "cpu/few_tokens.h"
 #include "cpu/products.h"
 #include "packing/cover.h"
+#include "tensors.h"
 
 namespace py = pybind11;
 
@@ -49,6 +51,7 @@ sk::Csr csr(const sk::Pattern& p, Pointer row_offsets, Pointer col_indices,
 
 PYBIND11_MODULE(_C, m) {
   m.doc() = "CPU kernels of sparsekern over raw pointers";
+  if (!sk::add_tensor_functions(m.ptr())) throw py::error_already_set();
   using NoGil = py::call_guard<py::gil_scoped_release>;
 
   py::enum_<sk::Type>(m, "Type")

@@ -7,19 +7,18 @@ weight; here a write that torch counts makes a new cast.
 """
 
 import weakref
-from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 from torch.autograd import forward_ad
 
+from .ops import in_functorch
+
 # Private in torch, so its absence must not break the import.
-_in_functorch = getattr(torch._C, "_are_functorch_transforms_active", lambda: True)
 _hooks = getattr(torch._C._autograd, "_top_saved_tensors_default_hooks", lambda _: True)
 _modes = torch._C._len_torch_dispatch_stack
 _is_compiling = torch.compiler.is_compiling
 _is_cache_enabled = torch.is_autocast_cache_enabled
-_is_cuda_initialized = torch.cuda.is_initialized
 _CAST = (torch.float32, torch.bfloat16, torch.float16)
 _PLAIN = (Tensor, torch.nn.Parameter)
 _CONVERT = {torch.bfloat16: Tensor.bfloat16, torch.float16: Tensor.half}  # 0.5 us less than to()
@@ -33,48 +32,58 @@ _stores: dict[int, weakref.ref] = {}  # by the number of the device
 _sentinels: dict[int, Tensor] = {}
 
 
-def cast(tensors: Sequence, dtype: torch.dtype) -> list:
-    """t.to(dtype) of each tensor but float64 ones, under an enabled autocast to `dtype`."""
-    stores = None if _is_observed() or dtype not in _CONVERT else _stores
-    return [
-        _cast(t, dtype, stores) if isinstance(t, Tensor) and t.dtype in _CAST else t
-        for t in tensors
-    ]
+def autocast(*tensors):
+    """The operands as torch's autocast hands them to matmul: float64 is exempt. The second one says
+    on which device; others may be None. A small layer pays for every line."""
+    device = "cpu" if tensors[1].is_cpu else tensors[1].device.type
+    # torch knows no autocast on the meta device, and raises.
+    if device == "meta" or not torch.is_autocast_enabled(device):
+        return tensors
+    dtype = torch.get_autocast_dtype(device)
+    if dtype not in _CONVERT or _is_observed(device):
+        return [_convert(t, dtype) for t in tensors]
+    store = _stores.get(tensors[1].get_device())
+    casts = None if store is None else store()
+    results = []
+    for t in tensors:
+        kept = casts.get(id(t)) if casts else None
+        if kept is not None:
+            original, version, address, to, cast = kept
+            if (
+                original() is t
+                and to is dtype is not t.dtype
+                and t._version == version
+                and t.data_ptr() == address
+                and t.requires_grad
+            ):
+                results.append(cast)
+                continue
+        results.append(_cast(t, dtype, casts))
+    return results
 
 
-def _is_observed() -> bool:
+def _is_observed(device: str) -> bool:
     """Whether a cast belongs to whoever looks on, or torch would not keep one."""
     return (
         _is_compiling()
         or _modes() > 0
         or forward_ad._current_level >= 0
         or not _is_cache_enabled()
-        or (_is_cuda_initialized() and torch.cuda.is_current_stream_capturing())
+        or (device == "cuda" and torch.cuda.is_current_stream_capturing())
     )
 
 
-def _cast(t: Tensor, dtype: torch.dtype, stores: dict | None) -> Tensor:
-    if t.dtype is dtype:
-        return t
-    if stores is None or not t.requires_grad:
-        return _convert(t, dtype)
-    store = stores.get(t.get_device())
-    casts = None if store is None else store()
-    if casts is not None and id(t) in casts:
-        original, version, address, kept = casts[id(t)]
-        if (
-            original() is t
-            and t._version == version
-            and t.data_ptr() == address
-            and kept.dtype is dtype
-        ):
-            return kept
+def _cast(t, dtype: torch.dtype, casts: _Casts | None):
+    """A new cast, kept where t is a parameter."""
     if (
         type(t) not in _PLAIN
+        or not t.requires_grad
+        or t.dtype not in _CAST
+        or t.dtype is dtype
         or not t.is_leaf
         or t._is_view()
         or t.is_inference()  # no counter
-        or _in_functorch()
+        or in_functorch()
     ):
         return _convert(t, dtype)
     if casts is None:
@@ -83,12 +92,14 @@ def _cast(t: Tensor, dtype: torch.dtype, stores: dict | None) -> Tensor:
             return _convert(t, dtype)
     version, address = t._version, t.data_ptr()
     with torch.inference_mode(False), torch.enable_grad():  # a cast outlives these modes
-        kept = _convert(t, dtype)
-    casts[id(t)] = weakref.ref(t), version, address, kept
-    return kept
+        cast = _convert(t, dtype)
+    casts[id(t)] = weakref.ref(t), version, address, dtype, cast
+    return cast
 
 
-def _convert(t: Tensor, dtype: torch.dtype) -> Tensor:
+def _convert(t, dtype: torch.dtype):
+    if not isinstance(t, Tensor) or t.dtype not in _CAST or t.dtype is dtype:
+        return t
     return _CONVERT[dtype](t) if dtype in _CONVERT else t.to(dtype)
 
 

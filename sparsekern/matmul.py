@@ -15,7 +15,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from . import ops
-from .casts import cast
+from .casts import autocast
+from .kernels.cuda.two_of_four import recognised
 from .kernels.problem import Problem
 from .kernels.table import describe, pick
 from .sparse_sparse import sparse_times_sparse
@@ -124,6 +125,8 @@ def explain(x: Tensor, W: SparseTensor) -> str:
     for name, op in (("forward", "spmm"), ("dx", "spmm_t"), ("dvalues", "sddmm")):
         m = x.shape[:-1].numel()
         problem = Problem(op, x.device.type, x.dtype, m, W.n, W.k, W.nnz)
+        if x.is_cuda:
+            problem = recognised(problem, W.row_offsets, W.col_indices)
         lines.append(f"{name}: {describe(problem, pick(problem))}")
     return "\n".join(lines)
 
@@ -215,16 +218,6 @@ def operands(func: Callable, x, values: Tensor, out: Tensor | None) -> tuple:
 
 
 _VECTOR_FUNCTIONS = (torch.mv, torch.addmv)
-
-
-def autocast(*tensors):
-    """The operands as torch's autocast hands them to matmul: float64 is exempt."""
-    device = "cpu" if tensors[1].is_cpu else tensors[1].device.type
-    # torch knows no autocast on the meta device, and raises.
-    if device == "meta" or not torch.is_autocast_enabled(device):
-        return tensors
-    dtype = torch.get_autocast_dtype(device)
-    return cast(tensors, dtype)
 
 
 def raise_as_torch(func: Callable, *args, **kwargs) -> NoReturn:

@@ -36,7 +36,7 @@ from .registered import (
 # and functorch's do, so each of them is passed only where it has something to see.
 
 # Private in torch, so its absence must not break the import.
-in_functorch = getattr(torch._C, "_are_functorch_transforms_active", lambda: False)
+in_functorch = getattr(torch._C, "_are_functorch_transforms_active", lambda: True)
 _is_compiling = torch.compiler.is_compiling
 _modes = torch._C._len_torch_dispatch_stack
 _tracing_state = torch._C._get_tracing_state

@@ -10,9 +10,16 @@ from torch.autograd import forward_ad
 
 from .flop_formulas import register_when_imported
 from .kernels import observed
-from .kernels.cuda import rows as cuda_rows
 from .kernels.cuda.choose import assemble, check_operands
-from .kernels.operands import check_gradients, check_memory, check_product, check_sddmm
+from .kernels.cuda.few_tokens import spmm_packed as multiply_packed
+from .kernels.cuda.two_of_four import recognised
+from .kernels.operands import (
+    check_gradients,
+    check_memory,
+    check_product,
+    check_sddmm,
+    fitting_tokens,
+)
 from .kernels.problem import Problem
 from .kernels.table import pick
 
@@ -30,57 +37,59 @@ def run_spmm_t(row_offsets, col_indices, values, n, k, dy, bias=None):
 
 
 def run_product(op, row_offsets, col_indices, values, n, k, x, bias):
-    m, nnz = check_product(op, row_offsets, col_indices, values, n, k, x, bias)
+    width, outputs = (k, n) if op == "spmm" else (n, k)
+    m = fitting_tokens(n, row_offsets, col_indices, values, bias, outputs, x, width)
+    if m is None:  # something is wrong, or lies elsewhere than kernels read it
+        m, _ = check_product(op, row_offsets, col_indices, values, n, k, x, bias)
+        check_memory(op, row_offsets=row_offsets, col_indices=col_indices, values=values, x=x)
+        values, x = values.contiguous(), x.contiguous()
+        if bias is not None:
+            check_memory(op, bias=bias)
+            bias = bias.contiguous()
     if forward_ad._current_level >= 0:
         _refuse_tangents(op, values, x, bias)
-    device = "cpu" if x.is_cpu else "cuda"
-    # A CPU's kernels look themselves, but for views with an offset.
-    if device == "cuda" or _has_offset(row_offsets, col_indices, values, x):
-        check_memory(op, row_offsets=row_offsets, col_indices=col_indices, values=values, x=x)
-    if bias is not None and (not bias.data_ptr() or bias.storage_offset()):
-        check_memory(op, bias=bias)
-    run = pick(_new(Problem, (op, device, x.dtype, m, n, k, nnz))).run
-    bias = None if bias is None else bias.contiguous()
-    return run(row_offsets, col_indices, values.contiguous(), n, k, x.contiguous(), bias)
+    device, nnz = "cpu" if x.is_cpu else "cuda", col_indices.numel()
+    problem = _new(Problem, (op, device, x.dtype, m, n, k, nnz, False))
+    if device == "cuda":
+        problem = recognised(problem, row_offsets, col_indices)
+    run = pick(problem).run
+    return run(row_offsets, col_indices, values, n, k, x, bias)
 
 
 def run_gradients(op, row_offsets, col_indices, values, n, k, h, other):
     """The gradients of a product with respect to its dense operand, by `op`, and to its values: all
     that the backward pass of a small layer does, checked once."""
-    m, nnz = check_gradients(op, row_offsets, col_indices, values, n, k, h, other)
-    device, dtype = "cpu" if h.is_cpu else "cuda", h.dtype
-    if (
-        device == "cuda"
-        or _has_offset(row_offsets, col_indices, values, h)
-        or other.storage_offset()
-    ):
+    widths = (k, n) if op == "spmm" else (n, k)
+    m = fitting_tokens(n, row_offsets, col_indices, values, None, 0, h, widths[0], other, widths[1])
+    if m is None:
+        m, _ = check_gradients(op, row_offsets, col_indices, values, n, k, h, other)
         check_memory(op, row_offsets=row_offsets, col_indices=col_indices, values=values, h=h)
         check_memory(op, other=other)
-    h, other = h.contiguous(), other.contiguous()
-    run = pick(_new(Problem, (op, device, dtype, m, n, k, nnz))).run
-    gradient = run(row_offsets, col_indices, values.contiguous(), n, k, h, None)
-    run = pick(_new(Problem, ("sddmm", device, dtype, m, n, k, nnz))).run
+        values, h, other = values.contiguous(), h.contiguous(), other.contiguous()
+    device, dtype, nnz = "cpu" if h.is_cpu else "cuda", h.dtype, col_indices.numel()
+    problem = _new(Problem, (op, device, dtype, m, n, k, nnz, False))
+    if device == "cuda":
+        problem = recognised(problem, row_offsets, col_indices)
+    run = pick(problem).run
+    gradient = run(row_offsets, col_indices, values, n, k, h, None)
+    run = pick(_new(Problem, ("sddmm", device, dtype, m, n, k, nnz, False))).run
     dy, x = (h, other) if op == "spmm_t" else (other, h)
     observed.note(row_offsets, dy, x)
     return gradient, run(row_offsets, col_indices, n, k, dy, x)
 
 
 def run_sddmm(row_offsets, col_indices, n, k, dy, x):
-    m, nnz = check_sddmm(row_offsets, col_indices, n, k, dy, x)
+    m = fitting_tokens(n, row_offsets, col_indices, None, None, 0, dy, n, x, k)
+    if m is None:
+        m, _ = check_sddmm(row_offsets, col_indices, n, k, dy, x)
+        check_memory("sddmm", row_offsets=row_offsets, col_indices=col_indices, dy=dy, x=x)
+        dy, x = dy.contiguous(), x.contiguous()
     if forward_ad._current_level >= 0:
         _refuse_tangents("sddmm", dy, x)
     observed.note(row_offsets, dy, x)
-    device = "cpu" if x.is_cpu else "cuda"
-    if device == "cuda" or _has_offset(row_offsets, col_indices, dy, x):
-        check_memory("sddmm", row_offsets=row_offsets, col_indices=col_indices, dy=dy, x=x)
-    run = pick(_new(Problem, ("sddmm", device, x.dtype, m, n, k, nnz))).run
-    return run(row_offsets, col_indices, n, k, dy.contiguous(), x.contiguous())
-
-
-def _has_offset(a: Tensor, b: Tensor, c: Tensor, d: Tensor) -> bool:
-    return bool(
-        a.storage_offset() or b.storage_offset() or c.storage_offset() or d.storage_offset()
-    )
+    device, nnz = "cpu" if x.is_cpu else "cuda", col_indices.numel()
+    run = pick(_new(Problem, ("sddmm", device, x.dtype, m, n, k, nnz, False))).run
+    return run(row_offsets, col_indices, n, k, dy, x)
 
 
 def _refuse_tangents(op: str, *tensors: Tensor | None) -> None:
@@ -144,7 +153,7 @@ for _name, _arguments, _run, _fake in (
 def run_spmm_packed(x, layout, n, k, nnz, numbers, tensors, bias=None):
     packed = assemble(layout, n, k, nnz, numbers, tensors)
     check_operands(packed, x, bias)
-    return cuda_rows.spmm_packed(x, packed, bias)
+    return multiply_packed(x, packed, bias)
 
 
 def _fake_spmm_packed(x, layout, n, k, nnz, numbers, tensors, bias=None):

@@ -6,10 +6,8 @@ from torch.autograd import Function, forward_ad
 from torch.autograd.function import once_differentiable
 
 from .indices import count_rows
+from .ops import in_functorch
 from .tensor import SparseTensor
-
-# Private in torch, so its absence must not break the import.
-in_functorch = getattr(torch._C, "_are_functorch_transforms_active", lambda: False)
 
 
 def sparse_times_sparse(a: SparseTensor, b: SparseTensor) -> SparseTensor:

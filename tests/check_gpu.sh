@@ -20,7 +20,7 @@ fi
 mapfile -t files < <(grep -rl --include="test_*.py" "mark\.gpu\b" tests)
 spread=()
 if "$PYTHON" -c "import xdist" 2> /dev/null; then
-  spread=(-n "$WORKERS" --dist worksteal)
+  spread=(-n "$WORKERS" --dist worksteal -p no:benchmark)
 fi
 mkdir -p "$LOGS"
 

@@ -35,8 +35,8 @@ def assert_right(layer, x, dtype=BF16):
     torch.testing.assert_close(y, expected(layer, x, dtype), atol=0.05, rtol=0.05)
 
 
-def cast_of(t, dtype=BF16):
-    return casts.cast([t], dtype)[0]
+def cast_of(t):
+    return casts.autocast(None, t)[1]
 
 
 @pytest.mark.parametrize("dtype", [BF16, torch.float16])
@@ -45,8 +45,8 @@ def test_one_cast_for_a_context(layer, x, dtype, mode):
     with torch.autocast("cpu", dtype):
         with mode():
             assert_right(layer, x, dtype)
-            kept = cast_of(layer.values, dtype)
-        assert cast_of(layer.values, dtype) is kept  # a graph even if first made without
+            kept = cast_of(layer.values)
+        assert cast_of(layer.values) is kept  # a graph even if first made without
         layer(x).sum().backward()
         assert layer.values.grad.dtype is layer.bias.grad.dtype is torch.float32
         dead = weakref.ref(kept)
@@ -55,7 +55,7 @@ def test_one_cast_for_a_context(layer, x, dtype, mode):
             assert layer(x).dtype is torch.float32
         with torch.autocast("cpu", dtype):
             pass
-        assert cast_of(layer.values, dtype) is dead()
+        assert cast_of(layer.values) is dead()
     assert dead() is None
 
 

@@ -1,5 +1,6 @@
 """Small products leave the op out where nobody looks on, and only there."""
 
+import random
 import subprocess
 import sys
 
@@ -10,6 +11,7 @@ from torch.profiler import ProfilerActivity, profile
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from sparsekern import SparseTensor, ops
+from sparsekern.kernels import operands
 
 N, K, M = 6, 9, 5
 
@@ -130,3 +132,107 @@ def test_gradients_in_a_batch(trained, density):
         )
         for a, b in zip(got, want, strict=True):
             torch.testing.assert_close(a, b if a.shape == b.shape else b[:, *W._coordinates()])
+
+
+needs_table = pytest.mark.skipif(
+    not hasattr(operands, "_C") or not hasattr(torch.Tensor, "__dlpack_c_exchange_api__"),
+    reason="the C++ library is not built, or torch lacks the table that it reads",
+)
+
+
+def freed(t):
+    t = torch.cat([t.flatten(), t.flatten()])[: t.numel()].view(t.shape)
+    t.untyped_storage().resize_(0)
+    return t
+
+
+def freed_view(t):
+    t = torch.cat([t.flatten(), t.flatten()])[t.numel() :].view(t.shape)
+    t.untyped_storage().resize_(0)
+    return t
+
+
+ALTERED = {
+    "view": lambda t: torch.cat([t, t])[len(t) :],
+    "strided": lambda t: t.repeat_interleave(2, dim=-1)[..., ::2],
+    "transposed": lambda t: t.t().contiguous().t() if t.ndim == 2 else t[None],
+    "expanded": lambda t: t[:1].expand(t.shape),
+    "one less": lambda t: t[..., :-1].contiguous(),
+    "one more": lambda t: torch.cat([t, t], -1)[..., : t.shape[-1] + 1].contiguous(),
+    "another M": lambda t: torch.cat([t, t]),
+    "more dimensions": lambda t: t[None],
+    "fewer": lambda t: t[0],
+    "wider": lambda t: t.long() if t.dtype is torch.int32 else t.double(),
+    "same bits": lambda t: t.view(torch.float32 if t.dtype is torch.int32 else torch.int32),
+    "half": lambda t: t.half(),
+    "bfloat16": lambda t: t.bfloat16(),
+    "meta": lambda t: t.to("meta"),
+    "sparse": lambda t: t.to_sparse(),
+    "freed": freed,
+    "freed view": freed_view,
+    "efficient zeros": lambda t: torch._efficientzerotensor(t.shape, dtype=t.dtype),
+    "list": lambda t: t.tolist(),
+    "array": lambda t: t.numpy(),
+    "None": lambda t: None,
+}
+NAMES = ("row_offsets", "col_indices", "values", "bias", "x", "dy")
+
+
+def fitting(row_offsets, col_indices, values, bias, x, dy, n=N):
+    pattern = n, row_offsets, col_indices
+    return operands.fitting_tokens(*pattern, values, bias, N, x, K, dy, N)
+
+
+@pytest.fixture
+def fits(W):
+    W = W.float()
+    tensors = W.row_offsets, W.col_indices, W.values, torch.randn(N), torch.randn(M, K)
+    return dict(zip(NAMES, (*tensors, torch.randn(M, N)), strict=True))
+
+
+@needs_table
+@pytest.mark.parametrize("how", ALTERED)
+@pytest.mark.parametrize("name", NAMES)
+def test_one_step_refuses_what_does_not_fit(fits, name, how):
+    assert fitting(**fits) == M
+    if how == "None" and name in ("values", "bias"):
+        return  # may be left out
+    altered = ALTERED[how](fits[name])
+    assert fitting(**{**fits, name: altered}) is None
+    assert fitting(**fits) == M
+
+
+@needs_table
+def test_one_step_takes_what_fits(fits):
+    assert fitting(**{**fits, "values": None, "bias": None}) == M
+    assert fitting(**{**fits, "values": torch.nn.Parameter(fits["values"])}) == M
+    none = {**fits, "x": torch.empty(0, K), "dy": torch.empty(0, N)}
+    assert fitting(**none) == 0
+    for n in (N + 1, -1, None, "3", 2**70, float(N)):
+        assert fitting(**fits, n=n) is None
+    assert operands.fitting_tokens() is None and operands.fitting_tokens(*range(8)) is None
+
+
+@needs_table
+def test_one_step_takes_no_more_than_the_checks(fits):
+    """At random: whatever it takes passes them and lies where a kernel reads it."""
+    rng, taken = random.Random(0), 0
+    for _ in range(2000):
+        t = dict(fits)
+        for name in rng.sample(NAMES, rng.randrange(3)):
+            try:
+                t[name] = ALTERED[rng.choice(list(ALTERED))](t[name])
+            except (AttributeError, RuntimeError, TypeError):  # altered twice
+                continue
+        m = fitting(**t)
+        if m is None:
+            continue
+        taken += 1
+        pattern, values = (t["row_offsets"], t["col_indices"]), t["values"]
+        if values is None:
+            values = torch.zeros(len(pattern[1]))
+        checked = operands.check_gradients("spmm", *pattern, values, N, K, t["x"], t["dy"])
+        assert checked == (m, len(pattern[1]))
+        for a in t.values():
+            assert a is None or (a.is_contiguous() and a.data_ptr() and not a.storage_offset())
+    assert taken > 100

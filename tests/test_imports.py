@@ -10,17 +10,8 @@ PACKAGE = Path(__file__).parents[1] / "sparsekern"
 # Each room may import those before it. `testing` hangs beside: nothing in the package imports it
 # but the demo, and it sees tensor and kernels alone.
 # `wafer` stands alone and imports no torch.
-CORE = [
-    "extras",
-    "terminal",
-    "files",
-    "indices",
-    "two_way",
-    "conversions",
-    "tensor",
-    "sparse_sparse",
-]
-CORE += ["kernels", "flop_formulas", "registered", "ops", "casts", "matmul", "surface"]
+CORE = ["extras", "terminal", "files", "indices", "two_way", "conversions", "tensor", "kernels"]
+CORE += ["flop_formulas", "registered", "ops", "casts", "sparse_sparse", "matmul", "surface"]
 CORE += ["nn", "weights", "sparsity", "public", "gpt"]
 ROOMS = [*CORE, "wafer", "bench", "report", "commands", "cli"]
 TOP = ["cli", "__main__"]

@@ -1,16 +1,16 @@
 // W [N, K] dense, from packed W, for products of many tokens. `w` is +0 before, and so it stays
 // where nothing is stored; a stored zero is -0.
 #include "cover.cuh"
+#include "gather.cuh"
 #include "launch.cuh"
 #include "mend.cuh"
 #include "pairs.cuh"
-#include "stream.cuh"
 
 namespace sk {
 
 constexpr int kExpandWarps = 8;
 
-// Delta streams: a warp writes a piece, lane r of row r.
+// A gather: a warp writes a piece, lane r of row r.
 template <int kBits>
 __device__ void expand(const unsigned short* values, const unsigned char* deltas, const int* bounds,
                        const int* slice_of, const int* starts, const int* row_order,
@@ -83,7 +83,7 @@ __device__ void mend_expanded(const unsigned short* w, const unsigned short* x,
     }
     return sum;
   };
-  mend_tokens<T>(x, bias, y, m, n, k, sum_part);
+  mend_tokens<T>(x, bias, y, m, n, k, 1, sum_part);
 }
 
 }  // namespace sk

@@ -1,4 +1,5 @@
-// What mends a product of a W that was written out: the tokens that an infinity or NaN has spoilt.
+// What mends a product that multiplied places of W which are not stored by 0: the tokens that an
+// infinity or NaN in x has spoilt.
 #pragma once
 
 #include "numbers.cuh"
@@ -30,19 +31,20 @@ struct Float<double> {
   static __device__ double round(double sum) { return sum; }
 };
 
-// Which of the kMendWarps tokens of this block have an infinity or NaN in their result: where W was
-// written out, one such x times a zero of W spoils all of a token's results, the first one too. To
-// `spoilt`, in shared memory.
+// Which of the kMendWarps tokens of this block have an infinity or NaN among their first `checked`
+// results: one in x makes it of each result that x is multiplied for, by a zero too. To `spoilt`,
+// in shared memory.
 template <class T>
 __device__ void find_spoilt(const typename Float<T>::Element* y, unsigned tokens, int width,
-                            int* spoilt) {
-  const unsigned token = blockIdx.x * kMendWarps + threadIdx.x;
-  if (threadIdx.x < kMendWarps) {
-    spoilt[threadIdx.x] = 0;
-    if (token < tokens) {
-      spoilt[threadIdx.x] = !is_finite(Float<T>::load(y[static_cast<long long>(token) * width]));
-    }
+                            unsigned checked, int* spoilt) {
+  const unsigned warp = threadIdx.x / kWarp, token = blockIdx.x * kMendWarps + warp;
+  const auto* results = y + static_cast<long long>(token) * width;
+  bool is_spoilt = false;
+  for (unsigned i = threadIdx.x % kWarp; token < tokens && i < checked; i += kWarp) {
+    is_spoilt |= !is_finite(Float<T>::load(results[i]));
   }
+  is_spoilt = __ballot_sync(kAllLanes, is_spoilt);
+  if (threadIdx.x % kWarp == 0) spoilt[warp] = is_spoilt;
   __syncthreads();
 }
 
@@ -51,11 +53,11 @@ __device__ void find_spoilt(const typename Float<T>::Element* y, unsigned tokens
 template <class T, class SumPart>
 __device__ void mend_tokens(const typename Float<T>::Element* x,
                             const typename Float<T>::Element* bias, typename Float<T>::Element* y,
-                            int m, int n, int k, const SumPart& sum_part) {
+                            int m, int n, int k, int checked, const SumPart& sum_part) {
   using F = Float<T>;
   extern __shared__ __align__(16) char smem[];
   int* spoilt = reinterpret_cast<int*>(smem);
-  find_spoilt<T>(y, m, n, spoilt);
+  find_spoilt<T>(y, m, n, checked, spoilt);
   const unsigned lane = threadIdx.x % kWarp;
   for (unsigned t = 0; t < kMendWarps; ++t) {
     if (!spoilt[t]) continue;

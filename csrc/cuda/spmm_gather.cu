@@ -1,4 +1,4 @@
-// y[M, N] = x[M, K] @ W[N, K]^T + bias[N] for M <= 8 tokens, W packed as stream.cuh says.
+// y[M, N] = x[M, K] @ W[N, K]^T + bias[N] for M <= 8 tokens, W packed as gather.cuh says.
 //
 // A warp takes a piece of a slice of 32 rows, lane r the row r, and a block 16 neighbouring
 // pieces. x lies in shared memory, [column][token]; for each entry a lane gathers x at its column
@@ -8,8 +8,8 @@
 //
 // Blocks that share a slice leave their sums in `partial`, and the last one to arrive adds them up
 // in a fixed order, so that results do not depend on who was last.
+#include "gather.cuh"
 #include "launch.cuh"
-#include "stream.cuh"
 
 namespace sk {
 
@@ -131,39 +131,39 @@ __device__ void spmm_gather(const uint4* values, const typename Deltas<kBits>::W
   const int lane = threadIdx.x % kWarp, warp = threadIdx.x / kWarp;
   const int block = static_cast<int>(blockIdx.x), first_here = block * kGatherWarps;
   const int piece = first_here + warp;
-  using Stream = Stream<kBits, kGatherDepth>;
+  using Granules = Granules<kBits, kGatherDepth>;
   let_next_kernel_start();
   // While the last kernel runs, which may be about to write the bounds, they are a guess.
   const Range all = {0, all_granules};
   Range guess = {0, 0}, range = {0, 0};
   if (piece < pieces) {
     guess = within(all, {__ldcg(bounds + piece), __ldcg(bounds + piece + 1)});
-    Stream::prefetch(values, deltas, guess);
+    Granules::prefetch(values, deltas, guess);
   }
   wait_for_last_kernel();
-  Stream stream(shared_address(smem) + warp * Stream::kWarpBytes, values, deltas, guess);
+  Granules granules(shared_address(smem) + warp * Granules::kWarpBytes, values, deltas, guess);
   int slice = 0, start = 0;
   if (piece < pieces) {
     range = {__ldcg(bounds + piece), __ldcg(bounds + piece + 1)};
     slice = slice_of[piece];
     start = starts[piece * kWarp + lane];
   }
-  char* x_shared = smem + kGatherWarps * Stream::kWarpBytes;
+  char* x_shared = smem + kGatherWarps * Granules::kWarpBytes;
   stage<kTokens>(reinterpret_cast<unsigned short*>(x_shared), x, tokens, k);
   const int row = row_order[slice * kWarp + lane];
   const int first = first_piece[slice], last = first_piece[slice + 1] - 1;
-  if (kStartsEarly && range != guess) stream.begin_again(values, deltas, range);
+  if (kStartsEarly && range != guess) granules.begin_again(values, deltas, range);
   __syncthreads();
 
   float acc[kTokens] = {};
   const char* at = x_shared + start * 2 * kTokens;
   for (int g = range.begin; g < range.end; ++g) {
-    multiply_granule<T, kTokens>(acc, stream.front(), at);
-    stream.advance();
+    multiply_granule<T, kTokens>(acc, granules.front(), at);
+    granules.advance();
   }
 
   // The warp that has the first piece of a slice here adds up those of this block.
-  __syncthreads();  // all streams have been read
+  __syncthreads();  // all granules have been read
   auto sums = reinterpret_cast<float (*)[kTokens][kWarp]>(smem);
 #pragma unroll
   for (int t = 0; t < kTokens; ++t) sums[warp][t][lane] = acc[t];

@@ -1,5 +1,5 @@
 // y[M, N] = x[M, K] @ W[N, K]^T + bias[N] for M <= 64 tokens on dense tensor cores, W packed as
-// pairs.cuh says: each lane of a warp takes its words out of the stream, one after the other, into
+// pairs.cuh says: each lane of a warp takes its words out of a step, one after the other, into
 // operand A of mma and leaves 0 in the registers that have none.
 //
 // Bytes: those of the steps, once, and x once for each block of rows. A slot of 64 places of W
@@ -16,6 +16,7 @@
 namespace sk {
 
 constexpr unsigned kBufferBytes = 4352;  // of words, two a warp
+constexpr unsigned kWindow = 64;         // tokens times steps of x
 static_assert(kMostStepWords * 4 <= kBufferBytes, "a step fits where all pairs have values");
 
 // The words of a warp on their way through shared memory, in two buffers: while the steps of one
@@ -118,7 +119,7 @@ class Words {
 template <int kTokens>
 class Window {
  public:
-  static constexpr unsigned kSteps = 64 / kTokens;
+  static constexpr unsigned kSteps = kWindow / kTokens;
   static constexpr unsigned kStepBytes = kTokens * kStepColumns * 2;
   static constexpr unsigned kBytes = kSteps * kStepBytes;
 

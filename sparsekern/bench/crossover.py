@@ -3,7 +3,7 @@
 sparsekern/kernels/crossover.json holds, by compute capability and dtype,
 
     {"sm_90": {"measured": "...", "tokens": [1, 8, ...],
-               "bfloat16": {"stream": {"dense": [0.74, ...], "expand": [...]}, ...}}}
+               "bfloat16": {"few_tokens": {"dense": [0.74, ...], "expand": [...]}, ...}}}
 
 for each kernel and each alternative one density for each number of tokens: the kernel is no slower
 than the alternative up to there, by the geometric mean of the shapes. `dense` is the best dense

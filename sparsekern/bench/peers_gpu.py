@@ -13,8 +13,8 @@ from torch import Tensor
 from ..kernels import table
 from ..kernels.cuda import library as cuda_library
 from ..kernels.cuda.choose import Packed, choose_layout, like, pack
-from ..kernels.cuda.packs import share_packs
-from ..kernels.cuda.rows import MOST_TOKENS, spmm_packed
+from ..kernels.cuda.few_tokens import MOST_TOKENS, spmm_packed
+from ..kernels.cuda.layout import share_packs
 from ..tensor import SparseTensor
 from .measure_gpu import Way
 from .records import OTHER, OURS, SPARSE
@@ -29,10 +29,10 @@ def absent(name: str, kind: str, reason: str) -> Way:
     return Way(name, kind, never, never, never, never, missing=reason)
 
 
-def stream(tokens: int, lay_out: Callable[[SparseTensor, int], Packed] = pack) -> Way:
+def few_tokens(tokens: int, lay_out: Callable[[SparseTensor, int], Packed] = pack) -> Way:
     """Weights packed for so many tokens, beforehand, and the CUDA kernels that read them."""
     return Way(
-        "stream",
+        "few_tokens",
         OURS,
         lambda W: lay_out(W, tokens),
         lambda W: W.clone(),
@@ -43,17 +43,17 @@ def stream(tokens: int, lay_out: Callable[[SparseTensor, int], Packed] = pack) -
     )
 
 
-def streams() -> list[Way]:
+def every_few_tokens() -> list[Way]:
     """For each number of tokens that W is laid out for. A layout that suits two of them is made
     once: a cover takes the CPU up to a second."""
     every = (1, 16, 32, MOST_TOKENS)
     packed = lru_cache(maxsize=len(every))(pack)
 
     def lay_out(W: SparseTensor, tokens: int) -> Packed:
-        name = choose_layout(tokens, W.density)
-        return packed(W, next(t for t in every if choose_layout(t, W.density) == name))
+        layout = choose_layout(tokens, W.density)
+        return packed(W, next(t for t in every if choose_layout(t, W.density) is layout))
 
-    return [stream(tokens, lay_out) for tokens in every]
+    return [few_tokens(tokens, lay_out) for tokens in every]
 
 
 @dataclass(frozen=True)
@@ -206,7 +206,7 @@ def decode_ways() -> list[Way]:
         return M in (1, 16) and sparsity in (0.5, 0.8, 0.95) and mask == "random"
 
     return [
-        *streams(),
+        *every_few_tokens(),
         replace(row("triton"), where=lambda M, sparsity, mask: (M, mask) == (16, "random")),
         replace(torch_csr(), where=on_few),
         replace(torch_bsr(), where=on_few),
@@ -216,4 +216,4 @@ def decode_ways() -> list[Way]:
 
 
 def crossover_ways() -> list[Way]:
-    return [*streams(), row("triton"), row("expand")]
+    return [*every_few_tokens(), row("triton"), row("expand")]

@@ -152,7 +152,7 @@ def cases(records: Iterable[dict]) -> list[dict]:
 
 
 def flat(cases: Iterable[dict]) -> list[dict]:
-    """A record for each contender, without what can be derived from others."""
+    """A record for each contender, without the rounds and what can be derived from other fields."""
     return [
         {name: case[name] for name in CASE if name in case}
         | {"contender": contender}

@@ -285,7 +285,7 @@ def _in_turn(fns: dict[str, Callable[[], None]]) -> dict[str, list[float]]:
             seconds[name].append(time.perf_counter() - began)
         progress.advance()
         now = time.perf_counter()
-        if now - said > SAY_S:
+        if i and now - said > SAY_S:
             progress.line(f"round {i} of {most}")
             said = now
         if i >= least and now - started > ROUNDS_S:

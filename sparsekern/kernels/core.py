@@ -57,8 +57,8 @@ def kernels(first: Callable[[Problem], Kernel]) -> tuple[Kernel, ...]:
     def serve(op: str, core: _Core, x: Tensor) -> tuple[Callable, tuple, tuple]:
         """The kernel of the core, its indices and its sizes."""
         n, k, nnz = len(core.rows), len(core.cols), len(core.col_indices)
-        row = first(Problem(op, "cpu", x.dtype, x.shape[0], n, k, nnz))
-        return row.run, (core.row_offsets, core.col_indices), (n, k)
+        problem = Problem(op, "cpu", x.dtype, x.shape[0], n, k, nnz)
+        return first(problem).bound(problem), (core.row_offsets, core.col_indices), (n, k)
 
     def spmm(row_offsets, col_indices, values, n, k, x, bias=None):
         core = _core(row_offsets, col_indices, n, k)

@@ -14,6 +14,7 @@ from pathlib import Path
 import torch
 
 from ..files import cache_folder, read_regular
+from .problem import OLD_NAMES
 
 MOST_BYTES = 2**22  # of a file; those of today have some thousands
 NOT_DTYPES = ("measured", "tokens")
@@ -21,7 +22,7 @@ NOT_DTYPES = ("measured", "tokens")
 
 @cache
 def _measured() -> dict:
-    return json.loads(Path(__file__).with_name("crossover.json").read_text())
+    return _renamed(json.loads(Path(__file__).with_name("crossover.json").read_text()))
 
 
 @cache
@@ -56,12 +57,23 @@ def read(path: Path) -> dict:
         raise ValueError(f"it is not JSON: {error}") from None
     for machine, entry in _items("the file", data):
         _check_tokens(f"{machine}: tokens", dict(_items(machine, entry)).get("tokens"))
-        for dtype in entry.keys() - set(NOT_DTYPES):
+        for dtype in _dtypes(entry):
             for kernel, others in _items(f"{machine}: {dtype}", entry[dtype]):
                 for other, densities in _items(f"{machine}: {dtype}: {kernel}", others):
                     name = f"{machine}: {dtype}: {kernel}: {other}"
                     _check_densities(name, densities, len(entry["tokens"]))
+    return _renamed(data)
+
+
+def _renamed(data: dict) -> dict:
+    for kernels in (entry[dtype] for entry in data.values() for dtype in _dtypes(entry)):
+        for old in OLD_NAMES.keys() & kernels.keys():
+            kernels.setdefault(OLD_NAMES[old], kernels.pop(old))
     return data
+
+
+def _dtypes(entry: dict) -> set[str]:
+    return entry.keys() - set(NOT_DTYPES)
 
 
 def _items(name: str, value: object):

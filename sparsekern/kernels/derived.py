@@ -23,7 +23,7 @@ import torch
 from torch import Tensor
 
 from ..indices import check_pattern
-from .cuda.layout import check_indices
+from .operands import check_pattern_arrays
 
 T = TypeVar("T")
 
@@ -89,7 +89,7 @@ def derived(
                 "this pattern was not used since it changed, and a CUDA graph cannot capture its "
                 "preparation: call the product once before the capture, as for any warm-up"
             )
-        check_indices(row_offsets, col_indices, n)
+        check_pattern_arrays(row_offsets, col_indices, n, col_indices.device)
         with torch.inference_mode(False):  # whose tensors nobody may write to later on
             copies = row_offsets.clone(), col_indices.clone()
             check_pattern(*copies, n, k)

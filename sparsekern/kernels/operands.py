@@ -1,11 +1,24 @@
 """Checks of what an op is called with, on every call: whatever the tensors have become since they
 were made, no kernel sees an array that is shorter, of another type or elsewhere than it believes.
 
-Indices inside the arrays are checked where something is made from them (derived.py, csrc/pattern).
+`fitting_tokens` looks at all operands in one step (csrc/tensors.h). What it does not accept is left
+to the functions here, which name what is wrong. Indices inside the arrays are checked where
+something is made from them (derived.py, csrc/pattern).
 """
 
 import torch
 from torch import Tensor
+
+try:
+    from .. import _C
+
+    _C.read_tensors_of(Tensor)
+    fitting_tokens = _C.fitting_tokens
+except (ImportError, AttributeError):  # not built, or a torch without the table that it reads
+
+    def fitting_tokens(*operands) -> None:
+        """No number of tokens: whoever asks has to check the operands one by one."""
+
 
 _int32 = torch.int32
 
@@ -37,11 +50,11 @@ def check_product(
     ):
         return shape[0], nnz
     name = "x" if op == "spmm" else "dy"
-    check_pattern_arrays(op, row_offsets, col_indices, n, x.device)
-    _check(op, name, x, (None, width), dtype, x.device)
-    _check(op, "values", values, (col_indices.numel(),), dtype, x.device)
+    check_pattern_arrays(row_offsets, col_indices, n, x.device, f"{op}: ")
+    _check(f"{op}: {name}", x, ("M", width), dtype, x.device)
+    _check(f"{op}: values", values, (col_indices.numel(),), dtype, x.device)
     if bias is not None:
-        _check(op, "bias", bias, (out,), dtype, x.device)
+        _check(f"{op}: bias", bias, (out,), dtype, x.device)
     raise AssertionError(f"{op}: operands refused without a reason")
 
 
@@ -84,9 +97,9 @@ def check_sddmm(
         and dy.is_cpu is is_cpu
     ):
         return shape[0], col_indices.numel()
-    check_pattern_arrays("sddmm", row_offsets, col_indices, n, x.device)
-    _check("sddmm", "x", x, (None, k), x.dtype, x.device)
-    _check("sddmm", "dy", dy, (x.shape[0], n), x.dtype, x.device)
+    check_pattern_arrays(row_offsets, col_indices, n, x.device, "sddmm: ")
+    _check("sddmm: x", x, ("M", k), x.dtype, x.device)
+    _check("sddmm: dy", dy, (x.shape[0], n), x.dtype, x.device)
     raise AssertionError("sddmm: operands refused without a reason")
 
 
@@ -100,18 +113,15 @@ def check_memory(op: str, **operands: Tensor) -> None:
 
 
 def check_pattern_arrays(
-    op: str, row_offsets: Tensor, col_indices: Tensor, n: int, device: torch.device
+    row_offsets: Tensor, col_indices: Tensor, n: int, device: torch.device, prefix: str = ""
 ) -> None:
     """TypeError or ValueError, with what is wrong, unless both are arrays that a kernel can read
-    as the CSR of n rows."""
-    for name, t, shape in (
-        ("row_offsets", row_offsets, (n + 1,)),
-        ("col_indices", col_indices, (None,)),
-    ):
-        _check(op, name, t, shape, torch.int32, device)
+    as the CSR of n rows. The message begins with `prefix`."""
+    for name, t, size in (("row_offsets", row_offsets, n + 1), ("col_indices", col_indices, "nnz")):
+        _check(prefix + name, t, (size,), torch.int32, device)
         if not t.is_contiguous():
             raise ValueError(
-                f"{op}: {name}: expected a contiguous tensor, got strides {t.stride()}"
+                f"{prefix}{name}: expected a contiguous tensor, got strides {t.stride()}"
             )
 
 
@@ -138,15 +148,15 @@ def _is_bias(bias, size, x) -> bool:
     )
 
 
-def _check(op: str, name: str, t: Tensor, shape: tuple, dtype: torch.dtype, device) -> None:
+def _check(name: str, t: Tensor, shape: tuple[int | str, ...], dtype: torch.dtype, device) -> None:
+    """A size that is a word may be any."""
     if t.dtype != dtype:
-        raise TypeError(f"{op}: {name}: expected {dtype}, got {t.dtype}")
+        raise TypeError(f"{name}: expected {dtype}, got {t.dtype}")
     fits = t.ndim == len(shape) and all(
-        want is None or want == got for want, got in zip(shape, t.shape, strict=True)
+        isinstance(want, str) or want == got for want, got in zip(shape, t.shape, strict=True)
     )
     if not fits:
-        any_size = "nnz" if name == "col_indices" else "M"
-        wanted = ", ".join(any_size if size is None else str(size) for size in shape)
-        raise ValueError(f"{op}: {name}: expected shape [{wanted}], got {list(t.shape)}")
+        wanted = ", ".join(map(str, shape))
+        raise ValueError(f"{name}: expected shape [{wanted}], got {list(t.shape)}")
     if t.device != device:
-        raise ValueError(f"{op}: {name}: expected device {device}, got {t.device}")
+        raise ValueError(f"{name}: expected device {device}, got {t.device}")

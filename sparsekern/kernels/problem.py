@@ -7,6 +7,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+OLD_NAMES = {"stream": "few_tokens"}  # of rows: files and settings have them for one release more
+
 
 class Problem(NamedTuple):
     """One product: everything that the choice of a kernel may depend on.
@@ -21,6 +23,7 @@ class Problem(NamedTuple):
     N: int  # out_features, the rows of W
     K: int  # in_features, the columns of W
     nnz: int  # stored values of W
+    is_two_way: bool = False  # known for what cuda/two_of_four.py takes alone
 
     @property
     def density(self) -> float:
@@ -51,6 +54,10 @@ class Kernel:
     run: Callable[..., Tensor]
     plan: Callable[[Problem], str] | None = None  # how it would go about the problem, in words
     bind: Callable[[Problem], Callable[..., Tensor]] | None = None
+
+    def bound(self, problem: Problem) -> Callable[..., Tensor]:
+        """`run` for the problem that has chosen this row."""
+        return self.bind(problem) if self.bind else self.run
 
 
 def problem_of(op: str, *operands) -> Problem:

@@ -12,13 +12,14 @@ is not stored takes no part: an infinite or NaN x reaches the outputs that a sto
 it to, and no other. (On other devices than a CPU its whole token becomes NaN, as in torch.matmul.)
 """
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
 
 from ..indices import check_pattern, expand_rows
-from .cuda.layout import check_indices
-from .dense import skip_missing
 from .derived import derived
+from .operands import check_pattern_arrays
 
 
 def spmm(
@@ -78,7 +79,7 @@ def places_of(row_offsets: Tensor, col_indices: Tensor, n: int, k: int) -> Tenso
 
     if col_indices.is_cuda:
         return derived("places", row_offsets, col_indices, n, k, make)
-    check_indices(row_offsets, col_indices, n)
+    check_pattern_arrays(row_offsets, col_indices, n, col_indices.device)
     check_pattern(row_offsets, col_indices, n, k)
     return make(row_offsets, col_indices)
 
@@ -112,13 +113,34 @@ def _stored(
     return y
 
 
+def mm(a: Tensor, b: Tensor, bias: Tensor | None = None) -> Tensor:
+    """a @ b + bias in the dtype of the operands: an op runs under the caller's autocast, which
+    would round them."""
+    with torch.autocast(a.device.type, enabled=False):
+        return torch.mm(a, b) if bias is None else torch.addmm(bias, a, b)
+
+
+def skip_missing(y: Tensor, x: Tensor, product: Callable[[Tensor], Tensor]) -> Tensor:
+    """y [M, out] of a product of x [M, in] with a W that was written out, as if nothing had been
+    multiplied where W stores nothing: product(x of some tokens) computes those tokens anew.
+
+    A written-out zero makes NaN of an infinity or a NaN in x (0 * inf), in every output of its
+    token. So a token whose first output is finite is right, and of the others those whose x is
+    finite. For a CPU: the branch depends on data.
+    """
+    if y.numel() == 0:
+        return y
+    suspects = (~y[:, 0].isfinite()).nonzero().flatten()
+    if suspects.numel():
+        tokens = suspects[~x[suspects].isfinite().all(dim=1)]
+        if tokens.numel():
+            y[tokens] = product(x[tokens])
+    return y
+
+
 def _mm(a: Tensor, b: Tensor, bias: Tensor | None = None) -> Tensor:
     dtype = _product_dtype(a)
-    # An op's implementation runs under the caller's autocast, which would round these operands.
-    with torch.autocast(a.device.type, enabled=False):
-        if bias is None:
-            return torch.mm(a.to(dtype), b.to(dtype))
-        return torch.addmm(bias.to(dtype), a.to(dtype), b.to(dtype))
+    return mm(a.to(dtype), b.to(dtype), None if bias is None else bias.to(dtype))
 
 
 def _product_dtype(t: Tensor) -> torch.dtype:

@@ -8,6 +8,7 @@ prints each new problem with the kernel chosen and every refusal on standard err
 
 import os
 import sys
+import warnings
 from dataclasses import replace
 from functools import lru_cache
 from inspect import signature
@@ -17,8 +18,9 @@ from torch import Tensor
 from ..indices import INDEX_LIMIT, VALUE_DTYPES
 from . import core, reference
 from .cpu import few_tokens, panel, widened
-from .cuda import rows as cuda_rows
-from .problem import Kernel, Problem
+from .cuda import csr, expand, two_of_four
+from .cuda import few_tokens as cuda_few_tokens
+from .problem import OLD_NAMES, Kernel, Problem
 from .triton import rows as triton_rows
 
 
@@ -51,7 +53,10 @@ KERNELS: tuple[Kernel, ...] = (
     *few_tokens.KERNELS,
     *panel.KERNELS,
     *widened.KERNELS,
-    *cuda_rows.KERNELS,
+    *cuda_few_tokens.KERNELS,
+    *csr.KERNELS,
+    *two_of_four.KERNELS,
+    *expand.KERNELS,
     *triton_rows.KERNELS,
     _dense("spmm"),
     _dense("spmm_t"),
@@ -69,7 +74,7 @@ def pick(problem: Problem) -> Kernel:
     kernel = kernel or _first(problem)
     if os.environ.get("SPARSEKERN_DEBUG") == "1":
         print(f"sparsekern: {describe(problem, kernel)}", file=sys.stderr)
-    return replace(kernel, run=kernel.bind(problem)) if kernel.bind else kernel
+    return replace(kernel, run=kernel.bound(problem))
 
 
 def _check(problem: Problem) -> None:
@@ -114,6 +119,14 @@ def _refusal(row: Kernel, problem: Problem) -> str | None:
 
 
 def _forced(problem: Problem, name: str) -> Kernel | None:
+    if name in OLD_NAMES:
+        warnings.warn(
+            f"SPARSEKERN_KERNEL: {name} is called {OLD_NAMES[name]} now; the next release knows "
+            "that name alone",
+            FutureWarning,
+            stacklevel=1,  # this line: once in a process
+        )
+        name = OLD_NAMES[name]
     rows = [row for row in KERNELS if row.name == name]
     if not rows:
         known = ", ".join(sorted({row.name for row in KERNELS}))

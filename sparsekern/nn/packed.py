@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor, nn
 
-from ..kernels.cuda.choose import name_of, pack
+from ..kernels.cuda.choose import pack
 from ..kernels.cuda.layout import Packed
 from ..registered import spmm_packed
 from .convert import replace_modules
@@ -18,7 +18,7 @@ class PackedLinear(nn.Module):
     At 75 % sparsity it takes 0.32 to 0.37 of the bytes of a dense 16-bit weight if packed for one
     or two tokens (the less, the larger it is), 0.43 for more. Up to 64 tokens W is read in that
     form; above, it is written out for each call. No gradient, and no way back to CSR: keep the
-    checkpoint. Not for two CUDA streams at the same time (kernels/cuda/rows.py says why). Its
+    checkpoint. Not for two CUDA streams at the same time (kernels/cuda/few_tokens.py says why). Its
     buffers are in no state_dict. Each call checks their types and sizes, but not what stands in
     them: to average or write them by hand may lead a kernel anywhere.
 
@@ -34,7 +34,7 @@ class PackedLinear(nn.Module):
             raise ValueError(f"bias: expected shape ({packed.n},), got {tuple(bias.shape)}")
         self.in_features = packed.k
         self.out_features = packed.n
-        self.layout, self.dtype = name_of(packed), packed.dtype
+        self.layout, self.dtype = packed.name, packed.dtype
         self.nnz, self.numbers = packed.nnz, packed.numbers()
         self._names = tuple(packed.tensors())
         for name, tensor in packed.tensors().items():

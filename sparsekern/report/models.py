@@ -19,7 +19,7 @@ def writing(view: View) -> Section | None:
     """Text from whole models: tokens a second, and beside it the wait for the first token."""
     runs, files = [], []
     for result in view.results:
-        if result is view.cpu.result or (result.kind == GENERATION):
+        if result is view.cpu.result or result.kind == GENERATION:
             found = measured.generations(result)
             runs += found
             files += [result] * bool(found)
@@ -133,9 +133,10 @@ def quality(view: View) -> Section | None:
     ]
     return Section(
         f"Zeros cost quality: {', '.join(parts)}",
-        f"{result.about}. A small GPT with the same tokens for each arm, about one for each "
-        "parameter; that is little, and says nothing of models that have converged. Each dot is a "
-        "seed; where there is one, differences of its size are noise.",
+        f"{result.about}. A small GPT with the same tokens for each arm: "
+        f"{_tokens_each(first[0.0])} for each parameter of the dense one, where 20 are usual. It "
+        "says nothing of models that have converged. Each dot is a seed; where there is one alone, "
+        "small differences are noise.",
         panels,
         ["zeros", *stages, "fewer FLOPs"],
         rows,
@@ -147,6 +148,12 @@ def _stages_title(stages: dict[str, dict[float, list[float]]]) -> str:
     if after and all(mean(after[0][s]) < mean(before[s]) for s in after[0].keys() & before.keys()):
         return "Fine-tuning dense wins part of it back"
     return "What zeros cost at the end"
+
+
+def _tokens_each(run: dict) -> str:
+    """Tokens for each parameter."""
+    c = run["config"]
+    return f"{c['steps'] * c['batch'] * c['context'] / run['parameters']:.1f}"
 
 
 def _arm(sparsity: float) -> str:
@@ -184,7 +191,6 @@ def wafer_prediction(view: View) -> Section | None:
         "No wafer was measured: what a model of one predicts for the same training steps",
         f"The model of the WSE-2, with {FULL_TOKENS:,} tokens a step, which fill it. Where a "
         "measured and a predicted line run alike, that proves nothing: they are of different "
-        "machines. "
-        "`python -m sparsekern wafer validate` says what the model was checked against.",
+        "machines. `python -m sparsekern wafer validate` says what the model was checked against.",
         panels,
     )

@@ -44,15 +44,8 @@ def choose(results: Sequence[Result], here: Processor, own: Result | None = None
     def rank(result: Result) -> tuple:
         other = processor_of(result)
         kinds = {(r["op"], r.get("M"), r["threads"]) for r in result.records}
-        unlike = abs(other.cores - here.cores)
-        return (
-            result is own,
-            other == here,
-            other.isa == here.isa,
-            -unlike,
-            len(kinds),
-            result.path.name,
-        )
+        like = other == here, other.isa == here.isa, -abs(other.cores - here.cores)
+        return result is own, *like, len(kinds), result.path.name
 
     found = max(filter(is_of_a_cpu, results), key=rank, default=None)
     return Choice(here, found, found is not None and processor_of(found) == here)

@@ -1,7 +1,11 @@
 """Ratios, tables and sections that the benchmarks make of their times; and their race."""
 
+import json
+import os
+import subprocess
 import sys
 from pathlib import Path
+from statistics import median
 
 import pytest
 import torch
@@ -214,3 +218,29 @@ def test_every_peer_computes_the_product(bench):
 def test_no_dense_matrix_appears_in_forward_and_backward(bench, threads):
     memory = bench("bench_memory")
     memory.check(memory.Layer(threads=threads))
+
+
+def test_pytest_benchmark_reports_what_the_race_measured(tmp_path):
+    for package in ("pytest_benchmark", "threadpoolctl"):
+        pytest.importorskip(package)
+    dump = tmp_path / "benchmark.json"
+    command = [sys.executable, "-m", "pytest", "-p", "no:cacheprovider", "bench/bench_generate.py"]
+    done = subprocess.run(
+        [*command, "--quick", f"--benchmark-json={dump}"],
+        cwd=BENCH.parent,
+        # A worker of xdist has variables that switch benchmarks off.
+        env={name: value for name, value in os.environ.items() if not name.startswith("PYTEST_")},
+        text=True,
+        capture_output=True,
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    case = "test_generate[tiny-B2-75%-1T]"
+    assert f"benchmark '{case}': 2 tests" in done.stdout
+    entries = json.loads(dump.read_text())["benchmarks"]
+    assert [(entry["group"], entry["name"]) for entry in entries] == [
+        (case, "sparsekern"),
+        (case, "dense"),
+    ]
+    assert len({entry["fullname"] for entry in entries}) == 2  # --benchmark-compare goes by it
+    for entry in entries:
+        assert median(entry["stats"]["data"]) == entry["extra_info"]["median_s"]

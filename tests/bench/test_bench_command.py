@@ -166,7 +166,7 @@ def test_dispatch_takes_what_was_calibrated_here(small, monkeypatch, tmp_path, c
         return pick(Problem("spmm_t", "cpu", torch.float32, 100, 100, 100, nnz)).name
 
     assert (name(1300), name(1500)) == ("panel", "expand")  # sqrt(0.1 * 0.2) = 0.141
-    assert crossover.density_limit("sm_90", torch.bfloat16, 7, "stream", "dense") == 0.5
+    assert crossover.density_limit("sm_90", torch.bfloat16, 7, "few_tokens", "dense") == 0.5
 
 
 def calibrated(path: Path):
@@ -253,13 +253,13 @@ def test_a_gpus_noisy_cell_gives_no_limit():
 
     def cell(sparsity: float, spread: float) -> dict:
         ways = {
-            "stream": {"kind": "ours", "median_s": 1.0, "is_right": True, "spread": 0.01},
+            "few_tokens": {"kind": "ours", "median_s": 1.0, "is_right": True, "spread": 0.01},
             "F.linear": {"kind": "dense", "median_s": 2.0, "is_right": True, "spread": spread},
         }
         return {"sparsity": sparsity, "ways": ways, "best_dense": "F.linear", "dense_s": 2.0}
 
-    assert limit([cell(0.5, 0.1), cell(0.9, 0.1)], "stream", "dense") == 0.5
-    assert limit([cell(0.5, 0.9), cell(0.9, 0.1)], "stream", "dense") is None
+    assert limit([cell(0.5, 0.1), cell(0.9, 0.1)], "few_tokens", "dense") == 0.5
+    assert limit([cell(0.5, 0.9), cell(0.9, 0.1)], "few_tokens", "dense") is None
 
 
 def test_info_says_that_a_calibration_is_in_force(monkeypatch, capsys):

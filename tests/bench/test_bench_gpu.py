@@ -15,8 +15,8 @@ from sparsekern import SparseTensor
 from sparsekern.bench import crossover, measure_gpu, peers_gpu, rates, records
 from sparsekern.kernels import crossover as shipped
 from sparsekern.kernels import derived
-from sparsekern.kernels.cuda import packs
-from sparsekern.kernels.cuda.gather import StreamsLayout
+from sparsekern.kernels.cuda.gather import GatherLayout
+from sparsekern.kernels.cuda.layout import pack_of
 
 BENCH = Path(__file__).parents[2] / "bench"
 
@@ -104,13 +104,13 @@ def test_every_dense_call_is_right_for_both_masks(dtype):
 
 
 def test_ratios_are_against_the_fastest_dense_call_that_is_right():
-    clock = CallingClock(stream=0.5, **{"F.linear cublaslt": 0.9})
-    (_, cell) = run(small_grid(), [dense_way("stream")], clock)
-    assert cell["best_dense"] == "F.linear cublaslt" and cell["speedups"] == {"stream": 1.8}
-    way = cell["ways"]["stream"]
+    clock = CallingClock(few_tokens=0.5, **{"F.linear cublaslt": 0.9})
+    (_, cell) = run(small_grid(), [dense_way("few_tokens")], clock)
+    assert cell["best_dense"] == "F.linear cublaslt" and cell["speedups"] == {"few_tokens": 1.8}
+    way = cell["ways"]["few_tokens"]
     assert (way["median_s"], way["min_s"]) == (0.5, 0.25)
     cell["ways"]["F.linear cublaslt"]["is_right"] = False
-    assert rates.derive(cell)["speedups"] == {"stream": 2.0}
+    assert rates.derive(cell)["speedups"] == {"few_tokens": 2.0}
 
 
 def test_slow_dense_calls_are_timed_for_one_mask_only():
@@ -128,7 +128,7 @@ def test_who_is_wrong_or_fails_is_marked_and_the_others_go_on(bench):
         raise NotImplementedError("no such\nthing")
 
     ways = [
-        dense_way("stream", lambda x, W: 1.01 * F.linear(x, W)),
+        dense_way("few_tokens", lambda x, W: 1.01 * F.linear(x, W)),
         dense_way("triton", refuse),
         dense_way("nan", lambda x, W: F.linear(x, W) * torch.nan),
         dense_way("right"),
@@ -140,7 +140,7 @@ def test_who_is_wrong_or_fails_is_marked_and_the_others_go_on(bench):
     lines = {
         line.split("|")[2].strip(): line for line in tables_gpu.competitors([cell]).split("\n")
     }
-    assert "**wrong**" in lines["stream"] and "1e-02" in lines["stream"]
+    assert "**wrong**" in lines["few_tokens"] and "1e-02" in lines["few_tokens"]
     assert "failed" in lines["triton"] and "nan" in lines["nan"] and "wrong" not in lines["right"]
 
 
@@ -222,11 +222,11 @@ def test_pruned_masks_are_uneven_in_rows_and_columns():
 
 def test_ways_that_cannot_run_here_say_why():
     ways = {way.name: way for way in [*peers_gpu.decode_ways(), *peers_gpu.crossover_ways()]}
-    assert ways.keys() >= {"stream", "triton", "expand", "torch CSR", "CuPy CSR"}
+    assert ways.keys() >= {"few_tokens", "triton", "expand", "torch CSR", "CuPy CSR"}
     missing = {name: way.missing for name, way in ways.items() if way.missing}
     assert all(missing.values())
     assert peers_gpu.row("no such row").missing == "the kernel table has no row no such row"
-    assert not ways["stream"].where(65, 0.5, "random") or "stream" in missing
+    assert not ways["few_tokens"].where(65, 0.5, "random") or "few_tokens" in missing
 
 
 def test_rows_of_the_table_and_torch_csr_compute_the_product():
@@ -246,14 +246,14 @@ def test_copies_of_a_weight_are_laid_out_once():
     def multiply(x, W):
         def make_layout(*indices):
             made.append(1)
-            return StreamsLayout(*indices, *W.shape)
+            return GatherLayout(*indices, *W.shape)
 
         pattern = W.row_offsets, W.col_indices
-        pack = packs.pack_of("stream", 1, make_layout, *pattern, W.values, *W.shape)
+        pack = pack_of("few_tokens", 1, make_layout, *pattern, W.values, *W.shape)
         used.append(pack)
         return x
 
-    way = peers_gpu.in_csr("stream", multiply)
+    way = peers_gpu.in_csr("few_tokens", multiply)
     first = way.lay_out(W)
     twins = [first, way.clone(first), way.clone(first)]
     before = derived._store.keys() | set()
@@ -278,10 +278,10 @@ def test_copies_of_a_weight_are_laid_out_once():
 def test_a_layout_that_suits_two_numbers_of_tokens_is_made_once(monkeypatch):
     made = []
     monkeypatch.setattr(peers_gpu, "pack", lambda W, tokens: made.append(tokens) or tokens)
-    choose = {1: "streams", 16: "cover", 32: "cover", 64: "pairs"}
+    choose = {1: "gather", 16: "cover", 32: "cover", 64: "pairs"}
     monkeypatch.setattr(peers_gpu, "choose_layout", lambda tokens, density: choose[tokens])
     W = SparseTensor.from_dense(torch.ones(10, 100))
-    assert [way.lay_out(W) for way in peers_gpu.streams()] == [1, 16, 16, 64]
+    assert [way.lay_out(W) for way in peers_gpu.every_few_tokens()] == [1, 16, 16, 64]
     assert made == [1, 16, 64]
 
 
@@ -309,7 +309,7 @@ def some_cells() -> list[dict]:
         right = {"is_right": True, "error": 1e-3, "bytes": 1000}
         ways = {
             "F.linear cublas": {"kind": "dense", "median_s": 1.0, **right},
-            "stream": {"kind": "ours", "median_s": ours_s, **right},
+            "few_tokens": {"kind": "ours", "median_s": ours_s, **right},
         }
         if M == 16:
             ways["triton"] = {"kind": "ours", "median_s": 2 * ours_s, **right}
@@ -387,7 +387,7 @@ def test_results_are_a_page_a_plot_and_a_section(bench, monkeypatch, tmp_path):
 
     with pytest.raises(SystemExit, match="some cells were not run"):
         run_gpu.main(["publish", write(path, cells, is_whole=False)])
-    cells[0]["ways"]["stream"]["is_right"] = False
+    cells[0]["ways"]["few_tokens"]["is_right"] = False
     with pytest.raises(SystemExit, match="failed or was wrong"):
         run_gpu.main(["publish", write(path, cells)])
 
@@ -467,10 +467,10 @@ def test_the_crossover_is_data_that_dispatch_reads(bench, monkeypatch, tmp_path)
 
     monkeypatch.setattr(shipped, "_measured", lambda: data)
 
-    def limit(M, kernel="stream", other="dense", dtype=torch.bfloat16, capability="sm_90"):
+    def limit(M, kernel="few_tokens", other="dense", dtype=torch.bfloat16, capability="sm_90"):
         return shipped.density_limit(capability, dtype, M, kernel, other)
 
-    entry["bfloat16"]["stream"]["dense"] = [0.7, 0.6, 0.5]
+    entry["bfloat16"]["few_tokens"]["dense"] = [0.7, 0.6, 0.5]
     assert [limit(M) for M in (0, 1, 2, 8, 16, 17)] == [0.7, 0.7, 0.6, 0.6, 0.5, 0.5]
     assert limit(1, kernel="triton") is None and limit(16, kernel="triton") == 0.5
     assert limit(1, other="expand") is None and limit(1, dtype=torch.float32) is None

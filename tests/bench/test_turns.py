@@ -72,7 +72,9 @@ def test_times_are_read_after_the_last_turn():
 
 
 def test_what_is_found_of_a_contender():
-    found = way("ours", [1.0, 2.0, 3.0, 4.0, 5.0], 1e-7, 1e-6)
+    seconds = [1.0, 2.0, 3.0, 4.0, 5.0]
+    found = way("ours", seconds, 1e-7, 1e-6)
+    assert found["seconds"] == seconds
     assert found["median_s"] == 3 and found["min_s"] == 1 and found["is_right"]
     assert found["spread"] == pytest.approx(2 / 3)
     assert not way("ours", [1.0], float("nan"), 1e-6)["is_right"]

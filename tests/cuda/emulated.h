@@ -147,6 +147,7 @@ inline unsigned __ballot_sync(unsigned mask, bool yes) {
 }
 
 inline int __popc(unsigned bits) { return __builtin_popcount(bits); }
+inline int __popcll(unsigned long long bits) { return __builtin_popcountll(bits); }
 
 inline void __threadfence() {}
 

@@ -21,21 +21,21 @@ needs_library = pytest.mark.skipif(panel._C is None, reason="the C++ library is 
 
 OPS = ("spmm", "spmm_t", "sddmm")
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
-FORMATS = {"stream-bitmap": 8, "stream-columns": 16}  # their most tokens
+FORMATS = {"few_tokens-bitmap": 8, "few_tokens-columns": 16}  # their most tokens
 
 
 def cpu_rows(op):
-    """(name, row) of every row of the table for this op on a CPU; both formats of `stream`."""
+    """(name, row) of every row of the table for this op on a CPU; both formats of `few_tokens`."""
     rows = [row for row in table.KERNELS if row.op == op and row.device in ("cpu", None)]
     for row in rows:
-        yield from ((name, row) for name in (FORMATS if row.name == "stream" else [row.name]))
+        yield from ((name, row) for name in (FORMATS if row.name == "few_tokens" else [row.name]))
 
 
 def takes(name, row, problem):
     """Whether the row can run the problem at all; what is merely slow there is run, too."""
     if row.name == "core":
         return True
-    if row.name == "stream" and (problem.M > FORMATS[name] or problem.K > 65536):
+    if row.name == "few_tokens" and (problem.M > FORMATS[name] or problem.K > 65536):
         return False
     reason = row.refuse(problem)
     return reason is None or "faster" in reason
@@ -43,8 +43,8 @@ def takes(name, row, problem):
 
 def run(monkeypatch, name, row, operands):
     if name in FORMATS:
-        format = name.removeprefix("stream-")
-        monkeypatch.setattr(few_tokens, "stream_format", lambda problem, lanes: format)
+        format = name.removeprefix("few_tokens-")
+        monkeypatch.setattr(few_tokens, "index_format", lambda problem, lanes: format)
     return row.run(*operands)
 
 
@@ -224,7 +224,7 @@ def test_a_stored_zero_meets_infinity(monkeypatch, dtype):
 @needs_library
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64], ids=str)
 @pytest.mark.parametrize("density", [0.02, 0.1, 0.3, 0.9])
-def test_panel_and_stream_give_the_same_bits_whatever_the_threads(monkeypatch, density, dtype):
+def test_panel_and_few_tokens_give_the_same_bits_whatever_the_threads(monkeypatch, density, dtype):
     """`expand` and `dense` are torch.mm, which promises no such thing."""
     for M in (1, 16, 40, 130, 700):
         t = Case("bits", M, 330, 410, sparsity=1 - density).tensors(dtype)
@@ -235,7 +235,7 @@ def test_panel_and_stream_give_the_same_bits_whatever_the_threads(monkeypatch, d
                 {
                     (op, name): got
                     for op, name, got in every_result(monkeypatch, t)
-                    if name.startswith(("panel", "stream"))
+                    if name.startswith(("panel", "few_tokens"))
                 }
             )
         for result in results[1:]:

@@ -14,7 +14,7 @@ from sparsekern.kernels.table import pick
 
 N, K = 48, 64
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
-# M and density for `stream`, `panel` and `expand` in float32; `dense` takes the 16 and 64 bits.
+# M and density for `few_tokens`, `panel` and `expand` in float32; `dense` takes the 16 and 64 bits.
 SHAPES = {"few tokens": (4, 0.3), "many tokens": (64, 0.05), "nearly full": (64, 0.97)}
 
 
@@ -170,7 +170,7 @@ def test_each_cpu_kernel_meets_the_faults():
         for dtype in (torch.float32, torch.float16, torch.float64)
         for m, density in SHAPES.values()
     }
-    assert names == {"stream", "panel", "expand", "widened"}
+    assert names == {"few_tokens", "panel", "expand", "widened"}
 
 
 @pytest.mark.parametrize("op", ["spmm", "spmm_t", "sddmm"])

@@ -78,6 +78,14 @@ def test_forced_unknown(with_picky):
         table.pick(PROBLEM)
 
 
+def test_the_old_name_of_a_row(fresh_table):
+    fresh_table.setenv("SPARSEKERN_KERNEL", "stream")
+    few = PROBLEM._replace(device="cuda")
+    with pytest.warns(FutureWarning, match="SPARSEKERN_KERNEL: stream is called few_tokens now"):
+        with pytest.raises(ValueError, match="SPARSEKERN_KERNEL: few_tokens refuses spmm"):
+            table.pick(few)
+
+
 def test_debug_prints_each_new_problem_once(with_picky, capsys):
     with_picky.setenv("SPARSEKERN_DEBUG", "1")
     for _ in range(2):

@@ -208,7 +208,7 @@ def test_compare_takes_products_of_a_gpu(capsys, tmp_path, monkeypatch):
         name: {"kind": kind, "is_right": is_right, "error": 0.0, "median_s": seconds}
         for name, kind, is_right, seconds in (
             ("F.linear cublas", "dense", True, 2.0),
-            ("stream", "ours", True, 1.0),
+            ("few_tokens", "ours", True, 1.0),
             ("triton", "ours", False, 0.1),
             ("torch CSR", "sparse", True, 0.1),
         )
@@ -219,7 +219,7 @@ def test_compare_takes_products_of_a_gpu(capsys, tmp_path, monkeypatch):
     records.write(folder / "gpu.csv", {}, records.flat([cell | {"ways": ways}]))
     monkeypatch.chdir(tmp_path)
     out = run(capsys, "compare", "--json=pairs.json")
-    assert "spmm 96x64, 8 tokens, bfloat16, stream, cold" in out
+    assert "spmm 96x64, 8 tokens, bfloat16, few_tokens, cold" in out
     pairs = json.loads(Path("pairs.json").read_text())
     assert [pair["measured"] for pair in pairs] == [2.0]
     assert pairs[0]["mask"] == "of its density" and 1 <= pairs[0]["full"] <= 4.0001

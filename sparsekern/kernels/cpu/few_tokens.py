@@ -1,4 +1,4 @@
-"""SpMM for few tokens, as in decoding: the table row `stream` (csrc/cpu/few_tokens.h).
+"""SpMM for few tokens, as in decoding: the table row `few_tokens` (csrc/cpu/few_tokens.h).
 
 W is read once, in CSR order, at the speed of memory. Values are read where they are; column indices
 are compressed once for each pattern. What a call checks before it believes that the indices are
@@ -20,7 +20,7 @@ MOST_TOKENS = 16
 _BITMAP_FROM = {16: (0.3, 0.22, 0.3, 0.5), 8: (0.45, 0.38, 0.52, 0.8)}
 
 
-def stream_format(problem: Problem, lanes: int) -> str:
+def index_format(problem: Problem, lanes: int) -> str:
     """How column indices are compressed for `problem` where a register holds `lanes` floats.
 
     "bitmap": a bit per place of W, at most 8 tokens; a place costs the same full or empty.
@@ -35,7 +35,7 @@ def stream_format(problem: Problem, lanes: int) -> str:
 
 def _bind(problem: Problem):
     m, n_, type_ = problem.M, problem.N, type_of(problem.dtype)
-    format_ = getattr(_C.Format, stream_format(problem, _C.lanes()))
+    format_ = getattr(_C.Format, index_format(problem, _C.lanes()))
 
     def run(row_offsets, col_indices, values, n, k, x, bias=None):
         y = x.new_empty(m, n_)
@@ -57,7 +57,7 @@ def _bind(problem: Problem):
     return run
 
 
-def _refuse_stream(p: Problem) -> str | None:
+def _refuse(p: Problem) -> str | None:
     if p.M > MOST_TOKENS:
         return f"it serves up to {MOST_TOKENS} tokens, not {p.M}"
     if p.K > 65536:
@@ -65,8 +65,8 @@ def _refuse_stream(p: Problem) -> str | None:
     return refuse_dtype(p, (torch.float32, torch.bfloat16))
 
 
-def _describe_stream(p: Problem) -> str:
-    return f"{_C.isa()}, columns as {stream_format(p, _C.lanes())}"
+def _describe(p: Problem) -> str:
+    return f"{_C.isa()}, columns as {index_format(p, _C.lanes())}"
 
 
-KERNELS = (bound_kernel("stream", "spmm", "cpu", _refuse_stream, _bind, _describe_stream),)
+KERNELS = (bound_kernel("few_tokens", "spmm", "cpu", _refuse, _bind, _describe),)

@@ -11,9 +11,9 @@ import torch
 from torch import Tensor
 
 from ..crossover import density_limit
-from ..dense import mm, skip_missing
 from ..derived import _store, kept, versions
 from ..problem import Kernel, Problem, bound_kernel, problem_of
+from ..reference import mm, skip_missing
 from .plan import Machine, Plan, dense_wins_above, describe, machine_name, make_plan
 
 try:

@@ -18,7 +18,7 @@ def _inner(problem: Problem):
 
 def _bind(problem: Problem):
     row, wide = _inner(problem)
-    product = row.bind(wide) if row.bind else row.run
+    product = row.bound(wide)
 
     def run(row_offsets, col_indices, *operands):
         widened = (t.float() if isinstance(t, torch.Tensor) else t for t in operands)

@@ -1,6 +1,6 @@
-"""Weights of one layer laid out for the CUDA kernels: which layouts there are, and which one suits.
+"""The layouts of packed weights, and the choice among them.
 
-`streams` (gather.py) takes the fewest bytes and is read by CUDA cores: for one or two tokens.
+`gather` (gather.py) takes the fewest bytes and is read by CUDA cores: for one or two tokens.
 `cover` (cover.py) is read by sparse tensor cores: for more, up to 32, where W is sparse enough.
 `pairs` (pairs.py) is read by dense tensor cores. All hold any pattern, exactly.
 """
@@ -10,36 +10,32 @@ from dataclasses import fields
 from torch import Tensor
 
 from ...tensor import SparseTensor
-from . import cover, gather, pairs
-from .cover import Cover
-from .gather import Streams
-from .layout import FLOATS, Packed
-from .pairs import Pairs
+from . import cover
+from .cover import Cover, CoverLayout
+from .gather import Gather, GatherLayout
+from .layout import TYPES, Layout, Packed
+from .pairs import Pairs, PairsLayout
 
-LAYOUTS: dict[str, type[Packed]] = {"streams": Streams, "cover": Cover, "pairs": Pairs}
+LAYOUTS: dict[str, type[Packed]] = {kind.name: kind for kind in (Gather, Cover, Pairs)}
 _COUNTS = {  # of numbers and of tensors
     name: tuple([field.type for field in fields(kind)[3:]].count(t) for t in (int, Tensor))
     for name, kind in LAYOUTS.items()
 }
-STREAM_TOKENS = 2  # up to here `streams` is the faster layout (docs/log.md)
-
-
-def name_of(packed: Packed) -> str:
-    return next(name for name, layout in LAYOUTS.items() if isinstance(packed, layout))
+MOST_GATHERED = 2  # tokens up to which `gather` is the faster layout (docs/log.md)
 
 
 def like(tokens: int) -> int:
     """The least number of tokens for which W is laid out as for `tokens`: 1, 3, 17 or 33."""
-    return next((first for first in (33, 17, STREAM_TOKENS + 1) if tokens >= first), 1)
+    return next((first for first in (33, 17, MOST_GATHERED + 1) if tokens >= first), 1)
 
 
-def choose_layout(tokens: int, density: float) -> str:
+def choose_layout(tokens: int, density: float) -> type[Layout]:
     """The layout for products of about so many tokens: what is faster on an H200 (docs/log.md).
     `cover` is made by the C++ library alone."""
-    if tokens <= STREAM_TOKENS:
-        return "streams"
+    if tokens <= MOST_GATHERED:
+        return GatherLayout
     densest = 0.55 if tokens <= 16 else 0.4 if tokens <= 32 else 0.0
-    return "cover" if density <= densest and cover.is_built() else "pairs"
+    return CoverLayout if density <= densest and cover.is_built() else PairsLayout
 
 
 def pack(weight: SparseTensor, tokens: int = 1) -> Packed:
@@ -48,14 +44,15 @@ def pack(weight: SparseTensor, tokens: int = 1) -> Packed:
     Products of other numbers of tokens are as exact, only slower. TypeError unless values are
     bfloat16 or float16; ValueError if the indices are not valid any more, or of a transpose.
     """
-    if weight.values.dtype not in FLOATS:
+    if weight.values.dtype not in TYPES:
         raise TypeError(f"weight: expected bfloat16 or float16 values, got {weight.values.dtype}")
     if weight.is_transposed:
         raise ValueError("weight: expected W [N, K] as it is stored, got a transpose")
     # A copy, which is checked, and which nobody writes to.
     indices = weight.row_offsets.clone(), weight.col_indices.clone()
     own = SparseTensor(*indices, weight.values, (weight.n, weight.k))
-    return layout_for(own.row_offsets, own.col_indices, *own.shape, tokens).fill(own.values)
+    layout = choose_layout(tokens, own.density)
+    return layout(own.row_offsets, own.col_indices, *own.shape).fill(own.values)
 
 
 def assemble(
@@ -87,16 +84,3 @@ def check_operands(packed: Packed, x: Tensor, bias: Tensor | None) -> None:
             raise ValueError(f"{name}: expected shape {shape}, got {tuple(t.shape)}")
         if t.dtype is not dtype or t.device != device:
             raise TypeError(f"{name}: expected {dtype} on {device}, got {t.dtype} on {t.device}")
-
-
-def layout_for(
-    row_offsets: Tensor, col_indices: Tensor, n: int, k: int, tokens: int
-) -> "gather.StreamsLayout | cover.CoverLayout | pairs.PairsLayout":
-    """The index part of a pack."""
-    layouts = {
-        "streams": gather.StreamsLayout,
-        "cover": cover.CoverLayout,
-        "pairs": pairs.PairsLayout,
-    }
-    name = choose_layout(tokens, col_indices.shape[0] / max(1, n * k))
-    return layouts[name](row_offsets, col_indices, n, k)

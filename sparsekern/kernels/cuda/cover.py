@@ -1,4 +1,5 @@
-"""W as the sparse tensor cores read it: columns in groups of four, of which a row has one value.
+"""The layout `cover`, which sparse tensor cores read: columns in groups of four, of which a row has
+one value.
 
 csrc/packing/cover.h says how a tile of 32 rows and 256 columns is covered, csrc/cuda/spmm_cover.cu
 how it is read. 0.594 bytes for each row and slot, and 1 to 2.4 times as many slots as columns:
@@ -6,11 +7,15 @@ docs/math.md has the table. Packing runs on the CPU, in C++.
 """
 
 from dataclasses import dataclass
+from functools import lru_cache
 
 import torch
 from torch import Tensor
 
-from .layout import LANES, Packed, as_stored, check_fill, check_indices, sort_rows
+from ..problem import Problem
+from .csr import is_nearly_empty
+from .layout import LANES, TYPES, Gpu, Launch, Layout, Packed, sort_rows
+from .runs import FEW_TILES, MANY_TILES, RUN_WARPS, choose_runs, launch_runs
 
 try:
     from ... import _C
@@ -20,6 +25,8 @@ except ImportError:
 WINDOW = 256  # columns
 ROW_BLOCK = 128  # rows sorted by nnz: the fewest of a thread block
 RECORD_BYTES = 608
+DEPTH = 7  # records of a warp in shared memory or on their way there
+MOST_TOKENS = 32  # of one launch
 
 
 def is_built() -> bool:
@@ -39,6 +46,19 @@ class Cover(Packed):
     row_order: Tensor
     arrived: Tensor
 
+    name = "cover"
+
+    def launch(self, m: int, gpu: Gpu) -> Launch | None:
+        return configure(m, self.slices, self.windows, TYPES[self.records.dtype], gpu)
+
+    def operands(self, launch: Launch):
+        sizes = self.slices, self.windows, launch.group_warps, launch.shares, self.records.shape[0]
+        return (self.records, self.steps, self.row_order), sizes
+
+    def expansion(self):
+        sizes = self.slices, self.windows
+        return "cover", sizes[0] * sizes[1], (self.records, self.steps, self.row_order), sizes
+
     @property
     def windows(self) -> int:
         return -(-self.k // WINDOW)
@@ -52,14 +72,14 @@ class Cover(Packed):
         }
 
 
-class CoverLayout:
-    """The index part of a pack, and `places`: where each value of W lies in the records. The C++
-    library checks the indices."""
+class CoverLayout(Layout):
+    """Made by the C++ library, which checks the indices."""
+
+    kind = Cover
 
     def __init__(self, row_offsets: Tensor, col_indices: Tensor, n: int, k: int):
-        check_indices(row_offsets, col_indices, n)
+        super().__init__(row_offsets, col_indices, n, k)
         device = col_indices.device
-        self.n, self.k = n, k
         self.row_order = sort_rows(row_offsets, n, ROW_BLOCK)
         row_order, offsets = self.row_order.cpu(), row_offsets.cpu()
         indices = col_indices.cpu()
@@ -81,24 +101,53 @@ class CoverLayout:
         self.steps, self.places = steps.to(device), places.to(device)
         self.records = records.to(device)
 
-    def fill(self, values: Tensor) -> Cover:
-        """A pack with these values, in the order of the CSR indices."""
-        check_fill(values, self.places.shape[0])
-        records = self.records.clone().view(values.dtype)
-        cover = Cover(
-            self.n,
-            self.k,
-            values.shape[0],
-            records,
-            self.steps,
-            self.row_order,
-            self.row_order.new_zeros(self.row_order.shape[0] // LANES),
-        )
-        cover.check()
-        self.refill_(cover, values)
-        return cover
+    @classmethod
+    def least_smem(cls, tokens: int, k: int) -> int:
+        return smem_bytes(_kernel_tokens(tokens), RUN_WARPS)
 
-    def refill_(self, packed: Cover, values: Tensor) -> None:
-        """Other values in a pack of this layout."""
-        packed.check_values(values)
-        packed.records.view(-1)[self.places] = as_stored(values)
+    @classmethod
+    def refuse(cls, problem: Problem) -> str | None:
+        return "W is too empty for a cover" if is_nearly_empty(problem) else None
+
+    def empty(self, nnz: int, dtype: torch.dtype) -> Cover:
+        records = self.records.clone().view(dtype)
+        arrived = self.row_order.new_zeros(self.row_order.shape[0] // LANES)
+        return Cover(self.n, self.k, nnz, records, self.steps, self.row_order, arrived)
+
+
+@lru_cache(maxsize=4096)
+def configure(m: int, slices: int, windows: int, type_name: str, gpu: Gpu) -> Launch | None:
+    """Kernel and sizes for as many of m tokens as it takes, 32 at most; None if they need more
+    shared memory than there is."""
+    tokens = _kernel_tokens(m)
+    tiles_per_warp = slices * windows / (RUN_WARPS * gpu.multiprocessors)
+    group_warps = choose_group_warps(tokens, tiles_per_warp)
+    while group_warps < RUN_WARPS and smem_bytes(tokens, group_warps) > gpu.smem_bytes:
+        group_warps *= 2
+    needed = smem_bytes(tokens, group_warps)
+    if needed > gpu.smem_bytes:
+        return None
+    busy = 0.7 if tiles_per_warp <= FEW_TILES else 0.8 if tokens <= 16 else 0.9
+    runs = choose_runs(-(-slices // group_warps), windows, gpu.multiprocessors, busy)
+    name = f"sk_spmm_cover_{type_name}_t{tokens}"
+    return launch_runs(name, tokens, slices, windows, group_warps, runs, needed)
+
+
+def choose_group_warps(tokens: int, tiles_per_warp: float) -> int:
+    """How many of a block's 16 warps share x of a window, and a block's rows / 32: 16, 8 or 4.
+
+    Many read x less often; few leave fewer sums to add up. docs/log.md has the measurements.
+    """
+    if tiles_per_warp <= FEW_TILES:
+        return 4
+    return 8 if tokens <= 16 or tiles_per_warp <= MANY_TILES else 16
+
+
+def smem_bytes(tokens: int, group_warps: int) -> int:
+    """Bytes of shared memory: two windows of x of each group and the records of each warp."""
+    x_bytes = RUN_WARPS // group_warps * 2 * tokens * WINDOW * 2
+    return x_bytes + RUN_WARPS * DEPTH * RECORD_BYTES
+
+
+def _kernel_tokens(m: int) -> int:
+    return min(MOST_TOKENS, max(8, 1 << (m - 1).bit_length()))

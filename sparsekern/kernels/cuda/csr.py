@@ -14,9 +14,9 @@ import torch
 from torch import Tensor
 
 from ...indices import expand_rows
-from ..dense import mm
 from ..derived import derived
 from ..problem import Kernel, Problem
+from ..reference import mm
 
 LEAST_PLACES = 2**30  # of W: below, it is written out in a millisecond
 MOST_DENSITY = 1e-3

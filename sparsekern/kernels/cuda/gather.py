@@ -1,26 +1,31 @@
-"""W as the CUDA cores read it: delta streams, laid out in the order in which lanes consume them.
+"""The layout `gather`, which CUDA cores read: the values of each row in the order in which a lane
+consumes them, each with its distance to the one before.
 
-csrc/cuda/stream.cuh describes the layout. 2.5 bytes a non-zero with 4-bit deltas, 3 with 8-bit
-ones, and what lanes spend on waiting for the longest row of a slice. Packing is vectorised over
-entries and runs on the device that holds W.
+csrc/cuda/gather.cuh describes the layout, csrc/cuda/spmm_gather.cu how it is read: pieces, as many
+blocks as have some. 2.5 bytes a non-zero with 4-bit deltas, 3 with 8-bit ones, and what lanes spend
+on waiting for the longest row of a slice. Packing is vectorised over entries and runs on the device
+that holds W.
 """
 
 from dataclasses import dataclass
+from functools import lru_cache
 
 import torch
 from torch import Tensor
 
 from ...indices import expand_rows
-from .layout import LANES, Packed, as_stored, check_fill, check_indices, multiprocessors, sort_rows
+from .layout import LANES, TYPES, Gpu, Launch, Layout, Packed, sort_rows
 
 GRANULE = 8  # entries of a lane
-BLOCK_PIECES = 16  # of a thread block
+BLOCK_PIECES = 16  # of a thread block: one a warp
+DEPTH = 4  # granules of a warp that are on their way
+MOST_TOKENS = 8  # of one launch
 MOST_BLOCKS = 2  # of a multiprocessor
 MANY_GRANULES = 40  # of a piece
 
 
 @dataclass(frozen=True)
-class Streams(Packed):
+class Gather(Packed):
     """values: 16-bit floats [granules, 32, 8]. deltas: uint8 [granules, 32, bits]. bounds: int32
     [pieces + 1], granules before each piece. slice_of: int32 [pieces]. first_piece: int32 [slices +
     1], pieces before each slice. starts: int32 [pieces, 32], the column from which each lane goes
@@ -38,6 +43,22 @@ class Streams(Packed):
     row_order: Tensor
     arrived: Tensor
 
+    name = "gather"
+
+    def launch(self, m: int, gpu: Gpu) -> Launch | None:
+        pieces = self.slice_of.shape[0]
+        return configure(m, self.k, pieces, self.bits, TYPES[self.values.dtype], gpu)
+
+    def operands(self, launch: Launch):
+        tensors = self.values, self.deltas, self.bounds, self.slice_of, self.first_piece
+        sizes = self.slice_of.shape[0], self.values.shape[0]
+        return (*tensors, self.starts, self.row_order), sizes
+
+    def expansion(self):
+        tensors = self.values, self.deltas, self.bounds, self.slice_of, self.starts, self.row_order
+        pieces = self.slice_of.shape[0]
+        return f"d{self.bits}", pieces, tensors, (pieces,)
+
     def parts(self):
         if self.bits not in (4, 8):
             raise ValueError(f"bits: expected 4 or 8, got {self.bits}")
@@ -52,6 +73,43 @@ class Streams(Packed):
             "row_order": (torch.int32, (self.slices * LANES,)),
             "arrived": (torch.int32, (self.slices,)),
         }
+
+
+@lru_cache(maxsize=4096)
+def configure(m: int, k: int, pieces: int, bits: int, type_name: str, gpu: Gpu) -> Launch | None:
+    """Kernel and sizes for as many of m tokens as it takes, 8 at most; None if x of one token does
+    not fit in shared memory."""
+    tokens = min(MOST_TOKENS, 1 << (m - 1).bit_length())
+    ring = ring_bytes(bits)
+    while tokens and ring + x_bytes(k, tokens) > gpu.smem_bytes:
+        tokens //= 2
+    if not tokens:
+        return None
+    grid = -(-pieces // BLOCK_PIECES)
+    smem_bytes = max(ring + x_bytes(k, tokens), BLOCK_PIECES * tokens * LANES * 4)
+    # No more blocks on a multiprocessor than there are when all share the work: a launch that
+    # starts early would fill those that are free first.
+    each = max(1, min(MOST_BLOCKS, -(-grid // gpu.multiprocessors)))
+    smem_bytes = max(smem_bytes, (gpu.smem_bytes + 1024) // (each + 1) - 1023)
+    name = f"sk_spmm_gather_{type_name}_d{bits}_t{tokens}"
+    return Launch(name, grid, BLOCK_PIECES * LANES, smem_bytes, 2 * grid * tokens * LANES, tokens)
+
+
+def ring_bytes(bits: int) -> int:
+    """Bytes of the granules of a block that are on their way."""
+    return BLOCK_PIECES * DEPTH * LANES * (2 * GRANULE + bits)
+
+
+def x_bytes(k: int, tokens: int) -> int:
+    """Bytes of x in shared memory."""
+    return -(-k // 4) * 8 * tokens
+
+
+def _multiprocessors(device: torch.device) -> int:
+    """Number of multiprocessors; 132 (an H200) if `device` is not a GPU."""
+    if device.type != "cuda":
+        return 132
+    return torch.cuda.get_device_properties(device).multi_processor_count
 
 
 def choose_pieces(granules: int, slices: int, multiprocessors: int) -> int:
@@ -84,12 +142,11 @@ def share_out(longest: Tensor, pieces: int) -> Tensor:
     return (counts + through.diff()).minimum(longest.clamp(min=1))
 
 
-class StreamsLayout:
-    """The index part of a pack, and `places`: where each value of W lies in the packed values.
+class GatherLayout(Layout):
+    """`pieces`, about how many, and `bits` default to what suits the GPU and to the smaller of the
+    two formats."""
 
-    `pieces`, about how many, and `bits` default to what suits the GPU and to the smaller of the two
-    formats.
-    """
+    kind = Gather
 
     def __init__(
         self,
@@ -100,9 +157,8 @@ class StreamsLayout:
         pieces: int | None = None,
         bits: int | None = None,
     ):
-        check_indices(row_offsets, col_indices, n)
+        super().__init__(row_offsets, col_indices, n, k)
         device = col_indices.device
-        self.n, self.k = n, k
         nnz = col_indices.shape[0]
         self.row_order = sort_rows(row_offsets, n, max(1, n))
         slices = self.row_order.shape[0] // LANES
@@ -120,7 +176,7 @@ class StreamsLayout:
         offsets[1:] = longest.cumsum(0)
         self.granules = int(offsets[-1])
 
-        # The slot of an entry in its stream, then its place among all granules.
+        # The slot of an entry in its row, then its place among all granules.
         through = (fillers + 1).cumsum(0)
         is_first = self._begins(lane)
         before = torch.where(is_first, through - fillers - 1, 0).cummax(0).values
@@ -140,10 +196,14 @@ class StreamsLayout:
         codes[places] = self.cap
 
         if pieces is None:
-            pieces = choose_pieces(self.granules, slices, multiprocessors(device))
+            pieces = choose_pieces(self.granules, slices, _multiprocessors(device))
         self._cut(offsets, pieces)
         self.starts = self._starts(codes, offsets)
         self.deltas = self._store(codes)
+
+    @classmethod
+    def least_smem(cls, tokens: int, k: int) -> int:
+        return ring_bytes(8) + x_bytes(k, 1)
 
     def _cut(self, offsets: Tensor, pieces: int) -> None:
         """Pieces of nearly equal length, none of two slices: as many as asked, or one a slice."""
@@ -166,15 +226,13 @@ class StreamsLayout:
         columns = through[self.bounds[:-1].long()] - through[slice_begins]
         return (columns * (2 if self.bits == 4 else 1)).int()
 
-    def fill(self, values: Tensor) -> Streams:
-        """A pack with these values, in the order of the CSR indices."""
-        check_fill(values, self.places.shape[0])
-        packed = Streams(
+    def empty(self, nnz: int, dtype: torch.dtype) -> Gather:
+        return Gather(
             self.n,
             self.k,
-            values.shape[0],
+            nnz,
             self.bits,
-            values.new_zeros(self.granules, LANES, GRANULE),
+            self.deltas.new_zeros(self.granules, LANES, GRANULE, dtype=dtype),
             self.deltas,
             self.bounds,
             self.slice_of,
@@ -183,14 +241,6 @@ class StreamsLayout:
             self.row_order,
             self.row_order.new_zeros(self.row_order.shape[0] // LANES),
         )
-        packed.check()
-        self.refill_(packed, values)
-        return packed
-
-    def refill_(self, packed: Streams, values: Tensor) -> None:
-        """Other values in a pack of this layout."""
-        packed.check_values(values)
-        packed.values.view(-1)[self.places] = as_stored(values)
 
     @staticmethod
     def _begins(lane: Tensor) -> Tensor:

@@ -1,21 +1,113 @@
-"""The base class of the layouts of packed weights, and what they share."""
+"""What the layouts of packed weights share: the two base classes, and the packs of table rows.
 
+A layout is a form of W that a CUDA kernel reads. Its `Layout` is made from a pattern and fills it
+with values; its `Packed` is W in that form, and owns the launches that read it. choose.py has the
+list of layouts and the choice among them.
+"""
+
+import weakref
+from collections.abc import Callable
 from dataclasses import dataclass, fields, replace
+from functools import cache
+from typing import ClassVar, NamedTuple
 
 import torch
 from torch import Tensor
 
+from ...tensor import SparseTensor
+from ..derived import derived, share
+from ..operands import check_pattern_arrays
+from ..problem import Problem
+from .library import start
+
+# tests/kernels/cuda/test_constants.py holds constants of this folder to those of csrc/cuda.
 LANES = 32  # rows of a slice: one warp
-FLOATS = (torch.bfloat16, torch.float16)
+EXPAND_WARPS = 8
+TYPES = {torch.bfloat16: "bf16", torch.float16: "f16"}
+
+
+class Gpu(NamedTuple):
+    """The properties of a GPU that a launch is fitted to."""
+
+    multiprocessors: int
+    smem_bytes: int  # the most of a block
+
+
+class Launch(NamedTuple):
+    """How a kernel is launched for one problem."""
+
+    kernel: str
+    grid: int
+    block: int
+    smem_bytes: int
+    partial: int  # float32 elements of workspace
+    tokens: int  # the most of the kernel
+    group_warps: int = 0  # of runs: warps that share x
+    shares: int = 0  # of runs: most that share rows
+
+
+@cache
+def gpu_of(device: torch.device) -> Gpu:
+    properties = torch.cuda.get_device_properties(device)
+    return Gpu(properties.multi_processor_count, properties.shared_memory_per_block_optin)
 
 
 @dataclass(frozen=True)
 class Packed:
-    """One frozen W [N, K] with `nnz` stored values. Layouts add numbers, then tensors."""
+    """One frozen W [N, K] with `nnz` stored values. Layouts add numbers, then tensors: the first
+    has the values, the last, `arrived`, counts blocks."""
 
     n: int
     k: int
     nnz: int
+
+    name: ClassVar[str]
+
+    def parts(self) -> dict[str, tuple[torch.dtype | None, tuple[int, ...]]]:
+        """Type and shape of each tensor, by the numbers and by the lengths of the first dimensions
+        that these leave free; None: a 16-bit float."""
+        raise NotImplementedError
+
+    def launch(self, m: int, gpu: Gpu) -> Launch | None:
+        """The launch for as many of m tokens as its kernel takes; None if the GPU has too little
+        shared memory for one."""
+        raise NotImplementedError
+
+    def operands(self, launch: Launch) -> tuple[tuple[Tensor, ...], tuple[int, ...]]:
+        """What the kernel reads of W, and the sizes that it is told beside tokens, N and K."""
+        raise NotImplementedError
+
+    def expansion(self) -> tuple[str, int, tuple[Tensor, ...], tuple[int, ...]]:
+        """The kernel that writes W out, how many warps it takes, what it reads, its sizes."""
+        raise NotImplementedError
+
+    def run(self, launch: Launch, x: Tensor, bias: Tensor | None, y: Tensor) -> None:
+        """y [M, N] = x [M, K] @ W.T + bias [N], all contiguous and not empty."""
+        m = x.shape[0]
+        weight, sizes = self.operands(launch)
+        partial = x.new_empty(launch.partial, dtype=torch.float32)
+        for first in range(0, m, launch.tokens):
+            here = (x[first:], y[first:]) if first else (x, y)
+            start(
+                launch.kernel,
+                launch.grid,
+                launch.block,
+                launch.smem_bytes,
+                (*weight, here[0], bias, here[1], partial, self.arrived),
+                min(launch.tokens, m - first),
+                self.n,
+                self.k,
+                *sizes,
+            )
+
+    def expand(self) -> Tensor:
+        """W [N, K], dense: a missing entry is +0, a stored zero -0."""
+        w = torch.zeros(self.n, self.k, dtype=self.dtype, device=self.arrived.device)
+        if self.nnz:
+            kernel, warps, weight, sizes = self.expansion()
+            grid, block = -(-warps // EXPAND_WARPS), EXPAND_WARPS * LANES
+            start(f"sk_expand_{kernel}", grid, block, 0, (*weight, w), self.k, *sizes)
+        return w
 
     def tensors(self) -> dict[str, Tensor]:
         parts = {field.name: getattr(self, field.name) for field in fields(self)}
@@ -25,11 +117,6 @@ class Packed:
         """The integers that describe the layout, in a fixed order."""
         parts = [getattr(self, field.name) for field in fields(self)[3:]]
         return [part for part in parts if not isinstance(part, Tensor)]
-
-    def parts(self) -> dict[str, tuple[torch.dtype | None, tuple[int, ...]]]:
-        """Type and shape of each tensor, by the numbers and by the lengths of the first dimensions
-        that these leave free; None: a 16-bit float."""
-        raise NotImplementedError
 
     def check(self) -> None:
         """TypeError or ValueError that names what the kernels cannot count on: types, shapes,
@@ -42,7 +129,7 @@ class Packed:
         for name, (dtype, shape) in self.parts().items():
             t = getattr(self, name)
             if not (
-                (t.dtype is dtype or (dtype is None and t.dtype in FLOATS))
+                (t.dtype is dtype or (dtype is None and t.dtype in TYPES))
                 and t.shape == shape
                 and t.get_device() == gpu
                 and (gpu >= 0 or t.device == like.device)
@@ -58,11 +145,7 @@ class Packed:
 
     def check_values(self, values: Tensor) -> None:
         """Check the values of a refill: TypeError or ValueError names what is wrong."""
-        if values.shape != (self.nnz,):
-            raise ValueError(
-                f"values: expected shape ({self.nnz},), that of the pattern, "
-                f"got {tuple(values.shape)}"
-            )
+        _check_length(values, self.nnz)
         if values.dtype != self.dtype or values.device != self.arrived.device:
             raise TypeError(
                 f"values: expected {self.dtype} on {self.arrived.device}, "
@@ -70,9 +153,13 @@ class Packed:
             )
 
     @property
+    def floats(self) -> Tensor:
+        """The tensor in which the values lie."""
+        return next(part for part in vars(self).values() if isinstance(part, Tensor))
+
+    @property
     def dtype(self) -> torch.dtype:
-        """Dtype of the values, which lie in the first tensor."""
-        return next(part.dtype for part in vars(self).values() if isinstance(part, Tensor))
+        return self.floats.dtype
 
     @property
     def slices(self) -> int:
@@ -92,33 +179,56 @@ class Packed:
         return replace(self, **{name: part.clone() for name, part in self.tensors().items()})
 
 
-def as_stored(values: Tensor) -> Tensor:
-    """`values` as layouts hold them: a stored zero is -0, since +0 is a place that is not stored.
-    No product shows the sign: its sum begins at +0."""
-    values = values.detach()
-    return values.masked_fill(values == 0, -0.0)
+class Layout:
+    """The index part of a packed weight: made from a pattern, it is filled with values."""
+
+    kind: ClassVar[type[Packed]]
+    n: int
+    k: int
+    places: Tensor  # where each value of W lies in Packed.floats
+
+    def __init__(self, row_offsets: Tensor, col_indices: Tensor, n: int, k: int):
+        check_pattern_arrays(row_offsets, col_indices, n, col_indices.device)
+        self.n, self.k = n, k
+
+    @classmethod
+    def least_smem(cls, tokens: int, k: int) -> int:
+        """Bytes of shared memory without which no launch for so many tokens is possible."""
+        raise NotImplementedError
+
+    @classmethod
+    def refuse(cls, problem: Problem) -> str | None:
+        """Why W cannot, or should not, be laid out for this problem; None where it can."""
+        return None
+
+    def empty(self, nnz: int, dtype: torch.dtype) -> Packed:
+        """A packed weight without its values."""
+        raise NotImplementedError
+
+    def fill(self, values: Tensor) -> Packed:
+        """A packed weight with these values, in the order of the CSR indices."""
+        if values.dtype not in TYPES:
+            raise TypeError(f"values: expected bfloat16 or float16, got {values.dtype}")
+        _check_length(values, self.places.shape[0])
+        packed = self.empty(values.shape[0], values.dtype)
+        packed.check()
+        self.refill_(packed, values)
+        return packed
+
+    def refill_(self, packed: Packed, values: Tensor) -> None:
+        """Other values in a packed weight of this layout."""
+        packed.check_values(values)
+        # A stored zero is -0, since +0 is a place that is not stored. No product shows the sign:
+        # its sum begins at +0.
+        values = values.detach()
+        packed.floats.view(-1)[self.places] = values.masked_fill(values == 0, -0.0)
 
 
-def check_fill(values: Tensor, nnz: int) -> None:
-    """Check the values that a layout is filled with."""
-    if values.dtype not in FLOATS:
-        raise TypeError(f"values: expected bfloat16 or float16, got {values.dtype}")
+def _check_length(values: Tensor, nnz: int) -> None:
     if values.shape != (nnz,):
         raise ValueError(
             f"values: expected shape ({nnz},), that of the pattern, got {tuple(values.shape)}"
         )
-
-
-def check_indices(row_offsets: Tensor, col_indices: Tensor, n: int) -> None:
-    """Their types and lengths, which those who make a layout count on."""
-    for name, t in (("row_offsets", row_offsets), ("col_indices", col_indices)):
-        if t.dtype != torch.int32 or not t.is_contiguous() or t.ndim != 1:
-            raise TypeError(
-                f"{name}: expected a contiguous int32 vector, got {t.dtype} of shape "
-                f"{tuple(t.shape)}"
-            )
-    if row_offsets.shape[0] != n + 1:
-        raise ValueError(f"row_offsets: expected {n + 1} elements, got {row_offsets.shape[0]}")
 
 
 def sort_rows(row_offsets: Tensor, n: int, block: int) -> Tensor:
@@ -133,8 +243,60 @@ def sort_rows(row_offsets: Tensor, n: int, block: int) -> Tensor:
     return order
 
 
-def multiprocessors(device: torch.device) -> int:
-    """Number of multiprocessors; 132 (an H200) if `device` is not a GPU."""
-    if device.type != "cuda":
-        return 132
-    return torch.cuda.get_device_properties(device).multi_processor_count
+class Pack:
+    """The packed weight of an ordinary sparse tensor, for a table row.
+
+    The index part is made once, on the first product (derived.py keeps it); values are brought in
+    when they may have changed: on each call if they require grad, else when they are another tensor
+    or torch has counted a write to them. A CUDA graph does the same in each replay as in the call
+    that was captured: values that require grad are packed anew, others are what they were at the
+    capture, until a call outside of the graph brings new ones in.
+    """
+
+    def __init__(self, layout: Layout, values: Tensor):
+        self.layout = layout
+        self.packed = layout.fill(values)
+        self.saw(values)
+
+    def saw(self, values: Tensor) -> None:
+        """The pack has these values."""
+        self._values = weakref.ref(values)
+        self._version = None if values.is_inference() else values._version
+
+    def refresh(self, values: Tensor) -> "Pack":
+        # A parameter in training changes between calls, and not all writes are counted. The tensor
+        # itself is compared: the address of one that is gone may be that of other values.
+        is_seen = self._values() is values and not values.is_inference()
+        if values.requires_grad or not is_seen or self._version != values._version:
+            self.layout.refill_(self.packed, values)
+            self.saw(values)
+        return self
+
+
+def pack_of(
+    row: str,
+    kind: str,
+    make_layout: Callable[[Tensor, Tensor], Layout],
+    row_offsets: Tensor,
+    col_indices: Tensor,
+    values: Tensor,
+    n: int,
+    k: int,
+) -> Pack:
+    """The pack of `kind` with these values, for the table row `row`. make_layout(row_offsets,
+    col_indices) gets checked copies."""
+
+    def make(*indices: Tensor) -> Pack:
+        return Pack(make_layout(*indices), values)
+
+    pack = derived((row, kind, values.dtype), row_offsets, col_indices, n, k, make)
+    return pack.refresh(values)
+
+
+def share_packs(origin: SparseTensor, twin: SparseTensor) -> None:
+    """Give `twin`, a clone of `origin`, a copy of each pack that it lacks: the same one would be
+    made, but slowly."""
+    indices = ((W.row_offsets, W.col_indices) for W in (origin, twin))
+    for thing in share(*indices):
+        if isinstance(thing, Pack):
+            thing.saw(twin.values)

@@ -262,6 +262,27 @@ def function(name: str, device: int) -> Launcher:
     return route().launcher(name, device)
 
 
+def start(
+    name: str,
+    grid: int,
+    block: int,
+    smem_bytes: int,
+    tensors: tuple[torch.Tensor | None, ...],
+    *sizes: int,
+) -> None:
+    """Launch a kernel on torch's current stream: its arguments are the addresses of the tensors, 0
+    for None, and the sizes."""
+    device = tensors[0].device.index
+    function(name, device)(
+        (grid, 1),
+        block,
+        smem_bytes,
+        current_stream(device),
+        *[0 if tensor is None else tensor.data_ptr() for tensor in tensors],
+        *sizes,
+    )
+
+
 def current_stream(device: int) -> int:
     """The handle of torch's current stream on that GPU."""
     # torch.cuda.current_stream(device).cuda_stream, without making a Stream.

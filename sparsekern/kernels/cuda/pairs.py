@@ -1,4 +1,5 @@
-"""W as the tensor cores read it: pairs of neighbouring columns, those without a value left out.
+"""The layout `pairs`, which dense tensor cores read: pairs of neighbouring columns, those without a
+value left out.
 
 csrc/cuda/pairs.cuh describes the layout, csrc/cuda/spmm_pairs.cu how it is read. For a random mask
 of density d it takes 3/32 + 2 (1 - (1 - d)^2) bytes for each place of W. Packing is a count and a
@@ -6,22 +7,23 @@ running sum, in torch, on the device of W.
 """
 
 from dataclasses import dataclass
+from functools import lru_cache
 
 import torch
 from torch import Tensor
 
 from ...indices import expand_rows
-from .layout import LANES, Packed, as_stored, check_fill, check_indices
+from ..problem import Problem
+from .csr import is_nearly_empty
+from .layout import LANES, TYPES, Gpu, Launch, Layout, Packed
+from .runs import MANY_TILES, RUN_WARPS, TILE_COLUMNS, choose_runs, launch_runs
 
 STEP = 64  # columns
 SLOTS = 32  # of a lane in a step
 HEAD = LANES + LANES // 2  # words of a step before its values: masks, starts
 MOST_WORDS = 2**31 - 2**12
-
-
-def most_words(n: int, k: int, nnz: int) -> int:
-    """As many words as W may take: each value one of its own, each step filled up."""
-    return -(-n // LANES) * -(-k // STEP) * (HEAD + 3) + nnz
+BUFFER_BYTES = 4352  # of words, two a warp, each with a barrier of 8 bytes
+WINDOW = 64  # tokens times steps of x
 
 
 @dataclass(frozen=True)
@@ -35,6 +37,19 @@ class Pairs(Packed):
     steps: Tensor
     arrived: Tensor
 
+    name = "pairs"
+
+    def launch(self, m: int, gpu: Gpu) -> Launch | None:
+        return configure(m, self.slices, self.row_steps, TYPES[self.words.dtype], gpu)
+
+    def operands(self, launch: Launch):
+        sizes = self.slices, self.row_steps, launch.group_warps, launch.shares, self.words.shape[0]
+        return (self.words, self.steps), sizes
+
+    def expansion(self):
+        sizes = self.slices, self.row_steps
+        return "pairs", sizes[0] * sizes[1], (self.words, self.steps), sizes
+
     @property
     def row_steps(self) -> int:
         return -(-self.k // STEP)
@@ -47,12 +62,11 @@ class Pairs(Packed):
         }
 
 
-class PairsLayout:
-    """The index part of a pack, and `places`: where each value of W lies, in 16-bit units."""
+class PairsLayout(Layout):
+    kind = Pairs
 
     def __init__(self, row_offsets: Tensor, col_indices: Tensor, n: int, k: int):
-        check_indices(row_offsets, col_indices, n)
-        self.n, self.k = n, k
+        super().__init__(row_offsets, col_indices, n, k)
         device, nnz = col_indices.device, col_indices.shape[0]
         slices, row_steps = -(-n // LANES), -(-k // STEP)
         rows, columns = expand_rows(row_offsets, nnz), col_indices.long()
@@ -88,17 +102,52 @@ class PairsLayout:
         words[at] = head.int()  # bit 31 wraps
         self.words, self.steps = words.view(torch.int16).view(-1, 2), first.int()
 
-    def fill(self, values: Tensor) -> Pairs:
-        """A pack with these values, in the order of the CSR indices."""
-        check_fill(values, self.places.shape[0])
-        words = self.words.clone().view(values.dtype)
-        arrived = torch.zeros(-(-self.n // LANES), dtype=torch.int32, device=words.device)
-        packed = Pairs(self.n, self.k, values.shape[0], words, self.steps, arrived)
-        packed.check()
-        self.refill_(packed, values)
-        return packed
+    @classmethod
+    def least_smem(cls, tokens: int, k: int) -> int:
+        return smem_bytes(RUN_WARPS)
 
-    def refill_(self, packed: Pairs, values: Tensor) -> None:
-        """Other values in a pack of this layout."""
-        packed.check_values(values)
-        packed.words.view(-1)[self.places] = as_stored(values)
+    @classmethod
+    def refuse(cls, problem: Problem) -> str | None:
+        n, k, nnz = problem.N, problem.K, problem.nnz
+        # As many as there may be: each value has a word of its own, each step is filled up.
+        words = -(-n // LANES) * -(-k // STEP) * (HEAD + 3) + nnz
+        if words >= MOST_WORDS:
+            return "its offsets have 32 bits, too few for the pairs of W"
+        return "W is too empty for pairs" if is_nearly_empty(problem) else None
+
+    def empty(self, nnz: int, dtype: torch.dtype) -> Pairs:
+        words = self.words.clone().view(dtype)
+        arrived = self.steps.new_zeros(-(-self.n // LANES))
+        return Pairs(self.n, self.k, nnz, words, self.steps, arrived)
+
+
+@lru_cache(maxsize=4096)
+def configure(m: int, slices: int, row_steps: int, type_name: str, gpu: Gpu) -> Launch | None:
+    """Kernel and sizes for up to 64 tokens; None if they need more shared memory than there is.
+    Groups of 4 warps are the fastest for W of up to 5 tiles a warp, where no run has two blocks of
+    rows."""
+    tokens = max(16, 1 << (m - 1).bit_length())
+    windows = -(-row_steps // (WINDOW // tokens))
+    tiles = slices * row_steps * STEP / TILE_COLUMNS
+    is_large = tiles > MANY_TILES * RUN_WARPS * gpu.multiprocessors
+    busy = 0.8 if is_large else 0.7
+    for group_warps in (8,) if is_large else (4, 8):
+        blocks = -(-slices // group_warps)
+        runs = choose_runs(blocks, windows, gpu.multiprocessors, busy)
+        if runs % max(1, blocks) == 0:
+            break
+    while group_warps < RUN_WARPS and smem_bytes(group_warps) > gpu.smem_bytes:
+        group_warps *= 2
+        runs = choose_runs(-(-slices // group_warps), windows, gpu.multiprocessors, busy)
+    needed = smem_bytes(group_warps)
+    if needed > gpu.smem_bytes:
+        return None
+    name = f"sk_spmm_pairs_{type_name}_t{tokens}"
+    return launch_runs(name, tokens, slices, windows, group_warps, runs, needed)
+
+
+def smem_bytes(group_warps: int) -> int:
+    """Bytes of shared memory: two windows of x of each group, at a multiple of 1024, and the words
+    of each warp."""
+    x_bytes = RUN_WARPS // group_warps * 2 * WINDOW * STEP * 2
+    return 1024 + x_bytes + RUN_WARPS * 2 * (BUFFER_BYTES + 8)

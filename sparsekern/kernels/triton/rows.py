@@ -9,6 +9,7 @@ Up to 64 tokens in a 16-bit type W is packed as for the CUDA kernel (cover.py), 
 is there to do it. cover_kernel.py has that kernel.
 """
 
+from collections.abc import Callable
 from functools import lru_cache
 from importlib.util import find_spec
 from typing import NamedTuple
@@ -18,9 +19,8 @@ from torch import Tensor
 
 from ..cuda import cover
 from ..cuda.cover import WINDOW, CoverLayout
-from ..cuda.layout import LANES
-from ..cuda.packs import pack_of
-from ..problem import Kernel, Problem
+from ..cuda.layout import LANES, pack_of
+from ..problem import Kernel, Problem, bound_kernel
 from .bitmap import UNIT_COLUMNS, UNIT_ROWS, Bitmap, bitmap_of, places
 
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
@@ -75,13 +75,15 @@ def sddmm_config(size: int) -> Config:
     return Config(32, 8, 4 if size == 2 else 2, stages=3)
 
 
+def _bind_spmm(p: Problem) -> Callable[..., Tensor]:
+    return _spmm_cover if takes_cover(p.M, p.dtype) else _spmm
+
+
 def _spmm(row_offsets, col_indices, values, n, k, x, bias=None, config=None):
     m, nnz = x.shape[0], values.shape[0]
     y = x.new_empty(m, n)
     if nnz == 0 or m == 0:
         return _no_product(y, bias)
-    if config is None and takes_cover(m, x.dtype):
-        return _spmm_cover(row_offsets, col_indices, values, n, k, x, bias)
     config = config or spmm_config(m, n, k, x.element_size())
     bitmap = bitmap_of(row_offsets, col_indices, n, k)
     blocks = -(-n // config.block_n), -(-m // config.block_m)
@@ -101,7 +103,7 @@ def _spmm(row_offsets, col_indices, values, n, k, x, bias=None, config=None):
         AHEAD=config.ahead,
         **_constants(config, x.dtype),
     )
-    _mend(row_offsets, col_indices, values, n, k, x, bias, y)
+    mend(row_offsets, col_indices, values, n, k, x, bias, y)
     return y
 
 
@@ -117,7 +119,7 @@ def cover_block(m: int) -> int:
 def cover_split(m: int, n: int, k: int) -> int:
     """Parts of K, such that all programs run at once: 28672 x 8192 and 16 tokens have 896 slices of
     32 rows, in 3 parts 2688 programs."""
-    most = COVER_PROGRAMS[cover_block(m)] // -(-n // LANES)
+    most = COVER_PROGRAMS[cover_block(m)] // max(1, -(-n // LANES))
     return max(1, min(most, -(-k // WINDOW)))
 
 
@@ -164,7 +166,7 @@ def _spmm_cover(row_offsets, col_indices, values, n, k, x, bias=None, split=None
         UPCAST=_device().INTERPRETED and x.dtype == torch.bfloat16,
         **COVER_OPTIONS,
     )
-    _mend(row_offsets, col_indices, values, n, k, x, bias, y)
+    mend(row_offsets, col_indices, values, n, k, x, bias, y)
     return y
 
 
@@ -185,16 +187,7 @@ def _spmm_t(row_offsets, col_indices, values, n, k, dy, bias=None, config=None):
         HAS_BIAS=bias is not None,
         **_constants(config, dy.dtype),
     )
-    if nnz < n * k:
-        _device_mend().mend_t_kernel[(m * bitmap.tiles,)](
-            *_matrix(bitmap),
-            values,
-            dy,
-            dx if bias is None else bias,
-            dx,
-            *(n, k, bitmap.tiles),
-            HAS_BIAS=bias is not None,
-        )
+    mend_t(row_offsets, col_indices, values, n, k, dy, bias, dx)
     return dx
 
 
@@ -216,12 +209,26 @@ def _sddmm(row_offsets, col_indices, n, k, dy, x, config=None):
     return dvalues
 
 
-def _mend(row_offsets, col_indices, values, n, k, x, bias, y):
-    """What is infinite or NaN in y anew, in place."""
+def can_mend(dtype: torch.dtype) -> bool:
+    return _is_installed() and dtype in DTYPES
+
+
+def mend(
+    row_offsets: Tensor,
+    col_indices: Tensor,
+    values: Tensor,
+    n: int,
+    k: int,
+    x: Tensor,
+    bias: Tensor | None,
+    y: Tensor,
+) -> None:
+    """y = x W^T + bias: what is infinite or NaN in it anew, in place, from the stored values. The
+    indices are the caller's, which were checked."""
     if len(values) == n * k:
         return
-    mend = _device_mend()
-    mend.mend_kernel[(x.shape[0] * -(-n // mend.ROWS),)](
+    device = _device_mend()
+    device.mend_kernel[(x.shape[0] * -(-n // device.ROWS),)](
         row_offsets,
         col_indices,
         values,
@@ -230,8 +237,33 @@ def _mend(row_offsets, col_indices, values, n, k, x, bias, y):
         y,
         *(n, k, len(values)),
         HAS_BIAS=bias is not None,
-        ROWS=mend.ROWS,
+        ROWS=device.ROWS,
         num_warps=1,
+    )
+
+
+def mend_t(
+    row_offsets: Tensor,
+    col_indices: Tensor,
+    values: Tensor,
+    n: int,
+    k: int,
+    dy: Tensor,
+    bias: Tensor | None,
+    dx: Tensor,
+) -> None:
+    """The same of dx = dy W + bias."""
+    if len(values) == n * k:
+        return
+    bitmap = bitmap_of(row_offsets, col_indices, n, k)
+    _device_mend().mend_t_kernel[(dy.shape[0] * bitmap.tiles,)](
+        *_matrix(bitmap),
+        values,
+        dy,
+        dx if bias is None else bias,
+        dx,
+        *(n, k, bitmap.tiles),
+        HAS_BIAS=bias is not None,
     )
 
 
@@ -340,7 +372,7 @@ def _describe(p: Problem) -> str:
 
 
 KERNELS = (
-    Kernel("triton", "spmm", "cuda", _refuse, _spmm, _describe),
+    bound_kernel("triton", "spmm", "cuda", _refuse, _bind_spmm, _describe),
     Kernel("triton", "spmm_t", "cuda", _refuse, _spmm_t, _describe),
     Kernel("triton", "sddmm", "cuda", _refuse, _sddmm, _describe),
 )

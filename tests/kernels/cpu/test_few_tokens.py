@@ -10,13 +10,13 @@ import torch
 from conftest import written_out
 
 from sparsekern.kernels import table
-from sparsekern.kernels.cpu import few_tokens as stream
+from sparsekern.kernels.cpu import few_tokens as rows
 from sparsekern.kernels.problem import Problem
 from sparsekern.testing import Case, exact, random_csr, relative_error
 
-pytestmark = pytest.mark.skipif(stream._C is None, reason="the C++ library is not built")
+pytestmark = pytest.mark.skipif(rows._C is None, reason="the C++ library is not built")
 
-few_tokens = stream.KERNELS[0].run
+few_tokens = rows.KERNELS[0].run
 TYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 # As in test_cpu_kernels.py.
 TOLERANCE = {torch.float32: 2e-6, torch.bfloat16: 2**-8}
@@ -43,8 +43,8 @@ SHAPES = [
 
 @pytest.fixture(params=list(MOST_TOKENS))
 def format(request, monkeypatch):
-    """Every problem in this format, whatever stream_format() would choose."""
-    monkeypatch.setattr(stream, "stream_format", lambda problem, lanes: request.param)
+    """Every problem in this format, whatever index_format() would choose."""
+    monkeypatch.setattr(rows, "index_format", lambda problem, lanes: request.param)
     yield request.param
 
 
@@ -196,14 +196,16 @@ def test_threads_of_the_caller_at_once(format):
         assert all(torch.equal(got, want) for got in runs)
 
 
-def test_the_table_streams_few_tokens(fresh_table):
+def test_the_table_takes_few_tokens(fresh_table):
     problem = Problem("spmm", "cpu", torch.float32, 1, 768, 768, 768 * 768 // 10)
-    assert table.pick(problem).name == "stream"
+    assert table.pick(problem).name == "few_tokens"
     many = dict(table.refusals(problem._replace(M=17)))
-    assert many["stream"] == "it serves up to 16 tokens, not 17"
+    assert many["few_tokens"] == "it serves up to 16 tokens, not 17"
     wide = dict(table.refusals(problem._replace(K=65537)))
-    assert wide["stream"] == "its columns are 16 bits wide, too few for K = 65537"
-    assert "not float64" in dict(table.refusals(problem._replace(dtype=torch.float64)))["stream"]
+    assert wide["few_tokens"] == "its columns are 16 bits wide, too few for K = 65537"
+    assert (
+        "not float64" in dict(table.refusals(problem._replace(dtype=torch.float64)))["few_tokens"]
+    )
 
 
 @pytest.mark.parametrize("lanes", [4, 8, 16])
@@ -211,4 +213,4 @@ def test_the_table_streams_few_tokens(fresh_table):
 def test_formats_serve_what_they_are_chosen_for(lanes, density):
     for M in range(17):
         problem = Problem("spmm", "cpu", torch.float32, M, 100, 100, int(1e4 * density))
-        assert M <= MOST_TOKENS[stream.stream_format(problem, lanes)]
+        assert M <= MOST_TOKENS[rows.index_format(problem, lanes)]

@@ -1,6 +1,6 @@
 """The CUDA kernels on a CPU: tests/cuda/emulated.h says how, and which faults it finds.
 
-A test with the fixture `emulated_cuda` calls the functions of sparsekern.kernels.cuda.rows with
+A test with the fixture `emulated_cuda` calls the functions of sparsekern.kernels.cuda with
 tensors on the CPU:
 
     from emulated_cuda import emulated_cuda  # noqa: F401

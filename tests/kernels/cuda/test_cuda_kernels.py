@@ -7,12 +7,13 @@ from infinities import check_stored, tokens_with_infinities, weight_with_infinit
 
 from sparsekern import SparseLinear, SparseTensor, explain, linear
 from sparsekern.gpt.presets import UniformMask
-from sparsekern.kernels.cuda import rows as cuda_rows
+from sparsekern.kernels.cuda import expand
 from sparsekern.kernels.cuda.choose import pack
 from sparsekern.kernels.cuda.cover import CoverLayout
-from sparsekern.kernels.cuda.gather import StreamsLayout
+from sparsekern.kernels.cuda.few_tokens import spmm_packed
+from sparsekern.kernels.cuda.gather import GatherLayout
 from sparsekern.kernels.cuda.pairs import PairsLayout
-from sparsekern.kernels.dense import mm
+from sparsekern.kernels.reference import mm
 from sparsekern.nn import PackedLinear, pack_, sparsify_
 from sparsekern.testing import PROBLEMS, exact, relative_error
 
@@ -29,9 +30,9 @@ def random_weight(n, k, density, dtype=torch.bfloat16):
     return w.to(dtype)
 
 
-# (bits, pieces) of delta streams
-STREAMS = {"d4": (4, 50), "d8": (8, 50), "d4-whole": (4, 1), "d8-cut": (8, 999)}
-LAYOUTS = [*STREAMS, "cover", "pairs"]
+# (bits, pieces) of a gather
+GATHERS = {"d4": (4, 50), "d8": (8, 50), "d4-whole": (4, 1), "d8-cut": (8, 999)}
+LAYOUTS = [*GATHERS, "cover", "pairs"]
 layouts = pytest.mark.parametrize("layout", LAYOUTS)
 
 
@@ -43,8 +44,8 @@ def packed_as(layout, w):
         return CoverLayout(*indices).fill(W.values)
     if layout == "pairs":
         return PairsLayout(*indices).fill(W.values)
-    bits, pieces = STREAMS[layout]
-    return StreamsLayout(*indices, pieces, bits).fill(W.values)
+    bits, pieces = GATHERS[layout]
+    return GatherLayout(*indices, pieces, bits).fill(W.values)
 
 
 def check(y, x, w, bias=None):
@@ -60,7 +61,7 @@ def check(y, x, w, bias=None):
 def test_awkward_problems(case, layout, dtype, nan_memory):
     t = case.tensors(dtype)
     W = SparseTensor(t.row_offsets.cuda(), t.col_indices.cuda(), t.values.cuda(), t.mask.shape)
-    y = cuda_rows.spmm_packed(t.x.cuda(), packed_as(layout, W))
+    y = spmm_packed(t.x.cuda(), packed_as(layout, W))
     want, scale = exact(t)["spmm"]
     # Below its smallest normal number a type rounds to a fixed step.
     scale = torch.where(scale == 0, scale, scale.clamp_min(torch.finfo(dtype).tiny))
@@ -74,9 +75,9 @@ def test_every_number_of_tokens(layout, dtype, nan_memory):
     packed, bias = packed_as(layout, w), torch.randn(300).cuda().to(dtype)
     for m in range(66):
         x = torch.randn(m, 1300, device="cuda").to(dtype)
-        y = cuda_rows.spmm_packed(x, packed, bias)
+        y = spmm_packed(x, packed, bias)
         check(y, x, w, bias)
-        assert torch.equal(y, cuda_rows.spmm_packed(x, packed, bias))
+        assert torch.equal(y, spmm_packed(x, packed, bias))
         assert not packed.arrived.any()
 
 
@@ -91,8 +92,8 @@ def test_tiles_of_every_fill(n, k, layout, m):
     w[n // 2] = 1.5
     w[n // 3] = 0
     packed, x = packed_as(layout, w), torch.randn(m, k).bfloat16().cuda()
-    check(cuda_rows.spmm_packed(x, packed), x, w)
-    assert torch.equal(cuda_rows.expand(packed), w)
+    check(spmm_packed(x, packed), x, w)
+    assert torch.equal(packed.expand(), w)
 
 
 @pytest.mark.parametrize("dtype", [*TOLERANCE, torch.float32, torch.float64], ids=str)
@@ -106,18 +107,18 @@ def test_kernels_that_read_csr(dtype, is_damaged):
     x[5, 70], dy[m - 1, 3] = torch.inf, torch.nan
     stored = W.to_dense() != 0
     args = W.row_offsets, W.col_indices, W.values, n, k
-    y, dx = cuda_rows._spmm_expand(*args, x), cuda_rows._spmm_t_expand(*args, dy)
+    y, dx = expand.spmm(*args, x), expand.spmm_t(*args, dy)
     assert torch.equal(~y[5].isfinite(), stored[:, 70])
     assert torch.equal(~dx[m - 1].isfinite(), stored[3])
-    dvalues = cuda_rows._sddmm_expand(*args[:2], n, k, dy, x.nan_to_num(posinf=0))
+    dvalues = expand.sddmm(*args[:2], n, k, dy, x.nan_to_num(posinf=0))
     assert torch.equal(dvalues.isnan(), stored.nonzero()[:, 0] == 3)
     if is_damaged:
         for indices, step in ((W.col_indices.data, 150), (W.row_offsets.data, 4)):
             some = indices[::step]
             some.copy_(torch.randint(-(2**31), 2**31 - 1, some.shape))
-        assert cuda_rows._spmm_expand(*args, x).shape == y.shape
-        assert cuda_rows._spmm_t_expand(*args, dy).shape == dx.shape
-        assert cuda_rows._sddmm_expand(*args[:2], n, k, dy, x).shape == dvalues.shape
+        assert expand.spmm(*args, x).shape == y.shape
+        assert expand.spmm_t(*args, dy).shape == dx.shape
+        assert expand.sddmm(*args[:2], n, k, dy, x).shape == dvalues.shape
         torch.cuda.synchronize()
 
 
@@ -134,7 +135,7 @@ def test_layouts_of_x_and_bias(m, layout):
         big.t().contiguous().t()[:m, :256],
         big.flatten()[1 : 1 + m * 256].view(m, 256),  # contiguous, at an odd address
     ):
-        check(cuda_rows.spmm_packed(x, packed, bias), x, w, bias)
+        check(spmm_packed(x, packed, bias), x, w, bias)
 
 
 @pytest.mark.parametrize(
@@ -152,7 +153,7 @@ def test_infinities_reach_what_a_stored_value_connects(layout, dtype, n, k, toke
     for m in tokens:
         x = tokens_with_infinities(m, k, dtype, "cuda")
         for b in (bias, None):
-            y = cuda_rows.spmm_packed(x, packed, b)
+            y = spmm_packed(x, packed, b)
             mended = torch.ones(m, dtype=torch.bool)
             if m > 64:  # W is written out: what holds no infinity is torch.mm's, to the bit
                 mended = ~x.isfinite().all(1)
@@ -169,7 +170,7 @@ def test_infinite_x_does_not_leak_from_waiting_lanes():
     w[:, 100] = 1
     x = torch.randn(1, 512, device="cuda").bfloat16()
     x[0, 100] = torch.inf
-    assert torch.isposinf(cuda_rows.spmm_packed(x, pack(SparseTensor.from_dense(w)))).all()
+    assert torch.isposinf(spmm_packed(x, pack(SparseTensor.from_dense(w)))).all()
 
 
 @layouts
@@ -177,14 +178,14 @@ def test_few_values_and_wide_rows(layout):
     w = torch.zeros(64, 70000, device="cuda", dtype=torch.bfloat16)
     w[5, 69999] = w[6, 0] = w[7, 35000] = 2
     x = torch.randn(4, 70000, device="cuda").bfloat16()
-    check(cuda_rows.spmm_packed(x, packed_as(layout, w)), x, w)
+    check(spmm_packed(x, packed_as(layout, w)), x, w)
 
 
 @pytest.mark.parametrize("m, kernel", [(1, "gather"), (16, "cover"), (64, "pairs")])
 def test_sparse_tensors_use_the_kernel_and_see_new_values(m, kernel):
     w = random_weight(256, 512, 0.2)
     W, x = SparseTensor.from_dense(w), torch.randn(m, 512, device="cuda").bfloat16()
-    assert f"-> stream ({kernel} kernel" in explain(x, W)
+    assert f"-> few_tokens ({kernel} kernel" in explain(x, W)
     check(linear(x, W), x, w)
     W.values.mul_(2)
     check(linear(x, W), x, 2 * w)
@@ -219,7 +220,7 @@ def test_other_stream_and_last_device():
     side = torch.cuda.Stream(device)
     side.wait_stream(torch.cuda.current_stream(device))
     with torch.cuda.stream(side):
-        y = cuda_rows.spmm_packed(x, packed)
+        y = spmm_packed(x, packed)
     side.synchronize()
     check(y, x, w)
 

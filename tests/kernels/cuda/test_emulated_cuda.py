@@ -9,9 +9,10 @@ from infinities import check_stored, tokens_with_infinities, weight_with_infinit
 from test_cuda_kernels import LAYOUTS, TOLERANCE, packed_as
 
 from sparsekern import SparseTensor
-from sparsekern.kernels.cuda import cover
-from sparsekern.kernels.cuda import rows as cuda_rows
-from sparsekern.kernels.cuda.gather import Streams
+from sparsekern.kernels.cuda import cover, expand, few_tokens
+from sparsekern.kernels.cuda.few_tokens import spmm_packed
+from sparsekern.kernels.cuda.gather import Gather
+from sparsekern.kernels.cuda.layout import Gpu
 from sparsekern.kernels.cuda.library import source_of
 from sparsekern.testing import PROBLEMS, exact, relative_error
 
@@ -27,9 +28,7 @@ layouts = pytest.mark.parametrize(
 @pytest.fixture(params=[3, 132], ids="sm{}".format, autouse=True)
 def multiprocessors(request, monkeypatch):
     """Few, so that a block takes windows of several blocks of rows; many, so that it takes one."""
-    monkeypatch.setattr(
-        cuda_rows, "gpu_of", lambda device: cuda_rows.Gpu(request.param, 227 * 1024)
-    )
+    monkeypatch.setattr(few_tokens, "gpu_of", lambda device: Gpu(request.param, 227 * 1024))
 
 
 def random_weight(n, k, density, dtype=torch.bfloat16):
@@ -41,7 +40,7 @@ def check(packed, w, m, bias=None):
     want, scale = x.double() @ w.double().T, x.double().abs() @ w.double().abs().T
     if bias is not None:
         want, scale = want + bias.double(), scale + bias.double().abs()
-    y = cuda_rows.spmm_packed(x, packed, bias)
+    y = spmm_packed(x, packed, bias)
     assert relative_error(y, want, scale) <= TOLERANCE[w.dtype]
     assert not packed.arrived.any()
     return x, y
@@ -55,7 +54,7 @@ def check(packed, w, m, bias=None):
 def test_awkward_problems(case, layout, dtype, nan_memory):
     t = case.tensors(dtype)
     W = SparseTensor(t.row_offsets, t.col_indices, t.values, t.mask.shape)
-    y = cuda_rows.spmm_packed(t.x, packed_as(layout, W))
+    y = spmm_packed(t.x, packed_as(layout, W))
     want, scale = exact(t)["spmm"]
     # Below its smallest normal number a type rounds to a fixed step.
     scale = torch.where(scale == 0, scale, scale.clamp_min(torch.finfo(dtype).tiny))
@@ -71,7 +70,7 @@ def test_numbers_of_tokens(layout, dtype, nan_memory, emulated_cuda):  # noqa: F
     for m in (1, 2, 3, 5, 8, 9, 16, 17, 33, 64):
         x, y = check(packed, w, m, bias)
         emulated_cuda.backward(True)
-        assert torch.equal(y, cuda_rows.spmm_packed(x, packed, bias))
+        assert torch.equal(y, spmm_packed(x, packed, bias))
         emulated_cuda.backward(False)
 
 
@@ -92,7 +91,7 @@ def test_tiles_of_every_fill(n, k, layout):
         w[:, i : i + 64] = random_weight(n, min(64, k - i), i / max(1, k - 64))
     packed = packed_as(layout, w)
     check(packed, w, 11)
-    assert torch.equal(cuda_rows.expand(packed), w)
+    assert torch.equal(packed.expand(), w)
 
 
 @DTYPES
@@ -106,7 +105,7 @@ def test_infinities_reach_what_a_stored_value_connects(n, k, layout, dtype, nan_
     for m in (1, 2, 4, 8, 16, 30, 64, 70):
         x = tokens_with_infinities(m, k, dtype)
         for b in (bias, None):
-            check_stored(cuda_rows.spmm_packed(x, packed, b), x, w, mask, b)
+            check_stored(spmm_packed(x, packed, b), x, w, mask, b)
         assert not packed.arrived.any()
 
 
@@ -116,7 +115,7 @@ def test_infinities_without_warpgroups(nan_memory, emulated_cuda):  # noqa: F811
     emulated_cuda.warpgroups(False)
     for m in (5, 30, 64):
         x = tokens_with_infinities(m, 1031, torch.bfloat16)
-        check_stored(cuda_rows.spmm_packed(x, packed, bias), x, w, mask, bias)
+        check_stored(spmm_packed(x, packed, bias), x, w, mask, bias)
 
 
 @layouts
@@ -128,14 +127,14 @@ def test_many_tokens_write_w_out(layout):
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
 @pytest.mark.parametrize("n, k", [(37, 101), (3, 30000), (1, 1), (20, 7)])
 def test_csr_and_dense(n, k, dtype, monkeypatch, nan_memory):
-    monkeypatch.setattr(cuda_rows.cuda_library, "refusal", lambda: None)
+    monkeypatch.setattr(expand.cuda_library, "refusal", lambda: None)
     w = random_weight(n, k, 0.3, dtype)
     w[0] = 0
     W = SparseTensor.from_dense(w)
-    assert torch.equal(cuda_rows._expand_csr(W.row_offsets, W.col_indices, W.values, n, k), w)
+    assert torch.equal(expand.write_out(W.row_offsets, W.col_indices, W.values, n, k), w)
     other = torch.randn(n, k).to(dtype)
     assert torch.equal(
-        cuda_rows._collect_csr(W.row_offsets, W.col_indices, other), other[W.to_dense() != 0]
+        expand.collect(W.row_offsets, W.col_indices, other), other[W.to_dense() != 0]
     )
 
 
@@ -160,7 +159,7 @@ def test_granules_beyond_two_to_the_31_bytes(tmp_path):
     deltas[first, 3, :2] = torch.tensor([1, 6], dtype=torch.uint8)
     deltas[first + 1, 3, 0] = 9
     int32 = {"dtype": torch.int32}
-    packed = Streams(
+    packed = Gather(
         32,
         20,
         3,
@@ -175,9 +174,9 @@ def test_granules_beyond_two_to_the_31_bytes(tmp_path):
         torch.zeros(1, **int32),
     )
     packed.check()
-    y = cuda_rows.spmm_packed(torch.arange(20).bfloat16()[None], packed)
+    y = spmm_packed(torch.arange(20).bfloat16()[None], packed)
     assert y[0, 3] == 2 * 1 + 3 * 7 + 4 * 16 and y.count_nonzero() == 1
-    w = cuda_rows.expand(packed)
+    w = packed.expand()
     assert w[3, [1, 7, 16]].tolist() == [2, 3, 4] and w.count_nonzero() == 3
 
 

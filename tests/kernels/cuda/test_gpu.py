@@ -45,7 +45,7 @@ def test_drop_in_and_explain():
     W, x = SparseTensor.from_dense(w), torch.randn(2, 5, 30, device="cuda")
     for y in (torch.matmul(x, W.T), x @ W.T, F.linear(x, W), linear(x, W)):
         torch.testing.assert_close(y, x @ w.T)
-    assert "-> expand" in explain(x, W) and "stream refused: it takes bfloat16" in explain(x, W)
+    assert "-> expand" in explain(x, W) and "few_tokens refused: it takes bfloat16" in explain(x, W)
     with pytest.raises(RuntimeError) as sparse_error:
         torch.matmul(x.cpu(), W.T)
     with pytest.raises(RuntimeError) as dense_error:

@@ -173,7 +173,7 @@ def test_the_packed_op_checks_what_it_gets(tokens):
 
 
 ROWS = [
-    ("stream", torch.bfloat16, 4),
+    ("few_tokens", torch.bfloat16, 4),
     ("expand", torch.bfloat16, 100),
     ("expand", torch.float32, 9),
     ("expand", torch.float64, 9),
@@ -188,7 +188,7 @@ def force(fresh_table):
     def choose(row):
         if row == "triton" and not triton_rows._is_installed():
             pytest.skip("Triton is not installed")
-        if row == "stream" and cuda_library.refusal():
+        if row == "few_tokens" and cuda_library.refusal():
             pytest.skip(cuda_library.refusal())
         fresh_table.setenv("SPARSEKERN_KERNEL", row)
 
@@ -289,7 +289,7 @@ def test_mending_is_captured():
 
 
 @pytest.mark.parametrize(
-    "row, m", [*(("stream", m) for m in (1, 2, 8, 16, 40, 64)), ("triton", 8), ("triton", 40)]
+    "row, m", [*(("few_tokens", m) for m in (1, 2, 8, 16, 40, 64)), ("triton", 8), ("triton", 40)]
 )
 def test_a_nan_reaches_what_stored_values_connect_it_to(row, m, force):
     force(row)

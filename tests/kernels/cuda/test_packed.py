@@ -1,25 +1,24 @@
-"""Packed weights, read back as the CUDA kernels read them (csrc/cuda/{stream,cover,pairs}.cuh)."""
+"""Packed weights, read back as the CUDA kernels read them (csrc/cuda/{gather,cover,pairs}.cuh)."""
 
 from itertools import pairwise
 
 import pytest
 import torch
 
-from sparsekern.kernels.cuda import cover
+from sparsekern.kernels.cuda import cover, gather, pairs
 from sparsekern.kernels.cuda.choose import choose_layout, like, pack
 from sparsekern.kernels.cuda.cover import WINDOW, Cover, CoverLayout
-from sparsekern.kernels.cuda.gather import GRANULE, Streams, StreamsLayout, choose_pieces, share_out
-from sparsekern.kernels.cuda.launch import Gpu, configure_cover, configure_gather, configure_pairs
-from sparsekern.kernels.cuda.layout import LANES, sort_rows
+from sparsekern.kernels.cuda.gather import GRANULE, Gather, GatherLayout, choose_pieces, share_out
+from sparsekern.kernels.cuda.layout import LANES, Gpu, sort_rows
 from sparsekern.kernels.cuda.pairs import HEAD, SLOTS, STEP, Pairs, PairsLayout
 from sparsekern.tensor import SparseTensor
 
 needs_library = pytest.mark.skipif(not cover.is_built(), reason="the C++ library is not built")
 
 
-def streams_of(w, pieces=None, bits=None):
+def gather_of(w, pieces=None, bits=None):
     W = w if isinstance(w, SparseTensor) else SparseTensor.from_dense(w)
-    return StreamsLayout(W.row_offsets, W.col_indices, *W.shape, pieces, bits).fill(W.values)
+    return GatherLayout(W.row_offsets, W.col_indices, *W.shape, pieces, bits).fill(W.values)
 
 
 def cover_of(w):
@@ -32,7 +31,7 @@ def pairs_of(w):
     return PairsLayout(W.row_offsets, W.col_indices, *W.shape).fill(W.values)
 
 
-def unpack_streams(packed):
+def unpack_gather(packed):
     """W [N, K], piece by piece."""
     w = torch.zeros(packed.n, packed.k, dtype=packed.values.dtype)
     filled = torch.zeros(packed.n, packed.k, dtype=torch.bool)
@@ -125,9 +124,9 @@ def random_weight(n, k, density, seed=0):
     "n, k, density",
     [(64, 512, 0.5), (70, 700, 0.25), (33, 129, 0.05), (1, 1, 1.0), (40, 600, 1.0), (5, 2000, 0.0)],
 )
-def test_streams_hold_exactly_the_matrix(n, k, density, pieces, bits):
+def test_gathers_hold_exactly_the_matrix(n, k, density, pieces, bits):
     w = random_weight(n, k, density)
-    assert torch.equal(unpack_streams(streams_of(w, pieces, bits)), w)
+    assert torch.equal(unpack_gather(gather_of(w, pieces, bits)), w)
 
 
 SMALL = pytest.mark.parametrize(
@@ -172,9 +171,9 @@ def uneven_weight():
 
 
 @pytest.mark.parametrize("bits", [4, 8])
-def test_streams_of_uneven_patterns(bits):
+def test_gather_of_uneven_patterns(bits):
     w = uneven_weight()
-    assert torch.equal(unpack_streams(streams_of(w, 20, bits)), w)
+    assert torch.equal(unpack_gather(gather_of(w, 20, bits)), w)
 
 
 @needs_library
@@ -193,7 +192,7 @@ def test_stored_zeros_count_as_missing():
     mask = w != 0
     w[mask] *= torch.arange(int(mask.sum())) % 3 > 0
     W = SparseTensor.from_dense(w, mask)
-    assert torch.equal(unpack_streams(streams_of(W)), w)
+    assert torch.equal(unpack_gather(gather_of(W)), w)
     assert torch.equal(unpack_pairs(pairs_of(W)), w)
     if cover.is_built():
         assert torch.equal(unpack_cover(cover_of(W)), w)
@@ -202,7 +201,7 @@ def test_stored_zeros_count_as_missing():
 def test_other_values_in_the_same_layout():
     w = random_weight(70, 500, 0.3)
     W = SparseTensor.from_dense(w)
-    layouts = {StreamsLayout: unpack_streams, PairsLayout: unpack_pairs}
+    layouts = {GatherLayout: unpack_gather, PairsLayout: unpack_pairs}
     if cover.is_built():
         layouts[CoverLayout] = unpack_cover
     for kind, unpack in layouts.items():
@@ -241,11 +240,11 @@ def test_rows_of_like_length_share_a_slice():
 
 def test_the_layout_for_a_number_of_tokens():
     weight = SparseTensor.from_dense(random_weight(64, 512, 0.3))
-    assert choose_layout(2, 0.3) == "streams" and type(pack(weight)) is Streams
-    assert choose_layout(33, 0.01) == "pairs" and type(pack(weight, 64)) is Pairs
-    assert choose_layout(3, 0.6) == choose_layout(17, 0.5) == "pairs"
+    assert choose_layout(2, 0.3) is GatherLayout and type(pack(weight)) is Gather
+    assert choose_layout(33, 0.01) is PairsLayout and type(pack(weight, 64)) is Pairs
+    assert choose_layout(3, 0.6) is choose_layout(17, 0.5) is PairsLayout
     if cover.is_built():
-        assert choose_layout(3, 0.5) == choose_layout(32, 0.4) == "cover"
+        assert choose_layout(3, 0.5) is choose_layout(32, 0.4) is CoverLayout
         assert type(pack(weight, 16)) is Cover
     fewest = [like(m) for m in (0, 1, 2, 3, 16, 17, 32, 33, 64)]
     assert fewest == [1, 1, 1, 3, 3, 17, 17, 33, 33]
@@ -253,7 +252,7 @@ def test_the_layout_for_a_number_of_tokens():
 
 def test_without_the_library_more_tokens_read_pairs(monkeypatch):
     monkeypatch.setattr(cover, "_C", None)
-    assert choose_layout(3, 0.3) == "pairs" and choose_layout(1, 0.3) == "streams"
+    assert choose_layout(3, 0.3) is PairsLayout and choose_layout(1, 0.3) is GatherLayout
 
 
 H200, A100 = Gpu(132, 227 * 1024), Gpu(108, 163 * 1024)
@@ -269,10 +268,10 @@ def test_runs_fill_the_gpu(n, k, m, layout, gpu):
     slices = -(-n // LANES)
     if layout == "cover":
         windows = -(-k // WINDOW)
-        launch = configure_cover(m, slices, windows, "bf16", gpu)
+        launch = cover.configure(m, slices, windows, "bf16", gpu)
         assert launch.tokens >= min(m, 32)
     else:
-        launch = configure_pairs(m, slices, -(-k // STEP), "bf16", gpu)
+        launch = pairs.configure(m, slices, -(-k // STEP), "bf16", gpu)
         windows = -(-k // (STEP * 64 // launch.tokens))
         assert launch.tokens >= m
     blocks = -(-slices // launch.group_warps)
@@ -287,25 +286,25 @@ def test_runs_fill_the_gpu(n, k, m, layout, gpu):
 
 
 def test_a_launch_for_no_rows():
-    assert configure_cover(1, 0, 0, "bf16", H200).grid == 1
-    assert configure_pairs(1, 0, 0, "bf16", H200).grid == 1
+    assert cover.configure(1, 0, 0, "bf16", H200).grid == 1
+    assert pairs.configure(1, 0, 0, "bf16", H200).grid == 1
 
 
 @pytest.mark.parametrize("density, bits", [(0.5, 4), (0.25, 4), (0.05, 8), (0.02, 8)])
 def test_the_smaller_format_is_chosen(density, bits):
-    packed = streams_of(random_weight(64, 2048, density), 1)
+    packed = gather_of(random_weight(64, 2048, density), 1)
     assert packed.bits == bits
 
 
 def test_bytes_of_a_random_mask():
-    packed = streams_of(random_weight(256, 4096, 0.25), 1)
+    packed = gather_of(random_weight(256, 4096, 0.25), 1)
     assert packed.nbytes < 0.335 * 2 * 256 * 4096
 
 
 def test_pieces_are_even():
     w = random_weight(1024, 1024, 0.2)
     w[:256] *= random_weight(256, 1024, 0.3)
-    packed = streams_of(w, 300)
+    packed = gather_of(w, 300)
     lengths, slices = packed.bounds.diff(), packed.slices
     assert 300 <= len(lengths) <= 300 + slices
     mean = len(packed.values) / 300
@@ -344,10 +343,10 @@ def test_pieces_of_nothing():
 
 @pytest.mark.parametrize("m, k, tokens", [(1, 8192, 1), (7, 8192, 8), (8, 20000, 4), (2, 70000, 1)])
 def test_tokens_of_a_gather(m, k, tokens):
-    launch = configure_gather(m, k, 5000, 4, "bf16", H200)
+    launch = gather.configure(m, k, 5000, 4, "bf16", H200)
     assert launch.tokens == tokens and launch.kernel.endswith(f"_t{tokens}")
     assert launch.smem_bytes <= H200.smem_bytes
-    assert configure_gather(1, 120000, 5000, 4, "bf16", H200) is None
+    assert gather.configure(1, 120000, 5000, 4, "bf16", H200) is None
 
 
 def test_other_dtypes_are_refused():

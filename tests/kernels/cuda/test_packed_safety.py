@@ -6,27 +6,27 @@ import torch
 from test_packed import (
     H200,
     cover_of,
+    gather_of,
     needs_library,
     pairs_of,
     random_weight,
-    streams_of,
-    unpack_streams,
+    unpack_gather,
 )
 
 from sparsekern import SparseTensor, registered
 from sparsekern.kernels import derived, table
-from sparsekern.kernels.cuda import cover, csr, packs
-from sparsekern.kernels.cuda import rows as cuda_rows
-from sparsekern.kernels.cuda.choose import assemble, name_of, pack
+from sparsekern.kernels.cuda import cover, csr, few_tokens
+from sparsekern.kernels.cuda.choose import assemble, pack
 from sparsekern.kernels.cuda.cover import CoverLayout
-from sparsekern.kernels.cuda.gather import StreamsLayout
-from sparsekern.kernels.cuda.layout import sort_rows
+from sparsekern.kernels.cuda.gather import GatherLayout
+from sparsekern.kernels.cuda.layout import pack_of, sort_rows
 from sparsekern.kernels.cuda.pairs import PairsLayout
 from sparsekern.kernels.problem import Problem
+from sparsekern.kernels.triton import rows as triton_rows
 from sparsekern.nn import PackedLinear
 
-LAYOUTS = {"streams": StreamsLayout, "cover": CoverLayout, "pairs": PairsLayout}
-KINDS = {"streams": streams_of, "cover": cover_of, "pairs": pairs_of}
+LAYOUTS = {"gather": GatherLayout, "cover": CoverLayout, "pairs": PairsLayout}
+KINDS = {"gather": gather_of, "cover": cover_of, "pairs": pairs_of}
 kinds = pytest.mark.parametrize(
     "kind", [pytest.param(k, marks=needs_library if k == "cover" else ()) for k in KINDS]
 )
@@ -59,16 +59,16 @@ def test_parts_that_do_not_fit(kind):
     names = list(packed.tensors())
     parts = [packed.n, packed.k, packed.nnz, packed.numbers(), list(packed.tensors().values())]
     assemble(kind, *parts)
-    free = {"streams": "values", "cover": "records", "pairs": "words"}[kind]  # its length is free
+    free = {"gather": "values", "cover": "records", "pairs": "words"}[kind]  # its length is free
     for i, name in enumerate(names):
         tensor = parts[4][i]
         bad = [tensor.to("meta"), tensor.double(), tensor[..., None], tensor[..., :-1]]
-        bad += [tensor[:-1]] if name != free or kind == "streams" else []
+        bad += [tensor[:-1]] if name != free or kind == "gather" else []
         for part in bad:
             with pytest.raises((TypeError, ValueError), match="expected"):
                 assemble(kind, *parts[:4], [*parts[4][:i], part, *parts[4][i + 1 :]])
     for sizes in ((71 + 32, 500), (70, 500 + 256), (-1, 500), (2**31, 500)):
-        if kind == "streams" and sizes == (70, 756):
+        if kind == "gather" and sizes == (70, 756):
             continue  # nothing in it depends on K
         with pytest.raises(ValueError, match="expected"):
             assemble(kind, *sizes, *parts[2:])
@@ -76,9 +76,9 @@ def test_parts_that_do_not_fit(kind):
         with pytest.raises(ValueError, match=f"{kind}: expected . numbers and"):
             numbers = parts[3] if wrong is None else list(wrong)
             assemble(kind, *parts[:3], numbers, parts[4][: 1 if wrong is None else None])
-    with pytest.raises(ValueError, match="layout: expected one of streams, cover, pairs, got 'x'"):
+    with pytest.raises(ValueError, match="layout: expected one of gather, cover, pairs, got 'x'"):
         assemble("x", *parts)
-    if kind == "streams":
+    if kind == "gather":
         with pytest.raises(ValueError, match="bits: expected 4 or 8, got 5"):
             assemble(kind, *parts[:3], [5], parts[4])
 
@@ -98,7 +98,7 @@ def test_the_op_checks_its_operands(kind):
         ((x, bias[None]), "bias"),
     ):
         with pytest.raises((TypeError, ValueError), match=f"^{name}: expected"):
-            registered.run_spmm_packed(bad[0], name_of(packed), *parts, bad[1])
+            registered.run_spmm_packed(bad[0], packed.name, *parts, bad[1])
 
 
 @kinds
@@ -179,12 +179,12 @@ def test_the_cover_of_the_library_is_safe_by_itself():
     assert torch.equal(places, CoverLayout(W.row_offsets, W.col_indices, 70, 500).places)
 
 
-@pytest.mark.parametrize("layout", [StreamsLayout, CoverLayout, PairsLayout])
+@pytest.mark.parametrize("layout", [GatherLayout, CoverLayout, PairsLayout])
 def test_layouts_take_int32_alone(layout):
     W = SparseTensor.from_dense(random_weight(70, 500, 0.3))
-    with pytest.raises(TypeError, match="col_indices: expected a contiguous int32 vector"):
+    with pytest.raises(TypeError, match="col_indices: expected torch.int32"):
         layout(W.row_offsets, W.col_indices.long(), 70, 500)
-    with pytest.raises(ValueError, match="row_offsets: expected 71 elements, got 70"):
+    with pytest.raises(ValueError, match="row_offsets: expected shape .71., got .70."):
         layout(W.row_offsets[:-1], W.col_indices, 70, 500)
 
 
@@ -197,14 +197,12 @@ def test_packs_tell_tensors_from_addresses():
     def packed():
         values = torch.from_numpy(memory).view(torch.bfloat16)
         pattern = W.row_offsets, W.col_indices
-        return packs.pack_of(
-            "row", 1, lambda *p: StreamsLayout(*p, 70, 500), *pattern, values, 70, 500
-        )
+        return pack_of("row", 1, lambda *p: GatherLayout(*p, 70, 500), *pattern, values, 70, 500)
 
     memory[:] = W.values.view(torch.int16).numpy()
-    assert torch.equal(unpack_streams(packed().packed), w)
+    assert torch.equal(unpack_gather(packed().packed), w)
     memory[:] = (-W.values).view(torch.int16).numpy()
-    assert torch.equal(unpack_streams(packed().packed), -w)
+    assert torch.equal(unpack_gather(packed().packed), -w)
 
 
 def test_derived_things_tell_offsets_from_addresses():
@@ -255,24 +253,24 @@ def test_offsets_whose_difference_passes_two_to_the_31():
 @pytest.fixture
 def gpu(monkeypatch, fresh_table):
     """As far as the table can tell."""
-    monkeypatch.setattr(cuda_rows.cuda_library, "refusal", lambda: None)
+    monkeypatch.setattr(few_tokens.cuda_library, "refusal", lambda: None)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: (9, 0))
-    monkeypatch.setattr(cuda_rows, "gpu_of", lambda device: H200)
-    monkeypatch.setattr(cuda_rows, "density_limit", lambda *_: None)
+    monkeypatch.setattr(few_tokens, "gpu_of", lambda device: H200)
+    monkeypatch.setattr(few_tokens, "density_limit", lambda *_: None)
 
 
 @pytest.mark.parametrize(
     "m, n, k, nnz, dtype, row",
     [
-        (1, 4096, 4096, 10**6, torch.bfloat16, "stream"),
-        (16, 2**30 - 1, 64, 2**30, torch.bfloat16, "stream"),
+        (1, 4096, 4096, 10**6, torch.bfloat16, "few_tokens"),
+        (16, 2**30 - 1, 64, 2**30, torch.bfloat16, "few_tokens"),
         (16, 2**30, 64, 2**30, torch.bfloat16, "expand: it takes fewer than"),
         (16, 64, 2**25, 2**22, torch.bfloat16, "expand: it takes fewer than"),
         (64, 2**17, 2**19, 2**30, torch.bfloat16, "expand: its offsets have 32 bits"),
         (64, 2**16, 2**16, 2**10, torch.bfloat16, "csr: W is too empty for pairs"),
         (4, 2**16, 2**16, 2**10, torch.float32, "csr: it takes bfloat16"),
-        (1, 2**16, 2**16, 2**10, torch.float16, "stream"),
+        (1, 2**16, 2**16, 2**10, torch.float16, "few_tokens"),
         (4, 60000, 60000, 5000, torch.float64, "csr: it takes bfloat16"),
         (4, 60000, 60000, 36 * 10**6, torch.float64, "expand: it takes bfloat16"),
         (4, 6000, 6000, 5000, torch.float64, "expand: it takes bfloat16"),
@@ -280,17 +278,18 @@ def gpu(monkeypatch, fresh_table):
 )
 def test_what_32_bits_do_not_count_is_refused(m, n, k, nnz, dtype, row, gpu):
     problem = Problem("spmm", "cuda", dtype, m, n, k, nnz)
-    if m == 16 and "stream" in row and not cover.is_built():
+    if m == 16 and row == "few_tokens" and not cover.is_built():
         pytest.skip("pairs take more")
     name, _, reason = row.partition(": ")
     assert table.pick(problem).name == name
-    assert reason in dict(table.refusals(problem)).get("stream", "")
+    assert reason in dict(table.refusals(problem)).get("few_tokens", "")
 
 
 @pytest.mark.parametrize("row", ["expand", "dense"])
 def test_products_without_the_library(row, monkeypatch):
     """Of torch's own indexing; test_gpu_safety.py has the writes that nobody counts."""
-    monkeypatch.setattr(cuda_rows.cuda_library, "refusal", lambda: "none here")
+    monkeypatch.setattr(few_tokens.cuda_library, "refusal", lambda: "none here")
+    monkeypatch.setattr(triton_rows, "can_mend", lambda dtype: False)
     W = SparseTensor.from_dense(random_weight(40, 90, 0.3).half())
     x, dy = torch.randn(5, 90).half(), torch.randn(5, 40).half()
     pattern, sizes = (W.row_offsets, W.col_indices), (40, 90)
@@ -312,7 +311,7 @@ def test_products_without_the_library(row, monkeypatch):
                 rows[op](*pattern, *operands[op])
         W.col_indices.copy_(before)
         assert all(map(torch.equal, products(), want))
-    with pytest.raises(TypeError, match="col_indices: expected a contiguous int32 vector"):
+    with pytest.raises(TypeError, match="col_indices: expected torch.int32"):
         rows["spmm"](W.row_offsets, W.col_indices.long(), W.values, *sizes, x)
 
 
@@ -322,8 +321,8 @@ def test_what_is_made_in_inference_mode_can_be_refilled():
     def packed(values):
         pattern = W.row_offsets, W.col_indices
         sizes = 40, 90
-        make = lambda *indices: StreamsLayout(*indices, *sizes)  # noqa: E731
-        return unpack_streams(packs.pack_of("row", 1, make, *pattern, values, *sizes).packed)
+        make = lambda *indices: GatherLayout(*indices, *sizes)  # noqa: E731
+        return unpack_gather(pack_of("row", 1, make, *pattern, values, *sizes).packed)
 
     with torch.inference_mode():
         assert torch.equal(packed(W.values), W.to_dense())

@@ -12,7 +12,8 @@ import pytest
 import torch
 
 from sparsekern.kernels import derived, table
-from sparsekern.kernels.cuda import cover, packs
+from sparsekern.kernels.cuda import cover
+from sparsekern.kernels.cuda.layout import pack_of
 from sparsekern.kernels.problem import Problem
 from sparsekern.kernels.triton import bitmap as bitmaps
 from sparsekern.kernels.triton import rows as triton_rows
@@ -229,7 +230,7 @@ def test_tensors_have_the_types_that_kernels_are_compiled_for(n, k, splits, monk
     config = triton_rows.spmm_config(2, n, k, 2)
     recorder = Recorder((-(-n // config.block_n), 1, config.split))
     monkeypatch.setattr(triton_rows, "_device", lambda: recorder)
-    monkeypatch.setattr(triton_rows, "_mend", lambda *_: None)
+    monkeypatch.setattr(triton_rows, "mend", lambda *_: None)
     row_offsets, col_indices, values = random_csr(n, k, 0.5)
     x = torch.ones(2, k).bfloat16()
     triton_rows._spmm(row_offsets, col_indices, values.bfloat16(), n, k, x, config=config)
@@ -244,7 +245,7 @@ def test_tensors_of_a_cover(split, monkeypatch):
     recorder = Recorder((2, split))
     monkeypatch.setattr(triton_rows, "_device", lambda: recorder)
     monkeypatch.setattr(triton_rows, "_device_cover", lambda: recorder)
-    monkeypatch.setattr(triton_rows, "_mend", lambda *_: None)
+    monkeypatch.setattr(triton_rows, "mend", lambda *_: None)
     row_offsets, col_indices, values = random_csr(64, 600, 0.5)
     x = torch.ones(2, 600).bfloat16()
     triton_rows._spmm_cover(row_offsets, col_indices, values.bfloat16(), 64, 600, x, split=split)
@@ -290,18 +291,18 @@ def test_packs_see_changes():
     row_offsets, col_indices, values = random_csr(60, 80, 0.5, torch.float16)
     pattern = row_offsets, col_indices
 
-    def pack_of():
+    def get():
         layout = partial(cover.CoverLayout, n=60, k=80)
-        return packs.pack_of("row", "kind", layout, *pattern, values, 60, 80)
+        return pack_of("row", "kind", layout, *pattern, values, 60, 80)
 
-    pack = pack_of()
+    pack = get()
     before = pack.packed.records.clone()
-    assert pack_of() is pack and torch.equal(pack.packed.records, before)
+    assert get() is pack and torch.equal(pack.packed.records, before)
     values.mul_(-2)
-    assert pack_of() is pack
+    assert get() is pack
     assert torch.equal(pack.packed.records.view(-1)[pack.layout.places], values)
     col_indices[0] += 0  # a write
-    assert pack_of() is not pack
+    assert get() is not pack
 
 
 @covers
@@ -310,7 +311,7 @@ def test_packs_go_with_their_patterns():
     layout = partial(cover.CoverLayout, n=60, k=80)
     gc.collect()
     kept = len(derived._store)
-    packs.pack_of("row", "kind", layout, row_offsets, col_indices, values, 60, 80)
+    pack_of("row", "kind", layout, row_offsets, col_indices, values, 60, 80)
     assert len(derived._store) == kept + 1
     del col_indices
     assert len(derived._store) == kept

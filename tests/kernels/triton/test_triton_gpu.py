@@ -6,7 +6,7 @@ from conftest import products
 from infinities import check_stored, tokens_with_infinities, weight_with_infinities
 
 from sparsekern import SparseTensor, explain, linear
-from sparsekern.kernels.cuda import cover
+from sparsekern.kernels.cuda import cover, expand
 from sparsekern.kernels.triton import bitmap
 from sparsekern.kernels.triton import rows as triton_rows
 from sparsekern.testing import PROBLEMS, Case, exact, relative_error
@@ -20,6 +20,7 @@ pytestmark = [
 # float32 sums in another order; the 16-bit types round the result once.
 TOLERANCE = {torch.float32: 2e-6, torch.bfloat16: 2**-8, torch.float16: 2**-11}
 dtypes = pytest.mark.parametrize("dtype", TOLERANCE, ids=str)
+SPMM = triton_rows.KERNELS[0].run  # the kernel that suits the tokens, a cover or a bitmap
 
 
 def cover_dtypes(test):
@@ -75,9 +76,23 @@ def test_infinities_reach_what_a_stored_value_connects(M, dtype, nan_memory):
     dy = tokens_with_infinities(M, n, dtype, "cuda")
     config = triton_rows.spmm_config(M, n, k, dtype.itemsize)
     for b, b_t in ((None, None), (bias, torch.randn(k, device="cuda").to(dtype))):
-        check_stored(triton_rows._spmm(*pattern, x, b), x, w, mask, b)
+        check_stored(SPMM(*pattern, x, b), x, w, mask, b)
         check_stored(triton_rows._spmm(*pattern, x, b, config=config), x, w, mask, b)
         check_stored(triton_rows._spmm_t(*pattern, dy, b_t), dy, w.t(), mask.t(), b_t)
+
+
+@dtypes
+def test_infinities_of_a_weight_that_is_written_out(dtype, nan_memory, monkeypatch):
+    """The rows `expand` where no CUDA kernel can run."""
+    monkeypatch.setattr(expand.cuda_library, "refusal", lambda: "none here")
+    w, mask, bias = weight_with_infinities(300, 1031, dtype, "cuda")
+    W = SparseTensor.from_dense(w, mask)
+    weight = W.row_offsets, W.col_indices, W.values, 300, 1031
+    x = tokens_with_infinities(130, 1031, dtype, "cuda")
+    dy = tokens_with_infinities(130, 300, dtype, "cuda")
+    for b, b_t in ((None, None), (bias, torch.randn(1031, device="cuda").to(dtype))):
+        check_stored(expand.spmm(*weight, x, b), x, w, mask, b)
+        check_stored(expand.spmm_t(*weight, dy, b_t), dy, w.t(), mask.t(), b_t)
 
 
 @dtypes
@@ -161,7 +176,11 @@ def test_cover_in_a_graph():
 @dtypes
 def test_bias(dtype):
     t = Case("bias", 40, 70, 300).tensors(dtype)
-    for run, op in ((triton_rows._spmm, "spmm"), (triton_rows._spmm_t, "spmm_t")):
+    for run, op in (
+        (SPMM, "spmm"),
+        (triton_rows._spmm, "spmm"),
+        (triton_rows._spmm_t, "spmm_t"),
+    ):
         want, scale = exact(t)[op]
         bias = torch.randn(want.shape[1]).to(dtype)
         got = run(*products(on_gpu(t))[op], bias.cuda()).cpu()
@@ -231,13 +250,13 @@ def test_two_streams():
     """Products with one W on two streams at once: each stream has counters of its own."""
     t = on_gpu(Case("streams", 16, 512, 4096).tensors(torch.bfloat16))
     arguments = products(t)["spmm"]
-    want = triton_rows._spmm(*arguments)
+    want = SPMM(*arguments)
     streams = [torch.cuda.Stream() for _ in range(2)]
     torch.cuda.synchronize()
     results = []
     for _ in range(50):
         for stream in streams:
             with torch.cuda.stream(stream):
-                results.append(triton_rows._spmm(*arguments))
+                results.append(SPMM(*arguments))
     torch.cuda.synchronize()
     assert all(torch.equal(result, want) for result in results)

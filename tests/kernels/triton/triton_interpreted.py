@@ -7,7 +7,7 @@ from conftest import products
 from infinities import check_stored, tokens_with_infinities, weight_with_infinities
 
 from sparsekern import SparseTensor
-from sparsekern.kernels.cuda import cover
+from sparsekern.kernels.cuda import cover, expand
 from sparsekern.kernels.triton import rows as triton_rows
 from sparsekern.kernels.triton.rows import Config
 from sparsekern.testing import PROBLEMS, Case, exact, relative_error
@@ -144,6 +144,19 @@ def test_infinities_reach_what_a_stored_value_connects(M, dtype, nan_memory):
             for split in (1, 2):
                 y = triton_rows._spmm_cover(*pattern, x, b, split=split)
                 check_stored(y, x, w, mask, b)
+
+
+@pytest.mark.parametrize("dtype", INFINITE, ids=str)
+def test_infinities_of_a_weight_that_is_written_out(dtype, nan_memory, monkeypatch):
+    """The rows `expand` where no CUDA kernel can run."""
+    monkeypatch.setattr(expand.cuda_library, "refusal", lambda: "none here")
+    w, mask, bias = weight_with_infinities(20, 260, dtype)
+    W = SparseTensor.from_dense(w, mask)
+    weight = W.row_offsets, W.col_indices, W.values, 20, 260
+    x, dy = tokens_with_infinities(7, 260, dtype), tokens_with_infinities(7, 20, dtype)
+    for b, b_t in ((None, None), (bias, torch.randn(260).to(dtype))):
+        check_stored(expand.spmm(*weight, x, b), x, w, mask, b)
+        check_stored(expand.spmm_t(*weight, dy, b_t), dy, w.t(), mask.t(), b_t)
 
 
 @covers

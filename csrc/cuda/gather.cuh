@@ -1,9 +1,9 @@
-// Delta streams: the packed weight that spmm_gather.cu reads, and how a lane decodes it.
+// The layout `gather`: the packed weight that spmm_gather.cu reads, and how a lane decodes it.
 //
 // W [N, K] is cut into slices of 32 rows, all of them sorted by nnz; lane r of a warp owns row r of
-// the slice. A lane's row is a *stream*: its non-zeros in column order, in granules
-// of 8 entries. Granule g holds 32 x 8 values (lane-major, 16 B a lane) and, in a second array,
-// 32 x 8 column deltas:
+// the slice. A lane reads the non-zeros of its row in column order, in *granules* of 8 entries.
+// Granule g holds 32 x 8 values (lane-major, 16 B a lane) and, in a second array, 32 x 8 column
+// deltas:
 //
 //   4 bits: entry i < 4 in the low nibble of byte i, entry i >= 4 in the high nibble of byte i - 4.
 //           Bits 0-2 count pairs of columns since the last entry, bit 3 says which one of the pair.
@@ -51,14 +51,14 @@ struct Granule {
 // waiting for its own copies alone. Registers would not do: a warp that waits for one load waits
 // for all later ones that use the same scoreboard, and there are six.
 template <int kBits, int kDepth>
-class Stream {
+class Granules {
  public:
   using Word = typename Deltas<kBits>::Word;
   static constexpr int kSlotBytes = kWarp * (16 + static_cast<int>(sizeof(Word)));
   static constexpr int kWarpBytes = kDepth * kSlotBytes;
 
   // `shared` has kWarpBytes for this warp. Reads the granules of `range`.
-  __device__ Stream(unsigned shared, const uint4* values, const Word* deltas, const Range& range)
+  __device__ Granules(unsigned shared, const uint4* values, const Word* deltas, const Range& range)
       : values_at_(shared + threadIdx.x % kWarp * 16),
         deltas_at_(shared + kWarp * 16 +
                    threadIdx.x % kWarp * static_cast<unsigned>(sizeof(Word))) {

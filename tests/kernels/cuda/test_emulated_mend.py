@@ -1,4 +1,4 @@
-"""The kernels of csr.cu without a GPU: infinities, wild indices, places beyond 2^31."""
+"""The kernels of mend.cu without a GPU: infinities, wild indices, places beyond 2^31."""
 
 import pytest
 import torch
@@ -6,7 +6,8 @@ from emulated_cuda import emulated_cuda  # noqa: F401
 from test_emulated_cuda import random_weight
 
 from sparsekern import SparseTensor
-from sparsekern.kernels.cuda import rows as cuda_rows
+from sparsekern.kernels.cuda import expand, few_tokens
+from sparsekern.kernels.cuda.layout import Gpu
 
 pytestmark = pytest.mark.usefixtures("emulated_cuda", "with_library")
 FLOATS = pytest.mark.parametrize(
@@ -16,8 +17,8 @@ FLOATS = pytest.mark.parametrize(
 
 @pytest.fixture
 def with_library(monkeypatch):
-    monkeypatch.setattr(cuda_rows.cuda_library, "refusal", lambda: None)
-    monkeypatch.setattr(cuda_rows, "gpu_of", lambda device: cuda_rows.Gpu(3, 227 * 1024))
+    monkeypatch.setattr(expand.cuda_library, "refusal", lambda: None)
+    monkeypatch.setattr(few_tokens, "gpu_of", lambda device: Gpu(3, 227 * 1024))
 
 
 def by_stored_values(w, mask, x, bias):
@@ -39,7 +40,7 @@ def test_infinities_reach_what_a_stored_value_connects(way, n, k, dtype, nan_mem
     x[9, 1 if way == "spmm" else 2] = torch.inf  # nothing is stored there
     x[20] = torch.nan
     bias = torch.randn(n if way == "spmm" else k).to(dtype)
-    run = {"spmm": cuda_rows._spmm_expand, "spmm_t": cuda_rows._spmm_t_expand}[way]
+    run = {"spmm": expand.spmm, "spmm_t": expand.spmm_t}[way]
     for b in (bias, None):
         y = run(W.row_offsets, W.col_indices, W.values, n, k, x, b)
         w_, mask_ = (w, mask) if way == "spmm" else (w.t(), mask.t())
@@ -58,7 +59,7 @@ def test_no_index_leads_out_of_bounds(damage, seed):
     """Indices that are anything, as a write that torch does not count may leave them."""
     n, k, m, edge = 40, 130, 9, 4096
     W = SparseTensor.from_dense(random_weight(n, k, 0.3, torch.float32))
-    row_offsets, col_indices, nnz = W.row_offsets.clone(), W.col_indices.clone(), W.nnz
+    row_offsets, col_indices = W.row_offsets.clone(), W.col_indices.clone()
     generator = torch.Generator().manual_seed(seed)
     for t, name in ((col_indices, "columns"), (row_offsets, "offsets")):
         if damage in (name, "both"):
@@ -68,41 +69,34 @@ def test_no_index_leads_out_of_bounds(damage, seed):
     # The memory around what is written and read: NaN to read, and unchanged afterwards.
     memory = torch.full((4 * edge,), torch.nan)
 
-    def inside(count):
+    def inside(shape):
         memory.fill_(torch.nan)
-        return memory[edge : edge + count].fill_(1.0)
+        return memory[edge : edge + shape[0] * shape[1]].view(shape)
 
-    def check(name, grid, smem_bytes, tensors, *sizes):
-        cuda_rows._run_csr(
-            name, grid, smem_bytes, (row_offsets, col_indices, *tensors), *sizes, nnz
-        )
-        out = tensors[-1] if name != "write_out_4" else tensors[1]
-        assert memory[:edge].isnan().all() and memory[edge + out.numel() :].isnan().all()
+    def check(op, x, y, checked):
+        expand.mend(op, row_offsets, col_indices, W.values, n, k, x, None, y, checked)
+        assert memory[:edge].isnan().all() and memory[edge + y.numel() :].isnan().all()
 
-    check("write_out_4", n, k * 4, (W.values, inside(n * k).view(n, k)), k)
-    check("collect_4", -(-n // 8), 0, (torch.ones(n, k), inside(nnz)), n, k)
-    collected = memory[edge : edge + nnz].clone()
-    assert ((collected == 1) | (collected == 0)).all()
-    x, y = torch.full((m, k), torch.inf), inside(m * n).fill_(torch.nan)
-    check("mend_f32", 2, 32, (W.values, x, None, y), m, n, k)
-    dy, dx = torch.ones(m, n), inside(m * k).fill_(torch.nan)
-    check("mend_t_f32", 2, 32 + 4 * 4096, (W.values, dy, None, dx), m, n, k)
-    assert dx.isfinite().all()
+    for checked in (1, 7):
+        check("spmm", torch.full((m, k), torch.inf), inside((m, n)).fill_(torch.nan), checked)
+        dx = inside((m, k)).fill_(torch.nan)
+        check("spmm_t", torch.ones(m, n), dx, checked)
+        assert dx.isfinite().all()
 
 
-@pytest.mark.parametrize("row", ["expand", "stream"])
+@pytest.mark.parametrize("row", ["expand", "few_tokens"])
 def test_a_pattern_made_invalid_is_refused(row):
     W = SparseTensor.from_dense(random_weight(40, 130, 0.3))
     x, dy, args = torch.randn(5, 130).bfloat16(), torch.randn(5, 40).bfloat16(), (40, 130)
     pattern = W.row_offsets, W.col_indices
 
     def products():
-        if row == "stream":
-            return [cuda_rows._spmm_stream(*pattern, W.values, *args, x)]
+        if row == "few_tokens":
+            return [few_tokens.KERNELS[0].run(*pattern, W.values, *args, x)]
         return [
-            cuda_rows._spmm_expand(*pattern, W.values, *args, x),
-            cuda_rows._spmm_t_expand(*pattern, W.values, *args, dy),
-            cuda_rows._sddmm_expand(*pattern, *args, dy, x),
+            expand.spmm(*pattern, W.values, *args, x),
+            expand.spmm_t(*pattern, W.values, *args, dy),
+            expand.sddmm(*pattern, *args, dy, x),
         ]
 
     products()
@@ -126,8 +120,5 @@ def test_places_of_x_beyond_two_to_the_31():
     x[2, 5], x[2, k - 1], x[2, 7] = 1, 10, 100
     y = torch.zeros(m, n, dtype=torch.bfloat16)
     y[2] = torch.nan
-    tensors = W.row_offsets, W.col_indices, W.values, x, None, y
-    cuda_rows._run_csr("mend_bf16", 1, 32, tensors, m, n, k, 3)
+    expand.mend("spmm", W.row_offsets, W.col_indices, W.values, n, k, x, None, y)
     assert y.tolist() == [[0, 0], [0, 0], [32, 400]]
-    W3 = SparseTensor(*map(torch.tensor, ([0, 0, 0, 2], [7, k - 1], [0.0, 0.0])), (m, k))
-    assert cuda_rows._collect_csr(W3.row_offsets, W3.col_indices, x).tolist() == [100, 10]

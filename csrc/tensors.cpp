@@ -1,0 +1,126 @@
+#include "tensors.h"
+
+#include <cstdint>
+
+namespace sk {
+namespace {
+
+// The part of dlpack.h, version 1, that is used here.
+struct DLTensor {
+  void* data;
+  int32_t device_type, device_id;
+  int32_t ndim;
+  uint8_t type_code, type_bits;
+  uint16_t type_lanes;
+  int64_t* shape;
+  int64_t* strides;
+  uint64_t byte_offset;
+};
+
+struct DLPackExchangeAPI {
+  uint32_t major, minor;
+  DLPackExchangeAPI* older;
+  void* of_managed_tensors[3];
+  int (*read)(void* object, DLTensor* out);  // below 0: failed, with Python's error set
+  void* current_work_stream;
+};
+
+PyTypeObject* tensor_type;
+const DLPackExchangeAPI* api;
+PyObject* storage_offset;  // the method's name
+
+PyObject* read_tensors_of(PyObject*, PyObject* type) {
+  PyObject* capsule = PyObject_GetAttrString(type, "__dlpack_c_exchange_api__");
+  if (!capsule) return nullptr;
+  auto table =
+      static_cast<DLPackExchangeAPI*>(PyCapsule_GetPointer(capsule, "dlpack_exchange_api"));
+  Py_DECREF(capsule);
+  while (table && table->major > 1) table = table->older;
+  if (PyErr_Occurred()) return nullptr;
+  if (!PyType_Check(type) || !table || table->major != 1 || !table->read)
+    return PyErr_Format(PyExc_AttributeError, "%R has no exchange API of DLPack 1", type);
+  tensor_type = reinterpret_cast<PyTypeObject*>(Py_NewRef(type));
+  api = table;
+  Py_RETURN_NONE;
+}
+
+// A tensor whose elements lie where a kernel reads them: contiguous, in memory that is there.
+struct Operand : DLTensor {
+  bool read(PyObject* object) {
+    if (!PyObject_TypeCheck(object, tensor_type) || api->read(object, this) < 0) return false;
+    int64_t size = 1;
+    for (int i = ndim; i-- > 0; size *= shape[i])
+      if (shape[i] != 1 && strides[i] != size) return false;
+    if (byte_offset || (size && !data)) return false;
+    // The address of a view with an offset is no null pointer where the memory was freed below it.
+    PyObject* offset = PyObject_CallMethodNoArgs(object, storage_offset);
+    if (!offset) return false;
+    const bool is_whole = PyLong_AsLongLong(offset) == 0;
+    Py_DECREF(offset);
+    return is_whole;
+  }
+
+  bool is_indices() const {
+    return ndim == 1 && type_code == 0 && type_bits == 32 && type_lanes == 1;
+  }
+
+  bool has_type_of(const DLTensor& t) const {
+    return type_code == t.type_code && type_bits == t.type_bits && type_lanes == t.type_lanes;
+  }
+
+  bool is_on_device_of(const DLTensor& t) const {
+    return device_type == t.device_type && device_id == t.device_id;
+  }
+};
+
+// M, or -1.
+int64_t find_tokens(PyObject* const* args, Py_ssize_t count) {
+  if (!api || count < 8 || count % 2) return -1;
+  const int64_t n = PyLong_AsLongLong(args[0]);
+  if (n < 0) return -1;
+  Operand rows, cols, first{};
+  if (!rows.read(args[1]) || !rows.is_indices() || rows.shape[0] - 1 != n) return -1;
+  if (!cols.read(args[2]) || !cols.is_indices() || !cols.is_on_device_of(rows)) return -1;
+  for (Py_ssize_t i = 6; i < count; i += 2) {
+    Operand x;
+    if (!x.read(args[i]) || x.ndim != 2 || x.shape[1] != PyLong_AsLongLong(args[i + 1])) return -1;
+    if (i == 6) first = x;
+    if (x.shape[0] != first.shape[0] || !x.has_type_of(first) || !x.is_on_device_of(rows))
+      return -1;
+  }
+  const auto is_vector = [&](PyObject* object, int64_t size) {
+    Operand v;
+    return object == Py_None || (v.read(object) && v.ndim == 1 && v.shape[0] == size &&
+                                 v.has_type_of(first) && v.is_on_device_of(rows));
+  };
+  if (!is_vector(args[3], cols.shape[0])) return -1;
+  if (!is_vector(args[4], PyLong_AsLongLong(args[5]))) return -1;
+  return first.shape[0];
+}
+
+PyObject* fitting_tokens(PyObject*, PyObject* const* args, Py_ssize_t count) {
+  const int64_t m = find_tokens(args, count);
+  if (m >= 0 && !PyErr_Occurred()) return PyLong_FromLongLong(m);
+  PyErr_Clear();
+  Py_RETURN_NONE;
+}
+
+PyMethodDef functions[] = {
+    {"read_tensors_of", read_tensors_of, METH_O,
+     "Read the tensors of this type, torch.Tensor. AttributeError if it has no table for that."},
+    {"fitting_tokens", reinterpret_cast<PyCFunction>(reinterpret_cast<void*>(fitting_tokens)),
+     METH_FASTCALL,
+     "fitting_tokens(n, row_offsets, col_indices, values, bias, outputs, x, width, ...): M if the\n"
+     "indices are a pattern of n rows, values are [nnz] or None, bias [outputs] or None, each x\n"
+     "[M, width], all of one dtype and on one device, each contiguous from the start of its\n"
+     "memory; else None."},
+    {nullptr, nullptr, 0, nullptr}};
+
+}  // namespace
+
+bool add_tensor_functions(PyObject* module) {
+  storage_offset = PyUnicode_InternFromString("storage_offset");
+  return storage_offset && PyModule_AddFunctions(module, functions) == 0;
+}
+
+}  // namespace sk

@@ -1,0 +1,13 @@
+// What the binding reads of torch's tensors itself: where Python would ask each of them for a dozen
+// attributes in every call. DLPack's table of C functions, which torch.Tensor carries, tells the
+// same in one step, so nothing of torch is needed here at build time.
+#pragma once
+
+#include <Python.h>
+
+namespace sk {
+
+// Adds read_tensors_of() and fitting_tokens() to the module; false with Python's error set.
+bool add_tensor_functions(PyObject* module);
+
+}  // namespace sk

@@ -1,0 +1,255 @@
+"""2:4 sparse products of bfloat16 through the C interface of cuSPARSELt, without its headers.
+
+The library comes with torch's CUDA builds (or the wheel nvidia-cusparselt-cu12 or -cu13); nothing
+of it is part of this package. Names, enumerations and the order of calls are those of cusparseLt.h,
+versions 0.8.0 to 0.10.0. A plan holds pointers to its descriptors, so a Plan keeps all of them
+where they are as long as it lives.
+
+A handle belongs to one thread and device, and so do its plans.
+"""
+
+import ctypes
+import threading
+from functools import cache
+from importlib.metadata import PackageNotFoundError, files
+
+import torch
+from torch import Tensor
+
+SONAME = "libcusparseLt.so.0"
+OLDEST = (0, 8, 0)  # before, a selection cannot be destroyed
+_BFLOAT16 = 14  # cudaDataType
+_FLOAT32 = 2  # cusparseComputeType
+_ROW, _COLUMN = 2, 1
+ALIGNMENT = 16  # bytes
+MOST_PLANS = 256  # of a thread
+_PLAIN, _TRANSPOSED = 0, 1
+_ID = 0  # attribute of a selection
+_BIAS = 8  # of a descriptor of a matmul
+
+_pointer, _int64, _uint32, _int, _size = (
+    ctypes.c_void_p,
+    ctypes.c_int64,
+    ctypes.c_uint32,
+    ctypes.c_int,
+    ctypes.c_size_t,
+)
+_SIGNATURES = {
+    "GetProperty": (_int, _pointer),
+    "Init": (_pointer,),
+    "StructuredDescriptorInit": (
+        *(_pointer, _pointer, _int64, _int64, _int64),
+        *(_uint32, _int, _int, _int),
+    ),
+    "DenseDescriptorInit": (*(_pointer, _pointer, _int64, _int64, _int64), *(_uint32, _int, _int)),
+    "MatmulDescriptorInit": (_pointer, _pointer, _int, _int, *(_pointer,) * 4, _int),
+    "MatmulDescSetAttribute": (_pointer, _pointer, _int, _pointer, _size),
+    "MatmulAlgSelectionInit": (_pointer, _pointer, _pointer, _int),
+    "MatmulAlgSetAttribute": (_pointer, _pointer, _int, _pointer, _size),
+    "MatmulAlgSelectionDestroy": (_pointer,),
+    "MatmulPlanInit": (_pointer,) * 4,
+    "MatmulPlanDestroy": (_pointer,),
+    "MatDescriptorDestroy": (_pointer,),
+    "MatmulGetWorkspace": (_pointer,) * 3,
+    "Matmul": (*(_pointer,) * 10, _int),
+    "SpMMACompressedSize2": (_pointer,) * 4,
+    "SpMMACompress2": (_pointer, _pointer, _int, _int, *(_pointer,) * 4),
+}
+
+
+class Error(RuntimeError):
+    """A call that cuSPARSELt refuses."""
+
+
+class _Library:
+    def __init__(self, path: str):
+        library = ctypes.CDLL(path)
+        for name, arguments in _SIGNATURES.items():
+            function = getattr(library, f"cusparseLt{name}")
+            function.argtypes = arguments
+            setattr(self, name, function)
+        library.cusparseLtGetErrorString.argtypes = (_int,)
+        library.cusparseLtGetErrorString.restype = ctypes.c_char_p
+        self._text = library.cusparseLtGetErrorString
+        self.version = tuple(self._property(i) for i in range(3))
+
+    def _property(self, which: int) -> int:
+        value = ctypes.c_int()
+        self.call("GetProperty", which, ctypes.byref(value))
+        return value.value
+
+    def call(self, name: str, *args) -> None:
+        """Error with the function's name and the library's words if it does not succeed."""
+        if status := getattr(self, name)(*args):
+            raise Error(f"cusparseLt{name}: {self._text(status).decode()} (status {status})")
+
+
+@cache
+def library() -> "_Library | str":
+    """The library, or the reason why there is none, in words for the kernel table."""
+    for path in (SONAME, *_in_wheels()):
+        try:
+            found = _Library(path)
+        except (OSError, AttributeError, Error) as error:
+            reason = str(error)
+            continue
+        if found.version < OLDEST:
+            reason = f"it is version {'.'.join(map(str, found.version))}, older than 0.8.0"
+            continue
+        return found
+    return f"cuSPARSELt is not usable: {reason}"
+
+
+def _in_wheels() -> list[str]:
+    paths = []
+    for wheel in ("nvidia-cusparselt-cu13", "nvidia-cusparselt-cu12"):
+        try:
+            paths += [str(f.locate()) for f in files(wheel) or () if f.name == SONAME]
+        except PackageNotFoundError:
+            continue
+    return paths
+
+
+def _opaque() -> ctypes.Array:
+    """Memory of one of the library's five structs, 512 bytes on a multiple of 16."""
+    memory = ctypes.create_string_buffer(512 + 16)
+    return (ctypes.c_char * 512).from_buffer(memory, -ctypes.addressof(memory) % 16)
+
+
+class _Threads(threading.local):
+    def __init__(self):
+        self.handles: dict[int, ctypes.Array] = {}
+        self.plans: dict[tuple, Plan] = {}
+
+
+_threads = _Threads()
+
+
+def _handle(device: int) -> ctypes.Array:
+    """This thread's handle of the GPU, which is the current one."""
+    if device not in _threads.handles:
+        handle = _opaque()
+        library().call("Init", handle)
+        _threads.handles[device] = handle
+    return _threads.handles[device]
+
+
+def _sparse(handle: ctypes.Array, rows: int, columns: int) -> ctypes.Array:
+    descriptor = _opaque()
+    library().call(
+        "StructuredDescriptorInit",
+        *(handle, descriptor, rows, columns, columns, ALIGNMENT, _BFLOAT16, _ROW, 0),
+    )
+    return descriptor
+
+
+def compress(w: Tensor) -> Tensor:
+    """The operand, bytes, of w [N, K], bfloat16, with at most two of four neighbours that are not
+    0. What it holds is the library's own."""
+    lib, device, w = library(), w.device.index, w.contiguous()
+    with torch.cuda.device(device):
+        handle = _handle(device)
+        descriptor = _sparse(handle, *w.shape)
+        size, scratch = ctypes.c_size_t(), ctypes.c_size_t()
+        refs = ctypes.byref(size), ctypes.byref(scratch)
+        lib.call("SpMMACompressedSize2", handle, descriptor, *refs)
+        out = w.new_zeros(size.value, dtype=torch.uint8)
+        buffer = w.new_empty(max(16, scratch.value), dtype=torch.uint8)
+        stream = torch._C._cuda_getCurrentRawStream(device)
+        pointers = w.data_ptr(), out.data_ptr(), buffer.data_ptr(), stream
+        lib.call("SpMMACompress2", handle, descriptor, 1, _PLAIN, *pointers)
+        lib.call("MatDescriptorDestroy", descriptor)
+    return out
+
+
+class Plan:
+    """y [M, N] = x [M, K] W^T + bias [N] by one algorithm, on the current GPU, by this thread."""
+
+    def __init__(
+        self,
+        n: int,
+        k: int,
+        m: int,
+        device: int,
+        algorithm: int | None = None,
+        bias: Tensor | None = None,
+    ):
+        """algorithm: a number, None for the library's own choice. The address of `bias` is read
+        here, its elements by each product."""
+        lib = library()
+        self._shape, self._lib, self._device = (m, n), lib, device
+        self._is_selected = self._is_planned = False
+        self._handle = handle = _handle(device)
+        # x is the transposed of [K, M], y lies column by column as [N, M].
+        w, x, y = _sparse(handle, n, k), _opaque(), _opaque()
+        matmul, self._selection, self._plan = _opaque(), _opaque(), _opaque()
+        self._kept, self.bias = (w, x, y, matmul), bias
+        lib.call("DenseDescriptorInit", handle, x, m, k, k, ALIGNMENT, _BFLOAT16, _ROW)
+        lib.call("DenseDescriptorInit", handle, y, n, m, n, ALIGNMENT, _BFLOAT16, _COLUMN)
+        operands = _PLAIN, _TRANSPOSED, w, x, y, y, _FLOAT32
+        lib.call("MatmulDescriptorInit", handle, matmul, *operands)
+        if bias is not None:
+            address = ctypes.c_void_p(bias.data_ptr())
+            lib.call("MatmulDescSetAttribute", handle, matmul, _BIAS, ctypes.byref(address), 8)
+        lib.call("MatmulAlgSelectionInit", handle, self._selection, matmul, 0)
+        self._is_selected = True
+        if algorithm is not None:
+            number = ctypes.c_int(algorithm)
+            arguments = self._selection, _ID, ctypes.byref(number), ctypes.sizeof(number)
+            lib.call("MatmulAlgSetAttribute", handle, *arguments)
+        lib.call("MatmulPlanInit", handle, self._plan, matmul, self._selection)
+        self._is_planned = True
+        size = ctypes.c_size_t()
+        lib.call("MatmulGetWorkspace", handle, self._plan, ctypes.byref(size))
+        self._workspace_bytes = size.value
+        self._one, self._zero = ctypes.c_float(1), ctypes.c_float(0)
+
+    def multiply(self, operand: Tensor, x: Tensor) -> Tensor:
+        """The product with x [M, K], contiguous, on torch's current stream."""
+        y = x.new_empty(self._shape)
+        workspace = x.new_empty(self._workspace_bytes, dtype=torch.uint8)
+        stream = ctypes.c_void_p(torch._C._cuda_getCurrentRawStream(self._device))
+        out = y.data_ptr()
+        self._lib.call(
+            "Matmul",
+            *(self._handle, self._plan, ctypes.byref(self._one), operand.data_ptr(), x.data_ptr()),
+            *(ctypes.byref(self._zero), out, out, workspace.data_ptr(), ctypes.byref(stream), 1),
+        )
+        return y
+
+    def __del__(self):
+        if self._is_planned:
+            self._lib.MatmulPlanDestroy(self._plan)
+        if self._is_selected:
+            self._lib.MatmulAlgSelectionDestroy(self._selection)
+
+
+def multiply(
+    operand: Tensor, x: Tensor, n: int, bias: Tensor | None, algorithm: int | None
+) -> Tensor:
+    """y [M, n] = x [M, K] W^T + bias [n] of the operand of W; x is contiguous.
+
+    A plan reads the bias at one address. While a CUDA graph is captured that is the bias's own, and
+    the plan is for this call. Else it is the plan's own, to which the bias is copied; so there is
+    one for each stream."""
+    (m, k), device = x.shape, x.device.index
+    x = _aligned(x)
+    if torch.cuda.is_current_stream_capturing():
+        bias = None if bias is None else _aligned(bias.contiguous())
+        return Plan(n, k, m, device, algorithm, bias).multiply(operand, x)
+    stream = torch._C._cuda_getCurrentRawStream(device)
+    key = n, k, m, device, algorithm, bias is not None, stream
+    plans = _threads.plans
+    if key not in plans:
+        while len(plans) >= MOST_PLANS:
+            plans.pop(next(iter(plans)))
+        kept = None if bias is None else x.new_empty(n)
+        plans[key] = Plan(n, k, m, device, algorithm, kept)
+    plan = plans[key]
+    if bias is not None:
+        plan.bias.copy_(bias)
+    return plan.multiply(operand, x)
+
+
+def _aligned(t: Tensor) -> Tensor:
+    return t.clone() if t.data_ptr() % ALIGNMENT else t

@@ -1,0 +1,96 @@
+"""Products of few tokens on a GPU: the table row `few_tokens`, and those of packed weights.
+
+W is read once, in the layout that choose.py names: `gather` by CUDA cores, `cover` by sparse tensor
+cores, `pairs` by dense ones. Values are bfloat16 or float16, sums float32, rounded once. Results do
+not depend on timing: sums of parts are added in a fixed order. A place that is not stored takes no
+part: an infinite or NaN x reaches the outputs that a stored value connects it to, and no others.
+Where W is written out (expand.py: a packed weight and many tokens) another kernel sees to that.
+
+A packed weight holds the counters by which blocks find out who is last, so it must not be used on
+two streams at the same time.
+"""
+
+from collections.abc import Callable
+from functools import partial
+
+import torch
+from torch import Tensor
+
+from ..crossover import density_limit
+from ..problem import Kernel, Problem, bound_kernel
+from . import library as cuda_library
+from .choose import choose_layout
+from .expand import spmm_expanded
+from .layout import TYPES, Packed, gpu_of, pack_of
+
+MOST_TOKENS = 64
+MOST_COLUMNS = 2**25  # the kernels count 64 rows of x in 32 bits
+MOST_ROWS = 2**30  # and W's, with those that fill a block up
+
+
+def spmm_packed(x: Tensor, packed: Packed, bias: Tensor | None = None) -> Tensor:
+    """y [M, N] = x [M, K] @ W.T + bias [N], all on the GPU and in the dtype of the weight.
+
+    Above 64 tokens W is written out and torch multiplies; so it is where a kernel would need more
+    shared memory than the GPU has (gather: for one token of about 100,000 columns). No checks: the
+    op has them (choose.py).
+    """
+    m, launch = x.shape[0], None
+    if m <= MOST_TOKENS and packed.k < MOST_COLUMNS and packed.n < MOST_ROWS:
+        launch = packed.launch(m, gpu_of(x.device))
+    if launch is None:
+        return spmm_expanded(x, packed, bias)
+    y = x.new_empty(m, packed.n)
+    if y.numel() == 0:
+        return y
+    if packed.k == 0:
+        return y.zero_() if bias is None else y.copy_(bias.expand_as(y))
+    packed.run(launch, x.contiguous(), None if bias is None else bias.contiguous(), y)
+    return y
+
+
+def _bind(problem: Problem) -> Callable[..., Tensor]:
+    layout = choose_layout(problem.M, problem.density)
+    name, make_layout = layout.kind.name, partial(layout, n=problem.N, k=problem.K)
+
+    def run(row_offsets, col_indices, values, n, k, x, bias=None):
+        pack = pack_of("few_tokens", name, make_layout, row_offsets, col_indices, values, n, k)
+        return spmm_packed(x, pack.packed, bias)
+
+    return run
+
+
+def _refuse(p: Problem) -> str | None:
+    if p.M > MOST_TOKENS:
+        return f"it serves up to {MOST_TOKENS} tokens, not {p.M}"
+    if p.dtype not in TYPES:
+        return f"it takes bfloat16 and float16, not {str(p.dtype).removeprefix('torch.')}"
+    if p.K >= MOST_COLUMNS or p.N >= MOST_ROWS:
+        return f"it takes fewer than {MOST_ROWS} rows and {MOST_COLUMNS} columns"
+    if reason := cuda_library.refusal():
+        return reason
+    if not torch.cuda.is_available():
+        return "there is no GPU"
+    major, minor = torch.cuda.get_device_capability()
+    if major < 8:
+        return f"it needs compute capability 8.0, not {major}.{minor}"
+    layout = choose_layout(p.M, p.density)
+    needed, most = layout.least_smem(p.M, p.K), gpu_of(torch.device("cuda")).smem_bytes
+    if needed > most:
+        return f"it needs {needed} bytes of shared memory, the GPU has {most} for a block"
+    if reason := layout.refuse(p):
+        return reason
+    limit = density_limit(f"sm_{major}{minor}", p.dtype, p.M, "few_tokens", "expand")
+    if limit is not None and p.density > limit:
+        return f"writing W out is faster above density {limit:.2f} at {p.M} tokens"
+    return None
+
+
+def _describe(p: Problem) -> str:
+    name = choose_layout(p.M, p.density).kind.name
+    return f"{name} kernel, packed on the first call; values that require grad on every call"
+
+
+KERNELS: tuple[Kernel, ...] = (
+    bound_kernel("few_tokens", "spmm", "cuda", _refuse, _bind, _describe),
+)

@@ -1,0 +1,182 @@
+"""Products of a two-way pattern on sparse tensor cores: the table rows `two_of_four`.
+
+Where at most two of four neighbours of W are stored, in its rows and in its columns, forward and
+input gradient of many tokens run through cuSPARSELt (cusparselt.py), which multiplies half of the
+places. Its operand of W is half of W and a tail that says which half. The tail is made once a
+pattern, by compressing what is stored and, where that is less than two of four, the first free
+places beside it; never from live weights, which may be 0. The values are written before each
+product, at the speed of a copy (bitmap.cu), to memory that all layers share.
+
+That the operand holds the slots row by row is not documented. _has_slots_in_rows() looks, once for
+each GPU, and the rows refuse where it is otherwise.
+
+A place that is not stored takes no part in a product: where x is infinite or NaN, a free place
+beside a stored one makes NaN of it. Such a token shows in its first results: `checked` of them have
+every column that is multiplied at all. They are computed anew (mend.cu).
+"""
+
+from dataclasses import dataclass
+from functools import cache
+
+import torch
+from torch import Tensor
+
+from ..derived import derived
+from ..problem import Kernel, Problem
+from . import bitmap as bitmaps
+from . import cusparselt
+from . import library as cuda_library
+from .algorithms import algorithm_of
+from .bitmap import Bitmap
+from .expand import mend
+
+LEAST_TOKENS, LEAST_SIZE = 1024, 1024  # below, W written out is as fast
+MULTIPLE_OF_TOKENS, MULTIPLE = 8, 16  # what cuSPARSELt takes: of M, and of N and K
+
+
+@dataclass(frozen=True)
+class _Side:
+    """What the operand of W or of W^T holds beside values."""
+
+    tail: Tensor  # bytes
+    checked: int
+
+
+@dataclass(frozen=True)
+class _TwoOfFour:
+    bitmap: Bitmap
+    sides: dict[str, _Side]  # by op
+
+
+def _make(row_offsets: Tensor, col_indices: Tensor, n: int, k: int) -> _TwoOfFour | None:
+    """None for a pattern that is not two-way."""
+    bitmap = bitmaps.make_bitmap(row_offsets, col_indices, n, k)
+    if not bitmaps.is_two_way(bitmap):
+        return None
+    ones = torch.ones(len(col_indices), dtype=torch.bfloat16, device=col_indices.device)
+    stored = bitmaps.write_out(bitmap, ones, n, k).bool()
+    return _TwoOfFour(bitmap, {"spmm": _side(stored), "spmm_t": _side(stored.t())})
+
+
+def _side(stored: Tensor) -> _Side:
+    two = with_free_places(stored)
+    operand = cusparselt.compress(two.to(torch.bfloat16))
+    return _Side(operand[two.numel() :].clone(), rows_of_all_columns(two))
+
+
+def with_free_places(stored: Tensor) -> Tensor:
+    """bool [N, K]: two of four neighbours, the stored ones and the first free ones beside them."""
+    four = stored.reshape(stored.shape[0], -1, 4)
+    free = ~four
+    missing = 2 - four.sum(-1, keepdim=True)
+    return (four | free & (free.cumsum(-1) <= missing)).view(stored.shape)
+
+
+def rows_of_all_columns(two: Tensor) -> int:
+    """How many of the first rows hold every column that any row holds."""
+    first = two.to(torch.uint8).argmax(0)[two.any(0)]
+    return 1 + int(first.max()) if len(first) else 0
+
+
+def _pattern(row_offsets: Tensor, col_indices: Tensor, n: int, k: int) -> _TwoOfFour | None:
+    def make(*indices: Tensor) -> _TwoOfFour | None:
+        return _make(*indices, n, k)
+
+    return derived("two of four", row_offsets, col_indices, n, k, make)
+
+
+def recognised(problem: Problem, row_offsets: Tensor, col_indices: Tensor) -> Problem:
+    """The problem, and whether its pattern is two-way, where the rows take it if it is. A pattern
+    is looked at once."""
+    if _refuse_size(problem) or problem.op == "sddmm":
+        return problem
+    is_two_way = _pattern(row_offsets, col_indices, problem.N, problem.K) is not None
+    return problem._replace(is_two_way=is_two_way)
+
+
+def _product(op, row_offsets, col_indices, values, n, k, x, bias=None) -> Tensor:
+    weight = row_offsets, col_indices, values, n, k
+    pattern = _pattern(row_offsets, col_indices, n, k)
+    outputs, inputs = (n, k) if op == "spmm" else (k, n)
+
+    def random() -> tuple[Tensor, Tensor]:
+        """An operand of random values, and what it is of."""
+        generator = torch.Generator(x.device).manual_seed(0)
+        some = torch.randn(len(values), generator=generator, device=x.device).to(x.dtype)
+        w = bitmaps.write_out(pattern.bitmap, some, n, k)
+        return _operand(op, pattern, some, n, k), w if op == "spmm" else w.t()
+
+    algorithm = algorithm_of(outputs, inputs, x.shape[0], x.device.index, random)
+    y = cusparselt.multiply(_operand(op, pattern, values, n, k), x, outputs, bias, algorithm)
+    return mend(op, *weight, x, bias, y, pattern.sides[op].checked)
+
+
+def _operand(op: str, pattern: _TwoOfFour, values: Tensor, n: int, k: int) -> Tensor:
+    tail = pattern.sides[op].tail
+    operand = values.new_empty(n * k // 2 + len(tail) // 2)
+    fill = bitmaps.fill if op == "spmm" else bitmaps.fill_transposed
+    fill(pattern.bitmap, values, tail, operand, n, k)
+    return operand
+
+
+def spmm(*operands) -> Tensor:
+    return _product("spmm", *operands)
+
+
+def spmm_t(*operands) -> Tensor:
+    return _product("spmm_t", *operands)
+
+
+def _refuse_size(p: Problem) -> str | None:
+    if p.dtype is not torch.bfloat16:
+        return f"it takes bfloat16, not {str(p.dtype).removeprefix('torch.')}"
+    if p.M < LEAST_TOKENS or min(p.N, p.K) < LEAST_SIZE:
+        return f"it is for {LEAST_TOKENS} tokens and {LEAST_SIZE} rows and columns or more"
+    if p.N % MULTIPLE or p.K % MULTIPLE or p.M % MULTIPLE_OF_TOKENS:
+        return f"it takes N and K in multiples of {MULTIPLE}, M of {MULTIPLE_OF_TOKENS}"
+    if 2 * p.nnz > p.N * p.K:
+        return "more than two of four are stored"
+    return cuda_library.refusal() or _refuse_machine()
+
+
+@cache
+def _refuse_machine() -> str | None:
+    lib = cusparselt.library()
+    if isinstance(lib, str):
+        return lib
+    if not torch.cuda.is_available():
+        return "there is no GPU"
+    major, minor = torch.cuda.get_device_capability()
+    if (major, minor) != (9, 0):
+        return f"it was tried with compute capability 9.0 alone, not {major}.{minor}"
+    if not _has_slots_in_rows():
+        return f"cuSPARSELt {'.'.join(map(str, lib.version))} lays out its operands in another way"
+    return None
+
+
+def _has_slots_in_rows() -> bool:
+    """Whether an operand of [N, K] begins with its slots [N, K / 2], of two shapes and of
+    different places."""
+    for n, k in ((16, 16), (272, 1040)):
+        group = torch.arange(n * k // 4, device="cuda") % 6
+        pairs = torch.tensor([(0, 1), (0, 2), (0, 3), (1, 2), (1, 3), (2, 3)], device="cuda")
+        slots = (torch.arange(n * k // 2, device="cuda") % 251 + 1).view(-1, 2).bfloat16()
+        w = slots.new_zeros(n * k // 4, 4).scatter_(1, pairs[group], slots)
+        operand = cusparselt.compress(w.view(n, k))
+        if not torch.equal(operand[: n * k].view(torch.bfloat16), slots.flatten()):
+            return False
+    return True
+
+
+def _refuse(p: Problem) -> str | None:
+    if reason := _refuse_size(p):
+        return reason
+    if not p.is_two_way:
+        return "the pattern is not two-way: at most two of four in rows and in columns"
+    return None
+
+
+KERNELS = (
+    Kernel("two_of_four", "spmm", "cuda", _refuse, spmm),
+    Kernel("two_of_four", "spmm_t", "cuda", _refuse, spmm_t),
+)

@@ -1,0 +1,92 @@
+"""Constants that stand in C++ or Triton and in Python alike have one value."""
+
+import re
+from functools import cache
+from pathlib import Path
+
+import pytest
+
+import sparsekern
+from sparsekern.kernels.cuda import bitmap, cover, expand, gather, layout, library, pairs, runs
+
+CSRC = Path(__file__).parents[3] / "csrc"
+TRITON = Path(sparsekern.__file__).parent / "kernels" / "triton"
+
+# What Python has, the source, what that has.
+TIED = [
+    ("layout.LANES", "numbers.cuh", "kWarp"),
+    ("layout.EXPAND_WARPS", "expand.cu", "kExpandWarps"),
+    ("expand.THREADS", "mend.cuh", "kMendThreads"),
+    ("expand.WARPS", "mend.cuh", "kMendWarps"),
+    ("expand.COLUMNS", "mend.cu", "kMendColumns"),
+    ("bitmap.COLUMNS", "bitmap.cu", "kWordColumns"),
+    ("bitmap.THREADS", "bitmap.cu", "kBitmapThreads"),
+    ("bitmap.BLOCK_WORDS", "bitmap.cu", "kTurns * kBlockWords"),
+    ("bitmap.TILE_ROWS", "bitmap.cu", "kTileRows"),
+    (
+        "bitmap.TILE_BYTES",
+        "bitmap.cu",
+        "4 * kTileWords + kTileRows * kOctets + kWordColumns * kTileOctets",
+    ),
+    ("gather.GRANULE", "gather.cuh", "kGranule"),
+    ("gather.BLOCK_PIECES", "spmm_gather.cu", "kGatherWarps"),
+    ("gather.DEPTH", "spmm_gather.cu", "kGatherDepth"),
+    ("runs.RUN_WARPS", "runs.cuh", "kRunWarps"),
+    ("runs.TILE_COLUMNS", "cover.cuh", "kCoverColumns"),
+    ("cover.WINDOW", "cover.cuh", "kCoverColumns"),
+    ("cover.RECORD_BYTES", "cover.cuh", "kBytes"),
+    ("cover.DEPTH", "spmm_cover.cu", "kDepth"),
+    ("pairs.STEP", "pairs.cuh", "kStepColumns"),
+    ("pairs.SLOTS", "pairs.cuh", "kSlots"),
+    ("pairs.HEAD", "pairs.cuh", "kHeadWords"),
+    ("pairs.WINDOW", "spmm_pairs.cu", "kWindow"),
+    ("2 * (pairs.BUFFER_BYTES + 8)", "spmm_pairs.cu", "2 * kBufferBytes + kBarrierBytes"),
+    ("library.EVERY_KERNEL_SMEM_BYTES", "launch.cu", "kEveryKernelSmemBytes"),
+    # What makes a cover, on a CPU.
+    ("layout.LANES", "cover.h", "kCoverRows"),
+    ("cover.WINDOW", "cover.h", "kCoverWindow"),
+    ("cover.RECORD_BYTES", "cover.h", "kCoverRecordBytes"),
+]
+_MODULES = bitmap, cover, expand, gather, layout, library, pairs, runs
+MODULES = {module.__name__.split(".")[-1]: module for module in _MODULES}
+
+
+@cache
+def numbers(file: str) -> dict[str, int]:
+    """The constexpr numbers of a source and of the .cuh that it includes; of a name that stands
+    twice, the first. Those that a template's argument is in are left out."""
+    (path,) = CSRC.rglob(file)
+    text = re.sub(r"//.*", "", path.read_text())
+    found: dict[str, int] = {}
+    for name in re.findall(r'#include "(\w+\.cuh)"', text):
+        found |= numbers(name)
+    here = set()
+    for line in re.findall(r"constexpr (?:int|unsigned) ([^;()]*=[^;]*);", text):
+        for name, value in re.findall(r"(\w+) = ([^,]+)", line):
+            try:
+                value = eval(re.sub(r"\w+::", "", value).replace("/", "//"), {}, found)
+            except (NameError, SyntaxError):
+                continue
+            if name not in here:
+                found[name] = value
+                here.add(name)
+    return found
+
+
+@pytest.mark.parametrize("ours, file, theirs", TIED)
+def test_python_and_the_sources_agree(ours, file, theirs):
+    assert eval(ours, MODULES) == eval(theirs, {}, numbers(file))
+
+
+@pytest.mark.parametrize(
+    "file, most",
+    [("spmm_gather.cu", gather.MOST_TOKENS), ("spmm_cover.cu", cover.MOST_TOKENS)],
+)
+def test_the_largest_kernels_take_as_many_tokens(file, most):
+    (path,) = CSRC.rglob(file)
+    assert max(map(int, re.findall(r"_t(\d+), type", path.read_text()))) == most
+
+
+def test_the_record_of_triton_is_that_of_the_cover():
+    text = (TRITON / "cover_kernel.py").read_text()
+    assert int(re.search(r"WORDS = tl.constexpr\((\d+)\)", text)[1]) * 4 == cover.RECORD_BYTES

@@ -1,0 +1,188 @@
+"""Two-way patterns on sparse tensor cores: what is known of a pattern; on a GPU, the products."""
+
+import pytest
+import torch
+from emulated_cuda import emulated_cuda  # noqa: F401
+from infinities import check_stored
+from torch import nn
+
+from sparsekern import SparseLinear, SparseTensor, explain, linear
+from sparsekern.kernels.cuda import bitmap as bitmaps
+from sparsekern.kernels.cuda import cusparselt, two_of_four
+from sparsekern.testing import relative_error
+
+on_gpu = pytest.mark.gpu
+needs_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")
+TOLERANCE = 2**-8  # one rounding of the result
+
+
+def two_way(n: int, k: int, share: float = 0.3324) -> torch.Tensor:
+    """A mask that is drawn block by block until it is legal: at most two of four both ways."""
+    blocks = torch.zeros(n // 4 * k // 4, 4, 4, dtype=torch.bool)
+    todo = torch.arange(len(blocks))
+    while len(todo):
+        drawn = torch.rand(len(todo), 4, 4) < share
+        is_legal = (drawn.sum(1) <= 2).all(1) & (drawn.sum(2) <= 2).all(1)
+        blocks[todo[is_legal]] = drawn[is_legal]
+        todo = todo[~is_legal]
+    return blocks.view(n // 4, k // 4, 4, 4).permute(0, 2, 1, 3).reshape(n, k)
+
+
+def bitmap_of(mask):
+    W = SparseTensor.from_dense(mask.float(), mask)
+    return bitmaps.make_bitmap(W.row_offsets, W.col_indices, *mask.shape)
+
+
+@pytest.mark.parametrize("n, k", [(4, 4), (8, 64), (12, 68), (7, 130), (64, 256)])
+def test_two_way_is_at_most_two_of_four_in_rows_and_columns(n, k):
+    mask = two_way(-(-n // 4) * 4, -(-k // 4) * 4)[:n, :k]
+    assert bitmaps.is_two_way(bitmap_of(mask))
+    for _ in range(20):
+        row, col = int(torch.randint(n, ())), int(torch.randint(k, ()))
+        other = mask.clone()
+        other[row, col] = True
+        is_legal = other[row, col // 4 * 4 : col // 4 * 4 + 4].sum() <= 2
+        is_legal &= other[row // 4 * 4 : row // 4 * 4 + 4, col].sum() <= 2
+        assert bitmaps.is_two_way(bitmap_of(other)) == bool(is_legal)
+    assert bitmaps.is_two_way(bitmap_of(torch.zeros(n, k, dtype=torch.bool)))
+
+
+def test_free_places_and_the_rows_that_hold_all_columns():
+    stored = two_way(64, 128)
+    two = two_of_four.with_free_places(stored)
+    assert (two.view(64, 32, 4).sum(-1) == 2).all() and (two | ~stored).all()
+    empty = ~stored.view(64, 32, 4).any(-1)
+    assert two.view(64, 32, 4)[empty].tolist() == [[True, True, False, False]] * int(empty.sum())
+    checked = two_of_four.rows_of_all_columns(two)
+    assert torch.equal(two[:checked].any(0), two.any(0))
+    assert not torch.equal(two[: checked - 1].any(0), two.any(0))
+    assert two_of_four.rows_of_all_columns(torch.zeros(3, 8, dtype=torch.bool)) == 0
+
+
+def test_a_machine_without_the_library_says_so():
+    mask = two_way(1024, 1024)
+    x, W = torch.randn(8, 1024), SparseTensor.from_dense(mask.float(), mask)
+    text = explain(x, W)
+    assert "two_of_four" in text
+
+
+@on_gpu
+@needs_gpu
+@pytest.mark.parametrize("n, k, m", [(1024, 1024, 1024), (1040, 2064, 1032), (3072, 1088, 2048)])
+def test_products(n, k, m):
+    mask = two_way(n, k).cuda()
+    w = torch.randn(n, k, device="cuda").bfloat16() * mask
+    w[mask.nonzero().T.tolist()[0][0], mask.nonzero().T.tolist()[1][0]] = 0  # stored
+    W = SparseTensor.from_dense(w, mask)
+    W.values.requires_grad_()
+    x = torch.randn(m, k, device="cuda").bfloat16().requires_grad_()
+    bias = torch.randn(n, device="cuda").bfloat16().requires_grad_()
+    assert explain(x, W).count("-> two_of_four") == 2
+    y = linear(x, W, bias)
+    dy = torch.randn_like(y)
+    y.backward(dy)
+    exact = x.double() @ w.double().T + bias.double()
+    scale = x.double().abs() @ w.double().abs().T + bias.double().abs()
+    assert relative_error(y, exact, scale) <= TOLERANCE
+    exact, scale = dy.double() @ w.double(), dy.double().abs() @ w.double().abs()
+    assert relative_error(x.grad, exact, scale) <= TOLERANCE
+    exact = (dy.double().T @ x.double())[mask]
+    scale = (dy.double().abs().T @ x.double().abs())[mask]
+    assert relative_error(W.values.grad, exact, scale) <= TOLERANCE
+    assert torch.equal(linear(x, W, bias), y)
+    with torch.no_grad():
+        W.values.mul_(2)
+        again = linear(x, W)
+    exact, scale = 2 * x.double() @ w.double().T, 2 * x.double().abs() @ w.double().abs().T
+    assert relative_error(again, exact, scale) <= TOLERANCE
+
+
+@on_gpu
+@needs_gpu
+def test_infinities_reach_what_a_stored_value_connects():
+    n, k, m = 1024, 1088, 1024
+    mask = two_way(n, k)
+    mask[:, 7] = False
+    w = torch.randn(n, k).bfloat16() * mask
+    x = torch.randn(m, k).bfloat16()
+    for token in range(0, m, 37):
+        x[token, token % k] = (torch.inf, -torch.inf, torch.nan)[token % 3]
+    x[5, 7] = torch.inf  # no row stores it
+    bias = torch.randn(n).bfloat16()
+    W = SparseTensor.from_dense(w, mask).cuda()
+    for b in (bias, None):
+        y = linear(x.cuda(), W, None if b is None else b.cuda())
+        check_stored(y, x, w, mask, b)
+    dx = x[:, :n].contiguous().cuda() @ W
+    check_stored(dx, x[:, :n], w.T.contiguous(), mask.T.contiguous())
+
+
+@on_gpu
+@needs_gpu
+def test_a_captured_step_follows_values_tokens_and_bias():
+    n, k, m = 1024, 2048, 1024
+    dense = nn.Linear(k, n, device="cuda", dtype=torch.bfloat16)
+    layer = SparseLinear.from_linear(dense, two_way(n, k).cuda())
+    x = torch.randn(m, k, device="cuda", dtype=torch.bfloat16, requires_grad=True)
+    dy = torch.randn(m, n, device="cuda", dtype=torch.bfloat16)
+    stream = torch.cuda.Stream()
+    with torch.cuda.stream(stream):
+        layer(x).backward(dy)
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    x.grad = layer.values.grad = layer.bias.grad = None
+    with torch.cuda.graph(graph):
+        y = layer(x)
+        y.backward(dy)
+    for _ in range(3):
+        with torch.no_grad():
+            x.normal_()
+            layer.values.normal_()
+            layer.bias.normal_()
+        graph.replay()
+        got = y.clone(), x.grad.clone(), layer.values.grad.clone()
+        other = x.detach().clone().requires_grad_()
+        layer.values.grad = None
+        want = layer(other)
+        want.backward(dy)
+        # Another algorithm may be captured than runs outside.
+        for a, b in zip(got, (want, other.grad, layer.values.grad), strict=True):
+            torch.testing.assert_close(a, b, rtol=2**-6, atol=2**-4)
+        x.grad, layer.values.grad = got[1], got[2]
+
+
+@on_gpu
+@needs_gpu
+def test_what_it_does_not_take_runs_elsewhere():
+    mask = two_way(1024, 1024).cuda()
+    w = torch.randn(1024, 1024, device="cuda").bfloat16() * mask
+    W = SparseTensor.from_dense(w, mask)
+    for m, dtype in ((1025, torch.bfloat16), (512, torch.bfloat16), (1024, torch.float16)):
+        text = explain(torch.randn(m, 1024, device="cuda").to(dtype), W.to(dtype))
+        assert "-> expand" in text and "two_of_four refused: it " in text
+    free = torch.rand(1024, 1024, device="cuda") < 0.3
+    x = torch.randn(1024, 1024, device="cuda").bfloat16()
+    text = explain(x, SparseTensor.from_dense(free.bfloat16(), free))
+    assert "two_of_four refused: the pattern is not two-way" in text
+
+
+@on_gpu
+@needs_gpu
+def test_no_call_leaks():
+    """Plans and selections are destroyed: memory of the process settles."""
+    import resource
+
+    mask = two_way(1024, 1024).cuda()
+    W = SparseTensor.from_dense(torch.randn(1024, 1024, device="cuda").bfloat16() * mask, mask)
+    x = torch.randn(1024, 1024, device="cuda").bfloat16()
+    linear(x, W)
+    operand = two_of_four._operand(
+        "spmm", two_of_four._pattern(W.row_offsets, W.col_indices, 1024, 1024), W.values, 1024, 1024
+    )
+    peaks = []
+    for _ in range(4):
+        for _ in range(300):
+            cusparselt.Plan(1024, 1024, 1024, 0).multiply(operand, x)
+        torch.cuda.synchronize()
+        peaks.append(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss)
+    assert peaks[-1] - peaks[1] < 8 * 1024  # KiB
