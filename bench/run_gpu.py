@@ -2,6 +2,7 @@
 
 python bench/run_gpu.py decode      results/<GPU>-decode-<dtype>-<date>.*, docs/benchmarks.md
 python bench/run_gpu.py crossover   sparsekern/kernels/crossover.json
+python bench/run_gpu.py train       results/<GPU>-train-bfloat16-<date>.*: whole steps of GPTs
 python bench/run_gpu.py publish X.csv   the same from a file that --out FOLDER wrote
 
 With --out only the table is written, there: to measure on a machine without the repository or
@@ -15,6 +16,7 @@ import math
 import re
 import sys
 import time
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -22,7 +24,15 @@ import pages
 import tables_gpu
 import torch
 
-from sparsekern.bench import ceilings, crossover, measure_gpu, peers_gpu, records, replay_gpu
+from sparsekern.bench import (
+    ceilings,
+    crossover,
+    gpt_gpu,
+    measure_gpu,
+    peers_gpu,
+    records,
+    replay_gpu,
+)
 from sparsekern.bench.machine import about_cpu, about_gpu, about_run, gpu_under_load, in_words
 from sparsekern.bench.measure_gpu import Grid
 from sparsekern.bench.rates import case_name, derive, derived
@@ -93,6 +103,22 @@ Speed as a share of the CUDA kernels'.
 """
 
 
+TRAIN = """\
+# {name}
+
+{heading}
+
+A training step of a GPT: forward, backward, clipping and AdamW; products in bfloat16 by autocast,
+weights and their optimizer in float32. Each model runs as it is (eager), with compiled blocks, and
+compiled and captured whole in a CUDA graph; the large ones in the last form alone. Medians of
+{rounds} rounds, all forms in turn. Gradients are held to fp64, at most {tolerance:g} times as far
+from it as those of dense. "two-way": at most two of four neighbours along both axes of each weight.
+Below 1 is a loss.
+
+{steps}
+"""
+
+
 def machine() -> dict:
     """The machine measured on. nvidia-smi's numbers are read while copies keep the GPU busy."""
     limits = ceilings.of_gpu(torch.bfloat16)
@@ -129,6 +155,35 @@ def measure(verb: str, grid: Grid, path: Path, commit: str | None, part: Part | 
     about["seconds"] = time.monotonic() - start
     records.write(path, about, records.flat(cells))
     return records.read(path)
+
+
+def measure_steps(steps: Sequence[gpt_gpu.Step], path: Path, commit: str | None) -> Run:
+    """All steps of all models."""
+    start = time.monotonic()
+    about = about_run("train", machine(), commit) | {"is_whole": False}
+    cells: list[dict] = []
+    # Graphs cannot be captured on the default stream.
+    with torch.no_grad(), torch.cuda.stream(torch.cuda.Stream()):
+        for step in steps:
+            for cell in gpt_gpu.training_steps(step, replay_gpu.CudaClock(), torch.device("cuda")):
+                cells.append(derive(cell))
+                took = f"{time.monotonic() - start:4.0f} s"
+                print(f"{took} {case_name(cell)}: {cell.get('speedup', math.nan):.3f}", flush=True)
+                records.write(path, about, records.flat(cells))
+            torch.cuda.empty_cache()
+    about |= {"is_whole": True, "seconds": time.monotonic() - start}
+    records.write(path, about, records.flat(cells))
+    return records.read(path)
+
+
+def page_of_steps(name: str, run: Run) -> str:
+    return TRAIN.format(
+        name=name,
+        heading=in_words(run.about, "bfloat16"),
+        rounds=measure_gpu.ROUNDS,
+        tolerance=gpt_gpu.TOLERANCE,
+        steps=tables_gpu.steps(derived(run)),
+    )
 
 
 def page(name: str, run: Run) -> str:
@@ -184,7 +239,10 @@ def publish(run: Run) -> None:
         raise SystemExit("bench-gpu: not published, since some cells were not run")
     if tables_gpu.failures(derived(run)):
         raise SystemExit("bench-gpu: not published, since one of our kernels failed or was wrong")
-    if run.about["benchmark"] == "decode":
+    if run.about["benchmark"] == "train":
+        name = name_of(run)
+        pages.publish(pages.RESULTS, name, run, page_of_steps(name, run), None)
+    elif run.about["benchmark"] == "decode":
         name, cells, dtype = name_of(run), derived(run), run.records[0]["dtype"]
         drawn = curves(select(cells, mask="random"), lambda cell: cell["M"], tokens)
         pages.publish(pages.RESULTS, name, run, page(name, run), plots.speedups(drawn))
@@ -245,6 +303,10 @@ def main(arguments: list[str]) -> int:
         options.add_argument("--commit", help="where there is no repository")
         options.add_argument("--quick", action="store_true")
         options.add_argument("--part", type=parse_part, help="1/2: the first half of the shapes")
+    options = verbs.add_parser("train")
+    options.add_argument("--out", type=Path)
+    options.add_argument("--commit", help="where there is no repository")
+    options.add_argument("--quick", action="store_true")
     verbs.add_parser("publish").add_argument("files", type=Path, nargs="+")
     args = parser.parse_args(arguments)
     if args.verb == "publish":
@@ -254,6 +316,14 @@ def main(arguments: list[str]) -> int:
         raise SystemExit("bench-gpu: torch finds no NVIDIA GPU")
 
     folder = args.out or PARTIAL
+    if args.verb == "train":
+        path = folder / "train-bfloat16.csv"
+        steps = [gpt_gpu.QUICK] if args.quick else gpt_gpu.STEPS
+        run = measure_steps(steps, path, args.commit)
+        print(page_of_steps(path.stem, run))
+        if not args.quick and not args.out:
+            publish(run)
+        return 0
     suffix = "-{}of{}".format(*args.part) if args.part else ""
     path = folder / f"{args.verb}-{args.dtype}{suffix}.csv"
     if args.verb == "decode" and (reason := peers_gpu.few_tokens(1).missing):

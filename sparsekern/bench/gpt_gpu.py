@@ -1,13 +1,13 @@
 """A GPT's training step on a GPU: forward, backward, clipping, AdamW; sparse linears against dense.
 
-The trainer's own step, products in bfloat16 by autocast, each side as it is and with blocks
-compiled by torch.compile. Its learning rate is 0: all the work is done, and as the weights stay,
-so does the exact gradient that every step is held against.
+The trainer's own step, products in bfloat16 by autocast, each side as it is, with blocks compiled
+by torch.compile, and compiled and captured whole in a CUDA graph. Its learning rate is 0: all the
+work is done, and as the weights stay, so does the exact gradient that every step is held against.
 """
 
 import copy
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 
 import torch
@@ -21,6 +21,7 @@ from ..gpt.speed import compiled_blocks
 from ..gpt.step import GRADIENT_CLIP, compute_gradients
 from ..indices import expand_rows
 from ..nn import SparseLinear, densify_, sparsify_
+from ..sparsity import Static
 from .measure_gpu import ROUNDS, attempt
 from .products import PASSES, kernels
 from .products_gpu import NAME
@@ -32,22 +33,38 @@ DTYPE = torch.bfloat16
 TOLERANCE = 2.0
 
 
+# Forms of a step, and what their contenders are called beside "dense" or ours.
+EAGER, COMPILED, CAPTURED = "", ", compiled", ", captured"
+FREE, TWO_WAY = "random", "two-way"  # masks
+
+
 @dataclass(frozen=True)
 class Step:
-    """A model, its batch, and the sparsities of its linears."""
+    """A model, its batch, the sparsities of its linears under each kind of mask, and the forms."""
 
     model: str
     config: GPTConfig
     batch: int
     sparsities: tuple[float, ...]
+    two_way: tuple[float, ...] = ()
+    forms: tuple[str, ...] = (EAGER, COMPILED)
+
+    def masks(self) -> list[tuple[str, float]]:
+        return [(FREE, s) for s in self.sparsities] + [(TWO_WAY, s) for s in self.two_way]
 
 
 STEP = Step("gpt2-small", PRESETS["gpt2-small"], 8, (0.5, 0.75, 0.9))
 QUICK = Step("tiny", GPTConfig(2, 4, 128, 64, 256), 4, (0.75,))
+# Whole models, for run_gpu.py: the largest ones as a GPU is at its best, captured.
+STEPS = (
+    replace(STEP, sparsities=(0.75, 0.9, 0.95), two_way=(0.75,), forms=(EAGER, COMPILED, CAPTURED)),
+    Step("gpt3-xl", PRESETS["gpt3-xl"], 4, (0.75,), (0.75,), (CAPTURED,)),
+    Step("4096-wide", GPTConfig(3, 32, 4096, 2048, 50304), 4, (0.75,), (0.75,), (CAPTURED,)),
+)
 
 
 def training_steps(step: Step, clock: Clock, device: torch.device) -> Iterator[dict]:
-    """A record for each sparsity; its ways are both models, eager and compiled."""
+    """A record for each mask; its ways are both models in each form."""
     config = step.config
     torch.manual_seed(0)
     tokens = torch.randint(config.vocab_size, (step.batch, config.block_size), device=device)
@@ -58,14 +75,15 @@ def training_steps(step: Step, clock: Clock, device: torch.device) -> Iterator[d
             return GPT(config)
 
     failed: dict[str, dict] = {}
-    dense = _runners("dense", DENSE, make(), batch, clock, failed)
+    dense = _runners("dense", DENSE, make(), batch, step.forms, clock, failed)
     exact, tolerance = dense[0].contender.exact, TOLERANCE * dense[0].error
-    for sparsity in step.sparsities:
-        model = sparsify_(make(), UniformMask(sparsity))
+    for mask, sparsity in step.masks():
+        kept = UniformMask(sparsity) if mask == FREE else Static(sparsity, family=TWO_WAY)
+        model = sparsify_(make(), kept)
         failed_here = dict(failed)
-        found = dense + _runners(NAME, OURS, model, batch, clock, failed_here)
+        found = dense + _runners(NAME, OURS, model, batch, step.forms, clock, failed_here)
         ways = race(found, exact, tolerance, clock, ROUNDS) | failed_here
-        yield _cell(step, sparsity, model, ways)
+        yield _cell(step, mask, sparsity, model, ways)
 
 
 def _runners(
@@ -73,11 +91,14 @@ def _runners(
     kind: str,
     model: GPT,
     batch: tuple[Tensor, Tensor],
+    forms: tuple[str, ...],
     clock: Clock,
     failed: dict[str, dict],
 ) -> list[Runner]:
-    """The model eager and compiled, in this order. Both have the same weights and optimizer."""
+    """The model in each form. All have the same weights and optimizer."""
     optimizer, exact = build_optimizer(model, lr=0.0), _exact_gradient(model, *batch)
+    for group in optimizer.param_groups:
+        group["capturable"] = batch[0].is_cuda
 
     def step(stepper: GPT) -> list[Tensor]:
         with torch.enable_grad():
@@ -86,10 +107,10 @@ def _runners(
         return [parameter.grad for parameter in model.blocks.parameters()]
 
     found = []
-    for suffix, stepper in (("", model), (", compiled", _compiled(model))):
-        each = Contender(
-            name + suffix, kind, [partial(step, stepper)], _flat, is_graphed=False, exact=exact
-        )
+    compiled = _compiled(model)
+    for form in forms:
+        call = partial(step, model if form == EAGER else compiled)
+        each = Contender(name + form, kind, [call], _flat, is_graphed=form == CAPTURED, exact=exact)
         found += attempt(failed, each, partial(Runner, each, 1, exact, clock))
     return found
 
@@ -130,10 +151,10 @@ def _exact_gradient(model: GPT, x: Tensor, y: Tensor) -> Tensor:
     return _flat(of_blocks) * (GRADIENT_CLIP / norm).clamp(max=1)
 
 
-def _cell(step: Step, sparsity: float, model: GPT, ways: dict[str, dict]) -> dict:
+def _cell(step: Step, mask: str, sparsity: float, model: GPT, ways: dict[str, dict]) -> dict:
     M, config = step.batch * step.config.block_size, step.config
     weights = [layer.weight for layer in model.modules() if isinstance(layer, SparseLinear)]
-    sizes = {(M, *weight.shape, weight.nnz): None for weight in weights}
+    sizes = {(M, *weight.shape, weight.nnz, mask == TWO_WAY): None for weight in weights}
     for way in ways.values():
         if way["kind"] == OURS and "median_s" in way:
             way["kernel"] = kernels(PASSES["train_step"], "cuda", DTYPE, *sizes)
@@ -142,6 +163,7 @@ def _cell(step: Step, sparsity: float, model: GPT, ways: dict[str, dict]) -> dic
         **{"width": config.n_embd, "vocabulary": config.vocab_size},
         **{"context": config.block_size, "batch": step.batch, "M": M, "sparsity": sparsity},
         **{"dtype": str(DTYPE).removeprefix("torch."), "threads": 0, "is_cold": False},
+        "mask": mask,
         "useful_flop": M * train_flops_per_token(config, sparsity),
         "dense_flop": M * train_flops_per_token(config),
         "ways": ways,

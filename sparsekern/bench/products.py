@@ -59,10 +59,9 @@ PASSES = {op: (op,) for op in ("spmm", "spmm_t", "sddmm")}
 PASSES |= {"linear": tuple(PASSES), "train_step": tuple(PASSES)}
 
 
-def kernels(
-    passes: Iterable[str], device: str, dtype: torch.dtype, *sizes: tuple[int, int, int, int]
-) -> str:
-    """The names of the kernels that run these products, of each (M, N, K, nnz)."""
+def kernels(passes: Iterable[str], device: str, dtype: torch.dtype, *sizes: tuple[int, ...]) -> str:
+    """The names of the kernels that run these products, of each (M, N, K, nnz) or (M, N, K, nnz,
+    whether the pattern is two-way)."""
     problems = (Problem(op, device, dtype, *each) for op in passes for each in sizes)
     return ", ".join(dict.fromkeys(pick(problem).name for problem in problems))
 

@@ -106,7 +106,8 @@ class Runner:
     def poison(self) -> None:
         """A replay that writes nothing shall not pass for a right one."""
         if self.contender.is_graphed:
-            self.y.fill_(math.nan)
+            for y in [self.y] if isinstance(self.y, Tensor) else self.y:
+                y.fill_(math.nan)
 
     def last_error(self, exact: Tensor) -> float:
         """Error of the last call of the last replay."""

@@ -1,6 +1,7 @@
 """A GPT's step in the GPU's benchmark, without a GPU: on a clock that only calls."""
 
 from contextlib import nullcontext
+from dataclasses import replace
 from types import SimpleNamespace
 
 import pytest
@@ -56,6 +57,18 @@ def test_a_gpts_step_is_a_case_that_the_report_reads(step, tmp_path):
     assert section.rows == [["tiny, GPU", "32", "2.00", "2.00"]]
     (pair, _) = wafer.compare(machine("wse2"), {"result": results[0].records})
     assert pair.what == "train_step tiny, 16 tokens, GPU" and pair.measured == 2
+
+
+def test_a_captured_step_and_two_way_masks(step):
+    forms = gpt_gpu.EAGER, gpt_gpu.CAPTURED
+    step = replace(step, sparsities=(0.75,), two_way=(0.75,), forms=forms)
+    cells = gpt_cells(step, **{"dense, captured": 0.5, "sparsekern, captured": 0.25})
+    assert [cell["mask"] for cell in cells] == ["random", "two-way"]
+    for cell in map(checked, cells):
+        names = {f"{who}{form}" for who in ("dense", "sparsekern") for form in forms}
+        assert cell["ways"].keys() == names
+        assert all(way["is_right"] for way in cell["ways"].values())
+        assert derive(cell)["speedup"] == 2
 
 
 def test_a_gpts_step_with_a_wrong_gradient_is_an_error(step, monkeypatch):
