@@ -90,7 +90,8 @@ coverage: $(VENV)/.installed-coverage
 	$(MAKE) pytest-without-library PYTEST="$(COVERAGE) run -m pytest" PARALLEL=
 	$(COVERAGE) combine -q
 	$(COVERAGE) report --skip-covered
-	$(BIN)/gcovr --merge-lines --filter csrc/ build/coverage/objects
+	$(BIN)/gcovr --merge-lines --gcov-ignore-parse-errors=suspicious_hits.warn_once_per_file \
+	  --filter csrc/ build/coverage/objects
 
 # The fuzzer runs beside the others. ThreadSanitizer's shadow has no place for every random layout.
 sanitize: build-sanitize build-threads
