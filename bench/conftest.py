@@ -43,7 +43,7 @@ def keep(request):
 
 
 class Clock:
-    """Moves on by the seconds that the race measured, and stands still otherwise."""
+    """Time that passes by the seconds that the race measured, and at no other moment."""
 
     now = 0.0
 

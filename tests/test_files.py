@@ -62,9 +62,10 @@ def test_a_link_in_the_place_of_the_temporary_file_is_not_followed(tmp_path):
 
 
 FULL_DISK = """
-import resource, sys
+import resource, sys, tempfile
 from pathlib import Path
 from sparsekern.cli import main
+tempfile.gettempdir()  # which torch looks for on its way: not on the disk that is full
 folder = Path(sys.argv[1])
 hard = resource.getrlimit(resource.RLIMIT_FSIZE)[1]
 for limit in map(int, sys.argv[3:]):
