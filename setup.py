@@ -56,11 +56,11 @@ class WithCudaSources(build_py):
     """A wheel holds csrc/cuda, to be compiled at run time where the CUDA library is missing."""
 
     def run(self) -> None:
-        super().run()
         if not self.editable_mode:  # an editable install finds them in the checkout
+            shutil.rmtree(self.build_lib, ignore_errors=True)  # no file of an earlier build
             target = Path(self.build_lib) / "sparsekern" / "csrc" / "cuda"
-            shutil.rmtree(target, ignore_errors=True)  # no file of an earlier build
             shutil.copytree(ROOT / "csrc" / "cuda", target)
+        super().run()
 
 
 setup(

@@ -8,6 +8,8 @@ from importlib import import_module
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
+    from typing import Any
+
     from .public import (
         SparseLinear,
         SparseTensor,
@@ -20,6 +22,8 @@ if TYPE_CHECKING:
         sddmm,
         sparsify_,
     )
+
+    _C: Any  # csrc/bindings.cpp, where it is built
 
 __version__ = "0.1.0"
 
@@ -58,9 +62,11 @@ if not _runs_as_command():
     _load()
 
 
-def __getattr__(name: str) -> object:
-    """A public name that somebody (a sitecustomize.py) wants before the command has loaded it."""
-    if name not in __all__:
-        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    _load()
-    return globals()[name]
+if not TYPE_CHECKING:  # type checkers shall know which names there are
+
+    def __getattr__(name: str) -> object:
+        """A public name that a sitecustomize.py, say, wants before the command has loaded it."""
+        if name not in __all__:
+            raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+        _load()
+        return globals()[name]

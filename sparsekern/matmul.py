@@ -110,7 +110,7 @@ def _linear(input, weight, bias=None, *, out=None) -> Tensor:
         return linear(input, weight, bias)
     with torch.autocast(out.device.type, enabled=False):  # torch's leaves such calls alone
         y = linear(input, weight, bias)
-    F.linear(y[..., :0], y.new_empty(y.shape[-1], 0), out=out)
+    F.linear(y[..., :0], y.new_empty(y.shape[-1], 0), out=out)  # type: ignore[call-arg]
     return out.copy_(y)
 
 
@@ -288,7 +288,8 @@ def _keep_order_in_dynamo() -> None:
         raise exc.UnspecializeRestartAnalysis(restart_reason="the order of W @ x")
 
 
-_keep_order_in_dynamo._dynamo_marked_constant = True  # it runs when traced, and is not traced
+# It runs when traced, and is not traced.
+_keep_order_in_dynamo.__dict__["_dynamo_marked_constant"] = True
 
 register("matmul", matmul)
 register("mm", _mm)

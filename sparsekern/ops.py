@@ -16,6 +16,7 @@ asks for a gradient: 4 us a call against 16 us for torch.library.custom_op. The 
 """
 
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -285,7 +286,7 @@ def _direct(parent: type[Function], save: Callable, run: Callable) -> Callable:
         save(ctx, *args)
         return run(*args)
 
-    kind = type(parent.__name__, (parent,), {"forward": staticmethod(forward)})
+    kind: Any = type(parent.__name__, (parent,), {"forward": staticmethod(forward)})
     return super(Function, kind).apply
 
 

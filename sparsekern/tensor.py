@@ -221,8 +221,9 @@ class SparseTensor:
 
     def __deepcopy__(self, memo: dict) -> "SparseTensor":
         values = copy.deepcopy(self.values, memo)
-        indices = (copy.deepcopy(t, memo) for t in (self.row_offsets, self.col_indices))
-        return self._trusted(*map(counted, indices), values, self.n, self.k, self.is_transposed)
+        row_offsets = counted(copy.deepcopy(self.row_offsets, memo))
+        col_indices = counted(copy.deepcopy(self.col_indices, memo))
+        return self._trusted(row_offsets, col_indices, values, self.n, self.k, self.is_transposed)
 
     def __reduce__(self):
         csr = Parts(self.row_offsets, self.col_indices, self.values, (self.n, self.k))
@@ -231,8 +232,8 @@ class SparseTensor:
     def __setstate__(self, state: tuple) -> None:
         """Restore, also from files of an earlier version; all of it is checked, as ever."""
         slots = state[1]
-        csr = (slots[name] for name in ("row_offsets", "col_indices", "values"))
-        self.__init__(*csr, (slots["n"], slots["k"]))
+        rows, cols, values = (slots[name] for name in ("row_offsets", "col_indices", "values"))
+        SparseTensor.__init__(self, rows, cols, values, (slots["n"], slots["k"]))
         self.is_transposed = bool(slots["is_transposed"])
 
     # Properties

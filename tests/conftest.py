@@ -11,11 +11,17 @@ from torch import Tensor
 
 from sparsekern import SparseTensor
 from sparsekern.kernels import crossover, table
+from sparsekern.kernels.cpu import panel
 
 RESULTS = Path(__file__).parents[1] / "bench" / "results"
 needs_results = pytest.mark.skipif(
     not RESULTS.is_dir(), reason="bench/results is not in a source distribution"
 )
+
+
+def pytest_collection_modifyitems(items):
+    """The long ones first, so that no process is left with one of them at the end."""
+    items.sort(key=lambda item: item.get_closest_marker("slow") is None)
 
 
 @pytest.fixture(autouse=True)
@@ -101,12 +107,24 @@ def outcome(call):
         return None, f"{type(error).__name__}: {error}"
 
 
+# The library alone: the package would bring torch.
+ISA = """
+import importlib.util, sys
+spec = importlib.util.spec_from_file_location("_C", sys.argv[1])
+library = importlib.util.module_from_spec(spec)
+spec.loader.exec_module(library)
+print(library.isa())
+"""
+
+
 @pytest.fixture(params=["portable", "avx2", "avx512", "neon"])
 def isa_env(request):
-    """The environment of a process whose kernels use this instruction set."""
+    """The environment of a process whose kernels use this instruction set, and not that of ours."""
+    if request.param == panel._C.isa():
+        pytest.skip(f"{request.param} is that of this process")
     env = {**os.environ, "SPARSEKERN_ISA": request.param}
-    probe = "from sparsekern import _C; print(_C.isa())"
-    run = subprocess.run([sys.executable, "-c", probe], env=env, capture_output=True, text=True)
+    command = [sys.executable, "-c", ISA, panel._C.__file__]
+    run = subprocess.run(command, env=env, capture_output=True, text=True)
     if run.returncode:
         assert "SPARSEKERN_ISA: expected one of" in run.stderr
         pytest.skip(f"{request.param} was not built or does not run here")

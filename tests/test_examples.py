@@ -2,10 +2,10 @@
 
 import ast
 import json
-import os
 import re
-import subprocess
+import runpy
 import sys
+import warnings
 from pathlib import Path
 
 import pytest
@@ -32,15 +32,17 @@ def expected_lines(path: Path) -> list[str]:
 
 
 @pytest.mark.parametrize("path", EXAMPLES, ids=lambda path: path.stem)
-def test_example_prints_what_it_says(path, tmp_path):
+def test_example_prints_what_it_says(path, tmp_path, monkeypatch, capfd):
     if path.stem in NEEDS:
         pytest.importorskip(NEEDS[path.stem])
-    env = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
-    command = [sys.executable, str(path)]
-    run = subprocess.run(command, cwd=tmp_path, env=env, capture_output=True, text=True)
-    assert run.returncode == 0, run.stderr
-    assert not re.search("Warning|Error", run.stderr)  # how far it is may be told
-    printed = [words(line) for line in run.stdout.splitlines()]
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "argv", [str(path)])
+    torch.set_num_threads(1)
+    with warnings.catch_warnings(action="error"):
+        runpy.run_path(str(path), run_name="__main__")
+    out, err = capfd.readouterr()
+    assert not re.search("Warning|Error", err)  # how far it is may be told
+    printed = [words(line) for line in out.splitlines()]
     for line in expected_lines(path):
         wanted = words(line)
         assert any(got[: len(wanted)] == wanted for got in printed), line

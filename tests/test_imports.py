@@ -62,6 +62,26 @@ def test_the_reader_sees_imports():
     assert "indices" in imported_rooms(Path("kernels/reference.py"))
 
 
+def test_the_rooms_that_ask_for_the_library():
+    """`make pytest-without-library` runs the tests of these, and of what stands on kernels."""
+    assert {room(path) for path in FILES if asks_for_the_library(path)} == {
+        "kernels",
+        "commands",
+        "bench",
+    }
+
+
+def asks_for_the_library(path: Path) -> bool:
+    """Whether the file imports _C, or takes it from another module of ours."""
+    for node in ast.walk(ast.parse((PACKAGE / path).read_text())):
+        if isinstance(node, ast.ImportFrom) and "_C" in {alias.name for alias in node.names}:
+            return True
+        if isinstance(node, ast.Attribute) and node.attr == "_C":
+            if ast.unparse(node.value) != "torch":
+                return True
+    return False
+
+
 def test_the_wafer_model_imports_no_torch():
     for path in (PACKAGE / "wafer").rglob("*.py"):
         names = {

@@ -8,8 +8,10 @@ in sparsekern/bench/crossover.py.
 import json
 import math
 import warnings
+from collections.abc import ItemsView
 from functools import cache
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -76,20 +78,20 @@ def _dtypes(entry: dict) -> set[str]:
     return entry.keys() - set(NOT_DTYPES)
 
 
-def _items(name: str, value: object):
+def _items(name: str, value: Any) -> ItemsView:
     if not isinstance(value, dict):
         raise ValueError(f"{name[:80]}: expected an object, got {type(value).__name__}")
     return value.items()
 
 
-def _check_tokens(name: str, value: object) -> None:
+def _check_tokens(name: str, value: Any) -> None:
     is_list = isinstance(value, list) and value
     if not is_list or not all(type(v) is int and v > 0 for v in value) or value != sorted(value):
         raise ValueError(f"{name[:80]}: expected rising numbers of tokens, got {str(value)[:40]}")
 
 
-def _check_densities(name: str, value: object, count: int) -> None:
-    def is_density(v: object) -> bool:
+def _check_densities(name: str, value: Any, count: int) -> None:
+    def is_density(v: Any) -> bool:
         return type(v) in (int, float) and math.isfinite(v) and 0 <= v <= 1
 
     is_list = isinstance(value, list) and len(value) == count

@@ -17,7 +17,7 @@ import copy
 import weakref
 from collections.abc import Callable, Hashable, Iterator
 from contextlib import contextmanager
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
@@ -37,7 +37,8 @@ def versions(row_offsets: Tensor, col_indices: Tensor) -> tuple[int, int]:
     try:
         return row_offsets._version, col_indices._version
     except RuntimeError:
-        return tuple(-1 if t.is_inference() else t._version for t in (row_offsets, col_indices))
+        rows, cols = (-1 if t.is_inference() else t._version for t in (row_offsets, col_indices))
+        return rows, cols
 
 
 def kept(
@@ -60,7 +61,7 @@ def kept(
 class _Slot:
     """A derived thing and the versions that it was made from."""
 
-    thing: object = None
+    thing: Any = None
     versions: tuple[int, int] | None = None
     is_captured = False  # a CUDA graph reads the thing
     replaced: object = None  # the last one that a graph may still read

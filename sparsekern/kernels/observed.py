@@ -40,14 +40,14 @@ def note(row_offsets: Tensor, dy: Tensor, x: Tensor) -> None:
     if not _observations:
         return
     ref = _observations.get(row_offsets.data_ptr())
-    if ref is not None:
+    if ref is not None and (observation := ref()) is not None:
         # Copies: compiled code writes other things into this memory once it has no use for it.
-        ref().pairs.append((x.clone(), dy.clone()))
+        observation.pairs.append((x.clone(), dy.clone()))
 
 
 def moved(before: Tensor, after: Tensor) -> None:
     """The pattern that had `before` as its row_offsets has `after` now."""
     if _observations and before.data_ptr() != after.data_ptr():
         ref = _observations.pop(before.data_ptr(), None)
-        if ref is not None:
-            ref()._watch(after)
+        if ref is not None and (observation := ref()) is not None:
+            observation._watch(after)

@@ -39,6 +39,7 @@ def sparsify_(
     def replace(name: str, module: nn.Module) -> nn.Module | None:
         if name not in chosen or isinstance(module, SparseLinear):
             return None
+        assert isinstance(module, nn.Linear)  # says sparsifiable
         return SparseLinear.from_linear(module, algorithm.mask(name, module.weight.detach()))
 
     return replace_modules(model, replace)
@@ -46,19 +47,22 @@ def sparsify_(
 
 def sparsifiable(
     model: nn.Module, filter_fn: Callable[[nn.Module, str], bool] | None = None
-) -> dict[str, nn.Module]:
+) -> dict[str, nn.Linear | SparseLinear]:
     """The layers that `sparsify_` would replace, and those that are a SparseLinear already."""
     uses = Counter(id(p) for module in model.modules() for p in module._parameters.values())
 
     def chosen(name: str, module: nn.Module) -> bool:
-        if type(module) is nn.Linear:
+        if not isinstance(module, SparseLinear):
             if uses[id(module.weight)] > 1 or getattr(module.weight, "requires_dense", False):
                 return False
-        elif not isinstance(module, SparseLinear):
-            return False
         return filter_fn(module, name) if filter_fn else name.split(".")[-1] not in HEAD_NAMES
 
-    return {name: module for name, module in model.named_modules() if chosen(name, module)}
+    return {
+        name: module
+        for name, module in model.named_modules()
+        if type(module) is nn.Linear or isinstance(module, SparseLinear)
+        if chosen(name, module)
+    }
 
 
 def densify_(model: nn.Module, optimizer: Optimizer | None = None) -> nn.Module:
@@ -76,7 +80,7 @@ def densify_(model: nn.Module, optimizer: Optimizer | None = None) -> nn.Module:
                         f"densify_: the optimizer keeps {key!r} of shape {tuple(t.shape)} for the "
                         f"{layer.values.shape[0]} values of {layer}, expected as many"
                     )
-    dense: dict[nn.Parameter, tuple[nn.Parameter, SparseLinear]] = {}
+    dense: dict[nn.Parameter, tuple[Tensor, SparseLinear]] = {}
 
     def replace(name: str, module: nn.Module) -> nn.Module | None:
         if not isinstance(module, SparseLinear):

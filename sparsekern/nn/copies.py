@@ -33,7 +33,7 @@ def note(layer: nn.Module, original: nn.Module) -> None:
     _copies[key] = _Copy(ref, weakref.ref(original), _fingerprint(values))
 
 
-def forget(parameters: Iterable[Tensor]) -> None:
+def forget(parameters: Iterable[Tensor | None]) -> None:
     """These are trained, loaded or averaged with care."""
     if _copies:
         for p in parameters:

@@ -7,6 +7,7 @@ weight decay can bring a removed weight back: there is no place for it.
 
 import copy
 import weakref
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -35,6 +36,10 @@ class SparseLinear(nn.Module):
         row_offsets, col_indices, values: W as in SparseTensor, which checks them.
         bias: [N] or None.
     """
+
+    row_offsets: Tensor
+    col_indices: Tensor
+    bias: nn.Parameter | None
 
     def __init__(
         self,
@@ -99,7 +104,7 @@ class SparseLinear(nn.Module):
         module = nn.Linear(self.in_features, self.out_features, bias=False, device="meta")
         weight = self.weight.detach().to_dense()
         module.weight = nn.Parameter(weight, requires_grad=self.values.requires_grad)
-        module.bias = self.bias
+        module.register_parameter("bias", self.bias)
         return module.train(self.training)
 
     @property
@@ -111,11 +116,11 @@ class SparseLinear(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         # nn.Module's way to an attribute takes longer than the check of an operand.
-        parameters, buffers = self._parameters, self._buffers
+        parameters: dict[str, Any] = self._parameters
+        buffers: dict[str, Any] = self._buffers
         if "values" in parameters and "bias" in parameters:  # else they are parametrized
-            indices = buffers["row_offsets"], buffers["col_indices"]
-            sizes = self.out_features, self.in_features
-            y = quick_linear(x, *indices, parameters["values"], *sizes, parameters["bias"])
+            operands = buffers["row_offsets"], buffers["col_indices"], parameters["values"]
+            y = quick_linear(x, *operands, self.out_features, self.in_features, parameters["bias"])
             if y is not None:
                 return y
         return linear(x, self.weight, self.bias)
@@ -161,14 +166,15 @@ class _Parametrizations(nn.ModuleDict):
     """`parametrizations` of a module with a parameter that is called `values`."""
 
     def add_module(self, name: str, module: nn.Module | None) -> None:
-        if name == "values":
+        if name == "values" and module is not None:
             self._modules[name] = module
         else:
             super().add_module(name, module)
 
     @property
     def values(self) -> nn.Module:
-        return self.__getattr__("values")
+        module: Any = self.__getattr__("values")
+        return module
 
 
 def value_parameters(layer: SparseLinear) -> list[nn.Parameter]:

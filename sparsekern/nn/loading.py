@@ -6,6 +6,7 @@ values, and one or two of the three only where they fit the pattern that the lay
 
 from collections import OrderedDict
 from collections.abc import Callable
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
@@ -15,6 +16,9 @@ from ..kernels import observed
 from ..kernels.derived import is_captured
 from ..tensor import SparseTensor
 from . import copies
+
+if TYPE_CHECKING:
+    from .linear import SparseLinear
 
 INDICES = ("row_offsets", "col_indices")
 CAPTURED = (
@@ -29,7 +33,7 @@ class _Refused(Exception):
 
 
 def load(
-    layer: nn.Module,
+    layer: "SparseLinear",
     load_others: Callable,
     state_dict: dict,
     prefix: str,
@@ -57,7 +61,7 @@ def load(
         layer._load_state_dict_pre_hooks = hooks
 
 
-def _checked(layer: nn.Module, state_dict: dict, prefix: str) -> tuple[Tensor, Tensor] | None:
+def _checked(layer: "SparseLinear", state_dict: dict, prefix: str) -> tuple[Tensor, Tensor] | None:
     """The pattern to load, int32; None where the layer keeps its own. Raises _Refused."""
     given = {k: state_dict[prefix + k] for k in (*INDICES, "values") if prefix + k in state_dict}
     if "values" not in given and f"{prefix}weight" in state_dict:
@@ -67,7 +71,7 @@ def _checked(layer: nn.Module, state_dict: dict, prefix: str) -> tuple[Tensor, T
             "densify_(model) before loading"
         )
     if layer.bias is not None:
-        _check_bias(layer, state_dict.get(f"{prefix}bias", layer.bias), prefix)
+        _check_bias(layer.bias, state_dict.get(f"{prefix}bias", layer.bias), prefix)
     for name, t in given.items():
         if not isinstance(t, Tensor):
             raise _Refused(f"{prefix}{name}: expected a tensor, got {type(t).__name__}")
@@ -97,25 +101,24 @@ def _checked(layer: nn.Module, state_dict: dict, prefix: str) -> tuple[Tensor, T
     return None
 
 
-def _check_bias(layer: nn.Module, bias, prefix: str) -> None:
+def _check_bias(own: Tensor, bias: object, prefix: str) -> None:
     """nn.Module would say so too, but after it has loaded the values."""
     if not isinstance(bias, Tensor) or bias.layout != torch.strided:
         raise _Refused(f"{prefix}bias: expected a dense tensor, got {kind(bias)}")
-    if bias.is_meta and not layer.bias.is_meta:
+    if bias.is_meta and not own.is_meta:
         raise _Refused(f"{prefix}bias: expected a tensor with data, got one on meta")
-    if bias.shape != layer.bias.shape:
+    if bias.shape != own.shape:
         raise _Refused(
-            f"size mismatch for {prefix}bias: expected {tuple(layer.bias.shape)}, "
-            f"got {tuple(bias.shape)}"
+            f"size mismatch for {prefix}bias: expected {tuple(own.shape)}, got {tuple(bias.shape)}"
         )
 
 
 def _checked_pattern(
-    layer: nn.Module, given: dict[str, Tensor], state_dict: dict, prefix: str
+    layer: "SparseLinear", given: dict[str, Tensor], state_dict: dict, prefix: str
 ) -> tuple[Tensor, Tensor] | None:
     shape = (layer.out_features, layer.in_features)
     try:
-        weight = SparseTensor(*given.values(), shape)
+        weight = SparseTensor(given["row_offsets"], given["col_indices"], given["values"], shape)
     except (TypeError, ValueError) as error:
         raise _Refused(f"{prefix}{error}") from error
     state_dict[f"{prefix}values"] = weight.values  # in the order of the columns
@@ -131,7 +134,7 @@ def _checked_pattern(
     return weight.row_offsets, weight.col_indices
 
 
-def _is_own(layer: nn.Module, weight: SparseTensor) -> bool:
+def _is_own(layer: "SparseLinear", weight: SparseTensor) -> bool:
     own = layer.row_offsets, layer.col_indices
     if own[0].is_meta or own[1].shape != weight.col_indices.shape:
         return False
@@ -140,7 +143,7 @@ def _is_own(layer: nn.Module, weight: SparseTensor) -> bool:
 
 
 def _apply(
-    layer: nn.Module,
+    layer: "SparseLinear",
     load_others: Callable,
     pattern: tuple[Tensor, Tensor] | None,
     state_dict: dict,
@@ -150,8 +153,8 @@ def _apply(
     lists: tuple[list, list, list],
 ) -> None:
     before = layer.row_offsets, layer.col_indices
-    values = layer._parameters.get("values")
-    data = None if values is None else values.data
+    values: Any = layer._parameters.get("values")  # None where they are parametrized
+    data: Any = None if values is None else values.data
     is_assigned = metadata.get("assign_to_params_buffers", False)
     if is_assigned and pattern is None and f"{prefix}values" in state_dict:
         pattern = before  # to the device of the new values
@@ -178,7 +181,7 @@ def _apply(
             resize_(values, data)
 
 
-def set_indices(layer: nn.Module, row_offsets: Tensor, col_indices: Tensor) -> None:
+def set_indices(layer: "SparseLinear", row_offsets: Tensor, col_indices: Tensor) -> None:
     """Give the layer other index tensors; whoever observes its gradients goes on doing so."""
     before = layer._buffers.get("row_offsets")
     layer.row_offsets, layer.col_indices = counted(row_offsets), counted(col_indices)

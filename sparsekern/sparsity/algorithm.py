@@ -14,6 +14,7 @@ from torch.optim import Optimizer
 from torch.optim.swa_utils import AveragedModel
 
 from ..nn import SparseLinear, sparsifiable, sparsify_
+from ..tensor import SparseTensor
 from .budget import DISTRIBUTIONS, budgets
 from .checks import one_of, shown, whole
 from .families import FAMILIES, Unstructured
@@ -23,6 +24,8 @@ from .optimizers import follow, held_layers, note_model_of, unwrapped
 from .pattern import check_can_change, check_same_on_all_ranks, places_of
 from .published import is_sparse_by_default
 from .schedules import Schedule, schedule, update_steps, value_at
+
+Layer = nn.Linear | SparseLinear  # what an algorithm is given
 
 
 @dataclass
@@ -114,12 +117,13 @@ class Algorithm:
             scores = {n: (w.detach().abs().flatten(), None, *w.shape) for n, w in weights.items()}
             kept = self._family.largest_of_each(scores, round((1 - target) * total))
             return lambda name, weight: mask_of(kept[name], weight)
-        counts = self._budgets({n: w.shape for n, w in weights.items()}, target)
+        counts = self._budgets({n: (w.shape[0], w.shape[1]) for n, w in weights.items()}, target)
         return lambda name, weight: mask_of(self._first_places(name, weight, counts[name]), weight)
 
     def _first_places(self, name: str, weight: Tensor, count: int) -> Tensor:
         if self.init_method == "checkerboard":
-            places = checkerboard(*weight.shape, self.target(0)).flatten().nonzero().flatten()
+            n, k = weight.shape
+            places = checkerboard(n, k, self.target(0)).flatten().nonzero().flatten()
         else:
             places = first_places(self.init_method, name, weight, count, self.seed, self._family)
         if self.init_method in ("from_zeros", "checkerboard"):
@@ -184,10 +188,11 @@ class Algorithm:
     def _take(self, model: nn.Module, taken: set[str]) -> nn.Module:
         """`apply` without the layers that another algorithm has taken."""
         there = sparsifiable(model, lambda module, name: True)
-        if self.param_filter is not None:
-            found = matching(self.param_filter, there)
+        parts: Any = self.param_filter  # as filter_parts made them
+        if parts is not None:
+            found = matching(parts, there)
         else:
-            found = sparsifiable(model).keys()
+            found = set(sparsifiable(model))
             if self.is_published:
                 found = {name for name in found if is_sparse_by_default(name)}
         names = [name for name in there if name in found and name not in taken]
@@ -199,11 +204,12 @@ class Algorithm:
         for name in names:
             self._family.check(name, there[name].out_features, there[name].in_features)
         model = self._sparsify(model, {name: there[name] for name in names})
-        self.layers = {name: model.get_submodule(name) for name in names}
+        now: dict[str, Any] = dict(model.named_modules())
+        self.layers = {name: now[name] for name in names}
         note_model_of(self)
         return model
 
-    def _sparsify(self, model: nn.Module, chosen: dict[str, nn.Module]) -> nn.Module:
+    def _sparsify(self, model: nn.Module, chosen: dict[str, Layer]) -> nn.Module:
         for name, layer in chosen.items():
             if isinstance(layer, SparseLinear):
                 n, k = layer.out_features, layer.in_features
@@ -342,7 +348,7 @@ class Masks:
         self.mask = mask
 
 
-def mask_of(places: Tensor, weight: Tensor) -> Tensor:
-    mask = torch.zeros(weight.numel(), dtype=torch.bool, device=weight.device)
+def mask_of(places: Tensor, weight: Tensor | SparseTensor) -> Tensor:
+    mask = torch.zeros(math.prod(weight.shape), dtype=torch.bool, device=weight.device)
     mask[places.to(weight.device)] = True
     return mask.view(weight.shape)

@@ -11,6 +11,7 @@ import functools
 import weakref
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -77,6 +78,7 @@ def _indices_and_versions(*layers: SparseLinear) -> tuple[list[Tensor], tuple]:
 def _indices_kept(layers: list[SparseLinear]) -> Iterator[None]:
     """Whatever happens to the index buffers is undone: AveragedModel writes to all buffers, and
     with use_buffers=True takes the average of indices, rounded down."""
+    kept: list[dict[str, Any]]
     kept = [{name: layer._buffers[name] for name in INDICES} for layer in layers]
     try:
         for layer, indices in zip(layers, kept, strict=True):
@@ -100,4 +102,4 @@ def _update_with_patterns(self: AveragedModel, model: nn.Module) -> None:
 
 # AveragedModel has no hook, and offers nothing that could tell an average from another copy: a
 # wrong average could only be guessed at. Models without a SparseLinear are not touched.
-AveragedModel.update_parameters = _update_with_patterns
+AveragedModel.update_parameters = _update_with_patterns  # type: ignore[method-assign]

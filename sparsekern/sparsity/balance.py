@@ -23,10 +23,10 @@ class Balance(Unstructured):
     def of(cls, balance_in: object, balance_out: object) -> "Balance | None":
         """The balance of the settings balance_in_groups and balance_out_groups."""
         given = {"balance_in_groups": balance_in, "balance_out_groups": balance_out}
-        given = {name: whole(name, n, 1) for name, n in given.items() if n is not None}
-        if len(given) > 1:
-            raise ValueError(f"balance_in_groups, balance_out_groups: expected one, got {given}")
-        return next((cls(*pair) for pair in given.items()), None)
+        counts = {name: whole(name, n, 1) for name, n in given.items() if n is not None}
+        if len(counts) > 1:
+            raise ValueError(f"balance_in_groups, balance_out_groups: expected one, got {counts}")
+        return next((cls(setting, groups) for setting, groups in counts.items()), None)
 
     def check(self, layer: str, n: int, k: int) -> None:
         if n % self.groups and k % self.groups:

@@ -53,10 +53,11 @@ def whole(name: str, value: Any, least: int | None = None) -> int:
 
 def share(name: str, value: Any) -> float:
     """A number in [0, 1]. ValueError otherwise."""
-    if isinstance(value, Real) and not isinstance(value, bool) and 0 <= value <= 1:
+    is_number = isinstance(value, Real) and not isinstance(value, bool)
+    if is_number and 0 <= value <= 1:
         return float(value)
     hint = ""
-    if isinstance(value, Real) and 1 < value < 100:
+    if is_number and 1 < value < 100:
         hint = f"; {value:g} percent is {value / 100:g}"
     raise ValueError(f"{name}: expected a number in [0, 1], got {shown(value)}{hint}")
 

@@ -76,7 +76,7 @@ class Group:
         before = [algorithm.layers for algorithm in self.algorithms]
         optimizers = [o for algorithm in self.algorithms for o in algorithm.optimizers]
         taken: set[str] = set()
-        model = target
+        model: Any = target
         try:
             with unchanged_on_failure(model, optimizers):
                 for algorithm in self.algorithms:

@@ -6,7 +6,7 @@
 Algorithms choose through a family: at random, by scores, or both beside what stays.
 """
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 
 import numpy as np
 import torch
@@ -69,7 +69,7 @@ class Unstructured:
         (ascending), or of all: then one of -inf is not stored. `before` are places that stay."""
         return largest(scores, count)
 
-    def largest_of_each(self, layers: dict[str, Scores], count: int) -> dict[str, Tensor]:
+    def largest_of_each(self, layers: Mapping[str, Scores], count: int) -> dict[str, Tensor]:
         """The same for several layers that share the count."""
         return largest_of_each({name: scores for name, (scores, *_) in layers.items()}, count)
 
@@ -139,7 +139,7 @@ class TwoWay(Unstructured):
         """The same, with the largest sum of squares."""
         return self.largest_of_each({"": (scores, places, n, k)}, count)[""]
 
-    def largest_of_each(self, layers: dict[str, Scores], count: int) -> dict[str, Tensor]:
+    def largest_of_each(self, layers: Mapping[str, Scores], count: int) -> dict[str, Tensor]:
         is_all = count >= sum(scores.shape[0] for scores, *_ in layers.values())
         if is_all or all(p is not None and self.holds(p, n, k) for _, p, n, k in layers.values()):
             return super().largest_of_each(layers, count)  # any part of such a mask is one

@@ -67,7 +67,7 @@ def _json(text: str) -> Any:
 
 
 def _yaml(text: str) -> Any:
-    yaml = require("yaml", "gpt")
+    yaml: Any = require("yaml", "gpt")
 
     class Loader(yaml.SafeLoader):
         """Refuses a key that stands twice, of which YAML would take the last."""

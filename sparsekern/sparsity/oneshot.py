@@ -11,6 +11,8 @@ Each may be applied again at a higher sparsity: what was removed stays removed. 
 any layer, the model is as it was.
 """
 
+import functools
+import operator
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -20,7 +22,7 @@ import torch
 from torch import Tensor, nn
 
 from ..nn import SparseLinear, sparsify_
-from .algorithm import Masks, mask_of
+from .algorithm import Layer, Masks, mask_of
 from .families import UNSTRUCTURED, Unstructured
 from .pattern import places_of, set_pattern
 from .static import Fixed
@@ -41,7 +43,7 @@ class Magnitude(Fixed):
         self._kept: dict[str, Tensor] = {}  # masks [N, K] of layers that are still an nn.Linear
 
     @torch.no_grad()
-    def _sparsify(self, model: nn.Module, chosen: dict[str, nn.Module]) -> nn.Module:
+    def _sparsify(self, model: nn.Module, chosen: dict[str, Layer]) -> nn.Module:
         linears = {name: m for name, m in chosen.items() if type(m) is nn.Linear}
         dense = {name: m.weight.data for name, m in linears.items()}
         self._kept.clear()
@@ -56,7 +58,7 @@ class Magnitude(Fixed):
                 linears[name].weight.data = weight
             self._kept.clear()
 
-    def _counts(self, chosen: dict[str, nn.Module]) -> dict[str, int]:
+    def _counts(self, chosen: dict[str, Layer]) -> dict[str, int]:
         """Weights to keep in each layer. ValueError where a layer stores fewer already."""
         shapes = {name: (m.out_features, m.in_features) for name, m in chosen.items()}
         if self.distribution == "global":
@@ -88,16 +90,15 @@ class Magnitude(Fixed):
                 f"{room} at most, fewer than the {count} of sparsity {self.target(0)}"
             )
 
-    def _prune(
-        self, model: nn.Module, chosen: dict[str, nn.Module], counts: dict[str, int]
-    ) -> None:
+    def _prune(self, model: nn.Module, chosen: dict[str, Layer], counts: dict[str, int]) -> None:
         for name, module in chosen.items():
             weight = _dense(module)
             scores = _scores(module, weight.abs()).flatten()
-            kept = self._family.largest(scores, None, *weight.shape, counts[name])
+            n, k = weight.shape
+            kept = self._family.largest(scores, None, n, k, counts[name])
             self._put(name, module, weight, kept)
 
-    def _put(self, name: str, module: nn.Module, weight: Tensor, places: Tensor) -> None:
+    def _put(self, name: str, module: Layer, weight: Tensor, places: Tensor) -> None:
         """Give the layer these weights [N, K] at these places, and zeros elsewhere."""
         if isinstance(module, SparseLinear):
             set_pattern(module, places, self.optimizers)
@@ -134,14 +135,12 @@ class _Calibrated(Magnitude):
     def mask(self, name: str, weight: Tensor) -> Tensor:
         raise ValueError(f"{type(self).__name__}: needs the model and its inputs: use apply")
 
-    def _prune(
-        self, model: nn.Module, chosen: dict[str, nn.Module], counts: dict[str, int]
-    ) -> None:
+    def _prune(self, model: nn.Module, chosen: dict[str, Layer], counts: dict[str, int]) -> None:
         with _evaluating(model):
             for name, module in chosen.items():
                 self._prune_layer(name, module, counts[name], self._inputs(model, module, name))
 
-    def _inputs(self, model: nn.Module, module: nn.Module, name: str) -> list[Tensor]:
+    def _inputs(self, model: nn.Module, module: Layer, name: str) -> list[Tensor]:
         """x [M, K] of the layer, for each calibration batch. ValueError unless all are finite."""
         seen: list[Tensor] = []
 
@@ -165,7 +164,7 @@ class _Calibrated(Magnitude):
             raise ValueError(f"calibration: the inputs of {name} are not finite")
         return seen
 
-    def _prune_layer(self, name: str, module: nn.Module, count: int, inputs: list[Tensor]) -> None:
+    def _prune_layer(self, name: str, module: Layer, count: int, inputs: list[Tensor]) -> None:
         raise NotImplementedError
 
 
@@ -202,8 +201,8 @@ class Wanda(_Calibrated):
     a two-way mask, among its rows of blocks.
     """
 
-    def _prune_layer(self, name: str, module: nn.Module, count: int, inputs: list[Tensor]) -> None:
-        norms = sum(x.float().square().sum(0) for x in inputs).sqrt()  # [K]
+    def _prune_layer(self, name: str, module: Layer, count: int, inputs: list[Tensor]) -> None:
+        norms = _sum(x.float().square().sum(0) for x in inputs).sqrt()  # [K]
         _check_finite(name, norms)
         weight = _dense(module)
         scores = _scores(module, weight.abs().float() * norms)
@@ -215,9 +214,9 @@ class Wanda(_Calibrated):
 class SparseGPT(_Calibrated):
     """Optimal brain surgeon, a column at a time: the weights that stay change."""
 
-    def _prune_layer(self, name: str, module: nn.Module, count: int, inputs: list[Tensor]) -> None:
+    def _prune_layer(self, name: str, module: Layer, count: int, inputs: list[Tensor]) -> None:
         weight = _dense(module)
-        hessian = sum(x.float().t() @ x.float() for x in inputs)
+        hessian = _sum(x.float().t() @ x.float() for x in inputs)
         _check_finite(name, hessian)
         try:
             new, places = sparsegpt(weight, _stored(module), hessian, count, self._family)
@@ -282,19 +281,24 @@ def sparsegpt(
     return w.to(weight.dtype), kept.flatten().nonzero().flatten()
 
 
-def _dense(module: nn.Module) -> Tensor:
-    weight = module.weight.detach()
-    return weight.to_dense() if isinstance(module, SparseLinear) else weight
+def _sum(parts: Iterable[Tensor]) -> Tensor:
+    return functools.reduce(operator.add, parts)
 
 
-def _scores(module: nn.Module, scores: Tensor) -> Tensor:
+def _dense(module: Layer) -> Tensor:
+    if isinstance(module, SparseLinear):
+        return module.weight.detach().to_dense()
+    return module.weight.detach()
+
+
+def _scores(module: Layer, scores: Tensor) -> Tensor:
     """The scores [N, K], -inf where the layer stores nothing."""
     if not isinstance(module, SparseLinear):
         return scores
     return scores.masked_fill(~_stored(module), -torch.inf)
 
 
-def _stored(module: nn.Module) -> Tensor:
+def _stored(module: Layer) -> Tensor:
     """Where it stores weights: bool [N, K]."""
     if not isinstance(module, SparseLinear):
         return torch.ones_like(module.weight, dtype=torch.bool)

@@ -115,8 +115,8 @@ def check_optimizer_state(optimizer: Optimizer) -> None:
         for p in group["params"]:
             if p.ndim != 1:
                 continue
-            state = optimizer.state.get(p)
-            for key in ELEMENTWISE if state else ():
+            state = optimizer.state.get(p, {})
+            for key in ELEMENTWISE:
                 t = state.get(key)
                 if isinstance(t, Tensor) and t.numel() != 1 and t.shape != p.shape:
                     _refuse_state(key, t, p)

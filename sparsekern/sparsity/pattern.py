@@ -146,8 +146,9 @@ def _replaced(t: Tensor, follow: Callable[[Tensor], Tensor]) -> Tensor:
     """follow(t), cut into the same shards as t."""
     if not hasattr(t, "full_tensor"):
         return follow(t)
-    from torch.distributed.tensor import distribute_tensor
+    from torch.distributed.tensor import DTensor, distribute_tensor
 
+    assert isinstance(t, DTensor)
     moved = follow(t.full_tensor())
     if moved.shape != t.shape:
         raise NotImplementedError(
@@ -192,5 +193,5 @@ def check_same_on_all_ranks(layers: Mapping[str, SparseLinear]) -> None:
 def _crc(layer: SparseLinear) -> int:
     crc = 0
     for t in (layer.row_offsets, layer.col_indices):
-        crc = zlib.crc32(t.cpu().numpy(), crc)
+        crc = zlib.crc32(t.cpu().numpy().data, crc)
     return crc

@@ -18,6 +18,7 @@ EXAMPLE = "{type: cubic, init: 0.0, final: 0.75, steps: 1000}"
 MAX_CHECKED = 100_000  # update steps of a run that are looked at before it begins
 
 
+@dataclass(frozen=True)
 class _OfNumbers:
     """The fields of a schedule are finite numbers."""
 
@@ -189,9 +190,10 @@ class Every:
 
     def __call__(self, step: int) -> bool:
         # Arithmetic that dynamo can trace, where it sees the step of an optimizer.
-        if step < self.start or (self.stop is not None and step >= self.stop):
+        start = self.start or 0
+        if step < start or (self.stop is not None and step >= self.stop):
             return False
-        return (step - self.start) % self.freq == 0
+        return (step - start) % self.freq == 0
 
     def through(self, step: int) -> int:
         """The number of update steps from 0 to `step`."""
@@ -202,8 +204,8 @@ class Every:
         return [step for step in self._until(steps + 1)[:MAX_CHECKED] if step]
 
     def _until(self, end: int) -> range:
-        stop = end if self.stop is None else min(end, self.stop)
-        return range(self.start, max(stop, self.start), self.freq)
+        start, stop = self.start or 0, end if self.stop is None else min(end, self.stop)
+        return range(start, max(stop, start), self.freq)
 
 
 @dataclass(frozen=True)

@@ -164,7 +164,7 @@ class _Tables:
 
     rows: tuple[Tensor, Tensor]  # int64 [6, 50] each: the masks of the two rows, indices into ROWS
     bits: Tensor  # int64 [6, 50]: both together
-    pairs: list[tuple[Tensor, Tensor]]  # for each of 0 to 8 places: counts that fit
+    pairs: list[tuple[Tensor, ...]]  # two for each of 0 to 8 places: counts that fit
 
 
 @functools.cache
@@ -196,11 +196,9 @@ def _row_masks(worth: Tensor) -> list[Tensor]:
 
 def _half(first: Tensor, second: Tensor) -> Tensor:
     """What the best masks of two rows are worth for each of the column counts: [50, blocks]."""
-    best = None
-    for a, b in zip(*_tables(first.device).rows, strict=True):
-        masks = first.index_select(0, a).add_(second.index_select(0, b))
-        best = masks if best is None else torch.maximum(best, masks, out=best)
-    return best
+    of_masks = zip(*_tables(first.device).rows, strict=True)
+    sums = (first.index_select(0, a).add_(second.index_select(0, b)) for a, b in of_masks)
+    return functools.reduce(lambda best, masks: torch.maximum(best, masks, out=best), sums)
 
 
 def _half_bits(first: Tensor, second: Tensor, counts: Tensor) -> Tensor:
@@ -228,11 +226,12 @@ def _best_bits(worth: Tensor, places: Tensor) -> Tensor:
     for number, (i, j) in enumerate(pairs[1:], 1):
         for blocks in (places == number).nonzero().flatten().split(_together(worth)):
             rows = _row_masks(worth[:, blocks])
-            upper, lower = _half(*rows[:2]), _half(*rows[2:])
+            first, second, third, fourth = rows
+            upper, lower = _half(first, second), _half(third, fourth)
             sums = upper.index_select(0, i).add_(lower.index_select(0, j))
             best = sums.max(0).indices
-            below = _half_bits(*rows[2:], j[best]) << 8
-            bits[blocks] = _half_bits(*rows[:2], i[best]) | below
+            below = _half_bits(third, fourth, j[best]) << 8
+            bits[blocks] = _half_bits(first, second, i[best]) | below
     return bits
 
 
@@ -270,7 +269,7 @@ def random_mask(n: int, k: int, count: int, rng: np.random.PCG64) -> Tensor:
     bands, cols = -(-n // 4), -(-k // 4)
     index = np.arange(bands * cols).reshape(bands, cols)
     sizes = block_sizes(n, k)
-    kinds = sorted(sizes, key=sizes.get, reverse=True)
+    kinds = sorted(sizes, key=sizes.__getitem__, reverse=True)
     masks = [_masks_within(*size) for size in kinds]
     blocks = [index[_run(bands, n, r)][:, _run(cols, k, c)].ravel() for r, c in kinds]
     numbers = _numbers(masks, [len(b) for b in blocks], count, rng)

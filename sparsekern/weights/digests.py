@@ -20,7 +20,7 @@ MANY_BYTES = 2**20  # worth the start of threads
 def digest(t: Tensor) -> str:
     flat = t.detach().cpu().contiguous().reshape(-1).view(torch.uint8)
     found = hashlib.sha256(f"{t.dtype} {tuple(t.shape)}".encode())
-    found.update(flat.numpy())  # without the interpreter's lock
+    found.update(flat.numpy().data)  # without the interpreter's lock
     return found.hexdigest()
 
 

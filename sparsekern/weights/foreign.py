@@ -80,15 +80,18 @@ def from_zeros(
             )
     result: Weights = {}
     for name, t in weights.items():
-        is_matrix = isinstance(t, Tensor) and t.ndim == 2 and t.is_floating_point()
-        wanted = name in chosen if chosen is not None else is_matrix and _is_pruned(t)
-        is_asked = is_matrix and (chosen is None or name in chosen)
+        result[name] = t
+        if not (isinstance(t, Tensor) and t.ndim == 2 and t.is_floating_point()):
+            continue
+        wanted = name in chosen if chosen is not None else _is_pruned(t)
+        is_asked = chosen is None or name in chosen
         if is_asked and (count := int(t.isnan().sum())):
             raise ValueError(
                 f"weights: {name}: expected numbers, {count} of {t.numel()} are NaN; where NaN "
                 "marks pruned weights, give nan_to_num(0) of it"
             )
-        result[name] = SparseTensor.from_dense(t.detach()) if is_matrix and wanted else t
+        if wanted:
+            result[name] = SparseTensor.from_dense(t.detach())
     return result
 
 

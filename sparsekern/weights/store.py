@@ -93,14 +93,14 @@ def save_weights(weights: nn.Module | Weights, path: str | Path, **metadata: obj
     }
     header["digest"] = digest_of_json(header)
     about = {"format": "pt", "sparsekern": json.dumps(header)}
-    with atomic_path(Path(path)) as part:
+    with atomic_path(Path(path)) as file:
         try:
-            save_file(tensors, part, about)
+            save_file(tensors, file, about)
         except safetensors.SafetensorError as error:
             code = re.search(r"os error (\d+)", str(error))
             number = int(code[1]) if code else errno.EIO
             raise OSError(number, os.strerror(number), str(path)) from error
-        _sort_metadata(part)
+        _sort_metadata(file)
 
 
 def _as_json(metadata: dict) -> dict:
@@ -147,11 +147,11 @@ def load_weights(path: str | Path) -> Weights:
         raise ValueError(f"weights: {path}: {name} is damaged, it does not have its digest")
     weights: Weights = {}
     for name, about in header["sparse"].items():
-        parts = [tensors.pop(f"{name}.{part}", None) for part in PARTS]
-        if any(part is None for part in parts):
+        rows, cols, values = (tensors.pop(f"{name}.{part}", None) for part in PARTS)
+        if rows is None or cols is None or values is None:
             raise ValueError(f"weights: {path} lacks a part of {name}")
         try:
-            weights[name] = SparseTensor(*parts, about["shape"])
+            weights[name] = SparseTensor(rows, cols, values, about["shape"])
         except (TypeError, ValueError) as error:
             raise ValueError(f"weights: {path}: {name}: {error}") from error
     if twice := sorted(weights.keys() & tensors.keys()):
@@ -274,7 +274,7 @@ def set_weights_(model: nn.Module, weights: Weights) -> nn.Module:
         return None
 
     model = replace_modules(model, replace)
-    state = {}
+    state: dict[str, Tensor] = {}
     for name, t in weights.items():
         if isinstance(t, SparseTensor):
             parts = (t.row_offsets, t.col_indices, t.values.detach())
@@ -294,7 +294,7 @@ def _tied(model: nn.Module, weights: Weights) -> Weights:
     names: dict[int, list[str]] = {}
     for name, parameter in model.named_parameters(remove_duplicate=False):
         names.setdefault(id(parameter), []).append(name)
-    added = {}
+    added: Weights = {}
     for group in names.values():
         if there := [name for name in group if name in weights]:
             for name in there[1:]:

@@ -1,4 +1,5 @@
-"""The event-level mesh: by hand, by its rules, and beside the closed form."""
+"""The event-level mesh: by hand, by its rules, and beside the closed form (many more products of
+the two are V28, in test_wafer_validate.py)."""
 
 from dataclasses import replace
 
@@ -9,7 +10,7 @@ from sparsekern.wafer.balance import Mask
 from sparsekern.wafer.inference import reduce_cycles
 from sparsekern.wafer.machine import WSE2
 from sparsekern.wafer.mesh import Mesh, mesh_cycles
-from sparsekern.wafer.validation.mesh import GRID, MEAN, WORST, masks, mesh_errors
+from sparsekern.wafer.validation.mesh import GRID, masks
 from sparsekern.wafer.validation.simulator import simulate_chain_cycles, simulate_cycles
 
 FULL = Mask.from_dense(np.ones((6, 8), dtype=bool))
@@ -61,11 +62,6 @@ def test_an_empty_mask_still_sends_its_sums():
     mesh = Mesh(2, 4, axpy_cycles=5, add_cycles=1, send_cycles=3, window=4)
     empty = Mask.from_dense(np.zeros((10, 8), dtype=bool))
     assert simulate_cycles(mesh, empty) == pytest.approx(10 * 3, abs=25)
-
-
-def test_the_closed_form_matches_the_mesh():
-    for label, errors in mesh_errors().items():
-        assert sum(errors) / len(errors) <= MEAN and max(errors) <= WORST, label
 
 
 def test_the_closed_form_matches_where_nothing_is_sparse():

@@ -3,7 +3,7 @@
 A test with the fixture `emulated_cuda` calls the functions of sparsekern.kernels.cuda with
 tensors on the CPU:
 
-    from emulated_cuda import emulated_cuda  # noqa: F401
+    from emulated_cuda import emulated_cuda, emulator  # noqa: F401
 
     @pytest.mark.usefixtures("emulated_cuda")
 """
@@ -14,13 +14,13 @@ import shlex
 import shutil
 import subprocess
 import sys
-import tempfile
 from concurrent.futures import ThreadPoolExecutor
 from functools import cache
 from pathlib import Path
 
 import pytest
 import torch
+from filelock import FileLock
 
 from sparsekern.kernels.cuda import library as cuda_library
 from sparsekern.kernels.cuda.library import Launcher
@@ -29,17 +29,27 @@ EMULATOR = Path(__file__).parents[2] / "cuda"
 SOURCES = Path(__file__).parents[3] / "csrc" / "cuda"
 FLAGS = "-std=c++17 -O1 -fPIC -fno-strict-aliasing -ffp-contract=off".split()
 AS_CUDA = "-Wno-unknown-pragmas -include emulated.h -x c++".split()
-_folder = tempfile.TemporaryDirectory(prefix="sparsekern-emulated-")  # until the tests end
 
 
-@cache
-def library() -> Path:
-    """All kernels, and those of faults.cu, compiled for the CPU; once in a session."""
+@pytest.fixture(scope="session")
+def emulator(tmp_path_factory) -> Path:
+    """All kernels, and those of faults.cu, compiled for the CPU, by the first of pytest's processes
+    that comes here."""
     compiler = shlex.split(os.environ.get("CXX", "g++"))
     if sys.platform != "linux" or shutil.which(compiler[0]) is None:
         pytest.skip(f"the emulator needs Linux and a C++ compiler, here {compiler[0]}")
+    folder = tmp_path_factory.getbasetemp()
+    if "PYTEST_XDIST_WORKER" in os.environ:
+        folder = folder.parent
+    path = folder / "emulated.so"
+    with FileLock(f"{path}.lock"):
+        if not path.exists():
+            compile_emulator(compiler, path)
+    return path
+
+
+def compile_emulator(compiler: list[str], path: Path) -> None:
     kernels = [path for path in SOURCES.glob("*.cu") if "__global__" in path.read_text()]
-    folder = Path(_folder.name)
 
     def build(source: Path) -> str:
         options = [*FLAGS, f"-I{EMULATOR}", f"-I{SOURCES}"]
@@ -47,16 +57,16 @@ def library() -> Path:
             options += AS_CUDA
         else:
             options += ["-O2"]
-        target = str(folder / f"{source.stem}.o")
+        target = str(path.with_name(f"{source.stem}.o"))
         run([*compiler, *options, "-c", str(source), "-o", target])
         return target
 
     with ThreadPoolExecutor() as pool:
         sources = [*kernels, EMULATOR / "faults.cu", EMULATOR / "emulated.cpp"]
         objects = list(pool.map(build, sources))
-    path = folder / "emulated.so"
-    run([*compiler, "-shared", *objects, "-o", str(path)])
-    return path
+    # The name says that it is whole.
+    run([*compiler, "-shared", *objects, "-o", f"{path}.part"])
+    Path(f"{path}.part").rename(path)
 
 
 def run(command: list[str]) -> None:
@@ -68,8 +78,8 @@ def run(command: list[str]) -> None:
 class EmulatedRoute:
     """What LibraryRoute is for a GPU; an error of a kernel is a RuntimeError."""
 
-    def __init__(self):
-        self._library = ctypes.CDLL(str(library()))
+    def __init__(self, path: Path):
+        self._library = ctypes.CDLL(str(path))
         self._library.emu_launch.argtypes = (
             ctypes.c_char_p,
             *(ctypes.c_uint,) * 4,
@@ -106,9 +116,9 @@ class EmulatedRoute:
 
 
 @pytest.fixture
-def emulated_cuda(monkeypatch):
+def emulated_cuda(emulator, monkeypatch):
     """Launches for CPU tensors, whose device has no index, are emulated."""
-    route = EmulatedRoute()
+    route = EmulatedRoute(emulator)
     monkeypatch.setattr(cuda_library, "function", cache(route.launcher))
     monkeypatch.setattr(cuda_library, "current_stream", lambda device: 0)
     monkeypatch.setattr(torch.cuda, "current_device", lambda: None)

@@ -6,7 +6,6 @@ import shutil
 import subprocess
 import sys
 import threading
-import time
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -15,6 +14,7 @@ import torch
 
 from sparsekern.kernels.cuda import library as cuda_library
 from sparsekern.kernels.cuda.library import LibraryRoute, NvrtcRoute, arch_of, source_of
+from sparsekern.testing import interleaved_times
 
 ROOT = Path(__file__).parents[3]
 SOURCES = ROOT / "csrc" / "cuda"
@@ -345,15 +345,14 @@ def test_an_unknown_kernel_is_named(gpu_route):
 
 
 @pytest.mark.gpu
-def test_a_launch_takes_a_few_microseconds(gpu_route):
+def test_a_launch_takes_no_longer_than_three_of_torch(gpu_route):
+    """The fastest of many, in turn: a ratio, so that it holds on any machine."""
     launch = gpu_route.launcher("sk_toy_f32", 0)
     check_toy(launch)
-    x, stream, best = torch.zeros(256, device=0), cuda_library.current_stream(0), float("inf")
-    for _ in range(20):
-        torch.cuda.synchronize()
-        began = time.perf_counter()
-        for _ in range(100):
-            launch((1, 1), 256, 1024, stream, x.data_ptr(), x.data_ptr(), 0, 256)
-        best = min(best, (time.perf_counter() - began) / 100)
-    print(f"{1e6 * best:.2f} us for one launch")
-    assert best < 20e-6  # our own share is under 2 us; the rest is CUDA's
+    x, stream = torch.zeros(256, device=0), cuda_library.current_stream(0)
+
+    def ours():
+        launch((1, 1), 256, 1024, stream, x.data_ptr(), x.data_ptr(), 0, 256)
+
+    seconds = interleaved_times({"ours": ours, "torch": lambda: x.add_(0)}, rounds=40)
+    assert min(seconds["ours"]) < 3 * min(seconds["torch"])

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from emulated_cuda import emulated_cuda  # noqa: F401
+from emulated_cuda import emulated_cuda, emulator  # noqa: F401
 
 from sparsekern import SparseTensor
 from sparsekern.kernels.cuda import bitmap as bitmaps

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from emulated_cuda import emulated_cuda  # noqa: F401
+from emulated_cuda import emulated_cuda, emulator  # noqa: F401
 from infinities import check_stored
 from torch import nn
 

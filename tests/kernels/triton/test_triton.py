@@ -26,10 +26,12 @@ PROBLEM = Problem("spmm", "cuda", torch.bfloat16, M=16, N=12288, K=12288, nnz=30
 
 @installed
 @pytest.mark.slow
-def test_interpreted():
-    """triton_interpreted.py, in a process of its own."""
+@pytest.mark.parametrize("part", ["products and float32", "products and float16", "not products"])
+def test_interpreted(part):
+    """triton_interpreted.py, in processes of their own, each with a third of the work."""
     file = Path(__file__).with_name("triton_interpreted.py")
     command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", str(file)]
+    command += ["-k", part]
     subprocess.run(command, env={**os.environ, "TRITON_INTERPRET": "1"}, check=True)
 
 
