@@ -11,6 +11,7 @@ from tables import most_often_best
 from sparsekern.bench.gpt_gpu import CAPTURED, COMPILED, EAGER, TWO_WAY
 from sparsekern.bench.measure_gpu import SHAPES
 from sparsekern.bench.products_gpu import NAME
+from sparsekern.bench.rates import case_name
 from sparsekern.bench.records import DENSE, OURS, groups, select
 from sparsekern.terminal import table
 
@@ -180,8 +181,7 @@ def triton(cells: list[dict]) -> str:
 def failures(cells: list[dict]) -> list[str]:
     """One line for each of ours that failed or was wrong."""
     return [
-        f"{c['mask']} {c['N']}x{c['K']} M={c['M']} {c['sparsity']:.0%} {name}: "
-        + (way.get("failed") or f"error {way['error']:.1e}")
+        f"{case_name(c)} {name}: " + (way.get("failed") or f"error {way['error']:.1e}")
         for c in cells
         for name, way in c["ways"].items()
         if way["kind"] == OURS and not way["is_right"]
@@ -208,17 +208,18 @@ def steps(cells: list[dict]) -> str:
             for form in (EAGER, COMPILED, CAPTURED)
             if (way := ways.get(NAME + form))
         ]
-        best = ways[cell["ours"]]
-        lines.append(
-            [
-                f"{cell['model']}, {cell['layers']} layers, {cell['M']} tokens",
-                f"{cell['sparsity']:.0%} {'two-way' if cell['mask'] == TWO_WAY else 'free'}",
-                f"{ms(ways[cell['best_dense']]):.2f}",
-                f"{ms(best):.2f}",
-                f"{cell['speedup']:.3f}",
-                ", ".join(ratios),
-                best["kernel"],
-            ]
-        )
+        best_dense = min((way for way in ways.values() if way["kind"] == DENSE), key=ms)
+        labels = [
+            f"{cell['model']}, {cell['layers']} layers, {cell['M']} tokens",
+            f"{cell['sparsity']:.0%} {'two-way' if cell['mask'] == TWO_WAY else 'free'}",
+            f"{ms(best_dense):.2f}",
+        ]
+        if "ours" in cell:
+            best = ways[cell["ours"]]
+            found = [f"{ms(best):.2f}", f"{cell['speedup']:.3f}", ", ".join(ratios)]
+            lines.append([*labels, *found, best["kernel"]])
+        else:
+            failed = next(way["failed"] for way in ways.values() if way["kind"] == OURS)
+            lines.append([*labels, "failed", "", failed.partition(":")[0], ""])
     header = ["model", "mask", "dense ms", "ours ms", "times dense", "form by form", "kernels"]
     return table(header, lines, left=2)

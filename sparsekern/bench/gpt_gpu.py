@@ -6,6 +6,7 @@ work is done, and as the weights stay, so does the exact gradient that every ste
 """
 
 import copy
+import gc
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from functools import partial
@@ -83,7 +84,11 @@ def training_steps(step: Step, clock: Clock, device: torch.device) -> Iterator[d
         failed_here = dict(failed)
         found = dense + _runners(NAME, OURS, model, batch, step.forms, clock, failed_here)
         ways = race(found, exact, tolerance, clock, ROUNDS) | failed_here
-        yield _cell(step, mask, sparsity, model, ways)
+        cell = _cell(step, mask, sparsity, model, ways)
+        del model, found  # and with them the memory of a graph, before the next one is made
+        gc.collect()
+        torch.cuda.empty_cache()
+        yield cell
 
 
 def _runners(

@@ -97,7 +97,7 @@ def speedups(curves: dict[str, Curve], floor: str = "dense is faster", ylabel: s
     _times_axis(panel.yaxis, limits)
     panel.grid(alpha=0.3)
     panel.axhspan(limits[0], 1, color="0.94")
-    panel.axhline(1, color="black", linewidth=1.2)
+    panel.axhline(1, color="black", linewidth=1.2, zorder=1)
     corner = {"transform": panel.transAxes, "va": "bottom", "fontsize": 9}
     panel.text(0.02, 0.01, floor, color=GREY, **corner)
     if ylabel == "times dense":
