@@ -146,9 +146,7 @@ def plot() -> "Figure":
     figure = plots.speedups(
         {label: {s: t for s, t in curve if low <= s <= high} for label, curve in found.items()}
     )
-    figure.axes[0].set_title(
-        "CPUs gain most, GPU training breaks even", loc="left", fontsize=11
-    )
+    figure.axes[0].set_title("CPUs gain most, GPU training breaks even", loc="left", fontsize=11)
     return figure
 
 

@@ -9,7 +9,7 @@ from .. import sparsity as algorithms
 from ..sparsity import Algorithm, Group
 from .checkpoint import CHECKPOINT, about, checkpoint_file, load_checkpoint
 from .distributed import check_device
-from .flags import TrainFlags
+from .flags import FAMILIES, TrainFlags
 from .model import GPTConfig
 
 # Of a pattern that changes during training: shares of all steps, as published configs have them.
@@ -31,7 +31,7 @@ AT_LEAST_ONE = (
 )
 MOST_SEED = 2**63 - 1
 MOST_THREADS = 1024  # of many more a process dies without a word
-OF_SPARSITY = ("algorithm", "init_method", "distribution")  # nothing without a sparsity
+OF_SPARSITY = ("algorithm", "init_method", "distribution", "family")  # nothing without a sparsity
 
 
 def check_method(algorithm: object) -> None:
@@ -126,6 +126,8 @@ class TrainConfig(TrainFlags):
             "sparsity": self.sparsity,
             "distribution": self.distribution,
         }
+        if self.family != FAMILIES[0]:
+            settings["family"] = self.family
         if self.algorithm == "magnitude" or self.distribution == "global":
             settings["init_method"] = "magnitude"
         else:

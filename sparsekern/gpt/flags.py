@@ -5,6 +5,7 @@ from dataclasses import dataclass, field
 TOKENIZERS = ("bytes", "bpe")
 PARALLEL = ("none", "ddp", "fsdp")
 PRUNE_METHODS = ("magnitude", "wanda", "sparsegpt")
+FAMILIES = ("unstructured", "two-way")
 PRESET_NAMES = ("gpt2-small", "gpt3-xl", "gpt3-6.7b", "llama-like")
 
 
@@ -29,6 +30,11 @@ class TrainFlags:
     )
     distribution: str = flag(
         "uniform", "of the zeros over the layers", choices=("uniform", "erk", "global")
+    )
+    family: str = flag(
+        "unstructured",
+        "of masks: any, or at most 2 of 4 neighbours along both axes",
+        choices=FAMILIES,
     )
     sparsity_config: str = flag("", "YAML or JSON file with a `sparsity` block, for all the rest")
     init_from: str = flag("", "start from the weights of this run (its folder or checkpoint.pt)")
@@ -66,6 +72,7 @@ class PruneFlags:
     targets: str = flag("", "sparsities after each round, as 0.5,0.75, in place of the last two")
     method: str = flag("magnitude", "how weights are chosen", choices=PRUNE_METHODS)
     distribution: str = flag("uniform", "over the layers", choices=("uniform", "erk", "global"))
+    family: str = flag("unstructured", "of masks, as of train", choices=FAMILIES)
     lr: float = flag(2e-4, "highest learning rate of each round")
     rewind: str = flag("", "after pruning, weights go back to those of this dense run")
     calibration: int = flag(4, "batches of training text for wanda and sparsegpt")

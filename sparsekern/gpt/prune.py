@@ -13,16 +13,18 @@ from torch import Tensor, nn
 from ..files import atomic_write
 from ..nn import SparseLinear, densify_
 from ..sparsity import Magnitude, SparseGPT, Wanda
+from ..sparsity.families import TwoWay
 from ..sparsity.gradual import round_sparsity
 from ..sparsity.pattern import places_of
 from ..terminal import Progress
 from .checkpoint import CHECKPOINT, checkpoint_file, load_checkpoint, save_checkpoint
 from .config import FROM_SOURCE, TrainConfig, saved_config
-from .flags import PRUNE_METHODS, PruneFlags
+from .flags import FAMILIES, PRUNE_METHODS, PruneFlags
 from .flops import flop_ratio
 from .run import Run
 from .start import begin
 
+LEAST_TWO_WAY = 1 - TwoWay.densest
 METHODS = dict(zip(PRUNE_METHODS, (Magnitude, Wanda, SparseGPT), strict=True))
 TABLE = "prune.json"
 FROM_RUN = ("data", "batch", "threads", "device", "dtype", "eval_batches")
@@ -51,6 +53,11 @@ class PruneConfig(PruneFlags):
         bounds = [0.0, *self.sparsities(), 1.0]
         if any(b <= a for a, b in zip(bounds, bounds[1:], strict=False)):
             raise ValueError(f"targets: expected to rise between 0 and 1, got {self.targets}")
+        if self.family != FAMILIES[0] and bounds[1] < LEAST_TWO_WAY:
+            raise ValueError(
+                f"family: {self.family} masks have {LEAST_TWO_WAY} zeros or more, got a round to "
+                f"{bounds[1]:.3g}: give fewer rounds, or targets"
+            )
 
     def sparsities(self) -> list[float]:
         """After each round."""
@@ -170,7 +177,7 @@ def _recovery(config: PruneConfig, source: TrainConfig, index: int, steps: int =
 
 
 def _prune(run: Run, config: PruneConfig, target: float, early: dict[str, Tensor] | None) -> None:
-    settings: dict = {"distribution": config.distribution}
+    settings: dict = {"distribution": config.distribution, "family": config.family}
     if config.method != "magnitude":
         # Training text, of steps that no round comes to.
         batches = (run.training.get(2**30 + i)[0] for i in range(config.calibration))

@@ -21,6 +21,7 @@ from sparsekern.gpt.prune import PruneConfig, prune
 from sparsekern.gpt.start import begin
 from sparsekern.gpt.step import compute_gradients
 from sparsekern.sparsity.pattern import places_of
+from sparsekern.two_way import is_two_way
 
 OTHER = "".join(f"Take {i} down and pass it around, no more of {i}!\n" for i in range(99))
 
@@ -190,6 +191,16 @@ def test_algorithms_by_flags(tiny, algorithm):
         assert static < result["flops"] < 20 * 4 * 16 * flops.train_flops_per_token(c)
 
 
+@pytest.mark.parametrize("algorithm", ["static", "gmp", "rigl", "magnitude"])
+def test_two_way_masks_by_flags(tiny, algorithm):
+    config = replace(tiny, sparsity=0.75, algorithm=algorithm, family="two-way")
+    train.train(config)
+    model, _ = load_model(Path(config.out) / CHECKPOINT)
+    for layer in model.modules():
+        if isinstance(layer, SparseLinear):
+            assert is_two_way(layer.row_offsets, layer.col_indices, layer.in_features)
+
+
 def test_a_pattern_survives_its_checkpoint(tiny):
     train.train(replace(tiny, sparsity=0.75, algorithm="rigl"))
     model, _ = load_model(Path(tiny.out) / CHECKPOINT)
@@ -352,10 +363,14 @@ def test_a_stopped_pruning_continues_with_its_next_round(dense_run, tmp_path, mo
         prune(replace(broken, target=0.9))
 
 
-@pytest.mark.parametrize("method", ["wanda", "sparsegpt"])
-def test_pruning_with_calibration_text(dense_run, tmp_path, method):
+@pytest.mark.parametrize(
+    "settings",
+    [{"method": "wanda"}, {"method": "sparsegpt"}, {"family": "two-way"}],
+    ids=lambda settings: "-".join(settings.values()),
+)
+def test_pruning_round_by_round(dense_run, tmp_path, settings):
     config = PruneConfig(
-        dense_run.out, steps=4, targets="0.5,0.75", method=method, out=str(tmp_path / "pruned")
+        dense_run.out, steps=4, targets="0.5,0.75", out=str(tmp_path / "pruned"), **settings
     )
     rows = prune(config)
     assert [row["sparsity"] for row in rows] == pytest.approx([0, 0.5, 0.75], abs=1e-3)
@@ -386,6 +401,10 @@ def test_rewinding(dense_run, tmp_path):
         ({"targets": "half"}, "targets: expected numbers as in"),
         ({"method": "luck"}, "method: expected one of magnitude"),
         ({"method": "sparsegpt", "rewind": "x"}, "rewind: sparsegpt corrects"),
+        (
+            {"family": "two-way"},
+            "family: two-way masks have 0.5 zeros or more, got a round to 0.366",
+        ),
     ],
 )
 def test_pruning_mistakes(settings, message):
