@@ -1,13 +1,14 @@
 """Which of cuSPARSELt's algorithms multiplies a shape the fastest on this GPU.
 
 The library numbers them, and its own choice is not the fastest. So the first product of a shape
-times all of them on random numbers, and keeps the fastest that gives the right result, the same one
-each time: some numbers of some versions do not (pytorch/pytorch#155333). What was chosen stands in
-the user's cache folder, by GPU and version.
+times some of them on random numbers, and keeps the fastest that gives the right result, the same
+one each time: some of some versions do not (pytorch/pytorch#155333). What was chosen stands in the
+user's cache folder, by GPU and version.
 """
 
 import json
 import statistics
+import warnings
 from collections.abc import Callable
 from contextlib import suppress
 from functools import cache
@@ -20,6 +21,7 @@ from .cusparselt import Error, Plan, library
 
 RUNS, FINAL_RUNS, REPEATED = 3, 9, 20
 FINALISTS = 3
+NONE_RIGHT = -1
 # Those that were the fastest of some shape on an H100 or H200, by versions 0.8.0 and 0.8.1. Others
 # are not tried: of those for float16 one ended in an illegal instruction.
 CANDIDATES = (8, 11, 12, 15, 16, 17, 20)
@@ -46,9 +48,9 @@ def algorithm_of(
     device: int,
     make: Callable[[], tuple[Tensor, Tensor]],
 ) -> int | None:
-    """The algorithm for x [m, k] and W [n, k]. make(): an operand with random values and W itself.
-    While a CUDA graph is captured nothing is timed, and the library chooses (None) where nothing is
-    known."""
+    """The algorithm for x [m, k] and W [n, k], or NONE_RIGHT. make(): an operand with random values
+    and W itself. While a CUDA graph is captured nothing is timed, and the library chooses (None)
+    where nothing is known."""
     # Neighbouring numbers of tokens share one, or a served model would time each prompt.
     key = f"{n} {k} {1 << (m - 1).bit_length()}"
     chosen = _chosen(device)
@@ -62,7 +64,7 @@ def algorithm_of(
 
 
 def fastest(m: int, device: int, operand: Tensor, w: Tensor) -> int:
-    """The fastest algorithm that is right. RuntimeError if none is."""
+    """The fastest algorithm that is right; NONE_RIGHT, and a warning, if none is."""
     n, k = w.shape
     x = torch.randn(m, k, generator=torch.Generator(w.device).manual_seed(0), device=w.device)
     x = x.to(w.dtype)
@@ -84,7 +86,12 @@ def fastest(m: int, device: int, operand: Tensor, w: Tensor) -> int:
         if all(torch.equal(plan.multiply(operand, x), y) for _ in range(REPEATED)):
             finals.append((_seconds(plan, operand, x, FINAL_RUNS), algorithm))
     if not finals:
-        raise RuntimeError(f"cuSPARSELt: no algorithm multiplies [{m}, {k}] and [{n}, {k}] right")
+        warnings.warn(
+            f"cuSPARSELt: no algorithm multiplies [{m}, {k}] and [{n}, {k}] right: W is written "
+            "out for such products",
+            stacklevel=2,
+        )
+        return NONE_RIGHT
     return min(finals)[1]
 
 

@@ -24,11 +24,10 @@ from torch import Tensor
 from ..derived import derived
 from ..problem import Kernel, Problem
 from . import bitmap as bitmaps
-from . import cusparselt
+from . import cusparselt, expand
 from . import library as cuda_library
-from .algorithms import algorithm_of
+from .algorithms import NONE_RIGHT, algorithm_of
 from .bitmap import Bitmap
-from .expand import mend
 
 LEAST_TOKENS, LEAST_SIZE = 1024, 1024  # below, W written out is as fast
 MULTIPLE_OF_TOKENS, MULTIPLE = 8, 16  # what cuSPARSELt takes: of M, and of N and K
@@ -107,8 +106,10 @@ def _product(op, row_offsets, col_indices, values, n, k, x, bias=None) -> Tensor
         return _operand(op, pattern, some, n, k), w if op == "spmm" else w.t()
 
     algorithm = algorithm_of(outputs, inputs, x.shape[0], x.device.index, random)
+    if algorithm == NONE_RIGHT:
+        return (expand.spmm if op == "spmm" else expand.spmm_t)(*weight, x, bias)
     y = cusparselt.multiply(_operand(op, pattern, values, n, k), x, outputs, bias, algorithm)
-    return mend(op, *weight, x, bias, y, pattern.sides[op].checked)
+    return expand.mend(op, *weight, x, bias, y, pattern.sides[op].checked)
 
 
 def _operand(op: str, pattern: _TwoOfFour, values: Tensor, n: int, k: int) -> Tensor:
@@ -149,6 +150,11 @@ def _refuse_machine() -> str | None:
     major, minor = torch.cuda.get_device_capability()
     if (major, minor) != (9, 0):
         return f"it was tried with compute capability 9.0 alone, not {major}.{minor}"
+    if torch.cuda.is_current_stream_capturing():
+        raise RuntimeError(
+            "a CUDA graph cannot capture the first look at cuSPARSELt: call the product once "
+            "before the capture, as for any warm-up"
+        )
     if not _has_slots_in_rows():
         return f"cuSPARSELt {'.'.join(map(str, lib.version))} lays out its operands in another way"
     return None

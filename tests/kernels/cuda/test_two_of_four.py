@@ -7,8 +7,8 @@ from infinities import check_stored
 from torch import nn
 
 from sparsekern import SparseLinear, SparseTensor, explain, linear
+from sparsekern.kernels.cuda import algorithms, cusparselt, two_of_four
 from sparsekern.kernels.cuda import bitmap as bitmaps
-from sparsekern.kernels.cuda import cusparselt, two_of_four
 from sparsekern.testing import relative_error
 
 on_gpu = pytest.mark.gpu
@@ -64,6 +64,42 @@ def test_a_machine_without_the_library_says_so():
     x, W = torch.randn(8, 1024), SparseTensor.from_dense(mask.float(), mask)
     text = explain(x, W)
     assert "two_of_four" in text
+
+
+class FakePlan:
+    """Algorithm 8 is wrong, 11 takes no such shape, 12 changes from call to call, 15 is right."""
+
+    def __init__(self, n, k, m, device, algorithm=None):
+        self.algorithm, self.w, self.calls = algorithm, None, 0
+        if algorithm == 11:
+            raise cusparselt.Error("not supported")
+
+    def multiply(self, operand, x):
+        self.calls += 1
+        y = (x.float() @ operand.float().t()).bfloat16()
+        wrong = self.algorithm == 8 or (self.algorithm == 12 and self.calls == 9)
+        return y + 1 if wrong else y
+
+
+def test_an_algorithm_that_is_wrong_once_is_never_used(monkeypatch, recwarn):
+    monkeypatch.setattr(algorithms, "Plan", FakePlan)
+    monkeypatch.setattr(algorithms, "_seconds", lambda plan, *_: plan.algorithm)
+    w = torch.randn(32, 48).bfloat16()
+    monkeypatch.setattr(algorithms, "CANDIDATES", (8, 11, 12, 15, 16))
+    assert algorithms.fastest(16, 0, w, w) == 15
+    assert not recwarn.list
+    monkeypatch.setattr(algorithms, "CANDIDATES", (8, 11, 12))
+    with pytest.warns(UserWarning, match="no algorithm multiplies .* right: W is written out"):
+        assert algorithms.fastest(16, 0, w, w) == algorithms.NONE_RIGHT
+
+
+@pytest.mark.parametrize("op", ["spmm", "spmm_t"])
+def test_without_a_right_algorithm_w_is_written_out(op, monkeypatch):
+    monkeypatch.setattr(two_of_four, "_pattern", lambda *_: None)
+    monkeypatch.setattr(two_of_four, "algorithm_of", lambda *_: algorithms.NONE_RIGHT)
+    monkeypatch.setattr(two_of_four.expand, op, lambda *operands: operands)
+    operands = [torch.zeros(1)] * 3 + [1024, 2048, torch.zeros(1, 1), None]
+    assert getattr(two_of_four, op)(*operands) == tuple(operands)
 
 
 @on_gpu
