@@ -51,7 +51,7 @@ pytest: $(VENV)/.installed-test
 # In a copy of the tree whose _C fails to import, in subprocesses too. Kernels, `info` and bench ask
 # whether it is there, says test_imports.py; all else sees it through the products alone. The emulator
 # has the same kernels with and without it.
-TREE := *.md *.cff *.in *.txt *.toml LICENSE Makefile setup.py .clang-format bench csrc docs examples \
+TREE := *.md *.cff *.in *.txt *.toml *.py LICENSE Makefile .clang-format bench csrc docs examples \
   sparsekern tests tools
 WITHOUT_LIBRARY := tests/kernels tests/bench tests/nn tests/test_matmul.py tests/test_ops.py \
   tests/test_tensor.py tests/test_direct.py tests/test_forward_mode.py tests/test_cache_files.py \

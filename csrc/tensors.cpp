@@ -25,7 +25,7 @@ struct DLPackExchangeAPI {
   void* current_work_stream;
 };
 
-PyTypeObject* tensor_type;
+PyTypeObject *tensor_type, *parameter_type;
 const DLPackExchangeAPI* api;
 PyObject* storage_offset;  // the method's name
 
@@ -39,6 +39,11 @@ PyObject* read_tensors_of(PyObject*, PyObject* type) {
   if (PyErr_Occurred()) return nullptr;
   if (!PyType_Check(type) || !table || table->major != 1 || !table->read)
     return PyErr_Format(PyExc_AttributeError, "%R has no exchange API of DLPack 1", type);
+  PyObject* module = PyImport_ImportModule("torch.nn.parameter");
+  PyObject* parameter = module ? PyObject_GetAttrString(module, "Parameter") : nullptr;
+  Py_XDECREF(module);
+  if (!parameter) return nullptr;
+  parameter_type = reinterpret_cast<PyTypeObject*>(parameter);
   tensor_type = reinterpret_cast<PyTypeObject*>(Py_NewRef(type));
   api = table;
   Py_RETURN_NONE;
@@ -47,7 +52,9 @@ PyObject* read_tensors_of(PyObject*, PyObject* type) {
 // A tensor whose elements lie where a kernel reads them: contiguous, in memory that is there.
 struct Operand : DLTensor {
   bool read(PyObject* object) {
-    if (!PyObject_TypeCheck(object, tensor_type) || api->read(object, this) < 0) return false;
+    // A method of another subclass may be anything, and change what was read before.
+    if (Py_TYPE(object) != tensor_type && Py_TYPE(object) != parameter_type) return false;
+    if (api->read(object, this) < 0) return false;
     int64_t size = 1;
     for (int i = ndim; i-- > 0; size *= shape[i])
       if (shape[i] != 1 && strides[i] != size) return false;

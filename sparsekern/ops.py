@@ -142,7 +142,7 @@ def _gradients(op: str, row_offsets, col_indices, values, n, k, h, other) -> tup
         _is_grad_enabled()
         or forward_ad._current_level >= 0
         or in_functorch()
-        or not _is_direct(other, h, None)
+        or not _is_direct(other, h, values)
     ):
         return None
     try:

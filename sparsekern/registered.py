@@ -4,9 +4,12 @@ Each op is one opaque node for torch.compile and picks its kernel when it runs, 
 Python owns the schemas, so the package imports and traces without its libraries.
 """
 
+from types import NoneType
+
 import torch
 from torch import Tensor
 from torch.autograd import forward_ad
+from torch.nn import Parameter
 
 from .flop_formulas import register_when_imported
 from .kernels import observed
@@ -40,6 +43,9 @@ def run_product(op, row_offsets, col_indices, values, n, k, x, bias):
     width, outputs = (k, n) if op == "spmm" else (n, k)
     m = fitting_tokens(n, row_offsets, col_indices, values, bias, outputs, x, width)
     if m is None:  # something is wrong, or lies elsewhere than kernels read it
+        row_offsets, col_indices, values, x, bias = _plain(
+            row_offsets, col_indices, values, x, bias
+        )
         m, _ = check_product(op, row_offsets, col_indices, values, n, k, x, bias)
         check_memory(op, row_offsets=row_offsets, col_indices=col_indices, values=values, x=x)
         values, x = values.contiguous(), x.contiguous()
@@ -62,6 +68,9 @@ def run_gradients(op, row_offsets, col_indices, values, n, k, h, other):
     widths = (k, n) if op == "spmm" else (n, k)
     m = fitting_tokens(n, row_offsets, col_indices, values, None, 0, h, widths[0], other, widths[1])
     if m is None:
+        row_offsets, col_indices, values, h, other = _plain(
+            row_offsets, col_indices, values, h, other
+        )
         m, _ = check_gradients(op, row_offsets, col_indices, values, n, k, h, other)
         check_memory(op, row_offsets=row_offsets, col_indices=col_indices, values=values, h=h)
         check_memory(op, other=other)
@@ -81,6 +90,7 @@ def run_gradients(op, row_offsets, col_indices, values, n, k, h, other):
 def run_sddmm(row_offsets, col_indices, n, k, dy, x):
     m = fitting_tokens(n, row_offsets, col_indices, None, None, 0, dy, n, x, k)
     if m is None:
+        row_offsets, col_indices, dy, x = _plain(row_offsets, col_indices, dy, x)
         m, _ = check_sddmm(row_offsets, col_indices, n, k, dy, x)
         check_memory("sddmm", row_offsets=row_offsets, col_indices=col_indices, dy=dy, x=x)
         dy, x = dy.contiguous(), x.contiguous()
@@ -90,6 +100,15 @@ def run_sddmm(row_offsets, col_indices, n, k, dy, x):
     device, nnz = "cpu" if x.is_cpu else "cuda", col_indices.numel()
     run = pick(_new(Problem, ("sddmm", device, x.dtype, m, n, k, nnz, False))).run
     return run(row_offsets, col_indices, n, k, dy, x)
+
+
+def _plain(*operands: Tensor | None) -> list[Tensor | None]:
+    """Operands without the methods of a subclass, which could change one after it was checked."""
+    with torch._C.DisableTorchFunctionSubclass():
+        return [
+            t if type(t) in (Tensor, Parameter, NoneType) else Tensor.as_subclass(t, Tensor)
+            for t in operands
+        ]
 
 
 def _refuse_tangents(op: str, *tensors: Tensor | None) -> None:

@@ -236,3 +236,28 @@ def test_one_step_takes_no_more_than_the_checks(fits):
         for a in t.values():
             assert a is None or (a.is_contiguous() and a.data_ptr() and not a.storage_offset())
     assert taken > 100
+
+
+@pytest.mark.parametrize("op", ["spmm", "spmm_t"])
+def test_the_gradient_sees_a_negation_that_is_still_to_be_done(op):
+    W = SparseTensor.from_dense(torch.randn(8, 8))
+    values = W.values._neg_view().requires_grad_()
+    x = torch.randn(4, 8, requires_grad=True)
+    product = getattr(ops, op)
+    product(W.row_offsets, W.col_indices, values, 8, 8, x).sum().backward()
+    dense = -W.to_dense() if op == "spmm" else -W.to_dense().T
+    torch.testing.assert_close(x.grad, torch.ones(4, 8) @ dense)
+
+
+def test_a_subclass_cannot_change_an_operand_that_was_checked():
+    W, x = SparseTensor.from_dense(torch.randn(64, 512)), torch.randn(4, 512)
+
+    class Hostile(torch.Tensor):
+        def storage_offset(self):
+            x.set_(torch.zeros(1, 1))
+            return 0
+
+    bias = torch.zeros(64).as_subclass(Hostile)
+    y = torch.ops.sparsekern.spmm(W.row_offsets, W.col_indices, W.values, 64, 512, x, bias)
+    assert x.shape == (4, 512)
+    torch.testing.assert_close(y, x @ W.to_dense().T)
