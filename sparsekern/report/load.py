@@ -16,6 +16,7 @@ KINDS = {
     "products": PRODUCTS,
     "decode": CELLS,
     "crossover": CELLS,
+    "train": PRODUCTS,
     "generate": GENERATION,
     "experiments": EXPERIMENTS,
 }

@@ -10,7 +10,7 @@ from ..wafer.sweep import FULL_TOKENS
 from . import measured, plots
 from .curves import Curve, span
 from .load import GENERATION
-from .view import Panel, Section, View, is_of_a_gpu, main_step, steps
+from .view import STEP, Panel, Section, View, is_of_a_gpu, main_step, model_of, steps
 
 MODELS = {"demo": "demo's GPT"}
 
@@ -58,16 +58,17 @@ def training(view: View) -> Section | None:
     """Whole steps, optimizer included."""
     found: dict[str, Curve] = {}
     dense, files = [], []
-    for result in view.present(view.cpu.result, view.gpu):
+    for result in view.present(view.cpu.result, view.gpu_steps):
         for (model, threads), each in steps(result).items():
             where = f"{threads} thread{'s' * (threads > 1)}" if threads else "GPU"
             found[f"{MODELS.get(model, model)}, {where}"] = each
-            chosen = select(result.records, op="train_step", model=model, threads=threads)
+            chosen = select(result.records, op=STEP, threads=threads)
+            chosen = [r for r in chosen if model_of(r) == model]
             dense.append(f"{median(r['M'] / r['dense_s'] for r in chosen):,.0f}")
             files.append(result)
     if not found:
         return None
-    cpu, gpu = (main_step(r)[1] for r in (view.cpu.result, view.gpu))
+    cpu, gpu = (main_step(r)[1] for r in (view.cpu.result, view.gpu_steps))
     parts = [
         f"{span(each.values())} times dense on a {where}"
         for where, each in (("CPU", cpu), ("GPU", gpu))
@@ -163,7 +164,7 @@ def _arm(sparsity: float) -> str:
 def wafer_prediction(view: View) -> Section | None:
     """Whole training steps, measured here beside the model of a wafer."""
     panels = []
-    for result in view.present(view.cpu.result, view.gpu):
+    for result in view.present(view.cpu.result, view.gpu_steps):
         cases = select(result.records, op=wafer.STEP)
         if not cases:
             continue

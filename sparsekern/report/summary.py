@@ -21,7 +21,7 @@ def decode_curve(view: View, tokens: int) -> Curve:
 
 def picture(view: View) -> Panel | None:
     model, trained = main_step(view.cpu.result)
-    gpu_model, gpu_trained = main_step(view.gpu)
+    gpu_model, gpu_trained = main_step(view.gpu_steps)
     one = common(select(cpu_products(view), op="spmm", M=1))
     rows = {
         f"CPU, training step of {model}": trained,
@@ -37,7 +37,7 @@ def picture(view: View) -> Panel | None:
         points = {s: at[s] for s in SHOWN if s in at}
         if points:
             shown[name] = points
-    files = [r for r in (view.cpu.result, view.decode, view.gpu) if r]
+    files = [r for r in (view.cpu.result, view.decode, view.gpu_steps) if r]
     if not shown:
         return None
     title = "Where sparse weights win and where they lose"
@@ -100,10 +100,10 @@ def _losses(view: View):
         if min(many.values()) < 1:
             parts.append(f"{FEW} tokens on a GPU reach {span(many.values())} of dense speed")
             files.append(view.decode)
-    model, found = main_step(view.gpu)
-    if found and min(found.values()) < 1:
+    model, found = main_step(view.gpu_steps)
+    if found and round(min(found.values()), 2) < 1:
         parts.append(f"a training step of {model} on a GPU {span(found.values())}")
-        files.append(view.gpu)
+        files.append(view.gpu_steps)
     starts = [crossing(c) for c in cpu_curves(view).values()]
     late = [s for s in starts if s is not None and s > 0.5]
     if late:

@@ -11,6 +11,7 @@ from .nearest import Choice
 
 FEW = 64  # tokens of a product, at most, that count as few on a GPU
 MANY = 256  # tokens from which on a product counts as one of training
+STEP = "train_step"
 
 
 @dataclass
@@ -59,12 +60,18 @@ class View:
 
     @property
     def gpu(self) -> Result | None:
-        """Gradients and training steps on a GPU."""
-        return self.last(lambda r: _ops(r) - {"spmm", "generate"} and is_of_a_gpu(r))
+        """Gradients of products on a GPU."""
+        return self.last(lambda r: _ops(r) - {"spmm", "generate", STEP} and is_of_a_gpu(r))
+
+    @property
+    def gpu_steps(self) -> Result | None:
+        """Training steps of whole models on a GPU."""
+        return self.last(lambda r: STEP in _ops(r))
 
     def words(self) -> str:
         """What the page says of this machine, and of the one with the GPU."""
-        gpus = {measured.gpu_of(r) for r in self.present(self.decode, self.map, self.gpu)}
+        found = self.present(self.decode, self.map, self.gpu, self.gpu_steps)
+        gpus = {measured.gpu_of(result) for result in found}
         if not gpus:
             return self.cpu.words()
         return f"{self.cpu.words()} The GPU figures are of an {' and an '.join(sorted(gpus))}."
@@ -98,11 +105,16 @@ def cpu_products(view: View) -> list[dict]:
     return select(records, threads=threads_of(records))
 
 
+def model_of(record: dict) -> str:
+    """The model of a training step, and its masks where they are not free."""
+    return record["model"] + (", two-way masks" if record.get("mask") == "two-way" else "")
+
+
 def steps(result: Result | None) -> dict[tuple[str, int], Curve]:
     """(model, threads) -> times dense of a whole training step."""
     found = groups(
-        select(result.records if result else [], op="train_step"),
-        lambda r: r["model"],
+        select(result.records if result else [], op=STEP),
+        model_of,
         lambda r: r["threads"],
     )
     return {key: {r["sparsity"]: r["speedup"] for r in rows} for key, rows in sorted(found.items())}
