@@ -4,12 +4,11 @@
 PYTHON ?= python3
 TORCH ?= torch==2.13.0
 
-# A process of pytest for each core and one more, since many tests wait for a process of their own;
-# no threads of torch's but where a test asks for them. Its benchmarks are for bench/ alone, where
-# time counts.
+# A process of pytest for each core (one more was slower), and no threads of torch's but where a test
+# asks for them. Its benchmarks are for bench/ alone, where time counts.
 CORES := $(shell nproc)
 PYTEST := OMP_NUM_THREADS=1 $(CURDIR)/.venv/bin/python -m pytest
-PARALLEL := -n $(shell expr $(CORES) + 1) --dist worksteal -p no:benchmark
+PARALLEL := -n $(CORES) --dist worksteal -p no:benchmark
 
 VENV := .venv
 BIN := $(VENV)/bin
