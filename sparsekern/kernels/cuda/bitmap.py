@@ -1,9 +1,9 @@
 """A pattern as a bitmap: W written out, its values collected, and 2:4 operands filled from it.
 
 Bit j of word c of a row of W [N, K] stands for column 64 c + j; `starts` says where the values of a
-word begin. 12 bytes for 64 places, whatever the density. csrc/cuda/bitmap.cu has the kernels, which
-run at the speed of a copy. The bitmap is made from a checked copy of the indices (derived.py) and
-nobody else can write to it, so the kernels need no check of their own.
+word begin. 12 bytes for 64 places, whatever the density. csrc/cuda/bitmap.cu has the kernels. The
+bitmap is made from a checked copy of the indices (derived.py) and nobody else can write to it, so
+the kernels need no check of their own.
 """
 
 from dataclasses import dataclass

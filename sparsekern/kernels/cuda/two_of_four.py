@@ -5,10 +5,10 @@ input gradient of many tokens run through cuSPARSELt (cusparselt.py), which mult
 places. Its operand of W is half of W and a tail that says which half. The tail is made once a
 pattern, by compressing what is stored and, where that is less than two of four, the first free
 places beside it; never from live weights, which may be 0. The values are written before each
-product, at the speed of a copy (bitmap.cu), to memory that all layers share.
+product (bitmap.cu), to memory that all layers share.
 
-That the operand holds the slots row by row is not documented. _has_slots_in_rows() looks, once for
-each GPU, and the rows refuse where it is otherwise.
+That the operand holds the slots row by row is not documented. _has_slots_in_rows() looks, once in
+a process, and the rows refuse where it is otherwise.
 
 A place that is not stored takes no part in a product: where x is infinite or NaN, a free place
 beside a stored one makes NaN of it. Such a token shows in its first results: `checked` of them have
@@ -47,12 +47,11 @@ class _TwoOfFour:
     sides: dict[str, _Side]  # by op
 
 
-def _make(row_offsets: Tensor, col_indices: Tensor, n: int, k: int) -> _TwoOfFour | None:
+def _make(bitmap: Bitmap, nnz: int, n: int, k: int) -> _TwoOfFour | None:
     """None for a pattern that is not two-way."""
-    bitmap = bitmaps.make_bitmap(row_offsets, col_indices, n, k)
     if not bitmaps.is_two_way(bitmap):
         return None
-    ones = torch.ones(len(col_indices), dtype=torch.bfloat16, device=col_indices.device)
+    ones = torch.ones(nnz, dtype=torch.bfloat16, device=bitmap.words.device)
     stored = bitmaps.write_out(bitmap, ones, n, k).bool()
     return _TwoOfFour(bitmap, {"spmm": _side(stored), "spmm_t": _side(stored.t())})
 
@@ -78,8 +77,9 @@ def rows_of_all_columns(two: Tensor) -> int:
 
 
 def _pattern(row_offsets: Tensor, col_indices: Tensor, n: int, k: int) -> _TwoOfFour | None:
-    def make(*indices: Tensor) -> _TwoOfFour | None:
-        return _make(*indices, n, k)
+    def make(*_: Tensor) -> _TwoOfFour | None:  # the bitmap, of a checked copy too, is expand's
+        bitmap = bitmaps.bitmap_of(row_offsets, col_indices, n, k)
+        return _make(bitmap, len(col_indices), n, k)
 
     return derived("two of four", row_offsets, col_indices, n, k, make)
 

@@ -66,6 +66,28 @@ def test_a_machine_without_the_library_says_so():
     assert "two_of_four" in text
 
 
+@pytest.mark.usefixtures("emulated_cuda")
+def test_a_pattern_has_one_bitmap(monkeypatch):
+    mask = two_way(64, 128)
+    W = SparseTensor.from_dense(torch.randn(64, 128).bfloat16() * mask, mask)
+    made = []
+
+    def compress(two):
+        made.append(two)
+        return two.new_zeros(two.numel() * 9 // 8, dtype=torch.uint8)
+
+    monkeypatch.setattr(two_of_four.cusparselt, "compress", compress)
+    indices = W.row_offsets, W.col_indices, 64, 128
+    pattern = two_of_four._pattern(*indices)
+    assert pattern.bitmap is bitmaps.bitmap_of(*indices)
+    assert torch.equal(made[0].bool(), two_of_four.with_free_places(mask))
+    assert torch.equal(made[1].bool(), two_of_four.with_free_places(mask.T))
+    W.col_indices.copy_(W.col_indices.clone())  # counted: all of it is made anew
+    assert two_of_four._pattern(*indices).bitmap is bitmaps.bitmap_of(*indices)
+    free = SparseTensor.from_dense(torch.ones(64, 128).bfloat16())
+    assert two_of_four._pattern(free.row_offsets, free.col_indices, 64, 128) is None
+
+
 class FakePlan:
     """Algorithm 8 is wrong, 11 takes no such shape, 12 changes from call to call, 15 is right."""
 
