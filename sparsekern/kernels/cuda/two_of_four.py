@@ -162,13 +162,13 @@ def _refuse_machine() -> str | None:
     return None
 
 
-def _has_slots_in_rows() -> bool:
+def _has_slots_in_rows(device: str = "cuda") -> bool:
     """Whether an operand of [N, K] begins with its slots [N, K / 2], of two shapes and of
     different places."""
     for n, k in ((16, 16), (272, 1040)):
-        group = torch.arange(n * k // 4, device="cuda") % 6
-        pairs = torch.tensor([(0, 1), (0, 2), (0, 3), (1, 2), (1, 3), (2, 3)], device="cuda")
-        slots = (torch.arange(n * k // 2, device="cuda") % 251 + 1).view(-1, 2).bfloat16()
+        group = torch.arange(n * k // 4, device=device) % 6
+        pairs = torch.tensor([(0, 1), (0, 2), (0, 3), (1, 2), (1, 3), (2, 3)], device=device)
+        slots = (torch.arange(n * k // 2, device=device) % 251 + 1).view(-1, 2).bfloat16()
         w = slots.new_zeros(n * k // 4, 4).scatter_(1, pairs[group], slots)
         operand = cusparselt.compress(w.view(n, k))
         if not torch.equal(operand[: n * k].view(torch.bfloat16), slots.flatten()):
