@@ -26,7 +26,7 @@ def pytest_collection_modifyitems(items):
 
 
 def pytest_collection_finish():
-    """The collector need not look again and again at what stays: modules, and thousands of tests."""
+    """What stays, modules and thousands of tests, is not searched for garbage again and again."""
     gc.collect()
     gc.freeze()
 
