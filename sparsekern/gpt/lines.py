@@ -35,6 +35,20 @@ def plan(
     return "\n".join(f"{name:<7}{text}" for name, text in rows.items())
 
 
+def graphs(why_not: str | None, is_compiled: bool) -> str:
+    """How the steps are taken on a GPU."""
+    if why_not:
+        return f"steps  eager: {why_not}"
+    blocks = "; the blocks are compiled first, which takes a while" if is_compiled else ""
+    return f"steps  captured in CUDA graphs{blocks}"
+
+
+def eager(error: Exception) -> str:
+    """Steps are not captured after all."""
+    first = (str(error).strip() or "no reason given").splitlines()[0]
+    return f"steps  eager from here on, no CUDA graph: {type(error).__name__}: {first}"
+
+
 def no_sparsity(path: str) -> str:
     return f"config {path} has no sparsity block: a dense run"
 
