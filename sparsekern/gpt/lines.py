@@ -64,16 +64,20 @@ def finished(steps: int) -> str:
     return f"done   all {steps} steps were made before; --resume --steps MORE goes on"
 
 
-def evaluation(config: TrainConfig, losses: list[float], found: dict, shows_sparsity: bool) -> str:
-    """`losses` of the steps so far, and the evaluation after them."""
-    step = len(losses)
+def evaluation(
+    config: TrainConfig, losses: list[float], evaluations: list[dict], shows_sparsity: bool
+) -> str:
+    """Of the last evaluation: `losses` of the steps so far, and the speed since the one before."""
+    step, found = len(losses), evaluations[-1]
     line = f"step {step:>5}/{config.steps}   validation loss {found['loss']:.3f}"
     if shows_sparsity:
         line += f"   sparsity {found['sparsity']:.1%}"
     if not losses:
         return line
     recent = statistics.mean(losses[-config.eval_every :])
-    speed = config.batch * config.context * step / found["seconds"]
+    before = evaluations[-2] if len(evaluations) > 1 else {"step": 0, "seconds": 0.0}
+    steps, seconds = step - before["step"], found["seconds"] - before["seconds"]
+    speed = config.batch * config.context * steps / seconds
     return f"{line}   training loss {recent:.3f}   {speed:>7,.0f} tokens/s"
 
 

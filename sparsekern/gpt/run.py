@@ -84,6 +84,7 @@ class Run:
 
     def restart(self, config: TrainConfig, state: dict) -> None:
         """Begin anew on the same text, with other settings and the weights of `state`."""
+        self.parts.stop_capturing()  # its graphs have the memory of a step
         self.config = config
         self.history = History(source=self.history.source)
         self._place({"model": state["model"]})

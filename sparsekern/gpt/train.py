@@ -96,7 +96,7 @@ def _evaluation(run: Run) -> str:
     algorithm = run.parts.algorithm
     shows_sparsity = bool(algorithm and algorithm.resizes)
     history = run.history
-    return lines.evaluation(run.config, history.losses, history.evaluations[-1], shows_sparsity)
+    return lines.evaluation(run.config, history.losses, history.evaluations, shows_sparsity)
 
 
 def _parameters(run: Run) -> int:

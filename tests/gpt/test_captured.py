@@ -13,8 +13,9 @@ from sparsekern.gpt import captured, parts, train
 from sparsekern.gpt.captured import WARM_UPS
 from sparsekern.gpt.checkpoint import CHECKPOINT, load_checkpoint
 from sparsekern.gpt.config import TrainConfig, resumed_config
+from sparsekern.gpt.prune import PruneConfig, prune
 from sparsekern.gpt.start import begin
-from sparsekern.gpt.step import compute_gradients
+from sparsekern.gpt.step import compute_gradients, evaluate
 from sparsekern.nn import SparseLinear
 from sparsekern.sparsity.pattern import places_of, set_pattern
 
@@ -114,6 +115,8 @@ def test_gradients_of_micro_batches_add_up(tiny):
         found.append((loss, norm, *gradients))
     torch.testing.assert_close(found[0], found[1])
     torch.testing.assert_close(found[0], found[2])
+    losses = [evaluate(state.model, state.validation, 2, micro_batch=size) for size in (0, 1, 2)]
+    assert losses[1:] == pytest.approx([losses[0]] * 2)
 
 
 @pytest.mark.parametrize("kind", ["dense", "rigl"])
@@ -165,6 +168,17 @@ def test_a_failed_capture_is_told_and_the_run_is_the_eager_one(tiny, monkeypatch
         "steps  eager from here on, no CUDA graph: OutOfMemoryError: CUDA out of memory. Tried to "
         "allocate 2 GiB"
     ]
+
+
+def test_a_pruned_model_recovers_in_graphs(tiny, tmp_path, monkeypatch, on_cpu):
+    train.train(replace(tiny, steps=4))
+    rows = {}
+    for way in ("captured", "eager"):
+        if way == "eager":
+            monkeypatch.setattr(parts, "why_eager", lambda ranks: "a test compares")
+        config = PruneConfig(tiny.out, rounds=2, steps=10, micro_batch=2, out=str(tmp_path / way))
+        rows[way] = [row["loss"] for row in prune(config)]
+    assert captures() > 2 and rows["captured"] == pytest.approx(rows["eager"], rel=1e-4)
 
 
 def test_a_pattern_that_somebody_changes_is_captured_anew(tiny, on_cpu):

@@ -41,6 +41,7 @@ def config(folder: Path, algorithm: str, parallel: str = "none") -> TrainConfig:
         folder,
         sparsity_config=str(folder / f"{algorithm}.json"),
         batch=4,
+        micro_batch=0 if parallel == "none" else 1,  # of two sequences for each process
         steps=STEPS,
         parallel=parallel,
         out=str(folder / f"{algorithm}-{parallel}"),
