@@ -40,6 +40,7 @@ class Parts:
         algorithm. `path`: the file that they are from."""
         self._config, self._settings, self._ranks = config, settings, ranks
         self._place(vocab_size, state, path)
+        self.captured = None if why_eager(ranks) else self._captured()
 
     def _place(self, vocab_size: int, state: dict, path: Path | None = None) -> None:
         config = self._config
@@ -55,9 +56,8 @@ class Parts:
         if "optimizer" in state:
             with about(path):
                 load_optimizer(self.optimizer, state["optimizer"])
-        self.captured = None
         if not self.algorithm:
-            return self._capture()
+            return
         self._is_rebuilt = config.parallel == "fsdp" and self.algorithm.resizes
         if not self._is_rebuilt:
             self.algorithm.apply(self.optimizer)
@@ -68,15 +68,12 @@ class Parts:
             with about(path):
                 self.algorithm.load_state_dict(state["algorithm"])
         check_same_on_all_ranks(self.algorithm.layers)
-        self._capture()
 
-    def _capture(self) -> None:
-        if why_eager(self._ranks) is None:
-            config = self._config
-            stepper = compiled_blocks(self.model) if is_compiled(config) else self.model
-            parts = self.model, stepper, self.optimizer, self.algorithms
-            dtype = getattr(torch, config.dtype)
-            self.captured = CapturedStep(*parts, dtype, config.micro_batch)
+    def _captured(self) -> CapturedStep:
+        config = self._config
+        stepper = compiled_blocks(self.model) if is_compiled(config) else self.model
+        parts = self.model, stepper, self.optimizer, self.algorithms
+        return CapturedStep(*parts, getattr(torch, config.dtype), config.micro_batch)
 
     @property
     def is_replayed(self) -> bool:
@@ -84,10 +81,12 @@ class Parts:
         return bool(self.captured and self.captured.is_replayed)
 
     def stop_capturing(self) -> None:
-        """Take the steps from here on without CUDA graphs."""
+        """Take this step, from its beginning, and all that follow without CUDA graphs."""
         if self.captured:
             self.captured.drop()
         self.captured = None
+        for algorithm in self.algorithms:
+            algorithm._before_step()  # forgets the gradients that RigL has seen of the step
 
     def state(self) -> dict:
         """What `state` of a new one may be, in whole tensors. All ranks must call it together."""

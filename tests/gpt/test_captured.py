@@ -170,6 +170,24 @@ def test_a_failed_capture_is_told_and_the_run_is_the_eager_one(tiny, monkeypatch
     ]
 
 
+def test_a_step_that_fails_after_rigl_has_seen_it_counts_once(tiny, tmp_path, monkeypatch, on_cpu):
+    config, calls = config_of("rigl", tiny, tmp_path), []
+
+    def fails_when_due(model, x, y, *args):
+        calls.append(args)
+        if len(calls) > WARM_UPS:
+            compute_gradients(model, y, x, *args)  # what it has seen is not of the step
+            raise torch.OutOfMemoryError
+        return compute_gradients(model, x, y, *args)
+
+    monkeypatch.setattr(captured, "compute_gradients", fails_when_due)
+    expected, found = eager(config, monkeypatch), train.train(config)
+    assert captures() == 1 and len(calls) == WARM_UPS + 1
+    assert found["losses"] == pytest.approx(expected["losses"], rel=1e-4)
+    a, b = (final(replace(config, out=out))["model"] for out in (config.out, config.out + "-eager"))
+    assert all(torch.equal(a[name], b[name]) for name in a if name.endswith("col_indices"))
+
+
 def test_a_pruned_model_recovers_in_graphs(tiny, tmp_path, monkeypatch, on_cpu):
     train.train(replace(tiny, steps=4))
     rows = {}
