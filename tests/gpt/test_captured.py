@@ -9,7 +9,7 @@ import pytest
 import torch
 from tiny import final, interrupt, tiny_config
 
-from sparsekern.gpt import captured, parts, train
+from sparsekern.gpt import captured, lines, parts, train
 from sparsekern.gpt.captured import WARM_UPS
 from sparsekern.gpt.checkpoint import CHECKPOINT, load_checkpoint
 from sparsekern.gpt.config import TrainConfig, resumed_config
@@ -232,59 +232,61 @@ def test_the_reason_for_eager_steps_is_printed():
 
 # On a GPU
 
-gpu = [
-    pytest.mark.gpu,
-    pytest.mark.skipif(not torch.cuda.is_available(), reason="no NVIDIA GPU"),
-]
-
 
 def on_gpu(test):
-    for mark in gpu:
-        test = mark(test)
-    return test
+    no_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="no NVIDIA GPU")
+    return pytest.mark.gpu(no_gpu(test))
+
+
+@pytest.fixture
+def no_fallback(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What stops a capture fails the test."""
+
+    def fail(error: Exception) -> str:
+        raise error
+
+    monkeypatch.setattr(lines, "eager", fail)
 
 
 def gpu_config(tiny: TrainConfig, micro_batches: int = 1, **settings) -> TrainConfig:
-    """Of one shape of micro-batch, so that blocks are compiled once."""
     return replace(
         tiny,
+        layers=1,
         width=64,
         batch=2 * micro_batches,
         micro_batch=2 if micro_batches > 1 else 0,
         lr=3e-3,
         device="cuda",
         dtype="bfloat16",
+        eval_every=10,
         **settings,
     )
 
 
 @on_gpu
+@pytest.mark.usefixtures("no_fallback")
 @pytest.mark.parametrize("micro_batches", [1, 4])
-@pytest.mark.parametrize("kind", KINDS)
-def test_replays_compute_what_the_same_kernels_do(kind, micro_batches, tiny, tmp_path, monkeypatch):
+@pytest.mark.parametrize("kind", ["dense", "static", "two-way", "gmp", "rigl"])
+def test_replays_compute_what_launches_do(kind, micro_batches, tiny, tmp_path, monkeypatch):
     config = config_of(kind, gpu_config(tiny, micro_batches), tmp_path)
-    found = train.train(config)
-    with monkeypatch.context() as patch:
-        patch.setattr(captured, "WARM_UPS", STEPS)
-        launched = train.train(replace(config, out=config.out + "-launched"))
-    assert found["losses"] == pytest.approx(launched["losses"], abs=5e-3)
-    plain = eager(config, monkeypatch)
-    # A rounding may decide what grows.
-    assert found["losses"] == pytest.approx(plain["losses"], abs=0.2 if kind == "rigl" else 0.05)
+    found, plain = train.train(config), eager(config, monkeypatch)
+    # The same kernels; but the learning rate is rounded, and a rounding may decide what grows.
+    assert found["losses"] == pytest.approx(plain["losses"], abs=0.1 if kind == "rigl" else 0.01)
     assert found["losses"][-1] < found["losses"][0] - 0.5
 
 
 @on_gpu
-@pytest.mark.parametrize("kind", ["dense", "static", "rigl"])
-def test_compiled_blocks_are_captured(kind, tiny, tmp_path, monkeypatch):
-    config = config_of(kind, gpu_config(tiny, 4), tmp_path)
+@pytest.mark.usefixtures("no_fallback")
+def test_compiled_blocks_are_captured(tiny, tmp_path, monkeypatch):
+    config = config_of("rigl", gpu_config(tiny, 4), tmp_path)
     plain = eager(config, monkeypatch)
     monkeypatch.setattr(parts, "COMPILED_STEPS", 1)
     found = train.train(config)
-    assert found["losses"] == pytest.approx(plain["losses"], abs=0.2 if kind == "rigl" else 0.05)
+    assert found["losses"] == pytest.approx(plain["losses"], abs=0.2)
 
 
 @on_gpu
+@pytest.mark.usefixtures("no_fallback")
 def test_replays_on_sparse_tensor_cores(tiny, monkeypatch):
     wide = gpu_config(tiny, 2, sparsity=0.75, family="two-way")
     config = replace(wide, width=1024, context=512, layers=1, steps=8, lr=3e-4)
@@ -294,9 +296,9 @@ def test_replays_on_sparse_tensor_cores(tiny, monkeypatch):
 
 
 @on_gpu
-@pytest.mark.parametrize("kind", ["static", "rigl"])
-def test_a_captured_run_resumes(kind, tiny, tmp_path, monkeypatch):
-    config = config_of(kind, gpu_config(tiny), tmp_path)
+@pytest.mark.usefixtures("no_fallback")
+def test_a_captured_run_resumes(tiny, tmp_path, monkeypatch):
+    config = config_of("rigl", gpu_config(tiny), tmp_path)
     whole = train.train(config)
     for way in ("captured", "eager"):
         broken = replace(config, out=f"{config.out}-{way}")
@@ -306,7 +308,6 @@ def test_a_captured_run_resumes(kind, tiny, tmp_path, monkeypatch):
                 patch.setattr(parts, "why_eager", lambda ranks: "a test compares")
             resumed = train.train(resumed_config({"out": broken.out}))
         assert resumed["losses"] == pytest.approx(whole["losses"], abs=0.1)
-    resumed_config({"out": config.out, "device": "cpu"})
 
 
 @on_gpu
@@ -325,6 +326,7 @@ def test_a_capture_without_memory_leaves_the_run_as_it_was(tiny, monkeypatch, ca
 
 
 @on_gpu
+@pytest.mark.usefixtures("no_fallback")
 def test_a_pattern_under_a_graph_cannot_change(tiny):
     state = begin(gpu_config(tiny, sparsity=0.75))
     for _ in range(WARM_UPS + 1):
@@ -341,6 +343,7 @@ def test_a_pattern_under_a_graph_cannot_change(tiny):
 
 
 @on_gpu
+@pytest.mark.usefixtures("no_fallback")
 def test_nan_is_found_a_step_later(tiny):
     state = begin(gpu_config(tiny))
     for _ in range(WARM_UPS + 1):
