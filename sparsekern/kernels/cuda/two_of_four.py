@@ -98,6 +98,7 @@ def recognised(problem: Problem, row_offsets: Tensor, col_indices: Tensor) -> Pr
 def _product(op, row_offsets, col_indices, values, n, k, x, bias=None) -> Tensor:
     weight = row_offsets, col_indices, values, n, k
     pattern = _pattern(row_offsets, col_indices, n, k)
+    assert pattern is not None  # or the row had refused
     outputs, inputs = (n, k) if op == "spmm" else (k, n)
 
     def random() -> tuple[Tensor, Tensor]:
