@@ -96,8 +96,9 @@ def case_name(case: dict) -> str:
     if "model" in case:
         what, tokens = case["model"], case.get("batch", case.get("M"))
     else:
-        what, tokens = f"{case['N']}x{case['K']}", case["M"]
-    parts = [f"{case['op']} {what}", f"M{tokens}", f"{case['sparsity']:.0%}"]
+        what, tokens = f"{case['N']}x{case['K']}", case.get("M")
+    parts = [f"{case['op']} {what}", *([f"M{tokens}"] if tokens else [])]
+    parts.append(f"{case['sparsity']:.0%}")
     parts.append(f"{case['threads']}T" if case.get("threads") else "GPU")
     parts += [case[name] for name in ("dtype", "mask") if case.get(name, "random") != "random"]
     return "-".join(parts) + "-cold" * case.get("is_cold", False)
