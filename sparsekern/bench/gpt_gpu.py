@@ -13,6 +13,7 @@ from functools import partial
 
 import torch
 from torch import Tensor
+from torch.utils.checkpoint import checkpoint
 
 from ..gpt.build import build_optimizer
 from ..gpt.flops import train_flops_per_token
@@ -24,6 +25,7 @@ from ..indices import expand_rows
 from ..nn import SparseLinear, densify_, sparsify_
 from ..sparsity import Static
 from .measure_gpu import ROUNDS, attempt
+from .memory_gpu import Meter
 from .products import PASSES, kernels
 from .products_gpu import NAME
 from .records import DENSE, OURS
@@ -71,18 +73,18 @@ def training_steps(step: Step, clock: Clock, device: torch.device) -> Iterator[d
     tokens = torch.randint(config.vocab_size, (step.batch, config.block_size), device=device)
     batch = tokens, tokens.roll(-1, dims=1)
 
-    def make() -> GPT:
-        with torch.device(device):
-            return GPT(config)
-
     failed: dict[str, dict] = {}
-    dense = _runners("dense", DENSE, make(), batch, step.forms, clock, failed)
+    meter = Meter(device)
+    model = make_gpt(config, device)
+    meter.built(model)
+    dense = _runners("dense", DENSE, model, meter, batch, step.forms, clock, failed)
     exact, tolerance = dense[0].contender.exact, TOLERANCE * dense[0].error
     for mask, sparsity in step.masks():
-        kept = UniformMask(sparsity) if mask == FREE else Static(sparsity, family=TWO_WAY)
-        model = sparsify_(make(), kept)
+        meter = Meter(device)
+        model = make_gpt(config, device, mask, sparsity)
+        meter.built(model)
         failed_here = dict(failed)
-        found = dense + _runners(NAME, OURS, model, batch, step.forms, clock, failed_here)
+        found = dense + _runners(NAME, OURS, model, meter, batch, step.forms, clock, failed_here)
         ways = race(found, exact, tolerance, clock, ROUNDS) | failed_here
         cell = _cell(step, mask, sparsity, model, ways)
         del model, found  # and with them the memory of a graph, before the next one is made
@@ -91,32 +93,54 @@ def training_steps(step: Step, clock: Clock, device: torch.device) -> Iterator[d
         yield cell
 
 
+def make_gpt(config: GPTConfig, device: torch.device, mask: str = "", sparsity: float = 0.0) -> GPT:
+    """Of random weights; dense without a mask."""
+    with torch.device(device):
+        model = GPT(config)
+    if not mask:
+        return model
+    kept = UniformMask(sparsity) if mask == FREE else Static(sparsity, family=TWO_WAY)
+    return sparsify_(model, kept)
+
+
+def capturable_optimizer(model: GPT, device: torch.device) -> torch.optim.AdamW:
+    """The trainer's own, with a learning rate of 0."""
+    optimizer = build_optimizer(model, lr=0.0)
+    for group in optimizer.param_groups:
+        group["capturable"] = device.type == "cuda"
+    return optimizer
+
+
 def _runners(
     name: str,
     kind: str,
     model: GPT,
+    meter: Meter,
     batch: tuple[Tensor, Tensor],
     forms: tuple[str, ...],
     clock: Clock,
     failed: dict[str, dict],
 ) -> list[Runner]:
     """The model in each form. All have the same weights and optimizer."""
-    optimizer, exact = build_optimizer(model, lr=0.0), _exact_gradient(model, *batch)
-    for group in optimizer.param_groups:
-        group["capturable"] = batch[0].is_cuda
+    optimizer = capturable_optimizer(model, batch[0].device)
+    exact = _exact_gradient(model, *batch)
 
-    def step(stepper: GPT) -> list[Tensor]:
-        with torch.enable_grad():
-            compute_gradients(stepper, *batch, DTYPE)
-        optimizer.step()
+    def step(stepper: GPT, info: dict[str, object]) -> list[Tensor]:
+        with meter.step(info):
+            with torch.enable_grad():
+                compute_gradients(stepper, *batch, DTYPE)
+            optimizer.step()
         return [parameter.grad for parameter in model.blocks.parameters()]
 
     found = []
     compiled = _compiled(model)
     for form in forms:
-        call = partial(step, model if form == EAGER else compiled)
-        each = Contender(name + form, kind, [call], _flat, is_graphed=form == CAPTURED, exact=exact)
+        info: dict[str, object] = {}
+        call = partial(step, model if form == EAGER else compiled, info)
+        each = Contender(name + form, kind, [call], _flat, form == CAPTURED, info, exact)
         found += attempt(failed, each, partial(Runner, each, 1, exact, clock))
+        if form == CAPTURED and info:
+            info["pool_bytes"] = getattr(clock, "captured_bytes", 0)
     return found
 
 
@@ -136,8 +160,10 @@ def _exact_gradient(model: GPT, x: Tensor, y: Tensor) -> Tensor:
     """In fp64 of the blocks' parameters, of sparse weights at their patterns; clipped as the
     trainer clips, by the norm of all. The embeddings' would hide a layer's error.
 
-    Sequence by sequence: attention in fp64 has all its scores in memory."""
+    Sequence by sequence and block by block: attention in fp64 has all its scores in memory."""
     twin = densify_(copy.deepcopy(model).double())
+    for block in twin.blocks:
+        block.forward = partial(checkpoint, block.forward, use_reentrant=False)
     with torch.enable_grad():
         for i in range(len(x)):
             (twin(x[i : i + 1], y[i : i + 1])[1] / len(x)).backward()

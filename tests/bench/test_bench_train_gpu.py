@@ -1,0 +1,117 @@
+"""The pages of training on a GPU, of small cases that a CPU made."""
+
+from importlib import import_module
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import RESULTS, needs_results
+from test_bench_gpu import CallingClock, rows_of
+from test_bench_train_products import SIZES, made, one_blas  # noqa: F401
+
+from sparsekern.bench import gpt_gpu, records, train_memory_gpu
+from sparsekern.bench import train_products_gpu as products
+from sparsekern.bench.rates import derive
+from sparsekern.gpt.model import GPTConfig
+from sparsekern.gpt.presets import PRESETS
+from sparsekern.report.load import read
+
+GPU = {"gpu": "NVIDIA H200", "capability": "sm_90", "multiprocessors": 132, "torch": "2.11.0"}
+GPU |= {"cuda": "13.0", "under_load": {}, "isa": "avx512"}
+GPU |= {"ceilings": {"cuda": {"bytes_per_s": {"memory": 4e12}}}}
+
+
+@pytest.fixture
+def train_gpu(monkeypatch):
+    """bench/train_gpu.py, a script of no package."""
+    monkeypatch.syspath_prepend(Path(__file__).parents[2] / "bench")
+    return import_module("train_gpu")
+
+
+def run_of(benchmark, cases, tmp_path):
+    about = {"benchmark": benchmark, "date": "2026-01-02", "machine": GPU, "is_whole": True}
+    about["commit"] = {"id": "abc", "dirty": False}
+    path = tmp_path / f"{benchmark}.csv"
+    records.write(path, about, records.flat(cases))
+    read(path)  # what the report takes it for
+    return records.read(path)
+
+
+def test_a_page_of_products(train_gpu, tmp_path):
+    clock = CallingClock(**{f"{products.NAME} two-way": 0.5, products.FP8: 0.25})
+    cases = made(clock)
+    kernel = products._case("fill", "two-way", *fill_of(), 0.75) | {
+        "ways": {
+            "sparsekern": {"kind": "ours", "median_s": 1e-6, "bytes": 2_000_000, "is_right": True}
+        }
+    }
+    run = run_of("train-products", [*cases, derive(kernel)], tmp_path)
+    page = train_gpu.PAGES["train-products"]("name", run)
+    rows = table_of(page, "| N x K")
+    assert len(rows) == 1 + 2 * len(SIZES.shapes) + 2
+    assert [row[:6] for row in rows[1:3]] == [["32x16", "free", *["1.00"] * 4]] + [
+        ["16x32", "free", *["1.00"] * 4]
+    ]
+    assert rows[-1][:7] == ["geometric mean", "two-way", *["2.00"] * 4, "4.00"]
+    assert table_of(page, "| kernel ")[1] == ["fill", "8x16", "1.0", "2.00", "50%"]
+
+
+def table_of(page, begin):
+    return rows_of(page[page.index(begin) :].partition("\n\n")[0])
+
+
+def fill_of():
+    mask = products._two_way_mask(8, 16, 0.75)
+    return [products.SparseTensor.from_dense(mask.bfloat16(), mask)]
+
+
+def test_a_page_of_memory(train_gpu, tmp_path):
+    cases = []
+    for i, (mask, sparsity) in enumerate(train_memory_gpu.ARMS):
+        arm = train_memory_gpu.Arm.__new__(train_memory_gpu.Arm)
+        arm.config, arm.mask, arm.sparsity = PRESETS["gpt3-xl"], mask, sparsity
+        way = {"built_bytes": 1, "state_bytes": int(20e9) >> i, "peak_bytes": int(40e9) >> i}
+        way |= {"pool_bytes": int(30e9), "median_s": 2.0, "is_right": True}
+        cases.append(train_memory_gpu._case("gpt3-xl", arm, 4, "", way))
+        cases.append(train_memory_gpu._case("gpt3-xl", arm, 2 + i, "within 24 GiB", way))
+    failed = {"failed": "no sequence fits", "is_right": True}
+    cases.append(train_memory_gpu._case("gpt3-xl", arm, 0, "within 10 GiB", failed))
+    run = run_of("train-memory", list(map(derive, cases)), tmp_path)
+    page = train_gpu.PAGES["train-memory"]("name", run)
+    rows = table_of(page, "| model ")
+    assert [row[1] for row in rows[1:]] == ["dense", "75% free", "75% two-way"]
+    assert [row[6:9] for row in rows[1:]] == [
+        ["21.05", "20.00", "1.00"],
+        ["7.99", "10.00", "0.50"],
+        ["8.30", "5.00", "0.25"],
+    ]
+    rows = table_of(page.split("## The most")[1], "| mask ")
+    assert rows[0] == ["mask", "measured above", "within 24 GiB", "within 10 GiB"]
+    assert rows[3] == ["75% two-way", "4 (4,096 tokens/s)", "4 (4,096 tokens/s)", "none"]
+    assert rows[1] == ["dense", "4 (4,096 tokens/s)", "2 (2,048 tokens/s)", "not measured"]
+    assert [train_gpu.in_short(case)[:30] for case in cases[-2:]] == [
+        "train_memory gpt3-xl-M4-75%-GP",
+        "train_memory gpt3-xl-75%-GPU-b",
+    ]
+
+
+def test_a_page_of_steps_has_their_memory(train_gpu, tmp_path, monkeypatch):
+    monkeypatch.setattr(gpt_gpu, "compiled_blocks", lambda model: model)
+    step = gpt_gpu.Step("tiny", GPTConfig(1, 2, 16, 8, 32), 2, (0.75,), (0.75,))
+    with torch.no_grad():
+        cases = list(gpt_gpu.training_steps(step, CallingClock(), torch.device("cpu")))
+    for case in cases:
+        case["ways"]["dense, compiled"] |= {"state_bytes": 200, "peak_bytes": 400}
+        case["ways"]["sparsekern, compiled"] |= {"state_bytes": 100, "peak_bytes": 300}
+    run = run_of("train", list(map(derive, cases)), tmp_path)
+    page = train_gpu.PAGES["train"]("name", run)
+    rows = table_of(page.split("## Memory")[1], "| model ")
+    assert [row[1] for row in rows[1:]] == ["dense", "75% free", "75% two-way"]
+    assert [(row[8], row[14]) for row in rows[1:]] == [("1.00", "1.00"), *[("0.50", "0.75")] * 2]
+
+
+@needs_results
+def test_the_page_of_committed_steps_is_what_its_table_makes(train_gpu):
+    name = "nvidia-h200-train-bfloat16-2026-11-29"
+    made = train_gpu.PAGES["train"](name, records.read(RESULTS / f"{name}.csv"))
+    assert made == (RESULTS / f"{name}.md").read_text()
