@@ -168,6 +168,8 @@ def joined(runs: list[Run]) -> Run:
     first, *others = runs
     if not others:
         return first
+    if first.about["benchmark"] in train_gpu.PAGES:
+        return train_gpu.joined(runs)
     places = sorted(tuple(run.about.get("part", ())) for run in runs)
     if places != [(i + 1, len(runs)) for i in range(len(runs))]:
         raise SystemExit(f"bench-gpu: expected all parts of a grid, once each, got {places}")
@@ -263,10 +265,7 @@ def main(arguments: list[str]) -> int:
         options = verbs.add_parser(verb)
         options.add_argument("--out", type=Path)
         options.add_argument("--commit", help="where there is no repository")
-        if verb == "train-memory":
-            options.add_argument("--largest", action="store_true", help="the most that fits, too")
-        else:
-            options.add_argument("--quick", action="store_true")
+        train_gpu.add_flags(verb, options)
     verbs.add_parser("publish").add_argument("files", type=Path, nargs="+")
     args = parser.parse_args(arguments)
     if args.verb == "publish":
@@ -298,16 +297,15 @@ def main(arguments: list[str]) -> int:
 
 
 def train(args: argparse.Namespace, folder: Path) -> int:
-    path = folder / f"{args.verb}-bfloat16.csv"
-    is_quick = getattr(args, "quick", False)
-    made = train_gpu.cases(args.verb, is_quick, getattr(args, "largest", False))
-    run = train_gpu.measure(args.verb, made, machine(), path, args.commit)
+    model = getattr(args, "model", None)
+    path = folder / f"{args.verb}-bfloat16{f'-{model}' if model else ''}.csv"
+    run = train_gpu.measure(args, machine(), path)
     print(train_gpu.PAGES[args.verb](path.stem, run))
     print(f"{run.about['seconds']:.0f} s: {path}")
     if bad := tables_gpu.failures(derived(run)):
         print("\n".join(["Failed or wrong:", *bad]))
         return 1
-    if not is_quick and not args.out:
+    if not args.out and not model and not getattr(args, "quick", False):
         publish(run)
     return 0
 

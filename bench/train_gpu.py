@@ -1,8 +1,9 @@
 """Training on a GPU: whole steps, their three products alone, and their memory. See run_gpu.py."""
 
+import argparse
 import math
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 
 import tables_train as tables
@@ -82,16 +83,16 @@ allocator may have so much. One sequence more was tried each time, and did not f
 """
 
 
-def measure(
-    benchmark: str, made: Iterable[dict], machine: dict, path: Path, commit: str | None
-) -> Run:
+def measure(args: argparse.Namespace, machine: dict, path: Path) -> Run:
     """All cases; the file is written after each, so that nothing is lost with a later one."""
     start = time.monotonic()
-    about = about_run(benchmark, machine, commit) | {"is_whole": False}
+    about = about_run(args.verb, machine, args.commit) | {"is_whole": False}
+    if model := getattr(args, "model", None):
+        about["part"] = model
     found: list[dict] = []
     # Graphs cannot be captured on the default stream.
     with torch.no_grad(), torch.cuda.stream(torch.cuda.Stream()):
-        for case in made:
+        for case in cases(args):
             found.append(derive(case))
             print(f"{time.monotonic() - start:4.0f} s {in_short(case)}", flush=True)
             records.write(path, about, records.flat(found))
@@ -100,11 +101,44 @@ def measure(
     return records.read(path)
 
 
-def cases(verb: str, quick: bool, with_largest: bool) -> Iterator[dict]:
-    """What the verb of run_gpu.py measures."""
+def cases(args: argparse.Namespace) -> Iterator[dict]:
+    """What a verb of run_gpu.py measures."""
+    if args.verb == "train":
+        return whole_steps(args.quick, args.model)
+    if args.verb == "train-products":
+        return three_products(args.quick)
+    return train_memory.cases(args.largest)
+
+
+def add_flags(verb: str, parser: argparse.ArgumentParser) -> None:
+    if verb == "train-memory":
+        parser.add_argument("--largest", action="store_true", help="the most that fits, too")
+        return
+    parser.add_argument("--quick", action="store_true")
     if verb == "train":
-        return whole_steps(quick)
-    return three_products(quick) if verb == "train-products" else train_memory.cases(with_largest)
+        models = [step.model for step in gpt_gpu.STEPS]
+        parser.add_argument("--model", choices=models, help="one of the models alone")
+
+
+def joined(runs: list[Run]) -> Run:
+    """The run of all models, of which each was measured alone, about the machine of the first."""
+    models = [step.model for step in gpt_gpu.STEPS]
+    places = sorted(runs, key=lambda run: models.index(run.about["part"]))
+    if [run.about["part"] for run in places] != models:
+        raise SystemExit(f"bench-gpu: expected a file for each of {', '.join(models)}")
+    first = places[0].about
+    for about in (run.about for run in places):
+        mine, its = (
+            (a["machine"]["gpu"], a["machine"]["torch"], a["commit"]["id"]) for a in (first, about)
+        )
+        if mine != its:
+            raise SystemExit(f"bench-gpu: expected parts of one measurement, got {mine} and {its}")
+    about = {name: value for name, value in first.items() if name != "part"}
+    about |= {
+        "is_whole": all(run.about["is_whole"] for run in runs),
+        "seconds": sum(run.about["seconds"] for run in runs),
+    }
+    return Run(about, [record for run in places for record in run.records])
 
 
 def in_short(case: dict) -> str:
@@ -120,11 +154,13 @@ def in_short(case: dict) -> str:
     return f"{text}: {1e6 * way['median_s']:.1f} us"
 
 
-def whole_steps(quick: bool) -> Iterator[dict]:
-    for step in [gpt_gpu.QUICK] if quick else gpt_gpu.STEPS:
-        clock = replay_gpu.CudaClock(frees_cache=True)
-        yield from gpt_gpu.training_steps(step, clock, torch.device("cuda"))
-        torch.cuda.empty_cache()
+def whole_steps(quick: bool, model: str | None) -> Iterator[dict]:
+    steps = [gpt_gpu.QUICK] if quick else gpt_gpu.STEPS
+    for step in steps:
+        if model in (None, step.model):
+            clock = replay_gpu.CudaClock(frees_cache=True)
+            yield from gpt_gpu.training_steps(step, clock, torch.device("cuda"))
+            torch.cuda.empty_cache()
 
 
 def three_products(quick: bool) -> Iterator[dict]:

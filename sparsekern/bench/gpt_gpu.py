@@ -7,9 +7,11 @@ work is done, and as the weights stay, so does the exact gradient that every ste
 
 import copy
 import gc
+import itertools
+import math
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
-from functools import partial
+from functools import lru_cache, partial
 
 import torch
 from torch import Tensor
@@ -87,10 +89,35 @@ def training_steps(step: Step, clock: Clock, device: torch.device) -> Iterator[d
         found = dense + _runners(NAME, OURS, model, meter, batch, step.forms, clock, failed_here)
         ways = race(found, exact, tolerance, clock, ROUNDS) | failed_here
         cell = _cell(step, mask, sparsity, model, ways)
-        del model, found  # and with them the memory of a graph, before the next one is made
+        del model, meter, found  # and with them the memory of a graph, before the next one is made
         gc.collect()
         torch.cuda.empty_cache()
         yield cell
+
+
+@dataclass(frozen=True)
+class TwoWayMask:
+    """Two-way masks of tiles: one, drawn once for each size, turned around by multiples of 4, which
+    leaves it two-way. To draw all of a large GPT takes half a minute. Each tile [G, G], G the
+    greatest common divisor of N and K, keeps round((1 - sparsity) * G * G)."""
+
+    sparsity: float
+
+    def mask(self, name: str, weight: Tensor) -> Tensor:
+        (n, k), side = weight.shape, math.gcd(*weight.shape)
+        if side % 4:
+            raise ValueError(f"{name}: expected N and K with a common multiple of 4, got {n}, {k}")
+        tile = _tile(side, self.sparsity, weight.device)
+        mask = torch.empty(n, k, dtype=torch.bool, device=weight.device)
+        for rows, columns in itertools.product(range(0, n, side), range(0, k, side)):
+            shifts = (4 * torch.randint(side // 4, (2,), device="cpu")).tolist()
+            mask[rows : rows + side, columns : columns + side] = tile.roll(shifts, (0, 1))
+        return mask
+
+
+@lru_cache(maxsize=4)
+def _tile(side: int, sparsity: float, device: torch.device) -> Tensor:
+    return Static(sparsity, family=TWO_WAY).mask("tile", torch.empty(side, side)).to(device)
 
 
 def make_gpt(config: GPTConfig, device: torch.device, mask: str = "", sparsity: float = 0.0) -> GPT:
@@ -99,8 +126,7 @@ def make_gpt(config: GPTConfig, device: torch.device, mask: str = "", sparsity: 
         model = GPT(config)
     if not mask:
         return model
-    kept = UniformMask(sparsity) if mask == FREE else Static(sparsity, family=TWO_WAY)
-    return sparsify_(model, kept)
+    return sparsify_(model, UniformMask(sparsity) if mask == FREE else TwoWayMask(sparsity))
 
 
 def capturable_optimizer(model: GPT, device: torch.device) -> torch.optim.AdamW:

@@ -7,9 +7,8 @@ and what tensor cores read: the bytes that each moves are known.
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from functools import lru_cache, partial
+from functools import partial
 
-import numpy as np
 import torch
 from torch import Tensor
 
@@ -19,9 +18,8 @@ from ..kernels.cuda import bitmap as bitmaps
 from ..kernels.cuda import library as cuda_library
 from ..kernels.cuda.layout import share_packs
 from ..kernels.cuda.two_of_four import with_free_places
-from ..sparsity.families import TwoWay
 from ..tensor import SparseTensor
-from .gpt_gpu import FREE, TWO_WAY
+from .gpt_gpu import FREE, TWO_WAY, TwoWayMask
 from .measure_gpu import TOLERANCE, attempt, copies_of, dense_contenders, in_blas, weight
 from .peers_gpu import clone
 from .products import PASSES, kernels
@@ -69,39 +67,25 @@ QUICK = Sizes(((1024, 2048),), 1024, ((1024, 2048),))
 
 def cases(sizes: Sizes, clock: Clock, generator: torch.Generator) -> Iterator[dict]:
     """A record for each product and mask, then for each kernel that writes out."""
-    sides = [sorted(shape) for shape in sizes.shapes + sizes.write_outs]
-    largest = max(long for _, long in sides), max(short for short, _ in sides)
     for N, K in sizes.shapes:
-        masks = _weights(N, K, sizes, largest, generator)
+        masks = _weights(N, K, sizes, generator)
         yield from _products(masks, sizes, clock, generator)
         del masks
         if generator.device.type == "cuda":
             torch.cuda.empty_cache()  # of the graphs' own pools
     for N, K in sizes.write_outs:
-        W = _weights(N, K, sizes, largest, generator)[TWO_WAY]
+        W = _weights(N, K, sizes, generator)[TWO_WAY]
         yield from _write_outs(SparseTensor.from_dense(*W), sizes.sparsity, clock)
 
 
 Weight = tuple[Tensor, Tensor]  # dense, with its zeros, and the bool mask
 
 
-def _weights(
-    N: int, K: int, sizes: Sizes, largest: tuple[int, int], generator: torch.Generator
-) -> dict[str, Weight]:
+def _weights(N: int, K: int, sizes: Sizes, generator: torch.Generator) -> dict[str, Weight]:
     free = weight(N, K, sizes.sparsity, FREE, sizes.dtype, generator)
-    large = _two_way_mask(*largest, sizes.sparsity).to(generator.device)
-    kept = (large if N >= K else large.t())[:N, :K].contiguous()
     dense = torch.empty(N, K, device=generator.device).normal_(generator=generator)
+    kept = TwoWayMask(sizes.sparsity).mask("W", dense)
     return {FREE: free, TWO_WAY: ((dense * kept).to(sizes.dtype), kept)}
-
-
-@lru_cache(maxsize=1)
-def _two_way_mask(n: int, k: int, sparsity: float) -> Tensor:
-    """One for all shapes: a part of it that begins at multiples of 4 is two-way, and so is its
-    transpose."""
-    mask = torch.zeros(n * k, dtype=torch.bool)
-    mask[TwoWay().random(n, k, round((1 - sparsity) * n * k), np.random.PCG64(0))] = True
-    return mask.view(n, k)
 
 
 def _products(

@@ -8,6 +8,7 @@ import pytest
 import torch
 from test_bench_gpu import CallingClock
 
+from sparsekern import SparseTensor
 from sparsekern.bench import gpt_gpu, measure, measure_gpu, records, work_gpu
 from sparsekern.bench.rates import case_name, derive
 from sparsekern.bench.work_gpu import checked
@@ -17,6 +18,7 @@ from sparsekern.report import models
 from sparsekern.report.load import load
 from sparsekern.report.nearest import choose, this
 from sparsekern.report.view import View
+from sparsekern.two_way import is_two_way
 from sparsekern.wafer import compare as wafer
 from sparsekern.wafer.machine import machine
 
@@ -69,6 +71,16 @@ def test_a_captured_step_and_two_way_masks(step):
         assert cell["ways"].keys() == names
         assert all(way["is_right"] for way in cell["ways"].values())
         assert derive(cell)["speedup"] == 2
+
+
+def test_two_way_masks_of_tiles():
+    for n, k in ((48, 16), (16, 64), (8, 8)):
+        mask = gpt_gpu.TwoWayMask(0.75).mask("W", torch.empty(n, k))
+        assert mask.shape == (n, k) and mask.sum() == n * k // 4
+        W = SparseTensor.from_dense(mask.float(), mask)
+        assert is_two_way(W.row_offsets, W.col_indices, k)
+    with pytest.raises(ValueError, match="W: expected N and K with a common multiple of 4"):
+        gpt_gpu.TwoWayMask(0.75).mask("W", torch.empty(8, 6))
 
 
 def test_a_gpts_step_with_a_wrong_gradient_is_an_error(step, monkeypatch):

@@ -13,7 +13,7 @@ from sparsekern.nn import SparseLinear
 
 CPU = torch.device("cpu")
 BATCH = 3
-MASKS = [("", 0.0), (gpt_gpu.FREE, 0.75), (gpt_gpu.TWO_WAY, 0.6)]
+MASKS = [("", 0.0), (gpt_gpu.FREE, 0.75), (gpt_gpu.TWO_WAY, 0.75)]
 CONFIGS = {
     "plain": GPTConfig(2, 4, 64, 32, 128),
     "no bias": GPTConfig(1, 2, 32, 16, 96, bias=False, n_inner=80),

@@ -61,7 +61,7 @@ def table_of(page, begin):
 
 
 def fill_of():
-    mask = products._two_way_mask(8, 16, 0.75)
+    mask = gpt_gpu.TwoWayMask(0.75).mask("W", torch.empty(8, 16))
     return [products.SparseTensor.from_dense(mask.bfloat16(), mask)]
 
 
@@ -108,6 +108,20 @@ def test_a_page_of_steps_has_their_memory(train_gpu, tmp_path, monkeypatch):
     rows = table_of(page.split("## Memory")[1], "| model ")
     assert [row[1] for row in rows[1:]] == ["dense", "75% free", "75% two-way"]
     assert [(row[8], row[14]) for row in rows[1:]] == [("1.00", "1.00"), *[("0.50", "0.75")] * 2]
+
+
+def test_models_that_were_measured_alone_are_one_run(train_gpu):
+    models = [step.model for step in gpt_gpu.STEPS]
+    about = {"machine": GPU, "commit": {"id": "abc"}, "is_whole": True, "seconds": 2.0}
+    runs = [records.Run(about | {"part": model}, [{"model": model}]) for model in models]
+    whole = train_gpu.joined(runs[::-1])
+    assert [record["model"] for record in whole.records] == models
+    assert whole.about == about | {"seconds": 2.0 * len(models)}
+    with pytest.raises(SystemExit, match="expected a file for each of gpt2-small, gpt3-xl"):
+        train_gpu.joined(runs[:2])
+    runs[1].about["commit"] = {"id": "def"}
+    with pytest.raises(SystemExit, match="expected parts of one measurement"):
+        train_gpu.joined(runs)
 
 
 @needs_results

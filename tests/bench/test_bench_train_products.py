@@ -14,7 +14,6 @@ from sparsekern.bench import train_products_gpu as products
 from sparsekern.bench.rates import case_name, derive
 from sparsekern.kernels.cuda import two_of_four
 from sparsekern.testing import frobenius_error
-from sparsekern.two_way import is_two_way
 
 SIZES = products.Sizes(((32, 16), (16, 32)), 8, ())
 
@@ -55,14 +54,6 @@ def test_a_product_that_is_wrong_is_marked(monkeypatch):
     monkeypatch.setattr(products.ops, "sddmm", lambda *operands: 1.01 * right(*operands))
     for case in made():
         assert case["ways"]["sparsekern"]["is_right"] == (case["op"] != "sddmm")
-
-
-def test_a_part_of_the_two_way_mask_is_two_way():
-    mask = products._two_way_mask(64, 32, 0.75)
-    assert mask.sum() == 0.25 * 64 * 32
-    for part in (mask, mask[:32, :16], mask.t()[:20, :64]):
-        W = SparseTensor.from_dense(part.float(), part)
-        assert is_two_way(W.row_offsets, W.col_indices, W.k)
 
 
 def test_fp8_is_the_product_in_few_bits():
