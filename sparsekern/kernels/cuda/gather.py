@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from ...indices import expand_rows
-from .layout import LANES, TYPES, Gpu, Launch, Layout, Packed, sort_rows
+from .layout import LANES, TYPES, Expansion, Gpu, Launch, Layout, Packed, sort_rows
 
 GRANULE = 8  # entries of a lane
 BLOCK_PIECES = 16  # of a thread block: one a warp
@@ -55,9 +55,10 @@ class Gather(Packed):
         return (*tensors, self.starts, self.row_order), sizes
 
     def expansion(self):
-        tensors = self.values, self.deltas, self.bounds, self.slice_of, self.starts, self.row_order
+        tensors = self.values, self.deltas, self.bounds, self.slice_of, self.first_piece
         pieces = self.slice_of.shape[0]
-        return f"d{self.bits}", pieces, tensors, (pieces,)
+        weight = *tensors, self.starts, self.row_order
+        return Expansion(f"d{self.bits}", pieces, 0, weight, (pieces,))
 
     def parts(self):
         if self.bits not in (4, 8):
