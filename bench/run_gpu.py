@@ -197,9 +197,8 @@ def publish(run: Run) -> None:
         raise SystemExit("bench-gpu: not published, since some cells were not run")
     if tables_gpu.failures(derived(run)):
         raise SystemExit("bench-gpu: not published, since one of our kernels failed or was wrong")
-    if page_of := train_gpu.PAGES.get(run.about["benchmark"]):
-        name = name_of(run)
-        pages.publish(pages.RESULTS, name, run, page_of(name, run), None)
+    if run.about["benchmark"] in train_gpu.PAGES:
+        train_gpu.publish(name_of(run), run)
     elif run.about["benchmark"] == "decode":
         name, cells, dtype = name_of(run), derived(run), run.records[0]["dtype"]
         drawn = curves(select(cells, mask="random"), lambda cell: cell["M"], tokens)

@@ -50,6 +50,26 @@ def steps(cells: list[dict]) -> str:
     return table(header, lines, left=2)
 
 
+def forms(cases: list[dict]) -> str:
+    """A line for each model and form, a column for each mask: times dense of the same form."""
+    columns = list(dict.fromkeys((case["sparsity"], case["mask"]) for case in cases))
+    lines: dict[tuple, list[str]] = {}
+    for case in cases:
+        for form in (EAGER, COMPILED, CAPTURED):
+            dense, ours = (case["ways"].get(name + form) for name in ("dense", NAME))
+            if dense is None or ours is None:
+                continue
+            key = f"{case['model']}, {case['layers']} layers", form.removeprefix(", ") or "eager"
+            line = lines.setdefault(key, [*key, *("not measured" for _ in columns)])
+            text = "failed"
+            if "median_s" in ours and "median_s" in dense:
+                text = f"{dense['median_s'] / ours['median_s']:.2f}"
+                text = f"**{text}, a loss**" if float(text) < 1 else text
+            line[2 + columns.index((case["sparsity"], case["mask"]))] = text
+    header = ["times dense", "form", *(f"{s:.0%} {MASKS[mask]}" for s, mask in columns)]
+    return table(header, list(lines.values()), left=2)
+
+
 def products(cases: list[dict]) -> str:
     """A line for each W and mask: times the best dense call of each product and of all three."""
     lines, means = [], {}

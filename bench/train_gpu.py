@@ -6,6 +6,7 @@ import time
 from collections.abc import Iterator
 from pathlib import Path
 
+import pages
 import tables_train as tables
 import torch
 
@@ -16,6 +17,8 @@ from sparsekern.bench.machine import about_run, in_words
 from sparsekern.bench.measure_gpu import ROUNDS
 from sparsekern.bench.rates import case_name, derive, derived
 from sparsekern.bench.records import OTHER, OURS, Run
+
+DOCS = Path(__file__).parents[1] / "docs" / "benchmarks.md"
 
 STEPS = """\
 # {name}
@@ -226,3 +229,26 @@ PAGES = {
     "train-products": page_of_products,
     "train-memory": page_of_memory,
 }
+
+
+def publish(name: str, run: Run) -> None:
+    """The table, its page, and its section in docs/benchmarks.md."""
+    benchmark = run.about["benchmark"]
+    pages.publish(pages.RESULTS, name, run, PAGES[benchmark](name, run), None)
+    pages.replace_section(DOCS, markers(benchmark), section(name, run))
+
+
+def markers(benchmark: str) -> tuple[str, str]:
+    return f"<!-- {benchmark}: begin -->", f"<!-- {benchmark}: end -->"
+
+
+def section(name: str, run: Run) -> str:
+    """The run in docs/."""
+    cases, path = derived(run), f"bench/results/{name}.md"
+    made = {"train": tables.forms, "train-products": tables.products, "train-memory": tables.memory}
+    if run.about["benchmark"] == "train-memory":
+        cases = [case for case in cases if not case.get("case")]
+    if run.about["benchmark"] == "train-products":
+        cases = [case for case in cases if case["op"] in products.OPS]
+    text = made[run.about["benchmark"]](cases)
+    return f"{text}\n\n{in_words(run.about, 'bfloat16')} Details: [{path}](../{path})."

@@ -131,15 +131,15 @@ class Arm:
     def _try(self, batch: int) -> dict | None:
         """None where it does not fit."""
         self._free()
+        info: dict = {}
         try:
-            info: dict = {}
             run = self.step(batch)
             loss = run(info).item()
-            return info | self._timed(run, loss)
+            found = info | self._timed(run, loss)
         except torch.OutOfMemoryError:
-            return None
-        finally:
-            self._free()
+            found = None
+        self._free()
+        return found
 
 
 def _case(model: str, arm: Arm, batch: int, name: str, way: dict) -> dict:

@@ -125,7 +125,15 @@ def test_models_that_were_measured_alone_are_one_run(train_gpu):
 
 
 @needs_results
-def test_the_page_of_committed_steps_is_what_its_table_makes(train_gpu):
-    name = "nvidia-h200-train-bfloat16-2026-11-29"
-    made = train_gpu.PAGES["train"](name, records.read(RESULTS / f"{name}.csv"))
-    assert made == (RESULTS / f"{name}.md").read_text()
+@pytest.mark.parametrize("benchmark", ["train", "train-products", "train-memory"])
+def test_pages_and_sections_are_what_the_newest_tables_make(train_gpu, benchmark):
+    names = [path.stem for path in RESULTS.glob(f"*-{benchmark}-bfloat16-[0-9]*.csv")]
+    begin, end = train_gpu.markers(benchmark)
+    section = train_gpu.DOCS.read_text().split(begin)[1].split(end)[0].strip()
+    if not names:
+        assert section == f"Not measured yet: `python bench/run_gpu.py {benchmark}`."
+        return
+    run = records.read(RESULTS / f"{max(names)}.csv")
+    page = train_gpu.PAGES[benchmark](max(names), run)
+    assert page == (RESULTS / f"{max(names)}.md").read_text()
+    assert section == train_gpu.section(max(names), run)
