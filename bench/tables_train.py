@@ -7,6 +7,7 @@ from statistics import geometric_mean
 from sparsekern.bench import memory_gpu
 from sparsekern.bench.gpt_gpu import CAPTURED, COMPILED, EAGER, FREE, TWO_WAY
 from sparsekern.bench.products_gpu import NAME
+from sparsekern.bench.rates import together
 from sparsekern.bench.records import DENSE, OURS, groups
 from sparsekern.bench.train_products_gpu import FP8, FP8_CAST, OPS
 from sparsekern.gpt.model import GPTConfig
@@ -78,7 +79,7 @@ def products(cases: list[dict]) -> str:
         for (n, k), of_shape in groups(of_mask, lambda c: c["N"], lambda c: c["K"]).items():
             each = {case["op"]: case for case in of_shape}
             found = [each.get(op, {}).get("speedup") for op in OPS]
-            found += [_together(each, name) for name in (NAME, FP8, FP8_CAST)]
+            found += [together(each.values(), name) for name in (NAME, FP8, FP8_CAST)]
             kernels = dict.fromkeys(each[op].get("kernel", "failed") for op in OPS if op in each)
             lines.append([f"{n}x{k}", MASKS[mask], *map(_ratio, found), ", ".join(kernels)])
             columns.append(found)
@@ -86,16 +87,6 @@ def products(cases: list[dict]) -> str:
     lines += [[MEAN, MASKS[mask], *map(_ratio, each), ""] for mask, each in means.items()]
     header = ["N x K", "mask", "forward", "dX", "dW", WHOLE, "FP8", "FP8 with casts", "kernels"]
     return table(header, lines, left=2)
-
-
-def _together(each: dict[str, dict], name: str) -> float | None:
-    """Of all three products, where all of them were timed."""
-    ways = [case["ways"].get(name, {}) for case in each.values()]
-    if len(each) < len(OPS) or any("median_s" not in way for way in ways):
-        return None
-    if any(way["kind"] == OURS and not way["is_right"] for way in ways):
-        return None
-    return sum(case["dense_s"] for case in each.values()) / sum(way["median_s"] for way in ways)
 
 
 def _mean(ratios: Iterable[float | None]) -> float | None:

@@ -1,5 +1,7 @@
 """What follows from the times of a case: speed-ups, rates, and shares of the machine's ceilings."""
 
+from collections.abc import Collection
+
 from .records import DENSE, OURS, SPARSE, Run, cases
 
 MEMORY = "memory"
@@ -83,6 +85,17 @@ def _add_rates(case: dict, packed_bytes: int | None, ceilings: dict | None) -> N
         "bytes": case["moved_bytes_per_s"] / bandwidth,
         "roofline": case["useful_flop_per_s"] / limit,
     }
+
+
+def together(each: Collection[dict], name: str) -> float | None:
+    """Times dense of all three products of one W: the sum of the best dense times over that of
+    `name`. None where one was not timed, or where a result of ours is wrong."""
+    ways = [case["ways"].get(name, {}) for case in each]
+    if {case["op"] for case in each} != {"spmm", "spmm_t", "sddmm"}:
+        return None
+    if any("median_s" not in w or (w["kind"] == OURS and not w["is_right"]) for w in ways):
+        return None
+    return sum(case["dense_s"] for case in each) / sum(way["median_s"] for way in ways)
 
 
 def level_of(nbytes: int, ceilings: dict) -> str:

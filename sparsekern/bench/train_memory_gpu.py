@@ -4,6 +4,7 @@ Steps are eager: compiled ones keep less. Each model is alone on the GPU. Then t
 sequences that fits, in the whole of it and in as much as smaller GPUs have.
 """
 
+import gc
 import math
 from collections.abc import Callable, Iterator
 from functools import partial
@@ -31,14 +32,14 @@ MASK_OF_DENSE = "none"
 def cases(with_largest: bool, model: str = MODEL) -> Iterator[dict]:
     """A record for each model with BATCH sequences, and for the most that fit in each limit."""
     for mask, sparsity in ARMS:
+        gc.collect()
         torch.cuda.empty_cache()
         arm = Arm(PRESETS[model], mask, sparsity)
         yield _case(model, arm, BATCH, "", arm.measure(BATCH))
         for limit in LIMITS_GIB if with_largest else ():
             name = f"within {limit} GiB" if limit else "within the GPU"
-            with_limit = arm.within(limit)
-            if with_limit:
-                batch, way = with_limit
+            if found := arm.within(limit):
+                batch, way = found
                 yield _case(model, arm, batch, name, way | {"note": f"{batch + 1} do not fit"})
             else:
                 failed = {"failed": "no sequence fits", "is_right": True}

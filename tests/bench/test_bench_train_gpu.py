@@ -14,7 +14,10 @@ from sparsekern.bench import train_products_gpu as products
 from sparsekern.bench.rates import derive
 from sparsekern.gpt.model import GPTConfig
 from sparsekern.gpt.presets import PRESETS
-from sparsekern.report.load import read
+from sparsekern.report.load import load
+from sparsekern.report.nearest import choose, this
+from sparsekern.report.products import products_of_training
+from sparsekern.report.view import View
 
 GPU = {"gpu": "NVIDIA H200", "capability": "sm_90", "multiprocessors": 132, "torch": "2.11.0"}
 GPU |= {"cuda": "13.0", "under_load": {}, "isa": "avx512"}
@@ -33,7 +36,6 @@ def run_of(benchmark, cases, tmp_path):
     about["commit"] = {"id": "abc", "dirty": False}
     path = tmp_path / f"{benchmark}.csv"
     records.write(path, about, records.flat(cases))
-    read(path)  # what the report takes it for
     return records.read(path)
 
 
@@ -54,6 +56,19 @@ def test_a_page_of_products(train_gpu, tmp_path):
     ]
     assert rows[-1][:7] == ["geometric mean", "two-way", *["2.00"] * 4, "4.00"]
     assert table_of(page, "| kernel ")[1] == ["fill", "8x16", "1.0", "2.00", "50%"]
+
+
+def test_the_report_shows_products_of_training(tmp_path):
+    pytest.importorskip("matplotlib")
+    clock = CallingClock(**{f"{products.NAME} two-way": 0.5, products.FP8: 0.25})
+    run_of("train-products", made(clock), tmp_path)
+    results = load(tmp_path)
+    section = products_of_training(View(results, choose(results, this())))
+    assert section.title.endswith(
+        "1.00 times dense with free masks, 2.00 times dense with two-way masks, "
+        "4.00 times dense with FP8, cast before, 1.00 times dense with FP8, casts included"
+    )
+    assert section.panels[0].files == results and "2 layers" in section.text
 
 
 def table_of(page, begin):
@@ -125,15 +140,15 @@ def test_models_that_were_measured_alone_are_one_run(train_gpu):
 
 
 @needs_results
-@pytest.mark.parametrize("benchmark", ["train", "train-products", "train-memory"])
-def test_pages_and_sections_are_what_the_newest_tables_make(train_gpu, benchmark):
-    names = [path.stem for path in RESULTS.glob(f"*-{benchmark}-bfloat16-[0-9]*.csv")]
-    begin, end = train_gpu.markers(benchmark)
+@pytest.mark.parametrize("verb", ["train", "train-products", "train-memory"])
+def test_pages_and_sections_are_what_the_newest_tables_make(train_gpu, verb):
+    names = [path.stem for path in RESULTS.glob(f"*-{verb}-bfloat16-[0-9]*.csv")]
+    begin, end = train_gpu.markers(verb)
     section = train_gpu.DOCS.read_text().split(begin)[1].split(end)[0].strip()
     if not names:
-        assert section == f"Not measured yet: `python bench/run_gpu.py {benchmark}`."
+        assert section == f"Not measured yet: `python bench/run_gpu.py {verb}`."
         return
     run = records.read(RESULTS / f"{max(names)}.csv")
-    page = train_gpu.PAGES[benchmark](max(names), run)
+    page = train_gpu.PAGES[verb](max(names), run)
     assert page == (RESULTS / f"{max(names)}.md").read_text()
     assert section == train_gpu.section(max(names), run)
