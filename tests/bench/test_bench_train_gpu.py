@@ -110,19 +110,30 @@ def test_a_page_of_memory(train_gpu, tmp_path):
     ]
 
 
-def test_a_page_of_steps_has_their_memory(train_gpu, tmp_path, monkeypatch):
-    monkeypatch.setattr(gpt_gpu, "compiled_blocks", lambda model: model)
+def test_a_page_of_steps_has_their_memory(train_gpu, tmp_path):
     step = gpt_gpu.Step("tiny", GPTConfig(1, 2, 16, 8, 32), 2, (0.75,), (0.75,))
-    with torch.no_grad():
-        cases = list(gpt_gpu.training_steps(step, CallingClock(), torch.device("cpu")))
-    for case in cases:
-        case["ways"]["dense, compiled"] |= {"state_bytes": 200, "peak_bytes": 400}
-        case["ways"]["sparsekern, compiled"] |= {"state_bytes": 100, "peak_bytes": 300}
+    way = {"median_s": 1.0, "error": 0.0, "is_right": True}
+    cases = [
+        gpt_gpu._cell(
+            step,
+            mask,
+            0.75,
+            gpt_gpu.make_gpt(step.config, torch.device("cpu"), mask, 0.75),
+            {
+                "dense, captured": {"kind": "dense", "state_bytes": 200, "peak_bytes": 400} | way,
+                "sparsekern, captured": {"kind": "ours", "state_bytes": 100, "peak_bytes": 300}
+                | way,
+            },
+        )
+        for mask in (gpt_gpu.FREE, gpt_gpu.TWO_WAY)
+    ]
     run = run_of("train", list(map(derive, cases)), tmp_path)
     page = train_gpu.PAGES["train"]("name", run)
     rows = table_of(page.split("## Memory")[1], "| model ")
     assert [row[1] for row in rows[1:]] == ["dense", "75% free", "75% two-way"]
     assert [(row[8], row[14]) for row in rows[1:]] == [("1.00", "1.00"), *[("0.50", "0.75")] * 2]
+    rows = table_of(train_gpu.section("name", run), "| times dense ")
+    assert rows[1] == ["tiny, 1 layers", "captured", "1.00", "1.00"]
 
 
 def test_models_that_were_measured_alone_are_one_run(train_gpu):
