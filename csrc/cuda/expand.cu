@@ -12,6 +12,8 @@ constexpr int kExpandWarps = 4;
 constexpr int kOctet = 8;    // neighbours in a row, 16 bytes
 constexpr int kTilePad = 8;  // elements beside a row of a tile: rows begin in other banks
 // Shared memory of a warp: its tile, and what it decodes.
+constexpr int kGatherTileColumns = 128;
+constexpr int kExpandGatherBytes = kWarp * (kGatherTileColumns + kTilePad) * 2 + kWarp * 8;
 constexpr int kExpandCoverBytes = kWarp * (kCoverColumns + kTilePad) * 2 + Record::kBytes;
 constexpr int kExpandPairsBytes = kWarp * (kStepColumns + kTilePad) * 2 + kMostStepWords * 4;
 
@@ -59,66 +61,115 @@ struct Tile {
   }
 };
 
-// A gather: a warp writes a piece, lane r of row r. A piece ends inside of the octet of its last
-// entry; it writes all of this one, for which it goes on into the next piece, and none of that in
-// which the piece before has ended.
+// The entries of a lane, one after another, from a granule on; the next granule is under way.
+template <int kBits>
+class Entries {
+ public:
+  using Word = typename Deltas<kBits>::Word;
+
+  __device__ Entries(const unsigned short* values, const unsigned char* deltas, const Range& range)
+      : values_(reinterpret_cast<const uint4*>(values)),
+        deltas_(reinterpret_cast<const Word*>(deltas)),
+        granule_(range.begin),
+        end_(range.end) {
+    load();
+  }
+
+  // Takes an entry, which is a step without a value where its value is +0, on from `column`;
+  // false if there is none.
+  __device__ bool take(int* column, unsigned* value, int* odd) {
+    if (left_ == 0) {
+      if (granule_ >= end_) return false;
+      left_ = kGranule;
+      low_ = next_.values.x | Half{next_.values.y} << 32;
+      high_ = next_.values.z | Half{next_.values.w} << 32;
+      codes_ = codes_of(next_.deltas);
+      ++granule_;
+      load();
+    }
+    --left_;
+    *value = static_cast<unsigned>(low_) & 0xffffu;
+    const unsigned code = static_cast<unsigned>(codes_) & 0xffu;
+    low_ = low_ >> 16 | high_ << 48;
+    high_ >>= 16;
+    codes_ >>= 8;
+    *column += kBits == 4 ? (code & 7) * 2 : code;
+    *odd = kBits == 4 ? code >> 3 : 0;
+    return true;
+  }
+
+ private:
+  using Half = unsigned long long;
+
+  // A byte an entry.
+  static __device__ Half codes_of(unsigned deltas) {
+    return (deltas & 0x0f0f0f0fu) | Half{deltas >> 4 & 0x0f0f0f0fu} << 32;
+  }
+  static __device__ Half codes_of(const uint2& deltas) { return deltas.x | Half{deltas.y} << 32; }
+
+  __device__ void load() {
+    if (granule_ >= end_) return;
+    const long long at = static_cast<long long>(granule_) * kWarp + threadIdx.x % kWarp;
+    next_ = {values_[at], deltas_[at]};
+  }
+
+  const uint4* values_;
+  const Word* deltas_;
+  Granule<kBits> next_ = {};
+  Half low_ = 0, high_ = 0, codes_ = 0;
+  int granule_, end_, left_ = 0;
+};
+
+// A gather: a warp writes a piece, lane r of row r, a tile at a time. A piece ends inside of the
+// octet of its last entry; it writes all of this one, for which it goes on into the next piece, and
+// none of that in which the piece before has ended.
 template <int kBits>
 __device__ void expand(const unsigned short* values, const unsigned char* deltas, const int* bounds,
                        const int* slice_of, const int* first_piece, const int* starts,
                        const int* row_order, unsigned short* w, int k, int pieces) {
-  using Word = typename Deltas<kBits>::Word;
+  extern __shared__ __align__(16) char smem[];
+  using Tile = sk::Tile<kGatherTileColumns>;
   const int lane = threadIdx.x % kWarp;
   const int piece = blockIdx.x * kExpandWarps + threadIdx.x / kWarp;
   if (piece >= pieces) return;
-  const int slice = slice_of[piece], row = row_order[slice * kWarp + lane];
-  if (row < 0) return;
-  const int begin = first_piece[slice], end = first_piece[slice + 1];
-  int column = starts[piece * kWarp + lane];
-  int octet = piece == begin ? 0 : column / kOctet + 1;
-  const int last_octet =
-      piece + 1 == end ? (k - 1) / kOctet : starts[(piece + 1) * kWarp + lane] / kOctet;
-  const int last_granule = bounds[piece + 1], end_granule = bounds[end];
-  unsigned short* out = w + static_cast<long long>(row) * k;
-  uint4 eight = {0, 0, 0, 0};
+  char* mine = smem + threadIdx.x / kWarp * kExpandGatherBytes;
+  const Tile tile = {reinterpret_cast<unsigned short*>(mine)};
+  int* firsts = reinterpret_cast<int*>(mine + Tile::kBytes);  // octets of each row, as lasts
+  int* lasts = firsts + kWarp;
 
-  const auto load = [&](int granule) {
-    const long long at = static_cast<long long>(min(granule, end_granule - 1)) * kWarp + lane;
-    return Granule<kBits>{reinterpret_cast<const uint4*>(values)[at],
-                          reinterpret_cast<const Word*>(deltas)[at]};
-  };
-  int granule = bounds[piece];
-  if (granule < end_granule) {
-    Granule<kBits> now = load(granule);
-    while (granule < end_granule && (granule < last_granule || column / kOctet <= last_octet)) {
-      const Granule<kBits> next = load(++granule);
-#pragma unroll
-      for (int i = 0; i < kGranule; ++i) {
-        int odd = 0;
-        if constexpr (kBits == 4) {
-          const unsigned code = now.deltas >> (i % 4 * 8 + i / 4 * 4);
-          column += (code & 7) * 2;
-          odd = code >> 3 & 1;
-        } else {
-          column += (i < 4 ? now.deltas.x : now.deltas.y) >> i % 4 * 8 & 255;
-        }
-        const unsigned value = word(now.values, i / 2) >> i % 2 * 16 & 0xffffu;
-        const int at = (column + odd) / kOctet;
-        if (!value || at < octet || at > last_octet) continue;
-        for (; octet < at; ++octet, eight = {0, 0, 0, 0}) {
-          write_octet(eight, out, octet * kOctet, k);
-        }
-        const unsigned half = value << (column + odd) % 2 * 16;
-        const int pair = column % kOctet / 2;
-        eight.x |= pair == 0 ? half : 0;
-        eight.y |= pair == 1 ? half : 0;
-        eight.z |= pair == 2 ? half : 0;
-        eight.w |= pair == 3 ? half : 0;
-      }
-      now = next;
-    }
+  const int slice = slice_of[piece], row = row_order[slice * kWarp + lane];
+  const bool is_last = piece + 1 == first_piece[slice + 1];
+  int column = starts[piece * kWarp + lane];
+  int first = piece == first_piece[slice] ? 0 : column / kOctet + 1;
+  int last = (is_last ? k - 1 : starts[(piece + 1) * kWarp + lane]) / kOctet;
+  if (row < 0) last = first - 1;
+  firsts[lane] = first;
+  lasts[lane] = last;
+  const int last_column = last * kOctet + kOctet - 1;
+  for (int other = kWarp / 2; other; other /= 2) {
+    first = min(first, __shfl_sync(kAllLanes, first, lane ^ other));
+    last = max(last, __shfl_sync(kAllLanes, last, lane ^ other));
   }
-  for (; octet <= last_octet; ++octet, eight = {0, 0, 0, 0}) {
-    write_octet(eight, out, octet * kOctet, k);
+
+  Entries<kBits> entries(values, deltas, {bounds[piece], bounds[first_piece[slice + 1]]});
+  unsigned value = 0;
+  int odd = 0;
+  bool is_more = row >= 0 && entries.take(&column, &value, &odd);
+  for (int begin = first / Tile::kOctets * kGatherTileColumns; begin <= last * kOctet;
+       begin += kGatherTileColumns) {
+    __syncwarp();  // the last tile is out
+    tile.clear();
+    __syncwarp();
+    while (is_more && column < begin + kGatherTileColumns) {
+      const int at = column + odd - begin;
+      if (value && at >= 0) tile.elements[lane * Tile::kRow + at] = value;
+      is_more = column <= last_column && entries.take(&column, &value, &odd);
+    }
+    __syncwarp();
+    tile.write(w, begin, k, [&](int r) {
+      const int octet = begin / kOctet + lane % Tile::kOctets;
+      return firsts[r] <= octet && octet <= lasts[r] ? row_order[slice * kWarp + r] : -1;
+    });
   }
 }
 

@@ -17,6 +17,7 @@ TIED = [
     ("layout.LANES", "numbers.cuh", "kWarp"),
     ("layout.EXPAND_WARPS", "expand.cu", "kExpandWarps"),
     ("layout.TILE_PAD", "expand.cu", "kTilePad"),
+    ("gather.EXPAND_BYTES", "expand.cu", "kExpandGatherBytes"),
     ("cover.EXPAND_BYTES", "expand.cu", "kExpandCoverBytes"),
     ("pairs.EXPAND_BYTES", "expand.cu", "kExpandPairsBytes"),
     ("expand.THREADS", "mend.cuh", "kMendThreads"),
