@@ -5,6 +5,7 @@ python bench/run_gpu.py crossover   sparsekern/kernels/crossover.json
 python bench/run_gpu.py train            results/<GPU>-train-bfloat16-<date>.*: whole steps of GPTs
 python bench/run_gpu.py train-products   their three products alone, and what is written out
 python bench/run_gpu.py train-memory     memory of a step; --largest: the most sequences that fit
+python bench/run_gpu.py least-size       sparsekern/kernels/least_sizes.json
 python bench/run_gpu.py publish X.csv   the same from a file that --out FOLDER wrote
 
 With --out only the table is written, there: to measure on a machine without the repository or

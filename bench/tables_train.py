@@ -4,11 +4,11 @@ import math
 from collections.abc import Iterable
 from statistics import geometric_mean
 
-from sparsekern.bench import memory_gpu
+from sparsekern.bench import least_size_gpu, memory_gpu
 from sparsekern.bench.gpt_gpu import CAPTURED, COMPILED, EAGER, FREE, TWO_WAY
 from sparsekern.bench.products_gpu import NAME
 from sparsekern.bench.rates import together
-from sparsekern.bench.records import DENSE, OURS, groups
+from sparsekern.bench.records import DENSE, OURS, groups, select
 from sparsekern.bench.train_products_gpu import FP8, FP8_CAST, OPS
 from sparsekern.gpt.model import GPTConfig
 from sparsekern.gpt.presets import PRESETS
@@ -180,3 +180,13 @@ def _speed(case: dict) -> str:
     if "failed" in way:
         return "none"
     return f"{case['batch']} ({case['M'] / way['median_s']:,.0f} tokens/s)"
+
+
+def least_sizes(cases: list[dict]) -> str:
+    """A line for each number of tokens, a column for each size; the last one says from where on."""
+    sizes = sorted({case["N"] for case in cases})
+    lines = []
+    for M, least in least_size_gpu.summarize(cases):
+        chosen = [select(cases, M=M, N=size) for size in sizes]
+        lines.append([M, *(f"{least_size_gpu.ratio(c):.2f}" for c in chosen), least or "never"])
+    return table(["tokens", *map(str, sizes), "from"], lines)

@@ -1,6 +1,7 @@
 """Training on a GPU: whole steps, their three products alone, and their memory. See run_gpu.py."""
 
 import argparse
+import json
 import math
 import time
 from collections.abc import Iterator
@@ -11,14 +12,31 @@ import tables_train as tables
 import torch
 
 from sparsekern.bench import gpt_gpu, records, replay_gpu
+from sparsekern.bench import least_size_gpu as least_size
 from sparsekern.bench import train_memory_gpu as train_memory
 from sparsekern.bench import train_products_gpu as products
 from sparsekern.bench.machine import about_run, in_words
 from sparsekern.bench.measure_gpu import ROUNDS
 from sparsekern.bench.rates import case_name, derive, derived
 from sparsekern.bench.records import OTHER, OURS, Run
+from sparsekern.kernels import crossover
 
 DOCS = Path(__file__).parents[1] / "docs" / "benchmarks.md"
+
+LEAST_SIZES = Path(crossover.__file__).with_name("least_sizes.json")
+
+LEAST = """\
+# {name}
+
+{heading}
+
+Two-way patterns, {sparsity:.0%} zeros: how many times as fast as W written out (`expand`) products
+on sparse tensor cores (`two_of_four`) are, forward and input gradient together, by tokens and by
+the rows and columns of a square W. W from memory. Dispatch takes them from the size on from which
+no larger one loses (sparsekern/kernels/least_sizes.json).
+
+{sizes}
+"""
 
 STEPS = """\
 # {name}
@@ -110,12 +128,15 @@ def cases(args: argparse.Namespace) -> Iterator[dict]:
         return whole_steps(args.quick, args.model)
     if args.verb == "train-products":
         return three_products(args.quick)
+    if args.verb == "least-size":
+        return least_size.cases(replay_gpu.CudaClock(), torch.device("cuda"))
     return train_memory.cases(args.largest)
 
 
 def add_flags(verb: str, parser: argparse.ArgumentParser) -> None:
     if verb == "train-memory":
         parser.add_argument("--largest", action="store_true", help="the most that fits, too")
+    if verb in ("train-memory", "least-size"):
         return
     parser.add_argument("--quick", action="store_true")
     if verb == "train":
@@ -224,18 +245,42 @@ def page_of_memory(name: str, run: Run) -> str:
     )
 
 
+def page_of_least_sizes(name: str, run: Run) -> str:
+    return LEAST.format(
+        name=name,
+        heading=in_words(run.about, "bfloat16"),
+        sparsity=least_size.SPARSITY,
+        sizes=tables.least_sizes(derived(run)),
+    )
+
+
+SECTIONS = {"train": tables.forms, "train-products": tables.products, "train-memory": tables.memory}
 PAGES = {
     "train": page_of_steps,
     "train-products": page_of_products,
     "train-memory": page_of_memory,
+    "least-size": page_of_least_sizes,
 }
 
 
 def publish(name: str, run: Run) -> None:
-    """The table, its page, and its section in docs/benchmarks.md."""
+    """The table, its page, and its section in docs/benchmarks.md, or the data that dispatch
+    reads."""
     benchmark = run.about["benchmark"]
     pages.publish(pages.RESULTS, name, run, PAGES[benchmark](name, run), None)
-    pages.replace_section(DOCS, markers(benchmark), section(name, run))
+    if benchmark in SECTIONS:
+        pages.replace_section(DOCS, markers(benchmark), section(name, run))
+    else:
+        update_least_sizes(run)
+
+
+def update_least_sizes(run: Run) -> None:
+    machine, commit = run.about["machine"], run.about["commit"]["id"][:10]
+    measured = f"{machine['gpu']}, torch {machine['torch']}, {run.about['date']}, commit {commit}"
+    data = json.loads(LEAST_SIZES.read_text())
+    entry = {"measured": measured, "bfloat16": least_size.summarize(derived(run))}
+    data.setdefault(least_size.SPARSE, {})[machine["capability"]] = entry
+    LEAST_SIZES.write_text(json.dumps(data, indent=1) + "\n")
 
 
 def markers(benchmark: str) -> tuple[str, str]:
@@ -245,10 +290,9 @@ def markers(benchmark: str) -> tuple[str, str]:
 def section(name: str, run: Run) -> str:
     """The run in docs/."""
     cases, path = derived(run), f"bench/results/{name}.md"
-    made = {"train": tables.forms, "train-products": tables.products, "train-memory": tables.memory}
     if run.about["benchmark"] == "train-memory":
         cases = [case for case in cases if not case.get("case")]
     if run.about["benchmark"] == "train-products":
         cases = [case for case in cases if case["op"] in products.OPS]
-    text = made[run.about["benchmark"]](cases)
+    text = SECTIONS[run.about["benchmark"]](cases)
     return f"{text}\n\n{in_words(run.about, 'bfloat16')} Details: [{path}](../{path})."

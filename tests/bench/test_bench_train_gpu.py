@@ -1,7 +1,9 @@
 """The pages of training on a GPU, of small cases that a CPU made."""
 
+import json
 from importlib import import_module
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -10,10 +12,12 @@ from test_bench_gpu import CallingClock, rows_of
 from test_bench_train_products import SIZES, made, one_blas  # noqa: F401
 
 from sparsekern.bench import gpt_gpu, records, train_memory_gpu
+from sparsekern.bench import least_size_gpu as least_size
 from sparsekern.bench import train_products_gpu as products
 from sparsekern.bench.rates import derive
 from sparsekern.gpt.model import GPTConfig
 from sparsekern.gpt.presets import PRESETS
+from sparsekern.kernels import crossover, reference
 from sparsekern.report.load import load
 from sparsekern.report.nearest import choose, this
 from sparsekern.report.products import products_of_training
@@ -134,6 +138,41 @@ def test_a_page_of_steps_has_their_memory(train_gpu, tmp_path):
     assert [(row[8], row[14]) for row in rows[1:]] == [("1.00", "1.00"), *[("0.50", "0.75")] * 2]
     rows = table_of(train_gpu.section("name", run), "| times dense ")
     assert rows[1] == ["tiny, 1 layers", "captured", "1.00", "1.00"]
+
+
+def test_least_sizes_are_data_that_dispatch_reads(train_gpu, tmp_path, monkeypatch):
+    rows = [
+        SimpleNamespace(name=name, op=op, device="cuda", run=getattr(reference, op))
+        for name in (least_size.SPARSE, least_size.EXPAND)
+        for op in least_size.OPS
+    ]
+    monkeypatch.setattr(least_size, "table", SimpleNamespace(KERNELS=rows))
+    monkeypatch.setattr(least_size, "SIZES", (16, 32, 48))
+    monkeypatch.setattr(least_size, "TOKENS", (8, 16))
+    cases = list(least_size.cases(CallingClock(), torch.device("cpu")))
+    assert len(cases) == 3 * 2 * 2 and all(
+        way["is_right"] for case in cases for way in case["ways"].values()
+    )
+    for case in cases:  # it loses at 32 with 8 tokens, and below 48 with 16
+        if (case["N"], case["M"]) in ((32, 8), (16, 16)):
+            case["ways"][least_size.SPARSE]["median_s"] = 1.1
+    run = run_of("least-size", cases, tmp_path)
+    file = tmp_path / "least_sizes.json"
+    file.write_text("{}")
+    monkeypatch.setattr(train_gpu, "LEAST_SIZES", file)
+    train_gpu.update_least_sizes(run)
+    monkeypatch.setattr(crossover, "_least_sizes", lambda: json.loads(file.read_text()))
+    sizes = [
+        crossover.least_size("sm_90", torch.bfloat16, M, least_size.SPARSE) for M in (7, 8, 15, 16)
+    ]
+    assert sizes == [None, 48, 48, 32]
+    assert crossover.least_size("sm_90", torch.float16, 8, least_size.SPARSE) is None
+    assert crossover.least_size("sm_80", torch.bfloat16, 8, least_size.SPARSE) is None
+    rows = table_of(train_gpu.PAGES["least-size"]("name", run), "| tokens ")
+    assert rows[1:] == [["8", "1.00", "0.91", "1.00", "48"], ["16", "0.91", "1.00", "1.00", "32"]]
+    for case in cases:
+        case["ways"][least_size.SPARSE] = {"kind": "ours", "failed": "Error: no", "is_right": False}
+    assert least_size.summarize(cases) == [[8, None], [16, None]]
 
 
 def test_models_that_were_measured_alone_are_one_run(train_gpu):
