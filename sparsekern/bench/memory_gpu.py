@@ -42,7 +42,8 @@ def predict(
         AdamW      8 P, two moments, and 4 for each tensor, its step
         indices    4 nnz + 4 (N + 1) for each sparse W: col_indices, row_offsets, int32
         bitmaps    12 for each 64 columns of a row: the places again, as the kernels read them
-        2:4 tails  N K / 4 for each two-way W: what stands behind the slots, of W and of W^T
+        2:4 tails  N K / 4 for each two-way W that sparse tensor cores take (two_of_four): what
+                   stands behind the slots, of W and of W^T
 
     In a step:
 
