@@ -129,8 +129,8 @@ class Meter:
     @contextmanager
     def step(self, info: dict[str, Any]) -> Iterator[None]:
         """Around each step. The first brings gradients, optimizer state and what is derived from
-        patterns; from the second on `info` has the numbers, of peaks the lowest."""
-        if not self._is_cuda:
+        patterns; a later one gives `info` the numbers, unless it has them: counting takes time."""
+        if not self._is_cuda or "peak_bytes" in info:
             yield
             return
         found, before = self._found, self._allocated() - self._gradients()
@@ -140,5 +140,4 @@ class Meter:
             found["state_bytes"] = found["built_bytes"] + self._allocated() - before
             return
         others = before - (found["state_bytes"] - self._gradients())
-        peak_bytes = torch.cuda.max_memory_allocated() - others
-        info |= found | {"peak_bytes": min(peak_bytes, info.get("peak_bytes", peak_bytes))}
+        info |= found | {"peak_bytes": torch.cuda.max_memory_allocated() - others}

@@ -82,21 +82,18 @@ class Arm:
         run(info)
         loss = run(info).item()
         self._peaks[batch] = info["peak_bytes"]
-        found = dict(info) | self._timed(run, loss)
-        replay, _ = self.clock.capture([partial(run, {})])
+        found = self._timed(run, loss, info)
+        replay, _ = self.clock.capture([partial(run, info)])
         found["pool_bytes"] = self.clock.captured_bytes
         del replay
         self._free()
         return found
 
-    def _timed(self, run: Callable[[dict], torch.Tensor], loss: float) -> dict:
-        seconds = [self.clock.once(partial(run, {})) for _ in range(ROUNDS)]
-        found = {
-            "median_s": median(seconds),
-            "min_s": min(seconds),
-            "is_right": math.isfinite(loss),
-        }
-        return found | {"loss": loss}
+    def _timed(self, run: Callable[[dict], torch.Tensor], loss: float, info: dict) -> dict:
+        """`info` with the time of a step."""
+        seconds = [self.clock.once(partial(run, info)) for _ in range(ROUNDS)]
+        times = {"median_s": median(seconds), "min_s": min(seconds)}
+        return info | times | {"is_right": math.isfinite(loss), "loss": loss}
 
     def _free(self) -> None:
         self._model.zero_grad()
@@ -136,7 +133,7 @@ class Arm:
         try:
             run = self.step(batch)
             loss = run(info).item()
-            found = info | self._timed(run, loss)
+            found = self._timed(run, loss, info)
         except torch.OutOfMemoryError:
             found = None
         self._free()
