@@ -127,24 +127,22 @@ def memory(cases: list[dict]) -> str:
     for case, way in ((c, w) for c in cases for w in (_last(c, DENSE), _last(c, OURS)) if w):
         is_dense, key = way["kind"] == DENSE, (case["model"], arm(case, way))
         mask, sparsity = (memory_gpu.DENSE, 0.0) if is_dense else (case["mask"], case["sparsity"])
-        parts = memory_gpu.predict(config_of(case), case["batch"], sparsity, mask)
+        at_a_time = case.get("micro_batch", case["batch"])
+        parts = memory_gpu.predict(config_of(case), at_a_time, sparsity, mask)
         parts["places"] = sum(parts[name] for name in ("indices", "bitmaps", "2:4 tails"))
         line = [*key]
-        for names, sum_of, field in (
-            (("weights", "gradients", "AdamW", "places"), memory_gpu.state_bytes, "state_bytes"),
-            (("casts", "activations", "loss"), memory_gpu.peak_bytes, "peak_bytes"),
+        state = memory_gpu.state_bytes(parts)
+        peak = memory_gpu.peak_bytes(parts, accumulates="micro_batch" in case)
+        for names, predicted, field in (
+            (("weights", "gradients", "AdamW", "places"), state, "state_bytes"),
+            (("casts", "activations", "loss"), peak, "peak_bytes"),
         ):
             measured = way.get(field)
             if is_dense and measured:
                 dense[case["model"], field] = measured
             base = dense.get((case["model"], field))
             ratio = f"{measured / base:.2f}" if measured and base else ""
-            line += [
-                *(_gb(parts[name]) for name in names),
-                _gb(sum_of(parts)),
-                _gb(measured),
-                ratio,
-            ]
+            line += [*(_gb(parts[name]) for name in names), _gb(predicted), _gb(measured), ratio]
         lines.setdefault(key, [*line, _gb(way.get("pool_bytes"))])
     header = ["model", "mask", "weights", "gradients", "AdamW", "places", "state", "measured"]
     header += ["of dense", "casts", "activations", "loss", "peak", "measured", "of dense"]

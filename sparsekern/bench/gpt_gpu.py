@@ -45,7 +45,9 @@ FREE, TWO_WAY = "random", "two-way"  # masks
 
 @dataclass(frozen=True)
 class Step:
-    """A model, its batch, the sparsities of its linears under each kind of mask, and the forms."""
+    """A model, its batch, the sparsities of its linears under each kind of mask, and the forms.
+
+    accumulated: how many such batches an optimizer step has, all of the same tokens."""
 
     model: str
     config: GPTConfig
@@ -53,6 +55,7 @@ class Step:
     sparsities: tuple[float, ...]
     two_way: tuple[float, ...] = ()
     forms: tuple[str, ...] = (EAGER, COMPILED)
+    accumulated: int = 1
 
     def masks(self) -> list[tuple[str, float]]:
         return [(FREE, s) for s in self.sparsities] + [(TWO_WAY, s) for s in self.two_way]
@@ -65,6 +68,15 @@ STEPS = (
     replace(STEP, sparsities=(0.75, 0.9, 0.95), two_way=(0.75,), forms=(EAGER, COMPILED, CAPTURED)),
     Step("gpt3-xl", PRESETS["gpt3-xl"], 4, (0.75,), (0.75,), (CAPTURED,)),
     Step("4096-wide", GPTConfig(3, 32, 4096, 2048, 50304), 4, (0.75,), (0.75,), (CAPTURED,)),
+    Step(
+        "gpt3-xl-accumulated",
+        PRESETS["gpt3-xl"],
+        4,
+        sparsities=(0.75,),
+        two_way=(0.75,),
+        forms=(CAPTURED,),
+        accumulated=4,
+    ),
 )
 
 
@@ -79,14 +91,14 @@ def training_steps(step: Step, clock: Clock, device: torch.device) -> Iterator[d
     meter = Meter(device)
     model = make_gpt(config, device)
     meter.built(model)
-    dense = _runners("dense", DENSE, model, meter, batch, step.forms, clock, failed)
+    dense = _runners("dense", DENSE, model, meter, batch, step, clock, failed)
     exact, tolerance = dense[0].contender.exact, TOLERANCE * dense[0].error
     for mask, sparsity in step.masks():
         meter = Meter(device)
         model = make_gpt(config, device, mask, sparsity)
         meter.built(model)
         failed_here = dict(failed)
-        found = dense + _runners(NAME, OURS, model, meter, batch, step.forms, clock, failed_here)
+        found = dense + _runners(NAME, OURS, model, meter, batch, step, clock, failed_here)
         ways = race(found, exact, tolerance, clock, ROUNDS) | failed_here
         cell = _cell(step, mask, sparsity, model, ways)
         del model, meter, found  # and with them the memory of a graph, before the next one is made
@@ -143,24 +155,26 @@ def _runners(
     model: GPT,
     meter: Meter,
     batch: tuple[Tensor, Tensor],
-    forms: tuple[str, ...],
+    of: Step,
     clock: Clock,
     failed: dict[str, dict],
 ) -> list[Runner]:
     """The model in each form. All have the same weights and optimizer."""
     optimizer = capturable_optimizer(model, batch[0].device)
-    exact = _exact_gradient(model, *batch)
+    exact = _exact_gradient(model, *batch)  # the same of as many batches as there are
+    x, y = (t.repeat(of.accumulated, 1) for t in batch)
+    micro_batch = of.batch if of.accumulated > 1 else 0
 
     def step(stepper: GPT, info: dict[str, object]) -> list[Tensor]:
         with meter.step(info):
             with torch.enable_grad():
-                compute_gradients(stepper, *batch, DTYPE)
+                compute_gradients(stepper, x, y, DTYPE, micro_batch)
             optimizer.step()
         return [parameter.grad for parameter in model.blocks.parameters()]
 
     found = []
     compiled = _compiled(model)
-    for form in forms:
+    for form in of.forms:
         info: dict[str, object] = {}
         call = partial(step, model if form == EAGER else compiled, info)
         each = Contender(name + form, kind, [call], _flat, form == CAPTURED, info, exact)
@@ -209,7 +223,8 @@ def _exact_gradient(model: GPT, x: Tensor, y: Tensor) -> Tensor:
 
 
 def _cell(step: Step, mask: str, sparsity: float, model: GPT, ways: dict[str, dict]) -> dict:
-    M, config = step.batch * step.config.block_size, step.config
+    batch, config = step.batch * step.accumulated, step.config
+    M = batch * config.block_size
     weights = [layer.weight for layer in model.modules() if isinstance(layer, SparseLinear)]
     sizes = {(M, *weight.shape, weight.nnz, mask == TWO_WAY): None for weight in weights}
     for way in ways.values():
@@ -218,8 +233,9 @@ def _cell(step: Step, mask: str, sparsity: float, model: GPT, ways: dict[str, di
     return {
         **{"op": "train_step", "device": "cuda", "model": step.model, "layers": config.n_layer},
         **{"width": config.n_embd, "vocabulary": config.vocab_size},
-        **{"context": config.block_size, "batch": step.batch, "M": M, "sparsity": sparsity},
+        **{"context": config.block_size, "batch": batch, "M": M, "sparsity": sparsity},
         **{"dtype": str(DTYPE).removeprefix("torch."), "threads": 0, "is_cold": False},
+        **({"micro_batch": step.batch} if step.accumulated > 1 else {}),
         "mask": mask,
         "useful_flop": M * train_flops_per_token(config, sparsity),
         "dense_flop": M * train_flops_per_token(config),

@@ -97,11 +97,14 @@ def state_bytes(parts: dict[str, int]) -> int:
     return sum(parts[name] for name in STATE)
 
 
-def peak_bytes(parts: dict[str, int]) -> int:
+def peak_bytes(parts: dict[str, int], accumulates: bool = False) -> int:
     """The most at a time. A backward pass gives activations back layer by layer while gradients
-    come, both evenly: so this is where it begins, without gradients, or where it ends, with all."""
+    come, both evenly: so this is where it begins, without gradients, or where it ends, with all.
+    accumulates: there are those of an earlier micro-batch when it begins."""
     begins = parts["casts"] + parts["activations"] + parts["loss"]
     ends = parts["gradients"] + max(parts["scratch"], parts["embedding"])
+    if accumulates:
+        begins += parts["gradients"]
     return state_bytes(parts) - parts["gradients"] + max(begins, ends)
 
 

@@ -34,6 +34,7 @@ CASE: dict[str, type] = {
     "vocabulary": int,
     "context": int,
     "batch": int,
+    "micro_batch": int,  # of these, where gradients are added up
     "tokens": int,  # that median_s makes of each text
     "M": int,
     "N": int,

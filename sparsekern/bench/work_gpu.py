@@ -84,8 +84,9 @@ def _bytes_of(step: gpt_gpu.Step) -> int:
     dense = memory_gpu.predict(step.config, step.batch)
     ours = [memory_gpu.predict(step.config, step.batch, s, mask) for mask, s in step.masks()]
     fp64_bytes = 2 * dense["weights"]
-    peaks = memory_gpu.peak_bytes(dense) + max(map(memory_gpu.peak_bytes, ours))
-    return peaks + 3 * fp64_bytes
+    accumulates = step.accumulated > 1
+    peaks = [memory_gpu.peak_bytes(parts, accumulates) for parts in (dense, *ours)]
+    return peaks[0] + max(peaks[1:]) + 3 * fp64_bytes
 
 
 def _in_turn(work: Work) -> Iterator[dict]:

@@ -82,6 +82,20 @@ def test_a_captured_step_and_two_way_masks(step):
         assert derive(cell)["speedup"] == 2
 
 
+def test_a_step_of_several_batches_has_the_gradient_of_one(step, monkeypatch):
+    sizes = []
+
+    def seen(model, x, y, dtype, micro_batch):
+        sizes.append((len(x), micro_batch))
+        return compute_gradients(model, x, y, dtype, micro_batch)
+
+    monkeypatch.setattr(gpt_gpu, "compute_gradients", seen)
+    step = replace(step, sparsities=(0.75,), forms=(gpt_gpu.EAGER,), accumulated=3)
+    (cell,) = gpt_cells(step)
+    assert set(sizes) == {(6, 2)} and (cell["batch"], cell["micro_batch"], cell["M"]) == (6, 2, 48)
+    assert all(way["is_right"] for way in checked(cell)["ways"].values())
+
+
 def test_two_way_masks_of_tiles():
     for n, k in ((48, 16), (16, 64), (8, 8)):
         mask = gpt_gpu.TwoWayMask(0.75).mask("W", torch.empty(n, k))
@@ -93,8 +107,8 @@ def test_two_way_masks_of_tiles():
 
 
 def test_a_gpts_step_with_a_wrong_gradient_is_an_error(step, monkeypatch):
-    def skips_a_layer(model, x, y, dtype):
-        compute_gradients(model, x, y, dtype)
+    def skips_a_layer(model, *batch):
+        compute_gradients(model, *batch)
         for name, parameter in model.named_parameters():
             if name.endswith("down.values"):
                 parameter.grad.zero_()

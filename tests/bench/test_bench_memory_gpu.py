@@ -81,6 +81,9 @@ def test_the_peak_is_where_a_backward_pass_begins_or_ends():
     assert memory_gpu.peak_bytes(few) == memory_gpu.state_bytes(few) + max(
         kept - few["gradients"], few["embedding"]
     )
+    assert memory_gpu.peak_bytes(many, accumulates=True) == (
+        memory_gpu.peak_bytes(many) + many["gradients"]
+    )
     without = memory_gpu.state_bytes(many) - many["gradients"]
     assert memory_gpu.peak_bytes(many) == without + (
         many["casts"] + many["activations"] + many["loss"]
