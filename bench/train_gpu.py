@@ -147,9 +147,9 @@ def add_flags(verb: str, parser: argparse.ArgumentParser) -> None:
 def joined(runs: list[Run]) -> Run:
     """The run of all models, of which each was measured alone, about the machine of the first."""
     models = [step.model for step in gpt_gpu.STEPS]
-    places = sorted(runs, key=lambda run: models.index(run.about["part"]))
-    if [run.about["part"] for run in places] != models:
+    if sorted(run.about.get("part", "") for run in runs) != sorted(models):
         raise SystemExit(f"bench-gpu: expected a file for each of {', '.join(models)}")
+    places = sorted(runs, key=lambda run: models.index(run.about["part"]))
     first = places[0].about
     for about in (run.about for run in places):
         mine, its = (
@@ -174,7 +174,7 @@ def in_short(case: dict) -> str:
     if "failed" in way:
         return f"{text}: {way['failed']}"
     if "peak_bytes" in way:
-        return f"{text} {case['case']}: {way['peak_bytes'] / 1e9:.1f} GB"
+        return f"{text} {case.get('case', '')}: {way['peak_bytes'] / 1e9:.1f} GB"
     return f"{text}: {1e6 * way['median_s']:.1f} us"
 
 
