@@ -2,7 +2,10 @@
 
 python bench/run_gpu.py decode      results/<GPU>-decode-<dtype>-<date>.*, docs/benchmarks.md
 python bench/run_gpu.py crossover   sparsekern/kernels/crossover.json
-python bench/run_gpu.py train       results/<GPU>-train-bfloat16-<date>.*: whole steps of GPTs
+python bench/run_gpu.py train            results/<GPU>-train-bfloat16-<date>.*: whole steps of GPTs
+python bench/run_gpu.py train-products   their three products alone, and what is written out
+python bench/run_gpu.py train-memory     memory of a step; --largest: the most sequences that fit
+python bench/run_gpu.py least-size       sparsekern/kernels/least_sizes.json
 python bench/run_gpu.py publish X.csv   the same from a file that --out FOLDER wrote
 
 With --out only the table is written, there: to measure on a machine without the repository or
@@ -16,18 +19,17 @@ import math
 import re
 import sys
 import time
-from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
 import pages
 import tables_gpu
 import torch
+import train_gpu
 
 from sparsekern.bench import (
     ceilings,
     crossover,
-    gpt_gpu,
     measure_gpu,
     peers_gpu,
     records,
@@ -103,22 +105,6 @@ Speed as a share of the CUDA kernels'.
 """
 
 
-TRAIN = """\
-# {name}
-
-{heading}
-
-A training step of a GPT: forward, backward, clipping and AdamW; products in bfloat16 by autocast,
-weights and their optimizer in float32. Each model runs as it is (eager), with compiled blocks, and
-compiled and captured whole in a CUDA graph; the large ones in the last form alone. Medians of
-{rounds} rounds, all forms in turn. Gradients are held to fp64, at most {tolerance:g} times as far
-from it as those of dense. "two-way": at most two of four neighbours along both axes of each weight.
-Below 1 is a loss.
-
-{steps}
-"""
-
-
 def machine() -> dict:
     """The machine measured on. nvidia-smi's numbers are read while copies keep the GPU busy."""
     limits = ceilings.of_gpu(torch.bfloat16)
@@ -157,35 +143,6 @@ def measure(verb: str, grid: Grid, path: Path, commit: str | None, part: Part | 
     return records.read(path)
 
 
-def measure_steps(steps: Sequence[gpt_gpu.Step], path: Path, commit: str | None) -> Run:
-    """All steps of all models."""
-    start = time.monotonic()
-    about = about_run("train", machine(), commit) | {"is_whole": False}
-    cells: list[dict] = []
-    # Graphs cannot be captured on the default stream.
-    with torch.no_grad(), torch.cuda.stream(torch.cuda.Stream()):
-        for step in steps:
-            for cell in gpt_gpu.training_steps(step, replay_gpu.CudaClock(), torch.device("cuda")):
-                cells.append(derive(cell))
-                took = f"{time.monotonic() - start:4.0f} s"
-                print(f"{took} {case_name(cell)}: {cell.get('speedup', math.nan):.3f}", flush=True)
-                records.write(path, about, records.flat(cells))
-            torch.cuda.empty_cache()
-    about |= {"is_whole": True, "seconds": time.monotonic() - start}
-    records.write(path, about, records.flat(cells))
-    return records.read(path)
-
-
-def page_of_steps(name: str, run: Run) -> str:
-    return TRAIN.format(
-        name=name,
-        heading=in_words(run.about, "bfloat16"),
-        rounds=measure_gpu.ROUNDS,
-        tolerance=gpt_gpu.TOLERANCE,
-        steps=tables_gpu.steps(derived(run)),
-    )
-
-
 def page(name: str, run: Run) -> str:
     cells = derived(run)
     limit = run.about["machine"]["ceilings"]["cuda"]["bytes_per_s"]["memory"]
@@ -212,6 +169,8 @@ def joined(runs: list[Run]) -> Run:
     first, *others = runs
     if not others:
         return first
+    if first.about["benchmark"] in train_gpu.PAGES:
+        return train_gpu.joined(runs)
     places = sorted(tuple(run.about.get("part", ())) for run in runs)
     if places != [(i + 1, len(runs)) for i in range(len(runs))]:
         raise SystemExit(f"bench-gpu: expected all parts of a grid, once each, got {places}")
@@ -239,9 +198,8 @@ def publish(run: Run) -> None:
         raise SystemExit("bench-gpu: not published, since some cells were not run")
     if tables_gpu.failures(derived(run)):
         raise SystemExit("bench-gpu: not published, since one of our kernels failed or was wrong")
-    if run.about["benchmark"] == "train":
-        name = name_of(run)
-        pages.publish(pages.RESULTS, name, run, page_of_steps(name, run), None)
+    if run.about["benchmark"] in train_gpu.PAGES:
+        train_gpu.publish(name_of(run), run)
     elif run.about["benchmark"] == "decode":
         name, cells, dtype = name_of(run), derived(run), run.records[0]["dtype"]
         drawn = curves(select(cells, mask="random"), lambda cell: cell["M"], tokens)
@@ -303,10 +261,11 @@ def main(arguments: list[str]) -> int:
         options.add_argument("--commit", help="where there is no repository")
         options.add_argument("--quick", action="store_true")
         options.add_argument("--part", type=parse_part, help="1/2: the first half of the shapes")
-    options = verbs.add_parser("train")
-    options.add_argument("--out", type=Path)
-    options.add_argument("--commit", help="where there is no repository")
-    options.add_argument("--quick", action="store_true")
+    for verb in train_gpu.PAGES:
+        options = verbs.add_parser(verb)
+        options.add_argument("--out", type=Path)
+        options.add_argument("--commit", help="where there is no repository")
+        train_gpu.add_flags(verb, options)
     verbs.add_parser("publish").add_argument("files", type=Path, nargs="+")
     args = parser.parse_args(arguments)
     if args.verb == "publish":
@@ -316,14 +275,8 @@ def main(arguments: list[str]) -> int:
         raise SystemExit("bench-gpu: torch finds no NVIDIA GPU")
 
     folder = args.out or PARTIAL
-    if args.verb == "train":
-        path = folder / "train-bfloat16.csv"
-        steps = [gpt_gpu.QUICK] if args.quick else gpt_gpu.STEPS
-        run = measure_steps(steps, path, args.commit)
-        print(page_of_steps(path.stem, run))
-        if not args.quick and not args.out:
-            publish(run)
-        return 0
+    if args.verb in train_gpu.PAGES:
+        return train(args, folder)
     suffix = "-{}of{}".format(*args.part) if args.part else ""
     path = folder / f"{args.verb}-{args.dtype}{suffix}.csv"
     if args.verb == "decode" and (reason := peers_gpu.few_tokens(1).missing):
@@ -339,6 +292,20 @@ def main(arguments: list[str]) -> int:
         print("\n".join(["Failed or wrong:", *bad[:20]]))
         return 1
     if not args.quick and not args.out and not args.part:
+        publish(run)
+    return 0
+
+
+def train(args: argparse.Namespace, folder: Path) -> int:
+    model = getattr(args, "model", None)
+    path = folder / f"{args.verb}-bfloat16{f'-{model}' if model else ''}.csv"
+    run = train_gpu.measure(args, machine(), path)
+    print(train_gpu.PAGES[args.verb](path.stem, run))
+    print(f"{run.about['seconds']:.0f} s: {path}")
+    if bad := tables_gpu.failures(derived(run)):
+        print("\n".join(["Failed or wrong:", *bad]))
+        return 1
+    if not args.out and not model and not getattr(args, "quick", False):
         publish(run)
     return 0
 
