@@ -1,6 +1,7 @@
 """The GPU benchmark: products of few tokens, and the density at which each kernel becomes fastest.
 
 python bench/run_gpu.py decode      results/<GPU>-decode-<dtype>-<date>.*, docs/benchmarks.md
+python bench/run_gpu.py prompts     results/<GPU>-prompts-<dtype>-<date>.*: 96 tokens and more
 python bench/run_gpu.py crossover   sparsekern/kernels/crossover.json
 python bench/run_gpu.py train            results/<GPU>-train-bfloat16-<date>.*: whole steps of GPTs
 python bench/run_gpu.py train-products   their three products alone, and what is written out
@@ -52,6 +53,18 @@ LIMIT_S = 230.0  # no new W is begun after so long
 Part = tuple[int, int]  # (2, 3): the second of three
 
 QUICK = Grid(shapes=((512, 1024),), tokens=(1, 16), sparsities=(0.5, 0.9), masks=("random",))
+
+PROMPTS = Grid(
+    shapes=[shape for shape in measure_gpu.SHAPES if math.prod(shape) < 2e8],
+    tokens=(96, 128, 256, 512, 1024, 2048),
+    sparsities=(0.75,),
+    masks=("random",),
+)
+WAYS = {
+    "decode": peers_gpu.decode_ways,
+    "prompts": peers_gpu.prompt_ways,
+    "crossover": peers_gpu.crossover_ways,
+}
 
 SECTIONS = """\
 # {name}
@@ -105,6 +118,21 @@ Speed as a share of the CUDA kernels'.
 """
 
 
+PROMPTS_PAGE = """\
+# {name}
+
+{heading}
+
+Times faster than the best dense call: cuBLAS and cuBLASLt, both layouts of W and of the result.
+More than 64 tokens: W is written out from its pack, or from CSR, and torch multiplies. Medians of
+{rounds} CUDA-graph replays of {fewest} calls or more, all competitors in turn; every call reads
+another copy of W, {cold_mb:.0f} MB or more of them. Geometric means over {shapes}. Below 1 is a
+loss.
+
+{competitors}
+"""
+
+
 def machine() -> dict:
     """The machine measured on. nvidia-smi's numbers are read while copies keep the GPU busy."""
     limits = ceilings.of_gpu(torch.bfloat16)
@@ -117,8 +145,7 @@ def measure(verb: str, grid: Grid, path: Path, commit: str | None, part: Part | 
     """All cells; the file is written after each W, so that nothing is lost with a later one.
     `part`: which one of the whole `grid` is."""
     start = time.monotonic()
-    make = peers_gpu.decode_ways if verb == "decode" else peers_gpu.crossover_ways
-    ways = make()
+    ways = WAYS[verb]()
     generator = torch.Generator("cuda")
     about = about_run(verb, machine(), commit) | {"seed": generator.seed(), "is_whole": False}
     about["machine"]["missing"] = {w.name: w.missing for w in ways if w.missing}
@@ -161,6 +188,19 @@ def page(name: str, run: Run) -> str:
         bytes_read=tables_gpu.bytes_read(cells, limit),
         absent=tables_gpu.absent(run.about["machine"]),
         **{each: getattr(tables_gpu, each)(cells) or pages.NOT_RUN for each in names},
+    )
+
+
+def page_of_prompts(name: str, run: Run) -> str:
+    cells = derived(run)
+    return PROMPTS_PAGE.format(
+        name=name,
+        heading=in_words(run.about, cells[0]["dtype"]),
+        rounds=measure_gpu.ROUNDS,
+        fewest=measure_gpu.LAUNCHES[0],
+        cold_mb=measure_gpu.COLD_BYTES / 1e6,
+        shapes=", ".join(f"{n}x{k}" for n, k in sorted(tables_gpu.shapes_of(cells))),
+        competitors=tables_gpu.competitors(cells),
     )
 
 
@@ -207,6 +247,8 @@ def publish(run: Run) -> None:
         if dtype == "bfloat16":
             about = in_words(run.about, dtype)
             pages.update(PAGE, MARKERS, name, tables_gpu.summary(cells), about)
+    elif run.about["benchmark"] == "prompts":
+        pages.publish(pages.RESULTS, name_of(run), run, page_of_prompts(name_of(run), run), None)
     else:
         update_crossover(run)
 
@@ -232,6 +274,8 @@ def grid_of(verb: str, dtype: torch.dtype, quick: bool) -> Grid:
         return replace(QUICK, dtype=dtype)
     if verb == "decode":
         return Grid(dtype=dtype)
+    if verb == "prompts":
+        return replace(PROMPTS, dtype=dtype)
     return replace(crossover.GRID, dtype=dtype)
 
 
@@ -254,7 +298,7 @@ def parse_part(text: str) -> Part:
 def main(arguments: list[str]) -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     verbs = parser.add_subparsers(dest="verb", required=True)
-    for verb in ("decode", "crossover"):
+    for verb in WAYS:
         options = verbs.add_parser(verb)
         options.add_argument("--dtype", choices=("bfloat16", "float16"), default="bfloat16")
         options.add_argument("--out", type=Path)
@@ -279,14 +323,18 @@ def main(arguments: list[str]) -> int:
         return train(args, folder)
     suffix = "-{}of{}".format(*args.part) if args.part else ""
     path = folder / f"{args.verb}-{args.dtype}{suffix}.csv"
-    if args.verb == "decode" and (reason := peers_gpu.few_tokens(1).missing):
+    if args.verb != "crossover" and (reason := peers_gpu.few_tokens(1).missing):
         raise SystemExit(f"bench-gpu: nothing to measure: {reason}")
     grid = grid_of(args.verb, getattr(torch, args.dtype), args.quick)
     if args.part:
         grid = part_of(grid, args.part)
     run = measure(args.verb, grid, path, args.commit, args.part)
     cells = derived(run)
-    print(page(path.stem, run) if args.verb == "decode" else crossover.summarize(cells, ""))
+    pages_of = {"decode": page, "prompts": page_of_prompts}
+    if make_page := pages_of.get(args.verb):
+        print(make_page(path.stem, run))
+    else:
+        print(crossover.summarize(cells, ""))
     print(f"{len(cells)} cells in {run.about['seconds']:.0f} s: {path}")
     if bad := tables_gpu.failures(cells):
         print("\n".join(["Failed or wrong:", *bad[:20]]))
