@@ -4,6 +4,7 @@ Every rank takes its part of one global batch, so a run computes the same on any
 to rounding. Checkpoints hold whole tensors: they resume on any number of ranks as well.
 """
 
+import gc
 import os
 
 import torch
@@ -92,8 +93,10 @@ class Ranks:
 
 
 def finish() -> None:
-    """Leave the group of processes, where there is one."""
+    """Leave the group of processes, where there is one, and end its threads: one that comes back
+    from its last work while the interpreter ends aborts the process."""
     if dist.is_available() and dist.is_initialized():
+        gc.collect()  # models of DDP refer to the group, and to themselves
         dist.destroy_process_group()
 
 
