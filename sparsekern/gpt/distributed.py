@@ -56,6 +56,9 @@ class Ranks:
                 self.device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
                 torch.cuda.set_device(self.device)
             if not dist.is_initialized():
+                # Defaults of its functions keep the group that is there when it is imported.
+                from torch.distributed.nn import functional  # noqa: F401
+
                 dist.init_process_group("nccl" if self.device.type == "cuda" else "gloo")
         self.rank = dist.get_rank() if parallel != "none" else 0
         self.size = dist.get_world_size() if parallel != "none" else 1
