@@ -232,7 +232,7 @@ def test_refusals_say_why(stand_in, monkeypatch):  # noqa: F811
     full = SparseTensor.from_dense(torch.ones(N, K).bfloat16())
     assert reason(full) == "more than two of four are stored"
     assert "it takes bfloat16" in reason(W, dtype=torch.float16)
-    assert "tokens" in reason(W, m=64) and "multiples" in reason(W, m=76)
+    assert "as fast at 64 tokens" in reason(W, m=64) and "multiples" in reason(W, m=76)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: (8, 0))
     two_of_four._refuse_machine.cache_clear()
     assert "9.0 alone, not 8.0" in reason(W)
