@@ -126,11 +126,13 @@ def test_while_a_graph_is_captured_a_plan_reads_the_bias_itself(stand_in):  # no
     W, w, _ = layer()
     x, bias = torch.randn(M, K).bfloat16(), torch.randn(N).bfloat16()
     product(W, x, bias)  # the warm-up
-    plans, operand = dict(cusparselt._threads.plans), two_of_four._operand
+    ((key, plan),) = cusparselt._threads.plans.items()
+    before, operand = plan.bias.clone(), two_of_four._operand
     pattern = two_of_four._pattern(W.row_offsets, W.col_indices, N, K)
     stand_in.is_capturing = True
+    bias.normal_()
     check(product(W, x, bias), x, w, bias)
-    assert cusparselt._threads.plans == plans
+    assert [*cusparselt._threads.plans] == [key] and torch.equal(plan.bias, before)
     # A replay calls the plan again, after the bias has changed.
     plan = cusparselt.Plan(N, K, M, None, None, bias)
     bias.normal_()
