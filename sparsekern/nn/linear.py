@@ -7,6 +7,7 @@ weight decay can bring a removed weight back: there is no place for it.
 
 import copy
 import weakref
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -26,6 +27,9 @@ torch.compiler.config.dynamic_sources = ",".join(
 )
 
 _layers: "weakref.WeakSet[SparseLinear]" = weakref.WeakSet()
+
+# Called when a layer is made, until they say that they have done their work.
+plug_ins: list[Callable[[], bool]] = []
 
 
 class SparseLinear(nn.Module):
@@ -73,6 +77,8 @@ class SparseLinear(nn.Module):
     def __new__(cls, *args, **kwargs):  # copies and unpickled ones come this way too
         layer = super().__new__(cls)
         _layers.add(layer)
+        if plug_ins:
+            plug_ins[:] = [plug_in for plug_in in plug_ins if not plug_in()]
         return layer
 
     def __deepcopy__(self, memo):
