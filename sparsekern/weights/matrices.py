@@ -33,7 +33,7 @@ def load_matrix(path: str | Path, dtype: torch.dtype = torch.float32) -> SparseT
         raise FileNotFoundError(f"matrix: {path} does not exist")
     try:
         return _from_smtx(path, dtype) if path.suffix == ".smtx" else _from_mtx(path, dtype)
-    except (OverflowError, TypeError, ValueError) as error:
+    except (TypeError, ValueError) as error:
         raise ValueError(f"matrix: {path}: {error}") from error
 
 
@@ -58,8 +58,8 @@ def _integers(name: str, line: str, count: int) -> Tensor:
         raise ValueError(f"{name}: expected {count} by its first line, got {len(words)}")
     try:
         return torch.from_numpy(np.array(words, dtype=np.int64))
-    except ValueError as error:
-        raise ValueError(f"{name}: expected integers") from error
+    except (OverflowError, ValueError) as error:
+        raise ValueError(f"{name}: expected integers of 64 bits") from error
 
 
 def _from_mtx(path: Path, dtype: torch.dtype) -> SparseTensor:
