@@ -72,7 +72,12 @@ class SparseQuantizer(HfQuantizer):
         self, model: PreTrainedModel, checkpoint_files: list[str] | None = None, **kwargs: object
     ) -> PreTrainedModel:
         tensors = _renamed(_headers(checkpoint_files or []), model)
-        self.layers = {name.removesuffix(".weight") for name in layouts.names_in(tensors)}
+        self.layers = {
+            name.removesuffix(f".{part}")
+            for name in tensors
+            for part in PARTS[1:]
+            if name.endswith(f".{part}")
+        }
         for saved in sorted(self.layers):
             parts = {p: t for p in PARTS if (t := tensors.get(f"{saved}.{p}")) is not None}
             name = _name_in(model, saved)
@@ -251,9 +256,11 @@ def _empty(name: str, module: nn.Module, parts: dict[str, _Header]) -> SparseLin
     """A SparseLinear on the meta device for this module, with as many values as the file has."""
     about = next(iter(parts.values())).file
     values, shape = parts.get("weight"), parts.get("weight_shape")
-    if values is None or len(values.shape) != 1 or shape is None:
+    wanted = [PARTS[:2] + tuple(f"weight{part}" for part in p) for p in layouts.PATTERNS]
+    if values is None or shape is None or len(values.shape) != 1 or tuple(parts) not in wanted:
         raise ValueError(
-            f"{about}: {name}: expected weight [nnz] beside its pattern, got "
+            f"{about}: {name}: expected {' or '.join(', '.join(p) for p in wanted)}, with as many "
+            "values in weight as the pattern has places, got "
             + ", ".join(f"{part} {list(header.shape)}" for part, header in parts.items())
         )
     if type(module) is not nn.Linear:
