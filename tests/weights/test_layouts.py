@@ -11,6 +11,9 @@ from hypothesis import strategies as st
 from torch import nn
 
 from sparsekern import SparseLinear, SparseTensor, Static, sparsify_, weights
+from sparsekern.gpt.build import load_model
+from sparsekern.gpt.data import BPETokenizer, ByteTokenizer
+from sparsekern.gpt.model import GPT, GPTConfig
 from sparsekern.nn import bitmask
 from sparsekern.weights import layouts
 
@@ -331,3 +334,37 @@ def test_what_stays_dense_is_written_out_and_named():
         weights.set_weights_(model, given)
     assert type(model.c) is nn.Linear and model.c.weight is model.d.weight
     assert torch.equal(model.c.weight, w.to_dense()) and torch.equal(model.emb.weight, w.to_dense())
+
+
+# Models of our own GPT
+
+
+@pytest.mark.parametrize("kind", ["bytes", "bpe"])
+def test_weights_with_config_and_tokenizer_beside_them(tmp_path, kind):
+    pytest.importorskip("tokenizers")
+    tokenizer = ByteTokenizer() if kind == "bytes" else BPETokenizer.train("a b c " * 50, 260)
+    config = {"layers": 1, "heads": 2, "width": 16, "context": 8}
+    model = sparsify_(GPT(GPTConfig(1, 2, 16, 8, tokenizer.vocab_size)), Static(0.5))
+    path = tmp_path / "model.safetensors"
+    weights.save_weights(model, path)
+    with pytest.raises(ValueError, match=f"{path}: expected the weights of a run.* a config.json"):
+        load_model(path)
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    state = tokenizer.state()
+    text = json.dumps(state) if kind == "bytes" else state["serialized"]
+    (tmp_path / "tokenizer.json").write_text(text)
+    for source in (path, tmp_path):
+        loaded, other = load_model(source)
+        assert other.state() == state
+        assert torch.equal(loaded(torch.arange(8)[None])[0], model(torch.arange(8)[None])[0])
+    for damage, message in (
+        ("[", "config.json: expected JSON"),
+        ("[]", "config.json: expected an object, got list"),
+        (json.dumps(config | {"width": 10**9}), "wte.weight: expected shape"),
+        (json.dumps(config | {"heads": True}), "config: heads: expected a number, got True"),
+        ("{}", "config: layers: expected a number, got None"),
+    ):
+        (tmp_path / "config.json").write_text(damage)
+        with pytest.raises(ValueError, match=message) as caught:
+            load_model(path)
+        assert str(tmp_path) in str(caught.value)
