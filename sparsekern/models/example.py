@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from .candidates import Candidate
+from .timing import clock
 
 ROUNDS = 5  # in which a model is timed as a whole
 ENOUGH_S = 0.5  # of that: no more rounds then
@@ -154,12 +155,6 @@ def _copied(things: Any) -> Any:
         return {k: copy(v) for k, v in thing.items()} if isinstance(thing, dict) else thing
 
     return copy(things)
-
-
-def clock() -> Callable[[], float]:
-    """Seconds of what a product takes: of one thread its own time, in which nobody else's work on
-    the same core counts."""
-    return time.thread_time if torch.get_num_threads() == 1 else time.perf_counter
 
 
 def seconds_of(run: Callable[[], Any], device: torch.device) -> float:

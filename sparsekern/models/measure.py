@@ -1,16 +1,10 @@
-"""Which layers are faster sparse: times of each, dense and sparse in turn, with the cache as it is
-in the model.
-
-Between two calls of a layer the others pass: their weights push its own out of the cache, as far as
-they do not fit beside it. `Rest` does that; without it a large model's layers look faster than they
-are, the dense ones more than the sparse.
-"""
+"""Which layers are faster sparse, and which stay dense."""
 
 from collections import defaultdict
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from ..kernels.derived import derived_bytes
 from ..kernels.problem import Problem
@@ -18,19 +12,13 @@ from ..kernels.table import pick
 from ..nn import SparseLinear
 from ..nn.stand_ins import SparseExperts
 from .candidates import Candidate
-from .example import Call, Calls, clock, error_between, tensors
+from .example import Call, Calls, error_between, tensors
 from .report import Layer
+from .timing import Rest, Run, least_seconds
 
 LEAST_GAIN = 1.05  # times as fast that a sparse layer must be: below, it is noise
 # |sparse - dense| / |dense| of a layer's output, beyond which it is taken for another function
 TOLERANCE = {torch.float64: 1e-10, torch.float32: 1e-4, torch.float16: 1e-2, torch.bfloat16: 5e-2}
-ROUNDS = 9
-ENOUGH_S = 0.05  # of timed calls: no more rounds then, but for the least
-LEAST_ROUNDS = 3
-CACHE_BYTES = 2**26  # more than this pushes out all of a CPU's cache
-IN_L2_BYTES = 2**19  # less than this disturbs nothing
-
-Run = Callable[[], object]
 BEFORE, DENSE, SPARSE = "before", "dense", "sparse"
 
 
@@ -40,14 +28,16 @@ def measured(model: nn.Module, candidates: Sequence[Candidate], calls: Calls) ->
     forms: dict[tuple, set] = defaultdict(set)
     for candidate in candidates:
         forms[candidate.key].update(calls.counts.get(candidate, ()))
-    model_bytes = bytes_of(model)
+    rest = Rest(candidates[0].weight.device)
+    pruned = sum(bytes_of(candidate.module) for candidate in candidates)
+    others = bytes_of(model) - pruned
     times: dict[tuple, _Alike] = {}
     layers = []
     for candidate in candidates:
         key = candidate.key
         if forms[key] and key not in times:
             found = {form: calls.forms[key, form] for form in forms[key]}
-            times[key] = _Alike(candidate, found, model_bytes)
+            times[key] = _Alike(candidate, found, rest, others, pruned)
         layers.append(_row(candidate, calls, times.get(key)))
     return layers
 
@@ -55,12 +45,19 @@ def measured(model: nn.Module, candidates: Sequence[Candidate], calls: Calls) ->
 class _Alike:
     """The times of one layer, for all that are like it."""
 
-    def __init__(self, candidate: Candidate, forms: dict[tuple, Call], model_bytes: int):
+    def __init__(
+        self,
+        candidate: Candidate,
+        forms: dict[tuple, Call],
+        rest: Rest,
+        others: int,
+        pruned: int,
+    ):
+        """`others` are the bytes of what stays dense in any case, `pruned` those of candidates."""
         dense, sparse, plain = candidate.module, candidate.make(), candidate.plain()
         self.error, self.dtype = 0.0, candidate.weight.dtype
         self.seconds: dict[tuple, dict[str, float]] = {}
         self.kernels: dict[tuple, str] = {}
-        rest = Rest(model_bytes - bytes_of(dense), candidate.weight.device)
         for form, call in forms.items():
             with call.cast():
                 error = error_between(*(_call(layer, call)() for layer in (plain, sparse)))
@@ -68,7 +65,13 @@ class _Alike:
                 runs = {DENSE: _call(plain, call), SPARSE: _call(sparse, call)}
                 if plain is not dense:
                     runs[BEFORE] = _call(dense, call)
-                seconds = least_seconds(runs, rest, tuple(tensors([call.args, call.kwargs])))
+                # A sparse layer stands among others that are sparse alike.
+                sizes = {name: float(bytes_of(dense)) for name in (BEFORE, DENSE)}
+                sizes[SPARSE] = float(bytes_of(sparse))
+                share = pruned / sizes[DENSE] - 1
+                sizes = {name: others + share * size for name, size in sizes.items()}
+                hot = tuple(tensors([call.args, call.kwargs]))
+                seconds = least_seconds(runs, rest, sizes, hot)
                 self.seconds[form] = {BEFORE: seconds[DENSE]} | seconds
                 self.kernels[form] = kernel_of(sparse, call)
 
@@ -124,50 +127,3 @@ def bytes_of(module: nn.Module) -> int:
     layers = (m for m in module.modules() if isinstance(m, SparseLinear))
     kept = sum(derived_bytes(layer.row_offsets, layer.col_indices) for layer in layers)
     return sum(held.values()) + kept
-
-
-class Rest:
-    """What the other layers of a model do to the cache: they are so many bytes."""
-
-    def __init__(self, size_bytes: int, device: torch.device):
-        size = min(size_bytes, CACHE_BYTES) // 4
-        self._data = torch.zeros(size if size * 4 > IN_L2_BYTES else 0, device=device)
-
-    def passes(self, hot: tuple[Tensor, ...]) -> None:
-        """The others are called; `hot` is what the layer gets from the one before it."""
-        if self._data.numel():
-            self._data.sum()
-            for t in hot:
-                t.sum()
-
-
-def least_seconds(runs: dict[str, Run], rest: Rest, hot: tuple[Tensor, ...]) -> dict[str, float]:
-    """The least time of a call of each; they take turns."""
-    on_gpu, now = any(t.is_cuda for t in hot), clock()
-    taken: dict[str, list[float]] = {name: [] for name in runs}
-    for run in runs.values():  # packing, allocation
-        run()
-    for i in range(ROUNDS):
-        if i >= LEAST_ROUNDS and sum(map(sum, taken.values())) > ENOUGH_S:
-            break
-        for name, run in runs.items():
-            rest.passes(hot)
-            taken[name].append(_gpu_seconds(run) if on_gpu else _host_seconds(run, now))
-    return {name: min(each) for name, each in taken.items()}
-
-
-def _host_seconds(run: Run, now: Callable[[], float]) -> float:
-    began = now()
-    run()
-    return now() - began
-
-
-def _gpu_seconds(run: Run) -> float:
-    """As an eager call takes: with its launch, where the GPU waits for that."""
-    begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-    torch.cuda.synchronize()
-    begin.record()
-    run()
-    end.record()
-    end.synchronize()
-    return 1e-3 * begin.elapsed_time(end)
