@@ -6,6 +6,7 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field
+from statistics import median
 from typing import Any
 
 import torch
@@ -158,7 +159,7 @@ def _copied(things: Any) -> Any:
 
 
 def seconds_of(run: Callable[[], Any], device: torch.device) -> float:
-    """The least time of a few calls; the first is not counted."""
+    """The median time of a few calls; the first is not counted."""
     run()
     taken: list[float] = []
     now = time.perf_counter if device.type == "cuda" else clock()
@@ -168,7 +169,7 @@ def seconds_of(run: Callable[[], Any], device: torch.device) -> float:
         run()
         _wait(device)
         taken.append(now() - began)
-    return min(taken)
+    return median(taken)
 
 
 def _wait(device: torch.device) -> None:

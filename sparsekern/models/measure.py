@@ -14,7 +14,7 @@ from ..nn.stand_ins import SparseExperts
 from .candidates import Candidate
 from .example import Call, Calls, error_between, tensors
 from .report import Layer
-from .timing import Rest, Run, least_seconds
+from .timing import Rest, Run, usual_seconds
 
 LEAST_GAIN = 1.05  # times as fast that a sparse layer must be: below, it is noise
 # |sparse - dense| / |dense| of a layer's output, beyond which it is taken for another function
@@ -30,7 +30,7 @@ def measured(model: nn.Module, candidates: Sequence[Candidate], calls: Calls) ->
         forms[candidate.key].update(calls.counts.get(candidate, ()))
     rest = Rest(candidates[0].weight.device)
     pruned = sum(bytes_of(candidate.module) for candidate in candidates)
-    others = bytes_of(model) - pruned
+    others = _read_bytes(model) - pruned
     times: dict[tuple, _Alike] = {}
     layers = []
     for candidate in candidates:
@@ -40,6 +40,14 @@ def measured(model: nn.Module, candidates: Sequence[Candidate], calls: Calls) ->
             times[key] = _Alike(candidate, found, rest, others, pruned)
         layers.append(_row(candidate, calls, times.get(key)))
     return layers
+
+
+def _read_bytes(model: nn.Module) -> int:
+    """Bytes of what a call of the model reads: of a table of embeddings next to nothing."""
+    tables = nn.Embedding | nn.EmbeddingBag
+    modules = [module for module in model.modules() if not isinstance(module, tables)]
+    held = {id(t): t for m in modules for t in [*m._parameters.values(), *m._buffers.values()]}
+    return sum(t.nbytes for t in held.values() if t is not None)
 
 
 class _Alike:
@@ -71,7 +79,7 @@ class _Alike:
                 share = pruned / sizes[DENSE] - 1
                 sizes = {name: others + share * size for name, size in sizes.items()}
                 hot = tuple(tensors([call.args, call.kwargs]))
-                seconds = least_seconds(runs, rest, sizes, hot)
+                seconds = usual_seconds(runs, rest, sizes, hot)
                 self.seconds[form] = {BEFORE: seconds[DENSE]} | seconds
                 self.kernels[form] = kernel_of(sparse, call)
 

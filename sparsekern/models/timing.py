@@ -7,12 +7,13 @@ are, the dense ones more than the sparse.
 
 import time
 from collections.abc import Callable
+from statistics import median
 
 import torch
 from torch import Tensor
 
 ROUNDS = 7
-IN_A_ROW = 2  # the first finds a cache that the other contenders have left
+IN_A_ROW = 2  # the last counts: the first finds a cache that the other contenders have left
 ENOUGH_S = 0.05  # of timed calls: no more rounds then, but for the least
 LEAST_ROUNDS = 3
 CACHE_BYTES = 2**26  # more than this pushes out all of a CPU's cache
@@ -42,10 +43,11 @@ class Rest:
                 t.sum()
 
 
-def least_seconds(
+def usual_seconds(
     runs: dict[str, Run], rest: Rest, others_bytes: dict[str, float], hot: tuple[Tensor, ...]
 ) -> dict[str, float]:
-    """The least time of a call of each; they take turns."""
+    """The median time of a call of each; they take turns. Sums of least times would be too little:
+    a model has no moment that is the best one for all its layers."""
     on_gpu, now = any(t.is_cuda for t in hot), clock()
     taken: dict[str, list[float]] = {name: [] for name in runs}
     for run in runs.values():  # packing, allocation
@@ -56,8 +58,9 @@ def least_seconds(
         for name, run in runs.items():
             for _ in range(IN_A_ROW):
                 rest.passes(others_bytes[name], hot)
-                taken[name].append(_gpu_seconds(run) if on_gpu else _host_seconds(run, now))
-    return {name: min(each) for name, each in taken.items()}
+                seconds = _gpu_seconds(run) if on_gpu else _host_seconds(run, now)
+            taken[name].append(seconds)
+    return {name: median(each) for name, each in taken.items()}
 
 
 def _host_seconds(run: Run, now: Callable[[], float]) -> float:
