@@ -23,7 +23,7 @@ from .report import Skipped
 
 LEAST_SPARSITY = 0.3  # below, no kernel is near a dense product
 LEAST_WEIGHTS = 4096  # below, a call costs more than its product
-ALIKE = 10  # layers with so many steps of density to a factor of e are timed as one
+ALIKE = 6  # steps of density to a factor of e: layers of the same step are timed as one
 
 Shape = tuple[int, ...]
 

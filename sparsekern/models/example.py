@@ -159,8 +159,7 @@ def _copied(things: Any) -> Any:
 
 
 def seconds_of(run: Callable[[], Any], device: torch.device) -> float:
-    """The median time of a few calls; the first is not counted."""
-    run()
+    """The median time of a few calls, of what has run before."""
     taken: list[float] = []
     now = time.perf_counter if device.type == "cuda" else clock()
     while len(taken) < ROUNDS and sum(taken) < ENOUGH_S:

@@ -28,7 +28,8 @@ def measured(model: nn.Module, candidates: Sequence[Candidate], calls: Calls) ->
     forms: dict[tuple, set] = defaultdict(set)
     for candidate in candidates:
         forms[candidate.key].update(calls.counts.get(candidate, ()))
-    rest = Rest(candidates[0].weight.device)
+    weight = candidates[0].weight
+    rest = Rest(weight.device, weight.dtype)
     pruned = sum(bytes_of(candidate.module) for candidate in candidates)
     others = _read_bytes(model) - pruned
     times: dict[tuple, _Alike] = {}
@@ -103,11 +104,10 @@ def _row(candidate: Candidate, calls: Calls, alike: _Alike | None) -> Layer:
         layer.before_s += count * alike.seconds[form][BEFORE]
         layer.dense_s += count * alike.seconds[form][DENSE]
         layer.sparse_s += count * alike.seconds[form][SPARSE]
-    least = min(layer.before_s, layer.dense_s)
     if not alike.is_right:
         layer.reason = f"its class computes something else (output differs by {alike.error:.0e})"
-    elif least < LEAST_GAIN * layer.sparse_s:
-        layer.reason = f"sparse is {least / layer.sparse_s:.2f} times as fast"
+    elif layer.gain < LEAST_GAIN:
+        layer.reason = "sparse is no faster"
     else:
         layer.is_sparse = True
     return layer
