@@ -16,7 +16,7 @@ from .candidates import Candidate
 from .timing import clock
 
 ROUNDS = 5  # in which a model is timed as a whole
-ENOUGH_S = 0.5  # of that: no more rounds then
+ENOUGH_S = 0.3  # of that: no more rounds then
 
 
 @dataclass

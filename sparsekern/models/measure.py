@@ -2,6 +2,7 @@
 
 from collections import defaultdict
 from collections.abc import Sequence
+from itertools import cycle
 
 import torch
 from torch import nn
@@ -32,15 +33,15 @@ def measured(model: nn.Module, candidates: Sequence[Candidate], calls: Calls) ->
     rest = Rest(weight.device, weight.dtype)
     pruned = sum(bytes_of(candidate.module) for candidate in candidates)
     others = _read_bytes(model) - pruned
-    times: dict[tuple, _Alike] = {}
-    layers = []
+    alike: dict[tuple, list[Candidate]] = defaultdict(list)
     for candidate in candidates:
-        key = candidate.key
-        if forms[key] and key not in times:
-            found = {form: calls.forms[key, form] for form in forms[key]}
-            times[key] = _Alike(candidate, found, rest, others, pruned)
-        layers.append(_row(candidate, calls, times.get(key)))
-    return layers
+        alike[candidate.key].append(candidate)
+    times: dict[tuple, _Alike] = {}
+    for key, found in alike.items():
+        if forms[key]:
+            called = {form: calls.forms[key, form] for form in forms[key]}
+            times[key] = _Alike(found, called, rest, others, pruned)
+    return [_row(candidate, calls, times.get(candidate.key)) for candidate in candidates]
 
 
 def _read_bytes(model: nn.Module) -> int:
@@ -56,13 +57,14 @@ class _Alike:
 
     def __init__(
         self,
-        candidate: Candidate,
+        alike: Sequence[Candidate],
         forms: dict[tuple, Call],
         rest: Rest,
         others: int,
         pruned: int,
     ):
         """`others` are the bytes of what stays dense in any case, `pruned` those of candidates."""
+        candidate = alike[0]
         dense, sparse, plain = candidate.module, candidate.make(), candidate.plain()
         self.error, self.dtype = 0.0, candidate.weight.dtype
         self.seconds: dict[tuple, dict[str, float]] = {}
@@ -74,6 +76,8 @@ class _Alike:
                 runs = {DENSE: _call(plain, call), SPARSE: _call(sparse, call)}
                 if plain is not dense:
                     runs[BEFORE] = _call(dense, call)
+                else:  # each the next time, so that none is in the cache
+                    runs[DENSE] = _in_turn([_call(each.module, call) for each in alike])
                 # A sparse layer stands among others that are sparse alike.
                 sizes = {name: float(bytes_of(dense)) for name in (BEFORE, DENSE)}
                 sizes[SPARSE] = float(bytes_of(sparse))
@@ -115,6 +119,11 @@ def _row(candidate: Candidate, calls: Calls, alike: _Alike | None) -> Layer:
 
 def _call(layer: nn.Module, call: Call) -> Run:
     return lambda: layer(*call.args, **call.kwargs)
+
+
+def _in_turn(runs: Sequence[Run]) -> Run:
+    endless = cycle(runs)
+    return lambda: next(endless)()
 
 
 def kernel_of(sparse: nn.Module, call: Call) -> str:
