@@ -216,7 +216,7 @@ def _name(name: str, count: int) -> str:
 
 
 def _pattern(name: str) -> str:
-    return re.sub(r"\d+", "*", name)
+    return re.sub(r"(?<![^.])\d+(?![^.])", "*", name)
 
 
 def _shapes(shapes: Shapes) -> str:

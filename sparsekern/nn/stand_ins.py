@@ -15,6 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from ..tensor import SparseTensor
 from .linear import SparseLinear
 from .origin import Origin
 
@@ -95,9 +96,15 @@ class SparseConv(StandIn):
 class SparseMultiheadAttention(StandIn):
     """nn.MultiheadAttention with one embedding size for query, key and value."""
 
-    # nn.TransformerEncoderLayer asks these, and leaves its fast path, which reads dense weights.
+    # nn.TransformerEncoder and its layers ask these three, and leave their fast paths, which read
+    # dense weights.
     in_proj_bias = None
     _qkv_same_embed_dim = False
+
+    @property
+    def in_proj_weight(self) -> SparseTensor:
+        """The first of the three weights in it."""
+        return self.q_proj.weight
 
     def __init__(self, projections: list[SparseLinear], out: SparseLinear, origin: Origin):
         super().__init__()
