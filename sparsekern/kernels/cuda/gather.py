@@ -14,12 +14,14 @@ import torch
 from torch import Tensor
 
 from ...indices import expand_rows
-from .layout import LANES, TYPES, Gpu, Launch, Layout, Packed, sort_rows
+from .layout import LANES, TILE_PAD, TYPES, Expansion, Gpu, Launch, Layout, Packed, sort_rows
 
 GRANULE = 8  # entries of a lane
 BLOCK_PIECES = 16  # of a thread block: one a warp
 DEPTH = 4  # granules of a warp that are on their way
 MOST_TOKENS = 8  # of one launch
+TILE_COLUMNS = 128  # of W written out, and the shared memory of a warp for that
+EXPAND_BYTES = LANES * (TILE_COLUMNS + TILE_PAD) * 2 + LANES * 8
 MOST_BLOCKS = 2  # of a multiprocessor
 MANY_GRANULES = 40  # of a piece
 
@@ -55,9 +57,10 @@ class Gather(Packed):
         return (*tensors, self.starts, self.row_order), sizes
 
     def expansion(self):
-        tensors = self.values, self.deltas, self.bounds, self.slice_of, self.starts, self.row_order
+        tensors = self.values, self.deltas, self.bounds, self.slice_of, self.first_piece
         pieces = self.slice_of.shape[0]
-        return f"d{self.bits}", pieces, tensors, (pieces,)
+        weight = *tensors, self.starts, self.row_order
+        return Expansion(f"d{self.bits}", pieces, EXPAND_BYTES, weight, (pieces,))
 
     def parts(self):
         if self.bits not in (4, 8):
