@@ -8,6 +8,7 @@ from contextlib import suppress
 from importlib import import_module
 
 from .matmul import explain, linear, matmul
+from .models import accelerate_
 from .nn import SparseLinear, densify_, parameter_groups, sparsify_
 from .nn.linear import plug_ins
 from .sparsity import Static

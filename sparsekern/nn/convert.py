@@ -1,61 +1,92 @@
 """sparsify_ and densify_ swap SparseLinear in and out of a model."""
 
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from ..kernels.derived import forget_captures
 from ..tensor import SparseTensor
+from .kinds import HEAD_NAMES, heads, uses_of_parameters
 from .linear import SparseLinear, refuse_meta
+from .stand_ins import StandIn
 
 __all__ = ["densify_", "forget_graphs_", "replace_modules", "sparsifiable", "sparsify_"]
 
-HEAD_NAMES = ("head", "lm_head")
+MANY_ZEROS = 0.2  # share of the weights from which on a model counts as pruned
 
 
 def sparsify_(
-    model: nn.Module, algorithm, filter_fn: Callable[[nn.Module, str], bool] | None = None
+    model: nn.Module,
+    algorithm,
+    filter_fn: Callable[[nn.Module, str], bool] | None = None,
+    *,
+    prune_again: bool = False,
 ) -> nn.Module:
     """Replace the nn.Linear modules of `model` by SparseLinear, in place, and return the model.
 
     Args:
         algorithm: has `mask(name, weight)` -> bool [N, K], True where a weight is kept.
-        filter_fn: filter_fn(module, name) says which nn.Linear to replace. By default all but
-            those named `head` or `lm_head`.
+        filter_fn: filter_fn(module, name) says which nn.Linear to replace. By default all but the
+            model's heads: those named `head` or `lm_head`, what get_output_embeddings() gives, and
+            what comes after the last of repeated blocks (classifiers, poolers).
+        prune_again: that weights of which many are zero already may lose more.
 
     A weight that another module uses too (tied to an embedding) stays dense, and so does one with
     the attribute `requires_dense`. So do subclasses of nn.Linear: they compute something of their
     own. Make the optimizer afterwards: it must see the new Parameters. If an algorithm fails the
-    model is unchanged. ValueError where there is nothing to replace, unless filter_fn said so.
+    model is unchanged. ValueError where there is nothing to replace, unless filter_fn said so, and
+    where more than 20 % of the weights are zero already and a mask would remove others.
     """
     chosen = sparsifiable(model, filter_fn)
     if not chosen and not (filter_fn and sparsifiable(model, lambda module, name: True)):
         raise ValueError(f"sparsify_: {_nothing_in(model)}")
     for name, module in chosen.items():
         refuse_meta(f"{name}.weight" if name else "weight", module)
+    dense = {n: m.weight.detach() for n, m in chosen.items() if type(m) is nn.Linear}
+    zeros = 0.0 if prune_again else share_of_zeros(dense.values())
 
     def replace(name: str, module: nn.Module) -> nn.Module | None:
         if name not in chosen or isinstance(module, SparseLinear):
             return None
         assert isinstance(module, nn.Linear)  # says sparsifiable
-        return SparseLinear.from_linear(module, algorithm.mask(name, module.weight.detach()))
+        mask = algorithm.mask(name, dense[name])
+        if zeros > MANY_ZEROS and bool((dense[name].ne(0) & ~mask).any()):
+            raise ValueError(f"sparsify_: {pruned_already(zeros)}")
+        return SparseLinear.from_linear(module, mask)
 
     return replace_modules(model, replace)
+
+
+def share_of_zeros(weights: Iterable[Tensor]) -> float:
+    """Of all these weights; those that are zero all over were never trained and do not count."""
+    sizes = [(int(w.count_nonzero()), w.numel()) for w in weights]
+    used = [(nnz, size) for nnz, size in sizes if nnz]
+    return 1 - sum(nnz for nnz, _ in used) / max(1, sum(size for _, size in used)) if used else 0.0
+
+
+def pruned_already(zeros: float) -> str:
+    """What to tell whoever is about to prune a model of which so many weights are zero."""
+    return (
+        f"{zeros:.0%} of the weights are zero already, and this would remove others; "
+        "sparsekern.accelerate_(model, example) takes the zeros that are there; to prune all the "
+        "same give prune_again=True"
+    )
 
 
 def sparsifiable(
     model: nn.Module, filter_fn: Callable[[nn.Module, str], bool] | None = None
 ) -> dict[str, nn.Linear | SparseLinear]:
     """The layers that `sparsify_` would replace, and those that are a SparseLinear already."""
-    uses = Counter(id(p) for module in model.modules() for p in module._parameters.values())
+    uses = uses_of_parameters(model)
+    spared = set() if filter_fn else heads(model)
 
     def chosen(name: str, module: nn.Module) -> bool:
         if not isinstance(module, SparseLinear):
             if uses[id(module.weight)] > 1 or getattr(module.weight, "requires_dense", False):
                 return False
-        return filter_fn(module, name) if filter_fn else name.split(".")[-1] not in HEAD_NAMES
+        return filter_fn(module, name) if filter_fn else name not in spared
 
     return {
         name: module
@@ -66,7 +97,8 @@ def sparsifiable(
 
 
 def densify_(model: nn.Module, optimizer: Optimizer | None = None) -> nn.Module:
-    """Replace every SparseLinear of `model` by its nn.Linear, in place, and return the model.
+    """Replace every SparseLinear of `model` by its nn.Linear, in place, and return the model. What
+    stands in for another module (Conv1D, a convolution, attention, experts) becomes that again.
 
     With an optimizer, the dense weights take the place of the values in its groups and its state
     becomes dense too: zero where nothing was stored. ValueError, and an unchanged model, for state
@@ -83,6 +115,9 @@ def densify_(model: nn.Module, optimizer: Optimizer | None = None) -> nn.Module:
     dense: dict[nn.Parameter, tuple[Tensor, SparseLinear]] = {}
 
     def replace(name: str, module: nn.Module) -> nn.Module | None:
+        if isinstance(module, StandIn):
+            _refuse_state(module, optimizer)
+            return module.to_dense()
         if not isinstance(module, SparseLinear):
             return None
         linear = module.to_linear()
@@ -100,12 +135,21 @@ def densify_(model: nn.Module, optimizer: Optimizer | None = None) -> nn.Module:
     return model
 
 
+def _refuse_state(module: nn.Module, optimizer: Optimizer | None) -> None:
+    if optimizer and any(p in optimizer.state for p in module.parameters()):
+        raise ValueError(
+            f"densify_: expected no optimizer state for a {type(module).__name__}; its weights "
+            "become parts of one Parameter"
+        )
+
+
 def _densified(state, module: SparseLinear):
     """A part of the optimizer state of the module's values; `step` and the like stay."""
     if not isinstance(state, Tensor) or state.shape != module.values.shape:
         return state
     n, k = module.out_features, module.in_features
-    return SparseTensor._trusted(module.row_offsets, module.col_indices, state, n, k).to_dense()
+    w = SparseTensor._trusted(module.row_offsets, module.col_indices, state, n, k)
+    return module.as_stored(w.to_dense())
 
 
 def forget_graphs_(model: nn.Module) -> nn.Module:
@@ -120,17 +164,26 @@ def forget_graphs_(model: nn.Module) -> nn.Module:
 def replace_modules(
     model: nn.Module, replace: Callable[[str, nn.Module], nn.Module | None]
 ) -> nn.Module:
-    """Put replace(name, module) in the place of each module for which it is not None."""
-    swaps = {module: replace(name, module) for name, module in model.named_modules()}
+    """Put replace(name, module) in the place of each module for which it is not None. What a
+    replaced module held is not looked at."""
+    swaps: dict[nn.Module, nn.Module | None] = {}
+
+    def choose(name: str, module: nn.Module) -> None:
+        if module in swaps:
+            return
+        swaps[module] = replace(name, module)
+        if swaps[module] is None:
+            for child_name, child in module.named_children():
+                choose(f"{name}.{child_name}" if name else child_name, child)
+
+    choose("", model)
+    if (root := swaps[model]) is not None:
+        return root
     # A module may sit in several places.
-    for name, module in list(model.named_modules(remove_duplicate=False)):
-        new = swaps[module]
-        if new is None:
-            continue
-        if module is model:
-            return new
-        parent, _, child = name.rpartition(".")
-        setattr(model.get_submodule(parent), child, new)
+    for parent in [module for module, new in swaps.items() if new is None]:
+        for name, child in list(parent._modules.items()):
+            if child is not None and swaps[child] is not None:
+                setattr(parent, name, swaps[child])
     return model
 
 
