@@ -8,6 +8,7 @@ SparseLinear modules into the model while it is on the meta device, and lets tra
 collect the parts of each weight and hand them to Unpack.
 """
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -20,12 +21,24 @@ from transformers.quantizers import HfQuantizer, register_quantization_config, r
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from ..nn import SparseLinear, densify_
+from ..nn.stored import own_weight
+from ..nn.substitutes import sizes_of_layers, substitute
 from ..tensor import SparseTensor
 from ..weights import layouts, weights_of
 
 METHOD = "sparsekern"
 FORMAT_VERSION = 2  # of weights/read.py
 PARTS = ("weight", "weight_shape", *(f"weight{part}" for p in layouts.PATTERNS for part in p))
+
+
+class _Header:
+    """A tensor of a file, of which only the shape was read, or of a few numbers all."""
+
+    def __init__(self, file: str, shape: list[int], numbers: list[int] | None):
+        self.file, self.shape, self.numbers = file, tuple(shape), numbers
+
+
+_Parts = dict[str, _Header]  # of one weight, by the names in PARTS
 
 # _init_weights of GPT-2 and others reads the weights of children, and leaves alone what has this.
 SparseTensor._is_hf_initialized = True  # type: ignore[attr-defined]
@@ -78,13 +91,19 @@ class SparseQuantizer(HfQuantizer):
             for part in PARTS[1:]
             if name.endswith(f".{part}")
         }
+        owners: dict[str, dict[str, _Parts]] = {}
         for saved in sorted(self.layers):
-            parts = {p: t for p in PARTS if (t := tensors.get(f"{saved}.{p}")) is not None}
-            name = _name_in(model, saved)
-            if name is None:
-                _refuse_lost(model, saved, parts)
+            headers = {p: t for p in PARTS if (t := tensors.get(f"{saved}.{p}")) is not None}
+            place = _place_in(model, saved)
+            if place is None:
+                _refuse_lost(model, saved, headers)
             else:
-                model.set_submodule(name, _empty(name, model.get_submodule(name), parts))
+                owners.setdefault(place[0], {})[place[1]] = headers
+        for name, layers in owners.items():
+            dense = model.get_submodule(name)
+            model.set_submodule(name, _empty(name, dense, layers))
+            if isinstance(dense, nn.MultiheadAttention):
+                _spare(model.get_submodule(name.rpartition(".")[0]), name, tensors)
         return model
 
     def get_weight_conversions(self) -> list[WeightConverter]:
@@ -140,6 +159,7 @@ class Unpack(ConversionOps):
             w = layouts.take("weight", parts)
         except (TypeError, ValueError) as error:
             raise ValueError(f"{prefix}.weight: {error}") from error
+        w = own_weight(layer, w)
         new = w.row_offsets, w.col_indices, w.values.to(layer.values.dtype)
         return {f"{prefix}.{p}": t for p, t in zip(layouts.BUFFERS, new, strict=True)}
 
@@ -190,13 +210,6 @@ def attach(model: PreTrainedModel, is_sparse: bool) -> None:
         )
 
 
-class _Header:
-    """A tensor of a file, of which only the shape was read, or of a few numbers all."""
-
-    def __init__(self, file: str, shape: list[int], numbers: list[int] | None):
-        self.file, self.shape, self.numbers = file, tuple(shape), numbers
-
-
 def _headers(files: list[str]) -> dict[str, _Header]:
     found: dict[str, _Header] = {}
     for path in files:
@@ -237,44 +250,85 @@ def _name_in(model: PreTrainedModel, saved: str) -> str | None:
     return next((name for name in names if name in named), None)
 
 
-def _refuse_lost(model: PreTrainedModel, saved: str, parts: dict[str, "_Header"]) -> None:
+def _place_in(model: PreTrainedModel, saved: str) -> tuple[str, str] | None:
+    """The dense module whose place is taken for that layer, and the layer's name in what takes it:
+    "" where it is the layer itself."""
+    above = saved
+    while above:
+        if (name := _name_in(model, above)) is not None:
+            inner = saved.removeprefix(above).removeprefix(".")
+            if inner in sizes_of_layers(model.get_submodule(name)):
+                return name, inner
+        above = above.rpartition(".")[0]
+    return None
+
+
+def _spare(parent: Any, name: str, tensors: dict[str, _Header]) -> None:
+    """Keep _init_weights from a module that holds attention: it would look for the bias that the
+    sparse one has as None. Not where a parameter of the module is missing in the file."""
+    above = name.rpartition(".")[0]
+    own = [f"{above}.{part}" for part, p in parent._parameters.items() if p is not None]
+    if all(any(key == n or key.endswith(f".{n}") for key in tensors) for n in own):
+        parent._is_hf_initialized = True
+
+
+def _refuse_lost(model: PreTrainedModel, saved: str, parts: _Parts) -> None:
     """A model without a layer of the file is one without that head, say, and transformers tells of
     it. Where a module with other parameters stands in its place they would be random."""
     above = saved
-    while above := above.rpartition(".")[0]:
+    while above:
         if (name := _name_in(model, above)) is not None:
             module = model.get_submodule(name)
             if any(p is not None for p in module._parameters.values()):
                 raise ValueError(
                     f"{next(iter(parts.values())).file}: {saved}: the model has a "
-                    f"{type(module).__name__} at {name}, which has no such layer"
+                    f"{type(module).__name__} at {name}, which takes no such weight"
                 )
             return
+        above = above.rpartition(".")[0]
 
 
-def _empty(name: str, module: nn.Module, parts: dict[str, _Header]) -> SparseLinear:
-    """A SparseLinear on the meta device for this module, with as many values as the file has."""
-    about = next(iter(parts.values())).file
+def _empty(name: str, module: nn.Module, layers: dict[str, _Parts]) -> nn.Module:
+    """What takes the module's place, on the meta device, with as many values as the file has."""
+    sizes = sizes_of_layers(module)
+    if lacking := sorted(sizes.keys() - layers.keys()):
+        (first, *_), *_ = (list(parts.values()) for parts in layers.values())
+        raise ValueError(
+            f"{first.file}: {name}: expected sparse weights for {', '.join(sizes)}, the file "
+            f"lacks {', '.join(lacking)}"
+        )
+
+    def make(
+        kind: type[SparseLinear],
+        inner: str,
+        shape: Sequence[int],
+        bias: nn.Parameter | None,
+        parameter: nn.Parameter,
+    ) -> SparseLinear:
+        full = f"{name}.{inner}" if inner else name
+        nnz = _checked_nnz(full, layers[inner], sizes[inner])
+        with torch.device("meta"):
+            offsets = torch.empty(shape[0] + 1, dtype=torch.int32)
+            columns = torch.empty(nnz, dtype=torch.int32)
+            values = nn.Parameter(torch.empty(nnz, dtype=parameter.dtype))
+        return kind(shape[1], shape[0], offsets, columns, values, bias)
+
+    return substitute(module, make)
+
+
+def _checked_nnz(name: str, parts: _Parts, stored: tuple[int, int]) -> int:
+    """How many values the file has for a weight of that shape."""
     values, shape = parts.get("weight"), parts.get("weight_shape")
     wanted = [PARTS[:2] + tuple(f"weight{part}" for part in p) for p in layouts.PATTERNS]
     if values is None or shape is None or len(values.shape) != 1 or tuple(parts) not in wanted:
         raise ValueError(
-            f"{about}: {name}: expected {' or '.join(', '.join(p) for p in wanted)}, with as many "
-            "values in weight as the pattern has places, got "
+            f"{next(iter(parts.values())).file}: {name}: expected "
+            f"{' or '.join(', '.join(p) for p in wanted)}, with as many values in weight as the "
+            "pattern has places, got "
             + ", ".join(f"{part} {list(header.shape)}" for part, header in parts.items())
         )
-    if type(module) is not nn.Linear:
+    if shape.numbers != list(stored):
         raise ValueError(
-            f"{about}: {name}: expected an nn.Linear for a sparse weight, the model has a "
-            f"{type(module).__name__}"
+            f"{values.file}: {name}: expected a weight {list(stored)}, got {shape.numbers}"
         )
-    if shape.numbers != [module.out_features, module.in_features]:
-        raise ValueError(
-            f"{about}: {name}: expected a weight [{module.out_features}, {module.in_features}], "
-            f"got {shape.numbers}"
-        )
-    n, nnz = module.out_features, values.shape[0]
-    with torch.device("meta"):
-        indices = torch.empty(n + 1, dtype=torch.int32), torch.empty(nnz, dtype=torch.int32)
-        stored = nn.Parameter(torch.empty(nnz, dtype=module.weight.dtype))
-    return SparseLinear(module.in_features, n, *indices, stored, module.bias)
+    return values.shape[0]

@@ -44,6 +44,7 @@ class SparseLinear(nn.Module):
     row_offsets: Tensor
     col_indices: Tensor
     bias: nn.Parameter | None
+    stores_transpose = False  # whether its dense module has the weight as [K, N]
 
     def __init__(
         self,

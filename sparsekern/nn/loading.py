@@ -18,6 +18,7 @@ from ..kernels import observed
 from ..kernels.derived import is_captured
 from ..tensor import SparseTensor
 from . import bitmask, copies
+from .stored import stored_shape, transposed
 
 if TYPE_CHECKING:
     from .linear import SparseLinear
@@ -78,7 +79,7 @@ def _unpack(layer: "SparseLinear", state_dict: dict, prefix: str) -> None:
         for part in ("", SHAPE, BITMASK, *(f"_{part}" for part in INDICES))
         if name + part in state_dict
     }
-    values, shape = parts.get(""), (layer.out_features, layer.in_features)
+    values, shape = parts.get(""), stored_shape(layer)
     if not isinstance(values, Tensor) or parts.keys() <= {""}:
         return
     wanted = parts.get(SHAPE)
@@ -86,13 +87,16 @@ def _unpack(layer: "SparseLinear", state_dict: dict, prefix: str) -> None:
         got = wanted.tolist() if isinstance(wanted, Tensor) else "none"
         raise _Refused(f"{name}{SHAPE}: expected {list(shape)}, got {got}")
     indices: tuple[Tensor | None, ...]
-    if BITMASK in parts:
-        try:
+    try:
+        if BITMASK in parts:
             indices = bitmask.unpack(parts[BITMASK], shape, values.numel())
-        except ValueError as error:
-            raise _Refused(f"{name}: {error}") from error
-    else:
-        indices = tuple(parts.get(f"_{part}") for part in INDICES)
+        else:
+            indices = tuple(parts.get(f"_{part}") for part in INDICES)
+        if layer.stores_transpose:
+            w = transposed(SparseTensor(*indices, values, shape))  # type: ignore[arg-type, call-arg]
+            indices, values = (w.row_offsets, w.col_indices), w.values
+    except (TypeError, ValueError) as error:
+        raise _Refused(f"{name}: {error}") from error
     for part in parts:
         del state_dict[name + part]
     state_dict[f"{prefix}values"] = values

@@ -1,11 +1,17 @@
 """Weights into a model, in place: all of them, or an error and the model as it was."""
 
 import warnings
+from collections.abc import Iterable, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from ..nn import SparseLinear, replace_modules
+from ..nn.kinds import is_conv1d
+from ..nn.stand_ins import StandIn
+from ..nn.stored import own_weight, transposed
+from ..nn.substitutes import sizes_of_layers, substitute, to_dense
 from ..tensor import SparseTensor
 from .layouts import BUFFERS, Weights, join, weights_of
 from .names import as_in, shared_names
@@ -14,41 +20,71 @@ __all__ = ["set_weights_"]
 
 
 def set_weights_(model: nn.Module, weights: Weights) -> nn.Module:
-    """Give a model these weights, in place. A layer becomes a SparseLinear where its weight is a
-    SparseTensor, and an nn.Linear where it is dense. A SparseTensor for another module, an
-    embedding for instance, is written out, with a warning.
+    """Give a model these weights, in place. A layer becomes sparse where its weight is a
+    SparseTensor: nn.Linear, transformers' Conv1D, and what `accelerate_` makes sparse beside them.
+    It becomes dense where its weight is. A SparseTensor for another module, an embedding for
+    instance, is written out, with a warning.
 
     Names are those of the dense model, or of the state_dict of a sparse one. They must match, but
     for weights that the model ties to one that is there, for what torch.compile, DDP and FSDP add
     to them, and for a prefix of all of them.
 
     ValueError where something does not fit; the model is then as it was."""
-    mine = weights_of(model)
-    weights = _joined(mine, as_in(mine, weights))
-    weights = _tied(model, weights)
+    mine, modules = weights_of(model), dict(model.named_modules(remove_duplicate=False))
+    sizes = {name: sizes_of_layers(module) for name, module in modules.items()}
+    shapes: dict[str, tuple[int, ...]] = {
+        _weight(name, inner): shape
+        for name, layers in sizes.items()
+        for inner, shape in layers.items()
+    } | {name: w.shape for name, w in mine.items() if isinstance(w, SparseTensor)}
+    transposes = {
+        join(name, "weight")
+        for name, module in modules.items()
+        if is_conv1d(module) or getattr(module, "stores_transpose", False)
+    }
+    weights = _joined(shapes, transposes, as_in({*mine, *shapes}, weights))
+    shared = shared_names(model)
+    weights = _tied(shared, weights)
+    for name, t in weights.items():
+        _check_can_be_copied(name, t, mine.get(name))
+    tied = [group for group in shared if len({modules[_module(name)] for name in group}) > 1]
+    dense = {name: "tied" for group in tied for name in group}
+    dense = {
+        name: why for name, why in dense.items() if isinstance(weights.get(name), SparseTensor)
+    }
+    weights = _written_out(weights, dense)
+
+    swaps: dict[nn.Module, nn.Module] = {}
+    filled: set[str] = set()  # what has its weight already
+    for name, module in modules.items():
+        if any(modules[above] in swaps for above in _above(name)):
+            continue
+        new = swaps.get(module) or _swap(name, module, sizes[name], weights)
+        if new is not None:
+            swaps[module] = new
+            mine = {n: t for n, t in mine.items() if not n.startswith(join(name, ""))}
+            mine |= {join(name, n): t for n, t in weights_of(new).items()}
+            filled |= {join(name, n) for n in weights_of(new)}
+    dense |= {
+        name: f"of {type(modules[_module(name)]).__name__}"
+        for name, t in weights.items()
+        if isinstance(t, SparseTensor) and isinstance(mine.get(name), Tensor)
+    }
+    weights = _written_out(weights, dense)
     _check_fit(mine, weights)
-    weights = _written_out(model, weights)
+    if dense:
+        which = ", ".join(f"{name} ({why})" for name, why in sorted(dense.items()))
+        warnings.warn(f"set_weights_: written out, for they stay dense: {which}", stacklevel=2)
 
-    def replace(name: str, module: nn.Module) -> nn.Module | None:
-        weight = weights.get(join(name, "weight"))
-        if type(module) is nn.Linear and isinstance(weight, SparseTensor):
-            mine = weight.detach().to(module.weight.device, module.weight.dtype)
-            values = nn.Parameter(mine.values, module.weight.requires_grad)
-            layer = SparseLinear(
-                weight.k, weight.n, mine.row_offsets, mine.col_indices, values, module.bias
-            )
-            return layer.train(module.training)
-        if isinstance(module, SparseLinear) and isinstance(weight, Tensor):
-            return module.to_linear()
-        return None
-
-    model = replace_modules(model, replace)
+    model = replace_modules(model, lambda name, module: swaps.get(module))
     state: dict[str, Tensor] = {}
     for name, t in weights.items():
         if isinstance(t, SparseTensor):
-            parts = (t.row_offsets, t.col_indices, t.values.detach())
-            layer = name.removesuffix("weight")
-            state |= {layer + part: data for part, data in zip(BUFFERS, parts, strict=True)}
+            layer: Any = model.get_submodule(_module(name))
+            own = layer.weight if name in filled else own_weight(layer, t)
+            parts = (own.row_offsets, own.col_indices, own.values.detach())
+            stem = name.removesuffix("weight")
+            state |= {stem + part: data for part, data in zip(BUFFERS, parts, strict=True)}
         else:
             state[name] = t
     try:
@@ -58,18 +94,74 @@ def set_weights_(model: nn.Module, weights: Weights) -> nn.Module:
     return model
 
 
-def _joined(mine: Weights, weights: Weights) -> Weights:
-    """With a SparseTensor for the three tensors that a SparseLinear has in its state_dict."""
+def _module(name: str) -> str:
+    """The name of the module that has this weight."""
+    return name.rpartition(".")[0]
+
+
+def _weight(*names: str) -> str:
+    """The name of the weight of a layer in a module."""
+    return ".".join([*filter(None, names), "weight"])
+
+
+def _above(name: str) -> list[str]:
+    """The names of the modules that hold this one, without itself."""
+    parts = name.split(".") if name else []
+    return [".".join(parts[:i]) for i in range(len(parts))]
+
+
+def _swap(
+    name: str, module: nn.Module, sizes: dict[str, tuple[int, int]], weights: Weights
+) -> nn.Module | None:
+    """What takes a module's place for these weights, with those that are sparse in it; None where
+    it stays."""
+    if isinstance(module, SparseLinear):
+        is_dense = isinstance(weights.get(join(name, "weight")), Tensor)
+        return to_dense(module) if is_dense else None
+    if isinstance(module, StandIn):
+        own = [n for n, w in weights_of(module).items() if isinstance(w, SparseTensor)]
+        return None if all(join(name, n) in weights for n in own) else to_dense(module)
+    found = {inner: weights.get(_weight(name, inner)) for inner in sizes}
+    if not found or not all(isinstance(w, SparseTensor) for w in found.values()):
+        return None
+
+    def make(
+        kind: type[SparseLinear],
+        inner: str,
+        shape: Sequence[int],
+        bias: nn.Parameter | None,
+        parameter: nn.Parameter,
+    ) -> SparseLinear:
+        w = found[inner]
+        assert isinstance(w, SparseTensor)
+        if tuple(w.shape) != sizes[inner]:
+            full = _weight(name, inner)
+            raise ValueError(
+                f"weights: expected {full} of shape {sizes[inner]}, got {tuple(w.shape)}"
+            )
+        w = w.detach().to(parameter.device, parameter.dtype)
+        w = transposed(w) if kind.stores_transpose else w
+        values = nn.Parameter(w.values, parameter.requires_grad)
+        return kind(shape[1], shape[0], w.row_offsets, w.col_indices, values, bias)
+
+    return substitute(module, make)
+
+
+def _joined(shapes: dict[str, tuple[int, ...]], transposes: set[str], weights: Weights) -> Weights:
+    """With a SparseTensor for the three tensors that a SparseLinear has in its state_dict, which
+    are those of the transpose of what some dense modules store."""
     joined = dict(weights)
-    for name, own in mine.items():
+    for name, shape in shapes.items():
         stem = name.removesuffix("weight")
         rows, cols, values = (weights.get(stem + part) for part in BUFFERS)
-        if name == stem or own.ndim != 2 or rows is None or cols is None or values is None:
+        if rows is None or cols is None or values is None:
             continue
         if name in weights:
             raise ValueError(f"weights: {name} is there twice, dense and sparse")
         try:
-            joined[name] = SparseTensor(rows, cols, values, own.shape)  # type: ignore[arg-type]
+            shape = shape[::-1] if name in transposes else shape
+            w = SparseTensor(rows, cols, values, shape)  # type: ignore[arg-type]
+            joined[name] = transposed(w) if name in transposes else w
         except (TypeError, ValueError) as error:
             raise ValueError(f"weights: {name}: {error}") from error
         for part in BUFFERS:
@@ -77,10 +169,10 @@ def _joined(mine: Weights, weights: Weights) -> Weights:
     return joined
 
 
-def _tied(model: nn.Module, weights: Weights) -> Weights:
+def _tied(shared: list[list[str]], weights: Weights) -> Weights:
     """With the names that files leave out since the model has their tensor under another one."""
     added: Weights = {}
-    for group in shared_names(model):
+    for group in shared:
         if there := [name for name in group if name in weights]:
             for name in there[1:]:
                 if not _same(weights[there[0]], weights[name]):
@@ -109,7 +201,6 @@ def _check_fit(mine: Weights, weights: Weights) -> None:
         want = mine.get(name)
         if want is None:
             continue
-        _check_can_be_copied(name, t, want)
         if t.shape != want.shape:
             raise ValueError(
                 f"weights: expected {name} of shape {tuple(want.shape)}, got {tuple(t.shape)}"
@@ -123,7 +214,7 @@ def _check_fit(mine: Weights, weights: Weights) -> None:
         )
 
 
-def _check_can_be_copied(name: str, t: object, to: Tensor | SparseTensor) -> None:
+def _check_can_be_copied(name: str, t: Any, to: Any) -> None:
     """ValueError for what `load_state_dict` would refuse half-way, or copy as something else."""
     if isinstance(t, SparseTensor):
         if t.is_transposed:
@@ -131,6 +222,7 @@ def _check_can_be_copied(name: str, t: object, to: Tensor | SparseTensor) -> Non
         t = t.values
     if isinstance(to, SparseTensor):
         to = to.values
+    to = t if to is None else to  # a name that the model lacks, so far
     if not isinstance(t, Tensor) or not isinstance(to, Tensor):
         if type(t) is not type(to):
             raise ValueError(f"weights: expected a tensor for {name}, got {type(t).__name__}")
@@ -139,17 +231,7 @@ def _check_can_be_copied(name: str, t: object, to: Tensor | SparseTensor) -> Non
         raise ValueError(f"weights: expected {name} as {to.dtype} with its elements, got {kind}")
 
 
-def _written_out(model: nn.Module, weights: Weights) -> Weights:
-    """With dense tensors for modules that hold no sparse weight, and where two hold the same."""
-    modules = dict(model.named_modules(remove_duplicate=False))
-    dense: dict[str, str] = {}
-    for group in [*shared_names(model), *([name] for name in weights)]:
-        owners = {modules[name.rpartition(".")[0]] for name in group}
-        is_layer = all(type(m) is nn.Linear or isinstance(m, SparseLinear) for m in owners)
-        if len(owners) > 1 or not is_layer or group[0].rpartition(".")[2] != "weight":
-            why = "tied" if len(owners) > 1 else f"of {type(owners.pop()).__name__}"
-            dense |= {name: why for name in group if isinstance(weights[name], SparseTensor)}
-    if dense:
-        which = ", ".join(f"{name} ({why})" for name, why in dense.items())
-        warnings.warn(f"set_weights_: written out, for they stay dense: {which}", stacklevel=3)
-    return weights | {name: weights[name].to_dense() for name in dense}
+def _written_out(weights: Weights, names: Iterable[str]) -> Weights:
+    """With dense tensors for those of these that are sparse."""
+    sparse = {name: w for name in names if isinstance(w := weights.get(name), SparseTensor)}
+    return weights | {name: w.to_dense() for name, w in sparse.items()}

@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from ..indices import INDEX_LIMIT, check_pattern
 from ..nn import SparseLinear, bitmask
 from ..nn.loading import BITMASK, INDICES, SHAPE
+from ..nn.stored import stored_weight
 from ..tensor import SparseTensor
 
 Weights = dict[str, Tensor | SparseTensor]
@@ -29,11 +30,12 @@ BUFFERS = (*INDICES, "values")  # of a SparseLinear, in its state_dict
 
 
 def weights_of(model: nn.Module) -> Weights:
-    """All parameters and persistent buffers of a model, sharing its memory."""
+    """All parameters and persistent buffers of a model, sharing its memory where it can. A sparse
+    weight has the shape that its dense module stores, [K, N] in the Conv1D of transformers."""
     modules = model.named_modules(remove_duplicate=False)
     layers = {n: m for n, m in modules if isinstance(m, SparseLinear)}
     parts = {join(name, part) for name in layers for part in BUFFERS}
-    weights: Weights = {join(name, "weight"): m.weight.detach() for name, m in layers.items()}
+    weights: Weights = {join(name, "weight"): stored_weight(m) for name, m in layers.items()}
     return weights | {k: t for k, t in model.state_dict().items() if k not in parts}
 
 

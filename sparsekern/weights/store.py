@@ -16,20 +16,36 @@ from torch import Tensor, nn
 
 from ..extras import require
 from ..files import atomic_path
+from ..nn import SparseLinear
+from ..nn.stand_ins import StandIn
+from ..nn.substitutes import to_dense
 from ..tensor import SparseTensor
 from . import layouts
 from .digests import digest_of_json, digests
-from .layouts import Weights, weights_of
+from .layouts import Weights, join, weights_of
 from .read import FORMAT_VERSIONS, HEADER
 
 __all__ = ["save_weights", "to_zeros"]
 
 
 def to_zeros(weights: nn.Module | Weights) -> dict[str, Tensor]:
-    """Weights, or those of a model, as dense tensors with zeros, which every library reads. For
-    `save_weights`, or for a dense model's load_state_dict."""
-    found = weights_of(weights) if isinstance(weights, nn.Module) else weights
-    return {name: w.to_dense() if isinstance(w, SparseTensor) else w for name, w in found.items()}
+    """Weights, or those of a model, as dense tensors with zeros, which every library reads: the
+    state_dict of the dense model. For `save_weights`, or for load_state_dict."""
+    if not isinstance(weights, nn.Module):
+        items = weights.items()
+        return {name: w.to_dense() if isinstance(w, SparseTensor) else w for name, w in items}
+    state = dict(weights.state_dict())
+    dense: dict[nn.Module, dict[str, Tensor]] = {}
+    for name, module in weights.named_modules(remove_duplicate=False):
+        is_sparse = isinstance(module, SparseLinear) and join(name, "values") in state
+        if not (is_sparse or isinstance(module, StandIn)):
+            continue
+        if module not in dense:
+            dense[module] = dict(to_dense(module).state_dict())
+        for part in module.state_dict():
+            del state[join(name, part)]
+        state |= {join(name, part): t for part, t in dense[module].items()}
+    return state
 
 
 def save_weights(weights: nn.Module | Weights, path: str | Path, **metadata: object) -> None:

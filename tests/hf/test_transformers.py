@@ -15,6 +15,8 @@ from torch import nn
 from sparsekern import SparseLinear, Static, densify_, sparsify_, weights
 from sparsekern import nn as sparse_nn
 from sparsekern.nn import linear
+from sparsekern.nn.kinds import is_conv1d, is_experts
+from sparsekern.nn.stand_ins import SparseConv1D, SparseExperts, SparseMultiheadAttention
 
 WHY = ""
 try:
@@ -125,6 +127,68 @@ def test_a_layer_that_was_put_in_by_hand_is_saved(tmp_path):
     assert torch.equal(other(IDS % 32).logits, classifier(IDS % 32).logits)
 
 
+KINDS = {
+    "GPT2": dict(n_embd=16, n_layer=2, n_head=2, n_positions=32),  # Conv1D
+    "Mixtral": dict(num_local_experts=3),  # stacked experts, and other names in files
+    "Qwen3Moe": dict(num_experts=3, moe_intermediate_size=24, head_dim=8, num_experts_per_tok=2),
+}
+
+
+@needs_transformers
+@pytest.mark.parametrize("kind", KINDS)
+def test_layers_that_are_no_linear(tmp_path, kind):
+    sizes = dict(hidden_size=16, intermediate_size=24, num_hidden_layers=2, num_attention_heads=2)
+    sizes = {} if kind == "GPT2" else sizes | {"num_key_value_heads": 1}
+    ids = dict(vocab_size=128, bos_token_id=0, eos_token_id=0)
+    config = getattr(transformers, f"{kind}Config")(**sizes, **ids, **KINDS[kind])
+    dense = AutoModelForCausalLM.from_config(config).eval()
+    with torch.no_grad():
+        for p in dense.parameters():
+            p *= torch.rand_like(p) < 0.5
+
+    def replace(name: str, module: nn.Module):
+        if type(module) is nn.Linear and "head" not in name:
+            return SparseLinear.from_linear(module)
+        kind = SparseConv1D if is_conv1d(module) else SparseExperts if is_experts(module) else None
+        return kind and kind.from_dense(module)
+
+    model = sparse_nn.replace_modules(copy.deepcopy(dense), replace)
+    model.save_pretrained(tmp_path / "a")
+    loaded, about = load(tmp_path / "a", output_loading_info=True)
+    assert same(model, loaded) and not about["missing_keys"] and not about["unexpected_keys"]
+    loaded.save_pretrained(tmp_path / "b")
+    assert same(model, load(tmp_path / "b"))
+    densify_(loaded).save_pretrained(tmp_path / "c")
+    assert same(dense, load(tmp_path / "c"))
+    if kind == "Mixtral":
+        file = tmp_path / "a/model.safetensors"
+        lacks = (
+            f"{file}: model.layers.0.mlp.experts: expected .* the file lacks sparse_gate_up_proj.2"
+        )
+        third = "layers.0.block_sparse_moe.experts.sparse_gate_up_proj.2.weight"
+        with pytest.raises(ValueError, match=lacks):
+            load(broken(tmp_path / "a", tmp_path / "a", lambda s: _drop(s, third)))
+
+
+@needs_transformers
+def test_attention_of_torch(tmp_path):
+    """Whose module is initialized by what it is held by."""
+    config = transformers.SiglipVisionConfig(
+        hidden_size=16,
+        intermediate_size=24,
+        num_hidden_layers=1,
+        num_attention_heads=2,
+        image_size=16,
+        patch_size=8,
+    )
+    model = transformers.SiglipVisionModel(config).eval()
+    model.head.attention = SparseMultiheadAttention.from_dense(model.head.attention)
+    model.save_pretrained(tmp_path)
+    other = transformers.SiglipVisionModel.from_pretrained(tmp_path).eval()
+    x = torch.randn(2, 3, 16, 16)
+    assert torch.equal(model(x).pooler_output, other(x).pooler_output)
+
+
 @needs_transformers
 @pytest.mark.parametrize("how", ["densify_", "dequantize"])
 def test_a_model_made_dense_is_saved_as_any_other(saved, tmp_path, how):
@@ -134,9 +198,10 @@ def test_a_model_made_dense_is_saved_as_any_other(saved, tmp_path, how):
     config = json.loads((tmp_path / "config.json").read_text())
     assert "quantization_config" not in config and same(model, load(tmp_path))
     assert sum(isinstance(m, SparseLinear) for m in model.modules()) == 0
-    sparse = sparsify_(model, Static(0.5))
-    sparse.save_pretrained(tmp_path)
-    assert same(sparse, load(tmp_path))
+    mlp = model.model.layers[0].mlp
+    mlp.up_proj = SparseLinear.from_linear(mlp.up_proj)
+    model.save_pretrained(tmp_path)
+    assert same(model, load(tmp_path))
 
 
 @needs_transformers
@@ -173,6 +238,11 @@ def broken(saved: Path, folder: Path, change) -> Path:
     return folder
 
 
+def _drop(state: dict, part: str) -> None:
+    for name in [name for name in state if part in name]:
+        del state[name]
+
+
 DAMAGED = {
     "no values": (lambda s: s.pop(f"{X}.weight"), "expected weight, weight_shape, weight_bitmask"),
     "no bits": (lambda s: s.pop(f"{X}.weight_bitmask"), "expected weight, weight_shape, weight_bi"),
@@ -184,7 +254,7 @@ DAMAGED = {
     ),
     "norm": (
         lambda s: s.update({"model.norm.weight_shape": torch.tensor([80, 31])}),
-        "model.norm: expected ",
+        "model.norm: the model has a LlamaRMSNorm at model.norm, which takes no such weight",
     ),
     "no such layer": (
         lambda s: s.update({"model.norm.sparse.weight_shape": torch.tensor([80, 31])}),
