@@ -91,19 +91,24 @@ class SparseQuantizer(HfQuantizer):
             for part in PARTS[1:]
             if name.endswith(f".{part}")
         }
+        skeleton = _Skeleton(model)
         owners: dict[str, dict[str, _Parts]] = {}
         for saved in sorted(self.layers):
-            headers = {p: t for p in PARTS if (t := tensors.get(f"{saved}.{p}")) is not None}
-            place = _place_in(model, saved)
-            if place is None:
-                _refuse_lost(model, saved, headers)
-            else:
-                owners.setdefault(place[0], {})[place[1]] = headers
+            parts = {p: t for p in PARTS if (t := tensors.get(f"{saved}.{p}")) is not None}
+            if (place := skeleton.place_of(saved)) is not None:
+                owners.setdefault(place[0], {})[place[1]] = parts
+            elif (lost := skeleton.nearest(saved)) is not None:
+                # Without the head, say, transformers tells of the tensors. Here it would make up
+                # the parameters of another module.
+                raise ValueError(
+                    f"{_file(parts)}: {saved}: the model has a {type(lost).__name__} there, which "
+                    "takes no such weight"
+                )
         for name, layers in owners.items():
-            dense = model.get_submodule(name)
+            dense = skeleton.modules[name]
             model.set_submodule(name, _empty(name, dense, layers))
             if isinstance(dense, nn.MultiheadAttention):
-                _spare(model.get_submodule(name.rpartition(".")[0]), name, tensors)
+                _spare(name.rpartition(".")[0], skeleton, tensors)
         return model
 
     def get_weight_conversions(self) -> list[WeightConverter]:
@@ -242,60 +247,55 @@ def _renamed(headers: dict[str, _Header], model: PreTrainedModel) -> dict[str, _
     return renamed
 
 
-def _name_in(model: PreTrainedModel, saved: str) -> str | None:
-    """The name of that module, in a model with or without its head."""
-    base = model.base_model_prefix
-    named = dict(model.named_modules())
-    names = saved, saved.removeprefix(f"{base}."), f"{base}.{saved}"
-    return next((name for name in names if name in named), None)
+class _Skeleton:
+    """The dense model on the meta device, by the names of its modules, with or without the prefix
+    that its files may have or lack."""
+
+    def __init__(self, model: PreTrainedModel):
+        self.base = f"{model.base_model_prefix}."
+        self.modules = dict(model.named_modules())
+        self._places = {
+            f"{name}.{inner}" if inner else name: (name, inner)
+            for name, module in self.modules.items()
+            for inner in sizes_of_layers(module)
+        }
+
+    def names_of(self, saved: str) -> tuple[str, ...]:
+        return saved, saved.removeprefix(self.base), self.base + saved
+
+    def place_of(self, saved: str) -> tuple[str, str] | None:
+        """The module whose place is taken for that layer, and the layer's name in what takes it, ""
+        where it is the layer itself."""
+        found = (self._places.get(name) for name in self.names_of(saved))
+        return next((place for place in found if place is not None), None)
+
+    def nearest(self, saved: str) -> nn.Module | None:
+        """The module of that name, or the innermost that would hold it, if it has parameters."""
+        while saved:
+            for name in self.names_of(saved):
+                if (module := self.modules.get(name)) is not None:
+                    has_own = any(p is not None for p in module._parameters.values())
+                    return module if has_own else None
+            saved = saved.rpartition(".")[0]
+        return None
 
 
-def _place_in(model: PreTrainedModel, saved: str) -> tuple[str, str] | None:
-    """The dense module whose place is taken for that layer, and the layer's name in what takes it:
-    "" where it is the layer itself."""
-    above = saved
-    while above:
-        if (name := _name_in(model, above)) is not None:
-            inner = saved.removeprefix(above).removeprefix(".")
-            if inner in sizes_of_layers(model.get_submodule(name)):
-                return name, inner
-        above = above.rpartition(".")[0]
-    return None
-
-
-def _spare(parent: Any, name: str, tensors: dict[str, _Header]) -> None:
+def _spare(name: str, skeleton: _Skeleton, tensors: dict[str, _Header]) -> None:
     """Keep _init_weights from a module that holds attention: it would look for the bias that the
-    sparse one has as None. Not where a parameter of the module is missing in the file."""
-    above = name.rpartition(".")[0]
-    own = [f"{above}.{part}" for part, p in parent._parameters.items() if p is not None]
-    if all(any(key == n or key.endswith(f".{n}") for key in tensors) for n in own):
-        parent._is_hf_initialized = True
-
-
-def _refuse_lost(model: PreTrainedModel, saved: str, parts: _Parts) -> None:
-    """A model without a layer of the file is one without that head, say, and transformers tells of
-    it. Where a module with other parameters stands in its place they would be random."""
-    above = saved
-    while above:
-        if (name := _name_in(model, above)) is not None:
-            module = model.get_submodule(name)
-            if any(p is not None for p in module._parameters.values()):
-                raise ValueError(
-                    f"{next(iter(parts.values())).file}: {saved}: the model has a "
-                    f"{type(module).__name__} at {name}, which takes no such weight"
-                )
-            return
-        above = above.rpartition(".")[0]
+    sparse one has as None. Not where a parameter of its own is missing in the file."""
+    holder: Any = skeleton.modules[name]
+    own = [f"{name}.{part}" for part, p in holder._parameters.items() if p is not None]
+    if all(any(saved in tensors for saved in skeleton.names_of(n)) for n in own):
+        holder._is_hf_initialized = True
 
 
 def _empty(name: str, module: nn.Module, layers: dict[str, _Parts]) -> nn.Module:
     """What takes the module's place, on the meta device, with as many values as the file has."""
     sizes = sizes_of_layers(module)
     if lacking := sorted(sizes.keys() - layers.keys()):
-        (first, *_), *_ = (list(parts.values()) for parts in layers.values())
         raise ValueError(
-            f"{first.file}: {name}: expected sparse weights for {', '.join(sizes)}, the file "
-            f"lacks {', '.join(lacking)}"
+            f"{_file(next(iter(layers.values())))}: {name}: expected sparse weights for "
+            f"{', '.join(sizes)}, the file lacks {', '.join(lacking)}"
         )
 
     def make(
@@ -316,13 +316,17 @@ def _empty(name: str, module: nn.Module, layers: dict[str, _Parts]) -> nn.Module
     return substitute(module, make)
 
 
+def _file(parts: _Parts) -> str:
+    return next(iter(parts.values())).file
+
+
 def _checked_nnz(name: str, parts: _Parts, stored: tuple[int, int]) -> int:
     """How many values the file has for a weight of that shape."""
     values, shape = parts.get("weight"), parts.get("weight_shape")
     wanted = [PARTS[:2] + tuple(f"weight{part}" for part in p) for p in layouts.PATTERNS]
     if values is None or shape is None or len(values.shape) != 1 or tuple(parts) not in wanted:
         raise ValueError(
-            f"{next(iter(parts.values())).file}: {name}: expected "
+            f"{_file(parts)}: {name}: expected "
             f"{' or '.join(', '.join(p) for p in wanted)}, with as many values in weight as the "
             "pattern has places, got "
             + ", ".join(f"{part} {list(header.shape)}" for part, header in parts.items())

@@ -32,43 +32,25 @@ def set_weights_(model: nn.Module, weights: Weights) -> nn.Module:
     ValueError where something does not fit; the model is then as it was."""
     mine, modules = weights_of(model), dict(model.named_modules(remove_duplicate=False))
     sizes = {name: sizes_of_layers(module) for name, module in modules.items()}
-    shapes: dict[str, tuple[int, ...]] = {
-        _weight(name, inner): shape
-        for name, layers in sizes.items()
-        for inner, shape in layers.items()
-    } | {name: w.shape for name, w in mine.items() if isinstance(w, SparseTensor)}
-    transposes = {
-        join(name, "weight")
-        for name, module in modules.items()
-        if is_conv1d(module) or getattr(module, "stores_transpose", False)
-    }
-    weights = _joined(shapes, transposes, as_in({*mine, *shapes}, weights))
+    weights = _joined(modules, mine, sizes, weights)
     shared = shared_names(model)
     weights = _tied(shared, weights)
     for name, t in weights.items():
         _check_can_be_copied(name, t, mine.get(name))
     tied = [group for group in shared if len({modules[_module(name)] for name in group}) > 1]
-    dense = {name: "tied" for group in tied for name in group}
-    dense = {
-        name: why for name, why in dense.items() if isinstance(weights.get(name), SparseTensor)
-    }
+    dense = {name: "tied" for group in tied for name in group if _is_sparse(weights.get(name))}
     weights = _written_out(weights, dense)
 
-    swaps: dict[nn.Module, nn.Module] = {}
+    swaps = _swaps(modules, sizes, weights)
     filled: set[str] = set()  # what has its weight already
-    for name, module in modules.items():
-        if any(modules[above] in swaps for above in _above(name)):
-            continue
-        new = swaps.get(module) or _swap(name, module, sizes[name], weights)
-        if new is not None:
-            swaps[module] = new
-            mine = {n: t for n, t in mine.items() if not n.startswith(join(name, ""))}
-            mine |= {join(name, n): t for n, t in weights_of(new).items()}
-            filled |= {join(name, n) for n in weights_of(new)}
+    for name, new in swaps.items():
+        mine = {n: t for n, t in mine.items() if not n.startswith(join(name, ""))}
+        added = {join(name, n): t for n, t in weights_of(new).items()}
+        mine, filled = mine | added, filled | added.keys()
     dense |= {
         name: f"of {type(modules[_module(name)]).__name__}"
         for name, t in weights.items()
-        if isinstance(t, SparseTensor) and isinstance(mine.get(name), Tensor)
+        if _is_sparse(t) and isinstance(mine.get(name), Tensor)
     }
     weights = _written_out(weights, dense)
     _check_fit(mine, weights)
@@ -76,7 +58,8 @@ def set_weights_(model: nn.Module, weights: Weights) -> nn.Module:
         which = ", ".join(f"{name} ({why})" for name, why in sorted(dense.items()))
         warnings.warn(f"set_weights_: written out, for they stay dense: {which}", stacklevel=2)
 
-    model = replace_modules(model, lambda name, module: swaps.get(module))
+    new_modules = {modules[name]: new for name, new in swaps.items()}
+    model = replace_modules(model, lambda name, module: new_modules.get(module))
     state: dict[str, Tensor] = {}
     for name, t in weights.items():
         if isinstance(t, SparseTensor):
@@ -94,6 +77,14 @@ def set_weights_(model: nn.Module, weights: Weights) -> nn.Module:
     return model
 
 
+def _stores_transpose(module: nn.Module) -> bool:
+    return is_conv1d(module) or getattr(module, "stores_transpose", False)
+
+
+def _is_sparse(w: object) -> bool:
+    return isinstance(w, SparseTensor)
+
+
 def _module(name: str) -> str:
     """The name of the module that has this weight."""
     return name.rpartition(".")[0]
@@ -104,10 +95,22 @@ def _weight(*names: str) -> str:
     return ".".join([*filter(None, names), "weight"])
 
 
-def _above(name: str) -> list[str]:
-    """The names of the modules that hold this one, without itself."""
-    parts = name.split(".") if name else []
-    return [".".join(parts[:i]) for i in range(len(parts))]
+def _swaps(
+    modules: dict[str, nn.Module], sizes: dict[str, dict[str, tuple[int, int]]], weights: Weights
+) -> dict[str, nn.Module]:
+    """What takes the place of which module for these weights, none of them inside of another."""
+    swaps: dict[str, nn.Module] = {}
+    made: dict[nn.Module, nn.Module | None] = {}  # a module may sit in several places
+    for name, module in modules.items():  # those that hold others come before them
+        parts = name.split(".") if name else []
+        if any(".".join(parts[:i]) in swaps for i in range(len(parts))):
+            continue
+        if module not in made:
+            made[module] = _swap(name, module, sizes[name], weights)
+        new = made[module]
+        if new is not None:
+            swaps[name] = new
+    return swaps
 
 
 def _swap(
@@ -147,9 +150,18 @@ def _swap(
     return substitute(module, make)
 
 
-def _joined(shapes: dict[str, tuple[int, ...]], transposes: set[str], weights: Weights) -> Weights:
-    """With a SparseTensor for the three tensors that a SparseLinear has in its state_dict, which
-    are those of the transpose of what some dense modules store."""
+def _joined(
+    modules: dict[str, nn.Module],
+    mine: Weights,
+    sizes: dict[str, dict[str, tuple[int, int]]],
+    weights: Weights,
+) -> Weights:
+    """Under the names of the model, and with a SparseTensor for the three tensors that a
+    SparseLinear has in its state_dict."""
+    shapes: dict[str, tuple[int, ...]] = {n: w.shape for n, w in mine.items() if _is_sparse(w)}
+    for name, layers in sizes.items():
+        shapes |= {_weight(name, inner): shape for inner, shape in layers.items()}
+    weights = as_in({*mine, *shapes}, weights)
     joined = dict(weights)
     for name, shape in shapes.items():
         stem = name.removesuffix("weight")
@@ -158,12 +170,14 @@ def _joined(shapes: dict[str, tuple[int, ...]], transposes: set[str], weights: W
             continue
         if name in weights:
             raise ValueError(f"weights: {name} is there twice, dense and sparse")
+        module = modules.get(_module(name))
+        is_turned = module is not None and _stores_transpose(module)
+        shape = shape[::-1] if is_turned else shape
         try:
-            shape = shape[::-1] if name in transposes else shape
             w = SparseTensor(rows, cols, values, shape)  # type: ignore[arg-type]
-            joined[name] = transposed(w) if name in transposes else w
         except (TypeError, ValueError) as error:
             raise ValueError(f"weights: {name}: {error}") from error
+        joined[name] = transposed(w) if is_turned else w
         for part in BUFFERS:
             del joined[stem + part]
     return joined

@@ -253,11 +253,11 @@ DAMAGED = {
     ),
     "norm": (
         lambda s: s.update({"model.norm.weight_shape": torch.tensor([80, 31])}),
-        "model.norm: the model has a LlamaRMSNorm at model.norm, which takes no such weight",
+        "model.norm: the model has a LlamaRMSNorm there, which takes no such weight",
     ),
     "no such layer": (
         lambda s: s.update({"model.norm.sparse.weight_shape": torch.tensor([80, 31])}),
-        "model.norm.sparse: the model has a LlamaRMSNorm at model.norm",
+        "model.norm.sparse: the model has a LlamaRMSNorm there",
     ),
 }
 
