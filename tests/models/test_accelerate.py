@@ -19,6 +19,7 @@ from sparsekern.nn.stand_ins import (
     SparseExperts,
     SparseMultiheadAttention,
 )
+from sparsekern.sparsity import Group, Magnitude
 
 H = 64
 
@@ -487,6 +488,27 @@ def test_pruning_a_pruned_model_asks_first():
     sparsify_(copy.deepcopy(model), Static(0.8, init_method="magnitude"), prune_again=True)
     sparsify_(model, Static(0.8, init_method="from_zeros"))  # removes nothing
     assert "SparseLinear" in kinds(model)
+
+
+def test_algorithms_ask_too():
+    model = pruned(nn.Sequential(nn.Linear(H, H), nn.Linear(H, H)))
+    before = list(model)
+    for algorithm in (Magnitude(0.8), Group([Static(0.8)])):
+        with pytest.raises(ValueError, match=r"apply: 7\d% .* prune_again=True"):
+            algorithm.apply(model)
+        assert [id(m) for m in model] == [id(m) for m in before]
+    Magnitude(0.8).apply(model, prune_again=True)
+    assert model[0].weight.sparsity == pytest.approx(0.8, abs=1e-3)
+
+
+def test_pruning_conv1d():
+    model = nn.Sequential(Conv1D(96, H))
+    weight = model[0].weight.detach().clone()
+    sparsify_(model, Static(0.5, init_method="magnitude"))
+    assert type(model[0]) is SparseConv1D
+    kept = densify_(model)[0].weight
+    assert type(model[0]) is Conv1D and kept.shape == (H, 96)
+    assert int((kept == weight).sum()) == H * 96 // 2
 
 
 def test_heads_are_spared_by_their_place():
