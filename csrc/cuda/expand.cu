@@ -61,111 +61,85 @@ struct Tile {
   }
 };
 
-// The entries of a lane, one after another, from a granule on; the next granule is under way.
-template <int kBits>
-class Entries {
- public:
-  using Word = typename Deltas<kBits>::Word;
-
-  __device__ Entries(const unsigned short* values, const unsigned char* deltas, const Range& range)
-      : values_(reinterpret_cast<const uint4*>(values)),
-        deltas_(reinterpret_cast<const Word*>(deltas)),
-        granule_(range.begin),
-        end_(range.end) {
-    load();
-  }
-
-  // Takes an entry, which is a step without a value where its value is +0, on from `column`;
-  // false if there is none.
-  __device__ bool take(int* column, unsigned* value, int* odd) {
-    if (left_ == 0) {
-      if (granule_ >= end_) return false;
-      left_ = kGranule;
-      low_ = next_.values.x | Half{next_.values.y} << 32;
-      high_ = next_.values.z | Half{next_.values.w} << 32;
-      codes_ = codes_of(next_.deltas);
-      ++granule_;
-      load();
-    }
-    --left_;
-    *value = static_cast<unsigned>(low_) & 0xffffu;
-    const unsigned code = static_cast<unsigned>(codes_) & 0xffu;
-    low_ = low_ >> 16 | high_ << 48;
-    high_ >>= 16;
-    codes_ >>= 8;
-    *column += kBits == 4 ? (code & 7) * 2 : code;
-    *odd = kBits == 4 ? code >> 3 : 0;
-    return true;
-  }
-
- private:
-  using Half = unsigned long long;
-
-  // A byte an entry.
-  static __device__ Half codes_of(unsigned deltas) {
-    return (deltas & 0x0f0f0f0fu) | Half{deltas >> 4 & 0x0f0f0f0fu} << 32;
-  }
-  static __device__ Half codes_of(const uint2& deltas) { return deltas.x | Half{deltas.y} << 32; }
-
-  __device__ void load() {
-    if (granule_ >= end_) return;
-    const long long at = static_cast<long long>(granule_) * kWarp + threadIdx.x % kWarp;
-    next_ = {values_[at], deltas_[at]};
-  }
-
-  const uint4* values_;
-  const Word* deltas_;
-  Granule<kBits> next_ = {};
-  Half low_ = 0, high_ = 0, codes_ = 0;
-  int granule_, end_, left_ = 0;
-};
-
-// A gather: a warp writes a piece, lane r of row r, a tile at a time. A piece ends inside of the
-// octet of its last entry; it writes all of this one, for which it goes on into the next piece, and
-// none of that in which the piece before has ended.
+// A gather: a warp writes a part of a slice, lane r of row r, a tile at a time. A piece ends inside
+// of the octet of its last entry; who has it writes all of this one, for which it goes on into the
+// next piece, and none of that in which the piece before has ended.
+//
+// The lanes come to the end of a tile at different granules. Each keeps the one that it has to look
+// at again, and all load theirs at once: a lane that waits for a load alone lets the warp wait.
 template <int kBits>
 __device__ void expand(const unsigned short* values, const unsigned char* deltas, const int* bounds,
-                       const int* slice_of, const int* first_piece, const int* starts,
-                       const int* row_order, unsigned short* w, int k, int pieces) {
+                       const int* first_piece, const int* starts, const int* row_order,
+                       unsigned short* w, int k, int slices, int parts) {
   extern __shared__ __align__(16) char smem[];
   using Tile = sk::Tile<kGatherTileColumns>;
+  using Word = typename Deltas<kBits>::Word;
+  constexpr int kLoads = 4;  // granules at a time
   const int lane = threadIdx.x % kWarp;
-  const int piece = blockIdx.x * kExpandWarps + threadIdx.x / kWarp;
-  if (piece >= pieces) return;
+  const int part = blockIdx.x * kExpandWarps + threadIdx.x / kWarp;
+  const int slice = part / parts;
+  if (slice >= slices) return;
   char* mine = smem + threadIdx.x / kWarp * kExpandGatherBytes;
   const Tile tile = {reinterpret_cast<unsigned short*>(mine)};
   int* firsts = reinterpret_cast<int*>(mine + Tile::kBytes);  // octets of each row, as lasts
   int* lasts = firsts + kWarp;
 
-  const int slice = slice_of[piece], row = row_order[slice * kWarp + lane];
-  const bool is_last = piece + 1 == first_piece[slice + 1];
-  int column = starts[piece * kWarp + lane];
-  int first = piece == first_piece[slice] ? 0 : column / kOctet + 1;
-  int last = (is_last ? k - 1 : starts[(piece + 1) * kWarp + lane]) / kOctet;
-  if (row < 0) last = first - 1;
+  const int begin_piece = first_piece[slice], end_piece = first_piece[slice + 1];
+  const long long count = end_piece - begin_piece;
+  const int from = begin_piece + static_cast<int>(part % parts * count / parts);
+  const int to = begin_piece + static_cast<int>((part % parts + 1) * count / parts);
+  if (from == to) return;
+  int first = from == begin_piece ? 0 : starts[from * kWarp + lane] / kOctet + 1;
+  int last = (to == end_piece ? k - 1 : starts[to * kWarp + lane]) / kOctet;
+  if (row_order[slice * kWarp + lane] < 0) last = first - 1;
   firsts[lane] = first;
   lasts[lane] = last;
-  const int last_column = last * kOctet + kOctet - 1;
   for (int other = kWarp / 2; other; other /= 2) {
     first = min(first, __shfl_sync(kAllLanes, first, lane ^ other));
     last = max(last, __shfl_sync(kAllLanes, last, lane ^ other));
   }
 
-  Entries<kBits> entries(values, deltas, {bounds[piece], bounds[first_piece[slice + 1]]});
-  unsigned value = 0;
-  int odd = 0;
-  bool is_more = row >= 0 && entries.take(&column, &value, &odd);
+  int granule = bounds[from], column = starts[from * kWarp + lane];
+  const int end = bounds[end_piece];
   for (int begin = first / Tile::kOctets * kGatherTileColumns; begin <= last * kOctet;
        begin += kGatherTileColumns) {
     __syncwarp();  // the last tile is out
     tile.clear();
     __syncwarp();
-    while (is_more && column < begin + kGatherTileColumns) {
-      const int at = column + odd - begin;
-      if (value && at >= 0) tile.elements[lane * Tile::kRow + at] = value;
-      is_more = column <= last_column && entries.take(&column, &value, &odd);
+    for (bool is_inside = granule < end; __ballot_sync(kAllLanes, is_inside);) {
+      Granule<kBits> loaded[kLoads];
+#pragma unroll
+      for (int i = 0; i < kLoads; ++i) {
+        const long long at = static_cast<long long>(min(granule + i, end - 1)) * kWarp + lane;
+        loaded[i] = {};
+        if (!is_inside) continue;
+        loaded[i] = {reinterpret_cast<const uint4*>(values)[at],
+                     reinterpret_cast<const Word*>(deltas)[at]};
+      }
+#pragma unroll
+      for (int i = 0; i < kLoads; ++i) {
+        if (!is_inside) continue;
+        int here = column;
+#pragma unroll
+        for (int e = 0; e < kGranule; ++e) {
+          int odd = 0;
+          if constexpr (kBits == 4) {
+            const unsigned code = loaded[i].deltas >> (e % 4 * 8 + e / 4 * 4);
+            here += (code & 7) * 2;
+            odd = code >> 3 & 1;
+          } else {
+            here += (e < 4 ? loaded[i].deltas.x : loaded[i].deltas.y) >> e % 4 * 8 & 255;
+          }
+          const unsigned value = word(loaded[i].values, e / 2) >> e % 2 * 16 & 0xffffu;
+          const unsigned at = here + odd - begin;  // huge before the tile
+          if (value && at < kGatherTileColumns) tile.elements[lane * Tile::kRow + at] = value;
+        }
+        is_inside = here < begin + kGatherTileColumns;  // so are all of this granule
+        if (!is_inside) continue;
+        column = here;
+        is_inside = ++granule < end;
+      }
     }
-    __syncwarp();
     tile.write(w, begin, k, [&](int r) {
       const int octet = begin / kOctet + lane % Tile::kOctets;
       return firsts[r] <= octet && octet <= lasts[r] ? row_order[slice * kWarp + r] : -1;
@@ -280,14 +254,13 @@ extern "C" __global__ void sk_expand_pairs(const unsigned* words, const int* ste
 }
 SK_KERNEL(sk_expand_pairs)
 
-#define SK_EXPAND(name, bits)                                                                     \
-  extern "C" __global__ void name(const unsigned short* values, const unsigned char* deltas,      \
-                                  const int* bounds, const int* slice_of, const int* first_piece, \
-                                  const int* starts, const int* row_order, unsigned short* w,     \
-                                  int k, int pieces) {                                            \
-    sk::expand<bits>(values, deltas, bounds, slice_of, first_piece, starts, row_order, w, k,      \
-                     pieces);                                                                     \
-  }                                                                                               \
+#define SK_EXPAND(name, bits)                                                                      \
+  extern "C" __global__ void name(const unsigned short* values, const unsigned char* deltas,       \
+                                  const int* bounds, const int* first_piece, const int* starts,    \
+                                  const int* row_order, unsigned short* w, int k, int slices,      \
+                                  int parts) {                                                     \
+    sk::expand<bits>(values, deltas, bounds, first_piece, starts, row_order, w, k, slices, parts); \
+  }                                                                                                \
   SK_KERNEL(name)
 
 SK_EXPAND(sk_expand_d4, 4)
