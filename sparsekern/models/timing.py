@@ -25,10 +25,15 @@ SMALL = 16  # features of a layer that takes its call's time alone
 Run = Callable[[], object]
 
 
-def clock() -> Callable[[], float]:
-    """Seconds of what a product takes: of one thread its own time, in which nobody else's work on
-    the same core counts."""
-    return time.thread_time if torch.get_num_threads() == 1 else time.perf_counter
+def clock(is_gpu: bool = False) -> tuple[Callable[[], float], Callable[[list[float]], float]]:
+    """A clock, and which of several times counts.
+
+    Of one thread its own time, in which nobody else's work on the core counts, and the median: a
+    model has no moment that is the best one for all its layers. Of several threads the time of the
+    wall, and the least, since a thread that others hold up holds up all."""
+    if torch.get_num_threads() == 1 and not is_gpu:
+        return time.thread_time, median
+    return time.perf_counter, median if is_gpu else min
 
 
 class Rest:
@@ -55,9 +60,9 @@ class Rest:
 def usual_seconds(
     runs: dict[str, Run], rest: Rest, others_bytes: dict[str, float], hot: tuple[Tensor, ...]
 ) -> dict[str, float]:
-    """The median time of a call of each; they take turns. Sums of least times would be too little:
-    a model has no moment that is the best one for all its layers."""
-    on_gpu, now = any(t.is_cuda for t in hot), clock()
+    """The time of a call of each; they take turns."""
+    is_gpu = any(t.is_cuda for t in hot)
+    now, usual = clock(is_gpu)
     taken: dict[str, list[float]] = {name: [] for name in runs}
     for run in runs.values():  # packing, allocation
         run()
@@ -67,9 +72,9 @@ def usual_seconds(
         for name, run in runs.items():
             for _ in range(1 if others_bytes[name] >= CACHE_BYTES else IN_A_ROW):
                 rest.passes(others_bytes[name], hot)
-                seconds = _gpu_seconds(run) if on_gpu else _host_seconds(run, now)
+                seconds = _gpu_seconds(run) if is_gpu else _host_seconds(run, now)
             taken[name].append(seconds)
-    return {name: median(each) for name, each in taken.items()}
+    return {name: usual(each) for name, each in taken.items()}
 
 
 def _host_seconds(run: Run, now: Callable[[], float]) -> float:
