@@ -71,6 +71,11 @@ def accelerate_(
                     f"accelerate_: no layer with at least {LEAST_SPARSITY:.0%} zeros that a sparse "
                     f"one could stand in for; there are: {seen(skipped) or 'no matrices at all'}"
                 )
+            if candidates[0].module is model:
+                raise TypeError(
+                    f"model: expected a model that holds layers, got a {type(model).__name__}, in "
+                    "whose place nothing can be put: give nn.Sequential(layer)"
+                )
             device = candidates[0].weight.device
             calls = Calls()
             with recording(candidates, calls, 1):
@@ -119,11 +124,6 @@ def _stay_dense(report: Report) -> None:
 def _check_model(model: object) -> None:
     if not isinstance(model, nn.Module):
         raise TypeError(f"model: expected a torch.nn.Module, got {type(model).__name__}")
-    if isinstance(model, nn.Linear | nn.MultiheadAttention):
-        raise TypeError(
-            f"model: expected a model that holds layers, got a {type(model).__name__}, in whose "
-            "place nothing can be put: give nn.Sequential(layer), or use SparseLinear.from_linear"
-        )
     if hasattr(model, "_orig_mod") or isinstance(model, nn.parallel.DistributedDataParallel):
         inner = "model._orig_mod" if hasattr(model, "_orig_mod") else "model.module"
         raise TypeError(

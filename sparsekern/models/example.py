@@ -86,7 +86,9 @@ def recording(candidates: Sequence[Candidate], calls: Calls, times: int) -> Iter
         counts = calls.counts.setdefault(candidate, Counter())
 
         def hook(module: nn.Module, args: tuple, kwargs: dict) -> None:
-            x = next(tensors([args, kwargs]))
+            x = next(tensors([args, kwargs]), None)
+            if x is None:
+                return
             tokens = _tokens(candidate.module, x)
             form = _form(candidate.module, args, kwargs, tokens)
             counts[form] += times

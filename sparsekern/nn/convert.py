@@ -141,7 +141,7 @@ def densify_(model: nn.Module, optimizer: Optimizer | None = None) -> nn.Module:
 
     def replace(name: str, module: nn.Module) -> nn.Module | None:
         if isinstance(module, StandIn):
-            _refuse_state(module, optimizer)
+            _refuse_held(module, optimizer)
             return module.to_dense()
         if not isinstance(module, SparseLinear):
             return None
@@ -160,11 +160,12 @@ def densify_(model: nn.Module, optimizer: Optimizer | None = None) -> nn.Module:
     return model
 
 
-def _refuse_state(module: nn.Module, optimizer: Optimizer | None) -> None:
-    if optimizer and any(p in optimizer.state for p in module.parameters()):
+def _refuse_held(module: nn.Module, optimizer: Optimizer | None) -> None:
+    held = {p for group in optimizer.param_groups for p in group["params"]} if optimizer else set()
+    if not held.isdisjoint(module.parameters()):
         raise ValueError(
-            f"densify_: expected no optimizer state for a {type(module).__name__}; its weights "
-            "become parts of one Parameter"
+            f"densify_: the optimizer holds parameters of a {type(module).__name__}, which become "
+            "parts of others: make a new optimizer afterwards"
         )
 
 

@@ -317,6 +317,16 @@ def test_masks_of_torch_prune_are_taken_exactly():
     torch.testing.assert_close(model(x), want)
 
 
+@pytest.mark.parametrize("kind", ["Conv1D", "conv 2d", "attention"])
+def test_masks_on_other_modules_have_to_be_removed_first(kind):
+    make, shape, _ = KINDS[kind]
+    module = make()
+    masked, name = (module.inner, "in_proj_weight") if kind == "attention" else (module, "weight")
+    prune.l1_unstructured(masked, name, amount=0.75)
+    with pytest.raises(ValueError, match=r"masks it: call its remove\(\) first"):
+        accelerate_(nn.Sequential(module), torch.randn(shape))
+
+
 def test_masks_are_multiplied_in_where_dense_is_faster(sparse_is_twice_as_fast):
     sparse_is_twice_as_fast["sparse"] = 3.0
     model = nn.Sequential(nn.Linear(H, 96))
@@ -521,3 +531,23 @@ def test_heads_are_spared_by_their_place():
     model = sparsify_(Classifier(), Static(0.5))
     assert type(model.pooler) is type(model.classifier) is nn.Linear
     assert all(type(block[0]) is SparseLinear for block in model.encoder)
+
+
+def test_an_optimizer_that_holds_parts_of_a_stand_in_is_refused():
+    model = pruned(Attention())
+    accelerate_(model, torch.randn(5, 2, H))
+    optimizer = torch.optim.SGD(model.parameters(), 0.1)
+    with pytest.raises(ValueError, match="make a new optimizer"):
+        densify_(model, optimizer)
+    assert type(model.inner) is SparseMultiheadAttention
+
+
+def test_weights_of_other_types_are_said_to_stay():
+    model = nn.Sequential(*pruned(nn.Sequential(nn.Linear(H, H))))
+    model.append(nn.Linear(H, H, dtype=torch.complex64))
+    model.append(nn.Linear(H, H, device="meta"))
+    model[2].weight = nn.Parameter(torch.zeros(H, H).to(torch.float8_e4m3fn), requires_grad=False)
+    model.append(nn.LazyLinear(3))
+    report = accelerate_(model, lambda m: m[0](torch.ones(2, H)))
+    reasons = [skipped.reason for skipped in report.skipped]
+    assert "complex64" in reasons[0] and "float8" in reasons[1] and "no shape" in reasons[2]
