@@ -46,19 +46,25 @@ class Rest:
         self._small = small, SparseLinear.from_linear(small)
         self._x = torch.zeros(1, SMALL, device=device, dtype=dtype)
 
-    def passes(self, size_bytes: float, hot: tuple[Tensor, ...]) -> None:
-        """The others are called, who hold so much; `hot` is what the layer gets from the one
-        before it."""
+    def passes(self, size_bytes: float, hot: tuple[Tensor, ...], twin: Run | None) -> None:
+        """The others are called, who hold so much, and `twin` at last, whose code is that of the
+        layer, but not its weights; `hot` is what the layer gets from the one before it."""
         if size_bytes > IN_L2_BYTES:
             self._data[: int(size_bytes) // 4].sum()
             for t in hot:
                 t.sum()
             for layer in self._small:
                 layer(self._x)
+            if twin:
+                twin()
 
 
 def usual_seconds(
-    runs: dict[str, Run], rest: Rest, others_bytes: dict[str, float], hot: tuple[Tensor, ...]
+    runs: dict[str, Run],
+    rest: Rest,
+    others_bytes: dict[str, float],
+    hot: tuple[Tensor, ...],
+    twins: dict[str, Run],
 ) -> dict[str, float]:
     """The time of a call of each; they take turns."""
     is_gpu = any(t.is_cuda for t in hot)
@@ -71,7 +77,7 @@ def usual_seconds(
             break
         for name, run in runs.items():
             for _ in range(1 if others_bytes[name] >= CACHE_BYTES else IN_A_ROW):
-                rest.passes(others_bytes[name], hot)
+                rest.passes(others_bytes[name], hot, twins.get(name))
                 seconds = _gpu_seconds(run) if is_gpu else _host_seconds(run, now)
             taken[name].append(seconds)
     return {name: usual(each) for name, each in taken.items()}
