@@ -5,6 +5,7 @@ import copy
 import json
 import pickle
 import re
+import weakref
 
 import pytest
 import torch
@@ -13,6 +14,7 @@ from torch.nn.utils import prune
 
 from sparsekern import SparseLinear, Static, accelerate_, densify_, sparsify_
 from sparsekern.models import accelerate, measure
+from sparsekern.models.candidates import Candidate
 from sparsekern.nn.stand_ins import (
     SparseConv,
     SparseConv1D,
@@ -551,3 +553,34 @@ def test_weights_of_other_types_are_said_to_stay():
     report = accelerate_(model, lambda m: m[0](torch.ones(2, H)))
     reasons = [skipped.reason for skipped in report.skipped]
     assert "complex64" in reasons[0] and "float8" in reasons[1] and "no shape" in reasons[2]
+
+
+def test_dense_weights_go_one_after_the_other(monkeypatch):
+    model = pruned(LM())
+    dense = [weakref.ref(block[0].weight) for block in model.blocks]
+    alive, make = [], Candidate.make
+
+    def counting(candidate):
+        alive.append(sum(weight() is not None for weight in dense))
+        return make(candidate)
+
+    monkeypatch.setattr(Candidate, "make", counting)
+    accelerate_(model, {"input_ids": torch.arange(5)[None]})
+    assert alive[-3:] == [3, 2, 1] and not any(weight() for weight in dense)
+
+
+def test_a_model_that_calls_layers_past_its_modules_is_as_it_was():
+    class Hidden(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.layer = nn.Linear(H, H)
+            self.calls = [self.layer]
+
+        def forward(self, x):
+            return self.calls[0](x)
+
+    model, x = pruned(Hidden()), torch.randn(3, H)
+    want = model(x)
+    with pytest.raises(ValueError, match="past the module that holds it: TypeError"):
+        accelerate_(model, x)
+    assert torch.equal(model(x), want)
