@@ -8,6 +8,7 @@ import numpy
 import torch
 from torch import Tensor, nn
 
+from ..indices import VALUE_DTYPES
 from ..nn import SparseLinear
 from ..nn.kinds import is_conv1d, is_experts, pruning_masks, uses_of_parameters, why_not
 from ..nn.kinds import why_not_weight as why_not_parameter
@@ -89,19 +90,21 @@ def scan(model: nn.Module) -> tuple[list[Candidate], list[Skipped]]:
             skipped.append(_sparse(name, module))
             inside = (name,)
             continue
-        weights = {n: p for n, p in module._parameters.items() if p is not None and p.ndim > 1}
-        lazy = [p for p in module._parameters.values() if p is not None and nn.parameter.is_lazy(p)]
+        held = {n: p for n, p in module._parameters.items() if p is not None}
+        lazy = [p for p in held.values() if nn.parameter.is_lazy(p)]
+        weights = {} if lazy else {n: p for n, p in held.items() if p.ndim > 1}
         if not weights and not lazy:
+            continue
+        if lazy:
+            reason = "its weights have no shape yet"
+            skipped.append(Skipped(name, type(module).__name__, (), 0.0, reason))
             continue
         reason = why_not(module)
         if reason is None and isinstance(module, nn.MultiheadAttention):
             weights |= {"out_proj.weight": module.out_proj.weight}
             inside = (name,)
-        for p in [*weights.values(), *lazy]:
+        for p in weights.values():
             reason = reason or why_not_parameter(p, uses[id(p)])
-        if lazy:
-            skipped.append(Skipped(name, type(module).__name__, (), 0.0, reason or ""))
-            continue
         candidate = _candidate(name, module, weights)
         if reason is None and candidate.sparsity < LEAST_SPARSITY:
             reason = f"too dense: {LEAST_SPARSITY:.0%} zeros are the least that can pay"
@@ -127,13 +130,21 @@ def _candidate(name: str, module: nn.Module, weights: dict[str, nn.Parameter]) -
             nnz += int(mask.count_nonzero())
         else:
             _refuse_nan(full, weight)
-            nnz += int(weight.count_nonzero())
+            nnz += _count(weight)
     shapes = tuple(_as_matrix(module, weight) for weight in weights.values())
     return Candidate(name, module, shapes, nnz, tuple(weights), "weight" in masks)
 
 
+def _count(weight: Tensor) -> int:
+    """Of weights that are not zero; all, of a type that torch cannot count."""
+    try:
+        return int(weight.count_nonzero())
+    except (RuntimeError, NotImplementedError):
+        return weight.numel()
+
+
 def _refuse_nan(name: str, weight: Tensor) -> None:
-    if weight.is_floating_point() and weight.isnan().any():
+    if weight.dtype in VALUE_DTYPES and weight.isnan().any():
         raise ValueError(
             f"{name}: {int(weight.isnan().sum())} of {weight.numel()} weights are NaN; where NaN "
             "marks what is pruned give nan_is_pruned=True"
@@ -187,7 +198,7 @@ class Marks:
 
     def remove(self, model: nn.Module) -> None:
         for p in model.parameters():
-            if p.ndim > 1 and p.is_floating_point() and not p.is_meta:
+            if p.dtype in VALUE_DTYPES and p.ndim > 1 and not p.is_meta:
                 nan = p.detach().isnan()
                 if nan.any():
                     self._marked.append((p.detach(), _packed(nan)))

@@ -1,12 +1,10 @@
 """Running a model with the example, and what its layers are called with meanwhile."""
 
 import math
-import time
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field
-from statistics import median
 from typing import Any
 
 import torch
@@ -88,13 +86,15 @@ def recording(candidates: Sequence[Candidate], calls: Calls, times: int) -> Iter
         counts = calls.counts.setdefault(candidate, Counter())
 
         def hook(module: nn.Module, args: tuple, kwargs: dict) -> None:
-            x = next(tensors([args, kwargs]))
+            x = next(tensors([args, kwargs]), None)
+            if x is None:
+                return
             tokens = _tokens(candidate.module, x)
             form = _form(candidate.module, args, kwargs, tokens)
             counts[form] += times
             if (candidate.key, form) not in calls.forms:
                 device = x.device.type
-                is_cast = torch.is_autocast_enabled(device)
+                is_cast = device in ("cpu", "cuda") and torch.is_autocast_enabled(device)
                 dtype = torch.get_autocast_dtype(device) if is_cast else None
                 call = Call(_copied(args), _copied(kwargs), tokens, device, dtype)
                 calls.forms[candidate.key, form] = call
@@ -159,16 +159,16 @@ def _copied(things: Any) -> Any:
 
 
 def seconds_of(run: Callable[[], Any], device: torch.device) -> float:
-    """The median time of a few calls, of what has run before."""
+    """The time of a call, of what has run before."""
     taken: list[float] = []
-    now = time.perf_counter if device.type == "cuda" else clock()
+    now, usual = clock(device.type == "cuda")
     while len(taken) < ROUNDS and sum(taken) < ENOUGH_S:
         _wait(device)
         began = now()
         run()
         _wait(device)
         taken.append(now() - began)
-    return median(taken)
+    return usual(taken)
 
 
 def _wait(device: torch.device) -> None:

@@ -22,6 +22,11 @@ class Exchange:
                     self._places.setdefault(child, []).append((parent, name))
         self._done: dict[Candidate, tuple[nn.Module, dict[str, weakref.ref]]] = {}
 
+    @property
+    def is_begun(self) -> bool:
+        """Whether anything is replaced."""
+        return bool(self._done)
+
     def now(self, candidate: Candidate) -> nn.Module:
         """What stands in the candidate's place."""
         return self._done[candidate][0] if candidate in self._done else candidate.module

@@ -74,17 +74,19 @@ class _Alike:
                 error = error_between(*(_call(layer, call)() for layer in (plain, sparse)))
                 self.error = max(self.error, 0.0 if error is None else error)
                 runs = {DENSE: _call(plain, call), SPARSE: _call(sparse, call)}
+                twins: dict[str, Run] = {}
                 if plain is not dense:
                     runs[BEFORE] = _call(dense, call)
-                else:  # each the next time, so that none is in the cache
+                elif len(alike) > 1:  # each time the next one, which is not in the cache
                     runs[DENSE] = _in_turn([_call(each.module, call) for each in alike])
+                    twins[DENSE] = runs[DENSE]
                 # A sparse layer stands among others that are sparse alike.
                 sizes = {name: float(bytes_of(dense)) for name in (BEFORE, DENSE)}
                 sizes[SPARSE] = float(bytes_of(sparse))
                 share = pruned / sizes[DENSE] - 1
                 sizes = {name: others + share * size for name, size in sizes.items()}
                 hot = tuple(tensors([call.args, call.kwargs]))
-                seconds = usual_seconds(runs, rest, sizes, hot)
+                seconds = usual_seconds(runs, rest, sizes, hot, twins)
                 self.seconds[form] = {BEFORE: seconds[DENSE]} | seconds
                 self.kernels[form] = kernel_of(sparse, call)
 

@@ -25,10 +25,15 @@ SMALL = 16  # features of a layer that takes its call's time alone
 Run = Callable[[], object]
 
 
-def clock() -> Callable[[], float]:
-    """Seconds of what a product takes: of one thread its own time, in which nobody else's work on
-    the same core counts."""
-    return time.thread_time if torch.get_num_threads() == 1 else time.perf_counter
+def clock(is_gpu: bool = False) -> tuple[Callable[[], float], Callable[[list[float]], float]]:
+    """A clock, and which of several times counts.
+
+    Of one thread its own time, in which nobody else's work on the core counts, and the median: a
+    model has no moment that is the best one for all its layers. Of several threads the time of the
+    wall, and the least, since a thread that others hold up holds up all."""
+    if torch.get_num_threads() == 1 and not is_gpu:
+        return time.thread_time, median
+    return time.perf_counter, median if is_gpu else min
 
 
 class Rest:
@@ -41,23 +46,29 @@ class Rest:
         self._small = small, SparseLinear.from_linear(small)
         self._x = torch.zeros(1, SMALL, device=device, dtype=dtype)
 
-    def passes(self, size_bytes: float, hot: tuple[Tensor, ...]) -> None:
-        """The others are called, who hold so much; `hot` is what the layer gets from the one
-        before it."""
+    def passes(self, size_bytes: float, hot: tuple[Tensor, ...], twin: Run | None) -> None:
+        """The others are called, who hold so much, and `twin` at last, whose code is that of the
+        layer, but not its weights; `hot` is what the layer gets from the one before it."""
         if size_bytes > IN_L2_BYTES:
             self._data[: int(size_bytes) // 4].sum()
             for t in hot:
                 t.sum()
             for layer in self._small:
                 layer(self._x)
+            if twin:
+                twin()
 
 
 def usual_seconds(
-    runs: dict[str, Run], rest: Rest, others_bytes: dict[str, float], hot: tuple[Tensor, ...]
+    runs: dict[str, Run],
+    rest: Rest,
+    others_bytes: dict[str, float],
+    hot: tuple[Tensor, ...],
+    twins: dict[str, Run],
 ) -> dict[str, float]:
-    """The median time of a call of each; they take turns. Sums of least times would be too little:
-    a model has no moment that is the best one for all its layers."""
-    on_gpu, now = any(t.is_cuda for t in hot), clock()
+    """The time of a call of each; they take turns."""
+    is_gpu = any(t.is_cuda for t in hot)
+    now, usual = clock(is_gpu)
     taken: dict[str, list[float]] = {name: [] for name in runs}
     for run in runs.values():  # packing, allocation
         run()
@@ -66,10 +77,10 @@ def usual_seconds(
             break
         for name, run in runs.items():
             for _ in range(1 if others_bytes[name] >= CACHE_BYTES else IN_A_ROW):
-                rest.passes(others_bytes[name], hot)
-                seconds = _gpu_seconds(run) if on_gpu else _host_seconds(run, now)
+                rest.passes(others_bytes[name], hot, twins.get(name))
+                seconds = _gpu_seconds(run) if is_gpu else _host_seconds(run, now)
             taken[name].append(seconds)
-    return {name: median(each) for name, each in taken.items()}
+    return {name: usual(each) for name, each in taken.items()}
 
 
 def _host_seconds(run: Run, now: Callable[[], float]) -> float:

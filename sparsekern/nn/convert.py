@@ -1,16 +1,16 @@
 """sparsify_ and densify_ swap SparseLinear in and out of a model."""
 
 from collections import Counter
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from ..kernels.derived import forget_captures
 from ..tensor import SparseTensor
-from .kinds import HEAD_NAMES, heads, uses_of_parameters
+from .kinds import HEAD_NAMES, heads, is_conv1d, uses_of_parameters
 from .linear import SparseLinear, refuse_meta
-from .stand_ins import StandIn
+from .stand_ins import SparseConv1D, StandIn
 
 __all__ = ["densify_", "forget_graphs_", "replace_modules", "sparsifiable", "sparsify_"]
 
@@ -24,7 +24,8 @@ def sparsify_(
     *,
     prune_again: bool = False,
 ) -> nn.Module:
-    """Replace the nn.Linear modules of `model` by SparseLinear, in place, and return the model.
+    """Replace the nn.Linear modules of `model` by SparseLinear, in place, and return the model;
+    also the Conv1D of transformers.
 
     Args:
         algorithm: has `mask(name, weight)` -> bool [N, K], True where a weight is kept.
@@ -39,46 +40,70 @@ def sparsify_(
     model is unchanged. ValueError where there is nothing to replace, unless filter_fn said so, and
     where more than 20 % of the weights are zero already and a mask would remove others.
     """
-    chosen = sparsifiable(model, filter_fn)
-    if not chosen and not (filter_fn and sparsifiable(model, lambda module, name: True)):
+    chosen = _replaceable(model, filter_fn)
+    if not chosen and not (filter_fn and _replaceable(model, lambda module, name: True)):
         raise ValueError(f"sparsify_: {_nothing_in(model)}")
     for name, module in chosen.items():
         refuse_meta(f"{name}.weight" if name else "weight", module)
-    dense = {n: m.weight.detach() for n, m in chosen.items() if type(m) is nn.Linear}
-    zeros = 0.0 if prune_again else share_of_zeros(dense.values())
+    dense = {n: _matrix(m) for n, m in chosen.items() if not isinstance(m, SparseLinear)}
+    has_asked = prune_again or getattr(algorithm, "has_asked", False)
+    zeros = 0.0 if has_asked else share_of_zeros(dense.values())
 
     def replace(name: str, module: nn.Module) -> nn.Module | None:
-        if name not in chosen or isinstance(module, SparseLinear):
+        if name not in dense:
             return None
-        assert isinstance(module, nn.Linear)  # says sparsifiable
         mask = algorithm.mask(name, dense[name])
-        if zeros > MANY_ZEROS and bool((dense[name].ne(0) & ~mask).any()):
-            raise ValueError(f"sparsify_: {pruned_already(zeros)}")
-        return SparseLinear.from_linear(module, mask)
+        new = _with_mask(module, mask)
+        if zeros > MANY_ZEROS and new.values.count_nonzero() < dense[name].count_nonzero():
+            refuse_pruned("sparsify_", [*dense.values()])
+        return new
 
     return replace_modules(model, replace)
 
 
+def _matrix(module: nn.Module) -> Tensor:
+    """W [N, K], a view."""
+    assert isinstance(module.weight, Tensor)
+    weight = module.weight.detach()
+    return weight.t() if is_conv1d(module) else weight
+
+
+def _with_mask(module: nn.Module, mask: Tensor) -> SparseLinear:
+    if is_conv1d(module):
+        return SparseConv1D.from_dense(module, mask.t())
+    assert isinstance(module, nn.Linear)
+    return SparseLinear.from_linear(module, mask)
+
+
 def share_of_zeros(weights: Iterable[Tensor]) -> float:
     """Of all these weights; those that are zero all over were never trained and do not count."""
-    sizes = [(int(w.count_nonzero()), w.numel()) for w in weights]
+    sizes = [(int(w.count_nonzero()), w.numel()) for w in weights if not w.is_meta]
     used = [(nnz, size) for nnz, size in sizes if nnz]
     return 1 - sum(nnz for nnz, _ in used) / max(1, sum(size for _, size in used)) if used else 0.0
 
 
-def pruned_already(zeros: float) -> str:
-    """What to tell whoever is about to prune a model of which so many weights are zero."""
-    return (
-        f"{zeros:.0%} of the weights are zero already, and this would remove others; "
-        "sparsekern.accelerate_(model, example) takes the zeros that are there; to prune all the "
-        "same give prune_again=True"
-    )
+def refuse_pruned(caller: str, weights: Sequence[Tensor]) -> None:
+    """ValueError where many of the weights that are about to be pruned are zero already."""
+    if (zeros := share_of_zeros(weights)) > MANY_ZEROS:
+        raise ValueError(
+            f"{caller}: {zeros:.0%} of the weights are zero already, and others would go; "
+            "sparsekern.accelerate_(model, example) takes the zeros that are there; to prune all "
+            "the same give prune_again=True"
+        )
 
 
 def sparsifiable(
     model: nn.Module, filter_fn: Callable[[nn.Module, str], bool] | None = None
 ) -> dict[str, nn.Linear | SparseLinear]:
-    """The layers that `sparsify_` would replace, and those that are a SparseLinear already."""
+    """The nn.Linear that `sparsify_` would replace, and those that are a SparseLinear already."""
+    chosen = _replaceable(model, filter_fn)
+    return {n: m for n, m in chosen.items() if isinstance(m, nn.Linear | SparseLinear)}
+
+
+def _replaceable(
+    model: nn.Module, filter_fn: Callable[[nn.Module, str], bool] | None
+) -> dict[str, nn.Module]:
+    """With the Conv1D."""
     uses = uses_of_parameters(model)
     spared = set() if filter_fn else heads(model)
 
@@ -91,7 +116,7 @@ def sparsifiable(
     return {
         name: module
         for name, module in model.named_modules()
-        if type(module) is nn.Linear or isinstance(module, SparseLinear)
+        if type(module) is nn.Linear or isinstance(module, SparseLinear) or is_conv1d(module)
         if chosen(name, module)
     }
 
@@ -116,7 +141,7 @@ def densify_(model: nn.Module, optimizer: Optimizer | None = None) -> nn.Module:
 
     def replace(name: str, module: nn.Module) -> nn.Module | None:
         if isinstance(module, StandIn):
-            _refuse_state(module, optimizer)
+            _refuse_held(module, optimizer)
             return module.to_dense()
         if not isinstance(module, SparseLinear):
             return None
@@ -135,11 +160,12 @@ def densify_(model: nn.Module, optimizer: Optimizer | None = None) -> nn.Module:
     return model
 
 
-def _refuse_state(module: nn.Module, optimizer: Optimizer | None) -> None:
-    if optimizer and any(p in optimizer.state for p in module.parameters()):
+def _refuse_held(module: nn.Module, optimizer: Optimizer | None) -> None:
+    held = {p for group in optimizer.param_groups for p in group["params"]} if optimizer else set()
+    if not held.isdisjoint(module.parameters()):
         raise ValueError(
-            f"densify_: expected no optimizer state for a {type(module).__name__}; its weights "
-            "become parts of one Parameter"
+            f"densify_: the optimizer holds parameters of a {type(module).__name__}, which become "
+            "parts of others: make a new optimizer afterwards"
         )
 
 
@@ -195,6 +221,6 @@ def _nothing_in(model: nn.Module) -> str:
     there = ", ".join(f"{count} {kind}" for kind, count in sorted(kinds.items())) or "none"
     return (
         f"no nn.Linear to replace; modules with a matrix: {there}. Its subclasses stay dense, and "
-        "tied weights, those that are marked requires_dense, and without a filter_fn the layers "
-        f"named {' or '.join(HEAD_NAMES)}"
+        "tied weights, those that are marked requires_dense, and without a filter_fn the model's "
+        f"heads: layers named {' or '.join(HEAD_NAMES)}, and those after the last of its blocks"
     )

@@ -44,6 +44,8 @@ def why_not(module: nn.Module) -> str | None:
     """The reason why no sparse module can take the place of this one; None where one can."""
     if isinstance(module, nn.Embedding | nn.EmbeddingBag):
         return "rows are looked up, nothing is multiplied"
+    if pruning_masks(module) and not isinstance(module, nn.Linear):
+        return "torch.nn.utils.prune masks it: call its remove() first"
     if isinstance(module, nn.Linear):
         return _changed(module, nn.Linear.forward, {"weight", "bias"})
     if is_conv1d(module):
@@ -126,8 +128,8 @@ def why_not_weight(weight: Tensor, uses: int) -> str | None:
         return "tied: another module has the same weight"
     if getattr(weight, "requires_dense", False):
         return "its weight says requires_dense"
-    if nn.parameter.is_lazy(weight):
-        return "its weight has no shape yet"
+    if type(weight) is not nn.Parameter:
+        return f"its weight is a {type(weight).__name__}"
     if weight.dtype not in VALUE_DTYPES or weight.layout != torch.strided:
         return f"weights of {weight.dtype} are not served"
     if weight.device.type not in ("cpu", "cuda"):

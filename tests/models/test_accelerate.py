@@ -5,6 +5,7 @@ import copy
 import json
 import pickle
 import re
+import weakref
 
 import pytest
 import torch
@@ -13,12 +14,14 @@ from torch.nn.utils import prune
 
 from sparsekern import SparseLinear, Static, accelerate_, densify_, sparsify_
 from sparsekern.models import accelerate, measure
+from sparsekern.models.candidates import Candidate
 from sparsekern.nn.stand_ins import (
     SparseConv,
     SparseConv1D,
     SparseExperts,
     SparseMultiheadAttention,
 )
+from sparsekern.sparsity import Group, Magnitude
 
 H = 64
 
@@ -316,6 +319,16 @@ def test_masks_of_torch_prune_are_taken_exactly():
     torch.testing.assert_close(model(x), want)
 
 
+@pytest.mark.parametrize("kind", ["Conv1D", "conv 2d", "attention"])
+def test_masks_on_other_modules_have_to_be_removed_first(kind):
+    make, shape, _ = KINDS[kind]
+    module = make()
+    masked, name = (module.inner, "in_proj_weight") if kind == "attention" else (module, "weight")
+    prune.l1_unstructured(masked, name, amount=0.75)
+    with pytest.raises(ValueError, match=r"masks it: call its remove\(\) first"):
+        accelerate_(nn.Sequential(module), torch.randn(shape))
+
+
 def test_masks_are_multiplied_in_where_dense_is_faster(sparse_is_twice_as_fast):
     sparse_is_twice_as_fast["sparse"] = 3.0
     model = nn.Sequential(nn.Linear(H, 96))
@@ -489,6 +502,27 @@ def test_pruning_a_pruned_model_asks_first():
     assert "SparseLinear" in kinds(model)
 
 
+def test_algorithms_ask_too():
+    model = pruned(nn.Sequential(nn.Linear(H, H), nn.Linear(H, H)))
+    before = list(model)
+    for algorithm in (Magnitude(0.8), Group([Static(0.8)])):
+        with pytest.raises(ValueError, match=r"apply: 7\d% .* prune_again=True"):
+            algorithm.apply(model)
+        assert [id(m) for m in model] == [id(m) for m in before]
+    Magnitude(0.8).apply(model, prune_again=True)
+    assert model[0].weight.sparsity == pytest.approx(0.8, abs=1e-3)
+
+
+def test_pruning_conv1d():
+    model = nn.Sequential(Conv1D(96, H))
+    weight = model[0].weight.detach().clone()
+    sparsify_(model, Static(0.5, init_method="magnitude"))
+    assert type(model[0]) is SparseConv1D
+    kept = densify_(model)[0].weight
+    assert type(model[0]) is Conv1D and kept.shape == (H, 96)
+    assert int((kept == weight).sum()) == H * 96 // 2
+
+
 def test_heads_are_spared_by_their_place():
     class Classifier(nn.Module):
         def __init__(self):
@@ -499,3 +533,54 @@ def test_heads_are_spared_by_their_place():
     model = sparsify_(Classifier(), Static(0.5))
     assert type(model.pooler) is type(model.classifier) is nn.Linear
     assert all(type(block[0]) is SparseLinear for block in model.encoder)
+
+
+def test_an_optimizer_that_holds_parts_of_a_stand_in_is_refused():
+    model = pruned(Attention())
+    accelerate_(model, torch.randn(5, 2, H))
+    optimizer = torch.optim.SGD(model.parameters(), 0.1)
+    with pytest.raises(ValueError, match="make a new optimizer"):
+        densify_(model, optimizer)
+    assert type(model.inner) is SparseMultiheadAttention
+
+
+def test_weights_of_other_types_are_said_to_stay():
+    model = nn.Sequential(*pruned(nn.Sequential(nn.Linear(H, H))))
+    model.append(nn.Linear(H, H, dtype=torch.complex64))
+    model.append(nn.Linear(H, H, device="meta"))
+    model[2].weight = nn.Parameter(torch.zeros(H, H).to(torch.float8_e4m3fn), requires_grad=False)
+    model.append(nn.LazyLinear(3))
+    report = accelerate_(model, lambda m: m[0](torch.ones(2, H)))
+    reasons = [skipped.reason for skipped in report.skipped]
+    assert "complex64" in reasons[0] and "float8" in reasons[1] and "no shape" in reasons[2]
+
+
+def test_dense_weights_go_one_after_the_other(monkeypatch):
+    model = pruned(LM())
+    dense = [weakref.ref(block[0].weight) for block in model.blocks]
+    alive, make = [], Candidate.make
+
+    def counting(candidate):
+        alive.append(sum(weight() is not None for weight in dense))
+        return make(candidate)
+
+    monkeypatch.setattr(Candidate, "make", counting)
+    accelerate_(model, {"input_ids": torch.arange(5)[None]})
+    assert alive[-3:] == [3, 2, 1] and not any(weight() for weight in dense)
+
+
+def test_a_model_that_calls_layers_past_its_modules_is_as_it_was():
+    class Hidden(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.layer = nn.Linear(H, H)
+            self.calls = [self.layer]
+
+        def forward(self, x):
+            return self.calls[0](x)
+
+    model, x = pruned(Hidden()), torch.randn(3, H)
+    want = model(x)
+    with pytest.raises(ValueError, match="past the module that holds it: TypeError"):
+        accelerate_(model, x)
+    assert torch.equal(model(x), want)
