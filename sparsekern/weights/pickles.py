@@ -6,6 +6,9 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from ..tensor import SparseTensor
+from .layouts import Weights
+
 
 def read_pickle(path: Path, what: str) -> object:
     """What torch.save wrote to a file, on the CPU. ValueError that begins with `what` and names the
@@ -20,6 +23,11 @@ def read_pickle(path: Path, what: str) -> object:
             raise
         if is_out_of_memory(error):
             raise MemoryError(f"{what}: {path} does not fit into memory") from error
+        if "Unsupported global" in str(error):
+            raise ValueError(
+                f"{what}: {path} holds objects, which could run code: expected tensors, as "
+                "torch.save(model.state_dict(), path) writes them"
+            ) from error
         raise ValueError(f"{what}: {path} is truncated or not a checkpoint") from error
 
 
@@ -32,9 +40,9 @@ def has_its_elements(t: Tensor) -> bool:
     return t.layout == torch.strided and t.nbytes <= t.untyped_storage().nbytes()
 
 
-def state_dict_in(path: Path) -> dict[str, Tensor]:
+def state_dict_in(path: Path) -> Weights:
     """The tensors of a model in a file of torch.save: its state_dict, or a checkpoint with one
-    state_dict in it."""
+    state_dict in it. Some may be SparseTensors."""
     content = read_pickle(path, "weights")
     if not isinstance(content, dict):
         raise ValueError(f"weights: {path}: expected a state_dict, got {type(content).__name__}")
@@ -50,12 +58,14 @@ def state_dict_in(path: Path) -> dict[str, Tensor]:
             )
         found = next(iter(inner.values()))
     for name, t in found.items():
-        if not has_its_elements(t):
+        is_sparse = isinstance(t, SparseTensor)
+        parts = (t.row_offsets, t.col_indices, t.values) if is_sparse else (t,)
+        if not all(map(has_its_elements, parts)):
             raise ValueError(f"weights: {path}: {name}: expected a tensor with all its elements")
     return dict(found)
 
 
 def _is_state_dict(value: object) -> bool:
     return isinstance(value, dict) and all(
-        isinstance(name, str) and isinstance(t, Tensor) for name, t in value.items()
+        isinstance(name, str) and isinstance(t, Tensor | SparseTensor) for name, t in value.items()
     )

@@ -5,7 +5,7 @@ there before memory is taken for it.
 """
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 
 from torch import Tensor
@@ -84,9 +84,10 @@ def _file(path: Path) -> Path:
     return path
 
 
-def _decoded(path: Path, tensors: dict[str, Tensor]) -> Weights:
-    """Tensors of a file as the weights that they hold."""
-    sparse: Weights = {}
+def _decoded(path: Path, found: Mapping[str, Tensor | SparseTensor]) -> Weights:
+    """What a file holds as the weights that it stands for."""
+    tensors = {name: t for name, t in found.items() if isinstance(t, Tensor)}
+    sparse: Weights = {name: w for name, w in found.items() if isinstance(w, SparseTensor)}
     for name in layouts.names_in(tensors):
         try:
             sparse[name] = layouts.take(name, tensors)
@@ -170,7 +171,7 @@ def _check_shapes(sparse: dict, check: Callable[[bool, str, str, object], None])
         check(is_shape, f"{name}: shape", f"[N, K], each in [0, {INDEX_LIMIT})", shape)
 
 
-def _read_shards(index: Path) -> dict[str, Tensor]:
+def _read_shards(index: Path) -> Weights:
     """All tensors of a model in several files, from its index."""
     try:
         places = json.loads(index.read_bytes())["weight_map"]
@@ -179,11 +180,12 @@ def _read_shards(index: Path) -> dict[str, Tensor]:
     is_map = isinstance(places, dict) and all(isinstance(f, str) for f in places.values())
     if not is_map:
         raise ValueError(f"weights: {index}: weight_map: expected the name of a file for each name")
-    tensors: dict[str, Tensor] = {}
+    tensors: Weights = {}
     for shard in dict.fromkeys(places.values()):
         if not shard or Path(shard).name != shard:
             raise ValueError(f"weights: {index}: expected files beside it, got {shard!r}")
         path = _file(index.with_name(shard))
+        found: Mapping[str, Tensor | SparseTensor]
         if path.suffix in OF_TORCH:
             found = state_dict_in(path)
         else:

@@ -242,13 +242,16 @@ def test_files_of_torch_save(tmp_path, sparse):
     torch.save({"epoch": 3, "state_dict": dense.state_dict(), "optimizer": {"state": {}}}, path)
     assert weights.load_weights(path).keys() == dense.state_dict().keys()
     assert weights.load_metadata(path) == {}
+    torch.save(weights.weights_of(sparse), path)
+    assert same(weights.load_weights(path)["0.weight"], sparse[0].weight)
     for content, message in (
         ([1], "expected a state_dict, got list"),
         ({"a": 1, "b": "c"}, "got the keys a, b; dicts of tensors among them: none"),
         ({"ema": {"w": torch.ones(1)}, "model": {"w": torch.ones(1)}}, "among them: ema, model"),
         ({"w": torch.zeros(1).expand(2**40)}, "w: expected a tensor with all its elements"),
         ({"w": torch.eye(3).to_sparse()}, "w: expected a tensor with all its elements"),
-        ({"w": nn.ReLU()}, "is truncated or not a checkpoint"),
+        ({"w": nn.ReLU()}, "holds objects, which could run code: expected tensors"),
+        (dense, "holds objects, which could run code: expected tensors"),
     ):
         torch.save(content, path)
         with pytest.raises(ValueError, match=message) as caught:
