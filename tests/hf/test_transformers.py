@@ -227,6 +227,16 @@ def test_a_run_is_resumed_from_the_tensors_of_the_file(saved):
     assert same(model, load(saved))
 
 
+@needs_transformers
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")
+def test_a_model_on_a_gpu(saved, tmp_path):
+    model = load(saved, device_map="cuda")
+    assert all(t.is_cuda for t in model.get_submodule(X).state_dict().values())
+    model.save_pretrained(tmp_path)
+    assert same(load(saved), load(tmp_path))
+
+
 def broken(saved: Path, folder: Path, change) -> Path:
     from safetensors.torch import load_file, save_file
 

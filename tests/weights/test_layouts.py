@@ -14,7 +14,7 @@ from sparsekern import SparseLinear, SparseTensor, Static, sparsify_, weights
 from sparsekern.gpt.build import load_model
 from sparsekern.gpt.data import BPETokenizer, ByteTokenizer
 from sparsekern.gpt.model import GPT, GPTConfig
-from sparsekern.nn import bitmask
+from sparsekern.nn import bitmask, stored
 from sparsekern.weights import layouts
 
 safetensors = pytest.importorskip("safetensors.torch")
@@ -371,3 +371,18 @@ def test_weights_with_config_and_tokenizer_beside_them(tmp_path, kind):
         with pytest.raises(ValueError, match=message) as caught:
             load_model(path)
         assert str(tmp_path) in str(caught.value)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")
+def test_a_model_on_a_gpu(tmp_path, sparse):
+    path = tmp_path / "m.safetensors"
+    weights.save_weights(sparse.cuda(), path)
+    model = weights.set_weights_(linear().cuda(), weights.load_weights(path))
+    assert model[0].values.is_cuda and same(model[0].weight, sparse[0].weight)
+    other = sparsify_(linear(), Static(0.7)).cuda()
+    other.load_state_dict(safetensors.load_file(path, device="cuda"))
+    assert other[0].col_indices.is_cuda and same(other[0].weight, sparse[0].weight)
+    few = stored.transposed(sparse[0].weight.detach())
+    assert few.col_indices.is_cuda
+    assert torch.equal(few.to_dense(), sparse[0].weight.detach().to_dense().t())
