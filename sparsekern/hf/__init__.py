@@ -9,6 +9,8 @@ no import: the first SparseLinear in a program that uses transformers brings thi
 """
 
 from functools import wraps
+from importlib import import_module
+from inspect import signature
 
 from ..extras import require
 from ..nn import PackedLinear, SparseLinear
@@ -35,14 +37,16 @@ def _guard(kind: type) -> None:
         if is_sparse or getattr(self, "hf_quantizer", None):
             from .quantizer import attach
 
-            attach(self, is_sparse)
+            given = signature(original).bind(self, *args, **kwargs).arguments
+            attach(self, is_sparse, given.get("state_dict"))
         return original(self, *args, **kwargs)
 
     save_pretrained.looks_for_sparse_layers = True
     kind.save_pretrained = save_pretrained
 
 
-_guard(require("transformers.modeling_utils", "hf").PreTrainedModel)
+require("transformers", "hf")
+_guard(import_module("transformers.modeling_utils").PreTrainedModel)
 
 try:
     from .quantizer import SparseConfig

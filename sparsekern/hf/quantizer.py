@@ -21,10 +21,10 @@ from transformers.quantizers import HfQuantizer, register_quantization_config, r
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from ..nn import SparseLinear, densify_
-from ..nn.stored import own_weight
+from ..nn.stored import own_weight, transposed
 from ..nn.substitutes import sizes_of_layers, substitute
 from ..tensor import SparseTensor
-from ..weights import layouts, weights_of
+from ..weights import layouts
 
 METHOD = "sparsekern"
 FORMAT_VERSION = 2  # of weights/read.py
@@ -68,6 +68,7 @@ class SparseQuantizer(HfQuantizer):
     def __init__(self, quantization_config: QuantizationConfigMixin, **kwargs: Any):
         super().__init__(quantization_config, **kwargs)
         self.layers: set[str] = set()  # names in the file, as transformers renames them
+        self.state: dict[str, Tensor] | None = None  # what save_pretrained was given to save
 
     def validate_environment(self, *args: object, **kwargs: object) -> None:
         if not self.pre_quantized:
@@ -128,17 +129,23 @@ class SparseQuantizer(HfQuantizer):
     # Saving
 
     def get_state_dict_and_metadata(self, model: PreTrainedModel) -> tuple[dict, dict]:
-        state: dict[str, Tensor] = {}
-        for name, w in weights_of(model).items():
-            if not isinstance(w, SparseTensor):
-                state[name] = w
+        given, self.state = self.state, None
+        state = dict(model.state_dict() if given is None else given)
+        for name, layer in model.named_modules(remove_duplicate=False):
+            if not isinstance(layer, SparseLinear):
                 continue
+            lacking = [p for p in layouts.BUFFERS if f"{name}.{p}" not in state]
+            if lacking:
+                raise ValueError(f"save_pretrained: state_dict: it lacks {name}.{lacking[0]}")
+            parts = (state.pop(f"{name}.{part}").detach() for part in layouts.BUFFERS)
+            w = SparseTensor._trusted(*parts, layer.out_features, layer.in_features)
             if w.values.is_meta:
                 raise ValueError(
                     f"save_pretrained: {name} is offloaded: load the model without a device_map "
                     "that names disk, then save it"
                 )
-            state |= layouts.parts_of(name, w)
+            w = transposed(w) if layer.stores_transpose else w
+            state |= layouts.parts_of(f"{name}.weight", w)
         return state, {}
 
     def _dequantize(self, model: PreTrainedModel, dtype: Any = None) -> nn.Module:
@@ -197,15 +204,16 @@ class _Converter(WeightConverter):
         return f"{layer}.values", part
 
 
-def attach(model: PreTrainedModel, is_sparse: bool) -> None:
-    """Let save_pretrained write sparse layers as such; where none is left, the model as any
-    other."""
+def attach(model: PreTrainedModel, is_sparse: bool, state: dict[str, Tensor] | None) -> None:
+    """Let save_pretrained write sparse layers as such, of the model or of the state_dict that it
+    was given; where none is left, the model as any other."""
     quantizer = getattr(model, "hf_quantizer", None)
     if quantizer is None:
         model.config.quantization_config = SparseConfig()
-        model.hf_quantizer = SparseQuantizer(model.config.quantization_config, pre_quantized=True)
-        model.is_quantized = False
-    elif isinstance(quantizer, SparseQuantizer):
+        quantizer = SparseQuantizer(model.config.quantization_config, pre_quantized=True)
+        model.hf_quantizer, model.is_quantized = quantizer, False
+    if isinstance(quantizer, SparseQuantizer):
+        quantizer.state = state
         if not is_sparse:
             quantizer.remove_quantization_config(model)
     elif is_sparse:

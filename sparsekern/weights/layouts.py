@@ -17,7 +17,7 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor, nn
 
-from ..indices import INDEX_LIMIT, check_pattern
+from ..indices import INDEX_LIMIT
 from ..nn import SparseLinear, bitmask
 from ..nn.loading import BITMASK, INDICES, SHAPE
 from ..nn.stored import stored_weight
@@ -49,8 +49,8 @@ def parts_of(name: str, w: SparseTensor) -> dict[str, Tensor]:
     if w.is_transposed:
         raise ValueError(f"weights: {name} is a transpose, expected W itself")
     try:
-        check_pattern(w.row_offsets, w.col_indices, w.n, w.k)
-    except ValueError as error:
+        w._checked()
+    except (TypeError, ValueError) as error:
         raise ValueError(f"weights: {name}: {error}") from error
     n, width = bitmask.packed_shape(w.n, w.k)
     parts = {name: w.values.detach(), name + SHAPE: torch.tensor([w.n, w.k])}

@@ -237,6 +237,26 @@ def test_a_model_on_a_gpu(saved, tmp_path):
     assert same(load(saved), load(tmp_path))
 
 
+@needs_transformers
+def test_a_state_dict_that_is_given_is_what_is_saved(saved, tmp_path):
+    """As Trainer hands on what it has gathered from several processes."""
+    model, other = load(saved), load(saved)
+    with torch.no_grad():
+        for p in other.parameters():
+            p.add_(1)
+    model.save_pretrained(tmp_path / "a", state_dict=other.state_dict())
+    assert same(load(tmp_path / "a"), other)
+    model.save_pretrained(tmp_path / "b")
+    assert same(load(tmp_path / "b"), model)
+    state = dict(other.state_dict())
+    state[f"{X}.values"] = state[f"{X}.values"][:0]  # a shard, say
+    with pytest.raises(ValueError, match=f"{X}.weight: values: expected 640 elements, got 0"):
+        model.save_pretrained(tmp_path / "c", state_dict=state)
+    del state[f"{X}.values"]
+    with pytest.raises(ValueError, match=f"state_dict: it lacks {X}.values"):
+        model.save_pretrained(tmp_path / "c", state_dict=state)
+
+
 def broken(saved: Path, folder: Path, change) -> Path:
     from safetensors.torch import load_file, save_file
 
