@@ -14,6 +14,8 @@ from .sweep import FULL_TOKENS
 
 PRODUCTS = {"spmm": FORWARD, "spmm_t": INPUT_GRADIENT, "sddmm": WEIGHT_GRADIENT}
 STEP = "train_step"
+HEAD_SIZE = 64  # of GPTs that were measured; the tables do not tell
+DENSITY, ACTUAL = MASKS = ("density", "actual")
 
 
 @dataclass(frozen=True)
@@ -28,6 +30,7 @@ class Pair:
     same: float
     full: float
     mask: str  # "actual", or why not
+    full_range: tuple[float, float] | None = None  # of a training step: Comparison.speedup_range
 
     def as_dict(self) -> dict[str, object]:
         return dict(vars(self))
@@ -46,34 +49,39 @@ def compare(
 
     `mask_of` makes the mask of a measurement on a CPU again from its parameters, or gives None:
     then, and for those on a GPU, a random one of its density is assumed. `progress` is
-    called with each pair as it is found."""
+    called with each pair as it is found. Raises ValueError where nothing matches."""
     pairs = []
-    for source, cases in results.items():
-        for pair in _pairs(machine, source, cases, inputs or Inputs(), mask_of, match):
-            progress(pair)
-            pairs.append(pair)
+    for source, what, case, kernel in _measurements(results, match):
+        if kernel is None:
+            pair = _step(machine, inputs or Inputs(), source, what, case)
+        else:
+            mask = mask_of(case) if case["threads"] else None
+            info = case | {"speedup": case["speedups"][kernel]}
+            pair = _product(machine, inputs or Inputs(), source, what, info, mask)
+        progress(pair)
+        pairs.append(pair)
     if not pairs:
         raise ValueError(f"match: no measurement has {match!r} in its name")
     return pairs
 
 
-def _pairs(
-    machine: Machine,
-    source: str,
-    cases: list[dict],
-    inputs: Inputs,
-    mask_of: Callable[[dict], Mask | None],
-    match: str,
-) -> Iterator[Pair]:
-    for case in cases:
-        if case["op"] == STEP and "speedup" in case and match in (what := _what_step(case)):
-            yield _step(machine, inputs, source, what, case)
-        elif case["op"] in PRODUCTS:
-            for kernel in _ours(case):
-                if match in (what := _what_product(case, kernel)):
-                    mask = mask_of(case) if case["threads"] else None
-                    info = case | {"speedup": case["speedups"][kernel]}
-                    yield _product(machine, inputs, source, what, info, mask)
+def count(results: dict[str, list[dict]], match: str = "") -> int:
+    """How many pairs compare would find."""
+    return sum(1 for _ in _measurements(results, match))
+
+
+def _measurements(
+    results: dict[str, list[dict]], match: str
+) -> Iterator[tuple[str, str, dict, str | None]]:
+    """Table, what was measured, case, and the kernel of a product or None for a training step."""
+    for source, cases in results.items():
+        for case in cases:
+            if case["op"] == STEP and "speedup" in case and match in (what := _what_step(case)):
+                yield source, what, case, None
+            elif case["op"] in PRODUCTS:
+                for kernel in _ours(case):
+                    if match in (what := _what_product(case, kernel)):
+                        yield source, what, case, kernel
 
 
 def _ours(case: dict) -> list[str]:
@@ -125,8 +133,9 @@ def _product(
 
 def _step(machine: Machine, inputs: Inputs, source: str, what: str, info: dict) -> Pair:
     width = info["width"]
+    heads = max(1, width // HEAD_SIZE)
     shape = GPTShape(
-        info["model"], info["layers"], width, 1, 4 * width, info["vocabulary"], info["context"]
+        info["model"], info["layers"], width, heads, 4 * width, info["vocabulary"], info["context"]
     )
 
     def predicted(batch: int):
@@ -142,6 +151,7 @@ def _step(machine: Machine, inputs: Inputs, source: str, what: str, info: dict) 
         predicted(info["batch"]).speedup,
         full.speedup,
         "of its density",
+        full.speedup_range,
     )
 
 
@@ -157,7 +167,7 @@ def render(pairs: list[Pair]) -> str:
                 f"{pair.measured:.2f}x",
                 f"{pair.flop_ratio:.2f}x",
                 f"{pair.same:.2f}x",
-                f"{pair.full:.2f}x",
+                _full(pair),
                 pair.mask,
             ]
             for pair in pairs
@@ -165,3 +175,9 @@ def render(pairs: list[Pair]) -> str:
         ]
         blocks.append(f"{source}\n\n{table(header, rows)}")
     return "\n\n".join(blocks)
+
+
+def _full(pair: Pair) -> str:
+    if pair.full_range is None:
+        return f"{pair.full:.2f}x"
+    return "{:.2f} to {:.2f}x".format(*pair.full_range)

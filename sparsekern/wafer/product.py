@@ -9,10 +9,9 @@ from functools import lru_cache
 
 from .balance import Mask
 from .inputs import Inputs
-from .machine import BYTES_PER_ELEM, Machine
+from .machine import ACCUMULATOR_BYTES, BYTES_PER_ELEM, Machine
 from .mesh import Mesh, MeshCycles, mesh_cycles
 
-ACCUMULATOR_BYTES = 4  # partial sums are fp32
 COLUMN_GROUPS = (1, 2, 3, 4, 6, 8, 12, 16, 24, 32, 48)
 FORWARD, INPUT_GRADIENT, WEIGHT_GRADIENT = "forward", "input gradient", "weight gradient"
 
@@ -55,15 +54,19 @@ def _mapped(machine, inputs, tokens, n, k, density, is_gradient, groups) -> Mesh
     rows, cols = int(machine["grid_rows"]), int(machine["grid_cols"]) // groups
     k_per_col = math.ceil(k / cols)
     tokens_per_pe = math.ceil(tokens / (rows * groups))
-    vector_cycles = math.ceil(tokens_per_pe / machine.axpy_elems_per_cycle(inputs.precision))
-    # A weight's gradient is also added to what comes from the row above.
-    nonzero_cycles = inputs.axpy_overhead_cycles + vector_cycles + is_gradient
+
+    def vector_cycles(is_dot: bool) -> int:
+        rate = machine.axpy_elems_per_cycle(inputs.precision, tokens_per_pe, is_dot)
+        return math.ceil(tokens_per_pe / rate)
+
+    # A weight's gradient is a dot product, and is also added to what comes from the row above.
+    nonzero_cycles = inputs.axpy_overhead_cycles + vector_cycles(is_gradient) + is_gradient
     room_bytes = inputs.partial_sum_share * machine["sram_bytes_per_pe"]
     mesh = Mesh(
         rows=rows,
         cols=math.ceil(k / k_per_col),
         axpy_cycles=nonzero_cycles / inputs.utilisation,
-        add_cycles=vector_cycles / inputs.utilisation,
+        add_cycles=vector_cycles(False) / inputs.utilisation,
         send_cycles=math.ceil(tokens_per_pe / machine.wavelet_elems(inputs.precision)),
         window=max(1, int(room_bytes / (ACCUMULATOR_BYTES * tokens_per_pe))),
         hop_cycles=machine["hop_cycles"],
@@ -84,3 +87,18 @@ def stream_bytes(inputs: Inputs, n: int, k: int, density: float) -> float:
         dense,
         {"best": min(index16, bitmap), "index16": index16, "bitmap": bitmap}[inputs.stream_format],
     )
+
+
+def offloaded_s(
+    machine: Machine, inputs: Inputs, tokens: int, n: int, k: int, density: float | Mask
+) -> tuple[float, float]:
+    """Seconds of one product that a host asks for: of the wafer, and of the transfers.
+
+    x [tokens, k] and W [n, k] go in, y [tokens, n] comes back, all over the I/O links, and nothing
+    overlaps."""
+    kept = density.density if isinstance(density, Mask) else density
+    moved_bytes = tokens * (n + k) * BYTES_PER_ELEM[inputs.precision]
+    moved_bytes += stream_bytes(inputs, n, k, kept)
+    cycles = product_cycles(machine, inputs, tokens, n, k, density).total
+    transfer_s = moved_bytes / machine["io_bytes_per_s"] + 2 * machine["stream_latency_s"]
+    return cycles / machine["clock_hz"], transfer_s

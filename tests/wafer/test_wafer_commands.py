@@ -14,7 +14,9 @@ from sparsekern.gpt.build import build_model
 from sparsekern.gpt.config import TrainConfig
 from sparsekern.gpt.train import train
 from sparsekern.sparsity import Static
+from sparsekern.wafer.inputs import Inputs
 from sparsekern.wafer.machine import WSE2
+from sparsekern.wafer.runs import Calibration, Run
 from sparsekern.wafer.sensitivity import sensitivity
 from sparsekern.wafer.shapes import gpt_shape
 from sparsekern.wafer.validation.points import ratio_point
@@ -35,15 +37,17 @@ def error_line(capsys, *arguments: str) -> str:
 
 def test_predict_prints_the_step_its_terms_and_its_doubts(capsys, tmp_path):
     file = tmp_path / "numbers.json"
-    out = run(capsys, "predict", "--sources", "--json", str(file))
-    for text in ("gpt3-xl on 1 x wse2", "speed-up 2.", "Amdahl cap", "activations: recompute"):
+    out = run(capsys, "predict", "--details", "--sources", "--json", str(file))
+    for text in ("gpt3-xl on 1 x wse2", "speed-up  1.", "at none", "activations: recompute"):
         assert text in out
-    for text in ("weight gradient", "reduction", "imbalance", "I/O in", "inference, weights resi"):
+    for text in ("weight gradient", "reduction", "imbalance", "I/O in", "tokens/s a request"):
         assert text in out
-    assert "Absolute time not validated" in out
+    assert "is calibrated" in out and "sparse speed-ups are not validated" in out
+    assert "mean error" in out and "h200" in out
     assert "second-hand" in out and "assumed" in out and "Argonne documentation" in out
     numbers = json.loads(file.read_text())
-    assert numbers["absolute_time"] == "not validated"
+    assert numbers["speedup_low"] <= numbers["speedup"] <= numbers["speedup_high"]
+    assert numbers["sparse"]["step_s_low"] < numbers["sparse"]["step_s_high"]
     assert 1 < numbers["speedup"] < numbers["amdahl_cap"] < 4
     assert numbers["machine"]["clock_hz"]["source"]
     assert len(numbers["sparse"]["layers"]) == 5 * 3
@@ -112,7 +116,7 @@ def test_predict_reads_the_masks_of_a_checkpoint(capsys, tmp_path):
     assert all(w.mask is not None and abs(w.density - 0.25) < 0.01 for w in weights)
     assert {(w.n, w.k) for w in weights} == set(shape.matrices.values())
     assert sum(w.n * w.k for w in weights) == shape.linear_fma
-    out = run(capsys, "predict", f"--checkpoint={path}", "--batch=64")
+    out = run(capsys, "predict", f"--checkpoint={path}", "--batch=64", "--details")
     assert "run on 1 x wse2" in out and "blocks" not in out and "0.250" in out
 
 
@@ -155,12 +159,17 @@ def test_sweep_draws_its_plots(capsys, tmp_path):
     assert names == {
         "speedup.png",
         "roofline.png",
+        "decode.png",
         "imbalance.png",
         "stacked-time-gpt3-xl.png",
         "total-cost-gpt3-xl.png",
     }
     assert all(path.read_bytes().startswith(b"\x89PNG") for path in tmp_path.iterdir())
-    assert out.count("wrote ") == 5
+    assert out.count("wrote ") == 6
+
+
+RUN = Run("a run", "gpt2-small", "wse2", 1, 8, 1.0, "held out", "nowhere")
+SPEEDS = Calibration(Inputs(), {RUN: 0.0}, {RUN: 0.0})
 
 
 def test_validate_fails_where_a_point_must_hold(capsys, monkeypatch, tmp_path):
@@ -169,7 +178,9 @@ def test_validate_fails_where_a_point_must_hold(capsys, monkeypatch, tmp_path):
     held = type(held)(**{**vars(held), "held_out_errors": (0.0, 0.0)})
     for points, code in (([held], 0), ([held, wrong], 1)):
         monkeypatch.setattr(
-            wafer.validate, "validate", lambda *_, points=points: Validation(points, [held])
+            wafer.validate,
+            "validate",
+            lambda *_, points=points: Validation(points, [held], SPEEDS),
         )
         assert main(["wafer", "validate", f"--json={tmp_path / 'v.json'}"]) == code
         failed = [point.id for point in points if point is wrong]
@@ -180,7 +191,8 @@ def test_validate_fails_where_a_point_must_hold(capsys, monkeypatch, tmp_path):
 def test_compare_lists_measurements_beside_predictions(capsys, tmp_path):
     file = tmp_path / "pairs.json"
     arguments = ("compare", "--match", "3072x768", "--json", str(file), "--results", str(MEASURED))
-    out = run(capsys, *arguments)
+    assert "of its density" in run(capsys, *arguments)
+    out = run(capsys, *arguments, "--masks=actual")
     assert "spmm 3072x768, 1024 tokens, float32, 16 threads" in out and "actual" in out
     pairs = json.loads(file.read_text())
     assert {pair["what"].split()[0] for pair in pairs} == {"spmm", "spmm_t", "sddmm"}
@@ -189,7 +201,7 @@ def test_compare_lists_measurements_beside_predictions(capsys, tmp_path):
         assert max(pair["same"], pair["full"]) <= pair["flop_ratio"] * 1.0001
         if pair["what"].startswith("spmm ") and pair["sparsity"] == 0.5:
             # Few tokens wait for the stream: index and value are as many bytes as dense values.
-            assert pair["same"] == pytest.approx(1) and pair["full"] > 1.5
+            assert pair["same"] == pytest.approx(1, abs=0.05) and pair["full"] > 1.5
 
 
 def test_compare_takes_training_steps(capsys, monkeypatch):
