@@ -101,7 +101,8 @@ def inference_cost(
 
     rows, cols, clock_hz = machine["grid_rows"], machine["grid_cols"], machine["clock_hz"]
     pes_per_s = machine.grid_pes * clock_hz * inputs.utilisation
-    fma_per_s = pes_per_s * machine.axpy_elems_per_cycle(inputs.precision, batch)
+    # Weights stay, so tokens may pass in vectors that are short enough for the cache.
+    fma_per_s = pes_per_s * machine.axpy_elems_per_cycle(inputs.precision, 1)
 
     def attention_s(length: int) -> float:
         """Of one token that attends to `length` others: multiply-adds and scores. Keys and values

@@ -113,7 +113,7 @@ def roofline(machine: Machine, inputs: Inputs):
         xscale="log",
         yscale="log",
     )
-    return _told(figure, inputs, "bands")
+    return _told(figure, inputs, "shown as bands")
 
 
 def decode(machine: Machine, inputs: Inputs, name: str = "llama3-8b"):
@@ -218,7 +218,7 @@ def note(inputs: Inputs) -> str:
     )
 
 
-def _told(figure, inputs: Inputs, more: str = "dotted lines"):
+def _told(figure, inputs: Inputs, more: str = "shown as dotted lines"):
     figure.supxlabel(f"{note(inputs)}: {more}", fontsize=8, color="#555555")
     return figure
 
