@@ -3,9 +3,9 @@
     from sparsekern.wafer import machine, model_shape, predict
 
     found = predict(machine("wse2"), model_shape("gpt3-xl"), density=0.25)
-    print(found.found.speedup_range, found.step_s)
+    print(found.step.speedup_range, found.step_s)
 
-It imports no torch. docs/guide/wafer.md is the guide, docs/math.md has the derivations.
+No module of it imports torch. docs/guide/wafer.md is the guide, docs/math.md has the derivations.
 """
 
 from .balance import Mask

@@ -30,7 +30,8 @@ class Pair:
     same: float
     full: float
     mask: str  # "actual", or why not
-    full_range: tuple[float, float] | None = None  # of a training step: Comparison.speedup_range
+    same_range: tuple[float, float] | None = None  # of a training step: Comparison.speedup_range
+    full_range: tuple[float, float] | None = None
 
     def as_dict(self) -> dict[str, object]:
         return dict(vars(self))
@@ -141,16 +142,19 @@ def _step(machine: Machine, inputs: Inputs, source: str, what: str, info: dict) 
     def predicted(batch: int):
         return compare_with_dense(machine, shape, 1 - info["sparsity"], batch, inputs=inputs)
 
-    full = predicted(max(1, FULL_TOKENS // shape.sequence))
+    same, full = (
+        predicted(batch) for batch in (info["batch"], max(1, FULL_TOKENS // shape.sequence))
+    )
     return Pair(
         source,
         what,
         info["sparsity"],
         info["speedup"],
         full.flop_ratio,
-        predicted(info["batch"]).speedup,
+        same.speedup,
         full.speedup,
         "of its density",
+        same.speedup_range,
         full.speedup_range,
     )
 
@@ -166,8 +170,8 @@ def render(pairs: list[Pair]) -> str:
                 f"{pair.sparsity:.0%}",
                 f"{pair.measured:.2f}x",
                 f"{pair.flop_ratio:.2f}x",
-                f"{pair.same:.2f}x",
-                _full(pair),
+                _times(pair.same, pair.same_range),
+                _times(pair.full, pair.full_range),
                 pair.mask,
             ]
             for pair in pairs
@@ -177,7 +181,5 @@ def render(pairs: list[Pair]) -> str:
     return "\n\n".join(blocks)
 
 
-def _full(pair: Pair) -> str:
-    if pair.full_range is None:
-        return f"{pair.full:.2f}x"
-    return "{:.2f} to {:.2f}x".format(*pair.full_range)
+def _times(value: float, span: tuple[float, float] | None) -> str:
+    return f"{value:.2f}x" if span is None else f"{span[0]:.2f} to {span[1]:.2f}x"

@@ -24,7 +24,7 @@ STAGES = 8
 
 @dataclass(frozen=True)
 class InferenceCost:
-    """Decode and prefill of a model on `systems` wafers, `batch` requests together."""
+    """Decode and prefill of a model: `requests` requests together on a `pipeline` of systems."""
 
     decode_token_s: float  # of one request
     decode_compute_s: float  # its share of arithmetic, attention over the cache included
@@ -35,9 +35,9 @@ class InferenceCost:
     cache_bytes_per_token: float
     cache_bytes: float  # of all requests in flight
     free_bytes: float  # of SRAM, beside weights and cache; negative: they do not fit
-    batch: int
+    requests: int
     context: int
-    systems: int
+    pipeline: int
 
     @property
     def fits(self) -> bool:
@@ -45,19 +45,19 @@ class InferenceCost:
 
     @property
     def decode_tokens_per_s(self) -> float:
-        """Of one request."""
+        """Tokens a second of one request."""
         return 1 / self.decode_token_s
 
     @property
     def throughput_tokens_per_s(self) -> float:
-        """Of all requests: each system of the pipeline has its own `batch` in flight."""
-        return self.batch * self.systems / self.decode_token_s
+        """Tokens a second of all requests: each system of the pipeline has so many."""
+        return self.requests * self.pipeline / self.decode_token_s
 
     @property
     def most_context(self) -> int:
         """Tokens of cache that fit for each request."""
         free = self.free_bytes + self.cache_bytes
-        requests = self.batch * self.systems
+        requests = self.requests * self.pipeline
         return max(0, int(free / (self.cache_bytes_per_token * requests)))
 
 
@@ -74,30 +74,30 @@ def inference_cost(
     density: float,
     inputs: Inputs | None = None,
     context: int = 0,
-    batch: int = 1,
-    systems: int = 1,
+    requests: int = 1,
+    pipeline: int = 1,
 ) -> InferenceCost:
-    """The cost of a token of `batch` requests with `context` tokens in the cache, and of prefill of
-    sequences as long as the shape's.
+    """The cost of decoding a token of each of `requests` requests with `context` tokens in the cache,
+    on a `pipeline` of systems, and of prefill of sequences as long as the shape's.
 
     Raises ValueError, which names the argument."""
     inputs = inputs or Inputs()
     if not 0 < density <= 1:
         raise ValueError(f"density: expected 0 < density <= 1, got {density}")
     for name, value, least in (
-        ("batch", batch, 1),
-        ("systems", systems, 1),
+        ("requests", requests, 1),
+        ("pipeline", pipeline, 1),
         ("context", context, 0),
     ):
         if value < least:
             raise ValueError(f"{name}: expected at least {least}, got {value}")
-    if systems > shape.layers:
-        raise ValueError(f"systems: expected at most the {shape.layers} layers, got {systems}")
+    if pipeline > shape.layers:
+        raise ValueError(f"pipeline: expected at most the {shape.layers} layers, got {pipeline}")
     elem_bytes = BYTES_PER_ELEM[inputs.precision]
     stored_bytes = min(elem_bytes, density * (elem_bytes + INDEX_BYTES))
     weight_bytes = shape.linear_weights * stored_bytes + shape.head_fma * elem_bytes
     cache_bytes_per_token = 2 * shape.layers * shape.kv_width * elem_bytes
-    cache_bytes = float(batch * systems * context * cache_bytes_per_token)
+    cache_bytes = float(requests * pipeline * context * cache_bytes_per_token)
 
     rows, cols, clock_hz = machine["grid_rows"], machine["grid_cols"], machine["clock_hz"]
     pes_per_s = machine.grid_pes * clock_hz * inputs.utilisation
@@ -105,8 +105,8 @@ def inference_cost(
     fma_per_s = pes_per_s * machine.axpy_elems_per_cycle(inputs.precision, 1)
 
     def attention_s(length: int) -> float:
-        """Of one token that attends to `length` others: multiply-adds and scores. Keys and values
-        are read once a token, as fast as the SRAM gives them."""
+        """Seconds of one token that attends to `length` others: multiply-adds and scores. Keys and
+        values are read once a token, as fast as the SRAM gives them."""
         fma = 2 * length * shape.layers * shape.q_width
         scores_s = inputs.score_cycles * length * shape.layers * shape.heads / pes_per_s
         read_s = length * cache_bytes_per_token / machine.sram_bytes_per_s
@@ -114,18 +114,18 @@ def inference_cost(
 
     linear_s = (shape.linear_fma * density + shape.head_fma) / fma_per_s
     prefill_s = linear_s + attention_s(shape.sequence)
-    cache_s = batch * attention_s(context)
-    compute_s = batch * linear_s + cache_s
+    cache_s = requests * attention_s(context)
+    compute_s = requests * linear_s + cache_s
 
     depth = 2 * math.sqrt(max(rows, cols))
     sums = math.ceil(
-        batch * math.ceil(shape.width / rows) / machine.wavelet_elems(inputs.precision)
+        requests * math.ceil(shape.width / rows) / machine.wavelet_elems(inputs.precision)
     )
     stage_cycles = (rows + cols) * machine["hop_cycles"]
     stage_cycles += depth * (2 * machine["ramp_cycles"] + 1) + sums - 1
     latency_s = shape.layers * STAGES * stage_cycles / clock_hz
-    vectors_bytes = batch * shape.width * elem_bytes
-    transfer_s = (systems - 1) * (
+    vectors_bytes = requests * shape.width * elem_bytes
+    transfer_s = (pipeline - 1) * (
         machine["stream_latency_s"] + vectors_bytes / machine["io_bytes_per_s"]
     )
     return InferenceCost(
@@ -133,12 +133,12 @@ def inference_cost(
         decode_compute_s=compute_s,
         decode_cache_s=cache_s,
         transfer_s=transfer_s,
-        prefill_tokens_per_s=systems / prefill_s,
+        prefill_tokens_per_s=pipeline / prefill_s,
         weight_bytes=weight_bytes,
         cache_bytes_per_token=cache_bytes_per_token,
         cache_bytes=cache_bytes,
-        free_bytes=systems * machine.sram_bytes - weight_bytes - cache_bytes,
-        batch=batch,
+        free_bytes=pipeline * machine.sram_bytes - weight_bytes - cache_bytes,
+        requests=requests,
         context=context,
-        systems=systems,
+        pipeline=pipeline,
     )

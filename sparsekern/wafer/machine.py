@@ -118,7 +118,7 @@ class Machine:
         return self["link_bytes_per_cycle"] / BYTES_PER_ELEM[precision]
 
     def power_w(self, busy_share: float) -> float:
-        """Of one system whose wafer works that share of the time."""
+        """Power of one system whose wafer works that share of the time."""
         idle, peak = self["power_idle_w"], self["power_peak_w"]
         return idle + busy_share * (peak - idle)
 

@@ -21,8 +21,7 @@ class ActivationPlan:
 
 
 def _mlp_elems(shape: GPTShape) -> int:
-    """Between the matrices of the MLP: what its activation reads; its result is made again from
-    that, element by element."""
+    """Elements that the MLP's activation reads; its result is made again from them, one by one."""
     return shape.ffn * shape.experts_per_token * (2 if shape.is_gated else 1)
 
 

@@ -31,11 +31,11 @@ class Prediction:
     """A training step beside its dense one, inference, and what is known of the errors.
 
     `step_s`: seconds of the sparse step at both ends of the range of utilisation, which is
-    calibrated; `found.speedup_range`: the speed-up at both ends of what a score may cost."""
+    calibrated; `step.speedup_range`: the speed-up at both ends of what a score may cost."""
 
     shape: GPTShape
     sparsity: float  # of the linear layers
-    found: Comparison
+    step: Comparison
     dense_step_s: tuple[float, float]
     step_s: tuple[float, float]
     inference: InferenceCost
@@ -103,7 +103,7 @@ def predict(
     return Prediction(
         shape=shape,
         sparsity=1 - kept,
-        found=found,
+        step=found,
         dense_step_s=(step_s(1.0, fast), step_s(1.0, slow)),
         step_s=(factor * step_s(plain, fast), factor * step_s(plain, slow)),
         inference=inference_cost(machine, shape, kept, inputs, context, requests, pipeline),

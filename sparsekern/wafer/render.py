@@ -17,7 +17,7 @@ UNVALIDATED = "sparse speed-ups are not validated: no measured one of such a mac
 
 def render(prediction: Prediction) -> str:
     """One screen: how fast, what bounds it, how sure."""
-    shape, found = prediction.shape, prediction.found
+    shape, found = prediction.shape, prediction.step
     cost = found.sparse
     head = (
         f"{shape.name} on {cost.systems} x {cost.machine.name}: {cost.tokens:,} tokens a step, "
@@ -28,7 +28,7 @@ def render(prediction: Prediction) -> str:
 
 
 def _step(prediction: Prediction) -> str:
-    steps = (prediction.found.dense, prediction.found.sparse)
+    steps = (prediction.step.dense, prediction.step.sparse)
     rows: list[list[object]] = [
         ["step", *(seconds(cost.step_s) for cost in steps)],
         ["tokens/s", *(f"{cost.tokens_per_s:,.0f}" for cost in steps)],
@@ -50,7 +50,7 @@ def _step(prediction: Prediction) -> str:
 
 
 def _facts(prediction: Prediction) -> str:
-    found, inference = prediction.found, prediction.inference
+    found, inference = prediction.step, prediction.inference
     cost, plan = found.sparse, found.sparse.activations
     low, high = found.speedup_range
     run, error = prediction.nearest, prediction.nearest_error
@@ -87,7 +87,7 @@ def _facts(prediction: Prediction) -> str:
             f"{inference.decode_tokens_per_s:,.0f} tokens/s a request at context "
             f"{inference.context:,}, {arithmetic:.1%} of the time arithmetic; "
             f"{inference.throughput_tokens_per_s:,.0f} of all "
-            f"{inference.batch * inference.systems}{fits}",
+            f"{inference.requests * inference.pipeline}{fits}",
         ),
         (
             "",
@@ -103,7 +103,7 @@ def _facts(prediction: Prediction) -> str:
 def _beside(beside: Beside) -> list[tuple[str, str]]:
     def measured(found: Measured | None) -> str:
         if found is None:
-            return "no sparse one measured at this sparsity"
+            return "no measurement at this sparsity found"
         return f"sparse measured {found.speedup:.2f}x on {found.model}"
 
     cost = beside.cost
@@ -130,18 +130,18 @@ def seconds(value: float) -> str:
 
 def render_details(prediction: Prediction) -> str:
     """The phases of a micro-step, and each layer's terms."""
-    return "\n\n".join([_phases(prediction), _layers(prediction.found.sparse)])
+    return "\n\n".join([_phases(prediction), _layers(prediction.step.sparse)])
 
 
 def _phases(prediction: Prediction) -> str:
     rows = []
     for name in ("forward", "backward"):
         for label in ("dense", "sparse"):
-            phase = getattr(getattr(prediction.found, label), name)
+            phase = getattr(getattr(prediction.step, label), name)
             times = (*asdict(phase).values(), phase.total_s)
             rows.append([f"{name}, {label}", *map(seconds, times)])
     header = ["of a micro-step", "linear", "attention", "elementwise", "head", "recompute"]
-    cost = prediction.found.sparse
+    cost = prediction.step.sparse
     return table([*header, "I/O in", "I/O out", "max(wafer, I/O)"], rows) + (
         f"\n\nbetween steps: {seconds(cost.boundary_s)} exposed; {cost.micro_steps} micro-steps"
     )
@@ -223,7 +223,7 @@ def as_toml(name: str, figures: dict[str, Figure]) -> str:
 
 def as_dict(prediction: Prediction) -> dict[str, object]:
     """All numbers of a prediction, as JSON takes them."""
-    found, cost = prediction.found, prediction.found.sparse
+    found, cost = prediction.step, prediction.step.sparse
     low, high = found.speedup_range
     return {
         "model": asdict(prediction.shape),

@@ -1,15 +1,17 @@
 """Published training runs with their speed, and the inputs fitted to them.
 
-One run fits `utilisation`, one `score_cycles`; the others are held out. Beside that, each run is
-left out in turn and both inputs are fitted to the rest by least squares of the relative errors.
+Of the published runs one fits `utilisation`, one `score_cycles`; the others are held out. Beside
+that, each run is left out in turn and the inputs are fitted to the rest by least squares of the
+relative errors. Other forms of what attention costs are fitted by naming another input.
 """
 
-import math
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, fields, replace
 from functools import lru_cache
 from pathlib import Path
 from typing import get_args
+
+import numpy as np
 
 from ..terminal import table
 from .cost import step_cost
@@ -21,11 +23,16 @@ from .shapes import GPTShape
 
 PUBLISHED = Path(__file__).parent / "validation" / "published.toml"
 HELD_OUT, RATIO = "held out", "ratio"
-FITTED = ("utilisation", "score_cycles")
+BOUNDS = {
+    "utilisation": (0.01, 1.0),
+    "score_cycles": (0.0, 1e4),
+    "attention_efficiency": (0.01, 1.0),
+    "element_cycles": (0.0, 1e4),
+}
+FITTED = tuple(BOUNDS)  # inputs that a run can fit
 USES = (*FITTED, HELD_OUT, RATIO)
 NUMBERS = ("systems", "batch", "samples_per_s", "tolerance")
-BOUNDS = {"utilisation": (0.01, 1.0), "score_cycles": (0.0, 1e4)}
-LEAST_RUNS = 4  # of two fitted inputs, each left out in turn
+LEAST_RUNS = 4  # to leave each out in turn
 NEWTON_STEPS = 4
 
 
@@ -148,9 +155,9 @@ def calibrate(runs: Sequence[Run], inputs: Inputs | None = None) -> Calibration:
 
 
 def _fit_one(run: Run, name: str, inputs: Inputs) -> Inputs:
-    """Bisection: the speed is monotone in either input."""
-    sign = 1 if name == "utilisation" else -1
+    """Bisection: the speed is monotone in each input."""
     low, high = BOUNDS[name]
+    sign = 1 if high == 1 else -1  # a share makes it faster, cycles slower
 
     def too_fast(value: float) -> float:
         return sign * run.error(replace(inputs, **{name: value}))
@@ -167,43 +174,30 @@ def _fit_one(run: Run, name: str, inputs: Inputs) -> Inputs:
 
 
 def _least_squares(runs: Sequence[Run], names: Sequence[str], inputs: Inputs) -> Inputs:
-    """Gauss-Newton for one or two inputs, from where they are."""
+    """Gauss-Newton from where the inputs are."""
     for _ in range(NEWTON_STEPS):
-        errors = [run.error(inputs) for run in runs]
+        errors = np.array([run.error(inputs) for run in runs])
         slopes = []
         for name in names:
-            step = 0.01 * getattr(inputs, name) or 1.0
-            moved = replace(inputs, **{name: getattr(inputs, name) + step})
-            slopes.append(
-                [(run.error(moved) - e) / step for run, e in zip(runs, errors, strict=True)]
-            )
-        moves = _solve(slopes, errors)
-        values = {}
-        for name, move in zip(names, moves, strict=True):
-            low, high = BOUNDS[name]
-            values[name] = min(max(getattr(inputs, name) - move, low), high)
+            value = getattr(inputs, name)
+            step = 0.01 * value or 1.0
+            step = -step if value + step > BOUNDS[name][1] else step
+            moved = replace(inputs, **{name: value + step})
+            slopes.append((np.array([run.error(moved) for run in runs]) - errors) / step)
+        moves, *_ = np.linalg.lstsq(np.array(slopes).T, errors, rcond=None)
+        values = {
+            name: float(np.clip(getattr(inputs, name) - move, *BOUNDS[name]))
+            for name, move in zip(names, moves, strict=True)
+        }
         inputs = replace(inputs, **values)
     return inputs
 
 
-def _solve(slopes: list[list[float]], errors: list[float]) -> list[float]:
-    """The moves m that make sum (errors - slopes . m)^2 least, of one or two."""
-    normal = [[math.fsum(map(float.__mul__, a, b)) for b in slopes] for a in slopes]
-    right = [math.fsum(map(float.__mul__, a, errors)) for a in slopes]
-    if len(slopes) == 1:
-        return [right[0] / normal[0][0]]
-    (a, b), (_, d) = normal
-    determinant = a * d - b * b
-    return [
-        (d * right[0] - b * right[1]) / determinant,
-        (a * right[1] - b * right[0]) / determinant,
-    ]
-
-
 @lru_cache
 def published_errors(inputs: Inputs) -> dict[Run, float]:
-    """Errors of the published runs at these inputs."""
-    return {run: run.error(inputs) for run in read_runs() if run.use != RATIO}
+    """Errors of the published runs at these inputs, but in 16 bits, as they ran."""
+    given = replace(inputs, precision="fp16")
+    return {run: run.error(given) for run in read_runs() if run.use != RATIO}
 
 
 def render_calibration(found: Calibration) -> str:

@@ -66,7 +66,7 @@ class GPTShape:
 
     @property
     def kv_width(self) -> int:
-        """Of keys, and again of values."""
+        """Width of the keys, and again of the values."""
         return self.q_width * (self.kv_heads or self.heads) // self.heads
 
     @property
@@ -106,13 +106,13 @@ class GPTShape:
 
     @property
     def scores(self) -> int:
-        """Of one token, all heads and blocks."""
+        """Scores of one token, all heads and blocks."""
         return self.layers * self.heads * self.sequence
 
     @property
     def elements(self) -> int:
-        """Of one token and all blocks, what norms, activations and sums go over: two norms of two
-        passes, two sums, and the MLP between its matrices."""
+        """Elements that norms, activations and sums go over, of one token and all blocks: two norms
+        of two passes, two sums, and the MLP between its matrices."""
         mlp = self.ffn * self.experts_per_token * (2 if self.is_gated else 1)
         return self.layers * (6 * self.width + mlp)
 

@@ -92,7 +92,7 @@ def sweep(
 def render(rows: list[Row]) -> str:
     """A table, a line for each row. Speed-ups are ranges: see Comparison.speedup_range."""
     header = ["machine", "model", "systems", "length", "batch", "utilisation", "zeros", "step"]
-    header += ["tokens/s", "speed-up", "FLOPs", "cap", "of peak", "J/token", "bound", "memory"]
+    header += ["tokens/s", "speed-up", "FLOPs", "of peak", "J/token", "bound", "memory"]
     lines = []
     for row in rows:
         found, cost = row.comparison, row.comparison.sparse
@@ -110,7 +110,6 @@ def render(rows: list[Row]) -> str:
                 f"{cost.tokens_per_s:,.0f}",
                 f"{low:.2f} to {high:.2f}x",
                 f"{found.flop_ratio:.2f}x",
-                f"{found.amdahl_cap:.2f}x",
                 f"{cost.peak_share:.0%}",
                 f"{cost.energy_j / cost.tokens:.3g}",
                 cost.bound,

@@ -1,6 +1,8 @@
 """python -m sparsekern wafer: what each command prints, writes and refuses."""
 
 import json
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -14,7 +16,7 @@ from sparsekern.gpt.build import build_model
 from sparsekern.gpt.config import TrainConfig
 from sparsekern.gpt.train import train
 from sparsekern.sparsity import Static
-from sparsekern.wafer.inputs import Inputs
+from sparsekern.wafer.inputs import RANGES, Inputs
 from sparsekern.wafer.machine import WSE2
 from sparsekern.wafer.runs import Calibration, Run
 from sparsekern.wafer.sensitivity import sensitivity
@@ -57,6 +59,48 @@ def test_predict_takes_a_shape_a_machine_and_systems(capsys):
     out = run(capsys, "predict", "--width=1024", "--layers=2", "--machine=wse3", "--systems=4")
     assert "gpt3-xl, changed on 4 x wse3" in out
     assert "bound by" in run(capsys, "predict", "--model=gpt2-small", "--batch=1")
+
+
+def test_predict_imports_no_torch():
+    command = (sys.executable, "-X", "importtime", "-m", "sparsekern", "wafer", "predict")
+    found = subprocess.run(command, capture_output=True, text=True, check=True)
+    imported = {line.split("|")[-1].strip() for line in found.stderr.splitlines()}
+    assert "numpy" in imported and not {"torch", "matplotlib"} & imported
+
+
+def test_decode_against_context_and_on_several_systems(capsys):
+    shape = ("--layers=80", "--width=8192", "--heads=64", "--kv-heads=8", "--ffn=28672", "--gated")
+    shape += ("--machine=wse3", "--sparsity=0", "--batch=1", "--beside")
+    assert "DOES NOT FIT" in run(capsys, "predict", *shape)
+    out = run(capsys, "predict", *shape, "--pipeline=4", "--context=8192", "--requests=2")
+    assert "DOES NOT FIT" not in out and "at context 8,192" in out and "of all 8" in out
+    for flag, message in (
+        ("--context=-1", "context: expected at least 0, got -1"),
+        ("--requests=0", "requests: expected at least 1, got 0"),
+        ("--pipeline=99", "pipeline: expected at most the 80 layers, got 99"),
+    ):
+        assert message in error_line(capsys, "predict", *shape, flag)
+
+
+def test_a_product_for_a_host_gains_less(capsys, tmp_path):
+    file = tmp_path / "product.json"
+    sizes = ("--tokens=512", "--n=4096", "--k=4096", "--sparsity=0.99")
+    out = run(capsys, "product", *sizes, f"--json={file}")
+    assert "y[512, 4096] = x[512, 4096] @ W[4096, 4096].T on wse2" in out
+    found = json.loads(file.read_text())
+    alone = found["dense"]["wafer_s"] / found["sparse"]["wafer_s"]
+    both = sum(found["dense"].values()) / sum(found["sparse"].values())
+    assert alone > both > 1
+    # In: x, and 4 bytes a nonzero; out: y.
+    moved = 2 * 2 * 512 * 4096 + 4 * 0.01 * 4096**2
+    assert found["sparse"]["transfer_s"] == pytest.approx(moved / 1.5e11 + 4e-5)
+
+
+def test_sweep_takes_lengths_batches_and_utilisations(capsys):
+    lists = ("--sequences", "1024", "4096", "--batch", "8", "16", "--utilisations", "0.33", "0.5")
+    out = run(capsys, "sweep", "--models", "gpt2-small", "--sparsities", "0.5", *lists)
+    assert out.count("| wse2 ") == 8 and out.count(" to ") >= 8
+    assert "its range is 0.33 to 0.5" in out
 
 
 MEASURED = Path(__file__).with_name("measured.csv")  # as bench/run.py would
@@ -259,6 +303,9 @@ def test_sensitivity_ranks_its_inputs(capsys, tmp_path):
     swings = sensitivity(WSE2, gpt_shape("gpt3-xl"), 0.25, 128)
     widths = [swing.width for swing in swings]
     assert widths == sorted(widths, reverse=True)
+    names = {swing.name for swing in swings}
+    assert names == {*WSE2.figures(), *RANGES}
+    assert next(s for s in swings if s.name == "power_peak_w").energy_high > 0.19
     clock = next(swing for swing in swings if swing.name == "clock_hz")
     assert clock.step_low == pytest.approx(0.25, abs=0.01)  # a clock 20% lower
     assert abs(clock.speedup_low) < 0.01

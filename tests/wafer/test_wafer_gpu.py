@@ -65,9 +65,9 @@ def test_a_prediction_has_them_beside():
     found = predict(machine("wse2"), SHAPE, 0.25, gpus=[gpu("h200")], results={"t": [case()]})
     (beside,) = found.beside
     assert beside.training.speedup == 1.1 and beside.decode is None
-    low, high = found.found.speedup_range
-    assert low < found.found.speedup < high
-    assert found.step_s[0] < found.found.sparse.step_s < found.step_s[1]
+    low, high = found.step.speedup_range
+    assert low < found.step.speedup < high
+    assert found.step_s[0] < found.step.sparse.step_s < found.step_s[1]
 
 
 def test_files_of_ones_own(capsys, tmp_path):

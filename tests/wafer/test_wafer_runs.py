@@ -6,7 +6,7 @@ import pytest
 
 from sparsekern.cli import main
 from sparsekern.wafer import Calibration, Inputs, Run, calibrate, read_runs
-from sparsekern.wafer.runs import HELD_OUT
+from sparsekern.wafer.runs import FITTED, HELD_OUT
 
 RUN = """
 [[run]]
@@ -30,6 +30,16 @@ def test_the_defaults_are_what_the_published_runs_fit(published):
     assert published.inputs == Inputs()
     fitted = {run.use: error for run, error in published.errors.items() if run.use != HELD_OUT}
     assert abs(fitted["utilisation"]) < 1e-3 and abs(fitted["score_cycles"]) < 1e-3
+
+
+def test_another_form_of_attention_can_be_fitted():
+    runs = [
+        replace(run, use="attention_efficiency") if run.use == "score_cycles" else run
+        for run in read_runs()
+        if run.use in FITTED
+    ]
+    found = calibrate(runs, Inputs(score_cycles=0.0))
+    assert 0.2 < found.inputs.attention_efficiency < 0.6
 
 
 def test_held_out_speeds_meet_their_targets(published):
