@@ -72,8 +72,10 @@ def with_free_places(stored: Tensor) -> Tensor:
 
 def rows_of_all_columns(two: Tensor) -> int:
     """How many of the first rows hold every column that any row holds."""
-    first = two.to(torch.uint8).argmax(0)[two.any(0)]
-    return 1 + int(first.max()) if len(first) else 0
+    n = len(two)
+    rows = torch.arange(n, device=two.device).unsqueeze(1)
+    first = torch.where(two, rows, n).amin(0)  # n for a column of none
+    return 1 + int(first.masked_fill(first == n, -1).max())
 
 
 def _pattern(row_offsets: Tensor, col_indices: Tensor, n: int, k: int) -> _TwoOfFour | None:
