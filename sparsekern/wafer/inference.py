@@ -77,8 +77,8 @@ def inference_cost(
     requests: int = 1,
     pipeline: int = 1,
 ) -> InferenceCost:
-    """The cost of decoding a token of each of `requests` requests with `context` tokens in the cache,
-    on a `pipeline` of systems, and of prefill of sequences as long as the shape's.
+    """The cost of decoding a token of each of `requests` requests with `context` tokens in the
+    cache, on a `pipeline` of systems, and of prefill of sequences as long as the shape's.
 
     Raises ValueError, which names the argument."""
     inputs = inputs or Inputs()

@@ -39,7 +39,7 @@ class Prediction:
     dense_step_s: tuple[float, float]
     step_s: tuple[float, float]
     inference: InferenceCost
-    nearest: Run  # of the published runs: on this kind of machine, the nearest in size
+    nearest: Run  # of the held-out runs: on this kind of machine, the nearest in size
     nearest_error: float
     held_out: tuple[float, float]  # mean and worst error of the held-out runs of CS-2
     beside: tuple[Beside, ...]
@@ -85,10 +85,9 @@ def predict(
     used = {inputs.utilisation, span.low, span.high}
     fast, slow = max(used), min(used)
     errors = published_errors(inputs)
+    errors = {run: error for run, error in errors.items() if run.use == HELD_OUT}
     nearest = _nearest(machine, shape, list(errors))
-    held_out = [
-        abs(e) for run, e in errors.items() if run.use == HELD_OUT and run.machine == "wse2"
-    ]
+    held_out = [abs(error) for run, error in errors.items() if run.machine == "wse2"]
     beside = [
         Beside(
             device,

@@ -95,7 +95,10 @@ def offloaded_s(
     """Seconds of one product that a host asks for: of the wafer, and of the transfers.
 
     x [tokens, k] and W [n, k] go in, y [tokens, n] comes back, all over the I/O links, and nothing
-    overlaps."""
+    overlaps. Raises ValueError, which names the argument."""
+    for name, value in (("tokens", tokens), ("n", n), ("k", k)):
+        if value < 1:
+            raise ValueError(f"{name}: expected at least 1, got {value}")
     kept = density.density if isinstance(density, Mask) else density
     moved_bytes = tokens * (n + k) * BYTES_PER_ELEM[inputs.precision]
     moved_bytes += stream_bytes(inputs, n, k, kept)

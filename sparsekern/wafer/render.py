@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 from dataclasses import asdict
+from textwrap import fill
 
 from ..terminal import table
 from .cost import StepCost
@@ -11,6 +12,7 @@ from .inputs import RANGES, Inputs
 from .machine import Machine
 from .predict import Beside, Prediction
 
+WIDTH = 100  # of the screen
 SCALES = ((1.0, "s"), (1e-3, "ms"), (1e-6, "us"))
 UNVALIDATED = "sparse speed-ups are not validated: no measured one of such a machine is public"
 
@@ -59,7 +61,9 @@ def _facts(prediction: Prediction) -> str:
     span, asked = RANGES["utilisation"], cost.inputs.utilisation
     is_calibrated = "is calibrated" if asked == Inputs.utilisation else "was asked for"
     arithmetic = inference.decode_compute_s / inference.decode_token_s
-    fits = "" if inference.fits else ": DOES NOT FIT THE SRAM"
+    count = inference.requests * inference.pipeline
+    rate = inference.throughput_tokens_per_s
+    together = f"; {rate:,.0f} of all {count} requests" if count > 1 else ""
     lines = [
         (
             "speed-up",
@@ -68,8 +72,8 @@ def _facts(prediction: Prediction) -> str:
         ),
         (
             "how sure",
-            f"dense CS-2 steps: mean error {mean:.1%} over held-out runs, worst {worst:.1%}; the "
-            f"nearest run, {run.name}: {error:+.1%}",
+            f"dense steps: mean error {mean:.1%}, worst {worst:.1%} over the held-out runs of CS-2; "
+            f"the nearest held-out run, {run.name}: {error:+.1%} in speed",
         ),
         (
             "",
@@ -85,9 +89,7 @@ def _facts(prediction: Prediction) -> str:
         (
             "decode",
             f"{inference.decode_tokens_per_s:,.0f} tokens/s a request at context "
-            f"{inference.context:,}, {arithmetic:.1%} of the time arithmetic; "
-            f"{inference.throughput_tokens_per_s:,.0f} of all "
-            f"{inference.requests * inference.pipeline}{fits}",
+            f"{inference.context:,}, {arithmetic:.1%} of the time arithmetic{together}",
         ),
         (
             "",
@@ -95,9 +97,15 @@ def _facts(prediction: Prediction) -> str:
             f"{inference.most_context:,}; prefill {inference.prefill_tokens_per_s:,.0f} tokens/s",
         ),
     ]
+    if not inference.fits:
+        lines.append(("", "WEIGHTS AND CACHE DO NOT FIT THE SRAM"))
     lines += [line for beside in prediction.beside for line in _beside(beside)]
-    width = max(len(name) for name, _ in lines)
-    return "\n".join(f"{name:<{width}}  {text}" for name, text in lines)
+    width = max(len(name) for name, _ in lines) + 2
+    blocks = [
+        fill(text, WIDTH, initial_indent=f"{name:<{width}}", subsequent_indent=" " * width)
+        for name, text in lines
+    ]
+    return "\n".join(blocks)
 
 
 def _beside(beside: Beside) -> list[tuple[str, str]]:

@@ -71,9 +71,9 @@ def test_predict_imports_no_torch():
 def test_decode_against_context_and_on_several_systems(capsys):
     shape = ("--layers=80", "--width=8192", "--heads=64", "--kv-heads=8", "--ffn=28672", "--gated")
     shape += ("--machine=wse3", "--sparsity=0", "--batch=1", "--beside")
-    assert "DOES NOT FIT" in run(capsys, "predict", *shape)
+    assert "DO NOT FIT THE SRAM" in run(capsys, "predict", *shape)
     out = run(capsys, "predict", *shape, "--pipeline=4", "--context=8192", "--requests=2")
-    assert "DOES NOT FIT" not in out and "at context 8,192" in out and "of all 8" in out
+    assert "DO NOT FIT" not in out and "at context 8,192" in out and "of all 8" in out
     for flag, message in (
         ("--context=-1", "context: expected at least 0, got -1"),
         ("--requests=0", "requests: expected at least 1, got 0"),
@@ -91,6 +91,7 @@ def test_a_product_for_a_host_gains_less(capsys, tmp_path):
     alone = found["dense"]["wafer_s"] / found["sparse"]["wafer_s"]
     both = sum(found["dense"].values()) / sum(found["sparse"].values())
     assert alone > both > 1
+    assert "k: expected at least 1, got 0" in error_line(capsys, "product", *sizes, "--k=0")
     # In: x, and 4 bytes a nonzero; out: y.
     moved = 2 * 2 * 512 * 4096 + 4 * 0.01 * 4096**2
     assert found["sparse"]["transfer_s"] == pytest.approx(moved / 1.5e11 + 4e-5)
