@@ -37,6 +37,7 @@ INPUT_FLAGS = {
 }
 SHAPE_FLAGS = ("layers", "width", "heads", "kv_heads", "ffn", "experts", "experts_per_token")
 SHAPE_FLAGS += ("vocabulary", "sequence")
+PREDICT_FLAGS = ("batch", "systems", "micro_batch", "context", "requests", "pipeline")
 MACHINE_HELP = "one of " + ", ".join(MACHINES) + ", or a TOML file of your own"
 MODEL_HELP = "one of: " + ", ".join(GPT_SHAPES) + "; or the config.json of a Hugging Face model"
 RESULTS = Path("bench/results")
@@ -222,15 +223,10 @@ def _run_predict(**options) -> None:
             wafer,
             shape,
             weights,
-            options["batch"],
-            options["systems"],
-            inputs,
-            options["micro_batch"],
-            options["context"],
-            options["requests"],
-            options["pipeline"],
-            beside,
-            {path.stem: _measured(path) for path in _measured_here()} if beside else {},
+            inputs=inputs,
+            gpus=beside,
+            results={path.stem: _measured(path) for path in _measured_here()} if beside else {},
+            **{name: options[name] for name in PREDICT_FLAGS},
         )
     print(render.render(found))
     if options["details"]:

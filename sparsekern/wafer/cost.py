@@ -65,6 +65,8 @@ class LayerCost:
 
 @dataclass(frozen=True)
 class StepCost:
+    """A training step of a model on one machine or several: its phases, parts, energy and bound."""
+
     forward: Phase
     backward: Phase
     boundary_s: float

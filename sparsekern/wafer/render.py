@@ -72,7 +72,7 @@ def _facts(prediction: Prediction) -> str:
         ),
         (
             "how sure",
-            f"dense steps: mean error {mean:.1%}, worst {worst:.1%} over the held-out runs of CS-2; "
+            f"dense steps: mean error {mean:.1%}, worst {worst:.1%} over held-out runs of CS-2; "
             f"the nearest held-out run, {run.name}: {error:+.1%} in speed",
         ),
         (
