@@ -137,8 +137,18 @@ def seconds(value: float) -> str:
 
 
 def render_details(prediction: Prediction) -> str:
-    """The phases of a micro-step, and each layer's terms."""
-    return "\n\n".join([_phases(prediction), _layers(prediction.step.sparse)])
+    """The phases of a micro-step, the parts of energy, and each layer's terms."""
+    parts = [_phases(prediction), _energy(prediction), _layers(prediction.step.sparse)]
+    return "\n\n".join(parts)
+
+
+def _energy(prediction: Prediction) -> str:
+    steps = (prediction.step.dense, prediction.step.sparse)
+    rows = [
+        [name, *(f"{cost.energy_parts_j[name] / cost.tokens:.3g} J" for cost in steps)]
+        for name in steps[0].energy_parts_j
+    ]
+    return table(["energy a token", "dense", "sparse"], rows)
 
 
 def _phases(prediction: Prediction) -> str:

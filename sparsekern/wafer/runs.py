@@ -34,6 +34,7 @@ USES = (*FITTED, HELD_OUT, RATIO)
 NUMBERS = ("systems", "batch", "samples_per_s", "tolerance")
 LEAST_RUNS = 4  # to leave each out in turn
 NEWTON_STEPS = 4
+MOST_ROUNDS = 30  # of fitting one input after the other
 
 
 @dataclass(frozen=True)
@@ -123,7 +124,8 @@ def _run(path: Path, index: int, given: object) -> Run:
         raise wrong("use", f"one of {', '.join(USES)}", run.use)
     if run.mark not in get_args(Mark):
         raise wrong("mark", f"one of {', '.join(get_args(Mark))}", run.mark)
-    machine(run.machine), run.shape  # noqa: B018  their errors name what is wrong
+    machine(run.machine)  # their errors name what is wrong
+    model_shape(run.model, run.sequence or None)
     return run
 
 
@@ -139,11 +141,12 @@ def calibrate(runs: Sequence[Run], inputs: Inputs | None = None) -> Calibration:
     for name in targets:
         if sum(other.use == name for other in runs) > 1:
             raise ValueError(f"runs: expected one run to fit {name}, got several")
-    before = None
-    while before != inputs:  # what is fitted is rounded, so this ends
+    for _ in range(MOST_ROUNDS):
         before = inputs
         for name, run in targets.items():
             inputs = _fit_one(run, name, inputs)
+        if inputs == before:
+            break
     names = {run.machine for run in targets.values()}
     peers = [run for run in runs if run.use != RATIO and run.machine in names]
     left_out = {}

@@ -42,7 +42,14 @@ def test_predict_prints_the_step_its_terms_and_its_doubts(capsys, tmp_path):
     out = run(capsys, "predict", "--details", "--sources", "--json", str(file))
     for text in ("gpt3-xl on 1 x wse2", "speed-up  1.", "at none", "activations: recompute"):
         assert text in out
-    for text in ("weight gradient", "reduction", "imbalance", "I/O in", "tokens/s a request"):
+    for text in (
+        "energy a token",
+        "weight gradient",
+        "reduction",
+        "imbalance",
+        "I/O in",
+        "tokens/s a request",
+    ):
         assert text in out
     assert "is calibrated" in out and "sparse speed-ups are not validated" in out
     assert "mean error" in out and "h200" in out
