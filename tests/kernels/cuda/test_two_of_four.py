@@ -117,7 +117,7 @@ def test_an_algorithm_that_is_wrong_once_is_never_used(monkeypatch, recwarn):
 
 @pytest.mark.parametrize("op", ["spmm", "spmm_t"])
 def test_without_a_right_algorithm_w_is_written_out(op, monkeypatch):
-    monkeypatch.setattr(two_of_four, "_pattern", lambda *_: None)
+    monkeypatch.setattr(two_of_four, "_pattern", lambda *_: two_of_four)
     monkeypatch.setattr(two_of_four, "algorithm_of", lambda *_: algorithms.NONE_RIGHT)
     monkeypatch.setattr(two_of_four.expand, op, lambda *operands: operands)
     operands = [torch.zeros(1)] * 3 + [1024, 2048, torch.zeros(1, 1), None]
