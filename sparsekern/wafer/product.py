@@ -32,25 +32,39 @@ def product_cycles(
         if isinstance(density, Mask):
             density = density.transposed()
     mask, density = (density, density.density) if isinstance(density, Mask) else (None, density)
-    groups, cycles = _fastest(machine, inputs, tokens, n, k, density, product == WEIGHT_GRADIENT)
+    mapping, cycles = _fastest(machine, inputs, tokens, n, k, density, product == WEIGHT_GRADIENT)
     if mask is None:
         return cycles
     # The mapping is chosen by the density, as a compiler would; its time is that of the mask.
-    return _mapped(machine, inputs, tokens, n, k, mask, product == WEIGHT_GRADIENT, groups)
+    mesh, k_per_col = mapping
+    return mesh_cycles(mesh, n, k_per_col, mask)
+
+
+Mapping = tuple[Mesh, int]  # and the inputs of each of its columns of PEs
 
 
 @lru_cache(maxsize=20_000)
-def _fastest(machine, inputs, tokens, n, k, density, is_gradient) -> tuple[int, MeshCycles]:
+def _fastest(machine, inputs, tokens, n, k, density, is_gradient) -> tuple[Mapping, MeshCycles]:
+    mappings = _mappings(machine, inputs, tokens, k, is_gradient)
+    costs = [(mapping, mesh_cycles(mapping[0], n, mapping[1], density)) for mapping in mappings]
+    return min(costs, key=lambda cost: cost[1].total)
+
+
+@lru_cache(maxsize=2_000)
+def _mappings(machine, inputs, tokens, k, is_gradient) -> list[Mapping]:
+    """One for each number of groups: none depends on the density."""
     cols = int(machine["grid_cols"])
     if inputs.column_groups > cols:
         raise ValueError(f"column_groups: expected at most {cols}, got {inputs.column_groups}")
     given = (inputs.column_groups,) if inputs.column_groups else COLUMN_GROUPS
-    given = [groups for groups in given if groups <= cols]
-    costs = {g: _mapped(machine, inputs, tokens, n, k, density, is_gradient, g) for g in given}
-    return min(costs.items(), key=lambda item: item[1].total)
+    return [
+        _mapping(machine, inputs, tokens, k, is_gradient, groups)
+        for groups in given
+        if groups <= cols
+    ]
 
 
-def _mapped(machine, inputs, tokens, n, k, density, is_gradient, groups) -> MeshCycles:
+def _mapping(machine, inputs, tokens, k, is_gradient, groups) -> Mapping:
     rows, cols = int(machine["grid_rows"]), int(machine["grid_cols"]) // groups
     k_per_col = math.ceil(k / cols)
     tokens_per_pe = math.ceil(tokens / (rows * groups))
@@ -72,7 +86,7 @@ def _mapped(machine, inputs, tokens, n, k, density, is_gradient, groups) -> Mesh
         hop_cycles=machine["hop_cycles"],
         chain_cycles=machine.chain_cycles,
     )
-    return mesh_cycles(mesh, n, k_per_col, density)
+    return mesh, k_per_col
 
 
 def stream_bytes(inputs: Inputs, n: int, k: int, density: float) -> float:
