@@ -91,6 +91,8 @@ def test_a_failure_leaves_the_model_as_it_was(kind, at, monkeypatch):
     modules, before = list(model.modules()), copy.deepcopy(model.state_dict())
     if kind in ("linear", "experts"):
         held = {}  # and these are made anew
+    if kind == "attention":
+        held = {name: p for name, p in held.items() if "out_proj" in name}
     x = torch.randn(shape)
 
     def fail(*_):
@@ -104,7 +106,7 @@ def test_a_failure_leaves_the_model_as_it_was(kind, at, monkeypatch):
         accelerate_(model, x)
     assert [id(m) for m in model.modules()] == [id(m) for m in modules]
     assert same_state(model, before) and all(m.training for m in model.modules())
-    assert all(held[n] is p for n, p in model.named_parameters() if held)
+    assert all(held[n] is p for n, p in model.named_parameters() if n in held)
     model(x)
 
 
