@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from ..indices import INDEX_LIMIT, VALUE_DTYPES, expand_rows
 from ..nn import bitmask
 from ..tensor import SparseTensor
-from .layouts import Weights, weights_of
+from .layouts import Weights, check, weights_of
 
 PARTS = ("shape", "compressed", "bitmask")
 EXTRA_PARTS = ("row_offsets",)  # what the others say already
@@ -104,13 +104,14 @@ def _dequantized(
     n, k = shape
     scales = scale.reshape(1, 1) if scale.numel() == 1 else scale
     scales = scales[:, None] if scales.ndim == 1 else scales
-    if scales.ndim != 2 or scales.shape[0] not in (1, n) or k % max(1, scales.shape[1]):
+    fits = scales.ndim == 2 and scales.shape[0] in (1, n) and scales.shape[1] > 0
+    if not fits or k % scales.shape[1]:
         raise ValueError(
             f"expected {name}_scale for the tensor, its {n} rows, or groups of its {k} columns, "
             f"got shape {tuple(scale.shape)}"
         )
     rows, columns = expand_rows(row_offsets, values.shape[0]), col_indices.long()
-    group = max(1, k // max(1, scales.shape[1]))
+    group = max(1, k // scales.shape[1])
     return values.to(scale.dtype) * scales.expand(n, -1)[rows, columns // group]
 
 
@@ -134,9 +135,9 @@ def to_bitmasks(weights: nn.Module | Weights) -> dict[str, Tensor]:
             tensors[name] = w
             continue
         stem = name.removesuffix(".weight")
-        if stem == name or w.is_transposed:
-            what = "a transpose" if w.is_transposed else "another name"
-            raise ValueError(f"weights: {name}: expected W itself, named X.weight, got {what}")
+        if stem == name:
+            raise ValueError(f"weights: {name}: expected a name that ends in .weight")
+        check(name, w)
         tensors |= {
             f"{stem}.shape": torch.tensor([w.n, w.k]),
             f"{stem}.compressed": w.values.detach(),

@@ -46,18 +46,23 @@ def join(module: str, name: str) -> str:
 
 def parts_of(name: str, w: SparseTensor) -> dict[str, Tensor]:
     """The tensors of a weight in a file, in the smaller layout."""
-    if w.is_transposed:
-        raise ValueError(f"weights: {name} is a transpose, expected W itself")
-    try:
-        w._checked()
-    except (TypeError, ValueError) as error:
-        raise ValueError(f"weights: {name}: {error}") from error
+    check(name, w)
     n, width = bitmask.packed_shape(w.n, w.k)
     parts = {name: w.values.detach(), name + SHAPE: torch.tensor([w.n, w.k])}
     if 0 < n * width <= w.row_offsets.nbytes + w.col_indices.nbytes:
         return parts | {name + BITMASK: bitmask.pack(w.row_offsets, w.col_indices, w.k)}
     indices = zip(INDICES, (w.row_offsets, w.col_indices), strict=True)
     return parts | {f"{name}_{part}": t for part, t in indices}
+
+
+def check(name: str, w: SparseTensor) -> None:
+    """ValueError for a transpose, or what somebody has written over since it was made."""
+    if w.is_transposed:
+        raise ValueError(f"weights: {name} is a transpose, expected W itself")
+    try:
+        w._checked()
+    except (TypeError, ValueError) as error:
+        raise ValueError(f"weights: {name}: {error}") from error
 
 
 def names_in(tensors: Mapping[str, object]) -> list[str]:

@@ -262,6 +262,10 @@ DAMAGED_BITMASKS = {
         {"compressed": torch.ones(3).char(), "weight_scale": torch.ones(2, 2)},
         r"expected w.weight_scale for the tensor, its 2 rows, or groups .* got shape \(2, 2\)",
     ),
+    "no scale": (
+        {"compressed": torch.ones(3).char(), "weight_scale": torch.ones(2, 0)},
+        r"expected w.weight_scale for the tensor, its 2 rows, or groups .* got shape \(2, 0\)",
+    ),
     "zero points": (
         {
             "compressed": torch.ones(3).char(),
