@@ -55,7 +55,9 @@ def test_train_prints_its_plan_its_losses_and_its_speed(tiny, tmp_path, capsys):
     assert re.search(r"FLOPs  [\d.]+ M per token, [\d.]+x fewer than dense \(Amdahl cap", out)
     assert re.search(r"step     6/6   validation loss \d.*training loss \d.* tokens/s", out)
     assert re.search(r"done   .* ms each \(median\), [\d,]+ tokens/s, \d+ MiB peak memory", out)
-    assert re.search(r"wafer  75% sparse: [\d.]+x fewer FLOPs, [\d.]+x as fast predicted on a", out)
+    assert re.search(
+        r"wafer  75% sparse: [\d.]+x fewer FLOPs, [\d.]+ to [\d.]+x as fast predicted on a", out
+    )
     metrics = json.loads((tmp_path / "run" / METRICS).read_text())
     assert len(metrics["losses"]) == 6 and metrics["config"]["sparsity"] == 0.75
     assert main(["train", f"--out={tmp_path / 'run'}", "--resume"]) == 0

@@ -82,8 +82,8 @@ def stand_in(cusparselt_library, emulated_cuda, monkeypatch, tmp_path):  # noqa:
     monkeypatch.setattr(torch.cuda, capturing, lambda: library.is_capturing)
     monkeypatch.setattr(torch.cuda, "Event", partial(Event, library))
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
-    # With fewer tokens, few_tokens is asked first.
-    monkeypatch.setattr(two_of_four, "_least_size", lambda tokens: 16 if tokens >= 72 else None)
+    # Fewer tokens than 72 are those of few_tokens.
+    monkeypatch.setattr(two_of_four, "_least_size", lambda m: 16 if m >= 72 else None)
     has_slots_in_rows = two_of_four._has_slots_in_rows
     monkeypatch.setattr(two_of_four, "_has_slots_in_rows", lambda: has_slots_in_rows("cpu"))
     caches = cusparselt.library, algorithms._chosen, two_of_four._refuse_machine

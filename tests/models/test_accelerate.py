@@ -1,0 +1,235 @@
+"""accelerate_ as a whole: all or nothing, and a report that says what was done. Times are given by
+the tests, so that no clock decides."""
+
+import copy
+import json
+import re
+import weakref
+
+import pytest
+import torch
+from pruned_models import (
+    KINDS,
+    LM,
+    H,
+    kinds,
+    pruned,
+    same_state,
+    sparse_is_faster,
+)
+from torch import nn
+
+from sparsekern import accelerate_
+from sparsekern.models import accelerate
+from sparsekern.models.candidates import Candidate
+
+
+@pytest.fixture(autouse=True)
+def seconds(monkeypatch):
+    return sparse_is_faster(monkeypatch)
+
+
+def first(output):
+    return output if isinstance(output, torch.Tensor) else next(iter(output.values()))
+
+
+def test_a_layer_that_is_faster_dense_stays_dense(seconds):
+    seconds["sparse"] = 1.95
+    model = pruned(LM())
+    before = list(model.parameters())
+    report = accelerate_(model, {"input_ids": torch.arange(5)[None]})
+    assert not report.sparse and "no faster" in report.layers[0].reason
+    assert [id(p) for p in model.parameters()] == [id(p) for p in before]
+
+
+def test_a_model_that_is_slower_as_a_whole_goes_back(seconds, monkeypatch):
+    whole = iter([1.0, 2.0, 1.5])
+    monkeypatch.setattr(accelerate, "seconds_of", lambda run, device: next(whole))
+    model = pruned(LM())
+    twin = copy.deepcopy(model)
+    report = accelerate_(model, {"input_ids": torch.arange(5)[None]})
+    assert not report.sparse and "1.50 times as long" in report.layers[0].reason
+    assert kinds(model) == kinds(twin) and same_state(model, twin.state_dict())
+
+
+def test_tokens_of_the_example_and_of_generation_are_counted():
+    model = pruned(LM())
+    report = accelerate_(model, {"input_ids": torch.zeros(2, 5, dtype=torch.long)}, new_tokens=7)
+    layer = report.layers[0]
+    assert layer.tokens == {10: 1, 2: 7}
+    assert (layer.before_s, layer.after_s) == (16.0, 8.0)
+    assert report.before_s == 9.0 * 8 and report.expected_after_s == 9.0 * 8 - 3 * 8.0
+    model = pruned(LM())
+    report = accelerate_(model, lambda m: [m(torch.zeros(1, n, dtype=torch.long)) for n in (5, 1)])
+    assert report.layers[0].tokens == {5: 1, 1: 1}
+    assert accelerate_(pruned(LM()), (torch.arange(3), 2.0)).layers[0].tokens == {3: 1}
+
+
+def test_nan_as_a_mark():
+    model = pruned(LM())
+    twin = copy.deepcopy(model)
+    ids = {"input_ids": torch.arange(5)[None]}
+    with torch.no_grad():
+        model.blocks[0][0].weight.masked_fill_(model.blocks[0][0].weight == 0, torch.nan)
+    before = {k: v.clone() for k, v in model.state_dict().items()}
+    with pytest.raises(ValueError, match=r"blocks.0.0.weight: \d+ of 4096 .* nan_is_pruned=True"):
+        accelerate_(model, ids)
+    with pytest.raises(ValueError, match="did not run"):
+        accelerate_(model, {"input_ids": "text"}, nan_is_pruned=True)
+    for k, v in model.state_dict().items():
+        torch.testing.assert_close(v, before[k], equal_nan=True, rtol=0, atol=0)
+    accelerate_(model, ids, nan_is_pruned=True)
+    torch.testing.assert_close(first(model(**ids)), first(twin(**ids)))
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("at", ["make", "look"])
+def test_a_failure_leaves_the_model_as_it_was(kind, at, monkeypatch):
+    make, shape, _ = KINDS[kind]
+    model = pruned(nn.Sequential(make(), nn.Identity())).train()
+    held = dict(model.named_parameters())  # these are the same afterwards
+    modules, before = list(model.modules()), copy.deepcopy(model.state_dict())
+    if kind in ("linear", "experts"):
+        held = {}  # and these are made anew
+    if kind == "attention":
+        held = {name: p for name, p in held.items() if "out_proj" in name}
+    x = torch.randn(shape)
+
+    def fail(*_):
+        raise MemoryError
+
+    if at == "make":
+        monkeypatch.setattr(accelerate.Exchange, "_put", _then(accelerate.Exchange._put, fail))
+    else:
+        monkeypatch.setattr(accelerate, "error_between", fail)
+    with pytest.raises(MemoryError):
+        accelerate_(model, x)
+    assert [id(m) for m in model.modules()] == [id(m) for m in modules]
+    assert same_state(model, before) and all(m.training for m in model.modules())
+    assert all(held[n] is p for n, p in model.named_parameters() if n in held)
+    model(x)
+
+
+def _then(do, fail):
+    """do(), and fail() the first time."""
+    done = []
+
+    def both(*arguments):
+        do(*arguments)
+        if not done:
+            done.append(1)
+            fail()
+
+    return both
+
+
+def test_a_module_in_two_places_and_modes_of_training():
+    layer = nn.Linear(H, H)
+    model = pruned(nn.Sequential(layer, nn.Dropout(), nn.Sequential(layer)))
+    model[1].train()
+    report = accelerate_(model, torch.randn(3, H))
+    assert model[0] is model[2][0] and report.layers[0].tokens == {3: 2}
+    assert model[1].training and not model[0].training
+
+
+def test_inside_inference_mode_the_tensors_are_ordinary():
+    model = pruned(nn.Sequential(nn.Linear(H, H)))
+    with torch.inference_mode():
+        accelerate_(model, torch.randn(3, H))
+    assert not model[0].values.is_inference() and not model[0].col_indices.is_inference()
+
+
+def test_autocast_in_the_example():
+    model = pruned(nn.Sequential(nn.Linear(H, 96)))
+
+    def example(m):
+        with torch.autocast("cpu", torch.bfloat16):
+            return m(torch.randn(3, H))
+
+    assert accelerate_(model, example).sparse
+
+
+def test_the_report_as_text_json_and_html():
+    report = accelerate_(pruned(LM()), {"input_ids": torch.arange(5)[None]})
+    text = str(report)
+    assert "3 of 3 layers with zeros are sparse now" in text
+    assert re.search(r"3 x blocks\.\*\.\* .*64 x 64.*2\.00 x", text)
+    assert "tied: another module has the same weight" in text
+    data = json.loads(report.to_json())
+    assert [layer["name"] for layer in data["layers"]] == [f"blocks.{i}.0" for i in range(3)]
+    assert data["layers"][0]["after_s"] == 1.0 and data["skipped"]
+    page = report.to_html()
+    assert page.startswith("<!DOCTYPE html>") and "blocks.2.0" in page
+
+
+def test_a_second_call_says_that_layers_are_sparse_already():
+    model = pruned(LM())
+    ids = {"input_ids": torch.arange(5)[None]}
+    accelerate_(model, ids)
+    with pytest.raises(ValueError, match=r"3 SparseLinear \(7.*% zeros\): sparse already"):
+        accelerate_(model, ids)
+
+
+@pytest.mark.parametrize(
+    ("model", "example", "options", "error", "words"),
+    [
+        (lambda: nn.Sequential(nn.Linear(H, H)), torch.ones(1, H), {}, ValueError, "1 Linear"),
+        (lambda: nn.ReLU(), torch.ones(1, H), {}, ValueError, "no matrices at all"),
+        (lambda: pruned(nn.Linear(H, H)), torch.ones(1, H), {}, TypeError, "Sequential"),
+        (lambda: pruned(LM()), "text", {}, TypeError, "example: expected a tensor"),
+        (lambda: pruned(LM()), torch.ones(1, H), {}, ValueError, "example: the model did not run"),
+        (lambda: pruned(LM()), torch.arange(3), {"new_tokens": -1}, ValueError, "new_tokens"),
+        (lambda: pruned(LM()), lambda m: m, {"new_tokens": 1}, ValueError, "new_tokens"),
+        (lambda: "model", torch.ones(1, H), {}, TypeError, "model: expected"),
+        (lambda: pruned(LM()).to("meta"), torch.arange(3), {}, NotImplementedError, "meta"),
+    ],
+)
+def test_wrong_input_is_named(model, example, options, error, words):
+    with pytest.raises(error, match=words):
+        accelerate_(model(), example, **options)
+
+
+def test_compiled_models_are_refused_with_what_to_do():
+    compiled = nn.Sequential(pruned(LM()))
+    compiled._orig_mod = compiled[0]  # what torch.compile returns has it
+    with pytest.raises(TypeError, match="_orig_mod"):
+        accelerate_(compiled, torch.arange(3))
+
+
+def test_the_clock_of_a_layer_takes_turns(monkeypatch):
+    monkeypatch.undo()
+    model = pruned(nn.Sequential(nn.Linear(256, 256)), 0.95)
+    report = accelerate_(model, torch.randn(4, 256))
+    layer = report.layers[0]
+    assert min(layer.before_s, layer.sparse_s, report.before_s, report.after_s) > 0
+
+
+def test_dense_weights_go_one_after_the_other(monkeypatch):
+    model = pruned(LM())
+    dense = [weakref.ref(block[0].weight) for block in model.blocks]
+    alive, make = [], Candidate.make
+
+    def counting(candidate):
+        alive.append(sum(weight() is not None for weight in dense))
+        return make(candidate)
+
+    monkeypatch.setattr(Candidate, "make", counting)
+    accelerate_(model, {"input_ids": torch.arange(5)[None]})
+    assert alive[-3:] == [3, 2, 1] and not any(weight() for weight in dense)
+
+
+def test_a_model_that_calls_layers_past_its_modules_is_as_it_was():
+    class Hidden(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.layer = nn.Linear(H, H)
+            self.calls = [self.layer]
+
+        def forward(self, x):
+            return self.calls[0](x)
+
+    model, x = pruned(Hidden()), torch.randn(3, H)
+    want = model(x)
+    with pytest.raises(ValueError, match="past the module that holds it: TypeError"):
+        accelerate_(model, x)
+    assert torch.equal(model(x), want)
