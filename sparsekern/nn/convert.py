@@ -8,6 +8,8 @@ from torch.optim import Optimizer
 
 from ..kernels.derived import forget_captures
 from ..tensor import SparseTensor
+from . import replaced
+from .adapters import without_adapters
 from .linear import SparseLinear, refuse_meta
 
 __all__ = ["densify_", "forget_graphs_", "replace_modules", "sparsifiable", "sparsify_"]
@@ -27,7 +29,8 @@ def sparsify_(
 
     A weight that another module uses too (tied to an embedding) stays dense, and so does one with
     the attribute `requires_dense`. So do subclasses of nn.Linear: they compute something of their
-    own. Make the optimizer afterwards: it must see the new Parameters. If an algorithm fails the
+    own; and adapters (LoRA's, by the marks of peft). Make the optimizer afterwards, or give one that
+    was there before to `adopt_values_`: it must see the new Parameters. If an algorithm fails the
     model is unchanged. ValueError where there is nothing to replace, unless filter_fn said so.
     """
     chosen = sparsifiable(model, filter_fn)
@@ -40,7 +43,8 @@ def sparsify_(
         if name not in chosen or isinstance(module, SparseLinear):
             return None
         assert isinstance(module, nn.Linear)  # says sparsifiable
-        return SparseLinear.from_linear(module, algorithm.mask(name, module.weight.detach()))
+        layer = SparseLinear.from_linear(module, algorithm.mask(name, module.weight.detach()))
+        return replaced.note(module.weight, layer)
 
     return replace_modules(model, replace)
 
@@ -59,7 +63,7 @@ def sparsifiable(
 
     return {
         name: module
-        for name, module in model.named_modules()
+        for name, module in without_adapters(model)
         if type(module) is nn.Linear or isinstance(module, SparseLinear)
         if chosen(name, module)
     }

@@ -671,7 +671,32 @@ def test_an_optimizer_made_too_early():
         algorithm.apply(optimizer)
     algorithm.apply(model)
     with pytest.raises(ValueError, match="does not hold the values of up; make it after"):
-        algorithm.apply(optimizer)
+        algorithm.apply(adamw(net()))
+
+
+@pytest.mark.parametrize("make", [Static, RigL, Group])
+def test_an_optimizer_made_before_gets_the_values(make):
+    """In the place of the dense weights, with its state at the places that are stored."""
+    model, x = net(), torch.randn(8, 16)
+    optimizer = adamw(model)
+    fit(model, optimizer, 2)
+    dense = {n: (p, optimizer.state[p]["exp_avg"].clone()) for n, p in model.named_parameters()}
+    algorithm = make({"*": Static(0.5)}) if make is Group else make(0.5)
+    algorithm.apply(model)
+    optimizer.zero_grad()
+    model(x).sum().backward()
+    with pytest.raises(RuntimeError, match=r"call sparsekern.nn.adopt_values_\(optimizer\)"):
+        optimizer.step()
+    assert algorithm.apply(optimizer) is optimizer
+    held = {p for group in optimizer.param_groups for p in group["params"]}
+    assert held == set(model.parameters()) and set(optimizer.state) == held
+    layer, (weight, momentum) = model.up, dense["up.weight"]
+    assert weight not in held
+    got = optimizer.state[layer.values]["exp_avg"]
+    assert torch.equal(got, momentum.flatten()[places_of(layer)])
+    before = layer.values.detach().clone()
+    fit(model, optimizer, 1)
+    assert not torch.equal(layer.values, before)
 
 
 # Configs as published
