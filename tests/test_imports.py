@@ -12,7 +12,7 @@ PACKAGE = Path(__file__).parents[1] / "sparsekern"
 # `wafer` stands alone and imports no torch.
 CORE = ["extras", "terminal", "files", "indices", "two_way", "conversions", "tensor", "kernels"]
 CORE += ["flop_formulas", "registered", "ops", "casts", "sparse_sparse", "matmul", "surface"]
-CORE += ["nn", "weights", "sparsity", "public", "gpt"]
+CORE += ["nn", "weights", "sparsity", "models", "public", "gpt"]
 ROOMS = [*CORE, "wafer", "bench", "report", "commands", "cli"]
 TOP = ["cli", "__main__"]
 BESIDE = {

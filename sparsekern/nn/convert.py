@@ -29,9 +29,9 @@ def sparsify_(
 
     A weight that another module uses too (tied to an embedding) stays dense, and so does one with
     the attribute `requires_dense`. So do subclasses of nn.Linear: they compute something of their
-    own; and adapters (LoRA's, by the marks of peft). Make the optimizer afterwards, or give one that
-    was there before to `adopt_values_`: it must see the new Parameters. If an algorithm fails the
-    model is unchanged. ValueError where there is nothing to replace, unless filter_fn said so.
+    own; and adapters (LoRA's, by the marks of peft). Make the optimizer afterwards, or give one
+    that was there before to `adopt_values_`: it must see the new Parameters. If an algorithm fails
+    the model is unchanged. ValueError where there is nothing to replace, unless filter_fn said so.
     """
     chosen = sparsifiable(model, filter_fn)
     if not chosen and not (filter_fn and sparsifiable(model, lambda module, name: True)):

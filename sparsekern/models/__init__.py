@@ -1,0 +1,1 @@
+"""Models that people have: pruned, trained and adapted from outside."""
