@@ -5,6 +5,7 @@ where it is 0 are left out.
 """
 
 import inspect
+import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from typing import Any
@@ -137,5 +138,6 @@ def evaluating(model: nn.Module) -> Iterator[None]:
             stack.callback(setattr, module, "training", mode)
         model.eval()
         stack.enter_context(torch.no_grad())
-        stack.enter_context(torch.compiler.set_stance("force_eager"))
+        if "torch._dynamo" in sys.modules:  # else nothing is compiled, and to import it takes long
+            stack.enter_context(torch.compiler.set_stance("force_eager"))
         yield

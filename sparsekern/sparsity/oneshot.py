@@ -181,6 +181,13 @@ class _Calibrated(Magnitude):
 
         with progress, evaluating(model):
             report.notes += walk(model, chosen, batches, prune)
+        few = [row for row in report.layers if (row.tokens or 0) < row.in_features]
+        if few and self._needs_hessian:
+            report.notes.append(
+                f"{few[0].name} saw {few[0].tokens} tokens, fewer than its {few[0].in_features} "
+                f"inputs{f', and {len(few) - 1} more layers too few' if few[1:] else ''}: more "
+                "calibration inputs would serve better."
+            )
 
     _needs_hessian = False
 
