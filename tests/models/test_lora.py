@@ -44,12 +44,8 @@ def test_algorithms_leave_adapters_alone():
 def test_a_weight_cannot_be_set_to_another():
     layer = SparseLinear.from_linear(nn.Linear(8, 8))
     layer.weight = layer.weight
-    for other in (
-        nn.Parameter(torch.zeros(8, 8)),
-        SparseLinear.from_linear(nn.Linear(8, 8)).weight,
-    ):
-        with pytest.raises(AttributeError, match="weight: of a SparseLinear it cannot be set"):
-            layer.weight = other
+    with pytest.raises(AttributeError, match="weight: of a SparseLinear it cannot be set"):
+        layer.weight = SparseLinear.from_linear(nn.Linear(8, 8)).weight
 
 
 @pytest.fixture
