@@ -25,7 +25,7 @@ from .algorithm import Layer, Masks, mask_of
 from .blockwise import Add, walk
 from .calibration import batches_for, checked, evaluating
 from .pattern import places_of, set_pattern
-from .pruned import SAMPLE, PruneReport, compared
+from .pruned import SAMPLE, PruneReport, compared, left_dense
 from .sparsegpt import sparsegpt
 from .static import Fixed
 from .undo import unchanged_on_failure
@@ -54,7 +54,7 @@ class Magnitude(Fixed):
         linears = {name: m for name, m in chosen.items() if type(m) is nn.Linear}
         dense = {name: m.weight.data for name, m in linears.items()}
         self._kept.clear()
-        report = PruneReport()
+        report = PruneReport(notes=left_dense(model, chosen.values()))
         try:
             with unchanged_on_failure(model, self.optimizers):
                 self._prune(model, chosen, self._counts(chosen), report)

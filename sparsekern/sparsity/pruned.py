@@ -1,9 +1,11 @@
 """What one-shot pruning did to each layer."""
 
+from collections import Counter
+from collections.abc import Iterable
 from dataclasses import asdict, dataclass, field
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from ..terminal import table
 
@@ -82,6 +84,23 @@ def compared(
         output_error = _ratio(x @ change.t(), x @ old.t())
     n, k = old.shape
     return PrunedLayer(name, n, k, nnz, _ratio(change, old), output_error, tokens)
+
+
+def left_dense(model: nn.Module, pruned: Iterable[nn.Module]) -> list[str]:
+    """A sentence on the matrices of the model that are in none of these modules; none without."""
+    taken = set(pruned)
+    sizes: Counter[str] = Counter()
+    counted: set[int] = set()
+    for module in model.modules():
+        for p in module._parameters.values():
+            if module not in taken and p is not None and p.ndim > 1 and id(p) not in counted:
+                counted.add(id(p))
+                sizes[type(module).__name__] += p.numel()
+    if not sizes:
+        return []
+    there = sum(sizes.values()) + sum(m.out_features * m.in_features for m in taken)  # type: ignore
+    parts = ", ".join(f"{kind} {size / there:.1%}" for kind, size in sizes.most_common(4))
+    return [f"{sum(sizes.values()) / there:.1%} of the weights in matrices stay dense: {parts}."]
 
 
 def _ratio(a: Tensor, b: Tensor) -> float:

@@ -108,3 +108,19 @@ def test_a_failure_writes_nothing(folder, tmp_path, monkeypatch):
     with pytest.raises(OSError, match="no space"):
         prune_pretrained(folder, tmp_path / "new" / "out", 0.5)
     assert not any((tmp_path / "new").iterdir())
+
+
+def test_the_conv1d_of_gpt2(tmp_path):
+    transformers = pytest.importorskip("transformers", reason="transformers is not installed")
+    torch.manual_seed(0)
+    config = transformers.GPT2Config(vocab_size=16, n_embd=16, n_layer=2, n_head=2, n_positions=8)
+    transformers.GPT2LMHeadModel(config).save_pretrained(tmp_path / "m")
+    report = prune_pretrained(tmp_path / "m", tmp_path / "out", 0.75)
+    dense, pruned = (
+        transformers.GPT2LMHeadModel.from_pretrained(tmp_path / n) for n in ("m", "out")
+    )
+    assert len(report.layers) == 8 and "Embedding" in report.notes[0]
+    for was, now in zip(dense.transformer.h, pruned.transformer.h, strict=True):
+        for a, b in ((was.attn.c_attn, now.attn.c_attn), (was.mlp.c_fc, now.mlp.c_fc)):
+            kept = a.weight.abs() >= a.weight.abs().flatten().topk(a.weight.numel() // 4).values[-1]
+            assert type(b).__name__ == "Conv1D" and torch.equal(b.weight, a.weight * kept)

@@ -119,7 +119,7 @@ def test_block_by_block_is_layer_by_layer(make, kind):
     a, b = weights(model), weights(other)
     assert all(torch.equal(a[name], b[name]) for name in a)
     assert not any("from its beginning" in note for note in algorithm.report.notes)
-    assert "the model ran from its beginning" in from_start.report.notes[0]
+    assert "the model ran from its beginning" in from_start.report.notes[-1]
     names = [row.name.replace("block", "blocks.") for row in from_start.report.layers]
     assert names == [row.name for row in algorithm.report.layers]
 
@@ -275,7 +275,7 @@ def test_the_report():
     assert report.to_dict()["layers"][0]["name"] == "first"
     few = SparseGPT(0.5, calibration=[ids(1, 4)])
     few.apply(Model())
-    assert "first saw 4 tokens, fewer than its 16 inputs, and 22 more layers" in few.report.notes[0]
+    assert "first saw 4 tokens, fewer than its 16 inputs, and 22 more layers" in few.report.notes[-1]
     magnitude = Magnitude(0.5)
     magnitude.apply(Model())
     assert "of the output" not in str(magnitude.report)
