@@ -4,8 +4,6 @@ import json
 import os
 import shutil
 import tempfile
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -13,9 +11,10 @@ import torch
 from torch import nn
 
 from ..extras import require
-from ..nn import densify_, replace_modules
+from ..nn import densify_
 from ..sparsity import Magnitude, SparseGPT, Wanda
 from ..sparsity.pruned import PruneReport
+from .as_linears import as_linears
 
 METHODS = {"magnitude": Magnitude, "wanda": Wanda, "sparsegpt": SparseGPT}
 TABLE = "prune.json"
@@ -68,41 +67,29 @@ def prune_pretrained(
     if texts is not None:
         settings |= {"calibration": texts, "tokenizer": tokenizer, "progress": True}
     algorithm = METHODS[method](sparsity, **settings)
-    with _as_linears(model.to(device)):
-        algorithm.apply(model)
-        densify_(model)
+    report = prune_(model.to(device), algorithm)
     about = {"source": str(source), "method": method, "target": sparsity, "family": family}
     about |= {"distribution": distribution, "texts": texts and len(texts)}
-    _save(model, tokenizer, Path(source), target, about | algorithm.report.to_dict())
+    _save(model, tokenizer, Path(source), target, about | report.to_dict())
+    return report
+
+
+def prune_(model: nn.Module, algorithm: Magnitude) -> PruneReport:
+    """Prune a model in place and leave it dense, with zeros: also the Conv1D of GPT-2 and the
+    experts of mixtures in transformers, each with the tokens that come to it.
+
+    Args:
+        algorithm: Magnitude, Wanda or SparseGPT; its `param_filter` may name experts, as in
+            "*experts.gate_up_proj*".
+
+    The model is as it was where it fails.
+    """
+    if not isinstance(algorithm, Magnitude):
+        got = type(algorithm).__name__
+        raise TypeError(f"algorithm: expected Magnitude, Wanda or SparseGPT, got {got}")
+    with as_linears(model):
+        densify_(algorithm.apply(model))
     return algorithm.report
-
-
-@contextmanager
-def _as_linears(model: nn.Module) -> Iterator[None]:
-    """Inside, each Conv1D of transformers (GPT-2's: weight [K, N]) is an nn.Linear; afterwards it
-    has the weights of that."""
-    convs: dict[nn.Linear, Any] = {}
-
-    def linear_for(name: str, module: Any) -> nn.Module | None:
-        if type(module).__name__ != "Conv1D" or not hasattr(module, "nf"):
-            return None
-        n, k = module.nf, module.weight.shape[0]
-        linear = nn.Linear(k, n, bias=False, device="meta")
-        linear.weight = nn.Parameter(module.weight.detach().t().contiguous())
-        linear.register_parameter("bias", module.bias)
-        convs[linear.train(module.training)] = module
-        return linear
-
-    replace_modules(model, linear_for)
-    names = {name: convs[m] for name, m in model.named_modules() if m in convs}
-    yield
-
-    def conv_for(name: str, module: Any) -> nn.Module | None:
-        if name in names:
-            names[name].weight.data = module.weight.detach().t().contiguous()
-        return names.get(name)
-
-    replace_modules(model, conv_for)
 
 
 def read_texts(path: str | Path) -> list[str]:

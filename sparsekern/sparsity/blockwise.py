@@ -24,8 +24,8 @@ from torch.utils._pytree import tree_flatten, tree_unflatten
 
 from .calibration import call, counted, masks_of
 
-Add = Callable[[Tensor], None]
-Prune = Callable[[list[str], Callable[[Add], None]], None]
+Add = Callable[[int, Tensor], None]
+Prune = Callable[[list[list[str]], Callable[[Add], None]], None]
 Masks = Mapping[str, Tensor]
 
 
@@ -33,13 +33,19 @@ class _Seen(BaseException):
     """Ends a forward pass whose rest nobody needs."""
 
 
+class Parallel(nn.ModuleList):
+    """Linear layers none of which sees what another one gives, as those of a mixture's experts:
+    one stage, each with its own inputs."""
+
+
 def walk(
     model: nn.Module, layers: Mapping[str, nn.Module], batches: list, prune: Prune
 ) -> list[str]:
-    """Calls prune(names, run) for each stage, in the order in which the model runs the layers.
+    """Calls prune(groups, run) for each stage, in the order in which the model runs the layers.
 
-    run(add) calls add(x) with the input x [M, K], padding left out, that the layers of these names
-    share, for each batch that comes to them. Returns what the caller should know, in sentences.
+    groups: names of layers that share their input; more than one group for parallel layers.
+    run(add) calls add(i, x) with each input x [M, K] of group i, padding left out, for each batch
+    that comes to it. Returns what the caller should know, in sentences.
     """
     probe = _Probe(model, layers)
     if batches:
@@ -52,7 +58,7 @@ def walk(
             continue
         passes = [functools.partial(call, model, batch) for batch in batches]
         for stage in part.stages[0]:
-            prune(stage.names, functools.partial(_run, stage, layers, passes, masks))
+            prune(stage.groups, functools.partial(_run, stage, layers, passes, masks))
     alone = sum(len(part.stages[0]) for part in parts if not part.blocks)
     if alone < 3:
         return []
@@ -80,17 +86,17 @@ def _walk_blocks(
     for index, stages in enumerate(part.stages):
         passes = [i.forward(index) for i in inputs]
         for stage in stages:
-            prune(stage.names, functools.partial(_run, stage, layers, passes, masks))
+            prune(stage.groups, functools.partial(_run, stage, layers, passes, masks))
         for i in inputs:
             i.advance(index, passes.pop(0))
 
 
 @dataclass
 class _Stage:
-    """Layers that are given the same tensor."""
+    """Layers that are given the same tensor, in one group; or parallel ones, in several."""
 
-    names: list[str]
-    is_single: bool = True  # in a pass, the first of them is called once
+    groups: list[list[str]]
+    is_single: bool = True  # there is one group, and in a pass its first layer is called once
 
 
 def _run(
@@ -100,17 +106,18 @@ def _run(
     masks: Sequence[Masks],
     add: Add,
 ) -> None:
-    name = stage.names[0]
-    is_decoder = "decoder" in name.split(".")
+    is_decoder = "decoder" in stage.groups[0][0].split(".")
     now: Masks = {}
 
-    def see(layer: nn.Module, args: tuple, kwargs: dict) -> None:
-        add(counted(_input(args, kwargs), now, is_decoder))
+    def see(group: int, layer: nn.Module, args: tuple, kwargs: dict) -> None:
+        add(group, counted(_input(args, kwargs), now, is_decoder))
         if stage.is_single:
             raise _Seen
 
     with _hooks() as hook:
-        hook(layers[name].register_forward_pre_hook(see, with_kwargs=True))
+        for i, names in enumerate(stage.groups):
+            see_group = functools.partial(see, i)
+            hook(layers[names[0]].register_forward_pre_hook(see_group, with_kwargs=True))
         for forward, now in zip(passes, masks, strict=True):  # noqa: B007  see() reads it
             try:
                 forward()
@@ -284,26 +291,26 @@ class _Probe:
         version = 0 if x.is_inference() else x._version
         last, last_version = self._last
         if x is last and version == last_version and self._are_together(name):
-            self.stages[-1].names.append(name)
+            self.stages[-1].groups[0].append(name)
         else:
-            self.stages.append(_Stage([name]))
+            self.stages.append(_Stage([[name]]))
         self._last = x, version
 
     def _are_together(self, name: str) -> bool:
         """Whether the layer is in the same blocks as those of the stage before it."""
-        other = self.stages[-1].names[0]
+        other = self.stages[-1].groups[0][0]
         return all(b.index_of(name) == b.index_of(other) for b in self.lists)
 
     def parts(self) -> list[_Part]:
         """All layers, those that the batch did not come to in stages of their own."""
-        known = {name for stage in self.stages for name in stage.names}
-        others = [_Stage([name]) for name in self.layers if name not in known]
+        known = {name for stage in self.stages for name in stage.groups[0]}
+        others = [_Stage([[name]]) for name in self.layers if name not in known]
         walkable = [b for b in self.lists if b.is_walkable]
         outer = [b for b in walkable if not any(_is_inside(b, other) for other in walkable)]
         parts: list[_Part] = []
-        for stage in self.stages + others:
-            name = stage.names[0]
-            stage.is_single = self._calls[name] == 1
+        for stage in self._joined(self.stages + others):
+            name = stage.groups[0][0]
+            stage.is_single = len(stage.groups) == 1 and self._calls[name] == 1
             blocks = next((b for b in outer if b.index_of(name) is not None), None)
             index = blocks.index_of(name) if blocks else 0
             assert index is not None
@@ -315,6 +322,18 @@ class _Probe:
                 parts.append(part)
             part.stages[index].append(stage)
         return parts
+
+    def _joined(self, stages: list[_Stage]) -> list[_Stage]:
+        """Those of parallel layers in one, where the first of them is."""
+        parallel = {n: m for n, m in self.model.named_modules() if isinstance(m, Parallel)}
+        joined: dict[str, _Stage] = {}
+        for stage in stages:
+            name = stage.groups[0][0]
+            parent = name.rpartition(".")[0]
+            first = joined.setdefault(parent if parent in parallel else name, stage)
+            if first is not stage:
+                first.groups += stage.groups
+        return list(joined.values())
 
 
 def _enter(blocks: _Blocks, index: int, module: nn.Module, args: tuple, kwargs: dict) -> None:

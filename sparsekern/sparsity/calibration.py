@@ -111,13 +111,13 @@ def masks_of(model: nn.Module, batch: Any) -> dict[str, Tensor]:
 
 
 def counted(x: Tensor, masks: Mapping[str, Tensor], is_decoder: bool = False) -> Tensor:
-    """The tokens [M, K] of a layer's input [..., K] that count: all, where no mask has its shape.
+    """The tokens [M, K] of a layer's input [..., K] that count: all, where no mask has as many.
 
     A decoder beside an encoder has its own mask, and sees the encoder's tokens too."""
     rows = x.reshape(-1, x.shape[-1])
     names = reversed(MASKS) if is_decoder else MASKS
     for mask in (masks[name] for name in names if name in masks):
-        if x.shape[:-1] == mask.shape or (x.ndim == 2 and x.shape[0] == mask.numel()):
+        if rows.shape[0] == mask.numel() and x.shape[0] in (1, mask.shape[0], mask.numel()):
             return rows[mask.flatten()]
     return rows
 

@@ -164,12 +164,24 @@ class _Calibrated(Magnitude):
         batches = batches_for(model, self.calibration, self.tokenizer)
         progress = Progress(len(chosen), unit="layer", is_shown=self.progress)
 
-        def prune(names: list[str], run: Callable[[Add], None]) -> None:
-            seen = _Statistics(names[0], self._needs_hessian, len(batches))
-            progress.about(f"inputs of {names[0]}")
-            run(seen.add)
-            if not seen.tokens:
-                raise ValueError(f"calibration: no input reached {names[0]}")
+        unseen: list[str] = []
+
+        def prune(groups: list[list[str]], run: Callable[[Add], None]) -> None:
+            progress.about(f"inputs of {groups[0][0]}")
+            stats = [_Statistics(g[0], self._needs_hessian, len(batches)) for g in groups]
+            run(lambda i, x: stats[i].add(x))
+            for names, seen in zip(groups, stats, strict=True):
+                if not seen.tokens and len(groups) == 1:
+                    raise ValueError(
+                        f"calibration: no input reached {names[0]}: leave it out with a "
+                        "param_filter, or give inputs that the model sends there"
+                    )
+                if not seen.tokens:  # an expert that no token was sent to
+                    seen.assume_equal(_dense(chosen[names[0]]))
+                    unseen.extend(names)
+                prune_group(names, seen)
+
+        def prune_group(names: list[str], seen: _Statistics) -> None:
             old = {name: _dense(chosen[name]) for name in names}
             with torch.autocast(seen.sums.device.type, enabled=False):
                 found = self._chosen(chosen, old, counts, seen)
@@ -181,6 +193,11 @@ class _Calibrated(Magnitude):
 
         with progress, evaluating(model):
             report.notes += walk(model, chosen, batches, prune)
+        if unseen:
+            report.notes.append(
+                f"{len(unseen)} experts' layers saw no token, and kept their largest weights; the "
+                f"first is {unseen[0]}."
+            )
         few = [row for row in report.layers if (row.tokens or 0) < row.in_features]
         if few and self._needs_hessian:
             report.notes.append(
@@ -267,6 +284,12 @@ class _Statistics:
         step = max(1, x.shape[0] // self._of_batch)
         self._sample.append(x[::step][: self._of_batch].clone())
 
+    def assume_equal(self, weight: Tensor) -> None:
+        """In the place of inputs that nobody saw: all alike, for the layer of weight [N, K]."""
+        dtype = torch.promote_types(weight.dtype, torch.float32)
+        ones = torch.ones(weight.shape[1], dtype=dtype, device=weight.device)
+        self._sums = ones.diag() if self.is_full else ones
+
     @property
     def sums(self) -> Tensor:
         """ValueError unless they are finite."""
@@ -276,8 +299,8 @@ class _Statistics:
         return self._sums
 
     @property
-    def sample(self) -> Tensor:
-        return torch.cat(self._sample)
+    def sample(self) -> Tensor | None:
+        return torch.cat(self._sample) if self.tokens else None
 
 
 def _check_weights(name: str, module: Layer) -> None:

@@ -133,9 +133,9 @@ def test_a_sequential_of_blocks_is_walked_too():
 def test_passes_do_not_grow_with_the_depth():
     counts = {}
 
-    def prune(names, run):
-        counts[names[0]] = names
-        run(lambda x: None)
+    def prune(groups, run):
+        counts[groups[0][0]] = groups[0]
+        run(lambda group, x: None)
 
     model = Model().eval()
     layers = {n: m for n, m in model.named_modules() if isinstance(m, nn.Linear)}
@@ -275,7 +275,9 @@ def test_the_report():
     assert report.to_dict()["layers"][0]["name"] == "first"
     few = SparseGPT(0.5, calibration=[ids(1, 4)])
     few.apply(Model())
-    assert "first saw 4 tokens, fewer than its 16 inputs, and 22 more layers" in few.report.notes[-1]
+    assert (
+        "first saw 4 tokens, fewer than its 16 inputs, and 22 more layers" in few.report.notes[-1]
+    )
     magnitude = Magnitude(0.5)
     magnitude.apply(Model())
     assert "of the output" not in str(magnitude.report)
