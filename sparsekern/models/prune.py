@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 from ..extras import require
-from ..nn import densify_
+from ..nn import replace_modules
 from ..sparsity import Magnitude, SparseGPT, Wanda
 from ..sparsity.pruned import PruneReport
 from .as_linears import as_linears
@@ -75,8 +75,9 @@ def prune_pretrained(
 
 
 def prune_(model: nn.Module, algorithm: Magnitude) -> PruneReport:
-    """Prune a model in place and leave it dense, with zeros: also the Conv1D of GPT-2 and the
-    experts of mixtures in transformers, each with the tokens that come to it.
+    """Put zeros into the dense weights of a model, whose modules and Parameters stay: also into the
+    Conv1D of GPT-2 and the experts of mixtures in transformers, each with the tokens that come to
+    it.
 
     Args:
         algorithm: Magnitude, Wanda or SparseGPT; its `param_filter` may name experts, as in
@@ -88,7 +89,12 @@ def prune_(model: nn.Module, algorithm: Magnitude) -> PruneReport:
         got = type(algorithm).__name__
         raise TypeError(f"algorithm: expected Magnitude, Wanda or SparseGPT, got {got}")
     with as_linears(model):
-        densify_(algorithm.apply(model))
+        linears = {name: m for name, m in model.named_modules() if type(m) is nn.Linear}
+        algorithm.apply(model)
+        made = {name: m for name, m in algorithm.layers.items() if name in linears}
+        for name, layer in made.items():
+            linears[name].weight.data.copy_(layer.weight.detach().to_dense())
+        replace_modules(model, lambda name, m: linears[name] if name in made else None)
     return algorithm.report
 
 
