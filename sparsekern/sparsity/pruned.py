@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from ..terminal import table
 
-SAMPLE = 1024  # tokens that the error of a layer's output is measured on
+SAMPLE = 256  # tokens that the error of a layer's output is measured on
 
 
 @dataclass(frozen=True)
