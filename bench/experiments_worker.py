@@ -59,7 +59,8 @@ def time_runs(settings: dict, deadline: float) -> dict:
     runs = {name: begin(TrainConfig(**given)) for name, given in settings["runs"].items()}
 
     def step(run: Run) -> None:
-        run.update(run.compute_gradients())
+        run.compute_gradients()
+        run.update()
         if run.ranks.device.type == "cuda":
             torch.cuda.synchronize()
 

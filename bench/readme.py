@@ -26,13 +26,20 @@ BENCHMARKS = BENCH.parent / "docs" / "benchmarks.md"
 PICTURE = BENCH.parent / "docs" / "speedup.png"
 SECTION = "<!-- readme: begin -->", "<!-- readme: end -->"
 
+
+def newest(name: str) -> str:
+    """The last of the results `name`-<date>, without its suffix."""
+    found = (BENCH / "results").glob(f"{name}-[0-9]*.csv")
+    return max((path.stem for path in found), default=name)
+
+
 SPARSITIES = (0.75, 0.9, 0.95)
 SPARSITIES_DRAWN = 0.5, 0.95  # from, to
 NEAREST = {0.75: 0.7}  # stands in, and says so, where the first was not measured
 CPU = "intel-r-xeon-r-processor-2-cores-avx512-2026-11-24"
 CPU_NAME = "Intel Xeon, 2 cores, AVX-512"
 DECODE = "nvidia-h200-decode-bfloat16-2026-11-28"
-TRAIN = "nvidia-h200-train-bfloat16-2026-11-29"
+TRAIN = newest("nvidia-h200-train-bfloat16")
 GPU_NAME = "NVIDIA H200"
 DECODED = {"N": 4096, "K": 11008, "mask": "random"}
 

@@ -1,8 +1,12 @@
 """The GPU benchmark: products of few tokens, and the density at which each kernel becomes fastest.
 
 python bench/run_gpu.py decode      results/<GPU>-decode-<dtype>-<date>.*, docs/benchmarks.md
+python bench/run_gpu.py prompts     results/<GPU>-prompts-<dtype>-<date>.*: 96 tokens and more
 python bench/run_gpu.py crossover   sparsekern/kernels/crossover.json
-python bench/run_gpu.py train       results/<GPU>-train-bfloat16-<date>.*: whole steps of GPTs
+python bench/run_gpu.py train            results/<GPU>-train-bfloat16-<date>.*: whole steps of GPTs
+python bench/run_gpu.py train-products   their three products alone, and what is written out
+python bench/run_gpu.py train-memory     memory of a step; --largest: the most sequences that fit
+python bench/run_gpu.py least-size       sparsekern/kernels/least_sizes.json
 python bench/run_gpu.py publish X.csv   the same from a file that --out FOLDER wrote
 
 With --out only the table is written, there: to measure on a machine without the repository or
@@ -16,18 +20,17 @@ import math
 import re
 import sys
 import time
-from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
 import pages
 import tables_gpu
 import torch
+import train_gpu
 
 from sparsekern.bench import (
     ceilings,
     crossover,
-    gpt_gpu,
     measure_gpu,
     peers_gpu,
     records,
@@ -50,6 +53,18 @@ LIMIT_S = 230.0  # no new W is begun after so long
 Part = tuple[int, int]  # (2, 3): the second of three
 
 QUICK = Grid(shapes=((512, 1024),), tokens=(1, 16), sparsities=(0.5, 0.9), masks=("random",))
+
+PROMPTS = Grid(
+    shapes=[shape for shape in measure_gpu.SHAPES if math.prod(shape) < 2e8],
+    tokens=(96, 128, 256, 512, 1024, 2048),
+    sparsities=(0.75,),
+    masks=("random",),
+)
+WAYS = {
+    "decode": peers_gpu.decode_ways,
+    "prompts": peers_gpu.prompt_ways,
+    "crossover": peers_gpu.crossover_ways,
+}
 
 SECTIONS = """\
 # {name}
@@ -103,19 +118,18 @@ Speed as a share of the CUDA kernels'.
 """
 
 
-TRAIN = """\
+PROMPTS_PAGE = """\
 # {name}
 
 {heading}
 
-A training step of a GPT: forward, backward, clipping and AdamW; products in bfloat16 by autocast,
-weights and their optimizer in float32. Each model runs as it is (eager), with compiled blocks, and
-compiled and captured whole in a CUDA graph; the large ones in the last form alone. Medians of
-{rounds} rounds, all forms in turn. Gradients are held to fp64, at most {tolerance:g} times as far
-from it as those of dense. "two-way": at most two of four neighbours along both axes of each weight.
-Below 1 is a loss.
+Times faster than the best dense call: cuBLAS and cuBLASLt, both layouts of W and of the result.
+More than 64 tokens: W is written out from its pack, or from CSR, and torch multiplies. Medians of
+{rounds} CUDA-graph replays of {fewest} calls or more, all competitors in turn; every call reads
+another copy of W, {cold_mb:.0f} MB or more of them. Geometric means over {shapes}. Below 1 is a
+loss.
 
-{steps}
+{competitors}
 """
 
 
@@ -131,8 +145,7 @@ def measure(verb: str, grid: Grid, path: Path, commit: str | None, part: Part | 
     """All cells; the file is written after each W, so that nothing is lost with a later one.
     `part`: which one of the whole `grid` is."""
     start = time.monotonic()
-    make = peers_gpu.decode_ways if verb == "decode" else peers_gpu.crossover_ways
-    ways = make()
+    ways = WAYS[verb]()
     generator = torch.Generator("cuda")
     about = about_run(verb, machine(), commit) | {"seed": generator.seed(), "is_whole": False}
     about["machine"]["missing"] = {w.name: w.missing for w in ways if w.missing}
@@ -157,35 +170,6 @@ def measure(verb: str, grid: Grid, path: Path, commit: str | None, part: Part | 
     return records.read(path)
 
 
-def measure_steps(steps: Sequence[gpt_gpu.Step], path: Path, commit: str | None) -> Run:
-    """All steps of all models."""
-    start = time.monotonic()
-    about = about_run("train", machine(), commit) | {"is_whole": False}
-    cells: list[dict] = []
-    # Graphs cannot be captured on the default stream.
-    with torch.no_grad(), torch.cuda.stream(torch.cuda.Stream()):
-        for step in steps:
-            for cell in gpt_gpu.training_steps(step, replay_gpu.CudaClock(), torch.device("cuda")):
-                cells.append(derive(cell))
-                took = f"{time.monotonic() - start:4.0f} s"
-                print(f"{took} {case_name(cell)}: {cell.get('speedup', math.nan):.3f}", flush=True)
-                records.write(path, about, records.flat(cells))
-            torch.cuda.empty_cache()
-    about |= {"is_whole": True, "seconds": time.monotonic() - start}
-    records.write(path, about, records.flat(cells))
-    return records.read(path)
-
-
-def page_of_steps(name: str, run: Run) -> str:
-    return TRAIN.format(
-        name=name,
-        heading=in_words(run.about, "bfloat16"),
-        rounds=measure_gpu.ROUNDS,
-        tolerance=gpt_gpu.TOLERANCE,
-        steps=tables_gpu.steps(derived(run)),
-    )
-
-
 def page(name: str, run: Run) -> str:
     cells = derived(run)
     limit = run.about["machine"]["ceilings"]["cuda"]["bytes_per_s"]["memory"]
@@ -207,11 +191,26 @@ def page(name: str, run: Run) -> str:
     )
 
 
+def page_of_prompts(name: str, run: Run) -> str:
+    cells = derived(run)
+    return PROMPTS_PAGE.format(
+        name=name,
+        heading=in_words(run.about, cells[0]["dtype"]),
+        rounds=measure_gpu.ROUNDS,
+        fewest=measure_gpu.LAUNCHES[0],
+        cold_mb=measure_gpu.COLD_BYTES / 1e6,
+        shapes=", ".join(f"{n}x{k}" for n, k in sorted(tables_gpu.shapes_of(cells))),
+        competitors=tables_gpu.competitors(cells),
+    )
+
+
 def joined(runs: list[Run]) -> Run:
     """The run of all parts of a grid, in the order of the grid, about the machine of the first."""
     first, *others = runs
     if not others:
         return first
+    if first.about["benchmark"] in train_gpu.PAGES:
+        return train_gpu.joined(runs)
     places = sorted(tuple(run.about.get("part", ())) for run in runs)
     if places != [(i + 1, len(runs)) for i in range(len(runs))]:
         raise SystemExit(f"bench-gpu: expected all parts of a grid, once each, got {places}")
@@ -239,9 +238,8 @@ def publish(run: Run) -> None:
         raise SystemExit("bench-gpu: not published, since some cells were not run")
     if tables_gpu.failures(derived(run)):
         raise SystemExit("bench-gpu: not published, since one of our kernels failed or was wrong")
-    if run.about["benchmark"] == "train":
-        name = name_of(run)
-        pages.publish(pages.RESULTS, name, run, page_of_steps(name, run), None)
+    if run.about["benchmark"] in train_gpu.PAGES:
+        train_gpu.publish(name_of(run), run)
     elif run.about["benchmark"] == "decode":
         name, cells, dtype = name_of(run), derived(run), run.records[0]["dtype"]
         drawn = curves(select(cells, mask="random"), lambda cell: cell["M"], tokens)
@@ -249,6 +247,8 @@ def publish(run: Run) -> None:
         if dtype == "bfloat16":
             about = in_words(run.about, dtype)
             pages.update(PAGE, MARKERS, name, tables_gpu.summary(cells), about)
+    elif run.about["benchmark"] == "prompts":
+        pages.publish(pages.RESULTS, name_of(run), run, page_of_prompts(name_of(run), run), None)
     else:
         update_crossover(run)
 
@@ -274,6 +274,8 @@ def grid_of(verb: str, dtype: torch.dtype, quick: bool) -> Grid:
         return replace(QUICK, dtype=dtype)
     if verb == "decode":
         return Grid(dtype=dtype)
+    if verb == "prompts":
+        return replace(PROMPTS, dtype=dtype)
     return replace(crossover.GRID, dtype=dtype)
 
 
@@ -296,17 +298,18 @@ def parse_part(text: str) -> Part:
 def main(arguments: list[str]) -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     verbs = parser.add_subparsers(dest="verb", required=True)
-    for verb in ("decode", "crossover"):
+    for verb in WAYS:
         options = verbs.add_parser(verb)
         options.add_argument("--dtype", choices=("bfloat16", "float16"), default="bfloat16")
         options.add_argument("--out", type=Path)
         options.add_argument("--commit", help="where there is no repository")
         options.add_argument("--quick", action="store_true")
         options.add_argument("--part", type=parse_part, help="1/2: the first half of the shapes")
-    options = verbs.add_parser("train")
-    options.add_argument("--out", type=Path)
-    options.add_argument("--commit", help="where there is no repository")
-    options.add_argument("--quick", action="store_true")
+    for verb in train_gpu.PAGES:
+        options = verbs.add_parser(verb)
+        options.add_argument("--out", type=Path)
+        options.add_argument("--commit", help="where there is no repository")
+        train_gpu.add_flags(verb, options)
     verbs.add_parser("publish").add_argument("files", type=Path, nargs="+")
     args = parser.parse_args(arguments)
     if args.verb == "publish":
@@ -316,29 +319,41 @@ def main(arguments: list[str]) -> int:
         raise SystemExit("bench-gpu: torch finds no NVIDIA GPU")
 
     folder = args.out or PARTIAL
-    if args.verb == "train":
-        path = folder / "train-bfloat16.csv"
-        steps = [gpt_gpu.QUICK] if args.quick else gpt_gpu.STEPS
-        run = measure_steps(steps, path, args.commit)
-        print(page_of_steps(path.stem, run))
-        if not args.quick and not args.out:
-            publish(run)
-        return 0
+    if args.verb in train_gpu.PAGES:
+        return train(args, folder)
     suffix = "-{}of{}".format(*args.part) if args.part else ""
     path = folder / f"{args.verb}-{args.dtype}{suffix}.csv"
-    if args.verb == "decode" and (reason := peers_gpu.few_tokens(1).missing):
+    if args.verb != "crossover" and (reason := peers_gpu.few_tokens(1).missing):
         raise SystemExit(f"bench-gpu: nothing to measure: {reason}")
     grid = grid_of(args.verb, getattr(torch, args.dtype), args.quick)
     if args.part:
         grid = part_of(grid, args.part)
     run = measure(args.verb, grid, path, args.commit, args.part)
     cells = derived(run)
-    print(page(path.stem, run) if args.verb == "decode" else crossover.summarize(cells, ""))
+    pages_of = {"decode": page, "prompts": page_of_prompts}
+    if make_page := pages_of.get(args.verb):
+        print(make_page(path.stem, run))
+    else:
+        print(crossover.summarize(cells, ""))
     print(f"{len(cells)} cells in {run.about['seconds']:.0f} s: {path}")
     if bad := tables_gpu.failures(cells):
         print("\n".join(["Failed or wrong:", *bad[:20]]))
         return 1
     if not args.quick and not args.out and not args.part:
+        publish(run)
+    return 0
+
+
+def train(args: argparse.Namespace, folder: Path) -> int:
+    model = getattr(args, "model", None)
+    path = folder / f"{args.verb}-bfloat16{f'-{model}' if model else ''}.csv"
+    run = train_gpu.measure(args, machine(), path)
+    print(train_gpu.PAGES[args.verb](path.stem, run))
+    print(f"{run.about['seconds']:.0f} s: {path}")
+    if bad := tables_gpu.failures(derived(run)):
+        print("\n".join(["Failed or wrong:", *bad]))
+        return 1
+    if not args.out and not model and not getattr(args, "quick", False):
         publish(run)
     return 0
 

@@ -1,6 +1,5 @@
 """The tables of a GPU's page. `cells` are derived cases (sparsekern/bench/rates.py)."""
 
-import math
 from collections.abc import Callable, Iterable
 from functools import partial
 from statistics import geometric_mean, median
@@ -8,9 +7,7 @@ from statistics import geometric_mean, median
 from pages import by_sparsity
 from tables import most_often_best
 
-from sparsekern.bench.gpt_gpu import CAPTURED, COMPILED, EAGER, TWO_WAY
 from sparsekern.bench.measure_gpu import SHAPES
-from sparsekern.bench.products_gpu import NAME
 from sparsekern.bench.rates import case_name
 from sparsekern.bench.records import DENSE, OURS, groups, select
 from sparsekern.terminal import table
@@ -191,35 +188,3 @@ def failures(cells: list[dict]) -> list[str]:
 def absent(machine: dict) -> str:
     rows = [[name, reason] for name, reason in machine["missing"].items()]
     return table(["did not run", "because"], rows, left=2) if rows else "Everyone ran."
-
-
-def steps(cells: list[dict]) -> str:
-    """A line for each model and mask: the fastest form of each side, and each form against the
-    same of dense."""
-    lines = []
-    for cell in cells:
-        ways = cell["ways"]
-
-        def ms(way: dict) -> float:
-            return way.get("median_s", math.nan) * 1e3
-
-        ratios = [
-            f"{form.removeprefix(', ') or 'eager'} {ms(ways['dense' + form]) / ms(way):.2f}"
-            for form in (EAGER, COMPILED, CAPTURED)
-            if (way := ways.get(NAME + form))
-        ]
-        best_dense = min((way for way in ways.values() if way["kind"] == DENSE), key=ms)
-        labels = [
-            f"{cell['model']}, {cell['layers']} layers, {cell['M']} tokens",
-            f"{cell['sparsity']:.0%} {'two-way' if cell['mask'] == TWO_WAY else 'free'}",
-            f"{ms(best_dense):.2f}",
-        ]
-        if "ours" in cell:
-            best = ways[cell["ours"]]
-            found = [f"{ms(best):.2f}", f"{cell['speedup']:.3f}", ", ".join(ratios)]
-            lines.append([*labels, *found, best["kernel"]])
-        else:
-            failed = next(way["failed"] for way in ways.values() if way["kind"] == OURS)
-            lines.append([*labels, "failed", "", failed.partition(":")[0], ""])
-    header = ["model", "mask", "dense ms", "ours ms", "times dense", "form by form", "kernels"]
-    return table(header, lines, left=2)

@@ -14,6 +14,7 @@
 #include "cpu/dense.h"
 #include "cpu/few_tokens.h"
 #include "cpu/products.h"
+#include "launch.h"
 #include "packing/cover.h"
 #include "tensors.h"
 
@@ -51,7 +52,8 @@ sk::Csr csr(const sk::Pattern& p, Pointer row_offsets, Pointer col_indices,
 
 PYBIND11_MODULE(_C, m) {
   m.doc() = "CPU kernels of sparsekern over raw pointers";
-  if (!sk::add_tensor_functions(m.ptr())) throw py::error_already_set();
+  if (!sk::add_tensor_functions(m.ptr()) || !sk::add_launch_functions(m.ptr()))
+    throw py::error_already_set();
   using NoGil = py::call_guard<py::gil_scoped_release>;
 
   py::enum_<sk::Type>(m, "Type")

@@ -49,11 +49,15 @@ PyObject* read_tensors_of(PyObject*, PyObject* type) {
   Py_RETURN_NONE;
 }
 
+bool is_plain(PyObject* object) {
+  return Py_TYPE(object) == tensor_type || Py_TYPE(object) == parameter_type;
+}
+
 // A tensor whose elements lie where a kernel reads them: contiguous, in memory that is there.
 struct Operand : DLTensor {
   bool read(PyObject* object) {
     // A method of another subclass may be anything, and change what was read before.
-    if (Py_TYPE(object) != tensor_type && Py_TYPE(object) != parameter_type) return false;
+    if (!is_plain(object)) return false;
     if (api->read(object, this) < 0) return false;
     int64_t size = 1;
     for (int i = ndim; i-- > 0; size *= shape[i])
@@ -124,6 +128,13 @@ PyMethodDef functions[] = {
     {nullptr, nullptr, 0, nullptr}};
 
 }  // namespace
+
+bool read_data(PyObject* tensor, void** address) {
+  DLTensor t;
+  if (!api || !is_plain(tensor) || api->read(tensor, &t) < 0) return false;
+  *address = t.data ? static_cast<char*>(t.data) + t.byte_offset : nullptr;
+  return true;
+}
 
 bool add_tensor_functions(PyObject* module) {
   storage_offset = PyUnicode_InternFromString("storage_offset");

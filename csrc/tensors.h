@@ -10,4 +10,8 @@ namespace sk {
 // Adds read_tensors_of() and fitting_tokens() to the module; false with Python's error set.
 bool add_tensor_functions(PyObject* module);
 
+// The address of a torch.Tensor's elements, null where it has none; false, with or without Python's
+// error set, for anything else.
+bool read_data(PyObject* tensor, void** address);
+
 }  // namespace sk

@@ -26,23 +26,22 @@ constexpr int kSlots = 32;                                   // of a lane in a s
 constexpr int kHeadWords = kWarp + kWarp / 2;                // masks and starts
 constexpr int kMostStepWords = kHeadWords + kSlots * kWarp;  // where all pairs have values
 
-// Calls visit(row, column, value) with the stored values of a lane in the step at `head`; row and
-// column are those of the step. A pair of which one value is stored has +0 beside it; a stored zero
-// is -0.
+// Calls visit(row, column, pair) with all pairs of a lane in the step at `head`; row and column are
+// those of the step, the low half of the pair is the left column. +0 is not stored, -0 a stored
+// zero.
 template <class Visit>
 __device__ inline void visit_pairs(const unsigned* head, int lane, const Visit& visit) {
   const unsigned mask = head[lane];
   const int start = lane ? reinterpret_cast<const unsigned short*>(head + kWarp)[lane] : 0;
   const unsigned* words = head + kHeadWords + start / 4;
+#pragma unroll
   for (int slot = 0; slot < kSlots; ++slot) {
-    if (!(mask >> (slot % 4 * 8 + slot / 4 + 2) % 32 & 1)) continue;
-    const unsigned pair = *words++;
+    const unsigned is_here = mask >> (slot % 4 * 8 + slot / 4 + 2) % 32 & 1;
+    const unsigned pair = is_here ? *words : 0;
+    words += is_here;
     const int row = slot / 4 % 2 * 16 + slot % 2 * 8 + lane / 4;
     const int column = slot / 8 * 16 + slot % 4 / 2 * 8 + lane % 4 * 2;
-    const auto left = static_cast<unsigned short>(pair);
-    const auto right = static_cast<unsigned short>(pair >> 16);
-    if (is_stored(left)) visit(row, column, left);
-    if (is_stored(right)) visit(row, column + 1, right);
+    visit(row, column, pair);
   }
 }
 

@@ -248,10 +248,11 @@ __device__ float sum_pairs(const unsigned* words, const int* steps, const unsign
   const int* my_steps = steps + static_cast<long long>(row / kWarp) * row_steps;
   float sum = 0;
   for (int step = first; step < end; ++step) {
-    const auto add = [&](int of_step, int column, unsigned short value) {
+    const auto add = [&](int of_step, int column, unsigned pair) {
       if (of_step != row % kWarp) return;
-      const unsigned short at = x[step * kStepColumns + column];
-      sum = fmaf(Convert<T>::low(value), Convert<T>::low(at), sum);
+      const unsigned short* at = x + step * kStepColumns + column;
+      if (pair & 0xffffu) sum = fmaf(Convert<T>::low(pair), Convert<T>::low(at[0]), sum);
+      if (pair >> 16) sum = fmaf(Convert<T>::high(pair), Convert<T>::low(at[1]), sum);
     };
     for (int t = 0; t < 4; ++t) visit_pairs(words + my_steps[step], row % 8 * 4 + t, add);
   }

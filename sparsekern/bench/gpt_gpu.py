@@ -7,12 +7,15 @@ work is done, and as the weights stay, so does the exact gradient that every ste
 
 import copy
 import gc
+import itertools
+import math
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
-from functools import partial
+from functools import lru_cache, partial
 
 import torch
 from torch import Tensor
+from torch.utils.checkpoint import checkpoint
 
 from ..gpt.build import build_optimizer
 from ..gpt.flops import train_flops_per_token
@@ -24,6 +27,7 @@ from ..indices import expand_rows
 from ..nn import SparseLinear, densify_, sparsify_
 from ..sparsity import Static
 from .measure_gpu import ROUNDS, attempt
+from .memory_gpu import Meter
 from .products import PASSES, kernels
 from .products_gpu import NAME
 from .records import DENSE, OURS
@@ -41,7 +45,9 @@ FREE, TWO_WAY = "random", "two-way"  # masks
 
 @dataclass(frozen=True)
 class Step:
-    """A model, its batch, the sparsities of its linears under each kind of mask, and the forms."""
+    """A model, its batch, the sparsities of its linears under each kind of mask, and the forms.
+
+    accumulated: how many such batches an optimizer step has, all of the same tokens."""
 
     model: str
     config: GPTConfig
@@ -49,6 +55,7 @@ class Step:
     sparsities: tuple[float, ...]
     two_way: tuple[float, ...] = ()
     forms: tuple[str, ...] = (EAGER, COMPILED)
+    accumulated: int = 1
 
     def masks(self) -> list[tuple[str, float]]:
         return [(FREE, s) for s in self.sparsities] + [(TWO_WAY, s) for s in self.two_way]
@@ -61,6 +68,15 @@ STEPS = (
     replace(STEP, sparsities=(0.75, 0.9, 0.95), two_way=(0.75,), forms=(EAGER, COMPILED, CAPTURED)),
     Step("gpt3-xl", PRESETS["gpt3-xl"], 4, (0.75,), (0.75,), (CAPTURED,)),
     Step("4096-wide", GPTConfig(3, 32, 4096, 2048, 50304), 4, (0.75,), (0.75,), (CAPTURED,)),
+    Step(
+        "gpt3-xl-accumulated",
+        PRESETS["gpt3-xl"],
+        4,
+        sparsities=(0.75,),
+        two_way=(0.75,),
+        forms=(CAPTURED,),
+        accumulated=4,
+    ),
 )
 
 
@@ -71,52 +87,100 @@ def training_steps(step: Step, clock: Clock, device: torch.device) -> Iterator[d
     tokens = torch.randint(config.vocab_size, (step.batch, config.block_size), device=device)
     batch = tokens, tokens.roll(-1, dims=1)
 
-    def make() -> GPT:
-        with torch.device(device):
-            return GPT(config)
-
     failed: dict[str, dict] = {}
-    dense = _runners("dense", DENSE, make(), batch, step.forms, clock, failed)
+    meter = Meter(device)
+    model = make_gpt(config, device)
+    meter.built(model)
+    dense = _runners("dense", DENSE, model, meter, batch, step, clock, failed)
     exact, tolerance = dense[0].contender.exact, TOLERANCE * dense[0].error
     for mask, sparsity in step.masks():
-        kept = UniformMask(sparsity) if mask == FREE else Static(sparsity, family=TWO_WAY)
-        model = sparsify_(make(), kept)
+        meter = Meter(device)
+        model = make_gpt(config, device, mask, sparsity)
+        meter.built(model)
         failed_here = dict(failed)
-        found = dense + _runners(NAME, OURS, model, batch, step.forms, clock, failed_here)
+        found = dense + _runners(NAME, OURS, model, meter, batch, step, clock, failed_here)
         ways = race(found, exact, tolerance, clock, ROUNDS) | failed_here
         cell = _cell(step, mask, sparsity, model, ways)
-        del model, found  # and with them the memory of a graph, before the next one is made
+        del model, meter, found  # and with them the memory of a graph, before the next one is made
         gc.collect()
         torch.cuda.empty_cache()
         yield cell
+
+
+@dataclass(frozen=True)
+class TwoWayMask:
+    """Two-way masks of tiles: one, drawn once for each size, turned around by multiples of 4, which
+    leaves it two-way. To draw all of a large GPT takes half a minute. Each tile [G, G], G the
+    greatest common divisor of N and K, keeps round((1 - sparsity) * G * G)."""
+
+    sparsity: float
+
+    def mask(self, name: str, weight: Tensor) -> Tensor:
+        (n, k), side = weight.shape, math.gcd(*weight.shape)
+        if side % 4:
+            raise ValueError(f"{name}: expected N and K with a common multiple of 4, got {n}, {k}")
+        tile = _tile(side, self.sparsity, weight.device)
+        mask = torch.empty(n, k, dtype=torch.bool, device=weight.device)
+        for rows, columns in itertools.product(range(0, n, side), range(0, k, side)):
+            shifts = (4 * torch.randint(side // 4, (2,), device="cpu")).tolist()
+            mask[rows : rows + side, columns : columns + side] = tile.roll(shifts, (0, 1))
+        return mask
+
+
+@lru_cache(maxsize=4)
+def _tile(side: int, sparsity: float, device: torch.device) -> Tensor:
+    return Static(sparsity, family=TWO_WAY).mask("tile", torch.empty(side, side)).to(device)
+
+
+def make_gpt(config: GPTConfig, device: torch.device, mask: str = "", sparsity: float = 0.0) -> GPT:
+    """Of random weights; dense without a mask."""
+    with torch.device(device):
+        model = GPT(config)
+    if not mask:
+        return model
+    return sparsify_(model, UniformMask(sparsity) if mask == FREE else TwoWayMask(sparsity))
+
+
+def capturable_optimizer(model: GPT, device: torch.device) -> torch.optim.AdamW:
+    """The trainer's own, with a learning rate of 0."""
+    optimizer = build_optimizer(model, lr=0.0)
+    for group in optimizer.param_groups:
+        group["capturable"] = device.type == "cuda"
+    return optimizer
 
 
 def _runners(
     name: str,
     kind: str,
     model: GPT,
+    meter: Meter,
     batch: tuple[Tensor, Tensor],
-    forms: tuple[str, ...],
+    of: Step,
     clock: Clock,
     failed: dict[str, dict],
 ) -> list[Runner]:
     """The model in each form. All have the same weights and optimizer."""
-    optimizer, exact = build_optimizer(model, lr=0.0), _exact_gradient(model, *batch)
-    for group in optimizer.param_groups:
-        group["capturable"] = batch[0].is_cuda
+    optimizer = capturable_optimizer(model, batch[0].device)
+    exact = _exact_gradient(model, *batch)  # the same of as many batches as there are
+    x, y = (t.repeat(of.accumulated, 1) for t in batch)
+    micro_batch = of.batch if of.accumulated > 1 else 0
 
-    def step(stepper: GPT) -> list[Tensor]:
-        with torch.enable_grad():
-            compute_gradients(stepper, *batch, DTYPE)
-        optimizer.step()
+    def step(stepper: GPT, info: dict[str, object]) -> list[Tensor]:
+        with meter.step(info):
+            with torch.enable_grad():
+                compute_gradients(stepper, x, y, DTYPE, micro_batch)
+            optimizer.step()
         return [parameter.grad for parameter in model.blocks.parameters()]
 
     found = []
     compiled = _compiled(model)
-    for form in forms:
-        call = partial(step, model if form == EAGER else compiled)
-        each = Contender(name + form, kind, [call], _flat, is_graphed=form == CAPTURED, exact=exact)
+    for form in of.forms:
+        info: dict[str, object] = {}
+        call = partial(step, model if form == EAGER else compiled, info)
+        each = Contender(name + form, kind, [call], _flat, form == CAPTURED, info, exact)
         found += attempt(failed, each, partial(Runner, each, 1, exact, clock))
+        if form == CAPTURED and info:
+            info["pool_bytes"] = getattr(clock, "captured_bytes", 0)
     return found
 
 
@@ -136,8 +200,10 @@ def _exact_gradient(model: GPT, x: Tensor, y: Tensor) -> Tensor:
     """In fp64 of the blocks' parameters, of sparse weights at their patterns; clipped as the
     trainer clips, by the norm of all. The embeddings' would hide a layer's error.
 
-    Sequence by sequence: attention in fp64 has all its scores in memory."""
+    Sequence by sequence and block by block: attention in fp64 has all its scores in memory."""
     twin = densify_(copy.deepcopy(model).double())
+    for block in twin.blocks:
+        block.forward = partial(checkpoint, block.forward, use_reentrant=False)
     with torch.enable_grad():
         for i in range(len(x)):
             (twin(x[i : i + 1], y[i : i + 1])[1] / len(x)).backward()
@@ -157,7 +223,8 @@ def _exact_gradient(model: GPT, x: Tensor, y: Tensor) -> Tensor:
 
 
 def _cell(step: Step, mask: str, sparsity: float, model: GPT, ways: dict[str, dict]) -> dict:
-    M, config = step.batch * step.config.block_size, step.config
+    batch, config = step.batch * step.accumulated, step.config
+    M = batch * config.block_size
     weights = [layer.weight for layer in model.modules() if isinstance(layer, SparseLinear)]
     sizes = {(M, *weight.shape, weight.nnz, mask == TWO_WAY): None for weight in weights}
     for way in ways.values():
@@ -166,8 +233,9 @@ def _cell(step: Step, mask: str, sparsity: float, model: GPT, ways: dict[str, di
     return {
         **{"op": "train_step", "device": "cuda", "model": step.model, "layers": config.n_layer},
         **{"width": config.n_embd, "vocabulary": config.vocab_size},
-        **{"context": config.block_size, "batch": step.batch, "M": M, "sparsity": sparsity},
+        **{"context": config.block_size, "batch": batch, "M": M, "sparsity": sparsity},
         **{"dtype": str(DTYPE).removeprefix("torch."), "threads": 0, "is_cold": False},
+        **({"micro_batch": step.batch} if step.accumulated > 1 else {}),
         "mask": mask,
         "useful_flop": M * train_flops_per_token(config, sparsity),
         "dense_flop": M * train_flops_per_token(config),

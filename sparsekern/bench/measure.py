@@ -57,9 +57,12 @@ def measure(device: str, quick: bool) -> tuple[dict, int, Iterator[dict]]:
         limits, work = ceilings.of_cpu(threads), cpu_work(quick, threads)
         about["ceilings"] = {str(threads): limits}
     else:
-        limits, work = ceilings.of_gpu(torch.bfloat16), work_gpu.work(quick)
-        about |= machine.about_gpu()
+        limits, about = ceilings.of_gpu(torch.bfloat16), about | machine.about_gpu()
+        all_work = work_gpu.BRIEF if quick else work_gpu.WHOLE
+        fitting, left_out = all_work.within(torch.cuda.get_device_properties(0).total_memory)
+        work = work_gpu.cases(fitting)
         about |= {"under_load": machine.gpu_under_load(), "ceilings": {"cuda": limits}}
+        about |= {"missing": left_out, "expected_s": fitting.expected_s}
     return machine.about_run("products", about), len(work), (derive(e(), limits) for e in work)
 
 
@@ -77,6 +80,7 @@ def heading(about: dict) -> str:
         lines.append(
             f"Ceilings, {where}: {clock}{limits['flop_per_s'] / 1e9:.0f} GFLOP/s, GB/s: {levels}"
         )
+    lines += [f"Left out: {name}: {reason}" for name, reason in here.get("missing", {}).items()]
     return "\n".join(lines)
 
 

@@ -215,5 +215,18 @@ def decode_ways() -> list[Way]:
     ]
 
 
+def prompt_ways() -> list[Way]:
+    """Weights packed for 1, 16 and 64 tokens, which multiply more; W in CSR."""
+
+    def packed(tokens: int) -> Way:
+        return replace(
+            few_tokens(tokens),
+            name=f"packed for {tokens}",
+            where=lambda M, sparsity, mask: True,
+        )
+
+    return [*map(packed, (1, 16, MOST_TOKENS)), row("expand")]
+
+
 def crossover_ways() -> list[Way]:
     return [*every_few_tokens(), row("triton"), row("expand")]

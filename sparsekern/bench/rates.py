@@ -1,5 +1,7 @@
 """What follows from the times of a case: speed-ups, rates, and shares of the machine's ceilings."""
 
+from collections.abc import Collection
+
 from .records import DENSE, OURS, SPARSE, Run, cases
 
 MEMORY = "memory"
@@ -85,6 +87,17 @@ def _add_rates(case: dict, packed_bytes: int | None, ceilings: dict | None) -> N
     }
 
 
+def together(each: Collection[dict], name: str) -> float | None:
+    """Times dense of all three products of one W: the sum of the best dense times over that of
+    `name`. None where one was not timed, or where a result of ours is wrong."""
+    ways = [case["ways"].get(name, {}) for case in each]
+    if {case["op"] for case in each} != {"spmm", "spmm_t", "sddmm"}:
+        return None
+    if any("median_s" not in w or (w["kind"] == OURS and not w["is_right"]) for w in ways):
+        return None
+    return sum(case["dense_s"] for case in each) / sum(way["median_s"] for way in ways)
+
+
 def level_of(nbytes: int, ceilings: dict) -> str:
     """The nearest that holds so many bytes. Each was measured on half of what it holds."""
     fits = (name for name, size in ceilings["bytes"].items() if nbytes <= 2 * size)
@@ -96,8 +109,9 @@ def case_name(case: dict) -> str:
     if "model" in case:
         what, tokens = case["model"], case.get("batch", case.get("M"))
     else:
-        what, tokens = f"{case['N']}x{case['K']}", case["M"]
-    parts = [f"{case['op']} {what}", f"M{tokens}", f"{case['sparsity']:.0%}"]
+        what, tokens = f"{case['N']}x{case['K']}", case.get("M")
+    parts = [f"{case['op']} {what}", *([f"M{tokens}"] if tokens else [])]
+    parts.append(f"{case['sparsity']:.0%}")
     parts.append(f"{case['threads']}T" if case.get("threads") else "GPU")
     parts += [case[name] for name in ("dtype", "mask") if case.get(name, "random") != "random"]
     return "-".join(parts) + "-cold" * case.get("is_cold", False)

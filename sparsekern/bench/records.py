@@ -34,6 +34,7 @@ CASE: dict[str, type] = {
     "vocabulary": int,
     "context": int,
     "batch": int,
+    "micro_batch": int,  # of these, where gradients are added up
     "tokens": int,  # that median_s makes of each text
     "M": int,
     "N": int,
@@ -66,6 +67,10 @@ FOUND: dict[str, type] = {
     "is_right": bool,
     "bytes": int,
     "weight_bytes": int,
+    "built_bytes": int,  # of a model: after it was made,
+    "state_bytes": int,  # with gradients and optimizer,
+    "peak_bytes": int,  # and the most in a step
+    "pool_bytes": int,  # that a CUDA graph keeps
     "first_token_s": float,
     "latency_s": float,
     "step": int,  # of an evaluation, or a round of pruning

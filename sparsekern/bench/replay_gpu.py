@@ -51,6 +51,12 @@ class CudaClock:
     GRAPH_AHEAD_S = 50e-6
     CALL_AHEAD_S = 100e-6  # for each call of a loop
 
+    def __init__(self, frees_cache: bool = False):
+        """frees_cache: before each capture, whose memory is then the GPU's; else what earlier calls
+        have left stays in torch's hands. It takes some milliseconds."""
+        self._frees_cache = frees_cache
+        self.captured_bytes = 0  # of the last graph: its pool
+
     def once(self, call: Callable[[], object]) -> float:
         torch.cuda.synchronize()
         return on_gpu(call, 10 * self.CALL_AHEAD_S)()()
@@ -59,12 +65,16 @@ class CudaClock:
         # Without torch.cuda.graph, which may collect garbage and empty the allocator's cache.
         graph = torch.cuda.CUDAGraph()
         torch.cuda.synchronize()
+        if self._frees_cache:
+            torch.cuda.empty_cache()
+        before = torch.cuda.memory_reserved()
         graph.capture_begin(capture_error_mode="thread_local")
         try:
             for call in calls:
                 y = call()
         finally:
             graph.capture_end()
+        self.captured_bytes = torch.cuda.memory_reserved() - before
         return graph.replay, y
 
     def race(self, runners: list["Runner"], rounds: int) -> list[list[float]]:

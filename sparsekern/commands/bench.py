@@ -36,8 +36,10 @@ def run_bench(
         about["commit"] = {"id": commit, "dirty": False}
     cases: list[dict] = []
     try:
-        with Progress(count, unit="product") as progress:
+        with Progress(count, unit="case") as progress:
             progress.line(measure.heading(about))
+            if expected_s := about["machine"].pop("expected_s", None):
+                progress.line(f"{count} cases, about {expected_s / 60:.0f} minutes on an H200")
             for case in measured:
                 case["is_noisy"] = noise.of_case(case) > noise.LIMIT
                 cases.append(case)

@@ -66,6 +66,11 @@ class TrainConfig(TrainFlags):
                 raise ValueError(f"{name} must not be negative, got {getattr(self, name)}")
             if getattr(self, name) > most:
                 raise ValueError(f"{name} must be at most {most}, got {getattr(self, name)}")
+        if self.micro_batch < 0 or (self.micro_batch and self.batch % self.micro_batch):
+            raise ValueError(
+                f"micro_batch: expected 0 or a divisor of batch {self.batch}, "
+                f"got {self.micro_batch}"
+            )
         if self.width % self.heads:
             raise ValueError(
                 f"width: expected a multiple of heads, got width {self.width}, heads {self.heads}"
@@ -168,6 +173,7 @@ FREE_ON_RESUME = (
     "threads",
     "device",
     "parallel",
+    "micro_batch",
     "eval_every",
     "checkpoint_every",
 )

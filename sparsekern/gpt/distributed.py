@@ -61,8 +61,11 @@ class Ranks:
 
     def part(self, batch: Tensor) -> Tensor:
         """This rank's rows of a global batch, on its device."""
-        rows = batch.shape[0] // self.size
-        return batch[self.rank * rows : (self.rank + 1) * rows].to(self.device, non_blocking=True)
+        count = batch.shape[0] // self.size
+        rows = batch[self.rank * count : (self.rank + 1) * count]
+        if self.device.type == "cuda":
+            rows = rows.pin_memory()  # else the copy waits for the GPU
+        return rows.to(self.device, non_blocking=True)
 
     def mean(self, value: Tensor) -> Tensor:
         """The mean over the ranks, the same on each."""

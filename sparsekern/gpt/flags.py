@@ -45,6 +45,9 @@ class TrainFlags:
     width: int = flag(512, "size of the residual stream")
     context: int = flag(128, "tokens that the model sees")
     batch: int = flag(8, "sequences per step, of all processes together")
+    micro_batch: int = flag(
+        0, "sequences at a time, whose gradients are added up, 0 = all that a process has"
+    )
     steps: int = flag(200, "optimizer steps in all")
     lr: float = flag(6e-4, "highest learning rate")
     seed: int = flag(0, "fixes weights, zeros and batches")
@@ -97,6 +100,7 @@ class PruneFlags:
     )
     data: str = flag("", "text (that of the run)")
     batch: int = flag(0, "sequences per step (that of the run)")
+    micro_batch: int = flag(0, "sequences at a time (as of the run)")
     device: str = flag("", "cpu or cuda (that of the run)")
     dtype: str = flag("", "float32 or bfloat16 (that of the run)")
     threads: int = flag(0, "CPU threads (those of the run)")

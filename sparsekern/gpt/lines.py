@@ -35,6 +35,20 @@ def plan(
     return "\n".join(f"{name:<7}{text}" for name, text in rows.items())
 
 
+def graphs(why_not: str | None, is_compiled: bool) -> str:
+    """How the steps are taken on a GPU."""
+    if why_not:
+        return f"steps  eager: {why_not}"
+    blocks = "; the blocks are compiled first, which takes a while" if is_compiled else ""
+    return f"steps  captured in CUDA graphs{blocks}"
+
+
+def eager(error: Exception) -> str:
+    """Steps are not captured after all."""
+    first = (str(error).strip() or "no reason given").splitlines()[0]
+    return f"steps  eager from here on, no CUDA graph: {type(error).__name__}: {first}"
+
+
 def no_sparsity(path: str) -> str:
     return f"config {path} has no sparsity block: a dense run"
 
@@ -50,16 +64,20 @@ def finished(steps: int) -> str:
     return f"done   all {steps} steps were made before; --resume --steps MORE goes on"
 
 
-def evaluation(config: TrainConfig, losses: list[float], found: dict, shows_sparsity: bool) -> str:
-    """`losses` of the steps so far, and the evaluation after them."""
-    step = len(losses)
+def evaluation(
+    config: TrainConfig, losses: list[float], evaluations: list[dict], shows_sparsity: bool
+) -> str:
+    """Of the last evaluation: `losses` of the steps so far, and the speed since the one before."""
+    step, found = len(losses), evaluations[-1]
     line = f"step {step:>5}/{config.steps}   validation loss {found['loss']:.3f}"
     if shows_sparsity:
         line += f"   sparsity {found['sparsity']:.1%}"
     if not losses:
         return line
     recent = statistics.mean(losses[-config.eval_every :])
-    speed = config.batch * config.context * step / found["seconds"]
+    before = evaluations[-2] if len(evaluations) > 1 else {"step": 0, "seconds": 0.0}
+    steps, seconds = step - before["step"], found["seconds"] - before["seconds"]
+    speed = config.batch * config.context * steps / seconds
     return f"{line}   training loss {recent:.3f}   {speed:>7,.0f} tokens/s"
 
 

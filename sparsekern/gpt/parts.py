@@ -2,17 +2,30 @@
 
 from pathlib import Path
 
-from ..sparsity import GMP, Group, RigL
+import torch
+from torch import Tensor
+
+from ..sparsity import GMP, Algorithm, Group, RigL
 from ..sparsity.pattern import check_same_on_all_ranks
 from .build import build_optimizer, model_from_state
+from .captured import CapturedStep, why_eager
 from .checkpoint import about
 from .config import TrainConfig
 from .distributed import Ranks, load_optimizer, whole_state
 from .flops import linear_sparsity
+from .speed import compiled_blocks
+
+COMPILED_STEPS = 1000  # shorter runs do not win back the time that torch.compile takes
+
+
+def is_compiled(config: TrainConfig) -> bool:
+    """Whether the blocks are compiled, where steps are captured in CUDA graphs."""
+    return config.steps >= COMPILED_STEPS
 
 
 class Parts:
-    """`wrapped` is the model to call in training, `model` the GPT in it."""
+    """`wrapped` is the model to call in training, `model` the GPT in it. `captured` takes the steps
+    where it is not None."""
 
     def __init__(
         self,
@@ -27,6 +40,7 @@ class Parts:
         algorithm. `path`: the file that they are from."""
         self._config, self._settings, self._ranks = config, settings, ranks
         self._place(vocab_size, state, path)
+        self.captured = None if why_eager(ranks) else self._captured()
 
     def _place(self, vocab_size: int, state: dict, path: Path | None = None) -> None:
         config = self._config
@@ -55,11 +69,33 @@ class Parts:
                 self.algorithm.load_state_dict(state["algorithm"])
         check_same_on_all_ranks(self.algorithm.layers)
 
+    def _captured(self) -> CapturedStep:
+        config = self._config
+        stepper = compiled_blocks(self.model) if is_compiled(config) else self.model
+        parts = self.model, stepper, self.optimizer, self.algorithms
+        return CapturedStep(*parts, getattr(torch, config.dtype), config.micro_batch)
+
+    @property
+    def is_replayed(self) -> bool:
+        """Whether the step under way is a replay, whose numbers nobody waits for."""
+        return bool(self.captured and self.captured.is_replayed)
+
+    def stop_capturing(self) -> None:
+        """Take this step, from its beginning, and all that follow without CUDA graphs."""
+        if self.captured:
+            self.captured.drop()
+        self.captured = None
+        for algorithm in self.algorithms:
+            algorithm._before_step()  # forgets the gradients that RigL has seen of the step
+
     def state(self) -> dict:
         """What `state` of a new one may be, in whole tensors. All ranks must call it together."""
+        optimizer = whole_state(self.optimizer.state_dict())
+        for group in optimizer["param_groups"]:
+            group["lr"] = float(group["lr"])  # a tensor where steps are captured
         return {
             "model": whole_state(dict(self.model.state_dict())),
-            "optimizer": whole_state(self.optimizer.state_dict()),
+            "optimizer": optimizer,
             "algorithm": self.algorithm.state_dict() if self.algorithm else {},
         }
 
@@ -70,17 +106,26 @@ class Parts:
     @property
     def needs_dense_gradient(self) -> bool:
         """Whether the next update looks at the gradients of weights that are not stored."""
-        if not self.algorithm:
-            return False
-        parts = self.algorithm.algorithms if isinstance(self.algorithm, Group) else [self.algorithm]
-        return any(isinstance(part, RigL) and part.is_due for part in parts)
+        return any(isinstance(part, RigL) and part.is_due for part in self.algorithms)
+
+    @property
+    def algorithms(self) -> list[Algorithm]:
+        """Those of a Group one by one."""
+        if isinstance(self.algorithm, Group):
+            return self.algorithm.algorithms
+        return [self.algorithm] if self.algorithm else []
 
     def set_learning_rate(self, rate: float) -> None:
         for group in self.optimizer.param_groups:
-            group["lr"] = rate
+            if isinstance(group["lr"], Tensor):
+                group["lr"].fill_(rate)
+            else:
+                group["lr"] = rate
 
     def update(self) -> None:
         """The optimizer's step, and with it the algorithm's."""
+        if self.captured:
+            return self.captured.update()
         before = self.sparsity
         self.optimizer.step()
         if self._is_rebuilt:

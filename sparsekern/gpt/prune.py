@@ -27,7 +27,7 @@ from .start import begin
 LEAST_TWO_WAY = 1 - TwoWay.densest
 METHODS = dict(zip(PRUNE_METHODS, (Magnitude, Wanda, SparseGPT), strict=True))
 TABLE = "prune.json"
-FROM_RUN = ("data", "batch", "threads", "device", "dtype", "eval_batches")
+FROM_RUN = ("data", "batch", "micro_batch", "threads", "device", "dtype", "eval_batches")
 LATENCY_ROUNDS = 9
 
 
@@ -105,6 +105,7 @@ def prune(config: PruneConfig) -> list[dict]:
     if rows and state["data_crc32"] != run.text.crc32:
         raise ValueError(f"data: {run.config.data} changed since {path} was written")
     with Progress(config.steps, sum(row["steps"] for row in rows)) as progress:
+        run.tell = progress.line
         for index in range(len(rows), len(targets) + 1):
             steps = config.steps * index // len(targets) - sum(row["steps"] for row in rows)
             run.restart(_recovery(config, trained, index, steps), state)
@@ -221,7 +222,8 @@ def _rewind(model: nn.Module, early: dict[str, Tensor]) -> None:
 
 def _recover(run: Run, steps: int, progress: Progress) -> None:
     for _ in range(steps):
-        run.update(run.compute_gradients())
+        run.compute_gradients()
+        run.update()
         progress.advance()
     if steps:
         run.evaluate()

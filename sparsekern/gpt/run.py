@@ -2,13 +2,16 @@
 
 import math
 import time
+from collections.abc import Callable
 from dataclasses import asdict, dataclass, field, fields, replace
 from importlib.util import find_spec
 from pathlib import Path
 
 import torch
+from torch import Tensor
 
 from ..weights import save_weights
+from . import lines
 from .build import learning_rate, model_from_state
 from .checkpoint import CHECKPOINT, WEIGHTS, save_checkpoint
 from .config import TrainConfig
@@ -17,6 +20,7 @@ from .distributed import Ranks, whole_state
 from .flops import dense_gradient_flops_per_token, train_flops_per_token
 from .model import GPT
 from .parts import Parts
+from .reading import Reading
 from .step import compute_gradients, evaluate
 
 
@@ -42,7 +46,11 @@ class History:
 
 
 class Run:
-    """A training run between two steps. start.begin makes one."""
+    """A training run between two steps. start.begin makes one.
+
+    Where steps are captured in CUDA graphs, the loss of each is looked at when the next one is on
+    its way; else at once. settle() looks at all there are. `tell` is told what a user must know.
+    """
 
     def __init__(
         self,
@@ -60,7 +68,7 @@ class Run:
         self.history = history
         self.path = Path(config.out) / CHECKPOINT
         self.lengthened_from = 0  # steps that it had when it was finished before
-        self._gradient_s = 0.0  # of the step that is under way
+        self.tell: Callable[[str], None] = print
         self._place(state, path)
 
     def _place(self, state: dict, path: Path | None = None) -> None:
@@ -70,9 +78,13 @@ class Run:
         )
         vocab_size = self.text.tokenizer.vocab_size
         self.parts = Parts(config, self.settings, self.ranks, vocab_size, state, path)
+        self._under_way: Reading | None = None  # loss and norm of the step before its update
+        self._unread: Reading | None = None  # those of the step before
+        self._gradient_s = 0.0  # of the step that is under way
 
     def restart(self, config: TrainConfig, state: dict) -> None:
         """Begin anew on the same text, with other settings and the weights of `state`."""
+        self.parts.stop_capturing()  # its graphs have the memory of a step
         self.config = config
         self.history = History(source=self.history.source)
         self._place({"model": state["model"]})
@@ -88,7 +100,7 @@ class Run:
     @property
     def step(self) -> int:
         """Updates made so far."""
-        return len(self.history.losses)
+        return len(self.history.losses) + (self._unread is not None)
 
     @property
     def sparsity(self) -> float:
@@ -102,20 +114,28 @@ class Run:
 
     # A step
 
-    def compute_gradients(self) -> float:
-        """The first half of a step -> its loss. FloatingPointError unless that is finite, and the
-        gradient too."""
+    def compute_gradients(self) -> None:
+        """The first half of a step. FloatingPointError where a loss or gradient that is looked at
+        is not finite."""
         began = time.perf_counter()
         self.parts.set_learning_rate(learning_rate(self.config, self.step))
-        x, y = map(self.ranks.part, self.training.get(self.step))
-        loss, norm = compute_gradients(self.parts.wrapped, x, y, self.dtype)
-        found = self.ranks.mean(loss).item()
-        self.check_finite("loss", found)
-        self.check_finite("gradient norm", norm.item())
+        loss, norm = self._gradients(*map(self.ranks.part, self.training.get(self.step)))
+        self._under_way = Reading(self.ranks.mean(loss), norm)
+        self._note_last()
+        if not self.parts.is_replayed:
+            self._looked_at(self._under_way)
         self._gradient_s = time.perf_counter() - began
-        return found
 
-    def update(self, loss: float) -> None:
+    def _gradients(self, x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
+        if self.parts.captured:
+            try:
+                return self.parts.captured.compute_gradients(x, y)
+            except Exception as error:  # of a compiler, CUDA, or the step: then it comes again
+                self.parts.stop_capturing()
+                self.tell(lines.eager(error))
+        return compute_gradients(self.parts.wrapped, x, y, self.dtype, self.config.micro_batch)
+
+    def update(self) -> None:
         """The other half: the optimizer's step, the algorithm's with it, and a note of the loss."""
         began = time.perf_counter()
         model, sparsity = self.model.config, self.sparsity
@@ -123,15 +143,41 @@ class Run:
         if self.parts.needs_dense_gradient:
             flops += dense_gradient_flops_per_token(model, sparsity)
         self.history.flops += self.config.batch * self.config.context * flops
+        is_late = self.parts.is_replayed
         self.parts.update()
+        self._unread, self._under_way = self._under_way, None
+        if not is_late:
+            self._note_last()
         self.history.seconds.append(self._gradient_s + time.perf_counter() - began)
-        self.history.losses.append(loss)
+
+    def settle(self) -> None:
+        """Wait for all losses and gradient norms. FloatingPointError unless they are finite."""
+        began = time.perf_counter()
+        self._note_last()
+        if self._under_way:
+            self._looked_at(self._under_way)
+            self._gradient_s += time.perf_counter() - began
+        elif self.history.seconds:
+            self.history.seconds[-1] += time.perf_counter() - began
+
+    def _note_last(self) -> None:
+        """The loss of the step before, where it is not there yet."""
+        if self._unread:
+            reading, self._unread = self._unread, None
+            self.history.losses.append(self._looked_at(reading))
+
+    def _looked_at(self, reading: Reading) -> float:
+        """Its loss."""
+        loss, norm = reading.wait()
+        self.check_finite("loss", loss)
+        self.check_finite("gradient norm", norm)
+        return loss
 
     def evaluate(self) -> None:
+        self.settle()
         config, history = self.config, self.history
-        loss = evaluate(
-            self.model, self.validation, config.eval_batches, self.dtype, self.ranks.device
-        )
+        how = config.eval_batches, self.dtype, self.ranks.device, config.micro_batch
+        loss = evaluate(self.model, self.validation, *how)
         if config.parallel == "fsdp":
             self.model.reshard()  # a forward pass alone leaves whole weights, which do not train
         self.check_finite("validation loss", loss)
@@ -149,6 +195,7 @@ class Run:
 
     def state(self) -> dict:
         """The contents of a checkpoint, in whole tensors. All ranks must call it together."""
+        self.settle()
         return {
             "config": self.about()["config"],
             "sparsity": self.settings,

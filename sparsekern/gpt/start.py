@@ -34,6 +34,11 @@ def begin(
     ranks = Ranks(config.parallel, config.device)
     if config.batch % ranks.size:
         raise ValueError(f"batch: expected a multiple of {ranks.size}, got {config.batch}")
+    if config.micro_batch and config.batch // ranks.size % config.micro_batch:
+        raise ValueError(
+            f"micro_batch: expected a divisor of the {config.batch // ranks.size} sequences of "
+            f"each process, got {config.micro_batch}"
+        )
     if ranks.rank == 0:
         check_writable("out", path)
     text = _text(config, saved or source, tell)

@@ -1,7 +1,7 @@
 """One training step and an evaluation, as functions of tensors.
 
-The host reads no number of `compute_gradients`: what captures a step in a CUDA graph, compiles it
-or adds up the gradients of several batches has its place here, and Run alone reads the results.
+The host reads no number of `compute_gradients`, nor of its parts, which captured.py captures in
+CUDA graphs. Run alone reads the results.
 """
 
 import torch
@@ -16,15 +16,40 @@ EVAL_BATCHES = 4
 
 
 def compute_gradients(
-    model: nn.Module, x: Tensor, y: Tensor, dtype: torch.dtype = torch.float32
+    model: nn.Module,
+    x: Tensor,
+    y: Tensor,
+    dtype: torch.dtype = torch.float32,
+    micro_batch: int = 0,
 ) -> tuple[Tensor, Tensor]:
-    """Forward, backward and clipping of one batch -> loss and gradient norm before clipping."""
+    """Forward, backward and clipping of one batch -> loss and gradient norm before clipping.
+
+    `micro_batch` sequences at a time, 0 for all at once: their gradients are added up in place."""
     model.zero_grad()
+    parts = micro_batches(x, y, micro_batch)
+    losses = [add_gradients(model, *part, 1 / len(parts), dtype) for part in parts]
+    return sum(losses[1:], losses[0]), clip(model)
+
+
+def micro_batches(x: Tensor, y: Tensor, size: int) -> list[tuple[Tensor, Tensor]]:
+    """x and y, `size` sequences at a time; 0: all."""
+    size = size or len(x)
+    return list(zip(x.split(size), y.split(size), strict=True))
+
+
+def add_gradients(
+    model: nn.Module, x: Tensor, y: Tensor, share: float, dtype: torch.dtype
+) -> Tensor:
+    """Forward and backward of one micro-batch, `share` of its batch -> its part of the loss."""
     with torch.autocast(x.device.type, dtype, enabled=dtype != torch.float32):
-        loss = model(x, y)[1]
+        loss = model(x, y)[1] * share
     loss.backward()
-    norm = nn.utils.clip_grad_norm_(model.parameters(), GRADIENT_CLIP)
-    return loss.detach(), whole_state(norm)
+    return loss.detach()
+
+
+def clip(model: nn.Module) -> Tensor:
+    """Clip the gradients in place -> their norm before."""
+    return whole_state(nn.utils.clip_grad_norm_(model.parameters(), GRADIENT_CLIP))
 
 
 @torch.no_grad()
@@ -34,6 +59,7 @@ def evaluate(
     count: int = EVAL_BATCHES,
     dtype: torch.dtype = torch.float32,
     device: torch.device | str = "cpu",
+    micro_batch: int = 0,
 ) -> float:
     """Mean loss in nats per token over the same `count` batches at each call."""
     model.eval()
@@ -41,6 +67,6 @@ def evaluate(
     with torch.autocast(torch.device(device).type, dtype, enabled=dtype != torch.float32):
         for i in range(count):
             x, y = (t.to(device) for t in batches.get(i))
-            losses.append(model(x, y)[1].item())
+            losses += [model(*part)[1].item() for part in micro_batches(x, y, micro_batch)]
     model.train()
     return sum(losses) / len(losses)

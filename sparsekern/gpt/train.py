@@ -10,10 +10,12 @@ import torch
 from ..files import atomic_write
 from ..terminal import Progress
 from . import lines
+from .captured import why_eager
 from .config import TrainConfig
 from .distributed import is_first_rank
 from .flops import flop_ratio, train_flops_per_token
 from .memory import peak_memory_bytes
+from .parts import is_compiled
 from .run import Run
 from .start import begin
 
@@ -39,8 +41,9 @@ def train(config: TrainConfig, deadline: float = math.inf) -> dict:
     start = run.step
     with Progress(config.steps, start, is_shown=is_first_rank()) as progress:
         progress.line(_plan(run))
+        run.tell = progress.line
         while run.step < config.steps:
-            loss = run.compute_gradients()
+            run.compute_gradients()
             is_late = time.monotonic() > deadline
             # Saved before the update: these weights have just shown a finite loss and gradient.
             if run.step > start and (is_late or run.step % config.checkpoint_every == 0):
@@ -51,7 +54,7 @@ def train(config: TrainConfig, deadline: float = math.inf) -> dict:
             if run.step % config.eval_every == 0 and not run.is_evaluated:
                 run.evaluate()
                 progress.line(_evaluation(run))
-            run.update(loss)
+            run.update()
             progress.advance()
         if start < config.steps:
             run.evaluate()
@@ -78,6 +81,8 @@ def _plan(run: Run) -> str:
         run.step,
         run.ranks.size,
     )
+    if run.ranks.device.type == "cuda":
+        text += "\n" + lines.graphs(why_eager(run.ranks), is_compiled(config))
     if config.sparsity_config and run.settings is None:
         text += "\n" + lines.no_sparsity(config.sparsity_config)
     if run.lengthened_from:
@@ -91,7 +96,7 @@ def _evaluation(run: Run) -> str:
     algorithm = run.parts.algorithm
     shows_sparsity = bool(algorithm and algorithm.resizes)
     history = run.history
-    return lines.evaluation(run.config, history.losses, history.evaluations[-1], shows_sparsity)
+    return lines.evaluation(run.config, history.losses, history.evaluations, shows_sparsity)
 
 
 def _parameters(run: Run) -> int:

@@ -99,6 +99,23 @@ def _check_densities(name: str, value: Any, count: int) -> None:
         raise ValueError(f"{name[:80]}: expected {count} densities or null, got {str(value)[:40]}")
 
 
+@cache
+def _least_sizes() -> dict:
+    return json.loads(Path(__file__).with_name("least_sizes.json").read_text())
+
+
+def least_size(machine: str, dtype: torch.dtype, M: int, kernel: str) -> int | None:
+    """How many rows and columns of W it takes at least for `kernel` to be no slower than W written
+    out, for M tokens; None where it never is, or where that was not measured.
+
+    machine is a compute capability like "sm_90". Between two measured numbers of tokens the smaller
+    counts. sparsekern/bench/least_size_gpu.py measures it.
+    """
+    entry = _least_sizes().get(kernel, {}).get(machine, {})
+    pairs = entry.get(str(dtype).removeprefix("torch."), ())
+    return next((size for tokens, size in reversed(pairs) if M >= tokens), None)
+
+
 def density_limit(
     machine: str, dtype: torch.dtype, M: int, kernel: str, other: str
 ) -> float | None:

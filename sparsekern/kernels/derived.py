@@ -14,8 +14,10 @@ tensors live. Three rules hold for everything that is derived:
 """
 
 import copy
+import threading
 import weakref
 from collections.abc import Callable, Hashable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from typing import Any, TypeVar
 
@@ -91,10 +93,14 @@ def derived(
                 "preparation: call the product once before the capture, as for any warm-up"
             )
         check_pattern_arrays(row_offsets, col_indices, n, col_indices.device)
-        with torch.inference_mode(False):  # whose tensors nobody may write to later on
-            copies = row_offsets.clone(), col_indices.clone()
-            check_pattern(*copies, n, k)
-            thing = make(*copies)
+
+        def make_checked() -> T:
+            with torch.inference_mode(False):  # whose tensors nobody may write to later on
+                copies = row_offsets.clone(), col_indices.clone()
+                check_pattern(*copies, n, k)
+                return make(*copies)
+
+        thing = to_keep(col_indices.device, make_checked)
         if slot.is_captured:
             slot.replaced = slot.thing
         slot.thing, slot.versions, slot.is_captured = thing, now, False
@@ -102,6 +108,26 @@ def derived(
         slot.is_captured = True
         note_capture(col_indices)
     return slot.thing
+
+
+_keeper = ThreadPoolExecutor(1, "sparsekern-keeper")
+_here = threading.local()
+
+
+def to_keep(device: torch.device, make: Callable[[], T]) -> T:
+    """make(), whose tensors outlive the call. On a GPU in a thread for that: while torch.compile
+    warms a CUDA graph up (mode="reduce-overhead"), what its thread allocates belongs to the graph,
+    which takes it back."""
+    if device.type != "cuda" or getattr(_here, "is_keeper", False):
+        return make()
+    stream = torch.cuda.current_stream(device)
+
+    def make_there() -> T:
+        _here.is_keeper = True
+        with torch.cuda.stream(stream), torch.no_grad():
+            return make()
+
+    return _keeper.submit(make_there).result()
 
 
 def ensure_checked(row_offsets: Tensor, col_indices: Tensor, n: int, k: int) -> None:

@@ -6,14 +6,17 @@ to the functions here, which name what is wrong. Indices inside the arrays are c
 something is made from them (derived.py, csrc/pattern).
 """
 
+from types import ModuleType
+
 import torch
 from torch import Tensor
 
+native: ModuleType | None = None  # the library, where it can read tensors
 try:
     from .. import _C
 
     _C.read_tensors_of(Tensor)
-    fitting_tokens = _C.fitting_tokens
+    native, fitting_tokens = _C, _C.fitting_tokens
 except (ImportError, AttributeError):  # not built, or a torch without the table that it reads
 
     def fitting_tokens(*operands) -> None:

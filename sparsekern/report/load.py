@@ -11,12 +11,15 @@ from ..bench.runs import nested
 PRODUCTS = "products"  # bench/run.py, python -m sparsekern bench
 CELLS = "cells"  # bench/run_gpu.py
 GENERATION = "generation"  # bench/bench_generate.py
+TRAINING = "training"  # bench/run_gpu.py: the three products of a layer alone
 EXPERIMENTS = "experiments"  # bench/experiments.py
+PASSES = {"spmm": "forward", "spmm_t": "input gradient", "sddmm": "gradient of W"}
 KINDS = {
     "products": PRODUCTS,
     "decode": CELLS,
     "crossover": CELLS,
     "train": PRODUCTS,
+    "train-products": TRAINING,
     "generate": GENERATION,
     "experiments": EXPERIMENTS,
 }
@@ -60,9 +63,12 @@ class Result:
 
     @cached_property
     def data(self) -> dict:
-        """The runs of experiments by their names, or those of generation, of each side the best."""
+        """The runs of experiments by their names, or the products of training, or the runs of
+        generation, of each side the best."""
         if self.kind == EXPERIMENTS:
             return nested(self.run)
+        if self.kind == TRAINING:
+            return {"products": [case for case in derived(self.run) if case["op"] in PASSES]}
         cases = derived(self.run) if self.kind == GENERATION else ()
         return {"runs": [_generation(case) for case in cases]}
 

@@ -1,18 +1,19 @@
 """Sections about products of a linear layer: CPUs, GPUs, and the ceilings of both."""
 
+from collections.abc import Iterable
+from statistics import geometric_mean
+
+from ..bench.rates import together
 from ..bench.records import groups, select, sparsities_of
 from . import plots
 from .curves import Curve, at_90, common, curve, curves, plain, span, starts, tokens
-from .load import Result
+from .load import PASSES, TRAINING, Result
 from .measured import processor_of
 from .view import FEW, MANY, Panel, Section, View, cpu_products, is_of_a_gpu, threads_of
 
-PASSES = {
-    "spmm": "forward",
-    "spmm_t": "input gradient",
-    "sddmm": "gradient of W",
-    "linear": "whole linear step",
-}
+WHOLE = "all three"
+FP8 = {"fp8": "FP8, cast before", "fp8, with its casts": "FP8, casts included"}
+LINES = PASSES | {"linear": "whole linear step"}
 
 
 def on_a_cpu(view: View) -> Section | None:
@@ -22,7 +23,7 @@ def on_a_cpu(view: View) -> Section | None:
     panels = []
     forward = curves(select(records, op="spmm"), lambda r: r["M"], tokens)
     many = [r for r in records if r["M"] >= MANY and r["op"] != "spmm"]
-    passes = {PASSES[op]: curve(common(select(many, op=op))) for op in PASSES if op != "spmm"}
+    passes = {LINES[op]: curve(common(select(many, op=op))) for op in LINES if op != "spmm"}
     passes = {name: each for name, each in passes.items() if len(each) > 1}
     for what, found in (("Forward products", forward), ("The products of training", passes)):
         if found:
@@ -169,8 +170,8 @@ def many_tokens_on_a_gpu(view: View) -> Section | None:
         products = [r for r in plain(view.gpu.records) if r["M"] > FEW]
         for (op, M), found in sorted(groups(products, lambda r: r["op"], lambda r: r["M"]).items()):
             each = curve(common(found))
-            if len(each) > 1 and op in PASSES:
-                lines[f"{PASSES[op]}, {M:,}"] = each
+            if len(each) > 1 and op in LINES:
+                lines[f"{LINES[op]}, {M:,}"] = each
     if lines:
         title = f"Products of {FEW + 1} and more tokens {starts(lines)}"
         panels.append(Panel(title, plots.speedups(lines), [view.gpu]))
@@ -191,6 +192,42 @@ def many_tokens_on_a_gpu(view: View) -> Section | None:
         title += ": dense wins, and so in training"
         text += " Tensor cores do so much dense arithmetic that skipping zeros does not pay."
     return Section(title, text, panels)
+
+
+def products_of_training(view: View) -> Section | None:
+    """Forward and both gradients on a GPU, under free and two-way masks, and dense FP8."""
+    result = view.last(lambda r: r.kind == TRAINING)
+    if not result:
+        return None
+    cases = result.data["products"]
+    rows: dict[str, dict[str, float]] = {name: {} for name in (*PASSES.values(), WHOLE)}
+
+    def note(name: str, who: str, ratios: Iterable[float | None]) -> None:
+        """Their geometric mean, where none is missing."""
+        found = list(ratios)
+        if None not in found:
+            rows[name][who] = geometric_mean(found)
+
+    for (mask,), found in groups(cases, lambda c: c["mask"]).items():
+        who = "two-way masks" if mask == "two-way" else "free masks"
+        for op, name in PASSES.items():
+            note(name, who, (c.get("speedup") for c in select(found, op=op)))
+        layers = groups(found, lambda c: c["N"], lambda c: c["K"]).values()
+        note(WHOLE, who, (together(layer, "sparsekern") for layer in layers))
+    for contender, who in FP8.items():
+        note(WHOLE, who, (together(layer, contender) for layer in layers))
+    whole = rows[WHOLE]
+    if not whole:
+        return None
+    first = cases[0]
+    return Section(
+        "The three products of training on a GPU: "
+        + ", ".join(f"{ratio:.2f} times dense with {who}" for who, ratio in whole.items()),
+        f"{result.about}. {tokens(first['M'])}, {first['sparsity']:.0%} zeros, geometric means of "
+        f"{len(layers)} layers, results held to float64. Two-way: at most two of four neighbours "
+        "are stored along both axes of W. FP8 is other work: dense, with operands of 8 bits.",
+        [Panel("", plots.bars({name: each for name, each in rows.items() if each}), [result])],
+    )
 
 
 def ceilings(view: View) -> Section | None:

@@ -3,7 +3,14 @@
 from collections.abc import Callable
 
 from .models import quality, training, wafer_prediction, writing
-from .products import ceilings, few_tokens_on_a_gpu, many_tokens_on_a_gpu, on_a_cpu, other_cpus
+from .products import (
+    ceilings,
+    few_tokens_on_a_gpu,
+    many_tokens_on_a_gpu,
+    on_a_cpu,
+    other_cpus,
+    products_of_training,
+)
 from .view import Section, View
 
 SECTIONS: tuple[Callable[[View], Section | None], ...] = (
@@ -11,6 +18,7 @@ SECTIONS: tuple[Callable[[View], Section | None], ...] = (
     other_cpus,
     few_tokens_on_a_gpu,
     many_tokens_on_a_gpu,
+    products_of_training,
     writing,
     training,
     ceilings,

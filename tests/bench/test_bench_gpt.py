@@ -8,7 +8,15 @@ import pytest
 import torch
 from test_bench_gpu import CallingClock
 
-from sparsekern.bench import gpt_gpu, measure, measure_gpu, records, work_gpu
+from sparsekern import SparseTensor
+from sparsekern.bench import (
+    gpt_gpu,
+    measure,
+    measure_gpu,
+    records,
+    train_products_gpu,
+    work_gpu,
+)
 from sparsekern.bench.rates import case_name, derive
 from sparsekern.bench.work_gpu import checked
 from sparsekern.gpt.model import GPT, GPTConfig
@@ -17,8 +25,11 @@ from sparsekern.report import models
 from sparsekern.report.load import load
 from sparsekern.report.nearest import choose, this
 from sparsekern.report.view import View
+from sparsekern.two_way import is_two_way
 from sparsekern.wafer import compare as wafer
 from sparsekern.wafer.machine import machine
+
+HUGE = GPTConfig(12, 12, 1536, 1024, 50304)
 
 
 @pytest.fixture
@@ -71,9 +82,33 @@ def test_a_captured_step_and_two_way_masks(step):
         assert derive(cell)["speedup"] == 2
 
 
+def test_a_step_of_several_batches_has_the_gradient_of_one(step, monkeypatch):
+    sizes = []
+
+    def seen(model, x, y, dtype, micro_batch):
+        sizes.append((len(x), micro_batch))
+        return compute_gradients(model, x, y, dtype, micro_batch)
+
+    monkeypatch.setattr(gpt_gpu, "compute_gradients", seen)
+    step = replace(step, sparsities=(0.75,), forms=(gpt_gpu.EAGER,), accumulated=3)
+    (cell,) = gpt_cells(step)
+    assert set(sizes) == {(6, 2)} and (cell["batch"], cell["micro_batch"], cell["M"]) == (6, 2, 48)
+    assert all(way["is_right"] for way in checked(cell)["ways"].values())
+
+
+def test_two_way_masks_of_tiles():
+    for n, k in ((48, 16), (16, 64), (8, 8)):
+        mask = gpt_gpu.TwoWayMask(0.75).mask("W", torch.empty(n, k))
+        assert mask.shape == (n, k) and mask.sum() == n * k // 4
+        W = SparseTensor.from_dense(mask.float(), mask)
+        assert is_two_way(W.row_offsets, W.col_indices, k)
+    with pytest.raises(ValueError, match="W: expected N and K with a common multiple of 4"):
+        gpt_gpu.TwoWayMask(0.75).mask("W", torch.empty(8, 6))
+
+
 def test_a_gpts_step_with_a_wrong_gradient_is_an_error(step, monkeypatch):
-    def skips_a_layer(model, x, y, dtype):
-        compute_gradients(model, x, y, dtype)
+    def skips_a_layer(model, *batch):
+        compute_gradients(model, *batch)
         for name, parameter in model.named_parameters():
             if name.endswith("down.values"):
                 parameter.grad.zero_()
@@ -99,19 +134,27 @@ def test_a_gpts_step_that_does_not_compile_is_named(step, monkeypatch):
 def test_all_that_a_gpu_measures_is_made(step, monkeypatch, tmp_path):
     """With the names of CUDA in work_gpu.py standing for a CPU."""
     monkeypatch.setattr(measure_gpu, "blas", lambda library: nullcontext())
-    monkeypatch.setattr(gpt_gpu, "QUICK", step)
-    for name, tokens in (("QUICK", (1, 5)), ("QUICK_STEP", (5,))):
-        grid = measure_gpu.Grid(((24, 16),), tokens, (0.5,), ("random",))
-        monkeypatch.setattr(work_gpu, name, grid)
+    grids = (
+        measure_gpu.Grid(((24, 16),), tokens, (0.5,), ("random",)) for tokens in ((1, 5), (5,))
+    )
+    sizes = train_products_gpu.Sizes(((24, 16),), 5, ())
+    work = work_gpu.Work(*grids, sizes, (step, replace(step, model="huge", config=HUGE)))
+    fitting, left_out = work.within(10**9)
+    assert left_out == {"huge": "its race takes 25 GB, the GPU has 1"} and fitting.steps == (step,)
     names = {"no_grad": torch.no_grad, "Generator": lambda device: torch.Generator()}
     names["bfloat16"] = torch.bfloat16
     names["device"] = lambda device: torch.device("cpu")
     names["cuda"] = SimpleNamespace(Stream=lambda: None, stream=lambda stream: nullcontext())
     monkeypatch.setattr(work_gpu, "torch", SimpleNamespace(**names))
     monkeypatch.setattr(work_gpu, "CudaClock", CallingClock)
-    work = work_gpu.work(quick=True)
-    made = [make() for make in work]
+    every = work_gpu.cases(fitting)
+    assert len(every) == fitting.count and 30 < fitting.expected_s < 60
+    made = [make() for make in every]
     ops = [case["op"] for case in made]
-    assert ops == ["spmm", "spmm", "spmm_t", "sddmm", "linear", "train_step", "train_step"]
+    both = [op for op in train_products_gpu.OPS for _ in ("free", "two-way")]
+    assert ops == ["spmm", "spmm", "spmm_t", "sddmm", "linear", *both, "train_step", "train_step"]
+    assert all(any("kernel" in way for way in case["ways"].values()) for case in made)
+    for case in map(derive, made):  # as the command shows and stores it
+        assert case["speedup"] and len(measure.row(case | {"is_noisy": False}))
     with pytest.raises(StopIteration):
-        work[-1]()
+        every[-1]()

@@ -33,6 +33,15 @@ def test_losses_are_called_losses(readme):
     assert readme.cell({0.7: 1.5}, 0.9) == "not measured"
 
 
+def test_the_newest_of_several_results_is_taken(readme, monkeypatch, tmp_path):
+    monkeypatch.setattr(readme, "BENCH", tmp_path)
+    assert readme.newest("gpu-train") == "gpu-train"
+    (tmp_path / "results").mkdir()
+    for name in ("gpu-train-2026-11-29", "gpu-train-2026-12-01", "gpu-train-products-2027-01-01"):
+        (tmp_path / "results" / f"{name}.csv").touch()
+    assert readme.newest("gpu-train") == "gpu-train-2026-12-01"
+
+
 @needs_results
 def test_every_row_names_one_record_for_each_sparsity(readme):
     row = readme.ROWS[1]

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from ..problem import Problem
 from .csr import is_nearly_empty
-from .layout import LANES, TYPES, Gpu, Launch, Layout, Packed, sort_rows
+from .layout import LANES, TILE_PAD, TYPES, Expansion, Gpu, Launch, Layout, Packed, sort_rows
 from .runs import FEW_TILES, MANY_TILES, RUN_WARPS, choose_runs, launch_runs
 
 try:
@@ -27,6 +27,7 @@ ROW_BLOCK = 128  # rows sorted by nnz: the fewest of a thread block
 RECORD_BYTES = 608
 DEPTH = 7  # records of a warp in shared memory or on their way there
 MOST_TOKENS = 32  # of one launch
+EXPAND_BYTES = LANES * (WINDOW + TILE_PAD) * 2 + RECORD_BYTES  # of a warp that writes W out
 
 
 def is_built() -> bool:
@@ -57,7 +58,8 @@ class Cover(Packed):
 
     def expansion(self):
         sizes = self.slices, self.windows
-        return "cover", sizes[0] * sizes[1], (self.records, self.steps, self.row_order), sizes
+        weight = self.records, self.steps, self.row_order
+        return Expansion("cover", sizes[0] * sizes[1], EXPAND_BYTES, weight, sizes)
 
     @property
     def windows(self) -> int:

@@ -16,6 +16,8 @@ from importlib.metadata import PackageNotFoundError, files
 import torch
 from torch import Tensor
 
+from ..derived import to_keep
+
 SONAME = "libcusparseLt.so.0"
 OLDEST = (0, 8, 0)  # before, a selection cannot be destroyed
 _BFLOAT16 = 14  # cudaDataType
@@ -243,7 +245,7 @@ def multiply(
     if key not in plans:
         while len(plans) >= MOST_PLANS:
             plans.pop(next(iter(plans)))
-        kept = None if bias is None else x.new_empty(n)
+        kept = None if bias is None else to_keep(x.device, lambda: x.new_empty(n))
         plans[key] = Plan(n, k, m, device, algorithm, kept)
     plan = plans[key]
     if bias is not None:

@@ -14,12 +14,15 @@ import torch
 from torch import Tensor
 
 from ...indices import expand_rows
-from .layout import LANES, TYPES, Gpu, Launch, Layout, Packed, sort_rows
+from .layout import LANES, TILE_PAD, TYPES, Expansion, Gpu, Launch, Layout, Packed, sort_rows
 
 GRANULE = 8  # entries of a lane
 BLOCK_PIECES = 16  # of a thread block: one a warp
 DEPTH = 4  # granules of a warp that are on their way
 MOST_TOKENS = 8  # of one launch
+PART_COLUMNS = 512  # of a slice that a warp writes out, or more
+TILE_COLUMNS = 128  # of these at a time, in shared memory
+EXPAND_BYTES = LANES * (TILE_COLUMNS + TILE_PAD) * 2 + LANES * 8
 MOST_BLOCKS = 2  # of a multiprocessor
 MANY_GRANULES = 40  # of a piece
 
@@ -55,9 +58,11 @@ class Gather(Packed):
         return (*tensors, self.starts, self.row_order), sizes
 
     def expansion(self):
-        tensors = self.values, self.deltas, self.bounds, self.slice_of, self.starts, self.row_order
-        pieces = self.slice_of.shape[0]
-        return f"d{self.bits}", pieces, tensors, (pieces,)
+        each = -(-self.slice_of.shape[0] // self.slices)  # pieces of a slice: no part without one
+        parts = min(-(-self.k // PART_COLUMNS), each)
+        tensors = self.values, self.deltas, self.bounds, self.first_piece, self.starts
+        weight, sizes = (*tensors, self.row_order), (self.slices, parts)
+        return Expansion(f"d{self.bits}", self.slices * parts, EXPAND_BYTES, weight, sizes)
 
     def parts(self):
         if self.bits not in (4, 8):

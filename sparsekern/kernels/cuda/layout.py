@@ -22,7 +22,8 @@ from .library import start
 
 # tests/kernels/cuda/test_constants.py holds constants of this folder to those of csrc/cuda.
 LANES = 32  # rows of a slice: one warp
-EXPAND_WARPS = 8
+EXPAND_WARPS = 4
+TILE_PAD = 8  # elements of shared memory beside a row of what is written out
 TYPES = {torch.bfloat16: "bf16", torch.float16: "f16"}
 
 
@@ -44,6 +45,16 @@ class Launch(NamedTuple):
     tokens: int  # the most of the kernel
     group_warps: int = 0  # of runs: warps that share x
     shares: int = 0  # of runs: most that share rows
+
+
+class Expansion(NamedTuple):
+    """The kernel that writes W out."""
+
+    kernel: str
+    warps: int
+    warp_bytes: int  # of shared memory
+    weight: tuple[Tensor, ...]
+    sizes: tuple[int, ...]  # beside K
 
 
 @cache
@@ -77,8 +88,8 @@ class Packed:
         """What the kernel reads of W, and the sizes that it is told beside tokens, N and K."""
         raise NotImplementedError
 
-    def expansion(self) -> tuple[str, int, tuple[Tensor, ...], tuple[int, ...]]:
-        """The kernel that writes W out, how many warps it takes, what it reads, its sizes."""
+    def expansion(self) -> "Expansion":
+        """How W is written out."""
         raise NotImplementedError
 
     def run(self, launch: Launch, x: Tensor, bias: Tensor | None, y: Tensor) -> None:
@@ -102,11 +113,13 @@ class Packed:
 
     def expand(self) -> Tensor:
         """W [N, K], dense: a missing entry is +0, a stored zero -0."""
-        w = torch.zeros(self.n, self.k, dtype=self.dtype, device=self.arrived.device)
-        if self.nnz:
-            kernel, warps, weight, sizes = self.expansion()
-            grid, block = -(-warps // EXPAND_WARPS), EXPAND_WARPS * LANES
-            start(f"sk_expand_{kernel}", grid, block, 0, (*weight, w), self.k, *sizes)
+        w = torch.empty(self.n, self.k, dtype=self.dtype, device=self.arrived.device)
+        if w.numel() == 0 or self.nnz == 0:
+            return w.zero_()
+        kernel, warps, warp_bytes, weight, sizes = self.expansion()
+        grid, block = -(-warps // EXPAND_WARPS), EXPAND_WARPS * LANES
+        smem = EXPAND_WARPS * warp_bytes
+        start(f"sk_expand_{kernel}", grid, block, smem, (*weight, w), self.k, *sizes)
         return w
 
     def tensors(self) -> dict[str, Tensor]:

@@ -6,7 +6,7 @@ folder by the sources, the architecture and NVRTC's version, and compiled anew w
 is damaged or others could have written it. Either way
 
     function("sk_spmm_gather_bf16_d4", x.device.index)(
-        (columns, splits), 256, smem_bytes, current_stream(x.device.index), x.data_ptr(), n
+        (columns, splits), 256, smem_bytes, current_stream(x.device.index), x, n
     )
 
 launches. After its first call on a device (a warm-up) a launch allocates nothing on the GPU and
@@ -19,13 +19,14 @@ import struct
 import threading
 import warnings
 from collections.abc import Callable
-from functools import cache
+from functools import cache, partial
 from importlib.util import find_spec
 from pathlib import Path
 
 import torch
 
 from ...files import read_cached, write_cached
+from ..operands import native
 
 PACKAGE = Path(__file__).parents[2]
 LIBRARY = PACKAGE / "_sk_cuda.so"
@@ -34,53 +35,71 @@ SOURCE_FOLDERS = (PACKAGE / "csrc" / "cuda", PACKAGE.parent / "csrc" / "cuda")
 EVERY_KERNEL_SMEM_BYTES = 48 * 1024  # what needs no raised limit
 NVRTC_OPTIONS = ("-std=c++17",)
 
-# (grid x, grid y, block, smem_bytes, stream, address of the array of addresses of the arguments)
-Start = Callable[[int, int, int, int, int, int], None]
+# (grid x, grid y, block, smem_bytes, stream, *arguments): a launch on the current device.
+Start = Callable[..., None]
 
 
 class Launcher:
-    """A kernel on a device. `launcher(grid, block, smem_bytes, stream, *args)` launches it.
+    """A kernel on a device. `launcher(grid, block, smem_bytes, stream, *arguments)` launches it.
 
-    grid is (x, y), block a number of threads, stream a handle. args are addresses
-    (`tensor.data_ptr()`) and ints of 32 bits, as many as the kernel has parameters. RuntimeError
-    names the kernel and CUDA's error.
+    grid is (x, y), block a number of threads, stream a handle. The arguments are tensors or their
+    addresses, None for a null pointer, and ints of 32 bits, as many as the kernel has parameters.
+    RuntimeError names the kernel and CUDA's error.
     """
+
+    def __init__(self, device: int, start: Start):
+        self.device = device
+        self._start = start
+
+    def __call__(
+        self,
+        grid: tuple[int, int],
+        block: int,
+        smem_bytes: int,
+        stream: int,
+        *arguments: torch.Tensor | int | None,
+    ) -> None:
+        if torch.cuda.current_device() == self.device:
+            self._start(*grid, block, smem_bytes, stream, *arguments)
+        else:
+            with torch.cuda.device(self.device):
+                self._start(*grid, block, smem_bytes, stream, *arguments)
+
+
+class Collected:
+    """Start of a kernel that wants the address of an array of addresses, of its arguments."""
 
     def __init__(
         self,
         name: str,
-        device: int,
-        start: Start,
+        start: Callable[[int, int, int, int, int, int], None],
         signature: str | None = None,
         enter: Callable[[], None] | None = None,
     ):
         """`enter` is called in each thread before its first launch. Where the signature is not
         known, the first launch tells the number of arguments."""
         self.name = name
-        self.device = device
         self._start = start
         self._signature = signature
         self._enter = enter
         self._arguments: _Arguments | None = None
 
     def __call__(
-        self, grid: tuple[int, int], block: int, smem_bytes: int, stream: int, *args: int
+        self, grid_x: int, grid_y: int, block: int, smem_bytes: int, stream: int, *given
     ) -> None:
-        if torch.cuda.current_device() != self.device:
-            with torch.cuda.device(self.device):
-                return self(grid, block, smem_bytes, stream, *args)
         if self._arguments is None:
-            signature = "?" * len(args) if self._signature is None else self._signature
+            signature = "?" * len(given) if self._signature is None else self._signature
             self._arguments = _Arguments(signature, self._enter)
         arguments = self._arguments
+        numbers = [t.data_ptr() if isinstance(t, torch.Tensor) else t or 0 for t in given]
         try:
-            arguments.pack(arguments.values, 0, *args)
+            arguments.pack(arguments.values, 0, *numbers)
         except struct.error as error:
             raise TypeError(
                 f"{self.name}: expected {len(arguments.signature)} arguments, "
-                f"'{arguments.signature}' (P an address, i an int32), got {args}"
+                f"'{arguments.signature}' (P a tensor, an address or None, i an int32), got {given}"
             ) from error
-        self._start(*grid, block, smem_bytes, stream, arguments.address)
+        self._start(grid_x, grid_y, block, smem_bytes, stream, arguments.address)
 
 
 class _Arguments(threading.local):
@@ -130,13 +149,16 @@ class LibraryRoute:
         signature = self._library.sk_signature(encoded)
         if signature is None:
             raise ValueError(f"kernel: expected one of {', '.join(self.kernels())}, got {name}")
+        if native:
+            functions = (ctypes.cast(f, ctypes.c_void_p).value for f in (launch, text_of))
+            return Launcher(device, native.launcher(*functions, name, signature.decode()))
 
         def start(grid_x, grid_y, block, smem_bytes, stream, args):
             code = launch(encoded, grid_x, grid_y, block, smem_bytes, stream, args)
             if code:
                 raise RuntimeError(f"{name}: {text_of(code).decode()} (CUDA error {code})")
 
-        return Launcher(name, device, start, signature.decode())
+        return Launcher(device, Collected(name, start, signature.decode()))
 
     def __str__(self) -> str:
         return f"built with nvcc, {len(self.kernels())} kernels"
@@ -178,7 +200,8 @@ class NvrtcRoute:
                 raise RuntimeError(f"{name}: {error}") from error
 
         # The driver wants a current context, and torch may have made none in this thread.
-        return Launcher(name, device, start, enter=lambda: self._runtime.setDevice(device))
+        enter = partial(self._runtime.setDevice, device)
+        return Launcher(device, Collected(name, start, enter=enter))
 
     def _module(self, source: Path, device: int) -> int:
         if (source, device) not in self._modules:
@@ -270,15 +293,14 @@ def start(
     tensors: tuple[torch.Tensor | None, ...],
     *sizes: int,
 ) -> None:
-    """Launch a kernel on torch's current stream: its arguments are the addresses of the tensors, 0
-    for None, and the sizes."""
+    """Launch a kernel on torch's current stream: its arguments are the tensors and the sizes."""
     device = tensors[0].device.index
     function(name, device)(
         (grid, 1),
         block,
         smem_bytes,
         current_stream(device),
-        *[0 if tensor is None else tensor.data_ptr() for tensor in tensors],
+        *tensors,
         *sizes,
     )
 

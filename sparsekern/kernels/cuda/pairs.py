@@ -15,7 +15,7 @@ from torch import Tensor
 from ...indices import expand_rows
 from ..problem import Problem
 from .csr import is_nearly_empty
-from .layout import LANES, TYPES, Gpu, Launch, Layout, Packed
+from .layout import LANES, TILE_PAD, TYPES, Expansion, Gpu, Launch, Layout, Packed
 from .runs import MANY_TILES, RUN_WARPS, TILE_COLUMNS, choose_runs, launch_runs
 
 STEP = 64  # columns
@@ -24,6 +24,9 @@ HEAD = LANES + LANES // 2  # words of a step before its values: masks, starts
 MOST_WORDS = 2**31 - 2**12
 BUFFER_BYTES = 4352  # of words, two a warp, each with a barrier of 8 bytes
 WINDOW = 64  # tokens times steps of x
+EXPAND_BYTES = (
+    LANES * (STEP + TILE_PAD) * 2 + (HEAD + SLOTS * LANES) * 4
+)  # of a warp that writes W out
 
 
 @dataclass(frozen=True)
@@ -47,8 +50,8 @@ class Pairs(Packed):
         return (self.words, self.steps), sizes
 
     def expansion(self):
-        sizes = self.slices, self.row_steps
-        return "pairs", sizes[0] * sizes[1], (self.words, self.steps), sizes
+        weight, sizes = (self.words, self.steps), (self.n, self.slices, self.row_steps)
+        return Expansion("pairs", self.slices * self.row_steps, EXPAND_BYTES, weight, sizes)
 
     @property
     def row_steps(self) -> int:

@@ -16,11 +16,12 @@ every column that is multiplied at all. They are computed anew (mend.cu).
 """
 
 from dataclasses import dataclass
-from functools import cache
+from functools import cache, lru_cache
 
 import torch
 from torch import Tensor
 
+from ..crossover import least_size
 from ..derived import derived
 from ..problem import Kernel, Problem
 from . import bitmap as bitmaps
@@ -29,7 +30,7 @@ from . import library as cuda_library
 from .algorithms import NONE_RIGHT, algorithm_of
 from .bitmap import Bitmap
 
-LEAST_TOKENS, LEAST_SIZE = 1024, 1024  # below, W written out is as fast
+MACHINE = "sm_90"  # it was tried there alone
 MULTIPLE_OF_TOKENS, MULTIPLE = 8, 16  # what cuSPARSELt takes: of M, and of N and K
 
 
@@ -72,8 +73,10 @@ def with_free_places(stored: Tensor) -> Tensor:
 
 def rows_of_all_columns(two: Tensor) -> int:
     """How many of the first rows hold every column that any row holds."""
-    first = two.to(torch.uint8).argmax(0)[two.any(0)]
-    return 1 + int(first.max()) if len(first) else 0
+    n = len(two)
+    rows = torch.arange(n, device=two.device).unsqueeze(1)
+    first = torch.where(two, rows, n).amin(0)  # n for a column of none
+    return 1 + int(first.masked_fill(first == n, -1).max())
 
 
 def _pattern(row_offsets: Tensor, col_indices: Tensor, n: int, k: int) -> _TwoOfFour | None:
@@ -128,11 +131,17 @@ def spmm_t(*operands) -> Tensor:
     return _product("spmm_t", *operands)
 
 
+@lru_cache(maxsize=4096)
+def _least_size(tokens: int) -> int | None:
+    return least_size(MACHINE, torch.bfloat16, tokens, "two_of_four")
+
+
 def _refuse_size(p: Problem) -> str | None:
     if p.dtype is not torch.bfloat16:
         return f"it takes bfloat16, not {str(p.dtype).removeprefix('torch.')}"
-    if p.M < LEAST_TOKENS or min(p.N, p.K) < LEAST_SIZE:
-        return f"it is for {LEAST_TOKENS} tokens and {LEAST_SIZE} rows and columns or more"
+    least = _least_size(p.M)
+    if least is None or min(p.N, p.K) < least:
+        return f"writing W [{p.N}, {p.K}] out is as fast at {p.M} tokens"
     if p.N % MULTIPLE or p.K % MULTIPLE or p.M % MULTIPLE_OF_TOKENS:
         return f"it takes N and K in multiples of {MULTIPLE}, M of {MULTIPLE_OF_TOKENS}"
     if 2 * p.nnz > p.N * p.K:
@@ -148,7 +157,7 @@ def _refuse_machine() -> str | None:
     if not torch.cuda.is_available():
         return "there is no GPU"
     major, minor = torch.cuda.get_device_capability()
-    if (major, minor) != (9, 0):
+    if f"sm_{major}{minor}" != MACHINE:
         return f"it was tried with compute capability 9.0 alone, not {major}.{minor}"
     if torch.cuda.is_current_stream_capturing():
         raise RuntimeError(

@@ -23,7 +23,7 @@ import torch
 from filelock import FileLock
 
 from sparsekern.kernels.cuda import library as cuda_library
-from sparsekern.kernels.cuda.library import Launcher
+from sparsekern.kernels.cuda.library import Collected, Launcher
 
 EMULATOR = Path(__file__).parents[2] / "cuda"
 SOURCES = Path(__file__).parents[3] / "csrc" / "cuda"
@@ -112,7 +112,7 @@ class EmulatedRoute:
             if error:
                 raise RuntimeError(f"{name}: {error.decode()}")
 
-        return Launcher(name, device, start, signature.decode())
+        return Launcher(device, Collected(name, start, signature.decode()))
 
 
 @pytest.fixture

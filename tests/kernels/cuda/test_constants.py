@@ -16,6 +16,10 @@ TRITON = Path(sparsekern.__file__).parent / "kernels" / "triton"
 TIED = [
     ("layout.LANES", "numbers.cuh", "kWarp"),
     ("layout.EXPAND_WARPS", "expand.cu", "kExpandWarps"),
+    ("layout.TILE_PAD", "expand.cu", "kTilePad"),
+    ("gather.EXPAND_BYTES", "expand.cu", "kExpandGatherBytes"),
+    ("cover.EXPAND_BYTES", "expand.cu", "kExpandCoverBytes"),
+    ("pairs.EXPAND_BYTES", "expand.cu", "kExpandPairsBytes"),
     ("expand.THREADS", "mend.cuh", "kMendThreads"),
     ("expand.WARPS", "mend.cuh", "kMendWarps"),
     ("expand.COLUMNS", "mend.cu", "kMendColumns"),

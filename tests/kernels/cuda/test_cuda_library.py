@@ -111,20 +111,28 @@ def test_what_a_launch_refuses(recorder):
         cuda_library.function("sk_other", 0)
 
 
-def test_threads_do_not_share_arguments(recorder):
-    launch = cuda_library.function("sk_toy_f32", 0)
-    launch((1, 1), 32, 0, 0, 1, 2, 3, 4)
-    mine = launch._arguments.address
-    theirs = []
+def test_a_launch_takes_tensors(recorder):
+    class Sub(torch.Tensor):
+        pass
 
-    def other():
-        launch((1, 1), 32, 0, 0, 5, 6, 7, 8)
-        theirs.append(launch._arguments.address)
+    plain, view = torch.zeros(4), torch.zeros(9)[2:]
+    parameter, sub = torch.nn.Parameter(plain), torch.zeros(2).as_subclass(Sub)
+    for a, b in ((plain, view), (parameter, sub), (None, torch.zeros(0))):
+        launch = cuda_library.function("sk_toy_f32", 0)
+        launch((1, 1), 32, 0, 0, a, b, 3, 4)
+        assert recorder()[5:] == [0 if t is None else t.data_ptr() for t in (a, b)] + [3, 4]
 
-    thread = threading.Thread(target=other)
+
+def test_threads_do_not_share_arguments():
+    """Where C++ does not collect them."""
+    addresses = []
+    start = cuda_library.Collected("sk_toy_f32", lambda *args: addresses.append(args[-1]), "PPii")
+    start(1, 1, 32, 0, 0, 1, 2, 3, 4)
+    mine = start._arguments.address
+    thread = threading.Thread(target=lambda: start(1, 1, 32, 0, 0, 5, 6, 7, 8))
     thread.start()
     thread.join()
-    assert theirs != [mine] and recorder()[5:] == [5, 6, 7, 8]
+    assert addresses[0] == mine != addresses[1]
 
 
 def test_why_there_is_no_route(monkeypatch, tmp_path):

@@ -1,4 +1,4 @@
-"""The kernels of bitmap.cu without a GPU, against torch."""
+"""The kernels of bitmap.cu against torch, on the emulator and on a GPU."""
 
 import pytest
 import torch
@@ -7,8 +7,9 @@ from emulated_cuda import emulated_cuda, emulator  # noqa: F401
 from sparsekern import SparseTensor
 from sparsekern.kernels.cuda import bitmap as bitmaps
 
-pytestmark = pytest.mark.usefixtures("emulated_cuda")
+DTYPES = [torch.bfloat16, torch.float32, torch.float64]
 SHAPES = [(1, 1), (3, 64), (37, 101), (5, 4500), (300, 9), (130, 200), (16, 16), (144, 80)]
+TWO_WAY_SHAPES = [(16, 16), (16, 80), (144, 64), (272, 208), (128, 128)]
 
 
 def two_way(n, k):
@@ -26,36 +27,57 @@ def slots_of(w, mask):
     n, k = w.shape
     w, mask = w.view(n, k // 4, 4), mask.view(n, k // 4, 4)
     # Stored places first, then free ones from the left; the first two, in their order.
-    order = (torch.arange(4) - 4 * mask.long()).argsort(-1)[..., :2].sort(-1).values
+    order = (
+        (torch.arange(4, device=w.device) - 4 * mask.long()).argsort(-1)[..., :2].sort(-1).values
+    )
     return (w * mask).gather(-1, order).view(n, k // 2)
 
 
-@pytest.mark.parametrize("backward", [False, True])
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32, torch.float64], ids=str)
-@pytest.mark.parametrize("n, k", SHAPES)
-def test_written_out_and_collected(n, k, dtype, backward, emulated_cuda, nan_memory):  # noqa: F811
-    emulated_cuda.backward(backward)
-    mask = torch.rand(n, k) < torch.rand(n, 1)
-    w = torch.randn(n, k).to(dtype) * mask
+def check_written_out_and_collected(n, k, dtype, device):
+    mask = torch.rand(n, k, device=device) < torch.rand(n, 1, device=device)
+    w = torch.randn(n, k, device=device).to(dtype) * mask
     W = SparseTensor.from_dense(w, mask)
     bitmap = bitmaps.make_bitmap(W.row_offsets, W.col_indices, n, k)
     assert torch.equal(bitmaps.write_out(bitmap, W.values, n, k), w)
     assert torch.equal(bitmaps.collect(bitmap, w, W.nnz), W.values)
 
 
-@pytest.mark.parametrize("backward", [False, True])
-@pytest.mark.parametrize("n, k", [(16, 16), (16, 80), (144, 64), (272, 208), (128, 128)])
-def test_operands_of_two_of_four(n, k, backward, emulated_cuda):  # noqa: F811
-    emulated_cuda.backward(backward)
-    mask = two_way(n, k)
-    w = torch.randn(n, k).bfloat16()
+def check_operands_of_two_of_four(n, k, device):
+    mask = two_way(n, k).to(device)
+    w = torch.randn(n, k, device=device).bfloat16()
     W = SparseTensor.from_dense(w * mask, mask)
     bitmap = bitmaps.make_bitmap(W.row_offsets, W.col_indices, n, k)
-    rest = torch.randint(0, 255, (n * k // 8 // 16 * 16 + 16,), dtype=torch.uint8)
-    slots = torch.full((n * k // 2 + rest.numel() // 2,), torch.nan).bfloat16()
+    rest = torch.randint(0, 255, (n * k // 8 // 16 * 16 + 16,), dtype=torch.uint8, device=device)
+    slots = torch.empty(n * k // 2 + rest.numel() // 2, dtype=torch.bfloat16, device=device)
     for fill, w_, mask_ in ((bitmaps.fill, w, mask), (bitmaps.fill_transposed, w.t(), mask.t())):
         slots.fill_(torch.nan)
         fill(bitmap, W.values, rest, slots, n, k)
         want = slots_of(w_.contiguous(), mask_.contiguous())
         assert torch.equal(slots[: n * k // 2].view_as(want), want)
         assert torch.equal(slots[n * k // 2 :].view(torch.uint8), rest)
+
+
+@pytest.mark.parametrize("backward", [False, True])
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("n, k", SHAPES)
+def test_written_out_and_collected(n, k, dtype, backward, emulated_cuda, nan_memory):  # noqa: F811
+    emulated_cuda.backward(backward)
+    check_written_out_and_collected(n, k, dtype, "cpu")
+
+
+@pytest.mark.parametrize("backward", [False, True])
+@pytest.mark.parametrize("n, k", TWO_WAY_SHAPES)
+def test_operands_of_two_of_four(n, k, backward, emulated_cuda):  # noqa: F811
+    emulated_cuda.backward(backward)
+    check_operands_of_two_of_four(n, k, "cpu")
+
+
+@pytest.mark.gpu
+@pytest.mark.sanitize
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")
+def test_on_a_gpu(nan_memory):
+    for n, k in SHAPES:
+        for dtype in DTYPES:
+            check_written_out_and_collected(n, k, dtype, "cuda")
+    for n, k in TWO_WAY_SHAPES:
+        check_operands_of_two_of_four(n, k, "cuda")

@@ -10,10 +10,12 @@ from test_cuda_kernels import LAYOUTS, TOLERANCE, packed_as
 
 from sparsekern import SparseTensor
 from sparsekern.kernels.cuda import cover, expand, few_tokens
+from sparsekern.kernels.cuda.cover import CoverLayout
 from sparsekern.kernels.cuda.few_tokens import spmm_packed
-from sparsekern.kernels.cuda.gather import Gather
+from sparsekern.kernels.cuda.gather import Gather, GatherLayout
 from sparsekern.kernels.cuda.layout import Gpu
 from sparsekern.kernels.cuda.library import source_of
+from sparsekern.kernels.cuda.pairs import PairsLayout
 from sparsekern.testing import PROBLEMS, exact, relative_error
 
 pytestmark = pytest.mark.usefixtures("emulated_cuda")
@@ -122,6 +124,22 @@ def test_infinities_without_warpgroups(nan_memory, emulated_cuda):  # noqa: F811
 def test_many_tokens_write_w_out(layout):
     w = random_weight(40, 300, 0.2)
     check(packed_as(layout, w), w, 70)
+
+
+@pytest.mark.parametrize("backward", [False, True])
+@pytest.mark.parametrize("n, k", [(70, 520), (33, 601), (1, 3), (64, 8)])
+def test_written_out(n, k, backward, nan_memory, emulated_cuda):  # noqa: F811
+    """Every element once: gathers are cut into pieces that begin and end inside of 8 neighbours."""
+    emulated_cuda.backward(backward)
+    for density in (0.01, 0.3, 0.9, 1):
+        w = random_weight(n, k, density)
+        w[n // 2] = 0
+        W = SparseTensor.from_dense(w)
+        indices = W.row_offsets, W.col_indices, n, k
+        made = [GatherLayout(*indices, pieces=p, bits=b) for p in (1, 40, 999) for b in (4, 8)]
+        made += [CoverLayout(*indices)] if cover.is_built() else []
+        for layout in [*made, PairsLayout(*indices)]:
+            assert torch.equal(layout.fill(W.values).expand(), w)
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)

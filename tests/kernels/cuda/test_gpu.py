@@ -3,6 +3,7 @@
 import pytest
 import torch
 import torch.nn.functional as F
+from torch import nn
 
 from sparsekern import SparseLinear, SparseTensor, explain, linear
 from sparsekern.kernels import table
@@ -82,6 +83,34 @@ def test_cuda_graph():
     x.copy_(torch.randn_like(x))
     graph.replay()
     torch.testing.assert_close(y, x @ W.to_dense().T, rtol=1e-4, atol=1e-4)
+
+
+def test_torch_compile_captures_a_pattern_that_is_new():
+    """What is derived in its warm-ups outlives them."""
+
+    def model(mask):
+        torch.manual_seed(0)
+        layers = [nn.Linear(96, 64), nn.GELU(), nn.Linear(64, 96)]
+        layers[0] = SparseLinear.from_linear(layers[0], mask)
+        layers[2] = SparseLinear.from_linear(layers[2], mask.t().contiguous())
+        return nn.Sequential(*layers).cuda()
+
+    mask = torch.rand(64, 96) < 0.3
+    eager, compiled = model(mask), model(mask)
+    fast = torch.compile(compiled, mode="reduce-overhead")
+    for _ in range(6):
+        x = torch.randn(128, 96, device="cuda")
+        torch.compiler.cudagraph_mark_step_begin()
+        for module in (eager, fast):
+            with torch.autocast("cuda", torch.bfloat16):
+                module(x).square().mean().backward()
+        for a, b in zip(eager.parameters(), compiled.parameters(), strict=True):
+            torch.testing.assert_close(b.grad, a.grad, rtol=3e-2, atol=3e-4)
+            with torch.no_grad():
+                for p in (a, b):
+                    p -= 0.1 * a.grad
+        eager.zero_grad()
+        compiled.zero_grad()
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)

@@ -1,0 +1,298 @@
+"""Training on a GPU: whole steps, their three products alone, and their memory. See run_gpu.py."""
+
+import argparse
+import json
+import math
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import pages
+import tables_train as tables
+import torch
+
+from sparsekern.bench import gpt_gpu, records, replay_gpu
+from sparsekern.bench import least_size_gpu as least_size
+from sparsekern.bench import train_memory_gpu as train_memory
+from sparsekern.bench import train_products_gpu as products
+from sparsekern.bench.machine import about_run, in_words
+from sparsekern.bench.measure_gpu import ROUNDS
+from sparsekern.bench.rates import case_name, derive, derived
+from sparsekern.bench.records import OTHER, OURS, Run
+from sparsekern.kernels import crossover
+
+DOCS = Path(__file__).parents[1] / "docs" / "benchmarks.md"
+
+LEAST_SIZES = Path(crossover.__file__).with_name("least_sizes.json")
+
+LEAST = """\
+# {name}
+
+{heading}
+
+Two-way patterns, {sparsity:.0%} zeros: how many times as fast as W written out (`expand`) products
+on sparse tensor cores (`two_of_four`) are, forward and input gradient together, by tokens and by
+the rows and columns of a square W. W from memory. Dispatch takes them from the size on from which
+no larger one loses (sparsekern/kernels/least_sizes.json).
+
+{sizes}
+"""
+
+STEPS = """\
+# {name}
+
+{heading}
+
+A training step of a GPT: forward, backward, clipping and AdamW; products in bfloat16 by autocast,
+weights and their optimizer in float32. Each model runs as it is (eager), with compiled blocks, and
+compiled and captured whole in a CUDA graph; the large ones in the last form alone. Medians of
+{rounds} rounds, all forms in turn. Gradients are held to fp64, at most {tolerance:g} times as far
+from it as those of dense. "two-way": at most two of four neighbours along both axes of each weight.
+Below 1 is a loss.
+
+{steps}
+"""
+
+PRODUCTS = """\
+# {name}
+
+{heading}
+
+The three products of a linear layer in training, {tokens} tokens, {sparsity:.0%} zeros: times the
+best dense call of cuBLAS and cuBLASLt on the same operands, in any layout. Together: the sum of the
+three best dense times over the sum of ours. Medians of {rounds} replays of a CUDA graph, all in
+turn, each call on another copy of its operands; results held to fp64. "two-way": at most two of
+four neighbours along both axes of W. Below 1 is a loss. FP8 is other work, shown beside: dense,
+E4M3 operands with one scale a tensor; from operands in 8 bits, and with their casts in plain torch,
+W's too. Errors: ours at most {errors}, those of FP8 {fp8_errors}.
+
+{products}
+
+## Written out, collected, filled
+
+What goes between the stored values and tensor cores: W written out, the gradient collected, and the
+operands of 2:4 products of W and of W^T filled. Bytes of both sides and of the places, and the
+share of the copy bandwidth ({copy:.2f} TB/s, measured in the same run). Every call reads and writes
+other memory.
+
+{write_outs}
+"""
+
+MEMORY_TEXT = """\
+GB (1e9 bytes) of a training step: weights, gradients and AdamW in float32, products in bfloat16 by
+autocast. Predicted by the sizes of all tensors (sparsekern/bench/memory_gpu.py), measured by
+torch's allocator, which rounds up and holds workspaces of libraries. Places: indices in int32,
+bitmaps, and the tails of 2:4 operands. State: all that is there between steps. The peak has
+activations and loss too, which sparse weights do not make smaller; it is predicted for eager
+steps."""
+
+MEMORY = """\
+# {name}
+
+{heading}
+
+{text} Steps here are eager. Each model is alone on the GPU.
+
+{memory}
+
+## The most that fits
+
+Sequences in a step, and tokens a second (the median of {rounds} eager steps), where torch's
+allocator may have so much. One sequence more was tried each time, and did not fit.
+
+{largest}
+"""
+
+
+def measure(args: argparse.Namespace, machine: dict, path: Path) -> Run:
+    """All cases; the file is written after each, so that nothing is lost with a later one."""
+    start = time.monotonic()
+    about = about_run(args.verb, machine, args.commit) | {"is_whole": False}
+    if model := getattr(args, "model", None):
+        about["part"] = model
+    found: list[dict] = []
+    # Graphs cannot be captured on the default stream.
+    with torch.no_grad(), torch.cuda.stream(torch.cuda.Stream()):
+        for case in cases(args):
+            found.append(derive(case))
+            print(f"{time.monotonic() - start:4.0f} s {in_short(case)}", flush=True)
+            records.write(path, about, records.flat(found))
+    about |= {"is_whole": True, "seconds": time.monotonic() - start}
+    records.write(path, about, records.flat(found))
+    return records.read(path)
+
+
+def cases(args: argparse.Namespace) -> Iterator[dict]:
+    """What a verb of run_gpu.py measures."""
+    if args.verb == "train":
+        return whole_steps(args.quick, args.model)
+    if args.verb == "train-products":
+        return three_products(args.quick)
+    if args.verb == "least-size":
+        return least_size.cases(replay_gpu.CudaClock(), torch.device("cuda"))
+    return train_memory.cases(args.largest)
+
+
+def add_flags(verb: str, parser: argparse.ArgumentParser) -> None:
+    if verb == "train-memory":
+        parser.add_argument("--largest", action="store_true", help="the most that fits, too")
+    if verb in ("train-memory", "least-size"):
+        return
+    parser.add_argument("--quick", action="store_true")
+    if verb == "train":
+        models = [step.model for step in gpt_gpu.STEPS]
+        parser.add_argument("--model", choices=models, help="one of the models alone")
+
+
+def joined(runs: list[Run]) -> Run:
+    """The run of all models, of which each was measured alone, about the machine of the first."""
+    models = [step.model for step in gpt_gpu.STEPS]
+    if sorted(run.about.get("part", "") for run in runs) != sorted(models):
+        raise SystemExit(f"bench-gpu: expected a file for each of {', '.join(models)}")
+    places = sorted(runs, key=lambda run: models.index(run.about["part"]))
+    first = places[0].about
+    for about in (run.about for run in places):
+        mine, its = (
+            (a["machine"]["gpu"], a["machine"]["torch"], a["commit"]["id"]) for a in (first, about)
+        )
+        if mine != its:
+            raise SystemExit(f"bench-gpu: expected parts of one measurement, got {mine} and {its}")
+    about = {name: value for name, value in first.items() if name != "part"}
+    about |= {
+        "is_whole": all(run.about["is_whole"] for run in runs),
+        "seconds": sum(run.about["seconds"] for run in runs),
+    }
+    return Run(about, [record for run in places for record in run.records])
+
+
+def in_short(case: dict) -> str:
+    """A line of progress."""
+    text = case_name(case)
+    if "speedup" in case:
+        return f"{text}: {case['speedup']:.3f}"
+    (way,) = list(case["ways"].values())[-1:]
+    if "failed" in way:
+        return f"{text}: {way['failed']}"
+    if "peak_bytes" in way:
+        return f"{text} {case.get('case', '')}: {way['peak_bytes'] / 1e9:.1f} GB"
+    return f"{text}: {1e6 * way['median_s']:.1f} us"
+
+
+def whole_steps(quick: bool, model: str | None) -> Iterator[dict]:
+    steps = [gpt_gpu.QUICK] if quick else gpt_gpu.STEPS
+    for step in steps:
+        if model in (None, step.model):
+            clock = replay_gpu.CudaClock(frees_cache=True)
+            yield from gpt_gpu.training_steps(step, clock, torch.device("cuda"))
+            torch.cuda.empty_cache()
+
+
+def three_products(quick: bool) -> Iterator[dict]:
+    sizes = products.QUICK if quick else products.SIZES
+    return products.cases(sizes, replay_gpu.CudaClock(), torch.Generator("cuda"))
+
+
+def page_of_steps(name: str, run: Run) -> str:
+    cases = derived(run)
+    measured = [case for case in cases if any("peak_bytes" in w for w in case["ways"].values())]
+    return STEPS.format(
+        name=name,
+        heading=in_words(run.about, "bfloat16"),
+        rounds=ROUNDS,
+        tolerance=gpt_gpu.TOLERANCE,
+        steps=tables.steps(cases),
+    ) + (f"\n## Memory\n\n{MEMORY_TEXT}\n\n{tables.memory(measured)}\n" if measured else "")
+
+
+def page_of_products(name: str, run: Run) -> str:
+    cases = derived(run)
+    three = [case for case in cases if case["op"] in products.OPS]
+    errors = {
+        kind: max(
+            (w.get("error", 0.0) for c in three for w in c["ways"].values() if w["kind"] == kind),
+            default=math.nan,
+        )
+        for kind in (OURS, OTHER)
+    }
+    limit = run.about["machine"]["ceilings"]["cuda"]["bytes_per_s"]["memory"]
+    return PRODUCTS.format(
+        name=name,
+        heading=in_words(run.about, "bfloat16"),
+        tokens=three[0]["M"],
+        sparsity=three[0]["sparsity"],
+        rounds=products.ROUNDS,
+        errors=f"{errors[OURS]:.0e}",
+        fp8_errors=f"{errors[OTHER]:.0e}",
+        products=tables.products(three),
+        copy=limit / 1e12,
+        write_outs=tables.write_outs(
+            [case for case in cases if case["op"] not in products.OPS], limit
+        ),
+    )
+
+
+def page_of_memory(name: str, run: Run) -> str:
+    cases = derived(run)
+    steps = [case for case in cases if not case.get("case")]
+    within = [case for case in cases if case.get("case")]
+    return MEMORY.format(
+        name=name,
+        heading=in_words(run.about, "bfloat16"),
+        rounds=train_memory.ROUNDS,
+        text=MEMORY_TEXT,
+        memory=tables.memory(steps),
+        largest=tables.largest(cases) if within else "Not run.",
+    )
+
+
+def page_of_least_sizes(name: str, run: Run) -> str:
+    return LEAST.format(
+        name=name,
+        heading=in_words(run.about, "bfloat16"),
+        sparsity=least_size.SPARSITY,
+        sizes=tables.least_sizes(derived(run)),
+    )
+
+
+SECTIONS = {"train": tables.forms, "train-products": tables.products, "train-memory": tables.memory}
+PAGES = {
+    "train": page_of_steps,
+    "train-products": page_of_products,
+    "train-memory": page_of_memory,
+    "least-size": page_of_least_sizes,
+}
+
+
+def publish(name: str, run: Run) -> None:
+    """The table, its page, and its section in docs/benchmarks.md, or the data that dispatch
+    reads."""
+    benchmark = run.about["benchmark"]
+    pages.publish(pages.RESULTS, name, run, PAGES[benchmark](name, run), None)
+    if benchmark in SECTIONS:
+        pages.replace_section(DOCS, markers(benchmark), section(name, run))
+    else:
+        update_least_sizes(run)
+
+
+def update_least_sizes(run: Run) -> None:
+    machine, commit = run.about["machine"], run.about["commit"]["id"][:10]
+    measured = f"{machine['gpu']}, torch {machine['torch']}, {run.about['date']}, commit {commit}"
+    data = json.loads(LEAST_SIZES.read_text())
+    entry = {"measured": measured, "bfloat16": least_size.summarize(derived(run))}
+    data.setdefault(least_size.SPARSE, {})[machine["capability"]] = entry
+    LEAST_SIZES.write_text(json.dumps(data, indent=1) + "\n")
+
+
+def markers(benchmark: str) -> tuple[str, str]:
+    return f"<!-- {benchmark}: begin -->", f"<!-- {benchmark}: end -->"
+
+
+def section(name: str, run: Run) -> str:
+    """The run in docs/."""
+    cases, path = derived(run), f"bench/results/{name}.md"
+    if run.about["benchmark"] == "train-memory":
+        cases = [case for case in cases if not case.get("case")]
+    if run.about["benchmark"] == "train-products":
+        cases = [case for case in cases if case["op"] in products.OPS]
+    text = SECTIONS[run.about["benchmark"]](cases)
+    return f"{text}\n\n{in_words(run.about, 'bfloat16')} Details: [{path}](../{path})."

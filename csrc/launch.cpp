@@ -1,0 +1,131 @@
+#include "launch.h"
+
+#include <cstdint>
+#include <memory>
+#include <string>
+#include <vector>
+
+#include "tensors.h"
+
+namespace sk {
+namespace {
+
+// Of csrc/cuda/launch.cu.
+using Launch = int(const char* kernel, unsigned grid_x, unsigned grid_y, unsigned block,
+                   unsigned smem_bytes, void* stream, void** args);
+using TextOf = const char*(int code);
+
+constexpr int kFirstArgument = 5;  // of a call, after the grid, the block, smem_bytes, the stream
+
+struct Kernel {
+  Launch* launch;
+  TextOf* text_of;
+  std::string name, signature;
+};
+
+// A number that a parameter takes; -1 with Python's error set.
+int read_int(PyObject* object, int64_t* to) {
+  if (!PyLong_Check(object)) return -1;
+  int overflows;
+  *to = PyLong_AsLongLongAndOverflow(object, &overflows);
+  return overflows || *to != static_cast<int32_t>(*to) ? -1 : 0;
+}
+
+int read_address(PyObject* object, int64_t* to) {
+  void* address = nullptr;
+  if (object == Py_None) {
+    *to = 0;
+  } else if (PyLong_Check(object)) {
+    *to = static_cast<int64_t>(PyLong_AsUnsignedLongLong(object));
+  } else if (read_data(object, &address)) {
+    *to = reinterpret_cast<int64_t>(address);
+  } else {  // a subclass
+    PyErr_Clear();
+    PyObject* number = PyObject_CallMethod(object, "data_ptr", nullptr);
+    if (!number) return -1;
+    *to = static_cast<int64_t>(PyLong_AsUnsignedLongLong(number));
+    Py_DECREF(number);
+  }
+  return PyErr_Occurred() ? -1 : 0;
+}
+
+PyObject* refuse(const Kernel& kernel, PyObject* const* args, Py_ssize_t count) {
+  PyErr_Clear();
+  PyObject* got = PyTuple_New(count);
+  if (!got) return nullptr;
+  for (Py_ssize_t i = 0; i < count; ++i) PyTuple_SET_ITEM(got, i, Py_NewRef(args[i]));
+  PyErr_Format(PyExc_TypeError,
+               "%s: expected %zd arguments, '%s' (P a tensor, an address or None, i an int32), "
+               "got %R",
+               kernel.name.c_str(), kernel.signature.size(), kernel.signature.c_str(), got);
+  Py_DECREF(got);
+  return nullptr;
+}
+
+PyObject* start(PyObject* self, PyObject* const* args, Py_ssize_t count) {
+  auto* kernel = static_cast<Kernel*>(PyCapsule_GetPointer(self, nullptr));
+  if (!kernel) return nullptr;
+  const auto parameters = static_cast<Py_ssize_t>(kernel->signature.size());
+  int64_t sizes[kFirstArgument - 1], stream;
+  bool fits = count == kFirstArgument + parameters;
+  for (int i = 0; fits && i < kFirstArgument - 1; ++i) fits = !read_int(args[i], &sizes[i]);
+  fits = fits && !read_address(args[kFirstArgument - 1], &stream);
+  std::vector<int64_t> values(parameters);
+  std::vector<void*> addresses(parameters);
+  for (Py_ssize_t i = 0; fits && i < parameters; ++i) {
+    PyObject* argument = args[kFirstArgument + i];
+    fits = !(kernel->signature[i] == 'P' ? read_address : read_int)(argument, &values[i]);
+    addresses[i] = &values[i];
+  }
+  if (!fits) {
+    const Py_ssize_t first = count < kFirstArgument ? count : kFirstArgument;
+    return refuse(*kernel, args + first, count - first);
+  }
+  int code;
+  Py_BEGIN_ALLOW_THREADS;
+  code = kernel->launch(kernel->name.c_str(), sizes[0], sizes[1], sizes[2], sizes[3],
+                        reinterpret_cast<void*>(stream), addresses.data());
+  Py_END_ALLOW_THREADS;
+  if (code)
+    return PyErr_Format(PyExc_RuntimeError, "%s: %s (CUDA error %d)", kernel->name.c_str(),
+                        kernel->text_of(code), code);
+  Py_RETURN_NONE;
+}
+
+PyMethodDef start_method = {
+    "start", reinterpret_cast<PyCFunction>(reinterpret_cast<void*>(start)), METH_FASTCALL,
+    "start(grid_x, grid_y, block, smem_bytes, stream, *arguments): launch the kernel."};
+
+void forget(PyObject* capsule) {
+  delete static_cast<Kernel*>(PyCapsule_GetPointer(capsule, nullptr));
+}
+
+PyObject* launcher(PyObject*, PyObject* args) {
+  unsigned long long launch, text_of;
+  const char *name, *signature;
+  if (!PyArg_ParseTuple(args, "KKss:launcher", &launch, &text_of, &name, &signature))
+    return nullptr;
+  auto kernel = std::make_unique<Kernel>(Kernel{
+      reinterpret_cast<Launch*>(launch), reinterpret_cast<TextOf*>(text_of), name, signature});
+  PyObject* capsule = PyCapsule_New(kernel.get(), nullptr, forget);
+  if (!capsule) return nullptr;
+  kernel.release();
+  PyObject* function = PyCFunction_New(&start_method, capsule);
+  Py_DECREF(capsule);
+  return function;
+}
+
+PyMethodDef functions[] = {
+    {"launcher", launcher, METH_VARARGS,
+     "launcher(sk_launch, sk_error, name, signature): start(grid_x, grid_y, block, smem_bytes,\n"
+     "stream, *arguments) of that kernel, by the addresses of both functions of _sk_cuda.so.\n"
+     "TypeError for arguments that do not fit the signature, RuntimeError with CUDA's words."},
+    {nullptr, nullptr, 0, nullptr}};
+
+}  // namespace
+
+bool add_launch_functions(PyObject* module) {
+  return PyModule_AddFunctions(module, functions) == 0;
+}
+
+}  // namespace sk
