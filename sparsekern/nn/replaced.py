@@ -15,7 +15,7 @@ _Layer = TypeVar("_Layer", bound=SparseLinear)
 _replaced: dict[int, tuple[weakref.ref, weakref.ref]] = {}
 
 
-def note(weight: nn.Parameter, layer: _Layer) -> _Layer:
+def note(weight: Tensor, layer: _Layer) -> _Layer:
     """The layer, which takes the place of one with this weight [N, K]."""
     key = id(weight)
     _replaced[key] = weakref.ref(weight, lambda _: _replaced.pop(key, None)), weakref.ref(layer)

@@ -50,7 +50,7 @@ def walk(
     probe = _Probe(model, layers)
     if batches:
         probe.run(batches[0])
-    masks = [masks_of(model, batch) for batch in batches]
+    masks: list[Masks] = [masks_of(model, batch) for batch in batches]
     parts = probe.parts()
     for part in parts:
         if part.blocks:

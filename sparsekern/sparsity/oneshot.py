@@ -110,7 +110,8 @@ class Magnitude(Fixed):
         for name, module in chosen.items():
             weight = _dense(module)
             scores = _scores(module, weight.abs()).flatten()
-            kept = self._family.largest(scores, None, *weight.shape, counts[name])
+            n, k = weight.shape
+            kept = self._family.largest(scores, None, n, k, counts[name])
             new = self._put(name, module, weight, kept)
             report.layers.append(compared(name, weight, new, kept.shape[0]))
 

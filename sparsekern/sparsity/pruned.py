@@ -56,7 +56,7 @@ class PruneReport:
         return {"sparsity": self.sparsity, **asdict(self)}
 
     def __str__(self) -> str:
-        rows = [
+        rows: list[list[object]] = [
             [
                 layer.name,
                 f"{layer.out_features} x {layer.in_features}",

@@ -88,7 +88,8 @@ class _Share:
         self.done += wanted
         stored = self.parts[index]
         scores = scores.masked_fill(~stored, -torch.inf)
-        chosen = self.family.largest(scores.flatten(), None, *stored.shape, wanted)
+        n, columns = stored.shape
+        chosen = self.family.largest(scores.flatten(), None, n, columns, wanted)
         return mask_of(chosen, stored)
 
 
