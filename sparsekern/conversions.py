@@ -10,7 +10,9 @@ import torch
 from torch import Tensor
 
 from .extras import require
-from .indices import check_values, count_rows, counted, expand_rows, kind
+from .indices import check_limit, check_values, count_rows, counted, expand_rows, kind
+
+PART = 2**18  # places of a dense matrix that are looked at together
 
 
 class Parts(NamedTuple):
@@ -43,11 +45,33 @@ def dense_parts(w: Tensor, mask: Tensor | None) -> Parts:
             f"mask: expected shape {tuple(w.shape)} on {w.device}, "
             f"got shape {tuple(mask.shape)} on {mask.device}"
         )
+    if w.numel() > PART and not w.requires_grad and not torch.compiler.is_compiling():
+        return _parts_of_rows(w, mask)
     rows, cols = mask.nonzero(as_tuple=True)
     row_offsets = count_rows(rows, w.shape[0])
     # nonzero's columns are a strided view, and row-major like w: the order is that of CSR.
     col_indices = cols.int().contiguous()
     return Parts(counted(row_offsets), counted(col_indices), w[rows, cols], tuple(w.shape))
+
+
+def _parts_of_rows(w: Tensor, mask: Tensor) -> Parts:
+    """The same some rows at a time: coordinates are int64, four times what is kept of them."""
+    n, k = w.shape
+    counts = mask.sum(1)
+    nnz = int(counts.sum())
+    check_limit("nnz", nnz)
+    row_offsets = torch.zeros(n + 1, dtype=torch.int32, device=w.device)
+    row_offsets[1:] = counts.cumsum(0)
+    col_indices = torch.empty(nnz, dtype=torch.int32, device=w.device)
+    values = w.new_empty(nnz)
+    first, step = 0, max(1, PART // k)
+    for some, kept in zip(w.split(step), mask.split(step), strict=True):
+        rows, cols = kept.nonzero(as_tuple=True)
+        last = first + rows.shape[0]
+        col_indices[first:last] = cols
+        values[first:last] = some[rows, cols]
+        first = last
+    return Parts(counted(row_offsets), counted(col_indices), values, (n, k))
 
 
 def torch_parts(t: Tensor) -> Parts:

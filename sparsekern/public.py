@@ -4,6 +4,7 @@ functions do with a SparseTensor."""
 # ruff: noqa: F401
 
 from .matmul import explain, linear, matmul
+from .models import accelerate_
 from .nn import SparseLinear, densify_, parameter_groups, sparsify_
 from .sparsity import Static
 from .surface import contractions, elementwise, functions

@@ -16,6 +16,7 @@ PAGE = ROOT / "docs" / "api.md"
 # The public surface. None stands for what the module's __all__ names.
 MODULES: dict[str, tuple[str, ...] | None] = {
     "sparsekern": None,
+    "sparsekern.models": None,
     "sparsekern.nn": None,
     "sparsekern.sparsity": None,
     "sparsekern.weights": None,

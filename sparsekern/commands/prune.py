@@ -14,6 +14,7 @@ from ..report import demo as demo_report
 
 OF_MODELS = {"target": "sparsity"}  # flags of a run that say the same of a model
 FOR_MODELS = ("source", "method", "family", "distribution", "calibration", "device", "dtype", "out")
+FOR_MODELS += ("prune_again",)
 ON_THE_HUB = re.compile(r"[\w.-]+(/[\w.-]+)?")
 
 

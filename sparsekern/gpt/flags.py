@@ -91,6 +91,7 @@ class PruneFlags:
     distribution: str = flag("uniform", "over the layers", choices=("uniform", "erk", "global"))
     family: str = flag("unstructured", "of masks, as of train", choices=FAMILIES)
     lr: float = flag(2e-4, "highest learning rate of each round")
+    prune_again: bool = flag(False, "prune a model of which many weights are zero already")
     rewind: str = flag("", "after pruning, weights go back to those of this dense run")
     calibration: int | str = flag(
         4,

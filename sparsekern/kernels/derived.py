@@ -151,6 +151,13 @@ def share(origin: tuple[Tensor, Tensor], twin: tuple[Tensor, Tensor]) -> list[ob
     return made
 
 
+def derived_bytes(row_offsets: Tensor, col_indices: Tensor) -> int:
+    """Bytes of what CPU kernels keep of this pattern beside it."""
+    addresses = row_offsets.data_ptr(), col_indices.data_ptr()
+    things = [thing for (_, *rest), (thing, *_) in _store.items() if tuple(rest[:2]) == addresses]
+    return sum(thing.kept_bytes() for thing in things if hasattr(thing, "kept_bytes"))
+
+
 def note_capture(col_indices: Tensor) -> None:
     """Remember that a CUDA graph holds this pattern: to be called by what launches kernels."""
     if col_indices.is_cuda and torch.cuda.is_current_stream_capturing():

@@ -34,6 +34,7 @@ def prune_pretrained(
     calibration: str | Path | list[str] | None = None,
     device: str = "cpu",
     dtype: str | None = None,
+    prune_again: bool = False,
 ) -> PruneReport:
     """Prune a model of transformers, and write it and its tokenizer to the folder `out`: dense with
     zeros, as every tool reads it; `sparsekern.accelerate_` takes the zeros.
@@ -45,6 +46,7 @@ def prune_pretrained(
         calibration: for the last two: texts, or a file of them with empty lines between (without
             empty lines, one a line).
         dtype: of the weights, by default as in the file.
+        prune_again: that weights of which many are zero already may lose more.
 
     In `out` also prune.json: what was done to each layer. ValueError for a folder `out` that has
     something in it; where anything fails nothing is written.
@@ -67,14 +69,14 @@ def prune_pretrained(
     if texts is not None:
         settings |= {"calibration": texts, "tokenizer": tokenizer, "progress": True}
     algorithm = METHODS[method](sparsity, **settings)
-    report = prune_(model.to(device), algorithm)
+    report = prune_(model.to(device), algorithm, prune_again=prune_again)
     about = {"source": str(source), "method": method, "target": sparsity, "family": family}
     about |= {"distribution": distribution, "texts": texts and len(texts)}
     _save(model, tokenizer, Path(source), target, about | report.to_dict())
     return report
 
 
-def prune_(model: nn.Module, algorithm: Magnitude) -> PruneReport:
+def prune_(model: nn.Module, algorithm: Magnitude, *, prune_again: bool = False) -> PruneReport:
     """Put zeros into the dense weights of a model, whose modules and Parameters stay: also into the
     Conv1D of GPT-2 and the experts of mixtures in transformers, each with the tokens that come to
     it.
@@ -82,6 +84,7 @@ def prune_(model: nn.Module, algorithm: Magnitude) -> PruneReport:
     Args:
         algorithm: Magnitude, Wanda or SparseGPT; its `param_filter` may name experts, as in
             "*experts.gate_up_proj*".
+        prune_again: that weights of which many are zero already may lose more.
 
     The model is as it was where it fails.
     """
@@ -90,7 +93,7 @@ def prune_(model: nn.Module, algorithm: Magnitude) -> PruneReport:
         raise TypeError(f"algorithm: expected Magnitude, Wanda or SparseGPT, got {got}")
     with as_linears(model):
         linears = {name: m for name, m in model.named_modules() if type(m) is nn.Linear}
-        algorithm.apply(model)
+        algorithm.apply(model, prune_again=prune_again)
         made = {name: m for name, m in algorithm.layers.items() if name in linears}
         for name, layer in made.items():
             linears[name].weight.data.copy_(layer.weight.detach().to_dense())

@@ -1,7 +1,7 @@
 """sparsify_ and densify_ swap SparseLinear in and out of a model."""
 
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Sequence
 
 from torch import Tensor, nn
 from torch.optim import Optimizer
@@ -10,67 +10,123 @@ from ..kernels.derived import forget_captures
 from ..tensor import SparseTensor
 from . import replaced
 from .adapters import without_adapters
+from .kinds import HEAD_NAMES, heads, is_conv1d, uses_of_parameters
 from .linear import SparseLinear, refuse_meta
+from .stand_ins import SparseConv1D, StandIn
 
 __all__ = ["densify_", "forget_graphs_", "replace_modules", "sparsifiable", "sparsify_"]
 
-HEAD_NAMES = ("head", "lm_head")
+MANY_ZEROS = 0.2  # share of the weights from which on a model counts as pruned
 
 
 def sparsify_(
-    model: nn.Module, algorithm, filter_fn: Callable[[nn.Module, str], bool] | None = None
+    model: nn.Module,
+    algorithm,
+    filter_fn: Callable[[nn.Module, str], bool] | None = None,
+    *,
+    prune_again: bool = False,
 ) -> nn.Module:
-    """Replace the nn.Linear modules of `model` by SparseLinear, in place, and return the model.
+    """Replace the nn.Linear modules of `model` by SparseLinear, in place, and return the model;
+    also the Conv1D of transformers.
 
     Args:
         algorithm: has `mask(name, weight)` -> bool [N, K], True where a weight is kept.
-        filter_fn: filter_fn(module, name) says which nn.Linear to replace. By default all but
-            those named `head` or `lm_head`.
+        filter_fn: filter_fn(module, name) says which nn.Linear to replace. By default all but the
+            model's heads: those named `head` or `lm_head`, what get_output_embeddings() gives, and
+            what comes after the last of repeated blocks (classifiers, poolers).
+        prune_again: that weights of which many are zero already may lose more.
 
     A weight that another module uses too (tied to an embedding) stays dense, and so does one with
     the attribute `requires_dense`. So do subclasses of nn.Linear: they compute something of their
     own; and adapters (LoRA's, by the marks of peft). Make the optimizer afterwards, or give one
     that was there before to `adopt_values_`: it must see the new Parameters. If an algorithm fails
-    the model is unchanged. ValueError where there is nothing to replace, unless filter_fn said so.
+    the model is unchanged. ValueError where there is nothing to replace, unless filter_fn said so,
+    and where more than 20 % of the weights are zero already and a mask would remove others.
     """
-    chosen = sparsifiable(model, filter_fn)
-    if not chosen and not (filter_fn and sparsifiable(model, lambda module, name: True)):
+    chosen = _replaceable(model, filter_fn)
+    if not chosen and not (filter_fn and _replaceable(model, lambda module, name: True)):
         raise ValueError(f"sparsify_: {_nothing_in(model)}")
     for name, module in chosen.items():
         refuse_meta(f"{name}.weight" if name else "weight", module)
+    dense = {n: _matrix(m) for n, m in chosen.items() if not isinstance(m, SparseLinear)}
+    has_asked = prune_again or getattr(algorithm, "has_asked", False)
+    zeros = 0.0 if has_asked else share_of_zeros(dense.values())
 
     def replace(name: str, module: nn.Module) -> nn.Module | None:
-        if name not in chosen or isinstance(module, SparseLinear):
+        if name not in dense:
             return None
-        assert isinstance(module, nn.Linear)  # says sparsifiable
-        layer = SparseLinear.from_linear(module, algorithm.mask(name, module.weight.detach()))
-        return replaced.note(module.weight, layer)
+        mask = algorithm.mask(name, dense[name])
+        new = _with_mask(module, mask)
+        if zeros > MANY_ZEROS and new.values.count_nonzero() < dense[name].count_nonzero():
+            refuse_pruned("sparsify_", [*dense.values()])
+        return replaced.note(module.weight, new)
 
     return replace_modules(model, replace)
+
+
+def _matrix(module: nn.Module) -> Tensor:
+    """W [N, K], a view."""
+    assert isinstance(module.weight, Tensor)
+    weight = module.weight.detach()
+    return weight.t() if is_conv1d(module) else weight
+
+
+def _with_mask(module: nn.Module, mask: Tensor) -> SparseLinear:
+    if is_conv1d(module):
+        return SparseConv1D.from_dense(module, mask.t())
+    assert isinstance(module, nn.Linear)
+    return SparseLinear.from_linear(module, mask)
+
+
+def share_of_zeros(weights: Iterable[Tensor]) -> float:
+    """Of all these weights; those that are zero all over were never trained and do not count."""
+    sizes = [(int(w.count_nonzero()), w.numel()) for w in weights if not w.is_meta]
+    used = [(nnz, size) for nnz, size in sizes if nnz]
+    return 1 - sum(nnz for nnz, _ in used) / max(1, sum(size for _, size in used)) if used else 0.0
+
+
+def refuse_pruned(caller: str, weights: Sequence[Tensor]) -> None:
+    """ValueError where many of the weights that are about to be pruned are zero already."""
+    if (zeros := share_of_zeros(weights)) > MANY_ZEROS:
+        raise ValueError(
+            f"{caller}: {zeros:.0%} of the weights are zero already, and others would go; "
+            "sparsekern.accelerate_(model, example) takes the zeros that are there; to prune all "
+            "the same give prune_again=True"
+        )
 
 
 def sparsifiable(
     model: nn.Module, filter_fn: Callable[[nn.Module, str], bool] | None = None
 ) -> dict[str, nn.Linear | SparseLinear]:
-    """The layers that `sparsify_` would replace, and those that are a SparseLinear already."""
-    uses = Counter(id(p) for module in model.modules() for p in module._parameters.values())
+    """The nn.Linear that `sparsify_` would replace, and those that are a SparseLinear already."""
+    chosen = _replaceable(model, filter_fn)
+    return {n: m for n, m in chosen.items() if isinstance(m, nn.Linear | SparseLinear)}
+
+
+def _replaceable(
+    model: nn.Module, filter_fn: Callable[[nn.Module, str], bool] | None
+) -> dict[str, nn.Module]:
+    """With the Conv1D."""
+    uses = uses_of_parameters(model)
+    spared = set() if filter_fn else heads(model)
 
     def chosen(name: str, module: nn.Module) -> bool:
         if not isinstance(module, SparseLinear):
             if uses[id(module.weight)] > 1 or getattr(module.weight, "requires_dense", False):
                 return False
-        return filter_fn(module, name) if filter_fn else name.split(".")[-1] not in HEAD_NAMES
+        return filter_fn(module, name) if filter_fn else name not in spared
 
     return {
         name: module
         for name, module in without_adapters(model)
-        if type(module) is nn.Linear or isinstance(module, SparseLinear)
+        if type(module) is nn.Linear or isinstance(module, SparseLinear) or is_conv1d(module)
         if chosen(name, module)
     }
 
 
 def densify_(model: nn.Module, optimizer: Optimizer | None = None) -> nn.Module:
-    """Replace every SparseLinear of `model` by its nn.Linear, in place, and return the model.
+    """Replace every SparseLinear of `model` by its nn.Linear, in place, and return the model. What
+    stands in for another module (Conv1D, a convolution, attention, experts) becomes that again.
 
     With an optimizer, the dense weights take the place of the values in its groups and its state
     becomes dense too: zero where nothing was stored. ValueError, and an unchanged model, for state
@@ -87,6 +143,9 @@ def densify_(model: nn.Module, optimizer: Optimizer | None = None) -> nn.Module:
     dense: dict[nn.Parameter, tuple[Tensor, SparseLinear]] = {}
 
     def replace(name: str, module: nn.Module) -> nn.Module | None:
+        if isinstance(module, StandIn):
+            _refuse_held(module, optimizer)
+            return module.to_dense()
         if not isinstance(module, SparseLinear):
             return None
         linear = module.to_linear()
@@ -104,12 +163,22 @@ def densify_(model: nn.Module, optimizer: Optimizer | None = None) -> nn.Module:
     return model
 
 
+def _refuse_held(module: nn.Module, optimizer: Optimizer | None) -> None:
+    held = {p for group in optimizer.param_groups for p in group["params"]} if optimizer else set()
+    if not held.isdisjoint(module.parameters()):
+        raise ValueError(
+            f"densify_: the optimizer holds parameters of a {type(module).__name__}, which become "
+            "parts of others: make a new optimizer afterwards"
+        )
+
+
 def _densified(state, module: SparseLinear):
     """A part of the optimizer state of the module's values; `step` and the like stay."""
     if not isinstance(state, Tensor) or state.shape != module.values.shape:
         return state
     n, k = module.out_features, module.in_features
-    return SparseTensor._trusted(module.row_offsets, module.col_indices, state, n, k).to_dense()
+    w = SparseTensor._trusted(module.row_offsets, module.col_indices, state, n, k)
+    return module.as_stored(w.to_dense())
 
 
 def forget_graphs_(model: nn.Module) -> nn.Module:
@@ -124,17 +193,26 @@ def forget_graphs_(model: nn.Module) -> nn.Module:
 def replace_modules(
     model: nn.Module, replace: Callable[[str, nn.Module], nn.Module | None]
 ) -> nn.Module:
-    """Put replace(name, module) in the place of each module for which it is not None."""
-    swaps = {module: replace(name, module) for name, module in model.named_modules()}
+    """Put replace(name, module) in the place of each module for which it is not None. What a
+    replaced module held is not looked at."""
+    swaps: dict[nn.Module, nn.Module | None] = {}
+
+    def choose(name: str, module: nn.Module) -> None:
+        if module in swaps:
+            return
+        swaps[module] = replace(name, module)
+        if swaps[module] is None:
+            for child_name, child in module.named_children():
+                choose(f"{name}.{child_name}" if name else child_name, child)
+
+    choose("", model)
+    if (root := swaps[model]) is not None:
+        return root
     # A module may sit in several places.
-    for name, module in list(model.named_modules(remove_duplicate=False)):
-        new = swaps[module]
-        if new is None:
-            continue
-        if module is model:
-            return new
-        parent, _, child = name.rpartition(".")
-        setattr(model.get_submodule(parent), child, new)
+    for parent in [module for module, new in swaps.items() if new is None]:
+        for name, child in list(parent._modules.items()):
+            if child is not None and swaps[child] is not None:
+                setattr(parent, name, swaps[child])
     return model
 
 
@@ -146,6 +224,6 @@ def _nothing_in(model: nn.Module) -> str:
     there = ", ".join(f"{count} {kind}" for kind, count in sorted(kinds.items())) or "none"
     return (
         f"no nn.Linear to replace; modules with a matrix: {there}. Its subclasses stay dense, and "
-        "tied weights, those that are marked requires_dense, and without a filter_fn the layers "
-        f"named {' or '.join(HEAD_NAMES)}"
+        "tied weights, those that are marked requires_dense, and without a filter_fn the model's "
+        f"heads: layers named {' or '.join(HEAD_NAMES)}, and those after the last of its blocks"
     )

@@ -7,7 +7,7 @@ weight decay can bring a removed weight back: there is no place for it.
 
 import copy
 import weakref
-from typing import Any
+from typing import Any, Self
 
 import torch
 from torch import Tensor, nn
@@ -82,22 +82,28 @@ class SparseLinear(nn.Module):
         return layer
 
     @classmethod
-    def from_linear(cls, linear: nn.Linear, mask: Tensor | None = None) -> "SparseLinear":
+    def from_linear(cls, linear: nn.Linear, mask: Tensor | None = None) -> Self:
         """The weights of `linear` where the bool mask [N, K] is True; without one, where != 0.
 
         The bias is the same Parameter.
         """
         refuse_meta("weight", linear.weight)
-        weight = SparseTensor.from_dense(linear.weight.detach(), mask)
-        module = cls(
-            linear.in_features,
-            linear.out_features,
-            weight.row_offsets,
-            weight.col_indices,
-            nn.Parameter(weight.values, requires_grad=linear.weight.requires_grad),
-            linear.bias,
-        )
-        return module.train(linear.training)
+        return cls.from_weight(linear.weight, linear.bias, mask).train(linear.training)
+
+    @classmethod
+    def from_weight(
+        cls,
+        parameter: Tensor,
+        bias: Tensor | None = None,
+        mask: Tensor | None = None,
+        weight: Tensor | None = None,
+    ) -> Self:
+        """The same of a Parameter alone: trained if it is. `weight` [N, K] is the part or the view
+        of it that the layer takes, by default all of it."""
+        weight = parameter.detach() if weight is None else weight
+        w = SparseTensor.from_dense(weight, mask)
+        values = nn.Parameter(w.values, requires_grad=parameter.requires_grad)
+        return cls(w.k, w.n, w.row_offsets, w.col_indices, values, bias)
 
     def to_linear(self) -> nn.Linear:
         """The nn.Linear of the same function, zeros where nothing is stored; shares the bias."""
@@ -106,6 +112,14 @@ class SparseLinear(nn.Module):
         module.weight = nn.Parameter(weight, requires_grad=self.values.requires_grad)
         module.register_parameter("bias", self.bias)
         return module.train(self.training)
+
+    def to_dense(self) -> nn.Module:
+        """The dense module in whose place it stands."""
+        return self.to_linear()
+
+    def as_stored(self, weight: Tensor) -> Tensor:
+        """W [N, K] as the weight of to_linear() lies in memory."""
+        return weight
 
     @property
     def weight(self) -> SparseTensor:

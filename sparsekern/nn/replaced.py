@@ -1,7 +1,7 @@
 """Dense weights whose layers became sparse, and optimizers that still hold them."""
 
 import weakref
-from typing import TypeVar
+from typing import Any, TypeVar
 
 from torch import Tensor, nn
 from torch.optim import Optimizer
@@ -15,7 +15,7 @@ _Layer = TypeVar("_Layer", bound=SparseLinear)
 _replaced: dict[int, tuple[weakref.ref, weakref.ref]] = {}
 
 
-def note(weight: Tensor, layer: _Layer) -> _Layer:
+def note(weight: Any, layer: _Layer) -> _Layer:
     """The layer, which takes the place of one with this weight [N, K]."""
     key = id(weight)
     _replaced[key] = weakref.ref(weight, lambda _: _replaced.pop(key, None)), weakref.ref(layer)
@@ -61,6 +61,7 @@ def _at_places(key: str, t: object, weight: nn.Parameter, layer: SparseLinear) -
             f"{tuple(weight.shape)}, which cannot become sparse; make it after sparsify_"
         )
     rows = expand_rows(layer.row_offsets, layer.col_indices.shape[0])
+    t = layer.as_stored(t)  # to store it as the weight is and back is the same: transposed, or not
     return t[rows, layer.col_indices.long()].contiguous()
 
 

@@ -15,6 +15,7 @@ from torch.optim import Optimizer
 from torch.optim.swa_utils import AveragedModel
 
 from ..nn import SparseLinear, adopt_values_, sparsifiable, sparsify_
+from ..nn.convert import refuse_pruned
 from ..tensor import SparseTensor
 from .budget import DISTRIBUTIONS, budgets
 from .checks import one_of, shown, whole
@@ -165,9 +166,14 @@ class Algorithm:
 
     # A model, an optimizer
 
-    def apply(self, target: nn.Module | Optimizer) -> nn.Module | Optimizer:
+    def apply(
+        self, target: nn.Module | Optimizer, *, prune_again: bool = False
+    ) -> nn.Module | Optimizer:
         """Make the chosen layers of a model sparse, in place; or follow an optimizer: its state
         moves with the weights, and its steps are counted. Returns what it was given.
+
+        ValueError where more than 20 % of the weights are zero already and others would go, unless
+        `prune_again` says that this is meant.
 
         Layers that are a SparseLinear already keep their pattern. An optimizer that was made before
         the model became sparse gets the values in the place of the dense weights. Where several
@@ -189,9 +195,9 @@ class Algorithm:
                 "apply: expected the model itself, got a DistributedDataParallel, which would not "
                 "average the gradients of new Parameters; wrap the model after it became sparse"
             )
-        return self._take(target, set())
+        return self._take(target, set(), prune_again)
 
-    def _take(self, model: nn.Module, taken: set[str]) -> nn.Module:
+    def _take(self, model: nn.Module, taken: set[str], prune_again: bool = False) -> nn.Module:
         """`apply` without the layers that another algorithm has taken."""
         there = sparsifiable(model, lambda module, name: True)
         parts: Any = self.param_filter  # as filter_parts made them
@@ -209,11 +215,19 @@ class Algorithm:
             raise ValueError(f"param_filter: {wanted} matches no layer{why}; there are: {listed}")
         for name in names:
             self._family.check(name, there[name].out_features, there[name].in_features)
+        if self._prunes_at_first and not prune_again:
+            dense = [m for m in (there[name] for name in names) if isinstance(m, nn.Linear)]
+            refuse_pruned("apply", [m.weight.detach() for m in dense])
         model = self._sparsify(model, {name: there[name] for name in names})
         now: dict[str, Any] = dict(model.named_modules())
         self.layers = {name: now[name] for name in names}
         note_model_of(self)
         return model
+
+    @property
+    def _prunes_at_first(self) -> bool:
+        """Whether the first pattern may leave out weights that are not zero."""
+        return self.init_method != "from_zeros"
 
     def _sparsify(self, model: nn.Module, chosen: dict[str, Layer]) -> nn.Module:
         for name, layer in chosen.items():
@@ -314,6 +328,10 @@ class Updating(Algorithm):
     def starts_sparse(self) -> bool:
         return self._updates_at(0)
 
+    @property
+    def _prunes_at_first(self) -> bool:
+        return super()._prunes_at_first and self.starts_sparse
+
     def _updates_at(self, step: int) -> bool:
         return self._update_steps(step)
 
@@ -348,7 +366,10 @@ class Updating(Algorithm):
 
 
 class Masks:
-    """A function (name, weight) -> mask, as an algorithm for `sparsify_`."""
+    """A function (name, weight) -> mask, as an algorithm for `sparsify_`; `apply` has asked whether
+    a pruned model is to be pruned again."""
+
+    has_asked = True
 
     def __init__(self, mask: Callable[[str, Tensor], Tensor]) -> None:
         self.mask = mask

@@ -63,7 +63,9 @@ class Group:
             raise ValueError("Group: expected at least one algorithm")
         self.algorithms = algorithms
 
-    def apply(self, target: nn.Module | Optimizer) -> nn.Module | Optimizer:
+    def apply(
+        self, target: nn.Module | Optimizer, *, prune_again: bool = False
+    ) -> nn.Module | Optimizer:
         """As Algorithm.apply, for each of them: all, or where one fails none."""
         optimizer = unwrapped(target)
         if optimizer is not None:
@@ -83,7 +85,7 @@ class Group:
         try:
             with unchanged_on_failure(model, optimizers):
                 for algorithm in self.algorithms:
-                    model = algorithm._take(model, taken)
+                    model = algorithm._take(model, taken, prune_again)
                     taken |= algorithm.layers.keys()
         except BaseException:
             for algorithm, layers in zip(self.algorithms, before, strict=True):

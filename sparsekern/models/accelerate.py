@@ -1,0 +1,156 @@
+"""accelerate_: a pruned model as it is, made faster in place where sparse layers are faster.
+
+    scan      which modules have zeros, and what is left out and why       (candidates.py)
+    record    one run of the example: with how many tokens each is called  (example.py)
+    measure   each layer dense and sparse in turn; alike ones once         (measure.py)
+    exchange  one layer at a time, so that memory holds one layer twice
+    look      the example once more: its time, and what changed in the output
+
+Until the last step has passed, an error puts back what was there.
+"""
+
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import nn
+
+from .candidates import LEAST_SPARSITY, Marks, scan
+from .example import Calls, error_between, one_token, recording, runner, seconds_of
+from .exchange import Exchange
+from .measure import LEAST_GAIN, bytes_of, measured
+from .report import Report, seen
+
+
+def accelerate_(
+    model: nn.Module, example: Any, *, new_tokens: int = 0, nan_is_pruned: bool = False
+) -> Report:
+    """Make sparse, in place, the layers of a pruned model that are faster so, and report on all.
+
+    The zeros that are there decide (of a layer under torch.nn.utils.prune: its mask); nothing is
+    pruned. Each layer is measured, dense and sparse, with as many tokens as the example brings it,
+    and stays dense where that is faster. The output is the same up to rounding. Memory holds one
+    layer twice, never two models. Taken are nn.Linear and its subclasses that only hold a weight,
+    transformers' Conv1D, nn.MultiheadAttention, convolutions with a kernel of one place, and the
+    stacked experts of mixtures; embeddings and tied weights stay dense. The report names what was
+    left out, and why. The model is run some times, in eval mode and without gradients; afterwards
+    each module has its mode again.
+
+    Args:
+        model: a model on a CPU or a GPU, with its dense weights.
+        example: what to call the model with: a tensor, a tuple of arguments, a dict of named ones
+            (what a tokenizer gives), or a function of the model, `lambda m: m.generate(**inputs)`.
+            As many tokens as in real use: what pays for 128 may not pay for one.
+        new_tokens: so many tokens are generated after the example, one at a time: each layer is
+            weighed with one call of the example and so many of one token a sequence.
+        nan_is_pruned: NaN in a weight marks what is pruned, and counts as zero.
+
+    Layers replaced have new Parameters: make optimizers afterwards, and `torch.compile` too.
+    densify_ brings the dense modules back.
+
+    Raises TypeError for an example that is none, ValueError where the model has no layer with at
+    least 30 % zeros (the message lists what it has), where weights are NaN, or where the model does
+    not run with the example. Then, and after any other error, the model is as it was.
+    """
+    began = time.perf_counter()
+    _check_model(model)
+    if type(new_tokens) is not int or new_tokens < 0:
+        raise ValueError(f"new_tokens: expected a whole number of at least 0, got {new_tokens!r}")
+    run = runner(model, example)
+    token_run = runner(model, one_token(example)) if new_tokens else None
+    marks, exchange = Marks(), Exchange(model)
+    with _evaluating(model), torch.inference_mode(False), torch.no_grad():
+        try:
+            if nan_is_pruned:
+                marks.remove(model)
+            candidates, skipped = scan(model)
+            if not candidates:
+                raise ValueError(
+                    f"accelerate_: no layer with at least {LEAST_SPARSITY:.0%} zeros that a sparse "
+                    f"one could stand in for; there are: {seen(skipped) or 'no matrices at all'}"
+                )
+            if candidates[0].module is model:
+                raise TypeError(
+                    f"model: expected a model that holds layers, got a {type(model).__name__}, in "
+                    "whose place nothing can be put: give nn.Sequential(layer)"
+                )
+            device = candidates[0].weight.device
+            calls = Calls()
+            with recording(candidates, calls, 1):
+                output = _run("example", run)
+            if token_run is not None:
+                with recording(candidates, calls, new_tokens):
+                    _run("new_tokens: the example, cut to one token a sequence", token_run)
+
+            def whole() -> float:
+                seconds = seconds_of(run, device)
+                return seconds + (new_tokens * seconds_of(token_run, device) if token_run else 0.0)
+
+            before_s = whole()
+            layers = measured(model, candidates, calls)
+            report = Report(layers, skipped, str(device), torch.get_num_threads(), new_tokens)
+            for candidate, layer in zip(candidates, layers, strict=True):
+                if layer.is_sparse:
+                    exchange.replace(candidate, candidate.make())
+                elif candidate.is_masked:
+                    exchange.replace(candidate, candidate.plain())
+            report.output_error = error_between(output, run())
+            report.before_s, report.after_s = before_s, whole()
+            if report.sparse and report.after_s > LEAST_GAIN * before_s:
+                report.after_s = min(report.after_s, whole())  # a moment of the machine?
+            if report.sparse and report.after_s > LEAST_GAIN * before_s:
+                exchange.undo()
+                _stay_dense(report)
+            for candidate, layer in zip(candidates, layers, strict=True):
+                layer.bytes_after = bytes_of(exchange.now(candidate))
+        except BaseException:
+            exchange.undo()
+            marks.undo()
+            raise
+    report.seconds = time.perf_counter() - began
+    return report
+
+
+def _stay_dense(report: Report) -> None:
+    slower = report.after_s / report.before_s
+    for layer in report.sparse:
+        layer.is_sparse = False
+        layer.reason = f"with sparse layers the whole model took {slower:.2f} times as long"
+    report.after_s, report.output_error = report.before_s, 0.0
+
+
+def _check_model(model: object) -> None:
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"model: expected a torch.nn.Module, got {type(model).__name__}")
+    if hasattr(model, "_orig_mod") or isinstance(model, nn.parallel.DistributedDataParallel):
+        inner = "model._orig_mod" if hasattr(model, "_orig_mod") else "model.module"
+        raise TypeError(
+            f"model: expected it as it was before torch.compile or DDP wrapped it: give {inner}, "
+            "and wrap it afterwards"
+        )
+
+
+def _run(name: str, run: Any) -> Any:
+    try:
+        return run()
+    except Exception as error:
+        raise ValueError(
+            f"{name}: the model did not run with it: {type(error).__name__}: {error}"
+        ) from error
+
+
+@contextmanager
+def _evaluating(model: nn.Module) -> Iterator[None]:
+    """The model in eval mode; what is there afterwards has its mode again, by name."""
+    training = {name: module.training for name, module in model.named_modules()}
+    model.eval()
+    try:
+        yield
+    finally:
+        for name, module in model.named_modules():
+            outer = name
+            while outer not in training:  # a part of a module that took another's place
+                outer = outer.rpartition(".")[0]
+            module.training = training[outer]

@@ -1,0 +1,195 @@
+"""Running a model with the example, and what its layers are called with meanwhile."""
+
+import math
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from .candidates import Candidate
+from .timing import clock
+
+ROUNDS = 5  # in which a model is timed as a whole
+ENOUGH_S = 0.3  # of that: no more rounds then
+
+
+@dataclass
+class Call:
+    """One form of call of a layer: its first arguments, and how many rows x had."""
+
+    args: tuple
+    kwargs: dict
+    tokens: int
+    device: str
+    autocast: torch.dtype | None  # to which torch.autocast cast it
+
+    def cast(self) -> AbstractContextManager:
+        """The autocast that the call was made in."""
+        if self.autocast is None:
+            return nullcontext()
+        return torch.autocast(self.device, dtype=self.autocast)
+
+
+@dataclass
+class Calls:
+    """How often each layer is called in which form, and one call of each form for layers alike."""
+
+    counts: dict[Candidate, Counter] = field(default_factory=dict)
+    forms: dict[tuple, Call] = field(default_factory=dict)  # by (key of the layer, form)
+
+
+def runner(model: nn.Module, example: Any) -> Callable[[], Any]:
+    """A function that calls the model with the example. TypeError for what cannot be one."""
+    if isinstance(example, Tensor):
+        return lambda: model(example)
+    if isinstance(example, Mapping):
+        return lambda: model(**example)
+    if isinstance(example, list | tuple):
+        return lambda: model(*example)
+    if callable(example) and not isinstance(example, type):
+        return lambda: example(model)
+    raise TypeError(
+        "example: expected a tensor, a tuple of arguments, a dict of named ones (what a tokenizer "
+        f"gives with return_tensors='pt') or a function of the model, got {type(example).__name__}"
+    )
+
+
+def one_token(example: Any) -> Any:
+    """The example cut to the first token of each sequence: [B, T, ...] to [B, 1, ...], and a matrix
+    of activations [M, K] to [1, K]."""
+
+    def cut(t: Any) -> Any:
+        if not isinstance(t, Tensor) or t.ndim < 2:
+            return t
+        return t[:1] if t.ndim == 2 and t.is_floating_point() else t[:, :1]
+
+    if isinstance(example, Mapping):
+        return {key: cut(t) for key, t in example.items()}
+    if isinstance(example, list | tuple):
+        return tuple(map(cut, example))
+    if isinstance(example, Tensor):
+        return cut(example)
+    raise ValueError(
+        "new_tokens: expected 0 with a function as example: let it generate as many as you need"
+    )
+
+
+@contextmanager
+def recording(candidates: Sequence[Candidate], calls: Calls, times: int) -> Iterator[None]:
+    """Inside, each call of a candidate is noted, as `times` calls."""
+
+    def note(candidate: Candidate) -> Callable:
+        counts = calls.counts.setdefault(candidate, Counter())
+
+        def hook(module: nn.Module, args: tuple, kwargs: dict) -> None:
+            x = next(tensors([args, kwargs]), None)
+            if x is None:
+                return
+            tokens = _tokens(candidate.module, x)
+            form = _form(candidate.module, args, kwargs, tokens)
+            counts[form] += times
+            if (candidate.key, form) not in calls.forms:
+                device = x.device.type
+                is_cast = torch.is_autocast_enabled(device)
+                dtype = torch.get_autocast_dtype(device) if is_cast else None
+                call = Call(_copied(args), _copied(kwargs), tokens, device, dtype)
+                calls.forms[candidate.key, form] = call
+
+        return hook
+
+    handles = [
+        candidate.module.register_forward_pre_hook(note(candidate), with_kwargs=True)
+        for candidate in candidates
+    ]
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def _tokens(module: nn.Module, x: Tensor) -> int:
+    """Rows of x that the layer's matrix is multiplied by."""
+    if isinstance(module, nn.modules.conv._ConvNd):
+        steps = zip(x.shape[-len(module.stride) :], module.stride, strict=True)
+        batch = x.shape[0] if x.ndim == len(module.stride) + 2 else 1
+        return batch * math.prod(-(-size // step) for size, step in steps)
+    return x.numel() // max(1, x.shape[-1])
+
+
+def _form(module: nn.Module, args: tuple, kwargs: dict, tokens: int) -> tuple:
+    """Equal for calls that take as long as each other. Of a linear layer: the tokens, to two bits
+    after the first, since the experts of a mixture see any number."""
+    if not isinstance(module, nn.MultiheadAttention | nn.modules.conv._ConvNd):
+        unit = 2 ** max(0, tokens.bit_length() - 3)
+        return (-(-tokens // unit) * unit,)
+    shapes = tuple(tuple(t.shape) for t in tensors([args, kwargs]))
+    return shapes, tuple(sorted((k, v) for k, v in kwargs.items() if isinstance(v, bool)))
+
+
+def tensors(things: Any) -> Iterator[Tensor]:
+    """All tensors in lists, tuples and dicts, in their order."""
+    if isinstance(things, Tensor):
+        yield things
+    elif isinstance(things, Mapping):
+        yield from tensors(list(things.values()))
+    elif isinstance(things, list | tuple):
+        for thing in things:
+            yield from tensors(thing)
+
+
+def _copied(things: Any) -> Any:
+    """Tensors that stand twice in it, as query and key, stay one: attention asks for that."""
+    copies: dict[int, Tensor] = {}
+
+    def copy(thing: Any) -> Any:
+        if isinstance(thing, Tensor):
+            if id(thing) not in copies:
+                copies[id(thing)] = thing.detach().clone()
+            return copies[id(thing)]
+        if isinstance(thing, tuple | list):
+            return type(thing)(map(copy, thing))
+        return {k: copy(v) for k, v in thing.items()} if isinstance(thing, dict) else thing
+
+    return copy(things)
+
+
+def seconds_of(run: Callable[[], Any], device: torch.device) -> float:
+    """The time of a call, of what has run before."""
+    taken: list[float] = []
+    now, usual = clock(device.type == "cuda")
+    while len(taken) < ROUNDS and sum(taken) < ENOUGH_S:
+        _wait(device)
+        began = now()
+        run()
+        _wait(device)
+        taken.append(now() - began)
+    return usual(taken)
+
+
+def _wait(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+
+
+def error_between(before: Any, after: Any) -> float | None:
+    """|after - before| / |before| over all floating-point tensors of two outputs; None where there
+    are none, or not the same ones."""
+    pairs = list(zip(_floats(before), _floats(after), strict=False))
+    if not pairs or any(a.shape != b.shape for a, b in pairs):
+        return None
+    wrong = size = 0.0
+    for a, b in pairs:
+        a, b = a.double(), b.double()
+        is_same = (a == b) | (a.isnan() & b.isnan())
+        wrong += float((b - a).masked_fill(is_same, 0.0).square().sum())
+        size += float(a.masked_fill(is_same & ~a.isfinite(), 0.0).square().sum())
+    return math.sqrt(wrong / size) if size else math.sqrt(wrong)
+
+
+def _floats(things: Any) -> Iterable[Tensor]:
+    return (t for t in tensors(things) if t.is_floating_point())

@@ -1,0 +1,174 @@
+"""Which modules hold a matrix that a sparse one can stand in for, and why others do not."""
+
+from collections import Counter
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.utils import parametrize
+from torch.nn.utils.prune import BasePruningMethod
+
+from ..indices import VALUE_DTYPES
+
+CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
+HEAD_NAMES = ("head", "lm_head")
+
+
+def uses_of_parameters(model: nn.Module) -> Counter:
+    """How many modules hold each Parameter, by its id."""
+    return Counter(id(p) for module in model.modules() for p in module._parameters.values())
+
+
+def is_conv1d(module: nn.Module) -> bool:
+    """Whether it is the Conv1D of transformers, by its form: weight [in, out], and nf = out."""
+    weight = module._parameters.get("weight")
+    if type(module).__name__ != "Conv1D" or weight is None or weight.ndim != 2:
+        return False
+    return getattr(module, "nf", None) == weight.shape[1]
+
+
+def is_experts(module: nn.Module) -> bool:
+    """Whether it has the 3-D Parameters of a mixture's experts in transformers."""
+    return {"gate_up_proj", "down_proj"} <= module._parameters.keys()
+
+
+def pruning_masks(module: nn.Module) -> dict[str, Tensor]:
+    """What torch.nn.utils.prune masks of the module, by name."""
+    hooks = module._forward_pre_hooks.values()
+    names = [hook._tensor_name for hook in hooks if isinstance(hook, BasePruningMethod)]
+    masks = {name: module._buffers.get(f"{name}_mask") for name in names}
+    return {name: mask for name, mask in masks.items() if mask is not None}
+
+
+def why_not(module: nn.Module) -> str | None:
+    """The reason why no sparse module can take the place of this one; None where one can."""
+    if isinstance(module, nn.Embedding | nn.EmbeddingBag):
+        return "rows are looked up, nothing is multiplied"
+    if pruning_masks(module) and not isinstance(module, nn.Linear):
+        return "torch.nn.utils.prune masks it: call its remove() first"
+    if isinstance(module, nn.Linear):
+        return _changed(module, nn.Linear.forward, {"weight", "bias"})
+    if is_conv1d(module):
+        return _changed(module, type(module).forward, {"weight", "bias"})
+    if type(module) in CONVOLUTIONS:
+        return _convolution(module) or _changed(module, type(module).forward, {"weight", "bias"})
+    if isinstance(module, nn.MultiheadAttention):
+        return _attention(module)
+    if is_experts(module):
+        return _experts(module)
+    return f"a {type(module).__name__} does more than multiply by it"
+
+
+def _changed(module: nn.Module, forward, parameters: set[str]) -> str | None:
+    """What the module does beside its class's product, or holds beside its weight."""
+    if "forward" in module.__dict__ or type(module).forward is not forward:
+        return "it has a forward of its own"
+    if parametrize.is_parametrized(module):
+        return "it is parametrized: call torch.nn.utils.parametrize.remove_parametrizations first"
+    masks = pruning_masks(module)
+    masks = masks if masks.keys() == {"weight"} else {}
+    own = {f"{n}_orig" if n in masks else n for n in parameters} | {f"{n}_mask" for n in masks}
+    held = module._parameters.keys() | module._buffers.keys()
+    if more := sorted(held - own):
+        return f"it also holds {', '.join(more)}"
+    children = module._modules.keys() - ({"out_proj"} if "in_proj_bias" in parameters else set())
+    if children:
+        return f"it also holds {', '.join(sorted(children))}"
+    hooks = len(module._forward_pre_hooks) - len(masks) + len(module._forward_hooks)
+    if hooks + len(module._backward_hooks) + len(module._backward_pre_hooks):
+        return "it has hooks, which another module would not have"
+    return None
+
+
+def _convolution(conv: Any) -> str | None:
+    if any(size != 1 for size in conv.kernel_size):
+        return "a convolution over several places is no single matrix"
+    if conv.groups != 1:
+        return f"its channels are in {conv.groups} groups"
+    if isinstance(conv.padding, str) or any(conv.padding):
+        return "it pads its input"
+    return None
+
+
+def _attention(attention: nn.MultiheadAttention) -> str | None:
+    if attention._parameters.get("in_proj_weight") is None:
+        return "query, key and value have different sizes"
+    if attention.bias_k is not None or attention.add_zero_attn:
+        return "it adds a key and a value of its own"
+    names = {"in_proj_weight", "in_proj_bias", "bias_k", "bias_v"}
+    names |= {"q_proj_weight", "k_proj_weight", "v_proj_weight"}
+    return _changed(attention, nn.MultiheadAttention.forward, names) or _changed(
+        attention.out_proj, nn.Linear.forward, {"weight", "bias"}
+    )
+
+
+def _experts(experts: Any) -> str | None:
+    up, down = (experts._parameters[name] for name in ("gate_up_proj", "down_proj"))
+    for flag in ("has_bias", "is_transposed", "has_post_expert_norm", "_is_expert_parallel"):
+        if getattr(experts, flag, False):
+            return f"experts with {flag} are not served"
+    if not getattr(experts, "has_gate", True) or not hasattr(type(experts), "_apply_gate"):
+        return "experts without a gate are not served"
+    is_stack = up is not None and down is not None and up.ndim == down.ndim == 3
+    if not is_stack or up.shape[::2] != down.shape[:2] or up.shape[1] != 2 * down.shape[2]:
+        return "expected gate_up_proj [E, 2 I, H] and down_proj [E, H, I]"
+    if more := sorted((experts._parameters.keys() | experts._buffers.keys()) - {*_STACKS}):
+        return f"it also holds {', '.join(more)}"
+    if len(experts._forward_pre_hooks) + len(experts._forward_hooks):
+        return "it has hooks, which another module would not have"
+    return None
+
+
+_STACKS = ("gate_up_proj", "down_proj")
+
+
+def why_not_weight(weight: Tensor, uses: int) -> str | None:
+    """The same of its weight."""
+    if uses > 1:
+        return "tied: another module has the same weight"
+    if getattr(weight, "requires_dense", False):
+        return "its weight says requires_dense"
+    if type(weight) is not nn.Parameter:
+        return f"its weight is a {type(weight).__name__}"
+    if weight.dtype not in VALUE_DTYPES or weight.layout != torch.strided:
+        return f"weights of {weight.dtype} are not served"
+    if weight.device.type not in ("cpu", "cuda"):
+        return f"weights on {weight.device.type} are not served"
+    return None
+
+
+def heads(model: nn.Module) -> set[str]:
+    """Names of the linears that make a model's output of what its blocks give: what stands last in
+    a name is head or lm_head, the model says so itself (get_output_embeddings, as transformers'
+    do), or it comes after the last of the repeated blocks. Of a model without blocks, by name."""
+    named = dict(model.named_modules())
+    found = {name for name in named if name.split(".")[-1] in HEAD_NAMES}
+    get = getattr(model, "get_output_embeddings", None)
+    output = get() if callable(get) else None
+    found |= {name for name, module in named.items() if module is output}
+    last = None
+    for name, module in named.items():
+        if _holds_blocks(module):
+            last = name
+    if last is not None:
+        names = list(named)
+        inside = f"{last}." if last else ""
+        after = names[names.index(last) + 1 :]
+        found |= {n for n in after if not n.startswith(inside) and _is_linear(named[n])}
+    return found
+
+
+def _is_linear(module: nn.Module) -> bool:
+    return isinstance(module, nn.Linear) or is_conv1d(module)
+
+
+def _holds_blocks(module: nn.Module) -> bool:
+    """Whether it is a list of at least two modules of one class that hold linears themselves."""
+    if not isinstance(module, nn.ModuleList | nn.Sequential) or len(module) < 2:
+        return False
+    kinds = Counter(type(child) for child in module)
+    (kind, count), *_ = kinds.most_common(1)
+    if count < 2 or issubclass(kind, nn.Linear) or not count == len(module):
+        return False
+    first = next(child for child in module if type(child) is kind)
+    return any(_is_linear(m) for m in first.modules())

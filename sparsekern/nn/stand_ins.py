@@ -1,0 +1,272 @@
+"""Modules with sparse weights in the place of others than nn.Linear.
+
+    Conv1D               of transformers: an nn.Linear whose weight is stored as [K, N]
+    Conv1d, Conv2d, ...  with a kernel of one place: a matrix on the channels
+    MultiheadAttention   in_proj and out_proj
+    experts              of mixtures in transformers: 3-D Parameters, a matrix for each expert
+
+Each is made with `from_dense`, and `to_dense` gives back a module of the class that it was made
+from. What decides whether a module fits stands in kinds.py.
+"""
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from ..tensor import SparseTensor
+from .linear import SparseLinear
+from .origin import Origin
+
+
+class SparseConv1D(SparseLinear):
+    """Conv1D of transformers: y [..., N] = x [..., K] @ weight [K, N] + bias, W = weight.T."""
+
+    origin: Origin
+
+    @classmethod
+    def from_dense(cls, conv: Any, mask: Tensor | None = None) -> "SparseConv1D":
+        """`mask` is a bool [K, N], as the weight is stored."""
+        mask = None if mask is None else mask.t()
+        layer = cls.from_weight(conv.weight, conv.bias, mask, conv.weight.detach().t())
+        layer.origin = Origin(conv)
+        return layer.train(conv.training)
+
+    @property
+    def nf(self) -> int:
+        return self.out_features
+
+    @property
+    def nx(self) -> int:
+        return self.in_features
+
+    def to_linear(self) -> Any:
+        """The Conv1D of the same function."""
+        weight = self.weight.detach().to_dense().t().contiguous()
+        parameters = {"weight": nn.Parameter(weight, self.values.requires_grad), "bias": self.bias}
+        return self.origin.with_(parameters).train(self.training)
+
+    def as_stored(self, weight: Tensor) -> Tensor:
+        return weight.t().contiguous()
+
+
+class StandIn(nn.Module):
+    """A module that holds SparseLinears and knows what it took the place of."""
+
+    origin: Origin
+
+    def to_dense(self) -> nn.Module:
+        """The dense module in whose place it stands."""
+        raise NotImplementedError
+
+
+class SparseConv(StandIn):
+    """A convolution with a kernel of one place: x [B, K, ...] -> y [B, N, ...]."""
+
+    def __init__(self, linear: SparseLinear, origin: Origin):
+        super().__init__()
+        self.linear, self.origin = linear, origin
+        stride = origin.attributes["stride"]
+        self.dims = len(stride)
+        self.steps: Any = (..., *(slice(None, None, s) for s in stride))
+
+    @classmethod
+    def from_dense(cls, conv: Any, mask: Tensor | None = None) -> "SparseConv":
+        mask = None if mask is None else mask.flatten(1)
+        weight = conv.weight.detach().flatten(1)
+        linear = SparseLinear.from_weight(conv.weight, conv.bias, mask, weight)
+        return cls(linear, Origin(conv)).train(conv.training)
+
+    def to_dense(self) -> nn.Module:
+        weight = self.linear.weight.detach().to_dense()
+        weight = weight.view(*weight.shape, *[1] * self.dims)
+        trained = self.linear.values.requires_grad
+        parameters = {"weight": nn.Parameter(weight, trained), "bias": self.linear.bias}
+        return self.origin.with_(parameters).train(self.training)
+
+    def forward(self, x: Tensor) -> Tensor:
+        channels = -1 - self.dims
+        x = x[self.steps]
+        is_last = x.ndim == 4 and x.is_contiguous(memory_format=torch.channels_last)
+        y = self.linear(x.movedim(channels, -1)).movedim(-1, channels)
+        return y.contiguous(memory_format=torch.channels_last) if is_last else y.contiguous()
+
+
+class SparseMultiheadAttention(StandIn):
+    """nn.MultiheadAttention with one embedding size for query, key and value."""
+
+    # nn.TransformerEncoder and its layers ask these three, and leave their fast paths, which read
+    # dense weights.
+    in_proj_bias = None
+    _qkv_same_embed_dim = False
+
+    @property
+    def in_proj_weight(self) -> SparseTensor:
+        """The first of the three weights in it."""
+        return self.q_proj.weight
+
+    def __init__(self, projections: list[SparseLinear], out: SparseLinear, origin: Origin):
+        super().__init__()
+        self.q_proj, self.k_proj, self.v_proj = projections
+        self.out_proj = out
+        self.origin = origin
+        self.embed_dim: int = origin.attributes["embed_dim"]
+        self.num_heads: int = origin.attributes["num_heads"]
+        self.head_dim: int = origin.attributes["head_dim"]
+        self.dropout: float = origin.attributes["dropout"]
+        self.batch_first: bool = origin.attributes["batch_first"]
+
+    @classmethod
+    def from_dense(cls, attention: nn.MultiheadAttention) -> "SparseMultiheadAttention":
+        weights, trained = attention.in_proj_weight.detach().chunk(3), attention.in_proj_weight
+        bias = attention.in_proj_bias
+        biases = (None,) * 3 if bias is None else bias.detach().chunk(3)
+        projections = [
+            SparseLinear.from_weight(
+                trained,
+                None if b is None else nn.Parameter(b.clone(), bias.requires_grad),
+                None,
+                w,
+            )
+            for w, b in zip(weights, biases, strict=True)
+        ]
+        out = SparseLinear.from_linear(attention.out_proj)
+        return cls(projections, out, Origin(attention)).train(attention.training)
+
+    def to_dense(self) -> nn.MultiheadAttention:
+        parts = [self.q_proj, self.k_proj, self.v_proj]
+        weight = torch.cat([part.weight.detach().to_dense() for part in parts])
+        biases = [part.bias for part in parts if part.bias is not None]
+        parameters: dict[str, nn.Parameter | None] = {
+            "in_proj_weight": nn.Parameter(weight, self.q_proj.values.requires_grad),
+            "in_proj_bias": None,
+            "bias_k": None,
+            "bias_v": None,
+            **dict.fromkeys(("q_proj_weight", "k_proj_weight", "v_proj_weight")),
+        }
+        if biases:
+            bias = torch.cat([b.detach() for b in biases])
+            parameters["in_proj_bias"] = nn.Parameter(bias, biases[0].requires_grad)
+        dense = self.out_proj.to_linear()
+        kind = nn.modules.linear.NonDynamicallyQuantizableLinear
+        out = kind(self.embed_dim, self.embed_dim, bias=dense.bias is not None, device="meta")
+        out.weight, out.bias = dense.weight, dense.bias
+        return self.origin.with_(parameters, {"out_proj": out}).train(self.training)
+
+    def forward(
+        self,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        key_padding_mask: Tensor | None = None,
+        need_weights: bool = True,
+        attn_mask: Tensor | None = None,
+        average_attn_weights: bool = True,
+        is_causal: bool = False,
+    ) -> tuple[Tensor, Tensor | None]:
+        """As nn.MultiheadAttention.forward, for dense tensors."""
+        is_batched = query.ndim == 3
+        q, k, v = self.q_proj(query), self.k_proj(key), self.v_proj(value)
+        if not is_batched:
+            q, k, v = (t.unsqueeze(0) for t in (q, k, v))
+            if key_padding_mask is not None:
+                key_padding_mask = key_padding_mask.unsqueeze(0)
+        elif not self.batch_first:
+            q, k, v = (t.transpose(0, 1) for t in (q, k, v))
+        q, k, v = (t.unflatten(-1, (self.num_heads, -1)).transpose(1, 2) for t in (q, k, v))
+        mask = self._mask(attn_mask, key_padding_mask, q)  # [B, H, T, S], or what broadcasts to it
+        dropout = self.dropout if self.training else 0.0
+        weights = None
+        if need_weights:
+            scores = (q / self.head_dim**0.5) @ k.mT
+            weights = (scores if mask is None else scores + mask).softmax(-1)
+            weights = F.dropout(weights, dropout) if dropout else weights
+            y = weights @ v
+            weights = weights.mean(1) if average_attn_weights else weights
+            weights = weights if is_batched else weights.squeeze(0)
+        else:
+            y = F.scaled_dot_product_attention(q, k, v, mask, dropout)
+        y = self.out_proj(y.transpose(1, 2).flatten(2))
+        if not is_batched:
+            return y.squeeze(0), weights
+        return (y if self.batch_first else y.transpose(0, 1)), weights
+
+    def _mask(self, attn_mask: Tensor | None, padding: Tensor | None, q: Tensor) -> Tensor | None:
+        """What is added to the scores: both masks, of which bool ones are True where nothing is to
+        be seen."""
+        if attn_mask is not None and attn_mask.ndim == 3:  # [B * H, T, S]
+            attn_mask = attn_mask.unflatten(0, (-1, self.num_heads))
+        parts = [attn_mask] if attn_mask is not None else []
+        parts += [padding[:, None, None, :]] if padding is not None else []
+        added = [
+            torch.zeros_like(part, dtype=q.dtype).masked_fill_(part, -torch.inf)
+            if part.dtype == torch.bool
+            else part.to(q.dtype)
+            for part in parts
+        ]
+        return sum(added[1:], added[0]) if added else None
+
+
+class SparseExperts(StandIn):
+    """Experts of a mixture: y = sum over the k experts of a token of weight * down(gate(up(x))).
+
+    A SparseLinear for each expert and projection. The names are not those of the Parameters that
+    were there: transformers takes `experts.gate_up_proj` apart when it saves a model.
+    """
+
+    def __init__(self, ups: list[SparseLinear], downs: list[SparseLinear], origin: Origin):
+        super().__init__()
+        self.sparse_gate_up_proj, self.sparse_down_proj = nn.ModuleList(ups), nn.ModuleList(downs)
+        self.origin = origin
+
+    @classmethod
+    def from_dense(cls, experts: nn.Module) -> "SparseExperts":
+        def layers(stack: Any) -> list[SparseLinear]:
+            return [SparseLinear.from_weight(stack, None, None, w) for w in stack.detach()]
+
+        up, down = layers(experts.gate_up_proj), layers(experts.down_proj)
+        module = cls(up, down, Origin(experts))
+        for name, child in experts._modules.items():  # the activation
+            module.add_module(name, child)
+        return module.train(experts.training)
+
+    def to_dense(self) -> nn.Module:
+        parameters = {}
+        stacks: Any = self.sparse_gate_up_proj, self.sparse_down_proj
+        for name, layers in zip(("gate_up_proj", "down_proj"), stacks, strict=True):
+            weight = torch.stack([layer.weight.detach().to_dense() for layer in layers])
+            parameters[name] = nn.Parameter(weight, layers[0].values.requires_grad)
+        own = ("sparse_gate_up_proj", "sparse_down_proj")
+        others = {name: child for name, child in self._modules.items() if name not in own}
+        return self.origin.with_(parameters, others).train(self.training)
+
+    def __getattr__(self, name: str):
+        """Sizes and settings of the module that was there, which its gate may read."""
+        try:
+            return super().__getattr__(name)
+        except AttributeError:
+            origin = self.__dict__.get("origin")
+            if origin is None or name.startswith("_") or name not in origin.attributes:
+                raise
+            return origin.attributes[name]
+
+    def forward(self, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
+        """hidden_states [T, H], the experts [T, k] of each token and their weights [T, k]."""
+        count, top_k = len(self.sparse_gate_up_proj), top_k_index.shape[1]
+        ids, order = top_k_index.flatten().sort(stable=True)
+        sizes = torch.bincount(ids, minlength=count).tolist()[:count]  # others are masked out
+        y = torch.zeros_like(hidden_states)
+        gate = self.origin.kind._apply_gate  # of the class that was there
+        first = 0
+        for expert, size in enumerate(sizes):
+            if not size:
+                continue
+            places = order[first : first + size]
+            first += size
+            tokens = places // top_k
+            h = self.sparse_gate_up_proj[expert](hidden_states[tokens])
+            h = self.sparse_down_proj[expert](gate(self, h))
+            h = h * top_k_weights.flatten()[places, None]
+            y.index_add_(0, tokens, h.to(y.dtype))
+        return y
