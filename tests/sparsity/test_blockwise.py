@@ -105,7 +105,8 @@ def weights(model):
 
 
 def pruned(kind, make=SparseGPT, inputs=None, **how):
-    algorithm = make(0.5, calibration=batches() if inputs is None else inputs, **how)
+    inputs = batches() if inputs is None else inputs
+    algorithm = make(0.5, calibration=inputs, param_filter="*", **how)  # the last one too
     return algorithm.apply(Model(kind)), algorithm
 
 
@@ -273,7 +274,7 @@ def test_the_report():
         "| blocks.2.down" in text and "of the output" in text and "23 layers, 50.0% zeros" in text
     )
     assert report.to_dict()["layers"][0]["name"] == "first"
-    few = SparseGPT(0.5, calibration=[ids(1, 4)])
+    few = SparseGPT(0.5, calibration=[ids(1, 4)], param_filter="*")
     few.apply(Model())
     assert (
         "first saw 4 tokens, fewer than its 16 inputs, and 22 more layers" in few.report.notes[-1]
@@ -299,7 +300,7 @@ def test_autocast_does_not_round_the_statistics():
 def test_compiled_models_run_eager_in_calibration():
     model = Model()
     compiled = torch.compile(model)
-    algorithm = Wanda(0.5, calibration=batches())
+    algorithm = Wanda(0.5, calibration=batches(), param_filter="*")
     algorithm.apply(compiled)
     other, _ = pruned("list", Wanda)
     a, b = weights(model), weights(other)
