@@ -25,6 +25,8 @@ def checked(calibration: Any, tokenizer: Callable | None) -> list:
         got = type(calibration).__name__
         raise ValueError(f"calibration: expected a list of inputs of the model, got {got}")
     batches = list(calibration)
+    if not batches:
+        raise ValueError("calibration: expected at least one input of the model, got none")
     texts = sum(isinstance(batch, str) for batch in batches)
     if texts and texts < len(batches):
         raise ValueError(

@@ -177,6 +177,8 @@ def test_texts():
     assert got[0]["attention_mask"].sum(1).tolist() == [6, 6, 4]
     with pytest.raises(ValueError, match="tokenizer: calibration with texts needs one, got None"):
         Wanda(0.5, calibration=texts)
+    with pytest.raises(ValueError, match="at least one input of the model, got none"):
+        Wanda(0.5, calibration=[])
     with pytest.raises(ValueError, match="got 1 of 2 that are text"):
         Wanda(0.5, calibration=["text", ids()], tokenizer=tokenizer)
 
