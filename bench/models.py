@@ -32,7 +32,8 @@ from sparsekern.terminal import table
 NAMES = {"minilm": "all-MiniLM-L6-v2", "smollm2": "SmolLM2-135M-Instruct"}
 GGUF = "SmolLM2-135M-Instruct.Q4_1.gguf"
 SPARSITIES = {"minilm": (0.5, 0.625, 0.75, 0.9), "smollm2": (0.5, 0.75)}
-TEXTS, TOKENS = 32, {"minilm": 128, "smollm2": 256}  # that calibrate, and as many that measure
+FAMILIES = {"minilm": ("unstructured", "two-way"), "smollm2": ("unstructured",)}
+TEXTS, TOKENS = 32, 128  # that calibrate, and as many that measure
 
 
 def texts(tokenizer: Any, length: int, part: int) -> list[str]:
@@ -92,7 +93,7 @@ def loss(model: nn.Module, tokenizer: Any, held_out: list[str]) -> float:
 
 def measure(name: str, sparsities: tuple[float, ...]) -> list[dict]:
     model, tokenizer = {"minilm": minilm, "smollm2": smollm2}[name]()
-    calibration, held_out = (texts(tokenizer, TOKENS[name], part) for part in (0, 1))
+    calibration, held_out = (texts(tokenizer, TOKENS, part) for part in (0, 1))
     quality: Callable[[nn.Module], dict[str, float]]
     if name == "minilm":
         wanted = embeddings(model, tokenizer, held_out)
@@ -108,7 +109,7 @@ def measure(name: str, sparsities: tuple[float, ...]) -> list[dict]:
     case = {"op": "prune", "model": NAMES[name], "device": "cpu", "dtype": "float32"}
     case |= {"threads": torch.get_num_threads()}
     found = [case | {"sparsity": 0.0, "contender": "dense", "kind": DENSE} | quality(model)]
-    for family in ("unstructured", "two-way"):
+    for family in FAMILIES[name]:
         for sparsity in sparsities if family == "unstructured" else sparsities[:1]:
             for method, make in METHODS.items():
                 pruned, how = copy.deepcopy(model), {"family": family}
@@ -142,15 +143,15 @@ def page(name: str, run: records.Run) -> str:
     spans = ", ".join(f"{m} {min(s):.0f} to {max(s):.0f} s" for m, s in seconds.items() if s)
     what = "Perplexity" if is_lm else "Cosine of the embeddings to those of the dense model"
     dense = f" The dense model has {math.exp(first['loss']):.2f}." if is_lm else ""
+    threads = f"{first['threads']} thread{'s' * (first['threads'] > 1)}"
     key = next(k for k, n in NAMES.items() if n == first["model"])
     return "\n".join(
         [
             f"# {first['model']} pruned at once, not trained on",
             "",
             f"`python bench/models.py --model {key}`, commit {run.about['commit']['id'][:7]}, "
-            f"float32, {first['threads']} threads. {what}, of {TEXTS} texts of {TOKENS[key]} "
-            f"tokens; {TEXTS} others calibrate. Uniform sparsity of the linear layers of the "
-            f"blocks.{dense}",
+            f"float32, {threads}. {what}, of {TEXTS} texts of {TOKENS} tokens; {TEXTS} others "
+            f"calibrate. Uniform sparsity of the linear layers of the blocks.{dense}",
             "",
             table(header, rows, left=2),
             "",
