@@ -22,7 +22,7 @@ from typing import Any
 from torch import Tensor, nn
 from torch.utils._pytree import tree_flatten, tree_unflatten
 
-from .calibration import call, counted, masks_of
+from .calibration import call, call_for_order, counted, masks_of
 
 Add = Callable[[int, Tensor], None]
 Prune = Callable[[list[list[str]], Callable[[Add], None]], None]
@@ -278,7 +278,7 @@ class _Probe:
                     enter, leave = functools.partial(_enter, blocks, index), _leaving(blocks)
                     hook(module.register_forward_pre_hook(enter, with_kwargs=True))
                     hook(module.register_forward_hook(leave))
-            call(self.model, batch)
+            call_for_order(self.model, batch)
         self._last = None, 0
         for blocks in self.lists:
             blocks.first, blocks.output = ([], None), []

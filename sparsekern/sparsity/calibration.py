@@ -97,6 +97,15 @@ def call(model: nn.Module, batch: Any) -> Any:
     return model(batch)
 
 
+def call_for_order(model: nn.Module, batch: Any) -> None:
+    """The same where only the order of layers is of interest: without the logits of all tokens, if
+    the model of transformers has a word for it, since they may be larger than anything else."""
+    if isinstance(batch, Mapping) and "labels" not in batch:
+        if "logits_to_keep" in inspect.signature(model.forward).parameters:
+            batch = {"logits_to_keep": 1, **batch}
+    call(model, batch)
+
+
 def masks_of(model: nn.Module, batch: Any) -> dict[str, Tensor]:
     """The masks [B, T] of a batch that leave something out, by their names; bool, True counts."""
     if isinstance(batch, Mapping):

@@ -25,7 +25,7 @@ from .algorithm import Layer, Masks, mask_of
 from .blockwise import Add, walk
 from .calibration import batches_for, checked, evaluating
 from .pattern import places_of, set_pattern
-from .pruned import SAMPLE, PruneReport, compared, left_dense
+from .pruned import SAMPLE, PruneReport, compared, few_tokens, left_dense
 from .sparsegpt import sparsegpt
 from .static import Fixed
 from .undo import unchanged_on_failure
@@ -164,7 +164,6 @@ class _Calibrated(Magnitude):
     ) -> None:
         batches = batches_for(model, self.calibration, self.tokenizer)
         progress = Progress(len(chosen), unit="layer", is_shown=self.progress)
-
         unseen: list[str] = []
 
         def prune(groups: list[list[str]], run: Callable[[Add], None]) -> None:
@@ -199,13 +198,8 @@ class _Calibrated(Magnitude):
                 f"{len(unseen)} experts' layers saw no token, and kept their largest weights; the "
                 f"first is {unseen[0]}."
             )
-        few = [row for row in report.layers if (row.tokens or 0) < row.in_features]
-        if few and self._needs_hessian:
-            report.notes.append(
-                f"{few[0].name} saw {few[0].tokens} tokens, fewer than its {few[0].in_features} "
-                f"inputs{f', and {len(few) - 1} more layers too few' if few[1:] else ''}: more "
-                "calibration inputs would serve better."
-            )
+        if self._needs_hessian:
+            report.notes += few_tokens(report.layers)
 
     _needs_hessian = False
 

@@ -103,6 +103,19 @@ def left_dense(model: nn.Module, pruned: Iterable[nn.Module]) -> list[str]:
     return [f"{sum(sizes.values()) / there:.1%} of the weights in matrices stay dense: {parts}."]
 
 
+def few_tokens(layers: Iterable[PrunedLayer]) -> list[str]:
+    """A sentence on the layers that saw fewer tokens than they have inputs: X^T X is not of full
+    rank."""
+    few = [layer for layer in layers if (layer.tokens or 0) < layer.in_features]
+    if not few:
+        return []
+    more = f", and {len(few) - 1} more layers too few" if few[1:] else ""
+    return [
+        f"{few[0].name} saw {few[0].tokens} tokens, fewer than its {few[0].in_features} inputs"
+        f"{more}: more calibration inputs would serve better."
+    ]
+
+
 def _ratio(a: Tensor, b: Tensor) -> float:
     norm = torch.linalg.norm(b).item()
     return torch.linalg.norm(a).item() / norm if norm else 0.0
