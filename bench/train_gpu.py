@@ -193,15 +193,13 @@ def three_products(quick: bool) -> Iterator[dict]:
 
 
 def page_of_steps(name: str, run: Run) -> str:
-    cases = derived(run)
-    measured = [case for case in cases if any("peak_bytes" in w for w in case["ways"].values())]
     return STEPS.format(
         name=name,
         heading=in_words(run.about, "bfloat16"),
         rounds=ROUNDS,
         tolerance=gpt_gpu.TOLERANCE,
-        steps=tables.steps(cases),
-    ) + (f"\n## Memory\n\n{MEMORY_TEXT}\n\n{tables.memory(measured)}\n" if measured else "")
+        steps=tables.steps(derived(run)),
+    )
 
 
 def page_of_products(name: str, run: Run) -> str:

@@ -1,5 +1,6 @@
 """Fixtures and small helpers that several test files share."""
 
+import gc
 import os
 import subprocess
 import sys
@@ -22,6 +23,12 @@ needs_results = pytest.mark.skipif(
 def pytest_collection_modifyitems(items):
     """The long ones first, so that no process is left with one of them at the end."""
     items.sort(key=lambda item: item.get_closest_marker("slow") is None)
+
+
+def pytest_collection_finish():
+    """What stays, modules and thousands of tests, is not searched for garbage again and again."""
+    gc.collect()
+    gc.freeze()
 
 
 @pytest.fixture(autouse=True)

@@ -1,5 +1,6 @@
 """Runs so small that they take a second: their text, their settings, and what they leave."""
 
+import re
 from pathlib import Path
 
 import pytest
@@ -12,6 +13,17 @@ from sparsekern.gpt.data import Batches
 from sparsekern.gpt.train import train
 
 TEXT = "".join(f"{i} bottles of beer on the wall, {i} bottles of beer.\n" for i in range(99, 0, -1))
+
+UNITS = "step|part|round|block|token|mesh|measurement|product|crossover|model and round"
+PROGRESS = re.compile(
+    rf"({UNITS}) \d+(/\d+)?(: .*)?|making the model|reading .+|round \d+: pruning to [\d.]+%|"
+    r"(learning a vocabulary from|encoding) [\d,]+ characters"
+)
+
+
+def besides_progress(stderr: str) -> list[str]:
+    """Its lines but those that tell, on a slow machine, how far a run is."""
+    return [line for line in stderr.splitlines() if not PROGRESS.fullmatch(line)]
 
 
 def tiny_config(folder: Path, **settings) -> TrainConfig:

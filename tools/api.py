@@ -25,15 +25,7 @@ MODULES: dict[str, tuple[str, ...] | None] = {
     "sparsekern.gpt.prune": ("PruneConfig", "prune"),
     "sparsekern.gpt.model": ("GPTConfig", "GPT"),
     "sparsekern.gpt.generate": ("generate",),
-    "sparsekern.wafer.machine": ("Machine", "machine"),
-    "sparsekern.wafer.inputs": ("Inputs",),
-    "sparsekern.wafer.shapes": ("GPTShape", "gpt_shape"),
-    "sparsekern.wafer.cost": (
-        *("uniform_weights", "masked_weights", "step_cost", "compare_with_dense"),
-        *("StepCost", "Comparison"),
-    ),
-    "sparsekern.wafer.inference": ("inference_cost",),
-    "sparsekern.wafer.sweep": ("sweep",),
+    "sparsekern.wafer": None,
     "sparsekern.wafer.sensitivity": ("sensitivity",),
 }
 HEAD = """\

@@ -27,7 +27,6 @@ from ..indices import expand_rows
 from ..nn import SparseLinear, densify_, sparsify_
 from ..sparsity import Static
 from .measure_gpu import ROUNDS, attempt
-from .memory_gpu import Meter
 from .products import PASSES, kernels
 from .products_gpu import NAME
 from .records import DENSE, OURS
@@ -88,20 +87,16 @@ def training_steps(step: Step, clock: Clock, device: torch.device) -> Iterator[d
     batch = tokens, tokens.roll(-1, dims=1)
 
     failed: dict[str, dict] = {}
-    meter = Meter(device)
     model = make_gpt(config, device)
-    meter.built(model)
-    dense = _runners("dense", DENSE, model, meter, batch, step, clock, failed)
+    dense = _runners("dense", DENSE, model, batch, step, clock, failed)
     exact, tolerance = dense[0].contender.exact, TOLERANCE * dense[0].error
     for mask, sparsity in step.masks():
-        meter = Meter(device)
         model = make_gpt(config, device, mask, sparsity)
-        meter.built(model)
         failed_here = dict(failed)
-        found = dense + _runners(NAME, OURS, model, meter, batch, step, clock, failed_here)
+        found = dense + _runners(NAME, OURS, model, batch, step, clock, failed_here)
         ways = race(found, exact, tolerance, clock, ROUNDS) | failed_here
         cell = _cell(step, mask, sparsity, model, ways)
-        del model, meter, found  # and with them the memory of a graph, before the next one is made
+        del model, found  # and with them the memory of a graph, before the next one is made
         gc.collect()
         torch.cuda.empty_cache()
         yield cell
@@ -153,7 +148,6 @@ def _runners(
     name: str,
     kind: str,
     model: GPT,
-    meter: Meter,
     batch: tuple[Tensor, Tensor],
     of: Step,
     clock: Clock,
@@ -165,22 +159,18 @@ def _runners(
     x, y = (t.repeat(of.accumulated, 1) for t in batch)
     micro_batch = of.batch if of.accumulated > 1 else 0
 
-    def step(stepper: GPT, info: dict[str, object]) -> list[Tensor]:
-        with meter.step(info):
-            with torch.enable_grad():
-                compute_gradients(stepper, x, y, DTYPE, micro_batch)
-            optimizer.step()
+    def step(stepper: GPT) -> list[Tensor]:
+        with torch.enable_grad():
+            compute_gradients(stepper, x, y, DTYPE, micro_batch)
+        optimizer.step()
         return [parameter.grad for parameter in model.blocks.parameters()]
 
     found = []
     compiled = _compiled(model)
     for form in of.forms:
-        info: dict[str, object] = {}
-        call = partial(step, model if form == EAGER else compiled, info)
-        each = Contender(name + form, kind, [call], _flat, form == CAPTURED, info, exact)
+        call = partial(step, model if form == EAGER else compiled)
+        each = Contender(name + form, kind, [call], _flat, form == CAPTURED, exact=exact)
         found += attempt(failed, each, partial(Runner, each, 1, exact, clock))
-        if form == CAPTURED and info:
-            info["pool_bytes"] = getattr(clock, "captured_bytes", 0)
     return found
 
 

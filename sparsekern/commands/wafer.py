@@ -1,4 +1,5 @@
-"""python -m sparsekern wafer {predict, sweep, validate, compare, sensitivity}"""
+"""python -m sparsekern wafer COMMAND: predict, sweep, product, calibrate, validate, compare,
+sensitivity."""
 
 import argparse
 import json
@@ -7,26 +8,41 @@ from dataclasses import replace
 from pathlib import Path
 
 from ..bench import records
-from ..bench.rates import derived
+from ..bench.rates import derive
 from ..files import atomic_write, check_writable
 from ..terminal import Progress
 from ..wafer import compare as comparing
-from ..wafer import plots, predict, sensitivity, sweep
+from ..wafer import plots, render, sensitivity
 from ..wafer.balance import Mask
-from ..wafer.cost import Weight, compare_with_dense
-from ..wafer.inference import inference_cost
+from ..wafer.cost import Weight
+from ..wafer.gpu import DECODE, GPUS, TRAINING, gpu
 from ..wafer.inputs import ACTIVATIONS, STREAM_FORMATS, Inputs
 from ..wafer.machine import BYTES_PER_ELEM, MACHINES, machine
-from ..wafer.shapes import GPT_SHAPES, GPTShape, gpt_shape
+from ..wafer.models import model_shape
+from ..wafer.predict import predict
+from ..wafer.product import offloaded_s
+from ..wafer.runs import PUBLISHED, calibrate, read_runs, render_calibration
+from ..wafer.shapes import GPT_SHAPES, GPTShape
+from ..wafer.sweep import MODELS, SPARSITIES, default_batch, sweep
+from ..wafer.sweep import render as render_sweep
 from ..wafer.validation import mesh, pe_kernels, validate
 
 INPUT_FLAGS = {
-    "utilisation": "share of the datapath's rate that is reached; an input, never a result",
+    "utilisation": "share of the datapath's rate that is reached, calibrated",
+    "score_cycles": "cycles a score of attention costs beside its multiply-adds, calibrated",
+    "element_cycles": "cycles an element of norms and activations costs",
     "axpy_overhead_cycles": "cycles a nonzero costs beside its AXPY",
-    "attention_efficiency": "rate of attention over that of a dense product",
+    "attention_efficiency": "rate of attention's multiply-adds over that of a dense product",
     "column_groups": "groups of columns side by side; 0 takes the fastest",
 }
+SHAPE_FLAGS = ("layers", "width", "heads", "kv_heads", "ffn", "experts", "experts_per_token")
+SHAPE_FLAGS += ("vocabulary", "sequence")
+PREDICT_FLAGS = ("batch", "systems", "micro_batch", "context", "requests", "pipeline")
 MACHINE_HELP = "one of " + ", ".join(MACHINES) + ", or a TOML file of your own"
+MODEL_HELP = "one of: " + ", ".join(GPT_SHAPES) + "; or the config.json of a Hugging Face model"
+RESULTS = Path("bench/results")
+MEASURED = (*comparing.PRODUCTS, TRAINING, DECODE)  # ops
+MEASURED_HERE = ("*-train-*.csv", "generate-*.csv")  # that predict sets beside
 
 
 def add_commands(
@@ -43,7 +59,7 @@ def add_commands(
         added.add_argument("--json", type=Path, metavar="FILE", help="write the numbers there")
         return added
 
-    added = command("predict", _run_predict, "one training step, and inference")
+    added = command("predict", _run_predict, "how fast, what bounds it, how sure: one screen")
     _add_model(added)
     _add_machine(added)
     added.add_argument(
@@ -55,15 +71,32 @@ def add_commands(
         "--micro-batch", type=int, help="sequences on a system at a time (its share)"
     )
     added.add_argument("--systems", type=int, default=1, help="data parallel (%(default)s)")
+    added.add_argument("--context", type=int, help="tokens in the cache at decode (at most 2048)")
+    added.add_argument("--requests", type=int, default=1, help="that decode together (%(default)s)")
+    added.add_argument(
+        "--pipeline", type=int, default=1, help="systems that share a model at decode (%(default)s)"
+    )
+    added.add_argument(
+        "--beside",
+        nargs="*",
+        default=["h200"],
+        metavar="GPU",
+        help="GPUs whose roofline stands beside (h200): " + ", ".join(GPUS) + ", or a TOML file",
+    )
+    added.add_argument("--details", action="store_true", help="every term of every layer")
     added.add_argument("--sources", action="store_true", help="every figure with its source")
     added.set_defaults(checkpoint_weights=checkpoint_weights)
 
     added = command("sweep", _run_sweep, "every combination of the lists given")
-    added.add_argument("--models", nargs="+", default=sweep.MODELS, choices=GPT_SHAPES)
-    added.add_argument("--sparsities", nargs="+", type=float, default=sweep.SPARSITIES)
+    added.add_argument("--models", nargs="+", default=MODELS, help=MODEL_HELP)
+    added.add_argument("--sparsities", nargs="+", type=float, default=SPARSITIES)
     added.add_argument("--machines", nargs="+", default=["wse2"], help=MACHINE_HELP)
     added.add_argument("--systems", nargs="+", type=int, default=[1])
-    added.add_argument("--batch", type=int, help="sequences of all systems (each is filled)")
+    added.add_argument("--sequences", nargs="+", type=int, help="tokens of one (the model's)")
+    added.add_argument(
+        "--batch", nargs="+", type=int, help="sequences of all systems (each is filled)"
+    )
+    added.add_argument("--utilisations", nargs="+", type=float, help="(that of --utilisation)")
     added.add_argument(
         "--plots", type=Path, metavar="FOLDER", help="draw there, for the first machine"
     )
@@ -72,12 +105,31 @@ def add_commands(
     )
     _add_inputs(added)
 
+    added = command("product", _run_product, "one product, with and without its way from a host")
+    for name, text in (("tokens", "M"), ("n", "out_features"), ("k", "in_features")):
+        added.add_argument(f"--{name}", type=int, required=True, help=text)
+    added.add_argument("--sparsity", type=float, default=0.9, help="of W (%(default)s)")
+    _add_machine(added)
+
+    added = command("calibrate", _run_calibrate, "fit utilisation and a score's cost to runs")
+    added.add_argument(
+        "file", type=Path, nargs="?", default=PUBLISHED, help="TOML (the published runs)"
+    )
+    _add_inputs(added)
+
     added = command("validate", _run_validate, "every published point; fails where one must hold")
     added.add_argument("--data", type=Path, help="folder of the CSV files of pr0f3ss/SpMM_Cerebras")
 
     added = command("compare", _run_compare, "measured speed-ups beside the wafer's")
-    added.add_argument("--results", type=Path, nargs="+", help="tables (bench/results/*.csv)")
+    added.add_argument("--results", type=Path, nargs="+", help=f"tables ({RESULTS}/*.csv)")
     added.add_argument("--match", default="", help="only measurements with this in their name")
+    added.add_argument(
+        "--masks",
+        choices=comparing.MASKS,
+        default=comparing.MASKS[0],
+        help="of products on a CPU: as random as theirs, or made again, which takes minutes "
+        "(%(default)s)",
+    )
     _add_machine(added)
     added.set_defaults(benchmark_mask=benchmark_mask)
 
@@ -90,9 +142,10 @@ def add_commands(
 
 
 def _add_model(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--model", default="gpt3-xl", help="one of: " + ", ".join(GPT_SHAPES))
-    for name in ("layers", "width", "ffn", "vocabulary", "sequence"):
-        parser.add_argument(f"--{name}", type=int, help="instead of the model's")
+    parser.add_argument("--model", default="gpt3-xl", help=MODEL_HELP)
+    for name in SHAPE_FLAGS:
+        parser.add_argument(f"--{name.replace('_', '-')}", type=int, help="instead of the model's")
+    parser.add_argument("--gated", action="store_true", help="an MLP of three matrices")
     parser.add_argument(
         "--sparsity", type=float, default=0.75, help="of the linear layers (%(default)s)"
     )
@@ -122,11 +175,15 @@ def _inputs(options: dict) -> Inputs:
 
 
 def _shape(options: dict) -> GPTShape:
-    shape = gpt_shape(options["model"])
-    names = ("layers", "width", "ffn", "vocabulary", "sequence")
-    given = {name: options[name] for name in names if options[name] is not None}
+    shape = model_shape(options["model"])
+    given = {name: options[name] for name in SHAPE_FLAGS if options[name] is not None}
     if "width" in given:
         given.setdefault("ffn", 4 * given["width"])
+        given["head_size"] = 0
+    if "heads" in given:
+        given.setdefault("kv_heads", 0)
+    if options["gated"]:
+        given["is_gated"] = True
     return replace(shape, **given, name=f"{shape.name}, changed") if given else shape
 
 
@@ -134,12 +191,6 @@ def _density(options: dict) -> float:
     if not 0 <= options["sparsity"] < 1:
         raise ValueError(f"sparsity: expected 0 <= sparsity < 1, got {options['sparsity']}")
     return 1 - options["sparsity"]
-
-
-def _batch(options: dict, shape: GPTShape, systems: int) -> int:
-    if options["batch"] is not None:
-        return options["batch"]
-    return max(1, sweep.FULL_TOKENS // shape.sequence) * systems
 
 
 def _checked(run: Callable, options: dict) -> int | None:
@@ -158,54 +209,75 @@ def _write_json(path: Path | None, value: object) -> None:
 
 
 def _run_predict(**options) -> None:
-    inputs, wafer, systems = _inputs(options), machine(options["machine"]), options["systems"]
+    inputs, wafer = _inputs(options), machine(options["machine"])
+    beside = [gpu(name) for name in options["beside"]]
     with Progress(None, unit="part") as progress:
         if path := options["checkpoint"]:
             progress.about(f"reading {path}")
             shape, weights = options["checkpoint_weights"](path)
             progress.about(f"predicting from the masks of {len(weights)} layers")
-            kept = sum(w.n * w.k * w.density for w in weights) / shape.linear_fma
         else:
             shape = _shape(options)
-            weights = kept = _density(options)
-        batch = _batch(options, shape, systems)
-        found = compare_with_dense(
-            wafer, shape, weights, batch, systems, inputs, options["micro_batch"]
+            weights = _density(options)
+        found = predict(
+            wafer,
+            shape,
+            weights,
+            inputs=inputs,
+            gpus=beside,
+            results={path.stem: _measured(path) for path in _measured_here()} if beside else {},
+            **{name: options[name] for name in PREDICT_FLAGS},
         )
-    inference = inference_cost(wafer, shape, kept, inputs)
-    print(predict.render(shape, found, inference))
+    print(render.render(found))
+    if options["details"]:
+        print("\n" + render.render_details(found))
     if options["sources"]:
-        print("\n" + predict.render_sources(wafer, inputs))
-    _write_json(options["json"], predict.as_dict(shape, found, inference))
+        print("\n" + render.render_sources(wafer, inputs, beside))
+    _write_json(options["json"], render.as_dict(found))
+
+
+def _measured_here() -> list[Path]:
+    return sorted(path for pattern in MEASURED_HERE for path in RESULTS.glob(pattern))
 
 
 def _run_sweep(**options) -> None:
     inputs = _inputs(options)
     for sparsity in options["sparsities"]:
         _density({"sparsity": sparsity})
-    rows = sweep.sweep(
-        options["models"],
-        options["sparsities"],
-        options["machines"],
-        options["systems"],
-        options["batch"],
-        inputs,
+    lists = ("models", "sparsities", "machines", "systems", "batch", "sequences", "utilisations")
+    models, sparsities, machines, systems, batch, sequences, utilisations = (
+        options[name] for name in lists
     )
-    print(sweep.render(rows))
-    print("\n" + predict.UNVALIDATED)
+    total = 1
+    for name in lists:
+        total *= len(options[name] or [None])
+    with Progress(total, unit="row") as progress:
+        rows = sweep(
+            *(models, sparsities, machines, systems, batch, inputs, sequences, utilisations),
+            advance=progress.advance,
+        )
+    print(render_sweep(rows))
+    print("\n" + plots.note(inputs) + "; " + render.UNVALIDATED)
     _write_json(options["json"], [row.as_dict() for row in rows])
     if options["plots"]:
-        wafer = machine(options["machines"][0])
+        wafer = machine(machines[0])
         figures = {
             "speedup": plots.speedup(wafer, inputs),
             "roofline": plots.roofline(wafer, inputs),
-            "imbalance": plots.imbalance(_measured_imbalance(options["data"])),
+            "decode": plots.decode(wafer, inputs),
+            "imbalance": plots.imbalance(inputs, _measured_imbalance(options["data"])),
         }
-        for name in options["models"]:
-            figures[f"stacked-time-{name}"] = plots.stacked_time(wafer, inputs, gpt_shape(name))
-            figures[f"total-cost-{name}"] = plots.total_cost(wafer, inputs, gpt_shape(name))
-        for path in plots.write(options["plots"], figures):
-            print(f"wrote {path}")
+        for shape in map(model_shape, models):
+            figures[f"stacked-time-{shape.name}"] = plots.stacked_time(wafer, inputs, shape)
+            figures[f"total-cost-{shape.name}"] = plots.total_cost(wafer, inputs, shape)
+        _write_plots(options["plots"], figures)
+
+
+def _write_plots(folder: Path, figures: dict[str, object]) -> None:
+    with Progress(len(figures), unit="plot") as progress:
+        for name, figure in figures.items():
+            print(f"wrote {plots.write(folder, name, figure)}")
+            progress.advance(name)
 
 
 def _measured_imbalance(data: Path | None) -> list[tuple[float, float]]:
@@ -217,53 +289,69 @@ def _measured_imbalance(data: Path | None) -> list[tuple[float, float]]:
     ]
 
 
+def _run_product(**options) -> None:
+    inputs, wafer = _inputs(options), machine(options["machine"])
+    sizes = [options[name] for name in ("tokens", "n", "k")]
+    dense, sparse = (offloaded_s(wafer, inputs, *sizes, d) for d in (1.0, _density(options)))
+    print(render.render_product(wafer, sizes, options["sparsity"], dense, sparse))
+    names = ("wafer_s", "transfer_s")
+    found = {"dense": dense, "sparse": sparse}
+    _write_json(
+        options["json"], {key: dict(zip(names, x, strict=True)) for key, x in found.items()}
+    )
+
+
+def _run_calibrate(**options) -> None:
+    found = calibrate(read_runs(options["file"]), _inputs(options))
+    print(render_calibration(found))
+    _write_json(options["json"], found.as_dict())
+
+
 def _run_validate(**options) -> int:
     with Progress(len(mesh.PROBLEMS), unit="mesh") as progress:
         found = validate.validate(options["data"], progress.advance)
     print(validate.render(found))
     _write_json(options["json"], found.as_dict())
-    return 1 if found.failed else 0
+    return 0 if found.is_as_known else 1
 
 
 def _run_compare(**options) -> None:
-    paths = options["results"] or sorted(Path("bench/results").glob("*.csv"))
+    paths = options["results"] or sorted(RESULTS.glob("*.csv"))
     if not paths:
-        raise ValueError("results: none in bench/results; give --results")
+        raise ValueError(f"results: none in {RESULTS}; give --results")
     results = {path.stem: _measured(path) for path in paths}
-    with Progress(None, unit="measurement") as progress:
+    masks = {"mask_of": options["benchmark_mask"]} if options["masks"] == comparing.ACTUAL else {}
+    with Progress(comparing.count(results, options["match"]), unit="measurement") as progress:
         pairs = comparing.compare(
             machine(options["machine"]),
             results,
             _inputs(options),
-            options["benchmark_mask"],
-            options["match"],
+            match=options["match"],
             progress=lambda pair: progress.advance(f"{pair.what}, {pair.sparsity:.0%} zeros"),
+            **masks,
         )
     print(comparing.render(pairs))
     _write_json(options["json"], [pair.as_dict() for pair in pairs])
 
 
 def _measured(path: Path) -> list[dict]:
-    """The cases of a table in which dense was timed too."""
+    """The cases of a table in which dense was timed too, each with the GPU it ran on."""
     try:
-        cases = derived(records.read(path))
+        run = records.read(path)
+        cases = [derive(case) for case in records.cases(run.records) if case.get("op") in MEASURED]
     except (FileNotFoundError, ValueError) as error:
         raise type(error)(f"results: {error}") from error
-    return [case for case in cases if "speedups" in case]
+    device = (run.about.get("machine") or {}).get("gpu") or ""
+    return [case | {"gpu": device} for case in cases if "speedups" in case]
 
 
 def _run_sensitivity(**options) -> None:
-    shape = _shape(options)
+    shape, inputs = _shape(options), _inputs(options)
+    batch = options["batch"] if options["batch"] is not None else default_batch(shape, 1)
     swings = sensitivity.sensitivity(
-        machine(options["machine"]),
-        shape,
-        _density(options),
-        _batch(options, shape, 1),
-        _inputs(options),
+        machine(options["machine"]), shape, _density(options), batch, inputs
     )
     print(sensitivity.render(swings))
     _write_json(options["json"], [vars(swing) for swing in swings])
     if options["plots"]:
-        figures = {"sensitivity": plots.sensitivity_bars(swings)}
-        for path in plots.write(options["plots"], figures):
-            print(f"wrote {path}")
+        _write_plots(options["plots"], {"sensitivity": plots.sensitivity_bars(swings, inputs)})

@@ -4,6 +4,7 @@ Every rank takes its part of one global batch, so a run computes the same on any
 to rounding. Checkpoints hold whole tensors: they resume on any number of ranks as well.
 """
 
+import gc
 import os
 
 import torch
@@ -55,6 +56,9 @@ class Ranks:
                 self.device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
                 torch.cuda.set_device(self.device)
             if not dist.is_initialized():
+                # Defaults of its functions keep the group that is there when it is imported.
+                from torch.distributed.nn import functional  # noqa: F401
+
                 dist.init_process_group("nccl" if self.device.type == "cuda" else "gloo")
         self.rank = dist.get_rank() if parallel != "none" else 0
         self.size = dist.get_world_size() if parallel != "none" else 1
@@ -92,8 +96,10 @@ class Ranks:
 
 
 def finish() -> None:
-    """Leave the group of processes, where there is one."""
+    """Leave the group of processes, where there is one, and end its threads: one that comes back
+    from its last work while the interpreter ends aborts the process."""
     if dist.is_available() and dist.is_initialized():
+        gc.collect()  # models of DDP refer to the group, and to themselves
         dist.destroy_process_group()
 
 

@@ -23,6 +23,12 @@ from .exchange import Exchange
 from .measure import LEAST_GAIN, bytes_of, measured
 from .report import Report, seen
 
+DID_NOT_RUN = "the model did not run with it"
+PAST_MODULES = (
+    "accelerate_: the model, which is as it was, does not run with sparse layers: something reads "
+    "a weight or calls a layer past the module that holds it"
+)
+
 
 def accelerate_(
     model: nn.Module, example: Any, *, new_tokens: int = 0, nan_is_pruned: bool = False
@@ -79,10 +85,10 @@ def accelerate_(
             device = candidates[0].weight.device
             calls = Calls()
             with recording(candidates, calls, 1):
-                output = _run("example", run)
+                output = _run(f"example: {DID_NOT_RUN}", run)
             if token_run is not None:
                 with recording(candidates, calls, new_tokens):
-                    _run("new_tokens: the example, cut to one token a sequence", token_run)
+                    _run(f"new_tokens: cut to one token a sequence, {DID_NOT_RUN}", token_run)
 
             def whole() -> float:
                 seconds = seconds_of(run, device)
@@ -91,18 +97,20 @@ def accelerate_(
             before_s = whole()
             layers = measured(model, candidates, calls)
             report = Report(layers, skipped, str(device), torch.get_num_threads(), new_tokens)
+            report.before_s = report.after_s = before_s
             for candidate, layer in zip(candidates, layers, strict=True):
                 if layer.is_sparse:
                     exchange.replace(candidate, candidate.make())
                 elif candidate.is_masked:
                     exchange.replace(candidate, candidate.plain())
-            report.output_error = error_between(output, run())
-            report.before_s, report.after_s = before_s, whole()
-            if report.sparse and report.after_s > LEAST_GAIN * before_s:
-                report.after_s = min(report.after_s, whole())  # a moment of the machine?
-            if report.sparse and report.after_s > LEAST_GAIN * before_s:
-                exchange.undo()
-                _stay_dense(report)
+            if exchange.is_begun:
+                report.output_error = error_between(output, _run(PAST_MODULES, run))
+                report.after_s = whole()
+                if report.after_s > LEAST_GAIN * before_s:
+                    report.after_s = min(report.after_s, whole())  # a moment of the machine?
+                if report.after_s > LEAST_GAIN * before_s:
+                    exchange.undo()
+                    _stay_dense(report)
             for candidate, layer in zip(candidates, layers, strict=True):
                 layer.bytes_after = bytes_of(exchange.now(candidate))
         except BaseException:
@@ -114,11 +122,14 @@ def accelerate_(
 
 
 def _stay_dense(report: Report) -> None:
+    """All has been taken back."""
     slower = report.after_s / report.before_s
-    for layer in report.sparse:
-        layer.is_sparse = False
-        layer.reason = f"with sparse layers the whole model took {slower:.2f} times as long"
-    report.after_s, report.output_error = report.before_s, 0.0
+    for layer in report.layers:
+        layer.dense_s = layer.before_s
+        if layer.is_sparse:
+            layer.is_sparse = False
+            layer.reason = f"with sparse layers the whole model took {slower:.2f} times as long"
+    report.after_s, report.output_error = report.before_s, None
 
 
 def _check_model(model: object) -> None:
@@ -132,13 +143,11 @@ def _check_model(model: object) -> None:
         )
 
 
-def _run(name: str, run: Any) -> Any:
+def _run(told: str, run: Any) -> Any:
     try:
         return run()
     except Exception as error:
-        raise ValueError(
-            f"{name}: the model did not run with it: {type(error).__name__}: {error}"
-        ) from error
+        raise ValueError(f"{told}: {type(error).__name__}: {error}") from error
 
 
 @contextmanager

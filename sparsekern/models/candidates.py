@@ -10,8 +10,14 @@ from torch import Tensor, nn
 
 from ..indices import VALUE_DTYPES
 from ..nn import SparseLinear
-from ..nn.kinds import is_conv1d, is_experts, pruning_masks, uses_of_parameters, why_not
-from ..nn.kinds import why_not_weight as why_not_parameter
+from ..nn.kinds import (
+    is_conv1d,
+    is_experts,
+    pruning_masks,
+    uses_of_parameters,
+    why_not,
+    why_not_weight,
+)
 from ..nn.linear import refuse_meta
 from ..nn.stand_ins import (
     SparseConv,
@@ -104,7 +110,7 @@ def scan(model: nn.Module) -> tuple[list[Candidate], list[Skipped]]:
             weights |= {"out_proj.weight": module.out_proj.weight}
             inside = (name,)
         for p in weights.values():
-            reason = reason or why_not_parameter(p, uses[id(p)])
+            reason = reason or why_not_weight(p, uses[id(p)])
         candidate = _candidate(name, module, weights)
         if reason is None and candidate.sparsity < LEAST_SPARSITY:
             reason = f"too dense: {LEAST_SPARSITY:.0%} zeros are the least that can pay"

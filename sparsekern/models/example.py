@@ -94,7 +94,7 @@ def recording(candidates: Sequence[Candidate], calls: Calls, times: int) -> Iter
             counts[form] += times
             if (candidate.key, form) not in calls.forms:
                 device = x.device.type
-                is_cast = torch.is_autocast_enabled(device)
+                is_cast = device in ("cpu", "cuda") and torch.is_autocast_enabled(device)
                 dtype = torch.get_autocast_dtype(device) if is_cast else None
                 call = Call(_copied(args), _copied(kwargs), tokens, device, dtype)
                 calls.forms[candidate.key, form] = call

@@ -22,6 +22,11 @@ class Exchange:
                     self._places.setdefault(child, []).append((parent, name))
         self._done: dict[Candidate, tuple[nn.Module, dict[str, weakref.ref]]] = {}
 
+    @property
+    def is_begun(self) -> bool:
+        """Whether anything is replaced."""
+        return bool(self._done)
+
     def now(self, candidate: Candidate) -> nn.Module:
         """What stands in the candidate's place."""
         return self._done[candidate][0] if candidate in self._done else candidate.module
@@ -39,11 +44,12 @@ class Exchange:
     def undo(self) -> None:
         while self._done:
             candidate, (new, gone) = self._done.popitem()
-            back = {path: ref() for path, ref in gone.items()}
-            if any(parameter is None for parameter in back.values()):
-                dense = new.to_dense()
-                back = {path: p or dense.get_parameter(path) for path, p in back.items()}
-            for path, parameter in back.items():
+            dense = None
+            for path, ref in gone.items():
+                parameter = ref()
+                if parameter is None:
+                    dense = dense or new.to_dense()
+                    parameter = dense.get_parameter(path)
                 owner, leaf = _owner(candidate.module, path)
                 owner._parameters[leaf] = parameter
             self._put(candidate, candidate.module)

@@ -12,6 +12,7 @@ from ..indices import VALUE_DTYPES
 
 CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
 HEAD_NAMES = ("head", "lm_head")
+_STACKS = ("gate_up_proj", "down_proj")
 
 
 def uses_of_parameters(model: nn.Module) -> Counter:
@@ -29,7 +30,7 @@ def is_conv1d(module: nn.Module) -> bool:
 
 def is_experts(module: nn.Module) -> bool:
     """Whether it has the 3-D Parameters of a mixture's experts in transformers."""
-    return {"gate_up_proj", "down_proj"} <= module._parameters.keys()
+    return set(_STACKS) <= module._parameters.keys()
 
 
 def pruning_masks(module: nn.Module) -> dict[str, Tensor]:
@@ -103,7 +104,9 @@ def _attention(attention: nn.MultiheadAttention) -> str | None:
 
 
 def _experts(experts: Any) -> str | None:
-    up, down = (experts._parameters[name] for name in ("gate_up_proj", "down_proj"))
+    if "forward" in experts.__dict__:
+        return "it has a forward of its own"
+    up, down = (experts._parameters[name] for name in _STACKS)
     for flag in ("has_bias", "is_transposed", "has_post_expert_norm", "_is_expert_parallel"):
         if getattr(experts, flag, False):
             return f"experts with {flag} are not served"
@@ -112,14 +115,11 @@ def _experts(experts: Any) -> str | None:
     is_stack = up is not None and down is not None and up.ndim == down.ndim == 3
     if not is_stack or up.shape[::2] != down.shape[:2] or up.shape[1] != 2 * down.shape[2]:
         return "expected gate_up_proj [E, 2 I, H] and down_proj [E, H, I]"
-    if more := sorted((experts._parameters.keys() | experts._buffers.keys()) - {*_STACKS}):
+    if more := sorted((experts._parameters.keys() | experts._buffers.keys()) - set(_STACKS)):
         return f"it also holds {', '.join(more)}"
     if len(experts._forward_pre_hooks) + len(experts._forward_hooks):
         return "it has hooks, which another module would not have"
     return None
-
-
-_STACKS = ("gate_up_proj", "down_proj")
 
 
 def why_not_weight(weight: Tensor, uses: int) -> str | None:

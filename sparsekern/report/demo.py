@@ -162,11 +162,11 @@ def wafer_line(run: dict, measured: float | None = None) -> str:
         "run", c["layers"], c["width"], c["heads"], 4 * c["width"], run["vocab_size"], c["context"]
     )
     wafer, batch = machine("wse2"), max(1, FULL_TOKENS // shape.sequence)
-    predicted = compare_with_dense(wafer, shape, 1 - run["sparsity"], batch).speedup
+    low, high = compare_with_dense(wafer, shape, 1 - run["sparsity"], batch).speedup_range
     here = f"{measured:.2f}x as fast here, " if measured else ""
     return (
         f"{run['sparsity']:.0%} sparse: {here}{run['flop_ratio']:.2f}x fewer FLOPs, "
-        f"{predicted:.2f}x as fast predicted on a wafer "
+        f"{low:.2f} to {high:.2f}x as fast predicted on a wafer "
         f"({wafer.name}, {batch * shape.sequence:,} tokens a step)."
     )
 

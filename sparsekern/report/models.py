@@ -181,9 +181,10 @@ def wafer_prediction(view: View) -> Section | None:
         }
         name, *_ = what.removeprefix(f"{wafer.STEP} ").split(",")
         at = max(chosen, key=lambda p: (p.sparsity == 0.75, p.sparsity))
+        low, high = at.full_range
         title = (
-            f"{MODELS.get(name, name)} at {at.sparsity:.0%} zeros: {at.full:.2f} times dense "
-            f"predicted, {at.measured:.2f} measured on a {where}"
+            f"{MODELS.get(name, name)} at {at.sparsity:.0%} zeros: {low:.2f} to {high:.2f} times "
+            f"dense predicted, {at.measured:.2f} measured on a {where}"
         )
         panels.append(Panel(title, plots.speedups(lines), [result]))
     if not panels:

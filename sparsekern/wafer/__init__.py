@@ -1,1 +1,67 @@
-"""An analytical model of sparse training on a wafer-scale machine. Imports no torch."""
+"""A cost model of wafer-scale machines that skip zeros: training steps and inference of GPTs.
+
+    from sparsekern.wafer import machine, model_shape, predict
+
+    found = predict(machine("wse2"), model_shape("gpt3-xl"), density=0.25)
+    print(found.step.speedup_range, found.step_s)
+
+No module of it imports torch. docs/guide/wafer.md is the guide, docs/math.md has the derivations.
+"""
+
+from .balance import Mask
+from .cost import (
+    Comparison,
+    StepCost,
+    Weight,
+    compare_with_dense,
+    masked_weights,
+    step_cost,
+    uniform_weights,
+)
+from .figures import Figure
+from .gpu import GPUS, Gpu, GpuCost, gpu, gpu_cost
+from .inference import InferenceCost, inference_cost
+from .inputs import RANGES, Inputs
+from .machine import MACHINES, Machine, machine
+from .models import model_shape
+from .predict import Prediction, predict
+from .product import offloaded_s
+from .runs import Calibration, Run, calibrate, read_runs
+from .shapes import GPT_SHAPES, GPTShape, gpt_shape
+from .sweep import sweep
+
+__all__ = [
+    "Calibration",
+    "Comparison",
+    "Figure",
+    "GPTShape",
+    "GPT_SHAPES",
+    "GPUS",
+    "Gpu",
+    "GpuCost",
+    "InferenceCost",
+    "Inputs",
+    "MACHINES",
+    "Machine",
+    "Mask",
+    "Prediction",
+    "RANGES",
+    "Run",
+    "StepCost",
+    "Weight",
+    "calibrate",
+    "compare_with_dense",
+    "gpt_shape",
+    "gpu",
+    "gpu_cost",
+    "inference_cost",
+    "machine",
+    "masked_weights",
+    "model_shape",
+    "offloaded_s",
+    "predict",
+    "read_runs",
+    "step_cost",
+    "sweep",
+    "uniform_weights",
+]

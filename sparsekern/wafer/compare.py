@@ -14,6 +14,8 @@ from .sweep import FULL_TOKENS
 
 PRODUCTS = {"spmm": FORWARD, "spmm_t": INPUT_GRADIENT, "sddmm": WEIGHT_GRADIENT}
 STEP = "train_step"
+HEAD_SIZE = 64  # of GPTs that were measured; the tables do not tell
+DENSITY, ACTUAL = MASKS = ("density", "actual")
 
 
 @dataclass(frozen=True)
@@ -28,6 +30,8 @@ class Pair:
     same: float
     full: float
     mask: str  # "actual", or why not
+    same_range: tuple[float, float] | None = None  # of a training step: Comparison.speedup_range
+    full_range: tuple[float, float] | None = None
 
     def as_dict(self) -> dict[str, object]:
         return dict(vars(self))
@@ -46,34 +50,39 @@ def compare(
 
     `mask_of` makes the mask of a measurement on a CPU again from its parameters, or gives None:
     then, and for those on a GPU, a random one of its density is assumed. `progress` is
-    called with each pair as it is found."""
+    called with each pair as it is found. Raises ValueError where nothing matches."""
     pairs = []
-    for source, cases in results.items():
-        for pair in _pairs(machine, source, cases, inputs or Inputs(), mask_of, match):
-            progress(pair)
-            pairs.append(pair)
+    for source, what, case, kernel in _measurements(results, match):
+        if kernel is None:
+            pair = _step(machine, inputs or Inputs(), source, what, case)
+        else:
+            mask = mask_of(case) if case["threads"] else None
+            info = case | {"speedup": case["speedups"][kernel]}
+            pair = _product(machine, inputs or Inputs(), source, what, info, mask)
+        progress(pair)
+        pairs.append(pair)
     if not pairs:
         raise ValueError(f"match: no measurement has {match!r} in its name")
     return pairs
 
 
-def _pairs(
-    machine: Machine,
-    source: str,
-    cases: list[dict],
-    inputs: Inputs,
-    mask_of: Callable[[dict], Mask | None],
-    match: str,
-) -> Iterator[Pair]:
-    for case in cases:
-        if case["op"] == STEP and "speedup" in case and match in (what := _what_step(case)):
-            yield _step(machine, inputs, source, what, case)
-        elif case["op"] in PRODUCTS:
-            for kernel in _ours(case):
-                if match in (what := _what_product(case, kernel)):
-                    mask = mask_of(case) if case["threads"] else None
-                    info = case | {"speedup": case["speedups"][kernel]}
-                    yield _product(machine, inputs, source, what, info, mask)
+def count(results: dict[str, list[dict]], match: str = "") -> int:
+    """How many pairs compare would find."""
+    return sum(1 for _ in _measurements(results, match))
+
+
+def _measurements(
+    results: dict[str, list[dict]], match: str
+) -> Iterator[tuple[str, str, dict, str | None]]:
+    """Table, what was measured, case, and the kernel of a product or None for a training step."""
+    for source, cases in results.items():
+        for case in cases:
+            if case["op"] == STEP and "speedup" in case and match in (what := _what_step(case)):
+                yield source, what, case, None
+            elif case["op"] in PRODUCTS:
+                for kernel in _ours(case):
+                    if match in (what := _what_product(case, kernel)):
+                        yield source, what, case, kernel
 
 
 def _ours(case: dict) -> list[str]:
@@ -125,23 +134,28 @@ def _product(
 
 def _step(machine: Machine, inputs: Inputs, source: str, what: str, info: dict) -> Pair:
     width = info["width"]
+    heads = max(1, width // HEAD_SIZE)
     shape = GPTShape(
-        info["model"], info["layers"], width, 1, 4 * width, info["vocabulary"], info["context"]
+        info["model"], info["layers"], width, heads, 4 * width, info["vocabulary"], info["context"]
     )
 
     def predicted(batch: int):
         return compare_with_dense(machine, shape, 1 - info["sparsity"], batch, inputs=inputs)
 
-    full = predicted(max(1, FULL_TOKENS // shape.sequence))
+    same, full = (
+        predicted(batch) for batch in (info["batch"], max(1, FULL_TOKENS // shape.sequence))
+    )
     return Pair(
         source,
         what,
         info["sparsity"],
         info["speedup"],
         full.flop_ratio,
-        predicted(info["batch"]).speedup,
+        same.speedup,
         full.speedup,
         "of its density",
+        same.speedup_range,
+        full.speedup_range,
     )
 
 
@@ -156,8 +170,8 @@ def render(pairs: list[Pair]) -> str:
                 f"{pair.sparsity:.0%}",
                 f"{pair.measured:.2f}x",
                 f"{pair.flop_ratio:.2f}x",
-                f"{pair.same:.2f}x",
-                f"{pair.full:.2f}x",
+                _times(pair.same, pair.same_range),
+                _times(pair.full, pair.full_range),
                 pair.mask,
             ]
             for pair in pairs
@@ -165,3 +179,7 @@ def render(pairs: list[Pair]) -> str:
         ]
         blocks.append(f"{source}\n\n{table(header, rows)}")
     return "\n\n".join(blocks)
+
+
+def _times(value: float, span: tuple[float, float] | None) -> str:
+    return f"{value:.2f}x" if span is None else f"{span[0]:.2f} to {span[1]:.2f}x"

@@ -8,10 +8,10 @@ boundary  between two steps nothing hides the way of the first layer's gradient 
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from .balance import Mask
-from .inputs import Inputs
+from .inputs import RANGES, Inputs
 from .machine import Machine
 from .memory import ActivationPlan, plan_activations
 from .mesh import MeshCycles
@@ -24,15 +24,27 @@ class Phase:
     """Forward or backward, of all layers: seconds."""
 
     linear_s: float  # sparse products
-    attention_s: float
+    attention_s: float  # multiply-adds and scores
+    elementwise_s: float  # norms, activations, sums
     head_s: float
-    recompute_s: float
+    recompute_s: float  # of all but the head
     io_in_s: float
     io_out_s: float
 
     @property
     def wafer_s(self) -> float:
-        return self.linear_s + self.attention_s + self.head_s + self.recompute_s
+        return sum(self.parts.values())
+
+    @property
+    def parts(self) -> dict[str, float]:
+        """Seconds of the wafer's work by its kind."""
+        return {
+            "linear layers": self.linear_s,
+            "attention": self.attention_s,
+            "norms, activations": self.elementwise_s,
+            "head": self.head_s,
+            "recompute": self.recompute_s,
+        }
 
     @property
     def total_s(self) -> float:
@@ -45,7 +57,7 @@ class LayerCost:
 
     matrix: str
     product: str  # forward, input gradient, weight gradient
-    layers: int  # that are alike
+    layers: int  # that are alike; experts count
     density: float
     cycles: MeshCycles
     seconds: float  # of one layer
@@ -53,6 +65,8 @@ class LayerCost:
 
 @dataclass(frozen=True)
 class StepCost:
+    """A training step of a model on one machine or several: its phases, parts, energy and bound."""
+
     forward: Phase
     backward: Phase
     boundary_s: float
@@ -62,6 +76,7 @@ class StepCost:
     flop: float  # useful, of the whole batch: nonzeros only
     activations: ActivationPlan
     layers: tuple[LayerCost, ...]
+    score_cycle_s: float  # forward, of one cycle for each score
     machine: Machine
     inputs: Inputs
 
@@ -80,9 +95,28 @@ class StepCost:
         return self.flop / self.step_s / peak
 
     @property
+    def time_parts(self) -> dict[str, float]:
+        """Seconds of a step by what the wafer does, waiting included."""
+        phases = (self.forward, self.backward)
+        parts = {
+            name: self.micro_steps * sum(phase.parts[name] for phase in phases)
+            for name in self.forward.parts
+        }
+        return parts | {"waiting for I/O": self.io_share * self.step_s}
+
+    @property
+    def energy_parts_j(self) -> dict[str, float]:
+        """Joules of a step and all systems: idle power all the time, and what work adds to it."""
+        idle_w, busy_w = self.machine.power_w(0), self.machine.power_w(1) - self.machine.power_w(0)
+        parts = {"idle": self.systems * idle_w * self.step_s}
+        for name, seconds in self.time_parts.items():
+            if name != "waiting for I/O":
+                parts[name] = self.systems * busy_w * seconds
+        return parts
+
+    @property
     def energy_j(self) -> float:
-        """At the system's full power all the time."""
-        return self.machine["power_w"] * self.systems * self.step_s
+        return sum(self.energy_parts_j.values())
 
     @property
     def io_share(self) -> float:
@@ -90,23 +124,41 @@ class StepCost:
         waits = sum(p.total_s - p.wafer_s for p in (self.forward, self.backward))
         return (self.micro_steps * waits + self.boundary_s) / self.step_s
 
+    def with_score_cycles(self, score_cycles: float) -> "StepCost":
+        """The same step where a score costs so many cycles."""
+        added_s = (score_cycles - self.inputs.score_cycles) * self.score_cycle_s
+
+        def changed(phase: Phase, passes: int) -> Phase:
+            recompute_s = phase.recompute_s + (added_s if phase.recompute_s else 0)
+            attention_s = phase.attention_s + passes * added_s
+            return replace(phase, attention_s=attention_s, recompute_s=recompute_s)
+
+        return replace(
+            self,
+            forward=changed(self.forward, 1),
+            backward=changed(self.backward, 2),
+            inputs=replace(self.inputs, score_cycles=score_cycles),
+        )
+
     @property
     def bound(self) -> str:
-        terms: dict[str, float] = {"attention": 0.0, "head": 0.0}
-        for phase in (self.forward, self.backward):
-            terms["attention"] += phase.attention_s
-            terms["head"] += phase.head_s
+        """What takes the largest part of the time. `compute`, `reduction` and `arrival` are of the
+        linear layers."""
+        parts = self.time_parts
+        terms = {name: parts[name] for name in ("attention", "head", "norms, activations")}
         if self.io_share > 0.5:
             return "I/O"
         for layer in self.layers:
-            name = layer.cycles.bound
-            terms[name] = terms.get(name, 0.0) + layer.layers * layer.seconds
+            name, seconds = layer.cycles.bound, self.micro_steps * layer.layers * layer.seconds
+            if layer.matrix != "head":
+                terms[name] = terms.get(name, 0.0) + seconds
         return max(terms, key=terms.__getitem__)
 
 
 @dataclass(frozen=True)
 class Weight:
-    """A linear layer's weight, alike in `layers` blocks."""
+    """A linear layer's weight, alike in `layers` blocks (times experts), each of which sees
+    `share` of the tokens."""
 
     name: str
     n: int
@@ -114,19 +166,34 @@ class Weight:
     density: float
     layers: int
     mask: Mask | None = None
+    share: float = 1.0
+
+    @property
+    def kept_fma(self) -> float:
+        """Multiply-adds of one token."""
+        return self.layers * self.n * self.k * self.density * self.share
 
 
 def uniform_weights(shape: GPTShape, density: float) -> tuple[Weight, ...]:
+    """Every linear layer of `shape` at one density, its zeros anywhere."""
     if not 0 < density <= 1:
         raise ValueError(f"density: expected 0 < density <= 1, got {density}")
     return tuple(
-        Weight(name, n, k, density, shape.layers) for name, (n, k) in shape.matrices.items()
+        Weight(m.name, m.n, m.k, density, shape.layers * m.copies, share=m.share)
+        for m in shape.block
     )
 
 
 def masked_weights(masks: Sequence[tuple[str, Mask]]) -> tuple[Weight, ...]:
     """Weights with actual masks, one for each matrix of each block: (its name, its mask)."""
     return tuple(Weight(name, *mask.shape, mask.density, 1, mask) for name, mask in masks)
+
+
+def kept_share(shape: GPTShape, density: float | Sequence[Weight]) -> float:
+    """The share of the linear layers' multiply-adds that is left."""
+    if isinstance(density, float | int):
+        return density
+    return sum(weight.kept_fma for weight in density) / shape.linear_fma
 
 
 def step_cost(
@@ -138,8 +205,10 @@ def step_cost(
     inputs: Inputs | None = None,
     micro_batch: int | None = None,
 ) -> StepCost:
-    """One step on `batch` sequences. `density`: of every linear layer, or the weights themselves;
-    `micro_batch`: sequences on a system at a time, default all of its share."""
+    """The cost of one training step on `batch` sequences, which `systems` systems share.
+
+    `density`: of every linear layer, or the weights themselves; `micro_batch`: sequences on a
+    system at a time, default all of its share. Raises ValueError, which names the argument."""
     inputs = inputs or Inputs()
     for name, value in (("systems", systems), ("batch", batch)):
         if value < 1:
@@ -172,7 +241,12 @@ def step_cost(
     d = shape.width
     square = product_cycles(machine, inputs, tokens, d, d, 1.0)
     cycles_per_fma = square.compute / (tokens * d * d) / inputs.attention_efficiency
+    # A PE does scores and elements one at a time, all PEs at once.
+    pe_s = tokens * seconds_per_cycle / (machine.grid_pes * inputs.utilisation)
+    score_cycle_s = shape.scores * pe_s
     attention_s = tokens * shape.attention_fma * cycles_per_fma * seconds_per_cycle
+    attention_s += inputs.score_cycles * score_cycle_s
+    elementwise_s = inputs.element_cycles * shape.elements * pe_s
 
     io_bytes_per_s = machine["io_bytes_per_s"]
     in_bytes = sum(w.layers * stream_bytes(inputs, w.n, w.k, w.density) for w in weights)
@@ -184,6 +258,7 @@ def step_cost(
     forward = Phase(
         linear_s=forward_s,
         attention_s=attention_s,
+        elementwise_s=elementwise_s,
         head_s=total(FORWARD, True),
         recompute_s=0.0,
         io_in_s=(in_bytes + head_bytes) / io_bytes_per_s,
@@ -192,8 +267,9 @@ def step_cost(
     backward = Phase(
         linear_s=total(INPUT_GRADIENT, False) + total(WEIGHT_GRADIENT, False),
         attention_s=2 * attention_s,
+        elementwise_s=2 * elementwise_s,
         head_s=total(INPUT_GRADIENT, True) + total(WEIGHT_GRADIENT, True),
-        recompute_s=forward_s + attention_s if is_recomputed else 0.0,
+        recompute_s=forward_s + attention_s + elementwise_s if is_recomputed else 0.0,
         io_in_s=(in_bytes * (2 if is_recomputed else 1) + head_bytes + plan.spilled_bytes)
         / io_bytes_per_s,
         io_out_s=out_bytes / io_bytes_per_s,
@@ -206,7 +282,6 @@ def step_cost(
         + first_nnz * inputs.gradient_bytes / io_bytes_per_s
         + first_nnz / machine["optimizer_params_per_s"]
     )
-    kept = sum(w.layers * w.n * w.k * w.density for w in weights) / shape.linear_fma
     return StepCost(
         forward=forward,
         backward=backward,
@@ -214,9 +289,10 @@ def step_cost(
         micro_steps=micro_steps,
         tokens=batch * shape.sequence,
         systems=systems,
-        flop=batch * shape.sequence * shape.train_flop(kept),
+        flop=batch * shape.sequence * shape.train_flop(kept_share(shape, weights)),
         activations=plan,
         layers=tuple(costs),
+        score_cycle_s=score_cycle_s,
         machine=machine,
         inputs=inputs,
     )
@@ -224,9 +300,9 @@ def step_cost(
 
 def _layer_costs(machine: Machine, inputs: Inputs, tokens: int, weight: Weight) -> list[LayerCost]:
     pattern = weight.density if weight.mask is None else weight.mask
-    costs = []
+    costs, seen = [], math.ceil(tokens * weight.share)
     for product in (FORWARD, INPUT_GRADIENT, WEIGHT_GRADIENT):
-        cycles = product_cycles(machine, inputs, tokens, weight.n, weight.k, pattern, product)
+        cycles = product_cycles(machine, inputs, seen, weight.n, weight.k, pattern, product)
         seconds = cycles.total / machine["clock_hz"]
         costs.append(
             LayerCost(weight.name, product, weight.layers, weight.density, cycles, seconds)
@@ -249,6 +325,20 @@ class Comparison:
         return self.dense.step_s / self.sparse.step_s
 
     @property
+    def speedup_range(self) -> tuple[float, float]:
+        """The speed-up at both ends of what a score may cost: at RANGES' high end attention, which
+        stays dense, weighs most. Public step times ask for one end, the vendor's words of sparse
+        speed-ups for the other; no sparse step was measured."""
+        span = RANGES["score_cycles"]
+        ends = (span.low, self.sparse.inputs.score_cycles, span.high)
+        found = [
+            self.dense.with_score_cycles(cycles).step_s
+            / self.sparse.with_score_cycles(cycles).step_s
+            for cycles in ends
+        ]
+        return min(found), max(found)
+
+    @property
     def efficiency(self) -> float:
         return self.speedup / self.flop_ratio
 
@@ -262,11 +352,10 @@ def compare_with_dense(
     inputs: Inputs | None = None,
     micro_batch: int | None = None,
 ) -> Comparison:
+    """A sparse step beside the dense one; arguments as those of step_cost."""
     dense = step_cost(machine, shape, 1.0, batch, systems, inputs, micro_batch)
     sparse = step_cost(machine, shape, density, batch, systems, inputs, micro_batch)
-    kept = density
-    if not isinstance(density, float | int):
-        kept = sum(w.layers * w.n * w.k * w.density for w in density) / shape.linear_fma
+    kept = kept_share(shape, density)
     return Comparison(
         dense, sparse, shape.flop_ratio(kept), shape.flop_cap, _amdahl_cap(dense, kept)
     )

@@ -1,17 +1,20 @@
 """Inference with all weights resident: no stream; the way through the wafer is what takes time.
 
-Decode, one token: every product is a vector times a matrix spread over the whole grid. A PE
-multiplies the nonzeros it holds; the sums are reduced along one side of the grid and sent back
-along the other. So each of the STAGES of a block, one after the other, pays two sides of hops and
-the depth of a tree of two levels of chains. Sparsity shrinks the arithmetic and the memory, never
-the way.
+Decode: every product is a few vectors times a matrix spread over the whole grid. A PE multiplies
+the nonzeros it holds; the sums are reduced along one side of the grid and sent back along the
+other. So each of the STAGES of a block, one after the other, pays two sides of hops, the depth of a
+tree of two levels of chains, and the wavelets of its sums. The cache lies spread over the PEs, each
+reads and multiplies its part. Sparsity shrinks the arithmetic and the memory, never the way.
+
+Several systems are a pipeline: each holds a share of the layers and works on other requests
+meanwhile. A request passes through all of them, so it is no faster; memory and throughput grow.
 """
 
 import math
 from dataclasses import dataclass
 
 from .inputs import Inputs
-from .machine import BYTES_PER_ELEM, FLOP_PER_FMA, Machine
+from .machine import BYTES_PER_ELEM, Machine
 from .shapes import GPTShape
 
 INDEX_BYTES = 2
@@ -21,12 +24,20 @@ STAGES = 8
 
 @dataclass(frozen=True)
 class InferenceCost:
+    """Decode and prefill of a model: `requests` requests together on a `pipeline` of systems."""
+
     decode_token_s: float  # of one request
-    decode_compute_s: float  # its share of arithmetic
+    decode_compute_s: float  # its share of arithmetic, attention over the cache included
+    decode_cache_s: float  # of that, attention over the cache
+    transfer_s: float  # from system to system
     prefill_tokens_per_s: float
     weight_bytes: float
     cache_bytes_per_token: float
-    free_bytes: float  # of SRAM, beside the weights; negative: they do not fit
+    cache_bytes: float  # of all requests in flight
+    free_bytes: float  # of SRAM, beside weights and cache; negative: they do not fit
+    requests: int
+    context: int
+    pipeline: int
 
     @property
     def fits(self) -> bool:
@@ -34,7 +45,20 @@ class InferenceCost:
 
     @property
     def decode_tokens_per_s(self) -> float:
+        """Tokens a second of one request."""
         return 1 / self.decode_token_s
+
+    @property
+    def throughput_tokens_per_s(self) -> float:
+        """Tokens a second of all requests: each system of the pipeline has so many."""
+        return self.requests * self.pipeline / self.decode_token_s
+
+    @property
+    def most_context(self) -> int:
+        """Tokens of cache that fit for each request."""
+        free = self.free_bytes + self.cache_bytes
+        requests = self.requests * self.pipeline
+        return max(0, int(free / (self.cache_bytes_per_token * requests)))
 
 
 def reduce_cycles(machine: Machine, pes: int, wavelets: int) -> float:
@@ -45,32 +69,76 @@ def reduce_cycles(machine: Machine, pes: int, wavelets: int) -> float:
 
 
 def inference_cost(
-    machine: Machine, shape: GPTShape, density: float, inputs: Inputs | None = None
+    machine: Machine,
+    shape: GPTShape,
+    density: float,
+    inputs: Inputs | None = None,
+    context: int = 0,
+    requests: int = 1,
+    pipeline: int = 1,
 ) -> InferenceCost:
+    """The cost of decoding a token of each of `requests` requests with `context` tokens in the
+    cache, on a `pipeline` of systems, and of prefill of sequences as long as the shape's.
+
+    Raises ValueError, which names the argument."""
     inputs = inputs or Inputs()
     if not 0 < density <= 1:
         raise ValueError(f"density: expected 0 < density <= 1, got {density}")
+    for name, value, least in (
+        ("requests", requests, 1),
+        ("pipeline", pipeline, 1),
+        ("context", context, 0),
+    ):
+        if value < least:
+            raise ValueError(f"{name}: expected at least {least}, got {value}")
+    if pipeline > shape.layers:
+        raise ValueError(f"pipeline: expected at most the {shape.layers} layers, got {pipeline}")
     elem_bytes = BYTES_PER_ELEM[inputs.precision]
     stored_bytes = min(elem_bytes, density * (elem_bytes + INDEX_BYTES))
-    weight_bytes = shape.linear_fma * stored_bytes + shape.head_fma * elem_bytes
+    weight_bytes = shape.linear_weights * stored_bytes + shape.head_fma * elem_bytes
+    cache_bytes_per_token = 2 * shape.layers * shape.kv_width * elem_bytes
+    cache_bytes = float(requests * pipeline * context * cache_bytes_per_token)
 
-    rows, cols = machine["grid_rows"], machine["grid_cols"]
-    fma_per_s = (
-        machine.grid_pes
-        * machine.axpy_elems_per_cycle(inputs.precision)
-        * machine["clock_hz"]
-        * inputs.utilisation
-    )
-    compute_s = shape.forward_flop(density) / FLOP_PER_FMA / fma_per_s
+    rows, cols, clock_hz = machine["grid_rows"], machine["grid_cols"], machine["clock_hz"]
+    pes_per_s = machine.grid_pes * clock_hz * inputs.utilisation
+    # Weights stay, so tokens may pass in vectors that are short enough for the cache.
+    fma_per_s = pes_per_s * machine.axpy_elems_per_cycle(inputs.precision, 1)
+
+    def attention_s(length: int) -> float:
+        """Seconds of one token that attends to `length` others: multiply-adds and scores. Keys and
+        values are read once a token, as fast as the SRAM gives them."""
+        fma = 2 * length * shape.layers * shape.q_width
+        scores_s = inputs.score_cycles * length * shape.layers * shape.heads / pes_per_s
+        read_s = length * cache_bytes_per_token / machine.sram_bytes_per_s
+        return max(fma / fma_per_s, read_s) + scores_s
+
+    linear_s = (shape.linear_fma * density + shape.head_fma) / fma_per_s
+    prefill_s = linear_s + attention_s(shape.sequence)
+    cache_s = requests * attention_s(context)
+    compute_s = requests * linear_s + cache_s
+
     depth = 2 * math.sqrt(max(rows, cols))
+    sums = math.ceil(
+        requests * math.ceil(shape.width / rows) / machine.wavelet_elems(inputs.precision)
+    )
     stage_cycles = (rows + cols) * machine["hop_cycles"]
-    stage_cycles += depth * (2 * machine["ramp_cycles"] + 1)
-    latency_s = shape.layers * STAGES * stage_cycles / machine["clock_hz"]
+    stage_cycles += depth * (2 * machine["ramp_cycles"] + 1) + sums - 1
+    latency_s = shape.layers * STAGES * stage_cycles / clock_hz
+    vectors_bytes = requests * shape.width * elem_bytes
+    transfer_s = (pipeline - 1) * (
+        machine["stream_latency_s"] + vectors_bytes / machine["io_bytes_per_s"]
+    )
     return InferenceCost(
-        decode_token_s=compute_s + latency_s,
+        decode_token_s=compute_s + latency_s + transfer_s,
         decode_compute_s=compute_s,
-        prefill_tokens_per_s=1 / compute_s,
+        decode_cache_s=cache_s,
+        transfer_s=transfer_s,
+        prefill_tokens_per_s=pipeline / prefill_s,
         weight_bytes=weight_bytes,
-        cache_bytes_per_token=2 * shape.layers * shape.width * elem_bytes,
-        free_bytes=machine.sram_bytes - weight_bytes,
+        cache_bytes_per_token=cache_bytes_per_token,
+        cache_bytes=cache_bytes,
+        free_bytes=pipeline * machine.sram_bytes - weight_bytes - cache_bytes,
+        requests=requests,
+        context=context,
+        pipeline=pipeline,
     )

@@ -1,21 +1,14 @@
-"""Wafer-scale machines: TOML files that give every figure with its unit, its mark and its source.
+"""Wafer-scale machines: TOML files that give every figure with its unit, its mark and its source
+(figures.py says what these are)."""
 
-Marks: `read` in the named source; `second-hand`: in a text about it; `assumed`: by us, for want of
-a source. Where sources disagree there are two machines, told apart by what follows the `@`.
-A file may begin with `base = "wse2"` and then gives only what differs from that machine.
-"""
-
-import math
-import tomllib
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, fields
+from functools import cached_property
 from pathlib import Path
-from typing import Literal, get_args
 
-READ, SECOND_HAND, ASSUMED = "read", "second-hand", "assumed"
-Mark = Literal["read", "second-hand", "assumed"]
+from .figures import Figure, mistake, read_figures
 
 BYTES_PER_ELEM = {"fp16": 2, "bf16": 2, "fp32": 4}
-WAVELET_BYTES = 4  # the payload of one fabric message
+ACCUMULATOR_BYTES = 4  # partial sums are fp32
 FLOP_PER_FMA = 2
 MACHINE_FILES = Path(__file__).parent / "machines"
 
@@ -28,28 +21,18 @@ UNITS = {
     "fma32_per_cycle": "FMA/cycle",
     "sram_bytes_per_pe": "bytes",
     "sram_bytes_per_cycle": "bytes/cycle",
+    "cache_bytes": "bytes",
     "link_bytes_per_cycle": "bytes/cycle",
     "hop_cycles": "cycles",
     "ramp_cycles": "cycles",
     "io_bytes_per_s": "bytes/s",
     "stream_latency_s": "s",
     "optimizer_params_per_s": "parameters/s",
-    "power_w": "W",
+    "power_idle_w": "W",
+    "power_peak_w": "W",
 }
-# Of any figure: beyond, products of them are no longer numbers.
-SMALLEST, LARGEST = 1e-20, 1e20
-COUNTS = ("cores", "grid_rows", "grid_cols")  # whole numbers
-
-
-@dataclass(frozen=True)
-class Figure:
-    value: float
-    unit: str
-    mark: Mark
-    source: str
-
-    def scaled(self, factor: float) -> "Figure":
-        return replace(self, value=self.value * factor)
+COUNTS = ("cores", "grid_rows", "grid_cols")
+MAY_BE_ZERO = ("cache_bytes", "hop_cycles", "ramp_cycles", "stream_latency_s", "power_idle_w")
 
 
 @dataclass(frozen=True)
@@ -65,19 +48,29 @@ class Machine:
     fma32_per_cycle: Figure
     sram_bytes_per_pe: Figure
     sram_bytes_per_cycle: Figure  # of one core, reads and writes together
+    cache_bytes: Figure  # of one core, beside the datapath
     link_bytes_per_cycle: Figure  # of one link in one direction
     hop_cycles: Figure
     ramp_cycles: Figure  # from a core to its router
     io_bytes_per_s: Figure  # of one system, in each direction
     stream_latency_s: Figure  # from the store of the weights to the wafer
     optimizer_params_per_s: Figure  # the store of the weights, at the optimizer's step
-    power_w: Figure  # of one system
+    power_idle_w: Figure  # of one system that waits
+    power_peak_w: Figure  # of one whose cores all work
 
     def __getitem__(self, name: str) -> float:
         return getattr(self, name).value
 
     def figures(self) -> dict[str, Figure]:
         return {f.name: getattr(self, f.name) for f in fields(self) if f.name != "name"}
+
+    @cached_property
+    def _hash(self) -> int:
+        return hash((self.name, *(figure.value for figure in self.figures().values())))
+
+    def __hash__(self) -> int:
+        """Products are cached by their machine: its hash is asked for often."""
+        return self._hash
 
     @property
     def grid_pes(self) -> int:
@@ -107,19 +100,34 @@ class Machine:
     def peak_flop_per_s(self, precision: str = "fp16") -> float:
         return self["cores"] * self.fma_per_cycle(precision) * FLOP_PER_FMA * self["clock_hz"]
 
-    def axpy_elems_per_cycle(self, precision: str) -> float:
-        """y += w x reads x and y and writes y: its rate is the lower one of arithmetic and SRAM."""
-        traffic_bytes_per_elem = 3 * BYTES_PER_ELEM[precision]
+    def axpy_elems_per_cycle(self, precision: str, tokens: float, is_dot: bool = False) -> float:
+        """Elements a cycle of y += w x, vectors of `tokens` elements, or of a dot product of two:
+        the lower rate of arithmetic and SRAM.
+
+        All nonzeros of an output share y (fp32 sums), or one vector of the dot: it stays in the
+        cache beside the datapath where it fits, and SRAM gives x alone."""
+        elem_bytes = BYTES_PER_ELEM[precision]
+        kept_bytes = elem_bytes if is_dot else ACCUMULATOR_BYTES
+        is_cached = tokens * kept_bytes <= self["cache_bytes"]
+        accesses = 1 if is_cached else 2 if is_dot else 3
         return min(
-            self.fma_per_cycle(precision), self["sram_bytes_per_cycle"] / traffic_bytes_per_elem
+            self.fma_per_cycle(precision), self["sram_bytes_per_cycle"] / (accesses * elem_bytes)
         )
 
     def wavelet_elems(self, precision: str) -> float:
         return self["link_bytes_per_cycle"] / BYTES_PER_ELEM[precision]
 
+    def power_w(self, busy_share: float) -> float:
+        """Power of one system whose wafer works that share of the time."""
+        idle, peak = self["power_idle_w"], self["power_peak_w"]
+        return idle + busy_share * (peak - idle)
+
 
 def machine(name_or_path: str | Path) -> Machine:
-    """One of MACHINES by its name, or the machine that a TOML file describes."""
+    """A machine by its name, one of MACHINES, or as a TOML file describes it.
+
+    Raises ValueError for another name and for a wrong file, whose key it names, and
+    FileNotFoundError where there is none."""
     if name_or_path in MACHINES:
         return MACHINES[str(name_or_path)]
     path = Path(name_or_path)
@@ -128,60 +136,19 @@ def machine(name_or_path: str | Path) -> Machine:
             f"machine: expected one of {', '.join(MACHINES)}, or a file that ends in .toml, "
             f"got {str(name_or_path)!r}"
         )
-    if not path.is_file():
-        wrong = "is no file" if path.exists() else "does not exist"
-        raise FileNotFoundError(f"machine: {path} {wrong}")
     return _read(path, path.name)
 
 
 def _read(path: Path, name: str) -> Machine:
-    try:
-        given = tomllib.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:  # of the text's encoding too
-        raise ValueError(f"machine: {path} is not TOML: {error}") from None
-    base = given.pop("base", None)
-    if base is not None and base not in list(MACHINES):
-        raise _mistake(path, "base", f"one of {', '.join(MACHINES)}", repr(base))
-    figures = MACHINES[base].figures() if base is not None else {}
-    for field, found in given.items():
-        if field not in UNITS:
-            raise _mistake(path, field, f"base or one of {', '.join(UNITS)}", repr(field))
-        figures[field] = _figure(path, field, found)
-    for field in UNITS:
-        if field not in figures:
-            raise _mistake(path, field, "a value, or a base above it", "nothing")
-    found = Machine(name, **figures)
+    bases = {base: found.figures() for base, found in MACHINES.items()}
+    found = Machine(name, **read_figures(path, UNITS, bases, COUNTS, MAY_BE_ZERO))
     if found.grid_pes > found["cores"]:
         expected = f"at least the {found.grid_pes:,} PEs of the grid"
-        raise _mistake(path, "cores", expected, f"{found['cores']:,}")
+        raise mistake(path, "cores", expected, f"{found['cores']:,}")
+    if found["power_idle_w"] > found["power_peak_w"]:
+        expected = f"at most power_peak_w, {found['power_peak_w']:,}"
+        raise mistake(path, "power_idle_w", expected, f"{found['power_idle_w']:,}")
     return found
-
-
-def _figure(path: Path, field: str, found: object) -> Figure:
-    keys = [key.name for key in fields(Figure)]
-    if not isinstance(found, dict) or set(found) != set(keys):
-        got = ", ".join(found) or "none" if isinstance(found, dict) else repr(found)
-        raise _mistake(path, field, f"a table of {', '.join(keys)}", got)
-    figure = Figure(**found)
-    if type(figure.value) not in (int, float) or not 0 < figure.value < math.inf:
-        raise _mistake(path, f"{field}.value", "a number above 0", repr(figure.value))
-    if not SMALLEST <= figure.value <= LARGEST:
-        expected = f"a number from {SMALLEST:g} to {LARGEST:g}"
-        raise _mistake(path, f"{field}.value", expected, f"{figure.value!r:.40}")
-    if field in COUNTS and figure.value != int(figure.value):
-        raise _mistake(path, f"{field}.value", "a whole number", repr(figure.value))
-    if figure.unit != UNITS[field]:
-        raise _mistake(path, f"{field}.unit", repr(UNITS[field]), repr(figure.unit))
-    if figure.mark not in get_args(Mark):
-        expected = f"one of {', '.join(get_args(Mark))}"
-        raise _mistake(path, f"{field}.mark", expected, repr(figure.mark))
-    if not isinstance(figure.source, str) or not figure.source.strip():
-        raise _mistake(path, f"{field}.source", "where the value is from", repr(figure.source))
-    return figure
-
-
-def _mistake(path: Path, field: str, expected: str, got: str) -> ValueError:
-    return ValueError(f"machine: {path}: {field}: expected {expected}, got {got}")
 
 
 MACHINES: dict[str, Machine] = {}

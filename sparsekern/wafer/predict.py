@@ -1,158 +1,123 @@
-"""One prediction in full: step, phases, each layer's terms, inference, and every figure used."""
+"""One prediction: a training step, inference, how sure both are, and GPUs beside it."""
 
-from dataclasses import asdict
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 
-from ..terminal import table
-from .cost import Comparison, StepCost
-from .inference import InferenceCost
+from .cost import Comparison, Weight, compare_with_dense, kept_share, step_cost
+from .gpu import DECODE, TRAINING, Gpu, GpuCost, Measured, gpu_cost, measured_speedup
+from .inference import InferenceCost, inference_cost
 from .inputs import RANGES, Inputs
 from .machine import Machine
+from .runs import HELD_OUT, Run, published_errors
 from .shapes import GPTShape
+from .sweep import default_batch
 
-UNVALIDATED = "Absolute time not validated: no published time of a training step could be read."
-
-
-def render(shape: GPTShape, found: Comparison, inference: InferenceCost) -> str:
-    cost, dense = found.sparse, found.dense
-    plan = cost.activations
-    summary = [
-        ["step", _seconds(dense.step_s), _seconds(cost.step_s)],
-        ["tokens/s", f"{dense.tokens_per_s:,.0f}", f"{cost.tokens_per_s:,.0f}"],
-        ["useful share of peak", f"{dense.peak_share:.1%}", f"{cost.peak_share:.1%}"],
-        ["bound by", dense.bound, cost.bound],
-        ["waiting for I/O", f"{dense.io_share:.1%}", f"{cost.io_share:.1%}"],
-        ["energy of a step", f"{dense.energy_j:,.0f} J", f"{cost.energy_j:,.0f} J"],
-    ]
-    ratios = (
-        f"speed-up {found.speedup:.2f}x; FLOPs {found.flop_ratio:.2f}x fewer; Amdahl cap "
-        f"{found.amdahl_cap:.2f}x at this sparsity,\n"
-        f"{found.flop_cap:.2f}x fewer FLOPs with nothing left in the linear layers"
-    )
-    spilled = (
-        f", {plan.spilled_bytes / 1e9:.1f} GB of it over the links" if plan.spilled_bytes else ""
-    )
-    memory = (
-        f"activations: {plan.mode}, {plan.need_bytes / 1e9:.1f} GB of "
-        f"{cost.machine.sram_bytes / 1e9:.1f} GB{spilled}"
-    )
-    decode = (
-        f"inference, weights resident: {inference.decode_tokens_per_s:,.0f} tokens/s of a request "
-        f"({inference.decode_compute_s / inference.decode_token_s:.1%} arithmetic),\n"
-        f"prefill {inference.prefill_tokens_per_s:,.0f} tokens/s, weights "
-        f"{inference.weight_bytes / 1e9:.2f} GB"
-        f"{'' if inference.fits else ': MORE THAN THE SRAM'}"
-    )
-    return "\n\n".join(
-        [
-            f"{shape.name} on {cost.systems} x {cost.machine.name}, {cost.tokens:,} tokens a step",
-            table(["", "dense", "sparse"], summary),
-            ratios,
-            memory,
-            _phases(found),
-            _layers(cost),
-            decode,
-            UNVALIDATED,
-        ]
-    )
+DEFAULT_CONTEXT = 2048  # of decode, where the model's is longer
 
 
-def _seconds(value: float) -> str:
-    return f"{1e3 * value:.3g} ms" if value < 1 else f"{value:.3g} s"
+@dataclass(frozen=True)
+class Beside:
+    """The same model on GPUs, as many as there are wafers; measured speed-ups where they exist."""
+
+    gpu: Gpu
+    cost: GpuCost
+    training: Measured | None
+    decode: Measured | None
 
 
-def _phases(found: Comparison) -> str:
-    rows = []
-    for name in ("forward", "backward"):
-        for label, cost in (("dense", found.dense), ("sparse", found.sparse)):
-            phase = getattr(cost, name)
-            times = (*asdict(phase).values(), phase.total_s)
-            rows.append([f"{name}, {label}", *map(_seconds, times)])
-    header = ["of a micro-step", "linear", "attention", "head", "recompute"]
-    return table([*header, "I/O in", "I/O out", "max(wafer, I/O)"], rows) + (
-        f"\n\nbetween steps: {_seconds(found.sparse.boundary_s)} exposed; "
-        f"{found.sparse.micro_steps} micro-steps"
-    )
+@dataclass(frozen=True)
+class Prediction:
+    """A training step beside its dense one, inference, and what is known of the errors.
+
+    `step_s`: seconds of the sparse step at both ends of the range of utilisation, which is
+    calibrated; `step.speedup_range`: the speed-up at both ends of what a score may cost."""
+
+    shape: GPTShape
+    sparsity: float  # of the linear layers
+    step: Comparison
+    dense_step_s: tuple[float, float]
+    step_s: tuple[float, float]
+    inference: InferenceCost
+    nearest: Run  # of the held-out runs: on this kind of machine, the nearest in size
+    nearest_error: float
+    held_out: tuple[float, float]  # mean and worst error of the held-out runs of CS-2
+    beside: tuple[Beside, ...]
 
 
-def _layers(cost: StepCost) -> str:
-    per_cycle = 1 / cost.machine["clock_hz"]
-    rows = []
-    for layer in cost.layers:
-        terms = layer.cycles
-        parts = (terms.compute, terms.waiting, terms.arrival, terms.reduction, terms.latency)
-        rows.append(
-            [
-                layer.matrix,
-                layer.product,
-                layer.layers,
-                f"{layer.density:.3f}",
-                *(_seconds(part * per_cycle) for part in parts),
-                f"{terms.imbalance:.3f}",
-                terms.bound,
-            ]
+def predict(
+    machine: Machine,
+    shape: GPTShape,
+    density: float | Sequence[Weight] = 1.0,
+    batch: int | None = None,
+    systems: int = 1,
+    inputs: Inputs | None = None,
+    micro_batch: int | None = None,
+    context: int | None = None,
+    requests: int = 1,
+    pipeline: int = 1,
+    gpus: Sequence[Gpu] = (),
+    results: dict[str, list[dict]] | None = None,
+) -> Prediction:
+    """What a model does on a machine; arguments as those of step_cost and inference_cost.
+
+    `batch`: by default each system is full; `context`: tokens in the cache of each of `requests`
+    requests that decode together on a `pipeline` of systems; `gpus` stand beside, with speed-ups
+    from `results`: measured cases (bench/rates.py, and the `gpu` of each) by the name of their
+    table. Raises ValueError, which names the argument."""
+    inputs = inputs or Inputs()
+    batch = default_batch(shape, systems) if batch is None else batch
+    context = min(shape.sequence, DEFAULT_CONTEXT) if context is None else context
+    kept = kept_share(shape, density)
+
+    found = compare_with_dense(machine, shape, density, batch, systems, inputs, micro_batch)
+
+    def step_s(weights: float | Sequence[Weight], utilisation: float) -> float:
+        given = replace(inputs, utilisation=utilisation)
+        return step_cost(machine, shape, weights, batch, systems, given, micro_batch).step_s
+
+    # Actual masks take long: their share of the time is taken to be that of random ones.
+    plain = density
+    if not isinstance(density, float | int):
+        plain = [replace(weight, mask=None) for weight in density]
+    factor = found.sparse.step_s / step_s(plain, inputs.utilisation)
+    span = RANGES["utilisation"]
+    used = {inputs.utilisation, span.low, span.high}
+    fast, slow = max(used), min(used)
+    errors = published_errors(inputs)
+    errors = {run: error for run, error in errors.items() if run.use == HELD_OUT}
+    nearest = _nearest(machine, shape, list(errors))
+    held_out = [abs(error) for run, error in errors.items() if run.machine == "wse2"]
+    beside = [
+        Beside(
+            device,
+            gpu_cost(device, shape, batch, systems, inputs, context),
+            *(
+                measured_speedup(device, results or {}, op, shape, 1 - kept)
+                for op in (TRAINING, DECODE)
+            ),
         )
-    header = ["of one layer", "product", "layers", "density", "compute", "waiting", "arrival"]
-    return table([*header, "reduction", "latency", "imbalance", "bound"], rows, left=2)
-
-
-def render_sources(machine: Machine, inputs: Inputs) -> str:
-    figures = [
-        [name, f"{figure.value:g} {figure.unit}", figure.mark, figure.source]
-        for name, figure in machine.figures().items()
+        for device in gpus
     ]
-    assumed = [
-        [name, f"{getattr(inputs, name):g} {span.unit}", f"{span.low:g} to {span.high:g}", span.why]
-        for name, span in RANGES.items()
-    ]
-    return "\n\n".join(
-        [
-            table([machine.name, "value", "mark", "source"], figures, left=4),
-            table(["input", "value", "range", "why"], assumed, left=4),
-        ]
+    return Prediction(
+        shape=shape,
+        sparsity=1 - kept,
+        step=found,
+        dense_step_s=(step_s(1.0, fast), step_s(1.0, slow)),
+        step_s=(factor * step_s(plain, fast), factor * step_s(plain, slow)),
+        inference=inference_cost(machine, shape, kept, inputs, context, requests, pipeline),
+        nearest=nearest,
+        nearest_error=errors[nearest],
+        held_out=(sum(held_out) / len(held_out), max(held_out)),
+        beside=tuple(beside),
     )
 
 
-def as_dict(shape: GPTShape, found: Comparison, inference: InferenceCost) -> dict[str, object]:
-    def step(cost: StepCost) -> dict[str, object]:
-        return {
-            "step_s": cost.step_s,
-            "tokens_per_s": cost.tokens_per_s,
-            "peak_share": cost.peak_share,
-            "bound": cost.bound,
-            "io_wait_share": cost.io_share,
-            "energy_j": cost.energy_j,
-            "boundary_s": cost.boundary_s,
-            "micro_steps": cost.micro_steps,
-            "forward": asdict(cost.forward),
-            "backward": asdict(cost.backward),
-            "activations": asdict(cost.activations),
-            "layers": [
-                {
-                    "matrix": layer.matrix,
-                    "product": layer.product,
-                    "layers": layer.layers,
-                    "density": layer.density,
-                    "seconds": layer.seconds,
-                    "cycles": asdict(layer.cycles),
-                }
-                for layer in cost.layers
-            ],
-        }
+def _nearest(machine: Machine, shape: GPTShape, runs: list[Run]) -> Run:
+    """WSE-3 has one run; all other machines are held against those of WSE-2."""
+    kind = "wse3" if machine.name.startswith("wse3") else "wse2"
 
-    cost = found.sparse
-    return {
-        "model": asdict(shape),
-        "machine": {"name": cost.machine.name}
-        | {name: asdict(figure) for name, figure in cost.machine.figures().items()},
-        "inputs": cost.inputs.as_dict(),
-        "systems": cost.systems,
-        "tokens": cost.tokens,
-        "speedup": found.speedup,
-        "flop_ratio": found.flop_ratio,
-        "flop_cap": found.flop_cap,
-        "amdahl_cap": found.amdahl_cap,
-        "dense": step(found.dense),
-        "sparse": step(cost),
-        "inference": asdict(inference),
-        "absolute_time": "not validated",
-    }
+    def distance(run: Run) -> float:
+        return abs(math.log(run.shape.linear_fma / shape.linear_fma))
+
+    return min((run for run in runs if run.machine == kind), key=distance)

@@ -9,10 +9,9 @@ from functools import lru_cache
 
 from .balance import Mask
 from .inputs import Inputs
-from .machine import BYTES_PER_ELEM, Machine
+from .machine import ACCUMULATOR_BYTES, BYTES_PER_ELEM, Machine
 from .mesh import Mesh, MeshCycles, mesh_cycles
 
-ACCUMULATOR_BYTES = 4  # partial sums are fp32
 COLUMN_GROUPS = (1, 2, 3, 4, 6, 8, 12, 16, 24, 32, 48)
 FORWARD, INPUT_GRADIENT, WEIGHT_GRADIENT = "forward", "input gradient", "weight gradient"
 
@@ -33,43 +32,61 @@ def product_cycles(
         if isinstance(density, Mask):
             density = density.transposed()
     mask, density = (density, density.density) if isinstance(density, Mask) else (None, density)
-    groups, cycles = _fastest(machine, inputs, tokens, n, k, density, product == WEIGHT_GRADIENT)
+    mapping, cycles = _fastest(machine, inputs, tokens, n, k, density, product == WEIGHT_GRADIENT)
     if mask is None:
         return cycles
     # The mapping is chosen by the density, as a compiler would; its time is that of the mask.
-    return _mapped(machine, inputs, tokens, n, k, mask, product == WEIGHT_GRADIENT, groups)
+    mesh, k_per_col = mapping
+    return mesh_cycles(mesh, n, k_per_col, mask)
+
+
+Mapping = tuple[Mesh, int]  # and the inputs of each of its columns of PEs
 
 
 @lru_cache(maxsize=20_000)
-def _fastest(machine, inputs, tokens, n, k, density, is_gradient) -> tuple[int, MeshCycles]:
+def _fastest(machine, inputs, tokens, n, k, density, is_gradient) -> tuple[Mapping, MeshCycles]:
+    mappings = _mappings(machine, inputs, tokens, k, is_gradient)
+    costs = [(mapping, mesh_cycles(mapping[0], n, mapping[1], density)) for mapping in mappings]
+    return min(costs, key=lambda cost: cost[1].total)
+
+
+@lru_cache(maxsize=2_000)
+def _mappings(machine, inputs, tokens, k, is_gradient) -> list[Mapping]:
+    """One for each number of groups: none depends on the density."""
     cols = int(machine["grid_cols"])
     if inputs.column_groups > cols:
         raise ValueError(f"column_groups: expected at most {cols}, got {inputs.column_groups}")
     given = (inputs.column_groups,) if inputs.column_groups else COLUMN_GROUPS
-    given = [groups for groups in given if groups <= cols]
-    costs = {g: _mapped(machine, inputs, tokens, n, k, density, is_gradient, g) for g in given}
-    return min(costs.items(), key=lambda item: item[1].total)
+    return [
+        _mapping(machine, inputs, tokens, k, is_gradient, groups)
+        for groups in given
+        if groups <= cols
+    ]
 
 
-def _mapped(machine, inputs, tokens, n, k, density, is_gradient, groups) -> MeshCycles:
+def _mapping(machine, inputs, tokens, k, is_gradient, groups) -> Mapping:
     rows, cols = int(machine["grid_rows"]), int(machine["grid_cols"]) // groups
     k_per_col = math.ceil(k / cols)
     tokens_per_pe = math.ceil(tokens / (rows * groups))
-    vector_cycles = math.ceil(tokens_per_pe / machine.axpy_elems_per_cycle(inputs.precision))
-    # A weight's gradient is also added to what comes from the row above.
-    nonzero_cycles = inputs.axpy_overhead_cycles + vector_cycles + is_gradient
+
+    def vector_cycles(is_dot: bool) -> int:
+        rate = machine.axpy_elems_per_cycle(inputs.precision, tokens_per_pe, is_dot)
+        return math.ceil(tokens_per_pe / rate)
+
+    # A weight's gradient is a dot product, and is also added to what comes from the row above.
+    nonzero_cycles = inputs.axpy_overhead_cycles + vector_cycles(is_gradient) + is_gradient
     room_bytes = inputs.partial_sum_share * machine["sram_bytes_per_pe"]
     mesh = Mesh(
         rows=rows,
         cols=math.ceil(k / k_per_col),
         axpy_cycles=nonzero_cycles / inputs.utilisation,
-        add_cycles=vector_cycles / inputs.utilisation,
+        add_cycles=vector_cycles(False) / inputs.utilisation,
         send_cycles=math.ceil(tokens_per_pe / machine.wavelet_elems(inputs.precision)),
         window=max(1, int(room_bytes / (ACCUMULATOR_BYTES * tokens_per_pe))),
         hop_cycles=machine["hop_cycles"],
         chain_cycles=machine.chain_cycles,
     )
-    return mesh_cycles(mesh, n, k_per_col, density)
+    return mesh, k_per_col
 
 
 def stream_bytes(inputs: Inputs, n: int, k: int, density: float) -> float:
@@ -84,3 +101,21 @@ def stream_bytes(inputs: Inputs, n: int, k: int, density: float) -> float:
         dense,
         {"best": min(index16, bitmap), "index16": index16, "bitmap": bitmap}[inputs.stream_format],
     )
+
+
+def offloaded_s(
+    machine: Machine, inputs: Inputs, tokens: int, n: int, k: int, density: float | Mask
+) -> tuple[float, float]:
+    """Seconds of one product that a host asks for: of the wafer, and of the transfers.
+
+    x [tokens, k] and W [n, k] go in, y [tokens, n] comes back, all over the I/O links, and nothing
+    overlaps. Raises ValueError, which names the argument."""
+    for name, value in (("tokens", tokens), ("n", n), ("k", k)):
+        if value < 1:
+            raise ValueError(f"{name}: expected at least 1, got {value}")
+    kept = density.density if isinstance(density, Mask) else density
+    moved_bytes = tokens * (n + k) * BYTES_PER_ELEM[inputs.precision]
+    moved_bytes += stream_bytes(inputs, n, k, kept)
+    cycles = product_cycles(machine, inputs, tokens, n, k, density).total
+    transfer_s = moved_bytes / machine["io_bytes_per_s"] + 2 * machine["stream_latency_s"]
+    return cycles / machine["clock_hz"], transfer_s

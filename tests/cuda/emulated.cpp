@@ -48,7 +48,7 @@ struct Thread {
   State state = State::kExited;
   bool has_stack = false;  // in use: `here` is where it goes on
   jmp_buf here;
-  unsigned barrier, barrier_warps;  // that it waits at
+  unsigned barrier;  // that it waits at
   // Of the meeting it waits in.
   const char* name;
   Run* run;
@@ -58,7 +58,17 @@ struct Thread {
   bool has_waited;           // for the last kernel
 };
 
+// How many of a warp are in each state but kReady, and the instruction where some wait.
+struct Warp {
+  unsigned at_barrier, in_warp, exited;
+  const char* name;
+};
+
+constexpr unsigned kBarriers = 16;
+
 Thread threads[kThreads];
+Warp warps[kThreads / kWarp];
+unsigned waiting[kBarriers], exited;   // threads of the block
 std::map<unsigned, Barrier> barriers;  // of the block, by address
 unsigned current;                      // thread
 jmp_buf scheduler;
@@ -100,7 +110,7 @@ void leave() {
   if (_setjmp(threads[current].here) == 0) _longjmp(scheduler, 1);
 }
 
-void check_barrier(unsigned barrier);
+void check_barrier(unsigned barrier, unsigned all);
 void check_warp(unsigned warp);
 
 // Runs its thread in one block after the other.
@@ -109,7 +119,8 @@ void fiber() {
     kernel->caller(kernel->kernel, arguments);
     threads[current].state = State::kExited;
     threads[current].copies.clear();
-    check_barrier(0);
+    ++exited, ++warps[current / kWarp].exited;
+    check_barrier(0, blockDim.x - exited);
     check_warp(current / kWarp);
     leave();
   }
@@ -134,43 +145,33 @@ void resume(unsigned thread) {
 
 // Waiting
 
-unsigned count(State state, unsigned first = 0, unsigned last = kThreads) {
-  return std::count_if(threads + first, threads + last,
-                       [=](const Thread& t) { return t.state == state; });
-}
-
 // A barrier opens when all that it waits for have come.
-void check_barrier(unsigned barrier) {
-  const auto waits = [=](const Thread& t) {
-    return t.state == State::kAtBarrier && t.barrier == barrier;
-  };
-  const auto first = std::find_if(threads, threads + kThreads, waits);
-  if (first == threads + kThreads) return;
-  const unsigned all =
-      barrier ? first->barrier_warps * kWarp : blockDim.x - count(State::kExited, 0, blockDim.x);
-  if (std::count_if(threads, threads + kThreads, waits) < all) return;
-  for (Thread& t : threads) {
-    if (waits(t)) t.state = State::kReady;
+void check_barrier(unsigned barrier, unsigned all) {
+  if (!waiting[barrier] || waiting[barrier] < all) return;
+  for (unsigned i = 0; i < blockDim.x; ++i) {
+    Thread& t = threads[i];
+    if (t.state != State::kAtBarrier || t.barrier != barrier) continue;
+    t.state = State::kReady;
+    --warps[i / kWarp].at_barrier;
   }
+  waiting[barrier] = 0;
 }
 
 // The lanes of a warp go on when all that live have come.
 void check_warp(unsigned warp) {
+  Warp& mine = warps[warp];
+  if (!mine.in_warp || mine.in_warp + mine.exited < kWarp) return;
   Thread* lanes = threads + warp * kWarp;
   Run* run = nullptr;
   void* brought[kWarp] = {};
   for (int lane = 0; lane < kWarp; ++lane) {
     if (lanes[lane].state == State::kExited) continue;
-    if (lanes[lane].state != State::kInWarp) return;
     run = lanes[lane].run;
-    brought[lane] = &lanes[lane];
+    brought[lane] = lanes[lane].mine;
+    lanes[lane].state = State::kReady;
   }
-  if (!run) return;
-  for (void*& lane : brought) lane = lane ? static_cast<Thread*>(lane)->mine : nullptr;
+  mine.in_warp = 0;
   run(brought);
-  for (int lane = 0; lane < kWarp; ++lane) {
-    if (lanes[lane].state == State::kInWarp) lanes[lane].state = State::kReady;
-  }
 }
 
 std::string who_waits() {
@@ -184,7 +185,12 @@ std::string who_waits() {
     text += " thread " + std::to_string(i) + " waits in " + at + ",";
     if (text.size() > 100) break;
   }
-  return text + " " + std::to_string(count(State::kExited, 0, blockDim.x)) + " have exited";
+  return text + " " + std::to_string(exited) + " have exited";
+}
+
+// The shared memory from there on.
+bool is_untouched(const char* from) {
+  return *from == '\xff' && !std::memcmp(from, from + 1, std::end(sk::smem) - from - 1);
 }
 
 void run_block() {
@@ -195,12 +201,15 @@ void run_block() {
     threads[i].group = 0;
     threads[i].has_waited = !kernel->is_early;
   }
-  const unsigned warps = blockDim.x / kWarp;
+  std::fill(std::begin(warps), std::end(warps), Warp{});
+  std::fill(std::begin(waiting), std::end(waiting), 0);
+  exited = 0;
+  const unsigned count = blockDim.x / kWarp;
   bool any = true;
   while (any) {
     any = false;
-    for (unsigned i = 0; i < warps; ++i) {
-      const unsigned warp = backward ? warps - 1 - i : i;
+    for (unsigned i = 0; i < count; ++i) {
+      const unsigned warp = backward ? count - 1 - i : i;
       // A warp goes as far as it can, ahead of the others.
       for (bool again = true; again;) {
         again = false;
@@ -215,10 +224,9 @@ void run_block() {
     }
   }
   failed = true;
-  if (count(State::kExited, 0, blockDim.x) < blockDim.x) {
+  if (exited < blockDim.x) {
     error = who_waits();
-  } else if (std::any_of(sk::smem + smem_bytes, std::end(sk::smem),
-                         [](char c) { return c != '\xff'; })) {
+  } else if (smem_bytes < sizeof sk::smem && !is_untouched(sk::smem + smem_bytes)) {
     error = "shared memory beyond the " + std::to_string(smem_bytes) + " bytes was written";
   } else {
     failed = false;
@@ -244,20 +252,20 @@ void fail(const char* format, ...) {
   _longjmp(scheduler, 1);
 }
 
-void wait_for_warps(unsigned barrier, unsigned warps) {
-  const unsigned first = current / kWarp * kWarp;
-  if (count(State::kInWarp, first, first + kWarp)) {
-    fail("divergence: a barrier, and others of its warp in a warp's instruction");
-  }
+void wait_for_warps(unsigned barrier, unsigned of_warps) {
+  if (barrier >= kBarriers) fail("a barrier %u of %u", barrier, kBarriers);
+  Warp& warp = warps[current / kWarp];
+  if (warp.in_warp) fail("divergence: a barrier, and others of its warp in a warp's instruction");
   Thread& me = threads[current];
   me.state = State::kAtBarrier;
   me.barrier = barrier;
-  me.barrier_warps = warps;
-  check_barrier(barrier);
+  ++warp.at_barrier, ++waiting[barrier];
+  check_barrier(barrier, barrier ? of_warps * kWarp : blockDim.x - exited);
   if (me.state != State::kReady) leave();
 }
 
-void meet(const char* name, Run* run, void* mine, bool all) {
+// Ends the launch if a lane of the warp cannot come.
+void check_lanes(const char* name, bool all) {
   const unsigned first = current / kWarp * kWarp;
   for (unsigned i = first; i < first + kWarp; ++i) {
     const Thread& t = threads[i];
@@ -267,11 +275,19 @@ void meet(const char* name, Run* run, void* mine, bool all) {
     }
     if (t.state == State::kExited && all) fail("divergence: %s, thread %u has exited", name, i);
   }
+}
+
+void meet(const char* name, Run* run, void* mine, bool all) {
+  Warp& warp = warps[current / kWarp];
+  if (warp.at_barrier || (warp.exited && all) || (warp.in_warp && warp.name != name)) {
+    check_lanes(name, all);
+  }
   Thread& me = threads[current];
   me.state = State::kInWarp;
-  me.name = name;
+  me.name = warp.name = name;
   me.run = run;
   me.mine = mine;
+  ++warp.in_warp;
   check_warp(current / kWarp);
   if (me.state != State::kReady) leave();
 }
@@ -389,18 +405,38 @@ float number(unsigned pair, int half, bool is_bf16) {
   return is_bf16 ? __uint_as_float(bits << 16) : sk::f16_to_float(bits);
 }
 
+// Rows of 16 columns, as the lanes hold them: g * 4 + t has row g and, in its upper half, g + 8.
+void decode_rows(void* const (&lanes)[kWarp], const unsigned* (*a)(const void*), bool is_bf16,
+                 float (&w)[16][16]) {
+  for (int row = 0; row < 16; ++row) {
+    for (int k = 0; k < 16; ++k) {
+      const unsigned* words = a(lanes[row % 8 * 4 + k % 8 / 2]);
+      w[row][k] = number(words[k / 8 * 2 + row / 8], k % 2, is_bf16);
+    }
+  }
+}
+
+// Of both factors a row: a sum's terms come in this order.
+float add_products(float sum, const float (&w)[16], const float (&x)[16]) {
+  for (int k = 0; k < 16; ++k) sum += w[k] * x[k];
+  return sum;
+}
+
 void run_mma(void* const (&lanes)[kWarp]) {
   const auto of = [&](int lane) -> const DenseMma& { return *static_cast<DenseMma*>(lanes[lane]); };
+  const bool is_bf16 = of(0).is_bf16;
+  float w[16][16], x[8][16];
+  decode_rows(
+      lanes, [](const void* lane) { return static_cast<const DenseMma*>(lane)->a; }, is_bf16, w);
+  for (int col = 0; col < 8; ++col) {
+    for (int k = 0; k < 16; ++k) {
+      x[col][k] = number(of(col * 4 + k % 8 / 2).b[k / 8], k % 2, is_bf16);
+    }
+  }
   for (int lane = 0; lane < kWarp; ++lane) {
     for (int i = 0; i < 4; ++i) {
-      const int g = lane / 4, upper = i / 2, col = lane % 4 * 2 + i % 2;
-      float sum = of(lane).c[i];
-      for (int k = 0; k < 16; ++k) {
-        const int t = k % 8 / 2, half = k % 2;
-        const float w = number(of(g * 4 + t).a[k / 8 * 2 + upper], half, of(0).is_bf16);
-        sum += w * number(of(col * 4 + t).b[k / 8], half, of(0).is_bf16);
-      }
-      of(lane).c[i] = sum;
+      float& c = of(lane).c[i];
+      c = add_products(c, w[lane / 4 + i / 2 * 8], x[lane % 4 * 2 + i % 2]);
     }
   }
 }
@@ -412,17 +448,23 @@ void run_mma_group(void* const (&lanes)[kWarp]) {
   if (of(0).b >> 14 != (64ull << 18 | 1ull << 48 | 1ull << 2)) {
     fail("mma_warpgroup: operand %#llx has another layout", of(0).b);
   }
-  for (int lane = 0; lane < kWarp; ++lane) {
+  for (int lane = 1; lane < kWarp; ++lane) {
     if (of(lane).b != of(0).b) fail("mma_warpgroup: lanes with other operands");
-    for (int i = 0; i < of(0).tiles * 4; ++i) {
-      const int g = lane / 4, upper = i % 4 / 2, token = i / 4 * 8 + lane % 4 * 2 + i % 2;
-      for (int k = 0; k < 16; ++k) {
-        const unsigned at = first + token / 8 * 1024 + token % 8 * 128 + k * 2;
-        unsigned short x;
-        std::memcpy(&x, shared_bytes("mma_warpgroup", at ^ (at >> 7 & 7) << 4, 2), 2);
-        const unsigned pair = of(g * 4 + k % 8 / 2).a[k / 8 * 2 + upper];
-        of(lane).c[i] += number(pair, k % 2, is_bf16) * number(x, 0, is_bf16);
-      }
+  }
+  float w[16][16];
+  decode_rows(
+      lanes, [](const void* lane) { return static_cast<const GroupMma*>(lane)->a; }, is_bf16, w);
+  for (int token = 0; token < of(0).tiles * 8; ++token) {
+    float x[16];
+    for (int k = 0; k < 16; ++k) {
+      const unsigned at = first + token / 8 * 1024 + token % 8 * 128 + k * 2;
+      unsigned short bits;
+      std::memcpy(&bits, shared_bytes("mma_warpgroup", at ^ (at >> 7 & 7) << 4, 2), 2);
+      x[k] = number(bits, 0, is_bf16);
+    }
+    for (int row = 0; row < 16; ++row) {
+      float& c = of(row % 8 * 4 + token % 8 / 2).c[token / 8 * 4 + row / 8 * 2 + token % 2];
+      c = add_products(c, w[row], x);
     }
   }
 }

@@ -95,4 +95,5 @@ results["average"] = [places_of(average.module.module[i]).tolist() for i in (0, 
 results["first"] = first
 
 (folder / f"results-{rank}.json").write_text(json.dumps(results))
+del algorithm, model, optimizer, parallel, average
 distributed.finish()

@@ -15,7 +15,7 @@ from tiny import tiny_config
 from sparsekern.gpt import train
 from sparsekern.gpt.checkpoint import CHECKPOINT, load_checkpoint
 from sparsekern.gpt.config import TrainConfig, resumed_config
-from sparsekern.gpt.distributed import Ranks
+from sparsekern.gpt.distributed import Ranks, finish
 from sparsekern.gpt.start import begin
 
 pytestmark = pytest.mark.skipif(not dist.is_available(), reason="torch without distributed")
@@ -190,6 +190,23 @@ def two_on_gpus(runs, tmp_path: Path, device: str) -> None:
     for name in (*configs, "resumed"):
         one = saved(folder, f"{name.partition('-')[0] if name in configs else 'rigl'}-none")
         assert first[name]["losses"] == pytest.approx(one["losses"], abs=1e-2), name
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="threads are counted in /proc")
+def test_the_threads_of_a_group_end_with_it(monkeypatch):
+    def threads() -> set[str]:
+        return {(task / "comm").read_text() for task in Path("/proc/self/task").iterdir()}
+
+    for name, value in dict(RANK=0, WORLD_SIZE=1, MASTER_ADDR="localhost", MASTER_PORT=0).items():
+        monkeypatch.setenv(name, str(value))
+    before = threads()
+    model = Ranks("ddp", "cpu").wrap(torch.nn.Linear(4, 4))
+    model(torch.randn(2, 4)).sum().backward()
+    assert any("gloo" in name for name in threads())
+    model.itself = [model]
+    del model
+    finish()
+    assert threads() <= before and not dist.is_initialized()
 
 
 def test_mistakes(monkeypatch, tmp_path):

@@ -1,6 +1,8 @@
 """python -m sparsekern wafer: what each command prints, writes and refuses."""
 
 import json
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -14,7 +16,9 @@ from sparsekern.gpt.build import build_model
 from sparsekern.gpt.config import TrainConfig
 from sparsekern.gpt.train import train
 from sparsekern.sparsity import Static
+from sparsekern.wafer.inputs import RANGES, Inputs
 from sparsekern.wafer.machine import WSE2
+from sparsekern.wafer.runs import Calibration, Run
 from sparsekern.wafer.sensitivity import sensitivity
 from sparsekern.wafer.shapes import gpt_shape
 from sparsekern.wafer.validation.points import ratio_point
@@ -35,15 +39,24 @@ def error_line(capsys, *arguments: str) -> str:
 
 def test_predict_prints_the_step_its_terms_and_its_doubts(capsys, tmp_path):
     file = tmp_path / "numbers.json"
-    out = run(capsys, "predict", "--sources", "--json", str(file))
-    for text in ("gpt3-xl on 1 x wse2", "speed-up 2.", "Amdahl cap", "activations: recompute"):
+    out = run(capsys, "predict", "--details", "--sources", "--json", str(file))
+    for text in ("gpt3-xl on 1 x wse2", "speed-up  1.", "at none", "activations: recompute"):
         assert text in out
-    for text in ("weight gradient", "reduction", "imbalance", "I/O in", "inference, weights resi"):
+    for text in (
+        "energy a token",
+        "weight gradient",
+        "reduction",
+        "imbalance",
+        "I/O in",
+        "tokens/s a request",
+    ):
         assert text in out
-    assert "Absolute time not validated" in out
+    assert "is calibrated" in out and "sparse speed-ups are not validated" in out
+    assert "mean error" in out and "h200" in out
     assert "second-hand" in out and "assumed" in out and "Argonne documentation" in out
     numbers = json.loads(file.read_text())
-    assert numbers["absolute_time"] == "not validated"
+    assert numbers["speedup_low"] <= numbers["speedup"] <= numbers["speedup_high"]
+    assert numbers["sparse"]["step_s_low"] < numbers["sparse"]["step_s_high"]
     assert 1 < numbers["speedup"] < numbers["amdahl_cap"] < 4
     assert numbers["machine"]["clock_hz"]["source"]
     assert len(numbers["sparse"]["layers"]) == 5 * 3
@@ -53,6 +66,49 @@ def test_predict_takes_a_shape_a_machine_and_systems(capsys):
     out = run(capsys, "predict", "--width=1024", "--layers=2", "--machine=wse3", "--systems=4")
     assert "gpt3-xl, changed on 4 x wse3" in out
     assert "bound by" in run(capsys, "predict", "--model=gpt2-small", "--batch=1")
+
+
+def test_predict_imports_no_torch():
+    command = (sys.executable, "-X", "importtime", "-m", "sparsekern", "wafer", "predict")
+    found = subprocess.run(command, capture_output=True, text=True, check=True)
+    imported = {line.split("|")[-1].strip() for line in found.stderr.splitlines()}
+    assert "numpy" in imported and not {"torch", "matplotlib"} & imported
+
+
+def test_decode_against_context_and_on_several_systems(capsys):
+    shape = ("--layers=80", "--width=8192", "--heads=64", "--kv-heads=8", "--ffn=28672", "--gated")
+    shape += ("--machine=wse3", "--sparsity=0", "--batch=1", "--beside")
+    assert "DO NOT FIT THE SRAM" in run(capsys, "predict", *shape)
+    out = run(capsys, "predict", *shape, "--pipeline=4", "--context=8192", "--requests=2")
+    assert "DO NOT FIT" not in out and "at context 8,192" in out and "of all 8" in out
+    for flag, message in (
+        ("--context=-1", "context: expected at least 0, got -1"),
+        ("--requests=0", "requests: expected at least 1, got 0"),
+        ("--pipeline=99", "pipeline: expected at most the 80 layers, got 99"),
+    ):
+        assert message in error_line(capsys, "predict", *shape, flag)
+
+
+def test_a_product_for_a_host_gains_less(capsys, tmp_path):
+    file = tmp_path / "product.json"
+    sizes = ("--tokens=512", "--n=4096", "--k=4096", "--sparsity=0.99")
+    out = run(capsys, "product", *sizes, f"--json={file}")
+    assert "y[512, 4096] = x[512, 4096] @ W[4096, 4096].T on wse2" in out
+    found = json.loads(file.read_text())
+    alone = found["dense"]["wafer_s"] / found["sparse"]["wafer_s"]
+    both = sum(found["dense"].values()) / sum(found["sparse"].values())
+    assert alone > both > 1
+    assert "k: expected at least 1, got 0" in error_line(capsys, "product", *sizes, "--k=0")
+    # In: x, and 4 bytes a nonzero; out: y.
+    moved = 2 * 2 * 512 * 4096 + 4 * 0.01 * 4096**2
+    assert found["sparse"]["transfer_s"] == pytest.approx(moved / 1.5e11 + 4e-5)
+
+
+def test_sweep_takes_lengths_batches_and_utilisations(capsys):
+    lists = ("--sequences", "1024", "4096", "--batch", "8", "16", "--utilisations", "0.33", "0.5")
+    out = run(capsys, "sweep", "--models", "gpt2-small", "--sparsities", "0.5", *lists)
+    assert out.count("| wse2 ") == 8 and out.count(" to ") >= 8
+    assert "its range is 0.33 to 0.5" in out
 
 
 MEASURED = Path(__file__).with_name("measured.csv")  # as bench/run.py would
@@ -112,7 +168,7 @@ def test_predict_reads_the_masks_of_a_checkpoint(capsys, tmp_path):
     assert all(w.mask is not None and abs(w.density - 0.25) < 0.01 for w in weights)
     assert {(w.n, w.k) for w in weights} == set(shape.matrices.values())
     assert sum(w.n * w.k for w in weights) == shape.linear_fma
-    out = run(capsys, "predict", f"--checkpoint={path}", "--batch=64")
+    out = run(capsys, "predict", f"--checkpoint={path}", "--batch=64", "--details")
     assert "run on 1 x wse2" in out and "blocks" not in out and "0.250" in out
 
 
@@ -155,12 +211,17 @@ def test_sweep_draws_its_plots(capsys, tmp_path):
     assert names == {
         "speedup.png",
         "roofline.png",
+        "decode.png",
         "imbalance.png",
         "stacked-time-gpt3-xl.png",
         "total-cost-gpt3-xl.png",
     }
     assert all(path.read_bytes().startswith(b"\x89PNG") for path in tmp_path.iterdir())
-    assert out.count("wrote ") == 5
+    assert out.count("wrote ") == 6
+
+
+RUN = Run("a run", "gpt2-small", "wse2", 1, 8, 1.0, "held out", "nowhere")
+SPEEDS = Calibration(Inputs(), {RUN: 0.0}, {RUN: 0.0})
 
 
 def test_validate_fails_where_a_point_must_hold(capsys, monkeypatch, tmp_path):
@@ -169,7 +230,9 @@ def test_validate_fails_where_a_point_must_hold(capsys, monkeypatch, tmp_path):
     held = type(held)(**{**vars(held), "held_out_errors": (0.0, 0.0)})
     for points, code in (([held], 0), ([held, wrong], 1)):
         monkeypatch.setattr(
-            wafer.validate, "validate", lambda *_, points=points: Validation(points, [held])
+            wafer.validate,
+            "validate",
+            lambda *_, points=points: Validation(points, [held], SPEEDS),
         )
         assert main(["wafer", "validate", f"--json={tmp_path / 'v.json'}"]) == code
         failed = [point.id for point in points if point is wrong]
@@ -180,7 +243,8 @@ def test_validate_fails_where_a_point_must_hold(capsys, monkeypatch, tmp_path):
 def test_compare_lists_measurements_beside_predictions(capsys, tmp_path):
     file = tmp_path / "pairs.json"
     arguments = ("compare", "--match", "3072x768", "--json", str(file), "--results", str(MEASURED))
-    out = run(capsys, *arguments)
+    assert "of its density" in run(capsys, *arguments)
+    out = run(capsys, *arguments, "--masks=actual")
     assert "spmm 3072x768, 1024 tokens, float32, 16 threads" in out and "actual" in out
     pairs = json.loads(file.read_text())
     assert {pair["what"].split()[0] for pair in pairs} == {"spmm", "spmm_t", "sddmm"}
@@ -189,7 +253,7 @@ def test_compare_lists_measurements_beside_predictions(capsys, tmp_path):
         assert max(pair["same"], pair["full"]) <= pair["flop_ratio"] * 1.0001
         if pair["what"].startswith("spmm ") and pair["sparsity"] == 0.5:
             # Few tokens wait for the stream: index and value are as many bytes as dense values.
-            assert pair["same"] == pytest.approx(1) and pair["full"] > 1.5
+            assert pair["same"] == pytest.approx(1, abs=0.05) and pair["full"] > 1.5
 
 
 def test_compare_takes_training_steps(capsys, monkeypatch):
@@ -247,6 +311,9 @@ def test_sensitivity_ranks_its_inputs(capsys, tmp_path):
     swings = sensitivity(WSE2, gpt_shape("gpt3-xl"), 0.25, 128)
     widths = [swing.width for swing in swings]
     assert widths == sorted(widths, reverse=True)
+    names = {swing.name for swing in swings}
+    assert names == {*WSE2.figures(), *RANGES}
+    assert next(s for s in swings if s.name == "power_peak_w").energy_high > 0.19
     clock = next(swing for swing in swings if swing.name == "clock_hz")
     assert clock.step_low == pytest.approx(0.25, abs=0.01)  # a clock 20% lower
     assert abs(clock.speedup_low) < 0.01

@@ -35,13 +35,14 @@ def test_the_stock_machines():
         "wse2@0.85GHz",
         "wse2@narrow-sram",
         "wse3",
-        "wse3@1.1GHz",
-        "wse3@wide-sram",
+        "wse3@0.875GHz",
+        "wse3@24B-axpy",
     ]
     assert (WSE2, WSE3) == (machine("wse2"), machine("wse3"))
     assert all(list(wafer.figures()) == list(UNITS) for wafer in MACHINES.values())
-    assert WSE2.clock_hz.value == 1.1e9 and WSE2.clock_hz.mark == "second-hand"
-    assert machine("wse3@wide-sram")["sram_bytes_per_cycle"] == 48
+    assert WSE2.clock_hz.value == 1.1e9 and WSE2.clock_hz.mark == "read"
+    assert WSE3.clock_hz.value == 1.1e9 and WSE3.clock_hz.mark == "assumed"
+    assert machine("wse3@24B-axpy")["cache_bytes"] == 0
 
 
 def test_a_copied_file_is_the_same_machine(own):
@@ -108,6 +109,15 @@ def test_a_small_grid_is_predicted(own):
         (
             'base = "wse2"\ncores = {value = 9, unit = "cores", mark = "read", source = "x"}',
             "own.toml: cores: expected at least the 745,500 PEs of the grid, got 9",
+        ),
+        ("2e9|-2e9", r"own.toml: clock_hz.value: expected a number above 0, got -2000000000.0"),
+        (
+            'base = "wse2"\ncache_bytes = {value=-1, unit="bytes", mark="read", source="x"}',
+            "own.toml: cache_bytes.value: expected a number at least 0, got -1",
+        ),
+        (
+            'base = "wse2"\npower_idle_w = {value = 3e4, unit = "W", mark = "read", source = "x"}',
+            "own.toml: power_idle_w: expected at most power_peak_w, 22,900.0, got 30,000.0",
         ),
     ],
 )

@@ -1,6 +1,7 @@
 """What must hold for any model, machine, batch and density."""
 
 import math
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -36,6 +37,8 @@ inputs = st.builds(
     column_groups=st.sampled_from((0, 1, 4)),
     utilisation=st.floats(0.1, 1.0),
     axpy_overhead_cycles=st.floats(0, 40),
+    score_cycles=st.floats(0, 200),
+    element_cycles=st.floats(0, 16),
     partial_sum_share=st.floats(0.01, 0.9),
 )
 machines = st.sampled_from(sorted(MACHINES)).map(machine)
@@ -69,6 +72,50 @@ def test_more_systems_are_never_slower(wafer, shape, given_inputs, batch, densit
         step_cost(wafer, shape, density, batch, systems, given_inputs) for systems in sorted((a, b))
     )
     assert many.step_s <= few.step_s * ROUNDING
+
+
+@settings(max_examples=60, deadline=None)
+@given(machines, shapes, inputs, batches, densities)
+def test_a_range_holds_the_speedup(wafer, shape, given_inputs, batch, density):
+    found = compare_with_dense(wafer, shape, density, batch, inputs=given_inputs)
+    low, high = found.speedup_range
+    assert low <= found.speedup * ROUNDING and found.speedup <= high * ROUNDING
+    assert 1 <= low * ROUNDING and high <= ROUNDING / density
+    again = step_cost(wafer, shape, density, batch, inputs=replace(given_inputs, score_cycles=7.0))
+    moved = found.sparse.with_score_cycles(7.0)
+    assert moved.step_s == pytest.approx(again.step_s) and moved.inputs == again.inputs
+
+
+@settings(max_examples=60, deadline=None)
+@given(machines, shapes, densities, st.integers(0, 10**5), st.integers(0, 10**5), st.data())
+def test_more_context_and_more_requests_take_longer(wafer, shape, density, a, b, data):
+    requests = data.draw(st.integers(1, 100))
+    systems = data.draw(st.integers(1, shape.layers))
+
+    def cost(context: int, batch: int = requests, pipeline: int = systems):
+        return inference_cost(wafer, shape, density, None, context, batch, pipeline)
+
+    less, more = (cost(context) for context in sorted((a, b)))
+    assert less.decode_token_s <= more.decode_token_s * ROUNDING
+    assert less.free_bytes >= more.free_bytes and less.most_context == more.most_context
+    twice = cost(b, 2 * requests)
+    assert cost(b).decode_token_s <= twice.decode_token_s * ROUNDING
+    assert twice.throughput_tokens_per_s >= cost(b).throughput_tokens_per_s / ROUNDING
+    # A pipeline is no faster for a request, and serves more of them.
+    assert cost(b, pipeline=1).decode_token_s <= cost(b).decode_token_s * ROUNDING
+
+
+@settings(max_examples=60, deadline=None)
+@given(machines, shapes, st.integers(0, 5), batches, st.integers(0, 3))
+def test_more_experts_and_longer_sequences_take_longer(wafer, shape, doublings, batch, used):
+    """Work is rounded up to whole vectors, so halves of it are as long or longer."""
+    few = replace(shape, experts=2**used, experts_per_token=2**used)
+    many = replace(few, experts=2 ** (used + doublings))
+    times = [step_cost(wafer, s, 1.0, batch).step_s for s in (few, many)]
+    assert times[0] <= times[1] * 1.01 and few.linear_fma == many.linear_fma
+    longer = replace(shape, sequence=2 * shape.sequence)
+    times = [step_cost(wafer, s, 1.0, batch).step_s for s in (shape, longer)]
+    assert times[0] <= times[1] * ROUNDING
 
 
 @settings(max_examples=60, deadline=None)

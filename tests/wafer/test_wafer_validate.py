@@ -1,4 +1,4 @@
-"""The table V01-V28, and what a data set of PE cycles is held against."""
+"""The table V01-V46, and what a data set of PE cycles is held against."""
 
 import csv
 import dataclasses
@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 
 from sparsekern.wafer.validation import pe_kernels
+from sparsekern.wafer.validation import validate as validate_module
 from sparsekern.wafer.validation.arithmetic import arithmetic_points
 from sparsekern.wafer.validation.data import TOLERANCES, measured_points
 from sparsekern.wafer.validation.pe_kernels import FITTED, FORMATS
@@ -24,7 +25,9 @@ ARITHMETIC = {
     "V06": "7.48e+15",
     "V08": "2.394e+17",
     "V09": "35,784,000",
-    "V10": "1.26e+17",
+    "V10": "7.891",
+    "V39": "7.891",
+    "V41": "1.87e+15",
 }
 # A rejection that is known: the mapping that the sources describe reduces too much.
 KNOWN_FAILURES = {"V17": "one group of columns"}
@@ -37,8 +40,16 @@ def validation() -> Validation:
 
 def test_every_point_of_the_table_is_there(validation):
     ids = {point.id[:3] for point in validation.points}
-    assert ids == {f"V{n:02}" for n in range(1, 29)}
-    assert [p.id for p in validation.calibration] == ["V11", "V11+", "V12", "V14", "V28"]
+    assert ids == {f"V{n:02}" for n in range(1, 47)}
+    assert [p.id for p in validation.calibration] == [
+        "V11",
+        "V11+",
+        "V12",
+        "V14",
+        "V28",
+        "V31",
+        "V29",
+    ]
 
 
 def test_arithmetic_points_hold_and_say_what_the_table_says():
@@ -50,7 +61,8 @@ def test_arithmetic_points_hold_and_say_what_the_table_says():
 
 
 def test_points_that_must_hold_do(validation):
-    assert validation.failed == []
+    assert {point.id for point in validation.failed} == set(validate_module.KNOWN_FAILURES)
+    assert validation.is_as_known
     for point in validation.points:
         assert point.is_pass is None if point.kind == "X" else point.is_pass is not None
     for point in plausible_points():
@@ -70,10 +82,11 @@ def test_held_out_errors_meet_the_targets(validation):
 def test_the_text_says_what_was_fitted_and_what_was_not_validated(validation):
     text = render(validation)
     calibration, _, rest = text.partition("Validation: ")
-    assert "fitted on all rows, not evidence" in calibration and "V11 " in calibration
-    assert "Absolute time not validated" in rest
+    assert "what was fitted, not evidence" in calibration and "V11 " in calibration
+    assert "pass, stored" in calibration and "Sparse speed-ups are not validated" in rest
+    assert "left out in turn" in rest
     assert "not checked" in rest and "not readable" in rest
-    assert "Failed points of classes A, B, S: none." in rest
+    assert "Failed points of classes A, B, S: V37." in rest and "V37, known: " in rest
     for row in rest.splitlines():
         if row.startswith("| V17") and "one group" in row:
             assert "FAIL" in row
@@ -83,7 +96,7 @@ def test_a_failed_point_that_must_hold_is_fatal(validation):
     wrong = ratio_point("V01", "A", "wrong", 2.0, 2.5, 0.01, "nowhere")
     assert not wrong.is_pass and wrong.delta == "-20.0%"
     broken = dataclasses.replace(validation, points=[*validation.points, wrong])
-    assert broken.failed == [wrong]
+    assert wrong in broken.failed and not broken.is_as_known
     only_plausible = dataclasses.replace(wrong, kind="C")
     assert dataclasses.replace(validation, points=[only_plausible]).failed == []
 
@@ -150,7 +163,8 @@ def test_points_come_from_the_data_that_is_given(tmp_path):
     held_out, calibration = measured_points(tmp_path)
     assert any(point.is_pass is False for point in held_out if point.id == "V11")
     assert all(not point.held_out_errors for point in calibration)
-    assert all("as fitted when committed" not in point.note for point in held_out)
+    assert not any(point.is_stored for point in (*held_out, *calibration))
+    assert all(point.is_stored for point in measured_points(None)[1])
 
 
 def test_what_is_committed_is_coefficients_and_errors_alone():

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from ...files import read_cached, write_cached
-from .cusparselt import Error, Plan, library
+from .cusparselt import Error, Plan, loaded
 
 RUNS, FINAL_RUNS, REPEATED = 3, 9, 20
 FINALISTS = 3
@@ -38,7 +38,7 @@ def _chosen(device: int) -> dict[str, int]:
 
 def _file(device: int) -> str:
     name = "-".join(torch.cuda.get_device_name(device).lower().split())
-    return f"cusparselt-{'.'.join(map(str, library().version))}-{name}.json"
+    return f"cusparselt-{'.'.join(map(str, loaded().version))}-{name}.json"
 
 
 def algorithm_of(

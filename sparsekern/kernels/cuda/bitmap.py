@@ -59,8 +59,8 @@ _BITS = torch.tensor([byte.bit_count() for byte in range(256)])
 def bitmap_of(row_offsets: Tensor, col_indices: Tensor, n: int, k: int) -> Bitmap:
     """make_bitmap() of checked indices, kept as derived.py says."""
 
-    def make(*indices: Tensor) -> Bitmap:
-        return make_bitmap(*indices, n, k)
+    def make(row_offsets: Tensor, col_indices: Tensor) -> Bitmap:
+        return make_bitmap(row_offsets, col_indices, n, k)
 
     return derived("cuda bitmap", row_offsets, col_indices, n, k, make)
 

@@ -102,6 +102,13 @@ def library() -> "_Library | str":
     return f"cuSPARSELt is not usable: {reason}"
 
 
+def loaded() -> _Library:
+    """The library, where the rows have seen that there is one."""
+    found = library()
+    assert isinstance(found, _Library), found
+    return found
+
+
 def _in_wheels() -> list[str]:
     paths = []
     for wheel in ("nvidia-cusparselt-cu13", "nvidia-cusparselt-cu12"):
@@ -119,7 +126,7 @@ def _opaque() -> ctypes.Array:
 
 
 class _Threads(threading.local):
-    def __init__(self):
+    def __init__(self) -> None:
         self.handles: dict[int, ctypes.Array] = {}
         self.plans: dict[tuple, Plan] = {}
 
@@ -131,14 +138,14 @@ def _handle(device: int) -> ctypes.Array:
     """This thread's handle of the GPU, which is the current one."""
     if device not in _threads.handles:
         handle = _opaque()
-        library().call("Init", handle)
+        loaded().call("Init", handle)
         _threads.handles[device] = handle
     return _threads.handles[device]
 
 
 def _sparse(handle: ctypes.Array, rows: int, columns: int) -> ctypes.Array:
     descriptor = _opaque()
-    library().call(
+    loaded().call(
         "StructuredDescriptorInit",
         *(handle, descriptor, rows, columns, columns, ALIGNMENT, _BFLOAT16, _ROW, 0),
     )
@@ -148,7 +155,7 @@ def _sparse(handle: ctypes.Array, rows: int, columns: int) -> ctypes.Array:
 def compress(w: Tensor) -> Tensor:
     """The operand, bytes, of w [N, K], bfloat16, with at most two of four neighbours that are not
     0. What it holds is the library's own."""
-    lib, device, w = library(), w.device.index, w.contiguous()
+    lib, device, w = loaded(), w.device.index, w.contiguous()
     with torch.cuda.device(device):
         handle = _handle(device)
         descriptor = _sparse(handle, *w.shape)
@@ -178,7 +185,7 @@ class Plan:
     ):
         """algorithm: a number, None for the library's own choice. The address of `bias` is read
         here, its elements by each product."""
-        lib = library()
+        lib = loaded()
         self._shape, self._lib, self._device = (m, n), lib, device
         self._is_selected = self._is_planned = False
         self._handle = handle = _handle(device)
@@ -248,7 +255,7 @@ def multiply(
         kept = None if bias is None else to_keep(x.device, lambda: x.new_empty(n))
         plans[key] = Plan(n, k, m, device, algorithm, kept)
     plan = plans[key]
-    if bias is not None:
+    if bias is not None and plan.bias is not None:
         plan.bias.copy_(bias)
     return plan.multiply(operand, x)
 

@@ -9,7 +9,7 @@ import weakref
 from collections.abc import Callable
 from dataclasses import dataclass, fields, replace
 from functools import cache
-from typing import ClassVar, NamedTuple
+from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple
 
 import torch
 from torch import Tensor
@@ -60,7 +60,7 @@ class Expansion(NamedTuple):
 @cache
 def gpu_of(device: torch.device) -> Gpu:
     properties = torch.cuda.get_device_properties(device)
-    return Gpu(properties.multi_processor_count, properties.shared_memory_per_block_optin)
+    return Gpu(properties.multi_processor_count, properties.shared_memory_per_block_optin)  # type: ignore[attr-defined]
 
 
 @dataclass(frozen=True)
@@ -73,6 +73,11 @@ class Packed:
     nnz: int
 
     name: ClassVar[str]
+
+    if TYPE_CHECKING:
+
+        @property
+        def arrived(self) -> Tensor: ...
 
     def parts(self) -> dict[str, tuple[torch.dtype | None, tuple[int, ...]]]:
         """Type and shape of each tensor, by the numbers and by the lengths of the first dimensions
@@ -189,7 +194,8 @@ class Packed:
 
     def clone(self) -> "Packed":
         """A copy with memory of its own."""
-        return replace(self, **{name: part.clone() for name, part in self.tensors().items()})
+        parts: dict[str, Any] = {name: part.clone() for name, part in self.tensors().items()}
+        return replace(self, **parts)
 
 
 class Layout:

@@ -280,9 +280,10 @@ def route() -> LibraryRoute | NvrtcRoute | str:
 def function(name: str, device: int) -> Launcher:
     """The kernel of that name, on the GPU of that index. RuntimeError where `refusal` has a
     reason, ValueError for a name that no source has."""
-    if reason := refusal():
-        raise RuntimeError(f"{name}: {reason}")
-    return route().launcher(name, device)
+    found = route()
+    if isinstance(found, str):
+        raise RuntimeError(f"{name}: {found}")
+    return found.launcher(name, device)
 
 
 def start(
@@ -294,7 +295,7 @@ def start(
     *sizes: int,
 ) -> None:
     """Launch a kernel on torch's current stream: its arguments are the tensors and the sizes."""
-    device = tensors[0].device.index
+    device = tensors[0].device.index  # type: ignore[union-attr]  # the first is no None
     function(name, device)(
         (grid, 1),
         block,
@@ -328,6 +329,6 @@ def _toolkit_includes(cupy) -> list[Path]:
     """Folders with CUDA's own device headers (cuda_fp16.h): a toolkit's, or those of wheels."""
     roots = [Path(path) for path in [cupy.cuda.get_cuda_path()] if path]
     wheels = find_spec("nvidia")
-    for folder in wheels.submodule_search_locations if wheels else ():
+    for folder in wheels.submodule_search_locations or () if wheels else ():
         roots += sorted(Path(folder).glob("*"))
     return [root / "include" for root in roots if (root / "include" / "cuda_fp16.h").exists()]

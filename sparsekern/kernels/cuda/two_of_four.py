@@ -99,6 +99,7 @@ def recognised(problem: Problem, row_offsets: Tensor, col_indices: Tensor) -> Pr
 def _product(op, row_offsets, col_indices, values, n, k, x, bias=None) -> Tensor:
     weight = row_offsets, col_indices, values, n, k
     pattern = _pattern(row_offsets, col_indices, n, k)
+    assert pattern is not None  # or the row had refused
     outputs, inputs = (n, k) if op == "spmm" else (k, n)
 
     def random() -> tuple[Tensor, Tensor]:
@@ -169,13 +170,13 @@ def _refuse_machine() -> str | None:
     return None
 
 
-def _has_slots_in_rows() -> bool:
+def _has_slots_in_rows(device: str = "cuda") -> bool:
     """Whether an operand of [N, K] begins with its slots [N, K / 2], of two shapes and of
     different places."""
     for n, k in ((16, 16), (272, 1040)):
-        group = torch.arange(n * k // 4, device="cuda") % 6
-        pairs = torch.tensor([(0, 1), (0, 2), (0, 3), (1, 2), (1, 3), (2, 3)], device="cuda")
-        slots = (torch.arange(n * k // 2, device="cuda") % 251 + 1).view(-1, 2).bfloat16()
+        group = torch.arange(n * k // 4, device=device) % 6
+        pairs = torch.tensor([(0, 1), (0, 2), (0, 3), (1, 2), (1, 3), (2, 3)], device=device)
+        slots = (torch.arange(n * k // 2, device=device) % 251 + 1).view(-1, 2).bfloat16()
         w = slots.new_zeros(n * k // 4, 4).scatter_(1, pairs[group], slots)
         operand = cusparselt.compress(w.view(n, k))
         if not torch.equal(operand[: n * k].view(torch.bfloat16), slots.flatten()):

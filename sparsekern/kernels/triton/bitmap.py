@@ -67,8 +67,8 @@ def _count_bits(byte: Tensor) -> Tensor:
 def bitmap_of(row_offsets: Tensor, col_indices: Tensor, n: int, k: int) -> Bitmap:
     """make_bitmap() of checked indices, kept as derived.py says."""
 
-    def make(*indices: Tensor) -> Bitmap:
-        return make_bitmap(*indices, n, k)
+    def make(row_offsets: Tensor, col_indices: Tensor) -> Bitmap:
+        return make_bitmap(row_offsets, col_indices, n, k)
 
     return derived("bitmap", row_offsets, col_indices, n, k, make)
 

@@ -139,8 +139,8 @@ def _spmm_cover(row_offsets, col_indices, values, n, k, x, bias=None, split=None
     if nnz == 0 or m == 0:
         return _no_product(y, bias)
 
-    def make_layout(*indices: Tensor) -> _TritonCover:
-        return _TritonCover(*indices, n, k)
+    def make_layout(row_offsets: Tensor, col_indices: Tensor) -> _TritonCover:
+        return _TritonCover(row_offsets, col_indices, n, k)
 
     pack = pack_of("triton", "cover", make_layout, row_offsets, col_indices, values, n, k)
     packed = pack.packed
@@ -330,7 +330,7 @@ def _zeros(device: torch.device, count: int) -> Tensor:
             _arenas[device] = torch.zeros(_ARENA, dtype=torch.int32, device=device), [0]
         return _of_stream[key]
     counters, taken = _arenas.get(device, (None, [_ARENA]))
-    if taken[0] + count > _ARENA:
+    if counters is None or taken[0] + count > _ARENA:
         return torch.zeros(count, dtype=torch.int32, device=device)  # a node of the graph
     taken[0] += count
     return counters[taken[0] - count : taken[0]]

@@ -19,33 +19,34 @@ TLR_SYSTEMS, TLR_SRAM_BYTES_PER_S = 48, 92.58e15
 def measured_points(data: Path | None) -> tuple[list[Point], list[Point]]:
     """Held-out points and calibration points, from the CSV files in `data`, or as they were when
     the coefficients in pe_kernels.py were fitted."""
-    note = "" if data else "as fitted when committed; --data checks it again"
+    is_stored = data is None
     held_out, calibration = [], []
     for kind, committed in FITTED.items():
         summary = summarise(load(data, kind), kind) if data else committed
-        calibration.append(_calibration(kind, summary, note))
-        held_out += _held_out(kind, summary, note)
+        calibration.append(_calibration(kind, summary, is_stored))
+        held_out += _held_out(kind, summary, is_stored)
     return [*held_out, _chain(), _tlr_mvm()], calibration
 
 
-def _calibration(kind: str, summary: Summary, note: str) -> Point:
+def _calibration(kind: str, summary: Summary, is_stored: bool) -> Point:
     coefficients = ", ".join(f"{c:.4g}" for c in summary.fit.coefficients)
     quantity = f"{kind}: cycles, coefficients {coefficients}"
-    return error_point(
-        IDS[kind], "B", quantity, summary.fit.fit_error, TOLERANCES[kind], DATA, note, False
-    )
+    errors, limits = summary.fit.fit_error, TOLERANCES[kind]
+    return error_point(IDS[kind], "B", quantity, errors, limits, DATA, "", False, is_stored)
 
 
-def _held_out(kind: str, summary: Summary, note: str) -> list[Point]:
+def _held_out(kind: str, summary: Summary, is_stored: bool) -> list[Point]:
     points = []
     for tested, errors in summary.fit.held_out.items():
         quantity = f"{kind}: cycles of the {tested} family, fitted on the other"
-        points.append(error_point(IDS[kind], "B", quantity, errors, TOLERANCES[kind], DATA, note))
+        limits = TOLERANCES[kind]
+        points.append(
+            error_point(IDS[kind], "B", quantity, errors, limits, DATA, is_stored=is_stored)
+        )
     if summary.imbalance_error:
         quantity = f"{kind}: imbalance max/mean, nothing fitted"
-        points.append(
-            error_point("V13", "B", quantity, summary.imbalance_error, (0.05, 0.15), DATA, note)
-        )
+        errors, limits = summary.imbalance_error, (0.05, 0.15)
+        points.append(error_point("V13", "B", quantity, errors, limits, DATA, is_stored=is_stored))
     return points
 
 

@@ -56,8 +56,8 @@ def mesh_calibration() -> Point:
     """Fit of WINDOW_DRIFT and WINDOWS_IN_STEP, balance.py: 300 random masks on meshes of 2 x 200 to
     32 x 32, densities of 1 to 70%, windows of 2 to 64 outputs."""
     quantity = f"mesh: window drift {WINDOW_DRIFT:g}, least windows {WINDOWS_IN_STEP}"
-    note = "as fitted when committed"
-    return error_point("V28", "S", quantity, (0.012, 0.086), (MEAN, WORST), "simulator.py", note)
+    errors, limits = (0.012, 0.086), (MEAN, WORST)
+    return error_point("V28", "S", quantity, errors, limits, "simulator.py", is_stored=True)
 
 
 def mesh_points(advance: Callable[[], None] = lambda: None) -> list[Point]:

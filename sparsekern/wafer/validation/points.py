@@ -24,10 +24,12 @@ class Point:
     source: str
     note: str = ""
     held_out_errors: tuple[float, ...] = ()  # mean and worst, of measured cycles
+    is_stored: bool = False  # not computed now
 
     @property
     def verdict(self) -> str:
-        return {True: "pass", False: "FAIL", None: "not checked"}[self.is_pass]
+        verdict = {True: "pass", False: "FAIL", None: "not checked"}[self.is_pass]
+        return f"{verdict}, stored" if self.is_stored else verdict
 
     def as_dict(self) -> dict[str, object]:
         return asdict(self) | {"verdict": self.verdict}
@@ -68,6 +70,7 @@ def error_point(
     source: str,
     note: str = "",
     is_held_out: bool = True,
+    is_stored: bool = False,
 ) -> Point:
     """Passes where the mean and the worst relative error are within their tolerances."""
     mean, worst = errors
@@ -83,4 +86,5 @@ def error_point(
         source,
         note,
         errors if kind == "B" and is_held_out else (),
+        is_stored,
     )

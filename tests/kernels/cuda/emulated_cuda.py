@@ -14,6 +14,7 @@ import shlex
 import shutil
 import subprocess
 import sys
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from functools import cache
 from pathlib import Path
@@ -33,18 +34,24 @@ AS_CUDA = "-Wno-unknown-pragmas -include emulated.h -x c++".split()
 
 @pytest.fixture(scope="session")
 def emulator(tmp_path_factory) -> Path:
-    """All kernels, and those of faults.cu, compiled for the CPU, by the first of pytest's processes
-    that comes here."""
+    """All kernels, and those of faults.cu, compiled for the CPU."""
+    return build_once(tmp_path_factory, "emulated.so", compile_emulator)
+
+
+def build_once(tmp_path_factory, name: str, build: Callable[[list[str], Path], None]) -> Path:
+    """What build(compiler, path) makes, in the first of pytest's processes that comes here."""
     compiler = shlex.split(os.environ.get("CXX", "g++"))
     if sys.platform != "linux" or shutil.which(compiler[0]) is None:
         pytest.skip(f"the emulator needs Linux and a C++ compiler, here {compiler[0]}")
     folder = tmp_path_factory.getbasetemp()
     if "PYTEST_XDIST_WORKER" in os.environ:
         folder = folder.parent
-    path = folder / "emulated.so"
+    path = folder / name
     with FileLock(f"{path}.lock"):
         if not path.exists():
-            compile_emulator(compiler, path)
+            # The name says that it is whole.
+            build(compiler, part := path.with_name(f"{name}.part"))
+            part.rename(path)
     return path
 
 
@@ -64,9 +71,7 @@ def compile_emulator(compiler: list[str], path: Path) -> None:
     with ThreadPoolExecutor() as pool:
         sources = [*kernels, EMULATOR / "faults.cu", EMULATOR / "emulated.cpp"]
         objects = list(pool.map(build, sources))
-    # The name says that it is whole.
-    run([*compiler, "-shared", *objects, "-o", f"{path}.part"])
-    Path(f"{path}.part").rename(path)
+    run([*compiler, "-shared", *objects, "-o", str(path)])
 
 
 def run(command: list[str]) -> None:

@@ -26,7 +26,7 @@ PROBLEM = Problem("spmm", "cuda", torch.bfloat16, M=16, N=12288, K=12288, nnz=30
 
 @installed
 @pytest.mark.slow
-@pytest.mark.parametrize("part", ["products and float32", "products and float16", "not products"])
+@pytest.mark.parametrize("part", ["products", "cover", "not products and not cover"])
 def test_interpreted(part):
     """triton_interpreted.py, in processes of their own, each with a third of the work."""
     file = Path(__file__).with_name("triton_interpreted.py")

@@ -1,0 +1,217 @@
+"""accelerate_ on each kind of layer: the same function, and the way back; what stays dense, why."""
+
+import copy
+import pickle
+
+import pytest
+import torch
+from pruned_models import (
+    KINDS,
+    LM,
+    Attention,
+    Conv1D,
+    H,
+    kinds,
+    pruned,
+    same_state,
+    sparse_is_faster,
+)
+from torch import nn
+from torch.nn.utils import prune
+
+from sparsekern import accelerate_, densify_
+from sparsekern.nn.stand_ins import SparseMultiheadAttention
+
+
+@pytest.fixture(autouse=True)
+def seconds(monkeypatch):
+    return sparse_is_faster(monkeypatch)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_each_kind_computes_the_same_and_goes_back(kind):
+    make, shape, sparse = KINDS[kind]
+    model = pruned(nn.Sequential(make()))
+    twin, before = copy.deepcopy(model), {k: v.clone() for k, v in model.state_dict().items()}
+    x = torch.randn(shape)
+    report = accelerate_(model, x)
+    assert sum(type(m) is sparse for m in model.modules()) == 1
+    assert len(report.sparse) == 1 and report.output_error < 1e-6
+    got, want = model(x), twin(x)
+    got, want = (y[0] if isinstance(y, tuple) else y for y in (got, want))
+    torch.testing.assert_close(got, want)
+    assert got.is_contiguous()
+    got.sum().backward()
+    assert all(p.grad is not None for p in model.parameters() if p.requires_grad)
+    for again in (pickle.loads(pickle.dumps(model)), copy.deepcopy(model)):
+        again.load_state_dict(model.state_dict())
+        y = again(x)
+        torch.testing.assert_close(y[0] if isinstance(y, tuple) else y, got, rtol=0, atol=0)
+    densify_(model)
+    back = [name.replace("Own", "Linear") for name in kinds(twin)]  # a subclass of no other use
+    assert kinds(model) == back and same_state(model, before)
+    y = model(x)
+    torch.testing.assert_close(y[0] if isinstance(y, tuple) else y, want)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float64])
+def test_other_dtypes(dtype):
+    model = pruned(nn.Sequential(nn.Linear(H, 96), nn.GELU(), nn.Linear(96, H))).to(dtype)
+    x = torch.randn(5, H, dtype=dtype)
+    want = model(x)
+    assert len(accelerate_(model, x).sparse) == 2
+    torch.testing.assert_close(model(x), want)
+
+
+def test_channels_last_stays_channels_last():
+    model = pruned(nn.Sequential(nn.Conv2d(H, 96, 1)))
+    x = torch.randn(2, H, 5, 6).to(memory_format=torch.channels_last)
+    accelerate_(model, x)
+    assert model(x).is_contiguous(memory_format=torch.channels_last)
+    assert model(x[0]).shape == (96, 5, 6)
+
+
+@pytest.mark.parametrize("batch_first", [True, False])
+def test_attention_takes_masks_and_gives_weights(batch_first):
+    model = pruned(Attention(batch_first=batch_first, dropout=0.1))
+    twin = copy.deepcopy(model)
+    x = torch.randn(2, 5, H) if batch_first else torch.randn(5, 2, H)
+    accelerate_(model, x)
+    assert type(model.inner) is SparseMultiheadAttention
+    padding = torch.zeros(2, 5, dtype=torch.bool)
+    padding[1, 3:] = True
+    causal = nn.Transformer.generate_square_subsequent_mask(5)
+    cases = [
+        {"need_weights": False},
+        {"key_padding_mask": padding},
+        {"attn_mask": causal, "is_causal": True, "need_weights": False},
+        {"attn_mask": causal.isinf(), "key_padding_mask": padding, "average_attn_weights": False},
+        {"attn_mask": torch.randn(8, 5, 5)},
+    ]
+    for case in cases:
+        for got, want in zip(model(x, **case), twin(x, **case), strict=True):
+            torch.testing.assert_close(got, want)
+    q, kv = torch.randn(3, H), torch.randn(4, H)  # one sequence, and keys of another
+    for got, want in zip(model.inner(q, kv, kv), twin.inner(q, kv, kv), strict=True):
+        torch.testing.assert_close(got, want)
+
+
+@pytest.mark.filterwarnings("ignore:The PyTorch API of nested tensors")
+def test_a_transformer_encoder_leaves_its_fast_path():
+    layer = nn.TransformerEncoderLayer(H, 4, 128, batch_first=True)
+    model = pruned(nn.TransformerEncoder(layer, 2))
+    twin = copy.deepcopy(model)
+    x, padding = torch.randn(2, 5, H), torch.zeros(2, 5, dtype=torch.bool)
+    padding[1, 3:] = True
+    report = accelerate_(model, {"src": x})
+    assert len(report.sparse) == 6
+    with torch.no_grad():
+        torch.testing.assert_close(model(x), twin(x))
+        got, want = (m(x, src_key_padding_mask=padding) for m in (model, twin))
+    torch.testing.assert_close(got[~padding], want[~padding])
+
+
+class Scaled(nn.Linear):
+    def forward(self, x):
+        return 2 * super().forward(x)
+
+
+def test_what_stays_dense_is_named_with_its_reason():
+    class Model(LM):
+        def __init__(self):
+            super().__init__()
+            self.scaled, self.small, self.unused = Scaled(H, H), nn.Linear(H, 8), nn.Linear(H, H)
+            self.shift = nn.Parameter(torch.zeros(2, H))
+            self.late = nn.Linear(H, H)
+            self.late.register_forward_hook(lambda module, x, y: y + 1)
+            self.marked = nn.Linear(H, H)
+            self.marked.weight.requires_dense = True
+            self.conv = nn.Conv2d(H, H, 3)
+
+    model = pruned(Model())
+    model.blocks[1][0].weight.data = torch.randn(H, H)
+    report = accelerate_(model, {"input_ids": torch.arange(5)[None]})
+    reasons = {s.name: s.reason for s in report.skipped} | {s.name: s.reason for s in report.layers}
+    expected = {
+        "": "more than multiply",
+        "embed": "looked up",
+        "head": "tied",
+        "blocks.0.0": "",
+        "blocks.1.0": "too dense",
+        "scaled": "forward of its own",
+        "small": "too small",
+        "unused": "never calls it",
+        "late": "hooks",
+        "marked": "requires_dense",
+        "conv": "several places",
+    }
+    for name, words in expected.items():
+        assert words in reasons[name], name
+    assert {layer.name for layer in report.sparse} == {"blocks.0.0", "blocks.2.0"}
+
+
+def test_masks_of_torch_prune_are_taken_exactly():
+    model = nn.Sequential(nn.Linear(H, 96), nn.ReLU(), nn.Linear(96, H))
+    for layer in (model[0], model[2]):
+        prune.l1_unstructured(layer, "weight", amount=0.75)
+    with torch.no_grad():
+        kept = model[0].weight_mask.nonzero()[0]
+        model[0].weight_orig[tuple(kept)] = 0.0  # a weight that is kept, and zero
+    x, count = torch.randn(5, H), int(model[0].weight_mask.sum())
+    want = model(x)
+    report = accelerate_(model, x)
+    assert report.layers[0].before_s == 4.0 and report.layers[0].dense_s == 2.0
+    assert model[0].values.shape[0] == count
+    torch.testing.assert_close(model(x), want)
+
+
+@pytest.mark.parametrize("kind", ["Conv1D", "conv 2d", "attention"])
+def test_masks_on_other_modules_have_to_be_removed_first(kind):
+    make, shape, _ = KINDS[kind]
+    module = make()
+    masked, name = (module.inner, "in_proj_weight") if kind == "attention" else (module, "weight")
+    prune.l1_unstructured(masked, name, amount=0.75)
+    with pytest.raises(ValueError, match=r"masks it: call its remove\(\) first"):
+        accelerate_(nn.Sequential(module), torch.randn(shape))
+
+
+def test_masks_are_multiplied_in_where_dense_is_faster(seconds):
+    seconds["sparse"] = 3.0
+    model = nn.Sequential(nn.Linear(H, 96))
+    prune.l1_unstructured(model[0], "weight", amount=0.75)
+    x = torch.randn(5, H)
+    want = model(x)
+    report = accelerate_(model, x)
+    assert not report.sparse and set(dict(model.named_parameters())) == {"0.weight", "0.bias"}
+    torch.testing.assert_close(model(x), want)
+
+
+def test_something_else_under_the_name_of_conv1d_stays_dense():
+    class Other(Conv1D):
+        def forward(self, x):
+            return super().forward(x).relu()
+
+    Other.__name__ = "Conv1D"
+    model = pruned(nn.Sequential(Other(96, H)))
+    report = accelerate_(model, torch.randn(3, H))
+    assert not report.sparse and "something else" in report.layers[0].reason
+
+
+def test_weights_of_other_types_are_said_to_stay():
+    model = nn.Sequential(*pruned(nn.Sequential(nn.Linear(H, H))))
+    model.append(nn.Linear(H, H, dtype=torch.complex64))
+    model.append(nn.Linear(H, H, device="meta"))
+    model[2].weight = nn.Parameter(torch.zeros(H, H).to(torch.float8_e4m3fn), requires_grad=False)
+    model.append(nn.LazyLinear(3))
+    report = accelerate_(model, lambda m: m[0](torch.ones(2, H)))
+    reasons = [skipped.reason for skipped in report.skipped]
+    assert "complex64" in reasons[0] and "float8" in reasons[1] and "no shape" in reasons[2]
+
+
+def test_an_optimizer_that_holds_parts_of_a_stand_in_is_refused():
+    model = pruned(Attention())
+    accelerate_(model, torch.randn(5, 2, H))
+    optimizer = torch.optim.SGD(model.parameters(), 0.1)
+    with pytest.raises(ValueError, match="make a new optimizer"):
+        densify_(model, optimizer)
+    assert type(model.inner) is SparseMultiheadAttention

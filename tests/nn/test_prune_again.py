@@ -1,0 +1,55 @@
+"""What sparsify_ and the algorithms ask and spare: pruned models, heads; and Conv1D."""
+
+import copy
+
+import pytest
+from pruned_models import Conv1D, H, kinds, pruned
+from torch import nn
+
+from sparsekern import SparseLinear, Static, densify_, sparsify_
+from sparsekern.nn.stand_ins import SparseConv1D
+from sparsekern.sparsity import Group, Magnitude
+
+
+def test_pruning_a_pruned_model_asks_first():
+    model = pruned(nn.Sequential(nn.Linear(H, H), nn.Linear(H, H)))
+    before = kinds(model)
+    with pytest.raises(ValueError, match=r"7\d% .*accelerate_.* prune_again=True"):
+        sparsify_(model, Static(0.8, init_method="magnitude"))
+    assert kinds(model) == before
+    sparsify_(copy.deepcopy(model), Static(0.8, init_method="magnitude"), prune_again=True)
+    sparsify_(model, Static(0.8, init_method="from_zeros"))  # removes nothing
+    assert "SparseLinear" in kinds(model)
+
+
+def test_algorithms_ask_too():
+    model = pruned(nn.Sequential(nn.Linear(H, H), nn.Linear(H, H)))
+    before = list(model)
+    for algorithm in (Magnitude(0.8), Group([Static(0.8)])):
+        with pytest.raises(ValueError, match=r"apply: 7\d% .* prune_again=True"):
+            algorithm.apply(model)
+        assert [id(m) for m in model] == [id(m) for m in before]
+    Magnitude(0.8).apply(model, prune_again=True)
+    assert model[0].weight.sparsity == pytest.approx(0.8, abs=1e-3)
+
+
+def test_pruning_conv1d():
+    model = nn.Sequential(Conv1D(96, H))
+    weight = model[0].weight.detach().clone()
+    sparsify_(model, Static(0.5, init_method="magnitude"))
+    assert type(model[0]) is SparseConv1D
+    kept = densify_(model)[0].weight
+    assert type(model[0]) is Conv1D and kept.shape == (H, 96)
+    assert int((kept == weight).sum()) == H * 96 // 2
+
+
+def test_heads_are_spared_by_their_place():
+    class Classifier(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.encoder = nn.ModuleList(nn.Sequential(nn.Linear(H, H)) for _ in range(2))
+            self.pooler, self.classifier = nn.Linear(H, H), nn.Linear(H, 3)
+
+    model = sparsify_(Classifier(), Static(0.5))
+    assert type(model.pooler) is type(model.classifier) is nn.Linear
+    assert all(type(block[0]) is SparseLinear for block in model.encoder)

@@ -1,0 +1,134 @@
+"""Toy models of each kind of layer, with zeros; and a clock by which sparse ones are faster."""
+
+import torch
+from torch import nn
+
+from sparsekern import SparseLinear
+from sparsekern.models import accelerate, measure
+from sparsekern.nn.stand_ins import (
+    SparseConv,
+    SparseConv1D,
+    SparseExperts,
+    SparseMultiheadAttention,
+)
+
+H = 64
+
+
+class Conv1D(nn.Module):
+    """As transformers has it."""
+
+    def __init__(self, nf, nx):
+        super().__init__()
+        self.nf, self.nx = nf, nx
+        self.weight = nn.Parameter(torch.randn(nx, nf) / nx**0.5)
+        self.bias = nn.Parameter(torch.randn(nf))
+
+    def forward(self, x):
+        return torch.addmm(self.bias, x.flatten(0, -2), self.weight).view(*x.shape[:-1], self.nf)
+
+
+class Experts(nn.Module):
+    """As transformers has them, of three with two for each token."""
+
+    def __init__(self):
+        super().__init__()
+        self.num_experts, self.limit = 3, 2.0
+        self.gate_up_proj = nn.Parameter(torch.randn(3, 2 * 48, H) / 8)
+        self.down_proj = nn.Parameter(torch.randn(3, H, 48) / 8)
+        self.act_fn = nn.SiLU()
+
+    def _apply_gate(self, gate_up):
+        gate, up = gate_up.chunk(2, -1)
+        return self.act_fn(gate.clamp(max=self.limit)) * up
+
+    def forward(self, hidden_states, top_k_index, top_k_weights):
+        y = torch.zeros_like(hidden_states)
+        for e in range(self.num_experts):
+            tokens, at = torch.where(top_k_index == e)
+            h = self._apply_gate(hidden_states[tokens] @ self.gate_up_proj[e].T)
+            h = h @ self.down_proj[e].T * top_k_weights[tokens, at, None]
+            y.index_add_(0, tokens, h)
+        return y
+
+
+class Mixture(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.router, self.experts = nn.Linear(H, 3), Experts()
+
+    def forward(self, x):
+        weights, index = self.router(x.flatten(0, -2)).softmax(-1).topk(2)
+        return self.experts(x.flatten(0, -2), index, weights).view_as(x)
+
+
+class Attention(nn.Module):
+    def __init__(self, **settings):
+        super().__init__()
+        self.inner = nn.MultiheadAttention(H, 4, **settings)
+
+    def forward(self, x, **masks):
+        return self.inner(x, x, x, **masks)
+
+
+class Own(nn.Linear):
+    """A subclass that only holds a weight."""
+
+
+class LM(nn.Module):
+    """Embeddings tied to a head, and blocks between."""
+
+    def __init__(self):
+        super().__init__()
+        self.embed = nn.Embedding(96, H)
+        self.blocks = nn.ModuleList(nn.Sequential(nn.Linear(H, H), nn.Tanh()) for _ in range(3))
+        self.head = nn.Linear(H, 96, bias=False)
+        self.head.weight = self.embed.weight
+
+    def forward(self, input_ids, scale=1.0):
+        x = self.embed(input_ids)
+        for block in self.blocks:
+            x = x + block(x)
+        return {"logits": self.head(x) * scale}
+
+
+@torch.no_grad()
+def pruned(model, share=0.75):
+    for p in model.parameters():
+        if p.ndim > 1:
+            p *= torch.rand_like(p) >= share
+    return model.eval()
+
+
+def sparse_is_faster(monkeypatch) -> dict[str, float]:
+    """Twice as fast as dense, by the seconds that are returned and may be changed."""
+    seconds = {"before": 4.0, "dense": 2.0, "sparse": 1.0, "whole": 9.0}
+
+    def usual_seconds(runs, *_):
+        return {name: seconds[name] for name in runs}
+
+    monkeypatch.setattr(measure, "usual_seconds", usual_seconds)
+    monkeypatch.setattr(accelerate, "seconds_of", lambda run, device: seconds["whole"])
+    return seconds
+
+
+def kinds(model):
+    return [type(m).__name__ for m in model.modules()]
+
+
+def same_state(model, before):
+    state = model.state_dict()
+    return state.keys() == before.keys() and all(torch.equal(state[k], before[k]) for k in before)
+
+
+KINDS = {
+    "linear": (lambda: nn.Linear(H, 96), (7, H), SparseLinear),
+    "no bias": (lambda: nn.Linear(H, 96, bias=False), (2, 7, H), SparseLinear),
+    "subclass": (lambda: Own(H, 96), (7, H), SparseLinear),
+    "Conv1D": (lambda: Conv1D(96, H), (2, 7, H), SparseConv1D),
+    "square Conv1D": (lambda: Conv1D(H, H), (2, 7, H), SparseConv1D),
+    "conv 1d": (lambda: nn.Conv1d(H, 96, 1), (2, H, 9), SparseConv),
+    "conv 2d": (lambda: nn.Conv2d(H, 96, 1, stride=2, bias=False), (2, H, 9, 7), SparseConv),
+    "attention": (lambda: Attention(batch_first=True), (2, 5, H), SparseMultiheadAttention),
+    "experts": (Mixture, (2, 9, H), SparseExperts),
+}
