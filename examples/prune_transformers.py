@@ -16,10 +16,12 @@ import tempfile
 
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM
+from transformers.utils import logging
 
 from sparsekern.models.prune import prune_
 from sparsekern.sparsity import SparseGPT
 
+logging.disable_progress_bar()
 torch.manual_seed(0)
 shape = {"hidden_size": 128, "intermediate_size": 256, "num_hidden_layers": 4}
 model = LlamaForCausalLM(LlamaConfig(vocab_size=512, num_attention_heads=4, **shape)).eval()
