@@ -211,9 +211,10 @@ def _ends(inputs: Inputs) -> tuple[float, float]:
 
 def note(inputs: Inputs) -> str:
     """What every absolute time hangs on."""
-    span = RANGES["utilisation"]
+    span, used = RANGES["utilisation"], inputs.utilisation
+    known = "is" if used == Inputs.utilisation else f"was asked for, {Inputs.utilisation:.3g} is"
     return (
-        f"utilisation {inputs.utilisation:.3g} is calibrated on one run of a CS-2, its range is "
+        f"utilisation {used:.3g} {known} calibrated on one run of a CS-2, its range is "
         f"{span.low:g} to {span.high:g}"
     )
 

@@ -42,6 +42,7 @@ def test_decode_reads_the_weights_and_the_cache():
 def case(**changed) -> dict:
     found = {"op": TRAINING, "gpu": "NVIDIA H200", "model": "gpt3-xl", "layers": 24, "width": 2048}
     found |= {"sparsity": 0.75, "mask": "random", "batch": 4, "speedup": 1.1}
+    found |= {"dtype": "bfloat16"}
     return found | changed
 
 
@@ -51,11 +52,14 @@ def test_measured_speedups_are_of_the_same_gpu_sparsity_and_kind():
         case(sparsity=0.9, speedup=9),
         case(mask="two-way", speedup=9),
         case(op=DECODE, batch=16, speedup=9),
+        case(dtype="float32", speedup=9),
         case(model="gpt2-small", layers=12, width=768, speedup=1.0),
     ]
     results = {"a table": [*others, case()]}
     found = measured_speedup(gpu("h200"), results, TRAINING, SHAPE, 0.75)
     assert (found.speedup, found.model, found.source) == (1.1, "gpt3-xl", "a table")
+    found = measured_speedup(gpu("h200"), results, TRAINING, SHAPE, 0.75, precision="fp32")
+    assert found.speedup == 9
     assert measured_speedup(gpu("h200"), results, DECODE, SHAPE, 0.75) is None
     small = measured_speedup(gpu("h200"), results, TRAINING, gpt_shape("gpt2-small"), 0.75)
     assert small.model == "gpt2-small"
