@@ -10,6 +10,7 @@ a dense layer (`merge_`).
 import functools
 import warnings
 from collections.abc import Callable
+from itertools import pairwise
 from typing import Any
 
 import torch
@@ -84,6 +85,7 @@ class SparseLora(LoraLinear):
         """The sparse layer again, unless something is merged into the dense one."""
         sparse = self.__dict__.get("_sparse")
         if sparse is not None and not self.merged_adapters:
+            sparse.to(self.base_layer.weight)  # the model may have been moved meanwhile
             self.base_layer, self.fan_in_fan_out = sparse, False
             del self.__dict__["_sparse"]
 
@@ -107,13 +109,19 @@ def merge_(
             makes the sparse layers with adapters dense.
         adapter_names: the adapters to merge, by default the active ones.
 
-    ValueError, and the sparse layers are as before, for adapters that are not finite.
+    ValueError, and the model is as before, for adapters that are not finite or not there.
     """
     if not isinstance(getattr(model, "base_model", None), LoraModel):
         got = type(model).__name__
         raise TypeError(f"merge_: expected a model of peft's with LoRA adapters, got {got}")
+    _check_adapters(model, adapter_names)
     if keep_pattern:
         sparse = [layer for layer in model.modules() if _is_sparse(layer)]
+        if not sparse:
+            raise ValueError(
+                "keep_pattern: expected sparse layers under the adapters, got none; Static(0.5, "
+                'init_method="from_zeros").apply(model) makes those sparse that have zeros'
+            )
         lost = _merge_into_patterns(sparse, adapter_names)
         if any(lost):
             warnings.warn(
@@ -128,6 +136,21 @@ def merge_(
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="sparsekern: B A is dense")
         return model.merge_and_unload(safe_merge=True, adapter_names=adapter_names)  # type: ignore
+
+
+def _check_adapters(model: Any, names: list[str] | None) -> None:
+    """ValueError unless these adapters, by default the active ones, are there and finite."""
+    names = model.active_adapters if names is None else names
+    if isinstance(names, str) or not set(names) <= set(model.peft_config):
+        there = ", ".join(model.peft_config)
+        raise ValueError(f"adapter_names: expected a list of some of {there}, got {names!r}")
+    for parameter_name, p in model.named_parameters():
+        pairs = pairwise(parameter_name.split("."))
+        name = next((b for a, b in pairs if a.startswith("lora_") and b in names), None)
+        if name is not None and not p.isfinite().all():
+            raise ValueError(
+                f"merge_: expected finite weights, adapter {name!r} has others in {parameter_name}"
+            )
 
 
 @torch.no_grad()
@@ -179,7 +202,9 @@ def _wrapped_all_linear(find: Callable) -> Callable:
             config.target_modules = set(config.target_modules) | {
                 name
                 for name, module in model.named_modules()
-                if isinstance(module, SparseLinear) and module is not head
+                if isinstance(module, SparseLinear | SparseLora)
+                and module is not head
+                and not name.endswith(".base_layer")
             }
         return config
 

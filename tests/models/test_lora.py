@@ -166,6 +166,47 @@ def test_an_adapter_that_is_not_finite_changes_nothing(peft):
         merge_(Net(), keep_pattern=True)
 
 
+def test_adapters_are_looked_at_before_any_layer_changes(peft):
+    from sparsekern.models.lora import merge_
+
+    for keep_pattern in (True, False):
+        model = adapted(peft)
+        with pytest.raises(ValueError, match="expected a list of some of default, got .'other'."):
+            merge_(model, keep_pattern=keep_pattern, adapter_names=["other"])
+        model.base_model.model.last.lora_A["default"].weight.data[0, 0] = torch.inf  # a dense layer
+        before, modules = copy.deepcopy(model.state_dict()), list(model.modules())
+        with pytest.raises(ValueError, match="adapter 'default' has others in .*last.lora_A"):
+            merge_(model, keep_pattern=keep_pattern)
+        after = model.state_dict()
+        assert list(model.modules()) == modules and before.keys() == after.keys()
+        assert all(torch.equal(t, after[name]) for name, t in before.items())
+
+
+def test_dense_weights_with_zeros_have_no_pattern_to_keep(peft):
+    from sparsekern.models.lora import merge_
+    from sparsekern.models.prune import prune_
+
+    model = Net()
+    prune_(model, Magnitude(0.5))
+    model = peft.get_peft_model(model, peft.LoraConfig(target_modules=["up"], r=4))
+    nn.init.normal_(model.base_model.model.up.lora_B["default"].weight)
+    with pytest.raises(ValueError, match="keep_pattern: expected sparse layers .* got none"):
+        merge_(model, keep_pattern=True)
+    Static(0.5, init_method="from_zeros").apply(model)
+    with pytest.warns(UserWarning, match="nothing is stored"):
+        assert merge_(model, keep_pattern=True).up.weight.sparsity == 0.5
+
+
+def test_moved_while_merged(peft):
+    model = adapted(peft)
+    with pytest.warns(UserWarning, match="B A is dense"):
+        model.merge_adapter()
+    model.double()
+    model.unmerge_adapter()
+    assert {layer.values.dtype for layer in sparse_layers(model)} == {torch.float64}
+    assert model(X.double()).isfinite().all()
+
+
 def test_all_linear_takes_sparse_layers_too(peft):
     transformers = pytest.importorskip("transformers", reason="transformers is not installed")
     from sparsekern.models import lora
@@ -175,3 +216,6 @@ def test_all_linear_takes_sparse_layers_too(peft):
     model = Magnitude(0.75).apply(transformers.LlamaForCausalLM(config))
     model = peft.get_peft_model(model, peft.LoraConfig(target_modules="all-linear"))
     assert sum(isinstance(m, lora.SparseLora) for m in model.modules()) == 7
+    model.add_adapter("second", peft.LoraConfig(target_modules="all-linear"))
+    adapters = [m.lora_A.keys() for m in model.modules() if isinstance(m, lora.SparseLora)]
+    assert [set(names) for names in adapters] == [{"default", "second"}] * 7
