@@ -86,6 +86,11 @@ def prune(config: PruneConfig) -> list[dict]:
     path = Path(config.out) / CHECKPOINT
     settings = asdict(config)
     rows: list[dict] = []
+    if not checkpoint_file(config.source).exists():
+        raise FileNotFoundError(
+            f"source: expected a run of `sparsekern train` ({CHECKPOINT}) or a model of "
+            f"transformers (config.json), {config.source} has neither"
+        )
     source = load_checkpoint(config.source)
     trained = saved_config(checkpoint_file(config.source), source["config"])
     early = _load_early(config.rewind, trained) if config.rewind else None

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from ..nn import replace_modules
+from ..nn.kinds import uses_of_parameters
 from ..sparsity.blockwise import Parallel
 
 STACKS = ("gate_up_proj", "down_proj")
@@ -23,9 +24,12 @@ def as_linears(model: nn.Module) -> Iterator[nn.Module]:
     """Inside, these layers of the model are linears; afterwards they are what they were, with the
     weights of the linears."""
     originals: dict[nn.Module, Any] = {}
+    uses = uses_of_parameters(model)
 
     def stand_in(name: str, module: Any) -> nn.Module | None:
         made: nn.Module | None = None
+        if any(p is not None and uses[id(p)] > 1 for p in module._parameters.values()):
+            return None  # tied
         if type(module).__name__ == "Conv1D" and hasattr(module, "nf"):
             made = _linear(module.weight.detach().t().contiguous(), module.weight, module.bias)
         elif _is_experts(module):

@@ -1,5 +1,6 @@
 """Prunes a folder or a name of a transformers model, and saves what every other tool reads."""
 
+import dataclasses
 import json
 import os
 import shutil
@@ -11,7 +12,8 @@ import torch
 from torch import nn
 
 from ..extras import require
-from ..nn import replace_modules
+from ..nn import densify_, replace_modules
+from ..nn.kinds import heads
 from ..sparsity import Magnitude, SparseGPT, Wanda
 from ..sparsity.pruned import PruneReport
 from .as_linears import as_linears
@@ -55,6 +57,8 @@ def prune_pretrained(
         raise ValueError(f"method: expected one of {', '.join(METHODS)}, got {method!r}")
     if not 0 < sparsity < 1:
         raise ValueError(f"sparsity: expected a number above 0 and below 1, got {sparsity}")
+    if torch.device(device).type == "cuda" and not torch.cuda.is_available():
+        raise ValueError(f"device: expected cpu, as torch sees no GPU here, got {device}")
     if dtype is not None and dtype not in DTYPES:
         raise ValueError(f"dtype: expected one of {', '.join(DTYPES)}, got {dtype!r}")
     if (method == "magnitude") != (calibration is None):
@@ -98,12 +102,22 @@ def prune_(model: nn.Module, algorithm: Magnitude, *, prune_again: bool = False)
         for name, layer in made.items():
             linears[name].weight.data.copy_(layer.weight.detach().to_dense())
         replace_modules(model, lambda name, m: linears[name] if name in made else None)
+    layers = algorithm.report.layers  # zeros that were there already count too
+    for i, row in enumerate(layers):
+        if row.name in made:
+            nnz = int(linears[row.name].weight.count_nonzero())
+            layers[i] = dataclasses.replace(row, nnz=nnz)
     return algorithm.report
 
 
 def read_texts(path: str | Path) -> list[str]:
     """The texts of a file: with an empty line between two, or else one a line."""
-    text = Path(path).read_text("utf-8")
+    try:
+        text = Path(path).read_text("utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise ValueError(
+            f"calibration: expected a file of texts in UTF-8, got {path} ({error})"
+        ) from error
     parts = text.split("\n\n") if "\n\n" in text.strip() else text.split("\n")
     texts = [part.strip() for part in parts if part.strip()]
     if not texts:
@@ -114,7 +128,8 @@ def read_texts(path: str | Path) -> list[str]:
 def load(
     source: str | Path, dtype: str | None = None, needs_tokenizer: bool = False
 ) -> tuple[nn.Module, Any]:
-    """The model, of the class that its config names, and its tokenizer (None if it has none)."""
+    """The model, dense, of the class that its config names, and its tokenizer (None if it has
+    none). ValueError where its file lacks weights that are no head's."""
     transformers = require("transformers", "hf")
     try:
         config = transformers.AutoConfig.from_pretrained(source)
@@ -125,7 +140,15 @@ def load(
     names = getattr(config, "architectures", None) or ["AutoModel"]
     kind = getattr(transformers, names[0], transformers.AutoModel)
     kind_of = getattr(torch, dtype) if dtype else "auto"
-    model = kind.from_pretrained(source, dtype=kind_of).eval()
+    model, found = kind.from_pretrained(source, dtype=kind_of, output_loading_info=True)
+    outputs = heads(model)
+    missing = sorted(n for n in found["missing_keys"] if n.rpartition(".")[0] not in outputs)
+    if missing:
+        raise ValueError(
+            f"source: {source} lacks {len(missing)} weights, which would be random: {missing[0]}"
+            + (", ..." if missing[1:] else "")
+        )
+    model = densify_(model.eval())
     try:
         tokenizer = transformers.AutoTokenizer.from_pretrained(source)
     except (OSError, ValueError, KeyError) as error:

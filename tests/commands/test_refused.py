@@ -150,7 +150,7 @@ SMALL = ["--width", "16", "--heads", "2", "--layers", "1", "--context", "8", "--
         (["train", *SMALL, "--context", "0"], "context must be at least 1"),
         (["train", *SMALL, "--seed", str(2**64)], "seed must be at most"),
         (["train", *SMALL, "--out", "{file}/deeper"], "out: expected a folder"),
-        (["prune", "--source", "x", "--method", "wanda", "--distribution", "global"], "uniform"),
+        (["prune", "--source", "{file}", "--method", "wanda", "--distribution=global"], "uniform"),
         (["generate", "--checkpoint", "x", "--seed", str(2**64)], "seed: expected"),
     ],
 )

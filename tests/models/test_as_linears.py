@@ -99,3 +99,12 @@ def test_an_expert_of_its_own_filter_and_a_failure():
     assert all(torch.equal(t, before[name]) for name, t in model.state_dict().items())
     with pytest.raises(TypeError, match="expected Magnitude, Wanda or SparseGPT, got Static"):
         prune_(model, Static(0.5))
+
+
+def test_tied_conv1d_stay_dense():
+    model = nn.Sequential(Conv1D(8, 8), Conv1D(8, 8), Conv1D(8, 8))
+    model[1].weight = model[0].weight
+    before = model[0].weight.clone()
+    report = prune_(model, Magnitude(0.5))
+    assert [row.name for row in report.layers] == ["2"] and "Conv1D" in report.notes[0]
+    assert torch.equal(model[1].weight, before) and model[1].weight is model[0].weight

@@ -7,7 +7,8 @@ import torch
 
 from sparsekern import cli
 from sparsekern.commands.prune import is_pretrained
-from sparsekern.models.prune import TABLE, prune_pretrained, read_texts
+from sparsekern.models.prune import TABLE, prune_, prune_pretrained, read_texts
+from sparsekern.sparsity import Magnitude
 
 
 def test_texts_of_a_file(tmp_path):
@@ -19,6 +20,10 @@ def test_texts_of_a_file(tmp_path):
     path.write_text(" \n\n")
     with pytest.raises(ValueError, match="calibration: expected text, .*texts.txt has none"):
         read_texts(path)
+    path.write_bytes(b"caf\xe9")
+    for wrong in (path, tmp_path, tmp_path / "missing"):
+        with pytest.raises(ValueError, match=f"file of texts in UTF-8, got {wrong} "):
+            read_texts(wrong)
 
 
 @pytest.mark.parametrize(
@@ -45,6 +50,8 @@ def test_a_folder_with_something_in_it_is_not_written_to(tmp_path):
 
 def test_the_command_sees_what_it_is_given(tmp_path, capsys):
     assert not is_pretrained(str(tmp_path)) and not is_pretrained("")
+    assert cli.main(["prune", "--source", str(tmp_path)]) == 2
+    assert "or a model of transformers (config.json)" in capsys.readouterr().err
     (tmp_path / "config.json").write_text("{}")
     assert is_pretrained(str(tmp_path))
     source = ["prune", "--source", str(tmp_path)]
@@ -108,6 +115,38 @@ def test_a_failure_writes_nothing(folder, tmp_path, monkeypatch):
     with pytest.raises(OSError, match="no space"):
         prune_pretrained(folder, tmp_path / "new" / "out", 0.5)
     assert not any((tmp_path / "new").iterdir())
+
+
+def test_weights_that_its_file_lacks_are_not_pruned(folder, tmp_path):
+    from safetensors.torch import load_file, save_file
+
+    weights = load_file(folder / "model.safetensors")
+    del weights["model.layers.1.mlp.up_proj.weight"]
+    save_file(weights, folder / "model.safetensors", {"format": "pt"})
+    with pytest.raises(ValueError, match="lacks 1 weights, .* model.layers.1.mlp.up_proj.weight"):
+        prune_pretrained(folder, tmp_path / "out", 0.5)
+
+
+def test_a_sparse_folder_becomes_dense_with_zeros(folder, tmp_path):
+    from safetensors.torch import load_file
+    from transformers import AutoModelForCausalLM
+
+    model = AutoModelForCausalLM.from_pretrained(folder)
+    Magnitude(0.5).apply(model).save_pretrained(tmp_path / "sparse")
+    with pytest.raises(ValueError, match="50% of the weights are zero already"):
+        prune_pretrained(tmp_path / "sparse", tmp_path / "out", 0.75)
+    report = prune_pretrained(tmp_path / "sparse", tmp_path / "out", 0.75, prune_again=True)
+    saved = load_file(tmp_path / "out" / "model.safetensors")
+    assert saved.keys() == load_file(folder / "model.safetensors").keys()
+    weight = saved["model.layers.0.mlp.up_proj.weight"]
+    assert report.sparsity == 0.75 == (weight == 0).float().mean()
+    assert "quantization_config" not in (tmp_path / "out" / "config.json").read_text()
+
+
+def test_the_report_counts_the_zeros_that_were_there():
+    model = torch.nn.Sequential(torch.nn.Linear(8, 8))
+    prune_(model, Magnitude(0.5))
+    assert prune_(model, Magnitude(0.25), prune_again=True).sparsity == 0.5
 
 
 def test_the_conv1d_of_gpt2(tmp_path):
