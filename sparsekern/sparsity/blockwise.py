@@ -48,8 +48,7 @@ def walk(
     that comes to it. Returns what the caller should know, in sentences.
     """
     probe = _Probe(model, layers)
-    if batches:  # of texts that are all empty there are none
-        probe.run(batches[0])
+    probe.run(batches[0])
     masks: list[Masks] = [masks_of(model, batch) for batch in batches]
     parts = probe.parts()
     for part in parts:

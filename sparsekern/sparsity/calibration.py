@@ -33,8 +33,9 @@ def checked(calibration: Any, tokenizer: Callable | None) -> list:
             f"calibration: expected texts or inputs of the model, got {texts} of {len(batches)} "
             "that are text"
         )
-    if texts and tokenizer is None:
-        raise ValueError("tokenizer: calibration with texts needs one, got None")
+    if texts and not callable(tokenizer):
+        got = "None" if tokenizer is None else type(tokenizer).__name__
+        raise ValueError(f"tokenizer: calibration with texts needs one, got {got}")
     return batches
 
 
@@ -42,7 +43,10 @@ def batches_for(model: nn.Module, calibration: list, tokenizer: Callable | None)
     """The inputs of the model, on its device."""
     if calibration and isinstance(calibration[0], str):
         assert tokenizer is not None  # says checked()
+        texts = len(calibration)
         calibration = of_texts(calibration, tokenizer, _longest(model, tokenizer))
+        if not calibration:
+            raise ValueError(f"calibration: none of the {texts} texts has a token")
     tensors = (t for part in (model.parameters(), model.buffers()) for t in part)
     device = next((t.device for t in tensors), torch.device("cpu"))
     return [_moved(batch, device) for batch in calibration]
@@ -103,7 +107,16 @@ def call_for_order(model: nn.Module, batch: Any) -> None:
     if isinstance(batch, Mapping) and "labels" not in batch:
         if "logits_to_keep" in inspect.signature(model.forward).parameters:
             batch = {"logits_to_keep": 1, **batch}
-    call(model, batch)
+    try:
+        call(model, batch)
+    except torch.OutOfMemoryError:
+        raise
+    except (TypeError, ValueError, LookupError, AttributeError, RuntimeError) as error:
+        raise ValueError(
+            f"calibration: {type(model).__name__} does not run on the first input, a "
+            f"{type(batch).__name__} ({type(error).__name__}: {error}); it is called as model(*x) "
+            "with a tuple or a list, as model(**x) with a dict, and as model(x) with others"
+        ) from error
 
 
 def masks_of(model: nn.Module, batch: Any) -> dict[str, Tensor]:
@@ -112,13 +125,27 @@ def masks_of(model: nn.Module, batch: Any) -> dict[str, Tensor]:
         named: Mapping[str, Any] = batch
     else:
         given = batch if isinstance(batch, (tuple, list)) else (batch,)
-        named = inspect.signature(model.forward).bind_partial(*given).arguments
+        named = inspect.signature(_inside(model).forward).bind_partial(*given).arguments
     masks = {name: named.get(name) for name in MASKS}
     return {
         name: mask.bool()
         for name, mask in masks.items()
         if isinstance(mask, Tensor) and mask.ndim == 2 and not mask.bool().all()
     }
+
+
+def _inside(model: Any) -> nn.Module:
+    """The model that a wrapper gives its arguments to: of torch.compile, DataParallel, peft."""
+    while True:
+        if hasattr(model, "get_base_model"):
+            inner = model.get_base_model()
+        else:
+            inner = getattr(model, "_orig_mod", None)
+            if inner is None and isinstance(model, nn.DataParallel):
+                inner = model.module
+        if not isinstance(inner, nn.Module) or inner is model:
+            return model
+        model = inner
 
 
 def counted(x: Tensor, masks: Mapping[str, Tensor], is_decoder: bool = False) -> Tensor:

@@ -11,6 +11,7 @@ from torch import nn
 
 from sparsekern import SparseLinear, SparseTensor, densify_
 from sparsekern.kernels import observed
+from sparsekern.nn import adopt_values_
 from sparsekern.sparsity import (
     GMP,
     SET,
@@ -687,6 +688,8 @@ def test_an_optimizer_made_before_gets_the_values(make):
     model(x).sum().backward()
     with pytest.raises(RuntimeError, match=r"call sparsekern.nn.adopt_values_\(optimizer\)"):
         optimizer.step()
+    with pytest.raises(TypeError, match="optimizer: expected one of torch.optim, got"):
+        adopt_values_(model)
     assert algorithm.apply(optimizer) is optimizer
     held = {p for group in optimizer.param_groups for p in group["params"]}
     assert held == set(model.parameters()) and set(optimizer.state) == held

@@ -160,9 +160,14 @@ def test_padding_does_not_count():
     # Biases of a batch's mean are of other places; the first layer's input is not.
     same = [places_of(model.first) for model, _ in found]
     assert torch.equal(*same)
-    positional = pruned("list", Wanda, [(padded["ids"], padded["attention_mask"])])
+    batches = [(padded["ids"], padded["attention_mask"])]
+    positional = pruned("list", Wanda, batches)
     a, b = weights(found[0][0]), weights(positional[0])
     assert all(torch.equal(a[name], b[name]) for name in a)
+    for wrap in (nn.DataParallel, torch.compile):  # whose forward has no names
+        algorithm = Wanda(0.5, calibration=batches, param_filter="*")
+        algorithm.apply(wrap(Model()))
+        assert algorithm.report.layers[5].tokens == 16
 
 
 def tokenizer(text, truncation, max_length):
@@ -177,6 +182,12 @@ def test_texts():
     assert got[0]["attention_mask"].sum(1).tolist() == [6, 6, 4]
     with pytest.raises(ValueError, match="tokenizer: calibration with texts needs one, got None"):
         Wanda(0.5, calibration=texts)
+    with pytest.raises(ValueError, match="tokenizer: calibration with texts needs one, got str"):
+        Wanda(0.5, calibration=texts, tokenizer="name")
+    with pytest.raises(ValueError, match="calibration: none of the 2 texts has a token"):
+        Wanda(0.5, calibration=["", ""], tokenizer=tokenizer).apply(Model())
+    with pytest.raises(ValueError, match="Model does not run on the first input, a list"):
+        Wanda(0.5, calibration=[[1, 2, 3]]).apply(Model())
     with pytest.raises(ValueError, match="at least one input of the model, got none"):
         Wanda(0.5, calibration=[])
     with pytest.raises(ValueError, match="got 1 of 2 that are text"):
