@@ -12,9 +12,11 @@ import torch
 from torch import nn
 
 from ..extras import require
+from ..files import check_writable
 from ..nn import densify_, replace_modules
 from ..nn.kinds import heads
 from ..sparsity import Magnitude, SparseGPT, Wanda
+from ..sparsity.oneshot import refuse_masked
 from ..sparsity.pruned import PruneReport
 from .as_linears import as_linears
 
@@ -64,9 +66,10 @@ def prune_pretrained(
     if (method == "magnitude") != (calibration is None):
         wanted = "none" if method == "magnitude" else "texts, or a file of them"
         raise ValueError(f"calibration: {method} expected {wanted}, got {calibration!r}")
-    target = Path(out)
+    target = Path(out).resolve()  # the folder that a link stands for
     if target.exists() and (not target.is_dir() or any(target.iterdir())):
-        raise ValueError(f"out: expected a new or an empty folder, got {target}")
+        raise ValueError(f"out: expected a new or an empty folder, got {out}")
+    check_writable("out", target / TABLE)
     texts = read_texts(calibration) if isinstance(calibration, (str, Path)) else calibration
     model, tokenizer = load(source, dtype, needs_tokenizer=texts is not None)
     settings: dict[str, Any] = {"family": family, "distribution": distribution}
@@ -95,13 +98,18 @@ def prune_(model: nn.Module, algorithm: Magnitude, *, prune_again: bool = False)
     if not isinstance(algorithm, Magnitude):
         got = type(algorithm).__name__
         raise TypeError(f"algorithm: expected Magnitude, Wanda or SparseGPT, got {got}")
+    refuse_masked(dict(model.named_modules()))
     with as_linears(model):
         linears = {name: m for name, m in model.named_modules() if type(m) is nn.Linear}
         algorithm.apply(model, prune_again=prune_again)
         made = {name: m for name, m in algorithm.layers.items() if name in linears}
-        for name, layer in made.items():
-            linears[name].weight.data.copy_(layer.weight.detach().to_dense())
-        replace_modules(model, lambda name, m: linears[name] if name in made else None)
+        # The others are in no model, and no optimizer shall hold them.
+        algorithm.layers = {n: m for n, m in algorithm.layers.items() if n not in made}
+        try:
+            for name, layer in made.items():
+                linears[name].weight.data.copy_(layer.weight.detach().to_dense())
+        finally:
+            replace_modules(model, lambda name, m: linears[name] if name in made else None)
     layers = algorithm.report.layers  # zeros that were there already count too
     for i, row in enumerate(layers):
         if row.name in made:

@@ -4,11 +4,12 @@ import json
 
 import pytest
 import torch
+import torch.nn.utils.prune
 
 from sparsekern import cli
 from sparsekern.commands.prune import is_pretrained
 from sparsekern.models.prune import TABLE, prune_, prune_pretrained, read_texts
-from sparsekern.sparsity import Magnitude
+from sparsekern.sparsity import Magnitude, Wanda
 
 
 def test_texts_of_a_file(tmp_path):
@@ -46,6 +47,13 @@ def test_a_folder_with_something_in_it_is_not_written_to(tmp_path):
     (tmp_path / "file").touch()
     with pytest.raises(ValueError, match="out: expected a new or an empty folder"):
         prune_pretrained(tmp_path, tmp_path, 0.5)
+
+
+def test_what_cannot_be_written_is_said_before_any_work(tmp_path):
+    (tmp_path / "file").touch()
+    for place in ("file", "file/deeper"):
+        with pytest.raises(ValueError, match="out: expected a .*folder"):
+            prune_pretrained(tmp_path / "missing", tmp_path / place, 0.5)
 
 
 def test_the_command_sees_what_it_is_given(tmp_path, capsys):
@@ -149,12 +157,33 @@ def test_the_report_counts_the_zeros_that_were_there():
     assert prune_(model, Magnitude(0.25), prune_again=True).sparsity == 0.5
 
 
+def test_the_algorithm_keeps_no_layers_that_are_in_no_model():
+    model, algorithm = torch.nn.Sequential(torch.nn.Linear(8, 8)), Magnitude(0.5)
+    prune_(model, algorithm)
+    with pytest.raises(ValueError, match="expected the model before the optimizer"):
+        algorithm.apply(torch.optim.SGD(model.parameters(), 0.1))
+
+
+CALLS = (lambda m: prune_(m, Magnitude(0.75)), Wanda(0.75, calibration=[torch.ones(2, 8)]).apply)
+
+
+@pytest.mark.parametrize("prune", CALLS)
+def test_weights_that_torch_masks_are_refused(prune):
+    """Each forward pass makes them anew, from what was never pruned."""
+    model = torch.nn.Sequential(torch.nn.Linear(8, 8))
+    torch.nn.utils.prune.l1_unstructured(model[0], "weight", 0.1)
+    with pytest.raises(ValueError, match="torch.nn.utils.prune masks those of 0: call its remove"):
+        prune(model)
+
+
 def test_the_conv1d_of_gpt2(tmp_path):
     transformers = pytest.importorskip("transformers", reason="transformers is not installed")
     torch.manual_seed(0)
     config = transformers.GPT2Config(vocab_size=16, n_embd=16, n_layer=2, n_head=2, n_positions=8)
     transformers.GPT2LMHeadModel(config).save_pretrained(tmp_path / "m")
-    report = prune_pretrained(tmp_path / "m", tmp_path / "out", 0.75)
+    (tmp_path / "out").mkdir()
+    (tmp_path / "link").symlink_to(tmp_path / "out")
+    report = prune_pretrained(tmp_path / "m", tmp_path / "link", 0.75)
     dense, pruned = (
         transformers.GPT2LMHeadModel.from_pretrained(tmp_path / n) for n in ("m", "out")
     )
