@@ -74,10 +74,17 @@ class Unstructured:
         return largest_of_each({name: scores for name, (scores, *_) in layers.items()}, count)
 
     def evenly(self, scores: Tensor, count: int) -> Tensor:
-        """The `count` best of the scores [N, K], shared evenly among the rows: bool [N, K]."""
-        n = scores.shape[0]
-        shares = torch.full((n,), count // max(1, n), device=scores.device)
-        shares[: count % max(1, n)] += 1
+        """The `count` best of the scores [N, K], shared among the rows as evenly as the scores that
+        each has beside -inf allow: bool [N, K]."""
+        rooms = (scores > -torch.inf).sum(1)
+        low, high = 0, scores.shape[1]  # of the most that a row keeps
+        while low < high:
+            middle = (low + high + 1) // 2
+            fits = int(rooms.clamp(max=middle).sum()) <= count
+            low, high = (middle, high) if fits else (low, middle - 1)
+        shares = rooms.clamp(max=low)
+        more = (rooms > low).nonzero().flatten()[: count - int(shares.sum())]
+        shares[more] += 1
         return largest_of_rows(scores, shares)
 
     def grown(

@@ -19,6 +19,7 @@ import torch
 from torch import Tensor, nn
 
 from ..nn import SparseLinear, sparsify_
+from ..nn.convert import MANY_ZEROS, share_of_zeros
 from ..nn.kinds import pruning_masks
 from ..nn.linear import refuse_meta
 from ..terminal import Progress
@@ -85,6 +86,8 @@ class Magnitude(Fixed):
         for name, module in chosen.items():
             if isinstance(module, SparseLinear):
                 self._check_room(name, module, counts[name])
+            elif not (stored := _stored(module)).all():
+                counts[name] = min(counts[name], self._family.room(stored))
         return counts
 
     def _check_room(self, name: str, layer: SparseLinear, count: int) -> None:
@@ -324,13 +327,15 @@ def _dense(module: Layer) -> Tensor:
 
 def _scores(module: Layer, scores: Tensor) -> Tensor:
     """The scores [N, K], -inf where the layer stores nothing."""
-    if not isinstance(module, SparseLinear):
-        return scores
-    return scores.masked_fill(~_stored(module), -torch.inf)
+    stored = _stored(module)
+    return scores if stored.all() else scores.masked_fill(~stored, -torch.inf)
 
 
 def _stored(module: Layer) -> Tensor:
-    """Where it stores weights: bool [N, K]."""
-    if not isinstance(module, SparseLinear):
-        return torch.ones_like(module.weight, dtype=torch.bool)
-    return mask_of(places_of(module), module.weight)
+    """Where it stores weights: bool [N, K]. Of a dense layer that is pruned already, where they are
+    not zero."""
+    if isinstance(module, SparseLinear):
+        return mask_of(places_of(module), module.weight)
+    if share_of_zeros([module.weight]) > MANY_ZEROS:
+        return module.weight.detach() != 0
+    return torch.ones_like(module.weight, dtype=torch.bool)

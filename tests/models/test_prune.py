@@ -9,7 +9,7 @@ import torch.nn.utils.prune
 from sparsekern import cli
 from sparsekern.commands.prune import is_pretrained
 from sparsekern.models.prune import TABLE, prune_, prune_pretrained, read_texts
-from sparsekern.sparsity import Magnitude, Wanda
+from sparsekern.sparsity import Magnitude, SparseGPT, Static, Wanda
 
 
 def test_texts_of_a_file(tmp_path):
@@ -149,6 +149,26 @@ def test_a_sparse_folder_becomes_dense_with_zeros(folder, tmp_path):
     weight = saved["model.layers.0.mlp.up_proj.weight"]
     assert report.sparsity == 0.75 == (weight == 0).float().mean()
     assert "quantization_config" not in (tmp_path / "out" / "config.json").read_text()
+
+
+@pytest.mark.parametrize("uneven", ["columns", "rows"])
+@pytest.mark.parametrize("make", [Magnitude, Wanda, SparseGPT])
+@pytest.mark.parametrize("is_sparse", [False, True])
+def test_zeros_of_a_pruned_model_stay_and_count(make, uneven, is_sparse):
+    torch.manual_seed(0)
+    model = torch.nn.Sequential(torch.nn.Linear(160, 16))
+    weight = model[0].weight.data
+    likely = torch.linspace(0, 1, 160) if uneven == "columns" else torch.linspace(0, 1, 16)[:, None]
+    weight *= torch.rand_like(weight) >= likely
+    was_zero = weight == 0
+    if is_sparse:
+        Static(0.5, init_method="from_zeros").apply(model)
+    calibration = {} if make is Magnitude else {"calibration": [torch.randn(320, 160)]}
+    make(0.7, **calibration).apply(model, prune_again=True)
+    layer = model[0]
+    assert layer.weight.sparsity == pytest.approx(0.7, abs=1e-3)
+    assert not (layer.weight.to_dense() != 0)[was_zero].any()
+    assert (layer.values != 0).all()
 
 
 def test_the_report_counts_the_zeros_that_were_there():
