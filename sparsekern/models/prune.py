@@ -91,9 +91,9 @@ def prune_(model: nn.Module, algorithm: Magnitude, *, prune_again: bool = False)
     Args:
         algorithm: Magnitude, Wanda or SparseGPT; its `param_filter` may name experts, as in
             "*experts.gate_up_proj*".
-        prune_again: that weights of which many are zero already may lose more.
+        prune_again: that weights of which many are zero already may lose more. These zeros stay.
 
-    The model is as it was where it fails.
+    The model is as it was where it fails. ValueError for weights that torch.nn.utils.prune masks.
     """
     if not isinstance(algorithm, Magnitude):
         got = type(algorithm).__name__

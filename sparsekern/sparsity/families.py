@@ -15,6 +15,7 @@ from torch import Tensor
 from ..two_way import is_two_way
 from . import two_way
 from .select import (
+    even_shares,
     largest,
     largest_of_each,
     largest_of_rows,
@@ -77,15 +78,7 @@ class Unstructured:
         """The `count` best of the scores [N, K], shared among the rows as evenly as the scores that
         each has beside -inf allow: bool [N, K]."""
         rooms = (scores > -torch.inf).sum(1)
-        low, high = 0, scores.shape[1]  # of the most that a row keeps
-        while low < high:
-            middle = (low + high + 1) // 2
-            fits = int(rooms.clamp(max=middle).sum()) <= count
-            low, high = (middle, high) if fits else (low, middle - 1)
-        shares = rooms.clamp(max=low)
-        more = (rooms > low).nonzero().flatten()[: count - int(shares.sum())]
-        shares[more] += 1
-        return largest_of_rows(scores, shares)
+        return largest_of_rows(scores, even_shares(rooms, count))
 
     def grown(
         self, kept: Tensor, rows: Iterable[tuple[int, Tensor]], n: int, k: int, count: int
@@ -158,7 +151,7 @@ class TwoWay(Unstructured):
         return chosen
 
     def evenly(self, scores: Tensor, count: int) -> Tensor:
-        """The same, shared among rows of blocks."""
+        """The same, shared among rows of blocks as far as each has room."""
         n = scores.shape[0]
         rows = torch.arange(0, n + 4, 4, device=scores.device).clamp_(max=n)
         return two_way.largest_of_bands(scores, ((rows * count + n // 2) // max(1, n)).diff())

@@ -53,6 +53,19 @@ def largest_of_rows(scores: Tensor, counts: Tensor) -> Tensor:
     return torch.zeros_like(ranked).scatter_(1, order, ranked)
 
 
+def even_shares(rooms: Tensor, count: int) -> Tensor:
+    """Shares of `count` as even as the rooms int64 [rows] allow, the first with one more where they
+    must: int64 [rows]. All of the rooms if they are too small together."""
+    low, high = 0, int(rooms.max()) if rooms.numel() else 0  # the largest share
+    while low < high:
+        middle = (low + high + 1) // 2
+        fits = int(rooms.clamp(max=middle).sum()) <= count
+        low, high = (middle, high) if fits else (low, middle - 1)
+    shares = rooms.clamp(max=low)
+    shares[(rooms > low).nonzero().flatten()[: count - int(shares.sum())]] += 1
+    return shares
+
+
 def generator(*key: object) -> np.random.PCG64:
     """A stream of random bits that depends on the key alone: numpy promises the same one on every
     machine and in every release."""

@@ -19,7 +19,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from .select import CHUNK, draw, largest_of_each, largest_of_rows, random_places
+from .select import CHUNK, draw, even_shares, largest_of_each, largest_of_rows, random_places
 
 MOST = 8  # places that a whole block keeps
 # Masks of a row, one bit a place: of no place, of each one, of each two.
@@ -73,14 +73,16 @@ def largest(layers: dict[str, Tensor], count: int) -> dict[str, Tensor]:
 
 
 def largest_of_bands(scores: Tensor, counts: Tensor) -> Tensor:
-    """The same for one layer and a count for each row of blocks, int64 [bands]."""
+    """The same for one layer and a count for each row of blocks, int64 [bands]. What one has no
+    room for goes to the others."""
     best = Best(scores)
     gains = best.gains.flatten(1)
-    short = ((gains > best.NONE).sum(1) < counts).nonzero().flatten().tolist()
-    if short:
+    rooms, count = (gains > best.NONE).sum(1), int(counts.sum())
+    within = counts.minimum(rooms)
+    counts = within + even_shares(rooms - within, count - int(within.sum()))
+    if int(counts.sum()) < count:
         raise ValueError(
-            f"family: a two-way mask within what is stored has no room for {int(counts[short[0]])} "
-            f"weights in rows {4 * short[0]} to {4 * short[0] + 3}"
+            f"family: a two-way mask within what is stored has no room for {count} weights"
         )
     return best.mask(largest_of_rows(gains, counts).view(best.gains.shape).sum(2))
 

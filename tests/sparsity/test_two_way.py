@@ -277,8 +277,15 @@ def test_no_room():
     scores[0] = 1
     with pytest.raises(ValueError, match="family: a two-way mask within what is stored .* 4 .* 5"):
         two_way.largest({"up": scores}, 5)
-    with pytest.raises(ValueError, match="family: .* no room for 5 weights in rows 0 to 3"):
+    with pytest.raises(ValueError, match="family: .* no room for 5 weights"):
         TwoWay().evenly(scores, 5)
+
+
+def test_what_a_row_of_blocks_has_no_room_for_goes_to_others():
+    scores = torch.rand(12, 16)
+    scores[:4] = -math.inf
+    mask = TwoWay().evenly(scores, 60)
+    assert mask.view(3, -1).sum(1).tolist() == [0, 30, 30] and is_legal(mask)
 
 
 @given(st.integers(1, 14), st.integers(1, 14), st.floats(0, 1), seeds)
