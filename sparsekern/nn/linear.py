@@ -135,6 +135,15 @@ class SparseLinear(nn.Module):
             self.row_offsets, self.col_indices, self.values, self.out_features, self.in_features
         )
 
+    @weight.setter
+    def weight(self, weight: object) -> None:
+        """Its own alone, which peft assigns: a pattern cannot be set so."""
+        if getattr(weight, "values", None) is not self.values:
+            raise AttributeError(
+                "weight: of a SparseLinear it cannot be set; load_state_dict gives it another "
+                "pattern, `values` other numbers"
+            )
+
     def forward(self, x: Tensor) -> Tensor:
         # nn.Module's way to an attribute takes longer than the check of an operand.
         parameters: dict[str, Any] = self._parameters
