@@ -104,8 +104,10 @@ def _temporary(path: Path, make: Callable[[Path], None]) -> Iterator[Path]:
         part = path.with_name(path.name + f".{i}" * bool(i) + TEMPORARY)
         try:
             left = _lock(part)
-            _remove(part)
-            _close(left)
+            try:
+                _remove(part)
+            finally:
+                _close(left)
             make(part)
             lock = _lock(part)
         except (BlockingIOError, FileExistsError):
