@@ -5,9 +5,10 @@ PYTHON ?= python3
 TORCH ?= torch==2.13.0
 
 # A process of pytest for each core (one more was slower), and no threads of torch's but where a test
-# asks for them. Its benchmarks are for bench/ alone, where time counts.
+# asks for them; those that wait leave their core to the other processes. Its benchmarks are for
+# bench/ alone, where time counts.
 CORES := $(shell nproc)
-PYTEST := OMP_NUM_THREADS=1 $(CURDIR)/.venv/bin/python -m pytest
+PYTEST := OMP_NUM_THREADS=1 OMP_WAIT_POLICY=PASSIVE $(CURDIR)/.venv/bin/python -m pytest
 PARALLEL := -n $(CORES) --dist worksteal -p no:benchmark
 
 VENV := .venv

@@ -7,7 +7,7 @@ prints, beside the progress of its training, something like
     dense:        loss 0.41
     75% pruned:   loss 0.44   1.75 -> 0.97 MB
     saved and read back, outputs equal: True
-    99 bottles of beer on the wall, 258 bottles of ber
+    99 bottles of beer...
 
 So small a model counts badly, pruned or not.
 """

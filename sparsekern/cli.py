@@ -52,7 +52,9 @@ def main(arguments: list[str] | None = None) -> int:
         help="show the keys of an algorithm for --sparsity-config, and exit; without NAME list all",
     )
 
-    pruner = commands.add_parser("prune", help="prune a trained GPT in rounds, and train it on")
+    pruner = commands.add_parser(
+        "prune", help="prune a model: of transformers at once, a GPT of `train` in rounds"
+    )
     pruner.set_defaults(run=command("prune", "run_prune"))
     for field in fields(PruneFlags):
         add_flag(pruner, field)
@@ -157,7 +159,8 @@ def add_flag(parser: argparse.ArgumentParser, field) -> None:
     text = f"{field.metadata['help']} ({field.default})"
     parser.add_argument(
         flag,
-        type=field.type,
+        *field.metadata.get("also", ()),
+        type=field.metadata.get("type", field.type),
         choices=field.metadata.get("choices"),
         default=argparse.SUPPRESS,
         help=text.replace("%", "%%"),

@@ -3,10 +3,27 @@ functions do with a SparseTensor."""
 
 # ruff: noqa: F401
 
+import sys
+from contextlib import suppress
+from importlib import import_module
+
 from .matmul import explain, linear, matmul
 from .models import accelerate_
 from .nn import SparseLinear, densify_, parameter_groups, sparsify_
+from .nn.linear import plug_ins
 from .sparsity import Static
 from .surface import contractions, elementwise, functions
 from .surface.products import sddmm
 from .tensor import SparseTensor
+
+
+def _meet_transformers() -> bool:
+    """Where the program has models of transformers', saving one must not lose sparse layers."""
+    if "transformers.modeling_utils" not in sys.modules:
+        return False
+    with suppress(ImportError):  # an older version: save_pretrained says so then
+        import_module("sparsekern.hf")
+    return True
+
+
+plug_ins.append(_meet_transformers)

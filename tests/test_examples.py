@@ -15,7 +15,8 @@ from tiny import besides_progress
 ROOT = Path(__file__).parents[1]
 EXAMPLES = sorted((ROOT / "examples").glob("*.py"))
 NOTEBOOKS = sorted((ROOT / "examples").glob("*.ipynb"))
-NEEDS = {"spdf": "safetensors", "prune_and_generate": "safetensors"}
+NEEDS = dict.fromkeys(("prune_and_generate", "save_and_share", "spdf"), "safetensors")
+NEEDS |= {"prune_transformers": "transformers", "lora_on_sparse": "peft"}
 MOST_LINES = 60
 MOST_NOTEBOOK_BYTES = 300_000
 

@@ -13,7 +13,7 @@ PACKAGE = Path(__file__).parents[1] / "sparsekern"
 CORE = ["extras", "terminal", "files", "indices", "two_way", "conversions", "tensor", "kernels"]
 CORE += ["flop_formulas", "registered", "ops", "casts", "sparse_sparse", "matmul", "surface"]
 CORE += ["nn", "weights", "sparsity", "models", "public", "gpt"]
-ROOMS = [*CORE, "wafer", "bench", "report", "commands", "cli"]
+ROOMS = [*CORE, "hf", "wafer", "bench", "report", "commands", "cli"]
 TOP = ["cli", "__main__"]
 BESIDE = {
     "testing": {"tensor", "kernels"},

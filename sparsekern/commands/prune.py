@@ -1,9 +1,54 @@
-"""python -m sparsekern prune"""
+"""python -m sparsekern prune: a run of `train`, or a model of transformers."""
 
+import re
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from ..gpt.checkpoint import checkpoint_file
 from ..gpt.prune import PruneConfig, prune
+from ..models.prune import TABLE, prune_pretrained
 from ..report import demo as demo_report
 
+OF_MODELS = {"target": "sparsity"}  # flags of a run that say the same of a model
+FOR_MODELS = ("source", "method", "family", "distribution", "calibration", "device", "dtype", "out")
+FOR_MODELS += ("prune_again",)
+ON_THE_HUB = re.compile(r"[\w.-]+(/[\w.-]+)?")
 
-def run_prune(**given) -> None:
+
+def run_prune(**given: Any) -> None:
+    if is_pretrained(given.get("source", "")):
+        _prune_model(**given)
+        return
     rows = prune(PruneConfig(**given))
     print(f"\n{demo_report.prune_section(rows)}")
+
+
+def is_pretrained(source: str) -> bool:
+    """Whether it is a folder of a transformers model, or may be a name on the hub."""
+    path = Path(source)
+    if path.is_dir():
+        return (path / "config.json").exists() and not checkpoint_file(path).exists()
+    may_be_a_name = bool(ON_THE_HUB.fullmatch(source)) and not path.exists()
+    return may_be_a_name and find_spec("transformers") is not None
+
+
+def _prune_model(**given: Any) -> None:
+    threads = given.pop("threads", 0)
+    for name in given.keys() - {*FOR_MODELS, *OF_MODELS}:
+        raise ValueError(
+            f"{name}: for runs of `sparsekern train`, and {given['source']} is a model of "
+            "transformers, which is pruned at once"
+        )
+    if threads:
+        torch.set_num_threads(threads)
+    settings = {OF_MODELS.get(name, name): value for name, value in given.items()}
+    settings = {"out": PruneConfig.out, "sparsity": PruneConfig.target} | settings
+    if isinstance(settings.get("calibration"), int):
+        raise ValueError(
+            f"calibration: a model expected a file of texts, got {settings['calibration']}"
+        )
+    report = prune_pretrained(**settings)
+    print(f"{report}\n\n{settings['out']} has the model, dense with zeros, and {TABLE}")

@@ -37,6 +37,7 @@ INPUT_FLAGS = {
 }
 SHAPE_FLAGS = ("layers", "width", "heads", "kv_heads", "ffn", "experts", "experts_per_token")
 SHAPE_FLAGS += ("vocabulary", "sequence")
+DEFAULT_MODEL, DEFAULT_SPARSITY = "gpt3-xl", 0.75
 PREDICT_FLAGS = ("batch", "systems", "micro_batch", "context", "requests", "pipeline")
 MACHINE_HELP = "one of " + ", ".join(MACHINES) + ", or a TOML file of your own"
 MODEL_HELP = "one of: " + ", ".join(GPT_SHAPES) + "; or the config.json of a Hugging Face model"
@@ -142,13 +143,11 @@ def add_commands(
 
 
 def _add_model(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--model", default="gpt3-xl", help=MODEL_HELP)
+    parser.add_argument("--model", help=f"{MODEL_HELP} ({DEFAULT_MODEL})")
     for name in SHAPE_FLAGS:
         parser.add_argument(f"--{name.replace('_', '-')}", type=int, help="instead of the model's")
     parser.add_argument("--gated", action="store_true", help="an MLP of three matrices")
-    parser.add_argument(
-        "--sparsity", type=float, default=0.75, help="of the linear layers (%(default)s)"
-    )
+    parser.add_argument("--sparsity", type=float, help=f"of the linear layers ({DEFAULT_SPARSITY})")
     parser.add_argument("--batch", type=int, help="sequences of all systems (each is filled)")
 
 
@@ -175,7 +174,7 @@ def _inputs(options: dict) -> Inputs:
 
 
 def _shape(options: dict) -> GPTShape:
-    shape = model_shape(options["model"])
+    shape = model_shape(DEFAULT_MODEL if options["model"] is None else options["model"])
     given = {name: options[name] for name in SHAPE_FLAGS if options[name] is not None}
     if "width" in given:
         given.setdefault("ffn", 4 * given["width"])
@@ -187,10 +186,11 @@ def _shape(options: dict) -> GPTShape:
     return replace(shape, **given, name=f"{shape.name}, changed") if given else shape
 
 
-def _density(options: dict) -> float:
-    if not 0 <= options["sparsity"] < 1:
-        raise ValueError(f"sparsity: expected 0 <= sparsity < 1, got {options['sparsity']}")
-    return 1 - options["sparsity"]
+def _density(sparsity: float | None) -> float:
+    sparsity = DEFAULT_SPARSITY if sparsity is None else sparsity
+    if not 0 <= sparsity < 1:
+        raise ValueError(f"sparsity: expected 0 <= sparsity < 1, got {sparsity}")
+    return 1 - sparsity
 
 
 def _checked(run: Callable, options: dict) -> int | None:
@@ -213,12 +213,18 @@ def _run_predict(**options) -> None:
     beside = [gpu(name) for name in options["beside"]]
     with Progress(None, unit="part") as progress:
         if path := options["checkpoint"]:
+            given = [f for f in ("model", "sparsity", *SHAPE_FLAGS) if options[f] is not None]
+            if given or options["gated"]:
+                also = (given or ["gated"])[0].replace("_", "-")
+                raise ValueError(
+                    f"checkpoint: expected its shape and masks alone, got --{also} too"
+                )
             progress.about(f"reading {path}")
             shape, weights = options["checkpoint_weights"](path)
             progress.about(f"predicting from the masks of {len(weights)} layers")
         else:
             shape = _shape(options)
-            weights = _density(options)
+            weights = _density(options["sparsity"])
         found = predict(
             wafer,
             shape,
@@ -243,7 +249,7 @@ def _measured_here() -> list[Path]:
 def _run_sweep(**options) -> None:
     inputs = _inputs(options)
     for sparsity in options["sparsities"]:
-        _density({"sparsity": sparsity})
+        _density(sparsity)
     lists = ("models", "sparsities", "machines", "systems", "batch", "sequences", "utilisations")
     models, sparsities, machines, systems, batch, sequences, utilisations = (
         options[name] for name in lists
@@ -292,7 +298,9 @@ def _measured_imbalance(data: Path | None) -> list[tuple[float, float]]:
 def _run_product(**options) -> None:
     inputs, wafer = _inputs(options), machine(options["machine"])
     sizes = [options[name] for name in ("tokens", "n", "k")]
-    dense, sparse = (offloaded_s(wafer, inputs, *sizes, d) for d in (1.0, _density(options)))
+    dense, sparse = (
+        offloaded_s(wafer, inputs, *sizes, d) for d in (1.0, _density(options["sparsity"]))
+    )
     print(render.render_product(wafer, sizes, options["sparsity"], dense, sparse))
     names = ("wafer_s", "transfer_s")
     found = {"dense": dense, "sparse": sparse}
@@ -349,7 +357,7 @@ def _run_sensitivity(**options) -> None:
     shape, inputs = _shape(options), _inputs(options)
     batch = options["batch"] if options["batch"] is not None else default_batch(shape, 1)
     swings = sensitivity.sensitivity(
-        machine(options["machine"]), shape, _density(options), batch, inputs
+        machine(options["machine"]), shape, _density(options["sparsity"]), batch, inputs
     )
     print(sensitivity.render(swings))
     _write_json(options["json"], [vars(swing) for swing in swings])

@@ -25,7 +25,7 @@ def checkpoint_weights(path: Path) -> tuple[GPTShape, tuple[Weight, ...]]:
     c = model.config
     run = path if path.is_dir() else path.parent
     shape = GPTShape(
-        run.name, c.n_layer, c.n_embd, c.n_head, 4 * c.n_embd, c.vocab_size, c.block_size
+        run.name, c.n_layer, c.n_embd, c.n_head, c.mlp_width, c.vocab_size, c.block_size
     )
     weights = []
     for name, module in model.blocks.named_modules():

@@ -1,22 +1,26 @@
 """Models, optimizers and learning rates of a run, from its settings or from a checkpoint."""
 
+import json
 import math
 from pathlib import Path
 
 import torch
 from torch import Tensor, nn
 
+from ..files import read_regular
 from ..nn import SparseLinear, parameter_groups, replace_modules
 from ..weights import load_metadata, load_weights, set_weights_
 from .checkpoint import CHECKPOINT, WEIGHTS, about, check_shapes, checkpoint_file, load_checkpoint
 from .config import TrainConfig
-from .data import Tokenizer, tokenizer_from_state
+from .data import BPETokenizer, Tokenizer, tokenizer_from_state
 from .model import GPT, GPTConfig
 
 BETAS = (0.9, 0.95)
 WEIGHT_DECAY = 0.1
 WARMUP_SHARE = 0.1  # of all steps, with the learning rate rising from 0
 FINAL_LR_SHARE = 0.1  # of the highest learning rate, reached by a cosine
+BESIDE = ("config", "tokenizer")  # what a model needs beside its weights
+MOST_JSON_BYTES = 2**27  # of a file that holds one of them
 
 
 def build_model(config: TrainConfig, vocab_size: int) -> GPT:
@@ -55,7 +59,7 @@ def model_from_state(config: GPTConfig, state: dict[str, Tensor]) -> GPT:
 
 def load_model(path: str | Path) -> tuple[GPT, Tokenizer]:
     """The trained model and its tokenizer, from the folder of a run, its checkpoint.pt or its
-    model.safetensors."""
+    model.safetensors; where that has no metadata, with config.json and tokenizer.json beside it."""
     path = Path(path)
     if path.is_dir() and not (path / CHECKPOINT).exists() and (path / WEIGHTS).exists():
         path /= WEIGHTS
@@ -72,12 +76,36 @@ def load_model(path: str | Path) -> tuple[GPT, Tokenizer]:
 def _load_weights(path: Path) -> tuple[GPT, Tokenizer]:
     found, metadata = load_weights(path), load_metadata(path)
     with about(path):
-        if not {"config", "tokenizer"} <= metadata.keys():
-            raise ValueError("expected the weights of a run of sparsekern, with config, tokenizer")
-        check_shapes(metadata["config"], {name: tuple(w.shape) for name, w in found.items()})
-        tokenizer = tokenizer_from_state(metadata["tokenizer"])
-        model = GPT(model_config(metadata["config"], tokenizer.vocab_size))
+        about_model = {name: metadata.get(name) or _beside(path, name) for name in BESIDE}
+        config = about_model["config"]
+        for name in ("layers", "heads", "width", "context"):
+            if type(config.get(name)) is not int or config[name] < 1:
+                raise ValueError(f"config: {name}: expected a number, got {config.get(name)!r}")
+        check_shapes(config, {name: tuple(w.shape) for name, w in found.items()})
+        tokenizer = tokenizer_from_state(about_model["tokenizer"])
+        model = GPT(model_config(config, tokenizer.vocab_size))
         return set_weights_(model, found), tokenizer
+
+
+def _beside(weights: Path, name: str) -> dict:
+    """The config or the tokenizer of a model, from a JSON file beside its weights. A tokenizer may
+    also be as the library `tokenizers` saves it."""
+    path = weights.with_name(f"{name}.json")
+    if not path.is_file():
+        raise ValueError(
+            "expected the weights of a run of sparsekern, with config and tokenizer in their "
+            f"metadata, or a {path.name} beside them"
+        )
+    text = read_regular(path, MOST_JSON_BYTES)
+    try:
+        content = json.loads(text)
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"{path}: expected JSON") from error
+    if not isinstance(content, dict):
+        raise ValueError(f"{path}: expected an object, got {type(content).__name__}")
+    if name == "tokenizer" and "model" in content:
+        return {"name": BPETokenizer.name, "serialized": text.decode()}
+    return content
 
 
 def model_config(config: dict, vocab_size: int) -> GPTConfig:

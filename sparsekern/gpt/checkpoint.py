@@ -4,7 +4,6 @@ It holds a digest of each tensor and of all the rest, so that a flipped bit is f
 format before have none and are taken without.
 """
 
-import errno
 import hashlib
 import math
 from collections.abc import Iterator
@@ -16,6 +15,7 @@ from torch import Tensor
 
 from ..files import atomic_write
 from ..weights.digests import changed, digests
+from ..weights.pickles import has_its_elements, is_out_of_memory, read_pickle
 
 FORMAT = "sparsekern-gpt-3"
 FORMATS = ("sparsekern-gpt-2", FORMAT)
@@ -63,37 +63,18 @@ def load_checkpoint(path: str | Path) -> dict:
             f"checkpoint: expected the folder of a run or its {CHECKPOINT}, got {path}, which "
             "holds weights alone"
         )
-    state = _load(path)
+    state = read_pickle(path, "checkpoint")
     if not isinstance(state, dict) or state.get("format") not in FORMATS:
         raise ValueError(f"checkpoint: {path} was not written by sparsekern's training")
     with about(path):
         expected = state.pop("digests", None)
         for name, t in _tensors(state).items():
-            # A view that repeats its memory may pretend any size.
-            if t.layout != torch.strided or t.nbytes > t.untyped_storage().nbytes():
+            if not has_its_elements(t):
                 raise ValueError(f"{name}: expected a tensor with all its elements")
         if expected is not None or state["format"] == FORMAT:
             _check_digests(state, expected)
         _check_state(state)
     return state
-
-
-def _load(path: Path) -> object:
-    try:
-        with open(path, "rb") as file:
-            return torch.load(file, map_location="cpu", weights_only=True)
-    except MemoryError as error:
-        raise MemoryError(f"checkpoint: {path} does not fit into memory") from error
-    except Exception as error:  # torch.load has a dozen ways to say that a file is not its own
-        if isinstance(error, OSError) and error.errno not in (None, errno.EINVAL):
-            raise
-        if _is_out_of_memory(error):
-            raise MemoryError(f"checkpoint: {path} does not fit into memory") from error
-        raise ValueError(f"checkpoint: {path} is truncated or not a checkpoint") from error
-
-
-def _is_out_of_memory(error: Exception) -> bool:
-    return isinstance(error, torch.OutOfMemoryError) or "can't allocate memory" in str(error)
 
 
 @contextmanager
@@ -104,7 +85,7 @@ def about(path: Path | None) -> Iterator[None]:
     except NotImplementedError:
         raise
     except (ArithmeticError, AttributeError, LookupError, RuntimeError, TypeError, ValueError) as e:
-        if path is None or str(path) in str(e) or _is_out_of_memory(e):
+        if path is None or str(path) in str(e) or is_out_of_memory(e):
             raise
         text = f"no {e}" if isinstance(e, KeyError) else " ".join(str(e).split())
         raise ValueError(f"checkpoint: {path}: {text}") from e

@@ -96,8 +96,8 @@ class Ranks:
 
 
 def finish() -> None:
-    """Leave the group of processes, where there is one, and end its threads: one that comes back
-    from its last work while the interpreter ends aborts the process."""
+    """Leave the group of processes, where there is one, and end its threads as far as nobody holds
+    it: it may be that one of them, back from its last work while the interpreter ends, aborts."""
     if dist.is_available() and dist.is_initialized():
         gc.collect()  # models of DDP refer to the group, and to themselves
         dist.destroy_process_group()

@@ -66,19 +66,39 @@ class TrainFlags:
     checkpoint_every: int = flag(50, "steps between checkpoints")
 
 
+def count_or_file(text: str) -> int | str:
+    return int(text) if text.removeprefix("-").isdigit() else text
+
+
 @dataclass(frozen=True)
 class PruneFlags:
-    source: str = flag("", "training run to prune (its folder or checkpoint.pt)")
-    target: float = flag(0.838, "sparsity of the blocks' linear layers after the last round")
+    source: str = flag(
+        "",
+        "what to prune: a training run (its folder or checkpoint.pt), or a model of transformers "
+        "(its folder or name), which takes no flags of training",
+    )
+    target: float = flag(
+        0.838,
+        "sparsity of the blocks' linear layers after the last round",
+        also=("--sparsity",),
+    )
     steps: int = flag(1000, "optimizer steps of recovery, of all rounds together")
     rounds: int = flag(4, "each removes the same share of what is left; 1 is one-shot")
     targets: str = flag("", "sparsities after each round, as 0.5,0.75, in place of the last two")
-    method: str = flag("magnitude", "how weights are chosen", choices=PRUNE_METHODS)
+    method: str = flag(
+        "magnitude", "how weights are chosen", choices=PRUNE_METHODS, also=("--algorithm",)
+    )
     distribution: str = flag("uniform", "over the layers", choices=("uniform", "erk", "global"))
     family: str = flag("unstructured", "of masks, as of train", choices=FAMILIES)
     lr: float = flag(2e-4, "highest learning rate of each round")
+    prune_again: bool = flag(False, "prune a model of which many weights are zero already")
     rewind: str = flag("", "after pruning, weights go back to those of this dense run")
-    calibration: int = flag(4, "batches of training text for wanda and sparsegpt")
+    calibration: int | str = flag(
+        4,
+        "for wanda and sparsegpt: batches of the run's text; for a model a file of texts, with an "
+        "empty line between two",
+        type=count_or_file,
+    )
     data: str = flag("", "text (that of the run)")
     batch: int = flag(0, "sequences per step (that of the run)")
     micro_batch: int = flag(0, "sequences at a time (as of the run)")

@@ -39,6 +39,11 @@ class PruneConfig(PruneFlags):
             raise ValueError(
                 f"target: expected a sparsity above 0 and below 1, got {self.target}{hint}"
             )
+        if isinstance(self.calibration, str):
+            raise ValueError(
+                "calibration: a training run expected a number of batches of its text, "
+                f"got {self.calibration!r}"
+            )
         for name in ("rounds", "calibration"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
@@ -181,7 +186,7 @@ def _prune(run: Run, config: PruneConfig, target: float, early: dict[str, Tensor
     settings: dict = {"distribution": config.distribution, "family": config.family}
     if config.method != "magnitude":
         # Training text, of steps that no round comes to.
-        batches = (run.training.get(2**30 + i)[0] for i in range(config.calibration))
+        batches = (run.training.get(2**30 + i)[0] for i in range(int(config.calibration)))
         settings["calibration"] = [x.to(run.ranks.device) for x in batches]
     model = METHODS[config.method](target, **settings).apply(run.model)
     if early:

@@ -4,10 +4,12 @@ from .convert import densify_, forget_graphs_, replace_modules, sparsifiable, sp
 from .groups import parameter_groups
 from .linear import SparseLinear
 from .packed import PackedLinear, pack_
+from .replaced import adopt_values_
 
 __all__ = [
     "PackedLinear",
     "SparseLinear",
+    "adopt_values_",
     "densify_",
     "forget_graphs_",
     "pack_",

@@ -8,6 +8,8 @@ from torch.optim import Optimizer
 
 from ..kernels.derived import forget_captures
 from ..tensor import SparseTensor
+from . import replaced
+from .adapters import without_adapters
 from .kinds import HEAD_NAMES, heads, is_conv1d, uses_of_parameters
 from .linear import SparseLinear, refuse_meta
 from .stand_ins import SparseConv1D, StandIn
@@ -36,9 +38,10 @@ def sparsify_(
 
     A weight that another module uses too (tied to an embedding) stays dense, and so does one with
     the attribute `requires_dense`. So do subclasses of nn.Linear: they compute something of their
-    own. Make the optimizer afterwards: it must see the new Parameters. If an algorithm fails the
-    model is unchanged. ValueError where there is nothing to replace, unless filter_fn said so, and
-    where more than 20 % of the weights are zero already and a mask would remove others.
+    own; and adapters (LoRA's, by the marks of peft). Make the optimizer afterwards, or give one
+    that was there before to `adopt_values_`: it must see the new Parameters. If an algorithm fails
+    the model is unchanged. ValueError where there is nothing to replace, unless filter_fn said so,
+    and where more than 20 % of the weights are zero already and a mask would remove others.
     """
     chosen = _replaceable(model, filter_fn)
     if not chosen and not (filter_fn and _replaceable(model, lambda module, name: True)):
@@ -56,7 +59,7 @@ def sparsify_(
         new = _with_mask(module, mask)
         if zeros > MANY_ZEROS and new.values.count_nonzero() < dense[name].count_nonzero():
             refuse_pruned("sparsify_", [*dense.values()])
-        return new
+        return replaced.note(module.weight, new)
 
     return replace_modules(model, replace)
 
@@ -115,7 +118,7 @@ def _replaceable(
 
     return {
         name: module
-        for name, module in model.named_modules()
+        for name, module in without_adapters(model)
         if type(module) is nn.Linear or isinstance(module, SparseLinear) or is_conv1d(module)
         if chosen(name, module)
     }

@@ -7,6 +7,7 @@ weight decay can bring a removed weight back: there is no place for it.
 
 import copy
 import weakref
+from collections.abc import Callable
 from typing import Any, Self
 
 import torch
@@ -27,6 +28,9 @@ torch.compiler.config.dynamic_sources = ",".join(
 
 _layers: "weakref.WeakSet[SparseLinear]" = weakref.WeakSet()
 
+# Called when a layer is made, until they say that they have done their work.
+plug_ins: list[Callable[[], bool]] = []
+
 
 class SparseLinear(nn.Module):
     """y [..., N] = x [..., K] @ W.T + bias, as nn.Linear with in_features K and out_features N.
@@ -40,6 +44,7 @@ class SparseLinear(nn.Module):
     row_offsets: Tensor
     col_indices: Tensor
     bias: nn.Parameter | None
+    stores_transpose = False  # whether its dense module has the weight as [K, N]
 
     def __init__(
         self,
@@ -73,6 +78,8 @@ class SparseLinear(nn.Module):
     def __new__(cls, *args, **kwargs):  # copies and unpickled ones come this way too
         layer = super().__new__(cls)
         _layers.add(layer)
+        if plug_ins:
+            plug_ins[:] = [plug_in for plug_in in plug_ins if not plug_in()]
         return layer
 
     def __deepcopy__(self, memo):
@@ -127,6 +134,15 @@ class SparseLinear(nn.Module):
         return SparseTensor._trusted(
             self.row_offsets, self.col_indices, self.values, self.out_features, self.in_features
         )
+
+    @weight.setter
+    def weight(self, weight: object) -> None:
+        """Its own alone, which peft assigns: a pattern cannot be set so."""
+        if getattr(weight, "values", None) is not self.values:
+            raise AttributeError(
+                "weight: of a SparseLinear it cannot be set; load_state_dict gives it another "
+                "pattern, `values` other numbers"
+            )
 
     def forward(self, input: Tensor) -> Tensor:  # the name that nn.Linear gives x
         # nn.Module's way to an attribute takes longer than the check of an operand.

@@ -1,7 +1,9 @@
 """Loading of a SparseLinear from a state_dict: all that is there for it, or nothing.
 
 Its pattern and its values belong together: row_offsets and col_indices are loaded with their
-values, and one or two of the three only where they fit the pattern that the layer has.
+values, and one or two of the three only where they fit the pattern that the layer has. What a file
+of ours holds for it, weight [nnz] with weight_bitmask, is taken too: frameworks that resume a run
+hand on the tensors of the file.
 """
 
 from collections import OrderedDict
@@ -15,12 +17,14 @@ from ..indices import check_values, counted, kind
 from ..kernels import observed
 from ..kernels.derived import is_captured
 from ..tensor import SparseTensor
-from . import copies
+from . import bitmask, copies
+from .stored import stored_shape, transposed
 
 if TYPE_CHECKING:
     from .linear import SparseLinear
 
 INDICES = ("row_offsets", "col_indices")
+SHAPE, BITMASK = "_shape", "_bitmask"  # in a file, after the name of the weight
 CAPTURED = (
     "a captured CUDA graph reads the pattern of this layer and would not see another one: delete "
     "the graph, say so with sparsekern.nn.forget_graphs_(model), change the pattern, and capture "
@@ -49,6 +53,11 @@ def load(
     try:
         for hook in hooks.values():
             hook(state_dict, prefix, metadata, strict, *lists)
+        try:
+            _unpack(layer, state_dict, prefix)
+        except _Refused as error:
+            error_msgs.append(str(error))
+            return
         if strict:  # nn.Module says so of the others
             missing_keys += [prefix + n for n in INDICES if prefix + n not in state_dict]
         try:
@@ -59,6 +68,41 @@ def load(
         _apply(layer, load_others, pattern, state_dict, prefix, metadata, strict, lists)
     finally:
         layer._load_state_dict_pre_hooks = hooks
+
+
+def _unpack(layer: "SparseLinear", state_dict: dict, prefix: str) -> None:
+    """Put row_offsets, col_indices and values in the place of what a file has for them
+    (weights/layouts.py). Raises _Refused."""
+    name = f"{prefix}weight"
+    parts = {
+        part: state_dict[name + part]
+        for part in ("", SHAPE, BITMASK, *(f"_{part}" for part in INDICES))
+        if name + part in state_dict
+    }
+    values, shape = parts.get(""), stored_shape(layer)
+    if not isinstance(values, Tensor) or parts.keys() <= {""}:
+        return
+    wanted = parts.get(SHAPE)
+    if not isinstance(wanted, Tensor) or wanted.tolist() != list(shape):
+        got = wanted.tolist() if isinstance(wanted, Tensor) else "none"
+        raise _Refused(f"{name}{SHAPE}: expected {list(shape)}, got {got}")
+    indices: tuple[Tensor | None, ...]
+    try:
+        if BITMASK in parts:
+            indices = bitmask.unpack(parts[BITMASK], shape, values.numel())
+        else:
+            indices = tuple(parts.get(f"_{part}") for part in INDICES)
+        if layer.stores_transpose:
+            w = transposed(SparseTensor(*indices, values, shape))  # type: ignore[arg-type, call-arg]
+            indices, values = (w.row_offsets, w.col_indices), w.values
+    except (TypeError, ValueError) as error:
+        raise _Refused(f"{name}: {error}") from error
+    for part in parts:
+        del state_dict[name + part]
+    state_dict[f"{prefix}values"] = values
+    for part, t in zip(INDICES, indices, strict=True):
+        if t is not None:
+            state_dict[prefix + part] = t
 
 
 def _checked(layer: "SparseLinear", state_dict: dict, prefix: str) -> tuple[Tensor, Tensor] | None:

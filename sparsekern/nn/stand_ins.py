@@ -24,6 +24,7 @@ class SparseConv1D(SparseLinear):
     """Conv1D of transformers: y [..., N] = x [..., K] @ weight [K, N] + bias, W = weight.T."""
 
     origin: Origin
+    stores_transpose = True
 
     @classmethod
     def from_dense(cls, conv: Any, mask: Tensor | None = None) -> "SparseConv1D":

@@ -10,10 +10,11 @@ from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
 from torch.optim import Optimizer
 from torch.optim.swa_utils import AveragedModel
 
-from ..nn import SparseLinear, sparsifiable, sparsify_
+from ..nn import SparseLinear, adopt_values_, sparsifiable, sparsify_
 from ..nn.convert import refuse_pruned
 from ..tensor import SparseTensor
 from .budget import DISTRIBUTIONS, budgets
@@ -174,13 +175,13 @@ class Algorithm:
         ValueError where more than 20 % of the weights are zero already and others would go, unless
         `prune_again` says that this is meant.
 
-        Layers that are a SparseLinear already keep their pattern. Make the optimizer between the
-        two calls: it must see the new Parameters. Where several optimizers share the layers, apply
-        each: a step is counted when all of them have made it.
+        Layers that are a SparseLinear already keep their pattern. An optimizer that was made before
+        the model became sparse gets the values in the place of the dense weights. Where several
+        optimizers share the layers, apply each: a step is counted when all of them have made it.
         """
         optimizer = unwrapped(target)
         if optimizer is not None:
-            self._follow(optimizer)
+            self._follow(adopt_values_(optimizer) if self.layers else optimizer)
             return target
         if not isinstance(target, nn.Module):
             raise TypeError(f"apply: expected a model or an optimizer, got {type(target).__name__}")
@@ -188,6 +189,11 @@ class Algorithm:
             raise TypeError(
                 "apply: expected the model itself, got an AveragedModel, which follows the "
                 "patterns of the model by itself"
+            )
+        if isinstance(target, DistributedDataParallel):
+            raise TypeError(
+                "apply: expected the model itself, got a DistributedDataParallel, which would not "
+                "average the gradients of new Parameters; wrap the model after it became sparse"
             )
         return self._take(target, set(), prune_again)
 

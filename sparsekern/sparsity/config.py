@@ -21,6 +21,7 @@ from typing import Any
 from torch import nn
 from torch.optim import Optimizer
 
+from ..nn import adopt_values_
 from .algorithm import Algorithm
 from .checks import known_keys, nearest, shown
 from .dynamic import SET, RigL
@@ -68,6 +69,8 @@ class Group:
         """As Algorithm.apply, for each of them: all, or where one fails none."""
         optimizer = unwrapped(target)
         if optimizer is not None:
+            if self.layers:
+                adopt_values_(optimizer)
             held = held_layers(optimizer, self.layers)
             chosen = [a for a in self.algorithms if held_layers(optimizer, a.layers) or not held]
             for algorithm in chosen:

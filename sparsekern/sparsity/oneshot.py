@@ -1,4 +1,4 @@
-"""Pruning of a trained model at once, with or without calibration text.
+"""Pruning of a trained model at once, with or without calibration inputs.
 
     Magnitude   keeps the largest |w|
     Wanda       keeps the largest |w_nk| * ||x_k|| of each row (Sun et al. 2023, arXiv 2306.11695)
@@ -11,52 +11,62 @@ Each may be applied again at a higher sparsity: what was removed stays removed. 
 any layer, the model is as it was.
 """
 
-import functools
-import operator
-from collections.abc import Iterable, Iterator, Mapping
-from contextlib import contextmanager
-from dataclasses import dataclass
+from collections.abc import Callable
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from ..nn import SparseLinear, sparsify_
+from ..nn.linear import refuse_meta
+from ..terminal import Progress
 from .algorithm import Layer, Masks, mask_of
-from .families import UNSTRUCTURED, Unstructured
+from .blockwise import Add, walk
+from .calibration import batches_for, checked, evaluating
 from .pattern import places_of, set_pattern
+from .pruned import SAMPLE, PruneReport, compared, few_tokens, left_dense
+from .sparsegpt import sparsegpt
 from .static import Fixed
 from .undo import unchanged_on_failure
-
-DAMPING = 0.01  # of the mean diagonal of H, as in SparseGPT
-COLUMNS = 128  # that SparseGPT chooses the zeros of together
 
 
 @dataclass
 class Magnitude(Fixed):
-    """Keeps the largest absolute values of each layer, or of all ("erk", "global")."""
+    """Keeps the largest absolute values of each layer, or of all ("erk", "global").
+
+    After `apply(model)`, `report` says what it did to each layer.
+    """
 
     init_method: str = "magnitude"
 
+    report: PruneReport = field(init=False, repr=False, compare=False)
+
     def __post_init__(self) -> None:
         super().__post_init__()
+        self.report = PruneReport()
         self._kept: dict[str, Tensor] = {}  # masks [N, K] of layers that are still an nn.Linear
 
     @torch.no_grad()
     def _sparsify(self, model: nn.Module, chosen: dict[str, Layer]) -> nn.Module:
+        for name, module in chosen.items():
+            _check_weights(name, module)
         linears = {name: m for name, m in chosen.items() if type(m) is nn.Linear}
         dense = {name: m.weight.data for name, m in linears.items()}
         self._kept.clear()
+        report = PruneReport(notes=left_dense(model, chosen.values()))
         try:
             with unchanged_on_failure(model, self.optimizers):
-                self._prune(model, chosen, self._counts(chosen))
+                self._prune(model, chosen, self._counts(chosen), report)
                 masks = Masks(lambda name, weight: self._kept[name])
-                return sparsify_(model, masks, lambda module, name: name in self._kept)
+                model = sparsify_(model, masks, lambda module, name: name in self._kept)
         finally:
             # The layers that are replaced had the pruned weights, for the inputs of later ones.
             for name, weight in dense.items():
                 linears[name].weight.data = weight
             self._kept.clear()
+        self.report = report
+        return model
 
     def _counts(self, chosen: dict[str, Layer]) -> dict[str, int]:
         """Weights to keep in each layer. ValueError where a layer stores fewer already."""
@@ -90,107 +100,119 @@ class Magnitude(Fixed):
                 f"{room} at most, fewer than the {count} of sparsity {self.target(0)}"
             )
 
-    def _prune(self, model: nn.Module, chosen: dict[str, Layer], counts: dict[str, int]) -> None:
+    def _prune(
+        self,
+        model: nn.Module,
+        chosen: dict[str, Layer],
+        counts: dict[str, int],
+        report: PruneReport,
+    ) -> None:
         for name, module in chosen.items():
             weight = _dense(module)
             scores = _scores(module, weight.abs()).flatten()
             n, k = weight.shape
             kept = self._family.largest(scores, None, n, k, counts[name])
-            self._put(name, module, weight, kept)
+            new = self._put(name, module, weight, kept)
+            report.layers.append(compared(name, weight, new, kept.shape[0]))
 
-    def _put(self, name: str, module: Layer, weight: Tensor, places: Tensor) -> None:
-        """Give the layer these weights [N, K] at these places, and zeros elsewhere."""
+    def _put(self, name: str, module: Layer, weight: Tensor, places: Tensor) -> Tensor:
+        """Give the layer these weights [N, K] at these places, and zeros elsewhere; returned."""
+        mask = mask_of(places, weight)
+        new = weight * mask
         if isinstance(module, SparseLinear):
             set_pattern(module, places, self.optimizers)
             module.values.copy_(weight.flatten()[places])
         else:
-            self._kept[name] = mask_of(places, weight)
-            module.weight.data = weight * self._kept[name]
+            self._kept[name] = mask
+            module.weight.data = new
+        return new
 
 
 @dataclass
 class _Calibrated(Magnitude):
     """
     Args:
-        calibration: inputs of the model, read once for each layer: an iterable of tensors, of
-            tuples or lists of arguments, or of dicts of named arguments. Layers are pruned in the
-            order of their names in the model, each with the inputs that the pruned ones before it
-            give.
+        calibration: inputs of the model: a list of tensors, of tuples or lists of arguments, of
+            dicts of named arguments, or of texts. Where a batch has an attention_mask [B, T], what
+            it masks does not count. Layers are pruned in the order in which the model runs them,
+            each with the inputs that the pruned ones before it make, block by block
+            (blockwise.py); of texts, the first 512 tokens.
+        tokenizer: for texts: tokenizer(text, truncation=True, max_length=int) gives a mapping with
+            `input_ids`, as those of transformers do.
+        progress: whether to show on stderr how far it is.
     """
 
     calibration: Any = None
+    tokenizer: Callable | None = field(default=None, repr=False, kw_only=True)
+    progress: bool = field(default=False, kw_only=True)
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        is_list = isinstance(self.calibration, Iterable) and not isinstance(
-            self.calibration, (str, bytes, Mapping)
-        )
-        if not is_list:
-            got = type(self.calibration).__name__
-            raise ValueError(f"calibration: expected a list of inputs of the model, got {got}")
-        self.calibration = list(self.calibration)
+        self.calibration = checked(self.calibration, self.tokenizer)
         if self.distribution == "global":
             raise ValueError("distribution: expected uniform or erk, got global")
 
     def mask(self, name: str, weight: Tensor) -> Tensor:
         raise ValueError(f"{type(self).__name__}: needs the model and its inputs: use apply")
 
-    def _prune(self, model: nn.Module, chosen: dict[str, Layer], counts: dict[str, int]) -> None:
-        with _evaluating(model):
-            for name, module in chosen.items():
-                self._prune_layer(name, module, counts[name], self._inputs(model, module, name))
+    def _prune(
+        self,
+        model: nn.Module,
+        chosen: dict[str, Layer],
+        counts: dict[str, int],
+        report: PruneReport,
+    ) -> None:
+        batches = batches_for(model, self.calibration, self.tokenizer)
+        progress = Progress(len(chosen), unit="layer", is_shown=self.progress)
+        unseen: list[str] = []
 
-    def _inputs(self, model: nn.Module, module: Layer, name: str) -> list[Tensor]:
-        """x [M, K] of the layer, for each calibration batch. ValueError unless all are finite."""
-        seen: list[Tensor] = []
+        def prune(groups: list[list[str]], run: Callable[[Add], None]) -> None:
+            progress.about(f"inputs of {groups[0][0]}")
+            stats = [_Statistics(g[0], self._needs_hessian, len(batches)) for g in groups]
+            run(lambda i, x: stats[i].add(x))
+            for names, seen in zip(groups, stats, strict=True):
+                if not seen.tokens and len(groups) == 1:
+                    raise ValueError(
+                        f"calibration: no input reached {names[0]}: leave it out with a "
+                        "param_filter, or give inputs that the model sends there"
+                    )
+                if not seen.tokens:  # an expert that no token was sent to
+                    seen.assume_equal(_dense(chosen[names[0]]))
+                    unseen.extend(names)
+                prune_group(names, seen)
 
-        def stop(layer: nn.Module, arguments: tuple, named: dict) -> None:
-            x = arguments[0] if arguments else named[next(iter(named))]
-            seen.append(x.detach().reshape(-1, x.shape[-1]))
-            raise _Seen
+        def prune_group(names: list[str], seen: _Statistics) -> None:
+            old = {name: _dense(chosen[name]) for name in names}
+            with torch.autocast(seen.sums.device.type, enabled=False):
+                found = self._chosen(chosen, old, counts, seen)
+                for name, (weight, places) in found.items():
+                    new, nnz = self._put(name, chosen[name], weight, places), places.shape[0]
+                    row = compared(name, old[name], new, nnz, seen.sample, seen.tokens)
+                    report.layers.append(row)
+                    progress.advance(name)
 
-        hook = module.register_forward_pre_hook(stop, with_kwargs=True)
-        try:
-            for batch in self.calibration:
-                try:
-                    _call(model, batch)
-                except _Seen:
-                    pass
-        finally:
-            hook.remove()
-        if not sum(x.shape[0] for x in seen):
-            raise ValueError(f"calibration: no input reached {name}")
-        if not all(x.isfinite().all() for x in seen):
-            raise ValueError(f"calibration: the inputs of {name} are not finite")
-        return seen
+        with progress, evaluating(model):
+            report.notes += walk(model, chosen, batches, prune)
+        if unseen:
+            report.notes.append(
+                f"{len(unseen)} experts' layers saw no token, and kept their largest weights; the "
+                f"first is {unseen[0]}."
+            )
+        if self._needs_hessian:
+            report.notes += few_tokens(report.layers)
 
-    def _prune_layer(self, name: str, module: Layer, count: int, inputs: list[Tensor]) -> None:
+    _needs_hessian = False
+
+    def _chosen(
+        self,
+        layers: dict[str, Layer],
+        old: dict[str, Tensor],
+        counts: dict[str, int],
+        seen: "_Statistics",
+    ) -> dict[str, tuple[Tensor, Tensor]]:
+        """The new weights [N, K] in the place of `old`, and the places kept, of layers that share
+        their inputs."""
         raise NotImplementedError
-
-
-class _Seen(Exception):
-    """Ends a forward pass whose rest nobody needs."""
-
-
-def _call(model: nn.Module, batch: Any) -> None:
-    if isinstance(batch, Mapping):
-        model(**batch)
-    elif isinstance(batch, (tuple, list)):
-        model(*batch)
-    else:
-        model(batch)
-
-
-@contextmanager
-def _evaluating(model: nn.Module) -> Iterator[None]:
-    """The model in eval mode; each module has its own mode again afterwards."""
-    training = {module: module.training for module in model.modules()}
-    model.eval()
-    try:
-        yield
-    finally:
-        for module, mode in training.items():
-            module.training = mode
 
 
 @dataclass
@@ -201,88 +223,86 @@ class Wanda(_Calibrated):
     a two-way mask, among its rows of blocks.
     """
 
-    def _prune_layer(self, name: str, module: Layer, count: int, inputs: list[Tensor]) -> None:
-        norms = _sum(x.float().square().sum(0) for x in inputs).sqrt()  # [K]
-        _check_finite(name, norms)
-        weight = _dense(module)
-        scores = _scores(module, weight.abs().float() * norms)
-        kept = self._family.evenly(scores, count)
-        self._put(name, module, weight, kept.flatten().nonzero().flatten())
+    def _chosen(self, layers, old, counts, seen) -> dict[str, tuple[Tensor, Tensor]]:
+        norms, found = seen.sums.sqrt(), {}  # [K]
+        for name, weight in old.items():
+            scores = _scores(layers[name], weight.abs().to(norms.dtype) * norms)
+            kept = self._family.evenly(scores, counts[name])
+            found[name] = weight, kept.flatten().nonzero().flatten()
+        return found
 
 
 @dataclass
 class SparseGPT(_Calibrated):
     """Optimal brain surgeon, a column at a time: the weights that stay change."""
 
-    def _prune_layer(self, name: str, module: Layer, count: int, inputs: list[Tensor]) -> None:
-        weight = _dense(module)
-        hessian = _sum(x.float().t() @ x.float() for x in inputs)
-        _check_finite(name, hessian)
+    _needs_hessian = True
+
+    def _chosen(self, layers, old, counts, seen) -> dict[str, tuple[Tensor, Tensor]]:
+        stored = [_stored(layers[name]) for name in old]
+        of_each = [counts[name] for name in old]
         try:
-            new, places = sparsegpt(weight, _stored(module), hessian, count, self._family)
+            found = sparsegpt([*old.values()], stored, seen.sums, of_each, self._family)
         except torch.linalg.LinAlgError as error:
             raise ValueError(
-                f"calibration: the Hessian of the inputs of {name} has no Cholesky factor; more "
-                f"or other inputs may give it one ({error})"
+                f"calibration: the Hessian of the inputs of {seen.name} has no Cholesky factor; "
+                f"more or other inputs may give it one ({error})"
             ) from error
-        if not new.isfinite().all():
-            raise ValueError(f"SparseGPT: the corrected weights of {name} are not finite")
-        self._put(name, module, new, places)
+        for name, (weight, _) in zip(old, found, strict=True):
+            if not weight.isfinite().all():
+                raise ValueError(f"SparseGPT: the corrected weights of {name} are not finite")
+        return dict(zip(old, found, strict=True))
 
 
-def _check_finite(name: str, squares: Tensor) -> None:
-    if not squares.isfinite().all():
-        raise ValueError(f"calibration: the squared inputs of {name} overflow float32")
+class _Statistics:
+    """What a layer's inputs x [M, K] leave behind: X^T X [K, K], or its diagonal; and a sample."""
+
+    def __init__(self, name: str, is_full: bool, batches: int) -> None:
+        self.name, self.is_full, self.tokens = name, is_full, 0
+        self._of_batch = -(-SAMPLE // max(1, batches))  # tokens of the sample
+        self._sample: list[Tensor] = []
+        self._sums: Tensor | None = None
+
+    def add(self, x: Tensor) -> None:
+        if not x.isfinite().all():
+            raise ValueError(f"calibration: the inputs of {self.name} are not finite")
+        with torch.autocast(x.device.type, enabled=False):
+            x = x.to(torch.promote_types(x.dtype, torch.float32))
+            if self._sums is None:
+                k = x.shape[1]
+                self._sums = x.new_zeros((k, k) if self.is_full else (k,))
+            if self.is_full:
+                self._sums.addmm_(x.t(), x)
+            else:
+                self._sums += x.square().sum(0)
+        self.tokens += x.shape[0]
+        step = max(1, x.shape[0] // self._of_batch)
+        self._sample.append(x[::step][: self._of_batch].clone())
+
+    def assume_equal(self, weight: Tensor) -> None:
+        """In the place of inputs that nobody saw: all alike, for the layer of weight [N, K]."""
+        dtype = torch.promote_types(weight.dtype, torch.float32)
+        ones = torch.ones(weight.shape[1], dtype=dtype, device=weight.device)
+        self._sums = ones.diag() if self.is_full else ones
+
+    @property
+    def sums(self) -> Tensor:
+        """ValueError unless they are finite."""
+        assert self._sums is not None
+        if not self._sums.isfinite().all():
+            raise ValueError(f"calibration: the squared inputs of {self.name} overflow float32")
+        return self._sums
+
+    @property
+    def sample(self) -> Tensor | None:
+        return torch.cat(self._sample) if self.tokens else None
 
 
-def sparsegpt(
-    weight: Tensor,
-    stored: Tensor,
-    hessian: Tensor,
-    count: int,
-    family: Unstructured = UNSTRUCTURED,
-) -> tuple[Tensor, Tensor]:
-    """Keep `count` of weight [N, K] where bool `stored` [N, K], given hessian = X^T X [K, K].
-
-    Returns the new weight and the places kept. Of each COLUMNS columns, which are whole blocks of
-    a two-way mask, the same share of what can stay does.
-    """
-    w = weight.float()
-    n, k = w.shape
-    h = hessian.clone()
-    diagonal = h.diagonal()
-    dead = diagonal == 0  # inputs that calibration never saw: their weights do nothing
-    diagonal[dead] = 1.0
-    w = w.masked_fill(dead, 0.0)
-    diagonal += DAMPING * diagonal.mean()
-    inverse = torch.cholesky_inverse(torch.linalg.cholesky(h))
-    u = torch.linalg.cholesky(inverse, upper=True)  # row i: what column i corrects to its right
-    kept = torch.zeros(n, k, dtype=torch.bool, device=w.device)
-    rooms = [family.room(part) for part in stored.split(COLUMNS, dim=1)]
-    done = 0
-    for i, first in enumerate(range(0, k, COLUMNS)):
-        last = min(first + COLUMNS, k)
-        block, factor = w[:, first:last].clone(), u[first:last, first:last]
-        scores = (block / factor.diagonal()).abs().masked_fill(~stored[:, first:last], -torch.inf)
-        # What the columns so far keep in all, exactly, and never more than there is.
-        wanted = round(count * sum(rooms[: i + 1]) / max(1, sum(rooms))) - done
-        wanted = min(max(wanted, count - done - sum(rooms[i + 1 :])), rooms[i])
-        done += wanted
-        chosen = family.largest(scores.flatten(), None, n, last - first, wanted)
-        keep = mask_of(chosen, block)
-        kept[:, first:last] = keep
-        errors = torch.empty_like(block)
-        for j in range(last - first):
-            error = block[:, j].masked_fill(keep[:, j], 0.0) / factor[j, j]
-            block[:, j + 1 :] -= error[:, None] * factor[j, j + 1 :]
-            errors[:, j] = error
-        w[:, first:last] = block * keep
-        w[:, last:] -= errors @ u[first:last, last:]
-    return w.to(weight.dtype), kept.flatten().nonzero().flatten()
-
-
-def _sum(parts: Iterable[Tensor]) -> Tensor:
-    return functools.reduce(operator.add, parts)
+def _check_weights(name: str, module: Layer) -> None:
+    weight = module.values if isinstance(module, SparseLinear) else module.weight
+    refuse_meta(f"{name}.weight", weight)
+    if not weight.isfinite().all():
+        raise ValueError(f"weights: expected finite ones, those of {name} have NaN or infinity")
 
 
 def _dense(module: Layer) -> Tensor:

@@ -14,7 +14,7 @@ from torch import Tensor
 from torch.optim import Optimizer
 from torch.optim.optimizer import register_optimizer_step_pre_hook
 
-from ..nn import copies
+from ..nn import copies, replaced
 from ..nn.linear import SparseLinear, layer_of, value_parameters
 from .pattern import check_can_change, check_same_on_all_ranks, holders
 
@@ -168,6 +168,8 @@ def _before_any_step(optimizer: Optimizer, args: tuple, kwargs: dict) -> None:
         return
     copies.forget(p for group in optimizer.param_groups for p in group["params"])
     check_optimizer_state(optimizer)
+    for p in (p for group in optimizer.param_groups for p in group["params"]):
+        replaced.check_is_held(p)
     _check_is_followed(optimizer)
 
 

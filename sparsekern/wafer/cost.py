@@ -9,8 +9,10 @@ boundary  between two steps nothing hides the way of the first layer's gradient 
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from numbers import Real
 
 from .balance import Mask
+from .figures import check_count
 from .inputs import RANGES, Inputs
 from .machine import Machine
 from .memory import ActivationPlan, plan_activations
@@ -189,11 +191,20 @@ def masked_weights(masks: Sequence[tuple[str, Mask]]) -> tuple[Weight, ...]:
     return tuple(Weight(name, *mask.shape, mask.density, 1, mask) for name, mask in masks)
 
 
+def _weights(shape: GPTShape, density: float | Sequence[Weight]) -> tuple[Weight, ...]:
+    if isinstance(density, Real):
+        return uniform_weights(shape, float(density))
+    weights = tuple(density) if isinstance(density, Sequence) else ()
+    if not weights or not all(isinstance(weight, Weight) for weight in weights):
+        raise ValueError(f"density: expected a number or the layers' Weights, got {density!r:.60}")
+    return weights
+
+
 def kept_share(shape: GPTShape, density: float | Sequence[Weight]) -> float:
     """The share of the linear layers' multiply-adds that is left."""
-    if isinstance(density, float | int):
-        return density
-    return sum(weight.kept_fma for weight in density) / shape.linear_fma
+    if isinstance(density, Real):
+        return float(density)
+    return sum(weight.kept_fma for weight in _weights(shape, density)) / shape.linear_fma
 
 
 def step_cost(
@@ -211,15 +222,14 @@ def step_cost(
     system at a time, default all of its share. Raises ValueError, which names the argument."""
     inputs = inputs or Inputs()
     for name, value in (("systems", systems), ("batch", batch)):
-        if value < 1:
-            raise ValueError(f"{name}: expected at least 1, got {value}")
+        check_count(name, value)
     share = math.ceil(batch / systems)
-    if micro_batch is not None and micro_batch < 1:
-        raise ValueError(f"micro_batch: expected at least 1, got {micro_batch}")
+    if micro_batch is not None:
+        check_count("micro_batch", micro_batch)
     micro_batch = min(micro_batch or share, share)
     micro_steps = math.ceil(share / micro_batch)
     tokens = micro_batch * shape.sequence
-    weights = uniform_weights(shape, density) if isinstance(density, float | int) else density
+    weights = _weights(shape, density)
 
     seconds_per_cycle = 1 / machine["clock_hz"]
     plan = plan_activations(machine, inputs, shape, tokens)
@@ -227,6 +237,7 @@ def step_cost(
     costs = [
         cost
         for weight in (*weights, head)
+        if weight.density  # no nonzeros, no products
         for cost in _layer_costs(machine, inputs, tokens, weight)
     ]
 

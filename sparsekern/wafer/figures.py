@@ -10,6 +10,7 @@ import math
 import tomllib
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass, fields, replace
+from numbers import Integral
 from pathlib import Path
 from typing import Literal, get_args
 
@@ -98,6 +99,14 @@ def _figure(
     if not isinstance(figure.source, str) or not figure.source.strip():
         raise wrong("source", "where the value is from", repr(figure.source))
     return figure
+
+
+def check_count(name: str, value: object, least: int = 1) -> None:
+    """ValueError, which names the argument, unless `value` is whole and at least `least`."""
+    if not isinstance(value, Integral):
+        raise ValueError(f"{name}: expected a whole number, got {value!r}")
+    if value < least:
+        raise ValueError(f"{name}: expected at least {least}, got {value}")
 
 
 def mistake(path: Path, name: str, expected: str, got: str, what: str = "machine") -> ValueError:

@@ -9,7 +9,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass, fields
 from pathlib import Path
 
-from .figures import Figure, read_figures
+from .figures import Figure, check_count, read_figures
 from .inputs import Inputs
 from .machine import BYTES_PER_ELEM
 from .shapes import GPTShape
@@ -31,6 +31,11 @@ GRADIENT_BYTES = 2
 ALL_REDUCE_PASSES = 2  # of a ring: each gradient leaves a GPU about twice
 TRAINING, DECODE = "train_step", "generate"  # as bench/results calls them
 SAME_SPARSITY = 0.01
+BYTES_PER_VALUE = {
+    "float16": 2,
+    "bfloat16": 2,
+    "float32": 4,
+}  # of a dtype, as bench/results names it
 
 
 @dataclass(frozen=True)
@@ -100,8 +105,7 @@ def gpu_cost(
     """Roofline of one dense step on `batch` sequences, data parallel over `systems` GPUs, and of
     decoding with `context` tokens in the cache."""
     for name, value in (("systems", systems), ("batch", batch)):
-        if value < 1:
-            raise ValueError(f"{name}: expected at least 1, got {value}")
+        check_count(name, value)
     precision = (inputs or Inputs()).precision
     peak = device["peak32_flop_per_s" if precision == "fp32" else "peak16_flop_per_s"]
     tokens = batch * shape.sequence
@@ -136,13 +140,20 @@ class Measured:
 
 
 def measured_speedup(
-    device: Gpu, results: dict[str, list[dict]], op: str, shape: GPTShape, sparsity: float
+    device: Gpu,
+    results: dict[str, list[dict]],
+    op: str,
+    shape: GPTShape,
+    sparsity: float,
+    precision: str = "fp16",
 ) -> Measured | None:
     """The speed-up of the model nearest in size, of the cases that were measured on this GPU with
-    the same op (TRAINING, or DECODE of one request), a random mask and the same sparsity; None
-    where there is none."""
+    the same op (TRAINING, or DECODE of one request), a random mask, values of as many bytes and the
+    same sparsity; None where there is none."""
     found = []
     for source, case in _cases(device, results, op, sparsity):
+        if BYTES_PER_VALUE[case["dtype"]] != BYTES_PER_ELEM[precision]:
+            continue
         size = 12 * case["layers"] * case["width"] ** 2
         ratio = max(size, shape.linear_fma) / min(size, shape.linear_fma)
         found.append((ratio, Measured(case["speedup"], case["model"], source)))

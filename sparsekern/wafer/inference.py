@@ -13,6 +13,7 @@ meanwhile. A request passes through all of them, so it is no faster; memory and 
 import math
 from dataclasses import dataclass
 
+from .figures import check_count
 from .inputs import Inputs
 from .machine import BYTES_PER_ELEM, Machine
 from .shapes import GPTShape
@@ -89,8 +90,7 @@ def inference_cost(
         ("pipeline", pipeline, 1),
         ("context", context, 0),
     ):
-        if value < least:
-            raise ValueError(f"{name}: expected at least {least}, got {value}")
+        check_count(name, value, least)
     if pipeline > shape.layers:
         raise ValueError(f"pipeline: expected at most the {shape.layers} layers, got {pipeline}")
     elem_bytes = BYTES_PER_ELEM[inputs.precision]

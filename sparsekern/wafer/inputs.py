@@ -1,9 +1,10 @@
 """Inputs of the model that belong to no machine, each with the range it may lie in."""
 
+import math
 from dataclasses import dataclass, fields, replace
 from typing import Literal
 
-from .figures import ASSUMED, CALIBRATED, Mark
+from .figures import ASSUMED, CALIBRATED, Mark, check_count
 from .machine import BYTES_PER_ELEM
 
 STREAM_FORMATS = ("index16", "bitmap", "best")
@@ -91,10 +92,11 @@ class Inputs:
                 raise ValueError(f"{name}: expected a share in (0, 1], got {getattr(self, name)}")
         for name in (
             *("axpy_overhead_cycles", "score_cycles", "element_cycles"),
-            *("gradient_bytes", "column_groups"),
+            "gradient_bytes",
         ):
-            if not getattr(self, name) >= 0:
-                raise ValueError(f"{name}: expected at least 0, got {getattr(self, name)}")
+            if not 0 <= getattr(self, name) < math.inf:
+                raise ValueError(f"{name}: expected a number at least 0, got {getattr(self, name)}")
+        check_count("column_groups", self.column_groups, least=0)
 
     def scaled(self, name: str, factor: float) -> "Inputs":
         value = getattr(self, name) * factor

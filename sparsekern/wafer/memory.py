@@ -17,6 +17,7 @@ class ActivationPlan:
     mode: str
     need_bytes: float  # of all activations, before anything spills
     spilled_bytes: float
+    room_bytes: float  # SRAM beside the partial sums
     stride: int  # blocks between kept inputs; 0: everything stays
 
 
@@ -51,7 +52,7 @@ def plan_activations(
 
     resident = shape.layers * tokens * block_elems_per_token(shape) * elem_bytes
     if inputs.activations == "resident" or (inputs.activations == "auto" and resident <= capacity):
-        return ActivationPlan("resident", resident, 0.0, 0)
+        return ActivationPlan("resident", resident, 0.0, capacity, 0)
 
     block = tokens * recomputed_block_elems_per_token(shape) * elem_bytes
 
@@ -62,9 +63,9 @@ def plan_activations(
 
     fitting = [s for s in range(1, shape.layers + 1) if recomputed(s) <= capacity]
     if inputs.activations != "spill" and fitting:
-        return ActivationPlan("recompute", recomputed(fitting[0]), 0.0, fitting[0])
+        return ActivationPlan("recompute", recomputed(fitting[0]), 0.0, capacity, fitting[0])
     stride = min(range(1, shape.layers + 1), key=recomputed)
     need = recomputed(stride)
     if inputs.activations == "recompute":
-        return ActivationPlan("recompute", need, 0.0, stride)
-    return ActivationPlan("spill", need, max(0.0, need - capacity), stride)
+        return ActivationPlan("recompute", need, 0.0, capacity, stride)
+    return ActivationPlan("spill", need, max(0.0, need - capacity), capacity, stride)

@@ -92,7 +92,7 @@ def _from_config(path: Path) -> GPTShape:
         if config.get(key):
             raise wrong(key, "none (such layers are not modelled)", config[key])
     kind = config.get("model_type")
-    if kind not in FAMILIES:
+    if not isinstance(kind, str) or kind not in FAMILIES:
         raise wrong("model_type", f"one of {', '.join(sorted(FAMILIES))}", kind)
     family, width, heads = FAMILIES[kind], size(WIDTH), size(HEADS)
     experts = size(EXPERTS, 1)
@@ -101,18 +101,32 @@ def _from_config(path: Path) -> GPTShape:
     ffn_names = ("moe_intermediate_size", *FFN) if experts > 1 else FFN
     is_multi_query = kind == "gpt_bigcode" and config.get("multi_query", True)
     is_tied = config.get("tie_word_embeddings")
+    if is_tied not in (None, True, False):
+        raise wrong("tie_word_embeddings", "true or false", is_tied)
+    if config.get("word_embed_proj_dim", width) != width:
+        found = config["word_embed_proj_dim"]
+        raise wrong("word_embed_proj_dim", f"the hidden_size of {width}", found)
     folder = path.resolve().parent.name
-    return GPTShape(
-        folder if path.name == "config.json" else path.stem,
-        *(size(LAYERS), width, heads),
-        size(ffn_names, None if family.is_gated else 4 * width),
-        *(size(("vocab_size",)), size(SEQUENCE)),
-        kv_heads=size(KV_HEADS, 1 if is_multi_query else heads),
-        head_size=size(("head_dim",), 0) if config.get("head_dim") else 0,
-        is_gated=family.is_gated,
-        is_qkv_one_matrix=family.is_qkv_one_matrix,
-        experts=experts,
-        experts_per_token=size(("num_experts_per_tok",)) if experts > 1 else 1,
-        is_tied=family.is_tied if is_tied is None else bool(is_tied),
-        is_rotary=family.is_rotary,
-    )
+    given = {
+        "name": folder if path.name == "config.json" else path.stem,
+        "layers": size(LAYERS),
+        "width": width,
+        "heads": heads,
+        "ffn": size(ffn_names, None if family.is_gated else 4 * width),
+        "vocabulary": size(("vocab_size",)),
+        "sequence": size(SEQUENCE),
+        "kv_heads": size(KV_HEADS, 1 if is_multi_query else heads),
+        "head_size": size(("head_dim",), 0),
+        "experts": experts,
+        "experts_per_token": size(("num_experts_per_tok",)) if experts > 1 else 1,
+        "is_tied": family.is_tied if is_tied is None else is_tied,
+    }
+    try:
+        return GPTShape(
+            **given,
+            is_gated=family.is_gated,
+            is_qkv_one_matrix=family.is_qkv_one_matrix,
+            is_rotary=family.is_rotary,
+        )
+    except ValueError as error:  # sizes that do not go together
+        raise ValueError(f"model: {path}: {error}") from None

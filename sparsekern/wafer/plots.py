@@ -121,13 +121,16 @@ def decode(machine: Machine, inputs: Inputs, name: str = "llama3-8b"):
     figure, (panel,) = _figure(1, width=7)
     shape = model_shape(name)
     for requests, colour in zip((1, 4, 16, 64), COLOURS, strict=False):
-        found = [
-            inference_cost(machine, shape, 1.0, inputs, context, requests) for context in CONTEXTS
-        ]
-        found = [cost for cost in found if cost.fits]
-        rates = [cost.throughput_tokens_per_s for cost in found]
+
+        def rates(given: Inputs, requests: int = requests) -> dict[int, float]:
+            found = (inference_cost(machine, shape, 1.0, given, n, requests) for n in CONTEXTS)
+            return {cost.context: cost.throughput_tokens_per_s for cost in found if cost.fits}
+
+        shown = rates(inputs)
+        low, high = (rates(replace(inputs, utilisation=u)).values() for u in _ends(inputs)[::-1])
         label = f"{requests} request{'s' * (requests > 1)}"
-        panel.plot([cost.context for cost in found], rates, color=colour, marker=".", label=label)
+        panel.plot(shown.keys(), shown.values(), color=colour, marker=".", label=label)
+        panel.fill_between(list(shown), list(low), list(high), color=colour, alpha=0.2)
     panel.set(
         title=f"{shape.name} on {machine.name}: the SRAM ends a context, not the time",
         xlabel="context (tokens)",
@@ -135,7 +138,7 @@ def decode(machine: Machine, inputs: Inputs, name: str = "llama3-8b"):
         xscale="log",
         yscale="log",
     )
-    return _told(figure, inputs, "arithmetic is a small part here")
+    return _told(figure, inputs, "shown as bands")
 
 
 def imbalance(inputs: Inputs, measured: Sequence[tuple[float, float]] = ()):
@@ -211,9 +214,10 @@ def _ends(inputs: Inputs) -> tuple[float, float]:
 
 def note(inputs: Inputs) -> str:
     """What every absolute time hangs on."""
-    span = RANGES["utilisation"]
+    span, used = RANGES["utilisation"], inputs.utilisation
+    known = "is" if used == Inputs.utilisation else f"was asked for, {Inputs.utilisation:.3g} is"
     return (
-        f"utilisation {inputs.utilisation:.3g} is calibrated on one run of a CS-2, its range is "
+        f"utilisation {used:.3g} {known} calibrated on one run of a CS-2, its range is "
         f"{span.low:g} to {span.high:g}"
     )
 

@@ -3,6 +3,7 @@
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from numbers import Real
 
 from .cost import Comparison, Weight, compare_with_dense, kept_share, step_cost
 from .gpu import DECODE, TRAINING, Gpu, GpuCost, Measured, gpu_cost, measured_speedup
@@ -65,6 +66,10 @@ def predict(
     requests that decode together on a `pipeline` of systems; `gpus` stand beside, with speed-ups
     from `results`: measured cases (bench/rates.py, and the `gpu` of each) by the name of their
     table. Raises ValueError, which names the argument."""
+    if not isinstance(machine, Machine):
+        raise TypeError(f"machine: expected what machine(name) gives, got {machine!r}")
+    if not isinstance(shape, GPTShape):
+        raise TypeError(f"shape: expected what model_shape(name) gives, got {shape!r}")
     inputs = inputs or Inputs()
     batch = default_batch(shape, systems) if batch is None else batch
     context = min(shape.sequence, DEFAULT_CONTEXT) if context is None else context
@@ -78,7 +83,7 @@ def predict(
 
     # Actual masks take long: their share of the time is taken to be that of random ones.
     plain = density
-    if not isinstance(density, float | int):
+    if not isinstance(density, Real):
         plain = [replace(weight, mask=None) for weight in density]
     factor = found.sparse.step_s / step_s(plain, inputs.utilisation)
     span = RANGES["utilisation"]
@@ -93,7 +98,7 @@ def predict(
             device,
             gpu_cost(device, shape, batch, systems, inputs, context),
             *(
-                measured_speedup(device, results or {}, op, shape, 1 - kept)
+                measured_speedup(device, results or {}, op, shape, 1 - kept, inputs.precision)
                 for op in (TRAINING, DECODE)
             ),
         )

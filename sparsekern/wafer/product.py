@@ -8,6 +8,7 @@ import math
 from functools import lru_cache
 
 from .balance import Mask
+from .figures import check_count
 from .inputs import Inputs
 from .machine import ACCUMULATOR_BYTES, BYTES_PER_ELEM, Machine
 from .mesh import Mesh, MeshCycles, mesh_cycles
@@ -111,8 +112,7 @@ def offloaded_s(
     x [tokens, k] and W [n, k] go in, y [tokens, n] comes back, all over the I/O links, and nothing
     overlaps. Raises ValueError, which names the argument."""
     for name, value in (("tokens", tokens), ("n", n), ("k", k)):
-        if value < 1:
-            raise ValueError(f"{name}: expected at least 1, got {value}")
+        check_count(name, value)
     kept = density.density if isinstance(density, Mask) else density
     moved_bytes = tokens * (n + k) * BYTES_PER_ELEM[inputs.precision]
     moved_bytes += stream_bytes(inputs, n, k, kept)

@@ -1,5 +1,6 @@
 """A prediction as text: one screen, and on demand every term of every layer and every source."""
 
+import json
 from collections.abc import Sequence
 from dataclasses import asdict
 from textwrap import fill
@@ -83,8 +84,8 @@ def _facts(prediction: Prediction) -> str:
         ("", UNVALIDATED),
         (
             "memory",
-            f"activations: {plan.mode}, {plan.need_bytes / 1e9:.1f} of "
-            f"{cost.machine.sram_bytes / 1e9:.1f} GB{spilled}",
+            f"activations: {plan.mode}, {plan.need_bytes / 1e9:.1f} GB, room for "
+            f"{plan.room_bytes / 1e9:.1f} of {cost.machine.sram_bytes / 1e9:.1f} GB{spilled}",
         ),
         (
             "decode",
@@ -228,13 +229,12 @@ def as_toml(name: str, figures: dict[str, Figure]) -> str:
     """The figures as the file that would give them."""
     lines = [f"# {name}"]
     for key, figure in figures.items():
-        quote = "'" if '"' in figure.source else '"'
         lines += [
             f"\n[{key}]",
             f"value = {figure.value!r}",
             f'unit = "{figure.unit}"',
             f'mark = "{figure.mark}"',
-            f"source = {quote}{figure.source}{quote}",
+            f"source = {json.dumps(figure.source, ensure_ascii=False)}",
         ]
     return "\n".join(lines)
 

@@ -93,7 +93,12 @@ class Calibration:
 
 def read_runs(path: Path = PUBLISHED) -> list[Run]:
     """The runs of a TOML file, tables named `run`. Raises ValueError, which names file and key."""
-    tables = read_toml(path, "runs").get("run")
+    given = read_toml(path, "runs")
+    tables = given.pop("run", None)
+    if given:
+        raise mistake(
+            path, next(iter(given)), "[[run]] tables alone", repr(next(iter(given))), "runs"
+        )
     if not isinstance(tables, list) or not tables:
         raise mistake(path, "run", "[[run]] tables", "none", "runs")
     return [_run(path, index, table) for index, table in enumerate(tables, 1)]
@@ -124,8 +129,11 @@ def _run(path: Path, index: int, given: object) -> Run:
         raise wrong("use", f"one of {', '.join(USES)}", run.use)
     if run.mark not in get_args(Mark):
         raise wrong("mark", f"one of {', '.join(get_args(Mark))}", run.mark)
-    machine(run.machine)  # their errors name what is wrong
-    model_shape(run.model, run.sequence or None)
+    try:
+        machine(run.machine)
+        model_shape(run.model, run.sequence or None)
+    except (ValueError, FileNotFoundError) as error:
+        raise type(error)(f"runs: {path}: run {index}: {error}") from None
     return run
 
 

@@ -2,6 +2,7 @@
 
 from dataclasses import dataclass
 
+from .figures import check_count
 from .machine import FLOP_PER_FMA
 
 PRODUCTS_PER_TRAINING_STEP = 3  # forward, input gradient, weight gradient
@@ -46,16 +47,19 @@ class GPTShape:
     def __post_init__(self) -> None:
         sizes = ("layers", "width", "heads", "ffn", "vocabulary", "sequence", "experts")
         for field in (*sizes, "experts_per_token"):
-            if getattr(self, field) < 1:
-                raise ValueError(f"{field}: expected at least 1, got {getattr(self, field)}")
+            check_count(field, getattr(self, field))
         if self.experts_per_token > self.experts:
             raise ValueError(
                 f"experts_per_token: expected at most the {self.experts} experts, "
                 f"got {self.experts_per_token}"
             )
-        if self.head_size < 0:
-            raise ValueError(f"head_size: expected at least 0, got {self.head_size}")
-        if not 0 <= self.kv_heads <= self.heads or (self.kv_heads and self.heads % self.kv_heads):
+        for field in ("head_size", "kv_heads"):
+            check_count(field, getattr(self, field), least=0)
+        if not self.head_size and self.width % self.heads:
+            raise ValueError(
+                f"heads: expected a divisor of the width of {self.width}, got {self.heads}"
+            )
+        if self.kv_heads and self.heads % self.kv_heads:
             raise ValueError(
                 f"kv_heads: expected a divisor of the {self.heads} heads, got {self.kv_heads}"
             )

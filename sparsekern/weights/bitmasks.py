@@ -1,74 +1,147 @@
-"""The `sparse-bitmask` layout of compressed-tensors, which stores the zeros of a matrix as bits."""
+"""The layouts `sparse-bitmask` and `sparse-24-bitmask` of compressed-tensors, both ways: a bit for
+each place of a tensor, and the values of those that are set.
 
+For X.weight there are X.shape, X.compressed and X.bitmask; early writers kept the whole name and
+wrote X.weight.shape. Quantized values have their scales beside them, in X.weight_scale.
+"""
+
+import math
 from collections.abc import Mapping
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
-from ..indices import INDEX_LIMIT, VALUE_DTYPES
+from ..indices import INDEX_LIMIT, VALUE_DTYPES, expand_rows
+from ..nn import bitmask
 from ..tensor import SparseTensor
+from .layouts import Weights, check, weights_of
 
 PARTS = ("shape", "compressed", "bitmask")
 EXTRA_PARTS = ("row_offsets",)  # what the others say already
+QUANTIZED = (torch.int8, torch.float8_e4m3fn, torch.float8_e5m2)
+OF_QUANTIZED = ("_scale", "_zero_point", "_g_idx")  # after the name of the weight
+OF_ACTIVATIONS = tuple(
+    f"{x}_{part}" for x in ("input", "output") for part in ("scale", "zero_point")
+)
 
 
-def from_bitmasks(tensors: Mapping[str, Tensor]) -> dict[str, Tensor | SparseTensor]:
-    """Weights from W.shape, W.compressed (values, row by row) and W.bitmask (uint8
-    [N, ceil(K / 8)], lowest bit first). Tensors that have no bitmask pass through.
+def from_bitmasks(tensors: Mapping[str, Tensor]) -> Weights:
+    """Weights from the layouts `sparse-bitmask` and `sparse-24-bitmask`: X.shape, X.compressed
+    (values, row by row) and X.bitmask (uint8 [..., ceil(K / 8)], lowest bit first). Tensors that
+    have no bitmask pass through.
 
-    ValueError names the tensor whose parts do not fit, or that is in another layout."""
-    names = [name.removesuffix(".bitmask") for name in tensors if name.endswith(".bitmask")]
-    taken = {f"{name}.{part}" for name in names for part in (*PARTS, *EXTRA_PARTS)}
-    weights: dict[str, Tensor | SparseTensor] = {
-        name: t for name, t in tensors.items() if name not in taken
-    }
-    for name in names:
-        if name in weights:
+    Matrices become SparseTensors, others (norms, biases) dense tensors. fp8 and int8 values are
+    multiplied by X.weight_scale, of the tensor, of each row or of groups of columns, and get its
+    dtype; the scales of activations are left out, since nothing here is quantized any more.
+
+    ValueError names the tensor whose parts do not fit."""
+    stems = [name.removesuffix(".bitmask") for name in tensors if name.endswith(".bitmask")]
+    has_whole_names = any(stem.rpartition(".")[2] in ("weight", "bias") for stem in stems)
+    taken = {f"{stem}.{part}" for stem in stems for part in (*PARTS, *EXTRA_PARTS)}
+    decoded: Weights = {}
+    for stem in stems:
+        name = stem if has_whole_names else f"{stem}.weight"
+        if name in tensors:
             raise ValueError(f"weights: {name} is there twice, dense and with a bitmask")
-        weights[name] = _decoded(name, tensors)
-    return weights
+        if lacking := [part for part in PARTS if f"{stem}.{part}" not in tensors]:
+            raise ValueError(f"weights: {name} has a bitmask but lacks {', '.join(lacking)}")
+        parts = [tensors[f"{stem}.{part}"] for part in PARTS]
+        try:
+            decoded[name] = _decoded(name, tensors, *parts)
+        except (TypeError, ValueError) as error:
+            raise ValueError(f"weights: {name}: {error}") from error
+        if parts[1].dtype in QUANTIZED:
+            layer = name.rpartition(".")[0]
+            taken |= {name + part for part in OF_QUANTIZED}
+            taken |= {f"{layer}.{part}" if layer else part for part in OF_ACTIVATIONS}
+    return {name: t for name, t in tensors.items() if name not in taken} | decoded
 
 
-def _decoded(name: str, tensors: Mapping[str, Tensor]) -> SparseTensor:
-    try:
-        shape, values, bits = (tensors[f"{name}.{part}"] for part in PARTS)
-    except KeyError as error:
-        raise ValueError(f"weights: {name} has a bitmask but lacks {error}") from error
-    if values.ndim == 2:
+def _decoded(
+    name: str, tensors: Mapping[str, Tensor], shape: Tensor, values: Tensor, bits: Tensor
+) -> Tensor | SparseTensor:
+    whole = _sizes(shape)
+    n, k = math.prod(whole[:-1]), whole[-1]
+    wanted = (*whole[:-1], -(-k // 8))
+    if tuple(bits.shape) != wanted:
         raise ValueError(
-            f"weights: {name} is in the layout sparse-24-bitmask (2 of 4), expected "
-            "sparse-bitmask; decompress it with compressed-tensors first"
+            f"expected a uint8 bitmask of shape {wanted} for {whole}, got {bits.dtype} of shape "
+            f"{tuple(bits.shape)}"
         )
-    if values.dtype not in VALUE_DTYPES:
+    values = values.flatten()  # [N, K / 2] in the layout 2 of 4
+    indices = bitmask.unpack(bits.reshape(n, wanted[-1]), (n, k), values.shape[0])
+    if values.dtype in QUANTIZED:
+        values = _dequantized(name, tensors, *indices, values, (n, k))
+    elif values.dtype not in VALUE_DTYPES:
         raise ValueError(
-            f"weights: {name}: expected values of {', '.join(map(str, VALUE_DTYPES))}, got "
-            f"{values.dtype}; quantized weights must be multiplied by their scales first"
+            f"expected values of {', '.join(map(str, (*VALUE_DTYPES, *QUANTIZED)))}, "
+            f"got {values.dtype}"
         )
-    n, k = _sizes(name, shape)
-    wanted = (n, -(-k // 8))
-    if bits.dtype != torch.uint8 or tuple(bits.shape) != wanted:
-        raise ValueError(
-            f"weights: {name}: expected a uint8 bitmask of shape {wanted} for {(n, k)}, "
-            f"got {bits.dtype} of shape {tuple(bits.shape)}"
-        )
-    mask = ((bits[:, :, None] >> torch.arange(8, device=bits.device)) & 1).flatten(1).bool()
-    if past := int(mask[:, k:].sum()):
-        raise ValueError(f"weights: {name}: expected no bits past column {k}, got {past}")
-    mask = mask[:, :k]
-    if values.shape != (int(mask.sum()),):
-        raise ValueError(
-            f"weights: {name}: expected {int(mask.sum())} values and a bitmask of {(n, k)}, "
-            f"got {tuple(values.shape)} and {tuple(mask.shape)}"
-        )
-    pattern = SparseTensor.from_dense(mask.to(values.dtype), mask)
-    return SparseTensor(pattern.row_offsets, pattern.col_indices, values, (n, k))
+    matrix = SparseTensor(*indices, values, (n, k))
+    return matrix if len(whole) == 2 else matrix.to_dense().view(whole)
 
 
-def _sizes(name: str, shape: Tensor) -> tuple[int, int]:
-    sizes = shape.tolist()
-    is_list = isinstance(sizes, list) and len(sizes) == 2
-    if not is_list or not all(type(s) is int and 0 <= s < INDEX_LIMIT for s in sizes):
+def _dequantized(
+    name: str,
+    tensors: Mapping[str, Tensor],
+    row_offsets: Tensor,
+    col_indices: Tensor,
+    values: Tensor,
+    shape: tuple[int, int],
+) -> Tensor:
+    scale, zero_point, groups = (tensors.get(name + part) for part in OF_QUANTIZED)
+    if scale is None or scale.dtype not in VALUE_DTYPES:
         raise ValueError(
-            f"weights: {name}: expected the shape [N, K] of a matrix, got {str(sizes)[:80]}"
+            f"expected floats in {name}_scale for its values of {values.dtype}, got "
+            f"{'nothing' if scale is None else scale.dtype}"
         )
-    return sizes[0], sizes[1]
+    if zero_point is not None and (zero_point.to(torch.float32) != 0).any():
+        raise ValueError(
+            f"expected zeros in {name}_zero_point: else what has no bit would not be zero"
+        )
+    if groups is not None and (groups >= 0).any():
+        raise ValueError(f"expected groups of neighbouring columns, {name}_g_idx has others")
+    n, k = shape
+    scales = scale.reshape(1, 1) if scale.numel() == 1 else scale
+    scales = scales[:, None] if scales.ndim == 1 else scales
+    fits = scales.ndim == 2 and scales.shape[0] in (1, n) and scales.shape[1] > 0
+    if not fits or k % scales.shape[1]:
+        raise ValueError(
+            f"expected {name}_scale for the tensor, its {n} rows, or groups of its {k} columns, "
+            f"got shape {tuple(scale.shape)}"
+        )
+    rows, columns = expand_rows(row_offsets, values.shape[0]), col_indices.long()
+    group = max(1, k // scales.shape[1])
+    return values.to(scale.dtype) * scales.expand(n, -1)[rows, columns // group]
+
+
+def _sizes(shape: Tensor) -> tuple[int, ...]:
+    sizes = shape.flatten().tolist() if shape.numel() < 9 else []
+    if not sizes or not all(type(s) is int and 0 <= s < INDEX_LIMIT for s in sizes):
+        raise ValueError(f"expected its shape, such as [N, K], got {str(sizes or shape)[:80]}")
+    return tuple(sizes)
+
+
+def to_bitmasks(weights: nn.Module | Weights) -> dict[str, Tensor]:
+    """Weights, or those of a model, in the layout `sparse-bitmask`, as compressed-tensors 0.9 to
+    0.14 read it: X.shape, X.compressed, X.bitmask and X.row_offsets for a SparseTensor X.weight,
+    dense tensors as they are. For `save_weights`.
+
+    ValueError for a SparseTensor whose name does not end in .weight: they have no place for it."""
+    found = weights_of(weights) if isinstance(weights, nn.Module) else weights
+    tensors: dict[str, Tensor] = {}
+    for name, w in found.items():
+        if not isinstance(w, SparseTensor):
+            tensors[name] = w
+            continue
+        stem = name.removesuffix(".weight")
+        if stem == name:
+            raise ValueError(f"weights: {name}: expected a name that ends in .weight")
+        check(name, w)
+        tensors |= {
+            f"{stem}.shape": torch.tensor([w.n, w.k]),
+            f"{stem}.compressed": w.values.detach(),
+            f"{stem}.bitmask": bitmask.pack(w.row_offsets, w.col_indices, w.k),
+            f"{stem}.row_offsets": w.row_offsets[:-1].long(),
+        }
+    return tensors

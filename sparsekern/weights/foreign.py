@@ -6,7 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from ..tensor import SparseTensor
-from .store import Weights
+from .layouts import Weights
 
 __all__ = ["from_masks", "from_zeros"]
 

@@ -34,6 +34,8 @@ def test_a_table_has_its_run_and_its_records(path):
     [
         ("run", "amd-epyc-2-cores-avx2-trained-2026-11-28"),
         ("run_gpu", "nvidia-h200-decode-bfloat16-2026-11-28"),
+        ("models", "minilm-pruned-2026-11-29"),
+        ("models", "smollm2-pruned-2026-11-29"),
     ],
 )
 def test_a_page_is_what_its_table_makes(script, name, monkeypatch):

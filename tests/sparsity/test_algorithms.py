@@ -24,10 +24,10 @@ from sparsekern.sparsity import (
     configure,
 )
 from sparsekern.sparsity.budget import budgets
-from sparsekern.sparsity.oneshot import sparsegpt
 from sparsekern.sparsity.pattern import places_of, set_pattern
 from sparsekern.sparsity.schedules import schedule, update_steps
 from sparsekern.sparsity.select import generator, largest, largest_of_each, random_outside
+from sparsekern.sparsity.sparsegpt import sparsegpt
 
 SIZES = {"up": (48, 16), "down": (16, 48), "out": (8, 16)}
 
@@ -474,11 +474,11 @@ def test_wanda_against_its_formula():
 
 def test_sparsegpt_reconstructs_better_than_masking(monkeypatch):
     """||X (W - W')||: less than without the correction; exact at sparsity 0."""
-    monkeypatch.setattr("sparsekern.sparsity.oneshot.COLUMNS", 16)
+    monkeypatch.setattr("sparsekern.sparsity.sparsegpt.COLUMNS", 16)
     mix = torch.randn(40, 40) / 6
     x, w = torch.randn(500, 40) @ mix, torch.randn(24, 40)
     everywhere = torch.ones(24, 40, dtype=torch.bool)
-    new, places = sparsegpt(w, everywhere, x.t() @ x, 24 * 20)
+    [(new, places)] = sparsegpt([w], [everywhere], x.t() @ x, [24 * 20])
     mask = torch.zeros(24 * 40, dtype=torch.bool).index_fill_(0, places, True).view(24, 40)
     assert mask.sum() == 24 * 20 and torch.equal(new != 0, mask)
 
@@ -487,7 +487,7 @@ def test_sparsegpt_reconstructs_better_than_masking(monkeypatch):
 
     magnitude = torch.zeros(24 * 40).index_fill_(0, largest(w.abs().flatten(), 480), 1).view(24, 40)
     assert error(new) < 0.8 * error(w * mask) and error(new) < 0.8 * error(w * magnitude)
-    same, _ = sparsegpt(w, everywhere, x.t() @ x, 24 * 40)
+    [(same, _)] = sparsegpt([w], [everywhere], x.t() @ x, [24 * 40])
     torch.testing.assert_close(same, w)
 
 
@@ -540,7 +540,7 @@ def test_one_shot_pruning_that_fails_leaves_the_model(
 
         def cholesky(h, **settings):
             calls.append(h)
-            if len(calls) == 5:  # two a layer
+            if len(calls) == 3:
                 raise torch.linalg.LinAlgError("not positive-definite")
             return real(h, **settings)
 
@@ -671,7 +671,32 @@ def test_an_optimizer_made_too_early():
         algorithm.apply(optimizer)
     algorithm.apply(model)
     with pytest.raises(ValueError, match="does not hold the values of up; make it after"):
-        algorithm.apply(optimizer)
+        algorithm.apply(adamw(net()))
+
+
+@pytest.mark.parametrize("make", [Static, RigL, Group])
+def test_an_optimizer_made_before_gets_the_values(make):
+    """In the place of the dense weights, with its state at the places that are stored."""
+    model, x = net(), torch.randn(8, 16)
+    optimizer = adamw(model)
+    fit(model, optimizer, 2)
+    dense = {n: (p, optimizer.state[p]["exp_avg"].clone()) for n, p in model.named_parameters()}
+    algorithm = make({"*": Static(0.5)}) if make is Group else make(0.5)
+    algorithm.apply(model)
+    optimizer.zero_grad()
+    model(x).sum().backward()
+    with pytest.raises(RuntimeError, match=r"call sparsekern.nn.adopt_values_\(optimizer\)"):
+        optimizer.step()
+    assert algorithm.apply(optimizer) is optimizer
+    held = {p for group in optimizer.param_groups for p in group["params"]}
+    assert held == set(model.parameters()) and set(optimizer.state) == held
+    layer, (weight, momentum) = model.up, dense["up.weight"]
+    assert weight not in held
+    got = optimizer.state[layer.values]["exp_avg"]
+    assert torch.equal(got, momentum.flatten()[places_of(layer)])
+    before = layer.values.detach().clone()
+    fit(model, optimizer, 1)
+    assert not torch.equal(layer.values, before)
 
 
 # Configs as published

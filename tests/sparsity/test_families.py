@@ -28,9 +28,9 @@ from sparsekern.sparsity import (
 )
 from sparsekern.sparsity.budget import budgets
 from sparsekern.sparsity.families import FAMILIES
-from sparsekern.sparsity.oneshot import sparsegpt
 from sparsekern.sparsity.pattern import places_of, set_pattern
 from sparsekern.sparsity.select import largest
+from sparsekern.sparsity.sparsegpt import sparsegpt
 from sparsekern.two_way import is_two_way
 
 # Whole blocks of 4 x 4, and rests in both directions.
@@ -176,11 +176,11 @@ def test_pruning_again_only_removes(make, family):
 
 @both
 def test_sparsegpt_takes_whole_blocks_of_columns(family, monkeypatch):
-    monkeypatch.setattr("sparsekern.sparsity.oneshot.COLUMNS", 16)
+    monkeypatch.setattr("sparsekern.sparsity.sparsegpt.COLUMNS", 16)
     torch.manual_seed(0)
     x, w = torch.randn(300, 42) @ torch.randn(42, 42) / 6, torch.randn(22, 42)
     everywhere = torch.ones(22, 42, dtype=torch.bool)
-    new, places = sparsegpt(w, everywhere, x.t() @ x, 231, FAMILIES[family]())
+    [(new, places)] = sparsegpt([w], [everywhere], x.t() @ x, [231], FAMILIES[family]())
     mask = torch.zeros(22 * 42, dtype=torch.bool).index_fill_(0, places, True)
     assert places.shape == (231,) and torch.equal(new.flatten() != 0, mask)
     kept = Static(0.75, "magnitude", family=family).mask("w", w)

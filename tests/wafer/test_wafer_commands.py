@@ -3,8 +3,10 @@
 import json
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 
@@ -16,6 +18,8 @@ from sparsekern.gpt.build import build_model
 from sparsekern.gpt.config import TrainConfig
 from sparsekern.gpt.train import train
 from sparsekern.sparsity import Static
+from sparsekern.wafer.balance import Mask
+from sparsekern.wafer.cost import step_cost
 from sparsekern.wafer.inputs import RANGES, Inputs
 from sparsekern.wafer.machine import WSE2
 from sparsekern.wafer.runs import Calibration, Run
@@ -109,6 +113,8 @@ def test_sweep_takes_lengths_batches_and_utilisations(capsys):
     out = run(capsys, "sweep", "--models", "gpt2-small", "--sparsities", "0.5", *lists)
     assert out.count("| wse2 ") == 8 and out.count(" to ") >= 8
     assert "its range is 0.33 to 0.5" in out
+    given = run(capsys, "sweep", "--models=gpt2-small", "--sparsities=0.5", "--utilisation=0.4")
+    assert "utilisation 0.4 was asked for, 0.472 is calibrated" in given
 
 
 MEASURED = Path(__file__).with_name("measured.csv")  # as bench/run.py would
@@ -170,6 +176,12 @@ def test_predict_reads_the_masks_of_a_checkpoint(capsys, tmp_path):
     assert sum(w.n * w.k for w in weights) == shape.linear_fma
     out = run(capsys, "predict", f"--checkpoint={path}", "--batch=64", "--details")
     assert "run on 1 x wse2" in out and "blocks" not in out and "0.250" in out
+    for flag in ("--sparsity=0.5", "--model=gpt3-xl", "--kv-heads=1", "--gated"):
+        message = f"expected its shape and masks alone, got {flag.split('=')[0]} too"
+        assert message in error_line(capsys, "predict", f"--checkpoint={path}", flag)
+    pruned = replace(weights[0], mask=Mask.from_dense(np.zeros((weights[0].n, 32), bool)))
+    found = step_cost(WSE2, shape, (replace(pruned, density=0.0), *weights[1:]), 64)
+    assert found.step_s < step_cost(WSE2, shape, weights, 64).step_s
 
 
 def test_masks_of_modules_are_their_patterns():

@@ -6,6 +6,8 @@ import pytest
 
 from sparsekern.cli import main
 from sparsekern.wafer import GPUS, gpt_shape, gpu, gpu_cost, machine, predict
+from sparsekern.wafer.compare import compare
+from sparsekern.wafer.cost import compare_with_dense
 from sparsekern.wafer.gpu import DECODE, TRAINING, measured_speedup
 
 SHAPE = gpt_shape("gpt3-xl")
@@ -42,6 +44,7 @@ def test_decode_reads_the_weights_and_the_cache():
 def case(**changed) -> dict:
     found = {"op": TRAINING, "gpu": "NVIDIA H200", "model": "gpt3-xl", "layers": 24, "width": 2048}
     found |= {"sparsity": 0.75, "mask": "random", "batch": 4, "speedup": 1.1}
+    found |= {"dtype": "bfloat16"}
     return found | changed
 
 
@@ -51,14 +54,24 @@ def test_measured_speedups_are_of_the_same_gpu_sparsity_and_kind():
         case(sparsity=0.9, speedup=9),
         case(mask="two-way", speedup=9),
         case(op=DECODE, batch=16, speedup=9),
+        case(dtype="float32", speedup=9),
         case(model="gpt2-small", layers=12, width=768, speedup=1.0),
     ]
     results = {"a table": [*others, case()]}
     found = measured_speedup(gpu("h200"), results, TRAINING, SHAPE, 0.75)
     assert (found.speedup, found.model, found.source) == (1.1, "gpt3-xl", "a table")
+    found = measured_speedup(gpu("h200"), results, TRAINING, SHAPE, 0.75, precision="fp32")
+    assert found.speedup == 9
     assert measured_speedup(gpu("h200"), results, DECODE, SHAPE, 0.75) is None
     small = measured_speedup(gpu("h200"), results, TRAINING, gpt_shape("gpt2-small"), 0.75)
     assert small.model == "gpt2-small"
+
+
+def test_a_measured_gpt_has_its_heads():
+    measured = case(vocabulary=50257, context=2048, M=8192, threads=0)
+    (pair,) = compare(machine("wse2"), {"t": [measured]})
+    full = compare_with_dense(machine("wse2"), SHAPE, 0.25, 128)  # 2048 wide: 16 heads of 128
+    assert pair.full_range == full.speedup_range
 
 
 def test_a_prediction_has_them_beside():

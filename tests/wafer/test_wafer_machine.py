@@ -14,6 +14,7 @@ from sparsekern.wafer.machine import (
     Figure,
     machine,
 )
+from sparsekern.wafer.render import as_toml
 from sparsekern.wafer.shapes import gpt_shape
 
 CLOCK = 'clock_hz = {value = 2e9, unit = "Hz", mark = "assumed", source = "a guess"}'
@@ -58,6 +59,13 @@ def test_a_base_gives_what_is_not_in_the_file(own):
     assert found.clock_hz == Figure(2e9, "Hz", "assumed", "a guess")
     changed = {"name": found.name, "clock_hz": found.clock_hz}
     assert found == replace(machine("wse2@narrow-sram"), **changed)
+
+
+def test_what_is_printed_is_a_file_again(own):
+    source = 'it\'s "as quoted", C:\\folder\n'
+    found = replace(WSE2, clock_hz=Figure(2e9, "Hz", "read", source))
+    again = machine(own(as_toml("any", found.figures())))
+    assert replace(again, name=found.name) == found
 
 
 def test_a_small_grid_is_predicted(own):

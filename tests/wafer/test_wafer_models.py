@@ -86,7 +86,14 @@ def test_a_folder_and_a_length(config):
         (LLAMA | {"model_type": "unheard"}, "model_type: expected one of gemma, .*'unheard'"),
         (LLAMA | {"hidden_size": None}, "hidden_size or n_embd: expected a number, got None"),
         (LLAMA | {"hidden_size": -1}, "hidden_size: expected a whole number above 0, got -1"),
-        (LLAMA | {"num_key_value_heads": 5}, "kv_heads: expected a divisor of the 32 heads, got 5"),
+        (LLAMA | {"model_type": ["llama"]}, r"model_type: expected one of .*\['llama'\]"),
+        (LLAMA | {"num_key_value_heads": 5}, "config.json: kv_heads: expected a divisor of the 32"),
+        (
+            LLAMA | {"num_attention_heads": 33},
+            "config.json: heads: expected a divisor of the width",
+        ),
+        (LLAMA | {"tie_word_embeddings": "no"}, "embeddings: expected true or false, got 'no'"),
+        (LLAMA | {"word_embed_proj_dim": 512}, "word_embed_proj_dim: expected the hidden_size"),
         (LLAMA | {"kv_lora_rank": 512}, "kv_lora_rank: expected none"),
         (MIXTRAL | {"num_experts_per_tok": 9}, "expected at most the 8 experts, got 9"),
         (MIXTRAL | {"decoder_sparse_step": 2}, "decoder_sparse_step: expected 1"),
@@ -121,6 +128,8 @@ def test_wrong_shapes_name_their_field():
     for changed, message in (
         ({"kv_heads": 3}, "kv_heads: expected a divisor of the 16 heads, got 3"),
         ({"experts": 0}, "experts: expected at least 1, got 0"),
+        ({"heads": 15}, "heads: expected a divisor of the width of 2048, got 15"),
+        ({"sequence": 1.5}, "sequence: expected a whole number, got 1.5"),
         ({"head_size": -1}, "head_size: expected at least 0, got -1"),
     ):
         with pytest.raises(ValueError, match=message):

@@ -6,7 +6,8 @@ import pytest
 
 from sparsekern.cli import main
 from sparsekern.wafer import Calibration, Inputs, Run, calibrate, read_runs
-from sparsekern.wafer.runs import FITTED, HELD_OUT
+from sparsekern.wafer.inputs import RANGES
+from sparsekern.wafer.runs import FITTED, HELD_OUT, _fit_one
 
 RUN = """
 [[run]]
@@ -30,6 +31,16 @@ def test_the_defaults_are_what_the_published_runs_fit(published):
     assert published.inputs == Inputs()
     fitted = {run.use: error for run, error in published.errors.items() if run.use != HELD_OUT}
     assert abs(fitted["utilisation"]) < 1e-3 and abs(fitted["score_cycles"]) < 1e-3
+
+
+def test_the_range_of_utilisation_holds_what_each_size_asks_for():
+    span = RANGES["utilisation"]
+    runs = [run for run in read_runs() if run.id in ("V29", "V30", "V31")]
+    assert len(runs) == 6
+    for score_cycles in (0.0, Inputs.score_cycles):
+        for run in runs:
+            asked = _fit_one(run, "utilisation", Inputs(score_cycles=score_cycles)).utilisation
+            assert span.low <= asked <= span.high, run.name
 
 
 def test_another_form_of_attention_can_be_fitted():
@@ -76,8 +87,9 @@ def test_a_file_of_ones_own_fits_one_input(capsys, tmp_path):
         ("source", "sauce", "run 1: sauce: expected one of name, .*, got 'sauce'"),
         ('"utilisation"', '"tuning"', "run 1: use: expected one of utilisation, .*, got 'tuning'"),
         ('"a log of mine"', '"x"\nmark = "sure"', "run 1: mark: expected one of read, .*'sure'"),
-        ("gpt2-small", "gpt9", "model: expected one of"),
-        ("wse2", "wse9", "machine: expected one of"),
+        ("gpt2-small", "gpt9", "runs.toml: run 1: model: expected one of"),
+        ("wse2", "wse9", "runs.toml: run 1: machine: expected one of"),
+        ("[[run]]", "spare = 1\n[[run]]", r"runs.toml: spare: expected \[\[run\]\] tables alone"),
         ('"mine"', "3", "run 1: name: expected a text, got 3"),
     ],
 )

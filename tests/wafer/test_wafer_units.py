@@ -11,6 +11,7 @@ from sparsekern.wafer.cost import step_cost
 from sparsekern.wafer.figures import CALIBRATED, Mark
 from sparsekern.wafer.inputs import RANGES, Inputs
 from sparsekern.wafer.machine import MACHINES, WSE2, WSE3, machine
+from sparsekern.wafer.predict import predict
 from sparsekern.wafer.product import product_cycles, stream_bytes
 from sparsekern.wafer.shapes import GPT_SHAPES, GPTShape, gpt_shape
 
@@ -171,8 +172,21 @@ def test_mistakes_are_named():
         Inputs(utilisation=0)
     with pytest.raises(ValueError, match="precision: expected one of fp16, bf16, fp32, got 'fp8'"):
         Inputs(precision="fp8")
+    with pytest.raises(ValueError, match="score_cycles: expected a number at least 0, got inf"):
+        Inputs(score_cycles=float("inf"))
+    with pytest.raises(ValueError, match="column_groups: expected a whole number, got 1.5"):
+        Inputs(column_groups=1.5)
     with pytest.raises(ValueError, match="layers: expected at least 1, got 0"):
         replace(gpt_shape("gpt3-xl"), layers=0)
     for arguments in ({"density": 0.0, "batch": 1}, {"density": 1.0, "batch": 0}):
         with pytest.raises(ValueError, match="expected"):
             step_cost(WSE2, gpt_shape("gpt3-xl"), **arguments)
+    for arguments, message in (
+        (("wse2", gpt_shape("gpt3-xl")), r"machine: expected what machine\(name\) gives"),
+        ((WSE2, "gpt3-xl"), r"shape: expected what model_shape\(name\) gives"),
+    ):
+        with pytest.raises(TypeError, match=message):
+            predict(*arguments)
+    for density in ("sparse", [], [0.5]):
+        with pytest.raises(ValueError, match="density: expected a number or the layers' Weights"):
+            predict(WSE2, gpt_shape("gpt3-xl"), density)

@@ -87,6 +87,7 @@ def test_the_text_says_what_was_fitted_and_what_was_not_validated(validation):
     assert "left out in turn" in rest
     assert "not checked" in rest and "not readable" in rest
     assert "Failed points of classes A, B, S: V37." in rest and "V37, known: " in rest
+    assert "where a score costs nothing" in rest and "why it fails: a PE has 17 inputs" in rest
     for row in rest.splitlines():
         if row.startswith("| V17") and "one group" in row:
             assert "FAIL" in row

@@ -1,0 +1,57 @@
+"""Files of transformers' models: save_pretrained keeps SparseLinear layers, from_pretrained brings
+them back.
+
+    import sparsekern.hf
+    model = AutoModelForCausalLM.from_pretrained("a-folder-that-was-saved-sparse", dtype="auto")
+
+A file of a sparse model can be read where this is imported, and is an error elsewhere. Saving needs
+no import: the first SparseLinear in a program that uses transformers brings this in.
+"""
+
+from functools import wraps
+from importlib import import_module
+from inspect import signature
+
+from ..extras import require
+from ..nn import PackedLinear, SparseLinear
+
+__all__ = ["SparseConfig"]
+
+
+def _guard(kind: type) -> None:
+    """Look at each model before it is saved. transformers would write what SparseLinear has in its
+    state_dict, find no weight under the names it knows, and load random ones."""
+    original = kind.save_pretrained
+    if getattr(original, "looks_for_sparse_layers", False):
+        return
+
+    @wraps(original)
+    def save_pretrained(self, *args, **kwargs):
+        packed = next((n for n, m in self.named_modules() if isinstance(m, PackedLinear)), None)
+        if packed is not None:  # its buffers are in no state_dict
+            raise ValueError(
+                f"save_pretrained: {packed} is packed for inference and cannot be saved: save the "
+                "model before pack_"
+            )
+        is_sparse = any(isinstance(module, SparseLinear) for module in self.modules())
+        if is_sparse or getattr(self, "hf_quantizer", None):
+            from .quantizer import attach
+
+            given = signature(original).bind(self, *args, **kwargs).arguments
+            attach(self, is_sparse, given.get("state_dict"))
+        return original(self, *args, **kwargs)
+
+    save_pretrained.looks_for_sparse_layers = True
+    kind.save_pretrained = save_pretrained
+
+
+require("transformers", "hf")
+_guard(import_module("transformers.modeling_utils").PreTrainedModel)
+
+try:
+    from .quantizer import SparseConfig
+except ImportError as error:
+    raise ImportError(
+        f"sparsekern.hf needs transformers 5.10 or later: {error}; densify_(model) saves a dense "
+        "model with any version"
+    ) from error

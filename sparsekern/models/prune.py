@@ -1,0 +1,171 @@
+"""Prunes a folder or a name of a transformers model, and saves what every other tool reads."""
+
+import json
+import os
+import shutil
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from ..extras import require
+from ..nn import replace_modules
+from ..sparsity import Magnitude, SparseGPT, Wanda
+from ..sparsity.pruned import PruneReport
+from .as_linears import as_linears
+
+METHODS = {"magnitude": Magnitude, "wanda": Wanda, "sparsegpt": SparseGPT}
+TABLE = "prune.json"
+DTYPES = ("float32", "bfloat16", "float16")
+# What belongs to a model beside its weights and what transformers writes itself.
+BESIDE = (".json", ".txt", ".md", ".jinja", ".model")
+
+
+def prune_pretrained(
+    source: str | Path,
+    out: str | Path,
+    sparsity: float,
+    *,
+    method: str = "magnitude",
+    family: str = "unstructured",
+    distribution: str = "uniform",
+    calibration: str | Path | list[str] | None = None,
+    device: str = "cpu",
+    dtype: str | None = None,
+    prune_again: bool = False,
+) -> PruneReport:
+    """Prune a model of transformers, and write it and its tokenizer to the folder `out`: dense with
+    zeros, as every tool reads it; `sparsekern.accelerate_` takes the zeros.
+
+    Args:
+        source: its folder, or its name on the hub.
+        sparsity: share of zeros in the linear layers of its blocks, above 0 and below 1.
+        method: "magnitude", "wanda" or "sparsegpt".
+        calibration: for the last two: texts, or a file of them with empty lines between (without
+            empty lines, one a line).
+        dtype: of the weights, by default as in the file.
+        prune_again: that weights of which many are zero already may lose more.
+
+    In `out` also prune.json: what was done to each layer. ValueError for a folder `out` that has
+    something in it; where anything fails nothing is written.
+    """
+    if method not in METHODS:
+        raise ValueError(f"method: expected one of {', '.join(METHODS)}, got {method!r}")
+    if not 0 < sparsity < 1:
+        raise ValueError(f"sparsity: expected a number above 0 and below 1, got {sparsity}")
+    if dtype is not None and dtype not in DTYPES:
+        raise ValueError(f"dtype: expected one of {', '.join(DTYPES)}, got {dtype!r}")
+    if (method == "magnitude") != (calibration is None):
+        wanted = "none" if method == "magnitude" else "texts, or a file of them"
+        raise ValueError(f"calibration: {method} expected {wanted}, got {calibration!r}")
+    target = Path(out)
+    if target.exists() and (not target.is_dir() or any(target.iterdir())):
+        raise ValueError(f"out: expected a new or an empty folder, got {target}")
+    texts = read_texts(calibration) if isinstance(calibration, (str, Path)) else calibration
+    model, tokenizer = load(source, dtype, needs_tokenizer=texts is not None)
+    settings: dict[str, Any] = {"family": family, "distribution": distribution}
+    if texts is not None:
+        settings |= {"calibration": texts, "tokenizer": tokenizer, "progress": True}
+    algorithm = METHODS[method](sparsity, **settings)
+    report = prune_(model.to(device), algorithm, prune_again=prune_again)
+    about = {"source": str(source), "method": method, "target": sparsity, "family": family}
+    about |= {"distribution": distribution, "texts": texts and len(texts)}
+    _save(model, tokenizer, Path(source), target, about | report.to_dict())
+    return report
+
+
+def prune_(model: nn.Module, algorithm: Magnitude, *, prune_again: bool = False) -> PruneReport:
+    """Put zeros into the dense weights of a model, whose modules and Parameters stay: also into the
+    Conv1D of GPT-2 and the experts of mixtures in transformers, each with the tokens that come to
+    it.
+
+    Args:
+        algorithm: Magnitude, Wanda or SparseGPT; its `param_filter` may name experts, as in
+            "*experts.gate_up_proj*".
+        prune_again: that weights of which many are zero already may lose more.
+
+    The model is as it was where it fails.
+    """
+    if not isinstance(algorithm, Magnitude):
+        got = type(algorithm).__name__
+        raise TypeError(f"algorithm: expected Magnitude, Wanda or SparseGPT, got {got}")
+    with as_linears(model):
+        linears = {name: m for name, m in model.named_modules() if type(m) is nn.Linear}
+        algorithm.apply(model, prune_again=prune_again)
+        made = {name: m for name, m in algorithm.layers.items() if name in linears}
+        for name, layer in made.items():
+            linears[name].weight.data.copy_(layer.weight.detach().to_dense())
+        replace_modules(model, lambda name, m: linears[name] if name in made else None)
+    return algorithm.report
+
+
+def read_texts(path: str | Path) -> list[str]:
+    """The texts of a file: with an empty line between two, or else one a line."""
+    text = Path(path).read_text("utf-8")
+    parts = text.split("\n\n") if "\n\n" in text.strip() else text.split("\n")
+    texts = [part.strip() for part in parts if part.strip()]
+    if not texts:
+        raise ValueError(f"calibration: expected text, {path} has none")
+    return texts
+
+
+def load(
+    source: str | Path, dtype: str | None = None, needs_tokenizer: bool = False
+) -> tuple[nn.Module, Any]:
+    """The model, of the class that its config names, and its tokenizer (None if it has none)."""
+    transformers = require("transformers", "hf")
+    try:
+        config = transformers.AutoConfig.from_pretrained(source)
+    except (OSError, ValueError) as error:
+        raise ValueError(
+            f"source: expected a folder or a name of a transformers model, got {source} ({error})"
+        ) from error
+    names = getattr(config, "architectures", None) or ["AutoModel"]
+    kind = getattr(transformers, names[0], transformers.AutoModel)
+    kind_of = getattr(torch, dtype) if dtype else "auto"
+    model = kind.from_pretrained(source, dtype=kind_of).eval()
+    try:
+        tokenizer = transformers.AutoTokenizer.from_pretrained(source)
+    except (OSError, ValueError, KeyError) as error:
+        if needs_tokenizer:
+            raise ValueError(f"tokenizer: {source} has none for the texts ({error})") from error
+        tokenizer = None
+    return model, tokenizer
+
+
+def _save(model: Any, tokenizer: Any, source: Path, out: Path, about: dict) -> None:
+    """All of it, or nothing: in a folder beside, which then gets the name."""
+    out.parent.mkdir(parents=True, exist_ok=True)
+    made = Path(tempfile.mkdtemp(prefix=f".{out.name}-", dir=out.parent))
+    try:
+        if source.is_dir():
+            _copy_beside(source, made)
+        model.save_pretrained(made)
+        if tokenizer is not None:
+            tokenizer.save_pretrained(made)
+        (made / TABLE).write_text(json.dumps(about, indent=1), "utf-8")
+        made.chmod(0o777 & ~_umask())
+        if out.exists():
+            out.rmdir()
+        made.replace(out)
+    except BaseException:
+        shutil.rmtree(made, ignore_errors=True)
+        raise
+
+
+def _copy_beside(source: Path, made: Path) -> None:
+    """Settings of other tools, such as the pooling of sentence-transformers."""
+    for path in list(source.rglob("*")):
+        is_wanted = path.suffix in BESIDE and not path.name.endswith(".index.json")
+        if path.is_file() and is_wanted:
+            copied = made / path.relative_to(source)
+            copied.parent.mkdir(parents=True, exist_ok=True)
+            shutil.copyfile(path, copied)
+
+
+def _umask() -> int:
+    mask = os.umask(0)
+    os.umask(mask)
+    return mask

@@ -1,0 +1,88 @@
+"""Sparse modules in the places of dense ones, with layers that come from elsewhere: from a file."""
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+from torch import nn
+
+from .kinds import CONVOLUTIONS, is_conv1d, is_experts, why_not
+from .linear import SparseLinear
+from .origin import Origin
+from .stand_ins import SparseConv, SparseConv1D, SparseExperts, SparseMultiheadAttention, StandIn
+
+# make(class, name inside of the module, (N, K), bias, the Parameter it comes from) -> a layer
+Make = Callable[
+    [type[SparseLinear], str, Sequence[int], nn.Parameter | None, nn.Parameter], SparseLinear
+]
+
+
+def sizes_of_layers(module: nn.Module) -> dict[str, tuple[int, int]]:
+    """Names inside of a dense module, "" for itself, and shapes as stored of the layers that a
+    sparse one in its place has; none where nothing can take its place."""
+    weight: Any = module._parameters.get("weight")
+    if type(module) is not nn.Linear and isinstance(module, nn.Linear) or why_not(module):
+        return {}
+    if type(module) in CONVOLUTIONS:
+        return {"linear": (weight.shape[0], weight.shape[1])}
+    if isinstance(module, nn.MultiheadAttention):
+        shape = module.embed_dim, module.embed_dim
+        return {f"{x}_proj": shape for x in ("q", "k", "v", "out")}
+    if is_experts(module):
+        return {
+            f"sparse_{name}.{i}": (stack.shape[1], stack.shape[2])
+            for name, stack in _stacks(module)
+            for i in range(len(stack))
+        }
+    return {"": (weight.shape[0], weight.shape[1])}
+
+
+def substitute(module: Any, make: Make) -> nn.Module:
+    """What takes the place of a module, with layers by `make`, called once for each of the names
+    above."""
+    new: Any
+    if type(module) in CONVOLUTIONS:
+        shape = module.weight.shape[:2]
+        layer = make(SparseLinear, "linear", shape, module.bias, module.weight)
+        new = SparseConv(layer, Origin(module))
+    elif isinstance(module, nn.MultiheadAttention):
+        new = _attention(module, make)
+    elif is_experts(module):
+        up, down = (
+            [
+                make(SparseLinear, f"sparse_{name}.{i}", stack.shape[1:], None, stack)
+                for i in range(len(stack))
+            ]
+            for name, stack in _stacks(module)
+        )
+        new = SparseExperts(up, down, Origin(module))
+        for name, child in module._modules.items():  # the activation
+            new.add_module(name, child)
+    elif is_conv1d(module):
+        shape = module.weight.shape[::-1]
+        new = make(SparseConv1D, "", shape, module.bias, module.weight)
+        new.origin = Origin(module)
+    else:
+        new = make(SparseLinear, "", module.weight.shape, module.bias, module.weight)
+    return new.train(module.training)
+
+
+def to_dense(module: SparseLinear | StandIn) -> nn.Module:
+    """The dense module in whose place a sparse one stands."""
+    return module.to_linear() if isinstance(module, SparseLinear) else module.to_dense()
+
+
+def _stacks(experts: Any) -> list[tuple[str, nn.Parameter]]:
+    return [(name, getattr(experts, name)) for name in ("gate_up_proj", "down_proj")]
+
+
+def _attention(attention: Any, make: Make) -> SparseMultiheadAttention:
+    e, weight, bias = attention.embed_dim, attention.in_proj_weight, attention.in_proj_bias
+    parts = (None,) * 3 if bias is None else bias.detach().chunk(3)
+    biases = [None if b is None else nn.Parameter(b.clone(), bias.requires_grad) for b in parts]
+    projections = [
+        make(SparseLinear, f"{x}_proj", (e, e), b, weight)
+        for x, b in zip("qkv", biases, strict=True)
+    ]
+    out = attention.out_proj
+    layer = make(SparseLinear, "out_proj", (e, e), out.bias, out.weight)
+    return SparseMultiheadAttention(projections, layer, Origin(attention))
