@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
 from ..indices import VALUE_DTYPES
-from ..nn import SparseLinear
+from ..nn import PackedLinear, SparseLinear
 from ..nn.kinds import (
     is_conv1d,
     is_experts,
@@ -94,7 +94,7 @@ def scan(model: nn.Module) -> tuple[list[Candidate], list[Skipped]]:
         prefix = f"{name}." if name else ""
         if any(name.startswith(outer) for outer in inside):
             continue
-        if isinstance(module, SparseLinear | StandIn):
+        if isinstance(module, SparseLinear | StandIn | PackedLinear):
             skipped.append(_sparse(name, module))
             inside = (prefix,)
             continue
@@ -123,7 +123,7 @@ def scan(model: nn.Module) -> tuple[list[Candidate], list[Skipped]]:
             reason = f"too dense: {LEAST_SPARSITY:.0%} zeros are the least that can pay"
         elif reason is None and candidate.size < LEAST_WEIGHTS:
             reason = f"too small: {candidate.size} weights"
-        elif reason is None and not candidate.nnz:
+        elif reason is None and not candidate.nnz and not candidate.is_masked:
             reason = "all its weights are zero"
         if reason is None:
             found.append(candidate)
@@ -178,9 +178,10 @@ def _is_convolution(module: nn.Module) -> bool:
 
 
 def _sparse(name: str, module: nn.Module) -> Skipped:
-    layers = [m for m in module.modules() if isinstance(m, SparseLinear)]
+    kinds = SparseLinear | PackedLinear
+    layers = [m for m in module.modules() if isinstance(m, kinds)]
     shapes = tuple((m.out_features, m.in_features) for m in layers)
-    nnz = sum(m.col_indices.shape[0] for m in layers)
+    nnz = sum(m.nnz if isinstance(m, PackedLinear) else m.col_indices.shape[0] for m in layers)
     sparsity = 1 - nnz / max(1, sum(map(math.prod, shapes)))
     return Skipped(name, type(module).__name__, shapes, sparsity, "sparse already")
 

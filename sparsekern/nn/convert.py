@@ -130,8 +130,13 @@ def densify_(model: nn.Module, optimizer: Optimizer | None = None) -> nn.Module:
 
     With an optimizer, the dense weights take the place of the values in its groups and its state
     becomes dense too: zero where nothing was stored. ValueError, and an unchanged model, for state
-    of another shape than the values.
+    of another shape than the values, and for layers that `pack_` made.
     """
+    if packed := [name for name, m in model.named_modules() if hasattr(m, "packed_bytes")]:
+        raise ValueError(
+            f"densify_: {packed[0] or 'it'} is packed, and from that there is no way back: keep "
+            "the model as it was before pack_"
+        )
     if optimizer:
         for layer in (m for m in model.modules() if isinstance(m, SparseLinear)):
             for key, t in optimizer.state.get(layer.values, {}).items():

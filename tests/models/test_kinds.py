@@ -20,6 +20,7 @@ from torch import nn
 from torch.nn.utils import parametrize, prune
 
 from sparsekern import accelerate_, densify_
+from sparsekern.nn import pack_
 from sparsekern.nn.stand_ins import SparseMultiheadAttention
 
 
@@ -184,6 +185,28 @@ def test_masks_are_multiplied_in_where_dense_is_faster(seconds):
     report = accelerate_(model, x)
     assert not report.sparse and set(dict(model.named_parameters())) == {"0.weight", "0.bias"}
     torch.testing.assert_close(model(x), want)
+
+
+def test_a_layer_of_which_a_mask_leaves_nothing():
+    model, x = nn.Sequential(nn.Linear(H, 96)), torch.randn(5, H)
+    prune.l1_unstructured(model[0], "weight", amount=1.0)
+    assert accelerate_(model, x).sparse
+    torch.testing.assert_close(model(x), model[0].bias.expand(5, 96))
+
+
+@pytest.mark.parametrize("kind", ["linear", "attention"])
+def test_packed_layers_have_no_way_back(kind):
+    make, shape, _ = KINDS[kind]
+    model = pruned(nn.Sequential(make())).bfloat16()
+    x = torch.randn(shape, dtype=torch.bfloat16)
+    accelerate_(model, x)
+    pack_(model)
+    before = kinds(model)
+    with pytest.raises(ValueError, match="is packed, and from that there is no way back"):
+        densify_(model)
+    assert kinds(model) == before
+    with pytest.raises(ValueError, match=r"1 \w+ \(7\d % zeros\): sparse already"):
+        accelerate_(model, x)
 
 
 def test_something_else_under_the_name_of_conv1d_stays_dense():
