@@ -29,9 +29,16 @@ class State:
         """All of it: batch norm writes to its buffers without a trace in their version."""
         for module, name, t, was in self._buffers:
             module._buffers[name] = t
-            if t is not None and was is not None:
+            if t is not None and was is not None and _can_be_written(t):
                 with torch.inference_mode(t.is_inference()), torch.no_grad():
                     t.copy_(was)
         torch.set_rng_state(self._random)
         for gpu, random in self._gpu_random.items():
             torch.cuda.set_rng_state(random, gpu)
+
+
+def _can_be_written(t: torch.Tensor) -> bool:
+    """Not what was expanded: its places share memory, so that no call could write there."""
+    if t.layout != torch.strided:
+        return True
+    return all(step or size <= 1 for size, step in zip(t.shape, t.stride(), strict=True))
