@@ -59,7 +59,8 @@ def accelerate_(
             weighed with one call of the example and so many of one token a sequence.
         nan_is_pruned: NaN in a weight marks what is pruned, and counts as zero.
 
-    Layers replaced have new Parameters: make optimizers afterwards, and `torch.compile` too.
+    Layers replaced have new Parameters: make optimizers afterwards, and `torch.compile` too; an
+    optimizer that was there takes those of linear layers with `sparsekern.nn.adopt_values_`.
     densify_ brings the dense modules back.
 
     Raises TypeError for an example that is none, ValueError where the model has no layer with at

@@ -19,10 +19,12 @@ from pruned_models import (
     sparse_is_faster,
 )
 from torch import nn
+from torch.nn.utils import prune
 
 from sparsekern import accelerate_
 from sparsekern.models import accelerate
 from sparsekern.models.candidates import Candidate
+from sparsekern.nn import adopt_values_
 
 
 @pytest.fixture(autouse=True)
@@ -148,6 +150,27 @@ def test_autocast_in_the_example():
             return m(torch.randn(3, H))
 
     assert accelerate_(model, example).sparse
+
+
+@pytest.mark.parametrize("is_masked", [False, True])
+def test_an_optimizer_that_was_made_before(is_masked):
+    model, x = nn.Sequential(nn.Linear(H, H)), torch.randn(3, H)
+    prune.l1_unstructured(model[0], "weight", amount=0.75)
+    if not is_masked:
+        prune.remove(model[0], "weight")
+    optimizer = torch.optim.Adam(model.parameters())
+    model(x).sum().backward()
+    optimizer.step()
+    optimizer.zero_grad()
+    pruned(model)
+    accelerate_(model, x)
+    model(x).sum().backward()
+    with pytest.raises(RuntimeError, match="adopt_values_"):
+        optimizer.step()
+    before = model[0].values.clone()
+    adopt_values_(optimizer).step()
+    assert not torch.equal(model[0].values, before)
+    assert optimizer.state[model[0].values]["exp_avg"].shape == before.shape
 
 
 def test_compiled_parts_are_refused():
