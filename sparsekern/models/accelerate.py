@@ -179,8 +179,8 @@ def _run(told: str, run: Any) -> Any:
 def _evaluating(model: nn.Module) -> Iterator[None]:
     """The model in eval mode; what is there afterwards has its mode again, by name."""
     training = {name: module.training for name, module in model.named_modules()}
-    model.eval()
     try:
+        model.eval()
         yield
     finally:
         for name, module in model.named_modules():

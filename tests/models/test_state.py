@@ -116,6 +116,19 @@ def test_an_error_in_any_call_leaves_the_model_as_it_was(call, kind):
     assert same_state(model, before) and model.training and model.layer.training
 
 
+class Stopped(nn.Linear):
+    def train(self, mode=True):
+        raise KeyboardInterrupt
+
+
+def test_modes_come_back_when_eval_is_interrupted():
+    model = pruned(nn.Sequential(nn.Linear(H, H), nn.Dropout())).train()
+    model.append(Stopped(H, H))
+    with pytest.raises(KeyboardInterrupt):
+        accelerate_(model, torch.randn(3, H))
+    assert all(module.training for module in model.modules())
+
+
 def test_a_model_of_inference_mode_with_a_counter():
     with torch.inference_mode():
         model = pruned(Failing(100, None))
