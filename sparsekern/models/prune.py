@@ -55,6 +55,8 @@ def prune_pretrained(
         raise ValueError(f"method: expected one of {', '.join(METHODS)}, got {method!r}")
     if not 0 < sparsity < 1:
         raise ValueError(f"sparsity: expected a number above 0 and below 1, got {sparsity}")
+    if distribution == "global" and method != "magnitude":
+        raise ValueError(f"distribution: {method} expected uniform or erk, got global")
     if dtype is not None and dtype not in DTYPES:
         raise ValueError(f"dtype: expected one of {', '.join(DTYPES)}, got {dtype!r}")
     if (method == "magnitude") != (calibration is None):
