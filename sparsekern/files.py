@@ -1,17 +1,20 @@
 """Files that are whole or not there, digests of what they hold, and the user's cache folder.
 
 What is written takes its name when it is complete and on the disk: a kill or a full disk leaves the
-file of before. Modes follow the umask, but for the cache, which is its owner's alone.
+file of before, and of processes that write it at once the last one wins. A link is replaced, not
+followed. Modes follow the umask, but for the cache, which is its owner's alone.
 """
 
 import errno
+import fcntl
 import hashlib
 import io
+import itertools
 import os
 import shutil
 import stat
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import BinaryIO
@@ -26,19 +29,16 @@ def atomic_write(path: Path) -> Iterator[BinaryIO]:
     """A file to write to; it takes the name `path` only when the block ends without an error.
 
     OSError names `path`, also where a library in between turned it into another error."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(path.name + TEMPORARY)
-    _remove(temporary)
     writer = None
     try:
-        with open(temporary, "xb") as file:
-            writer = _Writer(file)
-            yield writer
-            file.flush()
-            os.fsync(file.fileno())
-        _rename(temporary, path)
+        with _temporary(path, lambda part: part.touch(exist_ok=False)) as part:
+            with open(part, "r+b") as file:
+                writer = _Writer(file)
+                yield writer
+                file.flush()
+                os.fsync(file.fileno())
+            _rename(part, path)
     except BaseException as error:  # Ctrl-C too leaves nothing half-written
-        _remove(temporary)
         failed = error if isinstance(error, OSError) else writer and writer.failed
         if failed and failed.errno and failed.filename is None:
             raise OSError(failed.errno, failed.strerror, str(path)) from error
@@ -62,19 +62,13 @@ def write_picture(figure, path: Path, dpi: int = 120) -> None:
 def atomic_path(path: Path) -> Iterator[Path]:
     """As `atomic_write`, for a library that opens its file itself: it gets another path to write
     to, in a folder of its own, since it may make temporary files beside it."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    folder = path.with_name(path.name + TEMPORARY)
-    _remove(folder)
-    folder.mkdir()
-    try:
+    with _temporary(path, Path.mkdir) as folder:
         part = folder / path.name
         yield part
         part.chmod(folder.stat().st_mode & 0o666)  # as the umask has it
         with open(part, "rb") as file:
             os.fsync(file.fileno())
         _rename(part, path)
-    finally:
-        _remove(folder)
 
 
 def check_writable(name: str, path: Path) -> None:
@@ -96,6 +90,68 @@ def check_writable(name: str, path: Path) -> None:
         for folder in made:
             with suppress(OSError):
                 folder.rmdir()
+
+
+@contextmanager
+def _temporary(path: Path, make: Callable[[Path], None]) -> Iterator[Path]:
+    """A new file or folder beside `path`, gone at the end. It is locked: what has no lock is what a
+    killed process left, and goes; others that write `path` at the same time have another one."""
+    if path.exists() and not path.is_file():  # a device would be replaced like a file
+        number = errno.EISDIR if path.is_dir() else errno.EEXIST
+        raise OSError(number, "expected a file or nothing there", str(path))
+    path.parent.mkdir(parents=True, exist_ok=True)
+    for i in itertools.count():
+        part = path.with_name(path.name + f".{i}" * bool(i) + TEMPORARY)
+        try:
+            left = _lock(part)
+            try:
+                _remove(part)
+            finally:
+                _close(left)
+            make(part)
+            lock = _lock(part)
+        except (BlockingIOError, FileExistsError):
+            continue
+        if lock is not None:
+            break
+    try:
+        yield part
+    finally:
+        if _is_at(lock, part):  # the name of a file that was renamed may be another's by now
+            _remove(part)
+        _close(lock)
+
+
+def _lock(path: Path) -> int | None:
+    """A handle that keeps others from removing what is there; None where nothing is, or a link.
+    BlockingIOError where another one has it."""
+    try:
+        handle = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK)
+    except OSError as error:
+        if error.errno not in (errno.ENOENT, errno.ELOOP):
+            raise
+        return None
+    try:
+        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        if not _is_at(handle, path):
+            raise BlockingIOError(errno.EAGAIN, "it was replaced", str(path))
+    except OSError as error:
+        if isinstance(error, BlockingIOError):
+            os.close(handle)
+            raise  # others: a file system without locks
+    return handle
+
+
+def _is_at(handle: int, path: Path) -> bool:
+    try:
+        return os.path.samestat(os.fstat(handle), os.lstat(path))
+    except FileNotFoundError:
+        return False
+
+
+def _close(handle: int | None) -> None:
+    if handle is not None:
+        os.close(handle)
 
 
 class _Writer:

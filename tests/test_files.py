@@ -61,6 +61,53 @@ def test_a_link_in_the_place_of_the_temporary_file_is_not_followed(tmp_path):
     assert (tmp_path / "other").read_text() == "mine"
 
 
+def test_of_two_that_write_a_file_at_once_the_last_one_wins(tmp_path):
+    path = tmp_path / "file"
+    with files.atomic_path(path) as part, files.atomic_path(path) as other:
+        part.write_bytes(b"longer")
+        other.write_bytes(b"x")
+        assert not path.exists()
+    assert path.read_bytes() == b"longer" and list(tmp_path.iterdir()) == [path]
+    with files.atomic_write(path) as file:
+        with files.atomic_write(path) as other:
+            other.write(b"first")
+        assert path.read_bytes() == b"first"
+        file.write(b"last")
+    assert path.read_bytes() == b"last" and list(tmp_path.iterdir()) == [path]
+
+
+def test_the_name_of_a_renamed_file_is_another_ones(tmp_path, monkeypatch):
+    """The first one ends, and does not remove what the second one has under that name."""
+    path, rename = tmp_path / "file", os.replace
+    seconds = []
+
+    def renamed(*paths):
+        rename(*paths)
+        monkeypatch.setattr(os, "replace", rename)
+        seconds.append(files.atomic_write(path))
+        seconds[0].__enter__().write(b"second")
+
+    monkeypatch.setattr(os, "replace", renamed)
+    with files.atomic_write(path) as file:
+        file.write(b"first")
+    assert path.read_bytes() == b"first"
+    seconds[0].__exit__(None, None, None)
+    assert path.read_bytes() == b"second" and list(tmp_path.iterdir()) == [path]
+
+
+def test_what_is_no_file_is_not_replaced(tmp_path):
+    pipe, folder, link = tmp_path / "pipe", tmp_path / "folder", tmp_path / "link"
+    os.mkfifo(pipe)
+    folder.mkdir()
+    link.symlink_to(pipe)
+    before = sorted(tmp_path.iterdir())
+    for path in (pipe, folder, link):
+        for write in (files.atomic_write, files.atomic_path):
+            with pytest.raises(OSError, match=f"expected a file or nothing there: '{path}'"):
+                write(path).__enter__()
+    assert sorted(tmp_path.iterdir()) == before and stat.S_ISFIFO(pipe.stat().st_mode)
+
+
 FULL_DISK = """
 import resource, sys, tempfile
 from pathlib import Path

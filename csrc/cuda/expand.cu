@@ -140,6 +140,7 @@ __device__ void expand(const unsigned short* values, const unsigned char* deltas
         is_inside = ++granule < end;
       }
     }
+    __syncwarp();  // a ballot orders no memory
     tile.write(w, begin, k, [&](int r) {
       const int octet = begin / kOctet + lane % Tile::kOctets;
       return firsts[r] <= octet && octet <= lasts[r] ? row_order[slice * kWarp + r] : -1;

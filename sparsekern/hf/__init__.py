@@ -18,6 +18,13 @@ from ..nn import PackedLinear, SparseLinear
 __all__ = ["SparseConfig"]
 
 
+def _is_marked(model: object) -> bool:
+    """Whether its config says that its file is sparse, as one that two models share may do."""
+    found = getattr(getattr(model, "config", None), "quantization_config", None)
+    given = found if isinstance(found, dict) else vars(found) if found else {}
+    return given.get("quant_method") == "sparsekern"
+
+
 def _guard(kind: type) -> None:
     """Look at each model before it is saved. transformers would write what SparseLinear has in its
     state_dict, find no weight under the names it knows, and load random ones."""
@@ -34,7 +41,7 @@ def _guard(kind: type) -> None:
                 "model before pack_"
             )
         is_sparse = any(isinstance(module, SparseLinear) for module in self.modules())
-        if is_sparse or getattr(self, "hf_quantizer", None):
+        if is_sparse or getattr(self, "hf_quantizer", None) or _is_marked(self):
             from .quantizer import attach
 
             given = signature(original).bind(self, *args, **kwargs).arguments

@@ -57,6 +57,10 @@ class SparseConfig(QuantizationConfigMixin):
         self.quant_method = METHOD
         self.format_version = format_version
 
+    def get(self, name: str, default: object = None) -> object:
+        """As of a dict: so transformers asks the config of a model that it has loaded."""
+        return getattr(self, name, default)
+
 
 @register_quantizer(METHOD)
 class SparseQuantizer(HfQuantizer):
@@ -85,7 +89,12 @@ class SparseQuantizer(HfQuantizer):
     def _process_model_before_weight_loading(
         self, model: PreTrainedModel, checkpoint_files: list[str] | None = None, **kwargs: object
     ) -> PreTrainedModel:
-        tensors = _renamed(_headers(checkpoint_files or []), model)
+        if not checkpoint_files:
+            raise ValueError(
+                "from_pretrained: state_dict: expected the files of a sparse model; "
+                "sparsekern.weights.set_weights_ puts a state_dict into a model"
+            )
+        tensors = _renamed(_headers(checkpoint_files), model)
         self.layers = {
             name.removesuffix(f".{part}")
             for name in tensors
@@ -208,19 +217,36 @@ def attach(model: PreTrainedModel, is_sparse: bool, state: dict[str, Tensor] | N
     """Let save_pretrained write sparse layers as such, of the model or of the state_dict that it
     was given; where none is left, the model as any other."""
     quantizer = getattr(model, "hf_quantizer", None)
-    if quantizer is None:
-        model.config.quantization_config = SparseConfig()
-        quantizer = SparseQuantizer(model.config.quantization_config, pre_quantized=True)
-        model.hf_quantizer, model.is_quantized = quantizer, False
-    if isinstance(quantizer, SparseQuantizer):
-        quantizer.state = state
-        if not is_sparse:
+    if not is_sparse:
+        if isinstance(quantizer, SparseQuantizer):
             quantizer.remove_quantization_config(model)
-    elif is_sparse:
+        elif quantizer is None:  # the config came from a sparse model
+            del model.config.quantization_config
+        return
+    if quantizer is None:
+        quantizer = SparseQuantizer(SparseConfig(), pre_quantized=True)
+        model.hf_quantizer, model.is_quantized = quantizer, False
+    if not isinstance(quantizer, SparseQuantizer):
         raise ValueError(
             f"save_pretrained: the model has sparse layers and was quantized by "
             f"{type(quantizer).__name__}, whose files hold none: call densify_(model) first"
         )
+    _check_ties(model)
+    model.config.quantization_config = quantizer.quantization_config
+    quantizer.state = state
+
+
+def _check_ties(model: PreTrainedModel) -> None:
+    """ValueError where from_pretrained would tie a sparse weight to another one."""
+    if not getattr(model.config.get_text_config(), "tie_word_embeddings", False):
+        return
+    tied = model.all_tied_weights_keys
+    for name, module in model.named_modules():
+        if isinstance(module, SparseLinear) and f"{name}.weight" in {*tied, *tied.values()}:
+            raise ValueError(
+                f"save_pretrained: {name} is sparse, and config.tie_word_embeddings would tie its "
+                "weight: set that to False, or make the layer dense"
+            )
 
 
 def _headers(files: list[str]) -> dict[str, _Header]:

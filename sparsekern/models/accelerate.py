@@ -18,12 +18,17 @@ import torch
 from torch import nn
 
 from .candidates import LEAST_SPARSITY, Marks, scan
-from .example import Calls, error_between, one_token, recording, runner, seconds_of
+from .example import Calls, Runs, error_between, one_token, recording, seconds_of
 from .exchange import Exchange
 from .measure import LEAST_GAIN, bytes_of, measured
 from .report import Report, seen
+from .state import State
 
 DID_NOT_RUN = "the model did not run with it"
+NOT_AGAIN = (
+    "example: the model ran with it once, but not again with the same inputs, buffers and random "
+    "numbers"
+)
 PAST_MODULES = (
     "accelerate_: the model, which is as it was, does not run with sparse layers: something reads "
     "a weight or calls a layer past the module that holds it"
@@ -41,8 +46,9 @@ def accelerate_(
     layer twice, never two models. Taken are nn.Linear and its subclasses that only hold a weight,
     transformers' Conv1D, nn.MultiheadAttention, convolutions with a kernel of one place, and the
     stacked experts of mixtures; embeddings and tied weights stay dense. The report names what was
-    left out, and why. The model is run some times, in eval mode and without gradients; afterwards
-    each module has its mode again.
+    left out, and why. The model is run some times, in eval mode, without gradients, and each time
+    with the same inputs, buffers and random numbers. Afterwards these and each module's mode are as
+    they were; what a model keeps elsewhere, such as a count of its calls, is not.
 
     Args:
         model: a model on a CPU or a GPU, with its dense weights.
@@ -53,19 +59,22 @@ def accelerate_(
             weighed with one call of the example and so many of one token a sequence.
         nan_is_pruned: NaN in a weight marks what is pruned, and counts as zero.
 
-    Layers replaced have new Parameters: make optimizers afterwards, and `torch.compile` too.
+    Layers replaced have new Parameters: make optimizers afterwards, and `torch.compile` too; an
+    optimizer that was there takes those of linear layers with `sparsekern.nn.adopt_values_`.
     densify_ brings the dense modules back.
 
     Raises TypeError for an example that is none, ValueError where the model has no layer with at
-    least 30 % zeros (the message lists what it has), where weights are NaN, or where the model does
-    not run with the example. Then, and after any other error, the model is as it was.
+    least 30 % zeros (the message lists what it has), where weights are NaN or have no shape yet, or
+    where the model does not run with the example, or calls no such layer. Then, and after any other
+    error, the model is as it was.
     """
     began = time.perf_counter()
     _check_model(model)
     if type(new_tokens) is not int or new_tokens < 0:
         raise ValueError(f"new_tokens: expected a whole number of at least 0, got {new_tokens!r}")
-    run = runner(model, example)
-    token_run = runner(model, one_token(example)) if new_tokens else None
+    state = State(model)
+    run = Runs(model, example, state)
+    token_run = Runs(model, one_token(example), state) if new_tokens else None
     marks, exchange = Marks(), Exchange(model)
     with _evaluating(model), torch.inference_mode(False), torch.no_grad():
         try:
@@ -89,12 +98,17 @@ def accelerate_(
             if token_run is not None:
                 with recording(candidates, calls, new_tokens):
                     _run(f"new_tokens: cut to one token a sequence, {DID_NOT_RUN}", token_run)
+            if not any(calls.counts.values()):
+                raise ValueError(
+                    f"example: with it the model calls none of its {len(candidates)} layers with "
+                    f"zeros ({candidates[0].name}, ...), or with no tokens"
+                )
 
             def whole() -> float:
                 seconds = seconds_of(run, device)
                 return seconds + (new_tokens * seconds_of(token_run, device) if token_run else 0.0)
 
-            before_s = whole()
+            before_s = _run(NOT_AGAIN, whole)
             layers = measured(model, candidates, calls)
             report = Report(layers, skipped, str(device), torch.get_num_threads(), new_tokens)
             report.before_s = report.after_s = before_s
@@ -105,7 +119,7 @@ def accelerate_(
                     exchange.replace(candidate, candidate.plain())
             if exchange.is_begun:
                 report.output_error = error_between(output, _run(PAST_MODULES, run))
-                report.after_s = whole()
+                report.after_s = _run(NOT_AGAIN, whole)
                 if report.after_s > LEAST_GAIN * before_s:
                     report.after_s = min(report.after_s, whole())  # a moment of the machine?
                 if report.after_s > LEAST_GAIN * before_s:
@@ -117,6 +131,8 @@ def accelerate_(
             exchange.undo()
             marks.undo()
             raise
+        finally:
+            state.put_back()
     report.seconds = time.perf_counter() - began
     return report
 
@@ -135,6 +151,15 @@ def _stay_dense(report: Report) -> None:
 def _check_model(model: object) -> None:
     if not isinstance(model, nn.Module):
         raise TypeError(f"model: expected a torch.nn.Module, got {type(model).__name__}")
+    for name, module in model.named_modules():
+        if name and hasattr(module, "_orig_mod") or module._compiled_call_impl is not None:
+            raise TypeError(
+                f"model: expected it as it was before torch.compile: {name or 'it'} is compiled; "
+                "make it sparse first, and compile it afterwards"
+            )
+    held = [*model.named_parameters(), *model.named_buffers()]
+    if lazy := [name for name, t in held if nn.parameter.is_lazy(t)]:
+        raise ValueError(f"model: {lazy[0]} has no shape yet: call the model once before")
     if hasattr(model, "_orig_mod") or isinstance(model, nn.parallel.DistributedDataParallel):
         inner = "model._orig_mod" if hasattr(model, "_orig_mod") else "model.module"
         raise TypeError(
@@ -154,8 +179,8 @@ def _run(told: str, run: Any) -> Any:
 def _evaluating(model: nn.Module) -> Iterator[None]:
     """The model in eval mode; what is there afterwards has its mode again, by name."""
     training = {name: module.training for name, module in model.named_modules()}
-    model.eval()
     try:
+        model.eval()
         yield
     finally:
         for name, module in model.named_modules():

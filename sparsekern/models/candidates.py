@@ -7,9 +7,10 @@ from typing import Any
 import numpy
 import torch
 from torch import Tensor, nn
+from torch.nn.utils import parametrize
 
 from ..indices import VALUE_DTYPES
-from ..nn import SparseLinear
+from ..nn import PackedLinear, SparseLinear
 from ..nn.kinds import (
     is_conv1d,
     is_experts,
@@ -88,27 +89,33 @@ def scan(model: nn.Module) -> tuple[list[Candidate], list[Skipped]]:
     uses = uses_of_parameters(model)
     found: list[Candidate] = []
     skipped: list[Skipped] = []
-    inside: tuple[str, ...] = ()  # what belongs to a module that was taken or skipped as a whole
+    inside: tuple[str, ...] = ()  # how names begin in a module taken or skipped as a whole
     for name, module in model.named_modules():
-        if any(name.startswith(f"{outer}.") for outer in inside):
+        prefix = f"{name}." if name else ""
+        if any(name.startswith(outer) for outer in inside):
             continue
-        if isinstance(module, SparseLinear | StandIn):
+        if isinstance(module, SparseLinear | StandIn | PackedLinear):
             skipped.append(_sparse(name, module))
-            inside = (name,)
+            inside = (prefix,)
             continue
-        held = {n: p for n, p in module._parameters.items() if p is not None}
-        lazy = [p for p in held.values() if nn.parameter.is_lazy(p)]
-        weights = {} if lazy else {n: p for n, p in held.items() if p.ndim > 1}
-        if not weights and not lazy:
+        if isinstance(module, torch.jit.ScriptModule):
+            skipped.append(_scripted(name, module))
+            inside = (prefix,)
             continue
-        if lazy:
-            reason = "its weights have no shape yet"
-            skipped.append(Skipped(name, type(module).__name__, (), 0.0, reason))
+        if (quantized := _quantized(name, module)) is not None:
+            skipped.append(quantized)
+            continue
+        held: dict[str, Any] = {n: p for n, p in module._parameters.items() if p is not None}
+        if parametrize.is_parametrized(module):
+            held |= {n: getattr(module, n).detach() for n in module.parametrizations}  # type: ignore
+            inside = (f"{prefix}parametrizations",)
+        weights = {n: p for n, p in held.items() if p.ndim > 1}
+        if not weights:
             continue
         reason = why_not(module)
         if reason is None and isinstance(module, nn.MultiheadAttention):
             weights |= {"out_proj.weight": module.out_proj.weight}
-            inside = (name,)
+            inside = (prefix,)
         for p in weights.values():
             reason = reason or why_not_weight(p, uses[id(p)])
         candidate = _candidate(name, module, weights)
@@ -116,7 +123,7 @@ def scan(model: nn.Module) -> tuple[list[Candidate], list[Skipped]]:
             reason = f"too dense: {LEAST_SPARSITY:.0%} zeros are the least that can pay"
         elif reason is None and candidate.size < LEAST_WEIGHTS:
             reason = f"too small: {candidate.size} weights"
-        elif reason is None and not candidate.nnz:
+        elif reason is None and not candidate.nnz and not candidate.is_masked:
             reason = "all its weights are zero"
         if reason is None:
             found.append(candidate)
@@ -132,11 +139,9 @@ def _candidate(name: str, module: nn.Module, weights: dict[str, nn.Parameter]) -
     for key, weight in weights.items():
         full = f"{name}.{key}" if name else key
         refuse_meta(full, weight)
-        if (mask := masks.get(key.removesuffix("_orig"))) is not None:
-            nnz += int(mask.count_nonzero())
-        else:
-            _refuse_nan(full, weight)
-            nnz += _count(weight)
+        _refuse_nan(full, weight)
+        mask = masks.get(key.removesuffix("_orig"))
+        nnz += _count(weight) if mask is None else int(mask.count_nonzero())
     shapes = tuple(_as_matrix(module, weight) for weight in weights.values())
     return Candidate(name, module, shapes, nnz, tuple(weights), "weight" in masks)
 
@@ -144,17 +149,21 @@ def _candidate(name: str, module: nn.Module, weights: dict[str, nn.Parameter]) -
 def _count(weight: Tensor) -> int:
     """Of weights that are not zero; all, of a type that torch cannot count."""
     try:
-        return int(weight.count_nonzero())
+        return int(weight.to_dense().count_nonzero())
     except (RuntimeError, NotImplementedError):
         return weight.numel()
 
 
 def _refuse_nan(name: str, weight: Tensor) -> None:
-    if weight.dtype in VALUE_DTYPES and weight.isnan().any():
+    if _may_be_nan(weight) and weight.isnan().any():
         raise ValueError(
             f"{name}: {int(weight.isnan().sum())} of {weight.numel()} weights are NaN; where NaN "
             "marks what is pruned give nan_is_pruned=True"
         )
+
+
+def _may_be_nan(weight: Tensor) -> bool:
+    return weight.dtype in VALUE_DTYPES and weight.layout == torch.strided
 
 
 def _as_matrix(module: nn.Module, weight: Tensor) -> Shape:
@@ -169,11 +178,31 @@ def _is_convolution(module: nn.Module) -> bool:
 
 
 def _sparse(name: str, module: nn.Module) -> Skipped:
-    layers = [m for m in module.modules() if isinstance(m, SparseLinear)]
+    kinds = SparseLinear | PackedLinear
+    layers = [m for m in module.modules() if isinstance(m, kinds)]
     shapes = tuple((m.out_features, m.in_features) for m in layers)
-    nnz = sum(m.col_indices.shape[0] for m in layers)
+    nnz = sum(m.nnz if isinstance(m, PackedLinear) else m.col_indices.shape[0] for m in layers)
     sparsity = 1 - nnz / max(1, sum(map(math.prod, shapes)))
     return Skipped(name, type(module).__name__, shapes, sparsity, "sparse already")
+
+
+def _scripted(name: str, module: nn.Module) -> Skipped:
+    weights = [p for p in module.parameters() if p.ndim > 1]
+    zeros = 1 - sum(map(_count, weights)) / max(1, sum(p.numel() for p in weights))
+    reason = "a module of torch.jit, in which nothing can be replaced"
+    shapes = tuple(tuple(p.shape) for p in weights)
+    return Skipped(name, type(module).__name__, shapes, zeros, reason)
+
+
+def _quantized(name: str, module: nn.Module) -> Skipped | None:
+    """Of a module of torch's quantization, which has no Parameters."""
+    weight: Any = getattr(module, "weight", None)
+    if not callable(weight) or "quantized" not in type(module).__module__:
+        return None
+    dense = weight().dequantize()
+    zeros = 1 - _count(dense) / max(1, dense.numel())
+    kind = type(module).__name__
+    return Skipped(name, kind, (tuple(dense.shape),), zeros, "its weights are quantized")
 
 
 def to_sparse(module: nn.Module) -> nn.Module:
@@ -204,7 +233,7 @@ class Marks:
 
     def remove(self, model: nn.Module) -> None:
         for p in model.parameters():
-            if p.dtype in VALUE_DTYPES and p.ndim > 1 and not p.is_meta:
+            if _may_be_nan(p) and p.ndim > 1 and not p.is_meta:
                 nan = p.detach().isnan()
                 if nan.any():
                     self._marked.append((p.detach(), _packed(nan)))

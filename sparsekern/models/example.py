@@ -1,5 +1,6 @@
 """Running a model with the example, and what its layers are called with meanwhile."""
 
+import copy
 import math
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -9,8 +10,10 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils import _pytree as pytree
 
 from .candidates import Candidate
+from .state import State
 from .timing import clock
 
 ROUNDS = 5  # in which a model is timed as a whole
@@ -42,20 +45,41 @@ class Calls:
     forms: dict[tuple, Call] = field(default_factory=dict)  # by (key of the layer, form)
 
 
-def runner(model: nn.Module, example: Any) -> Callable[[], Any]:
-    """A function that calls the model with the example. TypeError for what cannot be one."""
-    if isinstance(example, Tensor):
-        return lambda: model(example)
-    if isinstance(example, Mapping):
-        return lambda: model(**example)
-    if isinstance(example, list | tuple):
-        return lambda: model(*example)
-    if callable(example) and not isinstance(example, type):
-        return lambda: example(model)
-    raise TypeError(
-        "example: expected a tensor, a tuple of arguments, a dict of named ones (what a tokenizer "
-        f"gives with return_tensors='pt') or a function of the model, got {type(example).__name__}"
-    )
+class Runs:
+    """Calls of a model with an example, each with the same inputs, buffers and random numbers."""
+
+    def __init__(self, model: nn.Module, example: Any, state: State):
+        """TypeError for what cannot be an example."""
+        self._model, self._state = model, state
+        self._args: Sequence = ()
+        self._kwargs: dict = {}
+        self._function: Callable[[nn.Module], Any] | None = None
+        if isinstance(example, Tensor):
+            self._args = (example,)
+        elif isinstance(example, Mapping):
+            self._kwargs = dict(example)
+        elif isinstance(example, list | tuple):
+            self._args = tuple(example)
+        elif callable(example) and not isinstance(example, type | nn.Module):
+            self._function = example
+        else:
+            raise TypeError(
+                "example: expected a tensor, a tuple of arguments, a dict of named ones (what a "
+                "tokenizer gives with return_tensors='pt') or a function of the model, got "
+                f"{type(example).__name__}"
+            )
+
+    def ready(self) -> Callable[[], Any]:
+        """The next call: the model may write to what it gets."""
+        self._state.put_back()
+        model, function = self._model, self._function
+        if function is not None:
+            return lambda: function(model)
+        args, kwargs = copied((self._args, self._kwargs))
+        return lambda: model(*args, **kwargs)
+
+    def __call__(self) -> Any:
+        return self.ready()()
 
 
 def one_token(example: Any) -> Any:
@@ -87,7 +111,7 @@ def recording(candidates: Sequence[Candidate], calls: Calls, times: int) -> Iter
 
         def hook(module: nn.Module, args: tuple, kwargs: dict) -> None:
             x = next(tensors([args, kwargs]), None)
-            if x is None:
+            if x is None or not x.numel():
                 return
             tokens = _tokens(candidate.module, x)
             form = _form(candidate.module, args, kwargs, tokens)
@@ -96,7 +120,7 @@ def recording(candidates: Sequence[Candidate], calls: Calls, times: int) -> Iter
                 device = x.device.type
                 is_cast = device in ("cpu", "cuda") and torch.is_autocast_enabled(device)
                 dtype = torch.get_autocast_dtype(device) if is_cast else None
-                call = Call(_copied(args), _copied(kwargs), tokens, device, dtype)
+                call = Call(copied(args), copied(kwargs), tokens, device, dtype)
                 calls.forms[candidate.key, form] = call
 
         return hook
@@ -142,27 +166,27 @@ def tensors(things: Any) -> Iterator[Tensor]:
             yield from tensors(thing)
 
 
-def _copied(things: Any) -> Any:
-    """Tensors that stand twice in it, as query and key, stay one: attention asks for that."""
-    copies: dict[int, Tensor] = {}
+def copied(things: Any) -> Any:
+    """Tensors that stand twice in it, as query and key, stay one: attention asks for that. Of other
+    objects deep copies: a cache of keys and values grows with each call."""
+    copies: dict[int, Any] = {}
 
-    def copy(thing: Any) -> Any:
+    def copied_leaf(thing: Any) -> Any:
         if isinstance(thing, Tensor):
             if id(thing) not in copies:
                 copies[id(thing)] = thing.detach().clone()
             return copies[id(thing)]
-        if isinstance(thing, tuple | list):
-            return type(thing)(map(copy, thing))
-        return {k: copy(v) for k, v in thing.items()} if isinstance(thing, dict) else thing
+        return copy.deepcopy(thing, copies)
 
-    return copy(things)
+    return pytree.tree_map(copied_leaf, things)
 
 
-def seconds_of(run: Callable[[], Any], device: torch.device) -> float:
+def seconds_of(runs: Runs, device: torch.device) -> float:
     """The time of a call, of what has run before."""
     taken: list[float] = []
     now, usual = clock(device.type == "cuda")
     while len(taken) < ROUNDS and sum(taken) < ENOUGH_S:
+        run = runs.ready()
         _wait(device)
         began = now()
         run()
@@ -192,4 +216,8 @@ def error_between(before: Any, after: Any) -> float | None:
 
 
 def _floats(things: Any) -> Iterable[Tensor]:
-    return (t for t in tensors(things) if t.is_floating_point())
+    return (
+        t
+        for t in tensors(things)
+        if t.is_floating_point() and t.layout == torch.strided and not t.is_nested
+    )

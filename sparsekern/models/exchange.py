@@ -4,6 +4,7 @@ import weakref
 
 from torch import nn
 
+from ..nn import SparseLinear, replaced
 from .candidates import Candidate
 
 
@@ -35,6 +36,8 @@ class Exchange:
         gone: dict[str, weakref.ref] = {}
         self._done[candidate] = new, gone
         self._put(candidate, new)
+        if isinstance(new, SparseLinear):  # an optimizer may hold the weight
+            replaced.note(candidate.weight, new)
         if not candidate.is_masked:
             for path in candidate.weights:
                 owner, leaf = _owner(candidate.module, path)

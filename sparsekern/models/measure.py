@@ -5,7 +5,7 @@ from collections.abc import Sequence
 from itertools import cycle
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from ..kernels.derived import derived_bytes
 from ..kernels.problem import Problem
@@ -49,7 +49,7 @@ def _read_bytes(model: nn.Module) -> int:
     tables = nn.Embedding | nn.EmbeddingBag
     modules = [module for module in model.modules() if not isinstance(module, tables)]
     held = {id(t): t for m in modules for t in [*m._parameters.values(), *m._buffers.values()]}
-    return sum(t.nbytes for t in held.values() if t is not None)
+    return sum(_nbytes(t) for t in held.values() if t is not None)
 
 
 class _Alike:
@@ -142,7 +142,12 @@ def kernel_of(sparse: nn.Module, call: Call) -> str:
 
 def bytes_of(module: nn.Module) -> int:
     """Bytes of parameters and buffers, and of what kernels keep beside the patterns."""
-    held = {id(t): t.nbytes for t in [*module.parameters(), *module.buffers()] if not t.is_meta}
+    held = {id(t): _nbytes(t) for t in [*module.parameters(), *module.buffers()] if not t.is_meta}
     layers = (m for m in module.modules() if isinstance(m, SparseLinear))
     kept = sum(derived_bytes(layer.row_offsets, layer.col_indices) for layer in layers)
     return sum(held.values()) + kept
+
+
+def _nbytes(t: Tensor) -> int:
+    """Of a sparse tensor of torch's, those of its values."""
+    return t.nbytes if t.layout == torch.strided else t._nnz() * t.itemsize

@@ -61,6 +61,8 @@ def prune_pretrained(
         raise ValueError(f"sparsity: expected a number above 0 and below 1, got {sparsity}")
     if torch.device(device).type == "cuda" and not torch.cuda.is_available():
         raise ValueError(f"device: expected cpu, as torch sees no GPU here, got {device}")
+    if distribution == "global" and method != "magnitude":
+        raise ValueError(f"distribution: {method} expected uniform or erk, got global")
     if dtype is not None and dtype not in DTYPES:
         raise ValueError(f"dtype: expected one of {', '.join(DTYPES)}, got {dtype!r}")
     if (method == "magnitude") != (calibration is None):
@@ -137,7 +139,7 @@ def load(
     source: str | Path, dtype: str | None = None, needs_tokenizer: bool = False
 ) -> tuple[nn.Module, Any]:
     """The model, dense, of the class that its config names, and its tokenizer (None if it has
-    none). ValueError where its file lacks weights that are no head's."""
+    none). ValueError where its file lacks matrices that are no head's."""
     transformers = require("transformers", "hf")
     try:
         config = transformers.AutoConfig.from_pretrained(source)
@@ -149,8 +151,10 @@ def load(
     kind = getattr(transformers, names[0], transformers.AutoModel)
     kind_of = getattr(torch, dtype) if dtype else "auto"
     model, found = kind.from_pretrained(source, dtype=kind_of, output_loading_info=True)
-    outputs = heads(model)
-    missing = sorted(n for n in found["missing_keys"] if n.rpartition(".")[0] not in outputs)
+    outputs, matrices = heads(model), {n for n, p in model.named_parameters() if p.ndim > 1}
+    missing = sorted(
+        n for n in matrices & set(found["missing_keys"]) if n.rpartition(".")[0] not in outputs
+    )
     if missing:
         raise ValueError(
             f"source: {source} lacks {len(missing)} weights, which would be random: {missing[0]}"

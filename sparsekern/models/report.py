@@ -19,6 +19,7 @@ body { font: 16px/1.45 system-ui, sans-serif; max-width: 90rem; margin: 1.5rem a
 table { border-collapse: collapse; font-size: 0.85rem; margin: 0.8rem 0; }
 th, td { padding: 0.2rem 0.6rem; border-bottom: 1px solid #ddd; text-align: right; }
 th:first-child, td:first-child, th:last-child, td:last-child { text-align: left; }
+.left th:nth-child(2), .left td:nth-child(2) { text-align: left; }
 """
 
 
@@ -44,7 +45,10 @@ class Layer:
 
     @property
     def gain(self) -> float:
-        """How many times as fast as the faster dense form the sparse one is."""
+        """How many times as fast as the faster dense form the sparse one is; NaN of a layer that
+        was never called."""
+        if not self.sparse_s:
+            return math.nan
         return min(self.before_s, self.dense_s) / self.sparse_s
 
     @property
@@ -145,6 +149,8 @@ class Report:
     def to_json(self) -> str:
         """All of it: a JSON object with `layers` and `skipped`, times in seconds."""
         about = asdict(self) | {"expected_after_s": self.expected_after_s}
+        if self.output_error is not None and not math.isfinite(self.output_error):
+            about["output_error"] = str(self.output_error)  # JSON has no such number
         for layer, own in zip(about["layers"], self.layers, strict=True):
             layer["after_s"] = own.after_s
         return json.dumps(about, indent=1)
@@ -155,7 +161,8 @@ class Report:
         parts.append(_html_table(HEADER, [_row([layer]) for layer in self.layers]))
         if self.skipped:
             parts.append("<h2>Left as they are</h2>")
-            parts.append(_html_table(SKIPPED_HEADER, [_skipped_row([s]) for s in self.skipped]))
+            left = _html_table(SKIPPED_HEADER, [_skipped_row([s]) for s in self.skipped])
+            parts.append(f'<div class="left">{left}</div>')
         return (
             '<!DOCTYPE html>\n<html lang="en">\n<head>\n<meta charset="utf-8">\n'
             '<meta name="viewport" content="width=device-width, initial-scale=1">\n'
@@ -212,6 +219,7 @@ def _skipped_row(skipped: Sequence[Skipped]) -> list[object]:
 
 
 def _name(name: str, count: int) -> str:
+    name = name if name.isprintable() else ascii(name)
     return (name or "the model itself") if count == 1 else f"{count} x {_pattern(name)}"
 
 

@@ -1,5 +1,6 @@
 """sparsify_ and densify_ swap SparseLinear in and out of a model."""
 
+import warnings
 from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
 
@@ -10,7 +11,7 @@ from ..kernels.derived import forget_captures
 from ..tensor import SparseTensor
 from . import replaced
 from .adapters import without_adapters
-from .kinds import HEAD_NAMES, heads, is_conv1d, uses_of_parameters
+from .kinds import HEAD_NAMES, heads, is_conv1d, is_experts, uses_of_parameters
 from .linear import SparseLinear, refuse_meta
 from .stand_ins import SparseConv1D, StandIn
 
@@ -49,6 +50,8 @@ def sparsify_(
     for name, module in chosen.items():
         refuse_meta(f"{name}.weight" if name else "weight", module)
     dense = {n: _matrix(m) for n, m in chosen.items() if not isinstance(m, SparseLinear)}
+    if filter_fn is None:
+        warn_of_others("sparsify_", model, is_experts)
     has_asked = prune_again or getattr(algorithm, "has_asked", False)
     zeros = 0.0 if has_asked else share_of_zeros(dense.values())
 
@@ -62,6 +65,23 @@ def sparsify_(
         return replaced.note(module.weight, new)
 
     return replace_modules(model, replace)
+
+
+def warn_of_others(caller: str, model: nn.Module, *kinds: Callable[[nn.Module], bool]) -> None:
+    """A warning where much of the model is in modules of these kinds, which nothing is done to."""
+
+    def size(modules: Iterable[nn.Module]) -> int:
+        held = {p for m in modules for p in m._parameters.values() if p is not None}
+        return sum(p.numel() for p in held if p.ndim > 1)
+
+    if left := [m for m in model.modules() if any(is_kind(m) for is_kind in kinds)]:
+        names = Counter(type(m).__name__ for m in left)
+        warnings.warn(
+            f"{caller}: {', '.join(f'{n} {name}' for name, n in names.items())} with "
+            f"{size(left) / max(1, size(model.modules())):.0%} of the weights stay dense; "
+            "sparsekern.models.prune.prune_ prunes them, sparsekern.accelerate_ makes them sparse",
+            stacklevel=3,
+        )
 
 
 def _matrix(module: nn.Module) -> Tensor:
@@ -130,8 +150,13 @@ def densify_(model: nn.Module, optimizer: Optimizer | None = None) -> nn.Module:
 
     With an optimizer, the dense weights take the place of the values in its groups and its state
     becomes dense too: zero where nothing was stored. ValueError, and an unchanged model, for state
-    of another shape than the values.
+    of another shape than the values, and for layers that `pack_` made.
     """
+    if packed := [name for name, m in model.named_modules() if hasattr(m, "packed_bytes")]:
+        raise ValueError(
+            f"densify_: {packed[0] or 'it'} is packed, and from that there is no way back: keep "
+            "the model as it was before pack_"
+        )
     if optimizer:
         for layer in (m for m in model.modules() if isinstance(m, SparseLinear)):
             for key, t in optimizer.state.get(layer.values, {}).items():

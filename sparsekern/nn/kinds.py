@@ -12,6 +12,11 @@ from ..indices import VALUE_DTYPES
 
 CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
 HEAD_NAMES = ("head", "lm_head")
+_HOOKS = (
+    *("_forward_pre_hooks", "_forward_hooks", "_backward_pre_hooks", "_backward_hooks"),
+    *("_state_dict_pre_hooks", "_state_dict_hooks"),
+    *("_load_state_dict_pre_hooks", "_load_state_dict_post_hooks"),
+)
 _STACKS = ("gate_up_proj", "down_proj")
 
 
@@ -45,8 +50,11 @@ def why_not(module: nn.Module) -> str | None:
     """The reason why no sparse module can take the place of this one; None where one can."""
     if isinstance(module, nn.Embedding | nn.EmbeddingBag):
         return "rows are looked up, nothing is multiplied"
-    if pruning_masks(module) and not isinstance(module, nn.Linear):
-        return "torch.nn.utils.prune masks it: call its remove() first"
+    masks = pruning_masks(module).keys()
+    if masks and not (isinstance(module, nn.Linear) and masks == {"weight"}):
+        return f"torch.nn.utils.prune masks its {', '.join(masks)}: call its remove() first"
+    if parametrize.is_parametrized(module):
+        return "it is parametrized: call torch.nn.utils.parametrize.remove_parametrizations first"
     if isinstance(module, nn.Linear):
         return _changed(module, nn.Linear.forward, {"weight", "bias"})
     if is_conv1d(module):
@@ -64,10 +72,7 @@ def _changed(module: nn.Module, forward, parameters: set[str]) -> str | None:
     """What the module does beside its class's product, or holds beside its weight."""
     if "forward" in module.__dict__ or type(module).forward is not forward:
         return "it has a forward of its own"
-    if parametrize.is_parametrized(module):
-        return "it is parametrized: call torch.nn.utils.parametrize.remove_parametrizations first"
     masks = pruning_masks(module)
-    masks = masks if masks.keys() == {"weight"} else {}
     own = {f"{n}_orig" if n in masks else n for n in parameters} | {f"{n}_mask" for n in masks}
     held = module._parameters.keys() | module._buffers.keys()
     if more := sorted(held - own):
@@ -75,8 +80,7 @@ def _changed(module: nn.Module, forward, parameters: set[str]) -> str | None:
     children = module._modules.keys() - ({"out_proj"} if "in_proj_bias" in parameters else set())
     if children:
         return f"it also holds {', '.join(sorted(children))}"
-    hooks = len(module._forward_pre_hooks) - len(masks) + len(module._forward_hooks)
-    if hooks + len(module._backward_hooks) + len(module._backward_pre_hooks):
+    if sum(len(getattr(module, name)) for name in _HOOKS) > len(masks):
         return "it has hooks, which another module would not have"
     return None
 
@@ -86,7 +90,7 @@ def _convolution(conv: Any) -> str | None:
         return "a convolution over several places is no single matrix"
     if conv.groups != 1:
         return f"its channels are in {conv.groups} groups"
-    if isinstance(conv.padding, str) or any(conv.padding):
+    if not isinstance(conv.padding, str) and any(conv.padding):  # "same" and "valid" add nothing
         return "it pads its input"
     return None
 
@@ -96,11 +100,11 @@ def _attention(attention: nn.MultiheadAttention) -> str | None:
         return "query, key and value have different sizes"
     if attention.bias_k is not None or attention.add_zero_attn:
         return "it adds a key and a value of its own"
+    if pruning_masks(attention.out_proj):
+        return "torch.nn.utils.prune masks its out_proj: call its remove() first"
     names = {"in_proj_weight", "in_proj_bias", "bias_k", "bias_v"}
     names |= {"q_proj_weight", "k_proj_weight", "v_proj_weight"}
-    return _changed(attention, nn.MultiheadAttention.forward, names) or _changed(
-        attention.out_proj, nn.Linear.forward, {"weight", "bias"}
-    )
+    return _changed(attention, nn.MultiheadAttention.forward, names) or why_not(attention.out_proj)
 
 
 def _experts(experts: Any) -> str | None:
@@ -131,7 +135,8 @@ def why_not_weight(weight: Tensor, uses: int) -> str | None:
     if type(weight) is not nn.Parameter:
         return f"its weight is a {type(weight).__name__}"
     if weight.dtype not in VALUE_DTYPES or weight.layout != torch.strided:
-        return f"weights of {weight.dtype} are not served"
+        kind = weight.dtype if weight.layout == torch.strided else weight.layout
+        return f"weights of {kind} are not served"
     if weight.device.type not in ("cpu", "cuda"):
         return f"weights on {weight.device.type} are not served"
     return None

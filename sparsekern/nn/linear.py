@@ -144,16 +144,17 @@ class SparseLinear(nn.Module):
                 "pattern, `values` other numbers"
             )
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, input: Tensor) -> Tensor:  # the name that nn.Linear gives x
         # nn.Module's way to an attribute takes longer than the check of an operand.
         parameters: dict[str, Any] = self._parameters
         buffers: dict[str, Any] = self._buffers
         if "values" in parameters and "bias" in parameters:  # else they are parametrized
             operands = buffers["row_offsets"], buffers["col_indices"], parameters["values"]
-            y = quick_linear(x, *operands, self.out_features, self.in_features, parameters["bias"])
+            sizes = self.out_features, self.in_features
+            y = quick_linear(input, *operands, *sizes, parameters["bias"])
             if y is not None:
                 return y
-        return linear(x, self.weight, self.bias)
+        return linear(input, self.weight, self.bias)
 
     def extra_repr(self) -> str:
         return (

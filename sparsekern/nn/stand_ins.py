@@ -86,9 +86,9 @@ class SparseConv(StandIn):
         parameters = {"weight": nn.Parameter(weight, trained), "bias": self.linear.bias}
         return self.origin.with_(parameters).train(self.training)
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, input: Tensor) -> Tensor:
         channels = -1 - self.dims
-        x = x[self.steps]
+        x = input[self.steps]
         is_last = x.ndim == 4 and x.is_contiguous(memory_format=torch.channels_last)
         y = self.linear(x.movedim(channels, -1)).movedim(-1, channels)
         return y.contiguous(memory_format=torch.channels_last) if is_last else y.contiguous()
@@ -167,6 +167,8 @@ class SparseMultiheadAttention(StandIn):
         is_causal: bool = False,
     ) -> tuple[Tensor, Tensor | None]:
         """As nn.MultiheadAttention.forward, for dense tensors."""
+        if is_causal and attn_mask is None:
+            raise RuntimeError("is_causal: expected a causal attn_mask beside it, got None")
         is_batched = query.ndim == 3
         q, k, v = self.q_proj(query), self.k_proj(key), self.v_proj(value)
         if not is_batched:
@@ -176,7 +178,7 @@ class SparseMultiheadAttention(StandIn):
         elif not self.batch_first:
             q, k, v = (t.transpose(0, 1) for t in (q, k, v))
         q, k, v = (t.unflatten(-1, (self.num_heads, -1)).transpose(1, 2) for t in (q, k, v))
-        mask = self._mask(attn_mask, key_padding_mask, q)  # [B, H, T, S], or what broadcasts to it
+        mask = self._mask(attn_mask, key_padding_mask, q, k.shape[-2])
         dropout = self.dropout if self.training else 0.0
         weights = None
         if need_weights:
@@ -193,9 +195,14 @@ class SparseMultiheadAttention(StandIn):
             return y.squeeze(0), weights
         return (y if self.batch_first else y.transpose(0, 1)), weights
 
-    def _mask(self, attn_mask: Tensor | None, padding: Tensor | None, q: Tensor) -> Tensor | None:
-        """What is added to the scores: both masks, of which bool ones are True where nothing is to
-        be seen."""
+    def _mask(
+        self, attn_mask: Tensor | None, padding: Tensor | None, q: Tensor, count: int
+    ) -> Tensor | None:
+        """What is added to the scores [B, H, T, S] of so many keys, or broadcasts to them: both
+        masks, of which bool ones are True where nothing is to be seen."""
+        batch, heads, tokens, _ = q.shape
+        _check_mask("attn_mask", attn_mask, (tokens, count), (batch * heads, tokens, count))
+        _check_mask("key_padding_mask", padding, (batch, count))
         if attn_mask is not None and attn_mask.ndim == 3:  # [B * H, T, S]
             attn_mask = attn_mask.unflatten(0, (-1, self.num_heads))
         parts = [attn_mask] if attn_mask is not None else []
@@ -207,6 +214,17 @@ class SparseMultiheadAttention(StandIn):
             for part in parts
         ]
         return sum(added[1:], added[0]) if added else None
+
+
+def _check_mask(name: str, mask: Tensor | None, *shapes: tuple[int, ...]) -> None:
+    if mask is None:
+        return
+    if mask.shape not in shapes or not (mask.dtype == torch.bool or mask.is_floating_point()):
+        expected = " or ".join(map(str, shapes))
+        raise RuntimeError(
+            f"{name}: expected shape {expected} and bool or floating-point values, got "
+            f"{tuple(mask.shape)} of {mask.dtype}"
+        )
 
 
 class SparseExperts(StandIn):

@@ -15,7 +15,8 @@ from torch.optim import Optimizer
 from torch.optim.swa_utils import AveragedModel
 
 from ..nn import SparseLinear, adopt_values_, sparsifiable, sparsify_
-from ..nn.convert import refuse_pruned
+from ..nn.convert import refuse_pruned, warn_of_others
+from ..nn.kinds import is_conv1d, is_experts
 from ..tensor import SparseTensor
 from .budget import DISTRIBUTIONS, budgets
 from .checks import one_of, shown, whole
@@ -212,7 +213,11 @@ class Algorithm:
             wanted = "any nn.Linear" if self.param_filter is None else shown(self.param_filter)
             listed = ", ".join(there) or "none"
             why = "" if self.param_filter is None else " that no block before it has"
+            if any(is_conv1d(m) or is_experts(m) for m in model.modules()):
+                listed += "; sparsekern.models.prune.prune_ takes Conv1D and experts"
             raise ValueError(f"param_filter: {wanted} matches no layer{why}; there are: {listed}")
+        if parts is None:
+            warn_of_others("apply", model, is_conv1d, is_experts)
         for name in names:
             self._family.check(name, there[name].out_features, there[name].in_features)
         if self._prunes_at_first and not prune_again:

@@ -35,16 +35,10 @@ def from_bitmasks(tensors: Mapping[str, Tensor]) -> Weights:
     dtype; the scales of activations are left out, since nothing here is quantized any more.
 
     ValueError names the tensor whose parts do not fit."""
-    stems = [name.removesuffix(".bitmask") for name in tensors if name.endswith(".bitmask")]
-    has_whole_names = any(stem.rpartition(".")[2] in ("weight", "bias") for stem in stems)
+    stems = stems_in(tensors)
     taken = {f"{stem}.{part}" for stem in stems for part in (*PARTS, *EXTRA_PARTS)}
     decoded: Weights = {}
-    for stem in stems:
-        name = stem if has_whole_names else f"{stem}.weight"
-        if name in tensors:
-            raise ValueError(f"weights: {name} is there twice, dense and with a bitmask")
-        if lacking := [part for part in PARTS if f"{stem}.{part}" not in tensors]:
-            raise ValueError(f"weights: {name} has a bitmask but lacks {', '.join(lacking)}")
+    for stem, name in stems.items():
         parts = [tensors[f"{stem}.{part}"] for part in PARTS]
         try:
             decoded[name] = _decoded(name, tensors, *parts)
@@ -55,6 +49,19 @@ def from_bitmasks(tensors: Mapping[str, Tensor]) -> Weights:
             taken |= {name + part for part in OF_QUANTIZED}
             taken |= {f"{layer}.{part}" if layer else part for part in OF_ACTIVATIONS}
     return {name: t for name, t in tensors.items() if name not in taken} | decoded
+
+
+def stems_in(tensors: Mapping[str, Tensor]) -> dict[str, str]:
+    """Stem -> name of the weights in this layout, whose parts are all there."""
+    stems = [name.removesuffix(".bitmask") for name in tensors if name.endswith(".bitmask")]
+    has_whole_names = any(stem.rpartition(".")[2] in ("weight", "bias") for stem in stems)
+    names = {stem: stem if has_whole_names else f"{stem}.weight" for stem in stems}
+    for stem, name in names.items():
+        if name in tensors:
+            raise ValueError(f"weights: {name} is there twice, dense and with a bitmask")
+        if lacking := [part for part in PARTS if f"{stem}.{part}" not in tensors]:
+            raise ValueError(f"weights: {name} has a bitmask but lacks {', '.join(lacking)}")
+    return names
 
 
 def _decoded(
@@ -130,6 +137,7 @@ def to_bitmasks(weights: nn.Module | Weights) -> dict[str, Tensor]:
     ValueError for a SparseTensor whose name does not end in .weight: they have no place for it."""
     found = weights_of(weights) if isinstance(weights, nn.Module) else weights
     tensors: dict[str, Tensor] = {}
+    written: set[int] = set()
     for name, w in found.items():
         if not isinstance(w, SparseTensor):
             tensors[name] = w
@@ -138,9 +146,16 @@ def to_bitmasks(weights: nn.Module | Weights) -> dict[str, Tensor]:
         if stem == name:
             raise ValueError(f"weights: {name}: expected a name that ends in .weight")
         check(name, w)
+        if not w.k:  # no bits, which any number of rows would have
+            tensors[name] = w.to_dense()
+            continue
+        values = w.values.detach()
+        if values.data_ptr() in written:  # tied: a file has one of them, a reader wants both
+            values = values.clone()
+        written.add(values.data_ptr())
         tensors |= {
             f"{stem}.shape": torch.tensor([w.n, w.k]),
-            f"{stem}.compressed": w.values.detach(),
+            f"{stem}.compressed": values,
             f"{stem}.bitmask": bitmask.pack(w.row_offsets, w.col_indices, w.k),
             f"{stem}.row_offsets": w.row_offsets[:-1].long(),
         }

@@ -18,7 +18,9 @@ MANY_BYTES = 2**20  # worth the start of threads
 
 
 def digest(t: Tensor) -> str:
-    flat = t.detach().cpu().contiguous().reshape(-1).view(torch.uint8)
+    whole = t.detach().cpu().contiguous()
+    # A single element is contiguous whatever its stride, which view() would not take.
+    flat = whole.as_strided((whole.numel(),), (1,)).view(torch.uint8)
     found = hashlib.sha256(f"{t.dtype} {tuple(t.shape)}".encode())
     found.update(flat.numpy().data)  # without the interpreter's lock
     return found.hexdigest()

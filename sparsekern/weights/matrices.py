@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from ..extras import require
-from ..indices import INDEX_LIMIT
+from ..indices import INDEX_LIMIT, VALUE_DTYPES
 from ..tensor import SparseTensor
 
 __all__ = ["load_matrix"]
@@ -29,11 +29,14 @@ def load_matrix(path: str | Path, dtype: torch.dtype = torch.float32) -> SparseT
     path = Path(path)
     if path.suffix not in (".smtx", ".mtx"):
         raise ValueError(f"matrix: {path}: expected a file ending in .smtx or .mtx")
+    if dtype not in VALUE_DTYPES:
+        wanted = ", ".join(map(str, VALUE_DTYPES))
+        raise ValueError(f"dtype: expected one of {wanted}, got {dtype!r}")
     if not path.is_file():
         raise FileNotFoundError(f"matrix: {path} does not exist")
     try:
         return _from_smtx(path, dtype) if path.suffix == ".smtx" else _from_mtx(path, dtype)
-    except (TypeError, ValueError) as error:
+    except (OverflowError, TypeError, ValueError) as error:
         raise ValueError(f"matrix: {path}: {error}") from error
 
 
@@ -81,6 +84,8 @@ def _check_mtx(path: Path) -> None:
         is_dense = head[2].lower() == "array"
         line = next((x for x in file if x.strip() and not x.startswith("%")), "")
     sizes = _sizes(line.split()[: 2 if is_dense else 3], 2 if is_dense else 3)
+    if head[4:] and head[4].lower() != "general" and sizes[0] != sizes[1]:
+        raise ValueError(f"expected as many rows as columns, for it is {head[4]}, got {sizes[:2]}")
     entries = sizes[0] * sizes[1] if is_dense else sizes[2]
     numbers = entries // 2 if is_dense else 2 * entries  # half of a symmetric one may be left out
     size = path.stat().st_size

@@ -9,6 +9,9 @@ from torch import Tensor
 from ..tensor import SparseTensor
 from .layouts import Weights
 
+# What torch.load says of classes and functions that it does not call.
+OF_OBJECTS = ("Unsupported global", "unsupported GLOBAL")
+
 
 def read_pickle(path: Path, what: str) -> object:
     """What torch.save wrote to a file, on the CPU. ValueError that begins with `what` and names the
@@ -23,7 +26,7 @@ def read_pickle(path: Path, what: str) -> object:
             raise
         if is_out_of_memory(error):
             raise MemoryError(f"{what}: {path} does not fit into memory") from error
-        if "Unsupported global" in str(error):
+        if any(words in str(error) for words in OF_OBJECTS):
             raise ValueError(
                 f"{what}: {path} holds objects, which could run code: expected tensors, as "
                 "torch.save(model.state_dict(), path) writes them"

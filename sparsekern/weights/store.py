@@ -6,24 +6,26 @@ says, and in the header's metadata, as JSON under "sparsekern", the format's ver
 share one tensor, digests, and what the writer wants to add.
 """
 
-import errno
 import json
 import os
 import re
 from pathlib import Path
 
+import torch
 from torch import Tensor, nn
 
 from ..extras import require
 from ..files import atomic_path
+from ..indices import kind
 from ..nn import SparseLinear
 from ..nn.stand_ins import StandIn
 from ..nn.substitutes import to_dense
 from ..tensor import SparseTensor
 from . import layouts
+from .bitmasks import stems_in
 from .digests import digest_of_json, digests
 from .layouts import Weights, join, weights_of
-from .read import FORMAT_VERSIONS, HEADER
+from .read import FILE, FORMAT_VERSIONS, HEADER, INDEX, OF_TORCH
 
 __all__ = ["save_weights", "to_zeros"]
 
@@ -64,13 +66,20 @@ def save_weights(weights: nn.Module | Weights, path: str | Path, **metadata: obj
     def put(name: str, t: Tensor) -> None:
         if name in tensors:
             raise ValueError(f"weights: two of them would have the name {name} in the file")
-        data = t.detach().contiguous()
+        data = t.detach().resolve_conj().resolve_neg().contiguous()
         storage = data.untyped_storage().data_ptr()
         # Other parts of the same memory, as of two weights that share their pattern.
         tensors[name] = data.clone() if storage in storages else data
         storages.add(storage)
 
+    path = Path(path)
+    if path.suffix in OF_TORCH or path.name.endswith(INDEX):
+        raise ValueError(
+            f"path: expected a name such as {FILE}, for load_weights would take {path.name} for "
+            "another kind of file"
+        )
     for name, t in weights.items():
+        _check_can_be_written(name, t)
         key = _memory(t)
         if key in first:
             aliases[name] = first[key]
@@ -80,6 +89,7 @@ def save_weights(weights: nn.Module | Weights, path: str | Path, **metadata: obj
         parts = layouts.parts_of(name, t) if isinstance(t, SparseTensor) else {name: t}
         for part, data in parts.items():
             put(part, data)
+    _check_can_be_read(weights, tensors)
     header = {
         "format_version": FORMAT_VERSIONS[-1],
         "aliases": aliases,
@@ -88,14 +98,37 @@ def save_weights(weights: nn.Module | Weights, path: str | Path, **metadata: obj
     }
     header["digest"] = digest_of_json(header)
     about = {"format": "pt", HEADER: json.dumps(header)}
-    with atomic_path(Path(path)) as file:
+    with atomic_path(path) as file:
         try:
             save_file(tensors, file, about)
+        except KeyError as error:
+            raise ValueError(f"weights: safetensors files hold no {error.args[0]}") from error
         except safetensors.SafetensorError as error:
-            code = re.search(r"os error (\d+)", str(error))
-            number = int(code[1]) if code else errno.EIO
-            raise OSError(number, os.strerror(number), str(path)) from error
+            if not (code := re.search(r"os error (\d+)", str(error))):
+                raise ValueError(f"weights: {path}: {error}") from error
+            raise OSError(int(code[1]), os.strerror(int(code[1])), str(path)) from error
         _sort_metadata(file)
+
+
+def _check_can_be_written(name: object, t: object) -> None:
+    if not isinstance(name, str) or name == "__metadata__":
+        raise ValueError(f"weights: expected names of tensors, got {name!r}")
+    data = t.values if isinstance(t, SparseTensor) else t
+    if not isinstance(data, Tensor) or data.layout != torch.strided or data.is_nested:
+        raise ValueError(f"weights: {name}: expected a Tensor or a SparseTensor, got {kind(t)}")
+    if data.is_meta:
+        raise ValueError(f"weights: {name}: expected a tensor with data, got one on meta")
+
+
+def _check_can_be_read(weights: Weights, tensors: dict[str, Tensor]) -> None:
+    """ValueError for names by which a reader would take dense tensors for parts of a sparse one."""
+    stems_in(tensors)
+    for name in layouts.names_in(tensors):
+        if not isinstance(weights.get(name), SparseTensor):
+            try:
+                layouts.take(name, dict(tensors))
+            except (TypeError, ValueError) as error:
+                raise ValueError(f"weights: {name}: {error}") from error
 
 
 def _memory(t: Tensor | SparseTensor) -> tuple:

@@ -345,6 +345,39 @@ def test_other_refusals(saved, tmp_path):
     assert not (tmp_path / "x").exists()
 
 
+@needs_transformers
+def test_models_that_share_a_config(saved, tmp_path):
+    """Each file says of itself whether it is sparse."""
+    sparse, dense = sparse_llama(), llama()
+    dense.config = sparse.config
+    for model in (sparse, dense, sparse):
+        model.save_pretrained(tmp_path)
+        config = json.loads((tmp_path / "config.json").read_text())
+        assert ("quantization_config" in config) == (model is sparse)
+        assert same(load(tmp_path), model)
+    assert same(load(saved, config=sparse.config), sparse)
+    assert same(load(saved, config=load(saved).config), sparse)
+    fresh = AutoModelForCausalLM.from_config(transformers.AutoConfig.from_pretrained(saved)).eval()
+    fresh.save_pretrained(tmp_path)
+    assert "quantization_config" not in json.loads((tmp_path / "config.json").read_text())
+    with pytest.raises(ValueError, match="state_dict: expected the files of a sparse model"):
+        type(sparse).from_pretrained(None, config=sparse.config, state_dict=sparse.state_dict())
+
+
+@needs_transformers
+def test_a_sparse_head_is_not_tied(tmp_path):
+    model = llama(tied=True)
+    model.lm_head = SparseLinear.from_linear(
+        model.lm_head, torch.arange(128 * 32).view(128, -1) % 3 > 0
+    )
+    with pytest.raises(ValueError, match="lm_head is sparse, and config.tie_word_embeddings would"):
+        model.save_pretrained(tmp_path)
+    assert not list(tmp_path.iterdir())
+    model.config.tie_word_embeddings = False
+    model.save_pretrained(tmp_path)
+    assert same(load(tmp_path), model)
+
+
 # Without transformers, or with an old one: a stand-in
 
 

@@ -3,6 +3,7 @@ the tests, so that no clock decides."""
 
 import copy
 import json
+import math
 import re
 import weakref
 
@@ -18,10 +19,12 @@ from pruned_models import (
     sparse_is_faster,
 )
 from torch import nn
+from torch.nn.utils import prune
 
 from sparsekern import accelerate_
 from sparsekern.models import accelerate
 from sparsekern.models.candidates import Candidate
+from sparsekern.nn import adopt_values_
 
 
 @pytest.fixture(autouse=True)
@@ -149,6 +152,56 @@ def test_autocast_in_the_example():
     assert accelerate_(model, example).sparse
 
 
+@pytest.mark.parametrize("is_masked", [False, True])
+def test_an_optimizer_that_was_made_before(is_masked):
+    model, x = nn.Sequential(nn.Linear(H, H)), torch.randn(3, H)
+    prune.l1_unstructured(model[0], "weight", amount=0.75)
+    if not is_masked:
+        prune.remove(model[0], "weight")
+    optimizer = torch.optim.Adam(model.parameters())
+    model(x).sum().backward()
+    optimizer.step()
+    optimizer.zero_grad()
+    pruned(model)
+    accelerate_(model, x)
+    model(x).sum().backward()
+    with pytest.raises(RuntimeError, match="adopt_values_"):
+        optimizer.step()
+    before = model[0].values.clone()
+    adopt_values_(optimizer).step()
+    assert not torch.equal(model[0].values, before)
+    assert optimizer.state[model[0].values]["exp_avg"].shape == before.shape
+
+
+def test_compiled_parts_are_refused():
+    model = nn.Sequential(pruned(LM()), nn.Linear(H, H))
+    model[0].compile(backend="eager")
+    with pytest.raises(TypeError, match="0 is compiled; make it sparse first"):
+        accelerate_(model, torch.arange(3))
+    with pytest.raises(TypeError, match="it is compiled"):
+        accelerate_(model[0], torch.arange(3))
+
+
+def test_an_example_that_calls_no_layer_with_zeros():
+    for example in (lambda m: None, torch.zeros(0, dtype=torch.long)):
+        with pytest.raises(ValueError, match=r"calls none of its 3 layers with zeros \(blocks.0.0"):
+            accelerate_(pruned(LM()), example)
+
+
+def test_names_that_are_no_names():
+    model = nn.Sequential()
+    for name in ("<script>", "a\nb", "\u202eb"):
+        model.add_module(name, nn.Linear(H, H))
+    model.add_module("never", nn.ModuleDict({"called": nn.Linear(H, H)}))
+    report = accelerate_(pruned(model), lambda m: [m[i](torch.ones(2, H)) for i in range(3)])
+    assert "<script>" not in report.to_html() and "&lt;script&gt;" in report.to_html()
+    for text in (str(report), report.to_html()):
+        assert "\u202e" not in text and r"a\nb" in text
+    assert math.isnan(report.layers[3].gain) and "never calls" in report.layers[3].reason
+    report.output_error = math.inf
+    assert json.loads(report.to_json())["output_error"] == "inf"
+
+
 def test_the_report_as_text_json_and_html():
     report = accelerate_(pruned(LM()), {"input_ids": torch.arange(5)[None]})
     text = str(report)
@@ -181,6 +234,8 @@ def test_a_second_call_says_that_layers_are_sparse_already():
         (lambda: pruned(LM()), torch.arange(3), {"new_tokens": -1}, ValueError, "new_tokens"),
         (lambda: pruned(LM()), lambda m: m, {"new_tokens": 1}, ValueError, "new_tokens"),
         (lambda: "model", torch.ones(1, H), {}, TypeError, "model: expected"),
+        (lambda: nn.Sequential(nn.LazyLinear(H)), torch.ones(1, H), {}, ValueError, "no shape yet"),
+        (lambda: pruned(LM()), pruned(LM()), {}, TypeError, "example: expected .* got LM"),
         (lambda: pruned(LM()).to("meta"), torch.arange(3), {}, NotImplementedError, "meta"),
     ],
 )

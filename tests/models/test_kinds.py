@@ -17,9 +17,10 @@ from pruned_models import (
     sparse_is_faster,
 )
 from torch import nn
-from torch.nn.utils import prune
+from torch.nn.utils import parametrize, prune
 
 from sparsekern import accelerate_, densify_
+from sparsekern.nn import pack_
 from sparsekern.nn.stand_ins import SparseMultiheadAttention
 
 
@@ -171,7 +172,7 @@ def test_masks_on_other_modules_have_to_be_removed_first(kind):
     module = make()
     masked, name = (module.inner, "in_proj_weight") if kind == "attention" else (module, "weight")
     prune.l1_unstructured(masked, name, amount=0.75)
-    with pytest.raises(ValueError, match=r"masks it: call its remove\(\) first"):
+    with pytest.raises(ValueError, match=r"masks its \w+: call its remove\(\) first"):
         accelerate_(nn.Sequential(module), torch.randn(shape))
 
 
@@ -184,6 +185,28 @@ def test_masks_are_multiplied_in_where_dense_is_faster(seconds):
     report = accelerate_(model, x)
     assert not report.sparse and set(dict(model.named_parameters())) == {"0.weight", "0.bias"}
     torch.testing.assert_close(model(x), want)
+
+
+def test_a_layer_of_which_a_mask_leaves_nothing():
+    model, x = nn.Sequential(nn.Linear(H, 96)), torch.randn(5, H)
+    prune.l1_unstructured(model[0], "weight", amount=1.0)
+    assert accelerate_(model, x).sparse
+    torch.testing.assert_close(model(x), model[0].bias.expand(5, 96))
+
+
+@pytest.mark.parametrize("kind", ["linear", "attention"])
+def test_packed_layers_have_no_way_back(kind):
+    make, shape, _ = KINDS[kind]
+    model = pruned(nn.Sequential(make())).bfloat16()
+    x = torch.randn(shape, dtype=torch.bfloat16)
+    accelerate_(model, x)
+    pack_(model)
+    before = kinds(model)
+    with pytest.raises(ValueError, match="is packed, and from that there is no way back"):
+        densify_(model)
+    assert kinds(model) == before
+    with pytest.raises(ValueError, match=r"1 \w+ \(7\d % zeros\): sparse already"):
+        accelerate_(model, x)
 
 
 def test_something_else_under_the_name_of_conv1d_stays_dense():
@@ -202,10 +225,79 @@ def test_weights_of_other_types_are_said_to_stay():
     model.append(nn.Linear(H, H, dtype=torch.complex64))
     model.append(nn.Linear(H, H, device="meta"))
     model[2].weight = nn.Parameter(torch.zeros(H, H).to(torch.float8_e4m3fn), requires_grad=False)
-    model.append(nn.LazyLinear(3))
+    model.append(nn.Linear(H, H))
+    model[3].weight = nn.Parameter(torch.eye(H).to_sparse_csr())
     report = accelerate_(model, lambda m: m[0](torch.ones(2, H)))
     reasons = [skipped.reason for skipped in report.skipped]
-    assert "complex64" in reasons[0] and "float8" in reasons[1] and "no shape" in reasons[2]
+    assert "complex64" in reasons[0] and "float8" in reasons[1] and "sparse_csr" in reasons[2]
+    assert report.skipped[2].sparsity == 1 - 1 / H
+
+
+class Masked(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.register_buffer("mask", torch.rand(H, H) > 0.75)
+
+    def forward(self, w):
+        return w * self.mask
+
+
+@pytest.mark.filterwarnings("ignore:`torch.jit", "ignore:torch.quantize_per_tensor")
+def test_weights_that_are_made_in_each_call_are_named():
+    model = pruned(nn.Sequential(nn.Linear(H, H), nn.Linear(H, H), nn.Linear(H, H)))
+    parametrize.register_parametrization(model[0], "weight", Masked())
+    model[1].register_state_dict_post_hook(lambda *_: None)
+    prune.l1_unstructured(model[2], "weight", 0.75)
+    prune.l1_unstructured(model[2], "bias", 0.5)
+    model.append(pruned(nn.Linear(H, H)))
+    model.append(torch.jit.trace(pruned(nn.Linear(H, H)), torch.ones(1, H)))
+    model.append(torch.ao.nn.quantized.dynamic.Linear(H, H))
+    report = accelerate_(model, torch.randn(3, H))
+    words = [s.reason for s in report.skipped]
+    expected = ["remove_parametrizations", "hooks", "its weight, bias", "torch.jit", "quantized"]
+    assert len(words) == 5 and all(a in b for a, b in zip(expected, words, strict=True)), words
+    assert [s.name for s in report.skipped] == ["0", "1", "2", "4", "5"]
+    assert min(s.sparsity for s in report.skipped[:4]) > 0.7
+
+
+@pytest.mark.parametrize("padding", ["same", "valid"])
+def test_a_kernel_of_one_place_needs_no_padding(padding):
+    model, x = pruned(nn.Sequential(nn.Conv1d(H, 96, 1, padding=padding))), torch.randn(2, H, 5)
+    want = model(x)
+    assert accelerate_(model, x).sparse
+    torch.testing.assert_close(model(x), want)
+    torch.testing.assert_close(model[0](input=x), want)
+
+
+def test_arguments_by_the_names_that_torch_gives_them():
+    class Named(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.layer = nn.Linear(H, H)
+
+        def forward(self, x):
+            return self.layer(input=x)
+
+    assert accelerate_(pruned(Named()), torch.randn(3, H)).sparse
+
+
+@pytest.mark.parametrize(
+    ("masks", "name"),
+    [
+        ({"is_causal": True}, "is_causal"),
+        ({"attn_mask": torch.zeros(1, 5, 5)}, "attn_mask"),
+        ({"attn_mask": torch.zeros(5, 5, dtype=torch.long)}, "attn_mask"),
+        ({"key_padding_mask": torch.zeros(1, 5)}, "key_padding_mask"),
+    ],
+)
+def test_attention_refuses_the_masks_that_the_dense_one_refuses(masks, name):
+    model = pruned(Attention(batch_first=True))
+    x = torch.randn(2, 5, H)
+    with pytest.raises((RuntimeError, AssertionError)):
+        model(x, **masks)
+    accelerate_(model, x)
+    with pytest.raises(RuntimeError, match=f"{name}: expected"):
+        model(x, **masks)
 
 
 def test_an_optimizer_that_holds_parts_of_a_stand_in_is_refused():

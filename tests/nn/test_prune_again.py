@@ -3,7 +3,7 @@
 import copy
 
 import pytest
-from pruned_models import Conv1D, H, kinds, pruned
+from pruned_models import Conv1D, H, Mixture, kinds, pruned
 from torch import nn
 
 from sparsekern import SparseLinear, Static, densify_, sparsify_
@@ -53,3 +53,14 @@ def test_heads_are_spared_by_their_place():
     model = sparsify_(Classifier(), Static(0.5))
     assert type(model.pooler) is type(model.classifier) is nn.Linear
     assert all(type(block[0]) is SparseLinear for block in model.encoder)
+
+
+def test_what_stays_dense_beside_the_linears_is_said():
+    model = nn.Sequential(nn.Linear(H, H), Conv1D(96, H), Mixture())
+    with pytest.warns(UserWarning, match=r"sparsify_: 1 Experts with 7\d% of the weights"):
+        sparsify_(copy.deepcopy(model), Static(0.5))
+    with pytest.warns(UserWarning, match=r"apply: 1 Conv1D, 1 Experts with 8\d% .*prune_ prunes"):
+        Magnitude(0.5).apply(copy.deepcopy(model))
+    Magnitude(0.5, param_filter="0").apply(model)
+    with pytest.raises(ValueError, match="there are: none; sparsekern.models.prune.prune_ takes"):
+        Magnitude(0.5).apply(nn.Sequential(Conv1D(96, H)))

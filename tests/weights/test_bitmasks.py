@@ -99,6 +99,12 @@ def test_bitmasks_are_written_as_others_read_them(tmp_path):
     for name in ("w", "weight", "0.bias"):
         with pytest.raises(ValueError, match=f"{name}: expected a name that ends in .weight"):
             weights.to_bitmasks({name: SparseTensor.from_dense(w)})
+    tied = dict.fromkeys(("a.weight", "b.weight"), SparseTensor.from_dense(w))
+    weights.save_weights(weights.to_bitmasks(tied), tmp_path / "model.safetensors")
+    assert torch.equal(weights.load_weights(tmp_path)["b.weight"].to_dense(), w)
+    none = {"w.weight": SparseTensor.from_dense(torch.zeros(5, 0))}
+    weights.save_weights(weights.to_bitmasks(none), tmp_path / "model.safetensors")
+    assert weights.load_weights(tmp_path)["w.weight"].shape == (5, 0)
     with pytest.raises(ValueError, match="0.weight is a transpose"):
         weights.to_bitmasks({"0.weight": SparseTensor.from_dense(w).T})
 

@@ -187,6 +187,38 @@ def test_weights_that_share_memory_are_saved(tmp_path):
         weights.save_weights({"W": W, "W_bitmask": whole}, tmp_path / "x.safetensors")
 
 
+def test_what_no_file_holds_or_no_reader_takes_is_not_written(tmp_path):
+    pytest.importorskip("safetensors")
+    path, one = tmp_path / "m.safetensors", torch.ones(1)
+    for given, message in (
+        ({"w": torch.eye(3).to_sparse()}, "w: expected a Tensor or a SparseTensor, got a torch.sp"),
+        ({"w": None}, "w: expected a Tensor or a SparseTensor, got NoneType"),
+        ({"w": torch.ones(1, device="meta")}, "w: expected a tensor with data, got one on meta"),
+        ({"w": one.to(torch.complex128)}, "safetensors files hold no torch.complex128"),
+        ({3: one}, "expected names of tensors, got 3"),
+        ({"__metadata__": one}, "expected names of tensors, got '__metadata__'"),
+        ({"layer.bitmask": one}, "layer.weight has a bitmask but lacks shape, compressed"),
+        ({"w_shape": one, "w_col_indices": one + 1}, "w: expected values and _bitmask or"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            weights.save_weights(given, path)
+    with pytest.raises(ValueError, match=f"{path}: .*header too large"):
+        weights.save_weights({"w": one}, path, note="x" * 10**8)
+    for name in ("m.bin", "m.safetensors.index.json"):
+        with pytest.raises(ValueError, match=f"path: expected .* would take {name} for another"):
+            weights.save_weights({"w": one}, tmp_path / name)
+    assert not list(tmp_path.iterdir())
+
+
+def test_views_of_all_kinds_are_written(tmp_path):
+    pytest.importorskip("safetensors")
+    conjugate = torch.tensor([[1 + 2j, 3]]).conj()
+    views = {"c": conjugate, "i": conjugate.imag, "one": torch.arange(6).view(2, 3).T[1:2, 0]}
+    weights.save_weights(views, tmp_path / "model.safetensors")
+    found = weights.load_weights(tmp_path)
+    assert {n: t.tolist() for n, t in found.items()} == {n: t.tolist() for n, t in views.items()}
+
+
 def test_metadata_is_what_json_makes_of_it(tmp_path):
     pytest.importorskip("safetensors")
     path = tmp_path / "w.safetensors"

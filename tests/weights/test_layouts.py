@@ -2,6 +2,7 @@
 
 import json
 import math
+import os
 
 import numpy as np
 import pytest
@@ -234,6 +235,11 @@ def test_a_state_dict_of_sparse_layers_is_weights(tmp_path, sparse, suffix):
         weights.set_weights_(linear(), state | {"0.weight": torch.ones(5, 9)})
 
 
+class CallsSystem:
+    def __reduce__(self):
+        return os.system, ("exit 1",)
+
+
 def test_files_of_torch_save(tmp_path, sparse):
     path = tmp_path / "pytorch_model.bin"
     dense = linear()
@@ -251,6 +257,7 @@ def test_files_of_torch_save(tmp_path, sparse):
         ({"w": torch.zeros(1).expand(2**40)}, "w: expected a tensor with all its elements"),
         ({"w": torch.eye(3).to_sparse()}, "w: expected a tensor with all its elements"),
         ({"w": nn.ReLU()}, "holds objects, which could run code: expected tensors"),
+        ({"w": CallsSystem()}, "holds objects, which could run code: expected tensors"),
         (dense, "holds objects, which could run code: expected tensors"),
     ):
         torch.save(content, path)

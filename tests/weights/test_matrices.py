@@ -91,6 +91,8 @@ def test_matrix_market(tmp_path, text, want):
         (f"{HEAD} complex general\n1 1 1\n1 1 1 2\n", "expected real or integer values"),
         (f"{HEAD} real general\n2 2 1\n3 1 1\n", "Row index out of bounds"),
         (f"{HEAD} real general\n2 2 2\n1 1 1\n", "Truncated file"),
+        (f"{HEAD} integer general\n1 1 1\n1 1 {10**20}\n", "Integer out of range"),
+        (f"{HEAD} real Symmetric\n2 3 1\n2 1 1\n", "as many rows as columns, .* is Symmetric"),
     ],
 )
 def test_matrix_market_that_is_none(tmp_path, text, message):
@@ -107,3 +109,6 @@ def test_other_files(tmp_path):
         weights.load_matrix(tmp_path / "m.npz")
     with pytest.raises(FileNotFoundError, match="m.smtx does not exist"):
         weights.load_matrix(tmp_path / "m.smtx")
+    for dtype in (torch.int32, "float"):
+        with pytest.raises(ValueError, match=f"dtype: expected one of .*, got {dtype!r}"):
+            weights.load_matrix(tmp_path / "m.smtx", dtype=dtype)
