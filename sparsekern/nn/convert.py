@@ -11,7 +11,7 @@ from ..kernels.derived import forget_captures
 from ..tensor import SparseTensor
 from . import replaced
 from .adapters import without_adapters
-from .kinds import HEAD_NAMES, heads, is_conv1d, is_experts, uses_of_parameters
+from .kinds import HEAD_NAMES, has_hooks, heads, is_conv1d, is_experts, uses_of_parameters
 from .linear import SparseLinear, refuse_meta
 from .stand_ins import SparseConv1D, StandIn
 
@@ -39,7 +39,8 @@ def sparsify_(
 
     A weight that another module uses too (tied to an embedding) stays dense, and so does one with
     the attribute `requires_dense`. So do subclasses of nn.Linear: they compute something of their
-    own; and adapters (LoRA's, by the marks of peft). Make the optimizer afterwards, or give one
+    own; and adapters (LoRA's, by the marks of peft). Hooks of layers are not taken over, with a
+    warning. Make the optimizer afterwards, or give one
     that was there before to `adopt_values_`: it must see the new Parameters. If an algorithm fails
     the model is unchanged. ValueError where there is nothing to replace, unless filter_fn said so,
     and where more than 20 % of the weights are zero already and a mask would remove others.
@@ -50,6 +51,12 @@ def sparsify_(
     for name, module in chosen.items():
         refuse_meta(f"{name}.weight" if name else "weight", module)
     dense = {n: _matrix(m) for n, m in chosen.items() if not isinstance(m, SparseLinear)}
+    if hooked := [name for name in dense if has_hooks(chosen[name])]:
+        warnings.warn(
+            f"sparsify_: {', '.join(hooked[:3])}{', ...' * (len(hooked) > 3)} had hooks, which the "
+            "sparse layers do not have: register them again",
+            stacklevel=2,
+        )
     if filter_fn is None:
         warn_of_others("sparsify_", model, is_experts)
     has_asked = prune_again or getattr(algorithm, "has_asked", False)

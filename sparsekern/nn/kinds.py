@@ -46,6 +46,11 @@ def pruning_masks(module: nn.Module) -> dict[str, Tensor]:
     return {name: mask for name, mask in masks.items() if mask is not None}
 
 
+def has_hooks(module: nn.Module) -> bool:
+    """Whether it has hooks, beside those that mask its weights."""
+    return sum(len(getattr(module, name)) for name in _HOOKS) > len(pruning_masks(module))
+
+
 def why_not(module: nn.Module) -> str | None:
     """The reason why no sparse module can take the place of this one; None where one can."""
     if isinstance(module, nn.Embedding | nn.EmbeddingBag):
@@ -80,7 +85,7 @@ def _changed(module: nn.Module, forward, parameters: set[str]) -> str | None:
     children = module._modules.keys() - ({"out_proj"} if "in_proj_bias" in parameters else set())
     if children:
         return f"it also holds {', '.join(sorted(children))}"
-    if sum(len(getattr(module, name)) for name in _HOOKS) > len(masks):
+    if has_hooks(module):
         return "it has hooks, which another module would not have"
     return None
 

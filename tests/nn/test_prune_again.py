@@ -33,6 +33,16 @@ def test_algorithms_ask_too():
     assert model[0].weight.sparsity == pytest.approx(0.8, abs=1e-3)
 
 
+def test_hooks_are_not_lost_in_silence(recwarn):
+    model = nn.Sequential(nn.Linear(H, H), nn.Linear(H, H))
+    model[1].register_forward_hook(lambda *_: None)
+    with pytest.warns(UserWarning, match="^sparsify_: 1 had hooks, .* register them again$"):
+        sparsify_(model, Static(0.5))
+    recwarn.clear()
+    sparsify_(nn.Sequential(nn.Linear(H, H)), Static(0.5))
+    assert not recwarn.list
+
+
 def test_pruning_conv1d():
     model = nn.Sequential(Conv1D(96, H))
     weight = model[0].weight.detach().clone()
