@@ -24,9 +24,8 @@ HEAD = LANES + LANES // 2  # words of a step before its values: masks, starts
 MOST_WORDS = 2**31 - 2**12
 BUFFER_BYTES = 4352  # of words, two a warp, each with a barrier of 8 bytes
 WINDOW = 64  # tokens times steps of x
-EXPAND_BYTES = (
-    LANES * (STEP + TILE_PAD) * 2 + (HEAD + SLOTS * LANES) * 4
-)  # of a warp that writes W out
+# Shared memory of a warp that writes W out: its tile, the words of a step.
+EXPAND_BYTES = LANES * (STEP + TILE_PAD) * 2 + (HEAD + SLOTS * LANES) * 4
 
 
 @dataclass(frozen=True)
