@@ -78,20 +78,17 @@ other memory.
 {write_outs}
 """
 
-MEMORY_TEXT = """\
-GB (1e9 bytes) of a training step: weights, gradients and AdamW in float32, products in bfloat16 by
-autocast. Predicted by the sizes of all tensors (sparsekern/bench/memory_gpu.py), measured by
-torch's allocator, which rounds up and holds workspaces of libraries. Places: indices in int32,
-bitmaps, and the tails of 2:4 operands. State: all that is there between steps. The peak has
-activations and loss too, which sparse weights do not make smaller; it is predicted for eager
-steps."""
-
 MEMORY = """\
 # {name}
 
 {heading}
 
-{text} Steps here are eager. Each model is alone on the GPU.
+GB (1e9 bytes) of a training step: weights, gradients and AdamW in float32, products in bfloat16 by
+autocast. Predicted by the sizes of all tensors (sparsekern/bench/memory_gpu.py), measured by
+torch's allocator, which rounds up and holds workspaces of libraries. Places: indices in int32,
+bitmaps, and the tails of 2:4 operands. State: all that is there between steps. The peak has
+activations and loss too, which sparse weights do not make smaller; it is predicted for eager
+steps. Steps here are eager. Each model is alone on the GPU.
 
 {memory}
 
@@ -237,7 +234,6 @@ def page_of_memory(name: str, run: Run) -> str:
         name=name,
         heading=in_words(run.about, "bfloat16"),
         rounds=train_memory.ROUNDS,
-        text=MEMORY_TEXT,
         memory=tables.memory(steps),
         largest=tables.largest(cases) if within else "Not run.",
     )

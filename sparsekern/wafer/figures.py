@@ -8,11 +8,11 @@ disagree there are two machines, told apart by what follows the `@`. A file may 
 
 import math
 import tomllib
-from collections.abc import Collection, Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, fields, replace
 from numbers import Integral
 from pathlib import Path
-from typing import Literal, get_args
+from typing import Literal, TypeVar, get_args
 
 READ, SECOND_HAND, ASSUMED, CALIBRATED = "read", "second-hand", "assumed", "calibrated"
 Mark = Literal["read", "second-hand", "assumed", "calibrated"]
@@ -31,6 +31,28 @@ class Figure:
 
     def scaled(self, factor: float) -> "Figure":
         return replace(self, value=self.value * factor)
+
+
+_Described = TypeVar("_Described")
+
+
+def by_name_or_file(
+    what: str,
+    name_or_path: str | Path,
+    known: Mapping[str, _Described],
+    read: Callable[[Path, str], _Described],
+) -> _Described:
+    """One that is known by that name, or read(path, its file name) of a TOML file; ValueError names
+    `what`."""
+    if name_or_path in known:
+        return known[str(name_or_path)]
+    path = Path(name_or_path)
+    if path.suffix != ".toml":
+        raise ValueError(
+            f"{what}: expected one of {', '.join(known)}, or a file that ends in .toml, "
+            f"got {str(name_or_path)!r}"
+        )
+    return read(path, path.name)
 
 
 def read_toml(path: Path, what: str) -> dict:

@@ -9,7 +9,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass, fields
 from pathlib import Path
 
-from .figures import Figure, check_count, read_figures
+from .figures import Figure, by_name_or_file, check_count, read_figures
 from .inputs import Inputs
 from .machine import BYTES_PER_ELEM
 from .shapes import GPTShape
@@ -74,15 +74,7 @@ class GpuCost:
 
 def gpu(name_or_path: str | Path) -> Gpu:
     """A GPU by its name, one of GPUS, or as a TOML file describes it."""
-    if name_or_path in GPUS:
-        return GPUS[str(name_or_path)]
-    path = Path(name_or_path)
-    if path.suffix != ".toml":
-        raise ValueError(
-            f"gpu: expected one of {', '.join(GPUS)}, or a file that ends in .toml, "
-            f"got {str(name_or_path)!r}"
-        )
-    return _read(path, path.name)
+    return by_name_or_file("gpu", name_or_path, GPUS, _read)
 
 
 def _read(path: Path, name: str) -> Gpu:

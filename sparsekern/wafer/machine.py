@@ -5,7 +5,7 @@ from dataclasses import dataclass, fields
 from functools import cached_property
 from pathlib import Path
 
-from .figures import Figure, mistake, read_figures
+from .figures import Figure, by_name_or_file, mistake, read_figures
 
 BYTES_PER_ELEM = {"fp16": 2, "bf16": 2, "fp32": 4}
 ACCUMULATOR_BYTES = 4  # partial sums are fp32
@@ -128,15 +128,7 @@ def machine(name_or_path: str | Path) -> Machine:
 
     Raises ValueError for another name and for a wrong file, whose key it names, and
     FileNotFoundError where there is none."""
-    if name_or_path in MACHINES:
-        return MACHINES[str(name_or_path)]
-    path = Path(name_or_path)
-    if path.suffix != ".toml":
-        raise ValueError(
-            f"machine: expected one of {', '.join(MACHINES)}, or a file that ends in .toml, "
-            f"got {str(name_or_path)!r}"
-        )
-    return _read(path, path.name)
+    return by_name_or_file("machine", name_or_path, MACHINES, _read)
 
 
 def _read(path: Path, name: str) -> Machine:
