@@ -63,7 +63,9 @@ PYBIND11_MODULE(_C, m) {
 
   py::enum_<sk::Format>(m, "Format")
       .value("bitmap", sk::Format::kBitmap)
-      .value("columns", sk::Format::kColumns);
+      .value("columns", sk::Format::kColumns)
+      .value("window64", sk::Format::kWindow64)
+      .value("window128", sk::Format::kWindow128);
 
   py::class_<sk::Plan>(m, "Plan", "How a product is cut.")
       .def(py::init([](int threads, int vecs, int tile_parts, int64_t rows, int64_t cols,

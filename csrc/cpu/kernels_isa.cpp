@@ -117,6 +117,10 @@ void with_bitmap_tokens(int64_t tokens, const F& f) {
 }
 template <class F>
 void with_panel_width(int64_t tokens, const F& f) {
+#if defined(__AVX512F__)
+  if (tokens <= 2) return f(std::integral_constant<int, 2>());
+  if (tokens <= 4) return f(std::integral_constant<int, 4>());
+#endif
   if (tokens <= kBlock) return f(std::integral_constant<int, kBlock>());
   if (tokens <= 8) return f(std::integral_constant<int, 8>());
   f(std::integral_constant<int, 16>());
@@ -140,14 +144,18 @@ void pack_few_(Type type, Format format, Matrix x, int64_t tokens, int64_t featu
 }
 
 void spmm_few_(Type type, Format format, const CompressedRows& w, const void* values,
-               const float* packed, int64_t tokens, Matrix y) {
+               const float* packed, int64_t tokens, bool picks, Matrix y) {
   with_few_type(type, [&](auto* t) {
     auto *v = as(values, t), *out = as(y.data, t);
     if (format == Format::kBitmap)
       with_bitmap_tokens(
           tokens, [&](auto rows) { spmm_bitmap<rows>(w, v, packed, tokens, out, y.stride); });
+    else if (format == Format::kWindow64)
+      spmm_window<64>(w, v, packed, out);
+    else if (format == Format::kWindow128)
+      spmm_window<128>(w, v, packed, out);
     else if (tokens == 1)
-      spmm_gather(w, v, packed, out);
+      picks ? spmm_gather<true>(w, v, packed, out) : spmm_gather<false>(w, v, packed, out);
     else
       with_panel_width(
           tokens, [&](auto width) { spmm_columns<width>(w, v, packed, tokens, out, y.stride); });

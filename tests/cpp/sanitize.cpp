@@ -143,8 +143,9 @@ void check(const Problem& p, sk::Type type, std::initializer_list<int> all_vecs)
     }
   }
 
-  for (sk::Format format : {sk::Format::kBitmap, sk::Format::kColumns}) {
-    const int64_t most = format == sk::Format::kBitmap ? sk::kBitmapTokens : sk::kFewTokens;
+  for (sk::Format format :
+       {sk::Format::kBitmap, sk::Format::kColumns, sk::Format::kWindow64, sk::Format::kWindow128}) {
+    const int64_t most = sk::most_tokens(format);
     for (int64_t tokens = 0; tokens <= std::min(most, p.tokens); tokens++) {
       if (type == sk::Type::kDouble) continue;
       Array few(type, tokens * p.k, &random), out(type, tokens * p.n, nullptr);

@@ -21,11 +21,16 @@ needs_library = pytest.mark.skipif(panel._C is None, reason="the C++ library is 
 
 OPS = ("spmm", "spmm_t", "sddmm")
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
-FORMATS = {"few_tokens-bitmap": 8, "few_tokens-columns": 16}  # their most tokens
+FORMATS = {  # their most tokens
+    "few_tokens-bitmap": 8,
+    "few_tokens-columns": 16,
+    "few_tokens-window64": 1,
+    "few_tokens-window128": 1,
+}
 
 
 def cpu_rows(op):
-    """(name, row) of every row of the table for this op on a CPU; both formats of `few_tokens`."""
+    """(name, row) of every row of the table for this op on a CPU; every format of `few_tokens`."""
     rows = [row for row in table.KERNELS if row.op == op and row.device in ("cpu", None)]
     for row in rows:
         yield from ((name, row) for name in (FORMATS if row.name == "few_tokens" else [row.name]))
@@ -42,10 +47,11 @@ def takes(name, row, problem):
 
 
 def run(monkeypatch, name, row, operands):
-    if name in FORMATS:
-        format = name.removeprefix("few_tokens-")
-        monkeypatch.setattr(few_tokens, "index_format", lambda problem, lanes: format)
-    return row.run(*operands)
+    with monkeypatch.context() as patch:
+        if name in FORMATS:
+            format = name.removeprefix("few_tokens-")
+            patch.setattr(few_tokens, "index_format", lambda problem, lanes: format)
+        return row.run(*operands)
 
 
 def every_result(monkeypatch, t, extra=()):

@@ -14,23 +14,32 @@ from .panel import _C, pattern_of, refuse_dtype, type_of
 MOST_TOKENS = 16
 
 
-# The least density at which the bitmap is faster, for 1, 2, up to 4 and up to 8 tokens: where the
-# time of one place of W meets density * the time of one non-zero. Measured with weights in cache
-# and, for one token, out of memory, where two bytes a non-zero count for more (docs/log.md).
-_BITMAP_FROM = {16: (0.3, 0.22, 0.3, 0.5), 8: (0.45, 0.38, 0.52, 0.8)}
+# For 1, 2, up to 4 and up to 8 tokens: formats, each with the least density at which it is faster
+# than those after it. Measured with weights in cache and, for one token, out of memory, where two
+# bytes a non-zero count for more (docs/log.md).
+_FORMATS: dict[int, tuple[dict[str, float], ...]] = {
+    16: (
+        {"bitmap": 0.32, "window64": 0.16, "window128": 0.08},
+        {"bitmap": 0.23},
+        {"bitmap": 0.35},
+        {"bitmap": 0.5},
+    ),
+    8: ({"bitmap": 0.45}, {"bitmap": 0.38}, {"bitmap": 0.52}, {"bitmap": 0.8}),
+}
 
 
 def index_format(problem: Problem, lanes: int) -> str:
     """How column indices are compressed for `problem` where a register holds `lanes` floats.
 
     "bitmap": a bit per place of W, at most 8 tokens; a place costs the same full or empty.
-    "columns": 16 bits per non-zero. 2048 x 2048 at a density of 0.25 on AVX-512: "columns" for 1
-    and for 8 tokens, "bitmap" for 2.
+    "window64", "window128": for one token; up to 16 non-zeros of a row that lie in so many columns.
+    "columns": 16 bits per non-zero. 2048 x 2048 at a density of 0.25 on AVX-512: "window64" for 1
+    token, "bitmap" for 2, "columns" for 4.
     """
-    if problem.M > 8 or lanes not in _BITMAP_FROM:
+    if problem.M > 8 or lanes not in _FORMATS:
         return "columns"
-    least = _BITMAP_FROM[lanes][max(0, problem.M - 1).bit_length()]
-    return "bitmap" if problem.density >= least else "columns"
+    formats = _FORMATS[lanes][max(0, problem.M - 1).bit_length()]
+    return next((name for name, least in formats.items() if problem.density >= least), "columns")
 
 
 def _bind(problem: Problem):
