@@ -13,6 +13,7 @@ from torch.nn import Parameter
 
 from .flop_formulas import register_when_imported
 from .kernels import observed
+from .kernels.cpu import lanes
 from .kernels.cuda.choose import assemble, check_operands
 from .kernels.cuda.few_tokens import spmm_packed as multiply_packed
 from .kernels.cuda.two_of_four import recognised
@@ -188,8 +189,37 @@ _library.define(
 _library.impl("spmm_packed", run_spmm_packed, "CUDA")
 torch.library.register_fake("sparsekern::spmm_packed", _fake_spmm_packed, lib=_library)
 
+# The same on a CPU (kernels/cpu/lanes.py).
+
+
+def run_spmm_lanes(x, n, k, part_steps, heads, cols, values, bias=None):
+    packed = lanes.Lanes(n, k, part_steps, heads, cols, values)
+    packed.check()
+    for name, t, shape in (("x", x, (*x.shape[:1], k)), ("bias", bias, (n,))):
+        if t is not None and (t.shape != shape or t.dtype != values.dtype or not t.is_cpu):
+            raise ValueError(
+                f"{name}: expected {values.dtype} {shape} on a CPU, "
+                f"got {t.dtype} {tuple(t.shape)} on {t.device}"
+            )
+    return lanes.spmm_lanes(x.contiguous(), packed, None if bias is None else bias.contiguous())
+
+
+def _fake_spmm_lanes(x, n, k, part_steps, heads, cols, values, bias=None):
+    torch._check(x.shape[1] == k, lambda: f"spmm_lanes: expected x [M, {k}], got {tuple(x.shape)}")
+    return x.new_empty(x.shape[0], n)
+
+
+_library.define(
+    "spmm_lanes(Tensor x, SymInt n, SymInt k, Tensor part_steps, Tensor heads, Tensor cols, "
+    "Tensor values, Tensor? bias=None) -> Tensor",
+    tags=(torch.Tag.pt2_compliant_tag,),
+)
+_library.impl("spmm_lanes", run_spmm_lanes, "CPU")
+torch.library.register_fake("sparsekern::spmm_lanes", _fake_spmm_lanes, lib=_library)
+
 register_when_imported()
 
+spmm_lanes = torch.ops.sparsekern.spmm_lanes.default
 spmm_packed = torch.ops.sparsekern.spmm_packed.default
 spmm_op = torch.ops.sparsekern.spmm.default
 spmm_t_op = torch.ops.sparsekern.spmm_t.default

@@ -7,6 +7,7 @@
 
 #include <cstdint>
 
+#include "../packing/lanes.h"
 #include "../pattern/pattern.h"
 
 namespace sk {
@@ -19,6 +20,7 @@ inline int64_t most_tokens(Format f) {
   return f == Format::kColumns ? kFewTokens : f == Format::kBitmap ? 8 : 1;
 }
 constexpr int64_t kBeforeFew = 16;
+constexpr int64_t kLanesTokens = 4;  // the most that `spmm_lanes` takes
 
 enum class Type { kFloat, kBfloat16, kDouble };
 inline int64_t size_of(Type t) { return t == Type::kDouble ? 8 : t == Type::kFloat ? 4 : 2; }
@@ -57,6 +59,14 @@ struct CompressedRows {
   const float* start;            // of the first row on: what the sums are added to
 };
 
+// A part of W in lanes: see packing/lanes.h.
+struct LanesPart {
+  const LanesHead* heads;
+  int64_t blocks, groups, rows;
+  const uint8_t* cols;
+  const float* start;  // [rows]: what the sums are added to
+};
+
 struct Kernels {
   int lanes;  // floats; half as many doubles
 
@@ -91,6 +101,12 @@ struct Kernels {
   // x is picked or gathered (lanes.h), which makes no difference to y.
   void (*spmm_few)(Type, Format, const CompressedRows&, const void* values, const float* packed,
                    int64_t tokens, bool picks, Matrix y);
+
+  // x as `spmm_lanes` wants it: [rows][blocks][64] floats. Neither takes kDouble.
+  void (*pack_lanes)(Type, Matrix x, int64_t tokens, int64_t features, int64_t rows, float* packed);
+  // y[m][row] = start[row] + the sum over the row's non-zeros of value * x[m][col].
+  void (*spmm_lanes)(Type, const LanesPart&, const void* values, const float* packed,
+                     int64_t tokens, Matrix y);
 };
 
 // Those of the chosen instruction set; throws as sk::isa() does.

@@ -5,6 +5,7 @@
 #include "few_tokens_rows.h"
 #include "gather.h"
 #include "kernels.h"
+#include "packed_lanes.h"
 #include "panel.h"
 #include "sddmm.h"
 #include "spmm.h"
@@ -162,10 +163,28 @@ void spmm_few_(Type type, Format format, const CompressedRows& w, const void* va
   });
 }
 
+void pack_lanes_(Type type, Matrix x, int64_t tokens, int64_t features, int64_t rows,
+                 float* packed) {
+  with_few_type(type, [&](auto* t) {
+    pack_lanes(as(static_cast<const void*>(x.data), t), x.stride, tokens, features,
+               (features + kLanesCols - 1) / kLanesCols, rows, packed);
+  });
+}
+
+void spmm_lanes_(Type type, const LanesPart& w, const void* values, const float* packed,
+                 int64_t tokens, Matrix y) {
+  with_few_type(type, [&](auto* t) {
+    auto *v = as(values, t), *out = as(y.data, t);
+    if (tokens == 1) return spmm_lanes<1>(w, v, packed, tokens, out, y.stride);
+    if (tokens == 2) return spmm_lanes<2>(w, v, packed, tokens, out, y.stride);
+    spmm_lanes<4>(w, v, packed, tokens, out, y.stride);
+  });
+}
+
 }  // namespace
 
 extern const Kernels kKernels;
-const Kernels kKernels = {kLanes, pack_,  unpack_, gather_,   scatter_, widen_,
-                          spmm_,  sddmm_, add_,    pack_few_, spmm_few_};
+const Kernels kKernels = {kLanes, pack_, unpack_,   gather_,   scatter_,    widen_,     spmm_,
+                          sddmm_, add_,  pack_few_, spmm_few_, pack_lanes_, spmm_lanes_};
 
 }  // namespace sk::SK_ISA

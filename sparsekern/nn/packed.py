@@ -1,4 +1,5 @@
-"""PackedLinear, a layer for inference on a GPU, and pack_, which puts it into a model."""
+"""PackedLinear, a layer for inference on a GPU, and pack_, which puts it, or that of packed_cpu.py,
+into a model."""
 
 import torch
 from torch import Tensor, nn
@@ -43,8 +44,12 @@ class PackedLinear(nn.Module):
 
     @classmethod
     def from_sparse(cls, linear: SparseLinear, tokens: int = 1) -> "PackedLinear":
-        """The same function, laid out for calls of about so many tokens. TypeError unless its
-        values are bfloat16 or float16."""
+        """The same function, laid out for calls of about so many tokens where its values are.
+        TypeError unless they are bfloat16 or float16, on a CPU float32 or bfloat16."""
+        if linear.values.is_cpu:
+            from .packed_cpu import PackedLinearOnCpu  # a PackedLinear
+
+            return PackedLinearOnCpu.from_sparse(linear)
         bias = None if linear.bias is None else linear.bias.detach().to(linear.values.dtype)
         return cls(pack(linear.weight.detach(), tokens), bias).train(linear.training)
 
@@ -99,9 +104,10 @@ class PackedLinear(nn.Module):
 def pack_(model: nn.Module, tokens: int = 1) -> nn.Module:
     """Replace every SparseLinear of `model` by a PackedLinear, in place, and return the model.
 
-    For inference on a GPU, in calls of about so many tokens (the batch, in generation): CSR and
-    values are dropped. TypeError, and an unchanged model, unless all their values are bfloat16 or
-    float16.
+    For inference where the model is, in calls of about so many tokens (the batch, in generation):
+    CSR and values are dropped. TypeError, and an unchanged model, unless all their values are, on a
+    GPU, bfloat16 or float16; on a CPU, float32 or bfloat16. On a CPU there is one layout, for up to
+    4 tokens, whatever `tokens`.
     """
 
     def replace(name: str, module: nn.Module) -> nn.Module | None:

@@ -19,6 +19,7 @@
 #include "cpu/products.h"
 #include "cpu/scratch.h"
 #include "packing/cover.h"
+#include "packing/lanes.h"
 #include "support.h"
 
 namespace test {
@@ -82,6 +83,9 @@ const Use kUses[] = {
     [](sk::Pattern& p, const sk::Csr& w) { p.schedule(w, true, 50, 60); },
     [](sk::Pattern& p, const sk::Csr& w) { p.compressed(w, sk::Format::kBitmap); },
     [](sk::Pattern& p, const sk::Csr& w) { p.compressed(w, sk::Format::kColumns); },
+    [](sk::Pattern& p, const sk::Csr& w) { p.compressed(w, sk::Format::kWindow64); },
+    [](sk::Pattern& p, const sk::Csr& w) { p.compressed(w, sk::Format::kWindow128); },
+    [](sk::Pattern&, const sk::Csr& w) { sk::LanesPack pack(w); },
     [](sk::Pattern&, const sk::Csr& w) {
       std::vector<float> values(w.nnz), dense(w.n * w.k);
       sk::to_dense(w, 4, values.data(), dense.data(), 2);
