@@ -192,16 +192,21 @@ torch.library.register_fake("sparsekern::spmm_packed", _fake_spmm_packed, lib=_l
 # The same on a CPU (kernels/cpu/lanes.py).
 
 
-def run_spmm_lanes(x, n, k, part_steps, heads, cols, values, bias=None):
-    packed = lanes.Lanes(n, k, part_steps, heads, cols, values)
+def multiply_lanes(x: Tensor, packed: lanes.Lanes, bias: Tensor | None) -> Tensor:
+    """spmm_lanes of operands that are checked here."""
     packed.check()
+    n, k, dtype = packed.n, packed.k, packed.values.dtype
     for name, t, shape in (("x", x, (*x.shape[:1], k)), ("bias", bias, (n,))):
-        if t is not None and (t.shape != shape or t.dtype != values.dtype or not t.is_cpu):
+        if t is not None and not (t.shape == shape and t.dtype is dtype and t.is_cpu):
             raise ValueError(
-                f"{name}: expected {values.dtype} {shape} on a CPU, "
+                f"{name}: expected {dtype} {shape} on a CPU, "
                 f"got {t.dtype} {tuple(t.shape)} on {t.device}"
             )
     return lanes.spmm_lanes(x.contiguous(), packed, None if bias is None else bias.contiguous())
+
+
+def run_spmm_lanes(x, n, k, part_steps, heads, cols, values, bias=None):
+    return multiply_lanes(x, lanes.Lanes(n, k, part_steps, heads, cols, values), bias)
 
 
 def _fake_spmm_lanes(x, n, k, part_steps, heads, cols, values, bias=None):
@@ -219,7 +224,7 @@ torch.library.register_fake("sparsekern::spmm_lanes", _fake_spmm_lanes, lib=_lib
 
 register_when_imported()
 
-spmm_lanes = torch.ops.sparsekern.spmm_lanes.default
+spmm_lanes_op = torch.ops.sparsekern.spmm_lanes.default
 spmm_packed = torch.ops.sparsekern.spmm_packed.default
 spmm_op = torch.ops.sparsekern.spmm.default
 spmm_t_op = torch.ops.sparsekern.spmm_t.default

@@ -1,10 +1,12 @@
 """The layer that pack_ puts into a model on a CPU."""
 
+from typing import Any
+
 import torch
 from torch import Tensor, nn
 
 from ..kernels.cpu.lanes import Lanes, pack, writes_out
-from ..registered import spmm_lanes
+from ..ops import spmm_lanes
 from .linear import SparseLinear
 from .packed import PackedLinear
 
@@ -51,22 +53,25 @@ class PackedLinearOnCpu(PackedLinear):
         return f"{m} tokens -> {self.layout}: {way}, {self.packed_bytes} bytes"
 
     def forward(self, x: Tensor) -> Tensor:
-        if not x.is_cpu or not self.values.is_cpu:
+        packed = self._packed()
+        if not x.is_cpu or not packed.values.is_cpu:
             raise NotImplementedError(
                 f"PackedLinear: expected x and the weight, packed for a CPU, there, got x on "
-                f"{x.device} and the weight on {self.values.device}"
+                f"{x.device} and the weight on {packed.values.device}"
             )
-        if torch.is_grad_enabled() and x.requires_grad:
+        if x.requires_grad and torch.is_grad_enabled():
             raise RuntimeError("PackedLinear: it has no gradient; use SparseLinear to train")
         if x.dtype != self.dtype:
             raise RuntimeError(f"PackedLinear: expected x of dtype {self.dtype}, got {x.dtype}")
-        if x.ndim == 0 or x.shape[-1] != self.in_features:
-            raise RuntimeError(
-                f"PackedLinear: expected x [..., {self.in_features}], got {tuple(x.shape)}"
-            )
-        y = spmm_lanes(x.reshape(-1, self.in_features), *self._packed(), self.bias)
-        return y.view(*x.shape[:-1], self.out_features)
+        if x.ndim == 0 or x.shape[-1] != packed.k:
+            raise RuntimeError(f"PackedLinear: expected x [..., {packed.k}], got {tuple(x.shape)}")
+        bias = self._buffers["bias"]
+        if x.ndim == 2:
+            return spmm_lanes(x, packed, bias)
+        y = spmm_lanes(x.reshape(-1, packed.k), packed, bias)
+        return y.view(*x.shape[:-1], packed.n)
 
     def _packed(self) -> Lanes:
-        tensors = (getattr(self, name) for name in self._names)
-        return Lanes(self.out_features, self.in_features, *tensors)
+        b: dict[str, Any] = self._buffers  # faster than attributes
+        sizes = self.out_features, self.in_features
+        return Lanes(*sizes, b["part_steps"], b["heads"], b["cols"], b["values"])

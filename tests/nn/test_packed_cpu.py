@@ -5,6 +5,8 @@ import copy
 import pytest
 import torch
 from torch import nn
+from torch._subclasses import FakeTensorMode
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from sparsekern import Static, sparsify_
 from sparsekern.kernels.cpu import lanes
@@ -51,6 +53,22 @@ def test_the_op_is_registered_as_torch_wants_it():
     layer = pack_(model())[0]
     operands = (torch.randn(3, 130), *layer._packed(), layer.bias)
     torch.library.opcheck(torch.ops.sparsekern.spmm_lanes.default, operands)
+
+
+def test_those_who_look_on_see_the_op():
+    layer, x = pack_(model())[0], torch.randn(4, 130)
+    seen = []
+
+    class Names(TorchDispatchMode):
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+            seen.append(str(func))
+            return func(*args, **(kwargs or {}))
+
+    with Names():
+        layer(x)
+    assert "sparsekern.spmm_lanes.default" in seen
+    with FakeTensorMode(allow_non_fake_inputs=True) as mode:
+        assert layer(mode.from_tensor(x)).shape == (4, 70)
 
 
 def test_wrong_calls():

@@ -46,8 +46,8 @@ def _bind(problem: Problem):
     m, n_, type_ = problem.M, problem.N, type_of(problem.dtype)
     format_ = getattr(_C.Format, index_format(problem, _C.lanes()))
 
-    def run(row_offsets, col_indices, values, n, k, x, bias=None):
-        y = x.new_empty(m, n_)
+    def run(row_offsets, col_indices, values, n, k, x, bias=None, y=None):
+        y = x.new_empty(m, n_) if y is None else y
         pattern_of(row_offsets, col_indices, n, k).spmm_few_tokens(
             row_offsets.data_ptr(),
             col_indices.data_ptr(),

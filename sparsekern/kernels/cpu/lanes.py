@@ -6,6 +6,7 @@ up to 4 tokens. It is padded to the longest of 16 rows: 5 bytes a non-zero in fl
 bfloat16 times 1.2, 1.4, 1.7 and 2.1 at densities of 0.5, 0.25, 0.1 and 0.05.
 """
 
+from functools import cache
 from typing import NamedTuple
 
 import torch
@@ -16,6 +17,7 @@ from ..reference import mm, skip_missing
 from .panel import _C, type_of
 
 DTYPES = (torch.float32, torch.bfloat16)
+_type_of = cache(type_of)
 GROUP, COLS, PART_ROWS = 16, 63, 512
 
 
@@ -32,18 +34,17 @@ class Lanes(NamedTuple):
     def check(self) -> None:
         """ValueError or TypeError that names what the kernel cannot count on: types and shapes.
         What stands in the tensors is not read."""
-        steps = self.cols.shape[0]
-        shapes = {
-            "part_steps": (torch.int64, (-(-self.n // PART_ROWS) + 1,)),
-            "heads": (torch.uint8, (-(-self.k // COLS) * -(-self.n // GROUP), 2)),
-            "cols": (torch.uint8, (steps, GROUP)),
-            "values": (self.values.dtype, (steps, GROUP)),
-        }
-        if self.values.dtype not in DTYPES:
-            raise TypeError(f"values: expected float32 or bfloat16, got {self.values.dtype}")
-        for name, (dtype, shape) in shapes.items():
-            t = getattr(self, name)
-            if t.shape != shape or t.dtype != dtype or not t.is_cpu or not t.is_contiguous():
+        values, steps = self.values, self.cols.shape[0]
+        if values.dtype not in DTYPES:
+            raise TypeError(f"values: expected float32 or bfloat16, got {values.dtype}")
+        parts, groups, blocks = -(-self.n // PART_ROWS), -(-self.n // GROUP), -(-self.k // COLS)
+        for name, t, dtype, shape in (
+            ("part_steps", self.part_steps, torch.int64, (parts + 1,)),
+            ("heads", self.heads, torch.uint8, (blocks * groups, 2)),
+            ("cols", self.cols, torch.uint8, (steps, GROUP)),
+            ("values", values, values.dtype, (steps, GROUP)),
+        ):
+            if not (t.shape == shape and t.dtype is dtype and t.is_cpu and t.is_contiguous()):
                 raise ValueError(
                     f"{name}: expected contiguous {dtype} {shape} on a CPU, "
                     f"got {t.dtype} {tuple(t.shape)} on {t.device}"
@@ -101,7 +102,7 @@ def _multiply(x: Tensor, packed: Lanes, bias: Tensor | None) -> Tensor:
         packed.part_steps.data_ptr(),
         packed.heads.data_ptr(),
         packed.cols.data_ptr(),
-        type_of(packed.values.dtype),
+        _type_of(packed.values.dtype),
         packed.values.data_ptr(),
         0 if bias is None else bias.data_ptr(),
         x.data_ptr(),
