@@ -68,7 +68,8 @@ PYBIND11_MODULE(_C, m) {
       .value("bitmap", sk::Format::kBitmap)
       .value("columns", sk::Format::kColumns)
       .value("window64", sk::Format::kWindow64)
-      .value("window128", sk::Format::kWindow128);
+      .value("window128", sk::Format::kWindow128)
+      .value("columns32", sk::Format::kColumns32);
 
   py::class_<sk::Plan>(m, "Plan", "How a product is cut.")
       .def(py::init([](int threads, int vecs, int tile_parts, int64_t rows, int64_t cols,
@@ -117,6 +118,17 @@ PYBIND11_MODULE(_C, m) {
                                 threads);
           },
           NoGil(), "y[M, N] = x W^T + bias for few tokens; contiguous.")
+      .def(
+          "spmm_t_few_tokens",
+          [](sk::Pattern& p, Pointer row_offsets, Pointer col_indices, int64_t row_version,
+             int64_t col_version, sk::Type type, Pointer values, Pointer bias, Pointer dy,
+             Pointer y, int64_t tokens, int threads) {
+            sk::spmm_t_few_tokens(p, csr(p, row_offsets, col_indices, row_version, col_version),
+                                  type, as<void>(values, "values", p.nnz), as<void>(bias),
+                                  {as<void>(dy, "dy", tokens * p.n), p.n}, {as<void>(y), p.k},
+                                  tokens, threads);
+          },
+          NoGil(), "y[M, K] = dy W + bias for few tokens; contiguous.")
       .def(
           "sddmm",
           [](sk::Pattern& p, Pointer row_offsets, Pointer col_indices, int64_t row_version,

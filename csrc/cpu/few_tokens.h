@@ -14,6 +14,8 @@
 //            as many rows of x as it holds: 2, 4 or 8 of 8, 4 or 2 tokens, and with one token 16
 //            elements, gathered or loaded one by one.
 //
+//   scalar   One token, where rows have few non-zeros or k > 65536: one by one.
+//
 // Those whose lanes are columns are in few_tokens_rows.h, those whose lanes are tokens in
 // few_tokens_columns.h. A long row is summed in parts, each from 0, so that rounding errors stay
 // small.
@@ -24,8 +26,13 @@
 namespace sk {
 
 // y[tokens, n] = x[tokens, k] W^T + bias[n], for at most most_tokens(format); k <= 65536 but in
-// kBitmap. bias may be null.
+// kBitmap and kColumns32. bias may be null.
 void spmm_few_tokens(Pattern& pattern, const Csr& csr, Format format, Type type, const void* values,
                      const void* bias, Matrix x, Matrix y, int64_t tokens, int threads);
+
+// y[tokens, k] = dy[tokens, n] W + bias[k], for at most kFewTokensT tokens, any type and any k. A
+// non-zero adds to the sum of its column in memory; nothing is transposed. bias may be null.
+void spmm_t_few_tokens(Pattern& pattern, const Csr& csr, Type type, const void* values,
+                       const void* bias, Matrix dy, Matrix y, int64_t tokens, int threads);
 
 }  // namespace sk

@@ -17,9 +17,15 @@ namespace sk {
 constexpr int64_t kSumBlocks = 32;
 constexpr int64_t kFewTokens = 16;  // the most that `spmm_few` takes in any format
 inline int64_t most_tokens(Format f) {
-  return f == Format::kColumns ? kFewTokens : f == Format::kBitmap ? 8 : 1;
+  return f == Format::kColumns     ? kFewTokens
+         : f == Format::kBitmap    ? 8
+         : f == Format::kColumns32 ? 4
+                                   : 1;
 }
 constexpr int64_t kBeforeFew = 16;
+constexpr int64_t kFewTokensT = 8;  // the most that `spmm_t_few` takes
+// How one token meets x in kColumns (lanes.h, few_tokens_scalar.h).
+enum class Lookup { kGather, kPick, kScalar };
 constexpr int64_t kLanesTokens = 4;  // the most that `spmm_lanes` takes
 
 enum class Type { kFloat, kBfloat16, kDouble };
@@ -54,6 +60,7 @@ struct CompressedRows {
   const uint64_t* bits;  // kBitmap: of the first row on, [rows][words]
   int64_t words;
   const uint16_t* cols;          // kColumns: [nnz], all of W
+  const int32_t* cols32;         // kColumns32: [nnz], all of W
   const int32_t* chunk_offsets;  // kWindow*: of the first row on
   const Chunk* chunks;           // kWindow*: all of W
   const float* start;            // of the first row on: what the sums are added to
@@ -97,10 +104,18 @@ struct Kernels {
   // kFewTokens tokens, and is memory from kBeforeFew floats before on. Not for kDouble, which
   // `spmm_few` does not take.
   void (*pack_few)(Type, Format, Matrix x, int64_t tokens, int64_t features, float* packed);
-  // y[m][row] = start[row] + the sum over the row's non-zeros of value * x[m][col]. With one token
-  // x is picked or gathered (lanes.h), which makes no difference to y.
+  // y[m][row] = start[row] + the sum over the row's non-zeros of value * x[m][col]. Whether x is
+  // gathered or picked makes no difference to y.
   void (*spmm_few)(Type, Format, const CompressedRows&, const void* values, const float* packed,
-                   int64_t tokens, bool picks, Matrix y);
+                   int64_t tokens, Lookup, Matrix y);
+  // wide[c][m] = x[m][c], and y[m][c] = bias[c] + wide[c][m]; bias may be null.
+  void (*widen_t)(Type, Matrix x, int64_t tokens, int64_t features, int width, double* wide);
+  void (*narrow_t)(Type, const double* wide, int width, const void* bias, int64_t tokens,
+                   int64_t features, Matrix y);
+  // y[col][m] += the sum over the rows' non-zeros of value * dy[row][m], for `width` tokens: 1,
+  // 2, 4 or 8. Of kColumns and kColumns32, and of any type.
+  void (*spmm_t_few)(Type, const CompressedRows&, const void* values, const double* dy, int width,
+                     double* y);
 
   // x as `spmm_lanes` wants it: [rows][blocks][64] floats. Neither takes kDouble.
   void (*pack_lanes)(Type, Matrix x, int64_t tokens, int64_t features, int64_t rows, float* packed);

@@ -34,6 +34,10 @@ Compressed compress(const Csr& w, Format format) {
         c.bits[i * c.words + w.col_indices[p] / 64] |= uint64_t{1} << w.col_indices[p] % 64;
     return c;
   }
+  if (format == Format::kColumns32) {
+    c.cols32.assign(w.col_indices, w.col_indices + w.nnz);
+    return c;
+  }
   if (w.k > 65536) throw std::invalid_argument("k: expected at most 65536 for 16-bit columns");
   if (format == Format::kColumns) {
     c.cols.reserve(w.nnz + kColumnPadding);

@@ -5,6 +5,7 @@
 //   kWindow64,  20 bytes for up to 16 consecutive non-zeros of a row that lie in a window of 64 or
 //   kWindow128  128 columns, for K <= 65536
 //   kColumns    16 bits per non-zero, for K <= 65536
+//   kColumns32  32 bits per non-zero
 //
 // Only the indices are derived. Values are read where they are, in CSR order, by every call.
 #pragma once
@@ -16,7 +17,7 @@
 
 namespace sk {
 
-enum class Format { kBitmap, kColumns, kWindow64, kWindow128 };
+enum class Format { kBitmap, kColumns, kWindow64, kWindow128, kColumns32 };
 
 constexpr int kChunk = 16;
 struct Chunk {
@@ -32,6 +33,7 @@ struct Compressed {
   int64_t words;                       // of a row's bits
   std::vector<uint64_t> bits;          // kBitmap: [n][words], column 64 w + b is bit b of word w
   std::vector<uint16_t> cols;          // kColumns: [nnz + kColumnPadding]
+  std::vector<int32_t> cols32;         // kColumns32: [nnz]
   std::vector<int32_t> chunk_offsets;  // kWindow*: [n + 1] into chunks
   std::vector<Chunk> chunks;
 };

@@ -145,6 +145,13 @@ void check(const Problem& p, sk::Type type, std::initializer_list<int> all_vecs)
     }
   }
 
+  const int64_t few_rows = std::min(sk::kFewTokensT, p.tokens);
+  Array few_dx(type, std::max<int64_t>(0, few_rows * in_row - p.gap), nullptr);
+  sk::spmm_t_few_tokens(pattern, w, type, values.data(), nullptr, {dy.data(), out_row},
+                        {few_dx.data(), in_row}, few_rows, 2);
+  for (int64_t j = 0; j < few_dx.size(); j++)
+    if (j % in_row < p.k) expect(few_dx[j], want_dx[j], scale_dx[j], type, "few transposed");
+
   if (type != sk::Type::kDouble) {
     const sk::LanesPack pack(w);
     Array packed(type, static_cast<int64_t>(pack.cols.size()), nullptr);
@@ -168,8 +175,8 @@ void check(const Problem& p, sk::Type type, std::initializer_list<int> all_vecs)
         expect(dense[i * p.k + cols[q]], values[q], 1, type, "dense of lanes");
   }
 
-  for (sk::Format format :
-       {sk::Format::kBitmap, sk::Format::kColumns, sk::Format::kWindow64, sk::Format::kWindow128}) {
+  for (sk::Format format : {sk::Format::kBitmap, sk::Format::kColumns, sk::Format::kColumns32,
+                            sk::Format::kWindow64, sk::Format::kWindow128}) {
     const int64_t most = sk::most_tokens(format);
     for (int64_t tokens = 0; tokens <= std::min(most, p.tokens); tokens++) {
       if (type == sk::Type::kDouble) continue;

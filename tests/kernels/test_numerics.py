@@ -26,6 +26,7 @@ FORMATS = {  # their most tokens
     "few_tokens-columns": 16,
     "few_tokens-window64": 1,
     "few_tokens-window128": 1,
+    "few_tokens-columns32": 4,
 }
 
 
@@ -33,14 +34,15 @@ def cpu_rows(op):
     """(name, row) of every row of the table for this op on a CPU; every format of `few_tokens`."""
     rows = [row for row in table.KERNELS if row.op == op and row.device in ("cpu", None)]
     for row in rows:
-        yield from ((name, row) for name in (FORMATS if row.name == "few_tokens" else [row.name]))
+        has_formats = row.name == "few_tokens" and op == "spmm"
+        yield from ((name, row) for name in (FORMATS if has_formats else [row.name]))
 
 
 def takes(name, row, problem):
     """Whether the row can run the problem at all; what is merely slow there is run, too."""
     if row.name == "core":
         return True
-    if row.name == "few_tokens" and (problem.M > FORMATS[name] or problem.K > 65536):
+    if name in FORMATS and (problem.M > FORMATS[name] or problem.K > 65536):
         return False
     reason = row.refuse(problem)
     return reason is None or "faster" in reason

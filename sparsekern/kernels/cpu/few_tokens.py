@@ -1,4 +1,4 @@
-"""SpMM for few tokens, as in decoding: the table row `few_tokens` (csrc/cpu/few_tokens.h).
+"""Products of few tokens, as in decoding: the table rows `few_tokens` (csrc/cpu/few_tokens.h).
 
 W is read once, in CSR order, at the speed of memory. Values are read where they are; column indices
 are compressed once for each pattern. What a call checks before it believes that the indices are
@@ -12,6 +12,9 @@ from ..problem import Problem, bound_kernel
 from .panel import _C, pattern_of, refuse_dtype, type_of
 
 MOST_TOKENS = 16
+MOST_TOKENS_T = 8  # of spmm_t
+MOST_TOKENS_WIDE = 4  # with more columns than 16 bits have numbers
+_WIDE = 65536
 
 
 # For 1, 2, up to 4 and up to 8 tokens: formats, each with the least density at which it is faster
@@ -33,9 +36,14 @@ def index_format(problem: Problem, lanes: int) -> str:
 
     "bitmap": a bit per place of W, at most 8 tokens; a place costs the same full or empty.
     "window64", "window128": for one token; up to 16 non-zeros of a row that lie in so many columns.
-    "columns": 16 bits per non-zero. 2048 x 2048 at a density of 0.25 on AVX-512: "window64" for 1
-    token, "bitmap" for 2, "columns" for 4.
+    "columns": 16 bits per non-zero.
+    "columns32": 32, for K > 65536 and at most 4 tokens.
+
+    2048 x 2048 at a density of 0.25 on AVX-512: "window64" for 1 token, "bitmap" for 2, "columns"
+    for 4.
     """
+    if problem.K > _WIDE:
+        return "columns32"
     if problem.M > 8 or lanes not in _FORMATS:
         return "columns"
     formats = _FORMATS[lanes][max(0, problem.M - 1).bit_length()]
@@ -66,16 +74,51 @@ def _bind(problem: Problem):
     return run
 
 
+def _bind_t(problem: Problem):
+    m, k_, type_ = problem.M, problem.K, type_of(problem.dtype)
+
+    def run(row_offsets, col_indices, values, n, k, dy, bias=None):
+        y = dy.new_empty(m, k_)
+        pattern_of(row_offsets, col_indices, n, k).spmm_t_few_tokens(
+            row_offsets.data_ptr(),
+            col_indices.data_ptr(),
+            *versions(row_offsets, col_indices),
+            type_,
+            values.data_ptr(),
+            0 if bias is None else bias.data_ptr(),
+            dy.data_ptr(),
+            y.data_ptr(),
+            m,
+            torch.get_num_threads(),
+        )
+        return y
+
+    return run
+
+
 def _refuse(p: Problem) -> str | None:
     if p.M > MOST_TOKENS:
         return f"it serves up to {MOST_TOKENS} tokens, not {p.M}"
-    if p.K > 65536:
-        return f"its columns are 16 bits wide, too few for K = {p.K}"
+    if p.K > _WIDE and p.M > MOST_TOKENS_WIDE:
+        return f"with K = {p.K} it serves up to {MOST_TOKENS_WIDE} tokens, not {p.M}"
     return refuse_dtype(p, (torch.float32, torch.bfloat16))
+
+
+def _refuse_t(p: Problem) -> str | None:
+    if p.M > MOST_TOKENS_T:
+        return f"it serves up to {MOST_TOKENS_T} tokens, not {p.M}"
+    return refuse_dtype(p)
 
 
 def _describe(p: Problem) -> str:
     return f"{_C.isa()}, columns as {index_format(p, _C.lanes())}"
 
 
-KERNELS = (bound_kernel("few_tokens", "spmm", "cpu", _refuse, _bind, _describe),)
+def _describe_t(p: Problem) -> str:
+    return f"{_C.isa()}, one non-zero after the other"
+
+
+KERNELS = (
+    bound_kernel("few_tokens", "spmm", "cpu", _refuse, _bind, _describe),
+    bound_kernel("few_tokens", "spmm_t", "cpu", _refuse_t, _bind_t, _describe_t),
+)

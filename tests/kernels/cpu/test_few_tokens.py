@@ -16,11 +16,11 @@ from sparsekern.testing import Case, exact, random_csr, relative_error
 
 pytestmark = pytest.mark.skipif(rows._C is None, reason="the C++ library is not built")
 
-few_tokens = rows.KERNELS[0].run
+few_tokens, few_tokens_t = (row.run for row in rows.KERNELS)
 TYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 # As in test_cpu_kernels.py.
 TOLERANCE = {torch.float32: 2e-6, torch.bfloat16: 2**-8}
-MOST_TOKENS = {"bitmap": 8, "columns": 16, "window64": 1, "window128": 1}
+MOST_TOKENS = {"bitmap": 8, "columns": 16, "window64": 1, "window128": 1, "columns32": 4}
 
 # Rows off the groups of 2, 4, 8 and 16 that share a loop; columns off words and vectors.
 SHAPES = [
@@ -103,6 +103,50 @@ def test_every_instruction_set(isa_env):
     """The tests above in a process of their own: the choice is made once a process."""
     pytest_command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", __file__]
     subprocess.run([*pytest_command, "-k", "products or number or zeros"], env=isa_env, check=True)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64], ids=str)
+@pytest.mark.parametrize("case", SHAPES, ids=lambda case: case.name)
+def test_transposed_products(case, dtype, nan_memory):
+    tolerance = TOLERANCE.get(dtype, 1e-14)
+    for M in range(rows.MOST_TOKENS_T + 1):
+        t = with_tokens(case, M).tensors(dtype)
+        arguments = (*operands(t)[:-1], t.dy)
+        product, scale = exact(t)["spmm_t"]
+        got = few_tokens_t(*arguments)
+        assert got.dtype == dtype and got.shape == (M, case.K) and got.is_contiguous()
+        assert relative_error(got, product, scale) <= tolerance
+        bias = torch.randn(case.K).to(dtype)
+        got = few_tokens_t(*arguments, bias)
+        assert relative_error(got, product + bias, scale + bias.abs()) <= tolerance
+
+
+def test_transposed_products_have_the_same_bits_whatever_the_threads():
+    t = Case("bits", 3, 1500, 600, sparsity=0.3).tensors()  # in several parts
+    results = []
+    for threads in (1, 2, 3):
+        torch.set_num_threads(threads)
+        results.append(few_tokens_t(*operands(t)[:-1], t.dy))
+    assert all(torch.equal(result, results[0]) for result in results[1:])
+
+
+def test_an_infinity_in_dy_reaches_the_columns_of_its_row():
+    t = Case("inf", 2, 40, 50).tensors()
+    t.dy[:, 7] = torch.inf
+    t.values[t.row_offsets[7]] = 0
+    finite = few_tokens_t(*operands(t)[:-1], t.dy).isfinite()
+    assert torch.equal(finite, ~t.mask[7].expand(2, -1))
+
+
+def test_more_columns_than_16_bits_have_numbers():
+    row_offsets, col_indices, values = random_csr(5, 70000, 0.99)
+    for M in range(1, rows.MOST_TOKENS_WIDE + 1):
+        x, dy = torch.randn(M, 70000), torch.randn(M, 5)
+        w = written_out(row_offsets, col_indices, values, 5, 70000).double()
+        y = few_tokens(row_offsets, col_indices, values, 5, 70000, x)
+        torch.testing.assert_close(y, (x.double() @ w.T).float(), rtol=1e-5, atol=1e-4)
+        dx = few_tokens_t(row_offsets, col_indices, values, 5, 70000, dy)
+        torch.testing.assert_close(dx, (dy.double() @ w).float(), rtol=1e-5, atol=1e-5)
 
 
 @pytest.mark.parametrize("M", [1, 5])
@@ -204,8 +248,10 @@ def test_the_table_takes_few_tokens(fresh_table):
     assert table.pick(problem).name == "few_tokens"
     many = dict(table.refusals(problem._replace(M=17)))
     assert many["few_tokens"] == "it serves up to 16 tokens, not 17"
-    wide = dict(table.refusals(problem._replace(K=65537)))
-    assert wide["few_tokens"] == "its columns are 16 bits wide, too few for K = 65537"
+    wide = problem._replace(K=65537, M=4)
+    assert table.pick(wide).name == "few_tokens"
+    many = dict(table.refusals(wide._replace(M=5)))
+    assert many["few_tokens"] == "with K = 65537 it serves up to 4 tokens, not 5"
     assert (
         "not float64" in dict(table.refusals(problem._replace(dtype=torch.float64)))["few_tokens"]
     )
