@@ -4,8 +4,8 @@ and packed, weights in cache and out of memory. One thread, whose CPU time count
     taskset -c 1 python bench/few_tokens.py [--quick] [--out FOLDER] [--note TEXT]
 
 Dense is the fastest, case by case, of torch (F.linear, mm, mv), OpenBLAS through NumPy, and oneDNN
-with packed weights. OpenBLAS chooses its own kernel: OPENBLAS_CORETYPE and OPENBLAS_L2_SIZE must not
-be set. Copies of all weights take turns in "from memory".
+with packed weights. OpenBLAS chooses its own kernel: OPENBLAS_CORETYPE and OPENBLAS_L2_SIZE must
+not be set. Copies of all weights take turns in "from memory".
 """
 
 import argparse
@@ -144,8 +144,8 @@ def main() -> None:
         (
             "# Few tokens, times the best dense call",
             f"`python bench/few_tokens.py`. {in_words(about, 'float32')}",
-            f"One thread, its CPU time. float32 unless said, random masks. Geometric means of "
-            f"{sizes}; in `worst` the lowest of all cells; in brackets GFLOP/s of dense. {options.note}",
+            f"One thread, its CPU time, random masks. Geometric means of {sizes}; in `worst` the "
+            f"lowest of all cells; in brackets GFLOP/s of dense. {options.note}".rstrip(),
             table(headers, rows),
         )
     )
