@@ -26,15 +26,15 @@ class Order {
   void write(int32_t* columns, int32_t* places) const;
 
  private:
-  struct Part {  // of a column: the rows that stand in a slot which is not its last one
+  struct Part {  // of a column, in a slot that is not its last one
     int32_t column, slot;
-    std::vector<uint64_t> rows;
+    std::vector<uint64_t> rest;  // bits: rows that later slots hold
   };
 
   std::vector<int32_t> row_offsets_, col_indices_;
   std::vector<int32_t> columns_;    // of the slots
   std::vector<int32_t> last_slot_;  // of the columns
-  std::vector<Part> parts_;         // by column
+  std::vector<Part> parts_;         // by column, then by slot
 };
 
 }  // namespace sk

@@ -182,20 +182,21 @@ class Plan:
         device: int,
         algorithm: int | None = None,
         bias: Tensor | None = None,
-        stride: int | None = None,
+        strides: tuple[int, int] | None = None,
     ):
         """algorithm: a number, None for the library's own choice. The address of `bias` is read
-        here, its elements by each product. stride: of the rows of y, n or more."""
+        here, its elements by each product. strides: of the rows of x and y, k and n or more."""
         lib = loaded()
         self._shape, self._lib, self._device = (m, n), lib, device
         self._is_selected = self._is_planned = False
         self._handle = handle = _handle(device)
+        x_stride, y_stride = strides or (k, n)
         # x is the transposed of [K, M], y lies column by column as [N, M].
         w, x, y = _sparse(handle, n, k), _opaque(), _opaque()
         matmul, self._selection, self._plan = _opaque(), _opaque(), _opaque()
         self._kept, self.bias = (w, x, y, matmul), bias
-        lib.call("DenseDescriptorInit", handle, x, m, k, k, ALIGNMENT, _BFLOAT16, _ROW)
-        lib.call("DenseDescriptorInit", handle, y, n, m, stride or n, ALIGNMENT, _BFLOAT16, _COLUMN)
+        lib.call("DenseDescriptorInit", handle, x, m, k, x_stride, ALIGNMENT, _BFLOAT16, _ROW)
+        lib.call("DenseDescriptorInit", handle, y, n, m, y_stride, ALIGNMENT, _BFLOAT16, _COLUMN)
         operands = _PLAIN, _TRANSPOSED, w, x, y, y, _FLOAT32
         lib.call("MatmulDescriptorInit", handle, matmul, *operands)
         if bias is not None:
@@ -215,8 +216,8 @@ class Plan:
         self._one, self._zero = ctypes.c_float(1), ctypes.c_float(0)
 
     def multiply(self, operand: Tensor, x: Tensor, y: Tensor | None = None) -> Tensor:
-        """The product with x [M, K], contiguous, on torch's current stream; in y, if it is given,
-        whose rows are as far apart as the plan says."""
+        """The product with x [M, K] on torch's current stream; in y, if it is given. Their rows are
+        as far apart as the plan says."""
         y = x.new_empty(self._shape) if y is None else y
         workspace = x.new_empty(self._workspace_bytes, dtype=torch.uint8)
         stream = ctypes.c_void_p(torch._C._cuda_getCurrentRawStream(self._device))
@@ -238,26 +239,26 @@ class Plan:
 def multiply(
     operand: Tensor, x: Tensor, y: Tensor, bias: Tensor | None, algorithm: int | None
 ) -> None:
-    """y [M, N] = x [M, K] W^T + bias [N] of the operand of W. x is contiguous; y may be columns of a
-    wider matrix, from a multiple of 8 on.
+    """y [M, N] = x [M, K] W^T + bias [N] of the operand of W. x and y may be columns of wider
+    matrices, from a multiple of 8 on.
 
     A plan reads the bias at one address. While a CUDA graph is captured that is the bias's own, and
     the plan is for this call. Else it is the plan's own, to which the bias is copied; so there is
     one for each stream."""
-    (m, k), n, stride, device = x.shape, y.shape[1], y.stride(0), x.device.index
-    x = aligned(x)
+    (m, k), n, device = x.shape, y.shape[1], x.device.index
+    x, strides = aligned(x), (x.stride(0), y.stride(0))
     if torch.cuda.is_current_stream_capturing():
         bias = None if bias is None else aligned(bias.contiguous())
-        Plan(n, k, m, device, algorithm, bias, stride).multiply(operand, x, y)
+        Plan(n, k, m, device, algorithm, bias, strides).multiply(operand, x, y)
         return
     stream = torch._C._cuda_getCurrentRawStream(device)
-    key = n, k, m, device, algorithm, bias is not None, stride, stream
+    key = n, k, m, device, algorithm, bias is not None, strides, stream
     plans = _threads.plans
     if key not in plans:
         while len(plans) >= MOST_PLANS:
             plans.pop(next(iter(plans)))
         kept = None if bias is None else to_keep(x.device, lambda: x.new_empty(n))
-        plans[key] = Plan(n, k, m, device, algorithm, kept, stride)
+        plans[key] = Plan(n, k, m, device, algorithm, kept, strides)
     plan = plans[key]
     if bias is not None and plan.bias is not None:
         plan.bias.copy_(bias)

@@ -55,16 +55,11 @@ class _Panel:
     rows, with values starts[b] to starts[b + 1].
     """
 
-    first: int  # row
     rows: int
-    columns: Tensor  # uint16 as int16 [width]
+    width: int
     starts: Tensor  # int32 [blocks + 1]
     block_slots: int
     tail: Tensor  # bytes, behind the slots
-
-    @property
-    def width(self) -> int:
-        return len(self.columns)
 
 
 @dataclass(frozen=True)
@@ -72,6 +67,7 @@ class _Side:
     """W, or W^T, in such orders."""
 
     panels: tuple[_Panel, ...]
+    columns: Tensor  # uint16 as int16, of one panel after the other [sum of widths]
     targets: Tensor  # uint16 as int16 [nnz]: the slot of each value, in that of its block
     sources: Tensor | None  # int32 [nnz]: where a value of W^T is in those of W
     checked: int
@@ -95,7 +91,7 @@ def _side_of(op: str, row_offsets: Tensor, col_indices: Tensor, n: int, k: int) 
 def _make_side(
     row_offsets: Tensor, col_indices: Tensor, n: int, k: int, sources: Tensor | None = None
 ) -> _Side | None:
-    height = panel_rows(row_offsets.diff().double() / k, k)
+    height = panel_rows(row_offsets.diff() / k, n, k)
     offsets, indices = row_offsets.cpu(), col_indices.cpu()
     firsts = range(0, n, height)
     with ThreadPoolExecutor(torch.get_num_threads()) as pool:
@@ -107,13 +103,14 @@ def _make_side(
             return None
         columns, places = (t.to(col_indices.device) for t in order)
         own = row_offsets[first : first + height + 1]
-        panel, targets_here, two = _make_panel(first, own, columns, places)
+        panel, targets_here, two = _make_panel(own, len(columns), places)
         panels.append(panel)
         targets[offsets[first] : offsets[first] + len(places)] = targets_here
         met.scatter_reduce_(0, columns.long(), first + first_rows(two, n), "amin")
     # Rows up to where each column has been multiplied that is multiplied at all.
     checked = 1 + int(met.masked_fill(met >= n, -1).max())
-    return _Side(tuple(panels), targets, sources, checked)
+    columns = torch.cat([order[0] for order in orders if order])
+    return _Side(tuple(panels), columns.to(targets), targets, sources, checked)
 
 
 def _order(row_offsets: Tensor, col_indices: Tensor, k: int) -> tuple[Tensor, Tensor] | None:
@@ -132,12 +129,10 @@ def _order(row_offsets: Tensor, col_indices: Tensor, k: int) -> tuple[Tensor, Te
     return columns.clamp(min=0), places  # what an empty one is multiplied with is of no account
 
 
-def _make_panel(
-    first: int, row_offsets: Tensor, columns: Tensor, places: Tensor
-) -> tuple[_Panel, Tensor, Tensor]:
+def _make_panel(row_offsets: Tensor, width: int, places: Tensor) -> tuple[_Panel, Tensor, Tensor]:
     """The panel, the targets of its values, and the two places of four [rows, width] that are
     multiplied."""
-    rows, width, slots = len(row_offsets) - 1, len(columns), len(columns) // 2
+    rows, slots = len(row_offsets) - 1, width // 2
     row = expand_rows(row_offsets - row_offsets[0], len(places))
     at = row * width + places
     stored = torch.zeros(rows * width, dtype=torch.bool, device=places.device)
@@ -153,7 +148,7 @@ def _make_panel(
     targets = row % block_rows * slots + places // 4 * 2 + before
     starts = torch.cat((row_offsets[:-1:block_rows], row_offsets[-1:]))
     tail = cusparselt.compress(two.to(torch.bfloat16))[two.numel() :].clone()
-    panel = _Panel(first, rows, columns.to(torch.int16), starts, block_rows * slots, tail)
+    panel = _Panel(rows, width, starts, block_rows * slots, tail)
     return panel, targets.to(torch.int16), two
 
 
@@ -163,21 +158,20 @@ def first_rows(two: Tensor, none: int) -> Tensor:
     return torch.where(two, rows, none).amin(0)
 
 
-def panel_rows(densities: Tensor | float, k: int, n: int | None = None) -> int:
-    """How many rows of W [N, K] one order may serve, N cut into panels of the same size, a multiple
-    of 16. densities: those of all rows [N], or of all n rows.
+def panel_rows(densities: Tensor, n: int, k: int) -> int:
+    """How many rows of W [N, K] one order may serve, where N is cut into panels of one size, a
+    multiple of 16. densities: those of its rows, or of a part of them that stands for all.
 
-    A free quad of columns is no quad of an order where any row has three of its four. By the first
-    moment (docs/math.md) a perfect partition exists while the expected number of such rows is below
-    the logarithm of the number of partitions, a quad.
+    Four columns are no group where any row has three of them. By the first moment (docs/math.md)
+    the columns can be cut into groups while the expected number of such rows is less than the
+    logarithm of the number of cuts, for each group.
     """
-    d = torch.as_tensor(densities, dtype=torch.float64)
-    broken = -torch.log1p(-(4 * d**3 * (1 - d) + d**4).clamp(max=1))
-    n = len(densities) if n is None else n
-    total = float(broken.mean()) * n
-    quads = k / 4
-    most = (math.lgamma(k + 1) - math.lgamma(quads + 1)) / quads - math.log(24)
-    panels = max(1, math.ceil(total / (FILL * most))) if math.isfinite(total) else n
+    d = densities.double()
+    three = 4 * d**3 * (1 - d) + d**4
+    broken = -n * torch.log1p(-three).mean().item()
+    groups = k / 4
+    most = (math.lgamma(k + 1) - math.lgamma(groups + 1)) / groups - math.log(24)
+    panels = math.ceil(min(broken / (FILL * most), n)) or 1
     return -(-n // (panels * MULTIPLE)) * MULTIPLE
 
 
@@ -187,16 +181,17 @@ def _product(op, row_offsets, col_indices, values, n, k, x, bias=None) -> Tensor
     assert side is not None  # or the row had refused
     outputs = n if op == "spmm" else k
     x, m, device = cusparselt.aligned(x), x.shape[0], x.device.index
-    y = x.new_empty(m, outputs)
+    y, in_order = x.new_empty(m, outputs), permute(x, side.columns)
+    row = column = 0
     for panel in side.panels:
         make = partial(random_operand, panel.rows, panel.width, x.device)
         algorithm = algorithm_of(panel.rows, panel.width, m, device, make)
         if algorithm == NONE_RIGHT:
             return (expand.spmm if op == "spmm" else expand.spmm_t)(*weight, x, bias)
-        end = panel.first + panel.rows
-        own_bias = None if bias is None else bias[panel.first : end]
-        operand, own_x = fill(side, panel, values), permute(x, panel.columns)
-        cusparselt.multiply(operand, own_x, y[:, panel.first : end], own_bias, algorithm)
+        rows, columns = slice(row, row + panel.rows), slice(column, column + panel.width)
+        own_bias, operand = None if bias is None else bias[rows], fill(side, panel, values)
+        cusparselt.multiply(operand, in_order[:, columns], y[:, rows], own_bias, algorithm)
+        row, column = rows.stop, columns.stop
     return expand.mend(op, *weight, x, bias, y, side.checked)
 
 
@@ -264,7 +259,7 @@ def _refuse_size(p: Problem) -> str | None:
         return f"it takes N and K in multiples of {MULTIPLE}, M of {MULTIPLE_OF_TOKENS}"
     if k > MOST_COLUMNS:
         return f"it takes inputs of up to {MOST_COLUMNS}"
-    rows = panel_rows(p.density, k, n)
+    rows = panel_rows(torch.tensor([p.density]), n, k)
     if rows < least:
         return f"an order of so many values serves {rows} rows, and pays from {least} on"
     return None

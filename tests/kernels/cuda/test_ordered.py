@@ -5,7 +5,7 @@ import torch
 from infinities import check_stored
 from torch import nn
 
-from sparsekern import SparseLinear, SparseTensor, explain, linear
+from sparsekern import _C, SparseLinear, SparseTensor, explain, linear
 from sparsekern.kernels.cuda import ordered
 from sparsekern.kernels.table import pick
 from sparsekern.testing import relative_error
@@ -24,6 +24,62 @@ def from_small_sizes_on(monkeypatch):
     yield
     ordered._refuse_size.cache_clear()
     pick.cache_clear()
+
+
+def order_of(mask, most_slots):
+    """(columns [slots], places [nnz]), or None."""
+    W = SparseTensor.from_dense(mask.float(), mask)
+    arrays = W.row_offsets.data_ptr(), W.col_indices.data_ptr()
+    order = _C.Order(*arrays, *W.shape, W.nnz, most_slots)
+    if not order.slots:
+        return None
+    columns, places = (torch.full((size,), -7, dtype=torch.int32) for size in (order.slots, W.nnz))
+    order.write(columns.data_ptr(), places.data_ptr())
+    return columns, places
+
+
+def masks():
+    """Masks [N, K] and a bound on the slots that they take."""
+    yield torch.zeros(5, 9, dtype=torch.bool), 12
+    yield torch.ones(70, 10, dtype=torch.bool), 20
+    yield torch.eye(130, dtype=torch.bool), 132
+    for n, k, density in (
+        (1, 1, 0.5),
+        (63, 64, 0.3),
+        (64, 96, 0.15),
+        (65, 97, 0.5),
+        (200, 33, 0.8),
+    ):
+        yield torch.rand(n, k) < density, 2 * k + 4
+    yield torch.rand(256, 256) < 0.1, 256
+    yield torch.rand(512, 260) < 0.1, 264
+    rows = torch.rand(300, 1) ** 3  # some rows are full, many are empty
+    yield torch.rand(300, 120) < rows, 240
+    columns = torch.rand(1, 300) ** 6
+    yield torch.rand(100, 300) < columns, 450
+
+
+@pytest.mark.parametrize("mask, most", [*masks()])
+def test_an_order_holds_every_entry_once(mask, most):
+    """And at most two of four in any row."""
+    (n, k), (rows, wanted) = mask.shape, mask.nonzero().T
+    columns, places = order_of(mask, 2**30)
+    assert len(columns) % 4 == 0 and k <= len(columns) <= most
+    assert torch.equal(columns[places.long()].long(), wanted)
+    held = torch.zeros(n * len(columns), dtype=torch.bool)
+    at = rows * len(columns) + places
+    held[at] = True
+    assert held.sum() == len(at)  # each in a place of its own
+    assert (held.view(-1, 4).sum(1) <= 2).all()
+    used = columns[columns >= 0]
+    assert torch.equal(used.unique().long(), torch.arange(k))
+    for four in columns.view(-1, 4).tolist():
+        of_columns = [c for c in four if c >= 0]
+        assert len(of_columns) == len(set(of_columns))
+    # The same again, where it may take just as much; nothing where it may not.
+    again = order_of(mask, len(columns))
+    assert torch.equal(again[0], columns) and torch.equal(again[1], places)
+    assert order_of(mask, k - 1) is None
 
 
 @on_gpu
