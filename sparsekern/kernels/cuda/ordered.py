@@ -24,7 +24,7 @@ from torch import Tensor
 
 from ...indices import expand_rows
 from ..crossover import least_size
-from ..derived import derived
+from ..derived import derived, is_passing
 from ..problem import Kernel, Problem
 from . import cusparselt, expand, two_of_four
 from .algorithms import NONE_RIGHT, algorithm_of
@@ -239,6 +239,8 @@ def recognised(problem: Problem, row_offsets: Tensor, col_indices: Tensor) -> Pr
     problem = two_of_four.recognised(problem, row_offsets, col_indices)
     if problem.is_two_way or problem.op == "sddmm" or _refuse_here(problem):
         return problem
+    if is_passing(row_offsets):  # an order takes long to find
+        return problem
     side = _side_of(problem.op, row_offsets, col_indices, problem.N, problem.K)
     return problem._replace(is_ordered=side is not None)
 
@@ -277,7 +279,10 @@ def _refuse(p: Problem) -> str | None:
     if reason := _refuse_here(p):
         return reason
     if not p.is_ordered:
-        return "no order of the columns was found that puts at most two of four in each row"
+        return (
+            "no order of the columns was found that puts at most two of four in each row, or none "
+            "was sought, as a sparsity algorithm will change the pattern soon"
+        )
     return None
 
 
