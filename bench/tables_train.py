@@ -135,7 +135,7 @@ def memory(cases: list[dict]) -> str:
         mask, sparsity = (memory_gpu.DENSE, 0.0) if is_dense else (case["mask"], case["sparsity"])
         at_a_time = case.get("micro_batch", case["batch"])
         parts = memory_gpu.predict(config_of(case), at_a_time, sparsity, mask)
-        parts["places"] = sum(parts[name] for name in ("indices", "bitmaps", "2:4 tails"))
+        parts["places"] = sum(parts[name] for name in ("indices", "bitmaps", "2:4 tails", "orders"))
         line = [*key]
         state = memory_gpu.state_bytes(parts)
         peak = memory_gpu.peak_bytes(parts, accumulates="micro_batch" in case)

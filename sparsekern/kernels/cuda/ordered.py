@@ -251,7 +251,8 @@ def _least_size(tokens: int) -> int | None:
 
 
 @lru_cache(maxsize=4096)
-def _refuse_size(p: Problem) -> str | None:
+def refuse_size(p: Problem) -> str | None:
+    """Why the row does not take a problem of these sizes, on any machine."""
     if p.dtype is not torch.bfloat16:
         return f"it takes bfloat16, not {str(p.dtype).removeprefix('torch.')}"
     least, (n, k) = _least_size(p.M), (p.N, p.K) if p.op == "spmm" else (p.K, p.N)
@@ -268,7 +269,7 @@ def _refuse_size(p: Problem) -> str | None:
 
 
 def _refuse_here(p: Problem) -> str | None:
-    if reason := _refuse_size(p):
+    if reason := refuse_size(p):
         return reason
     if _C is None:
         return "the C++ library, which finds the order, is not built"

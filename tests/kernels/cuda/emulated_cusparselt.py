@@ -98,7 +98,7 @@ def stand_in(cusparselt_library, emulated_cuda, monkeypatch, tmp_path):  # noqa:
         cusparselt.library,
         algorithms._chosen,
         two_of_four._refuse_machine,
-        ordered._refuse_size,
+        ordered.refuse_size,
     )
     library.reset()
     for cache in caches:

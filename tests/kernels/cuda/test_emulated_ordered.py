@@ -146,10 +146,10 @@ def test_refusals_say_why(monkeypatch):
     assert "as fast at 64 tokens" in reason(W, m=64) and "multiples" in reason(W, m=76)
     with monkeypatch.context() as larger:
         larger.setattr(ordered, "_least_size", lambda m: 48)
-        ordered._refuse_size.cache_clear()
+        ordered.refuse_size.cache_clear()
         dense, *_ = layer(density=0.4)
         assert "an order of so many values serves 32 rows, and pays from 48 on" in reason(dense)
-    ordered._refuse_size.cache_clear()
+    ordered.refuse_size.cache_clear()
     full = torch.zeros(N, K, dtype=torch.bool)
     full[:, : K // 2 + 16] = True  # a group holds two of them
     assert "no order of the columns was found" in reason(of_mask(full)[0])

@@ -19,10 +19,10 @@ TOLERANCE = 2**-8  # one rounding of the result
 def from_small_sizes_on(monkeypatch):
     """Smaller ones than where it pays."""
     monkeypatch.setattr(ordered, "_least_size", lambda m: 512 if m >= 1024 else None)
-    ordered._refuse_size.cache_clear()
+    ordered.refuse_size.cache_clear()
     pick.cache_clear()
     yield
-    ordered._refuse_size.cache_clear()
+    ordered.refuse_size.cache_clear()
     pick.cache_clear()
 
 
