@@ -7,7 +7,17 @@ from pathlib import Path
 import pytest
 
 import sparsekern
-from sparsekern.kernels.cuda import bitmap, cover, expand, gather, layout, library, pairs, runs
+from sparsekern.kernels.cuda import (
+    bitmap,
+    cover,
+    expand,
+    gather,
+    layout,
+    library,
+    ordered,
+    pairs,
+    runs,
+)
 
 CSRC = Path(__file__).parents[3] / "csrc"
 TRITON = Path(sparsekern.__file__).parent / "kernels" / "triton"
@@ -32,6 +42,8 @@ TIED = [
         "bitmap.cu",
         "4 * kTileWords + kTileRows * kOctets + kWordColumns * kTileOctets",
     ),
+    ("ordered.THREADS", "order.cu", "kOrderThreads"),
+    ("ordered.PERMUTE_TOKENS", "order.cu", "kPermuteTokens"),
     ("gather.GRANULE", "gather.cuh", "kGranule"),
     ("gather.BLOCK_PIECES", "spmm_gather.cu", "kGatherWarps"),
     ("gather.DEPTH", "spmm_gather.cu", "kGatherDepth"),
@@ -51,7 +63,7 @@ TIED = [
     ("cover.WINDOW", "cover.h", "kCoverWindow"),
     ("cover.RECORD_BYTES", "cover.h", "kCoverRecordBytes"),
 ]
-_MODULES = bitmap, cover, expand, gather, layout, library, pairs, runs
+_MODULES = bitmap, cover, expand, gather, layout, library, ordered, pairs, runs
 MODULES = {module.__name__.split(".")[-1]: module for module in _MODULES}
 
 
