@@ -44,6 +44,7 @@ TIED = [
     ),
     ("ordered.THREADS", "order.cu", "kOrderThreads"),
     ("ordered.PERMUTE_TOKENS", "order.cu", "kPermuteTokens"),
+    ("ordered.TILE_PAD", "order.cu", "kFillPad"),
     ("gather.GRANULE", "gather.cuh", "kGranule"),
     ("gather.BLOCK_PIECES", "spmm_gather.cu", "kGatherWarps"),
     ("gather.DEPTH", "spmm_gather.cu", "kGatherDepth"),
