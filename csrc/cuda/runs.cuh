@@ -72,44 +72,56 @@ __device__ inline bool is_finite(const float4& sum) {
   return fmaf(sum.x, 0.0f, fmaf(sum.y, 0.0f, fmaf(sum.z, 0.0f, sum.w * 0.0f))) == 0;
 }
 
-// Writes y of a block of rows, or adds this run's sums to those of the others. All threads of the
-// block come here, and shared memory is theirs. acc: of 32 rows as mma has them, row_of_lane: the
-// row of W of each of these, -1 for none. sum_stored(token, row): this run's sum of stored values.
-template <class T, int kNTiles, class SumStored>
-__device__ inline void finish(const float (&acc)[2][kNTiles][4], int row_of_lane, char* smem,
-                              const unsigned short* bias, unsigned short* y, float* partial,
-                              int* arrived, int tokens, int n, int block, int windows, int units,
-                              int group_warps, int most_shares, const SumStored& sum_stored) {
+// What a thread block has of a block of rows, and who else has a part.
+struct Part {
+  int block, rows;    // the block of rows, how many: a power of two
+  int groups, group;  // of warps that have a part of K each, and this thread's
+  int run, runs;
+  int windows, units;  // of a block of rows, of all
+  int most_shares;
+};
+
+// Writes y of a block of rows, or adds this run's sums to those of the others. The first kWarps
+// warps come here, and shared memory from `smem` on is theirs. acc: of 16 kRowTiles rows as mma has
+// them, row_of_lane: the row of W of each of these, -1 for none. sum_stored(token, row): this run's
+// sum of stored values.
+template <class T, int kWarps = kRunWarps, int kBarrier = 0, int kRowTiles, int kNTiles,
+          class SumStored>
+__device__ inline void finish(const float (&acc)[kRowTiles][kNTiles][4], int row_of_lane,
+                              char* smem, const unsigned short* bias, unsigned short* y,
+                              float* partial, int* arrived, int tokens, int n, const Part& part,
+                              const SumStored& sum_stored) {
   // Sums of the groups, [group][token][row], in shared memory: rows lie in the order of their
   // nnz.
-  const int lane = threadIdx.x % kWarp, runs = gridDim.x;
-  const int groups = kRunWarps / group_warps, group = threadIdx.x / kWarp / group_warps;
-  const int rows = group_warps * kWarp, tile_row = rows + 4;  // floats
+  constexpr int kThreads = kWarps * kWarp;
+  const int lane = threadIdx.x % kWarp, block = part.block, rows = part.rows;
+  const int tile_row = rows + 4;  // floats
   float* tile = reinterpret_cast<float*>(smem);
-  __syncthreads();
+  sync_warps(kBarrier, kWarps);
 #pragma unroll
-  for (int b = 0; b < 4; ++b) {
+  for (int b = 0; b < 2 * kRowTiles; ++b) {
     const int row = __shfl_sync(kAllLanes, row_of_lane, b * 8 + lane / 4);
     if (row < 0) continue;
-    float* out = tile + group * kNTiles * 8 * tile_row + row - block * rows;
+    float* out = tile + part.group * kNTiles * 8 * tile_row + row - block * rows;
 #pragma unroll
     for (int i = 0; i < 2 * kNTiles; ++i) {
       const int token = i / 2 * 8 + lane % 4 * 2 + i % 2;
       out[token * tile_row] = acc[b / 2][i / 2][b % 2 * 2 + i % 2];
     }
   }
-  __syncthreads();
-  const int first_run = run_of(block * windows, runs, units);
-  const int shares = run_of(block * windows + windows - 1, runs, units) - first_run + 1;
-  const int row_quads = rows / 4;
+  sync_warps(kBarrier, kWarps);
+  const int first_run = run_of(block * part.windows, part.runs, part.units);
+  const int last_run = run_of(block * part.windows + part.windows - 1, part.runs, part.units);
+  const int shares = last_run - first_run + 1;
+  const int row_quads = rows / 4, shift = __popc(row_quads - 1);
   const int quads = tokens * row_quads;
   const long long tile_quads = kNTiles * 8 * row_quads;
-  float4* all = reinterpret_cast<float4*>(partial) + block * most_shares * tile_quads;
-  float4* mine = all + (static_cast<int>(blockIdx.x) - first_run) * tile_quads;
-  for (int quad = threadIdx.x; quad < quads; quad += kRunWarps * kWarp) {
-    const int token = quad / row_quads, row = quad % row_quads * 4;
+  float4* all = reinterpret_cast<float4*>(partial) + block * part.most_shares * tile_quads;
+  float4* mine = all + (part.run - first_run) * tile_quads;
+  for (int quad = threadIdx.x; quad < quads; quad += kThreads) {
+    const int token = quad >> shift, row = (quad & (row_quads - 1)) * 4;
     float4 sum = {0.0f, 0.0f, 0.0f, 0.0f};
-    for (int g = 0; g < groups; ++g) {
+    for (int g = 0; g < part.groups; ++g) {
       add_to(sum,
              *reinterpret_cast<const float4*>(tile + (g * kNTiles * 8 + token) * tile_row + row));
     }
@@ -129,7 +141,7 @@ __device__ inline void finish(const float (&acc)[2][kNTiles][4], int row_of_lane
       mine[quad] = sum;
     }
   }
-  __syncthreads();  // the tile has been read
+  sync_warps(kBarrier, kWarps);  // the tile has been read
   if (shares == 1) return;
 
   int* before = reinterpret_cast<int*>(smem);
@@ -137,28 +149,29 @@ __device__ inline void finish(const float (&acc)[2][kNTiles][4], int row_of_lane
     __threadfence();  // after the barrier, so it orders the stores of all threads
     *before = atomicAdd(arrived + block, 1);
   }
-  __syncthreads();
+  sync_warps(kBarrier, kWarps);
   const bool is_last = *before == shares - 1;
-  __syncthreads();  // `before` has been read
+  sync_warps(kBarrier, kWarps);  // `before` has been read
   if (!is_last) return;
   __threadfence();
   if (threadIdx.x == 0) arrived[block] = 0;  // for the next launch
-  constexpr int kQuads = kNTiles < 4 ? 1 : kNTiles / 2, kShares = 8 / kQuads < 4 ? 4 : 8 / kQuads;
-  for (int quad = threadIdx.x; quad < quads; quad += kQuads * kRunWarps * kWarp) {
+  constexpr int kQuads = kNTiles < 4 ? 1 : kRowTiles == 1 ? 2 : kNTiles / 2;
+  constexpr int kShares = 8 / kQuads < 4 ? 4 : 8 / kQuads;
+  for (int quad = threadIdx.x; quad < quads; quad += kQuads * kThreads) {
     float4 sums[kQuads] = {};
 #pragma unroll(kShares)
     for (int share = 0; share < shares; ++share) {
 #pragma unroll
       for (int i = 0; i < kQuads; ++i) {
-        const int other = quad + i * kRunWarps * kWarp;
+        const int other = quad + i * kThreads;
         if (other < quads) add_to(sums[i], __ldcg(all + share * tile_quads + other));
       }
     }
 #pragma unroll
     for (int i = 0; i < kQuads; ++i) {
-      const int other = quad + i * kRunWarps * kWarp;
+      const int other = quad + i * kThreads;
       if (other >= quads) break;
-      write<T>(y, bias, n, other / row_quads, block * rows + other % row_quads * 4, sums[i]);
+      write<T>(y, bias, n, other >> shift, block * rows + (other & (row_quads - 1)) * 4, sums[i]);
     }
   }
 }

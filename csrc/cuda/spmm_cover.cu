@@ -320,8 +320,10 @@ __device__ void spmm_cover(const uint4* records, const int* steps, const int* ro
       return sum_cover<T>(records, steps, x + static_cast<long long>(token) * k, place, windows,
                           end_of_all - count, end_of_all);
     };
-    finish<T, kNTiles>(acc, row_of_lane, smem, bias, y, partial, arrived, tokens, n, block, windows,
-                       units, group_warps, most_shares, sum_stored);
+    const Part part = {
+        block, group_warps * kWarp, groups, group, static_cast<int>(blockIdx.x), runs, windows,
+        units, most_shares};
+    finish<T>(acc, row_of_lane, smem, bias, y, partial, arrived, tokens, n, part, sum_stored);
   }
 }
 

@@ -45,7 +45,8 @@ class Pairs(Packed):
         return configure(m, self.slices, self.row_steps, TYPES[self.words.dtype], gpu)
 
     def operands(self, launch: Launch):
-        sizes = self.slices, self.row_steps, launch.group_warps, launch.shares, self.words.shape[0]
+        how = launch.ring or (launch.group_warps,)
+        sizes = self.slices, self.row_steps, *how, launch.shares, self.words.shape[0]
         return (self.words, self.steps), sizes
 
     def expansion(self):
