@@ -173,7 +173,10 @@ __device__ void spmm_pairs_ring(const unsigned* all_words, const int* steps,
                                 unsigned short* y, float* partial, int* arrived, int all_tokens,
                                 int n, int k, int slices, int row_steps, int groups, int stages,
                                 int token_tiles, int most_shares, int words_end) {
-  constexpr int kConsumers = kWarpgroups * 4;
+  constexpr int kConsumers = kWarpgroups * 4, kThreads = (kWarpgroups + 1) * 128;
+  static_assert(
+      kWarpgroups * kRegisters + kProducerRegisters <= 65536 / kThreads / 8 * 8 * (kWarpgroups + 1),
+      "those who take registers wait until the launch has as many");
   using Words = sk::Words<kRingWordsBytes, 2>;
   extern __shared__ __align__(128) char smem[];
   const unsigned barriers = shared_address(smem);
@@ -279,9 +282,9 @@ __device__ void spmm_pairs_ring(const unsigned* all_words, const int* steps,
   SK_EARLY_KERNEL(name)
 
 #define SK_PAIRS_RING_TOKENS(type)                                        \
-  SK_PAIRS_RING(sk_spmm_pairs_ring_##type##_t32, type, 32, 4, 4, 32, 120) \
-  SK_PAIRS_RING(sk_spmm_pairs_ring_##type##_t64, type, 64, 4, 4, 32, 120) \
-  SK_PAIRS_RING(sk_spmm_pairs_ring_##type##_t128, type, 128, 4, 4, 32, 120)
+  SK_PAIRS_RING(sk_spmm_pairs_ring_##type##_t32, type, 32, 4, 4, 32, 112) \
+  SK_PAIRS_RING(sk_spmm_pairs_ring_##type##_t64, type, 64, 4, 4, 32, 112) \
+  SK_PAIRS_RING(sk_spmm_pairs_ring_##type##_t128, type, 128, 4, 4, 32, 112)
 
 SK_PAIRS_RING_TOKENS(bf16)
 SK_PAIRS_RING_TOKENS(f16)
