@@ -31,12 +31,12 @@ MOST_ROWS = 2**30  # and W's, with those that fill a block up
 def spmm_packed(x: Tensor, packed: Packed, bias: Tensor | None = None) -> Tensor:
     """y [M, N] = x [M, K] @ W.T + bias [N], all on the GPU and in the dtype of the weight.
 
-    Above 64 tokens W is written out and torch multiplies; so it is where a kernel would need more
-    shared memory than the GPU has (gather: for one token of about 100,000 columns). No checks: the
-    op has them (choose.py).
+    Above 64 tokens (`pairs` on Hopper: 256) W is written out and torch multiplies; so it is where a
+    kernel would need more shared memory than the GPU has (gather: for one token of about 100,000
+    columns). No checks: the op has them (choose.py).
     """
     m, launch = x.shape[0], None
-    if m <= MOST_TOKENS and packed.k < MOST_COLUMNS and packed.n < MOST_ROWS:
+    if m <= packed.most_tokens and packed.k < MOST_COLUMNS and packed.n < MOST_ROWS:
         launch = packed.launch(m, gpu_of(x.device))
     if launch is None:
         return spmm_expanded(x, packed, bias)

@@ -77,6 +77,7 @@ class Packed:
     nnz: int
 
     name: ClassVar[str]
+    most_tokens: ClassVar[int] = 64  # of a product; for more W is written out
 
     if TYPE_CHECKING:
 
