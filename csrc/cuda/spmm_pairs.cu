@@ -136,8 +136,8 @@ __device__ void spmm_pairs(const unsigned* all_words, const int* steps, const un
   const int windows = (row_steps + Window::kSteps - 1) / Window::kSteps;
   const int runs = gridDim.x;
   const int units = (slices + group_warps - 1) / group_warps * windows;
-  const int run_first = run_begin(blockIdx.x, runs, units);
-  const int run_end = run_begin(blockIdx.x + 1, runs, units);
+  const int run = blockIdx.x;
+  const int run_first = run_begin(run, runs, units), run_end = run_begin(run + 1, runs, units);
   const Window x_window(x, tokens, k, group_warps);
 
   let_next_kernel_start();
@@ -204,8 +204,8 @@ __device__ void spmm_pairs(const unsigned* all_words, const int* steps, const un
                           min(end_of_all * static_cast<int>(Window::kSteps), row_steps));
     };
     const Part part = {
-        block, group_warps * kWarp, groups, group, static_cast<int>(blockIdx.x), runs, windows,
-        units, most_shares};
+        block, group_warps * kWarp, kRunWarps,      groups, group, run, runs, windows,
+        units, most_shares,         unit == run_end};
     finish<T>(acc, row_of_lane, smem, bias, y, partial, arrived, tokens, n, part, sum_stored);
   }
 }

@@ -20,6 +20,13 @@ constexpr unsigned kRingWordsBytes = 6144;  // of words, two for two warps
 constexpr unsigned kMostStages = 8;         // of a ring
 constexpr unsigned kRingBarrierBytes = 1024;
 constexpr int kRingBarrier = 15;  // of all that multiply
+constexpr int kMostWarpgroups = 4, kRingThreads = (kMostWarpgroups + 1) * 128;
+// Of a thread; a launch has so many a thread, and who takes more waits for those that others give.
+constexpr int kLaunchRegisters = 65536 / kRingThreads / 8 * 8;
+constexpr int kProducerRegisters = 32, kConsumerRegisters = 112;
+static_assert(kMostWarpgroups * kConsumerRegisters + kProducerRegisters <=
+                  kLaunchRegisters * (kMostWarpgroups + 1),
+              "all get theirs");
 
 // The place of a ring that is next, and which time it is.
 struct Place {
@@ -67,25 +74,21 @@ class Producer {
     is_aligned_ = k % 8 == 0 && reinterpret_cast<unsigned long long>(x) % 16 == 0;
   }
 
+  // Up to three stages are under way. The oldest is published before the next place has to be free:
+  // who reads that one gives it back when he has begun with the next.
   __device__ void bring(int first_step, int end_step) {
-    if (ring_.stages > kFar) {
-      bring<kFar>(first_step, end_step);
-    } else {
-      bring<1>(first_step, end_step);
-    }
-  }
-
- private:
-  static constexpr unsigned kFar = 3;
-
-  // kAhead stages are under way. The oldest is published before the next place has to be free: who
-  // reads that one gives it back when he has begun with the next.
-  template <int kAhead>
-  __device__ void bring(int first_step, int end_step) {
+    const int ahead = min(static_cast<int>(ring_.stages) - 1, 3);
     Place done = next_;
+#pragma unroll 1
     for (int step = first_step; step < end_step; ++step) {
-      if (step - first_step >= kAhead) {
-        wait_copies<kAhead - 1>();
+      if (step - first_step >= ahead) {
+        if (ahead == 3) {
+          wait_copies<2>();
+        } else if (ahead == 2) {
+          wait_copies<1>();
+        } else {
+          wait_copies<0>();
+        }
         publish(done);
       }
       wait_barrier(ring_.empty(next_), next_.phase ^ 1);
@@ -96,6 +99,7 @@ class Producer {
     while (done.stage != next_.stage || done.phase != next_.phase) publish(done);
   }
 
+ private:
   // Says that the copies of this warp into a place have come.
   __device__ void publish(Place& at) const {
     publish_to_warpgroups();
@@ -139,10 +143,11 @@ class Producer {
 };
 
 // acc += `count` steps of the slice's words times x of a ring.
-template <class T, int kAhead, class Words, int kTokens>
+template <class T, class Words, int kTokens>
 __device__ inline void multiply_ring(float (&acc)[1][kTokens / 8][4], Words& words, int count,
                                      int tile, const Ring<kTokens>& ring, Place& place) {
   const bool is_first_lane = threadIdx.x % kWarp == 0;
+  constexpr int kAhead = 4;  // operands
   unsigned a[kAhead][4] = {};
   Place last;
   for (int step = 0; step < count; ++step) {
@@ -167,16 +172,12 @@ __device__ inline void multiply_ring(float (&acc)[1][kTokens / 8][4], Words& wor
   if (count && is_first_lane) arrive_at(ring.empty(last));
 }
 
-template <class T, int kTokens, int kWarpgroups, int kAhead, int kProducerRegisters, int kRegisters>
+template <class T, int kTokens>
 __device__ void spmm_pairs_ring(const unsigned* all_words, const int* steps,
                                 const unsigned short* x, const unsigned short* bias,
                                 unsigned short* y, float* partial, int* arrived, int all_tokens,
                                 int n, int k, int slices, int row_steps, int groups, int stages,
                                 int token_tiles, int most_shares, int words_end) {
-  constexpr int kConsumers = kWarpgroups * 4, kThreads = (kWarpgroups + 1) * 128;
-  static_assert(
-      kWarpgroups * kRegisters + kProducerRegisters <= 65536 / kThreads / 8 * 8 * (kWarpgroups + 1),
-      "those who take registers wait until the launch has as many");
   using Words = sk::Words<kRingWordsBytes, 2>;
   extern __shared__ __align__(128) char smem[];
   const unsigned barriers = shared_address(smem);
@@ -184,9 +185,10 @@ __device__ void spmm_pairs_ring(const unsigned* all_words, const int* steps,
   char* const tile_memory = smem + (shared - barriers);
   const int lane = threadIdx.x % kWarp;
   const int warp = __shfl_sync(kAllLanes, static_cast<int>(threadIdx.x) / kWarp, 0);  // uniform
-  const bool is_consumer = warp < kConsumers;
-  const int group_warps = kConsumers / groups;
-  const int group = is_consumer ? warp / group_warps : (warp - kConsumers) % groups;
+  const int consumers = blockDim.x / kWarp - kRingProducers, group_warps = consumers / groups;
+  const bool is_consumer = warp < consumers;
+  const int group = is_consumer ? warp / group_warps : (warp - consumers) % groups;
+  const int writers = (kRingProducers - 1 - group) / groups + 1;
   const unsigned stage_bytes = Ring<kTokens>::kStageBytes;
   const Ring<kTokens> ring = {shared + group * stages * stage_bytes,
                               barriers + group * 2 * kMostStages * 8,
@@ -208,14 +210,13 @@ __device__ void spmm_pairs_ring(const unsigned* all_words, const int* steps,
 
   let_next_kernel_start();
   if (warp % group_warps == 0 && is_consumer && lane == 0) {
-    ring.init(kRingProducers / groups, group_warps);
+    ring.init(writers, group_warps);
   }
   if (!is_consumer) {
     __syncthreads();  // barriers are made
     give_registers<kProducerRegisters>();
     wait_for_last_kernel();
-    Producer<kTokens> producer(ring, x, tokens, k, (warp - kConsumers) / groups,
-                               kRingProducers / groups);
+    Producer<kTokens> producer(ring, x, tokens, k, (warp - consumers) / groups, writers);
     for (int unit = run_first; unit < run_end;) {
       const int first = unit % row_steps, count = min(row_steps - first, run_end - unit);
       producer.bring(first + count * group / groups, first + count * (group + 1) / groups);
@@ -229,7 +230,7 @@ __device__ void spmm_pairs_ring(const unsigned* all_words, const int* steps,
   Words words(all_words, words_shared + pair * Words::kBytes,
               word_barriers + pair * Words::kBarrierBytes, 1 + pair, warp % 2);
   __syncthreads();
-  take_registers<kRegisters>();
+  take_registers<kConsumerRegisters>();
   Place place;
   for (int unit = run_first; unit < run_end;) {
     // Of steps [first, first + count) of these rows, the groups take equal parts.
@@ -253,38 +254,40 @@ __device__ void spmm_pairs_ring(const unsigned* all_words, const int* steps,
     __syncwarp();
     words.begin(my_steps, my_count);
     float acc[1][kTokens / 8][4] = {};
-    multiply_ring<T, kAhead>(acc, words, my_count, warp % 2, ring, place);
+    multiply_ring<T>(acc, words, my_count, warp % 2, ring, place);
     const int row = own_slice * kWarp + warp % 2 * 16 + lane;
     const int row_of_lane = lane < 16 && row < n ? row : -1;
     const auto sum_stored = [&](int token, int of_w) {
       return sum_pairs<T>(all_words, steps, x + static_cast<long long>(token) * k, of_w, row_steps,
                           first, first + count);
     };
-    const Part part = {block, rows, groups, group, run, runs, row_steps, units, most_shares};
-    finish<T, kConsumers, kRingBarrier>(acc, row_of_lane, tile_memory, bias, y, partial, arrived,
-                                        tokens, n, part, sum_stored);
+    const Part part = {block, rows,      consumers, groups,      group,          run,
+                       runs,  row_steps, units,     most_shares, unit == run_end};
+    finish<T, kRingBarrier>(acc, row_of_lane, tile_memory, bias, y, partial, arrived, tokens, n,
+                            part, sum_stored);
     __syncthreads();
   }
 }
 
 }  // namespace sk
 
-#define SK_PAIRS_RING(name, type, tokens, warpgroups, ahead, few, many)                         \
-  extern "C" __global__ void __launch_bounds__((warpgroups + 1) * 128, 1)                       \
-      name(const unsigned* words, const int* steps, const unsigned short* x,                    \
-           const unsigned short* bias, unsigned short* y, float* partial, int* arrived, int m,  \
-           int n, int k, int slices, int row_steps, int groups, int stages, int token_tiles,    \
-           int most_shares, int words_end) {                                                    \
-    sk::spmm_pairs_ring<sk::type, tokens, warpgroups, ahead, few, many>(                        \
-        words, steps, x, bias, y, partial, arrived, m, n, k, slices, row_steps, groups, stages, \
-        token_tiles, most_shares, words_end);                                                   \
-  }                                                                                             \
+#define SK_PAIRS_RING(name, type, tokens)                                                      \
+  extern "C" __global__ void __launch_bounds__(sk::kRingThreads, 1)                            \
+      name(const unsigned* words, const int* steps, const unsigned short* x,                   \
+           const unsigned short* bias, unsigned short* y, float* partial, int* arrived, int m, \
+           int n, int k, int slices, int row_steps, int groups, int stages, int token_tiles,   \
+           int most_shares, int words_end) {                                                   \
+    sk::spmm_pairs_ring<sk::type, tokens>(words, steps, x, bias, y, partial, arrived, m, n, k, \
+                                          slices, row_steps, groups, stages, token_tiles,      \
+                                          most_shares, words_end);                             \
+  }                                                                                            \
   SK_EARLY_KERNEL(name)
 
-#define SK_PAIRS_RING_TOKENS(type)                                        \
-  SK_PAIRS_RING(sk_spmm_pairs_ring_##type##_t32, type, 32, 4, 4, 32, 112) \
-  SK_PAIRS_RING(sk_spmm_pairs_ring_##type##_t64, type, 64, 4, 4, 32, 112) \
-  SK_PAIRS_RING(sk_spmm_pairs_ring_##type##_t128, type, 128, 4, 4, 32, 112)
+#define SK_PAIRS_RING_TOKENS(type)                         \
+  SK_PAIRS_RING(sk_spmm_pairs_ring_##type##_t32, type, 32) \
+  SK_PAIRS_RING(sk_spmm_pairs_ring_##type##_t64, type, 64) \
+  SK_PAIRS_RING(sk_spmm_pairs_ring_##type##_t96, type, 96) \
+  SK_PAIRS_RING(sk_spmm_pairs_ring_##type##_t128, type, 128)
 
 SK_PAIRS_RING_TOKENS(bf16)
 SK_PAIRS_RING_TOKENS(f16)

@@ -71,10 +71,8 @@ __device__ inline void take_registers() {
 #define SK_R8 "%0,%1,%2,%3,%4,%5,%6,%7"
 #define SK_R16 SK_R8 ",%8,%9,%10,%11,%12,%13,%14,%15"
 #define SK_R32 SK_R16 ",%16,%17,%18,%19,%20,%21,%22,%23,%24,%25,%26,%27,%28,%29,%30,%31"
-#define SK_R64                                                       \
-  SK_R32                                                             \
-  ",%32,%33,%34,%35,%36,%37,%38,%39,%40,%41,%42,%43,%44,%45,%46,%47" \
-  ",%48,%49,%50,%51,%52,%53,%54,%55,%56,%57,%58,%59,%60,%61,%62,%63"
+#define SK_R48 SK_R32 ",%32,%33,%34,%35,%36,%37,%38,%39,%40,%41,%42,%43,%44,%45,%46,%47"
+#define SK_R64 SK_R48 ",%48,%49,%50,%51,%52,%53,%54,%55,%56,%57,%58,%59,%60,%61,%62,%63"
 // %a0 .. %a3 and %b stand behind the %c of the sums.
 #define SK_WARPGROUP_MMA(type, tiles, tokens, sums, operands, ...)                                \
   template <>                                                                                     \
@@ -85,10 +83,11 @@ __device__ inline void take_registers() {
                  : __VA_ARGS__                                                                    \
                  : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b));                           \
   }
-#define SK_WARPGROUP_MMAS(type)                                              \
-  SK_WARPGROUP_MMA(type, 2, 16, SK_R8, "{%8,%9,%10,%11}, %12", SK_C8(0))     \
-  SK_WARPGROUP_MMA(type, 4, 32, SK_R16, "{%16,%17,%18,%19}, %20", SK_C16(0)) \
-  SK_WARPGROUP_MMA(type, 8, 64, SK_R32, "{%32,%33,%34,%35}, %36", SK_C32(0)) \
+#define SK_WARPGROUP_MMAS(type)                                                          \
+  SK_WARPGROUP_MMA(type, 2, 16, SK_R8, "{%8,%9,%10,%11}, %12", SK_C8(0))                 \
+  SK_WARPGROUP_MMA(type, 4, 32, SK_R16, "{%16,%17,%18,%19}, %20", SK_C16(0))             \
+  SK_WARPGROUP_MMA(type, 8, 64, SK_R32, "{%32,%33,%34,%35}, %36", SK_C32(0))             \
+  SK_WARPGROUP_MMA(type, 12, 96, SK_R48, "{%48,%49,%50,%51}, %52", SK_C32(0), SK_C16(8)) \
   SK_WARPGROUP_MMA(type, 16, 128, SK_R64, "{%64,%65,%66,%67}, %68", SK_C32(0), SK_C32(8))
 SK_WARPGROUP_MMAS(bf16)
 SK_WARPGROUP_MMAS(f16)
@@ -101,6 +100,7 @@ SK_WARPGROUP_MMAS(f16)
 #undef SK_R8
 #undef SK_R16
 #undef SK_R32
+#undef SK_R48
 #undef SK_R64
 #else
 template <class T, int kNTiles>
