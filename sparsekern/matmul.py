@@ -114,11 +114,17 @@ def _linear(input, weight, bias=None, *, out=None) -> Tensor:
     return out.copy_(y)
 
 
-def explain(x: Tensor, W: SparseTensor) -> str:
+def explain(x: Tensor | int, W: SparseTensor | torch.nn.Module) -> str:
     """Which kernel runs each pass of linear(x, W), or of x @ W.T if given W.T, and why not others.
 
-    Raises ValueError if the last dimension of x is not K.
+    Of a PackedLinear, or of all in a model that pack_ has made: a line each, with what is held and
+    what a call runs; x may then be a number of tokens. ValueError if the last dimension of x is not
+    K, or for a model without such layers.
     """
+    if isinstance(W, torch.nn.Module):
+        return _explain_packed(x, W)
+    if isinstance(x, int):
+        raise TypeError("x: expected a Tensor beside a SparseTensor, got a number of tokens")
     if x.ndim == 0 or x.shape[-1] != W.k:
         raise ValueError(f"x: expected a last dimension of K = {W.k}, got shape {tuple(x.shape)}")
     lines = []
@@ -129,6 +135,13 @@ def explain(x: Tensor, W: SparseTensor) -> str:
             problem = recognised(problem, W.row_offsets, W.col_indices)
         lines.append(f"{name}: {describe(problem, pick(problem))}")
     return "\n".join(lines)
+
+
+def _explain_packed(x: Tensor | int, model: torch.nn.Module) -> str:
+    packed = {name: m for name, m in model.named_modules() if hasattr(m, "packed_bytes")}
+    if not packed:
+        raise ValueError(f"W: expected layers that pack_ has made, {type(model).__name__} has none")
+    return "\n".join(f"{name}: {m.explain(x)}".removeprefix(": ") for name, m in packed.items())
 
 
 def _matmul(func: Callable, a, b, out: Tensor | None) -> Tensor | SparseTensor:
