@@ -1,6 +1,7 @@
 """Generation: the cache changes nothing, sampling, presets, the comparison and the command."""
 
 import copy
+import gc
 import json
 import re
 from dataclasses import replace
@@ -377,9 +378,16 @@ def test_compare_takes_the_best_of_graphs_and_compiled_graphs():
 @on_gpu
 def test_a_random_model_is_made_block_by_block():
     config = GPTConfig(n_layer=24, n_head=4, n_embd=512, block_size=16, vocab_size=256)
+    random_gpt(replace(config, n_layer=1), 0.9, "cuda", torch.bfloat16)  # libraries' workspaces
+    gc.collect()  # what other tests have left
     torch.cuda.reset_peak_memory_stats()
-    before = torch.cuda.memory_allocated()
+
+    def requested_bytes(which: str) -> int:
+        """What was asked for, however large the pieces are that the allocator's cache has left."""
+        return torch.cuda.memory_stats()[f"requested_bytes.all.{which}"]
+
+    before = requested_bytes("current")
     model = random_gpt(config, 0.9, "cuda", torch.bfloat16)
     one_dense_block = 2 * 12 * 512**2
     assert speed.memory_bytes(model) < 8 * one_dense_block  # of 24
-    assert torch.cuda.max_memory_allocated() - before < 20 * one_dense_block
+    assert requested_bytes("peak") - before < 20 * one_dense_block
