@@ -10,16 +10,15 @@ import torch
 from torch import Tensor
 
 from .. import nn
+from .llama import LlamaConfig, make
 from .model import GPT, Block, GPTConfig, initialise
 
-PRESETS = {
+PRESETS: dict[str, GPTConfig] = {
     "gpt2-small": GPTConfig(12, 12, 768, 1024, 50304),
     "gpt3-xl": GPTConfig(24, 16, 2048, 2048, 50304),
     "gpt3-6.7b": GPTConfig(32, 32, 4096, 2048, 50304),
-    # 8 blocks of this GPT with the width, heads and MLP matrices (28672 x 8192) of LLaMA 70B and no
-    # biases. The rest is GPT-2: GELU and two MLP matrices, LayerNorm, learned positions, a key and
-    # a value for each head.
-    "llama-like": GPTConfig(8, 64, 8192, 2048, 32000, bias=False, n_inner=28672),
+    # 8 of the 80 blocks of LLaMA 70B.
+    "llama-like": LlamaConfig(8, 64, 8192, 2048, 32000, n_inner=28672, n_kv_head=8),
 }
 
 
@@ -55,8 +54,9 @@ def random_gpt(
     block."""
     torch.manual_seed(seed)
     with torch.device("meta"):
-        model = GPT(config).to(dtype).requires_grad_(False)
-    for part in (model.wte, model.wpe, model.norm, *model.blocks):
+        model = make(config).to(dtype).requires_grad_(False)
+    embeddings = [m for name, m in model.named_children() if name not in ("blocks", "lm_head")]
+    for part in (*embeddings, *model.blocks):
         part.to_empty(device=device)
         initialise(part, config.n_layer)
         if isinstance(part, Block) and sparsity:

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from .generate import Decoder
+from .llama import make
 from .model import GPT
 
 SIDES = ("dense", "sparse")
@@ -82,7 +83,7 @@ def compiled_blocks(model: GPT) -> GPT:
     options.allow_unspec_int_on_nn_module = True
     options.recompile_limit = 64  # for all models, batches and sparsities together
     with torch.device("meta"):
-        twin = GPT(model.config)
+        twin = make(model.config)
     for name, part in model.named_children():
         setattr(twin, name, part)
     twin.blocks = nn.ModuleList(torch.compile(block, fullgraph=True) for block in model.blocks)

@@ -15,6 +15,7 @@ from sparsekern.gpt import speed
 from sparsekern.gpt.build import load_model
 from sparsekern.gpt.checkpoint import CHECKPOINT, load_checkpoint, save_checkpoint
 from sparsekern.gpt.generate import Decoder, generate
+from sparsekern.gpt.llama import make
 from sparsekern.gpt.model import GPT, Cache, GPTConfig
 from sparsekern.gpt.presets import PRESETS, UniformMask, for_inference, random_gpt
 
@@ -130,14 +131,19 @@ def test_presets_have_the_shapes_they_are_named_for():
     parameters, linears = {}, {}
     for name, config in PRESETS.items():
         with torch.device("meta"):
-            model = GPT(config)
+            model = make(config)
         parameters[name] = sum(p.numel() for p in model.parameters())
         mlp = model.blocks[0].mlp.down.weight
         linears[name] = tuple(mlp.shape)
+        inner = [m for m in model.blocks[0].modules() if isinstance(m, torch.nn.Linear)]
+        assert [tuple(m.weight.shape) for m in inner] == config.linears
     assert parameters["gpt2-small"] == 124_439_808 + (50304 - 50257) * 768
     assert parameters["gpt3-xl"] == pytest.approx(1.3e9, rel=0.02)
     assert parameters["gpt3-6.7b"] == pytest.approx(6.7e9, rel=0.01)
     assert linears["gpt3-6.7b"] == (4096, 16384) and linears["llama-like"] == (8192, 28672)
+    # LLaMA 70B has 80 blocks, and a head of its own.
+    blocks = parameters["llama-like"] - 32000 * 8192 - 8192
+    assert 10 * blocks + 2 * 32000 * 8192 + 8192 == 68_976_648_192
 
 
 def test_random_models_have_exact_sparsity_and_masks_of_their_own():
