@@ -311,6 +311,11 @@ def parse_part(text: str) -> Part:
 
 
 def main(arguments: list[str]) -> int:
+    if arguments[:1] == ["generate"]:
+        import bench_generate  # it needs pytest
+
+        bench_generate.main(arguments[1:])
+        return 0
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     verbs = parser.add_subparsers(dest="verb", required=True)
     for verb in WAYS:

@@ -15,18 +15,9 @@ from .measure_gpu import Grid, Way
 from .records import OURS, select
 
 GRID = Grid(
-    shapes=(
-        (2048, 2048),
-        (6144, 2048),
-        (2048, 8192),
-        (4096, 4096),
-        (11008, 4096),
-        (4096, 11008),
-        (12288, 12288),
-        (28672, 8192),
-    ),
-    tokens=(1, 4, 8, 16, 32, 64, 128, 2048),
-    sparsities=(0.5, 0.75, 0.9),
+    shapes=((2048, 2048), (6144, 2048), (2048, 8192), (4096, 4096), (11008, 4096), (12288, 12288)),
+    tokens=(1, 4, 8, 16, 32, 64, 128, 256, 2048),
+    sparsities=(0.5, 0.9),  # a line goes through both: at 70 and 80 % it meets what was measured
     masks=("random",),
 )
 

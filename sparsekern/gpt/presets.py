@@ -3,7 +3,7 @@
 Vocabularies are rounded up to a multiple of 64: dense heads are faster so.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -44,14 +44,15 @@ def random_gpt(
     device: torch.device | str = "cpu",
     dtype: torch.dtype = torch.float32,
     seed: int = 0,
-    batch: int = 1,
+    tokens: int | Sequence[int] = 1,
+    keeps_dense: bool = False,
     advance: Callable[[], None] = lambda: None,
 ) -> GPT:
     """A GPT for inference with random weights and, in the linears of its blocks, random zeros.
 
     It is made where it will run, block by block: beside the result only one dense block is ever in
-    memory, with what it takes to draw its masks and to pack it. `advance` is called after each
-    block."""
+    memory, with what it takes to draw its masks and to pack it, as of for_inference(). `advance` is
+    called after each block."""
     torch.manual_seed(seed)
     with torch.device("meta"):
         model = make(config).to(dtype).requires_grad_(False)
@@ -60,15 +61,18 @@ def random_gpt(
         part.to_empty(device=device)
         initialise(part, config.n_layer)
         if isinstance(part, Block) and sparsity:
-            for_inference(nn.sparsify_(part, UniformMask(sparsity)), batch)
+            for_inference(nn.sparsify_(part, UniformMask(sparsity)), tokens, keeps_dense)
         if isinstance(part, Block):
             advance()
     model.lm_head.weight = model.wte.weight
     return model.eval()
 
 
-def for_inference(model: torch.nn.Module, batch: int = 1) -> torch.nn.Module:
-    """The sparse layers of `model` in the form that is fastest on its device to generate for so
-    many sequences at once, in place."""
+def for_inference(
+    model: torch.nn.Module, tokens: int | Sequence[int] = 1, keeps_dense: bool = False
+) -> torch.nn.Module:
+    """The sparse layers of `model` in the form that is fastest on its device, in place, for calls
+    of so many tokens: the batch in generation, and where its prompt matters up to that times the
+    prompt's length. On a GPU they may keep dense copies."""
     on_gpu = next(model.parameters()).is_cuda
-    return nn.pack_(model, batch) if on_gpu else model
+    return nn.pack_(model, tokens, dense=keeps_dense) if on_gpu else model

@@ -20,11 +20,13 @@ def compare(
     count: int,
     rounds: int = 5,
     advance: Callable[[str], None] = lambda what: None,
+    is_compiled: bool = True,
     **sampling,
 ) -> dict:
     """Generate `count` tokens after prompt int64 [B, T] with models["dense"] and models["sparse"].
 
-    The first token and the steps after it are timed apart, every way that ways() knows of. Each
+    The first token and the steps after it are timed apart, every way that ways() knows of, on CUDA
+    as replays of CUDA graphs. Each
     model's best way is the one with the lowest median; all the samples are in the result. `advance`
     is called after each model in each round."""
     if count < 2:
@@ -32,7 +34,7 @@ def compare(
     decoders = {
         (side, way): decoder
         for side in SIDES
-        for way, decoder in ways(models[side], prompt, count, **sampling).items()
+        for way, decoder in ways(models[side], prompt, count, is_compiled, **sampling).items()
     }
     seconds = {key: {"first_token_s": [], "step_s": []} for key in decoders}
     for _ in range(rounds):
@@ -62,12 +64,17 @@ def compare(
     return result
 
 
-def ways(model: GPT, prompt: Tensor, count: int, **sampling) -> dict[str, Decoder]:
+def ways(
+    model: GPT, prompt: Tensor, count: int, is_compiled: bool = True, **sampling
+) -> dict[str, Decoder]:
     """The kinds of step to time: on CUDA one graph of eager kernels, or of compiled blocks."""
-    eager = Decoder(model, prompt, count, **sampling)
+    eager = Decoder(model, prompt, count, captures_prompt=True, **sampling)
     if not prompt.is_cuda:
         return {"eager": eager}
-    compiled = Decoder(model, prompt, count, stepper=compiled_blocks(model), **sampling)
+    if not is_compiled:
+        return {"CUDA graph": eager}
+    twin = compiled_blocks(model)
+    compiled = Decoder(model, prompt, count, stepper=twin, captures_prompt=True, **sampling)
     return {"CUDA graph": eager, "CUDA graph, compiled": compiled}
 
 

@@ -303,6 +303,7 @@ def test_mistakes(run, checkpoint, tmp_path):
         (*PRESET, "--batch=0"): "got .* batch 0",
         (*PRESET, "--prompt="): "expected a prompt",
         (*PRESET, "--top-k=0"): "top_k >= 1",
+        (*PRESET, "--device=cpu", "--keep-dense"): "keep_dense: expected a GPU",
         (*PRESET, "--device=tpu"): "device: expected one of cpu.*, got 'tpu'",
         (*PRESET, "--device=cuda:99"): "got 'cuda:99'",
         (*PRESET, "--dtype=int8"): "invalid choice: 'int8'",
@@ -366,6 +367,30 @@ def test_packed_models_generate(dtype, batch):
     assert errors[0] <= 2 * errors[1]
     tokens = generate(packed, idx, 12, seed=1)
     assert tokens.shape == (batch, 21) and torch.equal(tokens, generate(packed, idx, 12, seed=1))
+
+
+@on_gpu
+def test_a_captured_prompt_is_read_as_another():
+    model, start = random_gpt(TINY, 0.75, "cuda", torch.bfloat16), prompt(3, 9).cuda()
+    runs = []
+    for captures_prompt in (False, True, True):
+        decoder = Decoder(model, start, 6, seed=5, captures_prompt=captures_prompt)
+        for _ in range(2):
+            decoder.start()
+            for _ in range(5):
+                decoder.step()
+            runs.append(decoder.tokens.clone())
+    assert all(torch.equal(run, runs[0]) for run in runs)
+
+
+@on_gpu
+def test_dense_copies_serve_prompts():
+    config = replace(TINY, n_embd=128, block_size=256)
+    model = random_gpt(config, 0.75, "cuda", torch.bfloat16, tokens=(1, 256), keeps_dense=True)
+    held = {m.layout for m in model.modules() if hasattr(m, "packed_bytes")}
+    assert all("dense" in layout for layout in held)
+    tokens = generate(model, prompt(1, 200).cuda(), 5, temperature=0)
+    assert tokens.shape == (1, 205)
 
 
 @on_gpu
