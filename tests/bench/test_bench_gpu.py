@@ -498,7 +498,6 @@ def test_layouts_are_data_that_pack_reads(bench, monkeypatch, tmp_path):
     for cell in cells:
         right = {"is_right": True, "error": 1e-3, "bytes": 1000}
         cell["ways"]["dense"] = {"kind": "ours", "median_s": 1.25, **right}
-        cell["ways"]["pairs"] = {"kind": "ours", "failed": "Error: no", "is_right": False}
     run_gpu.publish(a_run(cells, benchmark="layouts"))
     times = run_gpu.times
     times.measured.cache_clear()
@@ -529,12 +528,13 @@ def test_generation_is_measured_for_each_form_batch_and_prompt(bench, monkeypatc
     monkeypatch.setitem(generate.PRESETS, "llama-like", LlamaConfig(2, 2, 32, 8, 64, n_kv_head=1))
     flags = {"sparsities": [0.75], "batches": [1, 2], "prompts": [3, 5], "tokens": 4, "rounds": 2}
     options = argparse.Namespace(**flags, layers=1, quick=True, compiled=False)
+    monkeypatch.setattr(generate, "MOST_TOKENS", 6)
     found = list(generate.cases("llama-like", options, device="cpu"))
     assert [(c["model"], c["batch"], c["context"]) for c in found] == [
         (f"llama-like{form}", batch, context)
-        for batch in (1, 2)
+        for batch, contexts in ((1, (3, 5)), (2, (3,)))
         for form in ("", ", with dense copies")
-        for context in (3, 5)
+        for context in contexts
     ]
     rows = rows_of(generate.summary(found))
     assert [row[:5] for row in rows[1:3]] == [
@@ -545,9 +545,4 @@ def test_generation_is_measured_for_each_form_batch_and_prompt(bench, monkeypatc
     machine = {"gpu": "G", "torch": "2"}
     about = {"benchmark": "generate", "date": "d", "commit": {"id": "c"}, "machine": machine}
     records.write(path, about, records.flat(found))
-    assert len(read(path).data["runs"]) == 8
-    monkeypatch.setattr(generate, "MOST_TOKENS", 6)
-    assert [c["batch"] * c["context"] for c in generate.cases("llama-like", options, "cpu")] == [
-        *(3, 5) * 2,
-        *(6,) * 2,
-    ]
+    assert len(read(path).data["runs"]) == 6
