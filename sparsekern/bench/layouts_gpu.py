@@ -8,8 +8,9 @@ import json
 
 from ..kernels.cuda import cover
 from ..kernels.cuda import library as cuda_library
-from ..kernels.cuda.choose import LAYOUTS, Packed, choose_layout, lay_out
+from ..kernels.cuda.choose import PACKED, Packed, choose_layout, lay_out
 from ..kernels.cuda.few_tokens import spmm_packed
+from ..kernels.cuda.kept import Dense
 from ..tensor import SparseTensor
 from .measure_gpu import Grid, Way
 from .records import OURS, select
@@ -20,10 +21,11 @@ GRID = Grid(
     sparsities=(0.5, 0.9),  # a line goes through both: at 70 and 80 % it meets what was measured
     masks=("random",),
 )
+NAMES = (*PACKED, Dense.name)
 
 
 def ways() -> list[Way]:
-    return [_way(name) for name in LAYOUTS]
+    return [_way(name) for name in NAMES]
 
 
 def _way(name: str) -> Way:
@@ -58,7 +60,7 @@ def summarize(cells: list[dict], machine: str) -> dict:
         "densities": [round(1 - sparsity, 6) for sparsity in sparsities],
         "shares": {
             name: [[[share(name, *s, z, M) for M in tokens] for z in sparsities] for s in shapes]
-            for name in LAYOUTS
+            for name in NAMES
         },
     }
 

@@ -68,9 +68,8 @@ def pack_for(
     """`weight` in the layout, or the two, that choose_forms() names for so many tokens. Raises what
     pack() does."""
     own = _own(weight)
-    return [
-        lay_out(own, name) for name in choose_forms(tokens, own.n, own.k, own.nnz, may_be_dense)
-    ]
+    names = [*packed_names(), *[Dense.name] * may_be_dense]
+    return [lay_out(own, name) for name in choose_forms(tokens, own.n, own.k, own.nnz, names)]
 
 
 def _own(weight: SparseTensor) -> SparseTensor:
@@ -90,44 +89,43 @@ def lay_out(own: SparseTensor, name: str) -> Packed:
     return PACKED[name](own.row_offsets, own.col_indices, *own.shape).fill(own.values)
 
 
+def packed_names() -> list[str]:
+    """Names of the layouts that can be made here of any pattern."""
+    return [name for name in PACKED if name != Cover.name or cover.is_built()]
+
+
 def choose_forms(
-    tokens: Sequence[int], n: int, k: int, nnz: int, may_be_dense: bool = False
+    tokens: Sequence[int], n: int, k: int, nnz: int, names: Sequence[str]
 ) -> tuple[str, ...]:
-    """Names of the layouts, one or two, in which to hold W for calls of tokens[0] to tokens[-1].
+    """Which of these layouts, one or two, to hold W in for calls of tokens[0] to tokens[-1].
 
     The fastest for the first number and the fastest for the last; one of them alone where it is
-    nowhere much slower. With may_be_dense one of them is `dense` where all that is packed is slower
-    with some number of tokens.
+    nowhere much slower. If `dense` is among the names it is one of the two where all that is packed
+    is slower with some number of tokens.
     """
     least, most = tokens[0], tokens[-1]
     density = nnz / max(1, n * k)
     numbers = sorted({least, most, *(m for m in measured().tokens if least < m < most)})
-    names = [name for name in PACKED if name != Cover.name or cover.is_built()]
 
     def time(name: str, m: int) -> float:
         found = share(name, m, n, k, density)
         if name == Dense.name:
             return (found or 1.0) / NEVER_BELOW  # the smaller one where it is as fast
         if found is None:  # the fastest as far as is known
-            return 2.0 if PACKED[name] is choose_layout(m, density) else 4.0
+            return 2.0 if name == choose_layout(m, density).kind.name else 4.0
         return found
 
     def best(held: Sequence[str], m: int) -> float:
         return min(time(name, m) for name in held)
 
-    def choose(names: list[str]) -> tuple[str, ...]:
-        ends = [min(names, key=lambda name: time(name, m)) for m in (least, most)]
-        first = min(ends, key=lambda name: time(name, least) * time(name, most))
-        if all(time(first, m) <= WORTH * best(ends, m) for m in (least, most)):
-            return (first,)
-        return tuple(ends)
-
-    held = choose([*names, Dense.name] if may_be_dense else names)
-    if may_be_dense and any(best(held, m) > time(Dense.name, m) for m in numbers):
-        first = held[0]
-        # Dense everywhere, if what is packed gains nothing worth its bytes.
-        gains = any(WORTH * time(first, m) < time(Dense.name, m) for m in numbers)
-        held = (first, Dense.name) if gains else (Dense.name,)
+    held = tuple(min(names, key=lambda name: time(name, m)) for m in (least, most))
+    first = min(held, key=lambda name: time(name, least) * time(name, most))
+    if all(time(first, m) <= WORTH * best(held, m) for m in (least, most)):
+        held = (first,)
+    if Dense.name in names and any(best(held, m) > time(Dense.name, m) for m in numbers):
+        # Dense alone, if what is packed gains nothing worth its bytes.
+        gains = any(WORTH * time(held[0], m) < time(Dense.name, m) for m in numbers)
+        held = (held[0], Dense.name) if gains else (Dense.name,)
     return held
 
 

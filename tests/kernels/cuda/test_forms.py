@@ -7,8 +7,9 @@ import torch
 from emulated_cuda import emulated_cuda, emulator  # noqa: F401
 
 from sparsekern import SparseTensor, registered
-from sparsekern.kernels.cuda import choose, cover, explained, few_tokens, times
-from sparsekern.kernels.cuda.choose import LAYOUTS, choose_forms, choose_layout, fastest, pack_for
+from sparsekern.kernels.cuda import choose as choosing
+from sparsekern.kernels.cuda import cover, explained, few_tokens, times
+from sparsekern.kernels.cuda.choose import choose_forms, choose_layout, fastest, pack_for
 from sparsekern.kernels.cuda.explained import explain_packed
 from sparsekern.kernels.cuda.kept import Dense
 from sparsekern.kernels.cuda.layout import Gpu
@@ -22,6 +23,11 @@ SHARES = {
     "dense": [1.0, 1.0, 1.0, 1.0],
 }
 SIZES = 100, 100, 2500  # of W: N, K, nnz
+NAMES = "gather", "cover", "pairs"
+
+
+def choose(tokens, *names) -> tuple[str, ...]:
+    return choose_forms(tokens, *SIZES, names or NAMES)
 
 
 @pytest.fixture
@@ -35,7 +41,7 @@ def measure(monkeypatch):
     def use(**shares: list) -> None:
         found = {name: [[each]] for name, each in (SHARES | shares).items()}
         data = Times("a GPU", [1, 8, 64, 512], [[100, 100]], [0.25], found)
-        for module in (times, choose, explained):
+        for module in (times, choosing, explained):
             monkeypatch.setattr(module, "measured", lambda: data)
         forget()
 
@@ -58,25 +64,25 @@ def measure(monkeypatch):
     ],
 )
 def test_layouts_are_those_that_were_fastest(measure, tokens, packed_alone, with_dense):
-    assert choose_forms(tokens, *SIZES) == packed_alone
-    assert choose_forms(tokens, *SIZES, may_be_dense=True) == with_dense
+    assert choose(tokens) == packed_alone
+    assert choose(tokens, *NAMES, "dense") == with_dense
 
 
 def test_a_second_layout_is_worth_its_bytes_or_not_held(measure):
     measure(cover=[0.9, 0.85, 3, 3], pairs=[0.9, 0.85, 3, 3])
-    assert choose_forms((1, 8), *SIZES) == ("gather",)
+    assert choose((1, 8)) == ("gather",)
     measure(cover=[0.9, 0.7, 3, 3])
-    assert choose_forms((1, 8), *SIZES) == ("gather", "cover")
+    assert choose((1, 8)) == ("gather", "cover")
 
 
 def test_dense_is_kept_where_something_between_the_ends_is_slow(measure):
     measure(gather=[0.4, 1.2, 0.5, 0.5], cover=[2, 2, 2, 2], pairs=[2, 2, 2, 2])
-    assert choose_forms((1, 64), *SIZES) == ("gather",)
-    assert choose_forms((1, 64), *SIZES, may_be_dense=True) == ("gather", "dense")
+    assert choose((1, 64)) == ("gather",)
+    assert choose((1, 64), *NAMES, "dense") == ("gather", "dense")
     measure(gather=[0.98, 1.2, 1.0, 1.0], cover=[2, 2, 2, 2], pairs=[2, 2, 2, 2])
-    assert choose_forms((1, 64), *SIZES, may_be_dense=True) == ("dense",)  # it gains nothing
+    assert choose((1, 64), *NAMES, "dense") == ("dense",)  # it gains nothing
     measure(gather=[1.02, 1.02, 1.02, 1.02])  # 0.98 of dense: not worth a larger weight
-    assert choose_forms((1, 1), *SIZES, may_be_dense=True) != ("dense",)
+    assert choose((1, 1), *NAMES, "dense") != ("dense",)
 
 
 def test_each_call_takes_the_faster_layout(measure):
@@ -108,7 +114,7 @@ def test_times_follow_the_density_along_a_line(monkeypatch):
 
 def test_what_ships_knows_every_layout_and_agrees_with_the_choice_for_one_number():
     data = times.measured()
-    assert data.shares.keys() == LAYOUTS.keys()
+    assert data.shares.keys() == {*NAMES, "dense"}
     assert data.tokens == sorted(data.tokens) and data.densities == sorted(data.densities)
     for by_shape in data.shares.values():
         assert len(by_shape) == len(data.shapes)
