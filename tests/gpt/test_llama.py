@@ -11,7 +11,7 @@ from sparsekern.gpt.flops import multiply_adds, parameter_ratio
 from sparsekern.gpt.generate import Decoder, generate
 from sparsekern.gpt.llama import Llama, LlamaConfig, make
 from sparsekern.gpt.model import GPT, Cache, GPTConfig
-from sparsekern.gpt.presets import UniformMask, random_gpt
+from sparsekern.gpt.presets import UniformMask, for_inference, random_gpt
 from sparsekern.gpt.speed import compiled_blocks
 
 TINY = LlamaConfig(2, 4, 32, 64, 96, n_inner=48, n_kv_head=2)
@@ -122,3 +122,26 @@ def test_random_weights():
 def test_configs_that_are_none(changes, message):
     with pytest.raises(ValueError, match=message):
         replace(TINY, **changes)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")
+def test_packed_ones_generate_on_a_gpu():
+    config = replace(TINY, n_embd=128, n_inner=344)
+    dense = random_gpt(config, device="cuda", dtype=torch.bfloat16)
+    twin = densify_(copy.deepcopy(sparsify_(dense, UniformMask(0.75))))
+    packed = for_inference(dense, (1, 64), keeps_dense=True)
+    idx, places = tokens(2, 9).cuda(), torch.arange(9, device="cuda")
+    logits = {}
+    for name, model in {"exact": twin.double(), "packed": packed}.items():
+        cache = Cache(model, 2, 64)
+        with torch.no_grad():
+            model(idx[:, :8], cache=cache, position=places[:8])
+            logits[name] = model(idx[:, 8:], cache=cache, position=places[8:])[0].double()
+    error = logits["packed"] - logits["exact"]
+    assert error.norm() < 0.05 * logits["exact"].norm()
+    decoder = Decoder(packed, idx, 12, temperature=0, captures_prompt=True)
+    decoder.start()
+    for _ in range(11):
+        decoder.step()
+    assert torch.equal(decoder.tokens, generate(packed, idx, 12, temperature=0))
