@@ -1,18 +1,22 @@
 """How fast products are with W in each layout, at all numbers of tokens: what pack_ chooses by.
 
-Every layout on every number of tokens, the kept dense copy too, beside the best dense call.
+Every layout on every number of tokens, beside all dense calls. The copy that may be kept is one of
+these, read by cuBLAS or by cuBLASLt.
 sparsekern/kernels/cuda/times.py says how sparsekern/kernels/packed_times.json is laid out.
 """
 
 import json
+from collections.abc import Callable
+from functools import partial
 
 from ..kernels.cuda import cover
 from ..kernels.cuda import library as cuda_library
 from ..kernels.cuda.choose import PACKED, Packed, choose_layout, lay_out
 from ..kernels.cuda.few_tokens import spmm_packed
 from ..kernels.cuda.kept import Dense
+from ..kernels.cuda.times import CUBLASLT
 from ..tensor import SparseTensor
-from .measure_gpu import Grid, Way
+from .measure_gpu import NEAR_BEST, Grid, Way
 from .records import OURS, select
 
 GRID = Grid(
@@ -21,11 +25,12 @@ GRID = Grid(
     sparsities=(0.5, 0.9),  # a line goes through both: at 70 and 80 % it meets what was measured
     masks=("random",),
 )
-NAMES = (*PACKED, Dense.name)
+KEPT = "mm(x, W[K, N])"
+LT_GAIN = 1.03  # how many times as fast cuBLASLt has to be
 
 
 def ways() -> list[Way]:
-    return [_way(name) for name in NAMES]
+    return [_way(name) for name in PACKED]
 
 
 def _way(name: str) -> Way:
@@ -45,24 +50,61 @@ def summarize(cells: list[dict], machine: str) -> dict:
     shapes = sorted({(cell["N"], cell["K"]) for cell in cells})
     sparsities = sorted({cell["sparsity"] for cell in cells}, reverse=True)
 
-    def share(name: str, N: int, K: int, sparsity: float, M: int) -> float | None:
-        for cell in select(cells, N=N, K=K, sparsity=sparsity, M=M):
-            is_chosen = name == choose_layout(M, 1 - sparsity).kind.name
-            way = cell["ways"].get("few_tokens" if is_chosen else name, cell["ways"].get(name))
-            if way and way.get("is_right") and "median_s" in way:
-                return round(way["median_s"] / cell["dense_s"], 3)
-        return None
-
+    shares = {
+        name: [
+            [[find(select(cells, M=M, N=n, K=k, sparsity=z)) for M in tokens] for z in sparsities]
+            for n, k in shapes
+        ]
+        for name, find in FINDERS.items()
+    }
     return {
         "machine": machine,
         "tokens": tokens,
         "shapes": shapes,
         "densities": [round(1 - sparsity, 6) for sparsity in sparsities],
-        "shares": {
-            name: [[[share(name, *s, z, M) for M in tokens] for z in sparsities] for s in shapes]
-            for name in NAMES
-        },
+        "shares": shares,
     }
+
+
+def packed_share(cells: list[dict], name: str) -> float | None:
+    for cell in cells:
+        chosen = choose_layout(cell["M"], 1 - cell["sparsity"]).kind.name
+        found = _share(cell, name)
+        return _share(cell, "few_tokens") if found is None and name == chosen else found
+    return None
+
+
+def dense_share(cells: list[dict]) -> float | None:
+    """Where no call of the copy was near the best, it is at least as slow as that allows."""
+    found = [
+        s
+        for cell in cells
+        for lib in ("cublas", "cublaslt")
+        if (s := _share(cell, f"{KEPT} {lib}"))
+    ]
+    return min(found, default=NEAR_BEST) if cells else None
+
+
+def cublaslt_share(cells: list[dict]) -> float | None:
+    for cell in cells:
+        lt, default = (_share(cell, f"{KEPT} {lib}") for lib in ("cublaslt", "cublas"))
+        if lt is not None and (default is None or LT_GAIN * lt < default):
+            return lt
+    return None
+
+
+def _share(cell: dict, name: str) -> float | None:
+    way = cell["ways"].get(name)
+    if way and way.get("is_right") and "median_s" in way:
+        return round(way["median_s"] / cell["dense_s"], 3)
+    return None
+
+
+FINDERS: dict[str, Callable[[list[dict]], float | None]] = {
+    **{name: partial(packed_share, name=name) for name in PACKED},
+    Dense.name: dense_share,
+    CUBLASLT: cublaslt_share,
+}
 
 
 def in_json(data: dict) -> str:

@@ -110,7 +110,7 @@ def choose_forms(
     def time(name: str, m: int) -> float:
         found = share(name, m, n, k, density)
         if name == Dense.name:
-            return (found or 1.0) / NEVER_BELOW  # the smaller one where it is as fast
+            return max(found or 1.0, 1 / NEVER_BELOW)  # the smaller one where it is as fast
         if found is None:  # the fastest as far as is known
             return 2.0 if name == choose_layout(m, density).kind.name else 4.0
         return found

@@ -5,8 +5,10 @@ packed_times.json holds, for some shapes [N, K], rising densities and rising num
     {"machine": "NVIDIA H200, ...", "tokens": [1, 4, ...], "shapes": [[2048, 2048], ...],
      "densities": [0.1, ...], "shares": {"gather": [[[0.4, ...], ...], ...], "dense": ...}}
 
-shares[layout][shape][density][tokens], null where that was not measured. One GPU's numbers serve
-all of them. `python bench/run_gpu.py layouts` measures them and writes the file.
+shares[layout][shape][density][tokens], null where that was not measured. "dense" is the copy of W
+that is kept (kept.py), by the faster one of cuBLAS and cuBLASLt; "cublaslt" is null where that is
+cuBLAS, torch's default. One GPU's numbers serve all of them. `python bench/run_gpu.py layouts`
+measures them and writes the file.
 """
 
 import json
@@ -15,6 +17,7 @@ from functools import cache, lru_cache
 from pathlib import Path
 from typing import NamedTuple
 
+CUBLASLT = "cublaslt"
 FILE = Path(__file__).parents[1] / "packed_times.json"
 
 

@@ -114,7 +114,7 @@ def test_times_follow_the_density_along_a_line(monkeypatch):
 
 def test_what_ships_knows_every_layout_and_agrees_with_the_choice_for_one_number():
     data = times.measured()
-    assert data.shares.keys() == {*NAMES, "dense"}
+    assert data.shares.keys() == {*NAMES, "dense", "cublaslt"}
     assert data.tokens == sorted(data.tokens) and data.densities == sorted(data.densities)
     for by_shape in data.shares.values():
         assert len(by_shape) == len(data.shapes)
@@ -124,7 +124,7 @@ def test_what_ships_knows_every_layout_and_agrees_with_the_choice_for_one_number
     for at in range(len(data.shapes)):
         for d, density in enumerate(data.densities):
             for t, m in enumerate(data.tokens):
-                found = {name: s[at][d][t] for name, s in data.shares.items() if name != "dense"}
+                found = {name: s[at][d][t] for name, s in data.shares.items() if name in NAMES}
                 found = {name: each for name, each in found.items() if each is not None}
                 chosen = found.get(choose_layout(m, density).kind.name)
                 if m <= few_tokens.MOST_TOKENS and chosen and cover.is_built():
