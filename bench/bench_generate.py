@@ -205,7 +205,8 @@ def cases(preset: str, options: argparse.Namespace, device: str = "cuda") -> Ite
             sparse = build(config, sparsity, device, dtype, tokens, keeps_dense)
             errors = errors_of_one_block(config, sparsity, batch, device, dtype, keeps_dense)
             for context in options.prompts:
-                if options.quick and batch * context > MOST_TOKENS:
+                if reason := too_large(config, batch, context, options):
+                    print(f"Left out: {preset}, batch {batch}, prompt {context}: {reason}")
                     continue
                 prompt = random_prompt(config, batch, context).to(device)
                 models = {"dense": dense, "sparse": sparse}
@@ -219,6 +220,25 @@ def cases(preset: str, options: argparse.Namespace, device: str = "cuda") -> Ite
                 del models
             print(f"Error of one block's logits: {errors}", flush=True)
             del sparse
+
+
+def too_large(
+    config: GPTConfig, batch: int, context: int, options: argparse.Namespace
+) -> str | None:
+    """Why a case is not run; None where it is."""
+    if options.quick and batch * context > MOST_TOKENS:
+        return f"more than {MOST_TOKENS} tokens, which take long"
+    if not torch.cuda.is_available():
+        return None
+    # Of each decoder: the cache, and what a captured prompt keeps of one block and its inputs.
+    head = config.n_embd // config.n_head
+    cache = 4 * config.n_layer * batch * config.block_size * config.kv_heads * head
+    prompt = 2 * batch * context * (2 * max(n for n, _ in config.linears) + 8 * config.n_embd)
+    decoders = 2 * (1 + options.compiled)
+    needed, free = decoders * (cache + prompt), torch.cuda.mem_get_info()[0]
+    if needed > 0.9 * free:
+        return f"it takes about {needed / 1e9:.0f} GB, {free / 1e9:.0f} are free; fewer --layers"
+    return None
 
 
 def summary(cases: list[dict]) -> str:

@@ -126,9 +126,9 @@ class PackedLinear(nn.Module):
 
 def token_range(tokens: int | Sequence[int]) -> tuple[int, int]:
     """The least and the most number of tokens. ValueError unless 1 <= least <= most."""
-    pair = (tokens, tokens) if isinstance(tokens, int) else tuple(tokens)
-    if isinstance(tokens, range):
-        pair = pair[:1] + pair[-1:]
+    pair: tuple = (tokens, tokens)
+    if isinstance(tokens, Sequence):
+        pair = (*tokens[:1], *tokens[-1:]) if isinstance(tokens, range) else tuple(tokens)
     if [type(m) for m in pair] != [int, int] or not 1 <= pair[0] <= pair[1]:
         raise ValueError(
             "tokens: expected a number above 0, two of them (the least and the most), or a range, "
@@ -164,6 +164,8 @@ def pack_(
             nothing in the model has, or whose layers do not fit together.
     """
     ends = token_range(tokens)
+    if not (isinstance(dense, bool) or callable(dense)):
+        raise ValueError(f"dense: expected True, False or a function, got {dense!r}")
     grouped = shared_inputs(model, groups)
 
     def may_be_dense(name: str, module: nn.Module) -> bool:

@@ -76,11 +76,27 @@ def products(monkeypatch):
 def test_numbers_of_tokens():
     assert token_range(7) == (7, 7) and token_range([1, 64]) == (1, 64)
     assert token_range((1, 2048)) == (1, 2048) and token_range(range(1, 65)) == (1, 64)
-    for wrong in (0, -1, (), (1,), (1, 2, 3), (5, 1), (1.0, 2), "ab", range(0), range(3), (0, 5)):
+    for wrong in (
+        0,
+        -1,
+        (),
+        (1,),
+        (1, 2, 3),
+        (5, 1),
+        (1.0, 2),
+        "ab",
+        1.5,
+        None,
+        range(0),
+        range(3),
+        (0, 5),
+    ):
         with pytest.raises(ValueError, match="tokens: expected a number above 0"):
             pack_(model(), wrong)
     with pytest.raises(ValueError, match="tokens: expected a number above 0.* got True"):
         pack_(model(), True)
+    with pytest.raises(ValueError, match="dense: expected True, False or a function, got 'auto'"):
+        pack_(model(), dense="auto")
 
 
 def test_a_layer_says_what_it_holds_and_runs():
