@@ -118,7 +118,7 @@ def explain(x: Tensor | int, W: SparseTensor | torch.nn.Module) -> str:
     """Which kernel runs each pass of linear(x, W), or of x @ W.T if given W.T, and why not others.
 
     Of a PackedLinear, or of all in a model that pack_ has made: a line each, with what is held and
-    what a call runs; x may then be a number of tokens. ValueError if the last dimension of x is not
+    what a call runs, and one about their bytes; x may then be a number of tokens. ValueError if the last dimension of x is not
     K, or for a model without such layers.
     """
     if isinstance(W, torch.nn.Module):
@@ -141,7 +141,14 @@ def _explain_packed(x: Tensor | int, model: torch.nn.Module) -> str:
     packed = {name: m for name, m in model.named_modules() if hasattr(m, "packed_bytes")}
     if not packed:
         raise ValueError(f"W: expected layers that pack_ has made, {type(model).__name__} has none")
-    return "\n".join(f"{name}: {m.explain(x)}".removeprefix(": ") for name, m in packed.items())
+    lines = [f"{name}: {m.explain(x)}".removeprefix(": ") for name, m in packed.items()]
+    if len(packed) > 1:
+        held = sum(m.packed_bytes for m in packed.values())
+        dense = 2 * sum(m.in_features * m.out_features for m in packed.values())
+        lines.append(
+            f"all {len(packed)}: {held / 1e6:.3g} MB ({held / max(1, dense):.2f} of dense)"
+        )
+    return "\n".join(lines)
 
 
 def _matmul(func: Callable, a, b, out: Tensor | None) -> Tensor | SparseTensor:

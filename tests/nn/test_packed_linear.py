@@ -104,7 +104,9 @@ def test_a_layer_says_what_it_holds_and_runs():
     layers = {name: m for name, m in packed.named_modules() if isinstance(m, PackedLinear)}
     assert layers["1.down"].layout.endswith("dense") and layers["1.up"].layout != "dense"
     text = sparsekern.explain(512, packed)
-    assert [line.split(":")[0] for line in text.splitlines()] == list(layers)
+    assert [line.split(":")[0] for line in text.splitlines()] == [*layers, f"all {len(layers)}"]
+    held = sum(layer.packed_bytes for layer in layers.values())
+    assert f"all {len(layers)}: {held / 1e6:.3g} MB (" in text
     down = next(line for line in text.splitlines() if line.startswith("1.down"))
     assert "512 tokens -> dense: torch.mm" in down
     x = torch.zeros(4, 128, 2 * WIDTH).bfloat16()

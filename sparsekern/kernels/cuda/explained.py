@@ -26,7 +26,8 @@ def explain_packed(m: int, parts: Parts) -> str:
     if found is not None:
         shape = " x ".join(map(str, measured().shapes[nearest_shape(n, k)]))
         took = f"{found:.2f} of the time of the best dense call, as measured near {shape}"
-    return f"{held}; {m} tokens -> {_how(packed, m)}; {took} ({measured().machine})"
+    gpu = measured().machine.partition(",")[0]
+    return f"{held}; {m} tokens -> {_how(packed, m)}; {took} ({gpu})"
 
 
 def _how(packed: Packed, m: int) -> str:
