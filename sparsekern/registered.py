@@ -13,7 +13,7 @@ from torch.nn import Parameter
 
 from .flop_formulas import register_when_imported
 from .kernels import observed
-from .kernels.cuda.choose import assemble, check_operands
+from .kernels.cuda.choose import assemble, check_operands, form_for
 from .kernels.cuda.few_tokens import spmm_packed as multiply_packed
 from .kernels.cuda.ordered import recognised
 from .kernels.operands import (
@@ -166,10 +166,12 @@ for _name, _arguments, _run, _fake in (
     torch.library.register_fake(f"sparsekern::{_name}", _fake, lib=_library)
 
 # Packed weights (kernels/cuda/choose.py), for inference: no gradient, GPU alone. `layout` names one
-# of LAYOUTS, `numbers` and `tensors` are what it consists of.
+# of LAYOUTS, or two with a comma between, `numbers` and `tensors` are what they consist of.
 
 
 def run_spmm_packed(x, layout, n, k, nnz, numbers, tensors, bias=None):
+    if "," in layout:
+        layout, numbers, tensors = form_for(len(x), layout, n, k, nnz, numbers, tensors)
     packed = assemble(layout, n, k, nnz, numbers, tensors)
     check_operands(packed, x, bias)
     return multiply_packed(x, packed, bias)

@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from ..gpt.llama import LlamaConfig
 from ..gpt.model import GPTConfig
 from ..kernels.cuda import ordered
 from ..kernels.cuda.bitmap import COLUMNS
@@ -27,9 +28,11 @@ TAIL_SHARE = 8  # an operand of 2:4 products has N K / 2 slots, and N K / 8 byte
 
 
 def linears(config: GPTConfig) -> list[tuple[int, int]]:
-    """N, K of a block's linears."""
-    C, h = config.n_embd, config.mlp_width
-    return [(3 * C, C), (C, C), (h, C), (C, h)]
+    """N, K of a block's linears. ValueError for LLaMA's: what is kept for its backward pass is not
+    counted here."""
+    if isinstance(config, LlamaConfig):
+        raise ValueError(f"config: expected blocks as GPT-2's, got {type(config).__name__}")
+    return config.linears
 
 
 def predict(
