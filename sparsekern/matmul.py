@@ -16,7 +16,7 @@ from torch import Tensor
 
 from . import ops
 from .casts import autocast
-from .kernels.cuda.two_of_four import recognised
+from .kernels.cuda.ordered import recognised
 from .kernels.problem import Problem
 from .kernels.table import describe, pick
 from .sparse_sparse import sparse_times_sparse
