@@ -14,10 +14,6 @@ from torch.utils import _pytree as pytree
 
 from .candidates import Candidate
 from .state import State
-from .timing import clock
-
-ROUNDS = 5  # in which a model is timed as a whole
-ENOUGH_S = 0.3  # of that: no more rounds then
 
 
 @dataclass
@@ -179,25 +175,6 @@ def copied(things: Any) -> Any:
         return copy.deepcopy(thing, copies)
 
     return pytree.tree_map(copied_leaf, things)
-
-
-def seconds_of(runs: Runs, device: torch.device) -> float:
-    """The time of a call, of what has run before."""
-    taken: list[float] = []
-    now, usual = clock(device.type == "cuda")
-    while len(taken) < ROUNDS and sum(taken) < ENOUGH_S:
-        run = runs.ready()
-        _wait(device)
-        began = now()
-        run()
-        _wait(device)
-        taken.append(now() - began)
-    return usual(taken)
-
-
-def _wait(device: torch.device) -> None:
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
 
 
 def error_between(before: Any, after: Any) -> float | None:

@@ -4,9 +4,9 @@ import copy
 
 import pytest
 import torch
+from pruned_models import sparse_is_faster
 
 from sparsekern import accelerate_, densify_
-from sparsekern.models import accelerate, measure
 
 transformers = pytest.importorskip("transformers")
 
@@ -43,10 +43,7 @@ def bert():
 # layers that become sparse; k_proj and v_proj of llama and mixtral have under 4096 weights
 @pytest.mark.parametrize(("make", "count"), [(gpt2, 8), (llama, 10), (mixtral, 7), (bert, 13)])
 def test_models_of_transformers(make, count, monkeypatch):
-    monkeypatch.setattr(
-        measure, "usual_seconds", lambda runs, *_: {n: 1 + (n != "sparse") for n in runs}
-    )
-    monkeypatch.setattr(accelerate, "seconds_of", lambda run, device: 1.0)
+    sparse_is_faster(monkeypatch)
     model = make().eval()
     with torch.no_grad():
         for p in model.parameters():
