@@ -43,14 +43,15 @@ def accelerate_(
     """Make sparse, in place, the layers of a pruned model that are faster so, and report on all.
 
     The zeros that are there decide (of a layer under torch.nn.utils.prune: its mask); nothing is
-    pruned. Each layer is measured in the model, dense and sparse, with as many tokens as the example
-    brings it, and stays dense where that is faster. The output is the same up to rounding. Memory holds one
-    layer twice, never two models. Taken are nn.Linear and its subclasses that only hold a weight,
-    transformers' Conv1D, nn.MultiheadAttention, convolutions with a kernel of one place, and the
-    stacked experts of mixtures; embeddings and tied weights stay dense. The report names what was
-    left out, and why. The model is run some times, in eval mode, without gradients, and each time
-    with the same inputs, buffers and random numbers. Afterwards these and each module's mode are as
-    they were; what a model keeps elsewhere, such as a count of its calls, is not.
+    pruned. Each layer is measured in the model, dense and sparse, with as many tokens as the
+    example brings it, and stays dense where that is faster. The output is the same up to rounding.
+    Memory holds one layer twice, never two models. Taken are nn.Linear and its subclasses that only
+    hold a weight, transformers' Conv1D, nn.MultiheadAttention, convolutions with a kernel of one
+    place, and the stacked experts of mixtures; embeddings and tied weights stay dense. The report
+    names what was left out, and why. The model is run some times, in eval mode, without gradients,
+    and each time with the same inputs, buffers and random numbers. Afterwards these and each
+    module's mode are as they were; what a model keeps elsewhere, such as a count of its calls, is
+    not.
 
     Args:
         model: a model on a CPU or a GPU, with its dense weights.
