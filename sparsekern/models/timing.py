@@ -16,7 +16,8 @@ import torch
 from torch import nn
 
 ROUNDS = 9
-ENOUGH_S = 0.3  # of timed runs: no more rounds then
+ENOUGH_S = 0.6  # of timed runs: no more rounds then
+LONG_S = 0.3  # of a run, in which clocks are nothing
 ALONE = 3  # calls by which a layer is timed alone
 
 Run = Callable[[], object]
@@ -47,7 +48,7 @@ def times_of(
     is_whole_apart: bool = True,
 ) -> Times:
     """The times of what `ready` prepares: runs of a model that holds the layers. Without
-    `is_whole_apart` a long run with clocks, which are nothing in it, gives the whole too."""
+    `is_whole_apart` a long run with clocks gives the whole too."""
     is_gpu = device.type == "cuda"
     now, usual = _clock(is_gpu)
     wholes: list[float] = []
@@ -64,7 +65,7 @@ def times_of(
             for part, s in zip(parts, seconds, strict=True):
                 part.append(s)
             spent += clocked
-        if is_whole_apart or clocked < ENOUGH_S:
+        if is_whole_apart or clocked < LONG_S:
             wholes.append(_seconds(ready(), now, is_gpu))
             spent += wholes[-1]
         else:
