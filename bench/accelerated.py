@@ -58,9 +58,9 @@ def reports(pruned: nn.Module, ids: Tensor, case: dict) -> tuple[list[dict], nn.
     case = case | {"op": REPORT, "dtype": "float32"}
     for i in range(ROUNDS):
         model = copy.deepcopy(pruned)
-        began = time.perf_counter()
+        began = time.process_time()
         report = accelerate_(model, {"input_ids": ids})
-        took = time.perf_counter() - began
+        took = time.process_time() - began
         ways = (
             ("dense", DENSE, report.before_s),
             ("accelerate_", OURS, report.after_s),
@@ -136,15 +136,15 @@ def page(name: str, run: records.Run) -> str:
             f"`python bench/accelerated.py --model {name}`, {about}, float32 but where another "
             f"type is named, one thread. Pruned by magnitude, evenly; {ROUNDS} rounds, each of a "
             "fresh copy. `expected`: what the parts in the report add up to, within 10 % of the "
-            f"whole in {near} of {len(ratios)} runs. The longest call took {max(calls):.1f} s. The "
+            f"whole in {near} of {len(ratios)} runs. The longest call ran for {max(calls):.1f} s. All "
+            "seconds are those that the process ran: other work on the machine does not count. The "
             f"outputs of both, relative to their norm, differ by {error:.0e} at most.",
             "",
             table(header, rows),
             "",
             "## Other engines",
             "",
-            "All in turn, one thread each; medians of the time that the process ran, so that other "
-            "work on the machine does not count. Only accelerate_ makes use of zeros. Bold: an "
+            "All in turn, one thread each, medians. Only accelerate_ makes use of zeros. Bold: an "
             "engine that is faster than accelerate_ at 75 % zeros. Error: of the output, relative "
             "to the norm of that of torch in float32."
             + " Not installed: ONNX Runtime, OpenVINO."
