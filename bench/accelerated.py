@@ -136,8 +136,9 @@ def page(name: str, run: records.Run) -> str:
             f"`python bench/accelerated.py --model {name}`, {about}, float32 but where another "
             f"type is named, one thread. Pruned by magnitude, evenly; {ROUNDS} rounds, each of a "
             "fresh copy. `expected`: what the parts in the report add up to, within 10 % of the "
-            f"whole in {near} of {len(ratios)} runs. The longest call ran for {max(calls):.1f} s. All "
-            "seconds are those that the process ran: other work on the machine does not count. The "
+            f"whole in {near} of {len(ratios)} runs. The longest call ran for {max(calls):.1f} s. "
+            "All seconds are those that the process ran: other work on the machine does not count. "
+            "The "
             f"outputs of both, relative to their norm, differ by {error:.0e} at most.",
             "",
             table(header, rows),

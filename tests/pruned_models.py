@@ -136,6 +136,13 @@ KINDS = {
     "square Conv1D": (lambda: Conv1D(H, H), (2, 7, H), SparseConv1D),
     "conv 1d": (lambda: nn.Conv1d(H, 96, 1), (2, H, 9), SparseConv),
     "conv 2d": (lambda: nn.Conv2d(H, 96, 1, stride=2, bias=False), (2, H, 9, 7), SparseConv),
+    "conv 3x3": (lambda: nn.Conv2d(16, 48, 3, padding=1), (2, 16, 9, 7), SparseConv),
+    "conv 4": (lambda: nn.Conv1d(32, 48, 4, padding="same", dilation=2), (32, 9), SparseConv),
+    "conv 3d": (
+        lambda: nn.Conv3d(16, 48, (1, 2, 3), (1, 2, 1), (0, 1, 2), padding_mode="replicate"),
+        (2, 16, 3, 4, 5),
+        SparseConv,
+    ),
     "attention": (lambda: Attention(batch_first=True), (2, 5, H), SparseMultiheadAttention),
     "experts": (Mixture, (2, 9, H), SparseExperts),
 }

@@ -21,7 +21,7 @@ from torch import nn
 from .candidates import LEAST_SPARSITY, Marks, scan
 from .example import Calls, Runs, error_between, one_token, recording
 from .exchange import Exchange
-from .measure import LEAST_GAIN, bytes_of, first_look, settle
+from .measure import LEAST_GAIN, bytes_of, first_look, rest_gained, too_slow
 from .report import Report, seen
 from .state import State
 from .timing import Times, times_of
@@ -46,8 +46,8 @@ def accelerate_(
     pruned. Each layer is measured in the model, dense and sparse, with as many tokens as the
     example brings it, and stays dense where that is faster. The output is the same up to rounding.
     Memory holds one layer twice, never two models. Taken are nn.Linear and its subclasses that only
-    hold a weight, transformers' Conv1D, nn.MultiheadAttention, convolutions with a kernel of one
-    place, and the stacked experts of mixtures; embeddings and tied weights stay dense. The report
+    hold a weight, transformers' Conv1D, nn.MultiheadAttention, convolutions without
+    groups, and the stacked experts of mixtures; embeddings and tied weights stay dense. The report
     names what was left out, and why. The model is run some times, in eval mode, without gradients,
     and each time with the same inputs, buffers and random numbers. Afterwards these and each
     module's mode are as they were; what a model keeps elsewhere, such as a count of its calls, is
@@ -120,26 +120,25 @@ def accelerate_(
             layers = first_look(candidates, calls, before.layers_s)
             report = Report(layers, skipped, str(device), torch.get_num_threads(), new_tokens)
             report.before_s = report.after_s = before.whole_s
-            tried = {c: row for c, row in zip(candidates, layers, strict=True) if row.is_sparse}
-            for candidate in candidates:
-                if candidate in tried:
+            for candidate, layer in zip(candidates, layers, strict=True):
+                if layer.is_sparse:
                     exchange.replace(candidate, candidate.make())
                 elif candidate.is_masked:
                     exchange.replace(candidate, candidate.plain())
             if exchange.is_begun:
                 report.output_error = error_between(output, _run(PAST_MODULES, run))
                 after = _run(NOT_AGAIN, lambda: times([exchange.now(c) for c in candidates]))
-                report.after_s, report.rest_gained_s = after.whole_s, before.rest_s - after.rest_s
-                settle(candidates, calls, layers, after.layers_s)
-                slow = [candidate for candidate, row in tried.items() if not row.is_sparse]
-                for candidate in slow:
-                    exchange.take_back(candidate)
-                    if candidate.is_masked:
-                        exchange.replace(candidate, candidate.plain())
+                # What one gains depends on the others: layers that are slow push out of the cache.
+                while slow := too_slow(candidates, calls, layers, after.layers_s):
+                    for candidate in slow:
+                        exchange.take_back(candidate)
+                        if candidate.is_masked:
+                            exchange.replace(candidate, candidate.plain())
+                    after = _run(NOT_AGAIN, lambda: times([exchange.now(c) for c in candidates]))
+                report.after_s = after.whole_s
+                report.rest_gained_s = rest_gained(candidates, layers, before, after)
                 if not exchange.is_begun:
                     _nothing_gained(report)
-                elif slow:
-                    report.after_s = _run(NOT_AGAIN, lambda: times([])).whole_s
                 if report.after_s > LEAST_GAIN * report.before_s:  # a moment of the machine?
                     report.after_s = min(report.after_s, times([]).whole_s)
                 if report.after_s > LEAST_GAIN * report.before_s:

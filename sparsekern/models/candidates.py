@@ -68,7 +68,7 @@ class Candidate:
     def key(self) -> tuple:
         """Equal for layers that take as long as each other. Also after its weight has gone."""
         step = round(ALIKE * math.log(max(self.nnz, 1) / max(self.size, 1)))
-        attributes = ("num_heads", "stride", "batch_first")
+        attributes = ("num_heads", "batch_first", "kernel_size", "stride", "padding", "dilation")
         details = tuple(getattr(self.module, name, None) for name in attributes)
         w, bias = self.weight, getattr(self.module, "bias", None) is not None
         kind = type(self.module)

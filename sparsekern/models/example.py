@@ -135,9 +135,14 @@ def recording(candidates: Sequence[Candidate], calls: Calls, times: int) -> Iter
 def _tokens(module: nn.Module, x: Tensor) -> int:
     """Rows of x that the layer's matrix is multiplied by."""
     if isinstance(module, nn.modules.conv._ConvNd):
-        steps = zip(x.shape[-len(module.stride) :], module.stride, strict=True)
-        batch = x.shape[0] if x.ndim == len(module.stride) + 2 else 1
-        return batch * math.prod(-(-size // step) for size, step in steps)
+        dims, pads = len(module.stride), module._reversed_padding_repeated_twice
+        batch = x.shape[0] if x.ndim == dims + 2 else 1
+        windows = zip(module.kernel_size, module.stride, module.dilation, strict=True)
+        places = batch
+        for i, (size, stride, dilation) in enumerate(windows):
+            padded = x.shape[i - dims] + sum(pads[2 * (dims - 1 - i) : 2 * (dims - i)])
+            places *= (padded - dilation * (size - 1) - 1) // stride + 1
+        return places
     return x.numel() // max(1, x.shape[-1])
 
 

@@ -14,7 +14,7 @@ from ..nn.stand_ins import SparseExperts
 from .candidates import Candidate
 from .example import Call, Calls, error_between, tensors
 from .report import Layer
-from .timing import Run, seconds_alone
+from .timing import Run, Times, seconds_alone
 
 LEAST_GAIN = 1.05  # times as fast that a sparse layer must be: below, it is noise
 HOPELESS = 0.5  # times as fast, alone, that it must be to be tried in the model
@@ -48,26 +48,43 @@ def first_look(
     ]
 
 
-def settle(
+def too_slow(
     candidates: Sequence[Candidate],
     calls: Calls,
     layers: Sequence[Layer],
     seconds: Sequence[float],
-) -> None:
-    """Note `seconds`, which the layers that were tried took in the model, and which stay sparse.
-    Layers alike share the decision: in one alone it is closer to noise."""
-    alike: dict[tuple, list[tuple[Layer, float]]] = defaultdict(list)
+) -> list[Candidate]:
+    """Those of the sparse layers that gain nothing in the model, where they took so many seconds;
+    they are marked as dense. Layers alike share the decision: in one alone it is closer to noise.
+    """
+    alike: dict[tuple, list[tuple[Candidate, Layer]]] = defaultdict(list)
     for candidate, layer, after_s in zip(candidates, layers, seconds, strict=True):
         if layer.is_sparse:
-            counts = frozenset(calls.counts[candidate].items())
-            alike[candidate.key, counts].append((layer, after_s))
-    for found in alike.values():
-        for layer, after_s in found:
             layer.sparse_s = after_s
-        dense = sum(min(layer.before_s, layer.dense_s) for layer, _ in found)
-        if dense < LEAST_GAIN * sum(after_s for _, after_s in found):
-            for layer, _ in found:
-                layer.is_sparse, layer.reason = False, NO_FASTER
+            counts = frozenset(calls.counts[candidate].items())
+            alike[candidate.key, counts].append((candidate, layer))
+    slow = []
+    for found in alike.values():
+        dense = sum(min(layer.before_s, layer.dense_s) for _, layer in found)
+        if dense < LEAST_GAIN * sum(layer.sparse_s for _, layer in found):
+            slow += found
+    for _, layer in slow:
+        layer.is_sparse, layer.reason = False, NO_FASTER
+    return [candidate for candidate, _ in slow]
+
+
+def rest_gained(
+    candidates: Sequence[Candidate], layers: Sequence[Layer], before: Times, after: Times
+) -> float:
+    """Seconds less in what is not sparse; a mask that is multiplied in is a gain of its layer."""
+    gained = before.rest_s - after.rest_s
+    rows = zip(candidates, layers, before.layers_s, after.layers_s, strict=True)
+    for candidate, layer, before_s, after_s in rows:
+        if not layer.is_sparse and candidate.is_masked:
+            layer.dense_s = after_s
+        elif not layer.is_sparse:
+            gained += before_s - after_s
+    return gained
 
 
 class _Alone:

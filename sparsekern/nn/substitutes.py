@@ -1,5 +1,6 @@
 """Sparse modules in the places of dense ones, with layers that come from elsewhere: from a file."""
 
+import math
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -23,7 +24,7 @@ def sizes_of_layers(module: nn.Module) -> dict[str, tuple[int, int]]:
     if type(module) is not nn.Linear and isinstance(module, nn.Linear) or why_not(module):
         return {}
     if type(module) in CONVOLUTIONS:
-        return {"linear": (weight.shape[0], weight.shape[1])}
+        return {"linear": (weight.shape[0], math.prod(weight.shape[1:]))}
     if isinstance(module, nn.MultiheadAttention):
         shape = module.embed_dim, module.embed_dim
         return {f"{x}_proj": shape for x in ("q", "k", "v", "out")}
@@ -41,7 +42,7 @@ def substitute(module: Any, make: Make) -> nn.Module:
     above."""
     new: Any
     if type(module) in CONVOLUTIONS:
-        shape = module.weight.shape[:2]
+        shape = module.weight.shape[0], math.prod(module.weight.shape[1:])
         layer = make(SparseLinear, "linear", shape, module.bias, module.weight)
         new = SparseConv(layer, Origin(module))
     elif isinstance(module, nn.MultiheadAttention):
