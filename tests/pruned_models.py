@@ -54,10 +54,34 @@ class Experts(nn.Module):
         return y
 
 
-class Mixture(nn.Module):
+class BiasedExperts(nn.Module):
+    """As those of gpt-oss: with biases, the weights stored as [E, K, N]."""
+
     def __init__(self):
         super().__init__()
-        self.router, self.experts = nn.Linear(H, 3), Experts()
+        self.is_transposed = self.has_bias = True
+        self.gate_up_proj = nn.Parameter(torch.randn(3, H, 2 * 48) / 8)
+        self.gate_up_proj_bias = nn.Parameter(torch.randn(3, 2 * 48))
+        self.down_proj = nn.Parameter(torch.randn(3, 48, H) / 8)
+        self.down_proj_bias = nn.Parameter(torch.randn(3, H))
+
+    def _apply_gate(self, gate_up):
+        return (gate_up[..., 1::2] + 1) * gate_up[..., ::2].sigmoid()
+
+    def forward(self, hidden_states, router_indices=None, routing_weights=None):
+        y = torch.zeros_like(hidden_states)
+        for e in range(3):
+            tokens, at = torch.where(router_indices == e)
+            h = hidden_states[tokens] @ self.gate_up_proj[e] + self.gate_up_proj_bias[e]
+            h = self._apply_gate(h) @ self.down_proj[e] + self.down_proj_bias[e]
+            y.index_add_(0, tokens, h * routing_weights[tokens, at, None])
+        return y
+
+
+class Mixture(nn.Module):
+    def __init__(self, experts=Experts):
+        super().__init__()
+        self.router, self.experts = nn.Linear(H, 3), experts()
 
     def forward(self, x):
         weights, index = self.router(x.flatten(0, -2)).softmax(-1).topk(2)
@@ -145,4 +169,5 @@ KINDS = {
     ),
     "attention": (lambda: Attention(batch_first=True), (2, 5, H), SparseMultiheadAttention),
     "experts": (Mixture, (2, 9, H), SparseExperts),
+    "biased experts": (lambda: Mixture(BiasedExperts), (2, 9, H), SparseExperts),
 }

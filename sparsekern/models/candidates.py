@@ -13,6 +13,7 @@ from torch.nn.utils import parametrize
 from ..indices import VALUE_DTYPES, has_nan
 from ..nn import PackedLinear, SparseLinear
 from ..nn.kinds import (
+    STACKS,
     is_conv1d,
     is_experts,
     pruning_masks,
@@ -110,7 +111,8 @@ def scan(model: nn.Module) -> tuple[list[Candidate], list[Skipped]]:
         if parametrize.is_parametrized(module):
             held |= {n: getattr(module, n).detach() for n in module.parametrizations}  # type: ignore
             inside = (f"{prefix}parametrizations",)
-        weights = {n: p for n, p in held.items() if p.ndim > 1}
+        stacks = STACKS if is_experts(module) else held  # biases of experts are stacked, too
+        weights = {n: p for n, p in held.items() if p.ndim > 1 and n in stacks}
         if not weights:
             continue
         reason = why_not(module)
@@ -171,6 +173,8 @@ def _as_matrix(module: nn.Module, weight: Tensor) -> Shape:
     shape = tuple(weight.shape)
     if is_conv1d(module):
         return shape[::-1]
+    if is_experts(module) and getattr(module, "is_transposed", False):
+        return shape[0], shape[2], shape[1]
     return (shape[0], math.prod(shape[1:])) if _is_convolution(module) else shape
 
 

@@ -16,6 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..tensor import SparseTensor
+from .kinds import STACKS, biases, matrices
 from .linear import SparseLinear
 from .origin import Origin
 
@@ -263,7 +264,8 @@ def _check_mask(name: str, mask: Tensor | None, *shapes: tuple[int, ...]) -> Non
 
 
 class SparseExperts(StandIn):
-    """Experts of a mixture: y = sum over the k experts of a token of weight * down(gate(up(x))).
+    """Experts of a mixture: y = sum over the k experts of a token of weight * down(gate(up(x))),
+    with biases or without.
 
     A SparseLinear for each expert and projection. The names are not those of the Parameters that
     were there: transformers takes `experts.gate_up_proj` apart when it saves a model.
@@ -276,21 +278,28 @@ class SparseExperts(StandIn):
 
     @classmethod
     def from_dense(cls, experts: nn.Module) -> "SparseExperts":
-        def layers(stack: Any) -> list[SparseLinear]:
-            return [SparseLinear.from_weight(stack, None, None, w) for w in stack.detach()]
+        def layers(name: str) -> list[SparseLinear]:
+            pairs = zip(matrices(experts, name), biases(experts, name), strict=True)
+            stack = getattr(experts, name)
+            return [SparseLinear.from_weight(stack, bias, None, w) for w, bias in pairs]
 
-        up, down = layers(experts.gate_up_proj), layers(experts.down_proj)
+        up, down = map(layers, STACKS)
         module = cls(up, down, Origin(experts))
         for name, child in experts._modules.items():  # the activation
             module.add_module(name, child)
         return module.train(experts.training)
 
     def to_dense(self) -> nn.Module:
-        parameters = {}
+        parameters: dict[str, nn.Parameter | None] = {}
         stacks: Any = self.sparse_gate_up_proj, self.sparse_down_proj
-        for name, layers in zip(("gate_up_proj", "down_proj"), stacks, strict=True):
+        for name, layers in zip(STACKS, stacks, strict=True):
             weight = torch.stack([layer.weight.detach().to_dense() for layer in layers])
+            if self.origin.attributes.get("is_transposed", False):
+                weight = weight.mT.contiguous()
             parameters[name] = nn.Parameter(weight, layers[0].values.requires_grad)
+            if (first := layers[0].bias) is not None:
+                bias = torch.stack([layer.bias.detach() for layer in layers])
+                parameters[f"{name}_bias"] = nn.Parameter(bias, first.requires_grad)
         own = ("sparse_gate_up_proj", "sparse_down_proj")
         others = {name: child for name, child in self._modules.items() if name not in own}
         return self.origin.with_(parameters, others).train(self.training)
