@@ -14,11 +14,12 @@
 #include "common/threads.h"
 #include "cpu/dense.h"
 #include "cpu/few_tokens.h"
+#include "cpu/lanes_layout.h"
 #include "cpu/packed.h"
 #include "cpu/products.h"
 #include "launch.h"
 #include "packing/cover.h"
-#include "packing/lanes.h"
+#include "packing/order.h"
 #include "tensors.h"
 
 namespace py = pybind11;
@@ -191,7 +192,7 @@ PYBIND11_MODULE(_C, m) {
             std::copy(w.cols.begin(), w.cols.end(), as<uint8_t>(cols));
             std::copy(w.places.begin(), w.places.end(), as<int64_t>(places));
           },
-          NoGil(), "part_steps, heads, cols and places; packing/lanes.h has their sizes.");
+          NoGil(), "part_steps, heads, cols and places; cpu/lanes_layout.h has their sizes.");
   m.def(
       "spmm_lanes",
       [](int64_t n, int64_t k, Pointer part_steps, Pointer heads, Pointer cols, sk::Type type,
@@ -212,4 +213,19 @@ PYBIND11_MODULE(_C, m) {
                            threads);
       },
       NoGil(), "dense[N, K] = W, on zeros.");
+  py::class_<sk::Order>(m, "Order", "One order of the columns of W for 2:4 sparse tensor cores.")
+      .def(py::init([](Pointer row_offsets, Pointer col_indices, int64_t n, int64_t k, int64_t nnz,
+                       int64_t most_slots) {
+             return new sk::Order({as<const int32_t>(row_offsets, "row_offsets", n + 1),
+                                   as<const int32_t>(col_indices, "col_indices", nnz), n, k, nnz},
+                                  most_slots);
+           }),
+           NoGil())
+      .def_property_readonly("slots", &sk::Order::slots, "0: it would take more than most_slots.")
+      .def(
+          "write",
+          [](const sk::Order& order, Pointer columns, Pointer places) {
+            order.write(as<int32_t>(columns), as<int32_t>(places));
+          },
+          NoGil(), "columns [slots], -1 for none, and places [nnz]: the slot of each entry.");
 }

@@ -7,8 +7,8 @@
 
 #include <cstdint>
 
-#include "../packing/lanes.h"
 #include "../pattern/pattern.h"
+#include "lanes_layout.h"
 
 namespace sk {
 
@@ -66,7 +66,7 @@ struct CompressedRows {
   const float* start;            // of the first row on: what the sums are added to
 };
 
-// A part of W in lanes: see packing/lanes.h.
+// A part of W in lanes: see lanes_layout.h.
 struct LanesPart {
   const LanesHead* heads;
   int64_t blocks, groups, rows;

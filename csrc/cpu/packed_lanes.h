@@ -1,4 +1,4 @@
-// SpMM of W in lanes (packing/lanes.h) for up to kLanesTokens tokens: x of a block is looked up in
+// SpMM of W in lanes (lanes_layout.h) for up to kLanesTokens tokens: x of a block is looked up in
 // registers.
 #pragma once
 

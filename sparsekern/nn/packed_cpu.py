@@ -5,9 +5,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..kernels.cpu.lanes import Lanes, pack, writes_out
+from ..kernels.cpu.lanes import Lanes, writes_out
 from ..ops import spmm_lanes
-from .linear import SparseLinear
 from .packed import PackedLinear
 
 
@@ -34,20 +33,15 @@ class PackedLinearOnCpu(PackedLinear):
             raise ValueError(f"bias: expected shape ({packed.n},), got {tuple(bias.shape)}")
         self.in_features, self.out_features, self.nnz = packed.k, packed.n, nnz
         self.layout, self.dtype, self.numbers = "lanes", packed.values.dtype, []
-        self._names = Lanes._fields[2:]
+        self._names = list(Lanes._fields[2:])
         for name in self._names:
             self.register_buffer(name, getattr(packed, name), persistent=False)
         self.register_buffer("bias", bias, persistent=False)
 
-    @classmethod
-    def from_sparse(cls, linear: SparseLinear, *_) -> "PackedLinearOnCpu":
-        """The same function. TypeError unless its values are float32 or bfloat16."""
-        weight = linear.weight.detach()
-        bias = None if linear.bias is None else linear.bias.detach().to(linear.values.dtype)
-        return cls(pack(weight), weight.col_indices.numel(), bias).train(linear.training)
-
     def explain(self, x: Tensor | int) -> str:
         """What a call with x [..., in_features], or with so many tokens, runs."""
+        if not isinstance(x, int) and (x.ndim == 0 or x.shape[-1] != self.in_features):
+            raise ValueError(f"x: expected [..., {self.in_features}], got {tuple(x.shape)}")
         m = x if isinstance(x, int) else x.shape[:-1].numel()
         way = "written out, then torch.mm" if writes_out(m, self._packed()) else "16 rows in lanes"
         return f"{m} tokens -> {self.layout}: {way}, {self.packed_bytes} bytes"

@@ -8,6 +8,7 @@ from torch import nn
 from torch._subclasses import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
+import sparsekern
 from sparsekern import Static, sparsify_
 from sparsekern.kernels.cpu import lanes
 from sparsekern.nn import PackedLinear, densify_, pack_
@@ -37,8 +38,25 @@ def test_a_packed_model_is_the_same_function(dtype):
     assert torch.equal(twin(x.t().contiguous().t()), packed(x))
     assert torch.equal(packed.half()(x), twin(x))  # casts leave it alone
     assert "layout=lanes" in repr(packed[0])
-    assert "1 tokens -> lanes" in packed[0].explain(1)
+    assert "1 tokens -> lanes" in sparsekern.explain(1, packed)
     assert "written out" in packed[0].explain(torch.zeros(4, 128, 130))
+
+
+def test_layers_that_share_x_are_one_product():
+    class Gated(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.gate, self.up = nn.Linear(130, 70), nn.Linear(130, 30)
+
+        def forward(self, x):
+            return torch.cat([self.gate(x), self.up(x)], dim=-1)
+
+    sparse = sparsify_(Gated(), Static(0.75), lambda *_: True)
+    packed, x = pack_(copy.deepcopy(sparse), groups=[["gate", "up"]]), torch.randn(3, 130)
+    with torch.inference_mode():
+        torch.testing.assert_close(packed(x), sparse(x))
+    assert packed.gate.shared.whole.out_features == 100
+    assert packed.gate.shared.whole.layout == "lanes"
 
 
 def test_a_packed_layer_compiles():

@@ -1,4 +1,4 @@
-"""W packed for inference on a CPU: 16 rows in the lanes of a register (csrc/packing/lanes.h).
+"""W packed for inference on a CPU: 16 rows in the lanes of a register (csrc/cpu/lanes_layout.h).
 
 Values are kept in the order in which they are read, a byte of column beside each. x of 63 columns
 stays in registers, so a non-zero costs neither a load of x nor a row of sums: the fastest form for
@@ -22,7 +22,7 @@ GROUP, COLS, PART_ROWS = 16, 63, 512
 
 
 class Lanes(NamedTuple):
-    """One frozen W [N, K]: sizes as in csrc/packing/lanes.h."""
+    """One frozen W [N, K]: sizes as in csrc/cpu/lanes_layout.h."""
 
     n: int
     k: int

@@ -7,7 +7,18 @@ from pathlib import Path
 import pytest
 
 import sparsekern
-from sparsekern.kernels.cuda import bitmap, cover, expand, gather, layout, library, pairs, runs
+from sparsekern.kernels.cuda import (
+    bitmap,
+    cover,
+    expand,
+    gather,
+    layout,
+    library,
+    ordered,
+    pairs,
+    pairs_ring,
+    runs,
+)
 
 CSRC = Path(__file__).parents[3] / "csrc"
 TRITON = Path(sparsekern.__file__).parent / "kernels" / "triton"
@@ -32,6 +43,9 @@ TIED = [
         "bitmap.cu",
         "4 * kTileWords + kTileRows * kOctets + kWordColumns * kTileOctets",
     ),
+    ("ordered.THREADS", "order.cu", "kOrderThreads"),
+    ("ordered.PERMUTE_TOKENS", "order.cu", "kPermuteTokens"),
+    ("ordered.TILE_PAD", "order.cu", "kFillPad"),
     ("gather.GRANULE", "gather.cuh", "kGranule"),
     ("gather.BLOCK_PIECES", "spmm_gather.cu", "kGatherWarps"),
     ("gather.DEPTH", "spmm_gather.cu", "kGatherDepth"),
@@ -45,13 +59,18 @@ TIED = [
     ("pairs.HEAD", "pairs.cuh", "kHeadWords"),
     ("pairs.WINDOW", "spmm_pairs.cu", "kWindow"),
     ("2 * (pairs.BUFFER_BYTES + 8)", "spmm_pairs.cu", "2 * kBufferBytes + kBarrierBytes"),
+    ("pairs_ring.PRODUCERS", "spmm_pairs_ring.cu", "kRingProducers"),
+    ("pairs_ring.WORDS_BYTES", "spmm_pairs_ring.cu", "kRingWordsBytes"),
+    ("pairs_ring.MOST_STAGES", "spmm_pairs_ring.cu", "kMostStages"),
+    ("pairs_ring.BARRIER_BYTES", "spmm_pairs_ring.cu", "kRingBarrierBytes"),
+    ("pairs_ring.STEP", "pairs.cuh", "kStepColumns"),
     ("library.EVERY_KERNEL_SMEM_BYTES", "launch.cu", "kEveryKernelSmemBytes"),
     # What makes a cover, on a CPU.
     ("layout.LANES", "cover.h", "kCoverRows"),
     ("cover.WINDOW", "cover.h", "kCoverWindow"),
     ("cover.RECORD_BYTES", "cover.h", "kCoverRecordBytes"),
 ]
-_MODULES = bitmap, cover, expand, gather, layout, library, pairs, runs
+_MODULES = bitmap, cover, expand, gather, layout, library, ordered, pairs, pairs_ring, runs
 MODULES = {module.__name__.split(".")[-1]: module for module in _MODULES}
 
 

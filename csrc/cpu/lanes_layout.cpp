@@ -1,4 +1,4 @@
-#include "lanes.h"
+#include "lanes_layout.h"
 
 #include <algorithm>
 #include <cstring>
