@@ -40,7 +40,7 @@ CASES = (
 )
 PACKED_TOKENS = 4  # of more, a packed weight is not timed
 MOST_COPIES = 40
-BLOCK_S, ROUNDS = 0.001, 15
+BLOCK_S, ROUNDS = 0.001, 9
 
 Call = Callable[[], object]
 
