@@ -17,28 +17,28 @@ import torch
 from torch import Tensor
 
 from ...files import read_cached, write_cached
-from .cusparselt import Error, Plan, loaded
+from .cusparselt import Algorithm, Error, Plan, loaded
 
 RUNS, FINAL_RUNS, REPEATED = 3, 9, 20
 FINALISTS = 3
-NONE_RIGHT = -1
+NONE_RIGHT = Algorithm(-1)
 # Those that were the fastest of some shape on an H100 or H200, by versions 0.8.0 and 0.8.1. Others
 # are not tried: of those for float16 one ended in an illegal instruction.
-CANDIDATES = (8, 11, 12, 15, 16, 17, 20)
+CANDIDATES = tuple(map(Algorithm, (8, 11, 12, 15, 16, 17, 20)))
 # Of an element and of the root mean square of all: a rounding, and what the order of sums makes.
 TOLERANCE = 2**-7
 
 
 @cache
-def _chosen(device: int) -> dict[str, int]:
+def _chosen(device: int) -> dict[str, Algorithm]:
     """By the key of a shape."""
     content = read_cached(_file(device))
-    return json.loads(content) if content else {}
+    return {key: Algorithm(*found) for key, found in json.loads(content or b"{}").items()}
 
 
 def _file(device: int) -> str:
     name = "-".join(torch.cuda.get_device_name(device).lower().split())
-    return f"cusparselt-{'.'.join(map(str, loaded().version))}-{name}.json"
+    return f"cusparselt-2-{'.'.join(map(str, loaded().version))}-{name}.json"
 
 
 def algorithm_of(
@@ -47,7 +47,7 @@ def algorithm_of(
     m: int,
     device: int,
     make: Callable[[], tuple[Tensor, Tensor]],
-) -> int | None:
+) -> Algorithm | None:
     """The algorithm for x [m, k] and W [n, k], or NONE_RIGHT. make(): an operand with random values
     and W itself. While a CUDA graph is captured nothing is timed, and the library chooses (None)
     where nothing is known."""
@@ -63,14 +63,14 @@ def algorithm_of(
     return chosen[key]
 
 
-def fastest(m: int, device: int, operand: Tensor, w: Tensor) -> int:
+def fastest(m: int, device: int, operand: Tensor, w: Tensor) -> Algorithm:
     """The fastest algorithm that is right; NONE_RIGHT, and a warning, if none is."""
     n, k = w.shape
     x = torch.randn(m, k, generator=torch.Generator(w.device).manual_seed(0), device=w.device)
     x = x.to(w.dtype)
     want = x.float() @ w.t().float()
     bound = TOLERANCE * (want.abs() + want.square().mean().sqrt())
-    times: list[tuple[float, int]] = []
+    times: list[tuple[float, Algorithm]] = []
     for algorithm in CANDIDATES:
         try:
             plan = Plan(n, k, m, device, algorithm)

@@ -1,4 +1,6 @@
-"""2:4 sparse products of bfloat16 through the C interface of cuSPARSELt, without its headers.
+"""2:4 sparse products through the C interface of cuSPARSELt, without its headers.
+
+In bfloat16, in float16, and of E4M3 operands with a bfloat16 result, whose rows of W have scales.
 
 The library comes with torch's CUDA builds (or the wheel nvidia-cusparselt-cu12 or -cu13); nothing
 of it is part of this package. Names, enumerations and the order of calls are those of cusparseLt.h,
@@ -12,6 +14,7 @@ import ctypes
 import threading
 from functools import cache
 from importlib.metadata import PackageNotFoundError, files
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -20,14 +23,14 @@ from ..derived import to_keep
 
 SONAME = "libcusparseLt.so.0"
 OLDEST = (0, 8, 0)  # before, a selection cannot be destroyed
-_BFLOAT16 = 14  # cudaDataType
+_TYPES = {torch.bfloat16: 14, torch.float16: 2, torch.float8_e4m3fn: 28}  # cudaDataType
 _FLOAT32 = 2  # cusparseComputeType
 _ROW, _COLUMN = 2, 1
 ALIGNMENT = 16  # bytes
 MOST_PLANS = 256  # of a thread
 _PLAIN, _TRANSPOSED = 0, 1
-_ID = 0  # attribute of a selection
-_BIAS = 8  # of a descriptor of a matmul
+_ID, _SPLIT_K = 0, 3  # attributes of a selection
+_ALPHA_VECTOR, _BIAS = 5, 8  # of a descriptor of a matmul
 
 _pointer, _int64, _uint32, _int, _size = (
     ctypes.c_void_p,
@@ -61,6 +64,19 @@ _SIGNATURES = {
 
 class Error(RuntimeError):
     """A call that cuSPARSELt refuses."""
+
+
+class Algorithm(NamedTuple):
+    """One of the library's numbers, and into how many parts K is split; -1: by its own schedule,
+    which Hopper has."""
+
+    number: int
+    split_k: int = 1
+
+
+def result_dtype(dtype: torch.dtype) -> torch.dtype:
+    """That of products of operands of `dtype`."""
+    return torch.bfloat16 if dtype is torch.float8_e4m3fn else dtype
 
 
 class _Library:
@@ -143,22 +159,22 @@ def _handle(device: int) -> ctypes.Array:
     return _threads.handles[device]
 
 
-def _sparse(handle: ctypes.Array, rows: int, columns: int) -> ctypes.Array:
+def _sparse(handle: ctypes.Array, rows: int, columns: int, dtype: torch.dtype) -> ctypes.Array:
     descriptor = _opaque()
     loaded().call(
         "StructuredDescriptorInit",
-        *(handle, descriptor, rows, columns, columns, ALIGNMENT, _BFLOAT16, _ROW, 0),
+        *(handle, descriptor, rows, columns, columns, ALIGNMENT, _TYPES[dtype], _ROW, 0),
     )
     return descriptor
 
 
 def compress(w: Tensor) -> Tensor:
-    """The operand, bytes, of w [N, K], bfloat16, with at most two of four neighbours that are not
-    0. What it holds is the library's own."""
+    """The operand, bytes, of w [N, K] with at most two of four neighbours that are not 0. What it
+    holds is the library's own."""
     lib, device, w = loaded(), w.device.index, w.contiguous()
     with torch.cuda.device(device):
         handle = _handle(device)
-        descriptor = _sparse(handle, *w.shape)
+        descriptor = _sparse(handle, *w.shape, w.dtype)
         size, scratch = ctypes.c_size_t(), ctypes.c_size_t()
         refs = ctypes.byref(size), ctypes.byref(scratch)
         lib.call("SpMMACompressedSize2", handle, descriptor, *refs)
@@ -180,32 +196,36 @@ class Plan:
         k: int,
         m: int,
         device: int,
-        algorithm: int | None = None,
+        algorithm: Algorithm | None = None,
         bias: Tensor | None = None,
+        dtype: torch.dtype = torch.bfloat16,
     ):
-        """algorithm: a number, None for the library's own choice. The address of `bias` is read
-        here, its elements by each product."""
+        """algorithm: None for the library's own choice. The address of `bias` is read here, its
+        elements by each product. dtype: of x and W; in E4M3 the rows of W have scales."""
         lib = loaded()
         self._shape, self._lib, self._device = (m, n), lib, device
+        self._dtype = out = result_dtype(dtype)
         self._is_selected = self._is_planned = False
         self._handle = handle = _handle(device)
         # x is the transposed of [K, M], y lies column by column as [N, M].
-        w, x, y = _sparse(handle, n, k), _opaque(), _opaque()
+        w, x, y = _sparse(handle, n, k, dtype), _opaque(), _opaque()
         matmul, self._selection, self._plan = _opaque(), _opaque(), _opaque()
         self._kept, self.bias = (w, x, y, matmul), bias
-        lib.call("DenseDescriptorInit", handle, x, m, k, k, ALIGNMENT, _BFLOAT16, _ROW)
-        lib.call("DenseDescriptorInit", handle, y, n, m, n, ALIGNMENT, _BFLOAT16, _COLUMN)
+        lib.call("DenseDescriptorInit", handle, x, m, k, k, ALIGNMENT, _TYPES[dtype], _ROW)
+        lib.call("DenseDescriptorInit", handle, y, n, m, n, ALIGNMENT, _TYPES[out], _COLUMN)
         operands = _PLAIN, _TRANSPOSED, w, x, y, y, _FLOAT32
         lib.call("MatmulDescriptorInit", handle, matmul, *operands)
+        if dtype is torch.float8_e4m3fn:
+            self._set("MatmulDescSetAttribute", matmul, _ALPHA_VECTOR, ctypes.c_int(1))
         if bias is not None:
-            address = ctypes.c_void_p(bias.data_ptr())
-            lib.call("MatmulDescSetAttribute", handle, matmul, _BIAS, ctypes.byref(address), 8)
+            self._set("MatmulDescSetAttribute", matmul, _BIAS, ctypes.c_void_p(bias.data_ptr()))
         lib.call("MatmulAlgSelectionInit", handle, self._selection, matmul, 0)
         self._is_selected = True
         if algorithm is not None:
-            number = ctypes.c_int(algorithm)
-            arguments = self._selection, _ID, ctypes.byref(number), ctypes.sizeof(number)
-            lib.call("MatmulAlgSetAttribute", handle, *arguments)
+            number, split_k = map(ctypes.c_int, algorithm)
+            self._set("MatmulAlgSetAttribute", self._selection, _ID, number)
+            if algorithm.split_k != 1:
+                self._set("MatmulAlgSetAttribute", self._selection, _SPLIT_K, split_k)
         lib.call("MatmulPlanInit", handle, self._plan, matmul, self._selection)
         self._is_planned = True
         size = ctypes.c_size_t()
@@ -213,15 +233,21 @@ class Plan:
         self._workspace_bytes = size.value
         self._one, self._zero = ctypes.c_float(1), ctypes.c_float(0)
 
-    def multiply(self, operand: Tensor, x: Tensor) -> Tensor:
-        """The product with x [M, K], contiguous, on torch's current stream."""
-        y = x.new_empty(self._shape)
+    def _set(self, function: str, of: ctypes.Array, which: int, value) -> None:
+        size = ctypes.sizeof(value)
+        self._lib.call(function, self._handle, of, which, ctypes.byref(value), size)
+
+    def multiply(self, operand: Tensor, x: Tensor, scales: Tensor | None = None) -> Tensor:
+        """The product with x [M, K], contiguous, on torch's current stream. scales [N], float32,
+        of E4M3 alone: what each row of the product is multiplied by, before the bias."""
+        y = x.new_empty(self._shape, dtype=self._dtype)
         workspace = x.new_empty(self._workspace_bytes, dtype=torch.uint8)
         stream = ctypes.c_void_p(torch._C._cuda_getCurrentRawStream(self._device))
+        alpha = ctypes.byref(self._one) if scales is None else scales.data_ptr()
         out = y.data_ptr()
         self._lib.call(
             "Matmul",
-            *(self._handle, self._plan, ctypes.byref(self._one), operand.data_ptr(), x.data_ptr()),
+            *(self._handle, self._plan, alpha, operand.data_ptr(), x.data_ptr()),
             *(ctypes.byref(self._zero), out, out, workspace.data_ptr(), ctypes.byref(stream), 1),
         )
         return y
@@ -234,7 +260,7 @@ class Plan:
 
 
 def multiply(
-    operand: Tensor, x: Tensor, n: int, bias: Tensor | None, algorithm: int | None
+    operand: Tensor, x: Tensor, n: int, bias: Tensor | None, algorithm: Algorithm | None
 ) -> Tensor:
     """y [M, n] = x [M, K] W^T + bias [n] of the operand of W; x is contiguous.
 

@@ -175,12 +175,12 @@ def test_no_wrong_or_refused_algorithm_multiplies(stand_in, recwarn):  # noqa: F
     assert not recwarn.list
     # The next process reads what was chosen.
     algorithms._chosen.cache_clear()
-    assert algorithms.algorithm_of(N, K, M, None, lambda: pytest.fail("timed again")) == 8
+    assert algorithms.algorithm_of(N, K, M, None, lambda: pytest.fail("timed again")) == (8, 1)
 
 
 @pytest.mark.parametrize("op", ["spmm", "spmm_t"])
 def test_without_a_right_algorithm_w_is_written_out(op, stand_in):  # noqa: F811
-    for number in algorithms.CANDIDATES:
+    for number, _ in algorithms.CANDIDATES:
         stand_in.algorithm(number, (REFUSED, WRONG, CHANGING)[number % 3])
     W, w, _ = layer()
     x = torch.randn(M, K if op == "spmm" else N).bfloat16()
@@ -208,7 +208,7 @@ def test_a_call_that_fails_is_an_error_with_its_name(name, stand_in):  # noqa: F
     text = rf"^cusparseLt{name}: CUSPARSE_STATUS_EXECUTION_FAILED \(status 6\)$"
     with pytest.raises(cusparselt.Error, match=text):
         cusparselt.compress(w)
-        cusparselt.multiply(operand, x, N, bias, 8)
+        cusparselt.multiply(operand, x, N, bias, cusparselt.Algorithm(8))
     stand_in.reset()
     cusparselt._threads.plans.clear()
     assert stand_in.live() == live  # what had been made is destroyed
