@@ -14,6 +14,8 @@ from torch.nn import Parameter
 from .flop_formulas import register_when_imported
 from .kernels import observed
 from .kernels.cuda.choose import assemble, check_operands
+from .kernels.cuda.compressed import TwoOfFourE4m3
+from .kernels.cuda.compressed import multiply as multiply_compressed
 from .kernels.cuda.few_tokens import spmm_packed as multiply_packed
 from .kernels.cuda.two_of_four import recognised
 from .kernels.operands import (
@@ -188,8 +190,32 @@ _library.define(
 _library.impl("spmm_packed", run_spmm_packed, "CUDA")
 torch.library.register_fake("sparsekern::spmm_packed", _fake_spmm_packed, lib=_library)
 
+
+def run_spmm_e4m3(x, factors, operand, n, bias=None):
+    packed = TwoOfFourE4m3(n, x.shape[1], 0, operand, factors)
+    packed.check()
+    if x.dtype is not packed.operand_dtype or x.device != operand.device:
+        raise TypeError(
+            f"x: expected {packed.operand_dtype} on {operand.device}, got {x.dtype} on {x.device}"
+        )
+    return multiply_compressed(operand, x, n, bias, factors)
+
+
+def _fake_spmm_e4m3(x, factors, operand, n, bias=None):
+    return x.new_empty(x.shape[0], n, dtype=torch.bfloat16)
+
+
+# x was cast before, by what made it; factors: the scales of the rows of W times that of x.
+_library.define(
+    "spmm_e4m3(Tensor x, Tensor factors, Tensor operand, SymInt n, Tensor? bias=None) -> Tensor",
+    tags=(torch.Tag.pt2_compliant_tag,),
+)
+_library.impl("spmm_e4m3", run_spmm_e4m3, "CUDA")
+torch.library.register_fake("sparsekern::spmm_e4m3", _fake_spmm_e4m3, lib=_library)
+
 register_when_imported()
 
+spmm_e4m3 = torch.ops.sparsekern.spmm_e4m3.default
 spmm_packed = torch.ops.sparsekern.spmm_packed.default
 spmm_op = torch.ops.sparsekern.spmm.default
 spmm_t_op = torch.ops.sparsekern.spmm_t.default

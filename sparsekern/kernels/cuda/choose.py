@@ -3,6 +3,7 @@
 `gather` (gather.py) takes the fewest bytes and is read by CUDA cores: for one or two tokens.
 `cover` (cover.py) is read by sparse tensor cores: for more, up to 32, where W is sparse enough.
 `pairs` (pairs.py) is read by dense tensor cores. All hold any pattern, exactly.
+`two_of_four` (compressed.py) is for many tokens, and for two-way patterns alone.
 """
 
 from dataclasses import fields
@@ -11,12 +12,13 @@ from torch import Tensor
 
 from ...tensor import SparseTensor
 from . import cover
+from .compressed import TwoOfFour, TwoOfFourE4m3, pack_two_of_four, pays
 from .cover import Cover, CoverLayout
 from .gather import Gather, GatherLayout
 from .layout import TYPES, Layout, Packed
 from .pairs import Pairs, PairsLayout
 
-LAYOUTS: dict[str, type[Packed]] = {kind.name: kind for kind in (Gather, Cover, Pairs)}
+LAYOUTS: dict[str, type[Packed]] = {kind.name: kind for kind in (Gather, Cover, Pairs, TwoOfFour, TwoOfFourE4m3)}
 _COUNTS = {  # of numbers and of tensors
     name: tuple([field.type for field in fields(kind)[3:]].count(t) for t in (int, Tensor))
     for name, kind in LAYOUTS.items()
@@ -51,6 +53,8 @@ def pack(weight: SparseTensor, tokens: int = 1) -> Packed:
     # A copy, which is checked, and which nobody writes to.
     indices = weight.row_offsets.clone(), weight.col_indices.clone()
     own = SparseTensor(*indices, weight.values, (weight.n, weight.k))
+    if pays(own, tokens):
+        return pack_two_of_four(own, own.values.dtype)
     layout = choose_layout(tokens, own.density)
     return layout(own.row_offsets, own.col_indices, *own.shape).fill(own.values)
 

@@ -1,6 +1,6 @@
 """2:4 sparse products through the C interface of cuSPARSELt, without its headers.
 
-In bfloat16, in float16, and of E4M3 operands with a bfloat16 result, whose rows of W have scales.
+In bfloat16, in float16, and of E4M3 operands with a bfloat16 result.
 
 The library comes with torch's CUDA builds (or the wheel nvidia-cusparselt-cu12 or -cu13); nothing
 of it is part of this package. Names, enumerations and the order of calls are those of cusparseLt.h,
@@ -19,8 +19,6 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from ..derived import to_keep
-
 SONAME = "libcusparseLt.so.0"
 OLDEST = (0, 8, 0)  # before, a selection cannot be destroyed
 _TYPES = {torch.bfloat16: 14, torch.float16: 2, torch.float8_e4m3fn: 28}  # cudaDataType
@@ -30,7 +28,7 @@ ALIGNMENT = 16  # bytes
 MOST_PLANS = 256  # of a thread
 _PLAIN, _TRANSPOSED = 0, 1
 _ID, _SPLIT_K = 0, 3  # attributes of a selection
-_ALPHA_VECTOR, _BIAS = 5, 8  # of a descriptor of a matmul
+_BIAS = 8  # of a descriptor of a matmul
 
 _pointer, _int64, _uint32, _int, _size = (
     ctypes.c_void_p,
@@ -188,7 +186,8 @@ def compress(w: Tensor) -> Tensor:
 
 
 class Plan:
-    """y [M, N] = x [M, K] W^T + bias [N] by one algorithm, on the current GPU, by this thread."""
+    """y [M, N] = alpha x [M, K] W^T + bias [N] by one algorithm, on the current GPU, by this
+    thread."""
 
     def __init__(
         self,
@@ -200,8 +199,8 @@ class Plan:
         bias: Tensor | None = None,
         dtype: torch.dtype = torch.bfloat16,
     ):
-        """algorithm: None for the library's own choice. The address of `bias` is read here, its
-        elements by each product. dtype: of x and W; in E4M3 the rows of W have scales."""
+        """algorithm: None for the library's own choice. dtype: of x and W. bias: the first one, of
+        a plan whose products have one."""
         lib = loaded()
         self._shape, self._lib, self._device = (m, n), lib, device
         self._dtype = out = result_dtype(dtype)
@@ -210,15 +209,14 @@ class Plan:
         # x is the transposed of [K, M], y lies column by column as [N, M].
         w, x, y = _sparse(handle, n, k, dtype), _opaque(), _opaque()
         matmul, self._selection, self._plan = _opaque(), _opaque(), _opaque()
-        self._kept, self.bias = (w, x, y, matmul), bias
+        self._matmul, self._kept = matmul, (w, x, y)
+        self._bias: int | None = None  # its address
         lib.call("DenseDescriptorInit", handle, x, m, k, k, ALIGNMENT, _TYPES[dtype], _ROW)
         lib.call("DenseDescriptorInit", handle, y, n, m, n, ALIGNMENT, _TYPES[out], _COLUMN)
         operands = _PLAIN, _TRANSPOSED, w, x, y, y, _FLOAT32
         lib.call("MatmulDescriptorInit", handle, matmul, *operands)
-        if dtype is torch.float8_e4m3fn:
-            self._set("MatmulDescSetAttribute", matmul, _ALPHA_VECTOR, ctypes.c_int(1))
         if bias is not None:
-            self._set("MatmulDescSetAttribute", matmul, _BIAS, ctypes.c_void_p(bias.data_ptr()))
+            self._take(bias)
         lib.call("MatmulAlgSelectionInit", handle, self._selection, matmul, 0)
         self._is_selected = True
         if algorithm is not None:
@@ -231,23 +229,31 @@ class Plan:
         size = ctypes.c_size_t()
         lib.call("MatmulGetWorkspace", handle, self._plan, ctypes.byref(size))
         self._workspace_bytes = size.value
-        self._one, self._zero = ctypes.c_float(1), ctypes.c_float(0)
+        self._zero = ctypes.c_float(0)
 
     def _set(self, function: str, of: ctypes.Array, which: int, value) -> None:
         size = ctypes.sizeof(value)
         self._lib.call(function, self._handle, of, which, ctypes.byref(value), size)
 
-    def multiply(self, operand: Tensor, x: Tensor, scales: Tensor | None = None) -> Tensor:
-        """The product with x [M, K], contiguous, on torch's current stream. scales [N], float32,
-        of E4M3 alone: what each row of the product is multiplied by, before the bias."""
+    def _take(self, bias: Tensor) -> None:
+        if self._bias != (address := bias.data_ptr()):
+            self._set("MatmulDescSetAttribute", self._matmul, _BIAS, ctypes.c_void_p(address))
+            self._bias = address
+
+    def multiply(
+        self, operand: Tensor, x: Tensor, bias: Tensor | None = None, alpha: float = 1.0
+    ) -> Tensor:
+        """The product with x [M, K], contiguous, on torch's current stream; with a bias if the plan
+        was made with one."""
+        if bias is not None:
+            self._take(bias)
         y = x.new_empty(self._shape, dtype=self._dtype)
         workspace = x.new_empty(self._workspace_bytes, dtype=torch.uint8)
         stream = ctypes.c_void_p(torch._C._cuda_getCurrentRawStream(self._device))
-        alpha = ctypes.byref(self._one) if scales is None else scales.data_ptr()
-        out = y.data_ptr()
+        factor, out = ctypes.c_float(alpha), y.data_ptr()
         self._lib.call(
             "Matmul",
-            *(self._handle, self._plan, alpha, operand.data_ptr(), x.data_ptr()),
+            *(self._handle, self._plan, ctypes.byref(factor), operand.data_ptr(), x.data_ptr()),
             *(ctypes.byref(self._zero), out, out, workspace.data_ptr(), ctypes.byref(stream), 1),
         )
         return y
@@ -260,31 +266,26 @@ class Plan:
 
 
 def multiply(
-    operand: Tensor, x: Tensor, n: int, bias: Tensor | None, algorithm: Algorithm | None
+    operand: Tensor,
+    x: Tensor,
+    n: int,
+    bias: Tensor | None,
+    algorithm: Algorithm | None,
+    alpha: float = 1.0,
 ) -> Tensor:
-    """y [M, n] = x [M, K] W^T + bias [n] of the operand of W; x is contiguous.
-
-    A plan reads the bias at one address. While a CUDA graph is captured that is the bias's own, and
-    the plan is for this call. Else it is the plan's own, to which the bias is copied; so there is
-    one for each stream."""
+    """y [M, n] = alpha x [M, K] W^T + bias [n] of the operand of W; x is contiguous."""
     (m, k), device = x.shape, x.device.index
-    x = _aligned(x)
-    if torch.cuda.is_current_stream_capturing():
-        bias = None if bias is None else _aligned(bias.contiguous())
-        return Plan(n, k, m, device, algorithm, bias).multiply(operand, x)
-    stream = torch._C._cuda_getCurrentRawStream(device)
-    key = n, k, m, device, algorithm, bias is not None, stream
+    x = aligned(x)
+    bias = None if bias is None else aligned(bias.contiguous())
+    key = n, k, m, x.dtype, device, algorithm, bias is not None
     plans = _threads.plans
     if key not in plans:
         while len(plans) >= MOST_PLANS:
             plans.pop(next(iter(plans)))
-        kept = None if bias is None else to_keep(x.device, lambda: x.new_empty(n))
-        plans[key] = Plan(n, k, m, device, algorithm, kept)
-    plan = plans[key]
-    if bias is not None and plan.bias is not None:
-        plan.bias.copy_(bias)
-    return plan.multiply(operand, x)
+        plans[key] = Plan(n, k, m, device, algorithm, bias, x.dtype)
+    return plans[key].multiply(operand, x, bias, alpha)
 
 
-def _aligned(t: Tensor) -> Tensor:
+def aligned(t: Tensor) -> Tensor:
+    """t, or a copy of it where its address is not what the library takes."""
     return t.clone() if t.data_ptr() % ALIGNMENT else t

@@ -20,6 +20,7 @@ from ..crossover import density_limit
 from ..problem import Kernel, Problem, bound_kernel
 from . import library as cuda_library
 from .choose import choose_layout
+from .compressed import TwoOfFour, TwoOfFourE4m3
 from .expand import spmm_expanded
 from .layout import TYPES, Packed, gpu_of, pack_of
 
@@ -35,6 +36,8 @@ def spmm_packed(x: Tensor, packed: Packed, bias: Tensor | None = None) -> Tensor
     shared memory than the GPU has (gather: for one token of about 100,000 columns). No checks: the
     op has them (choose.py).
     """
+    if isinstance(packed, TwoOfFour | TwoOfFourE4m3):
+        return packed.multiply(x, bias)
     m, launch = x.shape[0], None
     if m <= MOST_TOKENS and packed.k < MOST_COLUMNS and packed.n < MOST_ROWS:
         launch = packed.launch(m, gpu_of(x.device))

@@ -13,7 +13,14 @@ import pytest
 import torch
 from emulated_cuda import EMULATOR, build_once, emulated_cuda, emulator, run  # noqa: F401
 
-from sparsekern.kernels.cuda import algorithms, cusparselt, expand, few_tokens, two_of_four
+from sparsekern.kernels.cuda import (
+    algorithms,
+    compressed,
+    cusparselt,
+    expand,
+    few_tokens,
+    two_of_four,
+)
 from sparsekern.kernels.cuda.layout import Gpu
 
 REFUSED, WRONG, CHANGING = 1, 2, 3
@@ -80,13 +87,17 @@ def stand_in(cusparselt_library, emulated_cuda, monkeypatch, tmp_path):  # noqa:
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "Stand-in GPU")
     capturing = "is_current_stream_capturing"
     monkeypatch.setattr(torch.cuda, capturing, lambda: library.is_capturing)
+    monkeypatch.setattr(torch.cuda, "_sleep", lambda cycles: None, raising=False)
     monkeypatch.setattr(torch.cuda, "Event", partial(Event, library))
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     # Fewer tokens than 72 are those of few_tokens.
     monkeypatch.setattr(two_of_four, "_least_size", lambda m: 16 if m >= 72 else None)
     has_slots_in_rows = two_of_four._has_slots_in_rows
     monkeypatch.setattr(two_of_four, "_has_slots_in_rows", lambda: has_slots_in_rows("cpu"))
-    caches = cusparselt.library, algorithms._chosen, two_of_four._refuse_machine
+    caches = (
+        *(cusparselt.library, algorithms._known),
+        *(compressed.refuse_gpu, two_of_four._refuse_layout),
+    )
     library.reset()
     for cache in caches:
         cache.cache_clear()
