@@ -191,23 +191,20 @@ _library.impl("spmm_packed", run_spmm_packed, "CUDA")
 torch.library.register_fake("sparsekern::spmm_packed", _fake_spmm_packed, lib=_library)
 
 
-def run_spmm_e4m3(x, factors, operand, n, bias=None):
-    packed = TwoOfFourE4m3(n, x.shape[1], 0, operand, factors)
-    packed.check()
-    if x.dtype is not packed.operand_dtype or x.device != operand.device:
-        raise TypeError(
-            f"x: expected {packed.operand_dtype} on {operand.device}, got {x.dtype} on {x.device}"
-        )
-    return multiply_compressed(operand, x, n, bias, factors)
+def run_spmm_e4m3(x8, operand, n, alpha, bias=None):
+    TwoOfFourE4m3(n, x8.shape[1], 0, 0, 0, operand).check()
+    if x8.dtype is not torch.float8_e4m3fn or x8.device != operand.device:
+        raise TypeError(f"x8: expected E4M3 on {operand.device}, got {x8.dtype} on {x8.device}")
+    return multiply_compressed(operand, x8, n, bias, alpha)
 
 
-def _fake_spmm_e4m3(x, factors, operand, n, bias=None):
-    return x.new_empty(x.shape[0], n, dtype=torch.bfloat16)
+def _fake_spmm_e4m3(x8, operand, n, alpha, bias=None):
+    return x8.new_empty(x8.shape[0], n, dtype=torch.bfloat16)
 
 
-# x was cast before, by what made it; factors: the scales of the rows of W times that of x.
+# For torch.compile, which puts the cast into what made x: y = alpha x8 W^T + bias.
 _library.define(
-    "spmm_e4m3(Tensor x, Tensor factors, Tensor operand, SymInt n, Tensor? bias=None) -> Tensor",
+    "spmm_e4m3(Tensor x8, Tensor operand, SymInt n, float alpha, Tensor? bias=None) -> Tensor",
     tags=(torch.Tag.pt2_compliant_tag,),
 )
 _library.impl("spmm_e4m3", run_spmm_e4m3, "CUDA")

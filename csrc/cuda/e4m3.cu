@@ -14,7 +14,7 @@ namespace sk {
 
 constexpr int kE4m3Threads = 256, kE4m3Warps = kE4m3Threads / kWarp;
 constexpr float kMostE4m3 = 448, kRoundsToMost = 464;
-constexpr float kLeastLargest = 0x1p-100f;  // below, its inverse would leave fp32's range
+constexpr float kLeastLargest = 0x1p-50f;  // below, products of scales would leave fp32's range
 constexpr unsigned kBf16Infinity = 0x7f80;
 
 __device__ inline unsigned largest_of(unsigned pair, unsigned largest) {
@@ -99,3 +99,28 @@ extern "C" __global__ void __launch_bounds__(sk::kE4m3Threads)
   }
 }
 SK_EARLY_KERNEL(sk_e4m3_cast)
+
+// y [M, N] bf16 = y * inverse [1] + bias [N], each or one of them; `eights` of y, `of_row` of N.
+extern "C" __global__ void __launch_bounds__(sk::kE4m3Threads)
+    sk_e4m3_finish(uint4* y, const unsigned short* inverse, const uint4* bias, int eights,
+                   int of_row) {
+  sk::wait_for_last_kernel();
+  sk::let_next_kernel_start();
+  using C = sk::Convert<sk::bf16>;
+  const float factor = inverse ? C::low(*inverse) : 1;
+  const unsigned step = gridDim.x * sk::kE4m3Threads, count = eights;
+#pragma unroll 2
+  for (unsigned i = blockIdx.x * sk::kE4m3Threads + threadIdx.x; i < count; i += step) {
+    uint4 added = {0, 0, 0, 0};
+    if (bias) added = bias[i % of_row];
+    const uint4 old = y[i];
+    unsigned sums[4];
+    for (int j = 0; j < 4; ++j) {
+      const unsigned pair = sk::word(old, j), more = sk::word(added, j);
+      const unsigned low = C::round(C::low(pair) * factor + C::low(more));
+      sums[j] = low | static_cast<unsigned>(C::round(C::high(pair) * factor + C::high(more))) << 16;
+    }
+    y[i] = {sums[0], sums[1], sums[2], sums[3]};
+  }
+}
+SK_EARLY_KERNEL(sk_e4m3_finish)

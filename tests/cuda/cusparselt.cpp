@@ -1,6 +1,7 @@
 // A stand-in for libcusparseLt without a GPU: the functions that sparsekern/kernels/cuda/
-// cusparselt.py calls, in bfloat16, float16 and E4M3, on host memory. It is stricter than the library: a struct that
-// was never made, was moved, copied or destroyed, or whose handle is another thread's is refused.
+// cusparselt.py calls, in bfloat16, float16 and E4M3, on host memory. It is stricter than the
+// library: a struct that was never made, was moved, copied or destroyed, or whose handle is another
+// thread's is refused.
 //
 // An operand [N, K] is its slots [N, K / 2], row by row, then for each half a byte: two places.
 // The functions that begin with `standin_` say what goes wrong, and tell what was done.
@@ -25,7 +26,7 @@ enum Status {
 enum Behaviour { kRight, kRefused, kWrong, kChanging };
 constexpr int kBfloat16 = 14, kFloat16 = 2, kE4m3 = 28;  // cudaDataType
 constexpr int kFloat32 = 2, kRow = 2, kColumn = 1, kSparsity50 = 0;
-constexpr int kPlain = 0, kTransposed = 1, kId = 0, kSplitK = 3, kAlphas = 5, kBias = 8;
+constexpr int kPlain = 0, kTransposed = 1, kId = 0, kBias = 8;
 constexpr int64_t kWorkspaceBytes = 48;
 
 struct Algorithm {
@@ -37,7 +38,7 @@ std::mutex mutex;
 std::map<std::string, int> failures;
 std::map<int, Algorithm> algorithms;
 int live = 0, elapsed = 0, version[3] = {0, 8, 1};
-bool slots_in_columns = false;
+bool slots_in_columns = false, e4m3_takes_bias = true;
 
 // A struct in the caller's memory knows where it was made.
 struct Struct {
@@ -57,11 +58,10 @@ struct Matmul : Struct {
   static constexpr uintptr_t kKind = 0x33333333;
   const Matrix *w, *x, *y;
   const uint16_t* bias;
-  int has_alphas;
 };
 struct Selection : Struct {
   static constexpr uintptr_t kKind = 0x44444444;
-  int algorithm, split_k;
+  int algorithm;
 };
 struct Plan : Struct {
   static constexpr uintptr_t kKind = 0x55555555;
@@ -156,12 +156,13 @@ void standin_algorithm(int id, int behaviour, int cost) {
 }
 void standin_minor_version(int minor) { version[1] = minor; }
 void standin_slots_in_columns() { slots_in_columns = true; }
+void standin_e4m3_without_bias() { e4m3_takes_bias = false; }
 int standin_products(int id) { return algorithms[id].products; }
 int standin_live() { return live; }  // plans and selections
 int standin_elapsed() { return elapsed; }
 void standin_reset() {
   failures.clear(), algorithms.clear();
-  version[1] = 8, slots_in_columns = false;
+  version[1] = 8, slots_in_columns = false, e4m3_takes_bias = true;
 }
 
 const char* cusparseLtGetErrorString(int status) {
@@ -215,17 +216,14 @@ int cusparseLtMatmulDescriptorInit(const Handle* handle, Matmul* out, int op_w, 
     return kInvalidValue;
   if (w->type != x->type || y->type != (x->type == kE4m3 ? kBfloat16 : x->type))
     return kNotSupported;
-  out->w = w, out->x = x, out->y = y, out->bias = nullptr, out->has_alphas = 0;
+  out->w = w, out->x = x, out->y = y, out->bias = nullptr;
   return kSuccess;
 }
 
 int cusparseLtMatmulDescSetAttribute(const Handle* handle, Matmul* m, int which, const void* data,
                                      size_t bytes) {
   BEGIN("MatmulDescSetAttribute", handle, m);
-  if (which == kAlphas && bytes == sizeof m->has_alphas) {
-    std::memcpy(&m->has_alphas, data, bytes);
-    return kSuccess;
-  }
+  if (m->x->type == kE4m3 && !e4m3_takes_bias) return kNotSupported;
   if (which != kBias || bytes != sizeof m->bias) return kInvalidValue;
   std::memcpy(&m->bias, data, bytes);
   return is_aligned(m->bias) ? kSuccess : kInvalidValue;
@@ -235,15 +233,15 @@ int cusparseLtMatmulAlgSelectionInit(const Handle* handle, Selection* out, const
                                      int algorithm) {
   BEGIN("MatmulAlgSelectionInit", handle, m);
   if (!make(out)) return kInvalidValue;
-  out->algorithm = algorithm, out->split_k = 1, ++live;
+  out->algorithm = algorithm, ++live;
   return kSuccess;
 }
 
 int cusparseLtMatmulAlgSetAttribute(const Handle* handle, Selection* s, int which, const void* data,
                                     size_t bytes) {
   BEGIN("MatmulAlgSetAttribute", handle, s);
-  if ((which != kId && which != kSplitK) || bytes != sizeof s->algorithm) return kInvalidValue;
-  std::memcpy(which == kId ? &s->algorithm : &s->split_k, data, bytes);
+  if (which != kId || bytes != sizeof s->algorithm) return kInvalidValue;
+  std::memcpy(&s->algorithm, data, bytes);
   return kSuccess;
 }
 
@@ -319,8 +317,7 @@ int cusparseLtMatmul(const Handle* handle, Plan* p, const float* alpha, const ui
     return kNotInitialized;
   if (!is_aligned(w) || !is_aligned(x) || !is_aligned(y) || !is_aligned(workspace))
     return kInvalidValue;
-  const bool has_alphas = p->matmul->has_alphas;
-  if (c != y || (!has_alphas && *alpha != 1) || *beta != 0 || !streams || count != 1) return kInvalidValue;
+  if (c != y || *beta != 0 || !streams || count != 1) return kInvalidValue;
   std::memset(workspace, 0xff, kWorkspaceBytes);
   const uint16_t* bias = p->matmul->bias;
   const int64_t outputs = p->matmul->y->rows, tokens = p->matmul->y->columns;
@@ -336,7 +333,7 @@ int cusparseLtMatmul(const Handle* handle, Plan* p, const float* alpha, const ui
         sum += value_of(w, 2 * i, type) * value_of(x, four + (places & 3), type);
         sum += value_of(w, 2 * i + 1, type) * value_of(x, four + (places >> 2 & 3), type);
       }
-      if (has_alphas) sum *= alpha[n];
+      sum *= *alpha;
       y[t * outputs + n] = rounded(bias ? sum + value_of(bias, n, out) : sum, out);
     }
   }

@@ -18,7 +18,9 @@ from .gather import Gather, GatherLayout
 from .layout import TYPES, Layout, Packed
 from .pairs import Pairs, PairsLayout
 
-LAYOUTS: dict[str, type[Packed]] = {kind.name: kind for kind in (Gather, Cover, Pairs, TwoOfFour, TwoOfFourE4m3)}
+LAYOUTS: dict[str, type[Packed]] = {
+    kind.name: kind for kind in (Gather, Cover, Pairs, TwoOfFour, TwoOfFourE4m3)
+}
 _COUNTS = {  # of numbers and of tensors
     name: tuple([field.type for field in fields(kind)[3:]].count(t) for t in (int, Tensor))
     for name, kind in LAYOUTS.items()

@@ -1,10 +1,10 @@
 """Packed weights for many tokens on sparse tensor cores: at most two of four neighbours in a row.
 
 W is compressed once, through cuSPARSELt (cusparselt.py), which multiplies half of the places: 9/16
-of the bytes of a dense 16-bit weight (`two_of_four`), or 10/16 byte a place in E4M3 with a scale
-for each row (`two_of_four_e4m3`; x is cast in each call, e4m3.py). Any number of tokens gives the
-right result; few are no faster than many. Every pattern that is two-way will do; the rule along
-columns is that of the backward pass alone.
+of the bytes of a dense 16-bit weight (`two_of_four`), or 10/16 byte a place in E4M3
+(`two_of_four_e4m3`; x is cast in each call, e4m3.py). Any number of tokens gives the right result;
+few are no faster than many. Every two-way pattern will do: its rule along columns is for the
+backward pass alone.
 
 A free place beside a stored one is multiplied by 0, as in a dense weight: an infinity or NaN in x
 makes NaN there.
@@ -25,8 +25,9 @@ from . import library as cuda_library
 from .algorithms import NONE_RIGHT, algorithm_of
 from .layout import TYPES, Packed
 
-MACHINE = "sm_90"  # it was tried there alone
+DEVICE, MACHINE = "cuda", "sm_90"  # it was tried there alone
 MULTIPLE_OF_TOKENS, MULTIPLE, MULTIPLE_E4M3 = 8, 16, 32  # of M; of N and K
+FOUND = 2**15  # in place of an exponent: it is found in each x
 
 
 @dataclass(frozen=True)
@@ -50,10 +51,11 @@ class TwoOfFour(Packed):
 
 @dataclass(frozen=True)
 class TwoOfFourE4m3(Packed):
-    """W in E4M3, x and the result in bfloat16."""
+    """W times 2^exponent in E4M3; x and the result are bfloat16."""
 
+    exponent: int
+    x_exponent: int  # of what x is multiplied by, or FOUND
     operand: Tensor  # cuSPARSELt's own, bytes
-    scales: Tensor  # [N], float32, what the rows of W are multiplied by
     name = "two_of_four_e4m3"
 
     @property
@@ -64,26 +66,33 @@ class TwoOfFourE4m3(Packed):
     def dtype(self) -> torch.dtype:
         return torch.bfloat16
 
-    operand_dtype = e4m3.DTYPE
-
     def parts(self) -> dict[str, tuple[torch.dtype | None, tuple[int, ...]]]:
-        size = self.n * self.k // 8 * 5
-        return {"operand": (torch.uint8, (size,)), "scales": (torch.float32, (self.n,))}
+        return {"operand": (torch.uint8, (self.n * self.k // 8 * 5,))}
 
     def multiply(self, x: Tensor, bias: Tensor | None) -> Tensor:
-        """y [M, N] = x [M, K] @ W.T + bias [N], of x cast to E4M3 with one scale."""
-        x8, factors = e4m3.quantise(cusparselt.aligned(x.contiguous()), self.scales)
-        return multiply(self.operand, x8, self.n, bias, factors)[: len(x)]
+        """y [M, N] = x [M, K] @ W.T + bias [N], of x in E4M3."""
+        x8, inverse = e4m3.quantise(x, self.given_exponent)
+        return self._multiply_cast(x8, inverse, bias)[: len(x)]
+
+    @property
+    def given_exponent(self) -> int | None:
+        return None if self.x_exponent == FOUND else self.x_exponent
+
+    def _multiply_cast(self, x8: Tensor, inverse: Tensor | None, bias: Tensor | None) -> Tensor:
+        """y [M, N] of what e4m3.quantise() made of x. The library has no factor that is on the GPU:
+        where the scale was found there, one more pass takes it out of y."""
+        alpha = 2.0 ** -(self.exponent + (self.given_exponent or 0))
+        if inverse is None:
+            return multiply(self.operand, x8, self.n, bias, alpha)
+        return e4m3.finish(multiply(self.operand, x8, self.n, None, alpha), inverse, bias)
 
 
-def multiply(
-    operand: Tensor, x: Tensor, n: int, bias: Tensor | None, factors: Tensor | None = None
-) -> Tensor:
-    """y [M, n] = x [M, K] @ W.T, times factors [n] where x is in E4M3, + bias [n]."""
+def multiply(operand: Tensor, x: Tensor, n: int, bias: Tensor | None, alpha: float = 1.0) -> Tensor:
+    """y [M, n] = alpha x [M, K] @ W.T + bias [n]; of x in E4M3, y is bfloat16."""
     m, k = x.shape
     if m == 0:
         return x.new_empty(m, n, dtype=cusparselt.result_dtype(x.dtype))
-    multiple = MULTIPLE_OF_TOKENS if factors is None else e4m3.MULTIPLE_OF_TOKENS
+    multiple = e4m3.MULTIPLE_OF_TOKENS if x.dtype is e4m3.DTYPE else MULTIPLE_OF_TOKENS
     if missing := -m % multiple:
         x = F.pad(x.view(torch.uint8), (0, 0, 0, missing)).view(x.dtype)
     algorithm = algorithm_of(n, k, m + missing, x.dtype, x.device)
@@ -92,12 +101,27 @@ def multiply(
             f"two_of_four: none of cuSPARSELt's algorithms multiplies [{m}, {k}] and [{n}, {k}] "
             f"right in {_short(x.dtype)} on this GPU"
         )
-    return cusparselt.multiply(operand, x.contiguous(), n, bias, algorithm, factors)[:m]
+    if bias is not None and x.dtype is e4m3.DTYPE and not _adds_bias_in_e4m3(x.device):
+        y = cusparselt.multiply(operand, x.contiguous(), n, None, algorithm, alpha)
+        return e4m3.finish(y, None, bias)[:m]
+    return cusparselt.multiply(operand, x.contiguous(), n, bias, algorithm, alpha)[:m]
 
 
-def pack_two_of_four(weight: SparseTensor, dtype: torch.dtype) -> TwoOfFour | TwoOfFourE4m3:
-    """`weight` compressed, in its own type or, rounded, in E4M3. ValueError, TypeError or
-    NotImplementedError says why it cannot be."""
+@cache
+def _adds_bias_in_e4m3(device: torch.device) -> bool:
+    bias = torch.zeros(32, dtype=torch.bfloat16, device=device)
+    try:
+        cusparselt.Plan(32, 32, 16, device.index, None, bias, e4m3.DTYPE)
+    except cusparselt.Error:
+        return False
+    return True
+
+
+def pack_two_of_four(
+    weight: SparseTensor, dtype: torch.dtype, largest: float | None = None
+) -> TwoOfFour | TwoOfFourE4m3:
+    """`weight` compressed, in its own type or, rounded, in E4M3, where `largest` may say how large
+    x gets. ValueError, TypeError or NotImplementedError says why it cannot be."""
     if reason := refusal(weight, dtype):
         raise reason
     (n, k), dense = weight.shape, weight.to_dense()
@@ -107,9 +131,10 @@ def pack_two_of_four(weight: SparseTensor, dtype: torch.dtype) -> TwoOfFour | Tw
     else:
         if not dense.isfinite().all():
             raise ValueError("weight: expected finite values, since E4M3 has no infinities")
-        rounded, scales = e4m3.quantise_rows(dense)
+        rounded, exponent = e4m3.quantise_weight(dense)
+        x_exponent = FOUND if largest is None else e4m3.exponent_of(largest, e4m3.HEADROOM)
         operand = cusparselt.compress(rounded)
-        packed = TwoOfFourE4m3(n, k, weight.nnz, operand, scales)
+        packed = TwoOfFourE4m3(n, k, weight.nnz, exponent, x_exponent, operand)
     packed.check()
     return packed
 
@@ -131,7 +156,7 @@ def refusal(weight: SparseTensor, dtype: torch.dtype) -> Exception | None:
         return ValueError("weight: expected W [N, K] as it is stored, got a transpose")
     if reason := refuse_gpu():
         return NotImplementedError(f"two_of_four: {reason}")
-    if weight.values.device.type != "cuda":
+    if weight.values.device.type != DEVICE:
         return NotImplementedError(
             f"two_of_four: expected a weight on a GPU, got {weight.values.device}"
         )

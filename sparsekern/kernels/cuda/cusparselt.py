@@ -14,7 +14,6 @@ import ctypes
 import threading
 from functools import cache
 from importlib.metadata import PackageNotFoundError, files
-from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -27,7 +26,7 @@ _ROW, _COLUMN = 2, 1
 ALIGNMENT = 16  # bytes
 MOST_PLANS = 256  # of a thread
 _PLAIN, _TRANSPOSED = 0, 1
-_ID, _SPLIT_K = 0, 3  # attributes of a selection
+_ID = 0  # attribute of a selection
 _BIAS = 8  # of a descriptor of a matmul
 
 _pointer, _int64, _uint32, _int, _size = (
@@ -62,14 +61,6 @@ _SIGNATURES = {
 
 class Error(RuntimeError):
     """A call that cuSPARSELt refuses."""
-
-
-class Algorithm(NamedTuple):
-    """One of the library's numbers, and into how many parts K is split; -1: by its own schedule,
-    which Hopper has."""
-
-    number: int
-    split_k: int = 1
 
 
 def result_dtype(dtype: torch.dtype) -> torch.dtype:
@@ -172,7 +163,7 @@ def compress(w: Tensor) -> Tensor:
     lib, device, w = loaded(), w.device.index, w.contiguous()
     with torch.cuda.device(device):
         handle = _handle(device)
-        descriptor = _sparse(handle, *w.shape, w.dtype)
+        descriptor = _sparse(handle, w.shape[0], w.shape[1], w.dtype)
         size, scratch = ctypes.c_size_t(), ctypes.c_size_t()
         refs = ctypes.byref(size), ctypes.byref(scratch)
         lib.call("SpMMACompressedSize2", handle, descriptor, *refs)
@@ -195,12 +186,12 @@ class Plan:
         k: int,
         m: int,
         device: int,
-        algorithm: Algorithm | None = None,
+        algorithm: int | None = None,
         bias: Tensor | None = None,
         dtype: torch.dtype = torch.bfloat16,
     ):
-        """algorithm: None for the library's own choice. dtype: of x and W. bias: the first one, of
-        a plan whose products have one."""
+        """algorithm: a number, None for the library's own choice. dtype: of x and W. bias: the
+        first one, of a plan whose products have one."""
         lib = loaded()
         self._shape, self._lib, self._device = (m, n), lib, device
         self._dtype = out = result_dtype(dtype)
@@ -220,10 +211,7 @@ class Plan:
         lib.call("MatmulAlgSelectionInit", handle, self._selection, matmul, 0)
         self._is_selected = True
         if algorithm is not None:
-            number, split_k = map(ctypes.c_int, algorithm)
-            self._set("MatmulAlgSetAttribute", self._selection, _ID, number)
-            if algorithm.split_k != 1:
-                self._set("MatmulAlgSetAttribute", self._selection, _SPLIT_K, split_k)
+            self._set("MatmulAlgSetAttribute", self._selection, _ID, ctypes.c_int(algorithm))
         lib.call("MatmulPlanInit", handle, self._plan, matmul, self._selection)
         self._is_planned = True
         size = ctypes.c_size_t()
@@ -270,7 +258,7 @@ def multiply(
     x: Tensor,
     n: int,
     bias: Tensor | None,
-    algorithm: Algorithm | None,
+    algorithm: int | None,
     alpha: float = 1.0,
 ) -> Tensor:
     """y [M, n] = alpha x [M, K] W^T + bias [n] of the operand of W; x is contiguous."""

@@ -10,14 +10,15 @@ import math
 import torch
 from torch import Tensor
 
+from .cusparselt import aligned
 from .library import start
 
 DTYPE = torch.float8_e4m3fn
 MOST, ROUNDS_TO_MOST = 448.0, 464.0
-LEAST = 2.0**-100  # of the largest of x: below, its inverse would leave float32's range
+LEAST = 2.0**-50  # of the largest: below, products of scales would leave float32's range
 THREADS, SMEM_BYTES = 256, 32
 VALUES = 16  # of a thread's step, which a row of x holds whole
-MOST_PARTS, MOST_BLOCKS = 528, 1056  # of the two kernels; 4 and 8 on each of 132 multiprocessors
+MOST_PARTS, MOST_BLOCKS = 1056, 2112  # 8 and 16 on each of 132 multiprocessors
 MULTIPLE_OF_TOKENS = 16  # which a product in E4M3 takes
 HEADROOM = 3  # binades between the largest of the examples and what becomes NaN
 
@@ -39,7 +40,7 @@ def quantise(x: Tensor, exponent: int | None) -> tuple[Tensor, Tensor | None]:
     """x [M, K], bfloat16, times 2^exponent in E4M3; None: the exponent is found, and 2^-exponent
     [1], bfloat16, comes back too. Rows of 0 fill M up to a multiple of 16; K is one. An infinity, a
     NaN and what is beyond 448 become NaN."""
-    m, k = x.shape
+    (m, k), x = x.shape, aligned(x.contiguous())
     filled = -(-m // MULTIPLE_OF_TOKENS) * MULTIPLE_OF_TOKENS
     steps, filled_steps = m * k // VALUES, filled * k // VALUES
     blocks = max(1, -(-filled_steps // THREADS))
@@ -54,6 +55,15 @@ def quantise(x: Tensor, exponent: int | None) -> tuple[Tensor, Tensor | None]:
     operands = x, largest, x8, inverse
     start("sk_e4m3_cast", min(MOST_BLOCKS, blocks), THREADS, SMEM_BYTES, operands, *sizes)
     return x8, inverse
+
+
+def finish(y: Tensor, inverse: Tensor | None, bias: Tensor | None) -> Tensor:
+    """y [M, N] times inverse [1], + bias [N], in place; N is a multiple of 8."""
+    eights, of_row = y.numel() // 8, y.shape[1] // 8
+    bias = None if bias is None else aligned(bias.contiguous())
+    blocks = min(MOST_BLOCKS, max(1, -(-eights // THREADS)))
+    start("sk_e4m3_finish", blocks, THREADS, 0, (y, inverse, bias), eights, of_row)
+    return y
 
 
 def traced(x: Tensor, exponent: int | None) -> tuple[Tensor, Tensor | None]:

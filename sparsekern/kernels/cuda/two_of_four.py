@@ -31,7 +31,6 @@ from .bitmap import Bitmap
 from .compressed import MACHINE, MULTIPLE, MULTIPLE_OF_TOKENS, refuse_gpu
 
 
-
 @dataclass(frozen=True)
 class _Side:
     """What the operand of W or of W^T holds beside values."""

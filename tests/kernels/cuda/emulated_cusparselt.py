@@ -88,6 +88,9 @@ def stand_in(cusparselt_library, emulated_cuda, monkeypatch, tmp_path):  # noqa:
     capturing = "is_current_stream_capturing"
     monkeypatch.setattr(torch.cuda, capturing, lambda: library.is_capturing)
     monkeypatch.setattr(torch.cuda, "_sleep", lambda cycles: None, raising=False)
+    for name in ("ROUNDS", "FINAL_ROUNDS", "LAUNCHES"):
+        monkeypatch.setattr(algorithms, name, 1)
+    monkeypatch.setattr(algorithms, "REPEATED", 8)
     monkeypatch.setattr(torch.cuda, "Event", partial(Event, library))
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     # Fewer tokens than 72 are those of few_tokens.
@@ -97,6 +100,7 @@ def stand_in(cusparselt_library, emulated_cuda, monkeypatch, tmp_path):  # noqa:
     caches = (
         *(cusparselt.library, algorithms._known),
         *(compressed.refuse_gpu, two_of_four._refuse_layout),
+        compressed._adds_bias_in_e4m3,
     )
     library.reset()
     for cache in caches:

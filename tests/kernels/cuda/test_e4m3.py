@@ -43,7 +43,9 @@ def test_the_kernels_round_as_torch_does(device, m, k):
         kept = x.isfinite() & ~(back.isnan() & (x.abs() * 2.0 ** (exponent or 0) > 464))
         assert torch.equal(back.isnan(), ~kept)
         off = (back - x.double()).abs()
-        assert (off[kept] <= torch.maximum(x.double().abs() / 16, 2**-10 * unit + 0 * off)[kept]).all()
+        assert (
+            off[kept] <= torch.maximum(x.double().abs() / 16, 2**-10 * unit + 0 * off)[kept]
+        ).all()
 
 
 def test_weights_keep_three_bits_and_no_negative_zero():
@@ -54,5 +56,5 @@ def test_weights_keep_three_bits_and_no_negative_zero():
     large = w.double().abs() * 2.0**exponent > 2**-6
     assert ((back - w.double()).abs()[large] <= w.double().abs()[large] / 16).all()
     assert e4m3.exponent_of(448) == 0 and e4m3.exponent_of(448.1) == -1
-    assert e4m3.exponent_of(56, headroom=3) == 0 and e4m3.exponent_of(0) == 108
+    assert e4m3.exponent_of(56, headroom=3) == 0 and e4m3.exponent_of(0) == 58
     assert e4m3.quantise_weight(torch.zeros(4, 4))[0].view(torch.uint8).sum() == 0

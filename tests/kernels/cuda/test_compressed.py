@@ -1,0 +1,193 @@
+"""Packed weights on sparse tensor cores: through cuSPARSELt's stand-in, and on a GPU."""
+
+import copy
+
+import pytest
+import torch
+from emulated_cusparselt import (  # noqa: F401
+    WRONG,
+    cusparselt_library,
+    emulated_cuda,
+    emulator,
+    stand_in,
+)
+from test_two_of_four import two_way
+from torch import nn
+
+from sparsekern import SparseLinear, SparseTensor
+from sparsekern.kernels.cuda import algorithms, compressed, e4m3
+from sparsekern.kernels.cuda.choose import pack
+from sparsekern.kernels.cuda.few_tokens import spmm_packed
+from sparsekern.nn import PackedLinear, pack_
+from sparsekern.testing import relative_error
+
+E4M3 = e4m3.DTYPE
+N, K = 64, 96
+needs_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")
+TOLERANCE = {torch.bfloat16: 2**-8, torch.float16: 2**-10}  # one rounding of the result
+
+
+@pytest.fixture(params=["cpu", pytest.param("cuda", marks=[pytest.mark.gpu, needs_gpu])])
+def device(request, monkeypatch):
+    """That of the stand-in, and a GPU."""
+    if request.param == "cpu":
+        request.getfixturevalue("stand_in")
+        monkeypatch.setattr(compressed, "DEVICE", "cpu")
+    return request.param
+
+
+def weight(n=N, k=K, dtype=torch.bfloat16, device="cpu"):
+    mask = two_way(n, k)
+    w = (torch.randn(n, k) * mask).to(dtype)
+    w[tuple(mask.nonzero()[3])] = 0  # stored
+    w[tuple(mask.nonzero()[5])] = -0.0
+    w[tuple(mask.nonzero()[7])] = 1e-6  # 0 in E4M3
+    return SparseTensor.from_dense(w, mask).to(device), w.to(device)
+
+
+def error(y, x, w, bias=None):
+    x, w = x.double(), w.double()
+    exact, scale = x @ w.T, x.abs() @ w.abs().T
+    if bias is not None:
+        exact, scale = exact + bias.double(), scale + bias.double().abs()
+    return relative_error(y, exact, scale)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("m", [1, 8, 37, 96])
+def test_products_of_any_number_of_tokens(device, dtype, m, nan_memory):
+    W, w = weight(dtype=dtype, device=device)
+    packed = compressed.pack_two_of_four(W, dtype)
+    assert packed.nbytes == 9 / 16 * 2 * N * K
+    x = torch.randn(m, K, device=device).to(dtype)
+    bias = torch.randn(N, device=device).to(dtype)
+    assert error(spmm_packed(x, packed), x, w) <= TOLERANCE[dtype]
+    assert error(spmm_packed(x, packed, bias), x, w, bias) <= TOLERANCE[dtype]
+    apart = torch.randn(m, K + 1, device=device).to(dtype)[:, 1:]
+    assert error(spmm_packed(apart, packed), apart, w) <= TOLERANCE[dtype]
+    assert spmm_packed(x[:0], packed, bias).shape == (0, N)
+
+
+@pytest.mark.parametrize("largest", [None, 6.0])
+@pytest.mark.parametrize("m", [1, 16, 37])
+def test_in_e4m3_the_rounded_operands_are_multiplied_exactly(
+    device, largest, m, nan_memory, request
+):
+    W, w = weight(device=device)
+    packed = compressed.pack_two_of_four(W, E4M3, largest)
+    assert packed.nbytes == 10 / 16 * N * K
+    x, bias = torch.randn(m, K, device=device).bfloat16(), torch.randn(N, device=device).bfloat16()
+    w8, exponent = e4m3.quantise_weight(w)
+    x8, inverse = e4m3.traced(x, packed.given_exponent)
+    w8 = w8.double() / 2.0**exponent
+    x8 = x8.double() * (2.0**-packed.given_exponent if inverse is None else inverse.double())
+    assert (x8 - x.double()).abs().max() <= x.abs().max() / 16
+    assert error(spmm_packed(x, packed), x8, w8) <= 2**-8
+    for takes_bias in (True, False):
+        y = spmm_packed(x, packed, bias)
+        assert error(y, x8, w8, bias) <= (1 if takes_bias and inverse is None else 2) * 2**-8
+        if device == "cpu":
+            request.getfixturevalue("stand_in").e4m3_without_bias()
+            compressed._adds_bias_in_e4m3.cache_clear()
+    assert spmm_packed(x[:0], packed, bias).shape == (0, N)
+    if m > 1:
+        for bad in (torch.inf, torch.nan) if largest is None else (torch.inf, 1e3):
+            x[m - 2, 5] = bad
+            y = spmm_packed(x, packed)
+            assert y[m - 2].isnan().any() and not y[: m - 2].isnan().any()
+
+
+def test_what_cannot_be_compressed_says_why(device, monkeypatch):
+    def refused(error, match, W, dtype=torch.bfloat16):
+        with pytest.raises(error, match=match):
+            compressed.pack_two_of_four(W, dtype)
+
+    free = SparseTensor.from_dense((torch.rand(N, K) < 0.4).bfloat16()).to(device)
+    refused(ValueError, "expected a two-way pattern", free)
+    three = torch.zeros(N, K).bfloat16()
+    three[3, 8:11] = 1
+    refused(ValueError, "expected a two-way pattern", SparseTensor.from_dense(three).to(device))
+    across = torch.zeros(N, K).bfloat16()
+    across[3, 6:10] = 1  # two and two
+    compressed.pack_two_of_four(SparseTensor.from_dense(across).to(device), E4M3)
+    refused(
+        ValueError, "multiples of 16 for bfloat16, got 8 and 96", weight(8, K, device=device)[0]
+    )
+    W = weight(48, K, device=device)[0]
+    refused(ValueError, "multiples of 32 for float8_e4m3fn, got 48 and 96", W, E4M3)
+    W = weight(dtype=torch.float16, device=device)[0]
+    refused(TypeError, "expected bfloat16 values for float8_e4m3fn, got float16", W, E4M3)
+    W, w = weight(device=device)
+    W.values[0] = torch.inf
+    refused(ValueError, "expected finite values", W, E4M3)
+    refused(ValueError, "got a transpose", W.T.contiguous().T if W.is_transposed else W.T)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: (8, 0))
+    compressed.refuse_gpu.cache_clear()
+    refused(NotImplementedError, "two_of_four: .* 9.0 alone, not 8.0", weight(device=device)[0])
+    compressed.refuse_gpu.cache_clear()
+
+
+def test_no_right_algorithm_is_an_error(stand_in, monkeypatch):  # noqa: F811
+    monkeypatch.setattr(compressed, "DEVICE", "cpu")
+    W, _ = weight()
+    packed = compressed.pack_two_of_four(W, torch.bfloat16)
+    for number in algorithms.CANDIDATES[torch.bfloat16]:
+        stand_in.algorithm(number, WRONG)
+    with pytest.warns(UserWarning, match="no algorithm multiplies"):
+        with pytest.raises(RuntimeError, match="none of cuSPARSELt's algorithms multiplies"):
+            spmm_packed(torch.randn(8, K).bfloat16(), packed)
+
+
+def test_pack_chooses_it_where_it_pays(stand_in, monkeypatch):  # noqa: F811
+    monkeypatch.setattr(compressed, "DEVICE", "cpu")
+    W, w = weight()
+    monkeypatch.setattr(compressed, "least_size", lambda *_: 64 if _[2] >= 512 else None)
+    assert type(pack(W, 512)) is compressed.TwoOfFour and pack(W, 64).name != "two_of_four"
+    free = SparseTensor.from_dense((torch.rand(N, K) < 0.4).bfloat16())
+    assert pack(free, 512).name == "pairs"
+    monkeypatch.setattr(compressed, "least_size", lambda *_: 65)
+    assert pack(W, 512).name == "pairs"
+
+
+def model(device="cpu"):
+    made = nn.Sequential(nn.Linear(K, N), nn.GELU(), nn.Linear(N, K, bias=False)).bfloat16()
+    for i in (0, 2):
+        made[i] = SparseLinear.from_linear(made[i], two_way(*made[i].weight.shape))
+    return made.to(device)
+
+
+def test_pack_in_e4m3_refuses_as_a_whole(stand_in, monkeypatch):  # noqa: F811
+    monkeypatch.setattr(compressed, "DEVICE", "cpu")
+    one = model()
+    one[2] = SparseLinear.from_linear(nn.Linear(N, K).bfloat16(), torch.rand(K, N) < 0.3)
+    layers = [*one]
+    with pytest.raises(ValueError, match="^pack_: 2: weight: expected a two-way pattern"):
+        pack_(one, 2048, dtype=E4M3)
+    assert [*one] == layers
+    with pytest.raises(ValueError, match="dtype: expected torch.float8_e4m3fn or None, got"):
+        pack_(one, dtype=torch.float8_e5m2)
+    with pytest.raises(ValueError, match="example: it has a meaning with"):
+        pack_(one, example=torch.ones(1))
+    with pytest.raises(TypeError, match="example: expected a tensor, .* got int"):
+        pack_(model(), dtype=E4M3, example=3)
+    bad = torch.full((2, K), torch.inf).bfloat16()
+    with pytest.raises(ValueError, match="example: expected finite inputs of 0, .* input of inf"):
+        pack_(model(), dtype=E4M3, example=bad)
+    with pytest.raises(ValueError, match="example: expected finite inputs of 0, it brought none"):
+        pack_(model(), dtype=E4M3, example=lambda m: None)
+
+
+@pytest.mark.parametrize("kind", [lambda x: x, lambda x: (x,), lambda x: {"input": x}])
+def test_pack_sees_how_large_the_inputs_are(stand_in, kind, monkeypatch):  # noqa: F811
+    monkeypatch.setattr(compressed, "DEVICE", "cpu")
+    one, x = model(), torch.randn(24, K).bfloat16()
+    hooks = len(one[0]._forward_pre_hooks)
+    with torch.no_grad():
+        hidden = one[:2](x)
+    pack_(one, dtype=E4M3, example=kind(x))
+    assert [type(layer) for layer in one] == [PackedLinear, nn.GELU, PackedLinear]
+    assert len(one[0]._forward_pre_hooks) == hooks == 0
+    for layer, given in ((one[0], x), (one[2], hidden)):
+        assert layer.numbers[1] == e4m3.exponent_of(given.abs().max().item(), 3)
+        assert layer.packed_bytes == 0.625 * N * K and layer.dtype is torch.bfloat16
+    assert copy.deepcopy(one).half()[0].operand.dtype is torch.uint8
