@@ -2,6 +2,7 @@
 
 python bench/run_gpu.py decode      results/<GPU>-decode-<dtype>-<date>.*, docs/benchmarks.md
 python bench/run_gpu.py prompts     results/<GPU>-prompts-<dtype>-<date>.*: 96 tokens and more
+python bench/run_gpu.py two-way     results/<GPU>-two-way-<dtype>-<date>.*: 2:4 and E4M3, packed
 python bench/run_gpu.py crossover   sparsekern/kernels/crossover.json
 python bench/run_gpu.py train            results/<GPU>-train-bfloat16-<date>.*: whole steps of GPTs
 python bench/run_gpu.py train-products   their three products alone, and what is written out
@@ -27,6 +28,7 @@ import pages
 import tables_gpu
 import torch
 import train_gpu
+import two_way
 
 from sparsekern.bench import (
     ceilings,
@@ -35,6 +37,7 @@ from sparsekern.bench import (
     peers_gpu,
     records,
     replay_gpu,
+    two_way_gpu,
 )
 from sparsekern.bench.machine import about_cpu, about_gpu, about_run, gpu_under_load, in_words
 from sparsekern.bench.measure_gpu import Grid
@@ -60,10 +63,12 @@ PROMPTS = Grid(
     sparsities=(0.75,),
     masks=("random",),
 )
+TWO_WAY = replace(PROMPTS, tokens=(*PROMPTS.tokens, 8192), masks=("two-way",))
 WAYS = {
     "decode": peers_gpu.decode_ways,
     "prompts": peers_gpu.prompt_ways,
     "crossover": peers_gpu.crossover_ways,
+    "two-way": two_way_gpu.ways,
 }
 
 SECTIONS = """\
@@ -163,7 +168,11 @@ def measure(verb: str, grid: Grid, path: Path, commit: str | None, part: Part | 
             print(f"{time.monotonic() - start:4.0f} s {case_name(cell)}: {found}", flush=True)
             if cell["M"] == grid.tokens[-1]:
                 records.write(path, about, records.flat(cells))
-    about["is_whole"] = len(cells) == wanted
+        about["is_whole"] = len(cells) == wanted
+        if verb == "two-way" and not part:
+            for cell in two_way_gpu.after_norm(clock, generator, grid.sparsities[0]):
+                cells.append(derive(cell))
+                print(f"{time.monotonic() - start:4.0f} s {case_name(cell)}", flush=True)
     about["machine"]["under_load_at_end"] = gpu_under_load()
     about["seconds"] = time.monotonic() - start
     records.write(path, about, records.flat(cells))
@@ -202,6 +211,9 @@ def page_of_prompts(name: str, run: Run) -> str:
         shapes=", ".join(f"{n}x{k}" for n, k in sorted(tables_gpu.shapes_of(cells))),
         competitors=tables_gpu.competitors(cells),
     )
+
+
+PAGES = {"decode": page, "prompts": page_of_prompts, "two-way": two_way.page}
 
 
 def joined(runs: list[Run]) -> Run:
@@ -247,8 +259,8 @@ def publish(run: Run) -> None:
         if dtype == "bfloat16":
             about = in_words(run.about, dtype)
             pages.update(PAGE, MARKERS, name, tables_gpu.summary(cells), about)
-    elif run.about["benchmark"] == "prompts":
-        pages.publish(pages.RESULTS, name_of(run), run, page_of_prompts(name_of(run), run), None)
+    elif make_page := PAGES.get(run.about["benchmark"]):
+        pages.publish(pages.RESULTS, name_of(run), run, make_page(name_of(run), run), None)
     else:
         update_crossover(run)
 
@@ -270,12 +282,16 @@ def update_crossover(run: Run) -> None:
 
 
 def grid_of(verb: str, dtype: torch.dtype, quick: bool) -> Grid:
+    if quick and verb == "two-way":
+        return replace(TWO_WAY, shapes=QUICK.shapes, tokens=(128, 1024), dtype=dtype)
     if quick:
         return replace(QUICK, dtype=dtype)
     if verb == "decode":
         return Grid(dtype=dtype)
     if verb == "prompts":
         return replace(PROMPTS, dtype=dtype)
+    if verb == "two-way":
+        return replace(TWO_WAY, dtype=dtype)
     return replace(crossover.GRID, dtype=dtype)
 
 
@@ -330,8 +346,7 @@ def main(arguments: list[str]) -> int:
         grid = part_of(grid, args.part)
     run = measure(args.verb, grid, path, args.commit, args.part)
     cells = derived(run)
-    pages_of = {"decode": page, "prompts": page_of_prompts}
-    if make_page := pages_of.get(args.verb):
+    if make_page := PAGES.get(args.verb):
         print(make_page(path.stem, run))
     else:
         print(crossover.summarize(cells, ""))
