@@ -170,10 +170,12 @@ def refusal(weight: SparseTensor, dtype: torch.dtype) -> Exception | None:
 
 def pays(weight: SparseTensor, tokens: int) -> bool:
     """Whether products of so many tokens are faster compressed than in any other layout or dense,
-    and `weight` can be."""
-    dtype, machine = weight.values.dtype, MACHINE
-    least = least_size(machine, dtype, tokens, "two_of_four packed") if dtype in TYPES else None
-    return least is not None and min(weight.shape) >= least and not refusal(weight, dtype)
+    and `weight` can be. Both 16-bit types run at one rate."""
+    dtype = weight.values.dtype
+    least = least_size(MACHINE, torch.bfloat16, tokens, "two_of_four packed")
+    if least is None or min(weight.shape) < least:
+        return False
+    return dtype in TYPES and not refusal(weight, dtype)
 
 
 def is_two_of_four(weight: SparseTensor) -> bool:

@@ -14,11 +14,12 @@ from emulated_cusparselt import (  # noqa: F401
 from test_two_of_four import two_way
 from torch import nn
 
-from sparsekern import SparseLinear, SparseTensor
+from sparsekern import SparseLinear, SparseTensor, registered
 from sparsekern.kernels.cuda import algorithms, compressed, e4m3
 from sparsekern.kernels.cuda.choose import pack
 from sparsekern.kernels.cuda.few_tokens import spmm_packed
 from sparsekern.nn import PackedLinear, pack_
+from sparsekern.nn import packed as nn_packed
 from sparsekern.testing import relative_error
 
 E4M3 = e4m3.DTYPE
@@ -191,3 +192,51 @@ def test_pack_sees_how_large_the_inputs_are(stand_in, kind, monkeypatch):  # noq
         assert layer.numbers[1] == e4m3.exponent_of(given.abs().max().item(), 3)
         assert layer.packed_bytes == 0.625 * N * K and layer.dtype is torch.bfloat16
     assert copy.deepcopy(one).half()[0].operand.dtype is torch.uint8
+
+
+@pytest.mark.parametrize("example", [True, False])
+def test_what_is_compiled_is_the_same_product(stand_in, example, monkeypatch):  # noqa: F811
+    """Its cast is torch's, in the graph; here both run as they are."""
+    monkeypatch.setattr(compressed, "DEVICE", "cpu")
+    monkeypatch.setattr(nn_packed, "spmm_e4m3", registered.run_spmm_e4m3)
+    one, x = model(), torch.randn(24, K).bfloat16()
+    pack_(one, dtype=E4M3, example=x if example else None)
+    for layer, given in ((one[0], x), (one[2], torch.randn(5, N).bfloat16())):
+        parts = layer.layout, layer.out_features, layer.in_features, layer.nnz, layer.numbers
+        y = registered.run_spmm_packed(given, *parts, [layer.operand], layer.bias)
+        torch.testing.assert_close(layer._traced(given), y, rtol=2**-7, atol=2**-7)
+    with pytest.raises(TypeError, match="x8: expected E4M3 on cpu, got torch.bfloat16"):
+        registered.run_spmm_e4m3(x, one[0].operand, N, 1.0)
+
+
+@pytest.mark.gpu
+@needs_gpu
+@pytest.mark.parametrize("dtype, example", [(None, False), (E4M3, False), (E4M3, True)])
+def test_a_model_is_captured_and_compiled(dtype, example, monkeypatch):
+    monkeypatch.setattr(compressed, "least_size", lambda *_: 1)
+    one, m = model("cuda").eval(), 64
+    one[2].bias = nn.Parameter(torch.randn(K, device="cuda").bfloat16())
+    x = torch.randn(3, m, K, device="cuda").bfloat16()
+    with torch.no_grad():
+        exact = one(x)
+    off = (2**-6 if dtype is None else 0.15) * exact.float().square().mean().sqrt().item()
+    pack_(one, tokens=m, dtype=dtype, example=x[:1] if example else None)
+    layouts = {layer.layout for layer in (one[0], one[2])}
+    assert layouts == {"two_of_four" if dtype is None else "two_of_four_e4m3"}
+    with torch.inference_mode():
+        for few in (1, 17, 3 * m):  # of any number of tokens
+            given = x.view(-1, K)[:few]
+            torch.testing.assert_close(one(given), exact.view(-1, K)[:few], rtol=0, atol=off)
+        compiled = torch.compile(one, fullgraph=True)
+        torch.testing.assert_close(compiled(x), exact, rtol=0, atol=off)
+    stream, static = torch.cuda.Stream(), x.clone()
+    with torch.no_grad(), torch.cuda.stream(stream):
+        one(static)
+        torch.cuda.synchronize()
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            y = one(static)
+        for _ in range(2):
+            static.normal_()
+            graph.replay()
+            assert torch.equal(y, one(static))
