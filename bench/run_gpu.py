@@ -4,6 +4,8 @@ python bench/run_gpu.py decode      results/<GPU>-decode-<dtype>-<date>.*, docs/
 python bench/run_gpu.py prompts     results/<GPU>-prompts-<dtype>-<date>.*: 96 tokens and more
 python bench/run_gpu.py two-way     results/<GPU>-two-way-<dtype>-<date>.*: 2:4 and E4M3, packed
 python bench/run_gpu.py crossover   sparsekern/kernels/crossover.json
+python bench/run_gpu.py layouts     results/<GPU>-layouts-*, sparsekern/kernels/packed_times.json
+python bench/run_gpu.py generate    whole models: bench_generate.py, which has its flags
 python bench/run_gpu.py train            results/<GPU>-train-bfloat16-<date>.*: whole steps of GPTs
 python bench/run_gpu.py train-products   their three products alone, and what is written out
 python bench/run_gpu.py train-memory     memory of a step; --largest: the most sequences that fit
@@ -33,6 +35,7 @@ import two_way
 from sparsekern.bench import (
     ceilings,
     crossover,
+    layouts_gpu,
     measure_gpu,
     peers_gpu,
     records,
@@ -43,6 +46,7 @@ from sparsekern.bench.machine import about_cpu, about_gpu, about_run, gpu_under_
 from sparsekern.bench.measure_gpu import Grid
 from sparsekern.bench.rates import case_name, derive, derived
 from sparsekern.bench.records import Run, select
+from sparsekern.kernels.cuda import times
 from sparsekern.report import plots
 from sparsekern.report.curves import curves, tokens
 
@@ -52,6 +56,8 @@ PAGE = BENCH.parent / "docs" / "benchmarks.md"
 MARKERS = "<!-- bench-gpu: begin -->", "<!-- bench-gpu: end -->"
 CROSSOVER = BENCH.parent / "sparsekern" / "kernels" / "crossover.json"
 LIMIT_S = 230.0  # no new W is begun after so long
+
+ROUNDS = {"layouts": 3, "two-way": two_way.ROUNDS}  # of others: measure_gpu.ROUNDS
 
 Part = tuple[int, int]  # (2, 3): the second of three
 
@@ -63,12 +69,19 @@ PROMPTS = Grid(
     sparsities=(0.75,),
     masks=("random",),
 )
-TWO_WAY = replace(PROMPTS, tokens=(*PROMPTS.tokens, 8192), masks=("two-way",))
 WAYS = {
     "decode": peers_gpu.decode_ways,
     "prompts": peers_gpu.prompt_ways,
     "crossover": peers_gpu.crossover_ways,
+    "layouts": layouts_gpu.ways,
     "two-way": two_way_gpu.ways,
+}
+GRIDS = {
+    "decode": Grid(),
+    "prompts": PROMPTS,
+    "crossover": crossover.GRID,
+    "layouts": layouts_gpu.GRID,
+    "two-way": replace(PROMPTS, tokens=(*PROMPTS.tokens, 8192), masks=("two-way",)),
 }
 
 SECTIONS = """\
@@ -162,7 +175,8 @@ def measure(verb: str, grid: Grid, path: Path, commit: str | None, part: Part | 
     with torch.no_grad(), torch.cuda.stream(torch.cuda.Stream()):
         clock = replay_gpu.CudaClock()
         deadline = start + LIMIT_S
-        for cell in measure_gpu.cells(grid, ways, clock, generator, deadline=deadline):
+        rounds = ROUNDS.get(verb, measure_gpu.ROUNDS)
+        for cell in measure_gpu.cells(grid, ways, clock, generator, rounds, deadline):
             cells.append(derive(cell))
             found = ", ".join(f"{name} {ratio:.2f}" for name, ratio in cell["speedups"].items())
             print(f"{time.monotonic() - start:4.0f} s {case_name(cell)}: {found}", flush=True)
@@ -205,7 +219,7 @@ def page_of_prompts(name: str, run: Run) -> str:
     return PROMPTS_PAGE.format(
         name=name,
         heading=in_words(run.about, cells[0]["dtype"]),
-        rounds=measure_gpu.ROUNDS,
+        rounds=ROUNDS.get(run.about["benchmark"], measure_gpu.ROUNDS),
         fewest=measure_gpu.LAUNCHES[0],
         cold_mb=measure_gpu.COLD_BYTES / 1e6,
         shapes=", ".join(f"{n}x{k}" for n, k in sorted(tables_gpu.shapes_of(cells))),
@@ -213,7 +227,8 @@ def page_of_prompts(name: str, run: Run) -> str:
     )
 
 
-PAGES = {"decode": page, "prompts": page_of_prompts, "two-way": two_way.page}
+PAGES = dict(decode=page, prompts=page_of_prompts, layouts=page_of_prompts)
+PAGES["two-way"] = two_way.page
 
 
 def joined(runs: list[Run]) -> Run:
@@ -261,6 +276,10 @@ def publish(run: Run) -> None:
             pages.update(PAGE, MARKERS, name, tables_gpu.summary(cells), about)
     elif make_page := PAGES.get(run.about["benchmark"]):
         pages.publish(pages.RESULTS, name_of(run), run, make_page(name_of(run), run), None)
+        if run.about["benchmark"] == "layouts":
+            times.FILE.write_text(
+                layouts_gpu.in_json(layouts_gpu.summarize(derived(run), source(run)))
+            )
     else:
         update_crossover(run)
 
@@ -271,28 +290,25 @@ def name_of(run: Run) -> str:
     return f"{gpu}-{about['benchmark']}-{run.records[0]['dtype']}-{about['date']}"
 
 
+def source(run: Run) -> str:
+    m, commit = run.about["machine"], run.about["commit"]["id"][:10]
+    return f"{m['gpu']}, torch {m['torch']}, {run.about['date']}, commit {commit}"
+
+
 def update_crossover(run: Run) -> None:
     """Replaces what the file says of this capability and dtype; the rest stays."""
-    m, commit = run.about["machine"], run.about["commit"]["id"][:10]
-    measured = f"{m['gpu']}, torch {m['torch']}, {run.about['date']}, commit {commit}"
+    m = run.about["machine"]
     data = json.loads(CROSSOVER.read_text()) if CROSSOVER.exists() else {}
-    found = crossover.summarize(derived(run), measured)
+    found = crossover.summarize(derived(run), source(run))
     data[m["capability"]] = data.get(m["capability"], {}) | found
     CROSSOVER.write_text(json.dumps(data, indent=1) + "\n")
 
 
 def grid_of(verb: str, dtype: torch.dtype, quick: bool) -> Grid:
-    if quick and verb == "two-way":
-        return replace(TWO_WAY, shapes=QUICK.shapes, tokens=(128, 1024), dtype=dtype)
+    grid = GRIDS[verb]
     if quick:
-        return replace(QUICK, dtype=dtype)
-    if verb == "decode":
-        return Grid(dtype=dtype)
-    if verb == "prompts":
-        return replace(PROMPTS, dtype=dtype)
-    if verb == "two-way":
-        return replace(TWO_WAY, dtype=dtype)
-    return replace(crossover.GRID, dtype=dtype)
+        grid = replace(QUICK, masks=grid.masks[:1])
+    return replace(grid, dtype=dtype)
 
 
 def part_of(grid: Grid, part: Part) -> Grid:
@@ -312,6 +328,11 @@ def parse_part(text: str) -> Part:
 
 
 def main(arguments: list[str]) -> int:
+    if arguments[:1] == ["generate"]:
+        import bench_generate  # it needs pytest
+
+        bench_generate.main(arguments[1:])
+        return 0
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     verbs = parser.add_subparsers(dest="verb", required=True)
     for verb in WAYS:

@@ -10,6 +10,8 @@ from sparsekern.bench.records import Run, groups, select
 from sparsekern.bench.two_way_gpu import TOLERANCE
 from sparsekern.terminal import table
 
+ROUNDS = 5
+
 PAGE = """\
 # {name}
 
@@ -51,7 +53,7 @@ def page(name: str, run: Run) -> str:
         name=name,
         heading=in_words(run.about, cells[0]["dtype"]),
         sparsity=cells[0]["sparsity"],
-        rounds=measure_gpu.ROUNDS,
+        rounds=ROUNDS,
         fewest=measure_gpu.LAUNCHES[0],
         cold_mb=measure_gpu.COLD_BYTES / 1e6,
         shapes=", ".join(f"{n}x{k}" for n, k in sorted(tables_gpu.shapes_of(products))),

@@ -1,70 +1,84 @@
 """PackedLinear, a layer for inference on a GPU, and pack_, which puts it into a model."""
 
-import math
-from collections.abc import Mapping
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from ..kernels.cuda import e4m3
-from ..kernels.cuda.choose import pack
+from ..kernels.cuda.choose import pack_for
 from ..kernels.cuda.compressed import FOUND, TwoOfFourE4m3, pack_two_of_four
+from ..kernels.cuda.explained import explain_packed
 from ..kernels.cuda.layout import Packed
 from ..registered import spmm_e4m3, spmm_packed
+from ..tensor import SparseTensor
 from .convert import replace_modules
+from .largest import largest_inputs
 from .linear import SparseLinear
+from .shared import SharedInput, shared_inputs
 
 __all__ = ["PackedLinear", "pack_"]
 
 
 class PackedLinear(nn.Module):
-    """A SparseLinear for inference on a GPU: its weight in the layout that the CUDA kernels read.
+    """A SparseLinear for inference on a GPU: its weight in the layout that the CUDA kernels read,
+    or in two of them.
 
     At 75 % sparsity it takes 0.32 to 0.37 of the bytes of a dense 16-bit weight if packed for one
     or two tokens (the less, the larger it is), 0.43 for more. Up to 64 tokens W is read in that
-    form; above, it is written out for each call. A two-way pattern that is packed for many tokens
-    runs on sparse tensor cores instead, from 0.56 of the bytes; in E4M3 from 0.31, with x cast in
-    each call. There a free place counts as 0 times x: an infinity or NaN makes NaN, in E4M3 of the
-    whole token. No gradient, and no way back to CSR: keep the checkpoint. Not for two CUDA streams
-    at the same time (kernels/cuda/few_tokens.py says why). Its buffers are in no state_dict. Each
-    call checks their types and sizes, but not what stands in them: to average or write them by hand
-    may lead a kernel anywhere.
+    form; above, it is written out for each call, unless a dense copy is kept. A two-way pattern
+    that is packed for many tokens runs on sparse tensor cores, in 0.56 of the bytes, or 0.31 in
+    E4M3, with x cast in each call; some free places count as 0 times x then: an infinity or NaN
+    makes NaN, in E4M3 of the whole token. No gradient, and no way back to CSR: keep the checkpoint.
+    Not for two CUDA streams at the same time (kernels/cuda/few_tokens.py says why). Its buffers are
+    in no state_dict. Each call checks their types and sizes, but not what stands in them: to
+    average or write them by hand may lead a kernel anywhere. `layout` names what is held; explain()
+    says what a call runs.
 
     Args:
-        packed: W [out_features, in_features].
+        packed: W [out_features, in_features], in one layout or in several, each another one.
         bias: [out_features] of the dtype of W, or None.
     """
 
-    def __init__(self, packed: Packed, bias: Tensor | None = None):
+    def __init__(self, packed: Packed | Sequence[Packed], bias: Tensor | None = None):
         super().__init__()
-        packed.check()
-        if bias is not None and bias.shape != (packed.n,):
-            raise ValueError(f"bias: expected shape ({packed.n},), got {tuple(bias.shape)}")
-        self.in_features = packed.k
-        self.out_features = packed.n
-        self.layout, self.dtype = packed.name, packed.dtype
-        self.nnz, self.numbers = packed.nnz, packed.numbers()
-        self._names = tuple(packed.tensors())
-        for name, tensor in packed.tensors().items():
-            self.register_buffer(name, tensor, persistent=False)
+        forms = [packed] if isinstance(packed, Packed) else list(packed)
+        for form in forms:
+            form.check()
+        names = [form.name for form in forms]
+        kinds = {(form.n, form.k, form.nnz, form.dtype, form.arrived.device) for form in forms}
+        if len(kinds) != 1 or len(set(names)) < len(names):
+            raise ValueError(f"packed: expected one W in different layouts, got {names}, {kinds}")
+        self.layout = ",".join(names)
+        first = forms[0]
+        if bias is not None and bias.shape != (first.n,):
+            raise ValueError(f"bias: expected shape ({first.n},), got {tuple(bias.shape)}")
+        self.in_features, self.out_features = first.k, first.n
+        self.dtype, self.nnz = first.dtype, first.nnz
+        self.numbers = [number for form in forms for number in form.numbers()]
+        self._names = []
+        for form in forms:
+            for name, tensor in form.tensors().items():
+                self._names.append(f"{form.name}_{name}")
+                self.register_buffer(self._names[-1], tensor, persistent=False)
         self.register_buffer("bias", bias, persistent=False)
 
     @classmethod
     def from_sparse(
         cls,
         linear: SparseLinear,
-        tokens: int = 1,
+        tokens: int | Sequence[int] = 1,
+        dense: bool = False,
         dtype: torch.dtype | None = None,
         largest: float | None = None,
     ) -> "PackedLinear":
-        """The same function, laid out for calls of about so many tokens. TypeError unless its
-        values are bfloat16 or float16. With dtype torch.float8_e4m3fn in that type, as pack_()
-        says; largest: of what x holds, if it is known."""
+        """The same function, laid out for calls of about so many tokens, as of pack_. TypeError
+        unless its values are bfloat16 or float16. largest: of what x holds, where that is known,
+        for dtype torch.float8_e4m3fn."""
         bias = None if linear.bias is None else linear.bias.detach().to(linear.values.dtype)
-        weight = linear.weight.detach()
-        packed = pack_two_of_four(weight, dtype, largest) if dtype else pack(weight, tokens)
-        return cls(packed, bias).train(linear.training)
+        forms = _forms(linear.weight.detach(), tokens, dense, dtype, largest)
+        return cls(forms, bias).train(linear.training)
 
     def _apply(self, fn, recurse=True):
         """Moves go through. Casts (half(), float()) do not: indices lie in the bits of the floats,
@@ -78,15 +92,27 @@ class PackedLinear(nn.Module):
 
     @property
     def packed_bytes(self) -> int:
-        """Bytes of the packed weight."""
+        """Bytes of the weight, in all layouts that are held."""
         return sum(getattr(self, name).nbytes for name in self._names)
 
+    @property
+    def device(self) -> torch.device:
+        return getattr(self, self._names[0]).device
+
+    def explain(self, x: Tensor | int) -> str:
+        """What a call with x [..., in_features], or with so many tokens, runs: layout and kernel,
+        bytes, whether W is written out or dense runs, and how long that took where it was
+        measured. `sparsekern.explain(x, layer)` is the same."""
+        m = x if isinstance(x, int) else x.shape[:-1].numel()
+        if not isinstance(x, int) and (x.ndim == 0 or x.shape[-1] != self.in_features):
+            raise ValueError(f"x: expected [..., {self.in_features}], got {tuple(x.shape)}")
+        return explain_packed(m, self._parts())
+
     def forward(self, x: Tensor) -> Tensor:
-        device = getattr(self, self._names[-1]).device
-        if x.device.type != "cuda" or x.device != device:
+        if x.device.type != "cuda" or x.device != self.device:
             raise NotImplementedError(
                 f"PackedLinear: expected x on the weight's GPU, got x on {x.device} and the weight "
-                f"on {device}"
+                f"on {self.device}"
             )
         if torch.is_grad_enabled() and x.requires_grad:
             raise RuntimeError("PackedLinear: it has no gradient; use SparseLinear to train")
@@ -98,28 +124,27 @@ class PackedLinear(nn.Module):
             )
         shape, x = x.shape[:-1], x.reshape(-1, self.in_features)
         if self.layout == TwoOfFourE4m3.name and torch.compiler.is_compiling() and x.numel():
-            return self._traced(x).view(*shape, self.out_features)
-        y = spmm_packed(
-            x,
-            self.layout,
-            self.out_features,
-            self.in_features,
-            self.nnz,
-            self.numbers,
-            [getattr(self, name) for name in self._names],
-            self.bias,
-        )
+            y = self._traced(x)
+        else:
+            y = spmm_packed(x, *self._parts(), self.bias)
         return y.view(*shape, self.out_features)
 
     def _traced(self, x: Tensor) -> Tensor:
         """y [M, N] in E4M3 for torch.compile: what makes x casts it, and what takes y scales it."""
         exponent, given = self.numbers
+        operand = getattr(self, self._names[0])
         x8, inverse = e4m3.traced(x, None if given == FOUND else given)
         if inverse is None:
             alpha = 2.0 ** -(exponent + given)
-            return spmm_e4m3(x8, self.operand, self.out_features, alpha, self.bias)
-        y = spmm_e4m3(x8, self.operand, self.out_features, 2.0**-exponent) * inverse
+            return spmm_e4m3(x8, operand, self.out_features, alpha, self.bias)
+        y = spmm_e4m3(x8, operand, self.out_features, 2.0**-exponent) * inverse
         return y if self.bias is None else y + self.bias
+
+    def _parts(self) -> tuple[str, int, int, int, list[int], list[Tensor]]:
+        """W as the op gets it."""
+        tensors = [getattr(self, name) for name in self._names]
+        sizes = self.out_features, self.in_features, self.nnz
+        return self.layout, *sizes, self.numbers, tensors
 
     def extra_repr(self) -> str:
         return (
@@ -128,17 +153,59 @@ class PackedLinear(nn.Module):
         )
 
 
+def token_range(tokens: int | Sequence[int]) -> tuple[int, int]:
+    """The least and the most number of tokens. ValueError unless 1 <= least <= most."""
+    pair: tuple = (tokens, tokens)
+    if isinstance(tokens, Sequence):
+        pair = (*tokens[:1], *tokens[-1:]) if isinstance(tokens, range) else tuple(tokens)
+    if [type(m) for m in pair] != [int, int] or not 1 <= pair[0] <= pair[1]:
+        raise ValueError(
+            "tokens: expected a number above 0, two of them (the least and the most), or a range, "
+            f"got {tokens!r}"
+        )
+    return pair[0], pair[1]
+
+
+def _forms(
+    weight: SparseTensor,
+    tokens: int | Sequence[int],
+    dense: bool,
+    dtype: torch.dtype | None,
+    largest: float | None,
+) -> Sequence[Packed]:
+    if dtype is None:
+        return pack_for(weight, token_range(tokens), dense)
+    return [pack_two_of_four(weight, dtype, largest)]
+
+
 def pack_(
-    model: nn.Module, tokens: int = 1, dtype: torch.dtype | None = None, example: Any = None
+    model: nn.Module,
+    tokens: int | Sequence[int] = 1,
+    *,
+    dense: bool | Callable[[nn.Module, str], bool] = False,
+    groups: Sequence[Sequence[str]] = (),
+    dtype: torch.dtype | None = None,
+    example: Any = None,
 ) -> nn.Module:
     """Replace every SparseLinear of `model` by a PackedLinear, in place, and return the model.
 
-    For inference on a GPU, in calls of about so many tokens (the batch, in generation): CSR and
-    values are dropped. Of two-way patterns and many tokens the products run on sparse tensor cores.
-    An error names the layer, and the model is unchanged: TypeError unless all values are bfloat16
-    or float16.
+    For inference on a GPU: CSR and values are dropped. TypeError, and an unchanged model, unless
+    all their values are bfloat16 or float16; the message names the layer. Two-way patterns run on
+    sparse tensor cores where that was the fastest for so many tokens.
+    `sparsekern.explain(tokens, model)` says afterwards what each layer holds and runs.
 
     Args:
+        tokens: M of the calls, about: the batch, in generation. With (1, 2048), or a range, the
+            least and the most: a layer is then held in two layouts where that makes one of the two
+            1.1 times as fast or more. As measured on an H200 (kernels/packed_times.json).
+        dense: may a layer keep a dense copy of its weight? Where with some of these numbers of
+            tokens all that is packed was slower than 0.97 of dense, it does then; most do for the
+            tokens of a prompt. dense(module, name) answers for each layer. A dense copy multiplies
+            its zeros, as nn.Linear does: an infinity or NaN in x makes NaN of its whole token.
+        groups: names of layers side by side that are called with the same x, as
+            [["q_proj", "k_proj", "v_proj"], ["gate_proj", "up_proj"]]. They are packed as one
+            matrix and run as one product; nn/shared.py says when. ValueError for a group that
+            nothing in the model has, or whose layers do not fit together.
         dtype: torch.float8_e4m3fn rounds weights and, in each call, x to E4M3, each tensor with one
             scale. For many tokens, on a GPU of compute capability 9.0. ValueError, TypeError or
             NotImplementedError unless all patterns are two-way, values bfloat16, sizes multiples of
@@ -148,60 +215,36 @@ def pack_(
             times as large later becomes NaN. Without it the scale is found in each call, which
             takes longer.
     """
+    ends = token_range(tokens)
     if dtype not in (None, e4m3.DTYPE):
         raise ValueError(f"dtype: expected torch.float8_e4m3fn or None, got {dtype}")
     if example is not None and dtype is None:
         raise ValueError("example: it has a meaning with dtype=torch.float8_e4m3fn alone")
-    largest = {} if example is None else _largest_inputs(model, example)
+    if dtype is not None and dense is not False:
+        raise ValueError("dense: expected False with dtype=torch.float8_e4m3fn")
+    if not (isinstance(dense, bool) or callable(dense)):
+        raise ValueError(f"dense: expected True, False or a function, got {dense!r}")
+    grouped = shared_inputs(model, groups)
+    largest = {} if example is None else largest_inputs(model, example)
+
+    def may_be_dense(name: str, module: nn.Module) -> bool:
+        return dense(module, name) if callable(dense) else dense
 
     def replace(name: str, module: nn.Module) -> nn.Module | None:
         if not isinstance(module, SparseLinear):
             return None
         try:
-            return PackedLinear.from_sparse(module, tokens, dtype, largest.get(module))
+            if (group := grouped.get(module)) is None:
+                may_be = may_be_dense(name, module)
+                return PackedLinear.from_sparse(module, ends, may_be, dtype, largest.get(module))
+            if group.shared is None:
+                weight, bias = group.stacked()
+                is_allowed = all(may_be_dense(*item) for item in group.layers.items())
+                most = max(largest[m] for m in group.layers.values()) if largest else None
+                forms = _forms(weight, ends, is_allowed, dtype, most)
+                group.shared = SharedInput(PackedLinear(forms, bias))
+            return group.part(module)
         except (TypeError, ValueError, NotImplementedError) as error:
-            raise type(error)(f"pack_: {name or 'the model'}: {error}") from None
+            raise type(error)(f"{name or 'the model'}: {error}") from None
 
     return replace_modules(model, replace)
-
-
-def _largest_inputs(model: nn.Module, example: Any) -> dict[nn.Module, float]:
-    """By each SparseLinear, the largest element of what the example brings it."""
-    layers = {m: name for name, m in model.named_modules() if isinstance(m, SparseLinear)}
-    found: dict[nn.Module, Tensor] = {}
-
-    def note(module: nn.Module, arguments: tuple) -> None:
-        largest = arguments[0].detach().abs().amax()
-        found[module] = torch.maximum(largest, found.get(module, largest))
-
-    hooks = [layer.register_forward_pre_hook(note) for layer in layers]
-    try:
-        with torch.no_grad():
-            _call(model, example)
-    finally:
-        for hook in hooks:
-            hook.remove()
-    largest = {layer: value.item() for layer, value in found.items()}
-    for layer, name in layers.items():
-        if not math.isfinite(size := largest.get(layer, math.nan)):
-            got = f"an input of {size}" if layer in largest else "none"
-            raise ValueError(
-                f"example: expected finite inputs of {name or 'the model'}, it brought {got}"
-            )
-    return largest
-
-
-def _call(model: nn.Module, example: Any) -> None:
-    if isinstance(example, Tensor):
-        model(example)
-    elif isinstance(example, tuple):
-        model(*example)
-    elif isinstance(example, Mapping):
-        model(**example)
-    elif callable(example):
-        example(model)
-    else:
-        raise TypeError(
-            "example: expected a tensor, a tuple, a dict or a function of the model, got "
-            f"{type(example).__name__}"
-        )

@@ -14,6 +14,7 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.optim import Optimizer
 from torch.optim.swa_utils import AveragedModel
 
+from ..kernels.derived import note_passing
 from ..nn import SparseLinear, adopt_values_, sparsifiable, sparsify_
 from ..nn.convert import refuse_pruned, warn_of_others
 from ..nn.kinds import is_conv1d, is_experts
@@ -29,6 +30,7 @@ from .published import is_sparse_by_default
 from .schedules import Schedule, schedule, update_steps, value_at
 
 Layer = nn.Linear | SparseLinear  # what an algorithm is given
+SOON = 1000  # steps: what a kernel takes seconds to derive from all patterns pays off after as many
 
 
 @dataclass
@@ -247,6 +249,7 @@ class Algorithm:
         self._check_optimizer(optimizer)
         if not any(optimizer is other for other in self.optimizers):
             follow(self, optimizer)
+        self._note_passing()
         self._before_step()
 
     def _check_optimizer(self, optimizer: Optimizer) -> None:
@@ -268,7 +271,14 @@ class Algorithm:
             check_can_change(self.layers, self.optimizers)
             self.update_pattern()
             check_same_on_all_ranks(self.layers)
+            self._note_passing()
         self._before_step()
+
+    def _note_passing(self) -> None:
+        """Tell the kernels whether these patterns will change soon."""
+        is_passing = any(self._updates(self.steps + i) for i in range(1, SOON))
+        for layer in self.layers.values():
+            note_passing(layer.row_offsets, is_passing)
 
     def _updates(self, step: int) -> bool:
         return False
@@ -301,6 +311,7 @@ class Algorithm:
                 f"family: expected {self.family}, got the state of an algorithm with {family} masks"
             )
         self.steps = whole("steps", state["steps"], 0)
+        self._note_passing()
         self._before_step()
 
     @property

@@ -50,7 +50,7 @@ struct Handle : Struct {
 };
 struct Matrix : Struct {
   static constexpr uintptr_t kKind = 0x22222222;
-  int64_t rows, columns;
+  int64_t rows, columns, ld;
   int order, type;
   bool is_sparse;
 };
@@ -140,9 +140,11 @@ int describe(Matrix* out, int64_t rows, int64_t columns, int64_t ld, uint32_t al
   const int multiple = (is_sparse ? 16 : 8) * (type == kE4m3 ? 2 : 1);
   if (type != kBfloat16 && type != kFloat16 && type != kE4m3) return kNotSupported;
   if (rows % multiple || columns % multiple) return kNotSupported;
-  if (ld != (order == kRow ? columns : rows) || alignment != 16 || !make(out)) return kInvalidValue;
-  out->rows = rows, out->columns = columns, out->order = order, out->type = type;
-  out->is_sparse = is_sparse;
+  const int64_t least = order == kRow ? columns : rows;
+  if (ld < least || (is_sparse && ld != least) || ld % 8 || alignment != 16 || !make(out))
+    return kInvalidValue;
+  out->rows = rows, out->columns = columns, out->ld = ld;
+  out->order = order, out->type = type, out->is_sparse = is_sparse;
   return kSuccess;
 }
 
@@ -272,7 +274,8 @@ int cusparseLtMatmulGetWorkspace(const Handle* handle, const Plan* p, size_t* by
 int cusparseLtSpMMACompressedSize2(const Handle* handle, const Matrix* w, size_t* bytes,
                                    size_t* buffer_bytes) {
   BEGIN("SpMMACompressedSize2", handle, w);
-  *bytes = w->rows * w->columns / 8 * (4 * bytes_of(w->type) + 1), *buffer_bytes = kWorkspaceBytes;
+  const int64_t needed = w->rows * w->columns / 8 * (4 * bytes_of(w->type) + 1);
+  *bytes = (needed + 1023) / 1024 * 1024, *buffer_bytes = kWorkspaceBytes;
   return kSuccess;
 }
 
@@ -321,6 +324,7 @@ int cusparseLtMatmul(const Handle* handle, Plan* p, const float* alpha, const ui
   std::memset(workspace, 0xff, kWorkspaceBytes);
   const uint16_t* bias = p->matmul->bias;
   const int64_t outputs = p->matmul->y->rows, tokens = p->matmul->y->columns;
+  const int64_t ld = p->matmul->y->ld, x_ld = p->matmul->x->ld;
   const int64_t inputs = p->matmul->w->columns, fours = inputs / 4;
   const int type = p->matmul->x->type, out = p->matmul->y->type;
   const uint8_t* tail = w + outputs * inputs / 2 * bytes_of(type);
@@ -329,17 +333,17 @@ int cusparseLtMatmul(const Handle* handle, Plan* p, const float* alpha, const ui
       float sum = 0;
       for (int64_t i = n * fours; i < (n + 1) * fours; ++i) {
         const int places = tail[i / 2] >> i % 2 * 4;
-        const int64_t four = t * inputs + i % fours * 4;
+        const int64_t four = t * x_ld + i % fours * 4;
         sum += value_of(w, 2 * i, type) * value_of(x, four + (places & 3), type);
         sum += value_of(w, 2 * i + 1, type) * value_of(x, four + (places >> 2 & 3), type);
       }
       sum *= *alpha;
-      y[t * outputs + n] = rounded(bias ? sum + value_of(bias, n, out) : sum, out);
+      y[t * ld + n] = rounded(bias ? sum + value_of(bias, n, out) : sum, out);
     }
   }
   Algorithm& algorithm = algorithms[p->selection->algorithm];
   ++algorithm.products, ++p->products, elapsed += algorithm.cost;
-  uint16_t& last = y[outputs * tokens - 1];
+  uint16_t& last = y[ld * (tokens - 1) + outputs - 1];
   if (algorithm.behaviour == kWrong) last = rounded(value_of(&last, 0, out) + 1, out);
   if (algorithm.behaviour == kChanging && p->products % 8 == 0) last ^= 1;
   return kSuccess;

@@ -34,7 +34,7 @@ FOUND = 2**15  # in place of an exponent: it is found in each x
 class TwoOfFour(Packed):
     """W in bfloat16 or float16."""
 
-    operand: Tensor  # cuSPARSELt's own, seen as floats
+    operand: Tensor  # cuSPARSELt's own, seen as floats; of a small W it is longer than W needs
     name = "two_of_four"
 
     @property
@@ -42,7 +42,7 @@ class TwoOfFour(Packed):
         return self.operand
 
     def parts(self) -> dict[str, tuple[torch.dtype | None, tuple[int, ...]]]:
-        return {"operand": (None, (self.n * self.k // 16 * 9,))}
+        return {"operand": (None, (max(len(self.operand), self.n * self.k // 16 * 9),))}
 
     def multiply(self, x: Tensor, bias: Tensor | None) -> Tensor:
         """y [M, N] = x [M, K] @ W.T + bias [N]."""
@@ -67,7 +67,7 @@ class TwoOfFourE4m3(Packed):
         return torch.bfloat16
 
     def parts(self) -> dict[str, tuple[torch.dtype | None, tuple[int, ...]]]:
-        return {"operand": (torch.uint8, (self.n * self.k // 8 * 5,))}
+        return {"operand": (torch.uint8, (max(len(self.operand), self.n * self.k // 8 * 5),))}
 
     def multiply(self, x: Tensor, bias: Tensor | None) -> Tensor:
         """y [M, N] = x [M, K] @ W.T + bias [N], of x in E4M3."""
@@ -101,10 +101,10 @@ def multiply(operand: Tensor, x: Tensor, n: int, bias: Tensor | None, alpha: flo
             f"two_of_four: none of cuSPARSELt's algorithms multiplies [{m}, {k}] and [{n}, {k}] "
             f"right in {_short(x.dtype)} on this GPU"
         )
-    if bias is not None and x.dtype is e4m3.DTYPE and not _adds_bias_in_e4m3(x.device):
-        y = cusparselt.multiply(operand, x.contiguous(), n, None, algorithm, alpha)
-        return e4m3.finish(y, None, bias)[:m]
-    return cusparselt.multiply(operand, x.contiguous(), n, bias, algorithm, alpha)[:m]
+    y = x.new_empty(m + missing, n, dtype=cusparselt.result_dtype(x.dtype))
+    is_late = bias is not None and x.dtype is e4m3.DTYPE and not _adds_bias_in_e4m3(x.device)
+    cusparselt.multiply(operand, x.contiguous(), y, None if is_late else bias, algorithm, alpha)
+    return (e4m3.finish(y, None, bias) if is_late else y)[:m]
 
 
 @cache
@@ -168,14 +168,18 @@ def refusal(weight: SparseTensor, dtype: torch.dtype) -> Exception | None:
     return None
 
 
-def pays(weight: SparseTensor, tokens: int) -> bool:
-    """Whether products of so many tokens are faster compressed than in any other layout or dense,
-    and `weight` can be. Both 16-bit types run at one rate."""
-    dtype = weight.values.dtype
+def is_faster(tokens: int, n: int, k: int) -> bool:
+    """Whether products of so many tokens with W [n, k] are faster compressed than in any other
+    layout or dense. Both 16-bit types run at one rate."""
     least = least_size(MACHINE, torch.bfloat16, tokens, "two_of_four packed")
-    if least is None or min(weight.shape) < least:
+    return least is not None and min(n, k) >= least
+
+
+def pays(weight: SparseTensor, tokens: int) -> bool:
+    """Whether that is so for `weight`, and it can be compressed."""
+    if not is_faster(tokens, *weight.shape) or weight.values.dtype not in TYPES:
         return False
-    return dtype in TYPES and not refusal(weight, dtype)
+    return not refusal(weight, weight.values.dtype)
 
 
 def is_two_of_four(weight: SparseTensor) -> bool:

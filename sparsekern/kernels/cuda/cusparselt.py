@@ -189,21 +189,24 @@ class Plan:
         algorithm: int | None = None,
         bias: Tensor | None = None,
         dtype: torch.dtype = torch.bfloat16,
+        strides: tuple[int, int] | None = None,
     ):
         """algorithm: a number, None for the library's own choice. dtype: of x and W. bias: the
-        first one, of a plan whose products have one."""
+        first one, of a plan whose products have one. strides: of the rows of x and y, k and n or
+        more."""
         lib = loaded()
         self._shape, self._lib, self._device = (m, n), lib, device
         self._dtype = out = result_dtype(dtype)
         self._is_selected = self._is_planned = False
         self._handle = handle = _handle(device)
+        x_stride, y_stride = strides or (k, n)
         # x is the transposed of [K, M], y lies column by column as [N, M].
         w, x, y = _sparse(handle, n, k, dtype), _opaque(), _opaque()
         matmul, self._selection, self._plan = _opaque(), _opaque(), _opaque()
         self._matmul, self._kept = matmul, (w, x, y)
         self._bias: int | None = None  # its address
-        lib.call("DenseDescriptorInit", handle, x, m, k, k, ALIGNMENT, _TYPES[dtype], _ROW)
-        lib.call("DenseDescriptorInit", handle, y, n, m, n, ALIGNMENT, _TYPES[out], _COLUMN)
+        lib.call("DenseDescriptorInit", handle, x, m, k, x_stride, ALIGNMENT, _TYPES[dtype], _ROW)
+        lib.call("DenseDescriptorInit", handle, y, n, m, y_stride, ALIGNMENT, _TYPES[out], _COLUMN)
         operands = _PLAIN, _TRANSPOSED, w, x, y, y, _FLOAT32
         lib.call("MatmulDescriptorInit", handle, matmul, *operands)
         if bias is not None:
@@ -229,13 +232,18 @@ class Plan:
             self._bias = address
 
     def multiply(
-        self, operand: Tensor, x: Tensor, bias: Tensor | None = None, alpha: float = 1.0
+        self,
+        operand: Tensor,
+        x: Tensor,
+        y: Tensor | None = None,
+        bias: Tensor | None = None,
+        alpha: float = 1.0,
     ) -> Tensor:
-        """The product with x [M, K], contiguous, on torch's current stream; with a bias if the plan
-        was made with one."""
+        """The product with x [M, K] on torch's current stream; in y, if it is given. Their rows are
+        as far apart as the plan says. With a bias if the plan was made with one."""
         if bias is not None:
             self._take(bias)
-        y = x.new_empty(self._shape, dtype=self._dtype)
+        y = x.new_empty(self._shape, dtype=self._dtype) if y is None else y
         workspace = x.new_empty(self._workspace_bytes, dtype=torch.uint8)
         stream = ctypes.c_void_p(torch._C._cuda_getCurrentRawStream(self._device))
         factor, out = ctypes.c_float(alpha), y.data_ptr()
@@ -256,24 +264,25 @@ class Plan:
 def multiply(
     operand: Tensor,
     x: Tensor,
-    n: int,
+    y: Tensor,
     bias: Tensor | None,
     algorithm: int | None,
     alpha: float = 1.0,
-) -> Tensor:
-    """y [M, n] = alpha x [M, K] W^T + bias [n] of the operand of W; x is contiguous."""
-    (m, k), device = x.shape, x.device.index
-    x = aligned(x)
+) -> None:
+    """y [M, N] = alpha x [M, K] W^T + bias [N] of the operand of W. x and y may be columns of wider
+    matrices, from a multiple of 8 on."""
+    (m, k), n, device = x.shape, y.shape[1], x.device.index
+    x, strides = aligned(x), (x.stride(0), y.stride(0))
     bias = None if bias is None else aligned(bias.contiguous())
-    key = n, k, m, x.dtype, device, algorithm, bias is not None
+    key = n, k, m, x.dtype, device, algorithm, bias is not None, strides
     plans = _threads.plans
     if key not in plans:
         while len(plans) >= MOST_PLANS:
             plans.pop(next(iter(plans)))
-        plans[key] = Plan(n, k, m, device, algorithm, bias, x.dtype)
-    return plans[key].multiply(operand, x, bias, alpha)
+        plans[key] = Plan(n, k, m, device, algorithm, bias, x.dtype, strides)
+    plans[key].multiply(operand, x, y, bias, alpha)
 
 
 def aligned(t: Tensor) -> Tensor:
-    """t, or a copy of it where its address is not what the library takes."""
+    """t where it begins on a multiple of 16 bytes."""
     return t.clone() if t.data_ptr() % ALIGNMENT else t

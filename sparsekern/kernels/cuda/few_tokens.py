@@ -22,7 +22,8 @@ from . import library as cuda_library
 from .choose import choose_layout
 from .compressed import TwoOfFour, TwoOfFourE4m3
 from .expand import spmm_expanded
-from .layout import TYPES, Packed, gpu_of, pack_of
+from .kept import Dense
+from .layout import TYPES, Launch, Packed, gpu_of, pack_of
 
 MOST_TOKENS = 64
 MOST_COLUMNS = 2**25  # the kernels count 64 rows of x in 32 bits
@@ -36,20 +37,25 @@ def spmm_packed(x: Tensor, packed: Packed, bias: Tensor | None = None) -> Tensor
     shared memory than the GPU has (gather: for one token of about 100,000 columns). No checks: the
     op has them (choose.py).
     """
-    if isinstance(packed, TwoOfFour | TwoOfFourE4m3):
+    if isinstance(packed, Dense | TwoOfFour | TwoOfFourE4m3):
         return packed.multiply(x, bias)
-    m, launch = x.shape[0], None
-    if m <= MOST_TOKENS and packed.k < MOST_COLUMNS and packed.n < MOST_ROWS:
-        launch = packed.launch(m, gpu_of(x.device))
+    launch = launch_of(packed, x.shape[0], x.device)
     if launch is None:
         return spmm_expanded(x, packed, bias)
-    y = x.new_empty(m, packed.n)
+    y = x.new_empty(x.shape[0], packed.n)
     if y.numel() == 0:
         return y
     if packed.k == 0:
         return y.zero_() if bias is None else y.copy_(bias.expand_as(y))
     packed.run(launch, x.contiguous(), None if bias is None else bias.contiguous(), y)
     return y
+
+
+def launch_of(packed: Packed, m: int, device: torch.device) -> Launch | None:
+    """The launch for m tokens; None where W is written out."""
+    if m > MOST_TOKENS or packed.k >= MOST_COLUMNS or packed.n >= MOST_ROWS:
+        return None
+    return packed.launch(m, gpu_of(device))
 
 
 def _bind(problem: Problem) -> Callable[..., Tensor]:

@@ -19,6 +19,7 @@ from sparsekern.kernels.cuda import (
     cusparselt,
     expand,
     few_tokens,
+    ordered,
     two_of_four,
 )
 from sparsekern.kernels.cuda.layout import Gpu
@@ -94,12 +95,13 @@ def stand_in(cusparselt_library, emulated_cuda, monkeypatch, tmp_path):  # noqa:
     monkeypatch.setattr(torch.cuda, "Event", partial(Event, library))
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     # Fewer tokens than 72 are those of few_tokens.
-    monkeypatch.setattr(two_of_four, "_least_size", lambda m: 16 if m >= 72 else None)
+    for rows in (two_of_four, ordered):
+        monkeypatch.setattr(rows, "_least_size", lambda m: 16 if m >= 72 else None)
     has_slots_in_rows = two_of_four._has_slots_in_rows
     monkeypatch.setattr(two_of_four, "_has_slots_in_rows", lambda: has_slots_in_rows("cpu"))
     caches = (
         *(cusparselt.library, algorithms._known),
-        *(compressed.refuse_gpu, two_of_four._refuse_layout),
+        *(compressed.refuse_gpu, two_of_four._refuse_layout, ordered.refuse_size),
         compressed._adds_bias_in_e4m3,
     )
     library.reset()
