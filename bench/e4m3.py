@@ -24,7 +24,7 @@ from sparsekern.kernels.cuda import e4m3
 from sparsekern.models.prune import METHODS
 from sparsekern.terminal import table
 
-METHOD, FAMILY, SPARSITIES = "sparsegpt", "two-way", (0.5, 0.75)
+METHOD, FAMILY, SPARSITIES = "wanda", "two-way", (0.5, 0.75)
 EXAMPLES = 4  # texts that show how large x gets
 BF16, FOUND, GIVEN = "bfloat16 weights", "E4M3, scale found", "E4M3, scale of an example"
 

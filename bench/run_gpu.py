@@ -183,10 +183,6 @@ def measure(verb: str, grid: Grid, path: Path, commit: str | None, part: Part | 
             if cell["M"] == grid.tokens[-1]:
                 records.write(path, about, records.flat(cells))
         about["is_whole"] = len(cells) == wanted
-        if verb == "two-way" and not part:
-            for cell in two_way_gpu.after_norm(clock, generator, grid.sparsities[0]):
-                cells.append(derive(cell))
-                print(f"{time.monotonic() - start:4.0f} s {case_name(cell)}", flush=True)
     about["machine"]["under_load_at_end"] = gpu_under_load()
     about["seconds"] = time.monotonic() - start
     records.write(path, about, records.flat(cells))

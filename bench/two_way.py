@@ -1,16 +1,15 @@
 """The page of `run_gpu.py two-way`: two-way patterns packed for many tokens, on one GPU."""
 
-import pages
 import tables_gpu
+import torch
 
 from sparsekern.bench import measure_gpu
 from sparsekern.bench.machine import in_words
 from sparsekern.bench.rates import derived
-from sparsekern.bench.records import Run, groups, select
-from sparsekern.bench.two_way_gpu import TOLERANCE
+from sparsekern.bench.records import Run, groups
 from sparsekern.terminal import table
 
-ROUNDS = 5
+ROUNDS = 3
 
 PAGE = """\
 # {name}
@@ -36,19 +35,11 @@ Errors, in the Frobenius norm, the worst of all shapes: of the products of the r
 Microseconds of the best dense call, and times faster.
 
 {by_shape}
-
-## Behind a norm
-
-RMSNorm and product, compiled together, so that the norm casts x: times faster than the norm and the
-dense product, compiled likewise.
-
-{norm}
 """
 
 
 def page(name: str, run: Run) -> str:
     cells = derived(run)
-    products = select(cells, op="spmm")
     return PAGE.format(
         name=name,
         heading=in_words(run.about, cells[0]["dtype"]),
@@ -56,12 +47,11 @@ def page(name: str, run: Run) -> str:
         rounds=ROUNDS,
         fewest=measure_gpu.LAUNCHES[0],
         cold_mb=measure_gpu.COLD_BYTES / 1e6,
-        shapes=", ".join(f"{n}x{k}" for n, k in sorted(tables_gpu.shapes_of(products))),
-        tolerance=TOLERANCE,
-        speed=speed(products),
-        errors=errors(products),
-        by_shape=by_shape(products),
-        norm=by_shape(select(cells, op="norm")) or pages.NOT_RUN,
+        shapes=", ".join(f"{n}x{k}" for n, k in sorted(tables_gpu.shapes_of(cells))),
+        tolerance=measure_gpu.TOLERANCE[torch.bfloat16],
+        speed=speed(cells),
+        errors=errors(cells),
+        by_shape=by_shape(cells),
     )
 
 

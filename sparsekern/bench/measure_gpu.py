@@ -78,10 +78,9 @@ class Way:
     is_graphed: bool = True
     note: str = ""  # what sets it apart from the others
     missing: str | None = None  # why it cannot run here
-    # Of a way that multiplies another W or x than the others: these, and what is still right.
+    # Of a way that multiplies another W or x than the others: these.
     dense_of: Callable[[Any], Tensor] | None = None
     x_of: Callable[[Tensor], Tensor] | None = None
-    tolerance: float | None = None
 
 
 def weight(
@@ -253,8 +252,7 @@ class Shape:
         if way.dense_of:
             own = (way.x_of or (lambda x: x))(x).double() @ way.dense_of(copies[0]).double().t()
             info["rounding"] = frobenius_error(own, exact)
-        result = way.result, way.is_graphed, info, own, way.tolerance
-        contender = Contender(way.name, way.kind, calls, *result)
+        contender = Contender(way.name, way.kind, calls, way.result, way.is_graphed, info, own)
         return self._check(contender, exact)
 
     def _check(self, contender: Contender, exact: Tensor) -> Runner:

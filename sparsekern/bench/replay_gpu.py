@@ -32,7 +32,6 @@ class Contender:
     is_graphed: bool = True
     info: dict[str, object] = field(default_factory=dict)  # further fields of its record
     exact: Tensor | None = None  # where it computes another product than the others
-    tolerance: float | None = None  # likewise
 
 
 class Clock(Protocol):
@@ -135,8 +134,7 @@ def race(
     for runner, seconds in zip(runners, clock.race(runners, rounds), strict=True):
         error = torch.tensor([runner.error, runner.last_error(exact)]).max().item()
         calls = [s / runner.launches for s in seconds]
-        own = runner.contender.tolerance
-        found = way(runner.contender.kind, calls, error, tolerance if own is None else own)
+        found = way(runner.contender.kind, calls, error, tolerance)
         records[runner.contender.name] = found | runner.contender.info
     return records
 

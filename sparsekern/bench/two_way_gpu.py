@@ -1,30 +1,24 @@
 """Two-way patterns on sparse tensor cores, in 16 bits and in E4M3, and dense E4M3 beside."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import partial
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from ..kernels.cuda import compressed, e4m3
 from ..kernels.cuda.few_tokens import spmm_packed
 from ..kernels.cuda.layout import Packed
-from ..nn import PackedLinear
 from ..tensor import SparseTensor
-from .measure_gpu import LAUNCHES, ROUNDS, Way, attempt, weight
+from .measure_gpu import Way
 from .peers_gpu import absent
-from .records import DENSE, OTHER, OURS
-from .replay_gpu import Clock, Contender, Runner, race
+from .records import OTHER, OURS
 from .two_way_mask import TWO_WAY
 
 LARGEST = 6.0  # of x, as an example would have shown it
 EXPONENT = e4m3.exponent_of(LARGEST, e4m3.HEADROOM)
-# Of E4M3, whose sums keep 14 bits, against the exact product of the rounded operands.
-TOLERANCE = 2e-2
 IN_TIME, BEFORE = "the cast of x in the time", "x in E4M3 before"
-NORM_SHAPES, NORM_TOKENS = ((6144, 2048), (11008, 4096)), (512, 2048, 8192)
 
 
 @dataclass(frozen=True)
@@ -73,7 +67,6 @@ def _in_e4m3(
         note=note,
         dense_of=lambda W: W.values,
         x_of=partial(_rounded, exponent=exponent),
-        tolerance=TOLERANCE,
     )
 
 
@@ -129,47 +122,3 @@ def _scale(exponent: int, device: torch.device) -> Tensor:
 
 def _cast_and_scaled(x: Tensor, W: Rounded) -> Tensor:
     return _scaled(_cast(x), W)
-
-
-# Behind a norm, in one graph of torch.compile, which casts x where the norm is computed.
-
-
-def after_norm(clock: Clock, generator: torch.Generator, sparsity: float) -> Iterator[dict]:
-    """A norm and a product: dense, two-way in 16 bits, and in E4M3, where nothing casts x alone."""
-    if compressed.refuse_gpu():
-        return
-    for n, k in NORM_SHAPES:
-        w, kept = weight(n, k, sparsity, TWO_WAY, torch.bfloat16, generator)
-        W, norm = SparseTensor.from_dense(w, kept), _norm(k)
-        packs = {
-            "two-way": compressed.pack_two_of_four(W, torch.bfloat16),
-            "two-way E4M3": compressed.pack_two_of_four(W, e4m3.DTYPE, LARGEST),
-        }
-        layers = {"dense": norm(partial(F.linear, weight=w))}
-        layers |= {name: norm(PackedLinear(packed)) for name, packed in packs.items()}
-        rounded = _dense(W).values.double()
-        for m in NORM_TOKENS:
-            x = torch.empty(m, k, dtype=torch.bfloat16, device=w.device)
-            x.normal_(generator=generator)
-            normed = F.rms_norm(x, (k,))
-            exact = normed.double() @ w.double().t()
-            in_e4m3 = _rounded(normed).double() @ rounded.t()
-            runners, failed = [], {}
-            for name, call in layers.items():
-                kind = DENSE if name == "dense" else OURS
-                own = {"exact": in_e4m3, "tolerance": TOLERANCE} if "E4M3" in name else {}
-                each = Contender(name, kind, [partial(call, x)], **own)
-                make = partial(Runner, each, LAUNCHES[0], exact, clock)
-                runners += attempt(failed, each, make)
-            yield {
-                **{"op": "norm", "device": "cuda", "M": m, "N": n, "K": k, "nnz": W.nnz},
-                **{"sparsity": sparsity, "mask": TWO_WAY, "threads": 0, "is_cold": False},
-                **{"dtype": "bfloat16", "ways": race(runners, exact, 1e-2, clock, ROUNDS) | failed},
-            }
-
-
-def _norm(k: int) -> Callable[[Callable[[Tensor], Tensor]], Callable[[Tensor], Tensor]]:
-    def compiled(layer: Callable[[Tensor], Tensor]) -> Callable[[Tensor], Tensor]:
-        return torch.compile(lambda x: layer(F.rms_norm(x, (k,))), dynamic=True)
-
-    return compiled

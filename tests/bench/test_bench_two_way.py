@@ -49,4 +49,3 @@ def test_without_the_library_nothing_is_measured(monkeypatch):
     monkeypatch.setattr(two_way_gpu.compressed, "refuse_gpu", lambda: "no cuSPARSELt")
     (way,) = two_way_gpu.ways()
     assert way.missing == "no cuSPARSELt"
-    assert not list(two_way_gpu.after_norm(None, None, 0.75))

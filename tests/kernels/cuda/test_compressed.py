@@ -228,7 +228,7 @@ def test_a_model_is_captured_and_compiled(dtype, example, monkeypatch):
     x = torch.randn(3, m, K, device="cuda").bfloat16()
     with torch.no_grad():
         exact = one(x)
-    off = (2**-6 if dtype is None else 0.15) * exact.float().square().mean().sqrt().item()
+    off = (2**-6 if dtype is None else 0.3) * exact.float().square().mean().sqrt().item()
     pack_(one, tokens=m, dtype=dtype, example=x[:1] if example else None)
     layouts = {layer.layout for layer in (one[0], one[2])}
     assert layouts == {"two_of_four" if dtype is None else "two_of_four_e4m3"}
