@@ -10,6 +10,7 @@ python bench/run_gpu.py train            results/<GPU>-train-bfloat16-<date>.*: 
 python bench/run_gpu.py train-products   their three products alone, and what is written out
 python bench/run_gpu.py train-memory     memory of a step; --largest: the most sequences that fit
 python bench/run_gpu.py least-size       sparsekern/kernels/least_sizes.json
+python bench/run_gpu.py models           results/<GPU>-models-bfloat16-<date>.*: whole LLMs
 python bench/run_gpu.py publish X.csv   the same from a file that --out FOLDER wrote
 
 With --out only the table is written, there: to measure on a machine without the repository or
@@ -26,6 +27,7 @@ import time
 from dataclasses import replace
 from pathlib import Path
 
+import models_gpu
 import pages
 import tables_gpu
 import torch
@@ -182,7 +184,7 @@ def measure(verb: str, grid: Grid, path: Path, commit: str | None, part: Part | 
             print(f"{time.monotonic() - start:4.0f} s {case_name(cell)}: {found}", flush=True)
             if cell["M"] == grid.tokens[-1]:
                 records.write(path, about, records.flat(cells))
-        about["is_whole"] = len(cells) == wanted
+    about["is_whole"] = len(cells) == wanted
     about["machine"]["under_load_at_end"] = gpu_under_load()
     about["seconds"] = time.monotonic() - start
     records.write(path, about, records.flat(cells))
@@ -224,7 +226,7 @@ def page_of_prompts(name: str, run: Run) -> str:
 
 
 PAGES = dict(decode=page, prompts=page_of_prompts, layouts=page_of_prompts)
-PAGES["two-way"] = two_way.page
+PAGES |= {"two-way": two_way.page, "models": models_gpu.page}
 
 
 def joined(runs: list[Run]) -> Run:
@@ -343,6 +345,10 @@ def main(arguments: list[str]) -> int:
         options.add_argument("--out", type=Path)
         options.add_argument("--commit", help="where there is no repository")
         train_gpu.add_flags(verb, options)
+    options = verbs.add_parser("models")
+    options.add_argument("--out", type=Path)
+    options.add_argument("--commit", help="where there is no repository")
+    options.add_argument("--limit-s", type=float, default=600.0, help="begin nothing after that")
     verbs.add_parser("publish").add_argument("files", type=Path, nargs="+")
     args = parser.parse_args(arguments)
     if args.verb == "publish":
@@ -354,6 +360,8 @@ def main(arguments: list[str]) -> int:
     folder = args.out or PARTIAL
     if args.verb in train_gpu.PAGES:
         return train(args, folder)
+    if args.verb == "models":
+        return whole_models(args, folder)
     suffix = "-{}of{}".format(*args.part) if args.part else ""
     path = folder / f"{args.verb}-{args.dtype}{suffix}.csv"
     if args.verb != "crossover" and (reason := peers_gpu.few_tokens(1).missing):
@@ -386,6 +394,16 @@ def train(args: argparse.Namespace, folder: Path) -> int:
         print("\n".join(["Failed or wrong:", *bad]))
         return 1
     if not args.out and not model and not getattr(args, "quick", False):
+        publish(run)
+    return 0
+
+
+def whole_models(args: argparse.Namespace, folder: Path) -> int:
+    path = folder / "models-bfloat16.csv"
+    run = models_gpu.measure(machine(), path, args.commit, args.limit_s)
+    print(models_gpu.page(path.stem, run))
+    print(f"{run.about['seconds']:.0f} s: {path}")
+    if not args.out:
         publish(run)
     return 0
 

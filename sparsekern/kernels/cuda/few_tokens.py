@@ -33,9 +33,9 @@ MOST_ROWS = 2**30  # and W's, with those that fill a block up
 def spmm_packed(x: Tensor, packed: Packed, bias: Tensor | None = None) -> Tensor:
     """y [M, N] = x [M, K] @ W.T + bias [N], all on the GPU and in the dtype of the weight.
 
-    Above 64 tokens W is written out and torch multiplies; so it is where a kernel would need more
-    shared memory than the GPU has (gather: for one token of about 100,000 columns). No checks: the
-    op has them (choose.py).
+    Above 64 tokens (`pairs` on Hopper: 256) W is written out and torch multiplies; so it is where a
+    kernel would need more shared memory than the GPU has (gather: for one token of about 100,000
+    columns). No checks: the op has them (choose.py).
     """
     if isinstance(packed, Dense | TwoOfFour | TwoOfFourE4m3):
         return packed.multiply(x, bias)
@@ -53,7 +53,7 @@ def spmm_packed(x: Tensor, packed: Packed, bias: Tensor | None = None) -> Tensor
 
 def launch_of(packed: Packed, m: int, device: torch.device) -> Launch | None:
     """The launch for m tokens; None where W is written out."""
-    if m > MOST_TOKENS or packed.k >= MOST_COLUMNS or packed.n >= MOST_ROWS:
+    if m > packed.most_tokens or packed.k >= MOST_COLUMNS or packed.n >= MOST_ROWS:
         return None
     return packed.launch(m, gpu_of(device))
 
