@@ -109,10 +109,10 @@ def page(run: records.Run) -> str:
             f"# {run.records[0]['model']} in E4M3",
             "",
             f"`python bench/e4m3.py`, commit {run.about['commit']['id'][:7]}, on a CPU. Perplexity "
-            f"of {models.TEXTS} texts of {models.TOKENS} tokens; {METHOD} with {models.TEXTS} "
-            f"others as calibration, {FAMILY} masks, uniform over the linear layers of the blocks, "
-            "not trained on. Errors of a layer's output are relative to that of unrounded "
-            "operands, in the Frobenius norm: the mean of all layers, and the worst layer.",
+            f"of {models.TEXTS} texts of {models.TOKENS} tokens, {EXAMPLES} others as the example. "
+            f"What is sparse was pruned by {METHOD}, {FAMILY}, uniformly over the linear layers of "
+            "the blocks, and not trained on. Errors of a layer's output are relative to that of "
+            "unrounded operands, in the Frobenius norm: the mean of all layers, and the worst one.",
             "",
             table(["sparsity", "", "perplexity", "mean error", "worst layer"], rows, left=2),
             "",

@@ -21,6 +21,7 @@ def bits(t):
     return t.view(torch.uint8)
 
 
+@pytest.mark.sanitize
 @pytest.mark.parametrize("m, k", [(1, 16), (16, 32), (37, 160), (300, 64)])
 def test_the_kernels_round_as_torch_does(device, m, k):
     for factor, exponent in ((0, None), (1e-38, None), (1e-3, None), (1, 5), (3e38, None), (1, 8)):
@@ -46,6 +47,19 @@ def test_the_kernels_round_as_torch_does(device, m, k):
         assert (
             off[kept] <= torch.maximum(x.double().abs() / 16, 2**-10 * unit + 0 * off)[kept]
         ).all()
+
+
+@pytest.mark.sanitize
+def test_results_are_scaled_and_get_a_bias(device):
+    y, bias = (
+        torch.randn(37, 48, device=device).bfloat16(),
+        torch.randn(48, device=device).bfloat16(),
+    )
+    inverse = torch.tensor([2.0**-5], device=device).bfloat16()
+    for factor, added in ((inverse, None), (None, bias), (inverse, bias)):
+        want = y.float() * (1.0 if factor is None else factor.float())
+        want = (want if added is None else want + added.float()).bfloat16()
+        assert torch.equal(e4m3.finish(y.clone(), factor, added), want)
 
 
 def test_weights_keep_three_bits_and_no_negative_zero():
