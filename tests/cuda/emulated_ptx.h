@@ -181,5 +181,6 @@ void mma_sparse(float (&c)[4], const unsigned (&a)[4], const unsigned (&b)[4], u
 unsigned short round_to_bf16(float value);
 unsigned short round_to_f16(float value);
 float f16_to_float(unsigned short bits);
+unsigned round_to_e4m3(float low, float high);
 
 }  // namespace sk
