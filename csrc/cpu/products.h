@@ -8,6 +8,7 @@ namespace sk {
 // How a product is cut; chosen by sparsekern/kernels/cpu/plan.py.
 struct Plan {
   int threads;
+  bool pairs;          // of bfloat16: it stays so in panels (Type::kPairs)
   int vecs;            // vectors in a panel's row: a tile is vecs * lanes tokens; 1, 2, 4 or 8
   int tile_parts;      // 2: tiles of 8 vectors are halved
   int64_t rows, cols;  // of a block of W, or of W^T; at most 65536

@@ -9,7 +9,7 @@ from .. import __version__
 from ..bench.machine import installed, processor
 from ..kernels import crossover
 from ..kernels.cpu import panel
-from ..kernels.cpu.plan import machine_name
+from ..kernels.cpu.machine import machine_name
 from ..kernels.cuda.library import route
 
 try:

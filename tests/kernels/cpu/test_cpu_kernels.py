@@ -13,6 +13,8 @@ from conftest import products, written_out
 import sparsekern
 from sparsekern.kernels import derived, table
 from sparsekern.kernels.cpu import panel as cpu
+from sparsekern.kernels.cpu.machine import machine
+from sparsekern.kernels.cpu.plan import dense_wins_above
 from sparsekern.testing import PROBLEMS, Case, exact, random_csr, relative_error
 
 pytestmark = pytest.mark.skipif(cpu._C is None, reason="the C++ library is not built")
@@ -196,7 +198,9 @@ def test_the_table_leaves_to_torch_what_torch_does_faster(fresh_table):
     assert table.pick(problem).name == "panel"
     nearly_full = problem._replace(nnz=768 * 768 * 9 // 10)
     assert table.pick(nearly_full).name == "expand"
-    assert "torch.mm is faster above density 0.57" in dict(table.refusals(nearly_full))["panel"]
+    limit = f"a dense product is faster above density {dense_wins_above(problem, machine()):.2f}"
+    assert limit in dict(table.refusals(nearly_full))["panel"]
+    assert "a dense layer is faster" in table.describe(nearly_full, table.pick(nearly_full))
     assert table.pick(nearly_full._replace(M=20)).name == "panel"
     assert table.pick(problem._replace(dtype=torch.float64)).name == "panel"
     assert table.pick(problem._replace(dtype=torch.float16)).name == "widened"
