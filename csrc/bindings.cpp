@@ -68,7 +68,7 @@ PYBIND11_MODULE(_C, m) {
   py::class_<sk::Plan>(m, "Plan", "How a product is cut.")
       .def(py::init([](int threads, bool pairs, int vecs, int tile_parts, int64_t rows,
                        int64_t cols, int64_t row_parts, int64_t col_parts) {
-             return sk::Plan{threads, pairs, vecs, tile_parts, rows, cols, row_parts, col_parts};
+             return sk::Plan{threads, vecs, tile_parts, rows, cols, row_parts, col_parts, pairs};
            }),
            py::kw_only(), py::arg("threads"), py::arg("pairs"), py::arg("vecs"),
            py::arg("tile_parts"), py::arg("rows"), py::arg("cols"), py::arg("row_parts"),

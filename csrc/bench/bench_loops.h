@@ -18,7 +18,7 @@ void read_memory(const float* p, int64_t size, int64_t rounds, int threads);
 enum class Step { kFloats, kPairs, kDots };
 
 // A step with all that stands at p, `rounds` times; p is aligned to 64 bytes, `bytes` a multiple of
-// 512. Returns the FLOPs.
+// 1024. Returns the FLOPs.
 int64_t multiply_panel(Step, const void* p, int64_t bytes, int64_t rounds);
 
 // Integer additions that wait for each other, one a cycle. Returns their number.

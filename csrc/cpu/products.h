@@ -8,13 +8,13 @@ namespace sk {
 // How a product is cut; chosen by sparsekern/kernels/cpu/plan.py.
 struct Plan {
   int threads;
-  bool pairs;          // of bfloat16: it stays so in panels (Type::kPairs)
   int vecs;            // vectors in a panel's row: a tile is vecs * lanes tokens; 1, 2, 4 or 8
   int tile_parts;      // 2: tiles of 8 vectors are halved
   int64_t rows, cols;  // of a block of W, or of W^T; at most 65536
   // The part of W of a task. SpMM: the tiles that threads share evenly are taken whole, of the
   // others a task takes one of row_parts. SDDMM: a cell of a grid of row_parts x col_parts.
   int64_t row_parts, col_parts;
+  bool pairs = false;  // bfloat16 stays so in panels that are read (Type::kPairs)
 };
 
 // y[M, n] = x[M, k] W^T + bias[n], or with `transposed` y[M, k] = x[M, n] W + bias[k]. values are

@@ -38,7 +38,7 @@ def rates() -> Rates:
     calls = {"torch": lambda: mm(a, b.t())}
     if torch.backends.mkldnn.is_available():
         calls["onednn"] = lambda: _onednn(a, b.t(), None)
-    best: dict[str, float | None] = {"torch": 0.0, "onednn": None}
+    best = dict.fromkeys(calls, 0.0)
     with torch.inference_mode():
         for _ in range(1 + ROUNDS):  # the first pays for threads and memory
             for name, call in calls.items():
@@ -48,8 +48,8 @@ def rates() -> Rates:
                 except (AttributeError, RuntimeError, NotImplementedError):  # another torch
                     continue
                 rate = 2 * M * N * K / (time.perf_counter() - began)
-                best[name] = max(best[name] or 0.0, rate)
-    return Rates(**best)
+                best[name] = max(best[name], rate)
+    return Rates(best["torch"], best.get("onednn") or None)
 
 
 def library(dtype: torch.dtype) -> str:
@@ -69,13 +69,16 @@ def product(a: Tensor, b: Tensor, bias: Tensor | None = None) -> Tensor:
 
 
 def _onednn(a: Tensor, b: Tensor, bias: Tensor | None) -> Tensor:
-    y = None
-    for first in range(0, a.shape[1], LONGEST_SUM):
-        some = slice(first, first + LONGEST_SUM)
-        x, weight = _in_a_row(a[:, some]), _in_a_row(b[some].t())
-        part = torch.ops.mkldnn._linear_pointwise(x, weight, bias, "none", [], "")
-        y, bias = part if y is None else y.add_(part), None
+    parts = (slice(at, at + LONGEST_SUM) for at in range(0, a.shape[1], LONGEST_SUM))
+    y = _part(a, b, next(parts), bias)
+    for part in parts:
+        y += _part(a, b, part, None)
     return y
+
+
+def _part(a: Tensor, b: Tensor, part: slice, bias: Tensor | None) -> Tensor:
+    x, weight = _in_a_row(a[:, part]), _in_a_row(b[part].t())
+    return torch.ops.mkldnn._linear_pointwise(x, weight, bias, "none", [], "")
 
 
 def _in_a_row(t: Tensor) -> Tensor:

@@ -55,7 +55,7 @@ def rates() -> Rates:
     sizes = {1: _C.cache_bytes(1) or 2**15, 2: min(_C.cache_bytes(2) or 2**19, 2**21)}
 
     def multiply(step: str, level: int) -> Callable[[], int]:
-        size, step = sizes[level] // 2 // 512 * 512, getattr(_C.Step, step)
+        size, step = sizes[level] // 2 // 1024 * 1024, getattr(_C.Step, step)
         return lambda: _C.multiply_panel(step, panel.data_ptr(), size, PASSES[level])
 
     loops = {
@@ -72,7 +72,8 @@ def rates() -> Rates:
             began = time.perf_counter()
             flop = run()
             best[name] = max(best[name], flop / (time.perf_counter() - began))
-    return Rates(**{"dots": None, **best})
+    dots = best.pop("dots", None)
+    return Rates(**best, dots=dots)
 
 
 @lru_cache(maxsize=1)

@@ -26,13 +26,13 @@ class Plan(NamedTuple):
     The fields are those of `_C.Plan` (csrc/cpu/products.h), by name."""
 
     threads: int
-    pairs: bool
     vecs: int
     tile_parts: int
     rows: int
     cols: int
     row_parts: int  # what a thread's task takes
     col_parts: int
+    pairs: bool
 
 
 def dense_wins_above(p: Problem, machine: Machine) -> float:
@@ -101,7 +101,7 @@ def make_plan(p: Problem, machine: Machine, threads: int) -> Plan:
     row_bytes = width * (element_bytes if is_sddmm else real_bytes)
     blocks = -(-part_rows // min(y_bytes // row_bytes, 65536))
     rows = -(-part_rows // blocks)
-    return Plan(threads, pairs, vecs, tile_parts, rows, cols, row_parts, col_parts)
+    return Plan(threads, vecs, tile_parts, rows, cols, row_parts, col_parts, pairs)
 
 
 def _feeds(p: Problem, machine: Machine) -> bool:

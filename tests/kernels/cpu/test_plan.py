@@ -97,7 +97,7 @@ def test_a_machine_with_one_load_a_cycle_keeps_its_plans(problem, threads):
 def test_plans_for_two_loads_a_cycle():
     """A column block of x fits L1; bfloat16 stays in panels, and a sum has at most 96 terms."""
     problem = Problem("spmm", "cpu", torch.float32, 1024, 2048, 2048, 2**21)
-    assert make_plan(problem, ZEN5, 1)[2:6] == (8, 1, 342, 72)
+    assert make_plan(problem, ZEN5, 1)[1:5] == (8, 1, 342, 72)
     quarter = make_plan(problem._replace(nnz=2**20), ZEN5, 1)
     assert (quarter.vecs, quarter.cols) == (4, 144)
     in_pairs = problem._replace(dtype=torch.bfloat16, nnz=2**20)
