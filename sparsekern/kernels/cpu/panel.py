@@ -17,7 +17,9 @@ from ..problem import Kernel, Problem, bound_kernel, problem_of
 from ..reference import skip_missing
 from .dense_product import library, product
 from .machine import _C, Machine, machine, machine_name
-from .plan import Plan, dense_wins_above, describe, make_plan
+from .plan import Plan, dense_wins_above, density_of_dense_rate, describe, make_plan
+
+SLOWER = "; a dense layer is faster"
 
 
 def _machine_for(dtype: torch.dtype) -> Machine:
@@ -171,11 +173,16 @@ def _refuse_panel(p: Problem) -> str | None:
 
 
 def _describe_expand(p: Problem) -> str:
-    return f"W written out, {library(p.dtype)}; a dense layer is faster"
+    by = library(p.dtype)
+    return f"W written out, {by}{SLOWER * (by == 'torch.mm')}"
 
 
 def _describe_panel(p: Problem) -> str:
-    return describe(_plan(p, torch.get_num_threads()), _machine_for(p.dtype))
+    here = _machine_for(p.dtype)
+    text = describe(_plan(p, torch.get_num_threads()), here)
+    # Where nn.Linear's own library is not the fastest, a dense layer is slower than `expand`.
+    is_slower = p.density > density_of_dense_rate(p, here) and library(p.dtype) == "torch.mm"
+    return text + SLOWER * is_slower
 
 
 KERNELS = (

@@ -39,16 +39,26 @@ def dense_wins_above(p: Problem, machine: Machine) -> float:
     """The density above which writing W out and multiplying densely is faster than any sparse
     kernel, where nobody has measured it on the machine at hand (see crossover.py).
 
-    share * (1 + tokens / M): `share` is the rate of a sparse kernel over that of a dense product
-    for many tokens, `tokens` how many of them cost it as much as writing W out.
+    A dense layer, whose W is written out already, is faster above density_of_dense_rate.
     """
-    share, tokens = (0.74, 20) if _feeds(p, machine) else (0.55, 30)
+    tokens = 20 if _feeds(p, machine) else 30  # that cost as much as writing W out
     if p.dtype == torch.bfloat16 and machine.has_bf16_tiles:
-        share, tokens = 0.06, 230
+        tokens = 230
     elif p.dtype == torch.bfloat16 and machine.has_bf16_products:
-        keeps_up = machine.has_dots if p.op == "sddmm" else machine.has_pairs
-        share, tokens = (0.66 if p.op == "sddmm" else 0.38) if keeps_up else 0.27, 60
-    return share * (1 + tokens / max(1, p.M))
+        tokens = 60
+    return density_of_dense_rate(p, machine) * (1 + tokens / max(1, p.M))
+
+
+def density_of_dense_rate(p: Problem, machine: Machine) -> float:
+    """The density at which a product of many tokens takes as long as a dense one: the rate of a
+    sparse kernel over that of the dense product that `expand` calls."""
+    if p.dtype == torch.bfloat16 and machine.has_bf16_tiles:
+        return 0.06
+    if p.dtype == torch.bfloat16 and machine.has_bf16_products:
+        if not (machine.has_dots if p.op == "sddmm" else machine.has_pairs):
+            return 0.27
+        return 0.66 if p.op == "sddmm" else 0.38
+    return 0.74 if _feeds(p, machine) else 0.55
 
 
 @lru_cache(maxsize=4096)
