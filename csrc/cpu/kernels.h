@@ -73,8 +73,10 @@ struct Kernels {
   // y[row][:] = start[row] + the sum over the row's non-zeros of value * x[col][:]; start and y are
   // local to the block, of `rows` rows. With more than kSumBlocks column blocks as much memory
   // again is used behind y.
-  void (*spmm)(Type, int vecs, const Walk&, int64_t rows, const void* walked, const void* start,
-               const void* x, void* y);
+  // values: the block's in walking order, or in_place all of W's in CSR order. In place not for W^T
+  // and not for 16-bit types.
+  void (*spmm)(Type, int vecs, const Walk&, int64_t rows, bool in_place, const void* values,
+               const void* start, const void* x, void* y);
   // walked (+)= sum_m dy[row][m] * x[col][m] for each non-zero; dy is local to the block.
   void (*sddmm)(Type, int vecs, const Walk&, const void* dy, const void* x, bool add, void* walked);
 

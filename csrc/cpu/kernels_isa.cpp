@@ -85,10 +85,11 @@ void widen_(Type type, const void* values, int64_t size, void* wide) {
   });
 }
 
-void spmm_(Type type, int vecs, const Walk& w, int64_t rows, const void* walked, const void* start,
-           const void* x, void* y) {
+void spmm_(Type type, int vecs, const Walk& w, int64_t rows, bool in_place, const void* values,
+           const void* start, const void* x, void* y) {
   with_panel(type, [&](auto* e, auto* r) {
-#define SK_CALL(v) return spmm_block<v>(w, rows, as(walked, r), as(start, r), as(x, e), as(y, r))
+#define SK_CALL(v) \
+  return spmm_block<v>(w, rows, in_place, as(values, r), as(start, r), as(x, e), as(y, r))
     SK_WITH_VECS(SK_CALL)
 #undef SK_CALL
   });

@@ -94,12 +94,13 @@ void spmm(Pattern& pattern, const Csr& csr, bool transposed, Type given, const v
   char* walked = numbers(w_scratch, type, csr.nnz + n);
   char* start = walked + csr.nnz * real;
   bias ? kern.widen(type, bias, n, start) : void(std::fill_n(start, n * real, char{0}));
-  parallel_for(plan.threads, s.row_blocks * s.col_blocks, [&](int64_t i) {
+  const std::vector<Tile> tiles = cut_tokens(tokens, lanes, plan);
+  const bool in_place = plan.in_place && real == size_of(type) && !transposed;
+  parallel_for(plan.threads, in_place ? 0 : s.row_blocks * s.col_blocks, [&](int64_t i) {
     const int64_t b = i / s.col_blocks, c = i % s.col_blocks;
     kern.gather(type, walk(s, b, c, c + 1), values, walked + s.nnz_offsets[i] * real);
   });
 
-  const std::vector<Tile> tiles = cut_tokens(tokens, lanes, plan);
   const int64_t count = static_cast<int64_t>(tiles.size()), whole = count - count % plan.threads;
   parallel_for(plan.threads, whole + (count - whole) * plan.row_parts, [&](int64_t task) {
     const int64_t parts = task < whole ? 1 : plan.row_parts;
@@ -112,8 +113,9 @@ void spmm(Pattern& pattern, const Csr& csr, bool transposed, Type given, const v
       const int64_t first = b * plan.rows, rows = std::min(plan.rows, n - first);
       const int64_t panels = s.col_blocks > kSumBlocks ? 2 : 1;
       char* y_panel = numbers(y_scratch, type, panels * rows * t.vecs * lanes);
-      kern.spmm(type, t.vecs, walk(s, b), rows, walked + nnz_before(s, b) * real,
-                start + first * real, x_panel, y_panel);
+      const void* block_values = in_place ? values : walked + nnz_before(s, b) * real;
+      kern.spmm(type, t.vecs, walk(s, b), rows, in_place, block_values, start + first * real,
+                x_panel, y_panel);
       kern.unpack(type, y_panel, t.vecs, t.tokens, rows, at(y, type, t.first, first));
     }
   });

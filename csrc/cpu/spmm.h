@@ -15,6 +15,9 @@
 
 namespace sk::SK_ISA {
 
+constexpr int kSegmentsAhead = 4;
+static_assert(kSegmentsAhead <= Schedule::kAhead);
+
 // A narrow panel has too few accumulators to hide the latency of a multiply-add: the non-zeros of a
 // row are dealt out to kSets independent ones, summed at the end. 4 and 8 vectors sum in the same
 // order, so that a tile may be halved without a change in the result.
@@ -51,14 +54,25 @@ SK_INLINE void spmm_segment(int32_t count, const Real* v, const uint16_t* c, con
     store(y + j * kLanes, add(kFirst ? splat(start) : load(y + j * kLanes), acc[0][j]));
 }
 
+// The values of a segment stand one behind the other: in walking order, or with `places` where CSR
+// has them, which are fetched ahead.
 template <int kVecs, bool kFirst, class Element, class Real>
-void spmm_run(const Run& run, const uint16_t* row, const Real* v, const uint16_t* c,
-              const Real* start, const Element* x, Real* y) {
+void spmm_run(const Run& run, const uint16_t* row, const uint32_t* places, const Real* values,
+              const uint16_t* c, const Real* start, const Element* x, Real* y) {
   constexpr int64_t kTokens = kVecs * Simd<Real>::kCount * Simd<Element>::kTokens;
+  constexpr int64_t kLine = 64 / sizeof(Real);
   const int32_t count = run.count;
+  const Real* v = values;
   row += run.first;
-  for (int32_t q = 0; q < run.segments; q++, v += count, c += count)
+  if (places) places += run.first;
+  for (int32_t q = 0; q < run.segments; q++, v += count, c += count) {
+    if (places) {
+      v = values + places[q];
+      const Real* next = values + places[q + kSegmentsAhead];
+      for (int64_t i = 0; i < count + kLine; i += kLine) __builtin_prefetch(next + i);
+    }
     spmm_segment<kVecs, kFirst>(count, v, c, start + row[q], x, y + row[q] * kTokens);
+  }
 }
 
 // total = y or total + y, and y = 0: the sums of kSumBlocks column blocks.
@@ -73,7 +87,7 @@ void move_sums(bool is_first, int64_t size, Real* y, Real* total) {
 }
 
 template <int kVecs, class Element, class Real>
-void spmm_block(const Walk& w, int64_t rows, const Real* walked, const Real* start,
+void spmm_block(const Walk& w, int64_t rows, bool in_place, const Real* values, const Real* start,
                 const Element* x, Real* y) {
   constexpr int kLanes = Simd<Real>::kCount;
   const int64_t size = rows * kVecs * kLanes * Simd<Element>::kTokens;
@@ -85,8 +99,8 @@ void spmm_block(const Walk& w, int64_t rows, const Real* walked, const Real* sta
       const Run& run = w.runs[r];
       auto* f =
           b == 0 ? spmm_run<kVecs, true, Element, Real> : spmm_run<kVecs, false, Element, Real>;
-      f(run, w.row, walked, cols, start, x, y);
-      walked += int64_t{run.count} * run.segments;
+      f(run, w.row, in_place ? w.start : nullptr, values, cols, start, x, y);
+      if (!in_place) values += int64_t{run.count} * run.segments;
       cols += int64_t{run.count} * run.segments;
     }
   }

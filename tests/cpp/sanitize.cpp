@@ -122,7 +122,7 @@ void check(const Problem& p, sk::Type type, std::initializer_list<int> all_vecs,
       sk::Plan plan{threads, vecs, 1, 65536, 37 * vecs, 1, 1, pairs};
       if (threads > 1) plan.rows = 11, plan.row_parts = 2, plan.col_parts = threads;
       sk::Plan spmm_plan = plan;
-      if (threads == 3) spmm_plan.tile_parts = 2;
+      if (threads == 3) spmm_plan.tile_parts = 2, spmm_plan.in_place = true;
       Array y2(type, out_size, nullptr), dx2(type, in_size, nullptr), dvalues2(type, nnz, nullptr);
       sk::spmm(pattern, w, false, type, values.data(), bias.data(), {x.data(), in_row},
                {y2.data(), out_row}, p.tokens, spmm_plan);

@@ -16,12 +16,14 @@ from .machine import Machine
 SMALL_WORK = 2**18  # multiply-adds below which a second thread costs more than it gives
 LONGEST_SUM = 96  # non-zeros added up one by one, so that rounding errors stay small
 LEAST_LANES = 8  # of registers with pairs of bfloat16: smaller ones were not measured
+FEW_TILES, LONG_SEGMENT = 4, 32  # values are read in place for no more, and no fewer in a row
 WIDEST = 8  # vectors in a panel's row: their accumulators fill a register file of 16
 
 
 class Plan(NamedTuple):
     """The tokens are cut into tiles of vecs x lanes / tile_parts, W (spmm_t: W^T) into blocks. With
-    `pairs`, bfloat16 stays so in panels, and a register has twice the lanes.
+    `pairs`, bfloat16 stays so in panels, and a register has twice the lanes. With `in_place` the
+    values are not brought into walking order first.
 
     The fields are those of `_C.Plan` (csrc/cpu/products.h), by name."""
 
@@ -33,6 +35,7 @@ class Plan(NamedTuple):
     row_parts: int  # what a thread's task takes
     col_parts: int
     pairs: bool
+    in_place: bool
 
 
 def dense_wins_above(p: Problem, machine: Machine) -> float:
@@ -78,6 +81,7 @@ def make_plan(p: Problem, machine: Machine, threads: int) -> Plan:
       which a virtual machine does not show: the widest tiles are then halved, which sums in the
       same order.
     - A row block's y panel stays in L2.
+    - Few tiles do not pay for values in walking order, if a row has some lines of them in a block.
     """
     n, k = (p.K, p.N) if p.op == "spmm_t" else (p.N, p.K)
     is_sddmm, real_bytes = p.op == "sddmm", 8 if p.dtype == torch.float64 else 4
@@ -111,7 +115,9 @@ def make_plan(p: Problem, machine: Machine, threads: int) -> Plan:
     row_bytes = width * (element_bytes if is_sddmm else real_bytes)
     blocks = -(-part_rows // min(y_bytes // row_bytes, 65536))
     rows = -(-part_rows // blocks)
-    return Plan(threads, vecs, tile_parts, rows, cols, row_parts, col_parts, pairs)
+    in_place = p.op == "spmm" and p.dtype != torch.bfloat16 and _feeds(p, machine)
+    in_place &= p.M <= FEW_TILES * vecs * lanes and cols * p.density >= LONG_SEGMENT
+    return Plan(threads, vecs, tile_parts, rows, cols, row_parts, col_parts, pairs, in_place)
 
 
 def _feeds(p: Problem, machine: Machine) -> bool:

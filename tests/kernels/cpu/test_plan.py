@@ -105,6 +105,7 @@ def test_plans_for_two_loads_a_cycle():
     assert (forward.pairs, forward.vecs, forward.cols) == (True, 2, 288)
     assert (values.pairs, values.vecs, values.cols) == (True, 8, 72)
     assert not make_plan(in_pairs._replace(M=16), ZEN5, 1).pairs
+    assert quarter._replace(in_place=True) == make_plan(problem._replace(M=256, nnz=2**20), ZEN5, 1)
 
 
 def test_dense_crossover_of_two_loads_a_cycle():
