@@ -3,10 +3,13 @@
 python bench/run_gpu.py decode      results/<GPU>-decode-<dtype>-<date>.*, docs/benchmarks.md
 python bench/run_gpu.py prompts     results/<GPU>-prompts-<dtype>-<date>.*: 96 tokens and more
 python bench/run_gpu.py crossover   sparsekern/kernels/crossover.json
+python bench/run_gpu.py layouts     results/<GPU>-layouts-*, sparsekern/kernels/packed_times.json
+python bench/run_gpu.py generate    whole models: bench_generate.py, which has its flags
 python bench/run_gpu.py train            results/<GPU>-train-bfloat16-<date>.*: whole steps of GPTs
 python bench/run_gpu.py train-products   their three products alone, and what is written out
 python bench/run_gpu.py train-memory     memory of a step; --largest: the most sequences that fit
 python bench/run_gpu.py least-size       sparsekern/kernels/least_sizes.json
+python bench/run_gpu.py models           results/<GPU>-models-bfloat16-<date>.*: whole LLMs
 python bench/run_gpu.py publish X.csv   the same from a file that --out FOLDER wrote
 
 With --out only the table is written, there: to measure on a machine without the repository or
@@ -23,6 +26,7 @@ import time
 from dataclasses import replace
 from pathlib import Path
 
+import models_gpu
 import pages
 import tables_gpu
 import torch
@@ -31,6 +35,7 @@ import train_gpu
 from sparsekern.bench import (
     ceilings,
     crossover,
+    layouts_gpu,
     measure_gpu,
     peers_gpu,
     records,
@@ -40,6 +45,7 @@ from sparsekern.bench.machine import about_cpu, about_gpu, about_run, gpu_under_
 from sparsekern.bench.measure_gpu import Grid
 from sparsekern.bench.rates import case_name, derive, derived
 from sparsekern.bench.records import Run, select
+from sparsekern.kernels.cuda import times
 from sparsekern.report import plots
 from sparsekern.report.curves import curves, tokens
 
@@ -49,6 +55,8 @@ PAGE = BENCH.parent / "docs" / "benchmarks.md"
 MARKERS = "<!-- bench-gpu: begin -->", "<!-- bench-gpu: end -->"
 CROSSOVER = BENCH.parent / "sparsekern" / "kernels" / "crossover.json"
 LIMIT_S = 230.0  # no new W is begun after so long
+
+ROUNDS = dict.fromkeys(("decode", "prompts", "crossover"), measure_gpu.ROUNDS) | {"layouts": 3}
 
 Part = tuple[int, int]  # (2, 3): the second of three
 
@@ -64,6 +72,13 @@ WAYS = {
     "decode": peers_gpu.decode_ways,
     "prompts": peers_gpu.prompt_ways,
     "crossover": peers_gpu.crossover_ways,
+    "layouts": layouts_gpu.ways,
+}
+GRIDS = {
+    "decode": Grid(),
+    "prompts": PROMPTS,
+    "crossover": crossover.GRID,
+    "layouts": layouts_gpu.GRID,
 }
 
 SECTIONS = """\
@@ -157,7 +172,7 @@ def measure(verb: str, grid: Grid, path: Path, commit: str | None, part: Part | 
     with torch.no_grad(), torch.cuda.stream(torch.cuda.Stream()):
         clock = replay_gpu.CudaClock()
         deadline = start + LIMIT_S
-        for cell in measure_gpu.cells(grid, ways, clock, generator, deadline=deadline):
+        for cell in measure_gpu.cells(grid, ways, clock, generator, ROUNDS[verb], deadline):
             cells.append(derive(cell))
             found = ", ".join(f"{name} {ratio:.2f}" for name, ratio in cell["speedups"].items())
             print(f"{time.monotonic() - start:4.0f} s {case_name(cell)}: {found}", flush=True)
@@ -196,7 +211,7 @@ def page_of_prompts(name: str, run: Run) -> str:
     return PROMPTS_PAGE.format(
         name=name,
         heading=in_words(run.about, cells[0]["dtype"]),
-        rounds=measure_gpu.ROUNDS,
+        rounds=ROUNDS[run.about["benchmark"]],
         fewest=measure_gpu.LAUNCHES[0],
         cold_mb=measure_gpu.COLD_BYTES / 1e6,
         shapes=", ".join(f"{n}x{k}" for n, k in sorted(tables_gpu.shapes_of(cells))),
@@ -247,8 +262,15 @@ def publish(run: Run) -> None:
         if dtype == "bfloat16":
             about = in_words(run.about, dtype)
             pages.update(PAGE, MARKERS, name, tables_gpu.summary(cells), about)
-    elif run.about["benchmark"] == "prompts":
+    elif run.about["benchmark"] == "models":
+        name = name_of(run)
+        pages.publish(pages.RESULTS, name, run, models_gpu.page(name, run), None)
+    elif run.about["benchmark"] in ("prompts", "layouts"):
         pages.publish(pages.RESULTS, name_of(run), run, page_of_prompts(name_of(run), run), None)
+        if run.about["benchmark"] == "layouts":
+            times.FILE.write_text(
+                layouts_gpu.in_json(layouts_gpu.summarize(derived(run), source(run)))
+            )
     else:
         update_crossover(run)
 
@@ -259,24 +281,22 @@ def name_of(run: Run) -> str:
     return f"{gpu}-{about['benchmark']}-{run.records[0]['dtype']}-{about['date']}"
 
 
+def source(run: Run) -> str:
+    m, commit = run.about["machine"], run.about["commit"]["id"][:10]
+    return f"{m['gpu']}, torch {m['torch']}, {run.about['date']}, commit {commit}"
+
+
 def update_crossover(run: Run) -> None:
     """Replaces what the file says of this capability and dtype; the rest stays."""
-    m, commit = run.about["machine"], run.about["commit"]["id"][:10]
-    measured = f"{m['gpu']}, torch {m['torch']}, {run.about['date']}, commit {commit}"
+    m = run.about["machine"]
     data = json.loads(CROSSOVER.read_text()) if CROSSOVER.exists() else {}
-    found = crossover.summarize(derived(run), measured)
+    found = crossover.summarize(derived(run), source(run))
     data[m["capability"]] = data.get(m["capability"], {}) | found
     CROSSOVER.write_text(json.dumps(data, indent=1) + "\n")
 
 
 def grid_of(verb: str, dtype: torch.dtype, quick: bool) -> Grid:
-    if quick:
-        return replace(QUICK, dtype=dtype)
-    if verb == "decode":
-        return Grid(dtype=dtype)
-    if verb == "prompts":
-        return replace(PROMPTS, dtype=dtype)
-    return replace(crossover.GRID, dtype=dtype)
+    return replace(QUICK if quick else GRIDS[verb], dtype=dtype)
 
 
 def part_of(grid: Grid, part: Part) -> Grid:
@@ -296,6 +316,11 @@ def parse_part(text: str) -> Part:
 
 
 def main(arguments: list[str]) -> int:
+    if arguments[:1] == ["generate"]:
+        import bench_generate  # it needs pytest
+
+        bench_generate.main(arguments[1:])
+        return 0
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     verbs = parser.add_subparsers(dest="verb", required=True)
     for verb in WAYS:
@@ -310,6 +335,10 @@ def main(arguments: list[str]) -> int:
         options.add_argument("--out", type=Path)
         options.add_argument("--commit", help="where there is no repository")
         train_gpu.add_flags(verb, options)
+    options = verbs.add_parser("models")
+    options.add_argument("--out", type=Path)
+    options.add_argument("--commit", help="where there is no repository")
+    options.add_argument("--limit-s", type=float, default=600.0, help="begin nothing after that")
     verbs.add_parser("publish").add_argument("files", type=Path, nargs="+")
     args = parser.parse_args(arguments)
     if args.verb == "publish":
@@ -321,6 +350,8 @@ def main(arguments: list[str]) -> int:
     folder = args.out or PARTIAL
     if args.verb in train_gpu.PAGES:
         return train(args, folder)
+    if args.verb == "models":
+        return whole_models(args, folder)
     suffix = "-{}of{}".format(*args.part) if args.part else ""
     path = folder / f"{args.verb}-{args.dtype}{suffix}.csv"
     if args.verb != "crossover" and (reason := peers_gpu.few_tokens(1).missing):
@@ -330,7 +361,7 @@ def main(arguments: list[str]) -> int:
         grid = part_of(grid, args.part)
     run = measure(args.verb, grid, path, args.commit, args.part)
     cells = derived(run)
-    pages_of = {"decode": page, "prompts": page_of_prompts}
+    pages_of = {"decode": page, "prompts": page_of_prompts, "layouts": page_of_prompts}
     if make_page := pages_of.get(args.verb):
         print(make_page(path.stem, run))
     else:
@@ -354,6 +385,16 @@ def train(args: argparse.Namespace, folder: Path) -> int:
         print("\n".join(["Failed or wrong:", *bad]))
         return 1
     if not args.out and not model and not getattr(args, "quick", False):
+        publish(run)
+    return 0
+
+
+def whole_models(args: argparse.Namespace, folder: Path) -> int:
+    path = folder / "models-bfloat16.csv"
+    run = models_gpu.measure(machine(), path, args.commit, args.limit_s)
+    print(models_gpu.page(path.stem, run))
+    print(f"{run.about['seconds']:.0f} s: {path}")
+    if not args.out:
         publish(run)
     return 0
 

@@ -74,19 +74,25 @@ def forms(cases: list[dict]) -> str:
 def products(cases: list[dict]) -> str:
     """A line for each W and mask: times the best dense call of each product and of all three."""
     lines, means = [], {}
-    for (mask,), of_mask in groups(cases, lambda c: c["mask"]).items():
+    for each_mask, of_mask in groups(cases, lambda c: c["sparsity"], lambda c: c["mask"]).items():
+        label = _mask_label(*each_mask, cases[0]["sparsity"])
         columns: list[list[float | None]] = []
         for (n, k), of_shape in groups(of_mask, lambda c: c["N"], lambda c: c["K"]).items():
             each = {case["op"]: case for case in of_shape}
             found = [each.get(op, {}).get("speedup") for op in OPS]
             found += [together(each.values(), name) for name in (NAME, FP8, FP8_CAST)]
             kernels = dict.fromkeys(each[op].get("kernel", "failed") for op in OPS if op in each)
-            lines.append([f"{n}x{k}", MASKS[mask], *map(_ratio, found), ", ".join(kernels)])
+            lines.append([f"{n}x{k}", label, *map(_ratio, found), ", ".join(kernels)])
             columns.append(found)
-        means[mask] = [_mean(column) for column in zip(*columns, strict=True)]
-    lines += [[MEAN, MASKS[mask], *map(_ratio, each), ""] for mask, each in means.items()]
+        means[label] = [_mean(column) for column in zip(*columns, strict=True)]
+    lines += [[MEAN, label, *map(_ratio, each), ""] for label, each in means.items()]
     header = ["N x K", "mask", "forward", "dX", "dW", WHOLE, "FP8", "FP8 with casts", "kernels"]
     return table(header, lines, left=2)
+
+
+def _mask_label(sparsity: float, mask: str, usual: float) -> str:
+    """The kind of mask, and its zeros where they are not as many as `usual`."""
+    return MASKS[mask] if sparsity == usual else f"{sparsity:.0%} {MASKS[mask]}"
 
 
 def _mean(ratios: Iterable[float | None]) -> float | None:
@@ -129,7 +135,7 @@ def memory(cases: list[dict]) -> str:
         mask, sparsity = (memory_gpu.DENSE, 0.0) if is_dense else (case["mask"], case["sparsity"])
         at_a_time = case.get("micro_batch", case["batch"])
         parts = memory_gpu.predict(config_of(case), at_a_time, sparsity, mask)
-        parts["places"] = sum(parts[name] for name in ("indices", "bitmaps", "2:4 tails"))
+        parts["places"] = sum(parts[name] for name in ("indices", "bitmaps", "2:4 tails", "orders"))
         line = [*key]
         state = memory_gpu.state_bytes(parts)
         peak = memory_gpu.peak_bytes(parts, accumulates="micro_batch" in case)
@@ -180,11 +186,12 @@ def _speed(case: dict) -> str:
     return f"{case['batch']} ({case['M'] / way['median_s']:,.0f} tokens/s)"
 
 
-def least_sizes(cases: list[dict]) -> str:
+def least_sizes(cases: list[dict], row: least_size_gpu.Row) -> str:
     """A line for each number of tokens, a column for each size; the last one says from where on."""
+    cases = select(cases, mask=row.mask)
     sizes = sorted({case["N"] for case in cases})
     lines = []
-    for M, least in least_size_gpu.summarize(cases):
-        chosen = [select(cases, M=M, N=size) for size in sizes]
-        lines.append([M, *(f"{least_size_gpu.ratio(c):.2f}" for c in chosen), least or "never"])
+    for M, least in least_size_gpu.summarize(cases, row):
+        chosen = [least_size_gpu.ratio(select(cases, M=M, N=size), row) for size in sizes]
+        lines.append([M, *(f"{each:.2f}" for each in chosen), least or "never"])
     return table(["tokens", *map(str, sizes), "from"], lines)

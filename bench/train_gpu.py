@@ -30,10 +30,10 @@ LEAST = """\
 
 {heading}
 
-Two-way patterns, {sparsity:.0%} zeros: how many times as fast as W written out (`expand`) products
-on sparse tensor cores (`two_of_four`) are, forward and input gradient together, by tokens and by
-the rows and columns of a square W. W from memory. Dispatch takes them from the size on from which
-no larger one loses (sparsekern/kernels/least_sizes.json).
+How many times as fast as W written out (`expand`) products on sparse tensor cores are, forward and
+input gradient together, by tokens and by the rows and columns of a square W. W from memory.
+Dispatch takes them from the size on from which no larger one loses
+(sparsekern/kernels/least_sizes.json).
 
 {sizes}
 """
@@ -58,11 +58,11 @@ PRODUCTS = """\
 
 {heading}
 
-The three products of a linear layer in training, {tokens} tokens, {sparsity:.0%} zeros: times the
-best dense call of cuBLAS and cuBLASLt on the same operands, in any layout. Together: the sum of the
-three best dense times over the sum of ours. Medians of {rounds} replays of a CUDA graph, all in
-turn, each call on another copy of its operands; results held to fp64. "two-way": at most two of
-four neighbours along both axes of W. Below 1 is a loss. FP8 is other work, shown beside: dense,
+The three products of a linear layer in training, {tokens} tokens, {sparsity:.0%} zeros unless said:
+times the best dense call of cuBLAS and cuBLASLt on the same operands, in any layout. Together: the
+sum of the three best dense times over the sum of ours. Medians of {rounds} replays of a CUDA graph,
+all in turn, each call on another copy of its operands; results held to fp64. "two-way": at most two
+of four neighbours along both axes of W. Below 1 is a loss. FP8 is other work, shown beside: dense,
 E4M3 operands with one scale a tensor; from operands in 8 bits, and with their casts in plain torch,
 W's too. Errors: ours at most {errors}, those of FP8 {fp8_errors}.
 
@@ -240,11 +240,15 @@ def page_of_memory(name: str, run: Run) -> str:
 
 
 def page_of_least_sizes(name: str, run: Run) -> str:
+    cases = derived(run)
     return LEAST.format(
         name=name,
         heading=in_words(run.about, "bfloat16"),
-        sparsity=least_size.SPARSITY,
-        sizes=tables.least_sizes(derived(run)),
+        sizes="\n\n".join(
+            f"`{row.name}`, {row.sparsity:.0%} zeros, {tables.MASKS[row.mask]} masks:\n\n"
+            + tables.least_sizes(cases, row)
+            for row in least_size.ROWS
+        ),
     )
 
 
@@ -271,9 +275,10 @@ def publish(name: str, run: Run) -> None:
 def update_least_sizes(run: Run) -> None:
     machine, commit = run.about["machine"], run.about["commit"]["id"][:10]
     measured = f"{machine['gpu']}, torch {machine['torch']}, {run.about['date']}, commit {commit}"
-    data = json.loads(LEAST_SIZES.read_text())
-    entry = {"measured": measured, "bfloat16": least_size.summarize(derived(run))}
-    data.setdefault(least_size.SPARSE, {})[machine["capability"]] = entry
+    data, cases = json.loads(LEAST_SIZES.read_text()), derived(run)
+    for row in least_size.ROWS:
+        entry = {"measured": measured, "bfloat16": least_size.summarize(cases, row)}
+        data.setdefault(row.name, {})[machine["capability"]] = entry
     LEAST_SIZES.write_text(json.dumps(data, indent=1) + "\n")
 
 

@@ -16,6 +16,7 @@
 #include "cpu/products.h"
 #include "launch.h"
 #include "packing/cover.h"
+#include "packing/order.h"
 #include "tensors.h"
 
 namespace py = pybind11;
@@ -168,4 +169,20 @@ PYBIND11_MODULE(_C, m) {
             cover.write(as<int32_t>(step_offsets), as<uint8_t>(records), as<int64_t>(places));
           },
           NoGil(), "step_offsets, records (zeros before) and places; cover.h has their sizes.");
+
+  py::class_<sk::Order>(m, "Order", "One order of the columns of W for 2:4 sparse tensor cores.")
+      .def(py::init([](Pointer row_offsets, Pointer col_indices, int64_t n, int64_t k, int64_t nnz,
+                       int64_t most_slots) {
+             return new sk::Order({as<const int32_t>(row_offsets, "row_offsets", n + 1),
+                                   as<const int32_t>(col_indices, "col_indices", nnz), n, k, nnz},
+                                  most_slots);
+           }),
+           NoGil())
+      .def_property_readonly("slots", &sk::Order::slots, "0: it would take more than most_slots.")
+      .def(
+          "write",
+          [](const sk::Order& order, Pointer columns, Pointer places) {
+            order.write(as<int32_t>(columns), as<int32_t>(places));
+          },
+          NoGil(), "columns [slots], -1 for none, and places [nnz]: the slot of each entry.");
 }

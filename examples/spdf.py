@@ -9,7 +9,7 @@ prints, beside its progress, something like
     training FLOPs of the sparse half: 2.8x fewer than dense
 
 So short a run says nothing about quality: it shows the way. `python -m sparsekern train` takes
-the same settings as flags, and bench/experiments.py is the experiment at a size that tells more.
+the same settings as flags, and bench/quality.py is the experiment at a size that tells more.
 """
 
 import tempfile

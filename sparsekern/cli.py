@@ -186,6 +186,7 @@ def add_generate_flags(parser: argparse.ArgumentParser) -> None:
     for flag, text in (
         ("random-weights", "for a preset: there are no trained ones"),
         ("bench", "no text, but tokens/s against the same model with dense weights"),
+        ("keep-dense", "on a GPU: dense copies of layers, for a fast prompt; more memory"),
     ):
         parser.add_argument(f"--{flag}", action="store_true", help=text)
 

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from . import ops
 from .casts import autocast
-from .kernels.cuda.two_of_four import recognised
+from .kernels.cuda.ordered import recognised
 from .kernels.problem import Problem
 from .kernels.table import describe, pick
 from .sparse_sparse import sparse_times_sparse
@@ -114,11 +114,17 @@ def _linear(input, weight, bias=None, *, out=None) -> Tensor:
     return out.copy_(y)
 
 
-def explain(x: Tensor, W: SparseTensor) -> str:
+def explain(x: Tensor | int, W: SparseTensor | torch.nn.Module) -> str:
     """Which kernel runs each pass of linear(x, W), or of x @ W.T if given W.T, and why not others.
 
-    Raises ValueError if the last dimension of x is not K.
+    Of a PackedLinear, or of all in a model that pack_ has made: a line each, with what is held and
+    what a call runs, and one about their bytes; x may then be a number of tokens. ValueError if the
+    last dimension of x is not K, or for a model without such layers.
     """
+    if isinstance(W, torch.nn.Module):
+        return _explain_packed(x, W)
+    if isinstance(x, int):
+        raise TypeError("x: expected a Tensor beside a SparseTensor, got a number of tokens")
     if x.ndim == 0 or x.shape[-1] != W.k:
         raise ValueError(f"x: expected a last dimension of K = {W.k}, got shape {tuple(x.shape)}")
     lines = []
@@ -128,6 +134,20 @@ def explain(x: Tensor, W: SparseTensor) -> str:
         if x.is_cuda:
             problem = recognised(problem, W.row_offsets, W.col_indices)
         lines.append(f"{name}: {describe(problem, pick(problem))}")
+    return "\n".join(lines)
+
+
+def _explain_packed(x: Tensor | int, model: torch.nn.Module) -> str:
+    packed = {name: m for name, m in model.named_modules() if hasattr(m, "packed_bytes")}
+    if not packed:
+        raise ValueError(f"W: expected layers that pack_ has made, {type(model).__name__} has none")
+    lines = [f"{name}: {m.explain(x)}".removeprefix(": ") for name, m in packed.items()]
+    if len(packed) > 1:
+        held = sum(m.packed_bytes for m in packed.values())
+        dense = 2 * sum(m.in_features * m.out_features for m in packed.values())
+        lines.append(
+            f"all {len(packed)}: {held / 1e6:.3g} MB ({held / max(1, dense):.2f} of dense)"
+        )
     return "\n".join(lines)
 
 

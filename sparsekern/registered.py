@@ -13,9 +13,9 @@ from torch.nn import Parameter
 
 from .flop_formulas import register_when_imported
 from .kernels import observed
-from .kernels.cuda.choose import assemble, check_operands
+from .kernels.cuda.choose import assemble, check_operands, form_for
 from .kernels.cuda.few_tokens import spmm_packed as multiply_packed
-from .kernels.cuda.two_of_four import recognised
+from .kernels.cuda.ordered import recognised
 from .kernels.operands import (
     check_gradients,
     check_memory,
@@ -55,7 +55,7 @@ def run_product(op, row_offsets, col_indices, values, n, k, x, bias):
     if forward_ad._current_level >= 0:
         _refuse_tangents(op, values, x, bias)
     device, nnz = "cpu" if x.is_cpu else "cuda", col_indices.numel()
-    problem = _new(Problem, (op, device, x.dtype, m, n, k, nnz, False))
+    problem = _new(Problem, (op, device, x.dtype, m, n, k, nnz, False, False))
     if device == "cuda":
         problem = recognised(problem, row_offsets, col_indices)
     run = pick(problem).run
@@ -76,12 +76,12 @@ def run_gradients(op, row_offsets, col_indices, values, n, k, h, other):
         check_memory(op, other=other)
         values, h, other = values.contiguous(), h.contiguous(), other.contiguous()
     device, dtype, nnz = "cpu" if h.is_cpu else "cuda", h.dtype, col_indices.numel()
-    problem = _new(Problem, (op, device, dtype, m, n, k, nnz, False))
+    problem = _new(Problem, (op, device, dtype, m, n, k, nnz, False, False))
     if device == "cuda":
         problem = recognised(problem, row_offsets, col_indices)
     run = pick(problem).run
     gradient = run(row_offsets, col_indices, values, n, k, h, None)
-    run = pick(_new(Problem, ("sddmm", device, dtype, m, n, k, nnz, False))).run
+    run = pick(_new(Problem, ("sddmm", device, dtype, m, n, k, nnz, False, False))).run
     dy, x = (h, other) if op == "spmm_t" else (other, h)
     observed.note(row_offsets, dy, x)
     return gradient, run(row_offsets, col_indices, n, k, dy, x)
@@ -98,7 +98,7 @@ def run_sddmm(row_offsets, col_indices, n, k, dy, x):
         _refuse_tangents("sddmm", dy, x)
     observed.note(row_offsets, dy, x)
     device, nnz = "cpu" if x.is_cpu else "cuda", col_indices.numel()
-    run = pick(_new(Problem, ("sddmm", device, x.dtype, m, n, k, nnz, False))).run
+    run = pick(_new(Problem, ("sddmm", device, x.dtype, m, n, k, nnz, False, False))).run
     return run(row_offsets, col_indices, n, k, dy, x)
 
 
@@ -166,10 +166,12 @@ for _name, _arguments, _run, _fake in (
     torch.library.register_fake(f"sparsekern::{_name}", _fake, lib=_library)
 
 # Packed weights (kernels/cuda/choose.py), for inference: no gradient, GPU alone. `layout` names one
-# of LAYOUTS, `numbers` and `tensors` are what it consists of.
+# of LAYOUTS, or two with a comma between, `numbers` and `tensors` are what they consist of.
 
 
 def run_spmm_packed(x, layout, n, k, nnz, numbers, tensors, bias=None):
+    if "," in layout:
+        layout, numbers, tensors = form_for(len(x), layout, n, k, nnz, numbers, tensors)
     packed = assemble(layout, n, k, nnz, numbers, tensors)
     check_operands(packed, x, bias)
     return multiply_packed(x, packed, bias)

@@ -122,20 +122,27 @@ __device__ constexpr bool has_warpgroups() { return true; }
 __device__ constexpr bool has_warpgroups() { return false; }
 #endif
 
-// A barrier in shared memory, 8 bytes: each copy in bulk that it is given to is one phase of it. To
-// be made by one thread, before others know of it.
-__device__ inline void init_barrier(unsigned barrier) {
+// A barrier in shared memory, 8 bytes: a phase of it is over when it has been arrived at so many
+// times, and what it was given to has come. To be made by one thread, before others know of it.
+__device__ inline void init_barrier(unsigned barrier, unsigned count = 1) {
 #if defined(__CUDA_ARCH_FEAT_SM90_ALL)
   asm volatile(
-      "mbarrier.init.shared::cta.b64 [%0], 1;\n"
+      "mbarrier.init.shared::cta.b64 [%0], %1;\n"
       "fence.mbarrier_init.release.cluster;"
       :
-      : "r"(barrier)
+      : "r"(barrier), "r"(count)
       : "memory");
 #endif
 }
 
-// Copies from global to shared memory in the background, by one thread: a multiple of 16 bytes.
+__device__ inline void arrive_at(unsigned barrier) {
+#if defined(__CUDA_ARCH_FEAT_SM90_ALL)
+  asm volatile("mbarrier.arrive.shared::cta.b64 _, [%0];" : : "r"(barrier) : "memory");
+#endif
+}
+
+// Copies from global to shared memory in the background, by one thread: a multiple of 16 bytes. It
+// arrives at the barrier, and so does the copy.
 __device__ inline void copy_bulk(unsigned to, const void* from, unsigned bytes, unsigned barrier) {
 #if defined(__CUDA_ARCH_FEAT_SM90_ALL)
   asm volatile(
@@ -147,7 +154,7 @@ __device__ inline void copy_bulk(unsigned to, const void* from, unsigned bytes, 
 #endif
 }
 
-// Until the copy of a phase has arrived; phases are 0 and 1 in turn.
+// Until a phase is over; phases are 0 and 1 in turn.
 __device__ inline void wait_barrier(unsigned barrier, unsigned phase) {
 #if defined(__CUDA_ARCH_FEAT_SM90_ALL)
   unsigned is_over;
@@ -266,103 +273,6 @@ SK_MMA_SPARSE(bf16, 1)
 SK_MMA_SPARSE(f16, 0)
 SK_MMA_SPARSE(f16, 1)
 #undef SK_MMA_SPARSE
-
-// Publishes what this thread wrote to shared memory to a warpgroup that reads it after a barrier.
-__device__ inline void publish_to_warpgroups() {
-#if defined(__CUDA_ARCH_FEAT_SM90_ALL)
-  asm volatile("fence.proxy.async.shared::cta;" : : : "memory");
-#endif
-}
-
-// Operand B [16, tokens] at `at` of shared memory: a row of 128 bytes a token, of whose eight
-// chunks of 16 bytes the one at i lies at i ^ token % 8. Rows begin at a multiple of 1024, `at` is
-// that or a chunk with an even number of the first row.
-__device__ inline unsigned long long describe_rows(unsigned at) {
-  constexpr unsigned long long kSwizzled128 = 1ull << 62, kEightRows = 1024 / 16;
-  return (at & 0x3ffff) >> 4 | 1ull << 16 | kEightRows << 32 | kSwizzled128;
-}
-
-// Registers of products to come have been written.
-__device__ inline void begin_warpgroup_products() {
-#if defined(__CUDA_ARCH_FEAT_SM90_ALL)
-  asm volatile("wgmma.fence.sync.aligned;" : : : "memory");
-#endif
-}
-__device__ inline void commit_warpgroup_products() {
-#if defined(__CUDA_ARCH_FEAT_SM90_ALL)
-  asm volatile("wgmma.commit_group.sync.aligned;" : : : "memory");
-#endif
-}
-// Until at most kGroups groups of products are under way.
-template <int kGroups>
-__device__ inline void wait_warpgroup_products() {
-#if defined(__CUDA_ARCH_FEAT_SM90_ALL)
-  asm volatile("wgmma.wait_group.sync.aligned %0;" : : "n"(kGroups) : "memory");
-#endif
-}
-
-// c [16, 8 kNTiles] of each warp += a [16, 16] b, with fragments as of mma and b of describe_rows.
-// It goes on in the background; the four warps of a warpgroup come together.
-template <class T, int kNTiles>
-__device__ inline void mma_warpgroup(float (&c)[kNTiles][4], const unsigned* a,
-                                     unsigned long long b);
-
-#if defined(__CUDA_ARCH_FEAT_SM90_ALL)
-#define SK_WARPGROUP_MMA_16(type)                                                             \
-  template <>                                                                                 \
-  __device__ inline void mma_warpgroup<type, 2>(float (&c)[2][4], const unsigned* a,          \
-                                                unsigned long long b) {                       \
-    asm volatile("wgmma.mma_async.sync.aligned.m64n16k16.f32." #type "." #type                \
-                 " {%0,%1,%2,%3,%4,%5,%6,%7}, {%8,%9,%10,%11}, %12, 1, 1, 1, 0;"              \
-                 : "+f"(c[0][0]), "+f"(c[0][1]), "+f"(c[0][2]), "+f"(c[0][3]), "+f"(c[1][0]), \
-                   "+f"(c[1][1]), "+f"(c[1][2]), "+f"(c[1][3])                                \
-                 : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b));                       \
-  }
-SK_WARPGROUP_MMA_16(bf16)
-SK_WARPGROUP_MMA_16(f16)
-#undef SK_WARPGROUP_MMA_16
-
-#define SK_WARPGROUP_MMA_32(type)                                                                \
-  template <>                                                                                    \
-  __device__ inline void mma_warpgroup<type, 4>(float (&c)[4][4], const unsigned* a,             \
-                                                unsigned long long b) {                          \
-    asm volatile("wgmma.mma_async.sync.aligned.m64n32k16.f32." #type "." #type                   \
-                 " {%0,%1,%2,%3,%4,%5,%6,%7,%8,%9,%10,%11,%12,%13,%14,%15}, {%16,%17,%18,%19}, " \
-                 "%20, 1, 1, 1, 0;"                                                              \
-                 : "+f"(c[0][0]), "+f"(c[0][1]), "+f"(c[0][2]), "+f"(c[0][3]), "+f"(c[1][0]),    \
-                   "+f"(c[1][1]), "+f"(c[1][2]), "+f"(c[1][3]), "+f"(c[2][0]), "+f"(c[2][1]),    \
-                   "+f"(c[2][2]), "+f"(c[2][3]), "+f"(c[3][0]), "+f"(c[3][1]), "+f"(c[3][2]),    \
-                   "+f"(c[3][3])                                                                 \
-                 : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b));                          \
-  }
-SK_WARPGROUP_MMA_32(bf16)
-SK_WARPGROUP_MMA_32(f16)
-#undef SK_WARPGROUP_MMA_32
-
-#define SK_WARPGROUP_MMA_64(type)                                                                  \
-  template <>                                                                                      \
-  __device__ inline void mma_warpgroup<type, 8>(float (&c)[8][4], const unsigned* a,               \
-                                                unsigned long long b) {                            \
-    asm volatile(                                                                                  \
-        "wgmma.mma_async.sync.aligned.m64n64k16.f32." #type "." #type                              \
-        " {%0,%1,%2,%3,%4,%5,%6,%7,%8,%9,%10,%11,%12,%13,%14,%15,%16,%17,%18,%19,%20,%21,%22,%23," \
-        "%24,%25,%26,%27,%28,%29,%30,%31}, {%32,%33,%34,%35}, %36, 1, 1, 1, 0;"                    \
-        : "+f"(c[0][0]), "+f"(c[0][1]), "+f"(c[0][2]), "+f"(c[0][3]), "+f"(c[1][0]),               \
-          "+f"(c[1][1]), "+f"(c[1][2]), "+f"(c[1][3]), "+f"(c[2][0]), "+f"(c[2][1]),               \
-          "+f"(c[2][2]), "+f"(c[2][3]), "+f"(c[3][0]), "+f"(c[3][1]), "+f"(c[3][2]),               \
-          "+f"(c[3][3]), "+f"(c[4][0]), "+f"(c[4][1]), "+f"(c[4][2]), "+f"(c[4][3]),               \
-          "+f"(c[5][0]), "+f"(c[5][1]), "+f"(c[5][2]), "+f"(c[5][3]), "+f"(c[6][0]),               \
-          "+f"(c[6][1]), "+f"(c[6][2]), "+f"(c[6][3]), "+f"(c[7][0]), "+f"(c[7][1]),               \
-          "+f"(c[7][2]), "+f"(c[7][3])                                                             \
-        : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b));                                     \
-  }
-SK_WARPGROUP_MMA_64(bf16)
-SK_WARPGROUP_MMA_64(f16)
-#undef SK_WARPGROUP_MMA_64
-#else
-template <class T, int kNTiles>
-__device__ inline void mma_warpgroup(float (&)[kNTiles][4], const unsigned*, unsigned long long) {}
-#endif
 
 __device__ inline unsigned short round_to_bf16(float value) {
   unsigned short bits;

@@ -11,7 +11,7 @@
 // one that is not is computed anew from the stored values alone. That is rare and need not be fast.
 #pragma once
 
-#include "numbers.cuh"
+#include "shares.cuh"
 
 namespace sk {
 
@@ -72,44 +72,55 @@ __device__ inline bool is_finite(const float4& sum) {
   return fmaf(sum.x, 0.0f, fmaf(sum.y, 0.0f, fmaf(sum.z, 0.0f, sum.w * 0.0f))) == 0;
 }
 
-// Writes y of a block of rows, or adds this run's sums to those of the others. All threads of the
-// block come here, and shared memory is theirs. acc: of 32 rows as mma has them, row_of_lane: the
-// row of W of each of these, -1 for none. sum_stored(token, row): this run's sum of stored values.
-template <class T, int kNTiles, class SumStored>
-__device__ inline void finish(const float (&acc)[2][kNTiles][4], int row_of_lane, char* smem,
-                              const unsigned short* bias, unsigned short* y, float* partial,
-                              int* arrived, int tokens, int n, int block, int windows, int units,
-                              int group_warps, int most_shares, const SumStored& sum_stored) {
+// What a thread block has of a block of rows, and who else has a share of it.
+struct Part {
+  int block, rows;    // the block of rows, and how many: a multiple of 4 that divides the threads
+  int warps;          // of this thread block, that come here
+  int groups, group;  // of warps that have a part of K each, and this thread's
+  int run, runs;
+  int windows, units;  // of a block of rows, of all
+  int most_shares;
+  bool is_last;  // of this thread block's
+};
+
+// Writes y of a block of rows, or adds this run's sums to those of the others. The first warps of
+// the thread block come here, and shared memory from `smem` on is theirs. acc: of 16 kRowTiles rows
+// as mma has them, row_of_lane: the row of W of each of these, -1 for none. sum_stored(token, row):
+// this run's sum of stored values.
+template <class T, int kBarrier = 0, int kRowTiles, int kNTiles, class SumStored>
+__device__ inline void finish(const float (&acc)[kRowTiles][kNTiles][4], int row_of_lane,
+                              char* smem, const unsigned short* bias, unsigned short* y,
+                              float* partial, int* arrived, int tokens, int n, const Part& part,
+                              const SumStored& sum_stored) {
   // Sums of the groups, [group][token][row], in shared memory: rows lie in the order of their
   // nnz.
-  const int lane = threadIdx.x % kWarp, runs = gridDim.x;
-  const int groups = kRunWarps / group_warps, group = threadIdx.x / kWarp / group_warps;
-  const int rows = group_warps * kWarp, tile_row = rows + 4;  // floats
+  const int lane = threadIdx.x % kWarp, block = part.block, rows = part.rows;
+  const int tile_row = rows + 4;  // floats
   float* tile = reinterpret_cast<float*>(smem);
-  __syncthreads();
+  sync_warps(kBarrier, part.warps);
 #pragma unroll
-  for (int b = 0; b < 4; ++b) {
+  for (int b = 0; b < 2 * kRowTiles; ++b) {
     const int row = __shfl_sync(kAllLanes, row_of_lane, b * 8 + lane / 4);
     if (row < 0) continue;
-    float* out = tile + group * kNTiles * 8 * tile_row + row - block * rows;
+    float* out = tile + part.group * kNTiles * 8 * tile_row + row - block * rows;
 #pragma unroll
     for (int i = 0; i < 2 * kNTiles; ++i) {
       const int token = i / 2 * 8 + lane % 4 * 2 + i % 2;
       out[token * tile_row] = acc[b / 2][i / 2][b % 2 * 2 + i % 2];
     }
   }
-  __syncthreads();
-  const int first_run = run_of(block * windows, runs, units);
-  const int shares = run_of(block * windows + windows - 1, runs, units) - first_run + 1;
-  const int row_quads = rows / 4;
-  const int quads = tokens * row_quads;
+  sync_warps(kBarrier, part.warps);
+  const int first_run = run_of(block * part.windows, part.runs, part.units);
+  const int last_run = run_of(block * part.windows + part.windows - 1, part.runs, part.units);
+  const int shares = last_run - first_run + 1, share = part.run - first_run;
+  // A thread has four rows, and every turn-th token.
+  const int row_quads = rows / 4, turn = part.warps * kWarp / row_quads;
+  const int row = threadIdx.x % row_quads * 4, first_token = threadIdx.x / row_quads;
   const long long tile_quads = kNTiles * 8 * row_quads;
-  float4* all = reinterpret_cast<float4*>(partial) + block * most_shares * tile_quads;
-  float4* mine = all + (static_cast<int>(blockIdx.x) - first_run) * tile_quads;
-  for (int quad = threadIdx.x; quad < quads; quad += kRunWarps * kWarp) {
-    const int token = quad / row_quads, row = quad % row_quads * 4;
+  float4* all = reinterpret_cast<float4*>(partial) + block * part.most_shares * tile_quads;
+  for (int token = first_token; token < tokens; token += turn) {
     float4 sum = {0.0f, 0.0f, 0.0f, 0.0f};
-    for (int g = 0; g < groups; ++g) {
+    for (int g = 0; g < part.groups; ++g) {
       add_to(sum,
              *reinterpret_cast<const float4*>(tile + (g * kNTiles * 8 + token) * tile_row + row));
     }
@@ -126,41 +137,50 @@ __device__ inline void finish(const float (&acc)[2][kNTiles][4], int row_of_lane
     if (shares == 1) {
       write<T>(y, bias, n, token, block * rows + row, sum);
     } else {
-      mine[quad] = sum;
+      all[share * tile_quads + token * row_quads + row / 4] = sum;
     }
   }
-  __syncthreads();  // the tile has been read
+  sync_warps(kBarrier, part.warps);  // the tile has been read, sums have been written
   if (shares == 1) return;
 
-  int* before = reinterpret_cast<int*>(smem);
-  if (threadIdx.x == 0) {
-    __threadfence();  // after the barrier, so it orders the stores of all threads
-    *before = atomicAdd(arrived + block, 1);
-  }
-  __syncthreads();
-  const bool is_last = *before == shares - 1;
-  __syncthreads();  // `before` has been read
-  if (!is_last) return;
-  __threadfence();
-  if (threadIdx.x == 0) arrived[block] = 0;  // for the next launch
-  constexpr int kQuads = kNTiles < 4 ? 1 : kNTiles / 2, kShares = 8 / kQuads < 4 ? 4 : 8 / kQuads;
-  for (int quad = threadIdx.x; quad < quads; quad += kQuads * kRunWarps * kWarp) {
-    float4 sums[kQuads] = {};
+  constexpr int kParts = kNTiles < 8 ? 1 : Shares::kMostParts;  // of the tokens
+  const int parts = min(shares, kParts);
+  Shares counter(arrived + block, share, shares, parts);
+  int* told = reinterpret_cast<int*>(smem);
+#pragma unroll 1
+  for (int i = 0; i < (kParts == 1 ? 1 : 2); ++i) {
+    if (threadIdx.x == 0) *told = i ? counter.rest() : counter.arrive(part.is_last);
+    sync_warps(kBarrier, part.warps);
+    const int todo = *told;
+    sync_warps(kBarrier, part.warps);  // by all
+#pragma unroll 1
+    for (int p = 0; p < parts; ++p) {
+      if (!(todo >> p & 1)) continue;
+      const int end = tokens * (p + 1) / parts;
+      constexpr int kTokens = kNTiles < 4 ? 1 : kRowTiles == 1 ? 2 : kNTiles / 2;
+      constexpr int kShares = 8 / kTokens < 4 ? 4 : 8 / kTokens;
+      int token = tokens * p / parts;
+      token += (first_token + turn - token % turn) % turn;
+      for (; token < end; token += kTokens * turn) {
+        float4 sums[kTokens] = {};
+        const float4* from = all + token * row_quads + row / 4;
 #pragma unroll(kShares)
-    for (int share = 0; share < shares; ++share) {
+        for (int other = 0; other < shares; ++other) {
 #pragma unroll
-      for (int i = 0; i < kQuads; ++i) {
-        const int other = quad + i * kRunWarps * kWarp;
-        if (other < quads) add_to(sums[i], __ldcg(all + share * tile_quads + other));
+          for (int j = 0; j < kTokens; ++j) {
+            if (token + j * turn >= end) continue;
+            add_to(sums[j], __ldcg(from + other * tile_quads + j * turn * row_quads));
+          }
+        }
+#pragma unroll
+        for (int j = 0; j < kTokens; ++j) {
+          if (token + j * turn >= end) break;
+          write<T>(y, bias, n, token + j * turn, block * rows + row, sums[j]);
+        }
       }
     }
-#pragma unroll
-    for (int i = 0; i < kQuads; ++i) {
-      const int other = quad + i * kRunWarps * kWarp;
-      if (other >= quads) break;
-      write<T>(y, bias, n, other / row_quads, block * rows + other % row_quads * 4, sums[i]);
-    }
   }
+  if (threadIdx.x == 0) counter.leave();
 }
 
 }  // namespace sk

@@ -247,8 +247,8 @@ __device__ void spmm_cover(const uint4* records, const int* steps, const int* ro
            next_x_shared = x_shared + Window::kBytes;
   const int runs = gridDim.x;
   const int units = (slices + group_warps - 1) / group_warps * windows;
-  const int run_first = run_begin(blockIdx.x, runs, units);
-  const int run_end = run_begin(blockIdx.x + 1, runs, units);
+  const int run = blockIdx.x;
+  const int run_first = run_begin(run, runs, units), run_end = run_begin(run + 1, runs, units);
   Window ahead(x, tokens, k, group_warps);
 
   let_next_kernel_start();
@@ -320,8 +320,10 @@ __device__ void spmm_cover(const uint4* records, const int* steps, const int* ro
       return sum_cover<T>(records, steps, x + static_cast<long long>(token) * k, place, windows,
                           end_of_all - count, end_of_all);
     };
-    finish<T, kNTiles>(acc, row_of_lane, smem, bias, y, partial, arrived, tokens, n, block, windows,
-                       units, group_warps, most_shares, sum_stored);
+    const Part part = {
+        block, group_warps * kWarp, kRunWarps,      groups, group, run, runs, windows,
+        units, most_shares,         unit == run_end};
+    finish<T>(acc, row_of_lane, smem, bias, y, partial, arrived, tokens, n, part, sum_stored);
   }
 }
 

@@ -10,107 +10,14 @@
 //
 // runs.cuh says who does what.
 #include "launch.cuh"
-#include "pairs.cuh"
+#include "pairs_words.cuh"
 #include "runs.cuh"
+#include "warpgroups.cuh"
 
 namespace sk {
 
 constexpr unsigned kBufferBytes = 4352;  // of words, two a warp
 constexpr unsigned kWindow = 64;         // tokens times steps of x
-static_assert(kMostStepWords * 4 <= kBufferBytes, "a step fits where all pairs have values");
-
-// The words of a warp on their way through shared memory, in two buffers: while the steps of one
-// are used, the other is filled, with as many whole steps as fit.
-class Words {
- public:
-  static constexpr unsigned kBytes = 2 * kBufferBytes;
-  static constexpr unsigned kBarrierBytes = 2 * 8;
-
-  // `shared` has kBytes for this warp alone, `barriers` kBarrierBytes.
-  __device__ Words(const unsigned* words, unsigned shared, unsigned barriers)
-      : words_(words), shared_(shared), barriers_(barriers), lane_(threadIdx.x % kWarp) {
-    if (has_warpgroups()) {
-      if (lane_ < 2) init_barrier(barriers + lane_ * 8);
-      __syncwarp();
-    }
-  }
-
-  // Sends for the first of `count` steps; `bounds`: where each begins, and where the last one ends.
-  __device__ void begin(const int* bounds, int count) {
-    bounds_ = bounds;
-    left_ = count;
-    begin_ = __ldcg(bounds);
-    look_ahead();
-    now_ = fill(0);
-    after_ = fill(1);
-    buffer_ = 0;
-    step_ = 0;
-    at_ = shared_;
-  }
-
-  // The shared address of the next step, when it has arrived. The one before it is used up.
-  __device__ unsigned next() {
-    __syncwarp();  // by all lanes
-    if (step_ == now_) {
-      now_ = after_;
-      after_ = fill(buffer_);
-      buffer_ ^= 1;
-      step_ = 0;
-      at_ = shared_ + buffer_ * kBufferBytes;
-    }
-    if (step_++ == 0) wait(buffer_);
-    return at_;
-  }
-
-  // The step there has so many bytes.
-  __device__ void skip(unsigned bytes) { at_ += bytes; }
-
- private:
-  // Where the next 32 steps end; beyond the last one it says nothing.
-  __device__ void look_ahead() { ends_ = __ldcg(bounds_ + min(lane_ + 1, left_)); }
-
-  // Sends for as many steps as fit. How many?
-  __device__ int fill(int buffer) {
-    const bool fits = lane_ < left_ && ends_ - begin_ <= static_cast<int>(kBufferBytes / 4);
-    const int count = __popc(__ballot_sync(kAllLanes, fits));
-    if (!count) return 0;
-    const int end = __shfl_sync(kAllLanes, ends_, count - 1);
-    const unsigned to = shared_ + buffer * kBufferBytes;
-    const unsigned* from = words_ + begin_;
-    if (has_warpgroups()) {
-      if (lane_ == 0) copy_bulk(to, from, (end - begin_) * 4, barriers_ + buffer * 8);
-    } else {
-      for (int i = lane_ * 4; i < end - begin_; i += kWarp * 4)
-        copy_async<16>(to + i * 4, from + i);
-      commit_copies();
-    }
-    begin_ = end;
-    left_ -= count;
-    bounds_ += count;
-    look_ahead();
-    return count;
-  }
-
-  // Until the steps of a buffer have arrived.
-  __device__ void wait(int buffer) {
-    if (!has_warpgroups()) {
-      wait_copies<0>();
-    } else {
-      wait_barrier(barriers_ + buffer * 8, phases_ >> buffer & 1);
-      phases_ ^= 1u << buffer;
-    }
-    __syncwarp();
-  }
-
-  const unsigned* words_;
-  const unsigned shared_, barriers_;
-  const int lane_;
-  const int* bounds_ = nullptr;  // of the steps not yet sent for
-  int left_ = 0, begin_ = 0, ends_ = 0;
-  int now_ = 0, after_ = 0;  // steps of this buffer, and of the other one
-  int step_ = 0, buffer_ = 0;
-  unsigned at_ = 0, phases_ = 0;  // a bit a barrier: that of the next arrival
-};
 
 // Brings x of a window to shared memory as [step][token][64 columns], zeros beyond K. Beyond the
 // last token lies anything: those sums go nowhere. The eight chunks of 8 columns are exchanged by
@@ -167,40 +74,6 @@ class Window {
   const bool is_aligned_;
 };
 
-// A lane's slots of one step.
-class Slots {
- public:
-  // Takes the slots of the next step.
-  __device__ explicit Slots(Words& words) {
-    const unsigned at = words.next(), lane = threadIdx.x % kWarp;
-    mask_ = load_shared_u32(at + lane * 4);
-    const unsigned start = load_shared_u16(at + kWarp * 4 + lane * 2);
-    words.skip(__shfl_sync(kAllLanes, start, 0) * 16);
-    at_ = at + kHeadWords * 4 + (lane ? start : 0);
-  }
-
-  // The registers of 16 columns: operand A of rows 0-15, then of rows 16-31. In order, from 0 on.
-  __device__ void load(unsigned (&a)[8], int sixteen) {
-#pragma unroll
-    for (int tile = 0; tile < 2; ++tile) {
-      // Four slots, a byte each: 4, the bytes of a word, if the lane has it.
-      const unsigned four = rotate_right(mask_, 2 * sixteen + tile) & 0x04040404u;
-      load_shared_if(a[tile * 4], at_, four & 0x04u);
-      load_shared_if(a[tile * 4 + 1], dot_bytes(four, 0x00000001u, at_), four & 0x0400u);
-      load_shared_if(a[tile * 4 + 2], dot_bytes(four, 0x00000101u, at_), four & 0x040000u);
-      load_shared_if(a[tile * 4 + 3], dot_bytes(four, 0x00010101u, at_), four & 0x04000000u);
-      at_ = dot_bytes(four, 0x01010101u, at_);
-    }
-  }
-
- private:
-  static __device__ unsigned rotate_right(unsigned bits, unsigned by) {
-    return by ? bits >> by | bits << (32 - by) : bits;
-  }
-
-  unsigned mask_, at_;
-};
-
 // acc += a step times its x.
 template <class T, int kNTiles>
 __device__ inline void multiply(float (&acc)[2][kNTiles][4], unsigned (&a)[2][8], Slots slots,
@@ -241,30 +114,13 @@ __device__ inline void multiply_together(float (&acc)[2][kNTiles][4], unsigned (
   }
 }
 
-// Of a row of W the stored values in steps [first, end) times x of one token.
-template <class T>
-__device__ float sum_pairs(const unsigned* words, const int* steps, const unsigned short* x,
-                           int row, int row_steps, int first, int end) {
-  const int* my_steps = steps + static_cast<long long>(row / kWarp) * row_steps;
-  float sum = 0;
-  for (int step = first; step < end; ++step) {
-    const auto add = [&](int of_step, int column, unsigned pair) {
-      if (of_step != row % kWarp) return;
-      const unsigned short* at = x + step * kStepColumns + column;
-      if (pair & 0xffffu) sum = fmaf(Convert<T>::low(pair), Convert<T>::low(at[0]), sum);
-      if (pair >> 16) sum = fmaf(Convert<T>::high(pair), Convert<T>::low(at[1]), sum);
-    };
-    for (int t = 0; t < 4; ++t) visit_pairs(words + my_steps[step], row % 8 * 4 + t, add);
-  }
-  return sum;
-}
-
 template <class T, int kNTiles>
 __device__ void spmm_pairs(const unsigned* all_words, const int* steps, const unsigned short* x,
                            const unsigned short* bias, unsigned short* y, float* partial,
                            int* arrived, int tokens, int n, int k, int slices, int row_steps,
                            int group_warps, int most_shares, int words_end) {
   using Window = Window<kNTiles * 8>;
+  using Words = sk::Words<kBufferBytes>;
   extern __shared__ __align__(128) char smem[];
   // x first: describe_rows wants a multiple of 1024.
   const unsigned shared = (shared_address(smem) + 1023) / 1024 * 1024;
@@ -280,8 +136,8 @@ __device__ void spmm_pairs(const unsigned* all_words, const int* steps, const un
   const int windows = (row_steps + Window::kSteps - 1) / Window::kSteps;
   const int runs = gridDim.x;
   const int units = (slices + group_warps - 1) / group_warps * windows;
-  const int run_first = run_begin(blockIdx.x, runs, units);
-  const int run_end = run_begin(blockIdx.x + 1, runs, units);
+  const int run = blockIdx.x;
+  const int run_first = run_begin(run, runs, units), run_end = run_begin(run + 1, runs, units);
   const Window x_window(x, tokens, k, group_warps);
 
   let_next_kernel_start();
@@ -347,8 +203,10 @@ __device__ void spmm_pairs(const unsigned* all_words, const int* steps, const un
                           (end_of_all - count) * static_cast<int>(Window::kSteps),
                           min(end_of_all * static_cast<int>(Window::kSteps), row_steps));
     };
-    finish<T, kNTiles>(acc, row_of_lane, smem, bias, y, partial, arrived, tokens, n, block, windows,
-                       units, group_warps, most_shares, sum_stored);
+    const Part part = {
+        block, group_warps * kWarp, kRunWarps,      groups, group, run, runs, windows,
+        units, most_shares,         unit == run_end};
+    finish<T>(acc, row_of_lane, smem, bias, y, partial, arrived, tokens, n, part, sum_stored);
   }
 }
 

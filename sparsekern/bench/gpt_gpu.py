@@ -27,7 +27,7 @@ from ..indices import expand_rows
 from ..nn import SparseLinear, densify_, sparsify_
 from ..sparsity import Static
 from .measure_gpu import ROUNDS, attempt
-from .products import PASSES, kernels
+from .products import PASSES, kernels_of
 from .products_gpu import NAME
 from .records import DENSE, OURS
 from .replay_gpu import Clock, Contender, Runner, race
@@ -65,8 +65,8 @@ QUICK = Step("tiny", GPTConfig(2, 4, 128, 64, 256), 4, (0.75,))
 # Whole models, for run_gpu.py: the largest ones as a GPU is at its best, captured.
 STEPS = (
     replace(STEP, sparsities=(0.75, 0.9, 0.95), two_way=(0.75,), forms=(EAGER, COMPILED, CAPTURED)),
-    Step("gpt3-xl", PRESETS["gpt3-xl"], 4, (0.75,), (0.75,), (CAPTURED,)),
-    Step("4096-wide", GPTConfig(3, 32, 4096, 2048, 50304), 4, (0.75,), (0.75,), (CAPTURED,)),
+    Step("gpt3-xl", PRESETS["gpt3-xl"], 4, (0.75, 0.9), (0.75,), (CAPTURED,)),
+    Step("4096-wide", GPTConfig(3, 32, 4096, 2048, 50304), 4, (0.75, 0.9), (0.75,), (CAPTURED,)),
     Step(
         "gpt3-xl-accumulated",
         PRESETS["gpt3-xl"],
@@ -216,10 +216,9 @@ def _cell(step: Step, mask: str, sparsity: float, model: GPT, ways: dict[str, di
     batch, config = step.batch * step.accumulated, step.config
     M = batch * config.block_size
     weights = [layer.weight for layer in model.modules() if isinstance(layer, SparseLinear)]
-    sizes = {(M, *weight.shape, weight.nnz, mask == TWO_WAY): None for weight in weights}
     for way in ways.values():
         if way["kind"] == OURS and "median_s" in way:
-            way["kernel"] = kernels(PASSES["train_step"], "cuda", DTYPE, *sizes)
+            way["kernel"] = kernels_of(PASSES["train_step"], DTYPE, M, weights)
     return {
         **{"op": "train_step", "device": "cuda", "model": step.model, "layers": config.n_layer},
         **{"width": config.n_embd, "vocabulary": config.vocab_size},

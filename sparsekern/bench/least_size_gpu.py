@@ -1,12 +1,14 @@
 """From how many tokens, rows and columns on sparse tensor cores are the faster way: what dispatch
 reads.
 
-Both rows of the kernel table that serve a two-way pattern, `two_of_four` and `expand`, forward and
-input gradient of a square W. sparsekern/kernels/least_sizes.json holds, by row, compute capability
-and dtype, pairs of rising numbers of tokens and the least size from there on; null: never.
+The rows of the kernel table that use them, `two_of_four` for a two-way pattern and `ordered` for a
+free one, each beside `expand`, forward and input gradient of a square W. sparsekern/kernels/
+least_sizes.json holds, by row, compute capability and dtype, pairs of rising numbers of tokens and
+the least size from there on; null: never.
 """
 
 from collections.abc import Iterator
+from dataclasses import dataclass
 from functools import partial
 from statistics import geometric_mean
 
@@ -14,72 +16,112 @@ import torch
 from torch import Tensor
 
 from ..kernels import table
+from ..kernels.cuda.layout import share_packs
 from ..tensor import SparseTensor
-from .gpt_gpu import TWO_WAY, TwoWayMask
-from .measure_gpu import LAUNCHES, ROUNDS, TOLERANCE, attempt, copies_of
+from .gpt_gpu import FREE, TWO_WAY, TwoWayMask
+from .measure_gpu import LAUNCHES, ROUNDS, TOLERANCE, attempt, copies_of, weight
 from .peers_gpu import clone
 from .records import OURS, groups, select
 from .replay_gpu import Clock, Contender, Runner, race
 
-SIZES = (512, 768, 1024, 1536, 2048, 3072, 4096)
-TOKENS = (256, 512, 1024, 2048)
-SPARSITY, DTYPE = 0.75, torch.bfloat16
-SPARSE, EXPAND = "two_of_four", "expand"
+
+@dataclass(frozen=True)
+class Row:
+    """A row of the kernel table, and what it is measured with."""
+
+    name: str
+    mask: str
+    sparsity: float
+    tokens: tuple[int, ...]
+    sizes: tuple[int, ...]
+
+
+ROWS = (
+    Row(
+        "two_of_four",
+        TWO_WAY,
+        0.75,
+        (256, 512, 1024, 2048),
+        (512, 768, 1024, 1536, 2048, 3072, 4096),
+    ),
+    Row("ordered", FREE, 0.9, (1024, 2048, 4096, 8192), (1024, 1536, 2048, 3072, 4096)),
+)
+EXPAND = "expand"
 OPS = ("spmm", "spmm_t")
+DTYPE = torch.bfloat16
 
 
 def cases(clock: Clock, device: torch.device) -> Iterator[dict]:
-    """A record for each size, number of tokens and product."""
-    for size in SIZES:
-        dense = torch.randn(size, size, device=device).to(DTYPE)
-        W = SparseTensor.from_dense(dense, TwoWayMask(SPARSITY).mask("W", dense))
-        wide = W.to_dense().double()
-        copies = [W, *(clone(W) for _ in range(copies_of(dense.nbytes, LAUNCHES[0]) - 1))]
-        for M in TOKENS:
-            x = torch.randn(M, size, device=device).to(DTYPE)
-            for op in OPS:
-                exact = x.double() @ (wide.t() if op == "spmm" else wide)
-                yield _case(op, W, x, _race(op, copies, x, exact, clock))
+    """A record for each row, size, number of tokens and product."""
+    generator = torch.Generator(device)
+    for row in ROWS:
+        for size in row.sizes:
+            W = _weight(row, size, generator)
+            wide = W.to_dense().double()
+            nbytes = wide.numel() * DTYPE.itemsize
+            copies = [W, *(clone(W) for _ in range(copies_of(nbytes, LAUNCHES[0]) - 1))]
+            for M in row.tokens:
+                x = torch.randn(M, size, device=device).to(DTYPE)
+                for op in OPS:
+                    exact = x.double() @ (wide.t() if op == "spmm" else wide)
+                    yield _case(row, op, W, x, _race(row, op, copies, x, exact, clock))
 
 
-def _race(op: str, copies: list[SparseTensor], x: Tensor, exact: Tensor, clock: Clock) -> dict:
+def _weight(row: Row, size: int, generator: torch.Generator) -> SparseTensor:
+    if row.mask == FREE:
+        return SparseTensor.from_dense(*weight(size, size, row.sparsity, FREE, DTYPE, generator))
+    dense = torch.randn(size, size, device=generator.device).to(DTYPE)
+    return SparseTensor.from_dense(dense, TwoWayMask(row.sparsity).mask("W", dense))
+
+
+def _race(
+    row: Row, op: str, copies: list[SparseTensor], x: Tensor, exact: Tensor, clock: Clock
+) -> dict:
     failed: dict[str, dict] = {}
     runners = []
-    for name in (SPARSE, EXPAND):
+    for name in (row.name, EXPAND):
         run = next(r.run for r in table.KERNELS if (r.name, r.op, r.device) == (name, op, "cuda"))
         calls = [partial(run, V.row_offsets, V.col_indices, V.values, *V.shape, x) for V in copies]
         each = Contender(name, OURS, calls)
-        runners += attempt(failed, each, partial(Runner, each, LAUNCHES[0], exact, clock))
+
+        def make(calls=calls, each=each) -> Runner:
+            calls[0]()  # whose packs the copies share out
+            for copy in copies[1:]:
+                share_packs(copies[0], copy)
+            return Runner(each, LAUNCHES[0], exact, clock)
+
+        runners += attempt(failed, each, make)
     return race(runners, exact, TOLERANCE[DTYPE], clock, ROUNDS) | failed
 
 
-def _case(op: str, W: SparseTensor, x: Tensor, ways: dict) -> dict:
+def _case(row: Row, op: str, W: SparseTensor, x: Tensor, ways: dict) -> dict:
     return {
         **{"op": op, "device": "cuda", "M": len(x), "N": W.n, "K": W.k, "nnz": W.nnz},
-        **{"sparsity": SPARSITY, "mask": TWO_WAY, "threads": 0, "is_cold": True},
+        **{"sparsity": row.sparsity, "mask": row.mask, "threads": 0, "is_cold": True},
         **{"dtype": str(DTYPE).removeprefix("torch."), "ways": ways},
     }
 
 
-def summarize(cases: list[dict]) -> list[list[int | None]]:
+def summarize(cases: list[dict], row: Row) -> list[list[int | None]]:
     """[tokens, least size] for each number of tokens: from that size on all sizes gain or lose
     nothing, both products together."""
+    cases = select(cases, mask=row.mask)
     found: list[list[int | None]] = []
     for M in sorted({case["M"] for case in cases}):
         least = None
         for (size,), both in sorted(groups(select(cases, M=M), lambda c: c["N"]).items())[::-1]:
-            if ratio(both) < 1:
+            if ratio(both, row) < 1:
                 break
             least = size
         found.append([M, least])
     return found
 
 
-def ratio(cases: list[dict]) -> float:
-    """How many times faster two_of_four is: 0 where it failed or is wrong."""
+def ratio(cases: list[dict], row: Row) -> float:
+    """How many times faster the row is: 0 where it failed or is wrong."""
     ratios = []
     for case in cases:
-        sparse, expand = (case["ways"][name] for name in (SPARSE, EXPAND))
+        sparse, expand = (case["ways"][name] for name in (row.name, EXPAND))
         if "median_s" not in sparse or not sparse["is_right"]:
             return 0.0
         ratios.append(expand["median_s"] / sparse["median_s"])

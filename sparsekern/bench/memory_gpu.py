@@ -13,21 +13,26 @@ from typing import Any
 import torch
 from torch import nn
 
+from ..gpt.llama import LlamaConfig
 from ..gpt.model import GPTConfig
+from ..kernels.cuda import ordered
 from ..kernels.cuda.bitmap import COLUMNS
+from ..kernels.problem import Problem
 
 DENSE, FREE, TWO_WAY = "dense", "random", "two-way"
-# What is there between steps. The last three are what sparse weights add.
-STATE = ("weights", "gradients", "AdamW", "indices", "bitmaps", "2:4 tails")
+# What is there between steps. The last four are what sparse weights add.
+STATE = ("weights", "gradients", "AdamW", "indices", "bitmaps", "2:4 tails", "orders")
 FP32, BF16, INT32 = 4, 2, 4
 WORD_BYTES = 8 + INT32  # of a bitmap: its bits, and where its values begin
 TAIL_SHARE = 8  # an operand of 2:4 products has N K / 2 slots, and N K / 8 bytes after them
 
 
 def linears(config: GPTConfig) -> list[tuple[int, int]]:
-    """N, K of a block's linears."""
-    C, h = config.n_embd, config.mlp_width
-    return [(3 * C, C), (C, C), (h, C), (C, h)]
+    """N, K of a block's linears. ValueError for LLaMA's: what is kept for its backward pass is not
+    counted here."""
+    if isinstance(config, LlamaConfig):
+        raise ValueError(f"config: expected blocks as GPT-2's, got {type(config).__name__}")
+    return config.linears
 
 
 def predict(
@@ -42,8 +47,10 @@ def predict(
         AdamW      8 P, two moments, and 4 for each tensor, its step
         indices    4 nnz + 4 (N + 1) for each sparse W: col_indices, row_offsets, int32
         bitmaps    12 for each 64 columns of a row: the places again, as the kernels read them
-        2:4 tails  N K / 4 for each two-way W that sparse tensor cores take (two_of_four): what
-                   stands behind the slots, of W and of W^T
+        2:4 tails  N K / 8 for each W, and for each W^T, that sparse tensor cores take (two_of_four,
+                   ordered): what stands behind the slots
+        orders     2 nnz for each W that is put into an order (ordered), and 6 nnz for each W^T:
+                   where its values belong
 
     In a step:
 
@@ -79,6 +86,7 @@ def predict(
         "indices": L * sum(INT32 * (c + n + 1) for c, (n, _) in zip(counts, shapes, strict=True)),
         "bitmaps": L * sum(WORD_BYTES * n * max(1, -(-k // COLUMNS)) for n, k in shapes),
         "2:4 tails": L * 2 * sum(places) // TAIL_SHARE,
+        "orders": 0,
         "casts": BF16 * (L * sum(counts) + V * C),
         "activations": tokens * (L * block + 6 * C + 8),
         "loss": 12 * V * tokens,
@@ -88,8 +96,22 @@ def predict(
     if not is_sparse:
         found |= {"indices": 0, "bitmaps": 0}
     if mask != TWO_WAY:
-        found["2:4 tails"] = 0
+        found |= _of_orders(shapes, counts, tokens, L) if is_sparse else {"2:4 tails": 0}
     return found
+
+
+def _of_orders(
+    shapes: list[tuple[int, int]], counts: list[int], tokens: int, layers: int
+) -> dict[str, int]:
+    """The parts that `ordered` adds for a free mask, where its sizes are those that it takes."""
+    tails = places = 0
+    for (n, k), nnz in zip(shapes, counts, strict=True):
+        for op, nbytes in (("spmm", 2), ("spmm_t", 6)):
+            problem = Problem(op, "cuda", torch.bfloat16, tokens, n, k, nnz)
+            if ordered.refuse_size(problem) is None:
+                tails += n * k // TAIL_SHARE
+                places += nbytes * nnz
+    return {"2:4 tails": layers * tails, "orders": layers * places}
 
 
 def state_bytes(parts: dict[str, int]) -> int:

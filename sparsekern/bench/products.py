@@ -18,6 +18,7 @@ from .. import ops
 from ..gpt.dense import by_numpy, onednn, packed
 from ..gpt.dense import linear as linear_by
 from ..indices import expand_rows
+from ..kernels.cuda.ordered import recognised
 from ..kernels.problem import Problem
 from ..kernels.table import pick
 from ..matmul import linear
@@ -63,9 +64,20 @@ PASSES |= {"linear": tuple(PASSES), "train_step": tuple(PASSES)}
 
 
 def kernels(passes: Iterable[str], device: str, dtype: torch.dtype, *sizes: tuple[int, ...]) -> str:
-    """The names of the kernels that run these products, of each (M, N, K, nnz) or (M, N, K, nnz,
-    whether the pattern is two-way)."""
+    """The names of the kernels that run these products, of each (M, N, K, nnz)."""
     problems = (Problem(op, device, dtype, *each) for op in passes for each in sizes)
+    return ", ".join(dict.fromkeys(pick(problem).name for problem in problems))
+
+
+def kernels_of(
+    passes: Iterable[str], dtype: torch.dtype, M: int, weights: list[SparseTensor]
+) -> str:
+    """The same for products of M tokens with these W on a GPU, as their patterns have it."""
+    problems = (
+        recognised(Problem(op, "cuda", dtype, M, W.n, W.k, W.nnz), W.row_offsets, W.col_indices)
+        for op in passes
+        for W in weights
+    )
     return ", ".join(dict.fromkeys(pick(problem).name for problem in problems))
 
 

@@ -1,4 +1,4 @@
-"""The training runs of experiments (bench/experiments.py) as records, and nested again by name.
+"""The training runs of the experiments of November 2026 as records, and nested again by name.
 
 A record is an evaluation of a run, or a round of pruning; `case` holds the run's name. Times of
 steps are records of their own, from which the runs' are made.

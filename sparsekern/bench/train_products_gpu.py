@@ -1,4 +1,4 @@
-"""The three products of a training step alone: forward, dX and dW of many tokens, 75 % zeros.
+"""The three products of a training step alone: forward, dX and dW of many tokens, 75 or 90 % zeros.
 
 What dispatch makes of a free and of a two-way mask, against every dense call of cuBLAS and
 cuBLASLt, and beside them dense FP8, which is other work. Then the kernels between the stored values
@@ -22,7 +22,7 @@ from ..tensor import SparseTensor
 from .gpt_gpu import FREE, TWO_WAY, TwoWayMask
 from .measure_gpu import TOLERANCE, attempt, copies_of, dense_contenders, in_blas, weight
 from .peers_gpu import clone
-from .products import PASSES, kernels
+from .products import PASSES, kernels_of
 from .products_gpu import NAME
 from .records import DENSE, OTHER, OURS
 from .replay_gpu import Clock, Contender, Runner, race
@@ -35,22 +35,24 @@ E4M3_MOST = 448.0
 COPIES = 3
 LAUNCHES, ROUNDS = 10, 5
 WRITE_LAUNCHES = 40
+WRITTEN_OUT = TWO_WAY, 0.75  # the mask of what is written out
 
 
 @dataclass(frozen=True)
 class Sizes:
-    """The products, all of M tokens, and the W whose values are also written out."""
+    """The products, all of M tokens, the W whose values are also written out, and the masks, each
+    with its sparsity."""
 
     shapes: tuple[tuple[int, int], ...]  # N x K
     M: int
     write_outs: tuple[tuple[int, int], ...]
-    sparsity: float = 0.75
+    masks: tuple[tuple[str, float], ...] = ((FREE, 0.75), (TWO_WAY, 0.75), (FREE, 0.9))
     dtype: torch.dtype = torch.bfloat16
 
     @property
     def count(self) -> int:
         """Of cases: three products of each W and mask, and four kernels."""
-        return 6 * len(self.shapes) + 4 * len(self.write_outs)
+        return 3 * len(self.masks) * len(self.shapes) + 4 * len(self.write_outs)
 
 
 # The linears of GPT-3 XL, and of a GPT twice as wide.
@@ -68,67 +70,71 @@ QUICK = Sizes(((1024, 2048),), 1024, ((1024, 2048),))
 def cases(sizes: Sizes, clock: Clock, generator: torch.Generator) -> Iterator[dict]:
     """A record for each product and mask, then for each kernel that writes out."""
     for N, K in sizes.shapes:
-        masks = _weights(N, K, sizes, generator)
+        masks = {mask: _weight(N, K, mask, sizes, generator) for mask in sizes.masks}
         yield from _products(masks, sizes, clock, generator)
         del masks
         if generator.device.type == "cuda":
             torch.cuda.empty_cache()  # of the graphs' own pools
     for N, K in sizes.write_outs:
-        W = _weights(N, K, sizes, generator)[TWO_WAY]
-        yield from _write_outs(SparseTensor.from_dense(*W), sizes.sparsity, clock)
+        W = _weight(N, K, WRITTEN_OUT, sizes, generator)
+        yield from _write_outs(SparseTensor.from_dense(*W), clock)
 
 
+Mask = tuple[str, float]  # its kind and its sparsity
 Weight = tuple[Tensor, Tensor]  # dense, with its zeros, and the bool mask
 
 
-def _weights(N: int, K: int, sizes: Sizes, generator: torch.Generator) -> dict[str, Weight]:
-    free = weight(N, K, sizes.sparsity, FREE, sizes.dtype, generator)
+def _weight(N: int, K: int, mask: Mask, sizes: Sizes, generator: torch.Generator) -> Weight:
+    kind, sparsity = mask
+    if kind == FREE:
+        return weight(N, K, sparsity, FREE, sizes.dtype, generator)
     dense = torch.empty(N, K, device=generator.device).normal_(generator=generator)
-    kept = TwoWayMask(sizes.sparsity).mask("W", dense)
-    return {FREE: free, TWO_WAY: ((dense * kept).to(sizes.dtype), kept)}
+    kept = TwoWayMask(sparsity).mask("W", dense)
+    return (dense * kept).to(sizes.dtype), kept
 
 
 def _products(
-    masks: dict[str, Weight], sizes: Sizes, clock: Clock, generator: torch.Generator
+    masks: dict[Mask, Weight], sizes: Sizes, clock: Clock, generator: torch.Generator
 ) -> Iterator[dict]:
-    """One race for both masks: the dense calls multiply the free one's W, zeros and all."""
+    """One race for all masks: the dense calls multiply the first one's W, zeros and all."""
 
     def normal(columns: int) -> Tensor:
         empty = torch.empty(sizes.M, columns, dtype=sizes.dtype, device=generator.device)
         return empty.normal_(generator=generator)
 
-    N, K = masks[FREE][0].shape
+    first = sizes.masks[0]
+    dense = masks[first][0]
+    N, K = dense.shape
     x, dy = normal(K), normal(N)
     sparse = {mask: SparseTensor.from_dense(*W) for mask, W in masks.items()}
-    dense = masks[FREE][0]
+    names = {mask: f"{NAME} {mask[1]:.0%} {mask[0]}" for mask in masks}
     for op in OPS:
         exact, contenders = _contenders(op, dense, x, dy)
         failed: dict[str, dict] = {}
         for mask, W in sparse.items():
-            own = exact if mask == FREE else None
-            contenders.append(_ours(op, f"{NAME} {mask}", W, masks[mask][0], x, dy, own))
+            own = exact if mask == first else None
+            contenders.append(_ours(op, names[mask], W, masks[mask][0], x, dy, own))
         runners = [
             runner
             for each in contenders
             for runner in attempt(failed, each, partial(Runner, each, LAUNCHES, exact, clock))
         ]
         found = race(runners, exact, TOLERANCE[sizes.dtype], clock, ROUNDS) | failed
-        own_ways = {mask: found.pop(f"{NAME} {mask}") for mask in sparse}
+        own_ways = {mask: found.pop(name) for mask, name in names.items()}
         for mask, way in own_ways.items():
             W = sparse[mask]
-            size = sizes.M, N, K, W.nnz, mask == TWO_WAY
             if "median_s" in way:
-                way["kernel"] = kernels(PASSES[op], "cuda", sizes.dtype, size)
-            yield _case(op, mask, W, sizes.sparsity) | {
+                way["kernel"] = kernels_of(PASSES[op], sizes.dtype, sizes.M, [W])
+            yield _case(op, mask, W) | {
                 **{"M": sizes.M, "dtype": str(sizes.dtype).removeprefix("torch.")},
                 "ways": {NAME: way} | {name: dict(other) for name, other in found.items()},
             }
 
 
-def _case(op: str, mask: str, W: SparseTensor, sparsity: float) -> dict:
+def _case(op: str, mask: Mask, W: SparseTensor) -> dict:
     return {
-        **{"op": op, "device": "cuda", "N": W.n, "K": W.k, "nnz": W.nnz, "mask": mask},
-        **{"sparsity": sparsity, "dtype": "bfloat16", "threads": 0, "is_cold": True},
+        **{"op": op, "device": "cuda", "N": W.n, "K": W.k, "nnz": W.nnz, "mask": mask[0]},
+        **{"sparsity": mask[1], "dtype": "bfloat16", "threads": 0, "is_cold": True},
     }
 
 
@@ -225,7 +231,7 @@ def _scaled(a: Tensor, scale_a: Tensor, b: Tensor, scale_b: Tensor) -> Tensor:
 # Between values and what tensor cores read
 
 
-def _write_outs(W: SparseTensor, sparsity: float, clock: Clock) -> Iterator[dict]:
+def _write_outs(W: SparseTensor, clock: Clock) -> Iterator[dict]:
     """Each kernel reads and writes other memory at each call, far more than L2 holds. The operand
     of 2:4 products has a tail of an eighth of its slots."""
     if cuda_library.refusal():
@@ -287,4 +293,4 @@ def _write_outs(W: SparseTensor, sparsity: float, clock: Clock) -> Iterator[dict
         contender = Contender(NAME, OURS, calls, result, info={"bytes": nbytes})
         runner = Runner(contender, WRITE_LAUNCHES, exact, clock)
         ways = race([runner], exact, TOLERANCE[W.dtype], clock, ROUNDS)
-        yield _case(name, TWO_WAY, W, sparsity) | {"ways": ways}
+        yield _case(name, WRITTEN_OUT, W) | {"ways": ways}

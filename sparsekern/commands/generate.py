@@ -12,7 +12,7 @@ from ..gpt.build import load_model
 from ..gpt.config import MOST_SEED, check_sparsity
 from ..gpt.data import ByteTokenizer, Tokenizer
 from ..gpt.generate import generate
-from ..gpt.model import GPT
+from ..gpt.model import GPT, GPTConfig
 from ..gpt.presets import PRESETS, for_inference, random_gpt
 from ..nn import SparseLinear, densify_
 from ..report import demo as demo_report
@@ -30,6 +30,7 @@ def run_generate(
     device: str | None,
     dtype: str | None,
     bench: bool,
+    keep_dense: bool,
     **sampling,
 ) -> None:
     if tokens < 1 or batch < 1 or not prompt:
@@ -41,15 +42,17 @@ def run_generate(
         raise ValueError(f"seed: expected 0 to {MOST_SEED}, got {sampling['seed']}")
     place = chosen_device(device)
     kind = getattr(torch, dtype or ("bfloat16" if place.type == "cuda" else "float32"))
+    if keep_dense and place.type != "cuda":
+        raise ValueError("keep_dense: expected a GPU; on a CPU each call takes what is faster")
     if checkpoint:
         if random_weights or sparsity is not None:
             raise ValueError("checkpoint: its weights and zeros stay, give no others")
-        models, tokenizer = trained_models(checkpoint, place, kind, batch, bench)
+        models, tokenizer = trained_models(checkpoint, place, kind, batch, bench, keep_dense)
     else:
         if not random_weights:
             raise ValueError(f"preset: {preset} has no trained weights here, add --random-weights")
-        seed = sampling["seed"]
-        models = random_models(preset, sparsity or 0.0, place, kind, seed, batch, bench)
+        kinds = sparsity or 0.0, place, kind, sampling["seed"], batch, bench, keep_dense
+        models = random_models(preset, *kinds)
         tokenizer = ByteTokenizer()
     idx = tokenizer.encode(prompt)[None].long().repeat(batch, 1).to(place)
     if bench:
@@ -76,8 +79,19 @@ def chosen_device(name: str | None) -> torch.device:
     return torch.device(name or ("cuda" if count else "cpu"))
 
 
+def calls(batch: int, keep_dense: bool, config: GPTConfig) -> tuple[int, int]:
+    """The least and the most tokens of a call that layers are packed for: prompts count where they
+    may run dense."""
+    return batch, batch * config.block_size if keep_dense else batch
+
+
 def trained_models(
-    path: Path, device: torch.device, dtype: torch.dtype, batch: int, with_dense: bool
+    path: Path,
+    device: torch.device,
+    dtype: torch.dtype,
+    batch: int,
+    with_dense: bool,
+    keep_dense: bool,
 ) -> tuple[dict[str, GPT], Tokenizer]:
     model, tokenizer = load_model(path)
     models = {}
@@ -85,7 +99,8 @@ def trained_models(
         if not any(isinstance(module, SparseLinear) for module in model.modules()):
             raise ValueError(f"bench: expected a sparse model, {path} is dense")
         models["dense"] = densify_(copy.deepcopy(model)).to(device, dtype)
-    models["sparse"] = for_inference(model.to(device, dtype), batch)
+    tokens = calls(batch, keep_dense, model.config)
+    models["sparse"] = for_inference(model.to(device, dtype), tokens, keep_dense)
     return models, tokenizer
 
 
@@ -97,14 +112,16 @@ def random_models(
     seed: int,
     batch: int,
     with_dense: bool,
+    keep_dense: bool,
 ) -> dict[str, GPT]:
     check_sparsity(sparsity)
     if with_dense and not sparsity:
         raise ValueError("bench: expected a sparse model, give a sparsity above 0")
     wanted = {"dense": 0.0} if with_dense else {}
     config = PRESETS[preset]
+    packed = calls(batch, keep_dense, config), keep_dense
     models = {}
     with Progress(config.n_layer * (1 + len(wanted)), unit="block") as progress:
         for name, zeros in (wanted | {"sparse": sparsity}).items():
-            models[name] = random_gpt(config, zeros, device, dtype, seed, batch, progress.advance)
+            models[name] = random_gpt(config, zeros, device, dtype, seed, *packed, progress.advance)
     return models

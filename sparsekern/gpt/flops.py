@@ -36,9 +36,9 @@ class MultiplyAdds:
 
 
 def multiply_adds(config: GPTConfig) -> MultiplyAdds:
-    L, d, h = config.n_layer, config.n_embd, config.mlp_width
+    L, d = config.n_layer, config.n_embd
     return MultiplyAdds(
-        linear=L * (4 * d * d + 2 * d * h),
+        linear=L * sum(n * k for n, k in config.linears),
         attention=L * 2 * config.block_size * d,
         head=d * config.vocab_size,
     )
@@ -57,7 +57,7 @@ def flop_ratio(config: GPTConfig, sparsity: float) -> float:
 def parameter_ratio(config: GPTConfig, sparsity: float) -> float:
     """Dense over sparse parameters, of matrices and embeddings (no biases, no norms)."""
     linear = multiply_adds(config).linear
-    embeddings = (config.vocab_size + config.block_size) * config.n_embd
+    embeddings = config.embedding_rows * config.n_embd
     return (linear + embeddings) / (linear * (1 - sparsity) + embeddings)
 
 

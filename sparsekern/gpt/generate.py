@@ -49,7 +49,8 @@ class Decoder:
     The cache serves up to block_size tokens. Beyond, the window slides and every token in it gets
     another position, to which its key and value belong: each step then reads the window anew.
 
-    `stepper` may be another form of the same model, for the steps alone.
+    `stepper` may be another form of the same model, for the steps alone. `captures_prompt`: on CUDA
+    start(), too, is one replay, which is worth its capture where it is called more than once.
     """
 
     @torch.no_grad()
@@ -62,6 +63,7 @@ class Decoder:
         top_k: int = 40,
         seed: int = 0,
         stepper: GPT | None = None,
+        captures_prompt: bool = False,
     ) -> None:
         if count < 1 or not temperature >= 0 or top_k < 1 or prompt.shape[1] < 1:
             raise ValueError(
@@ -80,19 +82,22 @@ class Decoder:
         window = min(self.tokens.shape[1], model.config.block_size)
         self._cache = Cache(model, batch, -(-window // CACHE_MULTIPLE) * CACHE_MULTIPLE)
         is_cached = count > 1 and self._prompt_length < model.config.block_size
-        self._graph = self._capture() if prompt.is_cuda and is_cached else None
+        self._graph = self._capture(self._read_last) if prompt.is_cuda and is_cached else None
+        fits = captures_prompt and self._prompt_length <= model.config.block_size
+        self._prompt_graph = self._capture(self._read_prompt) if prompt.is_cuda and fits else None
 
     @torch.no_grad()
     def start(self) -> None:
         self._length = self._prompt_length
         self._position.fill_(self._length - 1)
         self._generator.manual_seed(self._seed)
-        if self._length > self._model.config.block_size:
+        if self._prompt_graph:
+            self._prompt_graph.replay()
+            self._length += 1
+        elif self._length > self._model.config.block_size:
             self._read_window()
         else:
-            prompt = self.tokens[:, : self._length]
-            position = torch.arange(self._length, device=prompt.device)
-            self._append(self._model(prompt, cache=self._cache, position=position)[0])
+            self._read_prompt()
 
     @torch.no_grad()
     def step(self) -> None:
@@ -105,6 +110,11 @@ class Decoder:
             self._length += 1
         else:
             self._read_last()
+
+    def _read_prompt(self) -> None:
+        prompt = self.tokens[:, : self._prompt_length]
+        position = torch.arange(self._prompt_length, device=prompt.device)
+        self._append(self._model(prompt, cache=self._cache, position=position)[0])
 
     def _read_last(self) -> None:
         token = self.tokens.index_select(1, self._position)  # [B, 1]
@@ -129,7 +139,7 @@ class Decoder:
         times = torch.empty_like(probabilities).exponential_(generator=self._generator)
         return choices.gather(1, (probabilities / times).argmax(dim=-1, keepdim=True))
 
-    def _capture(self) -> torch.cuda.CUDAGraph:
+    def _capture(self, read: Callable[[], None]) -> torch.cuda.CUDAGraph:
         graph = torch.cuda.CUDAGraph()
         graph.register_generator_state(self._generator)
         with torch.cuda.device(self.tokens.device):
@@ -138,8 +148,8 @@ class Decoder:
             with torch.cuda.stream(side):
                 for _ in range(WARM_UPS):
                     self._position.fill_(self._prompt_length - 1)
-                    self._read_last()
+                    read()
             torch.cuda.current_stream().wait_stream(side)
             with torch.cuda.graph(graph):
-                self._read_last()
+                read()
         return graph

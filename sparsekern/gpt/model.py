@@ -39,9 +39,25 @@ class GPTConfig:
     def mlp_width(self) -> int:
         return 4 * self.n_embd if self.n_inner is None else self.n_inner
 
+    @property
+    def kv_heads(self) -> int:
+        """Heads of keys and values."""
+        return self.n_head
 
-# Of one block: keys and values [B, heads, S, C / heads], the places of the new positions in S
-# (int64 [T]), and a mask [T, S] to add to the scores.
+    @property
+    def linears(self) -> list[tuple[int, int]]:
+        """N, K of a block's linears."""
+        C, h = self.n_embd, self.mlp_width
+        return [(3 * C, C), (C, C), (h, C), (C, h)]
+
+    @property
+    def embedding_rows(self) -> int:
+        """Of tokens and positions."""
+        return self.vocab_size + self.block_size
+
+
+# Of one block: keys and values [B, kv_heads, S, C / heads], the places of the new positions in S
+# (int64 [T]), and a mask [T, S] to add to the scores, again for each head of a key.
 Past = tuple[Tensor, Tensor, Tensor, Tensor]
 
 
@@ -103,7 +119,8 @@ class Cache:
 
     def __init__(self, model: "GPT", batch: int, length: int) -> None:
         c, weight = model.config, model.wte.weight
-        shape = batch, c.n_head, length, c.n_embd // c.n_head
+        shape = batch, c.kv_heads, length, c.n_embd // c.n_head
+        self._shared = c.n_head // c.kv_heads  # heads of a key
         # Zeros, since a hidden NaN would spread.
         self._layers = [(weight.new_zeros(shape), weight.new_zeros(shape)) for _ in model.blocks]
 
@@ -112,6 +129,8 @@ class Cache:
         keys = self._layers[0][0]
         is_future = torch.arange(keys.shape[2], device=keys.device) > position[:, None]
         mask = keys.new_zeros(is_future.shape).masked_fill(is_future, -math.inf)  # [T, S]
+        if self._shared > 1:
+            mask = mask.repeat(self._shared, 1)
         return [(keys, values, position, mask) for keys, values in self._layers]
 
 
@@ -126,6 +145,15 @@ class GPT(nn.Module):
         self.lm_head = nn.Linear(config.n_embd, config.vocab_size, bias=False)
         initialise(self, config.n_layer)
         self.lm_head.weight = self.wte.weight
+
+    def embed(self, idx: Tensor, position: Tensor) -> Tensor:
+        """[B, T, C], what the first block gets."""
+        x = self.wte(idx) + self.wpe(position)
+        return F.dropout(x, self.config.dropout, self.training)
+
+    def along(self, position: Tensor) -> tuple[Tensor, ...]:
+        """What each block is told of the positions."""
+        return ()
 
     def forward(
         self,
@@ -145,10 +173,9 @@ class GPT(nn.Module):
             position, pasts = torch.arange(T, device=idx.device), [None] * len(self.blocks)
         else:
             pasts = cache.past(position)
-        x = self.wte(idx) + self.wpe(position)
-        x = F.dropout(x, self.config.dropout, self.training)
+        x, along = self.embed(idx, position), self.along(position)
         for block, past in zip(self.blocks, pasts, strict=True):
-            x = block(x, past)
+            x = block(x, past, *along)
         if cache is not None:
             x = x[:, -1:]
         logits = self.lm_head(self.norm(x))
@@ -160,7 +187,7 @@ class GPT(nn.Module):
 def initialise(module: nn.Module, n_layer: int) -> None:
     """GPT-2's random weights for a GPT of `n_layer` blocks or for a part of one, in place."""
     for part in module.modules():
-        if isinstance(part, nn.LayerNorm):
+        if isinstance(part, nn.LayerNorm | nn.RMSNorm):
             part.reset_parameters()
         if isinstance(part, nn.Linear | nn.Embedding):
             nn.init.normal_(part.weight, std=0.02)

@@ -3,23 +3,22 @@
 Vocabularies are rounded up to a multiple of 64: dense heads are faster so.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from .. import nn
+from .llama import LlamaConfig, make
 from .model import GPT, Block, GPTConfig, initialise
 
-PRESETS = {
+PRESETS: dict[str, GPTConfig] = {
     "gpt2-small": GPTConfig(12, 12, 768, 1024, 50304),
     "gpt3-xl": GPTConfig(24, 16, 2048, 2048, 50304),
     "gpt3-6.7b": GPTConfig(32, 32, 4096, 2048, 50304),
-    # 8 blocks of this GPT with the width, heads and MLP matrices (28672 x 8192) of LLaMA 70B and no
-    # biases. The rest is GPT-2: GELU and two MLP matrices, LayerNorm, learned positions, a key and
-    # a value for each head.
-    "llama-like": GPTConfig(8, 64, 8192, 2048, 32000, bias=False, n_inner=28672),
+    # 8 of the 80 blocks of LLaMA 70B.
+    "llama-like": LlamaConfig(8, 64, 8192, 2048, 32000, n_inner=28672, n_kv_head=8),
 }
 
 
@@ -45,30 +44,35 @@ def random_gpt(
     device: torch.device | str = "cpu",
     dtype: torch.dtype = torch.float32,
     seed: int = 0,
-    batch: int = 1,
+    tokens: int | Sequence[int] = 1,
+    keeps_dense: bool = False,
     advance: Callable[[], None] = lambda: None,
 ) -> GPT:
     """A GPT for inference with random weights and, in the linears of its blocks, random zeros.
 
     It is made where it will run, block by block: beside the result only one dense block is ever in
-    memory, with what it takes to draw its masks and to pack it. `advance` is called after each
-    block."""
+    memory, with what it takes to draw its masks and to pack it, as of for_inference(). `advance` is
+    called after each block."""
     torch.manual_seed(seed)
     with torch.device("meta"):
-        model = GPT(config).to(dtype).requires_grad_(False)
-    for part in (model.wte, model.wpe, model.norm, *model.blocks):
+        model = make(config).to(dtype).requires_grad_(False)
+    embeddings = [m for name, m in model.named_children() if name not in ("blocks", "lm_head")]
+    for part in (*embeddings, *model.blocks):
         part.to_empty(device=device)
         initialise(part, config.n_layer)
         if isinstance(part, Block) and sparsity:
-            for_inference(nn.sparsify_(part, UniformMask(sparsity)), batch)
+            for_inference(nn.sparsify_(part, UniformMask(sparsity)), tokens, keeps_dense)
         if isinstance(part, Block):
             advance()
     model.lm_head.weight = model.wte.weight
     return model.eval()
 
 
-def for_inference(model: torch.nn.Module, batch: int = 1) -> torch.nn.Module:
-    """The sparse layers of `model` in the form that is fastest on its device to generate for so
-    many sequences at once, in place."""
+def for_inference(
+    model: torch.nn.Module, tokens: int | Sequence[int] = 1, keeps_dense: bool = False
+) -> torch.nn.Module:
+    """The sparse layers of `model` in the form that is fastest on its device, in place, for calls
+    of so many tokens: the batch in generation, and where its prompt matters up to that times the
+    prompt's length. On a GPU they may keep dense copies."""
     on_gpu = next(model.parameters()).is_cuda
-    return nn.pack_(model, batch) if on_gpu else model
+    return nn.pack_(model, tokens, dense=keeps_dense) if on_gpu else model

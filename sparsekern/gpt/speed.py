@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from .generate import Decoder
+from .llama import make
 from .model import GPT
 
 SIDES = ("dense", "sparse")
@@ -19,11 +20,13 @@ def compare(
     count: int,
     rounds: int = 5,
     advance: Callable[[str], None] = lambda what: None,
+    is_compiled: bool = True,
     **sampling,
 ) -> dict:
     """Generate `count` tokens after prompt int64 [B, T] with models["dense"] and models["sparse"].
 
-    The first token and the steps after it are timed apart, every way that ways() knows of. Each
+    The first token and the steps after it are timed apart, every way that ways() knows of, on CUDA
+    as replays of CUDA graphs. Each
     model's best way is the one with the lowest median; all the samples are in the result. `advance`
     is called after each model in each round."""
     if count < 2:
@@ -31,7 +34,7 @@ def compare(
     decoders = {
         (side, way): decoder
         for side in SIDES
-        for way, decoder in ways(models[side], prompt, count, **sampling).items()
+        for way, decoder in ways(models[side], prompt, count, is_compiled, **sampling).items()
     }
     seconds = {key: {"first_token_s": [], "step_s": []} for key in decoders}
     for _ in range(rounds):
@@ -61,12 +64,17 @@ def compare(
     return result
 
 
-def ways(model: GPT, prompt: Tensor, count: int, **sampling) -> dict[str, Decoder]:
+def ways(
+    model: GPT, prompt: Tensor, count: int, is_compiled: bool = True, **sampling
+) -> dict[str, Decoder]:
     """The kinds of step to time: on CUDA one graph of eager kernels, or of compiled blocks."""
-    eager = Decoder(model, prompt, count, **sampling)
+    eager = Decoder(model, prompt, count, captures_prompt=True, **sampling)
     if not prompt.is_cuda:
         return {"eager": eager}
-    compiled = Decoder(model, prompt, count, stepper=compiled_blocks(model), **sampling)
+    if not is_compiled:
+        return {"CUDA graph": eager}
+    twin = compiled_blocks(model)
+    compiled = Decoder(model, prompt, count, stepper=twin, captures_prompt=True, **sampling)
     return {"CUDA graph": eager, "CUDA graph, compiled": compiled}
 
 
@@ -82,7 +90,7 @@ def compiled_blocks(model: GPT) -> GPT:
     options.allow_unspec_int_on_nn_module = True
     options.recompile_limit = 64  # for all models, batches and sparsities together
     with torch.device("meta"):
-        twin = GPT(model.config)
+        twin = make(model.config)
     for name, part in model.named_children():
         setattr(twin, name, part)
     twin.blocks = nn.ModuleList(torch.compile(block, fullgraph=True) for block in model.blocks)

@@ -31,6 +31,7 @@ T = TypeVar("T")
 
 _store: dict[tuple, tuple] = {}  # the thing, and a reference to each index tensor
 _captured: dict[int, weakref.ref] = {}  # by the id of col_indices
+_passing: dict[int, weakref.ref] = {}  # by the address of row_offsets, which all patterns have
 
 
 def versions(row_offsets: Tensor, col_indices: Tensor) -> tuple[int, int]:
@@ -184,3 +185,16 @@ def passing_captures() -> Iterator[None]:
 def is_captured(col_indices: Tensor) -> bool:
     """Whether a CUDA graph was captured that reads this pattern: a change would go unseen there."""
     return id(col_indices) in _captured
+
+
+def note_passing(row_offsets: Tensor, is_passing: bool) -> None:
+    """Say whether this pattern will be replaced soon: then nothing is derived from it that takes
+    long."""
+    key = row_offsets.data_ptr()
+    _passing.pop(key, None)
+    if is_passing:
+        _passing[key] = weakref.ref(row_offsets, lambda _: _passing.pop(key, None))
+
+
+def is_passing(row_offsets: Tensor) -> bool:
+    return bool(_passing) and row_offsets.data_ptr() in _passing

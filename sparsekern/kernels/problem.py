@@ -24,6 +24,7 @@ class Problem(NamedTuple):
     K: int  # in_features, the columns of W
     nnz: int  # stored values of W
     is_two_way: bool = False  # known for what cuda/two_of_four.py takes alone
+    is_ordered: bool = False  # there is an order of columns; known for what cuda/ordered.py takes
 
     @property
     def density(self) -> float:

@@ -18,7 +18,7 @@ from torch import Tensor
 from ..indices import INDEX_LIMIT, VALUE_DTYPES
 from . import core, reference
 from .cpu import few_tokens, panel, widened
-from .cuda import csr, expand, two_of_four
+from .cuda import csr, expand, ordered, two_of_four
 from .cuda import few_tokens as cuda_few_tokens
 from .problem import OLD_NAMES, Kernel, Problem
 from .triton import rows as triton_rows
@@ -56,6 +56,7 @@ KERNELS: tuple[Kernel, ...] = (
     *cuda_few_tokens.KERNELS,
     *csr.KERNELS,
     *two_of_four.KERNELS,
+    *ordered.KERNELS,
     *expand.KERNELS,
     *triton_rows.KERNELS,
     _dense("spmm"),

@@ -1,52 +1,70 @@
 """PackedLinear, a layer for inference on a GPU, and pack_, which puts it into a model."""
 
+from collections.abc import Callable, Sequence
+
 import torch
 from torch import Tensor, nn
 
-from ..kernels.cuda.choose import pack
+from ..kernels.cuda.choose import pack_for
+from ..kernels.cuda.explained import explain_packed
 from ..kernels.cuda.layout import Packed
 from ..registered import spmm_packed
 from .convert import replace_modules
 from .linear import SparseLinear
+from .shared import SharedInput, shared_inputs
 
 __all__ = ["PackedLinear", "pack_"]
 
 
 class PackedLinear(nn.Module):
-    """A SparseLinear for inference on a GPU: its weight in the layout that the CUDA kernels read.
+    """A SparseLinear for inference on a GPU: its weight in the layout that the CUDA kernels read,
+    or in two of them.
 
     At 75 % sparsity it takes 0.32 to 0.37 of the bytes of a dense 16-bit weight if packed for one
-    or two tokens (the less, the larger it is), 0.43 for more. Up to 64 tokens W is read in that
-    form; above, it is written out for each call. No gradient, and no way back to CSR: keep the
-    checkpoint. Not for two CUDA streams at the same time (kernels/cuda/few_tokens.py says why). Its
-    buffers are in no state_dict. Each call checks their types and sizes, but not what stands in
-    them: to average or write them by hand may lead a kernel anywhere.
+    or two tokens (the less, the larger it is), 0.43 for more. Up to 64 tokens (`pairs` on Hopper:
+    256) W is read in that form; above, it is written out for each call, unless a dense copy is
+    kept. No gradient, and no way back to CSR: keep the checkpoint. Not for two CUDA streams at the
+    same time (kernels/cuda/few_tokens.py says why). Its buffers are in no state_dict. Each call
+    checks their types and sizes, but not what stands in them: to average or write them by hand may
+    lead a kernel anywhere. `layout` names what is held; explain() says what a call runs.
 
     Args:
-        packed: W [out_features, in_features].
+        packed: W [out_features, in_features], in one layout or in several, each another one.
         bias: [out_features] of the dtype of W, or None.
     """
 
-    def __init__(self, packed: Packed, bias: Tensor | None = None):
+    def __init__(self, packed: Packed | Sequence[Packed], bias: Tensor | None = None):
         super().__init__()
-        packed.check()
-        if bias is not None and bias.shape != (packed.n,):
-            raise ValueError(f"bias: expected shape ({packed.n},), got {tuple(bias.shape)}")
-        self.in_features = packed.k
-        self.out_features = packed.n
-        self.layout, self.dtype = packed.name, packed.dtype
-        self.nnz, self.numbers = packed.nnz, packed.numbers()
-        self._names = tuple(packed.tensors())
-        for name, tensor in packed.tensors().items():
-            self.register_buffer(name, tensor, persistent=False)
+        forms = [packed] if isinstance(packed, Packed) else list(packed)
+        for form in forms:
+            form.check()
+        names = [form.name for form in forms]
+        kinds = {(form.n, form.k, form.nnz, form.dtype, form.arrived.device) for form in forms}
+        if len(kinds) != 1 or len(set(names)) < len(names):
+            raise ValueError(f"packed: expected one W in different layouts, got {names}, {kinds}")
+        self.layout = ",".join(names)
+        first = forms[0]
+        if bias is not None and bias.shape != (first.n,):
+            raise ValueError(f"bias: expected shape ({first.n},), got {tuple(bias.shape)}")
+        self.in_features, self.out_features = first.k, first.n
+        self.dtype, self.nnz = first.dtype, first.nnz
+        self.numbers = [number for form in forms for number in form.numbers()]
+        self._names = []
+        for form in forms:
+            for name, tensor in form.tensors().items():
+                self._names.append(f"{form.name}_{name}")
+                self.register_buffer(self._names[-1], tensor, persistent=False)
         self.register_buffer("bias", bias, persistent=False)
 
     @classmethod
-    def from_sparse(cls, linear: SparseLinear, tokens: int = 1) -> "PackedLinear":
-        """The same function, laid out for calls of about so many tokens. TypeError unless its
-        values are bfloat16 or float16."""
+    def from_sparse(
+        cls, linear: SparseLinear, tokens: int | Sequence[int] = 1, dense: bool = False
+    ) -> "PackedLinear":
+        """The same function, laid out for calls of about so many tokens, as of pack_. TypeError
+        unless its values are bfloat16 or float16."""
         bias = None if linear.bias is None else linear.bias.detach().to(linear.values.dtype)
-        return cls(pack(linear.weight.detach(), tokens), bias).train(linear.training)
+        forms = pack_for(linear.weight.detach(), token_range(tokens), dense)
+        return cls(forms, bias).train(linear.training)
 
     def _apply(self, fn, recurse=True):
         """Moves go through. Casts (half(), float()) do not: indices lie in the bits of the floats,
@@ -60,14 +78,27 @@ class PackedLinear(nn.Module):
 
     @property
     def packed_bytes(self) -> int:
-        """Bytes of the packed weight."""
+        """Bytes of the weight, in all layouts that are held."""
         return sum(getattr(self, name).nbytes for name in self._names)
 
+    @property
+    def device(self) -> torch.device:
+        return getattr(self, self._names[0]).device
+
+    def explain(self, x: Tensor | int) -> str:
+        """What a call with x [..., in_features], or with so many tokens, runs: layout and kernel,
+        bytes, whether W is written out or dense runs, and how long that took where it was
+        measured. `sparsekern.explain(x, layer)` is the same."""
+        m = x if isinstance(x, int) else x.shape[:-1].numel()
+        if not isinstance(x, int) and (x.ndim == 0 or x.shape[-1] != self.in_features):
+            raise ValueError(f"x: expected [..., {self.in_features}], got {tuple(x.shape)}")
+        return explain_packed(m, self._parts())
+
     def forward(self, x: Tensor) -> Tensor:
-        if x.device.type != "cuda" or x.device != self.arrived.device:
+        if x.device.type != "cuda" or x.device != self.device:
             raise NotImplementedError(
                 f"PackedLinear: expected x on the weight's GPU, got x on {x.device} and the weight "
-                f"on {self.arrived.device}"
+                f"on {self.device}"
             )
         if torch.is_grad_enabled() and x.requires_grad:
             raise RuntimeError("PackedLinear: it has no gradient; use SparseLinear to train")
@@ -77,17 +108,14 @@ class PackedLinear(nn.Module):
             raise RuntimeError(
                 f"PackedLinear: expected x [..., {self.in_features}], got {tuple(x.shape)}"
             )
-        y = spmm_packed(
-            x.reshape(-1, self.in_features),
-            self.layout,
-            self.out_features,
-            self.in_features,
-            self.nnz,
-            self.numbers,
-            [getattr(self, name) for name in self._names],
-            self.bias,
-        )
+        y = spmm_packed(x.reshape(-1, self.in_features), *self._parts(), self.bias)
         return y.view(*x.shape[:-1], self.out_features)
+
+    def _parts(self) -> tuple[str, int, int, int, list[int], list[Tensor]]:
+        """W as the op gets it."""
+        tensors = [getattr(self, name) for name in self._names]
+        sizes = self.out_features, self.in_features, self.nnz
+        return self.layout, *sizes, self.numbers, tensors
 
     def extra_repr(self) -> str:
         return (
@@ -96,17 +124,62 @@ class PackedLinear(nn.Module):
         )
 
 
-def pack_(model: nn.Module, tokens: int = 1) -> nn.Module:
+def token_range(tokens: int | Sequence[int]) -> tuple[int, int]:
+    """The least and the most number of tokens. ValueError unless 1 <= least <= most."""
+    pair: tuple = (tokens, tokens)
+    if isinstance(tokens, Sequence):
+        pair = (*tokens[:1], *tokens[-1:]) if isinstance(tokens, range) else tuple(tokens)
+    if [type(m) for m in pair] != [int, int] or not 1 <= pair[0] <= pair[1]:
+        raise ValueError(
+            "tokens: expected a number above 0, two of them (the least and the most), or a range, "
+            f"got {tokens!r}"
+        )
+    return pair[0], pair[1]
+
+
+def pack_(
+    model: nn.Module,
+    tokens: int | Sequence[int] = 1,
+    *,
+    dense: bool | Callable[[nn.Module, str], bool] = False,
+    groups: Sequence[Sequence[str]] = (),
+) -> nn.Module:
     """Replace every SparseLinear of `model` by a PackedLinear, in place, and return the model.
 
-    For inference on a GPU, in calls of about so many tokens (the batch, in generation): CSR and
-    values are dropped. TypeError, and an unchanged model, unless all their values are bfloat16 or
-    float16.
+    For inference on a GPU: CSR and values are dropped. TypeError, and an unchanged model, unless
+    all their values are bfloat16 or float16. `sparsekern.explain(tokens, model)` says afterwards
+    what each layer holds and runs.
+
+    Args:
+        tokens: M of the calls, about: the batch, in generation. With (1, 2048), or a range, the
+            least and the most: a layer is then held in two layouts where that makes one of the two
+            1.1 times as fast or more. As measured on an H200 (kernels/packed_times.json).
+        dense: may a layer keep a dense copy of its weight? Where with some of these numbers of
+            tokens all that is packed was slower than 0.97 of dense, it does then; most do for the
+            tokens of a prompt. dense(module, name) answers for each layer. A dense copy multiplies
+            its zeros, as nn.Linear does: an infinity or NaN in x makes NaN of its whole token.
+        groups: names of layers side by side that are called with the same x, as
+            [["q_proj", "k_proj", "v_proj"], ["gate_proj", "up_proj"]]. They are packed as one
+            matrix and run as one product; nn/shared.py says when. ValueError for a group that
+            nothing in the model has, or whose layers do not fit together.
     """
+    ends = token_range(tokens)
+    if not (isinstance(dense, bool) or callable(dense)):
+        raise ValueError(f"dense: expected True, False or a function, got {dense!r}")
+    grouped = shared_inputs(model, groups)
+
+    def may_be_dense(name: str, module: nn.Module) -> bool:
+        return dense(module, name) if callable(dense) else dense
 
     def replace(name: str, module: nn.Module) -> nn.Module | None:
         if not isinstance(module, SparseLinear):
             return None
-        return PackedLinear.from_sparse(module, tokens)
+        if (group := grouped.get(module)) is None:
+            return PackedLinear.from_sparse(module, ends, may_be_dense(name, module))
+        if group.shared is None:
+            weight, bias = group.stacked()
+            is_allowed = all(may_be_dense(*item) for item in group.layers.items())
+            group.shared = SharedInput(PackedLinear(pack_for(weight, ends, is_allowed), bias))
+        return group.part(module)
 
     return replace_modules(model, replace)

@@ -12,7 +12,7 @@ PRODUCTS = "products"  # bench/run.py, python -m sparsekern bench
 CELLS = "cells"  # bench/run_gpu.py
 GENERATION = "generation"  # bench/bench_generate.py
 TRAINING = "training"  # bench/run_gpu.py: the three products of a layer alone
-EXPERIMENTS = "experiments"  # bench/experiments.py
+EXPERIMENTS = "experiments"  # bench/runs.py
 PASSES = {"spmm": "forward", "spmm_t": "input gradient", "sddmm": "gradient of W"}
 KINDS = {
     "products": PRODUCTS,

@@ -208,8 +208,12 @@ def products_of_training(view: View) -> Section | None:
         if None not in found:
             rows[name][who] = geometric_mean(found)
 
-    for (mask,), found in groups(cases, lambda c: c["mask"]).items():
+    usual = cases[0]["sparsity"]
+    alike = groups(cases, lambda c: c["sparsity"], lambda c: c["mask"])
+    for (sparsity, mask), found in alike.items():
         who = "two-way masks" if mask == "two-way" else "free masks"
+        if sparsity != usual:
+            who += f" of {sparsity:.0%} zeros"
         for op, name in PASSES.items():
             note(name, who, (c.get("speedup") for c in select(found, op=op)))
         layers = groups(found, lambda c: c["N"], lambda c: c["K"]).values()

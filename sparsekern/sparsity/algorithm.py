@@ -14,6 +14,7 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.optim import Optimizer
 from torch.optim.swa_utils import AveragedModel
 
+from ..kernels.derived import note_passing
 from ..nn import SparseLinear, adopt_values_, sparsifiable, sparsify_
 from ..nn.convert import refuse_pruned, warn_of_others
 from ..nn.kinds import is_conv1d, is_experts
@@ -29,6 +30,7 @@ from .published import is_sparse_by_default
 from .schedules import Schedule, schedule, update_steps, value_at
 
 Layer = nn.Linear | SparseLinear  # what an algorithm is given
+SOON = 1000  # steps: what a kernel takes seconds to derive from all patterns pays off after as many
 
 
 @dataclass
@@ -247,6 +249,7 @@ class Algorithm:
         self._check_optimizer(optimizer)
         if not any(optimizer is other for other in self.optimizers):
             follow(self, optimizer)
+        self._note_passing()
         self._before_step()
 
     def _check_optimizer(self, optimizer: Optimizer) -> None:
@@ -268,7 +271,14 @@ class Algorithm:
             check_can_change(self.layers, self.optimizers)
             self.update_pattern()
             check_same_on_all_ranks(self.layers)
+            self._note_passing()
         self._before_step()
+
+    def _note_passing(self) -> None:
+        """Tell the kernels whether these patterns will change soon."""
+        is_passing = any(self._updates(self.steps + i) for i in range(1, SOON))
+        for layer in self.layers.values():
+            note_passing(layer.row_offsets, is_passing)
 
     def _updates(self, step: int) -> bool:
         return False
@@ -290,9 +300,18 @@ class Algorithm:
 
     def state_dict(self) -> dict:
         family = {} if self.family == "unstructured" else {"family": self.family}
-        return {"steps": self.steps} | family
+        # With "from_zeros" the pattern says it all.
+        is_asked = self.init_method != "from_zeros"
+        sparsity = {"sparsity": float(self.target(self.steps))} if is_asked else {}
+        return {"steps": self.steps} | sparsity | family
 
     def load_state_dict(self, state: dict) -> None:
+        """ValueError for the state of an algorithm of another family or sparsity."""
+        self.steps = self._checked_steps(state)
+        self._note_passing()
+        self._before_step()
+
+    def _checked_steps(self, state: dict) -> int:
         if "steps" not in state:
             raise ValueError("algorithm: its state has no 'steps'")
         family = state.get("family", "unstructured")
@@ -300,8 +319,14 @@ class Algorithm:
             raise ValueError(
                 f"family: expected {self.family}, got the state of an algorithm with {family} masks"
             )
-        self.steps = whole("steps", state["steps"], 0)
-        self._before_step()
+        steps = whole("steps", state["steps"], 0)
+        target, saved = self.target(steps), state.get("sparsity")  # None: it was not kept
+        if saved is None or self.init_method == "from_zeros" or abs(target - saved) < 1e-6:
+            return steps
+        raise ValueError(
+            f"sparsity: expected {target:g} after {steps} steps, got the state of an algorithm "
+            f"with {saved:g}; to go on with another sparsity take the weights without its state"
+        )
 
     @property
     def achieved(self) -> float:

@@ -151,8 +151,8 @@ def test_all_that_a_gpu_measures_is_made(step, monkeypatch, tmp_path):
     assert len(every) == fitting.count and 30 < fitting.expected_s < 60
     made = [make() for make in every]
     ops = [case["op"] for case in made]
-    both = [op for op in train_products_gpu.OPS for _ in ("free", "two-way")]
-    assert ops == ["spmm", "spmm", "spmm_t", "sddmm", "linear", *both, "train_step", "train_step"]
+    three = [op for op in train_products_gpu.OPS for _ in sizes.masks]
+    assert ops == ["spmm", "spmm", "spmm_t", "sddmm", "linear", *three, "train_step", "train_step"]
     assert all(any("kernel" in way for way in case["ways"].values()) for case in made)
     for case in map(derive, made):  # as the command shows and stores it
         assert case["speedup"] and len(measure.row(case | {"is_noisy": False}))

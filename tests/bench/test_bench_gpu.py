@@ -12,11 +12,13 @@ import torch
 import torch.nn.functional as F
 
 from sparsekern import SparseTensor
-from sparsekern.bench import crossover, measure_gpu, peers_gpu, rates, records
+from sparsekern.bench import crossover, layouts_gpu, measure_gpu, peers_gpu, rates, records
+from sparsekern.gpt.llama import LlamaConfig
 from sparsekern.kernels import crossover as shipped
 from sparsekern.kernels import derived
 from sparsekern.kernels.cuda.gather import GatherLayout
 from sparsekern.kernels.cuda.layout import pack_of
+from sparsekern.report.load import read
 
 BENCH = Path(__file__).parents[2] / "bench"
 
@@ -485,3 +487,62 @@ def test_the_shipped_crossover_is_sound():
             for limits in (d for others in entry[dtype].values() for d in others.values()):
                 assert len(limits) == len(entry["tokens"])
                 assert all(d is None or 0 <= d <= 1 for d in limits)
+
+
+def test_layouts_are_data_that_pack_reads(bench, monkeypatch, tmp_path):
+    """Shares of the best dense time, by layout, shape, density and tokens."""
+    run_gpu, cells = bench("run_gpu"), some_cells()
+    monkeypatch.setattr(run_gpu.pages, "RESULTS", tmp_path)
+    monkeypatch.setattr(run_gpu.times, "FILE", tmp_path / "packed_times.json")
+    right = {"kind": "dense", "is_right": True, "error": 1e-3, "bytes": 1000}
+    for cell in cells:
+        if cell["M"] > 1:
+            cell["ways"][layouts_gpu.KEPT] = {"median_s": 1.25, **right}
+    run_gpu.publish(a_run(cells, benchmark="layouts"))
+    times = run_gpu.times
+    times.measured.cache_clear()
+    times.share.cache_clear()
+    try:
+        data = times.measured()
+        assert data.machine.startswith("NVIDIA H200, torch") and data.tokens == [1, 8, 16]
+        (N, K), density = data.shapes[0], data.densities[0]
+        assert times.share("gather", 1, N, K, density) == 1.0
+        assert times.share("cover", 7, N, K, density) == 0.125
+        assert [times.share("dense", M, N, K, density) for M in (1, 8, 99)] == [1.15, 1.25, 1.25]
+        assert times.share("pairs", 1, N, K, density) is None
+    finally:
+        monkeypatch.undo()
+        times.measured.cache_clear()
+        times.share.cache_clear()
+    assert (tmp_path / f"{run_gpu.name_of(a_run(cells, benchmark='layouts'))}.md").exists()
+
+
+def test_every_layout_is_measured():
+    assert [way.name for way in layouts_gpu.ways()] == ["gather", "cover", "pairs"]
+    W = SparseTensor.from_dense(torch.ones(4, 8).bfloat16())
+    assert layouts_gpu.ways()[-1].lay_out(W).name == "pairs"
+
+
+def test_generation_is_measured_for_each_form_batch_and_prompt(bench, monkeypatch, tmp_path):
+    generate = bench("bench_generate")
+    monkeypatch.setitem(generate.PRESETS, "llama-like", LlamaConfig(2, 2, 32, 8, 64, n_kv_head=1))
+    flags = {"sparsities": [0.75], "batches": [1, 2], "prompts": [3, 5], "tokens": 4, "rounds": 2}
+    options = argparse.Namespace(**flags, layers=1, quick=True, compiled=False)
+    monkeypatch.setattr(generate, "MOST_TOKENS", 6)
+    found = list(generate.cases("llama-like", options, device="cpu"))
+    assert [(c["model"], c["batch"], c["context"]) for c in found] == [
+        (f"llama-like{form}", batch, context)
+        for batch, contexts in ((1, (3, 5)), (2, (3,)))
+        for form in ("", ", with dense copies")
+        for context in contexts
+    ]
+    rows = rows_of(generate.summary(found))
+    assert [row[:5] for row in rows[1:3]] == [
+        ["llama-like", "1", "75%", "1", "3"],
+        ["llama-like", "1", "75%", "1", "5"],
+    ]
+    path = tmp_path / "generate.csv"
+    machine = {"gpu": "G", "torch": "2"}
+    about = {"benchmark": "generate", "date": "d", "commit": {"id": "c"}, "machine": machine}
+    records.write(path, about, records.flat(found))
+    assert len(read(path).data["runs"]) == 6

@@ -1,6 +1,7 @@
 """The pages of training on a GPU, of small cases that a CPU made."""
 
 import json
+from dataclasses import replace
 from importlib import import_module
 from pathlib import Path
 from types import SimpleNamespace
@@ -9,7 +10,7 @@ import pytest
 import torch
 from conftest import RESULTS, needs_results
 from test_bench_gpu import CallingClock, rows_of
-from test_bench_train_products import SIZES, made, one_blas  # noqa: F401
+from test_bench_train_products import SIZES, TWO_WAY, made, one_blas  # noqa: F401
 
 from sparsekern.bench import gpt_gpu, records, train_memory_gpu
 from sparsekern.bench import least_size_gpu as least_size
@@ -44,9 +45,9 @@ def run_of(benchmark, cases, tmp_path):
 
 
 def test_a_page_of_products(train_gpu, tmp_path):
-    clock = CallingClock(**{f"{products.NAME} two-way": 0.5, products.FP8: 0.25})
+    clock = CallingClock(**{TWO_WAY: 0.5, products.FP8: 0.25})
     cases = made(clock)
-    kernel = products._case("fill", "two-way", *fill_of(), 0.75) | {
+    kernel = products._case("fill", products.WRITTEN_OUT, *fill_of()) | {
         "ways": {
             "sparsekern": {"kind": "ours", "median_s": 1e-6, "bytes": 2_000_000, "is_right": True}
         }
@@ -54,23 +55,25 @@ def test_a_page_of_products(train_gpu, tmp_path):
     run = run_of("train-products", [*cases, derive(kernel)], tmp_path)
     page = train_gpu.PAGES["train-products"]("name", run)
     rows = table_of(page, "| N x K")
-    assert len(rows) == 1 + 2 * len(SIZES.shapes) + 2
+    assert len(rows) == 1 + 3 * len(SIZES.shapes) + 3
     assert [row[:6] for row in rows[1:3]] == [["32x16", "free", *["1.00"] * 4]] + [
         ["16x32", "free", *["1.00"] * 4]
     ]
-    assert rows[-1][:7] == ["geometric mean", "two-way", *["2.00"] * 4, "4.00"]
+    assert rows[-2][:7] == ["geometric mean", "two-way", *["2.00"] * 4, "4.00"]
+    assert rows[-1][:6] == ["geometric mean", "90% free", *["1.00"] * 4]
     assert table_of(page, "| kernel ")[1] == ["fill", "8x16", "1.0", "2.00", "50%"]
 
 
 def test_the_report_shows_products_of_training(tmp_path):
     pytest.importorskip("matplotlib")
-    clock = CallingClock(**{f"{products.NAME} two-way": 0.5, products.FP8: 0.25})
+    clock = CallingClock(**{TWO_WAY: 0.5, products.FP8: 0.25})
     run_of("train-products", made(clock), tmp_path)
     results = load(tmp_path)
     section = products_of_training(View(results, choose(results, this())))
     assert section.title.endswith(
         "1.00 times dense with free masks, 2.00 times dense with two-way masks, "
-        "4.00 times dense with FP8, cast before, 1.00 times dense with FP8, casts included"
+        "1.00 times dense with free masks of 90% zeros, 4.00 times dense with FP8, cast before, "
+        "1.00 times dense with FP8, casts included"
     )
     assert section.panels[0].files == results and "2 layers" in section.text
 
@@ -138,38 +141,43 @@ def test_a_page_of_steps_and_its_section(train_gpu, tmp_path):
 
 
 def test_least_sizes_are_data_that_dispatch_reads(train_gpu, tmp_path, monkeypatch):
+    sizes, tokens = (16, 32, 48), (8, 16)
+    two_of_four, ordered = (replace(r, sizes=sizes, tokens=tokens) for r in least_size.ROWS)
     rows = [
         SimpleNamespace(name=name, op=op, device="cuda", run=getattr(reference, op))
-        for name in (least_size.SPARSE, least_size.EXPAND)
+        for name in (two_of_four.name, ordered.name, least_size.EXPAND)
         for op in least_size.OPS
     ]
     monkeypatch.setattr(least_size, "table", SimpleNamespace(KERNELS=rows))
-    monkeypatch.setattr(least_size, "SIZES", (16, 32, 48))
-    monkeypatch.setattr(least_size, "TOKENS", (8, 16))
+    monkeypatch.setattr(least_size, "ROWS", (two_of_four, ordered))
     cases = list(least_size.cases(CallingClock(), torch.device("cpu")))
-    assert len(cases) == 3 * 2 * 2 and all(
+    assert len(cases) == 2 * 3 * 2 * 2 and all(
         way["is_right"] for case in cases for way in case["ways"].values()
     )
     for case in cases:  # it loses at 32 with 8 tokens, and below 48 with 16
-        if (case["N"], case["M"]) in ((32, 8), (16, 16)):
-            case["ways"][least_size.SPARSE]["median_s"] = 1.1
+        if (case["N"], case["M"]) in ((32, 8), (16, 16)) and case["mask"] == two_of_four.mask:
+            case["ways"][two_of_four.name]["median_s"] = 1.1
     run = run_of("least-size", cases, tmp_path)
     file = tmp_path / "least_sizes.json"
     file.write_text("{}")
     monkeypatch.setattr(train_gpu, "LEAST_SIZES", file)
     train_gpu.update_least_sizes(run)
     monkeypatch.setattr(crossover, "_least_sizes", lambda: json.loads(file.read_text()))
-    sizes = [
-        crossover.least_size("sm_90", torch.bfloat16, M, least_size.SPARSE) for M in (7, 8, 15, 16)
-    ]
-    assert sizes == [None, 48, 48, 32]
-    assert crossover.least_size("sm_90", torch.float16, 8, least_size.SPARSE) is None
-    assert crossover.least_size("sm_80", torch.bfloat16, 8, least_size.SPARSE) is None
-    rows = table_of(train_gpu.PAGES["least-size"]("name", run), "| tokens ")
+
+    def least(M, row=two_of_four, machine="sm_90", dtype=torch.bfloat16):
+        return crossover.least_size(machine, dtype, M, row.name)
+
+    assert [least(M) for M in (7, 8, 15, 16)] == [None, 48, 48, 32]
+    assert [least(M, ordered) for M in (7, 8)] == [None, 16]
+    assert least(8, dtype=torch.float16) is None and least(8, machine="sm_80") is None
+    page = train_gpu.PAGES["least-size"]("name", run)
+    rows = table_of(page, "| tokens ")
     assert rows[1:] == [["8", "1.00", "0.91", "1.00", "48"], ["16", "0.91", "1.00", "1.00", "32"]]
+    rows = table_of(page.split("`ordered`, 90% zeros, free masks:")[1], "| tokens ")
+    assert rows[1] == ["8", "1.00", "1.00", "1.00", "16"]
     for case in cases:
-        case["ways"][least_size.SPARSE] = {"kind": "ours", "failed": "Error: no", "is_right": False}
-    assert least_size.summarize(cases) == [[8, None], [16, None]]
+        case["ways"][two_of_four.name] = {"kind": "ours", "failed": "Error: no", "is_right": False}
+    assert least_size.summarize(cases, two_of_four) == [[8, None], [16, None]]
 
 
 def test_models_that_were_measured_alone_are_one_run(train_gpu):

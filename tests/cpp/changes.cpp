@@ -19,6 +19,7 @@
 #include "cpu/products.h"
 #include "cpu/scratch.h"
 #include "packing/cover.h"
+#include "packing/order.h"
 #include "support.h"
 
 namespace test {
@@ -96,6 +97,7 @@ const Use kUses[] = {
       for (int64_t i = 0; i < w.n; i++) order[i] = static_cast<int32_t>(i);
       sk::Cover(w, order.data(), slices, 2);
     },
+    [](sk::Pattern&, const sk::Csr& w) { sk::Order(w, 4 * w.k); },
 };
 
 struct Damage {

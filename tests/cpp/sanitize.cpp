@@ -17,6 +17,7 @@
 #include "cpu/kernels.h"
 #include "cpu/products.h"
 #include "packing/cover.h"
+#include "packing/order.h"
 #include "support.h"
 
 namespace {
@@ -278,6 +279,23 @@ void check_cover(const Problem& p) {
   if (step_offsets.back() != cover.steps()) std::exit(1);
 }
 
+// Each value has a slot of its column, and no row more than two in a group.
+void check_order(const Problem& p) {
+  std::mt19937 random(1);
+  std::vector<int32_t> offsets, cols;
+  draw(p, random, offsets, cols);
+  const int64_t nnz = static_cast<int64_t>(cols.size());
+  const sk::Order order({offsets.data(), cols.data(), p.n, p.k, nnz, 0}, 4 * p.k + 4);
+  std::vector<int32_t> columns(order.slots()), places(nnz, -1);
+  order.write(columns.data(), places.data());
+  for (int64_t row = 0; row < p.n; row++) {
+    std::vector<int> counts(order.slots() / 4);
+    for (int32_t i = offsets[row]; i < offsets[row + 1]; i++) {
+      if (columns.at(places[i]) != cols[i] || ++counts.at(places[i] / 4) > 2) std::exit(1);
+    }
+  }
+}
+
 }  // namespace
 
 // Usage: sk_sanitize [isa...]; without names, all that run here.
@@ -289,7 +307,7 @@ int main(int argc, char** argv) {
     check_panels();
     check_pairs();
     check_bench_loops();
-    for (const Problem& p : kProblems) check_cover(p);
+    for (const Problem& p : kProblems) check_cover(p), check_order(p);
     for (sk::Type type : kTypes) {
       for (const Problem& p : kProblems) check(p, type, {1, 2, 4, 8});
       for (int64_t tokens = 1; tokens <= 130; tokens++) check({tokens, 9, 19, .4}, type, {8});

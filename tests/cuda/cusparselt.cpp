@@ -48,7 +48,7 @@ struct Handle : Struct {
 };
 struct Matrix : Struct {
   static constexpr uintptr_t kKind = 0x22222222;
-  int64_t rows, columns;
+  int64_t rows, columns, ld;
   int order;
   bool is_sparse;
 };
@@ -121,8 +121,11 @@ int describe(Matrix* out, int64_t rows, int64_t columns, int64_t ld, uint32_t al
              int order, bool is_sparse) {
   const int multiple = is_sparse ? 16 : 8;
   if (rows % multiple || columns % multiple || type != kBfloat16) return kNotSupported;
-  if (ld != (order == kRow ? columns : rows) || alignment != 16 || !make(out)) return kInvalidValue;
-  out->rows = rows, out->columns = columns, out->order = order, out->is_sparse = is_sparse;
+  const int64_t least = order == kRow ? columns : rows;
+  if (ld < least || (is_sparse && ld != least) || ld % 8 || alignment != 16 || !make(out))
+    return kInvalidValue;
+  out->rows = rows, out->columns = columns, out->ld = ld;
+  out->order = order, out->is_sparse = is_sparse;
   return kSuccess;
 }
 
@@ -292,6 +295,7 @@ int cusparseLtMatmul(const Handle* handle, Plan* p, const float* alpha, const ui
   std::memset(workspace, 0xff, kWorkspaceBytes);
   const uint16_t* bias = p->matmul->bias;
   const int64_t outputs = p->matmul->y->rows, tokens = p->matmul->y->columns;
+  const int64_t ld = p->matmul->y->ld, x_ld = p->matmul->x->ld;
   const int64_t inputs = p->matmul->w->columns, fours = inputs / 4;
   const uint8_t* tail = reinterpret_cast<const uint8_t*>(w + outputs * inputs / 2);
   for (int64_t t = 0; t < tokens; ++t) {
@@ -299,16 +303,16 @@ int cusparseLtMatmul(const Handle* handle, Plan* p, const float* alpha, const ui
       float sum = 0;
       for (int64_t i = n * fours; i < (n + 1) * fours; ++i) {
         const int places = tail[i / 2] >> i % 2 * 4;
-        const uint16_t* four = x + t * inputs + i % fours * 4;
+        const uint16_t* four = x + t * x_ld + i % fours * 4;
         sum += to_float(w[2 * i]) * to_float(four[places & 3]);
         sum += to_float(w[2 * i + 1]) * to_float(four[places >> 2 & 3]);
       }
-      y[t * outputs + n] = to_bfloat16(bias ? sum + to_float(bias[n]) : sum);
+      y[t * ld + n] = to_bfloat16(bias ? sum + to_float(bias[n]) : sum);
     }
   }
   Algorithm& algorithm = algorithms[p->selection->algorithm];
   ++algorithm.products, ++p->products, elapsed += algorithm.cost;
-  uint16_t& last = y[outputs * tokens - 1];
+  uint16_t& last = y[ld * (tokens - 1) + outputs - 1];
   if (algorithm.behaviour == kWrong) last = to_bfloat16(to_float(last) + 1);
   if (algorithm.behaviour == kChanging && p->products % 8 == 0) last ^= 1;
   return kSuccess;

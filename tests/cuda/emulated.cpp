@@ -26,10 +26,10 @@ bool warpgroups = true;
 
 namespace {
 
-constexpr unsigned kThreads = 512;  // the most of a block
+constexpr unsigned kThreads = 640;  // the most of a block
 constexpr std::size_t kStackBytes = 64 * 1024;
 
-enum class State { kReady, kAtBarrier, kInWarp, kExited };
+enum class State { kReady, kAtBarrier, kAtPhase, kInWarp, kExited };
 
 struct Copy {
   unsigned to;
@@ -37,11 +37,12 @@ struct Copy {
   unsigned bytes, group;
 };
 
-// A copy in bulk is one phase of its barrier; it arrives when the first thread waits for it.
+// Copies in bulk arrive when all threads have and the first one waits for them.
 struct Barrier {
-  unsigned phases;  // that are over
-  bool is_under_way;
-  Copy copy;
+  unsigned count;    // of arrivals, for a phase
+  unsigned missing;  // of them
+  unsigned phases;   // that are over
+  std::vector<Copy> copies;
 };
 
 struct Thread {
@@ -49,6 +50,7 @@ struct Thread {
   bool has_stack = false;  // in use: `here` is where it goes on
   jmp_buf here;
   unsigned barrier;  // that it waits at
+  unsigned phase;    // of it, where it has phases
   // Of the meeting it waits in.
   const char* name;
   Run* run;
@@ -174,13 +176,26 @@ void check_warp(unsigned warp) {
   run(brought);
 }
 
+// Whether the phase that a thread waits for is over, now that it does.
+bool is_over(const Thread& thread) {
+  Barrier& barrier = barriers[thread.barrier];
+  if (barrier.phases % 2 != thread.phase) return true;
+  if (barrier.missing) return false;
+  for (const Copy& copy : barrier.copies) std::memcpy(sk::smem + copy.to, copy.from, copy.bytes);
+  barrier.copies.clear();
+  barrier.missing = barrier.count;
+  ++barrier.phases;
+  return true;
+}
+
 std::string who_waits() {
   std::string text = "deadlock:";
   for (unsigned i = 0; i < blockDim.x; ++i) {
     const Thread& t = threads[i];
-    const char* at = t.state != State::kAtBarrier ? t.name
-                     : t.barrier                  ? "sync_warps"
-                                                  : "__syncthreads";
+    const char* at = t.state == State::kAtPhase     ? "wait_barrier"
+                     : t.state != State::kAtBarrier ? t.name
+                     : t.barrier                    ? "sync_warps"
+                                                    : "__syncthreads";
     if (t.state == State::kExited) continue;
     text += " thread " + std::to_string(i) + " waits in " + at + ",";
     if (text.size() > 100) break;
@@ -215,6 +230,9 @@ void run_block() {
         again = false;
         for (unsigned j = 0; j < kWarp; ++j) {
           const unsigned thread = warp * kWarp + (backward ? kWarp - 1 - j : j);
+          if (threads[thread].state == State::kAtPhase && is_over(threads[thread])) {
+            threads[thread].state = State::kReady;
+          }
           if (threads[thread].state != State::kReady) continue;
           resume(thread);
           if (failed) return;
@@ -339,9 +357,9 @@ void wait_for_copies(unsigned groups) {
 
 // Copies in bulk
 
-void init_barrier(unsigned barrier) {
+void init_barrier(unsigned barrier, unsigned count) {
   shared_bytes("init_barrier", barrier, 8);
-  barriers[barrier] = {};
+  barriers[barrier] = {count, count, 0, {}};
 }
 
 Barrier& barrier_at(const char* what, unsigned at) {
@@ -350,27 +368,34 @@ Barrier& barrier_at(const char* what, unsigned at) {
   return found->second;
 }
 
+void arrive_at(unsigned at) {
+  Barrier& barrier = barrier_at("arrive_at", at);
+  if (!barrier.missing) fail("arrive_at: the last copy of its barrier is under way");
+  if (--barrier.missing || !barrier.copies.empty()) return;
+  barrier.missing = barrier.count;
+  ++barrier.phases;
+}
+
 void copy_bulk(unsigned to, const void* from, unsigned bytes, unsigned at) {
-  Barrier& barrier = barrier_at("copy_bulk", at);
   if (reinterpret_cast<std::uintptr_t>(from) % 16 || to % 16 || bytes % 16 || !bytes) {
     fail("copy_bulk: %u bytes from %p to %u are not aligned", bytes, from, to);
   }
   if (to > smem_bytes || bytes > smem_bytes - to) {
     fail("copy_bulk: shared bytes %u to %u of %u", to, to + bytes, smem_bytes);
   }
-  if (barrier.is_under_way) fail("copy_bulk: the last copy of its barrier is under way");
+  barrier_at("copy_bulk", at).copies.push_back({to, from, bytes, 0});
+  arrive_at(at);
   std::memset(sk::smem + to, 0xff, bytes);
-  barrier.copy = {to, from, bytes, 0};
-  barrier.is_under_way = true;
 }
 
 void wait_barrier(unsigned at, unsigned phase) {
-  Barrier& barrier = barrier_at("wait_barrier", at);
-  if (barrier.phases % 2 != phase) return;
-  if (!barrier.is_under_way) fail("wait_barrier: nothing is under way");
-  std::memcpy(sk::smem + barrier.copy.to, barrier.copy.from, barrier.copy.bytes);
-  barrier.is_under_way = false;
-  ++barrier.phases;
+  barrier_at("wait_barrier", at);
+  Thread& me = threads[current];
+  me.barrier = at;
+  me.phase = phase;
+  if (is_over(me)) return;
+  me.state = State::kAtPhase;
+  leave();
 }
 
 // Tensor cores
@@ -564,7 +589,7 @@ const char* emu_launch(const char* name, unsigned grid_x, unsigned grid_y, unsig
   kernel = find(name);
   if (!kernel) return "unknown kernel";
   if (!grid_x || !grid_y || !block || block % kWarp || block > kThreads) {
-    return "a grid of no blocks, or blocks that are no whole warps up to 512 threads";
+    return "a grid of no blocks, or blocks that are no whole warps up to 640 threads";
   }
   if (smem_bytes > sizeof sk::smem) return "more than 227 KB of shared memory";
   if (!stack_of(0)) return "no memory for stacks";

@@ -1,4 +1,4 @@
-// csrc/cuda/ptx.cuh for a CPU: the same functions, described there.
+// csrc/cuda/ptx.cuh and warpgroups.cuh for a CPU: the same functions, described there.
 #pragma once
 
 #include "emulated.h"
@@ -23,7 +23,8 @@ void store(const char* what, unsigned at, const T& value) {
 void begin_copy(unsigned to, const void* from, unsigned bytes);
 void commit();
 void wait_for_copies(unsigned groups);
-void init_barrier(unsigned barrier);
+void init_barrier(unsigned barrier, unsigned count);
+void arrive_at(unsigned barrier);
 void copy_bulk(unsigned to, const void* from, unsigned bytes, unsigned barrier);
 void wait_barrier(unsigned barrier, unsigned phase);
 
@@ -106,7 +107,10 @@ void wait_copies() {
 }
 
 inline bool has_warpgroups() { return emulated::warpgroups; }
-inline void init_barrier(unsigned barrier) { emulated::init_barrier(barrier); }
+inline void init_barrier(unsigned barrier, unsigned count = 1) {
+  emulated::init_barrier(barrier, count);
+}
+inline void arrive_at(unsigned barrier) { emulated::arrive_at(barrier); }
 inline void copy_bulk(unsigned to, const void* from, unsigned bytes, unsigned barrier) {
   emulated::copy_bulk(to, from, bytes, barrier);
 }
@@ -144,7 +148,12 @@ inline void commit_warpgroup_products() {}
 template <int kGroups>
 void wait_warpgroup_products() {}
 
-// As ptx.cuh has it: rows, the distance of eight of them, and the pattern of 128 bytes.
+template <int kRegisters>
+void give_registers() {}
+template <int kRegisters>
+void take_registers() {}
+
+// As warpgroups.cuh has it: rows, the distance of eight of them, and the pattern of 128 bytes.
 inline unsigned long long describe_rows(unsigned at) {
   return (at & 0x3ffff) >> 4 | 1ull << 16 | 64ull << 32 | 1ull << 62;
 }

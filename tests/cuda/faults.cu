@@ -70,3 +70,15 @@ __device__ void write(T value, int at) {
 }  // namespace sk
 extern "C" __global__ void sk_faults_plain_address(int at) { sk::write('x', at); }
 SK_KERNEL(sk_faults_plain_address)
+
+// A thread waits for a phase to which nobody arrives; 1: it has been arrived at once too often.
+extern "C" __global__ void sk_faults_phase(int kind) {
+  if (threadIdx.x) return;
+  sk::init_barrier(0);
+  if (kind) {
+    sk::copy_bulk(16, reinterpret_cast<const void*>(16), 16, 0);
+    sk::arrive_at(0);
+  }
+  sk::wait_barrier(0, 0);
+}
+SK_KERNEL(sk_faults_phase)

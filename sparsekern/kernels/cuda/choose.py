@@ -2,10 +2,17 @@
 
 `gather` (gather.py) takes the fewest bytes and is read by CUDA cores: for one or two tokens.
 `cover` (cover.py) is read by sparse tensor cores: for more, up to 32, where W is sparse enough.
-`pairs` (pairs.py) is read by dense tensor cores. All hold any pattern, exactly.
+`pairs` (pairs.py) is read by dense tensor cores. All hold any pattern, exactly. `dense` (kept.py)
+is W with its zeros, for where these lose.
+
+A weight for calls of one token and of many may be held in two of them: names and parts then stand
+behind each other, "gather,dense", and each call takes the faster one (times.py has what was
+measured).
 """
 
+from collections.abc import Sequence
 from dataclasses import fields
+from functools import lru_cache
 
 from torch import Tensor
 
@@ -13,14 +20,21 @@ from ...tensor import SparseTensor
 from . import cover
 from .cover import Cover, CoverLayout
 from .gather import Gather, GatherLayout
+from .kept import Dense
 from .layout import TYPES, Layout, Packed
 from .pairs import Pairs, PairsLayout
+from .times import measured, share
 
-LAYOUTS: dict[str, type[Packed]] = {kind.name: kind for kind in (Gather, Cover, Pairs)}
+PACKED: dict[str, type[Layout]] = {
+    layout.kind.name: layout for layout in (GatherLayout, CoverLayout, PairsLayout)
+}
+LAYOUTS: dict[str, type[Packed]] = {kind.name: kind for kind in (Gather, Cover, Pairs, Dense)}
 _COUNTS = {  # of numbers and of tensors
     name: tuple([field.type for field in fields(kind)[3:]].count(t) for t in (int, Tensor))
     for name, kind in LAYOUTS.items()
 }
+WORTH = 1.1  # how many times as fast a second layout makes calls, or it is not held
+NEVER_BELOW = 0.97  # of dense: where dense may be kept, it is for what is slower
 MOST_GATHERED = 2  # tokens up to which `gather` is the faster layout (docs/log.md)
 
 
@@ -44,15 +58,112 @@ def pack(weight: SparseTensor, tokens: int = 1) -> Packed:
     Products of other numbers of tokens are as exact, only slower. TypeError unless values are
     bfloat16 or float16; ValueError if the indices are not valid any more, or of a transpose.
     """
+    own = _own(weight)
+    return lay_out(own, choose_layout(tokens, own.density).kind.name)
+
+
+def pack_for(
+    weight: SparseTensor, tokens: Sequence[int], may_be_dense: bool = False
+) -> list[Packed]:
+    """`weight` in the layout, or the two, that choose_forms() names for so many tokens. Raises what
+    pack() does."""
+    own = _own(weight)
+    names = [*packed_names(), *[Dense.name] * may_be_dense]
+    return [lay_out(own, name) for name in choose_forms(tokens, own.n, own.k, own.nnz, names)]
+
+
+def _own(weight: SparseTensor) -> SparseTensor:
+    """A copy, which is checked, and which nobody writes to."""
     if weight.values.dtype not in TYPES:
         raise TypeError(f"weight: expected bfloat16 or float16 values, got {weight.values.dtype}")
     if weight.is_transposed:
         raise ValueError("weight: expected W [N, K] as it is stored, got a transpose")
-    # A copy, which is checked, and which nobody writes to.
     indices = weight.row_offsets.clone(), weight.col_indices.clone()
-    own = SparseTensor(*indices, weight.values, (weight.n, weight.k))
-    layout = choose_layout(tokens, own.density)
-    return layout(own.row_offsets, own.col_indices, *own.shape).fill(own.values)
+    return SparseTensor(*indices, weight.values, (weight.n, weight.k))
+
+
+def lay_out(own: SparseTensor, name: str) -> Packed:
+    """W in the layout of this name, of indices that are valid and that nobody writes to."""
+    if name == Dense.name:
+        return Dense.of(own)
+    return PACKED[name](own.row_offsets, own.col_indices, *own.shape).fill(own.values)
+
+
+def packed_names() -> list[str]:
+    """Names of the layouts that can be made here of any pattern."""
+    return [name for name in PACKED if name != Cover.name or cover.is_built()]
+
+
+def choose_forms(
+    tokens: Sequence[int], n: int, k: int, nnz: int, names: Sequence[str]
+) -> tuple[str, ...]:
+    """Which of these layouts, one or two, to hold W in for calls of tokens[0] to tokens[-1].
+
+    The fastest for the first number and the fastest for the last; one of them alone where it is
+    nowhere much slower. If `dense` is among the names it is one of the two where all that is packed
+    is slower with some number of tokens.
+    """
+    least, most = tokens[0], tokens[-1]
+    density = nnz / max(1, n * k)
+    numbers = sorted({least, most, *(m for m in measured().tokens if least < m < most)})
+
+    def time(name: str, m: int) -> float:
+        found = share(name, m, n, k, density)
+        if name == Dense.name:
+            return max(found or 1.0, 1 / NEVER_BELOW)  # the smaller one where it is as fast
+        if found is None:  # the fastest as far as is known
+            return 2.0 if name == choose_layout(m, density).kind.name else 4.0
+        return found
+
+    def best(held: Sequence[str], m: int) -> float:
+        return min(time(name, m) for name in held)
+
+    held = tuple(min(names, key=lambda name: time(name, m)) for m in (least, most))
+    first = min(held, key=lambda name: time(name, least) * time(name, most))
+    if all(time(first, m) <= WORTH * best(held, m) for m in (least, most)):
+        held = (first,)
+    if Dense.name in names and any(best(held, m) > time(Dense.name, m) for m in numbers):
+        # Dense alone, if what is packed gains nothing worth its bytes.
+        gains = any(WORTH * time(held[0], m) < time(Dense.name, m) for m in numbers)
+        held = (held[0], Dense.name) if gains else (Dense.name,)
+    return held
+
+
+@lru_cache(maxsize=4096)
+def fastest(held: tuple[str, ...], m: int, n: int, k: int, nnz: int) -> int:
+    """Which of these layouts runs a product of m tokens: its place."""
+    density = nnz / max(1, n * k)
+
+    def time(place: int) -> float:
+        found = share(held[place], m, n, k, density)
+        return (1.0 if held[place] == Dense.name else 2.0) if found is None else found
+
+    return min(range(len(held)), key=time)
+
+
+def form_for(
+    m: int, layout: str, n: int, k: int, nnz: int, numbers: list[int], tensors: list[Tensor]
+) -> tuple[str, list[int], list[Tensor]]:
+    """Name and parts of the one layout that runs m tokens, out of those of all that are held.
+    ValueError where the parts are not as many as theirs."""
+    held = tuple(layout.split(","))
+    if unknown := [name for name in held if name not in LAYOUTS]:
+        raise ValueError(f"layout: expected some of {', '.join(LAYOUTS)}, got {unknown[0]!r}")
+    counts = [_COUNTS[name] for name in held]
+    wanted = tuple(map(sum, zip(*counts, strict=True)))
+    if (len(numbers), len(tensors)) != wanted:
+        raise ValueError(
+            f"{layout}: expected {wanted[0]} numbers and {wanted[1]} tensors, "
+            f"got {len(numbers)} and {len(tensors)}"
+        )
+    place = fastest(held, m, n, k, nnz)
+    before = [sum(count[i] for count in counts[:place]) for i in (0, 1)]
+    count = counts[place]
+    return (
+        held[place],
+        numbers[before[0] : before[0] + count[0]],
+        tensors[before[1] : before[1] + count[1]],
+    )
 
 
 def assemble(

@@ -182,19 +182,21 @@ class Plan:
         device: int,
         algorithm: int | None = None,
         bias: Tensor | None = None,
+        strides: tuple[int, int] | None = None,
     ):
         """algorithm: a number, None for the library's own choice. The address of `bias` is read
-        here, its elements by each product."""
+        here, its elements by each product. strides: of the rows of x and y, k and n or more."""
         lib = loaded()
         self._shape, self._lib, self._device = (m, n), lib, device
         self._is_selected = self._is_planned = False
         self._handle = handle = _handle(device)
+        x_stride, y_stride = strides or (k, n)
         # x is the transposed of [K, M], y lies column by column as [N, M].
         w, x, y = _sparse(handle, n, k), _opaque(), _opaque()
         matmul, self._selection, self._plan = _opaque(), _opaque(), _opaque()
         self._kept, self.bias = (w, x, y, matmul), bias
-        lib.call("DenseDescriptorInit", handle, x, m, k, k, ALIGNMENT, _BFLOAT16, _ROW)
-        lib.call("DenseDescriptorInit", handle, y, n, m, n, ALIGNMENT, _BFLOAT16, _COLUMN)
+        lib.call("DenseDescriptorInit", handle, x, m, k, x_stride, ALIGNMENT, _BFLOAT16, _ROW)
+        lib.call("DenseDescriptorInit", handle, y, n, m, y_stride, ALIGNMENT, _BFLOAT16, _COLUMN)
         operands = _PLAIN, _TRANSPOSED, w, x, y, y, _FLOAT32
         lib.call("MatmulDescriptorInit", handle, matmul, *operands)
         if bias is not None:
@@ -213,9 +215,10 @@ class Plan:
         self._workspace_bytes = size.value
         self._one, self._zero = ctypes.c_float(1), ctypes.c_float(0)
 
-    def multiply(self, operand: Tensor, x: Tensor) -> Tensor:
-        """The product with x [M, K], contiguous, on torch's current stream."""
-        y = x.new_empty(self._shape)
+    def multiply(self, operand: Tensor, x: Tensor, y: Tensor | None = None) -> Tensor:
+        """The product with x [M, K] on torch's current stream; in y, if it is given. Their rows are
+        as far apart as the plan says."""
+        y = x.new_empty(self._shape) if y is None else y
         workspace = x.new_empty(self._workspace_bytes, dtype=torch.uint8)
         stream = ctypes.c_void_p(torch._C._cuda_getCurrentRawStream(self._device))
         out = y.data_ptr()
@@ -234,31 +237,34 @@ class Plan:
 
 
 def multiply(
-    operand: Tensor, x: Tensor, n: int, bias: Tensor | None, algorithm: int | None
-) -> Tensor:
-    """y [M, n] = x [M, K] W^T + bias [n] of the operand of W; x is contiguous.
+    operand: Tensor, x: Tensor, y: Tensor, bias: Tensor | None, algorithm: int | None
+) -> None:
+    """y [M, N] = x [M, K] W^T + bias [N] of the operand of W. x and y may be columns of wider
+    matrices, from a multiple of 8 on.
 
     A plan reads the bias at one address. While a CUDA graph is captured that is the bias's own, and
     the plan is for this call. Else it is the plan's own, to which the bias is copied; so there is
     one for each stream."""
-    (m, k), device = x.shape, x.device.index
-    x = _aligned(x)
+    (m, k), n, device = x.shape, y.shape[1], x.device.index
+    x, strides = aligned(x), (x.stride(0), y.stride(0))
     if torch.cuda.is_current_stream_capturing():
-        bias = None if bias is None else _aligned(bias.contiguous())
-        return Plan(n, k, m, device, algorithm, bias).multiply(operand, x)
+        bias = None if bias is None else aligned(bias.contiguous())
+        Plan(n, k, m, device, algorithm, bias, strides).multiply(operand, x, y)
+        return
     stream = torch._C._cuda_getCurrentRawStream(device)
-    key = n, k, m, device, algorithm, bias is not None, stream
+    key = n, k, m, device, algorithm, bias is not None, strides, stream
     plans = _threads.plans
     if key not in plans:
         while len(plans) >= MOST_PLANS:
             plans.pop(next(iter(plans)))
         kept = None if bias is None else to_keep(x.device, lambda: x.new_empty(n))
-        plans[key] = Plan(n, k, m, device, algorithm, kept)
+        plans[key] = Plan(n, k, m, device, algorithm, kept, strides)
     plan = plans[key]
     if bias is not None and plan.bias is not None:
         plan.bias.copy_(bias)
-    return plan.multiply(operand, x)
+    plan.multiply(operand, x, y)
 
 
-def _aligned(t: Tensor) -> Tensor:
+def aligned(t: Tensor) -> Tensor:
+    """t where it begins on a multiple of 16 bytes."""
     return t.clone() if t.data_ptr() % ALIGNMENT else t

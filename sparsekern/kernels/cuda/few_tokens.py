@@ -21,7 +21,8 @@ from ..problem import Kernel, Problem, bound_kernel
 from . import library as cuda_library
 from .choose import choose_layout
 from .expand import spmm_expanded
-from .layout import TYPES, Packed, gpu_of, pack_of
+from .kept import Dense
+from .layout import TYPES, Launch, Packed, gpu_of, pack_of
 
 MOST_TOKENS = 64
 MOST_COLUMNS = 2**25  # the kernels count 64 rows of x in 32 bits
@@ -31,22 +32,29 @@ MOST_ROWS = 2**30  # and W's, with those that fill a block up
 def spmm_packed(x: Tensor, packed: Packed, bias: Tensor | None = None) -> Tensor:
     """y [M, N] = x [M, K] @ W.T + bias [N], all on the GPU and in the dtype of the weight.
 
-    Above 64 tokens W is written out and torch multiplies; so it is where a kernel would need more
-    shared memory than the GPU has (gather: for one token of about 100,000 columns). No checks: the
-    op has them (choose.py).
+    Above 64 tokens (`pairs` on Hopper: 256) W is written out and torch multiplies; so it is where a
+    kernel would need more shared memory than the GPU has (gather: for one token of about 100,000
+    columns). No checks: the op has them (choose.py).
     """
-    m, launch = x.shape[0], None
-    if m <= MOST_TOKENS and packed.k < MOST_COLUMNS and packed.n < MOST_ROWS:
-        launch = packed.launch(m, gpu_of(x.device))
+    if isinstance(packed, Dense):
+        return packed.multiply(x, bias)
+    launch = launch_of(packed, x.shape[0], x.device)
     if launch is None:
         return spmm_expanded(x, packed, bias)
-    y = x.new_empty(m, packed.n)
+    y = x.new_empty(x.shape[0], packed.n)
     if y.numel() == 0:
         return y
     if packed.k == 0:
         return y.zero_() if bias is None else y.copy_(bias.expand_as(y))
     packed.run(launch, x.contiguous(), None if bias is None else bias.contiguous(), y)
     return y
+
+
+def launch_of(packed: Packed, m: int, device: torch.device) -> Launch | None:
+    """The launch for m tokens; None where W is written out."""
+    if m > packed.most_tokens or packed.k >= MOST_COLUMNS or packed.n >= MOST_ROWS:
+        return None
+    return packed.launch(m, gpu_of(device))
 
 
 def _bind(problem: Problem) -> Callable[..., Tensor]:

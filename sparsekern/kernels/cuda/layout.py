@@ -32,6 +32,7 @@ class Gpu(NamedTuple):
 
     multiprocessors: int
     smem_bytes: int  # the most of a block
+    has_warpgroups: bool = False  # whether their kernels run: those of sm_90a
 
 
 class Launch(NamedTuple):
@@ -45,6 +46,7 @@ class Launch(NamedTuple):
     tokens: int  # the most of the kernel
     group_warps: int = 0  # of runs: warps that share x
     shares: int = 0  # of runs: most that share rows
+    ring: tuple[int, ...] = ()  # of rings (pairs_ring.py): groups, stages, tiles of tokens
 
 
 class Expansion(NamedTuple):
@@ -60,7 +62,9 @@ class Expansion(NamedTuple):
 @cache
 def gpu_of(device: torch.device) -> Gpu:
     properties = torch.cuda.get_device_properties(device)
-    return Gpu(properties.multi_processor_count, properties.shared_memory_per_block_optin)  # type: ignore[attr-defined]
+    smem_bytes = properties.shared_memory_per_block_optin  # type: ignore[attr-defined]
+    is_hopper = (properties.major, properties.minor) == (9, 0)
+    return Gpu(properties.multi_processor_count, smem_bytes, is_hopper)
 
 
 @dataclass(frozen=True)
@@ -73,6 +77,7 @@ class Packed:
     nnz: int
 
     name: ClassVar[str]
+    most_tokens: ClassVar[int] = 64  # of a product; for more W is written out
 
     if TYPE_CHECKING:
 

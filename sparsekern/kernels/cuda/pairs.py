@@ -14,6 +14,7 @@ from torch import Tensor
 
 from ...indices import expand_rows
 from ..problem import Problem
+from . import pairs_ring
 from .csr import is_nearly_empty
 from .layout import LANES, TILE_PAD, TYPES, Expansion, Gpu, Launch, Layout, Packed
 from .runs import MANY_TILES, RUN_WARPS, TILE_COLUMNS, choose_runs, launch_runs
@@ -24,6 +25,7 @@ HEAD = LANES + LANES // 2  # words of a step before its values: masks, starts
 MOST_WORDS = 2**31 - 2**12
 BUFFER_BYTES = 4352  # of words, two a warp, each with a barrier of 8 bytes
 WINDOW = 64  # tokens times steps of x
+FEW_TOKENS, MOST_TOKENS = 32, 64  # from which on pairs_ring.py is faster; of a launch
 # Shared memory of a warp that writes W out: its tile, the words of a step.
 EXPAND_BYTES = LANES * (STEP + TILE_PAD) * 2 + (HEAD + SLOTS * LANES) * 4
 
@@ -41,11 +43,17 @@ class Pairs(Packed):
 
     name = "pairs"
 
+    most_tokens = 256  # beyond, W written out is as fast or faster (docs/log.md)
+
     def launch(self, m: int, gpu: Gpu) -> Launch | None:
-        return configure(m, self.slices, self.row_steps, TYPES[self.words.dtype], gpu)
+        sizes = m, self.slices, self.row_steps, TYPES[self.words.dtype], gpu
+        if m > FEW_TOKENS and gpu.has_warpgroups:
+            return pairs_ring.configure(*sizes)
+        return configure(*sizes) if m <= MOST_TOKENS else None
 
     def operands(self, launch: Launch):
-        sizes = self.slices, self.row_steps, launch.group_warps, launch.shares, self.words.shape[0]
+        how = launch.ring or (launch.group_warps,)
+        sizes = self.slices, self.row_steps, *how, launch.shares, self.words.shape[0]
         return (self.words, self.steps), sizes
 
     def expansion(self):

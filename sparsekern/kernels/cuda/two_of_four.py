@@ -112,7 +112,8 @@ def _product(op, row_offsets, col_indices, values, n, k, x, bias=None) -> Tensor
     algorithm = algorithm_of(outputs, inputs, x.shape[0], x.device.index, random)
     if algorithm == NONE_RIGHT:
         return (expand.spmm if op == "spmm" else expand.spmm_t)(*weight, x, bias)
-    y = cusparselt.multiply(_operand(op, pattern, values, n, k), x, outputs, bias, algorithm)
+    y = x.new_empty(x.shape[0], outputs)
+    cusparselt.multiply(_operand(op, pattern, values, n, k), x, y, bias, algorithm)
     return expand.mend(op, *weight, x, bias, y, pattern.sides[op].checked)
 
 
@@ -147,6 +148,11 @@ def _refuse_size(p: Problem) -> str | None:
         return f"it takes N and K in multiples of {MULTIPLE}, M of {MULTIPLE_OF_TOKENS}"
     if 2 * p.nnz > p.N * p.K:
         return "more than two of four are stored"
+    return refuse_machine()
+
+
+def refuse_machine() -> str | None:
+    """Why cuSPARSELt multiplies nothing here."""
     return cuda_library.refusal() or _refuse_machine()
 
 

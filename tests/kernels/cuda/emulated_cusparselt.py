@@ -13,7 +13,14 @@ import pytest
 import torch
 from emulated_cuda import EMULATOR, build_once, emulated_cuda, emulator, run  # noqa: F401
 
-from sparsekern.kernels.cuda import algorithms, cusparselt, expand, few_tokens, two_of_four
+from sparsekern.kernels.cuda import (
+    algorithms,
+    cusparselt,
+    expand,
+    few_tokens,
+    ordered,
+    two_of_four,
+)
 from sparsekern.kernels.cuda.layout import Gpu
 
 REFUSED, WRONG, CHANGING = 1, 2, 3
@@ -83,10 +90,16 @@ def stand_in(cusparselt_library, emulated_cuda, monkeypatch, tmp_path):  # noqa:
     monkeypatch.setattr(torch.cuda, "Event", partial(Event, library))
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     # Fewer tokens than 72 are those of few_tokens.
-    monkeypatch.setattr(two_of_four, "_least_size", lambda m: 16 if m >= 72 else None)
+    for rows in (two_of_four, ordered):
+        monkeypatch.setattr(rows, "_least_size", lambda m: 16 if m >= 72 else None)
     has_slots_in_rows = two_of_four._has_slots_in_rows
     monkeypatch.setattr(two_of_four, "_has_slots_in_rows", lambda: has_slots_in_rows("cpu"))
-    caches = cusparselt.library, algorithms._chosen, two_of_four._refuse_machine
+    caches = (
+        cusparselt.library,
+        algorithms._chosen,
+        two_of_four._refuse_machine,
+        ordered.refuse_size,
+    )
     library.reset()
     for cache in caches:
         cache.cache_clear()

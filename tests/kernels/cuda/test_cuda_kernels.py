@@ -81,6 +81,30 @@ def test_every_number_of_tokens(layout, dtype, nan_memory):
         assert not packed.arrived.any()
 
 
+@DTYPES
+@pytest.mark.parametrize(
+    "m, n, k",
+    [
+        pytest.param(130, 300, 1031, marks=pytest.mark.sanitize),
+        pytest.param(40, 2048, 640, marks=pytest.mark.sanitize),
+        (96, 2048, 4096),
+        (128, 6144, 2048),
+        (200, 1000, 2056),
+        (256, 12288, 640),
+    ],
+)
+def test_pairs_of_more_tokens(m, n, k, dtype, nan_memory):
+    w = random_weight(n, k, 0.3, dtype)
+    w[n // 2], w[n // 3] = 1.5, 0
+    packed, bias = packed_as("pairs", w), torch.randn(n).cuda().to(dtype)
+    x = torch.randn(m, k, device="cuda").to(dtype)
+    y = spmm_packed(x, packed, bias)
+    check(y, x, w, bias)
+    for _ in range(3):
+        assert torch.equal(y, spmm_packed(x, packed, bias))
+    assert not packed.arrived.any()
+
+
 @pytest.mark.sanitize
 @pytest.mark.parametrize("m", [1, 2, 3, 8, 16, 30, 64])
 @layouts
@@ -142,7 +166,7 @@ def test_layouts_of_x_and_bias(m, layout):
     "n, k, tokens",
     [
         pytest.param(70, 515, (1, 16, 64), marks=pytest.mark.sanitize),
-        (700, 2053, (1, 2, 4, 8, 16, 30, 64, 70)),
+        (700, 2053, (1, 2, 4, 8, 16, 30, 64, 70, 300)),
     ],
 )
 @DTYPES
@@ -155,7 +179,7 @@ def test_infinities_reach_what_a_stored_value_connects(layout, dtype, n, k, toke
         for b in (bias, None):
             y = spmm_packed(x, packed, b)
             mended = torch.ones(m, dtype=torch.bool)
-            if m > 64:  # W is written out: what holds no infinity is torch.mm's, to the bit
+            if m > packed.most_tokens:  # W is written out: else it is torch.mm's, to the bit
                 mended = ~x.isfinite().all(1)
                 dense = mm(x, w.t(), b)
                 torch.testing.assert_close(

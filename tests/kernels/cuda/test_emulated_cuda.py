@@ -238,6 +238,8 @@ def test_missing_waits_change_the_result(launch, fault):
         ("mma", 0, "mma_sparse: row 0, group 0 has position 0 twice"),
         ("address", 8, "load_shared_v4: 16 bytes at 8 are not aligned"),
         ("address", 248, "load_shared_v4: shared bytes 248 to 264 of 256"),
+        ("phase", 0, "deadlock: thread 0 waits in wait_barrier"),
+        ("phase", 1, "arrive_at: the last copy of its barrier is under way"),
         ("plain_address", 300, "shared memory beyond the 256 bytes was written"),
     ],
 )

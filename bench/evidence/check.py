@@ -1,0 +1,133 @@
+"""What must hold before GPU time is spent on the plan: speed, resuming, and the same losses by
+sparsekern's sparse kernels as by masked dense weights."""
+
+import json
+import time
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from sparsekern.files import atomic_write
+from sparsekern.gpt.build import build_optimizer
+from sparsekern.gpt.captured import CapturedStep
+from sparsekern.gpt.model import GPT
+from sparsekern.gpt.step import compute_gradients
+from sparsekern.sparsity import Static
+
+from . import build
+from .arms import Data, program
+from .engine import Engine, Program
+from .masks import Sparsity
+from .plan import FIRST_RATES, Size
+from .worker import DTYPES
+
+STEPS, LAST, RESUMED_AT = 200, 50, 30
+RATE, SEED = FIRST_RATES[1], 0
+MOST_APART = {"cuda": 0.02, "cpu": 1e-3}  # nats, mean of the LAST steps
+
+
+def check(folder: Path, out: Path, device: str, name: str) -> int:
+    """Writes OUT/check.json -> the exit code."""
+    began = time.monotonic()
+
+    def say(text: str) -> None:
+        print(f"{time.monotonic() - began:6.1f} s   {text}", flush=True)
+
+    data = Data(build.load(folder), device)
+    size, steps = data.size(name), STEPS if name != "toy" else 20
+    say(f"text {data.corpus.id}, {data.tokens:,} tokens")
+    engine = Engine(size.shape, data.stream, data.most_steps(size), DTYPES[device])
+    say("captured")
+    sparsity = Sparsity("static", 0.75)
+    weights = size.shape.weights(SEED)
+    masks = sparsity.first(engine.weights, SEED)
+    made = short(data, size, steps)
+    found: dict[str, object] = {"size": name, "corpus": data.corpus.id, "steps": steps}
+
+    engine.begin(weights, masks, made)
+    engine.run(10)
+    engine.losses()
+    start = time.monotonic()
+    engine.run(steps)
+    masked = engine.losses()
+    found["step_s"] = (time.monotonic() - start) / (steps - 10)
+    found["tokens_per_s"] = size.shape.tokens / found["step_s"]
+    if device == "cuda":
+        found["peak_bytes"] = torch.cuda.max_memory_allocated()
+    say(f"{found['tokens_per_s']:,.0f} tokens/s, {1e3 * found['step_s']:.2f} ms a step, {found}")
+    start = time.monotonic()
+    scores = {n: engine.score(data.rows[n]).loss for n in ("cloze", "blimp", "code/dev")}
+    found["scores"], found["score_s"] = scores, time.monotonic() - start
+    say(f"scores in {found['score_s']:.2f} s: {scores}")
+
+    at = min(RESUMED_AT, steps // 2)
+    engine.begin(weights, masks, made)
+    engine.run(at)
+    state = engine.state()
+    engine.begin(weights, masks, made)  # something else in between
+    engine.run(3)
+    engine.resume(state, made)
+    engine.run(steps)
+    found["is_resumed_exactly"] = engine.losses() == masked
+    apart = max(abs(a - b) for a, b in zip(engine.losses(), masked, strict=True))
+    found["resumed_apart"] = apart
+    say(f"resumed: {'the same' if found['is_resumed_exactly'] else f'up to {apart:.2g} apart'}")
+
+    kernels = with_sparse_kernels(data, size, weights, made, device)
+    last = slice(-LAST, None)
+    difference = np.array(kernels) - np.array(masked)
+    found["masked"], found["sparse"] = masked[::10], kernels[::10]
+    found["apart_first"] = float(np.abs(difference[:10]).max())
+    found["apart_last"] = float(difference[last].mean())
+    limit = MOST_APART[device]
+    found["is_same"] = abs(found["apart_last"]) < limit
+    say(
+        f"sparse kernels less masked dense: at most {found['apart_first']:.2g} in the first 10 "
+        f"steps, {found['apart_last']:+.2g} in the mean of the last {LAST} (limit {limit:g})"
+    )
+    out.mkdir(parents=True, exist_ok=True)
+    with atomic_write(out / "check.json") as file:
+        file.write(json.dumps(found, indent=1).encode())
+    return 0 if found["is_same"] and apart < limit else 1
+
+
+def short(data: Data, size: Size, steps: int) -> Program:
+    """The first steps of a run, with a schedule of their own."""
+    context, batch = size.shape.context, size.shape.batch
+    windows = np.arange(0, data.tokens - context - 1, context)
+    starts = np.random.default_rng(SEED).permutation(windows)
+    return program(np.resize(starts, steps * batch), batch, RATE, {})
+
+
+def with_sparse_kernels(
+    data: Data, size: Size, weights: dict[str, Tensor], program: Program, device: str
+) -> list[float]:
+    """Losses of the same steps, taken by sparsekern's own captured step on its sparse layers."""
+    model = GPT(size.shape.config())
+    model.load_state_dict(weights)
+    model = Static(0.75, seed=SEED).apply(model).to(device)
+    optimizer = build_optimizer(model, RATE)
+    dtype = DTYPES[device]
+    captured = CapturedStep(model, model, optimizer, [], dtype) if device == "cuda" else None
+    offsets = torch.arange(size.shape.context + 1, device=device)
+    losses: list[Tensor] = []
+    for starts, rate in zip(program.starts, program.rates, strict=True):
+        places = torch.from_numpy(starts).to(device)[:, None] + offsets
+        window = data.stream[places].long()
+        x, y = window[:, :-1].contiguous(), window[:, 1:].contiguous()
+        for group in optimizer.param_groups:
+            if captured:
+                group["lr"].fill_(rate)
+            else:
+                group["lr"] = float(rate)
+        if captured:
+            loss, _ = captured.compute_gradients(x, y)
+            losses.append(loss.clone())
+            captured.update()
+        else:
+            loss, _ = compute_gradients(model, x, y, dtype)
+            losses.append(loss)
+            optimizer.step()
+    return [float(loss) for loss in losses]

@@ -1,0 +1,270 @@
+"""docs/quality.md: the question, the primary outcome first, and everything behind it."""
+
+import json
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+
+from sparsekern.files import atomic_write
+from sparsekern.terminal import table
+
+from . import plan, study
+from .build import TRAINING
+from .differences import METRICS, Difference, by_seed, difference, value, verdict
+from .plan import ARMS, PLAN, SIZES, SWEEP_SEED, Order, Prediction
+
+TEXT = Path(__file__).with_name("manifest.json")
+PRIMARY = (("75", "dense", "code"), ("75", "small", "code"))  # fine-tuned loss, order 2
+SIZE = "S"
+TITLE = "# Does quality survive?"
+METHOD = """\
+A sparse model is worth its kernels only if it is as good as what the same work buys otherwise. So
+each arm below gets the same text, a swept learning rate (or that of the arm it is a variant of) and
+the same seeds, and is then fine-tuned dense on the same tasks. Predictions and margins were fixed
+before the first run (bench/evidence/plan.py); this page is made from bench/results/quality.jsonl.
+
+- **Text**: {text}. Each paragraph once, documents held out by a hash of their names. Held-out
+  tokens that stand in 13 tokens of the training text are not scored. Rates are chosen on every
+  other row of it, the others are reported. `python bench/quality.py corpus` makes it again
+  (bench/evidence/manifest.json has its hashes); the text itself is not shipped.
+- **Training**: masked dense weights in one CUDA graph for all arms of a shape; `python
+  bench/quality.py check` holds 200 of its steps to the same steps by the sparse kernels. AdamW
+  (0.9, 0.95), weight decay 0.1, clipping at 1, warm-up over 5 % of the steps, then straight down to
+  zero. A seed fixes weights, order of the text and mask. Embeddings, head and norms are dense.
+- **Tasks**: sentiment (5,000 reviews held out, % right), WebNLG (nats a token of the text), Python
+  of held-out packages (nats a token), each at the rate that is best on dev; before fine-tuning
+  BLiMP (67,000 pairs) and the last words of passages of held-out novels (cloze).
+- **FLOPs** count stored weights, and attention over the full square (sparsekern/gpt/flops.py).
+- **Intervals**: 95 %, over seeds (Student), for shares of items over seeds and items (bootstrap).
+  "Equal within a margin": the 90 % interval lies inside it. No difference seen is not equality.
+"""
+
+
+def publish(kept: Path, page: Path, new: Sequence[Path]) -> None:
+    """Add new results to those that are kept, then write the page. A run that is kept stays."""
+    paths = ([kept] if kept.exists() else []) + list(new)
+    results = study.read(paths)
+    if len({result["corpus"] for result in results}) > 1:
+        raise ValueError("results: expected one text, got several")
+    if new:
+        lines = "".join(json.dumps(result) + "\n" for result in results)
+        with atomic_write(kept) as file:
+            file.write(lines.encode())
+    with atomic_write(page) as file:
+        file.write(text(results).encode())
+
+
+def text(results: list[dict]) -> str:
+    """The whole page. What was not run says so."""
+    parts = [
+        TITLE,
+        first_words(results),
+        "## The primary outcome\n\n" + primary(results),
+        "## How\n\n" + METHOD.format(text=text_of(json.loads(TEXT.read_text()))),
+    ]
+    for order in PLAN:
+        parts.append(f"## {order.number}. {order.question}\n\n" + section(order, results))
+    parts.append("## Not run\n\n" + not_run(results))
+    machines = {
+        f"{r['device']}, torch {r['torch']}, {r['date']}, commit {r['commit'][:10]}"
+        for r in results
+    }
+    if machines:
+        parts.append(f"Runs: {'; '.join(sorted(machines))}.")
+    return "\n\n".join(part.rstrip() for part in parts) + "\n"
+
+
+def text_of(manifest: dict) -> str:
+    """How much of what, in words."""
+    domains: dict[str, list[str]] = {}
+    for source in manifest["sources"]:
+        if "characters" in source:
+            name = f"{source['name']} {source['version'][:10]}"
+            domains.setdefault(source["domain"], []).append(name)
+    told = "; ".join(f"{domain}: {', '.join(names)}" for domain, names in domains.items())
+    (tokens,) = manifest["arrays"][TRAINING]["shape"]
+    return f"{tokens / 1e6:.1f}M tokens of English prose out of packages ({told})"
+
+
+def first_words(results: list[dict]) -> str:
+    """The answer so far; that small dense ties with 75 %, where it does."""
+    found = [difference(results, SIZE, *names) for names in PRIMARY]
+    to_dense, to_small = found
+    if to_dense is None or to_small is None:
+        return (
+            "**Not known yet.** The runs that would say it have not been made: what follows is the "
+            "plan, with what was expected before the first run, and the runs that there are."
+        )
+    margin = next(p.margin for p in order_of(2).predictions if p.margin)
+    words = []
+    if to_small.is_within(margin):
+        words.append(
+            f"**A small dense model of the same FLOPs is as good as 75 % zeros** (within "
+            f"{margin:g} nats a token after fine-tuning: {shown(to_small)})."
+        )
+    elif to_small.is_clear:
+        side = "better" if to_small.mean < 0 else "**worse**"
+        words.append(
+            f"After dense fine-tuning 75 % zeros are {side} than a small dense model of the same "
+            f"FLOPs: {shown(to_small)} nats a token."
+        )
+    else:
+        words.append(
+            "Whether 75 % zeros beat a small dense model of the same FLOPs is open: "
+            f"{shown(to_small)} nats a token after fine-tuning."
+        )
+    if to_dense.is_within(margin):
+        words.append(f"They are equal to dense within {margin:g}: {shown(to_dense)}.")
+    else:
+        words.append(f"Against dense with the same tokens they have {shown(to_dense)}.")
+    return " ".join(words)
+
+
+def order_of(number: int) -> Order:
+    return next(order for order in PLAN if order.number == number)
+
+
+def primary(results: list[dict]) -> str:
+    lines = [p for p in order_of(2).predictions if (p.a, p.b, p.metric) in PRIMARY]
+    return predictions(SIZE, lines, results)
+
+
+def section(order: Order, results: list[dict]) -> str:
+    parts = [sweeps(order, results)] if order.swept else []
+    if order.arms:
+        parts.append(arms(order, results))
+    if order.predictions:
+        parts.append(predictions(order.size, order.predictions, results))
+    parts += [part for part in (seeds(order, results), sparse_tuning(order, results)) if part]
+    return "\n\n".join(parts)
+
+
+def arms(order: Order, results: list[dict]) -> str:
+    """What each arm costs and comes to, means over its seeds."""
+    size = SIZES[order.size]
+    full = ARMS["dense"].flops(size)
+    names = list(order.arms) if "dense" in order.arms else ["dense", *order.arms]
+    rows = []
+    for name in names:
+        arm, found = ARMS[name], list(by_seed(results, order.size, name).values())
+        flops = arm.flops(size) / full
+        trained = [r["pretrained"] for r in found if r.get("pretrained", {}).get("step_s")]
+        seconds = [t["step_s"] * t["steps"] for t in trained]
+        rates = sorted({f"{r['rate']:g}" for r in found})
+        cells = [mean_of([value(r, metric) for r in found], metric) for metric in METRICS]
+        rows.append(
+            [
+                arm.title,
+                f"{flops:.2f}",
+                mean_text(seconds, ".0f"),
+                ", ".join(rates) if trained else "-",
+                len(found),
+                *cells,
+            ]
+        )
+    header = ["arm", "FLOPs", "s", "rate", "seeds", *METRICS]
+    return (
+        table(header, rows)
+        + "\n\n"
+        + (
+            "FLOPs are those of pre-training, times dense; s is the time of its steps with masked "
+            "dense weights, the same for all arms of a shape: what the sparse kernels need is in "
+            "[benchmarks](benchmarks.md)."
+        )
+    )
+
+
+def mean_of(found: Iterable[float | None], metric: str) -> str:
+    form = ".4f" if METRICS[metric].startswith("nats") else ".2f"
+    return mean_text([x for x in found if x is not None], form)
+
+
+def mean_text(found: Sequence[float], form: str) -> str:
+    return f"{sum(found) / len(found):{form}}" if found else "-"
+
+
+def predictions(size: str, lines: Iterable[Prediction], results: list[dict]) -> str:
+    rows = []
+    for p in lines:
+        found = difference(results, size, p.a, p.b, p.metric)
+        rows.append(
+            [
+                f"{ARMS[p.a].title} - {ARMS[p.b].title}",
+                METRICS[p.metric],
+                f"{p.low:+g} to {p.high:+g}",
+                shown(found) if found else "-",
+                verdict(p, found),
+            ]
+        )
+    return table(["difference", "in", "predicted", "found", "so"], rows, left=2)
+
+
+def shown(found: Difference) -> str:
+    """'+0.123 (0.100 to 0.146; 3 seeds)'"""
+    form = ".4f" if max(map(abs, found.values)) < 1 else ".3f"
+    count = f"{len(found.values)} seed{'s' * (len(found.values) > 1)}"
+    if found.of_95 is None:
+        return f"{found.mean:+{form}} ({count})"
+    low, high = found.of_95
+    return f"{found.mean:+{form}} ({low:+{form}} to {high:+{form}}; {count})"
+
+
+def seeds(order: Order, results: list[dict]) -> str:
+    """Each seed of each arm."""
+    rows = []
+    for arm in order.arms:
+        for seed, result in by_seed(results, order.size, arm).items():
+            cells = [mean_of([value(result, metric)], metric) for metric in METRICS]
+            rows.append([ARMS[arm].title, seed, *cells])
+    return table(["arm", "seed", *METRICS], rows) if rows else ""
+
+
+def sparse_tuning(order: Order, results: list[dict]) -> str:
+    """What is left of the gap where the mask stays for fine-tuning, too."""
+    rows = []
+    for arm in order.arms:
+        found = list(by_seed(results, order.size, arm).values())
+        for way in ("dense", "sparse"):
+            cells = [[value(r, m, way) for r in found] for m in ("code", "webnlg", "sentiment")]
+            if ARMS[arm].is_tuned_sparse and any(x is not None for x in cells[0]):
+                names = zip(cells, ("code", "webnlg", "sentiment"), strict=True)
+                rows.append([ARMS[arm].title, way, *(mean_of(c, m) for c, m in names)])
+    header = ["pre-trained", "fine-tuned", "code", "webnlg", "sentiment"]
+    return table(header, rows, left=2) if rows else ""
+
+
+def sweeps(order: Order, results: list[dict]) -> str:
+    """Losses on dev by rate."""
+    parts = []
+    for arm in order.swept:
+        found = {
+            r["rate"]: r.get("pretrained", {}).get("dev")
+            for r in results
+            if (r["size"], r["arm"], r["seed"]) == (order.size, arm, SWEEP_SEED)
+        }
+        losses = {rate: float("inf") if x is None else x for rate, x in found.items()}
+        best = plan.best_rate(losses) if losses else None
+        cells = {rate: "diverged" if x is None else f"{x:.4f}" for rate, x in found.items()}
+        if best is not None:
+            cells[best] = f"**{cells[best]}**"
+        told = [f"{rate:g}: {cells[rate]}" for rate in sorted(cells)]
+        end = "" if best is not None else " (not done)"
+        parts.append(f"- {ARMS[arm].title}: {', '.join(told) or 'not run'}{end if told else ''}")
+    return (
+        "Nats a token of text held out for this, by rate; full length, a seed of its own.\n\n"
+        + ("\n".join(parts))
+    )
+
+
+def not_run(results: list[dict]) -> str:
+    done = {r["key"] for r in results}
+    parts = []
+    for order in PLAN:
+        wanted = [(arm, seed) for arm in order.arms for seed in order.seeds]
+        left = [w for w in wanted if f"{order.size} {w[0]} seed {w[1]}" not in done]
+        if left:
+            parts.append(f"- {order.number}. {order.question} {len(left)} of {len(wanted)} runs.")
+    parts.append(
+        "- Pruning of converged models with recovery against dense continued, a third size, and "
+        "equal wall-clock on a CPU: not in the plan yet."
+    )
+    return "\n".join(parts)

@@ -1,0 +1,262 @@
+"""What is run, in which order, and what was expected of it before the first run.
+
+An arm is one way to spend training; an order is a question and the arms that answer it, each with
+the same seeds. Rates are those of full-length sweeps, by a seed that no arm is reported for. A
+prediction is a difference of two arms in one metric; where it has a margin, equivalence is tested.
+"""
+
+import math
+from dataclasses import dataclass
+
+from sparsekern.gpt.flops import flop_ratio, train_flops_per_token
+
+from .engine import Shape
+from .masks import Sparsity
+
+SWEEP_SEED = 100
+FIRST_RATES, TRIED = (1e-3, 2e-3, 4e-3), 5
+FIRST_TUNING_RATES, LEAST_TUNING_RATE, MOST_TUNING_RATE = (3e-4, 1e-3, 3e-3), 3e-5, 3e-2
+TASKS = {"sentiment": 2, "webnlg": 5, "code": 1}  # passes over their training rows
+PER_PARAMETER = 20
+
+
+@dataclass(frozen=True)
+class Size:
+    """`small`: the dense shape with the FLOPs that `shape` has at 75 %."""
+
+    shape: Shape
+    small: Shape
+    tokens: int  # to pre-train on: 20 for each parameter of linear layers and head
+
+    @property
+    def steps(self) -> int:
+        return max(1, self.tokens // self.shape.tokens)
+
+
+SIZES = {
+    "S": Size(Shape(6, 384, 6), Shape(6, 256, 4), 276_000_000),
+    "S5": Size(Shape(6, 384, 6), Shape(6, 256, 4), 69_000_000),
+    "M": Size(Shape(8, 512, 8), Shape(8, 320, 5), 590_000_000),
+    # That everything runs, not that anything is learned.
+    "toy": Size(Shape(1, 32, 2, batch=2), Shape(1, 16, 2, batch=2), 12_288),
+}
+
+
+@dataclass(frozen=True)
+class Arm:
+    """`rate_of`: the arm whose sweep gives its rate, itself where there is none."""
+
+    title: str
+    sparsity: Sparsity = Sparsity()
+    rate_of: str = ""
+    is_small: bool = False
+    is_short: bool = False  # as few tokens as have the FLOPs of 75 %
+    is_scratch: bool = False  # not pre-trained
+    tuning_passes: int = 1  # times those of TASKS
+    is_tuned_sparse: bool = False  # with its mask too, beside dense
+
+    def shape(self, size: Size) -> Shape:
+        return size.small if self.is_small else size.shape
+
+    def steps(self, size: Size) -> int:
+        if self.is_scratch:
+            return 0
+        share = 1 / flop_ratio(size.shape.config(), 0.75) if self.is_short else 1
+        return max(1, round(share * size.steps))
+
+    def flops(self, size: Size) -> float:
+        """Of pre-training, as sparsekern/gpt/flops.py counts them."""
+        shape, steps = self.shape(size), self.steps(size)
+        zeros = 1 - self.sparsity.density(steps)
+        return steps * shape.tokens * train_flops_per_token(shape.config(), zeros)
+
+
+ARMS = {
+    "dense": Arm("dense"),
+    "75": Arm("75 %", Sparsity("static", 0.75), is_tuned_sparse=True),
+    "small": Arm("small dense, FLOPs of 75 %", is_small=True),
+    "short": Arm("dense, FLOPs of 75 % by fewer tokens", rate_of="dense", is_short=True),
+    "scratch": Arm("not pre-trained", rate_of="dense", is_scratch=True),
+    "scratch-4": Arm(
+        "not pre-trained, tasks 4 times as long", rate_of="dense", is_scratch=True, tuning_passes=4
+    ),
+    "75-dense": Arm("75 %, dense for the last 13 %", Sparsity("static", 0.75, 0.87), "75"),
+    "90-dense": Arm("90 %, dense for the last 13 %", Sparsity("static", 0.9, 0.87), "75"),
+    "gradual": Arm("pruned to 75 % while trained", Sparsity("gradual", 0.75), "dense"),
+    "50": Arm("50 %", Sparsity("static", 0.5), "75"),
+    "90": Arm("90 %", Sparsity("static", 0.9), "75"),
+    "rigl": Arm("75 %, RigL", Sparsity("rigl", 0.75), "75"),
+    "set": Arm("75 %, SET", Sparsity("set", 0.75), "75"),
+    "two-way": Arm("75 %, two-way", Sparsity("two-way", 0.75), "75"),
+}
+
+
+@dataclass(frozen=True)
+class Prediction:
+    """`metric` of arm `a` less that of arm `b`, by seeds: expected between `low` and `high`.
+
+    Metrics: held-out, code and webnlg are nats a token, the last two after dense fine-tuning;
+    sentiment, blimp and cloze are percentage points, the last two before it.
+    """
+
+    a: str
+    b: str
+    metric: str
+    low: float
+    high: float
+    margin: float | None = None
+
+
+@dataclass(frozen=True)
+class Order:
+    """`swept`: arms whose rates are swept first; then `arms`, each with all `seeds`."""
+
+    number: int
+    size: str
+    question: str
+    swept: tuple[str, ...] = ()
+    arms: tuple[str, ...] = ()
+    seeds: tuple[int, ...] = ()
+    is_tuned: bool = True
+    predictions: tuple[Prediction, ...] = ()
+
+
+PLAN = (
+    Order(1, "S", "Which learning rate is best for each?", ("dense", "75", "small")),
+    Order(
+        2,
+        "S",
+        "Is sparse pre-training with dense fine-tuning near dense, and better than what else the "
+        "same FLOPs buy?",
+        (),
+        ("dense", "75", "small", "short", "scratch", "scratch-4"),
+        (0, 1, 2),
+        predictions=(
+            Prediction("75", "dense", "code", 0.06, 0.16, 0.02),
+            Prediction("75", "small", "code", -0.04, 0.02, 0.02),
+            Prediction("75", "dense", "sentiment", -1.5, -0.5, 0.5),
+            Prediction("75", "small", "sentiment", -0.5, 0.5, 0.5),
+            Prediction("75", "dense", "webnlg", 0.0, 0.05, 0.02),
+            Prediction("75", "dense", "held-out", 0.20, 0.35),
+            Prediction("small", "75", "held-out", 0.0, 0.04),
+            Prediction("short", "dense", "held-out", 0.05, 0.15),
+            Prediction("75", "dense", "blimp", -4.0, -2.0),
+            Prediction("75", "dense", "cloze", -3.0, -0.5),
+            Prediction("scratch", "dense", "sentiment", -12.0, -3.0),
+        ),
+    ),
+    Order(
+        3,
+        "S",
+        "Do dense last steps close the gap? Does pruning while training?",
+        (),
+        ("75-dense", "90-dense", "gradual"),
+        (0, 1, 2),
+        predictions=(
+            Prediction("75-dense", "dense", "held-out", 0.0, 0.05, 0.02),
+            Prediction("90-dense", "dense", "held-out", 0.05, 0.20),
+            Prediction("gradual", "75", "held-out", -0.10, -0.02),
+            Prediction("75-dense", "dense", "code", 0.0, 0.04, 0.02),
+        ),
+    ),
+    Order(
+        4,
+        "S",
+        "How does the cost grow with sparsity, and do moving patterns lower it?",
+        (),
+        ("50", "90", "rigl", "set"),
+        (0, 1, 2),
+        predictions=(
+            Prediction("50", "dense", "held-out", 0.07, 0.12),
+            Prediction("90", "dense", "held-out", 0.40, 0.60),
+            Prediction("rigl", "75", "held-out", -0.06, -0.02),
+            Prediction("set", "75", "held-out", -0.06, -0.02),
+        ),
+    ),
+    Order(
+        5,
+        "S5",
+        "Do two-way masks train as well as free ones, at 5 tokens a parameter?",
+        ("75",),
+        ("75", "two-way"),
+        tuple(range(8)),
+        is_tuned=False,
+        predictions=(Prediction("two-way", "75", "held-out", -0.03, 0.03, 0.03),),
+    ),
+    Order(
+        6,
+        "M",
+        "Does the gap shrink with size?",
+        (),
+        ("dense", "75", "small", "75-dense"),
+        (0, 1),
+        predictions=(
+            Prediction("75", "dense", "held-out", 0.16, 0.30),
+            Prediction("small", "75", "held-out", 0.0, 0.04),
+            Prediction("75-dense", "dense", "held-out", 0.0, 0.05, 0.02),
+        ),
+    ),
+    Order(
+        7,
+        "M",
+        "Do two-way masks train as well as free ones, at 20 tokens a parameter?",
+        (),
+        ("75", "two-way"),
+        (0, 1, 2),
+        predictions=(
+            Prediction("two-way", "75", "held-out", -0.02, 0.02, 0.03),
+            Prediction("two-way", "75", "code", -0.02, 0.02, 0.02),
+        ),
+    ),
+)
+TOY_PLAN = (
+    Order(
+        1,
+        "toy",
+        "Does every kind of arm run?",
+        ("dense", "75"),
+        ("dense", "75", "small", "short", "scratch", "75-dense", "gradual", "rigl", "two-way"),
+        (0, 1),
+        predictions=(Prediction("75", "dense", "code", -1.0, 1.0, 0.02),),
+    ),
+)
+PLANS = {"full": PLAN, "toy": TOY_PLAN}
+
+SWEPT_AT = {"M": "S"}  # where the rates of a size come from that has no sweep of its own
+
+
+def rounded(rate: float) -> float:
+    return float(f"{rate:.3g}")
+
+
+def next_rates(losses: dict[float, float]) -> list[float]:
+    """Rates to try after these, of which a loss that is not finite is too high: the first three,
+    then further ones until the best has neighbours on both sides, then between them, until TRIED
+    were tried. None where the sweep is done."""
+    missing = [rate for rate in FIRST_RATES if rate not in losses]
+    if missing:
+        return missing
+    if (beyond := beyond_the_end(losses, 2.0)) is not None:
+        return [beyond]
+    best = min(losses, key=lambda rate: _finite(losses[rate]))
+    between = [rounded(best * math.sqrt(2)), rounded(best / math.sqrt(2))]
+    return [rate for rate in between if rate not in losses][: max(0, TRIED - len(losses))]
+
+
+def beyond_the_end(losses: dict[float, float], factor: float) -> float | None:
+    """The next rate on the side where the best one is the last; None where it is inside."""
+    best = min(losses, key=lambda rate: _finite(losses[rate]))
+    if best == min(losses):
+        return rounded(best / factor)
+    return rounded(best * factor) if best == max(losses) else None
+
+
+def best_rate(losses: dict[float, float]) -> float | None:
+    """None until the sweep is done, or where no rate has a finite loss."""
+    if not losses or next_rates(losses) or not any(map(math.isfinite, losses.values())):
+        return None
+    return min(losses, key=lambda rate: _finite(losses[rate]))
+
+
+def _finite(loss: float) -> float:
+    return loss if math.isfinite(loss) else math.inf

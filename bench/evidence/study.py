@@ -1,0 +1,157 @@
+"""Which runs of the plan are done, which can be made now, and what is kept of them.
+
+Results are JSON lines, one a run. Those of earlier periods are read from bench/results, new ones
+are added to a file of this period, as soon as they are there.
+"""
+
+import json
+import math
+import statistics
+import time
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import asdict
+from pathlib import Path
+
+from workers import Job, Pool, Worker
+
+from . import plan
+from .arms import Task
+from .plan import ARMS, Order
+
+RESULTS = "results.jsonl"
+
+
+def key(task: Task) -> str:
+    what = f"rate {task.rate:g}" if task.seed == plan.SWEEP_SEED else f"seed {task.seed}"
+    return f"{task.size} {task.arm} {what}"
+
+
+def read(paths: Iterable[Path]) -> list[dict]:
+    """The results in these files, each run once: the first that was written."""
+    found: dict[str, dict] = {}
+    for path in paths:
+        for number, line in enumerate(path.read_text().splitlines(), 1):
+            try:
+                result = json.loads(line)
+                found.setdefault(result["key"], result)
+            except (ValueError, LookupError, TypeError) as error:
+                raise ValueError(f"{path}, line {number}: expected a result: {error}") from error
+    return list(found.values())
+
+
+class Study:
+    """The results so far, in memory and in `folder`, and what comes next."""
+
+    def __init__(
+        self,
+        orders: Sequence[Order],
+        corpus: str,
+        folder: Path,
+        kept: Iterable[Path],
+        about: dict,
+    ) -> None:
+        """`orders`: what to make, the most wanted first. `corpus`: the name of the text. `kept`:
+        files of earlier results. ValueError where those are of another text."""
+        self.about = {"corpus": corpus} | about
+        self.orders = orders
+        self.path = folder / RESULTS
+        mine = [self.path] if self.path.exists() else []
+        self.results = {result["key"]: result for result in read([*kept, *mine])}
+        for result in self.results.values():
+            if result["corpus"] != corpus:
+                raise ValueError(
+                    f"data: expected the text {result['corpus']} of earlier results, got {corpus}"
+                )
+        self.failed: dict[str, str] = {}
+        self.began = time.monotonic()
+
+    # What comes next
+
+    def tasks(self) -> Iterator[Task]:
+        """All that is to be done and can be, in the order of the plan, done or not."""
+        for order in self.orders:
+            for arm in order.swept:
+                for rate in self.sweep(order.size, arm):
+                    yield Task(order.size, arm, plan.SWEEP_SEED, rate, False)
+            for seed in order.seeds:
+                for arm in order.arms:
+                    rate = self.rate(order.size, arm)
+                    if rate is not None:
+                        yield Task(order.size, arm, seed, rate, order.is_tuned)
+
+    def waiting(self) -> list[Task]:
+        done = self.results.keys() | self.failed.keys()
+        return [task for task in self.tasks() if key(task) not in done]
+
+    def losses(self, size: str, arm: str) -> dict[float, float]:
+        """Rate -> loss on dev of the sweep so far, infinite where it diverged."""
+        return {
+            result["rate"]: result["pretrained"]["dev"] if "pretrained" in result else math.inf
+            for result in self.results.values()
+            if (result["size"], result["arm"], result["seed"]) == (size, arm, plan.SWEEP_SEED)
+        }
+
+    def sweep(self, size: str, arm: str) -> list[float]:
+        return plan.next_rates(self.losses(size, arm))
+
+    def rate(self, size: str, arm: str) -> float | None:
+        """That of its sweep, or of the arm whose sweep it follows; None until that is done."""
+        return plan.best_rate(self.losses(plan.SWEPT_AT.get(size, size), ARMS[arm].rate_of or arm))
+
+    def seconds(self, task: Task) -> float:
+        """How long such a run took, 0 where none is known."""
+        known = [
+            result["seconds"]
+            for result in self.results.values()
+            if "seconds" in result
+            and (result["size"], result["is_tuned"]) == (task.size, task.is_tuned)
+            and (result["arm"] == task.arm or not task.is_tuned)
+        ]
+        return statistics.median(known) if known else 0.0
+
+    # A period
+
+    def run(self, pool: Pool, deadline: float, is_whole: bool) -> None:
+        """Make runs until the deadline. `is_whole`: begin none that would not end before it."""
+
+        def ready() -> Iterator[Job]:
+            left = deadline - time.monotonic()
+            for task in self.waiting():
+                if not is_whole or self.seconds(task) < left:
+                    yield Job(key(task), "arm", asdict(task))
+
+        pool.run(ready, self.finish)
+
+    def finish(self, job: Job, worker: Worker, answer: dict) -> None:
+        """Keep what a worker says of a run, and say it."""
+        if "result" in answer:
+            about = self.about | {"device": worker.device}
+            self.keep({"key": job.key} | job.settings | answer["result"] | about)
+        elif answer.get("is_final"):
+            self.failed[job.key] = answer["failed"]
+        seconds = time.monotonic() - worker.began
+        self.say(f"{job.key}: {outcome(answer)}   {seconds:.1f} s on GPU {worker.gpu or '-'}")
+        for line in answer.get("log", ()):
+            print(f"    {line}", flush=True)
+
+    def keep(self, result: dict) -> None:
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        with open(self.path, "a") as file:
+            file.write(json.dumps(result) + "\n")
+        self.results.setdefault(result["key"], result)
+
+    def say(self, text: str) -> None:
+        print(f"{time.monotonic() - self.began:6.1f} s   {text}", flush=True)
+
+
+def outcome(answer: dict) -> str:
+    """In a few words."""
+    result = answer.get("result", {})
+    if "pretrained" not in result:
+        return result.get("diverged") or answer.get("stopped") or f"failed, {answer['failed']}"
+    found = result["pretrained"]
+    text = f"held-out {found['held-out']:.4f}, blimp {found['blimp']['percent']:.2f}"
+    for name, tuned in result.get("tuned", {}).items():
+        score = f"{tuned['items']['percent']:.2f}" if "items" in tuned else f"{tuned['loss']:.4f}"
+        text += f", {name} {score} at {tuned['rate']:g}"
+    return text

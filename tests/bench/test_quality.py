@@ -1,0 +1,396 @@
+"""The harness of bench/quality.py at toy size: arms are what they say, a study stops and goes on,
+and the page says what its results say."""
+
+import json
+import math
+import random
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from sparsekern.gpt.data import BPETokenizer
+from sparsekern.sparsity import Static
+
+pytest.importorskip("tokenizers")
+BENCH = Path(__file__).parents[2] / "bench"
+LENGTH = 17
+WORDS = "the of and to in is that model weight zero mask train loss good bad film novel".split()
+
+
+@pytest.fixture(scope="module")
+def evidence():
+    """The package bench/evidence, with toy runs of a few steps."""
+    torch.set_num_threads(1)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.syspath_prepend(BENCH)
+        import evidence.arms
+        import evidence.check
+        import evidence.differences
+        import evidence.page
+        import evidence.study
+        import evidence.worker  # noqa: F401
+
+        small = evidence.plan.SIZES["toy"]
+        small = replace(small, tokens=12 * small.shape.batch * (LENGTH - 1))
+        patch.setitem(evidence.plan.SIZES, "toy", small)
+        patch.setattr(evidence.masks, "UPDATE_EVERY", 3)
+        patch.setattr(evidence.differences, "DRAWS", 200)
+        yield evidence
+    for name in [n for n in sys.modules if n.partition(".")[0] in ("evidence", "workers")]:
+        del sys.modules[name]
+
+
+def text(rng: random.Random, count: int) -> str:
+    return " ".join(rng.choice(WORDS) for _ in range(count))
+
+
+@pytest.fixture(scope="module")
+def folder(evidence, tmp_path_factory) -> Path:
+    """A corpus, as build.save writes one."""
+    rng, rows, build = random.Random(0), evidence.rows, evidence.build
+    tokenizer = BPETokenizer.train(text(rng, 3000), 300)
+    documents = [(str(i), text(rng, 100)) for i in range(20)]
+    arrays = {"training": build.encode(tokenizer, evidence.corpus.joined(documents))}
+    for domain in ("manuals", "novels"):
+        tokens = build.encode(tokenizer, text(rng, 150))
+        arrays[f"held-out/{domain}"] = rows.cut(tokens, LENGTH)
+    pairs = [(text(rng, 5), rng.choice([" good", " bad"])) for _ in range(24)]
+    pieces = rows.items(tokenizer, pairs, LENGTH)
+    for task in ("sentiment", "webnlg", "code"):
+        arrays[f"{task}/training"] = rows.together(pieces[:8], LENGTH)
+        arrays[f"{task}/dev"] = rows.padded(pieces[8:16], LENGTH)
+        arrays[f"{task}/test"] = rows.padded(pieces[16:], LENGTH)
+    pairs = [("", text(rng, 4)) for _ in range(12)]
+    arrays["blimp"] = rows.padded(rows.items(tokenizer, pairs, 12), 12)
+    arrays["cloze"] = rows.padded(pieces, LENGTH)
+    path = tmp_path_factory.mktemp("quality")
+    build.save(path, arrays, tokenizer, {"sources": []}, lambda told: None)
+    return path
+
+
+@pytest.fixture
+def runner(evidence, folder, tmp_path):
+    return evidence.worker.runner(folder, tmp_path / "work", "cpu")
+
+
+def task(evidence, arm: str, is_tuned: bool = False):
+    return evidence.arms.Task("toy", arm, 0, 0.002, is_tuned)
+
+
+# Text and rows
+
+
+def test_prose_is_kept_once_and_whole_documents_are_held_out(evidence):
+    corpus = evidence.corpus
+    prose = (
+        "This is the text of a paragraph that has enough words to be read as prose by the filter."
+    )
+    other = prose.replace("paragraph", "chapter")
+    code = "for (int i = 0; i < n; i++) { a[i] = b[i] * c[i] + d[i]; } // 0x7fff 0x8000 0x8001 =="
+    raw = f"{prose}\n\n{code}\n\nToo short.\n\n{prose.upper()}\n \n{other}"
+    assert list(corpus.Paragraphs().of(raw)) == [prose, other]
+    split, seen = corpus.Split(), corpus.Paragraphs()
+    documents = [
+        (f"file {i}", prose.replace("words", chr(97 + i % 26) * (i + 3))) for i in range(60)
+    ]
+    corpus.add(split, seen, "novels", iter(documents))
+    names = {name for name, _ in split.held_out["novels"]}
+    assert 0 < len(names) < 20 and len(names) + len(split.training["novels"]) == 60
+
+
+def test_what_the_training_text_gives_away_is_not_scored(evidence):
+    corpus, mark = evidence.corpus, int(evidence.rows.NOT_A_TARGET)
+    rng = np.random.default_rng(0)
+    training, held_out = (rng.integers(0, 8000, 500).astype(np.uint16) for _ in range(2))
+    held_out[100:120] = training[40:60]
+    held_out[200:212] = training[80:92]  # one less than a window
+    found = corpus.without_known(held_out, np.unique(corpus.windows(training)))
+    assert np.array_equal(np.flatnonzero(found & mark), np.arange(100, 120))
+    assert np.array_equal(found & (mark - 1), held_out)
+
+
+def test_rows_score_answers_alone(evidence):
+    rows = evidence.rows
+    tokenizer = BPETokenizer.train("a prompt and an answer", 260)
+    short, long = rows.items(tokenizer, [("a prompt", " yes"), ("b" * 50, " no")], 12)
+    answer = tokenizer.encode(" yes").numpy()
+    assert np.array_equal(short[short < rows.NOT_A_TARGET], answer) and len(long) == 12
+    padded = rows.padded([short, long], 12)
+    assert padded.shape == (2, 12) and (padded[0, len(short) :] == rows.NOT_A_TARGET).all()
+    assert rows.together([short, short, long], 2 * len(short)).shape == (2, 2 * len(short))
+    stream = np.arange(50, dtype=np.uint16)
+    cut = rows.cut(stream, 8)
+    assert np.array_equal(cut[:, 1:].ravel(), stream[1:50])  # each one is a target once
+
+
+def test_cloze_asks_for_words_that_stood_before(evidence):
+    rng = random.Random(1)
+    before = [rng.choice(WORDS) for _ in range(200)]
+    passage = " ".join([*before[:100], "Marzipan", *before[100:], "marzipan.", "And", "more."])
+    assert [answer for _, answer in evidence.tasks.cloze_items(passage)] == [" marzipan"]
+
+
+def test_readers_of_packages(evidence):
+    sources = evidence.sources
+    html = b"<html><head><title>No</title></head><p>One <b>two</b> &amp; three<p>Four</html>"
+    (_, found), *_ = sources.of_html(iter([("a", html)]))
+    assert [part.strip() for part in found.split("\n\n") if part.strip()] == [
+        "One two & three",
+        "Four",
+    ]
+    pod = b"=head1 NAME\n\nUse L<strict|the pragma> and B<more>."
+    assert "NAME\n\nUse" in next(sources.of_pod(iter([("a", pod)])))[1]
+    line = b"00001740 03 n 02 entity 0 thing_x 0 000 | what is known  \n"
+    assert next(sources.of_wordnet(iter([("a", line)])))[1] == "entity, thing x: what is known"
+
+
+def test_a_corpus_that_is_not_whole_is_refused(evidence, folder, tmp_path):
+    build = evidence.build
+    with pytest.raises(ValueError, match="quality.py corpus makes it"):
+        build.load(tmp_path)
+    for path in folder.iterdir():
+        (tmp_path / path.name).write_bytes(path.read_bytes())
+    assert build.load(tmp_path).id == build.identity(folder)
+    (tmp_path / "blimp-0.xz").write_bytes(b"other")
+    with pytest.raises(ValueError, match="blimp-0.xz is not the file"):
+        build.load(tmp_path)
+    (tmp_path / "blimp-0.xz").unlink()
+    with pytest.raises(ValueError, match="blimp-0.xz is missing"):
+        build.load(tmp_path)
+
+
+# Arms
+
+
+@pytest.mark.parametrize("arm", ["75", "75-dense", "gradual", "rigl", "set", "two-way"])
+def test_an_arm_keeps_to_its_sparsity(evidence, runner, arm):
+    given = task(evidence, arm)
+    engine = runner.engine(given)
+    size, sparsity = runner.data.size("toy"), evidence.plan.ARMS[arm].sparsity
+    program = runner.data.pretraining(size, evidence.plan.ARMS[arm], 0, 0.01)
+    first = sparsity.first(engine.weights, 0)
+    engine.begin(size.shape.weights(0), first, program)
+    densities = []
+    while not engine.is_done:
+        engine.run(engine.steps + 1)
+        densities.append(engine.density())
+        for name, weight in engine.weights.items():
+            assert not weight.detach()[engine.masks[name] == 0].any()
+    moved = any(not torch.equal(first[n], m.bool().cpu()) for n, m in engine.masks.items())
+    assert moved == (arm in ("75-dense", "gradual", "rigl", "set"))
+    assert densities[0] == (1 if arm == "gradual" else 0.25)
+    assert densities[-1] == (1 if arm == "75-dense" else 0.25)
+    assert densities == sorted(densities, reverse=arm == "gradual")
+    if arm == "75":
+        weights = {n: w.detach() for n, w in engine.weights.items()}
+        expected = Static(0.75, seed=0).masks(weights)
+        assert all(torch.equal(mask, first[name]) for name, mask in expected.items())
+
+
+@pytest.mark.parametrize("arm", ["gradual", "75-dense"])
+def test_mean_density_is_that_of_the_steps(evidence, arm):
+    sparsity, weights = evidence.plan.ARMS[arm].sparsity, {"a": torch.rand(40, 50)}
+    steps, masks, total = 8000, sparsity.first(weights, 0), 0.0
+    changes = sparsity.changes(steps, 0)
+    for step in range(1, steps + 1):
+        total += float(masks["a"].float().mean())
+        if step in changes:
+            masks = changes[step](step, weights, {}, masks)
+    assert total / steps == pytest.approx(sparsity.density(steps), abs=0.01)
+
+
+def test_the_sparse_kernels_follow_the_same_losses(evidence, folder, tmp_path):
+    assert evidence.check.check(folder, tmp_path, "cpu", "toy") == 0
+    found = json.loads((tmp_path / "check.json").read_text())
+    assert found["is_resumed_exactly"] and found["is_same"]
+
+
+def test_a_run_that_is_stopped_goes_on(evidence, folder, tmp_path, monkeypatch):
+    arms, given = evidence.arms, task(evidence, "75", is_tuned=True)
+    monkeypatch.setattr(arms, "CHUNK", 5)
+    monkeypatch.setattr(evidence.plan, "FIRST_TUNING_RATES", (1e-3,))
+    monkeypatch.setattr(evidence.plan, "LEAST_TUNING_RATE", 4e-4)
+    monkeypatch.setattr(evidence.plan, "MOST_TUNING_RATE", 1e-3)
+    whole = evidence.worker.runner(folder, tmp_path / "whole", "cpu").run("a", given, math.inf)
+    assert set(whole["tuned"]) == {
+        f"{t} {way}" for t in ("sentiment", "webnlg", "code") for way in ("dense", "sparse")
+    }
+    assert 0 <= whole["pretrained"]["blimp"]["percent"] <= 100
+    assert len(arms.unpacked(whole["tuned"]["sentiment dense"]["items"])) == 8
+    # In other processes, each of which is stopped at its first look at the clock.
+    stops = []
+    for _ in range(40):
+        stopped = evidence.worker.runner(folder, tmp_path / "parts", "cpu")
+        clock = iter([0.0] * (9 if stops else 2) + [9.0] * 1000)
+        with monkeypatch.context() as patch:
+            patch.setattr(arms.time, "monotonic", lambda clock=clock: next(clock))
+            try:
+                parts = stopped.run("a", given, 5.0)
+                break
+            except arms.OutOfTime as error:
+                stops.append(str(error))
+    assert stops[0] == "stopped at step 5 of 12" and len(stops) > 1
+    for name in ("held-out", "domains", "curve"):
+        assert parts["pretrained"][name] == whole["pretrained"][name]
+    assert parts["tuned"] == whole["tuned"]
+
+
+# The plan and the study
+
+
+@pytest.mark.parametrize("optimum", [1e-4, 1.1e-3, 3e-3, 0.1, math.inf])
+def test_a_sweep_ends_with_its_best_rate_inside(evidence, optimum):
+    plan, losses = evidence.plan, {}
+    for _ in range(40):
+        rates = plan.next_rates(losses)
+        if not rates:
+            break
+        for rate in rates:
+            is_high = rate > 0.05 if math.isfinite(optimum) else rate > 0.003
+            losses[rate] = math.inf if is_high and optimum != 0.1 else abs(math.log(rate / 1e-3))
+            if math.isfinite(optimum) and losses[rate] < math.inf:
+                losses[rate] = abs(math.log(rate / optimum))
+    best = plan.best_rate(losses)
+    assert min(losses) < best < max(losses) and len(losses) >= plan.TRIED
+
+
+def test_arms_of_equal_flops_are_equal(evidence):
+    plan = evidence.plan
+    for size in (plan.SIZES["S"], plan.SIZES["M"]):
+        sparse, small, short = (plan.ARMS[n].flops(size) for n in ("75", "small", "short"))
+        assert small == pytest.approx(sparse, rel=0.04) and small > sparse
+        assert short == pytest.approx(sparse, rel=1e-3)
+    for order in [order for orders in plan.PLANS.values() for order in orders]:
+        assert {*order.arms, *order.swept} <= plan.ARMS.keys() and order.size in plan.SIZES
+        for p in order.predictions:
+            assert {p.a, p.b} <= plan.ARMS.keys() and p.low <= p.high
+
+
+class InProcess:
+    """In place of the pool: `most` runs in this process."""
+
+    device, gpu, began = "this processor", "", 0.0
+
+    def __init__(self, runner, answer, most=1000):
+        self.runner, self.answer, self.most = runner, answer, most
+
+    def run(self, plan, finish):
+        for _ in range(self.most):
+            job = next(iter(plan()), None)
+            if job is None:
+                return
+            message = {"key": job.key, "settings": job.settings, "deadline": math.inf}
+            finish(job, self, self.answer(self.runner, message))
+
+
+def test_a_study_stops_goes_on_and_does_nothing_twice(evidence, runner, folder, tmp_path):
+    study, plan = evidence.study, evidence.plan
+    order = plan.Order(1, "toy", "?", ("75",), ("75", "two-way"), (0,), False)
+
+    def made(most: int) -> "study.Study":
+        found = study.Study([order], "text", tmp_path, [], {"commit": "", "date": "", "torch": ""})
+        found.run(InProcess(runner, evidence.worker.answer, most), math.inf, False)
+        return found
+
+    first = made(2)
+    assert [r["key"] for r in first.results.values()] == ["toy 75 rate 0.001", "toy 75 rate 0.002"]
+    last = made(1000)
+    assert not last.waiting() and not last.failed
+    assert list(last.results)[:2] == list(first.results)
+    best = plan.best_rate(last.losses("toy", "75"))
+    assert {last.results[f"toy {a} seed 0"]["rate"] for a in order.arms} == {best}
+    lines = (tmp_path / "results.jsonl").read_text()
+    made(1000)
+    assert (tmp_path / "results.jsonl").read_text() == lines
+    assert last.seconds(evidence.arms.Task("toy", "75", 1, best, False)) > 0
+    with pytest.raises(ValueError, match="expected the text text of earlier results, got other"):
+        study.Study([order], "other", tmp_path, [], {})
+    (tmp_path / "results.jsonl").write_text(lines + "half a li")
+    with pytest.raises(ValueError, match="expected a result"):
+        made(1)
+
+
+def test_a_rate_that_is_too_high_is_a_result(evidence, runner, tmp_path):
+    settings = {"size": "toy", "arm": "dense", "seed": 100, "rate": 1e30, "is_tuned": False}
+    message = {"key": "a", "settings": settings, "deadline": math.inf}
+    assert "loss is" in evidence.worker.answer(runner, message)["result"]["diverged"]
+    broken = message | {"settings": settings | {"arm": "none"}}
+    assert "KeyError" in evidence.worker.answer(runner, broken)["failed"]
+
+
+# Statistics and the page
+
+
+def results(evidence, losses: dict[str, list[float]]) -> list[dict]:
+    """Results of order 2 with these losses on code."""
+    rng, items, found = np.random.default_rng(0), evidence.arms.items, []
+    about = {"corpus": "text", "device": "GPU", "torch": "2", "date": "day", "commit": "abc"}
+    for arm, each in losses.items():
+        for seed, loss in enumerate(each):
+            right = items(rng.random(200) < 0.8)
+            pretrained = {"held-out": loss + 1, "dev": loss, "blimp": right, "cloze": right}
+            pretrained |= {"tokens": 2e6, "passes": 2, "steps": 10, "step_s": 0.5}
+            tuned = {"sentiment dense": {"items": right}, "code dense": {"loss": loss}}
+            own = {"key": f"S {arm} seed {seed}", "size": "S", "arm": arm, "seed": seed}
+            own |= {"rate": 0.001, "pretrained": pretrained, "tuned": tuned, "seconds": 9.0}
+            found.append(own | about)
+    return found
+
+
+def test_the_page_without_results_is_the_plan(evidence):
+    page = evidence.page.text([])
+    assert "**Not known yet.**" in page and page.count("not run") > 20
+
+
+def test_the_page_is_what_its_results_make(evidence):
+    kept = BENCH / "results" / "quality.jsonl"
+    made = evidence.page.text(evidence.study.read([kept] if kept.exists() else []))
+    assert made == (BENCH.parent / "docs" / "quality.md").read_text()
+
+
+def test_the_page_says_when_small_dense_is_as_good(evidence):
+    small = {"dense": [2.0, 2.01, 2.02], "75": [2.1, 2.11, 2.12], "small": [2.1, 2.112, 2.119]}
+    page = evidence.page.text(results(evidence, small)).split("\n\n")
+    assert "small dense model of the same FLOPs is as good" in page[1]
+    assert "Against dense with the same tokens they have +0.100" in page[1]
+    worse = small | {"small": [2.2, 2.21, 2.22]}
+    assert "75 % zeros are better than" in evidence.page.text(results(evidence, worse))
+
+
+@pytest.mark.parametrize(
+    ("values", "so"),
+    [
+        ([0.001, 0.002, 0.0015], "as predicted; **equal within 0.02**"),
+        ([0.1, 0.11, 0.12], "not as predicted; **different**"),
+        ([0.0, 0.1, -0.1], "as predicted; open: neither equal within 0.02 nor different"),
+        ([0.001], "as predicted; one seed says nothing of 0.02"),
+    ],
+)
+def test_verdicts(evidence, values, so):
+    differences = evidence.differences
+    both = {"dense": [2.0] * len(values), "75": [2 + value for value in values]}
+    found = differences.difference(results(evidence, both), "S", "75", "dense", "code")
+    assert found.mean == pytest.approx(np.mean(values))
+    prediction = evidence.plan.Prediction("75", "dense", "code", 0.0, 0.05, 0.02)
+    assert differences.verdict(prediction, found) == so
+
+
+def test_shares_are_drawn_over_seeds_and_items(evidence):
+    both = {"dense": [2.0, 2.0], "75": [2.0, 2.0]}
+    found = evidence.differences.difference(results(evidence, both), "S", "75", "dense", "blimp")
+    low, high = found.of_95
+    # Items of two models with independent errors of 20 %: 4 points over 200 items each, two seeds.
+    assert low < found.mean < high and 5 < high - low < 20
+
+
+def test_results_are_added_once(evidence, tmp_path):
+    new = results(evidence, {"dense": [2.0]})
+    (tmp_path / "new.jsonl").write_text("".join(json.dumps(r) + "\n" for r in new))
+    kept, page = tmp_path / "kept.jsonl", tmp_path / "page.md"
+    for _ in range(2):
+        evidence.page.publish(kept, page, [tmp_path / "new.jsonl"])
+    assert len(kept.read_text().splitlines()) == 1 and "GPU" in page.read_text()

@@ -1,0 +1,330 @@
+"""pack_ with numbers of tokens, dense copies and groups. On a GPU also: the products themselves."""
+
+import copy
+import re
+
+import pytest
+import torch
+from torch import nn
+
+import sparsekern
+from sparsekern import SparseLinear, Static, sparsify_
+from sparsekern.kernels.cuda import choose
+from sparsekern.kernels.cuda.kept import Dense
+from sparsekern.nn import PackedLinear, densify_, pack_
+from sparsekern.nn.packed import token_range
+from sparsekern.nn.shared import PackedPart, SharedInput
+
+WIDTH, GROUPS = 32, [["q", "k", "v"], ["gate", "up"]]
+
+
+def on_gpu(test):
+    skip = pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")
+    return pytest.mark.gpu(skip(test))
+
+
+class Attention(nn.Module):
+    def __init__(self, width: int = WIDTH):
+        super().__init__()
+        self.q = nn.Linear(width, width)
+        self.k = nn.Linear(width, width // 4, bias=False)
+        self.v = nn.Linear(width, width // 4)
+        self.out = nn.Linear(width, width)
+
+    def forward(self, x):
+        q = self.q(x).view(*x.shape[:-1], 4, -1)
+        k, v = self.k(x).unsqueeze(-2), self.v(x).unsqueeze(-2)
+        return self.out((q * k + v).flatten(-2))
+
+
+class MLP(nn.Module):
+    def __init__(self, width: int = WIDTH):
+        super().__init__()
+        self.gate, self.up = nn.Linear(width, 2 * width), nn.Linear(width, 2 * width)
+        self.down = nn.Linear(2 * width, width)
+
+    def forward(self, x):
+        return self.down(self.gate(x).relu() * self.up(x))
+
+
+def model(width: int = WIDTH, dtype: torch.dtype = torch.bfloat16) -> nn.Sequential:
+    torch.manual_seed(0)
+    made = nn.Sequential(Attention(width), MLP(width), Attention(width))
+    return sparsify_(made, Static(0.75), lambda *_: True).to(dtype)
+
+
+@pytest.fixture
+def products(monkeypatch):
+    """Names of the layers of which a product ran: on a CPU, of a dense copy."""
+    ran = []
+
+    def forward(self, x):
+        if not torch.compiler.is_compiling():
+            ran.append(self)
+        y = x.reshape(-1, self.in_features) @ self.dense_weight
+        y = y if self.bias is None else y + self.bias
+        return y.view(*x.shape[:-1], self.out_features)
+
+    monkeypatch.setattr(PackedLinear, "forward", forward)
+    monkeypatch.setattr(choose, "choose_forms", lambda *_: ("dense",))
+    return ran
+
+
+# Numbers of tokens
+
+
+def test_numbers_of_tokens():
+    assert token_range(7) == (7, 7) and token_range([1, 64]) == (1, 64)
+    assert token_range((1, 2048)) == (1, 2048) and token_range(range(1, 65)) == (1, 64)
+    for wrong in (
+        0,
+        -1,
+        (),
+        (1,),
+        (1, 2, 3),
+        (5, 1),
+        (1.0, 2),
+        "ab",
+        1.5,
+        None,
+        range(0),
+        range(3),
+        (0, 5),
+    ):
+        with pytest.raises(ValueError, match="tokens: expected a number above 0"):
+            pack_(model(), wrong)
+    with pytest.raises(ValueError, match="tokens: expected a number above 0.* got True"):
+        pack_(model(), True)
+    with pytest.raises(ValueError, match="dense: expected True, False or a function, got 'auto'"):
+        pack_(model(), dense="auto")
+
+
+def test_a_layer_says_what_it_holds_and_runs():
+    packed = pack_(model(), (1, 2048), dense=lambda module, name: name == "1.down")
+    layers = {name: m for name, m in packed.named_modules() if isinstance(m, PackedLinear)}
+    assert layers["1.down"].layout.endswith("dense") and layers["1.up"].layout != "dense"
+    text = sparsekern.explain(512, packed)
+    assert [line.split(":")[0] for line in text.splitlines()] == [*layers, f"all {len(layers)}"]
+    held = sum(layer.packed_bytes for layer in layers.values())
+    assert f"all {len(layers)}: {held / 1e6:.3g} MB (" in text
+    down = next(line for line in text.splitlines() if line.startswith("1.down"))
+    assert "512 tokens -> dense: torch.mm" in down
+    x = torch.zeros(4, 128, 2 * WIDTH).bfloat16()
+    assert "1.down: " + sparsekern.explain(x, layers["1.down"]) == down
+    with pytest.raises(ValueError, match=r"x: expected \[\.\.\., 64\], got \(4, 128, 63\)"):
+        sparsekern.explain(x[..., 1:], layers["1.down"])
+    with pytest.raises(ValueError, match="W: expected layers that pack_ has made, Linear has none"):
+        sparsekern.explain(1, nn.Linear(2, 2))
+    with pytest.raises(TypeError, match="x: expected a Tensor beside a SparseTensor"):
+        sparsekern.explain(1, model()[0].q.weight)
+
+
+def test_layouts_of_other_weights_do_not_stand_in_one_layer():
+    W = [layer.weight.detach() for layer in (model()[1].gate, model()[1].down)]
+    for forms in (map(Dense.of, W), (Dense.of(W[0]), Dense.of(W[0]))):
+        with pytest.raises(ValueError, match="packed: expected one W in different layouts"):
+            PackedLinear(list(forms))
+
+
+def test_a_packed_layer_moves_and_copies_with_all_that_it_holds():
+    layer = PackedLinear.from_sparse(model()[1].down, (1, 2048), dense=True)
+    assert layer.layout.endswith("dense")
+    twin = copy.deepcopy(layer)
+    for (name, buffer), other in zip(layer.named_buffers(), twin.buffers(), strict=True):
+        assert torch.equal(buffer.view(torch.uint8), other.view(torch.uint8)), name
+    assert layer.packed_bytes == sum(b.nbytes for n, b in layer.named_buffers() if n != "bias")
+    assert not layer.state_dict() and not list(layer.parameters())
+    assert {b.device.type for b in layer.to("meta").buffers()} == {"meta"}
+
+
+# Groups
+
+
+def test_groups_are_one_product(products):
+    made, x = model(), torch.randn(2, 5, WIDTH).bfloat16()
+    want = copy.deepcopy(made)(x)
+    packed = pack_(made, groups=GROUPS)
+    kinds = [type(m).__name__ for m in packed[0].children()]
+    assert kinds == 3 * ["PackedPart"] + ["PackedLinear"]
+    with torch.no_grad():
+        torch.testing.assert_close(packed(x), want, rtol=2e-2, atol=2e-2)
+    assert [layer.out_features for layer in products] == [48, 32, 128, 32, 48, 32]
+    shared = packed[0].q.shared
+    assert shared is packed[0].v.shared and shared._x is shared._y is None
+    with pytest.raises(ValueError, match="is packed"):
+        densify_(packed)
+
+
+@pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode, torch.enable_grad])
+def test_only_the_same_tensor_shares_a_product(products, mode):
+    layer = pack_(model(dtype=torch.bfloat16), groups=GROUPS)[0]
+    with mode():
+        x = torch.randn(3, WIDTH).bfloat16()
+        alone = [p(x.clone()) for p in (layer.q, layer.k, layer.v)]
+
+        def check(count: int, *calls):
+            products.clear()
+            for part, given in calls:
+                want = alone[[layer.q, layer.k, layer.v].index(part)]
+                assert torch.equal(part(given), want)
+            assert len(products) == count
+
+        q, k, v = layer.q, layer.k, layer.v
+        check(1, (q, x), (k, x), (v, x))
+        check(1, (v, x), (q, x), (k, x))  # any order
+        check(2, (q, x), (k, x), (v, x), (q, x), (k, x), (v, x))  # and nothing is kept
+        check(3, (q, x), (k, x.clone()), (v, x))
+        x = x.clone()
+        check(2, (q, x), (q, x), (k, x), (v, x))  # a second call of q is another pass
+
+
+def test_a_tensor_that_was_written_to_is_another(products):
+    layer = pack_(model(), groups=GROUPS)[0]
+    with torch.no_grad():
+        x = torch.randn(3, WIDTH).bfloat16()
+        layer.q(x)
+        x.mul_(2)
+        want = layer.k(x.clone())
+        products.clear()
+        layer.q(x)
+        x.copy_(x)
+        assert torch.equal(layer.k(x), want) and len(products) == 2
+        # The part of a pass that never came to its end.
+        layer.q(x)
+        x.zero_()
+        assert torch.equal(layer.v(x), layer.v(x.clone()))
+
+
+@pytest.mark.parametrize("backend", ["eager", "aot_eager"])
+def test_compiled_groups_are_one_product(products, backend):
+    torch.compiler.reset()
+    packed, x = pack_(model()[:1], groups=GROUPS[:1]), torch.randn(2, 5, WIDTH).bfloat16()
+    with torch.no_grad():
+        want = packed(x)
+        graphs = []
+
+        def count(graph, inputs):
+            graphs.append(sum("matmul" in str(node.target) for node in graph.graph.nodes))
+            return torch._dynamo.lookup_backend(backend)(graph, inputs)
+
+        compiled = torch.compile(packed, backend=count, fullgraph=True)
+        for given in (x, x.clone(), x):
+            torch.testing.assert_close(compiled(given), want, rtol=2e-2, atol=2e-2)
+    assert graphs == [2]  # the group and `out`
+    assert packed[0].q.shared._y is None
+
+
+def test_a_copy_of_a_group_shares_nothing_with_it(products):
+    packed, x = pack_(model(), groups=GROUPS), torch.randn(3, WIDTH).bfloat16()
+    with torch.no_grad():
+        packed[0].q(x)
+        twin = copy.deepcopy(packed)
+        assert twin[0].q.shared is twin[0].k.shared is not packed[0].q.shared
+        torch.testing.assert_close(twin(x), packed(x))
+
+
+def test_groups_that_are_none():
+    for groups, message in {
+        (("q", "x"),): "nothing in the model has two SparseLinear of q, x",
+        (("q",),): "expected lists of two names or more",
+        (("q", "q"),): "expected lists of two names or more",
+        ("qk",): "expected lists of two names or more, each another, got 'qk'",
+        (("q", "k"), ("k", "v")): "0.k is in two of them",
+        (("gate", "down"),): "expected 1.down to have in_features, dtype and device of 1.gate",
+    }.items():
+        made = model()
+        before = dict(made.named_modules())
+        with pytest.raises(ValueError, match=f"groups: .*{re.escape(message)}"):
+            pack_(made, groups=groups)
+        assert dict(made.named_modules()) == before
+    made = model()
+    made[0].k = made[0].q
+    with pytest.raises(ValueError, match="groups: 0.q is in two of them, or in one twice"):
+        pack_(made, groups=GROUPS)
+    made = nn.Sequential(Attention())
+    sparsify_(made, Static(0.75), lambda m, name: name != "0.k")
+    packed = pack_(made.bfloat16(), groups=GROUPS[:1])
+    kinds = [type(m) for m in packed[0].children()]
+    assert kinds == [PackedPart, nn.Linear, PackedPart, PackedLinear]
+
+
+def test_layers_in_float32_stay(products):
+    made = model(dtype=torch.float32)
+    with pytest.raises(TypeError, match="expected bfloat16 or float16 values"):
+        pack_(made, groups=GROUPS)
+    assert all(isinstance(m, SparseLinear) for m in (made[0].q, made[1].down))
+
+
+# On a GPU
+
+
+@on_gpu
+@pytest.mark.parametrize(
+    ("tokens", "dense", "dtype"),
+    [
+        (1, True, torch.bfloat16),
+        ((1, 2048), False, torch.float16),
+        ((16, 64), True, torch.bfloat16),
+    ],
+    ids=str,
+)
+def test_products(tokens, dense, dtype):
+    made = model(256, dtype).cuda()
+    packed = pack_(copy.deepcopy(made), tokens, dense=dense, groups=GROUPS)
+    assert sum(isinstance(m, SharedInput) for m in packed.modules()) == 3
+    exact = densify_(made).double()
+    for m in (1, 3, 16, 64, 65, 300):
+        x = torch.randn(m, 256, device="cuda").to(dtype)
+        want = exact(x.double())
+        for mode in (torch.no_grad, torch.inference_mode):
+            with mode():
+                y = packed(x).double()
+            assert (y - want).norm() <= 2e-2 * want.norm()
+        assert f"{m} tokens -> " in sparsekern.explain(m, packed)
+
+
+@on_gpu
+def test_compiled_products_choose_when_they_run():
+    made = model(256).cuda()
+    packed = pack_(copy.deepcopy(made), (1, 2048), dense=True, groups=GROUPS)
+    compiled = torch.compile(packed, fullgraph=True, dynamic=True)
+    for m in (2, 64, 300):
+        x = torch.randn(m, 256, device="cuda").bfloat16()
+        with torch.no_grad():
+            torch.testing.assert_close(compiled(x), packed(x), rtol=2e-2, atol=2e-2)
+
+
+@on_gpu
+def test_a_graph_of_a_group_follows_its_input():
+    made = model(256).cuda()
+    packed = pack_(copy.deepcopy(made), (1, 64), dense=True, groups=GROUPS)
+    x = torch.randn(8, 256, device="cuda").bfloat16()
+    with torch.no_grad():
+        packed(x)
+        packed[0].q(x)  # a pass that ended early: nothing of it goes into the graph
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            y = packed(x)
+        for _ in range(3):
+            x.copy_(torch.randn(8, 256, device="cuda"))
+            graph.replay()
+            got, want = y.clone(), packed(x)
+            torch.testing.assert_close(got, want, rtol=2e-2, atol=2e-2)
+
+
+@on_gpu
+def test_whole_numbers_are_exact_whatever_runs():
+    """Sums of small integers are exact in any order: the parts equal the layers to the bit."""
+    made = model(256)
+    with torch.no_grad():
+        for layer in made.modules():
+            if isinstance(layer, SparseLinear):
+                layer.values.copy_(torch.randint(-2, 3, layer.values.shape))
+    made = made.cuda()
+    parts = pack_(copy.deepcopy(made), (1, 2048), groups=GROUPS)[0]
+    alone = pack_(copy.deepcopy(made), (1, 2048), dense=True)[0]
+    for m in (1, 16, 64, 200):
+        x = torch.randint(-2, 3, (m, 256), device="cuda").bfloat16()
+        with torch.no_grad():
+            for name in ("q", "k", "v"):
+                assert torch.equal(getattr(parts, name)(x), getattr(alone, name)(x))
