@@ -12,10 +12,9 @@ import numpy as np
 import pytest
 import torch
 
-from sparsekern.gpt.data import BPETokenizer
+from sparsekern.gpt.data import ByteTokenizer
 from sparsekern.sparsity import Static
 
-pytest.importorskip("tokenizers")
 BENCH = Path(__file__).parents[2] / "bench"
 LENGTH = 17
 WORDS = "the of and to in is that model weight zero mask train loss good bad film novel".split()
@@ -52,7 +51,7 @@ def text(rng: random.Random, count: int) -> str:
 def folder(evidence, tmp_path_factory) -> Path:
     """A corpus, as build.save writes one."""
     rng, rows, build = random.Random(0), evidence.rows, evidence.build
-    tokenizer = BPETokenizer.train(text(rng, 3000), 300)
+    tokenizer = ByteTokenizer()
     documents = [(str(i), text(rng, 100)) for i in range(20)]
     arrays = {"training": build.encode(tokenizer, evidence.corpus.joined(documents))}
     for domain in ("manuals", "novels"):
@@ -115,7 +114,7 @@ def test_what_the_training_text_gives_away_is_not_scored(evidence):
 
 def test_rows_score_answers_alone(evidence):
     rows = evidence.rows
-    tokenizer = BPETokenizer.train("a prompt and an answer", 260)
+    tokenizer = ByteTokenizer()
     short, long = rows.items(tokenizer, [("a prompt", " yes"), ("b" * 50, " no")], 12)
     answer = tokenizer.encode(" yes").numpy()
     assert np.array_equal(short[short < rows.NOT_A_TARGET], answer) and len(long) == 12
@@ -237,6 +236,22 @@ def test_a_run_that_is_stopped_goes_on(evidence, folder, tmp_path, monkeypatch):
     for name in ("held-out", "domains", "curve"):
         assert parts["pretrained"][name] == whole["pretrained"][name]
     assert parts["tuned"] == whole["tuned"]
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no NVIDIA GPU")
+def test_the_captured_step_is_that_of_the_host(evidence, folder, tmp_path):
+    assert evidence.check.check(folder, tmp_path, "cuda", "toy") == 0
+    losses = {}
+    for device in ("cpu", "cuda"):
+        made = evidence.worker.runner(folder, tmp_path / device, device)
+        for arm in ("rigl", "75-dense"):
+            found = made.run(arm, task(evidence, arm, is_tuned=True), math.inf)
+            losses[device, arm] = found["pretrained"]["held-out"]
+            assert found["pretrained"]["density"] == (1 if arm == "75-dense" else 0.25)
+            assert set(found["tuned"]) == {f"{t} dense" for t in ("sentiment", "webnlg", "code")}
+    for arm in ("rigl", "75-dense"):
+        assert losses["cuda", arm] == pytest.approx(losses["cpu", arm], abs=0.05)
 
 
 # The plan and the study
