@@ -14,6 +14,8 @@ from pathlib import Path
 
 from workers import Job, Pool, Worker
 
+from sparsekern.files import atomic_write
+
 from . import plan
 from .arms import Task
 from .plan import ARMS, Order
@@ -126,7 +128,7 @@ class Study:
         """Keep what a worker says of a run, and say it."""
         if "result" in answer:
             about = self.about | {"device": worker.device}
-            self.keep({"key": job.key} | job.settings | answer["result"] | about)
+            self.keep({"key": job.key} | job.settings | short(answer["result"]) | about)
         elif answer.get("is_final"):
             self.failed[job.key] = answer["failed"]
         seconds = time.monotonic() - worker.began
@@ -135,13 +137,24 @@ class Study:
             print(f"    {line}", flush=True)
 
     def keep(self, result: dict) -> None:
+        """Whole lines at any time, whenever this is killed."""
         self.path.parent.mkdir(parents=True, exist_ok=True)
-        with open(self.path, "a") as file:
-            file.write(json.dumps(result) + "\n")
+        before = self.path.read_bytes() if self.path.exists() else b""
+        with atomic_write(self.path) as file:
+            file.write(before + json.dumps(result).encode() + b"\n")
         self.results.setdefault(result["key"], result)
 
     def say(self, text: str) -> None:
         print(f"{time.monotonic() - self.began:6.1f} s   {text}", flush=True)
+
+
+def short(part: object) -> object:
+    """The same with numbers of 6 digits."""
+    if isinstance(part, float):
+        return float(f"{part:.6g}")
+    if isinstance(part, dict):
+        return {name: short(inner) for name, inner in part.items()}
+    return [short(inner) for inner in part] if isinstance(part, list) else part
 
 
 def outcome(answer: dict) -> str:
