@@ -85,6 +85,11 @@ class Study:
         done = self.results.keys() | self.failed.keys()
         return [task for task in self.tasks() if key(task) not in done]
 
+    def without_rate(self) -> list[str]:
+        """Arms that wait for a sweep which is not done."""
+        named = {(order.size, arm) for order in self.orders for arm in order.arms if order.seeds}
+        return [f"{size} {arm}" for size, arm in sorted(named) if self.rate(size, arm) is None]
+
     def losses(self, size: str, arm: str) -> dict[float, float]:
         """Rate -> loss on dev of the sweep so far, infinite where it diverged."""
         return {

@@ -314,7 +314,8 @@ def test_a_study_stops_goes_on_and_does_nothing_twice(evidence, runner, folder, 
     first = made(2)
     assert [r["key"] for r in first.results.values()] == ["toy 75 rate 0.001", "toy 75 rate 0.002"]
     last = made(1000)
-    assert not last.waiting() and not last.failed
+    assert first.without_rate() == ["toy 75", "toy two-way"]
+    assert not last.waiting() and not last.failed and not last.without_rate()
     assert list(last.results)[:2] == list(first.results)
     best = plan.best_rate(last.losses("toy", "75"))
     assert {last.results[f"toy {a} seed 0"]["rate"] for a in order.arms} == {best}
