@@ -9,6 +9,7 @@ python bench/run_gpu.py train            results/<GPU>-train-bfloat16-<date>.*: 
 python bench/run_gpu.py train-products   their three products alone, and what is written out
 python bench/run_gpu.py train-memory     memory of a step; --largest: the most sequences that fit
 python bench/run_gpu.py least-size       sparsekern/kernels/least_sizes.json
+python bench/run_gpu.py models           results/<GPU>-models-bfloat16-<date>.*: whole LLMs
 python bench/run_gpu.py publish X.csv   the same from a file that --out FOLDER wrote
 
 With --out only the table is written, there: to measure on a machine without the repository or
@@ -25,6 +26,7 @@ import time
 from dataclasses import replace
 from pathlib import Path
 
+import models_gpu
 import pages
 import tables_gpu
 import torch
@@ -260,6 +262,9 @@ def publish(run: Run) -> None:
         if dtype == "bfloat16":
             about = in_words(run.about, dtype)
             pages.update(PAGE, MARKERS, name, tables_gpu.summary(cells), about)
+    elif run.about["benchmark"] == "models":
+        name = name_of(run)
+        pages.publish(pages.RESULTS, name, run, models_gpu.page(name, run), None)
     elif run.about["benchmark"] in ("prompts", "layouts"):
         pages.publish(pages.RESULTS, name_of(run), run, page_of_prompts(name_of(run), run), None)
         if run.about["benchmark"] == "layouts":
@@ -330,6 +335,10 @@ def main(arguments: list[str]) -> int:
         options.add_argument("--out", type=Path)
         options.add_argument("--commit", help="where there is no repository")
         train_gpu.add_flags(verb, options)
+    options = verbs.add_parser("models")
+    options.add_argument("--out", type=Path)
+    options.add_argument("--commit", help="where there is no repository")
+    options.add_argument("--limit-s", type=float, default=600.0, help="begin nothing after that")
     verbs.add_parser("publish").add_argument("files", type=Path, nargs="+")
     args = parser.parse_args(arguments)
     if args.verb == "publish":
@@ -341,6 +350,8 @@ def main(arguments: list[str]) -> int:
     folder = args.out or PARTIAL
     if args.verb in train_gpu.PAGES:
         return train(args, folder)
+    if args.verb == "models":
+        return whole_models(args, folder)
     suffix = "-{}of{}".format(*args.part) if args.part else ""
     path = folder / f"{args.verb}-{args.dtype}{suffix}.csv"
     if args.verb != "crossover" and (reason := peers_gpu.few_tokens(1).missing):
@@ -374,6 +385,16 @@ def train(args: argparse.Namespace, folder: Path) -> int:
         print("\n".join(["Failed or wrong:", *bad]))
         return 1
     if not args.out and not model and not getattr(args, "quick", False):
+        publish(run)
+    return 0
+
+
+def whole_models(args: argparse.Namespace, folder: Path) -> int:
+    path = folder / "models-bfloat16.csv"
+    run = models_gpu.measure(machine(), path, args.commit, args.limit_s)
+    print(models_gpu.page(path.stem, run))
+    print(f"{run.about['seconds']:.0f} s: {path}")
+    if not args.out:
         publish(run)
     return 0
 

@@ -26,4 +26,13 @@ def _meet_transformers() -> bool:
     return True
 
 
-plug_ins.append(_meet_transformers)
+def _meet_peft() -> bool:
+    """Where the program has peft, adapters beside or under sparse layers are to be merged."""
+    if "peft.tuners.lora" not in sys.modules:
+        return False
+    with suppress(ImportError):  # an older version: merge_ says so then
+        import_module("sparsekern.models.lora")
+    return True
+
+
+plug_ins += [_meet_transformers, _meet_peft]

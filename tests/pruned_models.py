@@ -5,6 +5,8 @@ from torch import nn
 
 from sparsekern import SparseLinear
 from sparsekern.models import accelerate, measure
+from sparsekern.models.timing import Times
+from sparsekern.nn.kinds import pruning_masks
 from sparsekern.nn.stand_ins import (
     SparseConv,
     SparseConv1D,
@@ -52,10 +54,34 @@ class Experts(nn.Module):
         return y
 
 
-class Mixture(nn.Module):
+class BiasedExperts(nn.Module):
+    """As those of gpt-oss: with biases, the weights stored as [E, K, N]."""
+
     def __init__(self):
         super().__init__()
-        self.router, self.experts = nn.Linear(H, 3), Experts()
+        self.is_transposed = self.has_bias = True
+        self.gate_up_proj = nn.Parameter(torch.randn(3, H, 2 * 48) / 8)
+        self.gate_up_proj_bias = nn.Parameter(torch.randn(3, 2 * 48))
+        self.down_proj = nn.Parameter(torch.randn(3, 48, H) / 8)
+        self.down_proj_bias = nn.Parameter(torch.randn(3, H))
+
+    def _apply_gate(self, gate_up):
+        return (gate_up[..., 1::2] + 1) * gate_up[..., ::2].sigmoid()
+
+    def forward(self, hidden_states, router_indices=None, routing_weights=None):
+        y = torch.zeros_like(hidden_states)
+        for e in range(3):
+            tokens, at = torch.where(router_indices == e)
+            h = hidden_states[tokens] @ self.gate_up_proj[e] + self.gate_up_proj_bias[e]
+            h = self._apply_gate(h) @ self.down_proj[e] + self.down_proj_bias[e]
+            y.index_add_(0, tokens, h * routing_weights[tokens, at, None])
+        return y
+
+
+class Mixture(nn.Module):
+    def __init__(self, experts=Experts):
+        super().__init__()
+        self.router, self.experts = nn.Linear(H, 3), experts()
 
     def forward(self, x):
         weights, index = self.router(x.flatten(0, -2)).softmax(-1).topk(2)
@@ -102,13 +128,18 @@ def pruned(model, share=0.75):
 
 def sparse_is_faster(monkeypatch) -> dict[str, float]:
     """Twice as fast as dense, by the seconds that are returned and may be changed."""
-    seconds = {"before": 4.0, "dense": 2.0, "sparse": 1.0, "whole": 9.0}
+    seconds = {"before": 4.0, "dense": 2.0, "sparse": 1.0, "whole": 9.0, "rest": 5.0}
 
-    def usual_seconds(runs, *_):
-        return {name: seconds[name] for name in runs}
+    def of(layer):
+        if any(isinstance(m, SparseLinear) for m in layer.modules()):
+            return seconds["sparse"]
+        return seconds["before" if pruning_masks(layer) else "dense"]
 
-    monkeypatch.setattr(measure, "usual_seconds", usual_seconds)
-    monkeypatch.setattr(accelerate, "seconds_of", lambda run, device: seconds["whole"])
+    def times_of(ready, layers, device, is_whole_apart=True):
+        return Times(seconds["whole"], seconds["rest"], [of(layer) for layer in layers])
+
+    monkeypatch.setattr(measure, "seconds_alone", lambda runs, _: {n: seconds[n] for n in runs})
+    monkeypatch.setattr(accelerate, "times_of", times_of)
     return seconds
 
 
@@ -129,6 +160,14 @@ KINDS = {
     "square Conv1D": (lambda: Conv1D(H, H), (2, 7, H), SparseConv1D),
     "conv 1d": (lambda: nn.Conv1d(H, 96, 1), (2, H, 9), SparseConv),
     "conv 2d": (lambda: nn.Conv2d(H, 96, 1, stride=2, bias=False), (2, H, 9, 7), SparseConv),
+    "conv 3x3": (lambda: nn.Conv2d(16, 48, 3, padding=1), (2, 16, 9, 7), SparseConv),
+    "conv 4": (lambda: nn.Conv1d(32, 48, 4, padding="same", dilation=2), (32, 9), SparseConv),
+    "conv 3d": (
+        lambda: nn.Conv3d(16, 48, (1, 2, 3), (1, 2, 1), (0, 1, 2), padding_mode="replicate"),
+        (2, 16, 3, 4, 5),
+        SparseConv,
+    ),
     "attention": (lambda: Attention(batch_first=True), (2, 5, H), SparseMultiheadAttention),
     "experts": (Mixture, (2, 9, H), SparseExperts),
+    "biased experts": (lambda: Mixture(BiasedExperts), (2, 9, H), SparseExperts),
 }

@@ -19,6 +19,14 @@ ON_THE_HUB = re.compile(r"[\w.-]+(/[\w.-]+)?")
 
 
 def run_prune(**given: Any) -> None:
+    try:
+        _run_prune(**given)
+    except ValueError as error:
+        told = str(error).replace("give prune_again=True", "give --prune-again")
+        raise ValueError(told) from error
+
+
+def _run_prune(**given: Any) -> None:
     if is_pretrained(given.get("source", "")):
         _prune_model(**given)
         return

@@ -1,7 +1,8 @@
 """Other kinds of layers as nn.Linear modules for a while: what prunes these prunes them too.
 
 Conv1D    of transformers (GPT-2): weight [K, N]
-experts   of mixtures in transformers: Parameters gate_up_proj [E, 2I, H], down_proj [E, H, I]
+experts   of mixtures in transformers: Parameters gate_up_proj [E, 2I, H], down_proj [E, H, I], or
+          their transposes and biases (gpt-oss)
 """
 
 from collections.abc import Iterator
@@ -12,11 +13,15 @@ import torch
 from torch import Tensor, nn
 
 from ..nn import replace_modules
-from ..nn.kinds import uses_of_parameters
+from ..nn.kinds import (
+    STACKS,
+    biases,
+    is_experts,
+    matrices,
+    uses_of_parameters,
+    why_not_experts,
+)
 from ..sparsity.blockwise import Parallel
-
-STACKS = ("gate_up_proj", "down_proj")
-OTHER_FORMS = ("has_bias", "is_transposed", "has_post_expert_norm", "_is_expert_parallel")
 
 
 @contextmanager
@@ -32,7 +37,7 @@ def as_linears(model: nn.Module) -> Iterator[nn.Module]:
             return None  # tied
         if type(module).__name__ == "Conv1D" and hasattr(module, "nf"):
             made = _linear(module.weight.detach().t().contiguous(), module.weight, module.bias)
-        elif _is_experts(module):
+        elif is_experts(module) and why_not_experts(module) is None:
             made = _Experts(module)
         if made is not None:
             originals[made.train(module.training)] = module
@@ -52,8 +57,8 @@ def _restored(original: Any, now: Any) -> nn.Module | None:
         return None
     if isinstance(now, _Experts):
         for name in STACKS:
-            for weight, layer in zip(getattr(original, name), getattr(now, name), strict=True):
-                weight.data.copy_(layer.weight)
+            for weight, layer in zip(matrices(original, name), getattr(now, name), strict=True):
+                weight.copy_(layer.weight.detach())
     else:
         original.weight.data.copy_(now.weight.detach().t())
     return original
@@ -68,17 +73,6 @@ def _linear(weight: Tensor, parameter: Tensor, bias: Any = None) -> nn.Linear:
     return linear
 
 
-def _is_experts(module: Any) -> bool:
-    parts = module._parameters
-    if any(parts.get(name) is None or parts[name].ndim != 3 for name in STACKS):
-        return False
-    if not hasattr(module, "_apply_gate") or not getattr(module, "has_gate", True):
-        return False
-    up, down = (parts[name].shape for name in STACKS)
-    has_form = up[0] == down[0] and up[2] == down[1] and up[1] == 2 * down[2]
-    return has_form and not any(getattr(module, flag, False) for flag in OTHER_FORMS)
-
-
 class _Experts(nn.Module):
     """The experts of a mixture with a linear for each."""
 
@@ -86,8 +80,11 @@ class _Experts(nn.Module):
         super().__init__()
         self.__dict__["experts"] = experts  # no part of the model meanwhile
         for name in STACKS:
-            stack = getattr(experts, name)
-            setattr(self, name, Parallel(_linear(w, stack) for w in stack.detach()))
+            stack, pairs = (
+                getattr(experts, name),
+                zip(matrices(experts, name), biases(experts, name), strict=True),
+            )
+            setattr(self, name, Parallel(_linear(w, stack, bias) for w, bias in pairs))
 
     def __getattr__(self, name: str) -> Any:
         try:

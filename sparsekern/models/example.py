@@ -14,10 +14,6 @@ from torch.utils import _pytree as pytree
 
 from .candidates import Candidate
 from .state import State
-from .timing import clock
-
-ROUNDS = 5  # in which a model is timed as a whole
-ENOUGH_S = 0.3  # of that: no more rounds then
 
 
 @dataclass
@@ -139,9 +135,14 @@ def recording(candidates: Sequence[Candidate], calls: Calls, times: int) -> Iter
 def _tokens(module: nn.Module, x: Tensor) -> int:
     """Rows of x that the layer's matrix is multiplied by."""
     if isinstance(module, nn.modules.conv._ConvNd):
-        steps = zip(x.shape[-len(module.stride) :], module.stride, strict=True)
-        batch = x.shape[0] if x.ndim == len(module.stride) + 2 else 1
-        return batch * math.prod(-(-size // step) for size, step in steps)
+        dims, pads = len(module.stride), module._reversed_padding_repeated_twice
+        batch = x.shape[0] if x.ndim == dims + 2 else 1
+        windows = zip(module.kernel_size, module.stride, module.dilation, strict=True)
+        places = batch
+        for i, (size, stride, dilation) in enumerate(windows):
+            padded = x.shape[i - dims] + sum(pads[2 * (dims - 1 - i) : 2 * (dims - i)])
+            places *= (padded - dilation * (size - 1) - 1) // stride + 1
+        return places
     return x.numel() // max(1, x.shape[-1])
 
 
@@ -179,25 +180,6 @@ def copied(things: Any) -> Any:
         return copy.deepcopy(thing, copies)
 
     return pytree.tree_map(copied_leaf, things)
-
-
-def seconds_of(runs: Runs, device: torch.device) -> float:
-    """The time of a call, of what has run before."""
-    taken: list[float] = []
-    now, usual = clock(device.type == "cuda")
-    while len(taken) < ROUNDS and sum(taken) < ENOUGH_S:
-        run = runs.ready()
-        _wait(device)
-        began = now()
-        run()
-        _wait(device)
-        taken.append(now() - began)
-    return usual(taken)
-
-
-def _wait(device: torch.device) -> None:
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
 
 
 def error_between(before: Any, after: Any) -> float | None:

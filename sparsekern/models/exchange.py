@@ -46,16 +46,20 @@ class Exchange:
 
     def undo(self) -> None:
         while self._done:
-            candidate, (new, gone) = self._done.popitem()
-            dense = None
-            for path, ref in gone.items():
-                parameter = ref()
-                if parameter is None:
-                    dense = dense or new.to_dense()
-                    parameter = dense.get_parameter(path)
-                owner, leaf = _owner(candidate.module, path)
-                owner._parameters[leaf] = parameter
-            self._put(candidate, candidate.module)
+            self.take_back(next(reversed(self._done)))
+
+    def take_back(self, candidate: Candidate) -> None:
+        """The dense module again in the candidate's place."""
+        new, gone = self._done.pop(candidate)
+        dense = None
+        for path, ref in gone.items():
+            parameter = ref()
+            if parameter is None:
+                dense = dense or new.to_dense()
+                parameter = dense.get_parameter(path)
+            owner, leaf = _owner(candidate.module, path)
+            owner._parameters[leaf] = parameter
+        self._put(candidate, candidate.module)
 
     def _put(self, candidate: Candidate, module: nn.Module) -> None:
         for parent, name in self._places[candidate.module]:

@@ -1,8 +1,7 @@
 """Which layers are faster sparse, and which stay dense."""
 
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Sequence
-from itertools import cycle
 
 import torch
 from torch import Tensor, nn
@@ -15,56 +14,83 @@ from ..nn.stand_ins import SparseExperts
 from .candidates import Candidate
 from .example import Call, Calls, error_between, tensors
 from .report import Layer
-from .timing import Rest, Run, usual_seconds
+from .timing import Run, Times, seconds_alone
 
 LEAST_GAIN = 1.05  # times as fast that a sparse layer must be: below, it is noise
+HOPELESS = 0.5  # times as fast, alone, that it must be to be tried in the model
 # |sparse - dense| / |dense| of a layer's output, beyond which it is taken for another function
 TOLERANCE = {torch.float64: 1e-10, torch.float32: 1e-4, torch.float16: 1e-2, torch.bfloat16: 5e-2}
 BEFORE, DENSE, SPARSE = "before", "dense", "sparse"
+NO_FASTER = "sparse is no faster"
 
 
-def measured(model: nn.Module, candidates: Sequence[Candidate], calls: Calls) -> list[Layer]:
-    """A row for each candidate, with the decision; nothing is replaced yet. Of candidates that are
-    alike the first is measured, in each form in which any of them is called."""
+def first_look(
+    candidates: Sequence[Candidate], calls: Calls, seconds: Sequence[float]
+) -> list[Layer]:
+    """A row for each candidate, of which `seconds` are its time in the model as it is. `is_sparse`
+    says which are to be tried; nothing is replaced yet.
+
+    Of candidates that are alike the first is called alone, in each form in which any of them is:
+    whether it computes the same, and about how long it takes in another form."""
     forms: dict[tuple, set] = defaultdict(set)
+    first: dict[tuple, Candidate] = {}
     for candidate in candidates:
         forms[candidate.key].update(calls.counts.get(candidate, ()))
-    weight = candidates[0].weight
-    rest = Rest(weight.device, weight.dtype)
-    pruned = sum(bytes_of(candidate.module) for candidate in candidates)
-    others = _read_bytes(model) - pruned
-    alike: dict[tuple, list[Candidate]] = defaultdict(list)
-    for candidate in candidates:
-        alike[candidate.key].append(candidate)
-    times: dict[tuple, _Alike] = {}
-    for key, found in alike.items():
-        if forms[key]:
-            called = {form: calls.forms[key, form] for form in forms[key]}
-            times[key] = _Alike(found, called, rest, others, pruned)
-    return [_row(candidate, calls, times.get(candidate.key)) for candidate in candidates]
+        first.setdefault(candidate.key, candidate)
+    alone = {
+        key: _Alone(candidate, {form: calls.forms[key, form] for form in forms[key]})
+        for key, candidate in first.items()
+        if forms[key]
+    }
+    return [
+        _row(candidate, calls, alone.get(candidate.key), before_s)
+        for candidate, before_s in zip(candidates, seconds, strict=True)
+    ]
 
 
-def _read_bytes(model: nn.Module) -> int:
-    """Bytes of what a call of the model reads: of a table of embeddings next to nothing."""
-    tables = nn.Embedding | nn.EmbeddingBag
-    modules = [module for module in model.modules() if not isinstance(module, tables)]
-    held = {id(t): t for m in modules for t in [*m._parameters.values(), *m._buffers.values()]}
-    return sum(_nbytes(t) for t in held.values() if t is not None)
+def too_slow(
+    candidates: Sequence[Candidate],
+    calls: Calls,
+    layers: Sequence[Layer],
+    seconds: Sequence[float],
+) -> list[Candidate]:
+    """Those of the sparse layers that gain nothing in the model, where they took so many seconds;
+    they are marked as dense. Layers alike share the decision: in one alone it is closer to noise.
+    """
+    alike: dict[tuple, list[tuple[Candidate, Layer]]] = defaultdict(list)
+    for candidate, layer, after_s in zip(candidates, layers, seconds, strict=True):
+        if layer.is_sparse:
+            layer.sparse_s = after_s
+            counts = frozenset(calls.counts[candidate].items())
+            alike[candidate.key, counts].append((candidate, layer))
+    slow = []
+    for found in alike.values():
+        dense = sum(min(layer.before_s, layer.dense_s) for _, layer in found)
+        if dense < LEAST_GAIN * sum(layer.sparse_s for _, layer in found):
+            slow += found
+    for _, layer in slow:
+        layer.is_sparse, layer.reason = False, NO_FASTER
+    return [candidate for candidate, _ in slow]
 
 
-class _Alike:
-    """The times of one layer, for all that are like it."""
+def rest_gained(
+    candidates: Sequence[Candidate], layers: Sequence[Layer], before: Times, after: Times
+) -> float:
+    """Seconds less in what is not sparse; a mask that is multiplied in is a gain of its layer."""
+    gained = before.rest_s - after.rest_s
+    rows = zip(candidates, layers, before.layers_s, after.layers_s, strict=True)
+    for candidate, layer, before_s, after_s in rows:
+        if not layer.is_sparse and candidate.is_masked:
+            layer.dense_s = after_s
+        elif not layer.is_sparse:
+            gained += before_s - after_s
+    return gained
 
-    def __init__(
-        self,
-        alike: Sequence[Candidate],
-        forms: dict[tuple, Call],
-        rest: Rest,
-        others: int,
-        pruned: int,
-    ):
-        """`others` are the bytes of what stays dense in any case, `pruned` those of candidates."""
-        candidate = alike[0]
+
+class _Alone:
+    """The calls of one layer by itself, for all that are like it."""
+
+    def __init__(self, candidate: Candidate, forms: dict[tuple, Call]):
         dense, sparse, plain = candidate.module, candidate.make(), candidate.plain()
         self.error, self.dtype = 0.0, candidate.weight.dtype
         self.seconds: dict[tuple, dict[str, float]] = {}
@@ -74,19 +100,9 @@ class _Alike:
                 error = error_between(*(_call(layer, call)() for layer in (plain, sparse)))
                 self.error = max(self.error, 0.0 if error is None else error)
                 runs = {DENSE: _call(plain, call), SPARSE: _call(sparse, call)}
-                twins: dict[str, Run] = {}
                 if plain is not dense:
                     runs[BEFORE] = _call(dense, call)
-                elif len(alike) > 1:  # each time the next one, which is not in the cache
-                    runs[DENSE] = _in_turn([_call(each.module, call) for each in alike])
-                    twins[DENSE] = runs[DENSE]
-                # A sparse layer stands among others that are sparse alike.
-                sizes = {name: float(bytes_of(dense)) for name in (BEFORE, DENSE)}
-                sizes[SPARSE] = float(bytes_of(sparse))
-                share = pruned / sizes[DENSE] - 1
-                sizes = {name: others + share * size for name, size in sizes.items()}
-                hot = tuple(tensors([call.args, call.kwargs]))
-                seconds = usual_seconds(runs, rest, sizes, hot, twins)
+                seconds = seconds_alone(runs, candidate.weight.device)
                 self.seconds[form] = {BEFORE: seconds[DENSE]} | seconds
                 self.kernels[form] = kernel_of(sparse, call)
 
@@ -94,26 +110,30 @@ class _Alike:
     def is_right(self) -> bool:
         return self.error <= TOLERANCE[self.dtype]  # NaN is not
 
+    def total(self, name: str, counts: Counter) -> float:
+        return sum(count * self.seconds[form][name] for form, count in counts.items())
 
-def _row(candidate: Candidate, calls: Calls, alike: _Alike | None) -> Layer:
+
+def _row(candidate: Candidate, calls: Calls, alone: _Alone | None, before_s: float) -> Layer:
     kind = type(candidate.module).__name__
     layer = Layer(candidate.name, kind, candidate.shapes, candidate.sparsity)
     layer.bytes_before = layer.bytes_after = bytes_of(candidate.module)
     counts = calls.counts.get(candidate)
-    if alike is None or not counts:
+    if alone is None or not counts:
         layer.reason = "the example never calls it"
         return layer
     for form, count in counts.items():
         tokens = calls.forms[candidate.key, form].tokens
         layer.tokens[tokens] = layer.tokens.get(tokens, 0) + count
-        layer.kernels[tokens] = alike.kernels[form]
-        layer.before_s += count * alike.seconds[form][BEFORE]
-        layer.dense_s += count * alike.seconds[form][DENSE]
-        layer.sparse_s += count * alike.seconds[form][SPARSE]
-    if not alike.is_right:
-        layer.reason = f"its class computes something else (output differs by {alike.error:.0e})"
-    elif layer.gain < LEAST_GAIN:
-        layer.reason = "sparse is no faster"
+        layer.kernels[tokens] = alone.kernels[form]
+    layer.before_s = before_s
+    share = before_s / max(alone.total(BEFORE, counts), 1e-9)
+    layer.dense_s = share * alone.total(DENSE, counts) if candidate.is_masked else before_s
+    layer.sparse_s = share * alone.total(SPARSE, counts)
+    if not alone.is_right:
+        layer.reason = f"its class computes something else (output differs by {alone.error:.0e})"
+    elif layer.gain < HOPELESS:
+        layer.reason = NO_FASTER
     else:
         layer.is_sparse = True
     return layer
@@ -121,11 +141,6 @@ def _row(candidate: Candidate, calls: Calls, alike: _Alike | None) -> Layer:
 
 def _call(layer: nn.Module, call: Call) -> Run:
     return lambda: layer(*call.args, **call.kwargs)
-
-
-def _in_turn(runs: Sequence[Run]) -> Run:
-    endless = cycle(runs)
-    return lambda: next(endless)()
 
 
 def kernel_of(sparse: nn.Module, call: Call) -> str:

@@ -1,100 +1,154 @@
-"""Times of a layer, dense and sparse in turn, with the cache as it is in the model.
+"""Times of layers while their model runs, and of the model as a whole.
 
-Between two calls of a layer the others pass: their weights push its own out of the cache, as far as
-they do not fit beside it. `Rest` does that; without it a large model's layers look faster than they
-are, the dense ones more than the sparse.
+What a layer takes depends on what the others leave in the cache, in memory and in the allocator, so
+that called alone it seems up to 1.3 times as fast or as slow as it is. Clocks before and after each
+layer see it in its place. Runs with and without clocks take turns: of one without is the time of
+the whole model, and a moment in which the machine is slow hits both.
 """
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
 from statistics import median
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
-from ..nn import SparseLinear
-
-ROUNDS = 7
-IN_A_ROW = 2  # the last counts: the first finds a cache that the other contenders have left
-ENOUGH_S = 0.03  # of timed calls: no more rounds then, but for the least
-LEAST_ROUNDS = 3
-CACHE_BYTES = 2**26  # more than this pushes out all of a CPU's cache
-IN_L2_BYTES = 2**19  # less than this disturbs nothing
-SMALL = 16  # features of a layer that takes its call's time alone
+ROUNDS = 9
+ENOUGH_S = 0.6  # of timed runs: no more rounds then
+LONG_S = 0.3  # of a run, in which clocks are nothing
+ALONE = 3  # calls by which a layer is timed alone
 
 Run = Callable[[], object]
 
 
-def clock(is_gpu: bool = False) -> tuple[Callable[[], float], Callable[[list[float]], float]]:
+@dataclass
+class Times:
+    """Seconds of a run of a model."""
+
+    whole_s: float  # without clocks
+    rest_s: float  # with clocks, less the layers
+    layers_s: list[float]  # of each layer, all its calls together
+
+    def plus(self, times: int, other: "Times") -> "Times":
+        """This run and so many of another."""
+        both = zip(self.layers_s, other.layers_s, strict=True)
+        return Times(
+            self.whole_s + times * other.whole_s,
+            self.rest_s + times * other.rest_s,
+            [a + times * b for a, b in both],
+        )
+
+
+def times_of(
+    ready: Callable[[], Run],
+    layers: Sequence[nn.Module],
+    device: torch.device,
+    is_whole_apart: bool = True,
+) -> Times:
+    """The times of what `ready` prepares: runs of a model that holds the layers. Without
+    `is_whole_apart` a long run with clocks gives the whole too."""
+    is_gpu = device.type == "cuda"
+    now, usual = _clock(is_gpu)
+    wholes: list[float] = []
+    rests: list[float] = []
+    parts: list[list[float]] = [[] for _ in layers]
+    spent = 0.0
+    while len(wholes) < ROUNDS and spent < ENOUGH_S:
+        clocked = 0.0
+        if layers:
+            with _clocks(layers, now, is_gpu) as read:
+                clocked = _seconds(ready(), now, is_gpu)
+            seconds = read()
+            rests.append(clocked - sum(seconds))
+            for part, s in zip(parts, seconds, strict=True):
+                part.append(s)
+            spent += clocked
+        if is_whole_apart or clocked < LONG_S:
+            wholes.append(_seconds(ready(), now, is_gpu))
+            spent += wholes[-1]
+        else:
+            wholes.append(clocked)
+    return Times(usual(wholes), usual(rests) if rests else 0.0, [usual(part) for part in parts])
+
+
+def seconds_alone(runs: dict[str, Run], device: torch.device) -> dict[str, float]:
+    """A first look: the time of a call of each; they take turns."""
+    is_gpu = device.type == "cuda"
+    now, usual = _clock(is_gpu)
+    taken: dict[str, list[float]] = {name: [] for name in runs}
+    for i in range(ALONE + 1):
+        for name, run in runs.items():
+            seconds = _seconds(run, now, is_gpu)
+            if i:  # the first packs and allocates
+                taken[name].append(seconds)
+    return {name: usual(each) for name, each in taken.items()}
+
+
+def _clock(is_gpu: bool) -> tuple[Callable[[], float], Callable[[list[float]], float]]:
     """A clock, and which of several times counts.
 
-    Of one thread its own time, in which nobody else's work on the core counts, and the median: a
-    model has no moment that is the best one for all its layers. Of several threads the time of the
-    wall, and the least, since a thread that others hold up holds up all."""
+    Of one thread its own time, in which nobody else's work on the core counts, and the median.
+    Of several threads the time of the wall, and the least, since a thread that others hold up holds
+    up all."""
     if torch.get_num_threads() == 1 and not is_gpu:
         return time.thread_time, median
     return time.perf_counter, median if is_gpu else min
 
 
-class Rest:
-    """What the other layers of a model do to the cache between two calls of one: their weights go
-    through it, while the code and the small things that all layers use stay there."""
-
-    def __init__(self, device: torch.device, dtype: torch.dtype):
-        self._data = torch.zeros(CACHE_BYTES // 4, device=device)
-        small = nn.Linear(SMALL, SMALL, device=device, dtype=dtype)
-        self._small = small, SparseLinear.from_linear(small)
-        self._x = torch.zeros(1, SMALL, device=device, dtype=dtype)
-
-    def passes(self, size_bytes: float, hot: tuple[Tensor, ...], twin: Run | None) -> None:
-        """The others are called, who hold so much, and `twin` at last, whose code is that of the
-        layer, but not its weights; `hot` is what the layer gets from the one before it."""
-        if size_bytes > IN_L2_BYTES:
-            self._data[: int(size_bytes) // 4].sum()
-            for t in hot:
-                t.sum()
-            for layer in self._small:
-                layer(self._x)
-            if twin:
-                twin()
-
-
-def usual_seconds(
-    runs: dict[str, Run],
-    rest: Rest,
-    others_bytes: dict[str, float],
-    hot: tuple[Tensor, ...],
-    twins: dict[str, Run],
-) -> dict[str, float]:
-    """The time of a call of each; they take turns."""
-    is_gpu = any(t.is_cuda for t in hot)
-    now, usual = clock(is_gpu)
-    taken: dict[str, list[float]] = {name: [] for name in runs}
-    for run in runs.values():  # packing, allocation
-        run()
-    for i in range(ROUNDS):
-        if i >= LEAST_ROUNDS and sum(map(sum, taken.values())) > ENOUGH_S:
-            break
-        for name, run in runs.items():
-            for _ in range(1 if others_bytes[name] >= CACHE_BYTES else IN_A_ROW):
-                rest.passes(others_bytes[name], hot, twins.get(name))
-                seconds = _gpu_seconds(run) if is_gpu else _host_seconds(run, now)
-            taken[name].append(seconds)
-    return {name: usual(each) for name, each in taken.items()}
-
-
-def _host_seconds(run: Run, now: Callable[[], float]) -> float:
+def _seconds(run: Run, now: Callable[[], float], is_gpu: bool) -> float:
+    _wait(is_gpu)
     began = now()
     run()
+    _wait(is_gpu)
     return now() - began
 
 
-def _gpu_seconds(run: Run) -> float:
-    """As an eager call takes: with its launch, where the GPU waits for that."""
-    begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-    torch.cuda.synchronize()
-    begin.record()
-    run()
-    end.record()
-    end.synchronize()
-    return 1e-3 * begin.elapsed_time(end)
+@contextmanager
+def _clocks(
+    layers: Sequence[nn.Module], now: Callable[[], float], is_gpu: bool
+) -> Iterator[Callable[[], list[float]]]:
+    """Inside, the calls of each layer are timed; what is yielded reads the sums afterwards. On a
+    GPU marks in its queue are the clock: as a call takes there, launch included where it waits."""
+    began: dict[int, list] = {i: [] for i in range(len(layers))}
+    ended: dict[int, list] = {i: [] for i in range(len(layers))}
+
+    def mark():
+        if not is_gpu:
+            return now()
+        event = torch.cuda.Event(enable_timing=True)
+        event.record()
+        return event
+
+    def clocked(i: int, layer: nn.Module) -> list:
+        def before(module: nn.Module, args: tuple) -> None:
+            began[i].append(mark())
+
+        def after(module: nn.Module, args: tuple, output: object) -> None:
+            ended[i].append(mark())
+
+        return [
+            layer.register_forward_pre_hook(before),
+            layer.register_forward_hook(after, prepend=True),
+        ]
+
+    def read() -> list[float]:
+        pairs = [zip(began[i], ended[i], strict=True) for i in range(len(layers))]
+        if is_gpu:
+            return [sum(1e-3 * a.elapsed_time(b) for a, b in pair) for pair in pairs]
+        return [sum(b - a for a, b in pair) for pair in pairs]
+
+    handles: list = []
+    try:
+        for i, layer in enumerate(layers):
+            handles += clocked(i, layer)
+        yield read
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def _wait(is_gpu: bool) -> None:
+    if is_gpu:
+        torch.cuda.synchronize()

@@ -17,7 +17,7 @@ _HOOKS = (
     *("_state_dict_pre_hooks", "_state_dict_hooks"),
     *("_load_state_dict_pre_hooks", "_load_state_dict_post_hooks"),
 )
-_STACKS = ("gate_up_proj", "down_proj")
+STACKS = ("gate_up_proj", "down_proj")  # of a mixture's experts
 
 
 def uses_of_parameters(model: nn.Module) -> Counter:
@@ -35,7 +35,21 @@ def is_conv1d(module: nn.Module) -> bool:
 
 def is_experts(module: nn.Module) -> bool:
     """Whether it has the 3-D Parameters of a mixture's experts in transformers."""
-    return set(_STACKS) <= module._parameters.keys()
+    return set(STACKS) <= module._parameters.keys()
+
+
+def matrices(experts: Any, name: str) -> list[Tensor]:
+    """W [N, K] of each expert: views of a stack, which may be stored as [E, K, N] (gpt-oss)."""
+    stack = experts._parameters[name].detach()
+    return list(stack.mT if getattr(experts, "is_transposed", False) else stack)
+
+
+def biases(experts: Any, name: str) -> list[nn.Parameter | None]:
+    """A new bias [N] of each expert, or None for each, beside a stack."""
+    stack = experts._parameters.get(f"{name}_bias")
+    if stack is None:
+        return [None] * len(experts._parameters[name])
+    return [nn.Parameter(b.clone(), stack.requires_grad) for b in stack.detach()]
 
 
 def pruning_masks(module: nn.Module) -> dict[str, Tensor]:
@@ -91,13 +105,7 @@ def _changed(module: nn.Module, forward, parameters: set[str]) -> str | None:
 
 
 def _convolution(conv: Any) -> str | None:
-    if any(size != 1 for size in conv.kernel_size):
-        return "a convolution over several places is no single matrix"
-    if conv.groups != 1:
-        return f"its channels are in {conv.groups} groups"
-    if not isinstance(conv.padding, str) and any(conv.padding):  # "same" and "valid" add nothing
-        return "it pads its input"
-    return None
+    return None if conv.groups == 1 else f"its channels are in {conv.groups} groups"
 
 
 def _attention(attention: nn.MultiheadAttention) -> str | None:
@@ -115,19 +123,32 @@ def _attention(attention: nn.MultiheadAttention) -> str | None:
 def _experts(experts: Any) -> str | None:
     if "forward" in experts.__dict__:
         return "it has a forward of its own"
-    up, down = (experts._parameters[name] for name in _STACKS)
-    for flag in ("has_bias", "is_transposed", "has_post_expert_norm", "_is_expert_parallel"):
+    if (reason := why_not_experts(experts)) is not None:
+        return reason
+    own = {*STACKS, *(f"{name}_bias" for name in STACKS)}
+    if more := sorted((experts._parameters.keys() | experts._buffers.keys()) - own):
+        return f"it also holds {', '.join(more)}"
+    if len(experts._forward_pre_hooks) + len(experts._forward_hooks):
+        return "it has hooks, which another module would not have"
+    return None
+
+
+def why_not_experts(experts: Any) -> str | None:
+    """The reason why its stacks are no matrices of the experts of a mixture with a gate."""
+    for flag in ("has_post_expert_norm", "_is_expert_parallel"):
         if getattr(experts, flag, False):
             return f"experts with {flag} are not served"
     if not getattr(experts, "has_gate", True) or not hasattr(type(experts), "_apply_gate"):
         return "experts without a gate are not served"
-    is_stack = up is not None and down is not None and up.ndim == down.ndim == 3
-    if not is_stack or up.shape[::2] != down.shape[:2] or up.shape[1] != 2 * down.shape[2]:
+    stacks = [experts._parameters[name] for name in STACKS]
+    if any(stack is None or stack.ndim != 3 for stack in stacks):
         return "expected gate_up_proj [E, 2 I, H] and down_proj [E, H, I]"
-    if more := sorted((experts._parameters.keys() | experts._buffers.keys()) - set(_STACKS)):
-        return f"it also holds {', '.join(more)}"
-    if len(experts._forward_pre_hooks) + len(experts._forward_hooks):
-        return "it has hooks, which another module would not have"
+    (n, k), (h, i) = (matrices(experts, name)[0].shape for name in STACKS)
+    if len(stacks[0]) != len(stacks[1]) or (n, k) != (2 * i, h):
+        return "expected gate_up_proj [E, 2 I, H] and down_proj [E, H, I]"
+    shapes = [None if b is None else b.shape[0] for b in (biases(experts, x)[0] for x in STACKS)]
+    if shapes not in ([None, None], [n, h]):
+        return "expected biases [E, 2 I] and [E, H], or none"
     return None
 
 

@@ -1,7 +1,7 @@
 """Modules with sparse weights in the place of others than nn.Linear.
 
     Conv1D               of transformers: an nn.Linear whose weight is stored as [K, N]
-    Conv1d, Conv2d, ...  with a kernel of one place: a matrix on the channels
+    Conv1d, Conv2d, ...  without groups: a matrix on the channels at all places of the kernel
     MultiheadAttention   in_proj and out_proj
     experts              of mixtures in transformers: 3-D Parameters, a matrix for each expert
 
@@ -16,8 +16,11 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..tensor import SparseTensor
+from .kinds import STACKS, biases, matrices
 from .linear import SparseLinear
 from .origin import Origin
+
+COLUMNS_BYTES = 2**24  # more is new memory in each call, which takes longer than to gather
 
 
 class SparseConv1D(SparseLinear):
@@ -63,35 +66,68 @@ class StandIn(nn.Module):
 
 
 class SparseConv(StandIn):
-    """A convolution with a kernel of one place: x [B, K, ...] -> y [B, N, ...]."""
+    """A convolution without groups: x [B, C, ...] -> y [B, N, ...].
+
+    W is [N, places of the kernel * C]. The columns that it is multiplied by are gathered, as many
+    times x as the kernel has places; on a CPU some MB at a time.
+    """
 
     def __init__(self, linear: SparseLinear, origin: Origin):
         super().__init__()
         self.linear, self.origin = linear, origin
-        stride = origin.attributes["stride"]
-        self.dims = len(stride)
-        self.steps: Any = (..., *(slice(None, None, s) for s in stride))
+        conv = origin.attributes
+        self.dims = len(conv["kernel_size"])
+        self.windows = list(zip(conv["kernel_size"], conv["stride"], conv["dilation"], strict=True))
+        self.padding: tuple[int, ...] = tuple(conv["_reversed_padding_repeated_twice"])
+        mode = conv["padding_mode"]
+        self.padding_mode: str = "constant" if mode == "zeros" else mode
 
     @classmethod
     def from_dense(cls, conv: Any, mask: Tensor | None = None) -> "SparseConv":
-        mask = None if mask is None else mask.flatten(1)
-        weight = conv.weight.detach().flatten(1)
+        mask = None if mask is None else _as_matrix(mask)
+        weight = _as_matrix(conv.weight.detach())
         linear = SparseLinear.from_weight(conv.weight, conv.bias, mask, weight)
         return cls(linear, Origin(conv)).train(conv.training)
 
     def to_dense(self) -> nn.Module:
-        weight = self.linear.weight.detach().to_dense()
-        weight = weight.view(*weight.shape, *[1] * self.dims)
-        trained = self.linear.values.requires_grad
+        kernel, trained = self.origin.attributes["kernel_size"], self.linear.values.requires_grad
+        weight = self.linear.weight.detach().to_dense().unflatten(1, (*kernel, -1))
+        weight = weight.movedim(-1, 1).contiguous()  # [N, C, ...]
         parameters = {"weight": nn.Parameter(weight, trained), "bias": self.linear.bias}
         return self.origin.with_(parameters).train(self.training)
 
     def forward(self, input: Tensor) -> Tensor:
-        channels = -1 - self.dims
-        x = input[self.steps]
-        is_last = x.ndim == 4 and x.is_contiguous(memory_format=torch.channels_last)
-        y = self.linear(x.movedim(channels, -1)).movedim(-1, channels)
+        columns = self._columns(input)
+        parts = [self.linear(part.flatten(-1 - self.dims)) for part in _parts(columns)]
+        y = parts[0] if len(parts) == 1 else torch.cat(parts)
+        y = y.movedim(-1, -1 - self.dims)
+        is_last = y.ndim == 4 and input.is_contiguous(memory_format=torch.channels_last)
         return y.contiguous(memory_format=torch.channels_last) if is_last else y.contiguous()
+
+    def _columns(self, x: Tensor) -> Tensor:
+        """[B, places of y, places of the kernel, C], a view of x with its padding."""
+        if any(self.padding):
+            x = F.pad(x, self.padding, self.padding_mode)
+        x = x.movedim(-1 - self.dims, -1)  # [B, ..., C]
+        if any(size > 1 for size, _, _ in self.windows):
+            x = x.contiguous()
+        first = x.ndim - 1 - self.dims
+        for dim, (size, stride, dilation) in enumerate(self.windows, first):
+            x = x.unfold(dim, dilation * (size - 1) + 1, stride)[..., ::dilation]
+        return x.movedim(first + self.dims, -1)
+
+
+def _as_matrix(weight: Tensor) -> Tensor:
+    """[N, C, ...] of a convolution as [N, places of the kernel * C]."""
+    return weight.movedim(1, -1).flatten(1)
+
+
+def _parts(columns: Tensor) -> tuple[Tensor, ...]:
+    """The columns, of which no more than COLUMNS_BYTES are to be written out at once."""
+    size = columns.numel() * columns.itemsize
+    if columns.device.type != "cpu" or size <= COLUMNS_BYTES:
+        return (columns,)
+    return columns.split(max(1, len(columns) * COLUMNS_BYTES // size))
 
 
 class SparseMultiheadAttention(StandIn):
@@ -228,7 +264,8 @@ def _check_mask(name: str, mask: Tensor | None, *shapes: tuple[int, ...]) -> Non
 
 
 class SparseExperts(StandIn):
-    """Experts of a mixture: y = sum over the k experts of a token of weight * down(gate(up(x))).
+    """Experts of a mixture: y = sum over the k experts of a token of weight * down(gate(up(x))),
+    with biases or without.
 
     A SparseLinear for each expert and projection. The names are not those of the Parameters that
     were there: transformers takes `experts.gate_up_proj` apart when it saves a model.
@@ -241,21 +278,28 @@ class SparseExperts(StandIn):
 
     @classmethod
     def from_dense(cls, experts: nn.Module) -> "SparseExperts":
-        def layers(stack: Any) -> list[SparseLinear]:
-            return [SparseLinear.from_weight(stack, None, None, w) for w in stack.detach()]
+        def layers(name: str) -> list[SparseLinear]:
+            pairs = zip(matrices(experts, name), biases(experts, name), strict=True)
+            stack = getattr(experts, name)
+            return [SparseLinear.from_weight(stack, bias, None, w) for w, bias in pairs]
 
-        up, down = layers(experts.gate_up_proj), layers(experts.down_proj)
+        up, down = map(layers, STACKS)
         module = cls(up, down, Origin(experts))
         for name, child in experts._modules.items():  # the activation
             module.add_module(name, child)
         return module.train(experts.training)
 
     def to_dense(self) -> nn.Module:
-        parameters = {}
+        parameters: dict[str, nn.Parameter | None] = {}
         stacks: Any = self.sparse_gate_up_proj, self.sparse_down_proj
-        for name, layers in zip(("gate_up_proj", "down_proj"), stacks, strict=True):
+        for name, layers in zip(STACKS, stacks, strict=True):
             weight = torch.stack([layer.weight.detach().to_dense() for layer in layers])
+            if self.origin.attributes.get("is_transposed", False):
+                weight = weight.mT.contiguous()
             parameters[name] = nn.Parameter(weight, layers[0].values.requires_grad)
+            if (first := layers[0].bias) is not None:
+                bias = torch.stack([layer.bias.detach() for layer in layers])
+                parameters[f"{name}_bias"] = nn.Parameter(bias, first.requires_grad)
         own = ("sparse_gate_up_proj", "sparse_down_proj")
         others = {name: child for name, child in self._modules.items() if name not in own}
         return self.origin.with_(parameters, others).train(self.training)

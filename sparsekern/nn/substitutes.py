@@ -1,11 +1,12 @@
 """Sparse modules in the places of dense ones, with layers that come from elsewhere: from a file."""
 
+import math
 from collections.abc import Callable, Sequence
 from typing import Any
 
 from torch import nn
 
-from .kinds import CONVOLUTIONS, is_conv1d, is_experts, why_not
+from .kinds import CONVOLUTIONS, STACKS, biases, is_conv1d, is_experts, matrices, why_not
 from .linear import SparseLinear
 from .origin import Origin
 from .stand_ins import SparseConv, SparseConv1D, SparseExperts, SparseMultiheadAttention, StandIn
@@ -23,15 +24,15 @@ def sizes_of_layers(module: nn.Module) -> dict[str, tuple[int, int]]:
     if type(module) is not nn.Linear and isinstance(module, nn.Linear) or why_not(module):
         return {}
     if type(module) in CONVOLUTIONS:
-        return {"linear": (weight.shape[0], weight.shape[1])}
+        return {"linear": (weight.shape[0], math.prod(weight.shape[1:]))}
     if isinstance(module, nn.MultiheadAttention):
         shape = module.embed_dim, module.embed_dim
         return {f"{x}_proj": shape for x in ("q", "k", "v", "out")}
     if is_experts(module):
         return {
-            f"sparse_{name}.{i}": (stack.shape[1], stack.shape[2])
-            for name, stack in _stacks(module)
-            for i in range(len(stack))
+            f"sparse_{name}.{i}": (w.shape[0], w.shape[1])
+            for name in STACKS
+            for i, w in enumerate(matrices(module, name))
         }
     return {"": (weight.shape[0], weight.shape[1])}
 
@@ -41,7 +42,7 @@ def substitute(module: Any, make: Make) -> nn.Module:
     above."""
     new: Any
     if type(module) in CONVOLUTIONS:
-        shape = module.weight.shape[:2]
+        shape = module.weight.shape[0], math.prod(module.weight.shape[1:])
         layer = make(SparseLinear, "linear", shape, module.bias, module.weight)
         new = SparseConv(layer, Origin(module))
     elif isinstance(module, nn.MultiheadAttention):
@@ -49,10 +50,12 @@ def substitute(module: Any, make: Make) -> nn.Module:
     elif is_experts(module):
         up, down = (
             [
-                make(SparseLinear, f"sparse_{name}.{i}", stack.shape[1:], None, stack)
-                for i in range(len(stack))
+                make(SparseLinear, f"sparse_{name}.{i}", w.shape, bias, getattr(module, name))
+                for i, (w, bias) in enumerate(
+                    zip(matrices(module, name), biases(module, name), strict=True)
+                )
             ]
-            for name, stack in _stacks(module)
+            for name in STACKS
         )
         new = SparseExperts(up, down, Origin(module))
         for name, child in module._modules.items():  # the activation
@@ -69,10 +72,6 @@ def substitute(module: Any, make: Make) -> nn.Module:
 def to_dense(module: SparseLinear | StandIn) -> nn.Module:
     """The dense module in whose place a sparse one stands."""
     return module.to_linear() if isinstance(module, SparseLinear) else module.to_dense()
-
-
-def _stacks(experts: Any) -> list[tuple[str, nn.Parameter]]:
-    return [(name, getattr(experts, name)) for name in ("gate_up_proj", "down_proj")]
 
 
 def _attention(attention: Any, make: Make) -> SparseMultiheadAttention:

@@ -300,9 +300,18 @@ class Algorithm:
 
     def state_dict(self) -> dict:
         family = {} if self.family == "unstructured" else {"family": self.family}
-        return {"steps": self.steps} | family
+        # With "from_zeros" the pattern says it all.
+        is_asked = self.init_method != "from_zeros"
+        sparsity = {"sparsity": float(self.target(self.steps))} if is_asked else {}
+        return {"steps": self.steps} | sparsity | family
 
     def load_state_dict(self, state: dict) -> None:
+        """ValueError for the state of an algorithm of another family or sparsity."""
+        self.steps = self._checked_steps(state)
+        self._note_passing()
+        self._before_step()
+
+    def _checked_steps(self, state: dict) -> int:
         if "steps" not in state:
             raise ValueError("algorithm: its state has no 'steps'")
         family = state.get("family", "unstructured")
@@ -310,9 +319,14 @@ class Algorithm:
             raise ValueError(
                 f"family: expected {self.family}, got the state of an algorithm with {family} masks"
             )
-        self.steps = whole("steps", state["steps"], 0)
-        self._note_passing()
-        self._before_step()
+        steps = whole("steps", state["steps"], 0)
+        target, saved = self.target(steps), state.get("sparsity")  # None: it was not kept
+        if saved is None or self.init_method == "from_zeros" or abs(target - saved) < 1e-6:
+            return steps
+        raise ValueError(
+            f"sparsity: expected {target:g} after {steps} steps, got the state of an algorithm "
+            f"with {saved:g}; to go on with another sparsity take the weights without its state"
+        )
 
     @property
     def achieved(self) -> float:

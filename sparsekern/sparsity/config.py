@@ -110,7 +110,10 @@ class Group:
         return {"algorithms": [algorithm.state_dict() for algorithm in self.algorithms]}
 
     def load_state_dict(self, state: dict) -> None:
-        for algorithm, part in zip(self.algorithms, state["algorithms"], strict=True):
+        parts = list(zip(self.algorithms, state["algorithms"], strict=True))
+        for algorithm, part in parts:
+            algorithm._checked_steps(part)
+        for algorithm, part in parts:
             algorithm.load_state_dict(part)
 
 

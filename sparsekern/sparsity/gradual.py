@@ -194,6 +194,7 @@ class IterativePruning(GMP):
         return super().state_dict() | early
 
     def load_state_dict(self, state: dict) -> None:
+        self._checked_steps(state)
         # A checkpoint is read onto the CPU; follow() needs the values where the pattern is.
         self._early = {n: t.to(self.layers[n].values.device) for n, t in state["early"].items()}
         self._early_others = state["early_others"]

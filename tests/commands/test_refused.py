@@ -11,9 +11,11 @@ from tiny import flags, tiny_config
 from torch import nn
 
 from sparsekern import SparseTensor, cli, sparsity, weights
+from sparsekern.commands import prune
 from sparsekern.files import check_writable
 from sparsekern.gpt.train import train
 from sparsekern.nn import SparseLinear
+from sparsekern.nn.convert import refuse_pruned
 from sparsekern.sparsity import GMP, SET, IterativePruning, SparseGPT, Wanda, dynamic
 
 X = torch.randn(8, 16)
@@ -227,6 +229,15 @@ def trained(tmp_path, *more: str) -> str:
     config = tiny_config(tmp_path)
     assert cli.main([*flags(config), *more]) == 0
     return config.out
+
+
+def test_prune_names_its_flag(monkeypatch):
+    def refuse(config):
+        refuse_pruned("apply", [torch.eye(4)])
+
+    monkeypatch.setattr(prune, "prune", refuse)
+    with pytest.raises(ValueError, match=r"75% of the weights are zero.*; .* give --prune-again"):
+        prune.run_prune(source="a run")
 
 
 def test_prune_wants_a_type_that_it_knows_and_the_text_of_before(tmp_path, capsys):

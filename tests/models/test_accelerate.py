@@ -6,6 +6,7 @@ import json
 import math
 import re
 import weakref
+from statistics import median
 
 import pytest
 import torch
@@ -21,10 +22,11 @@ from pruned_models import (
 from torch import nn
 from torch.nn.utils import prune
 
-from sparsekern import accelerate_
-from sparsekern.models import accelerate
+from sparsekern import SparseLinear, accelerate_
+from sparsekern.models import accelerate, timing
 from sparsekern.models.candidates import Candidate
 from sparsekern.nn import adopt_values_
+from sparsekern.nn.kinds import pruning_masks
 
 
 @pytest.fixture(autouse=True)
@@ -45,9 +47,63 @@ def test_a_layer_that_is_faster_dense_stays_dense(seconds):
     assert [id(p) for p in model.parameters()] == [id(p) for p in before]
 
 
+def test_layers_that_gain_nothing_in_the_model_become_dense_again(monkeypatch, seconds):
+    times_of = accelerate.times_of
+
+    def of_narrow_ones_more(ready, layers, *others):
+        found = times_of(ready, layers, *others)
+        is_sparse = [isinstance(layer, SparseLinear) for layer in layers]
+        found.layers_s = [
+            s + (sparse and layer.out_features == H)
+            for s, sparse, layer in zip(found.layers_s, is_sparse, layers, strict=True)
+        ]
+        found.rest_s -= any(is_sparse)
+        return found
+
+    monkeypatch.setattr(accelerate, "times_of", of_narrow_ones_more)
+    model = pruned(nn.Sequential(nn.Linear(H, 96), nn.Linear(96, H), nn.Linear(H, H)))
+    prune.l1_unstructured(model[2], "weight", amount=0.75)
+    x = torch.randn(5, H)
+    want, weight = model(x), model[1].weight.detach().clone()
+    report = accelerate_(model, x)
+    assert [layer.is_sparse for layer in report.layers] == [True, False, False]
+    assert report.layers[1].sparse_s == 2.0 and "no faster" in report.layers[1].reason
+    assert report.rest_gained_s == 1.0 and report.gained_s == 1.0 + 1.0 + 0.0 + 2.0
+    assert torch.equal(model[1].weight, weight) and type(model[2]) is nn.Linear
+    assert not pruning_masks(model[2])
+    torch.testing.assert_close(model(x), want)
+
+
+def test_a_layer_without_hope_is_not_tried(seconds, monkeypatch):
+    seconds["sparse"] = 4.5
+    monkeypatch.setattr(accelerate.Exchange, "replace", None)
+    layers = accelerate_(pruned(LM()), {"input_ids": torch.arange(5)[None]}).layers
+    assert all(x.sparse_s == 4.5 and "no faster" in x.reason for x in layers)
+
+
+def test_times_of_layers_in_their_model(monkeypatch):
+    ticks = iter(range(10**6))
+    monkeypatch.setattr(timing, "_clock", lambda is_gpu: (lambda: next(ticks), median))
+    once, twice = nn.Linear(H, H), nn.Linear(H, H)
+    model, x = nn.Sequential(once, twice, nn.Tanh(), twice), torch.randn(3, H)
+    cpu = torch.device("cpu")
+    times = timing.times_of(lambda: lambda: model(x), [once, twice, nn.Linear(3, 3)], cpu)
+    assert times.layers_s == [1.0, 2.0, 0.0] and times.whole_s == 1.0 and times.rest_s == 7.0 - 3.0
+    both = times.plus(2, times)
+    assert (both.whole_s, both.rest_s, both.layers_s) == (3.0, 12.0, [3.0, 6.0, 0.0])
+    long = timing.times_of(lambda: lambda: model(x), [once], cpu, is_whole_apart=False)
+    assert long.whole_s == 3.0  # more than enough: the run with clocks
+    assert not once._forward_hooks and not once._forward_pre_hooks
+
+
 def test_a_model_that_is_slower_as_a_whole_goes_back(seconds, monkeypatch):
-    whole = iter([1.0, 2.0, 1.5])
-    monkeypatch.setattr(accelerate, "seconds_of", lambda run, device: next(whole))
+    whole, times_of = iter([1.0, 2.0, 1.5]), accelerate.times_of
+
+    def slower(*arguments):
+        seconds["whole"] = next(whole)
+        return times_of(*arguments)
+
+    monkeypatch.setattr(accelerate, "times_of", slower)
     model = pruned(LM())
     twin = copy.deepcopy(model)
     report = accelerate_(model, {"input_ids": torch.arange(5)[None]})
@@ -92,7 +148,7 @@ def test_a_failure_leaves_the_model_as_it_was(kind, at, monkeypatch):
     model = pruned(nn.Sequential(make(), nn.Identity())).train()
     held = dict(model.named_parameters())  # these are the same afterwards
     modules, before = list(model.modules()), copy.deepcopy(model.state_dict())
-    if kind in ("linear", "experts"):
+    if kind == "linear" or "experts" in kind:
         held = {}  # and these are made anew
     if kind == "attention":
         held = {name: p for name, p in held.items() if "out_proj" in name}

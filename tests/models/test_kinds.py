@@ -2,6 +2,7 @@
 
 import copy
 import pickle
+from functools import partial
 
 import pytest
 import torch
@@ -20,7 +21,7 @@ from torch import nn
 from torch.nn.utils import parametrize, prune
 
 from sparsekern import accelerate_, densify_
-from sparsekern.nn import pack_
+from sparsekern.nn import pack_, stand_ins
 from sparsekern.nn.stand_ins import SparseMultiheadAttention
 
 
@@ -127,7 +128,7 @@ def test_what_stays_dense_is_named_with_its_reason():
             self.late.register_forward_hook(lambda module, x, y: y + 1)
             self.marked = nn.Linear(H, H)
             self.marked.weight.requires_dense = True
-            self.conv = nn.Conv2d(H, H, 3)
+            self.conv = nn.Conv2d(H, H, 3, groups=2)
 
     model = pruned(Model())
     model.blocks[1][0].weight.data = torch.randn(H, H)
@@ -144,7 +145,7 @@ def test_what_stays_dense_is_named_with_its_reason():
         "unused": "never calls it",
         "late": "hooks",
         "marked": "requires_dense",
-        "conv": "several places",
+        "conv": "in 2 groups",
     }
     for name, words in expected.items():
         assert words in reasons[name], name
@@ -267,6 +268,25 @@ def test_a_kernel_of_one_place_needs_no_padding(padding):
     assert accelerate_(model, x).sparse
     torch.testing.assert_close(model(x), want)
     torch.testing.assert_close(model[0](input=x), want)
+
+
+def _note_length(sizes, module, x, y):
+    sizes.append(len(y))
+
+
+def test_columns_of_a_convolution_are_gathered_in_parts(monkeypatch):
+    model, x = pruned(nn.Sequential(nn.Conv2d(16, 48, 3, padding=1))), torch.randn(5, 16, 6, 7)
+    want = model(x)
+    report = accelerate_(model, x)
+    assert report.layers[0].tokens == {5 * 6 * 7: 1} and report.layers[0].shapes == ((48, 144),)
+    for most, parts in ((2**20, 1), (2 * 42 * 144 * 4, 3), (1, 5)):
+        monkeypatch.setattr(stand_ins, "COLUMNS_BYTES", most)
+        sizes: list[int] = []
+        handle = model[0].linear.register_forward_hook(partial(_note_length, sizes))
+        torch.testing.assert_close(model(x), want)
+        handle.remove()
+        assert len(sizes) == parts and sum(sizes) == 5
+    assert model(x[:0]).shape == (0, 48, 6, 7)
 
 
 def test_arguments_by_the_names_that_torch_gives_them():

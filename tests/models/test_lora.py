@@ -5,9 +5,10 @@ import warnings
 
 import pytest
 import torch
+from pruned_models import pruned, sparse_is_faster
 from torch import nn
 
-from sparsekern import SparseLinear, Static, sparsify_
+from sparsekern import SparseLinear, Static, accelerate_, sparsify_
 from sparsekern.sparsity import Magnitude, SparseGPT
 
 
@@ -82,6 +83,27 @@ def adapted(peft, **settings):
 
 def sparse_layers(model):
     return [m for m in model.modules() if isinstance(m, SparseLinear)]
+
+
+@pytest.mark.parametrize("merge", ["merge_and_unload", "merge_adapter"])
+def test_an_adapter_on_a_dense_model_that_accelerate_made_sparse(peft, merge, monkeypatch):
+    # Nobody has imported sparsekern.models.lora here, if this test runs alone.
+    sparse_is_faster(monkeypatch)
+    net = pruned(nn.Sequential(nn.Linear(128, 64), nn.Linear(64, 64)))
+    config = peft.LoraConfig(target_modules=["0", "1"], init_lora_weights=False)
+    model = peft.get_peft_model(net, config).eval()
+    x = torch.randn(3, 128)
+    with torch.no_grad():
+        want = model(x)
+        assert len(accelerate_(model, x).sparse) == 2
+        torch.testing.assert_close(model(x), want)
+        with warnings.catch_warnings(record=True):
+            merged = getattr(model, merge)() or model
+        torch.testing.assert_close(merged(x), want)
+        if merge == "merge_adapter":
+            model.unmerge_adapter()
+            assert len(sparse_layers(model)) == 2
+            torch.testing.assert_close(model(x), want)
 
 
 def test_lora_on_sparse_layers(peft, tmp_path):

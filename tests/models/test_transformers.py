@@ -4,9 +4,11 @@ import copy
 
 import pytest
 import torch
+from pruned_models import sparse_is_faster
 
 from sparsekern import accelerate_, densify_
-from sparsekern.models import accelerate, measure
+from sparsekern.models.prune import prune_
+from sparsekern.sparsity import Wanda
 
 transformers = pytest.importorskip("transformers")
 
@@ -35,18 +37,24 @@ def mixtral():
     return transformers.AutoModelForCausalLM.from_config(config)
 
 
+def gpt_oss():
+    heads = {"num_key_value_heads": 2, "head_dim": 16}
+    config = transformers.GptOssConfig(**SMALL, **heads, num_local_experts=4)
+    return transformers.AutoModelForCausalLM.from_config(config)
+
+
 def bert():
     config = transformers.BertConfig(**SMALL, num_labels=3)
     return transformers.AutoModelForSequenceClassification.from_config(config)
 
 
-# layers that become sparse; k_proj and v_proj of llama and mixtral have under 4096 weights
-@pytest.mark.parametrize(("make", "count"), [(gpt2, 8), (llama, 10), (mixtral, 7), (bert, 13)])
+# that become sparse; k_proj and v_proj of llama, mixtral and gpt-oss have under 4096 weights
+LAYERS = [(gpt2, 8), (llama, 10), (mixtral, 7), (gpt_oss, 7), (bert, 13)]
+
+
+@pytest.mark.parametrize(("make", "count"), LAYERS)
 def test_models_of_transformers(make, count, monkeypatch):
-    monkeypatch.setattr(
-        measure, "usual_seconds", lambda runs, *_: {n: 1 + (n != "sparse") for n in runs}
-    )
-    monkeypatch.setattr(accelerate, "seconds_of", lambda run, device: 1.0)
+    sparse_is_faster(monkeypatch)
     model = make().eval()
     with torch.no_grad():
         for p in model.parameters():
@@ -62,3 +70,19 @@ def test_models_of_transformers(make, count, monkeypatch):
     densify_(model)
     state, before = model.state_dict(), twin.state_dict()
     assert state.keys() == before.keys() and all(torch.equal(state[k], before[k]) for k in state)
+
+
+def test_experts_with_biases_are_pruned():
+    model = gpt_oss().eval()
+    with torch.no_grad():
+        for name, p in model.named_parameters():
+            if name.endswith("proj_bias"):
+                p.normal_()
+    twin = copy.deepcopy(model)
+    report = prune_(model, Wanda(0.5, calibration=[IDS]))
+    experts, before = model.model.layers[0].mlp.experts, twin.model.layers[0].mlp.experts
+    assert sum("experts" in layer.name for layer in report.layers) == 2 * 2 * 4
+    for name in ("gate_up_proj", "down_proj"):
+        now, old = getattr(experts, name), getattr(before, name)
+        assert 0.45 < (now == 0).float().mean() < 0.55 and torch.equal(now[now != 0], old[now != 0])
+        assert torch.equal(getattr(experts, f"{name}_bias"), getattr(before, f"{name}_bias"))

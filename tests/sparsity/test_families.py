@@ -17,6 +17,7 @@ from sparsekern.sparsity import (
     ALGORITHMS,
     GMP,
     SET,
+    Group,
     IterativePruning,
     Magnitude,
     RigL,
@@ -282,7 +283,8 @@ def test_an_algorithms_state_has_its_family():
     algorithm = MAKERS["gmp"](family="two-way")
     run(algorithm, 3)
     state = algorithm.state_dict()
-    assert state == {"steps": 3, "family": "two-way"} and Static(0.5).state_dict() == {"steps": 0}
+    assert state["steps"] == 3 and state["family"] == "two-way"
+    assert Static(0.5).state_dict() == {"steps": 0, "sparsity": 0.5}
     again = MAKERS["gmp"](family="two-way")
     again.apply(Net())
     again.load_state_dict(state)
@@ -291,6 +293,21 @@ def test_an_algorithms_state_has_its_family():
         MAKERS["gmp"]().load_state_dict(state)
     with pytest.raises(ValueError, match="family: expected two-way, got .* unstructured"):
         again.load_state_dict({"steps": 3})
+
+
+def test_the_state_of_another_sparsity_is_refused():
+    late = {"update": {"steps": [9]}}
+    state = RigL(0.5, **late).state_dict() | {"steps": 3}
+    algorithm = RigL(0.75, **late)
+    with pytest.raises(ValueError, match="sparsity: expected 0.75 after 3 steps, .* with 0.5;"):
+        algorithm.load_state_dict(state)
+    group = Group([RigL(sparsity, param_filter="a", **late) for sparsity in (0.5, 0.75)])
+    with pytest.raises(ValueError, match="sparsity: expected 0.75"):
+        group.load_state_dict({"algorithms": [state, state]})
+    assert algorithm.steps == group.algorithms[0].steps == 0
+    algorithm.load_state_dict({"steps": 3})  # as it was written before
+    held = Static(0.9, "from_zeros")
+    held.load_state_dict(Static(0.5, "from_zeros").state_dict())
 
 
 @both
@@ -354,7 +371,7 @@ def test_training_from_a_file_and_on(tmp_path, capsys):
     assert main(["train", "--resume", "--steps=6", f"--out={outs[1]}"]) == 0
     files = [torch.load(out / "checkpoint.pt", weights_only=True) for out in outs]
     for file in files:
-        assert file["algorithm"] == {"steps": 6, "family": "two-way"}
+        assert file["algorithm"] == {"steps": 6, "sparsity": 0.75, "family": "two-way"}
         model = file["model"]
         for name in [n for n in model if n.endswith("col_indices")]:
             offsets = model[name.replace("col_indices", "row_offsets")]

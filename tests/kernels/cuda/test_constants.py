@@ -14,6 +14,7 @@ from sparsekern.kernels.cuda import (
     gather,
     layout,
     library,
+    ordered,
     pairs,
     pairs_ring,
     runs,
@@ -42,6 +43,9 @@ TIED = [
         "bitmap.cu",
         "4 * kTileWords + kTileRows * kOctets + kWordColumns * kTileOctets",
     ),
+    ("ordered.THREADS", "order.cu", "kOrderThreads"),
+    ("ordered.PERMUTE_TOKENS", "order.cu", "kPermuteTokens"),
+    ("ordered.TILE_PAD", "order.cu", "kFillPad"),
     ("gather.GRANULE", "gather.cuh", "kGranule"),
     ("gather.BLOCK_PIECES", "spmm_gather.cu", "kGatherWarps"),
     ("gather.DEPTH", "spmm_gather.cu", "kGatherDepth"),
@@ -66,7 +70,7 @@ TIED = [
     ("cover.WINDOW", "cover.h", "kCoverWindow"),
     ("cover.RECORD_BYTES", "cover.h", "kCoverRecordBytes"),
 ]
-_MODULES = bitmap, cover, expand, gather, layout, library, pairs, pairs_ring, runs
+_MODULES = bitmap, cover, expand, gather, layout, library, ordered, pairs, pairs_ring, runs
 MODULES = {module.__name__.split(".")[-1]: module for module in _MODULES}
 
 
