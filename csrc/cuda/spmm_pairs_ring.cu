@@ -208,6 +208,7 @@ __device__ void spmm_pairs_ring(const unsigned* all_words, const int* steps,
   partial += static_cast<long long>(token_tile) * blocks * most_shares * kTokens * rows;
   arrived += token_tile * blocks;
 
+  require_warpgroups();
   let_next_kernel_start();
   if (warp % group_warps == 0 && is_consumer && lane == 0) {
     ring.init(writers, group_warps);
