@@ -142,6 +142,9 @@ void mma(float (&c)[4], const unsigned* a, unsigned b0, unsigned b1) {
   emulated::meet(kBf16 ? "mma<bf16>" : "mma<f16>", emulated::run_mma, &mine, true);
 }
 
+inline void require_warpgroups() {
+  if (!emulated::warpgroups) emulated::fail("require_warpgroups: there are none");
+}
 inline void publish_to_warpgroups() {}
 inline void begin_warpgroup_products() {}
 inline void commit_warpgroup_products() {}
