@@ -118,8 +118,8 @@ def explain(x: Tensor | int, W: SparseTensor | torch.nn.Module) -> str:
     """Which kernel runs each pass of linear(x, W), or of x @ W.T if given W.T, and why not others.
 
     Of a PackedLinear, or of all in a model that pack_ has made: a line each, with what is held and
-    what a call runs, and one about their bytes; x may then be a number of tokens. ValueError if the last dimension of x is not
-    K, or for a model without such layers.
+    what a call runs, and one about their bytes; x may then be a number of tokens. ValueError if the
+    last dimension of x is not K, or for a model without such layers.
     """
     if isinstance(W, torch.nn.Module):
         return _explain_packed(x, W)

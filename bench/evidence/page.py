@@ -8,9 +8,11 @@ from sparsekern.files import atomic_write
 from sparsekern.terminal import table
 
 from . import plan, study
+from .build import TRAINING
 from .differences import METRICS, Difference, by_seed, difference, value, verdict
 from .plan import ARMS, PLAN, SIZES, SWEEP_SEED, Order, Prediction
 
+TEXT = Path(__file__).with_name("manifest.json")
 PRIMARY = (("75", "dense", "code"), ("75", "small", "code"))  # fine-tuned loss, order 2
 SIZE = "S"
 TITLE = "# Does quality survive?"
@@ -20,11 +22,10 @@ each arm below gets the same text, a swept learning rate (or that of the arm it 
 the same seeds, and is then fine-tuned dense on the same tasks. Predictions and margins were fixed
 before the first run (bench/evidence/plan.py); this page is made from bench/results/quality.jsonl.
 
-- **Text**: {tokens} tokens of English prose out of packages (novels, dictionaries, manuals, news,
-  interfaces), text {corpus}; paragraphs once, documents held out by a hash of their names. Held-out
+- **Text**: {text}. Each paragraph once, documents held out by a hash of their names. Held-out
   tokens that stand in 13 tokens of the training text are not scored. Rates are chosen on every
-  other row of it, the others are reported. `python bench/quality.py corpus` makes it again; the
-  text itself is not shipped.
+  other row of it, the others are reported. `python bench/quality.py corpus` makes it again
+  (bench/evidence/manifest.json has its hashes); the text itself is not shipped.
 - **Training**: masked dense weights in one CUDA graph for all arms of a shape; `python
   bench/quality.py check` holds 200 of its steps to the same steps by the sparse kernels. AdamW
   (0.9, 0.95), weight decay 0.1, clipping at 1, warm-up over 5 % of the steps, then straight down to
@@ -54,33 +55,34 @@ def publish(kept: Path, page: Path, new: Sequence[Path]) -> None:
 
 def text(results: list[dict]) -> str:
     """The whole page. What was not run says so."""
-    tokens = max(
-        (
-            r["pretrained"].get("tokens", 0) / r["pretrained"].get("passes", 1)
-            for r in results
-            if r.get("pretrained", {}).get("passes")
-        ),
-        default=0,
-    )
-    corpus = results[0]["corpus"] if results else "not made yet"
     parts = [
         TITLE,
         first_words(results),
         "## The primary outcome\n\n" + primary(results),
-        "## How\n\n"
-        + METHOD.format(tokens=f"{tokens / 1e6:.1f}M" if tokens else "about 60M", corpus=corpus),
+        "## How\n\n" + METHOD.format(text=text_of(json.loads(TEXT.read_text()))),
     ]
     for order in PLAN:
         parts.append(f"## {order.number}. {order.question}\n\n" + section(order, results))
     parts.append("## Not run\n\n" + not_run(results))
-    if machines := sorted(
-        {
-            f"{r['device']}, torch {r['torch']}, {r['date']}, commit {r['commit'][:10]}"
-            for r in results
-        }
-    ):
-        parts.append("Runs: " + "; ".join(machines) + ".")
+    machines = {
+        f"{r['device']}, torch {r['torch']}, {r['date']}, commit {r['commit'][:10]}"
+        for r in results
+    }
+    if machines:
+        parts.append(f"Runs: {'; '.join(sorted(machines))}.")
     return "\n\n".join(part.rstrip() for part in parts) + "\n"
+
+
+def text_of(manifest: dict) -> str:
+    """How much of what, in words."""
+    domains: dict[str, list[str]] = {}
+    for source in manifest["sources"]:
+        if "characters" in source:
+            name = f"{source['name']} {source['version'][:10]}"
+            domains.setdefault(source["domain"], []).append(name)
+    told = "; ".join(f"{domain}: {', '.join(names)}" for domain, names in domains.items())
+    (tokens,) = manifest["arrays"][TRAINING]["shape"]
+    return f"{tokens / 1e6:.1f}M tokens of English prose out of packages ({told})"
 
 
 def first_words(results: list[dict]) -> str:

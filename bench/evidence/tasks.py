@@ -27,7 +27,7 @@ from .rows import Item
 from .sources import Source, of_source_code, without_tags
 
 SENTIMENT_TEST, SENTIMENT_DEV = 5000, 2000
-CLOZE_ITEMS, CLOZE_WORDS, CLOZE_APART = 5000, 160, 20
+CLOZE_ITEMS, CLOZE_WORDS, CLOZE_APART = 5000, 160, 10
 CODE_TOKENS, CODE_TEST_TOKENS = 8_000_000, 500_000
 SHORT, LONG = 48, 289  # tokens of a row of blimp, and of an item of the others
 VERDICTS = {"0": " bad", "1": " good"}

@@ -1,7 +1,6 @@
 """How fast products are with W in each layout, at all numbers of tokens: what pack_ chooses by.
 
-Every layout on every number of tokens, beside all dense calls. The copy that may be kept is one of
-these, read by cuBLAS or by cuBLASLt.
+Every layout on every number of tokens, beside all dense calls: that of a kept copy is one of these.
 sparsekern/kernels/cuda/times.py says how sparsekern/kernels/packed_times.json is laid out.
 """
 
@@ -14,19 +13,17 @@ from ..kernels.cuda import library as cuda_library
 from ..kernels.cuda.choose import PACKED, Packed, choose_layout, lay_out
 from ..kernels.cuda.few_tokens import spmm_packed
 from ..kernels.cuda.kept import Dense
-from ..kernels.cuda.times import CUBLASLT
 from ..tensor import SparseTensor
 from .measure_gpu import NEAR_BEST, Grid, Way
 from .records import OURS, select
 
 GRID = Grid(
-    shapes=((2048, 2048), (6144, 2048), (2048, 8192), (4096, 4096), (11008, 4096), (12288, 12288)),
-    tokens=(1, 4, 8, 16, 32, 64, 128, 256, 2048),
+    shapes=((512, 1024), (2048, 2048), (6144, 2048), (2048, 8192), (11008, 4096), (12288, 12288)),
+    tokens=(1, 2, 8, 16, 32, 64, 256, 2048),
     sparsities=(0.5, 0.9),  # a line goes through both: at 70 and 80 % it meets what was measured
     masks=("random",),
 )
-KEPT = "mm(x, W[K, N])"
-LT_GAIN = 1.03  # how many times as fast cuBLASLt has to be
+KEPT = "mm(x, W[K, N]) cublas"
 
 
 def ways() -> list[Way]:
@@ -75,22 +72,8 @@ def packed_share(cells: list[dict], name: str) -> float | None:
 
 
 def dense_share(cells: list[dict]) -> float | None:
-    """Where no call of the copy was near the best, it is at least as slow as that allows."""
-    found = [
-        s
-        for cell in cells
-        for lib in ("cublas", "cublaslt")
-        if (s := _share(cell, f"{KEPT} {lib}"))
-    ]
-    return min(found, default=NEAR_BEST) if cells else None
-
-
-def cublaslt_share(cells: list[dict]) -> float | None:
-    for cell in cells:
-        lt, default = (_share(cell, f"{KEPT} {lib}") for lib in ("cublaslt", "cublas"))
-        if lt is not None and (default is None or LT_GAIN * lt < default):
-            return lt
-    return None
+    """Where that call was not near the best, it is at least as slow as that allows."""
+    return next((_share(cell, KEPT) or NEAR_BEST for cell in cells), None)
 
 
 def _share(cell: dict, name: str) -> float | None:
@@ -103,7 +86,6 @@ def _share(cell: dict, name: str) -> float | None:
 FINDERS: dict[str, Callable[[list[dict]], float | None]] = {
     **{name: partial(packed_share, name=name) for name in PACKED},
     Dense.name: dense_share,
-    CUBLASLT: cublaslt_share,
 }
 
 

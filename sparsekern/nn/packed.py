@@ -21,12 +21,12 @@ class PackedLinear(nn.Module):
     or in two of them.
 
     At 75 % sparsity it takes 0.32 to 0.37 of the bytes of a dense 16-bit weight if packed for one
-    or two tokens (the less, the larger it is), 0.43 for more. Up to 64 tokens W is read in that
-    form; above, it is written out for each call, unless a dense copy is kept. No gradient, and no
-    way back to CSR: keep the checkpoint. Not for two CUDA streams at the same time
-    (kernels/cuda/few_tokens.py says why). Its buffers are in no state_dict. Each call checks their
-    types and sizes, but not what stands in them: to average or write them by hand may lead a kernel
-    anywhere. `layout` names what is held; explain() says what a call runs.
+    or two tokens (the less, the larger it is), 0.43 for more. Up to 64 tokens (`pairs` on Hopper:
+    256) W is read in that form; above, it is written out for each call, unless a dense copy is
+    kept. No gradient, and no way back to CSR: keep the checkpoint. Not for two CUDA streams at the
+    same time (kernels/cuda/few_tokens.py says why). Its buffers are in no state_dict. Each call
+    checks their types and sizes, but not what stands in them: to average or write them by hand may
+    lead a kernel anywhere. `layout` names what is held; explain() says what a call runs.
 
     Args:
         packed: W [out_features, in_features], in one layout or in several, each another one.

@@ -259,9 +259,15 @@ def test_layers_in_float32_stay(products):
 
 
 @on_gpu
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
-@pytest.mark.parametrize("tokens", [1, (1, 64), (1, 2048), (16, 64)], ids=str)
-@pytest.mark.parametrize("dense", [False, True])
+@pytest.mark.parametrize(
+    ("tokens", "dense", "dtype"),
+    [
+        (1, True, torch.bfloat16),
+        ((1, 2048), False, torch.float16),
+        ((16, 64), True, torch.bfloat16),
+    ],
+    ids=str,
+)
 def test_products(tokens, dense, dtype):
     made = model(256, dtype).cuda()
     packed = pack_(copy.deepcopy(made), tokens, dense=dense, groups=GROUPS)

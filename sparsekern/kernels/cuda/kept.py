@@ -2,12 +2,9 @@
 
 For the numbers of tokens with which the packed kernels lose. Its products are torch's: a zero that
 meets an infinity or NaN in x makes NaN there, as in nn.Linear. Stored as [K, N], which the dense
-libraries read faster than [N, K] in most cases of the decode benchmark; of these, cuBLASLt runs
-where it was measured faster.
+libraries read faster than [N, K] in most cases of the decode benchmark.
 """
 
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 
 import torch
@@ -16,7 +13,6 @@ from torch import Tensor
 from ...tensor import SparseTensor
 from ..reference import mm
 from .layout import Gpu, Launch, Packed
-from .times import CUBLASLT, share
 
 
 @dataclass(frozen=True)
@@ -43,22 +39,7 @@ class Dense(Packed):
 
     def multiply(self, x: Tensor, bias: Tensor | None) -> Tensor:
         """y [M, N] = x [M, K] @ W.T + bias [N]."""
-        m, (k, n) = len(x), self.weight.shape
-        with cublaslt(x.is_cuda and share(CUBLASLT, m, n, k, self.density) is not None):
-            return mm(x, self.weight, bias)
+        return mm(x, self.weight, bias)
 
     def parts(self) -> dict[str, tuple[torch.dtype | None, tuple[int, ...]]]:
         return {"weight": (None, (self.k, self.n))}
-
-
-@contextmanager
-def cublaslt(is_wanted: bool) -> Iterator[None]:
-    """Lets torch prefer cuBLASLt meanwhile, in the whole process: any product is as right by it."""
-    before = torch.backends.cuda.preferred_blas_library() if is_wanted else None
-    if is_wanted:
-        torch.backends.cuda.preferred_blas_library("cublaslt")
-    try:
-        yield
-    finally:
-        if before is not None:
-            torch.backends.cuda.preferred_blas_library(before)

@@ -6,9 +6,8 @@ packed_times.json holds, for some shapes [N, K], rising densities and rising num
      "densities": [0.1, ...], "shares": {"gather": [[[0.4, ...], ...], ...], "dense": ...}}
 
 shares[layout][shape][density][tokens], null where that was not measured. "dense" is the copy of W
-that is kept (kept.py), by the faster one of cuBLAS and cuBLASLt; "cublaslt" is null where that is
-cuBLAS, torch's default. One GPU's numbers serve all of them. `python bench/run_gpu.py layouts`
-measures them and writes the file.
+that is kept (kept.py), which torch's default library reads: the best call may be another. One GPU's
+numbers serve all of them. `python bench/run_gpu.py layouts` measures them and writes the file.
 """
 
 import json
@@ -17,7 +16,6 @@ from functools import cache, lru_cache
 from pathlib import Path
 from typing import NamedTuple
 
-CUBLASLT = "cublaslt"
 FILE = Path(__file__).parents[1] / "packed_times.json"
 
 

@@ -114,7 +114,7 @@ def test_times_follow_the_density_along_a_line(monkeypatch):
 
 def test_what_ships_knows_every_layout_and_agrees_with_the_choice_for_one_number():
     data = times.measured()
-    assert data.shares.keys() == {*NAMES, "dense", "cublaslt"}
+    assert data.shares.keys() == {*NAMES, "dense"}
     assert data.tokens == sorted(data.tokens) and data.densities == sorted(data.densities)
     for by_shape in data.shares.values():
         assert len(by_shape) == len(data.shapes)
