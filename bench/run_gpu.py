@@ -361,7 +361,10 @@ def main(arguments: list[str]) -> int:
     if args.verb in train_gpu.PAGES:
         return train(args, folder)
     if args.verb == "models":
-        return whole_models(args, folder)
+        run = models_gpu.measure(machine(), folder / "models-bfloat16.csv", args)
+        if not args.out:
+            publish(run)
+        return 0
     suffix = "-{}of{}".format(*args.part) if args.part else ""
     path = folder / f"{args.verb}-{args.dtype}{suffix}.csv"
     if args.verb != "crossover" and (reason := peers_gpu.few_tokens(1).missing):
@@ -394,16 +397,6 @@ def train(args: argparse.Namespace, folder: Path) -> int:
         print("\n".join(["Failed or wrong:", *bad]))
         return 1
     if not args.out and not model and not getattr(args, "quick", False):
-        publish(run)
-    return 0
-
-
-def whole_models(args: argparse.Namespace, folder: Path) -> int:
-    path = folder / "models-bfloat16.csv"
-    run = models_gpu.measure(machine(), path, args.commit, args.limit_s)
-    print(models_gpu.page(path.stem, run))
-    print(f"{run.about['seconds']:.0f} s: {path}")
-    if not args.out:
         publish(run)
     return 0
 
