@@ -17,8 +17,9 @@ class PackedLinearOnCpu(PackedLinear):
     At 50, 75, 90 and 95 % sparsity it takes 0.76, 0.44, 0.22 and 0.13 of the bytes of a dense
     float32 weight, in bfloat16 0.92, 0.53, 0.26 and 0.16 of those of a dense bfloat16 one.
     SparseLinear is as fast from 8 tokens on, and reads less where weights come from memory; for
-    many tokens the weight is written out for each call. No gradient, and no way back to CSR: keep the checkpoint. Its buffers are in no state_dict. Each
-    call checks their types and sizes, but not what stands in them.
+    many tokens the weight is written out for each call. No gradient, and no way back to CSR: keep
+    the checkpoint. Its buffers are in no state_dict. Each call checks their types and sizes, but
+    not what stands in them.
 
     Args:
         packed: W [out_features, in_features].

@@ -109,7 +109,7 @@ def test_every_instruction_set(isa_env):
 @pytest.mark.parametrize("case", SHAPES, ids=lambda case: case.name)
 def test_transposed_products(case, dtype, nan_memory):
     tolerance = TOLERANCE.get(dtype, 1e-14)
-    for M in range(rows.MOST_TOKENS_T + 1):
+    for M in (0, 1, 2, 3, rows.MOST_TOKENS_T):
         t = with_tokens(case, M).tensors(dtype)
         arguments = (*operands(t)[:-1], t.dy)
         product, scale = exact(t)["spmm_t"]
