@@ -20,6 +20,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
+import vendor_peers
 from torch import Tensor
 
 from sparsekern import SparseTensor
@@ -218,6 +219,23 @@ def _find() -> tuple[Peer, ...]:
             "token-major; dense W packed beforehand",
             _onnxruntime,
             no_onnx,
+            is_light=False,
+            is_inference_only=True,
+        ),
+        Peer(
+            vendor_peers.AOCL,
+            SPARSE,
+            f"{fm}; W laid out beforehand for many products",
+            vendor_peers.aocl_csr,
+            vendor_peers.aocl_missing(),
+            is_light=False,
+        ),
+        Peer(
+            vendor_peers.OPENVINO,
+            PACKED,
+            "token-major; dense W packed beforehand",
+            vendor_peers.openvino_dense,
+            vendor_peers.openvino_missing(),
             is_light=False,
             is_inference_only=True,
         ),

@@ -56,9 +56,9 @@ SECTIONS = """\
 
 {heading}
 
-Times faster than the best dense call, which is the fastest of torch and OpenBLAS on the same
-operands (for bf16 of both types). Medians of interleaved rounds, geometric means over the shapes;
-in brackets the best sparse peer of each shape. Below 1 is a loss.
+Times faster than the best dense call, which is the fastest of torch, OpenBLAS and oneDNN, W packed
+for it or not, on the same operands (for bf16 of both types). Medians of interleaved rounds,
+geometric means over the shapes; in brackets the best sparse peer of each shape. Below 1 is a loss.
 
 {overview}
 
@@ -73,7 +73,8 @@ copies of W. Cold weights: each competitor goes through {cold_mb:.0f} MB or more
 
 ## By shape
 
-One thread. GFLOP/s of the best dense call.
+One thread. GFLOP/s of the best dense call, and its share of what multiply-adds of float32 on
+registers reach here; bf16 has more than that.
 
 {by_shape}
 

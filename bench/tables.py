@@ -110,8 +110,11 @@ def by_shape(cases: list[dict]) -> str:
     lines = []
     for (name, n, k), chosen in groups(in_order, label, lambda i: i["N"], lambda i: i["K"]).items():
         rate = median(1e-9 * case["dense_flop"] / case["dense_s"] for case in chosen)
-        lines.append(([name, f"{n}x{k}", most_often_best(chosen), f"{rate:.0f}"], chosen, cell))
-    return by_sparsity(["pass", "N x K", "best dense", "GFLOP/s"], 3, lines, cases)
+        shares = [case["dense_share"] for case in chosen if "dense_share" in case]
+        share = f" ({median(shares):.0%})" if shares else ""
+        best = [name, f"{n}x{k}", most_often_best(chosen), f"{rate:.0f}{share}"]
+        lines.append((best, chosen, cell))
+    return by_sparsity(["pass", "N x K", "best dense", "GFLOP/s (of peak)"], 3, lines, cases)
 
 
 def most_often_best(cases: list[dict]) -> str:

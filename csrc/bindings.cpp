@@ -68,11 +68,13 @@ PYBIND11_MODULE(_C, m) {
 
   py::class_<sk::Plan>(m, "Plan", "How a product is cut.")
       .def(py::init([](int threads, int vecs, int tile_parts, int64_t rows, int64_t cols,
-                       int64_t row_parts, int64_t col_parts) {
-             return sk::Plan{threads, vecs, tile_parts, rows, cols, row_parts, col_parts};
+                       int64_t row_parts, int64_t col_parts, bool pairs, bool in_place) {
+             return sk::Plan{threads,   vecs,      tile_parts, rows,    cols,
+                             row_parts, col_parts, pairs,      in_place};
            }),
            py::kw_only(), py::arg("threads"), py::arg("vecs"), py::arg("tile_parts"),
-           py::arg("rows"), py::arg("cols"), py::arg("row_parts"), py::arg("col_parts"));
+           py::arg("rows"), py::arg("cols"), py::arg("row_parts"), py::arg("col_parts"),
+           py::arg("pairs"), py::arg("in_place"));
 
   m.def("isa", &sk::isa_name, "The instruction set in use.");
   m.def("lanes", [] { return sk::kernels().lanes; }, "Floats in one of its vectors.");
@@ -86,6 +88,17 @@ PYBIND11_MODULE(_C, m) {
         sk::read_memory(as<const float>(p), size, rounds, threads);
       },
       NoGil(), "Reads `size` floats, each thread a part of them, `rounds` times.");
+  py::enum_<sk::Step>(m, "Step")
+      .value("floats", sk::Step::kFloats)
+      .value("pairs", sk::Step::kPairs)
+      .value("dots", sk::Step::kDots);
+  m.def(
+      "multiply_panel",
+      [](sk::Step step, Pointer p, int64_t bytes, int64_t rounds) {
+        return sk::multiply_panel(step, as<const void>(p), bytes, rounds);
+      },
+      NoGil(), "FLOPs done with what stands in memory.");
+  m.def("has_bf16_dots", &sk::has_bf16_dots, "Whether one instruction sums products of bfloat16.");
   m.def("add_chain", &sk::add_chain, NoGil(), "Additions done, one a cycle.");
 
   py::class_<sk::Pattern>(m, "Pattern", "What the kernels derive from a CSR pattern, made once.")

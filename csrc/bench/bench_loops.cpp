@@ -26,6 +26,10 @@ void read_memory(const float* p, int64_t size, int64_t rounds, int threads) {
   });
 }
 
+int64_t multiply_panel(Step step, const void* p, int64_t bytes, int64_t rounds) {
+  return SK_CHOSEN(kIsaLoops).multiply_panel(step, p, bytes, rounds);
+}
+
 int64_t add_chain(int64_t rounds) {
   constexpr int kAdds = 16;
   uint64_t x = 1, y = 3;

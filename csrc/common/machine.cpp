@@ -61,6 +61,15 @@ const Built& chosen() {
 Isa isa() { return chosen().isa; }
 const char* isa_name() { return chosen().name; }
 
+bool has_bf16_dots() {
+#ifdef SK_HAVE_AVX512
+  static const bool has = __builtin_cpu_supports("avx512bf16");
+  return has && isa() == Isa::kAvx512;
+#else
+  return false;
+#endif
+}
+
 int64_t cache_bytes(int level) {
 #if defined(_SC_LEVEL1_DCACHE_SIZE)
   return std::max(0L, sysconf(level == 1 ? _SC_LEVEL1_DCACHE_SIZE : _SC_LEVEL2_CACHE_SIZE));

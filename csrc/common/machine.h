@@ -37,6 +37,9 @@ const char* isa_name();
 #define SK_CHOSEN(name) portable::name
 #endif
 
+// Whether there is an instruction for dot products of bfloat16 (AVX512-BF16), and isa() may use it.
+bool has_bf16_dots();
+
 // Size of a core's L1 data cache (level 1) or L2 cache (2); 0 where the system does not say.
 int64_t cache_bytes(int level);
 

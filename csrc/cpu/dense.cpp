@@ -37,13 +37,11 @@ void for_rows(const Csr& w, int threads, F f) {
       if (first < 0 || last < first || last > w.nnz)
         fail("row_offsets: expected never to decrease, and to end with the number of columns");
       columns.assign(w.col_indices + first, w.col_indices + last);
-      int32_t previous = -1;
-      bool is_rising = true;
-      for (const int32_t col : columns) {
-        is_rising &= col > previous;
-        previous = col;
-      }
-      if (!is_rising || previous >= w.k) {
+      const size_t count = columns.size();
+      // Four or more at a time, which a chain from one column to the next would not be.
+      bool is_rising = count == 0 || (columns[0] >= 0 && columns[count - 1] < w.k);
+      for (size_t p = 1; p < count; p++) is_rising &= columns[p] > columns[p - 1];
+      if (!is_rising) {
         const Snapshot all(w);  // says what is wrong; the fault may be that of a row offset
         fail("col_indices: expected to stay as they are during a product");
       }

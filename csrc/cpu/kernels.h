@@ -2,7 +2,9 @@
 // A panel is a feature-major slice of activations, [features][width] numbers with
 // width = vecs * lanes tokens, aligned to 64 bytes. It is what makes the inner loop fast: each
 // non-zero of W meets a whole panel row, contiguous, in registers' width. The numbers of panels and
-// of arrays in walking order are float, for float64 double.
+// of arrays in walking order are float, for float64 double. Panels that are read, of kPairs, stay
+// bfloat16: lanes is twice as many, and of 2 * L tokens, L the floats in a register, the first L
+// stand in the low halves of 32 bits and the others in the high ones.
 #pragma once
 
 #include <cstdint>
@@ -16,10 +18,12 @@ namespace sk {
 constexpr int64_t kSumBlocks = 32;
 constexpr int64_t kFewTokens = 16, kBitmapTokens = 8;  // the most that `spmm_few` takes
 
-enum class Type { kFloat, kBfloat16, kDouble };
+enum class Type { kFloat, kBfloat16, kDouble, kPairs };  // kPairs: bfloat16, in panels too
 inline int64_t size_of(Type t) { return t == Type::kDouble ? 8 : t == Type::kFloat ? 4 : 2; }
 // Bytes of the type that it is computed in.
 inline int64_t real_size_of(Type t) { return t == Type::kDouble ? 8 : 4; }
+// Bytes of a token in a panel that is read.
+inline int64_t panel_size_of(Type t) { return t == Type::kPairs ? 2 : real_size_of(t); }
 
 // A token-major matrix: element (m, c) at data + (m * stride + c) elements.
 struct Matrix {
@@ -52,11 +56,11 @@ struct CompressedRows {
 };
 
 struct Kernels {
-  int lanes;  // floats; half as many doubles
+  int lanes;  // floats; half as many doubles, twice as many tokens of pairs
 
   // panel[c][m] = x[m][c] for c < features, m < tokens; 0 for tokens <= m < width.
   void (*pack)(Type, Matrix x, int64_t tokens, int64_t features, int vecs, void* panel);
-  // y[m][c] = panel[c][m], rounded to the type.
+  // y[m][c] = panel[c][m], rounded to the type. The panel is one of results: real numbers.
   void (*unpack)(Type, const void* panel, int vecs, int64_t tokens, int64_t features, Matrix y);
 
   // The block's values, from CSR order into walking order.
@@ -69,8 +73,10 @@ struct Kernels {
   // y[row][:] = start[row] + the sum over the row's non-zeros of value * x[col][:]; start and y are
   // local to the block, of `rows` rows. With more than kSumBlocks column blocks as much memory
   // again is used behind y.
-  void (*spmm)(Type, int vecs, const Walk&, int64_t rows, const void* walked, const void* start,
-               const void* x, void* y);
+  // values: the block's in walking order, or in_place all of W's in CSR order. In place not for W^T
+  // and not for 16-bit types.
+  void (*spmm)(Type, int vecs, const Walk&, int64_t rows, bool in_place, const void* values,
+               const void* start, const void* x, void* y);
   // walked (+)= sum_m dy[row][m] * x[col][m] for each non-zero; dy is local to the block.
   void (*sddmm)(Type, int vecs, const Walk&, const void* dy, const void* x, bool add, void* walked);
 

@@ -1,6 +1,7 @@
 // The leaf loops for one instruction set: compiled once per ISA, with SK_ISA naming it.
 #include <type_traits>
 
+#include "../common/machine.h"
 #include "few_tokens_columns.h"
 #include "few_tokens_rows.h"
 #include "gather.h"
@@ -17,12 +18,18 @@ template <class F>
 void with_type(Type type, F f) {
   float* real = nullptr;
   if (type == Type::kFloat) f(static_cast<float*>(nullptr), real);
-  if (type == Type::kBfloat16) f(static_cast<bf16*>(nullptr), real);
+  if (type == Type::kBfloat16 || type == Type::kPairs) f(static_cast<bf16*>(nullptr), real);
   if (type == Type::kDouble) f(static_cast<double*>(nullptr), static_cast<double*>(nullptr));
 }
 template <class F>
 void with_real(Type type, F f) {
   type == Type::kDouble ? f(static_cast<double*>(nullptr)) : f(static_cast<float*>(nullptr));
+}
+// Calls f with a null pointer of the element type of panels that are read, and one as above.
+template <class F>
+void with_panel(Type type, F f) {
+  if (type == Type::kPairs) return f(static_cast<Pair*>(nullptr), static_cast<float*>(nullptr));
+  with_real(type, [&](auto* real) { f(real, real); });
 }
 
 template <class T>
@@ -34,10 +41,10 @@ const T* as(const void* data, T*) {
   return static_cast<const T*>(data);
 }
 
-// Tokens in a panel.
-template <class Real>
-int64_t width(int vecs, Real*) {
-  return int64_t{vecs} * Simd<Real>::kCount;
+// Elements in a row of a panel.
+template <class Element>
+int64_t width(int vecs, Element*) {
+  return int64_t{vecs} * Simd<Element>::kCount;
 }
 
 #define SK_WITH_VECS(call) \
@@ -49,15 +56,18 @@ int64_t width(int vecs, Real*) {
   }
 
 void pack_(Type type, Matrix x, int64_t tokens, int64_t features, int vecs, void* panel) {
-  with_type(type, [&](auto* t, auto* real) {
-    pack(as(static_cast<const void*>(x.data), t), x.stride, tokens, features, width(vecs, real),
-         as(panel, real));
-  });
+  auto to = [&](auto* t, auto* element) {
+    pack(as(static_cast<const void*>(x.data), t), x.stride, tokens, features, width(vecs, element),
+         as(panel, element));
+  };
+  if (type == Type::kPairs) return to(static_cast<bf16*>(nullptr), static_cast<Pair*>(nullptr));
+  with_type(type, to);
 }
 
 void unpack_(Type type, const void* panel, int vecs, int64_t tokens, int64_t features, Matrix y) {
   with_type(type, [&](auto* t, auto* real) {
-    unpack(as(panel, real), width(vecs, real), tokens, features, as(y.data, t), y.stride);
+    const int64_t tokens_in_row = width(vecs, real) * real_size_of(type) / panel_size_of(type);
+    unpack(as(panel, real), tokens_in_row, tokens, features, as(y.data, t), y.stride);
   });
 }
 
@@ -75,10 +85,11 @@ void widen_(Type type, const void* values, int64_t size, void* wide) {
   });
 }
 
-void spmm_(Type type, int vecs, const Walk& w, int64_t rows, const void* walked, const void* start,
-           const void* x, void* y) {
-  with_real(type, [&](auto* r) {
-#define SK_CALL(v) return spmm_block<v>(w, rows, as(walked, r), as(start, r), as(x, r), as(y, r))
+void spmm_(Type type, int vecs, const Walk& w, int64_t rows, bool in_place, const void* values,
+           const void* start, const void* x, void* y) {
+  with_panel(type, [&](auto* e, auto* r) {
+#define SK_CALL(v) \
+  return spmm_block<v>(w, rows, in_place, as(values, r), as(start, r), as(x, e), as(y, r))
     SK_WITH_VECS(SK_CALL)
 #undef SK_CALL
   });
@@ -86,11 +97,20 @@ void spmm_(Type type, int vecs, const Walk& w, int64_t rows, const void* walked,
 
 void sddmm_(Type type, int vecs, const Walk& w, const void* dy, const void* x, bool add,
             void* walked) {
-  with_real(type, [&](auto* r) {
-#define SK_CALL(v) return sddmm_block<v>(w, as(dy, r), as(x, r), add, as(walked, r))
+#define SK_CALL(v) return sddmm_block<v, Dot>(w, as(dy, e), as(x, e), add, as(walked, r))
+#ifdef SK_DOTS
+  if (type == Type::kPairs && has_bf16_dots()) {
+    using Dot = InOneInstruction;
+    Pair* e = nullptr;
+    float* r = nullptr;
     SK_WITH_VECS(SK_CALL)
-#undef SK_CALL
+  }
+#endif
+  with_panel(type, [&](auto* e, auto* r) {
+    using Dot = MultiplyAdd;
+    SK_WITH_VECS(SK_CALL)
   });
+#undef SK_CALL
 }
 
 void add_(Type type, bool is_first, int64_t size, const void* part, void* total) {

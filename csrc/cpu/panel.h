@@ -57,6 +57,34 @@ void unpack(const float* panel, int64_t width, int64_t tokens, int64_t features,
       y[m * stride + c] = from_float<T>(panel[c * width + m]);
 }
 
+// Pairs: as many tokens of the panel's row as fill a register are packed at a time, kPairWide
+// features of each.
+constexpr int kPairWide = 32;
+
+inline void pack(const bf16* x, int64_t stride, int64_t tokens, int64_t features, int64_t width,
+                 Pair* panel) {
+  const int64_t whole_c = features / kPairWide * kPairWide;
+  for (int64_t m0 = 0, at0 = 0; at0 < width; m0 += 2 * kLanes, at0 += kLanes) {
+    // Of whole blocks of tokens that are all there, the first features.
+    const int64_t there = tokens - m0 - kLanes;
+    const int64_t whole_m = there > 0 ? least(there, kLanes) / kBlock * kBlock : 0;
+    for (int64_t c = 0; c < whole_c; c += kPairWide)
+      for (int64_t m = 0; m < whole_m; m += kBlock)
+        for (int part = 0; part < kPairWide; part += kBlock) {
+          Row r[kBlock];
+          const bf16* from = x + (m0 + m) * stride + c + part;
+          SK_FOR(i, kBlock) r[i] = pair_row(from + i * stride, from + (i + kLanes) * stride);
+          transpose(r);
+          Pair* to = panel + (c + part) * width + at0 + m;
+          SK_FOR(i, kBlock) store_row(reinterpret_cast<float*>(to + i * width), r[i]);
+        }
+    auto at = [&](int64_t m, int64_t c) { return m < tokens ? x[m * stride + c] : bf16{0}; };
+    for (int64_t m = 0; m < kLanes; m++)
+      for (int64_t c = m < whole_m ? whole_c : 0; c < features; c++)
+        panel[c * width + at0 + m] = {at(m0 + m, c), at(m0 + m + kLanes, c)};
+  }
+}
+
 // float64: strips of a cache line of tokens.
 inline void pack(const double* x, int64_t stride, int64_t tokens, int64_t features, int64_t width,
                  double* panel) {

@@ -22,7 +22,7 @@ struct Tile {
 
 // The tiles; a rest takes half as wide a tile if that holds it. No narrower: it would sum in
 // another order than its neighbours (spmm.h).
-std::vector<Tile> cut_tokens(int64_t tokens, int lanes, const Plan& plan) {
+std::vector<Tile> cut_tokens(int64_t tokens, int64_t lanes, const Plan& plan) {
   std::vector<Tile> tiles;
   for (int64_t first = 0, vecs; first < tokens; first += vecs * lanes) {
     vecs = plan.vecs == 8 && tokens - first <= 4 * lanes ? 4 : plan.vecs;
@@ -58,6 +58,16 @@ int64_t nnz_before(const Schedule& s, int64_t row_block, int64_t col_block = 0) 
 char* numbers(Scratch& scratch, Type type, int64_t count) {
   return reinterpret_cast<char*>(scratch.floats(count * real_size_of(type) / 4));
 }
+// The same for `count` elements of a panel that is read; whole registers of them.
+char* elements(Scratch& scratch, Type type, int64_t count) {
+  return reinterpret_cast<char*>(scratch.floats(count * panel_size_of(type) / 4));
+}
+
+// What panels hold under this plan, and how many tokens of it a register.
+Type in_panels(Type type, const Plan& plan) {
+  return type == Type::kBfloat16 && plan.pairs ? Type::kPairs : type;
+}
+int64_t lanes_of(const Kernels& kern, Type type) { return kern.lanes * 4 / panel_size_of(type); }
 
 Matrix at(Matrix m, Type type, int64_t row, int64_t col) {
   m.data = static_cast<char*>(m.data) + (row * m.stride + col) * size_of(type);
@@ -73,48 +83,52 @@ struct Range {
 
 }  // namespace
 
-void spmm(Pattern& pattern, const Csr& csr, bool transposed, Type type, const void* values,
+void spmm(Pattern& pattern, const Csr& csr, bool transposed, Type given, const void* values,
           const void* bias, Matrix x, Matrix y, int64_t tokens, const Plan& plan) {
   const Kernels& kern = kernels();
+  const Type type = in_panels(given, plan);
   const int64_t n = transposed ? csr.k : csr.n, k = transposed ? csr.n : csr.k;
   const auto schedule = pattern.schedule(csr, transposed, plan.rows, plan.cols);
   const Schedule& s = *schedule;
-  const int64_t real = real_size_of(type), lanes = kern.lanes * 4 / real;
+  const int64_t real = real_size_of(type), lanes = lanes_of(kern, type);
   char* walked = numbers(w_scratch, type, csr.nnz + n);
   char* start = walked + csr.nnz * real;
   bias ? kern.widen(type, bias, n, start) : void(std::fill_n(start, n * real, char{0}));
-  parallel_for(plan.threads, s.row_blocks * s.col_blocks, [&](int64_t i) {
+  const std::vector<Tile> tiles = cut_tokens(tokens, lanes, plan);
+  const bool in_place = plan.in_place && real == size_of(type) && !transposed;
+  parallel_for(plan.threads, in_place ? 0 : s.row_blocks * s.col_blocks, [&](int64_t i) {
     const int64_t b = i / s.col_blocks, c = i % s.col_blocks;
     kern.gather(type, walk(s, b, c, c + 1), values, walked + s.nnz_offsets[i] * real);
   });
 
-  const std::vector<Tile> tiles = cut_tokens(tokens, lanes, plan);
   const int64_t count = static_cast<int64_t>(tiles.size()), whole = count - count % plan.threads;
   parallel_for(plan.threads, whole + (count - whole) * plan.row_parts, [&](int64_t task) {
     const int64_t parts = task < whole ? 1 : plan.row_parts;
     const int64_t i = task < whole ? task : whole + (task - whole) / parts;
     const Range blocks(s.row_blocks, task < whole ? 0 : (task - whole) % parts, parts);
     const Tile& t = tiles[i];
-    char* x_panel = numbers(x_scratch, type, k * t.vecs * lanes);
+    char* x_panel = elements(x_scratch, type, k * t.vecs * lanes);
     kern.pack(type, at(x, type, t.first, 0), t.tokens, k, t.vecs, x_panel);
     for (int64_t b = blocks.first; b < blocks.end; b++) {
       const int64_t first = b * plan.rows, rows = std::min(plan.rows, n - first);
       const int64_t panels = s.col_blocks > kSumBlocks ? 2 : 1;
       char* y_panel = numbers(y_scratch, type, panels * rows * t.vecs * lanes);
-      kern.spmm(type, t.vecs, walk(s, b), rows, walked + nnz_before(s, b) * real,
-                start + first * real, x_panel, y_panel);
+      const void* block_values = in_place ? values : walked + nnz_before(s, b) * real;
+      kern.spmm(type, t.vecs, walk(s, b), rows, in_place, block_values, start + first * real,
+                x_panel, y_panel);
       kern.unpack(type, y_panel, t.vecs, t.tokens, rows, at(y, type, t.first, first));
     }
   });
 }
 
-void sddmm(Pattern& pattern, const Csr& csr, Type type, Matrix dy, Matrix x, void* dvalues,
+void sddmm(Pattern& pattern, const Csr& csr, Type given, Matrix dy, Matrix x, void* dvalues,
            int64_t tokens, const Plan& plan) {
   const Kernels& kern = kernels();
+  const Type type = in_panels(given, plan);
   const auto schedule = pattern.schedule(csr, false, plan.rows, plan.cols);
   const Schedule& s = *schedule;
 
-  const int64_t real = real_size_of(type), lanes = kern.lanes * 4 / real;
+  const int64_t real = real_size_of(type), lanes = lanes_of(kern, type);
   const std::vector<Tile> tiles = cut_tokens(tokens, lanes, plan);
   const int64_t count = static_cast<int64_t>(tiles.size());
   // The sums of kSumBlocks tiles, and if there are more tiles the totals of those.
@@ -130,11 +144,11 @@ void sddmm(Pattern& pattern, const Csr& csr, Type type, Matrix dy, Matrix x, voi
       const Tile& t = tiles[i];
       const int64_t width = t.vecs * lanes, sums = i % kSumBlocks;
       const bool is_complete = sums == kSumBlocks - 1 || i == count - 1;
-      char* x_panel = numbers(x_scratch, type, x_cols * width);
+      char* x_panel = elements(x_scratch, type, x_cols * width);
       kern.pack(type, at(x, type, t.first, x_first), t.tokens, x_cols, t.vecs, x_panel);
       for (int64_t b = row_blocks.first; b < row_blocks.end; b++) {
         const int64_t first = b * plan.rows, rows = std::min(plan.rows, csr.n - first);
-        char* dy_panel = numbers(y_scratch, type, rows * width);
+        char* dy_panel = elements(y_scratch, type, rows * width);
         kern.pack(type, at(dy, type, t.first, first), t.tokens, rows, t.vecs, dy_panel);
         const Walk w = walk(s, b, col_blocks.first, col_blocks.end);
         const int64_t begin = nnz_before(s, b, col_blocks.first) * real;

@@ -14,6 +14,8 @@ struct Plan {
   // The part of W of a task. SpMM: the tiles that threads share evenly are taken whole, of the
   // others a task takes one of row_parts. SDDMM: a cell of a grid of row_parts x col_parts.
   int64_t row_parts, col_parts;
+  bool pairs = false;     // bfloat16 stays so in panels that are read (Type::kPairs)
+  bool in_place = false;  // y = x W^T of 32 or 64 bits reads values where CSR has them
 };
 
 // y[M, n] = x[M, k] W^T + bias[n], or with `transposed` y[M, k] = x[M, n] W + bias[k]. values are

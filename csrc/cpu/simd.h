@@ -8,6 +8,11 @@
 //   sum4<kAdd>(p, a, b, c, d) p[0..3] (+)= sum(a), sum(b), sum(c), sum(d)
 //   Row, load_row, store_row  kBlock consecutive elements of a matrix, as floats
 //   transpose(Row[kBlock])    a kBlock x kBlock block, in place
+//   Pairs, load(Pair*)        kLanes pairs of bf16 in one register; low(p), high(p): as floats
+//   pair_row(a, b)            kBlock pairs of one element of a and one of b, as bits of a Row
+//   dot(a, b, c)              c + low(a) * low(b) + high(a) * high(b)
+//   add_row(sums, w, p)       sums[:] += w * the elements at p: floats, doubles or pairs
+//   FourColumns, load_columns four neighbouring column indices, by one load
 //   least(a, b)               std::min, which would be shared between ISAs
 //   prefetch_values(p), prefetch_indices(p)   of the streams of W that few_tokens.h reads
 #pragma once
@@ -50,6 +55,24 @@ SK_INLINE void prefetch_indices(const void* p) {
 struct bf16 {
   uint16_t bits;
 };
+
+// The same feature of two tokens, which lie kLanes tokens apart.
+struct Pair {
+  bf16 low, high;
+};
+
+struct FourColumns {
+  uint64_t bits;
+  SK_INLINE uint16_t operator[](int i) const { return static_cast<uint16_t>(bits >> 16 * i); }
+};
+SK_INLINE FourColumns load_columns(const uint16_t* c) {
+  FourColumns four;
+  memcpy(&four.bits, c, 8);
+#if defined(__BYTE_ORDER__) && __BYTE_ORDER__ == __ORDER_BIG_ENDIAN__
+#error "load_columns: the first column is in the lowest bits of a load"
+#endif
+  return four;
+}
 
 SK_INLINE float to_float(float x) { return x; }
 SK_INLINE float to_float(bf16 x) {
@@ -122,9 +145,17 @@ SK_INLINE void transpose(Row (&r)[8]) {
     r[i + 4] = _mm256_permute2f128_ps(lo, hi, 0x31);
   }
 }
+SK_INLINE Row pair_row(const bf16* low, const bf16* high) {
+  auto widened = [](const bf16* p) {
+    return _mm256_cvtepu16_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p)));
+  };
+  return _mm256_castsi256_ps(_mm256_or_si256(widened(low), _mm256_slli_epi32(widened(high), 16)));
+}
+
 #if defined(__AVX512F__)
 
 using Vec = __m512;
+using Pairs = __m512i;
 constexpr int kLanes = 16;
 
 SK_INLINE Vec zero() { return _mm512_setzero_ps(); }
@@ -134,6 +165,19 @@ SK_INLINE Vec splat(const float* p) { return _mm512_set1_ps(*p); }
 SK_INLINE Vec splat(const bf16* p) { return _mm512_set1_ps(to_float(*p)); }
 SK_INLINE Vec add(Vec a, Vec b) { return _mm512_add_ps(a, b); }
 SK_INLINE Vec fma(Vec a, Vec b, Vec c) { return _mm512_fmadd_ps(a, b, c); }
+SK_INLINE Pairs load(const Pair* p) { return _mm512_load_si512(p); }
+SK_INLINE Vec low(Pairs p) { return _mm512_castsi512_ps(_mm512_slli_epi32(p, 16)); }
+SK_INLINE Vec high(Pairs p) {
+  return _mm512_castsi512_ps(_mm512_and_si512(p, _mm512_set1_epi32(static_cast<int>(0xffff0000))));
+}
+// c + low(a) * low(b) + high(a) * high(b), where has_bf16_dots() (machine.h): subnormal numbers
+// count as zeros. In assembly, since the functions around it are compiled for processors without it
+// too.
+#define SK_DOTS
+SK_INLINE Vec dot_bf16(Pairs a, const Pair* b, Vec c) {
+  asm("vdpbf16ps %2, %1, %0" : "+v"(c) : "v"(a), "m"(*reinterpret_cast<const Pairs*>(b)));
+  return c;
+}
 template <bool kAdd>
 SK_INLINE void sum4(float* p, Vec a, Vec b, Vec c, Vec d) {
   const Vec ab = _mm512_add_ps(_mm512_unpacklo_ps(a, b), _mm512_unpackhi_ps(a, b));
@@ -151,6 +195,7 @@ SK_INLINE void sum4(float* p, Vec a, Vec b, Vec c, Vec d) {
 #else  // AVX2
 
 using Vec = __m256;
+using Pairs = __m256i;
 constexpr int kLanes = 8;
 
 SK_INLINE Vec zero() { return _mm256_setzero_ps(); }
@@ -160,6 +205,13 @@ SK_INLINE Vec splat(const float* p) { return _mm256_broadcast_ss(p); }
 SK_INLINE Vec splat(const bf16* p) { return _mm256_set1_ps(to_float(*p)); }
 SK_INLINE Vec add(Vec a, Vec b) { return _mm256_add_ps(a, b); }
 SK_INLINE Vec fma(Vec a, Vec b, Vec c) { return _mm256_fmadd_ps(a, b, c); }
+SK_INLINE Pairs load(const Pair* p) {
+  return _mm256_load_si256(reinterpret_cast<const __m256i*>(p));
+}
+SK_INLINE Vec low(Pairs p) { return _mm256_castsi256_ps(_mm256_slli_epi32(p, 16)); }
+SK_INLINE Vec high(Pairs p) {
+  return _mm256_castsi256_ps(_mm256_and_si256(p, _mm256_set1_epi32(static_cast<int>(0xffff0000))));
+}
 template <bool kAdd>
 SK_INLINE void sum4(float* p, Vec a, Vec b, Vec c, Vec d) {
   const __m256 t = _mm256_hadd_ps(_mm256_hadd_ps(a, b), _mm256_hadd_ps(c, d));
@@ -172,6 +224,7 @@ SK_INLINE void sum4(float* p, Vec a, Vec b, Vec c, Vec d) {
 #elif defined(SK_NEON)
 
 using Vec = float32x4_t;
+using Pairs = uint32x4_t;
 using Row = float32x4_t;
 constexpr int kLanes = 4;
 constexpr int kBlock = 4;
@@ -183,6 +236,14 @@ SK_INLINE Vec splat(const float* p) { return vld1q_dup_f32(p); }
 SK_INLINE Vec splat(const bf16* p) { return vdupq_n_f32(to_float(*p)); }
 SK_INLINE Vec add(Vec a, Vec b) { return vaddq_f32(a, b); }
 SK_INLINE Vec fma(Vec a, Vec b, Vec c) { return vfmaq_f32(c, a, b); }
+SK_INLINE Pairs load(const Pair* p) { return vld1q_u32(reinterpret_cast<const uint32_t*>(p)); }
+SK_INLINE Vec low(Pairs p) { return vreinterpretq_f32_u32(vshlq_n_u32(p, 16)); }
+SK_INLINE Vec high(Pairs p) { return vreinterpretq_f32_u32(vandq_u32(p, vdupq_n_u32(0xffff0000))); }
+SK_INLINE Row pair_row(const bf16* low, const bf16* high) {
+  const uint16x4_t a = vld1_u16(reinterpret_cast<const uint16_t*>(low));
+  const uint16x4_t b = vld1_u16(reinterpret_cast<const uint16_t*>(high));
+  return vreinterpretq_f32_u32(vorrq_u32(vmovl_u16(a), vshll_n_u16(b, 16)));
+}
 template <bool kAdd>
 SK_INLINE void sum4(float* p, Vec a, Vec b, Vec c, Vec d) {
   const Vec sum = vpaddq_f32(vpaddq_f32(a, b), vpaddq_f32(c, d));
@@ -240,6 +301,32 @@ SK_INLINE Vec fma(Vec a, Vec b, Vec c) {
   for (int i = 0; i < kLanes; i++) c.v[i] += a.v[i] * b.v[i];
   return c;
 }
+struct Pairs {
+  Pair p[kLanes];
+};
+SK_INLINE Pairs load(const Pair* p) {
+  Pairs all;
+  memcpy(all.p, p, sizeof all.p);
+  return all;
+}
+SK_INLINE Vec low(const Pairs& a) {
+  Vec f;
+  for (int i = 0; i < kLanes; i++) f.v[i] = to_float(a.p[i].low);
+  return f;
+}
+SK_INLINE Vec high(const Pairs& a) {
+  Vec f;
+  for (int i = 0; i < kLanes; i++) f.v[i] = to_float(a.p[i].high);
+  return f;
+}
+SK_INLINE Row pair_row(const bf16* low, const bf16* high) {
+  Row r;
+  for (int i = 0; i < kBlock; i++) {
+    const Pair pair = {low[i], high[i]};
+    memcpy(&r.v[i], &pair, 4);
+  }
+  return r;
+}
 SK_INLINE float sum(Vec a) { return (a.v[0] + a.v[1]) + (a.v[2] + a.v[3]); }
 template <bool kAdd>
 SK_INLINE void sum4(float* p, Vec a, Vec b, Vec c, Vec d) {
@@ -284,16 +371,44 @@ SK_INLINE void sum4(double* p, Doubles a, Doubles b, Doubles c, Doubles d) {
   SK_FOR(i, 4) p[i] = kAdd ? p[i] + sums[i] : sums[i];
 }
 
-// The register of float or double, and how many it holds.
-template <class Real>
+SK_INLINE Vec dot(Vec a, Vec b, Vec c) { return fma(a, b, c); }
+SK_INLINE Doubles dot(Doubles a, Doubles b, Doubles c) { return fma(a, b, c); }
+SK_INLINE Vec dot(const Pairs& a, const Pairs& b, Vec c) {
+  return fma(low(a), low(b), fma(high(a), high(b), c));
+}
+
+// The register of an element of panels, how many elements it holds, and the tokens in one of them.
+template <class Element>
 struct Simd {
   using V = Vec;
   static constexpr int kCount = kLanes;
+  static constexpr int kTokens = 1;
+};
+template <>
+struct Simd<Pair> {
+  using V = Pairs;
+  static constexpr int kCount = kLanes;
+  static constexpr int kTokens = 2;
 };
 template <>
 struct Simd<double> {
   using V = Doubles;
   static constexpr int kCount = kLanes / 2;
+  static constexpr int kTokens = 1;
 };
+
+// sums[:] += w * a row of the panel.
+template <int kSums, class V, class Real>
+SK_INLINE void add_row(V (&sums)[kSums], V w, const Real* in) {
+  SK_FOR(j, kSums) sums[j] = fma(w, load(in + j * Simd<Real>::kCount), sums[j]);
+}
+template <int kSums>
+SK_INLINE void add_row(Vec (&sums)[kSums], Vec w, const Pair* in) {
+  SK_FOR(j, kSums / 2) {
+    const Pairs pairs = load(in + j * kLanes);
+    sums[2 * j] = fma(w, low(pairs), sums[2 * j]);
+    sums[2 * j + 1] = fma(w, high(pairs), sums[2 * j + 1]);
+  }
+}
 
 }  // namespace sk::SK_ISA

@@ -17,7 +17,7 @@ import torch
 from ..files import atomic_write, private_cache
 from ..kernels import crossover
 from ..kernels.cpu import panel
-from ..kernels.cpu.plan import machine_name
+from ..kernels.cpu.machine import machine_name
 from ..kernels.problem import Kernel
 from ..kernels.table import pick
 from ..terminal import Progress, table

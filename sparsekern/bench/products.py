@@ -1,7 +1,8 @@
 """The products of a linear layer on a CPU, as a user calls them: operands, rivals, exact result.
 
-Operands are token-major and the packing of x is inside the time. Rivals are every dense call of
-torch and OpenBLAS, and torch's own sparse CSR.
+Operands are token-major and the packing of x is inside the time. Rivals are every dense call that
+torch and NumPy bring, with MKL, oneDNN and OpenBLAS behind them, and torch's own sparse CSR. oneDNN
+also gets W laid out for it beforehand, as a user who only runs a model can have it.
 """
 
 import math
@@ -14,6 +15,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from .. import ops
+from ..gpt.dense import by_numpy, onednn, packed
+from ..gpt.dense import linear as linear_by
 from ..indices import expand_rows
 from ..kernels.cuda.ordered import recognised
 from ..kernels.problem import Problem
@@ -188,19 +191,44 @@ def normal(*shape: int) -> Tensor:
 # Rivals
 
 
-def dense_forward(x: Tensor, W: Tensor) -> list[Rival]:
-    """x [M, K] @ W [N, K].T by every dense call, in the dtype of the operands."""
+@lru_cache
+def onednn_runs(dtype: torch.dtype) -> bool:
+    """Whether this torch brings a oneDNN that multiplies this type here."""
+    x = torch.ones(2, 16, dtype=dtype)
+    try:
+        onednn(x, x)
+        packed(x, 2)(x)
+    except (AttributeError, RuntimeError, NotImplementedError):
+        return False
+    return True
+
+
+def dense_calls(x: Tensor) -> list[Callable[[Tensor], Rival]]:
+    """Every dense call for x [M, K], each as a function of W [N, K] in the dtype of x."""
     dtype = "" if x.dtype == torch.float32 else " bf16"
-    rivals = [
-        Rival(f"F.linear{dtype}", DENSE, lambda: F.linear(x, W)),
-        Rival(f"torch.mm{dtype}", DENSE, lambda: torch.mm(W, x.t()), torch.t),
+    calls: list[Callable[[Tensor], Rival]] = [
+        lambda W: Rival(f"F.linear{dtype}", DENSE, lambda: F.linear(x, W)),
+        lambda W: Rival(f"torch.mm{dtype}", DENSE, lambda: torch.mm(W, x.t()), torch.t),
     ]
     if x.shape[0] == 1:
         v = x[0]
-        rivals.append(Rival(f"torch.mv{dtype}", DENSE, lambda: torch.mv(W, v), lambda y: y[None]))
+        calls.append(
+            lambda W: Rival(f"torch.mv{dtype}", DENSE, lambda: torch.mv(W, v), lambda y: y[None])
+        )
     if x.dtype == torch.float32:
-        rivals.append(openblas(x, W.t()))
-    return rivals
+        calls.append(lambda W: openblas(x, W.t()))
+    if onednn_runs(x.dtype):
+        calls.append(
+            lambda W: Rival(f"oneDNN packed{dtype}", DENSE, partial(packed(W, x.shape[0]), x))
+        )
+        if x.dtype == torch.float32:  # for bfloat16 it is what F.linear calls
+            calls.append(lambda W: by_onednn(x, W))
+    return calls
+
+
+def by_onednn(x: Tensor, W: Tensor, result: Callable[[Tensor], Tensor] = lambda y: y) -> Rival:
+    """x [M, K] @ W [N, K].T by torch's oneDNN, as it gets both."""
+    return Rival("oneDNN", DENSE, lambda: onednn(x, W), result)
 
 
 def openblas(a: Tensor, b: Tensor) -> Rival:
@@ -267,12 +295,8 @@ def _ours(workload: Workload, x: Tensor, W: SparseTensor, name: str = "sparseker
 
 
 def _dense(workload: Workload, x: Tensor, W: Tensor) -> list[Rival]:
-    if not workload.is_cold:
-        return dense_forward(x, W)
-    return [
-        rotate(dense_forward(x, each)[i] for each in cold_copies(W))
-        for i in range(len(dense_forward(x, W)))
-    ]
+    copies = partial(cold_copies, W) if workload.is_cold else lambda: [W]
+    return [rotate(call(each) for each in copies()) for call in dense_calls(x)]
 
 
 def input_gradient(workload: Workload) -> Product:
@@ -283,6 +307,7 @@ def input_gradient(workload: Workload) -> Product:
         Rival("torch.mm", DENSE, lambda: torch.mm(dy, Wd)),
         Rival("torch.mm of transposes", DENSE, lambda: torch.mm(Wd.t(), dy.t()), torch.t),
         openblas(dy, Wd),
+        *([by_onednn(dy, Wd.t())] if onednn_runs(dy.dtype) else []),
     ]
     run = ours(partial(ops.spmm_t, W.row_offsets, W.col_indices, W.values, N, K, dy))
     return Product("spmm_t", workload, W, dy, run, rivals, exact(lambda dy, W: dy @ W, dy, Wd))
@@ -298,6 +323,7 @@ def values_gradient(workload: Workload) -> Product:
         Rival("torch.mm", DENSE, lambda: torch.mm(dy.t(), x), lambda dw: dw[at]),
         Rival("torch.mm of transposes", DENSE, lambda: torch.mm(x.t(), dy), lambda dw: dw.t()[at]),
         replace(openblas(dy.t(), x), result=lambda dw: torch.from_numpy(dw)[at]),
+        *([by_onednn(dy.t(), x.t(), lambda dw: dw[at])] if onednn_runs(x.dtype) else []),
         sampled_addmm(W, dy, x),
     ]
     run = ours(partial(ops.sddmm, W.row_offsets, W.col_indices, N, K, dy, x))
@@ -306,7 +332,7 @@ def values_gradient(workload: Workload) -> Product:
 
 
 def training_step(workload: Workload) -> Product:
-    """Forward and both gradients of a linear layer, through autograd."""
+    """Forward and both gradients of a linear layer, through autograd; dense by each library."""
     W, Wd = weight(workload)
     x, dy = normal(workload.M, workload.K), normal(workload.M, workload.N)
     at = expand_rows(W.row_offsets, W.nnz), W.col_indices
@@ -323,20 +349,22 @@ def training_step(workload: Workload) -> Product:
     def product(dy: Tensor, x: Tensor, W: Tensor) -> Tensor:
         return flat(dy @ W, (dy.t() @ x)[at])
 
+    def dense(name: str, library: Callable[..., Tensor]) -> Rival:
+        result = lambda g: flat(g[0], g[1][at])  # noqa: E731
+        return Rival(name, DENSE, lambda: step(lambda: library(x, Wd), Wd), result)
+
+    rivals = [dense("F.linear", F.linear)]
+    rivals.append(dense("OpenBLAS", partial(linear_by, bias=None, library=by_numpy)))
+    if onednn_runs(x.dtype):
+        rivals.append(dense("oneDNN", partial(linear_by, bias=None, library=onednn)))
+
     return Product(
         "linear",
         workload,
         W,
         x.detach(),
         replace(ours(lambda: step(lambda: linear(x, W), W.values)), result=lambda g: flat(*g)),
-        [
-            Rival(
-                "F.linear",
-                DENSE,
-                lambda: step(lambda: F.linear(x, Wd), Wd),
-                lambda g: flat(g[0], g[1][at]),
-            )
-        ],
+        rivals,
         exact(product, dy, x.detach(), Wd.detach()),
     )
 

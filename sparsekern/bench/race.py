@@ -31,6 +31,7 @@ TURN_S = 1e-3  # of one competitor where a call takes microseconds: it then repe
 # Their threads go on spinning after their work, on the cores of whoever comes next: the median of a
 # race of two threads was up to seven times its minimum. So they run with one thread only.
 OTHER_POOLS = ("OpenBLAS", "onnxruntime dense", "DeepSparse", "sparse_dot_mkl")
+OTHER_POOLS += ("AOCL-Sparse", "OpenVINO dense")
 REST_S = 5e-3  # between competitors with two threads: pools spin after their work
 
 CORES = cores()  # at the start, before pin()

@@ -11,8 +11,15 @@ INDEX_BYTES = {"cpu": 2, "cuda": 1}  # of a column, as the kernels store it
 
 
 def derived(run: Run) -> list[dict]:
-    """The cases of a table."""
-    return [derive(case) for case in cases(run.records)]
+    """The cases of a table. Where the run measured the peak of multiply-adds, `dense_share` is what
+    the best dense call has of it."""
+    found = [derive(case) for case in cases(run.records)]
+    limits = run.about["machine"].get("ceilings", {})
+    for case in found:
+        peak = limits.get(str(case.get("threads")), {}).get("flop_per_s")
+        if peak and "dense_flop" in case and "dense_s" in case:
+            case["dense_share"] = case["dense_flop"] / case["dense_s"] / peak
+    return found
 
 
 def derive(case: dict, ceilings: dict | None = None) -> dict:

@@ -8,8 +8,8 @@ import torch
 from .. import __version__
 from ..bench.machine import installed, processor
 from ..kernels import crossover
-from ..kernels.cpu import panel
-from ..kernels.cpu.plan import machine_name
+from ..kernels.cpu import dense_product, machine, panel
+from ..kernels.cpu.machine import machine_name
 from ..kernels.cuda.library import route
 
 try:
@@ -37,6 +37,8 @@ def environment() -> dict[str, str]:
         "processor": processor(),
         "threads": f"{torch.get_num_threads()} of {os.cpu_count()} cores",
         "C++ kernels": f"{_C.isa()}, on threads of {_C.thread_runtime()}" if _C else NOT_BUILT,
+        "multiply-adds": machine.rates_in_words(machine.rates()) if _C else NOT_BUILT,
+        "dense float32": dense_product.rates_in_words(dense_product.rates()),
         "CUDA kernels": str(route()),
         "crossovers": crossovers(),
         "GPU": torch.cuda.get_device_name() if torch.cuda.is_available() else "none",

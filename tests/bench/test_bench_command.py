@@ -28,7 +28,7 @@ from sparsekern.bench.work_gpu import checked
 from sparsekern.cli import main
 from sparsekern.kernels import crossover
 from sparsekern.kernels.cpu import panel
-from sparsekern.kernels.cpu.plan import machine_name
+from sparsekern.kernels.cpu.machine import machine_name
 from sparsekern.kernels.problem import Problem
 from sparsekern.kernels.table import pick
 

@@ -144,7 +144,9 @@ sk::Plan draw_plan(Random& random, int64_t n, int64_t k) {
           block(n),
           block(k),
           random.range(1, 3),
-          random.range(1, 3)};
+          random.range(1, 3),
+          random.chance(50),
+          random.chance(50)};
 }
 
 Op draw_op(Random& random, int64_t k) {

@@ -72,7 +72,8 @@ void draw(const Problem& p, std::mt19937& random, std::vector<int32_t>& offsets,
 }
 
 // Each number of vectors, of a tile, with several plans.
-void check(const Problem& p, sk::Type type, std::initializer_list<int> all_vecs) {
+void check(const Problem& p, sk::Type type, std::initializer_list<int> all_vecs,
+           bool pairs = false) {
   std::mt19937 random(1);
   std::vector<int32_t> offsets, cols;
   draw(p, random, offsets, cols);
@@ -119,10 +120,10 @@ void check(const Problem& p, sk::Type type, std::initializer_list<int> all_vecs)
   for (int vecs : all_vecs) {
     Array y(type, out_size, nullptr), dx(type, in_size, nullptr), dvalues(type, nnz, nullptr);
     for (int threads : {1, 2, 3}) {
-      sk::Plan plan{threads, vecs, 1, 65536, 37 * vecs, 1, 1};
+      sk::Plan plan{threads, vecs, 1, 65536, 37 * vecs, 1, 1, pairs};
       if (threads > 1) plan.rows = 11, plan.row_parts = 2, plan.col_parts = threads;
       sk::Plan spmm_plan = plan;
-      if (threads == 3) spmm_plan.tile_parts = 2;
+      if (threads == 3) spmm_plan.tile_parts = 2, spmm_plan.in_place = true;
       Array y2(type, out_size, nullptr), dx2(type, in_size, nullptr), dvalues2(type, nnz, nullptr);
       sk::spmm(pattern, w, false, type, values.data(), bias.data(), {x.data(), in_row},
                {y2.data(), out_row}, p.tokens, spmm_plan);
@@ -215,6 +216,33 @@ void check_panels() {
     }
 }
 
+// The same for panels of pairs, which no result is unpacked from.
+void check_pairs() {
+  constexpr int64_t kFeatures = 69, kGap = 3, kRow = kFeatures + kGap;
+  const sk::Kernels& kern = sk::kernels();
+  std::mt19937 random(1);
+  for (int vecs : {1, 2, 4, 8}) {
+    const int64_t lanes = kern.lanes, width = vecs * 2 * lanes;
+    for (int64_t tokens = 1; tokens <= width; tokens += 1 + width / 40) {
+      std::vector<uint16_t> memory(kFeatures * width + 32);
+      uint16_t* panel = memory.data() + (64 - reinterpret_cast<uintptr_t>(memory.data()) % 64) / 2;
+      Array h(sk::Type::kBfloat16, tokens * kRow - kGap, &random);
+      for (uint16_t& bits : h.h)
+        if (random() % 4 == 0) bits = static_cast<uint16_t>(random());
+      kern.pack(sk::Type::kPairs, {h.data(), kRow}, tokens, kFeatures, vecs, panel);
+      for (int64_t c = 0; c < kFeatures; c++)
+        for (int64_t m = 0; m < width; m++) {
+          const int64_t group = m / (2 * lanes), in_group = m % (2 * lanes);
+          const int64_t pair = group * lanes + in_group % lanes;
+          const uint16_t want = m < tokens ? h.h[m * kRow + c] : 0;
+          if (panel[c * width + 2 * pair + in_group / lanes] == want) continue;
+          std::printf("a panel of pairs: expected the same bits\n");
+          std::exit(1);
+        }
+    }
+  }
+}
+
 // The loops of bench_loops.h, on exactly the memory that they are given.
 void check_bench_loops() {
   std::vector<float> memory(3 * 128 + 16);
@@ -222,6 +250,8 @@ void check_bench_loops() {
   memory.resize(begin + 3 * 128);
   sk::read_memory(memory.data() + begin, 3 * 128, 2, 2);
   if (sk::multiply_adds(3, 2) <= 0 || sk::add_chain(3) <= 0) std::exit(1);
+  for (sk::Step step : {sk::Step::kFloats, sk::Step::kPairs, sk::Step::kDots})
+    if (sk::multiply_panel(step, memory.data() + begin, 1024, 2) <= 0) std::exit(1);
 }
 
 // Each value of a cover has a place of its own among the values of the records.
@@ -275,12 +305,16 @@ int main(int argc, char** argv) {
   auto run = [](const char* isa) {
     test::check_changes();
     check_panels();
+    check_pairs();
     check_bench_loops();
     for (const Problem& p : kProblems) check_cover(p), check_order(p);
     for (sk::Type type : kTypes) {
       for (const Problem& p : kProblems) check(p, type, {1, 2, 4, 8});
       for (int64_t tokens = 1; tokens <= 130; tokens++) check({tokens, 9, 19, .4}, type, {8});
     }
+    for (const Problem& p : kProblems) check(p, sk::Type::kBfloat16, {1, 2, 4, 8}, true);
+    for (int64_t tokens = 1; tokens <= 260; tokens += 7)
+      check({tokens, 9, 40, .4}, sk::Type::kBfloat16, {8}, true);
     std::printf("sanitize: %s ok\n", isa);
   };
   return test::for_isas(isas, false, run, [](const char*, int) {});

@@ -1,11 +1,12 @@
 """CPU kernels in C++: the table rows that call `sparsekern._C`.
 
 `panel` walks the non-zeros over feature-major panels of the tokens, packed inside the call
-(csrc/cpu). `expand` writes W out and calls torch.mm, where W is too full for `panel` to win. Both
-take float32, bfloat16, summed in float32, and float64, and use as many threads as torch does.
+(csrc/cpu). `expand` writes W out and calls the machine's fastest dense product (dense_product.py),
+where W is too full for `panel` to win. Both take float32, bfloat16, summed in float32, and float64,
+and use as many threads as torch does.
 """
 
-from functools import lru_cache, partial
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -13,20 +14,12 @@ from torch import Tensor
 from ..crossover import density_limit
 from ..derived import _store, kept, versions
 from ..problem import Kernel, Problem, bound_kernel, problem_of
-from ..reference import mm, skip_missing
-from .plan import Machine, Plan, dense_wins_above, describe, machine_name, make_plan
+from ..reference import skip_missing
+from .dense_product import library, product
+from .machine import _C, Machine, machine, machine_name
+from .plan import Plan, dense_wins_above, density_of_dense_rate, describe, make_plan
 
-try:
-    from ... import _C
-except ImportError:  # the rows stay in the table and say so
-    _C = None
-
-
-@lru_cache(maxsize=1)
-def machine() -> Machine:
-    """This machine, as its C++ library and torch see it."""
-    has_tiles = torch.cpu._is_amx_tile_supported()
-    return Machine(_C.isa(), _C.lanes(), _C.cache_bytes(1), _C.cache_bytes(2), has_tiles)
+SLOWER = "; a dense layer is faster"
 
 
 def _machine_for(dtype: torch.dtype) -> Machine:
@@ -128,13 +121,13 @@ def _expand(row_offsets, col_indices, values, n, k):
 
 def _spmm_expand(row_offsets, col_indices, values, n, k, x, bias=None):
     w = row_offsets, col_indices, values, n, k
-    y = mm(x, _expand(*w).t(), bias)
+    y = product(x, _expand(*w).t(), bias)
     return skip_missing(y, x, lambda few: _panel("spmm", *w, few, bias))
 
 
 def _spmm_t_expand(row_offsets, col_indices, values, n, k, dy, bias=None):
     w = row_offsets, col_indices, values, n, k
-    dx = mm(dy, _expand(*w), bias)
+    dx = product(dy, _expand(*w), bias)
     return skip_missing(dx, dy, lambda few: _panel("spmm_t", *w, few, bias))
 
 
@@ -143,7 +136,7 @@ def _panel(op, *operands):
 
 
 def _sddmm_expand(row_offsets, col_indices, n, k, dy, x):
-    dw = mm(dy.t(), x)
+    dw = product(dy.t(), x)
     dvalues = x.new_empty(col_indices.shape[0])
     pattern_of(row_offsets, col_indices, n, k).from_dense(
         row_offsets.data_ptr(),
@@ -175,19 +168,28 @@ def _refuse_panel(p: Problem) -> str | None:
     if limit is None:
         limit = dense_wins_above(p, machine())
     if p.density > limit:
-        return f"torch.mm is faster above density {limit:.2f} at {p.M} tokens"
+        return f"a dense product is faster above density {limit:.2f} at {p.M} tokens"
     return None
 
 
+def _describe_expand(p: Problem) -> str:
+    by = library(p.dtype)
+    return f"W written out, {by}{SLOWER * (by == 'torch.mm')}"
+
+
 def _describe_panel(p: Problem) -> str:
-    return describe(_plan(p, torch.get_num_threads()), _machine_for(p.dtype))
+    here = _machine_for(p.dtype)
+    text = describe(_plan(p, torch.get_num_threads()), here)
+    # Where nn.Linear's own library is not the fastest, a dense layer is slower than `expand`.
+    is_slower = p.density > density_of_dense_rate(p, here) and library(p.dtype) == "torch.mm"
+    return text + SLOWER * is_slower
 
 
 KERNELS = (
     bound_kernel("panel", "spmm", "cpu", _refuse_panel, _bind_spmm, _describe_panel),
     bound_kernel("panel", "spmm_t", "cpu", _refuse_panel, _bind_spmm, _describe_panel),
     bound_kernel("panel", "sddmm", "cpu", _refuse_panel, _bind_sddmm, _describe_panel),
-    Kernel("expand", "spmm", "cpu", refuse_dtype, _spmm_expand),
-    Kernel("expand", "spmm_t", "cpu", refuse_dtype, _spmm_t_expand),
-    Kernel("expand", "sddmm", "cpu", refuse_dtype, _sddmm_expand),
+    Kernel("expand", "spmm", "cpu", refuse_dtype, _spmm_expand, _describe_expand),
+    Kernel("expand", "spmm_t", "cpu", refuse_dtype, _spmm_t_expand, _describe_expand),
+    Kernel("expand", "sddmm", "cpu", refuse_dtype, _sddmm_expand, _describe_expand),
 )

@@ -1,7 +1,8 @@
-"""How the C++ kernels cut a product on a CPU, and from which density on torch.mm is the faster one.
+"""How the C++ kernels cut a product on a CPU, and from which density on a dense one is faster.
 
 Pure functions of the problem, the machine and the number of threads. The constants were found by
-measurement on machines with AVX-512, with and without AMX, and with AVX2 (docs/log.md).
+measurement on machines with AVX-512, with one and two loads a cycle, with and without AMX, and with
+AVX2 (docs/log.md).
 """
 
 from functools import lru_cache
@@ -10,24 +11,19 @@ from typing import NamedTuple
 import torch
 
 from ..problem import Problem
+from .machine import Machine
 
 SMALL_WORK = 2**18  # multiply-adds below which a second thread costs more than it gives
 LONGEST_SUM = 96  # non-zeros added up one by one, so that rounding errors stay small
+LEAST_LANES = 8  # of registers with pairs of bfloat16: smaller ones were not measured
+FEW_TILES, LONG_SEGMENT = 4, 32  # values are read in place for no more, and no fewer in a row
 WIDEST = 8  # vectors in a panel's row: their accumulators fill a register file of 16
 
 
-class Machine(NamedTuple):
-    """The properties of a machine that a plan depends on."""
-
-    isa: str
-    lanes: int  # floats in a vector, or doubles where those are what is computed in
-    l1_bytes: int  # of one core; 0: unknown
-    l2_bytes: int
-    has_bf16_tiles: bool  # AMX: torch.mm multiplies bfloat16 at eight times the rate of float32
-
-
 class Plan(NamedTuple):
-    """The tokens are cut into tiles of vecs x lanes / tile_parts, W (spmm_t: W^T) into blocks.
+    """The tokens are cut into tiles of vecs x lanes / tile_parts, W (spmm_t: W^T) into blocks. With
+    `pairs`, bfloat16 stays so in panels, and a register has twice the lanes. With `in_place` the
+    values are not brought into walking order first.
 
     The fields are those of `_C.Plan` (csrc/cpu/products.h), by name."""
 
@@ -38,24 +34,34 @@ class Plan(NamedTuple):
     cols: int
     row_parts: int  # what a thread's task takes
     col_parts: int
-
-
-def machine_name(machine: Machine) -> str:
-    """Key of the crossover table: machines with equal keys get equal plans."""
-    tiles = " tiles" * machine.has_bf16_tiles
-    return f"{machine.isa} {machine.l1_bytes} {machine.l2_bytes}{tiles}"
+    pairs: bool
+    in_place: bool
 
 
 def dense_wins_above(p: Problem, machine: Machine) -> float:
-    """The density above which writing W out and calling torch.mm is faster than any sparse kernel,
-    where nobody has measured it on the machine at hand (see crossover.py).
+    """The density above which writing W out and multiplying densely is faster than any sparse
+    kernel, where nobody has measured it on the machine at hand (see crossover.py).
 
-    share * (1 + tokens / M): `share` is the rate of a sparse kernel over that of torch.mm for many
-    tokens, `tokens` how many of them cost torch.mm as much as writing W out.
+    A dense layer, whose W is written out already, is faster above density_of_dense_rate.
     """
-    uses_tiles = p.dtype == torch.bfloat16 and machine.has_bf16_tiles
-    share, tokens = (0.06, 230) if uses_tiles else (0.55, 30)
-    return share * (1 + tokens / max(1, p.M))
+    tokens = 20 if _feeds(p, machine) else 30  # that cost as much as writing W out
+    if p.dtype == torch.bfloat16 and machine.has_bf16_tiles:
+        tokens = 230
+    elif p.dtype == torch.bfloat16 and machine.has_bf16_products:
+        tokens = 60
+    return density_of_dense_rate(p, machine) * (1 + tokens / max(1, p.M))
+
+
+def density_of_dense_rate(p: Problem, machine: Machine) -> float:
+    """The density at which a product of many tokens takes as long as a dense one: the rate of a
+    sparse kernel over that of the dense product that `expand` calls."""
+    if p.dtype == torch.bfloat16 and machine.has_bf16_tiles:
+        return 0.06
+    if p.dtype == torch.bfloat16 and machine.has_bf16_products:
+        if not (machine.has_dots if p.op == "sddmm" else machine.has_pairs):
+            return 0.27
+        return 0.66 if p.op == "sddmm" else 0.38
+    return 0.74 if _feeds(p, machine) else 0.55
 
 
 @lru_cache(maxsize=4096)
@@ -63,39 +69,36 @@ def make_plan(p: Problem, machine: Machine, threads: int) -> Plan:
     """The plan of the `panel` kernels.
 
     - A wide tile reads fewer values of W per multiply-add, a narrow one moves fewer accumulators
-      per row and column block: with 16 lanes the second matters more below a density of 0.18,
-      except in SDDMM, whose reduction a wide tile shares among more tokens.
+      per row and column block: which matters more, and how much of L1 a column block of x takes,
+      is in _most_vecs and _share. Panels of bfloat16 stay so where the machine multiplies them as
+      fast, for there is twice as much of x in a column block.
     - SpMM's threads take whole tiles, each with a panel of its own, so there are tiles for all if
       the tokens allow. Those left over are packed by several threads, each for a part of the rows.
     - SDDMM's threads take a part of the rows and columns of W and go through all tiles, so that
       nobody waits; the grid is the one whose cells have the fewest rows and columns to pack.
-    - A column block of x fits L1, or a little more where few of its rows are read, and in SDDMM,
-      which reads a row of dy for each row and column block.
     - SpMM sums each column block from 0, so its blocks, and with them the bits of the result, are
       the same for any number of threads. More than two threads are taken to share an L1 in pairs,
       which a virtual machine does not show: the widest tiles are then halved, which sums in the
       same order.
     - A row block's y panel stays in L2.
+    - Few tiles do not pay for values in walking order, if a row has some lines of them in a block.
     """
     n, k = (p.K, p.N) if p.op == "spmm_t" else (p.N, p.K)
     is_sddmm, real_bytes = p.op == "sddmm", 8 if p.dtype == torch.float64 else 4
     threads = threads if p.M * p.nnz >= SMALL_WORK else 1
+    pairs = p.dtype == torch.bfloat16 and p.M > machine.lanes >= LEAST_LANES
+    pairs &= machine.has_dots if is_sddmm else machine.has_pairs
+    lanes, element_bytes = (machine.lanes * 2, 2) if pairs else (machine.lanes, real_bytes)
 
-    vecs = WIDEST if machine.lanes * real_bytes < 64 or is_sddmm or p.density > 0.18 else 4
-    while vecs > 1 and p.M <= vecs * machine.lanes * 3 // 4:
+    vecs = _most_vecs(p, machine, pairs)
+    while vecs > 1 and p.M <= vecs * lanes * 3 // 4:
         vecs //= 2
-    too_few = p.M <= vecs * machine.lanes * (threads - 1)
+    too_few = p.M <= vecs * lanes * (threads - 1)
     tile_parts = 2 if vecs == WIDEST and (too_few or threads > 2) and not is_sddmm else 1
-    width = vecs * machine.lanes // tile_parts  # tokens
+    width = vecs * lanes // tile_parts  # tokens
 
-    if is_sddmm:
-        share = 5 / 4 if p.density > 0.07 else 2
-        share = share * 2 / 3 if threads > 2 else share
-    elif p.density > 0.07:
-        share = 2 / 3 if vecs == 4 else 3 / 4
-    else:
-        share = 5 / 4 if p.density > 0.03 else 2
-    column_bytes = vecs * machine.lanes * real_bytes  # of x, in a whole tile
+    share = _share(p, machine, vecs) * (2 / 3 if is_sddmm and threads > 2 else 1)
+    column_bytes = vecs * lanes * element_bytes  # of x, in a whole tile
     cols = int((machine.l1_bytes or 32768) * share) // column_bytes
     if not is_sddmm:  # narrow panels deal a segment out to several sums
         cols = min(cols, int(LONGEST_SUM * {1: 4, 2: 2}.get(vecs, 1) / max(p.density, 1e-9)))
@@ -109,15 +112,49 @@ def make_plan(p: Problem, machine: Machine, threads: int) -> Plan:
         row_parts = -(-threads // left)
     y_bytes = min(196608, machine.l2_bytes * 3 // 8 or 196608)
     part_rows = max(1, -(-n // row_parts))
-    blocks = -(-part_rows // min(y_bytes // (width * real_bytes), 65536))
+    row_bytes = width * (element_bytes if is_sddmm else real_bytes)
+    blocks = -(-part_rows // min(y_bytes // row_bytes, 65536))
     rows = -(-part_rows // blocks)
-    return Plan(threads, vecs, tile_parts, rows, cols, row_parts, col_parts)
+    in_place = p.op == "spmm" and p.dtype != torch.bfloat16 and _feeds(p, machine)
+    in_place &= p.M <= FEW_TILES * vecs * lanes and cols * p.density >= LONG_SEGMENT
+    return Plan(threads, vecs, tile_parts, rows, cols, row_parts, col_parts, pairs, in_place)
+
+
+def _feeds(p: Problem, machine: Machine) -> bool:
+    """Registers of 64 bytes, and multiply-adds that read L1 as fast as they run: two loads a cycle,
+    of which L2 gives less than half."""
+    return machine.l1_feeds and machine.lanes * (8 if p.dtype == torch.float64 else 4) == 64
+
+
+def _most_vecs(p: Problem, machine: Machine, pairs: bool) -> int:
+    """Of a tile, if there are as many tokens."""
+    is_sddmm = p.op == "sddmm"
+    if pairs and not is_sddmm:
+        return 2  # and two sets of sums
+    if machine.lanes * (8 if p.dtype == torch.float64 else 4) < 64:
+        return WIDEST
+    if _feeds(p, machine):
+        return WIDEST if p.density > (0.18 if is_sddmm else 0.35) else 4
+    return WIDEST if is_sddmm or p.density > 0.18 else 4
+
+
+def _share(p: Problem, machine: Machine, vecs: int) -> float:
+    """Of L1, that a column block of x takes. Where L2 is far behind it fits. Elsewhere it is a
+    little more where few of its rows are read, and in SDDMM, which reads a row of dy for each row
+    and column block."""
+    if _feeds(p, machine):
+        return 3 / 4 if p.density > 0.15 else 1
+    if p.op == "sddmm":
+        return 5 / 4 if p.density > 0.07 else 2
+    if p.density > 0.07:
+        return 2 / 3 if vecs == 4 else 3 / 4
+    return 5 / 4 if p.density > 0.03 else 2
 
 
 def describe(plan: Plan, machine: Machine) -> str:
     """One phrase for sparsekern.explain."""
     threads = "1 thread" if plan.threads == 1 else f"{plan.threads} threads"
-    width = plan.vecs * machine.lanes // plan.tile_parts
+    width = plan.vecs * machine.lanes * (1 + plan.pairs) // plan.tile_parts
     blocks = f"tiles of {width} tokens, blocks of {plan.rows} x {plan.cols}"
     parts = f", W in {plan.row_parts} x {plan.col_parts} parts"
     return f"{machine.isa}, {threads}, {blocks}{parts * (plan.row_parts * plan.col_parts > 1)}"

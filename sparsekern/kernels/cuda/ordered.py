@@ -17,7 +17,7 @@ Infinity and NaN in x: as in two_of_four.py.
 import math
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from functools import lru_cache, partial
+from functools import lru_cache
 
 import torch
 from torch import Tensor
@@ -195,12 +195,11 @@ def _product(op, row_offsets, col_indices, values, n, k, x, bias=None) -> Tensor
     side = _side_of(op, row_offsets, col_indices, n, k)
     assert side is not None  # or the row had refused
     outputs = n if op == "spmm" else k
-    x, m, device = cusparselt.aligned(x), x.shape[0], x.device.index
+    x, m = cusparselt.aligned(x), x.shape[0]
     y, in_order = x.new_empty(m, outputs), permute(x, side.columns)
     row = column = 0
     for panel in side.panels:
-        make = partial(random_operand, panel.rows, panel.width, x.device)
-        algorithm = algorithm_of(panel.rows, panel.width, m, device, make)
+        algorithm = algorithm_of(panel.rows, panel.width, m, x.dtype, x.device)
         if algorithm == NONE_RIGHT:
             return (expand.spmm if op == "spmm" else expand.spmm_t)(*weight, x, bias)
         rows, columns = slice(row, row + panel.rows), slice(column, column + panel.width)
@@ -208,15 +207,6 @@ def _product(op, row_offsets, col_indices, values, n, k, x, bias=None) -> Tensor
         cusparselt.multiply(operand, in_order[:, columns], y[:, rows], own_bias, algorithm)
         row, column = rows.stop, columns.stop
     return expand.mend(op, *weight, x, bias, y, side.checked)
-
-
-def random_operand(n: int, width: int, device: torch.device) -> tuple[Tensor, Tensor]:
-    """An operand of random values at random places, and what it is of."""
-    generator = torch.Generator(device).manual_seed(0)
-    w = torch.randn(n, width // 4, 4, generator=generator, device=device)
-    two = torch.rand(n, width // 4, 4, generator=generator, device=device).argsort(-1) < 2
-    w = (w * two).view(n, width).bfloat16()
-    return cusparselt.compress(w), w
 
 
 def permute(x: Tensor, columns: Tensor) -> Tensor:

@@ -12,7 +12,10 @@ from conftest import products, written_out
 
 import sparsekern
 from sparsekern.kernels import derived, table
+from sparsekern.kernels.cpu import dense_product
 from sparsekern.kernels.cpu import panel as cpu
+from sparsekern.kernels.cpu.machine import machine, rates, rates_in_words
+from sparsekern.kernels.cpu.plan import dense_wins_above
 from sparsekern.testing import PROBLEMS, Case, exact, random_csr, relative_error
 
 pytestmark = pytest.mark.skipif(cpu._C is None, reason="the C++ library is not built")
@@ -196,7 +199,45 @@ def test_the_table_leaves_to_torch_what_torch_does_faster(fresh_table):
     assert table.pick(problem).name == "panel"
     nearly_full = problem._replace(nnz=768 * 768 * 9 // 10)
     assert table.pick(nearly_full).name == "expand"
-    assert "torch.mm is faster above density 0.57" in dict(table.refusals(nearly_full))["panel"]
+    limit = f"a dense product is faster above density {dense_wins_above(problem, machine()):.2f}"
+    assert limit in dict(table.refusals(nearly_full))["panel"]
+    in_bf16 = nearly_full._replace(dtype=torch.bfloat16)
+    assert "torch.mm; a dense layer is faster" in table.describe(in_bf16, table.pick(in_bf16))
     assert table.pick(nearly_full._replace(M=20)).name == "panel"
     assert table.pick(problem._replace(dtype=torch.float64)).name == "panel"
     assert table.pick(problem._replace(dtype=torch.float16)).name == "widened"
+
+
+@pytest.mark.parametrize("operands", ["plain", "transposed"])
+@pytest.mark.parametrize("K", [1, 192, 193, 700])
+def test_both_dense_products_of_expand(K, operands, monkeypatch):
+    """torch.mm and oneDNN, whichever is the faster one here, with and without a bias, and in
+    float32 whatever autocast says."""
+    generator = torch.Generator().manual_seed(0)
+    a, b = (torch.randn(s, generator=generator) for s in ((20, K), (K, 30)))
+    if operands == "transposed":
+        a, b = a.t().contiguous().t(), b.t().contiguous().t()
+    bias = torch.randn(30, generator=generator)
+    for name in ("torch.mm", "oneDNN"):
+        monkeypatch.setattr(dense_product, "library", lambda dtype, name=name: name)
+        for each in (None, bias):
+            with torch.autocast("cpu", torch.bfloat16):
+                got = dense_product.product(a, b, each)
+            want = a.double() @ b.double() + (0 if each is None else each.double())
+            scale = a.abs().double() @ b.abs().double() + bias.abs().double()
+            assert got.dtype == torch.float32
+            assert relative_error(got, want, scale) < TOLERANCE[torch.float32]
+
+
+def test_expand_takes_onednn_where_it_is_clearly_faster(monkeypatch):
+    for onednn, name in ((None, "torch.mm"), (1.1e11, "torch.mm"), (2e11, "oneDNN")):
+        monkeypatch.setattr(dense_product, "rates", lambda r=onednn: dense_product.Rates(1e11, r))
+        assert dense_product.library(torch.float32) == name
+        assert dense_product.library(torch.bfloat16) == "torch.mm"
+
+
+def test_rates_of_this_machine():
+    found = rates()
+    assert found.registers > 0 and found.l1 > 0 and found.l2 > 0 and found.pairs > 0
+    assert (found.dots is not None) == cpu._C.has_bf16_dots()
+    assert "GFLOP/s a core" in rates_in_words(found)

@@ -7,15 +7,17 @@ from hypothesis import strategies as st
 
 import sparsekern
 from sparsekern.kernels.cpu import panel
-from sparsekern.kernels.cpu.plan import SMALL_WORK, Machine, dense_wins_above, describe, make_plan
+from sparsekern.kernels.cpu.machine import Machine, machine_name
+from sparsekern.kernels.cpu.plan import SMALL_WORK, dense_wins_above, describe, make_plan
 from sparsekern.kernels.problem import Problem
 
 AVX2 = Machine("avx2", 8, 32 * 2**10, 512 * 2**10, False)
 AVX512 = Machine("avx512", 16, 48 * 2**10, 2**21, True)
+ZEN5 = Machine("avx512", 16, 48 * 2**10, 2**20, False, True, True, True, True)
 UNKNOWN = Machine("portable", 4, 0, 0, False)
 
 sizes = st.integers(0, 2**17)
-machines = st.sampled_from([AVX2, AVX512, UNKNOWN])
+machines = st.sampled_from([AVX2, AVX512, ZEN5, UNKNOWN])
 threads = st.integers(1, 129)
 
 
@@ -56,11 +58,12 @@ def test_threads_do_not_change_the_order_of_sums(problem, machine, threads):
 
 @given(problems(), machines, threads)
 def test_panels_stay_within_their_bound(problem, machine, threads):
-    """The x panel of a tile is K or N rows of at most 128 tokens, the y panel 192 KiB."""
+    """The x panel of a tile is K or N rows of at most 512 bytes, the y panel 192 KiB."""
     plan = make_plan(problem, machine, threads)
-    width = plan.vecs * machine.lanes // plan.tile_parts
-    assert width <= 128
-    assert plan.rows * width * 4 <= 196608 or plan.rows == 1
+    width = plan.vecs * machine.lanes * (1 + plan.pairs) // plan.tile_parts
+    assert width * (2 if plan.pairs else 4) <= 512
+    y_bytes = 2 if plan.pairs and problem.op == "sddmm" else 4
+    assert plan.rows * width * y_bytes <= 196608 or plan.rows == 1
 
 
 def test_tokens_go_round():
@@ -79,6 +82,44 @@ def test_dense_crossover_falls_with_tokens_and_with_tiles_of_bfloat16():
     few, many = (dense_wins_above(problem._replace(M=M), AVX2) for M in (16, 1024))
     assert few > many > 0.5
     assert dense_wins_above(problem._replace(M=1024), AVX512) < 0.1
+
+
+@given(problems(), threads)
+def test_a_machine_with_one_load_a_cycle_keeps_its_plans(problem, threads):
+    """What two loads a cycle want is nothing for the others; of two machines with the same name the
+    plans are equal."""
+    plan = make_plan(problem, AVX512, threads)
+    assert not plan.pairs
+    slower = ZEN5._replace(l1_feeds=False, has_pairs=False, has_dots=False)
+    assert plan == make_plan(problem, slower._replace(l2_bytes=AVX512.l2_bytes), threads)
+
+
+def test_plans_for_two_loads_a_cycle():
+    """A column block of x fits L1; bfloat16 stays in panels, and a sum has at most 96 terms."""
+    problem = Problem("spmm", "cpu", torch.float32, 1024, 2048, 2048, 2**21)
+    assert make_plan(problem, ZEN5, 1)[1:5] == (8, 1, 342, 72)
+    quarter = make_plan(problem._replace(nnz=2**20), ZEN5, 1)
+    assert (quarter.vecs, quarter.cols) == (4, 144)
+    in_pairs = problem._replace(dtype=torch.bfloat16, nnz=2**20)
+    forward, values = (make_plan(in_pairs._replace(op=op), ZEN5, 1) for op in ("spmm", "sddmm"))
+    assert (forward.pairs, forward.vecs, forward.cols) == (True, 2, 288)
+    assert (values.pairs, values.vecs, values.cols) == (True, 8, 72)
+    assert not make_plan(in_pairs._replace(M=16), ZEN5, 1).pairs
+    assert quarter._replace(in_place=True) == make_plan(problem._replace(M=256, nnz=2**20), ZEN5, 1)
+
+
+def test_dense_crossover_of_two_loads_a_cycle():
+    """bfloat16 at twice the rate of float32: dense wins earlier, in SDDMM later than in SpMM."""
+    problem = Problem("spmm", "cpu", torch.bfloat16, 1024, 2048, 2048, 1)
+    forward, values = (dense_wins_above(problem._replace(op=o), ZEN5) for o in ("spmm", "sddmm"))
+    assert 0.35 < forward < 0.45 < 0.6 < values < 0.75
+    assert dense_wins_above(problem._replace(dtype=torch.float32), ZEN5) > values
+
+
+def test_names_tell_machines_apart_that_get_other_plans():
+    names = {machine_name(m) for m in (AVX512, ZEN5, ZEN5._replace(l1_feeds=False))}
+    assert len(names) == 3
+    assert machine_name(AVX512) == "avx512 49152 2097152 tiles"
 
 
 def test_description():

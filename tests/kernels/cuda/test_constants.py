@@ -10,6 +10,7 @@ import sparsekern
 from sparsekern.kernels.cuda import (
     bitmap,
     cover,
+    e4m3,
     expand,
     gather,
     layout,
@@ -34,6 +35,8 @@ TIED = [
     ("expand.THREADS", "mend.cuh", "kMendThreads"),
     ("expand.WARPS", "mend.cuh", "kMendWarps"),
     ("expand.COLUMNS", "mend.cu", "kMendColumns"),
+    ("e4m3.THREADS", "e4m3.cu", "kE4m3Threads"),
+    ("e4m3.SMEM_BYTES", "e4m3.cu", "4 * kE4m3Warps"),
     ("bitmap.COLUMNS", "bitmap.cu", "kWordColumns"),
     ("bitmap.THREADS", "bitmap.cu", "kBitmapThreads"),
     ("bitmap.BLOCK_WORDS", "bitmap.cu", "kTurns * kBlockWords"),
@@ -70,7 +73,10 @@ TIED = [
     ("cover.WINDOW", "cover.h", "kCoverWindow"),
     ("cover.RECORD_BYTES", "cover.h", "kCoverRecordBytes"),
 ]
-_MODULES = bitmap, cover, expand, gather, layout, library, ordered, pairs, pairs_ring, runs
+_MODULES = (
+    *(bitmap, cover, e4m3, expand, gather, layout, library, ordered),
+    *(pairs, pairs_ring, runs),
+)
 MODULES = {module.__name__.split(".")[-1]: module for module in _MODULES}
 
 

@@ -120,11 +120,11 @@ def test_no_order_is_sought_of_a_pattern_that_will_change_soon():
 
 @pytest.mark.parametrize("op", ["spmm", "spmm_t"])
 def test_without_a_right_algorithm_w_is_written_out(op, stand_in):  # noqa: F811
-    for number in algorithms.CANDIDATES:
+    for number in algorithms.CANDIDATES[torch.bfloat16]:
         stand_in.algorithm(number, (REFUSED, WRONG)[number % 2])
     W, w, _ = layer()
     x = torch.randn(M, K if op == "spmm" else N).bfloat16()
-    with pytest.warns(UserWarning, match="no algorithm multiplies .* right: W is written out"):
+    with pytest.warns(UserWarning, match="no algorithm multiplies .* right"):
         check(product(W, x, op=op), x, w if op == "spmm" else w.T)
 
 

@@ -1,0 +1,92 @@
+"""The dense product behind `expand`: by torch.mm, or by torch's own oneDNN where that is faster.
+
+For float32 torch.mm calls MKL, which reaches less than half of what an AMD processor can do. Which
+of the two is faster is measured once in a process, in some milliseconds; torch.mm stays unless the
+other is clearly faster. Both use torch's threads.
+
+oneDNN adds up hundreds of terms one by one, and errs by up to five times as much as torch.mm. So it
+gets LONGEST_SUM of them at a time, which costs a fifth of its rate.
+"""
+
+import time
+from functools import lru_cache
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from ..reference import mm
+
+SIZES = 256, 512, 512  # M, N, K of the products that are timed
+LONGEST_SUM = 192  # terms: its errors are then those of torch.mm
+ROUNDS = 5  # the best counts
+LEAST_GAIN = 1.15  # times as fast: below, noise would choose
+
+
+class Rates(NamedTuple):
+    """FLOP/s of torch.mm and of oneDNN; None where this torch has none."""
+
+    torch: float
+    onednn: float | None
+
+
+@lru_cache(maxsize=1)
+def rates() -> Rates:
+    """On torch's threads of the moment."""
+    M, N, K = SIZES
+    a, b = torch.ones(M, K), torch.ones(N, K)
+    calls = {"torch": lambda: mm(a, b.t())}
+    if torch.backends.mkldnn.is_available():
+        calls["onednn"] = lambda: _onednn(a, b.t(), None)
+    best = dict.fromkeys(calls, 0.0)
+    with torch.inference_mode():
+        for _ in range(1 + ROUNDS):  # the first pays for threads and memory
+            for name, call in calls.items():
+                began = time.perf_counter()
+                try:
+                    call()
+                except (AttributeError, RuntimeError, NotImplementedError):  # another torch
+                    continue
+                rate = 2 * M * N * K / (time.perf_counter() - began)
+                best[name] = max(best[name], rate)
+    return Rates(best["torch"], best.get("onednn") or None)
+
+
+def library(dtype: torch.dtype) -> str:
+    """Name of the call that multiplies: torch.mm takes oneDNN for bfloat16 by itself."""
+    if dtype != torch.float32 or not torch.backends.mkldnn.enabled:
+        return "torch.mm"
+    found = rates()
+    is_faster = found.onednn is not None and found.onednn > LEAST_GAIN * found.torch
+    return "oneDNN" if is_faster else "torch.mm"
+
+
+def product(a: Tensor, b: Tensor, bias: Tensor | None = None) -> Tensor:
+    """a @ b + bias in the dtype of the operands, whatever autocast is around it."""
+    if a.numel() == 0 or b.numel() == 0 or library(a.dtype) == "torch.mm":
+        return mm(a, b, bias)
+    return _onednn(a, b, bias)
+
+
+def _onednn(a: Tensor, b: Tensor, bias: Tensor | None) -> Tensor:
+    parts = (slice(at, at + LONGEST_SUM) for at in range(0, a.shape[1], LONGEST_SUM))
+    y = _part(a, b, next(parts), bias)
+    for part in parts:
+        y += _part(a, b, part, None)
+    return y
+
+
+def _part(a: Tensor, b: Tensor, part: slice, bias: Tensor | None) -> Tensor:
+    x, weight = _in_a_row(a[:, part]), _in_a_row(b[part].t())
+    return torch.ops.mkldnn._linear_pointwise(x, weight, bias, "none", [], "")
+
+
+def _in_a_row(t: Tensor) -> Tensor:
+    """t, or a copy: of a matrix with gaps in both directions oneDNN's product is very slow."""
+    return t if t.is_contiguous() or t.t().is_contiguous() else t.contiguous()
+
+
+def rates_in_words(found: Rates) -> str:
+    """One line for `info`."""
+    text = f"{library(torch.float32)}: torch.mm {1e-9 * found.torch:.0f} GFLOP/s"
+    return text if found.onednn is None else f"{text}, oneDNN {1e-9 * found.onednn:.0f}"
