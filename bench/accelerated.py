@@ -1,11 +1,11 @@
 """Real models before and after accelerate_: what its report expects, and other engines beside.
 
-    python bench/accelerated.py [--model minilm|smollm2] [--out FOLDER]
+    python bench/accelerated.py [--model minilm|smollm2|resnet50] [--out FOLDER]
 
-Weights are those of bench/models.py, pruned by magnitude, evenly in each layer: only times are
-looked at. Each model is accelerated ROUNDS times anew. Then all ways to run it take turns: torch,
-what accelerate_ made of it, and those of bench/engines.py (pip install onnx onnxscript onnxruntime
-openvino). One thread.
+Weights are those of bench/models.py, of ResNet-50 random ones, pruned by magnitude, evenly in each
+layer: only times are looked at. Each model is accelerated ROUNDS times anew. Then all ways to run
+it take turns: torch, what accelerate_ made of it, and those of bench/engines.py (pip install onnx
+onnxscript onnxruntime openvino). One thread.
 """
 
 import argparse
@@ -29,37 +29,63 @@ from sparsekern.sparsity import Magnitude
 from sparsekern.terminal import table
 
 SPARSITIES = (0.5, 0.75, 0.9)
-SHAPES = {"minilm": ((1, 128), (32, 128)), "smollm2": ((1, 256), (1, 1))}  # texts x tokens
+SHAPES: dict[str, tuple] = {  # texts x tokens, images x channels x height x width
+    "minilm": ((1, 128), (32, 128)),
+    "smollm2": ((1, 256), (1, 1)),
+    "resnet50": ((1, 3, 224, 224), (8, 3, 224, 224)),
+}
+NAMES = models.NAMES | {"resnet50": "ResNet-50"}
 ROUNDS = 3
 RACE_ROUNDS, ENOUGH_S = 15, 5.0  # of all ways in turn; no more of one that took so long
 REPORT, RACE = "accelerate", "engines"  # ops: what the report says, and the race
 
 
 def cases(name: str) -> list[dict]:
-    dense, _ = {"minilm": models.minilm, "smollm2": models.smollm2}[name]()
-    about = {"model": models.NAMES[name], "device": "cpu", "threads": torch.get_num_threads()}
+    dense = load(name)
+    about = {"model": NAMES[name], "device": "cpu", "threads": torch.get_num_threads()}
     found = []
-    for texts, tokens in SHAPES[name]:
-        ids = torch.randint(1000, 20000, (texts, tokens))
-        case = about | {"case": f"{texts} x {tokens}", "M": texts * tokens}
+    for shape in SHAPES[name]:
+        is_text = len(shape) == 2
+        x = torch.randint(1000, 20000, shape) if is_text else torch.randn(shape)
+        case = about | {"case": " x ".join(map(str, shape))}
         pruned, made = dense, {}
         for sparsity in SPARSITIES:
             pruned = copy.deepcopy(dense)
-            prune_(pruned, Magnitude(sparsity))
-            rows, made[sparsity] = reports(pruned, ids, case | {"sparsity": sparsity})
+            if is_text:
+                prune_(pruned, Magnitude(sparsity))
+            else:
+                prune_convolutions_(pruned, sparsity)
+            rows, made[sparsity] = reports(pruned, x, case | {"sparsity": sparsity})
             found += rows
-        found += race(pruned, made, ids, case)
+        found += race(pruned, made, x, case)
     return found
 
 
-def reports(pruned: nn.Module, ids: Tensor, case: dict) -> tuple[list[dict], nn.Module]:
+def load(name: str) -> nn.Module:
+    if name != "resnet50":
+        return {"minilm": models.minilm, "smollm2": models.smollm2}[name]()[0]
+    from transformers import ResNetConfig, ResNetModel
+
+    return ResNetModel(ResNetConfig()).eval().to(memory_format=torch.channels_last)  # type: ignore
+
+
+@torch.no_grad()
+def prune_convolutions_(model: nn.Module, sparsity: float) -> None:
+    """The smallest weights of each, by torch alone: no algorithm takes convolutions."""
+    for module in model.modules():
+        if isinstance(module, nn.Conv2d):
+            size = module.weight.abs()
+            module.weight *= size > size.flatten().kthvalue(int(sparsity * size.numel())).values
+
+
+def reports(pruned: nn.Module, x: Tensor, case: dict) -> tuple[list[dict], nn.Module]:
     """Records of ROUNDS calls of accelerate_, and what the last one made."""
     found = []
     case = case | {"op": REPORT, "dtype": "float32"}
     for i in range(ROUNDS):
         model = copy.deepcopy(pruned)
         began = time.process_time()
-        report = accelerate_(model, {"input_ids": ids})
+        report = accelerate_(model, {model.main_input_name: x})
         took = time.process_time() - began
         ways = (
             ("dense", DENSE, report.before_s),
@@ -77,14 +103,14 @@ def reports(pruned: nn.Module, ids: Tensor, case: dict) -> tuple[list[dict], nn.
     return found, model
 
 
-def race(pruned: nn.Module, made: dict[float, nn.Module], ids: Tensor, case: dict) -> list[dict]:
+def race(pruned: nn.Module, made: dict[float, nn.Module], x: Tensor, case: dict) -> list[dict]:
     """Records of all ways to run the model, in turn; only ours depend on the zeros."""
-    dense = engines.torch_way("torch", DENSE, pruned, ids)
+    dense = engines.torch_way("torch", DENSE, pruned, x)
     # Errors are those of the pruned model that all but the sparser ones have.
     ways = {(None, dense.name, dense.dtype): dense}
-    ways |= {(None, way.name, way.dtype): way for way in engines.others(pruned, ids)}
+    ways |= {(None, way.name, way.dtype): way for way in engines.others(pruned, x)}
     for sparsity, model in made.items():
-        way = engines.torch_way("accelerate_", OURS, model, ids)
+        way = engines.torch_way("accelerate_", OURS, model, x)
         ways[sparsity, way.name, way.dtype] = way
     turns = {str(key): on_host(way.run, clock=time.process_time) for key, way in ways.items()}
     taken = in_turns(
@@ -113,7 +139,7 @@ def race(pruned: nn.Module, made: dict[float, nn.Module], ids: Tensor, case: dic
 def page(name: str, run: records.Run) -> str:
     reported = [r for r in run.records if r["op"] == REPORT]
     raced = [r for r in run.records if r["op"] == RACE]
-    header = ["texts x tokens, round", "zeros", "dense ms", "after ms", "times dense"]
+    header = ["input, round", "zeros", "dense ms", "after ms", "times dense"]
     header += ["expected ms", "expected / after", "the call, s"]
     rows, ratios, calls = [], [], []
     for (case, sparsity, step), group in records.groups(
@@ -131,7 +157,7 @@ def page(name: str, run: records.Run) -> str:
     missing = [] if any(r["contender"] == "OpenVINO" for r in raced) else ["ONNX Runtime, OpenVINO"]
     return "\n".join(
         [
-            f"# {models.NAMES[name]} before and after accelerate_",
+            f"# {NAMES[name]} before and after accelerate_",
             "",
             f"`python bench/accelerated.py --model {name}`, {about}, float32 but where another "
             f"type is named, one thread. Pruned by magnitude, evenly; {ROUNDS} rounds, each of a "
@@ -158,7 +184,7 @@ def page(name: str, run: records.Run) -> str:
 
 
 def engines_table(raced: list[dict]) -> str:
-    header = ["texts x tokens", "engine", "type", "zeros", "ms", "times torch float32", "error"]
+    header = ["input", "engine", "type", "zeros", "ms", "times torch float32", "error"]
     rows = []
     for (case,), group in records.groups(raced, lambda r: r["case"]).items():
         ours = next(r["median_s"] for r in group if r.get("sparsity") == 0.75)

@@ -1,4 +1,4 @@
-"""Other ways to run a dense model of token numbers, each behind one function that is timed.
+"""Other ways to run a dense model of transformers, each behind one function that is timed.
 
 torch in bfloat16, ONNX Runtime (a graph of torch.onnx, in float32) and OpenVINO (the same graph, in
 float32 and bfloat16), each with the threads of torch. Export and compilation are not timed. An
@@ -31,15 +31,16 @@ class Engine:
 
 
 class First(nn.Module):
-    """The first output of a model of transformers, without a cache of keys and values."""
+    """The first output of a model of transformers for its main input, token numbers or pixels,
+    without a cache of keys and values."""
 
     def __init__(self, model: nn.Module):
         super().__init__()
         self.model = model
 
-    def forward(self, input_ids: Tensor) -> Tensor:
+    def forward(self, x: Tensor) -> Tensor:
         settings = {"use_cache": False} if hasattr(self.model, "generate") else {}
-        return self.model(input_ids=input_ids, **settings)[0]
+        return self.model(**{self.model.main_input_name: x}, **settings)[0]
 
 
 def missing() -> list[str]:
@@ -47,32 +48,34 @@ def missing() -> list[str]:
     return [name for name in NEEDS if find_spec(name) is None]
 
 
-def torch_way(name: str, kind: str, model: nn.Module, ids: Tensor) -> Engine:
+def torch_way(name: str, kind: str, model: nn.Module, x: Tensor) -> Engine:
     first = First(model).eval()
     dtype = str(next(model.parameters()).dtype).removeprefix("torch.")
 
     def run() -> Tensor:
         with torch.inference_mode():
-            return first(ids)
+            return first(
+                x if x.dtype == torch.long else x.to(next(model.parameters()).dtype)
+            ).float()
 
     return Engine(name, kind, dtype, run, lambda y: y)
 
 
-def others(model: nn.Module, ids: Tensor) -> list[Engine]:
+def others(model: nn.Module, x: Tensor) -> list[Engine]:
     """Those that are installed."""
-    found = [torch_way("torch", OTHER, copy.deepcopy(model).bfloat16(), ids)]
+    found = [torch_way("torch", OTHER, copy.deepcopy(model).bfloat16(), x)]
     if not missing():
         with tempfile.TemporaryDirectory() as folder:
             path = Path(folder) / "model.onnx"
             with torch.no_grad():
-                program = torch.onnx.export(First(model).eval(), (ids,), dynamo=True, verbose=False)
+                program = torch.onnx.export(First(model).eval(), (x,), dynamo=True, verbose=False)
             program.save(path)
-            found += [_onnxruntime(path, ids)]
-            found += [_openvino(path, ids, dtype) for dtype in ("float32", "bfloat16")]
+            found += [_onnxruntime(path, x)]
+            found += [_openvino(path, x, dtype) for dtype in ("float32", "bfloat16")]
     return found
 
 
-def _onnxruntime(path: Path, ids: Tensor) -> Engine:
+def _onnxruntime(path: Path, x: Tensor) -> Engine:
     import onnxruntime
 
     options = onnxruntime.SessionOptions()
@@ -80,12 +83,12 @@ def _onnxruntime(path: Path, ids: Tensor) -> Engine:
     # Threads that spin after their work would slow down whoever runs next.
     options.add_session_config_entry("session.intra_op.allow_spinning", "0")
     session = onnxruntime.InferenceSession(path, options, providers=["CPUExecutionProvider"])
-    feed = {session.get_inputs()[0].name: ids.numpy()}
+    feed = {session.get_inputs()[0].name: x.numpy()}
     run = lambda: session.run(None, feed)[0]  # noqa: E731
     return Engine("ONNX Runtime", PACKED, "float32", run, torch.from_numpy)
 
 
-def _openvino(path: Path, ids: Tensor, dtype: str) -> Engine:
+def _openvino(path: Path, x: Tensor, dtype: str) -> Engine:
     import openvino
 
     core = openvino.Core()
@@ -93,6 +96,6 @@ def _openvino(path: Path, ids: Tensor, dtype: str) -> Engine:
     settings |= {"PERFORMANCE_HINT": "LATENCY"}
     settings |= {"INFERENCE_PRECISION_HINT": {"float32": "f32", "bfloat16": "bf16"}[dtype]}
     request = core.compile_model(core.read_model(path), "CPU", settings).create_infer_request()
-    feed = {0: ids.numpy()}
+    feed = {0: x.numpy()}
     kind = PACKED if dtype == "float32" else OTHER
     return Engine("OpenVINO", kind, dtype, lambda: request.infer(feed)[0], torch.from_numpy)

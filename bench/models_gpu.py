@@ -7,6 +7,7 @@ matrices for three, of as many weights together, and each head its own key and v
 prompt for the logits of its last token, and a token with a cache of CONTEXT others.
 """
 
+import argparse
 import copy
 import time
 from collections.abc import Callable, Iterator
@@ -153,14 +154,14 @@ def cases(shapes: tuple[Shape, ...], device: torch.device) -> Iterator[tuple[str
                 yield f"{about}, prompt of {tokens}", partial(prompt, model, tokens, case)
 
 
-def measure(machine: dict, path: Path, commit: str | None, limit_s: float) -> records.Run:
-    """All cases that begin within limit_s; the file is written after each."""
+def measure(machine: dict, path: Path, args: argparse.Namespace) -> records.Run:
+    """All cases that begin within args.limit_s, printed; the file is written after each."""
     start = time.monotonic()
-    about = about_run("models", machine, commit) | {"is_whole": False, "left": []}
+    about = about_run("models", machine, args.commit) | {"is_whole": False, "left": []}
     found: list[dict] = []
     with torch.no_grad(), torch.cuda.stream(torch.cuda.Stream()):
         for name, run in cases(SHAPES, torch.device("cuda")):
-            if time.monotonic() - start > limit_s:
+            if time.monotonic() - start > args.limit_s:
                 about["left"].append(name)
                 continue
             found += run()
@@ -168,7 +169,9 @@ def measure(machine: dict, path: Path, commit: str | None, limit_s: float) -> re
             records.write(path, about, found)
     about |= {"is_whole": not about["left"], "seconds": time.monotonic() - start}
     records.write(path, about, found)
-    return records.read(path)
+    measured = records.read(path)
+    print(f"{page(path.stem, measured)}\n{about['seconds']:.0f} s: {path}")
+    return measured
 
 
 def page(name: str, run: records.Run) -> str:

@@ -51,7 +51,7 @@ def run(options: argparse.Namespace) -> int:
         "sparsekern": __version__,
     }
     orders = {order.number: order for order in plan.PLANS[options.plan]}
-    chosen = [orders[number] for number in options.orders or orders]
+    chosen = [orders[number] for number in options.orders or orders if number in orders]
     kept = [KEPT] if KEPT.exists() and options.plan == "full" else []
     made = study.Study(chosen, build.identity(options.data), options.out, kept, about)
     if made.waiting() and time.monotonic() < deadline:
@@ -66,11 +66,16 @@ def run(options: argparse.Namespace) -> int:
             made.run(pool, deadline, options.whole)
         finally:
             pool.close()
-    left = made.waiting()
+    left, blocked = made.waiting(), made.without_rate()
     for key, why in made.failed.items():
         print(f"failed: {key}: {why}")
-    print(f"next: {study.key(left[0])}; call again to go on" if left else "all done")
-    return MORE_TO_DO if left or made.failed else 0
+    if left:
+        print(f"next: {study.key(left[0])}; call again to go on")
+    elif blocked:
+        print(f"no rate yet, since its sweep is not done: {', '.join(blocked)}")
+    else:
+        print("all done")
+    return MORE_TO_DO if left or blocked or made.failed else 0
 
 
 def main() -> int:
@@ -100,7 +105,10 @@ def main() -> int:
         "--whole", action="store_true", help="begin no run that would not end in time"
     )
     more.add_argument("--plan", choices=plan.PLANS, default="full")
-    more.add_argument("--orders", type=int, nargs="+", help="the most wanted first (all)")
+    numbers = [order.number for order in plan.PLAN]
+    more.add_argument(
+        "--orders", type=int, nargs="+", choices=numbers, help="the most wanted first (all)"
+    )
     more.add_argument("--commit", default="", help="of the sources, where git does not say it")
     given["page"].add_argument("--add", type=Path, nargs="+", default=[], help="new results")
     options = parser.parse_args()

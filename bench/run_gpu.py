@@ -2,6 +2,7 @@
 
 python bench/run_gpu.py decode      results/<GPU>-decode-<dtype>-<date>.*, docs/benchmarks.md
 python bench/run_gpu.py prompts     results/<GPU>-prompts-<dtype>-<date>.*: 96 tokens and more
+python bench/run_gpu.py two-way     results/<GPU>-two-way-<dtype>-<date>.*: 2:4 and E4M3, packed
 python bench/run_gpu.py crossover   sparsekern/kernels/crossover.json
 python bench/run_gpu.py layouts     results/<GPU>-layouts-*, sparsekern/kernels/packed_times.json
 python bench/run_gpu.py generate    whole models: bench_generate.py, which has its flags
@@ -31,6 +32,7 @@ import pages
 import tables_gpu
 import torch
 import train_gpu
+import two_way
 
 from sparsekern.bench import (
     ceilings,
@@ -40,6 +42,7 @@ from sparsekern.bench import (
     peers_gpu,
     records,
     replay_gpu,
+    two_way_gpu,
 )
 from sparsekern.bench.machine import about_cpu, about_gpu, about_run, gpu_under_load, in_words
 from sparsekern.bench.measure_gpu import Grid
@@ -56,7 +59,7 @@ MARKERS = "<!-- bench-gpu: begin -->", "<!-- bench-gpu: end -->"
 CROSSOVER = BENCH.parent / "sparsekern" / "kernels" / "crossover.json"
 LIMIT_S = 230.0  # no new W is begun after so long
 
-ROUNDS = dict.fromkeys(("decode", "prompts", "crossover"), measure_gpu.ROUNDS) | {"layouts": 3}
+ROUNDS = {"layouts": 3, "two-way": two_way.ROUNDS}  # of others: measure_gpu.ROUNDS
 
 Part = tuple[int, int]  # (2, 3): the second of three
 
@@ -73,12 +76,14 @@ WAYS = {
     "prompts": peers_gpu.prompt_ways,
     "crossover": peers_gpu.crossover_ways,
     "layouts": layouts_gpu.ways,
+    "two-way": two_way_gpu.ways,
 }
 GRIDS = {
     "decode": Grid(),
     "prompts": PROMPTS,
     "crossover": crossover.GRID,
     "layouts": layouts_gpu.GRID,
+    "two-way": replace(PROMPTS, tokens=(*PROMPTS.tokens, 8192), masks=("two-way",)),
 }
 
 SECTIONS = """\
@@ -172,7 +177,8 @@ def measure(verb: str, grid: Grid, path: Path, commit: str | None, part: Part | 
     with torch.no_grad(), torch.cuda.stream(torch.cuda.Stream()):
         clock = replay_gpu.CudaClock()
         deadline = start + LIMIT_S
-        for cell in measure_gpu.cells(grid, ways, clock, generator, ROUNDS[verb], deadline):
+        rounds = ROUNDS.get(verb, measure_gpu.ROUNDS)
+        for cell in measure_gpu.cells(grid, ways, clock, generator, rounds, deadline):
             cells.append(derive(cell))
             found = ", ".join(f"{name} {ratio:.2f}" for name, ratio in cell["speedups"].items())
             print(f"{time.monotonic() - start:4.0f} s {case_name(cell)}: {found}", flush=True)
@@ -211,12 +217,16 @@ def page_of_prompts(name: str, run: Run) -> str:
     return PROMPTS_PAGE.format(
         name=name,
         heading=in_words(run.about, cells[0]["dtype"]),
-        rounds=ROUNDS[run.about["benchmark"]],
+        rounds=ROUNDS.get(run.about["benchmark"], measure_gpu.ROUNDS),
         fewest=measure_gpu.LAUNCHES[0],
         cold_mb=measure_gpu.COLD_BYTES / 1e6,
         shapes=", ".join(f"{n}x{k}" for n, k in sorted(tables_gpu.shapes_of(cells))),
         competitors=tables_gpu.competitors(cells),
     )
+
+
+PAGES = dict(decode=page, prompts=page_of_prompts, layouts=page_of_prompts)
+PAGES |= {"two-way": two_way.page, "models": models_gpu.page}
 
 
 def joined(runs: list[Run]) -> Run:
@@ -262,11 +272,8 @@ def publish(run: Run) -> None:
         if dtype == "bfloat16":
             about = in_words(run.about, dtype)
             pages.update(PAGE, MARKERS, name, tables_gpu.summary(cells), about)
-    elif run.about["benchmark"] == "models":
-        name = name_of(run)
-        pages.publish(pages.RESULTS, name, run, models_gpu.page(name, run), None)
-    elif run.about["benchmark"] in ("prompts", "layouts"):
-        pages.publish(pages.RESULTS, name_of(run), run, page_of_prompts(name_of(run), run), None)
+    elif make_page := PAGES.get(run.about["benchmark"]):
+        pages.publish(pages.RESULTS, name_of(run), run, make_page(name_of(run), run), None)
         if run.about["benchmark"] == "layouts":
             times.FILE.write_text(
                 layouts_gpu.in_json(layouts_gpu.summarize(derived(run), source(run)))
@@ -296,7 +303,10 @@ def update_crossover(run: Run) -> None:
 
 
 def grid_of(verb: str, dtype: torch.dtype, quick: bool) -> Grid:
-    return replace(QUICK if quick else GRIDS[verb], dtype=dtype)
+    grid = GRIDS[verb]
+    if quick:
+        grid = replace(QUICK, masks=grid.masks[:1])
+    return replace(grid, dtype=dtype)
 
 
 def part_of(grid: Grid, part: Part) -> Grid:
@@ -351,7 +361,10 @@ def main(arguments: list[str]) -> int:
     if args.verb in train_gpu.PAGES:
         return train(args, folder)
     if args.verb == "models":
-        return whole_models(args, folder)
+        run = models_gpu.measure(machine(), folder / "models-bfloat16.csv", args)
+        if not args.out:
+            publish(run)
+        return 0
     suffix = "-{}of{}".format(*args.part) if args.part else ""
     path = folder / f"{args.verb}-{args.dtype}{suffix}.csv"
     if args.verb != "crossover" and (reason := peers_gpu.few_tokens(1).missing):
@@ -361,8 +374,7 @@ def main(arguments: list[str]) -> int:
         grid = part_of(grid, args.part)
     run = measure(args.verb, grid, path, args.commit, args.part)
     cells = derived(run)
-    pages_of = {"decode": page, "prompts": page_of_prompts, "layouts": page_of_prompts}
-    if make_page := pages_of.get(args.verb):
+    if make_page := PAGES.get(args.verb):
         print(make_page(path.stem, run))
     else:
         print(crossover.summarize(cells, ""))
@@ -385,16 +397,6 @@ def train(args: argparse.Namespace, folder: Path) -> int:
         print("\n".join(["Failed or wrong:", *bad]))
         return 1
     if not args.out and not model and not getattr(args, "quick", False):
-        publish(run)
-    return 0
-
-
-def whole_models(args: argparse.Namespace, folder: Path) -> int:
-    path = folder / "models-bfloat16.csv"
-    run = models_gpu.measure(machine(), path, args.commit, args.limit_s)
-    print(models_gpu.page(path.stem, run))
-    print(f"{run.about['seconds']:.0f} s: {path}")
-    if not args.out:
         publish(run)
     return 0
 

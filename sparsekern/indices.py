@@ -153,8 +153,8 @@ def check_values(name: str, values: Tensor, ndim: int) -> None:
 
 
 def has_nan(t: Tensor) -> bool:
-    """Whether any value is NaN. A sum shows it five times as fast as a look at each, unless
-    infinities cancel in it."""
+    """Whether any value is NaN. A sum shows it faster than a look at each, unless infinities cancel
+    in it."""
     t = t.detach()
     return bool(t.sum().isnan()) and bool(t.isnan().any())
 

@@ -14,6 +14,8 @@ from torch.nn import Parameter
 from .flop_formulas import register_when_imported
 from .kernels import observed
 from .kernels.cuda.choose import assemble, check_operands, form_for
+from .kernels.cuda.compressed import TwoOfFourE4m3
+from .kernels.cuda.compressed import multiply as multiply_compressed
 from .kernels.cuda.few_tokens import spmm_packed as multiply_packed
 from .kernels.cuda.ordered import recognised
 from .kernels.operands import (
@@ -190,8 +192,29 @@ _library.define(
 _library.impl("spmm_packed", run_spmm_packed, "CUDA")
 torch.library.register_fake("sparsekern::spmm_packed", _fake_spmm_packed, lib=_library)
 
+
+def run_spmm_e4m3(x8, operand, n, alpha, bias=None):
+    TwoOfFourE4m3(n, x8.shape[1], 0, 0, 0, operand).check()
+    if x8.dtype is not torch.float8_e4m3fn or x8.device != operand.device:
+        raise TypeError(f"x8: expected E4M3 on {operand.device}, got {x8.dtype} on {x8.device}")
+    return multiply_compressed(operand, x8, n, bias, alpha)
+
+
+def _fake_spmm_e4m3(x8, operand, n, alpha, bias=None):
+    return x8.new_empty(x8.shape[0], n, dtype=torch.bfloat16)
+
+
+# For torch.compile, which puts the cast into what made x: y = alpha x8 W^T + bias.
+_library.define(
+    "spmm_e4m3(Tensor x8, Tensor operand, SymInt n, float alpha, Tensor? bias=None) -> Tensor",
+    tags=(torch.Tag.pt2_compliant_tag,),
+)
+_library.impl("spmm_e4m3", run_spmm_e4m3, "CUDA")
+torch.library.register_fake("sparsekern::spmm_e4m3", _fake_spmm_e4m3, lib=_library)
+
 register_when_imported()
 
+spmm_e4m3 = torch.ops.sparsekern.spmm_e4m3.default
 spmm_packed = torch.ops.sparsekern.spmm_packed.default
 spmm_op = torch.ops.sparsekern.spmm.default
 spmm_t_op = torch.ops.sparsekern.spmm_t.default

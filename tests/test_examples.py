@@ -16,7 +16,8 @@ ROOT = Path(__file__).parents[1]
 EXAMPLES = sorted((ROOT / "examples").glob("*.py"))
 NOTEBOOKS = sorted((ROOT / "examples").glob("*.ipynb"))
 NEEDS = dict.fromkeys(("prune_and_generate", "save_and_share", "spdf"), "safetensors")
-NEEDS |= {"prune_transformers": "transformers", "lora_on_sparse": "peft"}
+NEEDS |= dict.fromkeys(("prune_transformers", "llm_on_cpu", "llm_on_gpu"), "transformers")
+NEEDS |= {"lora_on_sparse": "peft"}
 MOST_LINES = 60
 MOST_NOTEBOOK_BYTES = 300_000
 

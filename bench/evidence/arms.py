@@ -19,7 +19,7 @@ from .plan import Arm, Size
 
 WARM_UP_SHARE = 0.05  # then straight down to zero
 CHUNK = 200  # steps between two looks at the clock
-CURVE = 50  # points of a loss curve that are kept
+CURVE = 20  # points of a loss curve that are kept
 
 
 class OutOfTime(Exception):
@@ -111,7 +111,7 @@ class Runner:
     """Runs tasks on one device. Engines stay, one for each shape."""
 
     def __init__(self, data: Data, folder: Path, dtype: torch.dtype) -> None:
-        self.data, self.folder, self._dtype = data, folder, dtype
+        self.data, self.folder, self._dtype = data, folder / data.corpus.id, dtype
         self._engines: dict[Shape, Engine] = {}
 
     def engine(self, task: Task) -> Engine:
@@ -174,8 +174,9 @@ class Runner:
                 "curve": curve(losses),
             }
         found["parameters"] = sum(p.numel() for p in engine.model.parameters())
-        masks = {name: mask.bool() for name, mask in engine.masks.items()}
-        _save(folder / "pretrained.pt", {"model": engine.copy(), "masks": masks})
+        if task.is_tuned:
+            masks = {name: mask.bool() for name, mask in engine.masks.items()}
+            _save(folder / "pretrained.pt", {"model": engine.copy(), "masks": masks})
         path.unlink(missing_ok=True)
         return found
 
@@ -186,13 +187,14 @@ class Runner:
         dev = Scores.together([engine.score(rows[::2]) for rows in domains.values()])
         scores = {n.partition("/")[2]: engine.score(rows[1::2]) for n, rows in domains.items()}
         cloze, pairs = engine.score(self.data.rows["cloze"]), engine.score(self.data.rows["blimp"])
+        is_right = pairs.nats[::2] < pairs.nats[1::2]
         return {
             "dev": dev.loss,
             "held-out": Scores.together(list(scores.values())).loss,
             "domains": {name: found.loss for name, found in scores.items()},
             "cloze": items(cloze.right),
             "cloze_loss": cloze.loss,
-            "blimp": items(pairs.nats[::2] < pairs.nats[1::2]),
+            "blimp": {"percent": 100 * float(is_right.mean()), "count": len(is_right)},
         }
 
     # After

@@ -34,8 +34,9 @@ before the first run (bench/evidence/plan.py); this page is made from bench/resu
   of held-out packages (nats a token), each at the rate that is best on dev; before fine-tuning
   BLiMP (67,000 pairs) and the last words of passages of held-out novels (cloze).
 - **FLOPs** count stored weights, and attention over the full square (sparsekern/gpt/flops.py).
-- **Intervals**: 95 %, over seeds (Student), for shares of items over seeds and items (bootstrap).
-  "Equal within a margin": the 90 % interval lies inside it. No difference seen is not equality.
+- **Intervals**: 95 %, over seeds (Student); of sentiment and cloze over seeds and items
+  (bootstrap). "Equal within a margin": the 90 % interval lies inside it. No difference seen is
+  not equality.
 """
 
 

@@ -14,6 +14,8 @@ from pathlib import Path
 
 from workers import Job, Pool, Worker
 
+from sparsekern.files import atomic_write
+
 from . import plan
 from .arms import Task
 from .plan import ARMS, Order
@@ -83,6 +85,11 @@ class Study:
         done = self.results.keys() | self.failed.keys()
         return [task for task in self.tasks() if key(task) not in done]
 
+    def without_rate(self) -> list[str]:
+        """Arms that wait for a sweep which is not done."""
+        named = {(order.size, arm) for order in self.orders for arm in order.arms if order.seeds}
+        return [f"{size} {arm}" for size, arm in sorted(named) if self.rate(size, arm) is None]
+
     def losses(self, size: str, arm: str) -> dict[float, float]:
         """Rate -> loss on dev of the sweep so far, infinite where it diverged."""
         return {
@@ -126,7 +133,7 @@ class Study:
         """Keep what a worker says of a run, and say it."""
         if "result" in answer:
             about = self.about | {"device": worker.device}
-            self.keep({"key": job.key} | job.settings | answer["result"] | about)
+            self.keep({"key": job.key} | job.settings | short(answer["result"]) | about)
         elif answer.get("is_final"):
             self.failed[job.key] = answer["failed"]
         seconds = time.monotonic() - worker.began
@@ -135,13 +142,24 @@ class Study:
             print(f"    {line}", flush=True)
 
     def keep(self, result: dict) -> None:
+        """Whole lines at any time, whenever this is killed."""
         self.path.parent.mkdir(parents=True, exist_ok=True)
-        with open(self.path, "a") as file:
-            file.write(json.dumps(result) + "\n")
+        before = self.path.read_bytes() if self.path.exists() else b""
+        with atomic_write(self.path) as file:
+            file.write(before + json.dumps(result).encode() + b"\n")
         self.results.setdefault(result["key"], result)
 
     def say(self, text: str) -> None:
         print(f"{time.monotonic() - self.began:6.1f} s   {text}", flush=True)
+
+
+def short(part: object) -> object:
+    """The same with numbers of 6 digits."""
+    if isinstance(part, float):
+        return float(f"{part:.6g}")
+    if isinstance(part, dict):
+        return {name: short(inner) for name, inner in part.items()}
+    return [short(inner) for inner in part] if isinstance(part, list) else part
 
 
 def outcome(answer: dict) -> str:

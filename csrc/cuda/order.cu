@@ -54,25 +54,31 @@ __device__ inline void permute(const uint4* x, const uint4* columns, uint4* out,
 }
 
 constexpr unsigned kFillTurns = 4;  // values of a thread at a time
+constexpr unsigned kFillPad = 8;    // slots behind each row in shared memory, for the banks
 
-// operand [slots] = 0, but for values at their targets, then the tail of `parts` times 16 bytes.
-// Block b writes slots from b * block_slots on: `starts` says which of the values are there, and
-// `targets` where. Value i is values[sources[i]], or values[i] without sources.
+// operand [rows, row_slots] = 0, but for values at their targets, then the tail of `parts` times 16
+// bytes. A block writes a tile of [tile_rows, tile_slots], of which the last ones in a row or
+// column of tiles may be less: `starts` says which of the values are there, and `targets` where in
+// shared memory. Value i is values[sources[i]], or values[i] without sources. Both numbers of slots
+// are multiples of 8.
 __device__ inline void fill(const unsigned short* values, const int* sources,
                             const unsigned short* targets, const int* starts, const uint4* tail,
-                            uint4* operand, unsigned slots, unsigned block_slots, unsigned parts) {
+                            uint4* operand, unsigned rows, unsigned row_slots, unsigned tile_rows,
+                            unsigned tile_slots, unsigned parts) {
   extern __shared__ __align__(16) char smem[];
-  const unsigned blocks = (slots + block_slots - 1) / block_slots;
-  if (blockIdx.x >= blocks) {
-    const unsigned part = (blockIdx.x - blocks) * kOrderThreads + threadIdx.x;
-    if (part < parts) operand[slots / 8 + part] = tail[part];
+  const unsigned across = (row_slots + tile_slots - 1) / tile_slots;
+  const unsigned tiles = (rows + tile_rows - 1) / tile_rows * across;
+  if (blockIdx.x >= tiles) {
+    const unsigned part = (blockIdx.x - tiles) * kOrderThreads + threadIdx.x;
+    if (part < parts) operand[static_cast<long long>(rows) * (row_slots / 8) + part] = tail[part];
     return;
   }
+  const unsigned stride = (tile_slots + kFillPad) / 8;  // in 16 bytes
   auto here = reinterpret_cast<unsigned short*>(smem);
   auto eights = reinterpret_cast<uint4*>(smem);
-  const unsigned first = blockIdx.x * block_slots;
-  const unsigned count = min(block_slots, slots - first) / 8;
-  for (unsigned i = threadIdx.x; i < count; i += kOrderThreads) eights[i] = {0, 0, 0, 0};
+  for (unsigned i = threadIdx.x; i < tile_rows * stride; i += kOrderThreads) {
+    eights[i] = {0, 0, 0, 0};
+  }
   __syncthreads();
   const unsigned end = starts[blockIdx.x + 1];
   for (unsigned i = starts[blockIdx.x] + threadIdx.x; i < end; i += kOrderThreads * kFillTurns) {
@@ -90,7 +96,15 @@ __device__ inline void fill(const unsigned short* values, const int* sources,
     }
   }
   __syncthreads();
-  for (unsigned i = threadIdx.x; i < count; i += kOrderThreads) operand[first / 8 + i] = eights[i];
+  const unsigned first_row = blockIdx.x / across * tile_rows;
+  const unsigned first_slot = blockIdx.x % across * tile_slots;
+  const unsigned columns = min(tile_slots, row_slots - first_slot) / 8;
+  const unsigned count = min(tile_rows, rows - first_row) * columns;
+  for (unsigned i = threadIdx.x; i < count; i += kOrderThreads) {
+    const unsigned row = i / columns, column = i - row * columns;
+    operand[static_cast<long long>(first_row + row) * (row_slots / 8) + first_slot / 8 + column] =
+        eights[row * stride + column];
+  }
 }
 
 }  // namespace sk
@@ -103,8 +117,9 @@ SK_KERNEL(sk_order_permute)
 
 extern "C" __global__ void __launch_bounds__(sk::kOrderThreads)
     sk_order_fill(const unsigned short* values, const int* sources, const unsigned short* targets,
-                  const int* starts, const uint4* tail, uint4* operand, int slots, int block_slots,
-                  int parts) {
-  sk::fill(values, sources, targets, starts, tail, operand, slots, block_slots, parts);
+                  const int* starts, const uint4* tail, uint4* operand, int rows, int row_slots,
+                  int tile_rows, int tile_slots, int parts) {
+  sk::fill(values, sources, targets, starts, tail, operand, rows, row_slots, tile_rows, tile_slots,
+           parts);
 }
 SK_KERNEL(sk_order_fill)

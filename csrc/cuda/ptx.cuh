@@ -274,6 +274,16 @@ SK_MMA_SPARSE(f16, 0)
 SK_MMA_SPARSE(f16, 1)
 #undef SK_MMA_SPARSE
 
+// Two floats as E4M3, the first in the low byte: to the nearest, ties to even, beyond 448 to that;
+// NaN stays NaN. On sm_89 and later.
+__device__ inline unsigned round_to_e4m3(float low, float high) {
+  unsigned short pair = 0;
+#if __CUDA_ARCH__ >= 890
+  asm("cvt.rn.satfinite.e4m3x2.f32 %0, %1, %2;" : "=h"(pair) : "f"(high), "f"(low));
+#endif
+  return pair;
+}
+
 __device__ inline unsigned short round_to_bf16(float value) {
   unsigned short bits;
   asm("cvt.rn.bf16.f32 %0, %1;" : "=h"(bits) : "f"(value));

@@ -11,7 +11,7 @@
 // one that is not is computed anew from the stored values alone. That is rare and need not be fast.
 #pragma once
 
-#include "shares.cuh"
+#include "numbers.cuh"
 
 namespace sk {
 
@@ -80,7 +80,6 @@ struct Part {
   int run, runs;
   int windows, units;  // of a block of rows, of all
   int most_shares;
-  bool is_last;  // of this thread block's
 };
 
 // Writes y of a block of rows, or adds this run's sums to those of the others. The first warps of
@@ -143,44 +142,36 @@ __device__ inline void finish(const float (&acc)[kRowTiles][kNTiles][4], int row
   sync_warps(kBarrier, part.warps);  // the tile has been read, sums have been written
   if (shares == 1) return;
 
-  constexpr int kParts = kNTiles < 8 ? 1 : Shares::kMostParts;  // of the tokens
-  const int parts = min(shares, kParts);
-  Shares counter(arrived + block, share, shares, parts);
-  int* told = reinterpret_cast<int*>(smem);
-#pragma unroll 1
-  for (int i = 0; i < (kParts == 1 ? 1 : 2); ++i) {
-    if (threadIdx.x == 0) *told = i ? counter.rest() : counter.arrive(part.is_last);
-    sync_warps(kBarrier, part.warps);
-    const int todo = *told;
-    sync_warps(kBarrier, part.warps);  // by all
-#pragma unroll 1
-    for (int p = 0; p < parts; ++p) {
-      if (!(todo >> p & 1)) continue;
-      const int end = tokens * (p + 1) / parts;
-      constexpr int kTokens = kNTiles < 4 ? 1 : kRowTiles == 1 ? 2 : kNTiles / 2;
-      constexpr int kShares = 8 / kTokens < 4 ? 4 : 8 / kTokens;
-      int token = tokens * p / parts;
-      token += (first_token + turn - token % turn) % turn;
-      for (; token < end; token += kTokens * turn) {
-        float4 sums[kTokens] = {};
-        const float4* from = all + token * row_quads + row / 4;
+  int* before = reinterpret_cast<int*>(smem);
+  if (threadIdx.x == 0) {
+    __threadfence();  // after the barrier, so it orders the stores of all threads
+    *before = atomicAdd(arrived + block, 1);
+  }
+  sync_warps(kBarrier, part.warps);
+  const bool is_last = *before == shares - 1;
+  sync_warps(kBarrier, part.warps);  // `before` has been read
+  if (!is_last) return;
+  __threadfence();
+  if (threadIdx.x == 0) arrived[block] = 0;  // for the next launch
+  constexpr int kTokens = kNTiles < 4 ? 1 : kRowTiles == 1 ? 2 : kNTiles / 2;  // at a time
+  constexpr int kShares = 8 / kTokens < 4 ? 4 : 8 / kTokens;
+  for (int token = first_token; token < tokens; token += kTokens * turn) {
+    float4 sums[kTokens] = {};
+    const float4* from = all + token * row_quads + row / 4;
 #pragma unroll(kShares)
-        for (int other = 0; other < shares; ++other) {
+    for (int other = 0; other < shares; ++other) {
 #pragma unroll
-          for (int j = 0; j < kTokens; ++j) {
-            if (token + j * turn >= end) continue;
-            add_to(sums[j], __ldcg(from + other * tile_quads + j * turn * row_quads));
-          }
-        }
-#pragma unroll
-        for (int j = 0; j < kTokens; ++j) {
-          if (token + j * turn >= end) break;
-          write<T>(y, bias, n, token + j * turn, block * rows + row, sums[j]);
-        }
+      for (int i = 0; i < kTokens; ++i) {
+        if (token + i * turn >= tokens) continue;
+        add_to(sums[i], __ldcg(from + other * tile_quads + i * turn * row_quads));
       }
     }
+#pragma unroll
+    for (int i = 0; i < kTokens; ++i) {
+      if (token + i * turn >= tokens) break;
+      write<T>(y, bias, n, token + i * turn, block * rows + row, sums[i]);
+    }
   }
-  if (threadIdx.x == 0) counter.leave();
 }
 
 }  // namespace sk

@@ -320,9 +320,8 @@ __device__ void spmm_cover(const uint4* records, const int* steps, const int* ro
       return sum_cover<T>(records, steps, x + static_cast<long long>(token) * k, place, windows,
                           end_of_all - count, end_of_all);
     };
-    const Part part = {
-        block, group_warps * kWarp, kRunWarps,      groups, group, run, runs, windows,
-        units, most_shares,         unit == run_end};
+    const Part part = {block, group_warps * kWarp, kRunWarps, groups, group, run, runs, windows,
+                       units, most_shares};
     finish<T>(acc, row_of_lane, smem, bias, y, partial, arrived, tokens, n, part, sum_stored);
   }
 }

@@ -203,9 +203,8 @@ __device__ void spmm_pairs(const unsigned* all_words, const int* steps, const un
                           (end_of_all - count) * static_cast<int>(Window::kSteps),
                           min(end_of_all * static_cast<int>(Window::kSteps), row_steps));
     };
-    const Part part = {
-        block, group_warps * kWarp, kRunWarps,      groups, group, run, runs, windows,
-        units, most_shares,         unit == run_end};
+    const Part part = {block, group_warps * kWarp, kRunWarps, groups, group, run, runs, windows,
+                       units, most_shares};
     finish<T>(acc, row_of_lane, smem, bias, y, partial, arrived, tokens, n, part, sum_stored);
   }
 }

@@ -208,6 +208,7 @@ __device__ void spmm_pairs_ring(const unsigned* all_words, const int* steps,
   partial += static_cast<long long>(token_tile) * blocks * most_shares * kTokens * rows;
   arrived += token_tile * blocks;
 
+  require_warpgroups();
   let_next_kernel_start();
   if (warp % group_warps == 0 && is_consumer && lane == 0) {
     ring.init(writers, group_warps);
@@ -261,8 +262,8 @@ __device__ void spmm_pairs_ring(const unsigned* all_words, const int* steps,
       return sum_pairs<T>(all_words, steps, x + static_cast<long long>(token) * k, of_w, row_steps,
                           first, first + count);
     };
-    const Part part = {block, rows,      consumers, groups,      group,          run,
-                       runs,  row_steps, units,     most_shares, unit == run_end};
+    const Part part = {block, rows, consumers, groups, group,
+                       run,   runs, row_steps, units,  most_shares};
     finish<T, kRingBarrier>(acc, row_of_lane, tile_memory, bias, y, partial, arrived, tokens, n,
                             part, sum_stored);
     __syncthreads();

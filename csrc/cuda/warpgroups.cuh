@@ -8,6 +8,13 @@
 
 namespace sk {
 
+// A kernel that needs warpgroups ends with an error where it was compiled for another architecture.
+__device__ inline void require_warpgroups() {
+#if !defined(__CUDA_ARCH_FEAT_SM90_ALL)
+  asm volatile("trap;");
+#endif
+}
+
 // Publishes what this thread wrote to shared memory to a warpgroup that reads it after a barrier.
 __device__ inline void publish_to_warpgroups() {
 #if defined(__CUDA_ARCH_FEAT_SM90_ALL)

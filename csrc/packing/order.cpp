@@ -4,6 +4,8 @@
 #include <cmath>
 #include <numeric>
 
+#include "quads.h"
+
 namespace sk {
 namespace {
 
@@ -13,8 +15,7 @@ constexpr int kMostPartners = 512;  // columns, the fullest ones, that a second 
 constexpr int kMostFitting = 256;   // that the third and fourth are sought among
 constexpr int64_t kFew = 512;       // columns in the pool
 constexpr int kTries = 4, kTriesOfFew = 256;  // second columns that are tried
-constexpr int64_t kMostLast = 128;            // columns that are searched through in the end
-constexpr int kMostQuads = 3000, kMostNodes = 3000;
+constexpr int kMostQuads = 3000, kMostSteps = 3000;
 
 // The search is most of the time of packing, and an instruction that counts bits is most of it.
 #if defined(__x86_64__) && defined(__gnu_linux__) && !defined(__SANITIZE_ADDRESS__) && \
@@ -58,42 +59,6 @@ struct Slot {
   int32_t column = -1;
   std::vector<Word> rest;  // rows of the column that later slots hold; empty if there are none
 };
-
-// Some columns, of which each of four is in a quad, as a set of positions among kMostLast.
-struct Quad {
-  Word low = 0, high = 0;
-  bool has(int i) const { return (i < kWordBits ? low >> i : high >> (i - kWordBits)) & 1; }
-  bool is_in(const Quad& other) const { return !(low & ~other.low) && !(high & ~other.high); }
-  Quad without(const Quad& other) const { return {low & ~other.low, high & ~other.high}; }
-  void add(int64_t i) { (i < kWordBits ? low : high) |= Word{1} << i % kWordBits; }
-};
-
-// Chooses quads that hold each column of `left` once, beginning with the column that is in the
-// fewest. False if there are none, or none were found in time.
-bool choose(const std::vector<Quad>& quads, const Quad& left, int* nodes,
-            std::vector<Quad>* chosen) {
-  if (!left.low && !left.high) return true;
-  if (--*nodes < 0) return false;
-  std::vector<Quad> usable;
-  int counts[kMostLast] = {};
-  for (const Quad& quad : quads) {
-    if (!quad.is_in(left)) continue;
-    usable.push_back(quad);
-    for (Word bits = quad.low; bits; bits &= bits - 1) ++counts[lowest(bits)];
-    for (Word bits = quad.high; bits; bits &= bits - 1) ++counts[kWordBits + lowest(bits)];
-  }
-  int rarest = -1;
-  for (int i = 0; i < kMostLast; ++i) {
-    if (left.has(i) && (rarest < 0 || counts[i] < counts[rarest])) rarest = i;
-  }
-  for (const Quad& quad : usable) {
-    if (!quad.has(rarest)) continue;
-    chosen->push_back(quad);
-    if (choose(usable, left.without(quad), nodes, chosen)) return true;
-    chosen->pop_back();
-  }
-  return false;
-}
 
 // The columns, or what is left of them, that have no slot yet.
 class Pool {
@@ -309,8 +274,8 @@ class Pool {
     Quad all;
     for (int64_t i = 0; i < size(); ++i) all.add(i);
     std::vector<Quad> chosen;
-    int nodes = kMostNodes;
-    if (!choose(find_quads(), all, &nodes, &chosen)) return false;
+    int steps = kMostSteps;
+    if (!choose(find_quads(), all, &steps, &chosen)) return false;
     for (const Quad& quad : chosen) {
       for (int i = 0; i < size(); ++i) {
         if (quad.has(i)) slots->push_back({items_[i], {}});
@@ -320,11 +285,12 @@ class Pool {
     return true;
   }
 
-  // All groups of four that no row has three of.
+  // All groups of four that no row has three of; none where there are far more than expected.
   std::vector<Quad> find_quads() {
     std::vector<Quad> quads;
     std::vector<int64_t> at;
     for (int64_t a = 0; a < size(); ++a) {
+      if (quads.size() > 4 * kMostQuads) return {};
       for (int64_t b = a + 1; b < size(); ++b) {
         mark_rows(items_[a], items_[b]);
         fitting_.clear(), at.clear();

@@ -7,11 +7,9 @@ work is done, and as the weights stay, so does the exact gradient that every ste
 
 import copy
 import gc
-import itertools
-import math
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
-from functools import lru_cache, partial
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -25,12 +23,12 @@ from ..gpt.speed import compiled_blocks
 from ..gpt.step import GRADIENT_CLIP, compute_gradients
 from ..indices import expand_rows
 from ..nn import SparseLinear, densify_, sparsify_
-from ..sparsity import Static
 from .measure_gpu import ROUNDS, attempt
 from .products import PASSES, kernels_of
 from .products_gpu import NAME
 from .records import DENSE, OURS
 from .replay_gpu import Clock, Contender, Runner, race
+from .two_way_mask import TWO_WAY, TwoWayMask
 
 DTYPE = torch.bfloat16
 # Of a gradient's error: how many times that of the dense model's, both against fp64.
@@ -39,7 +37,7 @@ TOLERANCE = 2.0
 
 # Forms of a step, and what their contenders are called beside "dense" or ours.
 EAGER, COMPILED, CAPTURED = "", ", compiled", ", captured"
-FREE, TWO_WAY = "random", "two-way"  # masks
+FREE = "random"  # a mask
 
 
 @dataclass(frozen=True)
@@ -100,31 +98,6 @@ def training_steps(step: Step, clock: Clock, device: torch.device) -> Iterator[d
         gc.collect()
         torch.cuda.empty_cache()
         yield cell
-
-
-@dataclass(frozen=True)
-class TwoWayMask:
-    """Two-way masks of tiles: one, drawn once for each size, turned around by multiples of 4, which
-    leaves it two-way. To draw all of a large GPT takes half a minute. Each tile [G, G], G the
-    greatest common divisor of N and K, keeps round((1 - sparsity) * G * G)."""
-
-    sparsity: float
-
-    def mask(self, name: str, weight: Tensor) -> Tensor:
-        (n, k), side = weight.shape, math.gcd(*weight.shape)
-        if side % 4:
-            raise ValueError(f"{name}: expected N and K with a common multiple of 4, got {n}, {k}")
-        tile = _tile(side, self.sparsity, weight.device)
-        mask = torch.empty(n, k, dtype=torch.bool, device=weight.device)
-        for rows, columns in itertools.product(range(0, n, side), range(0, k, side)):
-            shifts = (4 * torch.randint(side // 4, (2,), device="cpu")).tolist()
-            mask[rows : rows + side, columns : columns + side] = tile.roll(shifts, (0, 1))
-        return mask
-
-
-@lru_cache(maxsize=4)
-def _tile(side: int, sparsity: float, device: torch.device) -> Tensor:
-    return Static(sparsity, family=TWO_WAY).mask("tile", torch.empty(side, side)).to(device)
 
 
 def make_gpt(config: GPTConfig, device: torch.device, mask: str = "", sparsity: float = 0.0) -> GPT:

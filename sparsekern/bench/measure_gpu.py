@@ -18,8 +18,10 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ..tensor import SparseTensor
+from ..testing import frobenius_error
 from .records import DENSE
 from .replay_gpu import Clock, Contender, Runner, race
+from .two_way_mask import TWO_WAY, TwoWayMask
 
 SHAPES = (  # N x K
     (6144, 2048),
@@ -76,9 +78,9 @@ class Way:
     is_graphed: bool = True
     note: str = ""  # what sets it apart from the others
     missing: str | None = None  # why it cannot run here
-    dense_of: Callable[[Any], Tensor] | None = (
-        None  # of a layout that is another W than the others'
-    )
+    # Of a way that multiplies another W or x than the others: these.
+    dense_of: Callable[[Any], Tensor] | None = None
+    x_of: Callable[[Tensor], Tensor] | None = None
 
 
 def weight(
@@ -95,6 +97,8 @@ def weight(
         magnitude = W.abs()
         sample = magnitude.flatten()[::SAMPLE_STEP].sort().values
         kept = magnitude >= sample[int(sparsity * len(sample))]
+    elif mask == TWO_WAY:
+        kept = TwoWayMask(sparsity).mask("W", W)
     else:
         kept = torch.empty_like(W).uniform_(generator=generator) >= sparsity
     return (W * kept).to(dtype), kept
@@ -244,7 +248,10 @@ class Shape:
         operand = way.prepare(x)
         calls = [lambda copy=copy: way.multiply(operand, copy) for copy in copies]
         info = {"bytes": way.nbytes(copies[0])} | ({"note": way.note} if way.note else {})
-        own = way.dense_of and x.double() @ way.dense_of(copies[0]).double().t()
+        own = None
+        if way.dense_of:
+            own = (way.x_of or (lambda x: x))(x).double() @ way.dense_of(copies[0]).double().t()
+            info["rounding"] = frobenius_error(own, exact)
         contender = Contender(way.name, way.kind, calls, way.result, way.is_graphed, info, own)
         return self._check(contender, exact)
 

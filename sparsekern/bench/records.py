@@ -65,6 +65,7 @@ FOUND: dict[str, type] = {
     "spread": float,  # noise.py
     "error": float,
     "is_right": bool,
+    "rounding": float,  # error that operands of fewer bits make
     "bytes": int,
     "weight_bytes": int,
     "built_bytes": int,  # of a model: after it was made,
@@ -82,7 +83,7 @@ FOUND: dict[str, type] = {
     "failed": str,  # why there are no numbers
 }
 FIELDS = CASE | FOUND
-DIGITS = {"median_s": 7, "loss": 9, "spread": 4, "error": 4}  # 6 elsewhere
+DIGITS = {"median_s": 7, "loss": 9, "spread": 4, "error": 4, "rounding": 4}  # 6 elsewhere
 MARK, SUFFIX = "# ", ".csv"
 
 

@@ -1,9 +1,9 @@
 """Times of layers while their model runs, and of the model as a whole.
 
-What a layer takes depends on what the others leave in the cache, in memory and in the allocator, so
-that called alone it seems up to 1.3 times as fast or as slow as it is. Clocks before and after each
-layer see it in its place. Runs with and without clocks take turns: of one without is the time of
-the whole model, and a moment in which the machine is slow hits both.
+What a layer takes depends on what the others leave in the cache and in the allocator: called alone
+it seems faster or slower than it is. Clocks before and after each layer see it in its place. Runs
+with and without clocks take turns: of one without is the time of the whole model, and a moment in
+which the machine is slow hits both.
 """
 
 import time

@@ -1,15 +1,20 @@
 """PackedLinear, a layer for inference on a GPU, and pack_, which puts it into a model."""
 
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from ..kernels.cuda import e4m3
 from ..kernels.cuda.choose import pack_for
+from ..kernels.cuda.compressed import FOUND, TwoOfFourE4m3, pack_two_of_four
 from ..kernels.cuda.explained import explain_packed
 from ..kernels.cuda.layout import Packed
-from ..registered import spmm_packed
+from ..registered import spmm_e4m3, spmm_packed
+from ..tensor import SparseTensor
 from .convert import replace_modules
+from .largest import largest_inputs
 from .linear import SparseLinear
 from .shared import SharedInput, shared_inputs
 
@@ -23,10 +28,13 @@ class PackedLinear(nn.Module):
     At 75 % sparsity it takes 0.32 to 0.37 of the bytes of a dense 16-bit weight if packed for one
     or two tokens (the less, the larger it is), 0.43 for more. Up to 64 tokens (`pairs` on Hopper:
     256) W is read in that form; above, it is written out for each call, unless a dense copy is
-    kept. No gradient, and no way back to CSR: keep the checkpoint. Not for two CUDA streams at the
-    same time (kernels/cuda/few_tokens.py says why). Its buffers are in no state_dict. Each call
-    checks their types and sizes, but not what stands in them: to average or write them by hand may
-    lead a kernel anywhere. `layout` names what is held; explain() says what a call runs.
+    kept. A two-way pattern that is packed for many tokens runs on sparse tensor cores, in 0.56 of
+    the bytes, or 0.31 in E4M3, with x cast in each call; some free places count as 0 times x then:
+    an infinity or NaN makes NaN, in E4M3 of the whole token. No gradient, and no way back to CSR:
+    keep the checkpoint. Not for two CUDA streams at the same time (kernels/cuda/few_tokens.py says
+    why). Its buffers are in no state_dict. Each call checks their types and sizes, but not what
+    stands in them: to average or write them by hand may lead a kernel anywhere. `layout` names what
+    is held; explain() says what a call runs.
 
     Args:
         packed: W [out_features, in_features], in one layout or in several, each another one.
@@ -58,12 +66,18 @@ class PackedLinear(nn.Module):
 
     @classmethod
     def from_sparse(
-        cls, linear: SparseLinear, tokens: int | Sequence[int] = 1, dense: bool = False
+        cls,
+        linear: SparseLinear,
+        tokens: int | Sequence[int] = 1,
+        dense: bool = False,
+        dtype: torch.dtype | None = None,
+        largest: float | None = None,
     ) -> "PackedLinear":
         """The same function, laid out for calls of about so many tokens, as of pack_. TypeError
-        unless its values are bfloat16 or float16."""
+        unless its values are bfloat16 or float16. largest: of what x holds, where that is known,
+        for dtype torch.float8_e4m3fn."""
         bias = None if linear.bias is None else linear.bias.detach().to(linear.values.dtype)
-        forms = pack_for(linear.weight.detach(), token_range(tokens), dense)
+        forms = _forms(linear.weight.detach(), tokens, dense, dtype, largest)
         return cls(forms, bias).train(linear.training)
 
     def _apply(self, fn, recurse=True):
@@ -108,8 +122,23 @@ class PackedLinear(nn.Module):
             raise RuntimeError(
                 f"PackedLinear: expected x [..., {self.in_features}], got {tuple(x.shape)}"
             )
-        y = spmm_packed(x.reshape(-1, self.in_features), *self._parts(), self.bias)
-        return y.view(*x.shape[:-1], self.out_features)
+        shape, x = x.shape[:-1], x.reshape(-1, self.in_features)
+        if self.layout == TwoOfFourE4m3.name and torch.compiler.is_compiling() and x.numel():
+            y = self._traced(x)
+        else:
+            y = spmm_packed(x, *self._parts(), self.bias)
+        return y.view(*shape, self.out_features)
+
+    def _traced(self, x: Tensor) -> Tensor:
+        """y [M, N] in E4M3 for torch.compile: what makes x casts it, and what takes y scales it."""
+        exponent, given = self.numbers
+        operand = getattr(self, self._names[0])
+        x8, inverse = e4m3.traced(x, None if given == FOUND else given)
+        if inverse is None:
+            alpha = 2.0 ** -(exponent + given)
+            return spmm_e4m3(x8, operand, self.out_features, alpha, self.bias)
+        y = spmm_e4m3(x8, operand, self.out_features, 2.0**-exponent) * inverse
+        return y if self.bias is None else y + self.bias
 
     def _parts(self) -> tuple[str, int, int, int, list[int], list[Tensor]]:
         """W as the op gets it."""
@@ -137,18 +166,33 @@ def token_range(tokens: int | Sequence[int]) -> tuple[int, int]:
     return pair[0], pair[1]
 
 
+def _forms(
+    weight: SparseTensor,
+    tokens: int | Sequence[int],
+    dense: bool,
+    dtype: torch.dtype | None,
+    largest: float | None,
+) -> Sequence[Packed]:
+    if dtype is None:
+        return pack_for(weight, token_range(tokens), dense)
+    return [pack_two_of_four(weight, dtype, largest)]
+
+
 def pack_(
     model: nn.Module,
     tokens: int | Sequence[int] = 1,
     *,
     dense: bool | Callable[[nn.Module, str], bool] = False,
     groups: Sequence[Sequence[str]] = (),
+    dtype: torch.dtype | None = None,
+    example: Any = None,
 ) -> nn.Module:
     """Replace every SparseLinear of `model` by a PackedLinear, in place, and return the model.
 
     For inference on a GPU: CSR and values are dropped. TypeError, and an unchanged model, unless
-    all their values are bfloat16 or float16. `sparsekern.explain(tokens, model)` says afterwards
-    what each layer holds and runs.
+    all their values are bfloat16 or float16; the message names the layer. Two-way patterns run on
+    sparse tensor cores where that was the fastest for so many tokens.
+    `sparsekern.explain(tokens, model)` says afterwards what each layer holds and runs.
 
     Args:
         tokens: M of the calls, about: the batch, in generation. With (1, 2048), or a range, the
@@ -162,11 +206,26 @@ def pack_(
             [["q_proj", "k_proj", "v_proj"], ["gate_proj", "up_proj"]]. They are packed as one
             matrix and run as one product; nn/shared.py says when. ValueError for a group that
             nothing in the model has, or whose layers do not fit together.
+        dtype: torch.float8_e4m3fn rounds weights and, in each call, x to E4M3, each tensor with one
+            scale. For many tokens, on a GPU of compute capability 9.0. ValueError, TypeError or
+            NotImplementedError unless all patterns are two-way, values bfloat16, sizes multiples of
+            32, and cuSPARSELt is there.
+        example: what to call the model with, once, to see how large x gets in E4M3: a tensor, a
+            tuple of arguments, a dict of named ones, or a function of the model. What is eight
+            times as large later becomes NaN. Without it the scale is found in each call, which
+            takes longer.
     """
     ends = token_range(tokens)
+    if dtype not in (None, e4m3.DTYPE):
+        raise ValueError(f"dtype: expected torch.float8_e4m3fn or None, got {dtype}")
+    if example is not None and dtype is None:
+        raise ValueError("example: it has a meaning with dtype=torch.float8_e4m3fn alone")
+    if dtype is not None and dense is not False:
+        raise ValueError("dense: expected False with dtype=torch.float8_e4m3fn")
     if not (isinstance(dense, bool) or callable(dense)):
         raise ValueError(f"dense: expected True, False or a function, got {dense!r}")
     grouped = shared_inputs(model, groups)
+    largest = {} if example is None else largest_inputs(model, example)
 
     def may_be_dense(name: str, module: nn.Module) -> bool:
         return dense(module, name) if callable(dense) else dense
@@ -174,12 +233,18 @@ def pack_(
     def replace(name: str, module: nn.Module) -> nn.Module | None:
         if not isinstance(module, SparseLinear):
             return None
-        if (group := grouped.get(module)) is None:
-            return PackedLinear.from_sparse(module, ends, may_be_dense(name, module))
-        if group.shared is None:
-            weight, bias = group.stacked()
-            is_allowed = all(may_be_dense(*item) for item in group.layers.items())
-            group.shared = SharedInput(PackedLinear(pack_for(weight, ends, is_allowed), bias))
-        return group.part(module)
+        try:
+            if (group := grouped.get(module)) is None:
+                may_be = may_be_dense(name, module)
+                return PackedLinear.from_sparse(module, ends, may_be, dtype, largest.get(module))
+            if group.shared is None:
+                weight, bias = group.stacked()
+                is_allowed = all(may_be_dense(*item) for item in group.layers.items())
+                most = max(largest[m] for m in group.layers.values()) if largest else None
+                forms = _forms(weight, ends, is_allowed, dtype, most)
+                group.shared = SharedInput(PackedLinear(forms, bias))
+            return group.part(module)
+        except (TypeError, ValueError, NotImplementedError) as error:
+            raise type(error)(f"{name or 'the model'}: {error}") from None
 
     return replace_modules(model, replace)

@@ -97,6 +97,11 @@ class SparseConv(StandIn):
         return self.origin.with_(parameters).train(self.training)
 
     def forward(self, input: Tensor) -> Tensor:
+        if input.ndim not in (self.dims + 1, self.dims + 2):
+            raise RuntimeError(
+                f"Expected {self.dims + 1}D (unbatched) or {self.dims + 2}D (batched) input to "
+                f"conv{self.dims}d, but got input of size: {list(input.shape)}"
+            )
         columns = self._columns(input)
         parts = [self.linear(part.flatten(-1 - self.dims)) for part in _parts(columns)]
         y = parts[0] if len(parts) == 1 else torch.cat(parts)

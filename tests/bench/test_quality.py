@@ -12,10 +12,9 @@ import numpy as np
 import pytest
 import torch
 
-from sparsekern.gpt.data import BPETokenizer
+from sparsekern.gpt.data import ByteTokenizer
 from sparsekern.sparsity import Static
 
-pytest.importorskip("tokenizers")
 BENCH = Path(__file__).parents[2] / "bench"
 LENGTH = 17
 WORDS = "the of and to in is that model weight zero mask train loss good bad film novel".split()
@@ -52,7 +51,7 @@ def text(rng: random.Random, count: int) -> str:
 def folder(evidence, tmp_path_factory) -> Path:
     """A corpus, as build.save writes one."""
     rng, rows, build = random.Random(0), evidence.rows, evidence.build
-    tokenizer = BPETokenizer.train(text(rng, 3000), 300)
+    tokenizer = ByteTokenizer()
     documents = [(str(i), text(rng, 100)) for i in range(20)]
     arrays = {"training": build.encode(tokenizer, evidence.corpus.joined(documents))}
     for domain in ("manuals", "novels"):
@@ -115,7 +114,7 @@ def test_what_the_training_text_gives_away_is_not_scored(evidence):
 
 def test_rows_score_answers_alone(evidence):
     rows = evidence.rows
-    tokenizer = BPETokenizer.train("a prompt and an answer", 260)
+    tokenizer = ByteTokenizer()
     short, long = rows.items(tokenizer, [("a prompt", " yes"), ("b" * 50, " no")], 12)
     answer = tokenizer.encode(" yes").numpy()
     assert np.array_equal(short[short < rows.NOT_A_TARGET], answer) and len(long) == 12
@@ -239,6 +238,22 @@ def test_a_run_that_is_stopped_goes_on(evidence, folder, tmp_path, monkeypatch):
     assert parts["tuned"] == whole["tuned"]
 
 
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no NVIDIA GPU")
+def test_the_captured_step_is_that_of_the_host(evidence, folder, tmp_path):
+    assert evidence.check.check(folder, tmp_path, "cuda", "toy") == 0
+    losses = {}
+    for device in ("cpu", "cuda"):
+        made = evidence.worker.runner(folder, tmp_path / device, device)
+        for arm in ("rigl", "75-dense"):
+            found = made.run(arm, task(evidence, arm, is_tuned=True), math.inf)
+            losses[device, arm] = found["pretrained"]["held-out"]
+            assert found["pretrained"]["density"] == (1 if arm == "75-dense" else 0.25)
+            assert set(found["tuned"]) == {f"{t} dense" for t in ("sentiment", "webnlg", "code")}
+    for arm in ("rigl", "75-dense"):
+        assert losses["cuda", arm] == pytest.approx(losses["cpu", arm], abs=0.05)
+
+
 # The plan and the study
 
 
@@ -299,7 +314,8 @@ def test_a_study_stops_goes_on_and_does_nothing_twice(evidence, runner, folder, 
     first = made(2)
     assert [r["key"] for r in first.results.values()] == ["toy 75 rate 0.001", "toy 75 rate 0.002"]
     last = made(1000)
-    assert not last.waiting() and not last.failed
+    assert first.without_rate() == ["toy 75", "toy two-way"]
+    assert not last.waiting() and not last.failed and not last.without_rate()
     assert list(last.results)[:2] == list(first.results)
     best = plan.best_rate(last.losses("toy", "75"))
     assert {last.results[f"toy {a} seed 0"]["rate"] for a in order.arms} == {best}
@@ -332,7 +348,8 @@ def results(evidence, losses: dict[str, list[float]]) -> list[dict]:
     for arm, each in losses.items():
         for seed, loss in enumerate(each):
             right = items(rng.random(200) < 0.8)
-            pretrained = {"held-out": loss + 1, "dev": loss, "blimp": right, "cloze": right}
+            pretrained = {"held-out": loss + 1, "dev": loss, "cloze": right}
+            pretrained |= {"blimp": {"percent": right["percent"]}}
             pretrained |= {"tokens": 2e6, "passes": 2, "steps": 10, "step_s": 0.5}
             tuned = {"sentiment dense": {"items": right}, "code dense": {"loss": loss}}
             own = {"key": f"S {arm} seed {seed}", "size": "S", "arm": arm, "seed": seed}
@@ -381,7 +398,7 @@ def test_verdicts(evidence, values, so):
 
 def test_shares_are_drawn_over_seeds_and_items(evidence):
     both = {"dense": [2.0, 2.0], "75": [2.0, 2.0]}
-    found = evidence.differences.difference(results(evidence, both), "S", "75", "dense", "blimp")
+    found = evidence.differences.difference(results(evidence, both), "S", "75", "dense", "cloze")
     low, high = found.of_95
     # Items of two models with independent errors of 20 %: 4 points over 200 items each, two seeds.
     assert low < found.mean < high and 5 < high - low < 20

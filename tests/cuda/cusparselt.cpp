@@ -1,6 +1,7 @@
 // A stand-in for libcusparseLt without a GPU: the functions that sparsekern/kernels/cuda/
-// cusparselt.py calls, in bfloat16, on host memory. It is stricter than the library: a struct that
-// was never made, was moved, copied or destroyed, or whose handle is another thread's is refused.
+// cusparselt.py calls, in bfloat16, float16 and E4M3, on host memory. It is stricter than the
+// library: a struct that was never made, was moved, copied or destroyed, or whose handle is another
+// thread's is refused.
 //
 // An operand [N, K] is its slots [N, K / 2], row by row, then for each half a byte: two places.
 // The functions that begin with `standin_` say what goes wrong, and tell what was done.
@@ -23,7 +24,8 @@ enum Status {
   kNotSupported = 10
 };
 enum Behaviour { kRight, kRefused, kWrong, kChanging };
-constexpr int kBfloat16 = 14, kFloat32 = 2, kRow = 2, kColumn = 1, kSparsity50 = 0;
+constexpr int kBfloat16 = 14, kFloat16 = 2, kE4m3 = 28;  // cudaDataType
+constexpr int kFloat32 = 2, kRow = 2, kColumn = 1, kSparsity50 = 0;
 constexpr int kPlain = 0, kTransposed = 1, kId = 0, kBias = 8;
 constexpr int64_t kWorkspaceBytes = 48;
 
@@ -36,7 +38,7 @@ std::mutex mutex;
 std::map<std::string, int> failures;
 std::map<int, Algorithm> algorithms;
 int live = 0, elapsed = 0, version[3] = {0, 8, 1};
-bool slots_in_columns = false;
+bool slots_in_columns = false, e4m3_takes_bias = true;
 
 // A struct in the caller's memory knows where it was made.
 struct Struct {
@@ -49,7 +51,7 @@ struct Handle : Struct {
 struct Matrix : Struct {
   static constexpr uintptr_t kKind = 0x22222222;
   int64_t rows, columns, ld;
-  int order;
+  int order, type;
   bool is_sparse;
 };
 struct Matmul : Struct {
@@ -103,29 +105,46 @@ int destroy(T* t) {
   if (const auto at = failures.find(function); at != failures.end()) return at->second; \
   if (!are_made(__VA_ARGS__)) return kNotInitialized
 
-float to_float(uint16_t half) {
-  const uint32_t bits = static_cast<uint32_t>(half) << 16;
+// The value of an element of `type`.
+float value_of(const void* elements, int64_t i, int type) {
+  if (type == kFloat16) return static_cast<const _Float16*>(elements)[i];
+  if (type == kE4m3) {
+    const int code = static_cast<const uint8_t*>(elements)[i], exponent = code >> 3 & 15;
+    if ((code & 0x7f) == 0x7f) return NAN;
+    const int mantissa = exponent ? 8 + code % 8 : code % 8;
+    const float size = std::ldexp(static_cast<float>(mantissa), (exponent ? exponent : 1) - 10);
+    return code & 0x80 ? -size : size;
+  }
+  const uint32_t bits = static_cast<uint32_t>(static_cast<const uint16_t*>(elements)[i]) << 16;
   float value;
   std::memcpy(&value, &bits, 4);
   return value;
 }
 
-uint16_t to_bfloat16(float value) {
-  if (std::isnan(value)) return 0x7fc0;
+uint16_t rounded(float value, int type) {
   uint32_t bits;
+  if (type == kFloat16) {
+    const _Float16 half = static_cast<_Float16>(value);
+    std::memcpy(&bits, &half, 2);
+    return static_cast<uint16_t>(bits);
+  }
+  if (std::isnan(value)) return 0x7fc0;
   std::memcpy(&bits, &value, 4);
   return static_cast<uint16_t>((bits + 0x7fff + (bits >> 16 & 1)) >> 16);
 }
 
+int64_t bytes_of(int type) { return type == kE4m3 ? 1 : 2; }
+
 int describe(Matrix* out, int64_t rows, int64_t columns, int64_t ld, uint32_t alignment, int type,
              int order, bool is_sparse) {
-  const int multiple = is_sparse ? 16 : 8;
-  if (rows % multiple || columns % multiple || type != kBfloat16) return kNotSupported;
+  const int multiple = (is_sparse ? 16 : 8) * (type == kE4m3 ? 2 : 1);
+  if (type != kBfloat16 && type != kFloat16 && type != kE4m3) return kNotSupported;
+  if (rows % multiple || columns % multiple) return kNotSupported;
   const int64_t least = order == kRow ? columns : rows;
   if (ld < least || (is_sparse && ld != least) || ld % 8 || alignment != 16 || !make(out))
     return kInvalidValue;
   out->rows = rows, out->columns = columns, out->ld = ld;
-  out->order = order, out->is_sparse = is_sparse;
+  out->order = order, out->type = type, out->is_sparse = is_sparse;
   return kSuccess;
 }
 
@@ -139,12 +158,13 @@ void standin_algorithm(int id, int behaviour, int cost) {
 }
 void standin_minor_version(int minor) { version[1] = minor; }
 void standin_slots_in_columns() { slots_in_columns = true; }
+void standin_e4m3_without_bias() { e4m3_takes_bias = false; }
 int standin_products(int id) { return algorithms[id].products; }
 int standin_live() { return live; }  // plans and selections
 int standin_elapsed() { return elapsed; }
 void standin_reset() {
   failures.clear(), algorithms.clear();
-  version[1] = 8, slots_in_columns = false;
+  version[1] = 8, slots_in_columns = false, e4m3_takes_bias = true;
 }
 
 const char* cusparseLtGetErrorString(int status) {
@@ -196,6 +216,8 @@ int cusparseLtMatmulDescriptorInit(const Handle* handle, Matmul* out, int op_w, 
   if (!w->is_sparse || x->order != kRow || y->order != kColumn) return kNotSupported;
   if (w->rows != y->rows || w->columns != x->columns || x->rows != y->columns || !make(out))
     return kInvalidValue;
+  if (w->type != x->type || y->type != (x->type == kE4m3 ? kBfloat16 : x->type))
+    return kNotSupported;
   out->w = w, out->x = x, out->y = y, out->bias = nullptr;
   return kSuccess;
 }
@@ -203,6 +225,7 @@ int cusparseLtMatmulDescriptorInit(const Handle* handle, Matmul* out, int op_w, 
 int cusparseLtMatmulDescSetAttribute(const Handle* handle, Matmul* m, int which, const void* data,
                                      size_t bytes) {
   BEGIN("MatmulDescSetAttribute", handle, m);
+  if (m->x->type == kE4m3 && !e4m3_takes_bias) return kNotSupported;
   if (which != kBias || bytes != sizeof m->bias) return kInvalidValue;
   std::memcpy(&m->bias, data, bytes);
   return is_aligned(m->bias) ? kSuccess : kInvalidValue;
@@ -251,23 +274,28 @@ int cusparseLtMatmulGetWorkspace(const Handle* handle, const Plan* p, size_t* by
 int cusparseLtSpMMACompressedSize2(const Handle* handle, const Matrix* w, size_t* bytes,
                                    size_t* buffer_bytes) {
   BEGIN("SpMMACompressedSize2", handle, w);
-  *bytes = w->rows * w->columns / 8 * 9, *buffer_bytes = kWorkspaceBytes;
+  const int64_t needed = w->rows * w->columns / 8 * (4 * bytes_of(w->type) + 1);
+  *bytes = (needed + 1023) / 1024 * 1024, *buffer_bytes = kWorkspaceBytes;
   return kSuccess;
 }
 
 int cusparseLtSpMMACompress2(const Handle* handle, const Matrix* w, int is_sparse_a, int op,
-                             const uint16_t* dense, uint16_t* out, char* buffer, void*) {
+                             const uint8_t* dense, uint8_t* out, char* buffer, void*) {
   BEGIN("SpMMACompress2", handle, w);
   if (!w->is_sparse || !is_sparse_a || op != kPlain) return kInvalidValue;
   if (!is_aligned(dense) || !is_aligned(out) || !is_aligned(buffer)) return kInvalidValue;
   std::memset(buffer, 0xff, kWorkspaceBytes);
-  const int64_t fours = w->columns / 4;
-  uint8_t* tail = reinterpret_cast<uint8_t*>(out + 2 * w->rows * fours);
+  const int64_t fours = w->columns / 4, item = bytes_of(w->type);
+  uint8_t* tail = out + 2 * w->rows * fours * item;
   for (int64_t i = 0; i < w->rows * fours; ++i) {
-    const uint16_t* four = dense + 4 * i;
+    const uint8_t* four = dense + 4 * i * item;
     bool takes[4];
     int taken = 0, slot = 0;
-    for (int j = 0; j < 4; ++j) taken += takes[j] = four[j] & 0x7fff;
+    for (int j = 0; j < 4; ++j) {
+      // Of 8 bits -0 is a place of its own: nobody may count on what becomes of it.
+      takes[j] = item == 1 ? four[j] : value_of(four, j, w->type) != 0;
+      taken += takes[j];
+    }
     if (taken > 2) return kExecutionFailed;  // the library would leave one out
     for (int j = 3; taken < 2; --j) {        // which of the free ones, nobody may know
       if (!takes[j]) takes[j] = true, ++taken;
@@ -276,44 +304,47 @@ int cusparseLtSpMMACompress2(const Handle* handle, const Matrix* w, int is_spars
     for (int j = 0; j < 4; ++j) {
       if (!takes[j]) continue;
       const int64_t row = i / fours, column = i % fours * 2 + slot;
-      out[slots_in_columns ? column * w->rows + row : 2 * i + slot] = four[j];
+      const int64_t at = slots_in_columns ? column * w->rows + row : 2 * i + slot;
+      std::memcpy(out + at * item, four + j * item, item);
       tail[i / 2] |= static_cast<uint8_t>(j << (i % 2 * 4 + slot++ * 2));
     }
   }
   return kSuccess;
 }
 
-int cusparseLtMatmul(const Handle* handle, Plan* p, const float* alpha, const uint16_t* w,
-                     const uint16_t* x, const float* beta, const uint16_t* c, uint16_t* y,
+int cusparseLtMatmul(const Handle* handle, Plan* p, const float* alpha, const uint8_t* w,
+                     const uint8_t* x, const float* beta, const uint16_t* c, uint16_t* y,
                      char* workspace, void** streams, int count) {
   BEGIN("Matmul", handle, p);
   if (!are_made(p->selection, p->matmul, p->matmul->w, p->matmul->x, p->matmul->y))
     return kNotInitialized;
   if (!is_aligned(w) || !is_aligned(x) || !is_aligned(y) || !is_aligned(workspace))
     return kInvalidValue;
-  if (c != y || *alpha != 1 || *beta != 0 || !streams || count != 1) return kInvalidValue;
+  if (c != y || *beta != 0 || !streams || count != 1) return kInvalidValue;
   std::memset(workspace, 0xff, kWorkspaceBytes);
   const uint16_t* bias = p->matmul->bias;
   const int64_t outputs = p->matmul->y->rows, tokens = p->matmul->y->columns;
   const int64_t ld = p->matmul->y->ld, x_ld = p->matmul->x->ld;
   const int64_t inputs = p->matmul->w->columns, fours = inputs / 4;
-  const uint8_t* tail = reinterpret_cast<const uint8_t*>(w + outputs * inputs / 2);
+  const int type = p->matmul->x->type, out = p->matmul->y->type;
+  const uint8_t* tail = w + outputs * inputs / 2 * bytes_of(type);
   for (int64_t t = 0; t < tokens; ++t) {
     for (int64_t n = 0; n < outputs; ++n) {
       float sum = 0;
       for (int64_t i = n * fours; i < (n + 1) * fours; ++i) {
         const int places = tail[i / 2] >> i % 2 * 4;
-        const uint16_t* four = x + t * x_ld + i % fours * 4;
-        sum += to_float(w[2 * i]) * to_float(four[places & 3]);
-        sum += to_float(w[2 * i + 1]) * to_float(four[places >> 2 & 3]);
+        const int64_t four = t * x_ld + i % fours * 4;
+        sum += value_of(w, 2 * i, type) * value_of(x, four + (places & 3), type);
+        sum += value_of(w, 2 * i + 1, type) * value_of(x, four + (places >> 2 & 3), type);
       }
-      y[t * ld + n] = to_bfloat16(bias ? sum + to_float(bias[n]) : sum);
+      sum *= *alpha;
+      y[t * ld + n] = rounded(bias ? sum + value_of(bias, n, out) : sum, out);
     }
   }
   Algorithm& algorithm = algorithms[p->selection->algorithm];
   ++algorithm.products, ++p->products, elapsed += algorithm.cost;
   uint16_t& last = y[ld * (tokens - 1) + outputs - 1];
-  if (algorithm.behaviour == kWrong) last = to_bfloat16(to_float(last) + 1);
+  if (algorithm.behaviour == kWrong) last = rounded(value_of(&last, 0, out) + 1, out);
   if (algorithm.behaviour == kChanging && p->products % 8 == 0) last ^= 1;
   return kSuccess;
 }

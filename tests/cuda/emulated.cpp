@@ -543,6 +543,19 @@ unsigned short round_to_bf16(float value) {
   return static_cast<unsigned short>((bits + 0x7fff + (bits >> 16 & 1)) >> 16);
 }
 
+static unsigned round_to_e4m3(float value) {
+  const unsigned sign = __float_as_uint(value) >> 24 & 0x80;
+  if (value != value) return 0x7f;
+  const float size = fminf(fabsf(value), 448);
+  if (size < 0x1p-6f) return sign | static_cast<unsigned>(nearbyintf(size * 0x1p9f));
+  const unsigned bits = __float_as_uint(size);
+  return sign | ((bits + 0x7ffff + (bits >> 20 & 1)) >> 20) - (127 - 7 << 3);
+}
+
+unsigned round_to_e4m3(float low, float high) {
+  return round_to_e4m3(low) | round_to_e4m3(high) << 8;
+}
+
 unsigned short round_to_f16(float value) {
   const unsigned bits = __float_as_uint(value), sign = bits >> 16 & 0x8000;
   const unsigned size = bits & 0x7fffffff;

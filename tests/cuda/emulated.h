@@ -157,12 +157,6 @@ inline int atomicAdd(int* at, int add) {
   return before;
 }
 
-inline int atomicOr(int* at, int bits) {
-  const int before = *at;
-  *at |= bits;
-  return before;
-}
-
 template <class T>
 T __ldcg(const T* at) {
   return *at;

@@ -142,6 +142,9 @@ void mma(float (&c)[4], const unsigned* a, unsigned b0, unsigned b1) {
   emulated::meet(kBf16 ? "mma<bf16>" : "mma<f16>", emulated::run_mma, &mine, true);
 }
 
+inline void require_warpgroups() {
+  if (!emulated::warpgroups) emulated::fail("require_warpgroups: there are none");
+}
 inline void publish_to_warpgroups() {}
 inline void begin_warpgroup_products() {}
 inline void commit_warpgroup_products() {}
@@ -181,5 +184,6 @@ void mma_sparse(float (&c)[4], const unsigned (&a)[4], const unsigned (&b)[4], u
 unsigned short round_to_bf16(float value);
 unsigned short round_to_f16(float value);
 float f16_to_float(unsigned short bits);
+unsigned round_to_e4m3(float low, float high);
 
 }  // namespace sk

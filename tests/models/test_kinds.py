@@ -287,6 +287,12 @@ def test_columns_of_a_convolution_are_gathered_in_parts(monkeypatch):
         handle.remove()
         assert len(sizes) == parts and sum(sizes) == 5
     assert model(x[:0]).shape == (0, 48, 6, 7)
+    for wrong in (x[0, 0], x[None]):
+        with pytest.raises(RuntimeError) as expected:
+            nn.Conv2d(16, 48, 3)(wrong)
+        with pytest.raises(RuntimeError) as got:
+            model(wrong)
+        assert str(got.value) == str(expected.value)
 
 
 def test_arguments_by_the_names_that_torch_gives_them():

@@ -28,6 +28,7 @@ from sparsekern.sparsity import (
     check_optimizer_state,
     match_patterns_,
 )
+from sparsekern.sparsity.algorithm import SOON
 from sparsekern.sparsity.pattern import places_of, set_pattern
 
 DECAY = 0.9
@@ -696,3 +697,25 @@ def test_patterns_move_on_a_gpu_as_on_a_cpu(backend):
         assert patterns(average) == patterns(model)
         runs.append(average.cpu()(batch(0)[0]))
     torch.testing.assert_close(*runs, atol=1e-3, rtol=1e-3)
+
+
+def test_kernels_are_told_which_patterns_will_change_soon():
+    model = nn.Sequential(nn.Linear(16, 8), nn.Linear(8, 4))
+    algorithm = SET(0.5, update={"steps": [0, 2, 2 + 2 * SOON]})
+    algorithm.apply(model)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+
+    def are_passing():
+        (found,) = {derived.is_passing(layer.row_offsets) for layer in model}
+        return found
+
+    assert not are_passing()
+    algorithm.apply(optimizer)
+    seen = [are_passing()]
+    for _ in range(2):
+        model(torch.ones(1, 16)).sum().backward()
+        optimizer.step()
+        seen.append(are_passing())
+    assert seen == [True, True, False]
+    algorithm.load_state_dict({"steps": 1 + 2 * SOON})
+    assert are_passing()

@@ -3,7 +3,8 @@
 `gather` (gather.py) takes the fewest bytes and is read by CUDA cores: for one or two tokens.
 `cover` (cover.py) is read by sparse tensor cores: for more, up to 32, where W is sparse enough.
 `pairs` (pairs.py) is read by dense tensor cores. All hold any pattern, exactly. `dense` (kept.py)
-is W with its zeros, for where these lose.
+is W with its zeros, for where these lose. `two_of_four` (compressed.py) is for many tokens, and for
+two-way patterns alone.
 
 A weight for calls of one token and of many may be held in two of them: names and parts then stand
 behind each other, "gather,dense", and each call takes the faster one (times.py has what was
@@ -18,6 +19,7 @@ from torch import Tensor
 
 from ...tensor import SparseTensor
 from . import cover
+from .compressed import TwoOfFour, TwoOfFourE4m3, is_faster, pack_two_of_four, pays
 from .cover import Cover, CoverLayout
 from .gather import Gather, GatherLayout
 from .kept import Dense
@@ -28,7 +30,9 @@ from .times import measured, share
 PACKED: dict[str, type[Layout]] = {
     layout.kind.name: layout for layout in (GatherLayout, CoverLayout, PairsLayout)
 }
-LAYOUTS: dict[str, type[Packed]] = {kind.name: kind for kind in (Gather, Cover, Pairs, Dense)}
+LAYOUTS: dict[str, type[Packed]] = {
+    kind.name: kind for kind in (Gather, Cover, Pairs, Dense, TwoOfFour, TwoOfFourE4m3)
+}
 _COUNTS = {  # of numbers and of tensors
     name: tuple([field.type for field in fields(kind)[3:]].count(t) for t in (int, Tensor))
     for name, kind in LAYOUTS.items()
@@ -69,7 +73,12 @@ def pack_for(
     pack() does."""
     own = _own(weight)
     names = [*packed_names(), *[Dense.name] * may_be_dense]
-    return [lay_out(own, name) for name in choose_forms(tokens, own.n, own.k, own.nnz, names)]
+    many = pack_two_of_four(own, own.values.dtype) if pays(own, tokens[-1]) else None
+    if many and is_faster(tokens[0], own.n, own.k):
+        return [many]
+    ends = (tokens[0], tokens[0]) if many else tokens
+    forms = [lay_out(own, name) for name in choose_forms(ends, own.n, own.k, own.nnz, names)]
+    return [*forms, many] if many else forms
 
 
 def _own(weight: SparseTensor) -> SparseTensor:
@@ -135,6 +144,8 @@ def fastest(held: tuple[str, ...], m: int, n: int, k: int, nnz: int) -> int:
     density = nnz / max(1, n * k)
 
     def time(place: int) -> float:
+        if held[place] == TwoOfFour.name:
+            return 0.0 if is_faster(m, n, k) else 4.0
         found = share(held[place], m, n, k, density)
         return (1.0 if held[place] == Dense.name else 2.0) if found is None else found
 

@@ -1,4 +1,6 @@
-"""2:4 sparse products of bfloat16 through the C interface of cuSPARSELt, without its headers.
+"""2:4 sparse products through the C interface of cuSPARSELt, without its headers.
+
+In bfloat16, in float16, and of E4M3 operands with a bfloat16 result.
 
 The library comes with torch's CUDA builds (or the wheel nvidia-cusparselt-cu12 or -cu13); nothing
 of it is part of this package. Names, enumerations and the order of calls are those of cusparseLt.h,
@@ -16,11 +18,9 @@ from importlib.metadata import PackageNotFoundError, files
 import torch
 from torch import Tensor
 
-from ..derived import to_keep
-
 SONAME = "libcusparseLt.so.0"
 OLDEST = (0, 8, 0)  # before, a selection cannot be destroyed
-_BFLOAT16 = 14  # cudaDataType
+_TYPES = {torch.bfloat16: 14, torch.float16: 2, torch.float8_e4m3fn: 28}  # cudaDataType
 _FLOAT32 = 2  # cusparseComputeType
 _ROW, _COLUMN = 2, 1
 ALIGNMENT = 16  # bytes
@@ -61,6 +61,11 @@ _SIGNATURES = {
 
 class Error(RuntimeError):
     """A call that cuSPARSELt refuses."""
+
+
+def result_dtype(dtype: torch.dtype) -> torch.dtype:
+    """That of products of operands of `dtype`."""
+    return torch.bfloat16 if dtype is torch.float8_e4m3fn else dtype
 
 
 class _Library:
@@ -143,22 +148,22 @@ def _handle(device: int) -> ctypes.Array:
     return _threads.handles[device]
 
 
-def _sparse(handle: ctypes.Array, rows: int, columns: int) -> ctypes.Array:
+def _sparse(handle: ctypes.Array, rows: int, columns: int, dtype: torch.dtype) -> ctypes.Array:
     descriptor = _opaque()
     loaded().call(
         "StructuredDescriptorInit",
-        *(handle, descriptor, rows, columns, columns, ALIGNMENT, _BFLOAT16, _ROW, 0),
+        *(handle, descriptor, rows, columns, columns, ALIGNMENT, _TYPES[dtype], _ROW, 0),
     )
     return descriptor
 
 
 def compress(w: Tensor) -> Tensor:
-    """The operand, bytes, of w [N, K], bfloat16, with at most two of four neighbours that are not
-    0. What it holds is the library's own."""
+    """The operand, bytes, of w [N, K] with at most two of four neighbours that are not 0. What it
+    holds is the library's own."""
     lib, device, w = loaded(), w.device.index, w.contiguous()
     with torch.cuda.device(device):
         handle = _handle(device)
-        descriptor = _sparse(handle, *w.shape)
+        descriptor = _sparse(handle, w.shape[0], w.shape[1], w.dtype)
         size, scratch = ctypes.c_size_t(), ctypes.c_size_t()
         refs = ctypes.byref(size), ctypes.byref(scratch)
         lib.call("SpMMACompressedSize2", handle, descriptor, *refs)
@@ -172,7 +177,8 @@ def compress(w: Tensor) -> Tensor:
 
 
 class Plan:
-    """y [M, N] = x [M, K] W^T + bias [N] by one algorithm, on the current GPU, by this thread."""
+    """y [M, N] = alpha x [M, K] W^T + bias [N] by one algorithm, on the current GPU, by this
+    thread."""
 
     def __init__(
         self,
@@ -182,49 +188,68 @@ class Plan:
         device: int,
         algorithm: int | None = None,
         bias: Tensor | None = None,
+        dtype: torch.dtype = torch.bfloat16,
         strides: tuple[int, int] | None = None,
     ):
-        """algorithm: a number, None for the library's own choice. The address of `bias` is read
-        here, its elements by each product. strides: of the rows of x and y, k and n or more."""
+        """algorithm: a number, None for the library's own choice. dtype: of x and W. bias: the
+        first one, of a plan whose products have one. strides: of the rows of x and y, k and n or
+        more."""
         lib = loaded()
         self._shape, self._lib, self._device = (m, n), lib, device
+        self._dtype = out = result_dtype(dtype)
         self._is_selected = self._is_planned = False
         self._handle = handle = _handle(device)
         x_stride, y_stride = strides or (k, n)
         # x is the transposed of [K, M], y lies column by column as [N, M].
-        w, x, y = _sparse(handle, n, k), _opaque(), _opaque()
+        w, x, y = _sparse(handle, n, k, dtype), _opaque(), _opaque()
         matmul, self._selection, self._plan = _opaque(), _opaque(), _opaque()
-        self._kept, self.bias = (w, x, y, matmul), bias
-        lib.call("DenseDescriptorInit", handle, x, m, k, x_stride, ALIGNMENT, _BFLOAT16, _ROW)
-        lib.call("DenseDescriptorInit", handle, y, n, m, y_stride, ALIGNMENT, _BFLOAT16, _COLUMN)
+        self._matmul, self._kept = matmul, (w, x, y)
+        self._bias: int | None = None  # its address
+        lib.call("DenseDescriptorInit", handle, x, m, k, x_stride, ALIGNMENT, _TYPES[dtype], _ROW)
+        lib.call("DenseDescriptorInit", handle, y, n, m, y_stride, ALIGNMENT, _TYPES[out], _COLUMN)
         operands = _PLAIN, _TRANSPOSED, w, x, y, y, _FLOAT32
         lib.call("MatmulDescriptorInit", handle, matmul, *operands)
         if bias is not None:
-            address = ctypes.c_void_p(bias.data_ptr())
-            lib.call("MatmulDescSetAttribute", handle, matmul, _BIAS, ctypes.byref(address), 8)
+            self._take(bias)
         lib.call("MatmulAlgSelectionInit", handle, self._selection, matmul, 0)
         self._is_selected = True
         if algorithm is not None:
-            number = ctypes.c_int(algorithm)
-            arguments = self._selection, _ID, ctypes.byref(number), ctypes.sizeof(number)
-            lib.call("MatmulAlgSetAttribute", handle, *arguments)
+            self._set("MatmulAlgSetAttribute", self._selection, _ID, ctypes.c_int(algorithm))
         lib.call("MatmulPlanInit", handle, self._plan, matmul, self._selection)
         self._is_planned = True
         size = ctypes.c_size_t()
         lib.call("MatmulGetWorkspace", handle, self._plan, ctypes.byref(size))
         self._workspace_bytes = size.value
-        self._one, self._zero = ctypes.c_float(1), ctypes.c_float(0)
+        self._zero = ctypes.c_float(0)
 
-    def multiply(self, operand: Tensor, x: Tensor, y: Tensor | None = None) -> Tensor:
+    def _set(self, function: str, of: ctypes.Array, which: int, value) -> None:
+        size = ctypes.sizeof(value)
+        self._lib.call(function, self._handle, of, which, ctypes.byref(value), size)
+
+    def _take(self, bias: Tensor) -> None:
+        if self._bias != (address := bias.data_ptr()):
+            self._set("MatmulDescSetAttribute", self._matmul, _BIAS, ctypes.c_void_p(address))
+            self._bias = address
+
+    def multiply(
+        self,
+        operand: Tensor,
+        x: Tensor,
+        y: Tensor | None = None,
+        bias: Tensor | None = None,
+        alpha: float = 1.0,
+    ) -> Tensor:
         """The product with x [M, K] on torch's current stream; in y, if it is given. Their rows are
-        as far apart as the plan says."""
-        y = x.new_empty(self._shape) if y is None else y
+        as far apart as the plan says. With a bias if the plan was made with one."""
+        if bias is not None:
+            self._take(bias)
+        y = x.new_empty(self._shape, dtype=self._dtype) if y is None else y
         workspace = x.new_empty(self._workspace_bytes, dtype=torch.uint8)
         stream = ctypes.c_void_p(torch._C._cuda_getCurrentRawStream(self._device))
-        out = y.data_ptr()
+        factor, out = ctypes.c_float(alpha), y.data_ptr()
         self._lib.call(
             "Matmul",
-            *(self._handle, self._plan, ctypes.byref(self._one), operand.data_ptr(), x.data_ptr()),
+            *(self._handle, self._plan, ctypes.byref(factor), operand.data_ptr(), x.data_ptr()),
             *(ctypes.byref(self._zero), out, out, workspace.data_ptr(), ctypes.byref(stream), 1),
         )
         return y
@@ -237,32 +262,25 @@ class Plan:
 
 
 def multiply(
-    operand: Tensor, x: Tensor, y: Tensor, bias: Tensor | None, algorithm: int | None
+    operand: Tensor,
+    x: Tensor,
+    y: Tensor,
+    bias: Tensor | None,
+    algorithm: int | None,
+    alpha: float = 1.0,
 ) -> None:
-    """y [M, N] = x [M, K] W^T + bias [N] of the operand of W. x and y may be columns of wider
-    matrices, from a multiple of 8 on.
-
-    A plan reads the bias at one address. While a CUDA graph is captured that is the bias's own, and
-    the plan is for this call. Else it is the plan's own, to which the bias is copied; so there is
-    one for each stream."""
+    """y [M, N] = alpha x [M, K] W^T + bias [N] of the operand of W. x and y may be columns of wider
+    matrices, from a multiple of 8 on."""
     (m, k), n, device = x.shape, y.shape[1], x.device.index
     x, strides = aligned(x), (x.stride(0), y.stride(0))
-    if torch.cuda.is_current_stream_capturing():
-        bias = None if bias is None else aligned(bias.contiguous())
-        Plan(n, k, m, device, algorithm, bias, strides).multiply(operand, x, y)
-        return
-    stream = torch._C._cuda_getCurrentRawStream(device)
-    key = n, k, m, device, algorithm, bias is not None, strides, stream
+    bias = None if bias is None else aligned(bias.contiguous())
+    key = n, k, m, x.dtype, device, algorithm, bias is not None, strides
     plans = _threads.plans
     if key not in plans:
         while len(plans) >= MOST_PLANS:
             plans.pop(next(iter(plans)))
-        kept = None if bias is None else to_keep(x.device, lambda: x.new_empty(n))
-        plans[key] = Plan(n, k, m, device, algorithm, kept, strides)
-    plan = plans[key]
-    if bias is not None and plan.bias is not None:
-        plan.bias.copy_(bias)
-    plan.multiply(operand, x, y)
+        plans[key] = Plan(n, k, m, device, algorithm, bias, x.dtype, strides)
+    plans[key].multiply(operand, x, y, bias, alpha)
 
 
 def aligned(t: Tensor) -> Tensor:

@@ -3,6 +3,7 @@
 from torch import Tensor
 
 from .choose import assemble, form_for
+from .compressed import TwoOfFour, TwoOfFourE4m3
 from .few_tokens import launch_of
 from .kept import Dense
 from .layout import Packed
@@ -33,6 +34,8 @@ def explain_packed(m: int, parts: Parts) -> str:
 def _how(packed: Packed, m: int) -> str:
     if isinstance(packed, Dense):
         return "dense: torch.mm of the copy that is kept"
+    if isinstance(packed, TwoOfFour | TwoOfFourE4m3):
+        return f"{packed.name}: on sparse tensor cores, through cuSPARSELt"
     device = packed.arrived.device
     if device.type != "cuda":
         return f"{packed.name}, on a GPU"

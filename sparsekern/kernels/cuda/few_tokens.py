@@ -20,6 +20,7 @@ from ..crossover import density_limit
 from ..problem import Kernel, Problem, bound_kernel
 from . import library as cuda_library
 from .choose import choose_layout
+from .compressed import TwoOfFour, TwoOfFourE4m3
 from .expand import spmm_expanded
 from .kept import Dense
 from .layout import TYPES, Launch, Packed, gpu_of, pack_of
@@ -36,7 +37,7 @@ def spmm_packed(x: Tensor, packed: Packed, bias: Tensor | None = None) -> Tensor
     kernel would need more shared memory than the GPU has (gather: for one token of about 100,000
     columns). No checks: the op has them (choose.py).
     """
-    if isinstance(packed, Dense):
+    if isinstance(packed, Dense | TwoOfFour | TwoOfFourE4m3):
         return packed.multiply(x, bias)
     launch = launch_of(packed, x.shape[0], x.device)
     if launch is None:

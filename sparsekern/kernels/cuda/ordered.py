@@ -17,7 +17,7 @@ Infinity and NaN in x: as in two_of_four.py.
 import math
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from functools import lru_cache, partial
+from functools import lru_cache
 
 import torch
 from torch import Tensor
@@ -41,9 +41,11 @@ MULTIPLE_OF_TOKENS = 8
 MULTIPLE_OF_WIDTH = 64
 MOST_WIDTH = 1.1  # of K: what an order may take
 MOST_COLUMNS = 2**15  # two tokens of x are in shared memory
-FILL = 0.85  # rows of a panel, of those for which an order would just be there by chance
+FILL = 0.9  # rows of a panel, of those for which an order would just be there by chance
 THREADS, PERMUTE_TOKENS = 256, 2  # of a block
-BLOCK_SLOTS = 2**13  # of the operand, in shared memory
+TILE_SLOTS = 2**13  # of the operand, that a block has in shared memory
+TILE_COLUMNS = 128  # slots of a row in a tile of W^T
+TILE_PAD = 8  # slots behind each of its rows
 PART_BYTES = 16
 
 
@@ -51,14 +53,14 @@ PART_BYTES = 16
 class _Panel:
     """Some of the rows of W, neighbours, in one order of the columns.
 
-    Row by row the operand has width / 2 slots. A block fills `block_slots` of them, those of whole
-    rows, with values starts[b] to starts[b + 1].
+    Row by row the operand has width / 2 slots. A block fills a tile of them with the values
+    starts[b] to starts[b + 1].
     """
 
     rows: int
     width: int
-    starts: Tensor  # int32 [blocks + 1]
-    block_slots: int
+    tile: tuple[int, int]  # rows, slots
+    starts: Tensor  # int32 [tiles + 1]
     tail: Tensor  # bytes, behind the slots
 
 
@@ -68,7 +70,7 @@ class _Side:
 
     panels: tuple[_Panel, ...]
     columns: Tensor  # uint16 as int16, of one panel after the other [sum of widths]
-    targets: Tensor  # uint16 as int16 [nnz]: the slot of each value, in that of its block
+    targets: Tensor  # uint16 as int16 [nnz]: where each value is in its tile
     sources: Tensor | None  # int32 [nnz]: where a value of W^T is in those of W
     checked: int
 
@@ -96,21 +98,23 @@ def _make_side(
     firsts = range(0, n, height)
     with ThreadPoolExecutor(torch.get_num_threads()) as pool:
         orders = list(pool.map(lambda i: _order(offsets[i : i + height + 1], indices, k), firsts))
-    targets = torch.empty(len(indices), dtype=torch.int16, device=col_indices.device)
-    panels, met = [], torch.full((k,), n, dtype=torch.int32, device=col_indices.device)
+    parts, device = [], col_indices.device
+    met = torch.full((k,), n, dtype=torch.int32, device=device)
     for first, order in zip(firsts, orders, strict=True):
         if order is None:
             return None
-        columns, places = (t.to(col_indices.device) for t in order)
+        columns, places = (t.to(device) for t in order)
         own = row_offsets[first : first + height + 1]
-        panel, targets_here, two = _make_panel(own, len(columns), places)
-        panels.append(panel)
-        targets[offsets[first] : offsets[first] + len(places)] = targets_here
+        here = None if sources is None else sources[offsets[first] :][: len(places)]
+        *part, two = _make_panel(own, len(columns), places, here)
+        parts.append(part)
         met.scatter_reduce_(0, columns.long(), first + first_rows(two, n), "amin")
     # Rows up to where each column has been multiplied that is multiplied at all.
     checked = 1 + int(met.masked_fill(met >= n, -1).max())
-    columns = torch.cat([order[0] for order in orders if order])
-    return _Side(tuple(panels), columns.to(targets), targets, sources, checked)
+    columns = torch.cat([order[0] for order in orders if order]).to(device, torch.int16)
+    panels, targets, in_tiles = zip(*parts, strict=True)
+    own_sources = None if sources is None else torch.cat(in_tiles)
+    return _Side(panels, columns, torch.cat(targets), own_sources, checked)
 
 
 def _order(row_offsets: Tensor, col_indices: Tensor, k: int) -> tuple[Tensor, Tensor] | None:
@@ -129,9 +133,11 @@ def _order(row_offsets: Tensor, col_indices: Tensor, k: int) -> tuple[Tensor, Te
     return columns.clamp(min=0), places  # what an empty one is multiplied with is of no account
 
 
-def _make_panel(row_offsets: Tensor, width: int, places: Tensor) -> tuple[_Panel, Tensor, Tensor]:
-    """The panel, the targets of its values, and the two places of four [rows, width] that are
-    multiplied."""
+def _make_panel(
+    row_offsets: Tensor, width: int, places: Tensor, sources: Tensor | None
+) -> tuple[_Panel, Tensor, Tensor | None, Tensor]:
+    """The panel, the targets of its values, their sources in this order, and the two places of four
+    [rows, width] that are multiplied."""
     rows, slots = len(row_offsets) - 1, width // 2
     row = expand_rows(row_offsets - row_offsets[0], len(places))
     at = row * width + places
@@ -143,13 +149,22 @@ def _make_panel(row_offsets: Tensor, width: int, places: Tensor) -> tuple[_Panel
     # multiply all columns, and few results of a token tell whether it was spoilt.
     two[::2] = with_free_places(stored[::2])
     two[1::2] = with_free_places(stored[1::2].flip(1)).flip(1)
-    before = two.view(-1, 4).cumsum(1, dtype=torch.int8).view(-1)[at] - 1
-    block_rows = max(1, BLOCK_SLOTS // slots)
-    targets = row % block_rows * slots + places // 4 * 2 + before
-    starts = torch.cat((row_offsets[:-1:block_rows], row_offsets[-1:]))
+    slot = places // 4 * 2 + two.view(-1, 4).cumsum(1, dtype=torch.int8).view(-1)[at] - 1
+    # The values of W are read row by row. So a tile of W has whole rows, and one of W^T many of a
+    # few columns.
+    tile_slots = slots if sources is None else min(slots, TILE_COLUMNS)
+    tile_rows = max(1, TILE_SLOTS // tile_slots)
+    targets = row % tile_rows * (tile_slots + TILE_PAD) + slot % tile_slots
+    across = -(-slots // tile_slots)
+    tile = row // tile_rows * across + slot // tile_slots
+    if sources is not None:
+        order = (tile * (int(sources.max()) + 1 if len(sources) else 1) + sources).argsort()
+        targets, sources = targets[order], sources[order]
+    ends = tile.bincount(minlength=-(-rows // tile_rows) * across).cumsum(0)
+    starts = row_offsets[0] + torch.cat((ends.new_zeros(1), ends))
     tail = cusparselt.compress(two.to(torch.bfloat16))[two.numel() :].clone()
-    panel = _Panel(rows, width, starts, block_rows * slots, tail)
-    return panel, targets.to(torch.int16), two
+    panel = _Panel(rows, width, (tile_rows, tile_slots), starts.int(), tail)
+    return panel, targets.to(torch.int16), sources, two
 
 
 def first_rows(two: Tensor, none: int) -> Tensor:
@@ -180,12 +195,11 @@ def _product(op, row_offsets, col_indices, values, n, k, x, bias=None) -> Tensor
     side = _side_of(op, row_offsets, col_indices, n, k)
     assert side is not None  # or the row had refused
     outputs = n if op == "spmm" else k
-    x, m, device = cusparselt.aligned(x), x.shape[0], x.device.index
+    x, m = cusparselt.aligned(x), x.shape[0]
     y, in_order = x.new_empty(m, outputs), permute(x, side.columns)
     row = column = 0
     for panel in side.panels:
-        make = partial(random_operand, panel.rows, panel.width, x.device)
-        algorithm = algorithm_of(panel.rows, panel.width, m, device, make)
+        algorithm = algorithm_of(panel.rows, panel.width, m, x.dtype, x.device)
         if algorithm == NONE_RIGHT:
             return (expand.spmm if op == "spmm" else expand.spmm_t)(*weight, x, bias)
         rows, columns = slice(row, row + panel.rows), slice(column, column + panel.width)
@@ -193,15 +207,6 @@ def _product(op, row_offsets, col_indices, values, n, k, x, bias=None) -> Tensor
         cusparselt.multiply(operand, in_order[:, columns], y[:, rows], own_bias, algorithm)
         row, column = rows.stop, columns.stop
     return expand.mend(op, *weight, x, bias, y, side.checked)
-
-
-def random_operand(n: int, width: int, device: torch.device) -> tuple[Tensor, Tensor]:
-    """An operand of random values at random places, and what it is of."""
-    generator = torch.Generator(device).manual_seed(0)
-    w = torch.randn(n, width // 4, 4, generator=generator, device=device)
-    two = torch.rand(n, width // 4, 4, generator=generator, device=device).argsort(-1) < 2
-    w = (w * two).view(n, width).bfloat16()
-    return cusparselt.compress(w), w
 
 
 def permute(x: Tensor, columns: Tensor) -> Tensor:
@@ -216,12 +221,14 @@ def permute(x: Tensor, columns: Tensor) -> Tensor:
 
 def fill(side: _Side, panel: _Panel, values: Tensor) -> Tensor:
     """The operand of a panel."""
-    slots, parts = panel.rows * panel.width // 2, len(panel.tail) // PART_BYTES
-    operand = values.new_empty(slots + len(panel.tail) // values.element_size())
+    slots, parts = panel.width // 2, len(panel.tail) // PART_BYTES
+    operand = values.new_empty(panel.rows * slots + len(panel.tail) // values.element_size())
     blocks = len(panel.starts) - 1 + -(-parts // THREADS)
-    smem_bytes = panel.block_slots * values.element_size()
+    tile_rows, tile_slots = panel.tile
+    smem_bytes = tile_rows * (tile_slots + TILE_PAD) * values.element_size()
     tensors = values, side.sources, side.targets, panel.starts, panel.tail, operand
-    start("sk_order_fill", blocks, THREADS, smem_bytes, tensors, slots, panel.block_slots, parts)
+    sizes = panel.rows, slots, *panel.tile, parts
+    start("sk_order_fill", blocks, THREADS, smem_bytes, tensors, *sizes)
     return operand
 
 

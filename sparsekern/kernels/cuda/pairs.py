@@ -25,7 +25,8 @@ HEAD = LANES + LANES // 2  # words of a step before its values: masks, starts
 MOST_WORDS = 2**31 - 2**12
 BUFFER_BYTES = 4352  # of words, two a warp, each with a barrier of 8 bytes
 WINDOW = 64  # tokens times steps of x
-FEW_TOKENS, MOST_TOKENS = 32, 64  # from which on pairs_ring.py is faster; of a launch
+MOST_TOKENS = 64  # of a launch
+SMALL = 2**25  # places of W up to which pairs_ring.py is faster with 32 tokens already
 # Shared memory of a warp that writes W out: its tile, the words of a step.
 EXPAND_BYTES = LANES * (STEP + TILE_PAD) * 2 + (HEAD + SLOTS * LANES) * 4
 
@@ -47,7 +48,8 @@ class Pairs(Packed):
 
     def launch(self, m: int, gpu: Gpu) -> Launch | None:
         sizes = m, self.slices, self.row_steps, TYPES[self.words.dtype], gpu
-        if m > FEW_TOKENS and gpu.has_warpgroups:
+        fewest = 16 if self.n * self.k <= SMALL else 32
+        if m > fewest and gpu.has_warpgroups:
             return pairs_ring.configure(*sizes)
         return configure(*sizes) if m <= MOST_TOKENS else None
 

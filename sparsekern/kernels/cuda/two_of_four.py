@@ -26,12 +26,9 @@ from ..derived import derived
 from ..problem import Kernel, Problem
 from . import bitmap as bitmaps
 from . import cusparselt, expand
-from . import library as cuda_library
 from .algorithms import NONE_RIGHT, algorithm_of
 from .bitmap import Bitmap
-
-MACHINE = "sm_90"  # it was tried there alone
-MULTIPLE_OF_TOKENS, MULTIPLE = 8, 16  # what cuSPARSELt takes: of M, and of N and K
+from .compressed import MACHINE, MULTIPLE, MULTIPLE_OF_TOKENS, refuse_gpu
 
 
 @dataclass(frozen=True)
@@ -101,15 +98,7 @@ def _product(op, row_offsets, col_indices, values, n, k, x, bias=None) -> Tensor
     pattern = _pattern(row_offsets, col_indices, n, k)
     assert pattern is not None  # or the row had refused
     outputs, inputs = (n, k) if op == "spmm" else (k, n)
-
-    def random() -> tuple[Tensor, Tensor]:
-        """An operand of random values, and what it is of."""
-        generator = torch.Generator(x.device).manual_seed(0)
-        some = torch.randn(len(values), generator=generator, device=x.device).to(x.dtype)
-        w = bitmaps.write_out(pattern.bitmap, some, n, k)
-        return _operand(op, pattern, some, n, k), w if op == "spmm" else w.t()
-
-    algorithm = algorithm_of(outputs, inputs, x.shape[0], x.device.index, random)
+    algorithm = algorithm_of(outputs, inputs, x.shape[0], x.dtype, x.device)
     if algorithm == NONE_RIGHT:
         return (expand.spmm if op == "spmm" else expand.spmm_t)(*weight, x, bias)
     y = x.new_empty(x.shape[0], outputs)
@@ -152,27 +141,20 @@ def _refuse_size(p: Problem) -> str | None:
 
 
 def refuse_machine() -> str | None:
-    """Why cuSPARSELt multiplies nothing here."""
-    return cuda_library.refusal() or _refuse_machine()
+    """Why cuSPARSELt multiplies nothing here with operands that are filled."""
+    return refuse_gpu() or _refuse_layout()
 
 
 @cache
-def _refuse_machine() -> str | None:
-    lib = cusparselt.library()
-    if isinstance(lib, str):
-        return lib
-    if not torch.cuda.is_available():
-        return "there is no GPU"
-    major, minor = torch.cuda.get_device_capability()
-    if f"sm_{major}{minor}" != MACHINE:
-        return f"it was tried with compute capability 9.0 alone, not {major}.{minor}"
+def _refuse_layout() -> str | None:
     if torch.cuda.is_current_stream_capturing():
         raise RuntimeError(
             "a CUDA graph cannot capture the first look at cuSPARSELt: call the product once "
             "before the capture, as for any warm-up"
         )
     if not _has_slots_in_rows():
-        return f"cuSPARSELt {'.'.join(map(str, lib.version))} lays out its operands in another way"
+        version = ".".join(map(str, cusparselt.loaded().version))
+        return f"cuSPARSELt {version} lays out its operands in another way"
     return None
 
 

@@ -15,6 +15,7 @@ from emulated_cuda import EMULATOR, build_once, emulated_cuda, emulator, run  # 
 
 from sparsekern.kernels.cuda import (
     algorithms,
+    compressed,
     cusparselt,
     expand,
     few_tokens,
@@ -87,6 +88,10 @@ def stand_in(cusparselt_library, emulated_cuda, monkeypatch, tmp_path):  # noqa:
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "Stand-in GPU")
     capturing = "is_current_stream_capturing"
     monkeypatch.setattr(torch.cuda, capturing, lambda: library.is_capturing)
+    monkeypatch.setattr(torch.cuda, "_sleep", lambda cycles: None, raising=False)
+    for name in ("ROUNDS", "FINAL_ROUNDS", "LAUNCHES"):
+        monkeypatch.setattr(algorithms, name, 1)
+    monkeypatch.setattr(algorithms, "REPEATED", 8)
     monkeypatch.setattr(torch.cuda, "Event", partial(Event, library))
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     # Fewer tokens than 72 are those of few_tokens.
@@ -95,10 +100,9 @@ def stand_in(cusparselt_library, emulated_cuda, monkeypatch, tmp_path):  # noqa:
     has_slots_in_rows = two_of_four._has_slots_in_rows
     monkeypatch.setattr(two_of_four, "_has_slots_in_rows", lambda: has_slots_in_rows("cpu"))
     caches = (
-        cusparselt.library,
-        algorithms._chosen,
-        two_of_four._refuse_machine,
-        ordered.refuse_size,
+        *(cusparselt.library, algorithms._known),
+        *(compressed.refuse_gpu, two_of_four._refuse_layout, ordered.refuse_size),
+        compressed._adds_bias_in_e4m3,
     )
     library.reset()
     for cache in caches:

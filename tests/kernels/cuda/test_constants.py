@@ -10,10 +10,12 @@ import sparsekern
 from sparsekern.kernels.cuda import (
     bitmap,
     cover,
+    e4m3,
     expand,
     gather,
     layout,
     library,
+    ordered,
     pairs,
     pairs_ring,
     runs,
@@ -33,6 +35,8 @@ TIED = [
     ("expand.THREADS", "mend.cuh", "kMendThreads"),
     ("expand.WARPS", "mend.cuh", "kMendWarps"),
     ("expand.COLUMNS", "mend.cu", "kMendColumns"),
+    ("e4m3.THREADS", "e4m3.cu", "kE4m3Threads"),
+    ("e4m3.SMEM_BYTES", "e4m3.cu", "4 * kE4m3Warps"),
     ("bitmap.COLUMNS", "bitmap.cu", "kWordColumns"),
     ("bitmap.THREADS", "bitmap.cu", "kBitmapThreads"),
     ("bitmap.BLOCK_WORDS", "bitmap.cu", "kTurns * kBlockWords"),
@@ -42,6 +46,9 @@ TIED = [
         "bitmap.cu",
         "4 * kTileWords + kTileRows * kOctets + kWordColumns * kTileOctets",
     ),
+    ("ordered.THREADS", "order.cu", "kOrderThreads"),
+    ("ordered.PERMUTE_TOKENS", "order.cu", "kPermuteTokens"),
+    ("ordered.TILE_PAD", "order.cu", "kFillPad"),
     ("gather.GRANULE", "gather.cuh", "kGranule"),
     ("gather.BLOCK_PIECES", "spmm_gather.cu", "kGatherWarps"),
     ("gather.DEPTH", "spmm_gather.cu", "kGatherDepth"),
@@ -66,7 +73,10 @@ TIED = [
     ("cover.WINDOW", "cover.h", "kCoverWindow"),
     ("cover.RECORD_BYTES", "cover.h", "kCoverRecordBytes"),
 ]
-_MODULES = bitmap, cover, expand, gather, layout, library, pairs, pairs_ring, runs
+_MODULES = (
+    *(bitmap, cover, e4m3, expand, gather, layout, library, ordered),
+    *(pairs, pairs_ring, runs),
+)
 MODULES = {module.__name__.split(".")[-1]: module for module in _MODULES}
 
 

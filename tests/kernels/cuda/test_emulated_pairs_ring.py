@@ -1,6 +1,8 @@
 """The kernel of specialised warps, which reads `pairs` for 33 tokens and more on Hopper, without a
 GPU: emulated thread by thread."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 from emulated_cuda import emulated_cuda, emulator  # noqa: F401
@@ -38,12 +40,12 @@ def multiply(x, packed, bias, gpu, way):
 @pytest.mark.parametrize(
     "m, n, k, way, gpu, dtype",
     [
-        (5, 300, 1031, Way(4, 4, True), FEW, torch.bfloat16),
-        (64, 300, 1031, Way(4, 1, True), FEW, torch.float16),
-        (65, 40, 64, Way(2, 2, False), H200, torch.bfloat16),
-        (200, 300, 515, Way(4, 2, True), FEW, torch.float16),
-        (300, 129, 640, Way(3, 3, False), H200, torch.bfloat16),
-        (128, 250, 700, Way(3, 1, False), H200, torch.bfloat16),
+        (5, 300, 700, Way(4, 4), FEW, torch.bfloat16),
+        (64, 300, 1031, Way(4, 1), FEW, torch.float16),
+        (65, 40, 64, Way(2, 2), H200, torch.bfloat16),
+        (200, 300, 515, Way(4, 2), FEW, torch.float16),
+        (300, 129, 640, Way(3, 3), H200, torch.bfloat16),
+        (128, 250, 700, Way(3, 1), H200, torch.bfloat16),
     ],
 )
 def test_products(m, n, k, way, gpu, dtype, nan_memory, emulated_cuda):  # noqa: F811
@@ -62,9 +64,7 @@ def test_products(m, n, k, way, gpu, dtype, nan_memory, emulated_cuda):  # noqa:
     assert torch.equal(y, multiply(x, packed, bias, gpu, way))
 
 
-@pytest.mark.parametrize(
-    "way, dtype", [(Way(4, 1, False), torch.float16), (Way(2, 2, False), torch.bfloat16)]
-)
+@pytest.mark.parametrize("way, dtype", [(Way(4, 1), torch.float16), (Way(2, 2), torch.bfloat16)])
 def test_infinities_reach_what_a_stored_value_connects(way, dtype, nan_memory):
     w, mask, bias = weight_with_infinities(150, 521, dtype)
     packed = packed_pairs(w, mask)
@@ -78,16 +78,12 @@ def test_it_runs_where_it_is_fast(monkeypatch):
     monkeypatch.setattr(few_tokens, "gpu_of", lambda device: H200)
     monkeypatch.setattr("sparsekern.kernels.cuda.layout.start", lambda *a: started.append(a[0]))
     packed = packed_pairs(random_weight(40, 64, 0.3))
-    for m in (17, 33, 64, 65, 256):
+    for m in (16, 17, 64, 65, 256):
         spmm_packed(torch.randn(m, 64).bfloat16(), packed)
     ring = "sk_spmm_pairs_ring_bf16_t"
-    assert started == [
-        "sk_spmm_pairs_bf16_t32",
-        f"{ring}64",
-        f"{ring}64",
-        f"{ring}96",
-        f"{ring}128",
-    ]
+    assert started == ["sk_spmm_pairs_bf16_t16", *(f"{ring}{m}" for m in (32, 64, 96, 128))]
+    large = replace(packed, n=2**20).launch(32, H200)
+    assert large is not None and large.kernel == "sk_spmm_pairs_bf16_t32"
     assert packed.launch(65, H200._replace(has_warpgroups=False)) is None
 
 

@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from emulated_cuda import emulated_cuda, emulator  # noqa: F401
 from infinities import check_stored
 from torch import nn
 
@@ -80,6 +81,49 @@ def test_an_order_holds_every_entry_once(mask, most):
     again = order_of(mask, len(columns))
     assert torch.equal(again[0], columns) and torch.equal(again[1], places)
     assert order_of(mask, k - 1) is None
+
+
+def check_what_is_read_beside_the_library(device, monkeypatch):
+    """x in order, and the operands: each row has its values, and zeros."""
+    monkeypatch.setattr(ordered, "TILE_SLOTS", 512)
+    tail = torch.arange(48, dtype=torch.uint8, device=device)
+
+    def compress(two):  # what the library makes of it
+        return torch.cat((two.new_zeros(two.numel() // 2).view(torch.uint8), tail))
+
+    monkeypatch.setattr(ordered.cusparselt, "compress", compress)
+    for n, k in ((16, 16), (48, 272), (272, 80), (528, 400)):
+        columns = torch.randint(k, (208,), device=device)
+        x = torch.randn(6, k, device=device).bfloat16()
+        assert torch.equal(ordered.permute(x, columns.to(torch.int16)), x[:, columns])
+        mask = torch.rand(n, k, device=device) < 0.06
+        w = (torch.arange(n * k, device=device).view(n, k) % 251 + 1).bfloat16() * mask
+        W = SparseTensor.from_dense(w, mask)
+        for op, dense in (("spmm", w), ("spmm_t", w.t())):
+            side = ordered._side_of(op, W.row_offsets, W.col_indices, n, k)
+            row = 0
+            for panel in side.panels:
+                operand = ordered.fill(side, panel, W.values)
+                slots = operand[: panel.rows * panel.width // 2].view(panel.rows, -1)
+                values = dense[row : row + panel.rows].sort(1, descending=True).values
+                got, most = slots.sort(1, descending=True).values, min(k, n, slots.shape[1])
+                assert torch.equal(got[:, :most], values[:, :most]) and not got[:, most:].any()
+                assert torch.equal(operand[slots.numel() :].view(torch.uint8), tail)
+                row += panel.rows
+            assert row == len(dense)
+
+
+@pytest.mark.parametrize("backward", [False, True])
+def test_what_is_read_beside_the_library(backward, emulated_cuda, monkeypatch, nan_memory):  # noqa: F811
+    emulated_cuda.backward(backward)
+    check_what_is_read_beside_the_library("cpu", monkeypatch)
+
+
+@on_gpu
+@needs_gpu
+@pytest.mark.sanitize
+def test_what_is_read_beside_the_library_on_a_gpu(monkeypatch, nan_memory):
+    check_what_is_read_beside_the_library("cuda", monkeypatch)
 
 
 @on_gpu

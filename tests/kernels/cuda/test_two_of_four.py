@@ -98,33 +98,6 @@ def test_a_pattern_has_one_bitmap(monkeypatch):
     assert two_of_four._pattern(free.row_offsets, free.col_indices, 64, 128) is None
 
 
-class FakePlan:
-    """Algorithm 8 is wrong, 11 takes no such shape, 12 changes from call to call, 15 is right."""
-
-    def __init__(self, n, k, m, device, algorithm=None):
-        self.algorithm, self.w, self.calls = algorithm, None, 0
-        if algorithm == 11:
-            raise cusparselt.Error("not supported")
-
-    def multiply(self, operand, x):
-        self.calls += 1
-        y = (x.float() @ operand.float().t()).bfloat16()
-        wrong = self.algorithm == 8 or (self.algorithm == 12 and self.calls == 9)
-        return y + 1 if wrong else y
-
-
-def test_an_algorithm_that_is_wrong_once_is_never_used(monkeypatch, recwarn):
-    monkeypatch.setattr(algorithms, "Plan", FakePlan)
-    monkeypatch.setattr(algorithms, "_seconds", lambda plan, *_: plan.algorithm)
-    w = torch.randn(32, 48).bfloat16()
-    monkeypatch.setattr(algorithms, "CANDIDATES", (8, 11, 12, 15, 16))
-    assert algorithms.fastest(16, 0, w, w) == 15
-    assert not recwarn.list
-    monkeypatch.setattr(algorithms, "CANDIDATES", (8, 11, 12))
-    with pytest.warns(UserWarning, match="no algorithm multiplies .* right: W is written out"):
-        assert algorithms.fastest(16, 0, w, w) == algorithms.NONE_RIGHT
-
-
 @pytest.mark.parametrize("op", ["spmm", "spmm_t"])
 def test_without_a_right_algorithm_w_is_written_out(op, monkeypatch):
     monkeypatch.setattr(two_of_four, "_pattern", lambda *_: two_of_four)
