@@ -14,7 +14,7 @@ def derived(run: Run) -> list[dict]:
     """The cases of a table. Where the run measured the peak of multiply-adds, `dense_share` is what
     the best dense call has of it."""
     found = [derive(case) for case in cases(run.records)]
-    limits = run.about["machine"].get("ceilings", {})
+    limits = run.about.get("machine", {}).get("ceilings", {})
     for case in found:
         peak = limits.get(str(case.get("threads")), {}).get("flop_per_s")
         if peak and "dense_flop" in case and "dense_s" in case:
