@@ -169,6 +169,8 @@ def outcome(answer: dict) -> str:
         return result.get("diverged") or answer.get("stopped") or f"failed, {answer['failed']}"
     found = result["pretrained"]
     text = f"held-out {found['held-out']:.4f}, blimp {found['blimp']['percent']:.2f}"
+    if "step_s" in found:
+        text += f", {1e3 * found['step_s']:.2f} ms a step"
     for name, tuned in result.get("tuned", {}).items():
         score = f"{tuned['items']['percent']:.2f}" if "items" in tuned else f"{tuned['loss']:.4f}"
         text += f", {name} {score} at {tuned['rate']:g}"
