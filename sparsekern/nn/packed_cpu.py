@@ -51,8 +51,9 @@ class PackedLinearOnCpu(PackedLinear):
         packed = self._packed()
         if not x.is_cpu or not packed.values.is_cpu:
             raise NotImplementedError(
-                f"PackedLinear: expected x and the weight, packed for a CPU, there, got x on "
-                f"{x.device} and the weight on {packed.values.device}"
+                f"PackedLinear: expected x and the weight on a CPU, for which it was packed, got x "
+                f"on {x.device} and the weight on {packed.values.device}; for a GPU, move the "
+                "model there before pack_"
             )
         if x.requires_grad and torch.is_grad_enabled():
             raise RuntimeError("PackedLinear: it has no gradient; use SparseLinear to train")

@@ -98,7 +98,7 @@ def test_wrong_calls():
         layer(x.bfloat16())
     with pytest.raises(RuntimeError, match="no gradient"):
         layer(x.requires_grad_())
-    with pytest.raises(NotImplementedError, match="packed for a CPU, there, got x on meta"):
+    with pytest.raises(NotImplementedError, match="on a CPU, for which it was packed, got x on meta"):
         layer(torch.empty(2, 130, device="meta"))
     with pytest.raises(ValueError, match="no way back"):
         densify_(packed)
