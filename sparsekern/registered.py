@@ -221,7 +221,6 @@ torch.library.register_fake("sparsekern::spmm_e4m3", _fake_spmm_e4m3, lib=_libra
 def multiply_lanes(x: Tensor, packed: lanes.Lanes, bias: Tensor | None) -> Tensor:
     """spmm_lanes of operands that are checked here."""
     packed.check()
-    check_memory("spmm_lanes", x=x, **dict(zip(packed._fields[2:], packed[2:], strict=True)))
     n, k, dtype = packed.n, packed.k, packed.values.dtype
     for name, t, shape in (("x", x, (*x.shape[:1], k)), ("bias", bias, (n,))):
         if t is not None and not (t.shape == shape and t.dtype is dtype and t.is_cpu):
@@ -229,12 +228,11 @@ def multiply_lanes(x: Tensor, packed: lanes.Lanes, bias: Tensor | None) -> Tenso
                 f"{name}: expected {dtype} {shape} on a CPU, "
                 f"got {t.dtype} {tuple(t.shape)} on {t.device}"
             )
+        if t is not None and not (t.is_contiguous() and t.data_ptr() and not t.storage_offset()):
+            check_memory("spmm_lanes", **{name: t})
     if forward_ad._current_level >= 0:
         _refuse_tangents("spmm_lanes", x)
-    if bias is not None:
-        check_memory("spmm_lanes", bias=bias)
-        bias = bias.contiguous()
-    return lanes.spmm_lanes(x.contiguous(), packed, bias)
+    return lanes.spmm_lanes(x.contiguous(), packed, None if bias is None else bias.contiguous())
 
 
 def run_spmm_lanes(x, n, k, part_steps, heads, cols, values, bias=None):

@@ -6,6 +6,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.autograd import forward_ad
 
 from ..kernels.cpu.lanes import pack as pack_for_cpu
 from ..kernels.cuda import e4m3
@@ -117,8 +118,7 @@ class PackedLinear(nn.Module):
                 f"PackedLinear: expected x on the weight's GPU, got x on {x.device} and the weight "
                 f"on {self.device}"
             )
-        if torch.is_grad_enabled() and x.requires_grad:
-            raise RuntimeError("PackedLinear: it has no gradient; use SparseLinear to train")
+        refuse_derivatives(x)
         if x.dtype != self.dtype:
             raise RuntimeError(f"PackedLinear: expected x of dtype {self.dtype}, got {x.dtype}")
         if x.ndim == 0 or x.shape[-1] != self.in_features:
@@ -154,6 +154,13 @@ class PackedLinear(nn.Module):
             f"in_features={self.in_features}, out_features={self.out_features}, "
             f"bias={self.bias is not None}, nnz={self.nnz}, layout={self.layout}"
         )
+
+
+def refuse_derivatives(x: Tensor) -> None:
+    """RuntimeError if x asks for a gradient or has a tangent."""
+    is_dual = forward_ad._current_level >= 0 and forward_ad.unpack_dual(x).tangent is not None
+    if is_dual or (x.requires_grad and torch.is_grad_enabled()):
+        raise RuntimeError("PackedLinear: it has no gradient; use SparseLinear to train")
 
 
 def is_for_cpu(weight: SparseTensor) -> bool:

@@ -2,12 +2,11 @@
 
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
 from ..kernels.cpu.lanes import Lanes, writes_out
 from ..ops import spmm_lanes
-from .packed import PackedLinear
+from .packed import PackedLinear, refuse_derivatives
 
 
 class PackedLinearOnCpu(PackedLinear):
@@ -18,8 +17,7 @@ class PackedLinearOnCpu(PackedLinear):
     float32 weight, in bfloat16 0.92, 0.53, 0.26 and 0.16 of those of a dense bfloat16 one.
     SparseLinear is as fast from 8 tokens on, and reads less where weights come from memory; for
     many tokens the weight is written out for each call. No gradient, and no way back to CSR: keep
-    the checkpoint. Its buffers are in no state_dict. Each call checks their types and sizes, but
-    not what stands in them.
+    the checkpoint. Its buffers are in no state_dict.
 
     Args:
         packed: W [out_features, in_features].
@@ -55,8 +53,7 @@ class PackedLinearOnCpu(PackedLinear):
                 f"on {x.device} and the weight on {packed.values.device}; for a GPU, move the "
                 "model there before pack_"
             )
-        if x.requires_grad and torch.is_grad_enabled():
-            raise RuntimeError("PackedLinear: it has no gradient; use SparseLinear to train")
+        refuse_derivatives(x)
         if x.dtype != self.dtype:
             raise RuntimeError(f"PackedLinear: expected x of dtype {self.dtype}, got {x.dtype}")
         if x.ndim == 0 or x.shape[-1] != packed.k:
