@@ -13,10 +13,10 @@ from ..kernels.cuda.explained import explain_packed
 from ..kernels.cuda.layout import Packed
 from ..registered import spmm_e4m3, spmm_packed
 from ..tensor import SparseTensor
-from .convert import replace_modules
+from .convert import replace_modules, warn_of_hooks
 from .largest import largest_inputs
 from .linear import SparseLinear
-from .shared import SharedInput, shared_inputs
+from .shared import SharedInput, refuse_weights, shared_inputs
 
 __all__ = ["PackedLinear", "pack_"]
 
@@ -76,7 +76,9 @@ class PackedLinear(nn.Module):
         """The same function, laid out for calls of about so many tokens, as of pack_. TypeError
         unless its values are bfloat16 or float16. largest: of what x holds, where that is known,
         for dtype torch.float8_e4m3fn."""
-        bias = None if linear.bias is None else linear.bias.detach().to(linear.values.dtype)
+        bias: Tensor | None = linear.bias
+        if bias is not None:
+            bias = bias.detach().to(linear.values.dtype, copy=True)
         forms = _forms(linear.weight.detach(), tokens, dense, dtype, largest)
         return cls(forms, bias).train(linear.training)
 
@@ -108,21 +110,24 @@ class PackedLinear(nn.Module):
             raise ValueError(f"x: expected [..., {self.in_features}], got {tuple(x.shape)}")
         return explain_packed(m, self._parts())
 
-    def forward(self, x: Tensor) -> Tensor:
-        if x.device.type != "cuda" or x.device != self.device:
+    def _load_from_state_dict(self, state_dict, prefix, *others):
+        refuse_weights(state_dict, prefix, others[-1])
+
+    def forward(self, input: Tensor) -> Tensor:  # the name that nn.Linear gives x
+        if input.device.type != "cuda" or input.device != self.device:
             raise NotImplementedError(
-                f"PackedLinear: expected x on the weight's GPU, got x on {x.device} and the weight "
-                f"on {self.device}"
+                f"PackedLinear: expected x on the weight's GPU, got x on {input.device} and the "
+                f"weight on {self.device}"
             )
-        if torch.is_grad_enabled() and x.requires_grad:
+        if torch.is_grad_enabled() and input.requires_grad:
             raise RuntimeError("PackedLinear: it has no gradient; use SparseLinear to train")
-        if x.dtype != self.dtype:
-            raise RuntimeError(f"PackedLinear: expected x of dtype {self.dtype}, got {x.dtype}")
-        if x.ndim == 0 or x.shape[-1] != self.in_features:
+        if input.dtype != self.dtype:
+            raise RuntimeError(f"PackedLinear: expected x of dtype {self.dtype}, got {input.dtype}")
+        if input.ndim == 0 or input.shape[-1] != self.in_features:
             raise RuntimeError(
-                f"PackedLinear: expected x [..., {self.in_features}], got {tuple(x.shape)}"
+                f"PackedLinear: expected x [..., {self.in_features}], got {tuple(input.shape)}"
             )
-        shape, x = x.shape[:-1], x.reshape(-1, self.in_features)
+        shape, x = input.shape[:-1], input.reshape(-1, self.in_features)
         if self.layout == TwoOfFourE4m3.name and torch.compiler.is_compiling() and x.numel():
             y = self._traced(x)
         else:
@@ -190,7 +195,8 @@ def pack_(
     """Replace every SparseLinear of `model` by a PackedLinear, in place, and return the model.
 
     For inference on a GPU: CSR and values are dropped. TypeError, and an unchanged model, unless
-    all their values are bfloat16 or float16; the message names the layer. Two-way patterns run on
+    all their values are bfloat16 or float16; the message names the layer. ValueError where there is
+    no SparseLinear. Hooks of layers are not taken over, with a warning. Two-way patterns run on
     sparse tensor cores where that was the fastest for so many tokens.
     `sparsekern.explain(tokens, model)` says afterwards what each layer holds and runs.
 
@@ -224,6 +230,14 @@ def pack_(
         raise ValueError("dense: expected False with dtype=torch.float8_e4m3fn")
     if not (isinstance(dense, bool) or callable(dense)):
         raise ValueError(f"dense: expected True, False or a function, got {dense!r}")
+    layers = {name: m for name, m in model.named_modules() if isinstance(m, SparseLinear)}
+    if not layers:
+        is_packed = any(isinstance(module, PackedLinear) for module in model.modules())
+        why = "it is packed already" if is_packed else "sparsify_ or accelerate_ make such layers"
+        raise ValueError(f"pack_: no SparseLinear in {type(model).__name__}; {why}")
+    for name, layer in layers.items():
+        if layer.values.is_meta:
+            raise NotImplementedError(f"pack_: {name or 'the model'} is on meta, without values")
     grouped = shared_inputs(model, groups)
     largest = {} if example is None else largest_inputs(model, example)
 
@@ -247,4 +261,6 @@ def pack_(
         except (TypeError, ValueError, NotImplementedError) as error:
             raise type(error)(f"{name or 'the model'}: {error}") from None
 
-    return replace_modules(model, replace)
+    packed = replace_modules(model, replace)
+    warn_of_hooks("pack_", layers)
+    return packed
