@@ -208,7 +208,8 @@ def _fake_written(x):
     trace = _traces.get(x.fake_mode)
     if trace is None:
         trace = _traces[x.fake_mode] = next(_numbers)
-    return x.new_empty(trace, x._version)
+    version = next(_numbers) if x.is_inference() else x._version  # another each time: none is known
+    return x.new_empty(trace, version)
 
 
 _library.define("written(Tensor x) -> Tensor", tags=(torch.Tag.pt2_compliant_tag,))
