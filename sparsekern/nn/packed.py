@@ -88,6 +88,8 @@ class PackedLinear(nn.Module):
 
         def move(tensor: Tensor) -> Tensor:
             result = fn(tensor)
+            if tensor.is_meta and not result.is_meta:  # to_empty: kernels would read anything
+                raise NotImplementedError("PackedLinear: it has no way back from meta")
             return result if result.dtype == tensor.dtype else tensor.to(result.device)
 
         return super()._apply(move, recurse)

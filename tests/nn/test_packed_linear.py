@@ -140,6 +140,10 @@ def test_a_packed_layer_moves_and_copies_with_all_that_it_holds():
     assert layer.packed_bytes == sum(b.nbytes for n, b in layer.named_buffers() if n != "bias")
     assert not layer.state_dict() and not list(layer.parameters())
     assert {b.device.type for b in layer.to("meta").buffers()} == {"meta"}
+    with pytest.raises(NotImplementedError, match="PackedLinear: it has no way back from meta"):
+        layer.to_empty(device="cpu")
+    text = sparsekern.explain(300, PackedLinear.from_sparse(model()[1].down))
+    assert "gather: W is written out for the call" in text
 
 
 # Groups
