@@ -168,3 +168,30 @@ def test_outputs_that_have_no_numbers_to_compare():
         return y.to_sparse(), y.long()
 
     assert accelerate_(pruned(nn.Sequential(nn.Linear(H, H))), example).output_error is None
+
+
+class Own(nn.Module):
+    """Keeps what it saw where nobody else looks."""
+
+    def __init__(self, keep):
+        super().__init__()
+        self.layer, self.seen, self.keep = nn.Linear(H, H), [], keep
+
+    def forward(self, x):
+        self.seen.append(self.layer(x))
+        return self.keep(self.seen)
+
+
+@pytest.mark.parametrize(
+    ("keep", "why"),
+    [
+        (torch.cat, "another one in each call"),
+        (sum, "another one in each call"),
+        (lambda seen: seen[-1].argmax(-1), "no floating-point tensors"),
+        (lambda seen: torch.cat(seen)[: 4 if len(seen) > 1 else 3], "other shapes"),
+    ],
+)
+def test_outputs_that_cannot_be_compared(keep, why):
+    report = accelerate_(pruned(Own(keep)), torch.randn(3, H))
+    assert report.output_error is None and report.sparse
+    assert why in report.not_compared and report.not_compared in report.summary()
