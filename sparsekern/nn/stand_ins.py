@@ -65,6 +65,17 @@ class StandIn(nn.Module):
         """The dense module in whose place it stands."""
         raise NotImplementedError
 
+    def __getattr__(self, name: str):
+        """Sizes and settings of the module that was there, which others may read: an experts' gate,
+        or who pads before a convolution."""
+        try:
+            return super().__getattr__(name)
+        except AttributeError:
+            origin = self.__dict__.get("origin")
+            if origin is None or name.startswith("_") or name not in origin.attributes:
+                raise
+            return origin.attributes[name]
+
 
 class SparseConv(StandIn):
     """A convolution without groups: x [B, C, ...] -> y [B, N, ...].
@@ -78,8 +89,8 @@ class SparseConv(StandIn):
         self.linear, self.origin = linear, Origin(conv)
         self.dims = len(conv.kernel_size)
         self.windows = list(zip(conv.kernel_size, conv.stride, conv.dilation, strict=True))
-        self.padding: tuple[int, ...] = tuple(conv._reversed_padding_repeated_twice)
-        self.padding_mode = "constant" if conv.padding_mode == "zeros" else conv.padding_mode
+        self.pads: tuple[int, ...] = tuple(conv._reversed_padding_repeated_twice)
+        self.pad_mode = "constant" if conv.padding_mode == "zeros" else conv.padding_mode
         last = CHANNELS_LAST.get(self.dims)
         is_last = last is not None and conv.weight.is_contiguous(memory_format=last)
         self.is_channels_last = is_last and not conv.weight.is_contiguous()
@@ -90,6 +101,15 @@ class SparseConv(StandIn):
         weight = _as_matrix(conv.weight.detach())
         linear = SparseLinear.from_weight(conv.weight, conv.bias, mask, weight)
         return cls(linear, conv).train(conv.training)
+
+    @property
+    def weight(self) -> SparseTensor:
+        """W [N, places of the kernel * C]: others ask for its dtype and device."""
+        return self.linear.weight
+
+    @property
+    def bias(self) -> nn.Parameter | None:
+        return self.linear.bias
 
     def to_dense(self) -> nn.Module:
         kernel, trained = self.origin.attributes["kernel_size"], self.linear.values.requires_grad
@@ -122,8 +142,8 @@ class SparseConv(StandIn):
 
     def _columns(self, x: Tensor) -> Tensor:
         """[B, places of y, places of the kernel, C], a view of x with its padding."""
-        if any(self.padding):
-            x = F.pad(x, self.padding, self.padding_mode)
+        if any(self.pads):
+            x = F.pad(x, self.pads, self.pad_mode)
         x = x.movedim(-1 - self.dims, -1)  # [B, ..., C]
         if any(size > 1 for size, _, _ in self.windows):
             x = x.contiguous()
@@ -325,16 +345,6 @@ class SparseExperts(StandIn):
         own = ("sparse_gate_up_proj", "sparse_down_proj")
         others = {name: child for name, child in self._modules.items() if name not in own}
         return self.origin.with_(parameters, others).train(self.training)
-
-    def __getattr__(self, name: str):
-        """Sizes and settings of the module that was there, which its gate may read."""
-        try:
-            return super().__getattr__(name)
-        except AttributeError:
-            origin = self.__dict__.get("origin")
-            if origin is None or name.startswith("_") or name not in origin.attributes:
-                raise
-            return origin.attributes[name]
 
     def forward(self, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
         """hidden_states [T, H], the experts [T, k] of each token and their weights [T, k]."""

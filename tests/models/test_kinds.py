@@ -355,3 +355,25 @@ class Rounded(nn.Linear):
 def test_float32_that_torch_multiplies_in_bfloat16_is_no_other_function():
     report = accelerate_(pruned(nn.Sequential(Rounded(H, 96))), torch.randn(5, H))
     assert len(report.sparse) == 1 and 1e-4 < report.output_error < 1e-2
+
+
+class Patches(nn.Module):
+    """As models of images ask their convolutions."""
+
+    def __init__(self):
+        super().__init__()
+        self.conv = nn.Conv2d(16, 48, 3, stride=2, padding=1, padding_mode="reflect")
+
+    def forward(self, x):
+        conv = self.conv
+        assert (conv.stride, conv.padding, conv.out_channels) == ((2, 2), (1, 1), 48)
+        assert conv.padding_mode == "reflect" and conv.bias.shape == (48,)
+        return conv(x.to(conv.weight.device, conv.weight.dtype))
+
+
+def test_a_convolution_that_is_asked_for_its_settings():
+    model, x = pruned(Patches()), torch.randn(2, 16, 9, 7, dtype=torch.double)
+    want = model(x)
+    assert accelerate_(model, x).sparse
+    torch.testing.assert_close(model(x), want)
+    torch.testing.assert_close(pickle.loads(pickle.dumps(model))(x), want)
