@@ -144,7 +144,9 @@ def _explain_packed(x: Tensor | int, model: torch.nn.Module) -> str:
     lines = [f"{name}: {m.explain(x)}".removeprefix(": ") for name, m in packed.items()]
     if len(packed) > 1:
         held = sum(m.packed_bytes for m in packed.values())
-        dense = 2 * sum(m.in_features * m.out_features for m in packed.values())
+        dense = sum(  # which has at least 16 bits
+            max(2, m.dtype.itemsize) * m.in_features * m.out_features for m in packed.values()
+        )
         lines.append(
             f"all {len(packed)}: {held / 1e6:.3g} MB ({held / max(1, dense):.2f} of dense)"
         )
