@@ -377,3 +377,7 @@ def test_a_convolution_that_is_asked_for_its_settings():
     assert accelerate_(model, x).sparse
     torch.testing.assert_close(model(x), want)
     torch.testing.assert_close(pickle.loads(pickle.dumps(model))(x), want)
+    pack_(model.bfloat16())
+    weight = model.conv.weight
+    assert weight.dtype == torch.bfloat16 and weight.device == torch.device("cpu")
+    assert weight.shape == (48, 9 * 16)
