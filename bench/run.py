@@ -56,9 +56,9 @@ SECTIONS = """\
 
 {heading}
 
-Times faster than the best dense call, which is the fastest of torch, OpenBLAS and oneDNN, W packed
-for it or not, on the same operands (for bf16 of both types). Medians of interleaved rounds,
-geometric means over the shapes; in brackets the best sparse peer of each shape. Below 1 is a loss.
+Times faster than the best dense call, which is the fastest of {dense}
+on the same operands (for bf16 of both types). Medians of interleaved rounds, geometric means over
+the shapes; in brackets the best sparse peer of each shape. Below 1 is a loss.
 
 {overview}
 
@@ -115,6 +115,13 @@ def overview(name: str, run: Run, cases: list[dict]) -> str:
     return f"![speed-up against sparsity]({name}.png)\n\n{tables.summary(cases, SUMMARY)}"
 
 
+def dense_calls(run: Run) -> str:
+    """The dense calls of the products, as they were in this run: older ones had no oneDNN."""
+    products = [r for r in run.records if r["op"] in tables.PRODUCTS and r["kind"] == records.DENSE]
+    names = dict.fromkeys(record["contender"].removesuffix(" bf16") for record in products)
+    return ", ".join(names) or "none"
+
+
 def page(name: str, run: Run) -> str:
     cases = derived(run)
     text = SECTIONS.format(
@@ -122,6 +129,7 @@ def page(name: str, run: Run) -> str:
         heading=machine.in_words(run.about, "fp32"),
         cold_mb=COLD_BYTES / 1e6,
         overview=overview(name, run, cases),
+        dense=dense_calls(run),
         peers=tables.peers(run.about["machine"]),
         **{
             table.__name__: table(cases) or pages.NOT_RUN

@@ -4,6 +4,7 @@
 // released in kernels.
 #include <pybind11/pybind11.h>
 
+#include <algorithm>
 #include <cstdint>
 #include <stdexcept>
 #include <string>
@@ -13,6 +14,8 @@
 #include "common/threads.h"
 #include "cpu/dense.h"
 #include "cpu/few_tokens.h"
+#include "cpu/lanes_layout.h"
+#include "cpu/packed.h"
 #include "cpu/products.h"
 #include "launch.h"
 #include "packing/cover.h"
@@ -64,7 +67,10 @@ PYBIND11_MODULE(_C, m) {
 
   py::enum_<sk::Format>(m, "Format")
       .value("bitmap", sk::Format::kBitmap)
-      .value("columns", sk::Format::kColumns);
+      .value("columns", sk::Format::kColumns)
+      .value("window64", sk::Format::kWindow64)
+      .value("window128", sk::Format::kWindow128)
+      .value("columns32", sk::Format::kColumns32);
 
   py::class_<sk::Plan>(m, "Plan", "How a product is cut.")
       .def(py::init([](int threads, int vecs, int tile_parts, int64_t rows, int64_t cols,
@@ -127,6 +133,17 @@ PYBIND11_MODULE(_C, m) {
           },
           NoGil(), "y[M, N] = x W^T + bias for few tokens; contiguous.")
       .def(
+          "spmm_t_few_tokens",
+          [](sk::Pattern& p, Pointer row_offsets, Pointer col_indices, int64_t row_version,
+             int64_t col_version, sk::Type type, Pointer values, Pointer bias, Pointer dy,
+             Pointer y, int64_t tokens, int threads) {
+            sk::spmm_t_few_tokens(p, csr(p, row_offsets, col_indices, row_version, col_version),
+                                  type, as<void>(values, "values", p.nnz), as<void>(bias),
+                                  {as<void>(dy, "dy", tokens * p.n), p.n}, {as<void>(y), p.k},
+                                  tokens, threads);
+          },
+          NoGil(), "y[M, K] = dy W + bias for few tokens; contiguous.")
+      .def(
           "sddmm",
           [](sk::Pattern& p, Pointer row_offsets, Pointer col_indices, int64_t row_version,
              int64_t col_version, sk::Type type, Pointer dy, Pointer x, Pointer dvalues,
@@ -170,6 +187,45 @@ PYBIND11_MODULE(_C, m) {
           },
           NoGil(), "step_offsets, records (zeros before) and places; cover.h has their sizes.");
 
+  py::class_<sk::LanesPack>(m, "Lanes", "W with 16 rows in the lanes of a register.")
+      .def(
+          py::init([](Pointer row_offsets, Pointer col_indices, int64_t n, int64_t k, int64_t nnz) {
+            return new sk::LanesPack({as<const int32_t>(row_offsets, "row_offsets", n + 1),
+                                      as<const int32_t>(col_indices, "col_indices", nnz), n, k,
+                                      nnz});
+          }),
+          NoGil())
+      .def_property_readonly("steps", [](const sk::LanesPack& w) { return w.part_steps.back(); })
+      .def(
+          "write",
+          [](const sk::LanesPack& w, Pointer part_steps, Pointer heads, Pointer cols,
+             Pointer places) {
+            std::copy(w.part_steps.begin(), w.part_steps.end(), as<int64_t>(part_steps));
+            std::copy(w.heads.begin(), w.heads.end(), as<sk::LanesHead>(heads));
+            std::copy(w.cols.begin(), w.cols.end(), as<uint8_t>(cols));
+            std::copy(w.places.begin(), w.places.end(), as<int64_t>(places));
+          },
+          NoGil(), "part_steps, heads, cols and places; cpu/lanes_layout.h has their sizes.");
+  m.def(
+      "spmm_lanes",
+      [](int64_t n, int64_t k, Pointer part_steps, Pointer heads, Pointer cols, sk::Type type,
+         Pointer values, Pointer bias, Pointer x, Pointer y, int64_t tokens, int threads) {
+        const sk::LanesShape shape{n, k};
+        sk::spmm_lanes(shape, as<int64_t>(part_steps, "part_steps", shape.parts() + 1),
+                       as<sk::LanesHead>(heads, "heads", shape.blocks() * shape.groups()),
+                       as<uint8_t>(cols), type, as<void>(values), as<void>(bias),
+                       {as<void>(x, "x", tokens * k), k}, {as<void>(y), n}, tokens, threads);
+      },
+      NoGil(), "y[M, N] = x W^T + bias of a W in lanes; contiguous.");
+  m.def(
+      "lanes_to_dense",
+      [](int64_t n, int64_t k, Pointer part_steps, Pointer heads, Pointer cols, int element_bytes,
+         Pointer values, Pointer dense, int threads) {
+        sk::lanes_to_dense({n, k}, as<int64_t>(part_steps), as<sk::LanesHead>(heads),
+                           as<uint8_t>(cols), as<void>(values), element_bytes, as<void>(dense),
+                           threads);
+      },
+      NoGil(), "dense[N, K] = W, on zeros.");
   py::class_<sk::Order>(m, "Order", "One order of the columns of W for 2:4 sparse tensor cores.")
       .def(py::init([](Pointer row_offsets, Pointer col_indices, int64_t n, int64_t k, int64_t nnz,
                        int64_t most_slots) {

@@ -149,7 +149,9 @@ def _explain_packed(x: Tensor | int, model: torch.nn.Module) -> str:
     ]
     if len(packed) > 1:
         held = sum(m.packed_bytes for m in packed)
-        dense = 2 * sum(m.in_features * m.out_features for m in packed)
+        dense = sum(  # which has at least 16 bits
+            max(2, m.dtype.itemsize) * m.in_features * m.out_features for m in packed
+        )
         lines.append(
             f"all {len(packed)}: {held / 1e6:.3g} MB ({held / max(1, dense):.2f} of dense)"
         )

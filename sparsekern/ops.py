@@ -22,13 +22,16 @@ import torch
 from torch import Tensor
 from torch.autograd import Function, forward_ad, profiler
 
+from .kernels.cpu.lanes import Lanes
 from .registered import (
+    multiply_lanes,
     run_gradients,
     run_product,
     run_sddmm,
     run_spmm,
     run_spmm_t,
     sddmm_op,
+    spmm_lanes_op,
     spmm_op,
     spmm_t_op,
 )
@@ -102,6 +105,14 @@ def sddmm(
             if not _is_any_lazy(dy, x, None):
                 raise
     return (sddmm_op if function is None else function.apply)(*args)
+
+
+def spmm_lanes(x: Tensor, packed: Lanes, bias: Tensor | None = None) -> Tensor:
+    """y [M, N] = x [M, K] @ W.T + bias [N] of a W packed for a CPU; no gradient."""
+    is_watched = in_functorch() or forward_ad._current_level >= 0
+    if not is_watched and _is_direct(packed.values, x, bias):
+        return multiply_lanes(x, packed, bias)
+    return spmm_lanes_op(x, *packed, bias)
 
 
 def _route(

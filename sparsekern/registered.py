@@ -15,6 +15,7 @@ from torch.nn import Parameter
 
 from .flop_formulas import register_when_imported
 from .kernels import observed
+from .kernels.cpu import lanes
 from .kernels.cuda.choose import assemble, check_operands, form_for
 from .kernels.cuda.compressed import TwoOfFourE4m3
 from .kernels.cuda.compressed import multiply as multiply_compressed
@@ -238,8 +239,42 @@ _library.define(
 _library.impl("spmm_e4m3", run_spmm_e4m3, "CUDA")
 torch.library.register_fake("sparsekern::spmm_e4m3", _fake_spmm_e4m3, lib=_library)
 
+# Weights packed for a CPU (kernels/cpu/lanes.py).
+
+
+def multiply_lanes(x: Tensor, packed: lanes.Lanes, bias: Tensor | None) -> Tensor:
+    """spmm_lanes of operands that are checked here."""
+    packed.check()
+    n, k, dtype = packed.n, packed.k, packed.values.dtype
+    for name, t, shape in (("x", x, (*x.shape[:1], k)), ("bias", bias, (n,))):
+        if t is not None and not (t.shape == shape and t.dtype is dtype and t.is_cpu):
+            raise ValueError(
+                f"{name}: expected {dtype} {shape} on a CPU, "
+                f"got {t.dtype} {tuple(t.shape)} on {t.device}"
+            )
+    return lanes.spmm_lanes(x.contiguous(), packed, None if bias is None else bias.contiguous())
+
+
+def run_spmm_lanes(x, n, k, part_steps, heads, cols, values, bias=None):
+    return multiply_lanes(x, lanes.Lanes(n, k, part_steps, heads, cols, values), bias)
+
+
+def _fake_spmm_lanes(x, n, k, part_steps, heads, cols, values, bias=None):
+    torch._check(x.shape[1] == k, lambda: f"spmm_lanes: expected x [M, {k}], got {tuple(x.shape)}")
+    return x.new_empty(x.shape[0], n)
+
+
+_library.define(
+    "spmm_lanes(Tensor x, SymInt n, SymInt k, Tensor part_steps, Tensor heads, Tensor cols, "
+    "Tensor values, Tensor? bias=None) -> Tensor",
+    tags=(torch.Tag.pt2_compliant_tag,),
+)
+_library.impl("spmm_lanes", run_spmm_lanes, "CPU")
+torch.library.register_fake("sparsekern::spmm_lanes", _fake_spmm_lanes, lib=_library)
+
 register_when_imported()
 
+spmm_lanes_op = torch.ops.sparsekern.spmm_lanes.default
 spmm_e4m3 = torch.ops.sparsekern.spmm_e4m3.default
 written = torch.ops.sparsekern.written.default
 spmm_packed = torch.ops.sparsekern.spmm_packed.default

@@ -29,6 +29,8 @@ void gather(const Walk& w, const T* values, Real* walked) {
 SK_INLINE void put(float x, float* to) { *to = x; }
 SK_INLINE void put(float x, bf16* to) { *to = from_float<bf16>(x); }
 SK_INLINE void put(double x, double* to) { *to = x; }
+SK_INLINE void put(double x, float* to) { *to = static_cast<float>(x); }
+SK_INLINE void put(double x, bf16* to) { *to = from_float<bf16>(static_cast<float>(x)); }
 
 template <class T, class Real>
 void scatter(const Walk& w, const Real* walked, T* values) {

@@ -10,13 +10,25 @@
 #include <cstdint>
 
 #include "../pattern/pattern.h"
+#include "lanes_layout.h"
 
 namespace sk {
 
 // How many sums are added up before they are moved to a total, so that rounding errors stay small:
 // those of SpMM's column blocks (spmm.h), of SDDMM's tiles of tokens (products.cpp).
 constexpr int64_t kSumBlocks = 32;
-constexpr int64_t kFewTokens = 16, kBitmapTokens = 8;  // the most that `spmm_few` takes
+constexpr int64_t kFewTokens = 16;  // the most that `spmm_few` takes in any format
+inline int64_t most_tokens(Format f) {
+  return f == Format::kColumns     ? kFewTokens
+         : f == Format::kBitmap    ? 8
+         : f == Format::kColumns32 ? 4
+                                   : 1;
+}
+constexpr int64_t kBeforeFew = 16;
+constexpr int64_t kFewTokensT = 8;  // the most that `spmm_t_few` takes
+// How one token meets x in kColumns (lanes.h, few_tokens_scalar.h).
+enum class Lookup { kGather, kPick, kScalar };
+constexpr int64_t kLanesTokens = 4;  // the most that `spmm_lanes` takes
 
 enum class Type { kFloat, kBfloat16, kDouble, kPairs };  // kPairs: bfloat16, in panels too
 inline int64_t size_of(Type t) { return t == Type::kDouble ? 8 : t == Type::kFloat ? 4 : 2; }
@@ -49,10 +61,21 @@ struct CompressedRows {
   const int32_t* row_offsets;  // of the first row on; positions in all values of W
   int64_t rows;
   int64_t nnz;           // of all W, where the values end
-  const uint64_t* bits;  // of the first row on, [rows][words]; null for kColumns
+  const uint64_t* bits;  // kBitmap: of the first row on, [rows][words]
   int64_t words;
-  const uint16_t* cols;  // [nnz], all of W; null for kBitmap
-  const float* start;    // of the first row on: what the sums are added to
+  const uint16_t* cols;          // kColumns: [nnz], all of W
+  const int32_t* cols32;         // kColumns32: [nnz], all of W
+  const int32_t* chunk_offsets;  // kWindow*: of the first row on
+  const Chunk* chunks;           // kWindow*: all of W
+  const float* start;            // of the first row on: what the sums are added to
+};
+
+// A part of W in lanes: see lanes_layout.h.
+struct LanesPart {
+  const LanesHead* heads;
+  int64_t blocks, groups, rows;
+  const uint8_t* cols;
+  const float* start;  // [rows]: what the sums are added to
 };
 
 struct Kernels {
@@ -84,11 +107,27 @@ struct Kernels {
   void (*add)(Type, bool is_first, int64_t size, const void* part, void* total);
 
   // x as `spmm_few` wants it: packed has 64 floats for each 64 features or less and token, of
-  // kFewTokens tokens. Not for kDouble, which `spmm_few` does not take.
+  // kFewTokens tokens, and is memory from kBeforeFew floats before on. Not for kDouble, which
+  // `spmm_few` does not take.
   void (*pack_few)(Type, Format, Matrix x, int64_t tokens, int64_t features, float* packed);
-  // y[m][row] = start[row] + the sum over the row's non-zeros of value * x[m][col].
+  // y[m][row] = start[row] + the sum over the row's non-zeros of value * x[m][col]. Whether x is
+  // gathered or picked makes no difference to y.
   void (*spmm_few)(Type, Format, const CompressedRows&, const void* values, const float* packed,
-                   int64_t tokens, Matrix y);
+                   int64_t tokens, Lookup, Matrix y);
+  // wide[c][m] = x[m][c], and y[m][c] = bias[c] + wide[c][m]; bias may be null.
+  void (*widen_t)(Type, Matrix x, int64_t tokens, int64_t features, int width, double* wide);
+  void (*narrow_t)(Type, const double* wide, int width, const void* bias, int64_t tokens,
+                   int64_t features, Matrix y);
+  // y[col][m] += the sum over the rows' non-zeros of value * dy[row][m], for `width` tokens: 1,
+  // 2, 4 or 8. Of kColumns and kColumns32, and of any type.
+  void (*spmm_t_few)(Type, const CompressedRows&, const void* values, const double* dy, int width,
+                     double* y);
+
+  // x as `spmm_lanes` wants it: [rows][blocks][64] floats. Neither takes kDouble.
+  void (*pack_lanes)(Type, Matrix x, int64_t tokens, int64_t features, int64_t rows, float* packed);
+  // y[m][row] = start[row] + the sum over the row's non-zeros of value * x[m][col].
+  void (*spmm_lanes)(Type, const LanesPart&, const void* values, const float* packed,
+                     int64_t tokens, Matrix y);
 };
 
 // Those of the chosen instruction set; throws as sk::isa() does.

@@ -4,8 +4,10 @@
 #include "../common/machine.h"
 #include "few_tokens_columns.h"
 #include "few_tokens_rows.h"
+#include "few_tokens_scalar.h"
 #include "gather.h"
 #include "kernels.h"
+#include "packed_lanes.h"
 #include "panel.h"
 #include "sddmm.h"
 #include "spmm.h"
@@ -137,6 +139,10 @@ void with_bitmap_tokens(int64_t tokens, const F& f) {
 }
 template <class F>
 void with_panel_width(int64_t tokens, const F& f) {
+#if defined(__AVX512F__)
+  if (tokens <= 2) return f(std::integral_constant<int, 2>());
+  if (tokens <= 4) return f(std::integral_constant<int, 4>());
+#endif
   if (tokens <= kBlock) return f(std::integral_constant<int, kBlock>());
   if (tokens <= 8) return f(std::integral_constant<int, 8>());
   f(std::integral_constant<int, 16>());
@@ -151,8 +157,8 @@ void pack_few_(Type type, Format format, Matrix x, int64_t tokens, int64_t featu
       with_bitmap_tokens(tokens, [&](auto rows) {
         pack_rows(in, x.stride, tokens, features, words, rows, packed);
       });
-    else if (tokens == 1)
-      pack_rows(in, x.stride, 1, features, words, 1, packed);
+    else if (tokens == 1 || format == Format::kColumns32)
+      pack_rows(in, x.stride, tokens, features, words, static_cast<int>(tokens), packed);
     else
       with_panel_width(
           tokens, [&](auto width) { pack_panel(in, x.stride, tokens, features, width, packed); });
@@ -160,24 +166,86 @@ void pack_few_(Type type, Format format, Matrix x, int64_t tokens, int64_t featu
 }
 
 void spmm_few_(Type type, Format format, const CompressedRows& w, const void* values,
-               const float* packed, int64_t tokens, Matrix y) {
+               const float* packed, int64_t tokens, Lookup lookup, Matrix y) {
   with_few_type(type, [&](auto* t) {
     auto *v = as(values, t), *out = as(y.data, t);
     if (format == Format::kBitmap)
       with_bitmap_tokens(
           tokens, [&](auto rows) { spmm_bitmap<rows>(w, v, packed, tokens, out, y.stride); });
+    else if (format == Format::kWindow64)
+      spmm_window<64>(w, v, packed, out);
+    else if (format == Format::kWindow128)
+      spmm_window<128>(w, v, packed, out);
+    else if (format == Format::kColumns32)
+      for (int64_t m = 0; m < tokens; m++)
+        spmm_scalar(w, w.cols32, v, packed + 64 * w.words * m, out + y.stride * m);
+    else if (tokens == 1 && lookup == Lookup::kScalar)
+      spmm_scalar(w, w.cols, v, packed, out);
     else if (tokens == 1)
-      spmm_gather(w, v, packed, out);
+      lookup == Lookup::kPick ? spmm_gather<true>(w, v, packed, out)
+                              : spmm_gather<false>(w, v, packed, out);
     else
       with_panel_width(
           tokens, [&](auto width) { spmm_columns<width>(w, v, packed, tokens, out, y.stride); });
   });
 }
 
+void widen_t_(Type type, Matrix x, int64_t tokens, int64_t features, int width, double* wide) {
+  with_type(type, [&](auto* t, auto*) {
+    auto* from = as(static_cast<const void*>(x.data), t);
+    for (int64_t c = 0; c < features; c++)
+      for (int m = 0; m < width; m++)
+        wide[c * width + m] = m < tokens ? to_real(from[m * x.stride + c]) : 0;
+  });
+}
+
+void narrow_t_(Type type, const double* wide, int width, const void* bias, int64_t tokens,
+               int64_t features, Matrix y) {
+  with_type(type, [&](auto* t, auto*) {
+    auto *start = as(bias, t), *to = as(y.data, t);
+    for (int64_t m = 0; m < tokens; m++)
+      for (int64_t c = 0; c < features; c++)
+        put(wide[c * width + m] + (start ? to_real(start[c]) : 0), to + m * y.stride + c);
+  });
+}
+
+void spmm_t_few_(Type type, const CompressedRows& w, const void* values, const double* dy,
+                 int width, double* y) {
+  with_type(type, [&](auto* t, auto*) {
+    auto with_cols = [&](const auto* cols) {
+      auto* v = as(values, t);
+      if (width == 1) return spmm_t_scalar<1>(w, cols, v, dy, y);
+      if (width == 2) return spmm_t_scalar<2>(w, cols, v, dy, y);
+      if (width == 4) return spmm_t_scalar<4>(w, cols, v, dy, y);
+      spmm_t_scalar<8>(w, cols, v, dy, y);
+    };
+    w.cols32 ? with_cols(w.cols32) : with_cols(w.cols);
+  });
+}
+
+void pack_lanes_(Type type, Matrix x, int64_t tokens, int64_t features, int64_t rows,
+                 float* packed) {
+  with_few_type(type, [&](auto* t) {
+    pack_lanes(as(static_cast<const void*>(x.data), t), x.stride, tokens, features,
+               (features + kLanesCols - 1) / kLanesCols, rows, packed);
+  });
+}
+
+void spmm_lanes_(Type type, const LanesPart& w, const void* values, const float* packed,
+                 int64_t tokens, Matrix y) {
+  with_few_type(type, [&](auto* t) {
+    auto *v = as(values, t), *out = as(y.data, t);
+    if (tokens == 1) return spmm_lanes<1>(w, v, packed, tokens, out, y.stride);
+    if (tokens == 2) return spmm_lanes<2>(w, v, packed, tokens, out, y.stride);
+    spmm_lanes<4>(w, v, packed, tokens, out, y.stride);
+  });
+}
+
 }  // namespace
 
 extern const Kernels kKernels;
-const Kernels kKernels = {kLanes, pack_,  unpack_, gather_,   scatter_, widen_,
-                          spmm_,  sddmm_, add_,    pack_few_, spmm_few_};
+const Kernels kKernels = {kLanes,    pack_,       unpack_,     gather_,    scatter_,  widen_,
+                          spmm_,     sddmm_,      add_,        pack_few_,  spmm_few_, widen_t_,
+                          narrow_t_, spmm_t_few_, pack_lanes_, spmm_lanes_};
 
 }  // namespace sk::SK_ISA

@@ -8,7 +8,8 @@
 //   expand(bits, v)      consecutive elements from v on, placed in those lanes
 //   load_all(v)          v[0..kLanes), as floats
 //   load(v, count)       v[0..count), as floats, and no access beyond; zeros in the other lanes
-//   gather(x, cols)      x[cols[i]] in lane i
+//   gather(x, cols)      x[cols[i]] in lane i, by one instruction where there is one
+//   pick(x, cols)        the same by a load each; x[-3..-1] is memory, too
 //   fma(l, a, b, c)      c, plus a * b in the lanes l
 //
 // expand<true> reads only as many elements as there are bits; without, it may read kLanes of them
@@ -44,6 +45,24 @@ SK_INLINE Vec expand(uint32_t bits, const T* v) {
 SK_INLINE Vec gather(const float* x, const uint16_t* cols) {
   const __m256i c = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(cols));
   return _mm512_i32gather_ps(_mm512_cvtepu16_epi32(c), x, 4);
+}
+// Lane l of a quarter comes from a whole quarter that lies l elements earlier, since to blend from
+// memory takes no shuffle.
+SK_INLINE __m128 pick4(const float* x, const uint16_t* cols) {
+  uint64_t c;
+  memcpy(&c, cols, sizeof c);
+  __m128 r = _mm_load_ss(x + static_cast<uint16_t>(c));
+  r = _mm_blend_ps(r, _mm_loadu_ps(x + static_cast<uint16_t>(c >> 16) - 1), 2);
+  r = _mm_blend_ps(r, _mm_loadu_ps(x + static_cast<uint16_t>(c >> 32) - 2), 4);
+  return _mm_blend_ps(r, _mm_loadu_ps(x + (c >> 48) - 3), 8);
+}
+SK_INLINE Vec join(__m128 a, __m128 b, __m128 c, __m128 d) {
+  const __m256 lo = _mm256_insertf128_ps(_mm256_castps128_ps256(a), b, 1);
+  const __m256 hi = _mm256_insertf128_ps(_mm256_castps128_ps256(c), d, 1);
+  return _mm512_insertf32x8(_mm512_castps256_ps512(lo), hi, 1);
+}
+SK_INLINE Vec pick(const float* x, const uint16_t* cols) {
+  return join(pick4(x, cols), pick4(x, cols + 4), pick4(x, cols + 8), pick4(x, cols + 12));
 }
 SK_INLINE Vec fma(Lanes l, Vec a, Vec b, Vec c) { return _mm512_mask3_fmadd_ps(a, b, c, l); }
 
@@ -99,6 +118,7 @@ SK_INLINE Vec gather(const float* x, const uint16_t* cols) {
   const __m128i c = _mm_loadu_si128(reinterpret_cast<const __m128i*>(cols));
   return _mm256_i32gather_ps(x, _mm256_cvtepu16_epi32(c), 4);
 }
+SK_INLINE Vec pick(const float* x, const uint16_t* cols) { return gather(x, cols); }
 SK_INLINE Vec fma(Lanes l, Vec a, Vec b, Vec c) {
   return _mm256_fmadd_ps(_mm256_and_ps(a, l), _mm256_and_ps(b, l), c);
 }
@@ -136,6 +156,7 @@ SK_INLINE Vec gather(const float* x, const uint16_t* cols) {
   for (int i = 0; i < kLanes; i++) lanes[i] = x[cols[i]];
   return from_lanes(lanes);
 }
+SK_INLINE Vec pick(const float* x, const uint16_t* cols) { return gather(x, cols); }
 SK_INLINE Vec fma(Lanes l, Vec a, Vec b, Vec c) {
   alignas(16) float al[kLanes], bl[kLanes], cl[kLanes];
   store(al, a);

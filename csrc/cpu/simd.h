@@ -46,10 +46,10 @@ SK_INLINE int64_t least(int64_t a, int64_t b) { return a < b ? a : b; }
 // Prefetches what the hardware does not see coming: the next page of values out of DRAM.
 template <class T>
 SK_INLINE void prefetch_values(const T* p) {
-  __builtin_prefetch(reinterpret_cast<const char*>(p) + 1024);
+  __builtin_prefetch(reinterpret_cast<const char*>(p) + 4096);
 }
 SK_INLINE void prefetch_indices(const void* p) {
-  __builtin_prefetch(static_cast<const char*>(p) + 512);
+  __builtin_prefetch(static_cast<const char*>(p) + 2048);
 }
 
 struct bf16 {

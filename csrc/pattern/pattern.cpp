@@ -18,7 +18,8 @@ int64_t bytes_of(const Schedule& s) {
 }
 
 int64_t bytes_of(const Compressed& c) {
-  return bytes_of(c.row_offsets) + bytes_of(c.bits) + bytes_of(c.cols);
+  return bytes_of(c.row_offsets) + bytes_of(c.bits) + bytes_of(c.cols) + bytes_of(c.cols32) +
+         bytes_of(c.chunk_offsets) + bytes_of(c.chunks);
 }
 
 int64_t checked(const char* name, int64_t size) {

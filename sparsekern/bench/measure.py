@@ -86,7 +86,8 @@ def heading(about: dict) -> str:
 
 NOISY = " noisy"
 COLUMNS = ["product", "M", "N x K", "zeros", "kernel", "us", "spread", "useful GFLOP/s"]
-COLUMNS += ["GB/s", "of peak", "of bandwidth", "of roofline", "times dense", "torch CSR", "error"]
+COLUMNS += ["GB/s", "of peak", "of bandwidth", "of roofline", "times dense", "dense by (of peak)"]
+COLUMNS += ["torch CSR", "error"]
 
 
 def row(case: dict) -> list[object]:
@@ -109,6 +110,7 @@ def row(case: dict) -> list[object]:
         f"{shares['bytes']:.0%} {case['level']}" if shares else "",
         f"{shares['roofline']:.0%}" if shares else "",
         f"{case['speedup']:.2f}",
+        case["best_dense"] + (f" ({case['dense_share']:.0%})" if shares else ""),
         "" if csr is None else f"{csr:.2f}",
         f"{case['error']:.0e}",
     ]

@@ -14,7 +14,7 @@ def derived(run: Run) -> list[dict]:
     """The cases of a table. Where the run measured the peak of multiply-adds, `dense_share` is what
     the best dense call has of it."""
     found = [derive(case) for case in cases(run.records)]
-    limits = run.about["machine"].get("ceilings", {})
+    limits = run.about.get("machine", {}).get("ceilings", {})
     for case in found:
         peak = limits.get(str(case.get("threads")), {}).get("flop_per_s")
         if peak and "dense_flop" in case and "dense_s" in case:
@@ -87,6 +87,7 @@ def _add_rates(case: dict, packed_bytes: int | None, ceilings: dict | None) -> N
     case["level"] = level = MEMORY if case["is_cold"] else level_of(of_pass, ceilings)
     peak, bandwidth = ceilings["flop_per_s"], ceilings["bytes_per_s"][level]
     limit = min(peak, case["useful_flop"] / case["moved_bytes"] * bandwidth)
+    case["dense_share"] = case["dense_flop"] / case["dense_s"] / peak
     case["shares"] = {
         "flop": case["useful_flop_per_s"] / peak,
         "bytes": case["moved_bytes_per_s"] / bandwidth,

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from ..indices import INDEX_LIMIT, VALUE_DTYPES
 from . import core, reference
-from .cpu import few_tokens, panel, widened
+from .cpu import few_tokens, panel, split, widened
 from .cuda import csr, expand, ordered, two_of_four
 from .cuda import few_tokens as cuda_few_tokens
 from .problem import OLD_NAMES, Kernel, Problem
@@ -51,6 +51,7 @@ def _first(problem: Problem) -> Kernel:
 KERNELS: tuple[Kernel, ...] = (
     *core.kernels(_first),
     *few_tokens.KERNELS,
+    *split.KERNELS,
     *panel.KERNELS,
     *widened.KERNELS,
     *cuda_few_tokens.KERNELS,

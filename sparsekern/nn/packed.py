@@ -1,11 +1,13 @@
-"""PackedLinear, a layer for inference on a GPU, and pack_, which puts it into a model."""
+"""PackedLinear, a layer for inference on a GPU, and pack_, which puts it, or that of packed_cpu.py,
+into a model."""
 
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
+from ..kernels.cpu.lanes import pack as pack_for_cpu
 from ..kernels.cuda import e4m3
 from ..kernels.cuda.choose import pack_for
 from ..kernels.cuda.compressed import FOUND, TwoOfFourE4m3, pack_two_of_four
@@ -19,6 +21,14 @@ from .linear import SparseLinear
 from .shared import SharedInput, refuse_weights, shared_inputs
 
 __all__ = ["PackedLinear", "pack_"]
+
+
+class PackedWeight(NamedTuple):
+    """What models ask of a weight before they call its layer; its numbers are nowhere."""
+
+    shape: torch.Size
+    dtype: torch.dtype  # that x must have
+    device: torch.device
 
 
 class PackedLinear(nn.Module):
@@ -73,14 +83,15 @@ class PackedLinear(nn.Module):
         dtype: torch.dtype | None = None,
         largest: float | None = None,
     ) -> "PackedLinear":
-        """The same function, laid out for calls of about so many tokens, as of pack_. TypeError
-        unless its values are bfloat16 or float16. largest: of what x holds, where that is known,
-        for dtype torch.float8_e4m3fn."""
+        """The same function, laid out for calls of about so many tokens where its values are, as of
+        pack_. TypeError unless they are bfloat16 or float16, on a CPU float32 or bfloat16. largest:
+        of what x holds, where that is known, for dtype torch.float8_e4m3fn."""
+        weight = linear.weight.detach()
         bias: Tensor | None = linear.bias
         if bias is not None:
             bias = bias.detach().to(linear.values.dtype, copy=True)
-        forms = _forms(linear.weight.detach(), tokens, dense, dtype, largest)
-        return cls(forms, bias).train(linear.training)
+        layer = packed_layer(weight, bias, tokens, dense, dtype, largest)
+        return layer.train(linear.training)
 
     def _apply(self, fn, recurse=True):
         """Moves go through. Casts (half(), float()) do not: indices lie in the bits of the floats,
@@ -102,6 +113,12 @@ class PackedLinear(nn.Module):
     @property
     def device(self) -> torch.device:
         return getattr(self, self._names[0]).device
+
+    @property
+    def weight(self) -> PackedWeight:
+        """Its shape [out_features, in_features], dtype and device."""
+        shape = torch.Size([self.out_features, self.in_features])
+        return PackedWeight(shape, self.dtype, self.device)
 
     def explain(self, x: Tensor | int) -> str:
         """What a call with x [..., in_features], or with so many tokens, runs: layout and kernel,
@@ -160,6 +177,27 @@ class PackedLinear(nn.Module):
         )
 
 
+def is_for_cpu(weight: SparseTensor) -> bool:
+    """Whether it is packed for where it is, not for a GPU."""
+    return weight.values.is_cpu
+
+
+def packed_layer(
+    weight: SparseTensor,
+    bias: Tensor | None,
+    tokens: int | Sequence[int],
+    dense: bool,
+    dtype: torch.dtype | None,
+    largest: float | None,
+) -> PackedLinear:
+    """The layer for calls of so many tokens where `weight` is; float8 is for GPUs alone."""
+    if dtype is None and is_for_cpu(weight):
+        from .packed_cpu import PackedLinearOnCpu  # a PackedLinear
+
+        return PackedLinearOnCpu(pack_for_cpu(weight), weight.nnz, bias)
+    return PackedLinear(_forms(weight, tokens, dense, dtype, largest), bias)
+
+
 def token_range(tokens: int | Sequence[int]) -> tuple[int, int]:
     """The least and the most number of tokens. ValueError unless 1 <= least <= most."""
     pair: tuple = (tokens, tokens)
@@ -196,10 +234,11 @@ def pack_(
 ) -> nn.Module:
     """Replace every SparseLinear of `model` by a PackedLinear, in place, and return the model.
 
-    For inference on a GPU: CSR and values are dropped. TypeError, and an unchanged model, unless
-    all their values are bfloat16 or float16; the message names the layer. ValueError where there is
-    no SparseLinear. Hooks of layers are not taken over, with a warning. Two-way patterns run on
-    sparse tensor cores where that was the fastest for so many tokens.
+    For inference where the model is: CSR and values are dropped. TypeError, and an unchanged model,
+    unless all their values are bfloat16 or float16, on a CPU float32 or bfloat16; the message names
+    the layer. ValueError where there is no SparseLinear. Hooks of layers are not taken over, with a
+    warning. Two-way patterns run on sparse tensor cores where that was the fastest for so many
+    tokens. On a CPU there is one layout, for up to 4 tokens: `tokens` and `dense` change nothing.
     `sparsekern.explain(tokens, model)` says afterwards what each layer holds and runs.
 
     Args:
@@ -257,8 +296,8 @@ def pack_(
                 weight, bias = group.stacked()
                 is_allowed = all(may_be_dense(*item) for item in group.layers.items())
                 most = max(largest[m] for m in group.layers.values()) if largest else None
-                forms = _forms(weight, ends, is_allowed, dtype, most)
-                group.shared = SharedInput(PackedLinear(forms, bias))
+                whole = packed_layer(weight, bias, ends, is_allowed, dtype, most)
+                group.shared = SharedInput(whole)
             return group.part(module)
         except (TypeError, ValueError, NotImplementedError) as error:
             raise type(error)(f"{name or 'the model'}: {error}") from None

@@ -16,6 +16,7 @@
 #include "common/threads.h"
 #include "cpu/dense.h"
 #include "cpu/few_tokens.h"
+#include "cpu/lanes_layout.h"
 #include "cpu/products.h"
 #include "cpu/scratch.h"
 #include "packing/cover.h"
@@ -83,6 +84,9 @@ const Use kUses[] = {
     [](sk::Pattern& p, const sk::Csr& w) { p.schedule(w, true, 50, 60); },
     [](sk::Pattern& p, const sk::Csr& w) { p.compressed(w, sk::Format::kBitmap); },
     [](sk::Pattern& p, const sk::Csr& w) { p.compressed(w, sk::Format::kColumns); },
+    [](sk::Pattern& p, const sk::Csr& w) { p.compressed(w, sk::Format::kWindow64); },
+    [](sk::Pattern& p, const sk::Csr& w) { p.compressed(w, sk::Format::kWindow128); },
+    [](sk::Pattern&, const sk::Csr& w) { sk::LanesPack pack(w); },
     [](sk::Pattern&, const sk::Csr& w) {
       std::vector<float> values(w.nnz), dense(w.n * w.k);
       sk::to_dense(w, 4, values.data(), dense.data(), 2);

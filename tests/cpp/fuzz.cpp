@@ -109,9 +109,32 @@ void move_column(Random& random, int64_t k, Indices& w) {
   w.cols[p] = static_cast<int32_t>(random.range(least, most));
 }
 
-enum class Op { kSpmm, kSpmmT, kSddmm, kColumns, kBitmap, kToDense, kFromDense, kCover };
-constexpr Op kOps[] = {Op::kSpmm,   Op::kSpmmT,   Op::kSddmm,     Op::kColumns,
-                       Op::kBitmap, Op::kToDense, Op::kFromDense, Op::kCover};
+enum class Op {
+  kSpmm,
+  kSpmmT,
+  kSddmm,
+  kColumns,
+  kBitmap,
+  kWindow64,
+  kWindow128,
+  kColumns32,
+  kSpmmTFew,
+  kToDense,
+  kFromDense,
+  kCover
+};
+constexpr Op kOps[] = {Op::kSpmm,     Op::kSpmmT,    Op::kSddmm,     Op::kColumns,
+                       Op::kBitmap,   Op::kWindow64, Op::kWindow128, Op::kColumns32,
+                       Op::kSpmmTFew, Op::kToDense,  Op::kFromDense, Op::kCover};
+
+bool is_few(Op op) { return Op::kColumns <= op && op <= Op::kColumns32; }
+
+sk::Format format_of(Op op) {
+  if (op == Op::kColumns) return sk::Format::kColumns;
+  if (op == Op::kColumns32) return sk::Format::kColumns32;
+  if (op == Op::kBitmap) return sk::Format::kBitmap;
+  return op == Op::kWindow64 ? sk::Format::kWindow64 : sk::Format::kWindow128;
+}
 
 // A call's operands. Numbers are small and whole, so all sums are exact.
 struct Call {
@@ -150,24 +173,29 @@ sk::Plan draw_plan(Random& random, int64_t n, int64_t k) {
 }
 
 Op draw_op(Random& random, int64_t k) {
-  return k > 65536 ? random.pick({Op::kSpmm, Op::kSpmmT, Op::kSddmm, Op::kToDense})
-                   : kOps[random.below(8)];
+  return k > 65536 ? random.pick({Op::kSpmm, Op::kSpmmT, Op::kSddmm, Op::kToDense, Op::kColumns32,
+                                  Op::kSpmmTFew})
+                   : kOps[random.below(12)];
 }
 
 Call draw_call(Random& random, Op op, sk::Plan plan, int64_t n, int64_t k, int64_t nnz) {
-  const bool is_stream = op == Op::kColumns || op == Op::kBitmap;  // which takes no double
   const auto type = random.pick(
-      {sk::Type::kFloat, sk::Type::kBfloat16, is_stream ? sk::Type::kFloat : sk::Type::kDouble});
+      {sk::Type::kFloat, sk::Type::kBfloat16, is_few(op) ? sk::Type::kFloat : sk::Type::kDouble});
   int64_t tokens = random.range(1, random.chance(10) ? 140 : 40);
   if (random.chance(5)) tokens = 0;
-  if (op == Op::kColumns) tokens = std::min(tokens, random.range(0, sk::kFewTokens));
-  if (op == Op::kBitmap) tokens = std::min(tokens, random.range(0, sk::kBitmapTokens));
+  if (is_few(op)) tokens = std::min(tokens, random.range(0, sk::most_tokens(format_of(op))));
+  if (op == Op::kSpmmTFew) tokens = std::min(tokens, random.range(0, sk::kFewTokensT));
   tokens = std::min(tokens, 60000 / (nnz + n + k + 1));
   const int64_t gap = random.below(3);
   auto rows = [&](int64_t features) {
     return std::max<int64_t>(0, tokens * (features + gap) - gap);
   };
-  const int64_t sizes[] = {rows(n), rows(k), nnz, rows(n), rows(n), n * k, nnz, 0};
+  const bool transposed = op == Op::kSpmmT || op == Op::kSpmmTFew;
+  int64_t size = rows(n);
+  if (transposed) size = rows(k);
+  if (op == Op::kSddmm || op == Op::kFromDense) size = nnz;
+  if (op == Op::kToDense) size = n * k;
+  if (op == Op::kCover) size = 0;
   return {op,
           type,
           n,
@@ -176,10 +204,10 @@ Call draw_call(Random& random, Op op, sk::Plan plan, int64_t n, int64_t k, int64
           gap,
           plan,
           whole_numbers(random, type, nnz),
-          whole_numbers(random, type, op == Op::kSpmmT ? k : n),
+          whole_numbers(random, type, transposed ? k : n),
           whole_numbers(random, type, rows(k)),
           whole_numbers(random, type, rows(n)),
-          Array(type, sizes[static_cast<int>(op)], nullptr),
+          Array(type, size, nullptr),
           random.chance(50)};
 }
 
@@ -211,16 +239,20 @@ void run(sk::Pattern& pattern, const sk::Csr& w, Call& c) {
     sk::spmm(pattern, w, transposed, c.type, c.values.data(), bias, transposed ? dy : x,
              transposed ? dx : y, c.tokens, c.plan);
   };
-  auto stream = [&](sk::Format format) {
-    sk::spmm_few_tokens(pattern, w, format, c.type, c.values.data(), bias, x, y, c.tokens,
-                        c.plan.threads);
-  };
   switch (c.op) {
     case Op::kSpmm: return spmm(false);
     case Op::kSpmmT: return spmm(true);
     case Op::kSddmm: return sk::sddmm(pattern, w, c.type, dy, x, c.out.data(), c.tokens, c.plan);
-    case Op::kColumns: return stream(sk::Format::kColumns);
-    case Op::kBitmap: return stream(sk::Format::kBitmap);
+    case Op::kColumns:
+    case Op::kBitmap:
+    case Op::kWindow64:
+    case Op::kWindow128:
+    case Op::kColumns32:
+      return sk::spmm_few_tokens(pattern, w, format_of(c.op), c.type, c.values.data(), bias, x, y,
+                                 c.tokens, c.plan.threads);
+    case Op::kSpmmTFew:
+      return sk::spmm_t_few_tokens(pattern, w, c.type, c.values.data(), bias, dy, dx, c.tokens,
+                                   c.plan.threads);
     case Op::kToDense: return sk::to_dense(w, bytes, c.values.data(), c.out.data(), c.plan.threads);
     case Op::kFromDense: {
       Array dense(c.type, c.n * c.k, nullptr);
@@ -234,11 +266,10 @@ void run(sk::Pattern& pattern, const sk::Csr& w, Call& c) {
 // What `out` is for this pattern, by a plain loop; NaN where nothing is written.
 Array product(const Indices& w, const Call& c) {
   std::vector<double> sum(c.out.size(), NAN);
-  const bool transposed = c.op == Op::kSpmmT,
-             is_stream = c.op == Op::kColumns || c.op == Op::kBitmap;
+  const bool transposed = c.op == Op::kSpmmT || c.op == Op::kSpmmTFew;
   const int64_t features = transposed ? c.k : c.n;
   if (c.op == Op::kToDense || c.op == Op::kSddmm) std::fill(sum.begin(), sum.end(), 0);
-  if (c.op == Op::kSpmm || transposed || is_stream)
+  if (c.op == Op::kSpmm || transposed || is_few(c.op))
     for (int64_t m = 0; m < c.tokens; m++)
       for (int64_t i = 0; i < features; i++)
         sum[m * (features + c.gap) + i] = c.has_bias ? c.bias[i] : 0;

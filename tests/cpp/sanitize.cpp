@@ -15,6 +15,8 @@
 #include "cpu/dense.h"
 #include "cpu/few_tokens.h"
 #include "cpu/kernels.h"
+#include "cpu/lanes_layout.h"
+#include "cpu/packed.h"
 #include "cpu/products.h"
 #include "packing/cover.h"
 #include "packing/order.h"
@@ -145,8 +147,39 @@ void check(const Problem& p, sk::Type type, std::initializer_list<int> all_vecs,
     }
   }
 
-  for (sk::Format format : {sk::Format::kBitmap, sk::Format::kColumns}) {
-    const int64_t most = format == sk::Format::kBitmap ? sk::kBitmapTokens : sk::kFewTokens;
+  const int64_t few_rows = std::min(sk::kFewTokensT, p.tokens);
+  Array few_dx(type, std::max<int64_t>(0, few_rows * in_row - p.gap), nullptr);
+  sk::spmm_t_few_tokens(pattern, w, type, values.data(), nullptr, {dy.data(), out_row},
+                        {few_dx.data(), in_row}, few_rows, 2);
+  for (int64_t j = 0; j < few_dx.size(); j++)
+    if (j % in_row < p.k) expect(few_dx[j], want_dx[j], scale_dx[j], type, "few transposed");
+
+  if (type != sk::Type::kDouble) {
+    const sk::LanesPack pack(w);
+    Array packed(type, static_cast<int64_t>(pack.cols.size()), nullptr);
+    for (int64_t i = 0; i < packed.size(); i++) packed.set(i, 0);
+    for (int64_t q = 0; q < nnz; q++) packed.set(pack.places[q], static_cast<float>(values[q]));
+    for (int64_t most : {1, 3, 5000}) {
+      const int64_t tokens = std::min(most, p.tokens);
+      Array y(type, std::max<int64_t>(0, tokens * out_row - p.gap), nullptr);
+      sk::spmm_lanes(pack.shape, pack.part_steps.data(), pack.heads.data(), pack.cols.data(), type,
+                     packed.data(), bias.data(), {x.data(), in_row}, {y.data(), out_row}, tokens,
+                     1 + tokens % 3);
+      for (int64_t j = 0; j < y.size(); j++)
+        if (j % out_row < p.n) expect(y[j], want_y[j], scale_y[j], type, "spmm of lanes");
+    }
+    Array dense(type, p.n * p.k, nullptr);
+    for (int64_t i = 0; i < dense.size(); i++) dense.set(i, 0);
+    sk::lanes_to_dense(pack.shape, pack.part_steps.data(), pack.heads.data(), pack.cols.data(),
+                       packed.data(), static_cast<int>(sk::size_of(type)), dense.data(), 2);
+    for (int64_t i = 0; i < p.n; i++)
+      for (int32_t q = offsets[i]; q < offsets[i + 1]; q++)
+        expect(dense[i * p.k + cols[q]], values[q], 1, type, "dense of lanes");
+  }
+
+  for (sk::Format format : {sk::Format::kBitmap, sk::Format::kColumns, sk::Format::kColumns32,
+                            sk::Format::kWindow64, sk::Format::kWindow128}) {
+    const int64_t most = sk::most_tokens(format);
     for (int64_t tokens = 0; tokens <= std::min(most, p.tokens); tokens++) {
       if (type == sk::Type::kDouble) continue;
       Array few(type, tokens * p.k, &random), out(type, tokens * p.n, nullptr);

@@ -98,8 +98,9 @@ class Readers {
         return expect(y, sum + 1, "threads: stream of columns");
       case 4:
         sk::spmm_few_tokens(pattern_, csr, sk::Format::kBitmap, type, values_.data(), nullptr, in,
-                            out, std::min<int64_t>(tokens, sk::kBitmapTokens), 2);
-        y.resize(std::min<int64_t>(tokens, sk::kBitmapTokens) * kRows);
+                            out, std::min<int64_t>(tokens, sk::most_tokens(sk::Format::kBitmap)),
+                            2);
+        y.resize(std::min<int64_t>(tokens, sk::most_tokens(sk::Format::kBitmap)) * kRows);
         return expect(y, sum, "threads: stream of bits");
       default:
         sk::to_dense(csr, 4, values_.data(), dense.data(), 2);

@@ -21,31 +21,39 @@ needs_library = pytest.mark.skipif(panel._C is None, reason="the C++ library is 
 
 OPS = ("spmm", "spmm_t", "sddmm")
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
-FORMATS = {"few_tokens-bitmap": 8, "few_tokens-columns": 16}  # their most tokens
+FORMATS = {  # their most tokens
+    "few_tokens-bitmap": 8,
+    "few_tokens-columns": 16,
+    "few_tokens-window64": 1,
+    "few_tokens-window128": 1,
+    "few_tokens-columns32": 4,
+}
 
 
 def cpu_rows(op):
-    """(name, row) of every row of the table for this op on a CPU; both formats of `few_tokens`."""
+    """(name, row) of every row of the table for this op on a CPU; every format of `few_tokens`."""
     rows = [row for row in table.KERNELS if row.op == op and row.device in ("cpu", None)]
     for row in rows:
-        yield from ((name, row) for name in (FORMATS if row.name == "few_tokens" else [row.name]))
+        has_formats = row.name == "few_tokens" and op == "spmm"
+        yield from ((name, row) for name in (FORMATS if has_formats else [row.name]))
 
 
 def takes(name, row, problem):
     """Whether the row can run the problem at all; what is merely slow there is run, too."""
     if row.name == "core":
         return True
-    if row.name == "few_tokens" and (problem.M > FORMATS[name] or problem.K > 65536):
+    if name in FORMATS and (problem.M > FORMATS[name] or problem.K > 65536):
         return False
     reason = row.refuse(problem)
     return reason is None or "faster" in reason
 
 
 def run(monkeypatch, name, row, operands):
-    if name in FORMATS:
-        format = name.removeprefix("few_tokens-")
-        monkeypatch.setattr(few_tokens, "index_format", lambda problem, lanes: format)
-    return row.run(*operands)
+    with monkeypatch.context() as patch:
+        if name in FORMATS:
+            format = name.removeprefix("few_tokens-")
+            patch.setattr(few_tokens, "index_format", lambda problem, lanes: format)
+        return row.run(*operands)
 
 
 def every_result(monkeypatch, t, extra=()):

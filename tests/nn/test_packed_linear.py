@@ -22,6 +22,12 @@ from sparsekern.registered import run_spmm_packed
 WIDTH, GROUPS = 32, [["q", "k", "v"], ["gate", "up"]]
 
 
+@pytest.fixture(autouse=True)
+def packed_for_a_gpu(monkeypatch):
+    """Of models on a CPU, too."""
+    monkeypatch.setattr("sparsekern.nn.packed.is_for_cpu", lambda weight: False)
+
+
 def on_gpu(test):
     skip = pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")
     return pytest.mark.gpu(skip(test))

@@ -19,9 +19,10 @@ except ImportError:  # the rows stay in the kernel table and say so
 
 ROUNDS = 9  # the best counts: others may be at work on the core
 ADDS, PASSES = 4000, {1: 30, 2: 2}  # of a round: 10 to 50 us
-L1_FEEDS = 0.75  # of the rate on registers; 0.85 to 1 with two loads a cycle, 0.55 with one
-PAIRS_PAY = 0.9  # of the rate with floats: half the bytes are worth a little
-DOTS_PAY = 1.2
+# Of the rate on registers. With two loads a cycle, and ports that take a pair apart beside the
+# multiply-adds: 0.8 to 1 both. With one load, and none: about 0.5.
+L1_FEEDS = PAIRS_PAY = 0.66
+DOTS_PAY = 1.2  # of the rate with floats, where L1 feeds: elsewhere they were not measured
 
 
 class Machine(NamedTuple):
@@ -80,6 +81,7 @@ def rates() -> Rates:
 def machine() -> Machine:
     """This machine, as its C++ library and torch see it."""
     found = rates()
+    l1_feeds = found.l1 > L1_FEEDS * found.registers
     return Machine(
         _C.isa(),
         _C.lanes(),
@@ -87,9 +89,9 @@ def machine() -> Machine:
         _C.cache_bytes(2),
         has_bf16_tiles=torch.cpu._is_amx_tile_supported(),
         has_bf16_products=torch.cpu._is_avx512_bf16_supported(),
-        l1_feeds=found.l1 > L1_FEEDS * found.registers,
-        has_pairs=found.pairs > PAIRS_PAY * found.l1,
-        has_dots=found.dots is not None and found.dots > DOTS_PAY * found.l1,
+        l1_feeds=l1_feeds,
+        has_pairs=found.pairs > PAIRS_PAY * found.registers,
+        has_dots=l1_feeds and found.dots is not None and found.dots > DOTS_PAY * found.l1,
     )
 
 
@@ -97,7 +99,7 @@ def machine_name(machine: Machine) -> str:
     """Key of the crossover table: machines with equal keys get equal plans."""
     traits = {
         "tiles": machine.has_bf16_tiles,
-        "bf16": machine.has_bf16_products,
+        "bf16": machine.has_bf16_products and not machine.has_bf16_tiles,
         "l1": machine.l1_feeds,
         "pairs": machine.has_pairs,
         "dots": machine.has_dots,

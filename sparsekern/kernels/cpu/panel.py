@@ -64,8 +64,8 @@ def _bind_spmm(problem: Problem):
     m, width = problem.M, problem.K if is_transposed else problem.N
     plans = _Plans(problem)
 
-    def run(row_offsets, col_indices, values, n, k, x, bias=None):
-        y = x.new_empty(m, width)
+    def run(row_offsets, col_indices, values, n, k, x, bias=None, y=None):
+        y = x.new_empty(m, width) if y is None else y
         pattern_of(row_offsets, col_indices, n, k).spmm(
             row_offsets.data_ptr(),
             col_indices.data_ptr(),

@@ -61,7 +61,7 @@ def density_of_dense_rate(p: Problem, machine: Machine) -> float:
         if not (machine.has_dots if p.op == "sddmm" else machine.has_pairs):
             return 0.27
         return 0.66 if p.op == "sddmm" else 0.38
-    return 0.74 if _feeds(p, machine) else 0.55
+    return 0.8 if _feeds(p, machine) else 0.55
 
 
 @lru_cache(maxsize=4096)

@@ -203,7 +203,7 @@ def test_the_table_leaves_to_torch_what_torch_does_faster(fresh_table):
     assert limit in dict(table.refusals(nearly_full))["panel"]
     in_bf16 = nearly_full._replace(dtype=torch.bfloat16)
     assert "torch.mm; a dense layer is faster" in table.describe(in_bf16, table.pick(in_bf16))
-    assert table.pick(nearly_full._replace(M=20)).name == "panel"
+    assert table.pick(nearly_full._replace(M=28)).name == "panel"
     assert table.pick(problem._replace(dtype=torch.float64)).name == "panel"
     assert table.pick(problem._replace(dtype=torch.float16)).name == "widened"
 

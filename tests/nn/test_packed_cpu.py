@@ -1,0 +1,116 @@
+"""pack_ on a CPU."""
+
+import copy
+
+import pytest
+import torch
+from torch import nn
+from torch._subclasses import FakeTensorMode
+from torch.utils._python_dispatch import TorchDispatchMode
+
+import sparsekern
+from sparsekern import Static, sparsify_
+from sparsekern.kernels.cpu import lanes
+from sparsekern.nn import PackedLinear, densify_, pack_
+
+pytestmark = pytest.mark.skipif(lanes._C is None, reason="the C++ library is not built")
+
+
+def model(dtype=torch.float32):
+    made = nn.Sequential(nn.Linear(130, 70), nn.ReLU(), nn.Linear(70, 30, bias=False))
+    return sparsify_(made, Static(0.75), lambda *_: True).to(dtype)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_a_packed_model_is_the_same_function(dtype):
+    sparse = model(dtype)
+    packed = pack_(copy.deepcopy(sparse), tokens=1)
+    assert all(isinstance(layer, PackedLinear) for layer in packed[::2])
+    bits = torch.finfo(dtype).bits // 8 + 1
+    assert packed[0].packed_bytes < 2 * bits * packed[0].nnz + 500
+    for shape in ((130,), (1, 130), (2, 3, 130), (0, 130), (100, 130)):
+        x = torch.randn(shape).to(dtype)
+        with torch.inference_mode():
+            tolerance = 1e-5 if dtype == torch.float32 else 3e-2
+            torch.testing.assert_close(packed(x), sparse(x), rtol=tolerance, atol=tolerance)
+    assert not packed.state_dict() and not list(packed.parameters())
+    twin, x = copy.deepcopy(packed), torch.randn(2, 130).to(dtype)
+    assert torch.equal(twin(x.t().contiguous().t()), packed(x))
+    assert torch.equal(packed.half()(x), twin(x))  # casts leave it alone
+    assert "layout=lanes" in repr(packed[0])
+    assert "1 tokens -> lanes" in sparsekern.explain(1, packed)
+    assert "written out" in packed[0].explain(torch.zeros(4, 128, 130))
+
+
+def test_layers_that_share_x_are_one_product():
+    class Gated(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.gate, self.up = nn.Linear(130, 70), nn.Linear(130, 30)
+
+        def forward(self, x):
+            return torch.cat([self.gate(x), self.up(x)], dim=-1)
+
+    sparse = sparsify_(Gated(), Static(0.75), lambda *_: True)
+    packed, x = pack_(copy.deepcopy(sparse), groups=[["gate", "up"]]), torch.randn(3, 130)
+    with torch.inference_mode():
+        torch.testing.assert_close(packed(x), sparse(x))
+    assert packed.gate.shared.whole.out_features == 100
+    assert packed.gate.shared.whole.layout == "lanes"
+
+
+def test_a_packed_layer_compiles():
+    packed = pack_(model())
+    x = torch.randn(3, 130)
+    with torch.no_grad():
+        compiled = torch.compile(packed, fullgraph=True, backend="eager")
+        assert torch.equal(compiled(x), packed(x))
+
+
+def test_the_op_is_registered_as_torch_wants_it():
+    layer = pack_(model())[0]
+    operands = (torch.randn(3, 130), *layer._packed(), layer.bias)
+    torch.library.opcheck(torch.ops.sparsekern.spmm_lanes.default, operands)
+
+
+def test_those_who_look_on_see_the_op():
+    layer, x = pack_(model())[0], torch.randn(4, 130)
+    seen = []
+
+    class Names(TorchDispatchMode):
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+            seen.append(str(func))
+            return func(*args, **(kwargs or {}))
+
+    with Names():
+        layer(x)
+    assert "sparsekern.spmm_lanes.default" in seen
+    with FakeTensorMode(allow_non_fake_inputs=True) as mode:
+        assert layer(mode.from_tensor(x)).shape == (4, 70)
+
+
+def test_wrong_calls():
+    packed = pack_(model())
+    layer, x = packed[0], torch.randn(2, 130)
+    with pytest.raises(RuntimeError, match=r"expected x \[\.\.\., 130\], got \(2, 129\)"):
+        layer(x[:, 1:])
+    with pytest.raises(RuntimeError, match="expected x of dtype torch.float32, got torch.bfloat16"):
+        layer(x.bfloat16())
+    with pytest.raises(RuntimeError, match="no gradient"):
+        layer(x.requires_grad_())
+    with pytest.raises(NotImplementedError, match="packed for a CPU, there, got x on meta"):
+        layer(torch.empty(2, 130, device="meta"))
+    with pytest.raises(ValueError, match="no way back"):
+        densify_(packed)
+    layer.cols = layer.cols[1:]
+    with pytest.raises(ValueError, match="values: expected contiguous"):
+        layer(torch.randn(2, 130))
+
+
+def test_a_model_that_cannot_be_packed_is_left_as_it_was():
+    mixed = model()
+    mixed[2] = mixed[2].double()
+    before = list(mixed)
+    with pytest.raises(TypeError, match="weight: expected float32 or bfloat16 values, got .*64"):
+        pack_(mixed)
+    assert list(mixed) == before
