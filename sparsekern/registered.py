@@ -256,6 +256,8 @@ def multiply_lanes(x: Tensor, packed: lanes.Lanes, bias: Tensor | None) -> Tenso
 
 
 def run_spmm_lanes(x, n, k, part_steps, heads, cols, values, bias=None):
+    if forward_ad._current_level >= 0:
+        _refuse_tangents("spmm_lanes", x, bias)
     return multiply_lanes(x, lanes.Lanes(n, k, part_steps, heads, cols, values), bias)
 
 

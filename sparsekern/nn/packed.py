@@ -6,6 +6,7 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
+from torch.autograd import forward_ad
 
 from ..kernels.cpu.lanes import pack as pack_for_cpu
 from ..kernels.cuda import e4m3
@@ -138,8 +139,7 @@ class PackedLinear(nn.Module):
                 f"PackedLinear: expected x on the weight's GPU, got x on {input.device} and the "
                 f"weight on {self.device}"
             )
-        if torch.is_grad_enabled() and input.requires_grad:
-            raise RuntimeError("PackedLinear: it has no gradient; use SparseLinear to train")
+        refuse_derivatives(input)
         if input.dtype != self.dtype:
             raise RuntimeError(f"PackedLinear: expected x of dtype {self.dtype}, got {input.dtype}")
         if input.ndim == 0 or input.shape[-1] != self.in_features:
@@ -175,6 +175,15 @@ class PackedLinear(nn.Module):
             f"in_features={self.in_features}, out_features={self.out_features}, "
             f"bias={self.bias is not None}, nnz={self.nnz}, layout={self.layout}"
         )
+
+
+def refuse_derivatives(x: Tensor) -> None:
+    """RuntimeError if one of the product with respect to x is wanted."""
+    is_wanted = torch.is_grad_enabled() and x.requires_grad
+    if forward_ad._current_level >= 0 and not is_wanted:
+        is_wanted = forward_ad.unpack_dual(x).tangent is not None
+    if is_wanted:
+        raise RuntimeError("PackedLinear: it has no gradient; use SparseLinear to train")
 
 
 def is_for_cpu(weight: SparseTensor) -> bool:
