@@ -311,6 +311,5 @@ def pack_(
         except (TypeError, ValueError, NotImplementedError) as error:
             raise type(error)(f"{name or 'the model'}: {error}") from None
 
-    packed = replace_modules(model, replace)
     warn_of_hooks("pack_", layers)
-    return packed
+    return replace_modules(model, replace)
