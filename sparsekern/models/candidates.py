@@ -89,6 +89,8 @@ class Candidate:
 def scan(model: nn.Module) -> tuple[list[Candidate], list[Skipped]]:
     """ValueError for weights that are NaN: some mark by it what is pruned."""
     uses = uses_of_parameters(model)
+    # peft takes it out of a dense weight again.
+    merged = [m.base_layer for m in model.modules() if getattr(m, "merged_adapters", None)]
     found: list[Candidate] = []
     skipped: list[Skipped] = []
     inside: tuple[str, ...] = ()  # how names begin in a module taken or skipped as a whole
@@ -116,6 +118,8 @@ def scan(model: nn.Module) -> tuple[list[Candidate], list[Skipped]]:
         if not weights:
             continue
         reason = why_not(module)
+        if any(module is base for base in merged):
+            reason = "an adapter is merged into it: unmerge it, or merge_and_unload, first"
         if reason is None and isinstance(module, nn.MultiheadAttention):
             weights |= {"out_proj.weight": module.out_proj.weight}
             inside = (prefix,)
