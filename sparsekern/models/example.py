@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
 from torch.utils import _pytree as pytree
 
 from .candidates import Candidate
@@ -181,7 +182,21 @@ def copied(things: Any) -> Any:
             return copies[id(thing)]
         return copy.deepcopy(thing, copies)
 
-    return pytree.tree_map(copied_leaf, things)
+    with _Detaching():
+        return pytree.tree_map(copied_leaf, things)
+
+
+class _Detaching(TorchFunctionMode):
+    """Inside, deepcopy takes tensors that have a gradient function, too, as those of a cache that
+    was filled outside of torch.no_grad()."""
+
+    def __torch_function__(
+        self, func: Callable, types: Any, args: tuple = (), kwargs: dict | None = None
+    ) -> Any:
+        if func is Tensor.__deepcopy__ and not args[0].is_leaf:
+            tensor, memo = args
+            return memo.setdefault(id(tensor), tensor.detach().clone())
+        return func(*args, **kwargs or {})
 
 
 def error_between(before: Any, after: Any) -> float | None:
