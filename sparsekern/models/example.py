@@ -83,12 +83,15 @@ class Runs:
 
 def one_token(example: Any) -> Any:
     """The example cut to the first token of each sequence: [B, T, ...] to [B, 1, ...], and a matrix
-    of activations [M, K] to [1, K]."""
+    of activations [M, K] to [1, K]; one beside ids or embeddings of its B and T is a mask."""
+    found = list(tensors(example))
+    sequences = {t.shape[:2] for t in found if t.ndim > 2 or not t.is_floating_point()}
 
     def cut(t: Any) -> Any:
         if not isinstance(t, Tensor) or t.ndim < 2:
             return t
-        return t[:1] if t.ndim == 2 and t.is_floating_point() else t[:, :1]
+        is_activations = t.ndim == 2 and t.is_floating_point() and t.shape not in sequences
+        return t[:1] if is_activations else t[:, :1]
 
     if isinstance(example, Mapping):
         return {key: cut(t) for key, t in example.items()}

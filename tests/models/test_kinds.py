@@ -237,8 +237,11 @@ def test_weights_of_other_types_are_said_to_stay():
     model[2].weight = nn.Parameter(torch.zeros(H, H).to(torch.float8_e4m3fn), requires_grad=False)
     model.append(nn.Linear(H, H))
     model[3].weight = nn.Parameter(torch.eye(H).to_sparse_csr())
+    model.append(nn.Module())
+    model[4].register_buffer("qweight", torch.zeros(H, H, dtype=torch.int32))
     report = accelerate_(model, lambda m: m[0](torch.ones(2, H)))
     reasons = [skipped.reason for skipped in report.skipped]
+    assert reasons.pop() == "its qweight is a buffer, no Parameter"
     assert "complex64" in reasons[0] and "float8" in reasons[1] and "sparse_csr" in reasons[2]
     assert report.skipped[2].sparsity == 1 - 1 / H
 
