@@ -13,10 +13,13 @@ last writes docs/quality.md.
 """
 
 import argparse
+import fcntl
 import math
 import os
 import sys
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from datetime import date
 from pathlib import Path
 
@@ -27,6 +30,7 @@ from workers import Pool
 
 from sparsekern import __version__
 from sparsekern.bench.machine import git
+from sparsekern.cli import guarded
 
 ROOT = Path(__file__).parents[1]
 KEPT = ROOT / "bench" / "results" / "quality.jsonl"
@@ -42,7 +46,31 @@ def visible_gpus() -> list[str]:
     return found
 
 
+@contextmanager
+def alone(name: str, folder: Path) -> Iterator[None]:
+    """The folder, made where it is missing, as long as no other run has it; ValueError where one
+    has."""
+    folder.mkdir(parents=True, exist_ok=True)
+    handle = os.open(folder, os.O_RDONLY)
+    try:
+        try:
+            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise ValueError(
+                f"{name}: expected a folder of its own, another run is in {folder}"
+            ) from None
+        yield
+    finally:
+        os.close(handle)
+
+
 def run(options: argparse.Namespace) -> int:
+    corpus, work = build.identity(options.data), options.work or options.out / "work"
+    with alone("out", options.out), alone("work", work / corpus):
+        return make(options, corpus, work)
+
+
+def make(options: argparse.Namespace, corpus: str, work: Path) -> int:
     deadline = time.monotonic() + 60 * options.minutes
     about = {
         "commit": options.commit or git("rev-parse", "HEAD") or "unknown",
@@ -53,10 +81,8 @@ def run(options: argparse.Namespace) -> int:
     orders = {order.number: order for order in plan.PLANS[options.plan]}
     chosen = [orders[number] for number in options.orders or orders if number in orders]
     kept = [KEPT] if KEPT.exists() and options.plan == "full" else []
-    made = study.Study(chosen, build.identity(options.data), options.out, kept, about)
+    made = study.Study(chosen, corpus, options.out, kept, about)
     if made.waiting() and time.monotonic() < deadline:
-        work = options.work or options.out / "work"
-        work.mkdir(parents=True, exist_ok=True)
         os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", str(work / "inductor"))
         gpus = visible_gpus() if options.device == "cuda" else [""]
         command = [sys.executable, __file__, "worker", f"--data={options.data}"]
@@ -128,4 +154,4 @@ def main() -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(guarded(main))

@@ -1,6 +1,7 @@
 """One arm, from its first weights to its last score; what stops it can go on from its files."""
 
 import base64
+import hashlib
 import json
 import math
 import time
@@ -12,9 +13,8 @@ import torch
 
 from sparsekern.files import atomic_write
 
-from . import build, plan
+from . import build, masks, plan
 from .engine import Engine, Program, Scores, Shape
-from .masks import dense
 from .plan import Arm, Size
 
 WARM_UP_SHARE = 0.05  # then straight down to zero
@@ -106,6 +106,17 @@ class Task:
     rate: float
     is_tuned: bool
 
+    @property
+    def recipe(self) -> str:
+        """A name of all in the plan that such a run follows, beside what stands here."""
+        arm = replace(plan.ARMS[self.arm], title="", rate_of="")
+        tuning = (plan.TASKS, plan.FIRST_TUNING_RATES, plan.LEAST_TUNING_RATE)
+        patterns = (masks.UPDATE_EVERY, masks.STOP_SHARE, masks.DROP_FRACTION)
+        gradual = (masks.GRADUAL_FROM, masks.GRADUAL_TO, masks.GRADUAL_EVERY)
+        parts = (plan.SIZES[self.size], arm, WARM_UP_SHARE, patterns, gradual)
+        parts += (tuning, plan.MOST_TUNING_RATE) if self.is_tuned else ()
+        return hashlib.sha256(repr(parts).encode()).hexdigest()[:12]
+
 
 class Runner:
     """Runs tasks on one device. Engines stay, one for each shape."""
@@ -123,7 +134,8 @@ class Runner:
 
     def run(self, key: str, task: Task, deadline: float) -> dict:
         """The result of a task. OutOfTime at the deadline, FloatingPointError where it diverged."""
-        folder = self.folder / key.replace(" ", "-")
+        name = f"{key} rate {task.rate:g} {'tuned' if task.is_tuned else 'trained'} {task.recipe}"
+        folder = self.folder / name.replace(" ", "-")
         folder.mkdir(parents=True, exist_ok=True)
         began = time.monotonic()
         done = _read(folder / "done.json")
@@ -146,7 +158,9 @@ class Runner:
         began = time.monotonic()
         weights = arm.shape(size).weights(task.seed)
         if arm.is_scratch:
-            engine.begin(weights, dense(engine.weights), Program(np.empty((0, 1)), np.empty(0), {}))
+            engine.begin(
+                weights, masks.dense(engine.weights), Program(np.empty((0, 1)), np.empty(0), {})
+            )
         else:
             made = self.data.pretraining(size, arm, task.seed, task.rate)
             if path.exists():
@@ -175,8 +189,8 @@ class Runner:
             }
         found["parameters"] = sum(p.numel() for p in engine.model.parameters())
         if task.is_tuned:
-            masks = {name: mask.bool() for name, mask in engine.masks.items()}
-            _save(folder / "pretrained.pt", {"model": engine.copy(), "masks": masks})
+            last = {name: mask.bool() for name, mask in engine.masks.items()}
+            _save(folder / "pretrained.pt", {"model": engine.copy(), "masks": last})
         path.unlink(missing_ok=True)
         return found
 
@@ -217,9 +231,9 @@ class Runner:
     ) -> None:
         """Fine-tune at one rate; where it is the best so far on dev, score test too."""
         size, arm, engine = self.data.size(task.size), plan.ARMS[task.arm], self.engine(task)
-        masks = saved["masks"] if way == "sparse" else dense(engine.weights)
+        first = saved["masks"] if way == "sparse" else masks.dense(engine.weights)
         made = self.data.tuning(size, arm, name, task.seed, rate)
-        engine.begin(saved["model"], masks, made)
+        engine.begin(saved["model"], first, made)
         engine.run(made.steps)
         dev = engine.score(self.data.rows[f"{name}/dev"])
         loss = -float(dev.right.mean()) if name == "sentiment" else dev.loss

@@ -134,11 +134,13 @@ PLAN = (
         predictions=(
             Prediction("75", "dense", "code", 0.06, 0.16, 0.02),
             Prediction("75", "small", "code", -0.04, 0.02, 0.02),
+            Prediction("75", "short", "code", -0.02, 0.12, 0.02),
             Prediction("75", "dense", "sentiment", -1.5, -0.5, 0.5),
             Prediction("75", "small", "sentiment", -0.5, 0.5, 0.5),
             Prediction("75", "dense", "webnlg", 0.0, 0.05, 0.02),
             Prediction("75", "dense", "held-out", 0.20, 0.35),
             Prediction("small", "75", "held-out", 0.0, 0.04),
+            Prediction("75", "short", "held-out", 0.05, 0.30),
             Prediction("short", "dense", "held-out", 0.05, 0.15),
             Prediction("75", "dense", "blimp", -4.0, -2.0),
             Prediction("75", "dense", "cloze", -3.0, -0.5),
@@ -154,6 +156,7 @@ PLAN = (
         (0, 1, 2),
         predictions=(
             Prediction("75-dense", "dense", "held-out", 0.0, 0.05, 0.02),
+            Prediction("75-dense", "short", "held-out", -0.15, 0.0),
             Prediction("90-dense", "dense", "held-out", 0.05, 0.20),
             Prediction("gradual", "75", "held-out", -0.10, -0.02),
             Prediction("75-dense", "dense", "code", 0.0, 0.04, 0.02),

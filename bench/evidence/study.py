@@ -9,7 +9,7 @@ import math
 import statistics
 import time
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import asdict
+from dataclasses import asdict, fields
 from pathlib import Path
 
 from workers import Job, Pool, Worker
@@ -21,6 +21,7 @@ from .arms import Task
 from .plan import ARMS, Order
 
 RESULTS = "results.jsonl"
+NEEDED = {"key", "size", "arm", "seed", "rate", "is_tuned", "corpus"}  # of a result
 
 
 def key(task: Task) -> str:
@@ -32,13 +33,25 @@ def read(paths: Iterable[Path]) -> list[dict]:
     """The results in these files, each run once: the first that was written."""
     found: dict[str, dict] = {}
     for path in paths:
-        for number, line in enumerate(path.read_text().splitlines(), 1):
+        for number, line in enumerate(path.read_bytes().splitlines(), 1):
             try:
                 result = json.loads(line)
-                found.setdefault(result["key"], result)
-            except (ValueError, LookupError, TypeError) as error:
+                if missing := NEEDED - set(result):
+                    raise ValueError(f"it lacks {', '.join(sorted(missing))}")
+            except (ValueError, TypeError) as error:
                 raise ValueError(f"{path}, line {number}: expected a result: {error}") from error
+            found.setdefault(result["key"], result)
     return list(found.values())
+
+
+def check(task: Task, result: dict) -> None:
+    """ValueError unless `result`, whose key is that of the task, is one of this task and plan."""
+    for name, value in (asdict(task) | {"recipe": task.recipe}).items():
+        if result.get(name) != value:
+            raise ValueError(
+                f"plan: expected {name} {value} of the earlier result {result['key']!r}, got "
+                f"{result.get(name)}: it was made by another plan, which needs an --out of its own"
+            )
 
 
 class Study:
@@ -53,7 +66,7 @@ class Study:
         about: dict,
     ) -> None:
         """`orders`: what to make, the most wanted first. `corpus`: the name of the text. `kept`:
-        files of earlier results. ValueError where those are of another text."""
+        files of earlier results. ValueError where those are of another text or recipe."""
         self.about = {"corpus": corpus} | about
         self.orders = orders
         self.path = folder / RESULTS
@@ -64,6 +77,8 @@ class Study:
                 raise ValueError(
                     f"data: expected the text {result['corpus']} of earlier results, got {corpus}"
                 )
+            if result["arm"] in ARMS and result["size"] in plan.SIZES:
+                check(Task(*(result[field.name] for field in fields(Task))), result)
         self.failed: dict[str, str] = {}
         self.began = time.monotonic()
 
@@ -82,8 +97,14 @@ class Study:
                         yield Task(order.size, arm, seed, rate, order.is_tuned)
 
     def waiting(self) -> list[Task]:
-        done = self.results.keys() | self.failed.keys()
-        return [task for task in self.tasks() if key(task) not in done]
+        """ValueError where one of them was done at another rate."""
+        left = []
+        for task in self.tasks():
+            if done := self.results.get(key(task)):
+                check(task, done)
+            elif key(task) not in self.failed:
+                left.append(task)
+        return left
 
     def without_rate(self) -> list[str]:
         """Arms that wait for a sweep which is not done."""
@@ -132,7 +153,7 @@ class Study:
     def finish(self, job: Job, worker: Worker, answer: dict) -> None:
         """Keep what a worker says of a run, and say it."""
         if "result" in answer:
-            about = self.about | {"device": worker.device}
+            about = self.about | {"device": worker.device, "recipe": Task(**job.settings).recipe}
             self.keep({"key": job.key} | job.settings | short(answer["result"]) | about)
         elif answer.get("is_final"):
             self.failed[job.key] = answer["failed"]

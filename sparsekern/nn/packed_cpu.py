@@ -45,8 +45,8 @@ class PackedLinearOnCpu(PackedLinear):
         way = "written out, then torch.mm" if writes_out(m, self._packed()) else "16 rows in lanes"
         return f"{m} tokens -> {self.layout}: {way}, {self.packed_bytes} bytes"
 
-    def forward(self, x: Tensor) -> Tensor:
-        packed = self._packed()
+    def forward(self, input: Tensor) -> Tensor:  # the name that nn.Linear gives x
+        x, packed = input, self._packed()
         if not x.is_cpu or not packed.values.is_cpu:
             raise NotImplementedError(
                 f"PackedLinear: expected x and the weight on a CPU, for which it was packed, got x "

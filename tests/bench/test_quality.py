@@ -11,6 +11,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from scipy import stats
 
 from sparsekern.gpt.data import ByteTokenizer
 from sparsekern.sparsity import Static
@@ -37,9 +38,10 @@ def evidence():
         small = replace(small, tokens=12 * small.shape.batch * (LENGTH - 1))
         patch.setitem(evidence.plan.SIZES, "toy", small)
         patch.setattr(evidence.masks, "UPDATE_EVERY", 3)
-        patch.setattr(evidence.differences, "DRAWS", 200)
         yield evidence
-    for name in [n for n in sys.modules if n.partition(".")[0] in ("evidence", "workers")]:
+    for name in [
+        n for n in sys.modules if n.partition(".")[0] in ("evidence", "workers", "quality")
+    ]:
         del sys.modules[name]
 
 
@@ -328,6 +330,50 @@ def test_a_study_stops_goes_on_and_does_nothing_twice(evidence, runner, folder, 
     (tmp_path / "results.jsonl").write_text(lines + "half a li")
     with pytest.raises(ValueError, match="expected a result"):
         made(1)
+    for broken, words in ((b"5", "line 1"), (b'{"key": "a"}', "it lacks arm"), (b"\xff", "line 1")):
+        (tmp_path / "results.jsonl").write_bytes(broken + b"\n")
+        with pytest.raises(ValueError, match=words):
+            made(1)
+
+
+def test_results_of_another_plan_are_not_used(evidence, runner, tmp_path, monkeypatch):
+    study, plan = evidence.study, evidence.plan
+    order = plan.Order(1, "toy", "?", ("75",), ("75",), (0,), False)
+
+    def made(most: int = 0) -> "study.Study":
+        found = study.Study([order], "text", tmp_path, [], {"commit": "", "date": "", "torch": ""})
+        found.run(InProcess(runner, evidence.worker.answer, most), math.inf, False)
+        return found
+
+    whole = made(1000)
+    assert whole.results["toy 75 seed 0"]["recipe"] == task(evidence, "75").recipe
+    with monkeypatch.context() as patch:
+        patch.setitem(plan.ARMS, "75", replace(plan.ARMS["75"], title="other words"))
+        made()  # the same runs
+        patch.setitem(plan.ARMS, "75", replace(plan.ARMS["75"], sparsity=plan.Sparsity("set", 0.5)))
+        with pytest.raises(
+            ValueError, match="plan: expected recipe .* it was made by another plan"
+        ):
+            made()
+    # Nor what is left of a run at another rate.
+    lines = (tmp_path / "results.jsonl").read_text().splitlines()
+    with monkeypatch.context() as patch:
+        patch.setattr(study.Study, "rate", lambda *_: 0.5)
+        with pytest.raises(ValueError, match="plan: expected rate 0.5 of the earlier result"):
+            made().waiting()
+        (tmp_path / "results.jsonl").write_text("\n".join(lines[:-1]) + "\n")
+        assert made(1).results["toy 75 seed 0"]["pretrained"] != json.loads(lines[-1])["pretrained"]
+
+
+def test_two_runs_in_one_folder_are_one_too_many(evidence, tmp_path):
+    import quality
+
+    with quality.alone("out", tmp_path / "a"), quality.alone("work", tmp_path / "a/work"):
+        with pytest.raises(ValueError, match="work: expected a folder of its own"):
+            with quality.alone("work", tmp_path / "a/work"):
+                pass
+    with quality.alone("out", tmp_path / "a"):
+        assert not list((tmp_path / "a/work").iterdir())
 
 
 def test_a_rate_that_is_too_high_is_a_result(evidence, runner, tmp_path):
@@ -344,7 +390,14 @@ def test_a_rate_that_is_too_high_is_a_result(evidence, runner, tmp_path):
 def results(evidence, losses: dict[str, list[float]]) -> list[dict]:
     """Results of order 2 with these losses on code."""
     rng, items, found = np.random.default_rng(0), evidence.arms.items, []
-    about = {"corpus": "text", "device": "GPU", "torch": "2", "date": "day", "commit": "abc"}
+    about = {
+        "corpus": "text",
+        "is_tuned": True,
+        "device": "GPU",
+        "torch": "2",
+        "date": "day",
+        "commit": "abc",
+    }
     for arm, each in losses.items():
         for seed, loss in enumerate(each):
             right = items(rng.random(200) < 0.8)
@@ -371,11 +424,14 @@ def test_the_page_is_what_its_results_make(evidence):
 
 def test_the_page_says_when_small_dense_is_as_good(evidence):
     small = {"dense": [2.0, 2.01, 2.02], "75": [2.1, 2.11, 2.12], "small": [2.1, 2.112, 2.119]}
+    assert "**Not known yet.**" in evidence.page.text(results(evidence, small))
+    small["short"] = [2.05, 2.06, 2.07]
     page = evidence.page.text(results(evidence, small)).split("\n\n")
     assert "small dense model of the same FLOPs is as good" in page[1]
-    assert "Against dense with the same tokens they have +0.100" in page[1]
+    assert "75 % zeros are **worse** than the dense model with the same FLOPs" in page[1]
+    assert "with the same tokens: not shown to be equal, +0.100" in page[1]
     worse = small | {"small": [2.2, 2.21, 2.22]}
-    assert "75 % zeros are better than" in evidence.page.text(results(evidence, worse))
+    assert "75 % zeros are better than a small" in evidence.page.text(results(evidence, worse))
 
 
 @pytest.mark.parametrize(
@@ -396,12 +452,32 @@ def test_verdicts(evidence, values, so):
     assert differences.verdict(prediction, found) == so
 
 
-def test_shares_are_drawn_over_seeds_and_items(evidence):
-    both = {"dense": [2.0, 2.0], "75": [2.0, 2.0]}
+def test_intervals_are_those_of_scipy_and_cover_seeds_and_items(evidence):
+    interval, values = evidence.differences.interval, [0.1, 0.13, 0.09]
+    for share in (0.90, 0.95):
+        want = stats.t.interval(share, 2, loc=np.mean(values), scale=stats.sem(values))
+        assert interval(values, share) == pytest.approx(want)
+        # Equal within a margin is what two one-sided tests at 5 % say.
+        margin = interval(values, 0.90)[1]
+        test = stats.ttest_1samp(values, margin, alternative="less")
+        assert test.pvalue == pytest.approx(0.05)
+    assert interval([1.0], 0.95) is None
+    # As many as they say hold the truth, also where seeds differ more than items.
+    rng, held = np.random.default_rng(0), 0
+    for _ in range(400):
+        apart = rng.normal(0, 1, (3, 1)) + rng.normal(0, 1, (3, 50))
+        low, high = interval(list(apart.mean(1)), 0.95, stats.sem(apart.mean(0)))
+        held += low <= 0 <= high
+    assert held >= 0.93 * 400
+
+
+def test_shares_cover_seeds_and_items(evidence):
+    both = {"dense": [2.0] * 4, "75": [2.0] * 4}
     found = evidence.differences.difference(results(evidence, both), "S", "75", "dense", "cloze")
     low, high = found.of_95
-    # Items of two models with independent errors of 20 %: 4 points over 200 items each, two seeds.
-    assert low < found.mean < high and 5 < high - low < 20
+    # Items of two models with independent errors of 20 %: 4 points over 200 items, four seeds, so
+    # 2 points of their mean, of the items alone and of the seeds alone: 2 (3.9^2 + 6.4^2)^0.5.
+    assert low < found.mean < high and 6 < high - low < 24
 
 
 def test_results_are_added_once(evidence, tmp_path):

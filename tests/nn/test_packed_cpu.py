@@ -125,6 +125,19 @@ def test_wrong_calls():
         layer(torch.randn(2, 130))
 
 
+def test_tangents_are_refused():
+    layer, x = pack_(model())[0], torch.randn(2, 130)
+    with forward_ad.dual_level(), torch.no_grad():
+        dual = forward_ad.make_dual(x, x)
+        with pytest.raises(RuntimeError, match="PackedLinear: it has no gradient"):
+            layer(dual)
+        with pytest.raises(NotImplementedError, match="spmm_lanes: .* has a tangent"):
+            torch.ops.sparsekern.spmm_lanes(dual, *layer._packed())
+    with pytest.raises(RuntimeError, match="PackedLinear: it has no gradient"):
+        torch.func.jvp(layer, (x,), (x,))
+    assert torch.equal(layer(input=x), layer(x))  # the name that nn.Linear gives it
+
+
 def test_a_model_that_cannot_be_packed_is_left_as_it_was():
     mixed = model()
     mixed[2] = mixed[2].double()

@@ -35,7 +35,7 @@ class Rates(NamedTuple):
 def rates() -> Rates:
     """On one thread, by the time that it had a core."""
     M, N, K = SIZES
-    a, b = torch.ones(M, K), torch.ones(N, K)
+    a, b = (torch.ones(n, K, dtype=torch.float32, device="cpu") for n in (M, N))
     calls = {"torch": lambda: mm(a, b.t())}
     if torch.backends.mkldnn.is_available():
         calls["onednn"] = lambda: _onednn(a, b.t(), None)

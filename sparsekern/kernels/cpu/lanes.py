@@ -70,12 +70,12 @@ def pack(weight: SparseTensor) -> Lanes:
     packed = Lanes(
         n,
         k,
-        torch.empty(-(-n // PART_ROWS) + 1, dtype=torch.int64),
-        torch.empty(-(-k // COLS) * -(-n // GROUP), 2, dtype=torch.uint8),
-        torch.empty(made.steps, GROUP, dtype=torch.uint8),
+        col_indices.new_empty(-(-n // PART_ROWS) + 1, dtype=torch.int64),
+        col_indices.new_empty(-(-k // COLS) * -(-n // GROUP), 2, dtype=torch.uint8),
+        col_indices.new_empty(made.steps, GROUP, dtype=torch.uint8),
         weight.values.new_zeros(made.steps, GROUP),
     )
-    places = torch.empty(nnz, dtype=torch.int64)
+    places = col_indices.new_empty(nnz, dtype=torch.int64)
     made.write(*(t.data_ptr() for t in (*packed[2:5], places)))
     packed.values.view(-1)[places] = weight.values
     return packed

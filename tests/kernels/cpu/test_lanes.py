@@ -83,6 +83,13 @@ def test_what_cannot_be_packed():
         lanes.pack(W)
 
 
+def test_other_defaults_of_torch():
+    t = Case("defaults", 3, 37, 101).tensors()
+    want = lanes.spmm_lanes(t.x, lanes.pack(weight_of(t)))
+    with torch.device("meta"):
+        assert torch.equal(lanes.spmm_lanes(t.x, lanes.pack(weight_of(t))), want)
+
+
 def test_contents_that_packing_did_not_make():
     """They lead nowhere out of bounds: any byte is a column, and heads are checked by each call."""
     t = Case("contents", 3, 1030, 70, sparsity=0.5).tensors()
