@@ -1,9 +1,7 @@
 """Train a GPT, dense or sparse: deterministic under a seed, and resumed bit for bit."""
 
 import json
-import math
 import statistics
-import time
 
 import torch
 
@@ -22,16 +20,11 @@ from .start import begin
 METRICS = "metrics.json"
 
 
-class OutOfTime(Exception):
-    """A run stopped at its deadline, with a checkpoint to resume from."""
-
-
-def train(config: TrainConfig, deadline: float = math.inf) -> dict:
+def train(config: TrainConfig) -> dict:
     """Train to config.steps -> what metrics.json holds.
 
     Losses are nats per token; seconds are those of the training steps, without evaluations and
-    checkpoints. Raises FloatingPointError when the loss or a gradient is no longer finite, and
-    OutOfTime when time.monotonic() passes `deadline` before the last step."""
+    checkpoints. Raises FloatingPointError when the loss or a gradient is no longer finite."""
     if config.threads:
         torch.set_num_threads(config.threads)
     with Progress(None, unit="part", is_shown=is_first_rank()) as progress:
@@ -44,12 +37,9 @@ def train(config: TrainConfig, deadline: float = math.inf) -> dict:
         run.tell = progress.line
         while run.step < config.steps:
             run.compute_gradients()
-            is_late = time.monotonic() > deadline
             # Saved before the update: these weights have just shown a finite loss and gradient.
-            if run.step > start and (is_late or run.step % config.checkpoint_every == 0):
+            if run.step > start and run.step % config.checkpoint_every == 0:
                 run.save()
-            if is_late:
-                raise OutOfTime(f"stopped at step {run.step} of {config.steps}")
             # A run that was finished before has been evaluated there.
             if run.step % config.eval_every == 0 and not run.is_evaluated:
                 run.evaluate()

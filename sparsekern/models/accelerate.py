@@ -19,7 +19,7 @@ import torch
 from torch import nn
 
 from .candidates import LEAST_SPARSITY, Marks, scan
-from .example import Calls, Runs, error_between, one_token, recording
+from .example import Calls, Runs, compared, one_token, recording
 from .exchange import Exchange
 from .measure import LEAST_GAIN, bytes_of, first_look, rest_gained, too_slow
 from .report import Report, seen
@@ -126,7 +126,8 @@ def accelerate_(
                 elif candidate.is_masked:
                     exchange.replace(candidate, candidate.plain())
             if exchange.is_begun:
-                report.output_error = error_between(output, _run(PAST_MODULES, run))
+                after_output = _run(PAST_MODULES, run)
+                report.output_error, report.not_compared = compared(output, after_output, run)
                 after = _run(NOT_AGAIN, lambda: times([exchange.now(c) for c in candidates]))
                 # What one gains depends on the others: layers that are slow push out of the cache.
                 while slow := too_slow(candidates, calls, layers, after.layers_s):
@@ -168,7 +169,8 @@ def _stay_dense(report: Report) -> None:
 
 
 def _nothing_gained(report: Report) -> None:
-    report.after_s, report.rest_gained_s, report.output_error = report.before_s, 0.0, None
+    report.after_s, report.rest_gained_s = report.before_s, 0.0
+    report.output_error, report.not_compared = None, ""
 
 
 def _check_model(model: object) -> None:

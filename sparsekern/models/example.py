@@ -15,6 +15,8 @@ from torch.utils import _pytree as pytree
 from .candidates import Candidate
 from .state import State
 
+ROUNDING = 1e-2  # relative change of an output, beyond which it has another reason, but in bfloat16
+
 
 @dataclass
 class Call:
@@ -195,6 +197,18 @@ def error_between(before: Any, after: Any) -> float | None:
         wrong += float((b - a).masked_fill(is_same, 0.0).square().sum())
         size += float(a.masked_fill(is_same & ~a.isfinite(), 0.0).square().sum())
     return math.sqrt(wrong / size) if size else math.sqrt(wrong)
+
+
+def compared(before: Any, after: Any, run: Callable[[], Any]) -> tuple[float | None, str]:
+    """How far an output is from what it was, or why that cannot be said. `run` gives one more."""
+    if not any(True for _ in _floats(before)):
+        return None, "it has no floating-point tensors"
+    error = error_between(before, after)
+    if error is None or error > ROUNDING:
+        again = error_between(after, run())
+        if again is None or again > ROUNDING:
+            return None, "the model gives another one in each call with the same inputs"
+    return error, "" if error is not None else "its tensors have other shapes than before"
 
 
 def _floats(things: Any) -> Iterable[Tensor]:

@@ -50,7 +50,7 @@ class Exchange:
 
     def take_back(self, candidate: Candidate) -> None:
         """The dense module again in the candidate's place."""
-        new, gone = self._done.pop(candidate)
+        new, gone = self._done[candidate]
         dense = None
         for path, ref in gone.items():
             parameter = ref()
@@ -60,6 +60,7 @@ class Exchange:
             owner, leaf = _owner(candidate.module, path)
             owner._parameters[leaf] = parameter
         self._put(candidate, candidate.module)
+        del self._done[candidate]  # last: what is interrupted can be done again
 
     def _put(self, candidate: Candidate, module: nn.Module) -> None:
         for parent, name in self._places[candidate.module]:

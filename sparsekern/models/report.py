@@ -76,7 +76,7 @@ class Report:
     before and after the conversion; `expected_after_s` is what the parts add up to: before_s less
     what the layers and the rest of the model gained, timed with clocks between them. The rest gains
     where fewer weights pass through the cache. `output_error` is |after - before| / |before| of the
-    output, or None where it has no floating-point tensors.
+    output, or None where nothing is sparse or `not_compared` says why there is none.
     """
 
     layers: list[Layer]
@@ -89,6 +89,7 @@ class Report:
     rest_gained_s: float = 0.0
     seconds: float = 0.0  # that accelerate_ itself took
     output_error: float | None = None
+    not_compared: str = ""
 
     @property
     def sparse(self) -> list[Layer]:
@@ -128,6 +129,8 @@ class Report:
         )
         if self.output_error is not None:
             parts.append(f"Relative change of the output: {self.output_error:.1e}.")
+        if self.not_compared:
+            parts.append(f"The output was not compared: {self.not_compared}.")
         where = f"{self.device}, {self.threads} thread{'s' * (self.threads > 1)}"
         new = f" and {self.new_tokens} new tokens, one at a time" * bool(self.new_tokens)
         parts.append(

@@ -2,7 +2,7 @@
 into a model."""
 
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -21,6 +21,14 @@ from .linear import SparseLinear
 from .shared import SharedInput, shared_inputs
 
 __all__ = ["PackedLinear", "pack_"]
+
+
+class PackedWeight(NamedTuple):
+    """What models ask of a weight before they call its layer; its numbers are nowhere."""
+
+    shape: torch.Size
+    dtype: torch.dtype  # that x must have
+    device: torch.device
 
 
 class PackedLinear(nn.Module):
@@ -101,6 +109,12 @@ class PackedLinear(nn.Module):
     @property
     def device(self) -> torch.device:
         return getattr(self, self._names[0]).device
+
+    @property
+    def weight(self) -> PackedWeight:
+        """Its shape [out_features, in_features], dtype and device."""
+        shape = torch.Size([self.out_features, self.in_features])
+        return PackedWeight(shape, self.dtype, self.device)
 
     def explain(self, x: Tensor | int) -> str:
         """What a call with x [..., in_features], or with so many tokens, runs: layout and kernel,

@@ -21,6 +21,7 @@ from .linear import SparseLinear
 from .origin import Origin
 
 COLUMNS_BYTES = 2**24  # more is new memory in each call, which takes longer than to gather
+CHANNELS_LAST = {2: torch.channels_last, 3: torch.channels_last_3d}  # by dimensions of the kernel
 
 
 class SparseConv1D(SparseLinear):
@@ -64,6 +65,17 @@ class StandIn(nn.Module):
         """The dense module in whose place it stands."""
         raise NotImplementedError
 
+    def __getattr__(self, name: str):
+        """Sizes and settings of the module that was there, which others may read: an experts' gate,
+        or who pads before a convolution."""
+        try:
+            return super().__getattr__(name)
+        except AttributeError:
+            origin = self.__dict__.get("origin")
+            if origin is None or name.startswith("_") or name not in origin.attributes:
+                raise
+            return origin.attributes[name]
+
 
 class SparseConv(StandIn):
     """A convolution without groups: x [B, C, ...] -> y [B, N, ...].
@@ -72,27 +84,38 @@ class SparseConv(StandIn):
     times x as the kernel has places; on a CPU some MB at a time.
     """
 
-    def __init__(self, linear: SparseLinear, origin: Origin):
+    def __init__(self, linear: SparseLinear, conv: Any):
         super().__init__()
-        self.linear, self.origin = linear, origin
-        conv = origin.attributes
-        self.dims = len(conv["kernel_size"])
-        self.windows = list(zip(conv["kernel_size"], conv["stride"], conv["dilation"], strict=True))
-        self.padding: tuple[int, ...] = tuple(conv["_reversed_padding_repeated_twice"])
-        mode = conv["padding_mode"]
-        self.padding_mode: str = "constant" if mode == "zeros" else mode
+        self.linear, self.origin = linear, Origin(conv)
+        self.dims = len(conv.kernel_size)
+        self.windows = list(zip(conv.kernel_size, conv.stride, conv.dilation, strict=True))
+        self.pads: tuple[int, ...] = tuple(conv._reversed_padding_repeated_twice)
+        self.pad_mode = "constant" if conv.padding_mode == "zeros" else conv.padding_mode
+        last = CHANNELS_LAST.get(self.dims)
+        is_last = last is not None and conv.weight.is_contiguous(memory_format=last)
+        self.is_channels_last = is_last and not conv.weight.is_contiguous()
 
     @classmethod
     def from_dense(cls, conv: Any, mask: Tensor | None = None) -> "SparseConv":
         mask = None if mask is None else _as_matrix(mask)
         weight = _as_matrix(conv.weight.detach())
         linear = SparseLinear.from_weight(conv.weight, conv.bias, mask, weight)
-        return cls(linear, Origin(conv)).train(conv.training)
+        return cls(linear, conv).train(conv.training)
+
+    @property
+    def weight(self) -> SparseTensor:
+        """W [N, places of the kernel * C]: others ask for its dtype and device."""
+        return self.linear.weight
+
+    @property
+    def bias(self) -> nn.Parameter | None:
+        return self.linear.bias
 
     def to_dense(self) -> nn.Module:
         kernel, trained = self.origin.attributes["kernel_size"], self.linear.values.requires_grad
         weight = self.linear.weight.detach().to_dense().unflatten(1, (*kernel, -1))
-        weight = weight.movedim(-1, 1).contiguous()  # [N, C, ...]
+        weight = weight.movedim(-1, 1)  # [N, C, ...]
+        weight = weight.contiguous(memory_format=self._format(weight, self.is_channels_last))
         parameters = {"weight": nn.Parameter(weight, trained), "bias": self.linear.bias}
         return self.origin.with_(parameters).train(self.training)
 
@@ -103,16 +126,24 @@ class SparseConv(StandIn):
                 f"conv{self.dims}d, but got input of size: {list(input.shape)}"
             )
         columns = self._columns(input)
-        parts = [self.linear(part.flatten(-1 - self.dims)) for part in _parts(columns)]
-        y = parts[0] if len(parts) == 1 else torch.cat(parts)
+        places = columns.shape[: -1 - self.dims]
+        parts = _parts(columns, len(places))
+        ys = [self.linear(part.flatten(-1 - self.dims)) for part in parts]
+        y = ys[0] if len(ys) == 1 else torch.cat([y.flatten(0, -2) for y in ys]).view(*places, -1)
         y = y.movedim(-1, -1 - self.dims)
-        is_last = y.ndim == 4 and input.is_contiguous(memory_format=torch.channels_last)
-        return y.contiguous(memory_format=torch.channels_last) if is_last else y.contiguous()
+        last = CHANNELS_LAST.get(input.ndim - 2)
+        is_last = last is not None and input.is_contiguous(memory_format=last)
+        return y.contiguous(memory_format=self._format(y, is_last or self.is_channels_last))
+
+    def _format(self, t: Tensor, is_last: bool) -> torch.memory_format:
+        """That of a batch or a weight, which are contiguous or have the channels last."""
+        is_whole = t.ndim == self.dims + 2
+        return CHANNELS_LAST[self.dims] if is_last and is_whole else torch.contiguous_format
 
     def _columns(self, x: Tensor) -> Tensor:
         """[B, places of y, places of the kernel, C], a view of x with its padding."""
-        if any(self.padding):
-            x = F.pad(x, self.padding, self.padding_mode)
+        if any(self.pads):
+            x = F.pad(x, self.pads, self.pad_mode)
         x = x.movedim(-1 - self.dims, -1)  # [B, ..., C]
         if any(size > 1 for size, _, _ in self.windows):
             x = x.contiguous()
@@ -127,12 +158,18 @@ def _as_matrix(weight: Tensor) -> Tensor:
     return weight.movedim(1, -1).flatten(1)
 
 
-def _parts(columns: Tensor) -> tuple[Tensor, ...]:
-    """The columns, of which no more than COLUMNS_BYTES are to be written out at once."""
+def _parts(columns: Tensor, places: int) -> list[Tensor]:
+    """The columns, of which no more than COLUMNS_BYTES are to be written out at once: some images,
+    or some rows of one. In so many first dimensions are the places of y."""
     size = columns.numel() * columns.itemsize
     if columns.device.type != "cpu" or size <= COLUMNS_BYTES:
-        return (columns,)
-    return columns.split(max(1, len(columns) * COLUMNS_BYTES // size))
+        return [columns]
+    each = size // len(columns)
+    parts = columns.split(max(1, COLUMNS_BYTES // each))
+    if each <= COLUMNS_BYTES or places == 1:
+        return list(parts)
+    rows = max(1, columns.shape[1] * COLUMNS_BYTES // each)
+    return [some for image in parts for some in image.split(rows, 1)]
 
 
 class SparseMultiheadAttention(StandIn):
@@ -308,16 +345,6 @@ class SparseExperts(StandIn):
         own = ("sparse_gate_up_proj", "sparse_down_proj")
         others = {name: child for name, child in self._modules.items() if name not in own}
         return self.origin.with_(parameters, others).train(self.training)
-
-    def __getattr__(self, name: str):
-        """Sizes and settings of the module that was there, which its gate may read."""
-        try:
-            return super().__getattr__(name)
-        except AttributeError:
-            origin = self.__dict__.get("origin")
-            if origin is None or name.startswith("_") or name not in origin.attributes:
-                raise
-            return origin.attributes[name]
 
     def forward(self, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
         """hidden_states [T, H], the experts [T, k] of each token and their weights [T, k]."""

@@ -44,7 +44,7 @@ def substitute(module: Any, make: Make) -> nn.Module:
     if type(module) in CONVOLUTIONS:
         shape = module.weight.shape[0], math.prod(module.weight.shape[1:])
         layer = make(SparseLinear, "linear", shape, module.bias, module.weight)
-        new = SparseConv(layer, Origin(module))
+        new = SparseConv(layer, module)
     elif isinstance(module, nn.MultiheadAttention):
         new = _attention(module, make)
     elif is_experts(module):

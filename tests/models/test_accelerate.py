@@ -160,7 +160,7 @@ def test_a_failure_leaves_the_model_as_it_was(kind, at, monkeypatch):
     if at == "make":
         monkeypatch.setattr(accelerate.Exchange, "_put", _then(accelerate.Exchange._put, fail))
     else:
-        monkeypatch.setattr(accelerate, "error_between", fail)
+        monkeypatch.setattr(accelerate, "compared", fail)
     with pytest.raises(MemoryError):
         accelerate_(model, x)
     assert [id(m) for m in model.modules()] == [id(m) for m in modules]

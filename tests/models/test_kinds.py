@@ -65,12 +65,21 @@ def test_other_dtypes(dtype):
     torch.testing.assert_close(model(x), want)
 
 
-def test_channels_last_stays_channels_last():
-    model = pruned(nn.Sequential(nn.Conv2d(H, 96, 1)))
-    x = torch.randn(2, H, 5, 6).to(memory_format=torch.channels_last)
+@pytest.mark.parametrize("dims", [2, 3])
+@pytest.mark.parametrize("of", ["weight", "x"])
+def test_channels_last_stays_channels_last(of, dims):
+    last = stand_ins.CHANNELS_LAST[dims]
+    model = pruned(nn.Sequential([nn.Conv2d, nn.Conv3d][dims - 2](16, 48, 3)))
+    x = torch.randn(2, 16, *(4, 5, 6)[:dims])
+    if of == "weight":
+        model.to(memory_format=last)
+    else:
+        x = x.to(memory_format=last)
     accelerate_(model, x)
-    assert model(x).is_contiguous(memory_format=torch.channels_last)
-    assert model(x[0]).shape == (96, 5, 6)
+    assert model(x).is_contiguous(memory_format=last)
+    assert model(x[0]).shape == (48, *(size - 2 for size in x.shape[2:]))
+    densify_(model)
+    assert model[0].weight.is_contiguous(memory_format=last) == (of == "weight")
 
 
 @pytest.mark.parametrize("batch_first", [True, False])
@@ -279,13 +288,14 @@ def test_columns_of_a_convolution_are_gathered_in_parts(monkeypatch):
     want = model(x)
     report = accelerate_(model, x)
     assert report.layers[0].tokens == {5 * 6 * 7: 1} and report.layers[0].shapes == ((48, 144),)
-    for most, parts in ((2**20, 1), (2 * 42 * 144 * 4, 3), (1, 5)):
+    for most, parts, lengths in ((2**20, 1, 5), (2 * 42 * 144 * 4, 3, 5), (1, 30, 30)):
         monkeypatch.setattr(stand_ins, "COLUMNS_BYTES", most)
         sizes: list[int] = []
         handle = model[0].linear.register_forward_hook(partial(_note_length, sizes))
         torch.testing.assert_close(model(x), want)
         handle.remove()
-        assert len(sizes) == parts and sum(sizes) == 5
+        assert len(sizes) == parts and sum(sizes) == lengths
+        torch.testing.assert_close(model(x[0]), want[0])
     assert model(x[:0]).shape == (0, 48, 6, 7)
     for wrong in (x[0, 0], x[None]):
         with pytest.raises(RuntimeError) as expected:
@@ -333,3 +343,41 @@ def test_an_optimizer_that_holds_parts_of_a_stand_in_is_refused():
     with pytest.raises(ValueError, match="make a new optimizer"):
         densify_(model, optimizer)
     assert type(model.inner) is SparseMultiheadAttention
+
+
+class Rounded(nn.Linear):
+    """What torch may do for float32 where a setting allows it."""
+
+    def __call__(self, x):
+        return super().__call__(x).bfloat16().float()
+
+
+def test_float32_that_torch_multiplies_in_bfloat16_is_no_other_function():
+    report = accelerate_(pruned(nn.Sequential(Rounded(H, 96))), torch.randn(5, H))
+    assert len(report.sparse) == 1 and 1e-4 < report.output_error < 1e-2
+
+
+class Patches(nn.Module):
+    """As models of images ask their convolutions."""
+
+    def __init__(self):
+        super().__init__()
+        self.conv = nn.Conv2d(16, 48, 3, stride=2, padding=1, padding_mode="reflect")
+
+    def forward(self, x):
+        conv = self.conv
+        assert (conv.stride, conv.padding, conv.out_channels) == ((2, 2), (1, 1), 48)
+        assert conv.padding_mode == "reflect" and conv.bias.shape == (48,)
+        return conv(x.to(conv.weight.device, conv.weight.dtype))
+
+
+def test_a_convolution_that_is_asked_for_its_settings():
+    model, x = pruned(Patches()), torch.randn(2, 16, 9, 7, dtype=torch.double)
+    want = model(x)
+    assert accelerate_(model, x).sparse
+    torch.testing.assert_close(model(x), want)
+    torch.testing.assert_close(pickle.loads(pickle.dumps(model))(x), want)
+    pack_(model.bfloat16())
+    weight = model.conv.weight
+    assert weight.dtype == torch.bfloat16 and weight.device == torch.device("cpu")
+    assert weight.shape == (48, 9 * 16)

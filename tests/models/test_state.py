@@ -1,7 +1,9 @@
 """What accelerate_ leaves of its calls: nothing. Each call finds what the first one found."""
 
 import copy
+import random
 
+import numpy
 import pytest
 import torch
 from pruned_models import H, pruned, same_state, sparse_is_faster
@@ -27,7 +29,8 @@ def timed(monkeypatch):
 
 
 class Changing(nn.Module):
-    """Counts its calls, keeps a cache for 12 tokens, writes to its input and throws dice."""
+    """Counts its calls, keeps a cache for 12 tokens, makes a buffer, writes to its input and throws
+    dice."""
 
     def __init__(self):
         super().__init__()
@@ -45,7 +48,11 @@ class Changing(nn.Module):
         self.count = self.count + len(x)
         self.last = x
         self.graph.mul_(2)
-        y = self.layer(self.cache[:last]) + torch.rand(1)
+        if not hasattr(self, "made"):
+            self.register_buffer("made", torch.zeros(()))
+        self.made += 1
+        dice = torch.rand(1) + random.random() + numpy.random.random() + self.made
+        y = self.layer(self.cache[:last]) * dice
         return self.norm.train()(y)
 
 
@@ -53,11 +60,12 @@ def test_buffers_inputs_and_random_numbers_are_as_they_were():
     model, x = pruned(Changing()), torch.zeros(5, H)
     model.count += 2
     buffers, before = dict(model.named_buffers()), copy.deepcopy(model.state_dict())
-    random = torch.get_rng_state()
+    threw = torch.get_rng_state(), random.getstate(), numpy.random.get_state()[2]
     report = accelerate_(model, x)
     assert report.output_error < 1e-6 and report.layers[0].tokens == {7: 1}
-    assert torch.equal(torch.get_rng_state(), random) and not x.any()
-    assert model.last is None
+    assert torch.equal(torch.get_rng_state(), threw[0]) and not x.any()
+    assert (random.getstate(), numpy.random.get_state()[2]) == threw[1:]
+    assert model.last is None and not hasattr(model, "made")
     for name, t in buffers.items():
         assert model.get_buffer(name) is t and torch.equal(t.to_dense(), before[name].to_dense())
 
@@ -160,3 +168,30 @@ def test_outputs_that_have_no_numbers_to_compare():
         return y.to_sparse(), y.long()
 
     assert accelerate_(pruned(nn.Sequential(nn.Linear(H, H))), example).output_error is None
+
+
+class Own(nn.Module):
+    """Keeps what it saw where nobody else looks."""
+
+    def __init__(self, keep):
+        super().__init__()
+        self.layer, self.seen, self.keep = nn.Linear(H, H), [], keep
+
+    def forward(self, x):
+        self.seen.append(self.layer(x))
+        return self.keep(self.seen)
+
+
+@pytest.mark.parametrize(
+    ("keep", "why"),
+    [
+        (torch.cat, "another one in each call"),
+        (sum, "another one in each call"),
+        (lambda seen: seen[-1].argmax(-1), "no floating-point tensors"),
+        (lambda seen: torch.cat(seen)[: 4 if len(seen) > 1 else 3], "other shapes"),
+    ],
+)
+def test_outputs_that_cannot_be_compared(keep, why):
+    report = accelerate_(pruned(Own(keep)), torch.randn(3, H))
+    assert report.output_error is None and report.sparse
+    assert why in report.not_compared and report.not_compared in report.summary()
