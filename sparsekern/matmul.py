@@ -8,7 +8,7 @@ through SparseTensor.__torch_function__. Two SparseTensors make a third one.
 
 import operator
 from collections.abc import Callable
-from typing import NoReturn
+from typing import Any, NoReturn
 
 import torch
 import torch.nn.functional as F
@@ -138,14 +138,19 @@ def explain(x: Tensor | int, W: SparseTensor | torch.nn.Module) -> str:
 
 
 def _explain_packed(x: Tensor | int, model: torch.nn.Module) -> str:
-    packed = {name: m for name, m in model.named_modules() if hasattr(m, "packed_bytes")}
+    packed: dict[Any, list[str]] = {}
+    for name, m in model.named_modules(remove_duplicate=False):
+        if hasattr(m, "packed_bytes"):  # of a group: in the places of all that share it
+            packed.setdefault(m, []).append(name.removesuffix("shared.whole").removesuffix("."))
     if not packed:
         raise ValueError(f"W: expected layers that pack_ has made, {type(model).__name__} has none")
-    lines = [f"{name}: {m.explain(x)}".removeprefix(": ") for name, m in packed.items()]
+    lines = [
+        f"{', '.join(names)}: {m.explain(x)}".removeprefix(": ") for m, names in packed.items()
+    ]
     if len(packed) > 1:
-        held = sum(m.packed_bytes for m in packed.values())
+        held = sum(m.packed_bytes for m in packed)
         dense = sum(  # which has at least 16 bits
-            max(2, m.dtype.itemsize) * m.in_features * m.out_features for m in packed.values()
+            max(2, m.dtype.itemsize) * m.in_features * m.out_features for m in packed
         )
         lines.append(
             f"all {len(packed)}: {held / 1e6:.3g} MB ({held / max(1, dense):.2f} of dense)"

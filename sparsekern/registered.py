@@ -4,6 +4,8 @@ Each op is one opaque node for torch.compile and picks its kernel when it runs, 
 Python owns the schemas, so the package imports and traces without its libraries.
 """
 
+import itertools
+import weakref
 from types import NoneType
 
 import torch
@@ -177,6 +179,8 @@ def run_spmm_packed(x, layout, n, k, nnz, numbers, tensors, bias=None):
         layout, numbers, tensors = form_for(len(x), layout, n, k, nnz, numbers, tensors)
     packed = assemble(layout, n, k, nnz, numbers, tensors)
     check_operands(packed, x, bias)
+    if forward_ad._current_level >= 0:
+        _refuse_tangents("spmm_packed", x, bias)
     return multiply_packed(x, packed, bias)
 
 
@@ -194,10 +198,32 @@ _library.impl("spmm_packed", run_spmm_packed, "CUDA")
 torch.library.register_fake("sparsekern::spmm_packed", _fake_spmm_packed, lib=_library)
 
 
+# Groups of packed layers (nn/shared.py) ask while torch.compile traces whether x was written to.
+# The shape of the result, (number of the trace, version of x), is known there; nobody reads more.
+
+_traces: weakref.WeakKeyDictionary = weakref.WeakKeyDictionary()  # numbers by FakeTensorMode
+_numbers = itertools.count()
+
+
+def _fake_written(x):
+    trace = _traces.get(x.fake_mode)
+    if trace is None:
+        trace = _traces[x.fake_mode] = next(_numbers)
+    version = next(_numbers) if x.is_inference() else x._version  # another each time: none is known
+    return x.new_empty(trace, version)
+
+
+_library.define("written(Tensor x) -> Tensor", tags=(torch.Tag.pt2_compliant_tag,))
+_library.impl("written", lambda x: x.new_empty(0, 0), "CompositeExplicitAutograd")
+torch.library.register_fake("sparsekern::written", _fake_written, lib=_library)
+
+
 def run_spmm_e4m3(x8, operand, n, alpha, bias=None):
     TwoOfFourE4m3(n, x8.shape[1], 0, 0, 0, operand).check()
     if x8.dtype is not torch.float8_e4m3fn or x8.device != operand.device:
         raise TypeError(f"x8: expected E4M3 on {operand.device}, got {x8.dtype} on {x8.device}")
+    if forward_ad._current_level >= 0:
+        _refuse_tangents("spmm_e4m3", x8, bias)
     return multiply_compressed(operand, x8, n, bias, alpha)
 
 
@@ -230,6 +256,8 @@ def multiply_lanes(x: Tensor, packed: lanes.Lanes, bias: Tensor | None) -> Tenso
 
 
 def run_spmm_lanes(x, n, k, part_steps, heads, cols, values, bias=None):
+    if forward_ad._current_level >= 0:
+        _refuse_tangents("spmm_lanes", x, bias)
     return multiply_lanes(x, lanes.Lanes(n, k, part_steps, heads, cols, values), bias)
 
 
@@ -250,6 +278,7 @@ register_when_imported()
 
 spmm_lanes_op = torch.ops.sparsekern.spmm_lanes.default
 spmm_e4m3 = torch.ops.sparsekern.spmm_e4m3.default
+written = torch.ops.sparsekern.written.default
 spmm_packed = torch.ops.sparsekern.spmm_packed.default
 spmm_op = torch.ops.sparsekern.spmm.default
 spmm_t_op = torch.ops.sparsekern.spmm_t.default

@@ -1,6 +1,7 @@
 """The layers of a model that a sparse one might serve, and the matrices that none will."""
 
 import math
+from collections.abc import Collection
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
@@ -89,6 +90,8 @@ class Candidate:
 def scan(model: nn.Module) -> tuple[list[Candidate], list[Skipped]]:
     """ValueError for weights that are NaN: some mark by it what is pruned."""
     uses = uses_of_parameters(model)
+    # peft takes it out of a dense weight again.
+    merged = [m.base_layer for m in model.modules() if getattr(m, "merged_adapters", None)]
     found: list[Candidate] = []
     skipped: list[Skipped] = []
     inside: tuple[str, ...] = ()  # how names begin in a module taken or skipped as a whole
@@ -114,8 +117,11 @@ def scan(model: nn.Module) -> tuple[list[Candidate], list[Skipped]]:
         stacks = STACKS if is_experts(module) else held  # biases of experts are stacked, too
         weights = {n: p for n, p in held.items() if p.ndim > 1 and n in stacks}
         if not weights:
+            skipped += _buffered(name, module)
             continue
         reason = why_not(module)
+        if any(module is base for base in merged):
+            reason = "an adapter is merged into it: unmerge it, or merge_and_unload, first"
         if reason is None and isinstance(module, nn.MultiheadAttention):
             weights |= {"out_proj.weight": module.out_proj.weight}
             inside = (prefix,)
@@ -157,6 +163,11 @@ def _count(weight: Tensor) -> int:
         return weight.numel()
 
 
+def _zeros(weights: Collection[Tensor]) -> float:
+    """The share of weights that are zero."""
+    return 1 - sum(map(_count, weights)) / max(1, sum(map(Tensor.numel, weights)))
+
+
 def _refuse_nan(name: str, weight: Tensor) -> None:
     if _may_be_nan(weight) and has_nan(weight):
         raise ValueError(
@@ -193,7 +204,7 @@ def _sparse(name: str, module: nn.Module) -> Skipped:
 
 def _scripted(name: str, module: nn.Module) -> Skipped:
     weights = [p for p in module.parameters() if p.ndim > 1]
-    zeros = 1 - sum(map(_count, weights)) / max(1, sum(p.numel() for p in weights))
+    zeros = _zeros(weights)
     reason = "a module of torch.jit, in which nothing can be replaced"
     shapes = tuple(tuple(p.shape) for p in weights)
     return Skipped(name, type(module).__name__, shapes, zeros, reason)
@@ -205,9 +216,21 @@ def _quantized(name: str, module: nn.Module) -> Skipped | None:
     if not callable(weight) or "quantized" not in type(module).__module__:
         return None
     dense = weight().dequantize()
-    zeros = 1 - _count(dense) / max(1, dense.numel())
+    zeros = _zeros([dense])
     kind = type(module).__name__
     return Skipped(name, kind, (tuple(dense.shape),), zeros, "its weights are quantized")
+
+
+def _buffered(name: str, module: nn.Module) -> list[Skipped]:
+    """Of a module whose weights are buffers, as those of some quantizers."""
+    buffers = {n: t for n, t in module._buffers.items() if t is not None and t.ndim > 1}
+    weights = {n: t for n, t in buffers.items() if "weight" in n}
+    if not weights:
+        return []
+    zeros = _zeros(weights.values())
+    shapes = tuple(tuple(t.shape) for t in weights.values())
+    reason = f"its {', '.join(weights)} is a buffer, no Parameter"
+    return [Skipped(name, type(module).__name__, shapes, zeros, reason)]
 
 
 def to_sparse(module: nn.Module) -> nn.Module:

@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
 from torch.utils import _pytree as pytree
 
 from .candidates import Candidate
@@ -82,12 +83,15 @@ class Runs:
 
 def one_token(example: Any) -> Any:
     """The example cut to the first token of each sequence: [B, T, ...] to [B, 1, ...], and a matrix
-    of activations [M, K] to [1, K]."""
+    of activations [M, K] to [1, K]; one beside ids or embeddings of its B and T is a mask."""
+    found = list(tensors(example))
+    sequences = {t.shape[:2] for t in found if t.ndim > 2 or not t.is_floating_point()}
 
     def cut(t: Any) -> Any:
         if not isinstance(t, Tensor) or t.ndim < 2:
             return t
-        return t[:1] if t.ndim == 2 and t.is_floating_point() else t[:, :1]
+        is_activations = t.ndim == 2 and t.is_floating_point() and t.shape not in sequences
+        return t[:1] if is_activations else t[:, :1]
 
     if isinstance(example, Mapping):
         return {key: cut(t) for key, t in example.items()}
@@ -181,7 +185,21 @@ def copied(things: Any) -> Any:
             return copies[id(thing)]
         return copy.deepcopy(thing, copies)
 
-    return pytree.tree_map(copied_leaf, things)
+    with _Detaching():
+        return pytree.tree_map(copied_leaf, things)
+
+
+class _Detaching(TorchFunctionMode):
+    """Inside, deepcopy takes tensors that have a gradient function, too, as those of a cache that
+    was filled outside of torch.no_grad()."""
+
+    def __torch_function__(
+        self, func: Callable, types: Any, args: tuple = (), kwargs: dict | None = None
+    ) -> Any:
+        if func is Tensor.__deepcopy__ and not args[0].is_leaf:
+            tensor, memo = args
+            return memo.setdefault(id(tensor), tensor.detach().clone())
+        return func(*args, **kwargs or {})
 
 
 def error_between(before: Any, after: Any) -> float | None:

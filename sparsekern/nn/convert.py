@@ -2,7 +2,7 @@
 
 import warnings
 from collections import Counter
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 
 from torch import Tensor, nn
 from torch.optim import Optimizer
@@ -51,12 +51,7 @@ def sparsify_(
     for name, module in chosen.items():
         refuse_meta(f"{name}.weight" if name else "weight", module)
     dense = {n: _matrix(m) for n, m in chosen.items() if not isinstance(m, SparseLinear)}
-    if hooked := [name for name in dense if has_hooks(chosen[name])]:
-        warnings.warn(
-            f"sparsify_: {', '.join(hooked[:3])}{', ...' * (len(hooked) > 3)} had hooks, which the "
-            "sparse layers do not have: register them again",
-            stacklevel=2,
-        )
+    warn_of_hooks("sparsify_", {name: chosen[name] for name in dense})
     if filter_fn is None:
         warn_of_others("sparsify_", model, is_experts)
     has_asked = prune_again or getattr(algorithm, "has_asked", False)
@@ -72,6 +67,16 @@ def sparsify_(
         return replaced.note(module.weight, new)
 
     return replace_modules(model, replace)
+
+
+def warn_of_hooks(caller: str, layers: Mapping[str, nn.Module]) -> None:
+    """A warning where layers that are about to be replaced have hooks."""
+    if hooked := [name or "the model" for name, layer in layers.items() if has_hooks(layer)]:
+        warnings.warn(
+            f"{caller}: {', '.join(hooked[:3])}{', ...' * (len(hooked) > 3)} had hooks, which the "
+            "new layers do not have: register them again",
+            stacklevel=3,
+        )
 
 
 def warn_of_others(caller: str, model: nn.Module, *kinds: Callable[[nn.Module], bool]) -> None:

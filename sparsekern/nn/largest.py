@@ -15,11 +15,14 @@ def largest_inputs(model: nn.Module, example: Any) -> dict[nn.Module, float]:
     layers = {m: name for name, m in model.named_modules() if isinstance(m, SparseLinear)}
     found: dict[nn.Module, Tensor] = {}
 
-    def note(module: nn.Module, arguments: tuple) -> None:
-        largest = arguments[0].detach().abs().amax()
+    def note(module: nn.Module, arguments: tuple, named: dict) -> None:
+        x = (arguments[0] if arguments else named["input"]).detach()
+        if not x.numel():  # of an expert without tokens
+            return
+        largest = x.abs().amax()
         found[module] = torch.maximum(largest, found.get(module, largest))
 
-    hooks = [layer.register_forward_pre_hook(note) for layer in layers]
+    hooks = [layer.register_forward_pre_hook(note, with_kwargs=True) for layer in layers]
     try:
         with torch.no_grad():
             _call(model, example)

@@ -58,13 +58,13 @@ def load(
         except _Refused as error:
             error_msgs.append(str(error))
             return
-        if strict:  # nn.Module says so of the others
-            missing_keys += [prefix + n for n in INDICES if prefix + n not in state_dict]
         try:
             pattern = _checked(layer, state_dict, prefix)
         except _Refused as error:
             error_msgs.append(str(error))
             return
+        if strict:  # nn.Module says so of the others
+            missing_keys += [prefix + n for n in INDICES if prefix + n not in state_dict]
         _apply(layer, load_others, pattern, state_dict, prefix, metadata, strict, lists)
     finally:
         layer._load_state_dict_pre_hooks = hooks

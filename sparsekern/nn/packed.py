@@ -6,6 +6,7 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
+from torch.autograd import forward_ad
 
 from ..kernels.cpu.lanes import pack as pack_for_cpu
 from ..kernels.cuda import e4m3
@@ -15,10 +16,10 @@ from ..kernels.cuda.explained import explain_packed
 from ..kernels.cuda.layout import Packed
 from ..registered import spmm_e4m3, spmm_packed
 from ..tensor import SparseTensor
-from .convert import replace_modules
+from .convert import replace_modules, warn_of_hooks
 from .largest import largest_inputs
 from .linear import SparseLinear
-from .shared import SharedInput, shared_inputs
+from .shared import SharedInput, refuse_weights, shared_inputs
 
 __all__ = ["PackedLinear", "pack_"]
 
@@ -87,7 +88,9 @@ class PackedLinear(nn.Module):
         pack_. TypeError unless they are bfloat16 or float16, on a CPU float32 or bfloat16. largest:
         of what x holds, where that is known, for dtype torch.float8_e4m3fn."""
         weight = linear.weight.detach()
-        bias = None if linear.bias is None else linear.bias.detach().to(linear.values.dtype)
+        bias: Tensor | None = linear.bias
+        if bias is not None:
+            bias = bias.detach().to(linear.values.dtype, copy=True)
         layer = packed_layer(weight, bias, tokens, dense, dtype, largest)
         return layer.train(linear.training)
 
@@ -97,6 +100,8 @@ class PackedLinear(nn.Module):
 
         def move(tensor: Tensor) -> Tensor:
             result = fn(tensor)
+            if tensor.is_meta and not result.is_meta:  # to_empty: kernels would read anything
+                raise NotImplementedError("PackedLinear: it has no way back from meta")
             return result if result.dtype == tensor.dtype else tensor.to(result.device)
 
         return super()._apply(move, recurse)
@@ -125,21 +130,23 @@ class PackedLinear(nn.Module):
             raise ValueError(f"x: expected [..., {self.in_features}], got {tuple(x.shape)}")
         return explain_packed(m, self._parts())
 
-    def forward(self, x: Tensor) -> Tensor:
-        if x.device.type != "cuda" or x.device != self.device:
+    def _load_from_state_dict(self, state_dict, prefix, *others):
+        refuse_weights(state_dict, prefix, others[-1])
+
+    def forward(self, input: Tensor) -> Tensor:  # the name that nn.Linear gives x
+        if input.device.type != "cuda" or input.device != self.device:
             raise NotImplementedError(
-                f"PackedLinear: expected x on the weight's GPU, got x on {x.device} and the weight "
-                f"on {self.device}"
+                f"PackedLinear: expected x on the weight's GPU, got x on {input.device} and the "
+                f"weight on {self.device}"
             )
-        if torch.is_grad_enabled() and x.requires_grad:
-            raise RuntimeError("PackedLinear: it has no gradient; use SparseLinear to train")
-        if x.dtype != self.dtype:
-            raise RuntimeError(f"PackedLinear: expected x of dtype {self.dtype}, got {x.dtype}")
-        if x.ndim == 0 or x.shape[-1] != self.in_features:
+        refuse_derivatives(input)
+        if input.dtype != self.dtype:
+            raise RuntimeError(f"PackedLinear: expected x of dtype {self.dtype}, got {input.dtype}")
+        if input.ndim == 0 or input.shape[-1] != self.in_features:
             raise RuntimeError(
-                f"PackedLinear: expected x [..., {self.in_features}], got {tuple(x.shape)}"
+                f"PackedLinear: expected x [..., {self.in_features}], got {tuple(input.shape)}"
             )
-        shape, x = x.shape[:-1], x.reshape(-1, self.in_features)
+        shape, x = input.shape[:-1], input.reshape(-1, self.in_features)
         if self.layout == TwoOfFourE4m3.name and torch.compiler.is_compiling() and x.numel():
             y = self._traced(x)
         else:
@@ -168,6 +175,15 @@ class PackedLinear(nn.Module):
             f"in_features={self.in_features}, out_features={self.out_features}, "
             f"bias={self.bias is not None}, nnz={self.nnz}, layout={self.layout}"
         )
+
+
+def refuse_derivatives(x: Tensor) -> None:
+    """RuntimeError if one of the product with respect to x is wanted."""
+    is_wanted = torch.is_grad_enabled() and x.requires_grad
+    if forward_ad._current_level >= 0 and not is_wanted:
+        is_wanted = forward_ad.unpack_dual(x).tangent is not None
+    if is_wanted:
+        raise RuntimeError("PackedLinear: it has no gradient; use SparseLinear to train")
 
 
 def is_for_cpu(weight: SparseTensor) -> bool:
@@ -229,7 +245,8 @@ def pack_(
 
     For inference where the model is: CSR and values are dropped. TypeError, and an unchanged model,
     unless all their values are bfloat16 or float16, on a CPU float32 or bfloat16; the message names
-    the layer. Two-way patterns run on sparse tensor cores where that was the fastest for so many
+    the layer. ValueError where there is no SparseLinear. Hooks of layers are not taken over, with a
+    warning. Two-way patterns run on sparse tensor cores where that was the fastest for so many
     tokens. On a CPU there is one layout, for up to 4 tokens: `tokens` and `dense` change nothing.
     `sparsekern.explain(tokens, model)` says afterwards what each layer holds and runs.
 
@@ -263,6 +280,14 @@ def pack_(
         raise ValueError("dense: expected False with dtype=torch.float8_e4m3fn")
     if not (isinstance(dense, bool) or callable(dense)):
         raise ValueError(f"dense: expected True, False or a function, got {dense!r}")
+    layers = {name: m for name, m in model.named_modules() if isinstance(m, SparseLinear)}
+    if not layers:
+        is_packed = any(isinstance(module, PackedLinear) for module in model.modules())
+        why = "it is packed already" if is_packed else "sparsify_ or accelerate_ make such layers"
+        raise ValueError(f"pack_: no SparseLinear in {type(model).__name__}; {why}")
+    for name, layer in layers.items():
+        if layer.values.is_meta:
+            raise NotImplementedError(f"pack_: {name or 'the model'} is on meta, without values")
     grouped = shared_inputs(model, groups)
     largest = {} if example is None else largest_inputs(model, example)
 
@@ -286,4 +311,5 @@ def pack_(
         except (TypeError, ValueError, NotImplementedError) as error:
             raise type(error)(f"{name or 'the model'}: {error}") from None
 
+    warn_of_hooks("pack_", layers)
     return replace_modules(model, replace)

@@ -2,12 +2,11 @@
 
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
 from ..kernels.cpu.lanes import Lanes, writes_out
 from ..ops import spmm_lanes
-from .packed import PackedLinear
+from .packed import PackedLinear, refuse_derivatives
 
 
 class PackedLinearOnCpu(PackedLinear):
@@ -47,15 +46,14 @@ class PackedLinearOnCpu(PackedLinear):
         way = "written out, then torch.mm" if writes_out(m, self._packed()) else "16 rows in lanes"
         return f"{m} tokens -> {self.layout}: {way}, {self.packed_bytes} bytes"
 
-    def forward(self, x: Tensor) -> Tensor:
-        packed = self._packed()
+    def forward(self, input: Tensor) -> Tensor:  # the name that nn.Linear gives x
+        x, packed = input, self._packed()
         if not x.is_cpu or not packed.values.is_cpu:
             raise NotImplementedError(
                 f"PackedLinear: expected x and the weight, packed for a CPU, there, got x on "
                 f"{x.device} and the weight on {packed.values.device}"
             )
-        if x.requires_grad and torch.is_grad_enabled():
-            raise RuntimeError("PackedLinear: it has no gradient; use SparseLinear to train")
+        refuse_derivatives(x)
         if x.dtype != self.dtype:
             raise RuntimeError(f"PackedLinear: expected x of dtype {self.dtype}, got {x.dtype}")
         if x.ndim == 0 or x.shape[-1] != packed.k:

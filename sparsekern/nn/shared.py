@@ -6,21 +6,33 @@ it gets the very same tensor, and runs all anew if not. So they may be called in
 layer called alone is right, only slower.
 
 The same tensor means: the same object, and of the same version, so that one that was written to in
-between counts as another. Inside of torch.compile and of inference_mode torch counts no versions:
-there nothing between the layers of a group may write to their input. A CUDA graph replays what was
-run at its capture, and nothing goes from outside a capture into it. Nothing is kept once all have
-taken theirs.
+between counts as another. While torch.compile traces, the versions of its fake tensors count, and
+what one graph began no other ends. Tensors that inference_mode made have no version: they are
+refused. A write that torch does not count (x.data, a kernel that got x's address) is not seen. A
+CUDA graph replays what was run at its capture, and nothing goes from outside a capture into it.
+Nothing is kept once all have taken theirs, and no copy or pickle takes it along.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
+from ..registered import written
 from ..tensor import SparseTensor
 from .linear import SparseLinear
 
 MOST_NNZ = 2**31  # of indices in 32 bits
+
+
+class _Pass(NamedTuple):
+    """The product y of all layers of a group, and who has taken his part of it."""
+
+    x: Tensor
+    stamp: tuple
+    y: Tensor
+    taken: tuple[int, ...]
 
 
 class SharedInput(nn.Module):
@@ -29,35 +41,36 @@ class SharedInput(nn.Module):
     def __init__(self, whole: nn.Module):
         super().__init__()
         self.whole = whole
-        self._forget()
+        # One attribute, so that a thread sees all of a pass or nothing; in a tuple, since a module
+        # registers an x that is a Parameter.
+        self._pass: _Pass | None = None
 
-    def _forget(self) -> None:
-        self._x: Tensor | None = None
-        self._y: Tensor | None = None
-        self._stamp: object = None
-        self._taken: tuple[int, ...] = ()
+    def __getstate__(self) -> dict:
+        return {**self.__dict__, "_pass": None}
 
     def take(self, x: Tensor, part: "PackedPart") -> Tensor:
         """The columns of `part` of whole(x)."""
-        stamp = _stamp(x)
-        y = self._y
-        is_same = self._x is x and self._stamp == stamp and part.first not in self._taken
-        if y is None or not is_same:
-            self._forget()
-            y = self.whole(x)
-            self._x, self._y, self._stamp = x, y, stamp
-        self._taken = (*self._taken, part.first)
-        if len(self._taken) == part.parts:
-            self._forget()
+        last, stamp = self._pass, _stamp(x)
+        if last is None or last.x is not x or last.stamp != stamp or part.first in last.taken:
+            self._pass = last = None  # frees its memory
+            last = _Pass(x, stamp, self.whole(x), ())
+        y, taken = last.y, (*last.taken, part.first)
+        self._pass = None if len(taken) == part.parts else last._replace(taken=taken)
         return y.narrow(-1, part.first, part.out_features)
 
 
-def _stamp(x: Tensor) -> object:
-    """What changes with x's contents, as far as torch counts that, and with a capture."""
-    if torch.compiler.is_compiling():
-        return None
-    version = None if x.is_inference() else x._version
-    return version, x.is_cuda and torch.cuda.is_current_stream_capturing()
+def _stamp(x: Tensor) -> tuple:
+    """What changes with x's contents, as far as torch counts that, and with what may be done with
+    the product: by a capture, by autograd. RuntimeError where torch counts nothing."""
+    needs_grad = torch.is_grad_enabled() and x.requires_grad
+    if torch.compiler.is_dynamo_compiling():
+        return "traced", *written(x).shape, needs_grad
+    if x.is_inference():
+        raise RuntimeError(
+            "groups: expected x of another mode than torch.inference_mode, in which torch does not "
+            "count writes to x: call the model under torch.no_grad, or pack_ it without groups"
+        )
+    return x._version, needs_grad, x.is_cuda and torch.cuda.is_current_stream_capturing()
 
 
 class PackedPart(nn.Module):
@@ -72,11 +85,23 @@ class PackedPart(nn.Module):
         self.in_features, self.out_features = shared.whole.in_features, out_features
         self.first, self.parts = first, parts
 
-    def forward(self, x: Tensor) -> Tensor:
-        return self.shared.take(x, self)
+    def forward(self, input: Tensor) -> Tensor:
+        return self.shared.take(input, self)
+
+    def _load_from_state_dict(self, state_dict, prefix, *others):
+        refuse_weights(state_dict, prefix, others[-1])
 
     def extra_repr(self) -> str:
         return f"in_features={self.in_features}, out_features={self.out_features}"
+
+
+def refuse_weights(state_dict: Mapping, prefix: str, error_msgs: list[str]) -> None:
+    """An error of load_state_dict, strict or not, for weights of a layer that is packed."""
+    if any(key.startswith(prefix) for key in state_dict):
+        error_msgs.append(
+            f"{prefix.removesuffix('.') or 'the model'} is packed and takes no weights: load them "
+            "before pack_"
+        )
 
 
 class Group:
@@ -120,11 +145,10 @@ def shared_inputs(model: nn.Module, groups: Sequence[Sequence[str]]) -> dict[nn.
     """The group of each sparse layer that has one. ValueError where a group is nowhere in the
     model, or cannot be one matrix."""
     found: dict[nn.Module, Group] = {}
-    for names in groups:
-        if isinstance(names, str) or len(names) < 2 or len(set(names)) < len(names):
-            raise ValueError(
-                f"groups: expected lists of two names or more, each another, got {names!r}"
-            )
+    children = {name for module in model.modules() for name, _ in module.named_children()}
+    for names in _checked(groups):
+        if unknown := [name for name in names if name not in children]:
+            raise ValueError(f"groups: nothing in the model is called {unknown[0]}")
         count = len(found)
         for path, parent in model.named_modules():
             layers = {
@@ -140,6 +164,21 @@ def shared_inputs(model: nn.Module, groups: Sequence[Sequence[str]]) -> dict[nn.
                 f"groups: nothing in the model has two SparseLinear of {', '.join(names)}"
             )
     return found
+
+
+def _checked(groups: Any) -> Sequence[Sequence[str]]:
+    """ValueError unless they are sequences of names."""
+
+    def is_list(value: Any) -> bool:
+        return isinstance(value, Sequence) and not isinstance(value, str)
+
+    for names in groups if is_list(groups) else [groups]:
+        is_group = is_list(names) and all(isinstance(name, str) for name in names)
+        if not is_group or len(names) < 2 or len(set(names)) < len(names):
+            raise ValueError(
+                f"groups: expected lists of two names or more, each another, got {names!r}"
+            )
+    return groups
 
 
 def _check(layers: dict[str, SparseLinear], found: dict[nn.Module, Group]) -> None:

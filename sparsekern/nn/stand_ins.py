@@ -91,9 +91,7 @@ class SparseConv(StandIn):
         self.windows = list(zip(conv.kernel_size, conv.stride, conv.dilation, strict=True))
         self.pads: tuple[int, ...] = tuple(conv._reversed_padding_repeated_twice)
         self.pad_mode = "constant" if conv.padding_mode == "zeros" else conv.padding_mode
-        last = CHANNELS_LAST.get(self.dims)
-        is_last = last is not None and conv.weight.is_contiguous(memory_format=last)
-        self.is_channels_last = is_last and not conv.weight.is_contiguous()
+        self.is_channels_last = _is_channels_last(conv.weight)
 
     @classmethod
     def from_dense(cls, conv: Any, mask: Tensor | None = None) -> "SparseConv":
@@ -115,7 +113,8 @@ class SparseConv(StandIn):
         kernel, trained = self.origin.attributes["kernel_size"], self.linear.values.requires_grad
         weight = self.linear.weight.detach().to_dense().unflatten(1, (*kernel, -1))
         weight = weight.movedim(-1, 1)  # [N, C, ...]
-        weight = weight.contiguous(memory_format=self._format(weight, self.is_channels_last))
+        memory_format = self._format(weight, self.is_channels_last)
+        weight = torch.empty_like(weight, memory_format=memory_format).copy_(weight)
         parameters = {"weight": nn.Parameter(weight, trained), "bias": self.linear.bias}
         return self.origin.with_(parameters).train(self.training)
 
@@ -156,6 +155,15 @@ class SparseConv(StandIn):
 def _as_matrix(weight: Tensor) -> Tensor:
     """[N, C, ...] of a convolution as [N, places of the kernel * C]."""
     return weight.movedim(1, -1).flatten(1)
+
+
+def _is_channels_last(weight: Tensor) -> bool:
+    """By its strides, by which torch chooses: of a kernel of one place both formats are one."""
+    last = CHANNELS_LAST.get(weight.ndim - 2)
+    if last is None or not weight.is_contiguous(memory_format=last):
+        return False
+    plain = torch.empty_like(weight, device="meta", memory_format=torch.contiguous_format)
+    return weight.stride() != plain.stride()
 
 
 def _parts(columns: Tensor, places: int) -> list[Tensor]:

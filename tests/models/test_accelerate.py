@@ -25,6 +25,7 @@ from torch.nn.utils import prune
 from sparsekern import SparseLinear, accelerate_
 from sparsekern.models import accelerate, timing
 from sparsekern.models.candidates import Candidate
+from sparsekern.models.example import one_token
 from sparsekern.nn import adopt_values_
 from sparsekern.nn.kinds import pruning_masks
 
@@ -122,6 +123,17 @@ def test_tokens_of_the_example_and_of_generation_are_counted():
     report = accelerate_(model, lambda m: [m(torch.zeros(1, n, dtype=torch.long)) for n in (5, 1)])
     assert report.layers[0].tokens == {5: 1, 1: 1}
     assert accelerate_(pruned(LM()), (torch.arange(3), 2.0)).layers[0].tokens == {3: 1}
+
+
+def test_the_example_is_cut_to_one_token():
+    ids, embeds, x = torch.zeros(2, 5, dtype=torch.long), torch.zeros(2, 5, H), torch.zeros(5, H)
+
+    def shapes(*given):
+        return [tuple(t.shape) for t in one_token(given)]
+
+    assert shapes(ids, torch.ones(2, 5)) == [(2, 1), (2, 1)]
+    assert shapes(embeds, torch.ones(2, 5)) == [(2, 1, H), (2, 1)]
+    assert shapes(x, x, torch.ones(3)) == [(1, H), (1, H), (3,)]
 
 
 def test_nan_as_a_mark():

@@ -65,21 +65,21 @@ def test_other_dtypes(dtype):
     torch.testing.assert_close(model(x), want)
 
 
-@pytest.mark.parametrize("dims", [2, 3])
+@pytest.mark.parametrize(("dims", "size"), [(2, 1), (2, 3), (3, 3)])
 @pytest.mark.parametrize("of", ["weight", "x"])
-def test_channels_last_stays_channels_last(of, dims):
+def test_channels_last_stays_channels_last(of, dims, size):
     last = stand_ins.CHANNELS_LAST[dims]
-    model = pruned(nn.Sequential([nn.Conv2d, nn.Conv3d][dims - 2](16, 48, 3)))
-    x = torch.randn(2, 16, *(4, 5, 6)[:dims])
+    model = pruned(nn.Sequential([nn.Conv2d, nn.Conv3d][dims - 2](96, 48, size)))
+    x = torch.randn(2, 96, *(4, 5, 6)[:dims])
     if of == "weight":
         model.to(memory_format=last)
     else:
         x = x.to(memory_format=last)
+    strides, want = model[0].weight.stride(), model(x)
     accelerate_(model, x)
-    assert model(x).is_contiguous(memory_format=last)
-    assert model(x[0]).shape == (48, *(size - 2 for size in x.shape[2:]))
-    densify_(model)
-    assert model[0].weight.is_contiguous(memory_format=last) == (of == "weight")
+    assert model(x).stride() == want.stride() and want.is_contiguous(memory_format=last)
+    assert model(x[0]).shape == want[0].shape
+    assert densify_(model)[0].weight.stride() == strides
 
 
 @pytest.mark.parametrize("batch_first", [True, False])
@@ -237,8 +237,11 @@ def test_weights_of_other_types_are_said_to_stay():
     model[2].weight = nn.Parameter(torch.zeros(H, H).to(torch.float8_e4m3fn), requires_grad=False)
     model.append(nn.Linear(H, H))
     model[3].weight = nn.Parameter(torch.eye(H).to_sparse_csr())
+    model.append(nn.Module())
+    model[4].register_buffer("qweight", torch.zeros(H, H, dtype=torch.int32))
     report = accelerate_(model, lambda m: m[0](torch.ones(2, H)))
     reasons = [skipped.reason for skipped in report.skipped]
+    assert reasons.pop() == "its qweight is a buffer, no Parameter"
     assert "complex64" in reasons[0] and "float8" in reasons[1] and "sparse_csr" in reasons[2]
     assert report.skipped[2].sparsity == 1 - 1 / H
 

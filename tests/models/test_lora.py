@@ -42,6 +42,16 @@ def test_algorithms_leave_adapters_alone():
         Static(0.5, param_filter="*lora_A*").apply(Adapted(nn.Linear(16, 16)))
 
 
+def test_a_weight_with_a_merged_adapter_stays_dense(monkeypatch):
+    sparse_is_faster(monkeypatch)
+    model = pruned(nn.Sequential(Adapted(nn.Linear(64, 64)), Adapted(nn.Linear(64, 64))))
+    model[1].merged_adapters = ["default"]
+    report = accelerate_(model, torch.randn(3, 64))
+    assert [layer.name for layer in report.sparse] == ["0.base_layer"]
+    reasons = {skipped.name: skipped.reason for skipped in report.skipped}
+    assert "an adapter is merged into it" in reasons["1.base_layer"]
+
+
 def test_a_weight_cannot_be_set_to_another():
     layer = SparseLinear.from_linear(nn.Linear(8, 8))
     layer.weight = layer.weight

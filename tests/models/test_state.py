@@ -89,8 +89,10 @@ class Cached(nn.Module):
         return self.layer(cache.add(x))
 
 
-def test_objects_in_the_example_are_not_changed():
+@pytest.mark.parametrize("has_graph", [False, True])
+def test_objects_in_the_example_are_not_changed(has_graph):
     cache, x = Cache(), torch.randn(3, H)
+    cache.keys = cache.keys.requires_grad_().clone() if has_graph else cache.keys
     report = accelerate_(pruned(Cached()), {"x": x, "cache": cache, "again": x})
     assert not len(cache.keys) and report.layers[0].tokens == {3: 1}
     assert report.output_error < 1e-6

@@ -6,6 +6,7 @@ import pytest
 import torch
 from torch import nn
 from torch._subclasses import FakeTensorMode
+from torch.autograd import forward_ad
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import sparsekern
@@ -105,6 +106,19 @@ def test_wrong_calls():
     layer.cols = layer.cols[1:]
     with pytest.raises(ValueError, match="values: expected contiguous"):
         layer(torch.randn(2, 130))
+
+
+def test_tangents_are_refused():
+    layer, x = pack_(model())[0], torch.randn(2, 130)
+    with forward_ad.dual_level(), torch.no_grad():
+        dual = forward_ad.make_dual(x, x)
+        with pytest.raises(RuntimeError, match="PackedLinear: it has no gradient"):
+            layer(dual)
+        with pytest.raises(NotImplementedError, match="spmm_lanes: .* has a tangent"):
+            torch.ops.sparsekern.spmm_lanes(dual, *layer._packed())
+    with pytest.raises(RuntimeError, match="PackedLinear: it has no gradient"):
+        torch.func.jvp(layer, (x,), (x,))
+    assert torch.equal(layer(input=x), layer(x))  # the name that nn.Linear gives it
 
 
 def test_a_model_that_cannot_be_packed_is_left_as_it_was():

@@ -1,19 +1,23 @@
 """pack_ with numbers of tokens, dense copies and groups. On a GPU also: the products themselves."""
 
 import copy
+import pickle
 import re
 
 import pytest
 import torch
 from torch import nn
+from torch.autograd import forward_ad
 
 import sparsekern
 from sparsekern import SparseLinear, Static, sparsify_
 from sparsekern.kernels.cuda import choose
 from sparsekern.kernels.cuda.kept import Dense
 from sparsekern.nn import PackedLinear, densify_, pack_
+from sparsekern.nn.largest import largest_inputs
 from sparsekern.nn.packed import token_range
 from sparsekern.nn.shared import PackedPart, SharedInput
+from sparsekern.registered import run_spmm_packed
 
 WIDTH, GROUPS = 32, [["q", "k", "v"], ["gate", "up"]]
 
@@ -64,7 +68,8 @@ def products(monkeypatch):
     """Names of the layers of which a product ran: on a CPU, of a dense copy."""
     ran = []
 
-    def forward(self, x):
+    def forward(self, input):
+        x = input
         if not torch.compiler.is_compiling():
             ran.append(self)
         y = x.reshape(-1, self.in_features) @ self.dense_weight
@@ -141,6 +146,10 @@ def test_a_packed_layer_moves_and_copies_with_all_that_it_holds():
     assert layer.packed_bytes == sum(b.nbytes for n, b in layer.named_buffers() if n != "bias")
     assert not layer.state_dict() and not list(layer.parameters())
     assert {b.device.type for b in layer.to("meta").buffers()} == {"meta"}
+    with pytest.raises(NotImplementedError, match="PackedLinear: it has no way back from meta"):
+        layer.to_empty(device="cpu")
+    text = sparsekern.explain(300, PackedLinear.from_sparse(model()[1].down))
+    assert "gather: W is written out for the call" in text
 
 
 # Groups
@@ -156,12 +165,12 @@ def test_groups_are_one_product(products):
         torch.testing.assert_close(packed(x), want, rtol=2e-2, atol=2e-2)
     assert [layer.out_features for layer in products] == [48, 32, 128, 32, 48, 32]
     shared = packed[0].q.shared
-    assert shared is packed[0].v.shared and shared._x is shared._y is None
+    assert shared is packed[0].v.shared and shared._pass is None
     with pytest.raises(ValueError, match="is packed"):
         densify_(packed)
 
 
-@pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode, torch.enable_grad])
+@pytest.mark.parametrize("mode", [torch.no_grad, torch.enable_grad])
 def test_only_the_same_tensor_shares_a_product(products, mode):
     layer = pack_(model(dtype=torch.bfloat16), groups=GROUPS)[0]
     with mode():
@@ -217,7 +226,61 @@ def test_compiled_groups_are_one_product(products, backend):
         for given in (x, x.clone(), x):
             torch.testing.assert_close(compiled(given), want, rtol=2e-2, atol=2e-2)
     assert graphs == [2]  # the group and `out`
-    assert packed[0].q.shared._y is None
+    assert packed[0].q.shared._pass is None
+
+
+class Writes(Attention):
+    """One that writes to x between the layers of a group, perhaps where a graph ends."""
+
+    breaks = False
+
+    def forward(self, x):
+        q = self.q(x)
+        if self.breaks:
+            torch._dynamo.graph_break()
+        x[:, 1:].mul_(2)  # through a view
+        return q, self.k(x), self.v(x)
+
+
+@pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode])
+@pytest.mark.parametrize("breaks", [False, True])
+def test_compiled_groups_see_writes(products, mode, breaks):
+    torch.compiler.reset()
+    made = sparsify_(nn.Sequential(Writes()), Static(0.75), lambda *_: True).bfloat16()
+    made[0].breaks = breaks
+    alone, groups = pack_(copy.deepcopy(made)), pack_(made, groups=GROUPS[:1])
+    compiled = torch.compile(groups, backend="eager", fullgraph=not breaks)
+    with mode():
+        for _ in range(2):
+            x = torch.randn(3, WIDTH).bfloat16()
+            for got, want in zip(compiled(x.clone()), alone(x), strict=True):
+                assert torch.equal(got, want)
+
+
+def test_groups_refuse_what_inference_mode_made(products):
+    """A write to it would not be seen."""
+    layer, x = pack_(model(), groups=GROUPS)[0], torch.randn(3, WIDTH).bfloat16()
+    with torch.inference_mode():
+        with pytest.raises(RuntimeError, match="expected x of another mode .* torch.no_grad, or"):
+            layer.q(x.clone())
+        before = layer.q(x)  # one from outside has a version, and keeps it
+        x.mul_(2)
+        after = layer.q(x)
+    with torch.no_grad():
+        assert torch.equal(layer.q(x.clone()), after) and not torch.equal(before, after)
+
+
+def test_groups_follow_gradients_parameters_and_copies(products):
+    layer = pack_(model(), groups=GROUPS)[0]
+    x = nn.Parameter(torch.randn(3, WIDTH).bfloat16())
+    with torch.no_grad():
+        layer.q(x)
+        assert not list(layer.parameters())  # x is kept, but is no part of the module
+        twin, again = copy.deepcopy(layer), pickle.loads(pickle.dumps(layer))
+        assert twin.q.shared._pass is again.q.shared._pass is None is not layer.q.shared._pass
+    products.clear()
+    layer.k(x)
+    assert len(products) == 1  # with a gradient, which PackedLinear refuses
 
 
 def test_a_copy_of_a_group_shares_nothing_with_it(products):
@@ -231,11 +294,16 @@ def test_a_copy_of_a_group_shares_nothing_with_it(products):
 
 def test_groups_that_are_none():
     for groups, message in {
-        (("q", "x"),): "nothing in the model has two SparseLinear of q, x",
+        (("q", "x"),): "nothing in the model is called x",
+        (("q", "gate"),): "nothing in the model has two SparseLinear of q, gate",
         (("q",),): "expected lists of two names or more",
         (("q", "q"),): "expected lists of two names or more",
         ("qk",): "expected lists of two names or more, each another, got 'qk'",
         (("q", "k"), ("k", "v")): "0.k is in two of them",
+        None: "expected lists of two names or more, each another, got None",
+        (None,): "expected lists of two names or more, each another, got None",
+        ((1, 2),): "expected lists of two names or more, each another, got (1, 2)",
+        (("q", "k", "vv"),): "nothing in the model is called vv",
         (("gate", "down"),): "expected 1.down to have in_features, dtype and device of 1.gate",
     }.items():
         made = model()
@@ -261,6 +329,71 @@ def test_layers_in_float32_stay(products):
     assert all(isinstance(m, SparseLinear) for m in (made[0].q, made[1].down))
 
 
+def test_what_is_packed_takes_no_weights(products):
+    made = model()
+    weights, packed = made.state_dict(), pack_(made, groups=GROUPS)
+    before = packed[1].down.bias.clone()
+    for strict in (True, False):
+        with pytest.raises(RuntimeError, match="(?s)0.q is packed and takes no .*2.out is packed"):
+            packed.load_state_dict(weights, strict=strict)
+    packed.load_state_dict(packed.state_dict())
+    made = model()
+    layer = PackedLinear.from_sparse(made[1].down)
+    with torch.no_grad():
+        made[1].down.bias.zero_()
+    assert torch.equal(layer.bias, before)
+    x = torch.randn(3, 2 * WIDTH).bfloat16()
+    assert torch.equal(layer(input=x), layer(x))  # the name that nn.Linear gives it
+
+
+def test_tangents_are_refused():
+    form = Dense.of(model()[1].gate.weight.detach())
+    parts = form.name, form.n, form.k, form.nnz, form.numbers(), list(form.tensors().values())
+    x = torch.randn(3, WIDTH).bfloat16()
+    with (
+        forward_ad.dual_level(),
+        pytest.raises(NotImplementedError, match="spmm_packed: .*tangent"),
+    ):
+        run_spmm_packed(forward_ad.make_dual(x, x), *parts)
+    assert run_spmm_packed(x, *parts).shape == (3, 2 * WIDTH)
+
+
+def test_nothing_to_pack():
+    with pytest.raises(ValueError, match="pack_: no SparseLinear in Linear; sparsify_ or"):
+        pack_(nn.Linear(2, 2))
+    with pytest.raises(ValueError, match="no SparseLinear in Sequential; it is packed already"):
+        pack_(pack_(model()))
+    with pytest.raises(NotImplementedError, match="pack_: 0.q is on meta, without values"):
+        pack_(model().to("meta"))
+
+
+def test_hooks_are_not_taken_over():
+    made = model()
+    made[0].out.register_forward_hook(lambda *_: None)
+    with pytest.warns(UserWarning, match="^pack_: 0.out had hooks, .* register them again$"):
+        pack_(made)
+
+
+def test_a_group_is_explained_under_all_its_names():
+    packed = pack_(model(), groups=GROUPS)
+    names = [line.split(":")[0] for line in sparsekern.explain(1, packed).splitlines()]
+    assert names[:3] == ["0.q, 0.k, 0.v", "0.out", "1.gate, 1.up"]
+    assert sparsekern.explain(1, packed[0].k).startswith("48 x 32, ")
+
+
+def test_the_largest_input_of_layers_with_named_and_with_no_tokens():
+    class Experts(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.up = model(dtype=torch.float32)[1].up
+
+        def forward(self, x):
+            return self.up(input=x[:0]), self.up(input=x)
+
+    made = Experts()
+    assert largest_inputs(made, torch.full((2, WIDTH), -3.0)) == {made.up: 3.0}
+
+
 # On a GPU
 
 
@@ -282,7 +415,7 @@ def test_products(tokens, dense, dtype):
     for m in (1, 3, 16, 64, 65, 300):
         x = torch.randn(m, 256, device="cuda").to(dtype)
         want = exact(x.double())
-        for mode in (torch.no_grad, torch.inference_mode):
+        for mode in (torch.no_grad, torch.enable_grad):
             with mode():
                 y = packed(x).double()
             assert (y - want).norm() <= 2e-2 * want.norm()

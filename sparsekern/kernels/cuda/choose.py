@@ -157,16 +157,8 @@ def form_for(
 ) -> tuple[str, list[int], list[Tensor]]:
     """Name and parts of the one layout that runs m tokens, out of those of all that are held.
     ValueError where the parts are not as many as theirs."""
-    held = tuple(layout.split(","))
-    if unknown := [name for name in held if name not in LAYOUTS]:
-        raise ValueError(f"layout: expected some of {', '.join(LAYOUTS)}, got {unknown[0]!r}")
-    counts = [_COUNTS[name] for name in held]
-    wanted = tuple(map(sum, zip(*counts, strict=True)))
-    if (len(numbers), len(tensors)) != wanted:
-        raise ValueError(
-            f"{layout}: expected {wanted[0]} numbers and {wanted[1]} tensors, "
-            f"got {len(numbers)} and {len(tensors)}"
-        )
+    _check_counts(layout, numbers, tensors)
+    held, counts, _ = _counts(layout)
     place = fastest(held, m, n, k, nnz)
     before = [sum(count[i] for count in counts[:place]) for i in (0, 1)]
     count = counts[place]
@@ -182,18 +174,29 @@ def assemble(
 ) -> Packed:
     """The packed weight of these parts, as PackedLinear keeps them and the op gets them; TypeError
     or ValueError that names what is not as Packed.check() wants it."""
-    if layout not in LAYOUTS:
-        raise ValueError(f"layout: expected one of {', '.join(LAYOUTS)}, got {layout!r}")
-    kind = LAYOUTS[layout]
-    counts = _COUNTS[layout]
-    if (len(numbers), len(tensors)) != counts:
-        raise ValueError(
-            f"{layout}: expected {counts[0]} numbers and {counts[1]} tensors, "
-            f"got {len(numbers)} and {len(tensors)}"
-        )
-    packed = kind(n, k, nnz, *numbers, *tensors)
+    _check_counts(layout, numbers, tensors)
+    packed = LAYOUTS[layout](n, k, nnz, *numbers, *tensors)
     packed.check()
     return packed
+
+
+@lru_cache
+def _counts(layout: str) -> tuple[tuple[str, ...], list[tuple[int, ...]], tuple[int, ...]]:
+    """The names in it, how many numbers and tensors each has, and all; ValueError for another."""
+    held = tuple(layout.split(","))
+    if unknown := [name for name in held if name not in LAYOUTS]:
+        raise ValueError(f"layout: expected some of {', '.join(LAYOUTS)}, got {unknown[0]!r}")
+    counts = [_COUNTS[name] for name in held]
+    return held, counts, tuple(map(sum, zip(*counts, strict=True)))
+
+
+def _check_counts(layout: str, numbers: list[int], tensors: list[Tensor]) -> None:
+    wanted = _counts(layout)[2]
+    if (len(numbers), len(tensors)) != wanted:
+        raise ValueError(
+            f"{layout}: expected {wanted[0]} numbers and {wanted[1]} tensors, "
+            f"got {len(numbers)} and {len(tensors)}"
+        )
 
 
 def check_operands(packed: Packed, x: Tensor, bias: Tensor | None) -> None:

@@ -37,9 +37,9 @@ def _how(packed: Packed, m: int) -> str:
     if isinstance(packed, TwoOfFour | TwoOfFourE4m3):
         return f"{packed.name}: on sparse tensor cores, through cuSPARSELt"
     device = packed.arrived.device
-    if device.type != "cuda":
+    if device.type != "cuda" and m <= packed.most_tokens:
         return f"{packed.name}, on a GPU"
-    launch = launch_of(packed, m, device)
+    launch = launch_of(packed, m, device) if device.type == "cuda" else None
     if launch is None:
         return f"{packed.name}: W is written out for the call, then torch.mm"
     times = -(-m // launch.tokens)
