@@ -102,6 +102,7 @@ def test_attention_takes_masks_and_gives_weights(batch_first):
     for case in cases:
         for got, want in zip(model(x, **case), twin(x, **case), strict=True):
             torch.testing.assert_close(got, want)
+        assert model(x, **case)[0].is_contiguous()
     q, kv = torch.randn(3, H), torch.randn(4, H)  # one sequence, and keys of another
     for got, want in zip(model.inner(q, kv, kv), twin.inner(q, kv, kv), strict=True):
         torch.testing.assert_close(got, want)
