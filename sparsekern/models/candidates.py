@@ -147,6 +147,11 @@ def _candidate(name: str, module: nn.Module, weights: dict[str, nn.Parameter]) -
     nnz = 0
     for key, weight in weights.items():
         full = f"{name}.{key}" if name else key
+        if weight.is_meta and hasattr(module, "_hf_hook"):
+            raise NotImplementedError(
+                f"{full}: accelerate has taken it to another place until its layer is called: load "
+                "the model whole on one device (no offloading by device_map)"
+            )
         refuse_meta(full, weight)
         _refuse_nan(full, weight)
         mask = masks.get(key.removesuffix("_orig"))

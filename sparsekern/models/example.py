@@ -203,18 +203,20 @@ class _Detaching(TorchFunctionMode):
 
 
 def error_between(before: Any, after: Any) -> float | None:
-    """|after - before| / |before| over all floating-point tensors of two outputs; None where there
-    are none, or not the same ones."""
+    """|after - before| / |before| over all floating-point tensors of two outputs, where they were
+    finite: an infinity in x reaches more of a dense product than of a sparse one. Infinite where
+    they are so no more; None where there are no tensors, or not the same ones."""
     pairs = list(zip(_floats(before), _floats(after), strict=False))
     if not pairs or any(a.shape != b.shape for a, b in pairs):
         return None
     wrong = size = 0.0
     for a, b in pairs:
-        a, b = a.double(), b.double()
-        is_same = (a == b) | (a.isnan() & b.isnan())
-        wrong += float((b - a).masked_fill(is_same, 0.0).square().sum())
-        size += float(a.masked_fill(is_same & ~a.isfinite(), 0.0).square().sum())
-    return math.sqrt(wrong / size) if size else math.sqrt(wrong)
+        is_finite = a.isfinite()
+        a, b = (t.double().masked_fill(~is_finite, 0.0) for t in (a, b))
+        wrong += float((b - a).square().sum())
+        size += float(a.square().sum())
+    error = math.sqrt(wrong / size) if size else math.sqrt(wrong)
+    return math.inf if math.isnan(error) else error
 
 
 def compared(before: Any, after: Any, run: Callable[[], Any]) -> tuple[float | None, str]:

@@ -109,7 +109,7 @@ class _Alone:
 
     @property
     def is_right(self) -> bool:
-        return self.error <= self.tolerance  # NaN is not
+        return self.error <= self.tolerance
 
     def total(self, name: str, counts: Counter) -> float:
         return sum(count * self.seconds[form][name] for form, count in counts.items())

@@ -276,10 +276,10 @@ class SparseMultiheadAttention(StandIn):
             weights = weights if is_batched else weights.squeeze(0)
         else:
             y = F.scaled_dot_product_attention(q, k, v, mask, dropout)
-        y = self.out_proj(y.transpose(1, 2).flatten(2))
-        if not is_batched:
-            return y.squeeze(0), weights
-        return (y if self.batch_first else y.transpose(0, 1)), weights
+        is_batch_first = self.batch_first or not is_batched
+        y = y.permute(0, 2, 1, 3) if is_batch_first else y.permute(2, 0, 1, 3)
+        y = self.out_proj(y.flatten(2))  # contiguous: some take a view of it
+        return (y if is_batched else y.squeeze(0)), weights
 
     def _mask(
         self, attn_mask: Tensor | None, padding: Tensor | None, q: Tensor, count: int

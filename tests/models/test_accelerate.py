@@ -312,6 +312,13 @@ def test_wrong_input_is_named(model, example, options, error, words):
         accelerate_(model(), example, **options)
 
 
+def test_offloaded_weights_are_refused_with_what_to_do():
+    model = pruned(nn.Sequential(nn.Linear(H, H), nn.Linear(H, H, device="meta")))
+    model[1]._hf_hook = object()
+    with pytest.raises(NotImplementedError, match=r"1\.weight: accelerate .*on one device"):
+        accelerate_(model, torch.randn(3, H))
+
+
 def test_compiled_models_are_refused_with_what_to_do():
     compiled = nn.Sequential(pruned(LM()))
     compiled._orig_mod = compiled[0]  # what torch.compile returns has it

@@ -21,6 +21,7 @@ from torch import nn
 from torch.nn.utils import parametrize, prune
 
 from sparsekern import accelerate_, densify_
+from sparsekern.models.example import error_between
 from sparsekern.nn import pack_, stand_ins
 from sparsekern.nn.stand_ins import SparseMultiheadAttention
 
@@ -102,6 +103,7 @@ def test_attention_takes_masks_and_gives_weights(batch_first):
     for case in cases:
         for got, want in zip(model(x, **case), twin(x, **case), strict=True):
             torch.testing.assert_close(got, want)
+        assert model(x, **case)[0].is_contiguous()
     q, kv = torch.randn(3, H), torch.randn(4, H)  # one sequence, and keys of another
     for got, want in zip(model.inner(q, kv, kv), twin.inner(q, kv, kv), strict=True):
         torch.testing.assert_close(got, want)
@@ -384,3 +386,17 @@ def test_a_convolution_that_is_asked_for_its_settings():
     weight = model.conv.weight
     assert weight.dtype == torch.bfloat16 and weight.device == torch.device("cpu")
     assert weight.shape == (48, 9 * 16)
+
+
+@pytest.mark.parametrize("bad", [torch.inf, torch.nan])
+def test_an_input_that_is_not_finite_is_no_other_function(bad):
+    model, x = pruned(nn.Sequential(nn.Linear(H, 96))), torch.randn(5, H)
+    x[1, 2] = bad
+    report = accelerate_(model, x)
+    assert len(report.sparse) == 1 and report.output_error < 1e-6
+
+
+def test_an_output_that_is_not_finite_any_more_is_another_function():
+    assert error_between(torch.ones(3), torch.tensor([1, torch.nan, 1])) == torch.inf
+    assert error_between(torch.tensor([1, torch.nan]), torch.tensor([1.0, 2.0])) == 0
+    assert error_between(torch.tensor([1.0, -torch.inf]), torch.tensor([2, -torch.inf])) == 1
