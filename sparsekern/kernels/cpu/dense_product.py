@@ -51,8 +51,8 @@ def rates() -> Rates:
                         call()
                     except (AttributeError, RuntimeError, NotImplementedError):  # another torch
                         continue
-                    rate = 2 * M * N * K / (time.thread_time() - began)
-                    best[name] = max(best[name], rate)
+                    took = max(1e-9, time.thread_time() - began)  # a coarse clock has no opinion
+                    best[name] = max(best[name], 2 * M * N * K / took)
     finally:
         torch.set_num_threads(threads)
     return Rates(best["torch"], best.get("onednn") or None)

@@ -33,8 +33,8 @@ class Lanes(NamedTuple):
     values: Tensor  # [steps, 16]
 
     def check(self) -> None:
-        """ValueError or TypeError that names what the kernel cannot count on: types and shapes. It
-        checks itself what stands in the tensors."""
+        """ValueError or TypeError that names what the kernel cannot count on: types and shapes.
+        What stands in the tensors the kernel checks itself."""
         values, steps = self.values, self.cols.shape[0]
         if values.dtype not in DTYPES:
             raise TypeError(f"values: expected float32 or bfloat16, got {values.dtype}")
