@@ -208,20 +208,21 @@ PYBIND11_MODULE(_C, m) {
           NoGil(), "part_steps, heads, cols and places; cpu/lanes_layout.h has their sizes.");
   m.def(
       "spmm_lanes",
-      [](int64_t n, int64_t k, Pointer part_steps, Pointer heads, Pointer cols, sk::Type type,
-         Pointer values, Pointer bias, Pointer x, Pointer y, int64_t tokens, int threads) {
+      [](int64_t n, int64_t k, Pointer part_steps, Pointer heads, int64_t steps, Pointer cols,
+         sk::Type type, Pointer values, Pointer bias, Pointer x, Pointer y, int64_t tokens,
+         int threads) {
         const sk::LanesShape shape{n, k};
         sk::spmm_lanes(shape, as<int64_t>(part_steps, "part_steps", shape.parts() + 1),
-                       as<sk::LanesHead>(heads, "heads", shape.blocks() * shape.groups()),
+                       as<sk::LanesHead>(heads, "heads", shape.blocks() * shape.groups()), steps,
                        as<uint8_t>(cols), type, as<void>(values), as<void>(bias),
                        {as<void>(x, "x", tokens * k), k}, {as<void>(y), n}, tokens, threads);
       },
       NoGil(), "y[M, N] = x W^T + bias of a W in lanes; contiguous.");
   m.def(
       "lanes_to_dense",
-      [](int64_t n, int64_t k, Pointer part_steps, Pointer heads, Pointer cols, int element_bytes,
-         Pointer values, Pointer dense, int threads) {
-        sk::lanes_to_dense({n, k}, as<int64_t>(part_steps), as<sk::LanesHead>(heads),
+      [](int64_t n, int64_t k, Pointer part_steps, Pointer heads, int64_t steps, Pointer cols,
+         int element_bytes, Pointer values, Pointer dense, int threads) {
+        sk::lanes_to_dense({n, k}, as<int64_t>(part_steps), as<sk::LanesHead>(heads), steps,
                            as<uint8_t>(cols), as<void>(values), element_bytes, as<void>(dense),
                            threads);
       },

@@ -252,6 +252,8 @@ def multiply_lanes(x: Tensor, packed: lanes.Lanes, bias: Tensor | None) -> Tenso
                 f"{name}: expected {dtype} {shape} on a CPU, "
                 f"got {t.dtype} {tuple(t.shape)} on {t.device}"
             )
+        if t is not None and not (t.is_contiguous() and t.data_ptr() and not t.storage_offset()):
+            check_memory("spmm_lanes", **{name: t})
     return lanes.spmm_lanes(x.contiguous(), packed, None if bias is None else bias.contiguous())
 
 

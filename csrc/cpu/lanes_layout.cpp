@@ -2,7 +2,7 @@
 
 #include <algorithm>
 #include <cstring>
-#include <numeric>
+#include <stdexcept>
 
 #include "../common/threads.h"
 
@@ -57,21 +57,40 @@ LanesPack::LanesPack(const Csr& given) : shape{given.n, given.k} {
   }
 }
 
+void check_lanes(const LanesShape& shape, const int64_t* part_steps, const LanesHead* heads,
+                 int64_t steps, int64_t part) {
+  const LanesHead* here = heads + shape.heads_before(part);
+  const int64_t groups = shape.groups_in(part), count = shape.blocks() * groups;
+  int64_t sum = 0;
+  bool is_wrong = false;
+  for (int64_t i = 0; i < count; i++) {
+    sum += here[i].steps;
+    is_wrong |= here[i].group >= groups;
+  }
+  const int64_t first = part_steps[part], end = part_steps[part + 1];
+  is_wrong |= first < 0 || first > steps || end != first + sum || end > steps;
+  if (is_wrong)
+    throw std::invalid_argument(
+        "part_steps, heads: expected what packing made, got other contents; pack the weight anew");
+}
+
 void lanes_to_dense(const LanesShape& shape, const int64_t* part_steps, const LanesHead* heads,
-                    const uint8_t* cols, const void* values, int element_bytes, void* dense,
-                    int threads) {
+                    int64_t steps, const uint8_t* cols, const void* values, int element_bytes,
+                    void* dense, int threads) {
   parallel_for(threads, shape.parts(), [&](int64_t part) {
+    check_lanes(shape, part_steps, heads, steps, part);
     const LanesHead* head = heads + shape.heads_before(part);
     int64_t at = part_steps[part] * kLanesGroup;
     for (int64_t b = 0; b < shape.blocks(); b++)
       for (int64_t g = 0; g < shape.groups_in(part); g++, head++)
         for (int64_t i = 0; i < head->steps * kLanesGroup; i++, at++) {
           const int col = column_of(cols[at]);
-          if (col == kNothing) continue;
+          const int64_t column = b * kLanesCols + col;
+          if (col == kNothing || column >= shape.k) continue;
           const int64_t row = part * kLanesRows + head->group * kLanesGroup + i % kLanesGroup;
-          std::memcpy(
-              static_cast<char*>(dense) + (row * shape.k + b * kLanesCols + col) * element_bytes,
-              static_cast<const char*>(values) + at * element_bytes, element_bytes);
+          if (row >= shape.n) continue;
+          std::memcpy(static_cast<char*>(dense) + (row * shape.k + column) * element_bytes,
+                      static_cast<const char*>(values) + at * element_bytes, element_bytes);
         }
   });
 }

@@ -49,9 +49,15 @@ class LanesPack {
   std::vector<int64_t> places;  // [nnz]: where in values each value belongs
 };
 
+// std::invalid_argument unless the heads of `part` name groups that it has, and its steps are some
+// of the `steps` of W. Nobody keeps a caller from writing to these arrays; as a column any byte is
+// in bounds.
+void check_lanes(const LanesShape&, const int64_t* part_steps, const LanesHead* heads,
+                 int64_t steps, int64_t part);
+
 // dense[n][k] = W, of elements of so many bytes, on memory of zeros.
 void lanes_to_dense(const LanesShape&, const int64_t* part_steps, const LanesHead* heads,
-                    const uint8_t* cols, const void* values, int element_bytes, void* dense,
-                    int threads);
+                    int64_t steps, const uint8_t* cols, const void* values, int element_bytes,
+                    void* dense, int threads);
 
 }  // namespace sk

@@ -10,8 +10,8 @@ namespace sk {
 namespace { thread_local Scratch x_scratch; }  // namespace
 
 void spmm_lanes(const LanesShape& shape, const int64_t* part_steps, const LanesHead* heads,
-                const uint8_t* cols, Type type, const void* values, const void* bias, Matrix x,
-                Matrix y, int64_t tokens, int threads) {
+                int64_t steps, const uint8_t* cols, Type type, const void* values, const void* bias,
+                Matrix x, Matrix y, int64_t tokens, int threads) {
   if (tokens == 0 || shape.n == 0) return;
   const Kernels& kern = kernels();
   const int64_t x_rows = tokens % 4 == 3 ? tokens + 1 : tokens;  // three are taken as four
@@ -21,6 +21,7 @@ void spmm_lanes(const LanesShape& shape, const int64_t* part_steps, const LanesH
   bias ? kern.widen(type, bias, shape.n, start) : void(std::fill_n(start, shape.n, 0.0f));
   kern.pack_lanes(type, x, tokens, shape.k, x_rows, packed);
   parallel_for(threads, shape.parts(), [&](int64_t part) {
+    check_lanes(shape, part_steps, heads, steps, part);
     const int64_t first = part_steps[part] * kLanesGroup;
     const LanesPart w{heads + shape.heads_before(part),
                       shape.blocks(),

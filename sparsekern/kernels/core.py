@@ -8,7 +8,6 @@ column that no value stands in, and memory is O(nnz + M (N + K)) whatever the dt
 from collections.abc import Callable
 from typing import NamedTuple
 
-import torch
 from torch import Tensor
 
 from .derived import derived
@@ -27,7 +26,7 @@ class _Core(NamedTuple):
 def _make(row_offsets: Tensor, col_indices: Tensor) -> _Core:
     counts = row_offsets.diff()
     rows = counts.nonzero().flatten()
-    core_offsets = torch.zeros(len(rows) + 1, dtype=torch.int32)
+    core_offsets = row_offsets.new_zeros(len(rows) + 1)
     core_offsets[1:] = counts[rows].cumsum(0)
     cols, places = col_indices.long().unique(return_inverse=True)
     return _Core(core_offsets, places.int(), rows, cols)

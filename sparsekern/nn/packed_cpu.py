@@ -17,8 +17,7 @@ class PackedLinearOnCpu(PackedLinear):
     float32 weight, in bfloat16 0.92, 0.53, 0.26 and 0.16 of those of a dense bfloat16 one.
     SparseLinear is as fast from 8 tokens on, and reads less where weights come from memory; for
     many tokens the weight is written out for each call. No gradient, and no way back to CSR: keep
-    the checkpoint. Its buffers are in no state_dict. Each call checks their types and sizes, but
-    not what stands in them.
+    the checkpoint. Its buffers are in no state_dict.
 
     Args:
         packed: W [out_features, in_features].
@@ -50,8 +49,9 @@ class PackedLinearOnCpu(PackedLinear):
         x, packed = input, self._packed()
         if not x.is_cpu or not packed.values.is_cpu:
             raise NotImplementedError(
-                f"PackedLinear: expected x and the weight, packed for a CPU, there, got x on "
-                f"{x.device} and the weight on {packed.values.device}"
+                f"PackedLinear: expected x and the weight on a CPU, for which it was packed, got x "
+                f"on {x.device} and the weight on {packed.values.device}; for a GPU, move the "
+                "model there before pack_"
             )
         refuse_derivatives(x)
         if x.dtype != self.dtype:

@@ -162,16 +162,17 @@ void check(const Problem& p, sk::Type type, std::initializer_list<int> all_vecs,
     for (int64_t most : {1, 3, 5000}) {
       const int64_t tokens = std::min(most, p.tokens);
       Array y(type, std::max<int64_t>(0, tokens * out_row - p.gap), nullptr);
-      sk::spmm_lanes(pack.shape, pack.part_steps.data(), pack.heads.data(), pack.cols.data(), type,
-                     packed.data(), bias.data(), {x.data(), in_row}, {y.data(), out_row}, tokens,
-                     1 + tokens % 3);
+      sk::spmm_lanes(pack.shape, pack.part_steps.data(), pack.heads.data(), pack.part_steps.back(),
+                     pack.cols.data(), type, packed.data(), bias.data(), {x.data(), in_row},
+                     {y.data(), out_row}, tokens, 1 + tokens % 3);
       for (int64_t j = 0; j < y.size(); j++)
         if (j % out_row < p.n) expect(y[j], want_y[j], scale_y[j], type, "spmm of lanes");
     }
     Array dense(type, p.n * p.k, nullptr);
     for (int64_t i = 0; i < dense.size(); i++) dense.set(i, 0);
-    sk::lanes_to_dense(pack.shape, pack.part_steps.data(), pack.heads.data(), pack.cols.data(),
-                       packed.data(), static_cast<int>(sk::size_of(type)), dense.data(), 2);
+    sk::lanes_to_dense(pack.shape, pack.part_steps.data(), pack.heads.data(),
+                       pack.part_steps.back(), pack.cols.data(), packed.data(),
+                       static_cast<int>(sk::size_of(type)), dense.data(), 2);
     for (int64_t i = 0; i < p.n; i++)
       for (int32_t q = offsets[i]; q < offsets[i + 1]; q++)
         expect(dense[i * p.k + cols[q]], values[q], 1, type, "dense of lanes");

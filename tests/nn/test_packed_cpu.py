@@ -1,6 +1,7 @@
 """pack_ on a CPU."""
 
 import copy
+import pickle
 
 import pytest
 import torch
@@ -37,6 +38,7 @@ def test_a_packed_model_is_the_same_function(dtype):
     assert not packed.state_dict() and not list(packed.parameters())
     twin, x = copy.deepcopy(packed), torch.randn(2, 130).to(dtype)
     assert torch.equal(twin(x.t().contiguous().t()), packed(x))
+    assert torch.equal(pickle.loads(pickle.dumps(packed))(x), twin(x))
     assert torch.equal(packed.half()(x), twin(x))  # casts leave it alone
     assert "layout=lanes" in repr(packed[0])
     assert "1 tokens -> lanes" in sparsekern.explain(1, packed)
@@ -99,10 +101,25 @@ def test_wrong_calls():
         layer(x.bfloat16())
     with pytest.raises(RuntimeError, match="no gradient"):
         layer(x.requires_grad_())
-    with pytest.raises(NotImplementedError, match="packed for a CPU, there, got x on meta"):
+    with pytest.raises(NotImplementedError, match="for which it was packed, got x on meta"):
         layer(torch.empty(2, 130, device="meta"))
     with pytest.raises(ValueError, match="no way back"):
         densify_(packed)
+    x = x.detach()
+    with forward_ad.dual_level():
+        assert torch.equal(layer(x), layer(x))
+        dual = forward_ad.make_dual(x, x)
+        with pytest.raises(RuntimeError, match="no gradient"):
+            layer(dual)
+        with pytest.raises(NotImplementedError, match="has a tangent"):
+            torch.ops.sparsekern.spmm_lanes(dual, *layer._packed())
+    with pytest.raises(RuntimeError, match="no gradient"):
+        torch.func.jvp(layer, (x,), (x,))
+    for name in ("values", "heads", "bias"):
+        twin = copy.deepcopy(layer)
+        getattr(twin, name).untyped_storage().resize_(0)
+        with pytest.raises(ValueError, match=f"{name}: expected .* memory was freed"):
+            twin(x)
     layer.cols = layer.cols[1:]
     with pytest.raises(ValueError, match="values: expected contiguous"):
         layer(torch.randn(2, 130))

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from ...tensor import SparseTensor
+from ..operands import check_memory
 from ..reference import mm, skip_missing
 from .panel import _C, type_of
 
@@ -33,7 +34,7 @@ class Lanes(NamedTuple):
 
     def check(self) -> None:
         """ValueError or TypeError that names what the kernel cannot count on: types and shapes.
-        What stands in the tensors is not read."""
+        What stands in the tensors the kernel checks itself."""
         values, steps = self.values, self.cols.shape[0]
         if values.dtype not in DTYPES:
             raise TypeError(f"values: expected float32 or bfloat16, got {values.dtype}")
@@ -49,6 +50,8 @@ class Lanes(NamedTuple):
                     f"{name}: expected contiguous {dtype} {shape} on a CPU, "
                     f"got {t.dtype} {tuple(t.shape)} on {t.device}"
                 )
+            if not t.data_ptr() or t.storage_offset():
+                check_memory("spmm_lanes", **{name: t})
 
 
 def pack(weight: SparseTensor) -> Lanes:
@@ -67,12 +70,12 @@ def pack(weight: SparseTensor) -> Lanes:
     packed = Lanes(
         n,
         k,
-        torch.empty(-(-n // PART_ROWS) + 1, dtype=torch.int64),
-        torch.empty(-(-k // COLS) * -(-n // GROUP), 2, dtype=torch.uint8),
-        torch.empty(made.steps, GROUP, dtype=torch.uint8),
+        col_indices.new_empty(-(-n // PART_ROWS) + 1, dtype=torch.int64),
+        col_indices.new_empty(-(-k // COLS) * -(-n // GROUP), 2, dtype=torch.uint8),
+        col_indices.new_empty(made.steps, GROUP, dtype=torch.uint8),
         weight.values.new_zeros(made.steps, GROUP),
     )
-    places = torch.empty(nnz, dtype=torch.int64)
+    places = col_indices.new_empty(nnz, dtype=torch.int64)
     made.write(*(t.data_ptr() for t in (*packed[2:5], places)))
     packed.values.view(-1)[places] = weight.values
     return packed
@@ -101,6 +104,7 @@ def _multiply(x: Tensor, packed: Lanes, bias: Tensor | None) -> Tensor:
         packed.k,
         packed.part_steps.data_ptr(),
         packed.heads.data_ptr(),
+        packed.cols.shape[0],
         packed.cols.data_ptr(),
         _type_of(packed.values.dtype),
         packed.values.data_ptr(),
@@ -121,6 +125,7 @@ def _to_dense(packed: Lanes) -> Tensor:
         packed.k,
         packed.part_steps.data_ptr(),
         packed.heads.data_ptr(),
+        packed.cols.shape[0],
         packed.cols.data_ptr(),
         packed.values.element_size(),
         packed.values.data_ptr(),

@@ -52,7 +52,7 @@ class Rates(NamedTuple):
 
 @lru_cache(maxsize=1)
 def rates() -> Rates:
-    panel = torch.zeros(2**20)
+    panel = torch.zeros(2**20, dtype=torch.float32, device="cpu")
     sizes = {1: _C.cache_bytes(1) or 2**15, 2: min(_C.cache_bytes(2) or 2**19, 2**21)}
 
     def multiply(step: str, level: int) -> Callable[[], int]:

@@ -16,6 +16,7 @@ from sparsekern.kernels.cpu import dense_product
 from sparsekern.kernels.cpu import panel as cpu
 from sparsekern.kernels.cpu.machine import machine, rates, rates_in_words
 from sparsekern.kernels.cpu.plan import dense_wins_above
+from sparsekern.kernels.problem import problem_of
 from sparsekern.testing import PROBLEMS, Case, exact, random_csr, relative_error
 
 pytestmark = pytest.mark.skipif(cpu._C is None, reason="the C++ library is not built")
@@ -234,6 +235,34 @@ def test_expand_takes_onednn_where_it_is_clearly_faster(monkeypatch):
         monkeypatch.setattr(dense_product, "rates", lambda r=onednn: dense_product.Rates(1e11, r))
         assert dense_product.library(torch.float32) == name
         assert dense_product.library(torch.bfloat16) == "torch.mm"
+
+
+def test_dense_products_are_measured_on_one_thread(monkeypatch):
+    """Two that wait for each other beside other work would make equal processes differ."""
+    seen = set()
+
+    def multiply(a, b, bias=None):
+        assert a.is_cpu and b.is_cpu
+        seen.add(torch.get_num_threads())
+
+    monkeypatch.setattr(dense_product, "mm", multiply)
+    monkeypatch.setattr(dense_product, "_onednn", multiply)
+    torch.set_num_threads(2)
+    with torch.device("meta"):
+        found = dense_product.rates.__wrapped__()
+        assert rates.__wrapped__().l1 > 0
+    assert seen == {1} and torch.get_num_threads() == 2
+    assert "a core" in dense_product.rates_in_words(found)
+
+
+def test_subnormal_numbers_count_as_zeros_in_dot_products_alone():
+    t = Case("subnormal", 64, 40, 50).tensors(torch.bfloat16)
+    dy, x = torch.full_like(t.dy, 1e-39), torch.full_like(t.x, 1)
+    w = t.row_offsets, t.col_indices
+    dvalues = cpu._bind_sddmm(problem_of("sddmm", *w, 40, 50, dy, x))(*w, 40, 50, dy, x)
+    assert bool((dvalues == 0).all()) == machine().has_dots
+    y = cpu._bind_spmm(problem_of("spmm_t", *w, t.values, 40, 50, dy))(*w, t.values, 40, 50, dy)
+    assert (y != 0).any()
 
 
 def test_rates_of_this_machine():

@@ -83,6 +83,36 @@ def test_what_cannot_be_packed():
         lanes.pack(W)
 
 
+def test_other_defaults_of_torch():
+    t = Case("defaults", 3, 37, 101).tensors()
+    want = lanes.spmm_lanes(t.x, lanes.pack(weight_of(t)))
+    with torch.device("meta"):
+        assert torch.equal(lanes.spmm_lanes(t.x, lanes.pack(weight_of(t))), want)
+
+
+def test_contents_that_packing_did_not_make():
+    """They lead nowhere out of bounds: any byte is a column, and heads are checked by each call."""
+    t = Case("contents", 3, 1030, 70, sparsity=0.5).tensors()
+    whole = lanes.pack(weight_of(t))
+
+    def changed(name, change):
+        packed = whole._replace(**{name: getattr(whole, name).clone()})
+        change(getattr(packed, name))
+        return packed
+
+    lanes.spmm_lanes(t.x, changed("cols", lambda cols: cols.random_(0, 256)))
+    for packed in (
+        changed("heads", lambda heads: heads.random_(0, 256)),
+        changed("heads", lambda heads: heads[0].fill_(32)),
+        changed("heads", lambda heads: heads[-1, 1].add_(1)),
+        changed("part_steps", lambda steps: steps[0].sub_(1)),
+        changed("part_steps", lambda steps: steps.add_(2**62)),
+    ):
+        for x in (t.x, t.x[:1].expand(200, -1).contiguous()):
+            with pytest.raises(ValueError, match="part_steps, heads: expected what packing made"):
+                lanes.spmm_lanes(x, packed)
+
+
 @pytest.mark.slow
 def test_every_instruction_set(isa_env):
     command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", __file__]
