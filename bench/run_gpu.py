@@ -144,7 +144,8 @@ PROMPTS_PAGE = """\
 {heading}
 
 Times faster than the best dense call: cuBLAS and cuBLASLt, both layouts of W and of the result.
-More than 64 tokens: W is written out from its pack, or from CSR, and torch multiplies. Medians of
+W is written out from its pack, or from CSR, and torch multiplies; a pack for 64 tokens (`pairs`) is
+read in place up to 256 tokens on Hopper. Medians of
 {rounds} CUDA-graph replays of {fewest} calls or more, all competitors in turn; every call reads
 another copy of W, {cold_mb:.0f} MB or more of them. Geometric means over {shapes}. Below 1 is a
 loss.

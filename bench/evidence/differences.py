@@ -2,8 +2,7 @@
 
 A seed changes first weights, the order of the text and the mask, so arms are compared by seeds.
 Where items are scored one by one, the interval covers other items too: the half-widths of both are
-added in quadrature. (To draw both again and again is too narrow with two or three seeds: where
-these differ more than items, nine in ten intervals of 95 % or fewer hold the truth.) Equivalence
+added in quadrature. (A bootstrap of both is far too narrow with two or three seeds.) Equivalence
 within a margin: the 90 % interval lies inside it (two one-sided tests at 5 %).
 """
 

@@ -50,6 +50,7 @@ def publish(kept: Path, page: Path, new: Sequence[Path]) -> None:
     results = study.read(paths)
     if len({result["corpus"] for result in results}) > 1:
         raise ValueError("results: expected one text, got several")
+    study.check_plan(results)
     if new:
         lines = "".join(json.dumps(result) + "\n" for result in results)
         with atomic_write(kept) as file:

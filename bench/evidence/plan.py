@@ -3,6 +3,10 @@
 An arm is one way to spend training; an order is a question and the arms that answer it, each with
 the same seeds. Rates are those of full-length sweeps, by a seed that no arm is reported for. A
 prediction is a difference of two arms in one metric; where it has a margin, equivalence is tested.
+Margins: 0.02 nats are a third of the least cost of 75 % that is expected on code; three seeds show
+as much where the differences of seeds have a deviation of 0.008 or less. 0.5 points of sentiment
+are finer than three seeds of 5,000 reviews show when 5 % of the answers differ, so that line will
+mostly say "different" or "open".
 """
 
 import math

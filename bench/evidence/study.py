@@ -44,6 +44,13 @@ def read(paths: Iterable[Path]) -> list[dict]:
     return list(found.values())
 
 
+def check_plan(results: Iterable[dict]) -> None:
+    """ValueError where one of these is of an arm and size of the plan, but not as they are now."""
+    for result in results:
+        if result["arm"] in ARMS and result["size"] in plan.SIZES:
+            check(Task(*(result[field.name] for field in fields(Task))), result)
+
+
 def check(task: Task, result: dict) -> None:
     """ValueError unless `result`, whose key is that of the task, is one of this task and plan."""
     for name, value in (asdict(task) | {"recipe": task.recipe}).items():
@@ -77,8 +84,7 @@ class Study:
                 raise ValueError(
                     f"data: expected the text {result['corpus']} of earlier results, got {corpus}"
                 )
-            if result["arm"] in ARMS and result["size"] in plan.SIZES:
-                check(Task(*(result[field.name] for field in fields(Task))), result)
+        check_plan(self.results.values())
         self.failed: dict[str, str] = {}
         self.began = time.monotonic()
 

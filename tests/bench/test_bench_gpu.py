@@ -16,6 +16,7 @@ from sparsekern.bench import crossover, layouts_gpu, measure_gpu, peers_gpu, rat
 from sparsekern.gpt.llama import LlamaConfig
 from sparsekern.kernels import crossover as shipped
 from sparsekern.kernels import derived
+from sparsekern.kernels.cuda import cover
 from sparsekern.kernels.cuda.gather import GatherLayout
 from sparsekern.kernels.cuda.layout import pack_of
 from sparsekern.report.load import read
@@ -489,6 +490,7 @@ def test_the_shipped_crossover_is_sound():
                 assert all(d is None or 0 <= d <= 1 for d in limits)
 
 
+@pytest.mark.skipif(not cover.is_built(), reason="the C++ library is not built")
 def test_layouts_are_data_that_pack_reads(bench, monkeypatch, tmp_path):
     """Shares of the best dense time, by layout, shape, density and tokens."""
     run_gpu, cells = bench("run_gpu"), some_cells()

@@ -406,6 +406,7 @@ def results(evidence, losses: dict[str, list[float]]) -> list[dict]:
             pretrained |= {"tokens": 2e6, "passes": 2, "steps": 10, "step_s": 0.5}
             tuned = {"sentiment dense": {"items": right}, "code dense": {"loss": loss}}
             own = {"key": f"S {arm} seed {seed}", "size": "S", "arm": arm, "seed": seed}
+            own |= {"recipe": evidence.arms.Task("S", arm, seed, 0.001, True).recipe}
             own |= {"rate": 0.001, "pretrained": pretrained, "tuned": tuned, "seconds": 9.0}
             found.append(own | about)
     return found
@@ -487,3 +488,6 @@ def test_results_are_added_once(evidence, tmp_path):
     for _ in range(2):
         evidence.page.publish(kept, page, [tmp_path / "new.jsonl"])
     assert len(kept.read_text().splitlines()) == 1 and "GPU" in page.read_text()
+    (tmp_path / "other.jsonl").write_text(json.dumps(new[0] | {"key": "b", "recipe": "old"}) + "\n")
+    with pytest.raises(ValueError, match="made by another plan"):
+        evidence.page.publish(kept, page, [tmp_path / "other.jsonl"])

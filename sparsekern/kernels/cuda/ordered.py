@@ -15,6 +15,7 @@ Infinity and NaN in x: as in two_of_four.py.
 """
 
 import math
+import os
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import lru_cache
@@ -246,7 +247,8 @@ def recognised(problem: Problem, row_offsets: Tensor, col_indices: Tensor) -> Pr
     problem = two_of_four.recognised(problem, row_offsets, col_indices)
     if problem.is_two_way or problem.op == "sddmm" or _refuse_here(problem):
         return problem
-    if is_passing(row_offsets):  # an order takes long to find
+    # An order takes long to find.
+    if is_passing(row_offsets) or os.environ.get("SPARSEKERN_KERNEL", "ordered") != "ordered":
         return problem
     side = _side_of(problem.op, row_offsets, col_indices, problem.N, problem.K)
     return problem._replace(is_ordered=side is not None)
@@ -289,7 +291,8 @@ def _refuse(p: Problem) -> str | None:
     if not p.is_ordered:
         return (
             "no order of the columns was found that puts at most two of four in each row, or none "
-            "was sought, as a sparsity algorithm will change the pattern soon"
+            "was sought, as a sparsity algorithm will change the pattern soon or SPARSEKERN_KERNEL "
+            "names another row"
         )
     return None
 

@@ -118,6 +118,17 @@ def test_no_order_is_sought_of_a_pattern_that_will_change_soon():
     assert problem(W).is_ordered
 
 
+def test_no_order_is_sought_where_another_row_is_forced(monkeypatch):
+    W, *_ = layer()
+    with monkeypatch.context() as without:
+        without.setattr(ordered, "_order", None)
+        without.setenv("SPARSEKERN_KERNEL", "expand")
+        asked = problem(W)
+        assert not asked.is_ordered and pick(asked).name == "expand"
+    monkeypatch.setenv("SPARSEKERN_KERNEL", "ordered")
+    assert problem(W).is_ordered
+
+
 @pytest.mark.parametrize("op", ["spmm", "spmm_t"])
 def test_without_a_right_algorithm_w_is_written_out(op, stand_in):  # noqa: F811
     for number in algorithms.CANDIDATES[torch.bfloat16]:
