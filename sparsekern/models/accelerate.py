@@ -129,7 +129,9 @@ def accelerate_(
                     exchange.replace(candidate, candidate.plain())
             if exchange.is_begun:
                 after_output = _run(PAST_MODULES, run, model)
-                report.output_error, report.not_compared = compared(output, after_output, run)
+                report.output_error, report.not_compared = compared(
+                    output, after_output, lambda: _run(NOT_AGAIN, run)
+                )
                 after = _run(NOT_AGAIN, lambda: times([exchange.now(c) for c in candidates]))
                 # What one gains depends on the others: layers that are slow push out of the cache.
                 while slow := too_slow(candidates, calls, layers, after.layers_s):
