@@ -11,6 +11,7 @@ Until the last step has passed, an error puts back what was there.
 """
 
 import time
+import traceback
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
@@ -33,7 +34,8 @@ NOT_AGAIN = (
 )
 PAST_MODULES = (
     "accelerate_: the model, which is as it was, does not run with sparse layers: something reads "
-    "a weight or calls a layer past the module that holds it"
+    "a layer's weight or attributes, or calls it past its module (layer.weight.requires_dense = "
+    "True keeps one dense)"
 )
 
 
@@ -126,8 +128,10 @@ def accelerate_(
                 elif candidate.is_masked:
                     exchange.replace(candidate, candidate.plain())
             if exchange.is_begun:
-                after_output = _run(PAST_MODULES, run)
-                report.output_error, report.not_compared = compared(output, after_output, run)
+                after_output = _run(PAST_MODULES, run, model)
+                report.output_error, report.not_compared = compared(
+                    output, after_output, lambda: _run(NOT_AGAIN, run)
+                )
                 after = _run(NOT_AGAIN, lambda: times([exchange.now(c) for c in candidates]))
                 # What one gains depends on the others: layers that are slow push out of the cache.
                 while slow := too_slow(candidates, calls, layers, after.layers_s):
@@ -193,11 +197,16 @@ def _check_model(model: object) -> None:
         )
 
 
-def _run(told: str, run: Any) -> Any:
+def _run(told: str, run: Any, model: nn.Module | None = None) -> Any:
+    """run(); with `model` an error says in which of its modules it came."""
     try:
         return run()
     except Exception as error:
-        raise ValueError(f"{told}: {type(error).__name__}: {error}") from error
+        names = {id(m): name for name, m in model.named_modules()} if model is not None else {}
+        frames = [id(f.f_locals.get("self")) for f, _ in traceback.walk_tb(error.__traceback__)]
+        places = [names[owner] for owner in frames if names.get(owner)]
+        where = f", in {places[-1]}" if places else ""
+        raise ValueError(f"{told}{where}: {type(error).__name__}: {error}") from error
 
 
 @contextmanager

@@ -138,8 +138,10 @@ def why_not_experts(experts: Any) -> str | None:
     for flag in ("has_post_expert_norm", "_is_expert_parallel"):
         if getattr(experts, flag, False):
             return f"experts with {flag} are not served"
-    if not getattr(experts, "has_gate", True) or not hasattr(type(experts), "_apply_gate"):
+    if not getattr(experts, "has_gate", True):
         return "experts without a gate are not served"
+    if not hasattr(type(experts), "_apply_gate"):
+        return "experts whose class has no _apply_gate are not served"
     stacks = [experts._parameters[name] for name in STACKS]
     if any(stack is None or stack.ndim != 3 for stack in stacks):
         return "expected gate_up_proj [E, 2 I, H] and down_proj [E, H, I]"

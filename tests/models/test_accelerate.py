@@ -360,6 +360,11 @@ def test_a_model_that_calls_layers_past_its_modules_is_as_it_was():
 
     model, x = pruned(Hidden()), torch.randn(3, H)
     want = model(x)
-    with pytest.raises(ValueError, match="past the module that holds it: TypeError"):
+    with pytest.raises(ValueError, match="past its module .* keeps one dense.: TypeError"):
         accelerate_(model, x)
     assert torch.equal(model(x), want)
+    with pytest.raises(ValueError, match=r"keeps one dense\), in 1\.0: TypeError"):
+        accelerate_(nn.Sequential(nn.ReLU(), nn.Sequential(model)), x)
+    model.layer.weight.requires_dense = True
+    with pytest.raises(ValueError, match=r"1 Linear \(7.*requires_dense"):
+        accelerate_(model, x)
