@@ -201,7 +201,7 @@ def test_pages_and_sections_are_what_the_newest_tables_make(train_gpu, verb):
     begin, end = train_gpu.markers(verb)
     section = train_gpu.DOCS.read_text().split(begin)[1].split(end)[0].strip()
     if not names:
-        assert section == f"Not measured yet: `python bench/run_gpu.py {verb}`."
+        assert f"`python bench/run_gpu.py {verb}`" in section and "|" not in section
         return
     run = records.read(RESULTS / f"{max(names)}.csv")
     page = train_gpu.PAGES[verb](max(names), run)

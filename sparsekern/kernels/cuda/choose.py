@@ -40,6 +40,7 @@ _COUNTS = {  # of numbers and of tensors
 WORTH = 1.1  # how many times as fast a second layout makes calls, or it is not held
 NEVER_BELOW = 0.97  # of dense: where dense may be kept, it is for what is slower
 MOST_GATHERED = 2  # tokens up to which `gather` is the faster layout (docs/log.md)
+FEW_BY_TWO_OF_FOUR = 1.6  # times as long as dense, below its crossover: at 96 tokens (docs/log.md)
 
 
 def like(tokens: int) -> int:
@@ -145,7 +146,7 @@ def fastest(held: tuple[str, ...], m: int, n: int, k: int, nnz: int) -> int:
 
     def time(place: int) -> float:
         if held[place] == TwoOfFour.name:
-            return 0.0 if is_faster(m, n, k) else 4.0
+            return 0.0 if is_faster(m, n, k) else FEW_BY_TWO_OF_FOUR
         found = share(held[place], m, n, k, density)
         return (1.0 if held[place] == Dense.name else 2.0) if found is None else found
 

@@ -150,7 +150,7 @@ def test_pack_chooses_it_where_it_pays(stand_in, monkeypatch):  # noqa: F811
     assert names(W, 512, 2048) == ["two_of_four"] and "two_of_four" not in names(W, 64, 64)
     few, many = held = tuple(names(W, 1, 2048))
     assert many == "two_of_four" and few in ("gather", "cover", "pairs")
-    for m, place in ((1, 0), (511, 0), (512, 1), (4096, 1)):
+    for m, place in ((1, 0), (2, 0), (511, 1), (512, 1), (4096, 1)):
         fastest.cache_clear()
         assert fastest(held, m, N, K, W.nnz) == place
     fastest.cache_clear()
