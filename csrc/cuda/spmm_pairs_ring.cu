@@ -203,10 +203,6 @@ __device__ void spmm_pairs_ring(const unsigned* all_words, const int* steps,
   const int blocks = (slices + block_slices - 1) / block_slices;
   const int units = blocks * row_steps;
   const int run_first = run_begin(run, runs, units), run_end = run_begin(run + 1, runs, units);
-  x += static_cast<long long>(first_token) * k;
-  y += static_cast<long long>(first_token) * n;
-  partial += static_cast<long long>(token_tile) * blocks * most_shares * kTokens * rows;
-  arrived += token_tile * blocks;
 
   require_warpgroups();
   let_next_kernel_start();
@@ -217,7 +213,8 @@ __device__ void spmm_pairs_ring(const unsigned* all_words, const int* steps,
     __syncthreads();  // barriers are made
     give_registers<kProducerRegisters>();
     wait_for_last_kernel();
-    Producer<kTokens> producer(ring, x, tokens, k, (warp - consumers) / groups, writers);
+    Producer<kTokens> producer(ring, x + static_cast<long long>(first_token) * k, tokens, k,
+                               (warp - consumers) / groups, writers);
     for (int unit = run_first; unit < run_end;) {
       const int first = unit % row_steps, count = min(row_steps - first, run_end - unit);
       producer.bring(first + count * group / groups, first + count * (group + 1) / groups);
@@ -258,14 +255,18 @@ __device__ void spmm_pairs_ring(const unsigned* all_words, const int* steps,
     multiply_ring<T>(acc, words, my_count, warp % 2, ring, place);
     const int row = own_slice * kWarp + warp % 2 * 16 + lane;
     const int row_of_lane = lane < 16 && row < n ? row : -1;
+    int opaque_tile = token_tile;
+    asm volatile("" : "+r"(opaque_tile));  // the pointers that follow from it wait in no registers
+    const long long tile = opaque_tile;
     const auto sum_stored = [&](int token, int of_w) {
-      return sum_pairs<T>(all_words, steps, x + static_cast<long long>(token) * k, of_w, row_steps,
+      return sum_pairs<T>(all_words, steps, x + (tile * kTokens + token) * k, of_w, row_steps,
                           first, first + count);
     };
     const Part part = {block, rows, consumers, groups, group,
                        run,   runs, row_steps, units,  most_shares};
-    finish<T, kRingBarrier>(acc, row_of_lane, tile_memory, bias, y, partial, arrived, tokens, n,
-                            part, sum_stored);
+    finish<T, kRingBarrier>(acc, row_of_lane, tile_memory, bias, y + tile * kTokens * n,
+                            partial + tile * blocks * most_shares * kTokens * rows,
+                            arrived + tile * blocks, tokens, n, part, sum_stored);
     __syncthreads();
   }
 }
