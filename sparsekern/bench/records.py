@@ -160,12 +160,17 @@ def cases(records: Iterable[dict]) -> list[dict]:
 def flat(cases: Iterable[dict]) -> list[dict]:
     """A record for each contender, without the rounds and what can be derived from other fields."""
     return [
-        {name: case[name] for name in CASE if name in case}
+        {name: case[name] for name in CASE if name in case and not _follows(name, case)}
         | {"contender": contender}
         | {name: way[name] for name in FOUND if name in way}
         for case in cases
         for contender, way in case["ways"].items()
     ]
+
+
+def _follows(name: str, case: dict) -> bool:
+    """Whether a product has this by its sizes (rates.py)."""
+    return name in ("useful_flop", "dense_flop") and "model" not in case and "nnz" in case
 
 
 def select(records: Iterable[dict], **wanted) -> list[dict]:
