@@ -2,11 +2,11 @@
 
 import pytest
 import torch
+from captured_layer import check_captured_step
 from emulated_cuda import emulated_cuda, emulator  # noqa: F401
 from infinities import check_stored
-from torch import nn
 
-from sparsekern import SparseLinear, SparseTensor, explain, linear
+from sparsekern import SparseTensor, explain, linear
 from sparsekern.kernels.cuda import algorithms, cusparselt, two_of_four
 from sparsekern.kernels.cuda import bitmap as bitmaps
 from sparsekern.kernels.table import pick
@@ -161,36 +161,7 @@ def test_infinities_reach_what_a_stored_value_connects():
 @on_gpu
 @needs_gpu
 def test_a_captured_step_follows_values_tokens_and_bias():
-    n, k, m = 1024, 2048, 1024
-    dense = nn.Linear(k, n, device="cuda", dtype=torch.bfloat16)
-    layer = SparseLinear.from_linear(dense, two_way(n, k).cuda())
-    x = torch.randn(m, k, device="cuda", dtype=torch.bfloat16, requires_grad=True)
-    dy = torch.randn(m, n, device="cuda", dtype=torch.bfloat16)
-    stream = torch.cuda.Stream()
-    with torch.cuda.stream(stream):
-        layer(x).backward(dy)
-    torch.cuda.synchronize()
-    graph = torch.cuda.CUDAGraph()
-    x.grad = layer.values.grad = layer.bias.grad = None
-    with torch.cuda.graph(graph):
-        y = layer(x)
-        y.backward(dy)
-    captured = y, x.grad, layer.values.grad  # where a replay writes
-    for _ in range(3):
-        with torch.no_grad():
-            x.normal_()
-            layer.values.normal_()
-            layer.bias.normal_()
-        graph.replay()
-        got = [t.clone() for t in captured]
-        other = x.detach().clone().requires_grad_()
-        layer.values.grad = None
-        want = layer(other)
-        want.backward(dy)
-        # Another algorithm may be captured than runs outside.
-        for a, b in zip(got, (want, other.grad, layer.values.grad), strict=True):
-            scale = b.float().square().mean().sqrt().item()
-            torch.testing.assert_close(a, b, rtol=2**-6, atol=2**-6 * scale)
+    check_captured_step(two_way(1024, 2048).cuda())
 
 
 @on_gpu
