@@ -23,8 +23,18 @@ from sparsekern.kernels.cuda import (
     two_of_four,
 )
 from sparsekern.kernels.cuda.layout import Gpu
+from sparsekern.testing import relative_error
 
 REFUSED, WRONG, CHANGING = 1, 2, 3
+TOLERANCE = 2**-8  # one rounding of the result
+
+
+def check(y, x, w, bias=None):
+    """y is x w^T + bias, but for one rounding."""
+    exact, scale = x.double() @ w.double().T, x.double().abs() @ w.double().abs().T
+    if bias is not None:
+        exact, scale = exact + bias.double(), scale + bias.double().abs()
+    assert relative_error(y, exact, scale) <= TOLERANCE
 
 
 class StandIn:

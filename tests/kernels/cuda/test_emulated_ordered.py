@@ -6,6 +6,7 @@ import torch
 from emulated_cusparselt import (  # noqa: F401
     REFUSED,
     WRONG,
+    check,
     cusparselt_library,
     emulated_cuda,
     emulator,
@@ -18,11 +19,9 @@ from sparsekern.kernels import derived
 from sparsekern.kernels.cuda import algorithms, ordered
 from sparsekern.kernels.problem import Problem
 from sparsekern.kernels.table import pick, refusals
-from sparsekern.testing import relative_error
 
 pytestmark = pytest.mark.usefixtures("stand_in", "fresh_table")
 N, K, M = 96, 128, 96
-TOLERANCE = 2**-8  # one rounding of the result
 
 
 def layer(n=N, k=K, density=0.08):
@@ -47,13 +46,6 @@ def product(W, x, bias=None, op="spmm"):
     row = pick(problem(W, op, x.shape[0]))
     assert row.name == "ordered"
     return row.run(W.row_offsets, W.col_indices, W.values, *W.shape, x, bias)
-
-
-def check(y, x, w, bias=None):
-    exact, scale = x.double() @ w.double().T, x.double().abs() @ w.double().abs().T
-    if bias is not None:
-        exact, scale = exact + bias.double(), scale + bias.double().abs()
-    assert relative_error(y, exact, scale) <= TOLERANCE
 
 
 @pytest.mark.parametrize("n, k, m", [(16, 48, 72), (N, K, M), (1040, 64, 72)])

@@ -13,19 +13,19 @@ from emulated_cusparselt import (  # noqa: F401
     CHANGING,
     REFUSED,
     WRONG,
+    check,
     cusparselt_library,
     emulated_cuda,
     emulator,
     stand_in,
 )
 from infinities import check_stored
-from test_two_of_four import TOLERANCE, two_way
+from test_two_of_four import two_way
 
 from sparsekern import SparseTensor
 from sparsekern.kernels.cuda import algorithms, compressed, cusparselt, two_of_four
 from sparsekern.kernels.problem import Problem
 from sparsekern.kernels.table import pick, refusals
-from sparsekern.testing import relative_error
 
 pytestmark = pytest.mark.usefixtures("stand_in", "fresh_table")
 N, K, M = 48, 80, 96
@@ -49,13 +49,6 @@ def product(W, x, bias=None, op="spmm"):
     row = pick(problem(W, op, x.shape[0]))
     assert row.name == "two_of_four"
     return row.run(W.row_offsets, W.col_indices, W.values, *W.shape, x, bias)
-
-
-def check(y, x, w, bias=None):
-    exact, scale = x.double() @ w.double().T, x.double().abs() @ w.double().abs().T
-    if bias is not None:
-        exact, scale = exact + bias.double(), scale + bias.double().abs()
-    assert relative_error(y, exact, scale) <= TOLERANCE
 
 
 @pytest.mark.parametrize("n, k, m", [(16, 16, 72), (N, K, M), (144, 64, 72)])
