@@ -32,7 +32,8 @@ def _rows(problem: Problem):
     """The row for each part."""
     for m in parts(problem.M):
         part = problem._replace(M=m)
-        yield (few_tokens if m <= few_tokens.MOST_TOKENS else panel).KERNELS[0], part
+        few = few_tokens.KERNELS[0]
+        yield (panel.KERNELS[0] if few.refuse(part) else few), part
 
 
 def _bind(problem: Problem):
