@@ -18,6 +18,7 @@
 #include "cpu/packed.h"
 #include "cpu/products.h"
 #include "launch.h"
+#include "packed_call.h"
 #include "packing/cover.h"
 #include "packing/order.h"
 #include "tensors.h"
@@ -56,7 +57,8 @@ sk::Csr csr(const sk::Pattern& p, Pointer row_offsets, Pointer col_indices,
 
 PYBIND11_MODULE(_C, m) {
   m.doc() = "CPU kernels of sparsekern over raw pointers";
-  if (!sk::add_tensor_functions(m.ptr()) || !sk::add_launch_functions(m.ptr()))
+  if (!sk::add_tensor_functions(m.ptr()) || !sk::add_launch_functions(m.ptr()) ||
+      !sk::add_packed_functions(m.ptr()))
     throw py::error_already_set();
   using NoGil = py::call_guard<py::gil_scoped_release>;
 

@@ -54,7 +54,7 @@ bool is_plain(PyObject* object) {
 }
 
 // A tensor whose elements lie where a kernel reads them: contiguous, in memory that is there.
-struct Operand : DLTensor {
+struct Whole : DLTensor {
   bool read(PyObject* object) {
     // A method of another subclass may be anything, and change what was read before.
     if (!is_plain(object)) return false;
@@ -89,18 +89,18 @@ int64_t find_tokens(PyObject* const* args, Py_ssize_t count) {
   if (!api || count < 8 || count % 2) return -1;
   const int64_t n = PyLong_AsLongLong(args[0]);
   if (n < 0) return -1;
-  Operand rows, cols, first{};
+  Whole rows, cols, first{};
   if (!rows.read(args[1]) || !rows.is_indices() || rows.shape[0] - 1 != n) return -1;
   if (!cols.read(args[2]) || !cols.is_indices() || !cols.is_on_device_of(rows)) return -1;
   for (Py_ssize_t i = 6; i < count; i += 2) {
-    Operand x;
+    Whole x;
     if (!x.read(args[i]) || x.ndim != 2 || x.shape[1] != PyLong_AsLongLong(args[i + 1])) return -1;
     if (i == 6) first = x;
     if (x.shape[0] != first.shape[0] || !x.has_type_of(first) || !x.is_on_device_of(rows))
       return -1;
   }
   const auto is_vector = [&](PyObject* object, int64_t size) {
-    Operand v;
+    Whole v;
     return object == Py_None || (v.read(object) && v.ndim == 1 && v.shape[0] == size &&
                                  v.has_type_of(first) && v.is_on_device_of(rows));
   };
@@ -133,6 +133,14 @@ bool read_data(PyObject* tensor, void** address) {
   DLTensor t;
   if (!api || !is_plain(tensor) || api->read(tensor, &t) < 0) return false;
   *address = t.data ? static_cast<char*>(t.data) + t.byte_offset : nullptr;
+  return true;
+}
+
+bool read_operand(PyObject* tensor, Operand* to) {
+  Whole t;
+  if (!api || !t.read(tensor) || t.type_lanes != 1) return false;
+  constexpr int kCpu = 1;
+  *to = {t.data, t.ndim, t.shape, t.type_code, t.type_bits, t.device_type == kCpu};
   return true;
 }
 

@@ -5,6 +5,8 @@
 
 #include <Python.h>
 
+#include <cstdint>
+
 namespace sk {
 
 // Adds read_tensors_of() and fitting_tokens() to the module; false with Python's error set.
@@ -13,5 +15,18 @@ bool add_tensor_functions(PyObject* module);
 // The address of a torch.Tensor's elements, null where it has none; false, with or without Python's
 // error set, for anything else.
 bool read_data(PyObject* tensor, void** address);
+
+// A tensor whose elements lie where a kernel reads them: contiguous, from the start of memory that
+// is there.
+struct Operand {
+  void* data;
+  int ndim;
+  const int64_t* shape;  // of the tensor: as long as it lives and keeps its shape
+  int type_code, bits;   // 0 int, 1 unsigned, 2 float, 4 bfloat16
+  bool is_cpu;
+};
+
+// False, with or without Python's error set, for anything else.
+bool read_operand(PyObject* tensor, Operand* to);
 
 }  // namespace sk

@@ -70,15 +70,6 @@ bool has_bf16_dots() {
 #endif
 }
 
-bool has_16bit_expand() {
-#ifdef SK_HAVE_AVX512
-  static const bool has = __builtin_cpu_supports("avx512vbmi2");
-  return has && isa() == Isa::kAvx512;
-#else
-  return false;
-#endif
-}
-
 int64_t cache_bytes(int level) {
 #if defined(_SC_LEVEL1_DCACHE_SIZE)
   return std::max(0L, sysconf(level == 1 ? _SC_LEVEL1_DCACHE_SIZE : _SC_LEVEL2_CACHE_SIZE));

@@ -39,8 +39,6 @@ const char* isa_name();
 
 // Whether there is an instruction for dot products of bfloat16 (AVX512-BF16), and isa() may use it.
 bool has_bf16_dots();
-// The same of one that places 16-bit elements at the bits of a mask (AVX512-VBMI2).
-bool has_16bit_expand();
 
 // Size of a core's L1 data cache (level 1) or L2 cache (2); 0 where the system does not say.
 int64_t cache_bytes(int level);

@@ -245,9 +245,6 @@ void spmm_lanes_(Type type, const LanesPart& w, const void* values, const float*
 // Calls f(a Mover of elements of so many bytes).
 template <class F>
 void with_mover(int bytes, F f) {
-#if defined(__AVX512F__)
-  if (bytes == 2 && has_16bit_expand()) return f(MoverOf<2, true>());
-#endif
   if (bytes == 2) f(MoverOf<2>());
   if (bytes == 4) f(MoverOf<4>());
   if (bytes == 8) f(MoverOf<8>());
@@ -271,8 +268,8 @@ void collect_(int bytes, const CompressedRows& w, int64_t cols, const void* dens
 }  // namespace
 
 extern const Kernels kKernels;
-const Kernels kKernels = {kLanes,    pack_,       unpack_,     gather_,    scatter_,  widen_,
-                          spmm_,     sddmm_,      add_,        pack_few_,  spmm_few_, widen_t_,
-                          narrow_t_, spmm_t_few_, pack_lanes_, spmm_lanes_, expand_, collect_};
+const Kernels kKernels = {kLanes,    pack_,       unpack_,     gather_,     scatter_,  widen_,
+                          spmm_,     sddmm_,      add_,        pack_few_,   spmm_few_, widen_t_,
+                          narrow_t_, spmm_t_few_, pack_lanes_, spmm_lanes_, expand_,   collect_};
 
 }  // namespace sk::SK_ISA

@@ -2,11 +2,16 @@
 
 from typing import Any
 
+import torch
 from torch import Tensor, nn
+from torch.autograd import forward_ad
 
-from ..kernels.cpu.lanes import Lanes, writes_out
-from ..ops import spmm_lanes
+from ..kernels.cpu.lanes import Lanes, multiply_lanes, writes_out
+from ..ops import _is_direct as is_direct
+from ..ops import in_functorch, spmm_lanes
 from .packed import PackedLinear, refuse_derivatives
+
+_is_compiling = torch.compiler.is_compiling
 
 
 class PackedLinearOnCpu(PackedLinear):
@@ -46,6 +51,9 @@ class PackedLinearOnCpu(PackedLinear):
         return f"{m} tokens -> {self.layout}: {way}, {self.packed_bytes} bytes"
 
     def forward(self, input: Tensor) -> Tensor:  # the name that nn.Linear gives x
+        y = self._quick(input)
+        if y is not None:
+            return y
         x, packed = input, self._packed()
         if not x.is_cpu or not packed.values.is_cpu:
             raise NotImplementedError(
@@ -63,6 +71,24 @@ class PackedLinearOnCpu(PackedLinear):
             return spmm_lanes(x, packed, bias)
         y = spmm_lanes(x.reshape(-1, packed.k), packed, bias)
         return y.view(*x.shape[:-1], packed.n)
+
+    def _quick(self, x: Tensor) -> Tensor | None:
+        """forward() in one step of C++; None where there is something to refuse, or anybody looks
+        on: a small layer pays for every line of Python."""
+        b: dict[str, Any] = self._buffers  # faster than attributes
+        values, bias = b["values"], b["bias"]
+        if (
+            multiply_lanes is None
+            or _is_compiling()
+            or in_functorch()
+            or forward_ad._current_level >= 0
+            or not is_direct(values, x, bias)
+            or x.requires_grad
+        ):
+            return None
+        sizes = self.out_features, self.in_features
+        parts = b["part_steps"], b["heads"], b["cols"], values, bias
+        return multiply_lanes(x, *sizes, *parts, torch.get_num_threads())
 
     def _packed(self) -> Lanes:
         b: dict[str, Any] = self._buffers  # faster than attributes

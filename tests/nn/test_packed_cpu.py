@@ -145,3 +145,29 @@ def test_a_model_that_cannot_be_packed_is_left_as_it_was():
     with pytest.raises(TypeError, match="weight: expected float32 or bfloat16 values, got .*64"):
         pack_(mixed)
     assert list(mixed) == before
+
+
+def test_one_step_is_the_same_product(monkeypatch):
+    """The call in C++, where nobody looks on, and the way around it, to the bit; and what it leaves
+    to that way."""
+    layer = pack_(model())[0]
+    if layer._quick(torch.zeros(1, 130)) is None:
+        pytest.skip("this torch has no table of its tensors")
+    twin = copy.deepcopy(layer)
+    monkeypatch.setattr(twin, "_quick", lambda x: None)
+    for shape in ((130,), (1, 130), (2, 3, 130), (0, 130), (16, 130)):
+        x = torch.randn(shape)
+        assert torch.equal(layer._quick(x), twin(x))
+    x = torch.randn(4, 130)
+    many, strided = torch.randn(300, 130), torch.randn(130, 4).t()
+    for other in (many, strided, x.bfloat16(), x[:, 1:], x.clone().requires_grad_(), x[1:]):
+        assert layer._quick(other) is None
+    with torch.inference_mode():
+        assert torch.equal(layer(x.clone()), twin(x))
+    for name in ("values", "cols", "heads", "part_steps", "bias"):
+        changed = copy.deepcopy(layer)
+        setattr(changed, name, getattr(changed, name)[:-1])
+        assert changed._quick(x) is None
+    layer.heads[0, 0] = 200
+    with pytest.raises(ValueError, match="pack the weight anew"):
+        layer(x)
