@@ -54,9 +54,11 @@ def index_format(problem: Problem, lanes: int) -> str:
 
 def _bind(problem: Problem):
     m, n_, type_ = problem.M, problem.N, type_of(problem.dtype)
+    x_bytes, y_bytes = (size * problem.dtype.itemsize for size in (problem.K, n_))  # of a token
     format_ = getattr(_C.Format, index_format(problem, _C.lanes()))
 
-    def run(row_offsets, col_indices, values, n, k, x, bias=None, y=None):
+    def run(row_offsets, col_indices, values, n, k, x, bias=None, y=None, first=0):
+        """With y, of M tokens of x and y from `first` on."""
         y = x.new_empty(m, n_) if y is None else y
         pattern_of(row_offsets, col_indices, n, k).spmm_few_tokens(
             row_offsets.data_ptr(),
@@ -66,8 +68,8 @@ def _bind(problem: Problem):
             type_,
             values.data_ptr(),
             0 if bias is None else bias.data_ptr(),
-            x.data_ptr(),
-            y.data_ptr(),
+            x.data_ptr() + first * x_bytes,
+            y.data_ptr() + first * y_bytes,
             m,
             torch.get_num_threads(),
         )

@@ -59,9 +59,12 @@ def bind_spmm(problem: Problem):
     """Bind `panel` to a problem of spmm or spmm_t."""
     type_, is_transposed = type_of(problem.dtype), problem.op == "spmm_t"
     m, width = problem.M, problem.K if is_transposed else problem.N
+    inputs = problem.N if is_transposed else problem.K
+    x_bytes, y_bytes = (size * problem.dtype.itemsize for size in (inputs, width))  # of a token
     plans = _Plans(problem)
 
-    def run(row_offsets, col_indices, values, n, k, x, bias=None, y=None):
+    def run(row_offsets, col_indices, values, n, k, x, bias=None, y=None, first=0):
+        """With y, of M tokens of x and y from `first` on."""
         y = x.new_empty(m, width) if y is None else y
         pattern_of(row_offsets, col_indices, n, k).spmm(
             row_offsets.data_ptr(),
@@ -70,8 +73,8 @@ def bind_spmm(problem: Problem):
             type_,
             values.data_ptr(),
             0 if bias is None else bias.data_ptr(),
-            x.data_ptr(),
-            y.data_ptr(),
+            x.data_ptr() + first * x_bytes,
+            y.data_ptr() + first * y_bytes,
             m,
             is_transposed,
             plans[torch.get_num_threads()],

@@ -46,8 +46,7 @@ def _bind(problem: Problem):
         y = x.new_empty(problem.M, n)
         first = 0
         for m, product in products:
-            here = slice(first, first + m)
-            product(row_offsets, col_indices, values, n, k, x[here], bias, y[here])
+            product(row_offsets, col_indices, values, n, k, x, bias, y, first)
             first += m
         return y
 
