@@ -10,7 +10,7 @@ python bench/run_gpu.py train            results/<GPU>-train-bfloat16-<date>.*: 
 python bench/run_gpu.py train-products   their three products alone, and what is written out
 python bench/run_gpu.py train-memory     memory of a step; --largest: the most sequences that fit
 python bench/run_gpu.py least-size       sparsekern/kernels/least_sizes.json
-python bench/run_gpu.py models           results/<GPU>-models-bfloat16-<date>.*: whole LLMs
+python bench/run_gpu.py models           results/<GPU>-models-bfloat16-<date>.*: of transformers
 python bench/run_gpu.py publish X.csv   the same from a file that --out FOLDER wrote
 
 With --out only the table is written, there: to measure on a machine without the repository or
@@ -237,6 +237,8 @@ def joined(runs: list[Run]) -> Run:
         return first
     if first.about["benchmark"] in train_gpu.PAGES:
         return train_gpu.joined(runs)
+    if first.about["benchmark"] == "models":
+        return models_gpu.joined(runs)
     places = sorted(tuple(run.about.get("part", ())) for run in runs)
     if places != [(i + 1, len(runs)) for i in range(len(runs))]:
         raise SystemExit(f"bench-gpu: expected all parts of a grid, once each, got {places}")
@@ -350,6 +352,9 @@ def main(arguments: list[str]) -> int:
     options.add_argument("--out", type=Path)
     options.add_argument("--commit", help="where there is no repository")
     options.add_argument("--limit-s", type=float, default=600.0, help="begin nothing after that")
+    options.add_argument(
+        "--sparsities", type=float, nargs="+", default=models_gpu.SPARSITIES, metavar="SHARE"
+    )
     verbs.add_parser("publish").add_argument("files", type=Path, nargs="+")
     args = parser.parse_args(arguments)
     if args.verb == "publish":
