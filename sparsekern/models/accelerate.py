@@ -22,12 +22,14 @@ from torch import nn
 from .candidates import LEAST_SPARSITY, Marks, scan
 from .example import Calls, Runs, compared, one_token, recording
 from .exchange import Exchange
+from .generation import calls_of_generate
 from .measure import LEAST_GAIN, bytes_of, first_look, rest_gained, too_slow
 from .report import Report, seen
 from .state import State
 from .timing import Times, times_of
 
 DID_NOT_RUN = "the model did not run with it"
+NO_GENERATE = "new_tokens: the model's generate() did not run with the example"
 NOT_AGAIN = (
     "example: the model ran with it once, but not again with the same inputs, buffers and random "
     "numbers"
@@ -61,7 +63,9 @@ def accelerate_(
             (what a tokenizer gives), or a function of the model, `lambda m: m.generate(**inputs)`.
             As many tokens as in real use: what pays for 128 may not pay for one.
         new_tokens: so many tokens are generated after the example, one at a time: each layer is
-            weighed with one call of the example and so many of one token a sequence.
+            weighed with one call of the example and so many of one token a sequence. A model of
+            transformers is called as its `generate` does with max_new_tokens: for the logits of the
+            prompt's last token, then one less with a token and the keys and values before it.
         nan_is_pruned: NaN in a weight marks what is pruned, and counts as zero.
 
     Layers replaced have new Parameters: make optimizers afterwards, and `torch.compile` too; an
@@ -79,7 +83,8 @@ def accelerate_(
         raise ValueError(f"new_tokens: expected a whole number of at least 0, got {new_tokens!r}")
     state = State(model)
     run = Runs(model, example, state)
-    token_run = Runs(model, one_token(example), state) if new_tokens else None
+    cut = one_token(example) if new_tokens else None
+    token_run, between_s = None, 0.0
     marks, exchange = Marks(), Exchange(model)
     with _evaluating(model), torch.inference_mode(False), torch.no_grad():
         try:
@@ -97,12 +102,22 @@ def accelerate_(
                     "whose place nothing can be put: give nn.Sequential(layer)"
                 )
             device = candidates[0].weight.device
-            calls = Calls()
+            calls, steps = Calls(), new_tokens
+            if new_tokens:
+                generated = _run(
+                    NO_GENERATE, lambda: calls_of_generate(model, example, device.type == "cuda")
+                )
+                state.put_back()
+                if generated is not None:
+                    run, between_s = Runs(model, generated.prompt, state), generated.between_s
+                    steps -= 1  # the prompt gives the first token
+                if steps:
+                    token_run = Runs(model, generated.token if generated else cut, state)
             with recording(candidates, calls, 1):
                 output = _run(f"example: {DID_NOT_RUN}", run)
             if token_run is not None:
-                with recording(candidates, calls, new_tokens):
-                    _run(f"new_tokens: cut to one token a sequence, {DID_NOT_RUN}", token_run)
+                with recording(candidates, calls, steps):
+                    _run(f"new_tokens: with one token a sequence, {DID_NOT_RUN}", token_run)
             if not any(calls.counts.values()):
                 raise ValueError(
                     f"example: with it the model calls none of its {len(candidates)} layers with "
@@ -113,7 +128,7 @@ def accelerate_(
                 found = times_of(run.ready, modules, device, is_apart)
                 if token_run is not None:
                     tokens = times_of(token_run.ready, modules, device, is_apart)
-                    found = found.plus(new_tokens, tokens)
+                    found = found.plus(steps, tokens, between_s)
                 return found
 
             # With clocks on its layers torch's encoder leaves a path that is faster.

@@ -84,14 +84,14 @@ def test_a_layer_without_hope_is_not_tried(seconds, monkeypatch):
 
 def test_times_of_layers_in_their_model(monkeypatch):
     ticks = iter(range(10**6))
-    monkeypatch.setattr(timing, "_clock", lambda is_gpu: (lambda: next(ticks), median))
+    monkeypatch.setattr(timing, "clock", lambda is_gpu: (lambda: next(ticks), median))
     once, twice = nn.Linear(H, H), nn.Linear(H, H)
     model, x = nn.Sequential(once, twice, nn.Tanh(), twice), torch.randn(3, H)
     cpu = torch.device("cpu")
     times = timing.times_of(lambda: lambda: model(x), [once, twice, nn.Linear(3, 3)], cpu)
     assert times.layers_s == [1.0, 2.0, 0.0] and times.whole_s == 1.0 and times.rest_s == 7.0 - 3.0
-    both = times.plus(2, times)
-    assert (both.whole_s, both.rest_s, both.layers_s) == (3.0, 12.0, [3.0, 6.0, 0.0])
+    both = times.plus(2, times, 0.5)
+    assert (both.whole_s, both.rest_s, both.layers_s) == (4.0, 13.0, [3.0, 6.0, 0.0])
     long = timing.times_of(lambda: lambda: model(x), [once], cpu, is_whole_apart=False)
     assert long.whole_s == 3.0  # more than enough: the run with clocks
     assert not once._forward_hooks and not once._forward_pre_hooks

@@ -86,3 +86,48 @@ def test_experts_with_biases_are_pruned():
         now, old = getattr(experts, name), getattr(before, name)
         assert 0.45 < (now == 0).float().mean() < 0.55 and torch.equal(now[now != 0], old[now != 0])
         assert torch.equal(getattr(experts, f"{name}_bias"), getattr(before, f"{name}_bias"))
+
+
+def t5():
+    config = transformers.T5Config(
+        vocab_size=256, d_model=64, d_ff=96, num_layers=2, num_heads=4, decoder_start_token_id=0
+    )
+    return transformers.AutoModelForSeq2SeqLM.from_config(config)
+
+
+@pytest.mark.parametrize(
+    ("make", "example"),
+    [(llama, {"input_ids": IDS}), (llama, (IDS, torch.ones_like(IDS))), (t5, {"input_ids": IDS})],
+)
+def test_new_tokens_are_called_as_generate_does(make, example, monkeypatch):
+    sparse_is_faster(monkeypatch)
+    model = make().eval()
+    with torch.no_grad():
+        for p in model.parameters():
+            if p.ndim > 1:
+                p *= torch.rand_like(p) > 0.75
+    lengths = set()
+
+    def look(module, args, kwargs):
+        past = kwargs["cache"] if "cache" in kwargs else kwargs["past_key_values"]
+        lengths.add((kwargs["hidden_states"].shape[1], int(past.get_seq_length())))
+
+    if make is llama:
+        model.model.layers[0].self_attn.register_forward_pre_hook(look, with_kwargs=True)
+    report = accelerate_(model, example, new_tokens=3)
+    rows = {layer.name: layer.tokens for layer in report.layers}
+    if make is llama:
+        assert lengths == {(19, 0), *((1, 19 + i) for i in range(3))}
+        assert rows["model.layers.1.mlp.up_proj"] == {38: 1, 2: 2}
+    else:
+        # of T5 the encoder reads the prompt once, and the decoder begins with one token
+        assert rows["encoder.block.1.layer.0.SelfAttention.q"] == {38: 1}
+        assert rows["decoder.block.1.layer.0.SelfAttention.q"] == {2: 3}
+
+
+def test_an_example_that_generate_refuses():
+    model = llama()
+    with torch.no_grad():
+        model.model.layers[0].mlp.up_proj.weight.mul_(0).fill_diagonal_(1.0)
+    with pytest.raises(ValueError, match=r"new_tokens: .* generate\(\) .*strange"):
+        accelerate_(model, {"input_ids": IDS, "strange": IDS}, new_tokens=2)
