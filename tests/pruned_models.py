@@ -7,10 +7,10 @@ from sparsekern import SparseLinear
 from sparsekern.models import accelerate, measure
 from sparsekern.models.timing import Times
 from sparsekern.nn.kinds import pruning_masks
+from sparsekern.nn.experts import SparseExperts
 from sparsekern.nn.stand_ins import (
     SparseConv,
     SparseConv1D,
-    SparseExperts,
     SparseMultiheadAttention,
 )
 

@@ -15,8 +15,9 @@ from torch import nn
 from sparsekern import SparseLinear, Static, densify_, sparsify_, weights
 from sparsekern import nn as sparse_nn
 from sparsekern.nn import linear
+from sparsekern.nn.experts import SparseExperts
 from sparsekern.nn.kinds import is_conv1d, is_experts
-from sparsekern.nn.stand_ins import SparseConv1D, SparseExperts, SparseMultiheadAttention
+from sparsekern.nn.stand_ins import SparseConv1D, SparseMultiheadAttention
 
 WHY = ""
 try:
