@@ -1,8 +1,8 @@
 """Other kinds of layers as nn.Linear modules for a while: what prunes these prunes them too.
 
-Conv1D    of transformers (GPT-2): weight [K, N]
-experts   of mixtures in transformers: Parameters gate_up_proj [E, 2I, H], down_proj [E, H, I], or
-          their transposes and biases (gpt-oss)
+Conv1D         of transformers (GPT-2): weight [K, N]
+FalconLinear   of transformers, a subclass of nn.Linear
+experts        of mixtures in transformers: 3-D Parameters, a matrix for each expert
 """
 
 from collections.abc import Iterator
@@ -17,6 +17,7 @@ from ..nn.experts import activated
 from ..nn.kinds import (
     biases,
     is_experts,
+    is_linear,
     matrices,
     stacks_of,
     uses_of_parameters,
@@ -39,6 +40,8 @@ def as_linears(model: nn.Module) -> Iterator[nn.Module]:
             return None  # tied
         if type(module).__name__ == "Conv1D" and hasattr(module, "nf"):
             made = _linear(module.weight.detach().t().contiguous(), module.weight, module.bias)
+        elif type(module) is not nn.Linear and is_linear(module):
+            made = _linear(module.weight.detach(), module.weight, module.bias)
         elif is_experts(module) and why_not_experts(module) is None:
             made = _Experts(module)
         if made is not None:
@@ -62,7 +65,8 @@ def _restored(original: Any, now: Any) -> nn.Module | None:
             for weight, layer in zip(matrices(original, name), getattr(now, name), strict=True):
                 weight.copy_(layer.weight.detach())
     else:
-        original.weight.data.copy_(now.weight.detach().t())
+        weight = now.weight.detach()
+        original.weight.data.copy_(weight if isinstance(original, nn.Linear) else weight.t())
     return original
 
 

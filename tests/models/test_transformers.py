@@ -43,13 +43,52 @@ def gpt_oss():
     return transformers.AutoModelForCausalLM.from_config(config)
 
 
+def falcon():
+    """Its linear layers are a subclass of nn.Linear with a forward of its own."""
+    sizes = {"hidden_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4}
+    config = transformers.FalconConfig(vocab_size=256, **sizes, bias=True)
+    return transformers.AutoModelForCausalLM.from_config(config)
+
+
+def llama4():
+    """Each expert gets a row for each token, of zeros for tokens of others."""
+    heads = {"num_key_value_heads": 2, "head_dim": 16, "intermediate_size_mlp": 96}
+    config = transformers.Llama4TextConfig(
+        **SMALL, **heads, num_local_experts=4, interleave_moe_layer_step=1
+    )
+    return transformers.AutoModelForCausalLM.from_config(config)
+
+
+def nemotron():
+    """Experts without a gate."""
+    config = transformers.NemotronHConfig(
+        **SMALL,
+        num_key_value_heads=2,
+        head_dim=16,
+        layers_block_type=["moe", "attention"],
+        n_routed_experts=4,
+        num_experts_per_tok=2,
+        moe_intermediate_size=96,
+        moe_shared_expert_intermediate_size=96,
+    )
+    return transformers.AutoModelForCausalLM.from_config(config)
+
+
+def jetmoe():
+    config = transformers.JetMoeConfig(
+        **SMALL, num_key_value_heads=2, kv_channels=16, num_local_experts=4
+    )
+    return transformers.AutoModelForCausalLM.from_config(config)
+
+
 def bert():
     config = transformers.BertConfig(**SMALL, num_labels=3)
     return transformers.AutoModelForSequenceClassification.from_config(config)
 
 
-# that become sparse; k_proj and v_proj of llama, mixtral and gpt-oss have under 4096 weights
+# that become sparse; with grouped heads k_proj and v_proj have under 4096 weights
 LAYERS = [(gpt2, 8), (llama, 10), (mixtral, 7), (gpt_oss, 7), (bert, 13)]
+LAYERS += [(falcon, 8), (llama4, 13), (nemotron, 6), (jetmoe, 2)]
 
 
 @pytest.mark.parametrize(("make", "count"), LAYERS)
@@ -59,10 +98,12 @@ def test_models_of_transformers(make, count, monkeypatch):
     with torch.no_grad():
         for p in model.parameters():
             if p.ndim > 1:
-                p *= torch.rand_like(p) > 0.75
+                p.normal_(0.0, 0.02).mul_(torch.rand_like(p) > 0.75)
     twin = copy.deepcopy(model)
     report = accelerate_(model, {"input_ids": IDS}, new_tokens=0 if make is bert else 3)
     assert len(report.sparse) == count, str(report)
+    if make is jetmoe:
+        assert "a JetMoeParallelExperts has a matrix for each expert in a way" in str(report)
     with torch.no_grad():
         got, want = model(input_ids=IDS).logits, twin(input_ids=IDS).logits
     torch.testing.assert_close(got, want)
@@ -70,6 +111,19 @@ def test_models_of_transformers(make, count, monkeypatch):
     densify_(model)
     state, before = model.state_dict(), twin.state_dict()
     assert state.keys() == before.keys() and all(torch.equal(state[k], before[k]) for k in state)
+
+
+@pytest.mark.parametrize(("make", "count"), [(falcon, 8), (llama4, 30), (nemotron, 14)])
+def test_their_layers_are_pruned(make, count):
+    model = make().eval()
+    with torch.no_grad():
+        for p in model.parameters():  # some are made of zeros
+            if p.ndim > 1:
+                p.normal_(0.0, 0.02)
+    modules = list(model.modules())
+    report = prune_(model, Wanda(0.5, calibration=[IDS]))
+    assert list(model.modules()) == modules and len(report.layers) == count
+    assert all(abs(x.sparsity - 0.5) < 0.02 for x in report.layers)
 
 
 def test_experts_with_biases_are_pruned():
