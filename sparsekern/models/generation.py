@@ -8,7 +8,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from .example import copied
+from .example import Calls, copied
 from .timing import clock, wait
 
 STEPS = 4  # tokens by which a step is known
@@ -19,53 +19,14 @@ class Generated:
     """Arguments of the model by which `generate` reads a prompt, and a token after it."""
 
     prompt: dict
+    output: Any  # of the prompt
     token: dict  # with the keys and values of what came before
     between_s: float  # seconds from the end of a call to the next: a token is chosen
 
 
-def calls_of_generate(model: nn.Module, example: Any, is_gpu: bool) -> Generated | None:
-    """What `generate` does with the example as a prompt; None of a model that has no `generate` of
-    transformers."""
-    inner = _generating(model)
-    if inner is None:
-        return None
-    if not isinstance(example, Mapping):
-        args = (example,) if isinstance(example, Tensor) else tuple(example)
-        example = inspect.signature(inner.forward).bind(*args).arguments
-    now, usual = clock(is_gpu)
-    calls: list[dict] = []
-    began: list[float] = []
-    ended: list[float] = []
-
-    def before(module: nn.Module, args: tuple, kwargs: dict) -> None:
-        began.append(now())
-        bound = inspect.signature(inner.forward).bind(*args).arguments
-        calls[1:] = [copied(bound | kwargs)]
-
-    def after(module: nn.Module, args: tuple, output: object) -> None:
-        wait(is_gpu)
-        ended.append(now())
-
-    handles = [
-        inner.register_forward_pre_hook(before, with_kwargs=True),
-        inner.register_forward_hook(after),
-    ]
-    try:
-        settings = {"max_new_tokens": STEPS, "min_new_tokens": STEPS, "disable_compile": True}
-        model.generate(**copied(dict(example)), **settings)  # type: ignore[operator]
-    finally:
-        for handle in handles:
-            handle.remove()
-    if len(calls) < 2:
-        raise ValueError(f"generate() called {type(inner).__name__} {len(calls)} times")
-    prompt, token = calls
-    if prompt.pop("encoder_outputs", None) is not None:  # the encoder reads the prompt, too
-        prompt |= example
-    return Generated(prompt, token, usual([b - a for a, b in zip(ended, began[1:], strict=False)]))
-
-
-def _generating(model: nn.Module) -> Any:
-    """The model of transformers that generates, under an adapter of peft as well."""
+def generating(model: nn.Module) -> Any:
+    """The model of transformers whose `generate` the model has, under an adapter of peft as well;
+    None where it has none."""
     if not callable(getattr(model, "generate", None)):
         return None
     for module in model.modules():
@@ -73,3 +34,51 @@ def _generating(model: nn.Module) -> Any:
         if callable(can_generate) and module.can_generate():  # type: ignore[operator]
             return module
     return None
+
+
+def calls_of_generate(
+    model: nn.Module, example: Any, calls: Calls, steps: int, is_gpu: bool
+) -> Generated:
+    """What `generate` does with the example as a prompt and for `steps` tokens more, as which its
+    last call counts in `calls`."""
+    inner = generating(model)
+    if not isinstance(example, Mapping):
+        args = (example,) if isinstance(example, Tensor) else tuple(example)
+        example = inspect.signature(inner.forward).bind(*args).arguments
+    now, usual = clock(is_gpu)
+    given: list[dict] = []
+    began: list[float] = []
+    ended: list[float] = []
+    outputs: list[Any] = []
+
+    def before(module: nn.Module, args: tuple, kwargs: dict) -> None:
+        began.append(now())
+        bound = inspect.signature(inner.forward).bind(*args).arguments
+        given[1:] = [copied(bound | kwargs)]
+        calls.times = {1: 1, STEPS: steps}.get(len(began), 0)
+
+    def after(module: nn.Module, args: tuple, output: Any) -> None:
+        wait(is_gpu)
+        ended.append(now())
+        outputs[1:] = [output]
+
+    handles = [
+        inner.register_forward_pre_hook(before, with_kwargs=True),
+        inner.register_forward_hook(after),
+    ]
+    settings = {"max_new_tokens": STEPS, "min_new_tokens": STEPS, "disable_compile": True}
+    try:
+        model.generate(**copied(dict(example)), **settings)  # type: ignore[operator]
+    finally:
+        for handle in handles:
+            handle.remove()
+    if len(began) != STEPS:
+        raise ValueError(
+            f"it called {type(inner).__name__} {len(began)} times for {STEPS} tokens: give a "
+            "function as example, lambda m: m.generate(...), and new_tokens=0"
+        )
+    prompt, token = given
+    if prompt.pop("encoder_outputs", None) is not None:  # the encoder reads the prompt, too
+        prompt |= example
+    gaps = [b - a for a, b in zip(ended, began[1:], strict=False)]
+    return Generated(prompt, outputs[0], token, usual(gaps))

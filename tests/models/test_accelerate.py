@@ -23,7 +23,7 @@ from torch import nn
 from torch.nn.utils import prune
 
 from sparsekern import SparseLinear, accelerate_
-from sparsekern.models import accelerate, timing
+from sparsekern.models import accelerate, timing, work
 from sparsekern.models.candidates import Candidate
 from sparsekern.models.example import one_token
 from sparsekern.nn import adopt_values_
@@ -49,7 +49,7 @@ def test_a_layer_that_is_faster_dense_stays_dense(seconds):
 
 
 def test_layers_that_gain_nothing_in_the_model_become_dense_again(monkeypatch, seconds):
-    times_of = accelerate.times_of
+    times_of = work.times_of
 
     def of_narrow_ones_more(ready, layers, *others):
         found = times_of(ready, layers, *others)
@@ -61,7 +61,7 @@ def test_layers_that_gain_nothing_in_the_model_become_dense_again(monkeypatch, s
         found.rest_s -= any(is_sparse)
         return found
 
-    monkeypatch.setattr(accelerate, "times_of", of_narrow_ones_more)
+    monkeypatch.setattr(work, "times_of", of_narrow_ones_more)
     model = pruned(nn.Sequential(nn.Linear(H, 96), nn.Linear(96, H), nn.Linear(H, H)))
     prune.l1_unstructured(model[2], "weight", amount=0.75)
     x = torch.randn(5, H)
@@ -98,13 +98,13 @@ def test_times_of_layers_in_their_model(monkeypatch):
 
 
 def test_a_model_that_is_slower_as_a_whole_goes_back(seconds, monkeypatch):
-    whole, times_of = iter([1.0, 2.0, 1.5]), accelerate.times_of
+    whole, times_of = iter([1.0, 2.0, 1.5]), work.times_of
 
     def slower(*arguments):
         seconds["whole"] = next(whole)
         return times_of(*arguments)
 
-    monkeypatch.setattr(accelerate, "times_of", slower)
+    monkeypatch.setattr(work, "times_of", slower)
     model = pruned(LM())
     twin = copy.deepcopy(model)
     report = accelerate_(model, {"input_ids": torch.arange(5)[None]})
