@@ -4,7 +4,8 @@ run_gpu.py.
 The sizes are those of published models, the weights random: only times are looked at, and nothing
 is downloaded. A language model reads a prompt for the logits of its last token, and a token of each
 text with CONTEXT others in its cache; an encoder reads texts. Each way is a CUDA graph of the whole
-model. Of the models in COMPILED also what torch.compile makes of them, dense and packed.
+model. With --compiled: some layers of one, with what torch.compile makes of them, which takes half
+a minute for a whole model.
 """
 
 import argparse
@@ -54,10 +55,11 @@ SHAPES = (
     Shape("all-MiniLM-L6-v2", 6, 384, 12, 12, 1536, 30522, kind="bert"),
     Shape("LLaMA-3.1-8B", 32, 4096, 32, 8, 14336, 128256, is_tied=False),
 )
+PLAIN, COMPILED = "models", "models-compiled"  # benchmarks
 SPARSITIES = (0.75, 0.9, 0.5)
 PROMPTS, BATCHES, CONTEXT = (256, 2048), (1, 16), 256
 TEXTS = ((1, 128), (32, 128))  # that an encoder reads
-COMPILED = ("LLaMA-3.2-1B", "SmolLM2-135M")  # one token and the first prompt, the first sparsity
+LAYERS = Shape("2 layers of LLaMA-3.1-8B", 2, 4096, 32, 8, 14336, 128, is_tied=False)
 GROUPS = (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"))
 ROUNDS = 7
 AHEAD_S = 400e-6  # graphs of some hundred kernels
@@ -208,11 +210,10 @@ def compiled(made: Made, what: str, case: dict) -> list[dict]:
     tokens = 1 if what == "token" else PROMPTS[0]
     way = stepping(made, 1) if what == "token" else reading(made, 1, tokens)
     ways = {"dense": partial(way, made.dense), "pack_": partial(way, made.packed(1))}
-    torch.compiler.reset()
     for name, model in list(ways.items()):
         faster: Any = torch.compile(model.args[0], dynamic=False)
         ways[f"{name}, compiled"] = partial(way, faster)
-    return rows_of(case | {"case": f"{what}, compiled", "M": tokens}, ways)
+    return rows_of(case | {"case": what, "M": tokens}, ways)
 
 
 def cases(
@@ -220,23 +221,36 @@ def cases(
 ) -> Iterator[tuple[str, Callable[[], list[dict]]]]:
     """What is to be measured, in words, and the function that does it. Nothing is made before."""
     for sparsity in sparsities:
-        compiles = []
         for shape in shapes:
             made = Made(shape, sparsity, device)
-            case = {"op": "model", "model": shape.name, "layers": shape.layers, "threads": 0}
-            case |= {"device": device.type, "dtype": "bfloat16", "sparsity": sparsity}
-            about = f"{shape.name}, {sparsity:.0%}"
+            case, about = case_of(made), f"{shape.name}, {sparsity:.0%}"
             is_llama = shape.kind == "llama"
             for batch in BATCHES if is_llama else ():
                 yield f"{about}, batch {batch}", partial(token, made, batch, case)
             for texts, tokens in [(1, n) for n in PROMPTS] if is_llama else TEXTS:
                 name = f"{about}, {texts} x {tokens} tokens"
                 yield name, partial(prompt, made, texts, tokens, case)
-            if shape.name in COMPILED and sparsity == SPARSITIES[0]:
-                compiles.append((about, Made(shape, sparsity, device), case))
-        for what in ("token", "prompt"):  # last, since each takes half a minute
-            for about, made, case in compiles:
-                yield f"{about}, {what}, compiled", partial(compiled, made, what, case)
+
+
+def compiled_cases(
+    shape: Shape, sparsities: Sequence[float], device: torch.device
+) -> Iterator[tuple[str, Callable[[], list[dict]]]]:
+    """The same of layers that are compiled."""
+    for sparsity in sparsities:
+        made = Made(shape, sparsity, device)
+        for what in ("token", "prompt"):
+            name = f"{shape.name}, {sparsity:.0%}, {what}, compiled"
+            yield name, partial(compiled, made, what, case_of(made))
+
+
+def case_of(made: Made) -> dict:
+    shape = made.shape
+    case = {"op": "model", "model": shape.name, "layers": shape.layers, "threads": 0}
+    return case | {"device": made.device.type, "dtype": "bfloat16", "sparsity": made.sparsity}
+
+
+def benchmark(args: argparse.Namespace) -> str:
+    return COMPILED if args.compiled else PLAIN
 
 
 def measure(machine: dict, path: Path, args: argparse.Namespace) -> records.Run:
@@ -244,11 +258,15 @@ def measure(machine: dict, path: Path, args: argparse.Namespace) -> records.Run:
     fails is named, and the others go on."""
     require("transformers", "hf")
     start = time.monotonic()
-    about = about_run("models", machine, args.commit)
+    about = about_run(benchmark(args), machine, args.commit)
     about |= {"is_whole": False, "left": [], "failed": {}}
     found: list[dict] = []
     with torch.no_grad(), torch.cuda.stream(torch.cuda.Stream()):
-        for name, run in cases(SHAPES, args.sparsities, torch.device("cuda")):
+        gpu = torch.device("cuda")
+        todo = cases(SHAPES, args.sparsities, gpu)
+        if args.compiled:
+            todo = compiled_cases(LAYERS, args.sparsities, gpu)
+        for name, run in todo:
             if time.monotonic() - start > args.limit_s:
                 about["left"].append(name)
                 continue
@@ -281,7 +299,16 @@ def joined(runs: Sequence[records.Run]) -> records.Run:
 
 def page(name: str, run: records.Run) -> str:
     errors = [r["error"] for r in run.records if r.get("error") is not None]
-    about = run.about
+    about, is_compiled = run.about, run.about["benchmark"] == COMPILED
+    what = (
+        "Milliseconds of CUDA graphs of some layers as they are and after torch.compile, with a "
+        "head of 128 words; packed: the faster packed one, times as fast as the faster dense one."
+        if is_compiled
+        else f"Times of CUDA graphs of the whole model as transformers runs it, not compiled, "
+        f"medians of {ROUNDS} in turn; sparse, packed: times as fast as dense, below 1 a loss. "
+        "Sparse is what accelerate_ made for the prompt by eager calls, and all layers as "
+        "SparseLinear for a token."
+    )
     untold = [f"Not run: {', '.join(about['left'])}."] if about["left"] else []
     untold += [f"Failed: {name} ({why})." for name, why in about.get("failed", {}).items()]
     return "\n".join(
@@ -294,23 +321,13 @@ def page(name: str, run: records.Run) -> str:
             "too, evenly in the linears of the blocks; heads as wide as the vocabulary stay dense. "
             "A prompt gives the logits of its last token; a token has "
             f"{CONTEXT} others of its text in the cache. "
-            f"Times of CUDA graphs of the whole model, medians of {ROUNDS} in turn; sparse, "
-            "packed: times as fast as dense, below 1 a loss. Sparse is what accelerate_ made for "
-            "the prompt by eager calls, and all layers as SparseLinear for a token; packed is "
-            "`pack_(model, (batch, "
+            f"{what} Packed is `pack_(model, (batch, "
             f"{max(PROMPTS)}), dense=True, groups=...)`, one model for prompts and tokens. "
             "Outputs differ from those of the "
             f"dense model in bfloat16 by {max(errors, default=0.0):.0e} of their norm at most.",
             *untold,
             "",
-            _plain_table(run),
-            "",
-            "## Compiled",
-            "",
-            "Milliseconds of CUDA graphs of the models as they are and after torch.compile; "
-            "packed: the faster packed one, times as fast as the faster dense one.",
-            "",
-            _compiled_table(run),
+            _compiled_table(run) if is_compiled else _plain_table(run),
             "",
         ]
     )
@@ -321,8 +338,6 @@ def _plain_table(run: records.Run) -> str:
     header += ["eager ms, dense", "accelerate_", "expected / after", "call, s"]
     rows = []
     for (model, case, sparsity), by in _by_case(run):
-        if "dense, compiled" in by:
-            continue
         s = {name: r["median_s"] for name, r in by.items()}
         sparse = "accelerate_" if "accelerate_" in s else "SparseLinear"
         cells = [model, case, f"{sparsity:.0%}", f"{1e3 * s['dense']:.3f}"]
@@ -344,11 +359,10 @@ def _compiled_table(run: records.Run) -> str:
     ways = ("dense", "dense, compiled", "pack_", "pack_, compiled")
     rows = []
     for (model, case, sparsity), by in _by_case(run):
-        if ways[1] in by:
-            dense, dense_compiled, packed, packed_compiled = (by[way]["median_s"] for way in ways)
-            gain = min(dense, dense_compiled) / min(packed, packed_compiled)
-            times = [f"{1e3 * by[way]['median_s']:.3f}" for way in ways]
-            rows.append([model, case.split(",")[0], f"{sparsity:.0%}", *times, f"{gain:.2f}"])
+        dense, dense_compiled, packed, packed_compiled = (by[way]["median_s"] for way in ways)
+        gain = min(dense, dense_compiled) / min(packed, packed_compiled)
+        times = [f"{1e3 * by[way]['median_s']:.3f}" for way in ways]
+        rows.append([model, case, f"{sparsity:.0%}", *times, f"{gain:.2f}"])
     return table(["model", "what", "zeros", *ways, "packed"], rows, left=2)
 
 

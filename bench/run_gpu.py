@@ -10,7 +10,8 @@ python bench/run_gpu.py train            results/<GPU>-train-bfloat16-<date>.*: 
 python bench/run_gpu.py train-products   their three products alone, and what is written out
 python bench/run_gpu.py train-memory     memory of a step; --largest: the most sequences that fit
 python bench/run_gpu.py least-size       sparsekern/kernels/least_sizes.json
-python bench/run_gpu.py models           results/<GPU>-models-bfloat16-<date>.*: of transformers
+python bench/run_gpu.py models           results/<GPU>-models-bfloat16-<date>.*: of transformers;
+                                         --compiled: layers of one, with torch.compile
 python bench/run_gpu.py publish X.csv   the same from a file that --out FOLDER wrote
 
 With --out only the table is written, there: to measure on a machine without the repository or
@@ -227,7 +228,8 @@ def page_of_prompts(name: str, run: Run) -> str:
 
 
 PAGES = dict(decode=page, prompts=page_of_prompts, layouts=page_of_prompts)
-PAGES |= {"two-way": two_way.page, "models": models_gpu.page}
+PAGES |= {"two-way": two_way.page, models_gpu.PLAIN: models_gpu.page}
+PAGES |= {models_gpu.COMPILED: models_gpu.page}
 
 
 def joined(runs: list[Run]) -> Run:
@@ -237,7 +239,7 @@ def joined(runs: list[Run]) -> Run:
         return first
     if first.about["benchmark"] in train_gpu.PAGES:
         return train_gpu.joined(runs)
-    if first.about["benchmark"] == "models":
+    if first.about["benchmark"] in (models_gpu.PLAIN, models_gpu.COMPILED):
         return models_gpu.joined(runs)
     places = sorted(tuple(run.about.get("part", ())) for run in runs)
     if places != [(i + 1, len(runs)) for i in range(len(runs))]:
@@ -355,6 +357,7 @@ def main(arguments: list[str]) -> int:
     options.add_argument(
         "--sparsities", type=float, nargs="+", default=models_gpu.SPARSITIES, metavar="SHARE"
     )
+    options.add_argument("--compiled", action="store_true", help="2 layers, with torch.compile")
     verbs.add_parser("publish").add_argument("files", type=Path, nargs="+")
     args = parser.parse_args(arguments)
     if args.verb == "publish":
@@ -367,7 +370,9 @@ def main(arguments: list[str]) -> int:
     if args.verb in train_gpu.PAGES:
         return train(args, folder)
     if args.verb == "models":
-        run = models_gpu.measure(machine(), folder / "models-bfloat16.csv", args)
+        run = models_gpu.measure(
+            machine(), folder / f"{models_gpu.benchmark(args)}-bfloat16.csv", args
+        )
         if not args.out:
             publish(run)
         return 0
