@@ -18,7 +18,7 @@ from .stand_ins import SparseConv1D, StandIn
 __all__ = ["densify_", "forget_graphs_", "replace_modules", "sparsifiable", "sparsify_"]
 
 OF_EXPERTS = "sparsekern.models.prune.prune_ prunes them, sparsekern.accelerate_ makes them sparse"
-OF_OTHERS = "sparsekern.accelerate_ takes the zeros of convolutions and nn.MultiheadAttention that you prune"
+OF_OTHERS = "sparsekern.accelerate_ takes the zeros of pruned convolutions and attention"
 MANY_ZEROS = 0.2  # share of the weights from which on a model counts as pruned
 
 
