@@ -8,7 +8,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from .example import Calls, copied
+from .example import Calls, copied, tensors
 from .timing import clock, wait
 
 STEPS = 4  # tokens by which a step is known
@@ -19,7 +19,7 @@ class Generated:
     """Arguments of the model by which `generate` reads a prompt, and a token after it."""
 
     prompt: dict
-    output: Any  # of the prompt
+    output: Any  # of the prompt; None where an encoder reads it first
     token: dict  # with the keys and values of what came before
     between_s: float  # seconds from the end of a call to the next: a token is chosen
 
@@ -77,8 +77,18 @@ def calls_of_generate(
             f"it called {type(inner).__name__} {len(began)} times for {STEPS} tokens: give a "
             "function as example, lambda m: m.generate(...), and new_tokens=0"
         )
-    prompt, token = given
-    if prompt.pop("encoder_outputs", None) is not None:  # the encoder reads the prompt, too
-        prompt |= example
+    (prompt, token), output = given, outputs[0]
+    if prompt.pop("encoder_outputs", None) is not None:
+        prompt, output = _of_texts(prompt, example) | dict(example), None
     gaps = [b - a for a, b in zip(ended, began[1:], strict=False)]
-    return Generated(prompt, outputs[0], token, usual(gaps))
+    return Generated(prompt, output, token, usual(gaps))
+
+
+def _of_texts(prompt: dict, example: Mapping) -> dict:
+    """Of the beams of each text the first: the encoder has none."""
+    texts, *_ = (t.shape[0] for t in tensors(example) if t.ndim)
+    rows = prompt["decoder_input_ids"].shape[0]
+    return {
+        name: t[:: rows // texts] if isinstance(t, Tensor) and t.shape[:1] == (rows,) else t
+        for name, t in prompt.items()
+    }

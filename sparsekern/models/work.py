@@ -53,7 +53,9 @@ class Work:
         self.run = Runs(self._model, found.prompt, self._state)
         self._token_run = Runs(self._model, found.token, self._state) if self._steps else None
         self._between_s = found.between_s
-        return found.output
+        if found.output is not None:
+            return found.output
+        return told(f"example: {DID_NOT_RUN}", self.run)
 
     def times(
         self, modules: Sequence[nn.Module], device: torch.device, is_whole_apart: bool = True

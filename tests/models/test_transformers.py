@@ -168,20 +168,26 @@ def test_new_tokens_are_called_as_generate_does(make, example, monkeypatch):
 
     if make is llama:
         model.model.layers[0].self_attn.register_forward_pre_hook(look, with_kwargs=True)
+    if make is t5:
+        model.generation_config.num_beams = 2
     report = accelerate_(model, example, new_tokens=3)
+    assert report.output_error is not None
     rows = {layer.name: layer.tokens for layer in report.layers}
     if make is llama:
         assert lengths == {(19, 0), *((1, 19 + i) for i in range(3))}
         assert rows["model.layers.1.mlp.up_proj"] == {38: 1, 2: 2}
     else:
-        # of T5 the encoder reads the prompt once, and the decoder begins with one token
+        # of T5 the encoder reads the prompt once, and both beams begin with one token
         assert rows["encoder.block.1.layer.0.SelfAttention.q"] == {38: 1}
-        assert rows["decoder.block.1.layer.0.SelfAttention.q"] == {2: 3}
+        assert rows["decoder.block.1.layer.0.SelfAttention.q"] == {4: 3}
 
 
-def test_an_example_that_generate_refuses():
+def test_an_example_that_generate_refuses(monkeypatch):
     model = llama()
     with torch.no_grad():
         model.model.layers[0].mlp.up_proj.weight.mul_(0).fill_diagonal_(1.0)
     with pytest.raises(ValueError, match=r"new_tokens: .* generate\(\) .*strange"):
         accelerate_(model, {"input_ids": IDS, "strange": IDS}, new_tokens=2)
+    monkeypatch.setattr(model, "generate", lambda **given: model(input_ids=given["input_ids"]))
+    with pytest.raises(ValueError, match="called LlamaForCausalLM 1 times for 4 tokens: give a"):
+        accelerate_(model, {"input_ids": IDS}, new_tokens=2)
