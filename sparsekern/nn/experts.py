@@ -100,13 +100,13 @@ class SortedExperts(SparseExperts):
     is_transposed = True
 
     def forward(self, hidden_states: Tensor) -> Tensor:  # type: ignore[override]
-        parts = hidden_states.chunk(len(self.layers(self.stacks[0])))
-        y = torch.zeros_like(hidden_states)
-        for expert, (x, out) in enumerate(zip(parts, y.chunk(len(parts)), strict=True)):
-            rows = x.any(-1).nonzero().squeeze(-1)
+        ys = []
+        for expert, x in enumerate(hidden_states.chunk(len(self.layers(self.stacks[0])))):
+            rows, y = x.any(-1).nonzero().squeeze(-1), torch.zeros_like(x)
             if rows.numel():
-                out[rows] = self._one(expert, x[rows])
-        return y
+                y = y.index_copy(0, rows, self._one(expert, x[rows]).to(y.dtype))
+            ys.append(y)
+        return torch.cat(ys)
 
 
 def sparse_experts(layers: Mapping[str, list[SparseLinear]], experts: nn.Module) -> SparseExperts:

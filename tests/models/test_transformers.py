@@ -113,6 +113,24 @@ def test_models_of_transformers(make, count, monkeypatch):
     assert state.keys() == before.keys() and all(torch.equal(state[k], before[k]) for k in state)
 
 
+def test_experts_of_llama4_are_trained(monkeypatch):
+    sparse_is_faster(monkeypatch)
+    model = llama4().eval()
+    with torch.no_grad():
+        for p in model.parameters():
+            if p.ndim > 1:
+                p.normal_(0.0, 0.02).mul_(torch.rand_like(p) > 0.75)
+    twin = copy.deepcopy(model)
+    accelerate_(model, {"input_ids": IDS})
+    for each in (model, twin):
+        each(input_ids=IDS, labels=IDS).loss.backward()
+    experts = model.model.layers[0].feed_forward.experts
+    want = twin.model.layers[0].feed_forward.experts.down_proj.grad
+    for layer, grad in zip(experts.layers("down_proj"), want, strict=True):
+        rows, columns = layer.weight.detach().to_dense().nonzero(as_tuple=True)
+        torch.testing.assert_close(layer.values.grad, grad.t()[rows, columns])
+
+
 @pytest.mark.parametrize(("make", "count"), [(falcon, 8), (llama4, 30), (nemotron, 14)])
 def test_their_layers_are_pruned(make, count):
     model = make().eval()
