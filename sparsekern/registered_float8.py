@@ -9,6 +9,7 @@ has noted it itself.
 import torch
 from torch import Tensor
 
+from .kernels import observed
 from .kernels.cuda import bitmap as bitmaps
 from .kernels.cuda import float8
 
@@ -56,6 +57,9 @@ def _spmm_t(dy8, largest, values, scales, noted, row_offsets, col_indices, n, k)
 
 def _sddmm(dy8, largest, x8, inverses, noted, row_offsets, col_indices, n, k):
     _note(largest, noted[2:])
+    if observed.is_observed(row_offsets):  # who looks on wants the values
+        wide = ((t.float() * of).bfloat16() for t, of in ((dy8, inverses[2:]), (x8, inverses[:1])))
+        observed.note(row_offsets, *wide)
     dw = float8.weight_gradient(dy8, x8, (inverses[2:], inverses[:1]), torch.bfloat16)
     bitmap = bitmaps.bitmap_of(row_offsets, col_indices, n, k)
     return bitmaps.collect(bitmap, dw, len(col_indices)).float()

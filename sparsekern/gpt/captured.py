@@ -21,6 +21,7 @@ from torch.optim import Optimizer
 
 from ..kernels.derived import versions
 from ..nn import SparseLinear, forget_graphs_
+from ..nn.float8 import scaling_of
 from ..sparsity import Algorithm
 from .distributed import Ranks
 from .model import GPT
@@ -163,7 +164,12 @@ class CapturedStep:
         def clipped() -> None:
             self._norm = clip(self._model)
 
-        launches: dict[str, Callable] = {"first": first, "clip": clipped, "adamw": twin.step}
+        def adamw() -> None:
+            twin.step()
+            if scaling := scaling_of(self._model):
+                scaling.advance()
+
+        launches: dict[str, Callable] = {"first": first, "clip": clipped, "adamw": adamw}
         if len(parts) > 1:
             launches = {"first": first, "next": following} | launches
         graphs: dict[str, CudaGraph] = {}

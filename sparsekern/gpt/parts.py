@@ -2,9 +2,9 @@
 
 from pathlib import Path
 
-import torch
 from torch import Tensor
 
+from ..nn.float8 import to_float8_
 from ..sparsity import GMP, Algorithm, Group, RigL
 from ..sparsity.pattern import check_same_on_all_ranks
 from .build import build_optimizer, model_from_state
@@ -51,8 +51,14 @@ class Parts:
         if self.algorithm:
             self.model = self.algorithm.apply(self.model)
         self._is_rebuilt = False
+        self.scaling = to_float8_(self.model) if config.dtype == "float8" else None
+        if self.scaling and "float8" in state:
+            with about(path):
+                self.scaling.load_state_dict(state["float8"])
         self.wrapped = self._ranks.wrap(self.model)
         self.optimizer = build_optimizer(self.model, config.lr)
+        if self.scaling:
+            self.scaling.follow(self.optimizer)
         if "optimizer" in state:
             with about(path):
                 load_optimizer(self.optimizer, state["optimizer"])
@@ -73,7 +79,7 @@ class Parts:
         config = self._config
         stepper = compiled_blocks(self.model) if is_compiled(config) else self.model
         parts = self.model, stepper, self.optimizer, self.algorithms
-        return CapturedStep(*parts, getattr(torch, config.dtype), config.micro_batch)
+        return CapturedStep(*parts, config.autocast_dtype, config.micro_batch)
 
     @property
     def is_replayed(self) -> bool:
@@ -93,10 +99,12 @@ class Parts:
         optimizer = whole_state(self.optimizer.state_dict())
         for group in optimizer["param_groups"]:
             group["lr"] = float(group["lr"])  # a tensor where steps are captured
+        scales = {"float8": self.scaling.state_dict()} if self.scaling else {}
         return {
             "model": whole_state(dict(self.model.state_dict())),
             "optimizer": optimizer,
             "algorithm": self.algorithm.state_dict() if self.algorithm else {},
+            **scales,
         }
 
     @property

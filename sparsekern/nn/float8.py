@@ -36,7 +36,9 @@ TYPES = torch.bfloat16, torch.float32  # of x
 class Scaling:
     """The scales of all layers of a model, and what was largest in the last steps.
 
-    A step is `with scaling.step(): loss = ...; loss.backward()`, once for each micro-batch."""
+    They stay for all micro-batches of a step; advance() after the optimizer's step, which follow()
+    sees to, makes the next ones. In the first step each tensor has a scale of its own, and nothing
+    may be compiled: float8_step() around forward and backward keeps torch.compile away."""
 
     STATE = "scales", "noted", "history"
 
@@ -45,22 +47,15 @@ class Scaling:
         self.inverses = torch.ones(3 * layers, device=device)
         self.noted = torch.zeros(3 * layers, device=device)
         self.history = torch.zeros(HISTORY, 3 * layers, device=device)
-        self.has_begun = False  # else the first step finds its scales
+        self.has_begun = False  # the first step is over
 
-    @contextmanager
-    def step(self) -> Iterator[None]:
-        """Forward and backward inside. The first one finds its scales in its own tensors, and runs
-        without torch.compile."""
-        if self.has_begun:
-            self.advance()
-            yield
-            return
-        with torch.compiler.set_stance("force_eager"):
-            yield
-        self.has_begun = True
+    def follow(self, optimizer: torch.optim.Optimizer) -> None:
+        """Advance after each of its steps. A replay of a CUDA graph is none."""
+        optimizer.register_step_post_hook(lambda *_: self.advance())
 
     def advance(self) -> None:
         """From the scales of one step to those of the next; waits for nothing."""
+        self.has_begun = True
         largest = torch.where(self.noted.isfinite(), self.noted, 0.0)
         self.history.copy_(torch.cat([largest.unsqueeze(0), self.history[:-1]]))
         self.noted.zero_()
@@ -101,7 +96,10 @@ class _Float8:
     def _multiply(self: Any, input: Tensor, function: Callable, *operands: object) -> Tensor:
         is_first = not self.scaling.has_begun
         if is_first and _is_compiling():
-            raise RuntimeError("float8: expected the first step inside of scaling.step()")
+            raise RuntimeError(
+                "float8: expected the first step in eager mode: in `with float8_step(model):`, or "
+                "an optimizer that its Scaling follows"
+            )
         if input.dtype not in TYPES or input.shape[-1] != self.in_features:
             raise TypeError(
                 f"float8: expected x [..., {self.in_features}] in bfloat16 or float32, got "
@@ -178,14 +176,19 @@ def _refuse(layer: Any) -> Exception | None:
     return None
 
 
+def scaling_of(model: nn.Module) -> Scaling | None:
+    """What to_float8_ has given for this model; None for another one."""
+    return next((m.scaling for m in model.modules() if isinstance(m, _Float8)), None)
+
+
 @contextmanager
 def float8_step(model: nn.Module) -> Iterator[None]:
-    """Scaling.step() of a model that to_float8_ has been called with; of another one nothing."""
-    layer = next((m for m in model.modules() if isinstance(m, _Float8)), None)
-    if layer is None:
+    """Forward and backward of any model: the first ones in float8 without torch.compile."""
+    scaling = scaling_of(model)
+    if scaling is None or scaling.has_begun:
         yield
         return
-    with layer.scaling.step():
+    with torch.compiler.set_stance("force_eager"):
         yield
 
 
@@ -218,7 +221,7 @@ class _TwoWay(Function):
     """y = x W^T + bias, with W at a two-way pattern."""
 
     @staticmethod
-    def forward(  # type: ignore[override]
+    def forward(
         ctx: Any,
         x: Tensor,
         values: Tensor,
@@ -243,7 +246,7 @@ class _TwoWay(Function):
         return _scaled(y, inverses, X, bias)
 
     @staticmethod
-    def backward(ctx: Any, dy: Tensor) -> tuple:  # type: ignore[override]
+    def backward(ctx: Any, dy: Tensor) -> tuple:
         x8, values, row_offsets, col_indices, scales, inverses, noted = ctx.saved_tensors
         n, k, x_dtype, is_first = ctx.settings
         dy8, largest = _cast(dy, DY, scales, inverses, noted, is_first)
@@ -261,7 +264,7 @@ class _Dense(Function):
     """The same of a dense W."""
 
     @staticmethod
-    def forward(  # type: ignore[override]
+    def forward(
         ctx: Any,
         x: Tensor,
         weight: Tensor,
@@ -281,7 +284,7 @@ class _Dense(Function):
         return y
 
     @staticmethod
-    def backward(ctx: Any, dy: Tensor) -> tuple:  # type: ignore[override]
+    def backward(ctx: Any, dy: Tensor) -> tuple:
         x8, w8, scales, inverses, noted = ctx.saved_tensors
         x_dtype, is_first = ctx.settings
         dy8, largest = _cast(dy, DY, scales, inverses, noted, is_first)

@@ -12,7 +12,13 @@ from torch import nn
 from sparsekern import SparseLinear, Static, sparsify_
 from sparsekern.kernels import float8 as recipe
 from sparsekern.kernels.cuda import float8
-from sparsekern.nn.float8 import Float8Linear, Float8SparseLinear, float8_step, to_float8_
+from sparsekern.nn.float8 import (
+    Float8Linear,
+    Float8SparseLinear,
+    float8_step,
+    scaling_of,
+    to_float8_,
+)
 
 sys.path.append(str(Path(__file__).parents[1] / "kernels" / "cuda"))
 from emulated_cusparselt import (  # noqa: E402, F401
@@ -46,6 +52,14 @@ def mlp(device, is_sparse, bias=True):
     if is_sparse:
         sparsify_(model, Static(0.75, family="two-way"), lambda module, name: True)
     return model
+
+
+def step(model, call):
+    """What a step returns; then the scales move."""
+    with float8_step(model):
+        y = call()
+    scaling_of(model).advance()
+    return y
 
 
 def every(module, name):
@@ -92,30 +106,24 @@ def test_a_layer_multiplies_what_is_rounded(device, is_sparse, bias):
     noted = [t.abs().max().item() for t in (x, weight_of(layer), dy)]
     assert layer.float8_noted.tolist() == pytest.approx(noted)
     before = layer.float8_scales.clone()
-    with float8_step(model):  # the scales of what was noted, which the same tensors have again
-        layer(x).backward(dy)
-    assert torch.equal(layer.float8_scales, before)
+    scaling_of(model).advance()  # to the scales of what was noted, which are those of before
+    assert torch.equal(layer.float8_scales, before) and not layer.float8_noted.any()
 
 
 def test_a_step_outgrows_its_scales_and_the_next_one_has_others(device):
     model = mlp(device, True)
     to_float8_(model, every)
     x = torch.randn(TOKENS, WIDTH, device=device)
-    with float8_step(model):
-        first = model(x)
-    with float8_step(model):
-        assert torch.equal(model(x), first)
-        saturated = model[0](64 * x)
-    with float8_step(model):
-        larger = model[0](64 * x)
+    first = step(model, lambda: model(x))
+    assert torch.equal(step(model, lambda: model(x)), first)
+    saturated = step(model, lambda: model[0](64 * x))
+    larger = step(model, lambda: model[0](64 * x))
     assert larger.abs().max() > 4 * saturated.abs().max()
     bad = x.clone()
     bad[3, 5] = torch.inf
-    with float8_step(model):
-        y = model(bad)
+    y = step(model, lambda: model(bad))
     assert y[3].isnan().all() and not y[[0, 31]].isnan().any()
-    with float8_step(model):
-        assert model(x).isfinite().all()
+    assert step(model, lambda: model(x)).isfinite().all()
     model.eval()
     with torch.autocast(torch.device(device).type, torch.bfloat16):
         assert model(x).dtype is torch.bfloat16  # the layer that it was
@@ -131,12 +139,15 @@ def test_a_compiled_step_is_the_eager_one(device, is_sparse, monkeypatch):
     backend = "inductor" if device == "cuda" else "aot_eager"
     compiled = torch.compile(model, fullgraph=True, backend=backend)
     found = []
-    for step in (compiled, compiled, model, compiled):  # the first one is never compiled
+    with pytest.raises(RuntimeError, match="first step in eager mode"):
+        compiled(x)
+    for each in (compiled, compiled, model, compiled):  # the first one is never compiled
         model.zero_grad()
         with float8_step(model):
-            y = step(x)
+            y = each(x)
             y.square().sum().backward()
-        noted = model[0].scaling.noted.clone()
+        noted = scaling_of(model).noted.clone()
+        scaling_of(model).advance()
         found.append([y.detach(), noted, *(p.grad for p in model.parameters())])
     for other in found[1:]:
         for a, b in zip(found[0], other, strict=True):
@@ -148,17 +159,20 @@ def test_state_goes_on_elsewhere(device):
     scaling = to_float8_(model, every)
     assert not [name for name in model.state_dict() if "float8" in name]
     x = torch.randn(TOKENS, WIDTH, device=device)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    scaling.follow(optimizer)
     for _ in range(2):
+        optimizer.zero_grad()
         with float8_step(model):
             model(x).sum().backward()
+        optimizer.step()
     other = mlp(device, True)
     other.load_state_dict(model.state_dict())
     to_float8_(other, every).load_state_dict(scaling.state_dict())
     twin = copy.deepcopy(model)
     results = []
     for each in (model, other, twin):
-        with float8_step(each):
-            results.append(each(3 * x))
+        results.append(step(each, lambda: each(3 * x)))  # noqa: B023
     assert torch.equal(results[0], results[1]) and torch.equal(results[0], results[2])
     with pytest.raises(ValueError, match="scales: expected"):
         to_float8_(mlp(device, True)[:1], every).load_state_dict(scaling.state_dict())
@@ -180,9 +194,11 @@ def test_what_cannot_train_in_float8_is_refused_in_one_sentence(device, monkeypa
     to_float8_(model, every)
     with pytest.raises(ValueError, match="already"):
         to_float8_(model, every)
-    for x, message in ((torch.randn(8, WIDTH), "tokens in multiples of 16, got 8"),
-                       (torch.randn(16, 32), "got (16, 32)"),
-                       (torch.randn(16, WIDTH).half(), "torch.float16")):
+    for x, message in (
+        (torch.randn(8, WIDTH), "tokens in multiples of 16, got 8"),
+        (torch.randn(16, 32), "got (16, 32)"),
+        (torch.randn(16, WIDTH).half(), "torch.float16"),
+    ):
         with pytest.raises((ValueError, TypeError), match=re.escape(message)):
             model(x.to(device))
     monkeypatch.setattr(float8, "refuse_two_way", lambda device: "cuSPARSELt is not usable: gone")

@@ -3,9 +3,9 @@
 Two-way patterns are multiplied through cuSPARSELt, forward and input gradient. Its operand of W is
 filled from the stored values in one kernel, which rounds them too; the tail, which says where the
 slots are, is made once a pattern. Results come without the scales, which are powers of two: the
-library takes no factor that lies on the GPU, so who reads a result multiplies it (nn/float8.py). The
-weight gradient is a dense product of both operands transposed, as tensor cores want 8-bit operands,
-collected at the pattern.
+library takes no factor that lies on the GPU, so who reads a result multiplies it (nn/float8.py).
+The weight gradient is a dense product of both operands transposed, as tensor cores want 8-bit
+operands, collected at the pattern.
 """
 
 from dataclasses import dataclass
@@ -123,6 +123,7 @@ def _operand(
     operand = values.new_empty(n * k // 2 + len(tail), dtype=torch.uint8)
     count, parts = bitmap.words.numel(), len(tail) // bitmaps.PART_BYTES
     sizes = bitmap.row_words, n, k, parts
+    tensors: tuple[Tensor, ...]
     if op == "spmm":
         blocks = -(-count // BLOCK_WORDS) + -(-parts // THREADS)
         tensors = *bitmap.tensors, values, scale, noted, tail, operand
@@ -138,9 +139,7 @@ def dense(
     x8: Tensor, w8: Tensor, inverses: tuple[Tensor, Tensor], bias: Tensor | None, dtype: torch.dtype
 ) -> Tensor:
     """y [M, N] = x8 [M, K] @ w8 [N, K].T + bias [N], times both inverses [1] of the scales."""
-    return torch._scaled_mm(
-        x8, w8.t(), *inverses, bias=bias, out_dtype=dtype, use_fast_accum=True
-    )
+    return torch._scaled_mm(x8, w8.t(), *inverses, bias=bias, out_dtype=dtype, use_fast_accum=True)
 
 
 def weight_gradient(
@@ -165,7 +164,9 @@ NOT_TWO_WAY = (
 def refuse_size(n: int, k: int) -> str | None:
     """Why W [n, k] cannot be multiplied in E4M3; None if it can."""
     if n % MULTIPLE_E4M3 or k % MULTIPLE_E4M3 or 0 in (n, k):
-        return f"expected out_features and in_features in multiples of {MULTIPLE_E4M3}, got {n}, {k}"
+        return (
+            f"expected out_features and in_features in multiples of {MULTIPLE_E4M3}, got {n}, {k}"
+        )
     return None
 
 

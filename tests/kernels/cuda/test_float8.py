@@ -73,8 +73,14 @@ def test_products_are_those_of_rounded_operands(device, n, k, m, nan_memory):
         torch.testing.assert_close(y.double(), x8.double() @ exact, rtol=0.01, atol=0.5)
     assert noted.item() == w.abs().max().item()
     values = torch.where(torch.arange(W.nnz, device=device) == 7, torch.inf, W.values)
-    y = float8.product("spmm", torch.ones_like(x8)[:, :k] if k <= n else x8.new_ones(m, k),
-                       values, scale, one(0, device), *pattern)
+    y = float8.product(
+        "spmm",
+        torch.ones_like(x8)[:, :k] if k <= n else x8.new_ones(m, k),
+        values,
+        scale,
+        one(0, device),
+        *pattern,
+    )
     assert y.isnan().any(0).sum() == 1 and noted.isfinite()
 
 
