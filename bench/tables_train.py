@@ -9,6 +9,7 @@ from sparsekern.bench.gpt_gpu import CAPTURED, COMPILED, EAGER, FREE, TWO_WAY
 from sparsekern.bench.products_gpu import NAME
 from sparsekern.bench.rates import together
 from sparsekern.bench.records import DENSE, OURS, groups, select
+from sparsekern.bench.train_float8_gpu import SHOWN
 from sparsekern.bench.train_products_gpu import FP8, FP8_CAST, OPS
 from sparsekern.gpt.model import GPTConfig
 from sparsekern.gpt.presets import PRESETS
@@ -49,6 +50,25 @@ def steps(cells: list[dict]) -> str:
             lines.append([*labels, "failed", "", failed.partition(":")[0], ""])
     header = ["model", "mask", "dense ms", "ours ms", "times dense", "form by form", "kernels"]
     return table(header, lines, left=2)
+
+
+def float8_arms(cases: list[dict]) -> str:
+    """A line for each arm: its step, against dense in both types, losses and memory."""
+    of_dense = {c["dtype"]: c["ways"]["dense"]["median_s"] for c in cases if "dense" in c["ways"]}
+    lines = []
+    for case in cases:
+        for name, way in case["ways"].items():
+            ratios = [
+                f"{of_dense[dtype] / way['median_s']:.3f}" if dtype in of_dense else ""
+                for dtype in ("bfloat16", "float8")
+            ]
+            ms, peak = f"{1e3 * way['median_s']:.2f}", f"{way['peak_bytes'] / GB:.1f}"
+            found = [ms, *ratios, f"{way['spread']:.3f}", way["note"], f"{way['loss']:.4f}", peak]
+            lines.append([f"{name} {case['dtype']}", *found])
+    losses = f"training losses, each {SHOWN} steps"
+    against = ["times dense bfloat16", "times dense float8"]
+    header = ["arm", "ms", *against, "spread", losses, "validation loss", "peak GB"]
+    return table(header, lines)
 
 
 def forms(cases: list[dict]) -> str:
