@@ -19,6 +19,7 @@ from sparsekern.nn.float8 import (
     scaling_of,
     to_float8_,
 )
+from sparsekern.testing import frobenius_error
 
 sys.path.append(str(Path(__file__).parents[1] / "kernels" / "cuda"))
 from emulated_cusparselt import (  # noqa: E402, F401
@@ -151,7 +152,8 @@ def test_a_compiled_step_is_the_eager_one(device, is_sparse, monkeypatch):
         found.append([y.detach(), noted, *(p.grad for p in model.parameters())])
     for other in found[1:]:
         for a, b in zip(found[0], other, strict=True):
-            torch.testing.assert_close(a, b, rtol=0.02, atol=0.02 * b.abs().max().item())
+            # Compiled, gelu's result is rounded once, not twice.
+            assert frobenius_error(a, b.double()) < 0.02
 
 
 def test_state_goes_on_elsewhere(device):
