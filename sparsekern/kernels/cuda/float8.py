@@ -75,12 +75,12 @@ def quantise(x: Tensor, scale: Tensor, noted: Tensor) -> Tensor:
 def note(largest: Tensor, noted: Tensor) -> None:
     """Raise noted [1] to the largest of `largest` [M], which has no negative one; float32."""
     blocks = max(1, min(8, len(largest) // THREADS))
-    start("sk_float8_note", blocks, THREADS, 0, (largest, noted), len(largest))
+    start("sk_float8_note", blocks, THREADS, 0, (largest.contiguous(), noted), len(largest))
 
 
 def transpose(x: Tensor) -> Tensor:
     """x [M, K] of 8 bits as [K, M], written out; M and K are multiples of 16."""
-    m, k = x.shape
+    (m, k), x = x.shape, cusparselt.aligned(x.contiguous())
     out = x.new_empty(k, m)
     blocks = -(-m // TURN_TILE) * -(-k // TURN_TILE)
     start("sk_float8_transpose", blocks, THREADS, TURN_BYTES, (x, out), m, k)
@@ -110,9 +110,9 @@ def product(
             f"float8: none of cuSPARSELt's algorithms multiplies [{len(x8)}, {inputs}] and "
             f"[{outputs}, {inputs}] right in E4M3 on this GPU"
         )
-    operand = _operand(op, pattern, values, scale, noted, n, k)
+    operand = _operand(op, pattern, values.contiguous(), scale, noted, n, k)
     y = x8.new_empty(len(x8), outputs, dtype=torch.bfloat16)
-    cusparselt.multiply(operand, x8, y, None, algorithm)
+    cusparselt.multiply(operand, x8.contiguous(), y, None, algorithm)
     return y
 
 
@@ -139,7 +139,14 @@ def dense(
     x8: Tensor, w8: Tensor, inverses: tuple[Tensor, Tensor], bias: Tensor | None, dtype: torch.dtype
 ) -> Tensor:
     """y [M, N] = x8 [M, K] @ w8 [N, K].T + bias [N], times both inverses [1] of the scales."""
-    return torch._scaled_mm(x8, w8.t(), *inverses, bias=bias, out_dtype=dtype, use_fast_accum=True)
+    return torch._scaled_mm(
+        x8.contiguous(),
+        w8.contiguous().t(),
+        *inverses,
+        bias=bias,
+        out_dtype=dtype,
+        use_fast_accum=True,
+    )
 
 
 def weight_gradient(
