@@ -79,6 +79,7 @@ __device__ void cast(const Element* x, const float* scale, uint4* x8, unsigned* 
 constexpr unsigned kTurnTile = 128;                  // rows and columns
 constexpr unsigned kTurnStride = kTurnTile / 4 + 1;  // words of a column in shared memory
 constexpr unsigned kTurnBytes = 4 * kTurnTile * kTurnStride;
+static_assert(kTurnBytes <= 48 * 1024);
 
 // Byte i of each of four words: word i.
 __device__ inline void turn_four(const unsigned (&rows)[4], unsigned (&columns)[4]) {
