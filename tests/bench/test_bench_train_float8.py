@@ -14,13 +14,13 @@ from sparsekern.bench import train_float8_gpu as train_float8
 from sparsekern.bench.rates import derive
 from sparsekern.gpt import captured
 from sparsekern.gpt.model import GPTConfig
-from sparsekern.kernels.cuda import float8
 
 sys.path.append(str(Path(__file__).parents[1] / "kernels" / "cuda"))
 from emulated_cusparselt import (  # noqa: E402, F401
     cusparselt_library,
     emulated_cuda,
     emulator,
+    float8_on_cpu,
     stand_in,
 )
 
@@ -47,23 +47,18 @@ class Event:
 
 
 @pytest.fixture
-def on_cpu(monkeypatch, stand_in):  # noqa: F811
-    found = float8._has_slots_in_rows
-    monkeypatch.setattr(float8, "_has_slots_in_rows", lambda: found("cpu"))
-    monkeypatch.setattr(float8, "refuse_dense", lambda device: None)
+def on_cpu(monkeypatch, float8_on_cpu):  # noqa: F811
     monkeypatch.setattr(captured, "CudaGraph", Graph)
     monkeypatch.setattr(captured, "Aside", lambda device: nullcontext)
     monkeypatch.setattr(torch.cuda, "Event", Event)
     monkeypatch.setattr(train_float8, "compiled_blocks", lambda model: model)
-    float8._refuse_layout.cache_clear()
-    yield
-    float8._refuse_layout.cache_clear()
 
 
-def test_a_page_of_all_arms(train_gpu, on_cpu, tmp_path):  # noqa: F811
+def test_a_page_of_all_arms(train_gpu, on_cpu, tmp_path, monkeypatch):  # noqa: F811
     text = tmp_path / "text.txt"
     text.write_text("".join(f"{i} green bottles\n" for i in range(200)))
-    size = train_float8.Size("tiny", GPTConfig(1, 2, 32, 16, 256), 1, str(text), steps=10)
+    size = train_float8.Size("tiny", GPTConfig(1, 2, 32, 16, 256), 1, str(text), steps=5)
+    monkeypatch.setattr(train_float8, "SHOWN", 5)
     cases = [derive(case) for case in train_float8.cases(size, torch.device("cpu"))]
     assert len(cases) == 5 and all("losses" in train_gpu.in_short(case) for case in cases)
     page = train_gpu.PAGES["train-float8"]("name", run_of("train-float8", cases, tmp_path))

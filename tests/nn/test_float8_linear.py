@@ -26,6 +26,7 @@ from emulated_cusparselt import (  # noqa: E402, F401
     cusparselt_library,
     emulated_cuda,
     emulator,
+    float8_on_cpu,
     stand_in,
 )
 
@@ -35,14 +36,9 @@ TOKENS, WIDTH = 32, 64
 
 
 @pytest.fixture(params=["cpu", ON_GPU])
-def device(request, monkeypatch):
+def device(request):
     if request.param == "cpu":
-        request.getfixturevalue("stand_in")
-        float8._refuse_layout.cache_clear()
-        request.addfinalizer(float8._refuse_layout.cache_clear)
-        found = float8._has_slots_in_rows
-        monkeypatch.setattr(float8, "_has_slots_in_rows", lambda: found("cpu"))
-        monkeypatch.setattr(float8, "refuse_dense", lambda device: None)
+        request.getfixturevalue("float8_on_cpu")
     return request.param
 
 

@@ -2,7 +2,13 @@
 
 import pytest
 import torch
-from emulated_cusparselt import cusparselt_library, emulated_cuda, emulator, stand_in  # noqa: F401
+from emulated_cusparselt import (  # noqa: F401
+    cusparselt_library,
+    emulated_cuda,
+    emulator,
+    float8_on_cpu,
+    stand_in,
+)
 from test_two_of_four import two_way
 
 from sparsekern import SparseTensor
@@ -18,10 +24,7 @@ ON_GPU = pytest.param("cuda", marks=[pytest.mark.gpu, needs_gpu])
 def device(request):
     """The emulator's, with the stand-in for cuSPARSELt, and a GPU."""
     if request.param == "cpu":
-        library = request.getfixturevalue("stand_in")
-        float8._refuse_layout.cache_clear()
-        request.addfinalizer(float8._refuse_layout.cache_clear)
-        assert library.live() == 0
+        request.getfixturevalue("float8_on_cpu")
     return request.param
 
 
