@@ -54,10 +54,17 @@ def steps(cells: list[dict]) -> str:
 
 def float8_arms(cases: list[dict]) -> str:
     """A line for each arm: its step, against dense in both types, losses and memory."""
-    of_dense = {c["dtype"]: c["ways"]["dense"]["median_s"] for c in cases if "dense" in c["ways"]}
+    of_dense = {
+        case["dtype"]: way["median_s"]
+        for case in cases
+        if "median_s" in (way := case["ways"].get("dense", {}))
+    }
     lines = []
     for case in cases:
         for name, way in case["ways"].items():
+            if "failed" in way:
+                lines.append([f"{name} {case['dtype']}", way["failed"], *[""] * 6])
+                continue
             ratios = [
                 f"{of_dense[dtype] / way['median_s']:.3f}" if dtype in of_dense else ""
                 for dtype in ("bfloat16", "float8")

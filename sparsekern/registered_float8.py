@@ -28,6 +28,10 @@ def _note(largest: Tensor | None, noted: Tensor) -> None:
         float8.note(largest, noted)
 
 
+def _each(inverses: Tensor) -> tuple[Tensor, ...]:
+    return inverses[:, :1].unbind(0)
+
+
 # x or dy in E4M3: scale [1], noted [1].
 
 
@@ -38,7 +42,8 @@ def _fake_quantise(x, scale, noted):
 _define("float8_cast", "Tensor x, Tensor scale, Tensor noted", float8.quantise, _fake_quantise)
 
 
-# y of x8, noted and scale of W at 1; dx of dy8, noted of dy at 2. States are [3]: x, W, dy.
+# States of a layer are of x, W and dY: scales and noted [3], inverses [3, 4], each on a multiple of
+# 16 bytes.
 
 
 def _spmm(x8, largest, values, scales, noted, row_offsets, col_indices, n, k):
@@ -57,12 +62,13 @@ def _spmm_t(dy8, largest, values, scales, noted, row_offsets, col_indices, n, k)
 
 def _sddmm(dy8, largest, x8, inverses, noted, row_offsets, col_indices, n, k):
     _note(largest, noted[2:])
+    of_x, _, of_dy = _each(inverses)
     if observed.is_observed(row_offsets):  # who looks on wants the values
-        wide = ((t.float() * of).bfloat16() for t, of in ((dy8, inverses[2:]), (x8, inverses[:1])))
+        wide = ((t.float() * of).bfloat16() for t, of in ((dy8, of_dy), (x8, of_x)))
         observed.note(row_offsets, *wide)
-    dw = float8.weight_gradient(dy8, x8, (inverses[2:], inverses[:1]), torch.bfloat16)
+    dw = float8.weight_gradient(dy8, x8, (of_dy, of_x), torch.bfloat16)
     bitmap = bitmaps.bitmap_of(row_offsets, col_indices, n, k)
-    return bitmaps.collect(bitmap, dw, len(col_indices)).float()
+    return bitmaps.collect(bitmap, dw, len(col_indices), torch.float32)
 
 
 _W = "Tensor scales, Tensor noted, Tensor row_offsets, Tensor col_indices, SymInt n, SymInt k"
@@ -92,18 +98,20 @@ _define(
 def _linear(x8, largest, w8, largest_w, inverses, noted, bias):
     _note(largest, noted[:1])
     _note(largest_w, noted[1:2])
-    return float8.dense(x8, w8, (inverses[:1], inverses[1:2]), bias, torch.bfloat16)
+    of_x, of_w, _ = _each(inverses)
+    return float8.dense(x8, w8, (of_x, of_w), bias, torch.bfloat16)
 
 
 def _linear_t(dy8, largest, w8, inverses, noted):
     _note(largest, noted[2:])
-    w8_t, of = float8.transpose(w8), (inverses[2:], inverses[1:2])
-    return float8.dense(dy8, w8_t, of, None, torch.bfloat16)
+    _, of_w, of_dy = _each(inverses)
+    return float8.dense(dy8, float8.transpose(w8), (of_dy, of_w), None, torch.bfloat16)
 
 
 def _linear_w(dy8, largest, x8, inverses, noted):
     _note(largest, noted[2:])
-    return float8.weight_gradient(dy8, x8, (inverses[2:], inverses[:1]), torch.float32)
+    of_x, _, of_dy = _each(inverses)
+    return float8.weight_gradient(dy8, x8, (of_dy, of_x), torch.float32)
 
 
 def _fake_linear(x8, largest, w8, largest_w, inverses, noted, bias):

@@ -41,10 +41,19 @@ __device__ void write_out(const Word* words, const int* starts, const Element* v
   }
 }
 
-// values [nnz] = w [N, K] at the places of W. The words of a warp are neighbours, so are their
-// values: they meet in shared memory and go out together.
-template <class Element>
-__device__ void collect(const Word* words, const int* starts, const Element* w, Element* values,
+template <class Value, class Element>
+__device__ Value as(Element bits) {
+  if constexpr (sizeof(Value) == sizeof(Element)) {
+    return bits;
+  } else {
+    return Convert<bf16>::low(bits);
+  }
+}
+
+// values [nnz] = w [N, K] at the places of W; of bfloat16 they may be float32. The words of a warp
+// are neighbours, so are their values: they meet in shared memory and go out together.
+template <class Element, class Value>
+__device__ void collect(const Word* words, const int* starts, const Element* w, Value* values,
                         unsigned count, unsigned row_words, unsigned k) {
   extern __shared__ __align__(16) char smem[];
   const unsigned lane = threadIdx.x % kWarp, octet = threadIdx.x % kOctets;
@@ -81,7 +90,7 @@ __device__ void collect(const Word* words, const int* starts, const Element* w, 
       end = max(end, __shfl_sync(kAllLanes, end, static_cast<int>(lane) ^ other));
     }
     __syncwarp();
-    for (unsigned i = lane; i < end - first; i += kWarp) values[first + i] = mine[i];
+    for (unsigned i = lane; i < end - first; i += kWarp) values[first + i] = as<Value>(mine[i]);
     __syncwarp();
   }
 }
@@ -105,6 +114,13 @@ __device__ void collect(const Word* words, const int* starts, const Element* w, 
 SK_BITMAP(2, unsigned short)
 SK_BITMAP(4, unsigned)
 SK_BITMAP(8, unsigned long long)
+
+extern "C" __global__ void __launch_bounds__(sk::kBitmapThreads)
+    sk_bitmap_collect_wide(const sk::Word* words, const int* starts, const unsigned short* w,
+                           float* values, int count, int row_words, int k) {
+  sk::collect(words, starts, w, values, count, row_words, k);
+}
+SK_KERNEL(sk_bitmap_collect_wide)
 
 extern "C" __global__ void __launch_bounds__(sk::kBitmapThreads)
     sk_bitmap_fill(const sk::Word* words, const int* starts, const unsigned short* values,

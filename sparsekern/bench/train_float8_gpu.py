@@ -74,7 +74,11 @@ def cases(size: Size, device: torch.device) -> Iterator[dict]:
     training, validation = text.batches(size.batch, config.block_size, seed=0)
     batches = [tuple(t.to(device) for t in training.get(i)) for i in range(size.steps)]
     for arm in ARMS:
-        way = _measured(arm, size, batches, validation, device)
+        try:
+            way = _measured(arm, size, batches, validation, device)
+        except Exception as error:  # the others are still measured
+            failed = f"{type(error).__name__}: {(str(error).splitlines() or [''])[0]}"
+            way = {"kind": arm.kind, "failed": failed}
         M = size.batch * config.block_size
         sparsity = SPARSITY if arm.mask else 0.0
         yield {

@@ -44,7 +44,8 @@ class Scaling:
 
     def __init__(self, layers: int, device: torch.device | str):
         self.scales = torch.ones(3 * layers, device=device)
-        self.inverses = torch.ones(3 * layers, device=device)
+        # cuBLAS takes them on a multiple of 16 bytes alone.
+        self.inverses = torch.ones(3 * layers, 16 // 4, device=device)
         self.noted = torch.zeros(3 * layers, device=device)
         self.history = torch.zeros(HISTORY, 3 * layers, device=device)
         self.has_begun = False  # the first step is over
@@ -60,7 +61,10 @@ class Scaling:
         self.history.copy_(torch.cat([largest.unsqueeze(0), self.history[:-1]]))
         self.noted.zero_()
         self.scales.copy_(next_scale(self.scales, self.history))
-        torch.reciprocal(self.scales, out=self.inverses)
+        self._invert()
+
+    def _invert(self) -> None:
+        self.inverses.copy_(self.scales.reciprocal().unsqueeze(1))
 
     def state_dict(self) -> dict[str, Tensor | bool]:
         state: dict[str, Tensor | bool] = {name: getattr(self, name).cpu() for name in self.STATE}
@@ -75,7 +79,7 @@ class Scaling:
                 raise ValueError(f"float8: {name}: expected {tuple(own.shape)}, got {got}")
         for name in self.STATE:
             getattr(self, name).copy_(state[name])
-        torch.reciprocal(self.scales, out=self.inverses)
+        self._invert()
         self.has_begun = bool(state.get("has_begun"))
 
 
@@ -84,7 +88,7 @@ class _Float8:
 
     scaling: Scaling
     float8_scales: Tensor  # [3], views of those of all layers
-    float8_inverses: Tensor
+    float8_inverses: Tensor  # [3, 4]
     float8_noted: Tensor
 
     def _begin(self: Any, scaling: Scaling, place: int) -> None:
@@ -200,7 +204,7 @@ def _cast(
         scale = scale_of(largest_of(x))
         # Other layers' are views of the same, saved for the backward pass.
         scales.data[which : which + 1].copy_(scale)
-        inverses.data[which : which + 1].copy_(1 / scale)
+        inverses.data[which].copy_(1 / scale)
     scale, noted = scales[which : which + 1], noted[which : which + 1]
     if _is_compiling():
         return cast(x, scale), largest_of_rows(x)
@@ -209,7 +213,7 @@ def _cast(
 
 def _scaled(y: Tensor, inverses: Tensor, which: int, bias: Tensor | None) -> Tensor:
     """y times the inverses of its operands' scales, + bias."""
-    inverse = inverses[which : which + 1] * inverses[W : W + 1]
+    inverse = inverses[which, :1] * inverses[W, :1]
     if not _is_compiling():
         bias = None if bias is None else bias.bfloat16()
         return e4m3.finish(y, inverse.bfloat16(), bias)  # a power of two
@@ -300,7 +304,7 @@ def _cast_first(values: Tensor, scales: Tensor, inverses: Tensor, noted: Tensor)
     """The scale of W, whose values the product itself casts."""
     scale = scale_of(largest_of(values))
     scales.data[W : W + 1].copy_(scale)
-    inverses.data[W : W + 1].copy_(1 / scale)
+    inverses.data[W].copy_(1 / scale)
 
 
 def _sum(dy: Tensor, is_needed: bool) -> Tensor | None:

@@ -120,7 +120,7 @@ def test_the_scale_of_a_step_is_that_of_the_largest_before():
         scaling.noted.copy_(torch.tensor(noted))
         scaling.advance()
         assert not scaling.noted.any()
-        assert torch.equal(scaling.scales * scaling.inverses, torch.ones(3))
+        assert torch.equal(scaling.scales * scaling.inverses[:, 0], torch.ones(3))
         seen.append(scaling.scales.tolist())
     # 0 or an infinity in the history is no number of it; the largest stays for HISTORY steps.
     assert seen == [[256, 64, 1], [128, 64, 1], [128, 64, 2**18], [128, 64, 2**18]]
