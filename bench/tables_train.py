@@ -63,18 +63,18 @@ def float8_arms(cases: list[dict]) -> str:
     for case in cases:
         for name, way in case["ways"].items():
             if "failed" in way:
-                lines.append([f"{name} {case['dtype']}", way["failed"], *[""] * 6])
+                lines.append([f"{name} {case['dtype']}", way["failed"], *[""] * 5])
                 continue
             ratios = [
                 f"{of_dense[dtype] / way['median_s']:.3f}" if dtype in of_dense else ""
                 for dtype in ("bfloat16", "float8")
             ]
             ms, peak = f"{1e3 * way['median_s']:.2f}", f"{way['peak_bytes'] / GB:.1f}"
-            found = [ms, *ratios, f"{way['spread']:.3f}", way["note"], f"{way['loss']:.4f}", peak]
+            found = [ms, *ratios, f"{way['spread']:.3f}", way["note"], peak]
             lines.append([f"{name} {case['dtype']}", *found])
-    losses = f"training losses, each {SHOWN} steps"
+    losses = f"losses, means of {SHOWN} steps"
     against = ["times dense bfloat16", "times dense float8"]
-    header = ["arm", "ms", *against, "spread", losses, "validation loss", "peak GB"]
+    header = ["arm", "ms", *against, "spread", losses, "peak GB"]
     return table(header, lines)
 
 

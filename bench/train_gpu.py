@@ -88,9 +88,8 @@ A training step of GPT-3 XL or the like, captured with compiled blocks: forward,
 and AdamW, on bytes of Python's library. float8: the linears of the blocks in E4M3, forward and both
 gradients, by delayed scaling (docs/guide/train.md); all else, and bfloat16, by autocast. two-way:
 {sparsity:.0%} zeros, at most two of four neighbours along both axes. Each arm was alone on the GPU,
-in this order; medians of the replays of {steps} steps. Training losses are those of the same
-batches, the validation loss is that in bfloat16 of the weights after the last step. Below 1 is a
-loss.
+in this order; medians of the replays of {steps} steps. Losses are those of the same batches. Below
+1 is a loss.
 
 {arms}
 """
@@ -191,7 +190,7 @@ def in_short(case: dict) -> str:
     if "failed" in way:
         return f"{text}: {way['failed']}"
     if "loss" in way:
-        return f"{text}: {1e3 * way['median_s']:.2f} ms, losses {way['note']}, {way['loss']:.4f}"
+        return f"{text}: {1e3 * way['median_s']:.2f} ms, losses {way['note']}"
     if "peak_bytes" in way:
         return f"{text} {case.get('case', '')}: {way['peak_bytes'] / 1e9:.1f} GB"
     return f"{text}: {1e6 * way['median_s']:.1f} us"

@@ -97,7 +97,7 @@ class _Float8:
             of_all = getattr(scaling, name)
             self.register_buffer(f"float8_{name}", of_all[3 * place :][:3], persistent=False)
 
-    def _multiply(self: Any, input: Tensor, function: Callable, *operands: object) -> Tensor:
+    def _multiply(self: Any, input: Tensor, function: type[Function], *operands: object) -> Tensor:
         is_first = not self.scaling.has_begun
         if is_first and _is_compiling():
             raise RuntimeError(
@@ -113,7 +113,7 @@ class _Float8:
         if reason := float8.refuse_tokens(x.shape[0]):
             raise ValueError(f"float8: {reason}")
         state = self.float8_scales, self.float8_inverses, self.float8_noted
-        y = function(x, *operands, *state, is_first)
+        y = function.apply(x, *operands, *state, is_first)
         return y.view(*input.shape[:-1], self.out_features)
 
 
@@ -123,7 +123,7 @@ class Float8Linear(_Float8, nn.Linear):
     def forward(self, input: Tensor) -> Tensor:
         if not self.training:
             return super().forward(input)
-        return self._multiply(input, _Dense.apply, self.weight, self.bias)
+        return self._multiply(input, _Dense, self.weight, self.bias)
 
 
 class Float8SparseLinear(_Float8, SparseLinear):
@@ -134,7 +134,7 @@ class Float8SparseLinear(_Float8, SparseLinear):
             return super().forward(input)
         sizes = self.out_features, self.in_features
         operands = self.values, self.bias, self.row_offsets, self.col_indices, *sizes
-        return self._multiply(input, _TwoWay.apply, *operands)
+        return self._multiply(input, _TwoWay, *operands)
 
 
 def to_float8_(model: nn.Module, filter_fn: Callable | None = None) -> Scaling:
