@@ -16,14 +16,7 @@ from torch.autograd import Function
 
 from .. import registered_float8  # noqa: F401  (its ops)
 from ..kernels.cuda import e4m3, float8
-from ..kernels.float8 import (
-    HISTORY,
-    cast,
-    largest_of,
-    largest_of_rows,
-    next_scale,
-    scale_of,
-)
+from ..kernels.float8 import HISTORY, cast, largest_of, largest_of_rows, next_scale, scale_of
 from .convert import sparsifiable
 from .linear import SparseLinear
 
@@ -37,8 +30,8 @@ class Scaling:
     """The scales of all layers of a model, and what was largest in the last steps.
 
     They stay for all micro-batches of a step; advance() after the optimizer's step, which follow()
-    sees to, makes the next ones. In the first step each tensor has a scale of its own, and nothing
-    may be compiled: float8_step() around forward and backward keeps torch.compile away."""
+    sees to, makes the next ones. In the first step each tensor finds its own scale, and nothing may
+    be compiled: float8_step() around forward and backward keeps torch.compile away."""
 
     STATE = "scales", "noted", "history"
 
@@ -101,8 +94,8 @@ class _Float8:
         is_first = not self.scaling.has_begun
         if is_first and _is_compiling():
             raise RuntimeError(
-                "float8: expected the first step in eager mode: in `with float8_step(model):`, or "
-                "an optimizer that its Scaling follows"
+                "float8: expected a first step that is not compiled: put forward and backward into "
+                "`with float8_step(model):`, and let the Scaling follow() the optimizer"
             )
         if input.dtype not in TYPES or input.shape[-1] != self.in_features:
             raise TypeError(
@@ -152,8 +145,10 @@ def to_float8_(model: nn.Module, filter_fn: Callable | None = None) -> Scaling:
     for name, layer in chosen.items():
         if reason := _refuse(layer):
             raise type(reason)(f"float8: {name}: {reason}")
-    device = next(iter(chosen.values()))._parameters
-    scaling = Scaling(len(chosen), next(t.device for t in device.values() if t is not None))
+    devices = {_weight(layer).device for layer in chosen.values()}
+    if len(devices) > 1:
+        raise ValueError(f"float8: expected all layers on one GPU, got {sorted(map(str, devices))}")
+    scaling = Scaling(len(chosen), devices.pop())
     for place, layer in enumerate(chosen.values()):
         is_sparse = isinstance(layer, SparseLinear)
         layer.__class__ = Float8SparseLinear if is_sparse else Float8Linear
@@ -161,9 +156,12 @@ def to_float8_(model: nn.Module, filter_fn: Callable | None = None) -> Scaling:
     return scaling
 
 
+def _weight(layer: Any) -> Tensor:
+    return layer.values if isinstance(layer, SparseLinear) else layer.weight
+
+
 def _refuse(layer: Any) -> Exception | None:
-    is_sparse = isinstance(layer, SparseLinear)
-    weight = layer.values if is_sparse else layer.weight
+    is_sparse, weight = isinstance(layer, SparseLinear), _weight(layer)
     if isinstance(layer, _Float8):
         return ValueError("it trains in float8 already")
     refuse = float8.refuse_two_way if is_sparse else float8.refuse_dense
@@ -196,15 +194,20 @@ def float8_step(model: nn.Module) -> Iterator[None]:
         yield
 
 
+def _find(t: Tensor, which: int, scales: Tensor, inverses: Tensor) -> None:
+    """The scale of t, by t itself. `data`, since those of other layers are views of the same memory
+    and saved for the backward pass."""
+    scale = scale_of(largest_of(t))
+    scales.data[which].copy_(scale[0])
+    inverses.data[which].copy_(1 / scale)
+
+
 def _cast(
     x: Tensor, which: int, scales: Tensor, inverses: Tensor, noted: Tensor, is_first: bool
 ) -> tuple[Tensor, Tensor | None]:
     """x in E4M3; and the largest of its rows, where nobody has noted it."""
     if is_first:
-        scale = scale_of(largest_of(x))
-        # Other layers' are views of the same, saved for the backward pass.
-        scales.data[which : which + 1].copy_(scale)
-        inverses.data[which].copy_(1 / scale)
+        _find(x, which, scales, inverses)
     scale, noted = scales[which : which + 1], noted[which : which + 1]
     if _is_compiling():
         return cast(x, scale), largest_of_rows(x)
@@ -241,7 +244,7 @@ class _TwoWay(Function):
     ) -> Tensor:
         state = scales, inverses, noted
         if is_first:
-            _cast_first(values, *state)
+            _find(values, W, scales, inverses)  # which the product casts
         x8, largest = _cast(x, X, *state, is_first)
         pattern = row_offsets, col_indices
         y = _ops.float8_spmm(x8, largest, values, scales, noted, *pattern, n, k)
@@ -298,13 +301,6 @@ class _Dense(Function):
             largest = None
         dw = _ops.float8_linear_w(dy8, largest, x8, inverses, noted)
         return dx, dw, _sum(dy, ctx.needs_input_grad[2]), *(None,) * 4
-
-
-def _cast_first(values: Tensor, scales: Tensor, inverses: Tensor, noted: Tensor) -> None:
-    """The scale of W, whose values the product itself casts."""
-    scale = scale_of(largest_of(values))
-    scales.data[W : W + 1].copy_(scale)
-    inverses.data[W].copy_(1 / scale)
 
 
 def _sum(dy: Tensor, is_needed: bool) -> Tensor | None:

@@ -164,7 +164,7 @@ def weight_gradient(
 
 NOT_TWO_WAY = (
     "float8: expected a two-way pattern, at most two of four neighbours along both axes: "
-    'family="two-way" of an algorithm, --family two-way of train'
+    'family="two-way" of an algorithm, --family two-way of train and prune; or another dtype'
 )
 
 
