@@ -95,8 +95,9 @@ __device__ inline void turn_four(const unsigned (&rows)[4], unsigned (&columns)[
 
 // out [columns, rows] = x [rows, columns], bytes; both are multiples of 16. A block turns a tile
 // around in shared memory, where column c is at (c % 4) * 32 + c / 4: no two lanes meet in a bank.
-__device__ inline void transpose(const unsigned char* x, unsigned char* out, unsigned rows,
-                                 unsigned columns) {
+// Where there are `sums`, [rows / 128, columns], they are those of each column's E4M3 in a tile.
+__device__ inline void transpose(const unsigned char* x, unsigned char* out, float* sums,
+                                 unsigned rows, unsigned columns) {
   extern __shared__ __align__(16) char smem[];
   unsigned* tile = reinterpret_cast<unsigned*>(smem);
   const unsigned across = (columns + kTurnTile - 1) / kTurnTile;
@@ -124,14 +125,24 @@ __device__ inline void transpose(const unsigned char* x, unsigned char* out, uns
   }
   __syncthreads();
   const unsigned to = first_row + 16 * eighth;
-  if (to >= rows) return;
 #pragma unroll
   for (unsigned turn = 0; turn < 4; ++turn) {
     const unsigned at = turn * 32 + group, from = first_column + at % 32 * 4 + at / 32;
     const unsigned* words = tile + at * kTurnStride + 4 * eighth;
-    if (from >= columns) continue;
-    *reinterpret_cast<uint4*>(out + from * 1ull * rows + to) = {words[0], words[1], words[2],
-                                                                words[3]};
+    const uint4 sixteen = {words[0], words[1], words[2], words[3]};
+    if (from < columns && to < rows) {
+      *reinterpret_cast<uint4*>(out + from * 1ull * rows + to) = sixteen;
+    }
+    if (!sums) continue;  // all threads
+    float sum = 0;
+#pragma unroll
+    for (int i = 0; i < 4; ++i) {
+      sum += sum_of_e4m3(word(sixteen, i) & 0xffff) + sum_of_e4m3(word(sixteen, i) >> 16);
+    }
+    for (int other = 1; other < 8; other *= 2) {
+      sum += __shfl_sync(kAllLanes, sum, static_cast<int>(threadIdx.x % kWarp) ^ other);
+    }
+    if (eighth == 0 && from < columns) sums[first_row / kTurnTile * columns + from] = sum;
   }
 }
 
@@ -165,8 +176,9 @@ extern "C" __global__ void __launch_bounds__(sk::kFloat8Threads)
 SK_KERNEL(sk_float8_note)
 
 extern "C" __global__ void __launch_bounds__(sk::kFloat8Threads)
-    sk_float8_transpose(const unsigned char* x, unsigned char* out, int rows, int columns) {
-  sk::transpose(x, out, rows, columns);
+    sk_float8_transpose(const unsigned char* x, unsigned char* out, float* sums, int rows,
+                        int columns) {
+  sk::transpose(x, out, sums, rows, columns);
 }
 SK_KERNEL(sk_float8_transpose)
 

@@ -257,14 +257,11 @@ class _TwoWay(Function):
         x8, values, row_offsets, col_indices, scales, inverses, noted = ctx.saved_tensors
         n, k, x_dtype, is_first = ctx.settings
         dy8, largest = _cast(dy, DY, scales, inverses, noted, is_first)
-        pattern = row_offsets, col_indices, n, k
-        dx = None
-        if ctx.needs_input_grad[0]:
-            dx = _ops.float8_spmm_t(dy8, largest, values, scales, noted, *pattern)
-            dx = _scaled(dx, inverses, DY, None).to(x_dtype)
-            largest = None
-        dvalues = _ops.float8_sddmm(dy8, largest, x8, inverses, noted, *pattern)
-        return dx, dvalues, _sum(dy, ctx.needs_input_grad[2]), *(None,) * 8
+        needs_dx, _, needs_dbias, *_ = ctx.needs_input_grad
+        operands = values, scales, inverses, noted, row_offsets, col_indices, n, k, needs_dx
+        dx, dvalues, dbias = _ops.float8_spmm_gradients(dy8, largest, x8, *operands)
+        dx = _scaled(dx, inverses, DY, None).to(x_dtype) if needs_dx else None
+        return dx, dvalues, dbias if needs_dbias else None, *(None,) * 8
 
 
 class _Dense(Function):
@@ -295,13 +292,8 @@ class _Dense(Function):
         x8, w8, scales, inverses, noted = ctx.saved_tensors
         x_dtype, is_first = ctx.settings
         dy8, largest = _cast(dy, DY, scales, inverses, noted, is_first)
-        dx = None
-        if ctx.needs_input_grad[0]:
-            dx = _ops.float8_linear_t(dy8, largest, w8, inverses, noted).to(x_dtype)
-            largest = None
-        dw = _ops.float8_linear_w(dy8, largest, x8, inverses, noted)
-        return dx, dw, _sum(dy, ctx.needs_input_grad[2]), *(None,) * 4
-
-
-def _sum(dy: Tensor, is_needed: bool) -> Tensor | None:
-    return dy.float().sum(0) if is_needed else None
+        needs_dx, _, needs_dbias, *_ = ctx.needs_input_grad
+        operands = x8, w8, inverses, noted, needs_dx
+        dx, dw, dbias = _ops.float8_linear_gradients(dy8, largest, *operands)
+        dx = dx.to(x_dtype) if needs_dx else None
+        return dx, dw, dbias if needs_dbias else None, *(None,) * 4

@@ -99,7 +99,7 @@ def test_a_layer_multiplies_what_is_rounded(device, is_sparse, bias):
     else:
         torch.testing.assert_close(layer.weight.grad.double(), dw, **close)
     if bias:
-        torch.testing.assert_close(layer.bias.grad.double(), dy.double().sum((0, 1)), **close)
+        torch.testing.assert_close(layer.bias.grad.double(), dy8.sum(0), **close)
     noted = [t.abs().max().item() for t in (x, weight_of(layer), dy)]
     assert layer.float8_noted.tolist() == pytest.approx(noted)
     before = layer.float8_scales.clone()

@@ -78,13 +78,18 @@ def note(largest: Tensor, noted: Tensor) -> None:
     start("sk_float8_note", blocks, THREADS, 0, (largest.contiguous(), noted), len(largest))
 
 
-def transpose(x: Tensor) -> Tensor:
-    """x [M, K] of 8 bits as [K, M], written out; M and K are multiples of 16."""
+def transpose(x: Tensor, sums: Tensor | None = None) -> Tensor:
+    """x [M, K] of 8 bits as [K, M], written out; M and K are multiples of 16. In sums, float32
+    [tiles(M), K], those of each column, of 128 tokens each."""
     (m, k), x = x.shape, cusparselt.aligned(x.contiguous())
     out = x.new_empty(k, m)
-    blocks = -(-m // TURN_TILE) * -(-k // TURN_TILE)
-    start("sk_float8_transpose", blocks, THREADS, TURN_BYTES, (x, out), m, k)
+    blocks = tiles(m) * tiles(k)
+    start("sk_float8_transpose", blocks, THREADS, TURN_BYTES, (x, out, sums), m, k)
     return out
+
+
+def tiles(size: int) -> int:
+    return -(-size // TURN_TILE)
 
 
 def product(
@@ -151,15 +156,19 @@ def dense(
 
 def weight_gradient(
     dy8: Tensor, x8: Tensor, inverses: tuple[Tensor, Tensor], dtype: torch.dtype
-) -> Tensor:
-    """dW [N, K] = dy8 [M, N].T @ x8 [M, K], times both inverses [1] of the scales."""
-    return torch._scaled_mm(
-        transpose(dy8),
+) -> tuple[Tensor, Tensor]:
+    """dW [N, K] = dy8 [M, N].T @ x8 [M, K], times both inverses [1] of the scales, and the sum of
+    dy8 over its tokens, float32 [N], times the first one."""
+    m, n = dy8.shape
+    sums = dy8.new_empty(tiles(m), n, dtype=torch.float32)
+    dw = torch._scaled_mm(
+        transpose(dy8, sums),
         transpose(x8).t(),
         *inverses,
         out_dtype=dtype,
         use_fast_accum=FAST_WEIGHT_GRADIENT,
     )
+    return dw, sums.sum(0).mul_(inverses[0])
 
 
 NOT_TWO_WAY = (

@@ -58,6 +58,12 @@ def test_a_cast_saturates_rounds_as_torch_does_and_notes_the_largest(device, m, 
 def test_bytes_are_transposed(device, m, k):
     x = torch.randint(256, (m, k), dtype=torch.uint8, device=device).view(recipe.DTYPE)
     assert torch.equal(bits(float8.transpose(x)), bits(x).t())
+    sums = torch.full((float8.tiles(m), k), torch.nan, device=device)
+    x = torch.where(torch.rand(m, k, device=device) < 1e-3, torch.nan, torch.randn_like(x.float()))
+    x = x.to(recipe.DTYPE)
+    assert torch.equal(bits(float8.transpose(x, sums)), bits(x).t())
+    want = torch.stack([part.float().sum(0) for part in x.split(float8.TURN_TILE)])
+    torch.testing.assert_close(sums, want, equal_nan=True)
 
 
 @pytest.mark.sanitize
