@@ -15,6 +15,8 @@ def run_train(**given) -> None:
         config = resumed_config(given) if given.get("resume") else config_from(given)
         config.check_use(given)  # a flag at its default as well
         result = train(config)
+    except RuntimeError as error:
+        raise distributed.in_words(error) from error
     finally:
         distributed.finish()
     if result["sparsity"] and distributed.is_first_rank():

@@ -4,14 +4,16 @@ process group. Writes what each rank holds, so that the test can compare them.""
 import json
 import os
 import sys
+from contextlib import nullcontext
 from pathlib import Path
 
 import torch
+from test_captured import Replayed
 from torch.distributed.fsdp import fully_shard
 from torch.optim.swa_utils import AveragedModel
 
 from sparsekern import SparseLinear, Static
-from sparsekern.gpt import distributed, parts, train
+from sparsekern.gpt import buckets, captured, distributed, lines, parts, train
 from sparsekern.gpt.config import config_from, resumed_config
 from sparsekern.sparsity import RigL, check_same_patterns, pattern
 from sparsekern.sparsity.pattern import check_same_on_all_ranks, places_of
@@ -23,20 +25,59 @@ check = parts.check_same_on_all_ranks
 
 
 def hashes(layers):
-    checks.append([pattern._crc(layer) for layer in layers.values()])
+    checks.append(pattern.hashes_of(layers.values()))
     check_same_on_all_ranks(layers)
 
 
 parts.check_same_on_all_ranks = hashes
 sys.modules["sparsekern.sparsity.algorithm"].check_same_on_all_ranks = hashes
 
+
+def count_bytes(buckets, gradients):
+    sent.append(sum(g.nbytes for g in gradients))
+    send(buckets, gradients)
+
+
+def say_eager(error):
+    eager.append(str(error))
+    return f"eager: {error}"
+
+
+sent, eager = [], []  # bytes of all-reduces, and why steps of several ranks were not captured
+send, buckets.Buckets._send = buckets.Buckets._send, count_bytes
+lines.eager = say_eager
+
+
+class FailsOnOne(Replayed):
+    def __init__(self, *args):
+        super().__init__(*args)
+        if rank == "1":
+            raise torch.OutOfMemoryError("no memory on 1")
+
+
+def stand_in(graph) -> None:
+    """Steps are captured on the CPU, too."""
+    captured.CudaGraph, captured.Aside = graph, lambda device: nullcontext
+    parts.why_eager = lambda ranks: None
+
+
 results = {}
+why_eager, CudaGraph, Aside = parts.why_eager, captured.CudaGraph, captured.Aside
 for name, settings in json.loads((folder / "configs.json").read_text()).items():
-    checks.clear()
+    for each in (checks, sent, eager, Replayed.made):
+        each.clear()
     resume = settings.pop("resume", False)
     config = resumed_config(settings) if resume else config_from(settings)
+    if config.device == "cpu" and name.startswith("captured"):
+        stand_in(FailsOnOne if "failing" in name else Replayed)
     result = train.train(config)
-    results[name] = {"losses": result["losses"], "checks": list(checks)}
+    captured.CudaGraph, captured.Aside, parts.why_eager = CudaGraph, Aside, why_eager
+    results[name] = {name: result[name] for name in ("losses", "sent_bytes")} | {
+        "checks": list(checks),
+        "sent": sum(sent),
+        "eager": list(eager),
+        "replays": sum(each.replays for each in Replayed.made),
+    }
 
 # The check itself: one rank changes a pattern behind the others' backs.
 linear = torch.nn.Linear(4, 4)
