@@ -13,8 +13,11 @@ from torch.distributed.fsdp import fully_shard
 from torch.optim.swa_utils import AveragedModel
 
 from sparsekern import SparseLinear, Static
+from sparsekern.bench import scale_gpu
+from sparsekern.bench.turns import on_host
 from sparsekern.gpt import buckets, captured, distributed, lines, parts, train
 from sparsekern.gpt.config import config_from, resumed_config
+from sparsekern.gpt.model import GPTConfig
 from sparsekern.sparsity import RigL, check_same_patterns, pattern
 from sparsekern.sparsity.pattern import check_same_on_all_ranks, places_of
 
@@ -134,6 +137,15 @@ check_same_patterns(average)
 results["ddp"] = [places_of(layer).tolist() for layer in (model[0], model[2])]
 results["average"] = [places_of(average.module.module[i]).tolist() for i in (0, 2)]
 results["first"] = first
+
+# The benchmark of several GPUs, of a model that takes no time.
+stand_in(Replayed)
+if config.device == "cpu":
+    scale_gpu.compiled_twin, scale_gpu.REDUCED, scale_gpu.ROUNDS = lambda model: model, (2**16,), 1
+    ranks = distributed.Ranks("ddp", "cpu")
+    tiny = scale_gpu.Model("tiny", GPTConfig(1, 2, 32, 16, 64), 2)
+    results["scale"] = list(scale_gpu.cases(ranks, 100.0, (tiny,), on_host))
+    results["not begun"] = list(scale_gpu.cases(ranks, -1.0, (tiny,), on_host))
 
 (folder / f"results-{rank}.json").write_text(json.dumps(results))
 del algorithm, model, optimizer, parallel, average

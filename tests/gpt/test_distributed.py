@@ -189,6 +189,20 @@ def test_micro_batches_are_sent_once(runs):
         assert result["static-ddp"]["sent"] == STEPS * sum(t.nbytes for t in parameters.values())
 
 
+def test_the_benchmark_of_several_gpus(runs):
+    links, *steps = runs[1][0]["scale"]
+    assert links["ways"]["all_reduce"]["bytes"] == 2**16 and links["gpus"] == 2
+    assert [case["mask"] for case in steps] == ["two-way", "none", "random"]
+    for case in steps:
+        together = case["ways"]["together"]
+        assert together["is_right"] and together["error"] < 1e-5 and together["loss"] > 3
+        assert case["ways"]["alone"]["median_s"] > 0 < case["ways"]["accumulated"]["median_s"]
+    sent = [case["ways"]["together"]["sent_bytes"] for case in steps]
+    assert sent[0] == sent[2] < sent[1]
+    _, *steps = runs[1][0]["not begun"]
+    assert {case["ways"]["together"]["failed"] for case in steps} == {"not begun within -1 s"}
+
+
 def test_a_difference_between_ranks_is_an_error_on_both(runs):
     for results in runs[1]:
         assert results["error"] == "sparsity: the ranks have different patterns in a"
