@@ -282,6 +282,8 @@ def publish(run: Run) -> None:
             times.FILE.write_text(
                 layouts_gpu.in_json(layouts_gpu.summarize(derived(run), source(run)))
             )
+        elif run.about["benchmark"] == "scale":
+            scale.update(name_of(run), run)
     else:
         update_crossover(run)
 

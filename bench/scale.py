@@ -8,9 +8,9 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterator
 from pathlib import Path
 
+import pages
 import torch
 
 from sparsekern.bench import records, scaling
@@ -31,6 +31,8 @@ from sparsekern.gpt.model import GPTConfig
 from sparsekern.gpt.presets import PRESETS
 from sparsekern.terminal import table
 
+DOCS = Path(__file__).parents[1] / "docs" / "benchmarks.md"
+MARKERS = "<!-- scale: begin -->", "<!-- scale: end -->"
 LIMIT_S = 110.0  # nothing is begun after that, on each number of GPUs
 MASKS = {NO_MASK: "dense", FREE: f"{SPARSITY:.0%} free", TWO_WAY: f"{SPARSITY:.0%} two-way"}
 MODELS = PRESETS | {"gpt3-13b": GPTConfig(40, 40, 5120, 2048, 50304)}
@@ -91,20 +93,24 @@ def measure(machine: dict, path: Path, args: argparse.Namespace) -> Run:
     began = time.monotonic()
     about = about_run("scale", machine, args.commit) | {"is_whole": False}
     found: list[dict] = []
+    codes = []
     for gpus in [args.gpus] if args.gpus else counts():
         print(f"{gpus} GPUs", flush=True)
-        found += list(cases_on(gpus, args.limit_s))
+        cases, code = cases_on(gpus, args.limit_s)
+        found += cases
+        codes.append(code)
         records.write(path, about, records.flat(found))
     failed = [w["failed"] for case in found for w in case["ways"].values() if "failed" in w]
-    about |= {"is_whole": not failed, "seconds": time.monotonic() - began}
+    is_whole = not failed and not any(codes)
+    about |= {"is_whole": is_whole, "seconds": time.monotonic() - began}
     records.write(path, about, records.flat(found))
     run = records.read(path)
     print(page(path.stem, run))
     return run
 
 
-def cases_on(gpus: int, limit_s: float) -> Iterator[dict]:
-    """What as many processes find. SystemExit where one of them fails, after what they found."""
+def cases_on(gpus: int, limit_s: float) -> tuple[list[dict], int]:
+    """What as many processes find, and their exit status: what came before a failure is kept."""
     with tempfile.TemporaryDirectory() as folder:
         out = Path(folder) / "cases.jsonl"
         command = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
@@ -114,9 +120,9 @@ def cases_on(gpus: int, limit_s: float) -> Iterator[dict]:
         env = {"OMP_NUM_THREADS": "4"} | os.environ | {"PYTHONPATH": paths}
         code = subprocess.run(command, env=env).returncode
         lines = out.read_text().splitlines() if out.exists() else []
-        yield from map(json.loads, lines)
     if code:
         print(f"bench-gpu: {gpus} processes ended with {code}", file=sys.stderr)
+    return [json.loads(line) for line in lines], code
 
 
 def steps(cases: list[dict]) -> str:
@@ -223,9 +229,21 @@ def _times_dense(
     return dense.step_s / predict(case, alone[case["mask"]], links, gpus, model).step_s
 
 
+def steps_in(cases: list[dict]) -> list[dict]:
+    return [case for case in cases if case["op"] == "scale"]
+
+
+def update(name: str, run: Run) -> None:
+    """The section in docs/."""
+    path = f"bench/results/{name}.md"
+    about = f"{in_words(run.about, 'bfloat16')} Details: [{path}](../{path})."
+    text = f"{steps(steps_in(records.cases(run.records)))}\n\n{about}"
+    pages.replace_section(DOCS, MARKERS, text)
+
+
 def page(name: str, run: Run) -> str:
     cases = records.cases(run.records)
-    of_steps = [case for case in cases if case["op"] == "scale"]
+    of_steps = steps_in(cases)
     return PAGE.format(
         name=name,
         heading=in_words(run.about, "bfloat16"),

@@ -12,7 +12,7 @@ its GPUs share, pipelined with NVLink, so that the slower of the two counts. Lat
 (NCCL's own model: github.com/NVIDIA/nccl-tests, doc/PERFORMANCE.md.)
 
 Sources of the figures stand beside them; LOW and HIGH are guesses about the same figures, and make
-the error bars. Imports no torch.
+the error bars.
 """
 
 import math

@@ -16,7 +16,9 @@ def run_train(**given) -> None:
         config.check_use(given)  # a flag at its default as well
         result = train(config)
     except RuntimeError as error:
-        raise distributed.in_words(error) from error
+        if text := distributed.lost(error):
+            raise ConnectionError(text) from error
+        raise
     finally:
         distributed.finish()
     if result["sparsity"] and distributed.is_first_rank():

@@ -136,13 +136,15 @@ def finish() -> None:
     dist.destroy_process_group()
 
 
-def in_words(error: RuntimeError) -> Exception:
-    """The error, or what it means where it is that another process of the group has gone."""
+def lost(error: RuntimeError) -> str | None:
+    """In words, that another process of the group has gone; None where the error is another one."""
+    if not dist.is_available() or not dist.is_initialized():
+        return None
     if not isinstance(error, dist.DistBackendError) and "gloo" not in str(error):
-        return error
-    return ConnectionError(
+        return None
+    return (
         "parallel: another process has gone, or does not answer; --resume goes on from the last "
-        f"checkpoint, with any number of processes ({str(error).partition(chr(10))[0][:120]})"
+        f"checkpoint, with any number of processes ({str(error).splitlines()[0][:120]})"
     )
 
 

@@ -74,7 +74,7 @@ def test_slow_links_hold_the_whole_step():
     assert step.step_s > step.sent_bytes / 1e9
 
 
-def test_a_page(scale, tmp_path):
+def test_a_page(scale, tmp_path, monkeypatch):
     ranks = SimpleNamespace(size=2, device=torch.device("cuda"))
     times = {"two-way": 0.128, NO_MASK: 0.152}
     cases = [
@@ -105,6 +105,10 @@ def test_a_page(scale, tmp_path):
     assert dense[-1] == "1.000" and free[3] == "no time"
     assert ["65,536", "234 us, 287"] in rows
     assert sum(row[:1] == ["gpt3-13b"] for row in rows) == 2
+    (tmp_path / "docs.md").write_text("\n".join(scale.MARKERS))
+    monkeypatch.setattr(scale, "DOCS", tmp_path / "docs.md")
+    scale.update("x", run)
+    assert (tmp_path / "docs.md").read_text().count("| gpt3-xl ") == 3
     assert in_short(cases[2]).startswith("gpt3-xl two-way: together 130.56 ms, alone 128.00 ms")
 
 
@@ -125,5 +129,5 @@ def test_what_was_found_before_a_process_failed_is_kept(scale, monkeypatch, caps
         return SimpleNamespace(returncode=1)
 
     monkeypatch.setattr(scale.subprocess, "run", fails)
-    assert list(scale.cases_on(2, 1.0)) == [{"op": "scale"}]
+    assert scale.cases_on(2, 1.0) == ([{"op": "scale"}], 1)
     assert "bench-gpu: 2 processes ended with 1" in capsys.readouterr().err
