@@ -75,7 +75,7 @@ def all_reduces(ranks: Ranks, turn: Callable[[Callable[[], object]], Turn] = tim
         def reduce(t: Tensor = t) -> None:
             dist.all_reduce(t)
 
-        seconds = in_turns({"": turn(reduce)}, REDUCTIONS, 2, lambda _: ranks.any(False))[""]
+        seconds = in_turns({"": turn(reduce)}, REDUCTIONS, 2, lambda _: everywhere(0, ranks))[""]
         way = {"kind": OTHER, "median_s": median(seconds), "min_s": min(seconds), "bytes": nbytes}
         way["is_right"] = True
         case = {"op": "all_reduce", "device": ranks.device.type, "gpus": ranks.size}
@@ -149,7 +149,7 @@ def steps_of(
     used = steps.capture()
     losses = {name: steps.losses(name) for name in steps.tokens if name != ALONE}
     turns = {name: turn(lambda name=name: steps.take(name)) for name in steps.tokens}
-    rounds = in_turns(turns, ROUNDS, 1, lambda _: ranks.any(False))
+    rounds = in_turns(turns, ROUNDS, 1, lambda _: everywhere(0, ranks))
     kind = DENSE if mask == NO_MASK else OURS
     ways: dict[str, dict] = {}
     for name, seconds in rounds.items():
@@ -198,7 +198,7 @@ def cases(
         yield from all_reduces(ranks, turn)
     for model in models:
         for mask in model.masks:
-            if ranks.any(time.monotonic() - began > limit_s):
+            if max(everywhere(time.monotonic() - began, ranks)) > limit_s:
                 failed = f"not begun within {limit_s:.0f} s"
                 why = {"kind": OTHER, "failed": failed, "is_right": True}
                 yield case_of(model, mask, ranks) | {"ways": {TOGETHER: why}}

@@ -2,6 +2,7 @@
 
 from ..gpt import distributed
 from ..gpt.config import config_from, resumed_config
+from ..gpt.heartbeat import stop
 from ..gpt.train import train
 from ..report import demo as demo_report
 from . import algorithms
@@ -17,7 +18,7 @@ def run_train(**given) -> None:
         result = train(config)
     except RuntimeError as error:
         if text := distributed.lost(error):
-            raise ConnectionError(text) from error
+            stop(text)  # threads of the group may abort where the interpreter ends
         raise
     finally:
         distributed.finish()

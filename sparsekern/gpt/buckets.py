@@ -42,9 +42,9 @@ class Buckets:
         """The mean of a number over all processes."""
         return self._ranks.mean(value)
 
-    def any(self, is_so: bool) -> bool:
-        """Whether it is so in one of the processes, which all must ask."""
-        return self._ranks.any(is_so)
+    def failures(self, error: Exception | None) -> list[str]:
+        """What failed in which processes, in words. All of them must ask together."""
+        return self._ranks.failures(error)
 
     @contextmanager
     def sending(self) -> Iterator[None]:

@@ -169,8 +169,8 @@ class CapturedStep:
             self._capture(parts)
         except Exception as error:
             failure = error
-        if self._buckets and self._buckets.any(failure is not None) and not failure:
-            failure = RuntimeError("another process could not capture its step")
+        if self._buckets and (found := self._buckets.failures(failure)):
+            failure = failure or RuntimeError(f"not captured by {'; '.join(found)}")
         if failure:
             self.has_failed = True
             self._graphs.clear()

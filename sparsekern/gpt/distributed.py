@@ -87,13 +87,13 @@ class Ranks:
         dist.all_reduce(total)
         return total / self.size
 
-    def any(self, is_so: bool) -> bool:
-        """Whether it is so on one of the ranks, which all must ask."""
-        if self.size == 1:
-            return is_so
-        found = torch.tensor(int(is_so), device=self.device)
-        dist.all_reduce(found, dist.ReduceOp.MAX)
-        return bool(found)
+    def failures(self, error: Exception | None) -> list[str]:
+        """What failed on which ranks, in words. All of them must ask together."""
+        texts = [f"{type(error).__name__}: {first_line(error)}" if error else ""]
+        if self.size > 1:
+            texts *= self.size
+            dist.all_gather_object(texts, texts[self.rank])
+        return [f"process {rank}: {text}" for rank, text in enumerate(texts) if text]
 
     def shard_(self, model: nn.Module) -> nn.Module:
         """Under fsdp, cut up the parameters of the model in place. Returns it."""
@@ -106,6 +106,10 @@ class Ranks:
                 fully_shard(block, mesh=mesh)
             fully_shard(model, mesh=mesh)
         return model
+
+
+def first_line(error: BaseException) -> str:
+    return (str(error).strip() or "no reason given").splitlines()[0]
 
 
 _watching: list[Heartbeat] = []  # of this process, at most one
@@ -144,7 +148,7 @@ def lost(error: RuntimeError) -> str | None:
         return None
     return (
         "parallel: another process has gone, or does not answer; --resume goes on from the last "
-        f"checkpoint, with any number of processes ({str(error).splitlines()[0][:120]})"
+        f"checkpoint, with any number of processes ({first_line(error)[:120]})"
     )
 
 

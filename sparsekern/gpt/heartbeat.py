@@ -28,6 +28,7 @@ class Store(Protocol):
 
 def stop(text: str) -> None:
     """End this process at once, whatever its other threads wait for."""
+    sys.stdout.flush()
     print(f"sparsekern: error: {text}", file=sys.stderr, flush=True)
     os._exit(1)
 
