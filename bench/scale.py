@@ -57,8 +57,9 @@ Medians of {rounds} rounds, three steps in turn:
 - accumulated: one GPU with the sequences of all, one micro-batch after the other. It computes what
   together does: strong scaling is its time over that of together.
 
-Predicted in brackets: exposed milliseconds, dearest to cheapest (sparsekern/bench/scaling.py), from
-the time alone. GB: what the GPU has in use, NCCL and CUDA included. Losses: the largest difference
+Predicted in brackets (sparsekern/bench/scaling.py): exposed milliseconds, from the time alone; with
+figures of data sheets, before anything was measured, and with figures fitted to two GPUs. GB: what
+the GPU has in use, NCCL and CUDA included. Losses: the largest difference
 between together and accumulated over {losses} steps from the same weights.
 
 {steps}
@@ -143,7 +144,7 @@ def steps(cases: list[dict]) -> str:
             exposed_s = together["median_s"] - alone["median_s"]
             predicted = [
                 predict(case, alone["median_s"], links).exposed_s
-                for links in (scaling.LOW, scaling.MID, scaling.HIGH)
+                for links in (scaling.BEFORE, scaling.MEASURED)
             ]
             line += [
                 f"{alone['min_s'] / together['median_s']:.3f}",
@@ -199,14 +200,14 @@ def paper(cases: list[dict]) -> str:
             cells = []
             for gpus in MANY:
                 texts = []
-                for links in (scaling.MID, scaling.LOW, scaling.HIGH):
+                for links in (scaling.MEASURED, scaling.DEAR, scaling.CHEAP):
                     step = predict(case, by_mask[mask], links, gpus, model)
                     texts.append(f"{by_mask[mask] / step.step_s:.2f}")
                 cell = f"{texts[0]} ({texts[1]} to {texts[2]})"
                 if mask != NO_MASK and NO_MASK in alone:
                     ratios = [
                         _times_dense(case, by_mask, links, gpus, model)
-                        for links in (scaling.MID, scaling.LOW, scaling.HIGH)
+                        for links in (scaling.MEASURED, scaling.DEAR, scaling.CHEAP)
                     ]
                     cell += f", {ratios[0]:.2f} ({ratios[2]:.2f} to {ratios[1]:.2f})"
                 cells.append(cell)

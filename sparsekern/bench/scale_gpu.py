@@ -204,6 +204,8 @@ def cases(
                 yield case_of(model, mask, ranks) | {"ways": {TOGETHER: why}}
                 continue
             yield steps_of(model, mask, ranks, turn)
+            # Compiled blocks hold their modules, and would be compiled anew for any shape.
+            torch.compiler.reset()
             gc.collect()
             if ranks.device.type == "cuda":
                 torch.cuda.empty_cache()

@@ -2,7 +2,7 @@
 
 A step computes; gradients are sent in buckets while backward goes on (gpt/buckets.py), so what
 costs is (1) what is still under way when backward ends, the embedding's gradient at least, which is
-the last to come; (2) the share of a GPU that sending takes from the products beside it; (3) waiting
+the last to come; (2) what the products beside it lose to sending; (3) waiting
 for the slowest of all GPUs.
 
     all-reduce of S bytes on n GPUs   2 (n - 1) / n S / bandwidth + 2 log2(n) latency
@@ -11,8 +11,9 @@ The bandwidth of a GPU is that of NVLink in a node; on several nodes that of a n
 its GPUs share, pipelined with NVLink, so that the slower of the two counts. Latency is a tree's.
 (NCCL's own model: github.com/NVIDIA/nccl-tests, doc/PERFORMANCE.md.)
 
-Sources of the figures stand beside them; LOW and HIGH are guesses about the same figures, and make
-the error bars.
+Figures in BEFORE are from data sheets, and were there before anything was measured; those in
+MEASURED were fitted to two H200s (bench/results/nvidia-h200-scale-bfloat16-2026-11-29.md). DEAR and
+CHEAP are guesses about the same figures, and make the error bars.
 """
 
 import math
@@ -40,7 +41,7 @@ class Links:
     between_bytes_per_s: float = 50e9 * 0.8
     inside_latency_s: float = 5e-6
     between_latency_s: float = 10e-6
-    # Of a GPU, while it sends: NCCL runs 24 or 32 blocks on 132 multiprocessors.
+    # Of a step's time while it sends: NCCL's blocks take some 24 of 132 multiprocessors.
     interference: float = 0.2
     # Standard deviation of a GPU's step, as a share: spreads of the tables of steps are 0.3 to 4 %.
     spread: float = 0.005
@@ -61,21 +62,23 @@ class Links:
         return 1 + self.spread * math.sqrt(2 * math.log(gpus))
 
 
-MID = Links()
-LOW = replace(  # the dearest that is thought likely
-    MID,
-    inside_bytes_per_s=450e9 * 0.6,
+BEFORE = Links()
+# All-reduces of 1 to 512 MiB; exposed times of five steps, which ask for 0.35 to 0.9.
+MEASURED = replace(BEFORE, inside_bytes_per_s=320e9, inside_latency_s=15e-6, interference=0.5)
+DEAR = replace(
+    MEASURED,
+    inside_bytes_per_s=270e9,
     between_bytes_per_s=50e9 * 0.5,
     between_latency_s=30e-6,
-    interference=0.35,
+    interference=1.0,
     spread=0.015,
 )
-HIGH = replace(
-    MID,
-    inside_bytes_per_s=450e9 * 0.9,
+CHEAP = replace(
+    MEASURED,
+    inside_bytes_per_s=400e9,
     between_bytes_per_s=50e9 * 0.95,
     between_latency_s=5e-6,
-    interference=0.1,
+    interference=0.2,
     spread=0.002,
 )
 
@@ -100,7 +103,7 @@ def gradients(config: GPTConfig, sparsity: float) -> list[int]:
 
 
 def predict(
-    config: GPTConfig, sparsity: float, compute_s: float, gpus: int, links: Links = MID
+    config: GPTConfig, sparsity: float, compute_s: float, gpus: int, links: Links = MEASURED
 ) -> Step:
     """A step on `gpus` GPUs that takes `compute_s` on one. Products and attention of backward take
     two thirds of a step without its update."""

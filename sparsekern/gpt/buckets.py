@@ -9,6 +9,7 @@ With several micro-batches the last one alone sends. On a GPU all of it can be c
 graph with the backward pass: NCCL's stream then is a branch of it.
 """
 
+import weakref
 from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import partial
@@ -34,9 +35,10 @@ class Buckets:
         self._bucket_of: list[int] = []  # by place
         self._works: list[dist.Work] = []  # of the buckets that are on their way
         self.sent_bytes = 0
+        arrived = weakref.WeakMethod(self._arrived)  # hooks would keep parameters, and they hooks
         for place, (_, p) in enumerate(self._named):
             dist.broadcast(p.detach(), 0)
-            p.register_post_accumulate_grad_hook(partial(self._arrived, place))
+            p.register_post_accumulate_grad_hook(partial(_call, arrived, place))
 
     def mean(self, value: Tensor) -> Tensor:
         """The mean of a number over all processes."""
@@ -71,7 +73,7 @@ class Buckets:
             self._bucket_of.append(len(self._buckets) - 1)
         self.sent_bytes = 0
 
-    def _arrived(self, place: int, parameter: nn.Parameter) -> None:
+    def _arrived(self, place: int) -> None:
         """A gradient is there: send the buckets that have all of theirs, and none before its
         turn."""
         if not self._buckets:
@@ -101,6 +103,11 @@ class Buckets:
     def _averages(self) -> bool:
         """Whether the backend divides by itself: NCCL does, gloo does not."""
         return self._ranks.device.type == "cuda"
+
+
+def _call(arrived: weakref.WeakMethod, place: int, parameter: nn.Parameter) -> None:
+    if method := arrived():
+        method(place)
 
 
 def gradients_of(bucket: list[nn.Parameter]) -> list[Tensor]:

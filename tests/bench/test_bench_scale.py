@@ -55,13 +55,13 @@ def test_sparse_gradients_expose_less_and_links_bound_it(gpus):
     assert sparse.exposed_s < dense.exposed_s and sparse.sent_bytes < 0.32 * dense.sent_bytes
     bounds = [
         scaling.predict(XL, 0.75, 0.15, gpus, links).exposed_s
-        for links in (scaling.HIGH, scaling.MID, scaling.LOW)
+        for links in (scaling.CHEAP, scaling.MEASURED, scaling.DEAR)
     ]
     assert bounds == sorted(bounds)
 
 
 def test_only_the_last_gradients_are_exposed_where_links_are_fast():
-    links = replace(scaling.MID, interference=0.0, spread=0.0)
+    links = replace(scaling.MEASURED, interference=0.0, spread=0.0)
     step = scaling.predict(XL, 0.75, 1.0, 2, links)
     *_, block, embedding = scaling.gradients(XL, 0.75)
     sent_s = [links.all_reduce_s(nbytes, 2) for nbytes in (block, embedding)]
@@ -69,7 +69,7 @@ def test_only_the_last_gradients_are_exposed_where_links_are_fast():
 
 
 def test_slow_links_hold_the_whole_step():
-    links = replace(scaling.MID, inside_bytes_per_s=1e9)
+    links = replace(scaling.MEASURED, inside_bytes_per_s=1e9)
     step = scaling.predict(XL, 0.0, 0.15, 2, links)
     assert step.step_s > step.sent_bytes / 1e9
 

@@ -6,6 +6,7 @@ import signal
 import socket
 import subprocess
 import sys
+import weakref
 from dataclasses import asdict, replace
 from pathlib import Path
 
@@ -284,8 +285,10 @@ def test_the_threads_of_a_group_end_with_it(monkeypatch):
         model(torch.randn(2, 4)).sum().backward()
     assert any("gloo" in name for name in threads())
     model.itself = [model, buckets]
+    weight = weakref.ref(model.weight)
     del model, buckets
     finish()
+    assert weight() is None
     assert threads() <= before and not dist.is_initialized()
 
 
