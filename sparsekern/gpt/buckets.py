@@ -29,7 +29,7 @@ class Buckets:
     def __init__(self, model: nn.Module, ranks: Ranks, bucket_bytes: int = BUCKET_BYTES) -> None:
         """The model gets the weights of the first process, whose shapes all must have."""
         named = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
-        self._named, self._ranks, self._bucket_bytes = named[::-1], ranks, bucket_bytes
+        self._named, self.ranks, self._bucket_bytes = named[::-1], ranks, bucket_bytes
         self._buckets: list[list[nn.Parameter]] = []
         self._missing: list[set[int]] = []  # places of gradients that a bucket waits for
         self._bucket_of: list[int] = []  # by place
@@ -39,14 +39,6 @@ class Buckets:
         for place, (_, p) in enumerate(self._named):
             dist.broadcast(p.detach(), 0)
             p.register_post_accumulate_grad_hook(partial(_call, arrived, place))
-
-    def mean(self, value: Tensor) -> Tensor:
-        """The mean of a number over all processes."""
-        return self._ranks.mean(value)
-
-    def failures(self, error: Exception | None) -> list[str]:
-        """What failed in which processes, in words. All of them must ask together."""
-        return self._ranks.failures(error)
 
     @contextmanager
     def sending(self) -> Iterator[None]:
@@ -97,12 +89,12 @@ class Buckets:
             work.wait()
             if not self._averages:
                 for gradient in gradients_of(bucket):
-                    gradient /= self._ranks.size
+                    gradient /= self.ranks.size
 
     @property
     def _averages(self) -> bool:
         """Whether the backend divides by itself: NCCL does, gloo does not."""
-        return self._ranks.device.type == "cuda"
+        return self.ranks.device.type == "cuda"
 
 
 def _call(arrived: weakref.WeakMethod, place: int, parameter: nn.Parameter) -> None:

@@ -160,7 +160,7 @@ class CapturedStep:
         return ["first", *["next"] * (count - 2), last][:count]
 
     def _mean(self, loss: Tensor) -> Tensor:
-        return self._buckets.mean(loss) if self._buckets else loss
+        return self._buckets.ranks.mean(loss) if self._buckets else loss
 
     def _capture_everywhere(self, parts: list[tuple[Tensor, Tensor]]) -> None:
         """RuntimeError where another process could not."""
@@ -169,7 +169,7 @@ class CapturedStep:
             self._capture(parts)
         except Exception as error:
             failure = error
-        if self._buckets and (found := self._buckets.failures(failure)):
+        if self._buckets and (found := self._buckets.ranks.failures(failure)):
             failure = failure or RuntimeError(f"not captured by {'; '.join(found)}")
         if failure:
             self.has_failed = True
