@@ -91,7 +91,10 @@ class Engine:
         self._losses = torch.zeros(most_steps, device=self.device)
         self._at = torch.zeros(1, dtype=torch.int64, device=self.device)
         self._offsets = torch.arange(shape.context + 1, device=self.device)
-        self._stepper = torch.compile(self.model, dynamic=False) if is_cuda else self.model
+        self._stepper, self._loss = self.model, loss_and_gradient
+        if is_cuda:
+            self._stepper = torch.compile(self.model, dynamic=False)
+            self._loss = torch.compile(loss_and_gradient, dynamic=False)
         self._program = Program(np.empty((0, shape.batch)), np.empty(0), {})
         self.steps = 0  # of the program, made so far
         self._gradients, self._update = self._compute_gradients, self._take_step
@@ -109,13 +112,11 @@ class Engine:
         x = window[:, :-1] & int(IDS)
         y = window[:, 1:].masked_fill(window[:, 1:] >= int(NOT_A_TARGET), IGNORED)
         self.model.zero_grad(set_to_none=True)
-        loss = self._loss(x, y)
-        loss.backward()
-        self._losses.index_copy_(0, self._at, loss.detach()[None].float())
-
-    def _loss(self, x: Tensor, y: Tensor) -> Tensor:
         with self._autocast():
-            return self._stepper(x, y)[1]
+            logits = self._stepper(x)[0]
+        loss, gradient = self._loss(logits.detach().flatten(0, 1), y.flatten())
+        logits.backward(gradient.view_as(logits))
+        self._losses.index_copy_(0, self._at, loss[None])
 
     def _autocast(self) -> torch.autocast:
         kind = self.device.type
@@ -231,26 +232,56 @@ class Engine:
 
     @torch.no_grad()
     def score(self, rows: np.ndarray) -> "Scores":
-        """What the model of now makes of rows (rows.py)."""
+        """What the model of now makes of rows (rows.py). Rows of about one length go together,
+        without what comes after their last target, and logits are made of targets alone."""
+        is_target = rows[:, 1:] < NOT_A_TARGET
+        lengths = np.where(is_target, np.arange(1, rows.shape[1]), 1).max(1)
+        order, found = np.argsort(-lengths, kind="stable"), []
         self.model.eval()
-        size = max(1, self.shape.tokens // rows.shape[1])
-        found = [self._score(rows[i : i + size]) for i in range(0, len(rows), size)]
+        while len(order):
+            length = int(lengths[order[0]])
+            now, order = np.split(order, [max(1, self.shape.tokens // length)])
+            found.append((now, *self._score(rows[now, : length + 1], is_target[now, :length])))
         self.model.train()
-        nats, targets, right = (torch.cat(part).cpu().numpy() for part in zip(*found, strict=True))
-        return Scores(nats, targets, right)
+        nats, right = np.zeros(len(rows)), np.zeros(len(rows), dtype=bool)
+        for now, nats_now, wrong_now in found:
+            nats[now], right[now] = nats_now.cpu(), wrong_now.cpu() == 0
+        return Scores(nats, is_target.sum(1), right)
 
-    def _score(self, rows: np.ndarray) -> tuple[Tensor, Tensor, Tensor]:
-        window = torch.from_numpy(rows.astype(np.int64)).to(self.device)
-        x, y = window[:, :-1] & int(IDS), window[:, 1:]
-        is_target = y < int(NOT_A_TARGET)
-        y = y.masked_fill(~is_target, IGNORED)
+    def _score(self, rows: np.ndarray, is_target: np.ndarray) -> tuple[Tensor, Tensor]:
+        """Of each row: nats of its targets together, and how many of them were not the most
+        probable token."""
+        window = torch.from_numpy((rows & IDS).astype(np.int64)).to(self.device)
+        places = torch.from_numpy(np.flatnonzero(is_target)).to(self.device)
+        y = window[:, 1:].flatten()[places]
         with self._autocast():
-            logits = self.model(x)[0]
-        nats = F.cross_entropy(
-            logits.float().flatten(0, 1), y.flatten(), reduction="none", ignore_index=IGNORED
-        )
-        right = (logits.argmax(-1) == y) | ~is_target
-        return nats.view(y.shape).double().sum(1), is_target.sum(1), right.all(1)
+            logits = self.model.lm_head(self._hidden(window[:, :-1]).flatten(0, 1)[places])
+        nats = F.cross_entropy(logits.float(), y, reduction="none").double()
+        row, sums = places // is_target.shape[1], nats.new_zeros(2, len(rows))
+        sums[0].index_add_(0, row, nats)
+        sums[1].index_add_(0, row, (logits.argmax(-1) != y).double())
+        return sums[0], sums[1]
+
+    def _hidden(self, x: Tensor) -> Tensor:
+        """[B, T, C], what the head gets."""
+        position = torch.arange(x.shape[1], device=self.device)
+        hidden = self.model.embed(x, position)
+        for block in self.model.blocks:
+            hidden = block(hidden)
+        return self.model.norm(hidden)
+
+
+def loss_and_gradient(logits: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
+    """Cross entropy of logits [M, V] at targets y [M], in nats a target that is not IGNORED, fp32,
+    and its gradient as the logits are. Logits are read once and the gradient is written once;
+    autograd would read them again."""
+    is_target = y != IGNORED
+    count = is_target.sum().clamp(min=1)
+    logs = logits.float().log_softmax(-1)
+    nats = -logs.gather(1, y.clamp(min=0)[:, None])[:, 0]
+    places = torch.arange(logits.shape[1], device=logits.device)
+    gradient = (logs.exp() - (places == y[:, None]).float()) * (is_target / count)[:, None]
+    return (nats * is_target).sum() / count, gradient.to(logits.dtype)
 
 
 @dataclass

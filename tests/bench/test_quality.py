@@ -11,6 +11,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+import torch.nn.functional as F
 from scipy import stats
 
 from sparsekern.gpt.data import ByteTokenizer
@@ -238,6 +239,41 @@ def test_a_run_that_is_stopped_goes_on(evidence, folder, tmp_path, monkeypatch):
     for name in ("held-out", "domains", "curve"):
         assert parts["pretrained"][name] == whole["pretrained"][name]
     assert parts["tuned"] == whole["tuned"]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_the_loss_and_its_gradient_are_those_of_autograd(evidence, dtype):
+    y = torch.randint(0, 97, (50,))
+    y[::7] = evidence.engine.IGNORED
+    logits = (4 * torch.randn(50, 97)).to(dtype).requires_grad_()
+    expected = F.cross_entropy(logits.float(), y)
+    expected.backward()
+    loss, gradient = evidence.engine.loss_and_gradient(logits.detach(), y)
+    torch.testing.assert_close(loss, expected.detach())
+    torch.testing.assert_close(gradient, logits.grad, rtol=0, atol=1e-8)
+
+
+@pytest.mark.parametrize("name", ["blimp", "cloze", "sentiment/test", "held-out/manuals"])
+def test_scores_are_those_of_whole_rows(evidence, runner, name):
+    engine, rows = runner.engine(task(evidence, "dense")), runner.data.rows[name]
+    engine.begin(
+        runner.data.size("toy").shape.weights(3),
+        evidence.masks.dense(engine.weights),
+        evidence.engine.Program(np.empty((0, 1)), np.empty(0), {}),
+    )
+    found = engine.score(rows)
+    ids = torch.from_numpy((rows & evidence.rows.IDS).astype(np.int64))
+    is_target = torch.from_numpy(rows[:, 1:] < evidence.rows.NOT_A_TARGET)
+    with torch.no_grad():
+        logits = engine.model(ids[:, :-1])[0]
+    nats = F.cross_entropy(logits.transpose(1, 2), ids[:, 1:], reduction="none") * is_target
+    assert found.nats == pytest.approx(nats.sum(1).numpy(), rel=1e-5)
+    assert np.array_equal(found.targets, is_target.sum(1).numpy())
+    right = (logits.argmax(-1) == ids[:, 1:]) | ~is_target
+    assert np.array_equal(found.right, right.all(1).numpy())
+    # A row without targets has none right and none wrong.
+    empty = engine.score(rows[:2] | evidence.rows.NOT_A_TARGET)
+    assert not empty.nats.any() and not empty.targets.any() and empty.right.all()
 
 
 @pytest.mark.gpu
