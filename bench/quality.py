@@ -81,13 +81,14 @@ def make(options: argparse.Namespace, corpus: str, work: Path) -> int:
     orders = {order.number: order for order in plan.PLANS[options.plan]}
     chosen = [orders[number] for number in options.orders or orders if number in orders]
     kept = [KEPT] if KEPT.exists() and options.plan == "full" else []
-    made = study.Study(chosen, corpus, options.out, kept, about)
+    rows = build.training_rows(options.data)
+    made = study.Study(chosen, corpus, options.out, kept, about, rows)
     if made.waiting() and time.monotonic() < deadline:
         os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", str(work / "inductor"))
         gpus = visible_gpus() if options.device == "cuda" else [""]
         command = [sys.executable, __file__, "worker", f"--data={options.data}"]
         command += [f"--work={work}", f"--device={options.device}"]
-        pool = Pool(command, gpus, 1, work / "logs", deadline)
+        pool = Pool(command, gpus, work / "logs", deadline)
         try:
             made.run(pool, deadline, options.whole)
         finally:
@@ -96,7 +97,7 @@ def make(options: argparse.Namespace, corpus: str, work: Path) -> int:
     for key, why in made.failed.items():
         print(f"failed: {key}: {why}")
     if left:
-        print(f"next: {study.key(left[0])}; call again to go on")
+        print(f"next: {left[0].key}; call again to go on")
     elif blocked:
         print(f"no rate yet, since its sweep is not done: {', '.join(blocked)}")
     else:
@@ -128,7 +129,9 @@ def main() -> int:
     more.add_argument("--work", type=Path, help="large: checkpoints (OUT/work)")
     more.add_argument("--minutes", type=float, default=math.inf, help="then stop, resumable")
     more.add_argument(
-        "--whole", action="store_true", help="begin no run that would not end in time"
+        "--whole",
+        action="store_true",
+        help="begin no run that would not end in time, and those that fill it: where WORK is lost",
     )
     more.add_argument("--plan", choices=plan.PLANS, default="full")
     numbers = [order.number for order in plan.PLAN]

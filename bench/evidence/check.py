@@ -20,11 +20,11 @@ from . import build
 from .arms import Data, program
 from .engine import Engine, Program
 from .masks import Sparsity
-from .plan import FIRST_RATES, Size
+from .plan import Size
 from .worker import DTYPES
 
 STEPS, LAST, RESUMED_AT = 200, 50, 30
-RATE, SEED = FIRST_RATES[1], 0
+RATE, SEED = 2e-3, 0
 MOST_APART = {"cuda": 0.02, "cpu": 1e-3}  # nats, mean of the LAST steps
 
 

@@ -25,7 +25,7 @@ DTYPES = {"cuda": torch.bfloat16, "cpu": torch.float32}
 def answer(runner: Runner, message: dict) -> dict:
     """The result of a run, or why there is none."""
     try:
-        result = runner.run(message["key"], Task(**message["settings"]), message["deadline"])
+        result = runner.run(Task(**message["settings"]), message["deadline"])
     except OutOfTime as stopped:
         return {"stopped": str(stopped)}
     except FloatingPointError as error:  # a result too: this rate is too high

@@ -193,7 +193,7 @@ def test_an_arm_keeps_to_its_sparsity(evidence, runner, arm):
         assert all(torch.equal(mask, first[name]) for name, mask in expected.items())
 
 
-@pytest.mark.parametrize("arm", ["gradual", "75-dense"])
+@pytest.mark.parametrize("arm", ["gradual", "75-dense", "rounds-84-25"])
 def test_mean_density_is_that_of_the_steps(evidence, arm):
     sparsity, weights = evidence.plan.ARMS[arm].sparsity, {"a": torch.rand(40, 50)}
     steps, masks, total = 8000, sparsity.first(weights, 0), 0.0
@@ -203,6 +203,45 @@ def test_mean_density_is_that_of_the_steps(evidence, arm):
         if step in changes:
             masks = changes[step](step, weights, {}, masks)
     assert total / steps == pytest.approx(sparsity.density(steps), abs=0.01)
+
+
+@pytest.mark.parametrize("arm", ["more-25", "pruned-84-25", "rounds-84-25"])
+def test_a_trained_model_is_pruned_and_trained_on(evidence, runner, monkeypatch, arm):
+    """It begins with the dense model of its seed, which is trained once, and with other text."""
+    arms, trained = evidence.arms, []
+    pretrain = arms.Runner._pretrain
+    monkeypatch.setattr(
+        arms.Runner, "_pretrain", lambda self, t, *a: trained.append(t) or pretrain(self, t, *a)
+    )
+    seed = evidence.plan.SWEEP_SEED
+    given, begun = arms.Task("toy", arm, seed, 0.004, False, 0.002), {}
+    begin = evidence.engine.Engine.begin
+
+    def watched(self, weights, masks, program):
+        begun.update(weights=weights, masks=masks, starts=program.starts)
+        begin(self, weights, masks, program)
+
+    monkeypatch.setattr(evidence.engine.Engine, "begin", watched)
+    dense = runner.run(given.start, math.inf)
+    first = begun["starts"]
+    model = {name: t.clone() for name, t in runner.engine(given).model.state_dict().items()}
+    found = runner.run(given, math.inf)
+    assert [t.arm for t in trained] == ["dense", arm] and found["setup_s"] < 1
+    assert found["pretrained"]["steps"] == 3 and dense["pretrained"]["steps"] == 12
+    assert found["pretrained"]["density"] == pytest.approx(
+        1 if arm == "more-25" else 0.162, abs=1e-3
+    )
+    assert all(torch.equal(begun["weights"][name], model[name]) for name in model)
+    assert not np.isin(begun["starts"], first).all()
+    if arm == "pruned-84-25":
+        for name, mask in begun["masks"].items():
+            sizes = model[f"{name}.weight"].abs()
+            assert sizes[mask].min() >= sizes[~mask].max()
+    # Without the dense model it is trained for this, and the second time nothing is.
+    again = replace(given, start_rate=0.001)
+    once = runner.run(again, math.inf)
+    assert [t.arm for t in trained[2:]] == ["dense", arm]
+    assert runner.run(again, math.inf)["pretrained"] == once["pretrained"] and len(trained) == 4
 
 
 def test_the_sparse_kernels_follow_the_same_losses(evidence, folder, tmp_path):
@@ -217,7 +256,7 @@ def test_a_run_that_is_stopped_goes_on(evidence, folder, tmp_path, monkeypatch):
     monkeypatch.setattr(evidence.plan, "FIRST_TUNING_RATES", (1e-3,))
     monkeypatch.setattr(evidence.plan, "LEAST_TUNING_RATE", 4e-4)
     monkeypatch.setattr(evidence.plan, "MOST_TUNING_RATE", 1e-3)
-    whole = evidence.worker.runner(folder, tmp_path / "whole", "cpu").run("a", given, math.inf)
+    whole = evidence.worker.runner(folder, tmp_path / "whole", "cpu").run(given, math.inf)
     assert set(whole["tuned"]) == {
         f"{t} {way}" for t in ("sentiment", "webnlg", "code") for way in ("dense", "sparse")
     }
@@ -231,7 +270,7 @@ def test_a_run_that_is_stopped_goes_on(evidence, folder, tmp_path, monkeypatch):
         with monkeypatch.context() as patch:
             patch.setattr(arms.time, "monotonic", lambda clock=clock: next(clock))
             try:
-                parts = stopped.run("a", given, 5.0)
+                parts = stopped.run(given, 5.0)
                 break
             except arms.OutOfTime as error:
                 stops.append(str(error))
@@ -284,7 +323,7 @@ def test_the_captured_step_is_that_of_the_host(evidence, folder, tmp_path):
     for device in ("cpu", "cuda"):
         made = evidence.worker.runner(folder, tmp_path / device, device)
         for arm in ("rigl", "75-dense"):
-            found = made.run(arm, task(evidence, arm, is_tuned=True), math.inf)
+            found = made.run(task(evidence, arm, is_tuned=True), math.inf)
             losses[device, arm] = found["pretrained"]["held-out"]
             assert found["pretrained"]["density"] == (1 if arm == "75-dense" else 0.25)
             assert set(found["tuned"]) == {f"{t} dense" for t in ("sentiment", "webnlg", "code")}
@@ -326,14 +365,14 @@ def test_arms_of_equal_flops_are_equal(evidence):
 class InProcess:
     """In place of the pool: `most` runs in this process."""
 
-    device, gpu, began = "this processor", "", 0.0
+    device, gpu, began, workers = "this processor", "", 0.0, ()
 
     def __init__(self, runner, answer, most=1000):
         self.runner, self.answer, self.most = runner, answer, most
 
-    def run(self, plan, finish):
+    def run(self, choose, finish):
         for _ in range(self.most):
-            job = next(iter(plan()), None)
+            job = choose("", [])
             if job is None:
                 return
             message = {"key": job.key, "settings": job.settings, "deadline": math.inf}
@@ -345,12 +384,15 @@ def test_a_study_stops_goes_on_and_does_nothing_twice(evidence, runner, folder, 
     order = plan.Order(1, "toy", "?", ("75",), ("75", "two-way"), (0,), False)
 
     def made(most: int) -> "study.Study":
-        found = study.Study([order], "text", tmp_path, [], {"commit": "", "date": "", "torch": ""})
+        found = study.Study(
+            [order], "text", tmp_path, [], {"commit": "", "date": "", "torch": ""}, {}
+        )
         found.run(InProcess(runner, evidence.worker.answer, most), math.inf, False)
         return found
 
     first = made(2)
-    assert [r["key"] for r in first.results.values()] == ["toy 75 rate 0.001", "toy 75 rate 0.002"]
+    rates = [f"toy 75 rate {rate:g}" for rate in plan.FIRST_RATES[:2]]
+    assert [r["key"] for r in first.results.values()] == rates
     last = made(1000)
     assert first.without_rate() == ["toy 75", "toy two-way"]
     assert not last.waiting() and not last.failed and not last.without_rate()
@@ -360,9 +402,10 @@ def test_a_study_stops_goes_on_and_does_nothing_twice(evidence, runner, folder, 
     lines = (tmp_path / "results.jsonl").read_text()
     made(1000)
     assert (tmp_path / "results.jsonl").read_text() == lines
-    assert last.seconds(evidence.arms.Task("toy", "75", 1, best, False)) > 0
+    pace = evidence.pace.Pace(last.results.values(), {})
+    assert pace.seconds(evidence.arms.Task("toy", "75", 1, best, False)) > 0
     with pytest.raises(ValueError, match="expected the text text of earlier results, got other"):
-        study.Study([order], "other", tmp_path, [], {})
+        study.Study([order], "other", tmp_path, [], {}, {})
     (tmp_path / "results.jsonl").write_text(lines + "half a li")
     with pytest.raises(ValueError, match="expected a result"):
         made(1)
@@ -377,7 +420,9 @@ def test_results_of_another_plan_are_not_used(evidence, runner, tmp_path, monkey
     order = plan.Order(1, "toy", "?", ("75",), ("75",), (0,), False)
 
     def made(most: int = 0) -> "study.Study":
-        found = study.Study([order], "text", tmp_path, [], {"commit": "", "date": "", "torch": ""})
+        found = study.Study(
+            [order], "text", tmp_path, [], {"commit": "", "date": "", "torch": ""}, {}
+        )
         found.run(InProcess(runner, evidence.worker.answer, most), math.inf, False)
         return found
 
@@ -399,6 +444,73 @@ def test_results_of_another_plan_are_not_used(evidence, runner, tmp_path, monkey
             made().waiting()
         (tmp_path / "results.jsonl").write_text("\n".join(lines[:-1]) + "\n")
         assert made(1).results["toy 75 seed 0"]["pretrained"] != json.loads(lines[-1])["pretrained"]
+
+
+def test_old_results_stay_those_of_the_plan(evidence, monkeypatch):
+    """The names that results of the first runs have, made before arms could start from others."""
+    monkeypatch.setattr(evidence.masks, "UPDATE_EVERY", 100)
+    named = {
+        (arm, is_tuned): evidence.arms.Task(size, arm, 0, 0.001, is_tuned).recipe
+        for size, arm, is_tuned in [
+            ("S5", "75", False),
+            ("S5", "two-way", False),
+            ("S", "75", True),
+        ]
+    }
+    assert list(named.values()) == ["3175e4301c9a", "653a18581768", "868d2561a16f"]
+
+
+@pytest.mark.parametrize(
+    ("costs", "left", "first"),
+    [
+        ([100, 80, 20], 1000, 0),
+        ([100, 80, 20], 105, 0),
+        ([100, 80, 30, 25], 112, 1),  # 80 and 30 leave less
+        ([100, 80], 90, 1),
+        ([100, 80], 70, None),
+        ([], 70, None),
+        ([100, 80], math.inf, 0),
+        ([0, 0], 10, 0),
+    ],
+)
+def test_runs_fill_the_time_that_is_left(evidence, costs, left, first):
+    assert evidence.pace.best_fit(costs, left) == first
+
+
+def test_a_period_without_a_resume_is_packed(evidence, tmp_path, monkeypatch):
+    """Runs on two GPUs whose clock is made up: none is cut off, and little time is lost."""
+    study, plan, clock = evidence.study, evidence.plan, [0.0]
+    monkeypatch.setattr(study.time, "monotonic", lambda: clock[0])
+    orders = [
+        plan.Order(1, "S5", "?", (), ("75", "two-way"), tuple(range(8)), False),
+        plan.Order(2, "S", "?", (), ("dense", "more-25", "more-50", "short"), (0, 1, 2), False),
+    ]
+    rates = {"dense": 0.01, "75": 0.01, "more-25": 0.01}
+    monkeypatch.setattr(study.Study, "rate", lambda self, size, arm: rates["dense"])
+    made = study.Study(orders, "text", tmp_path, [], {"device": ""}, {"code": 64})
+    known = results(evidence, {"dense": [2.0]})[0] | {"seconds": 100.0, "is_tuned": False}
+    known["pretrained"] |= {"step_s": 0.01, "steps": 8000}
+    made.results["known"] = known
+    made.is_whole, made.deadline = True, 500.0
+    ends: dict[str, tuple] = {}
+    done = []
+    while True:
+        for gpu in "01":
+            if gpu not in ends and (job := made.choose(gpu, [e[1] for e in ends.values()])):
+                task = evidence.arms.Task(**job.settings)
+                pace = evidence.pace.Pace(made.results.values(), made.rows)
+                ends[gpu] = clock[0] + made.cost(pace, gpu, task), job, clock[0]
+        if not ends:
+            break
+        gpu = min(ends, key=lambda gpu: ends[gpu][0])
+        clock[0], job, began = ends.pop(gpu)
+        done.append(job.key)
+        worker = type("Worker", (), {"gpu": gpu, "device": "GPU", "began": began})
+        own = json.loads(json.dumps({"pretrained": known["pretrained"], "setup_s": 30.0}))
+        made.finish(job, worker, {"result": own | {"seconds": clock[0] - began}})
+    assert clock[0] <= 500 and made.spent["whole"] > 0.9 * 2 * (500 - study.MARGIN_S)
+    assert len(done) == len(set(done)) and "S5 75 seed 0" in done
+    assert not made.spent["lost"]
 
 
 def test_two_runs_in_one_folder_are_one_too_many(evidence, tmp_path):
@@ -450,7 +562,26 @@ def results(evidence, losses: dict[str, list[float]]) -> list[dict]:
 
 def test_the_page_without_results_is_the_plan(evidence):
     page = evidence.page.text([])
-    assert "**Not known yet.**" in page and page.count("not run") > 20
+    assert "**Not known yet.**" in page and "| found |" not in page and "nan" not in page
+    for order in evidence.plan.PLAN:
+        assert f"{order.number}. {order.question}" in page
+        for arm in order.arms:
+            assert evidence.plan.ARMS[arm].title in page
+
+
+def test_the_page_of_a_part_of_the_runs(evidence):
+    """One seed has no interval, an arm without a partner no difference, one without runs no row."""
+    page = evidence.page.text(results(evidence, {"dense": [2.0, 2.01], "75": [2.1]}))
+    first, primary = page.split("\n\n")[1], page.split("## ")[1]
+    assert "**Not all runs are there yet.**" in first
+    assert "against a small dense model of the same FLOPs: not run yet" in first
+    assert "not shown to be equal, +0.1000 (1 seed)" in first and "nan" not in page
+    assert "+0.1000 (1 of 3 seeds)" in primary and "one seed says nothing of 0.02" in primary
+    second = page.split("\n## 2. ")[1].split("\n## ")[0]
+    assert second.splitlines()[4].startswith("| dense |") and "|   0-1 |" in second
+    assert "Not run yet, with their FLOPs: small dense, FLOPs of 75 % (0.52); dense" in second
+    assert "| webnlg |" not in second  # nobody has it
+    assert evidence.page.numbers([5, 0, 2, 1]) == "0-2, 5"
 
 
 def test_the_page_is_what_its_results_make(evidence):
@@ -461,10 +592,11 @@ def test_the_page_is_what_its_results_make(evidence):
 
 def test_the_page_says_when_small_dense_is_as_good(evidence):
     small = {"dense": [2.0, 2.01, 2.02], "75": [2.1, 2.11, 2.12], "small": [2.1, 2.112, 2.119]}
-    assert "**Not known yet.**" in evidence.page.text(results(evidence, small))
+    assert "**Not all runs are there yet.**" in evidence.page.text(results(evidence, small))
     small["short"] = [2.05, 2.06, 2.07]
     page = evidence.page.text(results(evidence, small)).split("\n\n")
     assert "small dense model of the same FLOPs is as good" in page[1]
+    assert "Not all runs" not in page[1]
     assert "75 % zeros are **worse** than the dense model with the same FLOPs" in page[1]
     assert "with the same tokens: not shown to be equal, +0.100" in page[1]
     worse = small | {"small": [2.2, 2.21, 2.22]}
