@@ -8,8 +8,10 @@
 The first makes the text and the tasks out of packages (bench/evidence/sources.py), the second asks
 what must hold before GPU time is spent, the third makes the runs of bench/evidence/plan.py on all
 GPUs, the most wanted first, until the minutes are over: what is done is in OUT and in
-bench/results/quality.jsonl, a run that was stopped goes on from WORK where that is still there. The
-last writes docs/quality.md.
+bench/results/quality.jsonl, a run that was stopped goes on from WORK where that is still there.
+Where it will not be (checkpoints of 170 MB and more do not come home from a lent machine), --whole
+fills the minutes with runs that end in time; OUT/compiled-*.bin spares the next machine half a
+minute for each shape. The last writes docs/quality.md.
 """
 
 import argparse
@@ -87,7 +89,7 @@ def make(options: argparse.Namespace, corpus: str, work: Path) -> int:
         os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", str(work / "inductor"))
         gpus = visible_gpus() if options.device == "cuda" else [""]
         command = [sys.executable, __file__, "worker", f"--data={options.data}"]
-        command += [f"--work={work}", f"--device={options.device}"]
+        command += [f"--work={work}", f"--out={options.out}", f"--device={options.device}"]
         pool = Pool(command, gpus, work / "logs", deadline)
         try:
             made.run(pool, deadline, options.whole)
@@ -123,7 +125,8 @@ def main() -> int:
     device = "cuda" if torch.cuda.is_available() else "cpu"
     for name in ("check", "run", "worker"):
         given[name].add_argument("--device", choices=("cuda", "cpu"), default=device)
-    given["worker"].add_argument("--work", type=Path, required=True)
+    for name in ("out", "work"):
+        given["worker"].add_argument(f"--{name}", type=Path, required=True)
     given["check"].add_argument("--size", choices=plan.SIZES, default="S")
     more = given["run"]
     more.add_argument("--work", type=Path, help="large: checkpoints (OUT/work)")
@@ -144,7 +147,7 @@ def main() -> int:
     if options.command == "corpus":
         build.build(options.downloads, options.data, lambda text: print(text, flush=True))
     elif options.command == "worker":
-        worker.serve(options.data, options.work, options.device)
+        worker.serve(options.data, options.work, options.out, options.device)
     elif options.command == "check":
         return check(options.data, options.out, options.device, options.size)
     elif options.command == "page":

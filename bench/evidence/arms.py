@@ -145,6 +145,11 @@ class Runner:
         self.data, self.folder, self._dtype = data, folder / data.corpus.id, dtype
         self._engines: dict[Shape, Engine] = {}
 
+    @property
+    def shapes(self) -> int:
+        """How many it has captured a step of."""
+        return len(self._engines)
+
     def engine(self, task: Task) -> Engine:
         shape = plan.ARMS[task.arm].shape(self.data.size(task.size))
         if shape not in self._engines:

@@ -15,10 +15,12 @@ from typing import TextIO
 import torch
 
 from sparsekern.bench.machine import processor
+from sparsekern.files import atomic_write
 
 from . import build
 from .arms import Data, OutOfTime, Runner, Task
 
+COMPILED = "compiled"
 DTYPES = {"cuda": torch.bfloat16, "cpu": torch.float32}
 
 
@@ -40,13 +42,26 @@ def runner(data: Path, work: Path, device: str) -> Runner:
     return Runner(Data(build.load(data), device), work, DTYPES[device])
 
 
+def load_compiled(folder: Path) -> None:
+    """What torch.compile made in an earlier period: half a minute for each shape."""
+    for path in sorted(folder.glob(f"{COMPILED}-*.bin")):
+        torch.compiler.load_cache_artifacts(path.read_bytes())
+
+
+def save_compiled(folder: Path, gpu: str) -> None:
+    if found := torch.compiler.save_cache_artifacts():
+        with atomic_write(folder / f"{COMPILED}-{gpu}.bin") as file:
+            file.write(found[0])
+
+
 def read_messages(stream: TextIO, messages: queue.Queue) -> None:
     for line in stream:
         messages.put(json.loads(line))
     os._exit(0)  # also in the middle of a run: nobody waits for it any more
 
 
-def serve(data: Path, work: Path, device: str) -> None:
+def serve(data: Path, work: Path, out: Path, device: str) -> None:
+    """Runs in WORK; what is small enough to be carried to another machine in OUT."""
     replies = os.fdopen(os.dup(1), "w")
     os.dup2(2, 1)
 
@@ -55,7 +70,8 @@ def serve(data: Path, work: Path, device: str) -> None:
 
     messages: queue.Queue = queue.Queue()
     threading.Thread(target=read_messages, args=(sys.stdin, messages), daemon=True).start()
-    made = runner(data, work, device)
+    load_compiled(out)
+    made, shapes = runner(data, work, device), 0
     reply({"device": torch.cuda.get_device_name() if device == "cuda" else processor()})
     while True:
         message = messages.get()
@@ -64,3 +80,6 @@ def serve(data: Path, work: Path, device: str) -> None:
         reply(found)
         if "failed" in found:
             os._exit(1)  # a CUDA error would meet the next run too
+        if made.shapes > shapes:
+            shapes = made.shapes
+            save_compiled(out, os.environ.get("CUDA_VISIBLE_DEVICES", ""))
