@@ -10,8 +10,9 @@ what must hold before GPU time is spent, the third makes the runs of bench/evide
 GPUs, the most wanted first, until the minutes are over: what is done is in OUT and in
 bench/results/quality.jsonl, a run that was stopped goes on from WORK where that is still there.
 Where it will not be (checkpoints of 170 MB and more do not come home from a lent machine), --whole
-fills the minutes with runs that end in time; OUT/compiled-*.bin spares the next machine half a
-minute for each shape. The last writes docs/quality.md.
+fills the minutes with runs that end in time: those of this call, or of it and the next calls on the
+same machine. OUT/compiled-*.bin spares the next machine half a minute for each shape. The last
+writes docs/quality.md.
 """
 
 import argparse
@@ -28,6 +29,7 @@ from pathlib import Path
 import torch
 from evidence import build, plan, study, worker
 from evidence.check import check
+from evidence.period import Period
 from workers import Pool
 
 from sparsekern import __version__
@@ -73,7 +75,9 @@ def run(options: argparse.Namespace) -> int:
 
 
 def make(options: argparse.Namespace, corpus: str, work: Path) -> int:
-    deadline = time.monotonic() + 60 * options.minutes
+    began = time.monotonic()
+    deadline = began + 60 * options.minutes
+    lost_at = math.inf if options.whole is None else began + 60 * (options.whole or options.minutes)
     about = {
         "commit": options.commit or git("rev-parse", "HEAD") or "unknown",
         "date": date.today().isoformat(),
@@ -83,8 +87,7 @@ def make(options: argparse.Namespace, corpus: str, work: Path) -> int:
     orders = {order.number: order for order in plan.PLANS[options.plan]}
     chosen = [orders[number] for number in options.orders or orders if number in orders]
     kept = [KEPT] if KEPT.exists() and options.plan == "full" else []
-    rows = build.training_rows(options.data)
-    made = study.Study(chosen, corpus, options.out, kept, about, rows)
+    made = study.Study(chosen, corpus, options.out, kept, about)
     if made.waiting() and time.monotonic() < deadline:
         os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", str(work / "inductor"))
         gpus = visible_gpus() if options.device == "cuda" else [""]
@@ -92,7 +95,7 @@ def make(options: argparse.Namespace, corpus: str, work: Path) -> int:
         command += [f"--work={work}", f"--out={options.out}", f"--device={options.device}"]
         pool = Pool(command, gpus, work / "logs", deadline)
         try:
-            made.run(pool, deadline, options.whole)
+            Period(made, work / corpus, build.training_rows(options.data), lost_at).run(pool)
         finally:
             pool.close()
     left, blocked = made.waiting(), made.without_rate()
@@ -133,8 +136,11 @@ def main() -> int:
     more.add_argument("--minutes", type=float, default=math.inf, help="then stop, resumable")
     more.add_argument(
         "--whole",
-        action="store_true",
-        help="begin no run that would not end in time, and those that fill it: where WORK is lost",
+        type=float,
+        nargs="?",
+        const=0.0,
+        metavar="MINUTES",
+        help="begin no run that would not end before WORK is lost, in so many minutes (--minutes)",
     )
     more.add_argument("--plan", choices=plan.PLANS, default="full")
     numbers = [order.number for order in plan.PLAN]

@@ -20,7 +20,7 @@ from .plan import Arm, Size
 WARM_UP_SHARE = 0.05  # then straight down to zero
 CHUNK = 200  # steps between two looks at the clock
 CURVE = 20  # points of a loss curve that are kept
-MODEL = "pretrained.pt"
+DONE, MODEL = "done.json", "pretrained.pt"
 TRAINED_ON_FROM = 1000  # the number of the first pass of a model that is trained on
 
 
@@ -166,22 +166,18 @@ class Runner:
         if task.start:
             self._pretrained(task.start, deadline)
         began, folder = time.monotonic(), self._folder(task)
-        done = _read(folder / "done.json")
+        done = _read(folder / DONE)
         try:
             done |= self._pretrained(task, deadline)
             if task.is_tuned:
                 self._tune(task, folder, done, deadline)
         finally:
             done["seconds"] = done.get("seconds", 0.0) + time.monotonic() - began
-            _write(folder / "done.json", done)
+            _write(folder / DONE, done)
         return done | {"setup_s": began - asked}
 
     def _folder(self, task: Task) -> Path:
-        kind = "tuned" if task.is_tuned else "trained"
-        name = f"{task.key} rate {task.rate:g} {kind} {task.recipe}"
-        if task.start:
-            name += f" from {task.start.recipe} rate {task.start_rate:g}"
-        folder = self.folder / name.replace(" ", "-")
+        folder = folder_of(self.folder, task)
         folder.mkdir(parents=True, exist_ok=True)
         return folder
 
@@ -190,10 +186,10 @@ class Runner:
     def _pretrained(self, task: Task, deadline: float) -> dict:
         """What is known of a run whose model is trained, or has been."""
         folder = self._folder(task)
-        done = _read(folder / "done.json")
+        done = _read(folder / DONE)
         if "pretrained" not in done:
             done["pretrained"] = self._pretrain(task, folder, deadline)
-            _write(folder / "done.json", done)
+            _write(folder / DONE, done)
         return done
 
     def _pretrain(self, task: Task, folder: Path, deadline: float) -> dict:
@@ -274,7 +270,7 @@ class Runner:
                     if time.monotonic() > deadline:
                         raise OutOfTime(f"stopped before {name}, {way}, at {rate:g}")
                     self._tune_once(task, name, way, rate, saved, found)
-                    _write(folder / "done.json", done)
+                    _write(folder / DONE, done)
 
     def _tune_once(
         self, task: Task, name: str, way: str, rate: float, saved: dict, found: dict
@@ -304,6 +300,19 @@ def _next_tuning_rate(dev: dict[str, float | None]) -> float | None:
     beyond = plan.beyond_the_end(losses, math.sqrt(10))
     is_allowed = beyond and plan.LEAST_TUNING_RATE <= beyond <= plan.MOST_TUNING_RATE
     return beyond if is_allowed else None
+
+
+def folder_of(runs: Path, task: Task) -> Path:
+    """Of a run's files: what is known, a checkpoint of what was stopped, the trained model."""
+    name = f"{task.key} rate {task.rate:g} {'tuned' if task.is_tuned else 'trained'} {task.recipe}"
+    if task.start:
+        name += f" from {task.start.recipe} rate {task.start_rate:g}"
+    return runs / name.replace(" ", "-")
+
+
+def seconds_so_far(folder: Path) -> float:
+    """Of a run that was stopped."""
+    return _read(folder / DONE).get("seconds", 0.0)
 
 
 def items(right: np.ndarray) -> dict:

@@ -7,23 +7,19 @@ are added to a file of this period, as soon as they are there.
 import json
 import math
 import time
-from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import asdict, fields
 from pathlib import Path
 
-from workers import Job, Pool, Worker
+from workers import Job, Worker
 
 from sparsekern.files import atomic_write
 
 from . import plan
 from .arms import Task
-from .engine import Shape
-from .pace import Pace, best_fit
 from .plan import ARMS, Order
 
 RESULTS = "results.jsonl"
-MARGIN_S = 8.0  # of a whole run, which may take longer than the last one like it
 NEEDED = {"key", "size", "arm", "seed", "rate", "is_tuned", "corpus"}  # of a result
 
 
@@ -70,11 +66,9 @@ class Study:
         folder: Path,
         kept: Iterable[Path],
         about: dict,
-        rows: Mapping[str, int],
     ) -> None:
         """`orders`: what to make, the most wanted first. `corpus`: the name of the text. `kept`:
-        files of earlier results. `rows`: as of Pace. ValueError where those are of another text or
-        recipe."""
+        files of earlier results. ValueError where those are of another text or recipe."""
         self.about = {"corpus": corpus} | about
         self.orders = orders
         self.path = folder / RESULTS
@@ -87,13 +81,7 @@ class Study:
                 )
         check_plan(self.results.values())
         self.failed: dict[str, str] = {}
-        self.rows = rows
         self.began = time.monotonic()
-        # Of this period.
-        self.is_whole, self.deadline = False, math.inf
-        self.spent = Counter()  # seconds, by what became of the run
-        self.captured: set[tuple[str, Shape]] = set()  # on which GPU
-        self.here: set[Task] = set()  # whose models this machine has
 
     # What comes next
 
@@ -146,54 +134,13 @@ class Study:
         """That of the arm it starts from, 0 where it starts from none."""
         return self.rate(size, ARMS[arm].start) if ARMS[arm].start else 0.0
 
-    # A period
-
-    def run(self, pool: Pool, deadline: float, is_whole: bool) -> None:
-        """Make runs until the deadline. `is_whole`: begin none that would not end before it, and
-        those that leave little of the time over."""
-        self.is_whole, self.deadline = is_whole, deadline
-        pool.run(self.choose, self.finish)
-        now = time.monotonic()
-        for worker in pool.workers:
-            if worker.job:  # killed now
-                self.spent["lost"] += now - worker.began
-        total = (now - self.began) * len(pool.workers)
-        none = total - sum(self.spent.values())
-        self.say(
-            f"{total:.0f} s of GPUs: {self.spent['whole']:.0f} in whole runs, "
-            f"{self.spent['lost']:.0f} in runs that were stopped or failed, {none:.0f} in none"
-        )
-
-    def choose(self, gpu: str, under_way: Sequence[Job]) -> Job | None:
-        """What a GPU makes next, beside these."""
-        made = [Task(**job.settings) for job in under_way]
-        # A model to start from is trained once: what needs one that is being trained waits.
-        coming = {t for task in made for t in (task, task.start)} - self.here
-        free = [t for t in self.waiting() if t not in made and t.start not in coming - {None}]
-        if self.is_whole:
-            pace = Pace(self.results.values(), self.rows)
-            left = self.deadline - MARGIN_S - time.monotonic()
-            at = best_fit([self.cost(pace, gpu, task) for task in free], left)
-            free = [] if at is None else [free[at]]
-        return Job(free[0].key, "arm", asdict(free[0])) if free else None
-
-    def cost(self, pace: Pace, gpu: str, task: Task) -> float:
-        """Seconds of a run with all that must come before it."""
-        shape = ARMS[task.arm].shape(plan.SIZES[task.size])
-        cost = pace.seconds(task)
-        cost += 0 if (gpu, shape) in self.captured else pace.setup()
-        return cost + (
-            pace.pretraining(task.start) if task.start and task.start not in self.here else 0
-        )
+    # What is kept
 
     def finish(self, job: Job, worker: Worker, answer: dict) -> None:
         """Keep what a worker says of a run, and say it."""
-        task, seconds = Task(**job.settings), time.monotonic() - worker.began
-        self.spent["whole" if "result" in answer else "lost"] += seconds
-        self.captured.add((worker.gpu, ARMS[task.arm].shape(plan.SIZES[task.size])))
+        seconds = time.monotonic() - worker.began
         if "result" in answer:
-            self.here |= {task} | ({task.start} if task.start else set())
-            about = self.about | {"device": worker.device, "recipe": task.recipe}
+            about = self.about | {"device": worker.device, "recipe": Task(**job.settings).recipe}
             self.keep({"key": job.key} | job.settings | short(answer["result"]) | about)
         elif answer.get("is_final"):
             self.failed[job.key] = answer["failed"]
