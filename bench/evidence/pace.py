@@ -38,9 +38,9 @@ class Pace:
         return self.seconds(Task(task.size, task.arm, plan.SWEEP_SEED, task.rate, False))
 
     def setup(self) -> float:
-        """To capture a step."""
+        """To capture a step, as the last one told."""
         told = [r["setup_s"] for r in self._done if r.get("setup_s", 0) > 1 and not is_started(r)]
-        return max(told, default=SETUP_S)
+        return told[-1] if told else SETUP_S
 
     def _by_steps(self, task: Task) -> float:
         arm, size = ARMS[task.arm], SIZES[task.size]

@@ -70,6 +70,8 @@ class Period:
         kind = "whole" if "result" in answer else "lost"
         self.spent[kind] += time.monotonic() - worker.began
         self._captured.add((worker.gpu, shape_of(Task(**job.settings))))
+        if "failed" in answer:  # the next process captures anew
+            self._captured = {c for c in self._captured if c[0] != worker.gpu}
         self._study.finish(job, worker, answer)
 
     def _is_trained(self, task: Task) -> bool:

@@ -299,7 +299,7 @@ TOY_PLAN = (
         1,
         "toy",
         "Does every kind of arm run?",
-        ("dense", "75"),
+        ("dense", "75", "small"),
         ("dense", "75", "small", "short", "scratch", "75-dense", "gradual", "rigl", "two-way"),
         (0, 1),
         predictions=(Prediction("75", "dense", "code", -1.0, 1.0, 0.02),),
