@@ -11,7 +11,7 @@ GPUs, the most wanted first, until the minutes are over: what is done is in OUT 
 bench/results/quality.jsonl, a run that was stopped goes on from WORK where that is still there.
 Where it will not be (checkpoints of 170 MB and more do not come home from a lent machine), --whole
 fills the minutes with runs that end in time: those of this call, or of it and the next calls on the
-same machine. OUT/compiled-*.bin spares the next machine half a minute for each shape. The last
+same machine. OUT/compiled-*.xz spares the next machine half a minute for each shape. The last
 writes docs/quality.md.
 """
 

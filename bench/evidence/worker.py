@@ -4,6 +4,7 @@ Answers go to stdout, a line each; what the runs print goes to stderr. It ends w
 """
 
 import json
+import lzma
 import os
 import queue
 import sys
@@ -44,14 +45,14 @@ def runner(data: Path, work: Path, device: str) -> Runner:
 
 def load_compiled(folder: Path) -> None:
     """What torch.compile made in an earlier period: half a minute for each shape."""
-    for path in sorted(folder.glob(f"{COMPILED}-*.bin")):
-        torch.compiler.load_cache_artifacts(path.read_bytes())
+    for path in sorted(folder.glob(f"{COMPILED}-*.xz")):
+        torch.compiler.load_cache_artifacts(lzma.decompress(path.read_bytes()))
 
 
 def save_compiled(folder: Path, gpu: str) -> None:
     if found := torch.compiler.save_cache_artifacts():
-        with atomic_write(folder / f"{COMPILED}-{gpu}.bin") as file:
-            file.write(found[0])
+        with atomic_write(folder / f"{COMPILED}-{gpu}.xz") as file:
+            file.write(lzma.compress(found[0], preset=1))
 
 
 def read_messages(stream: TextIO, messages: queue.Queue) -> None:

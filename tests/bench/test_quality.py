@@ -3,8 +3,12 @@ a run that is stopped goes on."""
 
 import json
 import math
+import os
 import random
+import subprocess
+import sys
 from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -16,6 +20,7 @@ from sparsekern.sparsity import Static
 
 WORDS = "the of and to in is that model weight zero mask train loss good bad film novel".split()
 
+on_a_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="no NVIDIA GPU")
 pytest_plugins = "quality_toy"
 
 
@@ -232,6 +237,16 @@ def test_the_loss_and_its_gradient_are_those_of_autograd(evidence, dtype):
     torch.testing.assert_close(gradient, logits.grad, rtol=0, atol=1e-8)
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=[pytest.mark.gpu, on_a_gpu])])
+def test_the_kernels_are_those_of_torch(device):
+    pytest.importorskip("triton")
+    here = Path(__file__).parent
+    command = [sys.executable, str(here / "quality_kernels.py"), str(here.parents[1] / "bench")]
+    interpreted = {"TRITON_INTERPRET": "1"} if device == "cpu" else {}
+    subprocess.run([*command, device], env=os.environ | interpreted, check=True)
+
+
 @pytest.mark.parametrize("name", ["blimp", "cloze", "sentiment/test", "held-out/manuals"])
 def test_scores_are_those_of_whole_rows(evidence, runner, name):
     engine, rows = runner.engine(task(evidence, "dense")), runner.data.rows[name]
@@ -256,7 +271,7 @@ def test_scores_are_those_of_whole_rows(evidence, runner, name):
 
 
 @pytest.mark.gpu
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="no NVIDIA GPU")
+@on_a_gpu
 def test_the_captured_step_is_that_of_the_host(evidence, folder, tmp_path):
     assert evidence.check.check(folder, tmp_path, "cuda", "toy") == 0
     losses = {}
