@@ -14,8 +14,9 @@ import torch
 from sparsekern.files import atomic_write
 
 from . import build, masks, plan
-from .engine import Engine, Program, Scores, Shape
+from .engine import Engine, Program, Shape
 from .plan import Arm, Size
+from .scores import Scores
 
 WARM_UP_SHARE = 0.05  # then straight down to zero
 CHUNK = 200  # steps between two looks at the clock

@@ -7,7 +7,7 @@ weight has no gradient and no momentum, so it stays zero: what is computed is wh
 sparse layers compute, by dense kernels. Without a GPU the same functions run as they are.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 import numpy as np
@@ -22,6 +22,7 @@ from sparsekern.gpt.step import GRADIENT_CLIP
 
 from .masks import Change, Masks
 from .rows import IDS, NOT_A_TARGET
+from .scores import Scores, score
 
 WARM_UPS = 3
 IGNORED = -100  # of cross_entropy
@@ -243,47 +244,9 @@ class Engine:
         self._at.fill_(self.steps)
         self._losses[: self.steps] = state["losses"].to(self.device)
 
-    # Scores
-
-    @torch.no_grad()
-    def score(self, rows: np.ndarray) -> "Scores":
-        """What the model of now makes of rows (rows.py). Rows of about one length go together,
-        without what comes after their last target, and logits are made of targets alone."""
-        is_target = rows[:, 1:] < NOT_A_TARGET
-        lengths = np.where(is_target, np.arange(1, rows.shape[1]), 1).max(1)
-        order, found = np.argsort(-lengths, kind="stable"), []
-        self.model.eval()
-        while len(order):
-            length = int(lengths[order[0]])
-            now, order = np.split(order, [max(1, self.shape.tokens // length)])
-            found.append((now, *self._score(rows[now, : length + 1], is_target[now, :length])))
-        self.model.train()
-        nats, right = np.zeros(len(rows)), np.zeros(len(rows), dtype=bool)
-        for now, nats_now, wrong_now in found:
-            nats[now], right[now] = nats_now.cpu(), wrong_now.cpu() == 0
-        return Scores(nats, is_target.sum(1), right)
-
-    def _score(self, rows: np.ndarray, is_target: np.ndarray) -> tuple[Tensor, Tensor]:
-        """Of each row: nats of its targets together, and how many of them were not the most
-        probable token."""
-        window = torch.from_numpy((rows & IDS).astype(np.int64)).to(self.device)
-        places = torch.from_numpy(np.flatnonzero(is_target)).to(self.device)
-        y = window[:, 1:].flatten()[places]
-        with self._autocast():
-            logits = self.model.lm_head(self._hidden(window[:, :-1]).flatten(0, 1)[places])
-        nats = F.cross_entropy(logits.float(), y, reduction="none").double()
-        row, sums = places // is_target.shape[1], nats.new_zeros(2, len(rows))
-        sums[0].index_add_(0, row, nats)
-        sums[1].index_add_(0, row, (logits.argmax(-1) != y).double())
-        return sums[0], sums[1]
-
-    def _hidden(self, x: Tensor) -> Tensor:
-        """[B, T, C], what the head gets."""
-        position = torch.arange(x.shape[1], device=self.device)
-        hidden = self.model.embed(x, position)
-        for block in self.model.blocks:
-            hidden = block(hidden)
-        return self.model.norm(hidden)
+    def score(self, rows: np.ndarray) -> Scores:
+        """What the model of now makes of rows (rows.py)."""
+        return score(self.model, rows, self._dtype)
 
 
 def loss_and_gradient(logits: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
@@ -296,26 +259,6 @@ def loss_and_gradient(logits: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
     places = torch.arange(logits.shape[1], device=logits.device)
     gradient = (logs.exp() - (places == y[:, None]).float()) * (is_target / count)[:, None]
     return (nats * is_target).sum() / count, gradient.to(logits.dtype)
-
-
-@dataclass
-class Scores:
-    """Of each row: nats of its targets together, how many they are, and whether each of them was
-    the most probable token."""
-
-    nats: np.ndarray
-    targets: np.ndarray
-    right: np.ndarray
-
-    @classmethod
-    def together(cls, found: Sequence["Scores"]) -> "Scores":
-        parts = ([s.nats for s in found], [s.targets for s in found], [s.right for s in found])
-        return cls(*map(np.concatenate, parts))
-
-    @property
-    def loss(self) -> float:
-        """Nats a target."""
-        return float(self.nats.sum() / max(1, self.targets.sum()))
 
 
 def _on_host(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
