@@ -14,6 +14,7 @@ from sparsekern.bench import train_float8_gpu as train_float8
 from sparsekern.bench.rates import derive
 from sparsekern.gpt import captured
 from sparsekern.gpt.model import GPTConfig
+from sparsekern.nn.float8 import Scaling
 
 sys.path.append(str(Path(__file__).parents[1] / "kernels" / "cuda"))
 from emulated_cusparselt import (  # noqa: E402, F401
@@ -59,7 +60,10 @@ def test_a_page_of_all_arms(train_gpu, on_cpu, tmp_path, monkeypatch):  # noqa: 
     text.write_text("".join(f"{i} green bottles\n" for i in range(200)))
     size = train_float8.Size("tiny", GPTConfig(1, 2, 32, 16, 256), 1, str(text), steps=5)
     monkeypatch.setattr(train_float8, "SHOWN", 5)
+    advance, advances = Scaling.advance, []
+    monkeypatch.setattr(Scaling, "advance", lambda self: advances.append(advance(self)))
     cases = [derive(case) for case in train_float8.cases(size, torch.device("cpu"))]
+    assert len(advances) == 2 * size.steps  # once a step, replayed or not
     assert len(cases) == 5 and all("losses" in train_gpu.in_short(case) for case in cases)
     page = train_gpu.PAGES["train-float8"]("name", run_of("train-float8", cases, tmp_path))
     rows = rows_of(page[page.index("| arm") :].partition("\n\n")[0])[1:]
