@@ -257,6 +257,7 @@ def measure(machine: dict, path: Path, args: argparse.Namespace) -> records.Run:
     """All cases that begin within args.limit_s, printed; the file is written after each. One that
     fails is named, and the others go on."""
     require("transformers", "hf")
+    path = path.with_name(f"{benchmark(args)}-bfloat16.csv")
     start = time.monotonic()
     about = about_run(benchmark(args), machine, args.commit)
     about |= {"is_whole": False, "left": [], "failed": {}}

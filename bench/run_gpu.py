@@ -10,6 +10,7 @@ python bench/run_gpu.py train            results/<GPU>-train-bfloat16-<date>.*: 
 python bench/run_gpu.py train-products   their three products alone, and what is written out
 python bench/run_gpu.py train-memory     memory of a step; --largest: the most sequences that fit
 python bench/run_gpu.py least-size       sparsekern/kernels/least_sizes.json
+python bench/run_gpu.py scale            results/<GPU>-scale-bfloat16-<date>.*: on several GPUs
 python bench/run_gpu.py models           results/<GPU>-models-bfloat16-<date>.*: of transformers;
                                          --compiled: layers of one, with torch.compile
 python bench/run_gpu.py publish X.csv   the same from a file that --out FOLDER wrote
@@ -30,6 +31,7 @@ from pathlib import Path
 
 import models_gpu
 import pages
+import scale
 import tables_gpu
 import torch
 import train_gpu
@@ -228,8 +230,9 @@ def page_of_prompts(name: str, run: Run) -> str:
 
 
 PAGES = dict(decode=page, prompts=page_of_prompts, layouts=page_of_prompts)
-PAGES |= {"two-way": two_way.page, models_gpu.PLAIN: models_gpu.page}
-PAGES |= {models_gpu.COMPILED: models_gpu.page}
+PAGES |= {"two-way": two_way.page, "scale": scale.page}
+PAGES |= {models_gpu.PLAIN: models_gpu.page, models_gpu.COMPILED: models_gpu.page}
+WHOLE = {"models": models_gpu, "scale": scale}  # verbs with cases of their own
 
 
 def joined(runs: list[Run]) -> Run:
@@ -283,6 +286,8 @@ def publish(run: Run) -> None:
             times.FILE.write_text(
                 layouts_gpu.in_json(layouts_gpu.summarize(derived(run), source(run)))
             )
+        elif run.about["benchmark"] == "scale":
+            scale.update(name_of(run), run)
     else:
         update_crossover(run)
 
@@ -358,6 +363,11 @@ def main(arguments: list[str]) -> int:
         "--sparsities", type=float, nargs="+", default=models_gpu.SPARSITIES, metavar="SHARE"
     )
     options.add_argument("--compiled", action="store_true", help="2 layers, with torch.compile")
+    options = verbs.add_parser("scale")
+    options.add_argument("--out", type=Path)
+    options.add_argument("--commit", help="where there is no repository")
+    options.add_argument("--gpus", type=int, help="so many alone; else 2, 4, ... that are there")
+    options.add_argument("--limit-s", type=float, default=scale.LIMIT_S, help="begin nothing after")
     verbs.add_parser("publish").add_argument("files", type=Path, nargs="+")
     args = parser.parse_args(arguments)
     if args.verb == "publish":
@@ -369,10 +379,8 @@ def main(arguments: list[str]) -> int:
     folder = args.out or PARTIAL
     if args.verb in train_gpu.PAGES:
         return train(args, folder)
-    if args.verb == "models":
-        run = models_gpu.measure(
-            machine(), folder / f"{models_gpu.benchmark(args)}-bfloat16.csv", args
-        )
+    if args.verb in WHOLE:
+        run = WHOLE[args.verb].measure(machine(), folder / f"{args.verb}-bfloat16.csv", args)
         if not args.out:
             publish(run)
         return 0

@@ -93,13 +93,15 @@ def write_out(bitmap: Bitmap, values: Tensor, n: int, k: int) -> Tensor:
     return w
 
 
-def collect(bitmap: Bitmap, w: Tensor, nnz: int) -> Tensor:
-    """The entries [nnz] of w [N, K], contiguous, at the places of the pattern."""
-    values = w.new_empty(nnz)
+def collect(bitmap: Bitmap, w: Tensor, nnz: int, dtype: torch.dtype | None = None) -> Tensor:
+    """The entries [nnz] of w [N, K], contiguous, at the places of the pattern; those of bfloat16 in
+    float32, if that is the `dtype`."""
+    values = w.new_empty(nnz, dtype=dtype)
     if nnz:
         count, size = bitmap.words.numel(), w.element_size()
         tensors, sizes = (*bitmap.tensors, w, values), (count, bitmap.row_words, w.shape[1])
-        _start(f"collect_{size}", -(-count // BLOCK_WORDS), THREADS * 8 * size, tensors, *sizes)
+        name = "wide" if values.dtype is not w.dtype else str(size)
+        _start(f"collect_{name}", -(-count // BLOCK_WORDS), THREADS * 8 * size, tensors, *sizes)
     return values
 
 
