@@ -67,6 +67,10 @@ def quick_linear(
 ) -> Tensor | None:
     """linear() of x [..., M, K] where there is nothing to convert or refuse; None where there is. A
     small layer pays for every line of Python."""
+    if not _is_any_autocast_enabled():
+        y = ops.quick(ops.SPMM, row_offsets, col_indices, values, n, k, x, bias)
+        if y is not None:
+            return y
     if (
         _is_compiling()
         or type(x) not in _PLAIN
@@ -79,6 +83,9 @@ def quick_linear(
         return None
     if _is_any_autocast_enabled():
         x, values, bias = autocast(x, values, bias)
+        y = ops.quick(ops.SPMM, row_offsets, col_indices, values, n, k, x, bias)
+        if y is not None:
+            return y
     if x.dtype is not values.dtype or (bias is not None and bias.dtype is not x.dtype):
         return None
     if x.dim() == 2:

@@ -22,14 +22,14 @@ import torch
 from torch import Tensor
 from torch.autograd import Function, forward_ad, profiler
 
+from .kernels import observed
 from .kernels.cpu.lanes import Lanes
+from .kernels.operands import native
+from .kernels.prepared import SDDMM, SPMM, SPMM_GRADIENTS, SPMM_T, SPMM_T_GRADIENTS, prepare
 from .registered import (
     multiply_lanes,
-    run_gradients,
     run_product,
     run_sddmm,
-    run_spmm,
-    run_spmm_t,
     sddmm_op,
     spmm_lanes_op,
     spmm_op,
@@ -47,7 +47,16 @@ _tracing_state = torch._C._get_tracing_state
 _is_wrapped = torch._C._functorch.is_functorch_wrapped_tensor
 _is_batched = torch._C._functorch.is_legacy_batchedtensor  # by is_grads_batched=True
 _is_grad_enabled = torch.is_grad_enabled
+_is_any_autocast_enabled = getattr(torch._C, "_is_any_autocast_enabled", lambda: True)
 _PLAIN = (Tensor, torch.nn.Parameter)
+
+
+def quick(op: int, row_offsets, col_indices, values, n: int, k: int, a, b):
+    """A product, or the gradients of one, of operands that lie where kernels read them, while
+    nothing looks on: one step in C++ (csrc/calls.h). None for all others."""
+    if native is None or _is_compiling():
+        return None
+    return native.call(op, row_offsets, col_indices, values, n, k, a, b)
 
 
 def spmm(
@@ -61,10 +70,12 @@ def spmm(
 ) -> Tensor:
     """y [M, N] = x [M, K] @ W.T + bias [N], differentiable in values, x and bias."""
     args = row_offsets, col_indices, values, n, k, x, bias
+    if (y := quick(SPMM, *args)) is not None:
+        return y
     function, is_direct = _route("spmm", values, x, bias)
-    if is_direct:
+    if is_direct and function is None:
         try:
-            return run_product("spmm", *args) if function is None else _APPLY["spmm"](*args)
+            return run_product("spmm", *args)
         except (RuntimeError, ValueError):
             if not _is_any_lazy(values, x, bias):
                 raise
@@ -82,10 +93,12 @@ def spmm_t(
 ) -> Tensor:
     """dx [M, K] = dy [M, N] @ W + bias [K], differentiable in values, dy and bias."""
     args = row_offsets, col_indices, values, n, k, dy, bias
+    if (y := quick(SPMM_T, *args)) is not None:
+        return y
     function, is_direct = _route("spmm_t", values, dy, bias)
-    if is_direct:
+    if is_direct and function is None:
         try:
-            return run_product("spmm_t", *args) if function is None else _APPLY["spmm_t"](*args)
+            return run_product("spmm_t", *args)
         except (RuntimeError, ValueError):
             if not _is_any_lazy(values, dy, bias):
                 raise
@@ -96,11 +109,13 @@ def sddmm(
     row_offsets: Tensor, col_indices: Tensor, n: int, k: int, dy: Tensor, x: Tensor
 ) -> Tensor:
     """dvalues [nnz] = (dy [M, N].T @ x [M, K]) at the pattern, differentiable in dy and x."""
+    if (dvalues := quick(SDDMM, row_offsets, col_indices, None, n, k, dy, x)) is not None:
+        return dvalues
     args = row_offsets, col_indices, n, k, dy, x
     function, is_direct = _route("sddmm", dy, x, None)
-    if is_direct:
+    if is_direct and function is None:
         try:
-            return run_sddmm(*args) if function is None else _APPLY["sddmm"](*args)
+            return run_sddmm(*args)
         except (RuntimeError, ValueError):
             if not _is_any_lazy(dy, x, None):
                 raise
@@ -146,24 +161,6 @@ def _is_direct(a: Tensor, b: Tensor, bias: Tensor | None) -> bool:
     )
 
 
-def _gradients(op: str, row_offsets, col_indices, values, n, k, h, other) -> tuple | None:
-    """run_gradients(), unless somebody differentiates them once more, in whatever mode, or looks
-    on: then None."""
-    if (
-        _is_grad_enabled()
-        or forward_ad._current_level >= 0
-        or in_functorch()
-        or not _is_direct(other, h, values)
-    ):
-        return None
-    try:
-        return run_gradients(op, row_offsets, col_indices, values, n, k, h, other)
-    except (RuntimeError, ValueError):
-        if not _is_any_lazy(values, h, other):
-            raise
-        return None
-
-
 def _is_any_lazy(*tensors: Tensor | None) -> bool:
     """Whether one of them has no memory of its own, so that a direct call has failed: an efficient
     zero, what a functorch transform has left, or a batch of gradients."""
@@ -178,40 +175,47 @@ def _is_any_lazy(*tensors: Tensor | None) -> bool:
 # a tangent is one product for each operand that has one.
 
 
-def _save_product(ctx, row_offsets, col_indices, values, n, k, x, bias):
+def _save_product(ctx, row_offsets, col_indices, values, n, k, x, bias, needs=None):
     ctx.sizes = n, k
-    needs = ctx.needs_input_grad
+    needs = needs or ctx.needs_input_grad[2:]  # of values, n, k, x, bias
     ctx.save_for_backward(
-        row_offsets, col_indices, values if needs[5] else None, x if needs[2] else None
+        row_offsets, col_indices, values if needs[3] else None, x if needs[0] else None
     )
 
 
 def _spmm_backward(ctx, h):
-    row_offsets, col_indices, values, x = ctx.saved_tensors
-    n, k = ctx.sizes
     needs = ctx.needs_input_grad
-    args = "spmm_t", row_offsets, col_indices, values, n, k, h, x
-    both = _gradients(*args) if needs[2] and needs[5] else None
-    if both is not None:
-        dx, dvalues = both
-    else:
-        dvalues = sddmm(row_offsets, col_indices, n, k, h, x) if needs[2] else None
-        dx = spmm_t(row_offsets, col_indices, values, n, k, h) if needs[5] else None
-    return None, None, dvalues, None, None, dx, h.sum(0) if needs[6] else None
+    dvalues, dx, dbias = _gradients("spmm", ctx, h, (needs[2], needs[5], needs[6]))
+    return None, None, dvalues, None, None, dx, dbias
 
 
 def _spmm_t_backward(ctx, h):
-    row_offsets, col_indices, values, dy = ctx.saved_tensors
-    n, k = ctx.sizes
     needs = ctx.needs_input_grad
-    args = "spmm", row_offsets, col_indices, values, n, k, h, dy
-    both = _gradients(*args) if needs[2] and needs[5] else None
-    if both is not None:
-        ddy, dvalues = both
-    else:
-        dvalues = sddmm(row_offsets, col_indices, n, k, dy, h) if needs[2] else None
-        ddy = spmm(row_offsets, col_indices, values, n, k, h) if needs[5] else None
-    return None, None, dvalues, None, None, ddy, h.sum(0) if needs[6] else None
+    dvalues, ddy, dbias = _gradients("spmm_t", ctx, h, (needs[2], needs[5], needs[6]))
+    return None, None, dvalues, None, None, ddy, dbias
+
+
+def _gradients(op: str, ctx, h: Tensor, needs: tuple[bool, bool, bool]) -> tuple:
+    """Those of values, of the operand and of the bias, of a product whose result has the gradient
+    h [.., outputs]."""
+    row_offsets, col_indices, values, a = ctx.saved_tensors
+    n, k = ctx.sizes
+    rows = h if h.dim() == 2 else h.flatten(0, -2)
+    dbias = rows.sum(0) if needs[2] else None
+    if needs[0] and needs[1]:
+        both = SPMM_GRADIENTS if op == "spmm" else SPMM_T_GRADIENTS
+        made = quick(both, row_offsets, col_indices, values, n, k, h.contiguous(), a)
+        if made is not None:
+            return made[1], made[0], dbias
+    dvalues = da = None
+    if needs[0]:
+        of = a if a.dim() == 2 else a.flatten(0, -2)
+        dvalues = sddmm(row_offsets, col_indices, n, k, *((rows, of) if op == "spmm" else (of, rows)))
+    if needs[1]:
+        product = spmm_t if op == "spmm" else spmm
+        da = product(row_offsets, col_indices, values, n, k, rows)
+        da = da if h.dim() == 2 else da.unflatten(0, h.shape[:-1])
+    return dvalues, da, dbias
 
 
 def _product_jvp(product, ctx, dvalues, dx, dbias):
@@ -236,18 +240,18 @@ def _spmm_t_jvp(ctx, ro, ci, dvalues, n, k, ddy, dbias):
     return _product_jvp(spmm_t, ctx, dvalues, ddy, dbias)
 
 
-def _save_sddmm(ctx, row_offsets, col_indices, n, k, dy, x):
+def _save_sddmm(ctx, row_offsets, col_indices, n, k, dy, x, needs=None):
     ctx.sizes = n, k
-    dy_grad, x_grad = ctx.needs_input_grad[4:]
+    dy_grad, x_grad = (needs or ctx.needs_input_grad)[-2:]
     ctx.save_for_backward(row_offsets, col_indices, dy if x_grad else None, x if dy_grad else None)
 
 
-def _sddmm_backward(ctx, h):
+def _sddmm_backward(ctx, h, needs=None):
     row_offsets, col_indices, dy, x = ctx.saved_tensors
     n, k = ctx.sizes
-    needs = ctx.needs_input_grad
-    ddy = spmm(row_offsets, col_indices, h, n, k, x) if needs[4] else None
-    dx = spmm_t(row_offsets, col_indices, h, n, k, dy) if needs[5] else None
+    dy_grad, x_grad = needs or ctx.needs_input_grad[4:]
+    ddy = spmm(row_offsets, col_indices, h, n, k, x) if dy_grad else None
+    dx = spmm_t(row_offsets, col_indices, h, n, k, dy) if x_grad else None
     return None, None, None, None, ddy, dx
 
 
@@ -289,23 +293,59 @@ class _SDDMM(Function):
     backward = staticmethod(_sddmm_backward)
 
 
-def _direct(parent: type[Function], save: Callable, run: Callable) -> Callable:
-    """`apply` of the same Function without the op and without a look for functorch, which whoever
-    calls it has taken."""
+def _prepared(op: str, save: Callable) -> Callable:
+    """`apply` of the Function of a prepared call (kernels/steps.py), without a look for functorch,
+    which whoever calls it has taken. Operands of a product may have more than two dimensions."""
 
-    def forward(ctx, *args):
-        save(ctx, *args)
-        return run(*args)
+    def forward(ctx, call, row_offsets, col_indices, values, n, k, a, b):
+        weight = (row_offsets, col_indices) if op == "sddmm" else (row_offsets, col_indices, values)
+        save(ctx, *weight, n, k, a, b, needs=ctx.needs_input_grad[3:])
+        made = native.run_prepared(call, values, a, b, row_offsets, col_indices)
+        return _long_way(op, weight, n, k, a, b) if made is None else made
 
-    kind: Any = type(parent.__name__, (parent,), {"forward": staticmethod(forward)})
+    def backward(ctx, h):
+        needs = ctx.needs_input_grad
+        if op == "sddmm":
+            *_, da, db = _sddmm_backward(ctx, h, needs[6:])
+            return None, None, None, None, None, None, da, db
+        dvalues, da, db = _gradients(op, ctx, h, (needs[3], needs[6], needs[7]))
+        return None, None, None, dvalues, None, None, da, db
+
+    methods = {"forward": staticmethod(forward), "backward": staticmethod(backward)}
+    kind: Any = type(f"Prepared_{op}", (Function,), methods)
     return super(Function, kind).apply
 
 
-_APPLY = {
-    "spmm": _direct(_SpMM, _save_product, run_spmm),
-    "spmm_t": _direct(_SpMMT, _save_product, run_spmm_t),
-    "sddmm": _direct(_SDDMM, _save_sddmm, run_sddmm),
-}
+def _long_way(op: str, weight: tuple, n: int, k: int, a: Tensor, b: Tensor | None) -> Tensor:
+    """The product of a prepared call that must not run now."""
+    rows = a.flatten(0, -2)
+    if op == "sddmm":
+        return run_sddmm(*weight, n, k, rows, None if b is None else b.flatten(0, -2))
+    return run_product(op, *weight, n, k, rows, b).unflatten(0, a.shape[:-1])
+
+
+def _agrees(x: Tensor) -> bool:
+    """Whether torch's autocast leaves products in the dtype of x alone."""
+    device = x.device.type
+    return not torch.is_autocast_enabled(device) or torch.get_autocast_dtype(device) is x.dtype
+
+
+if native:
+    native.set_up(
+        (in_functorch, _modes, _tracing_state),
+        _is_any_autocast_enabled,
+        _agrees,
+        _is_grad_enabled,
+        forward_ad,
+        profiler,
+        observed._observations,
+        prepare,
+        (
+            _prepared("spmm", _save_product),
+            _prepared("spmm_t", _save_product),
+            _prepared("sddmm", _save_sddmm),
+        ),
+    )
 
 
 # The same for functorch.

@@ -22,7 +22,6 @@ from .kernels.cuda.compressed import multiply as multiply_compressed
 from .kernels.cuda.few_tokens import spmm_packed as multiply_packed
 from .kernels.cuda.ordered import recognised
 from .kernels.operands import (
-    check_gradients,
     check_memory,
     check_product,
     check_sddmm,
@@ -65,31 +64,6 @@ def run_product(op, row_offsets, col_indices, values, n, k, x, bias):
         problem = recognised(problem, row_offsets, col_indices)
     run = pick(problem).run
     return run(row_offsets, col_indices, values, n, k, x, bias)
-
-
-def run_gradients(op, row_offsets, col_indices, values, n, k, h, other):
-    """The gradients of a product with respect to its dense operand, by `op`, and to its values: all
-    that the backward pass of a small layer does, checked once."""
-    widths = (k, n) if op == "spmm" else (n, k)
-    m = fitting_tokens(n, row_offsets, col_indices, values, None, 0, h, widths[0], other, widths[1])
-    if m is None:
-        row_offsets, col_indices, values, h, other = _plain(
-            row_offsets, col_indices, values, h, other
-        )
-        m, _ = check_gradients(op, row_offsets, col_indices, values, n, k, h, other)
-        check_memory(op, row_offsets=row_offsets, col_indices=col_indices, values=values, h=h)
-        check_memory(op, other=other)
-        values, h, other = values.contiguous(), h.contiguous(), other.contiguous()
-    device, dtype, nnz = "cpu" if h.is_cpu else "cuda", h.dtype, col_indices.numel()
-    problem = _new(Problem, (op, device, dtype, m, n, k, nnz, False, False))
-    if device == "cuda":
-        problem = recognised(problem, row_offsets, col_indices)
-    run = pick(problem).run
-    gradient = run(row_offsets, col_indices, values, n, k, h, None)
-    run = pick(_new(Problem, ("sddmm", device, dtype, m, n, k, nnz, False, False))).run
-    dy, x = (h, other) if op == "spmm_t" else (other, h)
-    observed.note(row_offsets, dy, x)
-    return gradient, run(row_offsets, col_indices, n, k, dy, x)
 
 
 def run_sddmm(row_offsets, col_indices, n, k, dy, x):

@@ -24,6 +24,7 @@ from torch import Tensor
 from ..crossover import least_size
 from ..derived import derived
 from ..problem import Kernel, Problem
+from ..steps import VALUES, Asked, Slot, Steps
 from . import bitmap as bitmaps
 from . import cusparselt, expand
 from .algorithms import NONE_RIGHT, algorithm_of
@@ -114,6 +115,26 @@ def _operand(op: str, pattern: _TwoOfFour, values: Tensor, n: int, k: int) -> Te
     return operand
 
 
+def _prepare(steps: Steps, asked: Asked, a: Slot, b: Slot | None) -> Slot | None:
+    p = asked.problem
+    op, n, k, m = p.op, p.N, p.K, p.M
+    pattern = _pattern(asked.row_offsets, asked.col_indices, n, k)
+    assert pattern is not None
+    outputs, inputs = (n, k) if op == "spmm" else (k, n)
+    algorithm = algorithm_of(outputs, inputs, m, p.dtype, asked.a.device)
+    if algorithm in (None, NONE_RIGHT):
+        return None
+    side, b = pattern.sides[op], b if asked.has_bias else None
+    operand = steps.empty(VALUES, n * k // 2 + len(side.tail) // 2)
+    launch = bitmaps.fill_launch if op == "spmm" else bitmaps.fill_transposed_launch
+    steps.start(*launch(pattern.bitmap, VALUES, side.tail, operand, n, k))
+    y = steps.empty(a, *asked.tokens, outputs)
+    flat = steps.rows(asked, a, inputs), steps.rows(asked, y, outputs)
+    steps.call(cusparselt.multiply, operand, *flat, b, algorithm)
+    expand.prepare_mend(steps, asked, a, b, y, side.checked)
+    return y
+
+
 def spmm(*operands) -> Tensor:
     return _product("spmm", *operands)
 
@@ -180,7 +201,7 @@ def _refuse(p: Problem) -> str | None:
     return None
 
 
-KERNELS = (
-    Kernel("two_of_four", "spmm", "cuda", _refuse, spmm),
-    Kernel("two_of_four", "spmm_t", "cuda", _refuse, spmm_t),
+KERNELS = tuple(
+    Kernel("two_of_four", run.__name__, "cuda", _refuse, run, prepare=_prepare)
+    for run in (spmm, spmm_t)
 )

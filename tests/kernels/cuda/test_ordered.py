@@ -8,7 +8,7 @@ from infinities import check_stored
 
 from sparsekern import SparseTensor, explain, linear
 from sparsekern.kernels.cuda import ordered
-from sparsekern.kernels.table import pick
+from sparsekern.kernels.table import forget_choices
 from sparsekern.testing import relative_error
 
 _C = pytest.importorskip("sparsekern._C", exc_type=ImportError)  # the packer is its own
@@ -22,10 +22,10 @@ def from_small_sizes_on(monkeypatch):
     """Smaller ones than where it pays."""
     monkeypatch.setattr(ordered, "_least_size", lambda m: 512 if m >= 1024 else None)
     ordered.refuse_size.cache_clear()
-    pick.cache_clear()
+    forget_choices()
     yield
     ordered.refuse_size.cache_clear()
-    pick.cache_clear()
+    forget_choices()
 
 
 def order_of(mask, most_slots):

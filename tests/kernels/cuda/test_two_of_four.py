@@ -9,7 +9,7 @@ from infinities import check_stored
 from sparsekern import SparseTensor, explain, linear
 from sparsekern.kernels.cuda import algorithms, cusparselt, two_of_four
 from sparsekern.kernels.cuda import bitmap as bitmaps
-from sparsekern.kernels.table import pick
+from sparsekern.kernels.table import forget_choices
 from sparsekern.testing import relative_error
 
 on_gpu = pytest.mark.gpu
@@ -21,9 +21,9 @@ TOLERANCE = 2**-8  # one rounding of the result
 def from_small_sizes_on(monkeypatch):
     """Smaller ones than where it pays."""
     monkeypatch.setattr(two_of_four, "_least_size", lambda m: 1024 if m >= 1024 else None)
-    pick.cache_clear()
+    forget_choices()
     yield
-    pick.cache_clear()
+    forget_choices()
 
 
 def two_way(n: int, k: int, share: float = 0.3324) -> torch.Tensor:

@@ -1,0 +1,312 @@
+#include "calls.h"
+
+#include <array>
+#include <cstddef>
+#include <memory>
+#include <string>
+#include <unordered_map>
+
+#include "prepared.h"
+#include "tensors.h"
+
+namespace sk {
+namespace {
+
+constexpr int kCpu = 1, kCuda = 2;  // of DLPack
+constexpr size_t kMostCalls = 256;  // of a pattern: those of many prompts are dropped together
+
+enum Op : int { kSpmm, kSpmmT, kSddmm, kSpmmGradients, kSpmmTGradients, kOps };
+
+// What torch and the package tell about who looks on; set_up() has the names.
+struct Surroundings {
+  Owned watchers;  // a tuple of functions: nothing may look on
+  Owned is_autocast, agrees, is_grad_enabled;
+  Owned forward_ad, profiler;  // modules
+  Owned observations;          // a dict
+  Owned prepare, apply;
+  Owned current_level, is_profiling, is_neg, requires_grad, version;  // names
+};
+Surroundings* around;
+
+// What the choice of a kernel and the steps of a call depend on, beside the pattern.
+struct Key {
+  static constexpr int kMostDims = 5;
+  std::array<int64_t, 5 + kMostDims> numbers{};
+  bool operator==(const Key& other) const { return numbers == other.numbers; }
+};
+struct Hash {
+  size_t operator()(const Key& key) const {
+    size_t hash = 0;
+    for (int64_t number : key.numbers)
+      hash = (hash ^ static_cast<size_t>(number)) * 0x9e3779b97f4a7c15ull;
+    return hash ^ hash >> 29;
+  }
+};
+
+struct Indices {
+  PyObject *rows, *cols;
+  bool operator==(const Indices& other) const { return rows == other.rows && cols == other.cols; }
+};
+struct HashIndices {
+  size_t operator()(const Indices& i) const {
+    return reinterpret_cast<size_t>(i.rows) * 31 + reinterpret_cast<size_t>(i.cols);
+  }
+};
+
+using Calls = std::unordered_map<Key, Owned, Hash>;  // None: Python's own way is the one
+
+// The calls of one pattern, as long as both of its tensors live and are what they were.
+struct Pattern {
+  Owned rows, cols;  // weak references
+  void *row_data, *col_data;
+  int64_t nnz, row_version, col_version;
+  Calls calls;
+};
+using Patterns = std::unordered_map<Indices, std::unique_ptr<Pattern>, HashIndices>;
+Patterns* patterns;
+
+bool is_true(PyObject* function) {
+  const Owned result = own(PyObject_CallNoArgs(function));
+  return result && PyObject_IsTrue(result.get()) == 1;
+}
+
+// Whether nothing but autograd would see this product.
+bool is_alone() {
+  PyObject* watchers = around->watchers.get();
+  for (Py_ssize_t i = 0; i < PyTuple_GET_SIZE(watchers); ++i) {
+    const Owned sees = own(PyObject_CallNoArgs(PyTuple_GET_ITEM(watchers, i)));
+    if (!sees || PyObject_IsTrue(sees.get())) return false;
+  }
+  const Owned level =
+      own(PyObject_GetAttr(around->forward_ad.get(), around->current_level.get()));
+  if (!level || PyLong_AsLong(level.get()) >= 0) return false;
+  const Owned profiling =
+      own(PyObject_GetAttr(around->profiler.get(), around->is_profiling.get()));
+  return profiling && !PyObject_IsTrue(profiling.get());
+}
+
+bool agrees_with_autocast(PyObject* tensor) {
+  if (!is_true(around->is_autocast.get())) return !PyErr_Occurred();
+  const Owned agrees = own(PyObject_CallOneArg(around->agrees.get(), tensor));
+  return agrees && PyObject_IsTrue(agrees.get()) == 1;
+}
+
+// What only the dispatcher sees.
+bool is_negated(PyObject* tensor) {
+  const Owned is_neg = own(PyObject_CallMethodNoArgs(tensor, around->is_neg.get()));
+  return !is_neg || PyObject_IsTrue(is_neg.get());
+}
+
+bool requires_grad(PyObject* tensor) {
+  if (tensor == Py_None) return false;
+  const Owned requires = own(PyObject_GetAttr(tensor, around->requires_grad.get()));
+  return requires && PyObject_IsTrue(requires.get()) == 1;
+}
+
+// -1, with Python's error set, where torch counts no writes.
+int64_t version_of(PyObject* tensor) {
+  const Owned version = own(PyObject_GetAttr(tensor, around->version.get()));
+  return version ? PyLong_AsLongLong(version.get()) : -1;
+}
+
+PyObject* forget_pattern(PyObject* self, PyObject*) {
+  const auto* gone = static_cast<Pattern*>(PyLong_AsVoidPtr(self));
+  for (auto it = patterns->begin(); it != patterns->end(); ++it)
+    if (it->second.get() == gone) {
+      const std::unique_ptr<Pattern> last = std::move(it->second);
+      patterns->erase(it);
+      break;
+    }
+  Py_RETURN_NONE;
+}
+PyMethodDef forget_method = {"forget_pattern", forget_pattern, METH_O, nullptr};
+
+// The calls of these index tensors, empty if they are new or have changed; null with an error.
+Pattern* pattern_of(PyObject* rows, PyObject* cols, const Operand& row, const Operand& col) {
+  int64_t row_version = 0, col_version = 0;
+  if (row.device_type != kCpu) {  // on a CPU the kernels see to that
+    row_version = version_of(rows);
+    col_version = version_of(cols);
+    if (PyErr_Occurred()) return nullptr;
+  }
+  const auto found = patterns->find({rows, cols});
+  Pattern* pattern = found == patterns->end() ? nullptr : found->second.get();
+  if (!pattern) {
+    auto made = std::make_unique<Pattern>();
+    const Owned self = own(PyLong_FromVoidPtr(made.get()));
+    const Owned forget = self ? own(PyCFunction_New(&forget_method, self.get())) : nullptr;
+    if (!forget) return nullptr;
+    made->rows = own(PyWeakref_NewRef(rows, forget.get()));
+    made->cols = own(PyWeakref_NewRef(cols, forget.get()));
+    if (!made->rows || !made->cols) return nullptr;
+    pattern = made.get();
+    (*patterns)[{rows, cols}] = std::move(made);
+  } else if (pattern->row_data == row.data && pattern->col_data == col.data &&
+             pattern->nnz == col.shape[0] && pattern->row_version == row_version &&
+             pattern->col_version == col_version) {
+    return pattern;
+  }
+  Calls old;  // whose end may call anything
+  old.swap(pattern->calls);
+  pattern->row_data = row.data;
+  pattern->col_data = col.data;
+  pattern->nnz = col.shape[0];
+  pattern->row_version = row_version;
+  pattern->col_version = col_version;
+  return pattern;
+}
+
+// op, row_offsets, col_indices, values, n, k, a, b: see call().
+struct Call {
+  PyObject *rows, *cols, *values, *a, *b;
+  Op op;
+  int64_t n, k;
+  PyObject* const* args;
+
+  bool read(PyObject* const* given, Py_ssize_t count) {
+    if (!around || count != 8) return false;
+    args = given;
+    op = static_cast<Op>(PyLong_AsLong(args[0]));
+    rows = args[1], cols = args[2], values = args[3], a = args[6], b = args[7];
+    n = PyLong_AsLongLong(args[4]), k = PyLong_AsLongLong(args[5]);
+    return op >= 0 && op < kOps && n > 0 && k > 0;
+  }
+
+  // The prepared call, owned; null where there is none, with or without Python's error set.
+  Owned find() const {
+    Operand row, col, first;
+    if (!row.read(rows) || !row.is_indices() || row.shape[0] - 1 != n) return nullptr;
+    if (row.device_type != kCuda && row.device_type != kCpu) return nullptr;
+    if (!col.read(cols) || !col.is_indices() || !col.is_on_device_of(row)) return nullptr;
+    if (!first.read(a) || first.ndim < 2 || first.ndim > Key::kMostDims) return nullptr;
+    if (!first.is_on_device_of(row) || !is_fit(a, first)) return nullptr;
+    const bool is_n_wide = op == kSpmmT || op == kSddmm || op == kSpmmGradients;
+    const int last = first.ndim - 1;
+    if (first.shape[last] != (is_n_wide ? n : k)) return nullptr;
+    if (op == kSddmm ? values != Py_None : !is_vector(values, col.shape[0], first)) return nullptr;
+    if (op == kSpmm || op == kSpmmT) {
+      if (b != Py_None && !is_vector(b, op == kSpmm ? n : k, first)) return nullptr;
+    } else {
+      Operand second;
+      if (!second.read(b) || second.ndim != first.ndim || !second.has_type_of(first))
+        return nullptr;
+      if (!second.is_on_device_of(row) || !is_fit(b, second)) return nullptr;
+      for (int i = 0; i < last; ++i)
+        if (second.shape[i] != first.shape[i]) return nullptr;
+      if (second.shape[last] != (is_n_wide ? k : n)) return nullptr;
+    }
+    Key key;
+    const int flags = (b != Py_None) | (values != Py_None && requires_grad(values)) << 1;
+    key.numbers = {op | flags << 8, n, k, first.type_code << 8 | first.type_bits, first.ndim};
+    for (int i = 0; i < last; ++i) key.numbers[5 + i] = first.shape[i];
+    Pattern* pattern = pattern_of(rows, cols, row, col);
+    if (!pattern || PyErr_Occurred()) return nullptr;
+    const auto found = pattern->calls.find(key);
+    if (found != pattern->calls.end()) {
+      PyObject* call = found->second.get();
+      return call == Py_None ? nullptr : share(call);
+    }
+    return prepare(key, row, col);
+  }
+
+  Owned prepare(const Key& key, const Operand& row, const Operand& col) const {
+    Owned made = own(PyObject_Vectorcall(around->prepare.get(), args, 8, nullptr));
+    if (!made || (made.get() != Py_None && !Prepared::of(made.get()))) return nullptr;
+    // Whatever ran in between, the pattern is looked for anew.
+    Operand row_now, col_now;
+    if (!row_now.read(rows) || row_now.data != row.data || !col_now.read(cols) ||
+        col_now.data != col.data || col_now.shape[0] != col.shape[0])
+      return nullptr;
+    Pattern* pattern = pattern_of(rows, cols, row_now, col_now);
+    if (!pattern) return nullptr;
+    Calls old;
+    if (pattern->calls.size() >= kMostCalls) old.swap(pattern->calls);
+    pattern->calls[key] = share(made.get());
+    return made.get() == Py_None ? nullptr : std::move(made);
+  }
+
+  // Where torch's kernels of any alignment are not the only ones that read it.
+  static bool is_fit(PyObject* tensor, const Operand& t) {
+    return reinterpret_cast<uintptr_t>(t.data) % 16 == 0 && !is_negated(tensor);
+  }
+
+  static bool is_vector(PyObject* object, int64_t size, const Operand& like) {
+    Operand v;
+    return v.read(object) && v.is_vector_like(like, size) && is_fit(object, v);
+  }
+};
+
+PyObject* leave() {
+  PyErr_Clear();
+  Py_RETURN_NONE;
+}
+
+PyObject* call(PyObject*, PyObject* const* args, Py_ssize_t count) {
+  Call c;
+  if (!c.read(args, count) || !is_alone()) return leave();
+  if (!agrees_with_autocast(c.a)) return leave();
+  const bool is_recording = is_true(around->is_grad_enabled.get());
+  if (c.op >= kSpmmGradients && is_recording) return leave();
+  if (c.op >= kSddmm && PyDict_GET_SIZE(around->observations.get())) return leave();
+  const Owned found = c.find();
+  if (!found || PyErr_Occurred()) return leave();
+  if (is_recording && (requires_grad(c.values) || requires_grad(c.a) || requires_grad(c.b))) {
+    PyObject* arguments[] = {nullptr, found.get(), c.rows, c.cols, c.values, args[4], args[5],
+                             c.a,     c.b};
+    return PyObject_Vectorcall(PyTuple_GET_ITEM(around->apply.get(), c.op), arguments + 1,
+                               8 | PY_VECTORCALL_ARGUMENTS_OFFSET, nullptr);
+  }
+  return Prepared::of(found.get())->run({c.values, c.a, c.b, c.rows, c.cols});
+}
+
+PyObject* forget_calls(PyObject*, PyObject*) {
+  Patterns old;
+  old.swap(*patterns);
+  Py_RETURN_NONE;
+}
+
+PyObject* set_up(PyObject*, PyObject* args) {
+  PyObject *watchers, *autocast, *agrees, *grad, *forward_ad, *profiler, *observations, *prepare,
+      *apply;
+  if (!PyArg_ParseTuple(args, "O!OOOOOO!OO!:set_up", &PyTuple_Type, &watchers, &autocast, &agrees,
+                        &grad, &forward_ad, &profiler, &PyDict_Type, &observations, &prepare,
+                        &PyTuple_Type, &apply))
+    return nullptr;
+  const auto name = [](const char* text) { return own(PyUnicode_InternFromString(text)); };
+  around = new Surroundings{share(watchers),
+                            share(autocast),
+                            share(agrees),
+                            share(grad),
+                            share(forward_ad),
+                            share(profiler),
+                            share(observations),
+                            share(prepare),
+                            share(apply),
+                            name("_current_level"),
+                            name("_is_profiler_enabled"),
+                            name("is_neg"),
+                            name("requires_grad"),
+                            name("_version")};
+  Py_RETURN_NONE;
+}
+
+PyMethodDef functions[] = {
+    {"set_up", set_up, METH_VARARGS,
+     "set_up(watchers, is_autocast, agrees, is_grad_enabled, forward_ad, profiler, observations,\n"
+     "prepare, apply): what call() asks, and calls."},
+    {"call", reinterpret_cast<PyCFunction>(reinterpret_cast<void*>(call)), METH_FASTCALL,
+     "call(op, row_offsets, col_indices, values, n, k, a, b): a product of plain operands while\n"
+     "nobody looks on, with autograd; None for all others. op 0, 1: spmm, spmm_t of a, with the\n"
+     "bias b or None; 2: sddmm of dy a and x b; 3, 4: the gradients of 0 and 1, of h a and of the\n"
+     "operand b, while no gradients of these are wanted."},
+    {"forget_calls", forget_calls, METH_NOARGS, "Prepare all calls anew."},
+    {nullptr, nullptr, 0, nullptr}};
+
+}  // namespace
+
+bool add_call_functions(PyObject* module) {
+  patterns = new Patterns;
+  return PyModule_AddFunctions(module, functions) == 0;
+}
+
+}  // namespace sk
