@@ -53,7 +53,7 @@ struct HashIndices {
   }
 };
 
-using Calls = std::unordered_map<Key, Owned, Hash>;  // None: Python's own way is the one
+using Calls = std::unordered_map<Key, Owned, Hash>;
 
 // The calls of one pattern, as long as both of its tensors live and are what they were.
 struct Pattern {
@@ -77,11 +77,9 @@ bool is_alone() {
     const Owned sees = own(PyObject_CallNoArgs(PyTuple_GET_ITEM(watchers, i)));
     if (!sees || PyObject_IsTrue(sees.get())) return false;
   }
-  const Owned level =
-      own(PyObject_GetAttr(around->forward_ad.get(), around->current_level.get()));
+  const Owned level = own(PyObject_GetAttr(around->forward_ad.get(), around->current_level.get()));
   if (!level || PyLong_AsLong(level.get()) >= 0) return false;
-  const Owned profiling =
-      own(PyObject_GetAttr(around->profiler.get(), around->is_profiling.get()));
+  const Owned profiling = own(PyObject_GetAttr(around->profiler.get(), around->is_profiling.get()));
   return profiling && !PyObject_IsTrue(profiling.get());
 }
 
@@ -99,12 +97,17 @@ bool is_negated(PyObject* tensor) {
 
 bool requires_grad(PyObject* tensor) {
   if (tensor == Py_None) return false;
-  const Owned requires = own(PyObject_GetAttr(tensor, around->requires_grad.get()));
-  return requires && PyObject_IsTrue(requires.get()) == 1;
+  const Owned
+    requires
+  = own(PyObject_GetAttr(tensor, around->requires_grad.get()));
+  return
+    requires && PyObject_IsTrue
+              (requires.get()) == 1;
 }
 
 // -1, with Python's error set, where torch counts no writes.
 int64_t version_of(PyObject* tensor) {
+  if (PyErr_Occurred()) return -1;
   const Owned version = own(PyObject_GetAttr(tensor, around->version.get()));
   return version ? PyLong_AsLongLong(version.get()) : -1;
 }
@@ -123,12 +126,8 @@ PyMethodDef forget_method = {"forget_pattern", forget_pattern, METH_O, nullptr};
 
 // The calls of these index tensors, empty if they are new or have changed; null with an error.
 Pattern* pattern_of(PyObject* rows, PyObject* cols, const Operand& row, const Operand& col) {
-  int64_t row_version = 0, col_version = 0;
-  if (row.device_type != kCpu) {  // on a CPU the kernels see to that
-    row_version = version_of(rows);
-    col_version = version_of(cols);
-    if (PyErr_Occurred()) return nullptr;
-  }
+  const int64_t row_version = version_of(rows), col_version = version_of(cols);
+  if (PyErr_Occurred()) return nullptr;
   const auto found = patterns->find({rows, cols});
   Pattern* pattern = found == patterns->end() ? nullptr : found->second.get();
   if (!pattern) {
@@ -202,16 +201,13 @@ struct Call {
     Pattern* pattern = pattern_of(rows, cols, row, col);
     if (!pattern || PyErr_Occurred()) return nullptr;
     const auto found = pattern->calls.find(key);
-    if (found != pattern->calls.end()) {
-      PyObject* call = found->second.get();
-      return call == Py_None ? nullptr : share(call);
-    }
+    if (found != pattern->calls.end()) return share(found->second.get());
     return prepare(key, row, col);
   }
 
   Owned prepare(const Key& key, const Operand& row, const Operand& col) const {
     Owned made = own(PyObject_Vectorcall(around->prepare.get(), args, 8, nullptr));
-    if (!made || (made.get() != Py_None && !Prepared::of(made.get()))) return nullptr;
+    if (!made || !Prepared::of(made.get())) return nullptr;
     // Whatever ran in between, the pattern is looked for anew.
     Operand row_now, col_now;
     if (!row_now.read(rows) || row_now.data != row.data || !col_now.read(cols) ||
@@ -222,7 +218,7 @@ struct Call {
     Calls old;
     if (pattern->calls.size() >= kMostCalls) old.swap(pattern->calls);
     pattern->calls[key] = share(made.get());
-    return made.get() == Py_None ? nullptr : std::move(made);
+    return made;
   }
 
   // Where torch's kernels of any alignment are not the only ones that read it.
@@ -251,8 +247,8 @@ PyObject* call(PyObject*, PyObject* const* args, Py_ssize_t count) {
   const Owned found = c.find();
   if (!found || PyErr_Occurred()) return leave();
   if (is_recording && (requires_grad(c.values) || requires_grad(c.a) || requires_grad(c.b))) {
-    PyObject* arguments[] = {nullptr, found.get(), c.rows, c.cols, c.values, args[4], args[5],
-                             c.a,     c.b};
+    PyObject* arguments[] = {nullptr, found.get(), c.rows, c.cols, c.values,
+                             args[4], args[5],     c.a,    c.b};
     return PyObject_Vectorcall(PyTuple_GET_ITEM(around->apply.get(), c.op), arguments + 1,
                                8 | PY_VECTORCALL_ARGUMENTS_OFFSET, nullptr);
   }

@@ -177,7 +177,8 @@ PyCFunction fast(F* function) {
 PyMethodDef functions[] = {
     {"prepared", fast(prepared), METH_FASTCALL,
      "prepared(device, current, stream, capturing, steps, results): a product of known steps.\n"
-     "device: an index or None, False on a CPU. current, stream, capturing: what tells the current\n"
+     "device: an index or None, False on a CPU. current, stream, capturing: what tells the "
+     "current\n"
      "device, the stream of one, whether it is captured. A step is (function, sizes, arguments,\n"
      "slots, names); its result has a slot, behind those of the operands."},
     {"run_prepared", fast(run_prepared), METH_FASTCALL,

@@ -210,7 +210,9 @@ def _gradients(op: str, ctx, h: Tensor, needs: tuple[bool, bool, bool]) -> tuple
     dvalues = da = None
     if needs[0]:
         of = a if a.dim() == 2 else a.flatten(0, -2)
-        dvalues = sddmm(row_offsets, col_indices, n, k, *((rows, of) if op == "spmm" else (of, rows)))
+        dvalues = sddmm(
+            row_offsets, col_indices, n, k, *((rows, of) if op == "spmm" else (of, rows))
+        )
     if needs[1]:
         product = spmm_t if op == "spmm" else spmm
         da = product(row_offsets, col_indices, values, n, k, rows)
@@ -301,7 +303,12 @@ def _prepared(op: str, save: Callable) -> Callable:
         weight = (row_offsets, col_indices) if op == "sddmm" else (row_offsets, col_indices, values)
         save(ctx, *weight, n, k, a, b, needs=ctx.needs_input_grad[3:])
         made = native.run_prepared(call, values, a, b, row_offsets, col_indices)
-        return _long_way(op, weight, n, k, a, b) if made is None else made
+        if made is not None:
+            return made
+        rows = a.flatten(0, -2)  # it must not run now
+        if op == "sddmm":
+            return run_sddmm(*weight, n, k, rows, b.flatten(0, -2))
+        return run_product(op, *weight, n, k, rows, b).unflatten(0, a.shape[:-1])
 
     def backward(ctx, h):
         needs = ctx.needs_input_grad
@@ -314,14 +321,6 @@ def _prepared(op: str, save: Callable) -> Callable:
     methods = {"forward": staticmethod(forward), "backward": staticmethod(backward)}
     kind: Any = type(f"Prepared_{op}", (Function,), methods)
     return super(Function, kind).apply
-
-
-def _long_way(op: str, weight: tuple, n: int, k: int, a: Tensor, b: Tensor | None) -> Tensor:
-    """The product of a prepared call that must not run now."""
-    rows = a.flatten(0, -2)
-    if op == "sddmm":
-        return run_sddmm(*weight, n, k, rows, None if b is None else b.flatten(0, -2))
-    return run_product(op, *weight, n, k, rows, b).unflatten(0, a.shape[:-1])
 
 
 def _agrees(x: Tensor) -> bool:

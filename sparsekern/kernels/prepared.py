@@ -1,8 +1,8 @@
 """Prepared calls (steps.py) of whole products and of both gradients of one.
 
 A call that is captured in a CUDA graph, on another GPU than the current one, or watched by a
-tracer, a mode or a profiler goes the long way (ops.py). On a CPU there is one step, the kernel,
-which does the rest.
+tracer, a mode or a profiler goes the long way (ops.py). Where a row writes no steps down, as on a
+CPU, there is one: its own function, which does the rest.
 """
 
 import torch
@@ -20,44 +20,44 @@ class NotNow(Exception):
     """A call that may be prepared another time."""
 
 
-def prepare(op: int, row_offsets, col_indices, values, n: int, k: int, a, b) -> object | None:
-    """The prepared call for operands that fit; None where Python's own way is the one."""
-    if a.is_cuda and torch.cuda.is_current_stream_capturing():
+def prepare(op: int, row_offsets, col_indices, values, n: int, k: int, a, b) -> object:
+    """The prepared call for operands that fit."""
+    if _kind(a) == "cuda" and torch.cuda.is_current_stream_capturing():
         raise NotNow
     steps = Steps(a.device)
     name = ("spmm", "spmm_t", "sddmm", "spmm_t", "spmm")[op]
     has_bias = op < SDDMM and b is not None
     weight = row_offsets, col_indices, values
     first = _add(steps, _asked(name, *weight, n, k, a, has_bias), A, B)
-    if first is None:
-        return None
     if op < SPMM_GRADIENTS:
         return steps.prepared(first)
     dy, x = (A, B) if op == SPMM_GRADIENTS else (B, A)
     second = _add(steps, _asked("sddmm", *weight, n, k, a, False), dy, x)
-    return None if second is None else steps.prepared(first, second)
+    return steps.prepared(first, second)
+
+
+def _kind(a: Tensor) -> str:
+    return a.device.type
 
 
 def _asked(op: str, row_offsets, col_indices, values, n, k, a, has_bias) -> Asked:
     m, nnz = a.shape[:-1].numel(), col_indices.shape[0]
-    problem = Problem(op, a.device.type, a.dtype, m, n, k, nnz)
-    if a.is_cuda:
+    problem = Problem(op, _kind(a), a.dtype, m, n, k, nnz)
+    if problem.device == "cuda":
         problem = recognised(problem, row_offsets, col_indices)
     return Asked(problem, row_offsets, col_indices, values, a, has_bias)
 
 
-def _add(steps: Steps, asked: Asked, a: Slot, b: Slot | None) -> Slot | None:
+def _add(steps: Steps, asked: Asked, a: Slot, b: Slot | None) -> Slot:
     p = asked.problem
-    kernel = pick(p)
-    if p.device == "cpu":
-        return _run(steps, kernel, asked, a, b)
-    if kernel.prepare is None or 0 in (p.M, p.nnz):
-        return None
-    return kernel.prepare(steps, asked, a, b)
+    kernel, slot = pick(p), None
+    if kernel.prepare and p.M and p.nnz:
+        slot = kernel.prepare(steps, asked, a, b)
+    return _run(steps, kernel, asked, a, b) if slot is None else slot
 
 
 def _run(steps: Steps, kernel: Kernel, asked: Asked, a: Slot, b: Slot | None) -> Slot:
-    """On a CPU."""
+    """The kernel's own function as one step."""
     p = asked.problem
     indices = ROW_OFFSETS, COL_INDICES
     if p.op == "sddmm":

@@ -67,10 +67,11 @@ class Steps:
 
     def prepared(self, *results: Slot) -> object:
         """The call, for csrc/calls.h; its results in this order."""
-        device, here = False, (None, None, None)
+        where: tuple = (False, None, None, None)
         if any(sizes is not None for _, sizes, *_ in self._steps):
-            device, here = self._device.index, library.surroundings()
-        return native.prepared(device, *here, tuple(self._steps), tuple(r.place for r in results))
+            where = self._device.index, *library.surroundings()
+        assert native
+        return native.prepared(*where, tuple(self._steps), tuple(r.place for r in results))
 
 
 class Asked(NamedTuple):
@@ -89,6 +90,6 @@ class Asked(NamedTuple):
         return tuple(self.a.shape[:-1])
 
 
-# Writes the steps of a product of a, and of b if that is no None, down: its result, or None where it
-# has to go the long way.
+# Writes the steps of a product of a, and of b, down: its result. None, and no step, where the row's
+# own function has to do it.
 Prepare = Callable[[Steps, Asked, Slot, Slot | None], Slot | None]

@@ -113,7 +113,7 @@ class Packed:
             start(*self.started(launch, tokens, here[0], bias, here[1], partial))
 
     def started(self, launch: Launch, tokens: int, x, bias, y, partial) -> tuple:
-        """The arguments of start() for so many tokens. Tensors may be slots of a call (steps.py)."""
+        """The arguments of start() for so many tokens. Tensors may be slots (steps.py)."""
         weight, sizes = self.operands(launch)
         tensors = *weight, x, bias, y, partial, self.arrived
         how = launch.kernel, launch.grid, launch.block, launch.smem_bytes
@@ -249,7 +249,7 @@ class Layout:
             packed.floats.view(-1)[self.places] = values.masked_fill(values == 0, -0.0)
 
     def refill_launch(self, packed: Packed, values) -> tuple:
-        """The arguments of start() that bring values in: a tensor, or a slot of a call (steps.py)."""
+        """The arguments of start() that bring values in: a tensor, or a slot (steps.py)."""
         count = len(self.places)
         tensors = values, self.places, packed.floats
         return "sk_refill_2", -(-count // REFILL_THREADS), REFILL_THREADS, 0, tensors, count
