@@ -59,7 +59,8 @@ sk::Csr csr(const sk::Pattern& p, Pointer row_offsets, Pointer col_indices,
 PYBIND11_MODULE(_C, m) {
   m.doc() = "CPU kernels of sparsekern over raw pointers";
   if (!sk::add_tensor_functions(m.ptr()) || !sk::add_launch_functions(m.ptr()) ||
-      !sk::add_prepared_functions(m.ptr()) || !sk::add_call_functions(m.ptr()))
+      !sk::add_prepared_functions(m.ptr()) || !sk::add_call_functions(m.ptr()) ||
+      !sk::add_packed_call_functions(m.ptr()))
     throw py::error_already_set();
   using NoGil = py::call_guard<py::gil_scoped_release>;
 

@@ -1,47 +1,17 @@
 #include "calls.h"
 
-#include <array>
-#include <cstddef>
 #include <memory>
 #include <string>
 #include <unordered_map>
 
-#include "prepared.h"
-#include "tensors.h"
+#include "surroundings.h"
 
 namespace sk {
 namespace {
 
 constexpr int kCpu = 1, kCuda = 2;  // of DLPack
-constexpr size_t kMostCalls = 256;  // of a pattern: those of many prompts are dropped together
 
 enum Op : int { kSpmm, kSpmmT, kSddmm, kSpmmGradients, kSpmmTGradients, kOps };
-
-// What torch and the package tell about who looks on; set_up() has the names.
-struct Surroundings {
-  Owned watchers;  // a tuple of functions: nothing may look on
-  Owned is_autocast, agrees, is_grad_enabled;
-  Owned forward_ad, profiler;  // modules
-  Owned observations;          // a dict
-  Owned prepare, apply;
-  Owned current_level, is_profiling, is_neg, requires_grad, version;  // names
-};
-Surroundings* around;
-
-// What the choice of a kernel and the steps of a call depend on, beside the pattern.
-struct Key {
-  static constexpr int kMostDims = 5;
-  std::array<int64_t, 5 + kMostDims> numbers{};
-  bool operator==(const Key& other) const { return numbers == other.numbers; }
-};
-struct Hash {
-  size_t operator()(const Key& key) const {
-    size_t hash = 0;
-    for (int64_t number : key.numbers)
-      hash = (hash ^ static_cast<size_t>(number)) * 0x9e3779b97f4a7c15ull;
-    return hash ^ hash >> 29;
-  }
-};
 
 struct Indices {
   PyObject *rows, *cols;
@@ -53,8 +23,6 @@ struct HashIndices {
   }
 };
 
-using Calls = std::unordered_map<Key, Owned, Hash>;
-
 // The calls of one pattern, as long as both of its tensors live and are what they were.
 struct Pattern {
   Owned rows, cols;  // weak references
@@ -64,46 +32,6 @@ struct Pattern {
 };
 using Patterns = std::unordered_map<Indices, std::unique_ptr<Pattern>, HashIndices>;
 Patterns* patterns;
-
-bool is_true(PyObject* function) {
-  const Owned result = own(PyObject_CallNoArgs(function));
-  return result && PyObject_IsTrue(result.get()) == 1;
-}
-
-// Whether nothing but autograd would see this product.
-bool is_alone() {
-  PyObject* watchers = around->watchers.get();
-  for (Py_ssize_t i = 0; i < PyTuple_GET_SIZE(watchers); ++i) {
-    const Owned sees = own(PyObject_CallNoArgs(PyTuple_GET_ITEM(watchers, i)));
-    if (!sees || PyObject_IsTrue(sees.get())) return false;
-  }
-  const Owned level = own(PyObject_GetAttr(around->forward_ad.get(), around->current_level.get()));
-  if (!level || PyLong_AsLong(level.get()) >= 0) return false;
-  const Owned profiling = own(PyObject_GetAttr(around->profiler.get(), around->is_profiling.get()));
-  return profiling && !PyObject_IsTrue(profiling.get());
-}
-
-bool agrees_with_autocast(PyObject* tensor) {
-  if (!is_true(around->is_autocast.get())) return !PyErr_Occurred();
-  const Owned agrees = own(PyObject_CallOneArg(around->agrees.get(), tensor));
-  return agrees && PyObject_IsTrue(agrees.get()) == 1;
-}
-
-// What only the dispatcher sees.
-bool is_negated(PyObject* tensor) {
-  const Owned is_neg = own(PyObject_CallMethodNoArgs(tensor, around->is_neg.get()));
-  return !is_neg || PyObject_IsTrue(is_neg.get());
-}
-
-bool requires_grad(PyObject* tensor) {
-  if (tensor == Py_None) return false;
-  const Owned
-    requires
-  = own(PyObject_GetAttr(tensor, around->requires_grad.get()));
-  return
-    requires && PyObject_IsTrue
-              (requires.get()) == 1;
-}
 
 // -1, with Python's error set, where torch counts no writes.
 int64_t version_of(PyObject* tensor) {
@@ -177,7 +105,7 @@ struct Call {
     if (!row.read(rows) || !row.is_indices() || row.shape[0] - 1 != n) return nullptr;
     if (row.device_type != kCuda && row.device_type != kCpu) return nullptr;
     if (!col.read(cols) || !col.is_indices() || !col.is_on_device_of(row)) return nullptr;
-    if (!first.read(a) || first.ndim < 2 || first.ndim > Key::kMostDims) return nullptr;
+    if (!first.read(a) || !can_be_key(first)) return nullptr;
     if (!first.is_on_device_of(row) || !is_fit(a, first)) return nullptr;
     const bool is_n_wide = op == kSpmmT || op == kSddmm || op == kSpmmGradients;
     const int last = first.ndim - 1;
@@ -194,10 +122,8 @@ struct Call {
         if (second.shape[i] != first.shape[i]) return nullptr;
       if (second.shape[last] != (is_n_wide ? k : n)) return nullptr;
     }
-    Key key;
-    const int flags = (b != Py_None) | (values != Py_None && requires_grad(values)) << 1;
-    key.numbers = {op | flags << 8, n, k, first.type_code << 8 | first.type_bits, first.ndim};
-    for (int i = 0; i < last; ++i) key.numbers[5 + i] = first.shape[i];
+    const int flags = (b != Py_None) | requires_grad(values) << 1;
+    const Key key(op | flags << 8, n, k, first);
     Pattern* pattern = pattern_of(rows, cols, row, col);
     if (!pattern || PyErr_Occurred()) return nullptr;
     const auto found = pattern->calls.find(key);
@@ -215,15 +141,8 @@ struct Call {
       return nullptr;
     Pattern* pattern = pattern_of(rows, cols, row_now, col_now);
     if (!pattern) return nullptr;
-    Calls old;
-    if (pattern->calls.size() >= kMostCalls) old.swap(pattern->calls);
-    pattern->calls[key] = share(made.get());
+    keep(pattern->calls, key, made.get());
     return made;
-  }
-
-  // Where torch's kernels of any alignment are not the only ones that read it.
-  static bool is_fit(PyObject* tensor, const Operand& t) {
-    return reinterpret_cast<uintptr_t>(t.data) % 16 == 0 && !is_negated(tensor);
   }
 
   static bool is_vector(PyObject* object, int64_t size, const Operand& like) {
@@ -241,7 +160,7 @@ PyObject* call(PyObject*, PyObject* const* args, Py_ssize_t count) {
   Call c;
   if (!c.read(args, count) || !is_alone()) return leave();
   if (!agrees_with_autocast(c.a)) return leave();
-  const bool is_recording = is_true(around->is_grad_enabled.get());
+  const bool is_recording = is_grad_enabled();
   if (c.op >= kSpmmGradients && is_recording) return leave();
   if (c.op >= kSddmm && PyDict_GET_SIZE(around->observations.get())) return leave();
   const Owned found = c.find();

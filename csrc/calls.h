@@ -6,7 +6,9 @@
 
 namespace sk {
 
-// Adds set_up(), call(), call_inside() and forget_calls() to the module.
+// Add set_up(), call() and forget_calls() to the module, and packed_calls(), call_packed() and
+// keep_packed(); false with Python's error set.
 bool add_call_functions(PyObject* module);
+bool add_packed_call_functions(PyObject* module);
 
 }  // namespace sk

@@ -51,12 +51,18 @@ _is_any_autocast_enabled = getattr(torch._C, "_is_any_autocast_enabled", lambda:
 _PLAIN = (Tensor, torch.nn.Parameter)
 
 
+def _no_call(*operands) -> None:
+    """Without the C++ library nothing is prepared."""
+
+
+# A product, or the gradients of one, of operands that lie where kernels read them, while nothing
+# looks on: one step in C++ (csrc/calls.h). None for all others. Not while torch.compile traces.
+call = native.call if native else _no_call
+
+
 def quick(op: int, row_offsets, col_indices, values, n: int, k: int, a, b):
-    """A product, or the gradients of one, of operands that lie where kernels read them, while
-    nothing looks on: one step in C++ (csrc/calls.h). None for all others."""
-    if native is None or _is_compiling():
-        return None
-    return native.call(op, row_offsets, col_indices, values, n, k, a, b)
+    """The same, at any time."""
+    return None if _is_compiling() else call(op, row_offsets, col_indices, values, n, k, a, b)
 
 
 def spmm(

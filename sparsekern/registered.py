@@ -19,7 +19,9 @@ from .kernels.cpu import lanes
 from .kernels.cuda.choose import assemble, check_operands, form_for
 from .kernels.cuda.compressed import TwoOfFourE4m3
 from .kernels.cuda.compressed import multiply as multiply_compressed
+from .kernels.cuda.few_tokens import prepare_packed
 from .kernels.cuda.few_tokens import spmm_packed as multiply_packed
+from .kernels.cuda.layout import Packed
 from .kernels.cuda.ordered import recognised
 from .kernels.operands import (
     check_memory,
@@ -28,6 +30,7 @@ from .kernels.operands import (
     fitting_tokens,
 )
 from .kernels.problem import Problem
+from .kernels.steps import A, Steps
 from .kernels.table import pick
 
 # Implementations: checks, contiguous operands, one look-up, the kernel.
@@ -149,13 +152,25 @@ for _name, _arguments, _run, _fake in (
 
 
 def run_spmm_packed(x, layout, n, k, nnz, numbers, tensors, bias=None):
-    if "," in layout:
-        layout, numbers, tensors = form_for(len(x), layout, n, k, nnz, numbers, tensors)
-    packed = assemble(layout, n, k, nnz, numbers, tensors)
+    packed = _packed(len(x), layout, n, k, nnz, numbers, tensors)
     check_operands(packed, x, bias)
     if forward_ad._current_level >= 0:
         _refuse_tangents("spmm_packed", x, bias)
     return multiply_packed(x, packed, bias)
+
+
+def prepare_spmm_packed(x, layout, n, k, nnz, numbers, tensors, bias=None) -> object:
+    """The prepared call (kernels/steps.py) for all x of this shape [.., K]."""
+    steps = Steps(x.device)
+    packed = _packed(x.shape[:-1].numel(), layout, n, k, nnz, numbers, tensors)
+    return steps.prepared(prepare_packed(steps, x, packed, A, bias))
+
+
+def _packed(m, layout, n, k, nnz, numbers, tensors) -> Packed:
+    """The weight in the layout that runs m tokens."""
+    if "," in layout:
+        layout, numbers, tensors = form_for(m, layout, n, k, nnz, numbers, tensors)
+    return assemble(layout, n, k, nnz, numbers, tensors)
 
 
 def _fake_spmm_packed(x, layout, n, k, nnz, numbers, tensors, bias=None):
@@ -229,6 +244,15 @@ def multiply_lanes(x: Tensor, packed: lanes.Lanes, bias: Tensor | None) -> Tenso
         if t is not None and not (t.is_contiguous() and t.data_ptr() and not t.storage_offset()):
             check_memory("spmm_lanes", **{name: t})
     return lanes.spmm_lanes(x.contiguous(), packed, None if bias is None else bias.contiguous())
+
+
+def prepare_spmm_lanes(x: Tensor, packed: lanes.Lanes, bias: Tensor | None) -> object:
+    """The prepared call (kernels/steps.py) for all x of this shape [.., K], of operands that
+    multiply_lanes() took."""
+    steps, tokens = Steps(x.device), tuple(x.shape[:-1])
+    bias = None if bias is None else bias.contiguous()
+    y = steps.call(lanes.spmm_lanes, steps.rows(A, tokens, packed.k), packed, bias)
+    return steps.prepared(steps.unfolded(y, tokens, packed.n))
 
 
 def run_spmm_lanes(x, n, k, part_steps, heads, cols, values, bias=None):

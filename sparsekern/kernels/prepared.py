@@ -61,10 +61,11 @@ def _run(steps: Steps, kernel: Kernel, asked: Asked, a: Slot, b: Slot | None) ->
     p = asked.problem
     indices = ROW_OFFSETS, COL_INDICES
     if p.op == "sddmm":
-        dy, x = steps.rows(asked, a, p.N), steps.rows(asked, b, p.K)
+        assert b is not None
+        dy, x = steps.rows(a, asked.tokens, p.N), steps.rows(b, asked.tokens, p.K)
         return steps.call(kernel.run, *indices, p.N, p.K, dy, x)
     inputs, outputs = (p.K, p.N) if p.op == "spmm" else (p.N, p.K)
     bias = b if asked.has_bias else None
-    rows = steps.rows(asked, a, inputs)
+    rows = steps.rows(a, asked.tokens, inputs)
     y = steps.call(kernel.run, *indices, VALUES, p.N, p.K, rows, bias)
-    return y if len(asked.tokens) == 1 else steps.call(Tensor.view, y, (*asked.tokens, outputs))
+    return steps.unfolded(y, asked.tokens, outputs)

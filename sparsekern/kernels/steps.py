@@ -8,6 +8,7 @@ in each call, and are checked in each.
 """
 
 from collections.abc import Callable
+from math import prod
 from typing import Any, NamedTuple
 
 import torch
@@ -45,12 +46,13 @@ class Steps:
         """Memory for this shape, of the dtype of `like`."""
         return self.call(Tensor.new_empty, like, shape, **options)
 
-    def rows(self, asked: "Asked", t: Slot | None, width: int) -> Slot:
+    def rows(self, t: Slot, tokens: tuple[int, ...], width: int) -> Slot:
         """t [.., width] as [M, width]."""
-        assert t is not None
-        if len(asked.tokens) == 1:
-            return t
-        return self.call(Tensor.view, t, (asked.problem.M, width))
+        return t if len(tokens) == 1 else self.call(Tensor.view, t, (prod(tokens), width))
+
+    def unfolded(self, t: Slot, tokens: tuple[int, ...], width: int) -> Slot:
+        """t [M, width] as [.., width]."""
+        return t if len(tokens) == 1 else self.call(Tensor.view, t, (*tokens, width))
 
     def start(
         self, name: str, grid: int, block: int, smem_bytes: int, tensors: tuple, *sizes: int

@@ -108,7 +108,8 @@ def _prepare(steps: Steps, asked: Asked, a: Slot, b: Slot | None) -> Slot | None
     bitmap = bitmap_of(asked.row_offsets, asked.col_indices, p.N, p.K)
     size = p.dtype.itemsize
     if p.op == "sddmm":
-        dy, x = steps.rows(asked, a, p.N), steps.rows(asked, b, p.K)
+        assert b is not None
+        dy, x = steps.rows(a, asked.tokens, p.N), steps.rows(b, asked.tokens, p.K)
         dw = steps.call(torch.mm, steps.call(Tensor.t, dy), x)
         dvalues = steps.empty(dw, p.nnz)
         steps.start(*bitmaps.collect_launch(bitmap, dw, dvalues, size, p.K))

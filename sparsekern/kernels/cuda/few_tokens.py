@@ -77,19 +77,29 @@ def _prepare(steps: Steps, asked: Asked, a: Slot, b: Slot | None) -> Slot | None
     make_layout = partial(layout, n=p.N, k=p.K)
     indices = asked.row_offsets, asked.col_indices
     pack = pack_of("few_tokens", layout.kind.name, make_layout, *indices, values, p.N, p.K)
-    launch = launch_of(pack.packed, p.M, asked.a.device)
-    if launch is None or p.M > launch.tokens:
-        return None
     if values.requires_grad:  # in each of these calls (layout.Pack)
         steps.call(pack.seen.clear)
         steps.start(*pack.layout.refill_launch(pack.packed, VALUES))
     else:
         steps.call(pack.refresh, VALUES)
-    y, partial_sums = steps.empty(a, *asked.tokens, p.N), None
+    return prepare_packed(steps, asked.a, pack.packed, a, b if asked.has_bias else None)
+
+
+def prepare_packed(
+    steps: Steps, x: Tensor, packed: Packed, a: Slot, bias: Slot | Tensor | None
+) -> Slot:
+    """The steps of spmm_packed(a, packed, bias) for all a of the shape of x [.., K]."""
+    tokens, m = tuple(x.shape[:-1]), x.shape[:-1].numel()
+    launch = None
+    if m and packed.k and not isinstance(packed, Dense | TwoOfFour | TwoOfFourE4m3):
+        launch = launch_of(packed, m, x.device)
+    if launch is None or m > launch.tokens:
+        y = steps.call(spmm_packed, steps.rows(a, tokens, packed.k), packed, bias)
+        return steps.unfolded(y, tokens, packed.n)
+    y, partial_sums = steps.empty(a, *tokens, packed.n), None
     if launch.partial:
         partial_sums = steps.empty(a, launch.partial, dtype=torch.float32)
-    bias = b if asked.has_bias else None
-    steps.start(*pack.packed.started(launch, p.M, a, bias, y, partial_sums))
+    steps.start(*packed.started(launch, m, a, bias, y, partial_sums))
     return y
 
 

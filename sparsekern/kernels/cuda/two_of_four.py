@@ -131,7 +131,7 @@ def _prepare(steps: Steps, asked: Asked, a: Slot, b: Slot | None) -> Slot | None
     launch = bitmaps.fill_launch if op == "spmm" else bitmaps.fill_transposed_launch
     steps.start(*launch(pattern.bitmap, VALUES, side.tail, operand, n, k))
     y = steps.empty(a, *asked.tokens, outputs)
-    flat = steps.rows(asked, a, inputs), steps.rows(asked, y, outputs)
+    flat = steps.rows(a, asked.tokens, inputs), steps.rows(y, asked.tokens, outputs)
     steps.call(cusparselt.multiply, operand, *flat, b, algorithm)
     expand.prepare_mend(steps, asked, a, b, y, side.checked)
     return y
