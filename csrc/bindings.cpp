@@ -22,6 +22,7 @@
 #include "packing/cover.h"
 #include "packing/order.h"
 #include "prepared.h"
+#include "sparse_product.h"
 #include "tensors.h"
 
 namespace py = pybind11;
@@ -60,7 +61,7 @@ PYBIND11_MODULE(_C, m) {
   m.doc() = "CPU kernels of sparsekern over raw pointers";
   if (!sk::add_tensor_functions(m.ptr()) || !sk::add_launch_functions(m.ptr()) ||
       !sk::add_prepared_functions(m.ptr()) || !sk::add_call_functions(m.ptr()) ||
-      !sk::add_packed_call_functions(m.ptr()))
+      !sk::add_packed_call_functions(m.ptr()) || !sk::add_sparse_product(m.ptr()))
     throw py::error_already_set();
   using NoGil = py::call_guard<py::gil_scoped_release>;
 

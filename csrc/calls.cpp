@@ -99,8 +99,15 @@ struct Call {
     return op >= 0 && op < kOps && n > 0 && k > 0;
   }
 
+  PyObject* run(PyObject* prepared) const {
+    return Prepared::of(prepared)->run({values, a, b, rows, cols});
+  }
+
   // The prepared call, owned; null where there is none, with or without Python's error set.
   Owned find() const {
+    // RigL wants to see them.
+    if (op >= kSddmm && PyDict_GET_SIZE(around->observations.get())) return nullptr;
+    if (!agrees_with_autocast(a)) return nullptr;
     Operand row, col, first;
     if (!row.read(rows) || !row.is_indices() || row.shape[0] - 1 != n) return nullptr;
     if (row.device_type != kCuda && row.device_type != kCpu) return nullptr;
@@ -159,10 +166,8 @@ PyObject* leave() {
 PyObject* call(PyObject*, PyObject* const* args, Py_ssize_t count) {
   Call c;
   if (!c.read(args, count) || !is_alone()) return leave();
-  if (!agrees_with_autocast(c.a)) return leave();
   const bool is_recording = is_grad_enabled();
   if (c.op >= kSpmmGradients && is_recording) return leave();
-  if (c.op >= kSddmm && PyDict_GET_SIZE(around->observations.get())) return leave();
   const Owned found = c.find();
   if (!found || PyErr_Occurred()) return leave();
   if (is_recording && (requires_grad(c.values) || requires_grad(c.a) || requires_grad(c.b))) {
@@ -171,7 +176,14 @@ PyObject* call(PyObject*, PyObject* const* args, Py_ssize_t count) {
     return PyObject_Vectorcall(PyTuple_GET_ITEM(around->apply.get(), c.op), arguments + 1,
                                8 | PY_VECTORCALL_ARGUMENTS_OFFSET, nullptr);
   }
-  return Prepared::of(found.get())->run({c.values, c.a, c.b, c.rows, c.cols});
+  return c.run(found.get());
+}
+
+PyObject* call_op(PyObject*, PyObject* const* args, Py_ssize_t count) {
+  Call c;
+  if (!c.read(args, count)) return leave();
+  const Owned found = c.find();
+  return found && !PyErr_Occurred() ? c.run(found.get()) : leave();
 }
 
 PyObject* forget_calls(PyObject*, PyObject*) {
@@ -214,6 +226,8 @@ PyMethodDef functions[] = {
      "nobody looks on, with autograd; None for all others. op 0, 1: spmm, spmm_t of a, with the\n"
      "bias b or None; 2: sddmm of dy a and x b; 3, 4: the gradients of 0 and 1, of h a and of the\n"
      "operand b, while no gradients of these are wanted."},
+    {"call_op", reinterpret_cast<PyCFunction>(reinterpret_cast<void*>(call_op)), METH_FASTCALL,
+     "call_op(..): the same of operands that an op got, below autograd and whoever looks on."},
     {"forget_calls", forget_calls, METH_NOARGS, "Prepare all calls anew."},
     {nullptr, nullptr, 0, nullptr}};
 

@@ -181,11 +181,11 @@ def _is_any_lazy(*tensors: Tensor | None) -> bool:
 # a tangent is one product for each operand that has one.
 
 
-def _save_product(ctx, row_offsets, col_indices, values, n, k, x, bias, needs=None):
+def _save_product(ctx, row_offsets, col_indices, values, n, k, x, bias):
     ctx.sizes = n, k
-    needs = needs or ctx.needs_input_grad[2:]  # of values, n, k, x, bias
+    needs = ctx.needs_input_grad
     ctx.save_for_backward(
-        row_offsets, col_indices, values if needs[3] else None, x if needs[0] else None
+        row_offsets, col_indices, values if needs[5] else None, x if needs[2] else None
     )
 
 
@@ -248,16 +248,16 @@ def _spmm_t_jvp(ctx, ro, ci, dvalues, n, k, ddy, dbias):
     return _product_jvp(spmm_t, ctx, dvalues, ddy, dbias)
 
 
-def _save_sddmm(ctx, row_offsets, col_indices, n, k, dy, x, needs=None):
+def _save_sddmm(ctx, row_offsets, col_indices, n, k, dy, x):
     ctx.sizes = n, k
-    dy_grad, x_grad = (needs or ctx.needs_input_grad)[-2:]
+    dy_grad, x_grad = ctx.needs_input_grad[-2:]
     ctx.save_for_backward(row_offsets, col_indices, dy if x_grad else None, x if dy_grad else None)
 
 
-def _sddmm_backward(ctx, h, needs=None):
+def _sddmm_backward(ctx, h):
     row_offsets, col_indices, dy, x = ctx.saved_tensors
     n, k = ctx.sizes
-    dy_grad, x_grad = needs or ctx.needs_input_grad[4:]
+    dy_grad, x_grad = ctx.needs_input_grad[-2:]
     ddy = spmm(row_offsets, col_indices, h, n, k, x) if dy_grad else None
     dx = spmm_t(row_offsets, col_indices, h, n, k, dy) if x_grad else None
     return None, None, None, None, ddy, dx
@@ -301,32 +301,42 @@ class _SDDMM(Function):
     backward = staticmethod(_sddmm_backward)
 
 
-def _prepared(op: str, save: Callable) -> Callable:
-    """`apply` of the Function of a prepared call (kernels/steps.py), without a look for functorch,
-    which whoever calls it has taken. Operands of a product may have more than two dimensions."""
+def _prepared(op: str) -> Callable:
+    """`apply` of the Function of a prepared product (kernels/steps.py), without a look for
+    functorch, which whoever calls it has taken. Operands may have more than two dimensions."""
 
     def forward(ctx, call, row_offsets, col_indices, values, n, k, a, b):
-        weight = (row_offsets, col_indices) if op == "sddmm" else (row_offsets, col_indices, values)
-        save(ctx, *weight, n, k, a, b, needs=ctx.needs_input_grad[3:])
-        made = native.run_prepared(call, values, a, b, row_offsets, col_indices)
-        if made is not None:
-            return made
-        rows = a.flatten(0, -2)  # it must not run now
-        if op == "sddmm":
-            return run_sddmm(*weight, n, k, rows, b.flatten(0, -2))
-        return run_product(op, *weight, n, k, rows, b).unflatten(0, a.shape[:-1])
+        ctx.sizes = n, k
+        needs = ctx.needs_input_grad
+        ctx.save_for_backward(
+            row_offsets, col_indices, values if needs[6] else None, a if needs[3] else None
+        )
+        y = native.run_prepared(call, values, a, b, row_offsets, col_indices)
+        if y is not None:
+            return y
+        y = run_product(op, row_offsets, col_indices, values, n, k, a.flatten(0, -2), b)
+        return y.unflatten(0, a.shape[:-1])  # it must not run now
 
     def backward(ctx, h):
         needs = ctx.needs_input_grad
-        if op == "sddmm":
-            *_, da, db = _sddmm_backward(ctx, h, needs[6:])
-            return None, None, None, None, None, None, da, db
         dvalues, da, db = _gradients(op, ctx, h, (needs[3], needs[6], needs[7]))
         return None, None, None, dvalues, None, None, da, db
 
     methods = {"forward": staticmethod(forward), "backward": staticmethod(backward)}
     kind: Any = type(f"Prepared_{op}", (Function,), methods)
     return super(Function, kind).apply
+
+
+class _PreparedSDDMM(Function):
+    @staticmethod
+    def forward(ctx, call, row_offsets, col_indices, values, n, k, dy, x):
+        _save_sddmm(ctx, row_offsets, col_indices, n, k, dy, x)
+        made = native.run_prepared(call, None, dy, x, row_offsets, col_indices)
+        return run_sddmm(row_offsets, col_indices, n, k, dy, x) if made is None else made
+
+    @staticmethod
+    def backward(ctx, h):
+        return None, None, *_sddmm_backward(ctx, h)
 
 
 def _agrees(x: Tensor) -> bool:
@@ -346,9 +356,9 @@ if native:
         observed._observations,
         prepare,
         (
-            _prepared("spmm", _save_product),
-            _prepared("spmm_t", _save_product),
-            _prepared("sddmm", _save_sddmm),
+            _prepared("spmm"),
+            _prepared("spmm_t"),
+            _PreparedSDDMM.apply,
         ),
     )
 

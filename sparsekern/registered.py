@@ -28,7 +28,9 @@ from .kernels.operands import (
     check_product,
     check_sddmm,
     fitting_tokens,
+    native,
 )
+from .kernels.prepared import SDDMM, SPMM, SPMM_T
 from .kernels.problem import Problem
 from .kernels.steps import A, Steps
 from .kernels.table import pick
@@ -47,6 +49,11 @@ def run_spmm_t(row_offsets, col_indices, values, n, k, dy, bias=None):
 
 
 def run_product(op, row_offsets, col_indices, values, n, k, x, bias):
+    if native and forward_ad._current_level < 0:
+        which = SPMM if op == "spmm" else SPMM_T
+        y = native.call_op(which, row_offsets, col_indices, values, n, k, x, bias)
+        if y is not None:
+            return y
     width, outputs = (k, n) if op == "spmm" else (n, k)
     m = fitting_tokens(n, row_offsets, col_indices, values, bias, outputs, x, width)
     if m is None:  # something is wrong, or lies elsewhere than kernels read it
@@ -70,6 +77,10 @@ def run_product(op, row_offsets, col_indices, values, n, k, x, bias):
 
 
 def run_sddmm(row_offsets, col_indices, n, k, dy, x):
+    if native and forward_ad._current_level < 0:
+        dvalues = native.call_op(SDDMM, row_offsets, col_indices, None, n, k, dy, x)
+        if dvalues is not None:
+            return dvalues
     m = fitting_tokens(n, row_offsets, col_indices, None, None, 0, dy, n, x, k)
     if m is None:
         row_offsets, col_indices, dy, x = _plain(row_offsets, col_indices, dy, x)

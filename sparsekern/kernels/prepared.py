@@ -26,13 +26,13 @@ def prepare(op: int, row_offsets, col_indices, values, n: int, k: int, a, b) -> 
         raise NotNow
     steps = Steps(a.device)
     name = ("spmm", "spmm_t", "sddmm", "spmm_t", "spmm")[op]
-    has_bias = op < SDDMM and b is not None
+    bias = b if op < SDDMM else None
     weight = row_offsets, col_indices, values
-    first = _add(steps, _asked(name, *weight, n, k, a, has_bias), A, B)
+    first = _add(steps, _asked(name, *weight, n, k, a, bias), A, B)
     if op < SPMM_GRADIENTS:
         return steps.prepared(first)
     dy, x = (A, B) if op == SPMM_GRADIENTS else (B, A)
-    second = _add(steps, _asked("sddmm", *weight, n, k, a, False), dy, x)
+    second = _add(steps, _asked("sddmm", *weight, n, k, a, None), dy, x)
     return steps.prepared(first, second)
 
 
@@ -40,12 +40,12 @@ def _kind(a: Tensor) -> str:
     return a.device.type
 
 
-def _asked(op: str, row_offsets, col_indices, values, n, k, a, has_bias) -> Asked:
+def _asked(op: str, row_offsets, col_indices, values, n, k, a, bias) -> Asked:
     m, nnz = a.shape[:-1].numel(), col_indices.shape[0]
     problem = Problem(op, _kind(a), a.dtype, m, n, k, nnz)
     if problem.device == "cuda":
         problem = recognised(problem, row_offsets, col_indices)
-    return Asked(problem, row_offsets, col_indices, values, a, has_bias)
+    return Asked(problem, row_offsets, col_indices, values, a, bias)
 
 
 def _add(steps: Steps, asked: Asked, a: Slot, b: Slot | None) -> Slot:

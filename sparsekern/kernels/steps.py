@@ -40,7 +40,7 @@ class Steps:
 
     def call(self, function: Callable, *arguments: Any, **named: Any) -> Slot:
         """function(*arguments, **named)."""
-        return self._add(function, None, (*arguments, *named.values()), tuple(named) or None)
+        return self.add(function, None, (*arguments, *named.values()), tuple(named) or None)
 
     def empty(self, like: Slot, *shape: int, **options: Any) -> Slot:
         """Memory for this shape, of the dtype of `like`."""
@@ -59,9 +59,17 @@ class Steps:
     ) -> None:
         """What library.start() does."""
         launcher = library.function(name, self._device.index)
-        self._add(launcher.start, (grid, 1, block, smem_bytes), (*tensors, *sizes), None)
+        self.add(launcher.start, (grid, 1, block, smem_bytes), (*tensors, *sizes))
 
-    def _add(self, function, sizes, arguments, names) -> Slot:
+    def add(
+        self,
+        function: Callable,
+        sizes: tuple[int, int, int, int] | None,
+        arguments: tuple,
+        names: tuple[str, ...] | None = None,
+    ) -> Slot:
+        """function(*sizes, stream, *arguments), or without sizes function(*arguments), where the
+        last arguments have names."""
         slots = tuple(a.place if isinstance(a, Slot) else -1 for a in arguments)
         fixed = tuple(None if isinstance(a, Slot) else a for a in arguments)
         self._steps.append((function, sizes, fixed, slots, names))
@@ -84,7 +92,11 @@ class Asked(NamedTuple):
     col_indices: Tensor
     values: Tensor | None
     a: Tensor
-    has_bias: bool
+    bias: Tensor | None
+
+    @property
+    def has_bias(self) -> bool:
+        return self.bias is not None
 
     @property
     def tokens(self) -> tuple[int, ...]:

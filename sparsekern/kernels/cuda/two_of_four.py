@@ -131,8 +131,17 @@ def _prepare(steps: Steps, asked: Asked, a: Slot, b: Slot | None) -> Slot | None
     launch = bitmaps.fill_launch if op == "spmm" else bitmaps.fill_transposed_launch
     steps.start(*launch(pattern.bitmap, VALUES, side.tail, operand, n, k))
     y = steps.empty(a, *asked.tokens, outputs)
-    flat = steps.rows(a, asked.tokens, inputs), steps.rows(y, asked.tokens, outputs)
-    steps.call(cusparselt.multiply, operand, *flat, b, algorithm)
+    device = asked.a.device.index
+    plan = cusparselt.Plan(outputs, inputs, m, device, algorithm, asked.bias, p.dtype)
+    workspace = None
+    if plan.workspace_bytes:
+        workspace = steps.empty(a, plan.workspace_bytes, dtype=torch.uint8)
+
+    def other_way(operand: Tensor, x: Tensor, y: Tensor, bias: Tensor | None) -> None:
+        flat = x.view(m, inputs), y.view(m, outputs)
+        cusparselt.multiply(operand, *flat, bias, algorithm)
+
+    steps.add(plan.start(other_way), (1, 1, 1, 0), (operand, a, y, b, workspace))
     expand.prepare_mend(steps, asked, a, b, y, side.checked)
     return y
 
