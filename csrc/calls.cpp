@@ -1,5 +1,6 @@
 #include "calls.h"
 
+#include <algorithm>
 #include <memory>
 #include <string>
 #include <unordered_map>
@@ -56,9 +57,11 @@ PyMethodDef forget_method = {"forget_pattern", forget_pattern, METH_O, nullptr};
 Pattern* pattern_of(PyObject* rows, PyObject* cols, const Operand& row, const Operand& col) {
   const int64_t row_version = version_of(rows), col_version = version_of(cols);
   if (PyErr_Occurred()) return nullptr;
+  const auto is_whole = [&] { return Operand::is_whole(rows) && Operand::is_whole(cols); };
   const auto found = patterns->find({rows, cols});
   Pattern* pattern = found == patterns->end() ? nullptr : found->second.get();
   if (!pattern) {
+    if (!is_whole()) return nullptr;
     auto made = std::make_unique<Pattern>();
     const Owned self = own(PyLong_FromVoidPtr(made.get()));
     const Owned forget = self ? own(PyCFunction_New(&forget_method, self.get())) : nullptr;
@@ -72,6 +75,8 @@ Pattern* pattern_of(PyObject* rows, PyObject* cols, const Operand& row, const Op
              pattern->nnz == col.shape[0] && pattern->row_version == row_version &&
              pattern->col_version == col_version) {
     return pattern;
+  } else if (!is_whole()) {
+    return nullptr;
   }
   Calls old;  // whose end may call anything
   old.swap(pattern->calls);
@@ -89,6 +94,7 @@ struct Call {
   Op op;
   int64_t n, k;
   PyObject* const* args;
+  int64_t addresses[kOperands] = {};  // of what find() has read
 
   bool read(PyObject* const* given, Py_ssize_t count) {
     if (!around || count != 8) return false;
@@ -100,28 +106,30 @@ struct Call {
   }
 
   PyObject* run(PyObject* prepared) const {
-    return Prepared::of(prepared)->run({values, a, b, rows, cols});
+    Slots slots({values, a, b, rows, cols});
+    std::copy(addresses, addresses + kOperands, slots.addresses);
+    return Prepared::of(prepared)->run(slots);
   }
 
   // The prepared call, owned; null where there is none, with or without Python's error set.
-  Owned find() const {
+  Owned find() {
     // RigL wants to see them.
     if (op >= kSddmm && PyDict_GET_SIZE(around->observations.get())) return nullptr;
     if (!agrees_with_autocast(a)) return nullptr;
-    Operand row, col, first;
-    if (!row.read(rows) || !row.is_indices() || row.shape[0] - 1 != n) return nullptr;
+    Operand row, col, first, second{}, v{};
+    if (!row.read_view(rows) || !row.is_indices() || row.shape[0] - 1 != n) return nullptr;
     if (row.device_type != kCuda && row.device_type != kCpu) return nullptr;
-    if (!col.read(cols) || !col.is_indices() || !col.is_on_device_of(row)) return nullptr;
+    if (!col.read_view(cols) || !col.is_indices() || !col.is_on_device_of(row)) return nullptr;
     if (!first.read(a) || !can_be_key(first)) return nullptr;
     if (!first.is_on_device_of(row) || !is_fit(a, first)) return nullptr;
     const bool is_n_wide = op == kSpmmT || op == kSddmm || op == kSpmmGradients;
     const int last = first.ndim - 1;
     if (first.shape[last] != (is_n_wide ? n : k)) return nullptr;
-    if (op == kSddmm ? values != Py_None : !is_vector(values, col.shape[0], first)) return nullptr;
+    if (op == kSddmm ? values != Py_None : !is_vector(values, col.shape[0], first, v))
+      return nullptr;
     if (op == kSpmm || op == kSpmmT) {
-      if (b != Py_None && !is_vector(b, op == kSpmm ? n : k, first)) return nullptr;
+      if (b != Py_None && !is_vector(b, op == kSpmm ? n : k, first, second)) return nullptr;
     } else {
-      Operand second;
       if (!second.read(b) || second.ndim != first.ndim || !second.has_type_of(first))
         return nullptr;
       if (!second.is_on_device_of(row) || !is_fit(b, second)) return nullptr;
@@ -134,6 +142,8 @@ struct Call {
     Pattern* pattern = pattern_of(rows, cols, row, col);
     if (!pattern || PyErr_Occurred()) return nullptr;
     const auto found = pattern->calls.find(key);
+    const void* data[] = {v.data, first.data, second.data, row.data, col.data};
+    for (int i = 0; i < kOperands; ++i) addresses[i] = reinterpret_cast<int64_t>(data[i]);
     if (found != pattern->calls.end()) return share(found->second.get());
     return prepare(key, row, col);
   }
@@ -152,8 +162,7 @@ struct Call {
     return made;
   }
 
-  static bool is_vector(PyObject* object, int64_t size, const Operand& like) {
-    Operand v;
+  static bool is_vector(PyObject* object, int64_t size, const Operand& like, Operand& v) {
     return v.read(object) && v.is_vector_like(like, size) && is_fit(object, v);
   }
 };

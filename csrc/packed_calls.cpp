@@ -75,7 +75,7 @@ PyObject* call_packed(PyObject*, PyObject* const* args, Py_ssize_t count) {
   const auto found = kept->has(args[1]) ? kept->calls.find(key) : kept->calls.end();
   if (found == kept->calls.end()) Py_RETURN_FALSE;
   const Owned call = share(found->second.get());
-  return Prepared::of(call.get())->run({Py_None, x, Py_None, Py_None, Py_None});
+  return Prepared::of(call.get())->run(Slots({Py_None, x, Py_None, Py_None, Py_None}));
 }
 
 PyObject* keep_packed(PyObject*, PyObject* const* args, Py_ssize_t count) {

@@ -5,8 +5,7 @@
 namespace sk {
 namespace {
 
-constexpr int kOperands = 5;  // the first slots
-constexpr int kMostSlots = 24, kMostArguments = 32;
+constexpr int kMostArguments = 32;
 constexpr char kCapsule[] = "sparsekern.prepared";
 
 void forget(PyObject* capsule) {
@@ -14,6 +13,22 @@ void forget(PyObject* capsule) {
 }
 
 }  // namespace
+
+Slots::Slots(const std::array<PyObject*, kOperands>& operands) {
+  for (int i = 0; i < kMost; ++i) {
+    objects[i] = i < kOperands ? operands[i] : nullptr;
+    addresses[i] = kUnknown;
+  }
+}
+
+bool Slots::find(int slot, int64_t* address) {
+  if (addresses[slot] == kUnknown && read_address(objects[slot], &addresses[slot])) {
+    if (!PyErr_Occurred()) PyErr_SetString(PyExc_TypeError, "prepared: expected a tensor");
+    return false;
+  }
+  *address = addresses[slot];
+  return true;
+}
 
 Prepared* Prepared::of(PyObject* capsule) {
   if (!PyCapsule_IsValid(capsule, kCapsule)) return nullptr;
@@ -28,7 +43,7 @@ PyObject* Prepared::make(PyObject* const* args, Py_ssize_t count) {
   }
   auto made = std::make_unique<Prepared>();
   if (args[0] != Py_False) made->device_ = share(args[0]);
-  made->current_ = share(args[1]);
+  if (args[1] != Py_None) made->current_ = share(args[1]);
   made->stream_ = share(args[2]);
   made->capturing_ = share(args[3]);
   for (Py_ssize_t i = 0; i < PyTuple_GET_SIZE(args[4]); ++i)
@@ -36,7 +51,7 @@ PyObject* Prepared::make(PyObject* const* args, Py_ssize_t count) {
   const auto slots = kOperands + static_cast<int>(made->steps_.size());
   for (Py_ssize_t i = 0; i < PyTuple_GET_SIZE(args[5]); ++i)
     made->results_.push_back(static_cast<int>(PyLong_AsLong(PyTuple_GET_ITEM(args[5], i))));
-  bool fits = slots <= kMostSlots && !made->results_.empty();
+  bool fits = slots <= Slots::kMost && !made->results_.empty();
   for (int slot : made->results_) fits = fits && slot >= 0 && slot < slots;
   for (const Step& step : made->steps_)
     for (const Argument& argument : step.arguments) fits = fits && argument.slot < slots;
@@ -88,7 +103,7 @@ bool Prepared::read_step(PyObject* step) {
   return true;
 }
 
-PyObject* Prepared::take(const Step& step, PyObject* const* slots, PyObject* stream,
+PyObject* Prepared::take(const Step& step, Slots& slots, PyObject* stream,
                          int64_t stream_handle) const {
   if (step.kernel) {
     int64_t numbers[kMostArguments];
@@ -97,10 +112,7 @@ PyObject* Prepared::take(const Step& step, PyObject* const* slots, PyObject* str
       const Argument& argument = step.arguments[i];
       numbers[i] = argument.number;
       addresses[i] = &numbers[i];
-      if (argument.slot >= 0 && read_address(slots[argument.slot], &numbers[i])) {
-        if (!PyErr_Occurred()) PyErr_SetString(PyExc_TypeError, "prepared: expected a tensor");
-        return nullptr;
-      }
+      if (argument.slot >= 0 && !slots.find(argument.slot, &numbers[i])) return nullptr;
     }
     if (!start_kernel(*step.kernel, step.sizes, stream_handle, addresses)) return nullptr;
     Py_RETURN_NONE;
@@ -118,39 +130,44 @@ PyObject* Prepared::take(const Step& step, PyObject* const* slots, PyObject* str
     arguments[count++] = stream;
   }
   for (const Argument& argument : step.arguments)
-    arguments[count++] = argument.slot >= 0 ? slots[argument.slot] : argument.object.get();
+    arguments[count++] = argument.slot >= 0 ? slots.objects[argument.slot] : argument.object.get();
   const size_t named = step.names ? PyTuple_GET_SIZE(step.names.get()) : 0;
   return PyObject_Vectorcall(step.function.get(), arguments + 1,
                              (count - 1 - named) | PY_VECTORCALL_ARGUMENTS_OFFSET,
                              step.names.get());
 }
 
-PyObject* Prepared::run(const Operands& o) const {
+PyObject* Prepared::run(Slots slots) const {
   Owned stream;
   int64_t stream_handle = 0;
   if (device_) {
-    const Owned current = own(PyObject_CallNoArgs(current_.get()));
-    const Owned capturing = own(PyObject_CallNoArgs(capturing_.get()));
-    if (!current || !capturing) return nullptr;
-    const int is_here = PyObject_RichCompareBool(current.get(), device_.get(), Py_EQ);
-    const int is_captured = PyObject_IsTrue(capturing.get());
-    if (is_here < 0 || is_captured < 0) return nullptr;
-    if (!is_here || is_captured) Py_RETURN_NONE;
+    if (current_) {
+      const Owned current = own(PyObject_CallNoArgs(current_.get()));
+      if (!current) return nullptr;
+      const int is_here = PyObject_RichCompareBool(current.get(), device_.get(), Py_EQ);
+      if (is_here < 0) return nullptr;
+      if (!is_here) Py_RETURN_NONE;
+    }
     stream = own(PyObject_CallOneArg(stream_.get(), device_.get()));
     if (!stream || read_address(stream.get(), &stream_handle)) return nullptr;
+    if (stream_handle) {  // no graph captures the default stream
+      const Owned capturing = own(PyObject_CallNoArgs(capturing_.get()));
+      const int is_captured = capturing ? PyObject_IsTrue(capturing.get()) : -1;
+      if (is_captured < 0) return nullptr;
+      if (is_captured) Py_RETURN_NONE;
+    }
   }
-  PyObject* slots[kMostSlots] = {o.values, o.a, o.b, o.row_offsets, o.col_indices};
-  Owned made[kMostSlots];
+  Owned made[Slots::kMost];
   for (size_t i = 0; i < steps_.size(); ++i) {
     made[i] = own(take(steps_[i], slots, stream.get(), stream_handle));
     if (!made[i]) return nullptr;
-    slots[kOperands + i] = made[i].get();
+    slots.objects[kOperands + i] = made[i].get();
   }
-  if (results_.size() == 1) return Py_NewRef(slots[results_[0]]);
+  if (results_.size() == 1) return Py_NewRef(slots.objects[results_[0]]);
   Owned all = own(PyTuple_New(static_cast<Py_ssize_t>(results_.size())));
   if (!all) return nullptr;
   for (size_t i = 0; i < results_.size(); ++i)
-    PyTuple_SET_ITEM(all.get(), static_cast<Py_ssize_t>(i), Py_NewRef(slots[results_[i]]));
+    PyTuple_SET_ITEM(all.get(), static_cast<Py_ssize_t>(i), Py_NewRef(slots.objects[results_[i]]));
   return all.release();
 }
 
@@ -166,7 +183,7 @@ PyObject* run_prepared(PyObject*, PyObject* const* args, Py_ssize_t count) {
     PyErr_SetString(PyExc_TypeError, "run_prepared: expected prepared(...) and five operands");
     return nullptr;
   }
-  return call->run({args[1], args[2], args[3], args[4], args[5]});
+  return call->run(Slots({args[1], args[2], args[3], args[4], args[5]}));
 }
 
 template <class F>

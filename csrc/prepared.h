@@ -4,6 +4,7 @@
 
 #include <Python.h>
 
+#include <array>
 #include <cstdint>
 #include <memory>
 #include <vector>
@@ -21,9 +22,18 @@ using Owned = std::unique_ptr<PyObject, Decref>;
 inline Owned own(PyObject* object) { return Owned(object); }
 inline Owned share(PyObject* object) { return Owned(Py_NewRef(object)); }
 
-// Their slots are the first ones, in this order.
-struct Operands {
-  PyObject *values, *a, *b, *row_offsets, *col_indices;
+constexpr int kOperands = 5;  // values, a, b, row_offsets, col_indices: the first slots
+
+// Slots of a call that runs: what is there, and where, which is read when it is asked for.
+struct Slots {
+  static constexpr int kMost = 24;
+  static constexpr int64_t kUnknown = -1;
+  PyObject* objects[kMost];
+  int64_t addresses[kMost];
+
+  explicit Slots(const std::array<PyObject*, kOperands>& operands);
+  // False with Python's error set for what has none.
+  bool find(int slot, int64_t* address);
 };
 
 class Prepared {
@@ -34,7 +44,7 @@ class Prepared {
 
   // The results for these operands, one or a tuple; None where a CUDA graph is captured or
   // another GPU is the current one; null with Python's error set.
-  PyObject* run(const Operands& operands) const;
+  PyObject* run(Slots slots) const;
 
  private:
   struct Argument {
@@ -51,10 +61,10 @@ class Prepared {
   };
 
   bool read_step(PyObject* step);
-  PyObject* take(const Step& step, PyObject* const* slots, PyObject* stream,
-                 int64_t stream_handle) const;
+  PyObject* take(const Step& step, Slots& slots, PyObject* stream, int64_t stream_handle) const;
 
-  Owned device_, current_, stream_, capturing_;  // device_ is null on a CPU
+  // device_ is null where nothing is launched, current_ where there is one GPU.
+  Owned device_, current_, stream_, capturing_;
   std::vector<Step> steps_;
   std::vector<int> results_;
 };

@@ -83,15 +83,17 @@ PyMethodDef functions[] = {
 
 }  // namespace
 
-bool Operand::read(PyObject* object) {
+bool Operand::read_view(PyObject* object) {
   // A method of another subclass may be anything, and change what was read before.
   if (!api || !is_plain(object)) return false;
   if (api->read(object, this) < 0) return false;
   int64_t size = 1;
   for (int i = ndim; i-- > 0; size *= shape[i])
     if (shape[i] != 1 && strides[i] != size) return false;
-  if (byte_offset || (size && !data)) return false;
-  // The address of a view with an offset is no null pointer where the memory was freed below it.
+  return !byte_offset && (data || !size);
+}
+
+bool Operand::is_whole(PyObject* object) {
   PyObject* offset = PyObject_CallMethodNoArgs(object, storage_offset);
   if (!offset) return false;
   const bool is_whole = PyLong_AsLongLong(offset) == 0;

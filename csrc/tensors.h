@@ -24,7 +24,14 @@ struct DLTensor {
 // A tensor whose elements lie where a kernel reads them: contiguous, in memory that is there.
 struct Operand : DLTensor {
   // False, with or without Python's error set, for anything else.
-  bool read(PyObject* object);
+  bool read(PyObject* object) { return read_view(object) && is_whole(object); }
+
+  // The same, of what may begin behind the start of its memory.
+  bool read_view(PyObject* object);
+
+  // Whether it begins there. The address of a view with an offset is no null pointer where the
+  // memory was freed below it.
+  static bool is_whole(PyObject* object);
 
   bool is_indices() const {
     return ndim == 1 && type_code == 0 && type_bits == 32 && type_lanes == 1;

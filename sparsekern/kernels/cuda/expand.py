@@ -9,7 +9,6 @@ the last one; float64, or a machine without Triton, then keeps what the zeros ha
 """
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from ..problem import Kernel, Problem
@@ -116,12 +115,18 @@ def _prepare(steps: Steps, asked: Asked, a: Slot, b: Slot | None) -> Slot | None
         return dvalues
     if p.op == "spmm_t" and asked.has_bias:
         return None
-    b = b if asked.has_bias else None
-    w = steps.empty(VALUES, p.N, p.K)
+    inputs, outputs, bias = p.N, p.K, None
+    if p.op == "spmm":
+        inputs, outputs, bias = p.K, p.N, b if asked.has_bias else None
+        w = steps.call(Tensor.new_empty_strided, VALUES, (p.K, p.N), (1, p.K))  # W^T
+    else:
+        w = steps.empty(VALUES, p.N, p.K)
     steps.start(*bitmaps.write_out_launch(bitmap, VALUES, w, size, p.K))
-    y = steps.call(F.linear, a, w, b) if p.op == "spmm" else steps.call(torch.matmul, a, w)
-    prepare_mend(steps, asked, a, b, y)
-    return y
+    left = steps.rows(a, asked.tokens, inputs)
+    product = (torch.mm,) if bias is None else (torch.addmm, bias)
+    y = steps.call(*product, left, w)
+    prepare_mend(steps, asked, a, bias, y)
+    return steps.unfolded(y, asked.tokens, outputs)
 
 
 def _refuse(p: Problem) -> str | None:

@@ -312,10 +312,11 @@ def current_stream(device: int) -> int:
     return torch._C._cuda_getCurrentRawStream(device)
 
 
-def surroundings() -> tuple[Callable, Callable, Callable]:
-    """What tells the current device, the stream of one, and whether a CUDA graph captures it."""
+def surroundings() -> tuple[Callable | None, Callable, Callable]:
+    """What tells the current device, if there are several, the stream of one, and whether a CUDA
+    graph captures it."""
     return (
-        torch._C._cuda_getDevice,
+        torch._C._cuda_getDevice if torch.cuda.device_count() > 1 else None,
         torch._C._cuda_getCurrentRawStream,
         torch._C._cuda_isCurrentStreamCapturing,
     )

@@ -230,7 +230,7 @@ def test_another_current_device(monkeypatch):
     want = sparse(x)
     assert call(sparse, x) is not None
     native.forget_calls()
-    here = lambda: 1, lambda device: 0, lambda: False  # noqa: E731
+    here = lambda: 1, lambda device: 7, lambda: False  # noqa: E731
     monkeypatch.setattr("sparsekern.kernels.cuda.library.surroundings", lambda: here)
     assert call(sparse, x) is None
     assert torch.equal(sparse(x), want)
