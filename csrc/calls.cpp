@@ -112,7 +112,7 @@ struct Call {
   }
 
   // The prepared call, owned; null where there is none, with or without Python's error set.
-  Owned find() {
+  Owned find(int most_dims = Key::kMostDims) {
     // RigL wants to see them.
     if (op >= kSddmm && PyDict_GET_SIZE(around->observations.get())) return nullptr;
     if (!agrees_with_autocast(a)) return nullptr;
@@ -120,8 +120,8 @@ struct Call {
     if (!row.read_view(rows) || !row.is_indices() || row.shape[0] - 1 != n) return nullptr;
     if (row.device_type != kCuda && row.device_type != kCpu) return nullptr;
     if (!col.read_view(cols) || !col.is_indices() || !col.is_on_device_of(row)) return nullptr;
-    if (!first.read(a) || !can_be_key(first)) return nullptr;
-    if (!first.is_on_device_of(row) || !is_fit(a, first)) return nullptr;
+    if (!read_fit(a, first) || !can_be_key(first) || first.ndim > most_dims) return nullptr;
+    if (!first.is_on_device_of(row)) return nullptr;
     const bool is_n_wide = op == kSpmmT || op == kSddmm || op == kSpmmGradients;
     const int last = first.ndim - 1;
     if (first.shape[last] != (is_n_wide ? n : k)) return nullptr;
@@ -130,9 +130,9 @@ struct Call {
     if (op == kSpmm || op == kSpmmT) {
       if (b != Py_None && !is_vector(b, op == kSpmm ? n : k, first, second)) return nullptr;
     } else {
-      if (!second.read(b) || second.ndim != first.ndim || !second.has_type_of(first))
+      if (!read_fit(b, second) || second.ndim != first.ndim || !second.has_type_of(first))
         return nullptr;
-      if (!second.is_on_device_of(row) || !is_fit(b, second)) return nullptr;
+      if (!second.is_on_device_of(row)) return nullptr;
       for (int i = 0; i < last; ++i)
         if (second.shape[i] != first.shape[i]) return nullptr;
       if (second.shape[last] != (is_n_wide ? k : n)) return nullptr;
@@ -163,7 +163,7 @@ struct Call {
   }
 
   static bool is_vector(PyObject* object, int64_t size, const Operand& like, Operand& v) {
-    return v.read(object) && v.is_vector_like(like, size) && is_fit(object, v);
+    return read_fit(object, v) && v.is_vector_like(like, size);
   }
 };
 
@@ -191,7 +191,7 @@ PyObject* call(PyObject*, PyObject* const* args, Py_ssize_t count) {
 PyObject* call_op(PyObject*, PyObject* const* args, Py_ssize_t count) {
   Call c;
   if (!c.read(args, count)) return leave();
-  const Owned found = c.find();
+  const Owned found = c.find(2);
   return found && !PyErr_Occurred() ? c.run(found.get()) : leave();
 }
 

@@ -68,7 +68,7 @@ PyObject* call_packed(PyObject*, PyObject* const* args, Py_ssize_t count) {
   if (!kept || !around || !is_alone()) return leave();
   PyObject* x = args[2];
   Operand read;
-  if (!read.read(x) || !can_be_key(read) || !is_fit(x, read)) return leave();
+  if (!read_fit(x, read) || !can_be_key(read)) return leave();
   if (!agrees_with_autocast(x) || (is_grad_enabled() && requires_grad(x))) return leave();
   if (PyErr_Occurred()) return leave();
   const Key key(read.device_id, read.shape[read.ndim - 1], 0, read);
@@ -81,7 +81,8 @@ PyObject* call_packed(PyObject*, PyObject* const* args, Py_ssize_t count) {
 PyObject* keep_packed(PyObject*, PyObject* const* args, Py_ssize_t count) {
   PackedCalls* kept = count == 4 && PyDict_Check(args[1]) ? calls_of(args[0]) : nullptr;
   Operand read;
-  if (!kept || !read.read(args[2]) || !can_be_key(read) || !Prepared::of(args[3])) return leave();
+  if (!kept || !around || !read_fit(args[2], read) || !can_be_key(read) || !Prepared::of(args[3]))
+    return leave();
   if (!kept->has(args[1]) || kept->calls.empty())
     if (!kept->take(args[1])) return leave();
   keep(kept->calls, Key(read.device_id, read.shape[read.ndim - 1], 0, read), args[3]);

@@ -1,5 +1,7 @@
 #include "prepared.h"
 
+#include <algorithm>
+
 #include "tensors.h"
 
 namespace sk {
@@ -59,6 +61,15 @@ PyObject* Prepared::make(PyObject* const* args, Py_ssize_t count) {
     if (!PyErr_Occurred()) PyErr_SetString(PyExc_ValueError, "prepared: a slot that is not there");
     return nullptr;
   }
+  for (int slot = kOperands; slot < slots; ++slot) {
+    const auto& results = made->results_;
+    if (std::find(results.begin(), results.end(), slot) != results.end()) continue;
+    size_t last = slot - kOperands;
+    for (size_t i = last; i < made->steps_.size(); ++i)
+      for (const Argument& argument : made->steps_[i].arguments)
+        if (argument.slot == slot) last = i;
+    made->steps_[last].last.push_back(slot);
+  }
   PyObject* capsule = PyCapsule_New(made.get(), kCapsule, forget);
   if (capsule) made.release();
   return capsule;
@@ -70,7 +81,7 @@ bool Prepared::read_step(PyObject* step) {
   if (!PyArg_ParseTuple(step, "OOO!O!O:prepared", &function, &sizes, &PyTuple_Type, &arguments,
                         &PyTuple_Type, &slots, &names))
     return false;
-  Step read{share(function), nullptr, {}, {}, names == Py_None ? nullptr : share(names)};
+  Step read{share(function), nullptr, {}, {}, names == Py_None ? nullptr : share(names), {}};
   if (sizes != Py_None) {
     if (!PyArg_ParseTuple(sizes, "LLLL", &read.sizes[0], &read.sizes[1], &read.sizes[2],
                           &read.sizes[3]))
@@ -162,6 +173,7 @@ PyObject* Prepared::run(Slots slots) const {
     made[i] = own(take(steps_[i], slots, stream.get(), stream_handle));
     if (!made[i]) return nullptr;
     slots.objects[kOperands + i] = made[i].get();
+    for (int slot : steps_[i].last) made[slot - kOperands].reset();  // large ones: W written out
   }
   if (results_.size() == 1) return Py_NewRef(slots.objects[results_[0]]);
   Owned all = own(PyTuple_New(static_cast<Py_ssize_t>(results_.size())));

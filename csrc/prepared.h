@@ -57,7 +57,8 @@ class Prepared {
     const Kernel* kernel;  // that `function` starts; null: it is called
     int64_t sizes[4];      // of a launch; the grid's first is 0 for a call
     std::vector<Argument> arguments;
-    Owned names;  // of the last arguments of a call, or null
+    Owned names;            // of the last arguments of a call, or null
+    std::vector<int> last;  // results of steps before that nobody needs after this one
   };
 
   bool read_step(PyObject* step);

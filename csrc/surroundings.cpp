@@ -11,7 +11,6 @@ bool is_true(PyObject* function) {
   return result && PyObject_IsTrue(result.get()) == 1;
 }
 
-// What only the dispatcher sees.
 bool is_negated(PyObject* tensor) {
   const Owned is_neg = own(PyObject_CallMethodNoArgs(tensor, around->is_neg.get()));
   return !is_neg || PyObject_IsTrue(is_neg.get());
@@ -49,8 +48,11 @@ bool requires_grad(PyObject* tensor) {
               (requires.get()) == 1;
 }
 
-bool is_fit(PyObject* tensor, const Operand& t) {
-  return reinterpret_cast<uintptr_t>(t.data) % 16 == 0 && !is_negated(tensor);
+bool read_fit(PyObject* tensor, Operand& t) {
+  constexpr int kCuda = 2;  // of DLPack
+  if (!t.read_view(tensor) || !Operand::is_there(tensor)) return false;
+  if (t.device_type == kCuda && reinterpret_cast<uintptr_t>(t.data) % 16) return false;
+  return !is_negated(tensor);
 }
 
 }  // namespace sk

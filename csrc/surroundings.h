@@ -35,8 +35,9 @@ bool is_alone();
 bool agrees_with_autocast(PyObject* tensor);
 bool is_grad_enabled();
 bool requires_grad(PyObject* tensor);  // None does not
-// Whether kernels may read what was read of it, of any alignment up to 16 bytes, as it is.
-bool is_fit(PyObject* tensor, const Operand& t);
+// Reads what kernels may read as it is: its memory is there, for those of a GPU on a multiple of 16
+// bytes, and no negation is still to be done, which only the dispatcher sees.
+bool read_fit(PyObject* tensor, Operand& t);
 
 // What the choice of a kernel and the steps of a call depend on, beside the weight.
 struct Key {

@@ -13,7 +13,7 @@ struct DLPackExchangeAPI {
 
 PyTypeObject *tensor_type, *parameter_type;
 const DLPackExchangeAPI* api;
-PyObject* storage_offset;  // the method's name
+PyObject *storage_offset, *untyped_storage, *nbytes;  // names of methods
 
 PyObject* read_tensors_of(PyObject*, PyObject* type) {
   PyObject* capsule = PyObject_GetAttrString(type, "__dlpack_c_exchange_api__");
@@ -101,6 +101,17 @@ bool Operand::is_whole(PyObject* object) {
   return is_whole;
 }
 
+bool Operand::is_there(PyObject* object) {
+  if (is_whole(object)) return true;
+  if (PyErr_Occurred()) return false;
+  PyObject* storage = PyObject_CallMethodNoArgs(object, untyped_storage);
+  PyObject* bytes = storage ? PyObject_CallMethodNoArgs(storage, nbytes) : nullptr;
+  const bool is_there = bytes && PyLong_AsLongLong(bytes) > 0;
+  Py_XDECREF(bytes);
+  Py_XDECREF(storage);
+  return is_there;
+}
+
 bool read_data(PyObject* tensor, void** address) {
   DLTensor t;
   if (!api || !is_plain(tensor) || api->read(tensor, &t) < 0) return false;
@@ -110,7 +121,10 @@ bool read_data(PyObject* tensor, void** address) {
 
 bool add_tensor_functions(PyObject* module) {
   storage_offset = PyUnicode_InternFromString("storage_offset");
-  return storage_offset && PyModule_AddFunctions(module, functions) == 0;
+  untyped_storage = PyUnicode_InternFromString("untyped_storage");
+  nbytes = PyUnicode_InternFromString("nbytes");
+  return storage_offset && untyped_storage && nbytes &&
+         PyModule_AddFunctions(module, functions) == 0;
 }
 
 }  // namespace sk

@@ -29,6 +29,9 @@ struct Operand : DLTensor {
   // The same, of what may begin behind the start of its memory.
   bool read_view(PyObject* object);
 
+  // Whether it begins there, or is a part of memory that is there.
+  static bool is_there(PyObject* object);
+
   // Whether it begins there. The address of a view with an offset is no null pointer where the
   // memory was freed below it.
   static bool is_whole(PyObject* object);

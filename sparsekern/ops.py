@@ -79,9 +79,13 @@ def spmm(
     if (y := quick(SPMM, *args)) is not None:
         return y
     function, is_direct = _route("spmm", values, x, bias)
-    if is_direct and function is None:
+    if is_direct:
         try:
-            return run_product("spmm", *args)
+            if function is None:
+                return run_product("spmm", *args)
+            args = row_offsets, col_indices, values.contiguous(), n, k, x.contiguous(), bias
+            if (y := quick(SPMM, *args)) is not None:
+                return y
         except (RuntimeError, ValueError):
             if not _is_any_lazy(values, x, bias):
                 raise
@@ -102,9 +106,13 @@ def spmm_t(
     if (y := quick(SPMM_T, *args)) is not None:
         return y
     function, is_direct = _route("spmm_t", values, dy, bias)
-    if is_direct and function is None:
+    if is_direct:
         try:
-            return run_product("spmm_t", *args)
+            if function is None:
+                return run_product("spmm_t", *args)
+            args = row_offsets, col_indices, values.contiguous(), n, k, dy.contiguous(), bias
+            if (y := quick(SPMM_T, *args)) is not None:
+                return y
         except (RuntimeError, ValueError):
             if not _is_any_lazy(values, dy, bias):
                 raise
@@ -119,9 +127,14 @@ def sddmm(
         return dvalues
     args = row_offsets, col_indices, n, k, dy, x
     function, is_direct = _route("sddmm", dy, x, None)
-    if is_direct and function is None:
+    if is_direct:
         try:
-            return run_sddmm(*args)
+            if function is None:
+                return run_sddmm(*args)
+            args = row_offsets, col_indices, n, k, dy.contiguous(), x.contiguous()
+            dvalues = quick(SDDMM, row_offsets, col_indices, None, n, k, *args[4:])
+            if dvalues is not None:
+                return dvalues
         except (RuntimeError, ValueError):
             if not _is_any_lazy(dy, x, None):
                 raise

@@ -303,3 +303,20 @@ def test_a_pattern_has_its_own_calls_and_takes_them_along(monkeypatch):
 @pytest.mark.parametrize("wrong", [(), (1,), tuple(range(8)), (9, *[None] * 7), ("a", *[0] * 7)])
 def test_a_call_of_anything_else_is_left_alone(wrong):
     assert operands.native.call(*wrong) is None and operands.native.call_op(*wrong) is None
+
+
+@needs_calls
+@pytest.mark.parametrize("name", NAMES[2:5])
+def test_a_call_takes_parts_of_tensors_that_are_there(fits, name):
+    def call(**t):
+        operands_ = t["row_offsets"], t["col_indices"], t["values"], N, K, t["x"], t["bias"]
+        return operands.native.call(ops.SPMM, *operands_)
+
+    want = call(**fits)
+    assert want is not None
+    for how in ("view", "freed view", "freed", "strided"):
+        part = ALTERED[how](fits[name])
+        if how == "view":
+            assert torch.equal(call(**{**fits, name: part.copy_(fits[name])}), want)
+        else:
+            assert call(**{**fits, name: part}) is None

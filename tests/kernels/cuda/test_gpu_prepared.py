@@ -66,6 +66,16 @@ def test_a_capture_between_calls(tokens):
         assert torch.equal(sparse(x), y)
 
 
+@TOKENS
+def test_parts_of_other_tensors(tokens):
+    sparse, x = regular().cuda(), torch.randn(3 * tokens * K, device="cuda").bfloat16()
+    with torch.no_grad():
+        for first, is_taken in ((0, True), (K * tokens, True), (1, False)):
+            part = x[first:][: tokens * K].view(tokens, K)
+            assert (call_of(sparse, part) is not None) == is_taken
+            check(sparse(part), part, sparse.weight.to_dense(), sparse.bias)
+
+
 def test_streams():
     sparse, x = regular().cuda(), torch.randn(4, 96, K, device="cuda").bfloat16()
     with torch.no_grad():
