@@ -121,7 +121,7 @@ struct Call {
     if (row.device_type != kCuda && row.device_type != kCpu) return nullptr;
     if (!col.read_view(cols) || !col.is_indices() || !col.is_on_device_of(row)) return nullptr;
     if (!read_fit(a, first) || !can_be_key(first) || first.ndim > most_dims) return nullptr;
-    if (!first.is_on_device_of(row)) return nullptr;
+    if (!first.is_on_device_of(row) || (op == kSddmm && first.ndim != 2)) return nullptr;
     const bool is_n_wide = op == kSpmmT || op == kSddmm || op == kSpmmGradients;
     const int last = first.ndim - 1;
     if (first.shape[last] != (is_n_wide ? n : k)) return nullptr;

@@ -14,6 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from . import calls as calls  # sets them up
 from . import ops
 from .casts import autocast
 from .kernels.cuda.ordered import recognised

@@ -10,22 +10,21 @@ derivative is there. W is row_offsets int32 [N+1], col_indices int32 [nnz], valu
 dy and bias have one dtype, which the result has too; bias may be None. The gradient of W is that of
 its stored values.
 
-registered.py has the ops. Autograd is an autograd.Function outside of them, skipped when nobody
-asks for a gradient: 4 us a call against 16 us for torch.library.custom_op. The Functions with a
-`setup_context` cost 40 us and serve functorch (vmap, func.grad) alone.
+registered.py has the ops, calls.py the short way past all that is here. Autograd is an
+autograd.Function outside of the ops, skipped when nobody asks for a gradient: 4 us a call against
+16 us for torch.library.custom_op. The Functions with a `setup_context` cost 40 us and serve
+functorch (vmap, func.grad) alone.
 """
 
 from collections.abc import Callable
-from typing import Any
 
 import torch
 from torch import Tensor
 from torch.autograd import Function, forward_ad, profiler
 
-from .kernels import observed
 from .kernels.cpu.lanes import Lanes
 from .kernels.operands import native
-from .kernels.prepared import SDDMM, SPMM, SPMM_GRADIENTS, SPMM_T, SPMM_T_GRADIENTS, prepare
+from .kernels.prepared import SDDMM, SPMM, SPMM_GRADIENTS, SPMM_T, SPMM_T_GRADIENTS
 from .registered import (
     multiply_lanes,
     run_product,
@@ -47,7 +46,6 @@ _tracing_state = torch._C._get_tracing_state
 _is_wrapped = torch._C._functorch.is_functorch_wrapped_tensor
 _is_batched = torch._C._functorch.is_legacy_batchedtensor  # by is_grads_batched=True
 _is_grad_enabled = torch.is_grad_enabled
-_is_any_autocast_enabled = getattr(torch._C, "_is_any_autocast_enabled", lambda: True)
 _PLAIN = (Tensor, torch.nn.Parameter)
 
 
@@ -56,7 +54,7 @@ def _no_call(*operands) -> None:
 
 
 # A product, or the gradients of one, of operands that lie where kernels read them, while nothing
-# looks on: one step in C++ (csrc/calls.h). None for all others. Not while torch.compile traces.
+# looks on: one step in C++ (calls.py). None for all others. Not while torch.compile traces.
 call = native.call if native else _no_call
 
 
@@ -204,17 +202,17 @@ def _save_product(ctx, row_offsets, col_indices, values, n, k, x, bias):
 
 def _spmm_backward(ctx, h):
     needs = ctx.needs_input_grad
-    dvalues, dx, dbias = _gradients("spmm", ctx, h, (needs[2], needs[5], needs[6]))
+    dvalues, dx, dbias = gradients("spmm", ctx, h, (needs[2], needs[5], needs[6]))
     return None, None, dvalues, None, None, dx, dbias
 
 
 def _spmm_t_backward(ctx, h):
     needs = ctx.needs_input_grad
-    dvalues, ddy, dbias = _gradients("spmm_t", ctx, h, (needs[2], needs[5], needs[6]))
+    dvalues, ddy, dbias = gradients("spmm_t", ctx, h, (needs[2], needs[5], needs[6]))
     return None, None, dvalues, None, None, ddy, dbias
 
 
-def _gradients(op: str, ctx, h: Tensor, needs: tuple[bool, bool, bool]) -> tuple:
+def gradients(op: str, ctx, h: Tensor, needs: tuple[bool, bool, bool]) -> tuple:
     """Those of values, of the operand and of the bias, of a product whose result has the gradient
     h [.., outputs]."""
     row_offsets, col_indices, values, a = ctx.saved_tensors
@@ -261,13 +259,13 @@ def _spmm_t_jvp(ctx, ro, ci, dvalues, n, k, ddy, dbias):
     return _product_jvp(spmm_t, ctx, dvalues, ddy, dbias)
 
 
-def _save_sddmm(ctx, row_offsets, col_indices, n, k, dy, x):
+def save_sddmm(ctx, row_offsets, col_indices, n, k, dy, x):
     ctx.sizes = n, k
     dy_grad, x_grad = ctx.needs_input_grad[-2:]
     ctx.save_for_backward(row_offsets, col_indices, dy if x_grad else None, x if dy_grad else None)
 
 
-def _sddmm_backward(ctx, h):
+def sddmm_backward(ctx, h):
     row_offsets, col_indices, dy, x = ctx.saved_tensors
     n, k = ctx.sizes
     dy_grad, x_grad = ctx.needs_input_grad[-2:]
@@ -308,72 +306,10 @@ class _SpMMT(Function):
 class _SDDMM(Function):
     @staticmethod
     def forward(ctx, *args):
-        _save_sddmm(ctx, *args)
+        save_sddmm(ctx, *args)
         return sddmm_op(*args)
 
-    backward = staticmethod(_sddmm_backward)
-
-
-def _prepared(op: str) -> Callable:
-    """`apply` of the Function of a prepared product (kernels/steps.py), without a look for
-    functorch, which whoever calls it has taken. Operands may have more than two dimensions."""
-
-    def forward(ctx, call, row_offsets, col_indices, values, n, k, a, b):
-        ctx.sizes = n, k
-        needs = ctx.needs_input_grad
-        ctx.save_for_backward(
-            row_offsets, col_indices, values if needs[6] else None, a if needs[3] else None
-        )
-        y = native.run_prepared(call, values, a, b, row_offsets, col_indices)
-        if y is not None:
-            return y
-        y = run_product(op, row_offsets, col_indices, values, n, k, a.flatten(0, -2), b)
-        return y.unflatten(0, a.shape[:-1])  # it must not run now
-
-    def backward(ctx, h):
-        needs = ctx.needs_input_grad
-        dvalues, da, db = _gradients(op, ctx, h, (needs[3], needs[6], needs[7]))
-        return None, None, None, dvalues, None, None, da, db
-
-    methods = {"forward": staticmethod(forward), "backward": staticmethod(backward)}
-    kind: Any = type(f"Prepared_{op}", (Function,), methods)
-    return super(Function, kind).apply
-
-
-class _PreparedSDDMM(Function):
-    @staticmethod
-    def forward(ctx, call, row_offsets, col_indices, values, n, k, dy, x):
-        _save_sddmm(ctx, row_offsets, col_indices, n, k, dy, x)
-        made = native.run_prepared(call, None, dy, x, row_offsets, col_indices)
-        return run_sddmm(row_offsets, col_indices, n, k, dy, x) if made is None else made
-
-    @staticmethod
-    def backward(ctx, h):
-        return None, None, *_sddmm_backward(ctx, h)
-
-
-def _agrees(x: Tensor) -> bool:
-    """Whether torch's autocast leaves products in the dtype of x alone."""
-    device = x.device.type
-    return not torch.is_autocast_enabled(device) or torch.get_autocast_dtype(device) is x.dtype
-
-
-if native:
-    native.set_up(
-        (in_functorch, _modes, _tracing_state),
-        _is_any_autocast_enabled,
-        _agrees,
-        _is_grad_enabled,
-        forward_ad,
-        profiler,
-        observed._observations,
-        prepare,
-        (
-            _prepared("spmm"),
-            _prepared("spmm_t"),
-            _PreparedSDDMM.apply,
-        ),
-    )
+    backward = staticmethod(sddmm_backward)
 
 
 # The same for functorch.
@@ -432,9 +368,9 @@ class _SDDMMFunctorch(Function):
 
     @staticmethod
     def setup_context(ctx, inputs, output):
-        _save_sddmm(ctx, *inputs)
+        save_sddmm(ctx, *inputs)
 
-    backward = staticmethod(_sddmm_backward)
+    backward = staticmethod(sddmm_backward)
 
     @staticmethod
     def vmap(info, in_dims, *args):
