@@ -14,6 +14,7 @@ CORE = ["extras", "terminal", "files", "indices", "two_way", "conversions", "ten
 CORE += [
     "flop_formulas",
     "registered",
+    "registered_float8",
     "ops",
     "calls",
     "casts",

@@ -91,11 +91,13 @@ def write_out(bitmap: Bitmap, values: Tensor, n: int, k: int) -> Tensor:
     return w
 
 
-def collect(bitmap: Bitmap, w: Tensor, nnz: int) -> Tensor:
-    """The entries [nnz] of w [N, K], contiguous, at the places of the pattern."""
-    values = w.new_empty(nnz)
+def collect(bitmap: Bitmap, w: Tensor, nnz: int, dtype: torch.dtype | None = None) -> Tensor:
+    """The entries [nnz] of w [N, K], contiguous, at the places of the pattern; those of bfloat16 in
+    float32, if that is the `dtype`."""
+    values = w.new_empty(nnz, dtype=dtype)
     if nnz:
-        start(*collect_launch(bitmap, w, values, w.element_size(), w.shape[1]))
+        name = "wide" if values.dtype is not w.dtype else str(w.element_size())
+        start(*collect_launch(bitmap, w, values, w.element_size(), w.shape[1], name))
     return values
 
 
@@ -125,10 +127,12 @@ def write_out_launch(bitmap: Bitmap, values, w, element_bytes: int, k: int) -> t
     return name, blocks, THREADS, 0, (*bitmap.tensors, values, w), count, bitmap.row_words, k
 
 
-def collect_launch(bitmap: Bitmap, w, values, element_bytes: int, k: int) -> tuple:
-    """collect()."""
+def collect_launch(
+    bitmap: Bitmap, w, values, element_bytes: int, k: int, kind: str | None = None
+) -> tuple:
+    """collect(), by the kernel of this kind: by default that of the size of an element."""
     count = bitmap.words.numel()
-    name, blocks = f"sk_bitmap_collect_{element_bytes}", -(-count // BLOCK_WORDS)
+    name, blocks = f"sk_bitmap_collect_{kind or element_bytes}", -(-count // BLOCK_WORDS)
     smem_bytes, tensors = THREADS * 8 * element_bytes, (*bitmap.tensors, w, values)
     return name, blocks, THREADS, smem_bytes, tensors, count, bitmap.row_words, k
 

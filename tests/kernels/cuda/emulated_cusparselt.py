@@ -19,6 +19,7 @@ from sparsekern.kernels.cuda import (
     cusparselt,
     expand,
     few_tokens,
+    float8,
     ordered,
     two_of_four,
 )
@@ -123,3 +124,15 @@ def stand_in(cusparselt_library, emulated_cuda, monkeypatch, tmp_path):  # noqa:
         cache.cache_clear()
     cusparselt._threads.plans.clear()
     assert library.live() == 0
+
+
+@pytest.fixture
+def float8_on_cpu(stand_in, monkeypatch):
+    """Layers on a CPU train in E4M3, too."""
+    has_slots_in_rows = float8._has_slots_in_rows
+    monkeypatch.setattr(float8, "_has_slots_in_rows", lambda: has_slots_in_rows("cpu"))
+    monkeypatch.setattr(float8, "refuse_dense", lambda device: None)
+    monkeypatch.setitem(algorithms.CANDIDATES, float8.DTYPE, (0, 1))
+    float8._refuse_layout.cache_clear()
+    yield stand_in
+    float8._refuse_layout.cache_clear()
