@@ -57,9 +57,9 @@ def fresh_table(monkeypatch):
     """Kernels are picked anew: the table reads the environment when a problem is first met."""
     monkeypatch.delenv("SPARSEKERN_KERNEL", raising=False)
     monkeypatch.delenv("SPARSEKERN_DEBUG", raising=False)
-    table.pick.cache_clear()
+    table.forget_choices()
     yield monkeypatch
-    table.pick.cache_clear()
+    table.forget_choices()
 
 
 @pytest.fixture

@@ -16,6 +16,7 @@ CORE += [
     "registered",
     "registered_float8",
     "ops",
+    "calls",
     "casts",
     "sparse_sparse",
     "matmul",

@@ -127,6 +127,8 @@ def emulated_cuda(emulator, monkeypatch):
     monkeypatch.setattr(cuda_library, "function", cache(route.launcher))
     monkeypatch.setattr(cuda_library, "current_stream", lambda device: 0)
     monkeypatch.setattr(torch.cuda, "current_device", lambda: None)
+    here = lambda: None, lambda device: 7, lambda: torch.cuda.is_current_stream_capturing()  # noqa: E731
+    monkeypatch.setattr(cuda_library, "surroundings", lambda: here)
     yield route
     route.backward(False)
     route.warpgroups(True)
