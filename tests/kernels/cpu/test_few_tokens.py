@@ -2,9 +2,6 @@
 what they promise beside the numbers: no stale pattern, no NaN out of nowhere, the same bits
 whatever the threads."""
 
-import subprocess
-import sys
-
 import pytest
 import torch
 from conftest import written_out
@@ -96,13 +93,6 @@ def test_explicit_zeros_meet_x(format):
     y = few_tokens(*operands(t))
     assert y[:, t.mask[:, 7]].isnan().all()
     assert torch.equal(y[:, ~t.mask[:, 7]], torch.zeros(M, int((~t.mask[:, 7]).sum())))
-
-
-@pytest.mark.slow
-def test_every_instruction_set(isa_env):
-    """The tests above in a process of their own: the choice is made once a process."""
-    pytest_command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", __file__]
-    subprocess.run([*pytest_command, "-k", "products or number or zeros"], env=isa_env, check=True)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64], ids=str)
