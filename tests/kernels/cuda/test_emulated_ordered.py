@@ -1,6 +1,9 @@
 """Free patterns in an order of their columns, without a GPU: the emulator's kernels around the
 stand-in of tests/cuda/cusparselt.cpp."""
 
+import threading
+from concurrent.futures import ThreadPoolExecutor
+
 import pytest
 import torch
 from emulated_cusparselt import (  # noqa: F401
@@ -104,6 +107,27 @@ def test_a_pattern_that_changes_has_another_order():
     W.col_indices.copy_(V.col_indices)
     W.values.copy_(V.values)
     check(product(W, x), x, moved_w)
+
+
+def test_threads_may_meet_a_pattern_at_once():
+    """Each may seek the order, and multiplies by a handle of its own; so after a change."""
+    W, w, mask = layer()
+    moved = mask.roll(1, 1)
+    moved_w = torch.randn(N, K).bfloat16() * moved
+    together = threading.Barrier(4)
+
+    def multiply(i, w):
+        x, dy = torch.randn(M + 8 * i, K).bfloat16(), torch.randn(M, N).bfloat16()
+        together.wait()
+        for op, operand, dense in (("spmm", x, w), ("spmm_t", dy, w.T))[:: 1 - 2 * (i % 2)]:
+            check(product(W, operand, op=op), operand, dense)
+
+    with ThreadPoolExecutor(4) as pool:
+        list(pool.map(multiply, range(4), [w] * 4))
+        V = SparseTensor.from_dense(moved_w, moved)
+        W.col_indices.copy_(V.col_indices)
+        W.values.copy_(V.values)
+        list(pool.map(multiply, range(4), [moved_w] * 4))
 
 
 def test_no_order_is_sought_of_a_pattern_that_will_change_soon():
