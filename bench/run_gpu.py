@@ -10,7 +10,9 @@ python bench/run_gpu.py train            results/<GPU>-train-bfloat16-<date>.*: 
 python bench/run_gpu.py train-products   their three products alone, and what is written out
 python bench/run_gpu.py train-memory     memory of a step; --largest: the most sequences that fit
 python bench/run_gpu.py least-size       sparsekern/kernels/least_sizes.json
-python bench/run_gpu.py models           results/<GPU>-models-bfloat16-<date>.*: whole LLMs
+python bench/run_gpu.py scale            results/<GPU>-scale-bfloat16-<date>.*: on several GPUs
+python bench/run_gpu.py models           results/<GPU>-models-bfloat16-<date>.*: of transformers;
+                                         --compiled: layers of one, with torch.compile
 python bench/run_gpu.py publish X.csv   the same from a file that --out FOLDER wrote
 
 With --out only the table is written, there: to measure on a machine without the repository or
@@ -29,6 +31,7 @@ from pathlib import Path
 
 import models_gpu
 import pages
+import scale
 import tables_gpu
 import torch
 import train_gpu
@@ -227,7 +230,9 @@ def page_of_prompts(name: str, run: Run) -> str:
 
 
 PAGES = dict(decode=page, prompts=page_of_prompts, layouts=page_of_prompts)
-PAGES |= {"two-way": two_way.page, "models": models_gpu.page}
+PAGES |= {"two-way": two_way.page, "scale": scale.page}
+PAGES |= {models_gpu.PLAIN: models_gpu.page, models_gpu.COMPILED: models_gpu.page}
+WHOLE = {"models": models_gpu, "scale": scale}  # verbs with cases of their own
 
 
 def joined(runs: list[Run]) -> Run:
@@ -237,6 +242,8 @@ def joined(runs: list[Run]) -> Run:
         return first
     if first.about["benchmark"] in train_gpu.PAGES:
         return train_gpu.joined(runs)
+    if first.about["benchmark"] in (models_gpu.PLAIN, models_gpu.COMPILED):
+        return models_gpu.joined(runs)
     places = sorted(tuple(run.about.get("part", ())) for run in runs)
     if places != [(i + 1, len(runs)) for i in range(len(runs))]:
         raise SystemExit(f"bench-gpu: expected all parts of a grid, once each, got {places}")
@@ -279,6 +286,8 @@ def publish(run: Run) -> None:
             times.FILE.write_text(
                 layouts_gpu.in_json(layouts_gpu.summarize(derived(run), source(run)))
             )
+        elif run.about["benchmark"] == "scale":
+            scale.update(name_of(run), run)
     else:
         update_crossover(run)
 
@@ -350,6 +359,15 @@ def main(arguments: list[str]) -> int:
     options.add_argument("--out", type=Path)
     options.add_argument("--commit", help="where there is no repository")
     options.add_argument("--limit-s", type=float, default=600.0, help="begin nothing after that")
+    options.add_argument(
+        "--sparsities", type=float, nargs="+", default=models_gpu.SPARSITIES, metavar="SHARE"
+    )
+    options.add_argument("--compiled", action="store_true", help="2 layers, with torch.compile")
+    options = verbs.add_parser("scale")
+    options.add_argument("--out", type=Path)
+    options.add_argument("--commit", help="where there is no repository")
+    options.add_argument("--gpus", type=int, help="so many alone; else 2, 4, ... that are there")
+    options.add_argument("--limit-s", type=float, default=scale.LIMIT_S, help="begin nothing after")
     verbs.add_parser("publish").add_argument("files", type=Path, nargs="+")
     args = parser.parse_args(arguments)
     if args.verb == "publish":
@@ -361,8 +379,8 @@ def main(arguments: list[str]) -> int:
     folder = args.out or PARTIAL
     if args.verb in train_gpu.PAGES:
         return train(args, folder)
-    if args.verb == "models":
-        run = models_gpu.measure(machine(), folder / "models-bfloat16.csv", args)
+    if args.verb in WHOLE:
+        run = WHOLE[args.verb].measure(machine(), folder / f"{args.verb}-bfloat16.csv", args)
         if not args.out:
             publish(run)
         return 0

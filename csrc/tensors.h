@@ -9,24 +9,55 @@
 
 namespace sk {
 
+// The part of dlpack.h, version 1, that is used here.
+struct DLTensor {
+  void* data;
+  int32_t device_type, device_id;
+  int32_t ndim;
+  uint8_t type_code, type_bits;
+  uint16_t type_lanes;
+  int64_t* shape;
+  int64_t* strides;
+  uint64_t byte_offset;
+};
+
+// A tensor whose elements lie where a kernel reads them: contiguous, in memory that is there.
+struct Operand : DLTensor {
+  // False, with or without Python's error set, for anything else.
+  bool read(PyObject* object) { return read_view(object) && is_whole(object); }
+
+  // The same, of what may begin behind the start of its memory.
+  bool read_view(PyObject* object);
+
+  // Whether it begins there, or is a part of memory that is there.
+  static bool is_there(PyObject* object);
+
+  // Whether it begins there. The address of a view with an offset is no null pointer where the
+  // memory was freed below it.
+  static bool is_whole(PyObject* object);
+
+  bool is_indices() const {
+    return ndim == 1 && type_code == 0 && type_bits == 32 && type_lanes == 1;
+  }
+
+  bool has_type_of(const DLTensor& t) const {
+    return type_code == t.type_code && type_bits == t.type_bits && type_lanes == t.type_lanes;
+  }
+
+  bool is_on_device_of(const DLTensor& t) const {
+    return device_type == t.device_type && device_id == t.device_id;
+  }
+
+  bool is_vector_like(const DLTensor& t, int64_t size) const {
+    return ndim == 1 && shape[0] == size && has_type_of(t) && is_on_device_of(t);
+  }
+};
+
 // Adds read_tensors_of() and fitting_tokens() to the module; false with Python's error set.
 bool add_tensor_functions(PyObject* module);
 
 // The address of a torch.Tensor's elements, null where it has none; false, with or without Python's
 // error set, for anything else.
 bool read_data(PyObject* tensor, void** address);
-
-// A tensor whose elements lie where a kernel reads them: contiguous, from the start of memory that
-// is there.
-struct Operand {
-  void* data;
-  int ndim;
-  const int64_t* shape;  // of the tensor: as long as it lives and keeps its shape
-  int type_code, bits;   // 0 int, 1 unsigned, 2 float, 4 bfloat16
-  bool is_cpu;
-};
-
-// False, with or without Python's error set, for anything else.
-bool read_operand(PyObject* tensor, Operand* to);
 
 }  // namespace sk

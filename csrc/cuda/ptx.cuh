@@ -284,6 +284,24 @@ __device__ inline unsigned round_to_e4m3(float low, float high) {
   return pair;
 }
 
+// Of two E4M3 in the low bytes their sum; NaN if one is.
+__device__ inline float sum_of_e4m3(unsigned pair) {
+  unsigned halves = 0;
+#if __CUDA_ARCH__ >= 890
+  asm("cvt.rn.f16x2.e4m3x2 %0, %1;" : "=r"(halves) : "h"(static_cast<unsigned short>(pair)));
+#endif
+  float low, high;
+  asm("{\n"
+      ".reg .b16 l, h;\n"
+      "mov.b32 {l, h}, %2;\n"
+      "cvt.f32.f16 %0, l;\n"
+      "cvt.f32.f16 %1, h;\n"
+      "}"
+      : "=f"(low), "=f"(high)
+      : "r"(halves));
+  return low + high;
+}
+
 __device__ inline unsigned short round_to_bf16(float value) {
   unsigned short bits;
   asm("cvt.rn.bf16.f32 %0, %1;" : "=h"(bits) : "f"(value));

@@ -21,6 +21,7 @@ from .cpu import expand as expand_on_cpu
 from .cpu import few_tokens, panel, split, widened
 from .cuda import csr, expand, ordered, two_of_four
 from .cuda import few_tokens as cuda_few_tokens
+from .operands import native
 from .problem import OLD_NAMES, Kernel, Problem
 from .triton import rows as triton_rows
 
@@ -81,6 +82,13 @@ def pick(problem: Problem) -> Kernel:
     return replace(kernel, run=kernel.bound(problem))
 
 
+def forget_choices() -> None:
+    """Choose anew, and read the environment anew, when a problem is met again."""
+    pick.cache_clear()
+    if native:
+        native.forget_calls()
+
+
 def _check(problem: Problem) -> None:
     """Sizes and a dtype that there can be; operands.py has seen that the tensors agree."""
     for name, size in (("n", problem.N), ("k", problem.K), ("nnz", problem.nnz)):
@@ -135,8 +143,8 @@ def _forced(problem: Problem, name: str) -> Kernel | None:
     if not rows:
         known = ", ".join(sorted({row.name for row in KERNELS}))
         raise ValueError(f"SPARSEKERN_KERNEL: expected one of {known}, got {name}")
-    # A name may have a row for each device.
-    rows = sorted(rows, key=lambda row: row.device not in (None, problem.device))
+    # A name may have rows for each device, and not of the same ops.
+    rows = [row for row in rows if row.device in (None, problem.device)] or rows
     row = next((row for row in rows if row.op == problem.op), None)
     reason = row and _refusal(row, problem)
     if reason:

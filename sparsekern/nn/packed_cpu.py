@@ -2,16 +2,13 @@
 
 from typing import Any
 
-import torch
 from torch import Tensor, nn
-from torch.autograd import forward_ad
 
-from ..kernels.cpu.lanes import Lanes, multiply_lanes, writes_out
-from ..ops import _is_direct as is_direct
-from ..ops import in_functorch, spmm_lanes
+from ..kernels.cpu.lanes import Lanes, writes_out
+from ..kernels.operands import native
+from ..ops import spmm_lanes
+from ..registered import prepare_spmm_lanes
 from .packed import PackedLinear, refuse_derivatives
-
-_is_compiling = torch.compiler.is_compiling
 
 
 class PackedLinearOnCpu(PackedLinear):
@@ -41,6 +38,7 @@ class PackedLinearOnCpu(PackedLinear):
         for name in self._names:
             self.register_buffer(name, getattr(packed, name), persistent=False)
         self.register_buffer("bias", bias, persistent=False)
+        self._calls = native and native.packed_calls()
 
     def explain(self, x: Tensor | int) -> str:
         """What a call with x [..., in_features], or with so many tokens, runs."""
@@ -50,10 +48,10 @@ class PackedLinearOnCpu(PackedLinear):
         way = "written out, then torch.mm" if writes_out(m, self._packed()) else "16 rows in lanes"
         return f"{m} tokens -> {self.layout}: {way}, {self.packed_bytes} bytes"
 
-    def forward(self, input: Tensor) -> Tensor:  # the name that nn.Linear gives x
-        y = self._quick(input)
-        if y is not None:
-            return y
+    def _prepare(self, x: Tensor) -> object:
+        return prepare_spmm_lanes(x, self._packed(), self._buffers["bias"])
+
+    def _multiply(self, input: Tensor) -> Tensor:
         x, packed = input, self._packed()
         if not x.is_cpu or not packed.values.is_cpu:
             raise NotImplementedError(
@@ -71,24 +69,6 @@ class PackedLinearOnCpu(PackedLinear):
             return spmm_lanes(x, packed, bias)
         y = spmm_lanes(x.reshape(-1, packed.k), packed, bias)
         return y.view(*x.shape[:-1], packed.n)
-
-    def _quick(self, x: Tensor) -> Tensor | None:
-        """forward() in one step of C++; None where there is something to refuse, or anybody looks
-        on: a small layer pays for every line of Python."""
-        b: dict[str, Any] = self._buffers  # faster than attributes
-        values, bias = b["values"], b["bias"]
-        if (
-            multiply_lanes is None
-            or _is_compiling()
-            or in_functorch()
-            or forward_ad._current_level >= 0
-            or not is_direct(values, x, bias)
-            or x.requires_grad
-        ):
-            return None
-        sizes = self.out_features, self.in_features
-        parts = b["part_steps"], b["heads"], b["cols"], values, bias
-        return multiply_lanes(x, *sizes, *parts, torch.get_num_threads())
 
     def _packed(self) -> Lanes:
         b: dict[str, Any] = self._buffers  # faster than attributes

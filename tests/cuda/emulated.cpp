@@ -556,6 +556,17 @@ unsigned round_to_e4m3(float low, float high) {
   return round_to_e4m3(low) | round_to_e4m3(high) << 8;
 }
 
+static float value_of_e4m3(unsigned code) {
+  const unsigned exponent = code >> 3 & 15, mantissa = exponent ? 8 + code % 8 : code % 8;
+  if ((code & 0x7f) == 0x7f) return __uint_as_float(0x7fffffff);
+  const float size = ldexpf(static_cast<float>(mantissa), (exponent ? exponent : 1) - 10);
+  return code & 0x80 ? -size : size;
+}
+
+float sum_of_e4m3(unsigned pair) {
+  return value_of_e4m3(pair & 0xff) + value_of_e4m3(pair >> 8 & 0xff);
+}
+
 unsigned short round_to_f16(float value) {
   const unsigned bits = __float_as_uint(value), sign = bits >> 16 & 0x8000;
   const unsigned size = bits & 0x7fffffff;

@@ -185,5 +185,6 @@ unsigned short round_to_bf16(float value);
 unsigned short round_to_f16(float value);
 float f16_to_float(unsigned short bits);
 unsigned round_to_e4m3(float low, float high);
+float sum_of_e4m3(unsigned pair);
 
 }  // namespace sk

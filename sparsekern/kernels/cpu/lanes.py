@@ -19,8 +19,6 @@ from .panel import _C, type_of
 
 DTYPES = (torch.float32, torch.bfloat16)
 _type_of = cache(type_of)
-# Without a torch whose tensors it can read it takes no operand.
-multiply_lanes = None if _C is None else _C.multiply_lanes
 GROUP, COLS, PART_ROWS = 16, 63, 512
 
 
