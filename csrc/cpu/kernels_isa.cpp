@@ -88,14 +88,17 @@ void widen_(Type type, const void* values, int64_t size, void* wide) {
   });
 }
 
-void spmm_(Type type, int vecs, const Walk& w, int64_t rows, bool in_place, const void* values,
-           const void* start, const void* x, void* y) {
-  with_panel(type, [&](auto* e, auto* r) {
-#define SK_CALL(v) \
-  return spmm_block<v>(w, rows, in_place, as(values, r), as(start, r), as(x, e), as(y, r))
-    SK_WITH_VECS(SK_CALL)
+void spmm_(Type type, int vecs, bool two_sums, const Walk& w, int64_t rows, bool in_place,
+           const void* values, const void* start, const void* x, void* y) {
+#define SK_CALL(v, ...)                                                                      \
+  return spmm_block<v __VA_ARGS__>(w, rows, in_place, as(values, r), as(start, r), as(x, e), \
+                                   as(y, r))
+#define SK_ONE_SUM(v) SK_CALL(v)
+  if (two_sums && vecs == 4 && type != Type::kPairs)
+    return with_panel(type, [&](auto* e, auto* r) { SK_CALL(4, , true); });
+  with_panel(type, [&](auto* e, auto* r) { SK_WITH_VECS(SK_ONE_SUM) });
+#undef SK_ONE_SUM
 #undef SK_CALL
-  });
 }
 
 void sddmm_(Type type, int vecs, const Walk& w, const void* dy, const void* x, bool add,

@@ -169,6 +169,7 @@ sk::Plan draw_plan(Random& random, int64_t n, int64_t k) {
           random.range(1, 3),
           random.range(1, 3),
           random.chance(50),
+          random.chance(50),
           random.chance(50)};
 }
 

@@ -123,6 +123,7 @@ void check(const Problem& p, sk::Type type, std::initializer_list<int> all_vecs,
     Array y(type, out_size, nullptr), dx(type, in_size, nullptr), dvalues(type, nnz, nullptr);
     for (int threads : {1, 2, 3}) {
       sk::Plan plan{threads, vecs, 1, 65536, 37 * vecs, 1, 1, pairs};
+      plan.two_sums = p.tokens % 2;
       if (threads > 1) plan.rows = 11, plan.row_parts = 2, plan.col_parts = threads;
       sk::Plan spmm_plan = plan;
       if (threads == 3) spmm_plan.tile_parts = 2, spmm_plan.in_place = true;
