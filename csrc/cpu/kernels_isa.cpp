@@ -90,15 +90,18 @@ void widen_(Type type, const void* values, int64_t size, void* wide) {
 
 void spmm_(Type type, int vecs, bool two_sums, const Walk& w, int64_t rows, bool in_place,
            const void* values, const void* start, const void* x, void* y) {
-#define SK_CALL(v, ...)                                                                      \
-  return spmm_block<v __VA_ARGS__>(w, rows, in_place, as(values, r), as(start, r), as(x, e), \
-                                   as(y, r))
-#define SK_ONE_SUM(v) SK_CALL(v)
-  if (two_sums && vecs == 4 && type != Type::kPairs)
-    return with_panel(type, [&](auto* e, auto* r) { SK_CALL(4, , true); });
-  with_panel(type, [&](auto* e, auto* r) { SK_WITH_VECS(SK_ONE_SUM) });
-#undef SK_ONE_SUM
+  with_panel(type, [&](auto* e, auto* r) {
+    using Element = std::remove_pointer_t<decltype(e)>;
+    using Real = std::remove_pointer_t<decltype(r)>;
+    const auto run = [&](auto* block) {
+      block(w, rows, in_place, as(values, r), as(start, r), as(x, e), as(y, r));
+    };
+    if constexpr (std::is_same_v<Element, Real>)
+      if (two_sums && vecs == 4) return run(spmm_block<4, true, Element, Real>);
+#define SK_CALL(v) return run(spmm_block<v, false, Element, Real>)
+    SK_WITH_VECS(SK_CALL)
 #undef SK_CALL
+  });
 }
 
 void sddmm_(Type type, int vecs, const Walk& w, const void* dy, const void* x, bool add,

@@ -27,7 +27,7 @@ SK_INLINE void spmm_segment(int32_t count, const Real* v, const uint16_t* c, con
   using V = typename Simd<Real>::V;
   constexpr int kLanes = Simd<Real>::kCount;
   constexpr int kSums = kVecs * Simd<Element>::kTokens;
-  constexpr int kSets = kTwo ? 2 : kVecs >= 4 ? 1 : kSums == 4 ? 2 : 4;
+  constexpr int kSets = kTwo ? 2 : kVecs >= 4 ? 1 : kVecs >= 2 ? 2 : 4;
   constexpr int64_t kWidth = kVecs * kLanes;
   V acc[kSets][kSums];
   SK_FOR(s, kSets)
@@ -86,7 +86,7 @@ void move_sums(bool is_first, int64_t size, Real* y, Real* total) {
   }
 }
 
-template <int kVecs, bool kTwo = false, class Element, class Real>
+template <int kVecs, bool kTwo, class Element, class Real>
 void spmm_block(const Walk& w, int64_t rows, bool in_place, const Real* values, const Real* start,
                 const Element* x, Real* y) {
   constexpr int kLanes = Simd<Real>::kCount;
