@@ -556,6 +556,28 @@ unsigned round_to_e4m3(float low, float high) {
   return round_to_e4m3(low) | round_to_e4m3(high) << 8;
 }
 
+static float e4m3_to_float(unsigned byte) {
+  const int exponent = byte >> 3 & 15, fraction = byte & 7;
+  if ((byte & 0x7f) == 0x7f) return NAN;
+  const float size = exponent ? ldexpf(8 + fraction, exponent - 10) : ldexpf(fraction, -9);
+  return byte & 0x80 ? -size : size;
+}
+
+unsigned e4m3_to_f16(unsigned pair) {
+  return round_to_f16(e4m3_to_float(pair & 0xff)) | round_to_f16(e4m3_to_float(pair >> 8 & 0xff))
+                                                        << 16;
+}
+
+unsigned multiply_add_bf16(unsigned a, unsigned b, unsigned c) {
+  unsigned sums = 0;
+  for (int shift = 0; shift < 32; shift += 16) {
+    const auto number = [&](unsigned two) { return __uint_as_float(two >> shift << 16); };
+    // A product of two bfloat16 is exact in float; here the sums are, too.
+    sums |= round_to_bf16(number(a) * number(b) + number(c)) << shift;
+  }
+  return sums;
+}
+
 unsigned short round_to_f16(float value) {
   const unsigned bits = __float_as_uint(value), sign = bits >> 16 & 0x8000;
   const unsigned size = bits & 0x7fffffff;
