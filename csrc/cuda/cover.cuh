@@ -20,14 +20,17 @@ namespace sk {
 
 constexpr int kCoverColumns = 256;  // of a window
 
-constexpr int kLaneValues = 8;  // of a lane in a record
+// Of a record.
+constexpr int kLaneValues = 8, kRecordValues = kWarp * kLaneValues;
+constexpr int kRecordIndexBytes = kWarp * 2 + kWarp;
+constexpr int kMostRecordBytes = kRecordValues * 2 + kRecordIndexBytes;
 
 template <class V>
 struct Record {
   static constexpr int kLaneBytes = kLaneValues * Stored<V>::kBytes;
   static constexpr int kPositionsAt = kWarp * kLaneBytes;
   static constexpr int kColumnsAt = kPositionsAt + kWarp * 2;
-  static constexpr int kBytes = kColumnsAt + kWarp;
+  static constexpr int kBytes = kPositionsAt + kRecordIndexBytes;
   static constexpr int kChunks = kBytes / 16;
   static constexpr int kHead = kChunks < kWarp ? kChunks : kWarp;  // chunks; one a lane
   static constexpr int kTail = kChunks - kHead;

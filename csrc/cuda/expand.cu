@@ -15,7 +15,7 @@ constexpr int kTilePad = 8;  // elements beside a row of a tile: rows begin in o
 // Shared memory of a warp: its tile, and what it decodes.
 constexpr int kGatherTileColumns = 128;
 constexpr int kExpandGatherBytes = kWarp * (kGatherTileColumns + kTilePad) * 2 + kWarp * 8;
-constexpr int kExpandCoverBytes = kWarp * (kCoverColumns + kTilePad) * 2 + Record<bf16>::kBytes;
+constexpr int kExpandCoverBytes = kWarp * (kCoverColumns + kTilePad) * 2 + kMostRecordBytes;
 constexpr int kExpandPairsBytes = kWarp * (kStepColumns + kTilePad) * 2 + kMostStepWords * 4;
 
 // Neighbours of a row, at a multiple of 8, of which those before column k are written.
@@ -131,9 +131,9 @@ __device__ void expand(const void* values, const unsigned char* deltas, const in
           } else {
             here += word(loaded[i].deltas, e / 4) >> e % 4 * 8 & 255;
           }
-          constexpr int kOfWord = 4 / Stored<V>::kBytes;
-          const unsigned some = word(loaded[i].values, e / kOfWord);
-          const unsigned pair = Stored<V>::pair(some >> e % kOfWord / 2 * 16);
+          const unsigned four = word(loaded[i].values, e * Stored<V>::kBytes / 4);
+          unsigned pair = four;
+          if constexpr (kIsScaled<V>) pair = to_bf16<V>(four, e % 4 / 2);
           const unsigned value = pair >> e % 2 * 16 & 0xffffu;
           const unsigned at = here + odd - begin;  // huge before the tile
           if (value && at < kGatherTileColumns) tile.elements[lane * Tile::kRow + at] = value;

@@ -50,7 +50,7 @@ __device__ inline void visit_pairs(const unsigned* head, int lane, const Visit& 
       if constexpr (kPairBytes<V> == 4) {
         pair = *reinterpret_cast<const unsigned*>(at);
       } else {
-        pair = Stored<V>::pair(*reinterpret_cast<const unsigned short*>(at));
+        pair = to_bf16<V>(*reinterpret_cast<const unsigned short*>(at), 0);
       }
       at += kPairBytes<V>;
     }

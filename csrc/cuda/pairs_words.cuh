@@ -167,9 +167,9 @@ class Slots {
     load_pair(a[2], dot_bytes(four, 0x00000101u, at_), four & 0xff0000u);
     load_pair(a[3], dot_bytes(four, 0x00010101u, at_), four & 0xff000000u);
     at_ = dot_bytes(four, 0x01010101u, at_);
-    if constexpr (Stored<V>::kBytes == 1) {
+    if constexpr (kIsScaled<V>) {
 #pragma unroll
-      for (int i = 0; i < 4; ++i) a[i] = Stored<V>::pair(a[i]);
+      for (int i = 0; i < 4; ++i) a[i] = to_bf16<V>(a[i], 0);
     }
   }
 

@@ -311,6 +311,12 @@ __device__ inline unsigned e4m3_to_f16(unsigned pair) {
   return halves;
 }
 
+__device__ inline unsigned add_f16(unsigned a, unsigned b) {
+  unsigned sums;
+  asm("add.f16x2 %0, %1, %2;" : "=r"(sums) : "r"(a), "r"(b));
+  return sums;
+}
+
 // a b + c of two bfloat16 each, rounded once.
 __device__ inline unsigned multiply_add_bf16(unsigned a, unsigned b, unsigned c) {
   unsigned sums;

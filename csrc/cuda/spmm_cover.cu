@@ -204,15 +204,6 @@ struct Step {
     }
   }
 
-  // Values 2 i and 2 i + 1, as 16-bit floats.
-  __device__ unsigned pair(int i) const {
-    if constexpr (Stored<V>::kBytes == 2) {
-      return values[i];
-    } else {
-      return Stored<V>::pair(values[i / 2] >> i % 2 * 16);
-    }
-  }
-
   // acc += the slots of the record times their x.
   template <int kNTiles>
   __device__ void multiply(float (&acc)[2][kNTiles][4], unsigned window) const {
@@ -220,7 +211,7 @@ struct Step {
     unsigned a[2][4];
 #pragma unroll
     for (int i = 0; i < kLaneValues; i += 2) {
-      const unsigned two = pair(i / 2);
+      const unsigned two = Stored<V>::pair(values, i / 2);
       a[i / 4][i % 4] = two & 0xffffu;
       a[i / 4][i % 4 + 1] = two >> 16;
     }

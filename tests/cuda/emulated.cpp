@@ -568,6 +568,17 @@ unsigned e4m3_to_f16(unsigned pair) {
                                                         << 16;
 }
 
+unsigned add_f16(unsigned a, unsigned b) {
+  unsigned sums = 0;
+  for (int shift = 0; shift < 32; shift += 16) {
+    const auto number = [&](unsigned two) {
+      return f16_to_float(static_cast<unsigned short>(two >> shift));
+    };
+    sums |= round_to_f16(number(a) + number(b)) << shift;
+  }
+  return sums;
+}
+
 unsigned multiply_add_bf16(unsigned a, unsigned b, unsigned c) {
   unsigned sums = 0;
   for (int shift = 0; shift < 32; shift += 16) {

@@ -189,6 +189,7 @@ unsigned short round_to_f16(float value);
 float f16_to_float(unsigned short bits);
 unsigned round_to_e4m3(float low, float high);
 unsigned e4m3_to_f16(unsigned pair);
+unsigned add_f16(unsigned a, unsigned b);
 unsigned multiply_add_bf16(unsigned a, unsigned b, unsigned c);
 
 }  // namespace sk

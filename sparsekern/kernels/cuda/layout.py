@@ -25,6 +25,7 @@ LANES = 32  # rows of a slice: one warp
 EXPAND_WARPS = 4
 TILE_PAD = 8  # elements of shared memory beside a row of what is written out
 TYPES = {torch.bfloat16: "bf16", torch.float16: "f16"}
+EIGHT_BITS = {torch.int8: "int8", torch.float8_e4m3fn: "e4m3"}  # with a scale for each row of W
 
 
 class Gpu(NamedTuple):
@@ -78,6 +79,7 @@ class Packed:
 
     name: ClassVar[str]
     most_tokens: ClassVar[int] = 64  # of a product; for more W is written out
+    value_types: ClassVar[dict[torch.dtype, str]] = TYPES
 
     if TYPE_CHECKING:
 
@@ -86,7 +88,7 @@ class Packed:
 
     def parts(self) -> dict[str, tuple[torch.dtype | None, tuple[int, ...]]]:
         """Type and shape of each tensor, by the numbers and by the lengths of the first dimensions
-        that these leave free; None: a 16-bit float."""
+        that these leave free; None: one of `value_types`."""
         raise NotImplementedError
 
     def launch(self, m: int, gpu: Gpu) -> Launch | None:
@@ -114,7 +116,7 @@ class Packed:
                 launch.grid,
                 launch.block,
                 launch.smem_bytes,
-                (*weight, here[0], bias, here[1], partial, self.arrived),
+                (*weight, self.row_scales, here[0], bias, here[1], partial, self.arrived),
                 min(launch.tokens, m - first),
                 self.n,
                 self.k,
@@ -122,13 +124,16 @@ class Packed:
             )
 
     def expand(self) -> Tensor:
-        """W [N, K], dense: a missing entry is +0, a stored zero -0."""
+        """W [N, K], dense, without the scales of its rows: a missing entry is +0, a stored zero of
+        16 bits -0."""
         w = torch.empty(self.n, self.k, dtype=self.dtype, device=self.arrived.device)
         if w.numel() == 0 or self.nnz == 0:
             return w.zero_()
         kernel, warps, warp_bytes, weight, sizes = self.expansion()
         grid, block = -(-warps // EXPAND_WARPS), EXPAND_WARPS * LANES
         smem = EXPAND_WARPS * warp_bytes
+        if self.row_scales is not None:
+            kernel += f"_{self.type_name}"
         start(f"sk_expand_{kernel}", grid, block, smem, (*weight, w), self.k, *sizes)
         return w
 
@@ -152,7 +157,7 @@ class Packed:
         for name, (dtype, shape) in self.parts().items():
             t = getattr(self, name)
             if not (
-                (t.dtype is dtype or (dtype is None and t.dtype in TYPES))
+                (t.dtype is dtype or (dtype is None and t.dtype in self.value_types))
                 and t.shape == shape
                 and t.get_device() == gpu
                 and (gpu >= 0 or t.device == like.device)
@@ -161,7 +166,7 @@ class Packed:
                 and shape[0] < 2**31  # kernels count it in 32 bits
             ):
                 raise (TypeError if t.shape == shape else ValueError)(
-                    f"{name}: expected {dtype or 'a 16-bit float'} of shape {shape} on "
+                    f"{name}: expected {dtype or _in_words(self.value_types)} of shape {shape} on "
                     f"{like.device}, contiguous and aligned, got {t.dtype} of shape "
                     f"{tuple(t.shape)} on {t.device}"
                 )
@@ -169,9 +174,9 @@ class Packed:
     def check_values(self, values: Tensor) -> None:
         """Check the values of a refill: TypeError or ValueError names what is wrong."""
         _check_length(values, self.nnz)
-        if values.dtype != self.dtype or values.device != self.arrived.device:
+        if values.dtype != self.floats.dtype or values.device != self.arrived.device:
             raise TypeError(
-                f"values: expected {self.dtype} on {self.arrived.device}, "
+                f"values: expected {self.floats.dtype} on {self.arrived.device}, "
                 f"got {values.dtype} on {values.device}"
             )
 
@@ -182,7 +187,23 @@ class Packed:
 
     @property
     def dtype(self) -> torch.dtype:
+        """That of x and of the result."""
         return self.floats.dtype
+
+    @property
+    def values_dtype(self) -> torch.dtype:
+        """That in which the values are held."""
+        return self.floats.dtype
+
+    @property
+    def type_name(self) -> str:
+        """What kernels call the type of the values."""
+        return self.value_types[self.floats.dtype]
+
+    @property
+    def row_scales(self) -> Tensor | None:
+        """What each row of the values is multiplied by, float32 [N], if they are of 8 bits."""
+        return None
 
     @property
     def slices(self) -> int:
@@ -204,16 +225,20 @@ class Packed:
 
 
 class Layout:
-    """The index part of a packed weight: made from a pattern, it is filled with values."""
+    """The index part of a packed weight: made from a pattern, it is filled with values, of 16 bits
+    or, for kind_of_8_bits, of 8."""
 
     kind: ClassVar[type[Packed]]
+    kind_of_8_bits: ClassVar[type[Packed]]
     n: int
     k: int
     places: Tensor  # where each value of W lies in Packed.floats
 
-    def __init__(self, row_offsets: Tensor, col_indices: Tensor, n: int, k: int):
+    def __init__(
+        self, row_offsets: Tensor, col_indices: Tensor, n: int, k: int, value_bytes: int = 2
+    ):
         check_pattern_arrays(row_offsets, col_indices, n, col_indices.device)
-        self.n, self.k = n, k
+        self.n, self.k, self.value_bytes = n, k, value_bytes
 
     @classmethod
     def least_smem(cls, tokens: int, k: int) -> int:
@@ -225,16 +250,23 @@ class Layout:
         """Why W cannot, or should not, be laid out for this problem; None where it can."""
         return None
 
-    def empty(self, nnz: int, dtype: torch.dtype) -> Packed:
-        """A packed weight without its values."""
+    def empty(self, nnz: int, dtype: torch.dtype) -> dict[str, Any]:
+        """The fields of a packed weight without its values and scales."""
         raise NotImplementedError
 
-    def fill(self, values: Tensor) -> Packed:
-        """A packed weight with these values, in the order of the CSR indices."""
-        if values.dtype not in TYPES:
-            raise TypeError(f"values: expected bfloat16 or float16, got {values.dtype}")
+    def fill(self, values: Tensor, scales: Tensor | None = None) -> Packed:
+        """A packed weight with these values, in the order of the CSR indices; of 8 bits with these
+        scales, float32 [N]."""
+        types = TYPES if self.value_bytes == 2 else EIGHT_BITS
+        if values.dtype not in types:
+            raise TypeError(f"values: expected {_in_words(types)}, got {values.dtype}")
         _check_length(values, self.places.shape[0])
-        packed = self.empty(values.shape[0], values.dtype)
+        fields: dict[str, Any] = {"n": self.n, "k": self.k, "nnz": values.shape[0]}
+        fields |= self.empty(values.shape[0], values.dtype)
+        kind = self.kind
+        if self.value_bytes == 1:
+            kind, fields["scales"] = self.kind_of_8_bits, scales
+        packed = kind(**fields)
         packed.check()
         self.refill_(packed, values)
         return packed
@@ -242,10 +274,19 @@ class Layout:
     def refill_(self, packed: Packed, values: Tensor) -> None:
         """Other values in a packed weight of this layout."""
         packed.check_values(values)
+        values = values.detach()
+        if self.value_bytes == 1:  # a zero counts as not stored
+            codes = values.view(torch.uint8)
+            codes = codes.masked_fill(values.float() == 0, 0)
+            packed.floats.view(torch.uint8).view(-1)[self.places] = codes
+            return
         # A stored zero is -0, since +0 is a place that is not stored. No product shows the sign:
         # its sum begins at +0.
-        values = values.detach()
         packed.floats.view(-1)[self.places] = values.masked_fill(values == 0, -0.0)
+
+
+def _in_words(types: dict[torch.dtype, str]) -> str:
+    return "a 16-bit float" if types is TYPES else "int8 or float8_e4m3fn"
 
 
 def _check_length(values: Tensor, nnz: int) -> None:

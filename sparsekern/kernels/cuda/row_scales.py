@@ -1,0 +1,73 @@
+"""Values of W rounded to 8 bits, each row with a scale of its own: what the layouts gather8, cover8
+and pairs8 hold.
+
+The scale is the largest value of the row over the largest number of the type, in float32: nothing
+is calibrated. Products are those of the rounded values times the scales, in float32, with x as it
+is. A value that rounds to 0 counts as not stored: an infinity or NaN in x does not meet it.
+"""
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, ClassVar
+
+import torch
+from torch import Tensor
+
+from ...indices import expand_rows
+from ...tensor import SparseTensor
+from .layout import EIGHT_BITS
+
+LARGEST = {torch.int8: 127.0, torch.float8_e4m3fn: 448.0}
+
+
+@dataclass(frozen=True)
+class Scaled:
+    """What a layout of values of 8 bits has beside: what each row of them is multiplied by. x and
+    the result are bfloat16, and products exact with the values times their scales."""
+
+    value_types: ClassVar[dict[torch.dtype, str]] = EIGHT_BITS
+    scales: Tensor  # float32 [N]
+
+    if TYPE_CHECKING:
+        n: int
+
+    def parts(self) -> dict[str, tuple[torch.dtype | None, tuple[int, ...]]]:
+        return super().parts() | {"scales": (torch.float32, (self.n,))}  # type: ignore[misc]
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return torch.bfloat16
+
+    @property
+    def row_scales(self) -> Tensor | None:
+        return self.scales
+
+
+def check_values_type(values: object) -> None:
+    """ValueError unless it is a type of 8 bits."""
+    if values not in EIGHT_BITS:
+        raise ValueError(
+            f"values: expected torch.int8, torch.float8_e4m3fn or None, got {values!r}"
+        )
+
+
+def round_rows(weight: SparseTensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """The values of `weight` [N, K], bfloat16, in 8 bits [nnz], and the scales [N], float32.
+
+    A row without values, or with zeros alone, has the scale 0. TypeError for other values,
+    ValueError where one is not finite.
+    """
+    if weight.values.dtype is not torch.bfloat16:
+        raise TypeError(f"weight: expected bfloat16 values, got {weight.values.dtype}")
+    values = weight.values.detach().float()
+    rows = expand_rows(weight.row_offsets, weight.nnz).long()
+    if len(bad := (~values.isfinite()).nonzero()):
+        first = int(bad[0])
+        raise ValueError(
+            f"weight: expected finite values, to be held in {dtype}, got {values[first].item()} in "
+            f"row {int(rows[first])}"
+        )
+    largest = values.new_zeros(weight.n).scatter_reduce_(0, rows, values.abs(), "amax")
+    scales = largest / LARGEST[dtype]
+    each = scales[rows]
+    parts = torch.where(each > 0, values / each, 0).clamp_(-LARGEST[dtype], LARGEST[dtype])
+    return (parts.round_() if dtype is torch.int8 else parts).to(dtype), scales
