@@ -10,8 +10,8 @@ from torch import Tensor
 from ..kernels.cuda import library as cuda_library
 from ..kernels.cuda.choose import like, pack_for
 from ..kernels.cuda.few_tokens import spmm_packed
-from ..kernels.cuda.layout import EIGHT_BITS, Packed
-from ..kernels.cuda.row_scales import LARGEST
+from ..kernels.cuda.layout import Packed
+from ..kernels.cuda.row_scales import EIGHT_BITS, LARGEST
 from ..tensor import SparseTensor
 from .measure_gpu import Grid, Way
 from .peers_gpu import every_few_tokens

@@ -181,7 +181,7 @@ class PackedLinear(nn.Module):
         return (
             f"in_features={self.in_features}, out_features={self.out_features}, "
             f"bias={self.bias is not None}, nnz={self.nnz}, layout={self.layout}"
-        ) + (f", values={self.values_dtype}" if self.values_dtype != self.dtype else "")
+        )
 
 
 def refuse_derivatives(x: Tensor) -> None:

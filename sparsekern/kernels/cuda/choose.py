@@ -4,8 +4,8 @@
 `cover` (cover.py) is read by sparse tensor cores: for more, up to 32, where W is sparse enough.
 `pairs` (pairs.py) is read by dense tensor cores. All hold any pattern, exactly. `dense` (kept.py)
 is W with its zeros, for where these lose. `two_of_four` (compressed.py) is for many tokens, and for
-two-way patterns alone. `gather8`, `cover8` and `pairs8` are the first three with values of 8 bits
-(row_scales.py), and are chosen as if these had 16.
+two-way patterns alone. `gather_int8`, `gather_e4m3` and so on are the first three with values of 8
+bits (row_scales.py), and are chosen as if these had 16.
 
 A weight for calls of one token and of many may be held in two of them: names and parts then stand
 behind each other, "gather,dense", and each call takes the faster one (times.py has what was
@@ -22,22 +22,26 @@ from torch import Tensor
 from ...tensor import SparseTensor
 from . import cover
 from .compressed import TwoOfFour, TwoOfFourE4m3, is_faster, pack_two_of_four, pays
-from .cover import Cover, Cover8, CoverLayout
-from .gather import Gather, Gather8, GatherLayout
+from .cover import Cover, CoverLayout
+from .gather import GatherLayout
 from .kept import Dense
 from .layout import TYPES, Layout, Packed
-from .pairs import Pairs, Pairs8, PairsLayout
+from .pairs import PairsLayout
 from .row_scales import round_rows
 from .times import measured, share
 
 PACKED: dict[str, type[Layout]] = {
     layout.kind.name: layout for layout in (GatherLayout, CoverLayout, PairsLayout)
 }
-LAYOUTS: dict[str, type[Packed]] = {
-    kind.name: kind
-    for kind in (Gather, Cover, Pairs, Gather8, Cover8, Pairs8, Dense, TwoOfFour, TwoOfFourE4m3)
+OF_8_BITS: dict[str, tuple[type[Packed], ...]] = {
+    name: tuple(layout.kinds_of_8_bits.values()) for name, layout in PACKED.items()
 }
-LIKE = {layout.kind_of_8_bits.name: name for name, layout in PACKED.items()}  # of 16 bits
+_KINDS: list[type[Packed]] = [layout.kind for layout in PACKED.values()]
+_KINDS += [kind for kinds in OF_8_BITS.values() for kind in kinds]
+_KINDS += [Dense, TwoOfFour, TwoOfFourE4m3]
+LAYOUTS = {kind.name: kind for kind in _KINDS}
+# Of a layout of values of 8 bits: that of 16.
+LIKE = {kind.name: name for name, kinds in OF_8_BITS.items() for kind in kinds}
 _COUNTS = {  # of numbers and of tensors
     name: tuple([field.type for field in fields(kind)[3:]].count(t) for t in (int, Tensor))
     for name, kind in LAYOUTS.items()
@@ -84,7 +88,7 @@ def pack_for(
     if values is not None:
         rounded = round_rows(own, values)
         chosen = choose_forms(tokens, own.n, own.k, own.nnz, packed_names())
-        return [layout_of(own, name, 1).fill(*rounded) for name in chosen]
+        return [layout_of(own, name, 1).fill_rounded(*rounded) for name in chosen]
     names = [*packed_names(), *[Dense.name] * may_be_dense]
     many = pack_two_of_four(own, own.values.dtype) if pays(own, tokens[-1]) else None
     if many and is_faster(tokens[0], own.n, own.k):

@@ -16,7 +16,7 @@ from torch import Tensor
 from ..problem import Problem
 from .csr import is_nearly_empty
 from .layout import LANES, TILE_PAD, Expansion, Gpu, Launch, Layout, Packed, sort_rows
-from .row_scales import Scaled
+from .row_scales import InE4m3, InInt8
 from .runs import FEW_TILES, MANY_TILES, RUN_WARPS, choose_runs, launch_runs
 
 try:
@@ -80,8 +80,13 @@ class Cover(Packed):
 
 
 @dataclass(frozen=True)
-class Cover8(Scaled, Cover):
-    name = "cover8"
+class CoverInt8(InInt8, Cover):
+    name = "cover_int8"
+
+
+@dataclass(frozen=True)
+class CoverE4m3(InE4m3, Cover):
+    name = "cover_e4m3"
 
 
 def _record_elements(value_bytes: int) -> int:
@@ -91,7 +96,8 @@ def _record_elements(value_bytes: int) -> int:
 class CoverLayout(Layout):
     """Made by the C++ library, which checks the indices."""
 
-    kind, kind_of_8_bits = Cover, Cover8
+    kind = Cover
+    kinds_of_8_bits = {torch.int8: CoverInt8, torch.float8_e4m3fn: CoverE4m3}
 
     def __init__(
         self, row_offsets: Tensor, col_indices: Tensor, n: int, k: int, value_bytes: int = 2
@@ -128,7 +134,7 @@ class CoverLayout(Layout):
     def refuse(cls, problem: Problem) -> str | None:
         return "W is too empty for a cover" if is_nearly_empty(problem) else None
 
-    def empty(self, nnz: int, dtype: torch.dtype) -> dict[str, Any]:
+    def empty(self, dtype: torch.dtype) -> dict[str, Any]:
         return {
             "records": self.records.clone().view(dtype),
             "steps": self.steps,

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from ...indices import expand_rows
 from .layout import LANES, TILE_PAD, Expansion, Gpu, Launch, Layout, Packed, sort_rows
-from .row_scales import Scaled
+from .row_scales import InE4m3, InInt8
 
 GRANULE_BYTES = 16  # of the values of a lane
 BLOCK_PIECES = 16  # of a thread block: one a warp
@@ -85,8 +85,13 @@ class Gather(Packed):
 
 
 @dataclass(frozen=True)
-class Gather8(Scaled, Gather):
-    name = "gather8"
+class GatherInt8(InInt8, Gather):
+    name = "gather_int8"
+
+
+@dataclass(frozen=True)
+class GatherE4m3(InE4m3, Gather):
+    name = "gather_e4m3"
 
 
 @lru_cache(maxsize=4096)
@@ -163,7 +168,8 @@ class GatherLayout(Layout):
     """`pieces`, about how many, and `bits` default to what suits the GPU and to the smaller of the
     two formats."""
 
-    kind, kind_of_8_bits = Gather, Gather8
+    kind = Gather
+    kinds_of_8_bits = {torch.int8: GatherInt8, torch.float8_e4m3fn: GatherE4m3}
 
     def __init__(
         self,
@@ -246,7 +252,7 @@ class GatherLayout(Layout):
         columns = through[self.bounds[:-1].long()] - through[slice_begins]
         return (columns * (2 if self.bits == 4 else 1)).int()
 
-    def empty(self, nnz: int, dtype: torch.dtype) -> dict[str, Any]:
+    def empty(self, dtype: torch.dtype) -> dict[str, Any]:
         return {
             "bits": self.bits,
             "values": self.deltas.new_zeros(self.granules, LANES, self.entries, dtype=dtype),

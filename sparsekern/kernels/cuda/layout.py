@@ -25,7 +25,6 @@ LANES = 32  # rows of a slice: one warp
 EXPAND_WARPS = 4
 TILE_PAD = 8  # elements of shared memory beside a row of what is written out
 TYPES = {torch.bfloat16: "bf16", torch.float16: "f16"}
-EIGHT_BITS = {torch.int8: "int8", torch.float8_e4m3fn: "e4m3"}  # with a scale for each row of W
 
 
 class Gpu(NamedTuple):
@@ -79,7 +78,6 @@ class Packed:
 
     name: ClassVar[str]
     most_tokens: ClassVar[int] = 64  # of a product; for more W is written out
-    value_types: ClassVar[dict[torch.dtype, str]] = TYPES
 
     if TYPE_CHECKING:
 
@@ -88,7 +86,7 @@ class Packed:
 
     def parts(self) -> dict[str, tuple[torch.dtype | None, tuple[int, ...]]]:
         """Type and shape of each tensor, by the numbers and by the lengths of the first dimensions
-        that these leave free; None: one of `value_types`."""
+        that these leave free; None: a 16-bit float."""
         raise NotImplementedError
 
     def launch(self, m: int, gpu: Gpu) -> Launch | None:
@@ -157,7 +155,7 @@ class Packed:
         for name, (dtype, shape) in self.parts().items():
             t = getattr(self, name)
             if not (
-                (t.dtype is dtype or (dtype is None and t.dtype in self.value_types))
+                (t.dtype is dtype or (dtype is None and t.dtype in TYPES))
                 and t.shape == shape
                 and t.get_device() == gpu
                 and (gpu >= 0 or t.device == like.device)
@@ -166,7 +164,7 @@ class Packed:
                 and shape[0] < 2**31  # kernels count it in 32 bits
             ):
                 raise (TypeError if t.shape == shape else ValueError)(
-                    f"{name}: expected {dtype or _in_words(self.value_types)} of shape {shape} on "
+                    f"{name}: expected {dtype or 'a 16-bit float'} of shape {shape} on "
                     f"{like.device}, contiguous and aligned, got {t.dtype} of shape "
                     f"{tuple(t.shape)} on {t.device}"
                 )
@@ -174,9 +172,9 @@ class Packed:
     def check_values(self, values: Tensor) -> None:
         """Check the values of a refill: TypeError or ValueError names what is wrong."""
         _check_length(values, self.nnz)
-        if values.dtype != self.floats.dtype or values.device != self.arrived.device:
+        if values.dtype != self.dtype or values.device != self.arrived.device:
             raise TypeError(
-                f"values: expected {self.floats.dtype} on {self.arrived.device}, "
+                f"values: expected {self.dtype} on {self.arrived.device}, "
                 f"got {values.dtype} on {values.device}"
             )
 
@@ -198,7 +196,7 @@ class Packed:
     @property
     def type_name(self) -> str:
         """What kernels call the type of the values."""
-        return self.value_types[self.floats.dtype]
+        return TYPES[self.floats.dtype]
 
     @property
     def row_scales(self) -> Tensor | None:
@@ -225,11 +223,11 @@ class Packed:
 
 
 class Layout:
-    """The index part of a packed weight: made from a pattern, it is filled with values, of 16 bits
-    or, for kind_of_8_bits, of 8."""
+    """The index part of a packed weight: made from a pattern, for values of so many bytes, it is
+    filled with values."""
 
     kind: ClassVar[type[Packed]]
-    kind_of_8_bits: ClassVar[type[Packed]]
+    kinds_of_8_bits: ClassVar[dict[torch.dtype, type[Packed]]]
     n: int
     k: int
     places: Tensor  # where each value of W lies in Packed.floats
@@ -250,23 +248,16 @@ class Layout:
         """Why W cannot, or should not, be laid out for this problem; None where it can."""
         return None
 
-    def empty(self, nnz: int, dtype: torch.dtype) -> dict[str, Any]:
-        """The fields of a packed weight without its values and scales."""
+    def empty(self, dtype: torch.dtype) -> dict[str, Any]:
+        """The fields of a packed weight without its values, which have this type."""
         raise NotImplementedError
 
-    def fill(self, values: Tensor, scales: Tensor | None = None) -> Packed:
-        """A packed weight with these values, in the order of the CSR indices; of 8 bits with these
-        scales, float32 [N]."""
-        types = TYPES if self.value_bytes == 2 else EIGHT_BITS
-        if values.dtype not in types:
-            raise TypeError(f"values: expected {_in_words(types)}, got {values.dtype}")
+    def fill(self, values: Tensor) -> Packed:
+        """A packed weight with these values, in the order of the CSR indices."""
+        if values.dtype not in TYPES:
+            raise TypeError(f"values: expected bfloat16 or float16, got {values.dtype}")
         _check_length(values, self.places.shape[0])
-        fields: dict[str, Any] = {"n": self.n, "k": self.k, "nnz": values.shape[0]}
-        fields |= self.empty(values.shape[0], values.dtype)
-        kind = self.kind
-        if self.value_bytes == 1:
-            kind, fields["scales"] = self.kind_of_8_bits, scales
-        packed = kind(**fields)
+        packed = self.kind(self.n, self.k, len(values), **self.empty(values.dtype))
         packed.check()
         self.refill_(packed, values)
         return packed
@@ -274,19 +265,22 @@ class Layout:
     def refill_(self, packed: Packed, values: Tensor) -> None:
         """Other values in a packed weight of this layout."""
         packed.check_values(values)
-        values = values.detach()
-        if self.value_bytes == 1:  # a zero counts as not stored
-            codes = values.view(torch.uint8)
-            codes = codes.masked_fill(values.float() == 0, 0)
-            packed.floats.view(torch.uint8).view(-1)[self.places] = codes
-            return
         # A stored zero is -0, since +0 is a place that is not stored. No product shows the sign:
         # its sum begins at +0.
+        values = values.detach()
         packed.floats.view(-1)[self.places] = values.masked_fill(values == 0, -0.0)
 
-
-def _in_words(types: dict[torch.dtype, str]) -> str:
-    return "a 16-bit float" if types is TYPES else "int8 or float8_e4m3fn"
+    def fill_rounded(self, values: Tensor, scales: Tensor) -> Packed:
+        """A packed weight with these values of 8 bits, in the order of the CSR indices, times these
+        scales of the rows (row_scales.py). A zero counts as not stored."""
+        _check_length(values, self.places.shape[0])
+        kind = self.kinds_of_8_bits[values.dtype]
+        fields = self.empty(torch.uint8) | {"scales": scales}
+        packed = kind(self.n, self.k, len(values), **fields)
+        packed.check()
+        codes = values.view(torch.uint8).masked_fill(values.float() == 0, 0)
+        packed.floats.view(-1)[self.places] = codes
+        return packed
 
 
 def _check_length(values: Tensor, nnz: int) -> None:

@@ -19,7 +19,7 @@ from ..problem import Problem
 from . import pairs_ring
 from .csr import is_nearly_empty
 from .layout import LANES, TILE_PAD, Expansion, Gpu, Launch, Layout, Packed
-from .row_scales import Scaled
+from .row_scales import InE4m3, InInt8
 from .runs import MANY_TILES, RUN_WARPS, TILE_COLUMNS, choose_runs, launch_runs
 
 STEP = 64  # columns
@@ -78,12 +78,18 @@ class Pairs(Packed):
 
 
 @dataclass(frozen=True)
-class Pairs8(Scaled, Pairs):
-    name = "pairs8"
+class PairsInt8(InInt8, Pairs):
+    name = "pairs_int8"
+
+
+@dataclass(frozen=True)
+class PairsE4m3(InE4m3, Pairs):
+    name = "pairs_e4m3"
 
 
 class PairsLayout(Layout):
-    kind, kind_of_8_bits = Pairs, Pairs8
+    kind = Pairs
+    kinds_of_8_bits = {torch.int8: PairsInt8, torch.float8_e4m3fn: PairsE4m3}
 
     def __init__(
         self, row_offsets: Tensor, col_indices: Tensor, n: int, k: int, value_bytes: int = 2
@@ -138,7 +144,7 @@ class PairsLayout(Layout):
             return "its offsets have 32 bits, too few for the pairs of W"
         return "W is too empty for pairs" if is_nearly_empty(problem) else None
 
-    def empty(self, nnz: int, dtype: torch.dtype) -> dict[str, Any]:
+    def empty(self, dtype: torch.dtype) -> dict[str, Any]:
         arrived = self.steps.new_zeros(-(-self.n // LANES))
         return {"words": self.words.clone().view(dtype), "steps": self.steps, "arrived": arrived}
 

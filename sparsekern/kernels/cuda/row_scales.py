@@ -1,5 +1,5 @@
-"""Values of W rounded to 8 bits, each row with a scale of its own: what the layouts gather8, cover8
-and pairs8 hold.
+"""Values of W rounded to 8 bits, each row with a scale of its own: what the layouts gather_int8,
+gather_e4m3 and so on hold.
 
 The scale is the largest value of the row over the largest number of the type, in float32: nothing
 is calibrated. Products are those of the rounded values times the scales, in float32, with x as it
@@ -14,37 +14,54 @@ from torch import Tensor
 
 from ...indices import expand_rows
 from ...tensor import SparseTensor
-from .layout import EIGHT_BITS
 
+EIGHT_BITS = {torch.int8: "int8", torch.float8_e4m3fn: "e4m3"}
 LARGEST = {torch.int8: 127.0, torch.float8_e4m3fn: 448.0}
 
 
 @dataclass(frozen=True)
 class Scaled:
-    """What a layout of values of 8 bits has beside: what each row of them is multiplied by. x and
-    the result are bfloat16, and products exact with the values times their scales."""
+    """What a layout has beside with values of 8 bits: what each row of them is multiplied by. The
+    values stand there as bytes, since not all that torch does takes E4M3. x and the result are
+    bfloat16."""
 
-    value_types: ClassVar[dict[torch.dtype, str]] = EIGHT_BITS
+    values_dtype: ClassVar[torch.dtype]
     scales: Tensor  # float32 [N]
 
     if TYPE_CHECKING:
         n: int
 
     def parts(self) -> dict[str, tuple[torch.dtype | None, tuple[int, ...]]]:
-        return super().parts() | {"scales": (torch.float32, (self.n,))}  # type: ignore[misc]
+        parts = super().parts()  # type: ignore[misc]
+        parts = {name: (dtype or torch.uint8, shape) for name, (dtype, shape) in parts.items()}
+        return parts | {"scales": (torch.float32, (self.n,))}
 
     @property
     def dtype(self) -> torch.dtype:
         return torch.bfloat16
 
     @property
+    def type_name(self) -> str:
+        return EIGHT_BITS[self.values_dtype]
+
+    @property
     def row_scales(self) -> Tensor | None:
         return self.scales
 
 
+@dataclass(frozen=True)
+class InInt8(Scaled):
+    values_dtype = torch.int8
+
+
+@dataclass(frozen=True)
+class InE4m3(Scaled):
+    values_dtype = torch.float8_e4m3fn
+
+
 def check_values_type(values: object) -> None:
     """ValueError unless it is a type of 8 bits."""
-    if values not in EIGHT_BITS:
+    if values not in tuple(EIGHT_BITS):
         raise ValueError(
             f"values: expected torch.int8, torch.float8_e4m3fn or None, got {values!r}"
         )

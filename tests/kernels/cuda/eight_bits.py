@@ -5,14 +5,19 @@ import torch
 from torch import Tensor
 
 from sparsekern import SparseTensor
+from sparsekern.kernels.cuda import cover
 from sparsekern.kernels.cuda.choose import layout_of
 from sparsekern.kernels.cuda.few_tokens import spmm_packed
 from sparsekern.kernels.cuda.gather import GatherLayout
-from sparsekern.kernels.cuda.layout import EIGHT_BITS, Packed
-from sparsekern.kernels.cuda.row_scales import LARGEST, round_rows
+from sparsekern.kernels.cuda.layout import Packed
+from sparsekern.kernels.cuda.row_scales import EIGHT_BITS, LARGEST, round_rows
 from sparsekern.testing import relative_error
 
-GATHERS = {"d4": (4, 50), "d8": (8, 50), "d4-whole": (4, 1), "d8-cut": (8, 999)}
+GATHERS = {"d4": (4, 50), "d8": (8, 999)}  # bits, pieces
+needs_library = pytest.mark.skipif(not cover.is_built(), reason="the C++ library is not built")
+layouts = pytest.mark.parametrize(
+    "layout", [*GATHERS, pytest.param("cover", marks=needs_library), "pairs"]
+)
 types = pytest.mark.parametrize("dtype", EIGHT_BITS, ids=EIGHT_BITS.get)
 
 
@@ -26,7 +31,7 @@ def packed_as(layout: str, w: Tensor | SparseTensor, dtype: torch.dtype) -> tupl
     else:
         made = layout_of(W, layout, 1)
     whole = SparseTensor(W.row_offsets, W.col_indices, codes.double(), W.shape).to_dense()
-    return made.fill(codes, scales), whole * scales.double()[:, None]
+    return made.fill_rounded(codes, scales), whole * scales.double()[:, None]
 
 
 def check(packed: Packed, rounded: Tensor, x: Tensor, bias: Tensor | None = None) -> Tensor:

@@ -5,10 +5,10 @@ Products are held to those of the rounded weights, in float64.
 
 import pytest
 import torch
-from eight_bits import check, packed_as, types, weight_of_every_number
+from eight_bits import check, layouts, packed_as, types, weight_of_every_number
 from emulated_cuda import emulated_cuda, emulator  # noqa: F401
 from infinities import check_stored, tokens_with_infinities, weight_with_infinities
-from test_emulated_cuda import layouts, random_weight
+from test_emulated_cuda import random_weight
 
 from sparsekern import SparseTensor
 from sparsekern.kernels.cuda import few_tokens
@@ -70,7 +70,7 @@ def test_every_number_is_exact(layout, dtype):
     assert torch.equal(rounded, w.double())
     k = w.shape[1]
     assert torch.equal(packed.expand().float() * packed.scales[:, None], w.float())
-    for first, m in ((0, 1), (1, 8), (9, 16), (25, 64), (89, 64)):
+    for first, m in ((0, 1), (1, 16), (17, 64), (81, 64)):
         x = torch.zeros(m, k).bfloat16()
         x[torch.arange(m), first + torch.arange(m)] = 1
         assert torch.equal(spmm_packed(x, packed), w[:, first : first + m].T)
@@ -80,9 +80,7 @@ def test_every_number_is_exact(layout, dtype):
 @types
 @layouts
 def test_awkward_problems(layout, dtype, nan_memory):
-    for case in PROBLEMS:
-        if case.M > 64 or case.N > 300:
-            continue
+    for case in [c for c in PROBLEMS if c.M <= 64 and c.N <= 100]:
         t = case.tensors(torch.bfloat16)
         W = SparseTensor(t.row_offsets, t.col_indices, t.values, t.mask.shape)
         check(*packed_as(layout, W, dtype), t.x)
@@ -91,12 +89,9 @@ def test_awkward_problems(layout, dtype, nan_memory):
 @emulated
 @types
 @layouts
-@pytest.mark.parametrize("multiprocessors", [3, 132])
-def test_numbers_of_tokens(layout, dtype, multiprocessors, nan_memory, monkeypatch, emulated_cuda):  # noqa: F811
-    """Ragged sizes, an empty row, one of zeros, one that is full, tiles of every fill."""
-    monkeypatch.setattr(
-        few_tokens, "gpu_of", lambda device: H200._replace(multiprocessors=multiprocessors)
-    )
+def test_numbers_of_tokens(layout, dtype, nan_memory, monkeypatch, emulated_cuda):  # noqa: F811
+    """Ragged sizes, an empty row, one of zeros, one that is full, tiles of every fill; few
+    multiprocessors, so that blocks share rows, and many."""
     w = random_weight(150, 515, 0.3)
     for i in range(0, 515, 64):
         w[70:, i : i + 64] = random_weight(80, min(64, 515 - i), i / 451)
@@ -104,10 +99,12 @@ def test_numbers_of_tokens(layout, dtype, multiprocessors, nan_memory, monkeypat
     mask[11], w[11] = True, 0
     packed, rounded = packed_as(layout, SparseTensor.from_dense(w, mask), dtype)
     bias = torch.randn(150).bfloat16()
-    for m in (1, 2, 3, 5, 8, 9, 17, 33, 64):
+    for m in (1, 2, 3, 8, 17, 64):
+        gpu = H200._replace(multiprocessors=3 if m % 2 else 132)
+        monkeypatch.setattr(few_tokens, "gpu_of", lambda device, gpu=gpu: gpu)
         x = torch.randn(m, 515).bfloat16()
         y = check(packed, rounded, x, bias)
-        if m in (2, 17, 64):
+        if m in (2, 17):
             emulated_cuda.backward(True)
             assert torch.equal(y, spmm_packed(x, packed, bias))
             emulated_cuda.backward(False)
@@ -117,20 +114,20 @@ def test_numbers_of_tokens(layout, dtype, multiprocessors, nan_memory, monkeypat
 @types
 @layouts
 def test_infinities_reach_what_a_stored_value_connects(layout, dtype, nan_memory):
-    w, mask, bias = weight_with_infinities(150, 521, torch.bfloat16)
+    w, mask, bias = weight_with_infinities(70, 261, torch.bfloat16)
     w = torch.where(w.isfinite(), w, 1.0)
     packed, rounded = packed_as(layout, SparseTensor.from_dense(w, mask), dtype)
-    for m in (1, 16, 64, 70):
-        x = tokens_with_infinities(m, 521, torch.bfloat16)
-        for b in (bias, None):
-            check_stored(spmm_packed(x, packed, b), x, rounded, rounded != 0, b)
+    for m in (2, 16, 40, 300):
+        x = tokens_with_infinities(m, 261, torch.bfloat16)
+        b = bias if m > 2 else None
+        check_stored(spmm_packed(x, packed, b), x, rounded, rounded != 0, b)
 
 
 @emulated
 @types
 def test_pairs_without_warpgroups(dtype, nan_memory, monkeypatch, emulated_cuda):  # noqa: F811
-    packed, rounded = packed_as("pairs", random_weight(100, 500, 0.3), dtype)
+    packed, rounded = packed_as("pairs", random_weight(40, 130, 0.3), dtype)
     emulated_cuda.warpgroups(False)
     monkeypatch.setattr(few_tokens, "gpu_of", lambda device: H200._replace(has_warpgroups=False))
     for m in (5, 30, 64):
-        check(packed, rounded, torch.randn(m, 500).bfloat16())
+        check(packed, rounded, torch.randn(m, 130).bfloat16())

@@ -4,11 +4,10 @@ import copy
 
 import pytest
 import torch
-from eight_bits import GATHERS, check, packed_as, types, weight_of_every_number
+from eight_bits import check, layouts, packed_as, types, weight_of_every_number
 from infinities import check_stored, tokens_with_infinities, weight_with_infinities
 
 from sparsekern import SparseTensor, Static, explain, sparsify_
-from sparsekern.kernels.cuda import cover
 from sparsekern.kernels.cuda.few_tokens import spmm_packed
 from sparsekern.nn import SparseLinear, pack_
 
@@ -16,10 +15,6 @@ pytestmark = [
     pytest.mark.gpu,
     pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU"),
 ]
-needs_library = pytest.mark.skipif(not cover.is_built(), reason="the C++ library is not built")
-layouts = pytest.mark.parametrize(
-    "layout", [*GATHERS, pytest.param("cover", marks=needs_library), "pairs"]
-)
 
 
 def random_weight(n, k, density):
@@ -83,7 +78,7 @@ def test_layers_of_a_model(dtype, tokens):
                 x = torch.randn(5, layer.in_features, device="cuda").bfloat16()
                 want = x.double() @ rounded.T + layer.bias.double()
                 torch.testing.assert_close(of_8_bits(x).double(), want, rtol=1e-2, atol=1e-2)
-                assert f"values={dtype}" in repr(of_8_bits)
+                assert of_8_bits.values_dtype is dtype
         assert "with a scale for each row" in explain(1, packed)
         x = torch.randn(5, 512, device="cuda").bfloat16()
         want, graph = packed(x), torch.cuda.CUDAGraph()
