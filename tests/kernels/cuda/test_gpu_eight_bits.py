@@ -51,6 +51,17 @@ def test_every_number_of_tokens(layout, n, k, density, dtype, nan_memory):
         assert torch.equal(y, spmm_packed(x, packed, bias))
 
 
+@pytest.mark.sanitize
+@types
+@layouts
+def test_few_of_everything(layout, dtype):
+    """Blocks that share rows, ragged sizes, W written out."""
+    packed, rounded = packed_as(layout, random_weight(290, 1031, 0.3), dtype)
+    bias = torch.randn(290).cuda().bfloat16()
+    for m in (1, 2, 8, 16, 33, 260):
+        check(packed, rounded, torch.randn(m, 1031, device="cuda").bfloat16(), bias)
+
+
 @types
 @layouts
 def test_infinities_reach_what_a_stored_value_connects(layout, dtype, nan_memory):
