@@ -133,8 +133,8 @@ def _forced(problem: Problem, name: str) -> Kernel | None:
     if not rows:
         known = ", ".join(sorted({row.name for row in KERNELS}))
         raise ValueError(f"SPARSEKERN_KERNEL: expected one of {known}, got {name}")
-    # A name may have a row for each device.
-    rows = sorted(rows, key=lambda row: row.device not in (None, problem.device))
+    # A name may have rows for each device, and not of the same ops.
+    rows = [row for row in rows if row.device in (None, problem.device)] or rows
     row = next((row for row in rows if row.op == problem.op), None)
     reason = row and _refusal(row, problem)
     if reason:

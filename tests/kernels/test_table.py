@@ -1,6 +1,7 @@
 """The table: which kernel for which problem, forced choices, and what it tells."""
 
 import re
+from dataclasses import replace
 
 import pytest
 import torch
@@ -69,6 +70,18 @@ def test_forced(with_picky):
     assert table.pick(PROBLEM._replace(op="sddmm")).name == "dense"  # has no row of that name
     with pytest.raises(ValueError, match=r"spmm_picky refuses spmm M=3 .*: M is odd"):
         table.pick(PROBLEM._replace(M=3))
+
+
+def test_forced_name_whose_row_of_this_op_is_another_devices(fresh_table):
+    on_a_gpu = Kernel("picky", "spmm", "cuda", lambda problem: None, reference.spmm)
+    here = [replace(on_a_gpu, op=op, device="cpu") for op in ("spmm", "spmm_t")]
+    fresh_table.setattr(table, "KERNELS", (*here, on_a_gpu, *table.KERNELS[-3:]))
+    fresh_table.setenv("SPARSEKERN_KERNEL", "picky")
+    gpu = PROBLEM._replace(device="cuda")
+    assert table.pick(gpu).device == "cuda"
+    assert table.pick(gpu._replace(op="spmm_t")).name == "dense"
+    with pytest.raises(ValueError, match="picky refuses spmm .*: it runs on cpu"):
+        table.pick(PROBLEM._replace(device="mps"))
 
 
 def test_forced_unknown(with_picky):
