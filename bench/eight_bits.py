@@ -16,10 +16,11 @@ PAGE = """\
 
 Times faster than the best dense call in bfloat16: cuBLAS and cuBLASLt, both layouts of W and of
 the result, and mv for one token. `few_tokens`: packed values of 16 bits; with int8 and e4m3 behind,
-of 8 bits with a scale for each row, x in bfloat16. Dense E4M3: torch._scaled_mm with a scale for
-each row of W and of x. Dense int4: torch._weight_int4pack_mm. Medians of {rounds} CUDA-graph
-replays of {fewest} calls or more, all competitors in turn; every call reads another copy of W,
-{cold_mb:.0f} MB or more of them. Geometric means over {shapes}, random masks. Below 1 is a loss.
+of 8 bits with a scale for each row, x in bfloat16. Dense E4M3: torch._scaled_mm with one scale for
+W and one for x, or with one for each row of both. Dense int4: torch._weight_int4pack_mm. Medians of
+{rounds} CUDA-graph replays of {fewest} calls or more, all competitors in turn; every call reads
+another copy of W, {cold_mb:.0f} MB or more of them. Geometric means over {shapes}, random masks.
+Below 1 is a loss.
 
 {competitors}
 

@@ -286,13 +286,16 @@ __device__ void spmm_pairs_ring(const unsigned* all_words, const int* steps, con
   }                                                                                               \
   SK_EARLY_KERNEL(name)
 
-#define SK_PAIRS_RING_TOKENS(type)                         \
+// With values of 8 bits up to 64 tokens alone.
+#define SK_PAIRS_RING_FEW(type)                            \
   SK_PAIRS_RING(sk_spmm_pairs_ring_##type##_t32, type, 32) \
-  SK_PAIRS_RING(sk_spmm_pairs_ring_##type##_t64, type, 64) \
+  SK_PAIRS_RING(sk_spmm_pairs_ring_##type##_t64, type, 64)
+#define SK_PAIRS_RING_TOKENS(type)                         \
+  SK_PAIRS_RING_FEW(type)                                  \
   SK_PAIRS_RING(sk_spmm_pairs_ring_##type##_t96, type, 96) \
   SK_PAIRS_RING(sk_spmm_pairs_ring_##type##_t128, type, 128)
 
 SK_PAIRS_RING_TOKENS(bf16)
 SK_PAIRS_RING_TOKENS(f16)
-SK_PAIRS_RING_TOKENS(int8)
-SK_PAIRS_RING_TOKENS(e4m3)
+SK_PAIRS_RING_FEW(int8)
+SK_PAIRS_RING_FEW(e4m3)

@@ -1,6 +1,6 @@
 """Decode with weights of 8 bits, and what else makes a weight smaller: dense E4M3 and int4."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 
@@ -51,18 +51,8 @@ def ways() -> list[Way]:
     return [
         *every_few_tokens(),
         *(ours(dtype, tokens) for dtype in EIGHT_BITS for tokens in GRID.tokens),
-        Way(
-            "dense E4M3, row-wise",
-            OTHER,
-            _dense_e4m3,
-            Rounded.clone,
-            _scaled_mm,
-            lambda W: W.nbytes,
-            prepare=_cast,
-            note="x in E4M3 before",
-            dense_of=lambda W: W.values,
-            x_of=lambda x: _cast(x)[0].float() * _cast(x)[1],
-        ),
+        _dense("dense E4M3", by_row=False),
+        _dense("dense E4M3, row-wise", by_row=True),
         Way(
             "dense int4",
             OTHER,
@@ -96,19 +86,33 @@ def _packed(W: SparseTensor, dtype: torch.dtype, tokens: int) -> Rounded:
     return Rounded(packed, packed.expand().float() * packed.row_scales.unsqueeze(1))
 
 
-def _in_e4m3(rows: Tensor) -> tuple[Tensor, Tensor]:
-    """Rows in E4M3, and their scales, as a column."""
+def _dense(name: str, by_row: bool) -> Way:
+    cast = partial(_in_e4m3, by_row=by_row)
+    return Way(
+        name,
+        OTHER,
+        partial(_dense_e4m3, by_row=by_row),
+        Rounded.clone,
+        _scaled_mm,
+        lambda W: W.nbytes,
+        prepare=cast,
+        note="x in E4M3 before",
+        dense_of=lambda W: W.values,
+        x_of=lambda x: cast(x)[0].float() * cast(x)[1],
+    )
+
+
+def _in_e4m3(rows: Tensor, by_row: bool) -> tuple[Tensor, Tensor]:
+    """Rows in E4M3, and their scales, as a column, or the one of all."""
     rows = rows.float()
-    scales = rows.abs().amax(1, keepdim=True).clamp_(min=1e-12) / LARGEST[E4M3]
+    largest = rows.abs().amax(1, keepdim=True) if by_row else rows.abs().amax()
+    scales = largest.clamp(min=1e-12) / LARGEST[E4M3]
     return (rows / scales).clamp_(-LARGEST[E4M3], LARGEST[E4M3]).to(E4M3), scales
 
 
-def _dense_e4m3(W: SparseTensor) -> Rounded:
-    w8, scales = _in_e4m3(W.to_dense())
+def _dense_e4m3(W: SparseTensor, by_row: bool) -> Rounded:
+    w8, scales = _in_e4m3(W.to_dense(), by_row)
     return Rounded([w8, scales.t()], w8.float() * scales)
-
-
-_cast: Callable[[Tensor], tuple[Tensor, Tensor]] = _in_e4m3
 
 
 def _scaled_mm(x: tuple[Tensor, Tensor], W: Rounded) -> Tensor:

@@ -29,7 +29,8 @@ def test_all_ways_are_right_and_on_the_page(bench, monkeypatch):  # noqa: F811
     clock = CallingClock(**{"few_tokens int8": 0.25, "few_tokens e4m3": 0.5})
     generator = torch.Generator().manual_seed(0)
     ways = eight_bits_gpu.ways()
-    assert [way.name for way in ways if way.kind == OTHER] == ["dense E4M3, row-wise", "dense int4"]
+    names = [way.name for way in ways if way.kind == OTHER]
+    assert names == ["dense E4M3", "dense E4M3, row-wise", "dense int4"]
     ways = [way for way in ways if way.kind == OURS]
     cells = [rates.derive(cell) for cell in measure_gpu.cells(GRID, ways, clock, generator)]
     for cell in cells:
@@ -47,11 +48,13 @@ def test_peers_round_as_their_kernels_do(monkeypatch):
     numbers = torch.stack([int4.held[0] >> 4, int4.held[0] & 15], 2).view(16, 256).float()
     scales, zeros = int4.held[1].float().transpose(0, 1).repeat_interleave(128, 1).unbind(2)
     torch.testing.assert_close((numbers - 8) * scales + zeros, int4.values, rtol=1e-5, atol=1e-5)
-    rounded = eight_bits_gpu._dense_e4m3(weight())
-    w8, w_scales = rounded.held
-    assert w_scales.shape == (1, 16) and w_scales.is_contiguous()
-    torch.testing.assert_close(w8.float() * w_scales.t(), rounded.values)
-    assert rounded.nbytes == 16 * 256 + 4 * 16 and rounded.clone().held[0] is not w8
+    for by_row, shape in ((True, (1, 16)), (False, ())):
+        rounded = eight_bits_gpu._dense_e4m3(weight(), by_row)
+        w8, w_scales = rounded.held
+        assert w_scales.shape == shape and w_scales.is_contiguous()
+        torch.testing.assert_close(w8.float() * w_scales.t(), rounded.values)
+        assert rounded.nbytes == 16 * 256 + 4 * w_scales.numel()
+        assert rounded.clone().held[0] is not w8
 
 
 def weight():

@@ -80,11 +80,13 @@ class Pairs(Packed):
 @dataclass(frozen=True)
 class PairsInt8(InInt8, Pairs):
     name = "pairs_int8"
+    most_tokens = MOST_TOKENS
 
 
 @dataclass(frozen=True)
 class PairsE4m3(InE4m3, Pairs):
     name = "pairs_e4m3"
+    most_tokens = MOST_TOKENS
 
 
 class PairsLayout(Layout):
