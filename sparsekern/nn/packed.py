@@ -39,15 +39,15 @@ class PackedLinear(nn.Module):
 
     At 75 % sparsity it takes 0.32 to 0.37 of the bytes of a dense 16-bit weight if packed for one
     or two tokens (the less, the larger it is), 0.43 for more; with values of 8 bits, which pack_
-    may make, 0.20, and 0.25 to 0.27. Up to 64 tokens (`pairs` on Hopper:
-    256) W is read in that form; above, it is written out for each call, unless a dense copy is
-    kept. A two-way pattern that is packed for many tokens runs on sparse tensor cores, in 0.56 of
-    the bytes, or 0.31 in E4M3, with x cast in each call; some free places count as 0 times x then:
-    an infinity or NaN makes NaN, in E4M3 of the whole token. No gradient, and no way back to CSR:
-    keep the checkpoint. Not for two CUDA streams at the same time (kernels/cuda/few_tokens.py says
-    why). Its buffers are in no state_dict. Each call checks their types and sizes, but not what
-    stands in them: to average or write them by hand may lead a kernel anywhere. `layout` names what
-    is held; explain() says what a call runs.
+    may make, 0.20, and 0.25 to 0.27. Up to 64 tokens (`pairs` on Hopper: 256) W is read in that
+    form; above, it is written out for each call, unless a dense copy is kept. A two-way pattern
+    that is packed for many tokens runs on sparse tensor cores, in 0.56 of the bytes, or 0.31 in
+    E4M3, with x cast in each call; some free places count as 0 times x then: an infinity or NaN
+    makes NaN, in E4M3 of the whole token. No gradient, and no way back to CSR: keep the checkpoint.
+    Not for two CUDA streams at the same time (kernels/cuda/few_tokens.py says why). Its buffers are
+    in no state_dict. Each call checks their types and sizes, but not what stands in them: to
+    average or write them by hand may lead a kernel anywhere. `layout` names what is held; explain()
+    says what a call runs.
 
     Args:
         packed: W [out_features, in_features], in one layout or in several, each another one.
@@ -289,8 +289,8 @@ def pack_(
         values: torch.int8 or torch.float8_e4m3fn rounds weights, each row with a scale, its largest
             value over 127 or 448; x stays bfloat16, and sums are those of the rounded weights in
             float32. Fewer bytes for any number of tokens; faster than 16 bits with one or two, of
-            large layers. Any pattern, on a GPU. ValueError, TypeError or NotImplementedError unless weights are finite bfloat16
-            there, and dense is False.
+            large layers. Any pattern, on a GPU. ValueError, TypeError or NotImplementedError unless
+            weights are finite bfloat16 there, and dense is False.
         dtype: torch.float8_e4m3fn rounds weights and, in each call, x to E4M3, each tensor with one
             scale. For many tokens, on a GPU of compute capability 9.0. ValueError, TypeError or
             NotImplementedError unless all patterns are two-way, values bfloat16, sizes multiples of
