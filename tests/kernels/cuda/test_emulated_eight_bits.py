@@ -5,9 +5,9 @@ Products are held to those of the rounded weights, in float64.
 
 import pytest
 import torch
-from eight_bits import check, layouts, packed_as, types, weight_of_every_number
 from emulated_cuda import emulated_cuda, emulator  # noqa: F401
 from infinities import check_stored, tokens_with_infinities, weight_with_infinities
+from packed_8_bits import check, layouts, packed_as, types, weight_of_every_number
 from test_emulated_cuda import random_weight
 
 from sparsekern import SparseTensor

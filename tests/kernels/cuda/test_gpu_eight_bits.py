@@ -4,8 +4,8 @@ import copy
 
 import pytest
 import torch
-from eight_bits import check, layouts, packed_as, types, weight_of_every_number
 from infinities import check_stored, tokens_with_infinities, weight_with_infinities
+from packed_8_bits import check, layouts, packed_as, types, weight_of_every_number
 
 from sparsekern import SparseTensor, Static, explain, sparsify_
 from sparsekern.kernels.cuda.few_tokens import spmm_packed
