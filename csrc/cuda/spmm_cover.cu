@@ -30,9 +30,7 @@ class Records {
 
   // Reads the steps of `range`; `shared` has kWarpBytes for this warp.
   __device__ Records(unsigned shared, const uint4* records, const Range& range)
-      : shared_(shared),
-        head_limit_(threadIdx.x % kWarp < Record::kHead ? 0 : 0x7fffffff),
-        tail_limit_(threadIdx.x % kWarp < Record::kTail ? 0 : 0x7fffffff) {
+      : shared_(shared), head_limit_(limit(Record::kHead)), tail_limit_(limit(Record::kTail)) {
     begin(records, range);
   }
 
@@ -55,6 +53,11 @@ class Records {
   }
 
  private:
+  // Of copy_async_if(), for the first `lanes` of a warp.
+  static __device__ int limit(int lanes) {
+    return static_cast<int>(threadIdx.x % kWarp) < lanes ? 0 : 0x7fffffff;
+  }
+
   __device__ void begin(const uint4* records, const Range& range) {
     from_ = records + static_cast<long long>(range.begin) * Record::kChunks + threadIdx.x % kWarp;
     ahead_ = range.end - range.begin;
