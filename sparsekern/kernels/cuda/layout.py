@@ -172,9 +172,9 @@ class Packed:
     def check_values(self, values: Tensor) -> None:
         """Check the values of a refill: TypeError or ValueError names what is wrong."""
         _check_length(values, self.nnz)
-        if values.dtype != self.dtype or values.device != self.arrived.device:
+        if values.dtype != self.floats.dtype or values.device != self.arrived.device:
             raise TypeError(
-                f"values: expected {self.dtype} on {self.arrived.device}, "
+                f"values: expected {self.floats.dtype} on {self.arrived.device}, "
                 f"got {values.dtype} on {values.device}"
             )
 
