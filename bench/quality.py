@@ -8,8 +8,11 @@
 The first makes the text and the tasks out of packages (bench/evidence/sources.py), the second asks
 what must hold before GPU time is spent, the third makes the runs of bench/evidence/plan.py on all
 GPUs, the most wanted first, until the minutes are over: what is done is in OUT and in
-bench/results/quality.jsonl, a run that was stopped goes on from WORK where that is still there. The
-last writes docs/quality.md.
+bench/results/quality.jsonl, a run that was stopped goes on from WORK where that is still there.
+Where it will not be (checkpoints of 170 MB and more do not come home from a lent machine), --whole
+fills the minutes with runs that end in time: those of this call, or of it and the next calls on the
+same machine. OUT/compiled-*.xz spares the next machine half a minute for each shape. The last
+writes docs/quality.md.
 """
 
 import argparse
@@ -26,6 +29,7 @@ from pathlib import Path
 import torch
 from evidence import build, plan, study, worker
 from evidence.check import check
+from evidence.period import Period
 from workers import Pool
 
 from sparsekern import __version__
@@ -71,7 +75,9 @@ def run(options: argparse.Namespace) -> int:
 
 
 def make(options: argparse.Namespace, corpus: str, work: Path) -> int:
-    deadline = time.monotonic() + 60 * options.minutes
+    began = time.monotonic()
+    deadline = began + 60 * options.minutes
+    lost_at = math.inf if options.whole is None else began + 60 * (options.whole or options.minutes)
     about = {
         "commit": options.commit or git("rev-parse", "HEAD") or "unknown",
         "date": date.today().isoformat(),
@@ -86,17 +92,17 @@ def make(options: argparse.Namespace, corpus: str, work: Path) -> int:
         os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", str(work / "inductor"))
         gpus = visible_gpus() if options.device == "cuda" else [""]
         command = [sys.executable, __file__, "worker", f"--data={options.data}"]
-        command += [f"--work={work}", f"--device={options.device}"]
-        pool = Pool(command, gpus, 1, work / "logs", deadline)
+        command += [f"--work={work}", f"--out={options.out}", f"--device={options.device}"]
+        pool = Pool(command, gpus, work / "logs", deadline)
         try:
-            made.run(pool, deadline, options.whole)
+            Period(made, work / corpus, build.training_rows(options.data), lost_at).run(pool)
         finally:
             pool.close()
     left, blocked = made.waiting(), made.without_rate()
     for key, why in made.failed.items():
         print(f"failed: {key}: {why}")
     if left:
-        print(f"next: {study.key(left[0])}; call again to go on")
+        print(f"next: {left[0].key}; call again to go on")
     elif blocked:
         print(f"no rate yet, since its sweep is not done: {', '.join(blocked)}")
     else:
@@ -122,13 +128,19 @@ def main() -> int:
     device = "cuda" if torch.cuda.is_available() else "cpu"
     for name in ("check", "run", "worker"):
         given[name].add_argument("--device", choices=("cuda", "cpu"), default=device)
-    given["worker"].add_argument("--work", type=Path, required=True)
+    for name in ("out", "work"):
+        given["worker"].add_argument(f"--{name}", type=Path, required=True)
     given["check"].add_argument("--size", choices=plan.SIZES, default="S")
     more = given["run"]
     more.add_argument("--work", type=Path, help="large: checkpoints (OUT/work)")
     more.add_argument("--minutes", type=float, default=math.inf, help="then stop, resumable")
     more.add_argument(
-        "--whole", action="store_true", help="begin no run that would not end in time"
+        "--whole",
+        type=float,
+        nargs="?",
+        const=0.0,
+        metavar="MINUTES",
+        help="begin no run that would not end before WORK is lost, in so many minutes (--minutes)",
     )
     more.add_argument("--plan", choices=plan.PLANS, default="full")
     numbers = [order.number for order in plan.PLAN]
@@ -141,7 +153,7 @@ def main() -> int:
     if options.command == "corpus":
         build.build(options.downloads, options.data, lambda text: print(text, flush=True))
     elif options.command == "worker":
-        worker.serve(options.data, options.work, options.device)
+        worker.serve(options.data, options.work, options.out, options.device)
     elif options.command == "check":
         return check(options.data, options.out, options.device, options.size)
     elif options.command == "page":

@@ -11,6 +11,7 @@ python bench/run_gpu.py train            results/<GPU>-train-bfloat16-<date>.*: 
 python bench/run_gpu.py train-products   their three products alone, and what is written out
 python bench/run_gpu.py train-memory     memory of a step; --largest: the most sequences that fit
 python bench/run_gpu.py least-size       sparsekern/kernels/least_sizes.json
+python bench/run_gpu.py scale            results/<GPU>-scale-bfloat16-<date>.*: on several GPUs
 python bench/run_gpu.py models           results/<GPU>-models-bfloat16-<date>.*: whole LLMs
 python bench/run_gpu.py publish X.csv   the same from a file that --out FOLDER wrote
 
@@ -31,6 +32,7 @@ from pathlib import Path
 import eight_bits
 import models_gpu
 import pages
+import scale
 import tables_gpu
 import torch
 import train_gpu
@@ -232,7 +234,9 @@ def page_of_prompts(name: str, run: Run) -> str:
 
 
 PAGES = dict(decode=page, prompts=page_of_prompts, layouts=page_of_prompts)
-PAGES |= {"two-way": two_way.page, "eight-bits": eight_bits.page, "models": models_gpu.page}
+PAGES |= {"two-way": two_way.page, "eight-bits": eight_bits.page}
+PAGES |= {"models": models_gpu.page, "scale": scale.page}
+WHOLE = {"models": models_gpu, "scale": scale}  # verbs with cases of their own
 
 
 def joined(runs: list[Run]) -> Run:
@@ -284,6 +288,8 @@ def publish(run: Run) -> None:
             times.FILE.write_text(
                 layouts_gpu.in_json(layouts_gpu.summarize(derived(run), source(run)))
             )
+        elif run.about["benchmark"] == "scale":
+            scale.update(name_of(run), run)
     else:
         update_crossover(run)
 
@@ -355,6 +361,11 @@ def main(arguments: list[str]) -> int:
     options.add_argument("--out", type=Path)
     options.add_argument("--commit", help="where there is no repository")
     options.add_argument("--limit-s", type=float, default=600.0, help="begin nothing after that")
+    options = verbs.add_parser("scale")
+    options.add_argument("--out", type=Path)
+    options.add_argument("--commit", help="where there is no repository")
+    options.add_argument("--gpus", type=int, help="so many alone; else 2, 4, ... that are there")
+    options.add_argument("--limit-s", type=float, default=scale.LIMIT_S, help="begin nothing after")
     verbs.add_parser("publish").add_argument("files", type=Path, nargs="+")
     args = parser.parse_args(arguments)
     if args.verb == "publish":
@@ -366,8 +377,8 @@ def main(arguments: list[str]) -> int:
     folder = args.out or PARTIAL
     if args.verb in train_gpu.PAGES:
         return train(args, folder)
-    if args.verb == "models":
-        run = models_gpu.measure(machine(), folder / "models-bfloat16.csv", args)
+    if args.verb in WHOLE:
+        run = WHOLE[args.verb].measure(machine(), folder / f"{args.verb}-bfloat16.csv", args)
         if not args.out:
             publish(run)
         return 0

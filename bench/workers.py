@@ -1,4 +1,4 @@
-"""A pool of worker processes, one or more a GPU. A crash costs one run and no other."""
+"""A pool of worker processes, one a GPU. A crash costs one run and no other."""
 
 import json
 import os
@@ -6,7 +6,7 @@ import selectors
 import subprocess
 import time
 from collections import Counter
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,7 +21,6 @@ class Job:
     key: str
     kind: str  # which function of the worker
     settings: dict
-    is_alone: bool = False  # nothing else runs on its GPU
 
 
 class Worker:
@@ -76,50 +75,42 @@ class Worker:
 
 
 class Pool:
-    """`per_gpu` workers on each GPU, until a time of time.monotonic()."""
+    """A worker on each GPU, until a time of time.monotonic()."""
 
-    def __init__(
-        self, command: list[str], gpus: list[str], per_gpu: int, logs: Path, deadline: float
-    ) -> None:
+    def __init__(self, command: list[str], gpus: list[str], logs: Path, deadline: float) -> None:
         logs.mkdir(parents=True, exist_ok=True)
-        threads = max(1, (os.cpu_count() or 1) // (len(gpus) * per_gpu))
-        places = [(gpu, i) for i in range(per_gpu) for gpu in gpus]
+        threads = max(1, (os.cpu_count() or 1) // len(gpus))
         self.workers = [
-            Worker(command, gpu, threads, logs / f"worker-{gpu or 'cpu'}-{i}.txt")
-            for gpu, i in places
+            Worker(command, gpu, threads, logs / f"worker-{gpu or 'cpu'}.txt") for gpu in gpus
         ]
         self.deadline = deadline
         self.failures: Counter[str] = Counter()
 
     def run(
-        self, plan: Callable[[], Iterable[Job]], finish: Callable[[Job, Worker, dict], None]
-    ) -> str | None:
-        """Make what `plan` says can be made now, the first first, and hand each answer to `finish`,
-        until there is no more -> None, or until the time is up -> the key of what comes next."""
+        self,
+        choose: Callable[[str, list[Job]], Job | None],
+        finish: Callable[[Job, Worker, dict], None],
+    ) -> None:
+        """Make what `choose` says comes next on a GPU, beside the runs under way, and hand each
+        answer to `finish`, until nothing comes next or the time is up."""
         while True:
-            made = {worker.job.key for worker in self.workers if worker.job}
-            waiting = [job for job in plan() if job.key not in made]
+            under_way = [worker.job for worker in self.workers if worker.job]
             left = self.deadline - time.monotonic()
-            if left > 0:
-                for job in waiting:
-                    if worker := self._free(job):
+            is_waiting = False  # for a worker that is starting
+            free = [worker for worker in self.workers if not worker.job and left > 0]
+            for worker in sorted(free, key=lambda worker: not worker.is_idle):
+                if job := choose(worker.gpu, under_way):
+                    under_way.append(job)
+                    is_waiting |= not worker.is_idle
+                    if worker.is_idle:
                         worker.give(job, self.deadline)
             is_busy = any(worker.job for worker in self.workers)
-            if not is_busy and not (waiting and left > 0) or left < -GRACE_S:
-                return waiting[0].key if waiting else None
-            if not self.workers:
-                raise RuntimeError("no worker has started")
+            if not is_busy and not is_waiting or left < -GRACE_S:
+                if not self.workers:
+                    raise RuntimeError("no worker has started")
+                return
             for worker in self._heard(left + GRACE_S):
                 self._take(worker, finish)
-
-    def _free(self, job: Job) -> Worker | None:
-        """The idle worker on the GPU with the fewest runs."""
-        runs = Counter(worker.gpu for worker in self.workers if worker.job)
-        closed = {w.gpu for w in self.workers if w.job and w.job.is_alone}
-        if job.is_alone:
-            closed |= runs.keys()
-        free = [w for w in self.workers if w.is_idle and w.gpu not in closed]
-        return min(free, key=lambda w: runs[w.gpu], default=None)
 
     def _heard(self, seconds: float) -> list[Worker]:
         """The workers that have something to say within this time."""

@@ -14,12 +14,15 @@ import torch
 from sparsekern.files import atomic_write
 
 from . import build, masks, plan
-from .engine import Engine, Program, Scores, Shape
+from .engine import Engine, Program, Shape
 from .plan import Arm, Size
+from .scores import Scores
 
 WARM_UP_SHARE = 0.05  # then straight down to zero
 CHUNK = 200  # steps between two looks at the clock
 CURVE = 20  # points of a loss curve that are kept
+DONE, MODEL = "done.json", "pretrained.pt"
+TRAINED_ON_FROM = 1000  # the number of the first pass of a model that is trained on
 
 
 class OutOfTime(Exception):
@@ -55,12 +58,14 @@ class Data:
         return Size(*shapes, given.tokens)
 
     def pretraining(self, size: Size, arm: Arm, seed: int, rate: float) -> Program:
-        """Passes over all of the text in windows, each in another order and with another start."""
+        """Passes over all of the text in windows, each in another order and with another start;
+        other ones where a model is trained on."""
         shape, steps = arm.shape(size), arm.steps(size)
         context, needed = shape.context, steps * shape.batch
         starts: list[np.ndarray] = []
+        first = TRAINED_ON_FROM if arm.start else 0
         while sum(map(len, starts)) < needed:
-            rng = np.random.default_rng((seed, len(starts)))
+            rng = np.random.default_rng((seed, first + len(starts)))
             shift = int(rng.integers(context))
             windows = np.arange(shift, self.tokens - context - 1, context)
             starts.append(rng.permutation(windows))
@@ -96,7 +101,7 @@ def rates(steps: int, highest: float) -> np.ndarray:
     return highest * np.minimum((step + 1) / warm, down)
 
 
-@dataclass
+@dataclass(frozen=True)
 class Task:
     """One run of the plan: what a worker is told."""
 
@@ -105,6 +110,21 @@ class Task:
     seed: int
     rate: float
     is_tuned: bool
+    start_rate: float = 0.0  # of the arm that it starts from
+
+    @property
+    def key(self) -> str:
+        """A name of it in the plan, where it has no second rate."""
+        is_swept = self.seed == plan.SWEEP_SEED
+        return (
+            f"{self.size} {self.arm} {f'rate {self.rate:g}' if is_swept else f'seed {self.seed}'}"
+        )
+
+    @property
+    def start(self) -> "Task | None":
+        """What it begins with the weights of: the run of the plan, where that has this seed."""
+        arm, is_tuned = plan.ARMS[self.arm].start, self.seed != plan.SWEEP_SEED
+        return Task(self.size, arm, self.seed, self.start_rate, is_tuned) if arm else None
 
     @property
     def recipe(self) -> str:
@@ -115,6 +135,7 @@ class Task:
         gradual = (masks.GRADUAL_FROM, masks.GRADUAL_TO, masks.GRADUAL_EVERY)
         parts = (plan.SIZES[self.size], arm, WARM_UP_SHARE, patterns, gradual)
         parts += (tuning, plan.MOST_TUNING_RATE) if self.is_tuned else ()
+        parts += (arm.start, arm.share, masks.ROUNDS, masks.ROUNDS_TO) if arm.start else ()
         return hashlib.sha256(repr(parts).encode()).hexdigest()[:12]
 
 
@@ -125,6 +146,11 @@ class Runner:
         self.data, self.folder, self._dtype = data, folder / data.corpus.id, dtype
         self._engines: dict[Shape, Engine] = {}
 
+    @property
+    def shapes(self) -> int:
+        """How many it has captured a step of."""
+        return len(self._engines)
+
     def engine(self, task: Task) -> Engine:
         shape = plan.ARMS[task.arm].shape(self.data.size(task.size))
         if shape not in self._engines:
@@ -132,41 +158,56 @@ class Runner:
             self._engines[shape] = Engine(shape, self.data.stream, most, self._dtype)
         return self._engines[shape]
 
-    def run(self, key: str, task: Task, deadline: float) -> dict:
-        """The result of a task. OutOfTime at the deadline, FloatingPointError where it diverged."""
-        name = f"{key} rate {task.rate:g} {'tuned' if task.is_tuned else 'trained'} {task.recipe}"
-        folder = self.folder / name.replace(" ", "-")
-        folder.mkdir(parents=True, exist_ok=True)
-        began = time.monotonic()
-        done = _read(folder / "done.json")
+    def run(self, task: Task, deadline: float) -> dict:
+        """The result of a task; its `setup_s` is what came before: the step was captured, the model
+        that it starts from was trained. OutOfTime at the deadline, FloatingPointError where it
+        diverged."""
+        asked = time.monotonic()
+        self.engine(task)
+        if task.start:
+            self._pretrained(task.start, deadline)
+        began, folder = time.monotonic(), self._folder(task)
+        done = _read(folder / DONE)
         try:
-            if "pretrained" not in done:
-                done["pretrained"] = self._pretrain(task, folder, deadline)
-                _write(folder / "done.json", done)
+            done |= self._pretrained(task, deadline)
             if task.is_tuned:
                 self._tune(task, folder, done, deadline)
         finally:
             done["seconds"] = done.get("seconds", 0.0) + time.monotonic() - began
-            _write(folder / "done.json", done)
-        return done
+            _write(folder / DONE, done)
+        return done | {"setup_s": began - asked}
+
+    def _folder(self, task: Task) -> Path:
+        folder = folder_of(self.folder, task)
+        folder.mkdir(parents=True, exist_ok=True)
+        return folder
 
     # Before
+
+    def _pretrained(self, task: Task, deadline: float) -> dict:
+        """What is known of a run whose model is trained, or has been."""
+        folder = self._folder(task)
+        done = _read(folder / DONE)
+        if "pretrained" not in done:
+            done["pretrained"] = self._pretrain(task, folder, deadline)
+            _write(folder / DONE, done)
+        return done
 
     def _pretrain(self, task: Task, folder: Path, deadline: float) -> dict:
         size, arm = self.data.size(task.size), plan.ARMS[task.arm]
         engine, path = self.engine(task), folder / "state.pt"
         began = time.monotonic()
-        weights = arm.shape(size).weights(task.seed)
         if arm.is_scratch:
-            engine.begin(
-                weights, masks.dense(engine.weights), Program(np.empty((0, 1)), np.empty(0), {})
-            )
+            nothing = Program(np.empty((0, 1)), np.empty(0), {})
+            engine.begin(arm.shape(size).weights(task.seed), masks.dense(engine.weights), nothing)
         else:
             made = self.data.pretraining(size, arm, task.seed, task.rate)
             if path.exists():
                 engine.resume(torch.load(path, map_location="cpu"), made)
             else:
-                engine.begin(weights, arm.sparsity.first(engine.weights, task.seed), made)
+                weights = self._first_weights(task)
+                linear = {name: weights[f"{name}.weight"] for name in engine.weights}
+                engine.begin(weights, arm.sparsity.first(linear, task.seed), made)
             first = engine.steps
             while not engine.is_done:
                 engine.run(engine.steps + CHUNK)
@@ -188,11 +229,17 @@ class Runner:
                 "curve": curve(losses),
             }
         found["parameters"] = sum(p.numel() for p in engine.model.parameters())
-        if task.is_tuned:
+        if task.is_tuned or any(other.start == task.arm for other in plan.ARMS.values()):
             last = {name: mask.bool() for name, mask in engine.masks.items()}
-            _save(folder / "pretrained.pt", {"model": engine.copy(), "masks": last})
+            _save(folder / MODEL, {"model": engine.copy(), "masks": last})
         path.unlink(missing_ok=True)
         return found
+
+    def _first_weights(self, task: Task) -> dict[str, torch.Tensor]:
+        """On the host."""
+        if task.start:
+            return torch.load(self._folder(task.start) / MODEL, map_location="cpu")["model"]
+        return plan.ARMS[task.arm].shape(self.data.size(task.size)).weights(task.seed)
 
     def _scores(self, engine: Engine) -> dict:
         """Held-out text by domain, every other row to choose rates by, and what is asked without
@@ -214,7 +261,7 @@ class Runner:
     # After
 
     def _tune(self, task: Task, folder: Path, done: dict, deadline: float) -> None:
-        saved = torch.load(folder / "pretrained.pt", map_location="cpu")
+        saved = torch.load(folder / MODEL, map_location="cpu")
         ways = ["dense", "sparse"] if plan.ARMS[task.arm].is_tuned_sparse else ["dense"]
         tuned = done.setdefault("tuned", {})
         for way in ways:
@@ -224,7 +271,7 @@ class Runner:
                     if time.monotonic() > deadline:
                         raise OutOfTime(f"stopped before {name}, {way}, at {rate:g}")
                     self._tune_once(task, name, way, rate, saved, found)
-                    _write(folder / "done.json", done)
+                    _write(folder / DONE, done)
 
     def _tune_once(
         self, task: Task, name: str, way: str, rate: float, saved: dict, found: dict
@@ -254,6 +301,19 @@ def _next_tuning_rate(dev: dict[str, float | None]) -> float | None:
     beyond = plan.beyond_the_end(losses, math.sqrt(10))
     is_allowed = beyond and plan.LEAST_TUNING_RATE <= beyond <= plan.MOST_TUNING_RATE
     return beyond if is_allowed else None
+
+
+def folder_of(runs: Path, task: Task) -> Path:
+    """Of a run's files: what is known, a checkpoint of what was stopped, the trained model."""
+    name = f"{task.key} rate {task.rate:g} {'tuned' if task.is_tuned else 'trained'} {task.recipe}"
+    if task.start:
+        name += f" from {task.start.recipe} rate {task.start_rate:g}"
+    return runs / name.replace(" ", "-")
+
+
+def seconds_so_far(folder: Path) -> float:
+    """Of a run that was stopped."""
+    return _read(folder / DONE).get("seconds", 0.0)
 
 
 def items(right: np.ndarray) -> dict:

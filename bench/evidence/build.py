@@ -126,6 +126,16 @@ def identity(folder: Path) -> str:
     return hashlib.sha256("".join(e["sha256"] for e in entries).encode()).hexdigest()[:12]
 
 
+def training_rows(folder: Path) -> dict[str, int]:
+    """Of each task."""
+    arrays = _manifest(folder)["arrays"]
+    return {
+        name.removesuffix(f"/{TRAINING}"): entry["shape"][0]
+        for name, entry in arrays.items()
+        if name.endswith(f"/{TRAINING}")
+    }
+
+
 def _manifest(folder: Path) -> dict:
     path = folder / MANIFEST
     if not path.is_file():

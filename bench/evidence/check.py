@@ -12,6 +12,7 @@ from torch import Tensor
 from sparsekern.files import atomic_write
 from sparsekern.gpt.build import build_optimizer
 from sparsekern.gpt.captured import CapturedStep
+from sparsekern.gpt.flops import train_flops_per_token
 from sparsekern.gpt.model import GPT
 from sparsekern.gpt.step import compute_gradients
 from sparsekern.sparsity import Static
@@ -20,11 +21,11 @@ from . import build
 from .arms import Data, program
 from .engine import Engine, Program
 from .masks import Sparsity
-from .plan import FIRST_RATES, Size
+from .plan import Size
 from .worker import DTYPES
 
 STEPS, LAST, RESUMED_AT = 200, 50, 30
-RATE, SEED = FIRST_RATES[1], 0
+RATE, SEED = 2e-3, 0
 MOST_APART = {"cuda": 0.02, "cpu": 1e-3}  # nats, mean of the LAST steps
 
 
@@ -54,9 +55,13 @@ def check(folder: Path, out: Path, device: str, name: str) -> int:
     masked = engine.losses()
     found["step_s"] = (time.monotonic() - start) / (steps - 10)
     found["tokens_per_s"] = size.shape.tokens / found["step_s"]
+    found["flops_per_s"] = found["tokens_per_s"] * train_flops_per_token(size.shape.config())
     if device == "cuda":
         found["peak_bytes"] = torch.cuda.max_memory_allocated()
-    say(f"{found['tokens_per_s']:,.0f} tokens/s, {1e3 * found['step_s']:.2f} ms a step, {found}")
+    say(
+        f"{found['tokens_per_s']:,.0f} tokens/s, {1e3 * found['step_s']:.2f} ms a step, "
+        f"{found['flops_per_s'] / 1e12:.3g} TFLOP/s of a dense step"
+    )
     start = time.monotonic()
     scores = {n: engine.score(data.rows[n]).loss for n in ("cloze", "blimp", "code/dev")}
     found["scores"], found["score_s"] = scores, time.monotonic() - start

@@ -108,10 +108,8 @@ def interval(values: Sequence[float], share: float, of_items: float = 0.0) -> In
     return statistics.mean(values) - half, statistics.mean(values) + half
 
 
-def verdict(prediction: Prediction, found: Difference | None) -> str:
+def verdict(prediction: Prediction, found: Difference) -> str:
     """What a difference says of its prediction, in words."""
-    if found is None:
-        return "not run"
     said = "as predicted" if prediction.low <= found.mean <= prediction.high else "not as predicted"
     if prediction.margin is None:
         return said

@@ -7,7 +7,7 @@ weight has no gradient and no momentum, so it stays zero: what is computed is wh
 sparse layers compute, by dense kernels. Without a GPU the same functions run as they are.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 import numpy as np
@@ -17,11 +17,12 @@ from torch import Tensor, nn
 
 from sparsekern.gpt.build import build_optimizer
 from sparsekern.gpt.captured import Aside, CudaGraph
-from sparsekern.gpt.model import GPT, GPTConfig
+from sparsekern.gpt.model import GPT, MLP, GPTConfig
 from sparsekern.gpt.step import GRADIENT_CLIP
 
 from .masks import Change, Masks
 from .rows import IDS, NOT_A_TARGET
+from .scores import Scores, score
 
 WARM_UPS = 3
 IGNORED = -100  # of cross_entropy
@@ -67,6 +68,18 @@ class Program:
         return len(self.rates)
 
 
+class FusedMLP(MLP):
+    """The same with one kernel for bias and GELU, where it is compiled."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        if not torch.compiler.is_compiling():
+            return super().forward(x)
+        from .kernels import bias_gelu
+
+        y = F.linear(x, self.up.weight)
+        return self.down(bias_gelu(y.flatten(0, 1), self.up.bias).view_as(y))
+
+
 class Engine:
     def __init__(
         self, shape: Shape, stream: Tensor, most_steps: int, dtype: torch.dtype = torch.bfloat16
@@ -91,7 +104,13 @@ class Engine:
         self._losses = torch.zeros(most_steps, device=self.device)
         self._at = torch.zeros(1, dtype=torch.int64, device=self.device)
         self._offsets = torch.arange(shape.context + 1, device=self.device)
-        self._stepper = torch.compile(self.model, dynamic=False) if is_cuda else self.model
+        self._stepper, self._loss = self.model, loss_and_gradient
+        if is_cuda:
+            from .kernels import cross_entropy_  # Triton is where a GPU is
+
+            for block in self.model.blocks:
+                block.mlp.__class__ = FusedMLP
+            self._stepper, self._loss = torch.compile(self.model, dynamic=False), cross_entropy_
         self._program = Program(np.empty((0, shape.batch)), np.empty(0), {})
         self.steps = 0  # of the program, made so far
         self._gradients, self._update = self._compute_gradients, self._take_step
@@ -109,13 +128,11 @@ class Engine:
         x = window[:, :-1] & int(IDS)
         y = window[:, 1:].masked_fill(window[:, 1:] >= int(NOT_A_TARGET), IGNORED)
         self.model.zero_grad(set_to_none=True)
-        loss = self._loss(x, y)
-        loss.backward()
-        self._losses.index_copy_(0, self._at, loss.detach()[None].float())
-
-    def _loss(self, x: Tensor, y: Tensor) -> Tensor:
         with self._autocast():
-            return self._stepper(x, y)[1]
+            logits = self._stepper(x)[0]
+        loss, gradient = self._loss(logits.detach().flatten(0, 1), y.flatten())
+        logits.backward(gradient.view_as(logits))
+        self._losses.index_copy_(0, self._at, loss[None])
 
     def _autocast(self) -> torch.autocast:
         kind = self.device.type
@@ -227,50 +244,21 @@ class Engine:
         self._at.fill_(self.steps)
         self._losses[: self.steps] = state["losses"].to(self.device)
 
-    # Scores
-
-    @torch.no_grad()
-    def score(self, rows: np.ndarray) -> "Scores":
+    def score(self, rows: np.ndarray) -> Scores:
         """What the model of now makes of rows (rows.py)."""
-        self.model.eval()
-        size = max(1, self.shape.tokens // rows.shape[1])
-        found = [self._score(rows[i : i + size]) for i in range(0, len(rows), size)]
-        self.model.train()
-        nats, targets, right = (torch.cat(part).cpu().numpy() for part in zip(*found, strict=True))
-        return Scores(nats, targets, right)
-
-    def _score(self, rows: np.ndarray) -> tuple[Tensor, Tensor, Tensor]:
-        window = torch.from_numpy(rows.astype(np.int64)).to(self.device)
-        x, y = window[:, :-1] & int(IDS), window[:, 1:]
-        is_target = y < int(NOT_A_TARGET)
-        y = y.masked_fill(~is_target, IGNORED)
-        with self._autocast():
-            logits = self.model(x)[0]
-        nats = F.cross_entropy(
-            logits.float().flatten(0, 1), y.flatten(), reduction="none", ignore_index=IGNORED
-        )
-        right = (logits.argmax(-1) == y) | ~is_target
-        return nats.view(y.shape).double().sum(1), is_target.sum(1), right.all(1)
+        return score(self.model, rows, self._dtype)
 
 
-@dataclass
-class Scores:
-    """Of each row: nats of its targets together, how many they are, and whether each of them was
-    the most probable token."""
-
-    nats: np.ndarray
-    targets: np.ndarray
-    right: np.ndarray
-
-    @classmethod
-    def together(cls, found: Sequence["Scores"]) -> "Scores":
-        parts = ([s.nats for s in found], [s.targets for s in found], [s.right for s in found])
-        return cls(*map(np.concatenate, parts))
-
-    @property
-    def loss(self) -> float:
-        """Nats a target."""
-        return float(self.nats.sum() / max(1, self.targets.sum()))
+def loss_and_gradient(logits: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
+    """Cross entropy of logits [M, V] at targets y [M], in nats a target that is not IGNORED, fp32,
+    and its gradient as the logits are."""
+    is_target = y != IGNORED
+    count = is_target.sum().clamp(min=1)
+    logs = logits.float().log_softmax(-1)
+    nats = -logs.gather(1, y.clamp(min=0)[:, None])[:, 0]
+    places = torch.arange(logits.shape[1], device=logits.device)
+    gradient = (logs.exp() - (places == y[:, None]).float()) * (is_target / count)[:, None]
+    return (nats * is_target).sum() / count, gradient.to(logits.dtype)
 
 
 def _on_host(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:

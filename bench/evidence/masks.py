@@ -21,13 +21,15 @@ Change = Callable[[int, Named, Named, Masks], Masks]
 
 UPDATE_EVERY, STOP_SHARE, DROP_FRACTION = 100, 0.75, 0.3  # RigL and SET
 GRADUAL_FROM, GRADUAL_TO, GRADUAL_EVERY = 0.25, 0.75, 100
+ROUNDS, ROUNDS_TO = 4, 1 / 3  # of a model that is trained already
 
 
 @dataclass(frozen=True)
 class Sparsity:
     """How the linear layers of the blocks are sparse while a model is pre-trained.
 
-    `kind`: dense, static, two-way, rigl, set, or gradual: pruned by magnitude while it trains.
+    `kind`: dense, static, two-way, rigl, set; gradual: pruned by magnitude while it trains; of a
+    model that is trained already: pruned by magnitude at once, or in rounds with training between.
     `until`: the share of the steps after which all weights train; they begin at zero.
     """
 
@@ -36,8 +38,11 @@ class Sparsity:
     until: float = 1.0
 
     def first(self, weights: Named, seed: int) -> Masks:
-        if self.kind in ("dense", "gradual"):
+        """Masks to begin with. The weights themselves count where they are trained already."""
+        if self.kind in ("dense", "gradual", "rounds"):
             return dense(weights)
+        if self.kind == "pruned":
+            return of_largest(weights, self.sparsity)
         family = "two-way" if self.kind == "two-way" else "unstructured"
         algorithm = Static(self.sparsity, seed=seed, family=family)
         on_host = {name: weight.detach().cpu() for name, weight in weights.items()}
@@ -52,6 +57,11 @@ class Sparsity:
             every = max(1, min(GRADUAL_EVERY, (end - begin) // 2))
             for step in [*range(begin + every, end, every), end]:
                 found[step] = lambda s, w, g, m: of_largest(w, cubic(s))
+        if self.kind == "rounds":
+            end = max(1, int(ROUNDS_TO * steps))
+            rounds = Cubic(0.0, self.sparsity, end)
+            for i in range(1, ROUNDS + 1):
+                found[max(1, end * i // ROUNDS)] = lambda s, w, g, m: of_largest(w, rounds(s))
         if self.kind in ("rigl", "set"):
             stop = int(STOP_SHARE * steps)
             drop = Cosine(DROP_FRACTION, max(1, stop))
@@ -72,6 +82,9 @@ class Sparsity:
             # The mean of 1 - cubic over its ramp: kept + sparsity / 4.
             ramp = kept + self.sparsity / 4
             return begin + (end - begin) * ramp + (1 - end) * kept
+        if self.kind == "rounds":
+            left = sum((1 - i / ROUNDS) ** 3 for i in range(ROUNDS)) / ROUNDS
+            return kept + ROUNDS_TO * left * self.sparsity
         return kept * self.until + (1 - self.until)
 
 

@@ -2,6 +2,7 @@
 
 import json
 from collections.abc import Iterable, Sequence
+from dataclasses import replace
 from pathlib import Path
 
 from sparsekern.files import atomic_write
@@ -10,7 +11,7 @@ from sparsekern.terminal import table
 from . import plan, study
 from .build import TRAINING
 from .differences import METRICS, Difference, by_seed, difference, value, verdict
-from .plan import ARMS, PLAN, SIZES, SWEEP_SEED, Order, Prediction
+from .plan import ARMS, PLAN, SIZES, SWEEP_SEED, Order
 
 TEXT = Path(__file__).with_name("manifest.json")
 PRIMARY = "code"  # fine-tuned loss, 75 % against dense and these, order 2
@@ -33,7 +34,9 @@ before the first run (bench/evidence/plan.py); this page is made from bench/resu
 - **Training**: masked dense weights in one CUDA graph for all arms of a shape; `python
   bench/quality.py check` holds 200 of its steps to the same steps by the sparse kernels. AdamW
   (0.9, 0.95), weight decay 0.1, clipping at 1, warm-up over 5 % of the steps, then straight down to
-  zero. A seed fixes weights, order of the text and mask. Embeddings, head and norms are dense.
+  zero. A seed fixes weights, order of the text and mask. Embeddings, head and norms are dense. A
+  model that is trained on begins with the dense model of its seed, with a warm-up, a schedule and
+  an order of the text of its own; it is pruned by magnitude, each layer alike.
 - **Tasks**: sentiment (5,000 reviews held out, % right), WebNLG (nats a token of the text), Python
   of held-out packages (nats a token), each at the rate that is best on dev; before fine-tuning
   BLiMP (67,000 pairs) and the last words of passages of held-out novels (cloze).
@@ -93,27 +96,36 @@ def text_of(manifest: dict) -> str:
 
 def first_words(results: list[dict]) -> str:
     """The answer so far; which dense way to spend the same FLOPs ties with 75 % or beats it."""
-    found = {b: difference(results, SIZE, "75", b, PRIMARY) for b in ("dense", *RIVALS)}
-    if None in found.values():
+    found = {b: difference(results, SIZE, "75", b, PRIMARY) for b in (*RIVALS, "dense")}
+    if not any(found.values()):
         return (
             "**Not known yet.** The runs that would say it have not been made: what follows is the "
             "plan, with what was expected before the first run, and the runs that there are."
         )
     margins = {p.b: p.margin for p in order_of(2).predictions if p.metric == PRIMARY}
-    words = []
-    for arm, rival in RIVALS.items():
-        if found[arm].is_within(margins[arm]):
-            says = f"**{rival} is as good as 75 % zeros** (within {margins[arm]:g})"
-        elif found[arm].is_clear:
-            side = "better" if found[arm].mean < 0 else "**worse**"
-            says = f"75 % zeros are {side} than {rival}"
-        else:
-            says = f"whether 75 % zeros beat {rival} is open"
-        words.append(f"{says}: {shown(found[arm])}")
-    is_equal = found["dense"].is_within(margins["dense"])
-    side = f"equal within {margins['dense']:g}" if is_equal else "not shown to be equal"
-    words.append(f"against dense with the same tokens: {side}, {shown(found['dense'])}")
-    return f"Nats a token of code after dense fine-tuning: {'; '.join(words)}."
+    words = [against(rival, found[arm], margins[arm]) for arm, rival in RIVALS.items()]
+    if not found["dense"]:
+        words.append("against dense with the same tokens: not run yet")
+    else:
+        is_equal = found["dense"].is_within(margins["dense"])
+        side = f"equal within {margins['dense']:g}" if is_equal else "not shown to be equal"
+        words.append(f"against dense with the same tokens: {side}, {shown(found['dense'])}")
+    is_whole = all(f and f.seeds == [*order_of(2).seeds] for f in found.values())
+    so_far = "" if is_whole else "**Not all runs are there yet.** "
+    return f"{so_far}Nats a token of code after dense fine-tuning: {'; '.join(words)}."
+
+
+def against(rival: str, found: Difference | None, margin: float) -> str:
+    """75 % less `rival`, in words."""
+    if not found:
+        return f"against {rival}: not run yet"
+    if found.is_within(margin):
+        says = f"**{rival} is as good as 75 % zeros** (within {margin:g})"
+    elif found.is_clear:
+        says = f"75 % zeros are {'better' if found.mean < 0 else '**worse**'} than {rival}"
+    else:
+        says = f"whether 75 % zeros beat {rival} is open"
+    return f"{says}: {shown(found)}"
 
 
 def order_of(number: int) -> Order:
@@ -122,7 +134,7 @@ def order_of(number: int) -> Order:
 
 def primary(results: list[dict]) -> str:
     lines = [p for p in order_of(2).predictions if p.metric == PRIMARY]
-    return predictions(SIZE, lines, results)
+    return predictions(replace(order_of(2), predictions=tuple(lines)), results)
 
 
 def section(order: Order, results: list[dict]) -> str:
@@ -130,44 +142,56 @@ def section(order: Order, results: list[dict]) -> str:
     if order.arms:
         parts.append(arms(order, results))
     if order.predictions:
-        parts.append(predictions(order.size, order.predictions, results))
+        parts.append(predictions(order, results))
     parts += [part for part in (seeds(order, results), sparse_tuning(order, results)) if part]
     return "\n\n".join(parts)
 
 
 def arms(order: Order, results: list[dict]) -> str:
-    """What each arm costs and comes to, means over its seeds."""
+    """What each arm that has run costs and comes to, means over its seeds; which have not."""
     size = SIZES[order.size]
     full = ARMS["dense"].flops(size)
-    names = list(order.arms) if "dense" in order.arms else ["dense", *order.arms]
-    rows = []
-    for name in names:
-        arm, found = ARMS[name], list(by_seed(results, order.size, name).values())
-        flops = arm.flops(size) / full
-        trained = [r["pretrained"] for r in found if r.get("pretrained", {}).get("step_s")]
+    rows, missing = [], []
+    for name in order.arms if "dense" in order.arms else ("dense", *order.arms):
+        arm, found = ARMS[name], by_seed(results, order.size, name)
+        told = f"{arm.flops(size) / full:.2f}"
+        if not found and name in order.arms:
+            missing.append(f"{arm.title} ({told})")
+        if not found:
+            continue
+        trained = [r["pretrained"] for r in found.values() if "step_s" in r.get("pretrained", {})]
         seconds = [t["step_s"] * t["steps"] for t in trained]
-        rates = sorted({f"{r['rate']:g}" for r in found})
-        cells = [mean_of([value(r, metric) for r in found], metric) for metric in METRICS]
-        rows.append(
-            [
-                arm.title,
-                f"{flops:.2f}",
-                mean_text(seconds, ".0f"),
-                ", ".join(rates) if trained else "-",
-                len(found),
-                *cells,
-            ]
+        rates = ", ".join(sorted({f"{r['rate']:g}" for r in found.values()})) if trained else "-"
+        cells = [mean_of([value(r, m) for r in found.values()], m) for m in METRICS]
+        rows.append([arm.title, told, mean_text(seconds, ".0f"), rates, numbers(found), *cells])
+    parts = []
+    if rows:
+        parts.append(table(*filled(["arm", "FLOPs", "s", "rate", "seeds", *METRICS], rows)))
+        parts.append(
+            "FLOPs are those of pre-training, times dense; s is the time of an arm's own steps "
+            "with masked dense weights, the same for all arms of a shape: what the sparse kernels "
+            "need is in [benchmarks](benchmarks.md)."
         )
-    header = ["arm", "FLOPs", "s", "rate", "seeds", *METRICS]
-    return (
-        table(header, rows)
-        + "\n\n"
-        + (
-            "FLOPs are those of pre-training, times dense; s is the time of its steps with masked "
-            "dense weights, the same for all arms of a shape: what the sparse kernels need is in "
-            "[benchmarks](benchmarks.md)."
-        )
-    )
+    if missing:
+        parts.append(f"Not run yet, with their FLOPs: {'; '.join(missing)}.")
+    return "\n\n".join(parts)
+
+
+def numbers(seeds: Iterable[int]) -> str:
+    """'0-2, 5'"""
+    parts: list[list[int]] = []
+    for seed in sorted(seeds):
+        if parts and seed == parts[-1][-1] + 1:
+            parts[-1].append(seed)
+        else:
+            parts.append([seed])
+    return ", ".join(f"{p[0]}-{p[-1]}" if len(p) > 1 else str(p[0]) for p in parts)
+
+
+def filled(header: list[str], rows: list[list]) -> tuple[list[str], list[list]]:
+    """Without columns that no row has anything in."""
+    kept = [i for i in range(len(header)) if any(row[i] != "-" for row in rows)]
+    return [header[i] for i in kept], [[row[i] for i in kept] for row in rows]
 
 
 def mean_of(found: Iterable[float | None], metric: str) -> str:
@@ -179,26 +203,29 @@ def mean_text(found: Sequence[float], form: str) -> str:
     return f"{sum(found) / len(found):{form}}" if found else "-"
 
 
-def predictions(size: str, lines: Iterable[Prediction], results: list[dict]) -> str:
+def predictions(order: Order, results: list[dict]) -> str:
     rows = []
-    for p in lines:
-        found = difference(results, size, p.a, p.b, p.metric)
+    for p in order.predictions:
+        found = difference(results, order.size, p.a, p.b, p.metric)
         rows.append(
             [
                 f"{ARMS[p.a].title} - {ARMS[p.b].title}",
                 METRICS[p.metric],
                 f"{p.low:+g} to {p.high:+g}",
-                shown(found) if found else "-",
-                verdict(p, found),
+                f"{p.margin:g}" if p.margin is not None else "-",
+                shown(found, len(order.seeds)) if found else "-",
+                verdict(p, found) if found else "-",
             ]
         )
-    return table(["difference", "in", "predicted", "found", "so"], rows, left=2)
+    header = ["difference", "in", "predicted", "margin", "found", "so"]
+    return table(*filled(header, rows), left=2)
 
 
-def shown(found: Difference) -> str:
-    """'+0.123 (0.100 to 0.146; 3 seeds)'"""
+def shown(found: Difference, planned: int = 0) -> str:
+    """'+0.123 (0.100 to 0.146; 3 seeds)', or '2 of 3 seeds' where more are planned."""
     form = ".4f" if max(map(abs, found.values)) < 1 else ".3f"
-    count = f"{len(found.values)} seed{'s' * (len(found.values) > 1)}"
+    made = len(found.values)
+    count = f"{made} of {planned} seeds" if made < planned else f"{made} seed{'s' * (made > 1)}"
     if found.of_95 is None:
         return f"{found.mean:+{form}} ({count})"
     low, high = found.of_95
@@ -212,7 +239,7 @@ def seeds(order: Order, results: list[dict]) -> str:
         for seed, result in by_seed(results, order.size, arm).items():
             cells = [mean_of([value(result, metric)], metric) for metric in METRICS]
             rows.append([ARMS[arm].title, seed, *cells])
-    return table(["arm", "seed", *METRICS], rows) if rows else ""
+    return table(*filled(["arm", "seed", *METRICS], rows)) if rows else ""
 
 
 def sparse_tuning(order: Order, results: list[dict]) -> str:
@@ -226,7 +253,7 @@ def sparse_tuning(order: Order, results: list[dict]) -> str:
                 names = zip(cells, ("code", "webnlg", "sentiment"), strict=True)
                 rows.append([ARMS[arm].title, way, *(mean_of(c, m) for c, m in names)])
     header = ["pre-trained", "fine-tuned", "code", "webnlg", "sentiment"]
-    return table(header, rows, left=2) if rows else ""
+    return table(*filled(header, rows), left=2) if rows else ""
 
 
 def sweeps(order: Order, results: list[dict]) -> str:
@@ -244,11 +271,11 @@ def sweeps(order: Order, results: list[dict]) -> str:
         if best is not None:
             cells[best] = f"**{cells[best]}**"
         told = [f"{rate:g}: {cells[rate]}" for rate in sorted(cells)]
-        end = "" if best is not None else " (not done)"
-        parts.append(f"- {ARMS[arm].title}: {', '.join(told) or 'not run'}{end if told else ''}")
+        end = " (not done)" if told and best is None else ""
+        parts.append(f"- {ARMS[arm].title}: {', '.join(told) or 'not run yet'}{end}")
     return (
         "Nats a token of text held out for this, by rate; full length, a seed of its own.\n\n"
-        + ("\n".join(parts))
+        + "\n".join(parts)
     )
 
 
@@ -261,7 +288,7 @@ def not_run(results: list[dict]) -> str:
         if left:
             parts.append(f"- {order.number}. {order.question} {len(left)} of {len(wanted)} runs.")
     parts.append(
-        "- Pruning of converged models with recovery against dense continued, a third size, and "
-        "equal wall-clock on a CPU: not in the plan yet."
+        "- Not in the plan: pruning of SmolLM2-135M with distillation (its text cannot be had, and "
+        "it wants an hour of a GPU), a third size, equal wall-clock on a CPU."
     )
     return "\n".join(parts)

@@ -10,7 +10,7 @@ mostly say "different" or "open".
 """
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from sparsekern.gpt.flops import flop_ratio, train_flops_per_token
 
@@ -18,7 +18,8 @@ from .engine import Shape
 from .masks import Sparsity
 
 SWEEP_SEED = 100
-FIRST_RATES, TRIED = (1e-3, 2e-3, 4e-3), 5
+# Around the best one of 75 % at 5 tokens a parameter, whose sweep began at 1e-3.
+FIRST_RATES, TRIED = (4e-3, 8e-3, 1.6e-2), 5
 FIRST_TUNING_RATES, LEAST_TUNING_RATE, MOST_TUNING_RATE = (3e-4, 1e-3, 3e-3), 3e-5, 3e-2
 TASKS = {"sentiment": 2, "webnlg": 5, "code": 1}  # passes over their training rows
 PER_PARAMETER = 20
@@ -48,7 +49,9 @@ SIZES = {
 
 @dataclass(frozen=True)
 class Arm:
-    """`rate_of`: the arm whose sweep gives its rate, itself where there is none."""
+    """`rate_of`: the arm whose sweep gives its rate, itself where there is none. `start`: the arm
+    whose model of the same seed it begins with, to train it on for `share` of that size's steps,
+    with a schedule of its own. (Both are no part of the repr, by which results know their arm.)"""
 
     title: str
     sparsity: Sparsity = Sparsity()
@@ -58,6 +61,8 @@ class Arm:
     is_scratch: bool = False  # not pre-trained
     tuning_passes: int = 1  # times those of TASKS
     is_tuned_sparse: bool = False  # with its mask too, beside dense
+    start: str = field(default="", repr=False)
+    share: float = field(default=1.0, repr=False)
 
     def shape(self, size: Size) -> Shape:
         return size.small if self.is_small else size.shape
@@ -65,14 +70,15 @@ class Arm:
     def steps(self, size: Size) -> int:
         if self.is_scratch:
             return 0
-        share = 1 / flop_ratio(size.shape.config(), 0.75) if self.is_short else 1
+        share = 1 / flop_ratio(size.shape.config(), 0.75) if self.is_short else self.share
         return max(1, round(share * size.steps))
 
     def flops(self, size: Size) -> float:
-        """Of pre-training, as sparsekern/gpt/flops.py counts them."""
+        """Of pre-training, its start's with it, as sparsekern/gpt/flops.py counts them."""
         shape, steps = self.shape(size), self.steps(size)
         zeros = 1 - self.sparsity.density(steps)
-        return steps * shape.tokens * train_flops_per_token(shape.config(), zeros)
+        own = steps * shape.tokens * train_flops_per_token(shape.config(), zeros)
+        return own + (ARMS[self.start].flops(size) if self.start else 0.0)
 
 
 ARMS = {
@@ -92,6 +98,47 @@ ARMS = {
     "rigl": Arm("75 %, RigL", Sparsity("rigl", 0.75), "75"),
     "set": Arm("75 %, SET", Sparsity("set", 0.75), "75"),
     "two-way": Arm("75 %, two-way", Sparsity("two-way", 0.75), "75"),
+    "more-10": Arm("dense, 10 % longer", rate_of="more-25", start="dense", share=0.10),
+    "more-25": Arm("dense, 25 % longer", start="dense", share=0.25),
+    "more-50": Arm("dense, 50 % longer", rate_of="more-25", start="dense", share=0.50),
+    "pruned-75-25": Arm(
+        "dense pruned to 75 %, 25 % longer",
+        Sparsity("pruned", 0.75),
+        "pruned-84-25",
+        start="dense",
+        share=0.25,
+    ),
+    "pruned-84-10": Arm(
+        "dense pruned to 83.8 %, 10 % longer",
+        Sparsity("pruned", 0.838),
+        "pruned-84-25",
+        start="dense",
+        share=0.10,
+    ),
+    "pruned-84-25": Arm(
+        "dense pruned to 83.8 %, 25 % longer", Sparsity("pruned", 0.838), start="dense", share=0.25
+    ),
+    "pruned-84-50": Arm(
+        "dense pruned to 83.8 %, 50 % longer",
+        Sparsity("pruned", 0.838),
+        "pruned-84-25",
+        start="dense",
+        share=0.50,
+    ),
+    "rounds-84-25": Arm(
+        "dense pruned to 83.8 % in four rounds, 25 % longer",
+        Sparsity("rounds", 0.838),
+        "pruned-84-25",
+        start="dense",
+        share=0.25,
+    ),
+    "pruned-90-25": Arm(
+        "dense pruned to 90 %, 25 % longer",
+        Sparsity("pruned", 0.9),
+        "pruned-84-25",
+        start="dense",
+        share=0.25,
+    ),
 }
 
 
@@ -196,7 +243,7 @@ PLAN = (
         "Does the gap shrink with size?",
         (),
         ("dense", "75", "small", "75-dense"),
-        (0, 1),
+        (0, 1, 2),
         predictions=(
             Prediction("75", "dense", "held-out", 0.16, 0.30),
             Prediction("small", "75", "held-out", 0.0, 0.04),
@@ -215,16 +262,56 @@ PLAN = (
             Prediction("two-way", "75", "code", -0.02, 0.02, 0.02),
         ),
     ),
+    Order(
+        8,
+        "S",
+        "Does a dense model that is pruned and trained on keep up with dense trained on as long?",
+        ("more-25", "pruned-84-25"),
+        (
+            "more-25",
+            "pruned-84-25",
+            "pruned-75-25",
+            "pruned-90-25",
+            "rounds-84-25",
+            "more-10",
+            "pruned-84-10",
+            "more-50",
+            "pruned-84-50",
+        ),
+        (0, 1, 2),
+        is_tuned=False,
+        predictions=(
+            Prediction("pruned-84-25", "more-25", "held-out", 0.20, 0.38, 0.02),
+            Prediction("pruned-84-10", "more-10", "held-out", 0.28, 0.50, 0.02),
+            Prediction("pruned-84-50", "more-50", "held-out", 0.18, 0.34, 0.02),
+            Prediction("pruned-75-25", "more-25", "held-out", 0.12, 0.25, 0.02),
+            Prediction("pruned-90-25", "more-25", "held-out", 0.35, 0.60, 0.02),
+            Prediction("rounds-84-25", "pruned-84-25", "held-out", -0.03, 0.02, 0.02),
+            Prediction("more-25", "dense", "held-out", -0.08, -0.01),
+            Prediction("pruned-75-25", "75", "held-out", -0.20, -0.05),
+            Prediction("pruned-75-25", "gradual", "held-out", -0.08, 0.02),
+            Prediction("pruned-84-25", "more-25", "blimp", -4.0, -1.0),
+        ),
+    ),
 )
 TOY_PLAN = (
     Order(
         1,
         "toy",
         "Does every kind of arm run?",
-        ("dense", "75"),
+        ("dense", "75", "small"),
         ("dense", "75", "small", "short", "scratch", "75-dense", "gradual", "rigl", "two-way"),
         (0, 1),
         predictions=(Prediction("75", "dense", "code", -1.0, 1.0, 0.02),),
+    ),
+    Order(
+        8,
+        "toy",
+        "Is a model pruned and trained on?",
+        ("more-25", "pruned-84-25"),
+        ("more-50", "pruned-84-50", "rounds-84-25"),
+        (0, 1),
+        is_tuned=False,
     ),
 )
 PLANS = {"full": PLAN, "toy": TOY_PLAN}

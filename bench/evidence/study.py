@@ -6,13 +6,12 @@ are added to a file of this period, as soon as they are there.
 
 import json
 import math
-import statistics
 import time
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import asdict, fields
 from pathlib import Path
 
-from workers import Job, Pool, Worker
+from workers import Job, Worker
 
 from sparsekern.files import atomic_write
 
@@ -22,11 +21,6 @@ from .plan import ARMS, Order
 
 RESULTS = "results.jsonl"
 NEEDED = {"key", "size", "arm", "seed", "rate", "is_tuned", "corpus"}  # of a result
-
-
-def key(task: Task) -> str:
-    what = f"rate {task.rate:g}" if task.seed == plan.SWEEP_SEED else f"seed {task.seed}"
-    return f"{task.size} {task.arm} {what}"
 
 
 def read(paths: Iterable[Path]) -> list[dict]:
@@ -48,13 +42,14 @@ def check_plan(results: Iterable[dict]) -> None:
     """ValueError where one of these is of an arm and size of the plan, but not as they are now."""
     for result in results:
         if result["arm"] in ARMS and result["size"] in plan.SIZES:
-            check(Task(*(result[field.name] for field in fields(Task))), result)
+            check(Task(*(result.get(f.name, f.default) for f in fields(Task))), result)
 
 
 def check(task: Task, result: dict) -> None:
     """ValueError unless `result`, whose key is that of the task, is one of this task and plan."""
+    default = {field.name: field.default for field in fields(Task)}
     for name, value in (asdict(task) | {"recipe": task.recipe}).items():
-        if result.get(name) != value:
+        if result.get(name, default.get(name)) != value:
             raise ValueError(
                 f"plan: expected {name} {value} of the earlier result {result['key']!r}, got "
                 f"{result.get(name)}: it was made by another plan, which needs an --out of its own"
@@ -94,21 +89,24 @@ class Study:
         """All that is to be done and can be, in the order of the plan, done or not."""
         for order in self.orders:
             for arm in order.swept:
-                for rate in self.sweep(order.size, arm):
-                    yield Task(order.size, arm, plan.SWEEP_SEED, rate, False)
+                start_rate = self.start_rate(order.size, arm)
+                if start_rate is not None:
+                    for rate in self.sweep(order.size, arm):
+                        yield Task(order.size, arm, plan.SWEEP_SEED, rate, False, start_rate)
             for seed in order.seeds:
                 for arm in order.arms:
                     rate = self.rate(order.size, arm)
-                    if rate is not None:
-                        yield Task(order.size, arm, seed, rate, order.is_tuned)
+                    start_rate = self.start_rate(order.size, arm)
+                    if None not in (rate, start_rate):
+                        yield Task(order.size, arm, seed, rate, order.is_tuned, start_rate)
 
     def waiting(self) -> list[Task]:
         """ValueError where one of them was done at another rate."""
         left = []
         for task in self.tasks():
-            if done := self.results.get(key(task)):
+            if done := self.results.get(task.key):
                 check(task, done)
-            elif key(task) not in self.failed:
+            elif task.key not in self.failed:
                 left.append(task)
         return left
 
@@ -132,38 +130,20 @@ class Study:
         """That of its sweep, or of the arm whose sweep it follows; None until that is done."""
         return plan.best_rate(self.losses(plan.SWEPT_AT.get(size, size), ARMS[arm].rate_of or arm))
 
-    def seconds(self, task: Task) -> float:
-        """How long such a run took, 0 where none is known."""
-        known = [
-            result["seconds"]
-            for result in self.results.values()
-            if "seconds" in result
-            and (result["size"], result["is_tuned"]) == (task.size, task.is_tuned)
-            and (result["arm"] == task.arm or not task.is_tuned)
-        ]
-        return statistics.median(known) if known else 0.0
+    def start_rate(self, size: str, arm: str) -> float | None:
+        """That of the arm it starts from, 0 where it starts from none."""
+        return self.rate(size, ARMS[arm].start) if ARMS[arm].start else 0.0
 
-    # A period
-
-    def run(self, pool: Pool, deadline: float, is_whole: bool) -> None:
-        """Make runs until the deadline. `is_whole`: begin none that would not end before it."""
-
-        def ready() -> Iterator[Job]:
-            left = deadline - time.monotonic()
-            for task in self.waiting():
-                if not is_whole or self.seconds(task) < left:
-                    yield Job(key(task), "arm", asdict(task))
-
-        pool.run(ready, self.finish)
+    # What is kept
 
     def finish(self, job: Job, worker: Worker, answer: dict) -> None:
         """Keep what a worker says of a run, and say it."""
+        seconds = time.monotonic() - worker.began
         if "result" in answer:
             about = self.about | {"device": worker.device, "recipe": Task(**job.settings).recipe}
             self.keep({"key": job.key} | job.settings | short(answer["result"]) | about)
         elif answer.get("is_final"):
             self.failed[job.key] = answer["failed"]
-        seconds = time.monotonic() - worker.began
         self.say(f"{job.key}: {outcome(answer)}   {seconds:.1f} s on GPU {worker.gpu or '-'}")
         for line in answer.get("log", ()):
             print(f"    {line}", flush=True)

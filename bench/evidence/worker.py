@@ -4,6 +4,7 @@ Answers go to stdout, a line each; what the runs print goes to stderr. It ends w
 """
 
 import json
+import lzma
 import os
 import queue
 import sys
@@ -15,17 +16,19 @@ from typing import TextIO
 import torch
 
 from sparsekern.bench.machine import processor
+from sparsekern.files import atomic_write
 
 from . import build
 from .arms import Data, OutOfTime, Runner, Task
 
+COMPILED = "compiled"
 DTYPES = {"cuda": torch.bfloat16, "cpu": torch.float32}
 
 
 def answer(runner: Runner, message: dict) -> dict:
     """The result of a run, or why there is none."""
     try:
-        result = runner.run(message["key"], Task(**message["settings"]), message["deadline"])
+        result = runner.run(Task(**message["settings"]), message["deadline"])
     except OutOfTime as stopped:
         return {"stopped": str(stopped)}
     except FloatingPointError as error:  # a result too: this rate is too high
@@ -40,13 +43,26 @@ def runner(data: Path, work: Path, device: str) -> Runner:
     return Runner(Data(build.load(data), device), work, DTYPES[device])
 
 
+def load_compiled(folder: Path) -> None:
+    """What torch.compile made in an earlier period: half a minute for each shape."""
+    for path in sorted(folder.glob(f"{COMPILED}-*.xz")):
+        torch.compiler.load_cache_artifacts(lzma.decompress(path.read_bytes()))
+
+
+def save_compiled(folder: Path, gpu: str) -> None:
+    if found := torch.compiler.save_cache_artifacts():
+        with atomic_write(folder / f"{COMPILED}-{gpu}.xz") as file:
+            file.write(lzma.compress(found[0], preset=1))
+
+
 def read_messages(stream: TextIO, messages: queue.Queue) -> None:
     for line in stream:
         messages.put(json.loads(line))
     os._exit(0)  # also in the middle of a run: nobody waits for it any more
 
 
-def serve(data: Path, work: Path, device: str) -> None:
+def serve(data: Path, work: Path, out: Path, device: str) -> None:
+    """Runs in WORK; what is small enough to be carried to another machine in OUT."""
     replies = os.fdopen(os.dup(1), "w")
     os.dup2(2, 1)
 
@@ -55,7 +71,8 @@ def serve(data: Path, work: Path, device: str) -> None:
 
     messages: queue.Queue = queue.Queue()
     threading.Thread(target=read_messages, args=(sys.stdin, messages), daemon=True).start()
-    made = runner(data, work, device)
+    load_compiled(out)
+    made, shapes = runner(data, work, device), 0
     reply({"device": torch.cuda.get_device_name() if device == "cuda" else processor()})
     while True:
         message = messages.get()
@@ -64,3 +81,6 @@ def serve(data: Path, work: Path, device: str) -> None:
         reply(found)
         if "failed" in found:
             os._exit(1)  # a CUDA error would meet the next run too
+        if made.shapes > shapes:
+            shapes = made.shapes
+            save_compiled(out, os.environ.get("CUDA_VISIBLE_DEVICES", ""))

@@ -139,7 +139,7 @@ def _runners(
         return [parameter.grad for parameter in model.blocks.parameters()]
 
     found = []
-    compiled = _compiled(model)
+    compiled = compiled_twin(model)
     for form in of.forms:
         call = partial(step, model if form == EAGER else compiled)
         each = Contender(name + form, kind, [call], _flat, form == CAPTURED, exact=exact)
@@ -147,7 +147,7 @@ def _runners(
     return found
 
 
-def _compiled(model: GPT) -> GPT:
+def compiled_twin(model: GPT) -> GPT:
     for layer in model.modules():
         if isinstance(layer, SparseLinear):
             for tensor in (layer.values, layer.col_indices):

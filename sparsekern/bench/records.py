@@ -52,6 +52,7 @@ CASE: dict[str, type] = {
     "seed": int,
     "lr": float,
     "steps": int,  # of a training run
+    "gpus": int,  # that work together
     "is_noisy": bool,  # nothing is concluded from it
 }
 # Fields of a contender: who did it, and what was found.
@@ -72,6 +73,7 @@ FOUND: dict[str, type] = {
     "state_bytes": int,  # with gradients and optimizer,
     "peak_bytes": int,  # and the most in a step
     "pool_bytes": int,  # that a CUDA graph keeps
+    "sent_bytes": int,  # of gradients, to the other GPUs
     "first_token_s": float,
     "latency_s": float,
     "step": int,  # of an evaluation, or a round of pruning

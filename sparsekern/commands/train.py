@@ -2,6 +2,7 @@
 
 from ..gpt import distributed
 from ..gpt.config import config_from, resumed_config
+from ..gpt.heartbeat import stop
 from ..gpt.train import train
 from ..report import demo as demo_report
 from . import algorithms
@@ -15,6 +16,10 @@ def run_train(**given) -> None:
         config = resumed_config(given) if given.get("resume") else config_from(given)
         config.check_use(given)  # a flag at its default as well
         result = train(config)
+    except RuntimeError as error:
+        if text := distributed.lost(error):
+            stop(text)  # threads of the group may abort where the interpreter ends
+        raise
     finally:
         distributed.finish()
     if result["sparsity"] and distributed.is_first_rank():

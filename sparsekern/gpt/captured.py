@@ -8,12 +8,15 @@ schedule writes.
 A graph keeps the addresses and the patterns that it was captured with. So before each replay all of
 them are compared, and the step is captured anew where one has moved. A step after which an
 algorithm changes its patterns is taken without a graph: RigL must see its gradients. So are
-WARM_UPS steps at the start, and one after each change: what they compile and derive no capture can.
+WARM_UPS steps at the start, and one after each change: what they compile and derive no capture can,
+nor what they connect between processes.
+
+Several processes capture the same all-reduces at the same step, or none does.
 """
 
 import copy
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 
 import torch
 from torch import Tensor
@@ -22,6 +25,7 @@ from torch.optim import Optimizer
 from ..kernels.derived import versions
 from ..nn import SparseLinear, forget_graphs_
 from ..sparsity import Algorithm
+from .buckets import Buckets
 from .distributed import Ranks
 from .model import GPT
 from .step import add_gradients, clip, compute_gradients, micro_batches
@@ -33,8 +37,8 @@ def why_eager(ranks: Ranks) -> str | None:
     """The reason why no step is captured there; None where it is."""
     if ranks.device.type != "cuda":
         return "CUDA graphs need a GPU"
-    if ranks.parallel != "none":
-        return f"{ranks.parallel} is not captured in CUDA graphs yet"
+    if ranks.parallel == "fsdp":
+        return "fsdp gathers weights into new memory in each step; a CUDA graph keeps its addresses"
     return None
 
 
@@ -77,7 +81,8 @@ class Aside:
 class CapturedStep:
     """The step of a model, its optimizer and the algorithms that follow this optimizer.
 
-    `is_replayed` says whether the step under way is a replay, whose numbers nobody waits for.
+    `is_replayed` says whether the step under way is a replay, whose numbers nobody waits for,
+    `has_failed` whether a capture failed, here or in another process.
     """
 
     def __init__(
@@ -88,11 +93,14 @@ class CapturedStep:
         algorithms: Sequence[Algorithm],
         dtype: torch.dtype,
         micro_batch: int = 0,
+        buckets: Buckets | None = None,
     ) -> None:
-        """`stepper` may be another form of the model. `micro_batch` as of compute_gradients."""
+        """`stepper` may be another form of the model. `micro_batch` as of compute_gradients.
+        `buckets`: where several processes take the step."""
         self._model, self._stepper = model, stepper
         self._optimizer, self._algorithms = optimizer, algorithms
-        self._dtype, self._micro_batch = dtype, micro_batch
+        self._dtype, self._micro_batch, self._buckets = dtype, micro_batch, buckets
+        self._sending = buckets.sending if buckets else nullcontext
         device = model.wte.weight.device
         for group in optimizer.param_groups:
             group["lr"] = torch.tensor(float(group["lr"]), device=device)
@@ -100,11 +108,11 @@ class CapturedStep:
         self._graphs: dict[str, CudaGraph] = {}
         self._seen: list[object] = []  # what the graphs depend on, at the step before
         self._cold = WARM_UPS  # steps to take without a graph
-        self.is_replayed = False
+        self.is_replayed = self.has_failed = False
 
     def compute_gradients(self, x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
-        """As step.compute_gradients. It may leave gradients half-done where it raises, and the
-        weights as they were."""
+        """As step.compute_gradients; the loss is that of all processes. It may leave gradients
+        half-done where it raises, and the weights as they were."""
         seen = self._dependencies(x)
         if len(seen) != len(self._seen) or any(map(_differ, seen, self._seen)):
             self.drop()
@@ -116,7 +124,9 @@ class CapturedStep:
         self.drop()
         self._cold = max(0, self._cold - 1)
         with self._aside():
-            return compute_gradients(self._stepper, x, y, self._dtype, self._micro_batch)
+            how = self._dtype, self._micro_batch, self._sending
+            loss, norm = compute_gradients(self._stepper, x, y, *how)
+            return self._mean(loss), norm
 
     def update(self) -> None:
         """The optimizer's step, and that of the algorithms."""
@@ -136,15 +146,38 @@ class CapturedStep:
 
     def _replay(self, parts: list[tuple[Tensor, Tensor]]) -> tuple[Tensor, Tensor]:
         if not self._graphs:
-            self._graphs = self._capture(parts)
-        for i, (x, y) in enumerate(parts):
+            self._capture_everywhere(parts)
+        for name, (x, y) in zip(self._passes(len(parts)), parts, strict=True):
             self._x.copy_(x)
             self._y.copy_(y)
-            self._graphs["next" if i else "first"].replay()
+            self._graphs[name].replay()
         self._graphs["clip"].replay()
-        return self._loss, self._norm
+        return self._loss_of_all, self._norm
 
-    def _capture(self, parts: list[tuple[Tensor, Tensor]]) -> dict[str, CudaGraph]:
+    def _passes(self, count: int) -> list[str]:
+        """The graphs of so many micro-batches. Where gradients are sent, the last has its own."""
+        last = "last" if self._buckets else "next"
+        return ["first", *["next"] * (count - 2), last][:count]
+
+    def _mean(self, loss: Tensor) -> Tensor:
+        return self._buckets.ranks.mean(loss) if self._buckets else loss
+
+    def _capture_everywhere(self, parts: list[tuple[Tensor, Tensor]]) -> None:
+        """RuntimeError where another process could not."""
+        failure: Exception | None = None
+        try:
+            self._capture(parts)
+        except Exception as error:
+            failure = error
+        if self._buckets and (found := self._buckets.ranks.failures(failure)):
+            failure = failure or RuntimeError(f"not captured by {'; '.join(found)}")
+        if failure:
+            self.has_failed = True
+            self._graphs.clear()
+            forget_graphs_(self._model)
+            raise failure
+
+    def _capture(self, parts: list[tuple[Tensor, Tensor]]) -> None:
         self._x, self._y = (t.clone() for t in parts[0])
         # A twin with the same parameters, rates and state, and no hooks: a capture is no step.
         twin = copy.copy(self._optimizer)
@@ -155,26 +188,25 @@ class CapturedStep:
 
         def first() -> None:
             self._model.zero_grad()
-            self._loss = gradients()
+            with self._sending() if len(parts) == 1 else nullcontext():
+                self._loss = gradients()
 
         def following() -> None:
             self._loss += gradients()
 
+        def last() -> None:
+            with self._sending():
+                self._loss += gradients()
+
         def clipped() -> None:
             self._norm = clip(self._model)
+            self._loss_of_all = self._mean(self._loss)
 
-        launches: dict[str, Callable] = {"first": first, "clip": clipped, "adamw": twin.step}
-        if len(parts) > 1:
-            launches = {"first": first, "next": following} | launches
-        graphs: dict[str, CudaGraph] = {}
-        try:
-            for name, launch in launches.items():
-                graphs[name] = CudaGraph(launch, self._aside, graphs.get("first"))
-        except BaseException:
-            graphs.clear()
-            forget_graphs_(self._model)
-            raise
-        return graphs
+        launches: dict[str, Callable] = {"first": first, "next": following, "last": last}
+        launches |= {"clip": clipped, "adamw": twin.step}
+        for name in dict.fromkeys([*self._passes(len(parts)), "clip", "adamw"]):
+            first_graph = self._graphs.get("first")
+            self._graphs[name] = CudaGraph(launches[name], self._aside, first_graph)
 
     def _dependencies(self, x: Tensor) -> list[object]:
         """What a graph would not see change: the shape of the batch, patterns, and addresses of

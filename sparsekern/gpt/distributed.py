@@ -1,4 +1,5 @@
-"""Training in several processes under torchrun: DDP, or FSDP2 with parameters in shards.
+"""Training in several processes under torchrun: every one with the whole model (ddp: buckets.py),
+or FSDP2 with parameters in shards.
 
 Every rank takes its part of one global batch, so a run computes the same on any number of ranks up
 to rounding. Checkpoints hold whole tensors: they resume on any number of ranks as well.
@@ -6,6 +7,8 @@ to rounding. Checkpoints hold whole tensors: they resume on any number of ranks 
 
 import gc
 import os
+import sys
+from datetime import timedelta
 
 import torch
 import torch.distributed as dist
@@ -13,6 +16,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from .flags import PARALLEL
+from .heartbeat import SILENT_S, Heartbeat
 
 MOMENTS = ("step", "exp_avg", "exp_avg_sq")  # of AdamW
 
@@ -59,7 +63,11 @@ class Ranks:
                 # Defaults of its functions keep the group that is there when it is imported.
                 from torch.distributed.nn import functional  # noqa: F401
 
-                dist.init_process_group("nccl" if self.device.type == "cuda" else "gloo")
+                if self.device.type == "cuda":  # connected at once: a capture could not
+                    dist.init_process_group("nccl", device_id=self.device)
+                else:
+                    dist.init_process_group("gloo")
+                watch()
         self.rank = dist.get_rank() if parallel != "none" else 0
         self.size = dist.get_world_size() if parallel != "none" else 1
 
@@ -79,11 +87,16 @@ class Ranks:
         dist.all_reduce(total)
         return total / self.size
 
-    def wrap(self, model: nn.Module) -> nn.Module:
-        """The model to call in training. FSDP2 cuts up the given one itself."""
-        if self.parallel == "ddp":
-            # Index buffers are the same everywhere and need no broadcast.
-            return nn.parallel.DistributedDataParallel(model, broadcast_buffers=False)
+    def failures(self, error: Exception | None) -> list[str]:
+        """What failed on which ranks, in words. All of them must ask together."""
+        texts = [f"{type(error).__name__}: {first_line(error)}" if error else ""]
+        if self.size > 1:
+            texts *= self.size
+            dist.all_gather_object(texts, texts[self.rank])
+        return [f"process {rank}: {text}" for rank, text in enumerate(texts) if text]
+
+    def shard_(self, model: nn.Module) -> nn.Module:
+        """Under fsdp, cut up the parameters of the model in place. Returns it."""
         if self.parallel == "fsdp":
             from torch.distributed.device_mesh import init_device_mesh
             from torch.distributed.fsdp import fully_shard
@@ -95,12 +108,48 @@ class Ranks:
         return model
 
 
+def first_line(error: BaseException) -> str:
+    return (str(error).strip() or "no reason given").splitlines()[0]
+
+
+_watching: list[Heartbeat] = []  # of this process, at most one
+
+
+def watch() -> None:
+    """From now on this process ends when another one of its group has gone."""
+    from torch.distributed.rendezvous import rendezvous
+
+    # A connection of its own: the group's may wait for another process.
+    store, rank, size = next(rendezvous("env://"))
+    if size > 1:
+        store.set_timeout(timedelta(seconds=SILENT_S / 2))
+        _watching.append(Heartbeat(dist.PrefixStore("sparsekern", store), rank, size))
+        _watching[-1].start()
+
+
 def finish() -> None:
     """Leave the group of processes, where there is one, and end its threads as far as nobody holds
-    it: it may be that one of them, back from its last work while the interpreter ends, aborts."""
-    if dist.is_available() and dist.is_initialized():
-        gc.collect()  # models of DDP refer to the group, and to themselves
-        dist.destroy_process_group()
+    it: it may be that one of them, back from its last work while the interpreter ends, aborts.
+
+    After an error the group is left as it is: its work may wait for a process that has gone."""
+    if sys.exc_info()[0] or not dist.is_available() or not dist.is_initialized():
+        return
+    while _watching:
+        _watching.pop().leave()
+    gc.collect()  # NCCL waits for the graphs that it is in; a module may hold the group, and itself
+    dist.destroy_process_group()
+
+
+def lost(error: RuntimeError) -> str | None:
+    """In words, that another process of the group has gone; None where the error is another one."""
+    if not dist.is_available() or not dist.is_initialized():
+        return None
+    if not isinstance(error, dist.DistBackendError) and "gloo" not in str(error):
+        return None
+    return (
+        "parallel: another process has gone, or does not answer; --resume goes on from the last "
+        f"checkpoint, with any number of processes ({first_line(error)[:120]})"
+    )
 
 
 def whole_state(state):

@@ -5,6 +5,7 @@ import statistics
 import torch
 
 from .config import TrainConfig
+from .distributed import first_line
 from .flops import amdahl_cap, flop_ratio, multiply_adds, train_flops_per_token
 from .model import GPTConfig
 
@@ -45,8 +46,8 @@ def graphs(why_not: str | None, is_compiled: bool) -> str:
 
 def eager(error: Exception) -> str:
     """Steps are not captured after all."""
-    first = (str(error).strip() or "no reason given").splitlines()[0]
-    return f"steps  eager from here on, no CUDA graph: {type(error).__name__}: {first}"
+    why = f"{type(error).__name__}: {first_line(error)}"
+    return f"steps  eager from here on, no CUDA graph: {why}"
 
 
 def no_sparsity(path: str) -> str:

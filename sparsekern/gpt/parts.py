@@ -1,5 +1,7 @@
 """Model, optimizer and algorithm of a run: made from whole tensors, placed on its ranks."""
 
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 
 import torch
@@ -7,6 +9,7 @@ from torch import Tensor
 
 from ..sparsity import GMP, Algorithm, Group, RigL
 from ..sparsity.pattern import check_same_on_all_ranks
+from .buckets import Buckets
 from .build import build_optimizer, model_from_state
 from .captured import CapturedStep, why_eager
 from .checkpoint import about
@@ -24,8 +27,8 @@ def is_compiled(config: TrainConfig) -> bool:
 
 
 class Parts:
-    """`wrapped` is the model to call in training, `model` the GPT in it. `captured` takes the steps
-    where it is not None."""
+    """`captured` takes the steps where it is not None, `buckets` sends the gradients where every
+    process has the whole model."""
 
     def __init__(
         self,
@@ -51,13 +54,18 @@ class Parts:
         if self.algorithm:
             self.model = self.algorithm.apply(self.model)
         self._is_rebuilt = False
-        self.wrapped = self._ranks.wrap(self.model)
+        self.model = self._ranks.shard_(self.model)
         self.optimizer = build_optimizer(self.model, config.lr)
         if "optimizer" in state:
             with about(path):
                 load_optimizer(self.optimizer, state["optimizer"])
-        if not self.algorithm:
-            return
+        if self.algorithm:
+            self._place_algorithm(state, path)
+        is_ddp = config.parallel == "ddp"
+        self.buckets = Buckets(self.model, self._ranks) if is_ddp else None
+
+    def _place_algorithm(self, state: dict, path: Path | None) -> None:
+        config = self._config
         self._is_rebuilt = config.parallel == "fsdp" and self.algorithm.resizes
         if not self._is_rebuilt:
             self.algorithm.apply(self.optimizer)
@@ -73,12 +81,18 @@ class Parts:
         config = self._config
         stepper = compiled_blocks(self.model) if is_compiled(config) else self.model
         parts = self.model, stepper, self.optimizer, self.algorithms
-        return CapturedStep(*parts, getattr(torch, config.dtype), config.micro_batch)
+        dtype = getattr(torch, config.dtype)
+        return CapturedStep(*parts, dtype, config.micro_batch, self.buckets)
 
     @property
     def is_replayed(self) -> bool:
         """Whether the step under way is a replay, whose numbers nobody waits for."""
         return bool(self.captured and self.captured.is_replayed)
+
+    @property
+    def sending(self) -> Callable[[], AbstractContextManager]:
+        """What is around the last backward pass of a step (step.compute_gradients)."""
+        return self.buckets.sending if self.buckets else nullcontext
 
     def stop_capturing(self) -> None:
         """Take this step, from its beginning, and all that follow without CUDA graphs."""
@@ -126,12 +140,9 @@ class Parts:
         """The optimizer's step, and with it the algorithm's."""
         if self.captured:
             return self.captured.update()
-        before = self.sparsity
         self.optimizer.step()
         if self._is_rebuilt:
             self._update_whole()
-        elif self._config.parallel == "ddp" and self.sparsity != before:
-            self.wrapped = self._ranks.wrap(self.model)  # its buckets have the sizes of before
 
     def _update_whole(self) -> None:
         """The algorithm's step on whole tensors: FSDP2's shards cannot change their size."""

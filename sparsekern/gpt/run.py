@@ -120,20 +120,26 @@ class Run:
         began = time.perf_counter()
         self.parts.set_learning_rate(learning_rate(self.config, self.step))
         loss, norm = self._gradients(*map(self.ranks.part, self.training.get(self.step)))
-        self._under_way = Reading(self.ranks.mean(loss), norm)
+        self._under_way = Reading(loss, norm)
         self._note_last()
         if not self.parts.is_replayed:
             self._looked_at(self._under_way)
         self._gradient_s = time.perf_counter() - began
 
     def _gradients(self, x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
-        if self.parts.captured:
+        """Loss of all ranks, and norm."""
+        if captured := self.parts.captured:
             try:
-                return self.parts.captured.compute_gradients(x, y)
+                return captured.compute_gradients(x, y)
             except Exception as error:  # of a compiler, CUDA, or the step: then it comes again
+                # Other ranks take it anew after a failed capture alone.
+                if self.ranks.size > 1 and not captured.has_failed:
+                    raise
                 self.parts.stop_capturing()
                 self.tell(lines.eager(error))
-        return compute_gradients(self.parts.wrapped, x, y, self.dtype, self.config.micro_batch)
+        how = self.dtype, self.config.micro_batch, self.parts.sending
+        loss, norm = compute_gradients(self.model, x, y, *how)
+        return self.ranks.mean(loss), norm
 
     def update(self) -> None:
         """The other half: the optimizer's step, the algorithm's with it, and a note of the loss."""

@@ -4,6 +4,9 @@ The host reads no number of `compute_gradients`, nor of its parts, which capture
 CUDA graphs. Run alone reads the results.
 """
 
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
+
 import torch
 from torch import Tensor, nn
 
@@ -21,13 +24,18 @@ def compute_gradients(
     y: Tensor,
     dtype: torch.dtype = torch.float32,
     micro_batch: int = 0,
+    sending: Callable[[], AbstractContextManager] = nullcontext,
 ) -> tuple[Tensor, Tensor]:
     """Forward, backward and clipping of one batch -> loss and gradient norm before clipping.
 
-    `micro_batch` sequences at a time, 0 for all at once: their gradients are added up in place."""
+    `micro_batch` sequences at a time, 0 for all at once: their gradients are added up in place.
+    `sending` is around the last of them, as Buckets.sending."""
     model.zero_grad()
-    parts = micro_batches(x, y, micro_batch)
-    losses = [add_gradients(model, *part, 1 / len(parts), dtype) for part in parts]
+    *parts, last = micro_batches(x, y, micro_batch)
+    share = 1 / (len(parts) + 1)
+    losses = [add_gradients(model, *part, share, dtype) for part in parts]
+    with sending():
+        losses.append(add_gradients(model, *last, share, dtype))
     return sum(losses[1:], losses[0]), clip(model)
 
 

@@ -109,6 +109,7 @@ def _result(run: Run) -> dict:
         "flop_ratio": flop_ratio(run.model.config, run.sparsity),
         "flops": history.flops,
         "source": history.source,
+        "sent_bytes": run.parts.buckets.sent_bytes if run.parts.buckets else 0,
         "vocab_size": run.model.config.vocab_size,
         "peak_memory_bytes": peak_memory_bytes(),
         "peak_gpu_bytes": torch.cuda.max_memory_allocated() if is_cuda else 0,

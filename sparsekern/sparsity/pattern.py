@@ -4,7 +4,6 @@ A place is row * K + column: the pattern of a layer is its ascending places, int
 """
 
 import warnings
-import zlib
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 
 import torch
@@ -179,19 +178,28 @@ def check_same_on_all_ranks(layers: Mapping[str, SparseLinear]) -> None:
     """The same for these layers. Those that another rank does not have are not compared."""
     if not is_distributed():
         return
-    hashes = {name: _crc(layer) for name, layer in layers.items()}
+    hashes = dict(zip(layers, hashes_of(layers.values()), strict=True))
     of_ranks: list[dict[str, int]] = [{}] * dist.get_world_size()
     dist.all_gather_object(of_ranks, hashes)
     found: dict[str, set[int]] = {}
-    for name, crc in ((n, c) for of_rank in of_ranks for n, c in of_rank.items()):
-        found.setdefault(name, set()).add(crc)
-    differ = [name for name, crcs in found.items() if len(crcs) > 1]
+    for name, one in ((n, h) for of_rank in of_ranks for n, h in of_rank.items()):
+        found.setdefault(name, set()).add(one)
+    differ = [name for name, its in found.items() if len(its) > 1]
     if differ:
         raise RuntimeError(f"sparsity: the ranks have different patterns in {', '.join(differ)}")
 
 
-def _crc(layer: SparseLinear) -> int:
-    crc = 0
-    for t in (layer.row_offsets, layer.col_indices):
-        crc = zlib.crc32(t.cpu().numpy().data, crc)
-    return crc
+MIX = 0x3F58476D1CE4E5B9, 0x14D049BB133111EB  # odd, without order in their bits
+
+
+def hashes_of(layers: Iterable[SparseLinear]) -> list[int]:
+    """A number of 64 bits for the pattern of each, made where it is: the sum over its places, mixed
+    so that those of two patterns are alike by chance alone."""
+    sums = []
+    for layer in layers:
+        mixed = places_of(layer)
+        for factor in MIX:
+            mixed = mixed * factor  # int64 wraps around
+            mixed ^= mixed >> 29
+        sums.append(mixed.sum())
+    return [int(each) for each in sums]  # read when all are on their way

@@ -1,9 +1,11 @@
-"""The harness of bench/quality.py at toy size: arms are what they say, a study stops and goes on,
-and the page says what its results say."""
+"""The harness of bench/quality.py at toy size: rows are what they say, arms keep to their sparsity,
+a run that is stopped goes on."""
 
 import json
 import math
+import os
 import random
+import subprocess
 import sys
 from dataclasses import replace
 from pathlib import Path
@@ -11,71 +13,15 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from scipy import stats
+import torch.nn.functional as F
 
 from sparsekern.gpt.data import ByteTokenizer
 from sparsekern.sparsity import Static
 
-BENCH = Path(__file__).parents[2] / "bench"
-LENGTH = 17
 WORDS = "the of and to in is that model weight zero mask train loss good bad film novel".split()
 
-
-@pytest.fixture(scope="module")
-def evidence():
-    """The package bench/evidence, with toy runs of a few steps."""
-    torch.set_num_threads(1)
-    with pytest.MonkeyPatch.context() as patch:
-        patch.syspath_prepend(BENCH)
-        import evidence.arms
-        import evidence.check
-        import evidence.differences
-        import evidence.page
-        import evidence.study
-        import evidence.worker  # noqa: F401
-
-        small = evidence.plan.SIZES["toy"]
-        small = replace(small, tokens=12 * small.shape.batch * (LENGTH - 1))
-        patch.setitem(evidence.plan.SIZES, "toy", small)
-        patch.setattr(evidence.masks, "UPDATE_EVERY", 3)
-        yield evidence
-    for name in [
-        n for n in sys.modules if n.partition(".")[0] in ("evidence", "workers", "quality")
-    ]:
-        del sys.modules[name]
-
-
-def text(rng: random.Random, count: int) -> str:
-    return " ".join(rng.choice(WORDS) for _ in range(count))
-
-
-@pytest.fixture(scope="module")
-def folder(evidence, tmp_path_factory) -> Path:
-    """A corpus, as build.save writes one."""
-    rng, rows, build = random.Random(0), evidence.rows, evidence.build
-    tokenizer = ByteTokenizer()
-    documents = [(str(i), text(rng, 100)) for i in range(20)]
-    arrays = {"training": build.encode(tokenizer, evidence.corpus.joined(documents))}
-    for domain in ("manuals", "novels"):
-        tokens = build.encode(tokenizer, text(rng, 150))
-        arrays[f"held-out/{domain}"] = rows.cut(tokens, LENGTH)
-    pairs = [(text(rng, 5), rng.choice([" good", " bad"])) for _ in range(24)]
-    pieces = rows.items(tokenizer, pairs, LENGTH)
-    for task in ("sentiment", "webnlg", "code"):
-        arrays[f"{task}/training"] = rows.together(pieces[:8], LENGTH)
-        arrays[f"{task}/dev"] = rows.padded(pieces[8:16], LENGTH)
-        arrays[f"{task}/test"] = rows.padded(pieces[16:], LENGTH)
-    pairs = [("", text(rng, 4)) for _ in range(12)]
-    arrays["blimp"] = rows.padded(rows.items(tokenizer, pairs, 12), 12)
-    arrays["cloze"] = rows.padded(pieces, LENGTH)
-    path = tmp_path_factory.mktemp("quality")
-    build.save(path, arrays, tokenizer, {"sources": []}, lambda told: None)
-    return path
-
-
-@pytest.fixture
-def runner(evidence, folder, tmp_path):
-    return evidence.worker.runner(folder, tmp_path / "work", "cpu")
+on_a_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="no NVIDIA GPU")
+pytest_plugins = "quality_toy"
 
 
 def task(evidence, arm: str, is_tuned: bool = False):
@@ -192,7 +138,7 @@ def test_an_arm_keeps_to_its_sparsity(evidence, runner, arm):
         assert all(torch.equal(mask, first[name]) for name, mask in expected.items())
 
 
-@pytest.mark.parametrize("arm", ["gradual", "75-dense"])
+@pytest.mark.parametrize("arm", ["gradual", "75-dense", "rounds-84-25"])
 def test_mean_density_is_that_of_the_steps(evidence, arm):
     sparsity, weights = evidence.plan.ARMS[arm].sparsity, {"a": torch.rand(40, 50)}
     steps, masks, total = 8000, sparsity.first(weights, 0), 0.0
@@ -202,6 +148,45 @@ def test_mean_density_is_that_of_the_steps(evidence, arm):
         if step in changes:
             masks = changes[step](step, weights, {}, masks)
     assert total / steps == pytest.approx(sparsity.density(steps), abs=0.01)
+
+
+@pytest.mark.parametrize("arm", ["more-25", "pruned-84-25", "rounds-84-25"])
+def test_a_trained_model_is_pruned_and_trained_on(evidence, runner, monkeypatch, arm):
+    """It begins with the dense model of its seed, which is trained once, and with other text."""
+    arms, trained = evidence.arms, []
+    pretrain = arms.Runner._pretrain
+    monkeypatch.setattr(
+        arms.Runner, "_pretrain", lambda self, t, *a: trained.append(t) or pretrain(self, t, *a)
+    )
+    seed = evidence.plan.SWEEP_SEED
+    given, begun = arms.Task("toy", arm, seed, 0.004, False, 0.002), {}
+    begin = evidence.engine.Engine.begin
+
+    def watched(self, weights, masks, program):
+        begun.update(weights=weights, masks=masks, starts=program.starts)
+        begin(self, weights, masks, program)
+
+    monkeypatch.setattr(evidence.engine.Engine, "begin", watched)
+    dense = runner.run(given.start, math.inf)
+    first = begun["starts"]
+    model = {name: t.clone() for name, t in runner.engine(given).model.state_dict().items()}
+    found = runner.run(given, math.inf)
+    assert [t.arm for t in trained] == ["dense", arm] and found["setup_s"] < 1
+    assert found["pretrained"]["steps"] == 3 and dense["pretrained"]["steps"] == 12
+    assert found["pretrained"]["density"] == pytest.approx(
+        1 if arm == "more-25" else 0.162, abs=1e-3
+    )
+    assert all(torch.equal(begun["weights"][name], model[name]) for name in model)
+    assert not np.isin(begun["starts"], first).all()
+    if arm == "pruned-84-25":
+        for name, mask in begun["masks"].items():
+            sizes = model[f"{name}.weight"].abs()
+            assert sizes[mask].min() >= sizes[~mask].max()
+    # Without the dense model it is trained for this, and the second time nothing is.
+    again = replace(given, start_rate=0.001)
+    once = runner.run(again, math.inf)
+    assert [t.arm for t in trained[2:]] == ["dense", arm]
+    assert runner.run(again, math.inf)["pretrained"] == once["pretrained"] and len(trained) == 4
 
 
 def test_the_sparse_kernels_follow_the_same_losses(evidence, folder, tmp_path):
@@ -216,7 +201,7 @@ def test_a_run_that_is_stopped_goes_on(evidence, folder, tmp_path, monkeypatch):
     monkeypatch.setattr(evidence.plan, "FIRST_TUNING_RATES", (1e-3,))
     monkeypatch.setattr(evidence.plan, "LEAST_TUNING_RATE", 4e-4)
     monkeypatch.setattr(evidence.plan, "MOST_TUNING_RATE", 1e-3)
-    whole = evidence.worker.runner(folder, tmp_path / "whole", "cpu").run("a", given, math.inf)
+    whole = evidence.worker.runner(folder, tmp_path / "whole", "cpu").run(given, math.inf)
     assert set(whole["tuned"]) == {
         f"{t} {way}" for t in ("sentiment", "webnlg", "code") for way in ("dense", "sparse")
     }
@@ -230,7 +215,7 @@ def test_a_run_that_is_stopped_goes_on(evidence, folder, tmp_path, monkeypatch):
         with monkeypatch.context() as patch:
             patch.setattr(arms.time, "monotonic", lambda clock=clock: next(clock))
             try:
-                parts = stopped.run("a", given, 5.0)
+                parts = stopped.run(given, 5.0)
                 break
             except arms.OutOfTime as error:
                 stops.append(str(error))
@@ -240,254 +225,62 @@ def test_a_run_that_is_stopped_goes_on(evidence, folder, tmp_path, monkeypatch):
     assert parts["tuned"] == whole["tuned"]
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_the_loss_and_its_gradient_are_those_of_autograd(evidence, dtype):
+    y = torch.randint(0, 97, (50,))
+    y[::7] = evidence.engine.IGNORED
+    logits = (4 * torch.randn(50, 97)).to(dtype).requires_grad_()
+    expected = F.cross_entropy(logits.float(), y)
+    expected.backward()
+    loss, gradient = evidence.engine.loss_and_gradient(logits.detach(), y)
+    torch.testing.assert_close(loss, expected.detach())
+    torch.testing.assert_close(gradient, logits.grad, rtol=0, atol=1e-8)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=[pytest.mark.gpu, on_a_gpu])])
+def test_the_kernels_are_those_of_torch(device):
+    pytest.importorskip("triton")
+    here = Path(__file__).parent
+    command = [sys.executable, str(here / "quality_kernels.py"), str(here.parents[1] / "bench")]
+    interpreted = {"TRITON_INTERPRET": "1"} if device == "cpu" else {}
+    subprocess.run([*command, device], env=os.environ | interpreted, check=True)
+
+
+@pytest.mark.parametrize("name", ["blimp", "cloze", "sentiment/test", "held-out/manuals"])
+def test_scores_are_those_of_whole_rows(evidence, runner, name):
+    engine, rows = runner.engine(task(evidence, "dense")), runner.data.rows[name]
+    engine.begin(
+        runner.data.size("toy").shape.weights(3),
+        evidence.masks.dense(engine.weights),
+        evidence.engine.Program(np.empty((0, 1)), np.empty(0), {}),
+    )
+    found = engine.score(rows)
+    ids = torch.from_numpy((rows & evidence.rows.IDS).astype(np.int64))
+    is_target = torch.from_numpy(rows[:, 1:] < evidence.rows.NOT_A_TARGET)
+    with torch.no_grad():
+        logits = engine.model(ids[:, :-1])[0]
+    nats = F.cross_entropy(logits.transpose(1, 2), ids[:, 1:], reduction="none") * is_target
+    assert found.nats == pytest.approx(nats.sum(1).numpy(), rel=1e-5)
+    assert np.array_equal(found.targets, is_target.sum(1).numpy())
+    right = (logits.argmax(-1) == ids[:, 1:]) | ~is_target
+    assert np.array_equal(found.right, right.all(1).numpy())
+    # A row without targets has none right and none wrong.
+    empty = engine.score(rows[:2] | evidence.rows.NOT_A_TARGET)
+    assert not empty.nats.any() and not empty.targets.any() and empty.right.all()
+
+
 @pytest.mark.gpu
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="no NVIDIA GPU")
+@on_a_gpu
 def test_the_captured_step_is_that_of_the_host(evidence, folder, tmp_path):
     assert evidence.check.check(folder, tmp_path, "cuda", "toy") == 0
     losses = {}
     for device in ("cpu", "cuda"):
         made = evidence.worker.runner(folder, tmp_path / device, device)
         for arm in ("rigl", "75-dense"):
-            found = made.run(arm, task(evidence, arm, is_tuned=True), math.inf)
+            found = made.run(task(evidence, arm, is_tuned=True), math.inf)
             losses[device, arm] = found["pretrained"]["held-out"]
             assert found["pretrained"]["density"] == (1 if arm == "75-dense" else 0.25)
             assert set(found["tuned"]) == {f"{t} dense" for t in ("sentiment", "webnlg", "code")}
     for arm in ("rigl", "75-dense"):
         assert losses["cuda", arm] == pytest.approx(losses["cpu", arm], abs=0.05)
-
-
-# The plan and the study
-
-
-@pytest.mark.parametrize("optimum", [1e-4, 1.1e-3, 3e-3, 0.1, math.inf])
-def test_a_sweep_ends_with_its_best_rate_inside(evidence, optimum):
-    plan, losses = evidence.plan, {}
-    for _ in range(40):
-        rates = plan.next_rates(losses)
-        if not rates:
-            break
-        for rate in rates:
-            is_high = rate > 0.05 if math.isfinite(optimum) else rate > 0.003
-            losses[rate] = math.inf if is_high and optimum != 0.1 else abs(math.log(rate / 1e-3))
-            if math.isfinite(optimum) and losses[rate] < math.inf:
-                losses[rate] = abs(math.log(rate / optimum))
-    best = plan.best_rate(losses)
-    assert min(losses) < best < max(losses) and len(losses) >= plan.TRIED
-
-
-def test_arms_of_equal_flops_are_equal(evidence):
-    plan = evidence.plan
-    for size in (plan.SIZES["S"], plan.SIZES["M"]):
-        sparse, small, short = (plan.ARMS[n].flops(size) for n in ("75", "small", "short"))
-        assert small == pytest.approx(sparse, rel=0.04) and small > sparse
-        assert short == pytest.approx(sparse, rel=1e-3)
-    for order in [order for orders in plan.PLANS.values() for order in orders]:
-        assert {*order.arms, *order.swept} <= plan.ARMS.keys() and order.size in plan.SIZES
-        for p in order.predictions:
-            assert {p.a, p.b} <= plan.ARMS.keys() and p.low <= p.high
-
-
-class InProcess:
-    """In place of the pool: `most` runs in this process."""
-
-    device, gpu, began = "this processor", "", 0.0
-
-    def __init__(self, runner, answer, most=1000):
-        self.runner, self.answer, self.most = runner, answer, most
-
-    def run(self, plan, finish):
-        for _ in range(self.most):
-            job = next(iter(plan()), None)
-            if job is None:
-                return
-            message = {"key": job.key, "settings": job.settings, "deadline": math.inf}
-            finish(job, self, self.answer(self.runner, message))
-
-
-def test_a_study_stops_goes_on_and_does_nothing_twice(evidence, runner, folder, tmp_path):
-    study, plan = evidence.study, evidence.plan
-    order = plan.Order(1, "toy", "?", ("75",), ("75", "two-way"), (0,), False)
-
-    def made(most: int) -> "study.Study":
-        found = study.Study([order], "text", tmp_path, [], {"commit": "", "date": "", "torch": ""})
-        found.run(InProcess(runner, evidence.worker.answer, most), math.inf, False)
-        return found
-
-    first = made(2)
-    assert [r["key"] for r in first.results.values()] == ["toy 75 rate 0.001", "toy 75 rate 0.002"]
-    last = made(1000)
-    assert first.without_rate() == ["toy 75", "toy two-way"]
-    assert not last.waiting() and not last.failed and not last.without_rate()
-    assert list(last.results)[:2] == list(first.results)
-    best = plan.best_rate(last.losses("toy", "75"))
-    assert {last.results[f"toy {a} seed 0"]["rate"] for a in order.arms} == {best}
-    lines = (tmp_path / "results.jsonl").read_text()
-    made(1000)
-    assert (tmp_path / "results.jsonl").read_text() == lines
-    assert last.seconds(evidence.arms.Task("toy", "75", 1, best, False)) > 0
-    with pytest.raises(ValueError, match="expected the text text of earlier results, got other"):
-        study.Study([order], "other", tmp_path, [], {})
-    (tmp_path / "results.jsonl").write_text(lines + "half a li")
-    with pytest.raises(ValueError, match="expected a result"):
-        made(1)
-    for broken, words in ((b"5", "line 1"), (b'{"key": "a"}', "it lacks arm"), (b"\xff", "line 1")):
-        (tmp_path / "results.jsonl").write_bytes(broken + b"\n")
-        with pytest.raises(ValueError, match=words):
-            made(1)
-
-
-def test_results_of_another_plan_are_not_used(evidence, runner, tmp_path, monkeypatch):
-    study, plan = evidence.study, evidence.plan
-    order = plan.Order(1, "toy", "?", ("75",), ("75",), (0,), False)
-
-    def made(most: int = 0) -> "study.Study":
-        found = study.Study([order], "text", tmp_path, [], {"commit": "", "date": "", "torch": ""})
-        found.run(InProcess(runner, evidence.worker.answer, most), math.inf, False)
-        return found
-
-    whole = made(1000)
-    assert whole.results["toy 75 seed 0"]["recipe"] == task(evidence, "75").recipe
-    with monkeypatch.context() as patch:
-        patch.setitem(plan.ARMS, "75", replace(plan.ARMS["75"], title="other words"))
-        made()  # the same runs
-        patch.setitem(plan.ARMS, "75", replace(plan.ARMS["75"], sparsity=plan.Sparsity("set", 0.5)))
-        with pytest.raises(
-            ValueError, match="plan: expected recipe .* it was made by another plan"
-        ):
-            made()
-    # Nor what is left of a run at another rate.
-    lines = (tmp_path / "results.jsonl").read_text().splitlines()
-    with monkeypatch.context() as patch:
-        patch.setattr(study.Study, "rate", lambda *_: 0.5)
-        with pytest.raises(ValueError, match="plan: expected rate 0.5 of the earlier result"):
-            made().waiting()
-        (tmp_path / "results.jsonl").write_text("\n".join(lines[:-1]) + "\n")
-        assert made(1).results["toy 75 seed 0"]["pretrained"] != json.loads(lines[-1])["pretrained"]
-
-
-def test_two_runs_in_one_folder_are_one_too_many(evidence, tmp_path):
-    import quality
-
-    with quality.alone("out", tmp_path / "a"), quality.alone("work", tmp_path / "a/work"):
-        with pytest.raises(ValueError, match="work: expected a folder of its own"):
-            with quality.alone("work", tmp_path / "a/work"):
-                pass
-    with quality.alone("out", tmp_path / "a"):
-        assert not list((tmp_path / "a/work").iterdir())
-
-
-def test_a_rate_that_is_too_high_is_a_result(evidence, runner, tmp_path):
-    settings = {"size": "toy", "arm": "dense", "seed": 100, "rate": 1e30, "is_tuned": False}
-    message = {"key": "a", "settings": settings, "deadline": math.inf}
-    assert "loss is" in evidence.worker.answer(runner, message)["result"]["diverged"]
-    broken = message | {"settings": settings | {"arm": "none"}}
-    assert "KeyError" in evidence.worker.answer(runner, broken)["failed"]
-
-
-# Statistics and the page
-
-
-def results(evidence, losses: dict[str, list[float]]) -> list[dict]:
-    """Results of order 2 with these losses on code."""
-    rng, items, found = np.random.default_rng(0), evidence.arms.items, []
-    about = {
-        "corpus": "text",
-        "is_tuned": True,
-        "device": "GPU",
-        "torch": "2",
-        "date": "day",
-        "commit": "abc",
-    }
-    for arm, each in losses.items():
-        for seed, loss in enumerate(each):
-            right = items(rng.random(200) < 0.8)
-            pretrained = {"held-out": loss + 1, "dev": loss, "cloze": right}
-            pretrained |= {"blimp": {"percent": right["percent"]}}
-            pretrained |= {"tokens": 2e6, "passes": 2, "steps": 10, "step_s": 0.5}
-            tuned = {"sentiment dense": {"items": right}, "code dense": {"loss": loss}}
-            own = {"key": f"S {arm} seed {seed}", "size": "S", "arm": arm, "seed": seed}
-            own |= {"recipe": evidence.arms.Task("S", arm, seed, 0.001, True).recipe}
-            own |= {"rate": 0.001, "pretrained": pretrained, "tuned": tuned, "seconds": 9.0}
-            found.append(own | about)
-    return found
-
-
-def test_the_page_without_results_is_the_plan(evidence):
-    page = evidence.page.text([])
-    assert "**Not known yet.**" in page and page.count("not run") > 20
-
-
-def test_the_page_is_what_its_results_make(evidence):
-    kept = BENCH / "results" / "quality.jsonl"
-    made = evidence.page.text(evidence.study.read([kept] if kept.exists() else []))
-    assert made == (BENCH.parent / "docs" / "quality.md").read_text()
-
-
-def test_the_page_says_when_small_dense_is_as_good(evidence):
-    small = {"dense": [2.0, 2.01, 2.02], "75": [2.1, 2.11, 2.12], "small": [2.1, 2.112, 2.119]}
-    assert "**Not known yet.**" in evidence.page.text(results(evidence, small))
-    small["short"] = [2.05, 2.06, 2.07]
-    page = evidence.page.text(results(evidence, small)).split("\n\n")
-    assert "small dense model of the same FLOPs is as good" in page[1]
-    assert "75 % zeros are **worse** than the dense model with the same FLOPs" in page[1]
-    assert "with the same tokens: not shown to be equal, +0.100" in page[1]
-    worse = small | {"small": [2.2, 2.21, 2.22]}
-    assert "75 % zeros are better than a small" in evidence.page.text(results(evidence, worse))
-
-
-@pytest.mark.parametrize(
-    ("values", "so"),
-    [
-        ([0.001, 0.002, 0.0015], "as predicted; **equal within 0.02**"),
-        ([0.1, 0.11, 0.12], "not as predicted; **different**"),
-        ([0.0, 0.1, -0.1], "as predicted; open: neither equal within 0.02 nor different"),
-        ([0.001], "as predicted; one seed says nothing of 0.02"),
-    ],
-)
-def test_verdicts(evidence, values, so):
-    differences = evidence.differences
-    both = {"dense": [2.0] * len(values), "75": [2 + value for value in values]}
-    found = differences.difference(results(evidence, both), "S", "75", "dense", "code")
-    assert found.mean == pytest.approx(np.mean(values))
-    prediction = evidence.plan.Prediction("75", "dense", "code", 0.0, 0.05, 0.02)
-    assert differences.verdict(prediction, found) == so
-
-
-def test_intervals_are_those_of_scipy_and_cover_seeds_and_items(evidence):
-    interval, values = evidence.differences.interval, [0.1, 0.13, 0.09]
-    for share in (0.90, 0.95):
-        want = stats.t.interval(share, 2, loc=np.mean(values), scale=stats.sem(values))
-        assert interval(values, share) == pytest.approx(want)
-        # Equal within a margin is what two one-sided tests at 5 % say.
-        margin = interval(values, 0.90)[1]
-        test = stats.ttest_1samp(values, margin, alternative="less")
-        assert test.pvalue == pytest.approx(0.05)
-    assert interval([1.0], 0.95) is None
-    # As many as they say hold the truth, also where seeds differ more than items.
-    rng, held = np.random.default_rng(0), 0
-    for _ in range(400):
-        apart = rng.normal(0, 1, (3, 1)) + rng.normal(0, 1, (3, 50))
-        low, high = interval(list(apart.mean(1)), 0.95, stats.sem(apart.mean(0)))
-        held += low <= 0 <= high
-    assert held >= 0.93 * 400
-
-
-def test_shares_cover_seeds_and_items(evidence):
-    both = {"dense": [2.0] * 4, "75": [2.0] * 4}
-    found = evidence.differences.difference(results(evidence, both), "S", "75", "dense", "cloze")
-    low, high = found.of_95
-    # Items of two models with independent errors of 20 %: 4 points over 200 items, four seeds, so
-    # 2 points of their mean, of the items alone and of the seeds alone: 2 (3.9^2 + 6.4^2)^0.5.
-    assert low < found.mean < high and 6 < high - low < 24
-
-
-def test_results_are_added_once(evidence, tmp_path):
-    new = results(evidence, {"dense": [2.0]})
-    (tmp_path / "new.jsonl").write_text("".join(json.dumps(r) + "\n" for r in new))
-    kept, page = tmp_path / "kept.jsonl", tmp_path / "page.md"
-    for _ in range(2):
-        evidence.page.publish(kept, page, [tmp_path / "new.jsonl"])
-    assert len(kept.read_text().splitlines()) == 1 and "GPU" in page.read_text()
-    (tmp_path / "other.jsonl").write_text(json.dumps(new[0] | {"key": "b", "recipe": "old"}) + "\n")
-    with pytest.raises(ValueError, match="made by another plan"):
-        evidence.page.publish(kept, page, [tmp_path / "other.jsonl"])

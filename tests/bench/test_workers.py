@@ -1,6 +1,7 @@
 """The pool of workers: they share GPUs, may crash, and stop in time."""
 
 import importlib
+import itertools
 import sys
 import time
 from pathlib import Path
@@ -34,10 +35,10 @@ for line in sys.stdin:
 
 
 def make(workers, folder: Path, jobs: list, deadline: float = float("inf")) -> tuple:
-    """Have a stub make the jobs on two GPUs -> results and failures by key, and what is left."""
+    """Have a stub make the jobs on two GPUs -> results and failures by key."""
     (folder / "stub.py").write_text(STUB)
     command = [sys.executable, str(folder / "stub.py")]
-    pool = workers.Pool(command, ["0", "1"], 2, folder / "logs", deadline)
+    pool = workers.Pool(command, ["0", "1"], folder / "logs", deadline)
     made, failed = {}, {}
 
     def finish(job, worker, answer):
@@ -46,39 +47,38 @@ def make(workers, folder: Path, jobs: list, deadline: float = float("inf")) -> t
         elif answer["is_final"]:
             failed[job.key] = answer
 
-    def plan():
-        return (job for job in jobs if job.key not in made and job.key not in failed)
+    def choose(gpu, under_way):
+        left = (job for job in jobs if job.key not in made | failed and job not in under_way)
+        return next(left, None)
 
     try:
-        left = pool.run(plan, finish)
+        pool.run(choose, finish)
     finally:
         pool.close()
-    return made, failed, left
+    return made, failed
 
 
-def test_workers_share_gpus_but_for_runs_that_want_one_alone(workers, tmp_path):
-    job = workers.Job
-    others = [job(f"run {i}", "sleep", {"seconds": 0.2}) for i in range(6)]
-    alone = job("alone", "sleep", {"seconds": 0.5}, is_alone=True)
-    made, failed, left = make(workers, tmp_path, [alone, *others])
-    assert len(made) == 7 and not failed and left is None
+def test_each_worker_has_a_gpu(workers, tmp_path):
+    jobs = [workers.Job(f"run {i}", "sleep", {"seconds": 0.2}) for i in range(4)]
+    made, failed = make(workers, tmp_path, jobs)
+    assert len(made) == 4 and not failed
     assert {result["gpu"] for result in made.values()} == {"0", "1"}
-    began, ended = made["alone"]["span"]
-    beside = [r for k, r in made.items() if k != "alone" and r["gpu"] == made["alone"]["gpu"]]
-    assert all(r["span"][1] <= began or r["span"][0] >= ended for r in beside)
+    for gpu in "01":
+        spans = sorted(result["span"] for result in made.values() if result["gpu"] == gpu)
+        assert all(a[1] <= b[0] for a, b in itertools.pairwise(spans))
 
 
 def test_a_worker_that_crashes_is_replaced(workers, tmp_path):
     job = workers.Job
     others = [job(f"run {i}", "sleep", {"seconds": 0.0}) for i in range(4)]
-    made, failed, left = make(workers, tmp_path, [job("bad", "crash", {}), *others])
-    assert len(made) == 4 and left is None
+    made, failed = make(workers, tmp_path, [job("bad", "crash", {}), *others])
+    assert len(made) == 4
     assert failed["bad"]["failed"] == "ended with code 7" and failed["bad"]["log"][-1] == "a crash"
 
 
 def test_workers_stop_in_time(workers, tmp_path, monkeypatch):
     monkeypatch.setattr(workers, "GRACE_S", 0.2)
-    job = workers.Job
-    jobs = [job(f"run {i}", "sleep", {"seconds": 60}) for i in range(5)]
-    made, failed, left = make(workers, tmp_path, jobs, time.monotonic() + 1)
-    assert not made and not failed and left == "run 4"
+    jobs = [workers.Job(f"run {i}", "sleep", {"seconds": 60}) for i in range(5)]
+    began = time.monotonic()
+    made, failed = make(workers, tmp_path, jobs, began + 1)
+    assert not made and not failed and time.monotonic() - began < 30

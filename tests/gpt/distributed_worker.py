@@ -4,15 +4,20 @@ process group. Writes what each rank holds, so that the test can compare them.""
 import json
 import os
 import sys
+from contextlib import nullcontext
 from pathlib import Path
 
 import torch
+from test_captured import Replayed
 from torch.distributed.fsdp import fully_shard
 from torch.optim.swa_utils import AveragedModel
 
 from sparsekern import SparseLinear, Static
-from sparsekern.gpt import distributed, parts, train
+from sparsekern.bench import scale_gpu
+from sparsekern.bench.turns import on_host
+from sparsekern.gpt import buckets, captured, distributed, lines, parts, train
 from sparsekern.gpt.config import config_from, resumed_config
+from sparsekern.gpt.model import GPTConfig
 from sparsekern.sparsity import RigL, check_same_patterns, pattern
 from sparsekern.sparsity.pattern import check_same_on_all_ranks, places_of
 
@@ -23,20 +28,59 @@ check = parts.check_same_on_all_ranks
 
 
 def hashes(layers):
-    checks.append([pattern._crc(layer) for layer in layers.values()])
+    checks.append(pattern.hashes_of(layers.values()))
     check_same_on_all_ranks(layers)
 
 
 parts.check_same_on_all_ranks = hashes
 sys.modules["sparsekern.sparsity.algorithm"].check_same_on_all_ranks = hashes
 
+
+def count_bytes(buckets, gradients):
+    sent.append(sum(g.nbytes for g in gradients))
+    send(buckets, gradients)
+
+
+def say_eager(error):
+    eager.append(str(error))
+    return f"eager: {error}"
+
+
+sent, eager = [], []  # bytes of all-reduces, and why steps of several ranks were not captured
+send, buckets.Buckets._send = buckets.Buckets._send, count_bytes
+lines.eager = say_eager
+
+
+class FailsOnOne(Replayed):
+    def __init__(self, *args):
+        super().__init__(*args)
+        if rank == "1":
+            raise torch.OutOfMemoryError("no memory on 1")
+
+
+def stand_in(graph) -> None:
+    """Steps are captured on the CPU, too."""
+    captured.CudaGraph, captured.Aside = graph, lambda device: nullcontext
+    parts.why_eager = lambda ranks: None
+
+
 results = {}
+why_eager, CudaGraph, Aside = parts.why_eager, captured.CudaGraph, captured.Aside
 for name, settings in json.loads((folder / "configs.json").read_text()).items():
-    checks.clear()
+    for each in (checks, sent, eager, Replayed.made):
+        each.clear()
     resume = settings.pop("resume", False)
     config = resumed_config(settings) if resume else config_from(settings)
+    if config.device == "cpu" and name.startswith("captured"):
+        stand_in(FailsOnOne if "failing" in name else Replayed)
     result = train.train(config)
-    results[name] = {"losses": result["losses"], "checks": list(checks)}
+    captured.CudaGraph, captured.Aside, parts.why_eager = CudaGraph, Aside, why_eager
+    results[name] = {name: result[name] for name in ("losses", "sent_bytes")} | {
+        "checks": list(checks),
+        "sent": sum(sent),
+        "eager": list(eager),
+        "replays": sum(each.replays for each in Replayed.made),
+    }
 
 # The check itself: one rank changes a pattern behind the others' backs.
 linear = torch.nn.Linear(4, 4)
@@ -94,6 +138,18 @@ results["ddp"] = [places_of(layer).tolist() for layer in (model[0], model[2])]
 results["average"] = [places_of(average.module.module[i]).tolist() for i in (0, 2)]
 results["first"] = first
 
+# The benchmark of several GPUs, of a model that takes no time.
+stand_in(Replayed)
+if config.device == "cpu":
+    scale_gpu.compiled_twin, scale_gpu.REDUCED, scale_gpu.ROUNDS = lambda model: model, (2**16,), 1
+    ranks = distributed.Ranks("ddp", "cpu")
+    tiny = scale_gpu.Model("tiny", GPTConfig(1, 2, 32, 16, 64), 2)
+    results["scale"] = list(scale_gpu.cases(ranks, 100.0, (tiny,), on_host))
+    results["not begun"] = list(scale_gpu.cases(ranks, -1.0, (tiny,), on_host))
+
 (folder / f"results-{rank}.json").write_text(json.dumps(results))
 del algorithm, model, optimizer, parallel, average
 distributed.finish()
+# FSDP2 holds the group, and so gloo's threads, which may abort where the interpreter ends.
+sys.stdout.flush()
+os._exit(0)

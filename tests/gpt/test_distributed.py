@@ -2,17 +2,21 @@
 
 import json
 import os
+import signal
+import socket
 import subprocess
 import sys
+import weakref
 from dataclasses import asdict, replace
 from pathlib import Path
 
 import pytest
 import torch
 import torch.distributed as dist
-from tiny import tiny_config
+from tiny import flags, tiny_config
 
 from sparsekern.gpt import train
+from sparsekern.gpt.buckets import Buckets
 from sparsekern.gpt.checkpoint import CHECKPOINT, load_checkpoint
 from sparsekern.gpt.config import TrainConfig, resumed_config
 from sparsekern.gpt.distributed import Ranks, finish
@@ -34,6 +38,11 @@ SETTINGS = {
 }
 # FSDP2 takes a while on a CPU; set is rigl with other places.
 RUNS = [(a, p) for a in SETTINGS for p in ("ddp", "fsdp") if (a, p) != ("set", "fsdp")]
+
+
+# On a CPU a stand-in for CUDA graphs takes the captured steps.
+CAPTURED = {"captured static": "static", "captured gmp": "gmp", "captured failing": "static"}
+WIDE = {"wide dense": 0.0, "wide sparse": 0.75}
 
 
 def config(folder: Path, algorithm: str, parallel: str = "none") -> TrainConfig:
@@ -64,6 +73,21 @@ def torchrun(folder: Path, ranks: int = 2) -> list[dict]:
     return [json.loads((folder / f"results-{rank}.json").read_text()) for rank in range(ranks)]
 
 
+KILLED = """
+import os, signal, sys
+from sparsekern import cli
+from sparsekern.gpt.data import Batches
+
+def get(self, i, get=Batches.get):
+    if i == 6 and os.environ["RANK"] == "1":
+        os.kill(os.getpid(), signal.SIGKILL)
+    return get(self, i)
+
+Batches.get = get
+sys.exit(cli.main(sys.argv[1:]))
+"""
+
+
 @pytest.fixture(scope="module")
 def runs(tmp_path_factory) -> tuple[Path, list[dict]]:
     """All two-process runs, in one torchrun; and those that resume a run of one process."""
@@ -72,6 +96,11 @@ def runs(tmp_path_factory) -> tuple[Path, list[dict]]:
         (folder / f"{name}.json").write_text(json.dumps(settings))
         train.train(config(folder, name))
     configs = {f"{a}-{p}": _changed(config(folder, a, p)) for a, p in RUNS}
+    for name, algorithm in CAPTURED.items():
+        configs[name] = _changed(replace(config(folder, algorithm, "ddp"), out=str(folder / name)))
+    for name, sparsity in WIDE.items():
+        wide = tiny_config(folder, layers=4, width=128, steps=2, parallel="ddp", sparsity=sparsity)
+        configs[name] = _changed(replace(wide, out=str(folder / name)))
     for parallel in ("ddp", "fsdp"):
         alone = replace(config(folder, "rigl"), out=str(folder / f"resumed-{parallel}"))
         _stop_half_way(alone)
@@ -125,6 +154,54 @@ def test_patterns_are_checked_after_every_update_and_the_same(runs, algorithm, p
     assert first[name] == second[name]
     if updates:
         assert first[name]["checks"][0] != first[name]["checks"][-1]
+
+
+@pytest.mark.parametrize("name", CAPTURED)
+def test_captured_steps_of_two_processes_compute_what_one_does(runs, name):
+    folder, results = runs
+    one, two = saved(folder, f"{CAPTURED[name]}-none"), saved(folder, name)
+    assert two["losses"] == pytest.approx(one["losses"], abs=1e-4)
+    for key, t in one["model"].items():
+        if t.dtype == torch.int32:
+            assert torch.equal(t, two["model"][key]), key
+    for result in results:
+        assert (result[name]["replays"] > 0) == ("failing" not in name)
+
+
+def test_a_capture_that_fails_on_one_rank_is_given_up_on_both(runs):
+    first, second = (result["captured failing"]["eager"] for result in runs[1])
+    assert first == ["not captured by process 1: OutOfMemoryError: no memory on 1"]
+    assert second == ["no memory on 1"]
+
+
+def test_gradients_of_sparse_weights_are_sent_at_nnz(runs):
+    for results in runs[1]:
+        dense, sparse = (results[name]["sent"] for name in WIDE)
+        assert sparse < 0.3 * dense
+        assert results["wide dense"]["sent_bytes"] == dense / 2  # each of two steps once
+
+
+def test_micro_batches_are_sent_once(runs):
+    folder, results = runs
+    weights = saved(folder, "static-ddp")["model"]
+    parameters = {n: t for n, t in weights.items() if t.dtype == torch.float32}
+    del parameters["lm_head.weight"]  # that of wte
+    for result in results:
+        assert result["static-ddp"]["sent"] == STEPS * sum(t.nbytes for t in parameters.values())
+
+
+def test_the_benchmark_of_several_gpus(runs):
+    links, *steps = runs[1][0]["scale"]
+    assert links["ways"]["all_reduce"]["bytes"] == 2**16 and links["gpus"] == 2
+    assert [case["mask"] for case in steps] == ["two-way", "none", "random"]
+    for case in steps:
+        together = case["ways"]["together"]
+        assert together["is_right"] and together["error"] < 1e-5 and together["loss"] > 3
+        assert case["ways"]["alone"]["median_s"] > 0 < case["ways"]["accumulated"]["median_s"]
+    sent = [case["ways"]["together"]["sent_bytes"] for case in steps]
+    assert sent[0] == sent[2] < sent[1]
+    _, *steps = runs[1][0]["not begun"]
+    assert {case["ways"]["together"]["failed"] for case in steps} == {"not begun within -1 s"}
 
 
 def test_a_difference_between_ranks_is_an_error_on_both(runs):
@@ -186,7 +263,9 @@ def two_on_gpus(runs, tmp_path: Path, device: str) -> None:
     resumed = {"out": alone.out, "parallel": "fsdp", "resume": True}
     (tmp_path / "configs.json").write_text(json.dumps(configs | {"resumed": resumed | given}))
     first, second = torchrun(tmp_path)
-    assert first == second and first["error"].endswith("the ranks have different patterns in a")
+    for name in configs:  # numbers of places and of bytes
+        assert first[name] == second[name] and not first[name]["eager"]
+    assert first["error"].endswith("the ranks have different patterns in a")
     for name in (*configs, "resumed"):
         one = saved(folder, f"{name.partition('-')[0] if name in configs else 'rigl'}-none")
         assert first[name]["losses"] == pytest.approx(one["losses"], abs=1e-2), name
@@ -200,13 +279,44 @@ def test_the_threads_of_a_group_end_with_it(monkeypatch):
     for name, value in dict(RANK=0, WORLD_SIZE=1, MASTER_ADDR="localhost", MASTER_PORT=0).items():
         monkeypatch.setenv(name, str(value))
     before = threads()
-    model = Ranks("ddp", "cpu").wrap(torch.nn.Linear(4, 4))
-    model(torch.randn(2, 4)).sum().backward()
+    model = torch.nn.Linear(4, 4)
+    buckets = Buckets(model, Ranks("ddp", "cpu"))
+    with buckets.sending():
+        model(torch.randn(2, 4)).sum().backward()
     assert any("gloo" in name for name in threads())
-    model.itself = [model]
-    del model
+    model.itself = [model, buckets]
+    weight = weakref.ref(model.weight)
+    del model, buckets
     finish()
+    assert weight() is None
     assert threads() <= before and not dist.is_initialized()
+
+
+def test_a_killed_process_stops_the_other_and_one_goes_on(runs, tmp_path):
+    """Without torchrun, which would stop it too."""
+    folder, _ = runs
+    killed = replace(config(folder, "static", "ddp"), out=str(tmp_path / "run"))
+    env = os.environ | {"WORLD_SIZE": "2", "MASTER_ADDR": "localhost", "MASTER_PORT": free_port()}
+    env |= {"OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join(filter(None, sys.path))}
+    command = [sys.executable, "-c", KILLED, *flags(killed)]
+    first, second = (
+        subprocess.Popen(command, env=env | {"RANK": rank}, stderr=subprocess.PIPE, text=True)
+        for rank in "01"
+    )
+    _, told = first.communicate(timeout=300)
+    assert (first.returncode, second.wait(timeout=300)) == (1, -signal.SIGKILL), told
+    text = "sparsekern: error: parallel: another process has gone, or does not answer; --resume"
+    assert text in told
+    train.train(resumed_config({"out": killed.out, "parallel": "none"}))
+    whole = saved(folder, "static-none")
+    losses = load_checkpoint(Path(killed.out) / CHECKPOINT)["losses"]
+    assert losses == pytest.approx(whole["losses"], abs=1e-4)
+
+
+def free_port() -> str:
+    with socket.socket() as one:
+        one.bind(("localhost", 0))
+        return str(one.getsockname()[1])
 
 
 def test_mistakes(monkeypatch, tmp_path):

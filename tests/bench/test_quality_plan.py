@@ -1,0 +1,372 @@
+"""The plan of bench/quality.py and what becomes of it: sweeps, a study that stops and goes on,
+periods that are filled, statistics, and a page that says what its results say."""
+
+import json
+import math
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+from scipy import stats
+
+BENCH = Path(__file__).parents[2] / "bench"
+
+pytest_plugins = "quality_toy"
+
+
+def task(evidence, arm: str, is_tuned: bool = False):
+    return evidence.arms.Task("toy", arm, 0, 0.002, is_tuned)
+
+
+# The plan and the study
+
+
+@pytest.mark.parametrize("optimum", [1e-4, 1.1e-3, 3e-3, 0.1, math.inf])
+def test_a_sweep_ends_with_its_best_rate_inside(evidence, optimum):
+    plan, losses = evidence.plan, {}
+    for _ in range(40):
+        rates = plan.next_rates(losses)
+        if not rates:
+            break
+        for rate in rates:
+            is_high = rate > 0.05 if math.isfinite(optimum) else rate > 0.003
+            losses[rate] = math.inf if is_high and optimum != 0.1 else abs(math.log(rate / 1e-3))
+            if math.isfinite(optimum) and losses[rate] < math.inf:
+                losses[rate] = abs(math.log(rate / optimum))
+    best = plan.best_rate(losses)
+    assert min(losses) < best < max(losses) and len(losses) >= plan.TRIED
+
+
+def test_arms_of_equal_flops_are_equal(evidence):
+    plan = evidence.plan
+    for size in (plan.SIZES["S"], plan.SIZES["M"]):
+        sparse, small, short = (plan.ARMS[n].flops(size) for n in ("75", "small", "short"))
+        assert small == pytest.approx(sparse, rel=0.04) and small > sparse
+        assert short == pytest.approx(sparse, rel=1e-3)
+    for order in [order for orders in plan.PLANS.values() for order in orders]:
+        assert {*order.arms, *order.swept} <= plan.ARMS.keys() and order.size in plan.SIZES
+        for p in order.predictions:
+            assert {p.a, p.b} <= plan.ARMS.keys() and p.low <= p.high
+
+
+class InProcess:
+    """In place of the pool: `most` runs in this process."""
+
+    device, gpu, began, workers = "this processor", "", 0.0, ()
+
+    def __init__(self, runner, answer, most=1000):
+        self.runner, self.answer, self.most = runner, answer, most
+
+    def run(self, choose, finish):
+        for _ in range(self.most):
+            job = choose("", [])
+            if job is None:
+                return
+            message = {"key": job.key, "settings": job.settings, "deadline": math.inf}
+            finish(job, self, self.answer(self.runner, message))
+
+
+def test_a_study_stops_goes_on_and_does_nothing_twice(evidence, runner, folder, tmp_path):
+    study, plan = evidence.study, evidence.plan
+    order = plan.Order(1, "toy", "?", ("75",), ("75", "two-way"), (0,), False)
+
+    def made(most: int) -> "study.Study":
+        found = study.Study([order], "text", tmp_path, [], {"commit": "", "date": "", "torch": ""})
+        evidence.period.Period(found, runner.folder, {}).run(
+            InProcess(runner, evidence.worker.answer, most)
+        )
+        return found
+
+    first = made(2)
+    rates = [f"toy 75 rate {rate:g}" for rate in plan.FIRST_RATES[:2]]
+    assert [r["key"] for r in first.results.values()] == rates
+    last = made(1000)
+    assert first.without_rate() == ["toy 75", "toy two-way"]
+    assert not last.waiting() and not last.failed and not last.without_rate()
+    assert list(last.results)[:2] == list(first.results)
+    best = plan.best_rate(last.losses("toy", "75"))
+    assert {last.results[f"toy {a} seed 0"]["rate"] for a in order.arms} == {best}
+    lines = (tmp_path / "results.jsonl").read_text()
+    made(1000)
+    assert (tmp_path / "results.jsonl").read_text() == lines
+    pace = evidence.pace.Pace(last.results.values(), {})
+    assert pace.seconds(evidence.arms.Task("toy", "75", 1, best, False)) > 0
+    with pytest.raises(ValueError, match="expected the text text of earlier results, got other"):
+        study.Study([order], "other", tmp_path, [], {})
+    (tmp_path / "results.jsonl").write_text(lines + "half a li")
+    with pytest.raises(ValueError, match="expected a result"):
+        made(1)
+    for broken, words in ((b"5", "line 1"), (b'{"key": "a"}', "it lacks arm"), (b"\xff", "line 1")):
+        (tmp_path / "results.jsonl").write_bytes(broken + b"\n")
+        with pytest.raises(ValueError, match=words):
+            made(1)
+
+
+def test_results_of_another_plan_are_not_used(evidence, runner, tmp_path, monkeypatch):
+    study, plan = evidence.study, evidence.plan
+    order = plan.Order(1, "toy", "?", ("75",), ("75",), (0,), False)
+
+    def made(most: int = 0) -> "study.Study":
+        found = study.Study([order], "text", tmp_path, [], {"commit": "", "date": "", "torch": ""})
+        evidence.period.Period(found, runner.folder, {}).run(
+            InProcess(runner, evidence.worker.answer, most)
+        )
+        return found
+
+    whole = made(1000)
+    assert whole.results["toy 75 seed 0"]["recipe"] == task(evidence, "75").recipe
+    with monkeypatch.context() as patch:
+        patch.setitem(plan.ARMS, "75", replace(plan.ARMS["75"], title="other words"))
+        made()  # the same runs
+        patch.setitem(plan.ARMS, "75", replace(plan.ARMS["75"], sparsity=plan.Sparsity("set", 0.5)))
+        with pytest.raises(
+            ValueError, match="plan: expected recipe .* it was made by another plan"
+        ):
+            made()
+    # Nor what is left of a run at another rate.
+    lines = (tmp_path / "results.jsonl").read_text().splitlines()
+    with monkeypatch.context() as patch:
+        patch.setattr(study.Study, "rate", lambda *_: 0.5)
+        with pytest.raises(ValueError, match="plan: expected rate 0.5 of the earlier result"):
+            made().waiting()
+        (tmp_path / "results.jsonl").write_text("\n".join(lines[:-1]) + "\n")
+        assert made(1).results["toy 75 seed 0"]["pretrained"] != json.loads(lines[-1])["pretrained"]
+
+
+def test_old_results_stay_those_of_the_plan(evidence, monkeypatch):
+    """The names that results of the first runs have, made before arms could start from others."""
+    monkeypatch.setattr(evidence.masks, "UPDATE_EVERY", 100)
+    named = {
+        (arm, is_tuned): evidence.arms.Task(size, arm, 0, 0.001, is_tuned).recipe
+        for size, arm, is_tuned in [
+            ("S5", "75", False),
+            ("S5", "two-way", False),
+            ("S", "75", True),
+        ]
+    }
+    assert list(named.values()) == ["3175e4301c9a", "653a18581768", "868d2561a16f"]
+
+
+@pytest.mark.parametrize(
+    ("costs", "left", "first"),
+    [
+        ([100, 80, 20], 1000, 0),
+        ([100, 80, 20], 105, 0),
+        ([100, 80, 30, 25], 112, 1),  # 80 and 30 leave less
+        ([100, 80], 90, 1),
+        ([100, 80], 70, None),
+        ([], 70, None),
+        ([100, 80], math.inf, 0),
+        ([0, 0], 10, 0),
+    ],
+)
+def test_runs_fill_the_time_that_is_left(evidence, costs, left, first):
+    assert evidence.pace.best_fit(costs, left) == first
+
+
+def test_a_period_without_a_resume_is_packed(evidence, tmp_path, monkeypatch):
+    """Runs on two GPUs whose clock is made up: none is cut off, and little time is lost."""
+    study, plan, clock = evidence.study, evidence.plan, [0.0]
+    monkeypatch.setattr(study.time, "monotonic", lambda: clock[0])
+    monkeypatch.setattr(study.Study, "rate", lambda self, size, arm: 0.01)
+    orders = [
+        plan.Order(1, "S5", "?", (), ("75", "two-way"), tuple(range(8)), False),
+        plan.Order(2, "S", "?", (), ("dense", "more-25", "more-50", "short"), (0, 1, 2), False),
+    ]
+    made = study.Study(orders, "text", tmp_path, [], {"device": ""})
+    known = results(evidence, {"dense": [2.0]})[0] | {"seconds": 100.0, "is_tuned": False}
+    known["pretrained"] |= {"step_s": 0.01, "steps": 8000}
+    made.results["known"] = known
+    period = evidence.period.Period(made, tmp_path, {"code": 64}, 500.0)
+    under_way: dict[str, tuple] = {}
+    done = []
+    while True:
+        for gpu in "01":
+            job = period.choose(gpu, [job for _, job, _ in under_way.values()])
+            if gpu not in under_way and job:
+                pace = evidence.pace.Pace(made.results.values(), {"code": 64})
+                cost = period.cost(pace, gpu, evidence.arms.Task(**job.settings))
+                under_way[gpu] = clock[0] + cost, job, clock[0]
+        if not under_way:
+            break
+        gpu = min(under_way, key=lambda gpu: under_way[gpu][0])
+        clock[0], job, began = under_way.pop(gpu)
+        done.append(job.key)
+        own = {"pretrained": known["pretrained"], "setup_s": 30.0, "seconds": clock[0] - began}
+        worker = type("Worker", (), {"gpu": gpu, "device": "GPU", "began": began})
+        period.finish(job, worker, {"result": own})
+    assert len(done) == len(set(done)) and "S5 75 seed 0" in done and not period.spent["lost"]
+    assert clock[0] <= 500 and period.spent["whole"] > 0.9 * 2 * (500 - evidence.period.MARGIN_S)
+
+
+def test_what_was_begun_goes_on_first_and_models_are_trained_once(evidence, tmp_path, monkeypatch):
+    study, plan, arms, period = evidence.study, evidence.plan, evidence.arms, evidence.period
+    monkeypatch.setattr(study.Study, "rate", lambda self, size, arm: 0.01)
+    order = plan.Order(1, "S", "?", (), ("more-25", "pruned-84-25", "75"), (0, 1), False)
+    made = study.Study([order], "text", tmp_path, [], {})
+    now = period.Period(made, tmp_path, {})
+    first = now.choose("0", [])
+    second = now.choose("1", [first])  # not the one whose dense model the first one trains
+    third = now.choose("2", [first, second])
+    assert [j.key for j in (first, second, third)] == [
+        "S more-25 seed 0",
+        "S 75 seed 0",
+        "S more-25 seed 1",
+    ]
+    start = arms.folder_of(tmp_path, arms.Task(**first.settings).start)
+    start.mkdir()
+    (start / arms.MODEL).touch()
+    assert now.choose("1", [first]).key == "S pruned-84-25 seed 0"
+    begun = arms.folder_of(tmp_path, arms.Task("S", "75", 1, 0.01, False))
+    begun.mkdir()
+    (begun / arms.DONE).write_text('{"seconds": 5.0}')
+    assert now.choose("0", []).key == "S 75 seed 1"
+
+
+def test_two_runs_in_one_folder_are_one_too_many(evidence, tmp_path):
+    import quality
+
+    with quality.alone("out", tmp_path / "a"), quality.alone("work", tmp_path / "a/work"):
+        with pytest.raises(ValueError, match="work: expected a folder of its own"):
+            with quality.alone("work", tmp_path / "a/work"):
+                pass
+    with quality.alone("out", tmp_path / "a"):
+        assert not list((tmp_path / "a/work").iterdir())
+
+
+def test_a_rate_that_is_too_high_is_a_result(evidence, runner, tmp_path):
+    settings = {"size": "toy", "arm": "dense", "seed": 100, "rate": 1e30, "is_tuned": False}
+    message = {"key": "a", "settings": settings, "deadline": math.inf}
+    assert "loss is" in evidence.worker.answer(runner, message)["result"]["diverged"]
+    broken = message | {"settings": settings | {"arm": "none"}}
+    assert "KeyError" in evidence.worker.answer(runner, broken)["failed"]
+
+
+# Statistics and the page
+
+
+def results(evidence, losses: dict[str, list[float]]) -> list[dict]:
+    """Results of order 2 with these losses on code."""
+    rng, items, found = np.random.default_rng(0), evidence.arms.items, []
+    about = {
+        "corpus": "text",
+        "is_tuned": True,
+        "device": "GPU",
+        "torch": "2",
+        "date": "day",
+        "commit": "abc",
+    }
+    for arm, each in losses.items():
+        for seed, loss in enumerate(each):
+            right = items(rng.random(200) < 0.8)
+            pretrained = {"held-out": loss + 1, "dev": loss, "cloze": right}
+            pretrained |= {"blimp": {"percent": right["percent"]}}
+            pretrained |= {"tokens": 2e6, "passes": 2, "steps": 10, "step_s": 0.5}
+            tuned = {"sentiment dense": {"items": right}, "code dense": {"loss": loss}}
+            own = {"key": f"S {arm} seed {seed}", "size": "S", "arm": arm, "seed": seed}
+            own |= {"recipe": evidence.arms.Task("S", arm, seed, 0.001, True).recipe}
+            own |= {"rate": 0.001, "pretrained": pretrained, "tuned": tuned, "seconds": 9.0}
+            found.append(own | about)
+    return found
+
+
+def test_the_page_without_results_is_the_plan(evidence):
+    page = evidence.page.text([])
+    assert "**Not known yet.**" in page and "| found |" not in page and "nan" not in page
+    for order in evidence.plan.PLAN:
+        assert f"{order.number}. {order.question}" in page
+        for arm in order.arms:
+            assert evidence.plan.ARMS[arm].title in page
+
+
+def test_the_page_of_a_part_of_the_runs(evidence):
+    """One seed has no interval, an arm without a partner no difference, one without runs no row."""
+    page = evidence.page.text(results(evidence, {"dense": [2.0, 2.01], "75": [2.1]}))
+    first, primary = page.split("\n\n")[1], page.split("## ")[1]
+    assert "**Not all runs are there yet.**" in first
+    assert "against a small dense model of the same FLOPs: not run yet" in first
+    assert "not shown to be equal, +0.1000 (1 seed)" in first and "nan" not in page
+    assert "+0.1000 (1 of 3 seeds)" in primary and "one seed says nothing of 0.02" in primary
+    second = page.split("\n## 2. ")[1].split("\n## ")[0]
+    assert second.splitlines()[4].startswith("| dense |") and "|   0-1 |" in second
+    assert "Not run yet, with their FLOPs: small dense, FLOPs of 75 % (0.52); dense" in second
+    assert "| webnlg |" not in second  # nobody has it
+    assert evidence.page.numbers([5, 0, 2, 1]) == "0-2, 5"
+
+
+def test_the_page_is_what_its_results_make(evidence):
+    kept = BENCH / "results" / "quality.jsonl"
+    made = evidence.page.text(evidence.study.read([kept] if kept.exists() else []))
+    assert made == (BENCH.parent / "docs" / "quality.md").read_text()
+
+
+def test_the_page_says_when_small_dense_is_as_good(evidence):
+    small = {"dense": [2.0, 2.01, 2.02], "75": [2.1, 2.11, 2.12], "small": [2.1, 2.112, 2.119]}
+    assert "**Not all runs are there yet.**" in evidence.page.text(results(evidence, small))
+    small["short"] = [2.05, 2.06, 2.07]
+    page = evidence.page.text(results(evidence, small)).split("\n\n")
+    assert "small dense model of the same FLOPs is as good" in page[1]
+    assert "Not all runs" not in page[1]
+    assert "75 % zeros are **worse** than the dense model with the same FLOPs" in page[1]
+    assert "with the same tokens: not shown to be equal, +0.100" in page[1]
+    worse = small | {"small": [2.2, 2.21, 2.22]}
+    assert "75 % zeros are better than a small" in evidence.page.text(results(evidence, worse))
+
+
+@pytest.mark.parametrize(
+    ("values", "so"),
+    [
+        ([0.001, 0.002, 0.0015], "as predicted; **equal within 0.02**"),
+        ([0.1, 0.11, 0.12], "not as predicted; **different**"),
+        ([0.0, 0.1, -0.1], "as predicted; open: neither equal within 0.02 nor different"),
+        ([0.001], "as predicted; one seed says nothing of 0.02"),
+    ],
+)
+def test_verdicts(evidence, values, so):
+    differences = evidence.differences
+    both = {"dense": [2.0] * len(values), "75": [2 + value for value in values]}
+    found = differences.difference(results(evidence, both), "S", "75", "dense", "code")
+    assert found.mean == pytest.approx(np.mean(values))
+    prediction = evidence.plan.Prediction("75", "dense", "code", 0.0, 0.05, 0.02)
+    assert differences.verdict(prediction, found) == so
+
+
+def test_intervals_are_those_of_scipy_and_cover_seeds_and_items(evidence):
+    interval, values = evidence.differences.interval, [0.1, 0.13, 0.09]
+    for share in (0.90, 0.95):
+        want = stats.t.interval(share, 2, loc=np.mean(values), scale=stats.sem(values))
+        assert interval(values, share) == pytest.approx(want)
+        # Equal within a margin is what two one-sided tests at 5 % say.
+        margin = interval(values, 0.90)[1]
+        test = stats.ttest_1samp(values, margin, alternative="less")
+        assert test.pvalue == pytest.approx(0.05)
+    assert interval([1.0], 0.95) is None
+    # As many as they say hold the truth, also where seeds differ more than items.
+    rng, held = np.random.default_rng(0), 0
+    for _ in range(400):
+        apart = rng.normal(0, 1, (3, 1)) + rng.normal(0, 1, (3, 50))
+        low, high = interval(list(apart.mean(1)), 0.95, stats.sem(apart.mean(0)))
+        held += low <= 0 <= high
+    assert held >= 0.93 * 400
+
+
+def test_shares_cover_seeds_and_items(evidence):
+    both = {"dense": [2.0] * 4, "75": [2.0] * 4}
+    found = evidence.differences.difference(results(evidence, both), "S", "75", "dense", "cloze")
+    low, high = found.of_95
+    # Items of two models with independent errors of 20 %: 4 points over 200 items, four seeds, so
+    # 2 points of their mean, of the items alone and of the seeds alone: 2 (3.9^2 + 6.4^2)^0.5.
+    assert low < found.mean < high and 6 < high - low < 24
+
+
+def test_results_are_added_once(evidence, tmp_path):
+    new = results(evidence, {"dense": [2.0]})
+    (tmp_path / "new.jsonl").write_text("".join(json.dumps(r) + "\n" for r in new))
+    kept, page = tmp_path / "kept.jsonl", tmp_path / "page.md"
+    for _ in range(2):
+        evidence.page.publish(kept, page, [tmp_path / "new.jsonl"])
+    assert len(kept.read_text().splitlines()) == 1 and "GPU" in page.read_text()
+    (tmp_path / "other.jsonl").write_text(json.dumps(new[0] | {"key": "b", "recipe": "old"}) + "\n")
+    with pytest.raises(ValueError, match="made by another plan"):
+        evidence.page.publish(kept, page, [tmp_path / "other.jsonl"])
