@@ -11,8 +11,10 @@ onnxscript onnxruntime openvino). One thread.
 import argparse
 import copy
 import time
+from dataclasses import dataclass
 from datetime import date
 from pathlib import Path
+from typing import Any
 
 import engines
 import models
@@ -29,14 +31,25 @@ from sparsekern.sparsity import Magnitude
 from sparsekern.terminal import table
 
 SPARSITIES = (0.5, 0.75, 0.9)
-SHAPES: dict[str, tuple] = {  # texts x tokens, images x channels x height x width
-    "minilm": ((1, 128), (32, 128)),
-    "smollm2": ((1, 256), (1, 1)),
-    "resnet50": ((1, 3, 224, 224), (8, 3, 224, 224)),
+
+
+@dataclass(frozen=True)
+class Input:
+    shape: tuple[int, ...]  # texts x tokens, images x channels x height x width
+    new_tokens: int = 0  # generated after it
+
+    def __str__(self) -> str:
+        return " x ".join(map(str, self.shape)) + f" + {self.new_tokens}" * bool(self.new_tokens)
+
+
+INPUTS = {
+    "minilm": (Input((1, 128)), Input((32, 128))),
+    "smollm2": (Input((1, 256)), Input((1, 256), new_tokens=32)),
+    "resnet50": (Input((1, 3, 224, 224)), Input((8, 3, 224, 224))),
 }
 NAMES = models.NAMES | {"resnet50": "ResNet-50"}
 ROUNDS = 3
-RACE_ROUNDS, ENOUGH_S = 15, 5.0  # of all ways in turn; no more of one that took so long
+RACE_ROUNDS, ENOUGH_S = 15, 4.0  # of all ways in turn; no more of one that took so long
 REPORT, RACE = "accelerate", "engines"  # ops: what the report says, and the race
 
 
@@ -44,10 +57,10 @@ def cases(name: str) -> list[dict]:
     dense = load(name)
     about = {"model": NAMES[name], "device": "cpu", "threads": torch.get_num_threads()}
     found = []
-    for shape in SHAPES[name]:
-        is_text = len(shape) == 2
-        x = torch.randint(1000, 20000, shape) if is_text else torch.randn(shape)
-        case = about | {"case": " x ".join(map(str, shape))}
+    for given in INPUTS[name]:
+        is_text = len(given.shape) == 2
+        x = torch.randint(1000, 20000, given.shape) if is_text else torch.randn(given.shape)
+        case = about | {"case": str(given)}
         pruned, made = dense, {}
         for sparsity in SPARSITIES:
             pruned = copy.deepcopy(dense)
@@ -55,9 +68,12 @@ def cases(name: str) -> list[dict]:
                 prune_(pruned, Magnitude(sparsity))
             else:
                 prune_convolutions_(pruned, sparsity)
-            rows, made[sparsity] = reports(pruned, x, case | {"sparsity": sparsity})
+            this = case | {"sparsity": sparsity}
+            rows, made[sparsity] = reports(pruned, x, given.new_tokens, this)
             found += rows
-        found += race(pruned, made, x, case)
+        if given.new_tokens:
+            case |= {"case": f"1 token after {given.shape[1]}"}
+        found += race(pruned, made, x, bool(given.new_tokens), case)
     return found
 
 
@@ -78,18 +94,25 @@ def prune_convolutions_(model: nn.Module, sparsity: float) -> None:
             module.weight *= size > size.flatten().kthvalue(int(sparsity * size.numel())).values
 
 
-def reports(pruned: nn.Module, x: Tensor, case: dict) -> tuple[list[dict], nn.Module]:
-    """Records of ROUNDS calls of accelerate_, and what the last one made."""
+def reports(
+    pruned: nn.Module, x: Tensor, new_tokens: int, case: dict
+) -> tuple[list[dict], nn.Module]:
+    """Records of ROUNDS calls of accelerate_, and what the last one made. Generation is timed as a
+    whole."""
     found = []
     case = case | {"op": REPORT, "dtype": "float32"}
     for i in range(ROUNDS):
         model = copy.deepcopy(pruned)
+        example = {model.main_input_name: x}
         began = time.process_time()
-        report = accelerate_(model, {model.main_input_name: x})
+        report = accelerate_(model, example, new_tokens=new_tokens)
         took = time.process_time() - began
+        before_s, after_s = report.before_s, report.after_s
+        if new_tokens:
+            before_s, after_s = (generate_s(m, x, new_tokens) for m in (pruned, model))
         ways = (
-            ("dense", DENSE, report.before_s),
-            ("accelerate_", OURS, report.after_s),
+            ("dense", DENSE, before_s),
+            ("accelerate_", OURS, after_s),
             ("expected", OURS, report.expected_after_s),
             ("the call of accelerate_", OURS, took),
         )
@@ -103,14 +126,26 @@ def reports(pruned: nn.Module, x: Tensor, case: dict) -> tuple[list[dict], nn.Mo
     return found, model
 
 
-def race(pruned: nn.Module, made: dict[float, nn.Module], x: Tensor, case: dict) -> list[dict]:
+def generate_s(model: Any, x: Tensor, new_tokens: int) -> float:
+    """Seconds of generate()."""
+    settings = {"max_new_tokens": new_tokens, "min_new_tokens": new_tokens, "do_sample": False}
+    began = time.process_time()
+    model.generate(x, attention_mask=torch.ones_like(x), pad_token_id=0, **settings)
+    return time.process_time() - began
+
+
+def race(
+    pruned: nn.Module, made: dict[float, nn.Module], x: Tensor, is_token: bool, case: dict
+) -> list[dict]:
     """Records of all ways to run the model, in turn; only ours depend on the zeros."""
-    dense = engines.torch_way("torch", DENSE, pruned, x)
+    prompt = x if is_token else None
+    x = x[:, -1:] if is_token else x
+    dense = engines.torch_way("torch", DENSE, pruned, x, prompt)
     # Errors are those of the pruned model that all but the sparser ones have.
     ways = {(None, dense.name, dense.dtype): dense}
-    ways |= {(None, way.name, way.dtype): way for way in engines.others(pruned, x)}
+    ways |= {(None, way.name, way.dtype): way for way in engines.others(pruned, x, prompt)}
     for sparsity, model in made.items():
-        way = engines.torch_way("accelerate_", OURS, model, x)
+        way = engines.torch_way("accelerate_", OURS, model, x, prompt)
         ways[sparsity, way.name, way.dtype] = way
     turns = {str(key): on_host(way.run, clock=time.process_time) for key, way in ways.items()}
     taken = in_turns(
@@ -164,7 +199,9 @@ def page(name: str, run: records.Run) -> str:
             "fresh copy. `expected`: what the parts in the report add up to, within 10 % of the "
             f"whole in {near} of {len(ratios)} runs. The longest call ran for {max(calls):.1f} s. "
             "All seconds are those that the process ran: other work on the machine does not count. "
-            "The "
+            + "Of generation (prompt + new tokens) `dense` and `after` are those of generate(). "
+            * any("+" in r["case"] for r in reported)
+            + "The "
             f"outputs of both, relative to their norm, differ by {error:.0e} at most.",
             "",
             table(header, rows),
@@ -201,7 +238,7 @@ def engines_table(raced: list[dict]) -> str:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("--model", choices=SHAPES, default="minilm")
+    parser.add_argument("--model", choices=INPUTS, default="minilm")
     parser.add_argument("--out", type=Path, default=Path(__file__).parent / "results")
     given = parser.parse_args()
     torch.set_num_threads(1)

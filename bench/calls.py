@@ -1,7 +1,7 @@
 """Cost of Python, dispatch and autograd in a call, beside the kernel: one token through a layer
 so small that nothing else counts, ours and torch's in turn, in one thread.
 
-    python bench/calls.py [--device cuda] [--out FOLDER]
+    python bench/calls.py [--device cuda] [--out FOLDER] [--commit ID]
 
 On a CPU it is the CPU time of the thread, so that what others run counts less. On a GPU it is the
 time of the host, which launches and does not wait; and, as a second table, what the look for
@@ -27,11 +27,14 @@ from sparsekern.bench.turns import Turn, in_turns, on_gpu, on_host
 from sparsekern.kernels.cuda import expand
 from sparsekern.kernels.problem import Problem
 from sparsekern.kernels.table import pick
+from sparsekern.nn import PackedLinear
 from sparsekern.terminal import table
 from sparsekern.testing import random_csr
 
 SIZES = {"cpu": 8, "cuda": 64}
-BLOCKS, CALLS = 400, 100
+BLOCKS = {"cpu": 400, "cuda": 100}
+CALLS = {"cpu": 100, "cuda": 50}  # on a GPU no more than its queue takes
+MANY_TOKENS = 128
 GRAPH_CALLS, REPLAYS, AHEAD_S = 20, 15, 50e-6
 KINDS = {"torch": DENSE, "ours": OURS, "kernel": OTHER}
 TITLES = {
@@ -48,8 +51,8 @@ def block_s(calls: dict[str, Callable[[], object]], device: str) -> dict[str, di
             torch.cuda.synchronize()
 
     clock = time.thread_time if device == "cpu" else time.perf_counter
-    turns = {name: on_host(call, CALLS, clock) for name, call in calls.items()}
-    blocks = in_turns(turns, BLOCKS, before=rest)
+    turns = {name: on_host(call, CALLS[device], clock) for name, call in calls.items()}
+    blocks = in_turns(turns, BLOCKS[device], before=rest)
     return {
         name: {"median_s": statistics.median(each), "min_s": min(each)}
         for name, each in blocks.items()
@@ -74,45 +77,60 @@ def check(dense: nn.Linear, sparse: SparseLinear, x: Tensor) -> float:
     return error
 
 
+def training(layer: nn.Module, x: Tensor) -> Callable[[], None]:
+    x = x.clone().requires_grad_()
+    ones = torch.ones(len(x), layer.out_features, device=x.device, dtype=x.dtype)
+    return lambda: layer(x).backward(ones)
+
+
 def host_times(device: str) -> Iterable[dict]:
     dtype = torch.float32 if device == "cpu" else torch.bfloat16
     dense, sparse, W = layers(device, dtype)
     w, size = dense.weight.detach(), SIZES[device]
-    x = torch.randn(1, size, device=device, dtype=dtype)
-    xg, ones = x.clone().requires_grad_(), torch.ones(1, size, device=device, dtype=dtype)
-    error = check(dense, sparse, x)
+    x, many = (torch.randn(m, size, device=device, dtype=dtype) for m in (1, MANY_TOKENS))
+    error = max(check(dense, sparse, x), check(dense, sparse, many))
     run = pick(Problem("spmm", device, dtype, 1, size, size, W.nnz)).run
     operands = W.row_offsets, W.col_indices, W.values, size, size, x
+    packed = PackedLinear.from_sparse(sparse)
 
-    def training(layer: nn.Module) -> Callable[[], None]:
-        return lambda: layer(xg).backward(ones)
+    def both(call: Callable) -> dict[str, Callable]:
+        return {"torch": call(dense), "ours": call(sparse)}
 
     matmuls = {
         "torch": lambda: torch.matmul(x, w.T),
         "ours": lambda: torch.matmul(x, W.T),
         "kernel": lambda: run(*operands),
     }
-    modules = {"torch": lambda: dense(x), "ours": lambda: sparse(x)}
-    cases = (
-        ("matmul, no grad", torch.no_grad(), matmuls),
-        ("module, no grad", torch.no_grad(), modules),
-        ("module, inference_mode", torch.inference_mode(), modules),
-        ("module, records a graph", contextlib.nullcontext(), modules),
-        ("module, autocast", torch.autocast(device, torch.bfloat16), modules),
+    modules = both(lambda layer: lambda: layer(x))
+    cases: list[tuple] = [
+        ("matmul, no grad", torch.no_grad(), matmuls, 1),
+        ("module, no grad", torch.no_grad(), modules, 1),
+        ("module, inference_mode", torch.inference_mode(), modules, 1),
+        ("module, packed", torch.no_grad(), {**modules, "ours": lambda: packed(x)}, 1),
+        ("module, records a graph", contextlib.nullcontext(), modules, 1),
+        ("module, autocast", torch.autocast(device, torch.bfloat16), modules, 1),
         (
             "forward and backward",
             contextlib.nullcontext(),
-            {"torch": training(dense), "ours": training(sparse)},
+            both(lambda layer: training(layer, x)),
+            1,
         ),
-    )
-    for name, context, calls in cases:
+    ]
+    if device == "cuda":  # W is written out
+        name = f"{MANY_TOKENS} tokens"
+        calls = both(lambda layer: lambda: layer(many))
+        cases.append((f"module, {name}, no grad", torch.no_grad(), calls, MANY_TOKENS))
+        calls = both(lambda layer: training(layer, many))
+        whole = f"forward and backward, {name}"
+        cases.append((whole, contextlib.nullcontext(), calls, MANY_TOKENS))
+    for name, context, calls, m in cases:
         with context:
             ways = {
                 who: {"kind": KINDS[who], **seconds}
                 for who, seconds in block_s(calls, device).items()
             }
             ways["ours"] |= {"error": error, "is_right": True}
-            sizes = {"M": 1, "N": size, "K": size, "device": device, "threads": 1}
+            sizes = {"M": m, "N": size, "K": size, "device": device, "threads": 1}
             yield {"op": "call", "case": name, **sizes, "ways": ways}
 
 
@@ -178,6 +196,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description="What a call costs beside its kernel")
     parser.add_argument("--device", choices=SIZES, default="cpu")
     parser.add_argument("--out", type=Path, default=Path(__file__).parent / "results")
+    parser.add_argument("--commit", help="where there is no repository")
     arguments = parser.parse_args()
     torch.set_num_threads(1)
     torch.manual_seed(0)
@@ -185,15 +204,15 @@ def main() -> None:
     if arguments.device == "cuda":
         machine |= about_gpu()
         cases += mend_times()
-    about = about_run("calls", machine)
+    about = about_run("calls", machine, arguments.commit)
     name = machine.get("gpu", machine["cpu"]).lower().replace(" ", "-").strip("-")
     path = arguments.out / f"{name}-calls-{date.today()}"
     records.write(path.with_suffix(records.SUFFIX), about, records.flat(cases))
     path.with_suffix(".md").write_text(
         f"# What a call costs beside its kernel\n\n`python bench/calls.py --device "
-        f"{arguments.device}`, commit {about['commit']['id'][:7]}, fastest (median) of {BLOCKS} "
-        f"blocks of {CALLS} calls that take turns, one thread; results checked against float64."
-        f"\n\n{page(cases)}\n"
+        f"{arguments.device}`, commit {about['commit']['id'][:7]}, fastest (median) of "
+        f"{BLOCKS[arguments.device]} blocks of {CALLS[arguments.device]} calls in turns, one "
+        f"thread; results checked against float64.\n\n{page(cases)}\n"
     )
     print(page(cases))
 

@@ -43,13 +43,52 @@ class First(nn.Module):
         return self.model(**{self.model.main_input_name: x}, **settings)[0]
 
 
+class Token(nn.Module):
+    """The logits of a language model for one token after a prompt, whose keys and values it has."""
+
+    def __init__(self, model: nn.Module, prompt: Tensor):
+        super().__init__()
+        from transformers import DynamicCache
+
+        self.model, self.past = model, DynamicCache(config=model.config)
+        with torch.inference_mode():
+            model(prompt, past_key_values=self.past, use_cache=True)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.model(x, past_key_values=self.past, use_cache=True)[0]
+        self.past.crop(-1)
+        return y
+
+
+class ExportedToken(nn.Module):
+    """The same, with keys and values that a graph holds as constants."""
+
+    def __init__(self, token: Token):
+        super().__init__()
+        self.model, self.layers = token.model, len(token.past.layers)
+        for i, layer in enumerate(token.past.layers):
+            self.register_buffer(f"keys_{i}", layer.keys.clone())
+            self.register_buffer(f"values_{i}", layer.values.clone())
+
+    def forward(self, x: Tensor) -> Tensor:
+        from transformers import DynamicCache
+
+        past = DynamicCache(config=self.model.config)
+        for i in range(self.layers):
+            past.update(getattr(self, f"keys_{i}"), getattr(self, f"values_{i}"), i)
+        return self.model(x, past_key_values=past, use_cache=True)[0]
+
+
 def missing() -> list[str]:
     """The packages that are not there."""
     return [name for name in NEEDS if find_spec(name) is None]
 
 
-def torch_way(name: str, kind: str, model: nn.Module, x: Tensor) -> Engine:
-    first = First(model).eval()
+def torch_way(
+    name: str, kind: str, model: nn.Module, x: Tensor, prompt: Tensor | None = None
+) -> Engine:
+    """With a prompt: of the token x after it."""
+    first = (First(model) if prompt is None else Token(model, prompt)).eval()
     dtype = str(next(model.parameters()).dtype).removeprefix("torch.")
 
     def run() -> Tensor:
@@ -61,14 +100,15 @@ def torch_way(name: str, kind: str, model: nn.Module, x: Tensor) -> Engine:
     return Engine(name, kind, dtype, run, lambda y: y)
 
 
-def others(model: nn.Module, x: Tensor) -> list[Engine]:
+def others(model: nn.Module, x: Tensor, prompt: Tensor | None = None) -> list[Engine]:
     """Those that are installed."""
-    found = [torch_way("torch", OTHER, copy.deepcopy(model).bfloat16(), x)]
+    found = [torch_way("torch", OTHER, copy.deepcopy(model).bfloat16(), x, prompt)]
     if not missing():
         with tempfile.TemporaryDirectory() as folder:
             path = Path(folder) / "model.onnx"
             with torch.no_grad():
-                program = torch.onnx.export(First(model).eval(), (x,), dynamo=True, verbose=False)
+                first = First(model) if prompt is None else ExportedToken(Token(model, prompt))
+                program = torch.onnx.export(first.eval(), (x,), dynamo=True, verbose=False)
             program.save(path)
             found += [_onnxruntime(path, x)]
             found += [_openvino(path, x, dtype) for dtype in ("float32", "bfloat16")]

@@ -3,6 +3,7 @@
     python bench/quality.py corpus --downloads PACKAGES --data DATA
     python bench/quality.py check --data DATA --out OUT
     python bench/quality.py run --data DATA --out OUT --minutes 9
+    python bench/quality.py clock --data DATA --minutes 45
     python bench/quality.py page --add OUT/results.jsonl
 
 The first makes the text and the tasks out of packages (bench/evidence/sources.py), the second asks
@@ -11,8 +12,9 @@ GPUs, the most wanted first, until the minutes are over: what is done is in OUT 
 bench/results/quality.jsonl, a run that was stopped goes on from WORK where that is still there.
 Where it will not be (checkpoints of 170 MB and more do not come home from a lent machine), --whole
 fills the minutes with runs that end in time: those of this call, or of it and the next calls on the
-same machine. OUT/compiled-*.xz spares the next machine half a minute for each shape. The last
-writes docs/quality.md.
+same machine. OUT/compiled-*.xz spares the next machine half a minute for each shape. The
+fourth is for a quiet CPU: dense and 75 % zeros for the same minutes. The last writes
+docs/quality.md.
 """
 
 import argparse
@@ -27,17 +29,18 @@ from datetime import date
 from pathlib import Path
 
 import torch
-from evidence import build, plan, study, worker
+from evidence import build, clock, plan, study, worker
 from evidence.check import check
 from evidence.period import Period
 from workers import Pool
 
 from sparsekern import __version__
-from sparsekern.bench.machine import git
+from sparsekern.bench.machine import git, processor
 from sparsekern.cli import guarded
 
 ROOT = Path(__file__).parents[1]
 KEPT = ROOT / "bench" / "results" / "quality.jsonl"
+CLOCK = ROOT / "bench" / "results" / "quality-cpu.jsonl"
 PAGE = ROOT / "docs" / "quality.md"
 MORE_TO_DO = 3  # exit code
 
@@ -78,12 +81,7 @@ def make(options: argparse.Namespace, corpus: str, work: Path) -> int:
     began = time.monotonic()
     deadline = began + 60 * options.minutes
     lost_at = math.inf if options.whole is None else began + 60 * (options.whole or options.minutes)
-    about = {
-        "commit": options.commit or git("rev-parse", "HEAD") or "unknown",
-        "date": date.today().isoformat(),
-        "torch": torch.__version__,
-        "sparsekern": __version__,
-    }
+    about = about_now(options.commit)
     orders = {order.number: order for order in plan.PLANS[options.plan]}
     chosen = [orders[number] for number in options.orders or orders if number in orders]
     kept = [KEPT] if KEPT.exists() and options.plan == "full" else []
@@ -110,12 +108,34 @@ def make(options: argparse.Namespace, corpus: str, work: Path) -> int:
     return MORE_TO_DO if left or blocked or made.failed else 0
 
 
+def about_now(commit: str = "") -> dict:
+    return {
+        "commit": commit or git("rev-parse", "HEAD") or "unknown",
+        "date": date.today().isoformat(),
+        "torch": torch.__version__,
+        "sparsekern": __version__,
+    }
+
+
+def by_clock(options: argparse.Namespace) -> int:
+    corpus = build.load(options.data)
+    for seed in options.seeds:
+        for rate in options.rates:
+            for arm in clock.ARMS:
+                found = clock.run(corpus, arm, options.minutes, rate, seed)
+                clock.keep(CLOCK, found | {"device": processor()} | about_now())
+                told = f"held-out {found['held-out']:.4f}, {found['tokens_per_s']:,.0f} tokens/s"
+                print(f"{arm}, rate {rate:g}, seed {seed}: {told}", flush=True)
+    return 0
+
+
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     commands = parser.add_subparsers(dest="command", required=True)
     given = {name: commands.add_parser(name) for name in ("corpus", "check", "run", "page")}
     given["worker"] = commands.add_parser("worker")  # started by run
-    for name in ("corpus", "check", "run", "worker"):
+    given["clock"] = commands.add_parser("clock")
+    for name in ("corpus", "check", "run", "worker", "clock"):
         given[name].add_argument("--data", type=Path, required=True, help="the text, in rows")
     given["corpus"].add_argument(
         "--downloads",
@@ -148,6 +168,9 @@ def main() -> int:
         "--orders", type=int, nargs="+", choices=numbers, help="the most wanted first (all)"
     )
     more.add_argument("--commit", default="", help="of the sources, where git does not say it")
+    given["clock"].add_argument("--minutes", type=float, default=45.0, help="for each run")
+    given["clock"].add_argument("--rates", type=float, nargs="+", default=clock.RATES)
+    given["clock"].add_argument("--seeds", type=int, nargs="+", default=[0])
     given["page"].add_argument("--add", type=Path, nargs="+", default=[], help="new results")
     options = parser.parse_args()
     if options.command == "corpus":
@@ -159,7 +182,9 @@ def main() -> int:
     elif options.command == "page":
         from evidence import page  # wants scipy, which a machine that runs need not have
 
-        page.publish(KEPT, PAGE, options.add)
+        page.publish(KEPT, PAGE, options.add, CLOCK)
+    elif options.command == "clock":
+        return by_clock(options)
     else:
         return run(options)
     return 0

@@ -12,7 +12,8 @@ python bench/run_gpu.py train-products   their three products alone, and what is
 python bench/run_gpu.py train-memory     memory of a step; --largest: the most sequences that fit
 python bench/run_gpu.py least-size       sparsekern/kernels/least_sizes.json
 python bench/run_gpu.py scale            results/<GPU>-scale-bfloat16-<date>.*: on several GPUs
-python bench/run_gpu.py models           results/<GPU>-models-bfloat16-<date>.*: whole LLMs
+python bench/run_gpu.py models           results/<GPU>-models-bfloat16-<date>.*: of transformers;
+                                         --compiled: layers of one, with torch.compile
 python bench/run_gpu.py publish X.csv   the same from a file that --out FOLDER wrote
 
 With --out only the table is written, there: to measure on a machine without the repository or
@@ -234,8 +235,8 @@ def page_of_prompts(name: str, run: Run) -> str:
 
 
 PAGES = dict(decode=page, prompts=page_of_prompts, layouts=page_of_prompts)
-PAGES |= {"two-way": two_way.page, "eight-bits": eight_bits.page}
-PAGES |= {"models": models_gpu.page, "scale": scale.page}
+PAGES |= {"two-way": two_way.page, "eight-bits": eight_bits.page, "scale": scale.page}
+PAGES |= {models_gpu.PLAIN: models_gpu.page, models_gpu.COMPILED: models_gpu.page}
 WHOLE = {"models": models_gpu, "scale": scale}  # verbs with cases of their own
 
 
@@ -246,6 +247,8 @@ def joined(runs: list[Run]) -> Run:
         return first
     if first.about["benchmark"] in train_gpu.PAGES:
         return train_gpu.joined(runs)
+    if first.about["benchmark"] in (models_gpu.PLAIN, models_gpu.COMPILED):
+        return models_gpu.joined(runs)
     places = sorted(tuple(run.about.get("part", ())) for run in runs)
     if places != [(i + 1, len(runs)) for i in range(len(runs))]:
         raise SystemExit(f"bench-gpu: expected all parts of a grid, once each, got {places}")
@@ -361,6 +364,10 @@ def main(arguments: list[str]) -> int:
     options.add_argument("--out", type=Path)
     options.add_argument("--commit", help="where there is no repository")
     options.add_argument("--limit-s", type=float, default=600.0, help="begin nothing after that")
+    options.add_argument(
+        "--sparsities", type=float, nargs="+", default=models_gpu.SPARSITIES, metavar="SHARE"
+    )
+    options.add_argument("--compiled", action="store_true", help="2 layers, with torch.compile")
     options = verbs.add_parser("scale")
     options.add_argument("--out", type=Path)
     options.add_argument("--commit", help="where there is no repository")

@@ -9,6 +9,7 @@ from sparsekern.bench.gpt_gpu import CAPTURED, COMPILED, EAGER, FREE, TWO_WAY
 from sparsekern.bench.products_gpu import NAME
 from sparsekern.bench.rates import together
 from sparsekern.bench.records import DENSE, OURS, groups, select
+from sparsekern.bench.train_float8_gpu import SHOWN
 from sparsekern.bench.train_products_gpu import FP8, FP8_CAST, OPS
 from sparsekern.gpt.model import GPTConfig
 from sparsekern.gpt.presets import PRESETS
@@ -49,6 +50,32 @@ def steps(cells: list[dict]) -> str:
             lines.append([*labels, "failed", "", failed.partition(":")[0], ""])
     header = ["model", "mask", "dense ms", "ours ms", "times dense", "form by form", "kernels"]
     return table(header, lines, left=2)
+
+
+def float8_arms(cases: list[dict]) -> str:
+    """A line for each arm: its step, against dense in both types, losses and memory."""
+    of_dense = {
+        case["dtype"]: way["median_s"]
+        for case in cases
+        if "median_s" in (way := case["ways"].get("dense", {}))
+    }
+    lines = []
+    for case in cases:
+        for name, way in case["ways"].items():
+            if "failed" in way:
+                lines.append([f"{name} {case['dtype']}", way["failed"], *[""] * 5])
+                continue
+            ratios = [
+                f"{of_dense[dtype] / way['median_s']:.3f}" if dtype in of_dense else ""
+                for dtype in ("bfloat16", "float8")
+            ]
+            ms, peak = f"{1e3 * way['median_s']:.2f}", f"{way['peak_bytes'] / GB:.1f}"
+            found = [ms, *ratios, f"{way['spread']:.3f}", way["note"], peak]
+            lines.append([f"{name} {case['dtype']}", *found])
+    losses = f"losses, means of {SHOWN} steps"
+    against = ["times dense bfloat16", "times dense float8"]
+    header = ["arm", "ms", *against, "spread", losses, "peak GB"]
+    return table(header, lines)
 
 
 def forms(cases: list[dict]) -> str:

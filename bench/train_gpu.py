@@ -13,6 +13,7 @@ import torch
 
 from sparsekern.bench import gpt_gpu, records, replay_gpu
 from sparsekern.bench import least_size_gpu as least_size
+from sparsekern.bench import train_float8_gpu as train_float8
 from sparsekern.bench import train_memory_gpu as train_memory
 from sparsekern.bench import train_products_gpu as products
 from sparsekern.bench.machine import about_run, in_words
@@ -78,6 +79,21 @@ other memory.
 {write_outs}
 """
 
+FLOAT8 = """\
+# {name}
+
+{heading}
+
+A training step of GPT-3 XL or the like, captured with compiled blocks: forward, backward, clipping
+and AdamW, on bytes of Python's library. float8: the linears of the blocks in E4M3, forward and both
+gradients, by delayed scaling (docs/guide/train.md); all else, and bfloat16, by autocast. two-way:
+{sparsity:.0%} zeros, at most two of four neighbours along both axes. Each arm was alone on the GPU,
+in this order; medians of the replays of {steps} steps. Losses are those of the same batches. Below
+1 is a loss.
+
+{arms}
+"""
+
 MEMORY = """\
 # {name}
 
@@ -123,6 +139,9 @@ def cases(args: argparse.Namespace) -> Iterator[dict]:
     """What a verb of run_gpu.py measures."""
     if args.verb == "train":
         return whole_steps(args.quick, args.model)
+    if args.verb == "train-float8":
+        size = train_float8.QUICK if args.quick else train_float8.SIZE
+        return train_float8.cases(size, torch.device("cuda"))
     if args.verb == "train-products":
         return three_products(args.quick)
     if args.verb == "least-size":
@@ -170,6 +189,8 @@ def in_short(case: dict) -> str:
     (way,) = list(case["ways"].values())[-1:]
     if "failed" in way:
         return f"{text}: {way['failed']}"
+    if "loss" in way:
+        return f"{text}: {1e3 * way['median_s']:.2f} ms, losses {way['note']}"
     if "peak_bytes" in way:
         return f"{text} {case.get('case', '')}: {way['peak_bytes'] / 1e9:.1f} GB"
     return f"{text}: {1e6 * way['median_s']:.1f} us"
@@ -226,6 +247,17 @@ def page_of_products(name: str, run: Run) -> str:
     )
 
 
+def page_of_float8(name: str, run: Run) -> str:
+    cases = derived(run)
+    return FLOAT8.format(
+        name=name,
+        heading=in_words(run.about, "bfloat16"),
+        sparsity=train_float8.SPARSITY,
+        steps=cases[0]["steps"],
+        arms=tables.float8_arms(cases),
+    )
+
+
 def page_of_memory(name: str, run: Run) -> str:
     cases = derived(run)
     steps = [case for case in cases if not case.get("case")]
@@ -257,6 +289,7 @@ PAGES = {
     "train": page_of_steps,
     "train-products": page_of_products,
     "train-memory": page_of_memory,
+    "train-float8": page_of_float8,
     "least-size": page_of_least_sizes,
 }
 
@@ -268,7 +301,7 @@ def publish(name: str, run: Run) -> None:
     pages.publish(pages.RESULTS, name, run, PAGES[benchmark](name, run), None)
     if benchmark in SECTIONS:
         pages.replace_section(DOCS, markers(benchmark), section(name, run))
-    else:
+    elif benchmark == "least-size":
         update_least_sizes(run)
 
 

@@ -10,6 +10,7 @@
 #include <string>
 
 #include "bench/bench_loops.h"
+#include "calls.h"
 #include "common/machine.h"
 #include "common/threads.h"
 #include "cpu/dense.h"
@@ -20,6 +21,8 @@
 #include "launch.h"
 #include "packing/cover.h"
 #include "packing/order.h"
+#include "prepared.h"
+#include "sparse_product.h"
 #include "tensors.h"
 
 namespace py = pybind11;
@@ -56,7 +59,9 @@ sk::Csr csr(const sk::Pattern& p, Pointer row_offsets, Pointer col_indices,
 
 PYBIND11_MODULE(_C, m) {
   m.doc() = "CPU kernels of sparsekern over raw pointers";
-  if (!sk::add_tensor_functions(m.ptr()) || !sk::add_launch_functions(m.ptr()))
+  if (!sk::add_tensor_functions(m.ptr()) || !sk::add_launch_functions(m.ptr()) ||
+      !sk::add_prepared_functions(m.ptr()) || !sk::add_call_functions(m.ptr()) ||
+      !sk::add_packed_call_functions(m.ptr()) || !sk::add_sparse_product(m.ptr()))
     throw py::error_already_set();
   using NoGil = py::call_guard<py::gil_scoped_release>;
 

@@ -1,29 +1,12 @@
 #include "launch.h"
 
-#include <cstdint>
 #include <memory>
-#include <string>
 #include <vector>
 
 #include "tensors.h"
 
 namespace sk {
-namespace {
 
-// Of csrc/cuda/launch.cu.
-using Launch = int(const char* kernel, unsigned grid_x, unsigned grid_y, unsigned block,
-                   unsigned smem_bytes, void* stream, void** args);
-using TextOf = const char*(int code);
-
-constexpr int kFirstArgument = 5;  // of a call, after the grid, the block, smem_bytes, the stream
-
-struct Kernel {
-  Launch* launch;
-  TextOf* text_of;
-  std::string name, signature;
-};
-
-// A number that a parameter takes; -1 with Python's error set.
 int read_int(PyObject* object, int64_t* to) {
   if (!PyLong_Check(object)) return -1;
   int overflows;
@@ -48,6 +31,22 @@ int read_address(PyObject* object, int64_t* to) {
   }
   return PyErr_Occurred() ? -1 : 0;
 }
+
+bool start_kernel(const Kernel& kernel, const int64_t* sizes, int64_t stream, void** addresses) {
+  int code;
+  Py_BEGIN_ALLOW_THREADS;
+  code = kernel.launch(kernel.name.c_str(), sizes[0], sizes[1], sizes[2], sizes[3],
+                       reinterpret_cast<void*>(stream), addresses);
+  Py_END_ALLOW_THREADS;
+  if (code)
+    PyErr_Format(PyExc_RuntimeError, "%s: %s (CUDA error %d)", kernel.name.c_str(),
+                 kernel.text_of(code), code);
+  return !code;
+}
+
+namespace {
+
+constexpr int kFirstArgument = 5;  // of a call, after the grid, the block, smem_bytes, the stream
 
 PyObject* refuse(const Kernel& kernel, PyObject* const* args, Py_ssize_t count) {
   PyErr_Clear();
@@ -81,14 +80,7 @@ PyObject* start(PyObject* self, PyObject* const* args, Py_ssize_t count) {
     const Py_ssize_t first = count < kFirstArgument ? count : kFirstArgument;
     return refuse(*kernel, args + first, count - first);
   }
-  int code;
-  Py_BEGIN_ALLOW_THREADS;
-  code = kernel->launch(kernel->name.c_str(), sizes[0], sizes[1], sizes[2], sizes[3],
-                        reinterpret_cast<void*>(stream), addresses.data());
-  Py_END_ALLOW_THREADS;
-  if (code)
-    return PyErr_Format(PyExc_RuntimeError, "%s: %s (CUDA error %d)", kernel->name.c_str(),
-                        kernel->text_of(code), code);
+  if (!start_kernel(*kernel, sizes, stream, addresses.data())) return nullptr;
   Py_RETURN_NONE;
 }
 
@@ -123,6 +115,12 @@ PyMethodDef functions[] = {
     {nullptr, nullptr, 0, nullptr}};
 
 }  // namespace
+
+const Kernel* kernel_of(PyObject* start) {
+  if (!PyCFunction_Check(start) || PyCFunction_GetFunction(start) != start_method.ml_meth)
+    return nullptr;
+  return static_cast<Kernel*>(PyCapsule_GetPointer(PyCFunction_GetSelf(start), nullptr));
+}
 
 bool add_launch_functions(PyObject* module) {
   return PyModule_AddFunctions(module, functions) == 0;

@@ -4,7 +4,33 @@
 
 #include <Python.h>
 
+#include <cstdint>
+#include <string>
+
 namespace sk {
+
+// Of csrc/cuda/launch.cu.
+using Launch = int(const char* kernel, unsigned grid_x, unsigned grid_y, unsigned block,
+                   unsigned smem_bytes, void* stream, void** args);
+using TextOf = const char*(int code);
+
+struct Kernel {
+  Launch* launch;
+  TextOf* text_of;
+  std::string name, signature;
+};
+
+// The kernel that a function of launcher() starts; null, without an error, for any other object.
+const Kernel* kernel_of(PyObject* start);
+
+// A number or an address that a parameter takes; -1, with or without Python's error set, for what
+// it does not take.
+int read_int(PyObject* object, int64_t* to);
+int read_address(PyObject* object, int64_t* to);
+
+// Starts it without the GIL. sizes: grid x, y, block, bytes of shared memory. addresses: those of
+// the arguments. False with Python's error set.
+bool start_kernel(const Kernel& kernel, const int64_t* sizes, int64_t stream, void** addresses);
 
 // Adds launcher() to the module; false with Python's error set.
 bool add_launch_functions(PyObject* module);

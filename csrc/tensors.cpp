@@ -1,21 +1,7 @@
 #include "tensors.h"
 
-#include <cstdint>
-
 namespace sk {
 namespace {
-
-// The part of dlpack.h, version 1, that is used here.
-struct DLTensor {
-  void* data;
-  int32_t device_type, device_id;
-  int32_t ndim;
-  uint8_t type_code, type_bits;
-  uint16_t type_lanes;
-  int64_t* shape;
-  int64_t* strides;
-  uint64_t byte_offset;
-};
 
 struct DLPackExchangeAPI {
   uint32_t major, minor;
@@ -27,7 +13,7 @@ struct DLPackExchangeAPI {
 
 PyTypeObject *tensor_type, *parameter_type;
 const DLPackExchangeAPI* api;
-PyObject* storage_offset;  // the method's name
+PyObject *storage_offset, *untyped_storage, *nbytes;  // names of methods
 
 PyObject* read_tensors_of(PyObject*, PyObject* type) {
   PyObject* capsule = PyObject_GetAttrString(type, "__dlpack_c_exchange_api__");
@@ -53,37 +39,6 @@ bool is_plain(PyObject* object) {
   return Py_TYPE(object) == tensor_type || Py_TYPE(object) == parameter_type;
 }
 
-// A tensor whose elements lie where a kernel reads them: contiguous, in memory that is there.
-struct Operand : DLTensor {
-  bool read(PyObject* object) {
-    // A method of another subclass may be anything, and change what was read before.
-    if (!is_plain(object)) return false;
-    if (api->read(object, this) < 0) return false;
-    int64_t size = 1;
-    for (int i = ndim; i-- > 0; size *= shape[i])
-      if (shape[i] != 1 && strides[i] != size) return false;
-    if (byte_offset || (size && !data)) return false;
-    // The address of a view with an offset is no null pointer where the memory was freed below it.
-    PyObject* offset = PyObject_CallMethodNoArgs(object, storage_offset);
-    if (!offset) return false;
-    const bool is_whole = PyLong_AsLongLong(offset) == 0;
-    Py_DECREF(offset);
-    return is_whole;
-  }
-
-  bool is_indices() const {
-    return ndim == 1 && type_code == 0 && type_bits == 32 && type_lanes == 1;
-  }
-
-  bool has_type_of(const DLTensor& t) const {
-    return type_code == t.type_code && type_bits == t.type_bits && type_lanes == t.type_lanes;
-  }
-
-  bool is_on_device_of(const DLTensor& t) const {
-    return device_type == t.device_type && device_id == t.device_id;
-  }
-};
-
 // M, or -1.
 int64_t find_tokens(PyObject* const* args, Py_ssize_t count) {
   if (!api || count < 8 || count % 2) return -1;
@@ -101,8 +56,7 @@ int64_t find_tokens(PyObject* const* args, Py_ssize_t count) {
   }
   const auto is_vector = [&](PyObject* object, int64_t size) {
     Operand v;
-    return object == Py_None || (v.read(object) && v.ndim == 1 && v.shape[0] == size &&
-                                 v.has_type_of(first) && v.is_on_device_of(rows));
+    return object == Py_None || (v.read(object) && v.is_vector_like(first, size));
   };
   if (!is_vector(args[3], cols.shape[0])) return -1;
   if (!is_vector(args[4], PyLong_AsLongLong(args[5]))) return -1;
@@ -129,6 +83,35 @@ PyMethodDef functions[] = {
 
 }  // namespace
 
+bool Operand::read_view(PyObject* object) {
+  // A method of another subclass may be anything, and change what was read before.
+  if (!api || !is_plain(object)) return false;
+  if (api->read(object, this) < 0) return false;
+  int64_t size = 1;
+  for (int i = ndim; i-- > 0; size *= shape[i])
+    if (shape[i] != 1 && strides[i] != size) return false;
+  return !byte_offset && (data || !size);
+}
+
+bool Operand::is_whole(PyObject* object) {
+  PyObject* offset = PyObject_CallMethodNoArgs(object, storage_offset);
+  if (!offset) return false;
+  const bool is_whole = PyLong_AsLongLong(offset) == 0;
+  Py_DECREF(offset);
+  return is_whole;
+}
+
+bool Operand::is_there(PyObject* object) {
+  if (is_whole(object)) return true;
+  if (PyErr_Occurred()) return false;
+  PyObject* storage = PyObject_CallMethodNoArgs(object, untyped_storage);
+  PyObject* bytes = storage ? PyObject_CallMethodNoArgs(storage, nbytes) : nullptr;
+  const bool is_there = bytes && PyLong_AsLongLong(bytes) > 0;
+  Py_XDECREF(bytes);
+  Py_XDECREF(storage);
+  return is_there;
+}
+
 bool read_data(PyObject* tensor, void** address) {
   DLTensor t;
   if (!api || !is_plain(tensor) || api->read(tensor, &t) < 0) return false;
@@ -138,7 +121,10 @@ bool read_data(PyObject* tensor, void** address) {
 
 bool add_tensor_functions(PyObject* module) {
   storage_offset = PyUnicode_InternFromString("storage_offset");
-  return storage_offset && PyModule_AddFunctions(module, functions) == 0;
+  untyped_storage = PyUnicode_InternFromString("untyped_storage");
+  nbytes = PyUnicode_InternFromString("nbytes");
+  return storage_offset && untyped_storage && nbytes &&
+         PyModule_AddFunctions(module, functions) == 0;
 }
 
 }  // namespace sk

@@ -32,8 +32,8 @@ with torch.no_grad():  # the zeros of a pruned model: the smallest weights of ea
             module.weight *= size > size.quantile(SPARSITY)
 dense = copy.deepcopy(model)
 
-# Reading the prompt and generating are weighed together: one call with all of its tokens, and as
-# many calls of one token as are to be generated.
+# Reading the prompt and generating are weighed together, with the calls that generate() makes: one
+# with all tokens of the prompt, and one for each token after it, whose past is in the cache.
 prompt = {"input_ids": torch.randint(512, (1, PROMPT)), "attention_mask": torch.ones(1, PROMPT)}
 print(sparsekern.accelerate_(model, prompt, new_tokens=NEW))
 

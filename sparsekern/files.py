@@ -46,13 +46,14 @@ def atomic_write(path: Path) -> Iterator[BinaryIO]:
 
 
 def write_picture(figure, path: Path, dpi: int = 120) -> None:
-    """A figure of matplotlib's as a PNG of 256 colours: a third of the bytes, and nothing that an
-    eye would miss."""
+    """A figure of matplotlib's as a PNG of 48 colours, chosen to cover all that are there: a fifth
+    of the bytes, and nothing that an eye would miss."""
     from PIL import Image  # comes with matplotlib
 
     whole, small = io.BytesIO(), io.BytesIO()
     figure.savefig(whole, format="png", dpi=dpi)
-    picture = Image.open(whole).convert("RGB").quantize(256, dither=Image.Dither.NONE)
+    picture = Image.open(whole).convert("RGB")
+    picture = picture.quantize(48, Image.Quantize.MAXCOVERAGE, dither=Image.Dither.NONE)
     picture.save(small, "png", optimize=True)
     with atomic_write(path) as file:
         file.write(small.getvalue())

@@ -14,6 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from . import calls as calls  # sets them up
 from . import ops
 from .casts import autocast
 from .kernels.cuda.ordered import recognised
@@ -67,19 +68,22 @@ def quick_linear(
 ) -> Tensor | None:
     """linear() of x [..., M, K] where there is nothing to convert or refuse; None where there is. A
     small layer pays for every line of Python."""
+    if _is_compiling():
+        return None
+    if _is_any_autocast_enabled():
+        x, values, bias = autocast(x, values, bias)
+    y = ops.call(ops.SPMM, row_offsets, col_indices, values, n, k, x, bias)
+    if y is not None:
+        return y
     if (
-        _is_compiling()
-        or type(x) not in _PLAIN
+        type(x) not in _PLAIN
         or x.layout is not torch.strided
         or x.dim() < 2
         or x.shape[-1] != k
         or x.device != values.device
-        or (bias is not None and bias.shape != (n,))
+        or x.dtype is not values.dtype
+        or (bias is not None and (bias.shape != (n,) or bias.dtype is not x.dtype))
     ):
-        return None
-    if _is_any_autocast_enabled():
-        x, values, bias = autocast(x, values, bias)
-    if x.dtype is not values.dtype or (bias is not None and bias.dtype is not x.dtype):
         return None
     if x.dim() == 2:
         return ops.spmm(row_offsets, col_indices, values, n, k, x, bias)

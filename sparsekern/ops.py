@@ -10,26 +10,25 @@ derivative is there. W is row_offsets int32 [N+1], col_indices int32 [nnz], valu
 dy and bias have one dtype, which the result has too; bias may be None. The gradient of W is that of
 its stored values.
 
-registered.py has the ops. Autograd is an autograd.Function outside of them, skipped when nobody
-asks for a gradient: 4 us a call against 16 us for torch.library.custom_op. The Functions with a
-`setup_context` cost 40 us and serve functorch (vmap, func.grad) alone.
+registered.py has the ops, calls.py the short way past all that is here. Autograd is an
+autograd.Function outside of the ops, skipped when nobody asks for a gradient: 4 us a call against
+16 us for torch.library.custom_op. The Functions with a `setup_context` cost 40 us and serve
+functorch (vmap, func.grad) alone.
 """
 
 from collections.abc import Callable
-from typing import Any
 
 import torch
 from torch import Tensor
 from torch.autograd import Function, forward_ad, profiler
 
 from .kernels.cpu.lanes import Lanes
+from .kernels.operands import native
+from .kernels.prepared import SDDMM, SPMM, SPMM_GRADIENTS, SPMM_T, SPMM_T_GRADIENTS
 from .registered import (
     multiply_lanes,
-    run_gradients,
     run_product,
     run_sddmm,
-    run_spmm,
-    run_spmm_t,
     sddmm_op,
     spmm_lanes_op,
     spmm_op,
@@ -50,6 +49,20 @@ _is_grad_enabled = torch.is_grad_enabled
 _PLAIN = (Tensor, torch.nn.Parameter)
 
 
+def _no_call(*operands) -> None:
+    """Without the C++ library nothing is prepared."""
+
+
+# A product, or the gradients of one, of operands that lie where kernels read them, while nothing
+# looks on: one step in C++ (calls.py). None for all others. Not while torch.compile traces.
+call = native.call if native else _no_call
+
+
+def quick(op: int, row_offsets, col_indices, values, n: int, k: int, a, b):
+    """The same, at any time."""
+    return None if _is_compiling() else call(op, row_offsets, col_indices, values, n, k, a, b)
+
+
 def spmm(
     row_offsets: Tensor,
     col_indices: Tensor,
@@ -61,10 +74,16 @@ def spmm(
 ) -> Tensor:
     """y [M, N] = x [M, K] @ W.T + bias [N], differentiable in values, x and bias."""
     args = row_offsets, col_indices, values, n, k, x, bias
+    if (y := quick(SPMM, *args)) is not None:
+        return y
     function, is_direct = _route("spmm", values, x, bias)
     if is_direct:
         try:
-            return run_product("spmm", *args) if function is None else _APPLY["spmm"](*args)
+            if function is None:
+                return run_product("spmm", *args)
+            args = row_offsets, col_indices, values.contiguous(), n, k, x.contiguous(), bias
+            if (y := quick(SPMM, *args)) is not None:
+                return y
         except (RuntimeError, ValueError):
             if not _is_any_lazy(values, x, bias):
                 raise
@@ -82,10 +101,16 @@ def spmm_t(
 ) -> Tensor:
     """dx [M, K] = dy [M, N] @ W + bias [K], differentiable in values, dy and bias."""
     args = row_offsets, col_indices, values, n, k, dy, bias
+    if (y := quick(SPMM_T, *args)) is not None:
+        return y
     function, is_direct = _route("spmm_t", values, dy, bias)
     if is_direct:
         try:
-            return run_product("spmm_t", *args) if function is None else _APPLY["spmm_t"](*args)
+            if function is None:
+                return run_product("spmm_t", *args)
+            args = row_offsets, col_indices, values.contiguous(), n, k, dy.contiguous(), bias
+            if (y := quick(SPMM_T, *args)) is not None:
+                return y
         except (RuntimeError, ValueError):
             if not _is_any_lazy(values, dy, bias):
                 raise
@@ -96,11 +121,18 @@ def sddmm(
     row_offsets: Tensor, col_indices: Tensor, n: int, k: int, dy: Tensor, x: Tensor
 ) -> Tensor:
     """dvalues [nnz] = (dy [M, N].T @ x [M, K]) at the pattern, differentiable in dy and x."""
+    if (dvalues := quick(SDDMM, row_offsets, col_indices, None, n, k, dy, x)) is not None:
+        return dvalues
     args = row_offsets, col_indices, n, k, dy, x
     function, is_direct = _route("sddmm", dy, x, None)
     if is_direct:
         try:
-            return run_sddmm(*args) if function is None else _APPLY["sddmm"](*args)
+            if function is None:
+                return run_sddmm(*args)
+            args = row_offsets, col_indices, n, k, dy.contiguous(), x.contiguous()
+            dvalues = quick(SDDMM, row_offsets, col_indices, None, n, k, *args[4:])
+            if dvalues is not None:
+                return dvalues
         except (RuntimeError, ValueError):
             if not _is_any_lazy(dy, x, None):
                 raise
@@ -146,24 +178,6 @@ def _is_direct(a: Tensor, b: Tensor, bias: Tensor | None) -> bool:
     )
 
 
-def _gradients(op: str, row_offsets, col_indices, values, n, k, h, other) -> tuple | None:
-    """run_gradients(), unless somebody differentiates them once more, in whatever mode, or looks
-    on: then None."""
-    if (
-        _is_grad_enabled()
-        or forward_ad._current_level >= 0
-        or in_functorch()
-        or not _is_direct(other, h, values)
-    ):
-        return None
-    try:
-        return run_gradients(op, row_offsets, col_indices, values, n, k, h, other)
-    except (RuntimeError, ValueError):
-        if not _is_any_lazy(values, h, other):
-            raise
-        return None
-
-
 def _is_any_lazy(*tensors: Tensor | None) -> bool:
     """Whether one of them has no memory of its own, so that a direct call has failed: an efficient
     zero, what a functorch transform has left, or a batch of gradients."""
@@ -187,31 +201,40 @@ def _save_product(ctx, row_offsets, col_indices, values, n, k, x, bias):
 
 
 def _spmm_backward(ctx, h):
-    row_offsets, col_indices, values, x = ctx.saved_tensors
-    n, k = ctx.sizes
     needs = ctx.needs_input_grad
-    args = "spmm_t", row_offsets, col_indices, values, n, k, h, x
-    both = _gradients(*args) if needs[2] and needs[5] else None
-    if both is not None:
-        dx, dvalues = both
-    else:
-        dvalues = sddmm(row_offsets, col_indices, n, k, h, x) if needs[2] else None
-        dx = spmm_t(row_offsets, col_indices, values, n, k, h) if needs[5] else None
-    return None, None, dvalues, None, None, dx, h.sum(0) if needs[6] else None
+    dvalues, dx, dbias = gradients("spmm", ctx, h, (needs[2], needs[5], needs[6]))
+    return None, None, dvalues, None, None, dx, dbias
 
 
 def _spmm_t_backward(ctx, h):
-    row_offsets, col_indices, values, dy = ctx.saved_tensors
-    n, k = ctx.sizes
     needs = ctx.needs_input_grad
-    args = "spmm", row_offsets, col_indices, values, n, k, h, dy
-    both = _gradients(*args) if needs[2] and needs[5] else None
-    if both is not None:
-        ddy, dvalues = both
-    else:
-        dvalues = sddmm(row_offsets, col_indices, n, k, dy, h) if needs[2] else None
-        ddy = spmm(row_offsets, col_indices, values, n, k, h) if needs[5] else None
-    return None, None, dvalues, None, None, ddy, h.sum(0) if needs[6] else None
+    dvalues, ddy, dbias = gradients("spmm_t", ctx, h, (needs[2], needs[5], needs[6]))
+    return None, None, dvalues, None, None, ddy, dbias
+
+
+def gradients(op: str, ctx, h: Tensor, needs: tuple[bool, bool, bool]) -> tuple:
+    """Those of values, of the operand and of the bias, of a product whose result has the gradient
+    h [.., outputs]."""
+    row_offsets, col_indices, values, a = ctx.saved_tensors
+    n, k = ctx.sizes
+    rows = h if h.dim() == 2 else h.flatten(0, -2)
+    dbias = rows.sum(0) if needs[2] else None
+    if needs[0] and needs[1]:
+        both = SPMM_GRADIENTS if op == "spmm" else SPMM_T_GRADIENTS
+        made = quick(both, row_offsets, col_indices, values, n, k, h.contiguous(), a)
+        if made is not None:
+            return made[1], made[0], dbias
+    dvalues = da = None
+    if needs[0]:
+        of = a if a.dim() == 2 else a.flatten(0, -2)
+        dvalues = sddmm(
+            row_offsets, col_indices, n, k, *((rows, of) if op == "spmm" else (of, rows))
+        )
+    if needs[1]:
+        product = spmm_t if op == "spmm" else spmm
+        da = product(row_offsets, col_indices, values, n, k, rows)
+        da = da if h.dim() == 2 else da.unflatten(0, h.shape[:-1])
+    return dvalues, da, dbias
 
 
 def _product_jvp(product, ctx, dvalues, dx, dbias):
@@ -236,18 +259,18 @@ def _spmm_t_jvp(ctx, ro, ci, dvalues, n, k, ddy, dbias):
     return _product_jvp(spmm_t, ctx, dvalues, ddy, dbias)
 
 
-def _save_sddmm(ctx, row_offsets, col_indices, n, k, dy, x):
+def save_sddmm(ctx, row_offsets, col_indices, n, k, dy, x):
     ctx.sizes = n, k
-    dy_grad, x_grad = ctx.needs_input_grad[4:]
+    dy_grad, x_grad = ctx.needs_input_grad[-2:]
     ctx.save_for_backward(row_offsets, col_indices, dy if x_grad else None, x if dy_grad else None)
 
 
-def _sddmm_backward(ctx, h):
+def sddmm_backward(ctx, h):
     row_offsets, col_indices, dy, x = ctx.saved_tensors
     n, k = ctx.sizes
-    needs = ctx.needs_input_grad
-    ddy = spmm(row_offsets, col_indices, h, n, k, x) if needs[4] else None
-    dx = spmm_t(row_offsets, col_indices, h, n, k, dy) if needs[5] else None
+    dy_grad, x_grad = ctx.needs_input_grad[-2:]
+    ddy = spmm(row_offsets, col_indices, h, n, k, x) if dy_grad else None
+    dx = spmm_t(row_offsets, col_indices, h, n, k, dy) if x_grad else None
     return None, None, None, None, ddy, dx
 
 
@@ -283,29 +306,10 @@ class _SpMMT(Function):
 class _SDDMM(Function):
     @staticmethod
     def forward(ctx, *args):
-        _save_sddmm(ctx, *args)
+        save_sddmm(ctx, *args)
         return sddmm_op(*args)
 
-    backward = staticmethod(_sddmm_backward)
-
-
-def _direct(parent: type[Function], save: Callable, run: Callable) -> Callable:
-    """`apply` of the same Function without the op and without a look for functorch, which whoever
-    calls it has taken."""
-
-    def forward(ctx, *args):
-        save(ctx, *args)
-        return run(*args)
-
-    kind: Any = type(parent.__name__, (parent,), {"forward": staticmethod(forward)})
-    return super(Function, kind).apply
-
-
-_APPLY = {
-    "spmm": _direct(_SpMM, _save_product, run_spmm),
-    "spmm_t": _direct(_SpMMT, _save_product, run_spmm_t),
-    "sddmm": _direct(_SDDMM, _save_sddmm, run_sddmm),
-}
+    backward = staticmethod(sddmm_backward)
 
 
 # The same for functorch.
@@ -364,9 +368,9 @@ class _SDDMMFunctorch(Function):
 
     @staticmethod
     def setup_context(ctx, inputs, output):
-        _save_sddmm(ctx, *inputs)
+        save_sddmm(ctx, *inputs)
 
-    backward = staticmethod(_sddmm_backward)
+    backward = staticmethod(sddmm_backward)
 
     @staticmethod
     def vmap(info, in_dims, *args):

@@ -19,16 +19,20 @@ from .kernels.cpu import lanes
 from .kernels.cuda.choose import assemble, check_operands, form_for
 from .kernels.cuda.compressed import TwoOfFourE4m3
 from .kernels.cuda.compressed import multiply as multiply_compressed
+from .kernels.cuda.few_tokens import prepare_packed
 from .kernels.cuda.few_tokens import spmm_packed as multiply_packed
+from .kernels.cuda.layout import Packed
 from .kernels.cuda.ordered import recognised
 from .kernels.operands import (
-    check_gradients,
     check_memory,
     check_product,
     check_sddmm,
     fitting_tokens,
+    native,
 )
+from .kernels.prepared import SDDMM, SPMM, SPMM_T
 from .kernels.problem import Problem
+from .kernels.steps import A, Steps
 from .kernels.table import pick
 
 # Implementations: checks, contiguous operands, one look-up, the kernel.
@@ -45,6 +49,11 @@ def run_spmm_t(row_offsets, col_indices, values, n, k, dy, bias=None):
 
 
 def run_product(op, row_offsets, col_indices, values, n, k, x, bias):
+    if native and forward_ad._current_level < 0:
+        which = SPMM if op == "spmm" else SPMM_T
+        y = native.call_op(which, row_offsets, col_indices, values, n, k, x, bias)
+        if y is not None:
+            return y
     width, outputs = (k, n) if op == "spmm" else (n, k)
     m = fitting_tokens(n, row_offsets, col_indices, values, bias, outputs, x, width)
     if m is None:  # something is wrong, or lies elsewhere than kernels read it
@@ -67,32 +76,11 @@ def run_product(op, row_offsets, col_indices, values, n, k, x, bias):
     return run(row_offsets, col_indices, values, n, k, x, bias)
 
 
-def run_gradients(op, row_offsets, col_indices, values, n, k, h, other):
-    """The gradients of a product with respect to its dense operand, by `op`, and to its values: all
-    that the backward pass of a small layer does, checked once."""
-    widths = (k, n) if op == "spmm" else (n, k)
-    m = fitting_tokens(n, row_offsets, col_indices, values, None, 0, h, widths[0], other, widths[1])
-    if m is None:
-        row_offsets, col_indices, values, h, other = _plain(
-            row_offsets, col_indices, values, h, other
-        )
-        m, _ = check_gradients(op, row_offsets, col_indices, values, n, k, h, other)
-        check_memory(op, row_offsets=row_offsets, col_indices=col_indices, values=values, h=h)
-        check_memory(op, other=other)
-        values, h, other = values.contiguous(), h.contiguous(), other.contiguous()
-    device, dtype, nnz = "cpu" if h.is_cpu else "cuda", h.dtype, col_indices.numel()
-    problem = _new(Problem, (op, device, dtype, m, n, k, nnz, False, False))
-    if device == "cuda":
-        problem = recognised(problem, row_offsets, col_indices)
-    run = pick(problem).run
-    gradient = run(row_offsets, col_indices, values, n, k, h, None)
-    run = pick(_new(Problem, ("sddmm", device, dtype, m, n, k, nnz, False, False))).run
-    dy, x = (h, other) if op == "spmm_t" else (other, h)
-    observed.note(row_offsets, dy, x)
-    return gradient, run(row_offsets, col_indices, n, k, dy, x)
-
-
 def run_sddmm(row_offsets, col_indices, n, k, dy, x):
+    if native and forward_ad._current_level < 0:
+        dvalues = native.call_op(SDDMM, row_offsets, col_indices, None, n, k, dy, x)
+        if dvalues is not None:
+            return dvalues
     m = fitting_tokens(n, row_offsets, col_indices, None, None, 0, dy, n, x, k)
     if m is None:
         row_offsets, col_indices, dy, x = _plain(row_offsets, col_indices, dy, x)
@@ -175,13 +163,25 @@ for _name, _arguments, _run, _fake in (
 
 
 def run_spmm_packed(x, layout, n, k, nnz, numbers, tensors, bias=None):
-    if "," in layout:
-        layout, numbers, tensors = form_for(len(x), layout, n, k, nnz, numbers, tensors)
-    packed = assemble(layout, n, k, nnz, numbers, tensors)
+    packed = _packed(len(x), layout, n, k, nnz, numbers, tensors)
     check_operands(packed, x, bias)
     if forward_ad._current_level >= 0:
         _refuse_tangents("spmm_packed", x, bias)
     return multiply_packed(x, packed, bias)
+
+
+def prepare_spmm_packed(x, layout, n, k, nnz, numbers, tensors, bias=None) -> object:
+    """The prepared call (kernels/steps.py) for all x of this shape [.., K]."""
+    steps = Steps(x.device)
+    packed = _packed(x.shape[:-1].numel(), layout, n, k, nnz, numbers, tensors)
+    return steps.prepared(prepare_packed(steps, x, packed, A, bias))
+
+
+def _packed(m, layout, n, k, nnz, numbers, tensors) -> Packed:
+    """The weight in the layout that runs m tokens."""
+    if "," in layout:
+        layout, numbers, tensors = form_for(m, layout, n, k, nnz, numbers, tensors)
+    return assemble(layout, n, k, nnz, numbers, tensors)
 
 
 def _fake_spmm_packed(x, layout, n, k, nnz, numbers, tensors, bias=None):
@@ -255,6 +255,15 @@ def multiply_lanes(x: Tensor, packed: lanes.Lanes, bias: Tensor | None) -> Tenso
         if t is not None and not (t.is_contiguous() and t.data_ptr() and not t.storage_offset()):
             check_memory("spmm_lanes", **{name: t})
     return lanes.spmm_lanes(x.contiguous(), packed, None if bias is None else bias.contiguous())
+
+
+def prepare_spmm_lanes(x: Tensor, packed: lanes.Lanes, bias: Tensor | None) -> object:
+    """The prepared call (kernels/steps.py) for all x of this shape [.., K], of operands that
+    multiply_lanes() took."""
+    steps, tokens = Steps(x.device), tuple(x.shape[:-1])
+    bias = None if bias is None else bias.contiguous()
+    y = steps.call(lanes.spmm_lanes, steps.rows(A, tokens, packed.k), packed, bias)
+    return steps.prepared(steps.unfolded(y, tokens, packed.n))
 
 
 def run_spmm_lanes(x, n, k, part_steps, heads, cols, values, bias=None):

@@ -1,9 +1,6 @@
 """Fixtures and small helpers that several test files share."""
 
 import gc
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -12,7 +9,6 @@ from torch import Tensor
 
 from sparsekern import SparseTensor
 from sparsekern.kernels import crossover, table
-from sparsekern.kernels.cpu import panel
 
 RESULTS = Path(__file__).parents[1] / "bench" / "results"
 needs_results = pytest.mark.skipif(
@@ -57,9 +53,9 @@ def fresh_table(monkeypatch):
     """Kernels are picked anew: the table reads the environment when a problem is first met."""
     monkeypatch.delenv("SPARSEKERN_KERNEL", raising=False)
     monkeypatch.delenv("SPARSEKERN_DEBUG", raising=False)
-    table.pick.cache_clear()
+    table.forget_choices()
     yield monkeypatch
-    table.pick.cache_clear()
+    table.forget_choices()
 
 
 @pytest.fixture
@@ -112,28 +108,3 @@ def outcome(call):
         return call(), None
     except Exception as error:
         return None, f"{type(error).__name__}: {error}"
-
-
-# The library alone: the package would bring torch.
-ISA = """
-import importlib.util, sys
-spec = importlib.util.spec_from_file_location("_C", sys.argv[1])
-library = importlib.util.module_from_spec(spec)
-spec.loader.exec_module(library)
-print(library.isa())
-"""
-
-
-@pytest.fixture(params=["portable", "avx2", "avx512", "neon"])
-def isa_env(request):
-    """The environment of a process whose kernels use this instruction set, and not that of ours."""
-    if request.param == panel._C.isa():
-        pytest.skip(f"{request.param} is that of this process")
-    env = {**os.environ, "SPARSEKERN_ISA": request.param}
-    command = [sys.executable, "-c", ISA, panel._C.__file__]
-    run = subprocess.run(command, env=env, capture_output=True, text=True)
-    if run.returncode:
-        assert "SPARSEKERN_ISA: expected one of" in run.stderr
-        pytest.skip(f"{request.param} was not built or does not run here")
-    assert run.stdout.strip() == request.param
-    return env

@@ -4,13 +4,13 @@ import torch
 from torch import nn
 
 from sparsekern import SparseLinear
-from sparsekern.models import accelerate, measure
+from sparsekern.models import measure, work
 from sparsekern.models.timing import Times
+from sparsekern.nn.experts import SparseExperts
 from sparsekern.nn.kinds import pruning_masks
 from sparsekern.nn.stand_ins import (
     SparseConv,
     SparseConv1D,
-    SparseExperts,
     SparseMultiheadAttention,
 )
 
@@ -139,7 +139,7 @@ def sparse_is_faster(monkeypatch) -> dict[str, float]:
         return Times(seconds["whole"], seconds["rest"], [of(layer) for layer in layers])
 
     monkeypatch.setattr(measure, "seconds_alone", lambda runs, _: {n: seconds[n] for n in runs})
-    monkeypatch.setattr(accelerate, "times_of", times_of)
+    monkeypatch.setattr(work, "times_of", times_of)
     return seconds
 
 

@@ -3,6 +3,7 @@
 import random
 import subprocess
 import sys
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
@@ -10,7 +11,7 @@ from conftest import random_dense
 from torch.profiler import ProfilerActivity, profile
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from sparsekern import SparseTensor, ops
+from sparsekern import SparseLinear, SparseTensor, ops
 from sparsekern.kernels import operands
 
 N, K, M = 6, 9, 5
@@ -231,7 +232,8 @@ def test_one_step_takes_no_more_than_the_checks(fits):
         pattern, values = (t["row_offsets"], t["col_indices"]), t["values"]
         if values is None:
             values = torch.zeros(len(pattern[1]))
-        checked = operands.check_gradients("spmm", *pattern, values, N, K, t["x"], t["dy"])
+        checked = operands.check_product("spmm", *pattern, values, N, K, t["x"], None)
+        assert checked == operands.check_sddmm(*pattern, N, K, t["dy"], t["x"])
         assert checked == (m, len(pattern[1]))
         for a in t.values():
             assert a is None or (a.is_contiguous() and a.data_ptr() and not a.storage_offset())
@@ -261,3 +263,61 @@ def test_a_subclass_cannot_change_an_operand_that_was_checked():
     y = torch.ops.sparsekern.spmm(W.row_offsets, W.col_indices, W.values, 64, 512, x, bias)
     assert x.shape == (4, 512)
     torch.testing.assert_close(y, x @ W.to_dense().T)
+
+
+needs_calls = pytest.mark.skipif(operands.native is None, reason="nothing is prepared here")
+
+
+@needs_calls
+def test_calls_of_several_threads():
+    layer = SparseLinear.from_linear(torch.nn.Linear(64, 48), torch.rand(48, 64) < 0.4)
+    x = torch.randn(6, 1, 3, 64)
+
+    def gradients(t):
+        t = t.clone().requires_grad_()
+        y = layer(t)
+        return y.detach(), *torch.autograd.grad(y.square().sum(), (t, layer.values))
+
+    want = [gradients(t) for t in x]
+    with ThreadPoolExecutor(len(x)) as pool:
+        for _ in range(20):
+            for got, same in zip(pool.map(gradients, x), want, strict=True):
+                assert all(map(torch.equal, got, same))
+
+
+@needs_calls
+def test_a_pattern_has_its_own_calls_and_takes_them_along(monkeypatch):
+    """Many shapes, patterns that die, and those that come to lie where others were."""
+    for i in range(300):
+        n, k = 3 + i % 5, 4 + i % 7
+        W = SparseTensor.from_dense(torch.randn(n, k) * (torch.rand(n, k) < 0.5))
+        x = torch.randn(1 + i % 3, k)
+        for _ in range(2):
+            torch.testing.assert_close(x @ W.T, x @ W.to_dense().T)
+    layer = SparseLinear.from_linear(torch.nn.Linear(8, 8), torch.rand(8, 8) < 0.5)
+    for m in range(1, 300):  # more than are kept
+        x = torch.randn(m, 8)
+        torch.testing.assert_close(layer(x), x @ layer.weight.to_dense().T + layer.bias)
+
+
+@needs_calls
+@pytest.mark.parametrize("wrong", [(), (1,), tuple(range(8)), (9, *[None] * 7), ("a", *[0] * 7)])
+def test_a_call_of_anything_else_is_left_alone(wrong):
+    assert operands.native.call(*wrong) is None and operands.native.call_op(*wrong) is None
+
+
+@needs_calls
+@pytest.mark.parametrize("name", NAMES[2:5])
+def test_a_call_takes_parts_of_tensors_that_are_there(fits, name):
+    def call(**t):
+        operands_ = t["row_offsets"], t["col_indices"], t["values"], N, K, t["x"], t["bias"]
+        return operands.native.call(ops.SPMM, *operands_)
+
+    want = call(**fits)
+    assert want is not None
+    for how in ("view", "freed view", "freed", "strided"):
+        part = ALTERED[how](fits[name])
+        if how == "view":
+            assert torch.equal(call(**{**fits, name: part.copy_(fits[name])}), want)
+        else:
+            assert call(**{**fits, name: part}) is None

@@ -11,7 +11,17 @@ PACKAGE = Path(__file__).parents[1] / "sparsekern"
 # but the demo, and it sees tensor and kernels alone.
 # `wafer` stands alone and imports no torch.
 CORE = ["extras", "terminal", "files", "indices", "two_way", "conversions", "tensor", "kernels"]
-CORE += ["flop_formulas", "registered", "ops", "casts", "sparse_sparse", "matmul", "surface"]
+CORE += [
+    "flop_formulas",
+    "registered",
+    "registered_float8",
+    "ops",
+    "calls",
+    "casts",
+    "sparse_sparse",
+    "matmul",
+    "surface",
+]
 CORE += ["nn", "weights", "sparsity", "models", "public", "gpt"]
 ROOMS = [*CORE, "hf", "wafer", "bench", "report", "commands", "cli"]
 TOP = ["cli", "__main__"]

@@ -324,6 +324,21 @@ __device__ inline unsigned multiply_add_bf16(unsigned a, unsigned b, unsigned c)
   return sums;
 }
 
+// Of two E4M3 in the low bytes their sum; NaN if one is.
+__device__ inline float sum_of_e4m3(unsigned pair) {
+  const unsigned halves = e4m3_to_f16(pair);
+  float low, high;
+  asm("{\n"
+      ".reg .b16 l, h;\n"
+      "mov.b32 {l, h}, %2;\n"
+      "cvt.f32.f16 %0, l;\n"
+      "cvt.f32.f16 %1, h;\n"
+      "}"
+      : "=f"(low), "=f"(high)
+      : "r"(halves));
+  return low + high;
+}
+
 __device__ inline unsigned short round_to_bf16(float value) {
   unsigned short bits;
   asm("cvt.rn.bf16.f32 %0, %1;" : "=h"(bits) : "f"(value));

@@ -19,7 +19,7 @@ from ..kernels import crossover
 from ..kernels.cpu import panel
 from ..kernels.cpu.machine import machine_name
 from ..kernels.problem import Kernel
-from ..kernels.table import pick
+from ..kernels.table import forget_choices
 from ..terminal import Progress, table
 from . import measure_gpu, noise, peers_gpu
 from .crossover import GRID, crossing, summarize
@@ -71,7 +71,7 @@ def calibrate(device: str, quick: bool, out: Path | None = None) -> str:
     data[key] = (before if before.get("tokens") == entry["tokens"] else {}) | entry
     _write(path, data)
     crossover._calibrated.cache_clear()
-    pick.cache_clear()
+    forget_choices()
     return f"{text}\n\nDispatch now uses this: {path}\nTo undo it, delete that file."
 
 

@@ -1,8 +1,9 @@
 """The one format of measurements: a flat record for each contender of each case, in a CSV file.
 
 A file begins with `# ` and a JSON object about the run: machine, versions, commit, date, and under
-`shared` the fields that all records have in common. Then a table with the other fields. A field
-that a record does not have is empty.
+`shared` the fields that all records have in common. Then a table with the other fields: first those
+of the case, which stand in its first row alone; below it, a row that begins with `=` is of the same
+case. A field that a record does not have is empty.
 
 In memory the records of a case are often wanted together: cases() nests them, flat() undoes it.
 """
@@ -86,7 +87,7 @@ FOUND: dict[str, type] = {
 }
 FIELDS = CASE | FOUND
 DIGITS = {"median_s": 7, "loss": 9, "spread": 4, "error": 4, "rounding": 4}  # 6 elsewhere
-MARK, SUFFIX = "# ", ".csv"
+MARK, SAME_CASE, SUFFIX = "# ", "=", ".csv"
 
 
 @dataclass
@@ -106,9 +107,21 @@ def write(path: Path, about: dict, records: Sequence[dict]) -> None:
     text.write(MARK + json.dumps(about | {"shared": shared}) + "\n")
     table = csv.writer(text, lineterminator="\n")
     table.writerow(columns)
-    table.writerows([_text(name, record.get(name)) for name in columns] for record in records)
+    width, above = _case_columns(columns), None
+    for record in records:
+        row = [_text(name, record.get(name)) for name in columns]
+        case = row[:width]
+        if case and case == above:
+            row[:width] = [SAME_CASE, *[""] * (width - 1)]
+        above = case
+        table.writerow(row)
     with atomic_write(path) as file:
         file.write(text.getvalue().encode())
+
+
+def _case_columns(columns: Sequence[str]) -> int:
+    """How many there are: they come first."""
+    return sum(name in CASE for name in columns)
 
 
 def _text(name: str, value: object) -> str:
@@ -128,6 +141,11 @@ def read(path: Path) -> Run:
         shared = about.pop("shared")
         columns, *rows = csv.reader(io.StringIO(lines))
         types = [_read_bool if FIELDS[name] is bool else FIELDS[name] for name in columns]
+        width, above = _case_columns(columns), []
+        for row in rows:
+            if width and row[:1] == [SAME_CASE]:
+                row[:width] = above
+            above = row[:width]
         records = [
             shared
             | {

@@ -24,6 +24,7 @@ from torch.optim import Optimizer
 
 from ..kernels.derived import versions
 from ..nn import SparseLinear, forget_graphs_
+from ..nn.float8 import scaling_of
 from ..sparsity import Algorithm
 from .buckets import Buckets
 from .distributed import Ranks
@@ -202,8 +203,13 @@ class CapturedStep:
             self._norm = clip(self._model)
             self._loss_of_all = self._mean(self._loss)
 
+        def adamw() -> None:
+            twin.step()
+            if scaling := scaling_of(self._model):
+                scaling.advance()
+
         launches: dict[str, Callable] = {"first": first, "next": following, "last": last}
-        launches |= {"clip": clipped, "adamw": twin.step}
+        launches |= {"clip": clipped, "adamw": adamw}
         for name in dict.fromkeys([*self._passes(len(parts)), "clip", "adamw"]):
             first_graph = self._graphs.get("first")
             self._graphs[name] = CudaGraph(launches[name], self._aside, first_graph)

@@ -5,6 +5,8 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, fields
 from pathlib import Path
 
+import torch
+
 from .. import sparsity as algorithms
 from ..sparsity import Algorithm, Group
 from .checkpoint import CHECKPOINT, about, checkpoint_file, load_checkpoint
@@ -55,6 +57,20 @@ def check_sparsity(value: float) -> None:
         raise ValueError(f"sparsity must be at least 0 and below 1, got {value}{hint}")
 
 
+def check_float8(config: TrainFlags) -> None:
+    if config.dtype != "float8":
+        return
+    if not config.device.startswith("cuda"):
+        raise ValueError(f"dtype: float8 needs device cuda, got {config.device}")
+    if config.parallel != "none":
+        raise ValueError(f"dtype: float8 trains in one process, got parallel {config.parallel}")
+    if (tokens := (config.micro_batch or config.batch) * config.context) % 16:
+        raise ValueError(
+            "dtype: float8 needs tokens of a micro-batch (micro_batch or batch, times context) in "
+            f"multiples of 16, got {tokens}"
+        )
+
+
 @dataclass(frozen=True)
 class TrainConfig(TrainFlags):
     def __post_init__(self) -> None:
@@ -89,6 +105,7 @@ class TrainConfig(TrainFlags):
         if not 0 < self.lr < math.inf:
             raise ValueError(f"lr must be positive and finite, got {self.lr}")
         check_device(self.device)
+        check_float8(self)
         if self.dense and (self.sparsity or self.sparsity_config or not self.init_from):
             raise ValueError("dense: expected init_from and no sparsity; without both leave it out")
         if self.sparsity_config and self.sparsity:
@@ -116,6 +133,11 @@ class TrainConfig(TrainFlags):
                 raise ValueError(
                     f"{name}: expected a sparsity above 0 beside it, got {value} alone"
                 )
+
+    @property
+    def autocast_dtype(self) -> torch.dtype:
+        """Of what autocast casts; float32 for none."""
+        return torch.bfloat16 if self.dtype == "float8" else getattr(torch, self.dtype)
 
     def model(self, vocab_size: int) -> GPTConfig:
         return GPTConfig(self.layers, self.heads, self.width, self.context, vocab_size)

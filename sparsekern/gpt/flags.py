@@ -5,6 +5,7 @@ from dataclasses import dataclass, field
 TOKENIZERS = ("bytes", "bpe")
 PARALLEL = ("none", "ddp", "fsdp")
 PRUNE_METHODS = ("magnitude", "wanda", "sparsegpt")
+DTYPES = ("float32", "bfloat16", "float8")
 FAMILIES = ("unstructured", "two-way")
 PRESET_NAMES = ("gpt2-small", "gpt3-xl", "gpt3-6.7b", "llama-like")
 
@@ -54,7 +55,10 @@ class TrainFlags:
     threads: int = flag(0, "CPU threads, 0 = torch's own choice")
     device: str = flag("cpu", "cpu or cuda")
     dtype: str = flag(
-        "float32", "of the products; weights are float32", choices=("float32", "bfloat16")
+        "float32",
+        "of the products; weights are float32. float8: E4M3 in the blocks, on a GPU, dense or of "
+        "family two-way, the rest bfloat16",
+        choices=DTYPES,
     )
     parallel: str = flag("none", "under torchrun", choices=PARALLEL)
     out: str = flag("out/train", "folder for checkpoint.pt and metrics.json")

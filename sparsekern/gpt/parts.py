@@ -4,9 +4,9 @@ from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 
-import torch
 from torch import Tensor
 
+from ..nn.float8 import to_float8_
 from ..sparsity import GMP, Algorithm, Group, RigL
 from ..sparsity.pattern import check_same_on_all_ranks
 from .buckets import Buckets
@@ -54,8 +54,14 @@ class Parts:
         if self.algorithm:
             self.model = self.algorithm.apply(self.model)
         self._is_rebuilt = False
+        self.scaling = to_float8_(self.model) if config.dtype == "float8" else None
+        if self.scaling and "float8" in state:
+            with about(path):
+                self.scaling.load_state_dict(state["float8"])
         self.model = self._ranks.shard_(self.model)
         self.optimizer = build_optimizer(self.model, config.lr)
+        if self.scaling:
+            self.scaling.follow(self.optimizer)
         if "optimizer" in state:
             with about(path):
                 load_optimizer(self.optimizer, state["optimizer"])
@@ -81,8 +87,7 @@ class Parts:
         config = self._config
         stepper = compiled_blocks(self.model) if is_compiled(config) else self.model
         parts = self.model, stepper, self.optimizer, self.algorithms
-        dtype = getattr(torch, config.dtype)
-        return CapturedStep(*parts, dtype, config.micro_batch, self.buckets)
+        return CapturedStep(*parts, config.autocast_dtype, config.micro_batch, self.buckets)
 
     @property
     def is_replayed(self) -> bool:
@@ -107,10 +112,12 @@ class Parts:
         optimizer = whole_state(self.optimizer.state_dict())
         for group in optimizer["param_groups"]:
             group["lr"] = float(group["lr"])  # a tensor where steps are captured
+        scales = {"float8": self.scaling.state_dict()} if self.scaling else {}
         return {
             "model": whole_state(dict(self.model.state_dict())),
             "optimizer": optimizer,
             "algorithm": self.algorithm.state_dict() if self.algorithm else {},
+            **scales,
         }
 
     @property

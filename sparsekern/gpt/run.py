@@ -95,7 +95,7 @@ class Run:
 
     @property
     def dtype(self) -> torch.dtype:
-        return getattr(torch, self.config.dtype)
+        return self.config.autocast_dtype
 
     @property
     def step(self) -> int:

@@ -10,6 +10,7 @@ from contextlib import AbstractContextManager, nullcontext
 import torch
 from torch import Tensor, nn
 
+from ..nn.float8 import float8_step
 from .data import Batches
 from .distributed import whole_state
 from .model import GPT
@@ -49,9 +50,10 @@ def add_gradients(
     model: nn.Module, x: Tensor, y: Tensor, share: float, dtype: torch.dtype
 ) -> Tensor:
     """Forward and backward of one micro-batch, `share` of its batch -> its part of the loss."""
-    with torch.autocast(x.device.type, dtype, enabled=dtype != torch.float32):
-        loss = model(x, y)[1] * share
-    loss.backward()
+    with float8_step(model):
+        with torch.autocast(x.device.type, dtype, enabled=dtype != torch.float32):
+            loss = model(x, y)[1] * share
+        loss.backward()
     return loss.detach()
 
 

@@ -25,7 +25,7 @@ import torch
 from torch import Tensor
 
 from ..indices import check_pattern
-from .operands import check_pattern_arrays
+from .operands import check_pattern_arrays, native
 
 T = TypeVar("T")
 
@@ -194,6 +194,8 @@ def note_passing(row_offsets: Tensor, is_passing: bool) -> None:
     _passing.pop(key, None)
     if is_passing:
         _passing[key] = weakref.ref(row_offsets, lambda _: _passing.pop(key, None))
+    if native:
+        native.forget_calls()  # which were prepared without what takes long, or with it
 
 
 def is_passing(row_offsets: Tensor) -> bool:

@@ -61,30 +61,6 @@ def check_product(
     raise AssertionError(f"{op}: operands refused without a reason")
 
 
-def check_gradients(
-    op: str,
-    row_offsets: Tensor,
-    col_indices: Tensor,
-    values: Tensor,
-    n: int,
-    k: int,
-    h: Tensor,
-    other: Tensor,
-) -> tuple[int, int]:
-    """(M, nnz) of the operands of `op`(values, h) and of the sddmm of h and `other`."""
-    m, nnz = check_product(op, row_offsets, col_indices, values, n, k, h, None)
-    if (
-        other.dtype is h.dtype
-        and other.shape == (m, k if op == "spmm_t" else n)
-        and other.get_device() == h.get_device()
-        and other.is_cpu is h.is_cpu
-    ):
-        return m, nnz
-    return check_sddmm(
-        row_offsets, col_indices, n, k, *((h, other) if op == "spmm_t" else (other, h))
-    )
-
-
 def check_sddmm(
     row_offsets: Tensor, col_indices: Tensor, n: int, k: int, dy: Tensor, x: Tensor
 ) -> tuple[int, int]:

@@ -55,6 +55,7 @@ class Kernel:
     run: Callable[..., Tensor]
     plan: Callable[[Problem], str] | None = None  # how it would go about the problem, in words
     bind: Callable[[Problem], Callable[..., Tensor]] | None = None
+    prepare: Callable | None = None  # writes its steps down for one pattern (steps.py)
 
     def bound(self, problem: Problem) -> Callable[..., Tensor]:
         """`run` for the problem that has chosen this row."""
@@ -75,10 +76,11 @@ def bound_kernel(
     refuse: Callable[[Problem], str | None],
     bind: Callable[[Problem], Callable[..., Tensor]],
     plan: Callable[[Problem], str] | None = None,
+    prepare: Callable | None = None,
 ) -> Kernel:
     """A row whose `run` binds for each call."""
 
     def run(*operands) -> Tensor:
         return bind(problem_of(op, *operands))(*operands)
 
-    return Kernel(name, op, device, refuse, run, plan, bind)
+    return Kernel(name, op, device, refuse, run, plan, bind, prepare)

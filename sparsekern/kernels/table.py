@@ -20,6 +20,7 @@ from . import core, reference
 from .cpu import few_tokens, panel, split, widened
 from .cuda import csr, expand, ordered, two_of_four
 from .cuda import few_tokens as cuda_few_tokens
+from .operands import native
 from .problem import OLD_NAMES, Kernel, Problem
 from .triton import rows as triton_rows
 
@@ -77,6 +78,13 @@ def pick(problem: Problem) -> Kernel:
     if os.environ.get("SPARSEKERN_DEBUG") == "1":
         print(f"sparsekern: {describe(problem, kernel)}", file=sys.stderr)
     return replace(kernel, run=kernel.bound(problem))
+
+
+def forget_choices() -> None:
+    """Choose anew, and read the environment anew, when a problem is met again."""
+    pick.cache_clear()
+    if native:
+        native.forget_calls()
 
 
 def _check(problem: Problem) -> None:

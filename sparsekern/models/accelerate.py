@@ -1,7 +1,7 @@
 """accelerate_: a pruned model as it is, made faster in place where sparse layers are faster.
 
     scan      which modules have zeros, and what is left out and why       (candidates.py)
-    record    one run of the example: with how many tokens each is called  (example.py)
+    record    one run of the example: with how many tokens each is called  (work.py, example.py)
     measure   the model, and each layer in it                              (timing.py)
     exchange  one layer at a time, so that memory holds one layer twice
     look      what changed in the output
@@ -11,8 +11,7 @@ Until the last step has passed, an error puts back what was there.
 """
 
 import time
-import traceback
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -20,18 +19,13 @@ import torch
 from torch import nn
 
 from .candidates import LEAST_SPARSITY, Marks, scan
-from .example import Calls, Runs, compared, one_token, recording
+from .example import Calls, compared
 from .exchange import Exchange
 from .measure import LEAST_GAIN, bytes_of, first_look, rest_gained, too_slow
 from .report import Report, seen
 from .state import State
-from .timing import Times, times_of
+from .work import NOT_AGAIN, Work, told
 
-DID_NOT_RUN = "the model did not run with it"
-NOT_AGAIN = (
-    "example: the model ran with it once, but not again with the same inputs, buffers and random "
-    "numbers"
-)
 PAST_MODULES = (
     "accelerate_: the model, which is as it was, does not run with sparse layers: something reads "
     "a layer's weight or attributes, or calls it past its module (layer.weight.requires_dense = "
@@ -61,7 +55,9 @@ def accelerate_(
             (what a tokenizer gives), or a function of the model, `lambda m: m.generate(**inputs)`.
             As many tokens as in real use: what pays for 128 may not pay for one.
         new_tokens: so many tokens are generated after the example, one at a time: each layer is
-            weighed with one call of the example and so many of one token a sequence.
+            weighed with one call of the example and so many of one token a sequence. A model of
+            transformers is called as its `generate` does with max_new_tokens: for the logits of the
+            prompt's last token, then one less with a token and the keys and values before it.
         nan_is_pruned: NaN in a weight marks what is pruned, and counts as zero.
 
     Layers replaced have new Parameters: make optimizers afterwards, and `torch.compile` too; an
@@ -78,8 +74,7 @@ def accelerate_(
     if type(new_tokens) is not int or new_tokens < 0:
         raise ValueError(f"new_tokens: expected a whole number of at least 0, got {new_tokens!r}")
     state = State(model)
-    run = Runs(model, example, state)
-    token_run = Runs(model, one_token(example), state) if new_tokens else None
+    work = Work(model, example, new_tokens, state)
     marks, exchange = Marks(), Exchange(model)
     with _evaluating(model), torch.inference_mode(False), torch.no_grad():
         try:
@@ -98,27 +93,16 @@ def accelerate_(
                 )
             device = candidates[0].weight.device
             calls = Calls()
-            with recording(candidates, calls, 1):
-                output = _run(f"example: {DID_NOT_RUN}", run)
-            if token_run is not None:
-                with recording(candidates, calls, new_tokens):
-                    _run(f"new_tokens: cut to one token a sequence, {DID_NOT_RUN}", token_run)
+            output = work.record(candidates, calls, device.type == "cuda")
             if not any(calls.counts.values()):
                 raise ValueError(
                     f"example: with it the model calls none of its {len(candidates)} layers with "
                     f"zeros ({candidates[0].name}, ...), or with no tokens"
                 )
 
-            def times(modules: Sequence[nn.Module], is_apart: bool = True) -> Times:
-                found = times_of(run.ready, modules, device, is_apart)
-                if token_run is not None:
-                    tokens = times_of(token_run.ready, modules, device, is_apart)
-                    found = found.plus(new_tokens, tokens)
-                return found
-
             # With clocks on its layers torch's encoder leaves a path that is faster.
             is_apart = any(isinstance(m, nn.TransformerEncoderLayer) for m in model.modules())
-            before = _run(NOT_AGAIN, lambda: times([c.module for c in candidates], is_apart))
+            before = work.times([c.module for c in candidates], device, is_apart)
             layers = first_look(candidates, calls, before.layers_s)
             report = Report(layers, skipped, str(device), torch.get_num_threads(), new_tokens)
             report.before_s = report.after_s = before.whole_s
@@ -128,24 +112,24 @@ def accelerate_(
                 elif candidate.is_masked:
                     exchange.replace(candidate, candidate.plain())
             if exchange.is_begun:
-                after_output = _run(PAST_MODULES, run, model)
+                after_output = told(PAST_MODULES, work.run, model)
                 report.output_error, report.not_compared = compared(
-                    output, after_output, lambda: _run(NOT_AGAIN, run)
+                    output, after_output, lambda: told(NOT_AGAIN, work.run)
                 )
-                after = _run(NOT_AGAIN, lambda: times([exchange.now(c) for c in candidates]))
+                after = work.times([exchange.now(c) for c in candidates], device)
                 # What one gains depends on the others: layers that are slow push out of the cache.
                 while slow := too_slow(candidates, calls, layers, after.layers_s):
                     for candidate in slow:
                         exchange.take_back(candidate)
                         if candidate.is_masked:
                             exchange.replace(candidate, candidate.plain())
-                    after = _run(NOT_AGAIN, lambda: times([exchange.now(c) for c in candidates]))
+                    after = work.times([exchange.now(c) for c in candidates], device)
                 report.after_s = after.whole_s
                 report.rest_gained_s = rest_gained(candidates, layers, before, after)
                 if not exchange.is_begun:
                     _nothing_gained(report)
                 if report.after_s > LEAST_GAIN * report.before_s:  # a moment of the machine?
-                    report.after_s = min(report.after_s, times([]).whole_s)
+                    report.after_s = min(report.after_s, work.times([], device).whole_s)
                 if report.after_s > LEAST_GAIN * report.before_s:
                     exchange.undo()
                     _stay_dense(report)
@@ -195,18 +179,6 @@ def _check_model(model: object) -> None:
             f"model: expected it as it was before torch.compile or DDP wrapped it: give {inner}, "
             "and wrap it afterwards"
         )
-
-
-def _run(told: str, run: Any, model: nn.Module | None = None) -> Any:
-    """run(); with `model` an error says in which of its modules it came."""
-    try:
-        return run()
-    except Exception as error:
-        names = {id(m): name for name, m in model.named_modules()} if model is not None else {}
-        frames = [id(f.f_locals.get("self")) for f, _ in traceback.walk_tb(error.__traceback__)]
-        places = [names[owner] for owner in frames if names.get(owner)]
-        where = f", in {places[-1]}" if places else ""
-        raise ValueError(f"{told}{where}: {type(error).__name__}: {error}") from error
 
 
 @contextmanager

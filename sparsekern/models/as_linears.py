@@ -1,8 +1,8 @@
 """Other kinds of layers as nn.Linear modules for a while: what prunes these prunes them too.
 
-Conv1D    of transformers (GPT-2): weight [K, N]
-experts   of mixtures in transformers: Parameters gate_up_proj [E, 2I, H], down_proj [E, H, I], or
-          their transposes and biases (gpt-oss)
+Conv1D         of transformers (GPT-2): weight [K, N]
+FalconLinear   of transformers, a subclass of nn.Linear
+experts        of mixtures in transformers: 3-D Parameters, a matrix for each expert
 """
 
 from collections.abc import Iterator
@@ -13,14 +13,17 @@ import torch
 from torch import Tensor, nn
 
 from ..nn import replace_modules
+from ..nn.experts import activated
 from ..nn.kinds import (
-    STACKS,
     biases,
     is_experts,
+    is_linear,
     matrices,
+    stacks_of,
     uses_of_parameters,
     why_not_experts,
 )
+from ..nn.origin import Origin
 from ..sparsity.blockwise import Parallel
 
 
@@ -37,6 +40,8 @@ def as_linears(model: nn.Module) -> Iterator[nn.Module]:
             return None  # tied
         if type(module).__name__ == "Conv1D" and hasattr(module, "nf"):
             made = _linear(module.weight.detach().t().contiguous(), module.weight, module.bias)
+        elif type(module) is not nn.Linear and is_linear(module):
+            made = _linear(module.weight.detach(), module.weight, module.bias)
         elif is_experts(module) and why_not_experts(module) is None:
             made = _Experts(module)
         if made is not None:
@@ -56,11 +61,12 @@ def _restored(original: Any, now: Any) -> nn.Module | None:
     if original is None:
         return None
     if isinstance(now, _Experts):
-        for name in STACKS:
+        for name in stacks_of(original):
             for weight, layer in zip(matrices(original, name), getattr(now, name), strict=True):
                 weight.copy_(layer.weight.detach())
     else:
-        original.weight.data.copy_(now.weight.detach().t())
+        weight = now.weight.detach()
+        original.weight.data.copy_(weight if isinstance(original, nn.Linear) else weight.t())
     return original
 
 
@@ -79,11 +85,11 @@ class _Experts(nn.Module):
     def __init__(self, experts: Any) -> None:
         super().__init__()
         self.__dict__["experts"] = experts  # no part of the model meanwhile
-        for name in STACKS:
-            stack, pairs = (
-                getattr(experts, name),
-                zip(matrices(experts, name), biases(experts, name), strict=True),
-            )
+        self.__dict__["origin"] = Origin(experts)
+        self.stacks = stacks_of(experts)
+        for name in self.stacks:
+            stack = getattr(experts, name)
+            pairs = zip(matrices(experts, name), biases(experts, name), strict=True)
             setattr(self, name, Parallel(_linear(w, stack, bias) for w, bias in pairs))
 
     def __getattr__(self, name: str) -> Any:
@@ -92,13 +98,27 @@ class _Experts(nn.Module):
         except AttributeError:
             return getattr(self.__dict__["experts"], name)
 
-    def forward(self, hidden: Tensor, index: Tensor, weights: Tensor) -> Tensor:
-        """hidden [T, H], the experts [T, k] of each token, and their weights [T, k]."""
+    def forward(
+        self, hidden: Tensor, index: Tensor | None = None, weights: Tensor | None = None
+    ) -> Tensor:
+        """hidden [T, H], the experts [T, k] of each token, and their weights [T, k]; or of experts
+        that take sorted rows hidden [E * T, H] alone."""
+        ups, downs = (getattr(self, name) for name in self.stacks)
         y = torch.zeros_like(hidden)
-        pairs = zip(self.gate_up_proj, self.down_proj, strict=True)
-        for expert, (up, down) in enumerate(pairs):
-            tokens, choice = torch.where(index == expert)
-            if tokens.numel():
-                out = down(self.experts._apply_gate(up(hidden[tokens])))
-                y.index_add_(0, tokens, (out * weights[tokens, choice, None]).to(y.dtype))
+        own = zip(hidden.chunk(len(ups)), y.chunk(len(ups)), strict=True)
+        for expert, (up, down) in enumerate(zip(ups, downs, strict=True)):
+            if index is None or weights is None:
+                x, out = next(own)
+                tokens = x.any(-1).nonzero().squeeze(-1)
+            else:
+                x, out = hidden, y
+                tokens, choice = torch.where(index == expert)
+            if not tokens.numel():
+                continue
+            h = down(activated(self.experts, self.origin, up(x[tokens])))
+            if getattr(self.experts, "has_post_expert_norm", False):
+                h = self.experts.post_expert_norm(h)
+            if weights is not None:
+                h = h * weights[tokens, choice, None]
+            out.index_add_(0, tokens, h.to(y.dtype))
         return y

@@ -13,11 +13,13 @@ from torch.nn.utils import parametrize
 
 from ..indices import VALUE_DTYPES, has_nan
 from ..nn import PackedLinear, SparseLinear
+from ..nn.experts import SparseExperts
 from ..nn.kinds import (
-    STACKS,
     is_conv1d,
     is_experts,
+    is_transposed,
     pruning_masks,
+    stacks_of,
     uses_of_parameters,
     why_not,
     why_not_weight,
@@ -26,7 +28,6 @@ from ..nn.linear import refuse_meta
 from ..nn.stand_ins import (
     SparseConv,
     SparseConv1D,
-    SparseExperts,
     SparseMultiheadAttention,
     StandIn,
 )
@@ -114,7 +115,7 @@ def scan(model: nn.Module) -> tuple[list[Candidate], list[Skipped]]:
         if parametrize.is_parametrized(module):
             held |= {n: getattr(module, n).detach() for n in module.parametrizations}  # type: ignore
             inside = (f"{prefix}parametrizations",)
-        stacks = STACKS if is_experts(module) else held  # biases of experts are stacked, too
+        stacks = stacks_of(module) or held  # biases of experts are stacked, too
         weights = {n: p for n, p in held.items() if p.ndim > 1 and n in stacks}
         if not weights:
             skipped += _buffered(name, module)
@@ -189,7 +190,7 @@ def _as_matrix(module: nn.Module, weight: Tensor) -> Shape:
     shape = tuple(weight.shape)
     if is_conv1d(module):
         return shape[::-1]
-    if is_experts(module) and getattr(module, "is_transposed", False):
+    if is_experts(module) and is_transposed(module):
         return shape[0], shape[2], shape[1]
     return (shape[0], math.prod(shape[1:])) if _is_convolution(module) else shape
 

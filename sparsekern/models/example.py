@@ -16,6 +16,7 @@ from torch.utils import _pytree as pytree
 from .candidates import Candidate
 from .state import State
 
+PART = 2**16  # elements
 ROUNDING = 1e-2  # relative change of an output, beyond which it has another reason, but in bfloat16
 
 
@@ -40,6 +41,7 @@ class Call:
 class Calls:
     """How often each layer is called in which form, and one call of each form for layers alike."""
 
+    times: int = 1  # as how many the next calls count
     counts: dict[Candidate, Counter] = field(default_factory=dict)
     forms: dict[tuple, Call] = field(default_factory=dict)  # by (key of the layer, form)
 
@@ -105,19 +107,19 @@ def one_token(example: Any) -> Any:
 
 
 @contextmanager
-def recording(candidates: Sequence[Candidate], calls: Calls, times: int) -> Iterator[None]:
-    """Inside, each call of a candidate is noted, as `times` calls."""
+def recording(candidates: Sequence[Candidate], calls: Calls) -> Iterator[None]:
+    """Inside, each call of a candidate is noted, as `calls.times` calls."""
 
     def note(candidate: Candidate) -> Callable:
         counts = calls.counts.setdefault(candidate, Counter())
 
         def hook(module: nn.Module, args: tuple, kwargs: dict) -> None:
             x = next(tensors([args, kwargs]), None)
-            if x is None or not x.numel():
+            if x is None or not x.numel() or not calls.times:
                 return
             tokens = _tokens(candidate.module, x)
             form = _form(candidate.module, args, kwargs, tokens)
-            counts[form] += times
+            counts[form] += calls.times
             if (candidate.key, form) not in calls.forms:
                 device = x.device.type
                 is_cast = device in ("cpu", "cuda") and torch.is_autocast_enabled(device)
@@ -210,11 +212,15 @@ def error_between(before: Any, after: Any) -> float | None:
     if not pairs or any(a.shape != b.shape for a, b in pairs):
         return None
     wrong = size = 0.0
-    for a, b in pairs:
-        is_finite = a.isfinite()
-        a, b = (t.double().masked_fill(~is_finite, 0.0) for t in (a, b))
-        wrong += float((b - a).square().sum())
-        size += float(a.square().sum())
+    for whole_a, whole_b in pairs:
+        # Parts in double that stay in a CPU's cache.
+        part = PART if whole_a.device.type == "cpu" else max(1, whole_a.numel())
+        parts = zip(whole_a.flatten().split(part), whole_b.flatten().split(part), strict=True)
+        for a, b in parts:
+            is_other = ~a.isfinite()
+            a, b = (t.double().masked_fill(is_other, 0.0) for t in (a, b))
+            wrong += float((b - a).square().sum())
+            size += float(a.square().sum())
     error = math.sqrt(wrong / size) if size else math.sqrt(wrong)
     return math.inf if math.isnan(error) else error
 

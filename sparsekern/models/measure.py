@@ -10,7 +10,7 @@ from ..kernels.derived import derived_bytes
 from ..kernels.problem import Problem
 from ..kernels.table import pick
 from ..nn import SparseLinear
-from ..nn.stand_ins import SparseExperts
+from ..nn.experts import SparseExperts
 from .candidates import Candidate
 from .example import Call, Calls, error_between, tensors
 from .report import Layer
@@ -149,8 +149,9 @@ def kernel_of(sparse: nn.Module, call: Call) -> str:
     layers = [m for m in sparse.modules() if isinstance(m, SparseLinear)]
     layer = max(layers, key=lambda m: m.in_features * m.out_features)
     tokens, (x, *others) = call.tokens, tensors([call.args, call.kwargs])
-    if isinstance(sparse, SparseExperts) and others:  # on average
-        tokens = max(1, tokens * others[0].shape[-1] * 2 // len(layers))
+    if isinstance(sparse, SparseExperts):  # on average
+        top_k = others[0].shape[-1] if others else 1
+        tokens = max(1, tokens * top_k * 2 // len(layers))
     dtype = x.dtype if call.autocast is None else call.autocast
     sizes = tokens, layer.out_features, layer.in_features, layer.col_indices.shape[0]
     return pick(Problem("spmm", x.device.type, dtype, *sizes)).name

@@ -129,6 +129,8 @@ class Report:
         )
         if self.output_error is not None:
             parts.append(f"Relative change of the output: {self.output_error:.1e}.")
+        if self.device.startswith("cuda"):
+            parts.append("A GPU has layouts for few tokens that are faster: sparsekern.nn.pack_.")
         if self.not_compared:
             parts.append(f"The output was not compared: {self.not_compared}.")
         where = f"{self.device}, {self.threads} thread{'s' * (self.threads > 1)}"

@@ -31,12 +31,12 @@ class Times:
     rest_s: float  # with clocks, less the layers
     layers_s: list[float]  # of each layer, all its calls together
 
-    def plus(self, times: int, other: "Times") -> "Times":
-        """This run and so many of another."""
+    def plus(self, times: int, other: "Times", between_s: float) -> "Times":
+        """This run and so many of another, each after so many seconds."""
         both = zip(self.layers_s, other.layers_s, strict=True)
         return Times(
-            self.whole_s + times * other.whole_s,
-            self.rest_s + times * other.rest_s,
+            self.whole_s + times * (other.whole_s + between_s),
+            self.rest_s + times * (other.rest_s + between_s),
             [a + times * b for a, b in both],
         )
 
@@ -50,7 +50,7 @@ def times_of(
     """The times of what `ready` prepares: runs of a model that holds the layers. Without
     `is_whole_apart` a long run with clocks gives the whole too."""
     is_gpu = device.type == "cuda"
-    now, usual = _clock(is_gpu)
+    now, usual = clock(is_gpu)
     wholes: list[float] = []
     rests: list[float] = []
     parts: list[list[float]] = [[] for _ in layers]
@@ -76,7 +76,7 @@ def times_of(
 def seconds_alone(runs: dict[str, Run], device: torch.device) -> dict[str, float]:
     """A first look: the time of a call of each; they take turns."""
     is_gpu = device.type == "cuda"
-    now, usual = _clock(is_gpu)
+    now, usual = clock(is_gpu)
     taken: dict[str, list[float]] = {name: [] for name in runs}
     for i in range(ALONE + 1):
         for name, run in runs.items():
@@ -86,7 +86,7 @@ def seconds_alone(runs: dict[str, Run], device: torch.device) -> dict[str, float
     return {name: usual(each) for name, each in taken.items()}
 
 
-def _clock(is_gpu: bool) -> tuple[Callable[[], float], Callable[[list[float]], float]]:
+def clock(is_gpu: bool) -> tuple[Callable[[], float], Callable[[list[float]], float]]:
     """A clock, and which of several times counts.
 
     Of one thread its own time, in which nobody else's work on the core counts, and the median.
@@ -98,10 +98,10 @@ def _clock(is_gpu: bool) -> tuple[Callable[[], float], Callable[[list[float]], f
 
 
 def _seconds(run: Run, now: Callable[[], float], is_gpu: bool) -> float:
-    _wait(is_gpu)
+    wait(is_gpu)
     began = now()
     run()
-    _wait(is_gpu)
+    wait(is_gpu)
     return now() - began
 
 
@@ -149,6 +149,6 @@ def _clocks(
             handle.remove()
 
 
-def _wait(is_gpu: bool) -> None:
+def wait(is_gpu: bool) -> None:
     if is_gpu:
         torch.cuda.synchronize()

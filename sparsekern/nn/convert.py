@@ -17,6 +17,8 @@ from .stand_ins import SparseConv1D, StandIn
 
 __all__ = ["densify_", "forget_graphs_", "replace_modules", "sparsifiable", "sparsify_"]
 
+OF_EXPERTS = "sparsekern.models.prune.prune_ prunes them, sparsekern.accelerate_ makes them sparse"
+OF_OTHERS = "sparsekern.accelerate_ takes the zeros of pruned convolutions and attention"
 MANY_ZEROS = 0.2  # share of the weights from which on a model counts as pruned
 
 
@@ -54,6 +56,7 @@ def sparsify_(
     warn_of_hooks("sparsify_", {name: chosen[name] for name in dense})
     if filter_fn is None:
         warn_of_others("sparsify_", model, is_experts)
+        warn_of_others("sparsify_", model, _is_other, advice=OF_OTHERS, least=0.05)
     has_asked = prune_again or getattr(algorithm, "has_asked", False)
     zeros = 0.0 if has_asked else share_of_zeros(dense.values())
 
@@ -79,19 +82,31 @@ def warn_of_hooks(caller: str, layers: Mapping[str, nn.Module]) -> None:
         )
 
 
-def warn_of_others(caller: str, model: nn.Module, *kinds: Callable[[nn.Module], bool]) -> None:
-    """A warning where much of the model is in modules of these kinds, which nothing is done to."""
+def _is_other(module: nn.Module) -> bool:
+    return isinstance(module, nn.modules.conv._ConvNd | nn.MultiheadAttention | nn.RNNBase)
+
+
+def warn_of_others(
+    caller: str,
+    model: nn.Module,
+    *kinds: Callable[[nn.Module], bool],
+    advice: str = OF_EXPERTS,
+    least: float = 0.0,
+) -> None:
+    """A warning where modules of these kinds, which nothing is done to, have this share of the
+    model's weights or more."""
 
     def size(modules: Iterable[nn.Module]) -> int:
         held = {p for m in modules for p in m._parameters.values() if p is not None}
         return sum(p.numel() for p in held if p.ndim > 1)
 
-    if left := [m for m in model.modules() if any(is_kind(m) for is_kind in kinds)]:
+    left = [m for m in model.modules() if any(is_kind(m) for is_kind in kinds)]
+    share = size(left) / max(1, size(model.modules()))
+    if left and share >= least:
         names = Counter(type(m).__name__ for m in left)
         warnings.warn(
             f"{caller}: {', '.join(f'{n} {name}' for name, n in names.items())} with "
-            f"{size(left) / max(1, size(model.modules())):.0%} of the weights stay dense; "
-            "sparsekern.models.prune.prune_ prunes them, sparsekern.accelerate_ makes them sparse",
+            f"{share:.0%} of the weights stay dense; {advice}",
             stacklevel=3,
         )
 

@@ -18,6 +18,11 @@ _HOOKS = (
     *("_load_state_dict_pre_hooks", "_load_state_dict_post_hooks"),
 )
 STACKS = ("gate_up_proj", "down_proj")  # of a mixture's experts
+UNGATED_STACKS = ("up_proj", "down_proj")  # of those without a gate (Nemotron-H)
+# Subclasses of nn.Linear, by name, whose own forward computes the same.
+LIKE_LINEAR = ("FalconLinear",)
+# Experts, by name, each of which gets its share of the rows of x: W is stored as [E, K, N].
+OF_SORTED_ROWS = ("Llama4TextExperts",)
 
 
 def uses_of_parameters(model: nn.Module) -> Counter:
@@ -33,15 +38,42 @@ def is_conv1d(module: nn.Module) -> bool:
     return getattr(module, "nf", None) == weight.shape[1]
 
 
+def is_linear(module: nn.Module) -> bool:
+    """Whether it is an nn.Linear, or a subclass that is known to compute the same."""
+    return type(module) is nn.Linear or (
+        isinstance(module, nn.Linear) and type(module).__name__ in LIKE_LINEAR
+    )
+
+
 def is_experts(module: nn.Module) -> bool:
     """Whether it has the 3-D Parameters of a mixture's experts in transformers."""
-    return set(STACKS) <= module._parameters.keys()
+    return bool(stacks_of(module))
+
+
+def stacks_of(module: nn.Module) -> tuple[str, ...]:
+    """The names of the 3-D Parameters, if these are of the experts of a mixture."""
+    held = module._parameters.keys()
+    if set(STACKS) <= held:
+        return STACKS
+    if set(UNGATED_STACKS) <= held and getattr(module, "has_gate", True) is False:
+        return UNGATED_STACKS
+    return ()
+
+
+def takes_sorted_rows(experts: nn.Module) -> bool:
+    """Whether its input has as many rows for each expert, one after the other (Llama 4)."""
+    return type(experts).__name__ in OF_SORTED_ROWS
+
+
+def is_transposed(experts: nn.Module) -> bool:
+    """Whether its stacks are [E, K, N] (gpt-oss, Llama 4)."""
+    return getattr(experts, "is_transposed", takes_sorted_rows(experts))
 
 
 def matrices(experts: Any, name: str) -> list[Tensor]:
-    """W [N, K] of each expert: views of a stack, which may be stored as [E, K, N] (gpt-oss)."""
+    """W [N, K] of each expert: views of a stack, which may be stored as [E, K, N]."""
     stack = experts._parameters[name].detach()
-    return list(stack.mT if getattr(experts, "is_transposed", False) else stack)
+    return list(stack.mT if is_transposed(experts) else stack)
 
 
 def biases(experts: Any, name: str) -> list[nn.Parameter | None]:
@@ -75,7 +107,8 @@ def why_not(module: nn.Module) -> str | None:
     if parametrize.is_parametrized(module):
         return "it is parametrized: call torch.nn.utils.parametrize.remove_parametrizations first"
     if isinstance(module, nn.Linear):
-        return _changed(module, nn.Linear.forward, {"weight", "bias"})
+        forward = type(module).forward if is_linear(module) else nn.Linear.forward
+        return _changed(module, forward, {"weight", "bias"})
     if is_conv1d(module):
         return _changed(module, type(module).forward, {"weight", "bias"})
     if type(module) in CONVOLUTIONS:
@@ -84,6 +117,8 @@ def why_not(module: nn.Module) -> str | None:
         return _attention(module)
     if is_experts(module):
         return _experts(module)
+    if any(p is not None and p.ndim == 3 for p in module._parameters.values()):
+        return f"a {type(module).__name__} has a matrix for each expert in a way not known here"
     return f"a {type(module).__name__} does more than multiply by it"
 
 
@@ -125,7 +160,8 @@ def _experts(experts: Any) -> str | None:
         return "it has a forward of its own"
     if (reason := why_not_experts(experts)) is not None:
         return reason
-    own = {*STACKS, *(f"{name}_bias" for name in STACKS)}
+    stacks = stacks_of(experts)
+    own = {*stacks, *(f"{name}_bias" for name in stacks)}
     if more := sorted((experts._parameters.keys() | experts._buffers.keys()) - own):
         return f"it also holds {', '.join(more)}"
     if len(experts._forward_pre_hooks) + len(experts._forward_hooks):
@@ -134,23 +170,28 @@ def _experts(experts: Any) -> str | None:
 
 
 def why_not_experts(experts: Any) -> str | None:
-    """The reason why its stacks are no matrices of the experts of a mixture with a gate."""
-    for flag in ("has_post_expert_norm", "_is_expert_parallel"):
-        if getattr(experts, flag, False):
-            return f"experts with {flag} are not served"
-    if not getattr(experts, "has_gate", True):
-        return "experts without a gate are not served"
-    if not hasattr(type(experts), "_apply_gate"):
+    """The reason why its stacks are no matrices of the experts of a mixture."""
+    if getattr(experts, "_is_expert_parallel", False):
+        return "experts that are shared out to several devices are not served"
+    names = stacks_of(experts)
+    is_known = hasattr(type(experts), "_apply_gate") or takes_sorted_rows(experts)
+    if names == STACKS and not is_known:
         return "experts whose class has no _apply_gate are not served"
-    stacks = [experts._parameters[name] for name in STACKS]
+    factor = 2 if names == STACKS else 1  # gate and up together
+    expected = (
+        f"expected {names[0]} [E, {'2 I' if factor == 2 else 'I'}, H] and down_proj [E, H, I]"
+    )
+    stacks = [experts._parameters[name] for name in names]
     if any(stack is None or stack.ndim != 3 for stack in stacks):
-        return "expected gate_up_proj [E, 2 I, H] and down_proj [E, H, I]"
-    (n, k), (h, i) = (matrices(experts, name)[0].shape for name in STACKS)
-    if len(stacks[0]) != len(stacks[1]) or (n, k) != (2 * i, h):
-        return "expected gate_up_proj [E, 2 I, H] and down_proj [E, H, I]"
-    shapes = [None if b is None else b.shape[0] for b in (biases(experts, x)[0] for x in STACKS)]
+        return expected
+    (n, k), (h, i) = (stack.shape[1:] for stack in stacks)
+    if is_transposed(experts):
+        n, k, h, i = k, n, i, h
+    if len(stacks[0]) != len(stacks[1]) or (n, k) != (factor * i, h):
+        return expected
+    shapes = [None if b is None else b.shape[0] for b in (biases(experts, x)[0] for x in names)]
     if shapes not in ([None, None], [n, h]):
-        return "expected biases [E, 2 I] and [E, H], or none"
+        return "expected a bias for each row of both stacks, or none"
     return None
 
 

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from ..indices import check_sizes, counted
 from ..matmul import linear, quick_linear
+from ..ops import SPMM, call
 from ..tensor import SparseTensor
 from . import copies, loading
 from .loading import set_indices
@@ -25,6 +26,10 @@ _sources = (r".*_parameters\['values'\]", r".*_buffers\['col_indices'\]")
 torch.compiler.config.dynamic_sources = ",".join(
     filter(None, (torch.compiler.config.dynamic_sources, *_sources))
 )
+
+_is_compiling = torch.compiler.is_compiling
+# Private in torch, so its absence must not break the import.
+_is_any_autocast_enabled = getattr(torch._C, "_is_any_autocast_enabled", lambda: True)
 
 _layers: "weakref.WeakSet[SparseLinear]" = weakref.WeakSet()
 
@@ -150,8 +155,12 @@ class SparseLinear(nn.Module):
         buffers: dict[str, Any] = self._buffers
         if "values" in parameters and "bias" in parameters:  # else they are parametrized
             operands = buffers["row_offsets"], buffers["col_indices"], parameters["values"]
-            sizes = self.out_features, self.in_features
-            y = quick_linear(input, *operands, *sizes, parameters["bias"])
+            weight, bias = (*operands, self.out_features, self.in_features), parameters["bias"]
+            y = None
+            if not _is_compiling() and not _is_any_autocast_enabled():
+                y = call(SPMM, *weight, input, bias)
+            if y is None:
+                y = quick_linear(input, *weight, bias)
             if y is not None:
                 return y
         return linear(input, self.weight, self.bias)

@@ -15,7 +15,8 @@ from ..kernels.cuda.compressed import FOUND, TwoOfFourE4m3, pack_two_of_four
 from ..kernels.cuda.explained import explain_packed
 from ..kernels.cuda.layout import Packed
 from ..kernels.cuda.row_scales import check_values_type
-from ..registered import spmm_e4m3, spmm_packed
+from ..kernels.operands import native
+from ..registered import prepare_spmm_packed, spmm_e4m3, spmm_packed
 from ..tensor import SparseTensor
 from .convert import replace_modules, warn_of_hooks
 from .largest import largest_inputs
@@ -23,6 +24,8 @@ from .linear import SparseLinear
 from .shared import SharedInput, refuse_weights, shared_inputs
 
 __all__ = ["PackedLinear", "pack_"]
+
+_is_compiling = torch.compiler.is_compiling
 
 
 class PackedWeight(NamedTuple):
@@ -79,6 +82,7 @@ class PackedLinear(nn.Module):
                 self._names.append(f"{form.name}_{name}")
                 self.register_buffer(self._names[-1], tensor, persistent=False)
         self.register_buffer("bias", bias, persistent=False)
+        self._calls = native and native.packed_calls()
 
     @classmethod
     def from_sparse(
@@ -111,7 +115,16 @@ class PackedLinear(nn.Module):
                 raise NotImplementedError("PackedLinear: it has no way back from meta")
             return result if result.dtype == tensor.dtype else tensor.to(result.device)
 
-        return super()._apply(move, recurse)
+        moved = super()._apply(move, recurse)
+        self._calls = native and native.packed_calls()  # which would keep what has moved
+        return moved
+
+    def __getstate__(self) -> dict:
+        return {**self.__dict__, "_calls": None}
+
+    def __setstate__(self, state: dict) -> None:
+        super().__setstate__(state)
+        self._calls = native and native.packed_calls()
 
     @property
     def packed_bytes(self) -> int:
@@ -141,6 +154,21 @@ class PackedLinear(nn.Module):
         refuse_weights(state_dict, prefix, others[-1])
 
     def forward(self, input: Tensor) -> Tensor:  # the name that nn.Linear gives x
+        if native is None or _is_compiling():
+            return self._multiply(input)
+        y = native.call_packed(self._calls, self._buffers, input)
+        if y is None:
+            return self._multiply(input)
+        if y is False:  # the first such x
+            y = self._multiply(input)
+            native.keep_packed(self._calls, self._buffers, input, self._prepare(input))
+        return y
+
+    def _prepare(self, x: Tensor) -> object:
+        """The call for all x of this shape, of which _multiply() takes one."""
+        return prepare_spmm_packed(x, *self._parts(), self.bias)
+
+    def _multiply(self, input: Tensor) -> Tensor:
         if input.device.type != "cuda" or input.device != self.device:
             raise NotImplementedError(
                 f"PackedLinear: expected x on the weight's GPU, got x on {input.device} and the "

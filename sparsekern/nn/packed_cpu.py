@@ -5,7 +5,9 @@ from typing import Any
 from torch import Tensor, nn
 
 from ..kernels.cpu.lanes import Lanes, writes_out
+from ..kernels.operands import native
 from ..ops import spmm_lanes
+from ..registered import prepare_spmm_lanes
 from .packed import PackedLinear, refuse_derivatives
 
 
@@ -37,6 +39,7 @@ class PackedLinearOnCpu(PackedLinear):
         for name in self._names:
             self.register_buffer(name, getattr(packed, name), persistent=False)
         self.register_buffer("bias", bias, persistent=False)
+        self._calls = native and native.packed_calls()
 
     def explain(self, x: Tensor | int) -> str:
         """What a call with x [..., in_features], or with so many tokens, runs."""
@@ -46,7 +49,10 @@ class PackedLinearOnCpu(PackedLinear):
         way = "written out, then torch.mm" if writes_out(m, self._packed()) else "16 rows in lanes"
         return f"{m} tokens -> {self.layout}: {way}, {self.packed_bytes} bytes"
 
-    def forward(self, input: Tensor) -> Tensor:  # the name that nn.Linear gives x
+    def _prepare(self, x: Tensor) -> object:
+        return prepare_spmm_lanes(x, self._packed(), self._buffers["bias"])
+
+    def _multiply(self, input: Tensor) -> Tensor:
         x, packed = input, self._packed()
         if not x.is_cpu or not packed.values.is_cpu:
             raise NotImplementedError(

@@ -9,8 +9,9 @@ The same tensor means: the same object, and of the same version, so that one tha
 between counts as another. While torch.compile traces, the versions of its fake tensors count, and
 what one graph began no other ends. Tensors that inference_mode made have no version: they are
 refused. A write that torch does not count (x.data, a kernel that got x's address) is not seen. A
-CUDA graph replays what was run at its capture, and nothing goes from outside a capture into it.
-Nothing is kept once all have taken theirs, and no copy or pickle takes it along.
+CUDA graph replays what was run at its capture, and nothing goes from outside a capture into it, nor
+from one capture into another. Nothing is kept once all have taken theirs, and no copy or pickle
+takes it along.
 """
 
 from collections.abc import Mapping, Sequence
@@ -19,6 +20,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
+from ..kernels.cuda.capture import capture_of
 from ..registered import written
 from ..tensor import SparseTensor
 from .linear import SparseLinear
@@ -70,7 +72,7 @@ def _stamp(x: Tensor) -> tuple:
             "groups: expected x of another mode than torch.inference_mode, in which torch does not "
             "count writes to x: call the model under torch.no_grad, or pack_ it without groups"
         )
-    return x._version, needs_grad, x.is_cuda and torch.cuda.is_current_stream_capturing()
+    return x._version, needs_grad, capture_of(x)
 
 
 class PackedPart(nn.Module):

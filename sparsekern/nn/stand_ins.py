@@ -3,7 +3,8 @@
     Conv1D               of transformers: an nn.Linear whose weight is stored as [K, N]
     Conv1d, Conv2d, ...  without groups: a matrix on the channels at all places of the kernel
     MultiheadAttention   in_proj and out_proj
-    experts              of mixtures in transformers: 3-D Parameters, a matrix for each expert
+
+and in experts.py the experts of mixtures.
 
 Each is made with `from_dense`, and `to_dense` gives back a module of the class that it was made
 from. What decides whether a module fits stands in kinds.py.
@@ -16,7 +17,6 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..tensor import SparseTensor
-from .kinds import STACKS, biases, matrices
 from .linear import SparseLinear
 from .origin import Origin
 
@@ -311,65 +311,3 @@ def _check_mask(name: str, mask: Tensor | None, *shapes: tuple[int, ...]) -> Non
             f"{name}: expected shape {expected} and bool or floating-point values, got "
             f"{tuple(mask.shape)} of {mask.dtype}"
         )
-
-
-class SparseExperts(StandIn):
-    """Experts of a mixture: y = sum over the k experts of a token of weight * down(gate(up(x))),
-    with biases or without.
-
-    A SparseLinear for each expert and projection. The names are not those of the Parameters that
-    were there: transformers takes `experts.gate_up_proj` apart when it saves a model.
-    """
-
-    def __init__(self, ups: list[SparseLinear], downs: list[SparseLinear], origin: Origin):
-        super().__init__()
-        self.sparse_gate_up_proj, self.sparse_down_proj = nn.ModuleList(ups), nn.ModuleList(downs)
-        self.origin = origin
-
-    @classmethod
-    def from_dense(cls, experts: nn.Module) -> "SparseExperts":
-        def layers(name: str) -> list[SparseLinear]:
-            pairs = zip(matrices(experts, name), biases(experts, name), strict=True)
-            stack = getattr(experts, name)
-            return [SparseLinear.from_weight(stack, bias, None, w) for w, bias in pairs]
-
-        up, down = map(layers, STACKS)
-        module = cls(up, down, Origin(experts))
-        for name, child in experts._modules.items():  # the activation
-            module.add_module(name, child)
-        return module.train(experts.training)
-
-    def to_dense(self) -> nn.Module:
-        parameters: dict[str, nn.Parameter | None] = {}
-        stacks: Any = self.sparse_gate_up_proj, self.sparse_down_proj
-        for name, layers in zip(STACKS, stacks, strict=True):
-            weight = torch.stack([layer.weight.detach().to_dense() for layer in layers])
-            if self.origin.attributes.get("is_transposed", False):
-                weight = weight.mT.contiguous()
-            parameters[name] = nn.Parameter(weight, layers[0].values.requires_grad)
-            if (first := layers[0].bias) is not None:
-                bias = torch.stack([layer.bias.detach() for layer in layers])
-                parameters[f"{name}_bias"] = nn.Parameter(bias, first.requires_grad)
-        own = ("sparse_gate_up_proj", "sparse_down_proj")
-        others = {name: child for name, child in self._modules.items() if name not in own}
-        return self.origin.with_(parameters, others).train(self.training)
-
-    def forward(self, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
-        """hidden_states [T, H], the experts [T, k] of each token and their weights [T, k]."""
-        count, top_k = len(self.sparse_gate_up_proj), top_k_index.shape[1]
-        ids, order = top_k_index.flatten().sort(stable=True)
-        sizes = torch.bincount(ids, minlength=count).tolist()[:count]  # others are masked out
-        y = torch.zeros_like(hidden_states)
-        gate = self.origin.kind._apply_gate  # of the class that was there
-        first = 0
-        for expert, size in enumerate(sizes):
-            if not size:
-                continue
-            places = order[first : first + size]
-            first += size
-            tokens = places // top_k
-            h = self.sparse_gate_up_proj[expert](hidden_states[tokens])
-            h = self.sparse_down_proj[expert](gate(self, h))
-            h = h * top_k_weights.flatten()[places, None]
-            y.index_add_(0, tokens, h.to(y.dtype))
-        return y

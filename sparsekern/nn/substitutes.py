@@ -6,10 +6,25 @@ from typing import Any
 
 from torch import nn
 
-from .kinds import CONVOLUTIONS, STACKS, biases, is_conv1d, is_experts, matrices, why_not
+from .experts import sparse_experts
+from .kinds import (
+    CONVOLUTIONS,
+    biases,
+    is_conv1d,
+    is_experts,
+    is_linear,
+    matrices,
+    stacks_of,
+    why_not,
+)
 from .linear import SparseLinear
 from .origin import Origin
-from .stand_ins import SparseConv, SparseConv1D, SparseExperts, SparseMultiheadAttention, StandIn
+from .stand_ins import (
+    SparseConv,
+    SparseConv1D,
+    SparseMultiheadAttention,
+    StandIn,
+)
 
 # make(class, name inside of the module, (N, K), bias, the Parameter it comes from) -> a layer
 Make = Callable[
@@ -21,7 +36,7 @@ def sizes_of_layers(module: nn.Module) -> dict[str, tuple[int, int]]:
     """Names inside of a dense module, "" for itself, and shapes as stored of the layers that a
     sparse one in its place has; none where nothing can take its place."""
     weight: Any = module._parameters.get("weight")
-    if type(module) is not nn.Linear and isinstance(module, nn.Linear) or why_not(module):
+    if isinstance(module, nn.Linear) and not is_linear(module) or why_not(module):
         return {}
     if type(module) in CONVOLUTIONS:
         return {"linear": (weight.shape[0], math.prod(weight.shape[1:]))}
@@ -31,7 +46,7 @@ def sizes_of_layers(module: nn.Module) -> dict[str, tuple[int, int]]:
     if is_experts(module):
         return {
             f"sparse_{name}.{i}": (w.shape[0], w.shape[1])
-            for name in STACKS
+            for name in stacks_of(module)
             for i, w in enumerate(matrices(module, name))
         }
     return {"": (weight.shape[0], weight.shape[1])}
@@ -48,18 +63,16 @@ def substitute(module: Any, make: Make) -> nn.Module:
     elif isinstance(module, nn.MultiheadAttention):
         new = _attention(module, make)
     elif is_experts(module):
-        up, down = (
-            [
+        layers = {
+            name: [
                 make(SparseLinear, f"sparse_{name}.{i}", w.shape, bias, getattr(module, name))
                 for i, (w, bias) in enumerate(
                     zip(matrices(module, name), biases(module, name), strict=True)
                 )
             ]
-            for name in STACKS
-        )
-        new = SparseExperts(up, down, Origin(module))
-        for name, child in module._modules.items():  # the activation
-            new.add_module(name, child)
+            for name in stacks_of(module)
+        }
+        new = sparse_experts(layers, module)
     elif is_conv1d(module):
         shape = module.weight.shape[::-1]
         new = make(SparseConv1D, "", shape, module.bias, module.weight)

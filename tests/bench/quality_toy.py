@@ -23,6 +23,7 @@ def evidence():
         patch.syspath_prepend(BENCH)
         import evidence.arms
         import evidence.check
+        import evidence.clock
         import evidence.differences
         import evidence.page
         import evidence.period

@@ -297,7 +297,8 @@ def test_the_page_of_a_part_of_the_runs(evidence):
 
 def test_the_page_is_what_its_results_make(evidence):
     kept = BENCH / "results" / "quality.jsonl"
-    made = evidence.page.text(evidence.study.read([kept] if kept.exists() else []))
+    by_clock = evidence.clock.read(kept.with_name("quality-cpu.jsonl"))
+    made = evidence.page.text(evidence.study.read([kept] if kept.exists() else []), by_clock)
     assert made == (BENCH.parent / "docs" / "quality.md").read_text()
 
 
@@ -365,8 +366,22 @@ def test_results_are_added_once(evidence, tmp_path):
     (tmp_path / "new.jsonl").write_text("".join(json.dumps(r) + "\n" for r in new))
     kept, page = tmp_path / "kept.jsonl", tmp_path / "page.md"
     for _ in range(2):
-        evidence.page.publish(kept, page, [tmp_path / "new.jsonl"])
+        evidence.page.publish(kept, page, [tmp_path / "new.jsonl"], tmp_path / "cpu")
     assert len(kept.read_text().splitlines()) == 1 and "GPU" in page.read_text()
     (tmp_path / "other.jsonl").write_text(json.dumps(new[0] | {"key": "b", "recipe": "old"}) + "\n")
     with pytest.raises(ValueError, match="made by another plan"):
-        evidence.page.publish(kept, page, [tmp_path / "other.jsonl"])
+        evidence.page.publish(kept, page, [tmp_path / "other.jsonl"], tmp_path / "cpu")
+
+
+def test_dense_and_sparse_for_the_same_seconds(evidence, folder, tmp_path, monkeypatch):
+    clock, kept = evidence.clock, tmp_path / "cpu.jsonl"
+    monkeypatch.setattr(clock, "SHAPE", evidence.plan.SIZES["toy"].shape)
+    corpus = evidence.build.load(folder)
+    for arm in (*clock.ARMS, "dense"):
+        found = clock.run(corpus, arm, 0.3 / 60, 0.002, 0)
+        assert 0.3 <= found["seconds"] < 30 and found["steps"] > 1
+        assert found["tokens"] == 2 * 16 * found["steps"] and 0 < found["held-out"] < 9
+        clock.keep(kept, found | {"device": "CPU", "torch": "2", "date": "day", "commit": "abc"})
+    assert len(clock.read(kept)) == 2
+    page = evidence.page.text([], clock.read(kept))
+    assert "Not run yet" not in page.split("## 9.")[1].split("##")[0] and "CPU, torch 2" in page

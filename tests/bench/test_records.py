@@ -22,9 +22,10 @@ def test_what_is_written_is_read_again(tmp_path):
     records.write(path, ABOUT, records.flat(CASES))
     run = records.read(path)
     assert run.about == ABOUT and records.cases(run.records) == CASES
-    head, columns, first, *_ = path.read_text().splitlines()
+    head, columns, first, *others = path.read_text().splitlines()
     assert '"shared": {"op": "spmm"' in head and columns.startswith("is_cold,contender,kind")
     assert first == "1,F.linear,dense,1.25e-06,1,"
+    assert [line[:6] for line in others if "," in line] == ["=,ours", "0,F.li", "=,ours"]
 
 
 def test_a_table_of_nothing_is_one(tmp_path):
@@ -40,6 +41,7 @@ def test_what_is_derived_is_not_written():
 @pytest.mark.parametrize(
     "text",
     ["", "[]", "a,b\n1,2\n", '# {"shared": {}}\nno_field\n1\n', '# {"shared": {}}\nM,N\n1\n']
+    + ['# {"shared": {}}\nM,K\n=,\n', '# {"shared": {}}\nkind,note\n=\n']
     + ['# {"shared": {}}\nM\nmany\n', '# {"shared": {}}\nis_cold\nTrue\n', "# {}\nM\n1\n"],
 )
 def test_what_is_no_table_is_named(text, tmp_path):

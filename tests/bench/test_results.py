@@ -29,6 +29,11 @@ def test_a_table_has_its_run_and_its_records(path):
     assert all("contender" in record for record in run.records)
 
 
+def test_a_page_of_training_without_a_table_says_so():
+    pages = [path for path in RESULTS.glob("*-train*.md") if not path.with_suffix(".csv").exists()]
+    assert not [path for path in pages if "The single records of this run" not in path.read_text()]
+
+
 @pytest.mark.parametrize(
     ("script", "name"),
     [

@@ -556,15 +556,19 @@ unsigned round_to_e4m3(float low, float high) {
   return round_to_e4m3(low) | round_to_e4m3(high) << 8;
 }
 
-static float e4m3_to_float(unsigned byte) {
-  const int exponent = byte >> 3 & 15, fraction = byte & 7;
-  if ((byte & 0x7f) == 0x7f) return NAN;
-  const float size = exponent ? ldexpf(8 + fraction, exponent - 10) : ldexpf(fraction, -9);
-  return byte & 0x80 ? -size : size;
+static float value_of_e4m3(unsigned code) {
+  const unsigned exponent = code >> 3 & 15, mantissa = exponent ? 8 + code % 8 : code % 8;
+  if ((code & 0x7f) == 0x7f) return __uint_as_float(0x7fffffff);
+  const float size = ldexpf(static_cast<float>(mantissa), (exponent ? exponent : 1) - 10);
+  return code & 0x80 ? -size : size;
+}
+
+float sum_of_e4m3(unsigned pair) {
+  return value_of_e4m3(pair & 0xff) + value_of_e4m3(pair >> 8 & 0xff);
 }
 
 unsigned e4m3_to_f16(unsigned pair) {
-  return round_to_f16(e4m3_to_float(pair & 0xff)) | round_to_f16(e4m3_to_float(pair >> 8 & 0xff))
+  return round_to_f16(value_of_e4m3(pair & 0xff)) | round_to_f16(value_of_e4m3(pair >> 8 & 0xff))
                                                         << 16;
 }
 

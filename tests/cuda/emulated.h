@@ -157,6 +157,12 @@ inline int atomicAdd(int* at, int add) {
   return before;
 }
 
+inline unsigned atomicMax(unsigned* at, unsigned value) {
+  const unsigned before = *at;
+  if (value > before) *at = value;
+  return before;
+}
+
 template <class T>
 T __ldcg(const T* at) {
   return *at;

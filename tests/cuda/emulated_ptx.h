@@ -188,6 +188,7 @@ unsigned short round_to_bf16(float value);
 unsigned short round_to_f16(float value);
 float f16_to_float(unsigned short bits);
 unsigned round_to_e4m3(float low, float high);
+float sum_of_e4m3(unsigned pair);
 unsigned e4m3_to_f16(unsigned pair);
 unsigned add_f16(unsigned a, unsigned b);
 unsigned multiply_add_bf16(unsigned a, unsigned b, unsigned c);

@@ -15,8 +15,9 @@ from torch import nn
 from sparsekern import SparseLinear, Static, densify_, sparsify_, weights
 from sparsekern import nn as sparse_nn
 from sparsekern.nn import linear
+from sparsekern.nn.experts import SparseExperts
 from sparsekern.nn.kinds import is_conv1d, is_experts
-from sparsekern.nn.stand_ins import SparseConv1D, SparseExperts, SparseMultiheadAttention
+from sparsekern.nn.stand_ins import SparseConv1D, SparseMultiheadAttention
 
 WHY = ""
 try:
@@ -130,6 +131,7 @@ def test_a_layer_that_was_put_in_by_hand_is_saved(tmp_path):
 KINDS = {
     "GPT2": dict(n_embd=16, n_layer=2, n_head=2, n_positions=32),  # Conv1D
     "GptOss": dict(num_local_experts=3, num_experts_per_tok=2, head_dim=8),  # biases, [E, K, N]
+    "Llama4Text": dict(num_local_experts=3, head_dim=8, interleave_moe_layer_step=1),
     "Mixtral": dict(num_local_experts=3),  # stacked experts, and other names in files
     "Qwen3Moe": dict(num_experts=3, moe_intermediate_size=24, head_dim=8, num_experts_per_tok=2),
 }

@@ -64,7 +64,7 @@ def test_refusals(with_picky):
 def test_forced(with_picky):
     with_picky.setenv("SPARSEKERN_KERNEL", "dense")
     assert table.pick(PROBLEM).name == "dense"
-    table.pick.cache_clear()
+    table.forget_choices()
     with_picky.setenv("SPARSEKERN_KERNEL", "spmm_picky")
     assert table.pick(PROBLEM).name == "spmm_picky"
     assert table.pick(PROBLEM._replace(op="sddmm")).name == "dense"  # has no row of that name

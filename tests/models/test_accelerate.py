@@ -23,7 +23,7 @@ from torch import nn
 from torch.nn.utils import prune
 
 from sparsekern import SparseLinear, accelerate_
-from sparsekern.models import accelerate, timing
+from sparsekern.models import accelerate, timing, work
 from sparsekern.models.candidates import Candidate
 from sparsekern.models.example import one_token
 from sparsekern.nn import adopt_values_
@@ -49,7 +49,7 @@ def test_a_layer_that_is_faster_dense_stays_dense(seconds):
 
 
 def test_layers_that_gain_nothing_in_the_model_become_dense_again(monkeypatch, seconds):
-    times_of = accelerate.times_of
+    times_of = work.times_of
 
     def of_narrow_ones_more(ready, layers, *others):
         found = times_of(ready, layers, *others)
@@ -61,7 +61,7 @@ def test_layers_that_gain_nothing_in_the_model_become_dense_again(monkeypatch, s
         found.rest_s -= any(is_sparse)
         return found
 
-    monkeypatch.setattr(accelerate, "times_of", of_narrow_ones_more)
+    monkeypatch.setattr(work, "times_of", of_narrow_ones_more)
     model = pruned(nn.Sequential(nn.Linear(H, 96), nn.Linear(96, H), nn.Linear(H, H)))
     prune.l1_unstructured(model[2], "weight", amount=0.75)
     x = torch.randn(5, H)
@@ -84,27 +84,27 @@ def test_a_layer_without_hope_is_not_tried(seconds, monkeypatch):
 
 def test_times_of_layers_in_their_model(monkeypatch):
     ticks = iter(range(10**6))
-    monkeypatch.setattr(timing, "_clock", lambda is_gpu: (lambda: next(ticks), median))
+    monkeypatch.setattr(timing, "clock", lambda is_gpu: (lambda: next(ticks), median))
     once, twice = nn.Linear(H, H), nn.Linear(H, H)
     model, x = nn.Sequential(once, twice, nn.Tanh(), twice), torch.randn(3, H)
     cpu = torch.device("cpu")
     times = timing.times_of(lambda: lambda: model(x), [once, twice, nn.Linear(3, 3)], cpu)
     assert times.layers_s == [1.0, 2.0, 0.0] and times.whole_s == 1.0 and times.rest_s == 7.0 - 3.0
-    both = times.plus(2, times)
-    assert (both.whole_s, both.rest_s, both.layers_s) == (3.0, 12.0, [3.0, 6.0, 0.0])
+    both = times.plus(2, times, 0.5)
+    assert (both.whole_s, both.rest_s, both.layers_s) == (4.0, 13.0, [3.0, 6.0, 0.0])
     long = timing.times_of(lambda: lambda: model(x), [once], cpu, is_whole_apart=False)
     assert long.whole_s == 3.0  # more than enough: the run with clocks
     assert not once._forward_hooks and not once._forward_pre_hooks
 
 
 def test_a_model_that_is_slower_as_a_whole_goes_back(seconds, monkeypatch):
-    whole, times_of = iter([1.0, 2.0, 1.5]), accelerate.times_of
+    whole, times_of = iter([1.0, 2.0, 1.5]), work.times_of
 
     def slower(*arguments):
         seconds["whole"] = next(whole)
         return times_of(*arguments)
 
-    monkeypatch.setattr(accelerate, "times_of", slower)
+    monkeypatch.setattr(work, "times_of", slower)
     model = pruned(LM())
     twin = copy.deepcopy(model)
     report = accelerate_(model, {"input_ids": torch.arange(5)[None]})

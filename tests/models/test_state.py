@@ -11,7 +11,7 @@ from torch import nn
 from torch.nn.utils import prune
 
 from sparsekern import accelerate_
-from sparsekern.models import accelerate, timing
+from sparsekern.models import timing, work
 
 
 @pytest.fixture(autouse=True)
@@ -19,13 +19,13 @@ def timed(monkeypatch):
     """Layers are faster sparse; the model runs as often as for a clock."""
     sparse_is_faster(monkeypatch)
 
-    given = accelerate.times_of
+    given = work.times_of
 
     def times_of(*arguments):
         timing.times_of(*arguments)
         return given(*arguments)
 
-    monkeypatch.setattr(accelerate, "times_of", times_of)
+    monkeypatch.setattr(work, "times_of", times_of)
 
 
 class Changing(nn.Module):

@@ -43,13 +43,52 @@ def gpt_oss():
     return transformers.AutoModelForCausalLM.from_config(config)
 
 
+def falcon():
+    """Its linear layers are a subclass of nn.Linear with a forward of its own."""
+    sizes = {"hidden_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4}
+    config = transformers.FalconConfig(vocab_size=256, **sizes, bias=True)
+    return transformers.AutoModelForCausalLM.from_config(config)
+
+
+def llama4():
+    """Each expert gets a row for each token, of zeros for tokens of others."""
+    heads = {"num_key_value_heads": 2, "head_dim": 16, "intermediate_size_mlp": 96}
+    config = transformers.Llama4TextConfig(
+        **SMALL, **heads, num_local_experts=4, interleave_moe_layer_step=1
+    )
+    return transformers.AutoModelForCausalLM.from_config(config)
+
+
+def nemotron():
+    """Experts without a gate."""
+    config = transformers.NemotronHConfig(
+        **SMALL,
+        num_key_value_heads=2,
+        head_dim=16,
+        layers_block_type=["moe", "attention"],
+        n_routed_experts=4,
+        num_experts_per_tok=2,
+        moe_intermediate_size=96,
+        moe_shared_expert_intermediate_size=96,
+    )
+    return transformers.AutoModelForCausalLM.from_config(config)
+
+
+def jetmoe():
+    config = transformers.JetMoeConfig(
+        **SMALL, num_key_value_heads=2, kv_channels=16, num_local_experts=4
+    )
+    return transformers.AutoModelForCausalLM.from_config(config)
+
+
 def bert():
     config = transformers.BertConfig(**SMALL, num_labels=3)
     return transformers.AutoModelForSequenceClassification.from_config(config)
 
 
-# that become sparse; k_proj and v_proj of llama, mixtral and gpt-oss have under 4096 weights
+# that become sparse; with grouped heads k_proj and v_proj have under 4096 weights
 LAYERS = [(gpt2, 8), (llama, 10), (mixtral, 7), (gpt_oss, 7), (bert, 13)]
+LAYERS += [(falcon, 8), (llama4, 13), (nemotron, 6), (jetmoe, 2)]
 
 
 @pytest.mark.parametrize(("make", "count"), LAYERS)
@@ -59,10 +98,12 @@ def test_models_of_transformers(make, count, monkeypatch):
     with torch.no_grad():
         for p in model.parameters():
             if p.ndim > 1:
-                p *= torch.rand_like(p) > 0.75
+                p.normal_(0.0, 0.02).mul_(torch.rand_like(p) > 0.75)
     twin = copy.deepcopy(model)
     report = accelerate_(model, {"input_ids": IDS}, new_tokens=0 if make is bert else 3)
     assert len(report.sparse) == count, str(report)
+    if make is jetmoe:
+        assert "a JetMoeParallelExperts has a matrix for each expert in a way" in str(report)
     with torch.no_grad():
         got, want = model(input_ids=IDS).logits, twin(input_ids=IDS).logits
     torch.testing.assert_close(got, want)
@@ -70,6 +111,37 @@ def test_models_of_transformers(make, count, monkeypatch):
     densify_(model)
     state, before = model.state_dict(), twin.state_dict()
     assert state.keys() == before.keys() and all(torch.equal(state[k], before[k]) for k in state)
+
+
+def test_experts_of_llama4_are_trained(monkeypatch):
+    sparse_is_faster(monkeypatch)
+    model = llama4().eval()
+    with torch.no_grad():
+        for p in model.parameters():
+            if p.ndim > 1:
+                p.normal_(0.0, 0.02).mul_(torch.rand_like(p) > 0.75)
+    twin = copy.deepcopy(model)
+    accelerate_(model, {"input_ids": IDS})
+    for each in (model, twin):
+        each(input_ids=IDS, labels=IDS).loss.backward()
+    experts = model.model.layers[0].feed_forward.experts
+    want = twin.model.layers[0].feed_forward.experts.down_proj.grad
+    for layer, grad in zip(experts.layers("down_proj"), want, strict=True):
+        rows, columns = layer.weight.detach().to_dense().nonzero(as_tuple=True)
+        torch.testing.assert_close(layer.values.grad, grad.t()[rows, columns])
+
+
+@pytest.mark.parametrize(("make", "count"), [(falcon, 8), (llama4, 30), (nemotron, 14)])
+def test_their_layers_are_pruned(make, count):
+    model = make().eval()
+    with torch.no_grad():
+        for p in model.parameters():  # some are made of zeros
+            if p.ndim > 1:
+                p.normal_(0.0, 0.02)
+    modules = list(model.modules())
+    report = prune_(model, Wanda(0.5, calibration=[IDS]))
+    assert list(model.modules()) == modules and len(report.layers) == count
+    assert all(abs(x.sparsity - 0.5) < 0.02 for x in report.layers)
 
 
 def test_experts_with_biases_are_pruned():
@@ -86,3 +158,54 @@ def test_experts_with_biases_are_pruned():
         now, old = getattr(experts, name), getattr(before, name)
         assert 0.45 < (now == 0).float().mean() < 0.55 and torch.equal(now[now != 0], old[now != 0])
         assert torch.equal(getattr(experts, f"{name}_bias"), getattr(before, f"{name}_bias"))
+
+
+def t5():
+    config = transformers.T5Config(
+        vocab_size=256, d_model=64, d_ff=96, num_layers=2, num_heads=4, decoder_start_token_id=0
+    )
+    return transformers.AutoModelForSeq2SeqLM.from_config(config)
+
+
+@pytest.mark.parametrize(
+    ("make", "example"),
+    [(llama, {"input_ids": IDS}), (llama, (IDS, torch.ones_like(IDS))), (t5, {"input_ids": IDS})],
+)
+def test_new_tokens_are_called_as_generate_does(make, example, monkeypatch):
+    sparse_is_faster(monkeypatch)
+    model = make().eval()
+    with torch.no_grad():
+        for p in model.parameters():
+            if p.ndim > 1:
+                p *= torch.rand_like(p) > 0.75
+    lengths = set()
+
+    def look(module, args, kwargs):
+        past = kwargs["cache"] if "cache" in kwargs else kwargs["past_key_values"]
+        lengths.add((kwargs["hidden_states"].shape[1], int(past.get_seq_length())))
+
+    if make is llama:
+        model.model.layers[0].self_attn.register_forward_pre_hook(look, with_kwargs=True)
+    if make is t5:
+        model.generation_config.num_beams = 2
+    report = accelerate_(model, example, new_tokens=3)
+    assert report.output_error is not None
+    rows = {layer.name: layer.tokens for layer in report.layers}
+    if make is llama:
+        assert lengths == {(19, 0), *((1, 19 + i) for i in range(3))}
+        assert rows["model.layers.1.mlp.up_proj"] == {38: 1, 2: 2}
+    else:
+        # of T5 the encoder reads the prompt once, and both beams begin with one token
+        assert rows["encoder.block.1.layer.0.SelfAttention.q"] == {38: 1}
+        assert rows["decoder.block.1.layer.0.SelfAttention.q"] == {4: 3}
+
+
+def test_an_example_that_generate_refuses(monkeypatch):
+    model = llama()
+    with torch.no_grad():
+        model.model.layers[0].mlp.up_proj.weight.mul_(0).fill_diagonal_(1.0)
+    with pytest.raises(ValueError, match=r"new_tokens: .* generate\(\) .*strange"):
+        accelerate_(model, {"input_ids": IDS, "strange": IDS}, new_tokens=2)
+    monkeypatch.setattr(model, "generate", lambda **given: model(input_ids=given["input_ids"]))
+    with pytest.raises(ValueError, match="called LlamaForCausalLM 1 times for 4 tokens: give a"):
+        accelerate_(model, {"input_ids": IDS}, new_tokens=2)

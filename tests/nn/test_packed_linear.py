@@ -15,7 +15,7 @@ from sparsekern import SparseLinear, Static, sparsify_
 from sparsekern.kernels.cuda import choose
 from sparsekern.kernels.cuda.choose import pack_for
 from sparsekern.kernels.cuda.kept import Dense
-from sparsekern.nn import PackedLinear, densify_, pack_
+from sparsekern.nn import PackedLinear, densify_, pack_, shared
 from sparsekern.nn.largest import largest_inputs
 from sparsekern.nn.packed import token_range
 from sparsekern.nn.shared import PackedPart, SharedInput
@@ -259,6 +259,17 @@ def test_compiled_groups_see_writes(products, mode, breaks):
                 assert torch.equal(got, want)
 
 
+def test_what_one_capture_began_no_other_ends(products, monkeypatch):
+    layer, x = pack_(model(), groups=GROUPS)[0], torch.randn(3, WIDTH).bfloat16()
+    for captures, times in (((1, 1, 1), 1), ((1, 2, 2), 2), ((None, 1, None), 3)):
+        before = len(products)
+        for capture, part in zip(captures, (layer.q, layer.k, layer.v), strict=True):
+            monkeypatch.setattr(shared, "capture_of", lambda x, capture=capture: capture)
+            part(x)
+        assert len(products) == before + times
+        layer.q.shared._pass = None
+
+
 def test_groups_refuse_what_inference_mode_made(products):
     """A write to it would not be seen."""
     layer, x = pack_(model(), groups=GROUPS)[0], torch.randn(3, WIDTH).bfloat16()
@@ -451,6 +462,22 @@ def test_a_graph_of_a_group_follows_its_input():
             graph.replay()
             got, want = y.clone(), packed(x)
             torch.testing.assert_close(got, want, rtol=2e-2, atol=2e-2)
+
+
+@on_gpu
+def test_half_of_a_group_in_each_of_two_graphs():
+    """Each multiplies for itself: the second may be replayed where the first is not."""
+    packed = pack_(model(256).cuda(), (1, 64), groups=GROUPS)[0]
+    x = torch.randn(8, 256, device="cuda").bfloat16()
+    graphs, got = [torch.cuda.CUDAGraph() for _ in range(2)], []
+    with torch.no_grad():
+        packed.q(x), packed.k(x), packed.v(x)
+        for graph, layer in zip(graphs, (packed.q, packed.k), strict=True):
+            with torch.cuda.graph(graph):
+                got.append(layer(x))
+        x.copy_(torch.randn(8, 256, device="cuda"))
+        graphs[1].replay()
+        assert torch.equal(got[1], packed.k(x))
 
 
 @on_gpu

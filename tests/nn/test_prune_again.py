@@ -71,6 +71,9 @@ def test_what_stays_dense_beside_the_linears_is_said():
         sparsify_(copy.deepcopy(model), Static(0.5))
     with pytest.warns(UserWarning, match=r"apply: 1 Conv1D, 1 Experts with 8\d% .*prune_ prunes"):
         Magnitude(0.5).apply(copy.deepcopy(model))
+    encoder = nn.TransformerEncoderLayer(H, 4, 2 * H)
+    with pytest.warns(UserWarning, match=r"1 MultiheadAttention with \d+% .*accelerate_ takes"):
+        sparsify_(encoder, Static(0.5))
     Magnitude(0.5, param_filter="0").apply(model)
     with pytest.raises(ValueError, match="there are: none; sparsekern.models.prune.prune_ takes"):
         Magnitude(0.5).apply(nn.Sequential(Conv1D(96, H)))

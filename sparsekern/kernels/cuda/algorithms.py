@@ -68,7 +68,7 @@ def algorithm_of(n: int, k: int, m: int, dtype: torch.dtype, device: torch.devic
             return None
         wrong = known.wrong.setdefault(_name(dtype), set())
         known.chosen[key] = fastest(n, k, m, dtype, device, wrong)
-        found = {name: sorted(algorithms) for name, algorithms in known.wrong.items()}
+        found = {name: sorted(known.wrong[name]) for name in list(known.wrong)}  # others may add
         content = {"chosen": known.chosen, "wrong": found}
         with suppress(OSError):  # the next process times it again
             write_cached(_file(device.index), json.dumps(content).encode())

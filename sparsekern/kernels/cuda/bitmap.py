@@ -87,19 +87,17 @@ def write_out(bitmap: Bitmap, values: Tensor, n: int, k: int) -> Tensor:
     """W [N, K], dense, in the dtype of values [nnz]."""
     w = values.new_empty(n, k)
     if w.numel():
-        count = bitmap.words.numel()
-        name, blocks = f"write_out_{w.element_size()}", -(-count // BLOCK_WORDS)
-        _start(name, blocks, 0, (*bitmap.tensors, values, w), count, bitmap.row_words, k)
+        start(*write_out_launch(bitmap, values, w, w.element_size(), k))
     return w
 
 
-def collect(bitmap: Bitmap, w: Tensor, nnz: int) -> Tensor:
-    """The entries [nnz] of w [N, K], contiguous, at the places of the pattern."""
-    values = w.new_empty(nnz)
+def collect(bitmap: Bitmap, w: Tensor, nnz: int, dtype: torch.dtype | None = None) -> Tensor:
+    """The entries [nnz] of w [N, K], contiguous, at the places of the pattern; those of bfloat16 in
+    float32, if that is the `dtype`."""
+    values = w.new_empty(nnz, dtype=dtype)
     if nnz:
-        count, size = bitmap.words.numel(), w.element_size()
-        tensors, sizes = (*bitmap.tensors, w, values), (count, bitmap.row_words, w.shape[1])
-        _start(f"collect_{size}", -(-count // BLOCK_WORDS), THREADS * 8 * size, tensors, *sizes)
+        name = "wide" if values.dtype is not w.dtype else str(w.element_size())
+        start(*collect_launch(bitmap, w, values, w.element_size(), w.shape[1], name))
     return values
 
 
@@ -108,10 +106,7 @@ def fill(bitmap: Bitmap, values: Tensor, tail: Tensor, operand: Tensor, n: int, 
 
     values are of 16 bits, the pattern has at most two of four neighbours in a row, K is a multiple
     of 16."""
-    count, parts = bitmap.words.numel(), len(tail) // PART_BYTES
-    blocks = -(-count // BLOCK_WORDS) + -(-parts // THREADS)
-    tensors, sizes = (*bitmap.tensors, values, tail, operand), (bitmap.row_words, n, k, parts)
-    _start("fill", blocks, 0, tensors, count, *sizes)
+    start(*fill_launch(bitmap, values, tail, operand, n, k))
 
 
 def fill_transposed(
@@ -119,11 +114,40 @@ def fill_transposed(
 ) -> None:
     """The same for the slots [K, N / 2] of W^T: at most two of four in a column, N such a
     multiple."""
+    start(*fill_transposed_launch(bitmap, values, tail, operand, n, k))
+
+
+# The arguments of start(). Tensors that a call brings may be slots of it (steps.py).
+
+
+def write_out_launch(bitmap: Bitmap, values, w, element_bytes: int, k: int) -> tuple:
+    """write_out()."""
+    count = bitmap.words.numel()
+    name, blocks = f"sk_bitmap_write_out_{element_bytes}", -(-count // BLOCK_WORDS)
+    return name, blocks, THREADS, 0, (*bitmap.tensors, values, w), count, bitmap.row_words, k
+
+
+def collect_launch(
+    bitmap: Bitmap, w, values, element_bytes: int, k: int, kind: str | None = None
+) -> tuple:
+    """collect(), by the kernel of this kind: by default that of the size of an element."""
+    count = bitmap.words.numel()
+    name, blocks = f"sk_bitmap_collect_{kind or element_bytes}", -(-count // BLOCK_WORDS)
+    smem_bytes, tensors = THREADS * 8 * element_bytes, (*bitmap.tensors, w, values)
+    return name, blocks, THREADS, smem_bytes, tensors, count, bitmap.row_words, k
+
+
+def fill_launch(bitmap: Bitmap, values, tail: Tensor, operand, n: int, k: int) -> tuple:
+    """fill()."""
+    count, parts = bitmap.words.numel(), len(tail) // PART_BYTES
+    blocks = -(-count // BLOCK_WORDS) + -(-parts // THREADS)
+    tensors, sizes = (*bitmap.tensors, values, tail, operand), (bitmap.row_words, n, k, parts)
+    return "sk_bitmap_fill", blocks, THREADS, 0, tensors, count, *sizes
+
+
+def fill_transposed_launch(bitmap: Bitmap, values, tail: Tensor, operand, n: int, k: int) -> tuple:
+    """fill_transposed()."""
     parts = len(tail) // PART_BYTES
     blocks = -(-n // TILE_ROWS) * bitmap.row_words + -(-parts // THREADS)
     tensors, sizes = (*bitmap.tensors, values, tail, operand), (bitmap.row_words, n, k, parts)
-    _start("fill_transposed", blocks, TILE_BYTES, tensors, *sizes)
-
-
-def _start(name: str, blocks: int, smem_bytes: int, tensors: tuple[Tensor, ...], *sizes: int):
-    start(f"sk_bitmap_{name}", blocks, THREADS, smem_bytes, tensors, *sizes)
+    return "sk_bitmap_fill_transposed", blocks, THREADS, TILE_BYTES, tensors, *sizes

@@ -12,11 +12,14 @@ A handle belongs to one thread and device, and so do its plans.
 
 import ctypes
 import threading
+from collections.abc import Callable
 from functools import cache
 from importlib.metadata import PackageNotFoundError, files
 
 import torch
 from torch import Tensor
+
+from ..operands import native
 
 SONAME = "libcusparseLt.so.0"
 OLDEST = (0, 8, 0)  # before, a selection cannot be destroyed
@@ -219,7 +222,7 @@ class Plan:
         self._is_planned = True
         size = ctypes.c_size_t()
         lib.call("MatmulGetWorkspace", handle, self._plan, ctypes.byref(size))
-        self._workspace_bytes = size.value
+        self.workspace_bytes = size.value
         self._zero = ctypes.c_float(0)
 
     def _set(self, function: str, of: ctypes.Array, which: int, value) -> None:
@@ -244,7 +247,7 @@ class Plan:
         if bias is not None:
             self._take(bias)
         y = x.new_empty(self._shape, dtype=self._dtype) if y is None else y
-        workspace = x.new_empty(self._workspace_bytes, dtype=torch.uint8)
+        workspace = x.new_empty(self.workspace_bytes, dtype=torch.uint8)
         stream = ctypes.c_void_p(torch._C._cuda_getCurrentRawStream(self._device))
         factor, out = ctypes.c_float(alpha), y.data_ptr()
         self._lib.call(
@@ -253,6 +256,15 @@ class Plan:
             *(ctypes.byref(self._zero), out, out, workspace.data_ptr(), ctypes.byref(stream), 1),
         )
         return y
+
+    def start(self, other_way: Callable[..., None]) -> Callable[..., None]:
+        """start(_, _, _, _, stream, operand, x, y, bias, workspace), multiply() in C++, for a plan
+        that nobody else uses. other_way(operand, x, y, bias) multiplies in other threads."""
+        functions = (getattr(self._lib, name) for name in ("Matmul", "MatmulDescSetAttribute"))
+        addresses = (ctypes.cast(f, ctypes.c_void_p).value for f in functions)
+        structs = map(ctypes.addressof, (self._handle, self._plan, self._matmul))
+        assert native
+        return native.sparse_product(self, other_way, *addresses, *structs, _BIAS)
 
     def __del__(self):
         if self._is_planned:

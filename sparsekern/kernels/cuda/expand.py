@@ -13,6 +13,7 @@ from torch import Tensor
 
 from ..problem import Kernel, Problem
 from ..reference import mm, places_of
+from ..steps import COL_INDICES, ROW_OFFSETS, VALUES, Asked, Slot, Steps
 from ..triton import rows as triton_rows
 from . import bitmap as bitmaps
 from . import library as cuda_library
@@ -36,7 +37,8 @@ def _multiply_expanded(x: Tensor, packed: Packed, bias: Tensor | None) -> Tensor
     """The same without scales."""
     w = packed.expand()
     y = mm(x, w.t(), bias)
-    if y.numel() == 0 or packed.nnz == w.numel():
+    is_full = packed.nnz == w.numel() and packed.row_scales is None
+    if y.numel() == 0 or is_full:
         return y
     m, name = x.shape[0], f"sk_expand_mend_{TYPES[y.dtype]}"
     tensors = w, x.contiguous(), None if bias is None else bias.contiguous(), y
@@ -72,13 +74,17 @@ def mend(op, row_offsets, col_indices, values, n, k, x, bias, y, checked=1):
             with_triton = triton_rows.mend if op == "spmm" else triton_rows.mend_t
             with_triton(row_offsets, col_indices, values, n, k, x, bias, y)
         return y
-    name, smem_bytes = "mend", WARPS * 4
-    if op == "spmm_t":
-        name, smem_bytes = "mend_t", smem_bytes + COLUMNS * max(4, x.element_size())
-    tensors, sizes = (row_offsets, col_indices, values, x, bias, y), (m, n, k, nnz, checked)
-    name = f"sk_{name}_{ALL_TYPES[x.dtype]}"
-    cuda_library.start(name, -(-m // WARPS), THREADS, smem_bytes, tensors, *sizes)
+    tensors = row_offsets, col_indices, values, x, bias, y
+    cuda_library.start(*_mend_launch(op, x.dtype, tensors, m, n, k, nnz, checked))
     return y
+
+
+def _mend_launch(op: str, dtype: torch.dtype, tensors: tuple, m: int, *sizes: int) -> tuple:
+    name, smem_bytes = f"sk_mend_{ALL_TYPES[dtype]}", WARPS * 4
+    if op == "spmm_t":
+        name = f"sk_mend_t_{ALL_TYPES[dtype]}"
+        smem_bytes += COLUMNS * max(4, dtype.itemsize)
+    return name, -(-m // WARPS), THREADS, smem_bytes, tensors, m, *sizes
 
 
 def spmm(row_offsets, col_indices, values, n, k, x, bias=None):
@@ -95,14 +101,50 @@ def sddmm(row_offsets, col_indices, n, k, dy, x):
     return collect(row_offsets, col_indices, mm(dy.t(), x))
 
 
+def prepare_mend(steps: Steps, asked: Asked, a: Slot, b: Slot | None, y: Slot, checked=1) -> None:
+    """The step that mend() is."""
+    p = asked.problem
+    if p.nnz < p.N * p.K:
+        tensors = ROW_OFFSETS, COL_INDICES, VALUES, a, b, y
+        steps.start(*_mend_launch(p.op, p.dtype, tensors, p.M, p.N, p.K, p.nnz, checked))
+
+
+def _prepare(steps: Steps, asked: Asked, a: Slot, b: Slot | None) -> Slot | None:
+    p = asked.problem
+    if cuda_library.refusal():
+        return None
+    bitmap = bitmap_of(asked.row_offsets, asked.col_indices, p.N, p.K)
+    size = p.dtype.itemsize
+    if p.op == "sddmm":
+        assert b is not None
+        dy, x = steps.rows(a, asked.tokens, p.N), steps.rows(b, asked.tokens, p.K)
+        dw = steps.call(torch.mm, steps.call(Tensor.t, dy), x)
+        dvalues = steps.empty(dw, p.nnz)
+        steps.start(*bitmaps.collect_launch(bitmap, dw, dvalues, size, p.K))
+        return dvalues
+    if p.op == "spmm_t" and asked.has_bias:
+        return None
+    inputs, outputs, bias = p.N, p.K, None
+    if p.op == "spmm":
+        inputs, outputs, bias = p.K, p.N, b if asked.has_bias else None
+        w = steps.call(Tensor.new_empty_strided, VALUES, (p.K, p.N), (1, p.K))  # W^T
+    else:
+        w = steps.empty(VALUES, p.N, p.K)
+    steps.start(*bitmaps.write_out_launch(bitmap, VALUES, w, size, p.K))
+    left = steps.rows(a, asked.tokens, inputs)
+    product = (torch.mm,) if bias is None else (torch.addmm, bias)
+    y = steps.call(*product, left, w)
+    prepare_mend(steps, asked, a, bias, y)
+    return steps.unfolded(y, asked.tokens, outputs)
+
+
 def _refuse(p: Problem) -> str | None:
     if p.dtype not in ALL_TYPES:
         return f"it takes floats of 16, 32 and 64 bits, not {str(p.dtype).removeprefix('torch.')}"
     return None
 
 
-KERNELS = (
-    Kernel("expand", "spmm", "cuda", _refuse, spmm),
-    Kernel("expand", "spmm_t", "cuda", _refuse, spmm_t),
-    Kernel("expand", "sddmm", "cuda", _refuse, sddmm),
+KERNELS = tuple(
+    Kernel("expand", run.__name__, "cuda", _refuse, run, prepare=_prepare)
+    for run in (spmm, spmm_t, sddmm)
 )

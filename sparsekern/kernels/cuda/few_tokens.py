@@ -18,6 +18,7 @@ from torch import Tensor
 
 from ..crossover import density_limit
 from ..problem import Kernel, Problem, bound_kernel
+from ..steps import VALUES, Asked, Slot, Steps
 from . import library as cuda_library
 from .choose import choose_layout
 from .compressed import TwoOfFour, TwoOfFourE4m3
@@ -69,6 +70,39 @@ def _bind(problem: Problem) -> Callable[..., Tensor]:
     return run
 
 
+def _prepare(steps: Steps, asked: Asked, a: Slot, b: Slot | None) -> Slot | None:
+    p, values = asked.problem, asked.values
+    assert values is not None
+    layout = choose_layout(p.M, p.density)
+    make_layout = partial(layout, n=p.N, k=p.K)
+    indices = asked.row_offsets, asked.col_indices
+    pack = pack_of("few_tokens", layout.kind.name, make_layout, *indices, values, p.N, p.K)
+    if values.requires_grad:  # in each of these calls (layout.Pack)
+        steps.call(pack.seen.clear)
+        steps.start(*pack.layout.refill_launch(pack.packed, VALUES))
+    else:
+        steps.call(pack.refresh, VALUES)
+    return prepare_packed(steps, asked.a, pack.packed, a, b if asked.has_bias else None)
+
+
+def prepare_packed(
+    steps: Steps, x: Tensor, packed: Packed, a: Slot, bias: Slot | Tensor | None
+) -> Slot:
+    """The steps of spmm_packed(a, packed, bias) for all a of the shape of x [.., K]."""
+    tokens, m = tuple(x.shape[:-1]), x.shape[:-1].numel()
+    launch = None
+    if m and packed.k and not isinstance(packed, Dense | TwoOfFour | TwoOfFourE4m3):
+        launch = launch_of(packed, m, x.device)
+    if launch is None or m > launch.tokens:
+        y = steps.call(spmm_packed, steps.rows(a, tokens, packed.k), packed, bias)
+        return steps.unfolded(y, tokens, packed.n)
+    y, partial_sums = steps.empty(a, *tokens, packed.n), None
+    if launch.partial:
+        partial_sums = steps.empty(a, launch.partial, dtype=torch.float32)
+    steps.start(*packed.started(launch, m, a, bias, y, partial_sums))
+    return y
+
+
 def _refuse(p: Problem) -> str | None:
     if p.M > MOST_TOKENS:
         return f"it serves up to {MOST_TOKENS} tokens, not {p.M}"
@@ -101,5 +135,5 @@ def _describe(p: Problem) -> str:
 
 
 KERNELS: tuple[Kernel, ...] = (
-    bound_kernel("few_tokens", "spmm", "cuda", _refuse, _bind, _describe),
+    bound_kernel("few_tokens", "spmm", "cuda", _refuse, _bind, _describe, _prepare),
 )

@@ -18,11 +18,12 @@ from ...tensor import SparseTensor
 from ..derived import derived, share
 from ..operands import check_pattern_arrays
 from ..problem import Problem
-from .library import start
+from .library import refusal, start
 
 # tests/kernels/cuda/test_constants.py holds constants of this folder to those of csrc/cuda.
 LANES = 32  # rows of a slice: one warp
 EXPAND_WARPS = 4
+REFILL_THREADS = 256  # of a block
 TILE_PAD = 8  # elements of shared memory beside a row of what is written out
 TYPES = {torch.bfloat16: "bf16", torch.float16: "f16"}
 
@@ -105,21 +106,18 @@ class Packed:
     def run(self, launch: Launch, x: Tensor, bias: Tensor | None, y: Tensor) -> None:
         """y [M, N] = x [M, K] @ W.T + bias [N], all contiguous and not empty."""
         m = x.shape[0]
-        weight, sizes = self.operands(launch)
         partial = x.new_empty(launch.partial, dtype=torch.float32)
         for first in range(0, m, launch.tokens):
             here = (x[first:], y[first:]) if first else (x, y)
-            start(
-                launch.kernel,
-                launch.grid,
-                launch.block,
-                launch.smem_bytes,
-                (*weight, self.row_scales, here[0], bias, here[1], partial, self.arrived),
-                min(launch.tokens, m - first),
-                self.n,
-                self.k,
-                *sizes,
-            )
+            tokens = min(launch.tokens, m - first)
+            start(*self.started(launch, tokens, here[0], bias, here[1], partial))
+
+    def started(self, launch: Launch, tokens: int, x, bias, y, partial) -> tuple:
+        """The arguments of start() for so many tokens. Tensors may be slots (steps.py)."""
+        weight, sizes = self.operands(launch)
+        tensors = *weight, self.row_scales, x, bias, y, partial, self.arrived
+        how = launch.kernel, launch.grid, launch.block, launch.smem_bytes
+        return *how, tensors, tokens, self.n, self.k, *sizes
 
     def expand(self) -> Tensor:
         """W [N, K], dense, without the scales of its rows: a missing entry is +0, a stored zero of
@@ -268,7 +266,16 @@ class Layout:
         # A stored zero is -0, since +0 is a place that is not stored. No product shows the sign:
         # its sum begins at +0.
         values = values.detach()
-        packed.floats.view(-1)[self.places] = values.masked_fill(values == 0, -0.0)
+        if values.is_cuda and values.numel() and not refusal():
+            start(*self.refill_launch(packed, values.contiguous()))
+        else:
+            packed.floats.view(-1)[self.places] = values.masked_fill(values == 0, -0.0)
+
+    def refill_launch(self, packed: Packed, values) -> tuple:
+        """The arguments of start() that bring values in: a tensor, or a slot (steps.py)."""
+        count = len(self.places)
+        tensors = values, self.places, packed.floats
+        return "sk_refill_2", -(-count // REFILL_THREADS), REFILL_THREADS, 0, tensors, count
 
     def fill_rounded(self, values: Tensor, scales: Tensor) -> Packed:
         """A packed weight with these values of 8 bits, in the order of the CSR indices, times these
@@ -315,18 +322,20 @@ class Pack:
     def __init__(self, layout: Layout, values: Tensor):
         self.layout = layout
         self.packed = layout.fill(values)
+        self.seen: dict[str, Any] = {}  # whose values the pack has; empty: nobody knows
         self.saw(values)
 
     def saw(self, values: Tensor) -> None:
         """The pack has these values."""
-        self._values = weakref.ref(values)
-        self._version = None if values.is_inference() else values._version
+        version = None if values.is_inference() else values._version
+        self.seen.update(values=weakref.ref(values), version=version)
 
     def refresh(self, values: Tensor) -> "Pack":
         # A parameter in training changes between calls, and not all writes are counted. The tensor
         # itself is compared: the address of one that is gone may be that of other values.
-        is_seen = self._values() is values and not values.is_inference()
-        if values.requires_grad or not is_seen or self._version != values._version:
+        seen = self.seen
+        is_seen = seen and seen["values"]() is values and not values.is_inference()
+        if values.requires_grad or not is_seen or seen["version"] != values._version:
             self.layout.refill_(self.packed, values)
             self.saw(values)
         return self

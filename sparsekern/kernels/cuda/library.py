@@ -49,7 +49,7 @@ class Launcher:
 
     def __init__(self, device: int, start: Start):
         self.device = device
-        self._start = start
+        self.start = start
 
     def __call__(
         self,
@@ -60,10 +60,10 @@ class Launcher:
         *arguments: torch.Tensor | int | None,
     ) -> None:
         if torch.cuda.current_device() == self.device:
-            self._start(*grid, block, smem_bytes, stream, *arguments)
+            self.start(*grid, block, smem_bytes, stream, *arguments)
         else:
             with torch.cuda.device(self.device):
-                self._start(*grid, block, smem_bytes, stream, *arguments)
+                self.start(*grid, block, smem_bytes, stream, *arguments)
 
 
 class Collected:
@@ -310,6 +310,16 @@ def current_stream(device: int) -> int:
     """The handle of torch's current stream on that GPU."""
     # torch.cuda.current_stream(device).cuda_stream, without making a Stream.
     return torch._C._cuda_getCurrentRawStream(device)
+
+
+def surroundings() -> tuple[Callable | None, Callable, Callable]:
+    """What tells the current device, if there are several, the stream of one, and whether a CUDA
+    graph captures it."""
+    return (
+        torch._C._cuda_getDevice if torch.cuda.device_count() > 1 else None,
+        torch._C._cuda_getCurrentRawStream,
+        torch._C._cuda_isCurrentStreamCapturing,
+    )
 
 
 def source_of(kernel: str, folder: Path) -> Path:

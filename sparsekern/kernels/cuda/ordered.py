@@ -29,6 +29,7 @@ from ..derived import derived, is_passing
 from ..problem import Kernel, Problem
 from . import cusparselt, expand, two_of_four
 from .algorithms import NONE_RIGHT, algorithm_of
+from .layout import TYPES
 from .library import start
 from .two_of_four import MACHINE, with_free_places
 
@@ -262,8 +263,8 @@ def _least_size(tokens: int) -> int | None:
 @lru_cache(maxsize=4096)
 def refuse_size(p: Problem) -> str | None:
     """Why the row does not take a problem of these sizes, on any machine."""
-    if p.dtype is not torch.bfloat16:
-        return f"it takes bfloat16, not {str(p.dtype).removeprefix('torch.')}"
+    if p.dtype not in TYPES:
+        return f"it takes bfloat16 and float16, not {str(p.dtype).removeprefix('torch.')}"
     least, (n, k) = _least_size(p.M), (p.N, p.K) if p.op == "spmm" else (p.K, p.N)
     if least is None or min(n, k) < least:
         return f"writing W [{p.N}, {p.K}] out is as fast at {p.M} tokens"
@@ -282,7 +283,7 @@ def _refuse_here(p: Problem) -> str | None:
         return reason
     if _C is None:
         return "the C++ library, which finds the order, is not built"
-    return two_of_four.refuse_machine()
+    return two_of_four.refuse_machine(p.dtype)
 
 
 def _refuse(p: Problem) -> str | None:

@@ -7,8 +7,9 @@ pattern, by compressing what is stored and, where that is less than two of four,
 places beside it; never from live weights, which may be 0. The values are written before each
 product (bitmap.cu), to memory that all layers share.
 
-That the operand holds the slots row by row is not documented. _has_slots_in_rows() looks, once in
-a process, and the rows refuse where it is otherwise.
+That the operand holds the slots row by row, and that the tail is the same in both 16-bit types, is
+not documented. _has_slots_in_rows() looks, once in a process, and the rows refuse where it is
+otherwise.
 
 A place that is not stored takes no part in a product: where x is infinite or NaN, a free place
 beside a stored one makes NaN of it. Such a token shows in its first results: `checked` of them have
@@ -24,11 +25,13 @@ from torch import Tensor
 from ..crossover import least_size
 from ..derived import derived
 from ..problem import Kernel, Problem
+from ..steps import VALUES, Asked, Slot, Steps
 from . import bitmap as bitmaps
 from . import cusparselt, expand
 from .algorithms import NONE_RIGHT, algorithm_of
 from .bitmap import Bitmap
 from .compressed import MACHINE, MULTIPLE, MULTIPLE_OF_TOKENS, refuse_gpu
+from .layout import TYPES
 
 
 @dataclass(frozen=True)
@@ -114,6 +117,35 @@ def _operand(op: str, pattern: _TwoOfFour, values: Tensor, n: int, k: int) -> Te
     return operand
 
 
+def _prepare(steps: Steps, asked: Asked, a: Slot, b: Slot | None) -> Slot | None:
+    p = asked.problem
+    op, n, k, m = p.op, p.N, p.K, p.M
+    pattern = _pattern(asked.row_offsets, asked.col_indices, n, k)
+    assert pattern is not None
+    outputs, inputs = (n, k) if op == "spmm" else (k, n)
+    algorithm = algorithm_of(outputs, inputs, m, p.dtype, asked.a.device)
+    if algorithm in (None, NONE_RIGHT):
+        return None
+    side, b = pattern.sides[op], b if asked.has_bias else None
+    operand = steps.empty(VALUES, n * k // 2 + len(side.tail) // 2)
+    launch = bitmaps.fill_launch if op == "spmm" else bitmaps.fill_transposed_launch
+    steps.start(*launch(pattern.bitmap, VALUES, side.tail, operand, n, k))
+    y = steps.empty(a, *asked.tokens, outputs)
+    device = asked.a.device.index
+    plan = cusparselt.Plan(outputs, inputs, m, device, algorithm, asked.bias, p.dtype)
+    workspace = None
+    if plan.workspace_bytes:
+        workspace = steps.empty(a, plan.workspace_bytes, dtype=torch.uint8)
+
+    def other_way(operand: Tensor, x: Tensor, y: Tensor, bias: Tensor | None) -> None:
+        flat = x.view(m, inputs), y.view(m, outputs)
+        cusparselt.multiply(operand, *flat, bias, algorithm)
+
+    steps.add(plan.start(other_way), (1, 1, 1, 0), (operand, a, y, b, workspace))
+    expand.prepare_mend(steps, asked, a, b, y, side.checked)
+    return y
+
+
 def spmm(*operands) -> Tensor:
     return _product("spmm", *operands)
 
@@ -128,8 +160,8 @@ def _least_size(tokens: int) -> int | None:
 
 
 def _refuse_size(p: Problem) -> str | None:
-    if p.dtype is not torch.bfloat16:
-        return f"it takes bfloat16, not {str(p.dtype).removeprefix('torch.')}"
+    if p.dtype not in TYPES:
+        return f"it takes bfloat16 and float16, not {str(p.dtype).removeprefix('torch.')}"
     least = _least_size(p.M)
     if least is None or min(p.N, p.K) < least:
         return f"writing W [{p.N}, {p.K}] out is as fast at {p.M} tokens"
@@ -137,37 +169,40 @@ def _refuse_size(p: Problem) -> str | None:
         return f"it takes N and K in multiples of {MULTIPLE}, M of {MULTIPLE_OF_TOKENS}"
     if 2 * p.nnz > p.N * p.K:
         return "more than two of four are stored"
-    return refuse_machine()
+    return refuse_machine(p.dtype)
 
 
-def refuse_machine() -> str | None:
-    """Why cuSPARSELt multiplies nothing here with operands that are filled."""
-    return refuse_gpu() or _refuse_layout()
+def refuse_machine(dtype: torch.dtype) -> str | None:
+    """Why cuSPARSELt multiplies nothing here with operands of this type that are filled."""
+    return refuse_gpu() or _refuse_layout(dtype)
 
 
 @cache
-def _refuse_layout() -> str | None:
+def _refuse_layout(dtype: torch.dtype) -> str | None:
     if torch.cuda.is_current_stream_capturing():
         raise RuntimeError(
             "a CUDA graph cannot capture the first look at cuSPARSELt: call the product once "
             "before the capture, as for any warm-up"
         )
-    if not _has_slots_in_rows():
+    if not _has_slots_in_rows(dtype):
         version = ".".join(map(str, cusparselt.loaded().version))
         return f"cuSPARSELt {version} lays out its operands in another way"
     return None
 
 
-def _has_slots_in_rows(device: str = "cuda") -> bool:
-    """Whether an operand of [N, K] begins with its slots [N, K / 2], of two shapes and of
-    different places."""
+def _has_slots_in_rows(dtype: torch.dtype, device: str = "cuda") -> bool:
+    """Whether an operand of [N, K] begins with its slots [N, K / 2] and ends as one of bfloat16, of
+    two shapes and of different places."""
     for n, k in ((16, 16), (272, 1040)):
         group = torch.arange(n * k // 4, device=device) % 6
         pairs = torch.tensor([(0, 1), (0, 2), (0, 3), (1, 2), (1, 3), (2, 3)], device=device)
-        slots = (torch.arange(n * k // 2, device=device) % 251 + 1).view(-1, 2).bfloat16()
-        w = slots.new_zeros(n * k // 4, 4).scatter_(1, pairs[group], slots)
-        operand = cusparselt.compress(w.view(n, k))
-        if not torch.equal(operand[: n * k].view(torch.bfloat16), slots.flatten()):
+        slots = (torch.arange(n * k // 2, device=device) % 251 + 1).view(-1, 2).to(dtype)
+        w = slots.new_zeros(n * k // 4, 4).scatter_(1, pairs[group], slots).view(n, k)
+        operand, like = cusparselt.compress(w), cusparselt.compress(w.bfloat16())
+        if not (
+            torch.equal(operand[: n * k].view(dtype), slots.flatten())
+            and torch.equal(operand[n * k :], like[n * k :])
+        ):
             return False
     return True
 
@@ -180,7 +215,7 @@ def _refuse(p: Problem) -> str | None:
     return None
 
 
-KERNELS = (
-    Kernel("two_of_four", "spmm", "cuda", _refuse, spmm),
-    Kernel("two_of_four", "spmm_t", "cuda", _refuse, spmm_t),
+KERNELS = tuple(
+    Kernel("two_of_four", run.__name__, "cuda", _refuse, run, prepare=_prepare)
+    for run in (spmm, spmm_t)
 )

@@ -35,7 +35,7 @@ def speed_points() -> tuple[list[Point], list[Point], Calibration]:
     calibration = [_run_point(run, e) for run, e in found.errors.items() if run.use in FITTED]
     held_out = [_run_point(run, error) for run, error in found.held_out.items()]
     points = [*held_out, _batch_ratio(found), _generations(found), _left_out(found)]
-    points += [_relative(found.inputs), _scaling(), _power(), _decode()]
+    points += [relative_speeds(found.inputs), _scaling(), _power(), _decode()]
     return [*points, _activations(), _flor(), _unread()], calibration, found
 
 
@@ -93,7 +93,8 @@ def _left_out(found: Calibration) -> Point:
     )
 
 
-def _relative(inputs: Inputs) -> Point:
+def relative_speeds(inputs: Inputs) -> Point:
+    """V37: sizes of Cerebras-GPT over its 111M."""
     flop_per_token = {
         shape.name: flop / tokens
         for shape, flop, tokens in zip(CEREBRAS_GPT, TRAINING_FLOP, TRAINING_TOKENS, strict=True)

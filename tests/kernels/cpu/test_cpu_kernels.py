@@ -70,15 +70,6 @@ def test_every_number_of_tokens(M, nan_memory):
         assert relative_error(got, *want[kernel.op]) <= 2e-6, (kernel.op, kernel.name)
 
 
-@pytest.mark.slow
-def test_every_instruction_set(isa_env):
-    """The tests above in a process of their own: the choice is made once a process. How a product
-    is split between threads is the same for all."""
-    pytest_command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", __file__]
-    chosen = "(products and 2-threads) or every_number"
-    subprocess.run([*pytest_command, "-k", chosen], env=isa_env, check=True)
-
-
 def test_unknown_instruction_set():
     env = {**os.environ, "SPARSEKERN_ISA": "sse9"}
     probe = "from sparsekern import _C; _C.isa()"

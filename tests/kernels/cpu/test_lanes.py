@@ -1,8 +1,5 @@
 """W in lanes: the layout, and the product against float64 on every instruction set."""
 
-import subprocess
-import sys
-
 import pytest
 import torch
 from infinities import check_stored, tokens_with_infinities, weight_with_infinities
@@ -111,9 +108,3 @@ def test_contents_that_packing_did_not_make():
         for x in (t.x, t.x[:1].expand(200, -1).contiguous()):
             with pytest.raises(ValueError, match="part_steps, heads: expected what packing made"):
                 lanes.spmm_lanes(x, packed)
-
-
-@pytest.mark.slow
-def test_every_instruction_set(isa_env):
-    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", __file__]
-    subprocess.run([*command, "-k", "products or part"], env=isa_env, check=True)

@@ -14,6 +14,7 @@ import shlex
 import shutil
 import subprocess
 import sys
+import threading
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from functools import cache
@@ -92,6 +93,7 @@ class EmulatedRoute:
         )
         for function in ("emu_kernel", "emu_signature", "emu_launch"):
             getattr(self._library, function).restype = ctypes.c_char_p
+        self._turn = threading.Lock()  # one launch at a time, as in a stream
 
     def kernels(self) -> list[str]:
         names = iter(range(2**32))
@@ -113,7 +115,8 @@ class EmulatedRoute:
             raise ValueError(f"kernel: expected one of {', '.join(self.kernels())}, got {name}")
 
         def start(grid_x, grid_y, block, smem_bytes, stream, args):
-            error = launch(encoded, grid_x, grid_y, block, smem_bytes, args)
+            with self._turn:
+                error = launch(encoded, grid_x, grid_y, block, smem_bytes, args)
             if error:
                 raise RuntimeError(f"{name}: {error.decode()}")
 
@@ -127,6 +130,8 @@ def emulated_cuda(emulator, monkeypatch):
     monkeypatch.setattr(cuda_library, "function", cache(route.launcher))
     monkeypatch.setattr(cuda_library, "current_stream", lambda device: 0)
     monkeypatch.setattr(torch.cuda, "current_device", lambda: None)
+    here = lambda: None, lambda device: 7, lambda: torch.cuda.is_current_stream_capturing()  # noqa: E731
+    monkeypatch.setattr(cuda_library, "surroundings", lambda: here)
     yield route
     route.backward(False)
     route.warpgroups(True)

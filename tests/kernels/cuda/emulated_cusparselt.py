@@ -19,6 +19,7 @@ from sparsekern.kernels.cuda import (
     cusparselt,
     expand,
     few_tokens,
+    float8,
     ordered,
     two_of_four,
 )
@@ -26,7 +27,7 @@ from sparsekern.kernels.cuda.layout import Gpu
 from sparsekern.testing import relative_error
 
 REFUSED, WRONG, CHANGING = 1, 2, 3
-TOLERANCE = 2**-8  # one rounding of the result
+TOLERANCE = 2**-8  # one rounding of the result, in bfloat16
 
 
 def check(y, x, w, bias=None):
@@ -108,7 +109,7 @@ def stand_in(cusparselt_library, emulated_cuda, monkeypatch, tmp_path):  # noqa:
     for rows in (two_of_four, ordered):
         monkeypatch.setattr(rows, "_least_size", lambda m: 16 if m >= 72 else None)
     has_slots_in_rows = two_of_four._has_slots_in_rows
-    monkeypatch.setattr(two_of_four, "_has_slots_in_rows", lambda: has_slots_in_rows("cpu"))
+    monkeypatch.setattr(two_of_four, "_has_slots_in_rows", lambda t: has_slots_in_rows(t, "cpu"))
     caches = (
         *(cusparselt.library, algorithms._known),
         *(compressed.refuse_gpu, two_of_four._refuse_layout, ordered.refuse_size),
@@ -123,3 +124,15 @@ def stand_in(cusparselt_library, emulated_cuda, monkeypatch, tmp_path):  # noqa:
         cache.cache_clear()
     cusparselt._threads.plans.clear()
     assert library.live() == 0
+
+
+@pytest.fixture
+def float8_on_cpu(stand_in, monkeypatch):
+    """Layers on a CPU train in E4M3, too."""
+    has_slots_in_rows = float8._has_slots_in_rows
+    monkeypatch.setattr(float8, "_has_slots_in_rows", lambda: has_slots_in_rows("cpu"))
+    monkeypatch.setattr(float8, "refuse_dense", lambda device: None)
+    monkeypatch.setitem(algorithms.CANDIDATES, float8.DTYPE, (0, 1))
+    float8._refuse_layout.cache_clear()
+    yield stand_in
+    float8._refuse_layout.cache_clear()

@@ -12,6 +12,7 @@ from sparsekern.kernels.cuda import (
     cover,
     e4m3,
     expand,
+    float8,
     gather,
     layout,
     library,
@@ -37,15 +38,18 @@ TIED = [
     ("expand.COLUMNS", "mend.cu", "kMendColumns"),
     ("e4m3.THREADS", "e4m3.cu", "kE4m3Threads"),
     ("e4m3.SMEM_BYTES", "e4m3.cu", "4 * kE4m3Warps"),
-    ("bitmap.COLUMNS", "bitmap.cu", "kWordColumns"),
-    ("bitmap.THREADS", "bitmap.cu", "kBitmapThreads"),
-    ("bitmap.BLOCK_WORDS", "bitmap.cu", "kTurns * kBlockWords"),
-    ("bitmap.TILE_ROWS", "bitmap.cu", "kTileRows"),
+    ("bitmap.COLUMNS", "bitmap.cuh", "kWordColumns"),
+    ("bitmap.THREADS", "bitmap.cuh", "kBitmapThreads"),
+    ("bitmap.BLOCK_WORDS", "bitmap.cuh", "kTurns * kBlockWords"),
+    ("bitmap.TILE_ROWS", "bitmap.cuh", "kTileRows"),
     (
         "bitmap.TILE_BYTES",
-        "bitmap.cu",
+        "bitmap.cuh",
         "4 * kTileWords + kTileRows * kOctets + kWordColumns * kTileOctets",
     ),
+    ("bitmap.THREADS", "float8.cu", "kFloat8Threads"),
+    ("float8.TURN_TILE", "float8.cu", "kTurnTile"),
+    ("float8.TURN_BYTES", "float8.cu", "kTurnBytes"),
     ("ordered.THREADS", "order.cu", "kOrderThreads"),
     ("ordered.PERMUTE_TOKENS", "order.cu", "kPermuteTokens"),
     ("ordered.TILE_PAD", "order.cu", "kFillPad"),
@@ -77,7 +81,7 @@ TIED = [
     ("cover.RECORD_INDEX_BYTES", "cover.h", "kCoverIndexBytes"),
 ]
 _MODULES = (
-    *(bitmap, cover, e4m3, expand, gather, layout, library, ordered),
+    *(bitmap, cover, e4m3, expand, float8, gather, layout, library, ordered),
     *(pairs, pairs_ring, runs),
 )
 MODULES = {module.__name__.split(".")[-1]: module for module in _MODULES}

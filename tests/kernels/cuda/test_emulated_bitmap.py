@@ -40,6 +40,9 @@ def check_written_out_and_collected(n, k, dtype, device):
     bitmap = bitmaps.make_bitmap(W.row_offsets, W.col_indices, n, k)
     assert torch.equal(bitmaps.write_out(bitmap, W.values, n, k), w)
     assert torch.equal(bitmaps.collect(bitmap, w, W.nnz), W.values)
+    if dtype is torch.bfloat16:
+        wide = bitmaps.collect(bitmap, w, W.nnz, torch.float32)
+        assert torch.equal(wide, W.values.float()) and wide.dtype is torch.float32
 
 
 def check_operands_of_two_of_four(n, k, device):

@@ -1,6 +1,9 @@
 """Free patterns in an order of their columns, without a GPU: the emulator's kernels around the
 stand-in of tests/cuda/cusparselt.cpp."""
 
+import threading
+from concurrent.futures import ThreadPoolExecutor
+
 import pytest
 import torch
 from emulated_cusparselt import (  # noqa: F401
@@ -37,8 +40,8 @@ def of_mask(mask):
     return SparseTensor.from_dense(w, mask), w, mask
 
 
-def problem(W, op="spmm", m=M, dtype=torch.bfloat16):
-    asked = Problem(op, "cuda", dtype, m, *W.shape, W.nnz)
+def problem(W, op="spmm", m=M, dtype=None):
+    asked = Problem(op, "cuda", dtype or W.values.dtype, m, *W.shape, W.nnz)
     return ordered.recognised(asked, W.row_offsets, W.col_indices)
 
 
@@ -48,11 +51,13 @@ def product(W, x, bias=None, op="spmm"):
     return row.run(W.row_offsets, W.col_indices, W.values, *W.shape, x, bias)
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
 @pytest.mark.parametrize("n, k, m", [(16, 48, 72), (N, K, M), (1040, 64, 72)])
-def test_forward_and_input_gradient_follow_values_and_bias(n, k, m, nan_memory):
+def test_forward_and_input_gradient_follow_values_and_bias(n, k, m, dtype, nan_memory):
     W, w, _ = layer(n, k, 0.02 if n > 1000 else 0.08)
-    x, dy = torch.randn(m, k).bfloat16(), torch.randn(m, n).bfloat16()
-    bias, bias_t = torch.randn(n).bfloat16(), torch.randn(k).bfloat16()
+    x, dy = torch.randn(m, k).to(dtype), torch.randn(m, n).to(dtype)
+    bias, bias_t = torch.randn(n).to(dtype), torch.randn(k).to(dtype)
+    W, w = W.to(dtype), w.to(dtype)
     for scale in (1, 2):
         W.values.mul_(scale), bias.mul_(scale)
         w = w * scale
@@ -60,7 +65,7 @@ def test_forward_and_input_gradient_follow_values_and_bias(n, k, m, nan_memory):
         check(product(W, x), x, w)
         check(product(W, dy, op="spmm_t"), dy, w.T)
         check(product(W, dy, bias_t, op="spmm_t"), dy, w.T, bias_t)
-    shifted = torch.randn(m * k + 1).bfloat16()[1:].view(m, k)  # not on a multiple of 16 bytes
+    shifted = torch.randn(m * k + 1).to(dtype)[1:].view(m, k)  # not on a multiple of 16 bytes
     check(product(W, shifted), shifted, w)
 
 
@@ -74,17 +79,19 @@ def test_a_tall_matrix_is_cut_into_panels(nan_memory, monkeypatch):
     check_stored(product(W, x, bias), x, w, mask, bias)
 
 
-def test_infinities_reach_what_a_stored_value_connects(nan_memory):
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+def test_infinities_reach_what_a_stored_value_connects(dtype, nan_memory):
     mask = torch.rand(N, K) < 0.08
     mask[0, :3] = mask[:3, 0] = True
     mask[:, 7] = mask[5] = False
     W, w, mask = of_mask(mask)
-    x, dy = torch.randn(M, K).bfloat16(), torch.randn(M, N).bfloat16()
+    W, w = W.to(dtype), w.to(dtype)
+    x, dy = torch.randn(M, K).to(dtype), torch.randn(M, N).to(dtype)
     for token in range(0, M, 3):
         bad = (torch.inf, -torch.inf, torch.nan)[token % 9 // 3]
         x[token, (5 * token) % K] = dy[token, (5 * token) % N] = bad
     x[1, 7] = dy[1, 5] = torch.inf  # nothing is stored there
-    bias = torch.randn(N).bfloat16()
+    bias = torch.randn(N).to(dtype)
     check_stored(product(W, x, bias), x, w, mask, bias)
     check_stored(product(W, x), x, w, mask)
     check_stored(product(W, dy, op="spmm_t"), dy, w.T.contiguous(), mask.T.contiguous())
@@ -100,6 +107,27 @@ def test_a_pattern_that_changes_has_another_order():
     W.col_indices.copy_(V.col_indices)
     W.values.copy_(V.values)
     check(product(W, x), x, moved_w)
+
+
+def test_threads_may_meet_a_pattern_at_once():
+    """Each may seek the order, and multiplies by a handle of its own; so after a change."""
+    W, w, mask = layer()
+    moved = mask.roll(1, 1)
+    moved_w = torch.randn(N, K).bfloat16() * moved
+    together = threading.Barrier(4)
+
+    def multiply(i, w):
+        x, dy = torch.randn(M + 8 * i, K).bfloat16(), torch.randn(M, N).bfloat16()
+        together.wait()
+        for op, operand, dense in (("spmm", x, w), ("spmm_t", dy, w.T))[:: 1 - 2 * (i % 2)]:
+            check(product(W, operand, op=op), operand, dense)
+
+    with ThreadPoolExecutor(4) as pool:
+        list(pool.map(multiply, range(4), [w] * 4))
+        V = SparseTensor.from_dense(moved_w, moved)
+        W.col_indices.copy_(V.col_indices)
+        W.values.copy_(V.values)
+        list(pool.map(multiply, range(4), [moved_w] * 4))
 
 
 def test_no_order_is_sought_of_a_pattern_that_will_change_soon():
@@ -145,7 +173,7 @@ def reason(W, **asked):
 
 def test_refusals_say_why(monkeypatch):
     W, *_ = layer()
-    assert "it takes bfloat16" in reason(W, dtype=torch.float16)
+    assert "it takes bfloat16 and float16" in reason(W, dtype=torch.float32)
     assert "as fast at 64 tokens" in reason(W, m=64) and "multiples" in reason(W, m=76)
     with monkeypatch.context() as larger:
         larger.setattr(ordered, "_least_size", lambda m: 48)

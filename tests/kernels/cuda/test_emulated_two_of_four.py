@@ -40,8 +40,8 @@ def layer(n=N, k=K):
     return SparseTensor.from_dense(w, mask), w, mask
 
 
-def problem(W, op="spmm", m=M, dtype=torch.bfloat16):
-    asked = Problem(op, "cuda", dtype, m, *W.shape, W.nnz)
+def problem(W, op="spmm", m=M, dtype=None):
+    asked = Problem(op, "cuda", dtype or W.values.dtype, m, *W.shape, W.nnz)
     return two_of_four.recognised(asked, W.row_offsets, W.col_indices)
 
 
@@ -51,11 +51,13 @@ def product(W, x, bias=None, op="spmm"):
     return row.run(W.row_offsets, W.col_indices, W.values, *W.shape, x, bias)
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
 @pytest.mark.parametrize("n, k, m", [(16, 16, 72), (N, K, M), (144, 64, 72)])
-def test_forward_and_input_gradient_follow_values_and_bias(n, k, m, nan_memory):
+def test_forward_and_input_gradient_follow_values_and_bias(n, k, m, dtype, nan_memory):
     W, w, _ = layer(n, k)
-    x, dy = torch.randn(m, k).bfloat16(), torch.randn(m, n).bfloat16()
-    bias, bias_t = torch.randn(n).bfloat16(), torch.randn(k).bfloat16()
+    x, dy = torch.randn(m, k).to(dtype), torch.randn(m, n).to(dtype)
+    bias, bias_t = torch.randn(n).to(dtype), torch.randn(k).to(dtype)
+    W, w = W.to(dtype), w.to(dtype)
     for scale in (1, 2):
         W.values.mul_(scale), bias.mul_(scale)
         w = w * scale
@@ -63,21 +65,23 @@ def test_forward_and_input_gradient_follow_values_and_bias(n, k, m, nan_memory):
         check(product(W, x), x, w)
         check(product(W, dy, op="spmm_t"), dy, w.T)
         check(product(W, dy, bias_t, op="spmm_t"), dy, w.T, bias_t)
-    shifted = torch.randn(m * k + 1).bfloat16()[1:].view(m, k)  # not on a multiple of 16 bytes
+    shifted = torch.randn(m * k + 1).to(dtype)[1:].view(m, k)  # not on a multiple of 16 bytes
     check(product(W, shifted), shifted, w)
 
 
-def test_infinities_reach_what_a_stored_value_connects(nan_memory):
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+def test_infinities_reach_what_a_stored_value_connects(dtype, nan_memory):
     W, w, mask = layer()
     mask[:, 7] = mask[5] = False
     w = w * mask
+    w = w.to(dtype)
     W = SparseTensor.from_dense(w, mask)
-    x, dy = torch.randn(M, K).bfloat16(), torch.randn(M, N).bfloat16()
+    x, dy = torch.randn(M, K).to(dtype), torch.randn(M, N).to(dtype)
     for token in range(0, M, 3):
         bad = (torch.inf, -torch.inf, torch.nan)[token % 9 // 3]
         x[token, (5 * token) % K] = dy[token, (5 * token) % N] = bad
     x[1, 7] = dy[1, 5] = torch.inf  # nothing is stored there
-    bias = torch.randn(N).bfloat16()
+    bias = torch.randn(N).to(dtype)
     check_stored(product(W, x, bias), x, w, mask, bias)
     check_stored(product(W, x), x, w, mask)
     check_stored(product(W, dy, op="spmm_t"), dy, w.T.contiguous(), mask.T.contiguous())
@@ -226,7 +230,7 @@ def test_refusals_say_why(stand_in, monkeypatch):  # noqa: F811
     assert "not two-way" in reason(free)
     full = SparseTensor.from_dense(torch.ones(N, K).bfloat16())
     assert reason(full) == "more than two of four are stored"
-    assert "it takes bfloat16" in reason(W, dtype=torch.float16)
+    assert "it takes bfloat16 and float16" in reason(W, dtype=torch.float32)
     assert "as fast at 64 tokens" in reason(W, m=64) and "multiples" in reason(W, m=76)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: (8, 0))
     compressed.refuse_gpu.cache_clear()

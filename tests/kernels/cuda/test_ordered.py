@@ -8,13 +8,13 @@ from infinities import check_stored
 
 from sparsekern import SparseTensor, explain, linear
 from sparsekern.kernels.cuda import ordered
-from sparsekern.kernels.table import pick
+from sparsekern.kernels.table import forget_choices
 from sparsekern.testing import relative_error
 
 _C = pytest.importorskip("sparsekern._C", exc_type=ImportError)  # the packer is its own
 on_gpu = pytest.mark.gpu
 needs_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")
-TOLERANCE = 2**-8  # one rounding of the result
+TOLERANCE = {torch.bfloat16: 2**-8, torch.float16: 2**-11}  # one rounding of the result
 
 
 @pytest.fixture(autouse=True)
@@ -22,10 +22,10 @@ def from_small_sizes_on(monkeypatch):
     """Smaller ones than where it pays."""
     monkeypatch.setattr(ordered, "_least_size", lambda m: 512 if m >= 1024 else None)
     ordered.refuse_size.cache_clear()
-    pick.cache_clear()
+    forget_choices()
     yield
     ordered.refuse_size.cache_clear()
-    pick.cache_clear()
+    forget_choices()
 
 
 def order_of(mask, most_slots):
@@ -129,44 +129,46 @@ def test_what_is_read_beside_the_library_on_a_gpu(monkeypatch, nan_memory):
 
 @on_gpu
 @needs_gpu
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
 @pytest.mark.parametrize("n, k, m", [(1024, 1024, 1024), (1040, 2064, 1032), (12288, 1088, 2048)])
-def test_products(n, k, m):
+def test_products(n, k, m, dtype):
     mask = torch.rand(n, k, device="cuda") < 0.1
-    w = torch.randn(n, k, device="cuda").bfloat16() * mask
+    w = torch.randn(n, k, device="cuda").to(dtype) * mask
     w[tuple(mask.nonzero()[3].tolist())] = 0  # stored
     W = SparseTensor.from_dense(w, mask)
     W.values.requires_grad_()
-    x = torch.randn(m, k, device="cuda").bfloat16().requires_grad_()
-    bias = torch.randn(n, device="cuda").bfloat16().requires_grad_()
+    x = torch.randn(m, k, device="cuda").to(dtype).requires_grad_()
+    bias = torch.randn(n, device="cuda").to(dtype).requires_grad_()
     assert explain(x, W).count("-> ordered") == 2
     y = linear(x, W, bias)
     dy = torch.randn_like(y)
     y.backward(dy)
     exact = x.double() @ w.double().T + bias.double()
     scale = x.double().abs() @ w.double().abs().T + bias.double().abs()
-    assert relative_error(y, exact, scale) <= TOLERANCE
+    assert relative_error(y, exact, scale) <= TOLERANCE[dtype]
     exact, scale = dy.double() @ w.double(), dy.double().abs() @ w.double().abs()
-    assert relative_error(x.grad, exact, scale) <= TOLERANCE
+    assert relative_error(x.grad, exact, scale) <= TOLERANCE[dtype]
     assert torch.equal(linear(x, W, bias), y)
     with torch.no_grad():
         W.values.mul_(2)
         again = linear(x, W)
     exact, scale = 2 * x.double() @ w.double().T, 2 * x.double().abs() @ w.double().abs().T
-    assert relative_error(again, exact, scale) <= TOLERANCE
+    assert relative_error(again, exact, scale) <= TOLERANCE[dtype]
 
 
 @on_gpu
 @needs_gpu
-def test_infinities_reach_what_a_stored_value_connects():
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+def test_infinities_reach_what_a_stored_value_connects(dtype):
     n, k, m = 1024, 1088, 1024
     mask = torch.rand(n, k) < 0.1
     mask[:, 7] = False
-    w = torch.randn(n, k).bfloat16() * mask
-    x = torch.randn(m, k).bfloat16()
+    w = torch.randn(n, k).to(dtype) * mask
+    x = torch.randn(m, k).to(dtype)
     for token in range(0, m, 37):
         x[token, token % k] = (torch.inf, -torch.inf, torch.nan)[token % 3]
     x[5, 7] = torch.inf  # no row stores it
-    bias = torch.randn(n).bfloat16()
+    bias = torch.randn(n).to(dtype)
     W = SparseTensor.from_dense(w, mask).cuda()
     assert explain(x.cuda(), W).count("-> ordered") == 2
     for b in (bias, None):

@@ -1,0 +1,106 @@
+#include "sparse_product.h"
+
+#include <cstddef>
+#include <memory>
+
+#include "launch.h"
+#include "prepared.h"
+
+namespace sk {
+namespace {
+
+// Of cusparseLt.h.
+using Matmul = int(const void* handle, const void* plan, const void* alpha, const void* a,
+                   const void* b, const void* beta, const void* c, void* d, void* workspace,
+                   void** streams, int streams_count);
+using SetAttribute = int(const void* handle, void* matmul, int attribute, const void* data,
+                         size_t bytes);
+
+constexpr int kStream = 4, kFirst = 5;  // of a call, after four numbers that have no meaning
+
+struct Product {
+  Owned plan, other_way;  // the plan; what multiplies in another thread than its own
+  unsigned long thread;
+  Matmul* matmul;
+  SetAttribute* set_attribute;
+  void *handle, *plan_at, *matmul_at;
+  int bias_attribute;
+  int64_t bias;  // that the plan has
+};
+
+// start(_, _, _, _, stream, operand, x, y, bias, workspace)
+PyObject* start(PyObject* self, PyObject* const* args, Py_ssize_t count) {
+  auto* product = static_cast<Product*>(PyCapsule_GetPointer(self, nullptr));
+  if (!product) return nullptr;
+  if (count != kFirst + 5) {
+    PyErr_SetString(PyExc_TypeError, "sparse_product: expected 10 arguments");
+    return nullptr;
+  }
+  if (PyThread_get_thread_ident() != product->thread)
+    return PyObject_Vectorcall(product->other_way.get(), args + kFirst, 4, nullptr);
+  int64_t stream, at[5];
+  bool fits = !read_address(args[kStream], &stream);
+  for (int i = 0; fits && i < 5; ++i) fits = !read_address(args[kFirst + i], &at[i]);
+  if (!fits) {
+    if (!PyErr_Occurred()) PyErr_SetString(PyExc_TypeError, "sparse_product: expected tensors");
+    return nullptr;
+  }
+  const float one = 1, zero = 0;
+  const auto [operand, x, y, bias, workspace] = at;
+  int status = 0;
+  Py_BEGIN_ALLOW_THREADS;
+  if (bias && bias != product->bias)
+    status = product->set_attribute(product->handle, product->matmul_at, product->bias_attribute,
+                                    &bias, sizeof(void*));
+  if (!status) {
+    product->bias = bias;
+    void* streams[] = {reinterpret_cast<void*>(stream)};
+    const auto to = [](int64_t address) { return reinterpret_cast<void*>(address); };
+    status = product->matmul(product->handle, product->plan_at, &one, to(operand), to(x), &zero,
+                             to(y), to(y), to(workspace), streams, 1);
+  }
+  Py_END_ALLOW_THREADS;
+  if (status) return PyErr_Format(PyExc_RuntimeError, "cusparseLtMatmul: status %d", status);
+  Py_RETURN_NONE;
+}
+
+PyMethodDef start_method = {"start", reinterpret_cast<PyCFunction>(reinterpret_cast<void*>(start)),
+                            METH_FASTCALL,
+                            "start(_, _, _, _, stream, operand, x, y, bias, workspace)"};
+
+void forget(PyObject* capsule) {
+  delete static_cast<Product*>(PyCapsule_GetPointer(capsule, nullptr));
+}
+
+PyObject* sparse_product(PyObject*, PyObject* args) {
+  PyObject *plan, *other_way;
+  unsigned long long matmul, set_attribute, handle, plan_at, matmul_at;
+  int bias_attribute;
+  if (!PyArg_ParseTuple(args, "OOKKKKKi:sparse_product", &plan, &other_way, &matmul, &set_attribute,
+                        &handle, &plan_at, &matmul_at, &bias_attribute))
+    return nullptr;
+  const auto to = [](unsigned long long address) { return reinterpret_cast<void*>(address); };
+  std::unique_ptr<Product> product(
+      new Product{share(plan), share(other_way), PyThread_get_thread_ident(),
+                  reinterpret_cast<Matmul*>(matmul), reinterpret_cast<SetAttribute*>(set_attribute),
+                  to(handle), to(plan_at), to(matmul_at), bias_attribute, 0});
+  PyObject* capsule = PyCapsule_New(product.get(), nullptr, forget);
+  if (!capsule) return nullptr;
+  product.release();
+  PyObject* function = PyCFunction_New(&start_method, capsule);
+  Py_DECREF(capsule);
+  return function;
+}
+
+PyMethodDef functions[] = {
+    {"sparse_product", sparse_product, METH_VARARGS,
+     "sparse_product(plan, other_way, matmul, set_attribute, handle, plan_at, matmul_at,\n"
+     "bias_attribute): start(..) of a plan that nobody else uses, in this thread; other_way(\n"
+     "operand, x, y, bias) in others. RuntimeError with the library's status."},
+    {nullptr, nullptr, 0, nullptr}};
+
+}  // namespace
+
+bool add_sparse_product(PyObject* module) { return PyModule_AddFunctions(module, functions) == 0; }
+
+}  // namespace sk

@@ -1,0 +1,234 @@
+"""Training in E4M3 on a GPU: operands made anew in each step, and their products.
+
+Two-way patterns are multiplied through cuSPARSELt, forward and input gradient. Its operand of W is
+filled from the stored values in one kernel, which rounds them too; the tail, which says where the
+slots are, is made once a pattern. Results come without the scales, which are powers of two: the
+library takes no factor that lies on the GPU, so who reads a result multiplies it (nn/float8.py).
+The weight gradient is a dense product of both operands transposed, as tensor cores want 8-bit
+operands, collected at the pattern.
+"""
+
+from dataclasses import dataclass
+from functools import cache
+
+import torch
+from torch import Tensor
+
+from ..derived import derived
+from ..float8 import DTYPE
+from . import bitmap as bitmaps
+from . import cusparselt
+from .algorithms import NONE_RIGHT, algorithm_of
+from .bitmap import BLOCK_WORDS, THREADS, TILE_BYTES, TILE_ROWS, Bitmap
+from .compressed import MULTIPLE_E4M3, refuse_gpu
+from .e4m3 import MULTIPLE_OF_TOKENS
+from .library import refusal, start
+from .two_of_four import with_free_places
+
+MOST_BLOCKS = 1056  # 8 on each of 132 multiprocessors
+VALUES = 16  # of a thread's step
+TURN_TILE = 128
+TURN_BYTES = 4 * TURN_TILE * (TURN_TILE // 4 + 1)
+_NAMES = {torch.bfloat16: "bf16", torch.float32: "f32"}
+# Sums of weight gradients are added up in float32, as in Transformer Engine: tensor cores alone
+# keep 14 bits of them.
+FAST_WEIGHT_GRADIENT = False
+
+
+@dataclass(frozen=True)
+class _Pattern:
+    bitmap: Bitmap
+    tails: dict[str, Tensor]  # bytes, by op
+
+
+def pattern_of(row_offsets: Tensor, col_indices: Tensor, n: int, k: int) -> _Pattern | None:
+    """None for one that is not two-way."""
+
+    def make(*_: Tensor) -> _Pattern | None:
+        bitmap = bitmaps.bitmap_of(row_offsets, col_indices, n, k)
+        if not bitmaps.is_two_way(bitmap):
+            return None
+        ones = torch.ones(len(col_indices), dtype=torch.bfloat16, device=col_indices.device)
+        stored = bitmaps.write_out(bitmap, ones, n, k).bool()
+        return _Pattern(bitmap, {"spmm": _tail(stored), "spmm_t": _tail(stored.t())})
+
+    return derived("two of four e4m3", row_offsets, col_indices, n, k, make)
+
+
+def _tail(stored: Tensor) -> Tensor:
+    two = with_free_places(stored)
+    return cusparselt.compress(two.float().to(DTYPE))[two.numel() // 2 :].clone()
+
+
+def quantise(x: Tensor, scale: Tensor, noted: Tensor) -> Tensor:
+    """x [M, K], bfloat16 or float32, in E4M3 by scale [1], as float8.cast() does it. noted [1] is
+    raised to the largest of x; both float32."""
+    x = cusparselt.aligned(x.contiguous())
+    x8 = torch.empty_like(x, dtype=DTYPE)
+    sixteens = x.numel() // VALUES
+    blocks = min(MOST_BLOCKS, max(1, -(-sixteens // THREADS)))
+    tensors = x, scale, x8, noted
+    start(f"sk_float8_cast_{_NAMES[x.dtype]}", blocks, THREADS, 0, tensors, sixteens)
+    return x8
+
+
+def note(largest: Tensor, noted: Tensor) -> None:
+    """Raise noted [1] to the largest of `largest` [M], which has no negative one; float32."""
+    blocks = max(1, min(8, len(largest) // THREADS))
+    start("sk_float8_note", blocks, THREADS, 0, (largest.contiguous(), noted), len(largest))
+
+
+def transpose(x: Tensor, sums: Tensor | None = None) -> Tensor:
+    """x [M, K] of 8 bits as [K, M], written out; M and K are multiples of 16. In sums, float32
+    [tiles(M), K], those of each column, of 128 tokens each."""
+    (m, k), x = x.shape, cusparselt.aligned(x.contiguous())
+    out = x.new_empty(k, m)
+    blocks = tiles(m) * tiles(k)
+    start("sk_float8_transpose", blocks, THREADS, TURN_BYTES, (x, out, sums), m, k)
+    return out
+
+
+def tiles(size: int) -> int:
+    return -(-size // TURN_TILE)
+
+
+def product(
+    op: str,
+    x8: Tensor,
+    values: Tensor,
+    scale: Tensor,
+    noted: Tensor,
+    row_offsets: Tensor,
+    col_indices: Tensor,
+    n: int,
+    k: int,
+) -> Tensor:
+    """y [M, N] of `spmm`, y [M, K] of `spmm_t`, bfloat16, without the scales of x8 and of values
+    [nnz], float32, which are rounded by scale [1]. The forward product raises noted [1]."""
+    pattern = pattern_of(row_offsets, col_indices, n, k)
+    if pattern is None:
+        raise ValueError(NOT_TWO_WAY)
+    outputs, inputs = (n, k) if op == "spmm" else (k, n)
+    algorithm = algorithm_of(outputs, inputs, len(x8), DTYPE, x8.device)
+    if algorithm == NONE_RIGHT:
+        raise RuntimeError(
+            f"float8: none of cuSPARSELt's algorithms multiplies [{len(x8)}, {inputs}] and "
+            f"[{outputs}, {inputs}] right in E4M3 on this GPU"
+        )
+    operand = _operand(op, pattern, values.contiguous(), scale, noted, n, k)
+    y = x8.new_empty(len(x8), outputs, dtype=torch.bfloat16)
+    cusparselt.multiply(operand, x8.contiguous(), y, None, algorithm)
+    return y
+
+
+def _operand(
+    op: str, pattern: _Pattern, values: Tensor, scale: Tensor, noted: Tensor, n: int, k: int
+) -> Tensor:
+    tail, bitmap = pattern.tails[op], pattern.bitmap
+    operand = values.new_empty(n * k // 2 + len(tail), dtype=torch.uint8)
+    count, parts = bitmap.words.numel(), len(tail) // bitmaps.PART_BYTES
+    sizes = bitmap.row_words, n, k, parts
+    tensors: tuple[Tensor, ...]
+    if op == "spmm":
+        blocks = -(-count // BLOCK_WORDS) + -(-parts // THREADS)
+        tensors = *bitmap.tensors, values, scale, noted, tail, operand
+        start("sk_float8_fill", blocks, THREADS, 0, tensors, count, *sizes)
+    else:
+        blocks = -(-n // TILE_ROWS) * bitmap.row_words + -(-parts // THREADS)
+        tensors = *bitmap.tensors, values, scale, tail, operand
+        start("sk_float8_fill_transposed", blocks, THREADS, TILE_BYTES, tensors, *sizes)
+    return operand
+
+
+def dense(
+    x8: Tensor, w8: Tensor, inverses: tuple[Tensor, Tensor], bias: Tensor | None, dtype: torch.dtype
+) -> Tensor:
+    """y [M, N] = x8 [M, K] @ w8 [N, K].T + bias [N], times both inverses [1] of the scales."""
+    return torch._scaled_mm(
+        x8.contiguous(),
+        w8.contiguous().t(),
+        *inverses,
+        bias=bias,
+        out_dtype=dtype,
+        use_fast_accum=True,
+    )
+
+
+def weight_gradient(
+    dy8: Tensor, x8: Tensor, inverses: tuple[Tensor, Tensor], dtype: torch.dtype
+) -> tuple[Tensor, Tensor]:
+    """dW [N, K] = dy8 [M, N].T @ x8 [M, K], times both inverses [1] of the scales, and the sum of
+    dy8 over its tokens, float32 [N], times the first one."""
+    m, n = dy8.shape
+    sums = dy8.new_empty(tiles(m), n, dtype=torch.float32)
+    dw = torch._scaled_mm(
+        transpose(dy8, sums),
+        transpose(x8).t(),
+        *inverses,
+        out_dtype=dtype,
+        use_fast_accum=FAST_WEIGHT_GRADIENT,
+    )
+    return dw, sums.sum(0).mul_(inverses[0])
+
+
+NOT_TWO_WAY = (
+    "float8: expected a two-way pattern, at most two of four neighbours along both axes: "
+    'family="two-way" of an algorithm, --family two-way of train and prune; or another dtype'
+)
+
+
+def refuse_size(n: int, k: int) -> str | None:
+    """Why W [n, k] cannot be multiplied in E4M3; None if it can."""
+    if n % MULTIPLE_E4M3 or k % MULTIPLE_E4M3 or 0 in (n, k):
+        return (
+            f"expected out_features and in_features in multiples of {MULTIPLE_E4M3}, got {n}, {k}"
+        )
+    return None
+
+
+def refuse_tokens(m: int) -> str | None:
+    if m % MULTIPLE_OF_TOKENS or m == 0:
+        return f"expected tokens in multiples of {MULTIPLE_OF_TOKENS}, got {m}"
+    return None
+
+
+def refuse_dense(device: torch.device) -> str | None:
+    """Why dense layers cannot train in E4M3 on this device; None if they can."""
+    if device.type != "cuda":
+        return f"it needs an NVIDIA GPU of compute capability 8.9 or later, got {device}"
+    capability = torch.cuda.get_device_capability(device)
+    if capability < (8, 9):
+        return f"it needs compute capability 8.9 or later, this GPU has {_version(capability)}"
+    return refusal()
+
+
+def refuse_two_way(device: torch.device) -> str | None:
+    """The same of sparse ones, which need cuSPARSELt too."""
+    return refuse_dense(device) or refuse_gpu() or _refuse_layout()
+
+
+@cache
+def _refuse_layout() -> str | None:
+    if not _has_slots_in_rows():
+        version = _version(cusparselt.loaded().version)
+        return f"cuSPARSELt {version} lays out its operands of 8 bits in another way"
+    return None
+
+
+def _has_slots_in_rows(device: str = "cuda") -> bool:
+    """Whether an operand of [N, K] begins with its slots [N, K / 2], of two shapes and of different
+    places."""
+    for n, k in ((32, 32), (288, 1056)):
+        group = torch.arange(n * k // 4, device=device) % 6
+        pairs = torch.tensor([(0, 1), (0, 2), (0, 3), (1, 2), (1, 3), (2, 3)], device=device)
+        codes = torch.arange(n * k // 2, device=device) % 125 + 1  # no 0, no NaN
+        slots = codes.view(-1, 2).to(torch.uint8)
+        w = slots.new_zeros(n * k // 4, 4).scatter_(1, pairs[group], slots)
+        operand = cusparselt.compress(w.view(n, k).view(DTYPE))
+        if not torch.equal(operand[: n * k // 2], slots.flatten()):
+            return False
+    return True
+
+
+def _version(parts: tuple[int, ...]) -> str:
+    return ".".join(map(str, parts))

@@ -1,0 +1,299 @@
+"""Training in E4M3: linear layers whose three products take operands of 8 bits, dense or two-way.
+
+kernels/float8.py has the recipe of the scales. What is cast stays what it was elsewhere: weights
+are float32, and results, gradients and all between the layers as autocast has them. Outside of
+training mode a layer is the one that it was. Compiled, casts and scales go into the kernels that
+make and read the operands; eager, each is a kernel of its own.
+"""
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.autograd import Function
+
+from .. import registered_float8  # noqa: F401  (its ops)
+from ..kernels.cuda import e4m3, float8
+from ..kernels.float8 import HISTORY, cast, largest_of, largest_of_rows, next_scale, scale_of
+from .convert import sparsifiable
+from .linear import SparseLinear
+
+_ops = torch.ops.sparsekern
+_is_compiling = torch.compiler.is_compiling
+X, W, DY = range(3)  # tensors of a layer, and places of their scales
+TYPES = torch.bfloat16, torch.float32  # of x
+
+
+class Scaling:
+    """The scales of all layers of a model, and what was largest in the last steps.
+
+    They stay for all micro-batches of a step; advance() after the optimizer's step, which follow()
+    sees to, makes the next ones. In the first step each tensor finds its own scale, and nothing may
+    be compiled: float8_step() around forward and backward keeps torch.compile away."""
+
+    STATE = "scales", "noted", "history"
+
+    def __init__(self, layers: int, device: torch.device | str):
+        self.scales = torch.ones(3 * layers, device=device)
+        # cuBLAS takes them on a multiple of 16 bytes alone.
+        self.inverses = torch.ones(3 * layers, 16 // 4, device=device)
+        self.noted = torch.zeros(3 * layers, device=device)
+        self.history = torch.zeros(HISTORY, 3 * layers, device=device)
+        self.has_begun = False  # the first step is over
+
+    def follow(self, optimizer: torch.optim.Optimizer) -> None:
+        """Advance after each of its steps. A replay of a CUDA graph is none."""
+        optimizer.register_step_post_hook(lambda *_: self.advance())
+
+    def advance(self) -> None:
+        """From the scales of one step to those of the next; waits for nothing."""
+        self.has_begun = True
+        largest = torch.where(self.noted.isfinite(), self.noted, 0.0)
+        self.history.copy_(torch.cat([largest.unsqueeze(0), self.history[:-1]]))
+        self.noted.zero_()
+        self.scales.copy_(next_scale(self.scales, self.history))
+        self._invert()
+
+    def _invert(self) -> None:
+        self.inverses.copy_(self.scales.reciprocal().unsqueeze(1))
+
+    def state_dict(self) -> dict[str, Tensor | bool]:
+        state: dict[str, Tensor | bool] = {name: getattr(self, name).cpu() for name in self.STATE}
+        return state | {"has_begun": self.has_begun}
+
+    def load_state_dict(self, state: dict) -> None:
+        """ValueError for the state of another model."""
+        for name in self.STATE:
+            own, given = getattr(self, name), state.get(name)
+            if not isinstance(given, Tensor) or given.shape != own.shape:
+                got = tuple(given.shape) if isinstance(given, Tensor) else given
+                raise ValueError(f"float8: {name}: expected {tuple(own.shape)}, got {got}")
+        for name in self.STATE:
+            getattr(self, name).copy_(state[name])
+        self._invert()
+        self.has_begun = bool(state.get("has_begun"))
+
+
+class _Float8:
+    """What a layer in E4M3 has beside its own."""
+
+    scaling: Scaling
+    float8_scales: Tensor  # [3], views of those of all layers
+    float8_inverses: Tensor  # [3, 4]
+    float8_noted: Tensor
+
+    def _begin(self: Any, scaling: Scaling, place: int) -> None:
+        self.scaling = scaling
+        for name in ("scales", "inverses", "noted"):
+            of_all = getattr(scaling, name)
+            self.register_buffer(f"float8_{name}", of_all[3 * place :][:3], persistent=False)
+
+    def _multiply(self: Any, input: Tensor, function: type[Function], *operands: object) -> Tensor:
+        is_first = not self.scaling.has_begun
+        if is_first and _is_compiling():
+            raise RuntimeError(
+                "float8: expected a first step that is not compiled: put forward and backward into "
+                "`with float8_step(model):`, and let the Scaling follow() the optimizer"
+            )
+        if input.dtype not in TYPES or input.shape[-1] != self.in_features:
+            raise TypeError(
+                f"float8: expected x [..., {self.in_features}] in bfloat16 or float32, got "
+                f"{tuple(input.shape)} in {input.dtype}"
+            )
+        x = input.flatten(0, -2)
+        if reason := float8.refuse_tokens(x.shape[0]):
+            raise ValueError(f"float8: {reason}")
+        state = self.float8_scales, self.float8_inverses, self.float8_noted
+        y = function.apply(x, *operands, *state, is_first)
+        return y.view(*input.shape[:-1], self.out_features)
+
+
+class Float8Linear(_Float8, nn.Linear):
+    """nn.Linear in E4M3."""
+
+    def forward(self, input: Tensor) -> Tensor:
+        if not self.training:
+            return super().forward(input)
+        return self._multiply(input, _Dense, self.weight, self.bias)
+
+
+class Float8SparseLinear(_Float8, SparseLinear):
+    """SparseLinear of a two-way pattern in E4M3."""
+
+    def forward(self, input: Tensor) -> Tensor:
+        if not self.training:
+            return super().forward(input)
+        sizes = self.out_features, self.in_features
+        operands = self.values, self.bias, self.row_offsets, self.col_indices, *sizes
+        return self._multiply(input, _TwoWay, *operands)
+
+
+def to_float8_(model: nn.Module, filter_fn: Callable | None = None) -> Scaling:
+    """Make the linear layers of `model`, in place, train in E4M3: its SparseLinear, which must have
+    two-way patterns, and where it has none its nn.Linear, those that sparsify_ would take.
+
+    The weights stay the same Parameters, in float32, so it may have an optimizer; move the model to
+    its GPU before. ValueError, TypeError or NotImplementedError says which layer cannot, and the
+    model is as it was."""
+    chosen: dict[str, Any] = dict(sparsifiable(model, filter_fn))
+    if any(isinstance(m, SparseLinear) for m in chosen.values()):
+        chosen = {name: m for name, m in chosen.items() if isinstance(m, SparseLinear)}
+    if not chosen:
+        raise ValueError("float8: expected linear layers, the model has none that could take it")
+    for name, layer in chosen.items():
+        if reason := _refuse(layer):
+            raise type(reason)(f"float8: {name}: {reason}")
+    devices = {_weight(layer).device for layer in chosen.values()}
+    if len(devices) > 1:
+        raise ValueError(f"float8: expected all layers on one GPU, got {sorted(map(str, devices))}")
+    scaling = Scaling(len(chosen), devices.pop())
+    for place, layer in enumerate(chosen.values()):
+        is_sparse = isinstance(layer, SparseLinear)
+        layer.__class__ = Float8SparseLinear if is_sparse else Float8Linear
+        layer._begin(scaling, place)
+    return scaling
+
+
+def _weight(layer: Any) -> Tensor:
+    return layer.values if isinstance(layer, SparseLinear) else layer.weight
+
+
+def _refuse(layer: Any) -> Exception | None:
+    is_sparse, weight = isinstance(layer, SparseLinear), _weight(layer)
+    if isinstance(layer, _Float8):
+        return ValueError("it trains in float8 already")
+    refuse = float8.refuse_two_way if is_sparse else float8.refuse_dense
+    if reason := refuse(weight.device):
+        return NotImplementedError(reason)
+    if weight.dtype is not torch.float32:
+        return TypeError(f"expected weights in float32, got {weight.dtype}")
+    if reason := float8.refuse_size(layer.out_features, layer.in_features):
+        return ValueError(reason)
+    if is_sparse:
+        operands = layer.row_offsets, layer.col_indices, layer.out_features, layer.in_features
+        if float8.pattern_of(*operands) is None:
+            return ValueError(float8.NOT_TWO_WAY)
+    return None
+
+
+def scaling_of(model: nn.Module) -> Scaling | None:
+    """What to_float8_ has given for this model; None for another one."""
+    return next((m.scaling for m in model.modules() if isinstance(m, _Float8)), None)
+
+
+@contextmanager
+def float8_step(model: nn.Module) -> Iterator[None]:
+    """Forward and backward of any model: the first ones in float8 without torch.compile."""
+    scaling = scaling_of(model)
+    if scaling is None or scaling.has_begun:
+        yield
+        return
+    with torch.compiler.set_stance("force_eager"):
+        yield
+
+
+def _find(t: Tensor, which: int, scales: Tensor, inverses: Tensor) -> None:
+    """The scale of t, by t itself. `data`, since those of other layers are views of the same memory
+    and saved for the backward pass."""
+    scale = scale_of(largest_of(t))
+    scales.data[which].copy_(scale[0])
+    inverses.data[which].copy_(1 / scale)
+
+
+def _cast(
+    x: Tensor, which: int, scales: Tensor, inverses: Tensor, noted: Tensor, is_first: bool
+) -> tuple[Tensor, Tensor | None]:
+    """x in E4M3; and the largest of its rows, where nobody has noted it."""
+    if is_first:
+        _find(x, which, scales, inverses)
+    scale, noted = scales[which : which + 1], noted[which : which + 1]
+    if _is_compiling():
+        return cast(x, scale), largest_of_rows(x)
+    return _ops.float8_cast(x, scale, noted), None
+
+
+def _scaled(y: Tensor, inverses: Tensor, which: int, bias: Tensor | None) -> Tensor:
+    """y times the inverses of its operands' scales, + bias."""
+    inverse = inverses[which, :1] * inverses[W, :1]
+    if not _is_compiling():
+        bias = None if bias is None else bias.bfloat16()
+        return e4m3.finish(y, inverse.bfloat16(), bias)  # a power of two
+    wide = y.float() * inverse
+    return (wide if bias is None else wide + bias).bfloat16()
+
+
+class _TwoWay(Function):
+    """y = x W^T + bias, with W at a two-way pattern."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        x: Tensor,
+        values: Tensor,
+        bias: Tensor | None,
+        row_offsets: Tensor,
+        col_indices: Tensor,
+        n: int,
+        k: int,
+        scales: Tensor,
+        inverses: Tensor,
+        noted: Tensor,
+        is_first: bool,
+    ) -> Tensor:
+        state = scales, inverses, noted
+        if is_first:
+            _find(values, W, scales, inverses)  # which the product casts
+        x8, largest = _cast(x, X, *state, is_first)
+        pattern = row_offsets, col_indices
+        y = _ops.float8_spmm(x8, largest, values, scales, noted, *pattern, n, k)
+        ctx.save_for_backward(x8, values, *pattern, *state)
+        ctx.settings = n, k, x.dtype, is_first
+        return _scaled(y, inverses, X, bias)
+
+    @staticmethod
+    def backward(ctx: Any, dy: Tensor) -> tuple:
+        x8, values, row_offsets, col_indices, scales, inverses, noted = ctx.saved_tensors
+        n, k, x_dtype, is_first = ctx.settings
+        dy8, largest = _cast(dy, DY, scales, inverses, noted, is_first)
+        needs_dx, _, needs_dbias, *_ = ctx.needs_input_grad
+        operands = values, scales, inverses, noted, row_offsets, col_indices, n, k, needs_dx
+        dx, dvalues, dbias = _ops.float8_spmm_gradients(dy8, largest, x8, *operands)
+        dx = _scaled(dx, inverses, DY, None).to(x_dtype) if needs_dx else None
+        return dx, dvalues, dbias if needs_dbias else None, *(None,) * 8
+
+
+class _Dense(Function):
+    """The same of a dense W."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        x: Tensor,
+        weight: Tensor,
+        bias: Tensor | None,
+        scales: Tensor,
+        inverses: Tensor,
+        noted: Tensor,
+        is_first: bool,
+    ) -> Tensor:
+        state = scales, inverses, noted
+        x8, largest = _cast(x, X, *state, is_first)
+        w8, largest_w = _cast(weight, W, *state, is_first)
+        rounded = None if bias is None else bias.bfloat16()
+        y = _ops.float8_linear(x8, largest, w8, largest_w, inverses, noted, rounded)
+        ctx.save_for_backward(x8, w8, *state)
+        ctx.settings = x.dtype, is_first
+        return y
+
+    @staticmethod
+    def backward(ctx: Any, dy: Tensor) -> tuple:
+        x8, w8, scales, inverses, noted = ctx.saved_tensors
+        x_dtype, is_first = ctx.settings
+        dy8, largest = _cast(dy, DY, scales, inverses, noted, is_first)
+        needs_dx, _, needs_dbias, *_ = ctx.needs_input_grad
+        operands = x8, w8, inverses, noted, needs_dx
+        dx, dw, dbias = _ops.float8_linear_gradients(dy8, largest, *operands)
+        dx = dx.to(x_dtype) if needs_dx else None
+        return dx, dw, dbias if needs_dbias else None, *(None,) * 4

@@ -1,0 +1,164 @@
+"""Products of training in E4M3 as torch ops, opaque to torch.compile. nn/float8.py calls them.
+
+What is noted in `noted` is read between two steps, never inside one: so no schema says that it is
+written to, and a product may be made in the backward pass of a compiled graph. `largest` is what
+rows of the operand were measured to have where a compiled kernel has cast it; None where quantise()
+has noted it itself.
+"""
+
+import torch
+from torch import Tensor
+
+from .kernels import observed
+from .kernels.cuda import bitmap as bitmaps
+from .kernels.cuda import float8
+
+_library = torch.library.Library("sparsekern", "FRAGMENT")
+
+
+def _define(name: str, arguments: str, results: str, run, fake) -> None:
+    _library.define(f"{name}({arguments}) -> {results}", tags=(torch.Tag.pt2_compliant_tag,))
+    _library.impl(name, run, "CPU")  # the emulator's
+    _library.impl(name, run, "CUDA")
+    torch.library.register_fake(f"sparsekern::{name}", fake, lib=_library)
+
+
+def _note(largest: Tensor | None, noted: Tensor) -> None:
+    if largest is not None:
+        float8.note(largest, noted)
+
+
+def _each(inverses: Tensor) -> tuple[Tensor, ...]:
+    return inverses[:, :1].unbind(0)
+
+
+# x, dy or a dense W in E4M3: scale [1], noted [1].
+
+
+def _fake_quantise(x, scale, noted):
+    return x.new_empty(x.shape, dtype=float8.DTYPE)
+
+
+_define(
+    "float8_cast",
+    "Tensor x, Tensor scale, Tensor noted",
+    "Tensor",
+    float8.quantise,
+    _fake_quantise,
+)
+
+
+# States of a layer are of x, W and dY: scales and noted [3], inverses [3, 4], each on a multiple of
+# 16 bytes. All gradients are of one op, that of the bias too: torch.compile would write dy8 once
+# for each op that it goes to, and dy in float32 for a sum. dx is empty where nobody needs it.
+
+_PATTERN = "Tensor row_offsets, Tensor col_indices, SymInt n, SymInt k"
+
+
+def _spmm(x8, largest, values, scales, noted, row_offsets, col_indices, n, k):
+    """y of x8 and a two-way W, without their scales."""
+    _note(largest, noted[:1])
+    weight = values, scales[1:2], noted[1:2], row_offsets, col_indices, n, k
+    return float8.product("spmm", x8, *weight)
+
+
+def _fake_spmm(x8, largest, values, scales, noted, row_offsets, col_indices, n, k):
+    return x8.new_empty(x8.shape[0], n, dtype=torch.bfloat16)
+
+
+_define(
+    "float8_spmm",
+    f"Tensor x8, Tensor? largest, Tensor values, Tensor scales, Tensor noted, {_PATTERN}",
+    "Tensor",
+    _spmm,
+    _fake_spmm,
+)
+
+
+def _spmm_gradients(
+    dy8, largest, x8, values, scales, inverses, noted, row_offsets, col_indices, n, k, needs_dx
+):
+    """dx, without the scales of dy8 and W; the gradients of values and of the bias, with all."""
+    _note(largest, noted[2:])
+    of_x, _, of_dy = _each(inverses)
+    if needs_dx:
+        weight = values, scales[1:2], noted[1:2], row_offsets, col_indices, n, k
+        dx = float8.product("spmm_t", dy8, *weight)
+    else:
+        dx = x8.new_empty(0, dtype=torch.bfloat16)
+    if observed.is_observed(row_offsets):  # who looks on wants the values
+        wide = ((t.float() * of).bfloat16() for t, of in ((dy8, of_dy), (x8, of_x)))
+        observed.note(row_offsets, *wide)
+    dw, dbias = float8.weight_gradient(dy8, x8, (of_dy, of_x), torch.bfloat16)
+    bitmap = bitmaps.bitmap_of(row_offsets, col_indices, n, k)
+    return dx, bitmaps.collect(bitmap, dw, len(col_indices), torch.float32), dbias
+
+
+def _fake_dbias(dy8):
+    return dy8.new_empty(dy8.shape[1], dtype=torch.float32)
+
+
+def _fake_spmm_gradients(
+    dy8, largest, x8, values, scales, inverses, noted, row_offsets, col_indices, n, k, needs_dx
+):
+    dx = dy8.new_empty((dy8.shape[0], k) if needs_dx else (0,), dtype=torch.bfloat16)
+    return dx, values.new_empty(values.shape, dtype=torch.float32), _fake_dbias(dy8)
+
+
+_define(
+    "float8_spmm_gradients",
+    "Tensor dy8, Tensor? largest, Tensor x8, Tensor values, Tensor scales, Tensor inverses, "
+    f"Tensor noted, {_PATTERN}, bool needs_dx",
+    "(Tensor, Tensor, Tensor)",
+    _spmm_gradients,
+    _fake_spmm_gradients,
+)
+
+
+# Dense W: w8 [N, K].
+
+
+def _linear(x8, largest, w8, largest_w, inverses, noted, bias):
+    _note(largest, noted[:1])
+    _note(largest_w, noted[1:2])
+    of_x, of_w, _ = _each(inverses)
+    return float8.dense(x8, w8, (of_x, of_w), bias, torch.bfloat16)
+
+
+def _fake_linear(x8, largest, w8, largest_w, inverses, noted, bias):
+    return x8.new_empty(x8.shape[0], w8.shape[0], dtype=torch.bfloat16)
+
+
+_define(
+    "float8_linear",
+    "Tensor x8, Tensor? largest, Tensor w8, Tensor? largest_w, Tensor inverses, Tensor noted, "
+    "Tensor? bias",
+    "Tensor",
+    _linear,
+    _fake_linear,
+)
+
+
+def _linear_gradients(dy8, largest, x8, w8, inverses, noted, needs_dx):
+    _note(largest, noted[2:])
+    of_x, of_w, of_dy = _each(inverses)
+    if needs_dx:
+        dx = float8.dense(dy8, float8.transpose(w8), (of_dy, of_w), None, torch.bfloat16)
+    else:
+        dx = x8.new_empty(0, dtype=torch.bfloat16)
+    return dx, *float8.weight_gradient(dy8, x8, (of_dy, of_x), torch.float32)
+
+
+def _fake_linear_gradients(dy8, largest, x8, w8, inverses, noted, needs_dx):
+    dx = dy8.new_empty((dy8.shape[0], w8.shape[1]) if needs_dx else (0,), dtype=torch.bfloat16)
+    return dx, w8.new_empty(w8.shape, dtype=torch.float32), _fake_dbias(dy8)
+
+
+_define(
+    "float8_linear_gradients",
+    "Tensor dy8, Tensor? largest, Tensor x8, Tensor w8, Tensor inverses, Tensor noted, "
+    "bool needs_dx",
+    "(Tensor, Tensor, Tensor)",
+    _linear_gradients,
+    _fake_linear_gradients,
+)

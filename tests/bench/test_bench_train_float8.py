@@ -1,0 +1,74 @@
+"""run_gpu.py train-float8, of a small GPT on the emulator and a stand-in for cuSPARSELt."""
+
+import itertools
+import sys
+from contextlib import nullcontext
+from pathlib import Path
+
+import pytest
+import torch
+from test_bench_gpu import rows_of
+from test_bench_train_gpu import run_of, train_gpu  # noqa: F401
+
+from sparsekern.bench import train_float8_gpu as train_float8
+from sparsekern.bench.rates import derive
+from sparsekern.gpt import captured
+from sparsekern.gpt.model import GPTConfig
+from sparsekern.nn.float8 import Scaling
+
+sys.path.append(str(Path(__file__).parents[1] / "kernels" / "cuda"))
+from emulated_cusparselt import (  # noqa: E402, F401
+    cusparselt_library,
+    emulated_cuda,
+    emulator,
+    float8_on_cpu,
+    stand_in,
+)
+
+
+class Graph:
+    def __init__(self, launch, aside, first):
+        self.replay = launch
+
+
+class Event:
+    ticks = itertools.count(1)
+
+    def __init__(self, enable_timing):
+        self.at = 0
+
+    def record(self):
+        self.at = next(self.ticks)
+
+    def synchronize(self):
+        pass
+
+    def elapsed_time(self, end):
+        return end.at - self.at
+
+
+@pytest.fixture
+def on_cpu(monkeypatch, float8_on_cpu):  # noqa: F811
+    monkeypatch.setattr(captured, "CudaGraph", Graph)
+    monkeypatch.setattr(captured, "Aside", lambda device: nullcontext)
+    monkeypatch.setattr(torch.cuda, "Event", Event)
+    monkeypatch.setattr(train_float8, "compiled_blocks", lambda model: model)
+
+
+def test_a_page_of_all_arms(train_gpu, on_cpu, tmp_path, monkeypatch):  # noqa: F811
+    text = tmp_path / "text.txt"
+    text.write_text("".join(f"{i} green bottles\n" for i in range(200)))
+    size = train_float8.Size("tiny", GPTConfig(1, 2, 32, 16, 256), 1, str(text), steps=5)
+    monkeypatch.setattr(train_float8, "SHOWN", 5)
+    advance, advances = Scaling.advance, []
+    monkeypatch.setattr(Scaling, "advance", lambda self: advances.append(advance(self)))
+    cases = [derive(case) for case in train_float8.cases(size, torch.device("cpu"))]
+    assert len(advances) == 2 * size.steps  # once a step, replayed or not
+    assert len(cases) == 5 and all("losses" in train_gpu.in_short(case) for case in cases)
+    page = train_gpu.PAGES["train-float8"]("name", run_of("train-float8", cases, tmp_path))
+    rows = rows_of(page[page.index("| arm") :].partition("\n\n")[0])[1:]
+    arms = ["dense bfloat16", "again bfloat16", "two-way float8", "dense float8"]
+    assert [row[0] for row in rows] == [*arms, "two-way bfloat16"]
+    assert all(row[2:4] == ["1.000", "1.000"] for row in rows)
+    dense, again, two_way = (float(rows[i][5]) for i in range(3))
+    assert dense == again and 0 < abs(two_way - dense) < 0.5

@@ -1,0 +1,148 @@
+"""Kernels of training in E4M3, on the emulator and on a GPU, and the recipe of the scales."""
+
+import pytest
+import torch
+from emulated_cusparselt import (  # noqa: F401
+    cusparselt_library,
+    emulated_cuda,
+    emulator,
+    float8_on_cpu,
+    stand_in,
+)
+from test_two_of_four import two_way
+
+from sparsekern import SparseTensor
+from sparsekern.kernels import float8 as recipe
+from sparsekern.kernels.cuda import float8
+from sparsekern.nn.float8 import Scaling
+
+needs_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")
+ON_GPU = pytest.param("cuda", marks=[pytest.mark.gpu, needs_gpu])
+
+
+@pytest.fixture(params=["cpu", ON_GPU])
+def device(request):
+    """The emulator's, with the stand-in for cuSPARSELt, and a GPU."""
+    if request.param == "cpu":
+        request.getfixturevalue("float8_on_cpu")
+    return request.param
+
+
+def bits(t):
+    return t.view(torch.uint8)
+
+
+def one(value, device="cpu"):
+    return torch.tensor([float(value)], device=device)
+
+
+@pytest.mark.sanitize
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+@pytest.mark.parametrize("m, k", [(16, 32), (48, 160)])
+def test_a_cast_saturates_rounds_as_torch_does_and_notes_the_largest(device, m, k, dtype):
+    for factor, scale in ((0, 4), (1, 2.0**7), (1e30, 2.0**-50), (1e-20, 2.0**50)):
+        x = (torch.randn(m, k, device=device) * factor).to(dtype)
+        noted = one(0, device)
+        x8 = float8.quantise(x, one(scale, device), noted)
+        assert torch.equal(bits(x8), bits(recipe.cast(x, one(scale, device))))
+        assert noted.item() == x.abs().max().item()
+        x[3, 5], x[4, 4], x[5, 9] = torch.inf, -torch.inf, torch.nan
+        x8 = float8.quantise(x, one(scale, device), noted)
+        assert torch.equal(x8.float().isnan(), ~x.isfinite()) and noted.isnan()
+        noted.fill_(1e35), float8.note(recipe.largest_of_rows(x[:3]), noted)
+        assert noted.item() == pytest.approx(1e35)
+
+
+@pytest.mark.sanitize
+@pytest.mark.parametrize("m, k", [(16, 32), (128, 128), (144, 272), (400, 96)])
+def test_bytes_are_transposed(device, m, k):
+    x = torch.randint(256, (m, k), dtype=torch.uint8, device=device).view(recipe.DTYPE)
+    assert torch.equal(bits(float8.transpose(x)), bits(x).t())
+    sums = torch.full((float8.tiles(m), k), torch.nan, device=device)
+    x = torch.where(torch.rand(m, k, device=device) < 1e-3, torch.nan, torch.randn_like(x.float()))
+    x = x.to(recipe.DTYPE)
+    assert torch.equal(bits(float8.transpose(x, sums)), bits(x).t())
+    want = torch.stack([part.float().sum(0) for part in x.split(float8.TURN_TILE)])
+    torch.testing.assert_close(sums, want, equal_nan=True)
+
+
+@pytest.mark.sanitize
+@pytest.mark.parametrize("n, k, m", [(32, 32, 16), (96, 160, 48), (288, 64, 32)])
+def test_products_are_those_of_rounded_operands(device, n, k, m, nan_memory):
+    mask = two_way(n, k).to(device)
+    w = torch.randn(n, k, device=device) * mask
+    w[tuple(mask.nonzero()[3])] = 0
+    W = SparseTensor.from_dense(w, mask)
+    pattern = W.row_offsets, W.col_indices, n, k
+    noted, scale = one(0, device), one(64, device)
+    w8 = recipe.cast(w, scale).double()
+    for op, inputs, exact in (("spmm", k, w8.T), ("spmm_t", n, w8)):
+        x8 = torch.randn(m, inputs, device=device).to(recipe.DTYPE)
+        y = float8.product(op, x8, W.values, scale, noted, *pattern)
+        torch.testing.assert_close(y.double(), x8.double() @ exact, rtol=0.01, atol=0.5)
+    assert noted.item() == w.abs().max().item()
+    values = torch.where(torch.arange(W.nnz, device=device) == 7, torch.inf, W.values)
+    y = float8.product(
+        "spmm",
+        torch.ones_like(x8)[:, :k] if k <= n else x8.new_ones(m, k),
+        values,
+        scale,
+        one(0, device),
+        *pattern,
+    )
+    assert y.isnan().any(0).sum() == 1 and noted.isfinite()
+
+
+def test_an_unknown_order_of_slots_and_another_pattern_are_refused(stand_in):  # noqa: F811
+    assert float8._has_slots_in_rows("cpu")
+    stand_in.slots_in_columns()
+    assert not float8._has_slots_in_rows("cpu")
+    W = SparseTensor.from_dense(torch.ones(32, 32))
+    with pytest.raises(ValueError, match="two-way"):
+        operands = W.values, one(1), one(0), W.row_offsets, W.col_indices, 32, 32
+        float8.product("spmm", torch.ones(16, 32).to(recipe.DTYPE), *operands)
+    assert "8.9" in float8.refuse_dense(torch.device("cpu"))
+    assert "multiples of 32" in float8.refuse_size(48, 32) and not float8.refuse_size(64, 32)
+    assert "multiples of 16" in float8.refuse_tokens(8) and float8.refuse_tokens(0)
+
+
+# The recipe
+
+
+def test_scales_are_powers_of_two_that_keep_the_largest_within_448():
+    largest = torch.tensor([448.0, 448.1, 1.0, 3e38, 1e-38, 2.0**-49])
+    scale = recipe.scale_of(largest)
+    assert scale[:3].tolist() == [1, 0.5, 256] and (scale.log2() % 1 == 0).all()
+    assert scale[3] == 2.0**-42 and scale[4] == 2.0**58
+    kept = largest[[0, 1, 2, 5]] * scale[[0, 1, 2, 5]]
+    assert ((kept <= 448) & (kept > 224)).all()
+
+
+def test_the_scale_of_a_step_is_that_of_the_largest_before():
+    scaling = Scaling(1, "cpu")
+    steps = [[1.0, 7.0, 0.0], [3.5, 7.0, torch.inf], [0.25, 0.0, 1e-3], [0.25, 0.0, torch.nan]]
+    seen = []
+    for noted in steps:
+        scaling.noted.copy_(torch.tensor(noted))
+        scaling.advance()
+        assert not scaling.noted.any()
+        assert torch.equal(scaling.scales * scaling.inverses[:, 0], torch.ones(3))
+        seen.append(scaling.scales.tolist())
+    # 0 or an infinity in the history is no number of it; the largest stays for HISTORY steps.
+    assert seen == [[256, 64, 1], [128, 64, 1], [128, 64, 2**18], [128, 64, 2**18]]
+    for _ in range(recipe.HISTORY - 3):
+        scaling.noted.copy_(torch.tensor([0.25, 0.0, 1e-3]))
+        scaling.advance()
+    assert scaling.scales.tolist() == [128, 64, 2**18]
+    scaling.noted.copy_(torch.tensor([0.25, 0.0, 1e-3]))
+    scaling.advance()
+    assert scaling.scales.tolist()[0] == 1024
+
+
+def test_a_cast_of_nothing_and_of_what_overflows():
+    x = torch.tensor([0.0, -0.0, 449.0, -1e30, torch.inf, torch.nan, 2.0**-10])
+    found = recipe.cast(x, one(1)).float()
+    assert found[:4].tolist() == [0, 0, 448, -448]
+    assert found[4:6].isnan().all() and found[6] == 0
+    assert recipe.largest_of(x).item() == pytest.approx(1e30)
+    assert recipe.largest_of_rows(x.view(1, -1)).isnan()

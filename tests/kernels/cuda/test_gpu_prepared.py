@@ -1,0 +1,148 @@
+"""Prepared calls on a GPU: nothing stale, captures, streams, threads, another GPU."""
+
+import threading
+
+import pytest
+import torch
+from test_emulated_prepared import CHANGES, K, N, layer, regular
+from test_emulated_prepared import call as call_of
+
+from sparsekern import ops
+from sparsekern.kernels.operands import native
+from sparsekern.nn import linear
+from sparsekern.testing import relative_error
+
+pytestmark = [
+    pytest.mark.gpu,
+    pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU"),
+    pytest.mark.skipif(native is None, reason="the C++ library is not built"),
+]
+TOKENS = pytest.mark.parametrize("tokens", [1, 16, 96])  # few_tokens twice, expand
+
+
+def check(y, x, w, bias=None):
+    exact, scale = x.double() @ w.double().T, x.double().abs() @ w.double().abs().T
+    if bias is not None:
+        exact, scale = exact + bias.double(), scale + bias.double().abs()
+    assert relative_error(y, exact, scale) <= 2**-7  # cuBLAS may add parts in 16 bits
+
+
+@TOKENS
+@pytest.mark.parametrize("change", [*CHANGES, "there and back"])
+def test_nothing_stale(change, tokens):
+    sparse, x = regular().cuda(), torch.randn(tokens, K, device="cuda")
+    for _ in range(3):
+        for _ in range(2):
+            t = x.to(sparse.values.dtype, copy=True).requires_grad_()
+            y = sparse(t)
+            y.backward(torch.ones_like(y))
+            w = sparse.weight.detach().to_dense()
+            check(y.detach(), t.detach(), w, sparse.bias.detach())
+            check(t.grad, torch.ones_like(y), w.T)
+            with torch.no_grad():
+                assert call_of(sparse, t) is not None
+                check(sparse(t), t, w, sparse.bias)
+        with torch.no_grad():
+            if change == "there and back":
+                sparse.cpu()(x.to("cpu", sparse.values.dtype))
+                sparse.cuda()
+            else:
+                CHANGES[change](sparse)
+
+
+@TOKENS
+def test_a_capture_between_calls(tokens):
+    sparse, x = regular().cuda(), torch.randn(tokens, K, device="cuda").bfloat16()
+    with torch.no_grad():
+        want = sparse(x)
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            assert call_of(sparse, x) is None
+            y = sparse(x)
+        assert torch.equal(sparse(x), want)
+        sparse.values.mul_(2)
+        graph.replay()
+        check(y, x, sparse.weight.to_dense(), sparse.bias)
+        assert torch.equal(sparse(x), y)
+
+
+@TOKENS
+def test_parts_of_other_tensors(tokens):
+    sparse, x = regular().cuda(), torch.randn(3 * tokens * K, device="cuda").bfloat16()
+    with torch.no_grad():
+        for first, is_taken in ((0, True), (K * tokens, True), (1, False)):
+            part = x[first:][: tokens * K].view(tokens, K)
+            assert (call_of(sparse, part) is not None) == is_taken
+            check(sparse(part), part, sparse.weight.to_dense(), sparse.bias)
+
+
+def test_streams():
+    sparse, x = regular().cuda(), torch.randn(4, 96, K, device="cuda").bfloat16()
+    with torch.no_grad():
+        want = [sparse(t) for t in x]
+        torch.cuda.synchronize()
+        streams, got = [torch.cuda.Stream() for _ in x], []
+        for _ in range(20):
+            for t, stream in zip(x, streams, strict=True):
+                with torch.cuda.stream(stream):
+                    got.append(sparse(t))
+        torch.cuda.synchronize()
+    for i, y in enumerate(got):
+        assert torch.equal(y, want[i % 4])
+
+
+def test_threads():
+    sparse, x = regular().cuda(), torch.randn(4, 96, K, device="cuda").bfloat16()
+    wrong = []
+
+    def gradients(t):
+        t = t.clone().requires_grad_()
+        y = sparse(t)
+        return y.detach(), *torch.autograd.grad(y, (t, sparse.values), torch.ones_like(y))
+
+    want = [gradients(t) for t in x]
+
+    def run(i):
+        with torch.cuda.stream(torch.cuda.Stream()):
+            for _ in range(20):
+                if not all(map(torch.equal, gradients(x[i]), want[i])):
+                    wrong.append(i)
+
+    torch.cuda.synchronize()
+    threads = [threading.Thread(target=run, args=(i,)) for i in range(len(x))]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert not wrong
+
+
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="one GPU")
+@TOKENS
+def test_another_gpu(tokens):
+    sparse, x = regular(), torch.randn(tokens, K).bfloat16()
+    want = sparse.cuda(0)(x.cuda(0)).cpu()
+    other = sparse.cuda(1)(x.cuda(1).requires_grad_())
+    other.sum().backward()
+    assert other.device.index == 1 and torch.equal(other.cpu(), want)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32], ids=str)
+@TOKENS
+def test_the_long_way_gives_the_same(tokens, dtype, monkeypatch):
+    sparse, _ = layer(torch.rand(N, K) < 0.5, dtype)
+    sparse = sparse.cuda()
+    x = torch.randn(tokens, K, device="cuda", dtype=dtype)
+    h = torch.randn(tokens, N, device="cuda", dtype=dtype)
+    results = []
+    no_call = lambda *_: None  # noqa: E731
+    for way in (native.call, no_call):
+        for module in (ops, linear):
+            monkeypatch.setattr(module, "call", way)
+        if way is no_call:
+            monkeypatch.setattr(native, "call_op", way)
+        t = x.clone().requires_grad_()
+        y = sparse(t)
+        results.append((y, *torch.autograd.grad(y, (t, sparse.values, sparse.bias), h)))
+    for a, b in zip(*results, strict=True):
+        assert torch.equal(a, b)

@@ -1,0 +1,210 @@
+"""Layers that train in E4M3, on the emulator and a stand-in for cuSPARSELt, and on a GPU."""
+
+import copy
+import re
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from torch import nn
+
+from sparsekern import SparseLinear, Static, sparsify_
+from sparsekern.kernels import float8 as recipe
+from sparsekern.kernels.cuda import float8
+from sparsekern.nn.float8 import (
+    Float8Linear,
+    Float8SparseLinear,
+    float8_step,
+    scaling_of,
+    to_float8_,
+)
+from sparsekern.testing import frobenius_error
+
+sys.path.append(str(Path(__file__).parents[1] / "kernels" / "cuda"))
+from emulated_cusparselt import (  # noqa: E402, F401
+    cusparselt_library,
+    emulated_cuda,
+    emulator,
+    float8_on_cpu,
+    stand_in,
+)
+
+needs_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")
+ON_GPU = pytest.param("cuda", marks=[pytest.mark.gpu, needs_gpu])
+TOKENS, WIDTH = 32, 64
+
+
+@pytest.fixture(params=["cpu", ON_GPU])
+def device(request):
+    if request.param == "cpu":
+        request.getfixturevalue("float8_on_cpu")
+    return request.param
+
+
+def mlp(device, is_sparse, bias=True):
+    model = nn.Sequential(
+        nn.Linear(WIDTH, 2 * WIDTH, bias=bias), nn.GELU(), nn.Linear(2 * WIDTH, WIDTH, bias=bias)
+    ).to(device)
+    if is_sparse:
+        sparsify_(model, Static(0.75, family="two-way"), lambda module, name: True)
+    return model
+
+
+def step(model, call):
+    """What a step returns; then the scales move."""
+    with float8_step(model):
+        y = call()
+    scaling_of(model).advance()
+    return y
+
+
+def every(module, name):
+    return True
+
+
+def rounded(t, scale=None):
+    """t in E4M3 and back, by its own scale."""
+    scale = recipe.scale_of(recipe.largest_of(t)) if scale is None else scale
+    return recipe.cast(t, scale).double() / scale.double()
+
+
+def weight_of(layer):
+    return layer.weight.to_dense() if isinstance(layer, SparseLinear) else layer.weight
+
+
+@pytest.mark.sanitize
+@pytest.mark.parametrize("bias", [True, False])
+@pytest.mark.parametrize("is_sparse", [True, False])
+def test_a_layer_multiplies_what_is_rounded(device, is_sparse, bias):
+    model = mlp(device, is_sparse, bias)
+    to_float8_(model, every)
+    layer = model[0]
+    x = torch.randn(2, TOKENS // 2, WIDTH, device=device, requires_grad=True)
+    dy = torch.randn(2, TOKENS // 2, 2 * WIDTH, device=device).bfloat16()
+    with float8_step(model):
+        y = layer(x)
+        y.backward(dy)
+    x8, w8, dy8 = (rounded(t.detach().flatten(0, -2)) for t in (x, weight_of(layer), dy))
+    exact = x8 @ w8.T + (layer.bias.double() if bias else 0)
+    close = dict(rtol=0.02, atol=0.02)
+    torch.testing.assert_close(y.double().flatten(0, 1), exact, **close)
+    torch.testing.assert_close(x.grad.double().flatten(0, 1), dy8 @ w8, **close)
+    dw = dy8.T @ x8
+    if is_sparse:
+        rows = torch.repeat_interleave(
+            torch.arange(2 * WIDTH, device=device), layer.row_offsets.diff()
+        )
+        torch.testing.assert_close(layer.values.grad.double(), dw[rows, layer.col_indices], **close)
+    else:
+        torch.testing.assert_close(layer.weight.grad.double(), dw, **close)
+    if bias:
+        torch.testing.assert_close(layer.bias.grad.double(), dy8.sum(0), **close)
+    noted = [t.abs().max().item() for t in (x, weight_of(layer), dy)]
+    assert layer.float8_noted.tolist() == pytest.approx(noted)
+    before = layer.float8_scales.clone()
+    scaling_of(model).advance()  # to the scales of what was noted, which are those of before
+    assert torch.equal(layer.float8_scales, before) and not layer.float8_noted.any()
+
+
+def test_a_step_outgrows_its_scales_and_the_next_one_has_others(device):
+    model = mlp(device, True)
+    to_float8_(model, every)
+    x = torch.randn(TOKENS, WIDTH, device=device)
+    first = step(model, lambda: model(x))
+    assert torch.equal(step(model, lambda: model(x)), first)
+    saturated = step(model, lambda: model[0](64 * x))
+    larger = step(model, lambda: model[0](64 * x))
+    assert larger.abs().max() > 4 * saturated.abs().max()
+    bad = x.clone()
+    bad[3, 5] = torch.inf
+    y = step(model, lambda: model(bad))
+    assert y[3].isnan().all() and not y[[0, 31]].isnan().any()
+    assert step(model, lambda: model(x)).isfinite().all()
+    model.eval()
+    with torch.autocast(torch.device(device).type, torch.bfloat16):
+        assert model(x).dtype is torch.bfloat16  # the layer that it was
+
+
+@pytest.mark.parametrize("is_sparse", [True, False])
+def test_a_compiled_step_is_the_eager_one(device, is_sparse, monkeypatch):
+    model = mlp(device, is_sparse)
+    to_float8_(model, every)
+    x = torch.randn(TOKENS, WIDTH, device=device)
+    if device == "cpu":
+        monkeypatch.setattr(torch.cuda, "is_available", lambda: False)  # torch.compile asks
+    backend = "inductor" if device == "cuda" else "aot_eager"
+    compiled = torch.compile(model, fullgraph=True, backend=backend)
+    found = []
+    with pytest.raises(RuntimeError, match="first step that is not compiled"):
+        compiled(x)
+    for each in (compiled, compiled, model, compiled):  # the first one is never compiled
+        model.zero_grad()
+        with float8_step(model):
+            y = each(x)
+            y.square().sum().backward()
+        noted = scaling_of(model).noted.clone()
+        scaling_of(model).advance()
+        found.append([y.detach(), noted, *(p.grad for p in model.parameters())])
+    for other in found[1:]:
+        for a, b in zip(found[0], other, strict=True):
+            # Compiled, gelu's result is rounded once, not twice.
+            assert frobenius_error(a, b.double()) < 0.02
+
+
+def test_state_goes_on_elsewhere(device):
+    model = mlp(device, True)
+    scaling = to_float8_(model, every)
+    assert not [name for name in model.state_dict() if "float8" in name]
+    x = torch.randn(TOKENS, WIDTH, device=device)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    scaling.follow(optimizer)
+    for _ in range(2):
+        optimizer.zero_grad()
+        with float8_step(model):
+            model(x).sum().backward()
+        optimizer.step()
+    other = mlp(device, True)
+    other.load_state_dict(model.state_dict())
+    to_float8_(other, every).load_state_dict(scaling.state_dict())
+    twin = copy.deepcopy(model)
+    results = []
+    for each in (model, other, twin):
+        results.append(step(each, lambda: each(3 * x)))  # noqa: B023
+    assert torch.equal(results[0], results[1]) and torch.equal(results[0], results[2])
+    with pytest.raises(ValueError, match="scales: expected"):
+        to_float8_(mlp(device, True)[:1], every).load_state_dict(scaling.state_dict())
+
+
+def test_what_cannot_train_in_float8_is_refused_in_one_sentence(device, monkeypatch):
+    free = sparsify_(mlp(device, False), Static(0.5), every)
+    narrow = nn.Sequential(nn.Linear(48, 32)).to(device)
+    for model, message in (
+        (free, "0: float8: expected a two-way pattern"),
+        (narrow, "multiples of 32, got 32, 48"),
+        (mlp(device, True).double(), "expected weights in float32, got torch.float64"),
+        (nn.Sequential(nn.GELU()), "expected linear layers"),
+    ):
+        with pytest.raises((ValueError, TypeError), match=re.escape(message)):
+            to_float8_(model, every)
+        assert not any(isinstance(m, Float8Linear | Float8SparseLinear) for m in model.modules())
+    model = mlp(device, True)
+    to_float8_(model, every)
+    with pytest.raises(ValueError, match="already"):
+        to_float8_(model, every)
+    for x, message in (
+        (torch.randn(8, WIDTH), "tokens in multiples of 16, got 8"),
+        (torch.randn(16, 32), "got (16, 32)"),
+        (torch.randn(16, WIDTH).half(), "torch.float16"),
+    ):
+        with pytest.raises((ValueError, TypeError), match=re.escape(message)):
+            model(x.to(device))
+    monkeypatch.setattr(float8, "refuse_two_way", lambda device: "cuSPARSELt is not usable: gone")
+    with pytest.raises(NotImplementedError, match="0: cuSPARSELt is not usable: gone"):
+        to_float8_(mlp(device, True), every)
+
+
+def test_without_a_gpu_it_is_refused():
+    for is_sparse in (True, False):
+        with pytest.raises(NotImplementedError, match="needs an NVIDIA GPU .*got cpu"):
+            to_float8_(mlp("cpu", is_sparse), every)
