@@ -39,7 +39,7 @@ def forward_grid(quick: bool) -> list[products.Workload]:
     return (
         grid(quick, tokens=(1, 16, 256, 1024), two_threads=(16, 256))
         + grid(quick, tokens=(1,), two_threads=(1,), is_cold=True)
-        + grid(quick, tokens=(1, 256), **BF16)
+        + grid(quick, tokens=(1, 256, 1024), **BF16)
         + grid(quick, tokens=(1,), is_cold=True, **BF16)
     )
 

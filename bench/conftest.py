@@ -5,11 +5,13 @@ contender, grouped by case.
 """
 
 import copy
+from dataclasses import replace
 from pathlib import Path
 
 import grids
 import peers
 import pytest
+import targets
 
 from sparsekern.bench import ceilings, machine, records
 from sparsekern.bench import race as racing
@@ -20,6 +22,7 @@ CASES = pytest.StashKey[list[dict]]()
 def pytest_addoption(parser):
     parser.addoption("--quick", action="store_true", help="benchmarks: small grid, few rounds")
     parser.addoption("--table", type=Path, help="benchmarks: the .csv file to write")
+    parser.addoption("--asked", action="store_true", help="benchmarks: cases of targets.py alone")
 
 
 def pytest_configure(config):
@@ -29,6 +32,20 @@ def pytest_configure(config):
 def pytest_generate_tests(metafunc):
     workloads = metafunc.definition.get_closest_marker("runs_on").kwargs["workloads"]
     metafunc.parametrize("workload", workloads(metafunc.config.getoption("--quick")), ids=str)
+
+
+def pytest_collection_modifyitems(config, items):
+    if not config.getoption("--asked"):
+        return
+    op = {f"test_{op}": op for op in targets.NAMES}
+    asked = [
+        item
+        for item in items
+        if item.originalname in op
+        and targets.is_asked(op[item.originalname], item.callspec.params["workload"])
+    ]
+    config.hook.pytest_deselected(items=[item for item in items if item not in asked])
+    items[:] = asked
 
 
 @pytest.fixture
@@ -91,10 +108,13 @@ def keep_race(keep, clock, benchmark):
 
 
 @pytest.fixture
-def race(keep_race, is_quick):
-    """A product against its rivals and these peers."""
+def race(keep_race, is_quick, request):
+    """A product against its rivals and these peers; with --asked against dense calls alone."""
 
     def run(product, peers=()):
+        if request.config.getoption("--asked"):
+            dense = [rival for rival in product.rivals if rival.kind == records.DENSE]
+            product, peers = replace(product, rivals=dense), ()
         keep_race(product.race(peers, most_rounds=grids.most_rounds(is_quick)))
 
     return run
@@ -114,5 +134,5 @@ def pytest_sessionfinish(session, exitstatus):
     for threads in sorted({case["threads"] for case in cases}):
         racing.pin(threads)
         about["ceilings"][str(threads)] = ceilings.of_cpu(threads)
-    about["peers"] = peers.report()
+    about["peers"] = [] if session.config.getoption("--asked") else peers.report()
     records.write(path, machine.about_run("products", about), records.flat(cases))

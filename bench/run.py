@@ -7,6 +7,9 @@ With --part they are a result of their own, <machine>-<isa>-NAME-<date>.csv and 
 says what was run and holds TEXT:
 
 python bench/run.py --part trained -k "test_spmm_masks and trained"
+
+The part many-tokens is held to what is asked of it (targets.py): it runs no other cases and no
+peers, and only its page is kept, for the table goes to build/bench.
 """
 
 import argparse
@@ -20,6 +23,7 @@ from pathlib import Path
 import pages
 import pytest
 import tables
+import targets
 
 from sparsekern.bench import machine, records
 from sparsekern.bench.products import COLD_BYTES
@@ -123,6 +127,8 @@ def dense_calls(run: Run) -> str:
 
 
 def page(name: str, run: Run) -> str:
+    if run.about.get("part", {}).get("name") == targets.PART:
+        return targets.page(run)
     cases = derived(run)
     text = SECTIONS.format(
         name=name,
@@ -171,13 +177,17 @@ def main() -> int:
     name = f"{cpu}-{len(CORES)}-cores-{machine.isa()}{part}-{date.today()}"
     with tempfile.TemporaryDirectory() as folder:
         fresh = Path(folder) / f"fresh{records.SUFFIX}"
-        if code := pytest.main([str(BENCH), "-q", f"--table={fresh}", *selection]):
+        more = ["--asked"] * (options.part == targets.PART)
+        if code := pytest.main([str(BENCH), "-q", f"--table={fresh}", *more, *selection]):
             return code
         run = records.read(fresh)
     if options.part:
         command = shlex.join(["bench/run.py", "--part", options.part, *selection])
         run.about["part"] = {"name": options.part, "command": command, "note": options.note}
-    write(pages.RESULTS if is_whole or options.part else PARTIAL, name, run)
+    is_kept = is_whole or options.part not in (None, targets.PART)
+    write(pages.RESULTS if is_kept else PARTIAL, name, run)
+    if options.part == targets.PART:
+        (pages.RESULTS / f"{name}.md").write_text(page(name, run))
     if is_whole:
         update_page(name, run)
     print(page(name, run))

@@ -161,20 +161,23 @@ PYBIND11_MODULE(_C, m) {
       .def("kept_bytes", &sk::Pattern::kept_bytes, "Of all that was derived.")
       .def(
           "to_dense",
-          [](const sk::Pattern& p, Pointer row_offsets, Pointer col_indices, int element_bytes,
-             Pointer values, Pointer dense, int threads) {
-            sk::to_dense(csr(p, row_offsets, col_indices), element_bytes,
-                         as<void>(values, "values", p.nnz), as<void>(dense), threads);
+          [](sk::Pattern& p, Pointer row_offsets, Pointer col_indices, int64_t row_version,
+             int64_t col_version, int element_bytes, Pointer values, int64_t row, int64_t rows,
+             int64_t col, int64_t cols, Pointer dense, int threads) {
+            sk::to_dense(p, csr(p, row_offsets, col_indices, row_version, col_version),
+                         element_bytes, as<void>(values, "values", p.nnz), {row, rows}, {col, cols},
+                         as<void>(dense), threads);
           },
-          NoGil(), "dense[N, K] = W.")
+          NoGil(), "dense[rows, cols] = W from (row, col) on; col is a multiple of 64.")
       .def(
           "from_dense",
-          [](const sk::Pattern& p, Pointer row_offsets, Pointer col_indices, int element_bytes,
-             Pointer dense, Pointer values, int threads) {
-            sk::from_dense(csr(p, row_offsets, col_indices), element_bytes, as<void>(dense),
-                           as<void>(values), threads);
+          [](sk::Pattern& p, Pointer row_offsets, Pointer col_indices, int64_t row_version,
+             int64_t col_version, int element_bytes, Pointer dense, int64_t row, int64_t rows,
+             Pointer values, int threads) {
+            sk::from_dense(p, csr(p, row_offsets, col_indices, row_version, col_version),
+                           element_bytes, as<void>(dense), {row, rows}, as<void>(values), threads);
           },
-          NoGil(), "values[nnz] = dense at the non-zeros.");
+          NoGil(), "values[nnz] = dense[rows, K] at the non-zeros of the rows from `row` on.");
 
   py::class_<sk::Cover>(m, "Cover", "W in groups of columns for sparse tensor cores.")
       .def(py::init([](Pointer row_offsets, Pointer col_indices, int64_t n, int64_t k, int64_t nnz,

@@ -6,6 +6,7 @@ Python owns the schemas, so the package imports and traces without its libraries
 
 import itertools
 import weakref
+from math import prod
 from types import NoneType
 
 import torch
@@ -262,7 +263,8 @@ def prepare_spmm_lanes(x: Tensor, packed: lanes.Lanes, bias: Tensor | None) -> o
     multiply_lanes() took."""
     steps, tokens = Steps(x.device), tuple(x.shape[:-1])
     bias = None if bias is None else bias.contiguous()
-    y = steps.call(lanes.spmm_lanes, steps.rows(A, tokens, packed.k), packed, bias)
+    product = lanes.bind(prod(tokens), packed, bias)
+    y = steps.call(product, steps.rows(A, tokens, packed.k))
     return steps.prepared(steps.unfolded(y, tokens, packed.n))
 
 

@@ -44,13 +44,6 @@ SK_INLINE Lanes lanes_at(const uint16_t* bits) {
   return lanes;
 }
 
-// Zen 5 lets an expansion wait for what its destination held before, though it keeps nothing of it.
-SK_INLINE Vec expand_in_register(Lanes lanes, Vec row) {
-  Vec a;
-  asm("vxorps %x0, %x0, %x0\n\tvexpandps %1, %0%{%2%}%{z%}" : "=&x"(a) : "v"(row), "Yk"(lanes));
-  return a;
-}
-
 // Sums over some words of a row, lane by lane: [kTokens]. Returns where the values go on.
 //
 // An expansion takes its operand from a register, masks come straight from memory, and x is masked

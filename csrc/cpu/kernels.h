@@ -128,6 +128,13 @@ struct Kernels {
   // y[m][row] = start[row] + the sum over the row's non-zeros of value * x[m][col].
   void (*spmm_lanes)(Type, const LanesPart&, const void* values, const float* packed,
                      int64_t tokens, Matrix y);
+
+  // dense[rows of w][cols] = W from column first_col on, a multiple of 64, whose bits w has; and
+  // values = dense at the non-zeros of those rows, of all columns. Of elements of 2, 4 or 8 bytes.
+  void (*expand)(int bytes, const CompressedRows& w, int64_t first_col, int64_t cols,
+                 const void* values, void* dense);
+  void (*collect)(int bytes, const CompressedRows& w, int64_t cols, const void* dense,
+                  void* values);
 };
 
 // Those of the chosen instruction set; throws as sk::isa() does.

@@ -2,6 +2,7 @@
 #include <type_traits>
 
 #include "../common/machine.h"
+#include "expand.h"
 #include "few_tokens_columns.h"
 #include "few_tokens_rows.h"
 #include "few_tokens_scalar.h"
@@ -241,11 +242,34 @@ void spmm_lanes_(Type type, const LanesPart& w, const void* values, const float*
   });
 }
 
+// Calls f(a Mover of elements of so many bytes).
+template <class F>
+void with_mover(int bytes, F f) {
+  if (bytes == 2) f(MoverOf<2>());
+  if (bytes == 4) f(MoverOf<4>());
+  if (bytes == 8) f(MoverOf<8>());
+}
+
+void expand_(int bytes, const CompressedRows& w, int64_t first_col, int64_t cols,
+             const void* values, void* dense) {
+  with_mover(bytes, [&](auto mover) {
+    typename decltype(mover)::T* t = nullptr;
+    expand_rows<decltype(mover)>(w, first_col, cols, as(values, t), as(dense, t));
+  });
+}
+
+void collect_(int bytes, const CompressedRows& w, int64_t cols, const void* dense, void* values) {
+  with_mover(bytes, [&](auto mover) {
+    typename decltype(mover)::T* t = nullptr;
+    collect_rows<decltype(mover)>(w, cols, as(dense, t), as(values, t));
+  });
+}
+
 }  // namespace
 
 extern const Kernels kKernels;
-const Kernels kKernels = {kLanes,    pack_,       unpack_,     gather_,    scatter_,  widen_,
-                          spmm_,     sddmm_,      add_,        pack_few_,  spmm_few_, widen_t_,
-                          narrow_t_, spmm_t_few_, pack_lanes_, spmm_lanes_};
+const Kernels kKernels = {kLanes,    pack_,       unpack_,     gather_,     scatter_,  widen_,
+                          spmm_,     sddmm_,      add_,        pack_few_,   spmm_few_, widen_t_,
+                          narrow_t_, spmm_t_few_, pack_lanes_, spmm_lanes_, expand_,   collect_};
 
 }  // namespace sk::SK_ISA

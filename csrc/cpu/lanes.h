@@ -38,6 +38,12 @@ SK_INLINE Vec load_all(const bf16* v) {
   const __m256i h = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(v));
   return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(h), 16));
 }
+// Zen 5 lets an expansion wait for what its destination held before, though it keeps nothing of it.
+SK_INLINE Vec expand_in_register(Lanes lanes, Vec row) {
+  Vec a;
+  asm("vxorps %x0, %x0, %x0\n\tvexpandps %1, %0%{%2%}%{z%}" : "=&x"(a) : "v"(row), "Yk"(lanes));
+  return a;
+}
 template <bool kExact, class T>
 SK_INLINE Vec expand(uint32_t bits, const T* v) {
   return _mm512_maskz_expand_ps(at(bits), kExact ? load(v, count_bits(bits)) : load_all(v));

@@ -26,7 +26,7 @@ SK_INLINE void spmm_segment(int32_t count, const Real* v, const uint16_t* c, con
                             const Element* x, Real* y) {
   using V = typename Simd<Real>::V;
   constexpr int kLanes = Simd<Real>::kCount;
-  constexpr int kSets = kVecs >= 4 ? 1 : kVecs >= 2 ? 2 : 4;
+  constexpr int kSets = kVecs >= 4 ? 1 : kVecs * Simd<Element>::kTokens == 4 ? 2 : 4;
   constexpr int kSums = kVecs * Simd<Element>::kTokens;
   constexpr int64_t kWidth = kVecs * kLanes;
   V acc[kSets][kSums];

@@ -17,6 +17,7 @@ from torch import Tensor
 
 from ..indices import INDEX_LIMIT, VALUE_DTYPES
 from . import core, reference
+from .cpu import expand as expand_on_cpu
 from .cpu import few_tokens, panel, split, widened
 from .cuda import csr, expand, ordered, two_of_four
 from .cuda import few_tokens as cuda_few_tokens
@@ -54,6 +55,7 @@ KERNELS: tuple[Kernel, ...] = (
     *few_tokens.KERNELS,
     *split.KERNELS,
     *panel.KERNELS,
+    *expand_on_cpu.KERNELS,
     *widened.KERNELS,
     *cuda_few_tokens.KERNELS,
     *csr.KERNELS,

@@ -164,6 +164,42 @@ def test_a_part_of_the_grid_is_a_page_that_says_so(bench, monkeypatch, tmp_path)
     assert "## By shape" in page and "## Memory" not in page and "Not run." not in page
 
 
+def test_a_part_is_held_to_what_is_asked_of_it(bench, monkeypatch, tmp_path):
+    run, targets = bench("run"), bench("targets")
+
+    def run_pytest(arguments: list[str]) -> int:
+        assert "--asked" in arguments
+        (path,) = (a.split("=")[1] for a in arguments if a.startswith("--table="))
+        cases = [measured("spmm", 256, 0.5, 2.0), measured("sddmm", 1024, 0.95, 8.0)]
+        found = a_run(cases)
+        records.write(Path(path), found.about, found.records)
+        return 0
+
+    monkeypatch.setattr(run.pytest, "main", run_pytest)
+    monkeypatch.setattr(run.pages, "RESULTS", tmp_path)
+    monkeypatch.setattr(run, "PARTIAL", tmp_path / "table")
+    monkeypatch.setattr(sys, "argv", ["run.py", "--part", targets.PART])
+    (tmp_path / "table").mkdir()
+    assert run.main() == 0
+    (page,) = tmp_path.glob("*.md")
+    text = page.read_text()
+    assert "2.00 (1.2) " in text and "0.50 (6.8) **missed**" in text and "F.linear" in text
+    assert [path.suffix for path in sorted((tmp_path / "table").iterdir())] == [".csv", ".md"]
+
+
+def test_what_is_asked_for(bench):
+    targets = bench("targets")
+
+    def asked(op: str, M: int, **fields) -> bool:
+        return targets.is_asked(
+            op, products.Workload(M, 768, 768, fields.pop("sparsity", 0.5), 1, **fields)
+        )
+
+    assert asked("spmm", 256) and asked("sddmm", 1024) and asked("spmm", 256, dtype=torch.bfloat16)
+    assert not asked("spmm", 16) and not asked("spmm", 256, sparsity=0.98)
+    assert not asked("spmm", 256, mask="banded") and not asked("sddmm", 256, dtype=torch.bfloat16)
+
+
 def test_the_page_has_a_place_for_the_table(bench):
     run = bench("run")
     page = run.PAGE.read_text()

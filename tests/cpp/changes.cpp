@@ -87,13 +87,13 @@ const Use kUses[] = {
     [](sk::Pattern& p, const sk::Csr& w) { p.compressed(w, sk::Format::kWindow64); },
     [](sk::Pattern& p, const sk::Csr& w) { p.compressed(w, sk::Format::kWindow128); },
     [](sk::Pattern&, const sk::Csr& w) { sk::LanesPack pack(w); },
-    [](sk::Pattern&, const sk::Csr& w) {
+    [](sk::Pattern& p, const sk::Csr& w) {
       std::vector<float> values(w.nnz), dense(w.n * w.k);
-      sk::to_dense(w, 4, values.data(), dense.data(), 2);
+      sk::to_dense(p, w, 4, values.data(), {0, w.n}, {0, w.k}, dense.data(), 2);
     },
-    [](sk::Pattern&, const sk::Csr& w) {
+    [](sk::Pattern& p, const sk::Csr& w) {
       std::vector<float> values(w.nnz), dense(w.n * w.k);
-      sk::from_dense(w, 4, dense.data(), values.data(), 2);
+      sk::from_dense(p, w, 4, dense.data(), {0, w.n}, values.data(), 2);
     },
     [](sk::Pattern&, const sk::Csr& w) {
       const int64_t slices = (w.n + sk::kCoverRows - 1) / sk::kCoverRows;
@@ -295,8 +295,14 @@ void check_sizes() {
   const std::vector<int32_t> offsets{0}, cols{0};
   const sk::Csr w{offsets.data(), cols.data(), 0, 5, 1};
   float value = 0;
-  expect(is_refused([&] { sk::from_dense(w, 4, nullptr, &value, 1); }), "no column without a row");
-  expect(is_refused([&] { sk::to_dense(w, 4, &value, nullptr, 1); }), "no column without a row");
+  sk::Pattern none(0, 5, 1);
+  expect(is_refused([&] { sk::from_dense(none, w, 4, nullptr, {0, 0}, &value, 1); }),
+         "no column without a row");
+  expect(is_refused([&] { sk::to_dense(none, w, 4, &value, {0, 0}, {0, 5}, nullptr, 1); }),
+         "no column without a row");
+  for (const sk::Span part : {sk::Span{-1, 1}, {0, -1}, {0, 6}, {64, 1}, {1, 1}})
+    expect(is_refused([&] { sk::to_dense(none, w, 4, &value, {0, 0}, part, nullptr, 1); }),
+           "no columns that W does not have");
   // 16 bits hold no more.
   const std::vector<int32_t> two{0, 1}, last{65536};
   const sk::Csr wide{two.data(), last.data(), 1, 65537, 1};

@@ -255,11 +255,14 @@ void run(sk::Pattern& pattern, const sk::Csr& w, Call& c) {
     case Op::kSpmmTFew:
       return sk::spmm_t_few_tokens(pattern, w, c.type, c.values.data(), bias, dy, dx, c.tokens,
                                    c.plan.threads);
-    case Op::kToDense: return sk::to_dense(w, bytes, c.values.data(), c.out.data(), c.plan.threads);
+    case Op::kToDense:
+      return sk::to_dense(pattern, w, bytes, c.values.data(), {0, c.n}, {0, c.k}, c.out.data(),
+                          c.plan.threads);
     case Op::kFromDense: {
       Array dense(c.type, c.n * c.k, nullptr);
       for (int64_t i = 0; i < c.n * c.k; i++) dense.set(i, static_cast<float>(i % 251));
-      return sk::from_dense(w, bytes, dense.data(), c.out.data(), c.plan.threads);
+      return sk::from_dense(pattern, w, bytes, dense.data(), {0, c.n}, c.out.data(),
+                            c.plan.threads);
     }
     case Op::kCover: return cover(w, c.plan.threads);
   }
@@ -378,7 +381,7 @@ class Caller {
   void run_and_check(sk::Pattern& pattern, Counts& counts) {
     Call call = draw_call();
     const bool valid = is_valid(now_, size_.k);
-    const bool reads_all = call.op >= Op::kToDense;  // each time
+    const bool reads_all = call.op == Op::kCover;  // each time
     const bool certain = is_certain_ || is_unknown_ || reads_all;
     try {
       run(pattern, csr(), call);

@@ -201,9 +201,19 @@ void check(const Problem& p, sk::Type type, std::initializer_list<int> all_vecs,
 
   Array dense(type, p.n * p.k, nullptr), back(type, nnz, nullptr);
   const int bytes = static_cast<int>(sk::size_of(type));
-  sk::to_dense(w, bytes, values.data(), dense.data(), 2);
-  sk::from_dense(w, bytes, dense.data(), back.data(), 2);
+  sk::to_dense(pattern, w, bytes, values.data(), {0, p.n}, {0, p.k}, dense.data(), 2);
+  for (const auto& [first, end] : {std::pair{int64_t{0}, p.n / 3}, {p.n / 3, p.n}}) {
+    const char* from = static_cast<const char*>(dense.data()) + first * p.k * bytes;
+    sk::from_dense(pattern, w, bytes, from, {first, end - first}, back.data(), 2);
+  }
   expect_same(back, values, "to_dense, from_dense");
+  // A part of W, and no write beyond it.
+  const int64_t row = p.n / 4, rows = p.n / 2, col = p.k / 128 * 64;
+  const int64_t width = std::max<int64_t>(0, p.k - col - 1);
+  Array part(type, rows * width, nullptr);
+  sk::to_dense(pattern, w, bytes, values.data(), {row, rows}, {col, width}, part.data(), 2);
+  for (int64_t i = 0; i < rows * width; i++)
+    expect(part[i], dense[(row + i / width) * p.k + col + i % width], 0, type, "a part of W");
 }
 
 // pack and unpack, to the bit, with every width and number of tokens: ties, infinities, NaNs and

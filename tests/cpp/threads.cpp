@@ -103,8 +103,8 @@ class Readers {
         y.resize(std::min<int64_t>(tokens, sk::most_tokens(sk::Format::kBitmap)) * kRows);
         return expect(y, sum, "threads: stream of bits");
       default:
-        sk::to_dense(csr, 4, values_.data(), dense.data(), 2);
-        sk::from_dense(csr, 4, dense.data(), dvalues.data(), 2);
+        sk::to_dense(pattern_, csr, 4, values_.data(), {0, kRows}, {0, kCols}, dense.data(), 2);
+        sk::from_dense(pattern_, csr, 4, dense.data(), {0, kRows}, dvalues.data(), 2);
         return expect(dvalues, value, "threads: to_dense, from_dense");
     }
   }

@@ -74,17 +74,25 @@ def product(a: Tensor, b: Tensor, bias: Tensor | None = None) -> Tensor:
     return _onednn(a, b, bias)
 
 
+def write_product(y: Tensor, a: Tensor, b: Tensor, bias: Tensor | None) -> None:
+    """y = a @ b + bias by torch.mm, which autocast leaves alone if it is told where to write."""
+    torch.mm(a, b, out=y) if bias is None else torch.addmm(bias, a, b, out=y)
+
+
+def add_product(y: Tensor, a: Tensor, b: Tensor, bias: Tensor | None, is_first: bool) -> None:
+    """y = a @ b + bias, or without is_first y += a @ b, by oneDNN, of LONGEST_SUM terms at most."""
+    x, weight = _in_a_row(a), _in_a_row(b.t())
+    bias = bias if is_first else None
+    part = torch.ops.mkldnn._linear_pointwise(x, weight, bias, "none", [], "")
+    y.copy_(part) if is_first else y.add_(part)
+
+
 def _onednn(a: Tensor, b: Tensor, bias: Tensor | None) -> Tensor:
-    parts = (slice(at, at + LONGEST_SUM) for at in range(0, a.shape[1], LONGEST_SUM))
-    y = _part(a, b, next(parts), bias)
-    for part in parts:
-        y += _part(a, b, part, None)
+    y = a.new_empty(a.shape[0], b.shape[1])
+    for at in range(0, a.shape[1], LONGEST_SUM):
+        part = slice(at, at + LONGEST_SUM)
+        add_product(y, a[:, part], b[part], bias, is_first=at == 0)
     return y
-
-
-def _part(a: Tensor, b: Tensor, part: slice, bias: Tensor | None) -> Tensor:
-    x, weight = _in_a_row(a[:, part]), _in_a_row(b[part].t())
-    return torch.ops.mkldnn._linear_pointwise(x, weight, bias, "none", [], "")
 
 
 def _in_a_row(t: Tensor) -> Tensor:

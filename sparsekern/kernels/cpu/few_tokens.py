@@ -9,12 +9,14 @@ import torch
 
 from ..derived import versions
 from ..problem import Problem, bound_kernel
+from .machine import machine
 from .panel import _C, pattern_of, refuse_dtype, type_of
 
 MOST_TOKENS = 16
 MOST_TOKENS_T = 8  # of spmm_t
 MOST_TOKENS_WIDE = 4  # with more columns than 16 bits have numbers
 _WIDE = 65536
+BLOCKS_PAY = 0.15  # density from which on rows are long enough for blocks of columns in L1
 
 
 # For 1, 2, up to 4 and up to 8 tokens: formats, each with the least density at which it is faster
@@ -52,9 +54,11 @@ def index_format(problem: Problem, lanes: int) -> str:
 
 def _bind(problem: Problem):
     m, n_, type_ = problem.M, problem.N, type_of(problem.dtype)
+    x_bytes, y_bytes = (size * problem.dtype.itemsize for size in (problem.K, n_))  # of a token
     format_ = getattr(_C.Format, index_format(problem, _C.lanes()))
 
-    def run(row_offsets, col_indices, values, n, k, x, bias=None, y=None):
+    def run(row_offsets, col_indices, values, n, k, x, bias=None, y=None, first=0):
+        """With y, of M tokens of x and y from `first` on."""
         y = x.new_empty(m, n_) if y is None else y
         pattern_of(row_offsets, col_indices, n, k).spmm_few_tokens(
             row_offsets.data_ptr(),
@@ -64,8 +68,8 @@ def _bind(problem: Problem):
             type_,
             values.data_ptr(),
             0 if bias is None else bias.data_ptr(),
-            x.data_ptr(),
-            y.data_ptr(),
+            x.data_ptr() + first * x_bytes,
+            y.data_ptr() + first * y_bytes,
             m,
             torch.get_num_threads(),
         )
@@ -99,9 +103,17 @@ def _bind_t(problem: Problem):
 def _refuse(p: Problem) -> str | None:
     if p.M > MOST_TOKENS:
         return f"it serves up to {MOST_TOKENS} tokens, not {p.M}"
+    if p.M > 8 and p.density > BLOCKS_PAY and not _fits_l1(p):
+        return f"x of {p.M} tokens does not fit L1, where panel multiplies it in blocks"
     if p.K > _WIDE and p.M > MOST_TOKENS_WIDE:
         return f"with K = {p.K} it serves up to {MOST_TOKENS_WIDE} tokens, not {p.M}"
     return refuse_dtype(p, (torch.float32, torch.bfloat16))
+
+
+def _fits_l1(p: Problem) -> bool:
+    """Whether x does, or the machine reads L2 as fast."""
+    here = machine()
+    return not here.l1_feeds or 4 * here.lanes * p.K <= (here.l1_bytes or 32768)
 
 
 def _refuse_t(p: Problem) -> str | None:

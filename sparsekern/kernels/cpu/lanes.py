@@ -6,6 +6,7 @@ up to 4 tokens. It is padded to the longest of 16 rows: 5 bytes a non-zero in fl
 bfloat16 times 1.2, 1.4, 1.7 and 2.1 at densities of 0.5, 0.25, 0.1 and 0.05.
 """
 
+from collections.abc import Callable
 from functools import cache
 from typing import NamedTuple
 
@@ -84,10 +85,21 @@ def pack(weight: SparseTensor) -> Lanes:
 def spmm_lanes(x: Tensor, packed: Lanes, bias: Tensor | None = None) -> Tensor:
     """y [M, N] = x [M, K] @ W.T + bias [N] of operands that were checked. W is written out for many
     tokens."""
-    if writes_out(x.shape[0], packed):
+    return bind(x.shape[0], packed, bias)(x)
+
+
+def bind(m: int, packed: Lanes, bias: Tensor | None) -> Callable[[Tensor], Tensor]:
+    """spmm_lanes() of any x [M, K], as long as the packed tensors and the bias are where they are:
+    a small product takes no longer than to ask each of them for its address."""
+    product = _bound(m, packed, bias)
+    if not writes_out(m, packed):
+        return product
+
+    def run(x: Tensor) -> Tensor:
         y = mm(x, _to_dense(packed).t(), bias)
-        return skip_missing(y, x, lambda few: _multiply(few, packed, bias))
-    return _multiply(x, packed, bias)
+        return skip_missing(y, x, lambda few: _bound(few.shape[0], packed, bias)(few))
+
+    return run
 
 
 def writes_out(tokens: int, packed: Lanes) -> bool:
@@ -97,10 +109,10 @@ def writes_out(tokens: int, packed: Lanes) -> bool:
     return tokens * density > 16
 
 
-def _multiply(x: Tensor, packed: Lanes, bias: Tensor | None) -> Tensor:
-    y = x.new_empty(x.shape[0], packed.n)
-    _C.spmm_lanes(
-        packed.n,
+def _bound(m: int, packed: Lanes, bias: Tensor | None) -> Callable[[Tensor], Tensor]:
+    n, get_num_threads = packed.n, torch.get_num_threads
+    operands = (
+        n,
         packed.k,
         packed.part_steps.data_ptr(),
         packed.heads.data_ptr(),
@@ -109,12 +121,15 @@ def _multiply(x: Tensor, packed: Lanes, bias: Tensor | None) -> Tensor:
         _type_of(packed.values.dtype),
         packed.values.data_ptr(),
         0 if bias is None else bias.data_ptr(),
-        x.data_ptr(),
-        y.data_ptr(),
-        x.shape[0],
-        torch.get_num_threads(),
     )
-    return y
+    owners = packed, bias  # whose memory that is
+
+    def run(x: Tensor, _owners=owners) -> Tensor:
+        y = x.new_empty(m, n)
+        _C.spmm_lanes(*operands, x.data_ptr(), y.data_ptr(), m, get_num_threads())
+        return y
+
+    return run
 
 
 def _to_dense(packed: Lanes) -> Tensor:

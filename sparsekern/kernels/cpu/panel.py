@@ -1,9 +1,7 @@
-"""CPU kernels in C++: the table rows that call `sparsekern._C`.
+"""Products of many tokens on a CPU: the table rows `panel`, which call `sparsekern._C`.
 
-`panel` walks the non-zeros over feature-major panels of the tokens, packed inside the call
-(csrc/cpu). `expand` writes W out and calls the machine's fastest dense product (dense_product.py),
-where W is too full for `panel` to win. Both take float32, bfloat16, summed in float32, and float64,
-and use as many threads as torch does.
+They walk the non-zeros over feature-major panels of the tokens, packed inside the call (csrc/cpu),
+in float32, bfloat16, summed in float32, and float64, on as many threads as torch uses.
 """
 
 from functools import partial
@@ -13,9 +11,8 @@ from torch import Tensor
 
 from ..crossover import density_limit
 from ..derived import _store, kept, versions
-from ..problem import Kernel, Problem, bound_kernel, problem_of
-from ..reference import skip_missing
-from .dense_product import library, product
+from ..problem import Problem, bound_kernel
+from .dense_product import library
 from .machine import _C, Machine, machine, machine_name
 from .plan import Plan, dense_wins_above, density_of_dense_rate, describe, make_plan
 
@@ -58,13 +55,16 @@ class _Plans(dict):
         return plan
 
 
-def _bind_spmm(problem: Problem):
+def bind_spmm(problem: Problem):
     """Bind `panel` to a problem of spmm or spmm_t."""
     type_, is_transposed = type_of(problem.dtype), problem.op == "spmm_t"
     m, width = problem.M, problem.K if is_transposed else problem.N
+    inputs = problem.N if is_transposed else problem.K
+    x_bytes, y_bytes = (size * problem.dtype.itemsize for size in (inputs, width))  # of a token
     plans = _Plans(problem)
 
-    def run(row_offsets, col_indices, values, n, k, x, bias=None, y=None):
+    def run(row_offsets, col_indices, values, n, k, x, bias=None, y=None, first=0):
+        """With y, of M tokens of x and y from `first` on."""
         y = x.new_empty(m, width) if y is None else y
         pattern_of(row_offsets, col_indices, n, k).spmm(
             row_offsets.data_ptr(),
@@ -73,8 +73,8 @@ def _bind_spmm(problem: Problem):
             type_,
             values.data_ptr(),
             0 if bias is None else bias.data_ptr(),
-            x.data_ptr(),
-            y.data_ptr(),
+            x.data_ptr() + first * x_bytes,
+            y.data_ptr() + first * y_bytes,
             m,
             is_transposed,
             plans[torch.get_num_threads()],
@@ -105,50 +105,6 @@ def _bind_sddmm(problem: Problem):
     return run
 
 
-def _expand(row_offsets, col_indices, values, n, k):
-    """W [N, K], dense."""
-    w = values.new_empty(n, k)
-    pattern_of(row_offsets, col_indices, n, k).to_dense(
-        row_offsets.data_ptr(),
-        col_indices.data_ptr(),
-        values.element_size(),
-        values.data_ptr(),
-        w.data_ptr(),
-        torch.get_num_threads(),
-    )
-    return w
-
-
-def _spmm_expand(row_offsets, col_indices, values, n, k, x, bias=None):
-    w = row_offsets, col_indices, values, n, k
-    y = product(x, _expand(*w).t(), bias)
-    return skip_missing(y, x, lambda few: _panel("spmm", *w, few, bias))
-
-
-def _spmm_t_expand(row_offsets, col_indices, values, n, k, dy, bias=None):
-    w = row_offsets, col_indices, values, n, k
-    dx = product(dy, _expand(*w), bias)
-    return skip_missing(dx, dy, lambda few: _panel("spmm_t", *w, few, bias))
-
-
-def _panel(op, *operands):
-    return _bind_spmm(problem_of(op, *operands))(*operands)
-
-
-def _sddmm_expand(row_offsets, col_indices, n, k, dy, x):
-    dw = product(dy.t(), x)
-    dvalues = x.new_empty(col_indices.shape[0])
-    pattern_of(row_offsets, col_indices, n, k).from_dense(
-        row_offsets.data_ptr(),
-        col_indices.data_ptr(),
-        dw.element_size(),
-        dw.data_ptr(),
-        dvalues.data_ptr(),
-        torch.get_num_threads(),
-    )
-    return dvalues
-
-
 def refuse_dtype(
     p: Problem, dtypes: tuple[torch.dtype, ...] = (torch.float32, torch.bfloat16, torch.float64)
 ) -> str | None:
@@ -172,11 +128,6 @@ def _refuse_panel(p: Problem) -> str | None:
     return None
 
 
-def _describe_expand(p: Problem) -> str:
-    by = library(p.dtype)
-    return f"W written out, {by}{SLOWER * (by == 'torch.mm')}"
-
-
 def _describe_panel(p: Problem) -> str:
     here = _machine_for(p.dtype)
     text = describe(_plan(p, torch.get_num_threads()), here)
@@ -186,10 +137,7 @@ def _describe_panel(p: Problem) -> str:
 
 
 KERNELS = (
-    bound_kernel("panel", "spmm", "cpu", _refuse_panel, _bind_spmm, _describe_panel),
-    bound_kernel("panel", "spmm_t", "cpu", _refuse_panel, _bind_spmm, _describe_panel),
+    bound_kernel("panel", "spmm", "cpu", _refuse_panel, bind_spmm, _describe_panel),
+    bound_kernel("panel", "spmm_t", "cpu", _refuse_panel, bind_spmm, _describe_panel),
     bound_kernel("panel", "sddmm", "cpu", _refuse_panel, _bind_sddmm, _describe_panel),
-    Kernel("expand", "spmm", "cpu", refuse_dtype, _spmm_expand, _describe_expand),
-    Kernel("expand", "spmm_t", "cpu", refuse_dtype, _spmm_t_expand, _describe_expand),
-    Kernel("expand", "sddmm", "cpu", refuse_dtype, _sddmm_expand, _describe_expand),
 )

@@ -44,11 +44,11 @@ def dense_wins_above(p: Problem, machine: Machine) -> float:
 
     A dense layer, whose W is written out already, is faster above density_of_dense_rate.
     """
-    tokens = 20 if _feeds(p, machine) else 30  # that cost as much as writing W out
+    tokens = 10 if _feeds(p, machine) else 30  # that cost as much as writing W out
     if p.dtype == torch.bfloat16 and machine.has_bf16_tiles:
         tokens = 230
     elif p.dtype == torch.bfloat16 and machine.has_bf16_products:
-        tokens = 60
+        tokens = 5
     return density_of_dense_rate(p, machine) * (1 + tokens / max(1, p.M))
 
 
@@ -61,7 +61,7 @@ def density_of_dense_rate(p: Problem, machine: Machine) -> float:
         if not (machine.has_dots if p.op == "sddmm" else machine.has_pairs):
             return 0.27
         return 0.66 if p.op == "sddmm" else 0.38
-    return 0.8 if _feeds(p, machine) else 0.55
+    return 0.85 if _feeds(p, machine) else 0.55
 
 
 @lru_cache(maxsize=4096)
@@ -91,7 +91,8 @@ def make_plan(p: Problem, machine: Machine, threads: int) -> Plan:
     lanes, element_bytes = (machine.lanes * 2, 2) if pairs else (machine.lanes, real_bytes)
 
     vecs = _most_vecs(p, machine, pairs)
-    while vecs > 1 and p.M <= vecs * lanes * 3 // 4:
+    # Where loads are no bottleneck, two thirds of 2 registers cost less than 2 tiles of 1.
+    while vecs > 1 and p.M <= vecs * lanes * (2 if vecs == 2 and _feeds(p, machine) else 3) // 4:
         vecs //= 2
     too_few = p.M <= vecs * lanes * (threads - 1)
     tile_parts = 2 if vecs == WIDEST and (too_few or threads > 2) and not is_sddmm else 1

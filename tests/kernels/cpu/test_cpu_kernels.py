@@ -252,7 +252,7 @@ def test_subnormal_numbers_count_as_zeros_in_dot_products_alone():
     w = t.row_offsets, t.col_indices
     dvalues = cpu._bind_sddmm(problem_of("sddmm", *w, 40, 50, dy, x))(*w, 40, 50, dy, x)
     assert bool((dvalues == 0).all()) == machine().has_dots
-    y = cpu._bind_spmm(problem_of("spmm_t", *w, t.values, 40, 50, dy))(*w, t.values, 40, 50, dy)
+    y = cpu.bind_spmm(problem_of("spmm_t", *w, t.values, 40, 50, dy))(*w, t.values, 40, 50, dy)
     assert (y != 0).any()
 
 

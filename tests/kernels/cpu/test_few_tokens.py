@@ -246,3 +246,16 @@ def test_formats_serve_what_they_are_chosen_for(lanes, density):
     for M in range(17):
         problem = Problem("spmm", "cpu", torch.float32, M, 100, 100, int(1e4 * density))
         assert M <= MOST_TOKENS[rows.index_format(problem, lanes)]
+
+
+def test_x_that_does_not_fit_l1_goes_to_panel(monkeypatch, fresh_table):
+    """On a machine that reads L2 slower than it multiplies, where rows are long enough."""
+    problem = Problem("spmm", "cpu", torch.float32, 16, 2048, 2048, 2048 * 2048 // 2)
+    here = rows.machine()._replace(lanes=16, l1_bytes=49152, l1_feeds=True)
+    monkeypatch.setattr(rows, "machine", lambda: here)
+    assert "does not fit L1" in rows._refuse(problem)
+    assert table.pick(problem).name == "panel"
+    for fits in ({"M": 8}, {"K": 768, "nnz": 2048 * 384}, {"nnz": 2048 * 100}):
+        assert rows._refuse(problem._replace(**fits)) is None
+    monkeypatch.setattr(rows, "machine", lambda: here._replace(l1_feeds=False))
+    assert rows._refuse(problem) is None

@@ -23,6 +23,8 @@ def test_parts():
         (m,) for m in (1, 16, 25, 32, 49, 64, 97, 128, 225, 256)
     ]
     assert split.parts(17) == (16, 1) and split.parts(48) == (32, 16)
+    assert split.parts(20) == (16, 4) and split.parts(20, is_fed=True) == (20,)
+    assert split.parts(147, is_fed=True) == (128, 19) and split.parts(50, is_fed=True) == (50,)
     assert split.parts(83) == (64, 16, 3) and split.parts(129) == (128, 1)
     assert split.parts(224) == (128, 64, 32) and split.parts(1 + 2**20) == (2**20, 1)
     for m in range(700):
@@ -48,6 +50,6 @@ def test_the_table_cuts_what_a_tile_leaves_over(on_avx512):
     assert row.plan(problem) == "64 tokens by panel, 1 tokens by few_tokens"
     assert table.pick(problem._replace(M=64)).name == "panel"
     wide = problem._replace(K=2**17, M=70)
-    assert "with K = 131072 it serves up to 4 tokens" in dict(table.refusals(wide))["split"]
+    assert row.plan(wide) == "64 tokens by panel, 6 tokens by panel"
     assert table.pick(problem._replace(M=few_tokens.MOST_TOKENS)).name == "few_tokens"
     assert "not float64" in dict(table.refusals(problem._replace(dtype=torch.float64)))["split"]
