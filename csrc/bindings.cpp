@@ -191,8 +191,10 @@ PYBIND11_MODULE(_C, m) {
       .def_property_readonly("steps", &sk::Cover::steps)
       .def(
           "write",
-          [](const sk::Cover& cover, Pointer step_offsets, Pointer records, Pointer places) {
-            cover.write(as<int32_t>(step_offsets), as<uint8_t>(records), as<int64_t>(places));
+          [](const sk::Cover& cover, Pointer step_offsets, Pointer records, Pointer places,
+             int value_bytes) {
+            cover.write(as<int32_t>(step_offsets), as<uint8_t>(records), as<int64_t>(places),
+                        value_bytes);
           },
           NoGil(), "step_offsets, records (zeros before) and places; cover.h has their sizes.");
 

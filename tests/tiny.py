@@ -1,5 +1,6 @@
 """Runs so small that they take a second: their text, their settings, and what they leave."""
 
+import math
 import re
 from pathlib import Path
 
@@ -7,6 +8,7 @@ import pytest
 import torch
 
 from sparsekern import SparseTensor
+from sparsekern.gpt import run
 from sparsekern.gpt.checkpoint import load_checkpoint
 from sparsekern.gpt.config import TrainConfig, changed
 from sparsekern.gpt.data import Batches
@@ -50,6 +52,28 @@ def flags(config: TrainConfig) -> list[str]:
     """The same on the command line."""
     given = changed(config).items()
     return ["train", *(f"--{name.replace('_', '-')}={value}" for name, value in given)]
+
+
+@pytest.fixture
+def training(tmp_path: Path) -> list[str]:
+    """A command that trains in tmp_path, without its sparsity."""
+    text = "".join(f"{i} bottles of beer on the wall.\n" for i in range(200))
+    (tmp_path / "text.txt").write_text(text)
+    shape = "--layers=2 --heads=2 --width=32 --context=16 --batch=2 --steps=3 --threads=1"
+    data = f"--data={tmp_path / 'text.txt'} --out={tmp_path / 'run'} --eval-every=9"
+    return ["train", *shape.split(), *data.split()]
+
+
+def nan_at(monkeypatch: pytest.MonkeyPatch, call: int) -> None:
+    """NaN for the loss of this call of compute_gradients; the first is 1."""
+    compute, calls = run.compute_gradients, []
+
+    def compute_with_nan(*args):
+        calls.append(args)
+        loss, norm = compute(*args)
+        return (loss * math.nan if len(calls) == call else loss), norm
+
+    monkeypatch.setattr(run, "compute_gradients", compute_with_nan)
 
 
 def interrupt_at(monkeypatch: pytest.MonkeyPatch, step: int) -> None:

@@ -8,11 +8,11 @@ from pathlib import Path
 
 import pytest
 import torch
-from tiny import TEXT, interrupt, states_equal, tiny_config
+from tiny import TEXT, interrupt, nan_at, states_equal, tiny_config
 
 from sparsekern import SparseLinear, Static, densify_, sparsify_
 from sparsekern.files import atomic_write
-from sparsekern.gpt import flops, profile, run, train
+from sparsekern.gpt import flops, profile, train
 from sparsekern.gpt.build import FINAL_LR_SHARE, build_optimizer, learning_rate, load_model
 from sparsekern.gpt.checkpoint import CHECKPOINT, WEIGHTS, load_checkpoint
 from sparsekern.gpt.config import TrainConfig, resumed_config
@@ -380,14 +380,7 @@ def test_a_finished_run_resumes_to_itself(tiny: TrainConfig):
 def test_nan_stops_the_run_and_keeps_the_last_good_checkpoint(
     tiny: TrainConfig, monkeypatch: pytest.MonkeyPatch
 ):
-    compute, calls = compute_gradients, []
-
-    def nan_at_nine(*args):
-        calls.append(args)
-        loss, norm = compute(*args)
-        return (loss * math.nan if len(calls) == 9 else loss), norm
-
-    monkeypatch.setattr(run, "compute_gradients", nan_at_nine)
+    nan_at(monkeypatch, 9)
     # Step 8 would be saved: its weights have just shown a NaN.
     with pytest.raises(FloatingPointError, match="loss is nan at step 8; .*checkpoint.pt is the"):
         train.train(tiny)

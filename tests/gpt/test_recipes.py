@@ -7,11 +7,11 @@ from pathlib import Path
 
 import pytest
 import torch
-from tiny import TEXT, final, interrupt, states_equal, tiny_config
+from tiny import TEXT, final, interrupt, nan_at, states_equal, tiny_config
 
 from sparsekern import SparseLinear, weights
 from sparsekern.cli import main
-from sparsekern.gpt import flops, run, train
+from sparsekern.gpt import flops, train
 from sparsekern.gpt.build import build_model, load_model
 from sparsekern.gpt.checkpoint import CHECKPOINT, WEIGHTS
 from sparsekern.gpt.config import TrainConfig, config_from, resumed_config
@@ -19,7 +19,6 @@ from sparsekern.gpt.data import ByteTokenizer, load_split, load_tokens, prepare
 from sparsekern.gpt.model import GPT, GPTConfig
 from sparsekern.gpt.prune import PruneConfig, prune
 from sparsekern.gpt.start import begin
-from sparsekern.gpt.step import compute_gradients
 from sparsekern.sparsity.pattern import places_of
 from sparsekern.two_way import is_two_way
 
@@ -223,14 +222,7 @@ def test_the_exported_weights_are_the_model(tiny):
 
 
 def test_nan_keeps_the_last_good_checkpoint_of_a_changing_pattern(tiny, monkeypatch):
-    compute, calls = compute_gradients, []
-
-    def nan_at_eleven(*args):
-        calls.append(args)
-        loss, norm = compute(*args)
-        return (loss * math.nan if len(calls) == 11 else loss), norm
-
-    monkeypatch.setattr(run, "compute_gradients", nan_at_eleven)
+    nan_at(monkeypatch, 11)
     config = replace(tiny, sparsity=0.75, algorithm="set")
     with pytest.raises(FloatingPointError, match="loss is nan at step 10; .*is the last good one"):
         train.train(config)

@@ -2,23 +2,14 @@
 
 import json
 import math
-from pathlib import Path
 
 import pytest
+from tiny import training  # noqa: F401
 
 from sparsekern.cli import main
 from sparsekern.sparsity import SET, configure, load_config
 
 pytest.importorskip("yaml")
-
-
-@pytest.fixture
-def training(tmp_path: Path) -> list[str]:
-    text = "".join(f"{i} bottles of beer on the wall.\n" for i in range(200))
-    (tmp_path / "text.txt").write_text(text)
-    shape = "--layers=2 --heads=2 --width=32 --context=16 --batch=2 --steps=3 --threads=1"
-    data = f"--data={tmp_path / 'text.txt'} --out={tmp_path / 'run'} --eval-every=9"
-    return ["train", *shape.split(), *data.split()]
 
 
 @pytest.mark.parametrize(
@@ -101,7 +92,11 @@ def test_counts_are_whole_and_finite(key, value):
     ],
 )
 def test_what_can_be_known_is_said_before_the_first_step(
-    training, tmp_path, capsys, block, message
+    training,  # noqa: F811
+    tmp_path,
+    capsys,
+    block,
+    message,
 ):
     path = tmp_path / "a.json"
     path.write_text(

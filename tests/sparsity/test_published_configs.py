@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 import torch
 import torch.nn.functional as F
+from tiny import training  # noqa: F401
 from torch import nn
 
 from sparsekern import SparseLinear
@@ -311,17 +312,8 @@ def write(path: Path, name: str) -> Path:
     return path
 
 
-@pytest.fixture
-def training(tmp_path: Path) -> list[str]:
-    text = "".join(f"{i} bottles of beer on the wall.\n" for i in range(200))
-    (tmp_path / "text.txt").write_text(text)
-    shape = "--layers=2 --heads=2 --width=32 --context=16 --batch=2 --steps=3 --threads=1"
-    data = f"--data={tmp_path / 'text.txt'} --out={tmp_path / 'run'} --eval-every=9"
-    return ["train", *shape.split(), *data.split()]
-
-
 @pytest.mark.parametrize("name", FILES)
-def test_the_published_files_run_unchanged(training, tmp_path, name):
+def test_the_published_files_run_unchanged(training, tmp_path, name):  # noqa: F811
     path = write(tmp_path, name)
     assert main([*training, f"--sparsity-config={path}"]) == 0
     block, _ = FILES[name]
