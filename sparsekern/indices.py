@@ -3,7 +3,9 @@
 Nothing here is computed in 32 bits that may pass 2^31: a place, row * K + column, is int64.
 """
 
+import warnings
 from collections.abc import Sequence
+from functools import cache
 
 import torch
 from torch import Tensor
@@ -150,6 +152,15 @@ def check_values(name: str, values: Tensor, ndim: int) -> None:
         )
     if values.ndim != ndim:
         raise ValueError(f"{name}: expected a {ndim}-D tensor, got shape {tuple(values.shape)}")
+
+
+@cache
+def let_torch_warn() -> None:
+    """torch says once in a process that CSR is in beta state: here, unheard."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        zero = torch.zeros(1, dtype=torch.int32)
+        torch.sparse_csr_tensor(zero, zero[:0], zero[:0], (0, 0), check_invariants=False)
 
 
 def has_nan(t: Tensor) -> bool:

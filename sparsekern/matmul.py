@@ -142,6 +142,8 @@ def explain(x: Tensor | int, W: SparseTensor | torch.nn.Module) -> str:
 
 
 def _explain_packed(x: Tensor | int, model: torch.nn.Module) -> str:
+    if not isinstance(x, Tensor) and (type(x) is not int or x < 0):
+        raise ValueError(f"x: expected a Tensor or a number of tokens of at least 0, got {x!r}")
     packed: dict[Any, list[str]] = {}
     for name, m in model.named_modules(remove_duplicate=False):
         if hasattr(m, "packed_bytes"):  # of a group: in the places of all that share it

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from .example import Calls, copied, tensors
 from .timing import clock, wait
 
-STEPS = 4  # tokens by which a step is known
+STEPS = 4  # tokens, at most, by which a step is known
 
 
 @dataclass
@@ -46,6 +46,7 @@ def calls_of_generate(
         args = (example,) if isinstance(example, Tensor) else tuple(example)
         example = inspect.signature(inner.forward).bind(*args).arguments
     now, usual = clock(is_gpu)
+    count = min(STEPS, 1 + steps)  # the context may have no place for more
     given: list[dict] = []
     began: list[float] = []
     ended: list[float] = []
@@ -55,7 +56,7 @@ def calls_of_generate(
         began.append(now())
         bound = inspect.signature(inner.forward).bind(*args).arguments
         given[1:] = [copied(bound | kwargs)]
-        calls.times = {1: 1, STEPS: steps}.get(len(began), 0)
+        calls.times = {count: steps, 1: 1}.get(len(began), 0)
 
     def after(module: nn.Module, args: tuple, output: Any) -> None:
         wait(is_gpu)
@@ -66,22 +67,22 @@ def calls_of_generate(
         inner.register_forward_pre_hook(before, with_kwargs=True),
         inner.register_forward_hook(after),
     ]
-    settings = {"max_new_tokens": STEPS, "min_new_tokens": STEPS, "disable_compile": True}
+    settings = {"max_new_tokens": count, "min_new_tokens": count, "disable_compile": True}
     try:
         model.generate(**copied(dict(example)), **settings)  # type: ignore[operator]
     finally:
         for handle in handles:
             handle.remove()
-    if len(began) != STEPS:
+    if len(began) != count:
         raise ValueError(
-            f"it called {type(inner).__name__} {len(began)} times for {STEPS} tokens: give a "
+            f"it called {type(inner).__name__} {len(began)} times for {count} tokens: give a "
             "function as example, lambda m: m.generate(...), and new_tokens=0"
         )
-    (prompt, token), output = given, outputs[0]
+    prompt, token, output = given[0], given[-1], outputs[0]
     if prompt.pop("encoder_outputs", None) is not None:
         prompt, output = _of_texts(prompt, example) | dict(example), None
     gaps = [b - a for a, b in zip(ended, began[1:], strict=False)]
-    return Generated(prompt, output, token, usual(gaps))
+    return Generated(prompt, output, token, usual(gaps) if gaps else 0.0)
 
 
 def _of_texts(prompt: dict, example: Mapping) -> dict:

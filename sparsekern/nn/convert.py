@@ -171,6 +171,14 @@ def _replaceable(
     }
 
 
+def packed_name(model: nn.Module) -> str | None:
+    """The name of the first layer that `pack_` made."""
+    for name, module in model.named_modules():
+        if hasattr(module, "packed_bytes"):  # in a group, `shared.whole` of its layers
+            return name.removesuffix("shared.whole").removesuffix(".") or "the model"
+    return None
+
+
 def densify_(model: nn.Module, optimizer: Optimizer | None = None) -> nn.Module:
     """Replace every SparseLinear of `model` by its nn.Linear, in place, and return the model. What
     stands in for another module (Conv1D, a convolution, attention, experts) becomes that again.
@@ -179,9 +187,9 @@ def densify_(model: nn.Module, optimizer: Optimizer | None = None) -> nn.Module:
     becomes dense too: zero where nothing was stored. ValueError, and an unchanged model, for state
     of another shape than the values, and for layers that `pack_` made.
     """
-    if packed := [name for name, m in model.named_modules() if hasattr(m, "packed_bytes")]:
+    if (packed := packed_name(model)) is not None:
         raise ValueError(
-            f"densify_: {packed[0] or 'it'} is packed, and from that there is no way back: keep "
+            f"densify_: {packed} is packed, and from that there is no way back: keep "
             "the model as it was before pack_"
         )
     if optimizer:

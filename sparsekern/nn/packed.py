@@ -181,7 +181,7 @@ class PackedLinear(nn.Module):
             raise RuntimeError(
                 f"PackedLinear: expected x [..., {self.in_features}], got {tuple(input.shape)}"
             )
-        shape, x = input.shape[:-1], input.reshape(-1, self.in_features)
+        shape, x = input.shape[:-1], input.reshape(input.shape[:-1].numel(), self.in_features)
         if self.layout == TwoOfFourE4m3.name and torch.compiler.is_compiling() and x.numel():
             y = self._traced(x)
         else:
@@ -236,12 +236,13 @@ def packed_layer(
     values: torch.dtype | None,
 ) -> PackedLinear:
     """The layer for calls of so many tokens where `weight` is; 8 bits are for GPUs alone."""
-    if values is not None and is_for_cpu(weight):
-        raise NotImplementedError(
-            f"values: {values} is for a weight on a GPU, got one on a CPU: move the model there "
-            "before pack_"
-        )
-    if dtype is None and is_for_cpu(weight):
+    if is_for_cpu(weight):
+        for name, given in (("values", values), ("dtype", dtype)):
+            if given is not None:
+                raise NotImplementedError(
+                    f"{name}: {given} is for a weight on a GPU, got one on a CPU: move the model "
+                    "there before pack_"
+                )
         from .packed_cpu import PackedLinearOnCpu  # a PackedLinear
 
         return PackedLinearOnCpu(pack_for_cpu(weight), weight.nnz, bias)
@@ -328,6 +329,8 @@ def pack_(
             times as large later becomes NaN. Without it the scale is found in each call, which
             takes longer.
     """
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"model: expected a torch.nn.Module, got {type(model).__name__}")
     ends = token_range(tokens)
     check_eight_bits(dtype, values, dense)
     if example is not None and dtype is None:

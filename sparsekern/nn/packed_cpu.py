@@ -68,7 +68,7 @@ class PackedLinearOnCpu(PackedLinear):
         bias = self._buffers["bias"]
         if x.ndim == 2:
             return spmm_lanes(x, packed, bias)
-        y = spmm_lanes(x.reshape(-1, packed.k), packed, bias)
+        y = spmm_lanes(x.reshape(x.shape[:-1].numel(), packed.k), packed, bias)
         return y.view(*x.shape[:-1], packed.n)
 
     def _packed(self) -> Lanes:

@@ -84,8 +84,17 @@ class PackedPart(nn.Module):
     def __init__(self, shared: SharedInput, first: int, out_features: int, parts: int):
         super().__init__()
         self.shared = shared
-        self.in_features, self.out_features = shared.whole.in_features, out_features
+        whole: Any = shared.whole
+        self.in_features: int = whole.in_features
+        self.out_features = out_features
         self.first, self.parts = first, parts
+
+    @property
+    def weight(self) -> Any:
+        """Its shape [out_features, in_features], dtype and device, as of a PackedLinear."""
+        shape = torch.Size([self.out_features, self.in_features])
+        whole: Any = self.shared.whole
+        return whole.weight._replace(shape=shape)
 
     def forward(self, input: Tensor) -> Tensor:
         return self.shared.take(input, self)

@@ -5,6 +5,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
+from ..indices import let_torch_warn
 from ..tensor import SparseTensor
 
 if TYPE_CHECKING:
@@ -32,6 +33,7 @@ def transposed(w: SparseTensor) -> SparseTensor:
     if w.values.is_meta:
         offsets = w.row_offsets.new_empty(w.k + 1)
         return SparseTensor._trusted(offsets, w.col_indices, w.values, w.k, w.n)
+    let_torch_warn()
     order = torch.arange(w.nnz, device=w.device)
     csc = w.row_offsets, w.col_indices, order, (w.k, w.n)
     csr = torch.sparse_csc_tensor(*csc, check_invariants=False).to_sparse_csr()

@@ -19,6 +19,7 @@ from torch import Tensor, nn
 
 from ..indices import INDEX_LIMIT
 from ..nn import SparseLinear, bitmask
+from ..nn.convert import packed_name
 from ..nn.loading import BITMASK, INDICES, SHAPE
 from ..nn.stored import stored_weight
 from ..tensor import SparseTensor
@@ -31,12 +32,23 @@ BUFFERS = (*INDICES, "values")  # of a SparseLinear, in its state_dict
 
 def weights_of(model: nn.Module) -> Weights:
     """All parameters and persistent buffers of a model, sharing its memory where it can. A sparse
-    weight has the shape that its dense module stores, [K, N] in the Conv1D of transformers."""
+    weight has the shape that its dense module stores, [K, N] in the Conv1D of transformers.
+    ValueError for a model with layers that `pack_` made."""
+    refuse_packed(model)
     modules = model.named_modules(remove_duplicate=False)
     layers = {n: m for n, m in modules if isinstance(m, SparseLinear)}
     parts = {join(name, part) for name in layers for part in BUFFERS}
     weights: Weights = {join(name, "weight"): stored_weight(m) for name, m in layers.items()}
     return weights | {k: t for k, t in model.state_dict().items() if k not in parts}
+
+
+def refuse_packed(model: nn.Module) -> None:
+    """ValueError for layers whose weights are in no state_dict: a file would lack them."""
+    if (packed := packed_name(model)) is not None:
+        raise ValueError(
+            f"weights: {packed} is packed for inference, and its weight can be neither saved nor "
+            "set: do so before pack_"
+        )
 
 
 def join(module: str, name: str) -> str:

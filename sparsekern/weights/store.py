@@ -24,7 +24,7 @@ from ..tensor import SparseTensor
 from . import layouts
 from .bitmasks import stems_in
 from .digests import digest_of_json, digests
-from .layouts import Weights, join, weights_of
+from .layouts import Weights, join, refuse_packed, weights_of
 from .read import FILE, FORMAT_VERSIONS, HEADER, INDEX, OF_TORCH
 
 __all__ = ["save_weights", "to_zeros"]
@@ -36,6 +36,7 @@ def to_zeros(weights: nn.Module | Weights) -> dict[str, Tensor]:
     if not isinstance(weights, nn.Module):
         items = weights.items()
         return {name: w.to_dense() if isinstance(w, SparseTensor) else w for name, w in items}
+    refuse_packed(weights)
     state = dict(weights.state_dict())
     dense: dict[nn.Module, dict[str, Tensor]] = {}
     for name, module in weights.named_modules(remove_duplicate=False):

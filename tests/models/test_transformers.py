@@ -192,12 +192,24 @@ def test_new_tokens_are_called_as_generate_does(make, example, monkeypatch):
     assert report.output_error is not None
     rows = {layer.name: layer.tokens for layer in report.layers}
     if make is llama:
-        assert lengths == {(19, 0), *((1, 19 + i) for i in range(3))}
+        assert lengths == {(19, 0), *((1, 19 + i) for i in range(2))}
         assert rows["model.layers.1.mlp.up_proj"] == {38: 1, 2: 2}
     else:
         # of T5 the encoder reads the prompt once, and both beams begin with one token
         assert rows["encoder.block.1.layer.0.SelfAttention.q"] == {38: 1}
         assert rows["decoder.block.1.layer.0.SelfAttention.q"] == {4: 3}
+
+
+@pytest.mark.parametrize("new_tokens", [1, 2])
+def test_a_prompt_that_nearly_fills_the_context(new_tokens):
+    config = transformers.GPT2Config(
+        vocab_size=256, n_positions=IDS.shape[1] + new_tokens - 1, n_embd=64, n_layer=1, n_head=4
+    )
+    model = transformers.AutoModelForCausalLM.from_config(config).eval()
+    with torch.no_grad():
+        model.transformer.h[0].mlp.c_fc.weight *= torch.rand(64, 256) > 0.75
+    report = accelerate_(model, {"input_ids": IDS}, new_tokens=new_tokens)
+    assert report.layers[0].tokens == {38: 1} | ({2: 1} if new_tokens == 2 else {})
 
 
 def test_an_example_that_generate_refuses(monkeypatch):
@@ -207,5 +219,5 @@ def test_an_example_that_generate_refuses(monkeypatch):
     with pytest.raises(ValueError, match=r"new_tokens: .* generate\(\) .*strange"):
         accelerate_(model, {"input_ids": IDS, "strange": IDS}, new_tokens=2)
     monkeypatch.setattr(model, "generate", lambda **given: model(input_ids=given["input_ids"]))
-    with pytest.raises(ValueError, match="called LlamaForCausalLM 1 times for 4 tokens: give a"):
+    with pytest.raises(ValueError, match="called LlamaForCausalLM 1 times for 2 tokens: give a"):
         accelerate_(model, {"input_ids": IDS}, new_tokens=2)

@@ -12,9 +12,10 @@ from torch.autograd import forward_ad
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import sparsekern
-from sparsekern import Static, sparsify_
+from sparsekern import SparseLinear, Static, sparsify_
 from sparsekern.kernels.cpu import lanes
 from sparsekern.nn import PackedLinear, densify_, pack_
+from sparsekern.weights import save_weights, set_weights_, to_bitmasks, to_zeros, weights_of
 
 pytestmark = pytest.mark.skipif(lanes._C is None, reason="the C++ library is not built")
 
@@ -44,6 +45,9 @@ def test_a_packed_model_is_the_same_function(dtype):
     assert "layout=lanes" in repr(packed[0])
     assert "1 tokens -> lanes" in sparsekern.explain(1, packed)
     assert "written out" in packed[0].explain(torch.zeros(4, 128, 130))
+    for wrong in (-1, 1.5, True):
+        with pytest.raises(ValueError, match=f"x: expected .* tokens of at least 0, got {wrong}"):
+            sparsekern.explain(wrong, packed)
 
 
 CHANGES = {
@@ -174,3 +178,40 @@ def test_a_model_that_cannot_be_packed_is_left_as_it_was():
     with pytest.raises(TypeError, match="weight: expected float32 or bfloat16 values, got .*64"):
         pack_(mixed)
     assert list(mixed) == before
+    for name, dtype in (("values", torch.int8), ("dtype", torch.float8_e4m3fn)):
+        made = model(torch.bfloat16)
+        before = list(made)
+        with pytest.raises(NotImplementedError, match=f"0: {name}: .* is for a weight on a GPU"):
+            pack_(made, **{name: dtype})
+        assert list(made) == before
+    with pytest.raises(TypeError, match=r"model: expected a torch.nn.Module, got SparseTensor"):
+        pack_(model()[0].weight)
+
+
+def test_no_input_features():
+    with pytest.warns(UserWarning, match="zero-element"):
+        dense = nn.Linear(0, 4)
+    nn.init.normal_(dense.bias)
+    packed = pack_(nn.Sequential(SparseLinear.from_linear(dense, torch.ones(4, 0).bool())))
+    for shape in ((0,), (3, 0), (2, 3, 0)):
+        x = torch.randn(shape)
+        assert torch.equal(packed(x), dense(x).detach())
+
+
+@pytest.mark.parametrize("groups", [(), [["a", "b"]]], ids=["alone", "in a group"])
+def test_no_file_is_written_of_a_packed_model(tmp_path, groups):
+    layers = nn.ModuleDict({"a": nn.Linear(130, 70), "b": nn.Linear(130, 70)})
+    made = nn.ModuleDict({"block": sparsify_(layers, Static(0.75), lambda *_: True)})
+    weights, path = weights_of(made), tmp_path / "model.safetensors"
+    save_weights(made, path)
+    before, packed = path.read_bytes(), pack_(made, groups=groups)
+    assert packed["block"]["b"].weight.shape == (70, 130)
+    for call in (
+        lambda: save_weights(packed, path),
+        lambda: to_zeros(packed),
+        lambda: to_bitmasks(packed),
+        lambda: set_weights_(packed, weights),
+    ):
+        with pytest.raises(ValueError, match="weights: block.a is packed for inference.* before"):
+            call()
+    assert path.read_bytes() == before

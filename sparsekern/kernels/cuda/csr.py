@@ -7,13 +7,10 @@ NaN reaches what a stored value connects it to, and nothing else. cuSPARSE does 
 bits in each run.
 """
 
-import warnings
-from functools import cache
-
 import torch
 from torch import Tensor
 
-from ...indices import expand_rows
+from ...indices import expand_rows, let_torch_warn
 from ..derived import derived
 from ..problem import Kernel, Problem
 from ..reference import mm
@@ -65,19 +62,10 @@ def _product(row_offsets, col_indices, values, shape, x, bias):
 
 
 def _csr(row_offsets: Tensor, col_indices: Tensor, values: Tensor, shape) -> Tensor:
-    _warn()
+    let_torch_warn()
     return torch.sparse_csr_tensor(
         row_offsets, col_indices, values.detach(), shape, check_invariants=False
     )
-
-
-@cache
-def _warn() -> None:
-    """torch says once in a process that CSR is in beta state: here, unheard."""
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        zero = torch.zeros(1, dtype=torch.int32)
-        torch.sparse_csr_tensor(zero, zero[:0], zero[:0], (0, 0), check_invariants=False)
 
 
 def _sum_dtype(x: Tensor) -> torch.dtype:
