@@ -10,7 +10,7 @@ prints something like
     tokens: ...
 
 For a few tokens at a time, as in generation, a packed layer reads fewer bytes. It has no way back,
-so keep the file. Without a GPU the layers are not packed, and no faster than dense.
+so keep the file. Without a GPU the layers are sparse, and not packed.
 """
 
 import copy

@@ -11,7 +11,7 @@ from .linear import SparseLinear
 
 
 def largest_inputs(model: nn.Module, example: Any) -> dict[nn.Module, float]:
-    """By each SparseLinear, the largest element of what the example brings it."""
+    """By each SparseLinear, the largest element of what the example brings it, in eval mode."""
     layers = {m: name for name, m in model.named_modules() if isinstance(m, SparseLinear)}
     found: dict[nn.Module, Tensor] = {}
 
@@ -22,11 +22,15 @@ def largest_inputs(model: nn.Module, example: Any) -> dict[nn.Module, float]:
         largest = x.abs().amax()
         found[module] = torch.maximum(largest, found.get(module, largest))
 
+    training = [module for module in model.modules() if module.training]
     hooks = [layer.register_forward_pre_hook(note, with_kwargs=True) for layer in layers]
     try:
+        model.eval()
         with torch.no_grad():
             _call(model, example)
     finally:
+        for module in training:
+            module.training = True
         for hook in hooks:
             hook.remove()
     largest = {layer: value.item() for layer, value in found.items()}

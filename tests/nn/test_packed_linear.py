@@ -407,6 +407,17 @@ def test_the_largest_input_of_layers_with_named_and_with_no_tokens():
     assert largest_inputs(made, torch.full((2, WIDTH), -3.0)) == {made.up: 3.0}
 
 
+def test_inputs_are_looked_at_as_inference_has_them():
+    made = nn.Sequential(nn.BatchNorm1d(WIDTH), nn.Dropout(0.5), model()[1].up.float()).train()
+    made[1].eval()
+    before = copy.deepcopy(made.state_dict())
+    largest = largest_inputs(made, torch.full((2, WIDTH), -3.0))
+    assert largest[made[2]] == pytest.approx(3.0, rel=1e-4)
+    assert [m.training for m in made] == [True, False, True]
+    for name, tensor in before.items():
+        assert torch.equal(made.state_dict()[name], tensor), name
+
+
 # On a GPU
 
 
