@@ -12,9 +12,7 @@
 //
 // An entry whose value is +0 is a step without a product: it bridges a longer gap, or lets a lane
 // wait for the others. So no pattern is an exception. A stored zero of 16 bits is -0, which is
-// multiplied. All lanes of a slice take the same number of granules. Those with values of 8 bits
-// wait for one another every few hundred entries, so that they stay at neighbouring columns and
-// meet in fewer banks of shared memory.
+// multiplied. All lanes of a slice take the same number of granules.
 //
 // The granules of a slice are cut into *pieces* of nearly equal length, one for each warp:
 //

@@ -46,8 +46,7 @@ __device__ inline void multiply(float (&acc)[kTokens], float value, const char* 
 }
 
 // One granule. `at`: x at the column of the last entry (its pair of columns, for 4 bits); moves on.
-// With kStoredAlone steps without a product are left out; else they make NaN of an infinity in x.
-template <bool kStoredAlone, class V, int kTokens>
+template <class V, int kTokens>
 __device__ inline void multiply_granule(float (&acc)[kTokens], const Granule<V, 4>& g,
                                         const char*& at) {
   using X = typename Stored<V>::X;
@@ -63,24 +62,20 @@ __device__ inline void multiply_granule(float (&acc)[kTokens], const Granule<V, 
     for (int i = 0; i < 8; ++i) {
       const float value = Stored<V>::value(g.values, octet + i);
       const unsigned step = __byte_perm(steps[i / 4], 0, 0x4440 + i % 4);
-      if (!kStoredAlone || is_stored(value)) {
-        multiply<X, kTokens>(acc, value, at + step * kTokens);
-      }
+      if (is_stored(value)) multiply<X, kTokens>(acc, value, at + step * kTokens);
     }
     at += (second >> 24) * kTokens;
   }
 }
 
-template <bool kStoredAlone, class V, int kTokens>
+template <class V, int kTokens>
 __device__ inline void multiply_granule(float (&acc)[kTokens], const Granule<V, 8>& g,
                                         const char*& at) {
 #pragma unroll
   for (int i = 0; i < kEntries<V>; ++i) {
     const float value = Stored<V>::value(g.values, i);
     at += __byte_perm(word(g.deltas, i / 4), 0, 0x4440 + i % 4) * (2 * kTokens);
-    if (!kStoredAlone || is_stored(value)) {
-      multiply<typename Stored<V>::X, kTokens>(acc, value, at);
-    }
+    if (is_stored(value)) multiply<typename Stored<V>::X, kTokens>(acc, value, at);
   }
 }
 
@@ -166,24 +161,8 @@ __device__ void spmm_gather(const uint4* values, const Deltas<V, kBits>* deltas,
   float acc[kTokens] = {};
   const char* at = x_shared + start * 2 * kTokens;
   for (int g = range.begin; g < range.end; ++g) {
-    multiply_granule<!kIsScaled<V>, V>(acc, granules.front(), at);
+    multiply_granule<V, kTokens>(acc, granules.front(), at);
     granules.advance();
-  }
-  if constexpr (kIsScaled<V>) {
-    // A finite sum is right, another one is made anew, of what is stored alone.
-    float zero = 0;
-#pragma unroll
-    for (int t = 0; t < kTokens; ++t) zero = fmaf(acc[t], 0.0f, zero);
-    if (!is_finite(zero)) {
-#pragma unroll
-      for (int t = 0; t < kTokens; ++t) acc[t] = 0;
-      at = x_shared + start * 2 * kTokens;
-#pragma unroll 1
-      for (int g = range.begin; g < range.end; ++g) {
-        const long long of_lane = static_cast<long long>(g) * kWarp + lane;
-        multiply_granule<true, V>(acc, {values[of_lane], deltas[of_lane]}, at);
-      }
-    }
   }
 
   // The warp that has the first piece of a slice here adds up those of this block.

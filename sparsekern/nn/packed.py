@@ -42,7 +42,7 @@ class PackedLinear(nn.Module):
 
     At 75 % sparsity it takes 0.32 to 0.37 of the bytes of a dense 16-bit weight if packed for one
     or two tokens (the less, the larger it is), 0.43 for more; with values of 8 bits, which pack_
-    may make, 0.21, and 0.25 to 0.27. Up to 64 tokens (`pairs` on Hopper: 256) W is read in that
+    may make, 0.20, and 0.25 to 0.27. Up to 64 tokens (`pairs` on Hopper: 256) W is read in that
     form; above, it is written out for each call, unless a dense copy is kept. A two-way pattern
     that is packed for many tokens runs on sparse tensor cores, in 0.56 of the bytes, or 0.31 in
     E4M3, with x cast in each call; some free places count as 0 times x then: an infinity or NaN

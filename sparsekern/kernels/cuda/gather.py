@@ -27,7 +27,6 @@ TILE_COLUMNS = 128  # of these at a time, in shared memory
 EXPAND_BYTES = LANES * (TILE_COLUMNS + TILE_PAD) * 2 + LANES * 8
 MOST_BLOCKS = 2  # of a multiprocessor
 MANY_ENTRIES = 320  # of a lane in a piece
-ALIGNED_ENTRIES = 256  # of a row, about, after which lanes wait for one another
 
 
 @dataclass(frozen=True)
@@ -165,20 +164,9 @@ def share_out(longest: Tensor, pieces: int) -> Tensor:
     return (counts + through.diff()).minimum(longest.clamp(min=1))
 
 
-def choose_aligned(n: int, k: int, nnz: int, value_bytes: int) -> int:
-    """So many columns the lanes of a slice begin together, all of them where values have 16 bits.
-
-    Lanes that are at neighbouring columns read x in fewer banks of shared memory twice: at 75 %
-    zeros and K = 12288 a value costs 3.0 reads, 2.2 with lanes that wait every 1024 columns, for 8
-    % more entries. Reads are what bounds values of 8 bits (docs/log.md).
-    """
-    columns = k if value_bytes == 2 else ALIGNED_ENTRIES * n * k // max(1, nnz)
-    return max(1, columns if 2 * columns <= k else k)
-
-
 class GatherLayout(Layout):
-    """`pieces`, about how many, `bits` and `aligned` (of the functions above) default to what suits
-    the GPU and to the smaller of the two formats."""
+    """`pieces`, about how many, and `bits` default to what suits the GPU and to the smaller of the
+    two formats."""
 
     kind = Gather
     kinds_of_8_bits = {torch.int8: GatherInt8, torch.float8_e4m3fn: GatherE4m3}
@@ -192,7 +180,6 @@ class GatherLayout(Layout):
         pieces: int | None = None,
         bits: int | None = None,
         value_bytes: int = 2,
-        aligned: int | None = None,
     ):
         super().__init__(row_offsets, col_indices, n, k, value_bytes)
         self.entries = GRANULE_BYTES // value_bytes  # of a lane in a granule
@@ -206,24 +193,19 @@ class GatherLayout(Layout):
         step = self._steps(col_indices, lane, bits)
         fillers = (step - 1).clamp_(min=0) // self.cap
 
-        # Entries of each lane in each window of columns, of each slice, granules of each slice.
-        columns = aligned or choose_aligned(n, k, nnz, value_bytes)
-        windows = max(1, -(-k // columns))
-        window = col_indices.long() // columns
-        width = torch.zeros(slices * LANES * windows, dtype=torch.int64, device=device)
-        width.scatter_add_(0, lane * windows + window, fillers + 1)
-        widest = width.view(slices, LANES, windows).amax(1)
-        longest = -(-widest.sum(1) // self.entries)
+        # Entries of each lane, granules of each slice.
+        width = torch.zeros(slices * LANES, dtype=torch.int64, device=device)
+        width.scatter_add_(0, lane, fillers + 1)
+        longest = -(-width.view(slices, LANES).amax(1) // self.entries)
         offsets = torch.zeros(slices + 1, dtype=torch.int64, device=device)
         offsets[1:] = longest.cumsum(0)
         self.granules = int(offsets[-1])
 
         # The slot of an entry in its row, then its place among all granules.
         through = (fillers + 1).cumsum(0)
-        is_first = self._begins(lane * windows + window)
+        is_first = self._begins(lane)
         before = torch.where(is_first, through - fillers - 1, 0).cummax(0).values
-        ahead = (widest.cumsum(1) - widest).view(-1)[lane // LANES * windows + window]
-        slot = ahead + through - before - 1
+        slot = through - before - 1
         first_granule = offsets[lane // LANES]
         self.places = self._place(first_granule, slot, lane)
 
@@ -284,9 +266,9 @@ class GatherLayout(Layout):
         }
 
     @staticmethod
-    def _begins(part: Tensor) -> Tensor:
-        """Which entries are the first of their part, as of a row; those of one are neighbours."""
-        is_first = part != part.roll(1)
+    def _begins(lane: Tensor) -> Tensor:
+        """Which entries are the first of their row; those of one are neighbours."""
+        is_first = lane != lane.roll(1)
         is_first[:1] = True
         return is_first
 

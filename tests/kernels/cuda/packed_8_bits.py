@@ -13,7 +13,7 @@ from sparsekern.kernels.cuda.layout import Packed
 from sparsekern.kernels.cuda.row_scales import EIGHT_BITS, LARGEST, round_rows
 from sparsekern.testing import relative_error
 
-GATHERS = {"d4": (4, 50, 100), "d8": (8, 999, None)}  # bits, pieces, columns between waits
+GATHERS = {"d4": (4, 50), "d8": (8, 999)}  # bits, pieces
 needs_library = pytest.mark.skipif(not cover.is_built(), reason="the C++ library is not built")
 layouts = pytest.mark.parametrize(
     "layout", [*GATHERS, pytest.param("cover", marks=needs_library), "pairs"]
@@ -26,8 +26,8 @@ def packed_as(layout: str, w: Tensor | SparseTensor, dtype: torch.dtype) -> tupl
     W = w if isinstance(w, SparseTensor) else SparseTensor.from_dense(w)
     codes, scales = round_rows(W, dtype)
     if layout in GATHERS:
-        bits, pieces, aligned = GATHERS[layout]
-        made = GatherLayout(W.row_offsets, W.col_indices, *W.shape, pieces, bits, 1, aligned)
+        bits, pieces = GATHERS[layout]
+        made = GatherLayout(W.row_offsets, W.col_indices, *W.shape, pieces, bits, value_bytes=1)
     else:
         made = layout_of(W, layout, 1)
     whole = SparseTensor(W.row_offsets, W.col_indices, codes.double(), W.shape).to_dense()
