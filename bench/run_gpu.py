@@ -3,6 +3,7 @@
 python bench/run_gpu.py decode      results/<GPU>-decode-<dtype>-<date>.*, docs/benchmarks.md
 python bench/run_gpu.py prompts     results/<GPU>-prompts-<dtype>-<date>.*: 96 tokens and more
 python bench/run_gpu.py two-way     results/<GPU>-two-way-<dtype>-<date>.*: 2:4 and E4M3, packed
+python bench/run_gpu.py eight-bits  results/<GPU>-eight-bits-bfloat16-<date>.*: decode in 8 bits
 python bench/run_gpu.py crossover   sparsekern/kernels/crossover.json
 python bench/run_gpu.py layouts     results/<GPU>-layouts-*, sparsekern/kernels/packed_times.json
 python bench/run_gpu.py generate    whole models: bench_generate.py, which has its flags
@@ -29,6 +30,7 @@ import time
 from dataclasses import replace
 from pathlib import Path
 
+import eight_bits
 import models_gpu
 import pages
 import scale
@@ -40,6 +42,7 @@ import two_way
 from sparsekern.bench import (
     ceilings,
     crossover,
+    eight_bits_gpu,
     layouts_gpu,
     measure_gpu,
     peers_gpu,
@@ -80,6 +83,7 @@ WAYS = {
     "crossover": peers_gpu.crossover_ways,
     "layouts": layouts_gpu.ways,
     "two-way": two_way_gpu.ways,
+    "eight-bits": eight_bits_gpu.ways,
 }
 GRIDS = {
     "decode": Grid(),
@@ -87,6 +91,7 @@ GRIDS = {
     "crossover": crossover.GRID,
     "layouts": layouts_gpu.GRID,
     "two-way": replace(PROMPTS, tokens=(*PROMPTS.tokens, 8192), masks=("two-way",)),
+    "eight-bits": eight_bits_gpu.GRID,
 }
 
 SECTIONS = """\
@@ -230,7 +235,7 @@ def page_of_prompts(name: str, run: Run) -> str:
 
 
 PAGES = dict(decode=page, prompts=page_of_prompts, layouts=page_of_prompts)
-PAGES |= {"two-way": two_way.page, "scale": scale.page}
+PAGES |= {"two-way": two_way.page, "eight-bits": eight_bits.page, "scale": scale.page}
 PAGES |= {models_gpu.PLAIN: models_gpu.page, models_gpu.COMPILED: models_gpu.page}
 WHOLE = {"models": models_gpu, "scale": scale}  # verbs with cases of their own
 

@@ -161,10 +161,13 @@ def add_flags(verb: str, parser: argparse.ArgumentParser) -> None:
 
 
 def joined(runs: list[Run]) -> Run:
-    """The run of all models, of which each was measured alone, about the machine of the first."""
+    """The run of these models, of which each was measured alone, about the machine of the first."""
     models = [step.model for step in gpt_gpu.STEPS]
-    if sorted(run.about.get("part", "") for run in runs) != sorted(models):
-        raise SystemExit(f"bench-gpu: expected a file for each of {', '.join(models)}")
+    parts = [run.about.get("part", "") for run in runs]
+    if len(set(parts)) < len(parts) or not set(parts) <= set(models):
+        raise SystemExit(
+            f"bench-gpu: expected a file each of {', '.join(models)}, got {', '.join(parts)}"
+        )
     places = sorted(runs, key=lambda run: models.index(run.about["part"]))
     first = places[0].about
     for about in (run.about for run in places):

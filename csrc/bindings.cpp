@@ -79,13 +79,14 @@ PYBIND11_MODULE(_C, m) {
 
   py::class_<sk::Plan>(m, "Plan", "How a product is cut.")
       .def(py::init([](int threads, int vecs, int tile_parts, int64_t rows, int64_t cols,
-                       int64_t row_parts, int64_t col_parts, bool pairs, bool in_place) {
-             return sk::Plan{threads,   vecs,      tile_parts, rows,    cols,
-                             row_parts, col_parts, pairs,      in_place};
+                       int64_t row_parts, int64_t col_parts, bool pairs, bool in_place,
+                       bool two_sums) {
+             return sk::Plan{threads,   vecs,      tile_parts, rows,     cols,
+                             row_parts, col_parts, pairs,      in_place, two_sums};
            }),
            py::kw_only(), py::arg("threads"), py::arg("vecs"), py::arg("tile_parts"),
            py::arg("rows"), py::arg("cols"), py::arg("row_parts"), py::arg("col_parts"),
-           py::arg("pairs"), py::arg("in_place"));
+           py::arg("pairs"), py::arg("in_place"), py::arg("two_sums"));
 
   m.def("isa", &sk::isa_name, "The instruction set in use.");
   m.def("lanes", [] { return sk::kernels().lanes; }, "Floats in one of its vectors.");
@@ -190,8 +191,10 @@ PYBIND11_MODULE(_C, m) {
       .def_property_readonly("steps", &sk::Cover::steps)
       .def(
           "write",
-          [](const sk::Cover& cover, Pointer step_offsets, Pointer records, Pointer places) {
-            cover.write(as<int32_t>(step_offsets), as<uint8_t>(records), as<int64_t>(places));
+          [](const sk::Cover& cover, Pointer step_offsets, Pointer records, Pointer places,
+             int value_bytes) {
+            cover.write(as<int32_t>(step_offsets), as<uint8_t>(records), as<int64_t>(places),
+                        value_bytes);
           },
           NoGil(), "step_offsets, records (zeros before) and places; cover.h has their sizes.");
 

@@ -98,8 +98,9 @@ struct Kernels {
   // again is used behind y.
   // values: the block's in walking order, or in_place all of W's in CSR order. In place not for W^T
   // and not for 16-bit types.
-  void (*spmm)(Type, int vecs, const Walk&, int64_t rows, bool in_place, const void* values,
-               const void* start, const void* x, void* y);
+  // two_sums: with 4 vectors, and not of kPairs, a row's sum is that of two.
+  void (*spmm)(Type, int vecs, bool two_sums, const Walk&, int64_t rows, bool in_place,
+               const void* values, const void* start, const void* x, void* y);
   // walked (+)= sum_m dy[row][m] * x[col][m] for each non-zero; dy is local to the block.
   void (*sddmm)(Type, int vecs, const Walk&, const void* dy, const void* x, bool add, void* walked);
 

@@ -88,11 +88,17 @@ void widen_(Type type, const void* values, int64_t size, void* wide) {
   });
 }
 
-void spmm_(Type type, int vecs, const Walk& w, int64_t rows, bool in_place, const void* values,
-           const void* start, const void* x, void* y) {
+void spmm_(Type type, int vecs, bool two_sums, const Walk& w, int64_t rows, bool in_place,
+           const void* values, const void* start, const void* x, void* y) {
   with_panel(type, [&](auto* e, auto* r) {
-#define SK_CALL(v) \
-  return spmm_block<v>(w, rows, in_place, as(values, r), as(start, r), as(x, e), as(y, r))
+    using Element = std::remove_pointer_t<decltype(e)>;
+    using Real = std::remove_pointer_t<decltype(r)>;
+    const auto run = [&](auto* block) {
+      block(w, rows, in_place, as(values, r), as(start, r), as(x, e), as(y, r));
+    };
+    if constexpr (std::is_same_v<Element, Real>)
+      if (two_sums && vecs == 4) return run(spmm_block<4, true, Element, Real>);
+#define SK_CALL(v) return run(spmm_block<v, false, Element, Real>)
     SK_WITH_VECS(SK_CALL)
 #undef SK_CALL
   });

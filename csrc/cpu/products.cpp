@@ -95,6 +95,8 @@ void spmm(Pattern& pattern, const Csr& csr, bool transposed, Type given, const v
   char* start = walked + csr.nnz * real;
   bias ? kern.widen(type, bias, n, start) : void(std::fill_n(start, n * real, char{0}));
   const std::vector<Tile> tiles = cut_tokens(tokens, lanes, plan);
+  // Not in half a tile of 8, whose sums must not depend on where it is cut.
+  const bool two_sums = plan.two_sums && plan.vecs == 4;
   const bool in_place = plan.in_place && real == size_of(type) && !transposed;
   parallel_for(plan.threads, in_place ? 0 : s.row_blocks * s.col_blocks, [&](int64_t i) {
     const int64_t b = i / s.col_blocks, c = i % s.col_blocks;
@@ -114,8 +116,8 @@ void spmm(Pattern& pattern, const Csr& csr, bool transposed, Type given, const v
       const int64_t panels = s.col_blocks > kSumBlocks ? 2 : 1;
       char* y_panel = numbers(y_scratch, type, panels * rows * t.vecs * lanes);
       const void* block_values = in_place ? values : walked + nnz_before(s, b) * real;
-      kern.spmm(type, t.vecs, walk(s, b), rows, in_place, block_values, start + first * real,
-                x_panel, y_panel);
+      kern.spmm(type, t.vecs, two_sums, walk(s, b), rows, in_place, block_values,
+                start + first * real, x_panel, y_panel);
       kern.unpack(type, y_panel, t.vecs, t.tokens, rows, at(y, type, t.first, first));
     }
   });

@@ -16,6 +16,7 @@ struct Plan {
   int64_t row_parts, col_parts;
   bool pairs = false;     // bfloat16 stays so in panels that are read (Type::kPairs)
   bool in_place = false;  // y = x W^T of 32 or 64 bits reads values where CSR has them
+  bool two_sums = false;  // SpMM in tiles of 4 vectors: every other non-zero has a sum of its own
 };
 
 // y[M, n] = x[M, k] W^T + bias[n], or with `transposed` y[M, k] = x[M, n] W + bias[k]. values are

@@ -20,14 +20,14 @@ static_assert(kSegmentsAhead <= Schedule::kAhead);
 
 // A narrow panel has too few accumulators to hide the latency of a multiply-add: the non-zeros of a
 // row are dealt out to kSets independent ones, summed at the end. 4 and 8 vectors sum in the same
-// order, so that a tile may be halved without a change in the result.
-template <int kVecs, bool kFirst, class Element, class Real>
+// order, so that a tile may be halved without a change in the result, but with kTwo.
+template <int kVecs, bool kTwo, bool kFirst, class Element, class Real>
 SK_INLINE void spmm_segment(int32_t count, const Real* v, const uint16_t* c, const Real* start,
                             const Element* x, Real* y) {
   using V = typename Simd<Real>::V;
   constexpr int kLanes = Simd<Real>::kCount;
-  constexpr int kSets = kVecs >= 4 ? 1 : kVecs * Simd<Element>::kTokens == 4 ? 2 : 4;
   constexpr int kSums = kVecs * Simd<Element>::kTokens;
+  constexpr int kSets = kTwo ? 2 : kVecs >= 4 ? 1 : kVecs >= 2 ? 2 : 4;
   constexpr int64_t kWidth = kVecs * kLanes;
   V acc[kSets][kSums];
   SK_FOR(s, kSets)
@@ -56,7 +56,7 @@ SK_INLINE void spmm_segment(int32_t count, const Real* v, const uint16_t* c, con
 
 // The values of a segment stand one behind the other: in walking order, or with `places` where CSR
 // has them, which are fetched ahead.
-template <int kVecs, bool kFirst, class Element, class Real>
+template <int kVecs, bool kTwo, bool kFirst, class Element, class Real>
 void spmm_run(const Run& run, const uint16_t* row, const uint32_t* places, const Real* values,
               const uint16_t* c, const Real* start, const Element* x, Real* y) {
   constexpr int64_t kTokens = kVecs * Simd<Real>::kCount * Simd<Element>::kTokens;
@@ -71,7 +71,7 @@ void spmm_run(const Run& run, const uint16_t* row, const uint32_t* places, const
       const Real* next = values + places[q + kSegmentsAhead];
       for (int64_t i = 0; i < count + kLine; i += kLine) __builtin_prefetch(next + i);
     }
-    spmm_segment<kVecs, kFirst>(count, v, c, start + row[q], x, y + row[q] * kTokens);
+    spmm_segment<kVecs, kTwo, kFirst>(count, v, c, start + row[q], x, y + row[q] * kTokens);
   }
 }
 
@@ -86,7 +86,7 @@ void move_sums(bool is_first, int64_t size, Real* y, Real* total) {
   }
 }
 
-template <int kVecs, class Element, class Real>
+template <int kVecs, bool kTwo, class Element, class Real>
 void spmm_block(const Walk& w, int64_t rows, bool in_place, const Real* values, const Real* start,
                 const Element* x, Real* y) {
   constexpr int kLanes = Simd<Real>::kCount;
@@ -97,8 +97,8 @@ void spmm_block(const Walk& w, int64_t rows, bool in_place, const Real* values, 
     if (b > 0 && b % kSumBlocks == 0) move_sums(b == kSumBlocks, size, y, total);
     for (int64_t r = w.run_offsets[b]; r < w.run_offsets[b + 1]; r++) {
       const Run& run = w.runs[r];
-      auto* f =
-          b == 0 ? spmm_run<kVecs, true, Element, Real> : spmm_run<kVecs, false, Element, Real>;
+      auto* f = b == 0 ? spmm_run<kVecs, kTwo, true, Element, Real>
+                       : spmm_run<kVecs, kTwo, false, Element, Real>;
       f(run, w.row, in_place ? w.start : nullptr, values, cols, start, x, y);
       if (!in_place) values += int64_t{run.count} * run.segments;
       cols += int64_t{run.count} * run.segments;

@@ -1,5 +1,6 @@
 // W [N, K] dense, from packed W, for products of many tokens: +0 where nothing is stored; a stored
-// zero is -0. Bytes: those of the pack and of W, once; each warp writes 16 bytes a lane.
+// zero is -0. Values of 8 bits become 16-bit floats, without the scales of their rows. Bytes: those
+// of the pack and of W, once; each warp writes 16 bytes a lane.
 #include "cover.cuh"
 #include "gather.cuh"
 #include "launch.cuh"
@@ -14,7 +15,7 @@ constexpr int kTilePad = 8;  // elements beside a row of a tile: rows begin in o
 // Shared memory of a warp: its tile, and what it decodes.
 constexpr int kGatherTileColumns = 128;
 constexpr int kExpandGatherBytes = kWarp * (kGatherTileColumns + kTilePad) * 2 + kWarp * 8;
-constexpr int kExpandCoverBytes = kWarp * (kCoverColumns + kTilePad) * 2 + Record::kBytes;
+constexpr int kExpandCoverBytes = kWarp * (kCoverColumns + kTilePad) * 2 + kMostRecordBytes;
 constexpr int kExpandPairsBytes = kWarp * (kStepColumns + kTilePad) * 2 + kMostStepWords * 4;
 
 // Neighbours of a row, at a multiple of 8, of which those before column k are written.
@@ -67,13 +68,13 @@ struct Tile {
 //
 // The lanes come to the end of a tile at different granules. Each keeps the one that it has to look
 // at again, and all load theirs at once: a lane that waits for a load alone lets the warp wait.
-template <int kBits>
-__device__ void expand(const unsigned short* values, const unsigned char* deltas, const int* bounds,
+template <class V, int kBits>
+__device__ void expand(const void* values, const unsigned char* deltas, const int* bounds,
                        const int* first_piece, const int* starts, const int* row_order,
                        unsigned short* w, int k, int slices, int parts) {
   extern __shared__ __align__(16) char smem[];
   using Tile = sk::Tile<kGatherTileColumns>;
-  using Word = typename Deltas<kBits>::Word;
+  using Word = Deltas<V, kBits>;
   constexpr int kLoads = 4;  // granules at a time
   const int lane = threadIdx.x % kWarp;
   const int part = blockIdx.x * kExpandWarps + threadIdx.x / kWarp;
@@ -107,13 +108,13 @@ __device__ void expand(const unsigned short* values, const unsigned char* deltas
     tile.clear();
     __syncwarp();
     for (bool is_inside = granule < end; __ballot_sync(kAllLanes, is_inside);) {
-      Granule<kBits> loaded[kLoads];
+      Granule<V, kBits> loaded[kLoads];
 #pragma unroll
       for (int i = 0; i < kLoads; ++i) {
         const long long at = static_cast<long long>(min(granule + i, end - 1)) * kWarp + lane;
         loaded[i] = {};
         if (!is_inside) continue;
-        loaded[i] = {reinterpret_cast<const uint4*>(values)[at],
+        loaded[i] = {static_cast<const uint4*>(values)[at],
                      reinterpret_cast<const Word*>(deltas)[at]};
       }
 #pragma unroll
@@ -121,16 +122,19 @@ __device__ void expand(const unsigned short* values, const unsigned char* deltas
         if (!is_inside) continue;
         int here = column;
 #pragma unroll
-        for (int e = 0; e < kGranule; ++e) {
+        for (int e = 0; e < kEntries<V>; ++e) {
           int odd = 0;
           if constexpr (kBits == 4) {
-            const unsigned code = loaded[i].deltas >> (e % 4 * 8 + e / 4 * 4);
+            const unsigned code = word(loaded[i].deltas, e / 8) >> (e % 4 * 8 + e % 8 / 4 * 4);
             here += (code & 7) * 2;
             odd = code >> 3 & 1;
           } else {
-            here += (e < 4 ? loaded[i].deltas.x : loaded[i].deltas.y) >> e % 4 * 8 & 255;
+            here += word(loaded[i].deltas, e / 4) >> e % 4 * 8 & 255;
           }
-          const unsigned value = word(loaded[i].values, e / 2) >> e % 2 * 16 & 0xffffu;
+          const unsigned four = word(loaded[i].values, e * Stored<V>::kBytes / 4);
+          unsigned pair = four;
+          if constexpr (kIsScaled<V>) pair = to_bf16<V>(four, e % 4 / 2);
+          const unsigned value = pair >> e % 2 * 16 & 0xffffu;
           const unsigned at = here + odd - begin;  // huge before the tile
           if (value && at < kGatherTileColumns) tile.elements[lane * Tile::kRow + at] = value;
         }
@@ -149,6 +153,7 @@ __device__ void expand(const unsigned short* values, const unsigned char* deltas
 }
 
 // A cover: a warp writes a tile, a lane a row of it.
+template <class V>
 __device__ inline void expand_cover(const unsigned char* records, const int* steps,
                                     const int* row_order, unsigned short* w, int k, int slices,
                                     int windows) {
@@ -157,12 +162,13 @@ __device__ inline void expand_cover(const unsigned char* records, const int* ste
   const int at = blockIdx.x * kExpandWarps + threadIdx.x / kWarp;
   if (at >= slices * windows) return;
   using Tile = sk::Tile<kCoverColumns>;
+  using Record = sk::Record<V>;
   char* mine = smem + threadIdx.x / kWarp * kExpandCoverBytes;
   const Tile tile = {reinterpret_cast<unsigned short*>(mine)};
   uint4* record = reinterpret_cast<uint4*>(mine + Tile::kBytes);
   tile.clear();
   const int begin = steps[at], end = steps[at + 1];
-  const bool has_tail = lane < Record::kChunks - Record::kTailAt;
+  const bool has_head = lane < Record::kHead, has_tail = lane < Record::kTail;
   const auto load = [&](int step, int chunk) {
     return reinterpret_cast<const uint4*>(records +
                                           static_cast<long long>(step) * Record::kBytes)[chunk];
@@ -170,20 +176,20 @@ __device__ inline void expand_cover(const unsigned char* records, const int* ste
   uint4 chunk = {}, tail = {};
   const auto load_both = [&](int step) {
     if (step >= end) return;
-    chunk = load(step, lane);
-    if (has_tail) tail = load(step, Record::kTailAt + lane);
+    if (has_head) chunk = load(step, lane);
+    if (has_tail) tail = load(step, Record::kHead + lane);
   };
   load_both(begin);
   for (int step = begin; step < end; ++step) {
     __syncwarp();  // all have read the last record
-    record[lane] = chunk;
-    if (has_tail) record[Record::kTailAt + lane] = tail;
+    if (has_head) record[lane] = chunk;
+    if (has_tail) record[Record::kHead + lane] = tail;
     __syncwarp();
     load_both(step + 1);
     const auto* bytes = reinterpret_cast<const unsigned char*>(record);
 #pragma unroll
     for (int group = 0; group < kWarp / 4; ++group) {
-      const CoverPlace place = cover_place(bytes, lane, group);
+      const CoverPlace place = cover_place<V>(bytes, lane, group);
       if (!is_stored(place.value)) continue;
       const int column = bytes[Record::kColumnsAt + place.slot];
       tile.elements[lane * Tile::kRow + column] = place.value;
@@ -195,6 +201,7 @@ __device__ inline void expand_cover(const unsigned char* records, const int* ste
 }
 
 // Pairs: a warp writes a step.
+template <class V>
 __device__ inline void expand_pairs(const unsigned* words, const int* steps, unsigned short* w,
                                     int k, int n, int slices, int row_steps) {
   extern __shared__ __align__(16) char smem[];
@@ -210,7 +217,7 @@ __device__ inline void expand_pairs(const unsigned* words, const int* steps, uns
     reinterpret_cast<uint4*>(head)[i] = reinterpret_cast<const uint4*>(words + steps[step])[i];
   }
   __syncwarp();
-  visit_pairs(head, lane, [&](int row, int column, unsigned pair) {
+  visit_pairs<V>(head, lane, [&](int row, int column, unsigned pair) {
     *reinterpret_cast<unsigned*>(tile.elements + row * Tile::kRow + column) = pair;
   });
   __syncwarp();
@@ -248,28 +255,41 @@ __device__ void mend_expanded(const unsigned short* w, const unsigned short* x,
 SK_EXPAND_MEND(sk_expand_mend_bf16, bf16)
 SK_EXPAND_MEND(sk_expand_mend_f16, f16)
 
-extern "C" __global__ void sk_expand_pairs(const unsigned* words, const int* steps,
-                                           unsigned short* w, int k, int n, int slices,
-                                           int row_steps) {
-  sk::expand_pairs(words, steps, w, k, n, slices, row_steps);
-}
-SK_KERNEL(sk_expand_pairs)
-
-#define SK_EXPAND(name, bits)                                                                      \
-  extern "C" __global__ void name(const unsigned short* values, const unsigned char* deltas,       \
-                                  const int* bounds, const int* first_piece, const int* starts,    \
-                                  const int* row_order, unsigned short* w, int k, int slices,      \
-                                  int parts) {                                                     \
-    sk::expand<bits>(values, deltas, bounds, first_piece, starts, row_order, w, k, slices, parts); \
-  }                                                                                                \
+#define SK_EXPAND_PAIRS(name, type)                                                           \
+  extern "C" __global__ void name(const unsigned* words, const int* steps, unsigned short* w, \
+                                  int k, int n, int slices, int row_steps) {                  \
+    sk::expand_pairs<sk::type>(words, steps, w, k, n, slices, row_steps);                     \
+  }                                                                                           \
   SK_KERNEL(name)
 
-SK_EXPAND(sk_expand_d4, 4)
-SK_EXPAND(sk_expand_d8, 8)
+#define SK_EXPAND_GATHER(name, type, bits)                                                        \
+  extern "C" __global__ void name(                                                                \
+      const void* values, const unsigned char* deltas, const int* bounds, const int* first_piece, \
+      const int* starts, const int* row_order, unsigned short* w, int k, int slices, int parts) { \
+    sk::expand<sk::type, bits>(values, deltas, bounds, first_piece, starts, row_order, w, k,      \
+                               slices, parts);                                                    \
+  }                                                                                               \
+  SK_KERNEL(name)
 
-extern "C" __global__ void sk_expand_cover(const unsigned char* records, const int* steps,
-                                           const int* row_order, unsigned short* w, int k,
-                                           int slices, int windows) {
-  sk::expand_cover(records, steps, row_order, w, k, slices, windows);
-}
-SK_KERNEL(sk_expand_cover)
+#define SK_EXPAND_COVER(name, type)                                                           \
+  extern "C" __global__ void name(const unsigned char* records, const int* steps,             \
+                                  const int* row_order, unsigned short* w, int k, int slices, \
+                                  int windows) {                                              \
+    sk::expand_cover<sk::type>(records, steps, row_order, w, k, slices, windows);             \
+  }                                                                                           \
+  SK_KERNEL(name)
+
+// Of 16 bits, whatever they mean.
+SK_EXPAND_GATHER(sk_expand_d4, bf16, 4)
+SK_EXPAND_GATHER(sk_expand_d8, bf16, 8)
+SK_EXPAND_COVER(sk_expand_cover, bf16)
+SK_EXPAND_PAIRS(sk_expand_pairs, bf16)
+
+#define SK_EXPAND_TYPE(type)                     \
+  SK_EXPAND_GATHER(sk_expand_d4_##type, type, 4) \
+  SK_EXPAND_GATHER(sk_expand_d8_##type, type, 8) \
+  SK_EXPAND_COVER(sk_expand_cover_##type, type)  \
+  SK_EXPAND_PAIRS(sk_expand_pairs_##type, type)
+
+SK_EXPAND_TYPE(int8)
+SK_EXPAND_TYPE(e4m3)

@@ -1,17 +1,18 @@
 // The layout `gather`: the packed weight that spmm_gather.cu reads, and how a lane decodes it.
 //
 // W [N, K] is cut into slices of 32 rows, all of them sorted by nnz; lane r of a warp owns row r of
-// the slice. A lane reads the non-zeros of its row in column order, in *granules* of 8 entries.
-// Granule g holds 32 x 8 values (lane-major, 16 B a lane) and, in a second array, 32 x 8 column
-// deltas:
+// the slice. A lane reads the non-zeros of its row in column order, in *granules* of 16 bytes of
+// values: 8 entries of 16 bits or 16 of 8. Granule g holds the values of 32 lanes (lane-major) and,
+// in a second array, as many column deltas:
 //
-//   4 bits: entry i < 4 in the low nibble of byte i, entry i >= 4 in the high nibble of byte i - 4.
-//           Bits 0-2 count pairs of columns since the last entry, bit 3 says which one of the pair.
+//   4 bits: a word for eight entries, i < 4 in the low nibble of byte i, i >= 4 in the high nibble
+//           of byte i - 4. Bits 0-2 count pairs of columns since the last entry, bit 3 says which
+//           one of the pair.
 //   8 bits: entry i in byte i, the columns since the last entry.
 //
 // An entry whose value is +0 is a step without a product: it bridges a longer gap, or lets a lane
-// wait for the others. So no pattern is an exception. A stored zero is -0, which is multiplied. All
-// lanes of a slice take the same number of granules.
+// wait for the others. So no pattern is an exception. A stored zero of 16 bits is -0, which is
+// multiplied. All lanes of a slice take the same number of granules.
 //
 // The granules of a slice are cut into *pieces* of nearly equal length, one for each warp:
 //
@@ -27,33 +28,45 @@
 
 namespace sk {
 
-constexpr int kGranule = 8;  // entries of a lane
+constexpr int kGranuleBytes = 16;  // of the values of a lane
 
-// The deltas of one granule of a lane.
-template <int kBits>
-struct Deltas;
+template <class V>
+constexpr int kEntries = kGranuleBytes / Stored<V>::kBytes;  // of a lane in a granule
+
+// The deltas of one granule of a lane, so many bytes.
+template <int kBytes>
+struct DeltaWords;
 template <>
-struct Deltas<4> {
-  using Word = unsigned;
+struct DeltaWords<4> {
+  using Type = unsigned;
 };
 template <>
-struct Deltas<8> {
-  using Word = uint2;
+struct DeltaWords<8> {
+  using Type = uint2;
 };
+template <>
+struct DeltaWords<16> {
+  using Type = uint4;
+};
+template <class V, int kBits>
+using Deltas = typename DeltaWords<kEntries<V> * kBits / 8>::Type;
 
-template <int kBits>
+__device__ inline unsigned word(unsigned v, int) { return v; }
+__device__ inline unsigned word(const uint2& v, int i) { return i == 0 ? v.x : v.y; }
+
+template <class V, int kBits>
 struct Granule {
   uint4 values;
-  typename Deltas<kBits>::Word deltas;
+  Deltas<V, kBits> deltas;
 };
 
 // A lane's share of the granules that are on their way: kDepth of them, in shared memory, each lane
 // waiting for its own copies alone. Registers would not do: a warp that waits for one load waits
 // for all later ones that use the same scoreboard, and there are six.
-template <int kBits, int kDepth>
+template <class V, int kBits, int kDepth>
 class Granules {
  public:
-  using Word = typename Deltas<kBits>::Word;
+  using Word = Deltas<V, kBits>;
   static constexpr int kSlotBytes = kWarp * (16 + static_cast<int>(sizeof(Word)));
   static constexpr int kWarpBytes = kDepth * kSlotBytes;
 
@@ -83,13 +96,15 @@ class Granules {
   }
 
   // The next granule has arrived in the registers returned.
-  __device__ Granule<kBits> front() const {
+  __device__ Granule<V, kBits> front() const {
     wait_copies<kDepth - 1>();
-    Granule<kBits> g;
-    if constexpr (kBits == 4) {
+    Granule<V, kBits> g;
+    if constexpr (sizeof(Word) == 4) {
       g.deltas = load_shared_u32(deltas_at_ + slot_);
-    } else {
+    } else if constexpr (sizeof(Word) == 8) {
       g.deltas = load_shared_v2(deltas_at_ + slot_);
+    } else {
+      g.deltas = load_shared_v4(deltas_at_ + slot_);
     }
     g.values = load_shared_v4(values_at_ + slot_);
     return g;

@@ -121,6 +121,7 @@ class Words {
 };
 
 // A lane's slots of one step.
+template <class V>
 class Slots {
  public:
   // Takes the slots of the next step. `first`: tiles of 16 rows that are skipped before the first.
@@ -132,7 +133,7 @@ class Slots {
     words.skip(__shfl_sync(kAllLanes, start, 0) * 16);
     at_ = at + kHeadWords * 4 + (lane ? start : 0);
     if (first) {
-      at_ = dot_bytes(mask_ & 0x04040404u, 0x01010101u, at_);
+      at_ = dot_bytes(mask_ & kOfEach, 0x01010101u, at_);
       mask_ = rotate_right(mask_, 1);
     }
   }
@@ -150,39 +151,54 @@ class Slots {
   }
 
  private:
+  static constexpr unsigned kOfEach = kPairBytes<V> * 0x01010101u;
+
   static __device__ unsigned rotate_right(unsigned bits, unsigned by) {
     return by ? bits >> by | bits << (32 - by) : bits;
   }
 
-  // A byte each: 4, the bytes of a word, if the lane has it.
-  __device__ unsigned four_slots(int tile) const { return rotate_right(mask_, tile) & 0x04040404u; }
+  // A byte each: the bytes of a pair, if the lane has it.
+  __device__ unsigned four_slots(int tile) const { return rotate_right(mask_, tile) & kOfEach; }
 
   __device__ void load_tile(unsigned* a, int tile) {
     const unsigned four = four_slots(tile);
-    load_shared_if(a[0], at_, four & 0x04u);
-    load_shared_if(a[1], dot_bytes(four, 0x00000001u, at_), four & 0x0400u);
-    load_shared_if(a[2], dot_bytes(four, 0x00000101u, at_), four & 0x040000u);
-    load_shared_if(a[3], dot_bytes(four, 0x00010101u, at_), four & 0x04000000u);
+    load_pair(a[0], at_, four & 0xffu);
+    load_pair(a[1], dot_bytes(four, 0x00000001u, at_), four & 0xff00u);
+    load_pair(a[2], dot_bytes(four, 0x00000101u, at_), four & 0xff0000u);
+    load_pair(a[3], dot_bytes(four, 0x00010101u, at_), four & 0xff000000u);
     at_ = dot_bytes(four, 0x01010101u, at_);
+    if constexpr (kIsScaled<V>) {
+#pragma unroll
+      for (int i = 0; i < 4; ++i) a[i] = to_bf16<V>(a[i], 0);
+    }
+  }
+
+  static __device__ void load_pair(unsigned& pair, unsigned at, unsigned condition) {
+    if constexpr (kPairBytes<V> == 4) {
+      load_shared_if(pair, at, condition);
+    } else {
+      load_shared_u16_if(pair, at, condition);
+    }
   }
 
   unsigned mask_, at_;
 };
 
 // Of a row of W the stored values in steps [first, end) times x of one token.
-template <class T>
+template <class V>
 __device__ float sum_pairs(const unsigned* words, const int* steps, const unsigned short* x,
                            int row, int row_steps, int first, int end) {
+  using X = typename Stored<V>::X;
   const int* my_steps = steps + static_cast<long long>(row / kWarp) * row_steps;
   float sum = 0;
   for (int step = first; step < end; ++step) {
     const auto add = [&](int of_step, int column, unsigned pair) {
       if (of_step != row % kWarp) return;
       const unsigned short* at = x + step * kStepColumns + column;
-      if (pair & 0xffffu) sum = fmaf(Convert<T>::low(pair), Convert<T>::low(at[0]), sum);
-      if (pair >> 16) sum = fmaf(Convert<T>::high(pair), Convert<T>::low(at[1]), sum);
+      if (pair & 0xffffu) sum = fmaf(Convert<X>::low(pair), Convert<X>::low(at[0]), sum);
+      if (pair >> 16) sum = fmaf(Convert<X>::high(pair), Convert<X>::low(at[1]), sum);
     };
-    for (int t = 0; t < 4; ++t) visit_pairs(words + my_steps[step], row % 8 * 4 + t, add);
+    for (int t = 0; t < 4; ++t) visit_pairs<V>(words + my_steps[step], row % 8 * 4 + t, add);
   }
   return sum;
 }

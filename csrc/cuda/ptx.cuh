@@ -62,6 +62,20 @@ __device__ inline void load_shared_if(unsigned& word, unsigned at, unsigned cond
       : "memory");
 }
 
+// The same of 16 bits.
+__device__ inline void load_shared_u16_if(unsigned& half, unsigned at, unsigned condition) {
+  asm volatile(
+      "{\n"
+      ".reg .pred p;\n"
+      "setp.ne.u32 p, %2, 0;\n"
+      "mov.u32 %0, 0;\n"
+      "@p ld.shared.u16 %0, [%1];\n"
+      "}"
+      : "=&r"(half)
+      : "r"(at), "r"(condition)
+      : "memory");
+}
+
 // The products of the four bytes of a and b, and add: their sum.
 __device__ inline unsigned dot_bytes(unsigned a, unsigned b, unsigned add) {
   unsigned sum;
@@ -284,12 +298,35 @@ __device__ inline unsigned round_to_e4m3(float low, float high) {
   return pair;
 }
 
-// Of two E4M3 in the low bytes their sum; NaN if one is.
-__device__ inline float sum_of_e4m3(unsigned pair) {
-  unsigned halves = 0;
+// Two numbers in E4M3, the low 16 bits, as f16: exact.
+__device__ inline unsigned e4m3_to_f16(unsigned pair) {
+  unsigned halves;
 #if __CUDA_ARCH__ >= 890
   asm("cvt.rn.f16x2.e4m3x2 %0, %1;" : "=r"(halves) : "h"(static_cast<unsigned short>(pair)));
+#else
+  const unsigned high = __byte_perm(pair, 0, 0x1404);
+  const unsigned bits = (high & 0x80008000u) | (high >> 1 & 0x3f803f80u);
+  asm("mul.f16x2 %0, %1, %2;" : "=r"(halves) : "r"(bits), "r"(0x5c005c00u));  // 2^8
 #endif
+  return halves;
+}
+
+__device__ inline unsigned add_f16(unsigned a, unsigned b) {
+  unsigned sums;
+  asm("add.f16x2 %0, %1, %2;" : "=r"(sums) : "r"(a), "r"(b));
+  return sums;
+}
+
+// a b + c of two bfloat16 each, rounded once.
+__device__ inline unsigned multiply_add_bf16(unsigned a, unsigned b, unsigned c) {
+  unsigned sums;
+  asm("fma.rn.bf16x2 %0, %1, %2, %3;" : "=r"(sums) : "r"(a), "r"(b), "r"(c));
+  return sums;
+}
+
+// Of two E4M3 in the low bytes their sum; NaN if one is.
+__device__ inline float sum_of_e4m3(unsigned pair) {
+  const unsigned halves = e4m3_to_f16(pair);
   float low, high;
   asm("{\n"
       ".reg .b16 l, h;\n"

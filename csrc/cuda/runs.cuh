@@ -39,15 +39,17 @@ __device__ inline int run_of(int unit, int runs, int units) {
 }
 
 // y of one token and four rows.
-template <class T>
-__device__ inline void write(unsigned short* y, const unsigned short* bias, int n, int token,
-                             int row, const float4& sum) {
+template <class V>
+__device__ inline void write(unsigned short* y, const float* scales, const unsigned short* bias,
+                             int n, int token, int row, const float4& sum) {
+  using X = typename Stored<V>::X;
   const float sums[4] = {sum.x, sum.y, sum.z, sum.w};
   unsigned short four[4];
 #pragma unroll
   for (int r = 0; r < 4; ++r) {
-    const float add = bias && row + r < n ? Convert<T>::low(bias[row + r]) : 0.0f;
-    four[r] = Convert<T>::round(sums[r] + add);
+    const float add = bias && row + r < n ? Convert<X>::low(bias[row + r]) : 0.0f;
+    const float scale = scale_of<V>(scales, min(row + r, n - 1));
+    four[r] = Convert<X>::round(fmaf(sums[r], scale, add));
   }
   unsigned short* out = y + static_cast<long long>(token) * n + row;
   if (n % 4 == 0 && row < n && reinterpret_cast<unsigned long long>(y) % 8 == 0) {
@@ -86,11 +88,11 @@ struct Part {
 // the thread block come here, and shared memory from `smem` on is theirs. acc: of 16 kRowTiles rows
 // as mma has them, row_of_lane: the row of W of each of these, -1 for none. sum_stored(token, row):
 // this run's sum of stored values.
-template <class T, int kBarrier = 0, int kRowTiles, int kNTiles, class SumStored>
+template <class V, int kBarrier = 0, int kRowTiles, int kNTiles, class SumStored>
 __device__ inline void finish(const float (&acc)[kRowTiles][kNTiles][4], int row_of_lane,
-                              char* smem, const unsigned short* bias, unsigned short* y,
-                              float* partial, int* arrived, int tokens, int n, const Part& part,
-                              const SumStored& sum_stored) {
+                              char* smem, const float* scales, const unsigned short* bias,
+                              unsigned short* y, float* partial, int* arrived, int tokens, int n,
+                              const Part& part, const SumStored& sum_stored) {
   // Sums of the groups, [group][token][row], in shared memory: rows lie in the order of their
   // nnz.
   const int lane = threadIdx.x % kWarp, block = part.block, rows = part.rows;
@@ -134,7 +136,7 @@ __device__ inline void finish(const float (&acc)[kRowTiles][kNTiles][4], int row
       sum = *reinterpret_cast<const float4*>(four);
     }
     if (shares == 1) {
-      write<T>(y, bias, n, token, block * rows + row, sum);
+      write<V>(y, scales, bias, n, token, block * rows + row, sum);
     } else {
       all[share * tile_quads + token * row_quads + row / 4] = sum;
     }
@@ -169,7 +171,7 @@ __device__ inline void finish(const float (&acc)[kRowTiles][kNTiles][4], int row
 #pragma unroll
     for (int i = 0; i < kTokens; ++i) {
       if (token + i * turn >= tokens) break;
-      write<T>(y, bias, n, token + i * turn, block * rows + row, sums[i]);
+      write<V>(y, scales, bias, n, token + i * turn, block * rows + row, sums[i]);
     }
   }
 }

@@ -18,16 +18,19 @@
 
 namespace sk {
 
-constexpr int kDepth = 7;  // records of a warp in shared memory or on their way there
+// Records of a warp in shared memory or on their way there: as many bytes of both kinds.
+constexpr int kDepth = 7, kDepth8 = 12;
 
+template <class V>
 class Records {
  public:
+  using Record = sk::Record<V>;
+  static constexpr int kDepth = Stored<V>::kBytes == 2 ? sk::kDepth : kDepth8;
   static constexpr int kWarpBytes = kDepth * Record::kBytes;
 
   // Reads the steps of `range`; `shared` has kWarpBytes for this warp.
   __device__ Records(unsigned shared, const uint4* records, const Range& range)
-      : shared_(shared),
-        tail_limit_(threadIdx.x % kWarp < Record::kChunks - Record::kTailAt ? 0 : 0x7fffffff) {
+      : shared_(shared), head_limit_(limit(Record::kHead)), tail_limit_(limit(Record::kTail)) {
     begin(records, range);
   }
 
@@ -50,6 +53,11 @@ class Records {
   }
 
  private:
+  // Of copy_async_if(), for the first `lanes` of a warp.
+  static __device__ int limit(int lanes) {
+    return static_cast<int>(threadIdx.x % kWarp) < lanes ? 0 : 0x7fffffff;
+  }
+
   __device__ void begin(const uint4* records, const Range& range) {
     from_ = records + static_cast<long long>(range.begin) * Record::kChunks + threadIdx.x % kWarp;
     ahead_ = range.end - range.begin;
@@ -60,15 +68,17 @@ class Records {
 
   __device__ void copy(unsigned slot) {
     const unsigned to = shared_ + slot + threadIdx.x % kWarp * 16;
-    copy_async_if(to, from_, ahead_, 0);
-    copy_async_if(to + Record::kTailAt * 16, from_ + Record::kTailAt, ahead_, tail_limit_);
+    copy_async_if(to, from_, ahead_, Record::kHead == kWarp ? 0 : head_limit_);
+    if constexpr (Record::kTail > 0) {
+      copy_async_if(to + Record::kHead * 16, from_ + Record::kHead, ahead_, tail_limit_);
+    }
     commit_copies();
     from_ += Record::kChunks;
     --ahead_;
   }
 
   const unsigned shared_;
-  const int tail_limit_;
+  const int head_limit_, tail_limit_;
   const uint4* from_;
   int ahead_;      // records not yet sent for
   unsigned slot_;  // bytes
@@ -177,25 +187,36 @@ __device__ inline unsigned spread_positions(unsigned p) {
 }
 
 // A lane's share of one record.
+template <class V>
 struct Step {
+  using Record = sk::Record<V>;
   unsigned col, positions;
-  uint4 values;
+  unsigned values[Record::kLaneBytes / 4];
 
   __device__ void load(unsigned record) {
-    const unsigned lane = threadIdx.x % kWarp;
+    const unsigned lane = threadIdx.x % kWarp, at = record + lane * Record::kLaneBytes;
     col = load_shared_u8(record + Record::kColumnsAt + lane);
     positions = load_shared_u16(record + Record::kPositionsAt + lane * 2);
-    values = load_shared_v4(record + lane * 16);
+    if constexpr (Record::kLaneBytes == 16) {
+      const uint4 four = load_shared_v4(at);
+#pragma unroll
+      for (int i = 0; i < 4; ++i) values[i] = word(four, i);
+    } else {
+      const uint2 two = load_shared_v2(at);
+      values[0] = two.x, values[1] = two.y;
+    }
   }
 
   // acc += the slots of the record times their x.
-  template <class T, int kNTiles>
+  template <int kNTiles>
   __device__ void multiply(float (&acc)[2][kNTiles][4], unsigned window) const {
+    using X = typename Stored<V>::X;
     unsigned a[2][4];
 #pragma unroll
-    for (int i = 0; i < 8; ++i) {
-      const unsigned pair = word(values, i / 2);
-      a[i / 4][i % 4] = i % 2 ? pair >> 16 : pair & 0xffffu;
+    for (int i = 0; i < kLaneValues; i += 2) {
+      const unsigned two = Stored<V>::pair(values, i / 2);
+      a[i / 4][i % 4] = two & 0xffffu;
+      a[i / 4][i % 4 + 1] = two >> 16;
     }
     const unsigned at_groups = spread_positions(positions);
     const unsigned slot = window + Window<kNTiles>::at(col);
@@ -203,17 +224,19 @@ struct Step {
     for (int j = 0; j < kNTiles; ++j) {
       unsigned b[4];
       load_matrices_transposed(b, slot ^ (j * 16));
-      mma_sparse<T, 0>(acc[0][j], a[0], b, at_groups);
-      mma_sparse<T, 1>(acc[1][j], a[1], b, at_groups);
+      mma_sparse<X, 0>(acc[0][j], a[0], b, at_groups);
+      mma_sparse<X, 1>(acc[1][j], a[1], b, at_groups);
     }
   }
 };
 
 // Of a row of W, which has place `place` in the order of rows, the stored values in windows [first,
 // end) times x of one token.
-template <class T>
+template <class V>
 __device__ float sum_cover(const uint4* records, const int* steps, const unsigned short* x,
                            int place, int windows, int first, int end) {
+  using Record = sk::Record<V>;
+  using X = typename Stored<V>::X;
   const int* of_windows = steps + static_cast<long long>(place / kWarp) * windows;
   float sum = 0;
   for (int window = first; window < end; ++window) {
@@ -221,22 +244,25 @@ __device__ float sum_cover(const uint4* records, const int* steps, const unsigne
       const auto record = reinterpret_cast<const unsigned char*>(
           records + static_cast<long long>(step) * Record::kChunks);
       for (int group = 0; group < kWarp / 4; ++group) {
-        const CoverPlace at = cover_place(record, place % kWarp, group);
+        const CoverPlace at = cover_place<V>(record, place % kWarp, group);
         if (!is_stored(at.value)) continue;
         const int col = window * kCoverColumns + record[Record::kColumnsAt + at.slot];
-        sum = fmaf(Convert<T>::low(at.value), Convert<T>::low(x[col]), sum);
+        sum = fmaf(Convert<X>::low(at.value), Convert<X>::low(x[col]), sum);
       }
     }
   }
   return sum;
 }
 
-template <class T, int kNTiles>
+template <class V, int kNTiles>
 __device__ void spmm_cover(const uint4* records, const int* steps, const int* row_order,
-                           const unsigned short* x, const unsigned short* bias, unsigned short* y,
-                           float* partial, int* arrived, int tokens, int n, int k, int slices,
-                           int windows, int group_warps, int most_shares, int all_steps) {
+                           const float* scales, const unsigned short* x, const unsigned short* bias,
+                           unsigned short* y, float* partial, int* arrived, int tokens, int n,
+                           int k, int slices, int windows, int group_warps, int most_shares,
+                           int all_steps) {
   using Window = Window<kNTiles>;
+  using Records = sk::Records<V>;
+  using Record = sk::Record<V>;
   extern __shared__ __align__(128) char smem[];
   const unsigned shared = shared_address(smem);
   const int lane = threadIdx.x % kWarp, warp = threadIdx.x / kWarp;
@@ -285,7 +311,7 @@ __device__ void spmm_cover(const uint4* records, const int* steps, const int* ro
     if (first < last) ahead.load(first);
     if (kStartsEarly && range != guess) ring.begin_again(records, range);
     int step = range.begin;
-    Step current;  // one ahead of the product
+    Step<V> current;  // one ahead of the product
     current.load(ring.next());
     float acc[2][kNTiles][4] = {};
     if (first < last) ahead.store(x_shared, first);
@@ -297,9 +323,9 @@ __device__ void spmm_cover(const uint4* records, const int* steps, const int* ro
       }
       sync_warps(1 + group, group_warps);  // x is there, and nobody needs the last one any more
       for (; step < stop; ++step) {
-        Step next;
+        Step<V> next;
         next.load(ring.next());
-        current.template multiply<T, kNTiles>(acc, x_shared);
+        current.template multiply<kNTiles>(acc, x_shared);
         current = next;
       }
       stop = next_stop;
@@ -317,24 +343,27 @@ __device__ void spmm_cover(const uint4* records, const int* steps, const int* ro
     const auto sum_stored = [&](int token, int row) {
       int place = block * group_warps * kWarp;
       while (row_order[place] != row) ++place;
-      return sum_cover<T>(records, steps, x + static_cast<long long>(token) * k, place, windows,
+      return sum_cover<V>(records, steps, x + static_cast<long long>(token) * k, place, windows,
                           end_of_all - count, end_of_all);
     };
     const Part part = {block, group_warps * kWarp, kRunWarps, groups, group, run, runs, windows,
                        units, most_shares};
-    finish<T>(acc, row_of_lane, smem, bias, y, partial, arrived, tokens, n, part, sum_stored);
+    finish<V>(acc, row_of_lane, smem, scales, bias, y, partial, arrived, tokens, n, part,
+              sum_stored);
   }
 }
 
 }  // namespace sk
 
 #define SK_COVER(name, type, tiles)                                                                \
-  extern "C" __global__ void __launch_bounds__(sk::kRunWarps* sk::kWarp, 1) name(                  \
-      const uint4* records, const int* steps, const int* row_order, const unsigned short* x,       \
-      const unsigned short* bias, unsigned short* y, float* partial, int* arrived, int m, int n,   \
-      int k, int slices, int windows, int group_warps, int most_shares, int all_steps) {           \
-    sk::spmm_cover<sk::type, tiles>(records, steps, row_order, x, bias, y, partial, arrived, m, n, \
-                                    k, slices, windows, group_warps, most_shares, all_steps);      \
+  extern "C" __global__ void __launch_bounds__(sk::kRunWarps* sk::kWarp, 1)                        \
+      name(const uint4* records, const int* steps, const int* row_order, const float* scales,      \
+           const unsigned short* x, const unsigned short* bias, unsigned short* y, float* partial, \
+           int* arrived, int m, int n, int k, int slices, int windows, int group_warps,            \
+           int most_shares, int all_steps) {                                                       \
+    sk::spmm_cover<sk::type, tiles>(records, steps, row_order, scales, x, bias, y, partial,        \
+                                    arrived, m, n, k, slices, windows, group_warps, most_shares,   \
+                                    all_steps);                                                    \
   }                                                                                                \
   SK_EARLY_KERNEL(name)
 
@@ -345,3 +374,5 @@ __device__ void spmm_cover(const uint4* records, const int* steps, const int* ro
 
 SK_COVER_TOKENS(bf16)
 SK_COVER_TOKENS(f16)
+SK_COVER_TOKENS(int8)
+SK_COVER_TOKENS(e4m3)

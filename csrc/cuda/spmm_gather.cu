@@ -46,34 +46,36 @@ __device__ inline void multiply(float (&acc)[kTokens], float value, const char* 
 }
 
 // One granule. `at`: x at the column of the last entry (its pair of columns, for 4 bits); moves on.
-template <class T, int kTokens>
-__device__ inline void multiply_granule(float (&acc)[kTokens], const Granule<4>& g,
+template <class V, int kTokens>
+__device__ inline void multiply_granule(float (&acc)[kTokens], const Granule<V, 4>& g,
                                         const char*& at) {
-  // Bytes of prefix sums, in units of 2 * kTokens bytes / 2: at most 2 * (2 * 7 * 8) + 2 = 226.
-  const unsigned odd = g.deltas >> 4;
-  const unsigned first = (g.deltas & 0x07070707u) * 0x04040404u;
-  const unsigned second = (odd & 0x07070707u) * 0x04040404u + __byte_perm(first, 0, 0x3333);
-  const unsigned steps[2] = {first | ((g.deltas >> 2) & 0x02020202u),
-                             second | ((odd >> 2) & 0x02020202u)};
+  using X = typename Stored<V>::X;
 #pragma unroll
-  for (int i = 0; i < kGranule; ++i) {
-    const unsigned pair = word(g.values, i / 2);
-    const float value = i % 2 ? Convert<T>::high(pair) : Convert<T>::low(pair);
-    const unsigned step = __byte_perm(steps[i / 4], 0, 0x4440 + i % 4);
-    if (is_stored(value)) multiply<T, kTokens>(acc, value, at + step * kTokens);
+  for (int octet = 0; octet < kEntries<V>; octet += 8) {
+    // Bytes of prefix sums, in units of 2 * kTokens bytes / 2: at most 2 * (2 * 7 * 8) + 2 = 226.
+    const unsigned even = word(g.deltas, octet / 8), odd = even >> 4;
+    const unsigned first = (even & 0x07070707u) * 0x04040404u;
+    const unsigned second = (odd & 0x07070707u) * 0x04040404u + __byte_perm(first, 0, 0x3333);
+    const unsigned steps[2] = {first | ((even >> 2) & 0x02020202u),
+                               second | ((odd >> 2) & 0x02020202u)};
+#pragma unroll
+    for (int i = 0; i < 8; ++i) {
+      const float value = Stored<V>::value(g.values, octet + i);
+      const unsigned step = __byte_perm(steps[i / 4], 0, 0x4440 + i % 4);
+      if (is_stored(value)) multiply<X, kTokens>(acc, value, at + step * kTokens);
+    }
+    at += (second >> 24) * kTokens;
   }
-  at += (second >> 24) * kTokens;
 }
 
-template <class T, int kTokens>
-__device__ inline void multiply_granule(float (&acc)[kTokens], const Granule<8>& g,
+template <class V, int kTokens>
+__device__ inline void multiply_granule(float (&acc)[kTokens], const Granule<V, 8>& g,
                                         const char*& at) {
 #pragma unroll
-  for (int i = 0; i < kGranule; ++i) {
-    const unsigned pair = word(g.values, i / 2);
-    const float value = i % 2 ? Convert<T>::high(pair) : Convert<T>::low(pair);
-    at += __byte_perm(i < 4 ? g.deltas.x : g.deltas.y, 0, 0x4440 + i % 4) * (2 * kTokens);
-    if (is_stored(value)) multiply<T, kTokens>(acc, value, at);
+  for (int i = 0; i < kEntries<V>; ++i) {
+    const float value = Stored<V>::value(g.values, i);
+    at += __byte_perm(word(g.deltas, i / 4), 0, 0x4440 + i % 4) * (2 * kTokens);
+    if (is_stored(value)) multiply<typename Stored<V>::X, kTokens>(acc, value, at);
   }
 }
 
@@ -121,17 +123,18 @@ __device__ inline void stage(unsigned short* to, const unsigned short* x, int to
   }
 }
 
-template <class T, int kBits, int kTokens>
-__device__ void spmm_gather(const uint4* values, const typename Deltas<kBits>::Word* deltas,
-                            const int* bounds, const int* slice_of, const int* first_piece,
-                            const int* starts, const int* row_order, const unsigned short* x,
+template <class V, int kBits, int kTokens>
+__device__ void spmm_gather(const uint4* values, const Deltas<V, kBits>* deltas, const int* bounds,
+                            const int* slice_of, const int* first_piece, const int* starts,
+                            const int* row_order, const float* scales, const unsigned short* x,
                             const unsigned short* bias, unsigned short* y, float* partial,
                             int* arrived, int tokens, int n, int k, int pieces, int all_granules) {
+  using X = typename Stored<V>::X;
   extern __shared__ __align__(16) char smem[];
   const int lane = threadIdx.x % kWarp, warp = threadIdx.x / kWarp;
   const int block = static_cast<int>(blockIdx.x), first_here = block * kGatherWarps;
   const int piece = first_here + warp;
-  using Granules = Granules<kBits, kGatherDepth>;
+  using Granules = Granules<V, kBits, kGatherDepth>;
   let_next_kernel_start();
   // While the last kernel runs, which may be about to write the bounds, they are a guess.
   const Range all = {0, all_granules};
@@ -158,7 +161,7 @@ __device__ void spmm_gather(const uint4* values, const typename Deltas<kBits>::W
   float acc[kTokens] = {};
   const char* at = x_shared + start * 2 * kTokens;
   for (int g = range.begin; g < range.end; ++g) {
-    multiply_granule<T, kTokens>(acc, granules.front(), at);
+    multiply_granule<V, kTokens>(acc, granules.front(), at);
     granules.advance();
   }
 
@@ -200,10 +203,12 @@ __device__ void spmm_gather(const uint4* values, const typename Deltas<kBits>::W
     if (lane == 0) arrived[slice] = 0;  // for the next launch
   }
   if (row < 0) return;
-  const float add = bias ? Convert<T>::low(bias[row]) : 0.0f;
+  const float add = bias ? Convert<X>::low(bias[row]) : 0.0f;
+  const float scale = scale_of<V>(scales, row);
 #pragma unroll
   for (int t = 0; t < kTokens; ++t) {
-    if (t < tokens) y[static_cast<long long>(t) * n + row] = Convert<T>::round(acc[t] + add);
+    if (t >= tokens) continue;
+    y[static_cast<long long>(t) * n + row] = Convert<X>::round(fmaf(acc[t], scale, add));
   }
 }
 
@@ -212,12 +217,13 @@ __device__ void spmm_gather(const uint4* values, const typename Deltas<kBits>::W
 #define SK_GATHER(name, type, bits, tokens, ctas)                                                  \
   extern "C" __global__ void __launch_bounds__(sk::kGatherWarps* sk::kWarp, ctas)                  \
       name(const uint4* values, const void* deltas, const int* bounds, const int* slice_of,        \
-           const int* first_piece, const int* starts, const int* row_order,                        \
+           const int* first_piece, const int* starts, const int* row_order, const float* scales,   \
            const unsigned short* x, const unsigned short* bias, unsigned short* y, float* partial, \
            int* arrived, int m, int n, int k, int pieces, int all_granules) {                      \
     sk::spmm_gather<sk::type, bits, tokens>(                                                       \
-        values, static_cast<const sk::Deltas<bits>::Word*>(deltas), bounds, slice_of, first_piece, \
-        starts, row_order, x, bias, y, partial, arrived, m, n, k, pieces, all_granules);           \
+        values, static_cast<const sk::Deltas<sk::type, bits>*>(deltas), bounds, slice_of,          \
+        first_piece, starts, row_order, scales, x, bias, y, partial, arrived, m, n, k, pieces,     \
+        all_granules);                                                                             \
   }                                                                                                \
   SK_EARLY_KERNEL(name)
 
@@ -227,7 +233,11 @@ __device__ void spmm_gather(const uint4* values, const typename Deltas<kBits>::W
   SK_GATHER(sk_spmm_gather_##type##_d##bits##_t4, type, bits, 4, 2) \
   SK_GATHER(sk_spmm_gather_##type##_d##bits##_t8, type, bits, 8, 2)
 
-SK_GATHER_TOKENS(bf16, 4)
-SK_GATHER_TOKENS(bf16, 8)
-SK_GATHER_TOKENS(f16, 4)
-SK_GATHER_TOKENS(f16, 8)
+#define SK_GATHER_BITS(type) \
+  SK_GATHER_TOKENS(type, 4)  \
+  SK_GATHER_TOKENS(type, 8)
+
+SK_GATHER_BITS(bf16)
+SK_GATHER_BITS(f16)
+SK_GATHER_BITS(int8)
+SK_GATHER_BITS(e4m3)

@@ -75,9 +75,10 @@ class Window {
 };
 
 // acc += a step times its x.
-template <class T, int kNTiles>
-__device__ inline void multiply(float (&acc)[2][kNTiles][4], unsigned (&a)[2][8], Slots slots,
+template <class V, int kNTiles>
+__device__ inline void multiply(float (&acc)[2][kNTiles][4], unsigned (&a)[2][8], Slots<V> slots,
                                 unsigned x) {
+  using X = typename Stored<V>::X;
   const int lane = threadIdx.x % kWarp;
   // This lane's address for ldmatrix: tokens lane / 16 * 8 .. + 7, chunk lane / 8 % 2.
   const unsigned row = x + (lane / 16 * 8 + lane % 8) * 128 + ((lane / 8 % 2) ^ (lane % 8)) * 16;
@@ -91,34 +92,35 @@ __device__ inline void multiply(float (&acc)[2][kNTiles][4], unsigned (&a)[2][8]
       load_matrices(b, (row ^ i * 32) + j * 1024);
 #pragma unroll
       for (int tile = 0; tile < 2; ++tile) {
-        mma<T>(acc[tile][j], a[i % 2] + tile * 4, b[0], b[1]);
-        mma<T>(acc[tile][j + 1], a[i % 2] + tile * 4, b[2], b[3]);
+        mma<X>(acc[tile][j], a[i % 2] + tile * 4, b[0], b[1]);
+        mma<X>(acc[tile][j + 1], a[i % 2] + tile * 4, b[2], b[3]);
       }
     }
   }
 }
 
 // The same by the four warps of a warpgroup, whose x is the same. The last products go on.
-template <class T, int kNTiles>
+template <class V, int kNTiles>
 __device__ inline void multiply_together(float (&acc)[2][kNTiles][4], unsigned (&a)[2][8],
-                                         Slots slots, unsigned x) {
+                                         Slots<V> slots, unsigned x) {
+  using X = typename Stored<V>::X;
 #pragma unroll
   for (int i = 0; i < kSixteens; ++i) {
     wait_warpgroup_products<1>();  // this operand is free
     slots.load(a[i % 2], i);
     const unsigned long long b = describe_rows(x + i * 32);
     begin_warpgroup_products();
-    mma_warpgroup<T>(acc[0], a[i % 2], b);
-    mma_warpgroup<T>(acc[1], a[i % 2] + 4, b);
+    mma_warpgroup<X>(acc[0], a[i % 2], b);
+    mma_warpgroup<X>(acc[1], a[i % 2] + 4, b);
     commit_warpgroup_products();
   }
 }
 
-template <class T, int kNTiles>
-__device__ void spmm_pairs(const unsigned* all_words, const int* steps, const unsigned short* x,
-                           const unsigned short* bias, unsigned short* y, float* partial,
-                           int* arrived, int tokens, int n, int k, int slices, int row_steps,
-                           int group_warps, int most_shares, int words_end) {
+template <class V, int kNTiles>
+__device__ void spmm_pairs(const unsigned* all_words, const int* steps, const float* scales,
+                           const unsigned short* x, const unsigned short* bias, unsigned short* y,
+                           float* partial, int* arrived, int tokens, int n, int k, int slices,
+                           int row_steps, int group_warps, int most_shares, int words_end) {
   using Window = Window<kNTiles * 8>;
   using Words = sk::Words<kBufferBytes>;
   extern __shared__ __align__(128) char smem[];
@@ -180,11 +182,11 @@ __device__ void spmm_pairs(const unsigned* all_words, const int* steps, const un
       const int window_end =
           min(static_cast<int>((window + 1 - first) * Window::kSteps), count_steps);
       for (unsigned at = x_shared; step < window_end; ++step, at += Window::kStepBytes) {
-        const Slots slots(words);
+        const Slots<V> slots(words);
         if (has_warpgroups()) {
-          multiply_together<T, kNTiles>(acc, a, slots, at);
+          multiply_together<V, kNTiles>(acc, a, slots, at);
         } else {
-          multiply<T, kNTiles>(acc, a, slots, at);
+          multiply<V, kNTiles>(acc, a, slots, at);
         }
       }
       const unsigned done = x_shared;
@@ -199,13 +201,14 @@ __device__ void spmm_pairs(const unsigned* all_words, const int* steps, const un
     wait_copies<0>();  // none is under way when sums take the place of words
     const int end_of_all = unit - block * windows;
     const auto sum_stored = [&](int token, int row) {
-      return sum_pairs<T>(all_words, steps, x + static_cast<long long>(token) * k, row, row_steps,
+      return sum_pairs<V>(all_words, steps, x + static_cast<long long>(token) * k, row, row_steps,
                           (end_of_all - count) * static_cast<int>(Window::kSteps),
                           min(end_of_all * static_cast<int>(Window::kSteps), row_steps));
     };
     const Part part = {block, group_warps * kWarp, kRunWarps, groups, group, run, runs, windows,
                        units, most_shares};
-    finish<T>(acc, row_of_lane, smem, bias, y, partial, arrived, tokens, n, part, sum_stored);
+    finish<V>(acc, row_of_lane, smem, scales, bias, y, partial, arrived, tokens, n, part,
+              sum_stored);
   }
 }
 
@@ -213,11 +216,11 @@ __device__ void spmm_pairs(const unsigned* all_words, const int* steps, const un
 
 #define SK_PAIRS(name, type, tiles)                                                              \
   extern "C" __global__ void __launch_bounds__(sk::kRunWarps* sk::kWarp, 1) name(                \
-      const unsigned* words, const int* steps, const unsigned short* x,                          \
+      const unsigned* words, const int* steps, const float* scales, const unsigned short* x,     \
       const unsigned short* bias, unsigned short* y, float* partial, int* arrived, int m, int n, \
       int k, int slices, int row_steps, int group_warps, int most_shares, int words_end) {       \
-    sk::spmm_pairs<sk::type, tiles>(words, steps, x, bias, y, partial, arrived, m, n, k, slices, \
-                                    row_steps, group_warps, most_shares, words_end);             \
+    sk::spmm_pairs<sk::type, tiles>(words, steps, scales, x, bias, y, partial, arrived, m, n, k, \
+                                    slices, row_steps, group_warps, most_shares, words_end);     \
   }                                                                                              \
   SK_EARLY_KERNEL(name)
 
@@ -228,3 +231,5 @@ __device__ void spmm_pairs(const unsigned* all_words, const int* steps, const un
 
 SK_PAIRS_TOKENS(bf16)
 SK_PAIRS_TOKENS(f16)
+SK_PAIRS_TOKENS(int8)
+SK_PAIRS_TOKENS(e4m3)

@@ -143,15 +143,16 @@ class Producer {
 };
 
 // acc += `count` steps of the slice's words times x of a ring.
-template <class T, class Words, int kTokens>
+template <class V, class Words, int kTokens>
 __device__ inline void multiply_ring(float (&acc)[1][kTokens / 8][4], Words& words, int count,
                                      int tile, const Ring<kTokens>& ring, Place& place) {
   const bool is_first_lane = threadIdx.x % kWarp == 0;
+  using X = typename Stored<V>::X;
   constexpr int kAhead = 4;  // operands
   unsigned a[kAhead][4] = {};
   Place last;
   for (int step = 0; step < count; ++step) {
-    Slots slots(words, tile);
+    Slots<V> slots(words, tile);
     wait_barrier(ring.full(place), place.phase);
     const unsigned long long x = describe_rows(ring.x(place));
 #pragma unroll
@@ -162,7 +163,7 @@ __device__ inline void multiply_ring(float (&acc)[1][kTokens / 8][4], Words& wor
       if (i == kAhead - 1 && step && is_first_lane) arrive_at(ring.empty(last));
       slots.load(operand, i);
       begin_warpgroup_products();
-      mma_warpgroup<T>(acc[0], operand, x + i * 2);
+      mma_warpgroup<X>(acc[0], operand, x + i * 2);
       commit_warpgroup_products();
     }
     last = place;
@@ -172,8 +173,8 @@ __device__ inline void multiply_ring(float (&acc)[1][kTokens / 8][4], Words& wor
   if (count && is_first_lane) arrive_at(ring.empty(last));
 }
 
-template <class T, int kTokens>
-__device__ void spmm_pairs_ring(const unsigned* all_words, const int* steps,
+template <class V, int kTokens>
+__device__ void spmm_pairs_ring(const unsigned* all_words, const int* steps, const float* scales,
                                 const unsigned short* x, const unsigned short* bias,
                                 unsigned short* y, float* partial, int* arrived, int all_tokens,
                                 int n, int k, int slices, int row_steps, int groups, int stages,
@@ -252,19 +253,19 @@ __device__ void spmm_pairs_ring(const unsigned* all_words, const int* steps,
     __syncwarp();
     words.begin(my_steps, my_count);
     float acc[1][kTokens / 8][4] = {};
-    multiply_ring<T>(acc, words, my_count, warp % 2, ring, place);
+    multiply_ring<V>(acc, words, my_count, warp % 2, ring, place);
     const int row = own_slice * kWarp + warp % 2 * 16 + lane;
     const int row_of_lane = lane < 16 && row < n ? row : -1;
     int opaque_tile = token_tile;
     asm volatile("" : "+r"(opaque_tile));  // the pointers that follow from it wait in no registers
     const long long tile = opaque_tile;
     const auto sum_stored = [&](int token, int of_w) {
-      return sum_pairs<T>(all_words, steps, x + (tile * kTokens + token) * k, of_w, row_steps,
+      return sum_pairs<V>(all_words, steps, x + (tile * kTokens + token) * k, of_w, row_steps,
                           first, first + count);
     };
     const Part part = {block, rows, consumers, groups, group,
                        run,   runs, row_steps, units,  most_shares};
-    finish<T, kRingBarrier>(acc, row_of_lane, tile_memory, bias, y + tile * kTokens * n,
+    finish<V, kRingBarrier>(acc, row_of_lane, tile_memory, scales, bias, y + tile * kTokens * n,
                             partial + tile * blocks * most_shares * kTokens * rows,
                             arrived + tile * blocks, tokens, n, part, sum_stored);
     __syncthreads();
@@ -273,23 +274,28 @@ __device__ void spmm_pairs_ring(const unsigned* all_words, const int* steps,
 
 }  // namespace sk
 
-#define SK_PAIRS_RING(name, type, tokens)                                                      \
-  extern "C" __global__ void __launch_bounds__(sk::kRingThreads, 1)                            \
-      name(const unsigned* words, const int* steps, const unsigned short* x,                   \
-           const unsigned short* bias, unsigned short* y, float* partial, int* arrived, int m, \
-           int n, int k, int slices, int row_steps, int groups, int stages, int token_tiles,   \
-           int most_shares, int words_end) {                                                   \
-    sk::spmm_pairs_ring<sk::type, tokens>(words, steps, x, bias, y, partial, arrived, m, n, k, \
-                                          slices, row_steps, groups, stages, token_tiles,      \
-                                          most_shares, words_end);                             \
-  }                                                                                            \
+#define SK_PAIRS_RING(name, type, tokens)                                                         \
+  extern "C" __global__ void __launch_bounds__(sk::kRingThreads, 1)                               \
+      name(const unsigned* words, const int* steps, const float* scales, const unsigned short* x, \
+           const unsigned short* bias, unsigned short* y, float* partial, int* arrived, int m,    \
+           int n, int k, int slices, int row_steps, int groups, int stages, int token_tiles,      \
+           int most_shares, int words_end) {                                                      \
+    sk::spmm_pairs_ring<sk::type, tokens>(words, steps, scales, x, bias, y, partial, arrived, m,  \
+                                          n, k, slices, row_steps, groups, stages, token_tiles,   \
+                                          most_shares, words_end);                                \
+  }                                                                                               \
   SK_EARLY_KERNEL(name)
 
-#define SK_PAIRS_RING_TOKENS(type)                         \
+// With values of 8 bits up to 64 tokens alone.
+#define SK_PAIRS_RING_FEW(type)                            \
   SK_PAIRS_RING(sk_spmm_pairs_ring_##type##_t32, type, 32) \
-  SK_PAIRS_RING(sk_spmm_pairs_ring_##type##_t64, type, 64) \
+  SK_PAIRS_RING(sk_spmm_pairs_ring_##type##_t64, type, 64)
+#define SK_PAIRS_RING_TOKENS(type)                         \
+  SK_PAIRS_RING_FEW(type)                                  \
   SK_PAIRS_RING(sk_spmm_pairs_ring_##type##_t96, type, 96) \
   SK_PAIRS_RING(sk_spmm_pairs_ring_##type##_t128, type, 128)
 
 SK_PAIRS_RING_TOKENS(bf16)
 SK_PAIRS_RING_TOKENS(f16)
+SK_PAIRS_RING_FEW(int8)
+SK_PAIRS_RING_FEW(e4m3)

@@ -186,7 +186,8 @@ Cover::Cover(const Csr& w, const int32_t* row_order, int64_t slices, int threads
   for (size_t i = 1; i < step_offsets_.size(); i++) step_offsets_[i] += step_offsets_[i - 1];
 }
 
-void Cover::write(int32_t* step_offsets, uint8_t* records, int64_t* places) const {
+void Cover::write(int32_t* step_offsets, uint8_t* records, int64_t* places, int value_bytes) const {
+  const int64_t record_bytes = cover_record_bytes(value_bytes);
   std::copy(step_offsets_.begin(), step_offsets_.end(), step_offsets);
   parallel_for(threads_, slices_, [&](int64_t slice) {
     std::array<int32_t, kCoverRows> next = {}, end = {};
@@ -207,9 +208,9 @@ void Cover::write(int32_t* step_offsets, uint8_t* records, int64_t* places) cons
       }
       const int64_t* steps = &step_offsets_[slice * windows_ + window];
       for (int64_t step = steps[0]; step < steps[1]; step++, slots += kSlots) {
-        uint8_t* record = records + step * kCoverRecordBytes;
-        uint8_t* positions = record + kCoverValueBytes;
-        uint8_t* cols = record + kCoverRecordBytes - kSlots;
+        uint8_t* record = records + step * record_bytes;
+        uint8_t* positions = record + kCoverValues * value_bytes;
+        uint8_t* cols = record + record_bytes - kSlots;
         for (int s = 0; s < kSlots; s++) cols[s] = slots[s].col;
         for (int group = 0; group < kCoverGroups; group++) {
           const Slot* four = slots + group * kCoverGroup;
@@ -223,7 +224,7 @@ void Cover::write(int32_t* step_offsets, uint8_t* records, int64_t* places) cons
             const int tile = r / 16, half = r / 8 % 2, g = r % 8;
             const int lane = g * 4 + group % 4, reg = group / 4 * 2 + half;
             places[entry[r * kCoverWindow + four[at].col]] =
-                step * (kCoverRecordBytes / 2) + lane * 8 + tile * 4 + reg;
+                step * (record_bytes / value_bytes) + lane * 8 + tile * 4 + reg;
             const int bit = group % 4 * 4 + half * 2;
             positions[(g * 4 + 2 * tile + group / 4) * 2 + bit / 8] |= at << bit % 8;
           }

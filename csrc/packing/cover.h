@@ -19,8 +19,11 @@ constexpr int kCoverWindow = 256;  // columns
 constexpr int kCoverGroup = 4;     // slots
 constexpr int kCoverGroups = 8;    // of a step
 
-// Bytes of a step: values, positions, columns.
-constexpr int kCoverValueBytes = 512, kCoverRecordBytes = kCoverValueBytes + 64 + 32;
+// Of a step: values, and the bytes of positions and columns.
+constexpr int kCoverValues = 256, kCoverIndexBytes = 64 + 32;
+constexpr int cover_record_bytes(int value_bytes) {
+  return kCoverValues * value_bytes + kCoverIndexBytes;
+}
 
 class Cover {
  public:
@@ -32,8 +35,9 @@ class Cover {
   int64_t steps() const { return step_offsets_.back(); }
 
   // step_offsets [slices * windows + 1]: steps before each tile. records [steps * record bytes]:
-  // all but the values, which are 0. places [nnz]: where each value belongs, in 16-bit units.
-  void write(int32_t* step_offsets, uint8_t* records, int64_t* places) const;
+  // all but the values, which are 0, of value_bytes, 1 or 2. places [nnz]: where each value
+  // belongs, in units of value_bytes.
+  void write(int32_t* step_offsets, uint8_t* records, int64_t* places, int value_bytes) const;
 
  private:
   struct Slot {

@@ -16,7 +16,7 @@ import torch
 
 from ..files import atomic_write, private_cache
 from ..kernels import crossover
-from ..kernels.cpu import panel
+from ..kernels.cpu import expand, panel
 from ..kernels.cpu.machine import machine_name
 from ..kernels.problem import Kernel
 from ..kernels.table import forget_choices
@@ -167,7 +167,9 @@ def _ratio(op: str, workload: Workload) -> Ratio:
 
 
 def _row(name: str, op: str) -> Kernel:
-    return next(row for row in panel.KERNELS if (row.name, row.op) == (name, op))
+    return next(
+        row for row in (*panel.KERNELS, *expand.KERNELS) if (row.name, row.op) == (name, op)
+    )
 
 
 def _of_gpu(quick: bool) -> tuple[str, dict]:

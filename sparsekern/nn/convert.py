@@ -248,16 +248,19 @@ def replace_modules(
     """Put replace(name, module) in the place of each module for which it is not None. What a
     replaced module held is not looked at."""
     swaps: dict[nn.Module, nn.Module | None] = {}
-
-    def choose(name: str, module: nn.Module) -> None:
+    # A loop: a function that calls itself would keep what was replaced until garbage is collected.
+    waiting = [("", model)]
+    while waiting:
+        name, module = waiting.pop()
         if module in swaps:
-            return
+            continue
         swaps[module] = replace(name, module)
         if swaps[module] is None:
-            for child_name, child in module.named_children():
-                choose(f"{name}.{child_name}" if name else child_name, child)
-
-    choose("", model)
+            children = [
+                (f"{name}.{child_name}" if name else child_name, child)
+                for child_name, child in module.named_children()
+            ]
+            waiting += reversed(children)
     if (root := swaps[model]) is not None:
         return root
     # A module may sit in several places.

@@ -14,6 +14,7 @@ from ..kernels.cuda.choose import pack_for
 from ..kernels.cuda.compressed import FOUND, TwoOfFourE4m3, pack_two_of_four
 from ..kernels.cuda.explained import explain_packed
 from ..kernels.cuda.layout import Packed
+from ..kernels.cuda.row_scales import check_values_type
 from ..kernels.operands import native
 from ..registered import prepare_spmm_packed, spmm_e4m3, spmm_packed
 from ..tensor import SparseTensor
@@ -40,15 +41,16 @@ class PackedLinear(nn.Module):
     or in two of them.
 
     At 75 % sparsity it takes 0.32 to 0.37 of the bytes of a dense 16-bit weight if packed for one
-    or two tokens (the less, the larger it is), 0.43 for more. Up to 64 tokens (`pairs` on Hopper:
-    256) W is read in that form; above, it is written out for each call, unless a dense copy is
-    kept. A two-way pattern that is packed for many tokens runs on sparse tensor cores, in 0.56 of
-    the bytes, or 0.31 in E4M3, with x cast in each call; some free places count as 0 times x then:
-    an infinity or NaN makes NaN, in E4M3 of the whole token. No gradient, and no way back to CSR:
-    keep the checkpoint. Not for two CUDA streams at the same time (kernels/cuda/few_tokens.py says
-    why). Its buffers are in no state_dict. Each call checks their types and sizes, but not what
-    stands in them: to average or write them by hand may lead a kernel anywhere. `layout` names what
-    is held; explain() says what a call runs.
+    or two tokens (the less, the larger it is), 0.43 for more; with values of 8 bits, which pack_
+    may make, 0.20, and 0.25 to 0.27. Up to 64 tokens (`pairs` on Hopper: 256) W is read in that
+    form; above, it is written out for each call, unless a dense copy is kept. A two-way pattern
+    that is packed for many tokens runs on sparse tensor cores, in 0.56 of the bytes, or 0.31 in
+    E4M3, with x cast in each call; some free places count as 0 times x then: an infinity or NaN
+    makes NaN, in E4M3 of the whole token. No gradient, and no way back to CSR: keep the checkpoint.
+    Not for two CUDA streams at the same time (kernels/cuda/few_tokens.py says why). Its buffers are
+    in no state_dict. Each call checks their types and sizes, but not what stands in them: to
+    average or write them by hand may lead a kernel anywhere. `layout` names what is held; explain()
+    says what a call runs.
 
     Args:
         packed: W [out_features, in_features], in one layout or in several, each another one.
@@ -61,7 +63,10 @@ class PackedLinear(nn.Module):
         for form in forms:
             form.check()
         names = [form.name for form in forms]
-        kinds = {(form.n, form.k, form.nnz, form.dtype, form.arrived.device) for form in forms}
+        kinds = {
+            (form.n, form.k, form.nnz, form.dtype, form.values_dtype, form.arrived.device)
+            for form in forms
+        }
         if len(kinds) != 1 or len(set(names)) < len(names):
             raise ValueError(f"packed: expected one W in different layouts, got {names}, {kinds}")
         self.layout = ",".join(names)
@@ -69,7 +74,7 @@ class PackedLinear(nn.Module):
         if bias is not None and bias.shape != (first.n,):
             raise ValueError(f"bias: expected shape ({first.n},), got {tuple(bias.shape)}")
         self.in_features, self.out_features = first.k, first.n
-        self.dtype, self.nnz = first.dtype, first.nnz
+        self.dtype, self.values_dtype, self.nnz = first.dtype, first.values_dtype, first.nnz
         self.numbers = [number for form in forms for number in form.numbers()]
         self._names = []
         for form in forms:
@@ -87,15 +92,17 @@ class PackedLinear(nn.Module):
         dense: bool = False,
         dtype: torch.dtype | None = None,
         largest: float | None = None,
+        values: torch.dtype | None = None,
     ) -> "PackedLinear":
         """The same function, laid out for calls of about so many tokens where its values are, as of
         pack_. TypeError unless they are bfloat16 or float16, on a CPU float32 or bfloat16. largest:
         of what x holds, where that is known, for dtype torch.float8_e4m3fn."""
+        check_eight_bits(dtype, values, dense)
         weight = linear.weight.detach()
         bias: Tensor | None = linear.bias
         if bias is not None:
             bias = bias.detach().to(linear.values.dtype, copy=True)
-        layer = packed_layer(weight, bias, tokens, dense, dtype, largest)
+        layer = packed_layer(weight, bias, tokens, dense, dtype, largest, values)
         return layer.train(linear.training)
 
     def _apply(self, fn, recurse=True):
@@ -226,13 +233,38 @@ def packed_layer(
     dense: bool,
     dtype: torch.dtype | None,
     largest: float | None,
+    values: torch.dtype | None,
 ) -> PackedLinear:
-    """The layer for calls of so many tokens where `weight` is; float8 is for GPUs alone."""
+    """The layer for calls of so many tokens where `weight` is; 8 bits are for GPUs alone."""
+    if values is not None and is_for_cpu(weight):
+        raise NotImplementedError(
+            f"values: {values} is for a weight on a GPU, got one on a CPU: move the model there "
+            "before pack_"
+        )
     if dtype is None and is_for_cpu(weight):
         from .packed_cpu import PackedLinearOnCpu  # a PackedLinear
 
         return PackedLinearOnCpu(pack_for_cpu(weight), weight.nnz, bias)
-    return PackedLinear(_forms(weight, tokens, dense, dtype, largest), bias)
+    if dtype is not None:
+        return PackedLinear(pack_two_of_four(weight, dtype, largest), bias)
+    return PackedLinear(pack_for(weight, token_range(tokens), dense, values), bias)
+
+
+def check_eight_bits(dtype: object, values: object, dense: object) -> None:
+    """ValueError unless at most one of the two is given, as a type that it may be, and `dense` is
+    False then."""
+    if dtype not in (None, e4m3.DTYPE):
+        raise ValueError(f"dtype: expected torch.float8_e4m3fn or None, got {dtype}")
+    if values is not None:
+        check_values_type(values)
+    if dtype is not None and values is not None:
+        raise ValueError(
+            f"values, dtype: expected one of the two, got {values} and {dtype}: values rounds the "
+            "weight alone, dtype x too"
+        )
+    if dense is not False and (dtype, values) != (None, None):
+        name = "dtype" if values is None else "values"
+        raise ValueError(f"dense: expected False with {name}={values or dtype}")
 
 
 def token_range(tokens: int | Sequence[int]) -> tuple[int, int]:
@@ -248,18 +280,6 @@ def token_range(tokens: int | Sequence[int]) -> tuple[int, int]:
     return pair[0], pair[1]
 
 
-def _forms(
-    weight: SparseTensor,
-    tokens: int | Sequence[int],
-    dense: bool,
-    dtype: torch.dtype | None,
-    largest: float | None,
-) -> Sequence[Packed]:
-    if dtype is None:
-        return pack_for(weight, token_range(tokens), dense)
-    return [pack_two_of_four(weight, dtype, largest)]
-
-
 def pack_(
     model: nn.Module,
     tokens: int | Sequence[int] = 1,
@@ -268,6 +288,7 @@ def pack_(
     groups: Sequence[Sequence[str]] = (),
     dtype: torch.dtype | None = None,
     example: Any = None,
+    values: torch.dtype | None = None,
 ) -> nn.Module:
     """Replace every SparseLinear of `model` by a PackedLinear, in place, and return the model.
 
@@ -277,6 +298,9 @@ def pack_(
     warning. Two-way patterns run on sparse tensor cores where that was the fastest for so many
     tokens. On a CPU there is one layout, for up to 4 tokens: `tokens` and `dense` change nothing.
     `sparsekern.explain(tokens, model)` says afterwards what each layer holds and runs.
+
+    Two ways to 8 bits: `values` rounds what is held, for generating, with any pattern; `dtype`
+    rounds x too, for prompts, with two-way patterns. One model takes one of them.
 
     Args:
         tokens: M of the calls, about: the batch, in generation. With (1, 2048), or a range, the
@@ -290,6 +314,11 @@ def pack_(
             [["q_proj", "k_proj", "v_proj"], ["gate_proj", "up_proj"]]. They are packed as one
             matrix and run as one product; nn/shared.py says when. ValueError for a group that
             nothing in the model has, or whose layers do not fit together.
+        values: torch.int8 or torch.float8_e4m3fn rounds weights, each row with a scale, its largest
+            value over 127 or 448; x stays bfloat16, and sums are those of the rounded weights in
+            float32. Fewer bytes for any number of tokens; faster than 16 bits with one or two, of
+            large layers. Any pattern, on a GPU. ValueError, TypeError or NotImplementedError unless
+            weights are finite bfloat16 there, and dense is False.
         dtype: torch.float8_e4m3fn rounds weights and, in each call, x to E4M3, each tensor with one
             scale. For many tokens, on a GPU of compute capability 9.0. ValueError, TypeError or
             NotImplementedError unless all patterns are two-way, values bfloat16, sizes multiples of
@@ -300,12 +329,9 @@ def pack_(
             takes longer.
     """
     ends = token_range(tokens)
-    if dtype not in (None, e4m3.DTYPE):
-        raise ValueError(f"dtype: expected torch.float8_e4m3fn or None, got {dtype}")
+    check_eight_bits(dtype, values, dense)
     if example is not None and dtype is None:
         raise ValueError("example: it has a meaning with dtype=torch.float8_e4m3fn alone")
-    if dtype is not None and dense is not False:
-        raise ValueError("dense: expected False with dtype=torch.float8_e4m3fn")
     if not (isinstance(dense, bool) or callable(dense)):
         raise ValueError(f"dense: expected True, False or a function, got {dense!r}")
     layers = {name: m for name, m in model.named_modules() if isinstance(m, SparseLinear)}
@@ -328,12 +354,13 @@ def pack_(
         try:
             if (group := grouped.get(module)) is None:
                 may_be = may_be_dense(name, module)
-                return PackedLinear.from_sparse(module, ends, may_be, dtype, largest.get(module))
+                given = dtype, largest.get(module), values
+                return PackedLinear.from_sparse(module, ends, may_be, *given)
             if group.shared is None:
                 weight, bias = group.stacked()
                 is_allowed = all(may_be_dense(*item) for item in group.layers.items())
                 most = max(largest[m] for m in group.layers.values()) if largest else None
-                whole = packed_layer(weight, bias, ends, is_allowed, dtype, most)
+                whole = packed_layer(weight, bias, ends, is_allowed, dtype, most, values)
                 group.shared = SharedInput(whole)
             return group.part(module)
         except (TypeError, ValueError, NotImplementedError) as error:

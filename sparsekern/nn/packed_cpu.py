@@ -34,6 +34,7 @@ class PackedLinearOnCpu(PackedLinear):
             raise ValueError(f"bias: expected shape ({packed.n},), got {tuple(bias.shape)}")
         self.in_features, self.out_features, self.nnz = packed.k, packed.n, nnz
         self.layout, self.dtype, self.numbers = "lanes", packed.values.dtype, []
+        self.values_dtype = self.dtype
         self._names = list(Lanes._fields[2:])
         for name in self._names:
             self.register_buffer(name, getattr(packed, name), persistent=False)

@@ -169,6 +169,7 @@ sk::Plan draw_plan(Random& random, int64_t n, int64_t k) {
           random.range(1, 3),
           random.range(1, 3),
           random.chance(50),
+          random.chance(50),
           random.chance(50)};
 }
 
@@ -219,12 +220,14 @@ void cover(const sk::Csr& w, int threads) {
   const sk::Cover made(w, order.data(), slices, threads);
   const int64_t windows = (w.k + sk::kCoverWindow - 1) / sk::kCoverWindow;
   std::vector<int32_t> steps(slices * windows + 1);
-  std::vector<uint8_t> records(made.steps() * sk::kCoverRecordBytes);
+  const int value_bytes = 1 + w.n % 2;
+  const int64_t elements = sk::cover_record_bytes(value_bytes) / value_bytes;
+  std::vector<uint8_t> records(made.steps() * elements * value_bytes);
   std::vector<int64_t> places(w.nnz, -1);
-  made.write(steps.data(), records.data(), places.data());
-  std::vector<bool> taken(records.size() / 2);
+  made.write(steps.data(), records.data(), places.data(), value_bytes);
+  std::vector<bool> taken(made.steps() * elements);
   for (int64_t place : places) {
-    if (place < 0 || place * 2 % sk::kCoverRecordBytes >= sk::kCoverValueBytes || taken.at(place))
+    if (place < 0 || place % elements >= sk::kCoverValues || taken.at(place))
       test::fail("fuzz: a value of the cover has no place of its own");
     taken[place] = true;
   }

@@ -123,6 +123,7 @@ void check(const Problem& p, sk::Type type, std::initializer_list<int> all_vecs,
     Array y(type, out_size, nullptr), dx(type, in_size, nullptr), dvalues(type, nnz, nullptr);
     for (int threads : {1, 2, 3}) {
       sk::Plan plan{threads, vecs, 1, 65536, 37 * vecs, 1, 1, pairs};
+      plan.two_sums = p.tokens % 2;
       if (threads > 1) plan.rows = 11, plan.row_parts = 2, plan.col_parts = threads;
       sk::Plan spmm_plan = plan;
       if (threads == 3) spmm_plan.tile_parts = 2, spmm_plan.in_place = true;
@@ -310,17 +311,19 @@ void check_cover(const Problem& p) {
   const sk::Csr w{offsets.data(), cols.data(), p.n, p.k, nnz, 0};
   const sk::Cover cover(w, row_order.data(), slices, 2);
   const int64_t windows = (p.k + sk::kCoverWindow - 1) / sk::kCoverWindow;
-  constexpr int64_t bytes = sk::kCoverRecordBytes;
   std::vector<int32_t> step_offsets(slices * windows + 1);
-  std::vector<uint8_t> records(cover.steps() * bytes);
-  std::vector<int64_t> places(nnz, -1);
-  cover.write(step_offsets.data(), records.data(), places.data());
-  std::vector<bool> taken(records.size() / 2);
-  for (int64_t place : places) {
-    if (place < 0 || place * 2 % bytes >= sk::kCoverValueBytes || taken.at(place)) std::exit(1);
-    taken[place] = true;
+  for (int value_bytes : {1, 2}) {
+    const int64_t elements = sk::cover_record_bytes(value_bytes) / value_bytes;
+    std::vector<uint8_t> records(cover.steps() * elements * value_bytes);
+    std::vector<int64_t> places(nnz, -1);
+    cover.write(step_offsets.data(), records.data(), places.data(), value_bytes);
+    std::vector<bool> taken(cover.steps() * elements);
+    for (int64_t place : places) {
+      if (place < 0 || place % elements >= sk::kCoverValues || taken.at(place)) std::exit(1);
+      taken[place] = true;
+    }
+    if (step_offsets.back() != cover.steps()) std::exit(1);
   }
-  if (step_offsets.back() != cover.steps()) std::exit(1);
 }
 
 // Each value has a slot of its column, and no row more than two in a group.

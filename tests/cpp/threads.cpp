@@ -123,9 +123,9 @@ void make_cover() {
   const int64_t slices = kRows / sk::kCoverRows;
   const sk::Cover cover(w.csr(), order.data(), slices, 3);
   std::vector<int32_t> steps(slices + 1);
-  std::vector<uint8_t> records(cover.steps() * sk::kCoverRecordBytes);
+  std::vector<uint8_t> records(cover.steps() * sk::cover_record_bytes(2));
   std::vector<int64_t> places(w.nnz());
-  cover.write(steps.data(), records.data(), places.data());
+  cover.write(steps.data(), records.data(), places.data(), 2);
 }
 
 }  // namespace

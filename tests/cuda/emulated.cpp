@@ -567,6 +567,32 @@ float sum_of_e4m3(unsigned pair) {
   return value_of_e4m3(pair & 0xff) + value_of_e4m3(pair >> 8 & 0xff);
 }
 
+unsigned e4m3_to_f16(unsigned pair) {
+  return round_to_f16(value_of_e4m3(pair & 0xff)) | round_to_f16(value_of_e4m3(pair >> 8 & 0xff))
+                                                        << 16;
+}
+
+unsigned add_f16(unsigned a, unsigned b) {
+  unsigned sums = 0;
+  for (int shift = 0; shift < 32; shift += 16) {
+    const auto number = [&](unsigned two) {
+      return f16_to_float(static_cast<unsigned short>(two >> shift));
+    };
+    sums |= round_to_f16(number(a) + number(b)) << shift;
+  }
+  return sums;
+}
+
+unsigned multiply_add_bf16(unsigned a, unsigned b, unsigned c) {
+  unsigned sums = 0;
+  for (int shift = 0; shift < 32; shift += 16) {
+    const auto number = [&](unsigned two) { return __uint_as_float(two >> shift << 16); };
+    // A product of two bfloat16 is exact in float; here the sums are, too.
+    sums |= round_to_bf16(number(a) * number(b) + number(c)) << shift;
+  }
+  return sums;
+}
+
 unsigned short round_to_f16(float value) {
   const unsigned bits = __float_as_uint(value), sign = bits >> 16 & 0x8000;
   const unsigned size = bits & 0x7fffffff;

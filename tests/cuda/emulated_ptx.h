@@ -82,6 +82,9 @@ inline uint4 load_shared_v4(unsigned at) { return emulated::load<uint4>("load_sh
 inline void load_shared_if(unsigned& word, unsigned at, unsigned condition) {
   word = condition ? emulated::load<unsigned>("load_shared_if", at) : 0;
 }
+inline void load_shared_u16_if(unsigned& half, unsigned at, unsigned condition) {
+  half = condition ? emulated::load<std::uint16_t>("load_shared_u16_if", at) : 0;
+}
 inline unsigned dot_bytes(unsigned a, unsigned b, unsigned add) {
   for (int i = 0; i < 32; i += 8) add += (a >> i & 0xff) * (b >> i & 0xff);
   return add;
@@ -186,5 +189,8 @@ unsigned short round_to_f16(float value);
 float f16_to_float(unsigned short bits);
 unsigned round_to_e4m3(float low, float high);
 float sum_of_e4m3(unsigned pair);
+unsigned e4m3_to_f16(unsigned pair);
+unsigned add_f16(unsigned a, unsigned b);
+unsigned multiply_add_bf16(unsigned a, unsigned b, unsigned c);
 
 }  // namespace sk

@@ -1,8 +1,11 @@
 """SparseLinear, sparsify_ and densify_: an ordinary module to everything torch has for modules."""
 
 import copy
+import gc
 import io
 import re
+import weakref
+from functools import partial
 
 import pytest
 import torch
@@ -16,6 +19,7 @@ from torch.nn.utils import parametrize
 from torch.utils.checkpoint import checkpoint
 
 from sparsekern import SparseLinear, SparseTensor, Static, densify_, parameter_groups, sparsify_
+from sparsekern.nn import pack_
 from sparsekern.sparsity import SET
 
 N, K = 6, 9
@@ -497,3 +501,21 @@ def test_a_sparse_model_learns_and_keeps_its_pattern():
     assert losses[-1] < 0.5 * losses[0]
     kept = [m.col_indices for m in model.modules() if isinstance(m, SparseLinear)]
     assert all(torch.equal(a, b) for a, b in zip(patterns, kept, strict=True))
+
+
+def test_what_is_replaced_is_free_at_once(uncollected):
+    """Not only when Python next looks for cycles: it may be most of a GPU's memory."""
+    model = nn.Sequential(nn.Linear(64, 64), nn.Linear(64, 64))
+    sparsify = partial(sparsify_, algorithm=Static(0.75), prune_again=True)
+    for convert in (sparsify, densify_, sparsify, pack_):
+        replaced = [weakref.ref(module) for module in model]
+        convert(model)
+        assert [module() for module in replaced] == [None, None]
+
+
+@pytest.fixture
+def uncollected():
+    gc.collect()
+    gc.disable()
+    yield
+    gc.enable()

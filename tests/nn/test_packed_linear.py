@@ -3,6 +3,7 @@
 import copy
 import pickle
 import re
+from dataclasses import replace
 
 import pytest
 import torch
@@ -12,6 +13,7 @@ from torch.autograd import forward_ad
 import sparsekern
 from sparsekern import SparseLinear, Static, sparsify_
 from sparsekern.kernels.cuda import choose
+from sparsekern.kernels.cuda.choose import pack_for
 from sparsekern.kernels.cuda.kept import Dense
 from sparsekern.nn import PackedLinear, densify_, pack_, shared
 from sparsekern.nn.largest import largest_inputs
@@ -494,3 +496,80 @@ def test_whole_numbers_are_exact_whatever_runs():
         with torch.no_grad():
             for name in ("q", "k", "v"):
                 assert torch.equal(getattr(parts, name)(x), getattr(alone, name)(x))
+
+
+# Values of 8 bits
+
+EIGHT_BITS = pytest.mark.parametrize("values", [torch.int8, torch.float8_e4m3fn], ids=str)
+
+
+@EIGHT_BITS
+def test_values_of_8_bits(values):
+    made = model()
+    layer = PackedLinear.from_sparse(made[1].down, (1, 64), values=values)
+    assert layer.dtype is torch.bfloat16 and layer.values_dtype is values
+    of_16_bits = PackedLinear.from_sparse(made[1].down, (1, 64))
+    assert layer.packed_bytes < 0.9 * of_16_bits.packed_bytes  # of a small layer
+    name = {torch.int8: "int8", torch.float8_e4m3fn: "e4m3"}[values]
+    assert f"layout=gather_{name}" in repr(layer)
+    assert ", with a scale for each row, in " in sparsekern.explain(1, layer)
+    packed = pack_(made, groups=GROUPS, values=values)
+    kinds = {m.values_dtype for m in packed.modules() if isinstance(m, PackedLinear)}
+    assert kinds == {values}
+
+
+@EIGHT_BITS
+def test_values_of_8_bits_move_copy_and_are_saved(values, tmp_path):
+    layer = PackedLinear.from_sparse(model()[1].down, (1, 64), values=values)
+    layer.half().float().bfloat16()  # no cast reaches codes and scales
+    torch.save(layer, tmp_path / "layer.pt")
+    loaded = torch.load(tmp_path / "layer.pt", weights_only=False)
+    for twin in (copy.deepcopy(layer), pickle.loads(pickle.dumps(layer)), loaded):
+        assert repr(twin) == repr(layer)
+        for (name, buffer), other in zip(layer.named_buffers(), twin.buffers(), strict=True):
+            assert other.dtype is buffer.dtype, name
+            assert torch.equal(buffer.view(torch.uint8), other.view(torch.uint8)), name
+    assert not layer.state_dict()
+    with pytest.raises(RuntimeError, match="is packed and takes no weights"):
+        layer.load_state_dict(model()[1].down.state_dict())
+
+
+def test_what_8_bits_do_not_take(monkeypatch):
+    def refused(kind, match, made=None, **given):
+        made = model() if made is None else made
+        before = dict(made.named_modules())
+        with pytest.raises(kind, match=match):
+            pack_(made, **given)
+        assert dict(made.named_modules()) == before
+
+    int8, e4m3 = torch.int8, torch.float8_e4m3fn
+    for wrong in (torch.uint8, torch.float8_e5m2, torch.float16, "int8", 8):
+        refused(
+            ValueError,
+            r"values: expected torch.int8, torch.float8_e4m3fn or None, got",
+            values=wrong,
+        )
+    refused(ValueError, "dtype: expected torch.float8_e4m3fn or None, got torch.int8", dtype=int8)
+    refused(ValueError, "values, dtype: expected one of the two", values=int8, dtype=e4m3)
+    refused(ValueError, "example: it has a meaning with dtype", values=int8, example=torch.ones(1))
+    for dense in (True, lambda *_: False):
+        refused(
+            ValueError, "dense: expected False with values=torch.int8", values=int8, dense=dense
+        )
+    refused(TypeError, "0.q: weight: expected bfloat16", model(dtype=torch.float16), values=int8)
+    made = model()
+    with torch.no_grad():
+        made[1].down.values[5] = torch.nan
+    refused(
+        ValueError, "1.down: weight: expected finite values, .* got nan in row", made, values=e4m3
+    )
+    monkeypatch.setattr("sparsekern.nn.packed.is_for_cpu", lambda weight: True)
+    refused(NotImplementedError, "0.q: values: torch.int8 is for a weight on a GPU", values=int8)
+    form = pack_for(model()[1].gate.weight.detach(), (1, 1), values=int8)[0]
+    with pytest.raises(TypeError, match="values: expected torch.uint8 of shape"):
+        replace(form, values=form.values.view(torch.int8)).check()
+    with pytest.raises(TypeError, match="scales: expected torch.float32 of shape"):
+        replace(form, scales=form.scales.double()).check()
+    other = pack_for(model()[1].gate.weight.detach(), (64, 64), values=e4m3)[0]
+    with pytest.raises(ValueError, match="packed: expected one W in different layouts"):
+        PackedLinear([form, other])

@@ -23,7 +23,8 @@ WIDEST = 8  # vectors in a panel's row: their accumulators fill a register file 
 class Plan(NamedTuple):
     """The tokens are cut into tiles of vecs x lanes / tile_parts, W (spmm_t: W^T) into blocks. With
     `pairs`, bfloat16 stays so in panels, and a register has twice the lanes. With `in_place` the
-    values are not brought into walking order first.
+    values are not brought into walking order first. With `two_sums` a tile of 4 vectors adds up
+    every other non-zero for itself.
 
     The fields are those of `_C.Plan` (csrc/cpu/products.h), by name."""
 
@@ -36,6 +37,7 @@ class Plan(NamedTuple):
     col_parts: int
     pairs: bool
     in_place: bool
+    two_sums: bool
 
 
 def dense_wins_above(p: Problem, machine: Machine) -> float:
@@ -118,7 +120,11 @@ def make_plan(p: Problem, machine: Machine, threads: int) -> Plan:
     rows = -(-part_rows // blocks)
     in_place = p.op == "spmm" and p.dtype != torch.bfloat16 and _feeds(p, machine)
     in_place &= p.M <= FEW_TILES * vecs * lanes and cols * p.density >= LONG_SEGMENT
-    return Plan(threads, vecs, tile_parts, rows, cols, row_parts, col_parts, pairs, in_place)
+    # Multiply-adds on 4 vectors wait for the ones before. Not measured where loads are in the way.
+    two_sums = vecs == 4 and not is_sddmm and not pairs and _feeds(p, machine)
+    return Plan(
+        threads, vecs, tile_parts, rows, cols, row_parts, col_parts, pairs, in_place, two_sums
+    )
 
 
 def _feeds(p: Problem, machine: Machine) -> bool:

@@ -7,13 +7,13 @@ and the activations.
 import torch
 
 from ..problem import Problem, bound_kernel
-from . import few_tokens, panel
+from . import expand, few_tokens, panel
 
 
 def _inner(problem: Problem):
     wide = problem._replace(dtype=torch.float32)
-    rows = (row for row in (*few_tokens.KERNELS, *panel.KERNELS) if row.op == problem.op)
-    return next(row for row in rows if row.refuse(wide) is None), wide
+    rows = (*few_tokens.KERNELS, *panel.KERNELS, *expand.KERNELS)
+    return next(r for r in rows if r.op == problem.op and r.refuse(wide) is None), wide
 
 
 def _bind(problem: Problem):

@@ -4,7 +4,8 @@
 `cover` (cover.py) is read by sparse tensor cores: for more, up to 32, where W is sparse enough.
 `pairs` (pairs.py) is read by dense tensor cores. All hold any pattern, exactly. `dense` (kept.py)
 is W with its zeros, for where these lose. `two_of_four` (compressed.py) is for many tokens, and for
-two-way patterns alone.
+two-way patterns alone. `gather_int8`, `gather_e4m3` and so on are the first three with values of 8
+bits (row_scales.py), and are chosen as if these had 16.
 
 A weight for calls of one token and of many may be held in two of them: names and parts then stand
 behind each other, "gather,dense", and each call takes the faster one (times.py has what was
@@ -15,24 +16,32 @@ from collections.abc import Sequence
 from dataclasses import fields
 from functools import lru_cache
 
+import torch
 from torch import Tensor
 
 from ...tensor import SparseTensor
 from . import cover
 from .compressed import TwoOfFour, TwoOfFourE4m3, is_faster, pack_two_of_four, pays
 from .cover import Cover, CoverLayout
-from .gather import Gather, GatherLayout
+from .gather import GatherLayout
 from .kept import Dense
 from .layout import TYPES, Layout, Packed
-from .pairs import Pairs, PairsLayout
+from .pairs import PairsLayout
+from .row_scales import round_rows
 from .times import measured, share
 
 PACKED: dict[str, type[Layout]] = {
     layout.kind.name: layout for layout in (GatherLayout, CoverLayout, PairsLayout)
 }
-LAYOUTS: dict[str, type[Packed]] = {
-    kind.name: kind for kind in (Gather, Cover, Pairs, Dense, TwoOfFour, TwoOfFourE4m3)
+OF_8_BITS: dict[str, tuple[type[Packed], ...]] = {
+    name: tuple(layout.kinds_of_8_bits.values()) for name, layout in PACKED.items()
 }
+_KINDS: list[type[Packed]] = [layout.kind for layout in PACKED.values()]
+_KINDS += [kind for kinds in OF_8_BITS.values() for kind in kinds]
+_KINDS += [Dense, TwoOfFour, TwoOfFourE4m3]
+LAYOUTS = {kind.name: kind for kind in _KINDS}
+# Of a layout of values of 8 bits: that of 16.
+LIKE = {kind.name: name for name, kinds in OF_8_BITS.items() for kind in kinds}
 _COUNTS = {  # of numbers and of tensors
     name: tuple([field.type for field in fields(kind)[3:]].count(t) for t in (int, Tensor))
     for name, kind in LAYOUTS.items()
@@ -68,11 +77,18 @@ def pack(weight: SparseTensor, tokens: int = 1) -> Packed:
 
 
 def pack_for(
-    weight: SparseTensor, tokens: Sequence[int], may_be_dense: bool = False
+    weight: SparseTensor,
+    tokens: Sequence[int],
+    may_be_dense: bool = False,
+    values: torch.dtype | None = None,
 ) -> list[Packed]:
-    """`weight` in the layout, or the two, that choose_forms() names for so many tokens. Raises what
-    pack() does."""
+    """`weight` in the layout, or the two, that choose_forms() names for so many tokens, with values
+    of this type, of 8 bits, or their own. Raises what pack() and round_rows() do."""
     own = _own(weight)
+    if values is not None:
+        rounded = round_rows(own, values)
+        chosen = choose_forms(tokens, own.n, own.k, own.nnz, packed_names())
+        return [layout_of(own, name, 1).fill_rounded(*rounded) for name in chosen]
     names = [*packed_names(), *[Dense.name] * may_be_dense]
     many = pack_two_of_four(own, own.values.dtype) if pays(own, tokens[-1]) else None
     if many and is_faster(tokens[0], own.n, own.k):
@@ -96,7 +112,13 @@ def lay_out(own: SparseTensor, name: str) -> Packed:
     """W in the layout of this name, of indices that are valid and that nobody writes to."""
     if name == Dense.name:
         return Dense.of(own)
-    return PACKED[name](own.row_offsets, own.col_indices, *own.shape).fill(own.values)
+    return layout_of(own, name).fill(own.values)
+
+
+def layout_of(own: SparseTensor, name: str, value_bytes: int = 2) -> Layout:
+    """The layout of this name for the pattern of W, for values of so many bytes."""
+    indices = own.row_offsets, own.col_indices
+    return PACKED[name](*indices, own.n, own.k, value_bytes=value_bytes)
 
 
 def packed_names() -> list[str]:
@@ -147,7 +169,7 @@ def fastest(held: tuple[str, ...], m: int, n: int, k: int, nnz: int) -> int:
     def time(place: int) -> float:
         if held[place] == TwoOfFour.name:
             return 0.0 if is_faster(m, n, k) else FEW_BY_TWO_OF_FOUR
-        found = share(held[place], m, n, k, density)
+        found = share(LIKE.get(held[place], held[place]), m, n, k, density)
         return (1.0 if held[place] == Dense.name else 2.0) if found is None else found
 
     return min(range(len(held)), key=time)

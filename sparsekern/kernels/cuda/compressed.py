@@ -66,6 +66,10 @@ class TwoOfFourE4m3(Packed):
     def dtype(self) -> torch.dtype:
         return torch.bfloat16
 
+    @property
+    def values_dtype(self) -> torch.dtype:
+        return e4m3.DTYPE
+
     def parts(self) -> dict[str, tuple[torch.dtype | None, tuple[int, ...]]]:
         return {"operand": (torch.uint8, (max(len(self.operand), self.n * self.k // 8 * 5),))}
 

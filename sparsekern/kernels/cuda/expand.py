@@ -27,9 +27,18 @@ ALL_TYPES = {**TYPES, torch.float32: "f32", torch.float64: "f64"}
 
 def spmm_expanded(x: Tensor, packed: Packed, bias: Tensor | None) -> Tensor:
     """y [M, N] = x [M, K] @ W.T + bias [N] of a packed weight."""
+    if packed.row_scales is not None:
+        y = _multiply_expanded(x, packed, None).float() * packed.row_scales
+        return (y if bias is None else y + bias).to(x.dtype)
+    return _multiply_expanded(x, packed, bias)
+
+
+def _multiply_expanded(x: Tensor, packed: Packed, bias: Tensor | None) -> Tensor:
+    """The same without scales."""
     w = packed.expand()
     y = mm(x, w.t(), bias)
-    if y.numel() == 0 or packed.nnz == w.numel():
+    is_full = packed.nnz == w.numel() and packed.row_scales is None
+    if y.numel() == 0 or is_full:
         return y
     m, name = x.shape[0], f"sk_expand_mend_{TYPES[y.dtype]}"
     tensors = w, x.contiguous(), None if bias is None else bias.contiguous(), y

@@ -21,6 +21,8 @@ def explain_packed(m: int, parts: Parts) -> str:
     packed = assemble(name, n, k, nnz, *of_form)
     mb, dense_mb = sum(t.nbytes for t in tensors) / 1e6, 2e-6 * n * k
     held = f"{n} x {k}, {packed.density:.0%} of it stored, held as {layout.replace(',', ' and ')}"
+    if packed.row_scales is not None:
+        held += ", with a scale for each row,"
     held += f" in {mb:.3g} MB ({mb / max(dense_mb, 1e-9):.2f} of dense)"
     found = share(packed.name, m, n, k, packed.density)
     took = "not measured for so many"

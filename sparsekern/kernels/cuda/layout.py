@@ -115,18 +115,21 @@ class Packed:
     def started(self, launch: Launch, tokens: int, x, bias, y, partial) -> tuple:
         """The arguments of start() for so many tokens. Tensors may be slots (steps.py)."""
         weight, sizes = self.operands(launch)
-        tensors = *weight, x, bias, y, partial, self.arrived
+        tensors = *weight, self.row_scales, x, bias, y, partial, self.arrived
         how = launch.kernel, launch.grid, launch.block, launch.smem_bytes
         return *how, tensors, tokens, self.n, self.k, *sizes
 
     def expand(self) -> Tensor:
-        """W [N, K], dense: a missing entry is +0, a stored zero -0."""
+        """W [N, K], dense, without the scales of its rows: a missing entry is +0, a stored zero of
+        16 bits -0."""
         w = torch.empty(self.n, self.k, dtype=self.dtype, device=self.arrived.device)
         if w.numel() == 0 or self.nnz == 0:
             return w.zero_()
         kernel, warps, warp_bytes, weight, sizes = self.expansion()
         grid, block = -(-warps // EXPAND_WARPS), EXPAND_WARPS * LANES
         smem = EXPAND_WARPS * warp_bytes
+        if self.row_scales is not None:
+            kernel += f"_{self.type_name}"
         start(f"sk_expand_{kernel}", grid, block, smem, (*weight, w), self.k, *sizes)
         return w
 
@@ -167,9 +170,9 @@ class Packed:
     def check_values(self, values: Tensor) -> None:
         """Check the values of a refill: TypeError or ValueError names what is wrong."""
         _check_length(values, self.nnz)
-        if values.dtype != self.dtype or values.device != self.arrived.device:
+        if values.dtype != self.floats.dtype or values.device != self.arrived.device:
             raise TypeError(
-                f"values: expected {self.dtype} on {self.arrived.device}, "
+                f"values: expected {self.floats.dtype} on {self.arrived.device}, "
                 f"got {values.dtype} on {values.device}"
             )
 
@@ -180,7 +183,23 @@ class Packed:
 
     @property
     def dtype(self) -> torch.dtype:
+        """That of x and of the result."""
         return self.floats.dtype
+
+    @property
+    def values_dtype(self) -> torch.dtype:
+        """That in which the values are held."""
+        return self.floats.dtype
+
+    @property
+    def type_name(self) -> str:
+        """What kernels call the type of the values."""
+        return TYPES[self.floats.dtype]
+
+    @property
+    def row_scales(self) -> Tensor | None:
+        """What each row of the values is multiplied by, float32 [N], if they are of 8 bits."""
+        return None
 
     @property
     def slices(self) -> int:
@@ -202,16 +221,20 @@ class Packed:
 
 
 class Layout:
-    """The index part of a packed weight: made from a pattern, it is filled with values."""
+    """The index part of a packed weight: made from a pattern, for values of so many bytes, it is
+    filled with values."""
 
     kind: ClassVar[type[Packed]]
+    kinds_of_8_bits: ClassVar[dict[torch.dtype, type[Packed]]]
     n: int
     k: int
     places: Tensor  # where each value of W lies in Packed.floats
 
-    def __init__(self, row_offsets: Tensor, col_indices: Tensor, n: int, k: int):
+    def __init__(
+        self, row_offsets: Tensor, col_indices: Tensor, n: int, k: int, value_bytes: int = 2
+    ):
         check_pattern_arrays(row_offsets, col_indices, n, col_indices.device)
-        self.n, self.k = n, k
+        self.n, self.k, self.value_bytes = n, k, value_bytes
 
     @classmethod
     def least_smem(cls, tokens: int, k: int) -> int:
@@ -223,8 +246,8 @@ class Layout:
         """Why W cannot, or should not, be laid out for this problem; None where it can."""
         return None
 
-    def empty(self, nnz: int, dtype: torch.dtype) -> Packed:
-        """A packed weight without its values."""
+    def empty(self, dtype: torch.dtype) -> dict[str, Any]:
+        """The fields of a packed weight without its values, which have this type."""
         raise NotImplementedError
 
     def fill(self, values: Tensor) -> Packed:
@@ -232,7 +255,7 @@ class Layout:
         if values.dtype not in TYPES:
             raise TypeError(f"values: expected bfloat16 or float16, got {values.dtype}")
         _check_length(values, self.places.shape[0])
-        packed = self.empty(values.shape[0], values.dtype)
+        packed = self.kind(self.n, self.k, len(values), **self.empty(values.dtype))
         packed.check()
         self.refill_(packed, values)
         return packed
@@ -253,6 +276,18 @@ class Layout:
         count = len(self.places)
         tensors = values, self.places, packed.floats
         return "sk_refill_2", -(-count // REFILL_THREADS), REFILL_THREADS, 0, tensors, count
+
+    def fill_rounded(self, values: Tensor, scales: Tensor) -> Packed:
+        """A packed weight with these values of 8 bits, in the order of the CSR indices, times these
+        scales of the rows (row_scales.py). A zero counts as not stored."""
+        _check_length(values, self.places.shape[0])
+        kind = self.kinds_of_8_bits[values.dtype]
+        fields = self.empty(torch.uint8) | {"scales": scales}
+        packed = kind(self.n, self.k, len(values), **fields)
+        packed.check()
+        codes = values.view(torch.uint8).masked_fill(values.float() == 0, 0)
+        packed.floats.view(-1)[self.places] = codes
+        return packed
 
 
 def _check_length(values: Tensor, nnz: int) -> None:

@@ -2,12 +2,14 @@
 value left out.
 
 csrc/cuda/pairs.cuh describes the layout, csrc/cuda/spmm_pairs.cu how it is read. For a random mask
-of density d it takes 3/32 + 2 (1 - (1 - d)^2) bytes for each place of W. Packing is a count and a
+of density d it takes 3/32 + 2 (1 - (1 - d)^2) bytes for each place of W, with values of 8 bits
+3/32 + 1 - (1 - d)^2. Packing is a count and a
 running sum, in torch, on the device of W.
 """
 
 from dataclasses import dataclass
 from functools import lru_cache
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -16,7 +18,8 @@ from ...indices import expand_rows
 from ..problem import Problem
 from . import pairs_ring
 from .csr import is_nearly_empty
-from .layout import LANES, TILE_PAD, TYPES, Expansion, Gpu, Launch, Layout, Packed
+from .layout import LANES, TILE_PAD, Expansion, Gpu, Launch, Layout, Packed
+from .row_scales import InE4m3, InInt8
 from .runs import MANY_TILES, RUN_WARPS, TILE_COLUMNS, choose_runs, launch_runs
 
 STEP = 64  # columns
@@ -33,7 +36,7 @@ EXPAND_BYTES = LANES * (STEP + TILE_PAD) * 2 + (HEAD + SLOTS * LANES) * 4
 
 @dataclass(frozen=True)
 class Pairs(Packed):
-    """words: 16-bit floats [words, 2] (masks and starts of a step as bits, then its pairs, then
+    """words: [words, values in 4 bytes] (masks and starts of a step as bits, then its pairs, then
     zeros up to a multiple of 16 bytes). steps: int32 [slices * row steps + 1], the words before
     each. arrived: int32 [slices], zeros: what blocks that share rows count on in a product.
     """
@@ -47,7 +50,7 @@ class Pairs(Packed):
     most_tokens = 256  # beyond, W written out is as fast or faster (docs/log.md)
 
     def launch(self, m: int, gpu: Gpu) -> Launch | None:
-        sizes = m, self.slices, self.row_steps, TYPES[self.words.dtype], gpu
+        sizes = m, self.slices, self.row_steps, self.type_name, gpu
         fewest = 16 if self.n * self.k <= SMALL else 32
         if m > fewest and gpu.has_warpgroups:
             return pairs_ring.configure(*sizes)
@@ -68,17 +71,32 @@ class Pairs(Packed):
 
     def parts(self):
         return {
-            "words": (None, (self.words.shape[0], 2)),
+            "words": (None, (self.words.shape[0], 4 // self.words.itemsize)),
             "steps": (torch.int32, (self.slices * self.row_steps + 1,)),
             "arrived": (torch.int32, (self.slices,)),
         }
 
 
+@dataclass(frozen=True)
+class PairsInt8(InInt8, Pairs):
+    name = "pairs_int8"
+    most_tokens = MOST_TOKENS
+
+
+@dataclass(frozen=True)
+class PairsE4m3(InE4m3, Pairs):
+    name = "pairs_e4m3"
+    most_tokens = MOST_TOKENS
+
+
 class PairsLayout(Layout):
     kind = Pairs
+    kinds_of_8_bits = {torch.int8: PairsInt8, torch.float8_e4m3fn: PairsE4m3}
 
-    def __init__(self, row_offsets: Tensor, col_indices: Tensor, n: int, k: int):
-        super().__init__(row_offsets, col_indices, n, k)
+    def __init__(
+        self, row_offsets: Tensor, col_indices: Tensor, n: int, k: int, value_bytes: int = 2
+    ):
+        super().__init__(row_offsets, col_indices, n, k, value_bytes)
         device, nnz = col_indices.device, col_indices.shape[0]
         slices, row_steps = -(-n // LANES), -(-k // STEP)
         rows, columns = expand_rows(row_offsets, nnz), col_indices.long()
@@ -94,25 +112,26 @@ class PairsLayout(Layout):
         has_value[pair] = True
         each = has_value.view(-1, LANES, SLOTS)
         slots = torch.arange(SLOTS, device=device)
-        masks = (each << (slots % 4 * 8 + slots // 4 + 2) % 32).sum(2)  # [steps, lanes], int64
-        counts = each.sum(2)
-        quads = (counts.sum(1) + HEAD + 3) // 4  # of 16 bytes, [steps]
-        starts = 4 * (counts.cumsum(1) - counts)
+        masks = (each << (slots % 4 * 8 + slots // 4 + value_bytes) % 32).sum(2)  # [steps, lanes]
+        counts, of_word = each.sum(2), 2 // value_bytes  # pairs in 4 bytes
+        quads = (-(-counts.sum(1) // of_word) + HEAD + 3) // 4  # of 16 bytes, [steps]
+        starts = 2 * value_bytes * (counts.cumsum(1) - counts)
         starts[:, 0] = quads  # in place of a 0
         first = torch.zeros(slices * row_steps + 1, dtype=torch.int64, device=device)
         torch.cumsum(4 * quads, 0, out=first[1:])
         if int(first[-1]) >= MOST_WORDS:
             raise ValueError(f"W: {n} x {k} with {nnz} values is too large for 32-bit offsets")
-        # The words of pairs stand in the order of pairs, behind the head of their step.
+        # The pairs stand in their order, behind the head of their step.
         order = torch.cumsum(has_value, 0, dtype=torch.int64)
         before = order[:: LANES * SLOTS] - has_value[:: LANES * SLOTS].long()  # [steps]
-        at = first[step] + HEAD + order[pair] - 1 - before[step]
+        at = (first[step] + HEAD) * of_word + order[pair] - 1 - before[step]
         self.places = 2 * at + column % 2
         words = torch.zeros(int(first[-1]), dtype=torch.int32, device=device)
         head = torch.cat([masks, starts[:, ::2] | starts[:, 1::2] << 16], 1)
         at = first[:-1, None] + torch.arange(HEAD, device=device)
         words[at] = head.int()  # bit 31 wraps
-        self.words, self.steps = words.view(torch.int16).view(-1, 2), first.int()
+        dtype = {2: torch.int16, 1: torch.int8}[value_bytes]
+        self.words, self.steps = words.view(-1, 1).view(dtype), first.int()
 
     @classmethod
     def least_smem(cls, tokens: int, k: int) -> int:
@@ -127,10 +146,9 @@ class PairsLayout(Layout):
             return "its offsets have 32 bits, too few for the pairs of W"
         return "W is too empty for pairs" if is_nearly_empty(problem) else None
 
-    def empty(self, nnz: int, dtype: torch.dtype) -> Pairs:
-        words = self.words.clone().view(dtype)
+    def empty(self, dtype: torch.dtype) -> dict[str, Any]:
         arrived = self.steps.new_zeros(-(-self.n // LANES))
-        return Pairs(self.n, self.k, nnz, words, self.steps, arrived)
+        return {"words": self.words.clone().view(dtype), "steps": self.steps, "arrived": arrived}
 
 
 @lru_cache(maxsize=4096)

@@ -1,8 +1,5 @@
 """W written out in parts by its bitmap: every part of it, and the products out of such parts."""
 
-import subprocess
-import sys
-
 import pytest
 import torch
 from conftest import products, written_out
@@ -105,9 +102,3 @@ def test_widths():
     wide = expand._width(8192, 2**20, 4)
     assert wide % 64 == 0 and wide >= expand.LEAST_WIDTH
     assert expand._width(768, 64, 2) == 768
-
-
-def test_every_instruction_set(isa_env):
-    command = [sys.executable, "-m", "pytest", "-q", "-x", __file__, "-k", "parts"]
-    run = subprocess.run(command, env=isa_env, capture_output=True, text=True)
-    assert run.returncode == 0, run.stdout

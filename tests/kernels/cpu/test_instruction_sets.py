@@ -15,6 +15,7 @@ pytestmark = pytest.mark.skipif(panel._C is None, reason="the C++ library is not
 # How a product is split between threads is the same for all.
 CHOSEN = {
     "test_cpu_kernels": "(products and 2-threads) or every_number",
+    "test_expand": "parts and not oneDNN",
     "test_few_tokens": "products or number or zeros",
     "test_lanes": "products or part",
 }

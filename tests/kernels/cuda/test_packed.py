@@ -8,7 +8,7 @@ import torch
 from sparsekern.kernels.cuda import cover, gather, pairs
 from sparsekern.kernels.cuda.choose import choose_layout, like, pack
 from sparsekern.kernels.cuda.cover import WINDOW, Cover, CoverLayout
-from sparsekern.kernels.cuda.gather import GRANULE, Gather, GatherLayout, choose_pieces, share_out
+from sparsekern.kernels.cuda.gather import Gather, GatherLayout, choose_pieces, share_out
 from sparsekern.kernels.cuda.layout import LANES, Gpu, sort_rows
 from sparsekern.kernels.cuda.pairs import HEAD, SLOTS, STEP, Pairs, PairsLayout
 from sparsekern.tensor import SparseTensor
@@ -317,7 +317,7 @@ def test_pieces_are_even():
 )
 def test_pieces_fill_the_gpu(n, k, density, blocks):
     slices = n // LANES
-    pieces = choose_pieces(int(slices * k * density / GRANULE), slices, 132)
+    pieces = choose_pieces(int(slices * k * density), slices, 132)
     assert -(-max(pieces, slices) // (16 * 132)) == blocks
 
 

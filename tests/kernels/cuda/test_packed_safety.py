@@ -175,7 +175,7 @@ def test_the_cover_of_the_library_is_safe_by_itself():
     own.fill_(10**9)
     places = torch.full((W.nnz,), -1)
     steps, records = torch.zeros(7, dtype=torch.int32), torch.zeros(made.steps, 304).short()
-    made.write(steps.data_ptr(), records.data_ptr(), places.data_ptr())
+    made.write(steps.data_ptr(), records.data_ptr(), places.data_ptr(), 2)
     assert torch.equal(places, CoverLayout(W.row_offsets, W.col_indices, 70, 500).places)
 
 
