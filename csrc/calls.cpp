@@ -57,11 +57,18 @@ PyMethodDef forget_method = {"forget_pattern", forget_pattern, METH_O, nullptr};
 Pattern* pattern_of(PyObject* rows, PyObject* cols, const Operand& row, const Operand& col) {
   const int64_t row_version = version_of(rows), col_version = version_of(cols);
   if (PyErr_Occurred()) return nullptr;
-  const auto is_whole = [&] { return Operand::is_whole(rows) && Operand::is_whole(cols); };
-  const auto found = patterns->find({rows, cols});
+  auto found = patterns->find({rows, cols});
+  if (found != patterns->end()) {
+    Pattern* known = found->second.get();
+    if (known->row_data == row.data && known->col_data == col.data && known->nnz == col.shape[0] &&
+        known->row_version == row_version && known->col_version == col_version)
+      return known;
+  }
+  // A mode of torch sees this, and may let anything run: what was found may be gone.
+  if (!Operand::is_whole(rows) || !Operand::is_whole(cols)) return nullptr;
+  found = patterns->find({rows, cols});
   Pattern* pattern = found == patterns->end() ? nullptr : found->second.get();
   if (!pattern) {
-    if (!is_whole()) return nullptr;
     auto made = std::make_unique<Pattern>();
     const Owned self = own(PyLong_FromVoidPtr(made.get()));
     const Owned forget = self ? own(PyCFunction_New(&forget_method, self.get())) : nullptr;
@@ -71,12 +78,6 @@ Pattern* pattern_of(PyObject* rows, PyObject* cols, const Operand& row, const Op
     if (!made->rows || !made->cols) return nullptr;
     pattern = made.get();
     (*patterns)[{rows, cols}] = std::move(made);
-  } else if (pattern->row_data == row.data && pattern->col_data == col.data &&
-             pattern->nnz == col.shape[0] && pattern->row_version == row_version &&
-             pattern->col_version == col_version) {
-    return pattern;
-  } else if (!is_whole()) {
-    return nullptr;
   }
   Calls old;  // whose end may call anything
   old.swap(pattern->calls);
@@ -167,11 +168,6 @@ struct Call {
   }
 };
 
-PyObject* leave() {
-  PyErr_Clear();
-  Py_RETURN_NONE;
-}
-
 PyObject* call(PyObject*, PyObject* const* args, Py_ssize_t count) {
   Call c;
   if (!c.read(args, count) || !is_alone()) return leave();
@@ -179,7 +175,12 @@ PyObject* call(PyObject*, PyObject* const* args, Py_ssize_t count) {
   if (c.op >= kSpmmGradients && is_recording) return leave();
   const Owned found = c.find();
   if (!found || PyErr_Occurred()) return leave();
-  if (is_recording && (requires_grad(c.values) || requires_grad(c.a) || requires_grad(c.b))) {
+  bool wants_grad = false;
+  for (PyObject* operand : {c.values, c.a, c.b}) {
+    wants_grad = wants_grad || (is_recording && requires_grad(operand));
+    if (PyErr_Occurred()) return leave();
+  }
+  if (wants_grad) {
     PyObject* arguments[] = {nullptr, found.get(), c.rows, c.cols, c.values,
                              args[4], args[5],     c.a,    c.b};
     return PyObject_Vectorcall(PyTuple_GET_ITEM(around->apply.get(), c.op), arguments + 1,

@@ -58,11 +58,6 @@ PyObject* packed_calls(PyObject*, PyObject*) {
   return capsule;
 }
 
-PyObject* leave() {
-  PyErr_Clear();
-  Py_RETURN_NONE;
-}
-
 PyObject* call_packed(PyObject*, PyObject* const* args, Py_ssize_t count) {
   PackedCalls* kept = count == 3 && PyDict_Check(args[1]) ? calls_of(args[0]) : nullptr;
   if (!kept || !around || !is_alone()) return leave();

@@ -55,4 +55,10 @@ bool read_fit(PyObject* tensor, Operand& t) {
   return !is_negated(tensor);
 }
 
+PyObject* leave() {
+  if (PyErr_Occurred() && !PyErr_ExceptionMatches(PyExc_Exception)) return nullptr;
+  PyErr_Clear();
+  Py_RETURN_NONE;
+}
+
 }  // namespace sk

@@ -39,6 +39,10 @@ bool requires_grad(PyObject* tensor);  // None does not
 // bytes, and no negation is still to be done, which only the dispatcher sees.
 bool read_fit(PyObject* tensor, Operand& t);
 
+// What a call answers that goes the long way: None, past any error, which comes there again. What
+// is no Exception, as Ctrl-C, does not: it goes on.
+PyObject* leave();
+
 // What the choice of a kernel and the steps of a call depend on, beside the weight.
 struct Key {
   static constexpr int kMostDims = 5;

@@ -15,6 +15,7 @@ from torch.autograd import Function, forward_ad, profiler
 from .kernels import observed
 from .kernels.operands import native
 from .kernels.prepared import prepare
+from .kernels.steps import unfolded
 from .ops import gradients, in_functorch, save_sddmm, sddmm_backward
 from .registered import run_product, run_sddmm
 
@@ -36,7 +37,7 @@ def _prepared(op: str) -> Callable:
         if y is not None:
             return y
         y = run_product(op, row_offsets, col_indices, values, n, k, a.flatten(0, -2), b)
-        return y.unflatten(0, a.shape[:-1])  # it must not run now
+        return unfolded(y, (*a.shape[:-1], y.shape[1]))  # it must not run now
 
     def backward(ctx, h):
         needs = ctx.needs_input_grad

@@ -125,7 +125,7 @@ def _check_bounds(row_offsets: Tensor, col_indices: Tensor, k: int) -> None:
 def _steps(row_offsets: Tensor, col_indices: Tensor) -> Tensor:
     """From each column to the next [nnz - 1]; 1 from one row to the next, where any will do."""
     nnz = col_indices.shape[0]
-    steps = col_indices.diff()
+    steps = col_indices[1:] - col_indices[:-1]  # diff() of no indices is these themselves
     starts = row_offsets[1:-1]
     steps[starts[(starts > 0) & (starts < nnz)].long() - 1] = 1
     return steps

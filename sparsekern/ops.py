@@ -217,7 +217,7 @@ def gradients(op: str, ctx, h: Tensor, needs: tuple[bool, bool, bool]) -> tuple:
     h [.., outputs]."""
     row_offsets, col_indices, values, a = ctx.saved_tensors
     n, k = ctx.sizes
-    rows = h if h.dim() == 2 else h.flatten(0, -2)
+    rows = h if h.dim() == 2 else h.reshape(-1, h.shape[-1])  # flatten() takes no batch of them
     dbias = rows.sum(0) if needs[2] else None
     if needs[0] and needs[1]:
         both = SPMM_GRADIENTS if op == "spmm" else SPMM_T_GRADIENTS
@@ -233,7 +233,7 @@ def gradients(op: str, ctx, h: Tensor, needs: tuple[bool, bool, bool]) -> tuple:
     if needs[1]:
         product = spmm_t if op == "spmm" else spmm
         da = product(row_offsets, col_indices, values, n, k, rows)
-        da = da if h.dim() == 2 else da.unflatten(0, h.shape[:-1])
+        da = da if h.dim() == 2 else da.reshape(*h.shape[:-1], -1)
     return dvalues, da, dbias
 
 

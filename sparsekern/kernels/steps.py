@@ -18,6 +18,10 @@ from .cuda import library
 from .operands import native
 from .problem import Problem
 
+# (t, shape): no view, as torch's own products give none. One that a Function of autograd has made,
+# or a call without gradients, could not be written to in place.
+unfolded = torch.ops.aten._unsafe_view.default
+
 
 class Slot(NamedTuple):
     """An operand of a call, or the result of a step."""
@@ -52,7 +56,7 @@ class Steps:
 
     def unfolded(self, t: Slot, tokens: tuple[int, ...], width: int) -> Slot:
         """t [M, width] as [.., width]."""
-        return t if len(tokens) == 1 else self.call(Tensor.view, t, (*tokens, width))
+        return t if len(tokens) == 1 else self.call(unfolded, t, (*tokens, width))
 
     def start(
         self, name: str, grid: int, block: int, smem_bytes: int, tensors: tuple, *sizes: int

@@ -228,6 +228,19 @@ def test_captured_between_forward_and_backward(stand_in):  # noqa: F811
     assert torch.equal(got, want)
 
 
+@pytest.mark.parametrize("is_capturing", [False, True])
+def test_results_are_written_to_in_place(is_capturing, stand_in):  # noqa: F811
+    """As those of nn.Linear, whichever way they came: no view is what a Function returns."""
+    for tokens in (2, 80):
+        sparse, x = regular(), torch.randn(1, tokens, K).bfloat16().requires_grad_()
+        want = sparse(x).detach() + 1
+        stand_in.is_capturing = is_capturing
+        y = sparse(x)
+        assert torch.equal(y.add_(1), want)
+        y.sum().backward()
+        stand_in.is_capturing = False
+
+
 def test_another_current_device(monkeypatch):
     sparse, x = regular().requires_grad_(False), torch.randn(80, K).bfloat16()
     want = sparse(x)
