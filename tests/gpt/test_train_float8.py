@@ -12,6 +12,7 @@ from sparsekern.cli import main
 from sparsekern.gpt import config as configs
 from sparsekern.gpt import train
 from sparsekern.gpt.config import resumed_config
+from sparsekern.gpt.prune import PruneConfig, prune
 from sparsekern.nn.float8 import Float8Linear, Float8SparseLinear
 
 sys.path.append(str(Path(__file__).parents[1] / "kernels" / "cuda"))
@@ -79,6 +80,17 @@ def test_other_masks_and_sizes_are_refused(settings, tmp_path, on_cpu):
     message = "two-way pattern" if "sparsity" in settings else "multiples of 32"
     with pytest.raises(ValueError, match=rf"float8: blocks.0.attention.*{message}"):
         train.begin(tiny_config(tmp_path, dtype="float8", **settings))
+
+
+@pytest.mark.parametrize("dtype, got", [("", "was trained in float8"), ("float8", "got float8")])
+def test_prune_is_for_other_dtypes(dtype, got, tmp_path, on_cpu):
+    run = tiny_config(tmp_path, steps=1, context=32, dtype="float8")
+    train.train(run)
+    out = tmp_path / "pruned"
+    config = PruneConfig(run.out, target=0.5, rounds=1, steps=1, dtype=dtype, out=str(out))
+    with pytest.raises(ValueError, match=f"dtype: prune expected float32 or bfloat16, .*{got}"):
+        prune(config)
+    assert not out.exists()
 
 
 @pytest.mark.gpu
