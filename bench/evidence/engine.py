@@ -12,12 +12,11 @@ from dataclasses import dataclass
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from sparsekern.gpt.build import build_optimizer
 from sparsekern.gpt.captured import Aside, CudaGraph
-from sparsekern.gpt.model import GPT, MLP, GPTConfig
+from sparsekern.gpt.model import GPT, GPTConfig
 from sparsekern.gpt.step import GRADIENT_CLIP
 
 from .masks import Change, Masks
@@ -68,18 +67,6 @@ class Program:
         return len(self.rates)
 
 
-class FusedMLP(MLP):
-    """The same with one kernel for bias and GELU, where it is compiled."""
-
-    def forward(self, x: Tensor) -> Tensor:
-        if not torch.compiler.is_compiling():
-            return super().forward(x)
-        from .kernels import bias_gelu
-
-        y = F.linear(x, self.up.weight)
-        return self.down(bias_gelu(y.flatten(0, 1), self.up.bias).view_as(y))
-
-
 class Engine:
     def __init__(
         self, shape: Shape, stream: Tensor, most_steps: int, dtype: torch.dtype = torch.bfloat16
@@ -106,11 +93,8 @@ class Engine:
         self._offsets = torch.arange(shape.context + 1, device=self.device)
         self._stepper, self._loss = self.model, loss_and_gradient
         if is_cuda:
-            from .kernels import cross_entropy_  # Triton is where a GPU is
-
-            for block in self.model.blocks:
-                block.mlp.__class__ = FusedMLP
-            self._stepper, self._loss = torch.compile(self.model, dynamic=False), cross_entropy_
+            self._stepper = torch.compile(self.model, dynamic=False)
+            self._loss = torch.compile(loss_and_gradient, dynamic=False)
         self._program = Program(np.empty((0, shape.batch)), np.empty(0), {})
         self.steps = 0  # of the program, made so far
         self._gradients, self._update = self._compute_gradients, self._take_step
@@ -251,7 +235,7 @@ class Engine:
 
 def loss_and_gradient(logits: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
     """Cross entropy of logits [M, V] at targets y [M], in nats a target that is not IGNORED, fp32,
-    and its gradient as the logits are."""
+    and its gradient as the logits are. Compiled, it reads them once for both."""
     is_target = y != IGNORED
     count = is_target.sum().clamp(min=1)
     logs = logits.float().log_softmax(-1)

@@ -210,6 +210,7 @@ def predictions(order: Order, results: list[dict]) -> str:
     rows = []
     for p in order.predictions:
         found = difference(results, order.size, p.a, p.b, p.metric)
+        so_far = "so far " if found and found.seeds != [*order.seeds] else ""
         rows.append(
             [
                 f"{ARMS[p.a].title} - {ARMS[p.b].title}",
@@ -217,7 +218,7 @@ def predictions(order: Order, results: list[dict]) -> str:
                 f"{p.low:+g} to {p.high:+g}",
                 f"{p.margin:g}" if p.margin is not None else "-",
                 shown(found, len(order.seeds)) if found else "-",
-                verdict(p, found) if found else "-",
+                so_far + verdict(p, found) if found else "-",
             ]
         )
     header = ["difference", "in", "predicted", "margin", "found", "so"]

@@ -3,12 +3,8 @@ a run that is stopped goes on."""
 
 import json
 import math
-import os
 import random
-import subprocess
-import sys
 from dataclasses import replace
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -235,16 +231,6 @@ def test_the_loss_and_its_gradient_are_those_of_autograd(evidence, dtype):
     loss, gradient = evidence.engine.loss_and_gradient(logits.detach(), y)
     torch.testing.assert_close(loss, expected.detach())
     torch.testing.assert_close(gradient, logits.grad, rtol=0, atol=1e-8)
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=[pytest.mark.gpu, on_a_gpu])])
-def test_the_kernels_are_those_of_torch(device):
-    pytest.importorskip("triton")
-    here = Path(__file__).parent
-    command = [sys.executable, str(here / "quality_kernels.py"), str(here.parents[1] / "bench")]
-    interpreted = {"TRITON_INTERPRET": "1"} if device == "cpu" else {}
-    subprocess.run([*command, device], env=os.environ | interpreted, check=True)
 
 
 @pytest.mark.parametrize("name", ["blimp", "cloze", "sentiment/test", "held-out/manuals"])
