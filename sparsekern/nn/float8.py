@@ -221,7 +221,7 @@ def float8_step(model: nn.Module) -> Iterator[None]:
 
 
 def _own(scales: Tensor, inverses: Tensor) -> tuple[Tensor, Tensor]:
-    """Copies for one call of a layer in a first step: another call of the step has others."""
+    """Copies for one pass of one call in a first step: other calls of the layer have others."""
     return scales.clone(), inverses.clone()
 
 
@@ -288,6 +288,8 @@ class _TwoWay(Function):
     def backward(ctx: Any, dy: Tensor) -> tuple:
         x8, values, row_offsets, col_indices, scales, inverses, noted = ctx.saved_tensors
         n, k, x_dtype, is_first = ctx.settings
+        if is_first:
+            scales, inverses = _own(scales, inverses)
         dy8, largest = _cast(dy, DY, scales, inverses, noted, is_first)
         needs_dx, _, needs_dbias, *_ = ctx.needs_input_grad
         operands = values, scales, inverses, noted, row_offsets, col_indices, n, k, needs_dx
@@ -326,6 +328,8 @@ class _Dense(Function):
     def backward(ctx: Any, dy: Tensor) -> tuple:
         x8, w8, scales, inverses, noted = ctx.saved_tensors
         x_dtype, is_first = ctx.settings
+        if is_first:
+            scales, inverses = _own(scales, inverses)
         dy8, largest = _cast(dy, DY, scales, inverses, noted, is_first)
         needs_dx, _, needs_dbias, *_ = ctx.needs_input_grad
         operands = x8, w8, inverses, noted, needs_dx
