@@ -8,8 +8,8 @@ schedule writes.
 A graph keeps the addresses and the patterns that it was captured with. So before each replay all of
 them are compared, and the step is captured anew where one has moved. A step after which an
 algorithm changes its patterns is taken without a graph: RigL must see its gradients. So are
-WARM_UPS steps at the start, and one after each change: what they compile and derive no capture can,
-nor what they connect between processes.
+WARM_UPS steps at the start (in float8 from the last of its first ones), and one after each change:
+what they compile and derive no capture can, nor what they connect between processes.
 
 Several processes capture the same all-reduces at the same step, or none does.
 """
@@ -118,6 +118,9 @@ class CapturedStep:
         if len(seen) != len(self._seen) or any(map(_differ, seen, self._seen)):
             self.drop()
             self._seen, self._cold = seen, max(1, self._cold)
+        scaling = scaling_of(self._model)
+        if scaling and not scaling.has_begun:
+            self._cold = WARM_UPS
         is_due = any(algorithm.is_due for algorithm in self._algorithms)
         self.is_replayed = not is_due and self._cold == 0
         if self.is_replayed:

@@ -107,7 +107,7 @@ class PruneFlags:
     batch: int = flag(0, "sequences per step (that of the run)")
     micro_batch: int = flag(0, "sequences at a time (as of the run)")
     device: str = flag("", "cpu or cuda (that of the run)")
-    dtype: str = flag("", "float32 or bfloat16 (that of the run)")
+    dtype: str = flag("", "float32 or bfloat16 (that of the run; of one in float8 give another)")
     threads: int = flag(0, "CPU threads (those of the run)")
     eval_batches: int = flag(0, "batches of an evaluation (those of the run)")
     seed: int = flag(0, "fixes the batches")

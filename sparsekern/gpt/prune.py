@@ -93,6 +93,9 @@ def prune(config: PruneConfig) -> list[dict]:
         )
     source = load_checkpoint(config.source)
     trained = saved_config(checkpoint_file(config.source), source["config"])
+    if (config.dtype or trained.dtype) == "float8":
+        given = "got float8" if config.dtype else f"{config.source} was trained in float8"
+        raise ValueError(f"dtype: prune expected float32 or bfloat16, {given}")
     early = _load_early(config.rewind, trained) if config.rewind else None
     state = load_checkpoint(path) if path.exists() else source
     if path.exists():

@@ -67,6 +67,7 @@ class Run:
         self.config, self.settings, self.ranks, self.text = config, settings, ranks, text
         self.history = history
         self.path = Path(config.out) / CHECKPOINT
+        self._is_its_own = config.resume  # the checkpoint that is there
         self.lengthened_from = 0  # steps that it had when it was finished before
         self.tell: Callable[[str], None] = print
         self._place(state, path)
@@ -212,9 +213,16 @@ class Run:
         }
 
     def save(self) -> None:
+        """ValueError where another run has begun to write there meanwhile."""
         state = self.state()
         if self.ranks.rank == 0:
+            if self.path.exists() and not self._is_its_own:
+                raise ValueError(
+                    f"out: {self.path} was written by another run while this one was at work; "
+                    "choose another folder"
+                )
             save_checkpoint(self.path, state)
+            self._is_its_own = True
 
     def about(self) -> dict:
         """Metadata of the exported weights: the same, whether the run was resumed or not."""

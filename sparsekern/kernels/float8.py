@@ -4,9 +4,9 @@ It is the delayed scaling of Transformer Engine (docs.nvidia.com/deeplearning/tr
 Micikevicius et al., arXiv 2209.05433) with `fp8_format=Format.E4M3`: x, W and dY of each layer have
 one scale each, by the largest value of the last HISTORY steps, and what is 0 or not finite counts
 for nothing there. Five things are our own. Scales are powers of two, so that dividing by them is
-exact. A step has one scale for all its micro-batches. The first step takes its scales from its own
-tensors instead of 1, since gradients would be 0 otherwise. The gradient of a bias is the sum of dY
-as it was rounded. And an infinity becomes NaN, not 448, so that the loss shows it.
+exact. A step has one scale for all its micro-batches. The first steps take their scales from their
+own tensors instead of 1, since gradients would be 0 otherwise. The gradient of a bias is the sum of
+dY as it was rounded. And an infinity becomes NaN, not 448, so that the loss shows it.
 
 dY is in E4M3, not in E5M2, since sparse tensor cores take two operands of one type; W in E5M2 would
 have a mantissa of two bits.

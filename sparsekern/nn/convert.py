@@ -5,6 +5,7 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
 
 from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
 from torch.optim import Optimizer
 
 from ..kernels.derived import forget_captures
@@ -46,7 +47,9 @@ def sparsify_(
     that was there before to `adopt_values_`: it must see the new Parameters. If an algorithm fails
     the model is unchanged. ValueError where there is nothing to replace, unless filter_fn said so,
     and where more than 20 % of the weights are zero already and a mask would remove others.
+    TypeError for a DistributedDataParallel.
     """
+    _refuse_wrapped("sparsify_", model)
     chosen = _replaceable(model, filter_fn)
     if not chosen and not (filter_fn and _replaceable(model, lambda module, name: True)):
         raise ValueError(f"sparsify_: {_nothing_in(model)}")
@@ -70,6 +73,14 @@ def sparsify_(
         return replaced.note(module.weight, new)
 
     return replace_modules(model, replace)
+
+
+def _refuse_wrapped(caller: str, model: nn.Module) -> None:
+    if isinstance(model, DistributedDataParallel):
+        raise TypeError(
+            f"{caller}: expected the model itself, got a DistributedDataParallel, which would not "
+            "average the gradients of new Parameters; give its .module, and wrap that anew"
+        )
 
 
 def warn_of_hooks(caller: str, layers: Mapping[str, nn.Module]) -> None:
@@ -185,8 +196,10 @@ def densify_(model: nn.Module, optimizer: Optimizer | None = None) -> nn.Module:
 
     With an optimizer, the dense weights take the place of the values in its groups and its state
     becomes dense too: zero where nothing was stored. ValueError, and an unchanged model, for state
-    of another shape than the values, and for layers that `pack_` made.
+    of another shape than the values, and for layers that `pack_` made. TypeError for a
+    DistributedDataParallel.
     """
+    _refuse_wrapped("densify_", model)
     if (packed := packed_name(model)) is not None:
         raise ValueError(
             f"densify_: {packed} is packed, and from that there is no way back: keep "

@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.autograd import Function
+from torch.autograd.function import once_differentiable
 
 from .. import registered_float8  # noqa: F401  (its ops)
 from ..kernels.cuda import e4m3, float8
@@ -24,14 +25,16 @@ _ops = torch.ops.sparsekern
 _is_compiling = torch.compiler.is_compiling
 X, W, DY = range(3)  # tensors of a layer, and places of their scales
 TYPES = torch.bfloat16, torch.float32  # of x
+FIRST_STEPS = 3  # at most: layers that begin at 0, or a rate that does, take as many to show values
 
 
 class Scaling:
     """The scales of all layers of a model, and what was largest in the last steps.
 
     They stay for all micro-batches of a step; advance() after the optimizer's step, which follow()
-    sees to, makes the next ones. In the first step each tensor finds its own scale, and nothing may
-    be compiled: float8_step() around forward and backward keeps torch.compile away."""
+    sees to, makes the next ones. In the first step each tensor has a scale of its own, and nothing
+    may be compiled: float8_step() around forward and backward keeps torch.compile away. Where some
+    tensor was 0 all through it, the next step is a first one, too, up to FIRST_STEPS."""
 
     STATE = "scales", "noted", "history"
 
@@ -41,27 +44,32 @@ class Scaling:
         self.inverses = torch.ones(3 * layers, 16 // 4, device=device)
         self.noted = torch.zeros(3 * layers, device=device)
         self.history = torch.zeros(HISTORY, 3 * layers, device=device)
-        self.has_begun = False  # the first step is over
+        self.has_begun = False  # the first steps are over
+        self._first_steps = 0  # that were taken
 
     def follow(self, optimizer: torch.optim.Optimizer) -> None:
         """Advance after each of its steps. A replay of a CUDA graph is none."""
         optimizer.register_step_post_hook(lambda *_: self.advance())
 
     def advance(self) -> None:
-        """From the scales of one step to those of the next; waits for nothing."""
-        self.has_begun = True
+        """From the scales of one step to those of the next; waits for nothing but in the first
+        steps."""
         largest = torch.where(self.noted.isfinite(), self.noted, 0.0)
         self.history.copy_(torch.cat([largest.unsqueeze(0), self.history[:-1]]))
         self.noted.zero_()
         self.scales.copy_(next_scale(self.scales, self.history))
         self._invert()
+        if not self.has_begun:
+            self._first_steps += 1
+            is_last = self._first_steps == FIRST_STEPS
+            self.has_begun = is_last or bool(self.history.any(0).all())
 
     def _invert(self) -> None:
         self.inverses.copy_(self.scales.reciprocal().unsqueeze(1))
 
-    def state_dict(self) -> dict[str, Tensor | bool]:
-        state: dict[str, Tensor | bool] = {name: getattr(self, name).cpu() for name in self.STATE}
-        return state | {"has_begun": self.has_begun}
+    def state_dict(self) -> dict[str, Tensor | int]:
+        state: dict[str, Tensor | int] = {name: getattr(self, name).cpu() for name in self.STATE}
+        return state | {"has_begun": self.has_begun, "first_steps": self._first_steps}
 
     def load_state_dict(self, state: dict) -> None:
         """ValueError for the state of another model."""
@@ -74,6 +82,10 @@ class Scaling:
             getattr(self, name).copy_(state[name])
         self._invert()
         self.has_begun = bool(state.get("has_begun"))
+        self._first_steps = int(state.get("first_steps", 0))
+
+
+VIEWS = "scales", "inverses", "noted"
 
 
 class _Float8:
@@ -86,9 +98,17 @@ class _Float8:
 
     def _begin(self: Any, scaling: Scaling, place: int) -> None:
         self.scaling = scaling
-        for name in ("scales", "inverses", "noted"):
+        for name in VIEWS:
             of_all = getattr(scaling, name)
             self.register_buffer(f"float8_{name}", of_all[3 * place :][:3], persistent=False)
+
+    def _apply(self: Any, *arguments: Any, **named: Any) -> Any:
+        """Whatever happens to the weights, the scales stay those of all layers."""
+        kept = {name: self._buffers.pop(f"float8_{name}") for name in VIEWS}
+        try:
+            return super()._apply(*arguments, **named)  # type: ignore[misc]
+        finally:
+            self._buffers.update({f"float8_{name}": view for name, view in kept.items()})
 
     def _multiply(self: Any, input: Tensor, function: type[Function], *operands: object) -> Tensor:
         is_first = not self.scaling.has_begun
@@ -102,7 +122,13 @@ class _Float8:
                 f"float8: expected x [..., {self.in_features}] in bfloat16 or float32, got "
                 f"{tuple(input.shape)} in {input.dtype}"
             )
-        x = input.flatten(0, -2)
+        weight = _weight(self)
+        if weight.dtype is not torch.float32 or weight.device != self.float8_scales.device:
+            raise TypeError(
+                f"float8: expected weights in float32 on {self.float8_scales.device}, where "
+                f"to_float8_ has found them, got {weight.dtype} on {weight.device}"
+            )
+        x = input.reshape(-1, self.in_features)
         if reason := float8.refuse_tokens(x.shape[0]):
             raise ValueError(f"float8: {reason}")
         state = self.float8_scales, self.float8_inverses, self.float8_noted
@@ -194,12 +220,16 @@ def float8_step(model: nn.Module) -> Iterator[None]:
         yield
 
 
+def _own(scales: Tensor, inverses: Tensor) -> tuple[Tensor, Tensor]:
+    """Copies for one pass of one call in a first step: other calls of the layer have others."""
+    return scales.clone(), inverses.clone()
+
+
 def _find(t: Tensor, which: int, scales: Tensor, inverses: Tensor) -> None:
-    """The scale of t, by t itself. `data`, since those of other layers are views of the same memory
-    and saved for the backward pass."""
+    """The scale of t, by t itself."""
     scale = scale_of(largest_of(t))
-    scales.data[which].copy_(scale[0])
-    inverses.data[which].copy_(1 / scale)
+    scales[which].copy_(scale[0])
+    inverses[which].copy_(1 / scale)
 
 
 def _cast(
@@ -242,9 +272,10 @@ class _TwoWay(Function):
         noted: Tensor,
         is_first: bool,
     ) -> Tensor:
-        state = scales, inverses, noted
         if is_first:
+            scales, inverses = _own(scales, inverses)
             _find(values, W, scales, inverses)  # which the product casts
+        state = scales, inverses, noted
         x8, largest = _cast(x, X, *state, is_first)
         pattern = row_offsets, col_indices
         y = _ops.float8_spmm(x8, largest, values, scales, noted, *pattern, n, k)
@@ -253,9 +284,12 @@ class _TwoWay(Function):
         return _scaled(y, inverses, X, bias)
 
     @staticmethod
+    @once_differentiable
     def backward(ctx: Any, dy: Tensor) -> tuple:
         x8, values, row_offsets, col_indices, scales, inverses, noted = ctx.saved_tensors
         n, k, x_dtype, is_first = ctx.settings
+        if is_first:
+            scales, inverses = _own(scales, inverses)
         dy8, largest = _cast(dy, DY, scales, inverses, noted, is_first)
         needs_dx, _, needs_dbias, *_ = ctx.needs_input_grad
         operands = values, scales, inverses, noted, row_offsets, col_indices, n, k, needs_dx
@@ -278,6 +312,8 @@ class _Dense(Function):
         noted: Tensor,
         is_first: bool,
     ) -> Tensor:
+        if is_first:
+            scales, inverses = _own(scales, inverses)
         state = scales, inverses, noted
         x8, largest = _cast(x, X, *state, is_first)
         w8, largest_w = _cast(weight, W, *state, is_first)
@@ -288,9 +324,12 @@ class _Dense(Function):
         return y
 
     @staticmethod
+    @once_differentiable
     def backward(ctx: Any, dy: Tensor) -> tuple:
         x8, w8, scales, inverses, noted = ctx.saved_tensors
         x_dtype, is_first = ctx.settings
+        if is_first:
+            scales, inverses = _own(scales, inverses)
         dy8, largest = _cast(dy, DY, scales, inverses, noted, is_first)
         needs_dx, _, needs_dbias, *_ = ctx.needs_input_grad
         operands = x8, w8, inverses, noted, needs_dx

@@ -252,6 +252,10 @@ class Algorithm:
         self._note_passing()
         self._before_step()
 
+    def __getstate__(self) -> dict[str, Any]:
+        """Of a copy, which follows no optimizer: torch copies an optimizer without its hooks."""
+        return self.__dict__ | {"optimizers": [], "_stepped": set()}
+
     def _check_optimizer(self, optimizer: Optimizer) -> None:
         if not self.layers:
             raise ValueError("apply: expected the model before the optimizer")

@@ -408,6 +408,15 @@ def test_a_bad_checkpoint_is_named_and_left_alone(tiny: TrainConfig, damage: str
     assert path.read_bytes() == damaged
 
 
+def test_of_two_runs_in_a_folder_one_stops(tiny: TrainConfig):
+    late = train.begin(tiny)
+    train.train(tiny)
+    written = {path: path.read_bytes() for path in Path(tiny.out).iterdir()}
+    with pytest.raises(ValueError, match=r"out: .* was written by another run while"):
+        late.save()
+    assert written == {path: path.read_bytes() for path in Path(tiny.out).iterdir()}
+
+
 def test_resume_errors(tiny: TrainConfig):
     with pytest.raises(FileNotFoundError, match="checkpoint.pt does not exist"):
         resumed_config({"out": tiny.out})

@@ -1,17 +1,20 @@
 """train --dtype float8: on the emulator with a stand-in for cuSPARSELt, and on a GPU."""
 
 import sys
+from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
 from tiny import final, interrupt, tiny_config
 
 from sparsekern.cli import main
+from sparsekern.gpt import captured, parts, train
 from sparsekern.gpt import config as configs
-from sparsekern.gpt import train
 from sparsekern.gpt.config import resumed_config
+from sparsekern.gpt.prune import PruneConfig, prune
 from sparsekern.nn.float8 import Float8Linear, Float8SparseLinear
 
 sys.path.append(str(Path(__file__).parents[1] / "kernels" / "cuda"))
@@ -79,6 +82,34 @@ def test_other_masks_and_sizes_are_refused(settings, tmp_path, on_cpu):
     message = "two-way pattern" if "sparsity" in settings else "multiples of 32"
     with pytest.raises(ValueError, match=rf"float8: blocks.0.attention.*{message}"):
         train.begin(tiny_config(tmp_path, dtype="float8", **settings))
+
+
+def test_first_steps_are_not_captured(tmp_path, monkeypatch, on_cpu):
+    monkeypatch.setattr(captured, "CudaGraph", lambda launch, *_: SimpleNamespace(replay=launch))
+    monkeypatch.setattr(captured, "Aside", lambda device: nullcontext)
+    monkeypatch.setattr(parts, "why_eager", lambda ranks: None)
+    replayed = {}
+    for kind in ("as made", "from 0"):
+        run = train.begin(tiny_config(tmp_path, dtype="float8", **TWO_WAY))
+        if kind == "from 0":
+            torch.nn.init.zeros_(run.model.blocks[0].mlp.down.values)
+        replayed[kind] = []
+        for _ in range(4):
+            run.compute_gradients()
+            replayed[kind].append(run.parts.is_replayed)
+            run.update()
+    assert replayed == {"as made": [False] * 2 + [True] * 2, "from 0": [False] * 3 + [True]}
+
+
+@pytest.mark.parametrize("dtype, got", [("", "was trained in float8"), ("float8", "got float8")])
+def test_prune_is_for_other_dtypes(dtype, got, tmp_path, on_cpu):
+    run = tiny_config(tmp_path, steps=1, context=32, dtype="float8")
+    train.train(run)
+    out = tmp_path / "pruned"
+    config = PruneConfig(run.out, target=0.5, rounds=1, steps=1, dtype=dtype, out=str(out))
+    with pytest.raises(ValueError, match=f"dtype: prune expected float32 or bfloat16, .*{got}"):
+        prune(config)
+    assert not out.exists()
 
 
 @pytest.mark.gpu

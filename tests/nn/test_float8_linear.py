@@ -52,15 +52,21 @@ def mlp(device, is_sparse, bias=True):
 
 
 def step(model, call):
-    """What a step returns; then the scales move."""
+    """What the forward pass of a step returns; then the scales move."""
     with float8_step(model):
         y = call()
+        y.sum().backward()
     scaling_of(model).advance()
     return y
 
 
 def every(module, name):
     return True
+
+
+def to_float8(model):
+    to_float8_(model, every)
+    return model
 
 
 def rounded(t, scale=None):
@@ -102,9 +108,59 @@ def test_a_layer_multiplies_what_is_rounded(device, is_sparse, bias):
         torch.testing.assert_close(layer.bias.grad.double(), dy8.sum(0), **close)
     noted = [t.abs().max().item() for t in (x, weight_of(layer), dy)]
     assert layer.float8_noted.tolist() == pytest.approx(noted)
-    before = layer.float8_scales.clone()
-    scaling_of(model).advance()  # to the scales of what was noted, which are those of before
-    assert torch.equal(layer.float8_scales, before) and not layer.float8_noted.any()
+    of_noted = recipe.scale_of(layer.float8_noted)
+    scaling_of(model).advance()
+    assert torch.equal(layer.float8_scales, of_noted) and not layer.float8_noted.any()
+
+
+@pytest.mark.parametrize("is_sparse", [True, False])
+def test_calls_of_a_first_step_have_scales_of_their_own(device, is_sparse):
+    model = nn.Sequential(mlp(device, is_sparse)[0])
+    exact = copy.deepcopy(model)
+    to_float8_(model, every)
+    small, large = (size * torch.randn(TOKENS, WIDTH, device=device) for size in (1, 50))
+    with float8_step(model):
+        loss = model(small).square().sum() + model(large).sum()
+        loss.backward(retain_graph=True)
+        model.zero_grad()
+        loss.backward()
+    (exact(small).square().sum() + exact(large).sum()).backward()
+    for p, of in zip(model.parameters(), exact.parameters(), strict=True):
+        assert frobenius_error(p.grad, of.grad.double()) < 0.05
+
+
+def test_layers_that_begin_at_0_lose_no_step(device):
+    model = mlp(device, True)
+    with torch.no_grad():
+        model[2].values.zero_()
+    scaling = to_float8_(model, every)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.0)
+    scaling.follow(optimizer)
+    x = torch.randn(TOKENS, WIDTH, device=device)
+    for i, rate in enumerate((0.0, 1e-3, 1e-3, 1e-3)):  # a warm-up begins at 0
+        exact = copy.deepcopy(model).eval()
+        optimizer.param_groups[0]["lr"] = rate
+        for each in (model, exact):
+            each.zero_grad()
+            with float8_step(each):
+                (each(x) - 1).square().sum().backward()
+        for p, of in zip(model.parameters(), exact.parameters(), strict=True):
+            assert frobenius_error(p.grad, of.grad.double()) < 0.3 or not of.grad.any()
+        assert scaling.has_begun == (i == 3)
+        optimizer.step()
+    assert model[0].values.grad.any() and scaling.has_begun
+
+
+def test_scales_stay_together_when_weights_move(device):
+    model = mlp(device, True)
+    scaling = to_float8_(model, every)
+    x = torch.randn(TOKENS, WIDTH, device=device)
+    model.to("meta" if device == "cpu" else "cpu")
+    views = [layer.float8_scales.data_ptr() for layer in (model[0], model[2])]
+    assert views == [scaling.scales[place:].data_ptr() for place in (0, 3)]
+    for moved in (model, to_float8(mlp(device, True)).bfloat16()):
+        with pytest.raises(TypeError, match="expected weights in float32 on .*, got torch"):
+            moved(x)
 
 
 def test_a_step_outgrows_its_scales_and_the_next_one_has_others(device):

@@ -348,6 +348,9 @@ def train_in_parallel(rank, path, results):
     linear = nn.Linear(K, N, dtype=torch.float64)
     module = SparseLinear.from_linear(linear, Static(0.6).mask("layer", linear.weight))
     parallel = nn.parallel.DistributedDataParallel(module)
+    for convert in (densify_, partial(sparsify_, algorithm=Static(0.6))):
+        with pytest.raises(TypeError, match="_: expected the model itself, got a Distributed"):
+            convert(parallel)
     optimizer = torch.optim.AdamW(parallel.parameters(), lr=0.1)
     first = copy.deepcopy(module.state_dict())
     x = torch.arange(4 * K, dtype=torch.float64).sin().view(4, K)

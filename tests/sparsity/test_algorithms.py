@@ -807,3 +807,27 @@ def test_no_warnings_in_a_plain_run():
         warnings.simplefilter("error")
         model, optimizer = start(RigL(0.75, update={"freq": 2}))
         fit(model, optimizer, 4)
+
+
+def test_a_copied_run_goes_on_once_its_optimizer_is_applied():
+    model = nn.Sequential(nn.Linear(16, 32), nn.ReLU(), nn.Linear(32, 16))
+    algorithm = RigL(0.75, update={"freq": 2}, param_filter="*")
+    algorithm.apply(model)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
+    algorithm.apply(optimizer)
+    x = torch.randn(8, 16)
+
+    def train(model, optimizer):
+        for _ in range(3):
+            optimizer.zero_grad()
+            (model(x) - x).square().mean().backward()
+            optimizer.step()
+
+    train(model, optimizer)
+    twin, its_algorithm, its_optimizer = copy.deepcopy((model, algorithm, optimizer))
+    its_algorithm.apply(its_optimizer)
+    train(model, optimizer)
+    train(twin, its_optimizer)
+    assert its_algorithm.steps == algorithm.steps == 6
+    for a, b in zip(model.state_dict().values(), twin.state_dict().values(), strict=True):
+        assert torch.equal(a, b)
