@@ -9,7 +9,10 @@ from test_bench_train_gpu import GPU
 
 from sparsekern.bench import records
 from sparsekern.bench.rates import derived
+from sparsekern.kernels.cpu import lanes
 from sparsekern.models import timing
+
+pytestmark = pytest.mark.skipif(lanes._C is None, reason="the C++ library, which packs, is not built")
 
 
 @pytest.fixture

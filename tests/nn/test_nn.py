@@ -19,6 +19,7 @@ from torch.nn.utils import parametrize
 from torch.utils.checkpoint import checkpoint
 
 from sparsekern import SparseLinear, SparseTensor, Static, densify_, parameter_groups, sparsify_
+from sparsekern.kernels.cpu import lanes
 from sparsekern.nn import pack_
 from sparsekern.sparsity import SET
 
@@ -510,7 +511,7 @@ def test_what_is_replaced_is_free_at_once(uncollected):
     """Not only when Python next looks for cycles: it may be most of a GPU's memory."""
     model = nn.Sequential(nn.Linear(64, 64), nn.Linear(64, 64))
     sparsify = partial(sparsify_, algorithm=Static(0.75), prune_again=True)
-    for convert in (sparsify, densify_, sparsify, pack_):
+    for convert in (sparsify, densify_, sparsify, *[pack_] * (lanes._C is not None)):
         replaced = [weakref.ref(module) for module in model]
         convert(model)
         assert [module() for module in replaced] == [None, None]

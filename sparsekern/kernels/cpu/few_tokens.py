@@ -101,13 +101,15 @@ def _bind_t(problem: Problem):
 
 
 def _refuse(p: Problem) -> str | None:
+    if reason := refuse_dtype(p, (torch.float32, torch.bfloat16)):
+        return reason
     if p.M > MOST_TOKENS:
         return f"it serves up to {MOST_TOKENS} tokens, not {p.M}"
     if p.M > 8 and p.density > BLOCKS_PAY and not _fits_l1(p):
         return f"x of {p.M} tokens does not fit L1, where panel multiplies it in blocks"
     if p.K > _WIDE and p.M > MOST_TOKENS_WIDE:
         return f"with K = {p.K} it serves up to {MOST_TOKENS_WIDE} tokens, not {p.M}"
-    return refuse_dtype(p, (torch.float32, torch.bfloat16))
+    return None
 
 
 def _fits_l1(p: Problem) -> bool:
