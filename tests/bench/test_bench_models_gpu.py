@@ -12,7 +12,9 @@ from sparsekern.bench.rates import derived
 from sparsekern.kernels.cpu import lanes
 from sparsekern.models import timing
 
-pytestmark = pytest.mark.skipif(lanes._C is None, reason="the C++ library, which packs, is not built")
+pytestmark = pytest.mark.skipif(
+    lanes._C is None, reason="the C++ library, which packs, is not built"
+)
 
 
 @pytest.fixture
