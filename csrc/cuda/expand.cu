@@ -75,7 +75,8 @@ __device__ void expand(const void* values, const unsigned char* deltas, const in
   extern __shared__ __align__(16) char smem[];
   using Tile = sk::Tile<kGatherTileColumns>;
   using Word = Deltas<V, kBits>;
-  constexpr int kLoads = 4;  // granules at a time
+  // Granules at a time; the compiler keeps no more of 16 entries in registers.
+  constexpr int kLoads = kIsScaled<V> ? 1 : 4;
   const int lane = threadIdx.x % kWarp;
   const int part = blockIdx.x * kExpandWarps + threadIdx.x / kWarp;
   const int slice = part / parts;

@@ -148,7 +148,8 @@ __device__ inline void multiply_ring(float (&acc)[1][kTokens / 8][4], Words& wor
                                      int tile, const Ring<kTokens>& ring, Place& place) {
   const bool is_first_lane = threadIdx.x % kWarp == 0;
   using X = typename Stored<V>::X;
-  constexpr int kAhead = 4;  // operands
+  // Operands; with four of a few tokens, values of 8 bits would not stay in registers.
+  constexpr int kAhead = kIsScaled<V> && kTokens == 32 ? 2 : 4;
   unsigned a[kAhead][4] = {};
   Place last;
   for (int step = 0; step < count; ++step) {

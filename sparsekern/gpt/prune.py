@@ -29,6 +29,7 @@ METHODS = dict(zip(PRUNE_METHODS, (Magnitude, Wanda, SparseGPT), strict=True))
 TABLE = "prune.json"
 FROM_RUN = ("data", "batch", "micro_batch", "threads", "device", "dtype", "eval_batches")
 LATENCY_ROUNDS = 9
+PRUNE_DTYPES = ("float32", "bfloat16")
 
 
 @dataclass(frozen=True)
@@ -93,9 +94,9 @@ def prune(config: PruneConfig) -> list[dict]:
         )
     source = load_checkpoint(config.source)
     trained = saved_config(checkpoint_file(config.source), source["config"])
-    if (config.dtype or trained.dtype) == "float8":
-        given = "got float8" if config.dtype else f"{config.source} was trained in float8"
-        raise ValueError(f"dtype: prune expected float32 or bfloat16, {given}")
+    if (config.dtype or trained.dtype) not in PRUNE_DTYPES:
+        given = f"got {config.dtype}" if config.dtype else f"{config.source} was trained in float8"
+        raise ValueError(f"dtype: prune expected {' or '.join(PRUNE_DTYPES)}, {given}")
     early = _load_early(config.rewind, trained) if config.rewind else None
     state = load_checkpoint(path) if path.exists() else source
     if path.exists():

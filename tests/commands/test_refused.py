@@ -244,7 +244,7 @@ def test_prune_wants_a_type_that_it_knows_and_the_text_of_before(tmp_path, capsy
     out = trained(tmp_path)
     pruner = ["prune", "--source", out, "--rounds", "2", "--steps", "2", "--target", "0.5"]
     assert cli.main([*pruner, "--dtype", "int32", "--out", str(tmp_path / "a")]) == 2
-    assert "dtype: expected one of float32, bfloat16, got 'int32'" in capsys.readouterr().err
+    assert "dtype: prune expected float32 or bfloat16, got int32" in capsys.readouterr().err
     pruner += ["--out", str(tmp_path / "b")]
     assert cli.main(pruner) == 0
     (tmp_path / "text.txt").write_text("other text, of no such words " * 50)
