@@ -31,7 +31,7 @@ BESIDE = {
     "__init__": set(ROOMS),
     "__main__": {*ROOMS, "testing"},
 }
-TRITON_KERNELS = ("bitmap_kernels.py", "cover_kernel.py", "mend_kernels.py")
+TRITON_KERNELS = ("bitmap_kernels.py", "cover_kernel.py", "mend_kernels.py", "fused_kernels.py")
 FILES = sorted(path.relative_to(PACKAGE) for path in PACKAGE.rglob("*.py"))
 
 

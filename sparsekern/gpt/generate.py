@@ -8,10 +8,14 @@ import torch
 from torch import Tensor
 
 from ..kernels.derived import passing_captures
+from .fused import Fused, fits
 from .model import GPT, Cache
 
 CACHE_MULTIPLE = 64  # positions: attention on CUDA copies masks whose rows are not aligned
 WARM_UPS = 2  # passes before a capture: libraries allocate and kernels compile in the first ones
+
+# Logits [B, 1, V] of the last of tokens [B, T]: of one at a position [1], or else of those from 0.
+Pass = Callable[[Tensor, Cache, Tensor | None], Tensor]
 
 
 def generate(
@@ -51,6 +55,8 @@ class Decoder:
 
     `stepper` may be another form of the same model, for the steps alone. `captures_prompt`: on CUDA
     start(), too, is one replay, which is worth its capture where it is called more than once.
+    `cache`: one that others, too, read their prompts into, with room for all tokens. `fuses`: a
+    model that fused.py fits takes its way.
     """
 
     @torch.no_grad()
@@ -64,6 +70,8 @@ class Decoder:
         seed: int = 0,
         stepper: GPT | None = None,
         captures_prompt: bool = False,
+        cache: Cache | None = None,
+        fuses: bool = True,
     ) -> None:
         if count < 1 or not temperature >= 0 or top_k < 1 or prompt.shape[1] < 1:
             raise ValueError(
@@ -76,22 +84,30 @@ class Decoder:
         self._length = self._prompt_length  # tokens so far
         self._position = prompt.new_zeros(1)  # of the last of them, where the graph can read it
         self._model = model.eval()
-        self._stepper = (stepper or model).eval()
+        self._of_prompt = pass_of(model, fuses)
+        self._of_token = pass_of(stepper.eval(), fuses) if stepper else self._of_prompt
         self._temperature, self._top_k, self._seed = temperature, top_k, seed
         self._generator = torch.Generator(prompt.device)
         window = min(self.tokens.shape[1], model.config.block_size)
-        self._cache = Cache(model, batch, -(-window // CACHE_MULTIPLE) * CACHE_MULTIPLE)
+        length = -(-window // CACHE_MULTIPLE) * CACHE_MULTIPLE
+        self._cache = Cache(model, batch, length) if cache is None else cache
         is_cached = count > 1 and self._prompt_length < model.config.block_size
         self._graph = self._capture(self._read_last) if prompt.is_cuda and is_cached else None
-        fits = captures_prompt and self._prompt_length <= model.config.block_size
-        self._prompt_graph = self._capture(self._read_prompt) if prompt.is_cuda and fits else None
+        is_whole = captures_prompt and self._prompt_length <= model.config.block_size
+        is_captured = prompt.is_cuda and is_whole
+        self._prompt_graph = self._capture(self._read_prompt) if is_captured else None
 
     @torch.no_grad()
-    def start(self) -> None:
+    def start(self, reads_prompt: bool = True) -> None:
+        """`reads_prompt`: or else the cache keeps what it holds, and the first token is 0: to time
+        steps alone."""
         self._length = self._prompt_length
         self._position.fill_(self._length - 1)
         self._generator.manual_seed(self._seed)
-        if self._prompt_graph:
+        if not reads_prompt:
+            self._length += 1
+            self._position += 1
+        elif self._prompt_graph:
             self._prompt_graph.replay()
             self._length += 1
         elif self._length > self._model.config.block_size:
@@ -113,12 +129,11 @@ class Decoder:
 
     def _read_prompt(self) -> None:
         prompt = self.tokens[:, : self._prompt_length]
-        position = torch.arange(self._prompt_length, device=prompt.device)
-        self._append(self._model(prompt, cache=self._cache, position=position)[0])
+        self._append(self._of_prompt(prompt, self._cache, None))
 
     def _read_last(self) -> None:
         token = self.tokens.index_select(1, self._position)  # [B, 1]
-        self._append(self._stepper(token, cache=self._cache, position=self._position)[0])
+        self._append(self._of_token(token, self._cache, self._position))
 
     def _read_window(self) -> None:
         first = self._length - self._model.config.block_size
@@ -132,7 +147,7 @@ class Decoder:
     def _sample(self, logits: Tensor) -> Tensor:  # [B, V] -> [B, 1]
         if self._temperature == 0:
             return logits.argmax(dim=-1, keepdim=True)
-        best, choices = logits.float().topk(min(self._top_k, logits.shape[-1]))
+        best, choices = logits.float().topk(min(self._top_k, logits.shape[-1]), sorted=False)
         probabilities = torch.softmax(best / self._temperature, dim=-1)
         # Of exponential variables with these rates the first is each with its probability.
         # torch.multinomial draws so too, but checks its input on the host.
@@ -153,3 +168,16 @@ class Decoder:
             with torch.cuda.graph(graph):
                 read()
         return graph
+
+
+def pass_of(model: GPT, fuses: bool = True) -> Pass:
+    """How a model in eval mode reads tokens through a cache: by Fused, where it fits."""
+    if fuses and fits(model):
+        return Fused(model)
+
+    def read(idx: Tensor, cache: Cache, position: Tensor | None) -> Tensor:
+        if position is None:
+            position = torch.arange(idx.shape[1], device=idx.device)
+        return model(idx, cache=cache, position=position)[0]
+
+    return read

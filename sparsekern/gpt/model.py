@@ -113,7 +113,8 @@ class Block(nn.Module):
 
 
 class Cache:
-    """The keys and values of up to `length` positions of `batch` sequences, for each block.
+    """The keys and values of up to `length` positions of `batch` sequences, for each block: pairs
+    [B, kv_heads, S, C / heads] in `layers`.
 
     No shape ever changes, as a CUDA graph needs it: a mask hides the positions still to come."""
 
@@ -122,16 +123,16 @@ class Cache:
         shape = batch, c.kv_heads, length, c.n_embd // c.n_head
         self._shared = c.n_head // c.kv_heads  # heads of a key
         # Zeros, since a hidden NaN would spread.
-        self._layers = [(weight.new_zeros(shape), weight.new_zeros(shape)) for _ in model.blocks]
+        self.layers = [(weight.new_zeros(shape), weight.new_zeros(shape)) for _ in model.blocks]
 
     def past(self, position: Tensor) -> list[Past]:
         """State that each block needs to add positions [T] and to see them and all before."""
-        keys = self._layers[0][0]
+        keys = self.layers[0][0]
         is_future = torch.arange(keys.shape[2], device=keys.device) > position[:, None]
         mask = keys.new_zeros(is_future.shape).masked_fill(is_future, -math.inf)  # [T, S]
         if self._shared > 1:
             mask = mask.repeat(self._shared, 1)
-        return [(keys, values, position, mask) for keys, values in self._layers]
+        return [(keys, values, position, mask) for keys, values in self.layers]
 
 
 class GPT(nn.Module):

@@ -3,6 +3,7 @@
 import time
 from collections.abc import Callable
 from statistics import median
+from typing import TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -12,6 +13,8 @@ from .llama import make
 from .model import GPT
 
 SIDES = ("dense", "sparse")
+
+Key = TypeVar("Key")
 
 
 def compare(
@@ -36,13 +39,7 @@ def compare(
         for side in SIDES
         for way, decoder in ways(models[side], prompt, count, is_compiled, **sampling).items()
     }
-    seconds = {key: {"first_token_s": [], "step_s": []} for key in decoders}
-    for _ in range(rounds):
-        for key, decoder in decoders.items():
-            first_token_s, step_s = _time(decoder, count - 1)
-            seconds[key]["first_token_s"].append(first_token_s)
-            seconds[key]["step_s"].append(step_s)
-            advance(", ".join(key))
+    seconds = race(decoders, count - 1, rounds, lambda key: advance(", ".join(key)))
 
     batch, context = prompt.shape
     result = {"batch": batch, "context": context, "steps": count - 1, "rounds": rounds, **sampling}
@@ -62,6 +59,27 @@ def compare(
     for name in ("block_bytes", "weight_bytes"):
         result[f"{name}_ratio"] = sparse[name] / dense[name]
     return result
+
+
+def race(
+    decoders: dict[Key, Decoder],
+    steps: int,
+    rounds: int,
+    advance: Callable[[Key], None] = lambda key: None,
+    reads_prompt: bool = True,
+) -> dict[Key, dict[str, list[float]]]:
+    """Seconds to the first token, and of each of so many steps after it, of each round. Decoders
+    take turns. `reads_prompt` as of Decoder.start."""
+    seconds: dict[Key, dict[str, list[float]]] = {
+        key: {"first_token_s": [], "step_s": []} for key in decoders
+    }
+    for _ in range(rounds):
+        for key, decoder in decoders.items():
+            first_token_s, step_s = _time(decoder, steps, reads_prompt)
+            seconds[key]["first_token_s"].append(first_token_s)
+            seconds[key]["step_s"].append(step_s)
+            advance(key)
+    return seconds
 
 
 def ways(
@@ -102,10 +120,10 @@ def memory_bytes(module: nn.Module) -> int:
     return sum(t.nbytes for t in [*module.parameters(), *module.buffers()])
 
 
-def _time(decoder: Decoder, steps: int) -> tuple[float, float]:
+def _time(decoder: Decoder, steps: int, reads_prompt: bool) -> tuple[float, float]:
     """Seconds to the first token, and of each step after it."""
     began = _now(decoder)
-    decoder.start()
+    decoder.start(reads_prompt)
     read = _now(decoder)
     for _ in range(steps):
         decoder.step()

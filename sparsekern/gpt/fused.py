@@ -1,0 +1,183 @@
+"""A GPT's pass through its cache on a GPU, with few launches beside those of its products.
+
+A step of one token reads every weight once, in some microseconds a layer, and as long again is lost
+where a norm, an activation or a copy is a launch of its own. Here a block is its four products and
+four or five launches of Triton's (fused_kernels.py): norm with what is added before it, rotary
+positions, cache and attention in one, activation. Dense and sparse models take the same way.
+"""
+
+from functools import lru_cache
+from importlib.util import find_spec
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from . import llama
+from .model import GPT, MLP, Attention, Block, Cache
+
+STARTS_EARLY = 9  # compute capability whose kernels may start before the last one has ended
+WIDEST = 16384  # of a norm's row, which a program holds
+HEADS = (16, 32, 64, 128, 256)  # widths of a head
+PROGRAMS = 528  # of attention: four on each of 132 multiprocessors
+POSITIONS = 64  # that one of them looks at together
+FEW_POSITIONS = 192  # that it looks at alone
+MOST_PARTS = 64
+ROWS, ELEMENTS = 16, 512  # of a program of remember_kernel and activate_kernel
+
+KINDS = {
+    Block: (Attention, MLP, nn.LayerNorm),
+    llama.LlamaBlock: (llama.Attention, llama.MLP, nn.RMSNorm),
+}
+
+
+def fits(model: GPT) -> bool:
+    """Whether Fused can take its place, here and now."""
+    weight, c = model.wte.weight, model.config
+    blocks = all(
+        type(block) in KINDS
+        and (type(block.attention), type(block.mlp), type(block.norm1)) == KINDS[type(block)]
+        for block in model.blocks
+    )
+    return (
+        blocks
+        and not model.training
+        and weight.is_cuda
+        and weight.dtype in (torch.bfloat16, torch.float16, torch.float32)
+        and all(t.dtype == weight.dtype for t in model.parameters() if t.is_floating_point())
+        and c.n_embd // c.n_head in HEADS
+        and c.n_embd <= WIDEST
+        and find_spec("triton") is not None
+        and not torch.is_autocast_enabled("cuda")
+    )
+
+
+class Fused:
+    """The pass of a model that fits(). It has the model's weights, not copies.
+
+    `starts_early`: launches may begin before what is ahead of them has ended; by default where the
+    GPU can."""
+
+    def __init__(self, model: GPT, starts_early: bool | None = None) -> None:
+        self.model, self.config = model, model.config
+        weight = model.wte.weight
+        if starts_early is None:
+            starts_early = torch.cuda.get_device_capability(weight.device)[0] >= STARTS_EARLY
+        self._early = {"EARLY": starts_early, **({"launch_pdl": True} if starts_early else {})}
+        along = model.along(torch.arange(self.config.block_size, device=weight.device))
+        self._turns = bool(along)
+        self._angles = along or (weight, weight)  # cos and sin, or anything
+
+    @torch.no_grad()
+    def __call__(self, idx: Tensor, cache: Cache, position: Tensor | None = None) -> Tensor:
+        """Logits [B, 1, V] of the last of the tokens idx int64 [B, T].
+
+        Without a position they are the first ones, at 0 to T - 1; with one, int64 [1], T is 1."""
+        with torch.cuda.device_of(idx):
+            return self._logits(idx, cache, position)
+
+    def _logits(self, idx: Tensor, cache: Cache, position: Tensor | None) -> Tensor:
+        B, T = idx.shape
+        places = torch.arange(T, device=idx.device) if position is None else position
+        x = self.model.embed(idx, places).view(B * T, -1)
+        added = None
+        for block, past in zip(self.model.blocks, cache.layers, strict=True):
+            y = self._add_norm(x, added, block.norm1)
+            qkv = block.attention.qkv(y)
+            y = self._read(qkv, *past, B) if position is None else self._step(qkv, *past, position)
+            y = self._add_norm(x, block.attention.proj(y), block.norm2)
+            added = block.mlp.down(self._activate(block.mlp.up(y)))
+        if T > 1:
+            x, added = (t.view(B, T, -1)[:, -1].contiguous() for t in (x, added))
+        return self.model.lm_head(self._add_norm(x, added, self.model.norm)).view(B, 1, -1)
+
+    def _add_norm(self, x: Tensor, added: Tensor | None, norm: nn.Module) -> Tensor:
+        """norm(x + added), and x += added."""
+        rows, C = x.shape
+        y = torch.empty_like(x)
+        bias, block = getattr(norm, "bias", None), _power_of_two(C)
+        _kernels().add_norm_kernel[(rows,)](
+            *(x, x if added is None else added, norm.weight, x if bias is None else bias, y),
+            *(C, norm.eps),
+            HAS_ADDED=added is not None,
+            HAS_BIAS=bias is not None,
+            HAS_MEAN=isinstance(norm, nn.LayerNorm),
+            BLOCK=block,
+            num_warps=min(16, max(1, block // 256)),
+            **self._early,
+        )
+        return y
+
+    def _activate(self, u: Tensor) -> Tensor:
+        width = self.config.mlp_width
+        is_gated = self._turns
+        y = u.new_empty(len(u), width) if is_gated else u
+        _kernels().activate_kernel[(-(-y.numel() // ELEMENTS),)](
+            *(u, y, width, y.numel()), GATED=is_gated, BLOCK=ELEMENTS, **self._early
+        )
+        return y
+
+    def _heads(self) -> tuple[int, int, int]:
+        """Heads of q, of keys, and their width."""
+        c = self.config
+        return c.n_head, c.kv_heads, c.n_embd // c.n_head
+
+    def _read(self, qkv: Tensor, keys: Tensor, values: Tensor, B: int) -> Tensor:
+        """Attention of positions 0 to T - 1 to each other, which go into the cache: [B T, C]."""
+        (H, G, D), rows = self._heads(), len(qkv)
+        T, first = rows // B, 0 if self._turns else H
+        _kernels().remember_kernel[(-(-rows // ROWS), H + 2 * G - first)](
+            *(qkv, keys, values, *self._angles, rows, T, keys.shape[2], H, G, first),
+            TURNS=self._turns,
+            ROWS=ROWS,
+            D=D,
+            **self._early,
+        )
+        q = qkv.view(B, T, H + 2 * G, D)[:, :, :H].transpose(1, 2)
+        k, v = keys[:, :, :T], values[:, :, :T]
+        y = F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=H > G)
+        return y.transpose(1, 2).reshape(rows, H * D)
+
+    def _step(self, qkv: Tensor, keys: Tensor, values: Tensor, position: Tensor) -> Tensor:
+        """Attention of a new position, which goes into the cache: [B, C]."""
+        (H, G, D), (B, S) = self._heads(), (len(qkv), keys.shape[2])
+        R, parts = H // G, parts_of(B * G, S)
+        y = qkv.new_empty(B, H * D)
+        sums = weights = y
+        if parts > 1:
+            sums = y.new_empty(B * H * parts * D, dtype=torch.float32)
+            weights = y.new_empty(B * H * parts * 2, dtype=torch.float32)
+        _kernels().attend_kernel[(B * G, parts)](
+            *(qkv, keys, values, position, *self._angles, y, sums, weights),
+            *(S, G, parts, D**-0.5 * _kernels().LOG2_E.value),
+            R=R,
+            TURNS=self._turns,
+            IS_WHOLE=parts == 1,
+            BLOCK_R=max(16, _power_of_two(R)),
+            BLOCK_S=POSITIONS,
+            D=D,
+            **self._early,
+        )
+        if parts > 1:
+            _kernels().combine_kernel[(B * H,)](
+                *(sums, weights, y, parts), R=R, PARTS=_power_of_two(parts), D=D, **self._early
+            )
+        return y
+
+
+def parts_of(groups: int, length: int) -> int:
+    """Into how many parts the positions of each of so many heads of keys are cut."""
+    if length <= FEW_POSITIONS:
+        return 1
+    return max(1, min(MOST_PARTS, -(-PROGRAMS // groups), -(-length // POSITIONS)))
+
+
+def _power_of_two(n: int) -> int:
+    return 1 << (n - 1).bit_length()
+
+
+@lru_cache(maxsize=1)
+def _kernels():
+    from . import fused_kernels  # imports triton, which is optional
+
+    return fused_kernels
