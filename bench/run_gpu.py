@@ -6,7 +6,7 @@ python bench/run_gpu.py two-way     results/<GPU>-two-way-<dtype>-<date>.*: 2:4 
 python bench/run_gpu.py eight-bits  results/<GPU>-eight-bits-bfloat16-<date>.*: decode in 8 bits
 python bench/run_gpu.py crossover   sparsekern/kernels/crossover.json
 python bench/run_gpu.py layouts     results/<GPU>-layouts-*, sparsekern/kernels/packed_times.json
-python bench/run_gpu.py generate    whole models: bench_generate.py, which has its flags
+python bench/run_gpu.py generate    results/<GPU>-generate-<preset>-<date>.*: generate_gpu.py
 python bench/run_gpu.py train            results/<GPU>-train-bfloat16-<date>.*: whole steps of GPTs
 python bench/run_gpu.py train-products   their three products alone, and what is written out
 python bench/run_gpu.py train-memory     memory of a step; --largest: the most sequences that fit
@@ -31,6 +31,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import eight_bits
+import generate_gpu
 import models_gpu
 import pages
 import scale
@@ -342,9 +343,7 @@ def parse_part(text: str) -> Part:
 
 def main(arguments: list[str]) -> int:
     if arguments[:1] == ["generate"]:
-        import bench_generate  # it needs pytest
-
-        bench_generate.main(arguments[1:])
+        generate_gpu.main(arguments[1:])
         return 0
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     verbs = parser.add_subparsers(dest="verb", required=True)

@@ -34,17 +34,17 @@ KINDS = {
 def fits(model: GPT) -> bool:
     """Whether Fused can take its place, here and now."""
     weight, c = model.wte.weight, model.config
-    blocks = all(
+    known = all(
         type(block) in KINDS
         and (type(block.attention), type(block.mlp), type(block.norm1)) == KINDS[type(block)]
+        and block.norm1.weight.dtype == block.norm2.weight.dtype == weight.dtype
         for block in model.blocks
     )
     return (
-        blocks
+        known
         and not model.training
         and weight.is_cuda
         and weight.dtype in (torch.bfloat16, torch.float16, torch.float32)
-        and all(t.dtype == weight.dtype for t in model.parameters() if t.is_floating_point())
         and c.n_embd // c.n_head in HEADS
         and c.n_embd <= WIDEST
         and find_spec("triton") is not None
@@ -63,7 +63,7 @@ class Fused:
         weight = model.wte.weight
         if starts_early is None:
             starts_early = torch.cuda.get_device_capability(weight.device)[0] >= STARTS_EARLY
-        self._early = {"EARLY": starts_early, **({"launch_pdl": True} if starts_early else {})}
+        self._early = {"EARLY": 2, "launch_pdl": True} if starts_early else {"EARLY": 0}
         along = model.along(torch.arange(self.config.block_size, device=weight.device))
         self._turns = bool(along)
         self._angles = along or (weight, weight)  # cos and sin, or anything

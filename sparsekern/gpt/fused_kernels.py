@@ -15,9 +15,12 @@ LOG2_E = tl.constexpr(1.4426950408889634)
 @triton.jit
 def _begin(EARLY: tl.constexpr):
     """Let the next kernel start, and wait for the last one."""
-    if EARLY:
+    if EARLY == 2:
         gdc_launch_dependents()
+    if EARLY:
         gdc_wait()
+    if EARLY == 1:
+        gdc_launch_dependents()
 
 
 @triton.jit
@@ -83,7 +86,7 @@ def activate_kernel(
 
 @triton.jit
 def _turned(values, others, columns, cos, sin, row, D: tl.constexpr):
-    """Values whose partners are `others`, each pair (i, i + D / 2) turned by the angles of `row`."""
+    """Values with their partners `others`: pairs (i, i + D / 2) turned by the angles of `row`."""
     place = row * (D // 2) + columns % (D // 2)
     c, s = tl.load(cos + place).to(tl.float32), tl.load(sin + place).to(tl.float32)
     s = tl.where(columns < D // 2, -s, s)
