@@ -80,12 +80,13 @@ def _generation(case: dict) -> dict:
     return {
         "sparsity": case["sparsity"],
         "batch": case["batch"],
+        "context": case.get("context"),
         "speedup": case["speedup"],
         "block_bytes_ratio": sparse["bytes"] / dense["bytes"],
         **{
             side: {
                 "tokens_per_s": case["batch"] * case["tokens"] / way["median_s"],
-                "first_token_s": way["first_token_s"],
+                "first_token_s": way.get("first_token_s"),
             }
             for side, way in sides.items()
         },

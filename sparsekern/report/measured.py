@@ -39,6 +39,7 @@ class Generation:
     tokens_per_s: tuple[float, float]  # dense, sparse
     first_token_s: tuple[float, float] | None
     memory_ratio: float | None  # of the blocks' weights
+    context: int | None = None  # tokens of a prompt
 
     @property
     def speedup(self) -> float:
@@ -50,7 +51,8 @@ class Generation:
 
     @property
     def name(self) -> str:
-        return f"{self.model}, {self.where}, {self.sparsity:.0%}, batch {self.batch}"
+        prompt = f", prompt {self.context}" if self.context else ""
+        return f"{self.model}, {self.where}, {self.sparsity:.0%}, batch {self.batch}{prompt}"
 
 
 def generations(result: Result) -> list[Generation]:
@@ -62,8 +64,9 @@ def generations(result: Result) -> list[Generation]:
                 run["sparsity"],
                 run["batch"],
                 (run["dense"]["tokens_per_s"], run["sparse"]["tokens_per_s"]),
-                (run["dense"]["first_token_s"], run["sparse"]["first_token_s"]),
+                _first_tokens(run),
                 run["block_bytes_ratio"],
+                run["context"],
             )
             for run in result.data["runs"]
         ]
@@ -79,6 +82,12 @@ def generations(result: Result) -> list[Generation]:
         )
         for r in select(result.records, op="generate")
     ]
+
+
+def _first_tokens(run: dict) -> tuple[float, float] | None:
+    """Seconds, dense and sparse, where the prompt was read."""
+    dense_s, sparse_s = (run[side]["first_token_s"] for side in ("dense", "sparse"))
+    return dense_s and (dense_s, sparse_s)
 
 
 def trained(result: Result, kind: str = "pretrain") -> dict[float, dict[int, dict]]:

@@ -13,13 +13,11 @@ import torch.nn.functional as F
 
 from sparsekern import SparseTensor
 from sparsekern.bench import crossover, layouts_gpu, measure_gpu, peers_gpu, rates, records
-from sparsekern.gpt.llama import LlamaConfig
 from sparsekern.kernels import crossover as shipped
 from sparsekern.kernels import derived
 from sparsekern.kernels.cuda import cover
 from sparsekern.kernels.cuda.gather import GatherLayout
 from sparsekern.kernels.cuda.layout import pack_of
-from sparsekern.report.load import read
 
 BENCH = Path(__file__).parents[2] / "bench"
 
@@ -523,28 +521,3 @@ def test_every_layout_is_measured():
     assert [way.name for way in layouts_gpu.ways()] == ["gather", "cover", "pairs"]
     W = SparseTensor.from_dense(torch.ones(4, 8).bfloat16())
     assert layouts_gpu.ways()[-1].lay_out(W).name == "pairs"
-
-
-def test_generation_is_measured_for_each_form_batch_and_prompt(bench, monkeypatch, tmp_path):
-    generate = bench("bench_generate")
-    monkeypatch.setitem(generate.PRESETS, "llama-like", LlamaConfig(2, 2, 32, 8, 64, n_kv_head=1))
-    flags = {"sparsities": [0.75], "batches": [1, 2], "prompts": [3, 5], "tokens": 4, "rounds": 2}
-    options = argparse.Namespace(**flags, layers=1, quick=True, compiled=False)
-    monkeypatch.setattr(generate, "MOST_TOKENS", 6)
-    found = list(generate.cases("llama-like", options, device="cpu"))
-    assert [(c["model"], c["batch"], c["context"]) for c in found] == [
-        (f"llama-like{form}", batch, context)
-        for batch, contexts in ((1, (3, 5)), (2, (3,)))
-        for form in ("", ", with dense copies")
-        for context in contexts
-    ]
-    rows = rows_of(generate.summary(found))
-    assert [row[:5] for row in rows[1:3]] == [
-        ["llama-like", "1", "75%", "1", "3"],
-        ["llama-like", "1", "75%", "1", "5"],
-    ]
-    path = tmp_path / "generate.csv"
-    machine = {"gpu": "G", "torch": "2"}
-    about = {"benchmark": "generate", "date": "d", "commit": {"id": "c"}, "machine": machine}
-    records.write(path, about, records.flat(found))
-    assert len(read(path).data["runs"]) == 6

@@ -7,6 +7,7 @@ import pytest
 import torch
 from conftest import products
 from infinities import check_stored, tokens_with_infinities, weight_with_infinities
+from interpreted import patched_once  # noqa: F401  (a fixture)
 
 from sparsekern import SparseTensor
 from sparsekern.kernels.cuda import cover, expand
@@ -43,25 +44,6 @@ def in_turns(types, most_tokens=MOST_TOKENS):
         for i, case in enumerate(CASES)
         if case.M <= most_tokens
     ]
-
-
-@pytest.fixture(autouse=True, scope="session")
-def patched_once():
-    """Whenever a kernel calls a function the interpreter patches triton.language anew, and searches
-    all of it to find that nothing is left to patch."""
-    from triton.runtime import interpreter
-
-    is_builtin, patch, first = interpreter.tl.core.is_builtin, interpreter._patch_builtin, {}
-
-    def patch_what_is_left(package, *others):
-        if package not in first or is_builtin(getattr(package, first[package])):
-            names = (name for name, member in vars(package).items() if is_builtin(member))
-            first[package] = next(names)
-            patch(package, *others)
-
-    with pytest.MonkeyPatch.context() as monkeypatch:
-        monkeypatch.setattr(interpreter, "_patch_builtin", patch_what_is_left)
-        yield
 
 
 def error_of(got, op, t):

@@ -1,0 +1,129 @@
+"""The pass of few launches: interpreted on a CPU, compiled for a GPU, and on one."""
+
+import os
+import subprocess
+import sys
+from dataclasses import replace
+from importlib.util import find_spec
+from pathlib import Path
+
+import pytest
+import torch
+
+from sparsekern.gpt import fused
+from sparsekern.gpt.generate import Decoder, pass_of
+from sparsekern.gpt.llama import LlamaConfig, make
+from sparsekern.gpt.model import Cache, GPTConfig
+from sparsekern.gpt.presets import random_gpt
+
+installed = pytest.mark.skipif(find_spec("triton") is None, reason="Triton is not installed")
+CONFIGS = {
+    "GPT": GPTConfig(2, 4, 256, 512, 256),
+    "LLaMA": LlamaConfig(2, 8, 512, 512, 256, n_inner=648, n_kv_head=2),
+}
+
+
+@installed
+@pytest.mark.slow
+def test_interpreted():
+    file = Path(__file__).with_name("fused_interpreted.py")
+    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", str(file)]
+    subprocess.run(command, env={**os.environ, "TRITON_INTERPRET": "1"}, check=True)
+
+
+NUMBERS = {"rows", "T", "S", "H", "G", "first", "parts", "C", "width", "size"}
+KINDS = {"position": "*i64", "sums": "*fp32", "weights": "*fp32", "eps": "fp32", "scale": "fp32"}
+KERNELS = {
+    "add_norm": {"HAS_ADDED": True, "HAS_BIAS": True, "HAS_MEAN": True, "BLOCK": 4096},
+    "activate": {"GATED": True, "BLOCK": fused.ELEMENTS},
+    "remember": {"TURNS": True, "ROWS": fused.ROWS, "D": 128},
+    "attend": {
+        **{"R": 8, "TURNS": True, "IS_WHOLE": False},
+        **{"BLOCK_R": 16, "BLOCK_S": fused.POSITIONS, "D": 128},
+    },
+    "combine": {"R": 8, "PARTS": fused.MOST_PARTS, "D": 128},
+}
+
+
+@installed
+@pytest.mark.parametrize("name", KERNELS)
+def test_compiles(name):
+    """Ahead of time, for Hopper: it waits for the kernel before, and lets the next one start."""
+    from triton import compile
+    from triton.backends.compiler import GPUTarget
+    from triton.compiler import ASTSource
+
+    kernel = getattr(fused._kernels(), f"{name}_kernel")
+    constants = KERNELS[name] | {"EARLY": 2}
+    types = {
+        n: "constexpr" if n in constants else "i32" if n in NUMBERS else KINDS.get(n, "*bf16")
+        for n in kernel.arg_names
+    }
+    aligned = {(i,): [["tt.divisibility", 16]] for i, t in enumerate(types.values()) if t[0] == "*"}
+    source = ASTSource(fn=kernel, signature=types, constexprs=constants, attrs=aligned)
+    compiled = compile(source, target=GPUTarget("cuda", 90, 32), options={"launch_pdl": True})
+    assert compiled.metadata.shared <= 100 * 1024
+    assert compiled.asm["ptx"].count("griddepcontrol") == 2
+
+
+@pytest.mark.parametrize("groups, length, parts", [(1, 192, 1), (8, 2112, 33), (512, 2112, 2)])
+def test_parts_fill_the_gpu(groups, length, parts):
+    assert fused.parts_of(groups, length) == parts
+
+
+def test_what_does_not_fit_takes_its_own_way():
+    model = make(CONFIGS["GPT"]).eval()
+    assert not fused.fits(model)  # on a CPU
+    idx, cache = torch.zeros(1, 3, dtype=torch.int64), Cache(model, 1, 64)
+    with torch.no_grad():
+        got = pass_of(model)(idx, cache, None)
+        torch.testing.assert_close(got, model(idx)[0][:, -1:])
+
+
+# On a GPU
+
+
+def on_gpu(test):
+    skip = pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")
+    return pytest.mark.gpu(skip(test))
+
+
+@on_gpu
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32], ids=str)
+@pytest.mark.parametrize("batch, length", [(1, 5), (3, 100), (16, 300)])
+@pytest.mark.parametrize("name", CONFIGS)
+def test_logits_on_a_gpu(name, batch, length, dtype):
+    """Errors are those of the model's own pass, or less."""
+    model = random_gpt(CONFIGS[name], 0.0, "cuda", dtype)
+    assert fused.fits(model)
+    idx = torch.randint(256, (batch, length + 3), device="cuda")
+    exact, errors = make(CONFIGS[name]).cuda().double(), []
+    exact.load_state_dict(model.state_dict())
+    with torch.no_grad():
+        want = exact.eval()(idx)[0][:, length - 1 :]
+    for fuses in (True, False):
+        run, cache = pass_of(model, fuses), Cache(model, batch, 512)
+        with torch.no_grad():
+            got = [run(idx[:, :length], cache, None)]
+            for place in range(length, length + 3):
+                at = torch.tensor([place], device="cuda")
+                got.append(run(idx[:, place : place + 1], cache, at))
+        errors.append(((torch.cat(got, 1) - want).norm() / want.norm()).item())
+    assert errors[0] <= 1.5 * errors[1] + 1e-6
+
+
+@on_gpu
+def test_every_replay_gives_the_same():
+    """Kernels that start early read nothing before it is there."""
+    config = replace(CONFIGS["LLaMA"], n_layer=8)
+    model = random_gpt(config, 0.75, "cuda", torch.bfloat16)
+    prompt = torch.randint(256, (2, 300), device="cuda")
+    runs = []
+    for _ in range(2):
+        decoder = Decoder(model, prompt, 40, temperature=0, captures_prompt=True)
+        for _ in range(5):
+            decoder.start()
+            for _ in range(39):
+                decoder.step()
+            runs.append(decoder.tokens.clone())
+    assert all(torch.equal(run, runs[0]) for run in runs)
