@@ -48,7 +48,7 @@ class KNLinear(nn.Module):
     def __init__(self, linear: nn.Linear):
         super().__init__()
         self.weight = nn.Parameter(linear.weight.detach().t().contiguous(), requires_grad=False)
-        self.bias = linear.bias
+        self.in_features, self.bias = linear.in_features, linear.bias
 
     def forward(self, x: Tensor) -> Tensor:
         rows = x.reshape(-1, x.shape[-1])
@@ -62,15 +62,18 @@ class E4m3Linear(nn.Module):
     def __init__(self, linear: nn.Linear, largest: float):
         super().__init__()
         w8, exponent = e4m3.quantise_weight(linear.weight.detach())
-        self.exponent = e4m3.exponent_of(largest, e4m3.HEADROOM)
+        self.x_exponent = e4m3.exponent_of(largest, e4m3.HEADROOM)
         self.weight, self.bias = nn.Parameter(w8, requires_grad=False), linear.bias
-        for name, power in (("x_scale", self.exponent), ("w_scale", exponent)):
+        self.in_features = linear.in_features
+        for name, power in (("x_scale", self.x_exponent), ("w_scale", exponent)):
             self.register_buffer(name, torch.tensor(2.0**-power, device=w8.device))
 
     def forward(self, x: Tensor) -> Tensor:
-        x8, _ = e4m3.quantise(x, self.exponent)
+        return self.multiply_e4m3(e4m3.quantise(x, self.x_exponent)[0])[: len(x)]
+
+    def multiply_e4m3(self, x8: Tensor) -> Tensor:
         how = {"out_dtype": torch.bfloat16, "use_fast_accum": True, "bias": self.bias}
-        return torch._scaled_mm(x8, self.weight.t(), self.x_scale, self.w_scale, **how)[: len(x)]
+        return torch._scaled_mm(x8, self.weight.t(), self.x_scale, self.w_scale, **how)
 
 
 class Arms:

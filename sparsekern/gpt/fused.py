@@ -13,6 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from ..kernels.cuda import e4m3
 from . import llama
 from .model import GPT, MLP, Attention, Block, Cache
 
@@ -82,23 +83,22 @@ class Fused:
         x = self.model.embed(idx, places).view(B * T, -1)
         added = None
         for block, past in zip(self.model.blocks, cache.layers, strict=True):
-            y = self._add_norm(x, added, block.norm1)
-            qkv = block.attention.qkv(y)
+            attention, mlp = block.attention, block.mlp
+            qkv = self._norm(x, added, block.norm1, attention.qkv)
             y = self._read(qkv, *past, B) if position is None else self._step(qkv, *past, position)
-            y = self._add_norm(x, block.attention.proj(y), block.norm2)
-            added = block.mlp.down(self._activate(block.mlp.up(y)))
+            added = self._activate(self._norm(x, attention.proj(y), block.norm2, mlp.up), mlp.down)
         if T > 1:
             x, added = (t.view(B, T, -1)[:, -1].contiguous() for t in (x, added))
-        return self.model.lm_head(self._add_norm(x, added, self.model.norm)).view(B, 1, -1)
+        return self._norm(x, added, self.model.norm, self.model.lm_head).view(B, 1, -1)
 
-    def _add_norm(self, x: Tensor, added: Tensor | None, norm: nn.Module) -> Tensor:
-        """norm(x + added), and x += added."""
-        rows, C = x.shape
-        y = torch.empty_like(x)
+    def _norm(self, x: Tensor, added: Tensor | None, norm: nn.Module, linear: nn.Module) -> Tensor:
+        """linear(norm(x + added)), and x += added."""
+        (rows, C), (y, rounding) = x.shape, _input_of(linear, x)
         bias, block = getattr(norm, "bias", None), _power_of_two(C)
         _kernels().add_norm_kernel[(rows,)](
             *(x, x if added is None else added, norm.weight, x if bias is None else bias, y),
             *(C, norm.eps),
+            **rounding,
             HAS_ADDED=added is not None,
             HAS_BIAS=bias is not None,
             HAS_MEAN=isinstance(norm, nn.LayerNorm),
@@ -106,16 +106,19 @@ class Fused:
             num_warps=min(16, max(1, block // 256)),
             **self._early,
         )
-        return y
+        return _product(linear, y)
 
-    def _activate(self, u: Tensor) -> Tensor:
-        width = self.config.mlp_width
-        is_gated = self._turns
-        y = u.new_empty(len(u), width) if is_gated else u
+    def _activate(self, u: Tensor, linear: nn.Module) -> Tensor:
+        """linear(activation(u))."""
+        y, rounding = _input_of(linear, u)
         _kernels().activate_kernel[(-(-y.numel() // ELEMENTS),)](
-            *(u, y, width, y.numel()), GATED=is_gated, BLOCK=ELEMENTS, **self._early
+            *(u, y, y.shape[1], y.numel()),
+            **rounding,
+            GATED=self._turns,
+            BLOCK=ELEMENTS,
+            **self._early,
         )
-        return y
+        return _product(linear, y)
 
     def _heads(self) -> tuple[int, int, int]:
         """Heads of q, of keys, and their width."""
@@ -163,6 +166,18 @@ class Fused:
                 *(sums, weights, y, parts), R=R, PARTS=_power_of_two(parts), D=D, **self._early
             )
         return y
+
+
+def _input_of(linear: nn.Module, like: Tensor) -> tuple[Tensor, dict]:
+    """Memory [rows, in_features] for what it multiplies, and how that is rounded."""
+    exponent = getattr(linear, "x_exponent", None)
+    dtype = like.dtype if exponent is None else e4m3.DTYPE
+    y = like.new_empty(len(like), linear.in_features, dtype=dtype)
+    return y, {"factor": 2.0 ** (exponent or 0), "IN_E4M3": exponent is not None}
+
+
+def _product(linear: nn.Module, x: Tensor) -> Tensor:
+    return linear.multiply_e4m3(x) if x.dtype is e4m3.DTYPE else linear(x)
 
 
 def parts_of(groups: int, length: int) -> int:

@@ -9,6 +9,7 @@ import triton
 import triton.language as tl
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
+MOST_E4M3 = tl.constexpr(464.0)  # which rounds to 448
 LOG2_E = tl.constexpr(1.4426950408889634)
 
 
@@ -24,6 +25,15 @@ def _begin(EARLY: tl.constexpr):
 
 
 @triton.jit
+def _rounded(values, factor, dtype, IN_E4M3: tl.constexpr):
+    """In E4M3 times a factor; what is then beyond its largest number becomes NaN."""
+    if IN_E4M3:
+        values *= factor
+        values = tl.where(tl.abs(values) <= MOST_E4M3, values, float("nan"))
+    return values.to(dtype)
+
+
+@triton.jit
 def add_norm_kernel(
     x,  # [rows, C], the residual stream; with HAS_ADDED x + added is written to it
     added,
@@ -32,9 +42,11 @@ def add_norm_kernel(
     y,  # [rows, C]
     C,
     eps,
+    factor,
     HAS_ADDED: tl.constexpr,
     HAS_BIAS: tl.constexpr,
     HAS_MEAN: tl.constexpr,  # LayerNorm, or else RMSNorm
+    IN_E4M3: tl.constexpr,
     EARLY: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
@@ -57,7 +69,7 @@ def add_norm_kernel(
     values *= tl.rsqrt(tl.sum(values * values, 0) / C + eps) * scale
     if HAS_BIAS:
         values += shift
-    tl.store(y + at, values.to(y.dtype.element_ty), mask=mask)
+    tl.store(y + at, _rounded(values, factor, y.dtype.element_ty, IN_E4M3), mask=mask)
 
 
 @triton.jit(do_not_specialize=["size"])
@@ -66,7 +78,9 @@ def activate_kernel(
     y,  # [rows, width]
     width,
     size,  # rows * width
+    factor,
     GATED: tl.constexpr,
+    IN_E4M3: tl.constexpr,
     EARLY: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
@@ -81,7 +95,7 @@ def activate_kernel(
     else:
         values = tl.load(u + at, mask=mask, other=0.0).to(tl.float32)
         values = 0.5 * values * (1 + tl.erf(values * 0.7071067811865476))
-    tl.store(y + at, values.to(y.dtype.element_ty), mask=mask)
+    tl.store(y + at, _rounded(values, factor, y.dtype.element_ty, IN_E4M3), mask=mask)
 
 
 @triton.jit

@@ -33,9 +33,13 @@ def test_interpreted():
 
 NUMBERS = {"rows", "T", "S", "H", "G", "first", "parts", "C", "width", "size"}
 KINDS = {"position": "*i64", "sums": "*fp32", "weights": "*fp32", "eps": "fp32", "scale": "fp32"}
+KINDS["factor"] = "fp32"
 KERNELS = {
-    "add_norm": {"HAS_ADDED": True, "HAS_BIAS": True, "HAS_MEAN": True, "BLOCK": 4096},
-    "activate": {"GATED": True, "BLOCK": fused.ELEMENTS},
+    "add_norm": {
+        **{"HAS_ADDED": True, "HAS_BIAS": True, "HAS_MEAN": True},
+        **{"IN_E4M3": False, "BLOCK": 4096},
+    },
+    "activate": {"GATED": True, "IN_E4M3": True, "BLOCK": fused.ELEMENTS},
     "remember": {"TURNS": True, "ROWS": fused.ROWS, "D": 128},
     "attend": {
         **{"R": 8, "TURNS": True, "IS_WHOLE": False},
@@ -55,8 +59,9 @@ def test_compiles(name):
 
     kernel = getattr(fused._kernels(), f"{name}_kernel")
     constants = KERNELS[name] | {"EARLY": 2}
+    kinds = KINDS | ({"y": "*fp8e4nv"} if constants.get("IN_E4M3") else {})
     types = {
-        n: "constexpr" if n in constants else "i32" if n in NUMBERS else KINDS.get(n, "*bf16")
+        n: "constexpr" if n in constants else "i32" if n in NUMBERS else kinds.get(n, "*bf16")
         for n in kernel.arg_names
     }
     aligned = {(i,): [["tt.divisibility", 16]] for i, t in enumerate(types.values()) if t[0] == "*"}
