@@ -21,7 +21,8 @@ STARTS_EARLY = 9  # compute capability whose kernels may start before the last o
 WIDEST = 16384  # of a norm's row, which a program holds
 HEADS = (16, 32, 64, 128, 256)  # widths of a head
 PROGRAMS = 528  # of attention: four on each of 132 multiprocessors
-POSITIONS = 64  # that one of them looks at together
+POSITIONS = 64  # that one of them looks at, or more
+TILE = 32  # of these, together
 FEW_POSITIONS = 192  # that it looks at alone
 MOST_PARTS = 64
 ROWS, ELEMENTS = 16, 512  # of a program of remember_kernel and activate_kernel
@@ -64,7 +65,7 @@ class Fused:
         weight = model.wte.weight
         if starts_early is None:
             starts_early = torch.cuda.get_device_capability(weight.device)[0] >= STARTS_EARLY
-        self._early = {"EARLY": 2, "launch_pdl": True} if starts_early else {"EARLY": 0}
+        self._early = {"EARLY": starts_early} | ({"launch_pdl": True} if starts_early else {})
         along = model.along(torch.arange(self.config.block_size, device=weight.device))
         self._turns = bool(along)
         self._angles = along or (weight, weight)  # cos and sin, or anything
@@ -157,7 +158,7 @@ class Fused:
             TURNS=self._turns,
             IS_WHOLE=parts == 1,
             BLOCK_R=max(16, _power_of_two(R)),
-            BLOCK_S=POSITIONS,
+            BLOCK_S=TILE,
             D=D,
             **self._early,
         )

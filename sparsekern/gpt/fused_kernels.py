@@ -2,7 +2,9 @@
 when it first launches one.
 
 Sums are float32, results rounded once. A launch may begin before the kernel ahead of it has ended
-(EARLY, as the products of packed weights do): then weights of norms alone are read before it waits.
+(EARLY, as those of packed weights' products do), and that one before its own: until it waits, it
+reads only what no kernel of this pass writes: weights, the position, and the cache of positions
+before. Those are there: a pass begins with torch's embedding, which waits for all that was before.
 """
 
 import triton
@@ -14,14 +16,15 @@ LOG2_E = tl.constexpr(1.4426950408889634)
 
 
 @triton.jit
-def _begin(EARLY: tl.constexpr):
-    """Let the next kernel start, and wait for the last one."""
-    if EARLY == 2:
+def _let_next_start(EARLY: tl.constexpr):
+    if EARLY:
         gdc_launch_dependents()
+
+
+@triton.jit
+def _wait_for_last(EARLY: tl.constexpr):
     if EARLY:
         gdc_wait()
-    if EARLY == 1:
-        gdc_launch_dependents()
 
 
 @triton.jit
@@ -51,13 +54,14 @@ def add_norm_kernel(
     BLOCK: tl.constexpr,
 ):
     """y = norm(x + added). A program is a row."""
+    _let_next_start(EARLY)
     columns = tl.arange(0, BLOCK)
     mask = columns < C
     at = tl.program_id(0).to(tl.int64) * C + columns
     scale = tl.load(weight + columns, mask=mask, other=0.0).to(tl.float32)
     if HAS_BIAS:
         shift = tl.load(bias + columns, mask=mask, other=0.0).to(tl.float32)
-    _begin(EARLY)
+    _wait_for_last(EARLY)
     row = tl.load(x + at, mask=mask, other=0.0)
     if HAS_ADDED:
         more = tl.load(added + at, mask=mask, other=0.0)
@@ -72,7 +76,7 @@ def add_norm_kernel(
     tl.store(y + at, _rounded(values, factor, y.dtype.element_ty, IN_E4M3), mask=mask)
 
 
-@triton.jit(do_not_specialize=["size"])
+@triton.jit
 def activate_kernel(
     u,  # [rows, width], with GATED [rows, 2 width]: gates, then what they multiply
     y,  # [rows, width]
@@ -85,9 +89,10 @@ def activate_kernel(
     BLOCK: tl.constexpr,
 ):
     """y = silu(gate) * up, or gelu(u)."""
+    _let_next_start(EARLY)
     at = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     mask = at < size
-    _begin(EARLY)
+    _wait_for_last(EARLY)
     if GATED:
         place = u + at + at // width * width
         gate = tl.load(place, mask=mask, other=0.0).to(tl.float32)
@@ -126,13 +131,14 @@ def remember_kernel(
     D: tl.constexpr,
 ):
     """Keys and values of positions 0 to T - 1 into the cache. A program has some rows of a head."""
+    _let_next_start(EARLY)
     here = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
     head = tl.program_id(1) + first
     columns = tl.arange(0, D)[None, :]
     mask = (here < rows)[:, None]
     heads = H + 2 * G
     start = (here.to(tl.int64) * heads + head)[:, None] * D
-    _begin(EARLY)
+    _wait_for_last(EARLY)
     found = tl.load(qkv + start + columns, mask=mask, other=0.0)
     place = here % T
     cached = ((here // T).to(tl.int64) * G * S + place)[:, None] * D + columns
@@ -174,6 +180,7 @@ def attend_kernel(
 ):
     """Attention of one new position of each text, whose key and value go into the cache. A program
     has a head of keys and a part of the positions; the last part has the new one."""
+    _let_next_start(EARLY)
     group, part = tl.program_id(0), tl.program_id(1)
     head, text = group % G, group // G
     rows, columns = tl.arange(0, BLOCK_R)[:, None], tl.arange(0, D)[None, :]
@@ -181,8 +188,15 @@ def attend_kernel(
     at_q = start + (head * R + rows) * D
     at_k = start + (R * G + head) * D
     cached = group.to(tl.int64) * S * D
-    _begin(EARLY)
     new = tl.load(position).to(tl.int32)
+    each = tl.cdiv(tl.cdiv(new, parts), BLOCK_S) * BLOCK_S
+    begin = each * part
+    end = tl.minimum(begin + each, new)
+    places = begin + tl.arange(0, BLOCK_S)
+    at = cached + places[:, None] * D + columns
+    k = tl.load(keys + at, mask=(places < end)[:, None], other=0.0)
+    v = tl.load(values + at, mask=(places < end)[:, None], other=0.0)
+    _wait_for_last(EARLY)
     q = tl.load(at_q + columns, mask=rows < R, other=0.0)
     if TURNS:
         others = tl.load(at_q + (columns + D // 2) % D, mask=rows < R, other=0.0)
@@ -191,38 +205,36 @@ def attend_kernel(
     largest = tl.full((BLOCK_R,), -float("inf"), tl.float32)
     total = tl.zeros((BLOCK_R,), tl.float32)
     sum_of = tl.zeros((BLOCK_R, D), tl.float32)
-    each = tl.cdiv(tl.cdiv(new, parts), BLOCK_S) * BLOCK_S
-    end = tl.minimum(each * part + each, new)
-    for first in range(each * part, end, BLOCK_S):
-        places = first + tl.arange(0, BLOCK_S)
-        mask = (places < end)[:, None]
+    for first in range(begin, end, BLOCK_S):
+        here = first + tl.arange(0, BLOCK_S) < end
+        places += BLOCK_S
         at = cached + places[:, None] * D + columns
-        k = tl.load(keys + at, mask=mask, other=0.0)
-        v = tl.load(values + at, mask=mask, other=0.0)
+        next_k = tl.load(keys + at, mask=(places < end)[:, None], other=0.0)
+        next_v = tl.load(values + at, mask=(places < end)[:, None], other=0.0)
         scores = tl.dot(q, tl.trans(k), input_precision="ieee") * scale
-        scores = tl.where((places < end)[None, :], scores, -float("inf"))
+        scores = tl.where(here[None, :], scores, -float("inf"))
         larger = tl.maximum(largest, tl.max(scores, 1))
         shares = tl.exp2(scores - larger[:, None])
         kept = tl.exp2(largest - larger)
         total = total * kept + tl.sum(shares, 1)
         sum_of = sum_of * kept[:, None]
         sum_of += tl.dot(shares.to(v.dtype), v, input_precision="ieee")
-        largest = larger
+        largest, k, v = larger, next_k, next_v
     if part == parts - 1:
-        k = tl.load(at_k + columns)
-        v = tl.load(at_k + G * D + columns)
+        new_k = tl.load(at_k + columns)
+        new_v = tl.load(at_k + G * D + columns)
         if TURNS:
             partners = tl.load(at_k + (columns + D // 2) % D)
-            k = _turned(k, partners, columns, cos, sin, new, D).to(k.dtype)
-        at = cached + new.to(tl.int64) * D + columns
-        tl.store(keys + at, k)
-        tl.store(values + at, v)
-        score = tl.sum(q.to(tl.float32) * k.to(tl.float32), 1) * scale
-        larger = tl.maximum(largest, score)
-        share, kept = tl.exp2(score - larger), tl.exp2(largest - larger)
-        total = total * kept + share
-        sum_of = sum_of * kept[:, None] + share[:, None] * v.to(tl.float32)
-        largest = larger
+            new_k = _turned(new_k, partners, columns, cos, sin, new, D).to(new_k.dtype)
+        to_cache = cached + new.to(tl.int64) * D + columns
+        tl.store(keys + to_cache, new_k)
+        tl.store(values + to_cache, new_v)
+        score = tl.sum(q.to(tl.float32) * new_k.to(tl.float32), 1) * scale
+        most = tl.maximum(largest, score)
+        share, less = tl.exp2(score - most), tl.exp2(largest - most)
+        total = total * less + share
+        sum_of = sum_of * less[:, None] + share[:, None] * new_v.to(tl.float32)
+        largest = most
     if IS_WHOLE:
         result = (sum_of / total[:, None]).to(y.dtype.element_ty)
         to = y + ((text * G + head) * R + rows).to(tl.int64) * D + columns
@@ -247,12 +259,13 @@ def combine_kernel(
     D: tl.constexpr,
 ):
     """y of the sums of all parts. A program is a head."""
+    _let_next_start(EARLY)
     head = tl.program_id(0)
     each = tl.arange(0, PARTS)
     mask = each < parts
     place = ((head // R) * parts + each).to(tl.int64) * R + head % R
     columns = tl.arange(0, D)[None, :]
-    _begin(EARLY)
+    _wait_for_last(EARLY)
     largest = tl.load(weights + 2 * place, mask=mask, other=-float("inf"))
     total = tl.load(weights + 2 * place + 1, mask=mask, other=0.0)
     found = tl.load(sums + place[:, None] * D + columns, mask=mask[:, None], other=0.0)

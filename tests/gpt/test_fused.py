@@ -43,7 +43,7 @@ KERNELS = {
     "remember": {"TURNS": True, "ROWS": fused.ROWS, "D": 128},
     "attend": {
         **{"R": 8, "TURNS": True, "IS_WHOLE": False},
-        **{"BLOCK_R": 16, "BLOCK_S": fused.POSITIONS, "D": 128},
+        **{"BLOCK_R": 16, "BLOCK_S": fused.TILE, "D": 128},
     },
     "combine": {"R": 8, "PARTS": fused.MOST_PARTS, "D": 128},
 }
@@ -58,7 +58,7 @@ def test_compiles(name):
     from triton.compiler import ASTSource
 
     kernel = getattr(fused._kernels(), f"{name}_kernel")
-    constants = KERNELS[name] | {"EARLY": 2}
+    constants = KERNELS[name] | {"EARLY": True}
     kinds = KINDS | ({"y": "*fp8e4nv"} if constants.get("IN_E4M3") else {})
     types = {
         n: "constexpr" if n in constants else "i32" if n in NUMBERS else kinds.get(n, "*bf16")
