@@ -6,8 +6,9 @@ python bench/run_gpu.py generate [--preset gpt3-6.7b] [--batches 1 16 64] [--pro
 
 writes results/<GPU>-generate-<preset>-<date>.csv, rewritten after each case, and prints a page.
 First token and steps are replays of CUDA graphs, all arms in turn. Prompts of more than MOST_READ
-tokens together are not read: there steps alone are timed. --eager: arms that take the model's own
-forward, too; --compiled: the dense blocks by torch.compile, with the first prompt of a batch.
+tokens together are not read: there steps alone are timed. --limit-s: no case is begun after so
+long, and the page names what is left out. --eager: arms that take the model's own forward, too;
+--compiled: the dense blocks by torch.compile, with the first prompt of a batch.
 """
 
 import argparse
@@ -83,12 +84,17 @@ def errors_of(arms: Arms, all_arms: Sequence[Arm], batch: int, device: str) -> d
 # Times
 
 
-def cases(preset: str, options: argparse.Namespace, device: str = "cuda") -> Iterator[dict]:
-    """A case for each batch and prompt."""
+def cases(
+    preset: str, options: argparse.Namespace, left: list[str], device: str = "cuda"
+) -> Iterator[dict]:
+    """A case for each batch and prompt; into `left` go those that are not run, and why."""
     began = time.perf_counter()
 
     def tell(what: str) -> None:
         print(f"{time.perf_counter() - began:6.1f} s  {what}", flush=True)
+
+    def is_late() -> bool:
+        return time.perf_counter() - began > options.limit_s
 
     longest = max(options.prompts)
     config = replace(PRESETS[preset], block_size=longest + options.tokens)
@@ -96,6 +102,9 @@ def cases(preset: str, options: argparse.Namespace, device: str = "cuda") -> Ite
     arms = Arms(config, options.sparsity, device)
     tell(f"{preset}, {config.n_layer} blocks: weights and masks")
     for batch in options.batches:
+        if is_late():
+            left.append(f"batch {batch} (no time)")
+            continue
         made: list[Arm] = []
         for arm in arms.all(batch, longest, options.eager):
             if device == "cuda":
@@ -105,14 +114,17 @@ def cases(preset: str, options: argparse.Namespace, device: str = "cuda") -> Ite
         errors = errors_of(arms, made, batch, device)
         tell(f"errors: {', '.join(f'{name} {e:.1e}' for name, e in errors.items())}")
         for context in options.prompts:
-            if reason := too_large(config, batch, context, len(made)):
-                tell(f"left out: batch {batch}, prompt {context}: {reason}")
+            reason = too_large(config, batch, context, len(made))
+            if reason := reason or ("no time" if is_late() else None):
+                left.append(f"batch {batch}, prompt {context} ({reason})")
                 continue
             prompt = random_prompt(config, batch, context).to(device)
             is_compiled = options.compiled and context == options.prompts[0]
             found = raced(made, prompt, options, is_compiled)
             yield case(preset, config, options, batch, context, made, errors, found)
-            tell(f"batch {batch}, prompt {context}")
+            steps = {name: 1e6 * median(seconds["step_s"]) for name, seconds in found.items()}
+            told = ", ".join(f"{name} {us:,.0f} us" for name, us in steps.items())
+            tell(f"batch {batch}, prompt {context}: {told}")
             gc.collect()
             if device == "cuda":
                 torch.cuda.empty_cache()
@@ -255,7 +267,10 @@ blocks are copies of one, in memory of their own; dense weights have no zeros. F
 prompt read and a token sampled) and steps of one token for each text are replays of CUDA graphs,
 medians of {rounds} rounds, all arms in turn; of a round {steps} steps. Prompts of more than
 {most_read} tokens together were not read: there steps alone are timed. All arms take the fused pass
-(sparsekern/gpt/fused.py). Best of dense: W as [N, K] or [K, N].
+(sparsekern/gpt/fused.py) unless said. Best of dense: W as [N, K] or [K, N]. Packed: for the batch,
+or for the batch and prompts, with dense copies where these are faster; two-way: 2:4 for prompts and
+a packed layout for steps; two-way E4M3: 2:4 in E4M3 for prompts, a packed layout with values in
+E4M3 for steps; dense E4M3: one scale for W and one for x. {left}
 
 {summary}
 
@@ -267,7 +282,13 @@ Errors of one block's logits against float64 weights, the worst of all batches: 
 """
 
 
-def page(name: str, about: dict, found: Sequence[dict], options: argparse.Namespace) -> str:
+def page(
+    name: str,
+    about: dict,
+    found: Sequence[dict],
+    left: Sequence[str],
+    options: argparse.Namespace,
+) -> str:
     errors: dict[str, float] = {}
     for each in found:
         for arm, w in each["ways"].items():
@@ -281,6 +302,7 @@ def page(name: str, about: dict, found: Sequence[dict], options: argparse.Namesp
         rounds=options.rounds,
         steps=options.tokens - 1,
         most_read=MOST_READ,
+        left=f"Not run: {', '.join(left)}." if left else "",
         summary=summary(found),
         steps_us=of_dense(found),
         errors=", ".join(f"{arm} {error:.1e}" for arm, error in errors.items()),
@@ -296,6 +318,7 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--prompts", type=int, nargs="+", default=[16, 512, 2048])
     parser.add_argument("--tokens", type=int, default=17)
     parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--limit-s", type=float, default=float("inf"))
     parser.add_argument("--eager", action="store_true")
     parser.add_argument("--compiled", action="store_true")
     parser.add_argument("--out", type=Path, default=RESULTS, help="folder (%(default)s)")
@@ -306,10 +329,11 @@ def main(arguments: list[str] | None = None) -> None:
     name = f"{machine['gpu']}-generate-{options.preset}-{date.today()}"
     path = options.out / f"{re.sub(r'[^a-z0-9.]+', '-', name.lower())}{records.SUFFIX}"
     done: list[dict] = []
-    for each in cases(options.preset, options):
+    left: list[str] = []
+    for each in cases(options.preset, options, left):
         done.append(each)
         records.write(path, about, records.flat(done))
-    text = page(path.stem, about, done, options)
+    text = page(path.stem, about, done, left, options)
     path.with_suffix(".md").write_text(text)
     print(f"\n{text}\n{len(done)} cases: {path}")
 

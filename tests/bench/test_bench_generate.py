@@ -35,8 +35,8 @@ def generate(monkeypatch):
 
 def test_a_page_of_every_batch_and_prompt(generate, tmp_path):
     flags = {"sparsity": 0.75, "batches": [1, 2], "prompts": [3, 5], "tokens": 4, "rounds": 2}
-    options = argparse.Namespace(**flags, layers=2, eager=True, compiled=False)
-    found = list(generate.cases("tiny", options, device="cpu"))
+    options = argparse.Namespace(**flags, layers=2, eager=True, compiled=False, limit_s=1e9)
+    found = list(generate.cases("tiny", options, left := [], device="cpu"))
     assert [(c["batch"], c["context"]) for c in found] == [(1, 3), (1, 5), (2, 3), (2, 5)]
     for case in found:
         assert {*FORMS, "packed, not fused", "dense", "dense, W [K, N]"} <= case["ways"].keys()
@@ -49,8 +49,13 @@ def test_a_page_of_every_batch_and_prompt(generate, tmp_path):
     records.write(path, about, records.flat(found))
     run = records.read(path)
     assert len(derived(run)) == len(read(path).data["runs"]) == 4
-    page = generate.page("name", about, found, options)
+    page = generate.page("name", about, found, left, options)
     assert page.count("| tiny") == 4 + 3 + 2 + 4  # steps, first tokens, bytes, microseconds
+    assert "Not run" not in page
+    options.limit_s = 0
+    assert not list(generate.cases("tiny", options, left, device="cpu"))
+    page = generate.page("name", about, found, left, options)
+    assert "Not run: batch 1 (no time), batch 2 (no time)." in page
 
 
 def test_wrong_logits_are_an_error(generate):

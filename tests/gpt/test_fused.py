@@ -94,8 +94,14 @@ def on_gpu(test):
 
 
 @on_gpu
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32], ids=str)
-@pytest.mark.parametrize("batch, length", [(1, 5), (3, 100), (16, 300)])
+@pytest.mark.parametrize(
+    "dtype, batch, length",
+    [
+        *((torch.bfloat16, *sizes) for sizes in ((1, 5), (3, 100), (16, 300))),
+        (torch.float16, 3, 300),
+        (torch.float32, 2, 300),
+    ],
+)
 @pytest.mark.parametrize("name", CONFIGS)
 def test_logits_on_a_gpu(name, batch, length, dtype):
     """Errors are those of the model's own pass, or less."""
