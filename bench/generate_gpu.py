@@ -37,7 +37,7 @@ from sparsekern.terminal import table
 
 RESULTS = Path(__file__).parent / "results"
 MOST_READ = 8192  # tokens of all prompts of a batch
-CHECK_TOKENS = 8
+CHECK_TOKENS = 17  # a prompt of 16, as is measured: cuSPARSELt's algorithms are timed once
 ROUNDED = 0.2  # relative error that 8 bits may make of a block's logits
 
 
