@@ -62,7 +62,8 @@ def errors_of(arms: Arms, all_arms: Sequence[Arm], batch: int, device: str) -> d
     """Relative error of the logits of one block of each arm, of a prompt or of a step, against the
     same weights in float64. ArithmeticError for an arm in 16 bits that errs twice as much as dense,
     and one in 8 that errs more than ROUNDED."""
-    idx = random_prompt(arms.config, batch, CHECK_TOKENS).to(device)
+    tokens = min(CHECK_TOKENS, arms.config.block_size)
+    idx = random_prompt(arms.config, batch, tokens).to(device)
     exact: dict[str | None, Tensor] = {}
     errors: dict[str, float] = {}
     for arm in all_arms:
