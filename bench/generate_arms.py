@@ -62,16 +62,16 @@ class E4m3Linear(nn.Module):
     def __init__(self, linear: nn.Linear, largest: float):
         super().__init__()
         w8, exponent = e4m3.quantise_weight(linear.weight.detach())
-        self.x_exponent = e4m3.exponent_of(largest, e4m3.HEADROOM)
+        self._x_exponent = e4m3.exponent_of(largest, e4m3.HEADROOM)
         self.weight, self.bias = nn.Parameter(w8, requires_grad=False), linear.bias
         self.in_features = linear.in_features
-        for name, power in (("x_scale", self.x_exponent), ("w_scale", exponent)):
+        for name, power in (("x_scale", self._x_exponent), ("w_scale", exponent)):
             self.register_buffer(name, torch.tensor(2.0**-power, device=w8.device))
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.multiply_e4m3(e4m3.quantise(x, self.x_exponent)[0])[: len(x)]
+        return self._multiply_e4m3(e4m3.quantise(x, self._x_exponent)[0])[: len(x)]
 
-    def multiply_e4m3(self, x8: Tensor) -> Tensor:
+    def _multiply_e4m3(self, x8: Tensor) -> Tensor:
         how = {"out_dtype": torch.bfloat16, "use_fast_accum": True, "bias": self.bias}
         return torch._scaled_mm(x8, self.weight.t(), self.x_scale, self.w_scale, **how)
 

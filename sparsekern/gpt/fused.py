@@ -6,7 +6,8 @@ four or five launches of Triton's (fused_kernels.py): norm with what is added be
 positions, cache and attention in one, activation. Dense and sparse models take the same way.
 """
 
-from functools import lru_cache
+import warnings
+from functools import cache
 from importlib.util import find_spec
 
 import torch
@@ -14,6 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..kernels.cuda import e4m3
+from ..nn.kinds import has_hooks
 from . import llama
 from .model import GPT, MLP, Attention, Block, Cache
 
@@ -34,23 +36,44 @@ KINDS = {
 
 
 def fits(model: GPT) -> bool:
-    """Whether Fused can take its place, here and now."""
+    """Whether Fused can take its place, here and now: what it passes by has no hooks."""
     weight, c = model.wte.weight, model.config
-    known = all(
-        type(block) in KINDS
-        and (type(block.attention), type(block.mlp), type(block.norm1)) == KINDS[type(block)]
-        and block.norm1.weight.dtype == block.norm2.weight.dtype == weight.dtype
-        for block in model.blocks
-    )
+    known = not any(map(has_hooks, (model, model.norm))) and all(map(_is_known, model.blocks))
     return (
         known
+        and model.norm.weight.dtype == weight.dtype
         and not model.training
         and weight.is_cuda
         and weight.dtype in (torch.bfloat16, torch.float16, torch.float32)
         and c.n_embd // c.n_head in HEADS
         and c.n_embd <= WIDEST
-        and find_spec("triton") is not None
         and not torch.is_autocast_enabled("cuda")
+        and find_spec("triton") is not None
+        and _runs(weight.device)
+    )
+
+
+@cache
+def _runs(device: torch.device) -> bool:
+    """Whether Triton can launch there: it wants a C compiler. A warning where not."""
+    u = torch.zeros(1, ELEMENTS, dtype=torch.bfloat16, device=device)
+    how = {"factor": 1.0, "GATED": False, "IN_E4M3": False, "EARLY": False, "BLOCK": ELEMENTS}
+    try:
+        with torch.cuda.device(device):
+            _kernels().activate_kernel[(1,)](u, u, ELEMENTS, ELEMENTS, **how)
+    except Exception as error:
+        warnings.warn(f"generate: slower, since Triton does not run: {error}", stacklevel=4)
+        return False
+    return True
+
+
+def _is_known(block: nn.Module) -> bool:
+    parts = [getattr(block, name, None) for name in ("attention", "mlp", "norm1", "norm2")]
+    wanted = KINDS.get(type(block))
+    return (
+        wanted is not None
+        and tuple(map(type, parts)) == (*wanted, wanted[-1])
+        and not any(map(has_hooks, [block, *parts]))
     )
 
 
@@ -171,14 +194,14 @@ class Fused:
 
 def _input_of(linear: nn.Module, like: Tensor) -> tuple[Tensor, dict]:
     """Memory [rows, in_features] for what it multiplies, and how that is rounded."""
-    exponent = getattr(linear, "x_exponent", None)
+    exponent = getattr(linear, "_x_exponent", None)
     dtype = like.dtype if exponent is None else e4m3.DTYPE
     y = like.new_empty(len(like), linear.in_features, dtype=dtype)
     return y, {"factor": 2.0 ** (exponent or 0), "IN_E4M3": exponent is not None}
 
 
 def _product(linear: nn.Module, x: Tensor) -> Tensor:
-    return linear.multiply_e4m3(x) if x.dtype is e4m3.DTYPE else linear(x)
+    return linear._multiply_e4m3(x) if x.dtype is e4m3.DTYPE else linear(x)
 
 
 def parts_of(groups: int, length: int) -> int:
@@ -192,7 +215,7 @@ def _power_of_two(n: int) -> int:
     return 1 << (n - 1).bit_length()
 
 
-@lru_cache(maxsize=1)
+@cache
 def _kernels():
     from . import fused_kernels  # imports triton, which is optional
 

@@ -142,13 +142,13 @@ class PackedLinear(nn.Module):
         return PackedWeight(shape, self.dtype, self.device)
 
     @property
-    def x_exponent(self) -> int | None:
-        """Of the power of two times which multiply_e4m3() takes x; None where it takes none."""
+    def _x_exponent(self) -> int | None:
+        """Of the power of two times which _multiply_e4m3() takes x; None where it takes none."""
         is_given = self.layout == TwoOfFourE4m3.name and self.numbers[1] != FOUND
         return self.numbers[1] if is_given else None
 
-    def multiply_e4m3(self, x8: Tensor) -> Tensor:
-        """y [M, N] of x [M, K] times 2^x_exponent in E4M3, cast by what made it."""
+    def _multiply_e4m3(self, x8: Tensor) -> Tensor:
+        """y [M, N] of x [M, K] times 2^_x_exponent in E4M3, cast by what made it."""
         exponent, given = self.numbers
         operand, alpha = getattr(self, self._names[0]), 2.0 ** -(exponent + given)
         return spmm_e4m3(x8, operand, self.out_features, alpha, self.bias)
@@ -202,9 +202,9 @@ class PackedLinear(nn.Module):
 
     def _traced(self, x: Tensor) -> Tensor:
         """y [M, N] in E4M3 for torch.compile: what makes x casts it, and what takes y scales it."""
-        x8, inverse = e4m3.traced(x, self.x_exponent)
+        x8, inverse = e4m3.traced(x, self._x_exponent)
         if inverse is None:
-            return self.multiply_e4m3(x8)
+            return self._multiply_e4m3(x8)
         exponent, operand = self.numbers[0], getattr(self, self._names[0])
         y = spmm_e4m3(x8, operand, self.out_features, 2.0**-exponent) * inverse
         return y if self.bias is None else y + self.bias

@@ -85,6 +85,24 @@ def test_what_does_not_fit_takes_its_own_way():
         torch.testing.assert_close(got, model(idx)[0][:, -1:])
 
 
+@pytest.mark.parametrize("name", CONFIGS)
+def test_blocks_with_hooks_or_other_parts_are_left_alone(name):
+    block = make(CONFIGS[name]).blocks[0]
+    assert fused._is_known(block)
+    hook = block.mlp.register_forward_hook(lambda *_: None)
+    assert not fused._is_known(block)
+    hook.remove()
+    assert fused._is_known(block) and not fused._is_known(block.mlp)
+    block.mlp = torch.nn.Sequential(block.mlp)
+    assert not fused._is_known(block)
+
+
+def test_a_machine_where_triton_does_not_run():
+    fused._runs.cache_clear()
+    with pytest.warns(UserWarning, match="slower, since Triton does not run"):
+        assert not fused._runs(torch.device("cpu"))
+
+
 # On a GPU
 
 
