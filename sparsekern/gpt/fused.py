@@ -22,9 +22,9 @@ from .model import GPT, MLP, Attention, Block, Cache
 STARTS_EARLY = 9  # compute capability whose kernels may start before the last one has ended
 WIDEST = 16384  # of a norm's row, which a program holds
 HEADS = (16, 32, 64, 128, 256)  # widths of a head
-PROGRAMS = 528  # of attention: four on each of 132 multiprocessors
-POSITIONS = 64  # that one of them looks at, or more
-TILE = 32  # of these, together
+POSITIONS = 64  # that a program of attention looks at, or more
+TILE, SHARED_TILE = 16, 32  # of these, together, for one head and for those that share a key
+PROGRAMS, SHARED_PROGRAMS = 924, 396  # that 132 multiprocessors hold: 7 and 3 each
 FEW_POSITIONS = 192  # that it looks at alone
 MOST_PARTS = 64
 ROWS, ELEMENTS = 16, 512  # of a program of remember_kernel and activate_kernel
@@ -168,7 +168,8 @@ class Fused:
     def _step(self, qkv: Tensor, keys: Tensor, values: Tensor, position: Tensor) -> Tensor:
         """Attention of a new position, which goes into the cache: [B, C]."""
         (H, G, D), (B, S) = self._heads(), (len(qkv), keys.shape[2])
-        R, parts = H // G, parts_of(B * G, S)
+        R = H // G
+        parts = parts_of(B * G, S, PROGRAMS if R == 1 else SHARED_PROGRAMS)
         y = qkv.new_empty(B, H * D)
         sums = weights = y
         if parts > 1:
@@ -180,8 +181,8 @@ class Fused:
             R=R,
             TURNS=self._turns,
             IS_WHOLE=parts == 1,
-            BLOCK_R=max(16, _power_of_two(R)),
-            BLOCK_S=TILE,
+            BLOCK_R=1 if R == 1 else max(16, _power_of_two(R)),
+            BLOCK_S=TILE if R == 1 else SHARED_TILE,
             D=D,
             **self._early,
         )
@@ -204,11 +205,12 @@ def _product(linear: nn.Module, x: Tensor) -> Tensor:
     return linear._multiply_e4m3(x) if x.dtype is e4m3.DTYPE else linear(x)
 
 
-def parts_of(groups: int, length: int) -> int:
-    """Into how many parts the positions of each of so many heads of keys are cut."""
+def parts_of(groups: int, length: int, programs: int) -> int:
+    """Into how many parts the positions of each of so many heads of keys are cut, so that no more
+    programs run than so many."""
     if length <= FEW_POSITIONS:
         return 1
-    return max(1, min(MOST_PARTS, -(-PROGRAMS // groups), -(-length // POSITIONS)))
+    return max(1, min(MOST_PARTS, programs // groups, -(-length // POSITIONS)))
 
 
 def _power_of_two(n: int) -> int:

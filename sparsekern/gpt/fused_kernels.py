@@ -12,6 +12,7 @@ import triton.language as tl
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 MOST_E4M3 = tl.constexpr(464.0)  # which rounds to 448
+LEAST = tl.constexpr(-1e30)  # below every score
 LOG2_E = tl.constexpr(1.4426950408889634)
 
 
@@ -202,24 +203,41 @@ def attend_kernel(
         others = tl.load(at_q + (columns + D // 2) % D, mask=rows < R, other=0.0)
         q = _turned(q, others, columns, cos, sin, new, D).to(q.dtype)
 
-    largest = tl.full((BLOCK_R,), -float("inf"), tl.float32)
-    total = tl.zeros((BLOCK_R,), tl.float32)
-    sum_of = tl.zeros((BLOCK_R, D), tl.float32)
+    # With one head each place of a tile has sums of its own, which meet at the end: no warp waits
+    # for another before.
+    SUMS: tl.constexpr = BLOCK_S if BLOCK_R == 1 else BLOCK_R
+    largest = tl.full((SUMS,), LEAST, tl.float32)
+    total = tl.zeros((SUMS,), tl.float32)
+    sum_of = tl.zeros((SUMS, D), tl.float32)
     for first in range(begin, end, BLOCK_S):
         here = first + tl.arange(0, BLOCK_S) < end
         places += BLOCK_S
         at = cached + places[:, None] * D + columns
         next_k = tl.load(keys + at, mask=(places < end)[:, None], other=0.0)
         next_v = tl.load(values + at, mask=(places < end)[:, None], other=0.0)
-        scores = tl.dot(q, tl.trans(k), input_precision="ieee") * scale
-        scores = tl.where(here[None, :], scores, -float("inf"))
-        larger = tl.maximum(largest, tl.max(scores, 1))
-        shares = tl.exp2(scores - larger[:, None])
-        kept = tl.exp2(largest - larger)
-        total = total * kept + tl.sum(shares, 1)
-        sum_of = sum_of * kept[:, None]
-        sum_of += tl.dot(shares.to(v.dtype), v, input_precision="ieee")
+        if BLOCK_R == 1:
+            scores = tl.sum(q.to(tl.float32) * k.to(tl.float32), 1) * scale
+            larger = tl.maximum(largest, tl.where(here, scores, LEAST))
+            shares = tl.where(here, tl.exp2(scores - larger), 0.0)
+            kept = tl.exp2(largest - larger)
+            total = total * kept + shares
+            sum_of = sum_of * kept[:, None] + shares[:, None] * v.to(tl.float32)
+        else:
+            scores = tl.dot(q, tl.trans(k), input_precision="ieee") * scale
+            scores = tl.where(here[None, :], scores, LEAST)
+            larger = tl.maximum(largest, tl.max(scores, 1))
+            shares = tl.where(here[None, :], tl.exp2(scores - larger[:, None]), 0.0)
+            kept = tl.exp2(largest - larger)
+            total = total * kept + tl.sum(shares, 1)
+            sum_of = sum_of * kept[:, None]
+            sum_of += tl.dot(shares.to(v.dtype), v, input_precision="ieee")
         largest, k, v = larger, next_k, next_v
+    if BLOCK_R == 1:
+        larger = tl.max(largest, 0)
+        kept = tl.exp2(largest - larger)
+        total = tl.sum(total * kept, 0)[None]
+        sum_of = tl.sum(sum_of * kept[:, None], 0)[None, :]
+        largest = larger[None]
     if part == parts - 1:
         new_k = tl.load(at_k + columns)
         new_v = tl.load(at_k + G * D + columns)

@@ -23,7 +23,7 @@ def test_logits_are_those_of_the_model(name, length, few, monkeypatch):
     """Attention in one part, and in four, of which some have nothing to look at."""
     monkeypatch.setattr(fused, "FEW_POSITIONS", few)
     monkeypatch.setattr(fused, "POSITIONS", 16)
-    monkeypatch.setattr(fused, "TILE", 16)
+    monkeypatch.setattr(fused, "SHARED_TILE", 16)
     torch.manual_seed(0)
     model = make(CONFIGS[name]).eval()
     for parameter in model.parameters():

@@ -43,7 +43,7 @@ KERNELS = {
     "remember": {"TURNS": True, "ROWS": fused.ROWS, "D": 128},
     "attend": {
         **{"R": 8, "TURNS": True, "IS_WHOLE": False},
-        **{"BLOCK_R": 16, "BLOCK_S": fused.TILE, "D": 128},
+        **{"BLOCK_R": 16, "BLOCK_S": fused.SHARED_TILE, "D": 128},
     },
     "combine": {"R": 8, "PARTS": fused.MOST_PARTS, "D": 128},
 }
@@ -71,9 +71,11 @@ def test_compiles(name):
     assert compiled.asm["ptx"].count("griddepcontrol") == 2
 
 
-@pytest.mark.parametrize("groups, length, parts", [(1, 192, 1), (8, 2112, 33), (512, 2112, 2)])
+@pytest.mark.parametrize(
+    "groups, length, parts", [(1, 192, 1), (8, 2112, 33), (128, 2112, 3), (512, 2112, 1)]
+)
 def test_parts_fill_the_gpu(groups, length, parts):
-    assert fused.parts_of(groups, length) == parts
+    assert fused.parts_of(groups, length, 396) == parts
 
 
 def test_what_does_not_fit_takes_its_own_way():
