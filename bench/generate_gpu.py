@@ -5,8 +5,8 @@ python bench/run_gpu.py generate [--preset gpt3-6.7b] [--batches 1 16 64] [--pro
                                  [--layers 32] [--sparsity 0.75]
 
 writes results/<GPU>-generate-<preset>-<date>.csv, rewritten after each case, and prints a page.
-First token and steps are replays of CUDA graphs, all arms in turn. Prompts of more than MOST_READ
-tokens together are not read: there steps alone are timed. --limit-s: no case is begun after so
+First token and steps are replays of CUDA graphs, all arms in turn. Prompts of more tokens together
+than --most-read are not read: there steps alone are timed. --limit-s: no case is begun after so
 long, and the page names what is left out. --eager: arms that take the model's own forward, too;
 --compiled: the dense blocks by torch.compile, with the first prompt of a batch.
 """
@@ -36,7 +36,7 @@ from sparsekern.gpt.presets import PRESETS
 from sparsekern.terminal import table
 
 RESULTS = Path(__file__).parent / "results"
-MOST_READ = 8192  # tokens of all prompts of a batch
+MOST_READ = 8192
 CHECK_TOKENS = 17  # a prompt of 16, as is measured: cuSPARSELt's algorithms are timed once
 ROUNDED = 0.2  # relative error that 8 bits may make of a block's logits
 
@@ -115,7 +115,7 @@ def cases(
         errors = errors_of(arms, made, batch, device)
         tell(f"errors: {', '.join(f'{name} {e:.1e}' for name, e in errors.items())}")
         for context in options.prompts:
-            reason = too_large(config, batch, context, len(made))
+            reason = too_large(config, batch, context, len(made), options.most_read)
             if reason := reason or ("no time" if is_late() else None):
                 left.append(f"batch {batch}, prompt {context} ({reason})")
                 continue
@@ -136,7 +136,7 @@ def raced(
 ) -> dict[str, dict[str, list[float]]]:
     """Seconds of the first token, where prompts are read, and of a step, of each arm."""
     batch, context = prompt.shape
-    config, reads = arms[0].model.config, batch * context <= MOST_READ
+    config, reads = arms[0].model.config, batch * context <= options.most_read
     length = -(-(context + options.tokens) // CACHE_MULTIPLE) * CACHE_MULTIPLE
     cache = Cache(arms[0].model, batch, length)
     how = {"cache": cache, "captures_prompt": reads}
@@ -192,13 +192,13 @@ def bytes_of(arm: Arm, with_head: bool = False) -> int:
     return blocks + others * with_head
 
 
-def too_large(config: GPTConfig, batch: int, context: int, arms: int) -> str | None:
+def too_large(config: GPTConfig, batch: int, context: int, arms: int, most_read: int) -> str | None:
     """Why a case is not run; None where it is."""
     if not torch.cuda.is_available():
         return None
     head = config.n_embd // config.n_head
     cache = 4 * config.n_layer * batch * config.block_size * config.kv_heads * head
-    read = batch * context if batch * context <= MOST_READ else 0
+    read = batch * context if batch * context <= most_read else 0
     # What captured prompts keep: of one block, and its inputs.
     graphs = arms * 2 * read * (2 * max(n for n, _ in config.linears) + 8 * config.n_embd)
     needed, free = cache + graphs, torch.cuda.mem_get_info()[0]
@@ -302,7 +302,7 @@ def page(
         sparsity=first["sparsity"],
         rounds=options.rounds,
         steps=options.tokens - 1,
-        most_read=MOST_READ,
+        most_read=options.most_read,
         left=f"Not run: {', '.join(left)}." if left else "",
         summary=summary(found),
         steps_us=of_dense(found),
@@ -319,6 +319,7 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--prompts", type=int, nargs="+", default=[16, 512, 2048])
     parser.add_argument("--tokens", type=int, default=17)
     parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--most-read", type=int, default=MOST_READ)
     parser.add_argument("--limit-s", type=float, default=float("inf"))
     parser.add_argument("--eager", action="store_true")
     parser.add_argument("--compiled", action="store_true")

@@ -11,18 +11,22 @@ from torch import Tensor
 from ..sparsity import Static
 
 TWO_WAY = "two-way"
+MOST_SIDE = 4096  # of a tile, which a CPU draws
 
 
 @dataclass(frozen=True)
 class TwoWayMask:
     """Two-way masks of tiles: one, drawn once for each size, turned around by multiples of 4, which
     leaves it two-way. To draw all of a large GPT takes half a minute. Each tile [G, G], G the
-    greatest common divisor of N and K, keeps round((1 - sparsity) * G * G)."""
+    greatest common divisor of N and K, or an even part of it up to MOST_SIDE, keeps
+    round((1 - sparsity) * G * G)."""
 
     sparsity: float
 
     def mask(self, name: str, weight: Tensor) -> Tensor:
         (n, k), side = weight.shape, math.gcd(*weight.shape)
+        while side > MOST_SIDE and side % 8 == 0:
+            side //= 2
         if side % 4:
             raise ValueError(f"{name}: expected N and K with a common multiple of 4, got {n}, {k}")
         tile = _tile(side, self.sparsity, weight.device)

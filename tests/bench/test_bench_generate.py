@@ -29,13 +29,13 @@ def generate(monkeypatch):
         return self.of(self.sparse[mask].blocks[0])
 
     monkeypatch.setattr(arms.Arms, "_every", in_csr)
-    monkeypatch.setattr(generate, "MOST_READ", 6)
     return generate
 
 
 def test_a_page_of_every_batch_and_prompt(generate, tmp_path):
     flags = {"sparsity": 0.75, "batches": [1, 2], "prompts": [3, 5], "tokens": 4, "rounds": 2}
-    options = argparse.Namespace(**flags, layers=2, eager=True, compiled=False, limit_s=1e9)
+    options = argparse.Namespace(**flags, layers=2, eager=True, compiled=False)
+    options.most_read, options.limit_s = 6, 1e9
     found = list(generate.cases("tiny", options, left := [], device="cpu"))
     assert [(c["batch"], c["context"]) for c in found] == [(1, 3), (1, 5), (2, 3), (2, 5)]
     for case in found:
