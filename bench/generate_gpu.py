@@ -115,7 +115,7 @@ def cases(
         errors = errors_of(arms, made, batch, device)
         tell(f"errors: {', '.join(f'{name} {e:.1e}' for name, e in errors.items())}")
         for context in options.prompts:
-            reason = too_large(config, batch, context, len(made), options.most_read)
+            reason = too_large(config, batch, context, len(made), options)
             if reason := reason or ("no time" if is_late() else None):
                 left.append(f"batch {batch}, prompt {context} ({reason})")
                 continue
@@ -192,13 +192,15 @@ def bytes_of(arm: Arm, with_head: bool = False) -> int:
     return blocks + others * with_head
 
 
-def too_large(config: GPTConfig, batch: int, context: int, arms: int, most_read: int) -> str | None:
+def too_large(
+    config: GPTConfig, batch: int, context: int, arms: int, options: argparse.Namespace
+) -> str | None:
     """Why a case is not run; None where it is."""
     if not torch.cuda.is_available():
         return None
     head = config.n_embd // config.n_head
-    cache = 4 * config.n_layer * batch * config.block_size * config.kv_heads * head
-    read = batch * context if batch * context <= most_read else 0
+    cache = 4 * config.n_layer * batch * (context + options.tokens) * config.kv_heads * head
+    read = batch * context if batch * context <= options.most_read else 0
     # What captured prompts keep: of one block, and its inputs.
     graphs = arms * 2 * read * (2 * max(n for n, _ in config.linears) + 8 * config.n_embd)
     needed, free = cache + graphs, torch.cuda.mem_get_info()[0]
@@ -332,12 +334,15 @@ def main(arguments: list[str] | None = None) -> None:
     path = options.out / f"{re.sub(r'[^a-z0-9.]+', '-', name.lower())}{records.SUFFIX}"
     done: list[dict] = []
     left: list[str] = []
-    for each in cases(options.preset, options, left):
-        done.append(each)
-        records.write(path, about, records.flat(done))
-    text = page(path.stem, about, done, left, options)
-    path.with_suffix(".md").write_text(text)
-    print(f"\n{text}\n{len(done)} cases: {path}")
+    try:
+        for each in cases(options.preset, options, left):
+            done.append(each)
+            records.write(path, about, records.flat(done))
+    finally:  # what was measured is not lost
+        if done:
+            text = page(path.stem, about, done, left, options)
+            path.with_suffix(".md").write_text(text)
+            print(f"\n{text}\n{len(done)} cases: {path}")
 
 
 if __name__ == "__main__":
