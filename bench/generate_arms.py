@@ -48,7 +48,7 @@ class KNLinear(nn.Module):
     def __init__(self, linear: nn.Linear):
         super().__init__()
         self.weight = nn.Parameter(linear.weight.detach().t().contiguous(), requires_grad=False)
-        self.in_features, self.bias = linear.in_features, linear.bias
+        self.bias = linear.bias
 
     def forward(self, x: Tensor) -> Tensor:
         rows = x.reshape(-1, x.shape[-1])
@@ -64,7 +64,6 @@ class E4m3Linear(nn.Module):
         w8, exponent = e4m3.quantise_weight(linear.weight.detach())
         self._x_exponent = e4m3.exponent_of(largest, e4m3.HEADROOM)
         self.weight, self.bias = nn.Parameter(w8, requires_grad=False), linear.bias
-        self.in_features = linear.in_features
         for name, power in (("x_scale", self._x_exponent), ("w_scale", exponent)):
             self.register_buffer(name, torch.tensor(2.0**-power, device=w8.device))
 

@@ -38,9 +38,10 @@ KINDS = {
 def fits(model: GPT) -> bool:
     """Whether Fused can take its place, here and now: what it passes by has no hooks."""
     weight, c = model.wte.weight, model.config
-    known = not any(map(has_hooks, (model, model.norm))) and all(map(_is_known, model.blocks))
+    known = type(model) in (GPT, llama.Llama) and all(map(_is_known, model.blocks))
     return (
         known
+        and not any(map(has_hooks, (model, model.norm)))
         and model.norm.weight.dtype == weight.dtype
         and not model.training
         and weight.is_cuda
@@ -110,14 +111,16 @@ class Fused:
             attention, mlp = block.attention, block.mlp
             qkv = self._norm(x, added, block.norm1, attention.qkv)
             y = self._read(qkv, *past, B) if position is None else self._step(qkv, *past, position)
-            added = self._activate(self._norm(x, attention.proj(y), block.norm2, mlp.up), mlp.down)
+            u = self._norm(x, _product(attention.proj, y), block.norm2, mlp.up)
+            added = self._activate(u, mlp.down)
         if T > 1:
             x, added = (t.view(B, T, -1)[:, -1].contiguous() for t in (x, added))
         return self._norm(x, added, self.model.norm, self.model.lm_head).view(B, 1, -1)
 
     def _norm(self, x: Tensor, added: Tensor | None, norm: nn.Module, linear: nn.Module) -> Tensor:
         """linear(norm(x + added)), and x += added."""
-        (rows, C), (y, rounding) = x.shape, _input_of(linear, x)
+        rows, C = x.shape
+        y, rounding = _input_of(linear, x, C)
         bias, block = getattr(norm, "bias", None), _power_of_two(C)
         _kernels().add_norm_kernel[(rows,)](
             *(x, x if added is None else added, norm.weight, x if bias is None else bias, y),
@@ -134,9 +137,9 @@ class Fused:
 
     def _activate(self, u: Tensor, linear: nn.Module) -> Tensor:
         """linear(activation(u))."""
-        y, rounding = _input_of(linear, u)
+        y, rounding = _input_of(linear, u, self.config.mlp_width)
         _kernels().activate_kernel[(-(-y.numel() // ELEMENTS),)](
-            *(u, y, y.shape[1], y.numel()),
+            *(u, y, self.config.mlp_width, y.numel()),
             **rounding,
             GATED=self._turns,
             BLOCK=ELEMENTS,
@@ -193,16 +196,17 @@ class Fused:
         return y
 
 
-def _input_of(linear: nn.Module, like: Tensor) -> tuple[Tensor, dict]:
-    """Memory [rows, in_features] for what it multiplies, and how that is rounded."""
+def _input_of(linear: nn.Module, like: Tensor, width: int) -> tuple[Tensor, dict]:
+    """Memory [rows, width] for what it multiplies, and how that is rounded."""
     exponent = getattr(linear, "_x_exponent", None)
     dtype = like.dtype if exponent is None else e4m3.DTYPE
-    y = like.new_empty(len(like), linear.in_features, dtype=dtype)
+    y = like.new_empty(len(like), width, dtype=dtype)
     return y, {"factor": 2.0 ** (exponent or 0), "IN_E4M3": exponent is not None}
 
 
 def _product(linear: nn.Module, x: Tensor) -> Tensor:
-    return linear._multiply_e4m3(x) if x.dtype is e4m3.DTYPE else linear(x)
+    y = linear._multiply_e4m3(x) if x.dtype is e4m3.DTYPE else linear(x)
+    return y.contiguous()
 
 
 def parts_of(groups: int, length: int, programs: int) -> int:
