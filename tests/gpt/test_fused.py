@@ -15,6 +15,7 @@ from sparsekern.gpt.generate import Decoder, pass_of
 from sparsekern.gpt.llama import LlamaConfig, make
 from sparsekern.gpt.model import Cache, GPTConfig
 from sparsekern.gpt.presets import random_gpt
+from sparsekern.kernels.cuda import e4m3
 
 installed = pytest.mark.skipif(find_spec("triton") is None, reason="Triton is not installed")
 CONFIGS = {
@@ -158,3 +159,37 @@ def test_every_replay_gives_the_same():
                 decoder.step()
             runs.append(decoder.tokens.clone())
     assert all(torch.equal(run, runs[0]) for run in runs)
+
+
+class Reads8Bits(torch.nn.Module):
+    """A linear that takes x times 2^3 in E4M3, and keeps its bytes."""
+
+    _x_exponent = 3
+
+    def __init__(self, linear):
+        super().__init__()
+        self.linear = linear
+
+    def _multiply_e4m3(self, x8):
+        self.bytes = x8.view(torch.uint8).clone()
+        return self.linear(x8.float() / 8)
+
+
+@on_gpu
+@pytest.mark.parametrize("part", ["up", "down"])
+@pytest.mark.parametrize("name", CONFIGS)
+def test_products_in_8_bits_get_their_input_in_them(name, part):
+    """Rounded as by torch, and NaN where it is too large. (The interpreter rounds otherwise.)"""
+    model = random_gpt(CONFIGS[name], 0.0, "cuda", torch.float32)
+    model.blocks[0].norm2.weight[3] = 1000.0
+    mlp, idx, inputs = model.blocks[0].mlp, torch.randint(256, (2, 9), device="cuda"), []
+    linear = getattr(mlp, part)
+    hook = linear.register_forward_pre_hook(lambda _, x: inputs.append(x[0].clone()))
+    fused.Fused(model)(idx, Cache(model, 2, 64))
+    hook.remove()
+    reader = Reads8Bits(linear)
+    setattr(mlp, part, reader)
+    fused.Fused(model)(idx, Cache(model, 2, 64))
+    wanted, _ = e4m3.traced(inputs[0], 3)
+    assert torch.equal(reader.bytes, wanted.view(torch.uint8))
+    assert part == "down" or wanted[:, 3].float().isnan().any()
