@@ -6,11 +6,14 @@
 #include <algorithm>
 #include <vector>
 
+#include "../common/machine.h"
 #include "../common/threads.h"
 #include "scratch.h"
 
 namespace sk {
 namespace {
+
+constexpr int64_t kCacheLine = 64;
 
 thread_local Scratch x_scratch, y_scratch, w_scratch;
 
@@ -81,26 +84,42 @@ struct Range {
       : first(size * part / parts), end(size * (part + 1) / parts) {}
 };
 
+// Reads the values of some rows of W in order, for who is about to read them in another one.
+void read_rows(const Csr& w, int64_t first, int64_t rows, int64_t bytes, const void* values) {
+  const int32_t* offsets = w.row_offsets;
+  const int64_t end = std::min<int64_t>(w.nnz, offsets[std::min(first + rows, w.n)]);
+  const char* at = static_cast<const char*>(values);
+  for (int64_t p = std::max(offsets[first], 0) * bytes; p < end * bytes; p += kCacheLine)
+    static_cast<void>(*static_cast<const volatile char*>(at + p));
+}
+
 }  // namespace
 
 void spmm(Pattern& pattern, const Csr& csr, bool transposed, Type given, const void* values,
           const void* bias, Matrix x, Matrix y, int64_t tokens, const Plan& plan) {
   const Kernels& kern = kernels();
-  const Type type = in_panels(given, plan);
+  const Type panels = in_panels(given, plan);
+  const Type type = panels == Type::kPairs && has_bf16_dots() ? Type::kDots : panels;
   const int64_t n = transposed ? csr.k : csr.n, k = transposed ? csr.n : csr.k;
   const auto schedule = pattern.schedule(csr, transposed, plan.rows, plan.cols);
   const Schedule& s = *schedule;
   const int64_t real = real_size_of(type), lanes = lanes_of(kern, type);
+  const int64_t value = walked_size_of(type);
   char* walked = numbers(w_scratch, type, csr.nnz + n);
   char* start = walked + csr.nnz * real;
   bias ? kern.widen(type, bias, n, start) : void(std::fill_n(start, n * real, char{0}));
   const std::vector<Tile> tiles = cut_tokens(tokens, lanes, plan);
   // Not in half a tile of 8, whose sums must not depend on where it is cut.
   const bool two_sums = plan.two_sums && plan.vecs == 4;
-  const bool in_place = plan.in_place && real == size_of(type) && !transposed;
+  const bool in_place = plan.in_place && value == size_of(type) && !transposed;
   parallel_for(plan.threads, in_place ? 0 : s.row_blocks * s.col_blocks, [&](int64_t i) {
-    const int64_t b = i / s.col_blocks, c = i % s.col_blocks;
-    kern.gather(type, walk(s, b, c, c + 1), values, walked + s.nnz_offsets[i] * real);
+    // The blocks that have the same rows of W one behind the other.
+    const int64_t blocks = transposed ? s.row_blocks : s.col_blocks, outer = i / blocks;
+    const int64_t b = transposed ? i % blocks : outer, c = transposed ? outer : i % blocks;
+    const int64_t rows_of_w = transposed ? plan.cols : plan.rows;
+    if (i % blocks == 0) read_rows(csr, outer * rows_of_w, rows_of_w, size_of(type), values);
+    const int64_t at = s.nnz_offsets[b * s.col_blocks + c];
+    kern.gather(type, walk(s, b, c, c + 1), values, walked + at * value);
   });
 
   const int64_t count = static_cast<int64_t>(tiles.size()), whole = count - count % plan.threads;
@@ -115,7 +134,7 @@ void spmm(Pattern& pattern, const Csr& csr, bool transposed, Type given, const v
       const int64_t first = b * plan.rows, rows = std::min(plan.rows, n - first);
       const int64_t panels = s.col_blocks > kSumBlocks ? 2 : 1;
       char* y_panel = numbers(y_scratch, type, panels * rows * t.vecs * lanes);
-      const void* block_values = in_place ? values : walked + nnz_before(s, b) * real;
+      const void* block_values = in_place ? values : walked + nnz_before(s, b) * value;
       kern.spmm(type, t.vecs, two_sums, walk(s, b), rows, in_place, block_values,
                 start + first * real, x_panel, y_panel);
       kern.unpack(type, y_panel, t.vecs, t.tokens, rows, at(y, type, t.first, first));

@@ -178,6 +178,29 @@ SK_INLINE Vec dot_bf16(Pairs a, const Pair* b, Vec c) {
   asm("vdpbf16ps %2, %1, %0" : "+v"(c) : "v"(a), "m"(*reinterpret_cast<const Pairs*>(b)));
   return c;
 }
+SK_INLINE Vec dot_bf16(Pairs a, Pairs b, Vec c) {
+  asm("vdpbf16ps %2, %1, %0" : "+v"(c) : "v"(a), "v"(b));
+  return c;
+}
+// Two values, or one and a 0, in every lane.
+SK_INLINE Pairs splat_two(const bf16* p) {
+  int32_t both;
+  memcpy(&both, p, 4);
+  return _mm512_set1_epi32(both);
+}
+SK_INLINE Pairs splat_one(const bf16* p) { return _mm512_set1_epi32(p->bits); }
+// sums += the products of a row a with one value and of a row b with another, of w; once they are
+// brought in_order the tokens in low halves are first.
+SK_INLINE void add_two(Vec (&sums)[2], Pairs w, Pairs a, Pairs b) {
+  asm("" : "+v"(b));  // or both would load it
+  sums[0] = dot_bf16(_mm512_unpacklo_epi16(a, b), w, sums[0]);
+  sums[1] = dot_bf16(_mm512_unpackhi_epi16(a, b), w, sums[1]);
+}
+SK_INLINE void in_order(Vec (&sums)[2]) {
+  const Vec first = _mm512_shuffle_ps(sums[0], sums[1], 0x88);
+  sums[1] = _mm512_shuffle_ps(sums[0], sums[1], 0xdd);
+  sums[0] = first;
+}
 template <bool kAdd>
 SK_INLINE void sum4(float* p, Vec a, Vec b, Vec c, Vec d) {
   const Vec ab = _mm512_add_ps(_mm512_unpacklo_ps(a, b), _mm512_unpackhi_ps(a, b));
