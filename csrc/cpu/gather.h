@@ -54,12 +54,14 @@ void gather(const Walk& w, const T* values, Walked* walked) {
 
 template <class T, class Real>
 void scatter(const Walk& w, const Real* walked, T* values) {
+  constexpr int32_t kLine = 64 / sizeof(T);
   for (int64_t r = w.run_offsets[0]; r < w.run_offsets[w.col_blocks]; r++) {
     const Run& run = w.runs[r];
     for (int64_t q = run.first; q < run.first + run.segments; q++, walked += run.count) {
       T* to = values + w.start[q];
       __builtin_prefetch(values + w.start[q + Schedule::kAhead], 1);
-      for (int32_t p = 0; p < run.count; p++) put(walked[p], to + p);
+      copy(walked, run.count, to);
+      for (int32_t p = 0; p < run.count; p += kLine) __builtin_prefetch(to + run.count + p, 1);
     }
   }
 }

@@ -64,16 +64,20 @@ void pack_(Type type, Matrix x, int64_t tokens, int64_t features, int vecs, void
     pack(as(static_cast<const void*>(x.data), t), x.stride, tokens, features, width(vecs, element),
          as(panel, element));
   };
-  if (panel_size_of(type) == 2)
-    return to(static_cast<bf16*>(nullptr), static_cast<Pair*>(nullptr));
+  if (panel_size_of(type) == 2) return to(static_cast<bf16*>(nullptr), static_cast<Pair*>(nullptr));
   with_type(type, to);
 }
 
 void unpack_(Type type, const void* panel, int vecs, int64_t tokens, int64_t features, Matrix y) {
-  with_type(type, [&](auto* t, auto* real) {
+  const auto from = [&](auto* t, auto* real) {
     const int64_t tokens_in_row = width(vecs, real) * real_size_of(type) / panel_size_of(type);
     unpack(as(panel, real), tokens_in_row, tokens, features, as(y.data, t), y.stride);
-  });
+  };
+#ifdef SK_DOTS
+  if (type == Type::kDots)
+    return from(static_cast<FlushedBf16*>(nullptr), static_cast<float*>(nullptr));
+#endif
+  with_type(type, from);
 }
 
 void gather_(Type type, const Walk& w, const void* values, void* walked) {
@@ -104,9 +108,9 @@ void spmm_(Type type, int vecs, bool two_sums, const Walk& w, int64_t rows, bool
   };
 #ifdef SK_DOTS
   if (type == Type::kDots) {
-    if (vecs == 1) return run(Dots<1>());
-    if (vecs == 2) return run(Dots<2>());
-    return run(Dots<4>());
+#define SK_CALL(v) return run(Dots<v>())
+    SK_WITH_VECS(SK_CALL)
+#undef SK_CALL
   }
 #endif
   with_panel(type, [&](auto* e, auto* r) {

@@ -182,6 +182,20 @@ SK_INLINE Vec dot_bf16(Pairs a, Pairs b, Vec c) {
   asm("vdpbf16ps %2, %1, %0" : "+v"(c) : "v"(a), "v"(b));
   return c;
 }
+// bfloat16 as one instruction rounds it: subnormal numbers become 0.
+struct FlushedBf16 {
+  bf16 x;
+};
+SK_INLINE void store_row(FlushedBf16* p, Row r) {
+  __m128i b;
+  asm("vcvtneps2bf16 %1, %0" : "=v"(b) : "v"(r));
+  _mm_storeu_si128(reinterpret_cast<__m128i*>(p), b);
+}
+template <>
+SK_INLINE FlushedBf16 from_float<FlushedBf16>(float x) {
+  const bool is_subnormal = __builtin_fabsf(x) < __FLT_MIN__;
+  return {from_float<bf16>(is_subnormal ? x * 0 : x)};
+}
 // Two values, or one and a 0, in every lane.
 SK_INLINE Pairs splat_two(const bf16* p) {
   int32_t both;

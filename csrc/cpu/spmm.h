@@ -19,9 +19,10 @@ constexpr int kSegmentsAhead = 4;
 static_assert(kSegmentsAhead <= Schedule::kAhead);
 
 // What a segment adds to its row of the y panel: the values and columns of its `count` non-zeros
-// meet rows of x. A narrow panel has too few accumulators to hide the latency of a multiply-add: the
-// non-zeros of a row are dealt out to kSets independent ones, summed at the end. 4 and 8 vectors sum
-// in the same order, so that a tile may be halved without a change in the result, but with kTwo.
+// meet rows of x. A narrow panel has too few accumulators to hide the latency of a multiply-add:
+// the non-zeros of a row are dealt out to kSets independent ones, summed at the end. 4 and 8
+// vectors sum in the same order, so that a tile may be halved without a change in the result, but
+// with kTwo.
 template <int kVecs, bool kTwo, class Panel, class Number>
 struct MultiplyAdds {
   using Element = Panel;
@@ -30,8 +31,8 @@ struct MultiplyAdds {
   static constexpr int kVectors = kVecs;
 
   template <bool kFirst>
-  static SK_INLINE void segment(int32_t count, const Value* v, const uint16_t* c,
-                                const Real* start, const Element* x, Real* y) {
+  static SK_INLINE void segment(int32_t count, const Value* v, const uint16_t* c, const Real* start,
+                                const Element* x, Real* y) {
     using V = typename Simd<Real>::V;
     constexpr int kLanes = Simd<Real>::kCount;
     constexpr int kSums = kVecs * Simd<Element>::kTokens;
@@ -74,8 +75,8 @@ struct Dots {
   static constexpr int kVectors = kVecs;
 
   template <bool kFirst>
-  static SK_INLINE void segment(int32_t count, const bf16* v, const uint16_t* c,
-                                const float* start, const Pair* x, float* y) {
+  static SK_INLINE void segment(int32_t count, const bf16* v, const uint16_t* c, const float* start,
+                                const Pair* x, float* y) {
     constexpr int64_t kWidth = kVecs * kLanes;
     Vec acc[2][kVecs][2];
     SK_FOR(s, 2)
