@@ -104,7 +104,7 @@ struct Kernels {
   // again is used behind y.
   // values: the block's in walking order, or in_place all of W's in CSR order. In place not for W^T
   // and not for 16-bit types.
-  // two_sums: with 4 vectors, and not of kPairs, a row's sum is that of two.
+  // two_sums: with 4 vectors, and not of kPairs and kDots, a row's sum is that of two.
   void (*spmm)(Type, int vecs, bool two_sums, const Walk&, int64_t rows, bool in_place,
                const void* values, const void* start, const void* x, void* y);
   // walked (+)= sum_m dy[row][m] * x[col][m] for each non-zero; dy is local to the block.

@@ -11,6 +11,8 @@
 //   Pairs, load(Pair*)        kLanes pairs of bf16 in one register; low(p), high(p): as floats
 //   pair_row(a, b)            kBlock pairs of one element of a and one of b, as bits of a Row
 //   dot(a, b, c)              c + low(a) * low(b) + high(a) * high(b)
+//   splat_two(p), splat_one   two bf16, or one and a 0, in every pair of lanes
+//   add_two(sums, w, a, b)    sums += a row of pairs times one value and another times the other
 //   add_row(sums, w, p)       sums[:] += w * the elements at p: floats, doubles or pairs
 //   FourColumns, load_columns four neighbouring column indices, by one load
 //   least(a, b)               std::min, which would be shared between ISAs

@@ -3,7 +3,8 @@
 // Per non-zero: one splat of the value, and kVecs fused multiply-adds whose memory operand is a row
 // of the x panel. The accumulators of a row stay in registers for a whole column block. Column
 // blocks keep the part of x in use near L1. A panel of pairs (Type::kPairs) has half the bytes, so
-// column blocks twice as wide, for two integer operations on each register of it.
+// column blocks twice as wide, for two integer operations on each register of it; with dot products
+// (Type::kDots) for two shuffles on two registers, that serve two non-zeros.
 //
 // Sums have three levels, so that their error stays small for any number of columns: the non-zeros
 // of a row in a column block are summed from 0, kSumBlocks such sums are added up in the y panel,

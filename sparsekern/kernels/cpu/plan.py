@@ -138,8 +138,8 @@ def _most_vecs(p: Problem, machine: Machine, pairs: bool) -> int:
     """Of a tile, if there are as many tokens."""
     is_sddmm = p.op == "sddmm"
     if pairs and not is_sddmm:  # two sets of sums
-        rest = p.M % (4 * 2 * machine.lanes)
-        is_wasteful = 0 < rest <= 4 * machine.lanes and p.M < 16 * 2 * machine.lanes
+        tile = 4 * 2 * machine.lanes  # tokens; not where the last one would be half empty
+        is_wasteful = 0 < p.M % tile <= tile // 2 and p.M < 4 * tile
         return 4 if machine.has_dots and p.density > 0.07 and not is_wasteful else 2
     if machine.lanes * (8 if p.dtype == torch.float64 else 4) < 64:
         return WIDEST
