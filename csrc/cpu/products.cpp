@@ -166,6 +166,7 @@ void sddmm(Pattern& pattern, const Csr& csr, Type given, Matrix dy, Matrix x, vo
   const int64_t real = real_size_of(type), lanes = lanes_of(kern, type);
   const std::vector<Tile> tiles = cut_tokens(tokens, lanes, plan);
   const int64_t count = static_cast<int64_t>(tiles.size());
+  advise_huge_pages(dvalues, csr.nnz * size_of(type));
   // The sums of kSumBlocks tiles, and if there are more tiles the totals of those.
   char* walked = numbers(w_scratch, type, count > kSumBlocks ? 2 * csr.nnz : csr.nnz);
   char* total = count > kSumBlocks ? walked + csr.nnz * real : walked;
