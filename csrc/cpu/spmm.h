@@ -11,6 +11,7 @@
 // and those in a panel of totals.
 #pragma once
 
+#include "dots.h"
 #include "kernels.h"
 #include "simd.h"
 
