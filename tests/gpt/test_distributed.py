@@ -36,8 +36,7 @@ SETTINGS = {
         "update": {"freq": 3, "stop": 7},
     },
 }
-# FSDP2 takes a while on a CPU; set is rigl with other places.
-RUNS = [(a, p) for a in SETTINGS for p in ("ddp", "fsdp") if (a, p) != ("set", "fsdp")]
+RUNS = [(a, p) for a in SETTINGS for p in ("ddp", "fsdp")]
 
 
 # On a CPU a stand-in for CUDA graphs takes the captured steps.
