@@ -40,8 +40,16 @@ RUNS = [(a, p) for a in SETTINGS for p in ("ddp", "fsdp")]
 
 
 # On a CPU a stand-in for CUDA graphs takes the captured steps.
-CAPTURED = {"captured static": "static", "captured gmp": "gmp", "captured failing": "static"}
-WIDE = {"wide dense": 0.0, "wide sparse": 0.75}
+CAPTURED = {
+    f"captured {name} {parallel}": algorithm
+    for name, algorithm in (("static", "static"), ("gmp", "gmp"), ("failing", "static"))
+    for parallel in ("ddp", "fsdp")
+}
+WIDE = {
+    f"wide {name} {parallel}": sparsity
+    for name, sparsity in (("dense", 0.0), ("sparse", 0.75))
+    for parallel in ("ddp", "fsdp")
+}
 
 
 def config(folder: Path, algorithm: str, parallel: str = "none") -> TrainConfig:
@@ -96,9 +104,13 @@ def runs(tmp_path_factory) -> tuple[Path, list[dict]]:
         train.train(config(folder, name))
     configs = {f"{a}-{p}": _changed(config(folder, a, p)) for a, p in RUNS}
     for name, algorithm in CAPTURED.items():
-        configs[name] = _changed(replace(config(folder, algorithm, "ddp"), out=str(folder / name)))
+        one = config(folder, algorithm, name.split()[-1])
+        configs[name] = _changed(replace(one, out=str(folder / name)))
     for name, sparsity in WIDE.items():
-        wide = tiny_config(folder, layers=4, width=128, steps=2, parallel="ddp", sparsity=sparsity)
+        parallel = name.split()[-1]
+        wide = tiny_config(
+            folder, layers=4, width=128, steps=2, parallel=parallel, sparsity=sparsity
+        )
         configs[name] = _changed(replace(wide, out=str(folder / name)))
     for parallel in ("ddp", "fsdp"):
         alone = replace(config(folder, "rigl"), out=str(folder / f"resumed-{parallel}"))
@@ -168,39 +180,59 @@ def test_captured_steps_of_two_processes_compute_what_one_does(runs, name):
 
 
 def test_a_capture_that_fails_on_one_rank_is_given_up_on_both(runs):
-    first, second = (result["captured failing"]["eager"] for result in runs[1])
-    assert first == ["not captured by process 1: OutOfMemoryError: no memory on 1"]
-    assert second == ["no memory on 1"]
+    for parallel in ("ddp", "fsdp"):
+        first, second = (result[f"captured failing {parallel}"]["eager"] for result in runs[1])
+        assert first == ["not captured by process 1: OutOfMemoryError: no memory on 1"]
+        assert second == ["no memory on 1"]
 
 
-def test_gradients_of_sparse_weights_are_sent_at_nnz(runs):
+@pytest.mark.parametrize("parallel", ["ddp", "fsdp"])
+def test_gradients_of_sparse_weights_are_sent_at_nnz(runs, parallel):
     for results in runs[1]:
-        dense, sparse = (results[name]["sent"] for name in WIDE)
-        assert sparse < 0.3 * dense
-        assert results["wide dense"]["sent_bytes"] == dense / 2  # each of two steps once
+        dense, sparse = (results[f"wide {name} {parallel}"] for name in ("dense", "sparse"))
+        assert sparse["sent"] < 0.3 * dense["sent"]
+        assert dense["sent_bytes"] == dense["sent"] / 2  # each of two steps once
+        assert sparse["gathered"] < 0.3 * dense["gathered"] or parallel == "ddp"
 
 
-def test_micro_batches_are_sent_once(runs):
+@pytest.mark.parametrize("name", ["static-fsdp", "captured static fsdp"])
+def test_weights_are_gathered_once_a_step_and_a_process_has_half_of_the_state(runs, name):
     folder, results = runs
-    weights = saved(folder, "static-ddp")["model"]
+    weights = saved(folder, "static-none")["model"].values()
+    sizes = [t.nbytes for t in {t.data_ptr(): t for t in weights}.values() if t.is_floating_point()]
+    in_shares = sum(nbytes // 256 * 256 for nbytes in sizes)  # 32 weights for each of two
+    for result in results:
+        moments = 2 * 2 * in_shares  # in two checkpoints
+        assert result[name]["gathered"] == STEPS * in_shares + moments
+        assert result[name]["held"] == [2 * (sum(sizes) - in_shares // 2)]
+
+
+@pytest.mark.parametrize("parallel", ["ddp", "fsdp"])
+def test_micro_batches_are_sent_once(runs, parallel):
+    folder, results = runs
+    weights = saved(folder, f"static-{parallel}")["model"]
     parameters = {n: t for n, t in weights.items() if t.dtype == torch.float32}
     del parameters["lm_head.weight"]  # that of wte
     for result in results:
-        assert result["static-ddp"]["sent"] == STEPS * sum(t.nbytes for t in parameters.values())
+        assert result[f"static-{parallel}"]["sent"] == STEPS * sum(
+            t.nbytes for t in parameters.values()
+        )
 
 
 def test_the_benchmark_of_several_gpus(runs):
-    links, *steps = runs[1][0]["scale"]
+    (links,), steps = runs[1][0]["links"], runs[1][0]["scale"]
     assert links["ways"]["all_reduce"]["bytes"] == 2**16 and links["gpus"] == 2
     assert [case["mask"] for case in steps] == ["two-way", "none", "random"]
     for case in steps:
-        together = case["ways"]["together"]
-        assert together["is_right"] and together["error"] < 1e-5 and together["loss"] > 3
+        for together in (case["ways"][parallel] for parallel in ("together", "fsdp")):
+            assert together["is_right"] and together["error"] < 1e-5 and together["loss"] > 3
         assert case["ways"]["alone"]["median_s"] > 0 < case["ways"]["accumulated"]["median_s"]
     sent = [case["ways"]["together"]["sent_bytes"] for case in steps]
     assert sent[0] == sent[2] < sent[1]
-    _, *steps = runs[1][0]["not begun"]
+    steps = runs[1][0]["not begun"]
     assert {case["ways"]["together"]["failed"] for case in steps} == {"not begun within -1 s"}
+    (pair,) = runs[1][0]["pair"]
+    assert list(pair["ways"]) == ["together", "fsdp"] and pair["ways"]["fsdp"]["error"] < 1e-5
 
 
 def test_a_difference_between_ranks_is_an_error_on_both(runs):
