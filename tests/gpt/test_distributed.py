@@ -96,12 +96,19 @@ sys.exit(cli.main(sys.argv[1:]))
 
 
 @pytest.fixture(scope="module")
-def runs(tmp_path_factory) -> tuple[Path, list[dict]]:
-    """All two-process runs, in one torchrun; and those that resume a run of one process."""
+def alone(tmp_path_factory) -> Path:
+    """The runs of one process."""
     folder = tmp_path_factory.mktemp("distributed")
     for name, settings in SETTINGS.items():
         (folder / f"{name}.json").write_text(json.dumps(settings))
         train.train(config(folder, name))
+    return folder
+
+
+@pytest.fixture(scope="module")
+def runs(alone) -> tuple[Path, list[dict]]:
+    """All two-process runs, in one torchrun; and those that resume a run of one process."""
+    folder = alone
     configs = {f"{a}-{p}": _changed(config(folder, a, p)) for a, p in RUNS}
     for name, algorithm in CAPTURED.items():
         one = config(folder, algorithm, name.split()[-1])
@@ -277,21 +284,16 @@ def test_two_processes_resume_as_one(runs, name):
 
 @pytest.mark.gpu
 @pytest.mark.skipif(torch.cuda.device_count() < 2, reason="fewer than two NVIDIA GPUs")
-def test_two_gpus_compute_what_a_cpu_does(runs, tmp_path):
+def test_two_gpus_compute_what_a_cpu_does(alone, tmp_path):
     """Through NCCL. A rounding may decide what grows, so losses are held less tightly."""
-    two_on_gpus(runs, tmp_path, "cuda")
-
-
-def two_on_gpus(runs, tmp_path: Path, device: str) -> None:
-    folder, _ = runs
-    given = {"device": device}
+    folder, given = alone, {"device": "cuda"}
     configs = {
         f"{a}-{p}": _changed(config(folder, a, p)) | given | {"out": str(tmp_path / f"{a}-{p}")}
         for a, p in RUNS
     }
-    alone = replace(config(folder, "rigl"), out=str(tmp_path / "resumed"))
-    _stop_half_way(alone)
-    resumed = {"out": alone.out, "parallel": "fsdp", "resume": True}
+    stopped = replace(config(folder, "rigl"), out=str(tmp_path / "resumed"))
+    _stop_half_way(stopped)
+    resumed = {"out": stopped.out, "parallel": "fsdp", "resume": True}
     (tmp_path / "configs.json").write_text(json.dumps(configs | {"resumed": resumed | given}))
     first, second = torchrun(tmp_path)
     for name in configs:  # numbers of places and of bytes
@@ -323,25 +325,30 @@ def test_the_threads_of_a_group_end_with_it(monkeypatch):
     assert threads() <= before and not dist.is_initialized()
 
 
-def test_a_killed_process_stops_the_other_and_one_goes_on(runs, tmp_path):
+def test_a_killed_process_stops_the_other_and_one_goes_on(alone, tmp_path):
     """Without torchrun, which would stop it too."""
-    folder, _ = runs
-    killed = replace(config(folder, "static", "ddp"), out=str(tmp_path / "run"))
-    env = os.environ | {"WORLD_SIZE": "2", "MASTER_ADDR": "localhost", "MASTER_PORT": free_port()}
-    env |= {"OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join(filter(None, sys.path))}
-    command = [sys.executable, "-c", KILLED, *flags(killed)]
-    first, second = (
-        subprocess.Popen(command, env=env | {"RANK": rank}, stderr=subprocess.PIPE, text=True)
-        for rank in "01"
-    )
-    _, told = first.communicate(timeout=300)
-    assert (first.returncode, second.wait(timeout=300)) == (1, -signal.SIGKILL), told
-    text = "sparsekern: error: parallel: another process has gone, or does not answer; --resume"
-    assert text in told
-    train.train(resumed_config({"out": killed.out, "parallel": "none"}))
-    whole = saved(folder, "static-none")
-    losses = load_checkpoint(Path(killed.out) / CHECKPOINT)["losses"]
-    assert losses == pytest.approx(whole["losses"], abs=1e-4)
+    outs = {parallel: str(tmp_path / parallel) for parallel in ("ddp", "fsdp")}
+    pairs = {}
+    for parallel, out in outs.items():
+        env = {"WORLD_SIZE": "2", "MASTER_ADDR": "localhost", "MASTER_PORT": free_port()}
+        env |= {"OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join(filter(None, sys.path))}
+        killed = replace(config(alone, "static", parallel), out=out)
+        command = [sys.executable, "-c", KILLED, *flags(killed)]
+        pairs[parallel] = [
+            subprocess.Popen(
+                command, env=os.environ | env | {"RANK": rank}, stderr=subprocess.PIPE, text=True
+            )
+            for rank in "01"
+        ]
+    for parallel, (first, second) in pairs.items():
+        _, told = first.communicate(timeout=300)
+        assert (first.returncode, second.wait(timeout=300)) == (1, -signal.SIGKILL), told
+        text = "sparsekern: error: parallel: another process has gone, or does not answer; --resume"
+        assert text in told
+        train.train(resumed_config({"out": outs[parallel], "parallel": "none"}))
+        whole = saved(alone, "static-none")
+        losses = load_checkpoint(Path(outs[parallel]) / CHECKPOINT)["losses"]
+        assert losses == pytest.approx(whole["losses"], abs=1e-4)
 
 
 def free_port() -> str:
