@@ -142,15 +142,15 @@ class Steps:
 
     def used(self, way: str) -> int:
         """Bytes that a GPU has in use where it alone is captured, NCCL's and CUDA's too."""
+        for other in self.ways:
+            self.drop(other)
         self.capture(way)
-        found = 0
-        if self.ranks.device.type == "cuda":
-            torch.cuda.synchronize()
-            torch.cuda.empty_cache()
-            free, total = torch.cuda.mem_get_info()
-            found = total - free
-        self.drop(way)
-        return found
+        if self.ranks.device.type != "cuda":
+            return 0
+        torch.cuda.synchronize()
+        torch.cuda.empty_cache()
+        free, total = torch.cuda.mem_get_info()
+        return total - free
 
     def _stepped(self, way: str) -> Optimizer:
         return self.buckets[way].stepped(self._plain) if way in self.buckets else self._plain
