@@ -174,7 +174,8 @@ def _figures(case: dict, name: str, times: dict[tuple, float]) -> list[str]:
         ]
         exposed = f"{1e3 * (seconds - alone_s):.2f} ({', '.join(f'{ms:.1f}' for ms in predicted)})"
     found += [exposed, f"{way['sent_bytes'] / 1e6:,.0f}", f"{way['peak_bytes'] / 1e9:.1f}"]
-    found += [f"{way['error']:.1e}" if accumulated or name == FSDP else ""]
+    has_other = accumulated or (name == FSDP and TOGETHER in ways)
+    found += [f"{way['error']:.1e}" if has_other else ""]
     key = case["model"], case["gpus"]
     for other in (NO_MASK, name), (case["mask"], TOGETHER):
         of_other = times.get((*key, *other))

@@ -201,9 +201,9 @@ def steps_of(
         of_ranks = everywhere(median(seconds), ranks)
         found[way] = {"kind": kind, "median_s": max(of_ranks), "min_s": min(of_ranks)}
         found[way]["is_right"] = True
-    reference = losses.get(ACCUMULATED, losses.get(TOGETHER, []))
+    reference = next((losses[way] for way in (ACCUMULATED, TOGETHER, FSDP) if way in losses), [])
     for way, buckets in steps.buckets.items():
-        error = max((abs(a - b) for a, b in zip(losses[way], reference, strict=False)), default=0)
+        error = max(abs(a - b) for a, b in zip(losses[way], reference, strict=True))
         found[way] |= {
             "sent_bytes": buckets.sent_bytes,
             "peak_bytes": min(everywhere(used[way], ranks)),  # another process may use the first

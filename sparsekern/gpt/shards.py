@@ -11,7 +11,7 @@ After a step that changes patterns the state is joined, changed, and cut up anew
 change their size.
 """
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -94,10 +94,11 @@ class Shards(Buckets):
         nn.utils.clip_grads_with_norm_(shares, most, norm)
         return norm
 
-    def _square(self, tensors: Iterable[Tensor]) -> Tensor:
+    def _square(self, tensors: list[Tensor]) -> Tensor:
         """Of the norm of all of them together."""
-        norm = nn.utils.get_total_norm(tensors)
-        return norm.to(self.ranks.device).square()
+        if not tensors:  # torch's zero would be on the CPU, and a capture copies nothing from there
+            return torch.zeros((), device=self.ranks.device)
+        return nn.utils.get_total_norm(tensors).square()
 
     # What goes between processes
 
