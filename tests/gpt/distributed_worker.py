@@ -163,9 +163,11 @@ if config.device == "cpu":
     tiny = scale_gpu.Model("tiny", GPTConfig(1, 2, 32, 16, 64), 2)
     cells = [(tiny, mask) for mask in tiny.masks]
     results["links"] = list(scale_gpu.all_reduces(ranks, on_host))
-    results["scale"] = list(scale_gpu.cases(ranks, 100.0, cells, on_host))
+    results["scale"] = [
+        *scale_gpu.cases(ranks, 100.0, cells[:1], on_host),
+        *scale_gpu.cases(ranks, 100.0, cells[1:], on_host, scale_gpu.SENT),
+    ]
     results["not begun"] = list(scale_gpu.cases(ranks, -1.0, cells, on_host))
-    results["pair"] = list(scale_gpu.cases(ranks, 100.0, cells[:1], on_host, scale_gpu.SENT))
 
 (folder / f"results-{rank}.json").write_text(json.dumps(results))
 del algorithm, model, optimizer, parallel, average

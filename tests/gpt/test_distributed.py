@@ -36,20 +36,22 @@ SETTINGS = {
         "update": {"freq": 3, "stop": 7},
     },
 }
-RUNS = [(a, p) for a in SETTINGS for p in ("ddp", "fsdp")]
+# set is rigl with other places.
+RUNS = [(a, p) for a in SETTINGS for p in ("ddp", "fsdp") if (a, p) != ("set", "fsdp")]
 
 
 # On a CPU a stand-in for CUDA graphs takes the captured steps.
 CAPTURED = {
     f"captured {name} {parallel}": algorithm
-    for name, algorithm in (("static", "static"), ("gmp", "gmp"), ("failing", "static"))
-    for parallel in ("ddp", "fsdp")
+    for name, algorithm, parallel in (
+        ("static", "static", "ddp"),
+        ("static", "static", "fsdp"),
+        ("gmp", "gmp", "ddp"),
+        ("gmp", "gmp", "fsdp"),
+        ("failing", "static", "fsdp"),
+    )
 }
-WIDE = {
-    f"wide {name} {parallel}": sparsity
-    for name, sparsity in (("dense", 0.0), ("sparse", 0.75))
-    for parallel in ("ddp", "fsdp")
-}
+WIDE = {"wide dense": 0.0, "wide sparse": 0.75}
 
 
 def config(folder: Path, algorithm: str, parallel: str = "none") -> TrainConfig:
@@ -114,10 +116,7 @@ def runs(alone) -> tuple[Path, list[dict]]:
         one = config(folder, algorithm, name.split()[-1])
         configs[name] = _changed(replace(one, out=str(folder / name)))
     for name, sparsity in WIDE.items():
-        parallel = name.split()[-1]
-        wide = tiny_config(
-            folder, layers=4, width=128, steps=2, parallel=parallel, sparsity=sparsity
-        )
+        wide = tiny_config(folder, layers=4, width=128, steps=2, parallel="ddp", sparsity=sparsity)
         configs[name] = _changed(replace(wide, out=str(folder / name)))
     for parallel in ("ddp", "fsdp"):
         alone = replace(config(folder, "rigl"), out=str(folder / f"resumed-{parallel}"))
@@ -187,19 +186,16 @@ def test_captured_steps_of_two_processes_compute_what_one_does(runs, name):
 
 
 def test_a_capture_that_fails_on_one_rank_is_given_up_on_both(runs):
-    for parallel in ("ddp", "fsdp"):
-        first, second = (result[f"captured failing {parallel}"]["eager"] for result in runs[1])
-        assert first == ["not captured by process 1: OutOfMemoryError: no memory on 1"]
-        assert second == ["no memory on 1"]
+    first, second = (result["captured failing fsdp"]["eager"] for result in runs[1])
+    assert first == ["not captured by process 1: OutOfMemoryError: no memory on 1"]
+    assert second == ["no memory on 1"]
 
 
-@pytest.mark.parametrize("parallel", ["ddp", "fsdp"])
-def test_gradients_of_sparse_weights_are_sent_at_nnz(runs, parallel):
+def test_gradients_of_sparse_weights_are_sent_at_nnz(runs):
     for results in runs[1]:
-        dense, sparse = (results[f"wide {name} {parallel}"] for name in ("dense", "sparse"))
-        assert sparse["sent"] < 0.3 * dense["sent"]
-        assert dense["sent_bytes"] == dense["sent"] / 2  # each of two steps once
-        assert sparse["gathered"] < 0.3 * dense["gathered"] or parallel == "ddp"
+        dense, sparse = (results[name]["sent"] for name in WIDE)
+        assert sparse < 0.3 * dense
+        assert results["wide dense"]["sent_bytes"] == dense / 2  # each of two steps once
 
 
 @pytest.mark.parametrize("name", ["static-fsdp", "captured static fsdp"])
@@ -233,13 +229,12 @@ def test_the_benchmark_of_several_gpus(runs):
     for case in steps:
         for together in (case["ways"][parallel] for parallel in ("together", "fsdp")):
             assert together["is_right"] and together["error"] < 1e-5 and together["loss"] > 3
-        assert case["ways"]["alone"]["median_s"] > 0 < case["ways"]["accumulated"]["median_s"]
+    assert list(steps[0]["ways"]) == ["alone", "together", "fsdp", "accumulated"]
+    assert list(steps[1]["ways"]) == list(steps[2]["ways"]) == ["together", "fsdp"]
     sent = [case["ways"]["together"]["sent_bytes"] for case in steps]
     assert sent[0] == sent[2] < sent[1]
     steps = runs[1][0]["not begun"]
     assert {case["ways"]["together"]["failed"] for case in steps} == {"not begun within -1 s"}
-    (pair,) = runs[1][0]["pair"]
-    assert list(pair["ways"]) == ["together", "fsdp"] and pair["ways"]["fsdp"]["error"] < 1e-5
 
 
 def test_a_difference_between_ranks_is_an_error_on_both(runs):
@@ -326,29 +321,23 @@ def test_the_threads_of_a_group_end_with_it(monkeypatch):
 
 
 def test_a_killed_process_stops_the_other_and_one_goes_on(alone, tmp_path):
-    """Without torchrun, which would stop it too."""
-    outs = {parallel: str(tmp_path / parallel) for parallel in ("ddp", "fsdp")}
-    pairs = {}
-    for parallel, out in outs.items():
-        env = {"WORLD_SIZE": "2", "MASTER_ADDR": "localhost", "MASTER_PORT": free_port()}
-        env |= {"OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join(filter(None, sys.path))}
-        killed = replace(config(alone, "static", parallel), out=out)
-        command = [sys.executable, "-c", KILLED, *flags(killed)]
-        pairs[parallel] = [
-            subprocess.Popen(
-                command, env=os.environ | env | {"RANK": rank}, stderr=subprocess.PIPE, text=True
-            )
-            for rank in "01"
-        ]
-    for parallel, (first, second) in pairs.items():
-        _, told = first.communicate(timeout=300)
-        assert (first.returncode, second.wait(timeout=300)) == (1, -signal.SIGKILL), told
-        text = "sparsekern: error: parallel: another process has gone, or does not answer; --resume"
-        assert text in told
-        train.train(resumed_config({"out": outs[parallel], "parallel": "none"}))
-        whole = saved(alone, "static-none")
-        losses = load_checkpoint(Path(outs[parallel]) / CHECKPOINT)["losses"]
-        assert losses == pytest.approx(whole["losses"], abs=1e-4)
+    """Without torchrun, which would stop it too. fsdp sends what ddp does, and more."""
+    killed = replace(config(alone, "static", "fsdp"), out=str(tmp_path / "run"))
+    env = os.environ | {"WORLD_SIZE": "2", "MASTER_ADDR": "localhost", "MASTER_PORT": free_port()}
+    env |= {"OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join(filter(None, sys.path))}
+    command = [sys.executable, "-c", KILLED, *flags(killed)]
+    first, second = (
+        subprocess.Popen(command, env=env | {"RANK": rank}, stderr=subprocess.PIPE, text=True)
+        for rank in "01"
+    )
+    _, told = first.communicate(timeout=300)
+    assert (first.returncode, second.wait(timeout=300)) == (1, -signal.SIGKILL), told
+    text = "sparsekern: error: parallel: another process has gone, or does not answer; --resume"
+    assert text in told
+    train.train(resumed_config({"out": killed.out, "parallel": "none"}))
+    whole = saved(alone, "static-none")
+    losses = load_checkpoint(Path(killed.out) / CHECKPOINT)["losses"]
+    assert losses == pytest.approx(whole["losses"], abs=1e-4)
 
 
 def free_port() -> str:
