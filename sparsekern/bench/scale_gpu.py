@@ -19,7 +19,7 @@ from statistics import median
 import torch
 import torch.distributed as dist
 from torch import Tensor
-from torch.optim import Optimizer
+from torch.optim import AdamW, Optimizer
 
 from ..gpt import distributed
 from ..gpt.buckets import Buckets
@@ -91,33 +91,22 @@ def all_reduces(ranks: Ranks, turn: Callable[[Callable[[], object]], Turn] = tim
 
 
 class Steps:
-    """The steps of one model, each captured when it is first taken often enough."""
+    """The steps of one model, each with an optimizer of its own, and captured."""
 
-    def __init__(self, model: Model, mask: str, ranks: Ranks, ways: Sequence[str] = WAYS) -> None:
+    def __init__(self, model: Model, mask: str, ranks: Ranks) -> None:
         torch.manual_seed(0)  # all ranks make the same model, and the same tokens
-        self.ranks, config = ranks, model.config
+        self.ranks, self._batch, config = ranks, model.batch, model.config
         sparsity = 0.0 if mask == NO_MASK else SPARSITY
         self.gpt = make_gpt(config, ranks.device, "" if mask == NO_MASK else mask, sparsity)
         check_same_patterns(self.gpt)
         shape = ranks.size * model.batch, config.block_size
         whole = torch.randint(config.vocab_size, shape).to(ranks.device)
         mine = whole[ranks.rank * model.batch :][: model.batch]
-        self.ways = [way for way in ways if ranks.size > 1 or way == ALONE]
         self._tokens = dict.fromkeys(WAYS, mine) | {ACCUMULATED: whole}
-        plain, sharded = build_optimizer(self.gpt, LR), build_optimizer(self.gpt, LR, ShardedAdamW)
-        self.buckets: dict[str, Buckets] = {}
-        if TOGETHER in self.ways:
-            self.buckets[TOGETHER] = Buckets(self.gpt, ranks)
-        if FSDP in self.ways:
-            self.buckets[FSDP] = Shards(self.gpt, ranks, sharded)
-        twin = compiled_twin(self.gpt)
-        self._steps = {}
-        for way in self.ways:
-            optimizer = sharded if way == FSDP else plain
-            micro_batch = model.batch if way == ACCUMULATED else 0
-            how = DTYPE, micro_batch, self.buckets.get(way)
-            self._steps[way] = CapturedStep(self.gpt, twin, optimizer, (), *how)
-        self._plain = plain
+        self._twin = compiled_twin(self.gpt)
+        self._steps: dict[str, CapturedStep] = {}
+        self._optimizers: dict[str, list[Optimizer]] = {}
+        self.sent_bytes: dict[str, int] = {}
         self._start: list[Tensor] = []
 
     def take(self, way: str) -> Tensor:
@@ -128,13 +117,27 @@ class Steps:
         return loss
 
     def capture(self, way: str) -> None:
+        """Make it ready to be taken."""
+        optimizer = build_optimizer(self.gpt, LR, ShardedAdamW if way == FSDP else AdamW)
+        buckets = None
+        if isinstance(optimizer, ShardedAdamW):
+            buckets = Shards(self.gpt, self.ranks, optimizer)
+        elif way == TOGETHER:
+            buckets = Buckets(self.gpt, self.ranks)
+        micro_batch = self._batch if way == ACCUMULATED else 0
+        parts = self.gpt, self._twin, optimizer, (), DTYPE, micro_batch, buckets
+        self._steps[way] = CapturedStep(*parts)
         for _ in range(WARM_UPS + 1):
             self.take(way)
+        self._optimizers[way] = buckets.optimizers_of(optimizer) if buckets else [optimizer]
+        self.sent_bytes[way] = buckets.sent_bytes if buckets else 0
 
-    def drop(self, way: str) -> None:
-        """Give back its memory, and that of its optimizer."""
-        self._steps[way].drop()
-        self._stepped(way).state.clear()
+    def drop(self) -> None:
+        """Give the memory of all ways back."""
+        for step in self._steps.values():
+            step.drop()
+        self._steps.clear()
+        self._optimizers.clear()
         self.gpt.zero_grad()
         gc.collect()
         if self.ranks.device.type == "cuda":
@@ -142,8 +145,7 @@ class Steps:
 
     def used(self, way: str) -> int:
         """Bytes that a GPU has in use where it alone is captured, NCCL's and CUDA's too."""
-        for other in self.ways:
-            self.drop(other)
+        self.drop()
         self.capture(way)
         if self.ranks.device.type != "cuda":
             return 0
@@ -151,9 +153,6 @@ class Steps:
         torch.cuda.empty_cache()
         free, total = torch.cuda.mem_get_info()
         return total - free
-
-    def _stepped(self, way: str) -> Optimizer:
-        return self.buckets[way].stepped(self._plain) if way in self.buckets else self._plain
 
     def start(self) -> None:
         """Let all losses begin with the weights of now, which must be the same on all ranks."""
@@ -163,9 +162,10 @@ class Steps:
     def losses(self, way: str) -> list[float]:
         for p, start in zip(self.gpt.parameters(), self._start, strict=True):
             p.copy_(start)
-        for state in self._stepped(way).state.values():
-            for t in state.values():
-                t.zero_()
+        for optimizer in self._optimizers[way]:
+            for state in optimizer.state.values():
+                for t in state.values():
+                    t.zero_()
         with torch.enable_grad():
             return [self.take(way).item() for _ in range(LOSSES)]
 
@@ -180,21 +180,21 @@ def steps_of(
     """The case of a model under a mask. A way's time is that of the slowest GPU, `min_s` that of
     the fastest, each the median of its rounds; `error` the largest difference of a loss from that
     of one GPU, or from that of ddp where one GPU was not asked for."""
-    steps = Steps(model, mask, ranks, ways)
-    used = {way: steps.used(way) for way in steps.ways if way in SENT}
+    steps = Steps(model, mask, ranks)
+    asked = [way for way in WAYS if way in ways and (ranks.size > 1 or way == ALONE)]
+    used = {way: steps.used(way) for way in asked if way in SENT}
     steps.start()
     losses: dict[str, list[float]] = {}
     rounds: dict[str, list[float]] = {}
     # Each has the memory of a whole step, and four may not fit.
-    for together in ([w for w in steps.ways if w != ACCUMULATED], [ACCUMULATED]):
-        chosen = [way for way in together if way in steps.ways]
+    for together in ((ALONE, *SENT), (ACCUMULATED,)):
+        steps.drop()
+        chosen = [way for way in together if way in asked]
         for way in chosen:
             steps.capture(way)
         losses |= {way: steps.losses(way) for way in chosen if way != ALONE}
         turns = {way: turn(lambda way=way: steps.take(way)) for way in chosen}
         rounds |= in_turns(turns, ROUNDS, 1, lambda _: everywhere(0, ranks))
-        for way in chosen:
-            steps.drop(way)
     kind = DENSE if mask == NO_MASK else OURS
     found: dict[str, dict] = {}
     for way, seconds in rounds.items():
@@ -202,10 +202,10 @@ def steps_of(
         found[way] = {"kind": kind, "median_s": max(of_ranks), "min_s": min(of_ranks)}
         found[way]["is_right"] = True
     reference = next((losses[way] for way in (ACCUMULATED, TOGETHER, FSDP) if way in losses), [])
-    for way, buckets in steps.buckets.items():
+    for way in used:
         error = max(abs(a - b) for a, b in zip(losses[way], reference, strict=True))
         found[way] |= {
-            "sent_bytes": buckets.sent_bytes,
+            "sent_bytes": steps.sent_bytes[way],
             "peak_bytes": min(everywhere(used[way], ranks)),  # another process may use the first
             "loss": losses[way][-1],
             "error": error,

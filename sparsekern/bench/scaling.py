@@ -27,7 +27,8 @@ GPUS_PER_NODE = 8
 FP32 = 4
 # AdamW reads the gradient, the weight and two moments and writes three; clipping reads the gradient
 # twice and writes it.
-UPDATE_BYTES = (4 + 3 + 3) * FP32
+ADAMW_BYTES, CLIP_BYTES = (4 + 3) * FP32, 3 * FP32
+UPDATE_BYTES = ADAMW_BYTES + CLIP_BYTES
 MEMORY_BYTES_PER_S = 4.27e12  # copies, measured: nvidia-h200-train-bfloat16-2026-11-29.csv
 
 
@@ -114,7 +115,7 @@ def predict(
     two thirds of a step without its update.
 
     Sharded (gpt/shards.py), a reduce-scatter takes half of an all-reduce, the update is that of a
-    share, and an all-gather follows it, all of it exposed."""
+    share, and all-gathers go beside its AdamW, which they outlast."""
     *blocks, embedding = gradients(config, sparsity)
     sent = sum(blocks) + embedding
     update_s = UPDATE_BYTES * sent / FP32 / MEMORY_BYTES_PER_S
@@ -134,5 +135,7 @@ def predict(
     waiting_s = (links.slowest(gpus) - 1) * compute_s
     exposed_s = tail_s + links.interference * beside_s + waiting_s
     if is_sharded:
-        exposed_s += half * links.all_reduce_s(sent, gpus) - update_s * (1 - 1 / gpus)
+        adamw_s = ADAMW_BYTES / UPDATE_BYTES * update_s / gpus
+        clip_s = CLIP_BYTES / UPDATE_BYTES * update_s / gpus
+        exposed_s += max(adamw_s, half * links.all_reduce_s(sent, gpus)) + clip_s - update_s
     return Step(compute_s + exposed_s, exposed_s, sent)

@@ -56,12 +56,14 @@ class Buckets:
         """Clip the gradients in place -> their norm before."""
         return nn.utils.clip_grad_norm_([p for _, p in self._named], most)
 
-    def stepped(self, optimizer: Optimizer) -> Optimizer:
-        """The optimizer that makes the steps of `optimizer` here."""
-        return optimizer
+    def optimizers_of(self, optimizer: Optimizer) -> list[Optimizer]:
+        """Those that make the steps of `optimizer` in this process."""
+        return [optimizer]
 
-    def gather(self) -> None:
-        """Give all processes the weights that each has stepped, where it steps a share alone."""
+    def step_all(self, optimizers: list[Optimizer]) -> None:
+        """Their steps; after them the weights are the same everywhere."""
+        for optimizer in optimizers:
+            optimizer.step()
 
     def _cut(self) -> None:
         """Into buckets; patterns may have other sizes than in the step before."""

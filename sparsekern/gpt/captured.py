@@ -157,9 +157,10 @@ class CapturedStep:
         return self._loss_of_all, self._norm
 
     @property
-    def _stepped(self) -> Optimizer:
-        """The optimizer whose weights this process steps."""
-        return self._buckets.stepped(self._optimizer) if self._buckets else self._optimizer
+    def _optimizers(self) -> list[Optimizer]:
+        """Those that step weights in this process."""
+        optimizer = self._optimizer
+        return self._buckets.optimizers_of(optimizer) if self._buckets else [optimizer]
 
     def _passes(self, count: int) -> list[str]:
         """The graphs of so many micro-batches. Where gradients are sent, the last has its own."""
@@ -186,9 +187,10 @@ class CapturedStep:
 
     def _capture(self, parts: list[tuple[Tensor, Tensor]]) -> None:
         self._x, self._y = (t.clone() for t in parts[0])
-        # A twin with the same parameters, rates and state, and no hooks: a capture is no step.
-        twin = copy.copy(self._stepped)
-        twin.param_groups = [group | {"capturable": True} for group in twin.param_groups]
+        # Twins with the same parameters, rates and state, and no hooks: a capture is no step.
+        twins = [copy.copy(optimizer) for optimizer in self._optimizers]
+        for twin in twins:
+            twin.param_groups = [group | {"capturable": True} for group in twin.param_groups]
 
         def gradients() -> Tensor:
             return add_gradients(self._stepper, self._x, self._y, 1 / len(parts), self._dtype)
@@ -210,9 +212,10 @@ class CapturedStep:
             self._loss_of_all = self._mean(self._loss)
 
         def adamw() -> None:
-            twin.step()
             if self._buckets:
-                self._buckets.gather()
+                self._buckets.step_all(twins)
+            else:
+                twins[0].step()
             if scaling := scaling_of(self._model):
                 scaling.advance()
 
@@ -227,8 +230,9 @@ class CapturedStep:
         parameters and of the optimizer's state."""
         found: list[object] = [x.shape]
         found += [(p.data_ptr(), p.shape) for p in self._model.parameters()]
-        for state in self._stepped.state.values():
-            found += [(t.data_ptr(), t.shape) for t in state.values()]
+        for optimizer in self._optimizers:
+            for state in optimizer.state.values():
+                found += [(t.data_ptr(), t.shape) for t in state.values()]
         for layer in self._model.modules():
             if isinstance(layer, SparseLinear):
                 indices = layer.row_offsets, layer.col_indices

@@ -2,17 +2,18 @@
 
 Every process has the whole model. The last backward pass of a step gives each the means of the
 gradients of its share (reduce-scatters, in the buckets of buckets.py). It steps these weights, and
-all-gathers bring them to all others. A share is a slice of a parameter, of sparse weights one of
-the stored values; its weights and gradients are views, so nothing is copied. What is left over,
-fewer than GRANULE weights for each process, is reduced and stepped by all of them alike.
+all-gathers bring them to all others, while the next ones are stepped. A share is a slice of a
+parameter, of sparse weights one of the stored values; its weights and gradients are views, so
+nothing is copied. What is left over, fewer than GRANULE weights for each process, is reduced and
+stepped by all of them alike.
 
 Whoever looks at the optimizer, an algorithm or a checkpoint, sees whole parameters and whole state.
 After a step that changes patterns the state is joined, changed, and cut up anew: so shares may
 change their size.
 """
 
-from collections.abc import Sequence
-from typing import Any
+from collections.abc import Iterator, Sequence
+from typing import Any, NamedTuple
 
 import torch
 import torch.distributed as dist
@@ -24,6 +25,7 @@ from .buckets import BUCKET_BYTES, Buckets, in_buckets
 from .distributed import MOMENTS, Ranks
 
 GRANULE = 32  # weights: a share begins at a multiple of 128 bytes
+PART_BYTES = 2**28  # of weights that are gathered together, or one parameter, where it is larger
 
 
 class ShardedAdamW(AdamW):
@@ -42,6 +44,14 @@ class ShardedAdamW(AdamW):
         return super().state_dict() | {"state": self.shards.whole_state()}
 
 
+class Part(NamedTuple):
+    """Parameters of one group of the whole optimizer, and the AdamW of their shares."""
+
+    group: dict[str, Any]
+    parameters: list[nn.Parameter]
+    optimizer: AdamW
+
+
 class Shards(Buckets):
     """Buckets of a model whose `optimizer` makes its steps in shares."""
 
@@ -57,30 +67,30 @@ class Shards(Buckets):
         super().__init__(model, ranks, bucket_bytes)
         self._whole, self._algorithms = optimizer, algorithms
         self._shares: dict[nn.Parameter, list[tuple[slice, nn.Parameter]]] = {}
-        self._optimizer: AdamW | None = None  # of the shares; None while the state is whole
+        self._parts: list[Part] = []  # none while the state is whole
         optimizer.shards = self
         self._split()
         optimizer.register_step_post_hook(lambda *_: self._split())
 
-    def stepped(self, optimizer: Optimizer) -> Optimizer:
-        assert self._optimizer
-        return self._optimizer
+    def optimizers_of(self, optimizer: Optimizer) -> list[Optimizer]:
+        return [part.optimizer for part in self._parts]
 
     def step(self) -> None:
         """The step of the optimizer, between its hooks."""
-        mine = self.stepped(self._whole)
-        for group, whole in zip(mine.param_groups, self._whole.param_groups, strict=True):
-            group["lr"] = whole["lr"]
-        mine.step()
-        self.gather()
+        for part in self._parts:
+            part.optimizer.param_groups[0]["lr"] = part.group["lr"]
+        self.step_all(self.optimizers_of(self._whole))
         if any(algorithm.is_due for algorithm in self._algorithms):
             self._join()
 
-    def gather(self) -> None:
-        for shares in self._shares.values():
-            for _, share in shares:
-                share.grad = None  # a view, which would keep the whole gradient
-        self._fill([_flat(p) for p in self._shares])
+    def step_all(self, optimizers: list[Optimizer]) -> None:
+        works = []
+        for part, optimizer in zip(self._parts, optimizers, strict=True):
+            optimizer.step()
+            optimizer.zero_grad()  # views, which would keep the whole gradients
+            works += self._gather([_flat(p) for p in part.parameters])
+        for work in works:
+            work.wait()
 
     def clip(self, most: float) -> Tensor:
         shares = [share for shares in self._shares.values() for _, share in shares]
@@ -120,18 +130,13 @@ class Shards(Buckets):
             for at, share in shares:
                 share.grad = _flat(p.grad)[at]
 
-    def _fill(self, flat: list[Tensor]) -> None:
-        """Tensors of which each process has its own slice, and what is left over."""
-        works = []
-        for places in in_buckets(flat, self._bucket_bytes):
-            bodies, own = self._bodies([flat[place] for place in places])
-            if bodies:
-                options = dist.distributed_c10d.AllgatherOptions()
-                options.asyncOp = True
-                group = dist.group.WORLD
-                works.append(group.allgather_into_tensor_coalesced(bodies, own, options))
-        for work in works:
-            work.wait()
+    def _gather(self, flat: list[Tensor]) -> list[dist.Work]:
+        """Bring all else to tensors of which each process has its own share, and the rest."""
+        bodies, own = self._bodies(flat)
+        options = dist.distributed_c10d.AllgatherOptions()
+        options.asyncOp = True
+        group = dist.group.WORLD
+        return [group.allgather_into_tensor_coalesced(bodies, own, options)] if bodies else []
 
     def _bodies(self, flat: list[Tensor]) -> tuple[list[Tensor], list[Tensor]]:
         """Of each that has shares: all of them, and that of this process."""
@@ -152,56 +157,61 @@ class Shards(Buckets):
 
     def _split(self) -> None:
         """Cut parameters and state into shares, where they are whole."""
-        if self._optimizer:
+        if self._parts:
             return
-        groups, states = [], {}
         for group in self._whole.param_groups:
-            shares: list[nn.Parameter] = []
-            for p in group["params"]:
-                state = self._whole.state.pop(p, {})
-                self._shares[p] = []
-                for at in (self._own(p.numel()), self._left(p.numel())):
-                    if at.start < at.stop:
-                        share = nn.Parameter(_flat(p)[at])
-                        states[share] = {
-                            key: (t if key == "step" else _flat(t)[at]).clone()
-                            for key, t in state.items()
-                        }
-                        self._shares[p].append((at, share))
-                        shares.append(share)
-            groups.append(group | {"params": shares})
-        self._optimizer = AdamW(groups, fused=True)
-        self._optimizer.state.update({share: state for share, state in states.items() if state})
+            for places in in_buckets(group["params"], PART_BYTES):
+                parameters = [group["params"][place] for place in places]
+                states = {share: state for p in parameters for share, state in self._cut_up(p)}
+                optimizer = AdamW([group | {"params": list(states)}], fused=True)
+                optimizer.state.update(states)
+                self._parts.append(Part(group, parameters, optimizer))
+
+    def _cut_up(self, p: nn.Parameter) -> Iterator[tuple[nn.Parameter, dict[str, Tensor]]]:
+        """Its shares, and the state of each: begun here, not in memory that a step leaves."""
+        state = self._whole.state.pop(p, None)
+        self._shares[p] = []
+        for at in (self._own(p.numel()), self._left(p.numel())):
+            if at.start == at.stop:
+                continue
+            share = nn.Parameter(_flat(p)[at])
+            self._shares[p].append((at, share))
+            mine = {key: torch.zeros_like(share.detach()) for key in MOMENTS[1:]}
+            mine["step"] = torch.zeros((), device=p.device)
+            if state:
+                mine["step"].copy_(state["step"])
+                for key in MOMENTS[1:]:
+                    mine[key].copy_(_flat(state[key])[at])
+            yield share, mine
 
     def _join(self) -> None:
         """Give the optimizer its whole state."""
-        for p in self._shares:
-            if state := self._state_of(p):
-                self._whole.state[p] = state
-        self._shares, self._optimizer = {}, None
+        for part in self._parts:
+            for p in part.parameters:
+                self._whole.state[p] = self._state_of(p, part.optimizer)
+        self._shares, self._parts = {}, []
 
-    def _state_of(self, p: nn.Parameter) -> dict[str, Tensor]:
+    def _state_of(self, p: nn.Parameter, optimizer: Optimizer) -> dict[str, Tensor]:
         """That of a whole parameter."""
-        states = self.stepped(self._whole).state
-        shares = [(at, states[share]) for at, share in self._shares[p] if share in states]
-        if not shares:
-            return {}
-        whole = {key: torch.empty_like(p.detach()) for key in MOMENTS if key != "step"}
-        for key, t in whole.items():
-            for at, state in shares:
-                _flat(t)[at] = state[key]
-        self._fill([_flat(t) for t in whole.values()])
-        return {"step": shares[0][1]["step"].clone()} | whole
+        states = [(at, optimizer.state[share]) for at, share in self._shares[p]]
+        whole = {"step": states[0][1]["step"].clone()}
+        for key in MOMENTS[1:]:
+            whole[key] = torch.empty_like(p.detach())
+            for at, state in states:
+                _flat(whole[key])[at] = state[key]
+        for work in self._gather([_flat(whole[key]) for key in MOMENTS[1:]]):
+            work.wait()
+        return whole
 
     def whole_state(self) -> dict[int, dict[str, Tensor]]:
         """That of the optimizer's state_dict, on the CPU of the first process, else empty."""
-        found = {}
-        parameters = [p for group in self._whole.param_groups for p in group["params"]]
-        for place, p in enumerate(parameters):
-            state = self._state_of(p)
-            if state and self.ranks.rank == 0:
-                found[place] = {key: t.cpu() for key, t in state.items()}
-        return found
+        found: dict[int, dict[str, Tensor]] = {}
+        for part in self._parts:
+            for p in part.parameters:
+                state, place = self._state_of(p, part.optimizer), len(found)
+                is_first = self.ranks.rank == 0
+                found[place] = {key: t.cpu() for key, t in state.items()} if is_first else {}
+        return found if self.ranks.rank == 0 else {}
 
 
 def _flat(t: Tensor) -> Tensor:

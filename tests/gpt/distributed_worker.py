@@ -49,19 +49,19 @@ def say_eager(error):
 
 def count_gathered(shards, tensors):
     gathered.append(sum(4 * shards._left(len(t)).start for t in tensors))
-    fill(shards, tensors)
+    return gather(shards, tensors)
 
 
 def note_state(shards):
-    states = shards._optimizer.state.values()
-    held.append(sum(t.nbytes for state in states for k, t in state.items() if k != "step"))
+    states = [s for part in shards._parts for s in part.optimizer.state.values()]
+    held.append(sum(t.nbytes for state in states for t in state.values() if t.ndim))
     return whole_state(shards)
 
 
 sent, gathered, held = [], [], []  # bytes that are reduced, that are gathered, of the state
 eager = []  # why steps of several ranks were not captured
 send, buckets.Buckets._send = buckets.Buckets._send, count_bytes
-fill, Shards._fill = Shards._fill, count_gathered
+gather, Shards._gather = Shards._gather, count_gathered
 whole_state, Shards.whole_state = Shards.whole_state, note_state
 lines.eager = say_eager
 
