@@ -114,9 +114,9 @@ class Shards(Buckets):
 
     def _reduce(self, gradients: list[Tensor]) -> list[dist.Work]:
         flat = [_flat(g) for g in gradients]
-        left = [t[self._left(len(t))] for t in flat]
-        works = super()._reduce(left) if (left := [t for t in left if len(t)]) else []
         bodies, own = self._bodies(flat)
+        left = [rest for t in flat if len(rest := t[self._left(len(t))])]
+        works = super()._reduce(left) if left else []
         if bodies:
             options = dist.ReduceScatterOptions()
             options.reduceOp, options.asyncOp = self._op, True
@@ -171,9 +171,8 @@ class Shards(Buckets):
         """Its shares, and the state of each: begun here, not in memory that a step leaves."""
         state = self._whole.state.pop(p, None)
         self._shares[p] = []
-        for at in (self._own(p.numel()), self._left(p.numel())):
-            if at.start == at.stop:
-                continue
+        both = self._own(p.numel()), self._left(p.numel())
+        for at in [at for at in both if at.start < at.stop] or [slice(0, 0)]:
             share = nn.Parameter(_flat(p)[at])
             self._shares[p].append((at, share))
             mine = {key: torch.zeros_like(share.detach()) for key in MOMENTS[1:]}
