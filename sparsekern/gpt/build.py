@@ -115,10 +115,10 @@ def model_config(config: dict, vocab_size: int) -> GPTConfig:
     return GPTConfig(*(config[n] for n in ("layers", "heads", "width", "context")), vocab_size)
 
 
-Adam = TypeVar("Adam", bound=AdamW)
+Kind = TypeVar("Kind", bound=AdamW)
 
 
-def build_optimizer(model: nn.Module, lr: float, kind: type[Adam] = AdamW) -> Adam:
+def build_optimizer(model: nn.Module, lr: float, kind: type[Kind] = AdamW) -> Kind:
     """AdamW that decays matrices and the values of sparse matrices, not biases and norms."""
     groups = parameter_groups(model, WEIGHT_DECAY)
     return kind(groups, lr=lr, betas=BETAS, fused=True)

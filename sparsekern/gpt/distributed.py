@@ -141,9 +141,8 @@ def lost(error: RuntimeError) -> str | None:
 
 
 def load_optimizer(optimizer: Optimizer, state: dict) -> None:
-    """`optimizer.load_state_dict`, but the settings of its groups stay. ValueError
-    where a tensor does not have its parameter's shape: a fused optimizer would write past its end.
-    """
+    """`optimizer.load_state_dict`, but the settings of its groups stay. ValueError where a tensor
+    does not have its parameter's shape: a fused optimizer would write past its end."""
     parameters = [p for group in optimizer.param_groups for p in group["params"]]
     groups, of_parameters = state.get("param_groups"), state.get("state")
     if not isinstance(groups, list) or not isinstance(of_parameters, dict):

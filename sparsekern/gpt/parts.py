@@ -3,6 +3,7 @@
 from pathlib import Path
 
 from torch import Tensor
+from torch.optim import AdamW
 
 from ..nn.float8 import to_float8_
 from ..sparsity import Algorithm, Group, RigL
@@ -14,7 +15,7 @@ from .checkpoint import about
 from .config import TrainConfig
 from .distributed import Ranks, load_optimizer
 from .flops import linear_sparsity
-from .shards import AdamW, ShardedAdamW, Shards
+from .shards import ShardedAdamW, Shards
 from .speed import compiled_blocks
 
 COMPILED_STEPS = 1000  # shorter runs do not win back the time that torch.compile takes
@@ -40,26 +41,19 @@ class Parts:
     ) -> None:
         """`state` has the model's state_dict, and may have those of the optimizer and of the
         algorithm. `path`: the file that they are from."""
-        self._config, self._settings, self._ranks = config, settings, ranks
-        self._place(vocab_size, state, path)
-        self.captured = None if why_eager(ranks) else self._captured()
-
-    def _place(self, vocab_size: int, state: dict, path: Path | None = None) -> None:
-        config = self._config
+        self._config, self._ranks = config, ranks
         with about(path):
             model = model_from_state(config.model(vocab_size), state["model"])
-        self.model = model.to(self._ranks.device)
-        self.algorithm = config.make_algorithm(self._settings)
+        self.model = model.to(ranks.device)
+        self.algorithm = config.make_algorithm(settings)
         if self.algorithm:
             self.model = self.algorithm.apply(self.model)
         self.scaling = to_float8_(self.model) if config.dtype == "float8" else None
         if self.scaling and "float8" in state:
             with about(path):
                 self.scaling.load_state_dict(state["float8"])
-        is_fsdp = config.parallel == "fsdp"
-        self.optimizer: AdamW = build_optimizer(
-            self.model, config.lr, ShardedAdamW if is_fsdp else AdamW
-        )
+        kind = ShardedAdamW if config.parallel == "fsdp" else AdamW
+        self.optimizer: AdamW = build_optimizer(self.model, config.lr, kind)
         if self.scaling:
             self.scaling.follow(self.optimizer)
         if "optimizer" in state:
@@ -68,6 +62,7 @@ class Parts:
         if self.algorithm:
             self._place_algorithm(state, path)
         self.buckets = self._buckets()
+        self.captured = None if why_eager(ranks) else self._captured()
 
     def _place_algorithm(self, state: dict, path: Path | None) -> None:
         self.algorithm.apply(self.optimizer)
