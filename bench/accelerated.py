@@ -110,7 +110,7 @@ def reports(
     case = case | {"op": REPORT, "dtype": "float32"}
     for i in range(ROUNDS):
         model = copy.deepcopy(pruned)
-        example = {model.main_input_name: x}
+        example = {model.main_input_name: x} | ({} if new_tokens else engines.settings_of(model))
         began = time.process_time()
         report = accelerate_(model, example, new_tokens=new_tokens)
         took = time.process_time() - began
@@ -229,7 +229,8 @@ def page(name: str, run: records.Run) -> str:
             "fresh copy. `expected`: what the parts in the report add up to, within 10 % of the "
             f"whole in {near} of {len(ratios)} runs. The longest call ran for {max(calls):.1f} s. "
             "All seconds are those that the process ran: other work on the machine does not count. "
-            + "Of generation (prompt + new tokens) `dense` and `after` are those of generate(). "
+            + "A prompt gives the logits of its last token. Of generation (prompt + new tokens) "
+            "`dense` and `after` are those of generate(). "
             * any("+" in r["case"] for r in reported)
             + "The "
             f"outputs of both, relative to their norm, differ by {error:.0e} at most.",
