@@ -6,7 +6,8 @@ Weights are those of bench/models.py, of ResNet-50 random ones, pruned by magnit
 layer: only times are looked at. Each model is accelerated ROUNDS times anew. Then all ways to run
 it take turns: torch, what accelerate_ made of it, both compiled too, and those of bench/engines.py
 (pip install onnx onnxscript onnxruntime openvino). A language model is not compiled: its many
-blocks take minutes. Its token is run in bfloat16 with packed weights, too. One thread.
+blocks take minutes. Its token is run with dense layers in torch's oneDNN, and in bfloat16 with
+packed weights, too. One thread.
 """
 
 import argparse
@@ -21,6 +22,7 @@ import engines
 import models
 import torch
 from torch import Tensor, nn
+from torch.utils.mkldnn import to_mkldnn
 
 from sparsekern import accelerate_
 from sparsekern.bench import records
@@ -51,7 +53,7 @@ INPUTS = {
 }
 NAMES = models.NAMES | {"resnet50": "ResNet-50"}
 ROUNDS = 2
-COMPILED = ", compiled"
+COMPILED, ONEDNN = ", compiled", ", oneDNN"
 RACE_ROUNDS, ENOUGH_S = 15, 2.0  # of all ways in turn; no more of one that took so long
 REPORT, RACE = "accelerate", "engines"  # ops: what the report says, and the race
 
@@ -76,6 +78,7 @@ def cases(name: str) -> list[dict]:
             found += rows
             ours.append((sparsity, "accelerate_", made))
             if given.new_tokens:
+                ours.append((sparsity, f"accelerate_{ONEDNN}", with_head_in_onednn(made)))
                 ours.append((sparsity, "pack_", packed(pruned, sparsity)))
         if given.new_tokens:
             case |= {"case": f"1 token after {given.shape[1]}"}
@@ -148,6 +151,13 @@ def packed(pruned: nn.Module, sparsity: float) -> nn.Module:
     return pack_(model)
 
 
+def with_head_in_onednn(model: Any) -> nn.Module:
+    """The same modules but for the head."""
+    other = copy.copy(model)
+    other._modules = model._modules | {"lm_head": to_mkldnn(model.lm_head)}
+    return other
+
+
 Ways = dict[tuple[float | None, str, str], engines.Engine]  # by zeros, name and type
 
 
@@ -167,6 +177,9 @@ def ways_of(
         add(None, way)
     for sparsity, name, model in ours:
         add(sparsity, engines.torch_way(name, OURS, model, x, prompt))
+    if is_token:
+        model = to_mkldnn(copy.deepcopy(pruned))
+        add(None, engines.torch_way(f"torch{ONEDNN}", DENSE, model, x, prompt))
     if not hasattr(pruned, "generate"):
         add(None, engines.torch_way(f"torch{COMPILED}", DENSE, torch.compile(pruned), x))
         for sparsity, name, model in ours:
@@ -241,6 +254,7 @@ def page(name: str, run: records.Run) -> str:
             "",
             "All in turn, one thread each, medians. Only accelerate_ and pack_ make use of zeros: "
             "pack_ of all layers that have some. Compiled: by torch.compile, which is not timed. "
+            "oneDNN: torch.utils.mkldnn.to_mkldnn of the dense layers, of accelerate_ of the head. "
             "Bold: an engine that is faster than accelerate_ at 75 % zeros. Error: of the output, "
             "relative to the norm of that of torch in float32."
             + " Not installed: ONNX Runtime, OpenVINO."
