@@ -181,6 +181,7 @@ def ways_of(
         model = to_mkldnn(copy.deepcopy(pruned))
         add(None, engines.torch_way(f"torch{ONEDNN}", DENSE, model, x, prompt))
     if not hasattr(pruned, "generate"):
+        torch.compiler.reset()  # code for another input would be looked through in each call
         add(None, engines.torch_way(f"torch{COMPILED}", DENSE, torch.compile(pruned), x))
         for sparsity, name, model in ours:
             add(sparsity, engines.torch_way(name + COMPILED, OURS, torch.compile(model), x))
