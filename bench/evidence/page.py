@@ -265,18 +265,23 @@ def sweeps(order: Order, results: list[dict]) -> str:
     """Losses on dev by rate."""
     parts = []
     for arm in order.swept:
-        found = {
-            r["rate"]: r.get("pretrained", {}).get("dev")
-            for r in results
-            if (r["size"], r["arm"], r["seed"]) == (order.size, arm, SWEEP_SEED)
-        }
-        losses = {rate: math.inf if x is None else x for rate, x in found.items()}
+        losses = swept(order.size, arm, results)
         end = " (not done)" if losses and plan.best_rate(losses) is None else ""
         parts.append(tried(arm, losses, is_done=not end) + end)
     return (
         "Nats a token of text held out for this, by rate; full length, a seed of its own.\n\n"
         + "\n".join(parts)
     )
+
+
+def swept(size: str, arm: str, results: list[dict]) -> dict[float, float]:
+    """Loss on dev by rate."""
+    found = {
+        r["rate"]: r.get("pretrained", {}).get("dev")
+        for r in results
+        if (r["size"], r["arm"], r["seed"]) == (size, arm, SWEEP_SEED)
+    }
+    return {rate: math.inf if x is None else x for rate, x in found.items()}
 
 
 def tried(arm: str, losses: Mapping[float, float], is_done: bool = True) -> str:
@@ -334,6 +339,10 @@ def not_run(results: list[dict]) -> str:
     done = {r["key"] for r in results}
     parts = []
     for order in PLAN:
+        unswept = [a for a in order.swept if not plan.best_rate(swept(order.size, a, results))]
+        if unswept:
+            titles = "; ".join(ARMS[arm].title for arm in unswept)
+            parts.append(f"- {order.number}. {order.question} Sweeps not done: {titles}.")
         wanted = [(arm, seed) for arm in order.arms for seed in order.seeds]
         left = [w for w in wanted if f"{order.size} {w[0]} seed {w[1]}" not in done]
         if left:
