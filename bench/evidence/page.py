@@ -301,8 +301,8 @@ def clock_section(results: Sequence[dict]) -> str:
         "time on a core each of a quiet machine, for the same minutes, in which it does not see as "
         "many tokens as it has parameters; 75 % with sparsekern's kernels, dense with torch's. "
         "Rates are chosen by short runs, each arm's by as many, on every 16th row of the held-out "
-        "text; every eighth row, none of those, is reported. Predicted, each at its best rate: 75 % - "
-        f"dense {low:+g} to {high:+g} nats a token, margin {clock.MARGIN:g}."
+        "text; every eighth row, none of those, is reported. Predicted, each at its best rate: "
+        f"75 % - dense {low:+g} to {high:+g} nats a token, margin {clock.MARGIN:g}."
     )
     made = sorted((r for r in results if r["seed"] != SWEEP_SEED), key=clock.key)
     parts = [told]
