@@ -11,6 +11,7 @@ import sys
 import threading
 import traceback
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import TextIO
 
@@ -40,8 +41,8 @@ def answer(runner: Runner, message: dict) -> dict:
     return {"result": result}
 
 
-def runner(data: Path, work: Path, device: str) -> Runner:
-    return Runner(Data(build.load(data), device), work, DTYPES[device])
+def runner(corpus: build.Corpus, work: Path, device: str) -> Runner:
+    return Runner(Data(corpus, device), work, DTYPES[device])
 
 
 def load_compiled(folder: Path) -> None:
@@ -82,8 +83,10 @@ def listen() -> tuple[queue.Queue, Callable[[dict], None]]:
 def serve(data: Path, work: Path, out: Path, device: str) -> None:
     """Runs in WORK; what is small enough to be carried to another machine in OUT."""
     messages, reply = listen()
-    load_compiled(out)
-    made, shapes = runner(data, work, device), 0
+    with ThreadPoolExecutor() as pool:  # seconds each
+        corpus = pool.submit(build.load, data)
+        load_compiled(out)
+    made, shapes = runner(corpus.result(), work, device), 0
     reply({"device": torch.cuda.get_device_name() if device == "cuda" else processor()})
     while True:
         message = messages.get()

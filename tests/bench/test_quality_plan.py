@@ -3,7 +3,7 @@ periods that are filled, statistics, and a page that says what its results say."
 
 import json
 import math
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 
 import numpy as np
@@ -222,6 +222,24 @@ def test_a_period_without_a_resume_is_packed(evidence, tmp_path, monkeypatch):
         period.finish(job, worker, {"result": own})
     assert len(done) == len(set(done)) and "S5 75 seed 0" in done and not period.spent["lost"]
     assert clock[0] <= 500 and period.spent["whole"] > 0.9 * 2 * (500 - evidence.period.MARGIN_S)
+
+
+def test_a_sweep_that_was_begun_is_not_put_off_to_fill_the_time(evidence, tmp_path, monkeypatch):
+    study, plan = evidence.study, evidence.plan
+    monkeypatch.setattr(study.time, "monotonic", lambda: 0.0)
+    orders = [
+        plan.Order(1, "S", "?", ("75",)),
+        plan.Order(2, "S5", "?", (), ("dense",), tuple(range(8)), False),
+    ]
+    monkeypatch.setattr(study.Study, "rate", lambda self, size, arm: 0.01)
+    made = study.Study(orders, "text", tmp_path, [], {})
+    period = evidence.period.Period(made, tmp_path, {}, 125 + evidence.period.MARGIN_S)
+    monkeypatch.setattr(period, "cost", lambda _, gpu, t: 100.0 if t.size == "S" else 30.0)
+    assert period.choose("0", []).key == "S5 dense seed 0"  # four of them leave less
+    tried = evidence.arms.Task("S", "75", plan.SWEEP_SEED, 4e-3, False)
+    found = asdict(tried) | {"recipe": tried.recipe, "pretrained": {"dev": 3.0}}
+    made.results[tried.key] = found | {"key": tried.key}
+    assert period.choose("0", []).key == "S 75 rate 0.008"
 
 
 def test_what_was_begun_goes_on_first_and_models_are_trained_once(evidence, tmp_path, monkeypatch):
