@@ -41,6 +41,7 @@ class Steps:
     def __init__(self, device: torch.device):
         self._device = device
         self._steps: list[tuple] = []
+        self._scratch: tuple[Slot, int] | None = None
 
     def call(self, function: Callable, *arguments: Any, **named: Any) -> Slot:
         """function(*arguments, **named)."""
@@ -49,6 +50,12 @@ class Steps:
     def empty(self, like: Slot, *shape: int, **options: Any) -> Slot:
         """Memory for this shape, of the dtype of `like`."""
         return self.call(Tensor.new_empty, like, shape, **options)
+
+    def scratch(self, like: Slot, elements: int) -> Slot:
+        """Memory for so many, of the dtype of `like`, that an earlier product may have used."""
+        if self._scratch is None or self._scratch[1] < elements:
+            self._scratch = self.empty(like, elements), elements
+        return self._scratch[0]
 
     def rows(self, t: Slot, tokens: tuple[int, ...], width: int) -> Slot:
         """t [.., width] as [M, width]."""

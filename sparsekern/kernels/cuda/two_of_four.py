@@ -30,6 +30,7 @@ from . import bitmap as bitmaps
 from . import cusparselt, expand
 from .algorithms import NONE_RIGHT, algorithm_of
 from .bitmap import Bitmap
+from .cublaslt import workspace_at
 from .compressed import MACHINE, MULTIPLE, MULTIPLE_OF_TOKENS, refuse_gpu
 from .layout import TYPES
 
@@ -127,21 +128,19 @@ def _prepare(steps: Steps, asked: Asked, a: Slot, b: Slot | None) -> Slot | None
     if algorithm in (None, NONE_RIGHT):
         return None
     side, b = pattern.sides[op], b if asked.has_bias else None
-    operand = steps.empty(VALUES, n * k // 2 + len(side.tail) // 2)
+    device = asked.a.device.index
+    plan = cusparselt.Plan(outputs, inputs, m, device, algorithm, asked.bias, p.dtype)
+    behind = workspace_at(n * k + len(side.tail))
+    operand = steps.scratch(VALUES, -(-(behind + plan.workspace_bytes) // 2))
     launch = bitmaps.fill_launch if op == "spmm" else bitmaps.fill_transposed_launch
     steps.start(*launch(pattern.bitmap, VALUES, side.tail, operand, n, k))
     y = steps.empty(a, *asked.tokens, outputs)
-    device = asked.a.device.index
-    plan = cusparselt.Plan(outputs, inputs, m, device, algorithm, asked.bias, p.dtype)
-    workspace = None
-    if plan.workspace_bytes:
-        workspace = steps.empty(a, plan.workspace_bytes, dtype=torch.uint8)
 
     def other_way(operand: Tensor, x: Tensor, y: Tensor, bias: Tensor | None) -> None:
         flat = x.view(m, inputs), y.view(m, outputs)
         cusparselt.multiply(operand, *flat, bias, algorithm)
 
-    steps.add(plan.start(other_way), (1, 1, 1, 0), (operand, a, y, b, workspace))
+    steps.add(plan.start(other_way, behind), (1, 1, 1, 0), (operand, a, y, b))
     expand.prepare_mend(steps, asked, a, b, y, side.checked)
     return y
 
