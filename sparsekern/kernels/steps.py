@@ -42,6 +42,7 @@ class Steps:
         self._device = device
         self._steps: list[tuple] = []
         self._scratch: tuple[Slot, int] | None = None
+        self.sums: Slot | None = None  # those that were asked for
 
     def call(self, function: Callable, *arguments: Any, **named: Any) -> Slot:
         """function(*arguments, **named)."""
@@ -104,6 +105,7 @@ class Asked(NamedTuple):
     values: Tensor | None
     a: Tensor
     bias: Tensor | None
+    wants_sums: bool = False  # of dy [.., N], beside the sddmm of it; a row may see to them
 
     @property
     def has_bias(self) -> bool:

@@ -23,7 +23,7 @@ struct Handle {
 };
 struct Descriptor {
   int compute, scale, trans_a = 0, trans_b = 0, epilogue = 1;
-  const uint16_t* bias = nullptr;
+  uint16_t* bias = nullptr;
 };
 struct Layout {
   int type;
@@ -51,7 +51,7 @@ struct Found {
 std::mutex mutex;
 std::set<const void*> made;
 std::atomic<int> products{0}, asked{0};
-bool has_none = false, needs_workspace = true;
+bool has_none = false, has_no_sums = false, needs_workspace = true;
 
 template <class T, class... Args>
 int make(T** out, Args... args) {
@@ -116,6 +116,7 @@ bool sizes_of(const Descriptor& d, const Layout& a, const Layout& b, const Layou
 extern "C" {
 
 void standin_without_algorithms(bool yes) { has_none = yes; }
+void standin_without_sums(bool yes) { has_no_sums = yes; }
 void standin_without_workspace(bool yes) { needs_workspace = !yes; }
 int standin_products() { return products; }
 int standin_asked() { return asked; }
@@ -172,7 +173,8 @@ int cublasLtMatmulAlgoGetHeuristic(Handle*, const Descriptor* d, const Layout* a
   algorithm.alignment = 256;
   for (uint32_t each : p->alignments)
     if (each < algorithm.alignment) algorithm.alignment = each;
-  if (d->epilogue == 4 && !is_aligned(d->bias, 16)) return kInvalidValue;
+  if (d->epilogue != 1 && !is_aligned(d->bias, 16)) return kInvalidValue;
+  if (d->epilogue == 512 && has_no_sums) return kNotSupported;
   if (p->reductions & ~2u || p->most_bytes < kWorkspaceBytes) return kNotSupported;
   *found = {};
   std::memcpy(found->algorithm, &algorithm, sizeof algorithm);
@@ -197,7 +199,7 @@ int cublasLtMatmul(Handle* handle, const Descriptor* d, const float* alpha, cons
   if (!is_aligned(a, to) || !is_aligned(b, to) || !is_aligned(out, to)) status = kInvalidValue;
   if (needs_workspace && (workspace_bytes < kWorkspaceBytes || !is_aligned(workspace, 16)))
     status = kInvalidValue;
-  if (!stream || (d->epilogue == 4 && !is_aligned(d->bias, 16))) status = kInvalidValue;
+  if (!stream || (d->epilogue != 1 && !is_aligned(d->bias, 16))) status = kInvalidValue;
   if (status == kSuccess) {
     if (needs_workspace) std::memset(workspace, 0xff, kWorkspaceBytes);
     for (int64_t j = 0; j < s.n; ++j) {
@@ -212,6 +214,12 @@ int cublasLtMatmul(Handle* handle, const Descriptor* d, const float* alpha, cons
         if (d->epilogue == 4) sum += value_of(d->bias[i], s.type);
         out[i + j * lo->ld] = rounded(sum, s.type);
       }
+    }
+    for (int64_t j = 0; d->epilogue == 512 && j < s.n; ++j) {  // of the columns of b
+      float sum = 0;
+      for (int64_t l = 0; l < s.k; ++l)
+        sum += value_of(b[d->trans_b ? j + l * lb->ld : l + j * lb->ld], s.type);
+      d->bias[j] = rounded(sum, s.type);
     }
     ++products;
   }

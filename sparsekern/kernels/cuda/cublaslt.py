@@ -21,7 +21,7 @@ _TYPES = {torch.bfloat16: 14, torch.float16: 2}  # cudaDataType
 _FLOAT32, _COMPUTE_FLOAT32 = 0, 68
 _TRANSPOSED = 1
 _TRANS_A, _TRANS_B, _EPILOGUE, _BIAS = 3, 4, 7, 8  # of a descriptor
-_ADD_BIAS = 4  # an epilogue
+_ADD_BIAS, _SUM_B = 4, 512  # epilogues
 _MOST_BYTES, _REDUCTIONS, _ALIGNMENTS = 1, 3, (5, 6, 7, 8)  # of a preference
 _IN_FLOAT32 = 2  # how parts of K may be added up; a single part always may
 ALIGNMENT, WORKSPACE_ALIGNMENT = 16, 256  # bytes; of all operands the first
@@ -109,7 +109,9 @@ class Product:
 
     spmm    y  [M, N] = x [M, K] W^T + bias [N]     start(.., W, x, y, bias, scratch)
     spmm_t  dx [M, K] = dy [M, N] W                 start(.., W, dy, dx, None, scratch)
-    sddmm   dW [N, K] = dy [M, N]^T x [M, K]        start(.., x, dy, dW, None, scratch)
+    sddmm   dW [N, K] = dy [M, N]^T x [M, K]        start(.., x, dy, dW, sums, scratch)
+
+    sums [N] = dy^T 1, and bias, are None for one that was made without.
     """
 
     def __init__(self, problem: Problem, device: int, has_bias: bool):
@@ -130,7 +132,8 @@ class Product:
         if transposed is not None:
             self._describe(transposed, ctypes.c_int32(_TRANSPOSED))
         if has_bias:
-            self._describe(_EPILOGUE, ctypes.c_uint32(_ADD_BIAS))
+            epilogue = _SUM_B if problem.op == "sddmm" else _ADD_BIAS
+            self._describe(_EPILOGUE, ctypes.c_uint32(epilogue))
             self._describe(_BIAS, ctypes.c_void_p(ALIGNMENT))  # as little aligned as any will be
         kind = _TYPES[problem.dtype]
         self._layouts = [
@@ -162,8 +165,11 @@ class Product:
             library.call("MatmulPreferenceSetAttribute", *args)
         found, count = _Found(), ctypes.c_int()
         a, b, out = self._layouts
-        args = handle, self._descriptor, a, b, out, out, preference, 1
-        library.call("MatmulAlgoGetHeuristic", *args, ctypes.byref(found), ctypes.byref(count))
+        library.call(
+            "MatmulAlgoGetHeuristic",
+            *(handle, self._descriptor, a, b, out, out, preference, 1),
+            *(ctypes.byref(found), ctypes.byref(count)),
+        )
         if not count.value or found.status:
             raise Error("cublasLtMatmulAlgoGetHeuristic: no algorithm")
         return found

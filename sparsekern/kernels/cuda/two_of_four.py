@@ -30,8 +30,8 @@ from . import bitmap as bitmaps
 from . import cusparselt, expand
 from .algorithms import NONE_RIGHT, algorithm_of
 from .bitmap import Bitmap
-from .cublaslt import workspace_at
 from .compressed import MACHINE, MULTIPLE, MULTIPLE_OF_TOKENS, refuse_gpu
+from .cublaslt import workspace_at
 from .layout import TYPES
 
 

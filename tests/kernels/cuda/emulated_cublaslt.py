@@ -44,7 +44,8 @@ def dense(cublaslt_library, monkeypatch):
     for cache in caches:
         cache.cache_clear()
     yield library
-    library.without_algorithms(False), library.without_workspace(False)
+    for name in ("algorithms", "sums", "workspace"):
+        getattr(library, f"without_{name}")(False)
     for cache in caches:
         cache.cache_clear()
     cublaslt.native.forget_calls()

@@ -40,15 +40,19 @@ def train(sparse, x):
     exact = (dy.double().T @ flat.double())[w != 0]
     scale = (dy.double().abs().T @ flat.double().abs())[w != 0]
     assert relative_error(sparse.values.grad, exact, scale) <= 2**-8
+    if bias is not None:
+        exact, scale = torch.sum(dy.double(), 0), torch.sum(dy.double().abs(), 0)
+        assert relative_error(bias.grad, exact, scale) <= 2**-8
     sparse.zero_grad()
 
 
 @pytest.mark.parametrize("tokens", [(65,), (2, 3, 16)])
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
 @pytest.mark.parametrize("bias", [True, False])
-@pytest.mark.parametrize("has_workspace", [True, False])
-def test_products(tokens, dtype, bias, has_workspace, dense):  # noqa: F811
-    dense.without_workspace(not has_workspace)
+@pytest.mark.parametrize("lacks", ["", "workspace", "sums"])
+def test_products(tokens, dtype, bias, lacks, dense):  # noqa: F811
+    if lacks:
+        getattr(dense, f"without_{lacks}")(True)
     n, k = 37, 51  # of no multiple
     sparse, _ = layer(torch.rand(n, k) < 0.5, dtype, bias)
     before = dense.products()
@@ -78,7 +82,7 @@ def test_torch_multiplies_where_the_library_does_not(missing, dense, monkeypatch
 
 
 def test_threads_share_an_algorithm(dense):  # noqa: F811
-    """The stand-in refuses two with one handle, and a bias of another thread gives other results."""
+    """The stand-in refuses two with one handle; a bias of another thread gives other results."""
     sparse = [regular().requires_grad_(False) for _ in range(4)]
     x, wrong = torch.randn(80, K).bfloat16(), []
     want = [s(x) for s in sparse]
@@ -126,6 +130,17 @@ def test_both_gradients_share_one_scratch(monkeypatch):
         dx, dvalues = native.call(ops.SPMM_GRADIENTS, *operands, N, K, dy, x)
     scratch, *results = made[-3:]
     assert scratch.numel() >= N * K and [t.shape for t in results] == [dx.shape, dvalues.shape]
+
+
+@pytest.mark.parametrize("tokens", [(80,), (4, 20), (1100,)])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
+def test_all_gradients_are_one_call(tokens, dtype, monkeypatch):
+    """With sums of the library's, or of torch's; nothing is left to Python."""
+    sparse = regular(dtype)
+    x = torch.randn(*tokens, K, dtype=dtype)
+    train(sparse, x)
+    monkeypatch.setattr(torch.Tensor, "sum", None)
+    train(sparse, x)
 
 
 def test_scratch_is_as_large_as_asked():
