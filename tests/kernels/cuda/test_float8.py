@@ -66,7 +66,25 @@ def test_bytes_are_transposed(device, m, k):
     torch.testing.assert_close(sums, want, equal_nan=True)
 
 
+# Without a product: compute-sanitizer neither runs the library's nor sees what they store.
 @pytest.mark.sanitize
+@pytest.mark.parametrize("n, k", [(32, 32), (96, 160), (288, 64)])
+def test_an_operand_holds_each_value_and_the_tail(device, n, k, nan_memory):
+    mask = two_way(n, k).to(device)
+    w = torch.randn(n, k, device=device) * mask
+    W = SparseTensor.from_dense(w, mask)
+    pattern = float8.pattern_of(W.row_offsets, W.col_indices, n, k)
+    noted, scale = one(0, device), one(64, device)
+    w8 = recipe.cast(w, scale).float()
+    for op, dense in (("spmm", w8), ("spmm_t", w8.t())):
+        operand = float8._operand(op, pattern, W.values, scale, noted, n, k)
+        slots = operand[: n * k // 2].view(recipe.DTYPE).float().view(len(dense), -1)
+        for slot, row in zip(slots.cpu(), dense.cpu(), strict=True):
+            assert torch.equal(slot[slot != 0].sort().values, row[row != 0].sort().values)
+        assert torch.equal(operand[slots.numel() :], pattern.tails[op])
+    assert noted.item() == w.abs().max().item()
+
+
 @pytest.mark.parametrize("n, k, m", [(32, 32, 16), (96, 160, 48), (288, 64, 32)])
 def test_products_are_those_of_rounded_operands(device, n, k, m, nan_memory):
     mask = two_way(n, k).to(device)
