@@ -166,7 +166,8 @@ def test_products_of_fixed_algorithms(n, k, tokens, dtype):
     sparse, w, mask = sparse.cuda(), w.cuda(), w.cuda() != 0
     for op, has_bias in (("spmm", True), ("spmm_t", False), ("sddmm", True), ("sddmm", False)):
         problem = Problem(op, "cuda", dtype, tokens, n, k, sparse.values.numel())
-        assert cublaslt.product_of(problem, 0, has_bias) is not None, op
+        is_there = cublaslt.product_of(problem, 0, has_bias) is not None
+        assert is_there or n % 8, (op, has_bias)  # or torch multiplies, and sums
     for shape in ((tokens,), (5, tokens)):
         for first in (0, 8):  # of 16 bytes
             x, h = (
