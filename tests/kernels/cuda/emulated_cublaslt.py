@@ -6,7 +6,6 @@ from emulated_cublaslt import cublaslt_library, dense
 """
 
 import ctypes
-import gc
 from contextlib import nullcontext
 
 import pytest
@@ -49,5 +48,4 @@ def dense(cublaslt_library, monkeypatch):
     for cache in caches:
         cache.cache_clear()
     cublaslt.native.forget_calls()
-    gc.collect()
     assert library.live() == 0
