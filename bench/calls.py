@@ -10,6 +10,7 @@ infinities adds to a product of a W that is written out (replayed CUDA graphs).
 
 import argparse
 import contextlib
+import itertools
 import statistics
 import time
 from collections.abc import Callable, Iterable
@@ -32,7 +33,7 @@ from sparsekern.terminal import table
 from sparsekern.testing import random_csr
 
 SIZES = {"cpu": 8, "cuda": 64}
-BLOCKS = {"cpu": 400, "cuda": 100}
+BLOCKS = {"cpu": 400, "cuda": 50}
 CALLS = {"cpu": 100, "cuda": 50}  # on a GPU no more than its queue takes
 MANY_TOKENS = 128
 TWO_WAY_SIZE, TWO_WAY_TOKENS = 3072, 1024  # from which on dispatch takes `two_of_four`
@@ -218,10 +219,14 @@ def main() -> None:
     arguments = parser.parse_args()
     torch.set_num_threads(1)
     torch.manual_seed(0)
-    cases, machine = list(host_times(arguments.device)), about_cpu()
+    cases, machine, verbs = [], about_cpu(), [host_times(arguments.device)]
     if arguments.device == "cuda":
         machine |= about_gpu()
-        cases += mend_times()
+        verbs.append(mend_times())
+    for case in itertools.chain(*verbs):
+        cases.append(case)
+        found = (f"{name} {cell(way)}" for name, way in case["ways"].items())
+        print(f"{label(case)}: {', '.join(found)}", flush=True)
     about = about_run("calls", machine, arguments.commit)
     name = machine.get("gpu", machine["cpu"]).lower().replace(" ", "-").strip("-")
     path = arguments.out / f"{name}-calls-{date.today()}"

@@ -1,4 +1,5 @@
-// Products by an algorithm of cuBLASLt (kernels/cuda/cublaslt.py) without a line of Python.
+// Products by an algorithm of cuBLASLt (kernels/cuda/cublaslt.py) without a line of Python:
+// launches as those of kernels (launch.h), whose first argument says which product.
 #pragma once
 
 #include <Python.h>

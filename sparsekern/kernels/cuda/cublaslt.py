@@ -9,13 +9,13 @@ of cublasLt.h, CUDA 12 and 13. Where it is missing or names no algorithm, torch 
 """
 
 import ctypes
-from collections.abc import Callable
 from functools import cache, lru_cache
 
 import torch
 
 from ..operands import native
 from ..problem import Problem
+from ..steps import Slot, Steps
 
 _TYPES = {torch.bfloat16: 14, torch.float16: 2}  # cudaDataType
 _FLOAT32, _COMPUTE_FLOAT32 = 0, 68
@@ -107,9 +107,9 @@ def _handle(device: int) -> ctypes.c_void_p:
 class Product:
     """One of the products of a linear layer by a fixed algorithm, on one GPU, for any thread:
 
-    spmm    y  [M, N] = x [M, K] W^T + bias [N]     start(.., W, x, y, bias, scratch)
-    spmm_t  dx [M, K] = dy [M, N] W                 start(.., W, dy, dx, None, scratch)
-    sddmm   dW [N, K] = dy [M, N]^T x [M, K]        start(.., x, dy, dW, sums, scratch)
+    spmm    y  [M, N] = x [M, K] W^T + bias [N]     a, b, out, bias: W, x, y, bias
+    spmm_t  dx [M, K] = dy [M, N] W                                  W, dy, dx, None
+    sddmm   dW [N, K] = dy [M, N]^T x [M, K]                         x, dy, dW, sums
 
     sums [N] = dy^T 1, and bias, are None for one that was made without.
     """
@@ -118,7 +118,7 @@ class Product:
         """Error where the library has no algorithm for it."""
         library = _library()
         assert library is not None
-        self._library, self._device = library, device
+        self._library = library
         self._kept: list[tuple[str, ctypes.c_void_p]] = []  # how each is destroyed
         handle = _handle(device)
         self._descriptor = self._make("MatmulDesc", _COMPUTE_FLOAT32, _FLOAT32)
@@ -140,9 +140,13 @@ class Product:
             self._make("MatrixLayout", kind, rows, columns, rows) for rows, columns in shapes
         ]
         self._found = self._ask(handle)
-        self._workspace_at = workspace_at(n * k * problem.dtype.itemsize)
-        scratch_bytes = self._workspace_at + self._found.workspace_bytes
-        self.scratch_elements = -(-scratch_bytes // problem.dtype.itemsize)
+        behind, found = workspace_at(n * k * problem.dtype.itemsize), self._found
+        self.scratch_elements = -(-(behind + found.workspace_bytes) // problem.dtype.itemsize)
+        functions = library.Matmul, library.MatmulDescSetAttribute
+        addresses = [ctypes.cast(f, ctypes.c_void_p).value for f in functions]
+        made = [h.value for h in (handle, self._descriptor, *self._layouts)]
+        numbers = *addresses, *made, ctypes.addressof(found), behind, found.workspace_bytes
+        self._numbers = (ctypes.c_uint64 * len(numbers))(*numbers)
 
     def _make(self, what: str, *args) -> ctypes.c_void_p:
         made = self._library.make(f"{what}Create", *args)
@@ -174,23 +178,14 @@ class Product:
             raise Error("cublasLtMatmulAlgoGetHeuristic: no algorithm")
         return found
 
-    def start(self) -> Callable[..., None]:
-        """start(_, _, _, _, stream, a, b, out, bias, scratch) in C++. Scratch, of scratch_elements,
-        begins with W or dW."""
-        library, found = self._library, self._found
-        functions = (getattr(library, name) for name in ("Matmul", "MatmulDescSetAttribute"))
-        addresses = (ctypes.cast(f, ctypes.c_void_p).value for f in functions)
-        handles = (h.value for h in (_handle(self._device), self._descriptor, *self._layouts))
+    def data_ptr(self) -> int:
+        """The address of what C++ reads, as of any argument of a launch."""
+        return ctypes.addressof(self._numbers)
+
+    def add_to(self, steps: Steps, a: Slot, b: Slot, out: Slot, bias: Slot | None, scratch: Slot):
+        """The product as one step. Scratch, of scratch_elements, begins with W or dW."""
         assert native
-        return native.dense_product(
-            self,
-            *addresses,
-            *handles,
-            ctypes.addressof(found),
-            self._workspace_at,
-            found.workspace_bytes,
-            _BIAS,
-        )
+        steps.add(native.dense_product(), (1, 1, 1, 0), (self, a, b, out, bias, scratch))
 
     def __del__(self):
         for function, made in reversed(self._kept):

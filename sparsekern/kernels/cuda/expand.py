@@ -27,9 +27,6 @@ from .layout import LANES, TYPES, Packed
 THREADS, COLUMNS = 256, 4096  # of a block, of a row of dx at a time
 WARPS = THREADS // LANES
 MOST_TOKENS, BLOCKS = 256, 256  # of a block; those that look at many tokens
-# dY is summed in the product dW, which saves the host a launch. With more tokens it is the GPU that
-# a step waits for, and what these sums cost it was not measured.
-SUMMED_TOKENS = 1024
 MEND_SMEM_BYTES = 4 * (MOST_TOKENS + 1)
 ALL_TYPES = {**TYPES, torch.float32: "f32", torch.float64: "f64"}
 
@@ -143,7 +140,7 @@ def _prepare(steps: Steps, asked: Asked, a: Slot, b: Slot | None) -> Slot | None
         w = steps.scratch(VALUES, product.scratch_elements)
         steps.start(*bitmaps.write_out_launch(bitmap, VALUES, w, p.dtype.itemsize, p.K))
         y = steps.empty(a, *asked.tokens, p.N if p.op == "spmm" else p.K)
-        steps.add(product.start(), (1, 1, 1, 0), (w, a, y, bias, w))
+        product.add_to(steps, w, a, y, bias, w)
         prepare_mend(steps, asked, a, bias, y)
         return y
     inputs, outputs = (p.K, p.N) if p.op == "spmm" else (p.N, p.K)
@@ -162,12 +159,12 @@ def _prepare(steps: Steps, asked: Asked, a: Slot, b: Slot | None) -> Slot | None
 def _prepare_gradient(steps: Steps, asked: Asked, dy: Slot, x: Slot) -> Slot:
     """dW [N, K], and maybe more behind it."""
     p, device, sums = asked.problem, asked.a.device.index, None
-    product = product_of(p, device, True) if asked.wants_sums and p.M <= SUMMED_TOKENS else None
+    product = product_of(p, device, True) if asked.wants_sums else None
     if product:
         sums = steps.sums = steps.empty(dy, p.N)
     if product := product or product_of(p, device):
         dw = steps.scratch(dy, product.scratch_elements)
-        steps.add(product.start(), (1, 1, 1, 0), (x, dy, dw, sums, dw))
+        product.add_to(steps, x, dy, dw, sums, dw)
         return dw
     rows = steps.rows(dy, asked.tokens, p.N), steps.rows(x, asked.tokens, p.K)
     return steps.call(torch.mm, steps.call(Tensor.t, rows[0]), rows[1])
