@@ -142,7 +142,7 @@ class Product:
         self._found = self._ask(handle)
         behind, found = workspace_at(n * k * problem.dtype.itemsize), self._found
         self.scratch_elements = -(-(behind + found.workspace_bytes) // problem.dtype.itemsize)
-        functions = library.Matmul, library.MatmulDescSetAttribute
+        functions = (getattr(library, name) for name in ("Matmul", "MatmulDescSetAttribute"))
         addresses = [ctypes.cast(f, ctypes.c_void_p).value for f in functions]
         made = [h.value for h in (handle, self._descriptor, *self._layouts)]
         numbers = *addresses, *made, ctypes.addressof(found), behind, found.workspace_bytes
