@@ -1,7 +1,7 @@
 """Dense products through the C interface of cuBLASLt, without its headers, for calls from C++.
 
-torch asks the library anew in each product which algorithm it should run, which takes the host as
-long as three launches. Here it is asked once a shape; what a call does is one function in C++
+torch asks the library anew in each product which algorithm it should run, a third of what a product
+takes the host. Here it is asked once a shape; what a call does is one function in C++
 (csrc/dense_product.cpp). Operands are bfloat16 or float16, sums float32, also those of parts of K.
 
 The library is the one that torch has loaded. Names, enumerations and the order of calls are those

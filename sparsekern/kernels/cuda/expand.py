@@ -7,7 +7,7 @@ reads the caller's indices; csrc/cuda/mend.cu says what a write that nobody coun
 neither nvcc nor CuPy, torch's indexing takes the place of the kernels, and Triton's launch that of
 the last one; float64, or a machine without Triton, then keeps what the zeros have made.
 
-Calls from C++ multiply in 16 bits through cublaslt.py, which the host has done in half of the time;
+Calls from C++ multiply in 16 bits through cublaslt.py, which takes the host two thirds of the time;
 in the last bit results may differ from those of torch.mm.
 """
 
