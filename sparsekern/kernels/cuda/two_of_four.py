@@ -154,14 +154,14 @@ def spmm_t(*operands) -> Tensor:
 
 
 @lru_cache(maxsize=4096)
-def _least_size(tokens: int) -> int | None:
-    return least_size(MACHINE, torch.bfloat16, tokens, "two_of_four")
+def _least_size(tokens: int, dtype: torch.dtype) -> int | None:
+    return least_size(MACHINE, dtype, tokens, "two_of_four")
 
 
 def _refuse_size(p: Problem) -> str | None:
     if p.dtype not in TYPES:
         return f"it takes bfloat16 and float16, not {str(p.dtype).removeprefix('torch.')}"
-    least = _least_size(p.M)
+    least = _least_size(p.M, p.dtype)
     if least is None or min(p.N, p.K) < least:
         return f"writing W [{p.N}, {p.K}] out is as fast at {p.M} tokens"
     if p.N % MULTIPLE or p.K % MULTIPLE or p.M % MULTIPLE_OF_TOKENS:
