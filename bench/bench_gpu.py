@@ -39,7 +39,7 @@ def test_quick_products_of_training(workload, tmp_path):
     import tables_gpu
     import train_gpu
 
-    args = argparse.Namespace(verb="train-products", quick=True, commit=None)
+    args = argparse.Namespace(verb="train-products", quick=True, commit=None, dtype="bfloat16")
     run = train_gpu.measure(args, {}, tmp_path / "result.csv")
     assert run.about["is_whole"] and not tables_gpu.failures(derived(run))
 

@@ -10,6 +10,7 @@ infinities adds to a product of a W that is written out (replayed CUDA graphs).
 
 import argparse
 import contextlib
+import itertools
 import statistics
 import time
 from collections.abc import Callable, Iterable
@@ -32,9 +33,10 @@ from sparsekern.terminal import table
 from sparsekern.testing import random_csr
 
 SIZES = {"cpu": 8, "cuda": 64}
-BLOCKS = {"cpu": 400, "cuda": 100}
+BLOCKS = {"cpu": 400, "cuda": 50}
 CALLS = {"cpu": 100, "cuda": 50}  # on a GPU no more than its queue takes
 MANY_TOKENS = 128
+TWO_WAY_SIZE, TWO_WAY_TOKENS = 3072, 1024  # from which on dispatch takes `two_of_four`
 GRAPH_CALLS, REPLAYS, AHEAD_S = 20, 15, 50e-6
 KINDS = {"torch": DENSE, "ours": OURS, "kernel": OTHER}
 TITLES = {
@@ -59,14 +61,25 @@ def block_s(calls: dict[str, Callable[[], object]], device: str) -> dict[str, di
     }
 
 
-def layers(device: str, dtype: torch.dtype) -> tuple[nn.Linear, SparseLinear, SparseTensor]:
+def random_weight(device: str, dtype: torch.dtype) -> SparseTensor:
     size = SIZES[device]
-    W = SparseTensor(*random_csr(size, size, 0.5, dtype), (size, size)).to(device)
+    return SparseTensor(*random_csr(size, size, 0.5, dtype), (size, size)).to(device)
+
+
+def two_way_weight() -> SparseTensor:
+    """One of four, in rows and in columns."""
+    at = torch.arange(TWO_WAY_SIZE, device="cuda")
+    mask = (at + at.unsqueeze(1)) % 4 == 0
+    return SparseTensor.from_dense(torch.randn(mask.shape, device="cuda").bfloat16(), mask)
+
+
+def layers(W: SparseTensor) -> tuple[nn.Linear, SparseLinear]:
+    size, device, dtype = W.n, W.device, W.dtype
     dense = nn.Linear(size, size, device=device, dtype=dtype)
     with torch.no_grad():
         dense.weight.copy_(W.to_dense())
     bias = dense.bias.detach().clone()
-    return dense, SparseLinear(size, size, W.row_offsets, W.col_indices, W.values, bias), W
+    return dense, SparseLinear(size, size, W.row_offsets, W.col_indices, W.values, bias)
 
 
 def check(dense: nn.Linear, sparse: SparseLinear, x: Tensor) -> float:
@@ -85,7 +98,8 @@ def training(layer: nn.Module, x: Tensor) -> Callable[[], None]:
 
 def host_times(device: str) -> Iterable[dict]:
     dtype = torch.float32 if device == "cpu" else torch.bfloat16
-    dense, sparse, W = layers(device, dtype)
+    W = random_weight(device, dtype)
+    dense, sparse = layers(W)
     w, size = dense.weight.detach(), SIZES[device]
     x, many = (torch.randn(m, size, device=device, dtype=dtype) for m in (1, MANY_TOKENS))
     error = max(check(dense, sparse, x), check(dense, sparse, many))
@@ -93,8 +107,8 @@ def host_times(device: str) -> Iterable[dict]:
     operands = W.row_offsets, W.col_indices, W.values, size, size, x
     packed = PackedLinear.from_sparse(sparse)
 
-    def both(call: Callable) -> dict[str, Callable]:
-        return {"torch": call(dense), "ours": call(sparse)}
+    def both(call: Callable, pair: tuple = (dense, sparse)) -> dict[str, Callable]:
+        return dict(zip(("torch", "ours"), map(call, pair), strict=True))
 
     matmuls = {
         "torch": lambda: torch.matmul(x, w.T),
@@ -116,13 +130,17 @@ def host_times(device: str) -> Iterable[dict]:
             1,
         ),
     ]
-    if device == "cuda":  # W is written out
-        name = f"{MANY_TOKENS} tokens"
-        calls = both(lambda layer: lambda: layer(many))
-        cases.append((f"module, {name}, no grad", torch.no_grad(), calls, MANY_TOKENS))
-        calls = both(lambda layer: training(layer, many))
-        whole = f"forward and backward, {name}"
-        cases.append((whole, contextlib.nullcontext(), calls, MANY_TOKENS))
+    if device == "cuda":
+        # W is written out; on sparse tensor cores.
+        pair = layers(two_way_weight())
+        more = torch.randn(TWO_WAY_TOKENS, TWO_WAY_SIZE, device=device, dtype=dtype)
+        error = max(error, check(*pair, more))
+        for t, of, name in ((many, (dense, sparse), ""), (more, pair, "two-way, ")):
+            m, name = len(t), f"{name}{len(t)} tokens"
+            calls = both(lambda layer, t=t: lambda: layer(t), of)
+            cases.append((f"module, {name}, no grad", torch.no_grad(), calls, m))
+            calls = both(lambda layer, t=t: training(layer, t), of)
+            cases.append((f"forward and backward, {name}", contextlib.nullcontext(), calls, m))
     for name, context, calls, m in cases:
         with context:
             ways = {
@@ -130,7 +148,8 @@ def host_times(device: str) -> Iterable[dict]:
                 for who, seconds in block_s(calls, device).items()
             }
             ways["ours"] |= {"error": error, "is_right": True}
-            sizes = {"M": m, "N": size, "K": size, "device": device, "threads": 1}
+            n = TWO_WAY_SIZE if m == TWO_WAY_TOKENS else size
+            sizes = {"M": m, "N": n, "K": n, "device": device, "threads": 1}
             yield {"op": "call", "case": name, **sizes, "ways": ways}
 
 
@@ -200,10 +219,14 @@ def main() -> None:
     arguments = parser.parse_args()
     torch.set_num_threads(1)
     torch.manual_seed(0)
-    cases, machine = list(host_times(arguments.device)), about_cpu()
+    cases, machine, verbs = [], about_cpu(), [host_times(arguments.device)]
     if arguments.device == "cuda":
         machine |= about_gpu()
-        cases += mend_times()
+        verbs.append(mend_times())
+    for case in itertools.chain(*verbs):
+        cases.append(case)
+        found = (f"{name} {cell(way)}" for name, way in case["ways"].items())
+        print(f"{label(case)}: {', '.join(found)}", flush=True)
     about = about_run("calls", machine, arguments.commit)
     name = machine.get("gpu", machine["cpu"]).lower().replace(" ", "-").strip("-")
     path = arguments.out / f"{name}-calls-{date.today()}"

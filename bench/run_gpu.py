@@ -415,7 +415,8 @@ def main(arguments: list[str]) -> int:
 
 def train(args: argparse.Namespace, folder: Path) -> int:
     model = getattr(args, "model", None)
-    path = folder / f"{args.verb}-bfloat16{f'-{model}' if model else ''}.csv"
+    dtype = getattr(args, "dtype", "bfloat16")
+    path = folder / f"{args.verb}-{dtype}{f'-{model}' if model else ''}.csv"
     run = train_gpu.measure(args, machine(), path)
     print(train_gpu.PAGES[args.verb](path.stem, run))
     print(f"{run.about['seconds']:.0f} s: {path}")

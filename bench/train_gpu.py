@@ -5,6 +5,7 @@ import json
 import math
 import time
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import pages
@@ -143,7 +144,7 @@ def cases(args: argparse.Namespace) -> Iterator[dict]:
         size = train_float8.QUICK if args.quick else train_float8.SIZE
         return train_float8.cases(size, torch.device("cuda"))
     if args.verb == "train-products":
-        return three_products(args.quick)
+        return three_products(args.quick, args.dtype)
     if args.verb == "least-size":
         return least_size.cases(replay_gpu.CudaClock(), torch.device("cuda"))
     return train_memory.cases(args.largest)
@@ -155,6 +156,9 @@ def add_flags(verb: str, parser: argparse.ArgumentParser) -> None:
     if verb in ("train-memory", "least-size"):
         return
     parser.add_argument("--quick", action="store_true")
+    if verb == "train-products":
+        kinds = ("bfloat16", "float16")
+        parser.add_argument("--dtype", choices=kinds, default=kinds[0])
     if verb == "train":
         models = [step.model for step in gpt_gpu.STEPS]
         parser.add_argument("--model", choices=models, help="one of the models alone")
@@ -208,8 +212,10 @@ def whole_steps(quick: bool, model: str | None) -> Iterator[dict]:
             torch.cuda.empty_cache()
 
 
-def three_products(quick: bool) -> Iterator[dict]:
-    sizes = products.QUICK if quick else products.SIZES
+def three_products(quick: bool, dtype: str) -> Iterator[dict]:
+    sizes = products.FLOAT16 if dtype == "float16" else products.SIZES
+    if quick:
+        sizes = replace(products.QUICK, dtype=getattr(torch, dtype))
     return products.cases(sizes, replay_gpu.CudaClock(), torch.Generator("cuda"))
 
 
@@ -234,9 +240,10 @@ def page_of_products(name: str, run: Run) -> str:
         for kind in (OURS, OTHER)
     }
     limit = run.about["machine"]["ceilings"]["cuda"]["bytes_per_s"]["memory"]
+    written_out = [case for case in cases if case["op"] not in products.OPS]
     return PRODUCTS.format(
         name=name,
-        heading=in_words(run.about, "bfloat16"),
+        heading=in_words(run.about, three[0]["dtype"]),
         tokens=three[0]["M"],
         sparsity=three[0]["sparsity"],
         rounds=products.ROUNDS,
@@ -244,9 +251,7 @@ def page_of_products(name: str, run: Run) -> str:
         fp8_errors=f"{errors[OTHER]:.0e}",
         products=tables.products(three),
         copy=limit / 1e12,
-        write_outs=tables.write_outs(
-            [case for case in cases if case["op"] not in products.OPS], limit
-        ),
+        write_outs=tables.write_outs(written_out, limit) if written_out else "Not run.",
     )
 
 
@@ -302,7 +307,7 @@ def publish(name: str, run: Run) -> None:
     reads."""
     benchmark = run.about["benchmark"]
     pages.publish(pages.RESULTS, name, run, PAGES[benchmark](name, run), None)
-    if benchmark in SECTIONS:
+    if benchmark in SECTIONS and run.records[0]["dtype"] == "bfloat16":
         pages.replace_section(DOCS, markers(benchmark), section(name, run))
     elif benchmark == "least-size":
         update_least_sizes(run)

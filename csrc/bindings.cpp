@@ -18,6 +18,7 @@
 #include "cpu/lanes_layout.h"
 #include "cpu/packed.h"
 #include "cpu/products.h"
+#include "dense_product.h"
 #include "launch.h"
 #include "packing/cover.h"
 #include "packing/order.h"
@@ -61,7 +62,8 @@ PYBIND11_MODULE(_C, m) {
   m.doc() = "CPU kernels of sparsekern over raw pointers";
   if (!sk::add_tensor_functions(m.ptr()) || !sk::add_launch_functions(m.ptr()) ||
       !sk::add_prepared_functions(m.ptr()) || !sk::add_call_functions(m.ptr()) ||
-      !sk::add_packed_call_functions(m.ptr()) || !sk::add_sparse_product(m.ptr()))
+      !sk::add_packed_call_functions(m.ptr()) || !sk::add_sparse_product(m.ptr()) ||
+      !sk::add_dense_product(m.ptr()))
     throw py::error_already_set();
   using NoGil = py::call_guard<py::gil_scoped_release>;
 

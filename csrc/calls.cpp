@@ -12,7 +12,7 @@ namespace {
 
 constexpr int kCpu = 1, kCuda = 2;  // of DLPack
 
-enum Op : int { kSpmm, kSpmmT, kSddmm, kSpmmGradients, kSpmmTGradients, kOps };
+enum Op : int { kSpmm, kSpmmT, kSddmm, kSpmmGradients, kSpmmTGradients, kSpmmBiasGradients, kOps };
 
 struct Indices {
   PyObject *rows, *cols;
@@ -123,7 +123,7 @@ struct Call {
     if (!col.read_view(cols) || !col.is_indices() || !col.is_on_device_of(row)) return nullptr;
     if (!read_fit(a, first) || !can_be_key(first) || first.ndim > most_dims) return nullptr;
     if (!first.is_on_device_of(row) || (op == kSddmm && first.ndim != 2)) return nullptr;
-    const bool is_n_wide = op == kSpmmT || op == kSddmm || op == kSpmmGradients;
+    const bool is_n_wide = op != kSpmm && op != kSpmmTGradients;
     const int last = first.ndim - 1;
     if (first.shape[last] != (is_n_wide ? n : k)) return nullptr;
     if (op == kSddmm ? values != Py_None : !is_vector(values, col.shape[0], first, v))
@@ -235,7 +235,7 @@ PyMethodDef functions[] = {
      "call(op, row_offsets, col_indices, values, n, k, a, b): a product of plain operands while\n"
      "nobody looks on, with autograd; None for all others. op 0, 1: spmm, spmm_t of a, with the\n"
      "bias b or None; 2: sddmm of dy a and x b; 3, 4: the gradients of 0 and 1, of h a and of the\n"
-     "operand b, while no gradients of these are wanted."},
+     "operand b, while no gradients of these are wanted; 5: those of 0 and of its bias."},
     {"call_op", reinterpret_cast<PyCFunction>(reinterpret_cast<void*>(call_op)), METH_FASTCALL,
      "call_op(..): the same of operands that an op got, below autograd and whoever looks on."},
     {"forget_calls", forget_calls, METH_NOARGS, "Prepare all calls anew."},

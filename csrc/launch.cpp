@@ -97,14 +97,8 @@ PyObject* launcher(PyObject*, PyObject* args) {
   const char *name, *signature;
   if (!PyArg_ParseTuple(args, "KKss:launcher", &launch, &text_of, &name, &signature))
     return nullptr;
-  auto kernel = std::make_unique<Kernel>(Kernel{
-      reinterpret_cast<Launch*>(launch), reinterpret_cast<TextOf*>(text_of), name, signature});
-  PyObject* capsule = PyCapsule_New(kernel.get(), nullptr, forget);
-  if (!capsule) return nullptr;
-  kernel.release();
-  PyObject* function = PyCFunction_New(&start_method, capsule);
-  Py_DECREF(capsule);
-  return function;
+  return launcher_of(reinterpret_cast<Launch*>(launch), reinterpret_cast<TextOf*>(text_of), name,
+                     signature);
 }
 
 PyMethodDef functions[] = {
@@ -115,6 +109,16 @@ PyMethodDef functions[] = {
     {nullptr, nullptr, 0, nullptr}};
 
 }  // namespace
+
+PyObject* launcher_of(Launch* launch, TextOf* text_of, const char* name, const char* signature) {
+  auto kernel = std::make_unique<Kernel>(Kernel{launch, text_of, name, signature});
+  PyObject* capsule = PyCapsule_New(kernel.get(), nullptr, forget);
+  if (!capsule) return nullptr;
+  kernel.release();
+  PyObject* function = PyCFunction_New(&start_method, capsule);
+  Py_DECREF(capsule);
+  return function;
+}
 
 const Kernel* kernel_of(PyObject* start) {
   if (!PyCFunction_Check(start) || PyCFunction_GetFunction(start) != start_method.ml_meth)

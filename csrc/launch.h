@@ -23,6 +23,9 @@ struct Kernel {
 // The kernel that a function of launcher() starts; null, without an error, for any other object.
 const Kernel* kernel_of(PyObject* start);
 
+// start(grid_x, grid_y, block, smem_bytes, stream, *arguments) of a kernel of this signature.
+PyObject* launcher_of(Launch* launch, TextOf* text_of, const char* name, const char* signature);
+
 // A number or an address that a parameter takes; -1, with or without Python's error set, for what
 // it does not take.
 int read_int(PyObject* object, int64_t* to);

@@ -24,29 +24,30 @@ struct Product {
   Matmul* matmul;
   SetAttribute* set_attribute;
   void *handle, *plan_at, *matmul_at;
+  int64_t workspace_at;  // bytes behind the begin of the operand
   int bias_attribute;
   int64_t bias;  // that the plan has
 };
 
-// start(_, _, _, _, stream, operand, x, y, bias, workspace)
+// start(_, _, _, _, stream, operand, x, y, bias)
 PyObject* start(PyObject* self, PyObject* const* args, Py_ssize_t count) {
   auto* product = static_cast<Product*>(PyCapsule_GetPointer(self, nullptr));
   if (!product) return nullptr;
-  if (count != kFirst + 5) {
-    PyErr_SetString(PyExc_TypeError, "sparse_product: expected 10 arguments");
+  if (count != kFirst + 4) {
+    PyErr_SetString(PyExc_TypeError, "sparse_product: expected 9 arguments");
     return nullptr;
   }
   if (PyThread_get_thread_ident() != product->thread)
     return PyObject_Vectorcall(product->other_way.get(), args + kFirst, 4, nullptr);
-  int64_t stream, at[5];
+  int64_t stream, at[4];
   bool fits = !read_address(args[kStream], &stream);
-  for (int i = 0; fits && i < 5; ++i) fits = !read_address(args[kFirst + i], &at[i]);
+  for (int i = 0; fits && i < 4; ++i) fits = !read_address(args[kFirst + i], &at[i]);
   if (!fits) {
     if (!PyErr_Occurred()) PyErr_SetString(PyExc_TypeError, "sparse_product: expected tensors");
     return nullptr;
   }
   const float one = 1, zero = 0;
-  const auto [operand, x, y, bias, workspace] = at;
+  const auto [operand, x, y, bias] = at;
   int status = 0;
   Py_BEGIN_ALLOW_THREADS;
   if (bias && bias != product->bias)
@@ -57,7 +58,7 @@ PyObject* start(PyObject* self, PyObject* const* args, Py_ssize_t count) {
     void* streams[] = {reinterpret_cast<void*>(stream)};
     const auto to = [](int64_t address) { return reinterpret_cast<void*>(address); };
     status = product->matmul(product->handle, product->plan_at, &one, to(operand), to(x), &zero,
-                             to(y), to(y), to(workspace), streams, 1);
+                             to(y), to(y), to(operand + product->workspace_at), streams, 1);
   }
   Py_END_ALLOW_THREADS;
   if (status) return PyErr_Format(PyExc_RuntimeError, "cusparseLtMatmul: status %d", status);
@@ -65,8 +66,7 @@ PyObject* start(PyObject* self, PyObject* const* args, Py_ssize_t count) {
 }
 
 PyMethodDef start_method = {"start", reinterpret_cast<PyCFunction>(reinterpret_cast<void*>(start)),
-                            METH_FASTCALL,
-                            "start(_, _, _, _, stream, operand, x, y, bias, workspace)"};
+                            METH_FASTCALL, "start(_, _, _, _, stream, operand, x, y, bias)"};
 
 void forget(PyObject* capsule) {
   delete static_cast<Product*>(PyCapsule_GetPointer(capsule, nullptr));
@@ -75,15 +75,17 @@ void forget(PyObject* capsule) {
 PyObject* sparse_product(PyObject*, PyObject* args) {
   PyObject *plan, *other_way;
   unsigned long long matmul, set_attribute, handle, plan_at, matmul_at;
+  long long workspace_at;
   int bias_attribute;
-  if (!PyArg_ParseTuple(args, "OOKKKKKi:sparse_product", &plan, &other_way, &matmul, &set_attribute,
-                        &handle, &plan_at, &matmul_at, &bias_attribute))
+  if (!PyArg_ParseTuple(args, "OOKKKKKLi:sparse_product", &plan, &other_way, &matmul,
+                        &set_attribute, &handle, &plan_at, &matmul_at, &workspace_at,
+                        &bias_attribute))
     return nullptr;
   const auto to = [](unsigned long long address) { return reinterpret_cast<void*>(address); };
   std::unique_ptr<Product> product(
       new Product{share(plan), share(other_way), PyThread_get_thread_ident(),
                   reinterpret_cast<Matmul*>(matmul), reinterpret_cast<SetAttribute*>(set_attribute),
-                  to(handle), to(plan_at), to(matmul_at), bias_attribute, 0});
+                  to(handle), to(plan_at), to(matmul_at), workspace_at, bias_attribute, 0});
   PyObject* capsule = PyCapsule_New(product.get(), nullptr, forget);
   if (!capsule) return nullptr;
   product.release();
@@ -95,8 +97,9 @@ PyObject* sparse_product(PyObject*, PyObject* args) {
 PyMethodDef functions[] = {
     {"sparse_product", sparse_product, METH_VARARGS,
      "sparse_product(plan, other_way, matmul, set_attribute, handle, plan_at, matmul_at,\n"
-     "bias_attribute): start(..) of a plan that nobody else uses, in this thread; other_way(\n"
-     "operand, x, y, bias) in others. RuntimeError with the library's status."},
+     "workspace_at, bias_attribute): start(..) of a plan that nobody else uses, in this thread;\n"
+     "other_way(operand, x, y, bias) in others. The workspace is in the operand's memory.\n"
+     "RuntimeError with the library's status."},
     {nullptr, nullptr, 0, nullptr}};
 
 }  // namespace

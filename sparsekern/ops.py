@@ -24,7 +24,14 @@ from torch.autograd import Function, forward_ad, profiler
 
 from .kernels.cpu.lanes import Lanes
 from .kernels.operands import native
-from .kernels.prepared import SDDMM, SPMM, SPMM_GRADIENTS, SPMM_T, SPMM_T_GRADIENTS
+from .kernels.prepared import (
+    SDDMM,
+    SPMM,
+    SPMM_BIAS_GRADIENTS,
+    SPMM_GRADIENTS,
+    SPMM_T,
+    SPMM_T_GRADIENTS,
+)
 from .registered import (
     multiply_lanes,
     run_product,
@@ -217,13 +224,14 @@ def gradients(op: str, ctx, h: Tensor, needs: tuple[bool, bool, bool]) -> tuple:
     h [.., outputs]."""
     row_offsets, col_indices, values, a = ctx.saved_tensors
     n, k = ctx.sizes
+    if needs[0] and needs[1] and (op == "spmm" or not needs[2]):
+        all_of = SPMM_GRADIENTS if op == "spmm" else SPMM_T_GRADIENTS
+        all_of = SPMM_BIAS_GRADIENTS if needs[2] else all_of
+        made = quick(all_of, row_offsets, col_indices, values, n, k, h.contiguous(), a)
+        if made is not None:
+            return made[1], made[0], made[2] if needs[2] else None
     rows = h if h.dim() == 2 else h.reshape(-1, h.shape[-1])  # flatten() takes no batch of them
     dbias = rows.sum(0) if needs[2] else None
-    if needs[0] and needs[1]:
-        both = SPMM_GRADIENTS if op == "spmm" else SPMM_T_GRADIENTS
-        made = quick(both, row_offsets, col_indices, values, n, k, h.contiguous(), a)
-        if made is not None:
-            return made[1], made[0], dbias
     dvalues = da = None
     if needs[0]:
         of = a if a.dim() == 2 else a.flatten(0, -2)

@@ -29,6 +29,7 @@ __device__ void mend(const int* row_offsets, const int* col_indices,
                      const typename Float<T>::Element* bias, typename Float<T>::Element* y, int m,
                      int n, int k, int nnz, int checked) {
   using F = Float<T>;
+  wait_for_last_kernel();
   const auto sum_part = [&](unsigned row, const typename F::Element* from, unsigned lane) {
     const Entries entries = entries_of(row_offsets, row, nnz);
     typename F::Sum sum = 0;
@@ -52,10 +53,12 @@ __device__ void mend_t(const int* row_offsets, const int* col_indices,
   extern __shared__ __align__(16) char smem[];
   auto sums = reinterpret_cast<typename F::Sum*>(smem);
   int* spoilt = reinterpret_cast<int*>(sums + kMendColumns);
-  find_spoilt<T>(dx, m, k, checked, spoilt);
-  for (unsigned t = 0; t < kMendWarps; ++t) {
+  wait_for_last_kernel();
+  const Tokens tokens = tokens_of_block(m);
+  if (!find_spoilt<T>(dx, tokens, k, checked, spoilt)) return;
+  for (unsigned t = 0; t < tokens.count; ++t) {
     if (!spoilt[t]) continue;
-    const long long token = static_cast<long long>(blockIdx.x) * kMendWarps + t;
+    const long long token = tokens.first + t;
     for (unsigned first = 0; first < static_cast<unsigned>(k); first += kMendColumns) {
       const unsigned columns = min(kMendColumns, k - first);
       for (unsigned c = threadIdx.x; c < columns; c += kMendThreads) sums[c] = 0;
@@ -85,7 +88,7 @@ __device__ void mend_t(const int* row_offsets, const int* col_indices,
       const element* bias, element* y, int m, int n, int k, int nnz, int checked) {            \
     sk::function<type>(row_offsets, col_indices, values, x, bias, y, m, n, k, nnz, checked);   \
   }                                                                                            \
-  SK_KERNEL(name)
+  SK_EARLY_KERNEL(name)
 
 SK_MEND(sk_mend_bf16, mend, sk::bf16, unsigned short)
 SK_MEND(sk_mend_f16, mend, sk::f16, unsigned short)

@@ -7,6 +7,7 @@
 namespace sk {
 
 constexpr unsigned kMendThreads = 256, kMendWarps = kMendThreads / kWarp;
+constexpr unsigned kMostMendTokens = 256;  // of a block
 
 // The floats of W, and what they are summed in.
 template <class T>
@@ -31,21 +32,36 @@ struct Float<double> {
   static __device__ double round(double sum) { return sum; }
 };
 
-// Which of the kMendWarps tokens of this block have an infinity or NaN among their first `checked`
-// results: one in x makes it of each result that x is multiplied for, by a zero too. To `spoilt`,
-// in shared memory.
+// The tokens of this block: [first, first + count). So many that few blocks look at all of them.
+struct Tokens {
+  long long first;
+  unsigned count;
+};
+__device__ inline Tokens tokens_of_block(unsigned m) {
+  const unsigned each = (m + gridDim.x - 1) / gridDim.x, first = min(blockIdx.x * each, m);
+  return {first, min(each, m - first)};
+}
+
+// Which tokens of this block have an infinity or NaN among their first `checked` results: one in x
+// makes it of each result that x is multiplied for, by a zero too. To `spoilt` [kMostMendTokens],
+// in shared memory; false where there are none.
 template <class T>
-__device__ void find_spoilt(const typename Float<T>::Element* y, unsigned tokens, int width,
+__device__ bool find_spoilt(const typename Float<T>::Element* y, const Tokens& tokens, int width,
                             unsigned checked, int* spoilt) {
-  const unsigned warp = threadIdx.x / kWarp, token = blockIdx.x * kMendWarps + warp;
-  const auto* results = y + static_cast<long long>(token) * width;
-  bool is_spoilt = false;
-  for (unsigned i = threadIdx.x % kWarp; token < tokens && i < checked; i += kWarp) {
-    is_spoilt |= !is_finite(Float<T>::load(results[i]));
-  }
-  is_spoilt = __ballot_sync(kAllLanes, is_spoilt);
-  if (threadIdx.x % kWarp == 0) spoilt[warp] = is_spoilt;
+  int* is_any = spoilt + kMostMendTokens;
+  for (unsigned t = threadIdx.x; t <= kMostMendTokens; t += kMendThreads) spoilt[t] = 0;
   __syncthreads();
+  const unsigned lanes = checked == 1 ? 1 : checked <= kWarp / 2 ? kWarp / 2 : kWarp;  // of a token
+  for (unsigned t = threadIdx.x / lanes; t < tokens.count; t += kMendThreads / lanes) {
+    const auto* results = y + (tokens.first + t) * width;
+    bool is_spoilt = false;
+    for (unsigned i = threadIdx.x % lanes; i < checked; i += lanes) {
+      is_spoilt |= !is_finite(Float<T>::load(results[i]));
+    }
+    if (is_spoilt) spoilt[t] = *is_any = 1;
+  }
+  __syncthreads();
+  return *is_any;
 }
 
 // y [M, N] = x W^T + bias anew, of the tokens that find_spoilt() finds. A warp sums a row of W:
@@ -57,11 +73,12 @@ __device__ void mend_tokens(const typename Float<T>::Element* x,
   using F = Float<T>;
   extern __shared__ __align__(16) char smem[];
   int* spoilt = reinterpret_cast<int*>(smem);
-  find_spoilt<T>(y, m, n, checked, spoilt);
+  const Tokens tokens = tokens_of_block(m);
+  if (!find_spoilt<T>(y, tokens, n, checked, spoilt)) return;
   const unsigned lane = threadIdx.x % kWarp;
-  for (unsigned t = 0; t < kMendWarps; ++t) {
+  for (unsigned t = 0; t < tokens.count; ++t) {
     if (!spoilt[t]) continue;
-    const long long token = static_cast<long long>(blockIdx.x) * kMendWarps + t;
+    const long long token = tokens.first + t;
     for (unsigned row = threadIdx.x / kWarp; row < static_cast<unsigned>(n); row += kMendWarps) {
       typename F::Sum sum = sum_part(row, x + token * k, lane);
       for (int other = kWarp / 2; other; other /= 2) {

@@ -13,7 +13,8 @@ from .problem import Kernel, Problem
 from .steps import COL_INDICES, ROW_OFFSETS, VALUES, A, Asked, B, Slot, Steps
 from .table import pick
 
-OPS = SPMM, SPMM_T, SDDMM, SPMM_GRADIENTS, SPMM_T_GRADIENTS = range(5)  # as in csrc/calls.cpp
+# As in csrc/calls.cpp.
+OPS = SPMM, SPMM_T, SDDMM, SPMM_GRADIENTS, SPMM_T_GRADIENTS, SPMM_BIAS_GRADIENTS = range(6)
 
 
 class NotNow(Exception):
@@ -25,15 +26,21 @@ def prepare(op: int, row_offsets, col_indices, values, n: int, k: int, a, b) -> 
     if _kind(a) == "cuda" and torch.cuda.is_current_stream_capturing():
         raise NotNow
     steps = Steps(a.device)
-    name = ("spmm", "spmm_t", "sddmm", "spmm_t", "spmm")[op]
+    name = ("spmm", "spmm_t", "sddmm", "spmm_t", "spmm", "spmm_t")[op]
     bias = b if op < SDDMM else None
     weight = row_offsets, col_indices, values
     first = _add(steps, _asked(name, *weight, n, k, a, bias), A, B)
     if op < SPMM_GRADIENTS:
         return steps.prepared(first)
-    dy, x = (A, B) if op == SPMM_GRADIENTS else (B, A)
-    second = _add(steps, _asked("sddmm", *weight, n, k, a, None), dy, x)
-    return steps.prepared(first, second)
+    dy, x = (B, A) if op == SPMM_T_GRADIENTS else (A, B)
+    asked = _asked("sddmm", *weight, n, k, a, None)
+    if op != SPMM_BIAS_GRADIENTS:
+        return steps.prepared(first, _add(steps, asked, dy, x))
+    second = _add(steps, asked._replace(wants_sums=True), dy, x)
+    sums = steps.sums
+    if sums is None:
+        sums = steps.call(torch.sum, steps.rows(dy, asked.tokens, n), 0)
+    return steps.prepared(first, second, sums)
 
 
 def _kind(a: Tensor) -> str:

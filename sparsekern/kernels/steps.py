@@ -41,6 +41,8 @@ class Steps:
     def __init__(self, device: torch.device):
         self._device = device
         self._steps: list[tuple] = []
+        self._scratch: tuple[Slot, int] | None = None
+        self.sums: Slot | None = None  # those that were asked for
 
     def call(self, function: Callable, *arguments: Any, **named: Any) -> Slot:
         """function(*arguments, **named)."""
@@ -49,6 +51,12 @@ class Steps:
     def empty(self, like: Slot, *shape: int, **options: Any) -> Slot:
         """Memory for this shape, of the dtype of `like`."""
         return self.call(Tensor.new_empty, like, shape, **options)
+
+    def scratch(self, like: Slot, elements: int) -> Slot:
+        """Memory for so many, of the dtype of `like`, that an earlier product may have used."""
+        if self._scratch is None or self._scratch[1] < elements:
+            self._scratch = self.empty(like, elements), elements
+        return self._scratch[0]
 
     def rows(self, t: Slot, tokens: tuple[int, ...], width: int) -> Slot:
         """t [.., width] as [M, width]."""
@@ -97,6 +105,7 @@ class Asked(NamedTuple):
     values: Tensor | None
     a: Tensor
     bias: Tensor | None
+    wants_sums: bool = False  # of dy [.., N], beside the sddmm of it; a row may see to them
 
     @property
     def has_bias(self) -> bool:

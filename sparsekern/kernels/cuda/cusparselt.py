@@ -257,14 +257,15 @@ class Plan:
         )
         return y
 
-    def start(self, other_way: Callable[..., None]) -> Callable[..., None]:
-        """start(_, _, _, _, stream, operand, x, y, bias, workspace), multiply() in C++, for a plan
-        that nobody else uses. other_way(operand, x, y, bias) multiplies in other threads."""
+    def start(self, other_way: Callable[..., None], workspace_at: int) -> Callable[..., None]:
+        """start(_, _, _, _, stream, operand, x, y, bias), multiply() in C++, for a plan that nobody
+        else uses. other_way(operand, x, y, bias) multiplies in other threads. The workspace begins
+        workspace_at bytes behind the begin of the operand."""
         functions = (getattr(self._lib, name) for name in ("Matmul", "MatmulDescSetAttribute"))
         addresses = (ctypes.cast(f, ctypes.c_void_p).value for f in functions)
         structs = map(ctypes.addressof, (self._handle, self._plan, self._matmul))
         assert native
-        return native.sparse_product(self, other_way, *addresses, *structs, _BIAS)
+        return native.sparse_product(self, other_way, *addresses, *structs, workspace_at, _BIAS)
 
     def __del__(self):
         if self._is_planned:

@@ -6,6 +6,9 @@ the stored values, without a look at the result from here, so that a CUDA graph 
 reads the caller's indices; csrc/cuda/mend.cu says what a write that nobody counted may do. With
 neither nvcc nor CuPy, torch's indexing takes the place of the kernels, and Triton's launch that of
 the last one; float64, or a machine without Triton, then keeps what the zeros have made.
+
+Calls from C++ multiply in 16 bits through cublaslt.py, which takes the host two thirds of the time;
+in the last bit results may differ from those of torch.mm.
 """
 
 import torch
@@ -18,10 +21,13 @@ from ..triton import rows as triton_rows
 from . import bitmap as bitmaps
 from . import library as cuda_library
 from .bitmap import bitmap_of
+from .cublaslt import product_of
 from .layout import LANES, TYPES, Packed
 
 THREADS, COLUMNS = 256, 4096  # of a block, of a row of dx at a time
 WARPS = THREADS // LANES
+MOST_TOKENS, BLOCKS = 256, 256  # of a block; those that look at many tokens
+MEND_SMEM_BYTES = 4 * (MOST_TOKENS + 1)
 ALL_TYPES = {**TYPES, torch.float32: "f32", torch.float64: "f64"}
 
 
@@ -42,8 +48,15 @@ def _multiply_expanded(x: Tensor, packed: Packed, bias: Tensor | None) -> Tensor
         return y
     m, name = x.shape[0], f"sk_expand_mend_{TYPES[y.dtype]}"
     tensors = w, x.contiguous(), None if bias is None else bias.contiguous(), y
-    cuda_library.start(name, -(-m // WARPS), THREADS, WARPS * 4, tensors, m, packed.n, packed.k)
+    sizes = m, packed.n, packed.k
+    cuda_library.start(name, _mend_blocks(m), THREADS, MEND_SMEM_BYTES, tensors, *sizes)
     return y
+
+
+def _mend_blocks(m: int) -> int:
+    """A token for each warp of a block, or more where those would be many blocks: to look at all
+    takes less time then."""
+    return max(min(-(-m // WARPS), BLOCKS), -(-m // MOST_TOKENS))
 
 
 def write_out(row_offsets: Tensor, col_indices: Tensor, values: Tensor, n: int, k: int) -> Tensor:
@@ -80,11 +93,11 @@ def mend(op, row_offsets, col_indices, values, n, k, x, bias, y, checked=1):
 
 
 def _mend_launch(op: str, dtype: torch.dtype, tensors: tuple, m: int, *sizes: int) -> tuple:
-    name, smem_bytes = f"sk_mend_{ALL_TYPES[dtype]}", WARPS * 4
+    name, smem_bytes = f"sk_mend_{ALL_TYPES[dtype]}", MEND_SMEM_BYTES
     if op == "spmm_t":
         name = f"sk_mend_t_{ALL_TYPES[dtype]}"
         smem_bytes += COLUMNS * max(4, dtype.itemsize)
-    return name, -(-m // WARPS), THREADS, smem_bytes, tensors, m, *sizes
+    return name, _mend_blocks(m), THREADS, smem_bytes, tensors, m, *sizes
 
 
 def spmm(row_offsets, col_indices, values, n, k, x, bias=None):
@@ -114,28 +127,47 @@ def _prepare(steps: Steps, asked: Asked, a: Slot, b: Slot | None) -> Slot | None
     if cuda_library.refusal():
         return None
     bitmap = bitmap_of(asked.row_offsets, asked.col_indices, p.N, p.K)
-    size = p.dtype.itemsize
     if p.op == "sddmm":
         assert b is not None
-        dy, x = steps.rows(a, asked.tokens, p.N), steps.rows(b, asked.tokens, p.K)
-        dw = steps.call(torch.mm, steps.call(Tensor.t, dy), x)
-        dvalues = steps.empty(dw, p.nnz)
-        steps.start(*bitmaps.collect_launch(bitmap, dw, dvalues, size, p.K))
+        dw = _prepare_gradient(steps, asked, a, b)
+        dvalues = steps.empty(a, p.nnz)
+        steps.start(*bitmaps.collect_launch(bitmap, dw, dvalues, p.dtype.itemsize, p.K))
         return dvalues
     if p.op == "spmm_t" and asked.has_bias:
         return None
-    inputs, outputs, bias = p.N, p.K, None
+    bias = b if asked.has_bias else None
+    if product := product_of(p, asked.a.device.index, asked.has_bias):
+        w = steps.scratch(VALUES, product.scratch_elements)
+        steps.start(*bitmaps.write_out_launch(bitmap, VALUES, w, p.dtype.itemsize, p.K))
+        y = steps.empty(a, *asked.tokens, p.N if p.op == "spmm" else p.K)
+        product.add_to(steps, w, a, y, bias, w)
+        prepare_mend(steps, asked, a, bias, y)
+        return y
+    inputs, outputs = (p.K, p.N) if p.op == "spmm" else (p.N, p.K)
     if p.op == "spmm":
-        inputs, outputs, bias = p.K, p.N, b if asked.has_bias else None
         w = steps.call(Tensor.new_empty_strided, VALUES, (p.K, p.N), (1, p.K))  # W^T
     else:
         w = steps.empty(VALUES, p.N, p.K)
-    steps.start(*bitmaps.write_out_launch(bitmap, VALUES, w, size, p.K))
+    steps.start(*bitmaps.write_out_launch(bitmap, VALUES, w, p.dtype.itemsize, p.K))
     left = steps.rows(a, asked.tokens, inputs)
-    product = (torch.mm,) if bias is None else (torch.addmm, bias)
-    y = steps.call(*product, left, w)
+    multiply = (torch.mm,) if bias is None else (torch.addmm, bias)
+    y = steps.call(*multiply, left, w)
     prepare_mend(steps, asked, a, bias, y)
     return steps.unfolded(y, asked.tokens, outputs)
+
+
+def _prepare_gradient(steps: Steps, asked: Asked, dy: Slot, x: Slot) -> Slot:
+    """dW [N, K], and maybe more behind it."""
+    p, device, sums = asked.problem, asked.a.device.index, None
+    product = product_of(p, device, True) if asked.wants_sums else None
+    if product:
+        sums = steps.sums = steps.empty(dy, p.N)
+    if product := product or product_of(p, device):
+        dw = steps.scratch(dy, product.scratch_elements)
+        product.add_to(steps, x, dy, dw, sums, dw)
+        return dw
+    rows = steps.rows(dy, asked.tokens, p.N), steps.rows(x, asked.tokens, p.K)
+    return steps.call(torch.mm, steps.call(Tensor.t, rows[0]), rows[1])
 
 
 def _refuse(p: Problem) -> str | None:

@@ -256,8 +256,8 @@ def recognised(problem: Problem, row_offsets: Tensor, col_indices: Tensor) -> Pr
 
 
 @lru_cache(maxsize=4096)
-def _least_size(tokens: int) -> int | None:
-    return least_size(MACHINE, torch.bfloat16, tokens, "ordered")
+def _least_size(tokens: int, dtype: torch.dtype) -> int | None:
+    return least_size(MACHINE, dtype, tokens, "ordered")
 
 
 @lru_cache(maxsize=4096)
@@ -265,7 +265,7 @@ def refuse_size(p: Problem) -> str | None:
     """Why the row does not take a problem of these sizes, on any machine."""
     if p.dtype not in TYPES:
         return f"it takes bfloat16 and float16, not {str(p.dtype).removeprefix('torch.')}"
-    least, (n, k) = _least_size(p.M), (p.N, p.K) if p.op == "spmm" else (p.K, p.N)
+    least, (n, k) = _least_size(p.M, p.dtype), (p.N, p.K) if p.op == "spmm" else (p.K, p.N)
     if least is None or min(n, k) < least:
         return f"writing W [{p.N}, {p.K}] out is as fast at {p.M} tokens"
     if p.N % MULTIPLE or p.K % MULTIPLE or p.M % MULTIPLE_OF_TOKENS:

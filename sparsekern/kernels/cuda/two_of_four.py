@@ -31,6 +31,7 @@ from . import cusparselt, expand
 from .algorithms import NONE_RIGHT, algorithm_of
 from .bitmap import Bitmap
 from .compressed import MACHINE, MULTIPLE, MULTIPLE_OF_TOKENS, refuse_gpu
+from .cublaslt import workspace_at
 from .layout import TYPES
 
 
@@ -127,21 +128,19 @@ def _prepare(steps: Steps, asked: Asked, a: Slot, b: Slot | None) -> Slot | None
     if algorithm in (None, NONE_RIGHT):
         return None
     side, b = pattern.sides[op], b if asked.has_bias else None
-    operand = steps.empty(VALUES, n * k // 2 + len(side.tail) // 2)
+    device = asked.a.device.index
+    plan = cusparselt.Plan(outputs, inputs, m, device, algorithm, asked.bias, p.dtype)
+    behind = workspace_at(n * k + len(side.tail))
+    operand = steps.scratch(VALUES, -(-(behind + plan.workspace_bytes) // 2))
     launch = bitmaps.fill_launch if op == "spmm" else bitmaps.fill_transposed_launch
     steps.start(*launch(pattern.bitmap, VALUES, side.tail, operand, n, k))
     y = steps.empty(a, *asked.tokens, outputs)
-    device = asked.a.device.index
-    plan = cusparselt.Plan(outputs, inputs, m, device, algorithm, asked.bias, p.dtype)
-    workspace = None
-    if plan.workspace_bytes:
-        workspace = steps.empty(a, plan.workspace_bytes, dtype=torch.uint8)
 
     def other_way(operand: Tensor, x: Tensor, y: Tensor, bias: Tensor | None) -> None:
         flat = x.view(m, inputs), y.view(m, outputs)
         cusparselt.multiply(operand, *flat, bias, algorithm)
 
-    steps.add(plan.start(other_way), (1, 1, 1, 0), (operand, a, y, b, workspace))
+    steps.add(plan.start(other_way, behind), (1, 1, 1, 0), (operand, a, y, b))
     expand.prepare_mend(steps, asked, a, b, y, side.checked)
     return y
 
@@ -155,14 +154,14 @@ def spmm_t(*operands) -> Tensor:
 
 
 @lru_cache(maxsize=4096)
-def _least_size(tokens: int) -> int | None:
-    return least_size(MACHINE, torch.bfloat16, tokens, "two_of_four")
+def _least_size(tokens: int, dtype: torch.dtype) -> int | None:
+    return least_size(MACHINE, dtype, tokens, "two_of_four")
 
 
 def _refuse_size(p: Problem) -> str | None:
     if p.dtype not in TYPES:
         return f"it takes bfloat16 and float16, not {str(p.dtype).removeprefix('torch.')}"
-    least = _least_size(p.M)
+    least = _least_size(p.M, p.dtype)
     if least is None or min(p.N, p.K) < least:
         return f"writing W [{p.N}, {p.K}] out is as fast at {p.M} tokens"
     if p.N % MULTIPLE or p.K % MULTIPLE or p.M % MULTIPLE_OF_TOKENS:

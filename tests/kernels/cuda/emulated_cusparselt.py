@@ -108,7 +108,7 @@ def stand_in(cusparselt_library, emulated_cuda, monkeypatch, tmp_path):  # noqa:
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     # Fewer tokens than 72 are those of few_tokens.
     for rows in (two_of_four, ordered):
-        monkeypatch.setattr(rows, "_least_size", lambda m: 16 if m >= 72 else None)
+        monkeypatch.setattr(rows, "_least_size", lambda m, dtype: 16 if m >= 72 else None)
     has_slots_in_rows = two_of_four._has_slots_in_rows
     monkeypatch.setattr(two_of_four, "_has_slots_in_rows", lambda t: has_slots_in_rows(t, "cpu"))
     caches = (

@@ -35,6 +35,7 @@ TIED = [
     ("pairs.EXPAND_BYTES", "expand.cu", "kExpandPairsBytes"),
     ("expand.THREADS", "mend.cuh", "kMendThreads"),
     ("expand.WARPS", "mend.cuh", "kMendWarps"),
+    ("expand.MOST_TOKENS", "mend.cuh", "kMostMendTokens"),
     ("expand.COLUMNS", "mend.cu", "kMendColumns"),
     ("e4m3.THREADS", "e4m3.cu", "kE4m3Threads"),
     ("e4m3.SMEM_BYTES", "e4m3.cu", "4 * kE4m3Warps"),

@@ -53,6 +53,26 @@ def test_infinities_reach_what_a_stored_value_connects(way, n, k, dtype, nan_mem
         assert torch.equal(y[want.isinf()].double(), want[want.isinf()])
 
 
+@pytest.mark.parametrize("op", ["spmm", "spmm_t"])
+@pytest.mark.parametrize("m, checked", [(2100, 1), (2100, 7), (2100, 41), (70000, 1)])
+def test_blocks_of_many_tokens(op, m, checked):
+    """Those alone are mended that have an infinity or NaN among their first results."""
+    n = k = 41
+    W = SparseTensor.from_dense(random_weight(n, k, 0.3, torch.float32))
+    x, y = torch.randn(m, k), torch.full((m, n), 5.0)
+    spoilt = torch.tensor([0, 8, 9, 255, m // 2, m - 1])
+    y[spoilt, checked - 1] = torch.tensor([torch.nan, torch.inf] * 3)
+    if checked < n:
+        y[3, checked] = torch.nan
+    others = torch.ones(m, dtype=torch.bool)
+    others[spoilt] = False
+    before = y[others].clone()
+    expand.mend(op, W.row_offsets, W.col_indices, W.values, n, k, x, None, y, checked)
+    w = W.to_dense() if op == "spmm" else W.to_dense().t()
+    torch.testing.assert_close(y[spoilt], x[spoilt] @ w.t())
+    torch.testing.assert_close(y[others], before, rtol=0, atol=0, equal_nan=True)
+
+
 @pytest.mark.parametrize("damage", ["columns", "offsets", "both"])
 @pytest.mark.parametrize("seed", range(4))
 def test_no_index_leads_out_of_bounds(damage, seed):

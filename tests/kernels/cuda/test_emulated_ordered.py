@@ -176,7 +176,7 @@ def test_refusals_say_why(monkeypatch):
     assert "it takes bfloat16 and float16" in reason(W, dtype=torch.float32)
     assert "as fast at 64 tokens" in reason(W, m=64) and "multiples" in reason(W, m=76)
     with monkeypatch.context() as larger:
-        larger.setattr(ordered, "_least_size", lambda m: 48)
+        larger.setattr(ordered, "_least_size", lambda m, dtype: 48)
         ordered.refuse_size.cache_clear()
         dense, *_ = layer(density=0.4)
         assert "an order of so many values serves 32 rows, and pays from 48 on" in reason(dense)

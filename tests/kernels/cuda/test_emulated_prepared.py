@@ -6,6 +6,7 @@ import weakref
 
 import pytest
 import torch
+from emulated_cublaslt import cublaslt_library, dense  # noqa: F401
 from emulated_cusparselt import (  # noqa: F401
     TOLERANCE,
     check,
@@ -25,7 +26,7 @@ from sparsekern.kernels.steps import A, Steps
 from sparsekern.testing import relative_error
 
 pytestmark = [
-    pytest.mark.usefixtures("stand_in", "fresh_table"),
+    pytest.mark.usefixtures("stand_in", "dense", "fresh_table"),
     pytest.mark.skipif(native is None, reason="the C++ library is not built"),
 ]
 N, K = 48, 80
@@ -225,7 +226,7 @@ def test_captured_between_forward_and_backward(stand_in):  # noqa: F811
     stand_in.is_capturing = True
     (got,) = torch.autograd.grad(y.square().sum(), x)
     stand_in.is_capturing = False
-    assert torch.equal(got, want)
+    torch.testing.assert_close(got, want)
 
 
 @pytest.mark.parametrize("is_capturing", [False, True])
@@ -236,7 +237,7 @@ def test_results_are_written_to_in_place(is_capturing, stand_in):  # noqa: F811
         want = sparse(x).detach() + 1
         stand_in.is_capturing = is_capturing
         y = sparse(x)
-        assert torch.equal(y.add_(1), want)
+        torch.testing.assert_close(y.add_(1), want)
         y.sum().backward()
         stand_in.is_capturing = False
 
@@ -249,7 +250,7 @@ def test_another_current_device(monkeypatch):
     here = lambda: 1, lambda device: 7, lambda: False  # noqa: E731
     monkeypatch.setattr("sparsekern.kernels.cuda.library.surroundings", lambda: here)
     assert call(sparse, x) is None
-    assert torch.equal(sparse(x), want)
+    torch.testing.assert_close(sparse(x), want)
 
 
 def test_a_pattern_that_is_gone_keeps_nothing():

@@ -20,7 +20,7 @@ TOLERANCE = {torch.bfloat16: 2**-8, torch.float16: 2**-11}  # one rounding of th
 @pytest.fixture(autouse=True)
 def from_small_sizes_on(monkeypatch):
     """Smaller ones than where it pays."""
-    monkeypatch.setattr(ordered, "_least_size", lambda m: 512 if m >= 1024 else None)
+    monkeypatch.setattr(ordered, "_least_size", lambda m, dtype: 512 if m >= 1024 else None)
     ordered.refuse_size.cache_clear()
     forget_choices()
     yield

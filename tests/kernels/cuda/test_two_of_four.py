@@ -7,6 +7,7 @@ from emulated_cuda import emulated_cuda, emulator  # noqa: F401
 from infinities import check_stored
 
 from sparsekern import SparseTensor, explain, linear
+from sparsekern.kernels.crossover import least_size
 from sparsekern.kernels.cuda import algorithms, cusparselt, two_of_four
 from sparsekern.kernels.cuda import bitmap as bitmaps
 from sparsekern.kernels.table import forget_choices
@@ -20,7 +21,7 @@ TOLERANCE = {torch.bfloat16: 2**-8, torch.float16: 2**-11}  # one rounding of th
 @pytest.fixture(autouse=True)
 def from_small_sizes_on(monkeypatch):
     """Smaller ones than where it pays."""
-    monkeypatch.setattr(two_of_four, "_least_size", lambda m: 1024 if m >= 1024 else None)
+    monkeypatch.setattr(two_of_four, "_least_size", lambda m, dtype: 1024 if m >= 1024 else None)
     forget_choices()
     yield
     forget_choices()
@@ -96,6 +97,13 @@ def test_a_pattern_has_one_bitmap(monkeypatch):
     assert two_of_four._pattern(*indices).bitmap is bitmaps.bitmap_of(*indices)
     free = SparseTensor.from_dense(torch.ones(64, 128).bfloat16())
     assert two_of_four._pattern(free.row_offsets, free.col_indices, 64, 128) is None
+
+
+@pytest.mark.parametrize("row", ["two_of_four", "ordered"])
+def test_float16_is_written_out(row):
+    """A measured size of bfloat16 says nothing of it: there it gained nothing, or lost."""
+    assert least_size("sm_90", torch.bfloat16, 8192, row)
+    assert least_size("sm_90", torch.float16, 8192, row) is None
 
 
 @pytest.mark.parametrize("op", ["spmm", "spmm_t"])

@@ -1,0 +1,209 @@
+"""Dense products through the C interface of cuBLASLt, without its headers, for calls from C++.
+
+torch asks the library anew in each product which algorithm it should run, a third of what a product
+takes the host. Here it is asked once a shape; what a call does is one function in C++
+(csrc/dense_product.cpp). Operands are bfloat16 or float16, sums float32, also those of parts of K.
+
+The library is the one that torch has loaded. Names, enumerations and the order of calls are those
+of cublasLt.h, CUDA 12 and 13. Where it is missing or names no algorithm, torch multiplies.
+"""
+
+import ctypes
+from functools import cache, lru_cache
+
+import torch
+
+from ..operands import native
+from ..problem import Problem
+from ..steps import Slot, Steps
+
+_TYPES = {torch.bfloat16: 14, torch.float16: 2}  # cudaDataType
+_FLOAT32, _COMPUTE_FLOAT32 = 0, 68
+_TRANSPOSED = 1
+_TRANS_A, _TRANS_B, _EPILOGUE, _BIAS = 3, 4, 7, 8  # of a descriptor
+_ADD_BIAS, _SUM_B = 4, 512  # epilogues
+_MOST_BYTES, _REDUCTIONS, _ALIGNMENTS = 1, 3, (5, 6, 7, 8)  # of a preference
+_IN_FLOAT32 = 2  # how parts of K may be added up; a single part always may
+ALIGNMENT, WORKSPACE_ALIGNMENT = 16, 256  # bytes; of all operands the first
+MOST_WORKSPACE_BYTES = 2**25  # as torch on Hopper
+MOST_PRODUCTS = 1024
+
+_pointer, _int, _int64, _size = ctypes.c_void_p, ctypes.c_int, ctypes.c_int64, ctypes.c_size_t
+_SIGNATURES = {
+    "Create": (_pointer,),
+    "MatmulDescCreate": (_pointer, _int, _int),
+    "MatmulDescSetAttribute": (_pointer, _int, _pointer, _size),
+    "MatmulDescDestroy": (_pointer,),
+    "MatrixLayoutCreate": (_pointer, _int, ctypes.c_uint64, ctypes.c_uint64, _int64),
+    "MatrixLayoutDestroy": (_pointer,),
+    "MatmulPreferenceCreate": (_pointer,),
+    "MatmulPreferenceSetAttribute": (_pointer, _int, _pointer, _size),
+    "MatmulPreferenceDestroy": (_pointer,),
+    "MatmulAlgoGetHeuristic": (*(_pointer,) * 7, _int, _pointer, _pointer),
+    "Matmul": (*(_pointer,) * 14, _size, _pointer),
+}
+
+
+class _Found(ctypes.Structure):
+    """What the library says of an algorithm."""
+
+    _fields_ = (
+        ("algorithm", ctypes.c_uint64 * 8),
+        ("workspace_bytes", _size),
+        ("status", _int),
+        ("waves", ctypes.c_float),
+        ("reserved", _int * 4),
+    )
+
+
+class Error(RuntimeError):
+    """A call that cuBLASLt refuses."""
+
+
+class _Library:
+    def __init__(self, name: str):
+        library = ctypes.CDLL(name)
+        for function, arguments in _SIGNATURES.items():
+            found = getattr(library, f"cublasLt{function}")
+            found.argtypes = arguments
+            setattr(self, function, found)
+
+    def call(self, name: str, *args) -> None:
+        if status := getattr(self, name)(*args):
+            raise Error(f"cublasLt{name}: status {status}")
+
+    def make(self, name: str, *args) -> ctypes.c_void_p:
+        made = ctypes.c_void_p()
+        self.call(name, ctypes.byref(made), *args)
+        return made
+
+
+def workspace_at(operand_bytes: int) -> int:
+    """Where a workspace begins that lies behind an operand."""
+    return -(-operand_bytes // WORKSPACE_ALIGNMENT) * WORKSPACE_ALIGNMENT
+
+
+def soname() -> str:
+    """The name of the library that torch was built for."""
+    return f"libcublasLt.so.{(torch.version.cuda or 'none').partition('.')[0]}"
+
+
+@cache
+def _library() -> _Library | None:
+    try:
+        return _Library(soname())
+    except (OSError, AttributeError):
+        return None
+
+
+@cache
+def _handle(device: int) -> ctypes.c_void_p:
+    """That of the GPU, which is the current one; calls with it take turns (dense_product.cpp)."""
+    library = _library()
+    assert library is not None
+    return library.make("Create")
+
+
+class Product:
+    """One of the products of a linear layer by a fixed algorithm, on one GPU, for any thread:
+
+    spmm    y  [M, N] = x [M, K] W^T + bias [N]     a, b, out, bias: W, x, y, bias
+    spmm_t  dx [M, K] = dy [M, N] W                                  W, dy, dx, None
+    sddmm   dW [N, K] = dy [M, N]^T x [M, K]                         x, dy, dW, sums
+
+    sums [N] = dy^T 1, and bias, are None for one that was made without.
+    """
+
+    def __init__(self, problem: Problem, device: int, has_bias: bool):
+        """Error where the library has no algorithm for it."""
+        library = _library()
+        assert library is not None
+        self._library = library
+        self._kept: list[tuple[str, ctypes.c_void_p]] = []  # how each is destroyed
+        handle = _handle(device)
+        self._descriptor = self._make("MatmulDesc", _COMPUTE_FLOAT32, _FLOAT32)
+        m, n, k = problem.M, problem.N, problem.K
+        # What lies row by row is the transposed, column by column: the first size is the inner one.
+        shapes, transposed = {
+            "spmm": (((k, n), (k, m), (n, m)), _TRANS_A),
+            "spmm_t": (((k, n), (n, m), (k, m)), None),
+            "sddmm": (((k, m), (n, m), (k, n)), _TRANS_B),
+        }[problem.op]
+        if transposed is not None:
+            self._describe(transposed, ctypes.c_int32(_TRANSPOSED))
+        if has_bias:
+            epilogue = _SUM_B if problem.op == "sddmm" else _ADD_BIAS
+            self._describe(_EPILOGUE, ctypes.c_uint32(epilogue))
+            self._describe(_BIAS, ctypes.c_void_p(ALIGNMENT))  # as little aligned as any will be
+        kind = _TYPES[problem.dtype]
+        self._layouts = [
+            self._make("MatrixLayout", kind, rows, columns, rows) for rows, columns in shapes
+        ]
+        self._found = self._ask(handle)
+        behind, found = workspace_at(n * k * problem.dtype.itemsize), self._found
+        self.scratch_elements = -(-(behind + found.workspace_bytes) // problem.dtype.itemsize)
+        functions = (getattr(library, name) for name in ("Matmul", "MatmulDescSetAttribute"))
+        addresses = [ctypes.cast(f, ctypes.c_void_p).value for f in functions]
+        made = [h.value for h in (handle, self._descriptor, *self._layouts)]
+        numbers = *addresses, *made, ctypes.addressof(found), behind, found.workspace_bytes
+        self._numbers = (ctypes.c_uint64 * len(numbers))(*numbers)
+
+    def _make(self, what: str, *args) -> ctypes.c_void_p:
+        made = self._library.make(f"{what}Create", *args)
+        self._kept.append((f"{what}Destroy", made))
+        return made
+
+    def _describe(self, which: int, value) -> None:
+        size = ctypes.sizeof(value)
+        args = self._descriptor, which, ctypes.byref(value), size
+        self._library.call("MatmulDescSetAttribute", *args)
+
+    def _ask(self, handle: ctypes.c_void_p) -> _Found:
+        library, preference = self._library, self._make("MatmulPreference")
+        for which, value in (
+            (_MOST_BYTES, ctypes.c_uint64(MOST_WORKSPACE_BYTES)),
+            (_REDUCTIONS, ctypes.c_uint32(_IN_FLOAT32)),
+            *((which, ctypes.c_uint32(ALIGNMENT)) for which in _ALIGNMENTS),
+        ):
+            args = preference, which, ctypes.byref(value), ctypes.sizeof(value)
+            library.call("MatmulPreferenceSetAttribute", *args)
+        found, count = _Found(), ctypes.c_int()
+        a, b, out = self._layouts
+        library.call(
+            "MatmulAlgoGetHeuristic",
+            *(handle, self._descriptor, a, b, out, out, preference, 1),
+            *(ctypes.byref(found), ctypes.byref(count)),
+        )
+        if not count.value or found.status:
+            raise Error("cublasLtMatmulAlgoGetHeuristic: no algorithm")
+        return found
+
+    def data_ptr(self) -> int:
+        """The address of what C++ reads, as of any argument of a launch."""
+        return ctypes.addressof(self._numbers)
+
+    def add_to(self, steps: Steps, a: Slot, b: Slot, out: Slot, bias: Slot | None, scratch: Slot):
+        """The product as one step. Scratch, of scratch_elements, begins with W or dW."""
+        assert native
+        steps.add(native.dense_product(), (1, 1, 1, 0), (self, a, b, out, bias, scratch))
+
+    def __del__(self):
+        for function, made in reversed(self._kept):
+            getattr(self._library, function)(made)
+
+
+@lru_cache(MOST_PRODUCTS)
+def _product(problem: Problem, device: int, has_bias: bool) -> Product | None:
+    with torch.cuda.device(device):
+        try:
+            return Product(problem, device, has_bias)
+        except Error:
+            return None
+
+
+def product_of(problem: Problem, device: int, has_bias: bool = False) -> Product | None:
+    """The product of the problem, of any pattern; None where torch multiplies."""
+    if problem.dtype not in _TYPES or _library() is None:
+        return None
+    of_any = problem._replace(nnz=0, is_two_way=False, is_ordered=False)
+    return _product(of_any, device, has_bias)
