@@ -277,25 +277,25 @@ class _TwoWay(Function):
             _find(values, W, scales, inverses)  # which the product casts
         state = scales, inverses, noted
         x8, largest = _cast(x, X, *state, is_first)
-        pattern = row_offsets, col_indices
-        y = _ops.float8_spmm(x8, largest, values, scales, noted, *pattern, n, k)
-        ctx.save_for_backward(x8, values, *pattern, *state)
-        ctx.settings = n, k, x.dtype, is_first
+        pattern, needs_dx = (row_offsets, col_indices), ctx.needs_input_grad[0]
+        operands = values, scales, noted, *pattern, n, k, needs_dx
+        y, operand_t = _ops.float8_spmm(x8, largest, *operands)
+        ctx.save_for_backward(x8, operand_t, *pattern, *state)
+        ctx.settings = n, k, x.dtype, is_first, needs_dx
         return _scaled(y, inverses, X, bias)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, dy: Tensor) -> tuple:
-        x8, values, row_offsets, col_indices, scales, inverses, noted = ctx.saved_tensors
-        n, k, x_dtype, is_first = ctx.settings
+        x8, operand_t, row_offsets, col_indices, scales, inverses, noted = ctx.saved_tensors
+        n, k, x_dtype, is_first, needs_dx = ctx.settings
         if is_first:
             scales, inverses = _own(scales, inverses)
         dy8, largest = _cast(dy, DY, scales, inverses, noted, is_first)
-        needs_dx, _, needs_dbias, *_ = ctx.needs_input_grad
-        operands = values, scales, inverses, noted, row_offsets, col_indices, n, k, needs_dx
-        dx, dvalues, dbias = _ops.float8_spmm_gradients(dy8, largest, x8, *operands)
+        operands = x8, operand_t, inverses, noted, row_offsets, col_indices, n, k, needs_dx
+        dx, dvalues, dbias = _ops.float8_spmm_gradients(dy8, largest, *operands)
         dx = _scaled(dx, inverses, DY, None).to(x_dtype) if needs_dx else None
-        return dx, dvalues, dbias if needs_dbias else None, *(None,) * 8
+        return dx, dvalues, dbias if ctx.needs_input_grad[2] else None, *(None,) * 8
 
 
 class _Dense(Function):

@@ -13,7 +13,8 @@ from test_two_of_four import two_way
 
 from sparsekern import SparseTensor
 from sparsekern.kernels import float8 as recipe
-from sparsekern.kernels.cuda import float8
+from sparsekern.kernels.cuda import cusparselt, float8
+from sparsekern.kernels.cuda.two_of_four import with_free_places
 from sparsekern.nn.float8 import Scaling
 
 needs_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")
@@ -49,8 +50,10 @@ def test_a_cast_saturates_rounds_as_torch_does_and_notes_the_largest(device, m, 
         x[3, 5], x[4, 4], x[5, 9] = torch.inf, -torch.inf, torch.nan
         x8 = float8.quantise(x, one(scale, device), noted)
         assert torch.equal(x8.float().isnan(), ~x.isfinite()) and noted.isnan()
-        noted.fill_(1e35), float8.note(recipe.largest_of_rows(x[:3]), noted)
-        assert noted.item() == pytest.approx(1e35)
+        noted.fill_(1e35)
+        other, rows = one(0, device), recipe.largest_of_rows(x[:3])
+        float8.note(rows, noted, rows[:1], other)
+        assert noted.item() == pytest.approx(1e35) and other.item() == rows[0].item()
 
 
 @pytest.mark.sanitize
@@ -61,9 +64,14 @@ def test_bytes_are_transposed(device, m, k):
     sums = torch.full((float8.tiles(m), k), torch.nan, device=device)
     x = torch.where(torch.rand(m, k, device=device) < 1e-3, torch.nan, torch.randn_like(x.float()))
     x = x.to(recipe.DTYPE)
-    assert torch.equal(bits(float8.transpose(x, sums)), bits(x).t())
+    noted, rows = one(0, device), recipe.largest_of_rows(torch.randn(m, k, device=device))
+    assert torch.equal(bits(float8.transpose(x, sums, (rows, noted))), bits(x).t())
+    assert noted.item() == rows.max().item()
     want = torch.stack([part.float().sum(0) for part in x.split(float8.TURN_TILE)])
     torch.testing.assert_close(sums, want, equal_nan=True)
+    total = torch.full((k,), torch.nan, device=device)
+    float8.transpose(x, adding=(sums, one(0.5, device), total))
+    torch.testing.assert_close(total, want.sum(0) / 2, equal_nan=True)
 
 
 @pytest.mark.sanitize
@@ -75,22 +83,28 @@ def test_products_are_those_of_rounded_operands(device, n, k, m, nan_memory):
     W = SparseTensor.from_dense(w, mask)
     pattern = W.row_offsets, W.col_indices, n, k
     noted, scale = one(0, device), one(64, device)
-    w8 = recipe.cast(w, scale).double()
-    for op, inputs, exact in (("spmm", k, w8.T), ("spmm_t", n, w8)):
-        x8 = torch.randn(m, inputs, device=device).to(recipe.DTYPE)
-        y = float8.product(op, x8, W.values, scale, noted, *pattern)
-        torch.testing.assert_close(y.double(), x8.double() @ exact, rtol=0.01, atol=0.5)
-    assert noted.item() == w.abs().max().item()
+    w8 = recipe.cast(w, scale)
+    noting = recipe.largest_of_rows(torch.randn(m, k, device=device)), one(0, device)
+    found = float8.operands(W.values, scale, noted, *pattern, True, noting)
+    assert noted.item() == w.abs().max().item() and noting[1].item() == noting[0].max().item()
+    for operand, stored, exact in zip(found, (mask, mask.t()), (w8.t(), w8), strict=True):
+        x8 = torch.randn(m, len(exact), device=device).to(recipe.DTYPE)
+        y = float8.product(x8, operand, exact.shape[1])
+        torch.testing.assert_close(y.double(), x8.double() @ exact.double(), rtol=0.01, atol=0.5)
+        assert len(operand) == float8.operand_bytes(*stored.shape, x8.device)
+        # Each byte is the library's own, where it is told the places by numbers that are not 0.
+        places = with_free_places(stored)
+        ones = cusparselt.compress(places.float().to(recipe.DTYPE))
+        assert torch.equal(operand[n * k // 2 :], ones[n * k // 2 :])
+    alone, none = float8.operands(W.values, scale, noted, *pattern, False)
+    assert torch.equal(alone, found[0]) and not len(none)
     values = torch.where(torch.arange(W.nnz, device=device) == 7, torch.inf, W.values)
-    y = float8.product(
-        "spmm",
-        torch.ones_like(x8)[:, :k] if k <= n else x8.new_ones(m, k),
-        values,
-        scale,
-        one(0, device),
-        *pattern,
-    )
-    assert y.isnan().any(0).sum() == 1 and noted.isfinite()
+    noted = one(0, device)
+    operand, operand_t = float8.operands(values, scale, noted, *pattern, True)
+    for each, (outputs, inputs) in ((operand, (n, k)), (operand_t, (k, n))):
+        y = float8.product(torch.ones(m, inputs, device=device).to(recipe.DTYPE), each, outputs)
+        assert y.isnan().any(0).sum() == 1
+    assert noted.isinf()
 
 
 def test_an_unknown_order_of_slots_and_another_pattern_are_refused(stand_in):  # noqa: F811
@@ -99,8 +113,7 @@ def test_an_unknown_order_of_slots_and_another_pattern_are_refused(stand_in):  #
     assert not float8._has_slots_in_rows("cpu")
     W = SparseTensor.from_dense(torch.ones(32, 32))
     with pytest.raises(ValueError, match="two-way"):
-        operands = W.values, one(1), one(0), W.row_offsets, W.col_indices, 32, 32
-        float8.product("spmm", torch.ones(16, 32).to(recipe.DTYPE), *operands)
+        float8.operands(W.values, one(1), one(0), W.row_offsets, W.col_indices, 32, 32, True)
     assert "8.9" in float8.refuse_dense(torch.device("cpu"))
     assert "multiples of 32" in float8.refuse_size(48, 32) and not float8.refuse_size(64, 32)
     assert "multiples of 16" in float8.refuse_tokens(8) and float8.refuse_tokens(0)
