@@ -87,9 +87,10 @@ FLOAT8 = """\
 A training step of GPT-3 XL or the like, captured with compiled blocks: forward, backward, clipping
 and AdamW, on bytes of Python's library. float8: the linears of the blocks in E4M3, forward and both
 gradients, by delayed scaling (docs/guide/train.md); all else, and bfloat16, by autocast. two-way:
-{sparsity:.0%} zeros, at most two of four neighbours along both axes. Each arm was alone on the GPU,
-in this order; medians of the replays of {steps} steps. Losses are those of the same batches. Below
-1 is a loss.
+{sparsity:.0%} zeros, at most two of four neighbours along both axes. All arms were on the GPU
+together: from its capture on each took a step in turn; medians of the replays of {steps} steps.
+Losses are those of the same batches; the two arms of a mask begin with the same weights. Below 1 is
+a loss.
 
 {arms}
 """

@@ -168,8 +168,7 @@ __device__ inline void add_up(const float* sums, const float* factor, float* tot
 constexpr unsigned kStoredBytes = 40;  // of a row: at most 32 of 64 places are stored, and 2 words
 constexpr unsigned kOctetBytes = kTileRows + 8;  // of an octet's bits: no two share a bank
 constexpr unsigned kPlaceWords = kTileRows * kWordColumns / 4 + kTileRows / 8 * 2;
-constexpr unsigned kFillBytes =
-    4 * kPlaceWords + kOctets * kOctetBytes + kTileRows * kStoredBytes;
+constexpr unsigned kFillBytes = 4 * kPlaceWords + kOctets * kOctetBytes + kTileRows * kStoredBytes;
 static_assert(kFillBytes <= 48 * 1024);
 
 // Where row `row` of a tile begins, in words. No two of 16 rows that are 8 apart share a bank.
@@ -218,12 +217,12 @@ __device__ inline void fill_both(Scaled& scaled, const Word* words, const int* s
                                  unsigned char* operand_t, unsigned row_words, unsigned n,
                                  unsigned k, unsigned block) {
   extern __shared__ __align__(16) char smem[];
-  auto places = reinterpret_cast<unsigned*>(smem);                            // by place_row()
-  auto octet_bits = reinterpret_cast<unsigned char*>(places + kPlaceWords);   // [octet][136]
-  unsigned char* stored = octet_bits + kOctets * kOctetBytes;                   // [row][40]
+  auto places = reinterpret_cast<unsigned*>(smem);                           // by place_row()
+  auto octet_bits = reinterpret_cast<unsigned char*>(places + kPlaceWords);  // [octet][136]
+  unsigned char* stored = octet_bits + kOctets * kOctetBytes;                // [row][40]
   const unsigned first_row = block / row_words * kTileRows, word = block % row_words;
   const unsigned octet = threadIdx.x % kOctets;
-  constexpr unsigned kRows = kTileRows / kBlockWords;   // of a thread
+  constexpr unsigned kRows = kTileRows / kBlockWords;     // of a thread
   constexpr unsigned kEach = kWordColumns / 2 / kOctets;  // values of a row that it rounds
   Word bits[kRows];
   float found[kRows][kEach];
@@ -265,7 +264,8 @@ __device__ inline void fill_both(Scaled& scaled, const Word* words, const int* s
                                    first_column / 2) = slots_of_stored(mine, four);
     }
     octet_bits[octet * kOctetBytes + row] = static_cast<unsigned char>(mine);
-    const unsigned low = place_bytes(mine & 15, 0), high = place_bytes(mine >> 4, __popc(mine & 15));
+    const unsigned low = place_bytes(mine & 15, 0),
+                   high = place_bytes(mine >> 4, __popc(mine & 15));
     *reinterpret_cast<uint2*>(places + place_row(row) + octet * 2) = {__byte_perm(four, 0, low),
                                                                       __byte_perm(four, 0, high)};
   }
@@ -282,7 +282,8 @@ __device__ inline void fill_both(Scaled& scaled, const Word* words, const int* s
   for (unsigned half = 0; half < 2; ++half) {
     unsigned four[4];
 #pragma unroll
-    for (unsigned i = 0; i < 4; ++i) four[i] = places[place_row(row) + (half * 4 + i) * 16 + columns];
+    for (unsigned i = 0; i < 4; ++i)
+      four[i] = places[place_row(row) + (half * 4 + i) * 16 + columns];
     turn_four(four, turned[half]);
   }
   unsigned char* to = operand_t + column * 1ull * (n / 2) + (first_row + row) / 2;
@@ -346,10 +347,10 @@ SK_KERNEL(sk_float8_transpose)
 // `noting` note what is largest in x, and the next ones copy what follows the slots of each.
 extern "C" __global__ void __launch_bounds__(sk::kFloat8Threads)
     sk_float8_fill(const sk::Word* words, const int* starts, const float* values,
-                   const float* scale, unsigned* noted, const unsigned* largest,
-                   unsigned* noted_x, const uint4* rest, const uint4* rest_t,
-                   unsigned char* operand, unsigned char* operand_t, int row_words, int n, int k,
-                   int noting, int count, int parts, int parts_t) {
+                   const float* scale, unsigned* noted, const unsigned* largest, unsigned* noted_x,
+                   const uint4* rest, const uint4* rest_t, unsigned char* operand,
+                   unsigned char* operand_t, int row_words, int n, int k, int noting, int count,
+                   int parts, int parts_t) {
   constexpr int kThreads = sk::kFloat8Threads;
   int block = blockIdx.x;
   if (block < noting) {

@@ -30,7 +30,9 @@ VALUES = 16  # of a thread's step
 NOTED = 1024  # of a block that notes what is largest
 TURN_TILE = 128
 TURN_BYTES = 4 * TURN_TILE * (TURN_TILE // 4 + 1)
-FILL_BYTES = TILE_ROWS * COLUMNS + TILE_ROWS // 8 * 8 + COLUMNS // 8 * (TILE_ROWS + 8) + 40 * TILE_ROWS
+FILL_BYTES = (
+    TILE_ROWS * COLUMNS + TILE_ROWS // 8 * 8 + COLUMNS // 8 * (TILE_ROWS + 8) + 40 * TILE_ROWS
+)
 _NAMES = {torch.bfloat16: "bf16", torch.float32: "f32"}
 # Sums of weight gradients are added up in float32, as in Transformer Engine: tensor cores alone
 # keep 14 bits of them.
