@@ -22,9 +22,9 @@ from ..gpt.data import Text
 from ..gpt.flops import train_flops_per_token
 from ..gpt.model import GPT, GPTConfig
 from ..gpt.presets import PRESETS
-from ..gpt.speed import compiled_blocks, memory_bytes
+from ..gpt.speed import memory_bytes
 from ..nn.float8 import to_float8_
-from .gpt_gpu import make_gpt
+from .gpt_gpu import compiled_twin, make_gpt
 from .noise import spread
 from .records import DENSE, OTHER, OURS
 from .two_way_mask import TWO_WAY
@@ -126,7 +126,7 @@ class Training:
         if self.arm.dtype == FLOAT8:
             to_float8_(model).follow(optimizer)
         self._optimizer = optimizer
-        self._captured = CapturedStep(model, compiled_blocks(model), optimizer, [], torch.bfloat16)
+        self._captured = CapturedStep(model, compiled_twin(model), optimizer, [], torch.bfloat16)
         for x, y in batches:
             self._step(x, y)
             if self.times:

@@ -52,7 +52,7 @@ def on_cpu(monkeypatch, float8_on_cpu):  # noqa: F811
     monkeypatch.setattr(captured, "CudaGraph", Graph)
     monkeypatch.setattr(captured, "Aside", lambda device: nullcontext)
     monkeypatch.setattr(torch.cuda, "Event", Event)
-    monkeypatch.setattr(train_float8, "compiled_blocks", lambda model: model)
+    monkeypatch.setattr(train_float8, "compiled_twin", lambda model: model)
 
 
 def tiny(folder):

@@ -152,6 +152,21 @@ def test_the_scale_of_a_step_is_that_of_the_largest_before():
     assert scaling.scales.tolist()[0] == 1024
 
 
+@pytest.mark.parametrize("device", [ON_GPU])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+def test_a_compiled_cast_is_the_eager_one(device, dtype):
+    numbers = [0.0, -0.0, 449.0, -1e30, 3e38, 2.0**-10, 0.3, -7.7]
+    x = torch.tensor(numbers, device=device).to(dtype).repeat(8, 64)
+    x[1, 3], x[2, 4], x[3, 5] = torch.inf, -torch.inf, torch.nan
+
+    def both(x, scale):
+        return recipe.cast(x, scale), recipe.largest_of_rows(x)
+
+    found, want = torch.compile(both)(x, one(2, device)), both(x, one(2, device))
+    for a, b in zip(found, want, strict=True):
+        torch.testing.assert_close(a.float(), b.float(), rtol=0, atol=0, equal_nan=True)
+
+
 def test_a_cast_of_nothing_and_of_what_overflows():
     x = torch.tensor([0.0, -0.0, 449.0, -1e30, torch.inf, torch.nan, 2.0**-10])
     found = recipe.cast(x, one(1)).float()
