@@ -4,8 +4,8 @@ Two-way patterns are multiplied through cuSPARSELt, forward and input gradient. 
 filled from the stored values, and that of W^T with it, in one kernel, which rounds them too; the
 tail, which says where the slots are, is made once a pattern. Results come without the scales, which
 are powers of two: the library takes no factor that lies on the GPU, so who reads a result
-multiplies it (nn/float8.py). The weight gradient is a dense product of both operands transposed, as tensor cores want 8-bit
-operands, collected at the pattern.
+multiplies it (nn/float8.py). The weight gradient is a dense product of both operands transposed, as
+tensor cores want 8-bit operands, collected at the pattern.
 """
 
 from dataclasses import dataclass
