@@ -24,6 +24,9 @@ from .linear import SparseLinear
 _ops = torch.ops.sparsekern
 _is_compiling = torch.compiler.is_compiling
 X, W, DY = range(3)  # tensors of a layer, and places of their scales
+# Floats of a layer in what all layers share: each begins on a multiple of 16 bytes. cuBLAS takes its
+# scales from there alone, and torch.compile reads results word by word where an operand does not.
+EACH = 4
 TYPES = torch.bfloat16, torch.float32  # of x
 FIRST_STEPS = 3  # at most: layers that begin at 0, or a rate that does, take as many to show values
 
@@ -39,11 +42,10 @@ class Scaling:
     STATE = "scales", "noted", "history"
 
     def __init__(self, layers: int, device: torch.device | str):
-        self.scales = torch.ones(3 * layers, device=device)
-        # cuBLAS takes them on a multiple of 16 bytes alone.
-        self.inverses = torch.ones(3 * layers, 16 // 4, device=device)
-        self.noted = torch.zeros(3 * layers, device=device)
-        self.history = torch.zeros(HISTORY, 3 * layers, device=device)
+        self.scales = torch.ones(EACH * layers, device=device)
+        self.inverses = torch.ones(EACH * layers, EACH, device=device)
+        self.noted = torch.zeros(EACH * layers, device=device)
+        self.history = torch.zeros(HISTORY, EACH * layers, device=device)
         self.has_begun = False  # the first steps are over
         self._first_steps = 0  # that were taken
 
@@ -62,27 +64,34 @@ class Scaling:
         if not self.has_begun:
             self._first_steps += 1
             is_last = self._first_steps == FIRST_STEPS
-            self.has_begun = is_last or bool(self.history.any(0).all())
+            self.has_begun = is_last or bool(_of_tensors(self.history).any(0).all())
 
     def _invert(self) -> None:
         self.inverses.copy_(self.scales.reciprocal().unsqueeze(1))
 
     def state_dict(self) -> dict[str, Tensor | int]:
-        state: dict[str, Tensor | int] = {name: getattr(self, name).cpu() for name in self.STATE}
+        state: dict[str, Tensor | int]
+        state = {name: _of_tensors(getattr(self, name)).flatten(-2).cpu() for name in self.STATE}
         return state | {"has_begun": self.has_begun, "first_steps": self._first_steps}
 
     def load_state_dict(self, state: dict) -> None:
         """ValueError for the state of another model."""
         for name in self.STATE:
-            own, given = getattr(self, name), state.get(name)
+            own, given = _of_tensors(getattr(self, name)).flatten(-2), state.get(name)
             if not isinstance(given, Tensor) or given.shape != own.shape:
                 got = tuple(given.shape) if isinstance(given, Tensor) else given
                 raise ValueError(f"float8: {name}: expected {tuple(own.shape)}, got {got}")
         for name in self.STATE:
-            getattr(self, name).copy_(state[name])
+            own = _of_tensors(getattr(self, name))
+            own.copy_(state[name].view(own.shape))
         self._invert()
         self.has_begun = bool(state.get("has_begun"))
         self._first_steps = int(state.get("first_steps", 0))
+
+
+def _of_tensors(t: Tensor) -> Tensor:
+    """[..., layers, 3] of what all layers share, [..., EACH * layers]."""
+    return t.unflatten(-1, (-1, EACH))[..., :3]
 
 
 VIEWS = "scales", "inverses", "noted"
@@ -100,7 +109,7 @@ class _Float8:
         self.scaling = scaling
         for name in VIEWS:
             of_all = getattr(scaling, name)
-            self.register_buffer(f"float8_{name}", of_all[3 * place :][:3], persistent=False)
+            self.register_buffer(f"float8_{name}", of_all[EACH * place :][:3], persistent=False)
 
     def _apply(self: Any, *arguments: Any, **named: Any) -> Any:
         """Whatever happens to the weights, the scales stay those of all layers."""

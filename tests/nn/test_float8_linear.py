@@ -157,7 +157,8 @@ def test_scales_stay_together_when_weights_move(device):
     x = torch.randn(TOKENS, WIDTH, device=device)
     model.to("meta" if device == "cpu" else "cpu")
     views = [layer.float8_scales.data_ptr() for layer in (model[0], model[2])]
-    assert views == [scaling.scales[place:].data_ptr() for place in (0, 3)]
+    assert views == [scaling.scales[place:].data_ptr() for place in (0, 4)]
+    assert not any(layer.float8_noted.storage_offset() % 4 for layer in (model[0], model[2]))
     for moved in (model, to_float8(mlp(device, True)).bfloat16()):
         with pytest.raises(TypeError, match="expected weights in float32 on .*, got torch"):
             moved(x)
