@@ -25,8 +25,8 @@ _ops = torch.ops.sparsekern
 _is_compiling = torch.compiler.is_compiling
 X, W, DY = range(3)  # tensors of a layer, and places of their scales
 # Floats of a layer in what all layers share: so its views begin on multiples of 16 bytes. cuBLAS
-# takes scales from there alone, and torch.compile reads and writes a result of an op in vectors only
-# where all operands do.
+# takes scales from there alone, and torch.compile reads and writes results of an op in vectors only
+# where all of its operands do.
 EACH = 4
 TYPES = torch.bfloat16, torch.float32  # of x
 FIRST_STEPS = 3  # at most: layers that begin at 0, or a rate that does, take as many to show values
