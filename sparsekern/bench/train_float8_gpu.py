@@ -1,15 +1,18 @@
 """A GPT's captured training step in E4M3, dense and two-way, beside bfloat16: time, and the loss at
 equal tokens.
 
-All arms are on the GPU together, each with its CUDA graphs. Until it is captured an arm takes its
-steps alone; then they all take one each in turn, on the same text, and their replays are timed.
+All arms are on the GPU together, each in a process of its own with its CUDA graphs, so that they
+are made beside one another. Then they take steps in turn, on the same text, and their replays are
+timed; in a turn all but the first, before which the GPU waits for the host.
 """
 
-import copy
 import gc
 import math
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
+from multiprocessing import get_context
+from multiprocessing.connection import Connection
 from statistics import median
 from typing import Any
 
@@ -20,9 +23,8 @@ from ..gpt.build import build_optimizer
 from ..gpt.captured import CapturedStep
 from ..gpt.data import Text
 from ..gpt.flops import train_flops_per_token
-from ..gpt.model import GPT, GPTConfig
+from ..gpt.model import GPTConfig
 from ..gpt.presets import PRESETS
-from ..gpt.speed import memory_bytes
 from ..nn.float8 import to_float8_
 from .gpt_gpu import compiled_twin, make_gpt
 from .noise import spread
@@ -33,6 +35,7 @@ OP = "train_float8"
 BFLOAT16, FLOAT8 = "bfloat16", "float8"
 SPARSITY = 0.75
 STEPS, LR, WARM_UP, SHOWN = 30, 3e-4, 10, 10  # losses are means of so many steps
+TURN = 4  # steps
 
 
 @dataclass(frozen=True)
@@ -61,15 +64,17 @@ class Size:
 
 
 SIZE = Size("gpt3-xl", PRESETS["gpt3-xl"], 4)
-QUICK = Size("tiny", GPTConfig(2, 4, 128, 64, 256), 4, steps=5)
+QUICK = Size("tiny", GPTConfig(2, 4, 128, 64, 256), 4, steps=8)
 
 
-def cases(size: Size, device: torch.device) -> Iterator[dict]:
-    """A record for each arm."""
-    runs = race(prepared(size, device), batches_of(size, device))
+def cases(
+    size: Size, device: torch.device, start: "Callable[..., Training | Remote] | None" = None
+) -> Iterator[dict]:
+    """A record for each arm. `start` makes one: by default a Remote."""
+    arms = [(start or Remote)(arm, size, device) for arm in ARMS]
     config = size.config
     M = size.batch * config.block_size
-    for arm, way in runs.items():
+    for arm, way in zip(ARMS, race(arms, size.steps), strict=True):
         sparsity = SPARSITY if arm.mask else 0.0
         yield {
             **{"op": OP, "device": "cuda", "model": size.model, "layers": config.n_layer},
@@ -83,6 +88,16 @@ def cases(size: Size, device: torch.device) -> Iterator[dict]:
         }
 
 
+def race(arms: "Sequence[Training | Remote]", steps: int) -> list[dict]:
+    """The part of the record of each, after so many steps."""
+    for arm in arms:
+        arm.begin()
+    for _ in range(0, steps, TURN):
+        for arm in arms:
+            arm.take(TURN)
+    return [arm.way() for arm in arms]
+
+
 def batches_of(size: Size, device: torch.device) -> list[tuple[Tensor, Tensor]]:
     text = Text(size.data, None, "bytes", 256)
     training, _ = text.batches(size.batch, size.config.block_size, seed=0)
@@ -90,101 +105,139 @@ def batches_of(size: Size, device: torch.device) -> list[tuple[Tensor, Tensor]]:
 
 
 class Training:
-    """The steps of an arm so far: their losses, and the times of its replays."""
+    """The steps of an arm so far: their losses, and the times of its replays. Arms of a mask begin
+    with the same weights and places. After a failure it takes no more steps."""
 
-    def __init__(self, arm: Arm, model: GPT):
-        self.arm, self.failed = arm, ""
-        self._model, self._beside = model, _allocated() - memory_bytes(model)
-        self.losses: list[Tensor] = []
-        self.times: list[tuple[torch.cuda.Event, torch.cuda.Event]] = []
-        self.peak_bytes = 0
+    def __init__(self, arm: Arm, size: Size, device: torch.device):
+        self._arm, self._size, self._device = arm, size, device
+        self._failed = ""
+        self._losses: list[Tensor] = []
+        self._times: list[tuple[torch.cuda.Event, torch.cuda.Event]] = []
+        self._peak_bytes = 0
 
-    def begin(self, batches: list[tuple[Tensor, Tensor]]) -> None:
+    def begin(self) -> None:
         """The first steps, until they are captured."""
-        self._attempt(self._begin, batches)
+        self._attempt(self._begin)
         gc.collect()
-        if torch.cuda.is_initialized():
-            self.peak_bytes = torch.cuda.max_memory_allocated() - self._beside
+        if self._device.type == "cuda":
+            self._peak_bytes = torch.cuda.max_memory_allocated()
             torch.cuda.empty_cache()
 
-    def step(self, x: Tensor, y: Tensor) -> None:
-        """One more. After a failure nothing."""
-        self._attempt(self._step, x, y)
+    def take(self, steps: int) -> None:
+        """So many more, or as many as there are."""
+        self._attempt(self._take, steps)
 
     def _attempt(self, do: Callable[..., None], *arguments: Any) -> None:
-        if self.failed:
+        if self._failed:
             return
         try:
             do(*arguments)
         except Exception as error:  # the others are still measured
-            self.failed = f"{type(error).__name__}: {(str(error).splitlines() or [''])[0]}"
+            self._failed = in_short(error)
 
-    def _begin(self, batches: list[tuple[Tensor, Tensor]]) -> None:
-        if torch.cuda.is_initialized():
-            torch.cuda.reset_peak_memory_stats()
-        model, optimizer = self._model, build_optimizer(self._model, LR)
-        if self.arm.dtype == FLOAT8:
-            to_float8_(model).follow(optimizer)
-        self._optimizer = optimizer
-        self._captured = CapturedStep(model, compiled_twin(model), optimizer, [], torch.bfloat16)
-        for x, y in batches:
-            self._step(x, y)
-            if self.times:
-                break
+    def _begin(self) -> None:
+        size, device = self._size, self._device
+        self._batches = batches_of(size, device)
+        torch.manual_seed(0)
+        model = make_gpt(size.config, device, self._arm.mask, SPARSITY)
+        self._optimizer = build_optimizer(model, LR)
+        if self._arm.dtype == FLOAT8:
+            to_float8_(model).follow(self._optimizer)
+        stepper = compiled_twin(model)
+        self._captured = CapturedStep(model, stepper, self._optimizer, [], torch.bfloat16)
+        while not self._captured.is_replayed and len(self._losses) < size.steps:
+            self._step()
+        self._times.clear()  # it captured
 
-    def _step(self, x: Tensor, y: Tensor) -> None:
+    def _take(self, steps: int) -> None:
+        before = len(self._times)
+        for _ in range(min(steps, self._size.steps - len(self._losses))):
+            self._step()
+        if self._device.type == "cuda":
+            torch.cuda.synchronize()
+        del self._times[before : before + 1]
+
+    def _step(self) -> None:
+        x, y = self._batches[len(self._losses)]
         for group in self._optimizer.param_groups:
-            group["lr"].fill_(LR * min(1.0, (len(self.losses) + 1) / WARM_UP))
+            group["lr"].fill_(LR * min(1.0, (len(self._losses) + 1) / WARM_UP))
         begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
         begin.record()
         with torch.enable_grad():
             loss, _ = self._captured.compute_gradients(x, y)
             self._captured.update()
         end.record()
-        self.losses.append(loss.clone())
+        self._losses.append(loss.clone())
         if self._captured.is_replayed:
-            self.times.append((begin, end))
+            self._times.append((begin, end))
 
     def way(self) -> dict:
         """Its part of the record."""
-        if self.failed:
-            return {"kind": self.arm.kind, "failed": self.failed}
-        self.times[-1][1].synchronize()
-        # The first replay captures.
-        seconds = [1e-3 * begin.elapsed_time(end) for begin, end in self.times[1:]]
-        shown = [part.mean().item() for part in torch.stack(self.losses).split(SHOWN)]
+        if self._failed:
+            return {"kind": self._arm.kind, "failed": self._failed}
+        seconds = [1e-3 * begin.elapsed_time(end) for begin, end in self._times]
+        shown = [part.mean().item() for part in torch.stack(self._losses).split(SHOWN)]
         return {
-            **{"kind": self.arm.kind, "median_s": median(seconds), "min_s": min(seconds)},
+            **{"kind": self._arm.kind, "median_s": median(seconds), "min_s": min(seconds)},
             **{"spread": spread(seconds), "is_right": all(map(math.isfinite, shown))},
-            **{"peak_bytes": self.peak_bytes, "step": len(self.losses), "loss": shown[-1]},
+            **{"peak_bytes": self._peak_bytes, "step": len(self._losses), "loss": shown[-1]},
             **{"error": 0.0, "note": " ".join(f"{loss:.4f}" for loss in shown)},
         }
 
 
-def prepared(size: Size, device: torch.device) -> Iterator[Training]:
-    """Each arm; those of a mask begin with the same weights and places."""
-    for mask in dict.fromkeys(arm.mask for arm in ARMS):
-        torch.manual_seed(0)
-        model = make_gpt(size.config, device, mask, SPARSITY)
-        *arms, last = (arm for arm in ARMS if arm.mask == mask)
-        for arm in arms:
-            yield Training(arm, copy.deepcopy(model))
-        yield Training(last, model)
+class Remote:
+    """A Training in a process of its own. It begins at once; begin() waits until it has."""
+
+    def __init__(self, arm: Arm, size: Size, device: torch.device):
+        self._kind, self._failed = arm.kind, ""
+        context = get_context("spawn")
+        self._pipe, far = context.Pipe()
+        self._process = context.Process(target=_serve, args=(arm, size, device, far), daemon=True)
+        self._process.start()
+        far.close()
+
+    def begin(self) -> None:
+        self._receive()
+
+    def take(self, steps: int) -> None:
+        self._ask(steps)
+
+    def way(self) -> dict:
+        way = self._ask(0)
+        self._process.join()
+        return way or {"kind": self._kind, "failed": self._failed}
+
+    def _ask(self, steps: int) -> dict | None:
+        if self._failed:
+            return None
+        try:
+            self._pipe.send(steps)
+        except OSError as error:
+            self._failed = in_short(error)
+        return self._receive()
+
+    def _receive(self) -> dict | None:
+        if not self._failed:
+            try:
+                return self._pipe.recv()
+            except EOFError:
+                self._process.join()
+                self._failed = f"its process ended with {self._process.exitcode}"
+        return None
 
 
-def race(arms: Iterable[Training], batches: list[tuple[Tensor, Tensor]]) -> dict[Arm, dict]:
-    """The steps of all arms: the first ones of each alone, and from its capture on in turns."""
-    found = []
-    for each in arms:
-        each.begin(batches)
-        found.append(each)
-    first = min(len(each.losses) for each in found)
-    for i in range(first, len(batches)):
-        for each in found:
-            if len(each.losses) == i:
-                each.step(*batches[i])
-    return {each.arm: each.way() for each in found}
+def _serve(arm: Arm, size: Size, device: torch.device, pipe: Connection) -> None:
+    """The process of a Remote: asked for steps until that is 0, then for its way."""
+    stream = torch.cuda.stream(torch.cuda.Stream()) if device.type == "cuda" else nullcontext()
+    with torch.no_grad(), stream:  # graphs cannot be captured on the default stream
+        training = Training(arm, size, device)
+        training.begin()
+        pipe.send(None)
+        while steps := pipe.recv():
+            training.take(steps)
+            pipe.send(None)
+        pipe.send(training.way())
 
 
-def _allocated() -> int:
-    return torch.cuda.memory_allocated() if torch.cuda.is_initialized() else 0
+def in_short(error: Exception) -> str:
+    return f"{type(error).__name__}: {(str(error).splitlines() or [''])[0]}"

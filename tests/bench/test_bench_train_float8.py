@@ -1,7 +1,9 @@
 """run_gpu.py train-float8, of a small GPT on the emulator and a stand-in for cuSPARSELt."""
 
 import itertools
+import multiprocessing
 import sys
+import threading
 from contextlib import nullcontext
 from pathlib import Path
 
@@ -55,18 +57,21 @@ def on_cpu(monkeypatch, float8_on_cpu):  # noqa: F811
     monkeypatch.setattr(train_float8, "compiled_twin", lambda model: model)
 
 
+CPU = torch.device("cpu")
+
+
 def tiny(folder):
     text = folder / "text.txt"
     text.write_text("".join(f"{i} green bottles\n" for i in range(200)))
-    return train_float8.Size("tiny", GPTConfig(1, 2, 32, 16, 256), 1, str(text), steps=5)
+    return train_float8.Size("tiny", GPTConfig(1, 2, 32, 16, 256), 1, str(text), steps=8)
 
 
 def test_a_page_of_all_arms(train_gpu, on_cpu, tmp_path, monkeypatch):  # noqa: F811
     size = tiny(tmp_path)
-    monkeypatch.setattr(train_float8, "SHOWN", 5)
+    monkeypatch.setattr(train_float8, "SHOWN", 8)
     advance, advances = Scaling.advance, []
     monkeypatch.setattr(Scaling, "advance", lambda self: advances.append(advance(self)))
-    cases = [derive(case) for case in train_float8.cases(size, torch.device("cpu"))]
+    cases = [derive(case) for case in train_float8.cases(size, CPU, train_float8.Training)]
     assert len(advances) == 2 * size.steps  # once a step, replayed or not
     assert len(cases) == 4 and all("losses" in train_gpu.in_short(case) for case in cases)
     page = train_gpu.PAGES["train-float8"]("name", run_of("train-float8", cases, tmp_path))
@@ -85,9 +90,28 @@ def test_an_arm_that_fails_leaves_the_others(on_cpu, tmp_path, monkeypatch):
         raise RuntimeError("no scales\nat all")
 
     monkeypatch.setattr(train_float8, "to_float8_", fail)
-    size, device = tiny(tmp_path), torch.device("cpu")
-    found = train_float8.race(
-        train_float8.prepared(size, device), train_float8.batches_of(size, device)
-    )
-    assert [way.get("failed") for way in found.values()].count("RuntimeError: no scales") == 2
-    assert [way["step"] for way in found.values() if "step" in way] == [size.steps] * 2
+    size = tiny(tmp_path)
+    arms = [train_float8.Training(arm, size, CPU) for arm in train_float8.ARMS]
+    found = train_float8.race(arms, size.steps)
+    assert [way.get("failed") for way in found].count("RuntimeError: no scales") == 2
+    assert [way["step"] for way in found if "step" in way] == [size.steps] * 2
+
+
+def test_an_arm_is_served_through_a_pipe(on_cpu, tmp_path):
+    size = tiny(tmp_path)
+    near, far = multiprocessing.Pipe()
+    arguments = train_float8.ARMS[0], size, CPU, far
+    threading.Thread(target=train_float8._serve, args=arguments, daemon=True).start()
+    assert near.recv() is None
+    for steps in (size.steps, 1):
+        near.send(steps)
+        assert near.recv() is None
+    near.send(0)
+    assert near.recv()["step"] == size.steps
+
+
+def test_an_arm_whose_process_ends_leaves_the_others(tmp_path):
+    killed = train_float8.Remote(train_float8.ARMS[0], tiny(tmp_path), CPU)
+    killed._process.kill()
+    (way,) = train_float8.race([killed], 8)
+    assert way == {"kind": "ours", "failed": "its process ended with -9"}
