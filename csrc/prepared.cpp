@@ -172,6 +172,7 @@ PyObject* Prepared::run(Slots slots) const {
   for (size_t i = 0; i < steps_.size(); ++i) {
     made[i] = own(take(steps_[i], slots, stream.get(), stream_handle));
     if (!made[i]) return nullptr;
+    if (made[i].get() == Py_NotImplemented) Py_RETURN_NONE;
     slots.objects[kOperands + i] = made[i].get();
     for (int slot : steps_[i].last) made[slot - kOperands].reset();  // large ones: W written out
   }
@@ -209,7 +210,8 @@ PyMethodDef functions[] = {
      "device: an index or None, False on a CPU. current, stream, capturing: what tells the "
      "current\n"
      "device, the stream of one, whether it is captured. A step is (function, sizes, arguments,\n"
-     "slots, names); its result has a slot, behind those of the operands."},
+     "slots, names); its result has a slot, behind those of the operands. NotImplemented ends the "
+     "call."},
     {"run_prepared", fast(run_prepared), METH_FASTCALL,
      "run_prepared(prepared, values, a, b, row_offsets, col_indices): its results; None where it\n"
      "must not run now."},

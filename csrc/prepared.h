@@ -42,8 +42,8 @@ class Prepared {
   static PyObject* make(PyObject* const* args, Py_ssize_t count);
   static Prepared* of(PyObject* capsule);  // null for any other object
 
-  // The results for these operands, one or a tuple; None where a CUDA graph is captured or
-  // another GPU is the current one; null with Python's error set.
+  // The results for these operands, one or a tuple; None where a CUDA graph is captured, another
+  // GPU is the current one or a step gives NotImplemented; null with Python's error set.
   PyObject* run(Slots slots) const;
 
  private:

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from ..kernels import table
-from ..kernels.cuda.layout import share_packs
+from ..kernels.cuda.packs import share_packs
 from ..tensor import SparseTensor
 from .gpt_gpu import FREE, TWO_WAY, TwoWayMask
 from .measure_gpu import LAUNCHES, ROUNDS, TOLERANCE, attempt, copies_of, weight

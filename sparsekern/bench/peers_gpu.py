@@ -14,7 +14,7 @@ from ..kernels import table
 from ..kernels.cuda import library as cuda_library
 from ..kernels.cuda.choose import Packed, choose_layout, like, pack
 from ..kernels.cuda.few_tokens import MOST_TOKENS, spmm_packed
-from ..kernels.cuda.layout import share_packs
+from ..kernels.cuda.packs import share_packs
 from ..tensor import SparseTensor
 from .measure_gpu import Way
 from .records import OTHER, OURS, SPARSE

@@ -16,7 +16,7 @@ from .. import ops
 from ..indices import expand_rows
 from ..kernels.cuda import bitmap as bitmaps
 from ..kernels.cuda import library as cuda_library
-from ..kernels.cuda.layout import share_packs
+from ..kernels.cuda.packs import share_packs
 from ..kernels.cuda.two_of_four import with_free_places
 from ..tensor import SparseTensor
 from .gpt_gpu import FREE, TWO_WAY, TwoWayMask

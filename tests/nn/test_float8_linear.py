@@ -79,7 +79,6 @@ def weight_of(layer):
     return layer.weight.to_dense() if isinstance(layer, SparseLinear) else layer.weight
 
 
-@pytest.mark.sanitize
 @pytest.mark.parametrize("bias", [True, False])
 @pytest.mark.parametrize("is_sparse", [True, False])
 def test_a_layer_multiplies_what_is_rounded(device, is_sparse, bias):

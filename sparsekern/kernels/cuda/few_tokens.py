@@ -7,7 +7,7 @@ part: an infinite or NaN x reaches the outputs that a stored value connects it t
 Where W is written out (expand.py: a packed weight and many tokens) another kernel sees to that.
 
 A packed weight holds the counters by which blocks find out who is last, so it must not be used on
-two streams at the same time.
+two streams at the same time (packs.py sees to that for those of table rows).
 """
 
 from collections.abc import Callable
@@ -24,7 +24,8 @@ from .choose import choose_layout
 from .compressed import TwoOfFour, TwoOfFourE4m3
 from .expand import spmm_expanded
 from .kept import Dense
-from .layout import TYPES, Launch, Packed, gpu_of, pack_of
+from .layout import TYPES, Launch, Packed, gpu_of
+from .packs import pack_of
 
 MOST_TOKENS = 64
 MOST_COLUMNS = 2**25  # the kernels count 64 rows of x in 32 bits
@@ -77,11 +78,11 @@ def _prepare(steps: Steps, asked: Asked, a: Slot, b: Slot | None) -> Slot | None
     make_layout = partial(layout, n=p.N, k=p.K)
     indices = asked.row_offsets, asked.col_indices
     pack = pack_of("few_tokens", layout.kind.name, make_layout, *indices, values, p.N, p.K)
-    if values.requires_grad:  # in each of these calls (layout.Pack)
-        steps.call(pack.seen.clear)
+    if values.requires_grad:  # in each of these calls (packs.py)
+        steps.call(pack.emptied, VALUES)
         steps.start(*pack.layout.refill_launch(pack.packed, VALUES))
     else:
-        steps.call(pack.refresh, VALUES)
+        steps.call(pack.refreshed, VALUES)
     return prepare_packed(steps, asked.a, pack.packed, a, b if asked.has_bias else None)
 
 

@@ -1,12 +1,10 @@
-"""What the layouts of packed weights share: the two base classes, and the packs of table rows.
+"""What the layouts of packed weights share: the two base classes.
 
 A layout is a form of W that a CUDA kernel reads. Its `Layout` is made from a pattern and fills it
 with values; its `Packed` is W in that form, and owns the launches that read it. choose.py has the
 list of layouts and the choice among them.
 """
 
-import weakref
-from collections.abc import Callable
 from dataclasses import dataclass, fields, replace
 from functools import cache
 from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple
@@ -14,8 +12,6 @@ from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple
 import torch
 from torch import Tensor
 
-from ...tensor import SparseTensor
-from ..derived import derived, share
 from ..operands import check_pattern_arrays
 from ..problem import Problem
 from .library import refusal, start
@@ -307,64 +303,3 @@ def sort_rows(row_offsets: Tensor, n: int, block: int) -> Tensor:
     order = torch.full((-(-n // LANES) * LANES,), -1, dtype=torch.int32, device=device)
     order[:n] = key.argsort(stable=True).int()
     return order
-
-
-class Pack:
-    """The packed weight of an ordinary sparse tensor, for a table row.
-
-    The index part is made once, on the first product (derived.py keeps it); values are brought in
-    when they may have changed: on each call if they require grad, else when they are another tensor
-    or torch has counted a write to them. A CUDA graph does the same in each replay as in the call
-    that was captured: values that require grad are packed anew, others are what they were at the
-    capture, until a call outside of the graph brings new ones in.
-    """
-
-    def __init__(self, layout: Layout, values: Tensor):
-        self.layout = layout
-        self.packed = layout.fill(values)
-        self.seen: dict[str, Any] = {}  # whose values the pack has; empty: nobody knows
-        self.saw(values)
-
-    def saw(self, values: Tensor) -> None:
-        """The pack has these values."""
-        version = None if values.is_inference() else values._version
-        self.seen.update(values=weakref.ref(values), version=version)
-
-    def refresh(self, values: Tensor) -> "Pack":
-        # A parameter in training changes between calls, and not all writes are counted. The tensor
-        # itself is compared: the address of one that is gone may be that of other values.
-        seen = self.seen
-        is_seen = seen and seen["values"]() is values and not values.is_inference()
-        if values.requires_grad or not is_seen or seen["version"] != values._version:
-            self.layout.refill_(self.packed, values)
-            self.saw(values)
-        return self
-
-
-def pack_of(
-    row: str,
-    kind: str,
-    make_layout: Callable[[Tensor, Tensor], Layout],
-    row_offsets: Tensor,
-    col_indices: Tensor,
-    values: Tensor,
-    n: int,
-    k: int,
-) -> Pack:
-    """The pack of `kind` with these values, for the table row `row`. make_layout(row_offsets,
-    col_indices) gets checked copies."""
-
-    def make(*indices: Tensor) -> Pack:
-        return Pack(make_layout(*indices), values)
-
-    pack = derived((row, kind, values.dtype), row_offsets, col_indices, n, k, make)
-    return pack.refresh(values)
-
-
-def share_packs(origin: SparseTensor, twin: SparseTensor) -> None:
-    """Give `twin`, a clone of `origin`, a copy of each pack that it lacks: the same one would be
-    made, but slowly."""
-    indices = ((W.row_offsets, W.col_indices) for W in (origin, twin))
-    for thing in share(*indices):
-        if isinstance(thing, Pack):
-            thing.saw(twin.values)

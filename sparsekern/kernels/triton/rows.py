@@ -19,7 +19,8 @@ from torch import Tensor
 
 from ..cuda import cover
 from ..cuda.cover import WINDOW, CoverLayout
-from ..cuda.layout import LANES, pack_of
+from ..cuda.layout import LANES
+from ..cuda.packs import pack_of
 from ..problem import Kernel, Problem, bound_kernel
 from .bitmap import UNIT_COLUMNS, UNIT_ROWS, Bitmap, bitmap_of, places
 

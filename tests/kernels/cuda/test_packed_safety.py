@@ -19,7 +19,8 @@ from sparsekern.kernels.cuda import cover, csr, few_tokens
 from sparsekern.kernels.cuda.choose import assemble, pack
 from sparsekern.kernels.cuda.cover import CoverLayout
 from sparsekern.kernels.cuda.gather import GatherLayout
-from sparsekern.kernels.cuda.layout import pack_of, sort_rows
+from sparsekern.kernels.cuda.layout import sort_rows
+from sparsekern.kernels.cuda.packs import pack_of
 from sparsekern.kernels.cuda.pairs import PairsLayout
 from sparsekern.kernels.problem import Problem
 from sparsekern.kernels.triton import rows as triton_rows

@@ -13,7 +13,7 @@ import torch
 
 from sparsekern.kernels import derived, table
 from sparsekern.kernels.cuda import cover
-from sparsekern.kernels.cuda.layout import pack_of
+from sparsekern.kernels.cuda.packs import pack_of
 from sparsekern.kernels.problem import Problem
 from sparsekern.kernels.triton import bitmap as bitmaps
 from sparsekern.kernels.triton import rows as triton_rows
