@@ -25,6 +25,7 @@ _ops = torch.ops.sparsekern
 _is_compiling = torch.compiler.is_compiling
 X, W, DY = range(3)  # tensors of a layer, and places of their scales
 TYPES = torch.bfloat16, torch.float32  # of x
+SLACK = 3  # powers of two by which W's scale is smaller than need be, when exponents are chosen
 FIRST_STEPS = 3  # at most: layers that begin at 0, or a rate that does, take as many to show values
 
 
@@ -34,11 +35,19 @@ class Scaling:
     They stay for all micro-batches of a step; advance() after the optimizer's step, which follow()
     sees to, makes the next ones. In the first step each tensor has a scale of its own, and nothing
     may be compiled: float8_step() around forward and backward keeps torch.compile away. Where some
-    tensor was 0 all through it, the next step is a first one, too, up to FIRST_STEPS."""
+    tensor was 0 all through it, the next step is a first one, too, up to FIRST_STEPS.
 
-    STATE = "scales", "noted", "history"
+    cuSPARSELt takes a factor from the host alone. So after the first steps the scales of x and W of
+    a two-way layer are 2^exponent together: W's is smaller than need be and gives way to x. Where it
+    cannot any more, settle() finds other exponents."""
 
-    def __init__(self, layers: int, device: torch.device | str):
+    STATE = "scales", "noted", "history", "exponents"
+
+    def __init__(self, layers: int, device: torch.device | str, is_two_way: bool = False):
+        self.is_two_way = is_two_way
+        self.exponents = torch.zeros(layers, dtype=torch.int32)  # on the host
+        self.products = torch.ones(layers, device=device)  # 2^exponent
+        self._is_off = torch.zeros(1, dtype=torch.bool, device=device)
         self.scales = torch.ones(3 * layers, device=device)
         # cuBLAS takes them on a multiple of 16 bytes alone.
         self.inverses = torch.ones(3 * layers, 16 // 4, device=device)
@@ -52,17 +61,44 @@ class Scaling:
         optimizer.register_step_post_hook(lambda *_: self.advance())
 
     def advance(self) -> None:
-        """From the scales of one step to those of the next; waits for nothing but in the first
-        steps."""
+        """From the scales of one step to those of the next. Waits for the GPU in the first steps,
+        and of two-way layers in each that no CUDA graph takes."""
         largest = torch.where(self.noted.isfinite(), self.noted, 0.0)
         self.history.copy_(torch.cat([largest.unsqueeze(0), self.history[:-1]]))
         self.noted.zero_()
-        self.scales.copy_(next_scale(self.scales, self.history))
-        self._invert()
         if not self.has_begun:
             self._first_steps += 1
             is_last = self._first_steps == FIRST_STEPS
             self.has_begun = is_last or bool(self.history.any(0).all())
+        self._choose()
+        if self.is_two_way and not torch.cuda.is_current_stream_capturing():
+            self.settle()
+
+    def settle(self) -> bool:
+        """Whether exponents had to change, after a step that was no replay of a CUDA graph or, as
+        it waits for the GPU, after some that were."""
+        if not (self.has_begun and self._is_off.item()):
+            return False
+        wanted = next_scale(self.scales, self.history).view(-1, 3)
+        self.exponents.copy_(wanted[:, X].log2() + wanted[:, W].log2() - SLACK)
+        self._multiply_out()
+        self._choose()
+        return True
+
+    def _multiply_out(self) -> None:
+        self.products.copy_(torch.exp2(self.exponents.float()))
+
+    def _choose(self) -> None:
+        """The scales of the next step."""
+        wanted = next_scale(self.scales, self.history).view(-1, 3)
+        if self.is_two_way and self.has_begun:
+            of_x, of_w, of_dy = wanted.unbind(1)
+            slack = of_x * of_w / self.products
+            self._is_off.copy_(((slack < 2) | (slack > 4.0**SLACK)).any())
+            held = torch.minimum(self.products / of_x, of_w)
+            wanted = torch.stack([self.products / held, held, of_dy], 1)
+        self.scales.copy_(wanted.flatten())
+        self._invert()
 
     def _invert(self) -> None:
         self.inverses.copy_(self.scales.reciprocal().unsqueeze(1))
@@ -81,11 +117,12 @@ class Scaling:
         for name in self.STATE:
             getattr(self, name).copy_(state[name])
         self._invert()
+        self._multiply_out()
         self.has_begun = bool(state.get("has_begun"))
         self._first_steps = int(state.get("first_steps", 0))
 
 
-VIEWS = "scales", "inverses", "noted"
+VIEWS = "scales", "inverses", "noted", "exponents"
 
 
 class _Float8:
@@ -95,12 +132,14 @@ class _Float8:
     float8_scales: Tensor  # [3], views of those of all layers
     float8_inverses: Tensor  # [3, 4]
     float8_noted: Tensor
+    float8_exponents: Tensor  # [1], on the host
 
     def _begin(self: Any, scaling: Scaling, place: int) -> None:
         self.scaling = scaling
         for name in VIEWS:
-            of_all = getattr(scaling, name)
-            self.register_buffer(f"float8_{name}", of_all[3 * place :][:3], persistent=False)
+            of_all, each = getattr(scaling, name), 1 if name == "exponents" else 3
+            view = of_all[each * place :][:each]
+            self.register_buffer(f"float8_{name}", view, persistent=False)
 
     def _apply(self: Any, *arguments: Any, **named: Any) -> Any:
         """Whatever happens to the weights, the scales stay those of all layers."""
@@ -152,7 +191,8 @@ class Float8SparseLinear(_Float8, SparseLinear):
         if not self.training:
             return super().forward(input)
         sizes = self.out_features, self.in_features
-        operands = self.values, self.bias, self.row_offsets, self.col_indices, *sizes
+        pattern = self.row_offsets, self.col_indices, *sizes
+        operands = self.values, self.bias, *pattern, self.float8_exponents
         return self._multiply(input, _TwoWay, *operands)
 
 
@@ -174,7 +214,8 @@ def to_float8_(model: nn.Module, filter_fn: Callable | None = None) -> Scaling:
     devices = {_weight(layer).device for layer in chosen.values()}
     if len(devices) > 1:
         raise ValueError(f"float8: expected all layers on one GPU, got {sorted(map(str, devices))}")
-    scaling = Scaling(len(chosen), devices.pop())
+    is_two_way = any(isinstance(layer, SparseLinear) for layer in chosen.values())
+    scaling = Scaling(len(chosen), devices.pop(), is_two_way)
     for place, layer in enumerate(chosen.values()):
         is_sparse = isinstance(layer, SparseLinear)
         layer.__class__ = Float8SparseLinear if is_sparse else Float8Linear
@@ -267,6 +308,7 @@ class _TwoWay(Function):
         col_indices: Tensor,
         n: int,
         k: int,
+        exponent: Tensor,
         scales: Tensor,
         inverses: Tensor,
         noted: Tensor,
@@ -279,10 +321,17 @@ class _TwoWay(Function):
         x8, largest = _cast(x, X, *state, is_first)
         pattern, needs_dx = (row_offsets, col_indices), ctx.needs_input_grad[0]
         operands = values, scales, noted, *pattern, n, k, needs_dx
-        y, operand_t = _ops.float8_spmm(x8, largest, *operands)
+        if is_first:
+            y, operand_t = _ops.float8_spmm(
+                x8, largest, *operands, None, torch.zeros_like(exponent)
+            )
+            y = _scaled(y, inverses, X, bias)
+        else:
+            rounded = None if bias is None else bias.bfloat16()
+            y, operand_t = _ops.float8_spmm(x8, largest, *operands, rounded, exponent)
         ctx.save_for_backward(x8, operand_t, *pattern, *state)
         ctx.settings = n, k, x.dtype, is_first, needs_dx
-        return _scaled(y, inverses, X, bias)
+        return y
 
     @staticmethod
     @once_differentiable
@@ -295,7 +344,7 @@ class _TwoWay(Function):
         operands = x8, operand_t, inverses, noted, row_offsets, col_indices, n, k, needs_dx
         dx, dvalues, dbias = _ops.float8_spmm_gradients(dy8, largest, *operands)
         dx = _scaled(dx, inverses, DY, None).to(x_dtype) if needs_dx else None
-        return dx, dvalues, dbias if ctx.needs_input_grad[2] else None, *(None,) * 8
+        return dx, dvalues, dbias if ctx.needs_input_grad[2] else None, *(None,) * 9
 
 
 class _Dense(Function):
