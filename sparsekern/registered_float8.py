@@ -55,18 +55,19 @@ def _noting(largest, noted, which):
 
 
 def _spmm(
-    x8, largest, values, scales, noted, row_offsets, col_indices, n, k, needs_dx, bias, exponent
+    x8, largest, values, scales, noted, row_offsets, col_indices, n, k, needs_dx, bias, is_final
 ):
-    """y of x8 and a two-way W, over 2^exponent [1], which lies on the host, + bias, bfloat16. And
-    the operand of W^T, for dx. It is empty where nobody needs it."""
+    """y of x8 and a two-way W: + bias, bfloat16, if it is final, else without the scales. And the
+    operand of W^T, for dx. It is empty where nobody needs it."""
     of_w, noting = (values, scales[1:2], noted[1:2]), _noting(largest, noted, 0)
     pattern = row_offsets, col_indices, n, k
     operand, operand_t = float8.operands(*of_w, *pattern, needs_dx, noting)
-    return float8.product(x8, operand, n, bias, exponent.item()), operand_t
+    exponent = float8.exponents[noted.data_ptr()] if is_final else 0
+    return float8.product(x8, operand, n, bias, exponent), operand_t
 
 
 def _fake_spmm(
-    x8, largest, values, scales, noted, row_offsets, col_indices, n, k, needs_dx, bias, exponent
+    x8, largest, values, scales, noted, row_offsets, col_indices, n, k, needs_dx, bias, is_final
 ):
     size = float8.operand_bytes(int(k), int(n), values.device) if needs_dx else 0
     y = x8.new_empty(x8.shape[0], n, dtype=torch.bfloat16)
@@ -76,7 +77,7 @@ def _fake_spmm(
 _define(
     "float8_spmm",
     "Tensor x8, Tensor? largest, Tensor values, Tensor scales, Tensor noted, "
-    f"{_PATTERN}, bool needs_dx, Tensor? bias, Tensor exponent",
+    f"{_PATTERN}, bool needs_dx, Tensor? bias, bool is_final",
     "(Tensor, Tensor)",
     _spmm,
     _fake_spmm,

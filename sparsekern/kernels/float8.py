@@ -36,7 +36,8 @@ def next_scale(scale: Tensor, history: Tensor) -> Tensor:
 def cast(x: Tensor, scale: Tensor) -> Tensor:
     """x times scale [1], in E4M3: what is finite within 448, an infinity or a NaN is NaN."""
     wide = x.float()
-    scaled = wide * scale + wide * 0  # an infinity times 0 is NaN
+    # An infinity times 0 is NaN; torch.compile would make a product with the integer 0 be 0.
+    scaled = wide * scale + wide * 0.0
     # Compiled for a GPU a cast saturates by itself; eager that of torch 2.11 makes NaN.
     within = scaled if torch.compiler.is_compiling() else scaled.clamp(-MOST, MOST)
     return within.to(DTYPE)

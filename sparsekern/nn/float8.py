@@ -6,6 +6,7 @@ training mode a layer is the one that it was. Compiled, casts and scales go into
 make and read the operands; eager, each is a kernel of its own.
 """
 
+import weakref
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -24,6 +25,10 @@ from .linear import SparseLinear
 _ops = torch.ops.sparsekern
 _is_compiling = torch.compiler.is_compiling
 X, W, DY = range(3)  # tensors of a layer, and places of their scales
+# Floats of a layer in what all layers share: so its views begin on multiples of 16 bytes. cuBLAS
+# takes scales from there alone, and torch.compile reads and writes results of an op in vectors only
+# where all of its operands do.
+EACH = 4
 TYPES = torch.bfloat16, torch.float32  # of x
 SLACK = 3  # powers of two by which W's scale is smaller than need be, when exponents are chosen
 FIRST_STEPS = 3  # at most: layers that begin at 0, or a rate that does, take as many to show values
@@ -38,23 +43,30 @@ class Scaling:
     tensor was 0 all through it, the next step is a first one, too, up to FIRST_STEPS.
 
     cuSPARSELt takes a factor from the host alone. So after the first steps the scales of x and W of
-    a two-way layer are 2^exponent together: W's is smaller than need be and gives way to x. Where it
-    cannot any more, settle() finds other exponents."""
+    a two-way layer are 2^exponent together: W's is smaller than need be and gives way to x. Where
+    it cannot any more, settle() finds other exponents."""
 
-    STATE = "scales", "noted", "history", "exponents"
+    STATE = "scales", "noted", "history"
 
     def __init__(self, layers: int, device: torch.device | str, is_two_way: bool = False):
-        self.is_two_way = is_two_way
-        self.exponents = torch.zeros(layers, dtype=torch.int32)  # on the host
-        self.products = torch.ones(layers, device=device)  # 2^exponent
-        self._is_off = torch.zeros(1, dtype=torch.bool, device=device)
-        self.scales = torch.ones(3 * layers, device=device)
-        # cuBLAS takes them on a multiple of 16 bytes alone.
-        self.inverses = torch.ones(3 * layers, 16 // 4, device=device)
-        self.noted = torch.zeros(3 * layers, device=device)
-        self.history = torch.zeros(HISTORY, 3 * layers, device=device)
+        self.scales = torch.ones(EACH * layers, device=device)
+        self.inverses = torch.ones(EACH * layers, EACH, device=device)
+        self.noted = torch.zeros(EACH * layers, device=device)
+        self.history = torch.zeros(HISTORY, EACH * layers, device=device)
         self.has_begun = False  # the first steps are over
         self._first_steps = 0  # that were taken
+        self.is_two_way = is_two_way
+        self.exponents = torch.zeros(layers, dtype=torch.int32)  # on the host
+        self._products = torch.ones(layers, device=device)  # 2^exponent
+        self._is_off = torch.zeros(1, dtype=torch.bool, device=device)
+        self._begin()
+
+    def __setstate__(self, state: dict) -> None:
+        self.__dict__.update(state)
+        self._begin()
+
+    def _begin(self) -> None:
+        weakref.finalize(self, _forget, self._tell())
 
     def follow(self, optimizer: torch.optim.Optimizer) -> None:
         """Advance after each of its steps. A replay of a CUDA graph is none."""
@@ -69,7 +81,7 @@ class Scaling:
         if not self.has_begun:
             self._first_steps += 1
             is_last = self._first_steps == FIRST_STEPS
-            self.has_begun = is_last or bool(self.history.any(0).all())
+            self.has_begun = is_last or bool(_of_tensors(self.history).any(0).all())
         self._choose()
         if self.is_two_way and not torch.cuda.is_current_stream_capturing():
             self.settle()
@@ -79,50 +91,74 @@ class Scaling:
         it waits for the GPU, after some that were."""
         if not (self.has_begun and self._is_off.item()):
             return False
-        wanted = next_scale(self.scales, self.history).view(-1, 3)
-        self.exponents.copy_(wanted[:, X].log2() + wanted[:, W].log2() - SLACK)
-        self._multiply_out()
+        of_x, of_w, _ = _of_tensors(next_scale(self.scales, self.history)).unbind(1)
+        self._take((of_x.log2() + of_w.log2() - SLACK).int().cpu())
         self._choose()
         return True
 
-    def _multiply_out(self) -> None:
-        self.products.copy_(torch.exp2(self.exponents.float()))
-
     def _choose(self) -> None:
         """The scales of the next step."""
-        wanted = next_scale(self.scales, self.history).view(-1, 3)
+        wanted = next_scale(self.scales, self.history)
         if self.is_two_way and self.has_begun:
-            of_x, of_w, of_dy = wanted.unbind(1)
-            slack = of_x * of_w / self.products
+            of_x, of_w, _ = _of_tensors(wanted).unbind(1)
+            slack = of_x * of_w / self._products
             self._is_off.copy_(((slack < 2) | (slack > 4.0**SLACK)).any())
-            held = torch.minimum(self.products / of_x, of_w)
-            wanted = torch.stack([self.products / held, held, of_dy], 1)
-        self.scales.copy_(wanted.flatten())
+            of_w.copy_(torch.minimum(self._products / of_x, of_w))
+            of_x.copy_(self._products / of_w)
+        self.scales.copy_(wanted)
         self._invert()
 
     def _invert(self) -> None:
         self.inverses.copy_(self.scales.reciprocal().unsqueeze(1))
 
+    def _take(self, exponents: Tensor) -> None:
+        self.exponents.copy_(exponents)
+        self._products.copy_(torch.exp2(self.exponents.float()))
+        self._tell()
+
+    def _tell(self) -> list[int]:
+        """Whoever multiplies finds the exponents by these addresses, at which it notes."""
+        addresses = [noted.data_ptr() for noted in self.noted.split(EACH)]
+        float8.exponents.update(zip(addresses, self.exponents.tolist(), strict=True))
+        return addresses
+
     def state_dict(self) -> dict[str, Tensor | int]:
-        state: dict[str, Tensor | int] = {name: getattr(self, name).cpu() for name in self.STATE}
+        state: dict[str, Tensor | int]
+        state = {name: _of_tensors(getattr(self, name)).flatten(-2).cpu() for name in self.STATE}
+        state["exponents"] = self.exponents.clone()
         return state | {"has_begun": self.has_begun, "first_steps": self._first_steps}
 
     def load_state_dict(self, state: dict) -> None:
         """ValueError for the state of another model."""
         for name in self.STATE:
-            own, given = getattr(self, name), state.get(name)
+            own, given = _of_tensors(getattr(self, name)).flatten(-2), state.get(name)
             if not isinstance(given, Tensor) or given.shape != own.shape:
                 got = tuple(given.shape) if isinstance(given, Tensor) else given
                 raise ValueError(f"float8: {name}: expected {tuple(own.shape)}, got {got}")
         for name in self.STATE:
-            getattr(self, name).copy_(state[name])
+            own = _of_tensors(getattr(self, name))
+            own.copy_(state[name].view(own.shape))
         self._invert()
-        self._multiply_out()
         self.has_begun = bool(state.get("has_begun"))
         self._first_steps = int(state.get("first_steps", 0))
+        if "exponents" in state:
+            self._take(state["exponents"])
+        elif self.is_two_way:  # of a run that had none
+            self._is_off.fill_(True)
+            self.settle()
 
 
-VIEWS = "scales", "inverses", "noted", "exponents"
+def _forget(addresses: list[int]) -> None:
+    for address in addresses:
+        float8.exponents.pop(address, None)
+
+
+def _of_tensors(t: Tensor) -> Tensor:
+    """[..., layers, 3] of what all layers share, [..., EACH * layers]."""
+    return t.unflatten(-1, (-1, EACH))[..., :3]
+
+
+VIEWS = "scales", "inverses", "noted"
 
 
 class _Float8:
@@ -132,14 +168,12 @@ class _Float8:
     float8_scales: Tensor  # [3], views of those of all layers
     float8_inverses: Tensor  # [3, 4]
     float8_noted: Tensor
-    float8_exponents: Tensor  # [1], on the host
 
     def _begin(self: Any, scaling: Scaling, place: int) -> None:
         self.scaling = scaling
         for name in VIEWS:
-            of_all, each = getattr(scaling, name), 1 if name == "exponents" else 3
-            view = of_all[each * place :][:each]
-            self.register_buffer(f"float8_{name}", view, persistent=False)
+            of_all = getattr(scaling, name)
+            self.register_buffer(f"float8_{name}", of_all[EACH * place :][:3], persistent=False)
 
     def _apply(self: Any, *arguments: Any, **named: Any) -> Any:
         """Whatever happens to the weights, the scales stay those of all layers."""
@@ -191,8 +225,7 @@ class Float8SparseLinear(_Float8, SparseLinear):
         if not self.training:
             return super().forward(input)
         sizes = self.out_features, self.in_features
-        pattern = self.row_offsets, self.col_indices, *sizes
-        operands = self.values, self.bias, *pattern, self.float8_exponents
+        operands = self.values, self.bias, self.row_offsets, self.col_indices, *sizes
         return self._multiply(input, _TwoWay, *operands)
 
 
@@ -308,7 +341,6 @@ class _TwoWay(Function):
         col_indices: Tensor,
         n: int,
         k: int,
-        exponent: Tensor,
         scales: Tensor,
         inverses: Tensor,
         noted: Tensor,
@@ -321,14 +353,10 @@ class _TwoWay(Function):
         x8, largest = _cast(x, X, *state, is_first)
         pattern, needs_dx = (row_offsets, col_indices), ctx.needs_input_grad[0]
         operands = values, scales, noted, *pattern, n, k, needs_dx
+        rounded = None if is_first or bias is None else bias.bfloat16()
+        y, operand_t = _ops.float8_spmm(x8, largest, *operands, rounded, not is_first)
         if is_first:
-            y, operand_t = _ops.float8_spmm(
-                x8, largest, *operands, None, torch.zeros_like(exponent)
-            )
             y = _scaled(y, inverses, X, bias)
-        else:
-            rounded = None if bias is None else bias.bfloat16()
-            y, operand_t = _ops.float8_spmm(x8, largest, *operands, rounded, exponent)
         ctx.save_for_backward(x8, operand_t, *pattern, *state)
         ctx.settings = n, k, x.dtype, is_first, needs_dx
         return y
@@ -344,7 +372,7 @@ class _TwoWay(Function):
         operands = x8, operand_t, inverses, noted, row_offsets, col_indices, n, k, needs_dx
         dx, dvalues, dbias = _ops.float8_spmm_gradients(dy8, largest, *operands)
         dx = _scaled(dx, inverses, DY, None).to(x_dtype) if needs_dx else None
-        return dx, dvalues, dbias if ctx.needs_input_grad[2] else None, *(None,) * 9
+        return dx, dvalues, dbias if ctx.needs_input_grad[2] else None, *(None,) * 8
 
 
 class _Dense(Function):

@@ -157,7 +157,8 @@ def test_scales_stay_together_when_weights_move(device):
     x = torch.randn(TOKENS, WIDTH, device=device)
     model.to("meta" if device == "cpu" else "cpu")
     views = [layer.float8_scales.data_ptr() for layer in (model[0], model[2])]
-    assert views == [scaling.scales[place:].data_ptr() for place in (0, 3)]
+    assert views == [scaling.scales[place:].data_ptr() for place in (0, 4)]
+    assert not any(layer.float8_noted.storage_offset() % 4 for layer in (model[0], model[2]))
     for moved in (model, to_float8(mlp(device, True)).bfloat16()):
         with pytest.raises(TypeError, match="expected weights in float32 on .*, got torch"):
             moved(x)
@@ -229,7 +230,7 @@ def test_the_host_knows_the_factor_of_a_two_way_layer(device, monkeypatch):
         y = model[0](factor * x)
         assert frobenius_error(y, exact(factor * x).double()) < 0.06
         of_x, of_w, _ = model[0].float8_scales.log2().tolist()
-        assert of_x + of_w == model[0].float8_exponents.item()
+        assert of_x + of_w == scaling.exponents[0]
 
     step(model, lambda: model(x))
     found = scaling.exponents.tolist()
@@ -247,8 +248,8 @@ def test_the_host_knows_the_factor_of_a_two_way_layer(device, monkeypatch):
             found = scaling.exponents.tolist()
         check(factor)
     state = {k: v for k, v in scaling.state_dict().items() if k != "exponents"}  # an older one
-    with pytest.raises(ValueError, match="exponents: expected"):
-        scaling.load_state_dict(state)
+    scaling.load_state_dict(state)
+    check(1 / 64)
 
 
 def test_state_goes_on_elsewhere(device):
