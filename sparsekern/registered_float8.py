@@ -54,16 +54,21 @@ def _noting(largest, noted, which):
     return None if largest is None else (largest, noted[which : which + 1])
 
 
-def _spmm(x8, largest, values, scales, noted, row_offsets, col_indices, n, k, needs_dx):
-    """y of x8 and a two-way W, without their scales; and the operand of W^T, for dx. It is empty
-    where nobody needs it."""
+def _spmm(
+    x8, largest, values, scales, noted, row_offsets, col_indices, n, k, needs_dx, bias, is_final
+):
+    """y of x8 and a two-way W: + bias, bfloat16, if it is final, else without the scales. And the
+    operand of W^T, for dx. It is empty where nobody needs it."""
     of_w, noting = (values, scales[1:2], noted[1:2]), _noting(largest, noted, 0)
     pattern = row_offsets, col_indices, n, k
     operand, operand_t = float8.operands(*of_w, *pattern, needs_dx, noting)
-    return float8.product(x8, operand, n), operand_t
+    exponent = float8.exponents[noted.data_ptr()] if is_final else 0
+    return float8.product(x8, operand, n, bias, exponent), operand_t
 
 
-def _fake_spmm(x8, largest, values, scales, noted, row_offsets, col_indices, n, k, needs_dx):
+def _fake_spmm(
+    x8, largest, values, scales, noted, row_offsets, col_indices, n, k, needs_dx, bias, is_final
+):
     size = float8.operand_bytes(int(k), int(n), values.device) if needs_dx else 0
     y = x8.new_empty(x8.shape[0], n, dtype=torch.bfloat16)
     return y, x8.new_empty(size, dtype=torch.uint8)
@@ -72,7 +77,7 @@ def _fake_spmm(x8, largest, values, scales, noted, row_offsets, col_indices, n, 
 _define(
     "float8_spmm",
     "Tensor x8, Tensor? largest, Tensor values, Tensor scales, Tensor noted, "
-    f"{_PATTERN}, bool needs_dx",
+    f"{_PATTERN}, bool needs_dx, Tensor? bias, bool is_final",
     "(Tensor, Tensor)",
     _spmm,
     _fake_spmm,

@@ -6,6 +6,7 @@ training mode a layer is the one that it was. Compiled, casts and scales go into
 make and read the operands; eager, each is a kernel of its own.
 """
 
+import weakref
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -29,6 +30,7 @@ X, W, DY = range(3)  # tensors of a layer, and places of their scales
 # where all of its operands do.
 EACH = 4
 TYPES = torch.bfloat16, torch.float32  # of x
+SLACK = 3  # powers of two by which W's scale is smaller than need be, when exponents are chosen
 FIRST_STEPS = 3  # at most: layers that begin at 0, or a rate that does, take as many to show values
 
 
@@ -38,41 +40,92 @@ class Scaling:
     They stay for all micro-batches of a step; advance() after the optimizer's step, which follow()
     sees to, makes the next ones. In the first step each tensor has a scale of its own, and nothing
     may be compiled: float8_step() around forward and backward keeps torch.compile away. Where some
-    tensor was 0 all through it, the next step is a first one, too, up to FIRST_STEPS."""
+    tensor was 0 all through it, the next step is a first one, too, up to FIRST_STEPS.
+
+    cuSPARSELt takes a factor from the host alone. So after the first steps the scales of x and W of
+    a two-way layer are 2^exponent together: W's is smaller than need be and gives way to x. Where
+    it cannot any more, settle() finds other exponents."""
 
     STATE = "scales", "noted", "history"
 
-    def __init__(self, layers: int, device: torch.device | str):
+    def __init__(self, layers: int, device: torch.device | str, is_two_way: bool = False):
         self.scales = torch.ones(EACH * layers, device=device)
         self.inverses = torch.ones(EACH * layers, EACH, device=device)
         self.noted = torch.zeros(EACH * layers, device=device)
         self.history = torch.zeros(HISTORY, EACH * layers, device=device)
         self.has_begun = False  # the first steps are over
         self._first_steps = 0  # that were taken
+        self.is_two_way = is_two_way
+        self.exponents = torch.zeros(layers, dtype=torch.int32)  # on the host
+        self._products = torch.ones(layers, device=device)  # 2^exponent
+        self._is_off = torch.zeros(1, dtype=torch.bool, device=device)
+        self._begin()
+
+    def __setstate__(self, state: dict) -> None:
+        self.__dict__.update(state)
+        self._begin()
+
+    def _begin(self) -> None:
+        weakref.finalize(self, _forget, self._tell())
 
     def follow(self, optimizer: torch.optim.Optimizer) -> None:
         """Advance after each of its steps. A replay of a CUDA graph is none."""
         optimizer.register_step_post_hook(lambda *_: self.advance())
 
     def advance(self) -> None:
-        """From the scales of one step to those of the next; waits for nothing but in the first
-        steps."""
+        """From the scales of one step to those of the next. Waits for the GPU in the first steps,
+        and of two-way layers in each that no CUDA graph takes."""
         largest = torch.where(self.noted.isfinite(), self.noted, 0.0)
         self.history.copy_(torch.cat([largest.unsqueeze(0), self.history[:-1]]))
         self.noted.zero_()
-        self.scales.copy_(next_scale(self.scales, self.history))
-        self._invert()
         if not self.has_begun:
             self._first_steps += 1
             is_last = self._first_steps == FIRST_STEPS
             self.has_begun = is_last or bool(_of_tensors(self.history).any(0).all())
+        self._choose()
+        if self.is_two_way and not torch.cuda.is_current_stream_capturing():
+            self.settle()
+
+    def settle(self) -> bool:
+        """Whether exponents had to change, after a step that was no replay of a CUDA graph or, as
+        it waits for the GPU, after some that were."""
+        if not (self.has_begun and self._is_off.item()):
+            return False
+        of_x, of_w, _ = _of_tensors(next_scale(self.scales, self.history)).unbind(1)
+        self._take((of_x.log2() + of_w.log2() - SLACK).int().cpu())
+        self._choose()
+        return True
+
+    def _choose(self) -> None:
+        """The scales of the next step."""
+        wanted = next_scale(self.scales, self.history)
+        if self.is_two_way and self.has_begun:
+            of_x, of_w, _ = _of_tensors(wanted).unbind(1)
+            slack = of_x * of_w / self._products
+            self._is_off.copy_(((slack < 2) | (slack > 4.0**SLACK)).any())
+            of_w.copy_(torch.minimum(self._products / of_x, of_w))
+            of_x.copy_(self._products / of_w)
+        self.scales.copy_(wanted)
+        self._invert()
 
     def _invert(self) -> None:
         self.inverses.copy_(self.scales.reciprocal().unsqueeze(1))
 
+    def _take(self, exponents: Tensor) -> None:
+        self.exponents.copy_(exponents)
+        self._products.copy_(torch.exp2(self.exponents.float()))
+        self._tell()
+
+    def _tell(self) -> list[int]:
+        """Whoever multiplies finds the exponents by these addresses, at which it notes."""
+        addresses = [noted.data_ptr() for noted in self.noted.split(EACH)]
+        float8.exponents.update(zip(addresses, self.exponents.tolist(), strict=True))
+        return addresses
+
     def state_dict(self) -> dict[str, Tensor | int]:
         state: dict[str, Tensor | int]
         state = {name: _of_tensors(getattr(self, name)).flatten(-2).cpu() for name in self.STATE}
+        state["exponents"] = self.exponents.clone()
         return state | {"has_begun": self.has_begun, "first_steps": self._first_steps}
 
     def load_state_dict(self, state: dict) -> None:
@@ -88,6 +141,16 @@ class Scaling:
         self._invert()
         self.has_begun = bool(state.get("has_begun"))
         self._first_steps = int(state.get("first_steps", 0))
+        if "exponents" in state:
+            self._take(state["exponents"])
+        elif self.is_two_way:  # of a run that had none
+            self._is_off.fill_(True)
+            self.settle()
+
+
+def _forget(addresses: list[int]) -> None:
+    for address in addresses:
+        float8.exponents.pop(address, None)
 
 
 def _of_tensors(t: Tensor) -> Tensor:
@@ -184,7 +247,8 @@ def to_float8_(model: nn.Module, filter_fn: Callable | None = None) -> Scaling:
     devices = {_weight(layer).device for layer in chosen.values()}
     if len(devices) > 1:
         raise ValueError(f"float8: expected all layers on one GPU, got {sorted(map(str, devices))}")
-    scaling = Scaling(len(chosen), devices.pop())
+    is_two_way = any(isinstance(layer, SparseLinear) for layer in chosen.values())
+    scaling = Scaling(len(chosen), devices.pop(), is_two_way)
     for place, layer in enumerate(chosen.values()):
         is_sparse = isinstance(layer, SparseLinear)
         layer.__class__ = Float8SparseLinear if is_sparse else Float8Linear
@@ -289,10 +353,13 @@ class _TwoWay(Function):
         x8, largest = _cast(x, X, *state, is_first)
         pattern, needs_dx = (row_offsets, col_indices), ctx.needs_input_grad[0]
         operands = values, scales, noted, *pattern, n, k, needs_dx
-        y, operand_t = _ops.float8_spmm(x8, largest, *operands)
+        rounded = None if is_first or bias is None else bias.bfloat16()
+        y, operand_t = _ops.float8_spmm(x8, largest, *operands, rounded, not is_first)
+        if is_first:
+            y = _scaled(y, inverses, X, bias)
         ctx.save_for_backward(x8, operand_t, *pattern, *state)
         ctx.settings = n, k, x.dtype, is_first, needs_dx
-        return _scaled(y, inverses, X, bias)
+        return y
 
     @staticmethod
     @once_differentiable

@@ -2,10 +2,11 @@
 
 Two-way patterns are multiplied through cuSPARSELt, forward and input gradient. Its operand of W is
 filled from the stored values, and that of W^T with it, in one kernel, which rounds them too; the
-tail, which says where the slots are, is made once a pattern. Results come without the scales, which
-are powers of two: the library takes no factor that lies on the GPU, so who reads a result
-multiplies it (nn/float8.py). The weight gradient is a dense product of both operands transposed, as
-tensor cores want 8-bit operands, collected at the pattern.
+tail, which says where the slots are, is made once a pattern. The library takes a factor from the
+host alone. Scales are on the GPU, so those of x and W together are held to a power of two that the
+host knows (nn/float8.py); input gradients come without the scales, and who reads one multiplies it.
+The weight gradient is a dense product of both operands transposed, as tensor cores want 8-bit
+operands, collected at the pattern.
 """
 
 from dataclasses import dataclass
@@ -17,8 +18,7 @@ from torch import Tensor
 from ..derived import derived
 from ..float8 import DTYPE
 from . import bitmap as bitmaps
-from . import cusparselt
-from .algorithms import NONE_RIGHT, algorithm_of
+from . import compressed, cusparselt
 from .bitmap import COLUMNS, PART_BYTES, THREADS, TILE_ROWS, Bitmap
 from .compressed import MULTIPLE_E4M3, refuse_gpu
 from .e4m3 import MULTIPLE_OF_TOKENS
@@ -33,6 +33,10 @@ TURN_BYTES = 4 * TURN_TILE * (TURN_TILE // 4 + 1)
 FILL_BYTES = (
     TILE_ROWS * COLUMNS + TILE_ROWS // 8 * 8 + COLUMNS // 8 * (TILE_ROWS + 8) + 40 * TILE_ROWS
 )
+# By the address at which a two-way layer notes its largest values: the power of two that the scales
+# of its x and W are together. torch.compile takes results of an op with an operand on the host for
+# unaligned, and would compile anew for each number.
+exponents: dict[int, int] = {}
 _NAMES = {torch.bfloat16: "bf16", torch.float32: "f32"}
 # Sums of weight gradients are added up in float32, as in Transformer Engine: tensor cores alone
 # keep 14 bits of them.
@@ -161,18 +165,11 @@ def operand_bytes(n: int, k: int, device: torch.device) -> int:
     return cusparselt.operand_bytes(n, k, DTYPE, device.index)
 
 
-def product(x8: Tensor, operand: Tensor, n: int) -> Tensor:
-    """y [M, N] = x8 [M, K] times the operand of a W [N, K], bfloat16, without the scales."""
-    m, k = x8.shape
-    algorithm = algorithm_of(n, k, m, DTYPE, x8.device)
-    if algorithm == NONE_RIGHT:
-        raise RuntimeError(
-            f"float8: none of cuSPARSELt's algorithms multiplies [{m}, {k}] and [{n}, {k}] right "
-            "in E4M3 on this GPU"
-        )
-    y = x8.new_empty(m, n, dtype=torch.bfloat16)
-    cusparselt.multiply(operand, x8.contiguous(), y, None, algorithm)
-    return y
+def product(
+    x8: Tensor, operand: Tensor, n: int, bias: Tensor | None = None, exponent: int = 0
+) -> Tensor:
+    """y [M, N] = x8 [M, K] times the operand of W [N, K] over 2^exponent, + bias [N]; bfloat16."""
+    return compressed.multiply(operand, x8, n, bias, 2.0**-exponent)
 
 
 def dense(
