@@ -218,7 +218,6 @@ def test_a_compiled_step_is_the_eager_one(device, is_sparse, monkeypatch):
             assert rounding < 0.1 and frobenius_error(b, true) < 1.5 * rounding
 
 
-@pytest.mark.sanitize
 def test_the_host_knows_the_factor_of_a_two_way_layer(device, monkeypatch):
     model = mlp(device, True)
     scaling = to_float8_(model, every)
