@@ -18,7 +18,7 @@ from sparsekern.kernels import crossover as shipped
 from sparsekern.kernels import derived
 from sparsekern.kernels.cuda import cover
 from sparsekern.kernels.cuda.gather import GatherLayout
-from sparsekern.kernels.cuda.layout import pack_of
+from sparsekern.kernels.cuda.packs import pack_of
 from sparsekern.report.load import read
 
 BENCH = Path(__file__).parents[2] / "bench"
