@@ -92,7 +92,7 @@ class Scaling:
         if not (self.has_begun and self._is_off.item()):
             return False
         of_x, of_w, _ = _of_tensors(next_scale(self.scales, self.history)).unbind(1)
-        self._take((of_x.log2() + of_w.log2() - SLACK).int().cpu())
+        self._take((of_x.log2() + of_w.log2() - SLACK).round().int().cpu())
         self._choose()
         return True
 
@@ -125,7 +125,8 @@ class Scaling:
     def state_dict(self) -> dict[str, Tensor | int]:
         state: dict[str, Tensor | int]
         state = {name: _of_tensors(getattr(self, name)).flatten(-2).cpu() for name in self.STATE}
-        state["exponents"] = self.exponents.clone()
+        if self.is_two_way:
+            state["exponents"] = self.exponents.clone()
         return state | {"has_begun": self.has_begun, "first_steps": self._first_steps}
 
     def load_state_dict(self, state: dict) -> None:
@@ -143,8 +144,8 @@ class Scaling:
         self._first_steps = int(state.get("first_steps", 0))
         if "exponents" in state:
             self._take(state["exponents"])
-        elif self.is_two_way:  # of a run that had none
-            self._is_off.fill_(True)
+        else:  # of a dense run, or one that had none
+            self._is_off.fill_(self.is_two_way)
             self.settle()
 
 
@@ -321,11 +322,10 @@ def _cast(
 def _scaled(y: Tensor, inverses: Tensor, which: int, bias: Tensor | None) -> Tensor:
     """y times the inverses of its operands' scales, + bias."""
     inverse = inverses[which, :1] * inverses[W, :1]
-    if not _is_compiling():
-        bias = None if bias is None else bias.bfloat16()
-        return e4m3.finish(y, inverse.bfloat16(), bias)  # a power of two
-    wide = y.float() * inverse
-    return (wide if bias is None else wide + bias).bfloat16()
+    if _is_compiling():  # dx: the first steps are not compiled
+        return (y.float() * inverse).bfloat16()
+    bias = None if bias is None else bias.bfloat16()
+    return e4m3.finish(y, inverse.bfloat16(), bias)  # a power of two
 
 
 class _TwoWay(Function):
