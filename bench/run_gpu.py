@@ -11,7 +11,8 @@ python bench/run_gpu.py train            results/<GPU>-train-bfloat16-<date>.*: 
 python bench/run_gpu.py train-products   their three products alone, and what is written out
 python bench/run_gpu.py train-memory     memory of a step; --largest: the most sequences that fit
 python bench/run_gpu.py least-size       sparsekern/kernels/least_sizes.json
-python bench/run_gpu.py scale            results/<GPU>-scale-bfloat16-<date>.*: on several GPUs
+python bench/run_gpu.py scale            results/<GPU>-scale-bfloat16-<date>.*: on several GPUs;
+                                         --cells MODEL/MASK ...: results/<GPU>-scale-cells-*
 python bench/run_gpu.py models           results/<GPU>-models-bfloat16-<date>.*: of transformers;
                                          --compiled: layers of one, with torch.compile
 python bench/run_gpu.py publish X.csv   the same from a file that --out FOLDER wrote
@@ -48,6 +49,7 @@ from sparsekern.bench import (
     peers_gpu,
     records,
     replay_gpu,
+    scale_gpu,
     two_way_gpu,
 )
 from sparsekern.bench.machine import about_cpu, about_gpu, about_run, gpu_under_load, in_words
@@ -235,7 +237,8 @@ def page_of_prompts(name: str, run: Run) -> str:
 
 
 PAGES = dict(decode=page, prompts=page_of_prompts, layouts=page_of_prompts)
-PAGES |= {"two-way": two_way.page, "eight-bits": eight_bits.page, "scale": scale.page}
+PAGES |= {"two-way": two_way.page, "eight-bits": eight_bits.page}
+PAGES |= {scale.WHOLE: scale.page, scale.CELLS: scale.page}
 PAGES |= {models_gpu.PLAIN: models_gpu.page, models_gpu.COMPILED: models_gpu.page}
 WHOLE = {"models": models_gpu, "scale": scale}  # verbs with cases of their own
 
@@ -291,7 +294,7 @@ def publish(run: Run) -> None:
             times.FILE.write_text(
                 layouts_gpu.in_json(layouts_gpu.summarize(derived(run), source(run)))
             )
-        elif run.about["benchmark"] == "scale":
+        elif run.about["benchmark"] in (scale.WHOLE, scale.CELLS):
             scale.update(name_of(run), run)
     else:
         update_crossover(run)
@@ -372,7 +375,7 @@ def main(arguments: list[str]) -> int:
     options.add_argument("--out", type=Path)
     options.add_argument("--commit", help="where there is no repository")
     options.add_argument("--gpus", type=int, help="so many alone; else 2, 4, ... that are there")
-    options.add_argument("--limit-s", type=float, default=scale.LIMIT_S, help="begin nothing after")
+    scale_gpu.add_flags(options)
     verbs.add_parser("publish").add_argument("files", type=Path, nargs="+")
     args = parser.parse_args(arguments)
     if args.verb == "publish":

@@ -20,9 +20,11 @@ from sparsekern.bench.records import Run
 from sparsekern.bench.scale_gpu import (
     ACCUMULATED,
     ALONE,
+    FSDP,
     LOSSES,
     NO_MASK,
     ROUNDS,
+    SENT,
     SPARSITY,
     TOGETHER,
 )
@@ -32,8 +34,8 @@ from sparsekern.gpt.presets import PRESETS
 from sparsekern.terminal import table
 
 DOCS = Path(__file__).parents[1] / "docs" / "benchmarks.md"
-MARKERS = "<!-- scale: begin -->", "<!-- scale: end -->"
-LIMIT_S = 110.0  # nothing is begun after that, on each number of GPUs
+WHOLE, CELLS = "scale", "scale-cells"  # benchmarks: all, and chosen ones
+PARALLEL = {ALONE: "none", TOGETHER: "ddp", FSDP: "fsdp"}
 MASKS = {NO_MASK: "dense", FREE: f"{SPARSITY:.0%} free", TWO_WAY: f"{SPARSITY:.0%} two-way"}
 MODELS = PRESETS | {"gpt3-13b": GPTConfig(40, 40, 5120, 2048, 50304)}
 MANY = (8, 64, 256, 1024)
@@ -46,21 +48,23 @@ PAGE = """\
 
 {heading}
 
-Steps of `train --device cuda --parallel ddp`: one process a GPU, every one with the whole model;
-forward, backward, all-reduces, clipping and AdamW captured in CUDA graphs, blocks compiled,
-products in bfloat16, weights, gradients and what is sent in float32, of sparse weights at nnz.
-Medians of {rounds} rounds, three steps in turn:
+Steps of `train --device cuda --parallel ddp` and `fsdp`: one process a GPU, every one with the
+whole model, with fsdp a share of gradients and AdamW; forward, backward, what is sent, clipping and
+AdamW captured in CUDA graphs, blocks compiled, products in bfloat16, weights, gradients and what is
+sent in float32, of sparse weights at nnz. Medians of {rounds} rounds, the first three in turn:
 
 - alone: each GPU by itself, nothing sent; the slowest of them, and in brackets the fastest;
-- together: the same with gradients sent. Efficiency is the fastest GPU alone over this (weak
-  scaling: as many sequences for each GPU). Exposed is how much longer it takes than the slowest;
+- ddp, fsdp: together. Efficiency is the fastest GPU alone over this (weak scaling: as many
+  sequences for each GPU). Exposed is how much longer it takes than the slowest;
 - accumulated: one GPU with the sequences of all, one micro-batch after the other. It computes what
-  together does: strong scaling is its time over that of together.
+  all together do: strong scaling is its time over that of together.
 
 Predicted in brackets (sparsekern/bench/scaling.py): exposed milliseconds, from the time alone; with
-figures of data sheets, before anything was measured, and with figures fitted to two GPUs. GB: what
-the GPU has in use, NCCL and CUDA included. Losses: the largest difference
-between together and accumulated over {losses} steps from the same weights.
+figures of data sheets, before anything was measured, and with figures fitted to two GPUs with ddp.
+Sent: bytes of the gradients. GB: what the GPU has in use, NCCL and CUDA included, where no other
+way is captured. Losses: the largest difference from those of accumulated, where it was measured,
+else from those of ddp, over {losses} steps from the same weights. Times dense: of the same way; of
+ddp: how many times as fast as ddp.
 
 {steps}
 
@@ -92,12 +96,13 @@ def counts() -> list[int]:
 def measure(machine: dict, path: Path, args: argparse.Namespace) -> Run:
     """All cases on each number of GPUs; the file is written after each number. Prints the page."""
     began = time.monotonic()
-    about = about_run("scale", machine, args.commit) | {"is_whole": False}
+    benchmark = CELLS if args.cells else WHOLE
+    about = about_run(benchmark, machine, args.commit) | {"is_whole": False}
     found: list[dict] = []
     codes = []
     for gpus in [args.gpus] if args.gpus else counts():
         print(f"{gpus} GPUs", flush=True)
-        cases, code = cases_on(gpus, args.limit_s)
+        cases, code = cases_on(gpus, args)
         found += cases
         codes.append(code)
         records.write(path, about, records.flat(found))
@@ -110,13 +115,14 @@ def measure(machine: dict, path: Path, args: argparse.Namespace) -> Run:
     return run
 
 
-def cases_on(gpus: int, limit_s: float) -> tuple[list[dict], int]:
+def cases_on(gpus: int, args: argparse.Namespace) -> tuple[list[dict], int]:
     """What as many processes find, and their exit status: what came before a failure is kept."""
     with tempfile.TemporaryDirectory() as folder:
         out = Path(folder) / "cases.jsonl"
         command = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
         command += [f"--nproc-per-node={gpus}", "-m", "sparsekern.bench.scale_gpu"]
-        command += [f"--out={out}", f"--limit-s={limit_s}"]
+        command += [f"--out={out}", f"--limit-s={args.limit_s}", "--ways", *args.ways]
+        command += ["--cells", *args.cells] if args.cells else []
         paths = os.pathsep.join(filter(None, sys.path))
         env = {"OMP_NUM_THREADS": "4"} | os.environ | {"PYTHONPATH": paths}
         code = subprocess.run(command, env=env).returncode
@@ -127,48 +133,67 @@ def cases_on(gpus: int, limit_s: float) -> tuple[list[dict], int]:
 
 
 def steps(cases: list[dict]) -> str:
-    lines, dense = [], {}
+    times = {
+        (case["model"], case["gpus"], case["mask"], name): way["median_s"]
+        for case in cases
+        for name, way in case["ways"].items()
+        if "failed" not in way
+    }
+    header = ["model", "mask", "parallel", "GPUs", "alone ms", "together ms", "tokens/s"]
+    header += ["efficiency", "strong", "exposed ms (predicted)", "sent MB", "GB a GPU", "losses"]
+    header += ["times dense", "of ddp"]
+    lines = []
     for case in cases:
-        labels = [case["model"], MASKS[case["mask"]], str(case["gpus"])]
-        ways = case["ways"]
-        if failed := [way["failed"] for way in ways.values() if "failed" in way]:
-            lines.append([*labels, *failed])
-            continue
-        alone, together = ways[ALONE], ways.get(TOGETHER, ways[ALONE])
-        key, tokens = (case["model"], case["gpus"]), case["M"] * case["gpus"]
-        if case["mask"] == NO_MASK:
-            dense[key] = together["median_s"]
-        line = [*labels, f"{1e3 * alone['median_s']:.2f} ({1e3 * alone['min_s']:.2f})"]
-        line += [f"{1e3 * together['median_s']:.2f}", f"{tokens / together['median_s']:,.0f}"]
-        if TOGETHER in ways:
-            exposed_s = together["median_s"] - alone["median_s"]
-            predicted = [
-                predict(case, alone["median_s"], links).exposed_s
-                for links in (scaling.BEFORE, scaling.MEASURED)
-            ]
-            line += [
-                f"{alone['min_s'] / together['median_s']:.3f}",
-                f"{ways[ACCUMULATED]['median_s'] / together['median_s']:.3f}",
-                f"{1e3 * exposed_s:.2f} ({', '.join(f'{1e3 * s:.1f}' for s in predicted)})",
-                f"{together['sent_bytes'] / 1e6:,.0f}",
-                f"{together['peak_bytes'] / 1e9:.1f}",
-                f"{together['error']:.1e}",
-            ]
-        lines.append([*line, *[""] * (12 - len(line)), key, together["median_s"]])
-    for line in lines:
-        if len(line) == 14:
-            key, seconds = line[12:]
-            line[12:] = [f"{dense[key] / seconds:.3f}" if key in dense else "not measured"]
-    header = ["model", "mask", "GPUs", "alone ms", "together ms", "tokens/s", "efficiency"]
-    header += ["strong", "exposed ms (predicted)", "sent MB", "GB a GPU", "losses", "times dense"]
-    return table(header, [[*line, *[""] * (13 - len(line))] for line in lines], left=2)
+        shown = [name for name in SENT if name in case["ways"]] or [ALONE]
+        for name in shown:
+            line = [case["model"], MASKS[case["mask"]], PARALLEL[name], str(case["gpus"])]
+            line += _figures(case, name, times)
+            lines.append([*line, *[""] * (len(header) - len(line))])
+    return table(header, lines, left=3)
+
+
+def _figures(case: dict, name: str, times: dict[tuple, float]) -> list[str]:
+    """What stands behind the words of a line."""
+    ways = case["ways"]
+    way, alone, accumulated = (ways.get(w, {}) for w in (name, ALONE, ACCUMULATED))
+    if "failed" in way:
+        return [way["failed"]]
+    seconds = way["median_s"]
+    alone_s, tokens = alone.get("median_s"), case["M"] * case["gpus"]
+    found = [f"{1e3 * alone_s:.2f} ({1e3 * alone['min_s']:.2f})" if alone else ""]
+    found += [f"{1e3 * seconds:.2f}", f"{tokens / seconds:,.0f}"]
+    if name == ALONE:
+        return found
+    found += [f"{alone['min_s'] / seconds:.3f}" if alone else ""]
+    found += [f"{accumulated['median_s'] / seconds:.3f}" if accumulated else ""]
+    exposed = ""
+    if alone_s:
+        predicted = [
+            1e3 * predict(case, alone_s, links, name == FSDP).exposed_s
+            for links in (scaling.BEFORE, scaling.MEASURED)
+        ]
+        exposed = f"{1e3 * (seconds - alone_s):.2f} ({', '.join(f'{ms:.1f}' for ms in predicted)})"
+    found += [exposed, f"{way['sent_bytes'] / 1e6:,.0f}", f"{way['peak_bytes'] / 1e9:.1f}"]
+    has_other = accumulated or (name == FSDP and TOGETHER in ways)
+    found += [f"{way['error']:.1e}" if has_other else ""]
+    key = case["model"], case["gpus"]
+    for other in (NO_MASK, name), (case["mask"], TOGETHER):
+        of_other = times.get((*key, *other))
+        found.append(f"{of_other / seconds:.3f}" if of_other else "not measured")
+    return found
 
 
 def predict(
-    case: dict, alone_s: float, links: scaling.Links, gpus: int = 0, model: str = ""
+    case: dict,
+    alone_s: float,
+    links: scaling.Links,
+    is_sharded: bool = False,
+    gpus: int = 0,
+    model: str = "",
 ) -> scaling.Step:
     config = MODELS[model or case["model"]]
-    return scaling.predict(config, case["sparsity"], alone_s, gpus or case["gpus"], links)
+    gpus = gpus or case["gpus"]
+    return scaling.predict(config, case["sparsity"], alone_s, gpus, links, is_sharded)
 
 
 def reductions(cases: list[dict]) -> str:
@@ -184,6 +209,8 @@ def reductions(cases: list[dict]) -> str:
             seconds, sent = times.get(gpus), 2 * (gpus - 1) / gpus * nbytes
             line.append(f"{1e6 * seconds:.0f} us, {sent / seconds / 1e9:.0f}" if seconds else "")
         lines.append(line)
+    if not lines:
+        return ""
     return table(["KiB", *(f"{gpus} GPUs: time, GB/s" for gpus in columns)], lines, left=1)
 
 
@@ -201,7 +228,7 @@ def paper(cases: list[dict]) -> str:
             for gpus in MANY:
                 texts = []
                 for links in (scaling.MEASURED, scaling.DEAR, scaling.CHEAP):
-                    step = predict(case, by_mask[mask], links, gpus, model)
+                    step = predict(case, by_mask[mask], links, gpus=gpus, model=model)
                     texts.append(f"{by_mask[mask] / step.step_s:.2f}")
                 cell = f"{texts[0]} ({texts[1]} to {texts[2]})"
                 if mask != NO_MASK and NO_MASK in alone:
@@ -226,8 +253,9 @@ def _alone_s(model: str, mask: str, xl_s: float) -> float:
 def _times_dense(
     case: dict, alone: dict[str, float], links: scaling.Links, gpus: int, model: str
 ) -> float:
-    dense = predict(case | {"sparsity": 0.0}, alone[NO_MASK], links, gpus, model)
-    return dense.step_s / predict(case, alone[case["mask"]], links, gpus, model).step_s
+    of = {"gpus": gpus, "model": model}
+    dense = predict(case | {"sparsity": 0.0}, alone[NO_MASK], links, **of)
+    return dense.step_s / predict(case, alone[case["mask"]], links, **of).step_s
 
 
 def steps_in(cases: list[dict]) -> list[dict]:
@@ -236,10 +264,12 @@ def steps_in(cases: list[dict]) -> list[dict]:
 
 def update(name: str, run: Run) -> None:
     """The section in docs/."""
-    path = f"bench/results/{name}.md"
+    path, benchmark = f"bench/results/{name}.md", run.about["benchmark"]
     about = f"{in_words(run.about, 'bfloat16')} Details: [{path}](../{path})."
     text = f"{steps(steps_in(records.cases(run.records)))}\n\n{about}"
-    pages.replace_section(DOCS, MARKERS, text)
+    pages.replace_section(
+        DOCS, (f"<!-- {benchmark}: begin -->", f"<!-- {benchmark}: end -->"), text
+    )
 
 
 def page(name: str, run: Run) -> str:
@@ -251,7 +281,8 @@ def page(name: str, run: Run) -> str:
         rounds=ROUNDS,
         losses=LOSSES,
         steps=steps(of_steps),
-        reductions=reductions([case for case in cases if case["op"] == "all_reduce"]),
+        reductions=reductions([case for case in cases if case["op"] == "all_reduce"])
+        or pages.NOT_RUN,
         sequences=next((c["batch"] for c in of_steps if c["model"] == "gpt3-xl"), 4),
         paper=paper(of_steps),
     )

@@ -1,17 +1,17 @@
-"""Steps of a GPT on several GPUs, as `train --parallel ddp` takes them: one process a GPU, under
-torchrun, all with the same cases in turn. bench/scale.py starts them and makes the page.
+"""Steps of a GPT on several GPUs, as `train --parallel ddp` and `fsdp` take them: one process a
+GPU, under torchrun, all with the same cases in turn. bench/scale.py starts them and makes the page.
 
-Three captured steps of one model take turns: of this GPU alone; of all GPUs together, the same with
-its gradients sent; and of this GPU alone with the sequences of all, accumulated. The first two are
-weak scaling, and differ by what communication costs; the last two are strong scaling, and compute
-the same.
+Captured steps of one model take turns: of this GPU alone; of all GPUs together, the same with its
+gradients sent (ddp); the same in shares (fsdp). They are weak scaling, and differ by what
+communication costs and by what shares save. Then comes this GPU alone with the sequences of all,
+accumulated, which computes what both do: strong scaling.
 """
 
 import argparse
 import gc
 import json
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from statistics import median
@@ -19,6 +19,7 @@ from statistics import median
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from torch.optim import AdamW, Optimizer
 
 from ..gpt import distributed
 from ..gpt.buckets import Buckets
@@ -28,12 +29,15 @@ from ..gpt.distributed import Ranks
 from ..gpt.flops import train_flops_per_token
 from ..gpt.model import GPTConfig
 from ..gpt.presets import PRESETS
+from ..gpt.shards import ShardedAdamW, Shards
 from ..sparsity import check_same_patterns
 from .gpt_gpu import DTYPE, FREE, TWO_WAY, compiled_twin, make_gpt
 from .records import DENSE, OTHER, OURS
 from .turns import Turn, in_turns, on_gpu
 
-ALONE, TOGETHER, ACCUMULATED = "alone", "together", "accumulated"
+ALONE, TOGETHER, FSDP, ACCUMULATED = "alone", "together", "fsdp", "accumulated"
+SENT = TOGETHER, FSDP
+WAYS = (ALONE, *SENT, ACCUMULATED)
 NO_MASK = "none"
 SPARSITY = 0.75
 LR = 1e-4
@@ -43,6 +47,7 @@ ROUNDS = 9
 AHEAD_S = 30e-3  # the host queues a step in less
 REDUCED = tuple(2**i for i in range(16, 30))  # bytes of an all-reduce
 REDUCTIONS = 5  # of each size
+LIMIT_S = 110.0  # no case is begun after that
 
 
 @dataclass(frozen=True)
@@ -60,6 +65,8 @@ MODELS = (
     Model("gpt3-xl", PRESETS["gpt3-xl"], 4),
     Model("gpt2-small", PRESETS["gpt2-small"], 8),
 )
+Cell = tuple[Model, str]  # a model under a mask
+CELLS = {f"{model.name}/{mask}": (model, mask) for model in MODELS for mask in model.masks}
 
 
 def timed(run: Callable[[], object]) -> Turn:
@@ -84,56 +91,83 @@ def all_reduces(ranks: Ranks, turn: Callable[[Callable[[], object]], Turn] = tim
 
 
 class Steps:
-    """The steps of one model, each captured."""
+    """The steps of one model, each with an optimizer of its own, and captured."""
 
     def __init__(self, model: Model, mask: str, ranks: Ranks) -> None:
         torch.manual_seed(0)  # all ranks make the same model, and the same tokens
-        self.ranks, config = ranks, model.config
+        self.ranks, self._batch, config = ranks, model.batch, model.config
         sparsity = 0.0 if mask == NO_MASK else SPARSITY
         self.gpt = make_gpt(config, ranks.device, "" if mask == NO_MASK else mask, sparsity)
         check_same_patterns(self.gpt)
-        self._optimizer = build_optimizer(self.gpt, LR)
-        self.buckets = Buckets(self.gpt, ranks)
         shape = ranks.size * model.batch, config.block_size
         whole = torch.randint(config.vocab_size, shape).to(ranks.device)
         mine = whole[ranks.rank * model.batch :][: model.batch]
-        self.tokens = {TOGETHER: mine, ALONE: mine, ACCUMULATED: whole}
-        if ranks.size == 1:
-            self.tokens = {ALONE: mine}
-        parts = self.gpt, compiled_twin(self.gpt), self._optimizer, (), DTYPE
-        of_all = {TOGETHER: (0, self.buckets), ALONE: (), ACCUMULATED: (model.batch,)}
-        self._steps = {name: CapturedStep(*parts, *of_all[name]) for name in self.tokens}
-        self._start = [p.detach().clone() for p in self.gpt.parameters()]
+        self._tokens = dict.fromkeys(WAYS, mine) | {ACCUMULATED: whole}
+        self._twin = compiled_twin(self.gpt)
+        self._steps: dict[str, CapturedStep] = {}
+        self._optimizers: dict[str, list[Optimizer]] = {}
+        self.sent_bytes: dict[str, int] = {}
+        self._start: list[Tensor] = []
 
-    def take(self, name: str) -> Tensor:
+    def take(self, way: str) -> Tensor:
         """One step -> its loss."""
-        step, tokens = self._steps[name], self.tokens[name]
+        step, tokens = self._steps[way], self._tokens[way]
         loss, _ = step.compute_gradients(tokens, tokens.roll(-1, dims=1))
         step.update()
         return loss
 
-    def capture(self) -> int:
-        """All of them -> bytes that the first of them makes a GPU use, NCCL's and CUDA's too."""
-        used = 0
-        for name in self.tokens:
-            for _ in range(WARM_UPS + 1):
-                self.take(name)
-            if not used and self.ranks.device.type == "cuda":
-                torch.cuda.synchronize()
-                torch.cuda.empty_cache()
-                free, total = torch.cuda.mem_get_info()
-                used = total - free
-        return used
+    def capture(self, way: str) -> None:
+        """Make it ready to be taken."""
+        optimizer = build_optimizer(self.gpt, LR, ShardedAdamW if way == FSDP else AdamW)
+        buckets = None
+        if isinstance(optimizer, ShardedAdamW):
+            buckets = Shards(self.gpt, self.ranks, optimizer)
+        elif way == TOGETHER:
+            buckets = Buckets(self.gpt, self.ranks)
+        micro_batch = self._batch if way == ACCUMULATED else 0
+        parts = self.gpt, self._twin, optimizer, (), DTYPE, micro_batch, buckets
+        self._steps[way] = CapturedStep(*parts)
+        for _ in range(WARM_UPS + 1):
+            self.take(way)
+        self._optimizers[way] = buckets.optimizers_of(optimizer) if buckets else [optimizer]
+        self.sent_bytes[way] = buckets.sent_bytes if buckets else 0
+
+    def drop(self) -> None:
+        """Give the memory of all ways back."""
+        for step in self._steps.values():
+            step.drop()
+        self._steps.clear()
+        self._optimizers.clear()
+        self.gpt.zero_grad()
+        gc.collect()
+        if self.ranks.device.type == "cuda":
+            torch.cuda.empty_cache()
+
+    def used(self, way: str) -> int:
+        """Bytes that a GPU has in use where it alone is captured, NCCL's and CUDA's too."""
+        self.drop()
+        self.capture(way)
+        if self.ranks.device.type != "cuda":
+            return 0
+        torch.cuda.synchronize()
+        torch.cuda.empty_cache()
+        free, total = torch.cuda.mem_get_info()
+        return total - free
+
+    def start(self) -> None:
+        """Let all losses begin with the weights of now, which must be the same on all ranks."""
+        self._start = [p.detach().clone() for p in self.gpt.parameters()]
 
     @torch.no_grad()
-    def losses(self, name: str) -> list[float]:
-        """From the first weights on."""
+    def losses(self, way: str) -> list[float]:
         for p, start in zip(self.gpt.parameters(), self._start, strict=True):
             p.copy_(start)
-            for t in self._optimizer.state[p].values():
-                t.zero_()
+        for optimizer in self._optimizers[way]:
+            for state in optimizer.state.values():
+                for t in state.values():
+                    t.zero_()
         with torch.enable_grad():
-            return [self.take(name).item() for _ in range(LOSSES)]
+            return [self.take(way).item() for _ in range(LOSSES)]
 
 
 def steps_of(
@@ -141,32 +175,43 @@ def steps_of(
     mask: str,
     ranks: Ranks,
     turn: Callable[[Callable[[], object]], Turn] = timed,
+    ways: Sequence[str] = WAYS,
 ) -> dict:
     """The case of a model under a mask. A way's time is that of the slowest GPU, `min_s` that of
     the fastest, each the median of its rounds; `error` the largest difference of a loss from that
-    of one GPU."""
+    of one GPU, or from that of ddp where one GPU was not asked for."""
     steps = Steps(model, mask, ranks)
-    used = steps.capture()
-    losses = {name: steps.losses(name) for name in steps.tokens if name != ALONE}
-    turns = {name: turn(lambda name=name: steps.take(name)) for name in steps.tokens}
-    rounds = in_turns(turns, ROUNDS, 1, lambda _: everywhere(0, ranks))
+    asked = [way for way in WAYS if way in ways and (ranks.size > 1 or way == ALONE)]
+    used = {way: steps.used(way) for way in asked if way in SENT}
+    steps.start()
+    losses: dict[str, list[float]] = {}
+    rounds: dict[str, list[float]] = {}
+    # Each has the memory of a whole step, and four may not fit.
+    for together in ((ALONE, *SENT), (ACCUMULATED,)):
+        steps.drop()
+        chosen = [way for way in together if way in asked]
+        for way in chosen:
+            steps.capture(way)
+        losses |= {way: steps.losses(way) for way in chosen if way != ALONE}
+        turns = {way: turn(lambda way=way: steps.take(way)) for way in chosen}
+        rounds |= in_turns(turns, ROUNDS, 1, lambda _: everywhere(0, ranks))
     kind = DENSE if mask == NO_MASK else OURS
-    ways: dict[str, dict] = {}
-    for name, seconds in rounds.items():
+    found: dict[str, dict] = {}
+    for way, seconds in rounds.items():
         of_ranks = everywhere(median(seconds), ranks)
-        ways[name] = {"kind": kind, "median_s": max(of_ranks), "min_s": min(of_ranks)}
-        ways[name]["is_right"] = True
-    if TOGETHER in ways:
-        pairs = zip(losses[TOGETHER], losses[ACCUMULATED], strict=True)
-        error = max(abs(a - b) for a, b in pairs)
-        ways[TOGETHER] |= {
-            "sent_bytes": steps.buckets.sent_bytes,
-            "peak_bytes": min(everywhere(used, ranks)),  # another process may use the first GPU
-            "loss": losses[TOGETHER][-1],
+        found[way] = {"kind": kind, "median_s": max(of_ranks), "min_s": min(of_ranks)}
+        found[way]["is_right"] = True
+    reference = next((losses[way] for way in (ACCUMULATED, TOGETHER, FSDP) if way in losses), [])
+    for way in used:
+        error = max(abs(a - b) for a, b in zip(losses[way], reference, strict=True))
+        found[way] |= {
+            "sent_bytes": steps.sent_bytes[way],
+            "peak_bytes": min(everywhere(used[way], ranks)),  # another process may use the first
+            "loss": losses[way][-1],
             "error": error,
             "is_right": error < LOSS_TOLERANCE,
         }
-    return case_of(model, mask, ranks) | {"ways": ways}
+    return case_of(model, mask, ranks) | {"ways": found}
 
 
 def everywhere(value: float, ranks: Ranks) -> list[float]:
@@ -190,25 +235,39 @@ def case_of(model: Model, mask: str, ranks: Ranks) -> dict:
 
 
 def cases(
-    ranks: Ranks, limit_s: float, models: tuple[Model, ...] = MODELS, turn: Callable = timed
+    ranks: Ranks,
+    limit_s: float,
+    cells: Iterable[Cell] = (),
+    turn: Callable = timed,
+    ways: Sequence[str] = WAYS,
 ) -> Iterator[dict]:
-    """Links, then each model under each mask. What has not begun after the limit says so."""
+    """Links, then each model under each mask, or the chosen cells alone. What has not begun after
+    the limit says so."""
     began = time.monotonic()
-    if ranks.size > 1:
+    if ranks.size > 1 and not cells:
         yield from all_reduces(ranks, turn)
-    for model in models:
-        for mask in model.masks:
-            if max(everywhere(time.monotonic() - began, ranks)) > limit_s:
-                failed = f"not begun within {limit_s:.0f} s"
-                why = {"kind": OTHER, "failed": failed, "is_right": True}
-                yield case_of(model, mask, ranks) | {"ways": {TOGETHER: why}}
-                continue
-            yield steps_of(model, mask, ranks, turn)
-            # Compiled blocks hold their modules, and would be compiled anew for any shape.
-            torch.compiler.reset()
-            gc.collect()
-            if ranks.device.type == "cuda":
-                torch.cuda.empty_cache()
+    for model, mask in cells or CELLS.values():
+        if max(everywhere(time.monotonic() - began, ranks)) > limit_s:
+            failed = f"not begun within {limit_s:.0f} s"
+            why = {"kind": OTHER, "failed": failed, "is_right": True}
+            yield case_of(model, mask, ranks) | {"ways": {TOGETHER: why}}
+            continue
+        yield steps_of(model, mask, ranks, turn, ways)
+        # Compiled blocks hold their modules, and would be compiled anew for any shape.
+        torch.compiler.reset()
+        gc.collect()
+        if ranks.device.type == "cuda":
+            torch.cuda.empty_cache()
+
+
+def add_flags(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--limit-s", type=float, default=LIMIT_S, help="begin nothing after that")
+    parser.add_argument(
+        "--cells", nargs="+", default=[], choices=CELLS, metavar="MODEL/MASK", help="these alone"
+    )
+    parser.add_argument(
+        "--ways", nargs="+", default=WAYS, choices=WAYS, metavar="WAY", help=", ".join(WAYS)
+    )
 
 
 def in_short(case: dict) -> str:
@@ -222,11 +281,12 @@ def in_short(case: dict) -> str:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--out", type=Path, required=True, help="a JSON line for each case")
-    parser.add_argument("--limit-s", type=float, default=100.0, help="begin nothing after that")
+    add_flags(parser)
     args = parser.parse_args()
     ranks, began = Ranks("ddp", "cuda"), time.monotonic()
     torch.cuda.set_stream(torch.cuda.Stream())
-    for case in cases(ranks, args.limit_s):
+    cells = [CELLS[name] for name in args.cells]
+    for case in cases(ranks, args.limit_s, cells, ways=args.ways):
         if ranks.rank == 0:
             print(f"{time.monotonic() - began:4.0f} s {in_short(case)}", flush=True)
             with args.out.open("a") as file:

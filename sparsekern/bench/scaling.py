@@ -27,7 +27,8 @@ GPUS_PER_NODE = 8
 FP32 = 4
 # AdamW reads the gradient, the weight and two moments and writes three; clipping reads the gradient
 # twice and writes it.
-UPDATE_BYTES = (4 + 3 + 3) * FP32
+ADAMW_BYTES, CLIP_BYTES = (4 + 3) * FP32, 3 * FP32
+UPDATE_BYTES = ADAMW_BYTES + CLIP_BYTES
 MEMORY_BYTES_PER_S = 4.27e12  # copies, measured: nvidia-h200-train-bfloat16-2026-11-29.csv
 
 
@@ -103,25 +104,38 @@ def gradients(config: GPTConfig, sparsity: float) -> list[int]:
 
 
 def predict(
-    config: GPTConfig, sparsity: float, compute_s: float, gpus: int, links: Links = MEASURED
+    config: GPTConfig,
+    sparsity: float,
+    compute_s: float,
+    gpus: int,
+    links: Links = MEASURED,
+    is_sharded: bool = False,
 ) -> Step:
     """A step on `gpus` GPUs that takes `compute_s` on one. Products and attention of backward take
-    two thirds of a step without its update."""
+    two thirds of a step without its update.
+
+    Sharded (gpt/shards.py), a reduce-scatter takes half of an all-reduce, the update is that of a
+    share, and all-gathers go beside its AdamW, which they outlast."""
     *blocks, embedding = gradients(config, sparsity)
     sent = sum(blocks) + embedding
     update_s = UPDATE_BYTES * sent / FP32 / MEMORY_BYTES_PER_S
     backward_s = 2 / 3 * (compute_s - update_s)
     macs = multiply_adds(config)
     of_head = macs.head / macs.total  # as of a dense step; its backward comes first
+    half = 0.5 if is_sharded else 1.0
     busy_until = sending_s = 0.0
     for i, nbytes in enumerate(blocks):
         ready_s = backward_s * (of_head + (1 - of_head) * (i + 1) / len(blocks))
         parts = max(1, round(nbytes / BUCKET_BYTES))
-        took_s = parts * links.all_reduce_s(nbytes / parts, gpus)
+        took_s = half * parts * links.all_reduce_s(nbytes / parts, gpus)
         busy_until = max(ready_s, busy_until) + took_s
         sending_s += took_s
-    tail_s = max(backward_s, busy_until) - backward_s + links.all_reduce_s(embedding, gpus)
+    tail_s = max(backward_s, busy_until) - backward_s + half * links.all_reduce_s(embedding, gpus)
     beside_s = sending_s - max(0.0, busy_until - backward_s)
     waiting_s = (links.slowest(gpus) - 1) * compute_s
     exposed_s = tail_s + links.interference * beside_s + waiting_s
+    if is_sharded:
+        adamw_s = ADAMW_BYTES / UPDATE_BYTES * update_s / gpus
+        clip_s = CLIP_BYTES / UPDATE_BYTES * update_s / gpus
+        exposed_s += max(adamw_s, half * links.all_reduce_s(sent, gpus)) + clip_s - update_s
     return Step(compute_s + exposed_s, exposed_s, sent)

@@ -10,12 +10,13 @@ graph with the backward pass: NCCL's stream then is a branch of it.
 """
 
 import weakref
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
 
 import torch.distributed as dist
 from torch import Tensor, nn
+from torch.optim import Optimizer
 
 from .distributed import Ranks
 
@@ -33,7 +34,7 @@ class Buckets:
         self._buckets: list[list[nn.Parameter]] = []
         self._missing: list[set[int]] = []  # places of gradients that a bucket waits for
         self._bucket_of: list[int] = []  # by place
-        self._works: list[dist.Work] = []  # of the buckets that are on their way
+        self._works: list[list[dist.Work]] = []  # of the buckets that are on their way
         self.sent_bytes = 0
         arrived = weakref.WeakMethod(self._arrived)  # hooks would keep parameters, and they hooks
         for place, (_, p) in enumerate(self._named):
@@ -51,18 +52,26 @@ class Buckets:
         finally:
             self._buckets, self._missing, self._works = [], [], []
 
+    def clip(self, most: float) -> Tensor:
+        """Clip the gradients in place -> their norm before."""
+        return nn.utils.clip_grad_norm_([p for _, p in self._named], most)
+
+    def optimizers_of(self, optimizer: Optimizer) -> list[Optimizer]:
+        """Those that make the steps of `optimizer` in this process."""
+        return [optimizer]
+
+    def step_all(self, optimizers: list[Optimizer]) -> None:
+        """Their steps; after them the weights are the same everywhere."""
+        for optimizer in optimizers:
+            optimizer.step()
+
     def _cut(self) -> None:
         """Into buckets; patterns may have other sizes than in the step before."""
-        self._bucket_of, nbytes = [], 0
-        for place, (_, p) in enumerate(self._named):
-            if not self._buckets or nbytes + p.nbytes > self._bucket_bytes:
-                self._buckets.append([])
-                self._missing.append(set())
-                nbytes = 0
-            nbytes += p.nbytes
-            self._buckets[-1].append(p)
-            self._missing[-1].add(place)
-            self._bucket_of.append(len(self._buckets) - 1)
+        parameters = [p for _, p in self._named]
+        cut = in_buckets(parameters, self._bucket_bytes)
+        self._buckets = [[parameters[place] for place in places] for places in cut]
+        self._missing = [set(places) for places in cut]
+        self._bucket_of = [i for i, places in enumerate(cut) for _ in places]
         self.sent_bytes = 0
 
     def _arrived(self, place: int) -> None:
@@ -75,21 +84,28 @@ class Buckets:
             self._send(gradients_of(self._buckets[len(self._works)]))
 
     def _send(self, gradients: list[Tensor]) -> None:
-        options = dist.AllreduceCoalescedOptions()
-        options.reduceOp = dist.ReduceOp.AVG if self._averages else dist.ReduceOp.SUM
-        options.asyncOp = True
         self.sent_bytes += sum(g.nbytes for g in gradients)
+        self._works.append(self._reduce(gradients))
+
+    def _reduce(self, gradients: list[Tensor]) -> list[dist.Work]:
+        options = dist.AllreduceCoalescedOptions()
+        options.reduceOp, options.asyncOp = self._op, True
         # What dist.all_reduce_coalesced calls, without its FutureWarning.
-        self._works.append(dist.group.WORLD.allreduce_coalesced(gradients, options))
+        return [dist.group.WORLD.allreduce_coalesced(gradients, options)]
 
     def _arrive_everywhere(self) -> None:
         if missing := [self._named[place][0] for places in self._missing for place in places]:
             raise RuntimeError(f"gradients: expected one of each parameter, got none of {missing}")
-        for work, bucket in zip(self._works, self._buckets, strict=True):
-            work.wait()
+        for works, bucket in zip(self._works, self._buckets, strict=True):
+            for work in works:
+                work.wait()
             if not self._averages:
                 for gradient in gradients_of(bucket):
                     gradient /= self.ranks.size
+
+    @property
+    def _op(self) -> dist.ReduceOp:
+        return dist.ReduceOp.AVG if self._averages else dist.ReduceOp.SUM
 
     @property
     def _averages(self) -> bool:
@@ -104,3 +120,17 @@ def _call(arrived: weakref.WeakMethod, place: int, parameter: nn.Parameter) -> N
 
 def gradients_of(bucket: list[nn.Parameter]) -> list[Tensor]:
     return [p.grad for p in bucket if p.grad is not None]
+
+
+def in_buckets(tensors: Sequence[Tensor], most: int) -> list[list[int]]:
+    """Places of the tensors, in their order, of at most so many bytes together, or of one tensor
+    that is larger."""
+    buckets: list[list[int]] = []
+    nbytes = 0
+    for place, t in enumerate(tensors):
+        if not buckets or nbytes + t.nbytes > most:
+            buckets.append([])
+            nbytes = 0
+        nbytes += t.nbytes
+        buckets[-1].append(place)
+    return buckets

@@ -3,9 +3,11 @@
 import json
 import math
 from pathlib import Path
+from typing import TypeVar
 
 import torch
 from torch import Tensor, nn
+from torch.optim import AdamW
 
 from ..files import read_regular
 from ..nn import SparseLinear, parameter_groups, replace_modules
@@ -113,10 +115,13 @@ def model_config(config: dict, vocab_size: int) -> GPTConfig:
     return GPTConfig(*(config[n] for n in ("layers", "heads", "width", "context")), vocab_size)
 
 
-def build_optimizer(model: nn.Module, lr: float) -> torch.optim.AdamW:
+Kind = TypeVar("Kind", bound=AdamW)
+
+
+def build_optimizer(model: nn.Module, lr: float, kind: type[Kind] = AdamW) -> Kind:
     """AdamW that decays matrices and the values of sparse matrices, not biases and norms."""
     groups = parameter_groups(model, WEIGHT_DECAY)
-    return torch.optim.AdamW(groups, lr=lr, betas=BETAS, fused=True)
+    return kind(groups, lr=lr, betas=BETAS, fused=True)
 
 
 def learning_rate(config: TrainConfig, step: int) -> float:

@@ -39,8 +39,6 @@ def why_eager(ranks: Ranks) -> str | None:
     """The reason why no step is captured there; None where it is."""
     if ranks.device.type != "cuda":
         return "CUDA graphs need a GPU"
-    if ranks.parallel == "fsdp":
-        return "fsdp gathers weights into new memory in each step; a CUDA graph keeps its addresses"
     return None
 
 
@@ -134,7 +132,7 @@ class CapturedStep:
         self.drop()
         self._cold = max(0, self._cold - 1)
         with self._aside():
-            how = self._dtype, self._micro_batch, self._sending
+            how = self._dtype, self._micro_batch, self._buckets
             loss, norm = compute_gradients(self._stepper, x, y, *how)
             return self._mean(loss), norm
 
@@ -164,6 +162,12 @@ class CapturedStep:
         self._graphs["clip"].replay()
         return self._loss_of_all, self._norm
 
+    @property
+    def _optimizers(self) -> list[Optimizer]:
+        """Those that step weights in this process."""
+        optimizer = self._optimizer
+        return self._buckets.optimizers_of(optimizer) if self._buckets else [optimizer]
+
     def _passes(self, count: int) -> list[str]:
         """The graphs of so many micro-batches. Where gradients are sent, the last has its own."""
         last = "last" if self._buckets else "next"
@@ -189,9 +193,10 @@ class CapturedStep:
 
     def _capture(self, parts: list[tuple[Tensor, Tensor]]) -> None:
         self._x, self._y = (t.clone() for t in parts[0])
-        # A twin with the same parameters, rates and state, and no hooks: a capture is no step.
-        twin = copy.copy(self._optimizer)
-        twin.param_groups = [group | {"capturable": True} for group in twin.param_groups]
+        # Twins with the same parameters, rates and state, and no hooks: a capture is no step.
+        twins = [copy.copy(optimizer) for optimizer in self._optimizers]
+        for twin in twins:
+            twin.param_groups = [group | {"capturable": True} for group in twin.param_groups]
 
         def gradients() -> Tensor:
             return add_gradients(self._stepper, self._x, self._y, 1 / len(parts), self._dtype)
@@ -209,11 +214,14 @@ class CapturedStep:
                 self._loss += gradients()
 
         def clipped() -> None:
-            self._norm = clip(self._model)
+            self._norm = clip(self._model, self._buckets)
             self._loss_of_all = self._mean(self._loss)
 
         def adamw() -> None:
-            twin.step()
+            if self._buckets:
+                self._buckets.step_all(twins)
+            else:
+                twins[0].step()
             if scaling := scaling_of(self._model):
                 scaling.advance()
 
@@ -229,9 +237,10 @@ class CapturedStep:
         found: list[object] = [x.shape]
         if scaling := scaling_of(self._model):
             found.append(scaling.exponents.tolist())
-        for p in self._model.parameters():
-            state = self._optimizer.state.get(p, {}).values()
-            found += [(t.data_ptr(), t.shape) for t in (p, *state)]
+        found += [(p.data_ptr(), p.shape) for p in self._model.parameters()]
+        for optimizer in self._optimizers:
+            for state in optimizer.state.values():
+                found += [(t.data_ptr(), t.shape) for t in state.values()]
         for layer in self._model.modules():
             if isinstance(layer, SparseLinear):
                 indices = layer.row_offsets, layer.col_indices

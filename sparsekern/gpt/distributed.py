@@ -1,5 +1,5 @@
-"""Training in several processes under torchrun: every one with the whole model (ddp: buckets.py),
-or FSDP2 with parameters in shards.
+"""Training in several processes under torchrun, every one with the whole model: with the whole
+optimizer (ddp: buckets.py), or with a share of it (fsdp: shards.py).
 
 Every rank takes its part of one global batch, so a run computes the same on any number of ranks up
 to rounding. Checkpoints hold whole tensors: they resume on any number of ranks as well.
@@ -95,18 +95,6 @@ class Ranks:
             dist.all_gather_object(texts, texts[self.rank])
         return [f"process {rank}: {text}" for rank, text in enumerate(texts) if text]
 
-    def shard_(self, model: nn.Module) -> nn.Module:
-        """Under fsdp, cut up the parameters of the model in place. Returns it."""
-        if self.parallel == "fsdp":
-            from torch.distributed.device_mesh import init_device_mesh
-            from torch.distributed.fsdp import fully_shard
-
-            mesh = init_device_mesh(self.device.type, (self.size,))
-            for block in model.blocks:
-                fully_shard(block, mesh=mesh)
-            fully_shard(model, mesh=mesh)
-        return model
-
 
 def first_line(error: BaseException) -> str:
     return (str(error).strip() or "no reason given").splitlines()[0]
@@ -152,20 +140,9 @@ def lost(error: RuntimeError) -> str | None:
     )
 
 
-def whole_state(state):
-    """A state_dict with whole tensors in the place of shards. All ranks must call it together."""
-    if isinstance(state, dict):
-        return {key: whole_state(value) for key, value in state.items()}
-    if isinstance(state, list):
-        return [whole_state(value) for value in state]
-    return state.full_tensor() if hasattr(state, "full_tensor") else state
-
-
 def load_optimizer(optimizer: Optimizer, state: dict) -> None:
-    """`optimizer.load_state_dict` of whole tensors, cut up as the optimizer's parameters are.
-
-    The settings of its groups stay. ValueError where a tensor does not have its parameter's shape:
-    a fused optimizer would write past its end."""
+    """`optimizer.load_state_dict`, but the settings of its groups stay. ValueError where a tensor
+    does not have its parameter's shape: a fused optimizer would write past its end."""
     parameters = [p for group in optimizer.param_groups for p in group["params"]]
     groups, of_parameters = state.get("param_groups"), state.get("state")
     if not isinstance(groups, list) or not isinstance(of_parameters, dict):
@@ -179,18 +156,15 @@ def load_optimizer(optimizer: Optimizer, state: dict) -> None:
         raise ValueError(
             f"optimizer: expected groups of {[len(w) for w in wanted]} parameters, got others"
         )
-    cut = {}
     for index, of_parameter in of_parameters.items():
         if type(index) is not int or not 0 <= index < len(parameters):
             raise ValueError(f"optimizer: expected {len(parameters)} parameters, got {index}")
-        p = parameters[index]
-        _check_moments(index, of_parameter, p)
-        cut[index] = {key: _cut_as(t, p) for key, t in of_parameter.items()}
+        _check_moments(index, of_parameter, parameters[index])
     mine = [
         {key: value for key, value in group.items() if key != "params"} | {"params": params}
         for group, params in zip(optimizer.param_groups, wanted, strict=True)
     ]
-    optimizer.load_state_dict({"state": cut, "param_groups": mine})
+    optimizer.load_state_dict({"state": of_parameters, "param_groups": mine})
 
 
 def _check_moments(index: int, state: object, parameter: nn.Parameter) -> None:
@@ -205,13 +179,3 @@ def _check_moments(index: int, state: object, parameter: nn.Parameter) -> None:
                 f"optimizer: state of parameter {index}: {key}: expected floats of shape "
                 f"{list(shape)}, got {got}"
             )
-
-
-def _cut_as(t, parameter: nn.Parameter):
-    is_whole = isinstance(t, Tensor) and t.shape == parameter.shape
-    if not is_whole or not hasattr(parameter, "device_mesh"):
-        return t
-    from torch.distributed.tensor import distribute_tensor
-
-    mesh, placements = parameter.device_mesh, parameter.placements
-    return distribute_tensor(t.to(mesh.device_type), mesh, placements, src_data_rank=None)

@@ -1,21 +1,21 @@
 """Model, optimizer and algorithm of a run: made from whole tensors, placed on its ranks."""
 
-from collections.abc import Callable
-from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 
 from torch import Tensor
+from torch.optim import AdamW
 
 from ..nn.float8 import to_float8_
-from ..sparsity import GMP, Algorithm, Group, RigL
+from ..sparsity import Algorithm, Group, RigL
 from ..sparsity.pattern import check_same_on_all_ranks
 from .buckets import Buckets
 from .build import build_optimizer, model_from_state
 from .captured import CapturedStep, why_eager
 from .checkpoint import about
 from .config import TrainConfig
-from .distributed import Ranks, load_optimizer, whole_state
+from .distributed import Ranks, load_optimizer
 from .flops import linear_sparsity
+from .shards import ShardedAdamW, Shards
 from .speed import compiled_blocks
 
 COMPILED_STEPS = 1000  # shorter runs do not win back the time that torch.compile takes
@@ -27,8 +27,8 @@ def is_compiled(config: TrainConfig) -> bool:
 
 
 class Parts:
-    """`captured` takes the steps where it is not None, `buckets` sends the gradients where every
-    process has the whole model."""
+    """`captured` takes the steps where it is not None, `buckets` sends the gradients of several
+    processes."""
 
     def __init__(
         self,
@@ -41,25 +41,19 @@ class Parts:
     ) -> None:
         """`state` has the model's state_dict, and may have those of the optimizer and of the
         algorithm. `path`: the file that they are from."""
-        self._config, self._settings, self._ranks = config, settings, ranks
-        self._place(vocab_size, state, path)
-        self.captured = None if why_eager(ranks) else self._captured()
-
-    def _place(self, vocab_size: int, state: dict, path: Path | None = None) -> None:
-        config = self._config
+        self._config, self._ranks = config, ranks
         with about(path):
             model = model_from_state(config.model(vocab_size), state["model"])
-        self.model = model.to(self._ranks.device)
-        self.algorithm = config.make_algorithm(self._settings)
+        self.model = model.to(ranks.device)
+        self.algorithm = config.make_algorithm(settings)
         if self.algorithm:
             self.model = self.algorithm.apply(self.model)
-        self._is_rebuilt = False
         self.scaling = to_float8_(self.model) if config.dtype == "float8" else None
         if self.scaling and "float8" in state:
             with about(path):
                 self.scaling.load_state_dict(state["float8"])
-        self.model = self._ranks.shard_(self.model)
-        self.optimizer = build_optimizer(self.model, config.lr)
+        kind = ShardedAdamW if config.parallel == "fsdp" else AdamW
+        self.optimizer: AdamW = build_optimizer(self.model, config.lr, kind)
         if self.scaling:
             self.scaling.follow(self.optimizer)
         if "optimizer" in state:
@@ -67,21 +61,20 @@ class Parts:
                 load_optimizer(self.optimizer, state["optimizer"])
         if self.algorithm:
             self._place_algorithm(state, path)
-        is_ddp = config.parallel == "ddp"
-        self.buckets = Buckets(self.model, self._ranks) if is_ddp else None
+        self.buckets = self._buckets()
+        self.captured = None if why_eager(ranks) else self._captured()
 
     def _place_algorithm(self, state: dict, path: Path | None) -> None:
-        config = self._config
-        self._is_rebuilt = config.parallel == "fsdp" and self.algorithm.resizes
-        if not self._is_rebuilt:
-            self.algorithm.apply(self.optimizer)
-        elif not isinstance(self.algorithm, GMP) or getattr(self.algorithm, "rewind", None):
-            kind = type(self.algorithm).__name__
-            raise NotImplementedError(f"parallel: {kind} changes its size; fsdp cannot, use ddp")
+        self.algorithm.apply(self.optimizer)
         if "algorithm" in state:
             with about(path):
                 self.algorithm.load_state_dict(state["algorithm"])
         check_same_on_all_ranks(self.algorithm.layers)
+
+    def _buckets(self) -> Buckets | None:
+        if isinstance(self.optimizer, ShardedAdamW):
+            return Shards(self.model, self._ranks, self.optimizer, self.algorithms)
+        return Buckets(self.model, self._ranks) if self._config.parallel == "ddp" else None
 
     def _captured(self) -> CapturedStep:
         config = self._config
@@ -94,11 +87,6 @@ class Parts:
         """Whether the step under way is a replay, whose numbers nobody waits for."""
         return bool(self.captured and self.captured.is_replayed)
 
-    @property
-    def sending(self) -> Callable[[], AbstractContextManager]:
-        """What is around the last backward pass of a step (step.compute_gradients)."""
-        return self.buckets.sending if self.buckets else nullcontext
-
     def stop_capturing(self) -> None:
         """Take this step, from its beginning, and all that follow without CUDA graphs."""
         if self.captured:
@@ -108,13 +96,14 @@ class Parts:
             algorithm._before_step()  # forgets the gradients that RigL has seen of the step
 
     def state(self) -> dict:
-        """What `state` of a new one may be, in whole tensors. All ranks must call it together."""
-        optimizer = whole_state(self.optimizer.state_dict())
+        """What `state` of a new one may be; under fsdp on the first rank alone. All must call it
+        together."""
+        optimizer = self.optimizer.state_dict()
         for group in optimizer["param_groups"]:
             group["lr"] = float(group["lr"])  # a tensor where steps are captured
         scales = {"float8": self.scaling.state_dict()} if self.scaling else {}
         return {
-            "model": whole_state(dict(self.model.state_dict())),
+            "model": dict(self.model.state_dict()),
             "optimizer": optimizer,
             "algorithm": self.algorithm.state_dict() if self.algorithm else {},
             **scales,
@@ -146,26 +135,6 @@ class Parts:
     def update(self) -> None:
         """The optimizer's step, and with it the algorithm's."""
         if self.captured:
-            return self.captured.update()
-        self.optimizer.step()
-        if self._is_rebuilt:
-            self._update_whole()
-
-    def _update_whole(self) -> None:
-        """The algorithm's step on whole tensors: FSDP2's shards cannot change their size."""
-        due = self.algorithm.is_due
-        self.algorithm.steps += 1
-        if not due:
-            return
-        state = self.state()
-        model = model_from_state(self.model.config, state["model"])
-        algorithm = self._config.make_algorithm(self._settings)
-        algorithm.apply(model)
-        optimizer = build_optimizer(model, self._config.lr)
-        load_optimizer(optimizer, state["optimizer"])
-        algorithm.apply(optimizer)
-        algorithm.load_state_dict(state["algorithm"])
-        algorithm.update_pattern()
-        whole = {"model": model.state_dict(), "optimizer": optimizer.state_dict()}
-        whole |= {"algorithm": algorithm.state_dict()}
-        self._place(self.model.config.vocab_size, whole)
+            self.captured.update()
+        else:
+            self.optimizer.step()

@@ -16,7 +16,7 @@ from .build import learning_rate, model_from_state
 from .checkpoint import CHECKPOINT, WEIGHTS, save_checkpoint
 from .config import TrainConfig
 from .data import Text
-from .distributed import Ranks, whole_state
+from .distributed import Ranks
 from .flops import dense_gradient_flops_per_token, train_flops_per_token
 from .model import GPT
 from .parts import Parts
@@ -138,7 +138,7 @@ class Run:
                     raise
                 self.parts.stop_capturing()
                 self.tell(lines.eager(error))
-        how = self.dtype, self.config.micro_batch, self.parts.sending
+        how = self.dtype, self.config.micro_batch, self.parts.buckets
         loss, norm = compute_gradients(self.model, x, y, *how)
         return self.ranks.mean(loss), norm
 
@@ -185,8 +185,6 @@ class Run:
         config, history = self.config, self.history
         how = config.eval_batches, self.dtype, self.ranks.device, config.micro_batch
         loss = evaluate(self.model, self.validation, *how)
-        if config.parallel == "fsdp":
-            self.model.reshard()  # a forward pass alone leaves whole weights, which do not train
         self.check_finite("validation loss", loss)
         seconds = sum(history.seconds)
         history.evaluations.append(
@@ -201,7 +199,7 @@ class Run:
     # Its files
 
     def state(self) -> dict:
-        """The contents of a checkpoint, in whole tensors. All ranks must call it together."""
+        """The contents of a checkpoint on the first rank. All must call it together."""
         self.settle()
         return {
             "config": self.about()["config"],
@@ -231,7 +229,6 @@ class Run:
 
     def export(self) -> None:
         """The weights alone, for other programs."""
-        state = whole_state(dict(self.model.state_dict()))
         if self.ranks.rank == 0 and find_spec("safetensors"):
-            model = model_from_state(self.model.config, state)
+            model = model_from_state(self.model.config, self.model.state_dict())
             save_weights(model, self.path.with_name(WEIGHTS), **self.about())

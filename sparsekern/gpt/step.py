@@ -4,15 +4,14 @@ The host reads no number of `compute_gradients`, nor of its parts, which capture
 CUDA graphs. Run alone reads the results.
 """
 
-from collections.abc import Callable
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import nullcontext
 
 import torch
 from torch import Tensor, nn
 
 from ..nn.float8 import float8_step
+from .buckets import Buckets
 from .data import Batches
-from .distributed import whole_state
 from .model import GPT
 
 GRADIENT_CLIP = 1.0
@@ -25,19 +24,19 @@ def compute_gradients(
     y: Tensor,
     dtype: torch.dtype = torch.float32,
     micro_batch: int = 0,
-    sending: Callable[[], AbstractContextManager] = nullcontext,
+    buckets: Buckets | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Forward, backward and clipping of one batch -> loss and gradient norm before clipping.
 
     `micro_batch` sequences at a time, 0 for all at once: their gradients are added up in place.
-    `sending` is around the last of them, as Buckets.sending."""
+    `buckets` send those of the last one."""
     model.zero_grad()
     *parts, last = micro_batches(x, y, micro_batch)
     share = 1 / (len(parts) + 1)
     losses = [add_gradients(model, *part, share, dtype) for part in parts]
-    with sending():
+    with buckets.sending() if buckets else nullcontext():
         losses.append(add_gradients(model, *last, share, dtype))
-    return sum(losses[1:], losses[0]), clip(model)
+    return sum(losses[1:], losses[0]), clip(model, buckets)
 
 
 def micro_batches(x: Tensor, y: Tensor, size: int) -> list[tuple[Tensor, Tensor]]:
@@ -57,9 +56,11 @@ def add_gradients(
     return loss.detach()
 
 
-def clip(model: nn.Module) -> Tensor:
+def clip(model: nn.Module, buckets: Buckets | None = None) -> Tensor:
     """Clip the gradients in place -> their norm before."""
-    return whole_state(nn.utils.clip_grad_norm_(model.parameters(), GRADIENT_CLIP))
+    if buckets:
+        return buckets.clip(GRADIENT_CLIP)
+    return nn.utils.clip_grad_norm_(model.parameters(), GRADIENT_CLIP)
 
 
 @torch.no_grad()

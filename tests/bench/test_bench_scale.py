@@ -13,6 +13,7 @@ from sparsekern.bench.rates import derived
 from sparsekern.bench.scale_gpu import (
     ACCUMULATED,
     ALONE,
+    FSDP,
     MODELS,
     NO_MASK,
     TOGETHER,
@@ -68,6 +69,21 @@ def test_only_the_last_gradients_are_exposed_where_links_are_fast():
     assert step.exposed_s == pytest.approx(sum(sent_s), rel=0.05)  # a block is cut into buckets
 
 
+def test_shares_send_as_much_and_save_most_of_the_update():
+    links = replace(scaling.MEASURED, interference=0.0, spread=0.0, inside_latency_s=0.0)
+    for sparsity in (0.0, 0.75):
+        whole, shares = (scaling.predict(XL, sparsity, 0.15, 2, links, it) for it in (False, True))
+        update_s = scaling.UPDATE_BYTES * whole.sent_bytes / scaling.FP32
+        update_s /= scaling.MEMORY_BYTES_PER_S
+        gather_s = links.all_reduce_s(whole.sent_bytes, 2) / 2
+        assert shares.sent_bytes == whole.sent_bytes
+        clip_s = 0.3 * update_s / 2
+        beside_s = shares.exposed_s + update_s - gather_s - clip_s  # what backward does not hide
+        assert 0 < beside_s <= whole.exposed_s
+    alone = scaling.predict(XL, 0.75, 0.15, 1, links, is_sharded=True)
+    assert alone.exposed_s == 0
+
+
 def test_slow_links_hold_the_whole_step():
     links = replace(scaling.MEASURED, inside_bytes_per_s=1e9)
     step = scaling.predict(XL, 0.0, 0.15, 2, links)
@@ -89,6 +105,7 @@ def test_a_page(scale, tmp_path, monkeypatch):
             found = {"sent_bytes": 10**9, "peak_bytes": 3 * 10**10, "error": 1e-3, "loss": 9.5}
             case["ways"] = {TOGETHER: _way(1.02 * seconds) | found, ALONE: _way(seconds)}
             case["ways"][ACCUMULATED] = _way(1.9 * seconds)
+            case["ways"][FSDP] = _way(1.0 * seconds) | found
         else:
             case["ways"] = {TOGETHER: {"kind": "other", "failed": "no time", "is_right": True}}
         cases.append(case)
@@ -99,16 +116,18 @@ def test_a_page(scale, tmp_path, monkeypatch):
     assert len(derived(run)) == len(cases)
     page = scale.page("x", run)
     rows = [[cell.strip() for cell in line.split("|")[1:-1]] for line in page.splitlines()]
-    two_way, dense, free = (row for row in rows if row[:1] == ["gpt3-xl"] and row[2] == "2")
-    assert two_way[:4] == ["gpt3-xl", "75% two-way", "2", "128.00 (126.72)"]
-    assert two_way[6:8] == ["0.971", "1.863"] and two_way[-1] == "1.188"
-    assert dense[-1] == "1.000" and free[3] == "no time"
+    two_way, sharded, dense, _, free = (row for row in rows if row[3:4] == ["2"])
+    assert two_way[:5] == ["gpt3-xl", "75% two-way", "ddp", "2", "128.00 (126.72)"]
+    assert two_way[7:9] == ["0.971", "1.863"] and two_way[-2:] == ["1.188", "1.000"]
+    assert sharded[2] == "fsdp" and sharded[7:9] == ["0.990", "1.900"]
+    assert sharded[-2:] == ["1.188", "1.020"]
+    assert dense[-2] == "1.000" and free[4] == "no time"
     assert ["65,536", "234 us, 287"] in rows
     assert sum(row[:1] == ["gpt3-13b"] for row in rows) == 2
-    (tmp_path / "docs.md").write_text("\n".join(scale.MARKERS))
+    (tmp_path / "docs.md").write_text("<!-- scale: begin --><!-- scale: end -->")
     monkeypatch.setattr(scale, "DOCS", tmp_path / "docs.md")
     scale.update("x", run)
-    assert (tmp_path / "docs.md").read_text().count("| gpt3-xl ") == 3
+    assert (tmp_path / "docs.md").read_text().count("| gpt3-xl ") == 5
     assert in_short(cases[2]).startswith("gpt3-xl two-way: together 130.56 ms, alone 128.00 ms")
 
 
@@ -129,5 +148,6 @@ def test_what_was_found_before_a_process_failed_is_kept(scale, monkeypatch, caps
         return SimpleNamespace(returncode=1)
 
     monkeypatch.setattr(scale.subprocess, "run", fails)
-    assert scale.cases_on(2, 1.0) == ([{"op": "scale"}], 1)
+    args = SimpleNamespace(limit_s=1.0, cells=["gpt3-xl/none"], ways=["together", "fsdp"])
+    assert scale.cases_on(2, args) == ([{"op": "scale"}], 1)
     assert "bench-gpu: 2 processes ended with 1" in capsys.readouterr().err

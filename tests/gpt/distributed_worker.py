@@ -18,6 +18,7 @@ from sparsekern.bench.turns import on_host
 from sparsekern.gpt import buckets, captured, distributed, lines, parts, train
 from sparsekern.gpt.config import config_from, resumed_config
 from sparsekern.gpt.model import GPTConfig
+from sparsekern.gpt.shards import Shards
 from sparsekern.sparsity import RigL, check_same_patterns, pattern
 from sparsekern.sparsity.pattern import check_same_on_all_ranks, places_of
 
@@ -46,8 +47,22 @@ def say_eager(error):
     return f"eager: {error}"
 
 
-sent, eager = [], []  # bytes of all-reduces, and why steps of several ranks were not captured
+def count_gathered(shards, tensors):
+    gathered.append(sum(4 * shards._left(len(t)).start for t in tensors))
+    return gather(shards, tensors)
+
+
+def note_state(shards):
+    states = [s for part in shards._parts for s in part.optimizer.state.values()]
+    held.append(sum(t.nbytes for state in states for t in state.values() if t.ndim))
+    return whole_state(shards)
+
+
+sent, gathered, held = [], [], []  # bytes that are reduced, that are gathered, of the state
+eager = []  # why steps of several ranks were not captured
 send, buckets.Buckets._send = buckets.Buckets._send, count_bytes
+gather, Shards._gather = Shards._gather, count_gathered
+whole_state, Shards.whole_state = Shards.whole_state, note_state
 lines.eager = say_eager
 
 
@@ -67,7 +82,7 @@ def stand_in(graph) -> None:
 results = {}
 why_eager, CudaGraph, Aside = parts.why_eager, captured.CudaGraph, captured.Aside
 for name, settings in json.loads((folder / "configs.json").read_text()).items():
-    for each in (checks, sent, eager, Replayed.made):
+    for each in (checks, sent, gathered, held, eager, Replayed.made):
         each.clear()
     resume = settings.pop("resume", False)
     config = resumed_config(settings) if resume else config_from(settings)
@@ -78,6 +93,8 @@ for name, settings in json.loads((folder / "configs.json").read_text()).items():
     results[name] = {name: result[name] for name in ("losses", "sent_bytes")} | {
         "checks": list(checks),
         "sent": sum(sent),
+        "gathered": sum(gathered),
+        "held": held[-1:],
         "eager": list(eager),
         "replays": sum(each.replays for each in Replayed.made),
     }
@@ -144,8 +161,13 @@ if config.device == "cpu":
     scale_gpu.compiled_twin, scale_gpu.REDUCED, scale_gpu.ROUNDS = lambda model: model, (2**16,), 1
     ranks = distributed.Ranks("ddp", "cpu")
     tiny = scale_gpu.Model("tiny", GPTConfig(1, 2, 32, 16, 64), 2)
-    results["scale"] = list(scale_gpu.cases(ranks, 100.0, (tiny,), on_host))
-    results["not begun"] = list(scale_gpu.cases(ranks, -1.0, (tiny,), on_host))
+    cells = [(tiny, mask) for mask in tiny.masks]
+    results["links"] = list(scale_gpu.all_reduces(ranks, on_host))
+    results["scale"] = [
+        *scale_gpu.cases(ranks, 100.0, cells[:1], on_host),
+        *scale_gpu.cases(ranks, 100.0, cells[1:], on_host, scale_gpu.SENT),
+    ]
+    results["not begun"] = list(scale_gpu.cases(ranks, -1.0, cells, on_host))
 
 (folder / f"results-{rank}.json").write_text(json.dumps(results))
 del algorithm, model, optimizer, parallel, average

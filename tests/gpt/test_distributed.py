@@ -36,12 +36,21 @@ SETTINGS = {
         "update": {"freq": 3, "stop": 7},
     },
 }
-# FSDP2 takes a while on a CPU; set is rigl with other places.
+# set is rigl with other places.
 RUNS = [(a, p) for a in SETTINGS for p in ("ddp", "fsdp") if (a, p) != ("set", "fsdp")]
 
 
 # On a CPU a stand-in for CUDA graphs takes the captured steps.
-CAPTURED = {"captured static": "static", "captured gmp": "gmp", "captured failing": "static"}
+CAPTURED = {
+    f"captured {name} {parallel}": algorithm
+    for name, algorithm, parallel in (
+        ("static", "static", "ddp"),
+        ("static", "static", "fsdp"),
+        ("gmp", "gmp", "ddp"),
+        ("gmp", "gmp", "fsdp"),
+        ("failing", "static", "fsdp"),
+    )
+}
 WIDE = {"wide dense": 0.0, "wide sparse": 0.75}
 
 
@@ -89,15 +98,23 @@ sys.exit(cli.main(sys.argv[1:]))
 
 
 @pytest.fixture(scope="module")
-def runs(tmp_path_factory) -> tuple[Path, list[dict]]:
-    """All two-process runs, in one torchrun; and those that resume a run of one process."""
+def alone(tmp_path_factory) -> Path:
+    """The runs of one process."""
     folder = tmp_path_factory.mktemp("distributed")
     for name, settings in SETTINGS.items():
         (folder / f"{name}.json").write_text(json.dumps(settings))
         train.train(config(folder, name))
+    return folder
+
+
+@pytest.fixture(scope="module")
+def runs(alone) -> tuple[Path, list[dict]]:
+    """All two-process runs, in one torchrun; and those that resume a run of one process."""
+    folder = alone
     configs = {f"{a}-{p}": _changed(config(folder, a, p)) for a, p in RUNS}
     for name, algorithm in CAPTURED.items():
-        configs[name] = _changed(replace(config(folder, algorithm, "ddp"), out=str(folder / name)))
+        one = config(folder, algorithm, name.split()[-1])
+        configs[name] = _changed(replace(one, out=str(folder / name)))
     for name, sparsity in WIDE.items():
         wide = tiny_config(folder, layers=4, width=128, steps=2, parallel="ddp", sparsity=sparsity)
         configs[name] = _changed(replace(wide, out=str(folder / name)))
@@ -169,7 +186,7 @@ def test_captured_steps_of_two_processes_compute_what_one_does(runs, name):
 
 
 def test_a_capture_that_fails_on_one_rank_is_given_up_on_both(runs):
-    first, second = (result["captured failing"]["eager"] for result in runs[1])
+    first, second = (result["captured failing fsdp"]["eager"] for result in runs[1])
     assert first == ["not captured by process 1: OutOfMemoryError: no memory on 1"]
     assert second == ["no memory on 1"]
 
@@ -181,26 +198,42 @@ def test_gradients_of_sparse_weights_are_sent_at_nnz(runs):
         assert results["wide dense"]["sent_bytes"] == dense / 2  # each of two steps once
 
 
-def test_micro_batches_are_sent_once(runs):
+@pytest.mark.parametrize("name", ["static-fsdp", "captured static fsdp"])
+def test_weights_are_gathered_once_a_step_and_a_process_has_half_of_the_state(runs, name):
     folder, results = runs
-    weights = saved(folder, "static-ddp")["model"]
+    weights = saved(folder, "static-none")["model"].values()
+    sizes = [t.nbytes for t in {t.data_ptr(): t for t in weights}.values() if t.is_floating_point()]
+    in_shares = sum(nbytes // 256 * 256 for nbytes in sizes)  # 32 weights for each of two
+    for result in results:
+        moments = 2 * 2 * in_shares  # in two checkpoints
+        assert result[name]["gathered"] == STEPS * in_shares + moments
+        assert result[name]["held"] == [2 * (sum(sizes) - in_shares // 2)]
+
+
+@pytest.mark.parametrize("parallel", ["ddp", "fsdp"])
+def test_micro_batches_are_sent_once(runs, parallel):
+    folder, results = runs
+    weights = saved(folder, f"static-{parallel}")["model"]
     parameters = {n: t for n, t in weights.items() if t.dtype == torch.float32}
     del parameters["lm_head.weight"]  # that of wte
     for result in results:
-        assert result["static-ddp"]["sent"] == STEPS * sum(t.nbytes for t in parameters.values())
+        assert result[f"static-{parallel}"]["sent"] == STEPS * sum(
+            t.nbytes for t in parameters.values()
+        )
 
 
 def test_the_benchmark_of_several_gpus(runs):
-    links, *steps = runs[1][0]["scale"]
+    (links,), steps = runs[1][0]["links"], runs[1][0]["scale"]
     assert links["ways"]["all_reduce"]["bytes"] == 2**16 and links["gpus"] == 2
     assert [case["mask"] for case in steps] == ["two-way", "none", "random"]
     for case in steps:
-        together = case["ways"]["together"]
-        assert together["is_right"] and together["error"] < 1e-5 and together["loss"] > 3
-        assert case["ways"]["alone"]["median_s"] > 0 < case["ways"]["accumulated"]["median_s"]
+        for together in (case["ways"][parallel] for parallel in ("together", "fsdp")):
+            assert together["is_right"] and together["error"] < 1e-5 and together["loss"] > 3
+    assert list(steps[0]["ways"]) == ["alone", "together", "fsdp", "accumulated"]
+    assert list(steps[1]["ways"]) == list(steps[2]["ways"]) == ["together", "fsdp"]
     sent = [case["ways"]["together"]["sent_bytes"] for case in steps]
     assert sent[0] == sent[2] < sent[1]
-    _, *steps = runs[1][0]["not begun"]
+    steps = runs[1][0]["not begun"]
     assert {case["ways"]["together"]["failed"] for case in steps} == {"not begun within -1 s"}
 
 
@@ -246,21 +279,16 @@ def test_two_processes_resume_as_one(runs, name):
 
 @pytest.mark.gpu
 @pytest.mark.skipif(torch.cuda.device_count() < 2, reason="fewer than two NVIDIA GPUs")
-def test_two_gpus_compute_what_a_cpu_does(runs, tmp_path):
+def test_two_gpus_compute_what_a_cpu_does(alone, tmp_path):
     """Through NCCL. A rounding may decide what grows, so losses are held less tightly."""
-    two_on_gpus(runs, tmp_path, "cuda")
-
-
-def two_on_gpus(runs, tmp_path: Path, device: str) -> None:
-    folder, _ = runs
-    given = {"device": device}
+    folder, given = alone, {"device": "cuda"}
     configs = {
         f"{a}-{p}": _changed(config(folder, a, p)) | given | {"out": str(tmp_path / f"{a}-{p}")}
         for a, p in RUNS
     }
-    alone = replace(config(folder, "rigl"), out=str(tmp_path / "resumed"))
-    _stop_half_way(alone)
-    resumed = {"out": alone.out, "parallel": "fsdp", "resume": True}
+    stopped = replace(config(folder, "rigl"), out=str(tmp_path / "resumed"))
+    _stop_half_way(stopped)
+    resumed = {"out": stopped.out, "parallel": "fsdp", "resume": True}
     (tmp_path / "configs.json").write_text(json.dumps(configs | {"resumed": resumed | given}))
     first, second = torchrun(tmp_path)
     for name in configs:  # numbers of places and of bytes
@@ -292,10 +320,9 @@ def test_the_threads_of_a_group_end_with_it(monkeypatch):
     assert threads() <= before and not dist.is_initialized()
 
 
-def test_a_killed_process_stops_the_other_and_one_goes_on(runs, tmp_path):
-    """Without torchrun, which would stop it too."""
-    folder, _ = runs
-    killed = replace(config(folder, "static", "ddp"), out=str(tmp_path / "run"))
+def test_a_killed_process_stops_the_other_and_one_goes_on(alone, tmp_path):
+    """Without torchrun, which would stop it too. fsdp sends what ddp does, and more."""
+    killed = replace(config(alone, "static", "fsdp"), out=str(tmp_path / "run"))
     env = os.environ | {"WORLD_SIZE": "2", "MASTER_ADDR": "localhost", "MASTER_PORT": free_port()}
     env |= {"OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join(filter(None, sys.path))}
     command = [sys.executable, "-c", KILLED, *flags(killed)]
@@ -308,7 +335,7 @@ def test_a_killed_process_stops_the_other_and_one_goes_on(runs, tmp_path):
     text = "sparsekern: error: parallel: another process has gone, or does not answer; --resume"
     assert text in told
     train.train(resumed_config({"out": killed.out, "parallel": "none"}))
-    whole = saved(folder, "static-none")
+    whole = saved(alone, "static-none")
     losses = load_checkpoint(Path(killed.out) / CHECKPOINT)["losses"]
     assert losses == pytest.approx(whole["losses"], abs=1e-4)
 
