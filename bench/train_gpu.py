@@ -88,9 +88,10 @@ FLOAT8 = """\
 A training step of GPT-3 XL or the like, captured with compiled blocks: forward, backward, clipping
 and AdamW, on bytes of Python's library. float8: the linears of the blocks in E4M3, forward and both
 gradients, by delayed scaling (docs/guide/train.md); all else, and bfloat16, by autocast. two-way:
-{sparsity:.0%} zeros, at most two of four neighbours along both axes. Each arm was alone on the GPU,
-in this order; medians of the replays of {steps} steps. Losses are those of the same batches. Below
-1 is a loss.
+{sparsity:.0%} zeros, at most two of four neighbours along both axes. All arms were on the GPU
+together, each in a process: {turn} steps of each in turn, {steps} in all; medians of the replays
+but the first of a turn. Losses are those of the same batches; the two arms of a mask begin with the
+same weights. Below 1 is a loss.
 
 {arms}
 """
@@ -262,6 +263,7 @@ def page_of_float8(name: str, run: Run) -> str:
         heading=in_words(run.about, "bfloat16"),
         sparsity=train_float8.SPARSITY,
         steps=cases[0]["steps"],
+        turn=train_float8.TURN,
         arms=tables.float8_arms(cases),
     )
 

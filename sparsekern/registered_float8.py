@@ -23,11 +23,6 @@ def _define(name: str, arguments: str, results: str, run, fake) -> None:
     torch.library.register_fake(f"sparsekern::{name}", fake, lib=_library)
 
 
-def _note(largest: Tensor | None, noted: Tensor) -> None:
-    if largest is not None:
-        float8.note(largest, noted)
-
-
 def _each(inverses: Tensor) -> tuple[Tensor, ...]:
     return inverses[:, :1].unbind(0)
 
@@ -55,41 +50,54 @@ _define(
 _PATTERN = "Tensor row_offsets, Tensor col_indices, SymInt n, SymInt k"
 
 
-def _spmm(x8, largest, values, scales, noted, row_offsets, col_indices, n, k):
-    """y of x8 and a two-way W, without their scales."""
-    _note(largest, noted[:1])
-    weight = values, scales[1:2], noted[1:2], row_offsets, col_indices, n, k
-    return float8.product("spmm", x8, *weight)
+def _noting(largest, noted, which):
+    return None if largest is None else (largest, noted[which : which + 1])
 
 
-def _fake_spmm(x8, largest, values, scales, noted, row_offsets, col_indices, n, k):
-    return x8.new_empty(x8.shape[0], n, dtype=torch.bfloat16)
+def _spmm(
+    x8, largest, values, scales, noted, row_offsets, col_indices, n, k, needs_dx, bias, is_final
+):
+    """y of x8 and a two-way W: + bias, bfloat16, if it is final, else without the scales. And the
+    operand of W^T, for dx. It is empty where nobody needs it."""
+    of_w, noting = (values, scales[1:2], noted[1:2]), _noting(largest, noted, 0)
+    pattern = row_offsets, col_indices, n, k
+    operand, operand_t = float8.operands(*of_w, *pattern, needs_dx, noting)
+    exponent = float8.exponents[noted.data_ptr()] if is_final else 0
+    return float8.product(x8, operand, n, bias, exponent), operand_t
+
+
+def _fake_spmm(
+    x8, largest, values, scales, noted, row_offsets, col_indices, n, k, needs_dx, bias, is_final
+):
+    size = float8.operand_bytes(int(k), int(n), values.device) if needs_dx else 0
+    y = x8.new_empty(x8.shape[0], n, dtype=torch.bfloat16)
+    return y, x8.new_empty(size, dtype=torch.uint8)
 
 
 _define(
     "float8_spmm",
-    f"Tensor x8, Tensor? largest, Tensor values, Tensor scales, Tensor noted, {_PATTERN}",
-    "Tensor",
+    "Tensor x8, Tensor? largest, Tensor values, Tensor scales, Tensor noted, "
+    f"{_PATTERN}, bool needs_dx, Tensor? bias, bool is_final",
+    "(Tensor, Tensor)",
     _spmm,
     _fake_spmm,
 )
 
 
 def _spmm_gradients(
-    dy8, largest, x8, values, scales, inverses, noted, row_offsets, col_indices, n, k, needs_dx
+    dy8, largest, x8, operand_t, inverses, noted, row_offsets, col_indices, n, k, needs_dx
 ):
     """dx, without the scales of dy8 and W; the gradients of values and of the bias, with all."""
-    _note(largest, noted[2:])
     of_x, _, of_dy = _each(inverses)
     if needs_dx:
-        weight = values, scales[1:2], noted[1:2], row_offsets, col_indices, n, k
-        dx = float8.product("spmm_t", dy8, *weight)
+        dx = float8.product(dy8, operand_t, k)
     else:
         dx = x8.new_empty(0, dtype=torch.bfloat16)
     if observed.is_observed(row_offsets):  # who looks on wants the values
         wide = ((t.float() * of).bfloat16() for t, of in ((dy8, of_dy), (x8, of_x)))
         observed.note(row_offsets, *wide)
-    dw, dbias = float8.weight_gradient(dy8, x8, (of_dy, of_x), torch.bfloat16)
+    noting = _noting(largest, noted, 2)
+    dw, dbias = float8.weight_gradient(dy8, x8, (of_dy, of_x), torch.bfloat16, noting)
     bitmap = bitmaps.bitmap_of(row_offsets, col_indices, n, k)
     return dx, bitmaps.collect(bitmap, dw, len(col_indices), torch.float32), dbias
 
@@ -99,16 +107,17 @@ def _fake_dbias(dy8):
 
 
 def _fake_spmm_gradients(
-    dy8, largest, x8, values, scales, inverses, noted, row_offsets, col_indices, n, k, needs_dx
+    dy8, largest, x8, operand_t, inverses, noted, row_offsets, col_indices, n, k, needs_dx
 ):
     dx = dy8.new_empty((dy8.shape[0], k) if needs_dx else (0,), dtype=torch.bfloat16)
-    return dx, values.new_empty(values.shape, dtype=torch.float32), _fake_dbias(dy8)
+    dvalues = dy8.new_empty(col_indices.shape[0], dtype=torch.float32)
+    return dx, dvalues, _fake_dbias(dy8)
 
 
 _define(
     "float8_spmm_gradients",
-    "Tensor dy8, Tensor? largest, Tensor x8, Tensor values, Tensor scales, Tensor inverses, "
-    f"Tensor noted, {_PATTERN}, bool needs_dx",
+    "Tensor dy8, Tensor? largest, Tensor x8, Tensor operand_t, Tensor inverses, Tensor noted, "
+    f"{_PATTERN}, bool needs_dx",
     "(Tensor, Tensor, Tensor)",
     _spmm_gradients,
     _fake_spmm_gradients,
@@ -119,8 +128,8 @@ _define(
 
 
 def _linear(x8, largest, w8, largest_w, inverses, noted, bias):
-    _note(largest, noted[:1])
-    _note(largest_w, noted[1:2])
+    if largest is not None:
+        float8.note(largest, noted[:1], largest_w, noted[1:2])
     of_x, of_w, _ = _each(inverses)
     return float8.dense(x8, w8, (of_x, of_w), bias, torch.bfloat16)
 
@@ -140,13 +149,13 @@ _define(
 
 
 def _linear_gradients(dy8, largest, x8, w8, inverses, noted, needs_dx):
-    _note(largest, noted[2:])
     of_x, of_w, of_dy = _each(inverses)
     if needs_dx:
         dx = float8.dense(dy8, float8.transpose(w8), (of_dy, of_w), None, torch.bfloat16)
     else:
         dx = x8.new_empty(0, dtype=torch.bfloat16)
-    return dx, *float8.weight_gradient(dy8, x8, (of_dy, of_x), torch.float32)
+    noting = _noting(largest, noted, 2)
+    return dx, *float8.weight_gradient(dy8, x8, (of_dy, of_x), torch.float32, noting)
 
 
 def _fake_linear_gradients(dy8, largest, x8, w8, inverses, noted, needs_dx):

@@ -126,8 +126,7 @@ extern "C" __global__ void __launch_bounds__(sk::kBitmapThreads)
     sk_bitmap_fill(const sk::Word* words, const int* starts, const unsigned short* values,
                    const uint4* rest, unsigned short* operand, int count, int row_words, int n,
                    int k, int parts) {
-  sk::As16Bits form;
-  sk::fill(form, words, starts, values, rest, operand, count, row_words, n, k, parts);
+  sk::fill(words, starts, values, rest, operand, count, row_words, n, k, parts);
 }
 SK_KERNEL(sk_bitmap_fill)
 
@@ -135,7 +134,6 @@ extern "C" __global__ void __launch_bounds__(sk::kBitmapThreads)
     sk_bitmap_fill_transposed(const sk::Word* words, const int* starts,
                               const unsigned short* values, const uint4* rest,
                               unsigned short* operand, int row_words, int n, int k, int parts) {
-  sk::As16Bits form;
-  sk::fill_transposed(form, words, starts, values, rest, operand, row_words, n, k, parts);
+  sk::fill_transposed(words, starts, values, rest, operand, row_words, n, k, parts);
 }
 SK_KERNEL(sk_bitmap_fill_transposed)

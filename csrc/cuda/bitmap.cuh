@@ -106,38 +106,25 @@ __device__ inline Word transpose_bits(Word x) {
   return x ^ t ^ t << 28;
 }
 
-// How slots hold what is stored: as they are, 16 bits each. Another form is that of float8.cu.
-struct As16Bits {
-  using Value = unsigned short;
-  using Slot = unsigned short;
-  using FourSlots = uint2;
-  __device__ unsigned short round(unsigned short value) { return value; }
-  // Of two pairs, each the low halves of its slots.
-  __device__ static uint2 four(unsigned low, unsigned high) { return {low, high}; }
-};
-
-template <class Form>
-__device__ unsigned slot_pair(Form& form, const typename Form::Value* from, const Slots& slots) {
+// Slots hold 16 bits each; those of 8 bits are filled by float8.cu.
+__device__ inline unsigned slot_pair(const unsigned short* from, const Slots& slots) {
   unsigned first = 0, second = 0;
-  if (slots.is_first) first = form.round(from[0]);
-  if (slots.is_second) second = form.round(from[slots.is_first]);
+  if (slots.is_first) first = from[0];
+  if (slots.is_second) second = from[slots.is_first];
   return first | second << 16;
 }
 
 // What follows the slots in the operand is that of `rest`: of the blocks after `blocks`.
-template <class Slot>
-__device__ void copy_rest(const uint4* rest, Slot* operand, long long slots, unsigned parts,
-                          unsigned blocks) {
+__device__ inline void copy_rest(const uint4* rest, unsigned short* operand, long long slots,
+                                 unsigned parts, unsigned blocks) {
   const unsigned part = (blockIdx.x - blocks) * kBitmapThreads + threadIdx.x;
   if (part < parts) reinterpret_cast<uint4*>(operand + slots)[part] = rest[part];
 }
 
 // The slots of W, [N, K / 2], then what follows them. K is a multiple of 16.
-template <class Form>
-__device__ void fill(Form& form, const Word* words, const int* starts,
-                     const typename Form::Value* values, const uint4* rest,
-                     typename Form::Slot* operand, unsigned count, unsigned row_words, unsigned n,
-                     unsigned k, unsigned parts) {
+__device__ inline void fill(const Word* words, const int* starts, const unsigned short* values,
+                            const uint4* rest, unsigned short* operand, unsigned count,
+                            unsigned row_words, unsigned n, unsigned k, unsigned parts) {
   constexpr unsigned kMost = kTurns * kBlockWords;
   const unsigned octet = threadIdx.x % kOctets, blocks = (count + kMost - 1) / kMost;
   if (blockIdx.x >= blocks) {
@@ -146,32 +133,30 @@ __device__ void fill(Form& form, const Word* words, const int* starts,
   }
   Piece pieces[kTurns];
   load_pieces(pieces, words, starts, count, octet);
-  typename Form::FourSlots four_slots[kTurns];
+  uint2 four_slots[kTurns];
 #pragma unroll
   for (unsigned t = 0; t < kTurns; ++t) {
     const unsigned low = pieces[t].bits & 15;
-    const typename Form::Value* from = values + pieces[t].first;
-    const unsigned pair = slot_pair(form, from, slots_of(low));
-    four_slots[t] =
-        Form::four(pair, slot_pair(form, from + __popc(low), slots_of(pieces[t].bits >> 4)));
+    const unsigned short* from = values + pieces[t].first;
+    const unsigned pair = slot_pair(from, slots_of(low));
+    four_slots[t] = {pair, slot_pair(from + __popc(low), slots_of(pieces[t].bits >> 4))};
   }
 #pragma unroll
   for (unsigned t = 0; t < kTurns; ++t) {
     if (word_of(t) >= count) break;
     const Place place = place_of(word_of(t), octet, row_words);
     if (place.col >= k) continue;
-    typename Form::Slot* out = operand + place.row * (k / 2) + place.col / 2;
-    *reinterpret_cast<typename Form::FourSlots*>(out) = four_slots[t];
+    unsigned short* out = operand + place.row * (k / 2) + place.col / 2;
+    *reinterpret_cast<uint2*>(out) = four_slots[t];
   }
 }
 
 // The slots of W^T, [K, N / 2], then what follows them. A block turns a tile of 128 rows and a word
 // of columns around. N is a multiple of 16.
-template <class Form>
-__device__ void fill_transposed(Form& form, const Word* words, const int* starts,
-                                const typename Form::Value* values, const uint4* rest,
-                                typename Form::Slot* operand, unsigned row_words, unsigned n,
-                                unsigned k, unsigned parts) {
+__device__ inline void fill_transposed(const Word* words, const int* starts,
+                                       const unsigned short* values, const uint4* rest,
+                                       unsigned short* operand, unsigned row_words, unsigned n,
+                                       unsigned k, unsigned parts) {
   extern __shared__ __align__(16) char smem[];
   auto tile = reinterpret_cast<unsigned short*>(smem);
   auto row_bytes = reinterpret_cast<unsigned char*>(smem + 4 * kTileWords);  // [row][octet]
@@ -193,7 +178,7 @@ __device__ void fill_transposed(Form& form, const Word* words, const int* starts
         piece_of(words, starts, min(row, n - 1) * row_words + blockIdx.x % row_words, octet);
     if (row >= n) pieces[t].bits = 0;
   }
-  typename Form::Value elements[kRows][8];
+  unsigned short elements[kRows][8];
 #pragma unroll
   for (unsigned t = 0; t < kRows; ++t) load_piece(values, pieces[t], elements[t]);
 #pragma unroll
@@ -204,8 +189,7 @@ __device__ void fill_transposed(Form& form, const Word* words, const int* starts
     auto out = reinterpret_cast<unsigned*>(tile + tile_row(row) + octet * 8);
 #pragma unroll
     for (int i = 0; i < 4; ++i) {
-      const unsigned low = form.round(eight[2 * i]), high = form.round(eight[2 * i + 1]);
-      out[i] = low | high << 16;
+      out[i] = static_cast<unsigned>(eight[2 * i + 1]) << 16 | eight[2 * i];
     }
   }
   __syncthreads();
@@ -228,15 +212,15 @@ __device__ void fill_transposed(Form& form, const Word* words, const int* starts
   const unsigned row_octet = threadIdx.x % kTileOctets, column = threadIdx.x / kTileOctets;
   if (first_row + row_octet * 8 >= n) return;
   const unsigned short* from = tile + tile_row(row_octet * 8) + column;
-  typename Form::Slot* out = operand + static_cast<long long>(first_col + column) * (n / 2) +
-                             (first_row / 2 + row_octet * 4);
+  unsigned short* out = operand + static_cast<long long>(first_col + column) * (n / 2) +
+                        (first_row / 2 + row_octet * 4);
 #pragma unroll
   for (unsigned c = 0; c < kWordColumns; c += kStep) {
     if (first_col + column + c >= k) return;
     const unsigned bits = column_bytes[(column + c) * kTileOctets + row_octet];
-    *reinterpret_cast<typename Form::FourSlots*>(out + static_cast<long long>(c) * (n / 2)) =
-        Form::four(slot_pair_of_column(from + c, bits & 15),
-                   slot_pair_of_column(from + 4 * kTileStride + c, bits >> 4));
+    *reinterpret_cast<uint2*>(out + static_cast<long long>(c) * (n / 2)) = {
+        slot_pair_of_column(from + c, bits & 15),
+        slot_pair_of_column(from + 4 * kTileStride + c, bits >> 4)};
   }
 }
 

@@ -32,6 +32,7 @@ from .model import GPT
 from .step import add_gradients, clip, compute_gradients, micro_batches
 
 WARM_UPS = 2
+SETTLED_EVERY = 16  # replays, after which the host looks whether scales of float8 have room
 
 
 def why_eager(ranks: Ranks) -> str | None:
@@ -107,21 +108,26 @@ class CapturedStep:
         self._graphs: dict[str, CudaGraph] = {}
         self._seen: list[object] = []  # what the graphs depend on, at the step before
         self._cold = WARM_UPS  # steps to take without a graph
+        self._replays = 0
         self.is_replayed = self.has_failed = False
 
     def compute_gradients(self, x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
         """As step.compute_gradients; the loss is that of all processes. It may leave gradients
         half-done where it raises, and the weights as they were."""
+        scaling = scaling_of(self._model)
+        if scaling and self._replays == SETTLED_EVERY:
+            scaling.settle()
+            self._replays = 0
         seen = self._dependencies(x)
         if len(seen) != len(self._seen) or any(map(_differ, seen, self._seen)):
             self.drop()
             self._seen, self._cold = seen, max(1, self._cold)
-        scaling = scaling_of(self._model)
         if scaling and not scaling.has_begun:
             self._cold = WARM_UPS
         is_due = any(algorithm.is_due for algorithm in self._algorithms)
         self.is_replayed = not is_due and self._cold == 0
         if self.is_replayed:
+            self._replays += 1
             return self._replay(micro_batches(x, y, self._micro_batch))
         self.drop()
         self._cold = max(0, self._cold - 1)
@@ -226,9 +232,11 @@ class CapturedStep:
             self._graphs[name] = CudaGraph(launches[name], self._aside, first_graph)
 
     def _dependencies(self, x: Tensor) -> list[object]:
-        """What a graph would not see change: the shape of the batch, patterns, and addresses of
-        parameters and of the optimizer's state."""
+        """What a graph would not see change: the shape of the batch, patterns, factors of products
+        in float8, and addresses of parameters and of the optimizer's state."""
         found: list[object] = [x.shape]
+        if scaling := scaling_of(self._model):
+            found.append(scaling.exponents.tolist())
         found += [(p.data_ptr(), p.shape) for p in self._model.parameters()]
         for optimizer in self._optimizers:
             for state in optimizer.state.values():

@@ -179,9 +179,13 @@ class GPT(nn.Module):
             x = block(x, past, *along)
         if cache is not None:
             x = x[:, -1:]
-        logits = self.lm_head(self.norm(x))
         if targets is None:
-            return logits, None
+            return self.lm_head(self.norm(x)), None
+        return self.score(x, targets)
+
+    def score(self, x: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
+        """Logits and mean loss, as forward() returns them, from x [B, T, C] of the last block."""
+        logits = self.lm_head(self.norm(x))
         return logits, F.cross_entropy(logits.flatten(0, 1), targets.flatten())
 
 

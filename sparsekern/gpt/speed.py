@@ -97,7 +97,8 @@ def ways(
 
 
 def compiled_blocks(model: GPT) -> GPT:
-    """A twin that shares all weights, with blocks compiled by torch.compile.
+    """A twin that shares all weights, with blocks, head and loss compiled by torch.compile; no
+    gradient comes to its logits but by the loss.
 
     Blocks share a compilation. fullgraph: where there should be one too many it is an error. Sets
     options of torch.compile for the whole process: it would compile anew for each block, since each
@@ -112,6 +113,12 @@ def compiled_blocks(model: GPT) -> GPT:
     for name, part in model.named_children():
         setattr(twin, name, part)
     twin.blocks = nn.ModuleList(torch.compile(block, fullgraph=True) for block in model.blocks)
+
+    def score(x: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
+        logits, loss = model.score(x, targets)
+        return logits.detach(), loss  # or zeros would be added to their gradient
+
+    twin.score = torch.compile(score, fullgraph=True)
     return twin
 
 

@@ -36,14 +36,19 @@ def next_scale(scale: Tensor, history: Tensor) -> Tensor:
 def cast(x: Tensor, scale: Tensor) -> Tensor:
     """x times scale [1], in E4M3: what is finite within 448, an infinity or a NaN is NaN."""
     wide = x.float()
-    within = (wide * scale).clamp(-MOST, MOST)
-    return torch.where(wide.isfinite(), within, torch.nan).to(DTYPE)
+    # An infinity times 0 is NaN; torch.compile would make a product with the integer 0 be 0.
+    scaled = wide * scale + wide * 0.0
+    # Compiled for a GPU a cast saturates by itself; eager that of torch 2.11 makes NaN.
+    within = scaled if torch.compiler.is_compiling() else scaled.clamp(-MOST, MOST)
+    return within.to(DTYPE)
 
 
 def largest_of_rows(x: Tensor) -> Tensor:
     """float32 [M] of x [M, K]: torch.compile puts it into the kernel that makes x. NaN where x has
-    one."""
-    return x.abs().amax(-1).float()
+    one. As integers, bits of floats that are not negative have the same order, a NaN is the largest
+    and a maximum is one instruction."""
+    bits = x.float().view(torch.int32) & 0x7FFFFFFF
+    return bits.amax(-1).view(torch.float32)
 
 
 def largest_of(x: Tensor) -> Tensor:

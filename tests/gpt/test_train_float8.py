@@ -101,6 +101,34 @@ def test_first_steps_are_not_captured(tmp_path, monkeypatch, on_cpu):
     assert replayed == {"as made": [False] * 2 + [True] * 2, "from 0": [False] * 3 + [True]}
 
 
+def test_a_step_is_captured_anew_where_scales_have_no_room(tmp_path, monkeypatch, on_cpu):
+    class Graph:
+        def __init__(self, launch, *_):
+            self._launch = launch
+
+        def replay(self):  # of what was captured: nothing waits for the GPU in it
+            with monkeypatch.context() as inside:
+                inside.setattr(torch.cuda, "is_current_stream_capturing", lambda: True)
+                self._launch()
+
+    monkeypatch.setattr(captured, "CudaGraph", Graph)
+    monkeypatch.setattr(captured, "Aside", lambda device: nullcontext)
+    monkeypatch.setattr(captured, "SETTLED_EVERY", 3)
+    monkeypatch.setattr(parts, "why_eager", lambda ranks: None)
+    run = train.begin(tiny_config(tmp_path, dtype="float8", **TWO_WAY))
+    replayed, exponents = [], []
+    for step in range(8):
+        run.compute_gradients()
+        replayed.append(run.parts.is_replayed)
+        exponents.append(run.parts.scaling.exponents.tolist())
+        run.update()
+        if step == 2:
+            with torch.no_grad():
+                run.model.blocks[0].mlp.up.values.mul_(64)
+    assert replayed == [False] * 2 + [True] * 3 + [False] + [True] * 2
+    assert exponents[4][:2] == exponents[5][:2] and exponents[4][2] > exponents[5][2] + 3
+
+
 @pytest.mark.parametrize("dtype, got", [("", "was trained in float8"), ("float8", "got float8")])
 def test_prune_is_for_other_dtypes(dtype, got, tmp_path, on_cpu):
     run = tiny_config(tmp_path, steps=1, context=32, dtype="float8")

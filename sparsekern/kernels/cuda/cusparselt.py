@@ -160,6 +160,24 @@ def _sparse(handle: ctypes.Array, rows: int, columns: int, dtype: torch.dtype) -
     return descriptor
 
 
+def _compressed_bytes(handle: ctypes.Array, descriptor: ctypes.Array) -> tuple[int, int]:
+    """Of an operand, and of what compressing needs beside."""
+    size, scratch = ctypes.c_size_t(), ctypes.c_size_t()
+    refs = ctypes.byref(size), ctypes.byref(scratch)
+    loaded().call("SpMMACompressedSize2", handle, descriptor, *refs)
+    return size.value, scratch.value
+
+
+def operand_bytes(n: int, k: int, dtype: torch.dtype, device: int) -> int:
+    """Length of what compress() makes of a W [n, k] on this GPU."""
+    with torch.cuda.device(device):
+        handle = _handle(device)
+        descriptor = _sparse(handle, n, k, dtype)
+        size, _ = _compressed_bytes(handle, descriptor)
+        loaded().call("MatDescriptorDestroy", descriptor)
+    return size
+
+
 def compress(w: Tensor) -> Tensor:
     """The operand, bytes, of w [N, K] with at most two of four neighbours that are not 0. What it
     holds is the library's own."""
@@ -167,11 +185,9 @@ def compress(w: Tensor) -> Tensor:
     with torch.cuda.device(device):
         handle = _handle(device)
         descriptor = _sparse(handle, w.shape[0], w.shape[1], w.dtype)
-        size, scratch = ctypes.c_size_t(), ctypes.c_size_t()
-        refs = ctypes.byref(size), ctypes.byref(scratch)
-        lib.call("SpMMACompressedSize2", handle, descriptor, *refs)
-        out = w.new_zeros(size.value, dtype=torch.uint8)
-        buffer = w.new_empty(max(16, scratch.value), dtype=torch.uint8)
+        size, scratch = _compressed_bytes(handle, descriptor)
+        out = w.new_zeros(size, dtype=torch.uint8)
+        buffer = w.new_empty(max(16, scratch), dtype=torch.uint8)
         stream = torch._C._cuda_getCurrentRawStream(device)
         pointers = w.data_ptr(), out.data_ptr(), buffer.data_ptr(), stream
         lib.call("SpMMACompress2", handle, descriptor, 1, _PLAIN, *pointers)

@@ -1,9 +1,10 @@
 """Training in E4M3 on a GPU: operands made anew in each step, and their products.
 
 Two-way patterns are multiplied through cuSPARSELt, forward and input gradient. Its operand of W is
-filled from the stored values in one kernel, which rounds them too; the tail, which says where the
-slots are, is made once a pattern. Results come without the scales, which are powers of two: the
-library takes no factor that lies on the GPU, so who reads a result multiplies it (nn/float8.py).
+filled from the stored values, and that of W^T with it, in one kernel, which rounds them too; the
+tail, which says where the slots are, is made once a pattern. The library takes a factor from the
+host alone. Scales are on the GPU, so those of x and W together are held to a power of two that the
+host knows (nn/float8.py); input gradients come without the scales, and who reads one multiplies it.
 The weight gradient is a dense product of both operands transposed, as tensor cores want 8-bit
 operands, collected at the pattern.
 """
@@ -17,9 +18,8 @@ from torch import Tensor
 from ..derived import derived
 from ..float8 import DTYPE
 from . import bitmap as bitmaps
-from . import cusparselt
-from .algorithms import NONE_RIGHT, algorithm_of
-from .bitmap import BLOCK_WORDS, THREADS, TILE_BYTES, TILE_ROWS, Bitmap
+from . import compressed, cusparselt
+from .bitmap import COLUMNS, PART_BYTES, THREADS, TILE_ROWS, Bitmap
 from .compressed import MULTIPLE_E4M3, refuse_gpu
 from .e4m3 import MULTIPLE_OF_TOKENS
 from .library import refusal, start
@@ -27,8 +27,16 @@ from .two_of_four import with_free_places
 
 MOST_BLOCKS = 1056  # 8 on each of 132 multiprocessors
 VALUES = 16  # of a thread's step
+NOTED = 1024  # of a block that notes what is largest
 TURN_TILE = 128
 TURN_BYTES = 4 * TURN_TILE * (TURN_TILE // 4 + 1)
+FILL_BYTES = (
+    TILE_ROWS * COLUMNS + TILE_ROWS // 8 * 8 + COLUMNS // 8 * (TILE_ROWS + 8) + 40 * TILE_ROWS
+)
+# By the address at which a two-way layer notes its largest values: the power of two that the scales
+# of its x and W are together. torch.compile takes results of an op with an operand on the host for
+# unaligned, and would compile anew for each number.
+exponents: dict[int, int] = {}
 _NAMES = {torch.bfloat16: "bf16", torch.float32: "f32"}
 # Sums of weight gradients are added up in float32, as in Transformer Engine: tensor cores alone
 # keep 14 bits of them.
@@ -72,19 +80,43 @@ def quantise(x: Tensor, scale: Tensor, noted: Tensor) -> Tensor:
     return x8
 
 
-def note(largest: Tensor, noted: Tensor) -> None:
-    """Raise noted [1] to the largest of `largest` [M], which has no negative one; float32."""
-    blocks = max(1, min(8, len(largest) // THREADS))
-    start("sk_float8_note", blocks, THREADS, 0, (largest.contiguous(), noted), len(largest))
+def note(largest: Tensor, noted: Tensor, others: Tensor, noted_other: Tensor) -> None:
+    """Raise noted [1] to the largest of `largest` [M], and noted_other [1] to that of `others` [N],
+    which have no negative one; float32."""
+    largest, others = largest.contiguous(), others.contiguous()
+    blocks = max(_noting(largest), _noting(others))
+    tensors = largest, noted, others, noted_other
+    start("sk_float8_note", 2 * blocks, THREADS, 0, tensors, len(largest), len(others))
 
 
-def transpose(x: Tensor, sums: Tensor | None = None) -> Tensor:
+def _noting(largest: Tensor | None) -> int:
+    """Blocks of a launch that note what is largest."""
+    return 0 if largest is None else -(-len(largest) // NOTED)
+
+
+def transpose(
+    x: Tensor,
+    sums: Tensor | None = None,
+    noting: tuple[Tensor, Tensor] | None = None,
+    adding: tuple[Tensor, Tensor, Tensor] | None = None,
+) -> Tensor:
     """x [M, K] of 8 bits as [K, M], written out; M and K are multiples of 16. In sums, float32
-    [tiles(M), K], those of each column, of 128 tokens each."""
+    [tiles(M), K], those of each column, of 128 tokens each.
+
+    Beside it, so that neither needs a launch: noting (largest, noted) is as of note(), and adding
+    (sums [parts, N], factor [1], total [N]) sets total to the sum of the parts times the factor."""
     (m, k), x = x.shape, cusparselt.aligned(x.contiguous())
     out = x.new_empty(k, m)
-    blocks = tiles(m) * tiles(k)
-    start("sk_float8_transpose", blocks, THREADS, TURN_BYTES, (x, out, sums), m, k)
+    largest, noted = noting or (None, None)
+    largest = None if largest is None else largest.contiguous()
+    added, factor, total = adding or (None, None, None)
+    parts, added_columns = (0, 0) if added is None else added.shape
+    beside = _noting(largest), -(-added_columns // THREADS)
+    blocks = tiles(m) * tiles(k) + sum(beside)
+    tensors = x, out, sums, largest, noted, added, factor, total
+    count = 0 if largest is None else len(largest)
+    sizes = m, k, beside[0], count, beside[1], parts, added_columns
+    start("sk_float8_transpose", blocks, THREADS, TURN_BYTES, tensors, *sizes)
     return out
 
 
@@ -92,9 +124,7 @@ def tiles(size: int) -> int:
     return -(-size // TURN_TILE)
 
 
-def product(
-    op: str,
-    x8: Tensor,
+def operands(
     values: Tensor,
     scale: Tensor,
     noted: Tensor,
@@ -102,42 +132,44 @@ def product(
     col_indices: Tensor,
     n: int,
     k: int,
-) -> Tensor:
-    """y [M, N] of `spmm`, y [M, K] of `spmm_t`, bfloat16, without the scales of x8 and of values
-    [nnz], float32, which are rounded by scale [1]. The forward product raises noted [1]."""
+    is_transposed_too: bool,
+    noting: tuple[Tensor, Tensor] | None = None,
+) -> tuple[Tensor, Tensor]:
+    """Those of W and of W^T, bytes, from values [nnz], float32, rounded by scale [1]; noted [1] is
+    raised to the largest. W^T is empty where it is not asked for. noting: as of transpose()."""
     pattern = pattern_of(row_offsets, col_indices, n, k)
     if pattern is None:
         raise ValueError(NOT_TWO_WAY)
-    outputs, inputs = (n, k) if op == "spmm" else (k, n)
-    algorithm = algorithm_of(outputs, inputs, len(x8), DTYPE, x8.device)
-    if algorithm == NONE_RIGHT:
-        raise RuntimeError(
-            f"float8: none of cuSPARSELt's algorithms multiplies [{len(x8)}, {inputs}] and "
-            f"[{outputs}, {inputs}] right in E4M3 on this GPU"
-        )
-    operand = _operand(op, pattern, values.contiguous(), scale, noted, n, k)
-    y = x8.new_empty(len(x8), outputs, dtype=torch.bfloat16)
-    cusparselt.multiply(operand, x8.contiguous(), y, None, algorithm)
-    return y
+    tails, bitmap = [pattern.tails["spmm"], pattern.tails["spmm_t"]], pattern.bitmap
+    slots = n * k // 2
+    found = [values.new_empty(slots + len(tail), dtype=torch.uint8) for tail in tails]
+    parts = [len(tail) // PART_BYTES for tail in tails]
+    if not is_transposed_too:
+        found[1], parts[1] = found[1][:0], 0
+    largest, noted_x = noting or (None, None)
+    largest = None if largest is None else largest.contiguous()
+    count = 0 if largest is None else len(largest)
+    blocks = _noting(largest) + -(-sum(parts) // THREADS)
+    blocks += -(-n // TILE_ROWS) * bitmap.row_words
+    operand_t = found[1] if is_transposed_too else None
+    tensors = *bitmap.tensors, values.contiguous(), scale, noted, largest, noted_x, *tails
+    sizes = bitmap.row_words, n, k, _noting(largest), count, *parts
+    everything = *tensors, found[0], operand_t
+    start("sk_float8_fill", blocks, THREADS, FILL_BYTES, everything, *sizes)
+    return found[0], found[1]
 
 
-def _operand(
-    op: str, pattern: _Pattern, values: Tensor, scale: Tensor, noted: Tensor, n: int, k: int
+@cache
+def operand_bytes(n: int, k: int, device: torch.device) -> int:
+    """Length of an operand of W [n, k]."""
+    return cusparselt.operand_bytes(n, k, DTYPE, device.index)
+
+
+def product(
+    x8: Tensor, operand: Tensor, n: int, bias: Tensor | None = None, exponent: int = 0
 ) -> Tensor:
-    tail, bitmap = pattern.tails[op], pattern.bitmap
-    operand = values.new_empty(n * k // 2 + len(tail), dtype=torch.uint8)
-    count, parts = bitmap.words.numel(), len(tail) // bitmaps.PART_BYTES
-    sizes = bitmap.row_words, n, k, parts
-    tensors: tuple[Tensor, ...]
-    if op == "spmm":
-        blocks = -(-count // BLOCK_WORDS) + -(-parts // THREADS)
-        tensors = *bitmap.tensors, values, scale, noted, tail, operand
-        start("sk_float8_fill", blocks, THREADS, 0, tensors, count, *sizes)
-    else:
-        blocks = -(-n // TILE_ROWS) * bitmap.row_words + -(-parts // THREADS)
-        tensors = *bitmap.tensors, values, scale, tail, operand
-        start("sk_float8_fill_transposed", blocks, THREADS, TILE_BYTES, tensors, *sizes)
-    return operand
+    """y [M, N] = x8 [M, K] times the operand of W [N, K] over 2^exponent, + bias [N]; bfloat16."""
+    return compressed.multiply(operand, x8, n, bias, 2.0**-exponent)
 
 
 def dense(
@@ -155,20 +187,23 @@ def dense(
 
 
 def weight_gradient(
-    dy8: Tensor, x8: Tensor, inverses: tuple[Tensor, Tensor], dtype: torch.dtype
+    dy8: Tensor,
+    x8: Tensor,
+    inverses: tuple[Tensor, Tensor],
+    dtype: torch.dtype,
+    noting: tuple[Tensor, Tensor] | None = None,
 ) -> tuple[Tensor, Tensor]:
     """dW [N, K] = dy8 [M, N].T @ x8 [M, K], times both inverses [1] of the scales, and the sum of
-    dy8 over its tokens, float32 [N], times the first one."""
+    dy8 over its tokens, float32 [N], times the first one. noting: as of transpose()."""
     m, n = dy8.shape
     sums = dy8.new_empty(tiles(m), n, dtype=torch.float32)
+    dbias = dy8.new_empty(n, dtype=torch.float32)
+    dy8_t = transpose(dy8, sums, noting)
+    x8_t = transpose(x8, adding=(sums, inverses[0], dbias))
     dw = torch._scaled_mm(
-        transpose(dy8, sums),
-        transpose(x8).t(),
-        *inverses,
-        out_dtype=dtype,
-        use_fast_accum=FAST_WEIGHT_GRADIENT,
+        dy8_t, x8_t.t(), *inverses, out_dtype=dtype, use_fast_accum=FAST_WEIGHT_GRADIENT
     )
-    return dw, sums.sum(0).mul_(inverses[0])
+    return dw, dbias
 
 
 NOT_TWO_WAY = (

@@ -49,8 +49,10 @@ def test_a_cast_saturates_rounds_as_torch_does_and_notes_the_largest(device, m, 
         x[3, 5], x[4, 4], x[5, 9] = torch.inf, -torch.inf, torch.nan
         x8 = float8.quantise(x, one(scale, device), noted)
         assert torch.equal(x8.float().isnan(), ~x.isfinite()) and noted.isnan()
-        noted.fill_(1e35), float8.note(recipe.largest_of_rows(x[:3]), noted)
-        assert noted.item() == pytest.approx(1e35)
+        noted.fill_(1e35)
+        other, rows = one(0, device), recipe.largest_of_rows(x[:3])
+        float8.note(rows, noted, rows[:1], other)
+        assert noted.item() == pytest.approx(1e35) and other.item() == rows[0].item()
 
 
 @pytest.mark.sanitize
@@ -61,9 +63,14 @@ def test_bytes_are_transposed(device, m, k):
     sums = torch.full((float8.tiles(m), k), torch.nan, device=device)
     x = torch.where(torch.rand(m, k, device=device) < 1e-3, torch.nan, torch.randn_like(x.float()))
     x = x.to(recipe.DTYPE)
-    assert torch.equal(bits(float8.transpose(x, sums)), bits(x).t())
+    noted, rows = one(0, device), recipe.largest_of_rows(torch.randn(m, k, device=device))
+    assert torch.equal(bits(float8.transpose(x, sums, (rows, noted))), bits(x).t())
+    assert noted.item() == rows.max().item()
     want = torch.stack([part.float().sum(0) for part in x.split(float8.TURN_TILE)])
     torch.testing.assert_close(sums, want, equal_nan=True)
+    total = torch.full((k,), torch.nan, device=device)
+    float8.transpose(x, adding=(sums, one(0.5, device), total))
+    torch.testing.assert_close(total, want.sum(0) / 2, equal_nan=True)
 
 
 # Without a product: compute-sanitizer neither runs the library's nor sees what they store.
@@ -76,13 +83,18 @@ def test_an_operand_holds_each_value_and_the_tail(device, n, k, nan_memory):
     pattern = float8.pattern_of(W.row_offsets, W.col_indices, n, k)
     noted, scale = one(0, device), one(64, device)
     w8 = recipe.cast(w, scale).float()
-    for op, dense in (("spmm", w8), ("spmm_t", w8.t())):
-        operand = float8._operand(op, pattern, W.values, scale, noted, n, k)
+    noting = recipe.largest_of_rows(torch.randn(48, k, device=device)), one(0, device)
+    each = W.values, scale, noted, W.row_offsets, W.col_indices, n, k
+    found = float8.operands(*each, True, noting)
+    for operand, dense, op in zip(found, (w8, w8.t()), ("spmm", "spmm_t"), strict=True):
         slots = operand[: n * k // 2].view(recipe.DTYPE).float().view(len(dense), -1)
         for slot, row in zip(slots.cpu(), dense.cpu(), strict=True):
             assert torch.equal(slot[slot != 0].sort().values, row[row != 0].sort().values)
         assert torch.equal(operand[slots.numel() :], pattern.tails[op])
-    assert noted.item() == w.abs().max().item()
+        assert len(operand) == float8.operand_bytes(*dense.shape, w.device)
+    assert noted.item() == w.abs().max().item() and noting[1].item() == noting[0].max().item()
+    alone, none = float8.operands(*each, False)
+    assert torch.equal(alone, found[0]) and not len(none)
 
 
 @pytest.mark.parametrize("n, k, m", [(32, 32, 16), (96, 160, 48), (288, 64, 32)])
@@ -93,22 +105,19 @@ def test_products_are_those_of_rounded_operands(device, n, k, m, nan_memory):
     W = SparseTensor.from_dense(w, mask)
     pattern = W.row_offsets, W.col_indices, n, k
     noted, scale = one(0, device), one(64, device)
-    w8 = recipe.cast(w, scale).double()
-    for op, inputs, exact in (("spmm", k, w8.T), ("spmm_t", n, w8)):
-        x8 = torch.randn(m, inputs, device=device).to(recipe.DTYPE)
-        y = float8.product(op, x8, W.values, scale, noted, *pattern)
-        torch.testing.assert_close(y.double(), x8.double() @ exact, rtol=0.01, atol=0.5)
-    assert noted.item() == w.abs().max().item()
+    w8 = recipe.cast(w, scale)
+    found = float8.operands(W.values, scale, noted, *pattern, True)
+    for operand, exact in zip(found, (w8.t(), w8), strict=True):
+        x8 = torch.randn(m, len(exact), device=device).to(recipe.DTYPE)
+        y = float8.product(x8, operand, exact.shape[1])
+        torch.testing.assert_close(y.double(), x8.double() @ exact.double(), rtol=0.01, atol=0.5)
     values = torch.where(torch.arange(W.nnz, device=device) == 7, torch.inf, W.values)
-    y = float8.product(
-        "spmm",
-        torch.ones_like(x8)[:, :k] if k <= n else x8.new_ones(m, k),
-        values,
-        scale,
-        one(0, device),
-        *pattern,
-    )
-    assert y.isnan().any(0).sum() == 1 and noted.isfinite()
+    noted = one(0, device)
+    operand, operand_t = float8.operands(values, scale, noted, *pattern, True)
+    for each, (outputs, inputs) in ((operand, (n, k)), (operand_t, (k, n))):
+        y = float8.product(torch.ones(m, inputs, device=device).to(recipe.DTYPE), each, outputs)
+        assert y.isnan().any(0).sum() == 1
+    assert noted.isinf()
 
 
 def test_an_unknown_order_of_slots_and_another_pattern_are_refused(stand_in):  # noqa: F811
@@ -117,8 +126,7 @@ def test_an_unknown_order_of_slots_and_another_pattern_are_refused(stand_in):  #
     assert not float8._has_slots_in_rows("cpu")
     W = SparseTensor.from_dense(torch.ones(32, 32))
     with pytest.raises(ValueError, match="two-way"):
-        operands = W.values, one(1), one(0), W.row_offsets, W.col_indices, 32, 32
-        float8.product("spmm", torch.ones(16, 32).to(recipe.DTYPE), *operands)
+        float8.operands(W.values, one(1), one(0), W.row_offsets, W.col_indices, 32, 32, True)
     assert "8.9" in float8.refuse_dense(torch.device("cpu"))
     assert "multiples of 32" in float8.refuse_size(48, 32) and not float8.refuse_size(64, 32)
     assert "multiples of 16" in float8.refuse_tokens(8) and float8.refuse_tokens(0)
@@ -141,20 +149,35 @@ def test_the_scale_of_a_step_is_that_of_the_largest_before():
     steps = [[1.0, 7.0, 0.0], [3.5, 7.0, torch.inf], [0.25, 0.0, 1e-3], [0.25, 0.0, torch.nan]]
     seen = []
     for noted in steps:
-        scaling.noted.copy_(torch.tensor(noted))
+        scaling.noted[:3] = torch.tensor(noted)
         scaling.advance()
         assert not scaling.noted.any()
-        assert torch.equal(scaling.scales * scaling.inverses[:, 0], torch.ones(3))
-        seen.append(scaling.scales.tolist())
+        assert torch.equal(scaling.scales * scaling.inverses[:, 0], torch.ones(4))
+        seen.append(scaling.scales[:3].tolist())
     # 0 or an infinity in the history is no number of it; the largest stays for HISTORY steps.
     assert seen == [[256, 64, 1], [128, 64, 1], [128, 64, 2**18], [128, 64, 2**18]]
     for _ in range(recipe.HISTORY - 3):
-        scaling.noted.copy_(torch.tensor([0.25, 0.0, 1e-3]))
+        scaling.noted[:3] = torch.tensor([0.25, 0.0, 1e-3])
         scaling.advance()
-    assert scaling.scales.tolist() == [128, 64, 2**18]
-    scaling.noted.copy_(torch.tensor([0.25, 0.0, 1e-3]))
+    assert scaling.scales[:3].tolist() == [128, 64, 2**18]
+    scaling.noted[:3] = torch.tensor([0.25, 0.0, 1e-3])
     scaling.advance()
     assert scaling.scales.tolist()[0] == 1024
+
+
+@pytest.mark.parametrize("device", [ON_GPU])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+def test_a_compiled_cast_is_the_eager_one(device, dtype):
+    numbers = [0.0, -0.0, 449.0, -1e30, 3e38, 2.0**-10, 0.3, -7.7]
+    x = torch.tensor(numbers, device=device).to(dtype).repeat(8, 64)
+    x[1, 3], x[2, 4], x[3, 5] = torch.inf, -torch.inf, torch.nan
+
+    def both(x, scale):
+        return recipe.cast(x, scale), recipe.largest_of_rows(x)
+
+    found, want = torch.compile(both)(x, one(2, device)), both(x, one(2, device))
+    for a, b in zip(found, want, strict=True):
+        torch.testing.assert_close(a.float(), b.float(), rtol=0, atol=0, equal_nan=True)
 
 
 def test_a_cast_of_nothing_and_of_what_overflows():
