@@ -1,6 +1,7 @@
 """Where a run begins: at random weights, at its own checkpoint, or at the weights of another."""
 
 from collections.abc import Callable
+from dataclasses import asdict
 from pathlib import Path
 
 from ..files import check_writable
@@ -11,6 +12,8 @@ from .continued import continued
 from .data import Text, tokenizer_from_state
 from .distributed import Ranks
 from .run import History, Run
+
+OF_A_PROCESS = ("data", "init_from", "out", "sparsity_config", "threads")  # of a config
 
 
 def begin(
@@ -47,17 +50,23 @@ def begin(
         raise ValueError(f"data: {config.data} changed since {path} was written")
 
     vocab_size = text.tokenizer.vocab_size
+    history = History.of(saved) if saved else History()
+    if source and not saved:
+        history.source = History.of(source).as_source()
+    # Paths may differ from machine to machine, what they lead to may not.
+    mine = {name: value for name, value in asdict(config).items() if name not in OF_A_PROCESS}
+    found = {"sparsity_config": settings, "data": text.crc32, "checkpoint": vars(history)}
+    ranks.check_same(mine | found)
     if saved:
-        run = Run(config, settings, ranks, text, History.of(saved), saved, path)
+        run = Run(config, settings, ranks, text, history, saved, path)
         before = saved["config"]["steps"]
         run.lengthened_from = before if config.steps > before else 0
         return run
     if source:
         state, settings = continued(config, settings, source, vocab_size)
-        history = History(source=History.of(source).as_source())
         return Run(config, settings, ranks, text, history, state)
     state = {"model": build_model(config, vocab_size).state_dict()}
-    return Run(config, settings, ranks, text, History(), state)
+    return Run(config, settings, ranks, text, history, state)
 
 
 def _text(config: TrainConfig, state: dict | None, tell: Callable[[str], None]) -> Text:
