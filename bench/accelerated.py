@@ -4,8 +4,10 @@
 
 Weights are those of bench/models.py, of ResNet-50 random ones, pruned by magnitude, evenly in each
 layer: only times are looked at. Each model is accelerated ROUNDS times anew. Then all ways to run
-it take turns: torch, what accelerate_ made of it, and those of bench/engines.py (pip install onnx
-onnxscript onnxruntime openvino). One thread.
+it take turns: torch, what accelerate_ made of it, both compiled too, and those of bench/engines.py
+(pip install onnx onnxscript onnxruntime openvino). A language model is not compiled: its many
+blocks take minutes. Its token is run with dense layers in torch's oneDNN, and in bfloat16 with
+packed weights, too. One thread.
 """
 
 import argparse
@@ -20,6 +22,7 @@ import engines
 import models
 import torch
 from torch import Tensor, nn
+from torch.utils.mkldnn import to_mkldnn
 
 from sparsekern import accelerate_
 from sparsekern.bench import records
@@ -27,7 +30,8 @@ from sparsekern.bench.machine import about_cpu, about_run
 from sparsekern.bench.records import DENSE, OURS
 from sparsekern.bench.turns import in_turns, on_host
 from sparsekern.models.prune import prune_
-from sparsekern.sparsity import Magnitude
+from sparsekern.nn import pack_
+from sparsekern.sparsity import Magnitude, Static
 from sparsekern.terminal import table
 
 SPARSITIES = (0.5, 0.75, 0.9)
@@ -48,8 +52,9 @@ INPUTS = {
     "resnet50": (Input((1, 3, 224, 224)), Input((8, 3, 224, 224))),
 }
 NAMES = models.NAMES | {"resnet50": "ResNet-50"}
-ROUNDS = 3
-RACE_ROUNDS, ENOUGH_S = 15, 4.0  # of all ways in turn; no more of one that took so long
+ROUNDS = 2
+COMPILED, ONEDNN = ", compiled", ", oneDNN"
+RACE_ROUNDS, ENOUGH_S = 15, 2.0  # of all ways in turn; no more of one that took so long
 REPORT, RACE = "accelerate", "engines"  # ops: what the report says, and the race
 
 
@@ -61,7 +66,7 @@ def cases(name: str) -> list[dict]:
         is_text = len(given.shape) == 2
         x = torch.randint(1000, 20000, given.shape) if is_text else torch.randn(given.shape)
         case = about | {"case": str(given)}
-        pruned, made = dense, {}
+        pruned, ours = dense, []
         for sparsity in SPARSITIES:
             pruned = copy.deepcopy(dense)
             if is_text:
@@ -69,11 +74,16 @@ def cases(name: str) -> list[dict]:
             else:
                 prune_convolutions_(pruned, sparsity)
             this = case | {"sparsity": sparsity}
-            rows, made[sparsity] = reports(pruned, x, given.new_tokens, this)
+            rows, made = reports(pruned, x, given.new_tokens, this)
             found += rows
+            ours.append((sparsity, "accelerate_", made))
+            if given.new_tokens:
+                ours.append((sparsity, f"accelerate_{ONEDNN}", with_head_in_onednn(made)))
+                ours.append((sparsity, "pack_", packed(pruned, sparsity)))
         if given.new_tokens:
             case |= {"case": f"1 token after {given.shape[1]}"}
-        found += race(pruned, made, x, bool(given.new_tokens), case)
+        ways = ways_of(pruned, ours, x, bool(given.new_tokens))
+        found += race(ways, case)
     return found
 
 
@@ -103,7 +113,7 @@ def reports(
     case = case | {"op": REPORT, "dtype": "float32"}
     for i in range(ROUNDS):
         model = copy.deepcopy(pruned)
-        example = {model.main_input_name: x}
+        example = {model.main_input_name: x} | ({} if new_tokens else engines.settings_of(model))
         began = time.process_time()
         report = accelerate_(model, example, new_tokens=new_tokens)
         took = time.process_time() - began
@@ -134,19 +144,52 @@ def generate_s(model: Any, x: Tensor, new_tokens: int) -> float:
     return time.process_time() - began
 
 
-def race(
-    pruned: nn.Module, made: dict[float, nn.Module], x: Tensor, is_token: bool, case: dict
-) -> list[dict]:
-    """Records of all ways to run the model, in turn; only ours depend on the zeros."""
+def packed(pruned: nn.Module, sparsity: float) -> nn.Module:
+    """In bfloat16, all layers with zeros."""
+    model = copy.deepcopy(pruned).bfloat16()
+    Static(sparsity, init_method="from_zeros").apply(model)
+    return pack_(model)
+
+
+def with_head_in_onednn(model: Any) -> nn.Module:
+    """The same modules but for the head."""
+    other = copy.copy(model)
+    other._modules = model._modules | {"lm_head": to_mkldnn(model.lm_head)}
+    return other
+
+
+Ways = dict[tuple[float | None, str, str], engines.Engine]  # by zeros, name and type
+
+
+def ways_of(
+    pruned: nn.Module, ours: list[tuple[float, str, nn.Module]], x: Tensor, is_token: bool
+) -> Ways:
+    """All ways to run the model. Only ours depend on the zeros."""
     prompt = x if is_token else None
     x = x[:, -1:] if is_token else x
-    dense = engines.torch_way("torch", DENSE, pruned, x, prompt)
-    # Errors are those of the pruned model that all but the sparser ones have.
-    ways = {(None, dense.name, dense.dtype): dense}
-    ways |= {(None, way.name, way.dtype): way for way in engines.others(pruned, x, prompt)}
-    for sparsity, model in made.items():
-        way = engines.torch_way("accelerate_", OURS, model, x, prompt)
-        ways[sparsity, way.name, way.dtype] = way
+    found: Ways = {}
+
+    def add(sparsity: float | None, way: engines.Engine) -> None:
+        found[sparsity, way.name, way.dtype] = way
+
+    add(None, engines.torch_way("torch", DENSE, pruned, x, prompt))
+    for way in engines.others(pruned, x, prompt):
+        add(None, way)
+    for sparsity, name, model in ours:
+        add(sparsity, engines.torch_way(name, OURS, model, x, prompt))
+    if is_token:
+        model = to_mkldnn(copy.deepcopy(pruned))
+        add(None, engines.torch_way(f"torch{ONEDNN}", DENSE, model, x, prompt))
+    if not hasattr(pruned, "generate"):
+        torch.compiler.reset()  # code for another input would be looked through in each call
+        add(None, engines.torch_way(f"torch{COMPILED}", DENSE, torch.compile(pruned), x))
+        for sparsity, name, model in ours:
+            add(sparsity, engines.torch_way(name + COMPILED, OURS, torch.compile(model), x))
+    return found
+
+
+def race(ways: Ways, case: dict) -> list[dict]:
+    """Records of all ways, in turn. Errors are those of the model with most zeros."""
     turns = {str(key): on_host(way.run, clock=time.process_time) for key, way in ways.items()}
     taken = in_turns(
         turns,
@@ -154,8 +197,9 @@ def race(
         warm_up=2,
         is_enough=lambda name, times: sum(seconds() for seconds in times) > ENOUGH_S,
     )
-    want = dense.output(dense.run()).double()
-    last = max(made)  # whose zeros the dense ones have
+    first, *_ = ways.values()
+    want = first.output(first.run()).double()
+    last = max(sparsity for sparsity, *_ in ways if sparsity)  # whose zeros the dense ones have
     found = []
     for (sparsity, name, dtype), way in ways.items():
         seconds = taken[str((sparsity, name, dtype))]
@@ -199,7 +243,8 @@ def page(name: str, run: records.Run) -> str:
             "fresh copy. `expected`: what the parts in the report add up to, within 10 % of the "
             f"whole in {near} of {len(ratios)} runs. The longest call ran for {max(calls):.1f} s. "
             "All seconds are those that the process ran: other work on the machine does not count. "
-            + "Of generation (prompt + new tokens) `dense` and `after` are those of generate(). "
+            + "A prompt gives the logits of its last token. Of generation (prompt + new tokens) "
+            "`dense` and `after` are those of generate(). "
             * any("+" in r["case"] for r in reported)
             + "The "
             f"outputs of both, relative to their norm, differ by {error:.0e} at most.",
@@ -208,9 +253,11 @@ def page(name: str, run: records.Run) -> str:
             "",
             "## Other engines",
             "",
-            "All in turn, one thread each, medians. Only accelerate_ makes use of zeros. Bold: an "
-            "engine that is faster than accelerate_ at 75 % zeros. Error: of the output, relative "
-            "to the norm of that of torch in float32."
+            "All in turn, one thread each, medians. Only accelerate_ and pack_ make use of zeros: "
+            "pack_ of all layers that have some. Compiled: by torch.compile, which is not timed. "
+            "oneDNN: torch.utils.mkldnn.to_mkldnn of the dense layers, of accelerate_ of the head. "
+            "Bold: an engine that is faster than accelerate_ at 75 % zeros. Error: of the output, "
+            "relative to the norm of that of torch in float32."
             + " Not installed: ONNX Runtime, OpenVINO."
             * bool(missing),
             "",

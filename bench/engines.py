@@ -30,17 +30,21 @@ class Engine:
     output: Callable[[Any], Tensor]
 
 
-class First(nn.Module):
-    """The first output of a model of transformers for its main input, token numbers or pixels,
+def settings_of(model: nn.Module) -> dict[str, Any]:
+    """For a language model: as generate() reads a prompt, for the logits of its last token, but
     without a cache of keys and values."""
+    return {"use_cache": False, "logits_to_keep": 1} if hasattr(model, "generate") else {}
+
+
+class First(nn.Module):
+    """The first output of a model of transformers for its main input, token numbers or pixels."""
 
     def __init__(self, model: nn.Module):
         super().__init__()
         self.model = model
 
     def forward(self, x: Tensor) -> Tensor:
-        settings = {"use_cache": False} if hasattr(self.model, "generate") else {}
-        return self.model(**{self.model.main_input_name: x}, **settings)[0]
+        return self.model(**{self.model.main_input_name: x}, **settings_of(self.model))[0]
 
 
 class Token(nn.Module):

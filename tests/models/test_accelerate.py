@@ -97,6 +97,17 @@ def test_times_of_layers_in_their_model(monkeypatch):
     assert not once._forward_hooks and not once._forward_pre_hooks
 
 
+@pytest.mark.parametrize("whole, rounds", [(1.04, 1), (2.0, 2)])
+def test_a_long_run_is_timed_again_where_clocks_seem_to_change_it(whole, rounds, monkeypatch):
+    one = [0, 0.2, 0.5, 1, 0, whole]  # the run's begin, its layer's, their ends; without clocks
+    readings = iter(rounds * one)
+    monkeypatch.setattr(timing, "clock", lambda is_gpu: (lambda: next(readings), median))
+    layer, x = nn.Linear(H, H), torch.randn(3, H)
+    times = timing.times_of(lambda: lambda: layer(x), [layer], torch.device("cpu"))
+    assert (times.whole_s, times.rest_s, times.layers_s) == (whole, 0.7, [0.3])
+    assert next(readings, None) is None
+
+
 def test_a_model_that_is_slower_as_a_whole_goes_back(seconds, monkeypatch):
     whole, times_of = iter([1.0, 2.0, 1.5]), work.times_of
 

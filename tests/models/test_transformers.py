@@ -1,12 +1,14 @@
 """accelerate_ on small random models of transformers."""
 
 import copy
+from statistics import median
 
 import pytest
 import torch
 from pruned_models import sparse_is_faster
 
 from sparsekern import accelerate_, densify_
+from sparsekern.models import generation
 from sparsekern.models.prune import prune_
 from sparsekern.sparsity import Wanda
 
@@ -188,8 +190,13 @@ def test_new_tokens_are_called_as_generate_does(make, example, monkeypatch):
         model.model.layers[0].self_attn.register_forward_pre_hook(look, with_kwargs=True)
     if make is t5:
         model.generation_config.num_beams = 2
+    ticks = iter(range(10**6))  # between two calls of the model passes one
+    monkeypatch.setattr(generation, "clock", lambda is_gpu: (lambda: next(ticks), median))
     report = accelerate_(model, example, new_tokens=3)
     assert report.output_error is not None
+    # A call takes 9 s, each sparse layer in it 1 s of 2; the prompt gives the first token.
+    assert report.before_s == report.after_s == 9 + 2 * (9 + 1)
+    assert report.expected_after_s == report.before_s - 3 * (2 - 1) * len(report.sparse)
     rows = {layer.name: layer.tokens for layer in report.layers}
     if make is llama:
         assert lengths == {(19, 0), *((1, 19 + i) for i in range(2))}
