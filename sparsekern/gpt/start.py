@@ -53,10 +53,7 @@ def begin(
     history = History.of(saved) if saved else History()
     if source and not saved:
         history.source = History.of(source).as_source()
-    # Paths may differ from machine to machine, what they lead to may not.
-    mine = {name: value for name, value in asdict(config).items() if name not in OF_A_PROCESS}
-    found = {"sparsity_config": settings, "data": text.crc32, "checkpoint": vars(history)}
-    ranks.check_same(mine | found)
+    ranks.check_same(_told_apart(config, settings, text, history))
     if saved:
         run = Run(config, settings, ranks, text, history, saved, path)
         before = saved["config"]["steps"]
@@ -67,6 +64,19 @@ def begin(
         return Run(config, settings, ranks, text, history, state)
     state = {"model": build_model(config, vocab_size).state_dict()}
     return Run(config, settings, ranks, text, history, state)
+
+
+def _told_apart(
+    config: TrainConfig, settings: object, text: Text, history: History
+) -> dict[str, object]:
+    """What must be the same in all processes. Paths may differ, what they lead to may not."""
+    mine = {name: value for name, value in asdict(config).items() if name not in OF_A_PROCESS}
+    return mine | {
+        "sparsity_config": settings,
+        "data (CRC-32)": text.crc32,
+        "checkpoint (steps, last loss)": (len(history.losses), history.losses[-1:]),
+        "init_from (its cost)": history.source,
+    }
 
 
 def _text(config: TrainConfig, state: dict | None, tell: Callable[[str], None]) -> Text:
