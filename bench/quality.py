@@ -3,7 +3,7 @@
     python bench/quality.py corpus --downloads PACKAGES --data DATA
     python bench/quality.py check --data DATA --out OUT
     python bench/quality.py run --data DATA --out OUT --minutes 9
-    python bench/quality.py clock --data DATA --minutes 45
+    python bench/quality.py clock --data DATA
     python bench/quality.py page --add OUT/results.jsonl
 
 The first makes the text and the tasks out of packages (bench/evidence/sources.py), the second asks
@@ -13,8 +13,8 @@ bench/results/quality.jsonl, a run that was stopped goes on from WORK where that
 Where it will not be (checkpoints of 170 MB and more do not come home from a lent machine), --whole
 fills the minutes with runs that end in time: those of this call, or of it and the next calls on the
 same machine. OUT/compiled-*.xz spares the next machine half a minute for each shape. The
-fourth is for a quiet CPU: dense and 75 % zeros for the same minutes. The last writes
-docs/quality.md.
+fourth is for a quiet CPU, where it takes about 23 minutes: dense and 75 % zeros for the same
+minutes, a core each. The last writes docs/quality.md.
 """
 
 import argparse
@@ -22,6 +22,7 @@ import fcntl
 import math
 import os
 import sys
+import tempfile
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -35,7 +36,7 @@ from evidence.period import Period
 from workers import Pool
 
 from sparsekern import __version__
-from sparsekern.bench.machine import git, processor
+from sparsekern.bench.machine import git
 from sparsekern.cli import guarded
 
 ROOT = Path(__file__).parents[1]
@@ -82,8 +83,7 @@ def make(options: argparse.Namespace, corpus: str, work: Path) -> int:
     deadline = began + 60 * options.minutes
     lost_at = math.inf if options.whole is None else began + 60 * (options.whole or options.minutes)
     about = about_now(options.commit)
-    orders = {order.number: order for order in plan.PLANS[options.plan]}
-    chosen = [orders[number] for number in options.orders or orders if number in orders]
+    chosen = plan.chosen(plan.PLANS[options.plan], options.orders)
     kept = [KEPT] if KEPT.exists() and options.plan == "full" else []
     made = study.Study(chosen, corpus, options.out, kept, about)
     if made.waiting() and time.monotonic() < deadline:
@@ -118,14 +118,17 @@ def about_now(commit: str = "") -> dict:
 
 
 def by_clock(options: argparse.Namespace) -> int:
-    corpus = build.load(options.data)
-    for seed in options.seeds:
-        for rate in options.rates:
-            for arm in clock.ARMS:
-                found = clock.run(corpus, arm, options.minutes, rate, seed)
-                clock.keep(CLOCK, found | {"device": processor()} | about_now())
-                told = f"held-out {found['held-out']:.4f}, {found['tokens_per_s']:,.0f} tokens/s"
-                print(f"{arm}, rate {rate:g}, seed {seed}: {told}", flush=True)
+    cores = sorted(os.sched_getaffinity(0))[: len(clock.ARMS)]
+    minutes = options.minutes, options.short
+    corpus = build.identity(options.data)
+    made = clock.Turns(CLOCK, corpus, cores, *minutes, options.seeds, about_now(options.commit))
+    command = [sys.executable, __file__, "clock-worker", f"--data={options.data}"]
+    with tempfile.TemporaryDirectory() as logs:
+        pool = Pool(command, [str(core) for core in cores], Path(logs), math.inf)
+        try:
+            pool.run(made.choose, made.finish)
+        finally:
+            pool.close()
     return 0
 
 
@@ -135,7 +138,8 @@ def main() -> int:
     given = {name: commands.add_parser(name) for name in ("corpus", "check", "run", "page")}
     given["worker"] = commands.add_parser("worker")  # started by run
     given["clock"] = commands.add_parser("clock")
-    for name in ("corpus", "check", "run", "worker", "clock"):
+    given["clock-worker"] = commands.add_parser("clock-worker")  # started by clock
+    for name in ("corpus", "check", "run", "worker", "clock", "clock-worker"):
         given[name].add_argument("--data", type=Path, required=True, help="the text, in rows")
     given["corpus"].add_argument(
         "--downloads",
@@ -163,18 +167,26 @@ def main() -> int:
         help="begin no run that would not end before WORK is lost, in so many minutes (--minutes)",
     )
     more.add_argument("--plan", choices=plan.PLANS, default="full")
-    numbers = [order.number for order in plan.PLAN]
     more.add_argument(
-        "--orders", type=int, nargs="+", choices=numbers, help="the most wanted first (all)"
+        "--orders",
+        nargs="+",
+        default=[],
+        metavar="ORDER",
+        help="the most wanted first, as 5, or 1:75,small for some of its arms (all)",
     )
-    more.add_argument("--commit", default="", help="of the sources, where git does not say it")
-    given["clock"].add_argument("--minutes", type=float, default=45.0, help="for each run")
-    given["clock"].add_argument("--rates", type=float, nargs="+", default=clock.RATES)
-    given["clock"].add_argument("--seeds", type=int, nargs="+", default=[0])
+    for name in ("run", "clock"):
+        about = "of the sources, where git does not say it"
+        given[name].add_argument("--commit", default="", help=about)
+    more = given["clock"]
+    more.add_argument("--minutes", type=float, default=4.5, help="to train, for each run")
+    more.add_argument("--short", type=float, default=1.0, help="of those that choose a rate")
+    more.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     given["page"].add_argument("--add", type=Path, nargs="+", default=[], help="new results")
     options = parser.parse_args()
     if options.command == "corpus":
         build.build(options.downloads, options.data, lambda text: print(text, flush=True))
+    elif options.command == "clock-worker":
+        clock.serve(options.data)
     elif options.command == "worker":
         worker.serve(options.data, options.work, options.out, options.device)
     elif options.command == "check":

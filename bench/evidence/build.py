@@ -8,6 +8,7 @@ import hashlib
 import json
 import lzma
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -114,9 +115,14 @@ def load(folder: Path) -> Corpus:
     """ValueError names the file that is missing or not what the manifest says."""
     manifest = _manifest(folder)
     arrays = {}
-    for name, entry in manifest["arrays"].items():
-        parts = [_unpacked(folder / file, sha256) for file, sha256 in entry["files"].items()]
-        arrays[name] = np.frombuffer(b"".join(parts), np.uint16).reshape(entry["shape"])
+    with ThreadPoolExecutor() as pool:  # unpacking lets go of the interpreter's lock
+        parts = {
+            name: [pool.submit(_unpacked, folder / f, sha256) for f, sha256 in e["files"].items()]
+            for name, e in manifest["arrays"].items()
+        }
+        for name, entry in manifest["arrays"].items():
+            whole = b"".join(part.result() for part in parts[name])
+            arrays[name] = np.frombuffer(whole, np.uint16).reshape(entry["shape"])
     return Corpus(identity(folder), manifest, arrays)
 
 

@@ -12,6 +12,7 @@ from .arms import Task
 from .engine import Shape
 from .plan import ARMS, SIZES
 
+LAST = 5  # runs whose median counts: the step has become faster
 TUNING_RATES = 3.5  # tried in the mean
 MORE_THAN_STEPS = 1.08  # seconds of a run, times those of its steps: scores
 SETUP_S = 40.0  # to capture a step, until one has told
@@ -31,7 +32,7 @@ class Pace:
             for r in self._done
             if (r["size"], r["arm"], r["is_tuned"]) == (task.size, task.arm, task.is_tuned)
         ]
-        return statistics.median(same) if same else self._by_steps(task)
+        return statistics.median(same[-LAST:]) if same else self._by_steps(task)
 
     def pretraining(self, task: Task) -> float:
         """Of the first part of a run."""
@@ -60,8 +61,8 @@ class Pace:
                 of = ARMS[r["arm"]].shape(SIZES[r["size"]])
                 known.setdefault(of, []).append(r["pretrained"]["step_s"])
         if shape in known:
-            return statistics.median(known[shape])
-        found = [statistics.median(s) * flops(shape) / flops(of) for of, s in known.items()]
+            return statistics.median(known[shape][-LAST:])
+        found = [statistics.median(s[-LAST:]) * flops(shape) / flops(of) for of, s in known.items()]
         return statistics.median(found) if found else 0.0
 
 

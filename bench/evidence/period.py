@@ -53,7 +53,11 @@ class Period:
         free.sort(key=lambda task: not self._so_far(task))
         pace = Pace(self._study.results.values(), self._rows)
         left = self._lost_at - MARGIN_S - time.monotonic()
-        at = best_fit([self.cost(pace, gpu, task) for task in free], left)
+        costs = [self.cost(pace, gpu, task) for task in free]
+        if free and self._is_of_a_begun_sweep(free[0]) and costs[0] <= left:
+            at = 0  # what it decides is waited for
+        else:
+            at = best_fit(costs, left)
         return None if at is None else Job(free[at].key, "arm", asdict(free[at]))
 
     def cost(self, pace: Pace, gpu: str, task: Task) -> float:
@@ -73,6 +77,9 @@ class Period:
         if "failed" in answer:  # the next process captures anew
             self._captured = {c for c in self._captured if c[0] != worker.gpu}
         self._study.finish(job, worker, answer)
+
+    def _is_of_a_begun_sweep(self, task: Task) -> bool:
+        return task.seed == plan.SWEEP_SEED and bool(self._study.losses(task.size, task.arm))
 
     def _is_trained(self, task: Task) -> bool:
         return (folder_of(self._folder, task) / MODEL).exists()

@@ -10,7 +10,8 @@ mostly say "different" or "open".
 """
 
 import math
-from dataclasses import dataclass, field
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
 
 from sparsekern.gpt.flops import flop_ratio, train_flops_per_token
 
@@ -317,6 +318,25 @@ TOY_PLAN = (
 PLANS = {"full": PLAN, "toy": TOY_PLAN}
 
 SWEPT_AT = {"M": "S"}  # where the rates of a size come from that has no sweep of its own
+
+
+def chosen(orders: Sequence[Order], names: Sequence[str]) -> list[Order]:
+    """Those of a plan that are named, the most wanted first: "7", or "7:75,two-way" for some of its
+    arms alone, swept or run. All of them where none is named. ValueError where one is not there."""
+    numbered, found = {str(order.number): order for order in orders}, []
+    for name in names or numbered:
+        number, colon, arms = name.partition(":")
+        if number not in numbered:
+            raise ValueError(f"orders: expected some of {', '.join(numbered)}, got {name}")
+        order = numbered[number]
+        wanted = arms.split(",") if colon else [*order.swept, *order.arms]
+        if missing := {*wanted} - {*order.swept, *order.arms}:
+            known = ", ".join(dict.fromkeys([*order.swept, *order.arms]))
+            wrong = ", ".join(sorted(missing))
+            raise ValueError(f"orders: expected arms of order {number}, {known}, got {wrong}")
+        swept, made = (tuple(a for a in x if a in wanted) for x in (order.swept, order.arms))
+        found.append(replace(order, swept=swept, arms=made))
+    return found
 
 
 def rounded(rate: float) -> float:

@@ -103,7 +103,7 @@ class Study:
     def waiting(self) -> list[Task]:
         """ValueError where one of them was done at another rate."""
         left = []
-        for task in self.tasks():
+        for task in dict.fromkeys(self.tasks()):
             if done := self.results.get(task.key):
                 check(task, done)
             elif task.key not in self.failed:

@@ -10,6 +10,8 @@ import queue
 import sys
 import threading
 import traceback
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import TextIO
 
@@ -39,14 +41,18 @@ def answer(runner: Runner, message: dict) -> dict:
     return {"result": result}
 
 
-def runner(data: Path, work: Path, device: str) -> Runner:
-    return Runner(Data(build.load(data), device), work, DTYPES[device])
+def runner(corpus: build.Corpus, work: Path, device: str) -> Runner:
+    return Runner(Data(corpus, device), work, DTYPES[device])
 
 
 def load_compiled(folder: Path) -> None:
-    """What torch.compile made in an earlier period: half a minute for each shape."""
+    """What torch.compile made in an earlier period: half a minute for each shape. What another
+    version of torch made, and what is broken, is told and made again."""
     for path in sorted(folder.glob(f"{COMPILED}-*.xz")):
-        torch.compiler.load_cache_artifacts(lzma.decompress(path.read_bytes()))
+        try:
+            torch.compiler.load_cache_artifacts(lzma.decompress(path.read_bytes()))
+        except Exception as error:  # anything: a pickle of another torch
+            print(f"{path.name}: not used: {type(error).__name__}: {error}", flush=True)
 
 
 def save_compiled(folder: Path, gpu: str) -> None:
@@ -61,8 +67,8 @@ def read_messages(stream: TextIO, messages: queue.Queue) -> None:
     os._exit(0)  # also in the middle of a run: nobody waits for it any more
 
 
-def serve(data: Path, work: Path, out: Path, device: str) -> None:
-    """Runs in WORK; what is small enough to be carried to another machine in OUT."""
+def listen() -> tuple[queue.Queue, Callable[[dict], None]]:
+    """Messages as they come, and a function that replies. What is printed goes to stderr now."""
     replies = os.fdopen(os.dup(1), "w")
     os.dup2(2, 1)
 
@@ -71,8 +77,16 @@ def serve(data: Path, work: Path, out: Path, device: str) -> None:
 
     messages: queue.Queue = queue.Queue()
     threading.Thread(target=read_messages, args=(sys.stdin, messages), daemon=True).start()
-    load_compiled(out)
-    made, shapes = runner(data, work, device), 0
+    return messages, reply
+
+
+def serve(data: Path, work: Path, out: Path, device: str) -> None:
+    """Runs in WORK; what is small enough to be carried to another machine in OUT."""
+    messages, reply = listen()
+    with ThreadPoolExecutor() as pool:  # seconds each
+        corpus = pool.submit(build.load, data)
+        load_compiled(out)
+    made, shapes = runner(corpus.result(), work, device), 0
     reply({"device": torch.cuda.get_device_name() if device == "cuda" else processor()})
     while True:
         message = messages.get()

@@ -2,7 +2,7 @@
 #include "bench_loops_isa.h"
 
 #include "../common/machine.h"
-#include "../cpu/simd.h"
+#include "../cpu/dots.h"
 
 namespace sk::SK_ISA {
 namespace {

@@ -8,6 +8,9 @@
 #if defined(__unix__) || defined(__APPLE__)
 #include <unistd.h>
 #endif
+#if defined(__linux__)
+#include <sys/mman.h>
+#endif
 
 namespace sk {
 namespace {
@@ -67,6 +70,15 @@ bool has_bf16_dots() {
   return has && isa() == Isa::kAvx512;
 #else
   return false;
+#endif
+}
+
+void advise_huge_pages(void* data, int64_t bytes) {
+#if defined(__linux__) && defined(MADV_HUGEPAGE)
+  constexpr int64_t kHuge = 1 << 21;
+  const auto at = reinterpret_cast<intptr_t>(data);
+  const int64_t first = (at + kHuge - 1) / kHuge * kHuge, end = (at + bytes) / kHuge * kHuge;
+  if (end > first) madvise(reinterpret_cast<void*>(first), end - first, MADV_HUGEPAGE);
 #endif
 }
 

@@ -40,6 +40,11 @@ const char* isa_name();
 // Whether there is an instruction for dot products of bfloat16 (AVX512-BF16), and isa() may use it.
 bool has_bf16_dots();
 
+// Tells the system that a large result is about to be written from end to end, so that it may put
+// huge pages there: a fresh page of 4 KiB costs as much as thousands of multiply-adds. A hint, of
+// Linux; nothing is changed in the memory.
+void advise_huge_pages(void* data, int64_t bytes);
+
 // Size of a core's L1 data cache (level 1) or L2 cache (2); 0 where the system does not say.
 int64_t cache_bytes(int level);
 

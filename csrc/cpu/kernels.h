@@ -30,12 +30,18 @@ constexpr int64_t kFewTokensT = 8;  // the most that `spmm_t_few` takes
 enum class Lookup { kGather, kPick, kScalar };
 constexpr int64_t kLanesTokens = 4;  // the most that `spmm_lanes` takes
 
-enum class Type { kFloat, kBfloat16, kDouble, kPairs };  // kPairs: bfloat16, in panels too
+// kPairs: bfloat16, in panels too. kDots: the same, and values stay so in walking order; for SpMM
+// where has_bf16_dots().
+enum class Type { kFloat, kBfloat16, kDouble, kPairs, kDots };
 inline int64_t size_of(Type t) { return t == Type::kDouble ? 8 : t == Type::kFloat ? 4 : 2; }
 // Bytes of the type that it is computed in.
 inline int64_t real_size_of(Type t) { return t == Type::kDouble ? 8 : 4; }
 // Bytes of a token in a panel that is read.
-inline int64_t panel_size_of(Type t) { return t == Type::kPairs ? 2 : real_size_of(t); }
+inline int64_t panel_size_of(Type t) {
+  return t == Type::kPairs || t == Type::kDots ? 2 : real_size_of(t);
+}
+// Bytes of a value in walking order, as SpMM reads it.
+inline int64_t walked_size_of(Type t) { return t == Type::kDots ? 2 : real_size_of(t); }
 
 // A token-major matrix: element (m, c) at data + (m * stride + c) elements.
 struct Matrix {
@@ -98,7 +104,7 @@ struct Kernels {
   // again is used behind y.
   // values: the block's in walking order, or in_place all of W's in CSR order. In place not for W^T
   // and not for 16-bit types.
-  // two_sums: with 4 vectors, and not of kPairs, a row's sum is that of two.
+  // two_sums: with 4 vectors, and not of kPairs and kDots, a row's sum is that of two.
   void (*spmm)(Type, int vecs, bool two_sums, const Walk&, int64_t rows, bool in_place,
                const void* values, const void* start, const void* x, void* y);
   // walked (+)= sum_m dy[row][m] * x[col][m] for each non-zero; dy is local to the block.

@@ -21,7 +21,8 @@ template <class F>
 void with_type(Type type, F f) {
   float* real = nullptr;
   if (type == Type::kFloat) f(static_cast<float*>(nullptr), real);
-  if (type == Type::kBfloat16 || type == Type::kPairs) f(static_cast<bf16*>(nullptr), real);
+  if (type == Type::kBfloat16 || type == Type::kPairs || type == Type::kDots)
+    f(static_cast<bf16*>(nullptr), real);
   if (type == Type::kDouble) f(static_cast<double*>(nullptr), static_cast<double*>(nullptr));
 }
 template <class F>
@@ -63,19 +64,27 @@ void pack_(Type type, Matrix x, int64_t tokens, int64_t features, int vecs, void
     pack(as(static_cast<const void*>(x.data), t), x.stride, tokens, features, width(vecs, element),
          as(panel, element));
   };
-  if (type == Type::kPairs) return to(static_cast<bf16*>(nullptr), static_cast<Pair*>(nullptr));
+  if (panel_size_of(type) == 2) return to(static_cast<bf16*>(nullptr), static_cast<Pair*>(nullptr));
   with_type(type, to);
 }
 
 void unpack_(Type type, const void* panel, int vecs, int64_t tokens, int64_t features, Matrix y) {
-  with_type(type, [&](auto* t, auto* real) {
+  const auto from = [&](auto* t, auto* real) {
     const int64_t tokens_in_row = width(vecs, real) * real_size_of(type) / panel_size_of(type);
     unpack(as(panel, real), tokens_in_row, tokens, features, as(y.data, t), y.stride);
-  });
+  };
+#ifdef SK_DOTS
+  if (type == Type::kDots)
+    return from(static_cast<FlushedBf16*>(nullptr), static_cast<float*>(nullptr));
+#endif
+  with_type(type, from);
 }
 
 void gather_(Type type, const Walk& w, const void* values, void* walked) {
-  with_type(type, [&](auto* t, auto* real) { gather(w, as(values, t), as(walked, real)); });
+  with_type(type, [&](auto* t, auto* real) {
+    type == Type::kDots ? gather(w, as(values, t), as(walked, t))
+                        : gather(w, as(values, t), as(walked, real));
+  });
 }
 
 void scatter_(Type type, const Walk& w, const void* walked, void* values) {
@@ -90,15 +99,26 @@ void widen_(Type type, const void* values, int64_t size, void* wide) {
 
 void spmm_(Type type, int vecs, bool two_sums, const Walk& w, int64_t rows, bool in_place,
            const void* values, const void* start, const void* x, void* y) {
+  const auto run = [&](auto sums) {
+    using Sums = decltype(sums);
+    spmm_block<Sums>(w, rows, in_place, static_cast<const typename Sums::Value*>(values),
+                     static_cast<const typename Sums::Real*>(start),
+                     static_cast<const typename Sums::Element*>(x),
+                     static_cast<typename Sums::Real*>(y));
+  };
+#ifdef SK_DOTS
+  if (type == Type::kDots) {
+#define SK_CALL(v) return run(Dots<v>())
+    SK_WITH_VECS(SK_CALL)
+#undef SK_CALL
+  }
+#endif
   with_panel(type, [&](auto* e, auto* r) {
     using Element = std::remove_pointer_t<decltype(e)>;
     using Real = std::remove_pointer_t<decltype(r)>;
-    const auto run = [&](auto* block) {
-      block(w, rows, in_place, as(values, r), as(start, r), as(x, e), as(y, r));
-    };
     if constexpr (std::is_same_v<Element, Real>)
-      if (two_sums && vecs == 4) return run(spmm_block<4, true, Element, Real>);
-#define SK_CALL(v) return run(spmm_block<v, false, Element, Real>)
+      if (two_sums && vecs == 4) return run(MultiplyAdds<4, true, Element, Real>());
+#define SK_CALL(v) return run(MultiplyAdds<v, false, Element, Real>())
     SK_WITH_VECS(SK_CALL)
 #undef SK_CALL
   });

@@ -12,19 +12,30 @@ namespace sk::SK_ISA {
 
 constexpr int kWide = 2 * kBlock;
 
+// Fetches what kBlock rows have kLinesAhead further on: so many rows are too many for the hardware
+// to follow, and those of activations often come from memory.
+constexpr int kLinesAhead = 4;
+
+template <class T>
+SK_INLINE void fetch_ahead(const T* row, int64_t stride) {
+  SK_FOR(i, kBlock) __builtin_prefetch(row + i * stride + kLinesAhead * 64 / sizeof(T));
+}
+
 template <class T>
 void pack(const T* x, int64_t stride, int64_t tokens, int64_t features, int64_t width,
           float* panel) {
   const int64_t whole_m = tokens / kBlock * kBlock, whole_c = features / kWide * kWide;
   for (int64_t m0 = 0; m0 < whole_m; m0 += kWide)
     for (int64_t c = 0; c < whole_c; c += kWide)
-      for (int64_t m = m0; m < whole_m && m < m0 + kWide; m += kBlock)
+      for (int64_t m = m0; m < whole_m && m < m0 + kWide; m += kBlock) {
+        fetch_ahead(x + m * stride + c, stride);
         for (int half = 0; half < kWide; half += kBlock) {
           Row r[kBlock];
           SK_FOR(i, kBlock) r[i] = load_row(x + (m + i) * stride + c + half);
           transpose(r);
           SK_FOR(i, kBlock) store_row(panel + (c + half + i) * width + m, r[i]);
         }
+      }
   for (int64_t m = 0; m < tokens; m++)
     for (int64_t c = m < whole_m ? whole_c : 0; c < features; c++)
       panel[c * width + m] = to_float(x[m * stride + c]);
@@ -39,6 +50,7 @@ void unpack(const float* panel, int64_t width, int64_t tokens, int64_t features,
   for (int64_t m0 = 0; m0 < whole_m; m0 += kWide)
     for (int64_t c = 0; c < whole_c; c += kWide)
       for (int64_t m = m0; m < whole_m && m < m0 + kWide; m += kBlock) {
+        fetch_ahead(y + m * stride + c, stride);
         Row lo[kBlock], hi[kBlock];
         const float* in = panel + c * width + m;
         SK_FOR(i, kBlock) {
@@ -69,15 +81,19 @@ inline void pack(const bf16* x, int64_t stride, int64_t tokens, int64_t features
     const int64_t there = tokens - m0 - kLanes;
     const int64_t whole_m = there > 0 ? least(there, kLanes) / kBlock * kBlock : 0;
     for (int64_t c = 0; c < whole_c; c += kPairWide)
-      for (int64_t m = 0; m < whole_m; m += kBlock)
+      for (int64_t m = 0; m < whole_m; m += kBlock) {
+        const bf16* rows = x + (m0 + m) * stride + c;
+        fetch_ahead(rows, stride);
+        fetch_ahead(rows + kLanes * stride, stride);
         for (int part = 0; part < kPairWide; part += kBlock) {
           Row r[kBlock];
-          const bf16* from = x + (m0 + m) * stride + c + part;
+          const bf16* from = rows + part;
           SK_FOR(i, kBlock) r[i] = pair_row(from + i * stride, from + (i + kLanes) * stride);
           transpose(r);
           Pair* to = panel + (c + part) * width + at0 + m;
           SK_FOR(i, kBlock) store_row(reinterpret_cast<float*>(to + i * width), r[i]);
         }
+      }
     auto at = [&](int64_t m, int64_t c) { return m < tokens ? x[m * stride + c] : bf16{0}; };
     for (int64_t m = 0; m < kLanes; m++)
       for (int64_t c = m < whole_m ? whole_c : 0; c < features; c++)

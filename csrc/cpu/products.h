@@ -14,7 +14,7 @@ struct Plan {
   // The part of W of a task. SpMM: the tiles that threads share evenly are taken whole, of the
   // others a task takes one of row_parts. SDDMM: a cell of a grid of row_parts x col_parts.
   int64_t row_parts, col_parts;
-  bool pairs = false;     // bfloat16 stays so in panels that are read (Type::kPairs)
+  bool pairs = false;     // bfloat16 stays so in panels that are read (Type::kPairs, kDots)
   bool in_place = false;  // y = x W^T of 32 or 64 bits reads values where CSR has them
   bool two_sums = false;  // SpMM in tiles of 4 vectors: every other non-zero has a sum of its own
 };

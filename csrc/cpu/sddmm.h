@@ -4,6 +4,7 @@
 // the panel's tokens, then one reduction that yields four neighbouring results in walking order.
 #pragma once
 
+#include "dots.h"
 #include "kernels.h"
 #include "simd.h"
 

@@ -170,14 +170,6 @@ SK_INLINE Vec low(Pairs p) { return _mm512_castsi512_ps(_mm512_slli_epi32(p, 16)
 SK_INLINE Vec high(Pairs p) {
   return _mm512_castsi512_ps(_mm512_and_si512(p, _mm512_set1_epi32(static_cast<int>(0xffff0000))));
 }
-// c + low(a) * low(b) + high(a) * high(b), where has_bf16_dots() (machine.h): subnormal numbers
-// count as zeros. In assembly, since the functions around it are compiled for processors without it
-// too.
-#define SK_DOTS
-SK_INLINE Vec dot_bf16(Pairs a, const Pair* b, Vec c) {
-  asm("vdpbf16ps %2, %1, %0" : "+v"(c) : "v"(a), "m"(*reinterpret_cast<const Pairs*>(b)));
-  return c;
-}
 template <bool kAdd>
 SK_INLINE void sum4(float* p, Vec a, Vec b, Vec c, Vec d) {
   const Vec ab = _mm512_add_ps(_mm512_unpacklo_ps(a, b), _mm512_unpackhi_ps(a, b));

@@ -71,4 +71,4 @@ def folder(evidence, tmp_path_factory) -> Path:
 
 @pytest.fixture
 def runner(evidence, folder, tmp_path):
-    return evidence.worker.runner(folder, tmp_path / "work", "cpu")
+    return evidence.worker.runner(evidence.build.load(folder), tmp_path / "work", "cpu")

@@ -197,7 +197,9 @@ def test_a_run_that_is_stopped_goes_on(evidence, folder, tmp_path, monkeypatch):
     monkeypatch.setattr(evidence.plan, "FIRST_TUNING_RATES", (1e-3,))
     monkeypatch.setattr(evidence.plan, "LEAST_TUNING_RATE", 4e-4)
     monkeypatch.setattr(evidence.plan, "MOST_TUNING_RATE", 1e-3)
-    whole = evidence.worker.runner(folder, tmp_path / "whole", "cpu").run(given, math.inf)
+    whole = evidence.worker.runner(evidence.build.load(folder), tmp_path / "whole", "cpu").run(
+        given, math.inf
+    )
     assert set(whole["tuned"]) == {
         f"{t} {way}" for t in ("sentiment", "webnlg", "code") for way in ("dense", "sparse")
     }
@@ -206,7 +208,7 @@ def test_a_run_that_is_stopped_goes_on(evidence, folder, tmp_path, monkeypatch):
     # In other processes, each of which is stopped at its first look at the clock.
     stops = []
     for _ in range(40):
-        stopped = evidence.worker.runner(folder, tmp_path / "parts", "cpu")
+        stopped = evidence.worker.runner(evidence.build.load(folder), tmp_path / "parts", "cpu")
         clock = iter([0.0] * (9 if stops else 2) + [9.0] * 1000)
         with monkeypatch.context() as patch:
             patch.setattr(arms.time, "monotonic", lambda clock=clock: next(clock))
@@ -262,7 +264,7 @@ def test_the_captured_step_is_that_of_the_host(evidence, folder, tmp_path):
     assert evidence.check.check(folder, tmp_path, "cuda", "toy") == 0
     losses = {}
     for device in ("cpu", "cuda"):
-        made = evidence.worker.runner(folder, tmp_path / device, device)
+        made = evidence.worker.runner(evidence.build.load(folder), tmp_path / device, device)
         for arm in ("rigl", "75-dense"):
             found = made.run(task(evidence, arm, is_tuned=True), math.inf)
             losses[device, arm] = found["pretrained"]["held-out"]

@@ -1,16 +1,12 @@
 """The plan of bench/quality.py and what becomes of it: sweeps, a study that stops and goes on,
-periods that are filled, statistics, and a page that says what its results say."""
+periods that are filled."""
 
 import json
 import math
-from dataclasses import replace
-from pathlib import Path
+from dataclasses import asdict, replace
 
-import numpy as np
 import pytest
-from scipy import stats
-
-BENCH = Path(__file__).parents[2] / "bench"
+from quality_results import results
 
 pytest_plugins = "quality_toy"
 
@@ -48,6 +44,30 @@ def test_arms_of_equal_flops_are_equal(evidence):
         assert {*order.arms, *order.swept} <= plan.ARMS.keys() and order.size in plan.SIZES
         for p in order.predictions:
             assert {p.a, p.b} <= plan.ARMS.keys() and p.low <= p.high
+
+
+def test_orders_are_chosen_by_name_whole_or_in_part(evidence):
+    plan = evidence.plan
+    first, second, third = plan.chosen(plan.PLAN, ["1:75", "7", "2:small,75"])
+    assert (first.swept, first.arms) == (("75",), ()) and second == plan.PLAN[6]
+    assert third.arms == ("75", "small") and third.seeds == plan.PLAN[1].seeds
+    assert plan.chosen(plan.PLAN, []) == [*plan.PLAN]
+    for name, words in (("11", "some of 1, 2"), ("1:rigl", "got rigl"), ("1:", "dense, 75, small")):
+        with pytest.raises(ValueError, match=f"orders: expected .*{words}"):
+            plan.chosen(plan.PLAN, [name])
+
+
+def test_a_task_of_two_orders_is_made_once(evidence, tmp_path):
+    plan = evidence.plan
+    orders = plan.chosen(plan.PLAN, ["1:75", "1"])
+    waiting = evidence.study.Study(orders, "text", tmp_path, [], {}).waiting()
+    assert [task.arm for task in waiting] == ["75"] * 3 + ["dense"] * 3 + ["small"] * 3
+
+
+def test_compiled_code_that_cannot_be_read_is_told_and_not_used(evidence, tmp_path, capsys):
+    (tmp_path / "compiled-0.xz").write_bytes(b"no xz")
+    evidence.worker.load_compiled(tmp_path)
+    assert "compiled-0.xz: not used: LZMAError" in capsys.readouterr().out
 
 
 class InProcess:
@@ -200,6 +220,24 @@ def test_a_period_without_a_resume_is_packed(evidence, tmp_path, monkeypatch):
     assert clock[0] <= 500 and period.spent["whole"] > 0.9 * 2 * (500 - evidence.period.MARGIN_S)
 
 
+def test_a_sweep_that_was_begun_is_not_put_off_to_fill_the_time(evidence, tmp_path, monkeypatch):
+    study, plan = evidence.study, evidence.plan
+    monkeypatch.setattr(study.time, "monotonic", lambda: 0.0)
+    orders = [
+        plan.Order(1, "S", "?", ("75",)),
+        plan.Order(2, "S5", "?", (), ("dense",), tuple(range(8)), False),
+    ]
+    monkeypatch.setattr(study.Study, "rate", lambda self, size, arm: 0.01)
+    made = study.Study(orders, "text", tmp_path, [], {})
+    period = evidence.period.Period(made, tmp_path, {}, 125 + evidence.period.MARGIN_S)
+    monkeypatch.setattr(period, "cost", lambda _, gpu, t: 100.0 if t.size == "S" else 30.0)
+    assert period.choose("0", []).key == "S5 dense seed 0"  # four of them leave less
+    tried = evidence.arms.Task("S", "75", plan.SWEEP_SEED, 4e-3, False)
+    found = asdict(tried) | {"recipe": tried.recipe, "pretrained": {"dev": 3.0}}
+    made.results[tried.key] = found | {"key": tried.key}
+    assert period.choose("0", []).key == "S 75 rate 0.008"
+
+
 def test_what_was_begun_goes_on_first_and_models_are_trained_once(evidence, tmp_path, monkeypatch):
     study, plan, arms, period = evidence.study, evidence.plan, evidence.arms, evidence.period
     monkeypatch.setattr(study.Study, "rate", lambda self, size, arm: 0.01)
@@ -241,150 +279,3 @@ def test_a_rate_that_is_too_high_is_a_result(evidence, runner, tmp_path):
     assert "loss is" in evidence.worker.answer(runner, message)["result"]["diverged"]
     broken = message | {"settings": settings | {"arm": "none"}}
     assert "KeyError" in evidence.worker.answer(runner, broken)["failed"]
-
-
-# Statistics and the page
-
-
-def results(evidence, losses: dict[str, list[float]]) -> list[dict]:
-    """Results of order 2 with these losses on code."""
-    rng, items, found = np.random.default_rng(0), evidence.arms.items, []
-    about = {
-        "corpus": "text",
-        "is_tuned": True,
-        "device": "GPU",
-        "torch": "2",
-        "date": "day",
-        "commit": "abc",
-    }
-    for arm, each in losses.items():
-        for seed, loss in enumerate(each):
-            right = items(rng.random(200) < 0.8)
-            pretrained = {"held-out": loss + 1, "dev": loss, "cloze": right}
-            pretrained |= {"blimp": {"percent": right["percent"]}}
-            pretrained |= {"tokens": 2e6, "passes": 2, "steps": 10, "step_s": 0.5}
-            tuned = {"sentiment dense": {"items": right}, "code dense": {"loss": loss}}
-            own = {"key": f"S {arm} seed {seed}", "size": "S", "arm": arm, "seed": seed}
-            own |= {"recipe": evidence.arms.Task("S", arm, seed, 0.001, True).recipe}
-            own |= {"rate": 0.001, "pretrained": pretrained, "tuned": tuned, "seconds": 9.0}
-            found.append(own | about)
-    return found
-
-
-def test_the_page_without_results_is_the_plan(evidence):
-    page = evidence.page.text([])
-    assert "**Not known yet.**" in page and "| found |" not in page and "nan" not in page
-    for order in evidence.plan.PLAN:
-        assert f"{order.number}. {order.question}" in page
-        for arm in order.arms:
-            assert evidence.plan.ARMS[arm].title in page
-
-
-def test_the_page_of_a_part_of_the_runs(evidence):
-    """One seed has no interval, an arm without a partner no difference, one without runs no row."""
-    page = evidence.page.text(results(evidence, {"dense": [2.0, 2.01], "75": [2.1]}))
-    first, primary = page.split("\n\n")[1], page.split("## ")[1]
-    assert "**Not all runs are there yet.**" in first
-    assert "against a small dense model of the same FLOPs: not run yet" in first
-    assert "not shown to be equal, +0.1000 (1 seed)" in first and "nan" not in page
-    assert (
-        "+0.1000 (1 of 3 seeds)" in primary
-        and "so far as predicted; one seed says nothing" in primary
-    )
-    second = page.split("\n## 2. ")[1].split("\n## ")[0]
-    assert second.splitlines()[4].startswith("| dense |") and "|   0-1 |" in second
-    assert "Not run yet, with their FLOPs: small dense, FLOPs of 75 % (0.52); dense" in second
-    assert "| webnlg |" not in second  # nobody has it
-    assert evidence.page.numbers([5, 0, 2, 1]) == "0-2, 5"
-
-
-def test_the_page_is_what_its_results_make(evidence):
-    kept = BENCH / "results" / "quality.jsonl"
-    by_clock = evidence.clock.read(kept.with_name("quality-cpu.jsonl"))
-    made = evidence.page.text(evidence.study.read([kept] if kept.exists() else []), by_clock)
-    assert made == (BENCH.parent / "docs" / "quality.md").read_text()
-
-
-def test_the_page_says_when_small_dense_is_as_good(evidence):
-    small = {"dense": [2.0, 2.01, 2.02], "75": [2.1, 2.11, 2.12], "small": [2.1, 2.112, 2.119]}
-    assert "**Not all runs are there yet.**" in evidence.page.text(results(evidence, small))
-    small["short"] = [2.05, 2.06, 2.07]
-    page = evidence.page.text(results(evidence, small)).split("\n\n")
-    assert "small dense model of the same FLOPs is as good" in page[1]
-    assert "Not all runs" not in page[1]
-    assert "75 % zeros are **worse** than the dense model with the same FLOPs" in page[1]
-    assert "with the same tokens: not shown to be equal, +0.100" in page[1]
-    worse = small | {"small": [2.2, 2.21, 2.22]}
-    assert "75 % zeros are better than a small" in evidence.page.text(results(evidence, worse))
-
-
-@pytest.mark.parametrize(
-    ("values", "so"),
-    [
-        ([0.001, 0.002, 0.0015], "as predicted; **equal within 0.02**"),
-        ([0.1, 0.11, 0.12], "not as predicted; **different**"),
-        ([0.0, 0.1, -0.1], "as predicted; open: neither equal within 0.02 nor different"),
-        ([0.001], "as predicted; one seed says nothing of 0.02"),
-    ],
-)
-def test_verdicts(evidence, values, so):
-    differences = evidence.differences
-    both = {"dense": [2.0] * len(values), "75": [2 + value for value in values]}
-    found = differences.difference(results(evidence, both), "S", "75", "dense", "code")
-    assert found.mean == pytest.approx(np.mean(values))
-    prediction = evidence.plan.Prediction("75", "dense", "code", 0.0, 0.05, 0.02)
-    assert differences.verdict(prediction, found) == so
-
-
-def test_intervals_are_those_of_scipy_and_cover_seeds_and_items(evidence):
-    interval, values = evidence.differences.interval, [0.1, 0.13, 0.09]
-    for share in (0.90, 0.95):
-        want = stats.t.interval(share, 2, loc=np.mean(values), scale=stats.sem(values))
-        assert interval(values, share) == pytest.approx(want)
-        # Equal within a margin is what two one-sided tests at 5 % say.
-        margin = interval(values, 0.90)[1]
-        test = stats.ttest_1samp(values, margin, alternative="less")
-        assert test.pvalue == pytest.approx(0.05)
-    assert interval([1.0], 0.95) is None
-    # As many as they say hold the truth, also where seeds differ more than items.
-    rng, held = np.random.default_rng(0), 0
-    for _ in range(400):
-        apart = rng.normal(0, 1, (3, 1)) + rng.normal(0, 1, (3, 50))
-        low, high = interval(list(apart.mean(1)), 0.95, stats.sem(apart.mean(0)))
-        held += low <= 0 <= high
-    assert held >= 0.93 * 400
-
-
-def test_shares_cover_seeds_and_items(evidence):
-    both = {"dense": [2.0] * 4, "75": [2.0] * 4}
-    found = evidence.differences.difference(results(evidence, both), "S", "75", "dense", "cloze")
-    low, high = found.of_95
-    # Items of two models with independent errors of 20 %: 4 points over 200 items, four seeds, so
-    # 2 points of their mean, of the items alone and of the seeds alone: 2 (3.9^2 + 6.4^2)^0.5.
-    assert low < found.mean < high and 6 < high - low < 24
-
-
-def test_results_are_added_once(evidence, tmp_path):
-    new = results(evidence, {"dense": [2.0]})
-    (tmp_path / "new.jsonl").write_text("".join(json.dumps(r) + "\n" for r in new))
-    kept, page = tmp_path / "kept.jsonl", tmp_path / "page.md"
-    for _ in range(2):
-        evidence.page.publish(kept, page, [tmp_path / "new.jsonl"], tmp_path / "cpu")
-    assert len(kept.read_text().splitlines()) == 1 and "GPU" in page.read_text()
-    (tmp_path / "other.jsonl").write_text(json.dumps(new[0] | {"key": "b", "recipe": "old"}) + "\n")
-    with pytest.raises(ValueError, match="made by another plan"):
-        evidence.page.publish(kept, page, [tmp_path / "other.jsonl"], tmp_path / "cpu")
-
-
-def test_dense_and_sparse_for_the_same_seconds(evidence, folder, tmp_path, monkeypatch):
-    clock, kept = evidence.clock, tmp_path / "cpu.jsonl"
-    monkeypatch.setattr(clock, "SHAPE", evidence.plan.SIZES["toy"].shape)
-    corpus = evidence.build.load(folder)
-    for arm in (*clock.ARMS, "dense"):
-        found = clock.run(corpus, arm, 0.3 / 60, 0.002, 0)
-        assert 0.3 <= found["seconds"] < 30 and found["steps"] > 1
-        assert found["tokens"] == 2 * 16 * found["steps"] and 0 < found["held-out"] < 9
-        clock.keep(kept, found | {"device": "CPU", "torch": "2", "date": "day", "commit": "abc"})
-    assert len(clock.read(kept)) == 2
-    page = evidence.page.text([], clock.read(kept))
-    assert "Not run yet" not in page.split("## 9.")[1].split("##")[0] and "CPU, torch 2" in page

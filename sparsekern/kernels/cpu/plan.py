@@ -60,9 +60,9 @@ def density_of_dense_rate(p: Problem, machine: Machine) -> float:
     if p.dtype == torch.bfloat16 and machine.has_bf16_tiles:
         return 0.06
     if p.dtype == torch.bfloat16 and machine.has_bf16_products:
-        if not (machine.has_dots if p.op == "sddmm" else machine.has_pairs):
-            return 0.27
-        return 0.66 if p.op == "sddmm" else 0.38
+        if machine.has_dots:
+            return 0.66 if p.op == "sddmm" else 0.55
+        return 0.38 if machine.has_pairs and p.op != "sddmm" else 0.27
     return 0.85 if _feeds(p, machine) else 0.55
 
 
@@ -104,7 +104,8 @@ def make_plan(p: Problem, machine: Machine, threads: int) -> Plan:
     column_bytes = vecs * lanes * element_bytes  # of x, in a whole tile
     cols = int((machine.l1_bytes or 32768) * share) // column_bytes
     if not is_sddmm:  # narrow panels deal a segment out to several sums
-        cols = min(cols, int(LONGEST_SUM * {1: 4, 2: 2}.get(vecs, 1) / max(p.density, 1e-9)))
+        sets = 2 if pairs and machine.has_dots else {1: 4, 2: 2}.get(vecs, 1)
+        cols = min(cols, int(LONGEST_SUM * sets / max(p.density, 1e-9)))
     cols = min(max(cols, 16), 65536)
 
     row_parts = col_parts = 1
@@ -136,8 +137,10 @@ def _feeds(p: Problem, machine: Machine) -> bool:
 def _most_vecs(p: Problem, machine: Machine, pairs: bool) -> int:
     """Of a tile, if there are as many tokens."""
     is_sddmm = p.op == "sddmm"
-    if pairs and not is_sddmm:
-        return 2  # and two sets of sums
+    if pairs and not is_sddmm:  # two sets of sums
+        tile = 4 * 2 * machine.lanes  # tokens; not where the last one would be half empty
+        is_wasteful = 0 < p.M % tile <= tile // 2 and p.M < 4 * tile
+        return 4 if machine.has_dots and p.density > 0.07 and not is_wasteful else 2
     if machine.lanes * (8 if p.dtype == torch.float64 else 4) < 64:
         return WIDEST
     if _feeds(p, machine):

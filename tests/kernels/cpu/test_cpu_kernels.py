@@ -252,8 +252,20 @@ def test_subnormal_numbers_count_as_zeros_in_dot_products_alone():
     w = t.row_offsets, t.col_indices
     dvalues = cpu._bind_sddmm(problem_of("sddmm", *w, 40, 50, dy, x))(*w, 40, 50, dy, x)
     assert bool((dvalues == 0).all()) == machine().has_dots
-    y = cpu.bind_spmm(problem_of("spmm_t", *w, t.values, 40, 50, dy))(*w, t.values, 40, 50, dy)
-    assert (y != 0).any()
+    dx = cpu.bind_spmm(problem_of("spmm_t", *w, t.values, 40, 50, dy))(*w, t.values, 40, 50, dy)
+    assert bool((dx == 0).all()) == (machine().has_pairs and cpu._C.has_bf16_dots())
+    wide = t.values.float(), 40, 50, dy.float()
+    dx = cpu.bind_spmm(problem_of("spmm_t", *w, *wide))(*w, *wide)
+    assert (dx != 0).any()
+
+
+def test_results_of_huge_pages(nan_memory):
+    """The system is asked for them where a result has room for one of 2 MiB."""
+    t = Case("large", 1100, 1000, 1000, sparsity=0.99).tensors()
+    want = exact(t)
+    for kernel in cpu.KERNELS[:2]:
+        got = kernel.run(*products(t)[kernel.op])
+        assert relative_error(got, *want[kernel.op]) <= 2e-6, kernel.op
 
 
 def test_rates_of_this_machine():

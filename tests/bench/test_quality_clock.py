@@ -1,0 +1,66 @@
+"""Dense and sparse for the same minutes on a CPU (bench/evidence/clock.py)."""
+
+import math
+
+import pytest
+
+pytest_plugins = "quality_toy"
+
+
+def test_dense_and_sparse_for_the_same_seconds(evidence, folder, tmp_path, monkeypatch):
+    clock, kept = evidence.clock, tmp_path / "cpu.jsonl"
+    monkeypatch.setattr(clock, "SHAPE", evidence.plan.SIZES["toy"].shape)
+    corpus = evidence.build.load(folder)
+    for arm in (*clock.ARMS, "dense"):
+        found = clock.run(corpus, arm, 0.3 / 60, 0.002, 0)
+        assert 0.3 <= found["seconds"] < 30 and found["steps"] > 1
+        assert found["tokens"] == 2 * 16 * found["steps"] and 0 < found["held-out"] < 9
+        clock.keep(kept, found | {"device": "CPU", "torch": "2", "date": "day", "commit": "abc"})
+    assert len(clock.read(kept)) == 2
+    page = evidence.page.text([], clock.read(kept))
+    section = page.split("## 9.")[1].split("##")[0]
+    assert "Not run yet" not in section and "one seed says nothing" in section
+    assert "CPU, torch 2" in page
+
+
+@pytest.mark.parametrize("cores", [[0, 1], [3]])
+@pytest.mark.parametrize("best", [1e-3, 5e-3, 0.05])
+def test_arms_take_turns_on_cores_with_as_many_rates(evidence, tmp_path, cores, best):
+    clock, swept, path = evidence.clock, evidence.plan.SWEEP_SEED, tmp_path / "cpu.jsonl"
+    worker = type("Worker", (), {"device": "CPU"})
+    given = path, "text", cores, 5.0, 1.0, [0, 1, 2], {"torch": "2", "date": "", "commit": ""}
+    made, order, jobs_made = clock.Turns(*given), [], []
+    for _ in range(60):
+        jobs = []
+        for core in map(str, cores):
+            if job := made.choose(core, jobs):
+                jobs.append(job)
+        if not jobs:
+            break
+        jobs_made += jobs
+        for job in jobs:
+            own = dict(job.settings)
+            assert own.pop("core") in cores
+            loss = abs(math.log(own["rate"] / (best if own["arm"] == "75" else 4e-3)))
+            own |= {"dev": loss, "held-out": loss, "threads": 1, "corpus": "text"}
+            made.finish(job, worker, {"result": own | {"tokens": 9, "tokens_per_s": 9.0}})
+            order.append((job.settings["arm"], job.settings["seed"], job.settings["core"]))
+        if len(order) == 4:
+            made = clock.Turns(*given)  # killed and begun again
+    for pair in range(0, len(order), 2):
+        (one, seed, core), (other, other_seed, other_core) = order[pair : pair + 2]
+        assert {one, other} == {*clock.ARMS} and seed == other_seed
+        assert (core != other_core) == (len(cores) == 2)
+    assert len({core for arm, _, core in order if arm == "75"}) == len(cores)
+    of = {arm: clock.losses(made.results, arm) for arm in clock.ARMS}
+    assert len(of["75"]) == len(of["dense"]) >= clock.TRIED
+    for arm, tried in of.items():
+        best_of = min(tried, key=tried.get)
+        assert min(tried) < best_of < max(tried)
+        last = [r for r in made.results if r["arm"] == arm and r["seed"] != swept]
+        assert [(r["seed"], r["rate"], r["minutes"]) for r in last] == [
+            (seed, best_of, 5.0) for seed in (0, 1, 2)
+        ]
+    assert "75 % - dense after 5 minutes" in evidence.page.text([], clock.read(path))
+    with pytest.raises(RuntimeError, match="why"):
+        made.finish(jobs_made[0], worker, {"failed": "why", "is_final": True})
