@@ -53,7 +53,7 @@ def begin(
     history = History.of(saved) if saved else History()
     if source and not saved:
         history.source = History.of(source).as_source()
-    ranks.check_same(_told_apart(config, settings, text, history))
+    ranks.check_same(_same_everywhere(config, settings, text, history))
     if saved:
         run = Run(config, settings, ranks, text, history, saved, path)
         before = saved["config"]["steps"]
@@ -66,7 +66,7 @@ def begin(
     return Run(config, settings, ranks, text, history, state)
 
 
-def _told_apart(
+def _same_everywhere(
     config: TrainConfig, settings: object, text: Text, history: History
 ) -> dict[str, object]:
     """What must be the same in all processes. Paths may differ, what they lead to may not."""
