@@ -61,10 +61,10 @@ sent in float32, of sparse weights at nnz. Medians of {rounds} rounds, the first
 
 Predicted in brackets (sparsekern/bench/scaling.py): exposed milliseconds, from the time alone; with
 figures of data sheets, before anything was measured, and with figures fitted to two GPUs with ddp.
-Sent: bytes of the gradients. GB: what the GPU has in use, NCCL and CUDA included, where no other
-way is captured. Losses: the largest difference from those of accumulated, where it was measured,
-else from those of ddp, over {losses} steps from the same weights. Times dense: of the same way; of
-ddp: how many times as fast as ddp.
+Sent: bytes of the gradients. GB: the most that tensors take at a time, where no other way is
+captured. Losses: the largest difference from those of accumulated, where it was measured, else from
+those of ddp, over {losses} steps from the same weights. Times dense: of the same way; of ddp: how
+many times as fast as ddp.
 
 {steps}
 

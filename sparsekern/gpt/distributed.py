@@ -8,6 +8,7 @@ to rounding. Checkpoints hold whole tensors: they resume on any number of ranks 
 import gc
 import os
 import sys
+from collections.abc import Mapping
 from datetime import timedelta
 
 import torch
@@ -33,6 +34,37 @@ def is_first_rank() -> bool:
     return os.environ.get("RANK", "0") == "0"
 
 
+def _device(name: str, is_parallel: bool) -> torch.device:
+    """That of this process; ValueError where this machine does not have it."""
+    check_device(name)
+    device, count = torch.device(name), torch.cuda.device_count()
+    if device.type == "cuda" and is_parallel:
+        if device.index is not None:
+            raise ValueError(f"device: expected cuda under torchrun, one for each, got {name}")
+        device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
+    if device.type == "cuda" and not count:
+        raise ValueError(f"device: expected cpu, this torch sees no GPU, got {name}")
+    if (device.index or 0) >= max(1, count):
+        raise ValueError(f"device: expected cpu or cuda:0 to cuda:{count - 1}, got {device}")
+    return device
+
+
+def _enter(device: torch.device) -> None:
+    """Make this process one of its group, where it is not yet."""
+    if device.type == "cuda":
+        torch.cuda.set_device(device)
+    if dist.is_initialized():
+        return
+    # Defaults of its functions keep the group that is there when it is imported.
+    from torch.distributed.nn import functional  # noqa: F401
+
+    if device.type == "cuda":  # connected at once: a capture could not
+        dist.init_process_group("nccl", device_id=device)
+    else:
+        dist.init_process_group("gloo")
+    watch()
+
+
 class Ranks:
     """This process among those that torchrun started; the only one without torchrun."""
 
@@ -47,27 +79,9 @@ class Ranks:
                 f"parallel: {parallel} needs torchrun, as in: torchrun -m sparsekern; one process "
                 "takes --parallel none"
             )
-        self.parallel = parallel
-        check_device(device)
-        self.device = torch.device(device)
-        count = torch.cuda.device_count()
-        if self.device.type == "cuda" and not count:
-            raise ValueError(f"device: expected cpu, this torch sees no GPU, got {device}")
-        if (self.device.index or 0) >= max(1, count):
-            raise ValueError(f"device: expected cpu or cuda:0 to cuda:{count - 1}, got {device}")
+        self.parallel, self.device = parallel, _device(device, parallel != "none")
         if parallel != "none":
-            if self.device.type == "cuda":
-                self.device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
-                torch.cuda.set_device(self.device)
-            if not dist.is_initialized():
-                # Defaults of its functions keep the group that is there when it is imported.
-                from torch.distributed.nn import functional  # noqa: F401
-
-                if self.device.type == "cuda":  # connected at once: a capture could not
-                    dist.init_process_group("nccl", device_id=self.device)
-                else:
-                    dist.init_process_group("gloo")
-                watch()
+            _enter(self.device)
         self.rank = dist.get_rank() if parallel != "none" else 0
         self.size = dist.get_world_size() if parallel != "none" else 1
 
@@ -86,6 +100,21 @@ class Ranks:
         total = value.double()
         dist.all_reduce(total)
         return total / self.size
+
+    def check_same(self, values: Mapping[str, object]) -> None:
+        """ValueError in all processes where one has another value. All of them must ask
+        together."""
+        if self.size == 1:
+            return
+        of_all: list[Mapping[str, object]] = [values] * self.size
+        dist.all_gather_object(of_all, values)
+        for rank, others in enumerate(of_all):
+            for name, value in of_all[0].items():
+                if others[name] != value:
+                    raise ValueError(
+                        f"{name}: expected the same in all processes, got {str(value)[:80]} in the "
+                        f"first and {str(others[name])[:80]} in process {rank}"
+                    )
 
     def failures(self, error: Exception | None) -> list[str]:
         """What failed on which ranks, in words. All of them must ask together."""

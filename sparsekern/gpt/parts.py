@@ -97,7 +97,9 @@ class Parts:
 
     def state(self) -> dict:
         """What `state` of a new one may be; under fsdp on the first rank alone. All must call it
-        together."""
+        together. RuntimeError where their patterns have come apart."""
+        if self.algorithm:
+            check_same_on_all_ranks(self.algorithm.layers)
         optimizer = self.optimizer.state_dict()
         for group in optimizer["param_groups"]:
             group["lr"] = float(group["lr"])  # a tensor where steps are captured

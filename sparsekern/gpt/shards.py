@@ -204,13 +204,13 @@ class Shards(Buckets):
 
     def whole_state(self) -> dict[int, dict[str, Tensor]]:
         """That of the optimizer's state_dict, on the CPU of the first process, else empty."""
-        found: dict[int, dict[str, Tensor]] = {}
+        found: list[dict[str, Tensor]] = []
         for part in self._parts:
             for p in part.parameters:
-                state, place = self._state_of(p, part.optimizer), len(found)
-                is_first = self.ranks.rank == 0
-                found[place] = {key: t.cpu() for key, t in state.items()} if is_first else {}
-        return found if self.ranks.rank == 0 else {}
+                state = self._state_of(p, part.optimizer)
+                if self.ranks.rank == 0:
+                    found.append({key: t.cpu() for key, t in state.items()})
+        return dict(enumerate(found))
 
 
 def _flat(t: Tensor) -> Tensor:

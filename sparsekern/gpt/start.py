@@ -1,6 +1,7 @@
 """Where a run begins: at random weights, at its own checkpoint, or at the weights of another."""
 
 from collections.abc import Callable
+from dataclasses import asdict
 from pathlib import Path
 
 from ..files import check_writable
@@ -11,6 +12,8 @@ from .continued import continued
 from .data import Text, tokenizer_from_state
 from .distributed import Ranks
 from .run import History, Run
+
+OF_A_PROCESS = ("data", "init_from", "out", "sparsity_config", "threads")  # of a config
 
 
 def begin(
@@ -47,17 +50,33 @@ def begin(
         raise ValueError(f"data: {config.data} changed since {path} was written")
 
     vocab_size = text.tokenizer.vocab_size
+    history = History.of(saved) if saved else History()
+    if source and not saved:
+        history.source = History.of(source).as_source()
+    ranks.check_same(_same_everywhere(config, settings, text, history))
     if saved:
-        run = Run(config, settings, ranks, text, History.of(saved), saved, path)
+        run = Run(config, settings, ranks, text, history, saved, path)
         before = saved["config"]["steps"]
         run.lengthened_from = before if config.steps > before else 0
         return run
     if source:
         state, settings = continued(config, settings, source, vocab_size)
-        history = History(source=History.of(source).as_source())
         return Run(config, settings, ranks, text, history, state)
     state = {"model": build_model(config, vocab_size).state_dict()}
-    return Run(config, settings, ranks, text, History(), state)
+    return Run(config, settings, ranks, text, history, state)
+
+
+def _same_everywhere(
+    config: TrainConfig, settings: object, text: Text, history: History
+) -> dict[str, object]:
+    """What must be the same in all processes. Paths may differ, what they lead to may not."""
+    mine = {name: value for name, value in asdict(config).items() if name not in OF_A_PROCESS}
+    return mine | {
+        "sparsity_config": settings,
+        "data (CRC-32)": text.crc32,
+        "checkpoint (steps, last loss)": (len(history.losses), history.losses[-1:]),
+        "init_from (its cost)": history.source,
+    }
 
 
 def _text(config: TrainConfig, state: dict | None, tell: Callable[[str], None]) -> Text:

@@ -157,16 +157,17 @@ def training_section(dense: dict, sparse: dict, steps: dict) -> str:
 def wafer_line(run: dict, measured: float | None = None) -> str:
     """The speed-up of a run, that of its FLOPs, and the one that the same sparsity would have on a
     wafer. `measured`: here, over the dense run, where there was one."""
-    c = run["config"]
+    c, here = run["config"], f"{measured:.2f}x as fast here, " if measured else ""
+    told = f"{run['sparsity']:.0%} sparse: {here}{run['flop_ratio']:.2f}x fewer FLOPs, "
+    if run["sparsity"] == 1:
+        return f"{told}no weight is left to predict a wafer's speed for."
     shape = GPTShape(
         "run", c["layers"], c["width"], c["heads"], 4 * c["width"], run["vocab_size"], c["context"]
     )
     wafer, batch = machine("wse2"), max(1, FULL_TOKENS // shape.sequence)
     low, high = compare_with_dense(wafer, shape, 1 - run["sparsity"], batch).speedup_range
-    here = f"{measured:.2f}x as fast here, " if measured else ""
     return (
-        f"{run['sparsity']:.0%} sparse: {here}{run['flop_ratio']:.2f}x fewer FLOPs, "
-        f"{low:.2f} to {high:.2f}x as fast predicted on a wafer "
+        f"{told}{low:.2f} to {high:.2f}x as fast predicted on a wafer "
         f"({wafer.name}, {batch * shape.sequence:,} tokens a step)."
     )
 

@@ -5,6 +5,7 @@ import json
 import os
 import sys
 from contextlib import nullcontext
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -19,6 +20,7 @@ from sparsekern.gpt import buckets, captured, distributed, lines, parts, train
 from sparsekern.gpt.config import config_from, resumed_config
 from sparsekern.gpt.model import GPTConfig
 from sparsekern.gpt.shards import Shards
+from sparsekern.gpt.start import begin
 from sparsekern.sparsity import RigL, check_same_patterns, pattern
 from sparsekern.sparsity.pattern import check_same_on_all_ranks, places_of
 
@@ -114,9 +116,24 @@ except RuntimeError as error:
 def message(call, *arguments) -> str | None:
     try:
         call(*arguments)
-    except RuntimeError as error:
+    except (RuntimeError, ValueError) as error:
         return str(error)
     return None
+
+
+# Runs that differ from rank to rank: at their beginning, and later on.
+other = replace(config, parallel="fsdp", resume=False, out=str(folder / "other"))
+for name, value in (("seed", int(rank)), ("parallel", ("ddp", "fsdp")[int(rank)])):
+    results[f"other {name}"] = message(begin, replace(other, **{name: value}))
+data = folder / f"data-{rank}.txt"
+data.write_text(f"text of {rank} " * 200)
+results["other data"] = message(begin, replace(other, data=str(data)))
+run = begin(other)
+if rank == "1":
+    layer = next(iter(run.parts.algorithm.layers.values()))
+    pattern.set_pattern(layer, places_of(layer)[1:])
+results["other at last"] = message(run.save)
+results["other was written"] = run.path.exists()
 
 
 def net(seed: int) -> torch.nn.Sequential:
@@ -170,7 +187,7 @@ if config.device == "cpu":
     results["not begun"] = list(scale_gpu.cases(ranks, -1.0, cells, on_host))
 
 (folder / f"results-{rank}.json").write_text(json.dumps(results))
-del algorithm, model, optimizer, parallel, average
+del algorithm, model, optimizer, parallel, average, run, layer
 distributed.finish()
 # FSDP2 holds the group, and so gloo's threads, which may abort where the interpreter ends.
 sys.stdout.flush()

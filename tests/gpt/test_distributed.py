@@ -163,11 +163,13 @@ def test_two_processes_compute_what_one_does(runs, algorithm, parallel):
 
 
 @pytest.mark.parametrize(("algorithm", "parallel"), RUNS)
-def test_patterns_are_checked_after_every_update_and_the_same(runs, algorithm, parallel):
+def test_patterns_are_checked_after_every_update_before_every_checkpoint_and_the_same(
+    runs, algorithm, parallel
+):
     _, (first, second) = runs
     name = f"{algorithm}-{parallel}"
     updates = {"static": 0, "rigl": 4, "set": 4, "gmp": 2}[algorithm]
-    assert len(first[name]["checks"]) == 1 + updates
+    assert len(first[name]["checks"]) == 1 + updates + 2
     assert first[name] == second[name]
     if updates:
         assert first[name]["checks"][0] != first[name]["checks"][-1]
@@ -240,6 +242,16 @@ def test_the_benchmark_of_several_gpus(runs):
 def test_a_difference_between_ranks_is_an_error_on_both(runs):
     for results in runs[1]:
         assert results["error"] == "sparsity: the ranks have different patterns in a"
+
+
+def test_a_run_whose_ranks_differ_is_an_error_on_both_and_writes_nothing(runs):
+    same = "expected the same in all processes, got"
+    for results in runs[1]:
+        assert results["other seed"] == f"seed: {same} 0 in the first and 1 in process 1"
+        assert results["other parallel"].endswith(f"{same} ddp in the first and fsdp in process 1")
+        assert results["other data"].startswith(f"data (CRC-32): {same}")
+        assert results["other at last"].startswith("sparsity: the ranks have different patterns")
+        assert not results["other was written"]
 
 
 def test_fsdp2_refuses_other_patterns_before_the_first_step(runs):
@@ -353,5 +365,11 @@ def test_mistakes(monkeypatch, tmp_path):
         Ranks("tp", "cpu")
     monkeypatch.setenv("WORLD_SIZE", "2")
     monkeypatch.setenv("RANK", "0")
+    monkeypatch.setenv("LOCAL_RANK", "2")
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    with pytest.raises(ValueError, match="device: expected cpu or cuda:0 to cuda:1, got cuda:2"):
+        Ranks("fsdp", "cuda")
+    with pytest.raises(ValueError, match="device: expected cuda under torchrun, .*, got cuda:1"):
+        Ranks("fsdp", "cuda:1")
     with pytest.raises(ValueError, match="parallel must be ddp or fsdp under torchrun, got none"):
         Ranks("none", "cpu")

@@ -90,6 +90,13 @@ def test_a_run_without_a_dense_twin_states_the_prediction_alone():
     assert demo_report.wafer_line(metrics(0.2)).startswith("75% sparse: 2.40x fewer FLOPs, ")
 
 
+def test_a_run_that_kept_no_weight_has_no_prediction():
+    line = demo_report.wafer_line(metrics(0.2) | {"sparsity": 1.0})
+    assert (
+        line == "100% sparse: 2.40x fewer FLOPs, no weight is left to predict a wafer's speed for."
+    )
+
+
 def test_a_step_is_held_to_the_best_dense_one_and_to_its_own_cap():
     text = demo_report.steps_section(STEPS, 0.75)
     assert "| dense by F.linear | 500.0 ms |             2.50x |" in text
