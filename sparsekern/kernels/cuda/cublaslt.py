@@ -9,6 +9,7 @@ of cublasLt.h, CUDA 12 and 13. Where it is missing or names no algorithm, torch 
 """
 
 import ctypes
+import threading
 from functools import cache, lru_cache
 
 import torch
@@ -104,6 +105,24 @@ def _handle(device: int) -> ctypes.c_void_p:
     return library.make("Create")
 
 
+class _Here(threading.local):
+    """The GPUs for which this thread has a handle of torch's."""
+
+    def __init__(self) -> None:
+        self.devices: set[int] = set()
+
+
+_here = _Here()
+
+
+def make_handle_of_torch(device: int) -> None:
+    """What a product by torch does beside. A captured call multiplies by torch, which cannot make
+    its handle there: the call before, its warm-up, would leave the thread without one."""
+    if device not in _here.devices:
+        torch.cuda.current_blas_handle()
+        _here.devices.add(device)
+
+
 class Product:
     """One of the products of a linear layer by a fixed algorithm, on one GPU, for any thread:
 
@@ -118,7 +137,7 @@ class Product:
         """Error where the library has no algorithm for it."""
         library = _library()
         assert library is not None
-        self._library = library
+        self._library, self._device = library, device
         self._kept: list[tuple[str, ctypes.c_void_p]] = []  # how each is destroyed
         handle = _handle(device)
         self._descriptor = self._make("MatmulDesc", _COMPUTE_FLOAT32, _FLOAT32)
@@ -185,6 +204,7 @@ class Product:
     def add_to(self, steps: Steps, a: Slot, b: Slot, out: Slot, bias: Slot | None, scratch: Slot):
         """The product as one step. Scratch, of scratch_elements, begins with W or dW."""
         assert native
+        steps.call(make_handle_of_torch, self._device)
         steps.add(native.dense_product(), (1, 1, 1, 0), (self, a, b, out, bias, scratch))
 
     def __del__(self):

@@ -40,6 +40,7 @@ def dense(cublaslt_library, monkeypatch):
     library, caches = Dense(cublaslt_library), (cublaslt._library, cublaslt._product)
     monkeypatch.setattr(cublaslt, "soname", lambda: cublaslt_library)
     monkeypatch.setattr(torch.cuda, "device", lambda device: nullcontext())
+    monkeypatch.setattr(torch.cuda, "current_blas_handle", lambda: 0)
     for cache in caches:
         cache.cache_clear()
     yield library

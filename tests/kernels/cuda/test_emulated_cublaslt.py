@@ -28,6 +28,23 @@ pytestmark = [
 ]
 
 
+def test_each_thread_gets_a_handle_of_torchs(monkeypatch):
+    makers = []
+    handle = lambda: makers.append(threading.get_ident())  # noqa: E731
+    monkeypatch.setattr(torch.cuda, "current_blas_handle", handle)
+    monkeypatch.setattr(cublaslt, "_here", cublaslt._Here())
+    sparse, x = regular().requires_grad_(False), torch.randn(80, K).bfloat16()
+
+    def run():
+        sparse(x), sparse(x)
+
+    run()
+    thread = threading.Thread(target=run)
+    thread.start()
+    thread.join()
+    assert len(makers) == len(set(makers)) == 2
+
+
 def train(sparse, x):
     """y and the gradients of x and of the values, held to float64."""
     x = x.clone().requires_grad_()

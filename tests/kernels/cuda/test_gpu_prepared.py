@@ -121,6 +121,28 @@ def test_threads():
     assert not wrong
 
 
+def test_a_thread_that_was_warmed_up_captures():
+    """Its first product by torch, which the long way is, would make a handle in the capture."""
+    sparse, x = regular().cuda().requires_grad_(False), torch.randn(96, K, device="cuda").bfloat16()
+    want, got = sparse(x), []
+
+    def run():
+        stream, graph = torch.cuda.Stream(), torch.cuda.CUDAGraph()
+        with torch.cuda.stream(stream):
+            sparse(x)
+            with torch.cuda.graph(graph, stream=stream):
+                y = sparse(x)
+            graph.replay()
+        stream.synchronize()
+        got.append(y)
+
+    torch.cuda.synchronize()
+    thread = threading.Thread(target=run)
+    thread.start()
+    thread.join()
+    torch.testing.assert_close(got[0], want)
+
+
 @pytest.mark.skipif(torch.cuda.device_count() < 2, reason="one GPU")
 @TOKENS
 def test_another_gpu(tokens):

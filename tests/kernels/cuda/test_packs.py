@@ -92,7 +92,8 @@ def test_values_of_one_pattern_in_several_threads_and_streams(tokens):
     layers = [layer]
     for i in range(1, 4):
         layers.append(copy.copy(layer))
-        layers[i]._parameters = {"values": torch.nn.Parameter(layer.values * (i + 1), False)}
+        values = torch.nn.Parameter(layer.values * (i + 1), False)
+        layers[i]._parameters = layer._parameters | {"values": values}
     assert layers[3].col_indices is layer.col_indices
     x = torch.randn(tokens, 1024, device="cuda").bfloat16()
     want = [layer(x) for layer in layers]
