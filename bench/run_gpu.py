@@ -303,8 +303,10 @@ def publish(run: Run) -> None:
 
 def name_of(run: Run) -> str:
     gpu = re.sub(r"[^a-z0-9]+", "-", run.about["machine"]["gpu"].lower()).strip("-")
-    about = run.about
-    return f"{gpu}-{about['benchmark']}-{run.records[0]['dtype']}-{about['date']}"
+    benchmark, dtype = run.about["benchmark"], run.records[0]["dtype"]
+    if not benchmark.endswith(dtype):
+        benchmark += f"-{dtype}"
+    return f"{gpu}-{benchmark}-{run.about['date']}"
 
 
 def source(run: Run) -> str:
