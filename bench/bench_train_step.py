@@ -1,7 +1,9 @@
-"""One training step of a GPT (forward, backward, AdamW): sparse linears against dense."""
+"""One training step of a GPT (forward, backward, AdamW): sparse linears against dense, by torch's
+own products and by its oneDNN, and sparse with all that is dense in it by oneDNN, too."""
 
 import copy
 from dataclasses import asdict, dataclass, replace
+from functools import partial
 
 import grids
 import pytest
@@ -9,10 +11,11 @@ import torch
 
 from sparsekern import SparseLinear, densify_
 from sparsekern.bench.race import CORES, Rival, ours, race
-from sparsekern.bench.records import DENSE
+from sparsekern.bench.records import DENSE, OTHER
 from sparsekern.gpt import demo
 from sparsekern.gpt.build import build_model, build_optimizer
 from sparsekern.gpt.config import TrainConfig
+from sparsekern.gpt.dense import LIBRARIES, ONEDNN, libraries, use_
 from sparsekern.gpt.profile import linear_share, measured_cap, profile_step
 from sparsekern.gpt.step import compute_gradients
 from sparsekern.tensor import expand_rows
@@ -91,7 +94,12 @@ def test_train_step(keep_race, is_quick, workload):
     model = build_model(config, workload.vocabulary)
     check_gradients(model, x, y)
     dense = build_model(replace(config, sparsity=0.0), workload.vocabulary)
-    optimizers = {m: build_optimizer(m, config.lr) for m in (model, dense)}
+    models = {"sparsekern": model, "dense": dense}
+    if ONEDNN in libraries()[0]:
+        for name, each in (("dense oneDNN", dense), ("sparsekern oneDNN", model)):
+            models[name] = copy.deepcopy(each)
+            use_(models[name], LIBRARIES[ONEDNN])
+    optimizers = {m: build_optimizer(m, config.lr) for m in models.values()}
 
     def step(model) -> None:
         compute_gradients(model, x, y)
@@ -101,9 +109,14 @@ def test_train_step(keep_race, is_quick, workload):
         step(each)
     linears = [name for name, m in model.named_modules() if isinstance(m, SparseLinear)]
     parts = profile_step(dense, optimizers[dense], (x, y), linears)
+    rivals = [
+        Rival(name, DENSE if name.startswith("dense") else OTHER, partial(step, each))
+        for name, each in models.items()
+        if each is not model
+    ]
     ways = race(
         ours(lambda: step(model)),
-        [Rival("dense", DENSE, lambda: step(dense))],
+        rivals,
         workload.threads,
         most_rounds=grids.most_rounds(is_quick),
     )

@@ -120,9 +120,11 @@ def overview(name: str, run: Run, cases: list[dict]) -> str:
 
 
 def dense_calls(run: Run) -> str:
-    """The dense calls of the products, as they were in this run: older ones had no oneDNN."""
-    products = [r for r in run.records if r["op"] in tables.PRODUCTS and r["kind"] == records.DENSE]
-    names = dict.fromkeys(record["contender"].removesuffix(" bf16") for record in products)
+    """The dense calls of the products, or of whole steps where there are none, as they were in this
+    run: older ones had no oneDNN."""
+    dense = [r for r in run.records if r.get("kind") == records.DENSE]
+    products = [r for r in dense if r["op"] in tables.PRODUCTS]
+    names = dict.fromkeys(r["contender"].removesuffix(" bf16") for r in products or dense)
     return ", ".join(names) or "none"
 
 
