@@ -17,6 +17,7 @@ from torch import Tensor
 from ...tensor import SparseTensor
 from ..derived import derived, share, to_keep
 from .layout import Layout
+from .library import current_stream
 
 
 class Pack:
@@ -79,7 +80,7 @@ class Pack:
 
 
 def _raw_stream(device: torch.device) -> int:
-    return torch._C._cuda_getCurrentRawStream(device.index) if device.type == "cuda" else 0
+    return current_stream(device.index) if device.type == "cuda" else 0
 
 
 class Packs:
