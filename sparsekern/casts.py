@@ -25,11 +25,13 @@ _CONVERT = {torch.bfloat16: Tensor.bfloat16, torch.float16: Tensor.half}  # 0.5 
 
 
 class _Casts(dict):
-    """Casts of one device and context: by the id of a parameter, what was cast and its cast."""
+    """Casts of one context: by the id of a parameter, what was cast and its cast."""
 
 
-_stores: dict[int, weakref.ref] = {}  # by the number of the device
-_sentinels: dict[int, Tensor] = {}
+# By the number of the device and the dtype. torch gives the cast that it keeps to contexts of
+# another dtype too, of another thread or nested, so each dtype has a sentinel of its own.
+_stores: dict[tuple[int, torch.dtype], weakref.ref] = {}
+_sentinels: dict[tuple[int, torch.dtype], Tensor] = {}
 
 
 def autocast(*tensors):
@@ -42,16 +44,16 @@ def autocast(*tensors):
     dtype = torch.get_autocast_dtype(device)
     if dtype not in _CONVERT or _is_observed(device):
         return [_convert(t, dtype) for t in tensors]
-    store = _stores.get(tensors[1].get_device())
+    store = _stores.get((tensors[1].get_device(), dtype))
     casts = None if store is None else store()
     results = []
     for t in tensors:
         kept = casts.get(id(t)) if casts else None
         if kept is not None:
-            original, version, address, to, cast = kept
+            original, version, address, cast = kept
             if (
                 original() is t
-                and to is dtype is not t.dtype
+                and t.dtype is not dtype
                 and t._version == version
                 and t.data_ptr() == address
                 and t.requires_grad
@@ -87,13 +89,13 @@ def _cast(t, dtype: torch.dtype, casts: _Casts | None):
     ):
         return _convert(t, dtype)
     if casts is None:
-        casts = _begin(t.get_device(), t.device)
+        casts = _begin((t.get_device(), dtype), t.device)
         if casts is None:
             return _convert(t, dtype)
     version, address = t._version, t.data_ptr()
     with torch.inference_mode(False), torch.enable_grad():  # a cast outlives these modes
         cast = _convert(t, dtype)
-    casts[id(t)] = weakref.ref(t), version, address, dtype, cast
+    casts[id(t)] = weakref.ref(t), version, address, cast
     return cast
 
 
@@ -103,19 +105,19 @@ def _convert(t, dtype: torch.dtype):
     return _CONVERT[dtype](t) if dtype in _CONVERT else t.to(dtype)
 
 
-def _begin(number: int, device: torch.device) -> _Casts | None:
+def _begin(key: tuple[int, torch.dtype], device: torch.device) -> _Casts | None:
     """An empty store that dies with the outermost context; None where autograd would show the
     sentinel to somebody, or torch does not cast it."""
     if _hooks(False) is not None:
         return None
     with torch.inference_mode(False), torch.enable_grad():
-        if number not in _sentinels:
-            _sentinels[number] = torch.zeros(0, 0, device=device, requires_grad=True)
+        if key not in _sentinels:
+            _sentinels[key] = torch.zeros(0, 0, device=device, requires_grad=True)
         other = torch.zeros(0, 0, device=device, requires_grad=True)  # else autograd saves nothing
-        kept = getattr(torch.mm(_sentinels[number], other).grad_fn, "_saved_self", None)
-    if kept is None or kept is _sentinels[number]:
+        kept = getattr(torch.mm(_sentinels[key], other).grad_fn, "_saved_self", None)
+    if kept is None or kept is _sentinels[key]:
         return None
     if not hasattr(kept, "sparsekern_casts"):
         kept.sparsekern_casts = _Casts()
-    _stores[number] = weakref.ref(kept.sparsekern_casts)
+    _stores[key] = weakref.ref(kept.sparsekern_casts)
     return kept.sparsekern_casts

@@ -194,3 +194,17 @@ def test_a_layer_from_inference_mode(x):
         for _ in range(2):
             assert_right(layer, x)
             layer.values.add_(1)
+
+
+def test_contexts_of_two_types_at_once(layer, x):
+    """torch hands a cast that it keeps to a context of another type, too."""
+    other = SparseLinear(6, 5, *random_csr(5, 6, 0.5, torch.float32), torch.randn(5))
+    with torch.autocast("cpu", torch.float16):
+        assert_right(layer, x, torch.float16)
+        kept = cast_of(layer.values)
+        casts._stores.clear()  # another thread may look before the first has put its own there
+        with torch.autocast("cpu", BF16):
+            assert_right(other, x)
+            assert_right(layer, x)
+        assert_right(layer, x, torch.float16)
+        assert cast_of(layer.values).dtype is kept.dtype

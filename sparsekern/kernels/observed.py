@@ -14,16 +14,45 @@ _observations: dict[int, weakref.ref] = {}
 
 
 class Observation:
-    """x [M, K] and dy [M, N] of all products dy.T @ x at one pattern since it was made."""
+    """x [M, K] and dy [M, N] of all products dy.T @ x at one pattern since it was made, as far as
+    they are in the gradient of `values`: what zero_grad() throws away before another backward pass
+    does not count."""
 
-    def __init__(self, row_offsets: Tensor) -> None:
+    def __init__(self, row_offsets: Tensor, values: Tensor) -> None:
         self.pairs: list[tuple[Tensor, Tensor]] = []
+        self._values = values
+        self._added: tuple[int, int] | None = None  # their gradient when the pairs were in it
         self._watch(row_offsets)
+        # FSDP2 puts gradients into shards when it likes.
+        if values.is_leaf and values.requires_grad and not hasattr(values, "full_tensor"):
+            me = weakref.ref(self)
+            hook = values.register_post_accumulate_grad_hook(lambda values: _note_added(me()))
+            weakref.finalize(self, hook.remove)
+
+    def add(self, x: Tensor, dy: Tensor) -> None:
+        if self._added is not None and self._is_thrown_away(self._values.grad):
+            self.pairs, self._added = [], None
+        # Copies: compiled code writes other things into this memory once it has no use for it.
+        self.pairs.append((x.clone(), dy.clone()))
+
+    def _is_thrown_away(self, gradient: Tensor | None) -> bool:
+        if gradient is None:
+            return True
+        return _state(gradient) != self._added and not gradient.any()
 
     def _watch(self, row_offsets: Tensor) -> None:
         key = row_offsets.data_ptr()
         self._row_offsets = row_offsets  # so that no other tensor gets its address
         _observations[key] = weakref.ref(self, lambda ref: _forget(key, ref))
+
+
+def _state(gradient: Tensor) -> tuple[int, int]:
+    return gradient.data_ptr(), gradient._version
+
+
+def _note_added(observation: Observation | None) -> None:
+    if observation is not None and observation._values.grad is not None:
+        observation._added = _state(observation._values.grad)
 
 
 def _forget(key: int, ref: weakref.ref) -> None:
@@ -41,13 +70,17 @@ def note(row_offsets: Tensor, dy: Tensor, x: Tensor) -> None:
         return
     ref = _observations.get(row_offsets.data_ptr())
     if ref is not None and (observation := ref()) is not None:
-        # Copies: compiled code writes other things into this memory once it has no use for it.
-        observation.pairs.append((x.clone(), dy.clone()))
+        observation.add(x, dy)
 
 
-def moved(before: Tensor, after: Tensor) -> None:
-    """The pattern that had `before` as its row_offsets has `after` now."""
-    if _observations and before.data_ptr() != after.data_ptr():
-        ref = _observations.pop(before.data_ptr(), None)
+def address(row_offsets: Tensor) -> int | None:
+    """Of a pattern that may move; None while nobody looks on."""
+    return row_offsets.data_ptr() if _observations else None
+
+
+def moved(address: int | None, row_offsets: Tensor) -> None:
+    """The pattern whose row_offsets were at this address has these now."""
+    if address is not None and address != row_offsets.data_ptr():
+        ref = _observations.pop(address, None)
         if ref is not None and (observation := ref()) is not None:
-            observation._watch(after)
+            observation._watch(row_offsets)

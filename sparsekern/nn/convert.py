@@ -4,6 +4,7 @@ import warnings
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
 
+import torch
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 from torch.optim import Optimizer
@@ -194,9 +195,10 @@ def densify_(model: nn.Module, optimizer: Optimizer | None = None) -> nn.Module:
     """Replace every SparseLinear of `model` by its nn.Linear, in place, and return the model. What
     stands in for another module (Conv1D, a convolution, attention, experts) becomes that again.
 
-    With an optimizer, the dense weights take the place of the values in its groups and its state
-    becomes dense too: zero where nothing was stored. ValueError, and an unchanged model, for state
-    of another shape than the values, and for layers that `pack_` made. TypeError for a
+    Layers that share their values share the weight. With an optimizer, the dense weights take the
+    place of the values in its groups and its state becomes dense too: zero where nothing was
+    stored. ValueError, and an unchanged model, for state of another shape than the values, for
+    shared values at different places, and for layers that `pack_` made. TypeError for a
     DistributedDataParallel.
     """
     _refuse_wrapped("densify_", model)
@@ -222,7 +224,14 @@ def densify_(model: nn.Module, optimizer: Optimizer | None = None) -> nn.Module:
         if not isinstance(module, SparseLinear):
             return None
         linear = module.to_linear()
-        dense[module.values] = linear.weight, module
+        weight, first = dense.setdefault(module.values, (linear.weight, module))
+        if first is not module:  # layers that share their values go on sharing them
+            if weight.shape != linear.weight.shape or not _same_pattern(first, module):
+                raise ValueError(
+                    f"densify_: {name} shares its values with another layer, which has them at "
+                    "other places: no dense weight is that of both"
+                )
+            linear.weight = weight
         return linear
 
     model = replace_modules(model, replace)
@@ -234,6 +243,11 @@ def densify_(model: nn.Module, optimizer: Optimizer | None = None) -> nn.Module:
                 state = optimizer.state.pop(values)
                 optimizer.state[weight] = {k: _densified(t, module) for k, t in state.items()}
     return model
+
+
+def _same_pattern(a: SparseLinear, b: SparseLinear) -> bool:
+    pairs = (a.row_offsets, b.row_offsets), (a.col_indices, b.col_indices)
+    return a.stores_transpose == b.stores_transpose and all(torch.equal(*pair) for pair in pairs)
 
 
 def _refuse_held(module: nn.Module, optimizer: Optimizer | None) -> None:

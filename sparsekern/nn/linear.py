@@ -14,11 +14,11 @@ import torch
 from torch import Tensor, nn
 
 from ..indices import check_sizes, counted
+from ..kernels import observed
 from ..matmul import linear, quick_linear
 from ..ops import SPMM, call
 from ..tensor import SparseTensor
 from . import copies, loading
-from .loading import set_indices
 
 # torch.compile takes the shapes of parameters for fixed, and would compile again for each nnz: of
 # every pruning, and of every layer under the compilation of blocks. These it takes for dynamic.
@@ -188,10 +188,10 @@ class SparseLinear(nn.Module):
             is_cast = t.dtype == torch.int32 and result.dtype != torch.int32
             return t.to(result.device) if is_cast else result
 
-        before = self.row_offsets
+        address = observed.address(self.row_offsets)  # share_memory() moves the same tensor
         super()._apply(kept, recurse)
-        after, self._buffers["row_offsets"] = self.row_offsets, before
-        set_indices(self, after, self.col_indices)
+        self.row_offsets, self.col_indices = counted(self.row_offsets), counted(self.col_indices)
+        observed.moved(address, self.row_offsets)
         return self
 
     def __setattr__(self, name, value):

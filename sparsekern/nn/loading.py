@@ -228,9 +228,9 @@ def _apply(
 def set_indices(layer: "SparseLinear", row_offsets: Tensor, col_indices: Tensor) -> None:
     """Give the layer other index tensors; whoever observes its gradients goes on doing so."""
     before = layer._buffers.get("row_offsets")
+    address = None if before is None else observed.address(before)
     layer.row_offsets, layer.col_indices = counted(row_offsets), counted(col_indices)
-    if before is not None:
-        observed.moved(before, layer.row_offsets)
+    observed.moved(address, layer.row_offsets)
 
 
 def resize_(parameter: nn.Parameter, data: Tensor) -> None:

@@ -55,7 +55,7 @@ def adopt_values_(optimizer: Optimizer) -> Optimizer:
 
 
 def _at_places(key: str, t: object, weight: nn.Parameter, layer: SparseLinear) -> object:
-    if not isinstance(t, Tensor) or t.numel() == 1:
+    if not isinstance(t, Tensor) or (t.numel() == 1 and t.shape != weight.shape):
         return t
     if t.shape != weight.shape:
         raise ValueError(

@@ -254,7 +254,12 @@ class Algorithm:
 
     def __getstate__(self) -> dict[str, Any]:
         """Of a copy, which follows no optimizer: torch copies an optimizer without its hooks."""
-        return self.__dict__ | {"optimizers": [], "_stepped": set()}
+        nothing = {"optimizers": [], "_stepped": set(), "_unfollowed": None}
+        return self.__dict__ | nothing
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__.update(state)
+        self._unfollowed = WeakKeyDictionary()
 
     def _check_optimizer(self, optimizer: Optimizer) -> None:
         if not self.layers:

@@ -96,7 +96,8 @@ class RigL(SET):
 
     That gradient is computed on the update steps alone, from the inputs and output gradients of
     their backward pass, which are kept until then: `block_elems` of its elements at a time, summed
-    over the micro-batches and ranks, in float32 (float64 for such a model). A layer that had no
+    over the micro-batches and ranks, in float32 (float64 for such a model). A backward pass whose
+    gradients zero_grad() threw away does not count. A layer that had no
     gradient keeps its pattern; so do all where one is not finite, with a warning. RuntimeError if
     values have gradients and none was seen (a replayed CUDA graph hides them). Two-way masks need
     the gradient of one whole layer at a time.
@@ -129,7 +130,7 @@ class RigL(SET):
         for name, layer in self.layers.items():
             if is_observed(layer.row_offsets):  # it shares its indices with another layer
                 layer.row_offsets = layer.row_offsets.clone()
-            self._seen[name] = Observation(layer.row_offsets)
+            self._seen[name] = Observation(layer.row_offsets, layer.values)
 
     def _check_seen(self) -> None:
         """RuntimeError if values have gradients, but no layer saw where they come from."""

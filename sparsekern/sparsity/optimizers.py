@@ -149,6 +149,8 @@ def _check_is_followed(optimizer: Optimizer) -> None:
         if last == NEVER:
             continue
         names = held_layers(optimizer, algorithm.layers)
+        if names:
+            names = [n for n in names if not _has_follower(optimizer, algorithm.layers[n])]
         # Whoever counts the steps by hand may do so: an error comes where none was counted.
         algorithm._unfollowed[optimizer] = algorithm.steps
         if not names or last != algorithm.steps:
@@ -161,6 +163,15 @@ def _check_is_followed(optimizer: Optimizer) -> None:
                 "but the algorithm does not follow it, and would never change their patterns: call "
                 "algorithm.apply(optimizer) after apply(model)"
             )
+
+
+def _has_follower(optimizer: Optimizer, layer: SparseLinear) -> bool:
+    """Whether an algorithm that follows this optimizer changes this layer."""
+    return any(
+        any(optimizer is o for o in holders(algorithm.optimizers))
+        for algorithm in (ref() for ref in _algorithms)
+        if algorithm is not None and any(layer is other for other in algorithm.layers.values())
+    )
 
 
 def _before_any_step(optimizer: Optimizer, args: tuple, kwargs: dict) -> None:

@@ -179,7 +179,8 @@ def _norm(
         raise TypeError(
             "norm: only of all of a SparseTensor, 'fro' or p >= 0, no out=: use W.to_dense()"
         )
-    return torch.linalg.vector_norm(input.values, p, dtype=dtype)
+    values = input.values if input.nnz else input.values.new_zeros(min(1, _numel(input)))
+    return torch.linalg.vector_norm(values, p, dtype=dtype)
 
 
 def _vector_norm(x, ord=2, dim=None, keepdim: bool = False, *, dtype=None, out=None) -> Tensor:

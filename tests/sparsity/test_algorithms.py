@@ -385,6 +385,39 @@ def test_densify_keeps_the_function_and_the_optimizer_state():
     assert (model.up.weight.flatten()[~mask] != 0).any()  # revived, from zero
 
 
+def test_densify_keeps_values_that_layers_share():
+    first = SparseLinear.from_linear(nn.Linear(8, 8), torch.rand(8, 8) < 0.5)
+    second = copy.copy(first)
+    second._buffers, second._parameters = dict(first._buffers), dict(first._parameters)
+    model = nn.Sequential(first, second)
+    optimizer = torch.optim.AdamW(model.parameters())
+    model(torch.ones(2, 8)).sum().backward()
+    optimizer.step()
+    before = model(torch.ones(2, 8))
+    other = copy.deepcopy(model)
+    other[1].row_offsets = torch.full_like(first.row_offsets, first.values.shape[0])
+    other[1].row_offsets[0], other[1].col_indices = 0, first.col_indices.sort().values
+    with pytest.raises(ValueError, match="densify_: 1 shares its values with another layer"):
+        densify_(other)
+    assert isinstance(other[0], SparseLinear)
+    densify_(model, optimizer)
+    assert model[0].weight is model[1].weight
+    assert any(p is model[0].weight for p in optimizer.param_groups[0]["params"])
+    torch.testing.assert_close(model(torch.ones(2, 8)), before)
+
+
+def test_state_of_a_single_weight_moves_along():
+    model = nn.Sequential(nn.Linear(1, 1))
+    optimizer = torch.optim.AdamW(model.parameters())
+    for _ in range(2):
+        model(torch.ones(2, 1)).sum().backward()
+        optimizer.step()
+        algorithm = Static(0.0)
+        model = algorithm.apply(model)
+        algorithm.apply(optimizer)
+    assert optimizer.state[model[0].values]["exp_avg"].shape == (1,)
+
+
 # Pruning by rounds, and at once
 
 

@@ -1,6 +1,7 @@
 """What stands beside a pattern that changes: averages, optimizers, compiled models, CUDA graphs."""
 
 import copy
+import pickle
 import warnings
 import weakref
 
@@ -428,6 +429,29 @@ def test_an_algorithm_that_follows_nobody():
     fit(model, torch.optim.SGD(model.parameters(), 1e-2), 3)  # no update is to come any more
 
 
+def test_another_algorithm_takes_over():
+    """As in a notebook whose cell runs again."""
+    model = plain()
+    for _ in range(2):
+        algorithm = pickle.loads(pickle.dumps(SET(0.75, update={"freq": 1})))
+        model, optimizer = start(algorithm, model)
+        fit(model, optimizer, 3)
+        before = patterns(model)
+        fit(model, optimizer, 1)
+        assert patterns(model) != before
+
+
+def test_a_pickled_algorithm_goes_on_with_its_optimizer():
+    model, optimizer = start(algorithm := RigL(0.75, update={"freq": 2}), plain())
+    fit(model, optimizer, 3)
+    kept = pickle.dumps((model, optimizer, algorithm))
+    fit(model, optimizer, 3, 3)
+    again, its_optimizer, its_algorithm = pickle.loads(kept)
+    its_algorithm.apply(its_optimizer)
+    fit(again, its_optimizer, 3, 3)
+    assert patterns(again) == patterns(model)
+
+
 def test_static_patterns_and_steps_by_hand_need_nobody():
     model = Static(0.75).apply(plain())
     fit(model, torch.optim.SGD(model.parameters(), 1e-2), 3)
@@ -578,6 +602,33 @@ def test_layers_that_share_their_indices_see_their_own_gradients():
     a(x).sum().backward()
     torch.testing.assert_close(algorithm._block("0", a, 0, 16), x.sum(0).expand(16, 16))
     assert not algorithm._block("1", b, 0, 16).any()
+
+
+@pytest.mark.parametrize("set_to_none", [True, False])
+def test_gradients_that_were_thrown_away_make_nothing_grow(set_to_none):
+    """As those of a generator's loss in a discriminator, or of a step that overflowed."""
+    algorithm, twins = (RigL(0.75, update={"freq": 1}) for _ in range(2))
+    model, optimizer = start(algorithm, plain())
+    twin, twin_optimizer = start(twins, plain())
+    for step in range(3):
+        (model(batch(9)[0]) * torch.inf).sum().backward()
+        optimizer.zero_grad(set_to_none)
+        for m in (model, twin):
+            for part in range(2):  # micro-batches, which do count
+                m(batch(step + part)[0]).square().mean().backward()
+        optimizer.step(), twin_optimizer.step()
+        optimizer.zero_grad(set_to_none), twin_optimizer.zero_grad()
+        assert patterns(model) == patterns(twin)
+    assert len(layers(model)[0].values._post_accumulate_grad_hooks) == 1  # the others are gone
+
+
+def test_rigl_sees_layers_that_were_moved_before_an_update():
+    algorithm = RigL(0.75, update={"freq": 1})
+    model, optimizer = start(algorithm, plain())
+    before = patterns(model)
+    model.share_memory()
+    fit(model, optimizer, 1)
+    assert patterns(model) != before
 
 
 def test_layers_that_share_their_values_are_refused():

@@ -243,6 +243,7 @@ def test_orders_of_a_norm():
     assert torch.linalg.norm(W) == torch.linalg.norm(w) == torch.linalg.norm(W, "fro")
     for order in (1, 2, float("inf")):
         torch.testing.assert_close(torch.norm(W, order), torch.norm(w, order))
+        assert torch.norm(sparse(torch.zeros(2, 3)), order) == 0
         with pytest.raises(TypeError, match="norm: of a SparseTensor as a matrix only 'fro'"):
             torch.linalg.norm(W, order)
 
