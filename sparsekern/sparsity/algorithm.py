@@ -254,7 +254,7 @@ class Algorithm:
 
     def __getstate__(self) -> dict[str, Any]:
         """Of a copy, which follows no optimizer: torch copies an optimizer without its hooks."""
-        nothing = {"optimizers": [], "_stepped": set(), "_unfollowed": None}
+        nothing: dict[str, Any] = {"optimizers": [], "_stepped": set(), "_unfollowed": None}
         return self.__dict__ | nothing
 
     def __setstate__(self, state: dict[str, Any]) -> None:
