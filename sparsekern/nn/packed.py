@@ -35,6 +35,12 @@ class PackedWeight(NamedTuple):
     dtype: torch.dtype  # that x must have
     device: torch.device
 
+    @classmethod
+    def __torch_function__(cls, func, types, args=(), kwargs=None):
+        """Its presence keeps TransformerEncoderLayer from its kernel for dense weights."""
+        name = getattr(func, "__name__", func)
+        raise TypeError(f"{name}: a packed weight holds no numbers: call its layer")
+
 
 class PackedLinear(nn.Module):
     """A SparseLinear for inference on a GPU: its weight in the layout that the CUDA kernels read,

@@ -215,3 +215,16 @@ def test_no_file_is_written_of_a_packed_model(tmp_path, groups):
         with pytest.raises(ValueError, match="weights: block.a is packed for inference.* before"):
             call()
     assert path.read_bytes() == before
+
+
+def test_torchs_encoder_takes_packed_layers():
+    """Its kernel for dense weights is not for them."""
+    encoder = nn.TransformerEncoderLayer(8, 2, 16, batch_first=True).eval()
+    sparsify_(encoder, Static(0.5), lambda module, name: True)
+    twin = densify_(copy.deepcopy(encoder))
+    pack_(encoder)
+    x = torch.randn(2, 3, 8)
+    with torch.inference_mode():
+        torch.testing.assert_close(encoder(x), twin(x))
+    with pytest.raises(TypeError, match="linear: a packed weight holds no numbers"):
+        nn.functional.linear(x, encoder.linear2.weight)
