@@ -52,20 +52,27 @@ Predictions and margins were fixed before the first run (bench/evidence/plan.py,
 - **FLOPs** count stored weights, and attention over the full square (sparsekern/gpt/flops.py).
   Fine-tuning is not in them: it is the same for all arms of a shape, but for the one that says so.
 - **Seconds and tokens/s** are those of pre-training with masked dense weights, on which zeros save
-  nothing. **On this GPU sparse kernels would not save seconds either**: at this width they were not
-  timed, and a step of GPT-2 small, twice as wide, with 75 % zeros is 0.995 times as fast as dense
-  ([measured](../bench/results/nvidia-h200-train-bfloat16-2026-11-29.md)). A smaller model and fewer
-  tokens do save them. For a CPU see section {clock}.
+  nothing. {kernels}
+  A smaller model and fewer tokens do save seconds. For a CPU see section {clock}.
 - **Intervals**: 95 %, over seeds (Student); of sentiment and cloze over seeds and items. "Equal
   within a margin": the 90 % interval lies inside it. "Worse", "better": zero lies outside of the
   95 % interval; "by more than the margin": all of the margin does. "Open": none of these. No
   difference seen is not equality. Each line stands for itself: of 20 true equalities one is
   expected to look like a difference."""
 
+UNTIMED = """\
+**On this GPU sparse kernels would not save seconds either**: at this width they were not timed, and
+  a step of GPT-2 small, twice as wide, with 75 % zeros is 0.995 times as fast as dense
+  ([measured](../bench/results/nvidia-h200-train-bfloat16-2026-11-29.md))."""
+TIMED = """\
+"By kernels" is what they would be with the sparse kernels: in 200 steps of {size} with 75 % zeros
+  these were **{times:.2f} times as fast** as masked dense weights, {masked:.2f} and {sparse:.2f} ms
+  a step, in captured graphs both, with losses {apart:+.4f} nats apart in the last 50."""
 
-def publish(kept: Path, page: Path, new: Sequence[Path], by_clock: Path) -> None:
+
+def publish(kept: Path, page: Path, new: Sequence[Path], by_clock: Path, checked: Path) -> None:
     """Add new results to those that are kept, then write the page and its picture. A run that is
-    kept stays. `by_clock`: results of clock.py."""
+    kept stays. `by_clock`: results of clock.py; `checked`: what check.py wrote."""
     paths = ([kept] if kept.exists() else []) + list(new)
     results, clocked = study.read(paths), clock.read(by_clock)
     if len({result["corpus"] for result in [*results, *clocked]}) > 1:
@@ -79,10 +86,14 @@ def publish(kept: Path, page: Path, new: Sequence[Path], by_clock: Path) -> None
     if figure:
         write_picture(figure, page.with_name(PICTURE))
     with atomic_write(page) as file:
-        file.write(text(results, clocked).encode())
+        file.write(text(results, clocked, read_check(checked)).encode())
 
 
-def text(results: list[dict], clocked: Sequence[dict] = ()) -> str:
+def read_check(path: Path) -> dict | None:
+    return json.loads(path.read_text()) if path.exists() else None
+
+
+def text(results: list[dict], clocked: Sequence[dict] = (), checked: dict | None = None) -> str:
     """The whole page. What was not run says so."""
     sections = len(PLAN) + 1
     parts = [TITLE, first_words(results), QUESTION, READING, outcome(results)]
@@ -92,16 +103,17 @@ def text(results: list[dict], clocked: Sequence[dict] = ()) -> str:
     begun = [order for order in PLAN if is_begun(order, results)]
     waiting = [order for order in PLAN if order not in begun]
     for order in begun:
-        parts.append(f"## {order.number}. {order.question}\n\n" + section(order, results))
+        parts.append(f"## {order.number}. {order.question}\n\n" + section(order, results, checked))
     parts.append(f"## {sections}. {CLOCK_QUESTION}\n\n" + by_clock(clocked))
-    told = METHOD.format(text=text_of(json.loads(TEXT.read_text())), clock=sections)
+    about = text_of(json.loads(TEXT.read_text()))
+    told = METHOD.format(text=about, clock=sections, kernels=of_kernels(checked))
     parts.append("## How\n\n" + told)
     parts.append("## Not run\n\n" + "\n".join([*not_run(PLAN, results), NEVER]))
     for order in waiting:
         parts.append(f"### {order.number}. {order.question}\n\n" + expected(order, results))
     machines = {
         f"{r['device']}, torch {r['torch']}, {r['date']}, commit {r['commit'][:7]}"
-        for r in [*results, *clocked]
+        for r in [*results, *clocked, *([checked] if checked else [])]
     }
     if machines:
         parts.append(f"Runs: {'; '.join(sorted(machines))}.")
@@ -141,16 +153,30 @@ def the_arms() -> str:
     return "\n".join(f"- **{ARMS[name].title}**: {words}." for name, words in told.items())
 
 
+def of_kernels(checked: dict | None) -> str:
+    """What the sparse kernels would save."""
+    if not checked:
+        return UNTIMED
+    sparse, masked = checked["sparse_step_s"], checked["step_s"]
+    return TIMED.format(
+        size=f"size {checked['size']}",
+        times=masked / sparse,
+        masked=1e3 * masked,
+        sparse=1e3 * sparse,
+        apart=checked["apart_last"],
+    )
+
+
 def is_begun(order: Order, results: list[dict]) -> bool:
     swept_ones = any(swept(order.size, arm, results) for arm in order.swept)
     own = [arm for arm in order.arms if arm != "dense"] or order.arms
     return swept_ones or any(by_seed(results, order.size, arm) for arm in own)
 
 
-def section(order: Order, results: list[dict]) -> str:
+def section(order: Order, results: list[dict], checked: dict | None) -> str:
     parts = [sweeps(order, results)] if order.swept else []
     if order.arms:
-        parts.append(arms(order, results))
+        parts.append(arms(order, results, checked))
     if order.predictions:
         parts.append(predictions(order.predictions, order, results))
     parts += [part for part in (seeds(order, results), sparse_tuning(order, results)) if part]

@@ -23,8 +23,9 @@ from .plan import ARMS, SIZES, SWEEP_SEED, Order, Prediction
 TUNED = ("code", "webnlg", "sentiment")
 
 
-def arms(order: Order, results: list[dict]) -> str:
-    """What each arm that has run costs and comes to, means over its seeds; which have not."""
+def arms(order: Order, results: list[dict], checked: dict | None) -> str:
+    """What each arm that has run costs and comes to, means over its seeds; which have not.
+    `checked`: of check.py, with the time of a step by the sparse kernels."""
     size = SIZES[order.size]
     full = ARMS["dense"].flops(size)
     rows, missing = [], []
@@ -41,19 +42,14 @@ def arms(order: Order, results: list[dict]) -> str:
         pace = [1e3 * n / s for n, s in zip(tokens, seconds, strict=True)]
         rates = ", ".join(sorted({f"{r['rate']:g}" for r in found.values()})) if trained else "-"
         cells = [mean_of([value(r, m) for r in found.values()], m) for m in METRICS]
-        costs = [told, *(mean_text(x, ".0f") for x in (tokens, pace, seconds))]
+        kernels = []
+        if checked and arm.sparsity == ARMS["75"].sparsity:
+            if size.shape == SIZES[checked["size"]].shape:
+                kernels = [checked["sparse_step_s"] * t["steps"] for t in trained]
+        costs = [told, *(mean_text(x, ".0f") for x in (tokens, pace, seconds, kernels))]
         rows.append([arm.title, *costs, rates, numbers(found), *cells])
-    header = [
-        "arm",
-        "FLOPs",
-        "M tokens",
-        "k tokens/s",
-        "seconds",
-        "rate",
-        "seeds",
-        *COLUMNS.values(),
-    ]
-    parts = [table(*filled(header, rows))] if rows else []
+    header = ["arm", "FLOPs", "M tokens", "k tokens/s", "seconds", "by kernels", "rate", "seeds"]
+    parts = [table(*filled([*header, *COLUMNS.values()], rows))] if rows else []
     if missing:
         parts.append(f"Not run yet, with their FLOPs: {'; '.join(missing)}.")
     return "\n\n".join(parts)

@@ -49,7 +49,9 @@ def test_a_run_that_diverged_is_called_so(evidence):
 def test_the_page_is_what_its_results_make(evidence):
     kept = BENCH / "results" / "quality.jsonl"
     by_clock = evidence.clock.read(kept.with_name("quality-cpu.jsonl"))
-    made = evidence.page.text(evidence.study.read([kept] if kept.exists() else []), by_clock)
+    checked = evidence.page.read_check(kept.with_name("quality-check.jsonl"))
+    found = evidence.study.read([kept] if kept.exists() else [])
+    made = evidence.page.text(found, by_clock, checked)
     assert made == (BENCH.parent / "docs" / "quality.md").read_text()
 
 
@@ -100,6 +102,17 @@ def test_the_best_rate_at_the_end_of_a_sweep_is_called_so(evidence):
     assert evidence.tables.tried("75", losses, True).endswith("0.002: **1.700**, 0.004: diverged")
 
 
+def test_the_page_has_the_time_by_sparse_kernels(evidence):
+    checked = {"size": "S", "step_s": 0.01, "sparse_step_s": 0.0125, "apart_last": 0.0}
+    checked |= {name: "x" for name in ("device", "torch", "date", "commit")}
+    found = results(evidence, {"dense": [2.0], "75": [2.1]})
+    assert "by kernels" not in evidence.page.text(found)
+    page = evidence.page.text(found, checked=checked)
+    rows = page.split("\n## 2. ")[1].splitlines()
+    of_75 = dict(zip(*([c.strip() for c in rows[i].split("|")] for i in (2, 5)), strict=True))
+    assert float(of_75["by kernels"]) == round(10 * 0.0125) and "**0.80 times as fast**" in page
+
+
 def test_the_picture_has_a_row_for_each_arm_that_ran(evidence):
     assert evidence.picture.picture(results(evidence, {"dense": [2.0]})) is None
     losses = {"dense": [2.0, 2.01], "75": [2.1, 2.11], "small": [2.1], "scratch": [2.9]}
@@ -143,14 +156,20 @@ def test_results_are_added_once(evidence, tmp_path):
     (tmp_path / "new.jsonl").write_text("".join(json.dumps(r) + "\n" for r in new))
     kept, page = tmp_path / "kept.jsonl", tmp_path / "page.md"
     for _ in range(2):
-        evidence.page.publish(kept, page, [tmp_path / "new.jsonl"], tmp_path / "cpu")
+        evidence.page.publish(
+            kept, page, [tmp_path / "new.jsonl"], tmp_path / "cpu", tmp_path / "check"
+        )
     assert len(kept.read_text().splitlines()) == 1 and "GPU" in page.read_text()
     assert not (tmp_path / "quality.png").exists()
     more = results(evidence, {"dense": [2.0, 2.0], "75": [2.1, 2.1]})
     (tmp_path / "new.jsonl").write_text("".join(json.dumps(r) + "\n" for r in more))
-    evidence.page.publish(kept, page, [tmp_path / "new.jsonl"], tmp_path / "cpu")
+    evidence.page.publish(
+        kept, page, [tmp_path / "new.jsonl"], tmp_path / "cpu", tmp_path / "check"
+    )
     assert "](quality.png)" in page.read_text() and (tmp_path / "quality.png").exists()
     assert len(kept.read_text().splitlines()) == 4
     (tmp_path / "other.jsonl").write_text(json.dumps(new[0] | {"key": "b", "recipe": "old"}) + "\n")
     with pytest.raises(ValueError, match="made by another plan"):
-        evidence.page.publish(kept, page, [tmp_path / "other.jsonl"], tmp_path / "cpu")
+        evidence.page.publish(
+            kept, page, [tmp_path / "other.jsonl"], tmp_path / "cpu", tmp_path / "check"
+        )
