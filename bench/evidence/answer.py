@@ -45,7 +45,7 @@ def first_words(results: list[dict]) -> str:
             "plan, with what was expected before the first run, and the runs that there are."
         )
     margins = {p.b: p.margin for p in primary()}
-    so_far = "" if is_whole(results) else "**Not all runs are there.** "
+    so_far = "" if is_whole(results) else "**Runs are missing or diverged.** "
     rivals = [beside(name, found[arm], margins[arm]) for arm, name in RIVALS.items()]
     return (
         f"{so_far}{cost(found['dense'], margins['dense'])}. For the same FLOPs of pre-training, "
@@ -57,7 +57,7 @@ def first_words(results: list[dict]) -> str:
 
 
 def is_whole(results: list[dict]) -> bool:
-    """All runs of the primary outcome have ended well."""
+    """All runs of the primary outcome have been made and none diverged."""
     seeds = [*order_of(2).seeds]
     found = [difference(results, SIZE, "75", arm, PRIMARY) for arm in OTHERS]
     return all(each and each.seeds == seeds for each in found)

@@ -12,7 +12,17 @@ from .build import TRAINING
 from .differences import by_seed
 from .picture import picture
 from .plan import ARMS, PLAN, SIZES, Order
-from .tables import arms, by_clock, not_run, predictions, seeds, sparse_tuning, sweeps, swept
+from .tables import (
+    arms,
+    by_clock,
+    not_run,
+    predictions,
+    seeds,
+    sparse_tuning,
+    sweeps,
+    swept,
+    tuning_ends,
+)
 
 TEXT = Path(__file__).with_name("manifest.json")
 PICTURE = "quality.png"
@@ -177,9 +187,10 @@ def section(order: Order, results: list[dict], checked: dict | None) -> str:
     parts = [sweeps(order, results)] if order.swept else []
     if order.arms:
         parts.append(arms(order, results, checked))
-    if order.predictions:
-        parts.append(predictions(order.predictions, order, results))
-    parts += [part for part in (seeds(order, results), sparse_tuning(order, results)) if part]
+    if others := [p for p in order.predictions if p not in primary()]:
+        parts.append(predictions(others, order, results))
+    more = (seeds(order, results), tuning_ends(order, results), sparse_tuning(order, results))
+    parts += [part for part in more if part]
     return "\n\n".join(parts)
 
 

@@ -47,7 +47,8 @@ def arms(order: Order, results: list[dict], checked: dict | None) -> str:
             if size.shape == SIZES[checked["size"]].shape:
                 kernels = [checked["sparse_step_s"] * t["steps"] for t in trained]
         costs = [told, *(mean_text(x, ".0f") for x in (tokens, pace, seconds, kernels))]
-        rows.append([arm.title, *costs, rates, numbers(found), *cells])
+        ended = [seed for seed, r in found.items() if "pretrained" in r]
+        rows.append([arm.title, *costs, rates, numbers(ended) or "-", *cells])
     header = ["arm", "FLOPs", "M tokens", "k tokens/s", "seconds", "by kernels", "rate", "seeds"]
     parts = [table(*filled([*header, *COLUMNS.values()], rows))] if rows else []
     if missing:
@@ -130,6 +131,27 @@ def sparse_tuning(order: Order, results: list[dict]) -> str:
     if not rows:
         return ""
     return "Fine-tuned with its zeros in place, too:\n\n" + table(*filled(header, rows), left=2)
+
+
+def tuning_ends(order: Order, results: list[dict]) -> str:
+    """Whether the best rates of fine-tuning have others on both sides."""
+    count, at_end = 0, []
+    for arm in order.arms:
+        for seed, result in by_seed(results, order.size, arm).items():
+            for name, tuned in result.get("tuned", {}).items():
+                losses = {float(r): math.inf if x is None else x for r, x in tuned["dev"].items()}
+                count += 1
+                if plan.beyond_the_end(losses, 2.0) is not None:
+                    at_end.append(f"{ARMS[arm].title}, seed {seed}, {name}")
+    if not count:
+        return ""
+    if not at_end:
+        return f"The best rate of each of {count} fine-tunings has others on both sides."
+    return (
+        f"**The best rate is at the end of those tried** in {len(at_end)} of {count} fine-tunings "
+        f"(they end at {plan.LEAST_TUNING_RATE:g} and {plan.MOST_TUNING_RATE:g}): "
+        f"{'; '.join(at_end)}."
+    )
 
 
 def sweeps(order: Order, results: list[dict]) -> str:

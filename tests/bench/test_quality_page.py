@@ -26,7 +26,7 @@ def test_the_page_of_a_part_of_the_runs(evidence):
     """One seed has no interval, an arm without a partner no difference, one without runs no row."""
     page = evidence.page.text(results(evidence, {"dense": [2.0, 2.01], "75": [2.1]}))
     first, primary = page.split("\n\n")[1], page.split("## ")[1]
-    assert "**Not all runs are there.** **Whether 75 % zeros cost quality is open**" in first
+    assert "**Runs are missing or diverged.** **Whether 75 % zeros cost quality is open**" in first
     assert "(+0.100, 1 seed). For the same FLOPs" in first and "nan" not in page
     assert "a small dense model was not run yet" in first
     assert "| +0.100, 1 of 3 seeds |" in primary and "| **open, one seed** |" in primary
@@ -43,7 +43,11 @@ def test_a_run_that_diverged_is_called_so(evidence):
     found = results(evidence, {"dense": [2.0, 2.01], "75": [2.1, 2.11]})
     del found[-1]["pretrained"], found[-1]["tuned"]
     page = evidence.page.text(found)
-    assert "| 75 % zeros |    1 |      diverged |" in page and "**Not all runs" in page
+    assert (
+        "| 75 % zeros |    1 |      diverged |" in page
+        and " 0.001 |     0 |" in page
+        and "**Runs are missing or" in page
+    )
 
 
 def test_the_page_is_what_its_results_make(evidence):
@@ -57,11 +61,11 @@ def test_the_page_is_what_its_results_make(evidence):
 
 def test_the_page_says_when_small_dense_is_as_good(evidence):
     small = {"dense": [2.0, 2.01, 2.02], "75": [2.1, 2.11, 2.12], "small": [2.1, 2.112, 2.119]}
-    assert "**Not all runs are there.**" in evidence.page.text(results(evidence, small))
+    assert "**Runs are missing or diverged.**" in evidence.page.text(results(evidence, small))
     small["short"] = [2.05, 2.06, 2.07]
     page = evidence.page.text(results(evidence, small)).split("\n\n")
     assert "**a small dense model is as good as 75 % zeros** (" in page[1]
-    assert "Not all runs" not in page[1]
+    assert "Runs are missing" not in page[1]
     assert "**the dense model on fewer tokens is better than 75 % zeros** (+0.050, " in page[1]
     assert page[1].startswith("**75 % zeros cost quality** on the same text (+0.100, ")
     assert (
@@ -97,6 +101,13 @@ def test_the_best_rate_at_the_end_of_a_sweep_is_called_so(evidence):
     assert evidence.tables.sweep_ends({}, False) == ""
     told = evidence.tables.sweep_ends({1e-3: 2.0, 2e-3: 1.9, 4e-3: 1.8}, False)
     assert told == " (not done, **the best so far is at the end**)"
+    found = results(evidence, {"75": [2.1, 2.2]})
+    order = evidence.plan.PLAN[1]
+    told = evidence.tables.tuning_ends(order, found)
+    assert "of each of 4 fine-tunings has others" in told
+    found[1]["tuned"]["code dense"]["dev"] = {"0.001": 2.0, "0.003": None}
+    told = evidence.tables.tuning_ends(order, found)
+    assert "in 1 of 4" in told and told.endswith(": 75 % zeros, seed 1, code dense.")
     assert "3 rates" in evidence.tables.sweep_ends({1e-3: 2.0, 2e-3: 1.7, 4e-3: 1.8}, True)
     losses = {1e-3: 2.0, 2e-3: 1.7, 4e-3: np.inf}
     assert evidence.tables.tried("75", losses, True).endswith("0.002: **1.700**, 0.004: diverged")
