@@ -10,8 +10,6 @@ SIZE = "S"
 # The dense arms beside 75 %, and what they are called in a sentence.
 RIVALS = {"small": "a small dense model", "short": "the dense model on fewer tokens"}
 OTHERS = ("dense", *RIVALS)
-
-
 WORDS = {  # of each kind of standing: its heading, and what stands between two arms
     "equal": ("Equal within the margin", "and"),
     "worse": ("Worse", "than"),
@@ -68,9 +66,9 @@ def cost(found: Difference | None, margin: float | None) -> str:
         return "75 % zeros beside the dense model on the same text: not run yet"
     says = {
         "equal": "75 % zeros keep the quality of the dense model",
-        "worse": "75 % zeros cost quality",
+        "worse": "75 % zeros cost quality: they are worse than the dense model",
         "better": "75 % zeros are better than the dense model",
-        "open": "Whether 75 % zeros cost quality is open",
+        "open": "Whether 75 % zeros are worse than the dense model is open",
     }[kind(found, PRIMARY, margin)]
     return f"**{says}** on the same text ({shown(found)})"
 

@@ -10,11 +10,12 @@ from . import clock, study
 from .answer import SIZE, first_words, holds, order_of, primary
 from .build import TRAINING
 from .differences import by_seed
-from .picture import picture
+from .picture import drawn, picture
 from .plan import ARMS, PLAN, SIZES, Order
 from .tables import (
     arms,
     by_clock,
+    clock_difference,
     not_run,
     predictions,
     seeds,
@@ -71,13 +72,18 @@ Predictions and margins were fixed before the first run (bench/evidence/plan.py,
   expected to look like a difference."""
 
 UNTIMED = """\
-**On this GPU sparse kernels would not save seconds either**: at this width they were not timed, and
-  a step of GPT-2 small, twice as wide, with 75 % zeros is 0.995 times as fast as dense
+**Nor would sparse kernels save seconds at this size on this GPU**: they were not timed at this
+  width, but a step of GPT-2 small, twice as wide, with 75 % zeros is 0.995 times as fast as dense
   ([measured](../bench/results/nvidia-h200-train-bfloat16-2026-11-29.md))."""
 TIMED = """\
 "By kernels" is what they would be with the sparse kernels: in 200 steps of {size} with 75 % zeros
   these were **{times:.2f} times as fast** as masked dense weights, {masked:.2f} and {sparse:.2f} ms
   a step, in captured graphs both, with losses {apart:+.4f} nats apart in the last 50."""
+
+NEVER = (
+    "- Not in the plan: pruning of SmolLM2-135M with distillation (its text cannot be had, and it "
+    "wants an hour of a GPU); a third size."
+)
 
 
 def publish(kept: Path, page: Path, new: Sequence[Path], by_clock: Path, checked: Path) -> None:
@@ -92,9 +98,8 @@ def publish(kept: Path, page: Path, new: Sequence[Path], by_clock: Path, checked
         lines = "".join(json.dumps(result) + "\n" for result in results)
         with atomic_write(kept) as file:
             file.write(lines.encode())
-    figure = picture(results)
-    if figure:
-        write_picture(figure, page.with_name(PICTURE))
+    if found := drawn(results):
+        write_picture(picture(found), page.with_name(PICTURE))
     with atomic_write(page) as file:
         file.write(text(results, clocked, read_check(checked)).encode())
 
@@ -107,8 +112,11 @@ def text(results: list[dict], clocked: Sequence[dict] = (), checked: dict | None
     """The whole page. What was not run says so."""
     sections = len(PLAN) + 1
     parts = [TITLE, first_words(results), QUESTION, READING, outcome(results)]
-    if found := holds(results, PLAN):
-        parts.append("## What holds and what does not\n\n" + found)
+    found = holds(results, PLAN)
+    if on_a_cpu := clock_difference(clocked):
+        found += f"\n- **On a CPU** (section {sections}): {on_a_cpu}"
+    if found:
+        parts.append("## What holds and what does not\n\n" + found.lstrip())
     parts.append("## What is compared\n\n" + the_arms())
     begun = [order for order in PLAN if is_begun(order, results)]
     waiting = [order for order in PLAN if order not in begun]
@@ -123,24 +131,19 @@ def text(results: list[dict], clocked: Sequence[dict] = (), checked: dict | None
         parts.append(f"### {order.number}. {order.question}\n\n" + expected(order, results))
     machines = {
         f"{r['device']}, torch {r['torch']}, {r['date']}, commit {r['commit'][:7]}"
-        for r in [*results, *clocked, *([checked] if checked else [])]
+        for r in [*results, *clocked, *filter(None, [checked])]
     }
     if machines:
         parts.append(f"Runs: {'; '.join(sorted(machines))}.")
     return "\n\n".join(part.rstrip() for part in parts) + "\n"
 
 
-NEVER = (
-    "- Not in the plan: pruning of SmolLM2-135M with distillation (its text cannot be had, and it "
-    "wants an hour of a GPU); a third size."
-)
-
-
 def outcome(results: list[dict]) -> str:
     """The primary outcome, as a picture where there is something to draw, and as a table."""
-    drawn = f"![Loss on code after fine-tuning of each arm beside 75 % zeros]({PICTURE})\n\n"
-    made = predictions(primary(), order_of(2), results)
-    return f"## The primary outcome\n\n{drawn if picture(results) else ''}{made}"
+    parts = ["## The primary outcome"]
+    if drawn(results):
+        parts.append(f"![Loss on code after fine-tuning of each arm beside 75 % zeros]({PICTURE})")
+    return "\n\n".join([*parts, predictions(primary(), order_of(2), results)])
 
 
 def the_arms() -> str:

@@ -1,5 +1,7 @@
 """docs/quality.png: the primary outcome of each arm beside 75 % zeros."""
 
+from typing import TYPE_CHECKING
+
 from sparsekern.extras import require
 from sparsekern.report.demo import COLOURS
 
@@ -7,19 +9,24 @@ from .answer import OTHERS, PRIMARY, SIZE, order_of, primary
 from .differences import Difference, difference, kind
 from .plan import ARMS, SIZES
 
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
 BESIDE = "75"
 STYLE = {"fontsize": 9.5}
 
 
-def picture(results: list[dict]):
-    """A row for each arm of order 2, a dot for each seed, a line for the 95 % interval of their
-    mean; None where no dense arm has a seed beside 75 %."""
-    arms = sorted(order_of(2).arms, key=lambda arm: arm != BESIDE)
-    found = {arm: difference(results, SIZE, arm, BESIDE, PRIMARY) for arm in arms if arm != BESIDE}
+def drawn(results: list[dict]) -> dict[str, Difference]:
+    """Each arm of order 2 less 75 % zeros; none where no dense arm has a seed beside it."""
+    arms = [arm for arm in order_of(2).arms if arm != BESIDE]
+    found = {arm: difference(results, SIZE, arm, BESIDE, PRIMARY) for arm in arms}
     found = {arm: seen for arm, seen in found.items() if seen}
+    return found if any(arm in OTHERS for arm in found) else {}
+
+
+def picture(found: dict[str, Difference]) -> "Figure":
+    """A row for each arm, a dot for each seed, a line for the 95 % interval of their mean."""
     near = {arm: seen for arm, seen in found.items() if arm in OTHERS}
-    if not near:
-        return None
     margin = primary()[0].margin
     rows = [BESIDE, *found]
     made = require("matplotlib.figure", "demo").Figure(

@@ -222,7 +222,7 @@ def by_clock(results: Sequence[dict]) -> str:
         (r for r in results if r["seed"] != SWEEP_SEED),
         key=lambda r: ([*clock.ARMS].index(r["arm"]), r["seed"]),
     )
-    parts = [clock_difference(made) or "**Not run yet.**"]
+    parts = [clock_difference(results) or "**Not run yet.**"]
     low, high = clock.PREDICTED
     parts.append(
         f"A GPT of {clock.SHAPE.layers} layers, {clock.SHAPE.width} wide; 75 % zeros with "
@@ -251,14 +251,15 @@ def by_clock(results: Sequence[dict]) -> str:
     if len(made) < len(results):
         tries = {arm: clock.losses(results, arm) for arm in clock.ARMS}
         told = [tried(a, x, is_done=x != {} and not clock.is_at_end(x)) for a, x in tries.items()]
-        parts.append("Loss by rate, short runs:\n\n" + "\n".join(told))
+        (minutes,) = {r["minutes"] for r in results if r["seed"] == SWEEP_SEED}
+        parts.append(f"Loss by rate, runs of {minutes:g} minutes:\n\n" + "\n".join(told))
     return "\n\n".join(parts)
 
 
-def clock_difference(made: Sequence[dict]) -> str:
+def clock_difference(results: Sequence[dict]) -> str:
     """75 % less dense by seeds, in words; "" where no seed has both."""
-    of = {(r["arm"], r["seed"]): r for r in made if r["held-out"] is not None}
-    seeds = [seed for arm, seed in of if arm == "75" and ("dense", seed) in of]
+    of = {(r["arm"], r["seed"]): r for r in results if r["held-out"] is not None}
+    seeds = [s for arm, s in of if arm == "75" and ("dense", s) in of and s != SWEEP_SEED]
     if not seeds:
         return ""
     pairs = [(of["75", seed], of["dense", seed]) for seed in seeds]
@@ -268,7 +269,7 @@ def clock_difference(made: Sequence[dict]) -> str:
     said = "" if is_as_predicted(prediction, found) else " not"
     faster = sum(a["tokens_per_s"] / b["tokens_per_s"] for a, b in pairs) / len(pairs)
     return (
-        f"After {made[0]['minutes']:g} minutes 75 % zeros are "
+        f"After {pairs[0][0]['minutes']:g} minutes 75 % zeros are "
         f"**{standing(found, 'held-out', clock.MARGIN)}** beside dense: {shown(found)}, in nats a "
         f"token of held-out text;{said} as predicted. They saw {faster:.2f} times as many tokens."
     )

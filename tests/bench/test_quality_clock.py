@@ -20,6 +20,7 @@ def test_dense_and_sparse_for_the_same_seconds(evidence, folder, tmp_path, monke
     page = evidence.page.text([], clock.read(kept))
     section = page.split("## 9.")[1].split("##")[0]
     assert "Not run yet" not in section and ", one seed** beside dense: " in section
+    assert "- **On a CPU** (section 9): After 0.005 minutes" in page
     assert "written after a rough probe" in section
     assert "CPU, torch 2" in page
 
