@@ -7,21 +7,28 @@ replayed runs no Python, and nobody sees it.
 
 import weakref
 
+import torch
 from torch import Tensor
 
 # By the address of row_offsets, which every pattern has to itself: also an empty one has N + 1.
 _observations: dict[int, weakref.ref] = {}
 
+# Private in torch, so its absence must not break the import.
+_current_pass = getattr(torch._C, "_current_graph_task_id", lambda: 0)
+
 
 class Observation:
-    """x [M, K] and dy [M, N] of all products dy.T @ x at one pattern since it was made, as far as
-    they are in the gradient of `values`: what zero_grad() throws away before another backward pass
-    does not count."""
+    """x [M, K] and dy [M, N] of the products dy.T @ x at one pattern since it was made that are in
+    the gradient of `values`: not those of an autograd.grad beside it, of another tensor, and not
+    those that zero_grad() threw away before another backward pass."""
 
     def __init__(self, row_offsets: Tensor, values: Tensor) -> None:
-        self.pairs: list[tuple[Tensor, Tensor]] = []
+        self._noted: list[
+            tuple[int, Tensor, Tensor]
+        ] = []  # with the backward pass, as torch counts
+        self._passes: set[int] = set()  # those that have added to values.grad
         self._values = values
-        self._added: tuple[int, int] | None = None  # their gradient when the pairs were in it
+        self._added: tuple[int, int] | None = None  # its gradient when the last one had
         self._watch(row_offsets)
         # FSDP2 puts gradients into shards when it likes.
         if values.is_leaf and values.requires_grad and not hasattr(values, "full_tensor"):
@@ -29,11 +36,23 @@ class Observation:
             hook = values.register_post_accumulate_grad_hook(lambda values: _note_added(me()))
             weakref.finalize(self, hook.remove)
 
+    @property
+    def pairs(self) -> list[tuple[Tensor, Tensor]]:
+        """(x, dy). All that there were where nothing was added to values.grad: functorch returns
+        gradients."""
+        seen, passes = self._noted, self._passes
+        return [(x, dy) for number, x, dy in seen if number in passes or not passes]
+
     def add(self, x: Tensor, dy: Tensor) -> None:
         if self._added is not None and self._is_thrown_away(self._values.grad):
-            self.pairs, self._added = [], None
+            self._noted, self._passes, self._added = [], set(), None
         # Copies: compiled code writes other things into this memory once it has no use for it.
-        self.pairs.append((x.clone(), dy.clone()))
+        self._noted.append((_current_pass(), x.clone(), dy.clone()))
+
+    def added(self) -> None:
+        if self._values.grad is not None:
+            self._passes.add(_current_pass())
+            self._added = _state(self._values.grad)
 
     def _is_thrown_away(self, gradient: Tensor | None) -> bool:
         if gradient is None:
@@ -51,8 +70,8 @@ def _state(gradient: Tensor) -> tuple[int, int]:
 
 
 def _note_added(observation: Observation | None) -> None:
-    if observation is not None and observation._values.grad is not None:
-        observation._added = _state(observation._values.grad)
+    if observation is not None:
+        observation.added()
 
 
 def _forget(key: int, ref: weakref.ref) -> None:

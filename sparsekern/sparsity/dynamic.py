@@ -96,11 +96,11 @@ class RigL(SET):
 
     That gradient is computed on the update steps alone, from the inputs and output gradients of
     their backward pass, which are kept until then: `block_elems` of its elements at a time, summed
-    over the micro-batches and ranks, in float32 (float64 for such a model). A backward pass whose
-    gradients zero_grad() threw away does not count. A layer that had no
-    gradient keeps its pattern; so do all where one is not finite, with a warning. RuntimeError if
-    values have gradients and none was seen (a replayed CUDA graph hides them). Two-way masks need
-    the gradient of one whole layer at a time.
+    over the micro-batches and ranks, in float32 (float64 for such a model). It leaves out what
+    zero_grad() threw away before another backward pass, and autograd.grad of other tensors. A layer
+    that had no gradient keeps its pattern; so do all where one is not finite, with a warning.
+    RuntimeError if values have gradients and none was seen (a replayed CUDA graph hides them).
+    Two-way masks need the gradient of one whole layer at a time.
 
     Args:
         balance_in_groups, balance_out_groups: of these many runs of columns or of rows, such as the

@@ -622,6 +622,23 @@ def test_gradients_that_were_thrown_away_make_nothing_grow(set_to_none):
     assert len(layers(model)[0].values._post_accumulate_grad_hooks) == 1  # the others are gone
 
 
+def test_gradients_of_inputs_make_nothing_grow():
+    """As of a penalty on them, or an attack."""
+    layer = SparseLinear.from_linear(nn.Linear(8, 8, bias=False), torch.rand(8, 8) < 0.5)
+    algorithm = RigL(0.5, update={"freq": 1})
+    model = algorithm.apply(nn.Sequential(layer))
+    algorithm.apply(torch.optim.SGD(model.parameters(), 0.1))
+    weight = layer.weight.detach().to_dense().requires_grad_()
+    start = torch.randn(5, 8)
+    for product in (model, lambda x: F.linear(x, weight)):
+        x = start.clone().requires_grad_()
+        (attack,) = torch.autograd.grad(product(x).sin().sum(), x)
+        x = (x + attack.sign()).detach().requires_grad_()
+        (slope,) = torch.autograd.grad(product(x).sin().sum(), x, create_graph=True)
+        (product(x).square().sum() + slope.square().sum()).backward()
+    torch.testing.assert_close(algorithm._block("0", layer, 0, 8), weight.grad)
+
+
 def test_rigl_sees_layers_that_were_moved_before_an_update():
     algorithm = RigL(0.75, update={"freq": 1})
     model, optimizer = start(algorithm, plain())
@@ -657,7 +674,7 @@ def test_gradients_that_nobody_saw_are_an_error():
         optimizer.step()
     assert patterns(model) == before
     gradients(model, 0)
-    algorithm._seen["2"].pairs.clear()
+    algorithm._seen["2"]._noted.clear()
     with pytest.warns(UserWarning, match="values of 2 have gradients.* keep their patterns"):
         optimizer.step()
     assert patterns(model)[0] != before[0]
