@@ -223,6 +223,8 @@ def _apply(
         set_indices(layer, *before)
         if values.shape != data.shape:
             resize_(values, data)
+    elif pattern is not None:
+        end_graphs(*before)
 
 
 def set_indices(layer: "SparseLinear", row_offsets: Tensor, col_indices: Tensor) -> None:
@@ -231,6 +233,13 @@ def set_indices(layer: "SparseLinear", row_offsets: Tensor, col_indices: Tensor)
     address = None if before is None else observed.address(before)
     layer.row_offsets, layer.col_indices = counted(row_offsets), counted(col_indices)
     observed.moved(address, layer.row_offsets)
+
+
+def end_graphs(row_offsets: Tensor, col_indices: Tensor) -> None:
+    """Graphs that were made with a pattern that is no more refuse their backward pass, as after a
+    write: their gradients are those of other places."""
+    tensors = [t for t in (row_offsets, col_indices) if not t.is_inference()]
+    torch.autograd.graph.increment_version(tensors)
 
 
 def resize_(parameter: nn.Parameter, data: Tensor) -> None:

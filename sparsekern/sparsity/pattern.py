@@ -14,7 +14,7 @@ from torch.optim import Optimizer
 from ..indices import expand_rows
 from ..kernels.derived import is_captured
 from ..nn import SparseLinear, copies
-from ..nn.loading import CAPTURED, resize_, set_indices
+from ..nn.loading import CAPTURED, end_graphs, resize_, set_indices
 
 
 def places_of(layer: SparseLinear) -> Tensor:
@@ -63,6 +63,7 @@ def set_pattern(
         values.grad = None
     # New tensors: kernels remember what they packed by the old ones.
     ends = torch.arange(layer.out_features + 1, device=places.device) * layer.in_features
+    end_graphs(layer.row_offsets, layer.col_indices)
     set_indices(layer, torch.searchsorted(places, ends).int(), (places % layer.in_features).int())
     return follow
 

@@ -622,6 +622,20 @@ def test_gradients_that_were_thrown_away_make_nothing_grow(set_to_none):
     assert len(layers(model)[0].values._post_accumulate_grad_hooks) == 1  # the others are gone
 
 
+@pytest.mark.parametrize("is_loaded", [False, True])
+@pytest.mark.parametrize("count", [8, 16])
+def test_a_graph_of_another_pattern_has_no_backward_pass(is_loaded, count):
+    """Its gradient would have another length than the values, or stand for other places."""
+    layer = SparseLinear.from_linear(nn.Linear(8, 8), torch.eye(8, dtype=torch.bool))
+    y, other = layer(torch.randn(2, 8)), copy.deepcopy(layer)
+    set_pattern(other if is_loaded else layer, torch.arange(count))
+    if is_loaded:
+        layer.load_state_dict(other.state_dict())
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        y.sum().backward()
+    assert layer.values.grad is None
+
+
 def test_gradients_of_inputs_make_nothing_grow():
     """As of a penalty on them, or an attack."""
     layer = SparseLinear.from_linear(nn.Linear(8, 8, bias=False), torch.rand(8, 8) < 0.5)
