@@ -29,9 +29,14 @@ def check_device(name: str) -> None:
         raise ValueError(f"device: expected cpu, cuda or cuda:N, got {name!r}")
 
 
+def is_started() -> bool:
+    """Whether this process is one of a group, as torchrun starts them."""
+    return "WORLD_SIZE" in os.environ and "RANK" in os.environ
+
+
 def is_first_rank() -> bool:
     """Whether this process is the one that tells and writes."""
-    return os.environ.get("RANK", "0") == "0"
+    return not is_started() or os.environ["RANK"] == "0"
 
 
 def _device(name: str, is_parallel: bool) -> torch.device:
@@ -71,10 +76,12 @@ class Ranks:
     def __init__(self, parallel: str, device: str) -> None:
         if parallel not in PARALLEL:
             raise ValueError(f"parallel must be one of {', '.join(PARALLEL)}, got {parallel!r}")
-        started = "WORLD_SIZE" in os.environ and "RANK" in os.environ
-        if started and parallel == "none" and int(os.environ["WORLD_SIZE"]) > 1:
-            raise ValueError("parallel must be ddp or fsdp under torchrun, got none")
-        if parallel != "none" and not started:
+        if parallel == "none" and is_started() and (size := os.environ["WORLD_SIZE"]) != "1":
+            raise ValueError(
+                f"parallel: expected ddp or fsdp in {size} processes, got none; prune and the demo "
+                "work in one, without torchrun"
+            )
+        if parallel != "none" and not is_started():
             raise ValueError(
                 f"parallel: {parallel} needs torchrun, as in: torchrun -m sparsekern; one process "
                 "takes --parallel none"
