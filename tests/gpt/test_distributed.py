@@ -19,7 +19,7 @@ from sparsekern.gpt import train
 from sparsekern.gpt.buckets import Buckets
 from sparsekern.gpt.checkpoint import CHECKPOINT, load_checkpoint
 from sparsekern.gpt.config import TrainConfig, resumed_config
-from sparsekern.gpt.distributed import Ranks, finish, is_first_rank
+from sparsekern.gpt.distributed import Ranks, connect, finish, is_first_rank
 from sparsekern.gpt.start import begin
 
 pytestmark = pytest.mark.skipif(not dist.is_available(), reason="torch without distributed")
@@ -342,6 +342,18 @@ def test_the_threads_of_a_group_end_with_it(monkeypatch):
     finish()
     assert weight() is None
     assert threads() <= before and not dist.is_initialized()
+
+
+def test_processes_that_are_started_anew_see_nothing_of_those_before(monkeypatch):
+    store = dist.TCPStore("localhost", 0, is_master=True, wait_for_workers=False)
+    there = dict(RANK=0, WORLD_SIZE=1, MASTER_ADDR="localhost", MASTER_PORT=store.port)
+    for name, value in (there | {"TORCHELASTIC_USE_AGENT_STORE": True}).items():
+        monkeypatch.setenv(name, str(value))
+    for attempt in "01":
+        monkeypatch.setenv("TORCHELASTIC_RESTART_COUNT", attempt)
+        told, rank, size = connect()
+        assert (rank, size) == (0, 1) and not told.check(["gone"])
+        told.set("gone", "1")
 
 
 def test_a_killed_process_stops_the_other_and_one_goes_on(alone, tmp_path):
