@@ -75,6 +75,9 @@ def sparsify_(
         if name not in dense:
             return None
         mask = algorithm.mask(name, dense[name])
+        if mask is None:
+            by = type(algorithm).__name__
+            raise TypeError(f"{name}: expected a mask, bool [N, K], from {by}, got None")
         new = _with_mask(module, mask)
         if zeros > MANY_ZEROS and new.values.count_nonzero() < dense[name].count_nonzero():
             refuse_pruned("sparsify_", [*dense.values()])
