@@ -11,7 +11,7 @@ from .algorithm import Algorithm, Layer
 from .checks import shown
 from .schedules import Constant
 
-SLACK = 0.005  # of a sparsity: numbers of weights are whole
+SLACK = 0.005  # of a sparsity, beside a weight of each layer: their numbers are whole
 
 
 @dataclass
@@ -37,13 +37,14 @@ class Static(Fixed):
     def _sparsify(self, model: nn.Module, chosen: dict[str, Layer]) -> nn.Module:
         sparse = [layer for layer in chosen.values() if isinstance(layer, SparseLinear)]
         size = sum(layer.out_features * layer.in_features for layer in sparse)
-        there = 1 - sum(layer.col_indices.shape[0] for layer in sparse) / max(1, size)
+        nnz = sum(layer.col_indices.shape[0] for layer in sparse)
+        there, target = 1 - nnz / max(1, size), self.target(0)
         # Where others are dense, erk and global share the zeros out anew.
         is_asked = self.distribution == "uniform" or len(sparse) == len(chosen)
-        is_asked = is_asked and self.init_method != "from_zeros"
-        if sparse and is_asked and abs(there - self.target(0)) > SLACK:
+        is_asked = is_asked and self.init_method not in ("from_zeros", "checkerboard")
+        if is_asked and abs(there - target) * size > SLACK * size + len(sparse):
             warnings.warn(
-                f"Static: {self.target(0):.1%} zeros were asked for, but "
+                f"Static: {target:.1%} zeros were asked for, but "
                 + KEEPS.format(f"{len(sparse)} layers with {there:.1%}")
                 + "; Magnitude prunes them further",
                 stacklevel=4,
