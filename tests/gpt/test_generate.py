@@ -116,12 +116,29 @@ def test_tokens_come_as_often_as_the_model_says():
     assert ((counts[choices] / draws - want).abs() < 5 * deviation).all()
 
 
-@pytest.mark.parametrize("settings", [{"temperature": -1.0}, {"top_k": 0}, {"count": -1}])
-def test_generation_errors(settings: dict):
-    with pytest.raises(ValueError, match="count >= 1, temperature >= 0, top_k >= 1"):
-        generate(tiny_model(), prompt(1, 1), **{"count": 1, **settings})
-    with pytest.raises(ValueError, match=r"at least one token .* idx \[1, 0\]"):
-        generate(tiny_model(), prompt(1, 0), 1)
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"temperature": -1.0}, "temperature: expected 0 or more, got -1.0"),
+        ({"temperature": float("nan")}, "temperature: expected 0 or more, got nan"),
+        ({"temperature": -1.0, "count": 0}, "temperature: expected 0 or more, got -1.0"),
+        ({"top_k": 0}, "top_k: expected a whole number, 1 or more, got 0"),
+        ({"top_k": 2.5}, "top_k: expected a whole number, 1 or more, got 2.5"),
+        ({"count": -1}, "count: expected a whole number, 1 or more, got -1"),
+        ({"idx": torch.zeros(1, 0).long()}, r"idx: expected int64 \[B, T\], .* got .*\[1, 0\]"),
+        ({"idx": torch.zeros(0, 2).long()}, r"idx: expected int64 \[B, T\], .* got .*\[0, 2\]"),
+        ({"idx": torch.zeros(2).long()}, r"idx: expected int64 \[B, T\], .* got .*\[2\]"),
+        ({"idx": torch.zeros(1, 2).int()}, r"idx: expected int64 \[B, T\], .* got torch.int32"),
+        ({"idx": torch.tensor([[3, 256]])}, "idx: expected tokens from 0 to 255, got 3 to 256"),
+        ({"idx": torch.tensor([[-1]])}, "idx: expected tokens from 0 to 255, got -1 to -1"),
+        ({"idx": torch.empty(1, 2, device="meta").long()}, "idx: expected tokens on cpu, .* meta"),
+    ],
+)
+def test_generation_errors(settings: dict, message: str):
+    model = tiny_model().train()
+    with pytest.raises(ValueError, match=message):
+        generate(model, **{"idx": prompt(1, 1), "count": 1, **settings})
+    assert all(part.training for part in model.modules())
 
 
 # Presets
@@ -297,12 +314,13 @@ def test_mistakes(run, checkpoint, tmp_path):
         (checkpoint, "--sparsity=0.5"): "its weights and zeros stay",
         (f"--checkpoint={tmp_path / 'none.pt'}",): "none.pt does not exist",
         (*PRESET, "--sparsity=1"): "sparsity must be at least 0 and below 1, got 1.0",
+        (*PRESET, "--temperature=-1"): "temperature: expected 0 or more, got -1.0",
         (*PRESET, "--bench"): "expected a sparse model, give a sparsity above 0",
         (*PRESET, "--sparsity=0.5", "--bench", "--tokens=1"): "at least 2 tokens, got 1",
         (*PRESET, "--tokens=0"): "tokens >= 1 and batch >= 1, got .* tokens 0",
         (*PRESET, "--batch=0"): "got .* batch 0",
         (*PRESET, "--prompt="): "expected a prompt",
-        (*PRESET, "--top-k=0"): "top_k >= 1",
+        (*PRESET, "--top-k=0"): "top_k: expected a whole number, 1 or more",
         (*PRESET, "--device=cpu", "--keep-dense"): "keep_dense: expected a GPU",
         (*PRESET, "--device=tpu"): "device: expected one of cpu.*, got 'tpu'",
         (*PRESET, "--device=cuda:99"): "got 'cuda:99'",
