@@ -97,11 +97,10 @@ def trained_models(
     keep_dense: bool,
 ) -> tuple[dict[str, GPT], Tokenizer]:
     model, tokenizer = load_model(path)
+    if (with_dense or keep_dense) and not any(isinstance(m, SparseLinear) for m in model.modules()):
+        name = "bench" if with_dense else "keep_dense"
+        raise ValueError(f"{name}: expected a sparse model, {path} is dense")
     models = {}
-    if with_dense or keep_dense:
-        if not any(isinstance(module, SparseLinear) for module in model.modules()):
-            name = "bench" if with_dense else "keep_dense"
-            raise ValueError(f"{name}: expected a sparse model, {path} is dense")
     if with_dense:
         models["dense"] = densify_(copy.deepcopy(model)).to(device, dtype)
     tokens = calls(batch, keep_dense, model.config)

@@ -3,6 +3,7 @@
 On CUDA the step of a token, sampling included, is one replay of a CUDA graph."""
 
 from collections.abc import Callable
+from contextlib import nullcontext
 from numbers import Integral
 
 import torch
@@ -225,7 +226,10 @@ class Decoder:
     def _capture(self, read: Callable[[], None]) -> torch.cuda.CUDAGraph:
         graph = torch.cuda.CUDAGraph()
         graph.register_generator_state(self._generator)
-        with torch.cuda.device(self.tokens.device):
+        # Weights that autocast has cast and kept would be gone when it ends.
+        is_cast = torch.is_autocast_enabled("cuda")
+        uncached = torch.autocast("cuda", cache_enabled=False) if is_cast else nullcontext()
+        with uncached, torch.cuda.device(self.tokens.device):
             side = torch.cuda.Stream()
             side.wait_stream(torch.cuda.current_stream())
             with torch.cuda.stream(side):
@@ -233,12 +237,9 @@ class Decoder:
                     self._position.fill_(self._prompt_length - 1)
                     read()
             torch.cuda.current_stream().wait_stream(side)
-            # Weights that autocast has cast and kept are gone when it ends.
-            is_cast = torch.is_autocast_enabled("cuda")
-            uncached = torch.autocast("cuda", enabled=is_cast, cache_enabled=False)
-            with uncached, torch.cuda.graph(graph):
+            with torch.cuda.graph(graph):
                 read()
-            self._length = 0
+        self._length = 0
         return graph
 
 

@@ -33,7 +33,7 @@ def compare(
     samples are in the result. `advance` is called after each model in each round."""
     if count < 2 or rounds < 1:
         raise ValueError(
-            f"count: a speed needs at least 2 tokens, got {count}, in at least 1 round, got {rounds}"
+            f"count, rounds: expected at least 2 tokens and 1 round, got {count} and {rounds}"
         )
     decoders = {
         (side, way): decoder

@@ -7,12 +7,13 @@ import pytest
 import torch
 
 from sparsekern import densify_, sparsify_
+from sparsekern.gpt.fused import Fused
 from sparsekern.gpt.generate import Decoder, generate
 from sparsekern.gpt.held import Held
 from sparsekern.gpt.llama import LlamaConfig, make
 from sparsekern.gpt.model import GPT, Cache, GPTConfig
-from sparsekern.gpt.presets import UniformMask
-from sparsekern.nn import SparseLinear, pack_
+from sparsekern.gpt.presets import UniformMask, for_inference
+from sparsekern.nn import PackedLinear, SparseLinear, pack_
 
 CONFIGS = {
     "GPT": GPTConfig(1, 2, 32, 16, 96),
@@ -223,3 +224,90 @@ def test_steps_come_after_a_start():
     with pytest.raises(ValueError, match="idx: expected tokens on meta"):
         decoder._models[0].to("meta")
         decoder.start()
+
+
+# On a GPU
+
+
+def on_gpu(test):
+    skip = pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")
+    return pytest.mark.gpu(skip(test))
+
+
+def gpu_model(dtype: torch.dtype = torch.bfloat16) -> GPT:
+    torch.manual_seed(0)
+    model = make(LlamaConfig(2, 4, 128, 64, 96, n_inner=344, n_kv_head=2))
+    for parameter in model.parameters():
+        if parameter.ndim == 2:
+            torch.nn.init.normal_(parameter, std=0.1)
+    model = sparsify_(model.eval(), UniformMask(0.75))
+    return model.requires_grad_(False).to("cuda", dtype)
+
+
+GPU_CHANGES = CHANGES | {"cast": lambda model: model.half()}
+del GPU_CHANGES["another head"]
+
+
+@on_gpu
+@pytest.mark.parametrize("captures_prompt", [False, True])
+@pytest.mark.parametrize("change", GPU_CHANGES)
+def test_graphs_follow_the_model(change, captures_prompt):
+    model, start = gpu_model(), prompt(2, 3).cuda()
+    settings = {"temperature": 0, "captures_prompt": captures_prompt}
+    decoder = Decoder(model, start, 70, **settings)
+    run(decoder)
+    graph = decoder._graph
+    run(decoder)
+    assert decoder._graph is graph
+    GPU_CHANGES[change](model)
+    assert torch.equal(run(decoder), generate(model, start, 70, temperature=0))
+
+
+@on_gpu
+def test_steps_go_on_with_memory_that_is_theirs():
+    model, start = gpu_model(), prompt(2, 3).cuda()
+    decoder = Decoder(model, start, 20, temperature=0)
+    want = run(decoder)
+    decoder.start()
+    model.half()
+    torch.cuda.synchronize()
+    junk = [torch.full((2**18,), torch.nan, device="cuda") for _ in range(200)]
+    for _ in range(19):
+        decoder.step()
+    assert torch.equal(decoder.tokens, want) and junk
+
+
+@on_gpu
+def test_autocast_on_a_gpu():
+    model, start = densify_(gpu_model(torch.float32)), prompt(2, 3).cuda()
+    model.requires_grad_(True)
+    with torch.autocast("cuda", torch.bfloat16):
+        decoder = Decoder(model, start, 60, temperature=0)
+        assert not isinstance(decoder._of_token, Fused)
+        want = generate(model, start, 60, temperature=0)
+        assert torch.equal(run(decoder), want)
+    assert run(decoder).shape == want.shape  # what autocast had kept is gone
+
+
+@on_gpu
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_models_that_nothing_packs(dtype):
+    """Dense ones, and sparse ones in float32, generate as they are."""
+    for model in (gpu_model(dtype), densify_(gpu_model(dtype))):
+        is_sparse = any(isinstance(m, SparseLinear) for m in model.modules())
+        served = for_inference(model, 2)
+        is_left = not is_sparse or dtype == torch.float32
+        assert any(isinstance(m, PackedLinear) for m in served.modules()) is not is_left
+        assert generate(served, prompt(2, 3).cuda(), 5).shape == (2, 8)
+    with pytest.raises(TypeError, match="float32"):
+        for_inference(gpu_model(torch.float32), 2, keeps_dense=True)
+
+
+@on_gpu
+def test_tokens_of_no_vocabulary_leave_the_gpu_usable():
+    model = gpu_model()
+    with pytest.raises(ValueError, match="idx: expected tokens from 0 to 95, got 96 to 96"):
+        generate(model, torch.full((1, 3), 96, device="cuda"), 3)
+    with pytest.raises(ValueError, match="idx: expected tokens on cuda:0"):
+        generate(model, prompt(1, 3), 3)
+    assert generate(model, prompt(1, 3).cuda(), 3).shape == (1, 6)

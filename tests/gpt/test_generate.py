@@ -204,8 +204,10 @@ def test_compare_counts_time_and_memory():
     values = sum(m.values.numel() for m in sparse.modules() if isinstance(m, SparseLinear))
     assert result["sparse"]["block_bytes"] > 8 * values
     json.dumps(result)
-    with pytest.raises(ValueError, match="at least 2 tokens, got 1"):
-        speed.compare(models, prompt(1, 1), 1)
+    for count, rounds in ((1, 5), (2, 0)):
+        message = f"at least 2 tokens and 1 round, got {count} and {rounds}"
+        with pytest.raises(ValueError, match=message):
+            speed.compare(models, prompt(1, 1), count, rounds)
 
 
 def test_blocks_of_any_sparsity_share_their_compilations(monkeypatch):
