@@ -24,6 +24,7 @@ from sparsekern.testing import relative_error
 
 E4M3 = e4m3.DTYPE
 N, K = 64, 96
+SIZES = {torch.bfloat16: 64}
 needs_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")
 TOLERANCE = {torch.bfloat16: 2**-8, torch.float16: 2**-10}  # one rounding of the result
 
@@ -152,12 +153,19 @@ def test_pack_chooses_it_where_it_pays(stand_in, monkeypatch):  # noqa: F811
     assert many == "two_of_four" and few in ("gather", "cover", "pairs")
     for m, place in ((1, 0), (2, 0), (511, 1), (512, 1), (4096, 1)):
         fastest.cache_clear()
-        assert fastest(held, m, N, K, W.nnz) == place
+        assert fastest(held, m, N, K, W.nnz, W.dtype) == place
     fastest.cache_clear()
     free = SparseTensor.from_dense((torch.rand(N, K) < 0.4).bfloat16())
     assert "two_of_four" not in names(free, 512, 512)
     monkeypatch.setattr(compressed, "least_size", lambda *_: 65)
     assert "two_of_four" not in names(W, 512, 512)
+    # Each type has sizes of its own.
+    monkeypatch.setattr(compressed, "least_size", lambda _, dtype, *__: SIZES.get(dtype))
+    assert names(W, 512, 2048) == ["two_of_four"]
+    assert "two_of_four" not in names(W.to(torch.float16), 512, 2048)
+    held = "dense", "two_of_four"
+    assert [fastest(held, 512, N, K, W.nnz, t) for t in (torch.bfloat16, torch.float16)] == [1, 0]
+    fastest.cache_clear()
 
 
 def model(device="cpu"):
