@@ -82,7 +82,7 @@ class Decoder:
     """`tokens` int64 [B, T + count]: the prompt [B, T], then what start() and step() have sampled.
 
     start() reads the prompt and samples the first token; each step() samples the next one, without
-    a look from the host. start() again begins anew, with the same tokens.
+    a look from the host. start() again begins anew, with what then stands in tokens[:, :T].
 
     start() takes the model as it then is, in eval mode: where it was written to, cast or packed
     since, cache and graphs are made anew. Until then steps on CUDA go on with the old weights.

@@ -214,6 +214,14 @@ def test_a_cache_that_several_share():
             decoders[0].step()
 
 
+def test_another_prompt_of_the_same_length():
+    model = pack_(model_of("LLaMA"))
+    decoder = Decoder(model, prompt(2, 7), 20, temperature=0)
+    for start in (prompt(2, 7), prompt(2, 7).flip(1)):
+        decoder.tokens[:, :7] = start
+        assert torch.equal(run(decoder), generate(model, start, 20, temperature=0))
+
+
 def test_steps_come_after_a_start():
     decoder = Decoder(model_of("GPT"), prompt(1, 3), 4)
     with pytest.raises(ValueError, match="step: expected start"):
@@ -259,6 +267,9 @@ def test_graphs_follow_the_model(change, captures_prompt):
     graph = decoder._graph
     run(decoder)
     assert decoder._graph is graph
+    decoder.tokens[:, :3] = start.flip(1)
+    assert torch.equal(run(decoder), generate(model, start.flip(1), 70, temperature=0))
+    decoder.tokens[:, :3] = start
     GPU_CHANGES[change](model)
     assert torch.equal(run(decoder), generate(model, start, 70, temperature=0))
 
