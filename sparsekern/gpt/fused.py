@@ -37,13 +37,14 @@ KINDS = {
 
 
 def fits(model: GPT) -> bool:
-    """Whether Fused can take its place, here and now: what it passes by has no hooks."""
+    """Whether Fused can take its place, here and now: what it passes by is as it was made."""
     weight, c = model.wte.weight, model.config
     width, shared = c.n_embd // c.n_head, c.n_head // c.kv_heads
     known = type(model) in (GPT, llama.Llama) and all(map(_is_known, model.blocks))
     return (
         known
-        and not any(map(has_hooks, (model, model.norm)))
+        and _is_plain(model)
+        and _is_norm(model.norm, type(model.blocks[0].norm2))
         and model.norm.weight.dtype == weight.dtype
         and not model.training
         and weight.is_cuda
@@ -76,9 +77,22 @@ def _is_known(block: nn.Module) -> bool:
     wanted = KINDS.get(type(block))
     return (
         wanted is not None
-        and tuple(map(type, parts)) == (*wanted, wanted[-1])
-        and not any(map(has_hooks, [block, *parts]))
+        and tuple(map(type, parts[:2])) == wanted[:2]
+        and all(map(_is_plain, [block, *parts[:2]]))
+        and all(_is_norm(norm, wanted[-1]) for norm in parts[2:])
     )
+
+
+def _is_plain(module: nn.Module) -> bool:
+    """Whether a call of it runs the forward of its class and nothing more."""
+    return not has_hooks(module) and "forward" not in vars(module)
+
+
+def _is_norm(norm: nn.Module, kind: type) -> bool:
+    """Whether add_norm_kernel computes it."""
+    if type(norm) is not kind or norm.weight is None or norm.eps is None:
+        return False
+    return _is_plain(norm)
 
 
 class Fused:

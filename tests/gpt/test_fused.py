@@ -101,6 +101,24 @@ def test_blocks_with_hooks_or_other_parts_are_left_alone(name):
     assert not fused._is_known(block)
 
 
+@pytest.mark.parametrize("name", CONFIGS)
+def test_norms_and_forwards_that_are_others_are_left_alone(name):
+    def changed(change) -> bool:
+        block = make(CONFIGS[name]).blocks[0]
+        change(block)
+        return fused._is_known(block)
+
+    width = CONFIGS[name].n_embd
+    for norm in (
+        torch.nn.Identity(),
+        torch.nn.RMSNorm(width),  # of an eps that torch chooses
+        torch.nn.LayerNorm(width, elementwise_affine=False),
+    ):
+        assert not changed(lambda block, norm=norm: setattr(block, "norm2", norm))
+    assert not changed(lambda block: setattr(block.attention, "forward", lambda *_: None))
+    assert changed(lambda block: setattr(block, "norm2", type(block.norm1)(width, eps=1e-6)))
+
+
 def test_kernels_get_no_cache_that_is_too_small():
     """They check nothing: they would write past its end."""
     model = make(CONFIGS["LLaMA"]).eval()
