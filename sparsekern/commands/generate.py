@@ -97,6 +97,7 @@ def trained_models(
     keep_dense: bool,
 ) -> tuple[dict[str, GPT], Tokenizer]:
     model, tokenizer = load_model(path)
+    model.requires_grad_(False)  # values in training are packed anew in each step
     if (with_dense or keep_dense) and not any(isinstance(m, SparseLinear) for m in model.modules()):
         name = "bench" if with_dense else "keep_dense"
         raise ValueError(f"{name}: expected a sparse model, {path} is dense")

@@ -15,6 +15,7 @@ from .held import Held
 from .model import GPT, Cache
 
 CACHE_MULTIPLE = 64  # positions: attention on CUDA copies masks whose rows are not aligned
+COLDEST = 1e-30  # as good as 0: logits over less are beyond float32, and then NaN
 WARM_UPS = 2  # passes before a capture: libraries allocate and kernels compile in the first ones
 
 # Logits [B, 1, V] of the last of tokens [B, T]: of one at a position [1], or else of those from 0.
@@ -139,6 +140,7 @@ class Decoder:
             self._cache = self._given_cache
         for each in self._models:
             self._cache.check(each, len(self.tokens), window)
+        for each in self._models:
             each.eval()
         self._held = Held(*self._models)
         self._of_prompt = pass_of(model, self._fuses)
@@ -214,10 +216,8 @@ class Decoder:
             return logits.argmax(dim=-1, keepdim=True)
         # Of 16 bits it takes half the time.
         best, choices = logits.topk(min(self._top_k, logits.shape[-1]), sorted=False)
-        # Differences first: those of a low temperature overflow to -inf, which is no NaN.
-        best = best.float() - best.float().amax(dim=-1, keepdim=True)
-        least = torch.finfo(best.dtype).tiny
-        probabilities = torch.softmax(best / max(self._temperature, least), dim=-1)
+        temperature = max(self._temperature, COLDEST)
+        probabilities = torch.softmax(best.float() / temperature, dim=-1)
         # Of exponential variables with these rates the first is each with its probability.
         # torch.multinomial draws so too, but checks its input on the host.
         times = torch.empty_like(probabilities).exponential_(generator=self._generator)

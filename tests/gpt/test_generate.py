@@ -11,6 +11,7 @@ import pytest
 import torch
 
 from sparsekern import SparseLinear, Static, cli, densify_, sparsify_
+from sparsekern.commands.generate import random_models, trained_models
 from sparsekern.gpt import speed
 from sparsekern.gpt.build import load_model
 from sparsekern.gpt.checkpoint import CHECKPOINT, load_checkpoint, save_checkpoint
@@ -331,13 +332,19 @@ def test_mistakes(run, checkpoint, tmp_path):
         assert re.search(message, run(*arguments)), arguments
 
 
-def test_bench_needs_a_sparse_checkpoint(run, checkpoint):
+def test_dense_copies_are_of_sparse_layers(run, checkpoint):
+    cpu, no_zeros = torch.device("cpu"), "keep_dense: expected a sparse model, "
+    with pytest.raises(ValueError, match=no_zeros + "give a sparsity above 0"):
+        random_models("gpt2-small", 0.0, cpu, torch.float32, 0, 1, False, True)
     path = Path(checkpoint.partition("=")[2])
     state = load_checkpoint(path)
-    model = densify_(load_model(path)[0])
-    state["config"]["sparsity"], state["model"] = 0.0, model.state_dict()
+    state["config"]["sparsity"] = 0.0
+    state["model"] = densify_(load_model(path)[0]).state_dict()
     save_checkpoint(path, state)
-    assert "expected a sparse model" in run(checkpoint, "--bench")
+    with pytest.raises(ValueError, match=no_zeros + ".* is dense"):
+        trained_models(path, cpu, torch.float32, 1, False, True)
+    assert run(checkpoint, "--prompt=beer", "--tokens=3", "--device=cpu").startswith("beer")
+    assert "bench: expected a sparse model" in run(checkpoint, "--bench")
 
 
 # On a GPU
