@@ -187,7 +187,10 @@ class GPT(nn.Module):
             raise ValueError(f"idx has {T} positions, block_size is {self.config.block_size}")
         if cache is None:
             position, pasts = torch.arange(T, device=idx.device), [None] * len(self.blocks)
+        elif position is None:
+            raise ValueError("position: expected the places of idx, since there is a cache")
         else:
+            cache.check(self, len(idx), T)
             pasts = cache.past(position)
         x, along = self.embed(idx, position), self.along(position)
         for block, past in zip(self.blocks, pasts, strict=True):

@@ -214,6 +214,16 @@ def test_a_cache_that_several_share():
             decoders[0].step()
 
 
+@pytest.mark.parametrize("name", CONFIGS)
+def test_a_model_says_what_its_cache_has_no_room_for(name):
+    model, idx, places = model_of(name), prompt(2, 5), torch.arange(5)
+    for cache in (Cache(model, 2, 4), Cache(model, 1, 64)):
+        with pytest.raises(ValueError, match="cache: expected at least 5 positions, .* 2 texts"):
+            model(idx, cache=cache, position=places)
+    with pytest.raises(ValueError, match="position: expected the places of idx"):
+        model(idx, cache=Cache(model, 2, 64))
+
+
 def test_another_prompt_of_the_same_length():
     model = pack_(model_of("LLaMA"))
     decoder = Decoder(model, prompt(2, 7), 20, temperature=0)
