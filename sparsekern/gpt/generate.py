@@ -86,7 +86,7 @@ class Decoder:
     a look from the host. start() again begins anew, with what then stands in tokens[:, :T].
 
     start() takes the model as it then is, in eval mode: where it was written to, cast or packed
-    since, cache and graphs are made anew. Until then steps on CUDA go on with the old weights.
+    since, cache and graphs are made anew. Until then steps on CUDA may go on with the old weights.
 
     The cache serves up to block_size tokens. Beyond, the window slides and every token in it gets
     another position, to which its key and value belong: each step then reads the window anew.
