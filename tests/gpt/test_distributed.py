@@ -76,13 +76,8 @@ def torchrun(folder: Path, ranks: int = 2, timeout_s: float = 500) -> list[dict]
         "OMP_NUM_THREADS": "1",
         "PYTHONPATH": os.pathsep.join(filter(None, sys.path)),
     }
-    done = subprocess.run(
-        [*command, str(WORKER), str(folder)],
-        env=env,
-        capture_output=True,
-        text=True,
-        timeout=timeout_s,
-    )
+    how = dict(env=env, capture_output=True, text=True, timeout=timeout_s)
+    done = subprocess.run([*command, str(WORKER), str(folder)], **how)
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-6000:]
     return [json.loads((folder / f"results-{rank}.json").read_text()) for rank in range(ranks)]
 
@@ -347,7 +342,8 @@ def test_the_threads_of_a_group_end_with_it(monkeypatch):
 def test_processes_that_are_started_anew_see_nothing_of_those_before(monkeypatch):
     store = dist.TCPStore("localhost", 0, is_master=True, wait_for_workers=False)
     there = dict(RANK=0, WORLD_SIZE=1, MASTER_ADDR="localhost", MASTER_PORT=store.port)
-    for name, value in (there | {"TORCHELASTIC_USE_AGENT_STORE": True}).items():
+    there["TORCHELASTIC_USE_AGENT_STORE"] = True
+    for name, value in there.items():
         monkeypatch.setenv(name, str(value))
     for attempt in "01":
         monkeypatch.setenv("TORCHELASTIC_RESTART_COUNT", attempt)
