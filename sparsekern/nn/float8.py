@@ -44,12 +44,17 @@ class Scaling:
 
     cuSPARSELt takes a factor from the host alone. So after the first steps the scales of x and W of
     a two-way layer are 2^exponent together: W's is smaller than need be and gives way to x. Where
-    it cannot any more, settle() finds other exponents."""
+    it cannot any more, settle() finds other exponents. `wanted` are the scales without that rule: a
+    tensor that is always 0 keeps its own, whatever the other has to give way to.
 
-    STATE = "scales", "noted", "history"
+    A CUDA graph keeps the exponents that it was captured with. So advance() leaves those of such a
+    layer alone, and settle(), which changes them, says that it has."""
+
+    STATE = "scales", "wanted", "noted", "history"
 
     def __init__(self, layers: int, device: torch.device | str, is_two_way: bool = False):
         self.scales = torch.ones(EACH * layers, device=device)
+        self.wanted = torch.ones(EACH * layers, device=device)
         self.inverses = torch.ones(EACH * layers, EACH, device=device)
         self.noted = torch.zeros(EACH * layers, device=device)
         self.history = torch.zeros(HISTORY, EACH * layers, device=device)
@@ -66,7 +71,7 @@ class Scaling:
         self._begin()
 
     def _begin(self) -> None:
-        weakref.finalize(self, _forget, self._tell())
+        weakref.finalize(self, float8.forget_exponents, self._tell())
 
     def follow(self, optimizer: torch.optim.Optimizer) -> None:
         """Advance after each of its steps. A replay of a CUDA graph is none."""
@@ -74,7 +79,7 @@ class Scaling:
 
     def advance(self) -> None:
         """From the scales of one step to those of the next. Waits for the GPU in the first steps,
-        and of two-way layers in each that no CUDA graph takes."""
+        and of two-way layers in each of which no CUDA graph takes a part."""
         largest = torch.where(self.noted.isfinite(), self.noted, 0.0)
         self.history.copy_(torch.cat([largest.unsqueeze(0), self.history[:-1]]))
         self.noted.zero_()
@@ -83,29 +88,33 @@ class Scaling:
             is_last = self._first_steps == FIRST_STEPS
             self.has_begun = is_last or bool(_of_tensors(self.history).any(0).all())
         self._choose()
-        if self.is_two_way and not torch.cuda.is_current_stream_capturing():
+        if self.is_two_way and not (
+            torch.cuda.is_current_stream_capturing() or float8.captured.intersection(self._notes())
+        ):
             self.settle()
 
     def settle(self) -> bool:
-        """Whether exponents had to change, after a step that was no replay of a CUDA graph or, as
-        it waits for the GPU, after some that were."""
+        """Whether exponents had to change: then graphs that were captured before are to be captured
+        anew. For the time between two steps; after every few, as it waits for the GPU."""
         if not (self.has_begun and self._is_off.item()):
             return False
-        of_x, of_w, _ = _of_tensors(next_scale(self.scales, self.history)).unbind(1)
+        float8.captured.difference_update(self._notes())
+        of_x, of_w, _ = _of_tensors(self.wanted).unbind(1)
         self._take((of_x.log2() + of_w.log2() - SLACK).round().int().cpu())
         self._choose()
         return True
 
     def _choose(self) -> None:
         """The scales of the next step."""
-        wanted = next_scale(self.scales, self.history)
+        self.wanted.copy_(next_scale(self.wanted, self.history))
+        scales = self.wanted.clone()
         if self.is_two_way and self.has_begun:
-            of_x, of_w, _ = _of_tensors(wanted).unbind(1)
+            of_x, of_w, _ = _of_tensors(scales).unbind(1)
             slack = of_x * of_w / self._products
             self._is_off.copy_(((slack < 2) | (slack > 4.0**SLACK)).any())
             of_w.copy_(torch.minimum(self._products / of_x, of_w))
             of_x.copy_(self._products / of_w)
-        self.scales.copy_(wanted)
+        self.scales.copy_(scales)
         self._invert()
 
     def _invert(self) -> None:
@@ -116,9 +125,13 @@ class Scaling:
         self._products.copy_(torch.exp2(self.exponents.float()))
         self._tell()
 
+    def _notes(self) -> list[int]:
+        """The addresses at which the layers note."""
+        return [noted.data_ptr() for noted in self.noted.split(EACH)]
+
     def _tell(self) -> list[int]:
-        """Whoever multiplies finds the exponents by these addresses, at which it notes."""
-        addresses = [noted.data_ptr() for noted in self.noted.split(EACH)]
+        """Whoever multiplies finds the exponents by these addresses."""
+        addresses = self._notes()
         float8.exponents.update(zip(addresses, self.exponents.tolist(), strict=True))
         return addresses
 
@@ -130,28 +143,35 @@ class Scaling:
         return state | {"has_begun": self.has_begun, "first_steps": self._first_steps}
 
     def load_state_dict(self, state: dict) -> None:
-        """ValueError for the state of another model."""
-        for name in self.STATE:
-            own, given = _of_tensors(getattr(self, name)).flatten(-2), state.get(name)
-            if not isinstance(given, Tensor) or given.shape != own.shape:
+        """ValueError for the state of another model, RuntimeError for other exponents than those of
+        a CUDA graph; the scales are as they were then."""
+        own = {name: _of_tensors(getattr(self, name)) for name in self.STATE}
+        shapes = {name: tuple(t.flatten(-2).shape) for name, t in own.items()}
+        if "exponents" in state:
+            shapes["exponents"] = tuple(self.exponents.shape)
+        for name, shape in shapes.items():
+            given = state.get(name)
+            if not isinstance(given, Tensor) or given.shape != shape:
                 got = tuple(given.shape) if isinstance(given, Tensor) else given
-                raise ValueError(f"float8: {name}: expected {tuple(own.shape)}, got {got}")
-        for name in self.STATE:
-            own = _of_tensors(getattr(self, name))
-            own.copy_(state[name].view(own.shape))
+                raise ValueError(f"float8: {name}: expected {shape}, got {got}")
+        exponents = state.get("exponents")  # a dense run has none
+        is_same = exponents is not None and torch.equal(exponents.cpu(), self.exponents)
+        if float8.captured.intersection(self._notes()) and not is_same:
+            raise RuntimeError(
+                "float8: a CUDA graph was captured with the factors of this model, which would not "
+                "see others: say with sparsekern.nn.forget_graphs_(model) that it is replayed no "
+                "more, load the state, and capture anew"
+            )
+        for name, t in own.items():
+            t.copy_(state[name].view(t.shape))
         self._invert()
         self.has_begun = bool(state.get("has_begun"))
         self._first_steps = int(state.get("first_steps", 0))
-        if "exponents" in state:
-            self._take(state["exponents"])
-        else:  # of a dense run, or one that had none
+        if exponents is not None:
+            self._take(exponents)
+        else:
             self._is_off.fill_(self.is_two_way)
             self.settle()
-
-
-def _forget(addresses: list[int]) -> None:
-    for address in addresses:
-        float8.exponents.pop(address, None)
 
 
 def _of_tensors(t: Tensor) -> Tensor:
@@ -171,10 +191,15 @@ class _Float8:
     float8_noted: Tensor
 
     def _begin(self: Any, scaling: Scaling, place: int) -> None:
-        self.scaling = scaling
+        self.scaling, self._place = scaling, place
         for name in VIEWS:
             of_all = getattr(scaling, name)
             self.register_buffer(f"float8_{name}", of_all[EACH * place :][:3], persistent=False)
+
+    def __setstate__(self: Any, state: dict) -> None:
+        """pickle makes tensors of their own of views."""
+        super().__setstate__(state)  # type: ignore[misc]
+        self._begin(self.scaling, self._place)
 
     def _apply(self: Any, *arguments: Any, **named: Any) -> Any:
         """Whatever happens to the weights, the scales stay those of all layers."""

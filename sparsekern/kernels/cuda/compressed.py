@@ -24,6 +24,7 @@ from . import cusparselt, e4m3
 from . import library as cuda_library
 from .algorithms import NONE_RIGHT, algorithm_of
 from .layout import TYPES, Packed
+from .vendor import Error
 
 DEVICE, MACHINE = "cuda", "sm_90"  # it was tried there alone
 MULTIPLE_OF_TOKENS, MULTIPLE, MULTIPLE_E4M3 = 8, 16, 32  # of M; of N and K
@@ -116,7 +117,7 @@ def _adds_bias_in_e4m3(device: torch.device) -> bool:
     bias = torch.zeros(32, dtype=torch.bfloat16, device=device)
     try:
         cusparselt.Plan(32, 32, 16, device.index, None, bias, e4m3.DTYPE)
-    except cusparselt.Error:
+    except Error:
         return False
     return True
 

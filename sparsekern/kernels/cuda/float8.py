@@ -37,6 +37,7 @@ FILL_BYTES = (
 # of its x and W are together. torch.compile takes results of an op with an operand on the host for
 # unaligned, and would compile anew for each number.
 exponents: dict[int, int] = {}
+captured: set[int] = set()  # addresses of those that a CUDA graph has taken
 _NAMES = {torch.bfloat16: "bf16", torch.float32: "f32"}
 # Sums of weight gradients are added up in float32, as in Transformer Engine: tensor cores alone
 # keep 14 bits of them.
@@ -66,6 +67,26 @@ def pattern_of(row_offsets: Tensor, col_indices: Tensor, n: int, k: int) -> _Pat
 def _tail(stored: Tensor) -> Tensor:
     two = with_free_places(stored)
     return cusparselt.compress(two.float().to(DTYPE))[two.numel() // 2 :].clone()
+
+
+def exponent_of(noted: Tensor) -> int:
+    """Of the layer that notes there. RuntimeError where its Scaling notes elsewhere."""
+    address = noted.data_ptr()
+    if address not in exponents:
+        raise RuntimeError(
+            "float8: expected the buffers of a layer as to_float8_ has made them, views of those of "
+            "its Scaling; these are others"
+        )
+    if torch.cuda.is_current_stream_capturing():
+        captured.add(address)
+    return exponents[address]
+
+
+def forget_exponents(addresses: list[int]) -> None:
+    """Nobody notes there any more."""
+    captured.difference_update(addresses)
+    for address in addresses:
+        exponents.pop(address, None)
 
 
 def quantise(x: Tensor, scale: Tensor, noted: Tensor) -> Tensor:
