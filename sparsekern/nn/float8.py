@@ -71,7 +71,9 @@ class Scaling:
         self._begin()
 
     def _begin(self) -> None:
-        weakref.finalize(self, float8.forget_exponents, self._tell())
+        self._notes = [noted.data_ptr() for noted in self.noted.split(EACH)]  # where layers note
+        self._tell()
+        weakref.finalize(self, float8.forget_exponents, self._notes)
 
     def follow(self, optimizer: torch.optim.Optimizer) -> None:
         """Advance after each of its steps. A replay of a CUDA graph is none."""
@@ -89,7 +91,7 @@ class Scaling:
             self.has_begun = is_last or bool(_of_tensors(self.history).any(0).all())
         self._choose()
         if self.is_two_way and not (
-            torch.cuda.is_current_stream_capturing() or float8.captured.intersection(self._notes())
+            torch.cuda.is_current_stream_capturing() or float8.captured.intersection(self._notes)
         ):
             self.settle()
 
@@ -98,7 +100,7 @@ class Scaling:
         anew. For the time between two steps; after every few, as it waits for the GPU."""
         if not (self.has_begun and self._is_off.item()):
             return False
-        float8.captured.difference_update(self._notes())
+        float8.captured.difference_update(self._notes)
         of_x, of_w, _ = _of_tensors(self.wanted).unbind(1)
         self._take((of_x.log2() + of_w.log2() - SLACK).round().int().cpu())
         self._choose()
@@ -125,19 +127,17 @@ class Scaling:
         self._products.copy_(torch.exp2(self.exponents.float()))
         self._tell()
 
-    def _notes(self) -> list[int]:
-        """The addresses at which the layers note."""
-        return [noted.data_ptr() for noted in self.noted.split(EACH)]
-
-    def _tell(self) -> list[int]:
+    def _tell(self) -> None:
         """Whoever multiplies finds the exponents by these addresses."""
-        addresses = self._notes()
-        float8.exponents.update(zip(addresses, self.exponents.tolist(), strict=True))
-        return addresses
+        float8.exponents.update(zip(self._notes, self.exponents.tolist(), strict=True))
+
+    def _parts(self) -> dict[str, Tensor]:
+        """[..., layers, 3] of each part of the state."""
+        return {name: _of_tensors(getattr(self, name)) for name in self.STATE}
 
     def state_dict(self) -> dict[str, Tensor | int]:
         state: dict[str, Tensor | int]
-        state = {name: _of_tensors(getattr(self, name)).flatten(-2).cpu() for name in self.STATE}
+        state = {name: t.flatten(-2).to("cpu", copy=True) for name, t in self._parts().items()}
         if self.is_two_way:
             state["exponents"] = self.exponents.clone()
         return state | {"has_begun": self.has_begun, "first_steps": self._first_steps}
@@ -145,7 +145,7 @@ class Scaling:
     def load_state_dict(self, state: dict) -> None:
         """ValueError for the state of another model, RuntimeError for other exponents than those of
         a CUDA graph; the scales are as they were then."""
-        own = {name: _of_tensors(getattr(self, name)) for name in self.STATE}
+        own = self._parts()
         shapes = {name: tuple(t.flatten(-2).shape) for name, t in own.items()}
         if "exponents" in state:
             shapes["exponents"] = tuple(self.exponents.shape)
@@ -156,7 +156,7 @@ class Scaling:
                 raise ValueError(f"float8: {name}: expected {shape}, got {got}")
         exponents = state.get("exponents")  # a dense run has none
         is_same = exponents is not None and torch.equal(exponents.cpu(), self.exponents)
-        if float8.captured.intersection(self._notes()) and not is_same:
+        if float8.captured.intersection(self._notes) and not is_same:
             raise RuntimeError(
                 "float8: a CUDA graph was captured with the factors of this model, which would not "
                 "see others: say with sparsekern.nn.forget_graphs_(model) that it is replayed no "

@@ -126,7 +126,7 @@ def pack_two_of_four(
     weight: SparseTensor, dtype: torch.dtype, largest: float | None = None
 ) -> TwoOfFour | TwoOfFourE4m3:
     """`weight` compressed, in its own type or, rounded, in E4M3, where `largest` may say how large
-    x gets. ValueError, TypeError or NotImplementedError says why it cannot be."""
+    x gets; 0 says nothing. ValueError, TypeError or NotImplementedError says why it cannot be."""
     if reason := refusal(weight, dtype):
         raise reason
     (n, k), dense = weight.shape, weight.to_dense()
@@ -137,7 +137,7 @@ def pack_two_of_four(
         if not dense.isfinite().all():
             raise ValueError("weight: expected finite values, since E4M3 has no infinities")
         rounded, exponent = e4m3.quantise_weight(dense)
-        x_exponent = FOUND if largest is None else e4m3.exponent_of(largest, e4m3.HEADROOM)
+        x_exponent = e4m3.exponent_of(largest, e4m3.HEADROOM) if largest else FOUND
         operand = cusparselt.compress(rounded)
         packed = TwoOfFourE4m3(n, k, weight.nnz, exponent, x_exponent, operand)
     packed.check()

@@ -161,7 +161,7 @@ def operand_bytes(n: int, k: int, dtype: torch.dtype, device: int) -> int:
 def compress(w: Tensor) -> Tensor:
     """The operand, bytes, of w [N, K] with at most two of four neighbours that are not 0. What it
     holds is the library's own."""
-    lib, device, w = loaded(), w.device.index, w.contiguous()
+    lib, device, w = loaded(), w.device.index, aligned(w.contiguous())
     with torch.cuda.device(device):
         handle, made = _handle(device), Made(lib)
         descriptor = _sparse(handle, made, w.shape[0], w.shape[1], w.dtype)

@@ -74,8 +74,8 @@ def exponent_of(noted: Tensor) -> int:
     address = noted.data_ptr()
     if address not in exponents:
         raise RuntimeError(
-            "float8: expected the buffers of a layer as to_float8_ has made them, views of those of "
-            "its Scaling; these are others"
+            "float8: expected the buffers of a layer as to_float8_ has made them, views of those "
+            "of its Scaling; these are others"
         )
     if torch.cuda.is_current_stream_capturing():
         captured.add(address)
