@@ -3,6 +3,7 @@
 import argparse
 import json
 import math
+import re
 import time
 from collections.abc import Iterator
 from dataclasses import replace
@@ -147,17 +148,17 @@ def cases(args: argparse.Namespace) -> Iterator[dict]:
     if args.verb == "train-products":
         return three_products(args.quick, args.dtype)
     if args.verb == "least-size":
-        return least_size.cases(replay_gpu.CudaClock(), torch.device("cuda"))
+        dtype = getattr(torch, args.dtype)
+        return least_size.cases(replay_gpu.CudaClock(), torch.device("cuda"), dtype)
     return train_memory.cases(args.largest)
 
 
 def add_flags(verb: str, parser: argparse.ArgumentParser) -> None:
     if verb == "train-memory":
         parser.add_argument("--largest", action="store_true", help="the most that fits, too")
-    if verb in ("train-memory", "least-size"):
-        return
-    parser.add_argument("--quick", action="store_true")
-    if verb == "train-products":
+    elif verb != "least-size":
+        parser.add_argument("--quick", action="store_true")
+    if verb in ("train-products", "least-size"):
         kinds = ("bfloat16", "float16")
         parser.add_argument("--dtype", choices=kinds, default=kinds[0])
     if verb == "train":
@@ -285,7 +286,7 @@ def page_of_least_sizes(name: str, run: Run) -> str:
     cases = derived(run)
     return LEAST.format(
         name=name,
-        heading=in_words(run.about, "bfloat16"),
+        heading=in_words(run.about, cases[0]["dtype"]),
         sizes="\n\n".join(
             f"`{row.name}`, {row.sparsity:.0%} zeros, {tables.MASKS[row.mask]} masks:\n\n"
             + tables.least_sizes(cases, row)
@@ -316,13 +317,19 @@ def publish(name: str, run: Run) -> None:
 
 
 def update_least_sizes(run: Run) -> None:
+    """Replaces what the file says of these rows, of this capability and dtype; the rest stays."""
     machine, commit = run.about["machine"], run.about["commit"]["id"][:10]
     measured = f"{machine['gpu']}, torch {machine['torch']}, {run.about['date']}, commit {commit}"
     data, cases = json.loads(LEAST_SIZES.read_text()), derived(run)
+    dtype = cases[0]["dtype"]
     for row in least_size.ROWS:
-        entry = {"measured": measured, "bfloat16": least_size.summarize(cases, row)}
-        data.setdefault(row.name, {})[machine["capability"]] = entry
-    LEAST_SIZES.write_text(json.dumps(data, indent=1) + "\n")
+        entry = data.setdefault(row.name, {}).setdefault(machine["capability"], {})
+        entry.setdefault("measured", {})[dtype] = measured
+        entry[dtype] = least_size.summarize(cases, row)
+    text = json.dumps(data, indent=1)
+    lists = re.compile(r"\[\n\s+\[.*?\]\n\s+\]", re.DOTALL)  # a line each
+    text = lists.sub(lambda pairs: json.dumps(json.loads(pairs[0])), text)
+    LEAST_SIZES.write_text(text + "\n")
 
 
 def markers(benchmark: str) -> tuple[str, str]:

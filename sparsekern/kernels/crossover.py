@@ -109,7 +109,8 @@ def least_size(machine: str, dtype: torch.dtype, M: int, kernel: str) -> int | N
     out, for M tokens; None where it never is, or where that was not measured.
 
     machine is a compute capability like "sm_90". Between two measured numbers of tokens the smaller
-    counts. sparsekern/bench/least_size_gpu.py measures it.
+    counts. What was measured in one dtype says nothing of another.
+    sparsekern/bench/least_size_gpu.py measures it.
     """
     entry = _least_sizes().get(kernel, {}).get(machine, {})
     pairs = entry.get(str(dtype).removeprefix("torch."), ())

@@ -149,7 +149,8 @@ def test_least_sizes_are_data_that_dispatch_reads(train_gpu, tmp_path, monkeypat
         for op in least_size.OPS
     ]
     monkeypatch.setattr(least_size, "table", SimpleNamespace(KERNELS=rows))
-    monkeypatch.setattr(least_size, "ROWS", (two_of_four, ordered))
+    monkeypatch.setattr(least_size, "ROWS", rows_of_both := (two_of_four, ordered))
+    monkeypatch.setattr(least_size, "GRIDS", dict.fromkeys(least_size.GRIDS, rows_of_both))
     cases = list(least_size.cases(CallingClock(), torch.device("cpu")))
     assert len(cases) == 2 * 3 * 2 * 2 and all(
         way["is_right"] for case in cases for way in case["ways"].values()
@@ -170,6 +171,15 @@ def test_least_sizes_are_data_that_dispatch_reads(train_gpu, tmp_path, monkeypat
     assert [least(M) for M in (7, 8, 15, 16)] == [None, 48, 48, 32]
     assert [least(M, ordered) for M in (7, 8)] == [None, 16]
     assert least(8, dtype=torch.float16) is None and least(8, machine="sm_80") is None
+    before = json.loads(file.read_text())
+    half = list(least_size.cases(CallingClock(), torch.device("cpu"), torch.float16))
+    assert {case["dtype"] for case in half} == {"float16"}
+    train_gpu.update_least_sizes(run_of("least-size", half, tmp_path))
+    assert least(8, dtype=torch.float16) == 16 and least(8) == 48
+    for name, machines in json.loads(file.read_text()).items():
+        assert machines["sm_90"]["measured"].keys() == {"bfloat16", "float16"}
+        assert machines["sm_90"]["bfloat16"] == before[name]["sm_90"]["bfloat16"]
+    assert "[[8, 16], [16, 16]]" in file.read_text()
     page = train_gpu.PAGES["least-size"]("name", run)
     rows = table_of(page, "| tokens ")
     assert rows[1:] == [["8", "1.00", "0.91", "1.00", "48"], ["16", "0.91", "1.00", "1.00", "32"]]

@@ -4,7 +4,7 @@ The library numbers them, and its own choice is not the fastest. So the first pr
 times some of them on random numbers, and keeps the fastest that gives the right result, the same
 one each time: some of some versions do not (pytorch/pytorch#155333). One that was wrong once is
 never tried again, of no shape of that type. What was found stands in the user's cache folder, by
-GPU and version.
+GPU and version, as long as the same ones are tried.
 """
 
 import json
@@ -28,12 +28,13 @@ COLD_BYTES = 2**27  # of those copies, at most
 AHEAD_CYCLES = 400_000  # for which the GPU waits while a round is queued
 FINALISTS = 3
 NONE_RIGHT = -1
-# Those that were the fastest of some shape on an H100 or H200, by versions 0.8.0 and 0.8.1. Others
-# are not tried: of those for float16 one ended in an illegal instruction. Of E4M3 all 26 were tried
-# on an H200.
+# Those that were the fastest of some shape on an H100 or H200, by versions 0.8.0 and 0.8.1; in
+# float16 also those that were right (docs/log.md). Others are not tried: of those for float16 one
+# ended in an illegal instruction, after which a process can use its GPU no more. Of E4M3 all 26
+# were tried on an H200.
 CANDIDATES: dict[torch.dtype, tuple[int, ...]] = {
     torch.bfloat16: (0, 7, 8, 11, 12, 13, 15, 16, 17, 20),
-    torch.float16: (8, 11, 12, 15, 16, 17, 20),
+    torch.float16: (1, 4, 7, 8, 11, 12, 13, 15, 16, 17, 20),
     e4m3.DTYPE: tuple(range(26)),
 }
 # Of an element and of the root mean square of all: a rounding, and what the order of sums makes; in
@@ -49,8 +50,14 @@ class _Known:
 
 @cache
 def _known(device: int) -> _Known:
-    content = json.loads(read_cached(_file(device)) or b'{"chosen": {}, "wrong": {}}')
+    content = json.loads(read_cached(_file(device)) or b"{}")
+    if content.get("tried") != _tried():
+        return _Known()
     return _Known(content["chosen"], {name: set(found) for name, found in content["wrong"].items()})
+
+
+def _tried() -> dict[str, list[int]]:
+    return {_name(dtype): [*found] for dtype, found in CANDIDATES.items()}
 
 
 def _file(device: int) -> str:
@@ -71,7 +78,7 @@ def algorithm_of(n: int, k: int, m: int, dtype: torch.dtype, device: torch.devic
         with torch.cuda.device(device):
             known.chosen[key] = fastest(n, k, m, dtype, device, wrong)
         found = {name: sorted(known.wrong[name]) for name in list(known.wrong)}  # others may add
-        content = {"chosen": known.chosen, "wrong": found}
+        content = {"tried": _tried(), "chosen": known.chosen, "wrong": found}
         with suppress(OSError):  # the next process times it again
             write_cached(_file(device.index), json.dumps(content).encode())
     return known.chosen[key]

@@ -91,7 +91,7 @@ def pack_for(
         return [layout_of(own, name, 1).fill_rounded(*rounded) for name in chosen]
     names = [*packed_names(), *[Dense.name] * may_be_dense]
     many = pack_two_of_four(own, own.values.dtype) if pays(own, tokens[-1]) else None
-    if many and is_faster(tokens[0], own.n, own.k):
+    if many and is_faster(tokens[0], own.n, own.k, own.values.dtype):
         return [many]
     ends = (tokens[0], tokens[0]) if many else tokens
     forms = [lay_out(own, name) for name in choose_forms(ends, own.n, own.k, own.nnz, names)]
@@ -162,13 +162,14 @@ def choose_forms(
 
 
 @lru_cache(maxsize=4096)
-def fastest(held: tuple[str, ...], m: int, n: int, k: int, nnz: int) -> int:
-    """Which of these layouts runs a product of m tokens: its place."""
+def fastest(held: tuple[str, ...], m: int, n: int, k: int, nnz: int, dtype: torch.dtype) -> int:
+    """Which of these layouts runs a product of m tokens: its place. dtype: of a W in
+    `two_of_four`."""
     density = nnz / max(1, n * k)
 
     def time(place: int) -> float:
         if held[place] == TwoOfFour.name:
-            return 0.0 if is_faster(m, n, k) else FEW_BY_TWO_OF_FOUR
+            return 0.0 if is_faster(m, n, k, dtype) else FEW_BY_TWO_OF_FOUR
         found = share(LIKE.get(held[place], held[place]), m, n, k, density)
         return (1.0 if held[place] == Dense.name else 2.0) if found is None else found
 
@@ -182,7 +183,7 @@ def form_for(
     ValueError where the parts are not as many as theirs."""
     _check_counts(layout, numbers, tensors)
     held, counts, _ = _counts(layout)
-    place = fastest(held, m, n, k, nnz)
+    place = fastest(held, m, n, k, nnz, tensors[-1].dtype)  # many tokens stand last
     before = [sum(count[i] for count in counts[:place]) for i in (0, 1)]
     count = counts[place]
     return (

@@ -23,7 +23,7 @@ from ..crossover import least_size
 from . import cusparselt, e4m3
 from . import library as cuda_library
 from .algorithms import NONE_RIGHT, algorithm_of
-from .layout import TYPES, Packed
+from .layout import Packed
 from .vendor import Error
 
 DEVICE, MACHINE = "cuda", "sm_90"  # it was tried there alone
@@ -173,18 +173,17 @@ def refusal(weight: SparseTensor, dtype: torch.dtype) -> Exception | None:
     return None
 
 
-def is_faster(tokens: int, n: int, k: int) -> bool:
-    """Whether products of so many tokens with W [n, k] are faster compressed than in any other
-    layout or dense. Both 16-bit types run at one rate."""
-    least = least_size(MACHINE, torch.bfloat16, tokens, "two_of_four packed")
+def is_faster(tokens: int, n: int, k: int, dtype: torch.dtype) -> bool:
+    """Whether products of so many tokens with W [n, k] of this 16-bit type are faster compressed
+    than in any other layout or dense."""
+    least = least_size(MACHINE, dtype, tokens, "two_of_four packed")
     return least is not None and min(n, k) >= least
 
 
 def pays(weight: SparseTensor, tokens: int) -> bool:
     """Whether that is so for `weight`, and it can be compressed."""
-    if not is_faster(tokens, *weight.shape) or weight.values.dtype not in TYPES:
-        return False
-    return not refusal(weight, weight.values.dtype)
+    (n, k), dtype = weight.shape, weight.values.dtype
+    return is_faster(tokens, n, k, dtype) and not refusal(weight, dtype)
 
 
 def is_two_of_four(weight: SparseTensor) -> bool:

@@ -24,6 +24,7 @@ from sparsekern.testing import relative_error
 
 E4M3 = e4m3.DTYPE
 N, K = 64, 96
+SIZES = {torch.bfloat16: 64}
 needs_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")
 TOLERANCE = {torch.bfloat16: 2**-8, torch.float16: 2**-10}  # one rounding of the result
 
@@ -69,13 +70,14 @@ def test_products_of_any_number_of_tokens(device, dtype, m, nan_memory):
     assert spmm_packed(x[:0], packed, bias).shape == (0, N)
 
 
-@pytest.mark.parametrize("largest", [None, 6.0])
+@pytest.mark.parametrize("largest", [None, 0.0, 6.0])  # of an example of zeros: nothing
 @pytest.mark.parametrize("m", [1, 16, 37])
 def test_in_e4m3_the_rounded_operands_are_multiplied_exactly(
     device, largest, m, nan_memory, request
 ):
     W, w = weight(device=device)
     packed = compressed.pack_two_of_four(W, E4M3, largest)
+    assert (packed.given_exponent is None) == (not largest)
     assert 0 <= packed.nbytes - 10 / 16 * N * K < 1024
     x, bias = torch.randn(m, K, device=device).bfloat16(), torch.randn(N, device=device).bfloat16()
     w8, exponent = e4m3.quantise_weight(w)
@@ -92,7 +94,7 @@ def test_in_e4m3_the_rounded_operands_are_multiplied_exactly(
             compressed._adds_bias_in_e4m3.cache_clear()
     assert spmm_packed(x[:0], packed, bias).shape == (0, N)
     if m > 1:
-        for bad in (torch.inf, torch.nan) if largest is None else (torch.inf, 1e3):
+        for bad in (torch.inf, 1e3) if largest else (torch.inf, torch.nan):
             x[m - 2, 5] = bad
             y = spmm_packed(x, packed)
             assert y[m - 2].isnan().any() and not y[: m - 2].isnan().any()
@@ -152,12 +154,19 @@ def test_pack_chooses_it_where_it_pays(stand_in, monkeypatch):  # noqa: F811
     assert many == "two_of_four" and few in ("gather", "cover", "pairs")
     for m, place in ((1, 0), (2, 0), (511, 1), (512, 1), (4096, 1)):
         fastest.cache_clear()
-        assert fastest(held, m, N, K, W.nnz) == place
+        assert fastest(held, m, N, K, W.nnz, W.dtype) == place
     fastest.cache_clear()
     free = SparseTensor.from_dense((torch.rand(N, K) < 0.4).bfloat16())
     assert "two_of_four" not in names(free, 512, 512)
     monkeypatch.setattr(compressed, "least_size", lambda *_: 65)
     assert "two_of_four" not in names(W, 512, 512)
+    # Each type has sizes of its own.
+    monkeypatch.setattr(compressed, "least_size", lambda _, dtype, *__: SIZES.get(dtype))
+    assert names(W, 512, 2048) == ["two_of_four"]
+    assert "two_of_four" not in names(W.to(torch.float16), 512, 2048)
+    held = "dense", "two_of_four"
+    assert [fastest(held, 512, N, K, W.nnz, t) for t in (torch.bfloat16, torch.float16)] == [1, 0]
+    fastest.cache_clear()
 
 
 def model(device="cpu"):

@@ -31,6 +31,7 @@ from sparsekern.kernels.table import pick, refusals
 pytestmark = pytest.mark.usefixtures("stand_in", "fresh_table")
 N, K, M = 48, 80, 96
 CPU = torch.device("cpu")
+SIZES = {torch.bfloat16: 16}
 
 
 def layer(n=N, k=K):
@@ -174,6 +175,13 @@ def test_no_wrong_or_refused_algorithm_multiplies(stand_in, recwarn, monkeypatch
     assert algorithms.algorithm_of(N, 2 * K, M, torch.bfloat16, CPU) == 8
     now = products_of(stand_in)
     assert {i for i in now if now[i] != before.get(i)} == {*costs} - {11, 12, 15}
+    # Where others are tried, all is looked at anew.
+    monkeypatch.setitem(algorithms.CANDIDATES, torch.bfloat16, (7, 12, 16))
+    algorithms._known.cache_clear()
+    before = now
+    assert algorithms.algorithm_of(N, K, M, torch.bfloat16, CPU) == 16
+    now = products_of(stand_in)
+    assert {i for i in now if now[i] != before.get(i)} == {7, 12, 16}
 
 
 @pytest.mark.parametrize("op", ["spmm", "spmm_t"])
@@ -260,6 +268,10 @@ def test_refusals_say_why(stand_in, monkeypatch):  # noqa: F811
     full = SparseTensor.from_dense(torch.ones(N, K).bfloat16())
     assert reason(full) == "more than two of four are stored"
     assert "it takes bfloat16 and float16" in reason(W, dtype=torch.float32)
+    with monkeypatch.context() as measured:  # in bfloat16 alone
+        measured.setattr(two_of_four, "_least_size", lambda m, dtype: SIZES.get(dtype))
+        assert f"[{N}, {K}] out is as fast at {M} tokens" in reason(W, dtype=torch.float16)
+        assert problem(W).is_two_way and not problem(W, dtype=torch.float16).is_two_way
     assert "as fast at 64 tokens" in reason(W, m=64) and "multiples" in reason(W, m=76)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: (8, 0))
     compressed.refuse_gpu.cache_clear()

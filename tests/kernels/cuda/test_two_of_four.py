@@ -7,6 +7,7 @@ from emulated_cuda import emulated_cuda, emulator  # noqa: F401
 from infinities import check_stored
 
 from sparsekern import SparseTensor, explain, linear
+from sparsekern.kernels import crossover
 from sparsekern.kernels.crossover import least_size
 from sparsekern.kernels.cuda import algorithms, cusparselt, two_of_four
 from sparsekern.kernels.cuda import bitmap as bitmaps
@@ -99,11 +100,39 @@ def test_a_pattern_has_one_bitmap(monkeypatch):
     assert two_of_four._pattern(free.row_offsets, free.col_indices, 64, 128) is None
 
 
-@pytest.mark.parametrize("row", ["two_of_four", "ordered"])
-def test_float16_is_written_out(row):
-    """A measured size of bfloat16 says nothing of it: there it gained nothing, or lost."""
-    assert least_size("sm_90", torch.bfloat16, 8192, row)
-    assert least_size("sm_90", torch.float16, 8192, row) is None
+ROWS = "two_of_four", "two_of_four packed", "ordered"
+
+
+@pytest.mark.parametrize("row", ROWS)
+def test_a_size_of_bfloat16_says_nothing_of_float16(row, monkeypatch):
+    data = {"bfloat16": [[8, 64], [16, 32]], "float16": [[8, None], [64, 128]]}
+    monkeypatch.setattr(crossover, "_least_sizes", lambda: {row: {"sm_90": data}})
+
+    def found(dtype):
+        return [least_size("sm_90", dtype, m, row) for m in (7, 8, 16, 64, 8192)]
+
+    assert found(torch.bfloat16) == [None, 64, 32, 32, 32]
+    assert found(torch.float16) == [None, None, None, 128, 128]
+    del data["float16"]
+    assert found(torch.float16) == 5 * [None]
+
+
+def test_the_shipped_least_sizes_are_sound():
+    data = crossover._least_sizes()
+    assert {*data} == {*ROWS}
+    for entry in (entry for machines in data.values() for entry in machines.values()):
+        assert entry["measured"].keys() == entry.keys() - {"measured"}
+        for dtype in entry["measured"]:
+            assert getattr(torch, dtype) in TOLERANCE
+            tokens, sizes = zip(*entry[dtype], strict=True)
+            assert [*tokens] == sorted({*tokens}) and all(s is None or s > 0 for s in sizes)
+
+
+def test_no_algorithm_is_tried_that_may_end_the_process():
+    """In float16 5 was the last that was begun before one did."""
+    assert not {5} & {*algorithms.CANDIDATES[torch.float16]}
+    for found in algorithms.CANDIDATES.values():
+        assert [*found] == sorted({*found}) and {*found} <= {*range(26)}
 
 
 @pytest.mark.parametrize("op", ["spmm", "spmm_t"])
