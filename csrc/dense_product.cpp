@@ -59,9 +59,8 @@ PyMethodDef functions[] = {
      "dense_product(words): start(1, 1, 1, 0, stream, product, a, b, out, bias, scratch). words:\n"
      "the address of cublasLtGetStatusString. product: those of cublasLtMatmul and of\n"
      "cublasLtMatmulDescSetAttribute, of the handle, the descriptor, the layouts of a, b and out\n"
-     "and the algorithm, where in the scratch a workspace begins, its bytes. RuntimeError with "
-     "the\n"
-     "library's words."},
+     "and the algorithm, where in the scratch a workspace begins, its bytes. RuntimeError with\n"
+     "the library's words."},
     {nullptr, nullptr, 0, nullptr}};
 
 }  // namespace

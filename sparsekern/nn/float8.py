@@ -6,6 +6,7 @@ training mode a layer is the one that it was. Compiled, casts and scales go into
 make and read the operands; eager, each is a kernel of its own.
 """
 
+import warnings
 import weakref
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -47,8 +48,8 @@ class Scaling:
     it cannot any more, settle() finds other exponents. `wanted` are the scales without that rule: a
     tensor that is always 0 keeps its own, whatever the other has to give way to.
 
-    A CUDA graph keeps the exponents that it was captured with. So advance() leaves those of such a
-    layer alone, and settle(), which changes them, says that it has."""
+    A CUDA graph keeps the exponents that it was captured with. So then advance() leaves them alone
+    and warns, and settle(), which changes them, says that it has."""
 
     STATE = "scales", "wanted", "noted", "history"
 
@@ -81,7 +82,7 @@ class Scaling:
 
     def advance(self) -> None:
         """From the scales of one step to those of the next. Waits for the GPU in the first steps,
-        and of two-way layers in each of which no CUDA graph takes a part."""
+        and of two-way layers in each that no CUDA graph takes."""
         largest = torch.where(self.noted.isfinite(), self.noted, 0.0)
         self.history.copy_(torch.cat([largest.unsqueeze(0), self.history[:-1]]))
         self.noted.zero_()
@@ -90,10 +91,17 @@ class Scaling:
             is_last = self._first_steps == FIRST_STEPS
             self.has_begun = is_last or bool(_of_tensors(self.history).any(0).all())
         self._choose()
-        if self.is_two_way and not (
-            torch.cuda.is_current_stream_capturing() or float8.captured.intersection(self._notes)
-        ):
+        if not self.is_two_way or torch.cuda.is_current_stream_capturing():
+            return
+        if float8.captured.isdisjoint(self._notes):
             self.settle()
+        elif self._is_off.item():
+            warnings.warn(
+                "float8: scales have outgrown the factors of products, which a CUDA graph was "
+                "captured with: call settle() of the Scaling and capture anew, or "
+                "sparsekern.nn.forget_graphs_(model) where no graph is replayed any more",
+                stacklevel=2,
+            )
 
     def settle(self) -> bool:
         """Whether exponents had to change: then graphs that were captured before are to be captured

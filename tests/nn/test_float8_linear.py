@@ -314,7 +314,8 @@ def test_graphs_that_are_gone_let_factors_change(device, monkeypatch):
             model(x)
     found = scaling.exponents.tolist()
     for _ in range(2):
-        step(model, lambda: model(100 * x))
+        with pytest.warns(UserWarning, match="forget_graphs_"):
+            step(model, lambda: model(100 * x))
     assert scaling.exponents.tolist() == found
     forget_graphs_(model)
     step(model, lambda: model(100 * x))
