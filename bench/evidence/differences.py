@@ -108,15 +108,30 @@ def interval(values: Sequence[float], share: float, of_items: float = 0.0) -> In
     return statistics.mean(values) - half, statistics.mean(values) + half
 
 
-def verdict(prediction: Prediction, found: Difference) -> str:
-    """What a difference says of its prediction, in words."""
-    said = "as predicted" if prediction.low <= found.mean <= prediction.high else "not as predicted"
-    if prediction.margin is None:
-        return said
-    if found.of_90 is None:
-        return f"{said}; one seed says nothing of {prediction.margin:g}"
-    if found.is_within(prediction.margin):
-        return f"{said}; **equal within {prediction.margin:g}**"
-    if found.is_clear:
-        return f"{said}; **different**"
-    return f"{said}; open: neither equal within {prediction.margin:g} nor different"
+def is_loss(metric: str) -> bool:
+    """Less of it is better."""
+    return METRICS[metric].startswith("nats")
+
+
+def kind(found: Difference, metric: str, margin: float | None) -> str:
+    """What arm a is beside arm b: equal (within the margin), worse, better, or open."""
+    if margin is not None and found.is_within(margin):
+        return "equal"
+    if not found.is_clear:
+        return "open"
+    return "worse" if (found.mean > 0) == is_loss(metric) else "better"
+
+
+def standing(found: Difference, metric: str, margin: float | None) -> str:
+    """The same with the margin: 'equal within 0.02', 'worse by more than 0.02', 'worse', 'open'."""
+    says = kind(found, metric, margin)
+    if found.of_95 is None:
+        return f"{says}, one seed"
+    if says == "equal":
+        return f"equal within {margin:g}"
+    is_beyond = margin is not None and min(map(abs, found.of_95)) > margin
+    return f"{says} by more than {margin:g}" if says != "open" and is_beyond else says
+
+
+def is_as_predicted(prediction: Prediction, found: Difference) -> bool:
+    return prediction.low <= found.mean <= prediction.high

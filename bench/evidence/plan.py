@@ -84,9 +84,9 @@ class Arm:
 
 ARMS = {
     "dense": Arm("dense"),
-    "75": Arm("75 %", Sparsity("static", 0.75), is_tuned_sparse=True),
-    "small": Arm("small dense, FLOPs of 75 %", is_small=True),
-    "short": Arm("dense, FLOPs of 75 % by fewer tokens", rate_of="dense", is_short=True),
+    "75": Arm("75 % zeros", Sparsity("static", 0.75), is_tuned_sparse=True),
+    "small": Arm("small dense", is_small=True),
+    "short": Arm("dense, fewer tokens", rate_of="dense", is_short=True),
     "scratch": Arm("not pre-trained", rate_of="dense", is_scratch=True),
     "scratch-4": Arm(
         "not pre-trained, tasks 4 times as long", rate_of="dense", is_scratch=True, tuning_passes=4

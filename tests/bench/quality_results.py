@@ -20,7 +20,9 @@ def results(evidence, losses: dict[str, list[float]]) -> list[dict]:
             pretrained = {"held-out": loss + 1, "dev": loss, "cloze": right}
             pretrained |= {"blimp": {"percent": right["percent"]}}
             pretrained |= {"tokens": 2e6, "passes": 2, "steps": 10, "step_s": 0.5}
+            dev = {"dev": {"0.001": 2.0, "0.003": 1.9, "0.01": None}}
             tuned = {"sentiment dense": {"items": right}, "code dense": {"loss": loss}}
+            tuned = {name: dev | each for name, each in tuned.items()}
             own = {"key": f"S {arm} seed {seed}", "size": "S", "arm": arm, "seed": seed}
             own |= {"recipe": evidence.arms.Task("S", arm, seed, 0.001, True).recipe}
             own |= {"rate": 0.001, "pretrained": pretrained, "tuned": tuned, "seconds": 9.0}

@@ -186,9 +186,9 @@ def test_a_trained_model_is_pruned_and_trained_on(evidence, runner, monkeypatch,
 
 
 def test_the_sparse_kernels_follow_the_same_losses(evidence, folder, tmp_path):
-    assert evidence.check.check(folder, tmp_path, "cpu", "toy") == 0
+    assert evidence.check.check(folder, tmp_path, "cpu", "toy", {}) == 0
     found = json.loads((tmp_path / "check.json").read_text())
-    assert found["is_resumed_exactly"] and found["is_same"]
+    assert found["is_resumed_exactly"] and found["is_same"] and found["sparse_step_s"] > 0
 
 
 def test_a_run_that_is_stopped_goes_on(evidence, folder, tmp_path, monkeypatch):
@@ -261,7 +261,7 @@ def test_scores_are_those_of_whole_rows(evidence, runner, name):
 @pytest.mark.gpu
 @on_a_gpu
 def test_the_captured_step_is_that_of_the_host(evidence, folder, tmp_path):
-    assert evidence.check.check(folder, tmp_path, "cuda", "toy") == 0
+    assert evidence.check.check(folder, tmp_path, "cuda", "toy", {}) == 0
     losses = {}
     for device in ("cpu", "cuda"):
         made = evidence.worker.runner(evidence.build.load(folder), tmp_path / device, device)

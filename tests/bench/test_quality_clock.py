@@ -19,7 +19,9 @@ def test_dense_and_sparse_for_the_same_seconds(evidence, folder, tmp_path, monke
     assert len(clock.read(kept)) == 2
     page = evidence.page.text([], clock.read(kept))
     section = page.split("## 9.")[1].split("##")[0]
-    assert "Not run yet" not in section and "one seed says nothing" in section
+    assert "Not run yet" not in section and ", one seed** beside dense: " in section
+    assert "- **On a CPU** (section 9): After 0.005 minutes" in page
+    assert "written after a rough probe" in section
     assert "CPU, torch 2" in page
 
 
@@ -61,6 +63,18 @@ def test_arms_take_turns_on_cores_with_as_many_rates(evidence, tmp_path, cores, 
         assert [(r["seed"], r["rate"], r["minutes"]) for r in last] == [
             (seed, best_of, 5.0) for seed in (0, 1, 2)
         ]
-    assert "75 % - dense after 5 minutes" in evidence.page.text([], clock.read(path))
+    assert "After 5 minutes 75 % zeros are **" in evidence.page.text([], clock.read(path))
+    assert not clock.Turns(*given).coming()
+    for at, name, value in ((1, "data", "other"), (3, "minutes", 4.0), (4, "short", 2.0)):
+        with pytest.raises(ValueError, match=f"^{name}: expected .*, got {value}"):
+            clock.Turns(*given[:at], value, *given[at + 1 :])
+    # Of a pair that was stopped both are made again.
+    lines = path.read_text().splitlines()
+    path.write_text("\n".join(lines[:-1]))
+    again = clock.Turns(*given).coming()
+    assert [(run["arm"], run["seed"]) for run in again] == [("dense", 2), ("75", 2)]
+    path.write_text("\n".join([*lines, '{"arm": ']))
+    with pytest.raises(ValueError, match=f"line {len(lines) + 1}: expected a result"):
+        clock.Turns(*given)
     with pytest.raises(RuntimeError, match="why"):
         made.finish(jobs_made[0], worker, {"failed": "why", "is_final": True})

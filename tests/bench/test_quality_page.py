@@ -26,56 +26,114 @@ def test_the_page_of_a_part_of_the_runs(evidence):
     """One seed has no interval, an arm without a partner no difference, one without runs no row."""
     page = evidence.page.text(results(evidence, {"dense": [2.0, 2.01], "75": [2.1]}))
     first, primary = page.split("\n\n")[1], page.split("## ")[1]
-    assert "**Not all runs are there yet.**" in first
-    assert "against a small dense model of the same FLOPs: not run yet" in first
-    assert "not shown to be equal, +0.1000 (1 seed)" in first and "nan" not in page
-    assert (
-        "+0.1000 (1 of 3 seeds)" in primary
-        and "so far as predicted; one seed says nothing" in primary
-    )
+    assert "**Runs are missing or diverged.** **Whether 75 % zeros are worse than" in first
+    assert "(+0.100, 1 seed). For the same FLOPs" in first and "nan" not in page
+    assert "a small dense model was not run yet" in first
+    assert "| +0.100, 1 of 3 seeds |" in primary and "| **open, one seed** |" in primary
     second = page.split("\n## 2. ")[1].split("\n## ")[0]
-    assert second.splitlines()[4].startswith("| dense |") and "|   0-1 |" in second
-    assert "Not run yet, with their FLOPs: small dense, FLOPs of 75 % (0.52); dense" in second
-    assert "| webnlg |" not in second  # nobody has it
-    assert evidence.page.numbers([5, 0, 2, 1]) == "0-2, 5"
+    assert second.splitlines()[4].startswith("| dense  ") and "|   0-1 |" in second
+    assert "Not run yet, with their FLOPs: small dense (0.52); dense, fewer" in second
+    assert "| WebNLG |" not in second  # nobody has it
+    later = page.split("\n### 3. ")[1].split("\n###")[0]
+    assert "2.0" not in later and "(0.57)" in later  # what dense came to is not told again
+    assert evidence.tables.numbers([5, 0, 2, 1]) == "0-2, 5"
+
+
+def test_a_run_that_diverged_is_called_so(evidence):
+    found = results(evidence, {"dense": [2.0, 2.01], "75": [2.1, 2.11]})
+    del found[-1]["pretrained"], found[-1]["tuned"]
+    page = evidence.page.text(found)
+    assert (
+        "| 75 % zeros |    1 |      diverged |" in page
+        and " 0.001 |     0 |" in page
+        and "**Runs are missing or" in page
+    )
 
 
 def test_the_page_is_what_its_results_make(evidence):
     kept = BENCH / "results" / "quality.jsonl"
     by_clock = evidence.clock.read(kept.with_name("quality-cpu.jsonl"))
-    made = evidence.page.text(evidence.study.read([kept] if kept.exists() else []), by_clock)
+    checked = evidence.page.read_check(kept.with_name("quality-check.jsonl"))
+    found = evidence.study.read([kept] if kept.exists() else [])
+    made = evidence.page.text(found, by_clock, checked)
     assert made == (BENCH.parent / "docs" / "quality.md").read_text()
 
 
 def test_the_page_says_when_small_dense_is_as_good(evidence):
     small = {"dense": [2.0, 2.01, 2.02], "75": [2.1, 2.11, 2.12], "small": [2.1, 2.112, 2.119]}
-    assert "**Not all runs are there yet.**" in evidence.page.text(results(evidence, small))
+    assert "**Runs are missing or diverged.**" in evidence.page.text(results(evidence, small))
     small["short"] = [2.05, 2.06, 2.07]
     page = evidence.page.text(results(evidence, small)).split("\n\n")
-    assert "small dense model of the same FLOPs is as good" in page[1]
-    assert "Not all runs" not in page[1]
-    assert "75 % zeros are **worse** than the dense model with the same FLOPs" in page[1]
-    assert "with the same tokens: not shown to be equal, +0.100" in page[1]
+    assert "**a small dense model is as good as 75 % zeros** (" in page[1]
+    assert "Runs are missing" not in page[1]
+    assert "**the dense model on fewer tokens is better than 75 % zeros** (+0.050, " in page[1]
+    assert page[1].startswith("**75 % zeros cost quality: ") and "same text (+0.100, " in page[1]
+    assert (
+        "- **Equal within the margin**: 75 % zeros and small dense (code; section 2)."
+        in "\n".join(page)
+    )
     worse = small | {"small": [2.2, 2.21, 2.22]}
-    assert "75 % zeros are better than a small" in evidence.page.text(results(evidence, worse))
+    assert "small dense model is worse than" in evidence.page.text(results(evidence, worse))
+    kept = small | {"dense": [2.1, 2.112, 2.119]}
+    assert "75 % zeros keep the quality" in evidence.page.text(results(evidence, kept))
 
 
 @pytest.mark.parametrize(
-    ("values", "so"),
+    ("values", "metric", "says"),
     [
-        ([0.001, 0.002, 0.0015], "as predicted; **equal within 0.02**"),
-        ([0.1, 0.11, 0.12], "not as predicted; **different**"),
-        ([0.0, 0.1, -0.1], "as predicted; open: neither equal within 0.02 nor different"),
-        ([0.001], "as predicted; one seed says nothing of 0.02"),
+        ([0.001, 0.002, 0.0015], "code", "equal within 0.02"),
+        ([0.1, 0.11, 0.12], "code", "worse by more than 0.02"),
+        ([0.1, 0.11, 0.12], "blimp", "better by more than 0.02"),
+        ([-0.03, -0.02, -0.025], "code", "better"),
+        ([0.0, 0.1, -0.1], "code", "open"),
+        ([0.001], "code", "open, one seed"),
     ],
 )
-def test_verdicts(evidence, values, so):
+def test_what_an_arm_is_beside_another(evidence, values, metric, says):
     differences = evidence.differences
     both = {"dense": [2.0] * len(values), "75": [2 + value for value in values]}
     found = differences.difference(results(evidence, both), "S", "75", "dense", "code")
     assert found.mean == pytest.approx(np.mean(values))
-    prediction = evidence.plan.Prediction("75", "dense", "code", 0.0, 0.05, 0.02)
-    assert differences.verdict(prediction, found) == so
+    assert differences.standing(found, metric, 0.02) == says
+
+
+def test_the_best_rate_at_the_end_of_a_sweep_is_called_so(evidence):
+    assert evidence.tables.sweep_ends({}, False) == ""
+    told = evidence.tables.sweep_ends({1e-3: 2.0, 2e-3: 1.9, 4e-3: 1.8}, False)
+    assert told == " (not done, **the best so far is at the end**)"
+    found = results(evidence, {"75": [2.1, 2.2]})
+    order = evidence.plan.PLAN[1]
+    told = evidence.tables.tuning_ends(order, found)
+    assert "of each of 4 fine-tunings has others" in told
+    found[1]["tuned"]["code dense"]["dev"] = {"0.001": 2.0, "0.003": None}
+    told = evidence.tables.tuning_ends(order, found)
+    assert "in 1 of 4" in told and told.endswith(": 75 % zeros, seed 1, code dense.")
+    assert "3 rates" in evidence.tables.sweep_ends({1e-3: 2.0, 2e-3: 1.7, 4e-3: 1.8}, True)
+    losses = {1e-3: 2.0, 2e-3: 1.7, 4e-3: np.inf}
+    assert evidence.tables.tried("75", losses, True).endswith("0.002: **1.700**, 0.004: diverged")
+
+
+def test_the_page_has_the_time_by_sparse_kernels(evidence):
+    checked = {"size": "S", "step_s": 0.01, "sparse_step_s": 0.0125, "apart_last": 0.0}
+    checked |= {name: "x" for name in ("device", "torch", "date", "commit")}
+    found = results(evidence, {"dense": [2.0], "75": [2.1]})
+    assert "by kernels" not in evidence.page.text(found)
+    page = evidence.page.text(found, checked=checked)
+    rows = page.split("\n## 2. ")[1].splitlines()
+    of_75 = dict(zip(*([c.strip() for c in rows[i].split("|")] for i in (2, 5)), strict=True))
+    assert float(of_75["by kernels"]) == round(10 * 0.0125) and "**0.80 times as fast**" in page
+
+
+def test_the_picture_has_a_row_for_each_arm_that_ran(evidence):
+    pytest.importorskip("matplotlib")
+    drawn, picture = evidence.picture.drawn, evidence.picture.picture
+    assert not drawn(results(evidence, {"dense": [2.0]}))
+    losses = {"dense": [2.0, 2.01], "75": [2.1, 2.11], "small": [2.1], "scratch": [2.9]}
+    (panel,) = picture(drawn(results(evidence, losses))).axes
+    rows = [label.get_text().partition("\n")[0] for label in panel.get_yticklabels()]
+    assert rows == ["75 % zeros", "dense", "small dense", "not pre-trained"]
+    assert [text.get_text() for text in panel.texts] == ["+0.80 →"]
+    assert panel.get_xlim()[1] < 0.5
 
 
 def test_intervals_are_those_of_scipy_and_cover_seeds_and_items(evidence):
@@ -107,12 +165,25 @@ def test_shares_cover_seeds_and_items(evidence):
 
 
 def test_results_are_added_once(evidence, tmp_path):
+    pytest.importorskip("matplotlib")
     new = results(evidence, {"dense": [2.0]})
     (tmp_path / "new.jsonl").write_text("".join(json.dumps(r) + "\n" for r in new))
     kept, page = tmp_path / "kept.jsonl", tmp_path / "page.md"
     for _ in range(2):
-        evidence.page.publish(kept, page, [tmp_path / "new.jsonl"], tmp_path / "cpu")
+        evidence.page.publish(
+            kept, page, [tmp_path / "new.jsonl"], tmp_path / "cpu", tmp_path / "check"
+        )
     assert len(kept.read_text().splitlines()) == 1 and "GPU" in page.read_text()
+    assert not (tmp_path / "quality.png").exists()
+    more = results(evidence, {"dense": [2.0, 2.0], "75": [2.1, 2.1]})
+    (tmp_path / "new.jsonl").write_text("".join(json.dumps(r) + "\n" for r in more))
+    evidence.page.publish(
+        kept, page, [tmp_path / "new.jsonl"], tmp_path / "cpu", tmp_path / "check"
+    )
+    assert "](quality.png)" in page.read_text() and (tmp_path / "quality.png").exists()
+    assert len(kept.read_text().splitlines()) == 4
     (tmp_path / "other.jsonl").write_text(json.dumps(new[0] | {"key": "b", "recipe": "old"}) + "\n")
     with pytest.raises(ValueError, match="made by another plan"):
-        evidence.page.publish(kept, page, [tmp_path / "other.jsonl"], tmp_path / "cpu")
+        evidence.page.publish(
+            kept, page, [tmp_path / "other.jsonl"], tmp_path / "cpu", tmp_path / "check"
+        )

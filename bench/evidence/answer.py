@@ -1,0 +1,129 @@
+"""The first words of docs/quality.md: what 75 % zeros cost, and what else the same FLOPs buy."""
+
+from collections.abc import Sequence
+
+from .differences import Difference, difference, is_as_predicted, kind
+from .plan import ARMS, PLAN, Order, Prediction
+
+PRIMARY = "code"  # loss after fine-tuning, 75 % against dense and these, in order 2
+SIZE = "S"
+# The dense arms beside 75 %, and what they are called in a sentence.
+RIVALS = {"small": "a small dense model", "short": "the dense model on fewer tokens"}
+OTHERS = ("dense", *RIVALS)
+WORDS = {  # of each kind of standing: its heading, and what stands between two arms
+    "equal": ("Equal within the margin", "and"),
+    "worse": ("Worse", "than"),
+    "better": ("Better", "than"),
+    "open": ("Open", "and"),
+}
+COLUMNS = {  # of the metrics
+    "held-out": "held-out text",
+    "code": "code",
+    "webnlg": "WebNLG",
+    "sentiment": "sentiment %",
+    "blimp": "BLiMP %",
+    "cloze": "cloze %",
+}
+
+
+def order_of(number: int) -> Order:
+    return next(order for order in PLAN if order.number == number)
+
+
+def primary() -> tuple[Prediction, ...]:
+    return tuple(p for p in order_of(2).predictions if p.metric == PRIMARY)
+
+
+def first_words(results: list[dict]) -> str:
+    """The answer so far, good for us or not."""
+    found = {b: difference(results, SIZE, "75", b, PRIMARY) for b in OTHERS}
+    if not any(found.values()):
+        return (
+            "**Not known yet.** The runs that would say it have not been made: what follows is the "
+            "plan, with what was expected before the first run, and the runs that there are."
+        )
+    margins = {p.b: p.margin for p in primary()}
+    so_far = "" if is_whole(results) else "**Runs are missing or diverged.** "
+    rivals = [beside(name, found[arm], margins[arm]) for arm, name in RIVALS.items()]
+    return (
+        f"{so_far}{cost(found['dense'], margins['dense'])}. For the same FLOPs of pre-training, "
+        f"{'; '.join(rivals)}. Measured by the loss on Python code, in nats a token, after all "
+        f"weights were fine-tuned; before the first run it was fixed that up to "
+        f"{margins['dense']:g} counts as equal. In brackets: the loss with 75 % zeros less that of "
+        "the other, and the 95 % interval of this."
+    )
+
+
+def is_whole(results: list[dict]) -> bool:
+    """All runs of the primary outcome have been made and none diverged."""
+    seeds = [*order_of(2).seeds]
+    found = [difference(results, SIZE, "75", arm, PRIMARY) for arm in OTHERS]
+    return all(each and each.seeds == seeds for each in found)
+
+
+def cost(found: Difference | None, margin: float | None) -> str:
+    if not found:
+        return "75 % zeros beside the dense model on the same text: not run yet"
+    says = {
+        "equal": "75 % zeros keep the quality of the dense model",
+        "worse": "75 % zeros cost quality: they are worse than the dense model",
+        "better": "75 % zeros are better than the dense model",
+        "open": "Whether 75 % zeros are worse than the dense model is open",
+    }[kind(found, PRIMARY, margin)]
+    return f"**{says}** on the same text ({shown(found)})"
+
+
+def beside(rival: str, found: Difference | None, margin: float | None) -> str:
+    """What `rival` is beside 75 %; `found` is of 75 % less the rival."""
+    if not found:
+        return f"{rival} was not run yet"
+    says = {
+        "equal": f"**{rival} is as good as 75 % zeros**",
+        "worse": f"**{rival} is better than 75 % zeros**",
+        "better": f"**{rival} is worse than 75 % zeros**",
+        "open": f"whether {rival} is better or worse than 75 % zeros **is open**",
+    }[kind(found, PRIMARY, margin)]
+    return f"{says} ({shown(found)})"
+
+
+def shown(found: Difference, planned: int = 0) -> str:
+    """'+0.123, +0.100 to +0.146, 3 seeds', or '2 of 3 seeds' where more are planned."""
+    digits = 3 if max(map(abs, found.values)) < 1 else 2
+    made = len(found.values)
+    count = f"{made} of {planned} seeds" if made < planned else f"{made} seed{'s' * (made > 1)}"
+    mean, *ends = (signed(x, digits) for x in (found.mean, *(found.of_95 or ())))
+    return ", ".join([mean, *([" to ".join(ends)] if ends else []), count])
+
+
+def signed(x: float, digits: int) -> str:
+    """Without a minus before nothing."""
+    return f"{round(x, digits) + 0.0:+.{digits}f}"
+
+
+def holds(results: list[dict], orders: Sequence[Order]) -> str:
+    """All differences of these orders by what they turned out to be."""
+    groups: dict[str, dict[tuple[str, int], list[str]]] = {}
+    unexpected = []
+    for order in orders:
+        for p in order.predictions:
+            found = difference(results, order.size, p.a, p.b, p.metric)
+            if not found:
+                continue
+            says, name = kind(found, p.metric, p.margin), COLUMNS[p.metric].rstrip(" %")
+            pair = f"{ARMS[p.a].title} {WORDS[says][1]} {ARMS[p.b].title}"
+            groups.setdefault(says, {}).setdefault((pair, order.number), []).append(name)
+            if not is_as_predicted(p, found):
+                pair = f"{ARMS[p.a].title} - {ARMS[p.b].title}"
+                unexpected.append(f"{pair} ({name})")
+    lines = [
+        f"- **{title}**: "
+        + "; ".join(
+            f"{pair} ({', '.join(names)}; section {number})"
+            for (pair, number), names in groups[says].items()
+        )
+        for says, (title, _) in WORDS.items()
+        if says in groups
+    ]
+    if lines:
+        lines.append(f"- **Not as predicted**: {'; '.join(unexpected) or 'none'}")
+    return ".\n".join(lines) + "." * bool(lines)

@@ -1,0 +1,275 @@
+"""The tables of docs/quality.md: arms, differences, seeds, sweeps, the runs on a CPU."""
+
+import math
+from collections.abc import Iterable, Mapping, Sequence
+
+from sparsekern.terminal import table
+
+from . import clock, plan
+from .answer import COLUMNS, shown
+from .differences import (
+    METRICS,
+    Difference,
+    by_seed,
+    difference,
+    interval,
+    is_as_predicted,
+    is_loss,
+    standing,
+    value,
+)
+from .plan import ARMS, SIZES, SWEEP_SEED, Order, Prediction
+
+TUNED = ("code", "webnlg", "sentiment")
+
+
+def arms(order: Order, results: list[dict], checked: dict | None) -> str:
+    """What each arm that has run costs and comes to, means over its seeds; which have not.
+    `checked`: of check.py, with the time of a step by the sparse kernels."""
+    size = SIZES[order.size]
+    full = ARMS["dense"].flops(size)
+    rows, missing = [], []
+    for name in order.arms if "dense" in order.arms else ("dense", *order.arms):
+        arm, found = ARMS[name], by_seed(results, order.size, name)
+        told = f"{arm.flops(size) / full:.2f}"
+        if not found and name in order.arms:
+            missing.append(f"{arm.title} ({told})")
+        if not found:
+            continue
+        trained = [r["pretrained"] for r in found.values() if "step_s" in r.get("pretrained", {})]
+        seconds = [t["step_s"] * t["steps"] for t in trained]
+        tokens = [t["tokens"] / 1e6 for t in trained]
+        pace = [1e3 * n / s for n, s in zip(tokens, seconds, strict=True)]
+        rates = ", ".join(sorted({f"{r['rate']:g}" for r in found.values()})) if trained else "-"
+        cells = [mean_of([value(r, m) for r in found.values()], m) for m in METRICS]
+        kernels = []
+        if checked and arm.sparsity == ARMS["75"].sparsity:
+            if size.shape == SIZES[checked["size"]].shape:
+                kernels = [checked["sparse_step_s"] * t["steps"] for t in trained]
+        costs = [told, *(mean_text(x, ".0f") for x in (tokens, pace, seconds, kernels))]
+        ended = [seed for seed, r in found.items() if "pretrained" in r]
+        rows.append([arm.title, *costs, rates, numbers(ended) or "-", *cells])
+    header = ["arm", "FLOPs", "M tokens", "k tokens/s", "seconds", "by kernels", "rate", "seeds"]
+    parts = [table(*filled([*header, *COLUMNS.values()], rows))] if rows else []
+    if missing:
+        parts.append(f"Not run yet, with their FLOPs: {'; '.join(missing)}.")
+    return "\n\n".join(parts)
+
+
+def numbers(seeds: Iterable[int]) -> str:
+    """'0-2, 5'"""
+    parts: list[list[int]] = []
+    for seed in sorted(seeds):
+        if parts and seed == parts[-1][-1] + 1:
+            parts[-1].append(seed)
+        else:
+            parts.append([seed])
+    return ", ".join(f"{p[0]}-{p[-1]}" if len(p) > 1 else str(p[0]) for p in parts)
+
+
+def filled(header: list[str], rows: list[list]) -> tuple[list[str], list[list]]:
+    """Without columns that no row has anything in."""
+    kept = [i for i in range(len(header)) if any(row[i] != "-" for row in rows)]
+    return [header[i] for i in kept], [[row[i] for i in kept] for row in rows]
+
+
+def mean_of(found: Iterable[float | None], metric: str) -> str:
+    return mean_text([x for x in found if x is not None], ".3f" if is_loss(metric) else ".1f")
+
+
+def mean_text(found: Sequence[float], form: str) -> str:
+    return f"{sum(found) / len(found):{form}}" if found else "-"
+
+
+def predictions(given: Sequence[Prediction], order: Order, results: list[dict]) -> str:
+    """What was expected of these differences of the order, and what was found."""
+    rows = []
+    for p in given:
+        found = difference(results, order.size, p.a, p.b, p.metric)
+        says = standing(found, p.metric, p.margin) if found else "-"
+        expected = ("yes" if is_as_predicted(p, found) else "**no**") if found else "-"
+        rows.append(
+            [
+                f"{ARMS[p.a].title} - {ARMS[p.b].title}",
+                METRICS[p.metric],
+                f"{p.low:+g} to {p.high:+g}",
+                shown(found, len(order.seeds)) if found else "-",
+                expected,
+                f"{p.margin:g}" if p.margin is not None else "-",
+                says if says in ("-", "open") or p.margin is None else f"**{says}**",
+            ]
+        )
+    header = ["difference", "in", "predicted", "found, 95 % interval", "as predicted", "margin"]
+    return table(*filled([*header, "the first is"], rows), left=2)
+
+
+def seeds(order: Order, results: list[dict]) -> str:
+    """Each seed of each arm."""
+    rows = []
+    for arm in order.arms:
+        for seed, result in by_seed(results, order.size, arm).items():
+            cells = [mean_of([value(result, metric)], metric) for metric in METRICS]
+            if "pretrained" not in result:
+                cells[0] = "diverged"
+            rows.append([ARMS[arm].title, seed, *cells])
+    if not rows:
+        return ""
+    return "Each seed:\n\n" + table(*filled(["arm", "seed", *COLUMNS.values()], rows))
+
+
+def sparse_tuning(order: Order, results: list[dict]) -> str:
+    """What is left of the gap where the mask stays for fine-tuning, too."""
+    rows = []
+    for arm in order.arms:
+        found = list(by_seed(results, order.size, arm).values())
+        for way, told in (("dense", "all weights"), ("sparse", "the zeros stay")):
+            cells = [[value(r, m, way) for r in found] for m in TUNED]
+            if ARMS[arm].is_tuned_sparse and any(x is not None for x in cells[0]):
+                names = zip(cells, TUNED, strict=True)
+                rows.append([ARMS[arm].title, told, *(mean_of(c, m) for c, m in names)])
+    header = ["pre-trained", "fine-tuned", *(COLUMNS[m] for m in TUNED)]
+    if not rows:
+        return ""
+    return "Fine-tuned with its zeros in place, too:\n\n" + table(*filled(header, rows), left=2)
+
+
+def tuning_ends(order: Order, results: list[dict]) -> str:
+    """Whether the best rates of fine-tuning have others on both sides."""
+    count, at_end = 0, []
+    for arm in order.arms:
+        for seed, result in by_seed(results, order.size, arm).items():
+            for name, tuned in result.get("tuned", {}).items():
+                losses = {float(r): math.inf if x is None else x for r, x in tuned["dev"].items()}
+                count += 1
+                if plan.beyond_the_end(losses, 2.0) is not None:
+                    at_end.append(f"{ARMS[arm].title}, seed {seed}, {name}")
+    if not count:
+        return ""
+    if not at_end:
+        return f"The best rate of each of {count} fine-tunings has others on both sides."
+    return (
+        f"**The best rate is at the end of those tried** in {len(at_end)} of {count} fine-tunings "
+        f"(they end at {plan.LEAST_TUNING_RATE:g} and {plan.MOST_TUNING_RATE:g}): "
+        f"{'; '.join(at_end)}."
+    )
+
+
+def sweeps(order: Order, results: list[dict]) -> str:
+    """Losses on dev by rate."""
+    parts = []
+    for arm in order.swept:
+        losses = swept(order.size, arm, results)
+        is_done = plan.best_rate(losses) is not None
+        parts.append(tried(arm, losses, is_done) + sweep_ends(losses, is_done))
+    return (
+        "Loss on text held out for this, by learning rate; each run as long as those that are "
+        "reported, with a seed of its own. Best in bold.\n\n" + "\n".join(parts)
+    )
+
+
+def sweep_ends(losses: Mapping[float, float], is_done: bool) -> str:
+    """How many rates were tried, and whether the best one has others on both sides."""
+    if not losses:
+        return ""
+    if is_done:
+        return f" ({len(losses)} rates, the best one inside)"
+    is_known = any(map(math.isfinite, losses.values()))
+    at_end = is_known and plan.beyond_the_end(dict(losses), 2.0) is not None
+    return f" (not done{', **the best so far is at the end**' if at_end else ''})"
+
+
+def swept(size: str, arm: str, results: list[dict]) -> dict[float, float]:
+    """Loss on dev by rate."""
+    found = {
+        r["rate"]: r.get("pretrained", {}).get("dev")
+        for r in results
+        if (r["size"], r["arm"], r["seed"]) == (size, arm, SWEEP_SEED)
+    }
+    return {rate: math.inf if x is None else x for rate, x in found.items()}
+
+
+def tried(arm: str, losses: Mapping[float, float], is_done: bool) -> str:
+    """Losses by rate, the best one in bold where all were tried."""
+    cells = {rate: f"{x:.3f}" if math.isfinite(x) else "diverged" for rate, x in losses.items()}
+    if is_done:
+        best = min(losses, key=losses.__getitem__)
+        cells[best] = f"**{cells[best]}**"
+    told = ", ".join(f"{rate:g}: {cells[rate]}" for rate in sorted(cells))
+    return f"- {ARMS[arm].title}: {told or 'not run yet'}"
+
+
+def not_run(orders: Iterable[Order], results: list[dict]) -> list[str]:
+    """What is left of these orders."""
+    done, parts = {r["key"] for r in results}, []
+    for order in orders:
+        unswept = [a for a in order.swept if plan.best_rate(swept(order.size, a, results)) is None]
+        if unswept:
+            titles = "; ".join(ARMS[arm].title for arm in unswept)
+            parts.append(f"- {order.number}. {order.question} Sweeps not done: {titles}.")
+        wanted = [(arm, seed) for arm in order.arms for seed in order.seeds]
+        left = [w for w in wanted if f"{order.size} {w[0]} seed {w[1]}" not in done]
+        if left:
+            told = f"{len(left)} of {len(wanted)} runs"
+            if len(left) < len(wanted):
+                told += f" ({'; '.join(dict.fromkeys(ARMS[arm].title for arm, _ in left))})"
+            parts.append(f"- {order.number}. {order.question} {told}.")
+    return parts
+
+
+def by_clock(results: Sequence[dict]) -> str:
+    """Dense and sparse after the same minutes on a CPU, the answer first; what was tried."""
+    made = sorted(
+        (r for r in results if r["seed"] != SWEEP_SEED),
+        key=lambda r: ([*clock.ARMS].index(r["arm"]), r["seed"]),
+    )
+    parts = [clock_difference(results) or "**Not run yet.**"]
+    low, high = clock.PREDICTED
+    parts.append(
+        f"A GPT of {clock.SHAPE.layers} layers, {clock.SHAPE.width} wide; 75 % zeros with "
+        "sparsekern's kernels, dense with torch's. Both arms run at the same time, each on a core "
+        "of a quiet machine, for the same minutes: so short that fewer tokens are seen than the "
+        "model has parameters. Rates are chosen by short runs, as many for each arm, on every 16th "
+        "row of the held-out text; every eighth row, none of those, is reported. Predicted, each "
+        f"at its best rate: 75 % zeros - dense {low:+g} to {high:+g} nats a token, margin "
+        f"{clock.MARGIN:g}. **This was written after a rough probe of both arms, not before**, "
+        "so it is no prediction in the sense of the others."
+    )
+    rows = [
+        [
+            ARMS[r["arm"]].title,
+            r["seed"],
+            f"{r['minutes']:g}",
+            f"{r['rate']:g}",
+            f"{r['tokens_per_s']:,.0f}",
+            f"{r['tokens'] / 1e6:.2f}",
+            "diverged" if r["held-out"] is None else f"{r['held-out']:.3f}",
+        ]
+        for r in made
+    ]
+    header = ["arm", "seed", "minutes", "rate", "tokens/s", "M tokens", "held-out text"]
+    parts += [table(header, rows)] if rows else []
+    if len(made) < len(results):
+        tries = {arm: clock.losses(results, arm) for arm in clock.ARMS}
+        told = [tried(a, x, is_done=x != {} and not clock.is_at_end(x)) for a, x in tries.items()]
+        (minutes,) = {r["minutes"] for r in results if r["seed"] == SWEEP_SEED}
+        parts.append(f"Loss by rate, runs of {minutes:g} minutes:\n\n" + "\n".join(told))
+    return "\n\n".join(parts)
+
+
+def clock_difference(results: Sequence[dict]) -> str:
+    """75 % less dense by seeds, in words; "" where no seed has both."""
+    of = {(r["arm"], r["seed"]): r for r in results if r["held-out"] is not None}
+    seeds = [s for arm, s in of if arm == "75" and ("dense", s) in of and s != SWEEP_SEED]
+    if not seeds:
+        return ""
+    pairs = [(of["75", seed], of["dense", seed]) for seed in seeds]
+    values = [a["held-out"] - b["held-out"] for a, b in pairs]
+    found = Difference(seeds, values, interval(values, 0.95), interval(values, 0.90))
+    prediction = Prediction("75", "dense", "held-out", *clock.PREDICTED, clock.MARGIN)
+    said = "" if is_as_predicted(prediction, found) else " not"
+    faster = sum(a["tokens_per_s"] / b["tokens_per_s"] for a, b in pairs) / len(pairs)
+    return (
+        f"After {pairs[0][0]['minutes']:g} minutes 75 % zeros are "
+        f"**{standing(found, 'held-out', clock.MARGIN)}** beside dense: {shown(found)}, in nats a "
+        f"token of held-out text;{said} as predicted. They saw {faster:.2f} times as many tokens."
+    )
