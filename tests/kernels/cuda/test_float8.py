@@ -14,7 +14,7 @@ from test_two_of_four import two_way
 from sparsekern import SparseTensor
 from sparsekern.kernels import float8 as recipe
 from sparsekern.kernels.cuda import float8
-from sparsekern.nn.float8 import FIRST_STEPS, Scaling
+from sparsekern.nn.scaling import FIRST_STEPS, Scaling
 
 needs_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")
 ON_GPU = pytest.param("cuda", marks=[pytest.mark.gpu, needs_gpu])
