@@ -4,7 +4,7 @@ Two-way patterns are multiplied through cuSPARSELt, forward and input gradient. 
 filled from the stored values, and that of W^T with it, in one kernel, which rounds them too; the
 tail, which says where the slots are, is made once a pattern. The library takes a factor from the
 host alone. Scales are on the GPU, so those of x and W together are held to a power of two that the
-host knows (nn/scaling.py); input gradients come without the scales, and who reads one multiplies it.
+host knows (nn/scaling.py); input gradients come without the scales: who reads one multiplies it.
 The weight gradient is a dense product of both operands transposed, as tensor cores want 8-bit
 operands, collected at the pattern.
 """
