@@ -8,6 +8,7 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 from torch.optim import Optimizer
 
+from ..kernels.cuda.float8 import captured as captured_factors
 from ..kernels.derived import forget_captures
 from ..tensor import SparseTensor
 from . import replaced
@@ -273,10 +274,13 @@ def _densified(state, module: SparseLinear):
 
 def forget_graphs_(model: nn.Module) -> nn.Module:
     """Say that no CUDA graph that was captured with this model is replayed any more, so that its
-    patterns may change; returns the model. Nobody else can tell when a graph is gone."""
+    patterns may change, and factors of products in float8; returns the model. Nobody else can tell
+    when a graph is gone."""
     for module in model.modules():
         if isinstance(module, SparseLinear):
             forget_captures(module.col_indices)
+        if (noted := module._buffers.get("float8_noted")) is not None:
+            captured_factors.discard(noted.data_ptr())
     return model
 
 
