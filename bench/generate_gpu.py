@@ -328,6 +328,14 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--out", type=Path, default=RESULTS, help="folder (%(default)s)")
     parser.add_argument("--commit", help="where there is no repository")
     options = parser.parse_args(arguments)
+    for name, least in (("tokens", 2), ("rounds", 1), ("batches", 1), ("prompts", 1)):
+        given = getattr(options, name)
+        if min(given if isinstance(given, list) else [given]) < least:
+            parser.error(f"--{name}: expected {least} or more, got {given}")
+    if options.layers is not None and options.layers < 1:
+        parser.error(f"--layers: expected 1 or more, got {options.layers}")
+    if not 0 < options.sparsity < 1:
+        parser.error(f"--sparsity: expected a number between 0 and 1, got {options.sparsity}")
     machine = about_cpu() | about_gpu() | {"under_load": gpu_under_load()}
     about = about_run("generate", machine, options.commit)
     name = f"{machine['gpu']}-generate-{options.preset}-{date.today()}"

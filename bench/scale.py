@@ -239,6 +239,8 @@ def paper(cases: list[dict]) -> str:
                     cell += f", {ratios[0]:.2f} ({ratios[2]:.2f} to {ratios[1]:.2f})"
                 cells.append(cell)
             lines.append([model, MASKS[mask], f"{1e3 * by_mask[mask]:.0f}", *cells])
+    if not lines:
+        return ""
     return table(["model", "mask", "alone ms", *(f"{n} GPUs" for n in MANY)], lines, left=2)
 
 
@@ -263,13 +265,24 @@ def steps_in(cases: list[dict]) -> list[dict]:
 
 
 def update(name: str, run: Run) -> None:
-    """The section in docs/."""
-    path, benchmark = f"bench/results/{name}.md", run.about["benchmark"]
-    about = f"{in_words(run.about, 'bfloat16')} Details: [{path}](../{path})."
-    text = f"{steps(steps_in(records.cases(run.records)))}\n\n{about}"
-    pages.replace_section(
-        DOCS, (f"<!-- {benchmark}: begin -->", f"<!-- {benchmark}: end -->"), text
-    )
+    """The section in docs/. Of chosen cells earlier runs are below, where no later one has them."""
+    benchmark, found = run.about["benchmark"], {name: run}
+    if benchmark == CELLS:
+        paths = sorted(pages.RESULTS.glob(f"*-{CELLS}-*{records.SUFFIX}"), reverse=True)
+        found |= {path.stem: records.read(path) for path in paths if path.stem != name}
+    texts: list[str] = []
+    shown: set[tuple] = set()
+    for stem, each in found.items():
+        cells = {
+            (c["model"], c["mask"], c["gpus"]): c for c in steps_in(records.cases(each.records))
+        }
+        if cases := [case for cell, case in cells.items() if cell not in shown]:
+            path = f"bench/results/{stem}.md"
+            about = f"{in_words(each.about, 'bfloat16')} Details: [{path}](../{path})."
+            texts.append(f"{steps(cases)}\n\n{about}")
+        shown |= cells.keys()
+    markers = f"<!-- {benchmark}: begin -->", f"<!-- {benchmark}: end -->"
+    pages.replace_section(DOCS, markers, "\n\n".join(texts))
 
 
 def page(name: str, run: Run) -> str:
@@ -284,5 +297,5 @@ def page(name: str, run: Run) -> str:
         reductions=reductions([case for case in cases if case["op"] == "all_reduce"])
         or pages.NOT_RUN,
         sequences=next((c["batch"] for c in of_steps if c["model"] == "gpt3-xl"), 4),
-        paper=paper(of_steps),
+        paper=paper(of_steps) or pages.NOT_RUN,
     )

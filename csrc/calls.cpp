@@ -5,6 +5,7 @@
 #include <string>
 #include <unordered_map>
 
+#include "capsules.h"
 #include "surroundings.h"
 
 namespace sk {
@@ -231,12 +232,12 @@ PyMethodDef functions[] = {
     {"set_up", set_up, METH_VARARGS,
      "set_up(watchers, is_autocast, agrees, is_grad_enabled, forward_ad, profiler, observations,\n"
      "prepare, apply): what call() asks, and calls."},
-    {"call", reinterpret_cast<PyCFunction>(reinterpret_cast<void*>(call)), METH_FASTCALL,
+    {"call", fastcall(call), METH_FASTCALL,
      "call(op, row_offsets, col_indices, values, n, k, a, b): a product of plain operands while\n"
      "nobody looks on, with autograd; None for all others. op 0, 1: spmm, spmm_t of a, with the\n"
      "bias b or None; 2: sddmm of dy a and x b; 3, 4: the gradients of 0 and 1, of h a and of the\n"
      "operand b, while no gradients of these are wanted; 5: those of 0 and of its bias."},
-    {"call_op", reinterpret_cast<PyCFunction>(reinterpret_cast<void*>(call_op)), METH_FASTCALL,
+    {"call_op", fastcall(call_op), METH_FASTCALL,
      "call_op(..): the same of operands that an op got, below autograd and whoever looks on."},
     {"forget_calls", forget_calls, METH_NOARGS, "Prepare all calls anew."},
     {nullptr, nullptr, 0, nullptr}};

@@ -48,18 +48,19 @@ int launch(const char*, unsigned, unsigned, unsigned, unsigned, void* stream, vo
                   static_cast<size_t>(p.workspace_bytes), stream);
 }
 
-const char* text_of(int) { return "a cublasStatus_t, no error of CUDA"; }
-
-PyObject* dense_product(PyObject*, PyObject*) {
-  return launcher_of(launch, text_of, "cublasLtMatmul", "PPPPPP");
+PyObject* dense_product(PyObject*, PyObject* words) {
+  auto text_of = reinterpret_cast<TextOf*>(PyLong_AsVoidPtr(words));
+  if (!text_of && PyErr_Occurred()) return nullptr;
+  return launcher_of({launch, text_of, "status", "cublasLtMatmul", "PPPPPP"});
 }
 
 PyMethodDef functions[] = {
-    {"dense_product", dense_product, METH_NOARGS,
-     "dense_product(): start(1, 1, 1, 0, stream, product, a, b, out, bias, scratch). product: the\n"
-     "addresses of cublasLtMatmul and of cublasLtMatmulDescSetAttribute, of the handle, the\n"
-     "descriptor, the layouts of a, b and out and the algorithm, where in the scratch a workspace\n"
-     "begins, its bytes. RuntimeError with the library's status."},
+    {"dense_product", dense_product, METH_O,
+     "dense_product(words): start(1, 1, 1, 0, stream, product, a, b, out, bias, scratch). words:\n"
+     "the address of cublasLtGetStatusString. product: those of cublasLtMatmul and of\n"
+     "cublasLtMatmulDescSetAttribute, of the handle, the descriptor, the layouts of a, b and out\n"
+     "and the algorithm, where in the scratch a workspace begins, its bytes. RuntimeError with\n"
+     "the library's words."},
     {nullptr, nullptr, 0, nullptr}};
 
 }  // namespace

@@ -3,6 +3,7 @@
 #include <memory>
 #include <vector>
 
+#include "capsules.h"
 #include "tensors.h"
 
 namespace sk {
@@ -39,8 +40,8 @@ bool start_kernel(const Kernel& kernel, const int64_t* sizes, int64_t stream, vo
                        reinterpret_cast<void*>(stream), addresses);
   Py_END_ALLOW_THREADS;
   if (code)
-    PyErr_Format(PyExc_RuntimeError, "%s: %s (CUDA error %d)", kernel.name.c_str(),
-                 kernel.text_of(code), code);
+    PyErr_Format(PyExc_RuntimeError, "%s: %s (%s %d)", kernel.name.c_str(), kernel.text_of(code),
+                 kernel.kind_of_code, code);
   return !code;
 }
 
@@ -85,20 +86,16 @@ PyObject* start(PyObject* self, PyObject* const* args, Py_ssize_t count) {
 }
 
 PyMethodDef start_method = {
-    "start", reinterpret_cast<PyCFunction>(reinterpret_cast<void*>(start)), METH_FASTCALL,
+    "start", fastcall(start), METH_FASTCALL,
     "start(grid_x, grid_y, block, smem_bytes, stream, *arguments): launch the kernel."};
-
-void forget(PyObject* capsule) {
-  delete static_cast<Kernel*>(PyCapsule_GetPointer(capsule, nullptr));
-}
 
 PyObject* launcher(PyObject*, PyObject* args) {
   unsigned long long launch, text_of;
   const char *name, *signature;
   if (!PyArg_ParseTuple(args, "KKss:launcher", &launch, &text_of, &name, &signature))
     return nullptr;
-  return launcher_of(reinterpret_cast<Launch*>(launch), reinterpret_cast<TextOf*>(text_of), name,
-                     signature);
+  return launcher_of({reinterpret_cast<Launch*>(launch), reinterpret_cast<TextOf*>(text_of),
+                      "CUDA error", name, signature});
 }
 
 PyMethodDef functions[] = {
@@ -110,14 +107,8 @@ PyMethodDef functions[] = {
 
 }  // namespace
 
-PyObject* launcher_of(Launch* launch, TextOf* text_of, const char* name, const char* signature) {
-  auto kernel = std::make_unique<Kernel>(Kernel{launch, text_of, name, signature});
-  PyObject* capsule = PyCapsule_New(kernel.get(), nullptr, forget);
-  if (!capsule) return nullptr;
-  kernel.release();
-  PyObject* function = PyCFunction_New(&start_method, capsule);
-  Py_DECREF(capsule);
-  return function;
+PyObject* launcher_of(Kernel kernel) {
+  return function_of(&start_method, std::make_unique<Kernel>(std::move(kernel)));
 }
 
 const Kernel* kernel_of(PyObject* start) {

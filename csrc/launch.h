@@ -17,14 +17,15 @@ using TextOf = const char*(int code);
 struct Kernel {
   Launch* launch;
   TextOf* text_of;
+  const char* kind_of_code;  // what a launch answers but 0: "CUDA error"
   std::string name, signature;
 };
 
 // The kernel that a function of launcher() starts; null, without an error, for any other object.
 const Kernel* kernel_of(PyObject* start);
 
-// start(grid_x, grid_y, block, smem_bytes, stream, *arguments) of a kernel of this signature.
-PyObject* launcher_of(Launch* launch, TextOf* text_of, const char* name, const char* signature);
+// start(grid_x, grid_y, block, smem_bytes, stream, *arguments) of this kernel.
+PyObject* launcher_of(Kernel kernel);
 
 // A number or an address that a parameter takes; -1, with or without Python's error set, for what
 // it does not take.

@@ -3,6 +3,7 @@
 #include <vector>
 
 #include "calls.h"
+#include "capsules.h"
 #include "surroundings.h"
 
 namespace sk {
@@ -49,13 +50,8 @@ PackedCalls* calls_of(PyObject* capsule) {
   return static_cast<PackedCalls*>(PyCapsule_GetPointer(capsule, kCapsule));
 }
 
-void forget(PyObject* capsule) { delete calls_of(capsule); }
-
 PyObject* packed_calls(PyObject*, PyObject*) {
-  auto made = std::make_unique<PackedCalls>();
-  PyObject* capsule = PyCapsule_New(made.get(), kCapsule, forget);
-  if (capsule) made.release();
-  return capsule;
+  return capsule_of(std::make_unique<PackedCalls>(), kCapsule);
 }
 
 PyObject* call_packed(PyObject*, PyObject* const* args, Py_ssize_t count) {
@@ -84,19 +80,14 @@ PyObject* keep_packed(PyObject*, PyObject* const* args, Py_ssize_t count) {
   Py_RETURN_NONE;
 }
 
-template <class F>
-PyCFunction fast(F* function) {
-  return reinterpret_cast<PyCFunction>(reinterpret_cast<void*>(function));
-}
-
 PyMethodDef functions[] = {
     {"packed_calls", packed_calls, METH_NOARGS, "packed_calls(): where a packed layer keeps some."},
-    {"call_packed", fast(call_packed), METH_FASTCALL,
+    {"call_packed", fastcall(call_packed), METH_FASTCALL,
      "call_packed(calls, buffers, x): the product of a call that was kept for such an x and these\n"
      "buffers, False if there is none. None where the operands are not plain, somebody looks on or "
      "a\n"
      "gradient is wanted."},
-    {"keep_packed", fast(keep_packed), METH_FASTCALL,
+    {"keep_packed", fastcall(keep_packed), METH_FASTCALL,
      "keep_packed(calls, buffers, x, prepared): for all x of this shape and type on this device."},
     {nullptr, nullptr, 0, nullptr}};
 

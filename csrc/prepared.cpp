@@ -2,6 +2,7 @@
 
 #include <algorithm>
 
+#include "capsules.h"
 #include "tensors.h"
 
 namespace sk {
@@ -9,10 +10,6 @@ namespace {
 
 constexpr int kMostArguments = 32;
 constexpr char kCapsule[] = "sparsekern.prepared";
-
-void forget(PyObject* capsule) {
-  delete static_cast<Prepared*>(PyCapsule_GetPointer(capsule, kCapsule));
-}
 
 }  // namespace
 
@@ -70,9 +67,7 @@ PyObject* Prepared::make(PyObject* const* args, Py_ssize_t count) {
         if (argument.slot == slot) last = i;
     made->steps_[last].last.push_back(slot);
   }
-  PyObject* capsule = PyCapsule_New(made.get(), kCapsule, forget);
-  if (capsule) made.release();
-  return capsule;
+  return capsule_of(std::move(made), kCapsule);
 }
 
 // (function, sizes or None, arguments, slots, names or None)
@@ -199,20 +194,15 @@ PyObject* run_prepared(PyObject*, PyObject* const* args, Py_ssize_t count) {
   return call->run(Slots({args[1], args[2], args[3], args[4], args[5]}));
 }
 
-template <class F>
-PyCFunction fast(F* function) {
-  return reinterpret_cast<PyCFunction>(reinterpret_cast<void*>(function));
-}
-
 PyMethodDef functions[] = {
-    {"prepared", fast(prepared), METH_FASTCALL,
+    {"prepared", fastcall(prepared), METH_FASTCALL,
      "prepared(device, current, stream, capturing, steps, results): a product of known steps.\n"
      "device: an index or None, False on a CPU. current, stream, capturing: what tells the "
      "current\n"
      "device, the stream of one, whether it is captured. A step is (function, sizes, arguments,\n"
      "slots, names); its result has a slot, behind those of the operands. NotImplemented ends the "
      "call."},
-    {"run_prepared", fast(run_prepared), METH_FASTCALL,
+    {"run_prepared", fastcall(run_prepared), METH_FASTCALL,
      "run_prepared(prepared, values, a, b, row_offsets, col_indices): its results; None where it\n"
      "must not run now."},
     {nullptr, nullptr, 0, nullptr}};

@@ -3,6 +3,7 @@
 #include <cstddef>
 #include <memory>
 
+#include "capsules.h"
 #include "launch.h"
 #include "prepared.h"
 
@@ -23,6 +24,7 @@ struct Product {
   unsigned long thread;
   Matmul* matmul;
   SetAttribute* set_attribute;
+  TextOf* text_of;
   void *handle, *plan_at, *matmul_at;
   int64_t workspace_at;  // bytes behind the begin of the operand
   int bias_attribute;
@@ -61,45 +63,38 @@ PyObject* start(PyObject* self, PyObject* const* args, Py_ssize_t count) {
                              to(y), to(y), to(operand + product->workspace_at), streams, 1);
   }
   Py_END_ALLOW_THREADS;
-  if (status) return PyErr_Format(PyExc_RuntimeError, "cusparseLtMatmul: status %d", status);
+  if (status)
+    return PyErr_Format(PyExc_RuntimeError, "cusparseLtMatmul: %s (status %d)",
+                        product->text_of(status), status);
   Py_RETURN_NONE;
 }
 
-PyMethodDef start_method = {"start", reinterpret_cast<PyCFunction>(reinterpret_cast<void*>(start)),
-                            METH_FASTCALL, "start(_, _, _, _, stream, operand, x, y, bias)"};
-
-void forget(PyObject* capsule) {
-  delete static_cast<Product*>(PyCapsule_GetPointer(capsule, nullptr));
-}
+PyMethodDef start_method = {"start", fastcall(start), METH_FASTCALL,
+                            "start(_, _, _, _, stream, operand, x, y, bias)"};
 
 PyObject* sparse_product(PyObject*, PyObject* args) {
   PyObject *plan, *other_way;
-  unsigned long long matmul, set_attribute, handle, plan_at, matmul_at;
+  unsigned long long matmul, set_attribute, text_of, handle, plan_at, matmul_at;
   long long workspace_at;
   int bias_attribute;
-  if (!PyArg_ParseTuple(args, "OOKKKKKLi:sparse_product", &plan, &other_way, &matmul,
-                        &set_attribute, &handle, &plan_at, &matmul_at, &workspace_at,
+  if (!PyArg_ParseTuple(args, "OOKKKKKKLi:sparse_product", &plan, &other_way, &matmul,
+                        &set_attribute, &text_of, &handle, &plan_at, &matmul_at, &workspace_at,
                         &bias_attribute))
     return nullptr;
   const auto to = [](unsigned long long address) { return reinterpret_cast<void*>(address); };
-  std::unique_ptr<Product> product(
-      new Product{share(plan), share(other_way), PyThread_get_thread_ident(),
-                  reinterpret_cast<Matmul*>(matmul), reinterpret_cast<SetAttribute*>(set_attribute),
-                  to(handle), to(plan_at), to(matmul_at), workspace_at, bias_attribute, 0});
-  PyObject* capsule = PyCapsule_New(product.get(), nullptr, forget);
-  if (!capsule) return nullptr;
-  product.release();
-  PyObject* function = PyCFunction_New(&start_method, capsule);
-  Py_DECREF(capsule);
-  return function;
+  std::unique_ptr<Product> product(new Product{
+      share(plan), share(other_way), PyThread_get_thread_ident(), reinterpret_cast<Matmul*>(matmul),
+      reinterpret_cast<SetAttribute*>(set_attribute), reinterpret_cast<TextOf*>(text_of),
+      to(handle), to(plan_at), to(matmul_at), workspace_at, bias_attribute, 0});
+  return function_of(&start_method, std::move(product));
 }
 
 PyMethodDef functions[] = {
     {"sparse_product", sparse_product, METH_VARARGS,
-     "sparse_product(plan, other_way, matmul, set_attribute, handle, plan_at, matmul_at,\n"
+     "sparse_product(plan, other_way, matmul, set_attribute, words, handle, plan_at, matmul_at,\n"
      "workspace_at, bias_attribute): start(..) of a plan that nobody else uses, in this thread;\n"
      "other_way(operand, x, y, bias) in others. The workspace is in the operand's memory.\n"
-     "RuntimeError with the library's status."},
+     "RuntimeError with the library's words."},
     {nullptr, nullptr, 0, nullptr}};
 
 }  // namespace

@@ -1,5 +1,7 @@
 #include "tensors.h"
 
+#include "capsules.h"
+
 namespace sk {
 namespace {
 
@@ -73,8 +75,7 @@ PyObject* fitting_tokens(PyObject*, PyObject* const* args, Py_ssize_t count) {
 PyMethodDef functions[] = {
     {"read_tensors_of", read_tensors_of, METH_O,
      "Read the tensors of this type, torch.Tensor. AttributeError if it has no table for that."},
-    {"fitting_tokens", reinterpret_cast<PyCFunction>(reinterpret_cast<void*>(fitting_tokens)),
-     METH_FASTCALL,
+    {"fitting_tokens", fastcall(fitting_tokens), METH_FASTCALL,
      "fitting_tokens(n, row_offsets, col_indices, values, bias, outputs, x, width, ...): M if the\n"
      "indices are a pattern of n rows, values are [nnz] or None, bias [outputs] or None, each x\n"
      "[M, width], all of one dtype and on one device, each contiguous from the start of its\n"

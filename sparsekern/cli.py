@@ -29,7 +29,7 @@ class Parser(argparse.ArgumentParser):
 def main(arguments: list[str] | None = None) -> int:
     parser = Parser(
         prog="sparsekern",
-        description="Sparse weights that are faster than dense ones",
+        description="Unstructured sparse weights behind torch.matmul, where they pay",
         epilog="sparsekern COMMAND --help lists the options of a command.",
     )
     parser.add_argument("--version", action="version", version=f"sparsekern {__version__}")

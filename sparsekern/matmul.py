@@ -127,6 +127,8 @@ def explain(x: Tensor | int, W: SparseTensor | torch.nn.Module) -> str:
     """
     if isinstance(W, torch.nn.Module):
         return _explain_packed(x, W)
+    if not isinstance(W, SparseTensor):
+        raise TypeError(f"W: expected a SparseTensor or a packed layer, got {type(W).__name__}")
     if isinstance(x, int):
         raise TypeError("x: expected a Tensor beside a SparseTensor, got a number of tokens")
     if x.ndim == 0 or x.shape[-1] != W.k:
@@ -149,7 +151,10 @@ def _explain_packed(x: Tensor | int, model: torch.nn.Module) -> str:
         if hasattr(m, "packed_bytes"):  # of a group: in the places of all that share it
             packed.setdefault(m, []).append(name.removesuffix("shared.whole").removesuffix("."))
     if not packed:
-        raise ValueError(f"W: expected layers that pack_ has made, {type(model).__name__} has none")
+        raise ValueError(
+            f"W: expected layers that pack_ has made, {type(model).__name__} has none; of a "
+            "SparseLinear give its weight, as explain(x, layer.weight)"
+        )
     lines = [
         f"{', '.join(names)}: {m.explain(x)}".removeprefix(": ") for m, names in packed.items()
     ]

@@ -7,8 +7,9 @@ import sys
 from contextlib import suppress
 from importlib import import_module
 
+from . import weights  # messages name `sparsekern.weights.set_weights_` and the like
 from .matmul import explain, linear, matmul
-from .models import accelerate_
+from .models import accelerate_, prune
 from .nn import SparseLinear, densify_, parameter_groups, sparsify_
 from .nn.linear import plug_ins
 from .sparsity import Static

@@ -16,8 +16,9 @@ from .kernels.cuda import float8
 _library = torch.library.Library("sparsekern", "FRAGMENT")
 
 
-def _define(name: str, arguments: str, results: str, run, fake) -> None:
-    _library.define(f"{name}({arguments}) -> {results}", tags=(torch.Tag.pt2_compliant_tag,))
+def _define(name: str, arguments: str, results: str, run, fake, *tags: torch.Tag) -> None:
+    tags = torch.Tag.pt2_compliant_tag, *tags
+    _library.define(f"{name}({arguments}) -> {results}", tags=tags)
     _library.impl(name, run, "CPU")  # the emulator's
     _library.impl(name, run, "CUDA")
     torch.library.register_fake(f"sparsekern::{name}", fake, lib=_library)
@@ -62,7 +63,7 @@ def _spmm(
     of_w, noting = (values, scales[1:2], noted[1:2]), _noting(largest, noted, 0)
     pattern = row_offsets, col_indices, n, k
     operand, operand_t = float8.operands(*of_w, *pattern, needs_dx, noting)
-    exponent = float8.exponents[noted.data_ptr()] if is_final else 0
+    exponent = float8.exponent_of(noted) if is_final else 0
     return float8.product(x8, operand, n, bias, exponent), operand_t
 
 
@@ -81,6 +82,7 @@ _define(
     "(Tensor, Tensor)",
     _spmm,
     _fake_spmm,
+    torch.Tag.cudagraph_unsafe,  # torch.compile's own graphs would keep the factor that they saw
 )
 
 

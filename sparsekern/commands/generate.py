@@ -11,7 +11,7 @@ from ..gpt import speed
 from ..gpt.build import load_model
 from ..gpt.config import MOST_SEED, check_sparsity
 from ..gpt.data import ByteTokenizer, Tokenizer
-from ..gpt.generate import generate
+from ..gpt.generate import check_sampling, generate
 from ..gpt.model import GPT, GPTConfig
 from ..gpt.presets import PRESETS, for_inference, random_gpt
 from ..nn import SparseLinear, densify_
@@ -38,6 +38,9 @@ def run_generate(
             "generate: expected a prompt, tokens >= 1 and batch >= 1, "
             f"got prompt {prompt!r}, tokens {tokens}, batch {batch}"
         )
+    check_sampling(tokens, sampling["temperature"], sampling["top_k"])  # before a model is made
+    if bench and tokens < 2:
+        raise ValueError(f"bench: expected at least 2 tokens, got {tokens}")
     if not 0 <= sampling["seed"] <= MOST_SEED:
         raise ValueError(f"seed: expected 0 to {MOST_SEED}, got {sampling['seed']}")
     place = chosen_device(device)
@@ -94,10 +97,12 @@ def trained_models(
     keep_dense: bool,
 ) -> tuple[dict[str, GPT], Tokenizer]:
     model, tokenizer = load_model(path)
+    model.requires_grad_(False)  # values in training are packed anew in each step
+    if (with_dense or keep_dense) and not any(isinstance(m, SparseLinear) for m in model.modules()):
+        name = "bench" if with_dense else "keep_dense"
+        raise ValueError(f"{name}: expected a sparse model, {path} is dense")
     models = {}
     if with_dense:
-        if not any(isinstance(module, SparseLinear) for module in model.modules()):
-            raise ValueError(f"bench: expected a sparse model, {path} is dense")
         models["dense"] = densify_(copy.deepcopy(model)).to(device, dtype)
     tokens = calls(batch, keep_dense, model.config)
     models["sparse"] = for_inference(model.to(device, dtype), tokens, keep_dense)
@@ -115,8 +120,9 @@ def random_models(
     keep_dense: bool,
 ) -> dict[str, GPT]:
     check_sparsity(sparsity)
-    if with_dense and not sparsity:
-        raise ValueError("bench: expected a sparse model, give a sparsity above 0")
+    if (with_dense or keep_dense) and not sparsity:
+        name = "bench" if with_dense else "keep_dense"
+        raise ValueError(f"{name}: expected a sparse model, give a sparsity above 0")
     wanted = {"dense": 0.0} if with_dense else {}
     config = PRESETS[preset]
     packed = calls(batch, keep_dense, config), keep_dense

@@ -53,10 +53,14 @@ def _prune_model(**given: Any) -> None:
     if threads:
         torch.set_num_threads(threads)
     settings = {OF_MODELS.get(name, name): value for name, value in given.items()}
-    settings = {"out": PruneConfig.out, "sparsity": PruneConfig.target} | settings
+    settings = {"out": PruneConfig.out} | settings
     if isinstance(settings.get("calibration"), int):
         raise ValueError(
             f"calibration: a model expected a file of texts, got {settings['calibration']}"
+        )
+    if "sparsity" not in settings:
+        raise ValueError(
+            "sparsity: a model of transformers expected one, as --sparsity 0.5, got none"
         )
     report = prune_pretrained(**settings)
     print(f"{report}\n\n{settings['out']} has the model, dense with zeros, and {TABLE}")

@@ -80,6 +80,11 @@ def _load_weights(path: Path) -> tuple[GPT, Tokenizer]:
     with about(path):
         about_model = {name: metadata.get(name) or _beside(path, name) for name in BESIDE}
         config = about_model["config"]
+        if kind := config.get("model_type"):
+            raise ValueError(
+                f"expected a GPT of `sparsekern train`, got a {kind} of transformers: "
+                "from_pretrained of transformers reads it, and its generate() writes text"
+            )
         for name in ("layers", "heads", "width", "context"):
             if type(config.get(name)) is not int or config[name] < 1:
                 raise ValueError(f"config: {name}: expected a number, got {config.get(name)!r}")

@@ -1,6 +1,7 @@
 """A run that begins with the weights of another: what its own settings mean then."""
 
 import copy
+import warnings
 
 from ..nn import SparseLinear, densify_
 from ..sparsity import GMP, Group, IterativePruning, Magnitude
@@ -38,8 +39,11 @@ def _from_sparse(model: GPT, settings: object, config: TrainConfig) -> object:
         return settings
     algorithm = config.make_algorithm(settings)
     parts = algorithm.algorithms if isinstance(algorithm, Group) else [algorithm]
-    # What each takes, it tells when it is applied: to another model of the same weights.
-    algorithm.apply(model_from_state(model.config, copy.deepcopy(dict(model.state_dict()))))
+    # What each takes, it tells when it is applied: to another model of the same weights, whose
+    # pattern is not yet that of these settings.
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        algorithm.apply(model_from_state(model.config, copy.deepcopy(dict(model.state_dict()))))
     taken = [{n: model.get_submodule(n) for n in part.layers} for part in parts]
     sparse = [{n: m for n, m in t.items() if isinstance(m, SparseLinear)} for t in taken]
     layers = {name: module for each in sparse for name, module in each.items()}

@@ -29,9 +29,14 @@ def check_device(name: str) -> None:
         raise ValueError(f"device: expected cpu, cuda or cuda:N, got {name!r}")
 
 
+def is_started() -> bool:
+    """Whether this process is one of a group, as torchrun starts them."""
+    return "WORLD_SIZE" in os.environ and "RANK" in os.environ
+
+
 def is_first_rank() -> bool:
     """Whether this process is the one that tells and writes."""
-    return os.environ.get("RANK", "0") == "0"
+    return not is_started() or os.environ["RANK"] == "0"
 
 
 def _device(name: str, is_parallel: bool) -> torch.device:
@@ -58,11 +63,24 @@ def _enter(device: torch.device) -> None:
     # Defaults of its functions keep the group that is there when it is imported.
     from torch.distributed.nn import functional  # noqa: F401
 
+    store, rank, size = connect()
     if device.type == "cuda":  # connected at once: a capture could not
-        dist.init_process_group("nccl", device_id=device)
+        backend, device_id = "nccl", device
     else:
-        dist.init_process_group("gloo")
+        backend, device_id = "gloo", None
+    dist.init_process_group(backend, store=store, rank=rank, world_size=size, device_id=device_id)
     watch()
+
+
+def connect() -> tuple[dist.Store, int, int]:
+    """What processes tell each other before they are a group, this one's rank, and their number.
+
+    torchrun may start all anew, and the same store still has the addresses of those before."""
+    from torch.distributed.rendezvous import rendezvous
+
+    store, rank, size = next(rendezvous("env://"))
+    attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
+    return dist.PrefixStore(f"attempt {attempt}", store), rank, size
 
 
 class Ranks:
@@ -71,10 +89,12 @@ class Ranks:
     def __init__(self, parallel: str, device: str) -> None:
         if parallel not in PARALLEL:
             raise ValueError(f"parallel must be one of {', '.join(PARALLEL)}, got {parallel!r}")
-        started = "WORLD_SIZE" in os.environ and "RANK" in os.environ
-        if started and parallel == "none" and int(os.environ["WORLD_SIZE"]) > 1:
-            raise ValueError("parallel must be ddp or fsdp under torchrun, got none")
-        if parallel != "none" and not started:
+        if parallel == "none" and is_started() and (size := os.environ["WORLD_SIZE"]) != "1":
+            raise ValueError(
+                f"parallel: expected ddp or fsdp in {size} processes, got none; prune and the demo "
+                "work in one, without torchrun"
+            )
+        if parallel != "none" and not is_started():
             raise ValueError(
                 f"parallel: {parallel} needs torchrun, as in: torchrun -m sparsekern; one process "
                 "takes --parallel none"
@@ -134,10 +154,7 @@ _watching: list[Heartbeat] = []  # of this process, at most one
 
 def watch() -> None:
     """From now on this process ends when another one of its group has gone."""
-    from torch.distributed.rendezvous import rendezvous
-
-    # A connection of its own: the group's may wait for another process.
-    store, rank, size = next(rendezvous("env://"))
+    store, rank, size = connect()  # of its own: the group's may wait for another process
     if size > 1:
         store.set_timeout(timedelta(seconds=SILENT_S / 2))
         _watching.append(Heartbeat(dist.PrefixStore("sparsekern", store), rank, size))

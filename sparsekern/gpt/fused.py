@@ -22,6 +22,7 @@ from .model import GPT, MLP, Attention, Block, Cache
 STARTS_EARLY = 9  # compute capability whose kernels may start before the last one has ended
 WIDEST = 16384  # of a norm's row, which a program holds
 HEADS = (16, 32, 64, 128, 256)  # widths of a head
+MOST_SHARED = 8192  # of such a width times the heads that share a key, which a program holds
 POSITIONS = 64  # that a program of attention looks at, or more
 TILE, SHARED_TILE = 16, 32  # of these, together, for one head and for those that share a key
 PROGRAMS, SHARED_PROGRAMS = 924, 396  # that 132 multiprocessors hold: 7 and 3 each
@@ -36,17 +37,20 @@ KINDS = {
 
 
 def fits(model: GPT) -> bool:
-    """Whether Fused can take its place, here and now: what it passes by has no hooks."""
+    """Whether Fused can take its place, here and now: what it passes by is as it was made."""
     weight, c = model.wte.weight, model.config
+    width, shared = c.n_embd // c.n_head, c.n_head // c.kv_heads
     known = type(model) in (GPT, llama.Llama) and all(map(_is_known, model.blocks))
     return (
         known
-        and not any(map(has_hooks, (model, model.norm)))
+        and _is_plain(model)
+        and _is_norm(model.norm, type(model.blocks[0].norm2))
         and model.norm.weight.dtype == weight.dtype
         and not model.training
         and weight.is_cuda
         and weight.dtype in (torch.bfloat16, torch.float16, torch.float32)
-        and c.n_embd // c.n_head in HEADS
+        and width in HEADS
+        and width * _block_of(shared) <= MOST_SHARED
         and c.n_embd <= WIDEST
         and not torch.is_autocast_enabled("cuda")
         and find_spec("triton") is not None
@@ -73,9 +77,22 @@ def _is_known(block: nn.Module) -> bool:
     wanted = KINDS.get(type(block))
     return (
         wanted is not None
-        and tuple(map(type, parts)) == (*wanted, wanted[-1])
-        and not any(map(has_hooks, [block, *parts]))
+        and tuple(map(type, parts[:2])) == wanted[:2]
+        and all(map(_is_plain, [block, *parts[:2]]))
+        and all(_is_norm(norm, wanted[-1]) for norm in parts[2:])
     )
+
+
+def _is_plain(module: nn.Module) -> bool:
+    """Whether a call of it runs the forward of its class and nothing more."""
+    return not has_hooks(module) and "forward" not in vars(module)
+
+
+def _is_norm(norm: nn.Module, kind: type) -> bool:
+    """Whether add_norm_kernel computes it."""
+    if type(norm) is not kind or norm.weight is None or norm.eps is None:
+        return False
+    return _is_plain(norm)
 
 
 class Fused:
@@ -98,7 +115,14 @@ class Fused:
     def __call__(self, idx: Tensor, cache: Cache, position: Tensor | None = None) -> Tensor:
         """Logits [B, 1, V] of the last of the tokens idx int64 [B, T].
 
-        Without a position they are the first ones, at 0 to T - 1; with one, int64 [1], T is 1."""
+        Without a position they are the first ones, at 0 to T - 1; with one, int64 [1], T is 1.
+        ValueError for more, and for a cache that has no place for them: kernels check nothing."""
+        B, T = idx.shape
+        if T > (self.config.block_size if position is None else 1):
+            raise ValueError(
+                f"idx has {T} positions, expected {self.config.block_size} or fewer, 1 after others"
+            )
+        cache.check(self.model, B, T)
         with torch.cuda.device_of(idx):
             return self._logits(idx, cache, position)
 
@@ -184,7 +208,7 @@ class Fused:
             R=R,
             TURNS=self._turns,
             IS_WHOLE=parts == 1,
-            BLOCK_R=1 if R == 1 else max(16, _power_of_two(R)),
+            BLOCK_R=_block_of(R),
             BLOCK_S=TILE if R == 1 else SHARED_TILE,
             D=D,
             **self._early,
@@ -215,6 +239,11 @@ def parts_of(groups: int, length: int, programs: int) -> int:
     if length <= FEW_POSITIONS:
         return 1
     return max(1, min(MOST_PARTS, programs // groups, -(-length // POSITIONS)))
+
+
+def _block_of(shared: int) -> int:
+    """Rows of a program's q, of so many heads that share a key: tensor cores take 16."""
+    return 1 if shared == 1 else max(16, _power_of_two(shared))
 
 
 def _power_of_two(n: int) -> int:

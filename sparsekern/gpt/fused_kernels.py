@@ -135,25 +135,33 @@ def remember_kernel(
     _let_next_start(EARLY)
     here = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
     head = tl.program_id(1) + first
-    columns = tl.arange(0, D)[None, :]
+    # Both halves by one thread: another may not read what this one has turned already.
+    HALF: tl.constexpr = D // 2
+    columns = tl.arange(0, HALF)[None, :]
     mask = (here < rows)[:, None]
     heads = H + 2 * G
-    start = (here.to(tl.int64) * heads + head)[:, None] * D
+    from_ = qkv + (here.to(tl.int64) * heads + head)[:, None] * D + columns
     _wait_for_last(EARLY)
-    found = tl.load(qkv + start + columns, mask=mask, other=0.0)
+    low = tl.load(from_, mask=mask, other=0.0)
+    high = tl.load(from_ + HALF, mask=mask, other=0.0)
     place = here % T
     cached = ((here // T).to(tl.int64) * G * S + place)[:, None] * D + columns
     if TURNS:
         if head < H + G:
-            others = tl.load(qkv + start + (columns + D // 2) % D, mask=mask, other=0.0)
-            turned = _turned(found, others, columns, cos, sin, place[:, None], D)
-            found = turned.to(found.dtype)
+            angle = place[:, None] * HALF + columns
+            c, s = tl.load(cos + angle).to(tl.float32), tl.load(sin + angle).to(tl.float32)
+            a, b = low.to(tl.float32), high.to(tl.float32)
+            low, high = (a * c - b * s).to(low.dtype), (b * c + a * s).to(high.dtype)
     if head < H:
-        tl.store(qkv + start + columns, found, mask=mask)
-    elif head < H + G:
-        tl.store(keys + cached + (head - H).to(tl.int64) * S * D, found, mask=mask)
+        tl.store(from_, low, mask=mask)
+        tl.store(from_ + HALF, high, mask=mask)
     else:
-        tl.store(values + cached + (head - H - G).to(tl.int64) * S * D, found, mask=mask)
+        if head < H + G:
+            to = keys + cached + (head - H).to(tl.int64) * S * D
+        else:
+            to = values + cached + (head - H - G).to(tl.int64) * S * D
+        tl.store(to, low, mask=mask)
+        tl.store(to + HALF, high, mask=mask)
 
 
 @triton.jit(do_not_specialize=["parts"])

@@ -22,16 +22,17 @@ def plan(
 ) -> str:
     """What is about to run, from `step` on."""
     macs = multiply_adds(shape)
+    saved = f"{flop_ratio(shape, sparsity):.2f}x fewer than dense "
+    saved += f"(Amdahl cap {amdahl_cap(macs.linear / macs.total):.2f}x, with the linears free)"
     rows = {
         "data": f"{config.data}: {tokens:,} training tokens, {tokenizer} tokenizer, "
         f"vocabulary {shape.vocab_size:,}",
         "model": f"{shape.n_layer} layers, width {shape.n_embd}, {shape.n_head} heads, "
         f"context {shape.block_size}: {parameters:,} parameters at {sparsity:.0%} sparsity",
         "FLOPs": f"{train_flops_per_token(shape, sparsity) / 1e6:.1f} M per token, "
-        f"{flop_ratio(shape, sparsity):.2f}x fewer than dense "
-        f"(Amdahl cap {amdahl_cap(macs.linear / macs.total):.2f}x, with the linears free)",
+        f"{saved if sparsity else 'dense'}",
         "run": f"steps {step} to {config.steps} of {config.batch} x {config.context} tokens, "
-        f"{ranks} x {torch.get_num_threads()} threads, seed {config.seed}",
+        f"processes x threads {ranks} x {torch.get_num_threads()}, seed {config.seed}",
     }
     return "\n".join(f"{name:<7}{text}" for name, text in rows.items())
 

@@ -65,8 +65,8 @@ class Attention(nn.Module):
             y = F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True)
         else:
             keys, values, position, mask = past
-            keys.index_copy_(2, position, k)
-            values.index_copy_(2, position, v)
+            keys.index_copy_(2, position, k.to(keys.dtype))  # of another one under autocast
+            values.index_copy_(2, position, v.to(values.dtype))
             # The heads of a group are further rows of q: no key is read twice.
             q = q.reshape(B, G, H // G * T, C // H)
             y = F.scaled_dot_product_attention(q, keys, values, attn_mask=mask)
@@ -116,8 +116,9 @@ class Llama(GPT):
     def along(self, position: Tensor) -> tuple[Tensor, ...]:
         """cos and sin [T, D / 2] of the angles by which positions turn pairs."""
         half = self.config.n_embd // self.config.n_head // 2
-        places = torch.arange(half, device=position.device, dtype=torch.float32)
-        angles = position.float()[:, None] * BASE ** (-places / half)
+        # In float32 an angle of position 2000 is off by 1e-4.
+        places = torch.arange(half, device=position.device, dtype=torch.float64)
+        angles = position.double()[:, None] * BASE ** (-places / half)
         dtype = self.wte.weight.dtype
         return angles.cos().to(dtype), angles.sin().to(dtype)
 

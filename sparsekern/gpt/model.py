@@ -80,8 +80,8 @@ class Attention(nn.Module):
             y = F.scaled_dot_product_attention(q, k, v, dropout_p=dropout, is_causal=True)
         else:
             keys, values, position, mask = past
-            keys.index_copy_(2, position, k)
-            values.index_copy_(2, position, v)
+            keys.index_copy_(2, position, k.to(keys.dtype))  # of another one under autocast
+            values.index_copy_(2, position, v.to(values.dtype))
             y = F.scaled_dot_product_attention(q, keys, values, attn_mask=mask)
         y = self.proj(y.transpose(1, 2).reshape(B, T, C))
         return F.dropout(y, self.dropout, self.training)
@@ -124,6 +124,21 @@ class Cache:
         self._shared = c.n_head // c.kv_heads  # heads of a key
         # Zeros, since a hidden NaN would spread.
         self.layers = [(weight.new_zeros(shape), weight.new_zeros(shape)) for _ in model.blocks]
+
+    def check(self, model: "GPT", batch: int, length: int) -> None:
+        """ValueError unless it is for `model`, as that is now, and has room for so many texts, of
+        `length` positions."""
+        c, weight, keys = model.config, model.wte.weight, self.layers[0][0]
+        B, G, S, D = keys.shape
+        head = c.n_embd // c.n_head
+        wanted = len(model.blocks), batch, c.kv_heads, head, weight.dtype, weight.device
+        found = len(self.layers), B, G, D, keys.dtype, keys.device
+        if found != wanted or S < length:
+            form = "{} positions, {} blocks, {} texts, {} heads, {} wide, {} on {}"
+            raise ValueError(
+                f"cache: expected {form.format(f'at least {length}', *wanted)}, "
+                f"got {form.format(S, *found)}"
+            )
 
     def past(self, position: Tensor) -> list[Past]:
         """State that each block needs to add positions [T] and to see them and all before."""
@@ -172,7 +187,10 @@ class GPT(nn.Module):
             raise ValueError(f"idx has {T} positions, block_size is {self.config.block_size}")
         if cache is None:
             position, pasts = torch.arange(T, device=idx.device), [None] * len(self.blocks)
+        elif position is None:
+            raise ValueError("position: expected the places of idx, since there is a cache")
         else:
+            cache.check(self, len(idx), T)
             pasts = cache.past(position)
         x, along = self.embed(idx, position), self.along(position)
         for block, past in zip(self.blocks, pasts, strict=True):

@@ -73,6 +73,9 @@ def for_inference(
 ) -> torch.nn.Module:
     """The sparse layers of `model` in the form that is fastest on its device, in place, for calls
     of so many tokens: the batch in generation, and where its prompt matters up to that times the
-    prompt's length. On a GPU they may keep dense copies."""
-    on_gpu = next(model.parameters()).is_cuda
-    return nn.pack_(model, tokens, dense=keeps_dense) if on_gpu else model
+    prompt's length. On a GPU they may keep dense copies, in 16 bits alone: TypeError for others.
+    Layers on a CPU stay as they are, and those of float32, which no GPU layout holds."""
+    values = [part.values for part in model.modules() if isinstance(part, nn.SparseLinear)]
+    if values and values[0].is_cuda and (keeps_dense or values[0].itemsize == 2):
+        return nn.pack_(model, tokens, dense=keeps_dense)
+    return model

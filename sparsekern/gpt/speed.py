@@ -29,11 +29,12 @@ def compare(
     """Generate `count` tokens after prompt int64 [B, T] with models["dense"] and models["sparse"].
 
     The first token and the steps after it are timed apart, every way that ways() knows of, on CUDA
-    as replays of CUDA graphs. Each
-    model's best way is the one with the lowest median; all the samples are in the result. `advance`
-    is called after each model in each round."""
-    if count < 2:
-        raise ValueError(f"count: a speed needs at least 2 tokens, got {count}")
+    as replays of CUDA graphs. Each model's best way is the one with the lowest median; all the
+    samples are in the result. `advance` is called after each model in each round."""
+    if count < 2 or rounds < 1:
+        raise ValueError(
+            f"count, rounds: expected at least 2 tokens and 1 round, got {count} and {rounds}"
+        )
     decoders = {
         (side, way): decoder
         for side in SIDES

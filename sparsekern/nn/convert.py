@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 from torch.optim import Optimizer
 
+from ..kernels.cuda.float8 import captured as captured_factors
 from ..kernels.derived import forget_captures
 from ..tensor import SparseTensor
 from . import replaced
@@ -21,6 +22,7 @@ __all__ = ["densify_", "forget_graphs_", "replace_modules", "sparsifiable", "spa
 
 OF_EXPERTS = "sparsekern.models.prune.prune_ prunes them, sparsekern.accelerate_ makes them sparse"
 OF_OTHERS = "sparsekern.accelerate_ takes the zeros of pruned convolutions and attention"
+KEEPS = "{} are sparse already and keep their pattern; densify_(model) comes before another one"
 MANY_ZEROS = 0.2  # share of the weights from which on a model counts as pruned
 
 
@@ -53,14 +55,21 @@ def sparsify_(
     _refuse_wrapped("sparsify_", model)
     chosen = _replaceable(model, filter_fn)
     if not chosen and not (filter_fn and _replaceable(model, lambda module, name: True)):
-        raise ValueError(f"sparsify_: {_nothing_in(model)}")
+        raise ValueError(f"sparsify_: {nothing_in(model)}")
     for name, module in chosen.items():
         refuse_meta(f"{name}.weight" if name else "weight", module)
     dense = {n: _matrix(m) for n, m in chosen.items() if not isinstance(m, SparseLinear)}
+    if dense and not callable(getattr(algorithm, "mask", None)):
+        raise TypeError(
+            "algorithm: expected one that has mask(name, weight), as Static(0.75), "
+            f"got {algorithm if isinstance(algorithm, int | float) else type(algorithm).__name__}"
+        )
+    if chosen and not dense:
+        warnings.warn("sparsify_: " + KEEPS.format("all layers"), stacklevel=2)
     warn_of_hooks("sparsify_", {name: chosen[name] for name in dense})
     if filter_fn is None:
         warn_of_others("sparsify_", model, is_experts)
-        warn_of_others("sparsify_", model, _is_other, advice=OF_OTHERS, least=0.05)
+        warn_of_attention_and_convolutions("sparsify_", model)
     has_asked = prune_again or getattr(algorithm, "has_asked", False)
     zeros = 0.0 if has_asked else share_of_zeros(dense.values())
 
@@ -68,6 +77,9 @@ def sparsify_(
         if name not in dense:
             return None
         mask = algorithm.mask(name, dense[name])
+        if mask is None:
+            by = type(algorithm).__name__
+            raise TypeError(f"{name}: expected a mask, bool [N, K], from {by}, got None")
         new = _with_mask(module, mask)
         if zeros > MANY_ZEROS and new.values.count_nonzero() < dense[name].count_nonzero():
             refuse_pruned("sparsify_", [*dense.values()])
@@ -94,16 +106,13 @@ def warn_of_hooks(caller: str, layers: Mapping[str, nn.Module]) -> None:
         )
 
 
-def _is_other(module: nn.Module) -> bool:
-    return isinstance(module, nn.modules.conv._ConvNd | nn.MultiheadAttention | nn.RNNBase)
-
-
 def warn_of_others(
     caller: str,
     model: nn.Module,
     *kinds: Callable[[nn.Module], bool],
     advice: str = OF_EXPERTS,
     least: float = 0.0,
+    level: int = 3,
 ) -> None:
     """A warning where modules of these kinds, which nothing is done to, have this share of the
     model's weights or more."""
@@ -119,8 +128,17 @@ def warn_of_others(
         warnings.warn(
             f"{caller}: {', '.join(f'{n} {name}' for name, n in names.items())} with "
             f"{share:.0%} of the weights stay dense; {advice}",
-            stacklevel=3,
+            stacklevel=level,
         )
+
+
+def warn_of_attention_and_convolutions(caller: str, model: nn.Module) -> None:
+    """And of recurrent layers, where they hold a twentieth of the weights or more."""
+
+    def is_other(module: nn.Module) -> bool:
+        return isinstance(module, nn.modules.conv._ConvNd | nn.MultiheadAttention | nn.RNNBase)
+
+    warn_of_others(caller, model, is_other, advice=OF_OTHERS, least=0.05, level=4)
 
 
 def _matrix(module: nn.Module) -> Tensor:
@@ -270,10 +288,13 @@ def _densified(state, module: SparseLinear):
 
 def forget_graphs_(model: nn.Module) -> nn.Module:
     """Say that no CUDA graph that was captured with this model is replayed any more, so that its
-    patterns may change; returns the model. Nobody else can tell when a graph is gone."""
+    patterns may change, and factors of products in float8; returns the model. Nobody else can tell
+    when a graph is gone."""
     for module in model.modules():
         if isinstance(module, SparseLinear):
             forget_captures(module.col_indices)
+        if (noted := module._buffers.get("float8_noted")) is not None:
+            captured_factors.discard(noted.data_ptr())
     return model
 
 
@@ -306,7 +327,9 @@ def replace_modules(
     return model
 
 
-def _nothing_in(model: nn.Module) -> str:
+def nothing_in(model: nn.Module) -> str:
+    """Why no layer of the model can become a SparseLinear."""
+
     def has_matrix(module: nn.Module) -> bool:
         return any(p is not None and p.ndim > 1 for p in module._parameters.values())
 

@@ -6,7 +6,6 @@ training mode a layer is the one that it was. Compiled, casts and scales go into
 make and read the operands; eager, each is a kernel of its own.
 """
 
-import weakref
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -18,147 +17,15 @@ from torch.autograd.function import once_differentiable
 
 from .. import registered_float8  # noqa: F401  (its ops)
 from ..kernels.cuda import e4m3, float8
-from ..kernels.float8 import HISTORY, cast, largest_of, largest_of_rows, next_scale, scale_of
+from ..kernels.float8 import cast, largest_of, largest_of_rows, scale_of
 from .convert import sparsifiable
 from .linear import SparseLinear
+from .scaling import EACH, Scaling
 
 _ops = torch.ops.sparsekern
 _is_compiling = torch.compiler.is_compiling
 X, W, DY = range(3)  # tensors of a layer, and places of their scales
-# Floats of a layer in what all layers share: so its views begin on multiples of 16 bytes. cuBLAS
-# takes scales from there alone, and torch.compile reads and writes results of an op in vectors only
-# where all of its operands do.
-EACH = 4
 TYPES = torch.bfloat16, torch.float32  # of x
-SLACK = 3  # powers of two by which W's scale is smaller than need be, when exponents are chosen
-FIRST_STEPS = 3  # at most: layers that begin at 0, or a rate that does, take as many to show values
-
-
-class Scaling:
-    """The scales of all layers of a model, and what was largest in the last steps.
-
-    They stay for all micro-batches of a step; advance() after the optimizer's step, which follow()
-    sees to, makes the next ones. In the first step each tensor has a scale of its own, and nothing
-    may be compiled: float8_step() around forward and backward keeps torch.compile away. Where some
-    tensor was 0 all through it, the next step is a first one, too, up to FIRST_STEPS.
-
-    cuSPARSELt takes a factor from the host alone. So after the first steps the scales of x and W of
-    a two-way layer are 2^exponent together: W's is smaller than need be and gives way to x. Where
-    it cannot any more, settle() finds other exponents."""
-
-    STATE = "scales", "noted", "history"
-
-    def __init__(self, layers: int, device: torch.device | str, is_two_way: bool = False):
-        self.scales = torch.ones(EACH * layers, device=device)
-        self.inverses = torch.ones(EACH * layers, EACH, device=device)
-        self.noted = torch.zeros(EACH * layers, device=device)
-        self.history = torch.zeros(HISTORY, EACH * layers, device=device)
-        self.has_begun = False  # the first steps are over
-        self._first_steps = 0  # that were taken
-        self.is_two_way = is_two_way
-        self.exponents = torch.zeros(layers, dtype=torch.int32)  # on the host
-        self._products = torch.ones(layers, device=device)  # 2^exponent
-        self._is_off = torch.zeros(1, dtype=torch.bool, device=device)
-        self._begin()
-
-    def __setstate__(self, state: dict) -> None:
-        self.__dict__.update(state)
-        self._begin()
-
-    def _begin(self) -> None:
-        weakref.finalize(self, _forget, self._tell())
-
-    def follow(self, optimizer: torch.optim.Optimizer) -> None:
-        """Advance after each of its steps. A replay of a CUDA graph is none."""
-        optimizer.register_step_post_hook(lambda *_: self.advance())
-
-    def advance(self) -> None:
-        """From the scales of one step to those of the next. Waits for the GPU in the first steps,
-        and of two-way layers in each that no CUDA graph takes."""
-        largest = torch.where(self.noted.isfinite(), self.noted, 0.0)
-        self.history.copy_(torch.cat([largest.unsqueeze(0), self.history[:-1]]))
-        self.noted.zero_()
-        if not self.has_begun:
-            self._first_steps += 1
-            is_last = self._first_steps == FIRST_STEPS
-            self.has_begun = is_last or bool(_of_tensors(self.history).any(0).all())
-        self._choose()
-        if self.is_two_way and not torch.cuda.is_current_stream_capturing():
-            self.settle()
-
-    def settle(self) -> bool:
-        """Whether exponents had to change, after a step that was no replay of a CUDA graph or, as
-        it waits for the GPU, after some that were."""
-        if not (self.has_begun and self._is_off.item()):
-            return False
-        of_x, of_w, _ = _of_tensors(next_scale(self.scales, self.history)).unbind(1)
-        self._take((of_x.log2() + of_w.log2() - SLACK).round().int().cpu())
-        self._choose()
-        return True
-
-    def _choose(self) -> None:
-        """The scales of the next step."""
-        wanted = next_scale(self.scales, self.history)
-        if self.is_two_way and self.has_begun:
-            of_x, of_w, _ = _of_tensors(wanted).unbind(1)
-            slack = of_x * of_w / self._products
-            self._is_off.copy_(((slack < 2) | (slack > 4.0**SLACK)).any())
-            of_w.copy_(torch.minimum(self._products / of_x, of_w))
-            of_x.copy_(self._products / of_w)
-        self.scales.copy_(wanted)
-        self._invert()
-
-    def _invert(self) -> None:
-        self.inverses.copy_(self.scales.reciprocal().unsqueeze(1))
-
-    def _take(self, exponents: Tensor) -> None:
-        self.exponents.copy_(exponents)
-        self._products.copy_(torch.exp2(self.exponents.float()))
-        self._tell()
-
-    def _tell(self) -> list[int]:
-        """Whoever multiplies finds the exponents by these addresses, at which it notes."""
-        addresses = [noted.data_ptr() for noted in self.noted.split(EACH)]
-        float8.exponents.update(zip(addresses, self.exponents.tolist(), strict=True))
-        return addresses
-
-    def state_dict(self) -> dict[str, Tensor | int]:
-        state: dict[str, Tensor | int]
-        state = {name: _of_tensors(getattr(self, name)).flatten(-2).cpu() for name in self.STATE}
-        if self.is_two_way:
-            state["exponents"] = self.exponents.clone()
-        return state | {"has_begun": self.has_begun, "first_steps": self._first_steps}
-
-    def load_state_dict(self, state: dict) -> None:
-        """ValueError for the state of another model."""
-        for name in self.STATE:
-            own, given = _of_tensors(getattr(self, name)).flatten(-2), state.get(name)
-            if not isinstance(given, Tensor) or given.shape != own.shape:
-                got = tuple(given.shape) if isinstance(given, Tensor) else given
-                raise ValueError(f"float8: {name}: expected {tuple(own.shape)}, got {got}")
-        for name in self.STATE:
-            own = _of_tensors(getattr(self, name))
-            own.copy_(state[name].view(own.shape))
-        self._invert()
-        self.has_begun = bool(state.get("has_begun"))
-        self._first_steps = int(state.get("first_steps", 0))
-        if "exponents" in state:
-            self._take(state["exponents"])
-        else:  # of a dense run, or one that had none
-            self._is_off.fill_(self.is_two_way)
-            self.settle()
-
-
-def _forget(addresses: list[int]) -> None:
-    for address in addresses:
-        float8.exponents.pop(address, None)
-
-
-def _of_tensors(t: Tensor) -> Tensor:
-    """[..., layers, 3] of what all layers share, [..., EACH * layers]."""
-    return t.unflatten(-1, (-1, EACH))[..., :3]
-
-
 VIEWS = "scales", "inverses", "noted"
 
 
@@ -171,10 +38,15 @@ class _Float8:
     float8_noted: Tensor
 
     def _begin(self: Any, scaling: Scaling, place: int) -> None:
-        self.scaling = scaling
+        self.scaling, self._place = scaling, place
         for name in VIEWS:
             of_all = getattr(scaling, name)
             self.register_buffer(f"float8_{name}", of_all[EACH * place :][:3], persistent=False)
+
+    def __setstate__(self: Any, state: dict) -> None:
+        """pickle makes tensors of their own of views."""
+        super().__setstate__(state)  # type: ignore[misc]
+        self._begin(self.scaling, self._place)
 
     def _apply(self: Any, *arguments: Any, **named: Any) -> Any:
         """Whatever happens to the weights, the scales stay those of all layers."""

@@ -165,7 +165,9 @@ class PackedLinear(nn.Module):
         measured. `sparsekern.explain(x, layer)` is the same."""
         m = x if isinstance(x, int) else x.shape[:-1].numel()
         if not isinstance(x, int) and (x.ndim == 0 or x.shape[-1] != self.in_features):
-            raise ValueError(f"x: expected [..., {self.in_features}], got {tuple(x.shape)}")
+            raise ValueError(
+                f"x: expected [..., {self.in_features}] or a number of tokens, got {tuple(x.shape)}"
+            )
         return explain_packed(m, self._parts())
 
     def _load_from_state_dict(self, state_dict, prefix, *others):

@@ -44,7 +44,9 @@ class PackedLinearOnCpu(PackedLinear):
     def explain(self, x: Tensor | int) -> str:
         """What a call with x [..., in_features], or with so many tokens, runs."""
         if not isinstance(x, int) and (x.ndim == 0 or x.shape[-1] != self.in_features):
-            raise ValueError(f"x: expected [..., {self.in_features}], got {tuple(x.shape)}")
+            raise ValueError(
+                f"x: expected [..., {self.in_features}] or a number of tokens, got {tuple(x.shape)}"
+            )
         m = x if isinstance(x, int) else x.shape[:-1].numel()
         way = "written out, then torch.mm" if writes_out(m, self._packed()) else "16 rows in lanes"
         return f"{m} tokens -> {self.layout}: {way}, {self.packed_bytes} bytes"

@@ -20,8 +20,8 @@ TIMES = 0.25, 22.0  # of every axis in times dense
 TIMES_TICKS = (0.1, 0.2, 0.5, 1, 2, 5, 10, 20, 50)
 ZEROS = 0.45, 0.985
 ZEROS_TICKS = (0.5, 0.75, 0.9, 0.95, 0.98)
-BEHIND = {"facecolor": "white", "alpha": 0.75, "linewidth": 0, "pad": 0.6}  # of text on a line
-LABEL = {"fontsize": 9.5, "va": "center", "bbox": BEHIND}
+BEHIND = {"facecolor": "white", "alpha": 0.9, "linewidth": 0, "pad": 0.6}  # of text on a line
+LABEL = {"fontsize": 9.5, "va": "center", "bbox": BEHIND | {"alpha": 1.0}}
 
 
 def _panel(height: float = SIZE[1]):
@@ -55,9 +55,9 @@ def _times_axis(axis, limits: tuple[float, float]) -> None:
     axis.set_ticks([], minor=True)
 
 
-def _limits(ratios: Sequence[float]) -> tuple[float, float]:
+def _limits(ratios: Sequence[float], times: tuple[float, float] = TIMES) -> tuple[float, float]:
     """Those of every panel, or wider where a value would be cut off."""
-    return min(TIMES[0], 0.9 * min(ratios)), max(TIMES[1], 1.1 * max(ratios))
+    return min(times[0], 0.9 * min(ratios)), max(times[1], 1.1 * max(ratios))
 
 
 def apart(wanted: Sequence[float], least: float, low: float, high: float) -> list[float]:
@@ -87,11 +87,17 @@ def _end_labels(panel, x: float, ends: dict[str, tuple[float, str]]) -> None:
         panel.text(x, at, text, color=colour, transform=panel.get_xaxis_transform(), **LABEL)
 
 
-def speedups(curves: dict[str, Curve], floor: str = "dense is faster", ylabel: str = "times dense"):
-    """Times dense, or another, against zeros: a labelled line for each curve."""
+def speedups(
+    curves: dict[str, Curve],
+    floor: str = "dense is faster",
+    ylabel: str = "times dense",
+    times: tuple[float, float] = TIMES,
+):
+    """Times dense, or another, against zeros: a labelled line for each curve. `times` are the
+    limits of a figure that stands alone."""
     made, panel = _panel()
     ratios = [ratio for curve in curves.values() for ratio in curve.values()]
-    limits = _limits(ratios)
+    limits = _limits(ratios, times)
     panel.set(yscale="log", ylim=limits)
     _zeros_axis(panel, room=2.6)
     _times_axis(panel.yaxis, limits)
@@ -103,7 +109,7 @@ def speedups(curves: dict[str, Curve], floor: str = "dense is faster", ylabel: s
     if ylabel == "times dense":
         ends = [place(s) for s in (ZEROS[0], 0.95)]
         panel.plot(ends, [2**x for x in ends], ":", color=GREY, linewidth=1)
-        panel.text(place(0.9), 13, "1 / density", color=GREY, fontsize=9, ha="right")
+        panel.text(place(0.75) - 0.1, 4.2, "1 / density", color=GREY, fontsize=9, ha="right")
     _lines(panel, curves)
     panel.set_ylabel(ylabel)
     return made

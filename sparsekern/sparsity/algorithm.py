@@ -15,8 +15,7 @@ from torch.optim import Optimizer
 from torch.optim.swa_utils import AveragedModel
 
 from ..kernels.derived import note_passing
-from ..nn import SparseLinear, adopt_values_, sparsifiable, sparsify_
-from ..nn.convert import refuse_pruned, warn_of_others
+from ..nn import SparseLinear, adopt_values_, convert, sparsifiable, sparsify_
 from ..nn.kinds import is_conv1d, is_experts
 from ..tensor import SparseTensor
 from .budget import DISTRIBUTIONS, budgets
@@ -211,6 +210,8 @@ class Algorithm:
             if self.is_published:
                 found = {name for name in found if is_sparse_by_default(name)}
         names = [name for name in there if name in found and name not in taken]
+        if not names and parts is None and not taken and not self.is_published:
+            raise ValueError(f"apply: {convert.nothing_in(model)}")
         if not names:
             wanted = "any nn.Linear" if self.param_filter is None else shown(self.param_filter)
             listed = ", ".join(there) or "none"
@@ -219,12 +220,13 @@ class Algorithm:
                 listed += "; sparsekern.models.prune.prune_ takes Conv1D and experts"
             raise ValueError(f"param_filter: {wanted} matches no layer{why}; there are: {listed}")
         if parts is None:
-            warn_of_others("apply", model, is_conv1d, is_experts)
+            convert.warn_of_others("apply", model, is_conv1d, is_experts)
+            convert.warn_of_attention_and_convolutions("apply", model)
         for name in names:
             self._family.check(name, there[name].out_features, there[name].in_features)
         if self._prunes_at_first and not prune_again:
             dense = [m for m in (there[name] for name in names) if isinstance(m, nn.Linear)]
-            refuse_pruned("apply", [m.weight.detach() for m in dense])
+            convert.refuse_pruned("apply", [m.weight.detach() for m in dense])
         model = self._sparsify(model, {name: there[name] for name in names})
         now: dict[str, Any] = dict(model.named_modules())
         self.layers = {name: now[name] for name in names}

@@ -63,14 +63,44 @@ def windowed_imbalance(
 
 @dataclass(frozen=True)
 class Mask:
-    """A pattern of W [N, K] in CSR."""
+    """A pattern of W [N, K] in CSR: arrays of NumPy, or what NumPy reads, as a tensor on a CPU.
+
+    `Mask(W.shape, W.row_offsets, W.col_indices)` is that of a SparseTensor. ValueError for parts
+    that do not fit each other."""
 
     shape: tuple[int, int]
     row_offsets: np.ndarray  # [N + 1]
     col_indices: np.ndarray  # [nnz]
 
+    def __post_init__(self) -> None:
+        row_offsets, col_indices = np.asarray(self.row_offsets), np.asarray(self.col_indices)
+        for name, value in (("row_offsets", row_offsets), ("col_indices", col_indices)):
+            object.__setattr__(self, name, value)
+        if len(self.shape) != 2:
+            raise ValueError(f"shape: expected (N, K), got {tuple(self.shape)}")
+        n, k = self.shape
+        nnz = col_indices.size
+        is_whole = row_offsets.shape == (n + 1,) and (row_offsets[0], row_offsets[-1]) == (0, nnz)
+        if not is_whole or (np.diff(row_offsets) < 0).any():
+            raise ValueError(
+                f"row_offsets: expected {n + 1} numbers that rise from 0 to the {nnz} col_indices, "
+                f"got {row_offsets!r:.60}"
+            )
+        if nnz and not 0 <= col_indices.min() <= col_indices.max() < k:
+            raise ValueError(
+                f"col_indices: expected 0 to {k - 1}, got {col_indices.min()} to "
+                f"{col_indices.max()}"
+            )
+
     @classmethod
     def from_dense(cls, kept: np.ndarray) -> "Mask":
+        """From bool [N, K], True where a weight is kept; a tensor on a CPU will do."""
+        kept = np.asarray(kept)
+        if kept.ndim != 2 or kept.dtype != bool:
+            raise ValueError(
+                f"kept: expected bool [N, K], True where a weight is kept, got {kept.dtype} "
+                f"{list(kept.shape)}"
+            )
         row_offsets = np.concatenate([[0], np.count_nonzero(kept, axis=1).cumsum()])
         return cls(kept.shape, row_offsets, np.nonzero(kept)[1])
 

@@ -170,6 +170,14 @@ class Weight:
     mask: Mask | None = None
     share: float = 1.0
 
+    def __post_init__(self) -> None:
+        given = self.n, self.k, self.density
+        fitting = (*self.mask.shape, self.mask.density) if self.mask else given
+        if given != fitting:
+            raise ValueError(
+                f"{self.name}: expected n, k, density of its mask, {fitting}, got {given}"
+            )
+
     @property
     def kept_fma(self) -> float:
         """Multiply-adds of one token."""
@@ -187,7 +195,11 @@ def uniform_weights(shape: GPTShape, density: float) -> tuple[Weight, ...]:
 
 
 def masked_weights(masks: Sequence[tuple[str, Mask]]) -> tuple[Weight, ...]:
-    """Weights with actual masks, one for each matrix of each block: (its name, its mask)."""
+    """Weights with actual masks: (its name, its mask) of each matrix of each block. `Weight` says
+    it for a mask that several blocks share."""
+    for name, mask in masks:
+        if not isinstance(mask, Mask):
+            raise TypeError(f"masks: expected a wafer.Mask of {name}, got {type(mask).__name__}")
     return tuple(Weight(name, *mask.shape, mask.density, 1, mask) for name, mask in masks)
 
 
@@ -196,7 +208,17 @@ def _weights(shape: GPTShape, density: float | Sequence[Weight]) -> tuple[Weight
         return uniform_weights(shape, float(density))
     weights = tuple(density) if isinstance(density, Sequence) else ()
     if not weights or not all(isinstance(weight, Weight) for weight in weights):
-        raise ValueError(f"density: expected a number or the layers' Weights, got {density!r:.60}")
+        raise ValueError(
+            f"density: expected a number, or the Weights of all linear layers (masked_weights), "
+            f"got {type(density).__name__} {density!r:.60}"
+        )
+    places = sum(w.n * w.k * w.layers * w.share for w in weights)
+    if not math.isclose(places, shape.linear_fma, rel_tol=1e-9):
+        raise ValueError(
+            f"density: expected the weights of all linear layers of {shape.name}, which are "
+            f"{shape.layers} x {shape.matrices}, {shape.linear_fma:,.0f} places for a token; got "
+            f"{places:,.0f} in {len(weights)} weights"
+        )
     return weights
 
 

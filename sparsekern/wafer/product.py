@@ -28,6 +28,8 @@ def product_cycles(
 ) -> MeshCycles:
     """Cycles of a product with W [n, k]. The input gradient streams the transpose, [k, n]. The
     weight gradient makes a dot of x and dy at each kept place, where the others make an AXPY."""
+    if isinstance(density, Mask) and tuple(density.shape) != (n, k):
+        raise ValueError(f"density: expected a mask of shape {(n, k)}, got {tuple(density.shape)}")
     if product == INPUT_GRADIENT:
         n, k = k, n
         if isinstance(density, Mask):

@@ -219,6 +219,11 @@ def _check_fit(mine: Weights, weights: Weights) -> None:
             raise ValueError(
                 f"weights: expected {name} of shape {tuple(want.shape)}, got {tuple(t.shape)}"
             )
+        if t.dtype == torch.bool and want.dtype != torch.bool:
+            raise ValueError(
+                f"weights: expected numbers for {name}, got a mask; "
+                "SparseTensor.from_dense(weight, mask) makes a weight of both"
+            )
     missing, others = sorted(mine.keys() - weights.keys()), sorted(weights.keys() - mine.keys())
     if missing or others:
         raise ValueError(

@@ -68,6 +68,10 @@ def from_zeros(
     matrix of zeros alone is new (of LoRA, say), and stays dense unless it is named.
 
     ValueError where one holds NaN, by which some mark what is pruned."""
+    if isinstance(weights, nn.Module):
+        raise TypeError(
+            f"weights: expected a state_dict, got {type(weights).__name__}: give its state_dict()"
+        )
     chosen = None if names is None else set(names)
     if chosen and not chosen <= weights.keys():
         raise ValueError(f"names: {sorted(chosen - weights.keys())} are not among the weights")

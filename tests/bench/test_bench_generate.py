@@ -75,3 +75,18 @@ def test_blocks_are_copies_with_memory_of_their_own(generate):
     assert torch.equal(first, second) and first.data_ptr() != second.data_ptr()
     assert model.lm_head.weight is arms.dense.wte.weight
     assert not any(isinstance(m, PackedLinear) for m in model.modules())
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        ("--tokens 1", "--tokens: expected 2 or more, got 1"),
+        ("--batches 1 0", "--batches: expected 1 or more, got [1, 0]"),
+        ("--layers 0", "--layers: expected 1 or more, got 0"),
+        ("--sparsity 75", "--sparsity: expected a number between 0 and 1, got 75.0"),
+    ],
+)
+def test_mistakes_cost_no_time(generate, capsys, flags, message):
+    with pytest.raises(SystemExit):
+        generate.main(flags.split())
+    assert message in capsys.readouterr().err

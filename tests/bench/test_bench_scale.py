@@ -128,6 +128,16 @@ def test_a_page(scale, tmp_path, monkeypatch):
     monkeypatch.setattr(scale, "DOCS", tmp_path / "docs.md")
     scale.update("x", run)
     assert (tmp_path / "docs.md").read_text().count("| gpt3-xl ") == 5
+    # Of chosen cells what an earlier run alone has is kept.
+    chosen = about | {"benchmark": "scale-cells"}
+    monkeypatch.setattr(scale.pages, "RESULTS", tmp_path)
+    for name, some in (("x-scale-cells-1.csv", cases[2:4]), ("x-scale-cells-2.csv", cases[3:])):
+        records.write(tmp_path / name, chosen, records.flat(some))
+    (tmp_path / "docs.md").write_text("<!-- scale-cells: begin --><!-- scale-cells: end -->")
+    scale.update("x-scale-cells-2", records.read(tmp_path / name))
+    text = (tmp_path / "docs.md").read_text()
+    assert text.count("| two-way") == 0 and text.count("| gpt3-xl ") == 5
+    assert text.index("| dense") < text.index("| 75% two-way") < text.index("x-scale-cells-1")
     assert in_short(cases[2]).startswith("gpt3-xl two-way: together 130.56 ms, alone 128.00 ms")
 
 

@@ -1,7 +1,8 @@
 // A stand-in for libcublasLt without a GPU: the functions that sparsekern/kernels/cuda/cublaslt.py
 // calls, in bfloat16 and float16, on host memory. It is stricter than the library: what was not
 // made or is destroyed, a pointer less aligned than the preference said, an algorithm of another
-// shape, a workspace too small and two threads with one handle are refused.
+// shape, a workspace too small, two threads with one handle, and a handle that is asked and
+// multiplies are refused.
 //
 // The functions that begin with `standin_` say what it does, and tell what was done.
 #include <atomic>
@@ -14,12 +15,13 @@
 
 namespace {
 
-enum Status { kSuccess, kNotInitialized, kInvalidValue = 7, kNotSupported = 15 };
+enum Status { kSuccess, kNotInitialized, kAllocFailed = 3, kInvalidValue = 7, kNotSupported = 15 };
 constexpr int kBfloat16 = 14, kFloat16 = 2;
 constexpr uint64_t kWorkspaceBytes = 48;
 
 struct Handle {
   std::atomic<int> users{0};
+  bool is_asked = false, has_multiplied = false;
 };
 struct Descriptor {
   int compute, scale, trans_a = 0, trans_b = 0, epilogue = 1;
@@ -51,7 +53,7 @@ struct Found {
 std::mutex mutex;
 std::set<const void*> made;
 std::atomic<int> products{0}, asked{0};
-bool has_none = false, has_no_sums = false, needs_workspace = true;
+bool wants_memory = false, has_none = false, has_no_sums = false, needs_workspace = true;
 
 template <class T, class... Args>
 int make(T** out, Args... args) {
@@ -116,6 +118,7 @@ bool sizes_of(const Descriptor& d, const Layout& a, const Layout& b, const Layou
 extern "C" {
 
 void standin_without_algorithms(bool yes) { has_none = yes; }
+void standin_without_memory(bool yes) { wants_memory = yes; }
 void standin_without_sums(bool yes) { has_no_sums = yes; }
 void standin_without_workspace(bool yes) { needs_workspace = !yes; }
 int standin_products() { return products; }
@@ -124,6 +127,9 @@ int standin_live() {  // descriptors, layouts and preferences
   return static_cast<int>(made.size());
 }
 
+const char* cublasLtGetStatusString(int status) {
+  return status == kInvalidValue ? "CUBLAS_STATUS_INVALID_VALUE" : "CUBLAS_STATUS_NOT_SUPPORTED";
+}
 int cublasLtCreate(Handle** out) {
   *out = new Handle;
   return kSuccess;
@@ -162,11 +168,14 @@ int cublasLtMatmulPreferenceSetAttribute(Preference* p, int which, const void* d
 }
 int cublasLtMatmulPreferenceDestroy(Preference* p) { return destroy(p); }
 
-int cublasLtMatmulAlgoGetHeuristic(Handle*, const Descriptor* d, const Layout* a, const Layout* b,
-                                   const Layout* c, const Layout* out, const Preference* p,
-                                   int most, Found* found, int* count) {
+int cublasLtMatmulAlgoGetHeuristic(Handle* handle, const Descriptor* d, const Layout* a,
+                                   const Layout* b, const Layout* c, const Layout* out,
+                                   const Preference* p, int most, Found* found, int* count) {
   if (!are_made(d, a, b, c, out, p)) return kNotInitialized;
   ++asked, *count = 0;
+  if (handle->has_multiplied) return kInvalidValue;
+  handle->is_asked = true;
+  if (wants_memory) return kAllocFailed;
   Algorithm algorithm;
   if (!sizes_of(*d, *a, *b, *out, &algorithm) || most < 1) return kInvalidValue;
   if (has_none) return kNotSupported;
@@ -189,7 +198,8 @@ int cublasLtMatmul(Handle* handle, const Descriptor* d, const float* alpha, cons
                    const Algorithm* algorithm, char* workspace, size_t workspace_bytes,
                    void* stream) {
   if (!are_made(d, la, lb, lc, lo)) return kNotInitialized;
-  if (handle->users.fetch_add(1)) return kInvalidValue;
+  if (handle->is_asked || handle->users.fetch_add(1)) return kInvalidValue;
+  handle->has_multiplied = true;
   Algorithm s;
   int status = kSuccess;
   if (!sizes_of(*d, *la, *lb, *lo, &s) || algorithm->m != s.m || algorithm->n != s.n ||

@@ -144,7 +144,7 @@ int describe(Matrix* out, int64_t rows, int64_t columns, int64_t ld, uint32_t al
   if (ld < least || (is_sparse && ld != least) || ld % 8 || alignment != 16 || !make(out))
     return kInvalidValue;
   out->rows = rows, out->columns = columns, out->ld = ld;
-  out->order = order, out->type = type, out->is_sparse = is_sparse;
+  out->order = order, out->type = type, out->is_sparse = is_sparse, ++live;
   return kSuccess;
 }
 
@@ -160,7 +160,7 @@ void standin_minor_version(int minor) { version[1] = minor; }
 void standin_slots_in_columns() { slots_in_columns = true; }
 void standin_e4m3_without_bias() { e4m3_takes_bias = false; }
 int standin_products(int id) { return algorithms[id].products; }
-int standin_live() { return live; }  // plans and selections
+int standin_live() { return live; }  // plans, selections and descriptors of matrices
 int standin_elapsed() { return elapsed; }
 void standin_reset() {
   failures.clear(), algorithms.clear();
@@ -203,8 +203,7 @@ int cusparseLtDenseDescriptorInit(const Handle* handle, Matrix* out, int64_t row
 
 int cusparseLtMatDescriptorDestroy(Matrix* m) {
   BEGIN("MatDescriptorDestroy", m);
-  m->tag = 0;
-  return kSuccess;
+  return destroy(m);
 }
 
 // y, column by column, = w x^T

@@ -19,7 +19,7 @@ from sparsekern.gpt import train
 from sparsekern.gpt.buckets import Buckets
 from sparsekern.gpt.checkpoint import CHECKPOINT, load_checkpoint
 from sparsekern.gpt.config import TrainConfig, resumed_config
-from sparsekern.gpt.distributed import Ranks, finish
+from sparsekern.gpt.distributed import Ranks, connect, finish, is_first_rank
 from sparsekern.gpt.start import begin
 
 pytestmark = pytest.mark.skipif(not dist.is_available(), reason="torch without distributed")
@@ -27,7 +27,7 @@ pytestmark = pytest.mark.skipif(not dist.is_available(), reason="torch without d
 WORKER = Path(__file__).with_name("distributed_worker.py")
 STEPS = 8
 SETTINGS = {
-    "static": {"sparsity": 0.75},
+    "static": {"sparsity": 0.75, "family": "two-way"},
     "rigl": {"algorithm": "rigl", "sparsity": 0.75, "update": {"freq": 2}},
     "set": {"algorithm": "set", "sparsity": 0.75, "update": {"freq": 2}},
     "gmp": {
@@ -51,6 +51,7 @@ CAPTURED = {
         ("failing", "static", "fsdp"),
     )
 }
+FAILED_ELSEWHERE = "not captured by process 1: OutOfMemoryError: no memory on 1"
 WIDE = {"wide dense": 0.0, "wide sparse": 0.75}
 
 
@@ -68,16 +69,15 @@ def config(folder: Path, algorithm: str, parallel: str = "none") -> TrainConfig:
     )
 
 
-def torchrun(folder: Path, ranks: int = 2) -> list[dict]:
+def torchrun(folder: Path, ranks: int = 2, timeout_s: float = 500) -> list[dict]:
     command = [sys.executable, "-m", "torch.distributed.run", f"--nproc-per-node={ranks}"]
     command += ["--master-port=0", "--rdzv-backend=c10d", "--rdzv-endpoint=localhost:0"]
     env = os.environ | {
         "OMP_NUM_THREADS": "1",
         "PYTHONPATH": os.pathsep.join(filter(None, sys.path)),
     }
-    done = subprocess.run(
-        [*command, str(WORKER), str(folder)], env=env, capture_output=True, text=True, timeout=500
-    )
+    how = dict(env=env, capture_output=True, text=True, timeout=timeout_s)
+    done = subprocess.run([*command, str(WORKER), str(folder)], **how)
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-6000:]
     return [json.loads((folder / f"results-{rank}.json").read_text()) for rank in range(ranks)]
 
@@ -150,6 +150,8 @@ def test_two_processes_compute_what_one_does(runs, algorithm, parallel):
     folder, _ = runs
     one, two = saved(folder, f"{algorithm}-none"), saved(folder, f"{algorithm}-{parallel}")
     assert two["losses"] == pytest.approx(one["losses"], abs=1e-4)
+    evaluated, again = ([e["loss"] for e in run["evaluations"]] for run in (one, two))
+    assert again == pytest.approx(evaluated, abs=1e-4)
     assert one["model"].keys() == two["model"].keys()
     for name, t in one["model"].items():
         if t.dtype == torch.int32:
@@ -189,7 +191,7 @@ def test_captured_steps_of_two_processes_compute_what_one_does(runs, name):
 
 def test_a_capture_that_fails_on_one_rank_is_given_up_on_both(runs):
     first, second = (result["captured failing fsdp"]["eager"] for result in runs[1])
-    assert first == ["not captured by process 1: OutOfMemoryError: no memory on 1"]
+    assert first == [FAILED_ELSEWHERE]
     assert second == ["no memory on 1"]
 
 
@@ -301,13 +303,18 @@ def test_two_gpus_compute_what_a_cpu_does(alone, tmp_path):
     stopped = replace(config(folder, "rigl"), out=str(tmp_path / "resumed"))
     _stop_half_way(stopped)
     resumed = {"out": stopped.out, "parallel": "fsdp", "resume": True}
-    (tmp_path / "configs.json").write_text(json.dumps(configs | {"resumed": resumed | given}))
-    first, second = torchrun(tmp_path)
+    failing = configs["static-fsdp"] | {"out": str(tmp_path / "failing")}
+    others = {"failing": failing, "resumed": resumed | given}
+    (tmp_path / "configs.json").write_text(json.dumps(configs | others))
+    first, second = torchrun(tmp_path, timeout_s=120)
     for name in configs:  # numbers of places and of bytes
         assert first[name] == second[name] and not first[name]["eager"]
     assert first["error"].endswith("the ranks have different patterns in a")
-    for name in (*configs, "resumed"):
-        one = saved(folder, f"{name.partition('-')[0] if name in configs else 'rigl'}-none")
+    failed = [result["failing"]["eager"] for result in (first, second)]
+    assert failed == [[FAILED_ELSEWHERE], ["no memory on 1"]]
+    of_others = {"failing": "static", "resumed": "rigl"}
+    for name in (*configs, *others):
+        one = saved(folder, f"{of_others.get(name) or name.partition('-')[0]}-none")
         assert first[name]["losses"] == pytest.approx(one["losses"], abs=1e-2), name
 
 
@@ -330,6 +337,19 @@ def test_the_threads_of_a_group_end_with_it(monkeypatch):
     finish()
     assert weight() is None
     assert threads() <= before and not dist.is_initialized()
+
+
+def test_processes_that_are_started_anew_see_nothing_of_those_before(monkeypatch):
+    store = dist.TCPStore("localhost", 0, is_master=True, wait_for_workers=False)
+    there = dict(RANK=0, WORLD_SIZE=1, MASTER_ADDR="localhost", MASTER_PORT=store.port)
+    there["TORCHELASTIC_USE_AGENT_STORE"] = True
+    for name, value in there.items():
+        monkeypatch.setenv(name, str(value))
+    for attempt in "01":
+        monkeypatch.setenv("TORCHELASTIC_RESTART_COUNT", attempt)
+        told, rank, size = connect()
+        assert (rank, size) == (0, 1) and not told.check(["gone"])
+        told.set("gone", "1")
 
 
 def test_a_killed_process_stops_the_other_and_one_goes_on(alone, tmp_path):
@@ -371,5 +391,8 @@ def test_mistakes(monkeypatch, tmp_path):
         Ranks("fsdp", "cuda")
     with pytest.raises(ValueError, match="device: expected cuda under torchrun, .*, got cuda:1"):
         Ranks("fsdp", "cuda:1")
-    with pytest.raises(ValueError, match="parallel must be ddp or fsdp under torchrun, got none"):
+    with pytest.raises(ValueError, match="parallel: expected ddp or fsdp in 2 processes, got none"):
         Ranks("none", "cpu")
+    monkeypatch.delenv("WORLD_SIZE")
+    monkeypatch.setenv("RANK", "1")  # of something else: nobody else would write
+    assert is_first_rank() and Ranks("none", "cpu").size == 1

@@ -22,6 +22,7 @@ CONFIGS = {
     "GPT": GPTConfig(2, 4, 256, 512, 256),
     "LLaMA": LlamaConfig(2, 8, 512, 512, 256, n_inner=648, n_kv_head=2),
 }
+WIDE_HEADS = LlamaConfig(2, 2, 512, 512, 256, n_inner=648, n_kv_head=1)
 
 
 @installed
@@ -100,6 +101,40 @@ def test_blocks_with_hooks_or_other_parts_are_left_alone(name):
     assert not fused._is_known(block)
 
 
+@pytest.mark.parametrize("name", CONFIGS)
+def test_norms_and_forwards_that_are_others_are_left_alone(name):
+    def changed(change) -> bool:
+        block = make(CONFIGS[name]).blocks[0]
+        change(block)
+        return fused._is_known(block)
+
+    width = CONFIGS[name].n_embd
+    for norm in (
+        torch.nn.Identity(),
+        torch.nn.RMSNorm(width),  # of an eps that torch chooses
+        torch.nn.LayerNorm(width, elementwise_affine=False),
+    ):
+        assert not changed(lambda block, norm=norm: setattr(block, "norm2", norm))
+    assert not changed(lambda block: setattr(block.attention, "forward", lambda *_: None))
+    assert changed(lambda block: setattr(block, "norm2", type(block.norm1)(width, eps=1e-6)))
+
+
+def test_kernels_get_no_cache_that_is_too_small():
+    """They check nothing: they would write past its end."""
+    model = make(CONFIGS["LLaMA"]).eval()
+    run, idx = fused.Fused(model, starts_early=False), torch.zeros(2, 70, dtype=torch.int64)
+    for cache in (Cache(model, 2, 64), Cache(model, 1, 128), Cache(make(CONFIGS["GPT"]), 2, 128)):
+        with pytest.raises(ValueError, match="cache: expected at least .* positions"):
+            run(idx, cache)
+    with pytest.raises(
+        ValueError, match="cache: .* torch.float32 on cpu, got .* torch.float16 on cpu"
+    ):
+        run(idx, Cache(make(CONFIGS["LLaMA"]).half(), 2, 128))
+    for tokens, position in ((513, None), (2, torch.tensor([0]))):
+        with pytest.raises(ValueError, match=f"idx has {tokens} positions, expected 512 or fewer"):
+            run(torch.zeros(2, tokens, dtype=torch.int64), Cache(model, 2, 1024), position)
+
+
 def test_a_machine_where_triton_does_not_run():
     fused._runs.cache_clear()
     with pytest.warns(UserWarning, match="slower, since Triton does not run"):
@@ -125,11 +160,22 @@ def on_gpu(test):
 )
 @pytest.mark.parametrize("name", CONFIGS)
 def test_logits_on_a_gpu(name, batch, length, dtype):
+    check_logits(CONFIGS[name], batch, length, dtype)
+
+
+@on_gpu
+def test_a_row_of_a_head_that_two_warps_turn():
+    """Neither reads what the other has turned already."""
+    for _ in range(5):
+        check_logits(WIDE_HEADS, 16, 300, torch.float32)
+
+
+def check_logits(config, batch, length, dtype):
     """Errors are those of the model's own pass, or less."""
-    model = random_gpt(CONFIGS[name], 0.0, "cuda", dtype)
+    model = random_gpt(config, 0.0, "cuda", dtype)
     assert fused.fits(model)
     idx = torch.randint(256, (batch, length + 3), device="cuda")
-    exact, errors = make(CONFIGS[name]).cuda().double(), []
+    exact, errors = make(config).cuda().double(), []
     exact.load_state_dict(model.state_dict())
     with torch.no_grad():
         want = exact.eval()(idx)[0][:, length - 1 :]

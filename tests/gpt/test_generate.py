@@ -11,6 +11,7 @@ import pytest
 import torch
 
 from sparsekern import SparseLinear, Static, cli, densify_, sparsify_
+from sparsekern.commands.generate import random_models, trained_models
 from sparsekern.gpt import speed
 from sparsekern.gpt.build import load_model
 from sparsekern.gpt.checkpoint import CHECKPOINT, load_checkpoint, save_checkpoint
@@ -116,12 +117,29 @@ def test_tokens_come_as_often_as_the_model_says():
     assert ((counts[choices] / draws - want).abs() < 5 * deviation).all()
 
 
-@pytest.mark.parametrize("settings", [{"temperature": -1.0}, {"top_k": 0}, {"count": -1}])
-def test_generation_errors(settings: dict):
-    with pytest.raises(ValueError, match="count >= 1, temperature >= 0, top_k >= 1"):
-        generate(tiny_model(), prompt(1, 1), **{"count": 1, **settings})
-    with pytest.raises(ValueError, match=r"at least one token .* idx \[1, 0\]"):
-        generate(tiny_model(), prompt(1, 0), 1)
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"temperature": -1.0}, "temperature: expected 0 or more, got -1.0"),
+        ({"temperature": float("nan")}, "temperature: expected 0 or more, got nan"),
+        ({"temperature": -1.0, "count": 0}, "temperature: expected 0 or more, got -1.0"),
+        ({"top_k": 0}, "top_k: expected a whole number, 1 or more, got 0"),
+        ({"top_k": 2.5}, "top_k: expected a whole number, 1 or more, got 2.5"),
+        ({"count": -1}, "count: expected a whole number, 1 or more, got -1"),
+        ({"idx": torch.zeros(1, 0).long()}, r"idx: expected int64 \[B, T\], .* got .*\[1, 0\]"),
+        ({"idx": torch.zeros(0, 2).long()}, r"idx: expected int64 \[B, T\], .* got .*\[0, 2\]"),
+        ({"idx": torch.zeros(2).long()}, r"idx: expected int64 \[B, T\], .* got .*\[2\]"),
+        ({"idx": torch.zeros(1, 2).int()}, r"idx: expected int64 \[B, T\], .* got torch.int32"),
+        ({"idx": torch.tensor([[3, 256]])}, "idx: expected tokens from 0 to 255, got 3 to 256"),
+        ({"idx": torch.tensor([[-1]])}, "idx: expected tokens from 0 to 255, got -1 to -1"),
+        ({"idx": torch.empty(1, 2, device="meta").long()}, "idx: expected tokens on cpu, .* meta"),
+    ],
+)
+def test_generation_errors(settings: dict, message: str):
+    model = tiny_model().train()
+    with pytest.raises(ValueError, match=message):
+        generate(model, **{"idx": prompt(1, 1), "count": 1, **settings})
+    assert all(part.training for part in model.modules())
 
 
 # Presets
@@ -187,8 +205,10 @@ def test_compare_counts_time_and_memory():
     values = sum(m.values.numel() for m in sparse.modules() if isinstance(m, SparseLinear))
     assert result["sparse"]["block_bytes"] > 8 * values
     json.dumps(result)
-    with pytest.raises(ValueError, match="at least 2 tokens, got 1"):
-        speed.compare(models, prompt(1, 1), 1)
+    for count, rounds in ((1, 5), (2, 0)):
+        message = f"at least 2 tokens and 1 round, got {count} and {rounds}"
+        with pytest.raises(ValueError, match=message):
+            speed.compare(models, prompt(1, 1), count, rounds)
 
 
 def test_blocks_of_any_sparsity_share_their_compilations(monkeypatch):
@@ -297,12 +317,13 @@ def test_mistakes(run, checkpoint, tmp_path):
         (checkpoint, "--sparsity=0.5"): "its weights and zeros stay",
         (f"--checkpoint={tmp_path / 'none.pt'}",): "none.pt does not exist",
         (*PRESET, "--sparsity=1"): "sparsity must be at least 0 and below 1, got 1.0",
+        (*PRESET, "--temperature=-1"): "temperature: expected 0 or more, got -1.0",
         (*PRESET, "--bench"): "expected a sparse model, give a sparsity above 0",
         (*PRESET, "--sparsity=0.5", "--bench", "--tokens=1"): "at least 2 tokens, got 1",
         (*PRESET, "--tokens=0"): "tokens >= 1 and batch >= 1, got .* tokens 0",
         (*PRESET, "--batch=0"): "got .* batch 0",
         (*PRESET, "--prompt="): "expected a prompt",
-        (*PRESET, "--top-k=0"): "top_k >= 1",
+        (*PRESET, "--top-k=0"): "top_k: expected a whole number, 1 or more",
         (*PRESET, "--device=cpu", "--keep-dense"): "keep_dense: expected a GPU",
         (*PRESET, "--device=tpu"): "device: expected one of cpu.*, got 'tpu'",
         (*PRESET, "--device=cuda:99"): "got 'cuda:99'",
@@ -311,13 +332,19 @@ def test_mistakes(run, checkpoint, tmp_path):
         assert re.search(message, run(*arguments)), arguments
 
 
-def test_bench_needs_a_sparse_checkpoint(run, checkpoint):
+def test_dense_copies_are_of_sparse_layers(run, checkpoint):
+    cpu, no_zeros = torch.device("cpu"), "keep_dense: expected a sparse model, "
+    with pytest.raises(ValueError, match=no_zeros + "give a sparsity above 0"):
+        random_models("gpt2-small", 0.0, cpu, torch.float32, 0, 1, False, True)
     path = Path(checkpoint.partition("=")[2])
     state = load_checkpoint(path)
-    model = densify_(load_model(path)[0])
-    state["config"]["sparsity"], state["model"] = 0.0, model.state_dict()
+    state["config"]["sparsity"] = 0.0
+    state["model"] = densify_(load_model(path)[0]).state_dict()
     save_checkpoint(path, state)
-    assert "expected a sparse model" in run(checkpoint, "--bench")
+    with pytest.raises(ValueError, match=no_zeros + ".* is dense"):
+        trained_models(path, cpu, torch.float32, 1, False, True)
+    assert run(checkpoint, "--prompt=beer", "--tokens=3", "--device=cpu").startswith("beer")
+    assert "bench: expected a sparse model" in run(checkpoint, "--bench")
 
 
 # On a GPU

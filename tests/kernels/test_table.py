@@ -109,6 +109,13 @@ def test_debug_prints_each_new_problem_once(with_picky, capsys):
     )
 
 
+def test_explain_names_what_it_takes():
+    with pytest.raises(TypeError, match="W: expected a SparseTensor or a packed layer, got Tensor"):
+        sparsekern.explain(torch.randn(2, 3), torch.randn(3, 3))
+    with pytest.raises(ValueError, match="Linear has none; of a SparseLinear give its weight"):
+        sparsekern.explain(torch.randn(2, 3), torch.nn.Linear(3, 3))
+
+
 def test_explain(with_picky):
     W = sparse(random_dense(8, 16))
     x = torch.zeros(3, 5, 16, dtype=torch.float64)

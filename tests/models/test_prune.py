@@ -67,6 +67,8 @@ def test_the_command_sees_what_it_is_given(tmp_path, capsys):
     assert "rounds: for runs of `sparsekern train`" in capsys.readouterr().err
     assert cli.main([*source, "--algorithm", "wanda", "--calibration", "4"]) == 2
     assert "calibration: a model expected a file of texts, got 4" in capsys.readouterr().err
+    assert cli.main(source) == 2
+    assert "sparsity: a model of transformers expected one" in capsys.readouterr().err
     (tmp_path / "checkpoint.pt").touch()
     assert not is_pretrained(str(tmp_path))
     assert cli.main([*source, "--calibration", "file.txt"]) == 2

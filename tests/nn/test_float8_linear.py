@@ -1,6 +1,7 @@
 """Layers that train in E4M3, on the emulator and a stand-in for cuSPARSELt, and on a GPU."""
 
 import copy
+import pickle
 import re
 import sys
 from pathlib import Path
@@ -12,6 +13,7 @@ from torch import nn
 from sparsekern import SparseLinear, Static, sparsify_
 from sparsekern.kernels import float8 as recipe
 from sparsekern.kernels.cuda import float8
+from sparsekern.nn import forget_graphs_
 from sparsekern.nn.float8 import (
     Float8Linear,
     Float8SparseLinear,
@@ -247,6 +249,9 @@ def test_the_host_knows_the_factor_of_a_two_way_layer(device, monkeypatch):
         check(factor)
     state = scaling.state_dict()
     del state["exponents"]  # as that of a dense run
+    with pytest.raises(RuntimeError, match="forget_graphs_"):
+        scaling.load_state_dict(state)
+    forget_graphs_(model)
     scaling.load_state_dict(state)
     check(1 / 64)
 
@@ -273,6 +278,70 @@ def test_state_goes_on_elsewhere(device):
     assert torch.equal(results[0], results[1]) and torch.equal(results[0], results[2])
     with pytest.raises(ValueError, match="scales: expected"):
         to_float8_(mlp(device, True)[:1], every).load_state_dict(scaling.state_dict())
+
+
+@pytest.mark.parametrize("is_sparse", [True, False])
+def test_a_pickled_model_goes_on(device, is_sparse):
+    model = mlp(device, is_sparse)
+    to_float8_(model, every)
+    x = torch.randn(TOKENS, WIDTH, device=device)
+    step(model, lambda: model(x)), step(model, lambda: model(x))
+    other = pickle.loads(pickle.dumps(model))
+    for factor in (1, 50, 50):
+        first, second = (step(each, lambda: each(factor * x)) for each in (model, other))  # noqa: B023
+        assert torch.equal(first, second)
+
+
+def test_a_step_between_forward_and_backward_is_an_error(device):
+    model = mlp(device, True)
+    to_float8_(model, every)
+    x = torch.randn(TOKENS, WIDTH, device=device, requires_grad=True)
+    step(model, lambda: model(x))
+    y = model(x)
+    scaling_of(model).advance()
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        y.sum().backward()
+
+
+def test_graphs_that_are_gone_let_factors_change(device, monkeypatch):
+    model = mlp(device, True)
+    scaling = to_float8_(model, every)
+    x = torch.randn(TOKENS, WIDTH, device=device)
+    step(model, lambda: model(x))
+    with monkeypatch.context() as captured:
+        captured.setattr(torch.cuda, "is_current_stream_capturing", lambda: True)
+        with torch.no_grad():
+            model(x)
+    found = scaling.exponents.tolist()
+    for _ in range(2):
+        with pytest.warns(UserWarning, match="forget_graphs_"):
+            step(model, lambda: model(100 * x))
+    assert scaling.exponents.tolist() == found
+    forget_graphs_(model)
+    step(model, lambda: model(100 * x))
+    assert scaling.exponents.tolist() < found
+
+
+def test_torch_compile_captures_no_factor():
+    """Its own CUDA graphs (reduce-overhead) would keep the one they saw."""
+    op = torch.ops.sparsekern.float8_spmm.default
+    assert torch.Tag.cudagraph_unsafe in op.tags
+
+
+@pytest.mark.gpu
+@needs_gpu
+def test_graphs_of_torch_compile_follow_the_factors():
+    model = mlp("cuda", True)
+    scaling = to_float8_(model, every)
+    compiled = torch.compile(model, mode="reduce-overhead")
+    x = torch.randn(TOKENS, WIDTH, device="cuda")
+    found = []
+    for factor in (1, 1, 1, 1, 64, 64, 64):
+        torch.compiler.cudagraph_mark_step_begin()
+        exact = copy.deepcopy(model).eval()
+        y = step(model, lambda: compiled(factor * x))  # noqa: B023
+        found.append(frobenius_error(y.detach(), exact(factor * x).detach().double()))
+    assert scaling.has_begun and max(found[:4]) < 0.2 and found[-1] < 0.2
 
 
 def test_what_cannot_train_in_float8_is_refused_in_one_sentence(device, monkeypatch):

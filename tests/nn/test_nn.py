@@ -435,6 +435,23 @@ def test_nothing_to_sparsify_is_an_error(model, seen):
         sparsify_(model, Static(0.5))
 
 
+@pytest.mark.parametrize("wrong", [0.75, None, {"0": 1}])
+def test_what_is_no_algorithm_is_named(wrong):
+    with pytest.raises(TypeError, match=r"algorithm: expected one that has mask\(name, weight\)"):
+        sparsify_(nn.Sequential(nn.Linear(8, 8)), wrong)
+
+
+def test_an_algorithm_that_returns_no_mask_is_named():
+    class Forgetful:
+        def mask(self, name, weight):
+            (weight > 0).sum()
+
+    model = nn.Sequential(nn.Linear(8, 8))
+    with pytest.raises(TypeError, match=r"0: expected a mask, .* from Forgetful, got None"):
+        sparsify_(model, Forgetful())
+    assert type(model[0]) is nn.Linear
+
+
 def test_a_filter_may_take_nothing():
     model = nn.Sequential(nn.Linear(4, 4))
     assert sparsify_(model, Static(0.5), lambda module, name: False) is model

@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from sparsekern import SparseLinear, SparseTensor, densify_
+from sparsekern import SparseLinear, SparseTensor, densify_, sparsify_
 from sparsekern.kernels import observed
 from sparsekern.nn import adopt_values_
 from sparsekern.sparsity import (
@@ -864,3 +864,23 @@ def test_a_copied_run_goes_on_once_its_optimizer_is_applied():
     assert its_algorithm.steps == algorithm.steps == 6
     for a, b in zip(model.state_dict().values(), twin.state_dict().values(), strict=True):
         assert torch.equal(a, b)
+
+
+def test_a_pattern_that_is_not_what_was_asked_for_is_told():
+    model = Static(0.5).apply(nn.Sequential(nn.Linear(16, 16), nn.Linear(16, 16)))
+    with pytest.warns(UserWarning, match="90.0% zeros were asked for, but 2 layers with 50.0% are"):
+        Static(0.9).apply(model)
+    with pytest.warns(UserWarning, match="sparsify_: all layers are sparse already and keep"):
+        sparsify_(model, Static(0.9))
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        for algorithm in (Static(0.5), Static(0.9, init_method="from_zeros"), Magnitude(0.9)):
+            algorithm.apply(model)
+
+
+def test_what_stays_dense_beside_linear_layers_is_told():
+    net = nn.Sequential(nn.Conv2d(3, 8, 3), nn.Flatten(), nn.Linear(32, 8))
+    with pytest.warns(UserWarning, match="apply: 1 Conv2d with 46% of the weights stay dense"):
+        Static(0.5).apply(net)
+    with pytest.raises(ValueError, match="apply: no nn.Linear to replace; .* a matrix: 1 LSTM"):
+        Static(0.5).apply(nn.LSTM(8, 8))

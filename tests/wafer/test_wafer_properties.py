@@ -5,9 +5,11 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
+import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from sparsekern import SparseTensor
 from sparsekern.wafer.balance import Mask, binomial_imbalance, windowed_imbalance
 from sparsekern.wafer.cost import Weight, compare_with_dense, masked_weights, step_cost
 from sparsekern.wafer.inference import inference_cost
@@ -193,6 +195,42 @@ def test_a_mask_with_uneven_columns_waits_longer():
     ]
     assert cycles[1].imbalance > 1.5 > cycles[0].imbalance >= 1
     assert cycles[1].total > cycles[0].total
+
+
+@pytest.mark.parametrize(
+    ("make", "told"),
+    [
+        (lambda: Mask.from_dense(np.ones(3, bool)), r"kept: expected bool \[N, K\]"),
+        (lambda: Mask.from_dense(np.ones((3, 3))), "kept: .* got float64"),
+        (lambda: Mask((3, 3), np.array([0, 1]), np.array([1])), "row_offsets: expected 4 numbers"),
+        (lambda: Mask((1, 3), np.array([0, 1]), np.array([3])), "col_indices: expected 0 to 2"),
+        (lambda: Mask((3,), np.array([0, 1]), np.array([1])), r"shape: expected \(N, K\)"),
+        (
+            lambda: Weight("up", 9, 2, 0.5, 1, Mask.from_dense(np.eye(2) > 0)),
+            "up: expected n, k",
+        ),
+    ],
+)
+def test_masks_that_are_none_are_refused(make, told):
+    with pytest.raises(ValueError, match=told):
+        make()
+
+
+def test_masks_of_tensors_are_those_of_arrays():
+    W = SparseTensor.from_dense(torch.eye(3, 4))
+    for mask in (Mask(W.shape, W.row_offsets, W.col_indices), Mask.from_dense(W.to_dense() > 0)):
+        assert (mask.transposed().col_indices == [0, 1, 2]).all() and mask.density == 0.25
+
+
+def test_masks_of_a_part_of_the_model_are_no_model():
+    wafer, shape = machine("wse2"), gpt_shape("gpt2-small")
+    part = masked_weights([("qkv", Mask.from_dense(np.eye(2304, 768) > 0))])
+    with pytest.raises(ValueError, match="all linear layers of gpt2-small.*1,769,472 in 1 weights"):
+        step_cost(wafer, shape, part, 64)
+    with pytest.raises(TypeError, match="expected a wafer.Mask of qkv, got ndarray"):
+        masked_weights([("qkv", np.eye(3) > 0)])
+    with pytest.raises(ValueError, match="density: expected a mask of shape"):
+        product_cycles(wafer, Inputs(), 64, 9, 9, part[0].mask)
 
 
 def test_layers_may_differ_in_density():

@@ -188,5 +188,5 @@ def test_mistakes_are_named():
         with pytest.raises(TypeError, match=message):
             predict(*arguments)
     for density in ("sparse", [], [0.5]):
-        with pytest.raises(ValueError, match="density: expected a number or the layers' Weights"):
+        with pytest.raises(ValueError, match="density: expected a number, or the Weights of"):
             predict(WSE2, gpt_shape("gpt3-xl"), density)

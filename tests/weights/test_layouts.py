@@ -373,6 +373,7 @@ def test_weights_with_config_and_tokenizer_beside_them(tmp_path, kind):
         (json.dumps(config | {"width": 10**9}), "wte.weight: expected shape"),
         (json.dumps(config | {"heads": True}), "config: heads: expected a number, got True"),
         ("{}", "config: layers: expected a number, got None"),
+        ('{"model_type": "llama"}', "expected a GPT of .* got a llama of transformers"),
     ):
         (tmp_path / "config.json").write_text(damage)
         with pytest.raises(ValueError, match=message) as caught:

@@ -19,7 +19,8 @@ from torch import Tensor
 
 from ...files import read_cached, write_cached
 from . import e4m3
-from .cusparselt import Error, Plan, compress, loaded
+from .cusparselt import Plan, compress, loaded
+from .vendor import Error
 
 ROUNDS, FINAL_ROUNDS, REPEATED = 3, 9, 20
 LAUNCHES = 6  # of a round, through as many copies of W
@@ -74,7 +75,8 @@ def algorithm_of(n: int, k: int, m: int, dtype: torch.dtype, device: torch.devic
         if torch.cuda.is_current_stream_capturing():
             return None
         wrong = known.wrong.setdefault(_name(dtype), set())
-        known.chosen[key] = fastest(n, k, m, dtype, device, wrong)
+        with torch.cuda.device(device):
+            known.chosen[key] = fastest(n, k, m, dtype, device, wrong)
         found = {name: sorted(known.wrong[name]) for name in list(known.wrong)}  # others may add
         content = {"tried": _tried(), "chosen": known.chosen, "wrong": found}
         with suppress(OSError):  # the next process times it again

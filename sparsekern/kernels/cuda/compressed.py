@@ -24,6 +24,7 @@ from . import cusparselt, e4m3
 from . import library as cuda_library
 from .algorithms import NONE_RIGHT, algorithm_of
 from .layout import Packed
+from .vendor import Error
 
 DEVICE, MACHINE = "cuda", "sm_90"  # it was tried there alone
 MULTIPLE_OF_TOKENS, MULTIPLE, MULTIPLE_E4M3 = 8, 16, 32  # of M; of N and K
@@ -116,7 +117,7 @@ def _adds_bias_in_e4m3(device: torch.device) -> bool:
     bias = torch.zeros(32, dtype=torch.bfloat16, device=device)
     try:
         cusparselt.Plan(32, 32, 16, device.index, None, bias, e4m3.DTYPE)
-    except cusparselt.Error:
+    except Error:
         return False
     return True
 
@@ -125,7 +126,7 @@ def pack_two_of_four(
     weight: SparseTensor, dtype: torch.dtype, largest: float | None = None
 ) -> TwoOfFour | TwoOfFourE4m3:
     """`weight` compressed, in its own type or, rounded, in E4M3, where `largest` may say how large
-    x gets. ValueError, TypeError or NotImplementedError says why it cannot be."""
+    x gets; 0 says nothing. ValueError, TypeError or NotImplementedError says why it cannot be."""
     if reason := refusal(weight, dtype):
         raise reason
     (n, k), dense = weight.shape, weight.to_dense()
@@ -136,7 +137,7 @@ def pack_two_of_four(
         if not dense.isfinite().all():
             raise ValueError("weight: expected finite values, since E4M3 has no infinities")
         rounded, exponent = e4m3.quantise_weight(dense)
-        x_exponent = FOUND if largest is None else e4m3.exponent_of(largest, e4m3.HEADROOM)
+        x_exponent = e4m3.exponent_of(largest, e4m3.HEADROOM) if largest else FOUND
         operand = cusparselt.compress(rounded)
         packed = TwoOfFourE4m3(n, k, weight.nnz, exponent, x_exponent, operand)
     packed.check()

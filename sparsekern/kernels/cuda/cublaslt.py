@@ -6,6 +6,9 @@ takes the host. Here it is asked once a shape; what a call does is one function 
 
 The library is the one that torch has loaded. Names, enumerations and the order of calls are those
 of cublasLt.h, CUDA 12 and 13. Where it is missing or names no algorithm, torch multiplies.
+
+A handle is for one thread at a time: products take turns (dense_product.cpp), and so do questions,
+which have a handle of their own.
 """
 
 import ctypes
@@ -17,6 +20,7 @@ import torch
 from ..operands import native
 from ..problem import Problem
 from ..steps import Slot, Steps
+from .vendor import Error, Library, Made, int64, integer, pointer, size
 
 _TYPES = {torch.bfloat16: 14, torch.float16: 2}  # cudaDataType
 _FLOAT32, _COMPUTE_FLOAT32 = 0, 68
@@ -29,19 +33,18 @@ ALIGNMENT, WORKSPACE_ALIGNMENT = 16, 256  # bytes; of all operands the first
 MOST_WORKSPACE_BYTES = 2**25  # as torch on Hopper
 MOST_PRODUCTS = 1024
 
-_pointer, _int, _int64, _size = ctypes.c_void_p, ctypes.c_int, ctypes.c_int64, ctypes.c_size_t
 _SIGNATURES = {
-    "Create": (_pointer,),
-    "MatmulDescCreate": (_pointer, _int, _int),
-    "MatmulDescSetAttribute": (_pointer, _int, _pointer, _size),
-    "MatmulDescDestroy": (_pointer,),
-    "MatrixLayoutCreate": (_pointer, _int, ctypes.c_uint64, ctypes.c_uint64, _int64),
-    "MatrixLayoutDestroy": (_pointer,),
-    "MatmulPreferenceCreate": (_pointer,),
-    "MatmulPreferenceSetAttribute": (_pointer, _int, _pointer, _size),
-    "MatmulPreferenceDestroy": (_pointer,),
-    "MatmulAlgoGetHeuristic": (*(_pointer,) * 7, _int, _pointer, _pointer),
-    "Matmul": (*(_pointer,) * 14, _size, _pointer),
+    "Create": (pointer,),
+    "MatmulDescCreate": (pointer, integer, integer),
+    "MatmulDescSetAttribute": (pointer, integer, pointer, size),
+    "MatmulDescDestroy": (pointer,),
+    "MatrixLayoutCreate": (pointer, integer, ctypes.c_uint64, ctypes.c_uint64, int64),
+    "MatrixLayoutDestroy": (pointer,),
+    "MatmulPreferenceCreate": (pointer,),
+    "MatmulPreferenceSetAttribute": (pointer, integer, pointer, size),
+    "MatmulPreferenceDestroy": (pointer,),
+    "MatmulAlgoGetHeuristic": (*(pointer,) * 7, integer, pointer, pointer),
+    "Matmul": (*(pointer,) * 14, size, pointer),
 }
 
 
@@ -50,33 +53,11 @@ class _Found(ctypes.Structure):
 
     _fields_ = (
         ("algorithm", ctypes.c_uint64 * 8),
-        ("workspace_bytes", _size),
-        ("status", _int),
+        ("workspace_bytes", size),
+        ("status", integer),
         ("waves", ctypes.c_float),
-        ("reserved", _int * 4),
+        ("reserved", integer * 4),
     )
-
-
-class Error(RuntimeError):
-    """A call that cuBLASLt refuses."""
-
-
-class _Library:
-    def __init__(self, name: str):
-        library = ctypes.CDLL(name)
-        for function, arguments in _SIGNATURES.items():
-            found = getattr(library, f"cublasLt{function}")
-            found.argtypes = arguments
-            setattr(self, function, found)
-
-    def call(self, name: str, *args) -> None:
-        if status := getattr(self, name)(*args):
-            raise Error(f"cublasLt{name}: status {status}")
-
-    def make(self, name: str, *args) -> ctypes.c_void_p:
-        made = ctypes.c_void_p()
-        self.call(name, ctypes.byref(made), *args)
-        return made
 
 
 def workspace_at(operand_bytes: int) -> int:
@@ -90,19 +71,28 @@ def soname() -> str:
 
 
 @cache
-def _library() -> _Library | None:
+def _library() -> Library | None:
     try:
-        return _Library(soname())
+        return Library(soname(), "cublasLt", _SIGNATURES, "GetStatusString")
     except (OSError, AttributeError):
         return None
 
 
+def _make(library: Library, what: str, *args) -> ctypes.c_void_p:
+    made = ctypes.c_void_p()
+    library.call(f"{what}Create", ctypes.byref(made), *args)
+    return made
+
+
 @cache
-def _handle(device: int) -> ctypes.c_void_p:
-    """That of the GPU, which is the current one; calls with it take turns (dense_product.cpp)."""
+def _handle(device: int, is_for_questions: bool) -> ctypes.c_void_p:
+    """One of the GPU, which is the current one."""
     library = _library()
     assert library is not None
-    return library.make("Create")
+    return _make(library, "")
+
+
+_asking = threading.Lock()
 
 
 class _Here(threading.local):
@@ -137,9 +127,7 @@ class Product:
         """Error where the library has no algorithm for it."""
         library = _library()
         assert library is not None
-        self._library, self._device = library, device
-        self._kept: list[tuple[str, ctypes.c_void_p]] = []  # how each is destroyed
-        handle = _handle(device)
+        self._library, self._device, self._made = library, device, Made(library)
         self._descriptor = self._make("MatmulDesc", _COMPUTE_FLOAT32, _FLOAT32)
         m, n, k = problem.M, problem.N, problem.K
         # What lies row by row is the transposed, column by column: the first size is the inner one.
@@ -158,26 +146,25 @@ class Product:
         self._layouts = [
             self._make("MatrixLayout", kind, rows, columns, rows) for rows, columns in shapes
         ]
-        self._found = self._ask(handle)
+        self._found = self._ask()
         behind, found = workspace_at(n * k * problem.dtype.itemsize), self._found
         self.scratch_elements = -(-(behind + found.workspace_bytes) // problem.dtype.itemsize)
-        functions = (getattr(library, name) for name in ("Matmul", "MatmulDescSetAttribute"))
-        addresses = [ctypes.cast(f, ctypes.c_void_p).value for f in functions]
+        addresses = library.address("Matmul"), library.address("MatmulDescSetAttribute")
+        handle = _handle(device, is_for_questions=False)
         made = [h.value for h in (handle, self._descriptor, *self._layouts)]
         numbers = *addresses, *made, ctypes.addressof(found), behind, found.workspace_bytes
         self._numbers = (ctypes.c_uint64 * len(numbers))(*numbers)
 
     def _make(self, what: str, *args) -> ctypes.c_void_p:
-        made = self._library.make(f"{what}Create", *args)
-        self._kept.append((f"{what}Destroy", made))
+        made = _make(self._library, what, *args)
+        self._made.add(made, f"{what}Destroy")
         return made
 
     def _describe(self, which: int, value) -> None:
-        size = ctypes.sizeof(value)
-        args = self._descriptor, which, ctypes.byref(value), size
+        args = self._descriptor, which, ctypes.byref(value), ctypes.sizeof(value)
         self._library.call("MatmulDescSetAttribute", *args)
 
-    def _ask(self, handle: ctypes.c_void_p) -> _Found:
+    def _ask(self) -> _Found:
         library, preference = self._library, self._make("MatmulPreference")
         for which, value in (
             (_MOST_BYTES, ctypes.c_uint64(MOST_WORKSPACE_BYTES)),
@@ -188,11 +175,12 @@ class Product:
             library.call("MatmulPreferenceSetAttribute", *args)
         found, count = _Found(), ctypes.c_int()
         a, b, out = self._layouts
-        library.call(
-            "MatmulAlgoGetHeuristic",
-            *(handle, self._descriptor, a, b, out, out, preference, 1),
-            *(ctypes.byref(found), ctypes.byref(count)),
-        )
+        with _asking:
+            library.call(
+                "MatmulAlgoGetHeuristic",
+                *(_handle(self._device, is_for_questions=True), self._descriptor),
+                *(a, b, out, out, preference, 1, ctypes.byref(found), ctypes.byref(count)),
+            )
         if not count.value or found.status:
             raise Error("cublasLtMatmulAlgoGetHeuristic: no algorithm")
         return found
@@ -205,20 +193,14 @@ class Product:
         """The product as one step. Scratch, of scratch_elements, begins with W or dW."""
         assert native
         steps.call(make_handle_of_torch, self._device)
-        steps.add(native.dense_product(), (1, 1, 1, 0), (self, a, b, out, bias, scratch))
-
-    def __del__(self):
-        for function, made in reversed(self._kept):
-            getattr(self._library, function)(made)
+        launch = native.dense_product(self._library.words_address)
+        steps.add(launch, (1, 1, 1, 0), (self, a, b, out, bias, scratch))
 
 
 @lru_cache(MOST_PRODUCTS)
-def _product(problem: Problem, device: int, has_bias: bool) -> Product | None:
+def _product(problem: Problem, device: int, has_bias: bool) -> Product:
     with torch.cuda.device(device):
-        try:
-            return Product(problem, device, has_bias)
-        except Error:
-            return None
+        return Product(problem, device, has_bias)
 
 
 def product_of(problem: Problem, device: int, has_bias: bool = False) -> Product | None:
@@ -226,4 +208,7 @@ def product_of(problem: Problem, device: int, has_bias: bool = False) -> Product
     if problem.dtype not in _TYPES or _library() is None:
         return None
     of_any = problem._replace(nnz=0, is_two_way=False, is_ordered=False)
-    return _product(of_any, device, has_bias)
+    try:
+        return _product(of_any, device, has_bias)
+    except Error:  # asked again by the next pattern: it may have been for want of memory
+        return None

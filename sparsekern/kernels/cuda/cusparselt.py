@@ -7,7 +7,8 @@ of it is part of this package. Names, enumerations and the order of calls are th
 versions 0.8.0 to 0.10.0. A plan holds pointers to its descriptors, so a Plan keeps all of them
 where they are as long as it lives.
 
-A handle belongs to one thread and device, and so do its plans.
+A handle belongs to one thread and device, and so do its plans. That device has to be the current
+one, also of a product.
 """
 
 import ctypes
@@ -20,6 +21,7 @@ import torch
 from torch import Tensor
 
 from ..operands import native
+from .vendor import Error, Library, Made, int64, integer, pointer, size
 
 SONAME = "libcusparseLt.so.0"
 OLDEST = (0, 8, 0)  # before, a selection cannot be destroyed
@@ -32,38 +34,28 @@ _PLAIN, _TRANSPOSED = 0, 1
 _ID = 0  # attribute of a selection
 _BIAS = 8  # of a descriptor of a matmul
 
-_pointer, _int64, _uint32, _int, _size = (
-    ctypes.c_void_p,
-    ctypes.c_int64,
-    ctypes.c_uint32,
-    ctypes.c_int,
-    ctypes.c_size_t,
-)
+_uint32 = ctypes.c_uint32
 _SIGNATURES = {
-    "GetProperty": (_int, _pointer),
-    "Init": (_pointer,),
+    "GetProperty": (integer, pointer),
+    "Init": (pointer,),
     "StructuredDescriptorInit": (
-        *(_pointer, _pointer, _int64, _int64, _int64),
-        *(_uint32, _int, _int, _int),
+        *(pointer, pointer, int64, int64, int64),
+        *(_uint32, integer, integer, integer),
     ),
-    "DenseDescriptorInit": (*(_pointer, _pointer, _int64, _int64, _int64), *(_uint32, _int, _int)),
-    "MatmulDescriptorInit": (_pointer, _pointer, _int, _int, *(_pointer,) * 4, _int),
-    "MatmulDescSetAttribute": (_pointer, _pointer, _int, _pointer, _size),
-    "MatmulAlgSelectionInit": (_pointer, _pointer, _pointer, _int),
-    "MatmulAlgSetAttribute": (_pointer, _pointer, _int, _pointer, _size),
-    "MatmulAlgSelectionDestroy": (_pointer,),
-    "MatmulPlanInit": (_pointer,) * 4,
-    "MatmulPlanDestroy": (_pointer,),
-    "MatDescriptorDestroy": (_pointer,),
-    "MatmulGetWorkspace": (_pointer,) * 3,
-    "Matmul": (*(_pointer,) * 10, _int),
-    "SpMMACompressedSize2": (_pointer,) * 4,
-    "SpMMACompress2": (_pointer, _pointer, _int, _int, *(_pointer,) * 4),
+    "DenseDescriptorInit": (*(pointer, pointer, int64, int64, int64), *(_uint32, integer, integer)),
+    "MatmulDescriptorInit": (pointer, pointer, integer, integer, *(pointer,) * 4, integer),
+    "MatmulDescSetAttribute": (pointer, pointer, integer, pointer, size),
+    "MatmulAlgSelectionInit": (pointer, pointer, pointer, integer),
+    "MatmulAlgSetAttribute": (pointer, pointer, integer, pointer, size),
+    "MatmulAlgSelectionDestroy": (pointer,),
+    "MatmulPlanInit": (pointer,) * 4,
+    "MatmulPlanDestroy": (pointer,),
+    "MatDescriptorDestroy": (pointer,),
+    "MatmulGetWorkspace": (pointer,) * 3,
+    "Matmul": (*(pointer,) * 10, integer),
+    "SpMMACompressedSize2": (pointer,) * 4,
+    "SpMMACompress2": (pointer, pointer, integer, integer, *(pointer,) * 4),
 }
-
-
-class Error(RuntimeError):
-    """A call that cuSPARSELt refuses."""
 
 
 def result_dtype(dtype: torch.dtype) -> torch.dtype:
@@ -71,27 +63,15 @@ def result_dtype(dtype: torch.dtype) -> torch.dtype:
     return torch.bfloat16 if dtype is torch.float8_e4m3fn else dtype
 
 
-class _Library:
+class _Library(Library):
     def __init__(self, path: str):
-        library = ctypes.CDLL(path)
-        for name, arguments in _SIGNATURES.items():
-            function = getattr(library, f"cusparseLt{name}")
-            function.argtypes = arguments
-            setattr(self, name, function)
-        library.cusparseLtGetErrorString.argtypes = (_int,)
-        library.cusparseLtGetErrorString.restype = ctypes.c_char_p
-        self._text = library.cusparseLtGetErrorString
+        super().__init__(path, "cusparseLt", _SIGNATURES, "GetErrorString")
         self.version = tuple(self._property(i) for i in range(3))
 
     def _property(self, which: int) -> int:
         value = ctypes.c_int()
         self.call("GetProperty", which, ctypes.byref(value))
         return value.value
-
-    def call(self, name: str, *args) -> None:
-        """Error with the function's name and the library's words if it does not succeed."""
-        if status := getattr(self, name)(*args):
-            raise Error(f"cusparseLt{name}: {self._text(status).decode()} (status {status})")
 
 
 @cache
@@ -151,53 +131,51 @@ def _handle(device: int) -> ctypes.Array:
     return _threads.handles[device]
 
 
-def _sparse(handle: ctypes.Array, rows: int, columns: int, dtype: torch.dtype) -> ctypes.Array:
+def _sparse(
+    handle: ctypes.Array, made: Made, rows: int, columns: int, dtype: torch.dtype
+) -> ctypes.Array:
     descriptor = _opaque()
     loaded().call(
         "StructuredDescriptorInit",
         *(handle, descriptor, rows, columns, columns, ALIGNMENT, _TYPES[dtype], _ROW, 0),
     )
+    made.add(descriptor, "MatDescriptorDestroy")
     return descriptor
 
 
 def _compressed_bytes(handle: ctypes.Array, descriptor: ctypes.Array) -> tuple[int, int]:
     """Of an operand, and of what compressing needs beside."""
-    size, scratch = ctypes.c_size_t(), ctypes.c_size_t()
-    refs = ctypes.byref(size), ctypes.byref(scratch)
+    operand, scratch = ctypes.c_size_t(), ctypes.c_size_t()
+    refs = ctypes.byref(operand), ctypes.byref(scratch)
     loaded().call("SpMMACompressedSize2", handle, descriptor, *refs)
-    return size.value, scratch.value
+    return operand.value, scratch.value
 
 
 def operand_bytes(n: int, k: int, dtype: torch.dtype, device: int) -> int:
     """Length of what compress() makes of a W [n, k] on this GPU."""
     with torch.cuda.device(device):
-        handle = _handle(device)
-        descriptor = _sparse(handle, n, k, dtype)
-        size, _ = _compressed_bytes(handle, descriptor)
-        loaded().call("MatDescriptorDestroy", descriptor)
-    return size
+        handle, made = _handle(device), Made(loaded())
+        return _compressed_bytes(handle, _sparse(handle, made, n, k, dtype))[0]
 
 
 def compress(w: Tensor) -> Tensor:
     """The operand, bytes, of w [N, K] with at most two of four neighbours that are not 0. What it
     holds is the library's own."""
-    lib, device, w = loaded(), w.device.index, w.contiguous()
+    lib, device, w = loaded(), w.device.index, aligned(w.contiguous())
     with torch.cuda.device(device):
-        handle = _handle(device)
-        descriptor = _sparse(handle, w.shape[0], w.shape[1], w.dtype)
-        size, scratch = _compressed_bytes(handle, descriptor)
-        out = w.new_zeros(size, dtype=torch.uint8)
+        handle, made = _handle(device), Made(lib)
+        descriptor = _sparse(handle, made, w.shape[0], w.shape[1], w.dtype)
+        length, scratch = _compressed_bytes(handle, descriptor)
+        out = w.new_zeros(length, dtype=torch.uint8)
         buffer = w.new_empty(max(16, scratch), dtype=torch.uint8)
         stream = torch._C._cuda_getCurrentRawStream(device)
         pointers = w.data_ptr(), out.data_ptr(), buffer.data_ptr(), stream
         lib.call("SpMMACompress2", handle, descriptor, 1, _PLAIN, *pointers)
-        lib.call("MatDescriptorDestroy", descriptor)
     return out
 
 
 class Plan:
-    """y [M, N] = alpha x [M, K] W^T + bias [N] by one algorithm, on the current GPU, by this
-    thread."""
+    """y [M, N] = alpha x [M, K] W^T + bias [N] by one algorithm, on one GPU, by this thread."""
 
     def __init__(
         self,
@@ -213,42 +191,49 @@ class Plan:
         """algorithm: a number, None for the library's own choice. dtype: of x and W. bias: the
         first one, of a plan whose products have one. strides: of the rows of x and y, k and n or
         more."""
-        lib = loaded()
-        self._shape, self._lib, self._device = (m, n), lib, device
-        self._dtype = out = result_dtype(dtype)
-        self._is_selected = self._is_planned = False
-        self._handle = handle = _handle(device)
-        x_stride, y_stride = strides or (k, n)
+        self._lib, self._shape, self._device = loaded(), (m, n), device
+        self._dtype, self._bias = result_dtype(dtype), None if bias is None else bias.data_ptr()
+        self._made, self._zero = Made(self._lib), ctypes.c_float(0)
+        with torch.cuda.device(device):
+            self._handle = _handle(device)
+            self._made.add(self._handle, None)
+            self._describe(dtype, k, *(strides or (k, n)))
+            self._begin(algorithm)
+
+    def _describe(self, dtype: torch.dtype, k: int, x_stride: int, y_stride: int) -> None:
+        lib, handle, (m, n) = self._lib, self._handle, self._shape
         # x is the transposed of [K, M], y lies column by column as [N, M].
-        w, x, y = _sparse(handle, n, k, dtype), _opaque(), _opaque()
-        matmul, self._selection, self._plan = _opaque(), _opaque(), _opaque()
-        self._matmul, self._kept = matmul, (w, x, y)
-        self._bias: int | None = None  # its address
-        lib.call("DenseDescriptorInit", handle, x, m, k, x_stride, ALIGNMENT, _TYPES[dtype], _ROW)
-        lib.call("DenseDescriptorInit", handle, y, n, m, y_stride, ALIGNMENT, _TYPES[out], _COLUMN)
-        operands = _PLAIN, _TRANSPOSED, w, x, y, y, _FLOAT32
-        lib.call("MatmulDescriptorInit", handle, matmul, *operands)
-        if bias is not None:
-            self._take(bias)
-        lib.call("MatmulAlgSelectionInit", handle, self._selection, matmul, 0)
-        self._is_selected = True
+        w, x, y = _sparse(handle, self._made, n, k, dtype), _opaque(), _opaque()
+        of_x, of_y = (m, k, x_stride, ALIGNMENT), (n, m, y_stride, ALIGNMENT)
+        lib.call("DenseDescriptorInit", handle, x, *of_x, _TYPES[dtype], _ROW)
+        self._made.add(x, "MatDescriptorDestroy")
+        lib.call("DenseDescriptorInit", handle, y, *of_y, _TYPES[self._dtype], _COLUMN)
+        self._made.add(y, "MatDescriptorDestroy")
+        self._matmul, operands = _opaque(), (_PLAIN, _TRANSPOSED, w, x, y, y, _FLOAT32)
+        self._made.add(self._matmul, None)
+        lib.call("MatmulDescriptorInit", handle, self._matmul, *operands)
+        if self._bias is not None:
+            self._set_bias(self._bias)
+
+    def _begin(self, algorithm: int | None) -> None:
+        lib, handle, bytes_needed = self._lib, self._handle, ctypes.c_size_t()
+        self._plan, selection = _opaque(), _opaque()
+        lib.call("MatmulAlgSelectionInit", handle, selection, self._matmul, 0)
+        self._made.add(selection, "MatmulAlgSelectionDestroy")
         if algorithm is not None:
-            self._set("MatmulAlgSetAttribute", self._selection, _ID, ctypes.c_int(algorithm))
-        lib.call("MatmulPlanInit", handle, self._plan, matmul, self._selection)
-        self._is_planned = True
-        size = ctypes.c_size_t()
-        lib.call("MatmulGetWorkspace", handle, self._plan, ctypes.byref(size))
-        self.workspace_bytes = size.value
-        self._zero = ctypes.c_float(0)
+            self._set("MatmulAlgSetAttribute", selection, _ID, ctypes.c_int(algorithm))
+        lib.call("MatmulPlanInit", handle, self._plan, self._matmul, selection)
+        self._made.add(self._plan, "MatmulPlanDestroy")
+        lib.call("MatmulGetWorkspace", handle, self._plan, ctypes.byref(bytes_needed))
+        self.workspace_bytes = bytes_needed.value
 
     def _set(self, function: str, of: ctypes.Array, which: int, value) -> None:
-        size = ctypes.sizeof(value)
-        self._lib.call(function, self._handle, of, which, ctypes.byref(value), size)
+        args = ctypes.byref(value), ctypes.sizeof(value)
+        self._lib.call(function, self._handle, of, which, *args)
 
-    def _take(self, bias: Tensor) -> None:
-        if self._bias != (address := bias.data_ptr()):
-            self._set("MatmulDescSetAttribute", self._matmul, _BIAS, ctypes.c_void_p(address))
-            self._bias = address
+    def _set_bias(self, address: int) -> None:
+        self._set("MatmulDescSetAttribute", self._matmul, _BIAS, ctypes.c_void_p(address))
+        self._bias = address
 
     def multiply(
         self,
@@ -260,34 +245,30 @@ class Plan:
     ) -> Tensor:
         """The product with x [M, K] on torch's current stream; in y, if it is given. Their rows are
         as far apart as the plan says. With a bias if the plan was made with one."""
-        if bias is not None:
-            self._take(bias)
+        if bias is not None and self._bias != bias.data_ptr():
+            self._set_bias(bias.data_ptr())
         y = x.new_empty(self._shape, dtype=self._dtype) if y is None else y
         workspace = x.new_empty(self.workspace_bytes, dtype=torch.uint8)
         stream = ctypes.c_void_p(torch._C._cuda_getCurrentRawStream(self._device))
         factor, out = ctypes.c_float(alpha), y.data_ptr()
-        self._lib.call(
-            "Matmul",
+        args = (
             *(self._handle, self._plan, ctypes.byref(factor), operand.data_ptr(), x.data_ptr()),
             *(ctypes.byref(self._zero), out, out, workspace.data_ptr(), ctypes.byref(stream), 1),
         )
+        with torch.cuda.device(self._device):
+            self._lib.call("Matmul", *args)
         return y
 
     def start(self, other_way: Callable[..., None], workspace_at: int) -> Callable[..., None]:
         """start(_, _, _, _, stream, operand, x, y, bias), multiply() in C++, for a plan that nobody
         else uses. other_way(operand, x, y, bias) multiplies in other threads. The workspace begins
         workspace_at bytes behind the begin of the operand."""
-        functions = (getattr(self._lib, name) for name in ("Matmul", "MatmulDescSetAttribute"))
-        addresses = (ctypes.cast(f, ctypes.c_void_p).value for f in functions)
-        structs = map(ctypes.addressof, (self._handle, self._plan, self._matmul))
+        lib, structs = self._lib, map(ctypes.addressof, (self._handle, self._plan, self._matmul))
+        addresses = map(lib.address, ("Matmul", "MatmulDescSetAttribute"))
         assert native
-        return native.sparse_product(self, other_way, *addresses, *structs, workspace_at, _BIAS)
-
-    def __del__(self):
-        if self._is_planned:
-            self._lib.MatmulPlanDestroy(self._plan)
-        if self._is_selected:
-            self._lib.MatmulAlgSelectionDestroy(self._selection)
+        return native.sparse_product(
+            *(self, other_way, *addresses, lib.words_address, *structs, workspace_at, _BIAS)
+        )
 
 
 def multiply(

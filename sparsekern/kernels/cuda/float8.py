@@ -4,7 +4,7 @@ Two-way patterns are multiplied through cuSPARSELt, forward and input gradient. 
 filled from the stored values, and that of W^T with it, in one kernel, which rounds them too; the
 tail, which says where the slots are, is made once a pattern. The library takes a factor from the
 host alone. Scales are on the GPU, so those of x and W together are held to a power of two that the
-host knows (nn/float8.py); input gradients come without the scales, and who reads one multiplies it.
+host knows (nn/scaling.py); input gradients come without the scales: who reads one multiplies it.
 The weight gradient is a dense product of both operands transposed, as tensor cores want 8-bit
 operands, collected at the pattern.
 """
@@ -37,6 +37,7 @@ FILL_BYTES = (
 # of its x and W are together. torch.compile takes results of an op with an operand on the host for
 # unaligned, and would compile anew for each number.
 exponents: dict[int, int] = {}
+captured: set[int] = set()  # addresses of those that a CUDA graph has taken
 _NAMES = {torch.bfloat16: "bf16", torch.float32: "f32"}
 # Sums of weight gradients are added up in float32, as in Transformer Engine: tensor cores alone
 # keep 14 bits of them.
@@ -66,6 +67,26 @@ def pattern_of(row_offsets: Tensor, col_indices: Tensor, n: int, k: int) -> _Pat
 def _tail(stored: Tensor) -> Tensor:
     two = with_free_places(stored)
     return cusparselt.compress(two.float().to(DTYPE))[two.numel() // 2 :].clone()
+
+
+def exponent_of(noted: Tensor) -> int:
+    """Of the layer that notes there. RuntimeError where its Scaling notes elsewhere."""
+    address = noted.data_ptr()
+    if address not in exponents:
+        raise RuntimeError(
+            "float8: expected the buffers of a layer as to_float8_ has made them, views of those "
+            "of its Scaling; these are others"
+        )
+    if torch.cuda.is_current_stream_capturing():
+        captured.add(address)
+    return exponents[address]
+
+
+def forget_exponents(addresses: list[int]) -> None:
+    """Nobody notes there any more."""
+    captured.difference_update(addresses)
+    for address in addresses:
+        exponents.pop(address, None)
 
 
 def quantise(x: Tensor, scale: Tensor, noted: Tensor) -> Tensor:

@@ -44,7 +44,7 @@ def dense(cublaslt_library, monkeypatch):
     for cache in caches:
         cache.cache_clear()
     yield library
-    for name in ("algorithms", "sums", "workspace"):
+    for name in ("algorithms", "memory", "sums", "workspace"):
         getattr(library, f"without_{name}")(False)
     for cache in caches:
         cache.cache_clear()

@@ -70,13 +70,14 @@ def test_products_of_any_number_of_tokens(device, dtype, m, nan_memory):
     assert spmm_packed(x[:0], packed, bias).shape == (0, N)
 
 
-@pytest.mark.parametrize("largest", [None, 6.0])
+@pytest.mark.parametrize("largest", [None, 0.0, 6.0])  # of an example of zeros: nothing
 @pytest.mark.parametrize("m", [1, 16, 37])
 def test_in_e4m3_the_rounded_operands_are_multiplied_exactly(
     device, largest, m, nan_memory, request
 ):
     W, w = weight(device=device)
     packed = compressed.pack_two_of_four(W, E4M3, largest)
+    assert (packed.given_exponent is None) == (not largest)
     assert 0 <= packed.nbytes - 10 / 16 * N * K < 1024
     x, bias = torch.randn(m, K, device=device).bfloat16(), torch.randn(N, device=device).bfloat16()
     w8, exponent = e4m3.quantise_weight(w)
@@ -93,7 +94,7 @@ def test_in_e4m3_the_rounded_operands_are_multiplied_exactly(
             compressed._adds_bias_in_e4m3.cache_clear()
     assert spmm_packed(x[:0], packed, bias).shape == (0, N)
     if m > 1:
-        for bad in (torch.inf, torch.nan) if largest is None else (torch.inf, 1e3):
+        for bad in (torch.inf, 1e3) if largest else (torch.inf, torch.nan):
             x[m - 2, 5] = bad
             y = spmm_packed(x, packed)
             assert y[m - 2].isnan().any() and not y[: m - 2].isnan().any()

@@ -3,6 +3,7 @@ stand-in of tests/cuda/cusparselt.cpp."""
 
 import threading
 import warnings
+from contextlib import contextmanager
 from importlib.metadata import PackageNotFoundError
 from pathlib import Path
 from types import SimpleNamespace
@@ -23,7 +24,7 @@ from infinities import check_stored
 from test_two_of_four import two_way
 
 from sparsekern import SparseTensor
-from sparsekern.kernels.cuda import algorithms, compressed, cusparselt, two_of_four
+from sparsekern.kernels.cuda import algorithms, compressed, cusparselt, two_of_four, vendor
 from sparsekern.kernels.problem import Problem
 from sparsekern.kernels.table import pick, refusals
 
@@ -218,6 +219,34 @@ def test_a_call_that_fails_is_an_error_with_its_name(name, stand_in):  # noqa: F
     cusparselt._threads.plans.clear()
     assert stand_in.live() == live  # what had been made is destroyed
     check(product(W, x, bias), x, w, bias)  # and the next call works
+
+
+def test_calls_are_made_with_the_gpu_of_the_operands(monkeypatch):
+    """Whichever is the current one: a handle is tied to it."""
+    current, seen = ["another"], {}
+    call = vendor.Library.call
+
+    @contextmanager
+    def device(of):
+        current.append(of)
+        yield
+        current.pop()
+
+    def noted(self, name, *args):
+        seen[name] = {*seen.get(name, ()), current[-1]}
+        return call(self, name, *args)
+
+    W, w, bias = layer()
+    product(W, torch.randn(M, K).bfloat16())
+    cusparselt._threads.handles.clear()
+    monkeypatch.setattr(vendor.Library, "call", noted)
+    monkeypatch.setattr(torch.cuda, "device", device)
+    algorithms._known.cache_clear()
+    operand, x = cusparselt.compress(w), torch.randn(2 * M, K).bfloat16()
+    cusparselt.operand_bytes(N, K, w.dtype, None)
+    check(compressed.multiply(operand, x, N, None), x, w)
+    cusparselt.Plan(N, K, M, None, bias=torch.randn(N).bfloat16())
+    assert set(seen) >= {*CALLS} - {"GetProperty"} and set.union(*seen.values()) == {None}
 
 
 def test_what_the_library_does_not_take_is_an_error():

@@ -14,7 +14,7 @@ from test_two_of_four import two_way
 from sparsekern import SparseTensor
 from sparsekern.kernels import float8 as recipe
 from sparsekern.kernels.cuda import float8
-from sparsekern.nn.float8 import Scaling
+from sparsekern.nn.scaling import FIRST_STEPS, Scaling
 
 needs_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")
 ON_GPU = pytest.param("cuda", marks=[pytest.mark.gpu, needs_gpu])
@@ -163,6 +163,80 @@ def test_the_scale_of_a_step_is_that_of_the_largest_before():
     scaling.noted[:3] = torch.tensor([0.25, 0.0, 1e-3])
     scaling.advance()
     assert scaling.scales.tolist()[0] == 1024
+
+
+NUMBERS = torch.tensor([1.0, 0.1, 1e-3])  # largest ones of x, W and dY
+
+
+def step_of(scaling, *layers):
+    """A step in which these values were noted; None for a layer that saw none."""
+    for place, numbers in enumerate(layers):
+        if numbers is not None:
+            scaling.noted[4 * place :][:3] = numbers
+    scaling.advance()
+    return scaling.exponents.tolist()
+
+
+@pytest.mark.usefixtures("float8_on_cpu")
+@pytest.mark.parametrize("missing", [(0, 1, 2), (0,), (1,)])
+def test_a_layer_without_numbers_moves_nothing(missing):
+    """It is called in no step, or its x or its W is 0."""
+    scaling, some = Scaling(2, "cpu", True), NUMBERS.clone()
+    some[list(missing)] = 0
+    for _ in range(FIRST_STEPS):
+        found = step_of(scaling, NUMBERS, some)
+    for _ in range(70):
+        assert step_of(scaling, NUMBERS, some) == found
+    assert scaling.scales.isfinite().all() and scaling.scales.all()
+    other = Scaling(2, "cpu", True)
+    other.load_state_dict(scaling.state_dict())
+    for each in (scaling, other):
+        step_of(each, NUMBERS, NUMBERS)
+        of_x, of_w, _ = each.scales[4:7]
+        assert of_x == 256 and 512 <= of_w <= 4096
+        assert (of_x * of_w).log2() == each.exponents[1] and each.exponents[0] == found[0]
+
+
+def test_a_cuda_graph_keeps_the_factors_it_has(float8_on_cpu):  # noqa: F811
+    """Of forward and backward, while the optimizer's steps are in none: settle() tells."""
+    scaling = Scaling(1, "cpu", True)
+    for _ in range(3):
+        found = step_of(scaling, NUMBERS)
+    state = scaling.state_dict()
+    assert [float8.exponent_of(scaling.noted)] == found
+    grown = step_of(scaling, 100 * NUMBERS)
+    assert grown < found and not scaling.settle()
+    float8_on_cpu.is_capturing = True
+    assert [float8.exponent_of(scaling.noted)] == grown
+    float8_on_cpu.is_capturing = False
+    for _ in range(2):
+        with pytest.warns(UserWarning, match=r"call settle\(\)"):
+            assert step_of(scaling, 1e4 * NUMBERS) == grown
+    before = scaling.scales.clone()
+    with pytest.raises(RuntimeError, match="forget_graphs_"):
+        scaling.load_state_dict(state)
+    assert torch.equal(scaling.scales, before) and scaling.exponents.tolist() == grown
+    scaling.load_state_dict(scaling.state_dict())  # of the same
+    with pytest.warns(UserWarning, match=r"call settle\(\)"):
+        step_of(scaling, 1e4 * NUMBERS)
+    assert scaling.settle() and not scaling.settle()
+    assert scaling.exponents.tolist() < grown
+    scaling.load_state_dict(state)
+    assert scaling.exponents.tolist() == found
+
+
+def test_notes_of_no_scaling_are_an_error():
+    with pytest.raises(RuntimeError, match="buffers of a layer as to_float8_ has made them"):
+        float8.exponent_of(torch.zeros(3))
+
+
+@pytest.mark.parametrize("name", Scaling.STATE + ("exponents",))
+def test_a_state_that_does_not_fit_changes_nothing(name):
+    scaling = Scaling(2, "cpu", True)
+    state = Scaling(2, "cpu", True).state_dict() | {name: torch.full((3,), 7)}
+    with pytest.raises(ValueError, match=rf"float8: {name}: expected \(.*, got \(3,\)"):
+        scaling.load_state_dict(state)
+    assert scaling.scales.eq(1).all() and not scaling.exponents.any()
 
 
 @pytest.mark.parametrize("device", [ON_GPU])

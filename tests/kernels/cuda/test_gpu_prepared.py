@@ -7,10 +7,13 @@ import pytest
 import torch
 from test_emulated_prepared import CHANGES, K, N, layer, regular
 from test_emulated_prepared import call as call_of
+from test_two_of_four import two_way
 
-from sparsekern import ops
+from sparsekern import SparseTensor, explain, ops
+from sparsekern import linear as linear_of
 from sparsekern.indices import expand_rows
 from sparsekern.kernels.cuda import cublaslt
+from sparsekern.kernels.cuda.compressed import pack_two_of_four
 from sparsekern.kernels.operands import native
 from sparsekern.kernels.problem import Problem
 from sparsekern.nn import linear
@@ -151,6 +154,20 @@ def test_another_gpu(tokens):
     other = sparse.cuda(1)(x.cuda(1).requires_grad_())
     other.sum().backward()
     assert other.device.index == 1 and torch.equal(other.cpu(), want)
+
+
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="one GPU")
+def test_two_way_products_on_another_gpu_than_the_current_one():
+    mask = two_way(2048, 2048)
+    w, x = torch.randn(2048, 2048).bfloat16() * mask, torch.randn(2048, 2048).bfloat16()
+    W = SparseTensor.from_dense(w, mask)
+    for device in ("cuda:1", "cuda:0"):
+        there, t = W.to(device), x.to(device)
+        assert "-> two_of_four" in explain(t, there)
+        for y in (linear_of(t, there), pack_two_of_four(there, torch.bfloat16).multiply(t, None)):
+            assert y.device == t.device
+            check(y, t, w.to(device))
+        check(t @ there, t, w.T.to(device))
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32], ids=str)
