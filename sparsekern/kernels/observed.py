@@ -23,9 +23,7 @@ class Observation:
     those that zero_grad() threw away before another backward pass."""
 
     def __init__(self, row_offsets: Tensor, values: Tensor) -> None:
-        self._noted: list[
-            tuple[int, Tensor, Tensor]
-        ] = []  # with the backward pass, as torch counts
+        self._noted: list[tuple[int, Tensor, Tensor]] = []  # with the number of a backward pass
         self._passes: set[int] = set()  # those that have added to values.grad
         self._values = values
         self._added: tuple[int, int] | None = None  # its gradient when the last one had
