@@ -70,7 +70,8 @@ class Data:
             windows = np.arange(shift, self.tokens - context - 1, context)
             starts.append(rng.permutation(windows))
         changes = arm.sparsity.changes(steps, seed)
-        return program(np.concatenate(starts)[:needed], shape.batch, rate, changes)
+        scale = 1 / arm.sparsity.density(steps) if arm.is_scaled else 1.0
+        return program(np.concatenate(starts)[:needed], shape.batch, rate, changes, scale)
 
     def tuning(self, size: Size, arm: Arm, task: str, seed: int, rate: float) -> Program:
         """Passes over the task's rows."""
@@ -88,9 +89,11 @@ class Data:
         return max(size.steps, longest * rows // size.shape.batch, 1)
 
 
-def program(starts: np.ndarray, batch: int, rate: float, changes: dict) -> Program:
+def program(
+    starts: np.ndarray, batch: int, rate: float, changes: dict, scale: float = 1.0
+) -> Program:
     steps = len(starts) // batch
-    return Program(starts.reshape(steps, batch), rates(steps, rate), changes)
+    return Program(starts.reshape(steps, batch), rates(steps, rate), changes, scale)
 
 
 def rates(steps: int, highest: float) -> np.ndarray:
@@ -136,6 +139,7 @@ class Task:
         parts = (plan.SIZES[self.size], arm, WARM_UP_SHARE, patterns, gradual)
         parts += (tuning, plan.MOST_TUNING_RATE) if self.is_tuned else ()
         parts += (arm.start, arm.share, masks.ROUNDS, masks.ROUNDS_TO) if arm.start else ()
+        parts += ("scaled",) if arm.is_scaled else ()
         return hashlib.sha256(repr(parts).encode()).hexdigest()[:12]
 
 
@@ -207,6 +211,8 @@ class Runner:
             else:
                 weights = self._first_weights(task)
                 linear = {name: weights[f"{name}.weight"] for name in engine.weights}
+                for weight in linear.values():
+                    weight *= made.scale**0.5
                 engine.begin(weights, arm.sparsity.first(linear, task.seed), made)
             first = engine.steps
             while not engine.is_done:

@@ -55,12 +55,14 @@ class Program:
     """What the steps of a run read and how far they go.
 
     `starts`: places in the stream, int64 [steps, batch]; `rates`: float32 [steps]; `changes`: of
-    patterns, by the step after which they come, counted from 1.
+    patterns, by the step after which they come, counted from 1. `scale`: of the rates, for linear
+    layers of the blocks.
     """
 
     starts: np.ndarray
     rates: np.ndarray
     changes: Mapping[int, Change]
+    scale: float = 1.0
 
     @property
     def steps(self) -> int:
@@ -77,14 +79,15 @@ class Engine:
         self.model = GPT(shape.config()).to(self.device)
         self.optimizer = build_optimizer(self.model, 0.0)
         is_cuda = self.device.type == "cuda"
-        self._rate = torch.zeros((), device=self.device)
-        for group in self.optimizer.param_groups:
-            group |= {"lr": self._rate, "capturable": is_cuda}
         self.weights = {
             name: module.weight
             for name, module in self.model.blocks.named_modules(prefix="blocks")
             if isinstance(module, nn.Linear)
         }
+        self._rate, self._linear_rate, self._scale = torch.zeros(3, 1, device=self.device)[:, 0]
+        for group in self.optimizer.param_groups:
+            group |= {"lr": self._rate, "capturable": is_cuda}
+        self._split_group()
         self.masks = {name: torch.ones_like(w) for name, w in self.weights.items()}
         self._starts = torch.zeros(most_steps, shape.batch, dtype=torch.int64, device=self.device)
         self._rates = torch.zeros(most_steps, device=self.device)
@@ -103,6 +106,15 @@ class Engine:
         else:
             self._gradients()
             self._update()
+
+    def _split_group(self) -> None:
+        """Give the linear layers of the blocks a rate of their own."""
+        linear = set(self.weights.values())
+        for group in list(self.optimizer.param_groups):
+            own = [p for p in group["params"] if p in linear]
+            if own:
+                group["params"] = [p for p in group["params"] if p not in linear]
+                self.optimizer.add_param_group(group | {"params": own, "lr": self._linear_rate})
 
     # The step
 
@@ -127,6 +139,7 @@ class Engine:
         torch._foreach_mul_(gradients, list(self.masks.values()))
         nn.utils.clip_grad_norm_(self.model.parameters(), GRADIENT_CLIP)
         self._rate.copy_(self._rates.index_select(0, self._at)[0])
+        torch.mul(self._rate, self._scale, out=self._linear_rate)
         self.optimizer.step()
         self._at += 1
 
@@ -162,6 +175,7 @@ class Engine:
                 f"program: expected at most {len(self._rates)} steps, got {program.steps}"
             )
         self._program = program
+        self._scale.fill_(program.scale)
         self._starts[: program.steps] = torch.from_numpy(program.starts).to(self.device)
         self._rates[: program.steps] = torch.from_numpy(program.rates).float().to(self.device)
 

@@ -21,6 +21,7 @@ from .masks import Sparsity
 SWEEP_SEED = 100
 # Around the best one of 75 % at 5 tokens a parameter, whose sweep began at 1e-3.
 FIRST_RATES, TRIED = (4e-3, 8e-3, 1.6e-2), 5
+SCALED_FIRST_RATES = (1e-3, 2e-3, 4e-3)  # around the best one of dense, which it should share
 FIRST_TUNING_RATES, LEAST_TUNING_RATE, MOST_TUNING_RATE = (3e-4, 1e-3, 3e-3), 3e-5, 3e-2
 TASKS = {"sentiment": 2, "webnlg": 5, "code": 1}  # passes over their training rows
 PER_PARAMETER = 20
@@ -52,7 +53,8 @@ SIZES = {
 class Arm:
     """`rate_of`: the arm whose sweep gives its rate, itself where there is none. `start`: the arm
     whose model of the same seed it begins with, to train it on for `share` of that size's steps,
-    with a schedule of its own. (Both are no part of the repr, by which results know their arm.)"""
+    with a schedule of its own. (No part of the repr, by which results know their arm, as are the
+    next two.)"""
 
     title: str
     sparsity: Sparsity = Sparsity()
@@ -63,6 +65,8 @@ class Arm:
     tuning_passes: int = 1  # times those of TASKS
     is_tuned_sparse: bool = False  # with its mask too, beside dense
     start: str = field(default="", repr=False)
+    is_scaled: bool = field(default=False, repr=False)  # first weights and rates by density
+    first_rates: tuple[float, ...] = field(default=FIRST_RATES, repr=False)  # of its sweep
     share: float = field(default=1.0, repr=False)
 
     def shape(self, size: Size) -> Shape:
@@ -85,6 +89,13 @@ class Arm:
 ARMS = {
     "dense": Arm("dense"),
     "75": Arm("75 % zeros", Sparsity("static", 0.75), is_tuned_sparse=True),
+    "75-scaled": Arm(
+        "75 % zeros, scaled",
+        Sparsity("static", 0.75),
+        first_rates=SCALED_FIRST_RATES,
+        is_tuned_sparse=True,
+        is_scaled=True,
+    ),
     "small": Arm("small dense", is_small=True),
     "short": Arm("dense, fewer tokens", rate_of="dense", is_short=True),
     "scratch": Arm("not pre-trained", rate_of="dense", is_scratch=True),
@@ -294,14 +305,41 @@ PLAN = (
             Prediction("pruned-84-25", "more-25", "blimp", -4.0, -1.0),
         ),
     ),
+    Order(
+        9,
+        "S",
+        "Do first weights and rates that are scaled by density train 75 % better?",
+        ("75-scaled",),
+        ("75-scaled",),
+        (0, 1, 2),
+        predictions=(
+            Prediction("75-scaled", "dense", "code", 0.03, 0.12, 0.02),
+            Prediction("75-scaled", "small", "code", -0.05, 0.02, 0.02),
+            Prediction("75-scaled", "short", "code", -0.05, 0.10, 0.02),
+            Prediction("75-scaled", "dense", "held-out", 0.08, 0.18),
+            Prediction("75-scaled", "75", "held-out", -0.20, -0.02),
+            Prediction("75-scaled", "small", "held-out", -0.06, 0.04),
+        ),
+    ),
 )
 TOY_PLAN = (
     Order(
         1,
         "toy",
         "Does every kind of arm run?",
-        ("dense", "75", "small"),
-        ("dense", "75", "small", "short", "scratch", "75-dense", "gradual", "rigl", "two-way"),
+        ("dense", "75", "75-scaled", "small"),
+        (
+            "dense",
+            "75",
+            "75-scaled",
+            "small",
+            "short",
+            "scratch",
+            "75-dense",
+            "gradual",
+            "rigl",
+            "two-way",
+        ),
         (0, 1),
         predictions=(Prediction("75", "dense", "code", -1.0, 1.0, 0.02),),
     ),
@@ -343,11 +381,11 @@ def rounded(rate: float) -> float:
     return float(f"{rate:.3g}")
 
 
-def next_rates(losses: dict[float, float]) -> list[float]:
-    """Rates to try after these, of which a loss that is not finite is too high: the first three,
+def next_rates(losses: dict[float, float], first: Sequence[float] = FIRST_RATES) -> list[float]:
+    """Rates to try after these, of which a loss that is not finite is too high: the `first` ones,
     then further ones until the best has neighbours on both sides, then between them, until TRIED
     were tried. None where the sweep is done."""
-    missing = [rate for rate in FIRST_RATES if rate not in losses]
+    missing = [rate for rate in first if rate not in losses]
     if missing:
         return missing
     if (beyond := beyond_the_end(losses, 2.0)) is not None:
@@ -365,9 +403,9 @@ def beyond_the_end(losses: dict[float, float], factor: float) -> float | None:
     return rounded(best * factor) if best == max(losses) else None
 
 
-def best_rate(losses: dict[float, float]) -> float | None:
+def best_rate(losses: dict[float, float], first: Sequence[float] = FIRST_RATES) -> float | None:
     """None until the sweep is done, or where no rate has a finite loss."""
-    if not losses or next_rates(losses) or not any(map(math.isfinite, losses.values())):
+    if not losses or next_rates(losses, first) or not any(map(math.isfinite, losses.values())):
         return None
     return min(losses, key=lambda rate: _finite(losses[rate]))
 

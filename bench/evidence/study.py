@@ -124,11 +124,13 @@ class Study:
         }
 
     def sweep(self, size: str, arm: str) -> list[float]:
-        return plan.next_rates(self.losses(size, arm))
+        return plan.next_rates(self.losses(size, arm), ARMS[arm].first_rates)
 
     def rate(self, size: str, arm: str) -> float | None:
         """That of its sweep, or of the arm whose sweep it follows; None until that is done."""
-        return plan.best_rate(self.losses(plan.SWEPT_AT.get(size, size), ARMS[arm].rate_of or arm))
+        swept = ARMS[arm].rate_of or arm
+        losses = self.losses(plan.SWEPT_AT.get(size, size), swept)
+        return plan.best_rate(losses, ARMS[swept].first_rates)
 
     def start_rate(self, size: str, arm: str) -> float | None:
         """That of the arm it starts from, 0 where it starts from none."""
