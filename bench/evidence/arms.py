@@ -140,6 +140,7 @@ class Task:
         parts += (tuning, plan.MOST_TUNING_RATE) if self.is_tuned else ()
         parts += (arm.start, arm.share, masks.ROUNDS, masks.ROUNDS_TO) if arm.start else ()
         parts += ("scaled",) if arm.is_scaled else ()
+        parts += ("normed",) if arm.is_normed else ()
         return hashlib.sha256(repr(parts).encode()).hexdigest()[:12]
 
 

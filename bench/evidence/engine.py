@@ -8,7 +8,7 @@ sparse layers compute, by dense kernels. Without a GPU the same functions run as
 """
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import numpy as np
 import torch
@@ -20,6 +20,7 @@ from sparsekern.gpt.model import GPT, GPTConfig
 from sparsekern.gpt.step import GRADIENT_CLIP
 
 from .masks import Change, Masks
+from .normed import norm_attention
 from .rows import IDS, NOT_A_TARGET
 from .scores import Scores, score
 
@@ -29,12 +30,15 @@ IGNORED = -100  # of cross_entropy
 
 @dataclass(frozen=True)
 class Shape:
+    """`is_normed`: its queries and keys are. (No part of the repr, by which results know it.)"""
+
     layers: int
     width: int
     heads: int
     context: int = 512
     vocab_size: int = 8192
     batch: int = 64
+    is_normed: bool = field(default=False, repr=False)
 
     @property
     def tokens(self) -> int:
@@ -44,10 +48,14 @@ class Shape:
     def config(self) -> GPTConfig:
         return GPTConfig(self.layers, self.heads, self.width, self.context, self.vocab_size)
 
+    def model(self) -> GPT:
+        model = GPT(self.config())
+        return norm_attention(model) if self.is_normed else model
+
     def weights(self, seed: int) -> dict[str, Tensor]:
         """First weights, on the host: the same for every device."""
         torch.manual_seed(seed)
-        return GPT(self.config()).state_dict()
+        return self.model().state_dict()
 
 
 @dataclass
@@ -76,7 +84,7 @@ class Engine:
         """`stream`: int16, on the device, what rows.py says; all that any run of it reads."""
         self.shape, self.device, self._dtype = shape, stream.device, dtype
         self._stream = stream
-        self.model = GPT(shape.config()).to(self.device)
+        self.model = shape.model().to(self.device)
         self.optimizer = build_optimizer(self.model, 0.0)
         is_cuda = self.device.type == "cuda"
         self.weights = {

@@ -22,6 +22,7 @@ SWEEP_SEED = 100
 # Around the best one of 75 % at 5 tokens a parameter, whose sweep began at 1e-3.
 FIRST_RATES, TRIED = (4e-3, 8e-3, 1.6e-2), 5
 SCALED_FIRST_RATES = (1e-3, 2e-3, 4e-3)  # around the best one of dense, which it should share
+NORMED_FIRST_RATES = (2e-3, 4e-3, 8e-3)  # from the best one of dense to that of 75 %, for all
 FIRST_TUNING_RATES, LEAST_TUNING_RATE, MOST_TUNING_RATE = (3e-4, 1e-3, 3e-3), 3e-5, 3e-2
 TASKS = {"sentiment": 2, "webnlg": 5, "code": 1}  # passes over their training rows
 PER_PARAMETER = 20
@@ -54,7 +55,7 @@ class Arm:
     """`rate_of`: the arm whose sweep gives its rate, itself where there is none. `start`: the arm
     whose model of the same seed it begins with, to train it on for `share` of that size's steps,
     with a schedule of its own. (No part of the repr, by which results know their arm, as are the
-    next two.)"""
+    next three.)"""
 
     title: str
     sparsity: Sparsity = Sparsity()
@@ -66,11 +67,12 @@ class Arm:
     is_tuned_sparse: bool = False  # with its mask too, beside dense
     start: str = field(default="", repr=False)
     is_scaled: bool = field(default=False, repr=False)  # first weights and rates by density
+    is_normed: bool = field(default=False, repr=False)  # queries and keys (normed.py)
     first_rates: tuple[float, ...] = field(default=FIRST_RATES, repr=False)  # of its sweep
     share: float = field(default=1.0, repr=False)
 
     def shape(self, size: Size) -> Shape:
-        return size.small if self.is_small else size.shape
+        return replace(size.small if self.is_small else size.shape, is_normed=self.is_normed)
 
     def steps(self, size: Size) -> int:
         if self.is_scratch:
@@ -151,6 +153,17 @@ ARMS = {
         start="dense",
         share=0.25,
     ),
+}
+
+ARMS |= {
+    f"{name}-normed": replace(
+        ARMS[name],
+        title=f"{ARMS[name].title}, normed",
+        rate_of="dense-normed" if ARMS[name].rate_of else "",
+        is_normed=True,
+        first_rates=NORMED_FIRST_RATES,
+    )
+    for name in ("dense", "75", "75-scaled", "small", "short")
 }
 
 
@@ -321,17 +334,35 @@ PLAN = (
             Prediction("75-scaled", "small", "held-out", -0.06, 0.04),
         ),
     ),
+    Order(
+        10,
+        "S",
+        "Does the answer stand where a norm of queries and keys keeps high rates stable?",
+        ("dense-normed", "75-normed", "75-scaled-normed", "small-normed"),
+        ("dense-normed", "75-normed", "75-scaled-normed", "small-normed", "short-normed"),
+        (0, 1, 2),
+        predictions=(
+            Prediction("dense-normed", "dense", "held-out", -0.06, 0.01),
+            Prediction("75-normed", "75", "held-out", -0.12, 0.0),
+            Prediction("75-normed", "dense-normed", "code", 0.04, 0.14, 0.02),
+            Prediction("75-normed", "small-normed", "code", -0.04, 0.03, 0.02),
+            Prediction("75-normed", "short-normed", "code", -0.03, 0.10, 0.02),
+            Prediction("75-normed", "dense-normed", "held-out", 0.08, 0.20),
+            Prediction("75-scaled-normed", "75-normed", "held-out", -0.04, 0.02, 0.02),
+        ),
+    ),
 )
 TOY_PLAN = (
     Order(
         1,
         "toy",
         "Does every kind of arm run?",
-        ("dense", "75", "75-scaled", "small"),
+        ("dense", "75", "75-scaled", "75-normed", "small"),
         (
             "dense",
             "75",
             "75-scaled",
+            "75-normed",
             "small",
             "short",
             "scratch",

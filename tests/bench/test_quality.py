@@ -5,6 +5,7 @@ import json
 import math
 import random
 from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -14,6 +15,7 @@ import torch.nn.functional as F
 from sparsekern.gpt.data import ByteTokenizer
 from sparsekern.sparsity import Static
 
+LENGTH = 17
 WORDS = "the of and to in is that model weight zero mask train loss good bad film novel".split()
 
 on_a_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="no NVIDIA GPU")
@@ -132,6 +134,39 @@ def test_an_arm_keeps_to_its_sparsity(evidence, runner, arm):
         weights = {n: w.detach() for n, w in engine.weights.items()}
         expected = Static(0.75, seed=0).masks(weights)
         assert all(torch.equal(mask, first[name]) for name, mask in expected.items())
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_queries_and_keys_are_normed(evidence, dtype):
+    """However large the weights are that make them. All else is as without a norm."""
+    shape = replace(evidence.plan.SIZES["toy"].shape, vocab_size=50, context=LENGTH)
+    plain, normed = shape.model(), replace(shape, is_normed=True).model()
+    unmatched = normed.load_state_dict(shape.weights(0), strict=False)
+    plain.load_state_dict(shape.weights(0))
+    assert unmatched.missing_keys == [f"blocks.0.attention.qkv.norms.{i}.weight" for i in (0, 1)]
+    qkv = [model.blocks[0].attention.qkv for model in (plain, normed)]
+    x = torch.randn(2, LENGTH, 32)
+    with torch.no_grad(), torch.autocast("cpu", dtype, enabled=dtype != torch.float32):
+        qkv[1].weight[:64] *= 100
+        qkv[1].norms[1].weight *= 2
+        expected, found = (layer(x).unflatten(-1, (3, 2, 16)) for layer in qkv)
+        assert found.dtype == expected.dtype == dtype
+        assert torch.equal(found[:, :, 2], expected[:, :, 2])
+        for part, scale in ((0, 1), (1, 2)):
+            each = expected[:, :, part].float()
+            each = scale * each / each.square().mean(-1, keepdim=True).sqrt()
+            torch.testing.assert_close(found[:, :, part].float(), each, rtol=0.02, atol=0.02)
+
+
+def test_arms_with_norms_are_recipes_of_their_own(evidence, monkeypatch):
+    """Results from before there were norms keep theirs."""
+    monkeypatch.setattr(evidence.masks, "UPDATE_EVERY", 100)  # as it is outside of these tests
+    kept = evidence.study.read([Path(__file__).parents[2] / "bench" / "results" / "quality.jsonl"])
+    evidence.study.check_plan(kept)
+    normed = [name for name, arm in evidence.plan.ARMS.items() if arm.is_normed]
+    names = [*normed, *(name.removesuffix("-normed") for name in normed)]
+    recipes = {evidence.arms.Task("S", name, 0, 0.004, False).recipe for name in names}
+    assert normed and len(recipes) == len(names)
 
 
 @pytest.mark.parametrize("arm", ["gradual", "75-dense", "rounds-84-25"])
