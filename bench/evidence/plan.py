@@ -305,6 +305,7 @@ PLAN = (
             Prediction("pruned-84-25", "more-25", "blimp", -4.0, -1.0),
         ),
     ),
+    # Added after the sweeps of order 1, one run of its 75 % and one of dense.
     Order(
         9,
         "S",
