@@ -14,7 +14,7 @@ is in OUT and in bench/results/quality.jsonl, a run that was stopped goes on fro
 still there. Where it will not be (checkpoints of 170 MB and more do not come home from a lent
 machine), --whole fills the minutes with runs that end in time: those of this call, or of it and the
 next calls on the same machine. OUT/compiled-*.xz spares the next machine half a minute for each
-shape. The fourth is for a quiet CPU, where it takes about 23 minutes: dense and 75 % zeros for the
+shape. The fourth is for a quiet CPU, where it takes about 35 minutes: dense and 75 % zeros for the
 same minutes, a core each. The last writes docs/quality.md and its picture.
 """
 
@@ -120,16 +120,15 @@ def about_now(commit: str = "") -> dict:
 
 
 def by_clock(options: argparse.Namespace) -> int:
-    for name in ("minutes", "short"):
-        if not getattr(options, name) > 0:
-            raise ValueError(f"{name}: expected more than 0, got {getattr(options, name):g}")
+    if not options.minutes > 0:
+        raise ValueError(f"minutes: expected more than 0, got {options.minutes:g}")
     corpus = build.identity(options.data)
     for result in study.read([KEPT] if KEPT.exists() else []):
         clock.expect("data", result["corpus"], corpus, KEPT)
     with alone("clock", CLOCK.parent), tempfile.TemporaryDirectory() as logs:
         cores = sorted(os.sched_getaffinity(0))[: len(clock.ARMS)]
-        minutes = options.minutes, options.short
-        made = clock.Turns(CLOCK, corpus, cores, *minutes, options.seeds, about_now(options.commit))
+        about = about_now(options.commit)
+        made = clock.Turns(CLOCK, corpus, cores, options.minutes, options.seeds, about)
         if made.coming():
             command = [sys.executable, __file__, "clock-worker", f"--data={options.data}"]
             pool = Pool(command, [str(core) for core in cores], Path(logs), math.inf)
@@ -187,8 +186,7 @@ def main() -> int:
         about = "of the sources, where git does not say it"
         given[name].add_argument("--commit", default="", help=about)
     more = given["clock"]
-    more.add_argument("--minutes", type=float, default=4.5, help="to train, for each run")
-    more.add_argument("--short", type=float, default=1.0, help="of those that choose a rate")
+    more.add_argument("--minutes", type=float, default=4.0, help="to train, for each run")
     more.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     given["page"].add_argument("--add", type=Path, nargs="+", default=[], help="new results")
     options = parser.parse_args()

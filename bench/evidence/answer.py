@@ -1,9 +1,10 @@
 """The first words of docs/quality.md: what 75 % zeros cost, and what else the same FLOPs buy."""
 
+import math
 from collections.abc import Sequence
 
 from .differences import Difference, difference, is_as_predicted, kind
-from .plan import ARMS, PLAN, Order, Prediction
+from .plan import ARMS, PLAN, SWEEP_SEED, Order, Prediction
 
 PRIMARY = "code"  # loss after fine-tuning, 75 % against dense and these, in order 2
 SIZE = "S"
@@ -41,6 +42,7 @@ def first_words(results: list[dict]) -> str:
         return (
             "**Not known yet.** The runs that would say it have not been made: what follows is the "
             "plan, with what was expected before the first run, and the runs that there are."
+            + hint(results)
         )
     margins = {p.b: p.margin for p in primary()}
     so_far = "" if is_whole(results) else "**Runs are missing or diverged.** "
@@ -51,6 +53,21 @@ def first_words(results: list[dict]) -> str:
         f"weights were fine-tuned; before the first run it was fixed that up to "
         f"{margins['dense']:g} counts as equal. In brackets: the loss with 75 % zeros less that of "
         "the other, and the 95 % interval of this."
+    )
+
+
+def hint(results: list[dict]) -> str:
+    """What the sweeps let expect, where all of them have begun."""
+    best: dict[str, float] = {}
+    for r in results:
+        if (r["size"], r["seed"]) == (SIZE, SWEEP_SEED) and "pretrained" in r:
+            best[r["arm"]] = min(best.get(r["arm"], math.inf), r["pretrained"]["dev"])
+    if {"dense", "75", "small"} - set(best):
+        return ""
+    return (
+        f" A hint from the choice of rates (section 1), before fine-tuning, one seed, each at its "
+        f"best rate: dense {best['dense']:.2f}, 75 % zeros {best['75']:.2f}, the small dense "
+        f"model of the same FLOPs {best['small']:.2f} nats a token of held-out text."
     )
 
 

@@ -2,8 +2,9 @@
 
 Sparse weights are trained by sparsekern's own kernels, dense ones by torch. Both see their text in
 the same order, as far as they come; the schedule follows the clock. The arms run at the same time,
-each on one core, and change cores from run to run. First each has its rate swept by short runs,
-then both are trained at their best ones, seed by seed.
+each on one core, and change cores from run to run. First each has its rate swept, by runs of these
+minutes too, since shorter ones favour rates that are too high for them; then both are trained at
+their best ones, seed by seed.
 """
 
 import json
@@ -34,7 +35,7 @@ from .scores import Scores, score
 
 SHAPE = Shape(4, 256, 4, batch=4)
 ARMS = {"dense": 0.0, "75": 0.75}
-RATES, TRIED = (2e-3, 4e-3, 8e-3), 4  # the first ones to try, and how many at least
+RATES, TRIED = (1e-3, 2e-3, 4e-3), 4  # the first ones to try, and how many at least
 DEV_ROWS, HELD_OUT_ROWS = slice(0, None, 16), slice(1, None, 8)  # that a core scores in a minute
 # 75 % less dense, nats a token of held-out text, written down after a rough probe of both: a step
 # takes about 0.7 of the time, so half a doubling more of tokens, each doubling 0.3 to 0.4 at less
@@ -128,20 +129,17 @@ class Turns:
         corpus: str,
         cores: Sequence[int],
         minutes: float,
-        short: float,
         seeds: Sequence[int],
         about: dict,
     ) -> None:
-        """`minutes`: of each run, `short` of those that a rate is chosen by. ValueError where the
-        file has runs of another text or of other minutes."""
+        """`minutes`: of each run. ValueError where the file has runs of another text or of other
+        minutes."""
         self.path, self.about, self.cores = path, about, cores
-        self.minutes, self.short, self.seeds = minutes, short, seeds
+        self.minutes, self.seeds = minutes, seeds
         results = read(path)
         for result in results:
-            is_swept = result["seed"] == SWEEP_SEED
-            name, given = ("short", short) if is_swept else ("minutes", minutes)
             expect("data", result["corpus"], corpus, path)
-            expect(name, result["minutes"], given, path)
+            expect("minutes", result["minutes"], minutes, path)
         self.results = paired(results)
 
     def coming(self) -> list[dict]:
@@ -149,24 +147,22 @@ class Turns:
         tried = {arm: losses(self.results, arm) for arm in ARMS}
         for rate in RATES:
             if lacking := [arm for arm in ARMS if rate not in tried[arm]]:
-                return [self._settings(arm, self.short, rate, SWEEP_SEED) for arm in lacking]
+                return [self._settings(arm, rate, SWEEP_SEED) for arm in lacking]
         least, most = min(map(len, tried.values())), max(map(len, tried.values()))
         if least < max(most, TRIED) or any(is_at_end(found) for found in tried.values()):
             arms = [arm for arm in ARMS if len(tried[arm]) == least]
-            return [
-                self._settings(arm, self.short, next_rate(tried[arm]), SWEEP_SEED) for arm in arms
-            ]
+            return [self._settings(arm, next_rate(tried[arm]), SWEEP_SEED) for arm in arms]
         done = {(r["arm"], r["seed"]) for r in self.results}
         for seed in self.seeds:
             if lacking := [arm for arm in ARMS if (arm, seed) not in done]:
                 rates = {arm: min(tried[arm], key=tried[arm].__getitem__) for arm in lacking}
-                return [self._settings(arm, self.minutes, rates[arm], seed) for arm in lacking]
+                return [self._settings(arm, rates[arm], seed) for arm in lacking]
         return []
 
-    def _settings(self, arm: str, minutes: float, rate: float, seed: int) -> dict:
+    def _settings(self, arm: str, rate: float, seed: int) -> dict:
         made = sum(r["arm"] == arm for r in self.results)
         core = self.cores[([*ARMS].index(arm) + made) % len(self.cores)]
-        return {"arm": arm, "minutes": minutes, "rate": rate, "seed": seed, "core": core}
+        return {"arm": arm, "minutes": self.minutes, "rate": rate, "seed": seed, "core": core}
 
     def choose(self, core: str, under_way: Sequence[Job]) -> Job | None:
         """What a core makes next. It waits for the other one."""

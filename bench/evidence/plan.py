@@ -318,6 +318,7 @@ PLAN = (
             Prediction("pruned-84-25", "more-25", "blimp", -4.0, -1.0),
         ),
     ),
+    # Added after the sweeps of order 1, one run of its 75 % and one of dense.
     Order(
         9,
         "S",
@@ -334,6 +335,7 @@ PLAN = (
             Prediction("75-scaled", "small", "held-out", -0.06, 0.04),
         ),
     ),
+    # Added after the sweeps of orders 1 and 9, whose losses are not smooth in the rate.
     Order(
         10,
         "S",

@@ -169,6 +169,33 @@ def test_arms_with_norms_are_recipes_of_their_own(evidence, monkeypatch):
     assert normed and len(recipes) == len(names)
 
 
+def test_first_weights_and_rates_are_scaled_by_density(evidence, runner):
+    """Of linear layers alone: weights by the root of 1 / density, rates by 1 / density."""
+    first, moved = {}, {}
+    begin = evidence.engine.Engine.begin
+    for arm in ("75", "75-scaled"):
+        given, weights = task(evidence, arm), {}
+        made = runner.data.pretraining(runner.data.size("toy"), evidence.plan.ARMS[arm], 0, 1e-3)
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(
+                evidence.engine.Engine,
+                "begin",
+                lambda self, w, *a, known=weights: known.update(w) or begin(self, w, *a),
+            )
+            runner._pretrain(given, runner._folder(given), math.inf)
+        engine = runner.engine(given)
+        first[arm] = {name: weights[f"{name}.weight"] for name in engine.weights}
+        engine.begin(weights, evidence.masks.dense(engine.weights), made)
+        before = engine.copy()
+        engine.run(1)
+        moved[arm] = {n: (w - before[n]).abs().mean().item() for n, w in engine.copy().items()}
+    for name, weight in first["75"].items():
+        assert torch.allclose(first["75-scaled"][name], 2 * weight)
+    for name, step in moved["75"].items():
+        times = 4 if name.removesuffix(".weight") in first["75"] else 1
+        assert moved["75-scaled"][name] == pytest.approx(times * step, rel=0.1, abs=1e-9), name
+
+
 @pytest.mark.parametrize("arm", ["gradual", "75-dense", "rounds-84-25"])
 def test_mean_density_is_that_of_the_steps(evidence, arm):
     sparsity, weights = evidence.plan.ARMS[arm].sparsity, {"a": torch.rand(40, 50)}

@@ -39,6 +39,19 @@ def test_the_page_of_a_part_of_the_runs(evidence):
     assert evidence.tables.numbers([5, 0, 2, 1]) == "0-2, 5"
 
 
+def test_the_choice_of_rates_gives_a_hint(evidence):
+    """Of the best rate of each, where all three have begun."""
+    swept = [
+        r | {"seed": evidence.plan.SWEEP_SEED, "key": f"{r['arm']} {i}", "tuned": {}}
+        for i, r in enumerate(results(evidence, {"dense": [2.0, 3.0], "75": [2.1], "small": [2.2]}))
+    ]
+    for r, loss in zip(swept, (3.1, 3.2, 3.3, 3.4), strict=True):
+        r["pretrained"] = r["pretrained"] | {"dev": loss}
+    hint = "dense 3.10, 75 % zeros 3.30, the small dense model of the same FLOPs 3.40 nats"
+    assert hint in evidence.answer.first_words(swept)
+    assert "A hint" not in evidence.answer.first_words(swept[:-1])
+
+
 def test_a_run_that_diverged_is_called_so(evidence):
     found = results(evidence, {"dense": [2.0, 2.01], "75": [2.1, 2.11]})
     del found[-1]["pretrained"], found[-1]["tuned"]
