@@ -111,14 +111,14 @@ def test_a_corpus_that_is_not_whole_is_refused(evidence, folder, tmp_path):
 # Arms
 
 
-@pytest.mark.parametrize("arm", ["75", "75-dense", "gradual", "rigl", "set", "two-way"])
+@pytest.mark.parametrize("arm", ["75", "75-normed", "75-dense", "gradual", "rigl", "set", "two-way"])
 def test_an_arm_keeps_to_its_sparsity(evidence, runner, arm):
     given = task(evidence, arm)
     engine = runner.engine(given)
     size, sparsity = runner.data.size("toy"), evidence.plan.ARMS[arm].sparsity
     program = runner.data.pretraining(size, evidence.plan.ARMS[arm], 0, 0.01)
     first = sparsity.first(engine.weights, 0)
-    engine.begin(size.shape.weights(0), first, program)
+    engine.begin(evidence.plan.ARMS[arm].shape(size).weights(0), first, program)
     densities = []
     while not engine.is_done:
         engine.run(engine.steps + 1)
