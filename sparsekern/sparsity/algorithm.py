@@ -210,14 +210,15 @@ class Algorithm:
             if self.is_published:
                 found = {name for name in found if is_sparse_by_default(name)}
         names = [name for name in there if name in found and name not in taken]
-        if not names and parts is None and not taken and not self.is_published:
-            raise ValueError(f"apply: {convert.nothing_in(model)}")
         if not names:
+            others = any(is_conv1d(m) or is_experts(m) for m in model.modules())
+            hint = "; sparsekern.models.prune.prune_ takes Conv1D and experts" if others else ""
+            if parts is None and not taken and not self.is_published:
+                raise ValueError(f"apply: {convert.nothing_in(model)}{hint}")
             wanted = "any nn.Linear" if self.param_filter is None else shown(self.param_filter)
             listed = ", ".join(there) or "none"
             why = "" if self.param_filter is None else " that no block before it has"
-            if any(is_conv1d(m) or is_experts(m) for m in model.modules()):
-                listed += "; sparsekern.models.prune.prune_ takes Conv1D and experts"
+            listed += hint
             raise ValueError(f"param_filter: {wanted} matches no layer{why}; there are: {listed}")
         if parts is None:
             convert.warn_of_others("apply", model, is_conv1d, is_experts)
