@@ -344,8 +344,8 @@ PLAN = (
         ("dense-normed", "75-normed", "75-scaled-normed", "small-normed", "short-normed"),
         (0, 1, 2),
         predictions=(
-            Prediction("dense-normed", "dense", "held-out", -0.06, 0.01),
-            Prediction("75-normed", "75", "held-out", -0.12, 0.0),
+            Prediction("dense-normed", "dense", "held-out", -0.03, 0.05),
+            Prediction("75-normed", "75", "held-out", -0.08, 0.05),
             Prediction("75-normed", "dense-normed", "code", 0.04, 0.14, 0.02),
             Prediction("75-normed", "small-normed", "code", -0.04, 0.03, 0.02),
             Prediction("75-normed", "short-normed", "code", -0.03, 0.10, 0.02),

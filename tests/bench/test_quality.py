@@ -111,7 +111,9 @@ def test_a_corpus_that_is_not_whole_is_refused(evidence, folder, tmp_path):
 # Arms
 
 
-@pytest.mark.parametrize("arm", ["75", "75-normed", "75-dense", "gradual", "rigl", "set", "two-way"])
+@pytest.mark.parametrize(
+    "arm", ["75", "75-normed", "75-dense", "gradual", "rigl", "set", "two-way"]
+)
 def test_an_arm_keeps_to_its_sparsity(evidence, runner, arm):
     given = task(evidence, arm)
     engine = runner.engine(given)
