@@ -163,7 +163,7 @@ ARMS |= {
         is_normed=True,
         first_rates=NORMED_FIRST_RATES,
     )
-    for name in ("dense", "75", "75-scaled", "small", "short")
+    for name in ("dense", "75", "small", "short")
 }
 
 
@@ -340,8 +340,8 @@ PLAN = (
         10,
         "S",
         "Does the answer stand where a norm of queries and keys keeps high rates stable?",
-        ("dense-normed", "75-normed", "75-scaled-normed", "small-normed"),
-        ("dense-normed", "75-normed", "75-scaled-normed", "small-normed", "short-normed"),
+        ("dense-normed", "75-normed", "small-normed"),
+        ("dense-normed", "75-normed", "small-normed", "short-normed"),
         (0, 1, 2),
         predictions=(
             Prediction("dense-normed", "dense", "held-out", -0.03, 0.05),
@@ -350,7 +350,6 @@ PLAN = (
             Prediction("75-normed", "small-normed", "code", -0.04, 0.03, 0.02),
             Prediction("75-normed", "short-normed", "code", -0.03, 0.10, 0.02),
             Prediction("75-normed", "dense-normed", "held-out", 0.08, 0.20),
-            Prediction("75-scaled-normed", "75-normed", "held-out", -0.04, 0.02, 0.02),
         ),
     ),
 )
