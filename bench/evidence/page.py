@@ -40,8 +40,8 @@ token: lower is better, and 0.01 more means that it holds each right token for a
 probable. A *seed* is a repetition with other first weights, another order of the text and other
 zeros. FLOPs are the arithmetic of pre-training, as a share of that of dense."""
 METHOD = """\
-Predictions and margins were fixed before the first run (bench/evidence/plan.py), but for sections
-{clock} and 9, which was added after the sweeps of section 1; this page is made from
+Predictions and margins were fixed before the first run (bench/evidence/plan.py), but for sections 9
+and 10, which were added after the sweeps of section 1, and {clock}; this page is made from
 bench/results/quality.jsonl.
 
 - **Text**: {text}. Each paragraph once, documents held out by a hash of their names. Held-out
