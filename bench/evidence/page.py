@@ -41,21 +41,22 @@ probable. A *seed* is a repetition with other first weights, another order of th
 zeros. FLOPs are the arithmetic of pre-training, as a share of that of dense."""
 METHOD = """\
 Predictions and margins were fixed before the first run (bench/evidence/plan.py), but for sections 9
-and 10, which were added after the sweeps of section 1, and {clock}; this page is made from
-bench/results/quality.jsonl.
+and 10, which were added after the sweeps of section 1, and {clock}; after them too, but before its
+first run, section 7 got scaled arms and no fine-tuning, and the model of sections 6 and 7 became
+smaller (7 layers instead of 8). This page is made from bench/results/quality.jsonl.
 
 - **Text**: {text}. Each paragraph once, documents held out by a hash of their names. Held-out
   tokens that stand in 13 tokens of the training text are not scored. Rates are chosen on every
   other row of it, the others are reported. `python bench/quality.py corpus` makes it again
   (bench/evidence/manifest.json has its hashes); the text itself is not shipped.
 - **Training**: each arm at the best of several learning rates that were tried at full length, or at
-  that of the arm it is a variant of. Masked dense weights in one CUDA graph for all arms of a
-  shape; `python bench/quality.py check` holds 200 of its steps to the same steps by the sparse
-  kernels. AdamW (0.9, 0.95), weight decay 0.1, clipping at 1, warm-up over 5 % of the steps, then
-  straight down to zero. A seed fixes weights, order of the text and mask. Embeddings, head and
-  norms are dense. A model that is trained on begins with the dense model of its seed, with a
-  warm-up, a schedule and an order of the text of its own; it is pruned by magnitude, each layer
-  alike.
+  that of the arm it is a variant of; the larger models of sections 6 and 7 at half of it. Masked
+  dense weights in one CUDA graph for all arms of a shape; `python bench/quality.py check` holds 200
+  of its steps to the same steps by the sparse kernels. AdamW (0.9, 0.95), weight decay 0.1,
+  clipping at 1, warm-up over 5 % of the steps, then straight down to zero. A seed fixes weights,
+  order of the text and mask. Embeddings, head and norms are dense. A model that is trained on
+  begins with the dense model of its seed, with a warm-up, a schedule and an order of the text of
+  its own; it is pruned by magnitude, each layer alike.
 - **Tasks**, after fine-tuning with all weights, each at the rate that is best on other items:
   Python of held-out packages (nats a token), WebNLG, which puts facts into words (nats a token of
   the text), sentiment of 5,000 held-out film reviews (% right). Without fine-tuning: held-out text,

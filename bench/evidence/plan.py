@@ -44,7 +44,7 @@ class Size:
 SIZES = {
     "S": Size(Shape(6, 384, 6), Shape(6, 256, 4), 276_000_000),
     "S5": Size(Shape(6, 384, 6), Shape(6, 256, 4), 69_000_000),
-    "M": Size(Shape(8, 512, 8), Shape(8, 320, 5), 590_000_000),
+    "M": Size(Shape(7, 512, 8), Shape(7, 320, 5), 524_000_000),
     # That everything runs, not that anything is learned.
     "toy": Size(Shape(1, 32, 2, batch=2), Shape(1, 16, 2, batch=2), 12_288),
 }
@@ -112,6 +112,9 @@ ARMS = {
     "rigl": Arm("75 %, RigL", Sparsity("rigl", 0.75), "75"),
     "set": Arm("75 %, SET", Sparsity("set", 0.75), "75"),
     "two-way": Arm("75 %, two-way", Sparsity("two-way", 0.75), "75"),
+    "two-way-scaled": Arm(
+        "75 %, two-way, scaled", Sparsity("two-way", 0.75), "75-scaled", is_scaled=True
+    ),
     "more-10": Arm("dense, 10 % longer", rate_of="more-25", start="dense", share=0.10),
     "more-25": Arm("dense, 25 % longer", start="dense", share=0.25),
     "more-50": Arm("dense, 50 % longer", rate_of="more-25", start="dense", share=0.50),
@@ -280,12 +283,10 @@ PLAN = (
         "M",
         "Do two-way masks train as well as free ones, at 20 tokens a parameter?",
         (),
-        ("75", "two-way"),
+        ("75-scaled", "two-way-scaled"),
         (0, 1, 2),
-        predictions=(
-            Prediction("two-way", "75", "held-out", -0.02, 0.02, 0.03),
-            Prediction("two-way", "75", "code", -0.02, 0.02, 0.02),
-        ),
+        is_tuned=False,
+        predictions=(Prediction("two-way-scaled", "75-scaled", "held-out", -0.02, 0.02, 0.03),),
     ),
     Order(
         8,
@@ -387,7 +388,9 @@ TOY_PLAN = (
 )
 PLANS = {"full": PLAN, "toy": TOY_PLAN}
 
-SWEPT_AT = {"M": "S"}  # where the rates of a size come from that has no sweep of its own
+# Where a size without sweeps takes its rates from, and how much of them: larger models bear less,
+# and half of the best rate lost 0.00 to 0.04 nats of S, but for 75 % unscaled.
+SWEPT_AT = {"M": ("S", 0.5)}
 
 
 def chosen(orders: Sequence[Order], names: Sequence[str]) -> list[Order]:

@@ -129,8 +129,9 @@ class Study:
     def rate(self, size: str, arm: str) -> float | None:
         """That of its sweep, or of the arm whose sweep it follows; None until that is done."""
         swept = ARMS[arm].rate_of or arm
-        losses = self.losses(plan.SWEPT_AT.get(size, size), swept)
-        return plan.best_rate(losses, ARMS[swept].first_rates)
+        swept_at, share = plan.SWEPT_AT.get(size, (size, 1.0))
+        best = plan.best_rate(self.losses(swept_at, swept), ARMS[swept].first_rates)
+        return None if best is None else plan.rounded(share * best)
 
     def start_rate(self, size: str, arm: str) -> float | None:
         """That of the arm it starts from, 0 where it starts from none."""

@@ -46,6 +46,16 @@ def test_arms_of_equal_flops_are_equal(evidence):
             assert {p.a, p.b} <= plan.ARMS.keys() and p.low <= p.high
 
 
+def test_a_size_without_sweeps_takes_a_share_of_the_best_rate_of_another(evidence, tmp_path):
+    study, (order,) = evidence.study, evidence.plan.chosen(evidence.plan.PLAN, ["7"])
+    made = study.Study([order], "text", tmp_path, [], {})
+    assert made.without_rate() == [f"M {arm}" for arm in sorted(order.arms)]
+    for i, rate in enumerate((1e-3, 2e-3, 4e-3, 5.66e-3, 8e-3)):
+        done = {"size": "S", "arm": "75-scaled", "seed": evidence.plan.SWEEP_SEED, "rate": rate}
+        made.results[str(i)] = done | {"pretrained": {"dev": abs(rate - 4e-3)}}
+    assert {t.rate for t in made.waiting()} == {2e-3} and len(made.waiting()) == 6
+
+
 def test_orders_are_chosen_by_name_whole_or_in_part(evidence):
     plan = evidence.plan
     first, second, third = plan.chosen(plan.PLAN, ["1:75", "7", "2:small,75"])
