@@ -15,6 +15,7 @@ from sparsekern.gpt.build import build_optimizer
 from sparsekern.gpt.captured import CapturedStep
 from sparsekern.gpt.flops import train_flops_per_token
 from sparsekern.gpt.model import GPT
+from sparsekern.gpt.speed import compiled_blocks
 from sparsekern.gpt.step import compute_gradients
 from sparsekern.sparsity import Static
 
@@ -112,14 +113,16 @@ def short(data: Data, size: Size, steps: int) -> Program:
 def with_sparse_kernels(
     data: Data, size: Size, weights: dict[str, Tensor], program: Program, device: str
 ) -> tuple[list[float], float]:
-    """Losses of the same steps, taken by sparsekern's own captured step on its sparse layers, and
-    the seconds of a step."""
+    """Losses of the same steps, taken by sparsekern's own captured step on its sparse layers, in
+    compiled blocks as `train` has them, and the seconds of a step."""
     model = GPT(size.shape.config())
     model.load_state_dict(weights)
     model = Static(0.75, seed=SEED).apply(model).to(device)
     optimizer = build_optimizer(model, RATE)
     dtype = DTYPES[device]
-    captured = CapturedStep(model, model, optimizer, [], dtype) if device == "cuda" else None
+    captured = None
+    if device == "cuda":
+        captured = CapturedStep(model, compiled_blocks(model), optimizer, [], dtype)
     offsets = torch.arange(size.shape.context + 1, device=device)
     losses: list[Tensor] = []
     for step, (starts, rate) in enumerate(zip(program.starts, program.rates, strict=True)):

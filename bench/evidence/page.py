@@ -38,7 +38,8 @@ READING = """\
 **How to read the numbers.** A model is scored by its loss on text that it never saw, in nats a
 token: lower is better, and 0.01 more means that it holds each right token for about 1 % less
 probable. A *seed* is a repetition with other first weights, another order of the text and other
-zeros. FLOPs are the arithmetic of pre-training, as a share of that of dense."""
+zeros. FLOPs are the arithmetic of pre-training, as a share of that of dense. *Rise*: by how much
+the loss in training rose once it had been lower: such a run was not stable."""
 METHOD = """\
 Predictions and margins were fixed before the first run (bench/evidence/plan.py), but for sections 9
 and 10, which were added after the sweeps of section 1, and {clock}; after them too, but before its

@@ -126,6 +126,15 @@ def test_the_best_rate_at_the_end_of_a_sweep_is_called_so(evidence):
     assert evidence.tables.tried("75", losses, True).endswith("0.002: **1.700**, 0.004: diverged")
 
 
+def test_the_page_says_which_runs_were_not_stable(evidence):
+    found = results(evidence, {"dense": [2.0, 2.0], "75": [2.0, 2.0]})
+    assert "| rise |" not in evidence.page.text(found)
+    found[2]["pretrained"]["curve"] = [5.0, 3.0, 3.001, 2.5]
+    found[3]["pretrained"]["curve"] = [5.0, 3.0, 3.5, 3.25, 3.7, 2.5]
+    told = evidence.tables.seeds(evidence.plan.PLAN[1], found).splitlines()[-2:]
+    assert [row.split("|")[-2].strip() for row in told] == ["-", "+0.70"]
+
+
 def test_the_page_has_the_time_by_sparse_kernels(evidence):
     checked = {"size": "S", "step_s": 0.01, "sparse_step_s": 0.0125, "apart_last": 0.0}
     checked |= {name: "x" for name in ("device", "torch", "date", "commit")}
