@@ -76,8 +76,8 @@ smaller (7 layers instead of 8). This page is made from bench/results/quality.js
 
 UNTIMED = """\
 **Nor would sparse kernels save seconds at this size on this GPU**: they were not timed at this
-  width, but a step of GPT-2 small, twice as wide, with 75 % zeros is 0.995 times as fast as dense
-  ([measured](../bench/results/nvidia-h200-train-bfloat16-2026-11-29.md))."""
+  width, but a step of GPT-2 small, twice as wide, with 75 % zeros is 0.998 times as fast as dense
+  ([measured](../bench/results/nvidia-h200-train-bfloat16-2026-11-30.md))."""
 TIMED = """\
 "By kernels" is what they would be with the sparse kernels: in 200 steps of {size} with 75 % zeros
   these were **{times:.2f} times as fast** as masked dense weights, {masked:.2f} and {sparse:.2f} ms
