@@ -3,7 +3,7 @@
 import math
 from collections.abc import Sequence
 
-from .differences import Difference, difference, is_as_predicted, kind
+from .differences import Difference, by_seed, difference, is_as_predicted, is_unstable, kind
 from .plan import ARMS, PLAN, SWEEP_SEED, Order, Prediction
 
 PRIMARY = "code"  # loss after fine-tuning, 75 % against dense and these, in order 2
@@ -52,8 +52,19 @@ def first_words(results: list[dict]) -> str:
         f"{'; '.join(rivals)}. Measured by the loss on Python code, in nats a token, after all "
         f"weights were fine-tuned; before the first run it was fixed that up to "
         f"{margins['dense']:g} counts as equal. In brackets: the loss with 75 % zeros less that of "
-        "the other, and the 95 % interval of this."
+        "the other, and the 95 % interval of this." + unstable(results)
     )
+
+
+def unstable(results: list[dict]) -> str:
+    """Which runs of the primary outcome were not stable."""
+    told = [
+        f"{ARMS[arm].title}, seed {seed}"
+        for arm in ("75", *OTHERS)
+        for seed, result in by_seed(results, SIZE, arm).items()
+        if is_unstable(result)
+    ]
+    return f" Training was not stable (*rise* in section 2): {'; '.join(told)}." if told else ""
 
 
 def hint(results: list[dict]) -> str:

@@ -6,6 +6,7 @@ added in quadrature. (A bootstrap of both is far too narrow with two or three se
 within a margin: the 90 % interval lies inside it (two one-sided tests at 5 %).
 """
 
+import itertools
 import math
 import statistics
 from collections.abc import Iterable, Sequence
@@ -28,6 +29,8 @@ METRICS = {
     "cloze": "% right, cloze",
 }
 
+LEAST_RISE = 0.02  # nats, of a run that was not stable; by their text its stretches vary less
+
 Interval = tuple[float, float]
 
 
@@ -44,6 +47,17 @@ def items_of(result: dict, metric: str) -> np.ndarray:
     if metric == "sentiment":
         return unpacked(result["tuned"]["sentiment dense"]["items"])
     return unpacked(result["pretrained"][metric])
+
+
+def rise(result: dict) -> float:
+    """By how much the loss of pre-training was at most above what it had been before."""
+    curve = result.get("pretrained", {}).get("curve", [])
+    lowest = itertools.accumulate(curve, min)
+    return max((loss - low for loss, low in zip(curve, lowest, strict=True)), default=0.0)
+
+
+def is_unstable(result: dict) -> bool:
+    return rise(result) >= LEAST_RISE
 
 
 def by_seed(results: Iterable[dict], size: str, arm: str) -> dict[int, dict]:

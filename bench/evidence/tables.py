@@ -1,6 +1,5 @@
 """The tables of docs/quality.md: arms, differences, seeds, sweeps, the runs on a CPU."""
 
-import itertools
 import math
 from collections.abc import Iterable, Mapping, Sequence
 
@@ -16,13 +15,14 @@ from .differences import (
     interval,
     is_as_predicted,
     is_loss,
+    is_unstable,
+    rise,
     standing,
     value,
 )
 from .plan import ARMS, SIZES, SWEEP_SEED, Order, Prediction
 
 TUNED = ("code", "webnlg", "sentiment")
-LEAST_RISE = 0.01  # nats, of what is told: means of a twentieth of a run differ less by their text
 
 
 def arms(order: Order, results: list[dict], checked: dict | None) -> str:
@@ -113,19 +113,12 @@ def seeds(order: Order, results: list[dict]) -> str:
             cells = [mean_of([value(result, metric)], metric) for metric in METRICS]
             if "pretrained" not in result:
                 cells[0] = "diverged"
-            rose = rise(result.get("pretrained", {}).get("curve", []))
-            told = f"{rose:+.2f}" if rose >= LEAST_RISE else "-"
+            told = f"{rise(result):+.2f}" if is_unstable(result) else "-"
             rows.append([ARMS[arm].title, seed, *cells, told])
     if not rows:
         return ""
     header = ["arm", "seed", *COLUMNS.values(), "rise"]
     return "Each seed:\n\n" + table(*filled(header, rows))
-
-
-def rise(curve: Sequence[float]) -> float:
-    """By how much a loss was once above one that it had before, at most."""
-    lowest = itertools.accumulate(curve, min)
-    return max((loss - low for loss, low in zip(curve, lowest, strict=True)), default=0.0)
 
 
 def sparse_tuning(order: Order, results: list[dict]) -> str:

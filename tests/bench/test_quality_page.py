@@ -133,6 +133,8 @@ def test_the_page_says_which_runs_were_not_stable(evidence):
     found[3]["pretrained"]["curve"] = [5.0, 3.0, 3.5, 3.25, 3.7, 2.5]
     told = evidence.tables.seeds(evidence.plan.PLAN[1], found).splitlines()[-2:]
     assert [row.split("|")[-2].strip() for row in told] == ["-", "+0.70"]
+    first = evidence.page.text(found).split("**The question.**")[0]
+    assert "not stable (*rise* in section 2): 75 % zeros, seed 1." in first
 
 
 def test_the_page_has_the_time_by_sparse_kernels(evidence):
