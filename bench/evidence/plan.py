@@ -416,11 +416,11 @@ def rounded(rate: float) -> float:
     return float(f"{rate:.3g}")
 
 
-def next_rates(losses: dict[float, float], first: Sequence[float] = FIRST_RATES) -> list[float]:
-    """Rates to try after these, of which a loss that is not finite is too high: the `first` ones,
-    then further ones until the best has neighbours on both sides, then between them, until TRIED
-    were tried. None where the sweep is done."""
-    missing = [rate for rate in first if rate not in losses]
+def next_rates(arm: str, losses: dict[float, float]) -> list[float]:
+    """Rates to try after these, of which a loss that is not finite is too high: the first ones of
+    the arm, then further ones until the best has neighbours on both sides, then between them, until
+    TRIED were tried. None where the sweep is done."""
+    missing = [rate for rate in ARMS[arm].first_rates if rate not in losses]
     if missing:
         return missing
     if (beyond := beyond_the_end(losses, 2.0)) is not None:
@@ -438,9 +438,9 @@ def beyond_the_end(losses: dict[float, float], factor: float) -> float | None:
     return rounded(best * factor) if best == max(losses) else None
 
 
-def best_rate(losses: dict[float, float], first: Sequence[float] = FIRST_RATES) -> float | None:
+def best_rate(arm: str, losses: dict[float, float]) -> float | None:
     """None until the sweep is done, or where no rate has a finite loss."""
-    if not losses or next_rates(losses, first) or not any(map(math.isfinite, losses.values())):
+    if not losses or next_rates(arm, losses) or not any(map(math.isfinite, losses.values())):
         return None
     return min(losses, key=lambda rate: _finite(losses[rate]))
 

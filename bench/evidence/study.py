@@ -91,7 +91,7 @@ class Study:
             for arm in order.swept:
                 start_rate = self.start_rate(order.size, arm)
                 if start_rate is not None:
-                    for rate in self.sweep(order.size, arm):
+                    for rate in plan.next_rates(arm, self.losses(order.size, arm)):
                         yield Task(order.size, arm, plan.SWEEP_SEED, rate, False, start_rate)
             for seed in order.seeds:
                 for arm in order.arms:
@@ -123,14 +123,11 @@ class Study:
             if (result["size"], result["arm"], result["seed"]) == (size, arm, plan.SWEEP_SEED)
         }
 
-    def sweep(self, size: str, arm: str) -> list[float]:
-        return plan.next_rates(self.losses(size, arm), ARMS[arm].first_rates)
-
     def rate(self, size: str, arm: str) -> float | None:
         """That of its sweep, or of the arm whose sweep it follows; None until that is done."""
         swept = ARMS[arm].rate_of or arm
         swept_at, share = plan.SWEPT_AT.get(size, (size, 1.0))
-        best = plan.best_rate(self.losses(swept_at, swept), ARMS[swept].first_rates)
+        best = plan.best_rate(swept, self.losses(swept_at, swept))
         return None if best is None else plan.rounded(share * best)
 
     def start_rate(self, size: str, arm: str) -> float | None:

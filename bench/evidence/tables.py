@@ -163,7 +163,7 @@ def sweeps(order: Order, results: list[dict]) -> str:
     parts = []
     for arm in order.swept:
         losses = swept(order.size, arm, results)
-        is_done = plan.best_rate(losses, ARMS[arm].first_rates) is not None
+        is_done = plan.best_rate(arm, losses) is not None
         parts.append(tried(arm, losses, is_done) + sweep_ends(losses, is_done))
     return (
         "Loss on text held out for this, by learning rate; each run as long as those that are "
@@ -207,9 +207,7 @@ def not_run(orders: Iterable[Order], results: list[dict]) -> list[str]:
     done, parts = {r["key"] for r in results}, []
     for order in orders:
         unswept = [
-            a
-            for a in order.swept
-            if plan.best_rate(swept(order.size, a, results), ARMS[a].first_rates) is None
+            a for a in order.swept if plan.best_rate(a, swept(order.size, a, results)) is None
         ]
         if unswept:
             titles = "; ".join(ARMS[arm].title for arm in unswept)

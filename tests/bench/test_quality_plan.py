@@ -22,7 +22,7 @@ def task(evidence, arm: str, is_tuned: bool = False):
 def test_a_sweep_ends_with_its_best_rate_inside(evidence, optimum):
     plan, losses = evidence.plan, {}
     for _ in range(40):
-        rates = plan.next_rates(losses)
+        rates = plan.next_rates("75", losses)
         if not rates:
             break
         for rate in rates:
@@ -30,7 +30,7 @@ def test_a_sweep_ends_with_its_best_rate_inside(evidence, optimum):
             losses[rate] = math.inf if is_high and optimum != 0.1 else abs(math.log(rate / 1e-3))
             if math.isfinite(optimum) and losses[rate] < math.inf:
                 losses[rate] = abs(math.log(rate / optimum))
-    best = plan.best_rate(losses)
+    best = plan.best_rate("75", losses)
     assert min(losses) < best < max(losses) and len(losses) >= plan.TRIED
 
 
@@ -115,7 +115,7 @@ def test_a_study_stops_goes_on_and_does_nothing_twice(evidence, runner, folder, 
     assert first.without_rate() == ["toy 75", "toy two-way"]
     assert not last.waiting() and not last.failed and not last.without_rate()
     assert list(last.results)[:2] == list(first.results)
-    best = plan.best_rate(last.losses("toy", "75"))
+    best = plan.best_rate("75", last.losses("toy", "75"))
     assert {last.results[f"toy {a} seed 0"]["rate"] for a in order.arms} == {best}
     lines = (tmp_path / "results.jsonl").read_text()
     made(1000)
