@@ -46,7 +46,7 @@ def arms(order: Order, results: list[dict], checked: dict | None) -> str:
         cells = [mean_of([value(r, m) for r in found.values()], m) for m in METRICS]
         kernels = []
         if checked and arm.sparsity == ARMS["75"].sparsity:
-            if size.shape == SIZES[checked["size"]].shape:
+            if arm.shape(size) == SIZES[checked["size"]].shape:
                 kernels = [checked["sparse_step_s"] * t["steps"] for t in trained]
         costs = [told, *(mean_text(x, ".0f") for x in (tokens, pace, seconds, kernels))]
         ended = [seed for seed, r in found.items() if "pretrained" in r]

@@ -138,6 +138,7 @@ def test_the_page_says_which_runs_were_not_stable(evidence):
 
 
 def test_the_page_has_the_time_by_sparse_kernels(evidence):
+    """Of arms of the shape that was timed, which had no norms of queries and keys."""
     checked = {"size": "S", "step_s": 0.01, "sparse_step_s": 0.0125, "apart_last": 0.0}
     checked |= {name: "x" for name in ("device", "torch", "date", "commit")}
     found = results(evidence, {"dense": [2.0], "75": [2.1]})
@@ -146,6 +147,8 @@ def test_the_page_has_the_time_by_sparse_kernels(evidence):
     rows = page.split("\n## 2. ")[1].splitlines()
     of_75 = dict(zip(*([c.strip() for c in rows[i].split("|")] for i in (2, 5)), strict=True))
     assert float(of_75["by kernels"]) == round(10 * 0.0125) and "**0.80 times as fast**" in page
+    normed = results(evidence, {"75-normed": [2.1]})
+    assert "by kernels" not in evidence.tables.arms(evidence.plan.PLAN[9], normed, checked)
 
 
 def test_the_picture_has_a_row_for_each_arm_that_ran(evidence):
