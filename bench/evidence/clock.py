@@ -26,7 +26,7 @@ from sparsekern.gpt.model import GPT
 from sparsekern.gpt.step import compute_gradients
 from sparsekern.sparsity import Static
 
-from . import build, worker
+from . import build, study, worker
 from .arms import CURVE, WARM_UP_SHARE, curve
 from .engine import Shape
 from .plan import SWEEP_SEED, beyond_the_end, rounded
@@ -37,6 +37,8 @@ SHAPE = Shape(4, 256, 4, batch=4)
 ARMS = {"dense": 0.0, "75": 0.75}
 RATES, TRIED = (1e-3, 2e-3, 4e-3), 4  # the first ones to try, and how many at least
 DEV_ROWS, HELD_OUT_ROWS = slice(0, None, 16), slice(1, None, 8)  # that a core scores in a minute
+KEY = ("arm", "seed", "rate", "minutes", "threads", "corpus")
+NEEDED = {*KEY, "dev", "held-out", "tokens", "tokens_per_s"} | study.ABOUT
 # 75 % less dense, nats a token of held-out text, written down after a rough probe of both: a step
 # takes about 0.7 of the time, so half a doubling more of tokens, each doubling 0.3 to 0.4 at less
 # than one token a parameter, where zeros cost little yet.
@@ -225,19 +227,12 @@ def next_rate(tried: dict[float, float]) -> float:
 
 
 def key(result: dict) -> tuple:
-    return tuple(result[name] for name in ("arm", "seed", "rate", "minutes", "threads", "corpus"))
+    return tuple(result[name] for name in KEY)
 
 
 def read(path: Path) -> list[dict]:
-    """ValueError names a line that is none of `keep`."""
-    found = []
-    for number, line in enumerate(path.read_text().splitlines() if path.exists() else (), 1):
-        try:
-            found.append(json.loads(line))
-            key(found[-1])
-        except (ValueError, TypeError, KeyError) as error:
-            raise ValueError(f"{path}, line {number}: expected a result: {error}") from error
-    return found
+    """Nothing where there is no file. ValueError names a line that is none of `keep`."""
+    return list(study.lines(path, NEEDED)) if path.exists() else []
 
 
 def keep(path: Path, result: dict) -> None:

@@ -27,6 +27,7 @@ from .tables import (
 
 TEXT = Path(__file__).with_name("manifest.json")
 PICTURE = "quality.png"
+CHECKED = {"size", "step_s", "sparse_step_s", "apart_last"} | study.ABOUT  # needed of check.py
 CLOCK_QUESTION = "Which is better after the same minutes on a CPU?"
 TITLE = "# Does quality survive?"
 QUESTION = """\
@@ -93,8 +94,8 @@ def publish(kept: Path, page: Path, new: Sequence[Path], by_clock: Path, checked
     """Add new results to those that are kept, then write the page and its picture. A run that is
     kept stays. `by_clock`: results of clock.py; `checked`: what check.py wrote."""
     paths = ([kept] if kept.exists() else []) + list(new)
-    results, clocked = study.read(paths), clock.read(by_clock)
-    if len({result["corpus"] for result in [*results, *clocked]}) > 1:
+    results, clocked, timed = study.read(paths), clock.read(by_clock), read_check(checked)
+    if len({result["corpus"] for result in [*results, *clocked, *filter(None, [timed])]}) > 1:
         raise ValueError("results: expected one text, got several")
     study.check_plan(results)
     if new:
@@ -104,11 +105,12 @@ def publish(kept: Path, page: Path, new: Sequence[Path], by_clock: Path, checked
     if found := drawn(results):
         write_picture(picture(found), page.with_name(PICTURE))
     with atomic_write(page) as file:
-        file.write(text(results, clocked, read_check(checked)).encode())
+        file.write(text(results, clocked, timed).encode())
 
 
 def read_check(path: Path) -> dict | None:
-    return json.loads(path.read_text()) if path.exists() else None
+    """None where there is no file."""
+    return next(study.lines(path, CHECKED), None) if path.exists() else None
 
 
 def text(results: list[dict], clocked: Sequence[dict] = (), checked: dict | None = None) -> str:

@@ -20,22 +20,29 @@ from .arms import Task
 from .plan import ARMS, Order
 
 RESULTS = "results.jsonl"
-NEEDED = {"key", "size", "arm", "seed", "rate", "is_tuned", "corpus"}  # of a result
+ABOUT = {"corpus", "device", "torch", "date", "commit"}
+NEEDED = {"key", "size", "arm", "seed", "rate", "is_tuned"} | ABOUT  # of a result
 
 
 def read(paths: Iterable[Path]) -> list[dict]:
     """The results in these files, each run once: the first that was written."""
     found: dict[str, dict] = {}
     for path in paths:
-        for number, line in enumerate(path.read_bytes().splitlines(), 1):
-            try:
-                result = json.loads(line)
-                if missing := NEEDED - set(result):
-                    raise ValueError(f"it lacks {', '.join(sorted(missing))}")
-            except (ValueError, TypeError) as error:
-                raise ValueError(f"{path}, line {number}: expected a result: {error}") from error
+        for result in lines(path, NEEDED):
             found.setdefault(result["key"], result)
     return list(found.values())
+
+
+def lines(path: Path, needed: set[str]) -> Iterator[dict]:
+    """Results, one a line. ValueError names a line that is none, or lacks what is needed."""
+    for number, line in enumerate(path.read_bytes().splitlines(), 1):
+        try:
+            result = json.loads(line)
+            if missing := needed - set(result):
+                raise ValueError(f"it lacks {', '.join(sorted(missing))}")
+        except (ValueError, TypeError) as error:
+            raise ValueError(f"{path}, line {number}: expected a result: {error}") from error
+        yield result
 
 
 def check_plan(results: Iterable[dict]) -> None:
@@ -46,9 +53,10 @@ def check_plan(results: Iterable[dict]) -> None:
 
 
 def check(task: Task, result: dict) -> None:
-    """ValueError unless `result`, whose key is that of the task, is one of this task and plan."""
+    """ValueError unless `result` is one of this task and plan, and has its key."""
     default = {field.name: field.default for field in fields(Task)}
-    for name, value in (asdict(task) | {"recipe": task.recipe}).items():
+    wanted = asdict(task) | {"key": task.key, "recipe": task.recipe}
+    for name, value in wanted.items():
         if result.get(name, default.get(name)) != value:
             raise ValueError(
                 f"plan: expected {name} {value} of the earlier result {result['key']!r}, got "

@@ -214,3 +214,37 @@ def test_results_are_added_once(evidence, tmp_path):
         evidence.page.publish(
             kept, page, [tmp_path / "other.jsonl"], tmp_path / "cpu", tmp_path / "check"
         )
+
+
+@pytest.mark.parametrize(
+    ("file", "change", "words"),
+    [
+        ("kept", {"seed": 7}, "expected key S dense seed 7 of the earlier result 'S dense seed 0'"),
+        ("kept", {"arm": "75"}, "expected key S 75 seed 0 of the earlier result"),
+        ("kept", {"device": None}, "kept, line 1: expected a result: it lacks device"),
+        ("cpu", {"held-out": None}, "cpu, line 1: expected a result: it lacks held-out"),
+        ("check", {"sparse_step_s": None}, "check, line 1: expected a result: it lacks sparse_s"),
+        ("check", {"corpus": "other"}, "expected one text, got several"),
+        ("cpu", {"corpus": "other"}, "expected one text, got several"),
+    ],
+)
+def test_results_that_are_not_what_they_say_are_refused(evidence, tmp_path, file, change, words):
+    """`change`: None of what is left out."""
+    names = ("corpus", "device", "torch", "date", "commit")
+    of = {"kept": results(evidence, {"dense": [2.0]})[0]}
+    about = {name: of["kept"][name] for name in names}
+    of["cpu"] = about | {"arm": "75", "seed": 0, "rate": 0.004, "minutes": 5.0, "threads": 1}
+    of["cpu"] |= {"dev": 3.0, "held-out": 3.0, "tokens": 9, "tokens_per_s": 9.0}
+    of["check"] = about | {"size": "S", "step_s": 0.01, "sparse_step_s": 0.01, "apart_last": 0.0}
+
+    def publish() -> None:
+        for name, result in of.items():
+            left = {key: value for key, value in result.items() if value is not None}
+            (tmp_path / name).write_text(json.dumps(left) + "\n")
+        kept, *others = (tmp_path / name for name in of)
+        evidence.page.publish(kept, tmp_path / "page.md", [], *others)
+
+    publish()
+    of[file] = of[file] | change
+    with pytest.raises(ValueError, match=words):
+        publish()
