@@ -122,11 +122,15 @@ def about_now(commit: str = "") -> dict:
 def by_clock(options: argparse.Namespace) -> int:
     if not options.minutes > 0:
         raise ValueError(f"minutes: expected more than 0, got {options.minutes:g}")
+    if plan.SWEEP_SEED in options.seeds:
+        raise ValueError(f"seeds: expected others than that of the sweeps, got {plan.SWEEP_SEED}")
+    cores = sorted(os.sched_getaffinity(0))[: len(clock.ARMS)]
+    if len(cores) < len(clock.ARMS):
+        raise ValueError(f"cores: expected one for each arm, {len(clock.ARMS)}, got {len(cores)}")
     corpus = build.identity(options.data)
     for result in study.read([KEPT] if KEPT.exists() else []):
         clock.expect("data", result["corpus"], corpus, KEPT)
     with alone("clock", CLOCK.parent), tempfile.TemporaryDirectory() as logs:
-        cores = sorted(os.sched_getaffinity(0))[: len(clock.ARMS)]
         about = about_now(options.commit)
         made = clock.Turns(CLOCK, corpus, cores, options.minutes, options.seeds, about)
         if made.coming():

@@ -123,7 +123,7 @@ def serve(data: Path) -> None:
 
 
 class Turns:
-    """The runs that are done, in a file, and those that come next on two cores, or on one."""
+    """The runs that are done, in a file, and those that come next on two cores."""
 
     def __init__(
         self,
