@@ -64,7 +64,8 @@ class Program:
 
     `starts`: places in the stream, int64 [steps, batch]; `rates`: float32 [steps]; `changes`: of
     patterns, by the step after which they come, counted from 1. `scale`: of the rates, for linear
-    layers of the blocks.
+    layers of the blocks, whose first weights have its root (SµPar, Dey et al. 2024, "Sparse maximal
+    update parameterization").
     """
 
     starts: np.ndarray

@@ -40,7 +40,8 @@ READING = """\
 token: lower is better, and 0.01 more means that it holds each right token for about 1 % less
 probable. A *seed* is a repetition with other first weights, another order of the text and other
 zeros. FLOPs are the arithmetic of pre-training, as a share of that of dense. *Rise*: by how much
-the loss in training rose once it had been lower: such a run was not stable."""
+the loss in training rose once it had been lower: such a run was not stable. (Pruning while training
+raises it too, and so does the new warm-up of a model that is trained on.)"""
 METHOD = """\
 Predictions and margins were fixed before the first run (bench/evidence/plan.py), but for sections 9
 and 10, which were added after the sweeps of section 1, and {clock}; after them too, but before its
@@ -59,8 +60,13 @@ smaller (7 layers instead of 8). This page is made from bench/results/quality.js
   order of the text and mask. Embeddings, head and norms are dense. A model that is trained on
   begins with the dense model of its seed, with a warm-up, a schedule and an order of the text of
   its own; it is pruned by magnitude, each layer alike.
+- **Scaled** arms: first weights of the sparse layers times 1 / sqrt(density), their rates, and with
+  them their decay, times 1 / density (SµPar, Dey et al. 2024, arXiv 2405.15743); the rates told are
+  those of the rest. **Normed** arms: an RMS norm of queries and keys in each head
+  (bench/evidence/normed.py). Fine-tuning has one rate for all.
 - **Tasks**, after fine-tuning with all weights, each at the rate that is best on other items:
-  Python of held-out packages (nats a token), WebNLG, which puts facts into words (nats a token of
+  Python of held-out packages (nats a token; the spaces of indents are tokens that count, easily
+  guessed, so differences a word are larger), WebNLG, which puts facts into words (nats a token of
   the text), sentiment of 5,000 held-out film reviews (% right). Without fine-tuning: held-out text,
   BLiMP (which of two sentences is grammatical, 67,000 pairs), cloze (the last word of a passage of
   a held-out novel).
