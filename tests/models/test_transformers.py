@@ -6,10 +6,12 @@ from statistics import median
 import pytest
 import torch
 from pruned_models import sparse_is_faster
+from torch import nn
 
 from sparsekern import accelerate_, densify_
 from sparsekern.models import generation
 from sparsekern.models.prune import prune_
+from sparsekern.nn.convert import sparsifiable
 from sparsekern.sparsity import Wanda
 
 transformers = pytest.importorskip("transformers")
@@ -160,6 +162,23 @@ def test_experts_with_biases_are_pruned():
         now, old = getattr(experts, name), getattr(before, name)
         assert 0.45 < (now == 0).float().mean() < 0.55 and torch.equal(now[now != 0], old[now != 0])
         assert torch.equal(getattr(experts, f"{name}_bias"), getattr(before, f"{name}_bias"))
+
+
+def albert():
+    config = transformers.AlbertConfig(**SMALL, embedding_size=32, num_labels=3)
+    return transformers.AutoModelForSequenceClassification.from_config(config)
+
+
+@pytest.mark.parametrize("make", [bert, albert, mixtral])
+def test_classifiers_of_one_block_stay_dense(make, monkeypatch):
+    monkeypatch.setitem(SMALL, "num_hidden_layers", 1)  # albert has one for any number
+    model = make()
+    if make is mixtral:
+        model = transformers.AutoModelForSequenceClassification.from_config(model.config)
+    linears = {name for name, m in model.named_modules() if type(m) is nn.Linear}
+    spared = {bert: {"bert.pooler.dense"}, albert: {"albert.pooler"}, mixtral: {"score"}}[make]
+    spared |= {"classifier"} & linears
+    assert linears - sparsifiable(model).keys() == spared
 
 
 def t5():
