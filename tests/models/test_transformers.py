@@ -226,6 +226,17 @@ def test_new_tokens_are_called_as_generate_does(make, example, monkeypatch):
         assert rows["decoder.block.1.layer.0.SelfAttention.q"] == {4: 3}
 
 
+@pytest.mark.parametrize("is_adapted", [False, True])
+def test_new_tokens_of_a_classifier(is_adapted):
+    model: nn.Module = bert()
+    if is_adapted:
+        peft = pytest.importorskip("peft")
+        model = peft.get_peft_model(model, peft.LoraConfig(task_type="SEQ_CLS"))
+    text = r"^new_tokens: expected 0 .* no tokens, got 3: can_generate\(\) of \w+ForSeq\w+ is False; "
+    with pytest.raises(ValueError, match=text):
+        accelerate_(model, {"input_ids": IDS}, new_tokens=3)
+
+
 @pytest.mark.parametrize("new_tokens", [1, 2])
 def test_a_prompt_that_nearly_fills_the_context(new_tokens):
     config = transformers.GPT2Config(
