@@ -31,7 +31,7 @@ from sparsekern.bench.turns import in_turns, on_gpu, on_host
 from sparsekern.extras import require
 from sparsekern.gpt.presets import UniformMask
 from sparsekern.nn import pack_
-from sparsekern.nn.kinds import heads
+from sparsekern.nn.heads import heads
 from sparsekern.sparsity import Static
 from sparsekern.terminal import table
 

@@ -119,7 +119,8 @@ def _linear(input, weight, bias=None, *, out=None) -> Tensor:
 
 
 def explain(x: Tensor | int, W: SparseTensor | torch.nn.Module) -> str:
-    """Which kernel runs each pass of linear(x, W), or of x @ W.T if given W.T, and why not others.
+    """Which kernel runs each pass of linear(x, W), or of x @ W.T if given W.T, and why not others
+    for the device of x.
 
     Of a PackedLinear, or of all in a model that pack_ has made: a line each, with what is held and
     what a call runs, and one about their bytes; x may then be a number of tokens. ValueError if the

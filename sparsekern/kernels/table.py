@@ -104,13 +104,9 @@ def _check(problem: Problem) -> None:
 
 
 def refusals(problem: Problem) -> list[tuple[str, str]]:
-    """(name, reason) of every row for this op that does not take `problem`, in table order.
-
-    Of a name with a row for this device, the rows for other devices are left out.
-    """
-    rows = [row for row in KERNELS if row.op == problem.op]
-    here = {row.name for row in rows if row.device in (None, problem.device)}
-    rows = [row for row in rows if row.device in (None, problem.device) or row.name not in here]
+    """(name, reason) of every row for this op and device that does not take `problem`, in table
+    order."""
+    rows = [row for row in KERNELS if row.op == problem.op and _is_for(problem.device, row)]
     reasons = [(row.name, _refusal(row, problem)) for row in rows]
     return [(name, reason) for name, reason in reasons if reason is not None]
 
@@ -118,14 +114,20 @@ def refusals(problem: Problem) -> list[tuple[str, str]]:
 def describe(problem: Problem, kernel: Kernel) -> str:
     """One line: the problem, its kernel and how it is set up, and the reason of each refusal."""
     reasons = "".join(f"; {name} refused: {reason}" for name, reason in refusals(problem))
+    if not any(row.device == problem.device for row in KERNELS):
+        reasons = f"; there are no kernels for {problem.device}"
     plan = f" ({kernel.plan(problem)})" if kernel.plan else ""
     return f"{problem} -> {kernel.name}{plan}{reasons}"
+
+
+def _is_for(device: str, row: Kernel) -> bool:
+    return row.device in (None, device)
 
 
 def _refusal(row: Kernel, problem: Problem) -> str | None:
     if row.op != problem.op:
         return f"it computes {row.op}"
-    if row.device not in (None, problem.device):
+    if not _is_for(problem.device, row):
         return f"it runs on {row.device}"
     return row.refuse(problem)
 
@@ -144,7 +146,7 @@ def _forced(problem: Problem, name: str) -> Kernel | None:
         known = ", ".join(sorted({row.name for row in KERNELS}))
         raise ValueError(f"SPARSEKERN_KERNEL: expected one of {known}, got {name}")
     # A name may have rows for each device, and not of the same ops.
-    rows = [row for row in rows if row.device in (None, problem.device)] or rows
+    rows = [row for row in rows if _is_for(problem.device, row)] or rows
     row = next((row for row in rows if row.op == problem.op), None)
     reason = row and _refusal(row, problem)
     if reason:

@@ -58,6 +58,9 @@ def accelerate_(
             weighed with one call of the example and so many of one token a sequence. A model of
             transformers is called as its `generate` does with max_new_tokens: for the logits of the
             prompt's last token, then one less with a token and the keys and values before it.
+            Any other model is called with the first token of each sequence; the rows of a matrix
+            [M, K] are tokens. ValueError for a model that makes none: it says so
+            (`can_generate()`), or it has no place for each token in its output, as a classifier.
         nan_is_pruned: NaN in a weight marks what is pruned, and counts as zero.
 
     Layers replaced have new Parameters: make optimizers afterwards, and `torch.compile` too; an

@@ -208,7 +208,7 @@ def error_between(before: Any, after: Any) -> float | None:
     """|after - before| / |before| over all floating-point tensors of two outputs, where they were
     finite: an infinity in x reaches more of a dense product than of a sparse one. Infinite where
     they are so no more; None where there are no tensors, or not the same ones."""
-    pairs = list(zip(_floats(before), _floats(after), strict=False))
+    pairs = list(zip(floats(before), floats(after), strict=False))
     if not pairs or any(a.shape != b.shape for a, b in pairs):
         return None
     wrong = size = 0.0
@@ -227,7 +227,7 @@ def error_between(before: Any, after: Any) -> float | None:
 
 def compared(before: Any, after: Any, run: Callable[[], Any]) -> tuple[float | None, str]:
     """How far an output is from what it was, or why that cannot be said. `run` gives one more."""
-    if not any(True for _ in _floats(before)):
+    if not any(True for _ in floats(before)):
         return None, "it has no floating-point tensors"
     error = error_between(before, after)
     if error is None or error > ROUNDING:
@@ -237,7 +237,8 @@ def compared(before: Any, after: Any, run: Callable[[], Any]) -> tuple[float | N
     return error, "" if error is not None else "its tensors have other shapes than before"
 
 
-def _floats(things: Any) -> Iterable[Tensor]:
+def floats(things: Any) -> Iterable[Tensor]:
+    """Those of `tensors` that an output is compared by."""
     return (
         t
         for t in tensors(things)

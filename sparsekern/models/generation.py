@@ -1,16 +1,18 @@
-"""The calls that `generate` of transformers makes of a model: for a prompt, and for a token with
-its past."""
+"""Whether a model generates, and the calls that `generate` of transformers makes of it: for a
+prompt, and for a token with its past."""
 
 import inspect
 from collections.abc import Mapping
 from dataclasses import dataclass
+from itertools import islice
 from typing import Any
 
 from torch import Tensor, nn
 
-from .example import Calls, copied, tensors
+from .example import Calls, copied, floats, tensors
 from .timing import clock, wait
 
+ALL_THE_SAME = "if it generates all the same, give a function as example, in which it does"
 STEPS = 4  # tokens, at most, by which a step is known
 
 
@@ -34,6 +36,30 @@ def generating(model: nn.Module) -> Any:
         if callable(can_generate) and module.can_generate():  # type: ignore[operator]
             return module
     return None
+
+
+def refuse_without_generation(model: nn.Module, new_tokens: int) -> None:
+    """ValueError for a model of transformers that says of itself that it generates nothing."""
+    can_generate = getattr(model, "can_generate", None)  # under an adapter of peft as well
+    if callable(can_generate) and not can_generate():
+        raise ValueError(
+            f"new_tokens: expected 0 for a model that makes no tokens, got {new_tokens}: "
+            f"can_generate() of {type(model).__name__} is False; {ALL_THE_SAME}"
+        )
+
+
+def refuse_same_answer(model: nn.Module, new_tokens: int, token: Any, outputs: Any) -> None:
+    """ValueError where a model has no place in its output for each token: where two `outputs`, for
+    sequences and for one `token` of each, are alike. The rows of a matrix are tokens, too."""
+    is_matrix = any(t.ndim == 2 and t.is_floating_point() for t in islice(tensors(token), 1))
+    of_all, of_one = ([tuple(t.shape) for t in floats(output)] for output in outputs)
+    is_last = any(len(shape) > 2 and shape[1] == 1 for shape in of_one)  # the last token's logits
+    if of_all == of_one and of_one and not (is_matrix or is_last or hasattr(model, "generate")):
+        raise ValueError(
+            f"new_tokens: expected 0 for a model that makes no tokens, got {new_tokens}: the "
+            f"output of {type(model).__name__} has the shape {of_one[0]} both for sequences and "
+            f"for one token of each; {ALL_THE_SAME}"
+        )
 
 
 def calls_of_generate(

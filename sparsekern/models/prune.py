@@ -14,7 +14,7 @@ from torch import nn
 from ..extras import require
 from ..files import check_writable
 from ..nn import densify_, replace_modules
-from ..nn.kinds import heads
+from ..nn.heads import heads
 from ..sparsity import Magnitude, SparseGPT, Wanda
 from ..sparsity.oneshot import refuse_masked
 from ..sparsity.pruned import PruneReport

@@ -9,11 +9,20 @@ from torch import nn
 
 from .candidates import Candidate
 from .example import Calls, Runs, one_token, recording
-from .generation import calls_of_generate, generating
+from .generation import (
+    calls_of_generate,
+    generating,
+    refuse_same_answer,
+    refuse_without_generation,
+)
 from .state import State
 from .timing import Times, times_of
 
 DID_NOT_RUN = "the model did not run with it"
+NO_TOKEN = (
+    "new_tokens: expected 0 for a model that makes no tokens; with the example cut to one token a "
+    "sequence the model did not run"
+)
 NO_GENERATE = "new_tokens: the model's generate() did not run with the example"
 NOT_AGAIN = (
     "example: the model ran with it once, but not again with the same inputs, buffers and random "
@@ -25,7 +34,10 @@ class Work:
     """A call of the example, and of one token `steps` times."""
 
     def __init__(self, model: nn.Module, example: Any, new_tokens: int, state: State):
-        """TypeError or ValueError for what cannot be an example."""
+        """TypeError or ValueError for what cannot be an example, ValueError for new tokens of a
+        model that says that it makes none."""
+        if new_tokens:
+            refuse_without_generation(model, new_tokens)
         self.run = Runs(model, example, state)
         self._model, self._example, self._state = model, example, state
         self._token_run = Runs(model, one_token(example), state) if new_tokens else None
@@ -39,7 +51,9 @@ class Work:
             output = told(f"example: {DID_NOT_RUN}", self.run)
             if self._token_run is not None:
                 calls.times = self._steps
-                told(f"new_tokens: cut to one token a sequence, {DID_NOT_RUN}", self._token_run)
+                answer = told(NO_TOKEN, self._token_run)
+                token = one_token(self._example)
+                refuse_same_answer(self._model, self._steps, token, (output, answer))
         return output
 
     def _record_generate(self, candidates: Sequence[Candidate], calls: Calls, is_gpu: bool) -> Any:

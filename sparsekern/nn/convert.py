@@ -14,7 +14,8 @@ from ..kernels.derived import forget_captures
 from ..tensor import SparseTensor
 from . import replaced
 from .adapters import without_adapters
-from .kinds import HEAD_NAMES, has_hooks, heads, is_conv1d, is_experts, uses_of_parameters
+from .heads import HEAD_NAMES, heads
+from .kinds import has_hooks, is_conv1d, is_experts, uses_of_parameters
 from .linear import SparseLinear, refuse_meta
 from .stand_ins import SparseConv1D, StandIn
 
@@ -40,7 +41,8 @@ def sparsify_(
         algorithm: has `mask(name, weight)` -> bool [N, K], True where a weight is kept.
         filter_fn: filter_fn(module, name) says which nn.Linear to replace. By default all but the
             model's heads: those named `head` or `lm_head`, what get_output_embeddings() gives, and
-            what comes after the last of repeated blocks (classifiers, poolers).
+            what comes after the last block (classifiers, poolers): of a list of them, or the one
+            that holds attention.
         prune_again: that weights of which many are zero already may lose more.
 
     A weight that another module uses too (tied to an embedding) stays dense, and so does one with

@@ -11,7 +11,6 @@ from torch.nn.utils.prune import BasePruningMethod
 from ..indices import VALUE_DTYPES
 
 CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
-HEAD_NAMES = ("head", "lm_head")
 _HOOKS = (
     *("_forward_pre_hooks", "_forward_hooks", "_backward_pre_hooks", "_backward_hooks"),
     *("_state_dict_pre_hooks", "_state_dict_hooks"),
@@ -209,40 +208,3 @@ def why_not_weight(weight: Tensor, uses: int) -> str | None:
     if weight.device.type not in ("cpu", "cuda"):
         return f"weights on {weight.device.type} are not served"
     return None
-
-
-def heads(model: nn.Module) -> set[str]:
-    """Names of the linears that make a model's output of what its blocks give: what stands last in
-    a name is head or lm_head, the model says so itself (get_output_embeddings, as transformers'
-    do), or it comes after the last of the repeated blocks. Of a model without blocks, by name."""
-    named = dict(model.named_modules())
-    found = {name for name in named if name.split(".")[-1] in HEAD_NAMES}
-    get = getattr(model, "get_output_embeddings", None)
-    output = get() if callable(get) else None
-    found |= {name for name, module in named.items() if module is output}
-    last = None
-    for name, module in named.items():
-        if _holds_blocks(module):
-            last = name
-    if last is not None:
-        names = list(named)
-        inside = f"{last}." if last else ""
-        after = names[names.index(last) + 1 :]
-        found |= {n for n in after if not n.startswith(inside) and _is_linear(named[n])}
-    return found
-
-
-def _is_linear(module: nn.Module) -> bool:
-    return isinstance(module, nn.Linear) or is_conv1d(module)
-
-
-def _holds_blocks(module: nn.Module) -> bool:
-    """Whether it is a list of at least two modules of one class that hold linears themselves."""
-    if not isinstance(module, nn.ModuleList | nn.Sequential) or len(module) < 2:
-        return False
-    kinds = Counter(type(child) for child in module)
-    (kind, count), *_ = kinds.most_common(1)
-    if count < 2 or issubclass(kind, nn.Linear) or not count == len(module):
-        return False
-    first = next(child for child in module if type(child) is kind)
-    return any(_is_linear(m) for m in first.modules())

@@ -134,8 +134,11 @@ class Scaling:
 
     def load_state_dict(self, state: dict) -> None:
         """ValueError for the state of another model, RuntimeError for other exponents than those of
-        a CUDA graph; the scales are as they were then."""
+        a CUDA graph; the scales are as they were then. Versions before wrote no `wanted`, and
+        exponents, of 0, for dense layers too."""
         own = self._parts()
+        if is_earlier := "wanted" not in state:
+            del own["wanted"]
         shapes = {name: tuple(t.flatten(-2).shape) for name, t in own.items()}
         if "exponents" in state:
             shapes["exponents"] = tuple(self.exponents.shape)
@@ -143,8 +146,13 @@ class Scaling:
             given = state.get(name)
             if not isinstance(given, Tensor) or given.shape != shape:
                 got = tuple(given.shape) if isinstance(given, Tensor) else given
-                raise ValueError(f"float8: {name}: expected {shape}, got {got}")
+                raise ValueError(
+                    f"float8: {name}: expected the state of a model with "
+                    f"{len(self.exponents)} such layers, {shape}, got {got}"
+                )
         exponents = state.get("exponents")  # a dense run has none
+        if is_earlier and exponents is not None and not exponents.any():
+            exponents = None
         is_same = exponents is not None and torch.equal(exponents.cpu(), self.exponents)
         if float8.captured.intersection(self._notes) and not is_same:
             raise RuntimeError(
@@ -154,6 +162,8 @@ class Scaling:
             )
         for name, t in own.items():
             t.copy_(state[name].view(t.shape))
+        if is_earlier:
+            self.wanted.copy_(next_scale(self.scales, self.history))
         self._invert()
         self.has_begun = bool(state.get("has_begun"))
         self._first_steps = int(state.get("first_steps", 0))

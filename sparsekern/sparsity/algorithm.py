@@ -47,8 +47,8 @@ class Algorithm:
         distribution: "uniform", "erk" or "global" (budget.py).
         param_filter: globs for the names of the weights ("*mlp*.weight"; the name of the layer does
             as well, and so do names of the published GPT models, published.py), or compiled regular
-            expressions, which are searched for. Each must match a layer. By default every nn.Linear
-            but those named `head` or `lm_head`.
+            expressions, which are searched for. Each must match a layer. By default those that
+            `sparsify_` takes: every nn.Linear but the model's heads.
         family: "unstructured", any mask; or "two-way", at most 2 of each 4 neighbours along both
             axes (families.py), which needs a sparsity of at least 0.5.
     """

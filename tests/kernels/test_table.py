@@ -58,7 +58,25 @@ def test_first_row_that_does_not_refuse(with_picky):
 def test_refusals(with_picky):
     assert table.refusals(PROBLEM) == []
     assert table.refusals(PROBLEM._replace(M=3)) == [("spmm_picky", "M is odd")]
-    assert table.refusals(PROBLEM._replace(device="cuda")) == [("spmm_picky", "it runs on cpu")]
+    assert table.refusals(PROBLEM._replace(device="cuda")) == []  # it concerns a CPU alone
+
+
+@pytest.mark.parametrize(("device", "other"), [("cpu", "cuda"), ("cuda", "cpu")])
+@pytest.mark.parametrize("op", OPS)
+def test_only_rows_for_the_device_are_told_of(op, device, other):
+    elsewhere = {row.name for row in table.KERNELS if row.device == other}
+    elsewhere -= {row.name for row in table.KERNELS if row.device == device}
+    for m in (1, 300):
+        problem = PROBLEM._replace(op=op, device=device, dtype=torch.float64, M=m)
+        assert elsewhere.isdisjoint(dict(table.refusals(problem)))
+        text = table.describe(problem, table.pick(problem))
+        assert "it runs on" not in text and "there are no kernels" not in text
+
+
+def test_a_device_without_kernels(fresh_table):
+    problem = PROBLEM._replace(device="mps")
+    text = table.describe(problem, table.pick(problem))
+    assert text.endswith("on mps -> dense; there are no kernels for mps")
 
 
 def test_forced(with_picky):

@@ -136,6 +136,57 @@ def test_tokens_of_the_example_and_of_generation_are_counted():
     assert accelerate_(pruned(LM()), (torch.arange(3), 2.0)).layers[0].tokens == {3: 1}
 
 
+class Answers(nn.Module):
+    """A model whose output `answer` makes of [B, T, H]."""
+
+    def __init__(self, answer):
+        super().__init__()
+        self.lm, self.answer = LM(), answer
+
+    def forward(self, input_ids):
+        return self.answer(self.lm(input_ids)["logits"])
+
+
+def classes(logits):
+    return logits.mean(1)[:, :3]
+
+
+def last_token(logits):
+    return logits[:, -1:]
+
+
+IDS = torch.arange(10).view(2, 5)
+
+
+def test_new_tokens_of_a_model_that_makes_none():
+    model = pruned(Answers(classes))
+    twin = copy.deepcopy(model)
+    text = r"^new_tokens: expected 0 for a model that makes no tokens, got 7: .*Answers.* \(2, 3\)"
+    with pytest.raises(ValueError, match=text):
+        accelerate_(model, IDS, new_tokens=7)
+    assert kinds(model) == kinds(twin) and same_state(model, twin.state_dict())
+    accelerate_(model, IDS)
+    images = pruned(nn.Sequential(nn.Conv2d(3, H, 4), nn.Flatten(), nn.Linear(H, H)))
+    text = "^new_tokens: expected 0 for a model that makes no tokens; with the example cut"
+    with pytest.raises(ValueError, match=text):
+        accelerate_(images, torch.randn(2, 3, 4, 4), new_tokens=7)
+
+
+def test_new_tokens_of_models_that_may_make_them():
+    def tokens(model, x):
+        return next(iter(accelerate_(pruned(copy.deepcopy(model)), x, new_tokens=7).layers)).tokens
+
+    assert tokens(Answers(last_token), IDS) == {10: 1, 2: 7}
+    assert tokens(Answers(lambda logits: (logits.mean(), logits)), IDS) == {10: 1, 2: 7}
+    assert tokens(LM(), IDS[:, :1]) == {2: 8}
+    mlp = nn.Sequential(nn.Linear(H, H), nn.Linear(H, 3))  # the rows of a matrix are tokens
+    assert tokens(mlp, torch.randn(5, H)) == {5: 1, 1: 7}
+    assert tokens(mlp, torch.randn(1, H)) == {1: 8}
+    own = Answers(classes)
+    own.generate = lambda input_ids: input_ids  # it says that it generates
+    assert tokens(own, IDS) == {10: 1, 2: 7}
+
+
 def test_the_example_is_cut_to_one_token():
     ids, embeds, x = torch.zeros(2, 5, dtype=torch.long), torch.zeros(2, 5, H), torch.zeros(5, H)
 

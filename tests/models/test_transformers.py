@@ -6,10 +6,12 @@ from statistics import median
 import pytest
 import torch
 from pruned_models import sparse_is_faster
+from torch import nn
 
 from sparsekern import accelerate_, densify_
 from sparsekern.models import generation
 from sparsekern.models.prune import prune_
+from sparsekern.nn.convert import sparsifiable
 from sparsekern.sparsity import Wanda
 
 transformers = pytest.importorskip("transformers")
@@ -162,6 +164,23 @@ def test_experts_with_biases_are_pruned():
         assert torch.equal(getattr(experts, f"{name}_bias"), getattr(before, f"{name}_bias"))
 
 
+def albert():
+    config = transformers.AlbertConfig(**SMALL, embedding_size=32, num_labels=3)
+    return transformers.AutoModelForSequenceClassification.from_config(config)
+
+
+@pytest.mark.parametrize("make", [bert, albert, mixtral])
+def test_classifiers_of_one_block_stay_dense(make, monkeypatch):
+    monkeypatch.setitem(SMALL, "num_hidden_layers", 1)  # albert has one for any number
+    model = make()
+    if make is mixtral:
+        model = transformers.AutoModelForSequenceClassification.from_config(model.config)
+    linears = {name for name, m in model.named_modules() if type(m) is nn.Linear}
+    spared = {bert: {"bert.pooler.dense"}, albert: {"albert.pooler"}, mixtral: {"score"}}[make]
+    spared |= {"classifier"} & linears
+    assert linears - sparsifiable(model).keys() == spared
+
+
 def t5():
     config = transformers.T5Config(
         vocab_size=256, d_model=64, d_ff=96, num_layers=2, num_heads=4, decoder_start_token_id=0
@@ -205,6 +224,17 @@ def test_new_tokens_are_called_as_generate_does(make, example, monkeypatch):
         # of T5 the encoder reads the prompt once, and both beams begin with one token
         assert rows["encoder.block.1.layer.0.SelfAttention.q"] == {38: 1}
         assert rows["decoder.block.1.layer.0.SelfAttention.q"] == {4: 3}
+
+
+@pytest.mark.parametrize("is_adapted", [False, True])
+def test_new_tokens_of_a_classifier(is_adapted):
+    model: nn.Module = bert()
+    if is_adapted:
+        peft = pytest.importorskip("peft")
+        model = peft.get_peft_model(model, peft.LoraConfig(task_type="SEQ_CLS"))
+    text = r"^new_tokens: expected 0 .* no tokens, got 3: can_generate\(\) of \w+ForSeq\w+ is False; "
+    with pytest.raises(ValueError, match=text):
+        accelerate_(model, {"input_ids": IDS}, new_tokens=3)
 
 
 @pytest.mark.parametrize("new_tokens", [1, 2])

@@ -21,6 +21,7 @@ from sparsekern.nn.float8 import (
     scaling_of,
     to_float8_,
 )
+from sparsekern.nn.scaling import EACH
 from sparsekern.testing import frobenius_error
 
 sys.path.append(str(Path(__file__).parents[1] / "kernels" / "cuda"))
@@ -276,8 +277,38 @@ def test_state_goes_on_elsewhere(device):
     for each in (model, other, twin):
         results.append(step(each, lambda: each(3 * x)))  # noqa: B023
     assert torch.equal(results[0], results[1]) and torch.equal(results[0], results[2])
-    with pytest.raises(ValueError, match="scales: expected"):
+    text = "scales: expected the state of a model with 1 such layers, (3,), got (6,)"
+    with pytest.raises(ValueError, match=re.escape(text)):
         to_float8_(mlp(device, True)[:1], every).load_state_dict(scaling.state_dict())
+
+
+@pytest.mark.parametrize("has_exponents", [True, False])
+@pytest.mark.parametrize("is_sparse", [True, False])
+def test_states_of_versions_before(device, is_sparse, has_exponents):
+    """They had no `wanted`; at first no exponents either, and then dense runs, too."""
+    model = mlp(device, is_sparse)
+    scaling = to_float8_(model, every)
+    x = torch.randn(TOKENS, WIDTH, device=device)
+    step(model, lambda: model(x)), step(model, lambda: model(2 * x))
+    state = {"exponents": scaling.exponents.clone()} | scaling.state_dict()
+    del state["wanted"]
+    if not has_exponents:
+        del state["exponents"], state["first_steps"]
+    other = mlp(device, is_sparse)
+    other.load_state_dict(model.state_dict())
+    loaded = to_float8_(other, every)
+    loaded.load_state_dict(state)
+    assert loaded.has_begun and torch.equal(loaded.wanted, scaling.wanted)
+    first, second = (step(each, lambda: each(3 * x)) for each in (model, other))  # noqa: B023
+    if has_exponents or not is_sparse:
+        assert torch.equal(first, second) and torch.equal(loaded.scales, scaling.scales)
+    else:  # exponents were sought anew, and so its scales may be others
+        assert frobenius_error(second, first.double()) < 0.06
+    if not is_sparse:  # a two-way run goes on from that of a dense one
+        two_way = to_float8_(mlp(device, True), every)
+        two_way.load_state_dict(state)
+        of_x, of_w, _ = two_way.scales.view(-1, EACH)[:, :3].log2().unbind(1)
+        assert torch.equal(of_x + of_w, two_way.exponents.to(of_x)) and two_way.exponents.all()
 
 
 @pytest.mark.parametrize("is_sparse", [True, False])

@@ -1,4 +1,4 @@
-"""What sparsify_ and the algorithms ask and spare: pruned models, heads; and Conv1D."""
+"""What sparsify_ and the algorithms ask and spare: pruned models; and Conv1D."""
 
 import copy
 
@@ -6,7 +6,7 @@ import pytest
 from pruned_models import Conv1D, H, Mixture, kinds, pruned
 from torch import nn
 
-from sparsekern import SparseLinear, Static, densify_, sparsify_
+from sparsekern import Static, densify_, sparsify_
 from sparsekern.nn.stand_ins import SparseConv1D
 from sparsekern.sparsity import Group, Magnitude
 
@@ -51,18 +51,6 @@ def test_pruning_conv1d():
     kept = densify_(model)[0].weight
     assert type(model[0]) is Conv1D and kept.shape == (H, 96)
     assert int((kept == weight).sum()) == H * 96 // 2
-
-
-def test_heads_are_spared_by_their_place():
-    class Classifier(nn.Module):
-        def __init__(self):
-            super().__init__()
-            self.encoder = nn.ModuleList(nn.Sequential(nn.Linear(H, H)) for _ in range(2))
-            self.pooler, self.classifier = nn.Linear(H, H), nn.Linear(H, 3)
-
-    model = sparsify_(Classifier(), Static(0.5))
-    assert type(model.pooler) is type(model.classifier) is nn.Linear
-    assert all(type(block[0]) is SparseLinear for block in model.encoder)
 
 
 def test_what_stays_dense_beside_the_linears_is_said():
