@@ -232,7 +232,9 @@ def test_new_tokens_of_a_classifier(is_adapted):
     if is_adapted:
         peft = pytest.importorskip("peft")
         model = peft.get_peft_model(model, peft.LoraConfig(task_type="SEQ_CLS"))
-    text = r"^new_tokens: expected 0 .* no tokens, got 3: can_generate\(\) of \w+ForSeq\w+ is False; "
+    text = (
+        r"^new_tokens: expected 0 .* no tokens, got 3: can_generate\(\) of \w+ForSeq\w+ is False; "
+    )
     with pytest.raises(ValueError, match=text):
         accelerate_(model, {"input_ids": IDS}, new_tokens=3)
 
