@@ -87,6 +87,8 @@ def prune(config: PruneConfig) -> list[dict]:
     path = Path(config.out) / CHECKPOINT
     settings = asdict(config)
     rows: list[dict] = []
+    if not Path(config.source).exists():
+        raise FileNotFoundError(f"source: {config.source} does not exist")
     if not checkpoint_file(config.source).exists():
         raise FileNotFoundError(
             f"source: expected a run of `sparsekern train` ({CHECKPOINT}) or a model of "
