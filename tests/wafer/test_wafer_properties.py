@@ -15,6 +15,7 @@ from sparsekern.wafer.cost import Weight, compare_with_dense, masked_weights, st
 from sparsekern.wafer.inference import inference_cost
 from sparsekern.wafer.inputs import ACTIVATIONS, STREAM_FORMATS, Inputs
 from sparsekern.wafer.machine import MACHINES, machine
+from sparsekern.wafer.predict import predict
 from sparsekern.wafer.product import product_cycles
 from sparsekern.wafer.shapes import GPTShape, gpt_shape
 from sparsekern.wafer.sweep import sweep
