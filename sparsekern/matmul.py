@@ -132,7 +132,11 @@ def explain(x: Tensor | int, W: SparseTensor | torch.nn.Module) -> str:
         raise TypeError(f"W: expected a SparseTensor or a packed layer, got {type(W).__name__}")
     if not isinstance(x, Tensor):
         raise TypeError(f"x: expected a Tensor beside a SparseTensor, got {x!r:.60}")
-    x, values = autocast(x, W.values)
+    operand, values = autocast(x, W.values)
+    return _explain_sparse(operand, values, W)
+
+
+def _explain_sparse(x: Tensor, values: Tensor, W: SparseTensor) -> str:
     n, k = W.shape
     if x.ndim == 0 or x.shape[-1] != k:
         other = "; explain(x, W.T) is that of x @ W" if x.ndim and x.shape[-1] == n else ""

@@ -107,7 +107,8 @@ def prune(config: PruneConfig) -> list[dict]:
         for name in settings.keys() - {"out", "device"}:
             old = state["prune"].get(name, getattr(PruneConfig, name))
             if old != settings[name]:
-                raise ValueError(f"{name} is {old} in {path}, got {settings[name]}")
+                was, got = ("not given" if v == "" else v for v in (old, settings[name]))
+                raise ValueError(f"{name} is {was} in {path}, got {got}")
         rows = state["rows"]
     targets = config.sparsities()
     # Of the source in any case: what a pruning took does not depend on where it was stopped.

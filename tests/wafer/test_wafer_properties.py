@@ -244,7 +244,7 @@ def test_masks_of_a_part_of_the_model_are_no_model():
         (lambda name, n, k: (name, n // 2, 2 * k), "qkv: expected 2304 x 768 .* 1152 x 1536$"),
         (lambda name, n, k: (f"h.0.{name}_", n, k), "h.0.qkv_: .* one of qkv, proj, up, down"),
         (
-            lambda name, n, k: (("up", 3072, 768) if name in ("up", "down") else (name, n, k)),
+            lambda name, n, k: ("up", 3072, 768) if name in ("up", "down") else (name, n, k),
             "got 24 of up, not 12",
         ),
     ],
