@@ -4,6 +4,7 @@ It imports no torch: help and usage errors come at once. A command is imported w
 """
 
 import argparse
+import difflib
 import os
 import sys
 import traceback
@@ -22,6 +23,16 @@ MISTAKES = (ValueError, ImportError, OSError, ArithmeticError, NotImplementedErr
 
 
 class Parser(argparse.ArgumentParser):
+    def parse_known_args(self, args=None, namespace=None):
+        """An unknown flag is an error here, where the flags of its command are known."""
+        known, unknown = super().parse_known_args(args, namespace)
+        if unknown:
+            given = unknown[0].partition("=")[0]
+            close = difflib.get_close_matches(given, self._option_string_actions, 1, 0.75)
+            meant = f"; did you mean {close[0]}?" if close else ""
+            self.error(f"unrecognized arguments: {' '.join(unknown)}{meant}")
+        return known, unknown
+
     def error(self, message: str) -> None:
         self.exit(2, f"sparsekern: error: {message}\n")
 

@@ -119,23 +119,38 @@ def _linear(input, weight, bias=None, *, out=None) -> Tensor:
 
 
 def explain(x: Tensor | int, W: SparseTensor | torch.nn.Module) -> str:
-    """Which kernel runs each pass of linear(x, W), or of x @ W.T if given W.T, and why not others
-    for the device of x.
+    """Which kernel runs each pass of linear(x, W), which is x @ W.T, and why not others for the
+    device of x. `explain(x, W.T)` is that of linear(x, W.T), which is x @ W.
 
     Of a PackedLinear, or of all in a model that pack_ has made: a line each, with what is held and
-    what a call runs, and one about their bytes; x may then be a number of tokens. ValueError if the
-    last dimension of x is not K, or for a model without such layers.
+    what a call runs, and one about their bytes; x may then be a number of tokens. ValueError or
+    TypeError where the product would raise, ValueError for a model without such layers.
     """
     if isinstance(W, torch.nn.Module):
         return _explain_packed(x, W)
     if not isinstance(W, SparseTensor):
         raise TypeError(f"W: expected a SparseTensor or a packed layer, got {type(W).__name__}")
-    if isinstance(x, int):
-        raise TypeError("x: expected a Tensor beside a SparseTensor, got a number of tokens")
-    if x.ndim == 0 or x.shape[-1] != W.k:
-        raise ValueError(f"x: expected a last dimension of K = {W.k}, got shape {tuple(x.shape)}")
+    if not isinstance(x, Tensor):
+        raise TypeError(f"x: expected a Tensor beside a SparseTensor, got {x!r:.60}")
+    operand, values = autocast(x, W.values)
+    return _explain_sparse(operand, values, W)
+
+
+def _explain_sparse(x: Tensor, values: Tensor, W: SparseTensor) -> str:
+    n, k = W.shape
+    if x.ndim == 0 or x.shape[-1] != k:
+        other = "; explain(x, W.T) is that of x @ W" if x.ndim and x.shape[-1] == n else ""
+        raise ValueError(
+            f"x: expected a last dimension of K = {k}, as W is {n} x {k} and its product "
+            f"x @ W.T, got shape {tuple(x.shape)}{other}"
+        )
+    if not fits(x, -1, k, values):
+        wanted, got = (f"{t.dtype} on {t.device}" for t in (values, x))
+        layout = "" if x.layout is torch.strided else f", {x.layout}"
+        raise TypeError(f"x: expected {wanted} as W is, got {got}{layout}")
     lines = []
-    for name, op in (("forward", "spmm"), ("dx", "spmm_t"), ("dvalues", "sddmm")):
+    products = ("spmm_t", "spmm") if W.is_transposed else ("spmm", "spmm_t")
+    for name, op in zip(("forward", "dx", "dvalues"), (*products, "sddmm"), strict=True):
         m = x.shape[:-1].numel()
         problem = Problem(op, x.device.type, x.dtype, m, W.n, W.k, W.nnz)
         if x.is_cuda:

@@ -1,6 +1,6 @@
 """python -m sparsekern prune: a run of `train`, or a model of transformers."""
 
-import re
+import sys
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -9,13 +9,12 @@ import torch
 
 from ..gpt.checkpoint import checkpoint_file
 from ..gpt.prune import PruneConfig, prune
-from ..models.prune import TABLE, prune_pretrained
+from ..models.prune import TABLE, may_be_on_hub, prune_pretrained
 from ..report import demo as demo_report
 
 OF_MODELS = {"target": "sparsity"}  # flags of a run that say the same of a model
 FOR_MODELS = ("source", "method", "family", "distribution", "calibration", "device", "dtype", "out")
 FOR_MODELS += ("prune_again",)
-ON_THE_HUB = re.compile(r"[\w.-]+(/[\w.-]+)?")
 
 
 def run_prune(**given: Any) -> None:
@@ -39,7 +38,7 @@ def is_pretrained(source: str) -> bool:
     path = Path(source)
     if path.is_dir():
         return (path / "config.json").exists() and not checkpoint_file(path).exists()
-    may_be_a_name = bool(ON_THE_HUB.fullmatch(source)) and not path.exists()
+    may_be_a_name = may_be_on_hub(source) and not path.exists()
     return may_be_a_name and find_spec("transformers") is not None
 
 
@@ -62,5 +61,8 @@ def _prune_model(**given: Any) -> None:
         raise ValueError(
             "sparsity: a model of transformers expected one, as --sparsity 0.5, got none"
         )
+    if not Path(settings["source"]).exists():  # asking may take long
+        about = "is no file here: looking for it in the cache of the hub and at huggingface.co"
+        print(f"source: {settings['source']} {about}", file=sys.stderr)
     report = prune_pretrained(**settings)
     print(f"{report}\n\n{settings['out']} has the model, dense with zeros, and {TABLE}")

@@ -3,6 +3,7 @@ sensitivity."""
 
 import argparse
 import json
+import sys
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -235,11 +236,21 @@ def _run_predict(**options) -> None:
             **{name: options[name] for name in PREDICT_FLAGS},
         )
     print(render.render(found))
+    if not options["checkpoint"]:
+        _tell_default(options)
     if options["details"]:
         print("\n" + render.render_details(found))
     if options["sources"]:
         print("\n" + render.render_sources(wafer, inputs, beside))
     _write_json(options["json"], render.as_dict(found))
+
+
+def _tell_default(options: dict) -> None:
+    if options["sparsity"] is None:
+        text = f"sparsity: {DEFAULT_SPARSITY} is the default, as --sparsity was not given"
+        if options["model"] not in (None, *GPT_SHAPES):
+            text += f"; of {options['model']} its config is read, not how many weights are zero"
+        print(text, file=sys.stderr)
 
 
 def _measured_here() -> list[Path]:
@@ -360,6 +371,7 @@ def _run_sensitivity(**options) -> None:
         machine(options["machine"]), shape, _density(options["sparsity"]), batch, inputs
     )
     print(sensitivity.render(swings))
+    _tell_default(options)
     _write_json(options["json"], [vars(swing) for swing in swings])
     if options["plots"]:
         _write_plots(options["plots"], {"sensitivity": plots.sensitivity_bars(swings, inputs)})

@@ -21,7 +21,6 @@ BETAS = (0.9, 0.95)
 WEIGHT_DECAY = 0.1
 WARMUP_SHARE = 0.1  # of all steps, with the learning rate rising from 0
 FINAL_LR_SHARE = 0.1  # of the highest learning rate, reached by a cosine
-BESIDE = ("config", "tokenizer")  # what a model needs beside its weights
 MOST_JSON_BYTES = 2**27  # of a file that holds one of them
 
 
@@ -78,18 +77,18 @@ def load_model(path: str | Path) -> tuple[GPT, Tokenizer]:
 def _load_weights(path: Path) -> tuple[GPT, Tokenizer]:
     found, metadata = load_weights(path), load_metadata(path)
     with about(path):
-        about_model = {name: metadata.get(name) or _beside(path, name) for name in BESIDE}
-        config = about_model["config"]
-        if kind := config.get("model_type"):
+        config = metadata.get("config") or _beside(path, "config")
+        if kind := config.get("model_type"):  # before a tokenizer, which it need not have
             raise ValueError(
                 f"expected a GPT of `sparsekern train`, got a {kind} of transformers: "
                 "from_pretrained of transformers reads it, and its generate() writes text"
             )
+        tokenizer_state = metadata.get("tokenizer") or _beside(path, "tokenizer")
         for name in ("layers", "heads", "width", "context"):
             if type(config.get(name)) is not int or config[name] < 1:
                 raise ValueError(f"config: {name}: expected a number, got {config.get(name)!r}")
         check_shapes(config, {name: tuple(w.shape) for name, w in found.items()})
-        tokenizer = tokenizer_from_state(about_model["tokenizer"])
+        tokenizer = tokenizer_from_state(tokenizer_state)
         model = GPT(model_config(config, tokenizer.vocab_size))
         return set_weights_(model, found), tokenizer
 

@@ -248,7 +248,8 @@ def resumed_config(given: dict) -> TrainConfig:
                 "; to train longer, resume it to its end first, or begin anew with "
                 f"--init-from {path.parent} --optimizer-state keep"
             )
-        raise ValueError(f"{name} is {old} in {path}, got {new}; a resumed run keeps it{hint}")
+        was = "not given" if old == "" else old
+        raise ValueError(f"{name} is {was} in {path}, got {new}; a resumed run keeps it{hint}")
     return saved_config(path, state["config"], **given)
 
 

@@ -33,6 +33,7 @@ def plan(
         f"{saved if sparsity else 'dense'}",
         "run": f"steps {step} to {config.steps} of {config.batch} x {config.context} tokens, "
         f"processes x threads {ranks} x {torch.get_num_threads()}, seed {config.seed}",
+        "out": f"{config.out}",
     }
     return "\n".join(f"{name:<7}{text}" for name, text in rows.items())
 

@@ -87,6 +87,8 @@ def prune(config: PruneConfig) -> list[dict]:
     path = Path(config.out) / CHECKPOINT
     settings = asdict(config)
     rows: list[dict] = []
+    if not Path(config.source).exists():
+        raise FileNotFoundError(f"source: {config.source} does not exist")
     if not checkpoint_file(config.source).exists():
         raise FileNotFoundError(
             f"source: expected a run of `sparsekern train` ({CHECKPOINT}) or a model of "
@@ -105,7 +107,8 @@ def prune(config: PruneConfig) -> list[dict]:
         for name in settings.keys() - {"out", "device"}:
             old = state["prune"].get(name, getattr(PruneConfig, name))
             if old != settings[name]:
-                raise ValueError(f"{name} is {old} in {path}, got {settings[name]}")
+                was, got = ("not given" if v == "" else v for v in (old, settings[name]))
+                raise ValueError(f"{name} is {was} in {path}, got {got}")
         rows = state["rows"]
     targets = config.sparsities()
     # Of the source in any case: what a pruning took does not depend on where it was stopped.

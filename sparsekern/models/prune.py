@@ -3,8 +3,10 @@
 import dataclasses
 import json
 import os
+import re
 import shutil
 import tempfile
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +25,7 @@ from .as_linears import as_linears
 METHODS = {"magnitude": Magnitude, "wanda": Wanda, "sparsegpt": SparseGPT}
 TABLE = "prune.json"
 DTYPES = ("float32", "bfloat16", "float16")
+ON_THE_HUB = re.compile(r"\w([\w.-]*\w)?(/\w([\w.-]*\w)?)?")
 # What belongs to a model beside its weights and what transformers writes itself.
 BESIDE = (".json", ".txt", ".md", ".jinja", ".model")
 
@@ -135,11 +138,19 @@ def read_texts(path: str | Path) -> list[str]:
     return texts
 
 
+def may_be_on_hub(source: str | Path) -> bool:
+    """Whether it has the form of a name there: `name` or `owner/name`, neither with a dot or a dash
+    at its ends, as a path has that begins with ./ or ../ ."""
+    return isinstance(source, str) and bool(ON_THE_HUB.fullmatch(source))
+
+
 def load(
     source: str | Path, dtype: str | None = None, needs_tokenizer: bool = False
 ) -> tuple[nn.Module, Any]:
     """The model, dense, of the class that its config names, and its tokenizer (None if it has
     none). ValueError where its file lacks matrices that are no head's."""
+    if not may_be_on_hub(source) and not Path(source).exists():
+        raise FileNotFoundError(f"source: {source} does not exist")
     transformers = require("transformers", "hf")
     try:
         config = transformers.AutoConfig.from_pretrained(source)
@@ -147,6 +158,8 @@ def load(
         raise ValueError(
             f"source: expected a folder or a name of a transformers model, got {source} ({error})"
         ) from error
+    if (getattr(config, "quantization_config", None) or {}).get("quant_method") == "sparsekern":
+        import_module("sparsekern.hf")  # it reads sparse files, and needs a newer transformers
     names = getattr(config, "architectures", None) or ["AutoModel"]
     kind = getattr(transformers, names[0], transformers.AutoModel)
     kind_of = getattr(torch, dtype) if dtype else "auto"

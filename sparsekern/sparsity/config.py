@@ -153,7 +153,10 @@ def configure(settings: Any, **defaults: Any) -> Algorithm | Group | None:
     block = modern(settings)
     if isinstance(block, list):
         return configure(block, **defaults)
+    is_named = "algorithm" in block
     algorithm = block.pop("algorithm", "static")
+    if not is_named:
+        _check_algorithm_key(block)
     if "sparsity" not in block:
         _check_keys(algorithm, block)
         raise ValueError(f"sparsity: a block needs the key 'sparsity', got {shown(list(settings))}")
@@ -182,6 +185,16 @@ def _named(block: dict[Any, Any]) -> dict[str, Any]:
         if not isinstance(key, str):
             raise ValueError(f"sparsity: expected names of settings, got {shown(key)}")
     return block
+
+
+def _check_algorithm_key(block: dict[Any, Any]) -> None:
+    """A misspelt `algorithm` would leave a static one, which knows none of the other keys."""
+    own = {part.name for part in fields(Static) if part.init}
+    for key in block.keys() - own:
+        if nearest(key, ["algorithm"]):
+            raise ValueError(
+                f"sparsity: {shown(key)} is no key of a block{nearest(key, ['algorithm'])}"
+            )
 
 
 def _check_keys(algorithm: Any, block: dict[Any, Any]) -> None:

@@ -212,14 +212,38 @@ def _weights(shape: GPTShape, density: float | Sequence[Weight]) -> tuple[Weight
             f"density: expected a number, or the Weights of all linear layers (masked_weights), "
             f"got {type(density).__name__} {density!r:.60}"
         )
-    places = sum(w.n * w.k * w.layers * w.share for w in weights)
-    if not math.isclose(places, shape.linear_fma, rel_tol=1e-9):
-        raise ValueError(
-            f"density: expected the weights of all linear layers of {shape.name}, which are "
-            f"{shape.layers} x {shape.matrices}, {shape.linear_fma:,.0f} places for a token; got "
-            f"{places:,.0f} in {len(weights)} weights"
-        )
+    _check_fit(shape, weights)
     return weights
+
+
+def _check_fit(shape: GPTShape, weights: tuple[Weight, ...]) -> None:
+    """ValueError for the first weight that is no matrix of the model, and for a matrix of which
+    there are not as many as in the model. Names may have those of modules before them."""
+    matrices = {matrix.name: matrix for matrix in shape.block}
+    found: dict[str, float] = dict.fromkeys(matrices, 0)
+    for weight in weights:
+        name = weight.name.rpartition(".")[2]
+        if name not in matrices:
+            raise ValueError(
+                f"density: {weight.name}: expected the name of a linear layer of {shape.name}, one "
+                f"of {', '.join(matrices)}, as in blocks.0.{next(iter(matrices))}"
+            )
+        n, k = shape.matrices[name]
+        if (weight.n, weight.k) != (n, k):
+            turned = "; it is transposed: expected is [out_features, in_features], and Conv1D of "
+            turned += "GPT-2 stores [in, out]"
+            raise ValueError(
+                f"density: {weight.name}: expected {n} x {k} in {shape.name}, got "
+                f"{weight.n} x {weight.k}{turned if (weight.n, weight.k) == (k, n) else ''}"
+            )
+        found[name] += weight.layers * weight.share
+    for name, count in found.items():
+        expected = shape.layers * matrices[name].copies * matrices[name].share
+        if not math.isclose(count, expected, rel_tol=1e-9):
+            raise ValueError(
+                f"density: expected the weights of all linear layers of {shape.name}, which are "
+                f"{shape.layers} x {shape.matrices}; got {count:g} of {name}, not {expected:g}"
+            )
 
 
 def kept_share(shape: GPTShape, density: float | Sequence[Weight]) -> float:

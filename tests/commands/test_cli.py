@@ -60,7 +60,22 @@ def test_train_prints_its_plan_its_losses_and_its_speed(tiny, tmp_path, capsys):
     )
     metrics = json.loads((tmp_path / "run" / METRICS).read_text())
     assert len(metrics["losses"]) == 6 and metrics["config"]["sparsity"] == 0.75
+    assert f"\nout    {tmp_path / 'run'}\n" in out
     assert main(["train", f"--out={tmp_path / 'run'}", "--resume"]) == 0
+    capsys.readouterr()
+    resumed = ["train", f"--out={tmp_path / 'run'}", "--resume", "--init-from=X"]
+    text = error_line(capsys, resumed)
+    assert "init_from is not given in " in text and "got X; a resumed run keeps it" in text
+
+
+@pytest.mark.parametrize(
+    "command", ["prune", "generate --preset=gpt2-small", "wafer predict", "bench", "wafer sweep"]
+)
+def test_a_misspelt_flag_gets_the_nearest_of_its_command(command, capsys):
+    right = {"bench": "quick", "wafer sweep": "sparsities"}
+    flag = "--" + right.get(command, "sparsity")
+    text = error_line(capsys, [*command.split(), flag.replace("i", "", 1)])
+    assert f"unrecognized arguments: {flag.replace('i', '', 1)}; did you mean {flag}?" in text
 
 
 def test_train_mistakes(tiny, tmp_path, capsys):
@@ -84,7 +99,8 @@ def test_train_mistakes(tiny, tmp_path, capsys):
         "--resume": "checkpoint.pt does not exist",
         "--vocab-size=300": "vocab_size: expected tokenizer bpe beside it, bytes has 256, got 300",
         "--vocab-size=2048": "vocab_size: expected tokenizer bpe beside it",
-        "--unheard-of": "unrecognized arguments: --unheard-of",
+        "--unheard-of": "unrecognized arguments: --unheard-of$",
+        "--sparsty=0.9": "unrecognized arguments: --sparsty=0.9; did you mean --sparsity\\?$",
     }.items():
         assert re.search(message, error_line(capsys, [*tiny, flag]))
     assert not (tmp_path / "run").exists()

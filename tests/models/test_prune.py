@@ -1,6 +1,8 @@
 """Pruning of a transformers model from its folder: the function and the command."""
 
 import json
+import subprocess
+import sys
 
 import pytest
 import torch
@@ -151,6 +153,43 @@ def test_a_sparse_folder_becomes_dense_with_zeros(folder, tmp_path):
     weight = saved["model.layers.0.mlp.up_proj.weight"]
     assert report.sparsity == 0.75 == (weight == 0).float().mean()
     assert "quantization_config" not in (tmp_path / "out" / "config.json").read_text()
+
+
+def test_the_command_reads_a_sparse_folder_by_itself(folder, tmp_path):
+    """In a new process: in this one sparsekern.hf may be there already."""
+    from transformers import AutoModelForCausalLM
+
+    model = AutoModelForCausalLM.from_pretrained(folder)
+    Magnitude(0.5).apply(model).save_pretrained(tmp_path / "sparse")
+    command = f"prune --source {tmp_path}/sparse --sparsity 0.75 --out {tmp_path}/out --prune-again"
+    done = subprocess.run(
+        [sys.executable, "-m", "sparsekern", *command.split()], capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stderr
+    assert "14 layers, 75.0% zeros" in done.stdout
+
+
+@pytest.mark.parametrize("source", ["./nope", "../nope", "/nope", "runs/of/nope", "nope/"])
+def test_a_path_to_nothing_is_looked_for_nowhere_else(source, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    assert cli.main(["prune", "--source", source, "--sparsity", "0.5"]) == 2
+    assert f"source: {source} does not exist" in capsys.readouterr().err
+    with pytest.raises(FileNotFoundError, match="source: .*nope/? does not exist"):
+        prune_pretrained(source, tmp_path / "out", 0.5)
+
+
+@pytest.mark.parametrize("source", ["gpt2", "owner/a.name-1"])
+def test_before_a_name_is_asked_for_it_is_said_that_no_folder_has_it(source, monkeypatch, capsys):
+    pytest.importorskip("transformers", reason="transformers is not installed")
+
+    def asked(**given):
+        raise ValueError(f"asked for {given['source']}")
+
+    monkeypatch.setattr("sparsekern.commands.prune.prune_pretrained", asked)
+    assert cli.main(["prune", "--source", source, "--sparsity", "0.5"]) == 2
+    told, error = capsys.readouterr().err.splitlines()
+    assert told.startswith(f"source: {source} is no file here")
+    assert error.endswith(f"asked for {source}")
 
 
 @pytest.mark.parametrize("uneven", ["columns", "rows"])

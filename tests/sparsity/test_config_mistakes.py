@@ -19,6 +19,10 @@ pytest.importorskip("yaml")
         ({"sparsty": 0.5, "algorithm": "set"}, "'sparsty'; did you mean 'sparsity'?"),
         ({"algorithm": "set"}, "a block needs the key 'sparsity', got ['algorithm']"),
         ({"sparsity": 0.5, "algorithm": "set", "updte": {}}, "'updte'; did you mean 'update'?"),
+        (
+            {"sparsity": 0.5, "algoritm": "rigl"},
+            "'algoritm' is no key of a block; did you mean 'algorithm'?",
+        ),
         ({"sparsity": 0.5, "algorithm": "rigll"}, "'rigll'; did you mean 'rigl'?"),
         ({"sparsity": 0.5, "init_method": "rndom"}, "'rndom'; did you mean 'random'?"),
         (

@@ -41,6 +41,22 @@ def error_line(capsys, *arguments: str) -> str:
     return printed.err
 
 
+def test_a_sparsity_that_was_not_given_is_told(capsys, tmp_path):
+    (tmp_path / "config.json").write_text(
+        '{"model_type": "gpt2", "n_layer": 2, "n_embd": 768, "n_head": 12, "vocab_size": 100, '
+        '"n_positions": 64}'
+    )
+    for flags, told in (
+        ([], "sparsity: 0.75 is the default, as --sparsity was not given\n"),
+        ([f"--model={tmp_path}"], f"; of {tmp_path} its config is read, not how many weights are"),
+        (["--sparsity=0.75"], ""),
+    ):
+        assert main(["wafer", "predict", *flags]) == 0
+        printed = capsys.readouterr()
+        assert told in printed.err and bool(told) == ("default" in printed.err)
+        assert "75% zeros" in printed.out
+
+
 def test_predict_prints_the_step_its_terms_and_its_doubts(capsys, tmp_path):
     file = tmp_path / "numbers.json"
     out = run(capsys, "predict", "--details", "--sources", "--json", str(file))

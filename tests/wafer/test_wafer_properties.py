@@ -15,6 +15,7 @@ from sparsekern.wafer.cost import Weight, compare_with_dense, masked_weights, st
 from sparsekern.wafer.inference import inference_cost
 from sparsekern.wafer.inputs import ACTIVATIONS, STREAM_FORMATS, Inputs
 from sparsekern.wafer.machine import MACHINES, machine
+from sparsekern.wafer.predict import predict
 from sparsekern.wafer.product import product_cycles
 from sparsekern.wafer.shapes import GPTShape, gpt_shape
 from sparsekern.wafer.sweep import sweep
@@ -225,12 +226,46 @@ def test_masks_of_tensors_are_those_of_arrays():
 def test_masks_of_a_part_of_the_model_are_no_model():
     wafer, shape = machine("wse2"), gpt_shape("gpt2-small")
     part = masked_weights([("qkv", Mask.from_dense(np.eye(2304, 768) > 0))])
-    with pytest.raises(ValueError, match="all linear layers of gpt2-small.*1,769,472 in 1 weights"):
+    with pytest.raises(ValueError, match="all linear layers of gpt2-small.*got 1 of qkv, not 12"):
         step_cost(wafer, shape, part, 64)
     with pytest.raises(TypeError, match="expected a wafer.Mask of qkv, got ndarray"):
         masked_weights([("qkv", np.eye(3) > 0)])
     with pytest.raises(ValueError, match="density: expected a mask of shape"):
         product_cycles(wafer, Inputs(), 64, 9, 9, part[0].mask)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (
+            lambda name, n, k: (name, k, n),
+            r"qkv: expected 2304 x 768 in gpt2-small, got 768 x 2304; it is transposed: .*Conv1D",
+        ),
+        (lambda name, n, k: (name, n // 2, 2 * k), "qkv: expected 2304 x 768 .* 1152 x 1536$"),
+        (lambda name, n, k: (f"h.0.{name}_", n, k), "h.0.qkv_: .* one of qkv, proj, up, down"),
+        (
+            lambda name, n, k: ("up", 3072, 768) if name in ("up", "down") else (name, n, k),
+            "got 24 of up, not 12",
+        ),
+    ],
+)
+def test_weights_that_do_not_fit_the_model(change, message):
+    """Each has as many places as the model."""
+    shape = gpt_shape("gpt2-small")
+    given = [change(name, n, k) for name, (n, k) in shape.matrices.items()]
+    weights = [Weight(*weight, 0.25, shape.layers) for weight in given]
+    with pytest.raises(ValueError, match=f"density: .*{message}"):
+        predict(machine("wse2"), shape, weights)
+
+
+def test_names_may_have_those_of_modules_before_them():
+    shape = GPTShape("two blocks", 2, 64, 4, 256, 100, 32)
+    weights = [
+        Weight(f"h.{i}.x.{name}", n, k, 0.25, 1)
+        for i in range(2)
+        for name, (n, k) in shape.matrices.items()
+    ]
+    assert step_cost(machine("wse2"), shape, weights, 64).step_s > 0
 
 
 def test_layers_may_differ_in_density():

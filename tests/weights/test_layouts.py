@@ -379,6 +379,9 @@ def test_weights_with_config_and_tokenizer_beside_them(tmp_path, kind):
         with pytest.raises(ValueError, match=message) as caught:
             load_model(path)
         assert str(tmp_path) in str(caught.value)
+    (tmp_path / "tokenizer.json").unlink()  # which a model of transformers need not have
+    with pytest.raises(ValueError, match="got a llama of transformers"):
+        load_model(path)
 
 
 @pytest.mark.gpu
