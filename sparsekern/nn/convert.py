@@ -38,7 +38,9 @@ def sparsify_(
     also the Conv1D of transformers.
 
     Args:
-        algorithm: has `mask(name, weight)` -> bool [N, K], True where a weight is kept.
+        algorithm: has `mask(name, weight)` -> bool [N, K], True where a weight is kept. Of those in
+            sparsekern.sparsity one that keeps its pattern: the others want apply(model), and
+            apply(optimizer). Where it has a `param_filter` this says which layers to replace.
         filter_fn: filter_fn(module, name) says which nn.Linear to replace. By default all but the
             model's heads: those named `head` or `lm_head`, what get_output_embeddings() gives, and
             what comes after the last block (classifiers, poolers): of a list of them, or the one
@@ -55,6 +57,7 @@ def sparsify_(
     TypeError for a DistributedDataParallel.
     """
     _refuse_wrapped("sparsify_", model)
+    filter_fn = _filter_of(algorithm, model, filter_fn)
     chosen = _replaceable(model, filter_fn)
     if not chosen and not (filter_fn and _replaceable(model, lambda module, name: True)):
         raise ValueError(f"sparsify_: {nothing_in(model)}")
@@ -88,6 +91,29 @@ def sparsify_(
         return replaced.note(module.weight, new)
 
     return replace_modules(model, replace)
+
+
+def _filter_of(
+    algorithm, model: nn.Module, filter_fn: Callable[[nn.Module, str], bool] | None
+) -> Callable[[nn.Module, str], bool] | None:
+    """filter_fn, or that of the algorithm. ValueError for an algorithm that wants more than a
+    model, and where there are two filters."""
+    if isinstance(algorithm, type):
+        raise TypeError(
+            f"algorithm: expected an instance, as Static(0.75), got the class {algorithm.__name__}"
+        )
+    by = type(algorithm).__name__
+    if getattr(algorithm, "moves", False):
+        raise ValueError(
+            f"algorithm: expected one that keeps its pattern, got {by}, which changes it in "
+            f"training: use {by}(...).apply(model), then apply(optimizer)"
+        )
+    if getattr(algorithm, "param_filter", None) is None:
+        return filter_fn
+    if filter_fn is not None:
+        raise ValueError(f"filter_fn: expected none beside the param_filter of {by}")
+    names = algorithm.chosen_in(model)
+    return lambda module, name: name in names
 
 
 def _refuse_wrapped(caller: str, model: nn.Module) -> None:

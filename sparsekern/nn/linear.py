@@ -19,6 +19,7 @@ from ..matmul import linear, quick_linear
 from ..ops import SPMM, call
 from ..tensor import SparseTensor
 from . import copies, loading
+from .loading import IN_FEATURES, TRANSPOSE
 
 # torch.compile takes the shapes of parameters for fixed, and would compile again for each nnz: of
 # every pruning, and of every layer under the compilation of blocks. These it takes for dynamic.
@@ -171,6 +172,13 @@ class SparseLinear(nn.Module):
             f"bias={self.bias is not None}, nnz={self.values.shape[0]}, "
             f"sparsity={self.weight.sparsity:.4g}"
         )
+
+    def _save_to_state_dict(self, destination, prefix, keep_vars):
+        """Beside the tensors, which do not tell in_features, what a state_dict knows of modules:
+        no key more, and files without it load as ever."""
+        super()._save_to_state_dict(destination, prefix, keep_vars)
+        if (known := getattr(destination, "_metadata", {}).get(prefix[:-1])) is not None:
+            known |= {IN_FEATURES: self.in_features, TRANSPOSE: self.stores_transpose}
 
     def _load_from_state_dict(
         self, state_dict, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs

@@ -25,6 +25,7 @@ if TYPE_CHECKING:
 
 INDICES = ("row_offsets", "col_indices")
 SHAPE, BITMASK = "_shape", "_bitmask"  # in a file, after the name of the weight
+IN_FEATURES, TRANSPOSE = "in_features", "stores_transpose"  # in the metadata of a state_dict
 CAPTURED = (
     "a captured CUDA graph reads the pattern of this layer and would not see another one: delete "
     "the graph, say so with sparsekern.nn.forget_graphs_(model), change the pattern, and capture "
@@ -55,11 +56,7 @@ def load(
             hook(state_dict, prefix, metadata, strict, *lists)
         try:
             _unpack(layer, state_dict, prefix)
-        except _Refused as error:
-            error_msgs.append(str(error))
-            return
-        try:
-            pattern = _checked(layer, state_dict, prefix)
+            pattern = _checked(layer, state_dict, prefix, metadata.get(IN_FEATURES))
         except _Refused as error:
             error_msgs.append(str(error))
             return
@@ -105,8 +102,11 @@ def _unpack(layer: "SparseLinear", state_dict: dict, prefix: str) -> None:
             state_dict[prefix + part] = t
 
 
-def _checked(layer: "SparseLinear", state_dict: dict, prefix: str) -> tuple[Tensor, Tensor] | None:
-    """The pattern to load, int32; None where the layer keeps its own. Raises _Refused."""
+def _checked(
+    layer: "SparseLinear", state_dict: dict, prefix: str, in_features: int | None
+) -> tuple[Tensor, Tensor] | None:
+    """The pattern to load, int32; None where the layer keeps its own. `in_features`: of the layer
+    that was saved, where it is known. Raises _Refused."""
     given = {k: state_dict[prefix + k] for k in (*INDICES, "values") if prefix + k in state_dict}
     if "values" not in given and f"{prefix}weight" in state_dict:
         raise _Refused(
@@ -122,6 +122,12 @@ def _checked(layer: "SparseLinear", state_dict: dict, prefix: str) -> tuple[Tens
         if t.is_meta:
             raise _Refused(f"{prefix}{name}: expected a tensor with data, got one on meta")
     if len(given) == 3:
+        if in_features not in (None, layer.in_features):
+            raise _Refused(
+                f"size mismatch for {prefix}weight: copying a param with in_features "
+                f"{in_features} from checkpoint, the in_features in current model is "
+                f"{layer.in_features}"
+            )
         return _checked_pattern(layer, given, state_dict, prefix)
     for name in given.keys() - {"values"}:
         own = getattr(layer, name)

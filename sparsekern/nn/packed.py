@@ -236,7 +236,10 @@ def refuse_derivatives(x: Tensor) -> None:
     if forward_ad._current_level >= 0 and not is_wanted:
         is_wanted = forward_ad.unpack_dual(x).tangent is not None
     if is_wanted:
-        raise RuntimeError("PackedLinear: it has no gradient; use SparseLinear to train")
+        raise RuntimeError(
+            "PackedLinear: it has no gradient: call it under torch.no_grad() or "
+            "torch.inference_mode(), or use SparseLinear to train"
+        )
 
 
 def is_for_cpu(weight: SparseTensor) -> bool:

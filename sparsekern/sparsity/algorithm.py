@@ -5,7 +5,7 @@ import warnings
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from re import Pattern
-from typing import Any
+from typing import Any, ClassVar
 from weakref import WeakKeyDictionary
 
 import torch
@@ -61,6 +61,7 @@ class Algorithm:
     family: str = field(default="unstructured", kw_only=True)
 
     layers: dict[str, SparseLinear] = field(init=False, repr=False, compare=False)
+    moves: ClassVar[bool] = False  # whether it changes the pattern, or may, once it is chosen
     optimizers: list[Optimizer] = field(init=False, repr=False, compare=False)
     steps: int = field(init=False, repr=False, compare=False)  # of the optimizer, made so far
 
@@ -202,13 +203,7 @@ class Algorithm:
     def _take(self, model: nn.Module, taken: set[str], prune_again: bool = False) -> nn.Module:
         """`apply` without the layers that another algorithm has taken."""
         there = sparsifiable(model, lambda module, name: True)
-        parts: Any = self.param_filter  # as filter_parts made them
-        if parts is not None:
-            found = matching(parts, there)
-        else:
-            found = set(sparsifiable(model))
-            if self.is_published:
-                found = {name for name in found if is_sparse_by_default(name)}
+        parts, found = self.param_filter, self.chosen_in(model)
         names = [name for name in there if name in found and name not in taken]
         if not names:
             others = any(is_conv1d(m) or is_experts(m) for m in model.modules())
@@ -233,6 +228,15 @@ class Algorithm:
         self.layers = {name: now[name] for name in names}
         note_model_of(self)
         return model
+
+    def chosen_in(self, model: nn.Module) -> set[str]:
+        """Names of the layers that it takes, by its `param_filter`. ValueError for a part of that
+        which matches none."""
+        parts: Any = self.param_filter  # as filter_parts made them
+        if parts is not None:
+            return matching(parts, sparsifiable(model, lambda module, name: True))
+        found = set(sparsifiable(model))
+        return {n for n in found if is_sparse_by_default(n)} if self.is_published else found
 
     @property
     def _prunes_at_first(self) -> bool:
@@ -263,6 +267,8 @@ class Algorithm:
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__dict__.update(state)
         self._unfollowed = WeakKeyDictionary()
+        if self.layers:
+            note_model_of(self)
 
     def _check_optimizer(self, optimizer: Optimizer) -> None:
         if not self.layers:
@@ -271,7 +277,8 @@ class Algorithm:
         if trained and not held_layers(optimizer, self.layers):
             raise ValueError(
                 f"apply: the optimizer does not hold the values of {trained[0]}; make it after "
-                "applying the algorithm to the model"
+                "applying the algorithm to the model, and give copies of a model and its optimizer "
+                "the algorithm that was copied with them"
             )
 
     def _before_step(self) -> None:
@@ -360,6 +367,7 @@ class Updating(Algorithm):
             start + freq, ... before stop; {steps: [...]}; a callable; or None for every step.
     """
 
+    moves: ClassVar[bool] = True
     update: Any = None
 
     def __post_init__(self) -> None:

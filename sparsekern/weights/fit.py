@@ -13,7 +13,7 @@ from ..nn.stand_ins import StandIn
 from ..nn.stored import own_weight, transposed
 from ..nn.substitutes import sizes_of_layers, substitute, to_dense
 from ..tensor import SparseTensor
-from .layouts import BUFFERS, Weights, join, weights_of
+from .layouts import BUFFERS, Weights, join, weights_of, with_widths
 from .names import as_in, shared_names
 
 __all__ = ["set_weights_"]
@@ -32,6 +32,10 @@ def set_weights_(model: nn.Module, weights: Weights) -> nn.Module:
     ValueError where something does not fit; the model is then as it was."""
     mine, modules = weights_of(model), dict(model.named_modules(remove_duplicate=False))
     sizes = {name: sizes_of_layers(module) for name, module in modules.items()}
+    try:
+        weights = with_widths(weights)
+    except ValueError as error:
+        raise ValueError(f"weights: {error}") from error
     weights = _joined(modules, mine, sizes, weights)
     shared = shared_names(model)
     weights = _tied(shared, weights)

@@ -20,8 +20,8 @@ from torch import Tensor, nn
 from ..indices import INDEX_LIMIT
 from ..nn import SparseLinear, bitmask
 from ..nn.convert import packed_name
-from ..nn.loading import BITMASK, INDICES, SHAPE
-from ..nn.stored import stored_weight
+from ..nn.loading import BITMASK, IN_FEATURES, INDICES, SHAPE, TRANSPOSE
+from ..nn.stored import stored_weight, transposed
 from ..tensor import SparseTensor
 
 Weights = dict[str, Tensor | SparseTensor]
@@ -40,6 +40,25 @@ def weights_of(model: nn.Module) -> Weights:
     parts = {join(name, part) for name in layers for part in BUFFERS}
     weights: Weights = {join(name, "weight"): stored_weight(m) for name, m in layers.items()}
     return weights | {k: t for k, t in model.state_dict().items() if k not in parts}
+
+
+def with_widths(weights: Weights) -> Weights:
+    """With a SparseTensor for the three tensors of each SparseLinear of which a state_dict says how
+    wide it is. ValueError where they do not fit."""
+    joined = dict(weights)
+    for module, known in getattr(weights, "_metadata", {}).items():
+        names = [join(module, part) for part in BUFFERS]
+        if IN_FEATURES not in known or not joined.keys() >= {*names}:
+            continue
+        rows, columns, values = (joined.pop(name) for name in names)
+        name = join(module, "weight")
+        try:
+            shape = (rows.shape[0] - 1, known[IN_FEATURES])
+            w = SparseTensor(rows, columns, values, shape)  # type: ignore[arg-type]
+        except (TypeError, ValueError) as error:
+            raise ValueError(f"{name}: {error}") from error
+        joined[name] = transposed(w) if known.get(TRANSPOSE) else w
+    return joined
 
 
 def refuse_packed(model: nn.Module) -> None:

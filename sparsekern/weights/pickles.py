@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from ..tensor import SparseTensor
-from .layouts import Weights
+from .layouts import Weights, with_widths
 
 # What torch.load says of classes and functions that it does not call.
 OF_OBJECTS = ("Unsupported global", "unsupported GLOBAL")
@@ -65,7 +65,10 @@ def state_dict_in(path: Path) -> Weights:
         parts = (t.row_offsets, t.col_indices, t.values) if is_sparse else (t,)
         if not all(map(has_its_elements, parts)):
             raise ValueError(f"weights: {path}: {name}: expected a tensor with all its elements")
-    return dict(found)
+    try:
+        return with_widths(found)
+    except ValueError as error:
+        raise ValueError(f"weights: {path}: {error}") from error
 
 
 def _is_state_dict(value: object) -> bool:
