@@ -13,7 +13,9 @@ pytestmark = pytest.mark.skipif(panel._C is None, reason="the C++ library is not
 
 @pytest.fixture
 def on_avx512(monkeypatch, fresh_table):
-    """The choices of a machine with 16 lanes, whatever runs here."""
+    """The choices of a machine with 16 lanes and an L1 of 48 KiB, whatever runs here."""
+    here = few_tokens.machine()._replace(lanes=16, l1_bytes=49152)
+    monkeypatch.setattr(few_tokens, "machine", lambda: here)
     monkeypatch.setattr(split.panel._C, "lanes", lambda: 16)
     monkeypatch.setattr(panel, "_refuse_panel", lambda problem: None)
 

@@ -234,7 +234,8 @@ def test_notes_of_no_scaling_are_an_error():
 def test_a_state_that_does_not_fit_changes_nothing(name):
     scaling = Scaling(2, "cpu", True)
     state = Scaling(2, "cpu", True).state_dict() | {name: torch.full((3,), 7)}
-    with pytest.raises(ValueError, match=rf"float8: {name}: expected \(.*, got \(3,\)"):
+    words = rf"float8: {name}: expected the state of a model with 2 such layers, .*, got \(3,\)"
+    with pytest.raises(ValueError, match=words):
         scaling.load_state_dict(state)
     assert scaling.scales.eq(1).all() and not scaling.exponents.any()
 
