@@ -19,6 +19,7 @@ from torch.optim.swa_utils import AveragedModel
 
 from ..kernels.derived import versions
 from ..nn import SparseLinear, copies
+from ..nn.checks import check_model
 from .pattern import places_of, set_pattern
 
 INDICES = ("row_offsets", "col_indices")
@@ -38,6 +39,8 @@ def match_patterns_(average: nn.Module, model: nn.Module) -> nn.Module:
         for a, p in zip(ema.parameters(), model.parameters()):
             a.lerp_(p, 0.001)
     """
+    check_model(average, "average")
+    check_model(model)
     for mine, theirs in _pairs(average, model):
         _match(mine, theirs)
     return average

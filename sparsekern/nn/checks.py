@@ -1,0 +1,18 @@
+"""Checks of what many functions and modules are given: a model, an optimizer, a weight."""
+
+from torch import nn
+
+
+def check_model(model: object, name: str = "model") -> None:
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"{name}: expected a torch.nn.Module, got {type(model).__name__}")
+
+
+def check_optimizer(optimizer: object) -> None:
+    if not hasattr(optimizer, "param_groups"):
+        raise TypeError(f"optimizer: expected one of torch.optim, got {type(optimizer).__name__}")
+
+
+def cannot_be_set(module: nn.Module, name: str, advice: str) -> AttributeError:
+    """nn.Module itself has a KeyError for a Parameter in the place of a property."""
+    return AttributeError(f"{name}: of a {type(module).__name__} it cannot be set; {advice}")
