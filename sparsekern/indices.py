@@ -176,7 +176,7 @@ def has_nan(t: Tensor) -> bool:
 
 def whole(name: str, size: object) -> int:
     """A size as an int. TypeError for what is none."""
-    if isinstance(size, torch.SymInt):  # of a graph: to look at it would fix it
+    if type(size) is int or isinstance(size, torch.SymInt):  # an index would fix it in a graph
         return size  # type: ignore[return-value]
     try:
         found = None if isinstance(size, bool) else operator.index(size)  # type: ignore[arg-type]
