@@ -8,11 +8,11 @@ import torch
 from torch import nn
 
 from sparsekern import SparseLinear, SparseTensor, Static, densify_, sparsify_, wafer
-from sparsekern.models.prune import prune_, prune_pretrained
+from sparsekern.models.prune import prune_pretrained
 from sparsekern.nn import forget_graphs_, pack_, replace_modules, sparsifiable
 from sparsekern.nn.float8 import to_float8_
 from sparsekern.nn.stand_ins import SparseConv, SparseMultiheadAttention
-from sparsekern.sparsity import Magnitude, check_same_patterns, load_config, match_patterns_
+from sparsekern.sparsity import load_config
 from sparsekern.wafer.runs import read_runs
 from sparsekern.weights import (
     from_bitmasks,
@@ -53,10 +53,6 @@ WRONG = [
     (lambda: forget_graphs_(W), NO_MODEL + "SparseTensor"),
     (lambda: replace_modules("a", lambda name, module: None), NO_MODEL + "str"),
     (lambda: to_float8_("a"), NO_MODEL + "str"),
-    (lambda: check_same_patterns("a"), NO_MODEL + "str"),
-    (lambda: match_patterns_(dense(), "a"), NO_MODEL + "str"),
-    (lambda: match_patterns_("a", dense()), "average: expected a torch.nn.Module, got str"),
-    (lambda: prune_("a", Magnitude(0.5)), NO_MODEL + "str"),
     (lambda: densify_(sparse(), sparse()), "optimizer: expected one of torch.optim, got Sequent"),
     (lambda: replace_modules(dense(), 3), "replace: expected a function of a name and a module"),
     (lambda: set_weights_(dense(), FILE), NO_WEIGHTS + "str: sparsekern.weights.load_weights"),

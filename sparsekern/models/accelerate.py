@@ -18,7 +18,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from ..nn.checks import check_model
+from ..nn.kinds import check_model
 from .candidates import LEAST_SPARSITY, Marks, scan
 from .example import Calls, compared
 from .exchange import Exchange

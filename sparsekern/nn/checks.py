@@ -1,11 +1,6 @@
-"""Checks of what many functions and modules are given: a model, an optimizer, a weight."""
+"""Checks of what functions and modules are given: an optimizer, a weight."""
 
 from torch import nn
-
-
-def check_model(model: object, name: str = "model") -> None:
-    if not isinstance(model, nn.Module):
-        raise TypeError(f"{name}: expected a torch.nn.Module, got {type(model).__name__}")
 
 
 def check_optimizer(optimizer: object) -> None:

@@ -14,9 +14,9 @@ from ..kernels.derived import forget_captures
 from ..tensor import SparseTensor
 from . import replaced
 from .adapters import without_adapters
-from .checks import check_model, check_optimizer
+from .checks import check_optimizer
 from .heads import HEAD_NAMES, heads
-from .kinds import has_hooks, is_conv1d, is_experts, uses_of_parameters
+from .kinds import check_model, has_hooks, is_conv1d, is_experts, uses_of_parameters
 from .linear import SparseLinear, refuse_meta
 from .stand_ins import SparseConv1D, StandIn
 
@@ -118,6 +118,7 @@ def _filter_of(
 
 
 def _refuse_wrapped(caller: str, model: nn.Module) -> None:
+    check_model(model)
     if isinstance(model, DistributedDataParallel):
         raise TypeError(
             f"{caller}: expected the model itself, got a DistributedDataParallel, which would not "
@@ -249,10 +250,9 @@ def densify_(model: nn.Module, optimizer: Optimizer | None = None) -> nn.Module:
     shared values at different places, and for layers that `pack_` made. TypeError for a
     DistributedDataParallel.
     """
-    check_model(model)
+    _refuse_wrapped("densify_", model)
     if optimizer is not None:
         check_optimizer(optimizer)
-    _refuse_wrapped("densify_", model)
     if (packed := packed_name(model)) is not None:
         raise ValueError(
             f"densify_: {packed} is packed, and from that there is no way back: keep "
