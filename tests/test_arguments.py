@@ -9,7 +9,7 @@ from torch import nn
 
 from sparsekern import SparseLinear, SparseTensor, Static, densify_, sparsify_, wafer
 from sparsekern.models.prune import prune_pretrained
-from sparsekern.nn import forget_graphs_, pack_, replace_modules, sparsifiable
+from sparsekern.nn import forget_graphs_, replace_modules, sparsifiable
 from sparsekern.nn.float8 import to_float8_
 from sparsekern.nn.stand_ins import SparseConv, SparseMultiheadAttention
 from sparsekern.sparsity import load_config
@@ -121,7 +121,6 @@ def test_an_optimizer_that_is_none_leaves_the_model():
 
 HELD = [
     (lambda: sparse()[0], "weight", "`values` takes other numbers"),
-    (lambda: pack_(sparse())[0], "weight", "set it before pack_"),
     (lambda: SparseConv.from_dense(nn.Conv1d(4, 4, 1)), "weight", "densify_"),
     (lambda: SparseConv.from_dense(nn.Conv1d(4, 4, 1)), "bias", "densify_"),
     (
