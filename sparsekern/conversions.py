@@ -103,6 +103,7 @@ def torch_parts(t: Tensor) -> Parts:
 
 def scipy_parts(a) -> Parts:
     """From any 2-D scipy.sparse matrix or array; duplicates are summed, zeros kept."""
+    _check_foreign("scipy.sparse", a)
     csr = a.tocsr(copy=True)
     csr.sum_duplicates()  # and sorts the columns
     return Parts(
@@ -112,10 +113,16 @@ def scipy_parts(a) -> Parts:
 
 def cupy_parts(a) -> Parts:
     """From any 2-D cupyx.scipy.sparse matrix or array; a CSR one shares its memory."""
+    _check_foreign("cupyx.scipy.sparse", a)
     csr = a.tocsr()
     if csr is not a:
         csr.sum_duplicates()
     return Parts(*map(torch.from_dlpack, (csr.indptr, csr.indices, csr.data)), csr.shape)
+
+
+def _check_foreign(library: str, a: object) -> None:
+    if not hasattr(a, "tocsr"):
+        raise TypeError(f"a: expected a matrix or an array of {library}, got {kind(a)}")
 
 
 def _coo_coordinates(t: Tensor) -> tuple[Tensor, Tensor, Tensor]:

@@ -24,6 +24,13 @@ TEMPORARY = ".tmp"
 NO_SYNC = (errno.EINVAL, errno.EACCES, errno.ENOTSUP, errno.EBADF)
 
 
+def as_path(name: str, value: object, expected: str = "a path") -> Path:
+    """TypeError about the argument `name` for what names no file."""
+    if not isinstance(value, str | os.PathLike):
+        raise TypeError(f"{name}: expected {expected}, got {type(value).__name__}")
+    return Path(value)
+
+
 @contextmanager
 def atomic_write(path: Path) -> Iterator[BinaryIO]:
     """A file to write to; it takes the name `path` only when the block ends without an error.

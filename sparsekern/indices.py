@@ -3,8 +3,9 @@
 Nothing here is computed in 32 bits that may pass 2^31: a place, row * K + column, is int64.
 """
 
+import operator
 import warnings
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence, Set
 from functools import cache
 
 import torch
@@ -57,9 +58,12 @@ def check_sizes(
     row_offsets: Tensor, col_indices: Tensor, values: Tensor, shape: Sequence[int]
 ) -> tuple[int, int]:
     """(N, K), after everything that can be checked without reading an index."""
-    if len(shape) != 2:
-        raise ValueError(f"shape: expected (N, K), got {tuple(shape)}")
-    n, k = shape
+    if isinstance(shape, str | Set) or not isinstance(shape, Iterable):
+        raise TypeError(f"shape: expected (N, K), got {shape!r}")
+    sizes = tuple(shape)
+    if len(sizes) != 2:
+        raise ValueError(f"shape: expected (N, K), got {sizes}")
+    n, k = whole("N", sizes[0]), whole("K", sizes[1])
     for name, size in (("N", n), ("K", k)):
         check_limit(name, size)
     for name, t in (("row_offsets", row_offsets), ("col_indices", col_indices)):
@@ -168,6 +172,19 @@ def has_nan(t: Tensor) -> bool:
     in it."""
     t = t.detach()
     return bool(t.sum().isnan()) and bool(t.isnan().any())
+
+
+def whole(name: str, size: object) -> int:
+    """A size as an int. TypeError for what is none."""
+    if type(size) is int or isinstance(size, torch.SymInt):  # an index would fix it in a graph
+        return size  # type: ignore[return-value]
+    try:
+        found = None if isinstance(size, bool) else operator.index(size)  # type: ignore[arg-type]
+    except TypeError:
+        found = None
+    if found is None:
+        raise TypeError(f"{name}: expected a whole number, got {size!r}")
+    return found
 
 
 def check_limit(name: str, size: int) -> None:

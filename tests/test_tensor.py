@@ -215,6 +215,12 @@ def test_gradients_flow_through_conversions():
 
 WRONG = {
     "shape rank": (dict(shape=(2, 3, 1)), ValueError, r"shape: expected (N, K), got (2, 3, 1)"),
+    "shape is a number": (dict(shape=2), TypeError, "shape: expected (N, K), got 2"),
+    "shape is none": (dict(shape=None), TypeError, "shape: expected (N, K), got None"),
+    "shape is a text": (dict(shape="23"), TypeError, "shape: expected (N, K), got '23'"),
+    "shape has no order": (dict(shape={2, 3}), TypeError, "shape: expected (N, K), got {2, 3}"),
+    "size is no integer": (dict(shape=(2.0, 3)), TypeError, "N: expected a whole number, got 2.0"),
+    "size is a bool": (dict(shape=(2, True)), TypeError, "K: expected a whole number, got True"),
     "negative size": (dict(shape=(2, -1)), ValueError, "K: expected 0 <= K < 2**31"),
     "large size": (dict(shape=(2, 2**31)), ValueError, "(int32 indices), got 2147483648"),
     "offsets dtype": (
@@ -480,6 +486,14 @@ def test_what_torch_has_and_this_has_not_is_said():
             SparseTensor.from_torch(wrong)
     with pytest.raises(TypeError, match="values: .* got torch.int64; convert it first"):
         SparseTensor.from_scipy(scipy.sparse.eye_array(3, dtype=np.int64))
+    for make, library in ((SparseTensor.from_scipy, "scipy"), (SparseTensor.from_cupy, "cupyx")):
+        with pytest.raises(TypeError, match=f"a: expected .* {library}.*, got ndarray"):
+            make(np.eye(3))
+
+
+def test_sizes_become_integers():
+    W = csr(shape=(np.int64(2), torch.tensor(3)))
+    assert type(W.n) is type(W.k) is int
 
 
 def test_indices_of_inference_mode_are_copied():

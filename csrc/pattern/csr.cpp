@@ -2,28 +2,38 @@
 
 #include <algorithm>
 #include <stdexcept>
+#include <string>
 
 #include "hash.h"
 
 namespace sk {
 namespace {
 
-// Null if w is valid, else what is wrong with it.
-const char* find_error(const Csr& w) {
-  if (w.row_offsets[0] != 0) return "row_offsets: expected to begin with 0";
+// Empty if w is valid, else what is wrong with it: as indices.py says it.
+std::string find_error(const Csr& w) {
+  const int64_t first = w.row_offsets[0], last = w.row_offsets[w.n];
+  if (first != 0 || last != w.nnz)
+    return "row_offsets: expected to start at 0 and end at nnz = " + std::to_string(w.nnz) +
+           ", got " + std::to_string(first) + " and " + std::to_string(last);
   for (int64_t i = 0; i < w.n; i++)
-    if (w.row_offsets[i + 1] < w.row_offsets[i]) return "row_offsets: expected never to decrease";
-  if (w.row_offsets[w.n] != w.nnz) return "row_offsets: expected to end with the number of columns";
+    if (w.row_offsets[i + 1] < w.row_offsets[i])
+      return "row_offsets: expected not to decrease, got " + std::to_string(w.row_offsets[i]) +
+             " before " + std::to_string(w.row_offsets[i + 1]) + " at row " + std::to_string(i);
   for (int64_t i = 0; i < w.n; i++) {
     int32_t previous = -1;
     for (int32_t p = w.row_offsets[i]; p < w.row_offsets[i + 1]; p++) {
       const int32_t col = w.col_indices[p];
-      if (col <= previous) return "col_indices: expected >= 0 and strictly increasing in each row";
+      if (col < 0 || col >= w.k)
+        return "col_indices: expected to lie in [0, " + std::to_string(w.k) + "), got " +
+               std::to_string(col) + " in row " + std::to_string(i);
+      if (col <= previous)
+        return "col_indices: expected to increase strictly in each row, got " +
+               std::to_string(previous) + " before " + std::to_string(col) + " in row " +
+               std::to_string(i) + (col == previous ? ": a duplicate" : ": not sorted");
       previous = col;
     }
-    if (previous >= w.k) return "col_indices: expected to lie below in_features";
   }
-  return nullptr;
+  return {};
 }
 
 constexpr int64_t kLines = 64, kLineWords = 16;
@@ -63,7 +73,8 @@ uint64_t hash_all(const Csr& w) {
 }  // namespace
 
 void check(const Csr& w) {
-  if (const char* error = find_error(w)) throw std::invalid_argument(error);
+  const std::string error = find_error(w);
+  if (!error.empty()) throw std::invalid_argument(error);
 }
 
 Snapshot::Snapshot(const Csr& w)

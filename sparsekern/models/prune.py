@@ -14,9 +14,10 @@ import torch
 from torch import nn
 
 from ..extras import require
-from ..files import check_writable
+from ..files import as_path, check_writable
 from ..nn import densify_, replace_modules
 from ..nn.heads import heads
+from ..nn.kinds import check_model
 from ..sparsity import Magnitude, SparseGPT, Wanda
 from ..sparsity.oneshot import refuse_masked
 from ..sparsity.pruned import PruneReport
@@ -71,7 +72,8 @@ def prune_pretrained(
     if (method == "magnitude") != (calibration is None):
         wanted = "none" if method == "magnitude" else "texts, or a file of them"
         raise ValueError(f"calibration: {method} expected {wanted}, got {calibration!r}")
-    target = Path(out).resolve()  # the folder that a link stands for
+    as_path("source", source, "a folder or a name on the hub")
+    target = as_path("out", out).resolve()  # the folder that a link stands for
     if target.exists() and (not target.is_dir() or any(target.iterdir())):
         raise ValueError(f"out: expected a new or an empty folder, got {out}")
     check_writable("out", target / TABLE)
@@ -103,6 +105,7 @@ def prune_(model: nn.Module, algorithm: Magnitude, *, prune_again: bool = False)
     if not isinstance(algorithm, Magnitude):
         got = type(algorithm).__name__
         raise TypeError(f"algorithm: expected Magnitude, Wanda or SparseGPT, got {got}")
+    check_model(model)
     refuse_masked(dict(model.named_modules()))
     with as_linears(model):
         linears = {name: m for name, m in model.named_modules() if type(m) is nn.Linear}

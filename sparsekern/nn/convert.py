@@ -14,8 +14,9 @@ from ..kernels.derived import forget_captures
 from ..tensor import SparseTensor
 from . import replaced
 from .adapters import without_adapters
+from .checks import check_optimizer
 from .heads import HEAD_NAMES, heads
-from .kinds import has_hooks, is_conv1d, is_experts, uses_of_parameters
+from .kinds import check_model, has_hooks, is_conv1d, is_experts, uses_of_parameters
 from .linear import SparseLinear, refuse_meta
 from .stand_ins import SparseConv1D, StandIn
 
@@ -117,6 +118,7 @@ def _filter_of(
 
 
 def _refuse_wrapped(caller: str, model: nn.Module) -> None:
+    check_model(model)
     if isinstance(model, DistributedDataParallel):
         raise TypeError(
             f"{caller}: expected the model itself, got a DistributedDataParallel, which would not "
@@ -204,6 +206,7 @@ def sparsifiable(
     model: nn.Module, filter_fn: Callable[[nn.Module, str], bool] | None = None
 ) -> dict[str, nn.Linear | SparseLinear]:
     """The nn.Linear that `sparsify_` would replace, and those that are a SparseLinear already."""
+    check_model(model)
     chosen = _replaceable(model, filter_fn)
     return {n: m for n, m in chosen.items() if isinstance(m, nn.Linear | SparseLinear)}
 
@@ -248,6 +251,8 @@ def densify_(model: nn.Module, optimizer: Optimizer | None = None) -> nn.Module:
     DistributedDataParallel.
     """
     _refuse_wrapped("densify_", model)
+    if optimizer is not None:
+        check_optimizer(optimizer)
     if (packed := packed_name(model)) is not None:
         raise ValueError(
             f"densify_: {packed} is packed, and from that there is no way back: keep "
@@ -318,6 +323,7 @@ def forget_graphs_(model: nn.Module) -> nn.Module:
     """Say that no CUDA graph that was captured with this model is replayed any more, so that its
     patterns may change, and factors of products in float8; returns the model. Nobody else can tell
     when a graph is gone."""
+    check_model(model)
     for module in model.modules():
         if isinstance(module, SparseLinear):
             forget_captures(module.col_indices)
@@ -330,7 +336,12 @@ def replace_modules(
     model: nn.Module, replace: Callable[[str, nn.Module], nn.Module | None]
 ) -> nn.Module:
     """Put replace(name, module) in the place of each module for which it is not None. What a
-    replaced module held is not looked at."""
+    replaced module held is not looked at. TypeError, and an unchanged model, where it is neither
+    None nor a module."""
+    check_model(model)
+    if not callable(replace):
+        got = type(replace).__name__
+        raise TypeError(f"replace: expected a function of a name and a module, got {got}")
     swaps: dict[nn.Module, nn.Module | None] = {}
     # A loop: a function that calls itself would keep what was replaced until garbage is collected.
     waiting = [("", model)]
@@ -338,13 +349,16 @@ def replace_modules(
         name, module = waiting.pop()
         if module in swaps:
             continue
-        swaps[module] = replace(name, module)
-        if swaps[module] is None:
+        new = swaps[module] = replace(name, module)
+        if new is None:
             children = [
                 (f"{name}.{child_name}" if name else child_name, child)
                 for child_name, child in module.named_children()
             ]
             waiting += reversed(children)
+        elif not isinstance(new, nn.Module):
+            where, got = name or "the model", type(new).__name__
+            raise TypeError(f"replace: expected a module or None for {where}, got {got}")
     if (root := swaps[model]) is not None:
         return root
     # A module may sit in several places.

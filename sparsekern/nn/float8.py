@@ -44,9 +44,10 @@ class _Float8:
             self.register_buffer(f"float8_{name}", of_all[EACH * place :][:3], persistent=False)
 
     def __setstate__(self: Any, state: dict) -> None:
-        """pickle makes tensors of their own of views."""
+        """pickle makes tensors of their own of views. Versions before wrote no place."""
         super().__setstate__(state)  # type: ignore[misc]
-        self._begin(self.scaling, self._place)
+        place = state.get("_place", self.float8_scales.storage_offset() // EACH)
+        self._begin(self.scaling, place)
 
     def _apply(self: Any, *arguments: Any, **named: Any) -> Any:
         """Whatever happens to the weights, the scales stay those of all layers."""

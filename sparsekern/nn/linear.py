@@ -13,12 +13,13 @@ from typing import Any, Self
 import torch
 from torch import Tensor, nn
 
-from ..indices import check_sizes, counted
+from ..indices import check_sizes, counted, kind, whole
 from ..kernels import observed
 from ..matmul import linear, quick_linear
 from ..ops import SPMM, call
 from ..tensor import SparseTensor
 from . import copies, loading
+from .checks import cannot_be_set
 from .loading import IN_FEATURES, TRANSPOSE
 
 # torch.compile takes the shapes of parameters for fixed, and would compile again for each nnz: of
@@ -31,6 +32,11 @@ torch.compiler.config.dynamic_sources = ",".join(
 _is_compiling = torch.compiler.is_compiling
 # Private in torch, so its absence must not break the import.
 _is_any_autocast_enabled = getattr(torch._C, "_is_any_autocast_enabled", lambda: True)
+
+HOW_TO_SET = (
+    "`values` takes other numbers of its places, sparsekern.weights.set_weights_(model, weights) "
+    "another pattern or a dense weight, among all weights of the model"
+)
 
 _layers: "weakref.WeakSet[SparseLinear]" = weakref.WeakSet()
 
@@ -62,6 +68,8 @@ class SparseLinear(nn.Module):
         bias: Tensor | None = None,
     ):
         super().__init__()
+        in_features = whole("in_features", in_features)
+        out_features = whole("out_features", out_features)
         shape = (out_features, in_features)
         if getattr(values, "is_meta", False):  # no indices to look at: load_state_dict will
             check_sizes(row_offsets, col_indices, values, shape)
@@ -72,6 +80,8 @@ class SparseLinear(nn.Module):
             if weight.values is not values:  # the columns were not sorted: the values move along
                 trained = values.requires_grad or not isinstance(values, nn.Parameter)
                 values = nn.Parameter(weight.values.detach(), trained)
+        if bias is not None and not (isinstance(bias, Tensor) and bias.is_floating_point()):
+            raise TypeError(f"bias: expected a tensor of floats, got {kind(bias)}")
         if bias is not None and bias.shape != (out_features,):
             raise ValueError(f"bias: expected shape ({out_features},), got {tuple(bias.shape)}")
         self.in_features = in_features
@@ -100,6 +110,8 @@ class SparseLinear(nn.Module):
 
         The bias is the same Parameter.
         """
+        if not isinstance(linear, nn.Linear):
+            raise TypeError(f"linear: expected a torch.nn.Linear, got {type(linear).__name__}")
         refuse_meta("weight", linear.weight)
         return cls.from_weight(linear.weight, linear.bias, mask).train(linear.training)
 
@@ -113,6 +125,8 @@ class SparseLinear(nn.Module):
     ) -> Self:
         """The same of a Parameter alone: trained if it is. `weight` [N, K] is the part or the view
         of it that the layer takes, by default all of it."""
+        if not isinstance(parameter, Tensor):
+            raise TypeError(f"parameter: expected a tensor, got {type(parameter).__name__}")
         weight = parameter.detach() if weight is None else weight
         w = SparseTensor.from_dense(weight, mask)
         values = nn.Parameter(w.values, requires_grad=parameter.requires_grad)
@@ -145,10 +159,7 @@ class SparseLinear(nn.Module):
     def weight(self, weight: object) -> None:
         """Its own alone, which peft assigns: a pattern cannot be set so."""
         if getattr(weight, "values", None) is not self.values:
-            raise AttributeError(
-                "weight: of a SparseLinear it cannot be set; load_state_dict gives it another "
-                "pattern, `values` other numbers"
-            )
+            raise cannot_be_set(self, "weight", HOW_TO_SET)
 
     def forward(self, input: Tensor) -> Tensor:  # the name that nn.Linear gives x
         # nn.Module's way to an attribute takes longer than the check of an operand.
@@ -203,6 +214,8 @@ class SparseLinear(nn.Module):
         return self
 
     def __setattr__(self, name, value):
+        if name == "weight":
+            return object.__setattr__(self, name, value)  # the property, also for a Parameter
         # torch.nn.utils.parametrize keeps what it knows of `values` in a ModuleDict under that
         # name, which a ModuleDict cannot have: it is one of its methods.
         if name == "parametrizations" and type(value) is nn.ModuleDict:

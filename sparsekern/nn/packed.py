@@ -18,7 +18,9 @@ from ..kernels.cuda.row_scales import check_values_type
 from ..kernels.operands import native
 from ..registered import prepare_spmm_packed, spmm_e4m3, spmm_packed
 from ..tensor import SparseTensor
+from .checks import cannot_be_set
 from .convert import replace_modules, warn_of_hooks
+from .kinds import check_model
 from .largest import largest_inputs
 from .linear import SparseLinear
 from .shared import SharedInput, refuse_weights, shared_inputs
@@ -146,6 +148,11 @@ class PackedLinear(nn.Module):
         """Its shape [out_features, in_features], dtype and device."""
         shape = torch.Size([self.out_features, self.in_features])
         return PackedWeight(shape, self.dtype, self.device)
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        if name == "weight":
+            raise cannot_be_set(self, name, "set it before pack_")
+        super().__setattr__(name, value)
 
     @property
     def _x_exponent(self) -> int | None:
@@ -350,8 +357,7 @@ def pack_(
             times as large later becomes NaN. Without it the scale is found in each call, which
             takes longer.
     """
-    if not isinstance(model, nn.Module):
-        raise TypeError(f"model: expected a torch.nn.Module, got {type(model).__name__}")
+    check_model(model)
     ends = token_range(tokens)
     check_eight_bits(dtype, values, dense)
     if example is not None and dtype is None:

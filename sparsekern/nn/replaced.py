@@ -7,6 +7,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from ..indices import expand_rows
+from .checks import check_optimizer
 from .linear import SparseLinear
 
 _Layer = TypeVar("_Layer", bound=SparseLinear)
@@ -36,8 +37,7 @@ def adopt_values_(optimizer: Optimizer) -> Optimizer:
     `algorithm.apply(optimizer)` does so too. ValueError, and nothing has changed, for state that
     has neither the weight's shape nor a single number.
     """
-    if not hasattr(optimizer, "param_groups"):
-        raise TypeError(f"optimizer: expected one of torch.optim, got {type(optimizer).__name__}")
+    check_optimizer(optimizer)
     held = [p for group in optimizer.param_groups for p in group["params"]]
     layers = {p: layer for p in held if (layer := layer_for(p)) is not None}
     layers = {p: layer for p, layer in layers.items() if not any(layer.values is q for q in held)}

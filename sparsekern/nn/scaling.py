@@ -50,6 +50,15 @@ class Scaling:
         self._begin()
 
     def __setstate__(self, state: dict) -> None:
+        """Also of models that versions before have pickled, which had no `wanted`."""
+        if "exponents" not in state:
+            raise ValueError(
+                "float8: expected a model with exponents, this one was pickled by a version "
+                "that had none: load it with that version, and its state_dict and that of its "
+                "Scaling with this one"
+            )
+        if "wanted" not in state:
+            state = state | {"wanted": next_scale(state["scales"], state["history"])}
         self.__dict__.update(state)
         self._begin()
 

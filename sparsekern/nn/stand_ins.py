@@ -17,6 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..tensor import SparseTensor
+from .checks import cannot_be_set
 from .linear import SparseLinear
 from .origin import Origin
 
@@ -64,6 +65,11 @@ class StandIn(nn.Module):
     def to_dense(self) -> nn.Module:
         """The dense module in whose place it stands."""
         raise NotImplementedError
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        if hasattr(type(self), name) and isinstance(value, Tensor | SparseTensor):
+            raise cannot_be_set(self, name, "densify_(model) gives back the module that has one")
+        super().__setattr__(name, value)
 
     def __getattr__(self, name: str):
         """Sizes and settings of the module that was there, which others may read: an experts' gate,

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from ..extras import require
+from ..files import as_path
 from .checks import nearest, shown
 from .config import ALGORITHMS
 from .schedules import SCHEDULES
@@ -33,7 +34,7 @@ _RECIPE_KEYS = frozenset(
 def load_config(path: str | Path) -> Any:
     """The settings in a .json or YAML file, for `configure`: all of it, or the block where
     published training configs have it. None where such a file has no block: a dense model."""
-    path = Path(path)
+    path = as_path("path", path)
     if not path.is_file():
         wrong = "is not a file" if path.exists() else "does not exist"
         raise FileNotFoundError(f"sparsity config: {path} {wrong}")

@@ -14,6 +14,8 @@ from numbers import Integral
 from pathlib import Path
 from typing import Literal, TypeVar, get_args
 
+from ..files import as_path
+
 READ, SECOND_HAND, ASSUMED, CALIBRATED = "read", "second-hand", "assumed", "calibrated"
 Mark = Literal["read", "second-hand", "assumed", "calibrated"]
 # Of any figure: beyond, products of them are no longer numbers.
@@ -44,9 +46,9 @@ def by_name_or_file(
 ) -> _Described:
     """One that is known by that name, or read(path, its file name) of a TOML file; ValueError names
     `what`."""
+    path = as_path(what, name_or_path, "a name or a path")
     if name_or_path in known:
         return known[str(name_or_path)]
-    path = Path(name_or_path)
     if path.suffix != ".toml":
         raise ValueError(
             f"{what}: expected one of {', '.join(known)}, or a file that ends in .toml, "

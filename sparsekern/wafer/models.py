@@ -8,6 +8,7 @@ import json
 from dataclasses import dataclass, replace
 from pathlib import Path
 
+from ..files import as_path
 from .shapes import GPT_SHAPES, GPTShape, gpt_shape
 
 
@@ -52,7 +53,7 @@ def model_shape(name_or_path: str | Path, sequence: int | None = None) -> GPTSha
 
     `sequence`: tokens of a training sequence in place of the model's. Raises ValueError, which
     names the key, and FileNotFoundError."""
-    path = Path(name_or_path)
+    path = as_path("model", name_or_path, "a name or a path")
     if str(name_or_path) not in GPT_SHAPES and (path.suffix == ".json" or path.is_dir()):
         shape = _from_config(path / "config.json" if path.is_dir() else path)
     elif str(name_or_path) in GPT_SHAPES:

@@ -13,6 +13,7 @@ from typing import get_args
 
 import numpy as np
 
+from ..files import as_path
 from ..terminal import table
 from .cost import step_cost
 from .figures import Mark, mistake, read_toml
@@ -93,7 +94,7 @@ class Calibration:
 
 def read_runs(path: Path = PUBLISHED) -> list[Run]:
     """The runs of a TOML file, tables named `run`. Raises ValueError, which names file and key."""
-    given = read_toml(path, "runs")
+    given = read_toml(as_path("path", path), "runs")
     tables = given.pop("run", None)
     if given:
         raise mistake(

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from ..indices import INDEX_LIMIT, VALUE_DTYPES, expand_rows
 from ..nn import bitmask
 from ..tensor import SparseTensor
-from .layouts import Weights, check, weights_of
+from .layouts import Weights, check, check_named, weights_in
 
 PARTS = ("shape", "compressed", "bitmask")
 EXTRA_PARTS = ("row_offsets",)  # what the others say already
@@ -35,6 +35,7 @@ def from_bitmasks(tensors: Mapping[str, Tensor]) -> Weights:
     dtype; the scales of activations are left out, since nothing here is quantized any more.
 
     ValueError names the tensor whose parts do not fit."""
+    check_named(tensors, "tensors")
     stems = stems_in(tensors)
     taken = {f"{stem}.{part}" for stem in stems for part in (*PARTS, *EXTRA_PARTS)}
     decoded: Weights = {}
@@ -67,6 +68,9 @@ def stems_in(tensors: Mapping[str, Tensor]) -> dict[str, str]:
 def _decoded(
     name: str, tensors: Mapping[str, Tensor], shape: Tensor, values: Tensor, bits: Tensor
 ) -> Tensor | SparseTensor:
+    for part, t in zip(PARTS, (shape, values, bits), strict=True):
+        if not isinstance(t, Tensor):
+            raise TypeError(f"expected a tensor as its {part}, got {type(t).__name__}")
     whole = _sizes(shape)
     n, k = math.prod(whole[:-1]), whole[-1]
     wanted = (*whole[:-1], -(-k // 8))
@@ -135,7 +139,7 @@ def to_bitmasks(weights: nn.Module | Weights) -> dict[str, Tensor]:
     dense tensors as they are. For `save_weights`.
 
     ValueError for a SparseTensor whose name does not end in .weight: they have no place for it."""
-    found = weights_of(weights) if isinstance(weights, nn.Module) else weights
+    found = weights_in(weights)
     tensors: dict[str, Tensor] = {}
     written: set[int] = set()
     for name, w in found.items():

@@ -13,7 +13,7 @@ from ..nn.stand_ins import StandIn
 from ..nn.stored import own_weight, transposed
 from ..nn.substitutes import sizes_of_layers, substitute, to_dense
 from ..tensor import SparseTensor
-from .layouts import BUFFERS, Weights, join, weights_of, with_widths
+from .layouts import BUFFERS, Weights, check_named, join, weights_of, with_widths
 from .names import as_in, shared_names
 
 __all__ = ["set_weights_"]
@@ -30,6 +30,7 @@ def set_weights_(model: nn.Module, weights: Weights) -> nn.Module:
     to them, and for a prefix of all of them.
 
     ValueError where something does not fit; the model is then as it was."""
+    check_named(weights)
     mine, modules = weights_of(model), dict(model.named_modules(remove_duplicate=False))
     sizes = {name: sizes_of_layers(module) for name, module in modules.items()}
     try:

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from ..tensor import SparseTensor
-from .layouts import Weights
+from .layouts import MODEL_OR_STATE, Weights, check_named
 
 __all__ = ["from_masks", "from_zeros"]
 
@@ -16,7 +16,10 @@ def from_masks(source: nn.Module | Mapping[str, Tensor]) -> Weights:
     that have a `mask` (torch.ao.pruning among them), of a model or of its state_dict.
 
     The pattern is the mask, also where a kept weight is zero. Only matrices become sparse.
+    ValueError where there are no masks, or one holds other numbers than 0 and 1.
     """
+    if not isinstance(source, nn.Module):
+        check_named(source, "source", MODEL_OR_STATE)
     tensors = dict(source.state_dict() if isinstance(source, nn.Module) else source)
     if isinstance(source, nn.Module):
         # torch.ao.pruning leaves its masks out of the state_dict.
@@ -45,16 +48,28 @@ def from_masks(source: nn.Module | Mapping[str, Tensor]) -> Weights:
             )
         elif "parametrizations." not in name:
             weights[name] = t
+    if weights.keys() == tensors.keys():
+        raise ValueError(
+            "source: expected masks, as torch.nn.utils.prune (weight_orig and weight_mask) or "
+            "parametrizations have them, got none; from_zeros takes the zeros of a state_dict"
+        )
     return weights
 
 
 def _masked(name: str, weight: Tensor, masks: list[Tensor]) -> Tensor | SparseTensor:
+    for t in (weight, *masks):
+        if not isinstance(t, Tensor):
+            raise TypeError(
+                f"weights: expected tensors as {name} and its mask, got {type(t).__name__}"
+            )
     for mask in masks:
         if mask.shape != weight.shape:
             raise ValueError(
                 f"weights: expected a mask of {name} of shape {tuple(weight.shape)}, "
                 f"got {tuple(mask.shape)}"
             )
+        if not mask.is_meta and ((mask != 0) & (mask != 1)).any():
+            raise ValueError(f"weights: expected 0 and 1 in the mask of {name}, got other numbers")
     kept = torch.stack([mask.bool() for mask in masks]).all(0)
     if weight.ndim != 2:
         return weight.detach() * kept
@@ -68,13 +83,12 @@ def from_zeros(
     matrix of zeros alone is new (of LoRA, say), and stays dense unless it is named.
 
     ValueError where one holds NaN, by which some mark what is pruned."""
-    if isinstance(weights, nn.Module):
-        raise TypeError(
-            f"weights: expected a state_dict, got {type(weights).__name__}: give its state_dict()"
-        )
+    check_named(weights)
+    if isinstance(names, str) or not isinstance(names, Iterable | None):
+        raise TypeError(f"names: expected a list of names, got {names!r}")
     chosen = None if names is None else set(names)
-    if chosen and not chosen <= weights.keys():
-        raise ValueError(f"names: {sorted(chosen - weights.keys())} are not among the weights")
+    if chosen and (unknown := chosen - weights.keys()):
+        raise ValueError(f"names: {sorted(unknown, key=str)} are not among the weights")
     for name in sorted(chosen or ()):
         t = weights[name]
         if isinstance(t, Tensor) and not (t.ndim == 2 and t.is_floating_point()):

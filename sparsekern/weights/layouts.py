@@ -12,6 +12,7 @@ have the name of the dense weight and not its shape: who does not know the layou
 not a model without them. With 16-bit values, W with 50 % zeros takes 0.56 of its dense bytes.
 """
 
+import os
 from collections.abc import Mapping
 
 import torch
@@ -20,6 +21,7 @@ from torch import Tensor, nn
 from ..indices import INDEX_LIMIT
 from ..nn import SparseLinear, bitmask
 from ..nn.convert import packed_name
+from ..nn.kinds import check_model
 from ..nn.loading import BITMASK, IN_FEATURES, INDICES, SHAPE, TRANSPOSE
 from ..nn.stored import stored_weight, transposed
 from ..tensor import SparseTensor
@@ -27,6 +29,7 @@ from ..tensor import SparseTensor
 Weights = dict[str, Tensor | SparseTensor]
 
 PATTERNS = ((BITMASK,), tuple(f"_{part}" for part in INDICES))  # what follows the name
+MODEL_OR_STATE = "a model or a state_dict"
 BUFFERS = (*INDICES, "values")  # of a SparseLinear, in its state_dict
 
 
@@ -34,12 +37,36 @@ def weights_of(model: nn.Module) -> Weights:
     """All parameters and persistent buffers of a model, sharing its memory where it can. A sparse
     weight has the shape that its dense module stores, [K, N] in the Conv1D of transformers.
     ValueError for a model with layers that `pack_` made."""
+    check_model(model)
     refuse_packed(model)
     modules = model.named_modules(remove_duplicate=False)
     layers = {n: m for n, m in modules if isinstance(m, SparseLinear)}
     parts = {join(name, part) for name in layers for part in BUFFERS}
     weights: Weights = {join(name, "weight"): stored_weight(m) for name, m in layers.items()}
     return weights | {k: t for k, t in model.state_dict().items() if k not in parts}
+
+
+def check_named(weights: object, argument: str = "weights", expected: str = "a state_dict") -> None:
+    """TypeError or ValueError unless it has tensors by their names, as a state_dict."""
+    if not isinstance(weights, Mapping):
+        hint = ""
+        if isinstance(weights, nn.Module):
+            hint = ": give its state_dict()"
+        elif isinstance(weights, str | os.PathLike):
+            hint = ": sparsekern.weights.load_weights reads a file"
+        got = type(weights).__name__
+        raise TypeError(f"{argument}: expected {expected}, got {got}{hint}")
+    for name in weights:
+        if not isinstance(name, str):
+            raise ValueError(f"{argument}: expected names of tensors, got {name!r}")
+
+
+def weights_in(source: nn.Module | Weights) -> Weights:
+    """Those of a model, or these themselves."""
+    if isinstance(source, nn.Module):
+        return weights_of(source)
+    check_named(source, expected=MODEL_OR_STATE)
+    return source
 
 
 def with_widths(weights: Weights) -> Weights:

@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from ..extras import require
+from ..files import as_path
 from ..indices import INDEX_LIMIT, VALUE_DTYPES
 from ..tensor import SparseTensor
 
@@ -26,7 +27,7 @@ def load_matrix(path: str | Path, dtype: torch.dtype = torch.float32) -> SparseT
     stay, those of its dense `array` do not.
 
     FileNotFoundError, or a ValueError that names the file and what is wrong with it."""
-    path = Path(path)
+    path = as_path("path", path)
     if path.suffix not in (".smtx", ".mtx"):
         raise ValueError(f"matrix: {path}: expected a file ending in .smtx or .mtx")
     if dtype not in VALUE_DTYPES:

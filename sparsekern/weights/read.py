@@ -11,6 +11,7 @@ from pathlib import Path
 from torch import Tensor
 
 from ..extras import require
+from ..files import as_path
 from ..indices import INDEX_LIMIT
 from ..tensor import SparseTensor
 from . import layouts
@@ -41,7 +42,7 @@ def load_weights(path: str | Path) -> Weights:
     ValueError that names file and tensor, for what is truncated, damaged or not valid: another
     version of the format, a pattern, a tensor that does not have its digest. Files of others have
     no digests."""
-    path = _file(Path(path))
+    path = _file(as_path("path", path))
     if path.name.endswith(INDEX):
         return _decoded(path, _read_shards(path))
     if path.suffix in OF_TORCH:
@@ -66,7 +67,7 @@ def load_weights(path: str | Path) -> Weights:
 
 def load_metadata(path: str | Path) -> dict:
     """Metadata that was given to `save_weights` beside the weights; {} for files of others."""
-    path = _file(Path(path))
+    path = _file(as_path("path", path))
     if path.name.endswith(INDEX) or path.suffix in OF_TORCH:
         return {}
     header, _ = _read(path, with_tensors=False)

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from ..extras import require
-from ..files import atomic_path
+from ..files import as_path, atomic_path
 from ..indices import kind
 from ..nn import SparseLinear
 from ..nn.stand_ins import StandIn
@@ -24,7 +24,7 @@ from ..tensor import SparseTensor
 from . import layouts
 from .bitmasks import stems_in
 from .digests import digest_of_json, digests
-from .layouts import Weights, join, refuse_packed, weights_of
+from .layouts import MODEL_OR_STATE, Weights, check_named, join, refuse_packed, weights_in
 from .read import FILE, FORMAT_VERSIONS, HEADER, INDEX, OF_TORCH
 
 __all__ = ["save_weights", "to_zeros"]
@@ -34,6 +34,7 @@ def to_zeros(weights: nn.Module | Weights) -> dict[str, Tensor]:
     """Weights, or those of a model, as dense tensors with zeros, which every library reads: the
     state_dict of the dense model. For `save_weights`, or for load_state_dict."""
     if not isinstance(weights, nn.Module):
+        check_named(weights, expected=MODEL_OR_STATE)
         items = weights.items()
         return {name: w.to_dense() if isinstance(w, SparseTensor) else w for name, w in items}
     refuse_packed(weights)
@@ -58,7 +59,8 @@ def save_weights(weights: nn.Module | Weights, path: str | Path, **metadata: obj
     is either whole or not there. It holds a digest of each tensor."""
     safetensors = require("safetensors", "gpt")
     save_file = require("safetensors.torch", "gpt").save_file
-    weights = weights_of(weights) if isinstance(weights, nn.Module) else weights
+    path = as_path("path", path)
+    weights = weights_in(weights)
     tensors: dict[str, Tensor] = {}
     aliases: dict[str, str] = {}
     first: dict[tuple, str] = {}  # the name of each memory: safetensors holds nothing twice
@@ -73,7 +75,6 @@ def save_weights(weights: nn.Module | Weights, path: str | Path, **metadata: obj
         tensors[name] = data.clone() if storage in storages else data
         storages.add(storage)
 
-    path = Path(path)
     if path.suffix in OF_TORCH or path.name.endswith(INDEX):
         raise ValueError(
             f"path: expected a name such as {FILE}, for load_weights would take {path.name} for "
@@ -111,8 +112,8 @@ def save_weights(weights: nn.Module | Weights, path: str | Path, **metadata: obj
         _sort_metadata(file)
 
 
-def _check_can_be_written(name: object, t: object) -> None:
-    if not isinstance(name, str) or name == "__metadata__":
+def _check_can_be_written(name: str, t: object) -> None:
+    if name == "__metadata__":
         raise ValueError(f"weights: expected names of tensors, got {name!r}")
     data = t.values if isinstance(t, SparseTensor) else t
     if not isinstance(data, Tensor) or data.layout != torch.strided or data.is_nested:

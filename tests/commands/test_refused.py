@@ -54,13 +54,33 @@ def test_weights_that_cannot_be_copied_leave_the_model(bad):
     assert all(torch.equal(before[name], t) for name, t in after.items())
 
 
-def test_masks_that_do_not_belong_to_their_weight():
-    with pytest.raises(ValueError, match=r"a\.bias .*\(4,\), got \(1,\)"):
-        weights.from_masks({"a.bias_orig": torch.ones(4), "a.bias_mask": torch.ones(1)})
-    with pytest.raises(ValueError, match="W_mask is a mask beside W"):
-        weights.from_masks({"W": torch.ones(4, 4), "W_mask": torch.ones(4, 4)})
-    other = {"attn": torch.ones(4, 4), "attn_mask": torch.ones(2, 2)}
-    assert weights.from_masks(other).keys() == other.keys()
+ONES = torch.ones(4, 4)
+
+
+@pytest.mark.parametrize(
+    ("given", "error", "text"),
+    [
+        (
+            {"a.bias_orig": ONES[0], "a.bias_mask": ONES[0, :1]},
+            ValueError,
+            r"a\.bias .*\(4,\), got \(1,\)",
+        ),
+        ({"W": ONES, "W_mask": ONES}, ValueError, "W_mask is a mask beside W"),
+        ({"W_orig": ONES, "W_mask": 3}, TypeError, "expected tensors as W and its mask, got int"),
+        ({"W_orig": ONES, "W_mask": ONES / 2}, ValueError, "expected 0 and 1 in the mask of W"),
+        (mlp(), ValueError, "source: expected masks, .* got none; from_zeros takes the zeros"),
+        (mlp().state_dict(), ValueError, "source: expected masks, .* got none"),
+        ({}, ValueError, "source: expected masks, .* got none"),
+    ],
+)
+def test_masks_that_do_not_belong_to_their_weight(given, error, text):
+    with pytest.raises(error, match=text):
+        weights.from_masks(given)
+
+
+def test_a_mask_of_something_else_stays():
+    given = {"W_orig": ONES, "W_mask": ONES, "attn": ONES, "attn_mask": torch.ones(2, 2)}
+    assert weights.from_masks(given).keys() == {"W", "attn", "attn_mask"}
 
 
 def test_from_zeros_takes_pruned_matrices():

@@ -140,6 +140,28 @@ def test_indices_made_in_inference_mode(dtype, density):
                 x @ W.T
 
 
+@pytest.mark.parametrize(
+    ("array", "place", "number", "text"),
+    [
+        ("col_indices", 1, 7, r"col_indices: expected to lie in \[0, 4\), got .*7"),
+        ("col_indices", 0, -1, r"col_indices: expected to lie in \[0, 4\), got -1"),
+        ("col_indices", 1, 0, "strictly in each row, got 0 before 0 in row 0: a duplicate"),
+        ("col_indices", 0, 3, "strictly in each row, got 3 before 2 in row 0: not sorted"),
+        ("row_offsets", 1, 4, "row_offsets: expected not to decrease, got 4 before 2 at row 1"),
+        ("row_offsets", 0, 1, "expected to start at 0 and end at nnz = 3, got 1 and 3"),
+        ("row_offsets", 3, 2, "expected to start at 0 and end at nnz = 3, got 0 and 2"),
+    ],
+)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
+def test_a_wrong_number_is_named(dtype, array, place, number, text):
+    w = torch.tensor([[1, 0, 1, 0], [0, 0, 0, 0], [0, 1, 0, 0]], dtype=dtype)
+    for m in (1, 64):
+        W = SparseTensor.from_dense(w)
+        getattr(W, array)[place] = number
+        with pytest.raises(ValueError, match=text):
+            torch.ones(m, 4, dtype=dtype) @ W.T
+
+
 def test_replaced_patterns_and_sizes():
     for dtype in (torch.float32, torch.float64):
         for m in (1, 16, 64, 300):

@@ -323,6 +323,30 @@ def test_a_pickled_model_goes_on(device, is_sparse):
         assert torch.equal(first, second)
 
 
+def pickled_before(model, *lacking):
+    """As versions before have pickled a model: its scales lack these, its layers their places."""
+    for layer in (model[0], model[2]):
+        del layer._place
+    for name in lacking:
+        del layer.scaling.__dict__[name]
+    return pickle.dumps(model)
+
+
+@pytest.mark.parametrize("is_sparse", [True, False])
+def test_a_model_that_a_version_before_has_pickled_goes_on(device, is_sparse):
+    model = mlp(device, is_sparse)
+    to_float8_(model, every)
+    x = torch.randn(TOKENS, WIDTH, device=device)
+    step(model, lambda: model(x)), step(model, lambda: model(x))
+    other = pickle.loads(pickled_before(copy.deepcopy(model), "wanted"))
+    for factor in (1, 50, 50):
+        first, second = (step(each, lambda: each(factor * x)) for each in (model, other))  # noqa: B023
+        assert torch.equal(first, second)
+    without = pickled_before(model, "wanted", "exponents", "is_two_way")
+    with pytest.raises(ValueError, match="float8: expected a model with exponents, this one was"):
+        pickle.loads(without)
+
+
 def test_a_step_between_forward_and_backward_is_an_error(device):
     model = mlp(device, True)
     to_float8_(model, every)

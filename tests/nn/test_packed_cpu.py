@@ -171,6 +171,12 @@ def test_tangents_are_refused():
     assert torch.equal(layer(input=x), layer(x))  # the name that nn.Linear gives it
 
 
+def test_the_weight_of_a_packed_layer_is_set_before():
+    layer = pack_(model())[0]
+    with pytest.raises(AttributeError, match="^weight: of a PackedLinearOnCpu it cannot be set; "):
+        layer.weight = nn.Parameter(torch.ones(2, 2))
+
+
 def test_a_model_that_cannot_be_packed_is_left_as_it_was():
     mixed = model()
     mixed[2] = mixed[2].double()

@@ -614,6 +614,22 @@ def test_compile_builds_a_tensor():
     torch.testing.assert_close(made(W, x), x @ W.T)
 
 
+def test_a_graph_that_builds_a_tensor_takes_any_width():
+    torch._dynamo.reset()
+    counter = torch._dynamo.testing.CompileCounter()
+
+    def f(row_offsets, col_indices, values, x):
+        shape = row_offsets.shape[0] - 1, x.shape[1]
+        return x @ SparseTensor(row_offsets, col_indices, values, shape).T
+
+    compiled, w = torch.compile(f, fullgraph=True, backend=counter), sparse(W)
+    for width in (5, 6, 8, 9):
+        x = torch.ones(2, width, dtype=W.dtype)
+        y = compiled(w.row_offsets, w.col_indices, w.values, x)
+        torch.testing.assert_close(y, x[:, :5] @ W.T)
+    assert counter.frame_count == 2  # of the first width, and of any
+
+
 def test_compile_functions():
     torch._dynamo.reset()
 
