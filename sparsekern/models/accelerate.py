@@ -18,6 +18,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from ..nn.kinds import check_model
 from .candidates import LEAST_SPARSITY, Marks, scan
 from .example import Calls, compared
 from .exchange import Exchange
@@ -164,9 +165,8 @@ def _nothing_gained(report: Report) -> None:
     report.output_error, report.not_compared = None, ""
 
 
-def _check_model(model: object) -> None:
-    if not isinstance(model, nn.Module):
-        raise TypeError(f"model: expected a torch.nn.Module, got {type(model).__name__}")
+def _check_model(model: nn.Module) -> None:
+    check_model(model)
     for name, module in model.named_modules():
         if name and hasattr(module, "_orig_mod") or module._compiled_call_impl is not None:
             raise TypeError(

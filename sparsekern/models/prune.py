@@ -17,6 +17,7 @@ from ..extras import require
 from ..files import check_writable
 from ..nn import densify_, replace_modules
 from ..nn.heads import heads
+from ..nn.kinds import check_model
 from ..sparsity import Magnitude, SparseGPT, Wanda
 from ..sparsity.oneshot import refuse_masked
 from ..sparsity.pruned import PruneReport
@@ -103,6 +104,7 @@ def prune_(model: nn.Module, algorithm: Magnitude, *, prune_again: bool = False)
     if not isinstance(algorithm, Magnitude):
         got = type(algorithm).__name__
         raise TypeError(f"algorithm: expected Magnitude, Wanda or SparseGPT, got {got}")
+    check_model(model)
     refuse_masked(dict(model.named_modules()))
     with as_linears(model):
         linears = {name: m for name, m in model.named_modules() if type(m) is nn.Linear}

@@ -24,6 +24,12 @@ LIKE_LINEAR = ("FalconLinear",)
 OF_SORTED_ROWS = ("Llama4TextExperts",)
 
 
+def check_model(model: Any) -> None:
+    """TypeError for what is no module."""
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"model: expected a torch.nn.Module, got {type(model).__name__}")
+
+
 def uses_of_parameters(model: nn.Module) -> Counter:
     """How many modules hold each Parameter, by its id."""
     return Counter(id(p) for module in model.modules() for p in module._parameters.values())

@@ -19,6 +19,7 @@ from ..kernels.operands import native
 from ..registered import prepare_spmm_packed, spmm_e4m3, spmm_packed
 from ..tensor import SparseTensor
 from .convert import replace_modules, warn_of_hooks
+from .kinds import check_model
 from .largest import largest_inputs
 from .linear import SparseLinear
 from .shared import SharedInput, refuse_weights, shared_inputs
@@ -312,7 +313,8 @@ def pack_(
     example: Any = None,
     values: torch.dtype | None = None,
 ) -> nn.Module:
-    """Replace every SparseLinear of `model` by a PackedLinear, in place, and return the model.
+    """Replace every SparseLinear of `model` by a PackedLinear, in place, and return the model; of a
+    model that is one SparseLinear itself, which stays so, the PackedLinear.
 
     For inference where the model is: CSR and values are dropped. TypeError, and an unchanged model,
     unless all their values are bfloat16 or float16, on a CPU float32 or bfloat16; the message names
@@ -350,8 +352,7 @@ def pack_(
             times as large later becomes NaN. Without it the scale is found in each call, which
             takes longer.
     """
-    if not isinstance(model, nn.Module):
-        raise TypeError(f"model: expected a torch.nn.Module, got {type(model).__name__}")
+    check_model(model)
     ends = token_range(tokens)
     check_eight_bits(dtype, values, dense)
     if example is not None and dtype is None:

@@ -19,6 +19,7 @@ from torch.optim.swa_utils import AveragedModel
 
 from ..kernels.derived import versions
 from ..nn import SparseLinear, copies
+from ..nn.kinds import check_model
 from .pattern import places_of, set_pattern
 
 INDICES = ("row_offsets", "col_indices")
@@ -44,6 +45,8 @@ def match_patterns_(average: nn.Module, model: nn.Module) -> nn.Module:
 
 
 def _pairs(average: nn.Module, model: nn.Module) -> list[tuple[SparseLinear, SparseLinear]]:
+    for each in (average, model):
+        check_model(each)
     layers = [[m for m in x.modules() if isinstance(m, SparseLinear)] for x in (average, model)]
     shapes = [[(m.out_features, m.in_features) for m in of] for of in layers]
     if shapes[0] != shapes[1]:

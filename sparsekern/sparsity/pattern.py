@@ -14,6 +14,7 @@ from torch.optim import Optimizer
 from ..indices import expand_rows
 from ..kernels.derived import is_captured
 from ..nn import SparseLinear, copies
+from ..nn.kinds import check_model
 from ..nn.loading import CAPTURED, end_graphs, resize_, set_indices
 
 
@@ -171,6 +172,7 @@ def check_same_patterns(model: nn.Module) -> None:
     and after each update; without one, call it after fully_shard: FSDP2 cuts up and averages values
     whatever their places are. (DDP gives all ranks the patterns of the first.)
     """
+    check_model(model)
     modules = model.named_modules()
     check_same_on_all_ranks({n: m for n, m in modules if isinstance(m, SparseLinear)})
 
