@@ -4,7 +4,7 @@ import math
 from collections.abc import Sequence
 
 from .differences import Difference, by_seed, difference, is_as_predicted, is_unstable, kind
-from .plan import ARMS, PLAN, SWEEP_SEED, Order, Prediction
+from .plan import ARMS, PLAN, SWEEP_SEED, Order, Prediction, finite
 
 PRIMARY = "code"  # loss after fine-tuning, 75 % against dense and these, in order 2
 SIZE = "S"
@@ -72,8 +72,8 @@ def hint(results: list[dict]) -> str:
     best: dict[str, float] = {}
     for r in results:
         if (r["size"], r["seed"]) == (SIZE, SWEEP_SEED) and "pretrained" in r:
-            best[r["arm"]] = min(best.get(r["arm"], math.inf), r["pretrained"]["dev"])
-    if {"dense", "75", "small"} - set(best):
+            best[r["arm"]] = min(best.get(r["arm"], math.inf), finite(r["pretrained"]["dev"]))
+    if not all(math.isfinite(best.get(arm, math.inf)) for arm in ("dense", "75", "small")):
         return ""
     return (
         f" A hint from the choice of rates (section 1), before fine-tuning, one seed, each at its "
@@ -114,13 +114,26 @@ def beside(rival: str, found: Difference | None, margin: float | None) -> str:
     return f"{says} ({shown(found)})"
 
 
-def shown(found: Difference, planned: int = 0) -> str:
-    """'+0.123, +0.100 to +0.146, 3 seeds', or '2 of 3 seeds' where more are planned."""
+def shown(found: Difference, planned: int = 0, prediction: Prediction | None = None) -> str:
+    """'+0.123, +0.100 to +0.146, 3 seeds', or '2 of 3 seeds' where more are planned. Both with as
+    many digits as tell on which side of the prediction, or of nothing, they are."""
     digits = 3 if max(map(abs, found.values)) < 1 else 2
     made = len(found.values)
     count = f"{made} of {planned} seeds" if made < planned else f"{made} seed{'s' * (made > 1)}"
-    mean, *ends = (signed(x, digits) for x in (found.mean, *(found.of_95 or ())))
+    limits = (prediction.low, prediction.high) if prediction else ()
+    mean = signed(found.mean, digits_beside(found.mean, limits, digits))
+    ends = [signed(x, digits_beside(x, (0.0,), digits)) for x in found.of_95 or ()]
     return ", ".join([mean, *([" to ".join(ends)] if ends else []), count])
+
+
+def digits_beside(x: float, limits: Sequence[float], digits: int) -> int:
+    """The least number of digits, from this one on, that do not move x to the other side of a limit
+    or onto it; this one where no few more are enough."""
+    for more in range(digits, digits + 4):
+        near = round(x, more)
+        if all((near < y, near > y) == (x < y, x > y) for y in limits):
+            return more
+    return digits
 
 
 def signed(x: float, digits: int) -> str:

@@ -301,7 +301,7 @@ class Runner:
 
 
 def _next_tuning_rate(dev: dict[str, float | None]) -> float | None:
-    losses = {float(r): math.inf if loss is None else loss for r, loss in dev.items()}
+    losses = {float(r): plan.finite(loss) for r, loss in dev.items()}
     missing = [rate for rate in plan.FIRST_TUNING_RATES if rate not in losses]
     if missing:
         return missing[0]

@@ -29,7 +29,7 @@ from sparsekern.sparsity import Static
 from . import build, study, worker
 from .arms import CURVE, WARM_UP_SHARE, curve
 from .engine import Shape
-from .plan import SWEEP_SEED, beyond_the_end, rounded
+from .plan import SWEEP_SEED, beyond_the_end, finite, rounded
 from .rows import IDS
 from .scores import Scores, score
 
@@ -204,9 +204,7 @@ def paired(results: Sequence[dict]) -> list[dict]:
 def losses(results: Iterable[dict], arm: str) -> dict[float, float]:
     """Rate -> loss on dev of the sweep so far."""
     return {
-        r["rate"]: math.inf if r["dev"] is None else r["dev"]
-        for r in results
-        if (r["arm"], r["seed"]) == (arm, SWEEP_SEED)
+        r["rate"]: finite(r["dev"]) for r in results if (r["arm"], r["seed"]) == (arm, SWEEP_SEED)
     }
 
 

@@ -35,12 +35,14 @@ Interval = tuple[float, float]
 
 
 def value(result: dict, metric: str, way: str = "dense") -> float | None:
-    """Of one run; None where it has none."""
+    """Of one run; None where it has none, or none that is finite."""
     if metric in TASK_LOSSES or metric == "sentiment":
         tuned = result.get("tuned", {}).get(f"{metric} {way}", {})
-        return tuned.get("loss") if metric != "sentiment" else tuned.get("items", {}).get("percent")
-    found = result.get("pretrained", {}).get(metric)
-    return found["percent"] if isinstance(found, dict) else found
+        found = tuned.get("loss") if metric != "sentiment" else tuned.get("items")
+    else:
+        found = result.get("pretrained", {}).get(metric)
+    found = found.get("percent") if isinstance(found, dict) else found
+    return found if found is not None and math.isfinite(found) else None
 
 
 def items_of(result: dict, metric: str) -> np.ndarray:

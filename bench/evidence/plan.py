@@ -426,14 +426,14 @@ def next_rates(arm: str, losses: dict[float, float]) -> list[float]:
         return missing
     if (beyond := beyond_the_end(losses, 2.0)) is not None:
         return [beyond]
-    best = min(losses, key=lambda rate: _finite(losses[rate]))
+    best = min(losses, key=lambda rate: finite(losses[rate]))
     between = [rounded(best * math.sqrt(2)), rounded(best / math.sqrt(2))]
     return [rate for rate in between if rate not in losses][: max(0, TRIED - len(losses))]
 
 
 def beyond_the_end(losses: dict[float, float], factor: float) -> float | None:
     """The next rate on the side where the best one is the last; None where it is inside."""
-    best = min(losses, key=lambda rate: _finite(losses[rate]))
+    best = min(losses, key=lambda rate: finite(losses[rate]))
     if best == min(losses):
         return rounded(best / factor)
     return rounded(best * factor) if best == max(losses) else None
@@ -443,8 +443,9 @@ def best_rate(arm: str, losses: dict[float, float]) -> float | None:
     """None until the sweep is done, or where no rate has a finite loss."""
     if not losses or next_rates(arm, losses) or not any(map(math.isfinite, losses.values())):
         return None
-    return min(losses, key=lambda rate: _finite(losses[rate]))
+    return min(losses, key=lambda rate: finite(losses[rate]))
 
 
-def _finite(loss: float) -> float:
-    return loss if math.isfinite(loss) else math.inf
+def finite(loss: float | None) -> float:
+    """Of a run that diverged, whatever it is written as: more than any other."""
+    return loss if loss is not None and math.isfinite(loss) else math.inf

@@ -5,7 +5,6 @@ are added to a file of this period, as soon as they are there.
 """
 
 import json
-import math
 import time
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import asdict, fields
@@ -126,7 +125,7 @@ class Study:
     def losses(self, size: str, arm: str) -> dict[float, float]:
         """Rate -> loss on dev of the sweep so far, infinite where it diverged."""
         return {
-            result["rate"]: result["pretrained"]["dev"] if "pretrained" in result else math.inf
+            result["rate"]: plan.finite(result.get("pretrained", {}).get("dev"))
             for result in self.results.values()
             if (result["size"], result["arm"], result["seed"]) == (size, arm, plan.SWEEP_SEED)
         }

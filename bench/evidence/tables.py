@@ -95,7 +95,7 @@ def predictions(given: Sequence[Prediction], order: Order, results: list[dict]) 
                 f"{ARMS[p.a].title} - {ARMS[p.b].title}",
                 METRICS[p.metric],
                 f"{p.low:+g} to {p.high:+g}",
-                shown(found, len(order.seeds)) if found else "-",
+                shown(found, len(order.seeds), p) if found else "-",
                 expected,
                 f"{p.margin:g}" if p.margin is not None else "-",
                 says if says in ("-", "open") or p.margin is None else f"**{says}**",
@@ -111,7 +111,7 @@ def seeds(order: Order, results: list[dict]) -> str:
     for arm in order.arms:
         for seed, result in by_seed(results, order.size, arm).items():
             cells = [mean_of([value(result, metric)], metric) for metric in METRICS]
-            if "pretrained" not in result:
+            if value(result, "held-out") is None:
                 cells[0] = "diverged"
             told = f"{rise(result):+.2f}" if is_unstable(result) else "-"
             rows.append([ARMS[arm].title, seed, *cells, told])
@@ -143,7 +143,7 @@ def tuning_ends(order: Order, results: list[dict]) -> str:
     for arm in order.arms:
         for seed, result in by_seed(results, order.size, arm).items():
             for name, tuned in result.get("tuned", {}).items():
-                losses = {float(r): math.inf if x is None else x for r, x in tuned["dev"].items()}
+                losses = {float(r): plan.finite(x) for r, x in tuned["dev"].items()}
                 count += 1
                 if plan.beyond_the_end(losses, 2.0) is not None:
                     at_end.append(f"{ARMS[arm].title}, seed {seed}, {name}")
@@ -184,19 +184,18 @@ def sweep_ends(losses: Mapping[float, float], is_done: bool) -> str:
 
 def swept(size: str, arm: str, results: list[dict]) -> dict[float, float]:
     """Loss on dev by rate."""
-    found = {
-        r["rate"]: r.get("pretrained", {}).get("dev")
+    return {
+        r["rate"]: plan.finite(r.get("pretrained", {}).get("dev"))
         for r in results
         if (r["size"], r["arm"], r["seed"]) == (size, arm, SWEEP_SEED)
     }
-    return {rate: math.inf if x is None else x for rate, x in found.items()}
 
 
 def tried(arm: str, losses: Mapping[float, float], is_done: bool) -> str:
     """Losses by rate, the best one in bold where all were tried."""
     cells = {rate: f"{x:.3f}" if math.isfinite(x) else "diverged" for rate, x in losses.items()}
     if is_done:
-        best = min(losses, key=losses.__getitem__)
+        best = min(losses, key=lambda rate: plan.finite(losses[rate]))
         cells[best] = f"**{cells[best]}**"
     told = ", ".join(f"{rate:g}: {cells[rate]}" for rate in sorted(cells))
     return f"- {ARMS[arm].title}: {told or 'not run yet'}"
@@ -275,6 +274,7 @@ def clock_difference(results: Sequence[dict]) -> str:
     faster = sum(a["tokens_per_s"] / b["tokens_per_s"] for a, b in pairs) / len(pairs)
     return (
         f"After {pairs[0][0]['minutes']:g} minutes 75 % zeros are "
-        f"**{standing(found, 'held-out', clock.MARGIN)}** beside dense: {shown(found)}, in nats a "
-        f"token of held-out text;{said} as predicted. They saw {faster:.2f} times as many tokens."
+        f"**{standing(found, 'held-out', clock.MARGIN)}** beside dense: "
+        f"{shown(found, prediction=prediction)}, in nats a token of held-out text;{said} as "
+        f"predicted. They saw {faster:.2f} times as many tokens."
     )

@@ -9,7 +9,7 @@ import torch
 
 from ..gpt.checkpoint import checkpoint_file
 from ..gpt.prune import PruneConfig, prune
-from ..models.prune import TABLE, may_be_on_hub, prune_pretrained
+from ..models.prune import TABLE, may_be_on_hub, prune_pretrained, refuse_path_to_nothing
 from ..report import demo as demo_report
 
 OF_MODELS = {"target": "sparsity"}  # flags of a run that say the same of a model
@@ -38,8 +38,10 @@ def is_pretrained(source: str) -> bool:
     path = Path(source)
     if path.is_dir():
         return (path / "config.json").exists() and not checkpoint_file(path).exists()
-    may_be_a_name = may_be_on_hub(source) and not path.exists()
-    return may_be_a_name and find_spec("transformers") is not None
+    if not may_be_on_hub(source) or path.exists():
+        return False
+    refuse_path_to_nothing(source)
+    return find_spec("transformers") is not None
 
 
 def _prune_model(**given: Any) -> None:

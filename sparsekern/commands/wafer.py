@@ -39,6 +39,7 @@ INPUT_FLAGS = {
 SHAPE_FLAGS = ("layers", "width", "heads", "kv_heads", "ffn", "experts", "experts_per_token")
 SHAPE_FLAGS += ("vocabulary", "sequence")
 DEFAULT_MODEL, DEFAULT_SPARSITY = "gpt3-xl", 0.75
+RUN, PRUNED = "checkpoint.pt", "prune.json"  # what `train` and `prune` write
 PREDICT_FLAGS = ("batch", "systems", "micro_batch", "context", "requests", "pipeline")
 MACHINE_HELP = "one of " + ", ".join(MACHINES) + ", or a TOML file of your own"
 MODEL_HELP = "one of: " + ", ".join(GPT_SHAPES) + "; or the config.json of a Hugging Face model"
@@ -148,7 +149,11 @@ def _add_model(parser: argparse.ArgumentParser) -> None:
     for name in SHAPE_FLAGS:
         parser.add_argument(f"--{name.replace('_', '-')}", type=int, help="instead of the model's")
     parser.add_argument("--gated", action="store_true", help="an MLP of three matrices")
-    parser.add_argument("--sparsity", type=float, help=f"of the linear layers ({DEFAULT_SPARSITY})")
+    parser.add_argument(
+        "--sparsity",
+        type=float,
+        help=f"of the linear layers ({DEFAULT_SPARSITY}; of a model with {PRUNED} what that says)",
+    )
     parser.add_argument("--batch", type=int, help="sequences of all systems (each is filled)")
 
 
@@ -175,7 +180,13 @@ def _inputs(options: dict) -> Inputs:
 
 
 def _shape(options: dict) -> GPTShape:
-    shape = model_shape(DEFAULT_MODEL if options["model"] is None else options["model"])
+    model = DEFAULT_MODEL if options["model"] is None else options["model"]
+    if Path(model, RUN).is_file() and not Path(model, "config.json").is_file():
+        raise ValueError(
+            f"model: {model} is a run of `sparsekern train`, whose shape and masks "
+            f"`wafer predict --checkpoint {model}` reads"
+        )
+    shape = model_shape(model)
     given = {name: options[name] for name in SHAPE_FLAGS if options[name] is not None}
     if "width" in given:
         given.setdefault("ffn", 4 * given["width"])
@@ -187,8 +198,25 @@ def _shape(options: dict) -> GPTShape:
     return replace(shape, **given, name=f"{shape.name}, changed") if given else shape
 
 
-def _density(sparsity: float | None) -> float:
-    sparsity = DEFAULT_SPARSITY if sparsity is None else sparsity
+def _density_of_model(options: dict) -> float:
+    if options["sparsity"] is None and (pruned := _pruned(options["model"])):
+        return 1 - pruned[1]
+    return _density(DEFAULT_SPARSITY if options["sparsity"] is None else options["sparsity"])
+
+
+def _pruned(model: str | None) -> tuple[Path, float] | None:
+    """The table that `sparsekern prune` wrote beside a model, and its share of zeros."""
+    if model in (None, *GPT_SHAPES):
+        return None
+    path = Path(model) / PRUNED if Path(model).is_dir() else Path(model).with_name(PRUNED)
+    try:
+        found = json.loads(path.read_text("utf-8"))["sparsity"]
+        return (path, found) if 0 <= found < 1 else None
+    except (OSError, ValueError, LookupError, TypeError):  # none, or not ours
+        return None
+
+
+def _density(sparsity: float) -> float:
     if not 0 <= sparsity < 1:
         raise ValueError(f"sparsity: expected 0 <= sparsity < 1, got {sparsity}")
     return 1 - sparsity
@@ -225,7 +253,7 @@ def _run_predict(**options) -> None:
             progress.about(f"predicting from the masks of {len(weights)} layers")
         else:
             shape = _shape(options)
-            weights = _density(options["sparsity"])
+            weights = _density_of_model(options)
         found = predict(
             wafer,
             shape,
@@ -246,11 +274,17 @@ def _run_predict(**options) -> None:
 
 
 def _tell_default(options: dict) -> None:
-    if options["sparsity"] is None:
+    if options["sparsity"] is not None:
+        return
+    if pruned := _pruned(options["model"]):
+        path, found = pruned
+        text = f"sparsity: {found:.4g} is that of {path}, as --sparsity was not given; which "
+        text += "weights are zero is not read: the masks are taken as random"
+    else:
         text = f"sparsity: {DEFAULT_SPARSITY} is the default, as --sparsity was not given"
         if options["model"] not in (None, *GPT_SHAPES):
             text += f"; of {options['model']} its config is read, not how many weights are zero"
-        print(text, file=sys.stderr)
+    print(text, file=sys.stderr)
 
 
 def _measured_here() -> list[Path]:
@@ -368,7 +402,7 @@ def _run_sensitivity(**options) -> None:
     shape, inputs = _shape(options), _inputs(options)
     batch = options["batch"] if options["batch"] is not None else default_batch(shape, 1)
     swings = sensitivity.sensitivity(
-        machine(options["machine"]), shape, _density(options["sparsity"]), batch, inputs
+        machine(options["machine"]), shape, _density_of_model(options), batch, inputs
     )
     print(sensitivity.render(swings))
     _tell_default(options)

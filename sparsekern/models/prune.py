@@ -48,7 +48,7 @@ def prune_pretrained(
     zeros, as every tool reads it; `sparsekern.accelerate_` takes the zeros.
 
     Args:
-        source: its folder, or its name on the hub.
+        source: its folder, or its name on the hub: owner/name, where no folder `owner` is here.
         sparsity: share of zeros in the linear layers of its blocks, above 0 and below 1.
         method: "magnitude", "wanda" or "sparsegpt".
         calibration: for the last two: texts, or a file of them with empty lines between (without
@@ -147,13 +147,27 @@ def may_be_on_hub(source: str | Path) -> bool:
     return isinstance(source, str) and bool(ON_THE_HUB.fullmatch(source))
 
 
+def refuse_path_to_nothing(source: str | Path) -> None:
+    """FileNotFoundError for what is not there and can be no name on the hub, by its form or because
+    it begins with a folder that is there."""
+    if Path(source).exists():
+        return
+    if not may_be_on_hub(source):
+        raise FileNotFoundError(f"source: {source} does not exist")
+    owner, _, name = str(source).rpartition("/")
+    if owner and Path(owner).is_dir():
+        raise FileNotFoundError(
+            f"source: {source} does not exist: there is a folder {owner} here, without {name}; for "
+            "a model of this name on the hub start from another folder"
+        )
+
+
 def load(
     source: str | Path, dtype: str | None = None, needs_tokenizer: bool = False
 ) -> tuple[nn.Module, Any]:
     """The model, dense, of the class that its config names, and its tokenizer (None if it has
     none). ValueError where its file lacks matrices that are no head's."""
-    if not may_be_on_hub(source) and not Path(source).exists():
-        raise FileNotFoundError(f"source: {source} does not exist")
+    refuse_path_to_nothing(source)
     transformers = require("transformers", "hf")
     try:
         config = transformers.AutoConfig.from_pretrained(source)

@@ -48,14 +48,15 @@ def sparsify_(
             that holds attention.
         prune_again: that weights of which many are zero already may lose more.
 
-    A weight that another module uses too (tied to an embedding) stays dense, and so does one with
-    the attribute `requires_dense`. So do subclasses of nn.Linear: they compute something of their
-    own; and adapters (LoRA's, by the marks of peft). Hooks of layers are not taken over, with a
-    warning. Make the optimizer afterwards, or give one
-    that was there before to `adopt_values_`: it must see the new Parameters. If an algorithm fails
-    the model is unchanged. ValueError where there is nothing to replace, unless filter_fn said so,
-    and where more than 20 % of the weights are zero already and a mask would remove others.
-    TypeError for a DistributedDataParallel.
+    A model that is one nn.Linear itself cannot become another module in place: it stays dense, and
+    the SparseLinear is returned. A weight that another module uses too (tied to an embedding) stays
+    dense, and so does one with the attribute `requires_dense`. So do subclasses of nn.Linear: they
+    compute something of their own; and adapters (LoRA's, by the marks of peft). Hooks of layers are
+    not taken over, with a warning. Make the optimizer afterwards, or give one that was there before
+    to `adopt_values_`: it must see the new Parameters. If an algorithm fails the model is
+    unchanged. ValueError where there is nothing to replace, unless filter_fn said so, where more
+    than 20 % of the weights are zero already and a mask would remove others, and for init_method
+    from_zeros where none is zero. TypeError for a DistributedDataParallel.
     """
     _refuse_wrapped("sparsify_", model)
     filter_fn = _filter_of(algorithm, model, filter_fn)
@@ -78,6 +79,8 @@ def sparsify_(
         warn_of_attention_and_convolutions("sparsify_", model)
     has_asked = prune_again or getattr(algorithm, "has_asked", False)
     zeros = 0.0 if has_asked else share_of_zeros(dense.values())
+    if getattr(algorithm, "init_method", None) == "from_zeros":
+        refuse_unpruned("sparsify_", dense.values())
 
     def replace(name: str, module: nn.Module) -> nn.Module | None:
         if name not in dense:
@@ -202,6 +205,16 @@ def refuse_pruned(caller: str, weights: Sequence[Tensor]) -> None:
         )
 
 
+def refuse_unpruned(caller: str, weights: Iterable[Tensor]) -> None:
+    """ValueError where zeros are to be kept as they are, and there is none."""
+    sizes = [(int(w.count_nonzero()), w.numel()) for w in weights if not w.is_meta]
+    if sizes and all(nnz == size for nnz, size in sizes):
+        raise ValueError(
+            f"{caller}: init_method from_zeros keeps the zeros that are there, and none of the "
+            f"{len(sizes)} layers has one: prune the model first, or give another init_method"
+        )
+
+
 def sparsifiable(
     model: nn.Module, filter_fn: Callable[[nn.Module, str], bool] | None = None
 ) -> dict[str, nn.Linear | SparseLinear]:
@@ -242,7 +255,8 @@ def packed_name(model: nn.Module) -> str | None:
 
 def densify_(model: nn.Module, optimizer: Optimizer | None = None) -> nn.Module:
     """Replace every SparseLinear of `model` by its nn.Linear, in place, and return the model. What
-    stands in for another module (Conv1D, a convolution, attention, experts) becomes that again.
+    stands in for another module (Conv1D, a convolution, attention, experts) becomes that again. A
+    model that is one SparseLinear itself stays so, and the nn.Linear is returned.
 
     Layers that share their values share the weight. With an optimizer, the dense weights take the
     place of the values in its groups and its state becomes dense too: zero where nothing was

@@ -1,7 +1,11 @@
 """Parameter groups of a model with sparse weights."""
 
+import math
+from numbers import Real
+
 from torch import nn
 
+from .kinds import check_model
 from .linear import SparseLinear, value_parameters
 
 
@@ -15,6 +19,10 @@ def parameter_groups(model: nn.Module, weight_decay: float = 0.1) -> list[dict]:
     numbers differ from those of the dense layer), LAMB takes the layer for a vector, and Muon,
     which makes matrices orthogonal, refuses them: give it the dense matrices, and AdamW these.
     """
+    check_model(model)
+    is_number = isinstance(weight_decay, Real) and not isinstance(weight_decay, bool)
+    if not is_number or not 0 <= weight_decay < math.inf:
+        raise ValueError(f"weight_decay: expected a number of 0 or more, got {weight_decay!r}")
     layers = [module for module in model.modules() if isinstance(module, SparseLinear)]
     values = {id(p) for layer in layers for p in value_parameters(layer)}
     groups: dict[bool, list[nn.Parameter]] = {True: [], False: []}

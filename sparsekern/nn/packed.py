@@ -319,7 +319,8 @@ def pack_(
     example: Any = None,
     values: torch.dtype | None = None,
 ) -> nn.Module:
-    """Replace every SparseLinear of `model` by a PackedLinear, in place, and return the model.
+    """Replace every SparseLinear of `model` by a PackedLinear, in place, and return the model; of a
+    model that is one SparseLinear itself, which stays so, the PackedLinear.
 
     For inference where the model is: CSR and values are dropped. TypeError, and an unchanged model,
     unless all their values are bfloat16 or float16, on a CPU float32 or bfloat16; the message names

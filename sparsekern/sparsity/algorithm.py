@@ -19,14 +19,14 @@ from ..nn import SparseLinear, adopt_values_, convert, sparsifiable, sparsify_
 from ..nn.kinds import is_conv1d, is_experts
 from ..tensor import SparseTensor
 from .budget import DISTRIBUTIONS, budgets
-from .checks import one_of, shown, whole
+from .checks import check_state, number, one_of, shown, whole
 from .families import FAMILIES, Unstructured
 from .filters import filter_parts, matching
 from .initial import INITS, checkerboard, first_places
 from .optimizers import follow, held_layers, note_model_of, unwrapped
 from .pattern import check_can_change, check_same_on_all_ranks, places_of
 from .published import is_sparse_by_default
-from .schedules import Schedule, schedule, update_steps, value_at
+from .schedules import Constant, Schedule, schedule, update_steps, value_at
 
 Layer = nn.Linear | SparseLinear  # what an algorithm is given
 SOON = 1000  # steps: what a kernel takes seconds to derive from all patterns pays off after as many
@@ -37,8 +37,8 @@ class Algorithm:
     """Sparsity for the linear layers of a model: `apply(model)`, then `apply(optimizer)`.
 
     Args:
-        sparsity: share of weights removed, in [0, 1], or a schedule of it (schedules.py), which is
-            held to [0, 1].
+        sparsity: share of weights removed, at least 0 and below 1, or a schedule of it
+            (schedules.py), which is held to [0, 1].
         init_method: which weights are kept at first: "random", uniform over the layer;
             "magnitude" (also "topk"), the largest absolute values; "from_zeros", all that are not
             zero, whatever the sparsity; "checkerboard", evenly spread.
@@ -67,6 +67,10 @@ class Algorithm:
 
     def __post_init__(self) -> None:
         self._schedule: Schedule = schedule("sparsity", self.sparsity)
+        if isinstance(self._schedule, Constant) and self._schedule.value == 1:
+            raise ValueError(
+                f"sparsity: expected a number below 1, got {self.sparsity}: no weight would be left"
+            )
         self.init_method = one_of("init_method", self.init_method, INITS)
         self.distribution = one_of("distribution", self.distribution, DISTRIBUTIONS)
         self.seed = whole("seed", self.seed)
@@ -173,7 +177,8 @@ class Algorithm:
         self, target: nn.Module | Optimizer, *, prune_again: bool = False
     ) -> nn.Module | Optimizer:
         """Make the chosen layers of a model sparse, in place; or follow an optimizer: its state
-        moves with the weights, and its steps are counted. Returns what it was given.
+        moves with the weights, and its steps are counted. Returns what it was given; of a model
+        that is one nn.Linear itself, the SparseLinear that takes its place.
 
         ValueError where more than 20 % of the weights are zero already and others would go, unless
         `prune_again` says that this is meant.
@@ -186,19 +191,7 @@ class Algorithm:
         if optimizer is not None:
             self._follow(adopt_values_(optimizer) if self.layers else optimizer)
             return target
-        if not isinstance(target, nn.Module):
-            raise TypeError(f"apply: expected a model or an optimizer, got {type(target).__name__}")
-        if isinstance(target, AveragedModel):
-            raise TypeError(
-                "apply: expected the model itself, got an AveragedModel, which follows the "
-                "patterns of the model by itself"
-            )
-        if isinstance(target, DistributedDataParallel):
-            raise TypeError(
-                "apply: expected the model itself, got a DistributedDataParallel, which would not "
-                "average the gradients of new Parameters; wrap the model after it became sparse"
-            )
-        return self._take(target, set(), prune_again)
+        return self._take(checked_model(target), set(), prune_again)
 
     def _take(self, model: nn.Module, taken: set[str], prune_again: bool = False) -> nn.Module:
         """`apply` without the layers that another algorithm has taken."""
@@ -322,15 +315,16 @@ class Algorithm:
         # With "from_zeros" the pattern says it all.
         is_asked = self.init_method != "from_zeros"
         sparsity = {"sparsity": float(self.target(self.steps))} if is_asked else {}
-        return {"steps": self.steps} | sparsity | family
+        return {"algorithm": type(self).__name__, "steps": self.steps} | sparsity | family
 
     def load_state_dict(self, state: dict) -> None:
-        """ValueError for the state of an algorithm of another family or sparsity."""
+        """ValueError for the state of another algorithm, or of another family or sparsity."""
         self.steps = self._checked_steps(state)
         self._note_passing()
         self._before_step()
 
     def _checked_steps(self, state: dict) -> int:
+        check_state(type(self).__name__, state)
         if "steps" not in state:
             raise ValueError("algorithm: its state has no 'steps'")
         family = state.get("family", "unstructured")
@@ -340,7 +334,9 @@ class Algorithm:
             )
         steps = whole("steps", state["steps"], 0)
         target, saved = self.target(steps), state.get("sparsity")  # None: it was not kept
-        if saved is None or self.init_method == "from_zeros" or abs(target - saved) < 1e-6:
+        if saved is None or self.init_method == "from_zeros":
+            return steps
+        if abs(target - number("sparsity", saved)) < 1e-6:
             return steps
         raise ValueError(
             f"sparsity: expected {target:g} after {steps} steps, got the state of an algorithm "
@@ -413,6 +409,23 @@ class Updating(Algorithm):
     @property
     def resizes(self) -> bool:
         return True
+
+
+def checked_model(target: Any) -> nn.Module:
+    """`target`, to make its layers sparse. TypeError for what is no model, or wraps one."""
+    if not isinstance(target, nn.Module):
+        raise TypeError(f"apply: expected a model or an optimizer, got {type(target).__name__}")
+    if isinstance(target, AveragedModel):
+        raise TypeError(
+            "apply: expected the model itself, got an AveragedModel, which follows the "
+            "patterns of the model by itself"
+        )
+    if isinstance(target, DistributedDataParallel):
+        raise TypeError(
+            "apply: expected the model itself, got a DistributedDataParallel, which would not "
+            "average the gradients of new Parameters; wrap the model after it became sparse"
+        )
+    return target
 
 
 class Masks:

@@ -4,7 +4,7 @@ of 400 bytes can stand for 10^9 elements."""
 import difflib
 import math
 import reprlib
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from numbers import Integral, Real
 from typing import Any
 
@@ -81,6 +81,19 @@ def known_keys(name: str, settings: Iterable[Any], known: Iterable[str]) -> None
                 f"{name}: expected the keys {', '.join(known)}, "
                 f"got {shown(key)}{nearest(key, known)}"
             )
+
+
+def check_state(name: str, state: Any) -> None:
+    """ValueError for the state_dict of another algorithm than that of this name. Older states do
+    not say whose they are."""
+    if not isinstance(state, Mapping):
+        raise TypeError(f"algorithm: expected a state_dict of {name}, got {type(state).__name__}")
+    of = "Group" if "algorithms" in state else state.get("algorithm", name)
+    if of != name:
+        raise ValueError(
+            f"algorithm: expected the state of {name}, got that of {str(of)[:60]}; to go on with "
+            "another algorithm take the weights without its state"
+        )
 
 
 def nearest(word: Any, known: Iterable[str], likeness: float = 0.6) -> str:

@@ -14,7 +14,7 @@ A list of such blocks, or {groups: [...]}, is a Group; null is a dense model. pu
 words of older releases. Names of algorithms, types and methods may be in any case.
 """
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import fields
 from typing import Any
 
@@ -22,8 +22,8 @@ from torch import nn
 from torch.optim import Optimizer
 
 from ..nn import adopt_values_
-from .algorithm import Algorithm
-from .checks import known_keys, nearest, shown
+from .algorithm import Algorithm, checked_model
+from .checks import check_state, known_keys, nearest, shown
 from .dynamic import SET, RigL
 from .filters import filter_parts
 from .gradual import GMP, IterativePruning
@@ -55,13 +55,18 @@ class Group:
     """
 
     def __init__(self, algorithms: list[Algorithm] | Mapping[str, Algorithm]):
-        if isinstance(algorithms, Mapping):
-            for glob, algorithm in algorithms.items():
-                algorithm.param_filter = filter_parts(glob)
-            algorithms = list(algorithms.values())
-        if not algorithms:
+        parts = algorithms.values() if isinstance(algorithms, Mapping) else algorithms
+        self.algorithms = list(parts) if isinstance(parts, Iterable) else [parts]
+        for part in self.algorithms:
+            if not isinstance(part, Algorithm):
+                got = type(part).__name__
+                raise TypeError(f"Group: expected algorithms of sparsekern.sparsity, got {got}")
+        if not self.algorithms:
             raise ValueError("Group: expected at least one algorithm")
-        self.algorithms = algorithms
+        if isinstance(algorithms, Mapping):
+            filters = [filter_parts(glob) for glob in algorithms]
+            for algorithm, param_filter in zip(self.algorithms, filters, strict=True):
+                algorithm.param_filter = param_filter
 
     def apply(
         self, target: nn.Module | Optimizer, *, prune_again: bool = False
@@ -78,10 +83,10 @@ class Group:
             for algorithm in chosen:
                 algorithm.apply(target)
             return target
+        model: Any = checked_model(target)
         before = [algorithm.layers for algorithm in self.algorithms]
         optimizers = [o for algorithm in self.algorithms for o in algorithm.optimizers]
         taken: set[str] = set()
-        model: Any = target
         try:
             with unchanged_on_failure(model, optimizers):
                 for algorithm in self.algorithms:
@@ -110,7 +115,12 @@ class Group:
         return {"algorithms": [algorithm.state_dict() for algorithm in self.algorithms]}
 
     def load_state_dict(self, state: dict) -> None:
-        parts = list(zip(self.algorithms, state["algorithms"], strict=True))
+        check_state("Group", state)
+        states = state.get("algorithms")
+        if not isinstance(states, list | tuple) or len(states) != len(self.algorithms):
+            count = len(self.algorithms)
+            raise ValueError(f"algorithms: expected a list of {count} states, got {shown(states)}")
+        parts = list(zip(self.algorithms, states, strict=True))
         for algorithm, part in parts:
             algorithm._checked_steps(part)
         for algorithm, part in parts:

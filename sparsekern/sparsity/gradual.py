@@ -1,5 +1,6 @@
 """Pruning during training: gradual magnitude pruning, and rounds of it with rewinding."""
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 import torch
@@ -95,7 +96,7 @@ class IterativePruning(GMP):
     2018). After each `freq` steps the density is multiplied by (1 - sparsity)^(1 / rounds).
 
     Args:
-        sparsity: share of weights removed at the end, in [0, 1].
+        sparsity: share of weights removed at the end, at least 0 and below 1.
         rounds: how many times it prunes.
         freq: optimizer steps before each pruning.
         rewind: None, or an optimizer step: after each pruning, all weights go back to what they
@@ -192,6 +193,16 @@ class IterativePruning(GMP):
     def state_dict(self) -> dict:
         early = {"early": self._early, "early_others": self._early_others}
         return super().state_dict() | early
+
+    def _checked_steps(self, state: dict) -> int:
+        steps = super()._checked_steps(state)
+        early = state.get("early")
+        if not isinstance(early, Mapping) or not isinstance(state.get("early_others"), list):
+            raise ValueError("algorithm: its state has no 'early' and 'early_others' to rewind to")
+        if others := [name for name in early if name not in self.layers]:
+            there = ", ".join(self.layers) or "no layer, as apply(model) comes first"
+            raise ValueError(f"early: expected values of {there}, got some of {others[0]}")
+        return steps
 
     def load_state_dict(self, state: dict) -> None:
         self._checked_steps(state)

@@ -46,6 +46,11 @@ class Magnitude(Fixed):
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        if self.init_method not in ("magnitude", "topk"):
+            raise ValueError(
+                f"init_method: {type(self).__name__} has a rule of its own for what is kept, "
+                f"expected none, got {self.init_method}"
+            )
         self.report = PruneReport()
         self._kept: dict[str, Tensor] = {}  # masks [N, K] of layers that are still an nn.Linear
 

@@ -5,8 +5,7 @@ from dataclasses import dataclass
 
 from torch import nn
 
-from ..nn import SparseLinear
-from ..nn.convert import KEEPS
+from ..nn import SparseLinear, convert
 from .algorithm import Algorithm, Layer
 from .checks import shown
 from .schedules import Constant
@@ -45,8 +44,11 @@ class Static(Fixed):
         if is_asked and abs(there - target) * size > SLACK * size + len(sparse):
             warnings.warn(
                 f"Static: {target:.1%} zeros were asked for, but "
-                + KEEPS.format(f"{len(sparse)} layers with {there:.1%}")
+                + convert.KEEPS.format(f"{len(sparse)} layers with {there:.1%}")
                 + "; Magnitude prunes them further",
                 stacklevel=4,
             )
+        if self.init_method == "from_zeros":
+            dense = [m.weight.detach() for m in chosen.values() if isinstance(m, nn.Linear)]
+            convert.refuse_unpruned("apply", dense)
         return super()._sparsify(model, chosen)

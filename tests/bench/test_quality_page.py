@@ -1,6 +1,7 @@
 """Statistics of bench/quality.py, and a page that says what its results say."""
 
 import json
+import math
 from pathlib import Path
 
 import numpy as np
@@ -122,8 +123,55 @@ def test_the_best_rate_at_the_end_of_a_sweep_is_called_so(evidence):
     told = evidence.tables.tuning_ends(order, found)
     assert "in 1 of 4" in told and told.endswith(": 75 % zeros, seed 1, code dense.")
     assert "3 rates" in evidence.tables.sweep_ends({1e-3: 2.0, 2e-3: 1.7, 4e-3: 1.8}, True)
-    losses = {1e-3: 2.0, 2e-3: 1.7, 4e-3: np.inf}
-    assert evidence.tables.tried("75", losses, True).endswith("0.002: **1.700**, 0.004: diverged")
+    for diverged in (np.inf, np.nan):
+        losses = {5e-4: diverged, 1e-3: 2.0, 2e-3: 1.7, 4e-3: diverged}
+        told = evidence.tables.tried("75", losses, True)
+        assert told.endswith(": 0.0005: diverged, 0.001: 2.000, 0.002: **1.700**, 0.004: diverged")
+
+
+@pytest.mark.parametrize("of_dev", [math.nan, math.inf, None])
+def test_a_score_that_is_not_finite_is_never_the_best(evidence, of_dev):
+    """As JSON has it: a NaN is less than nothing, and nothing is less than it."""
+    swept = [
+        r | {"seed": evidence.plan.SWEEP_SEED, "rate": rate, "pretrained": {"dev": dev}}
+        for r, rate, dev in zip(
+            results(evidence, {"75": [0.0] * 3}),
+            (1e-3, 2e-3, 4e-3),
+            (of_dev, 2.0, 2.1),
+            strict=True,
+        )
+    ]
+    losses = evidence.tables.swept("S", "75", swept)
+    assert losses == {1e-3: math.inf, 2e-3: 2.0, 4e-3: 2.1}
+    assert evidence.plan.best_rate("75", losses | {8e-3: 3.0, 1.6e-2: of_dev or math.inf}) == 2e-3
+    clock = [{"arm": "75", "seed": evidence.plan.SWEEP_SEED, "rate": 1e-3, "dev": of_dev}]
+    assert evidence.clock.losses(clock, "75") == {1e-3: math.inf}
+    assert evidence.answer.hint([{**r, "arm": a} for r in swept[:1] for a in ("dense", "75")]) == ""
+    for metric in ("held-out", "code"):
+        result = {"pretrained": {"held-out": of_dev}, "tuned": {"code dense": {"loss": of_dev}}}
+        assert evidence.differences.value(result, metric) is None
+
+
+@pytest.mark.parametrize(
+    ("mean", "low", "high", "told"),
+    [
+        (0.1997, 0.2, 0.35, "+0.1997"),
+        (0.2003, 0.2, 0.35, "+0.2003"),
+        (0.35004, 0.2, 0.35, "+0.35004"),
+        (0.2, 0.2, 0.35, "+0.200"),
+        (0.2 - 1e-12, 0.2, 0.35, "+0.200"),
+        (0.1234, 0.2, 0.35, "+0.123"),
+        (-0.0001, 0.0, 0.05, "-0.0001"),
+    ],
+)
+def test_a_difference_has_the_digits_that_tell_whether_it_was_predicted(
+    evidence, mean, low, high, told
+):
+    found = evidence.differences.Difference([0], [mean], None, None)
+    prediction = evidence.plan.Prediction("75", "dense", "held-out", low, high)
+    assert evidence.answer.shown(found, prediction=prediction) == f"{told}, 1 seed"
+    ends = evidence.differences.Difference([0], [0.1], (0.0004, 0.2), None)
+    assert evidence.answer.shown(ends) == "+0.100, +0.0004 to +0.200, 1 seed"
 
 
 def test_the_page_says_which_runs_were_not_stable(evidence):

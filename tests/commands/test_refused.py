@@ -16,7 +16,16 @@ from sparsekern.files import check_writable
 from sparsekern.gpt.train import train
 from sparsekern.nn import SparseLinear
 from sparsekern.nn.convert import refuse_pruned
-from sparsekern.sparsity import GMP, SET, IterativePruning, SparseGPT, Wanda, dynamic
+from sparsekern.sparsity import (
+    SET,
+    Group,
+    IterativePruning,
+    RigL,
+    SparseGPT,
+    Static,
+    Wanda,
+    dynamic,
+)
 
 X = torch.randn(8, 16)
 
@@ -332,13 +341,47 @@ def test_a_rewind_that_cannot_be_changes_nothing():
     assert all(map(torch.equal, before, patterns(model)))
 
 
-@pytest.mark.parametrize("state", [{}, {"steps": "x"}, {"steps": -1}, {"steps": 1.5}])
-def test_the_state_of_an_algorithm_has_steps(state):
-    algorithm = GMP([0.3, 0.5], update={"freq": 2})
+def rigl() -> RigL:
+    return RigL(0.5, update={"freq": 2})
+
+
+SOME = SET(0.5, update={"freq": 2}).state_dict()
+EARLY = {"steps": 1, "early": {"9": torch.ones(2)}, "early_others": []}
+
+
+@pytest.mark.parametrize(
+    ("make", "state", "expected"),
+    [
+        (rigl, {}, "its state has no 'steps'"),
+        (rigl, {"steps": "x"}, "steps: expected a whole number, got 'x'"),
+        (rigl, {"steps": -1}, "steps: expected at least 0, got -1"),
+        (rigl, {"steps": 1.5}, "steps: expected a whole number, got 1.5"),
+        (rigl, {"steps": 1, "sparsity": "x"}, "sparsity: expected a finite number, got 'x'"),
+        (rigl, None, "algorithm: expected a state_dict of RigL, got NoneType"),
+        (rigl, SOME, "algorithm: expected the state of RigL, got that of SET; to go on with"),
+        (rigl, {"algorithms": [SOME]}, "expected the state of RigL, got that of Group"),
+        (lambda: SET(0.5), rigl().state_dict(), "expected the state of SET, got that of RigL"),
+        (lambda: Static(0.5), SOME, "expected the state of Static, got that of SET"),
+        (lambda: Group([rigl()]), None, "expected a state_dict of Group, got NoneType"),
+        (lambda: Group([rigl()]), SOME, "expected the state of Group, got that of SET"),
+        (lambda: Group([rigl()]), {}, "algorithms: expected a list of 1 states, got None"),
+        (lambda: Group([rigl()]), {"algorithms": []}, r"expected a list of 1 states, got \[\]"),
+        (lambda: Group([rigl()]), {"algorithms": [SOME]}, "the state of RigL, got that of SET"),
+        (
+            lambda: IterativePruning(0.5),
+            {"steps": 1},
+            "its state has no 'early' and 'early_others'",
+        ),
+        (lambda: IterativePruning(0.5), EARLY, "early: expected values of 0, 2, got some of 9"),
+    ],
+)
+def test_a_state_that_is_none_of_this_algorithm(make, state, expected):
+    algorithm = make()
     algorithm.apply(mlp())
-    with pytest.raises(ValueError, match="steps"):
+    before = copy.deepcopy(algorithm.state_dict())
+    with pytest.raises((TypeError, ValueError), match=expected):
         algorithm.load_state_dict(state)
-    assert algorithm.steps == 0
+    assert algorithm.state_dict() == before
 
 
 def test_rounds_that_the_run_does_not_reach():

@@ -8,6 +8,8 @@ from torch.utils.flop_counter import FlopCounterMode
 from sparsekern import Static, densify_, sparsify_
 from sparsekern.gpt import flops
 from sparsekern.gpt.model import GPT, GPTConfig
+from sparsekern.sparsity.algorithm import Masks
+from sparsekern.testing import random_mask
 
 VOCABULARY, CONTEXT = 50257, 2048
 
@@ -65,7 +67,7 @@ def test_torch_counts_the_same(sparsity):
     config = GPTConfig(2, 2, 32, 16, 256)
     model = GPT(config)
     if sparsity:
-        sparsify_(model, Static(sparsity))
+        sparsify_(model, Masks(lambda name, weight: random_mask(*weight.shape, sparsity)))
     x = torch.randint(256, (4, 16))
     with sdpa_kernel(SDPBackend.MATH):
         with FlopCounterMode(display=False) as forward:

@@ -169,9 +169,12 @@ def test_the_command_reads_a_sparse_folder_by_itself(folder, tmp_path):
     assert "14 layers, 75.0% zeros" in done.stdout
 
 
-@pytest.mark.parametrize("source", ["./nope", "../nope", "/nope", "runs/of/nope", "nope/"])
+@pytest.mark.parametrize(
+    "source", ["./nope", "../nope", "/nope", "runs/nope", "runs/of/nope", "nope/"]
+)
 def test_a_path_to_nothing_is_looked_for_nowhere_else(source, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
+    (tmp_path / "runs").mkdir()
     assert cli.main(["prune", "--source", source, "--sparsity", "0.5"]) == 2
     assert f"source: {source} does not exist" in capsys.readouterr().err
     with pytest.raises(FileNotFoundError, match="source: .*nope/? does not exist"):

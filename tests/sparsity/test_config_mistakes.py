@@ -46,6 +46,16 @@ pytest.importorskip("yaml")
         ({"sparsity": [0.1, 0.2]}, "Static chooses its pattern once, expected a number"),
         ({"sparsity": [0.5, 75], "algorithm": "gmp"}, "expected a number in [0, 1], got 75"),
         ({"sparsity": 75}, "got 75; 75 percent is 0.75"),
+        (
+            {"sparsity": 1.0},
+            "sparsity: expected a number below 1, got 1.0: no weight would be left",
+        ),
+        ({"sparsity": 1, "algorithm": "rigl"}, "sparsity: expected a number below 1, got 1"),
+        ({"sparsity": 1, "algorithm": "iterative"}, "sparsity: expected a number below 1, got 1"),
+        (
+            {"sparsity": 0.5, "algorithm": "magnitude", "init_method": "random"},
+            "init_method: Magnitude has a rule of its own for what is kept",
+        ),
         ({"sparsity": 0.5, "algorithm": "wanda"}, "use `sparsekern prune --method wanda`"),
         ({"sparsity": 0.5, "algorithm": "SparseGPT"}, "use `sparsekern prune --method sparsegpt`"),
         ({"sparsity": 0.5, "seed": "x"}, "seed: expected a whole number, got 'x'"),

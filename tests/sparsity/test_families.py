@@ -284,7 +284,7 @@ def test_an_algorithms_state_has_its_family():
     run(algorithm, 3)
     state = algorithm.state_dict()
     assert state["steps"] == 3 and state["family"] == "two-way"
-    assert Static(0.5).state_dict() == {"steps": 0, "sparsity": 0.5}
+    assert Static(0.5).state_dict() == {"algorithm": "Static", "steps": 0, "sparsity": 0.5}
     again = MAKERS["gmp"](family="two-way")
     again.apply(Net())
     again.load_state_dict(state)
@@ -371,7 +371,8 @@ def test_training_from_a_file_and_on(tmp_path, capsys):
     assert main(["train", "--resume", "--steps=6", f"--out={outs[1]}"]) == 0
     files = [torch.load(out / "checkpoint.pt", weights_only=True) for out in outs]
     for file in files:
-        assert file["algorithm"] == {"steps": 6, "sparsity": 0.75, "family": "two-way"}
+        state = {"algorithm": "RigL", "steps": 6, "sparsity": 0.75, "family": "two-way"}
+        assert file["algorithm"] == state
         model = file["model"]
         for name in [n for n in model if n.endswith("col_indices")]:
             offsets = model[name.replace("col_indices", "row_offsets")]

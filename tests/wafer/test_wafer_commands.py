@@ -57,6 +57,36 @@ def test_a_sparsity_that_was_not_given_is_told(capsys, tmp_path):
         assert "75% zeros" in printed.out
 
 
+def test_the_sparsity_of_a_pruned_folder_is_read(capsys, tmp_path):
+    (tmp_path / "config.json").write_text(
+        '{"model_type": "gpt2", "n_layer": 2, "n_embd": 768, "n_head": 12, "vocab_size": 100, '
+        '"n_positions": 64}'
+    )
+    table = tmp_path / "prune.json"
+    for text, zeros, told in (
+        ('{"sparsity": 0.503, "layers": []}', "50% zeros", f"0.503 is that of {table}, as --spar"),
+        ('[{"sparsity": 0.5}]', "75% zeros", "0.75 is the default"),
+        ('{"sparsity": 1}', "75% zeros", "0.75 is the default"),
+        ('{"sparsity": "x"}', "75% zeros", "0.75 is the default"),
+        ("{", "75% zeros", "0.75 is the default"),
+    ):
+        table.write_text(text)
+        for model in (tmp_path, tmp_path / "config.json"):
+            assert main(["wafer", "predict", f"--model={model}"]) == 0
+            printed = capsys.readouterr()
+            assert zeros in printed.out and f"sparsity: {told}" in printed.err
+    table.write_text('{"sparsity": 0.5}')
+    assert "90% zeros" in run(capsys, "predict", f"--model={tmp_path}", "--sparsity=0.9")
+    assert main(["wafer", "sensitivity", f"--model={tmp_path}"]) == 0
+    assert f"sparsity: 0.5 is that of {table}" in capsys.readouterr().err
+
+
+def test_a_run_as_model_is_told_to_be_a_checkpoint(capsys, tmp_path):
+    (tmp_path / "checkpoint.pt").touch()
+    message = error_line(capsys, "predict", f"--model={tmp_path}")
+    assert f"model: {tmp_path} is a run of `sparsekern train`, whose shape and masks" in message
+
+
 def test_predict_prints_the_step_its_terms_and_its_doubts(capsys, tmp_path):
     file = tmp_path / "numbers.json"
     out = run(capsys, "predict", "--details", "--sources", "--json", str(file))
