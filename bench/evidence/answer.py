@@ -1,13 +1,14 @@
 """The first words of docs/quality.md: what 75 % zeros cost, and what else the same FLOPs buy."""
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 from .differences import Difference, by_seed, difference, is_as_predicted, is_unstable, kind
 from .plan import ARMS, PLAN, SWEEP_SEED, Order, Prediction, finite
 
 PRIMARY = "code"  # loss after fine-tuning, 75 % against dense and these, in order 2
 SIZE = "S"
+NORMED = 10  # the order that asks the same of arms whose training is stable
 # The dense arms beside 75 %, and what they are called in a sentence.
 RIVALS = {"small": "a small dense model", "short": "the dense model on fewer tokens"}
 OTHERS = ("dense", *RIVALS)
@@ -31,29 +32,58 @@ def order_of(number: int) -> Order:
     return next(order for order in PLAN if order.number == number)
 
 
-def primary() -> tuple[Prediction, ...]:
-    return tuple(p for p in order_of(2).predictions if p.metric == PRIMARY)
+def primary(number: int = 2) -> tuple[Prediction, ...]:
+    return tuple(p for p in order_of(number).predictions if p.metric == PRIMARY)
 
 
 def first_words(results: list[dict]) -> str:
     """The answer so far, good for us or not."""
-    found = {b: difference(results, SIZE, "75", b, PRIMARY) for b in OTHERS}
+    found = {p.b: difference(results, SIZE, p.a, p.b, PRIMARY) for p in primary()}
     if not any(found.values()):
         return (
             "**Not known yet.** The runs that would say it have not been made: what follows is the "
             "plan, with what was expected before the first run, and the runs that there are."
             + hint(results)
         )
-    margins = {p.b: p.margin for p in primary()}
     so_far = "" if is_whole(results) else "**Runs are missing or diverged.** "
-    rivals = [beside(name, found[arm], margins[arm]) for arm, name in RIVALS.items()]
-    return (
-        f"{so_far}{cost(found['dense'], margins['dense'])}. For the same FLOPs of pre-training, "
-        f"{'; '.join(rivals)}. Measured by the loss on Python code, in nats a token, after all "
-        f"weights were fine-tuned; before the first run it was fixed that up to "
-        f"{margins['dense']:g} counts as equal. In brackets: the loss with 75 % zeros less that of "
-        "the other, and the 95 % interval of this." + unstable(results)
+    margin = primary()[0].margin
+    words = (
+        f"{so_far}{cost_and_rivals(found, margin)} Measured by the loss on Python code, in nats a "
+        f"token, after all weights were fine-tuned; before the first run it was fixed that up to "
+        f"{margin:g} counts as equal. In brackets: the loss with 75 % zeros less that of the "
+        "other, and the 95 % interval of this." + unstable(results)
     )
+    return "\n\n".join(filter(None, [words, stable_words(results)]))
+
+
+def cost_and_rivals(found: Mapping[str, Difference | None], margin: float | None) -> str:
+    """`found`: of 75 % zeros less dense, and less each of its rivals, plain or normed."""
+    dense, small, short = found.values()
+    rivals = [beside(n, d, margin) for n, d in zip(RIVALS.values(), (small, short), strict=True)]
+    return f"{cost(dense, margin)}. For the same FLOPs of pre-training, {'; '.join(rivals)}."
+
+
+def stable_words(results: list[dict]) -> str:
+    """The same of the arms whose training a norm keeps stable; "" where none has run."""
+    made = [r for r in results if r["size"] == SIZE and r.get("pretrained", {}).get("curve")]
+    normed, plain = ([r for r in made if ARMS[r["arm"]].is_normed == is_it] for is_it in (1, 0))
+    if not normed:
+        return ""
+    given = primary(NORMED)
+    found = {p.b: difference(results, SIZE, p.a, p.b, PRIMARY) for p in given}
+    says = (
+        f" {cost_and_rivals(found, given[0].margin)}"
+        if any(found.values())
+        else f" These were not fine-tuned yet.{hint(results, '-normed', NORMED)}"
+    )
+    return (
+        f"**With a norm of queries and keys** (section {NORMED}) the loss in training rose in "
+        f"{risen(normed)}, without one in {risen(plain)}.{says}"
+    )
+
+
+def risen(results: list[dict]) -> str:
+    return f"{sum(map(is_unstable, results))} of {len(results)} runs"
 
 
 def unstable(results: list[dict]) -> str:
@@ -67,18 +97,19 @@ def unstable(results: list[dict]) -> str:
     return f" Training was not stable (*rise* in section 2): {'; '.join(told)}." if told else ""
 
 
-def hint(results: list[dict]) -> str:
+def hint(results: list[dict], suffix: str = "", section: int = 1) -> str:
     """What the sweeps let expect, where all of them have begun."""
     best: dict[str, float] = {}
     for r in results:
         if (r["size"], r["seed"]) == (SIZE, SWEEP_SEED) and "pretrained" in r:
             best[r["arm"]] = min(best.get(r["arm"], math.inf), finite(r["pretrained"]["dev"]))
-    if not all(math.isfinite(best.get(arm, math.inf)) for arm in ("dense", "75", "small")):
+    dense, sparse, small = (best.get(a + suffix, math.inf) for a in ("dense", "75", "small"))
+    if not all(map(math.isfinite, (dense, sparse, small))):
         return ""
     return (
-        f" A hint from the choice of rates (section 1), before fine-tuning, one seed, each at its "
-        f"best rate: dense {best['dense']:.2f}, 75 % zeros {best['75']:.2f}, the small dense "
-        f"model of the same FLOPs {best['small']:.2f} nats a token of held-out text."
+        f" A hint from the choice of rates (section {section}), before fine-tuning, one seed, each "
+        f"at the best rate tried: dense {dense:.2f}, 75 % zeros {sparse:.2f}, the small dense "
+        f"model of the same FLOPs {small:.2f} nats a token of held-out text."
     )
 
 

@@ -161,13 +161,15 @@ ARMS = {
 
 ARMS |= {
     f"{name}-normed": replace(
-        ARMS[name],
-        title=f"{ARMS[name].title}, normed",
-        rate_of="dense-normed" if ARMS[name].rate_of else "",
+        arm,
+        title=f"{arm.title}, normed",
+        rate_of=arm.rate_of and f"{arm.rate_of}-normed",
+        start=arm.start and f"{arm.start}-normed",
         is_normed=True,
         first_rates=NORMED_FIRST_RATES,
     )
-    for name in ("dense", "75", "small", "short")
+    for name, arm in ARMS.items()
+    if not (arm.is_scaled or arm.is_scratch)
 }
 
 
@@ -201,6 +203,13 @@ class Order:
     predictions: tuple[Prediction, ...] = ()
 
 
+def normed(order: Order) -> Order:
+    """The same, of arms whose queries and keys are normed."""
+    swept, arms = (tuple(f"{a}-normed" for a in names) for names in (order.swept, order.arms))
+    predictions = (replace(p, a=f"{p.a}-normed", b=f"{p.b}-normed") for p in order.predictions)
+    return replace(order, swept=swept, arms=arms, predictions=tuple(predictions))
+
+
 PLAN = (
     Order(1, "S", "Which learning rate is best for each?", ("dense", "75", "small")),
     Order(
@@ -227,34 +236,39 @@ PLAN = (
             Prediction("scratch", "dense", "sentiment", -12.0, -3.0),
         ),
     ),
-    Order(
-        3,
-        "S",
-        "Do dense last steps close the gap? Does pruning while training?",
-        (),
-        ("75-dense", "90-dense", "gradual"),
-        (0, 1, 2),
-        predictions=(
-            Prediction("75-dense", "dense", "held-out", 0.0, 0.05, 0.02),
-            Prediction("75-dense", "short", "held-out", -0.15, 0.0),
-            Prediction("90-dense", "dense", "held-out", 0.05, 0.20),
-            Prediction("gradual", "75", "held-out", -0.10, -0.02),
-            Prediction("75-dense", "dense", "code", 0.0, 0.04, 0.02),
-        ),
+    normed(
+        Order(
+            3,
+            "S",
+            "Do dense last steps close the gap? Does pruning while training?",
+            (),
+            ("75-dense", "90-dense", "gradual"),
+            (0, 1, 2),
+            predictions=(
+                Prediction("75-dense", "dense", "held-out", 0.0, 0.05, 0.02),
+                Prediction("75-dense", "short", "held-out", -0.15, 0.0),
+                Prediction("90-dense", "dense", "held-out", 0.05, 0.20),
+                Prediction("gradual", "75", "held-out", -0.10, -0.02),
+                Prediction("75-dense", "dense", "code", 0.0, 0.04, 0.02),
+            ),
+        )
     ),
-    Order(
-        4,
-        "S",
-        "How does the cost grow with sparsity, and do moving patterns lower it?",
-        (),
-        ("50", "90", "rigl", "set"),
-        (0, 1, 2),
-        predictions=(
-            Prediction("50", "dense", "held-out", 0.07, 0.12),
-            Prediction("90", "dense", "held-out", 0.40, 0.60),
-            Prediction("rigl", "75", "held-out", -0.06, -0.02),
-            Prediction("set", "75", "held-out", -0.06, -0.02),
-        ),
+    normed(
+        Order(
+            4,
+            "S",
+            "How does the cost grow with sparsity, and do moving patterns lower it?",
+            (),
+            ("50", "90", "rigl", "set"),
+            (0, 1, 2),
+            is_tuned=False,
+            predictions=(
+                Prediction("50", "dense", "held-out", 0.07, 0.12),
+                Prediction("90", "dense", "held-out", 0.40, 0.60),
+                Prediction("rigl", "75", "held-out", -0.06, -0.02),
+                Prediction("set", "75", "held-out", -0.06, -0.02),
+            ),
+        )
     ),
     Order(
         5,
@@ -266,18 +280,22 @@ PLAN = (
         is_tuned=False,
         predictions=(Prediction("two-way", "75", "held-out", -0.03, 0.03, 0.03),),
     ),
-    Order(
-        6,
-        "M",
-        "Does the gap shrink with size?",
-        (),
-        ("dense", "75", "small", "75-dense"),
-        (0, 1, 2),
-        predictions=(
-            Prediction("75", "dense", "held-out", 0.16, 0.30),
-            Prediction("small", "75", "held-out", 0.0, 0.04),
-            Prediction("75-dense", "dense", "held-out", 0.0, 0.05, 0.02),
-        ),
+    normed(
+        Order(
+            6,
+            "M",
+            "Does the gap shrink with size?",
+            (),
+            ("dense", "75", "small", "75-dense", "two-way"),
+            (0, 1, 2),
+            is_tuned=False,
+            predictions=(
+                Prediction("75", "dense", "held-out", 0.16, 0.30),
+                Prediction("small", "75", "held-out", 0.0, 0.04),
+                Prediction("75-dense", "dense", "held-out", 0.0, 0.05, 0.02),
+                Prediction("two-way", "75", "held-out", -0.02, 0.02, 0.03),
+            ),
+        )
     ),
     Order(
         7,
@@ -289,53 +307,47 @@ PLAN = (
         is_tuned=False,
         predictions=(Prediction("two-way-scaled", "75-scaled", "held-out", -0.02, 0.02, 0.03),),
     ),
-    Order(
-        8,
-        "S",
-        "Does a dense model that is pruned and trained on keep up with dense trained on as long?",
-        ("more-25", "pruned-84-25"),
-        (
-            "more-25",
-            "pruned-84-25",
-            "pruned-75-25",
-            "pruned-90-25",
-            "rounds-84-25",
-            "more-10",
-            "pruned-84-10",
-            "more-50",
-            "pruned-84-50",
-        ),
-        (0, 1, 2),
-        is_tuned=False,
-        predictions=(
-            Prediction("pruned-84-25", "more-25", "held-out", 0.20, 0.38, 0.02),
-            Prediction("pruned-84-10", "more-10", "held-out", 0.28, 0.50, 0.02),
-            Prediction("pruned-84-50", "more-50", "held-out", 0.18, 0.34, 0.02),
-            Prediction("pruned-75-25", "more-25", "held-out", 0.12, 0.25, 0.02),
-            Prediction("pruned-90-25", "more-25", "held-out", 0.35, 0.60, 0.02),
-            Prediction("rounds-84-25", "pruned-84-25", "held-out", -0.03, 0.02, 0.02),
-            Prediction("more-25", "dense", "held-out", -0.08, -0.01),
-            Prediction("pruned-75-25", "75", "held-out", -0.20, -0.05),
-            Prediction("pruned-75-25", "gradual", "held-out", -0.08, 0.02),
-            Prediction("pruned-84-25", "more-25", "blimp", -4.0, -1.0),
-        ),
+    normed(
+        Order(
+            8,
+            "S",
+            "Does a dense model that is pruned and trained on keep up with dense trained on as "
+            "long?",
+            ("more-25", "pruned-84-25"),
+            (
+                "more-25",
+                "pruned-84-25",
+                "pruned-75-25",
+                "pruned-90-25",
+                "rounds-84-25",
+                "more-10",
+                "pruned-84-10",
+                "more-50",
+                "pruned-84-50",
+            ),
+            (0, 1, 2),
+            is_tuned=False,
+            predictions=(
+                Prediction("pruned-84-25", "more-25", "held-out", 0.20, 0.38, 0.02),
+                Prediction("pruned-84-10", "more-10", "held-out", 0.28, 0.50, 0.02),
+                Prediction("pruned-84-50", "more-50", "held-out", 0.18, 0.34, 0.02),
+                Prediction("pruned-75-25", "more-25", "held-out", 0.12, 0.25, 0.02),
+                Prediction("pruned-90-25", "more-25", "held-out", 0.35, 0.60, 0.02),
+                Prediction("rounds-84-25", "pruned-84-25", "held-out", -0.03, 0.02, 0.02),
+                Prediction("more-25", "dense", "held-out", -0.08, -0.01),
+                Prediction("pruned-75-25", "75", "held-out", -0.20, -0.05),
+                Prediction("pruned-75-25", "gradual", "held-out", -0.08, 0.02),
+                Prediction("pruned-84-25", "more-25", "blimp", -4.0, -1.0),
+            ),
+        )
     ),
-    # Added after the sweeps of order 1, one run of its 75 % and one of dense.
+    # Added after the sweeps of order 1, one run of its 75 % and one of dense. Its seeds were given
+    # up for those of order 10, whose training is stable.
     Order(
         9,
         "S",
         "Do first weights and rates that are scaled by density train 75 % better?",
         ("75-scaled",),
-        ("75-scaled",),
-        (0, 1, 2),
-        predictions=(
-            Prediction("75-scaled", "dense", "code", 0.03, 0.12, 0.02),
-            Prediction("75-scaled", "small", "code", -0.05, 0.02, 0.02),
-            Prediction("75-scaled", "short", "code", -0.05, 0.10, 0.02),
-            Prediction("75-scaled", "dense", "held-out", 0.08, 0.18),
-            Prediction("75-scaled", "75", "held-out", -0.20, -0.02),
-            Prediction("75-scaled", "small", "held-out", -0.06, 0.04),
-        ),
     ),
     # Added after the sweeps of orders 1 and 9, whose losses are not smooth in the rate.
     Order(
@@ -426,9 +438,10 @@ def next_rates(arm: str, losses: dict[float, float]) -> list[float]:
         return missing
     if (beyond := beyond_the_end(losses, 2.0)) is not None:
         return [beyond]
-    best = min(losses, key=lambda rate: finite(losses[rate]))
-    between = [rounded(best * math.sqrt(2)), rounded(best / math.sqrt(2))]
-    return [rate for rate in between if rate not in losses][: max(0, TRIED - len(losses))]
+    tried = sorted(losses)
+    at = tried.index(min(losses, key=lambda rate: finite(losses[rate])))
+    between = [rounded(math.sqrt(tried[at] * tried[beside])) for beside in (at + 1, at - 1)]
+    return between[: max(0, TRIED - len(losses))]
 
 
 def beyond_the_end(losses: dict[float, float], factor: float) -> float | None:

@@ -31,7 +31,8 @@ def arms(order: Order, results: list[dict], checked: dict | None) -> str:
     size = SIZES[order.size]
     full = ARMS["dense"].flops(size)
     rows, missing = [], []
-    for name in order.arms if "dense" in order.arms else ("dense", *order.arms):
+    dense = "dense-normed" if ARMS[order.arms[0]].is_normed else "dense"
+    for name in order.arms if dense in order.arms else (dense, *order.arms):
         arm, found = ARMS[name], by_seed(results, order.size, name)
         told = f"{arm.flops(size) / full:.2f}"
         if not found and name in order.arms:

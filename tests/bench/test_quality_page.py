@@ -53,6 +53,24 @@ def test_the_choice_of_rates_gives_a_hint(evidence):
     assert "A hint" not in evidence.answer.first_words(swept[:-1])
 
 
+def test_the_page_says_what_a_norm_changes(evidence):
+    """First that it trains stably, with a hint of the sweeps, then the answer."""
+    words = evidence.answer.stable_words
+    swept = results(evidence, {f"{a}-normed": [2.0] for a in ("dense", "75", "small")})
+    plain = results(evidence, {"75": [2.1], "scratch": [2.9]})
+    for r in swept:
+        r |= {"seed": evidence.plan.SWEEP_SEED, "tuned": {}}
+        r["pretrained"] = r["pretrained"] | {"dev": 3.1, "curve": [5.0, 3.1]}
+    plain[0]["pretrained"]["curve"] = [5.0, 3.0, 3.5]
+    assert words(plain) == ""
+    told = words([*plain, *swept])
+    assert "rose in 0 of 3 runs, without one in 1 of 1 runs. These were not fine-tuned yet." in told
+    assert "A hint from the choice of rates (section 10)" in told and "dense 3.10" in told
+    made = results(evidence, {"75-normed": [2.1, 2.11, 2.12], "small-normed": [2.0, 2.01, 2.02]})
+    told = words([*plain, *swept, *made])
+    assert "a small dense model is better than 75 % zeros** (+0.100" in told and "hint" not in told
+
+
 def test_a_run_that_diverged_is_called_so(evidence):
     found = results(evidence, {"dense": [2.0, 2.01], "75": [2.1, 2.11]})
     del found[-1]["pretrained"], found[-1]["tuned"]

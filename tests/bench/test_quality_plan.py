@@ -34,6 +34,24 @@ def test_a_sweep_ends_with_its_best_rate_inside(evidence, optimum):
     assert min(losses) < best < max(losses) and len(losses) >= plan.TRIED
 
 
+def test_each_arm_is_tried_at_as_many_rates(evidence):
+    """Also where the best one of four lies between two others that were tried before it."""
+    losses = {2e-3: 3.279, 4e-3: 3.270, 5.66e-3: 3.263, 8e-3: 3.282}
+    assert evidence.plan.next_rates("small-normed", losses) == [6.73e-3]
+    assert evidence.plan.best_rate("small-normed", losses) is None
+    assert evidence.plan.best_rate("small-normed", losses | {6.73e-3: 3.27}) == 5.66e-3
+
+
+def test_arms_with_a_norm_follow_arms_with_a_norm(evidence):
+    plan = evidence.plan
+    for arm in plan.ARMS.values():
+        for other in filter(None, (arm.rate_of, arm.start)):
+            assert plan.ARMS[other].is_normed == arm.is_normed
+    for order in plan.PLAN[2:4] + plan.PLAN[5:6] + plan.PLAN[7:8]:
+        told = {*order.swept, *order.arms, *(n for p in order.predictions for n in (p.a, p.b))}
+        assert all(plan.ARMS[name].is_normed for name in told)
+
+
 def test_arms_of_equal_flops_are_equal(evidence):
     plan = evidence.plan
     for size in (plan.SIZES["S"], plan.SIZES["M"]):
