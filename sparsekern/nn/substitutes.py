@@ -38,6 +38,8 @@ def sizes_of_layers(module: nn.Module) -> dict[str, tuple[int, int]]:
     weight: Any = module._parameters.get("weight")
     if isinstance(module, nn.Linear) and not is_linear(module) or why_not(module):
         return {}
+    if "weight" in module._buffers:
+        return {}
     if type(module) in CONVOLUTIONS:
         return {"linear": (weight.shape[0], math.prod(weight.shape[1:]))}
     if isinstance(module, nn.MultiheadAttention):

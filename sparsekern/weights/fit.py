@@ -246,13 +246,22 @@ def _check_can_be_copied(name: str, t: Any, to: Any) -> None:
         t = t.values
     if isinstance(to, SparseTensor):
         to = to.values
+    if isinstance(to, Tensor) and to.is_meta:
+        raise ValueError(
+            f"model: expected {name} in memory, got it on the meta device, where no weight stays: "
+            "call to_empty(device=...) before, or load it before accelerate offloads the model"
+        )
     to = t if to is None else to  # a name that the model lacks, so far
     if not isinstance(t, Tensor) or not isinstance(to, Tensor):
         if type(t) is not type(to):
             raise ValueError(f"weights: expected a tensor for {name}, got {type(t).__name__}")
     elif t.layout != torch.strided or t.is_meta or (t.is_complex() and not to.is_complex()):
         kind = "on the meta device" if t.is_meta else f"{t.dtype}, {t.layout}"
-        raise ValueError(f"weights: expected {name} as {to.dtype} with its elements, got {kind}")
+        is_torchs = not t.is_meta and t.layout != torch.strided
+        hint = "; sparsekern.weights.from_zeros takes those of torch.sparse" * is_torchs
+        raise ValueError(
+            f"weights: expected {name} as {to.dtype} with its elements, got {kind}{hint}"
+        )
 
 
 def _written_out(weights: Weights, names: Iterable[str]) -> Weights:

@@ -79,8 +79,9 @@ def _masked(name: str, weight: Tensor, masks: list[Tensor]) -> Tensor | SparseTe
 def from_zeros(
     weights: Mapping[str, Tensor | SparseTensor], names: Iterable[str] | None = None
 ) -> Weights:
-    """Matrices with zeros as SparseTensors: those named, or all that are at least half zeros. A
-    matrix of zeros alone is new (of LoRA, say), and stays dense unless it is named.
+    """Matrices with zeros as SparseTensors: those named, or all that are at least half zeros, and
+    all of torch.sparse. A matrix of zeros alone is new (of LoRA, say), and stays dense unless it is
+    named.
 
     ValueError where one holds NaN, by which some mark what is pruned."""
     check_named(weights)
@@ -99,6 +100,12 @@ def from_zeros(
     result: Weights = {}
     for name, t in weights.items():
         result[name] = t
+        if isinstance(t, Tensor) and t.layout != torch.strided:
+            try:
+                result[name] = SparseTensor.from_torch(t.detach())
+            except (TypeError, ValueError) as error:
+                raise ValueError(f"weights: {name}: {error}") from error
+            continue
         if not (isinstance(t, Tensor) and t.ndim == 2 and t.is_floating_point()):
             continue
         wanted = name in chosen if chosen is not None else _is_pruned(t)

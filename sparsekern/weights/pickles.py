@@ -64,7 +64,13 @@ def state_dict_in(path: Path) -> Weights:
         is_sparse = isinstance(t, SparseTensor)
         parts = (t.row_offsets, t.col_indices, t.values) if is_sparse else (t,)
         if not all(map(has_its_elements, parts)):
-            raise ValueError(f"weights: {path}: {name}: expected a tensor with all its elements")
+            hint = ""
+            if not is_sparse and t.layout != torch.strided:
+                hint = (
+                    f", got {t.layout}: sparsekern.weights.from_zeros takes what torch.load reads"
+                )
+            text = f"weights: {path}: {name}: expected a tensor with all its elements{hint}"
+            raise ValueError(text)
     try:
         return with_widths(found)
     except ValueError as error:

@@ -206,3 +206,43 @@ def test_a_mask_is_no_weight():
     with pytest.raises(ValueError, match="expected numbers for 0.weight, got a mask; SparseTensor"):
         weights.set_weights_(model, {"0.weight": torch.eye(3) > 0})
     assert torch.equal(model[0].weight, before)
+
+
+@pytest.mark.parametrize("are_sparse", [False, True])
+def test_a_model_on_meta_takes_no_weights(are_sparse):
+    """torch would copy nothing, with a warning; a model that accelerate offloads looks the same."""
+    given = weights.weights_of(linear())
+    if are_sparse:
+        given["0.weight"] = SparseTensor.from_dense(given["0.weight"], torch.ones(5, 9) > 0)
+    model = linear().to("meta")
+    with pytest.raises(ValueError, match="model: expected 0.weight in memory, .* to_empty"):
+        weights.set_weights_(model, given)
+    assert type(model[0]) is nn.Linear
+
+
+def test_a_weight_that_is_a_buffer_stays_dense():
+    model = linear()
+    weight = model[0].weight.detach()
+    del model[0].weight
+    model[0].register_buffer("weight", torch.zeros(5, 9))
+    given = weights.weights_of(model) | {"0.weight": SparseTensor.from_dense(weight)}
+    with pytest.warns(UserWarning, match="stay dense: 0.weight"):
+        weights.set_weights_(model, given)
+    assert torch.equal(model[0].weight, weight)
+
+
+def test_matrices_of_torch_sparse(tmp_path):
+    state = linear().state_dict()
+    kept = state["0.weight"] * (state["0.weight"] > 0)
+    for t in (kept.to_sparse_csr(), kept.to_sparse(), kept.to_sparse_csc()):
+        given = state | {"0.weight": t}
+        with pytest.raises(ValueError, match="weights: expected 0.weight .*from_zeros takes"):
+            weights.set_weights_(linear(), given)
+        torch.save(given, tmp_path / "m.bin")
+        with pytest.raises(ValueError, match="0.weight: .*from_zeros takes what torch.load reads"):
+            weights.load_weights(tmp_path / "m.bin")
+        found = weights.from_zeros(given)
+        assert torch.equal(found["0.weight"].to_dense(), kept)
+        assert type(weights.set_weights_(linear(), found)[0]) is SparseLinear
+    with pytest.raises(ValueError, match="weights: 0.weight: "):
+        weights.from_zeros({"0.weight": torch.ones(2, 2, 2).to_sparse()})
