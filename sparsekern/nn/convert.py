@@ -8,7 +8,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 from torch.optim import Optimizer
+from torch.utils._python_dispatch import is_traceable_wrapper_subclass as is_wrapper
 
+from ..indices import VALUE_DTYPES
 from ..kernels.cuda.float8 import captured as captured_factors
 from ..kernels.derived import forget_captures
 from ..tensor import SparseTensor
@@ -16,14 +18,21 @@ from . import replaced
 from .adapters import without_adapters
 from .checks import check_optimizer
 from .heads import HEAD_NAMES, heads
-from .kinds import check_model, has_hooks, is_conv1d, is_experts, uses_of_parameters
+from .kinds import (
+    check_model,
+    has_own_forward,
+    is_conv1d,
+    is_experts,
+    parameter_of,
+    renew_weight,
+    uses_of_parameters,
+)
 from .linear import SparseLinear, refuse_meta
 from .stand_ins import SparseConv1D, StandIn
+from .warned import warn_of_attention_and_convolutions, warn_of_hooks, warn_of_others
 
 __all__ = ["densify_", "forget_graphs_", "replace_modules", "sparsifiable", "sparsify_"]
 
-OF_EXPERTS = "sparsekern.models.prune.prune_ prunes them, sparsekern.accelerate_ makes them sparse"
-OF_OTHERS = "sparsekern.accelerate_ takes the zeros of pruned convolutions and attention"
 KEEPS = "{} are sparse already and keep their pattern; densify_(model) comes before another one"
 MANY_ZEROS = 0.2  # share of the weights from which on a model counts as pruned
 
@@ -50,21 +59,22 @@ def sparsify_(
 
     A model that is one nn.Linear itself cannot become another module in place: it stays dense, and
     the SparseLinear is returned. A weight that another module uses too (tied to an embedding) stays
-    dense, and so does one with the attribute `requires_dense`. So do subclasses of nn.Linear: they
-    compute something of their own; and adapters (LoRA's, by the marks of peft). Hooks of layers are
-    not taken over, with a warning. Make the optimizer afterwards, or give one that was there before
-    to `adopt_values_`: it must see the new Parameters. If an algorithm fails the model is
-    unchanged. ValueError where there is nothing to replace, unless filter_fn said so, where more
-    than 20 % of the weights are zero already and a mask would remove others, and for init_method
-    from_zeros where none is zero. TypeError for a DistributedDataParallel.
+    dense, and so does one with the attribute `requires_dense`. So do subclasses of nn.Linear, and
+    layers that were given a forward of their own, with a warning; and adapters (LoRA's, by the
+    marks of peft). Hooks of layers are not taken over, with a warning. Make the optimizer
+    afterwards, or give one that was there before to `adopt_values_`: it must see the new
+    Parameters. If an algorithm fails the model is unchanged. ValueError where there is nothing to
+    replace, unless filter_fn said so, where more than 20 % of the weights are zero already and a
+    mask would remove others, and for init_method from_zeros where none is zero. TypeError for a
+    DistributedDataParallel, and for weights of other types than float32, bfloat16, float16 and
+    float64.
     """
     _refuse_wrapped("sparsify_", model)
     filter_fn = _filter_of(algorithm, model, filter_fn)
     chosen = _replaceable(model, filter_fn)
     if not chosen and not (filter_fn and _replaceable(model, lambda module, name: True)):
         raise ValueError(f"sparsify_: {nothing_in(model)}")
-    for name, module in chosen.items():
-        refuse_meta(f"{name}.weight" if name else "weight", module)
+    refuse_unserved(chosen)
     dense = {n: _matrix(m) for n, m in chosen.items() if not isinstance(m, SparseLinear)}
     if dense and not callable(getattr(algorithm, "mask", None)):
         raise TypeError(
@@ -92,9 +102,26 @@ def sparsify_(
         new = _with_mask(module, mask)
         if zeros > MANY_ZEROS and new.values.count_nonzero() < dense[name].count_nonzero():
             refuse_pruned("sparsify_", [*dense.values()])
-        return replaced.note(module.weight, new)
+        return replaced.note(parameter_of(module), new)
 
     return replace_modules(model, replace)
+
+
+def refuse_unserved(layers: Mapping[str, nn.Module]) -> None:
+    """NotImplementedError for dense weights on meta, TypeError for those of types or layouts that
+    sparse ones have not."""
+    for name, module in layers.items():
+        full = f"{name}.weight" if name else "weight"
+        refuse_meta(full, module)
+        w = module.weight
+        if not isinstance(w, Tensor):  # sparse already
+            continue
+        if w.dtype not in VALUE_DTYPES or w.layout != torch.strided or is_wrapper(w):
+            kind = type(w).__name__ if is_wrapper(w) else f"{w.dtype}, {w.layout}"
+            raise TypeError(
+                f"{full}: expected float32, bfloat16, float16 or float64 with its elements, got "
+                f"{kind}: convert it first, or leave it out by a filter_fn or param_filter"
+            )
 
 
 def _filter_of(
@@ -127,51 +154,6 @@ def _refuse_wrapped(caller: str, model: nn.Module) -> None:
             f"{caller}: expected the model itself, got a DistributedDataParallel, which would not "
             "average the gradients of new Parameters; give its .module, and wrap that anew"
         )
-
-
-def warn_of_hooks(caller: str, layers: Mapping[str, nn.Module]) -> None:
-    """A warning where layers that are about to be replaced have hooks."""
-    if hooked := [name or "the model" for name, layer in layers.items() if has_hooks(layer)]:
-        warnings.warn(
-            f"{caller}: {', '.join(hooked[:3])}{', ...' * (len(hooked) > 3)} had hooks, which the "
-            "new layers do not have: register them again",
-            stacklevel=3,
-        )
-
-
-def warn_of_others(
-    caller: str,
-    model: nn.Module,
-    *kinds: Callable[[nn.Module], bool],
-    advice: str = OF_EXPERTS,
-    least: float = 0.0,
-    level: int = 3,
-) -> None:
-    """A warning where modules of these kinds, which nothing is done to, have this share of the
-    model's weights or more."""
-
-    def size(modules: Iterable[nn.Module]) -> int:
-        held = {p for m in modules for p in m._parameters.values() if p is not None}
-        return sum(p.numel() for p in held if p.ndim > 1)
-
-    left = [m for m in model.modules() if any(is_kind(m) for is_kind in kinds)]
-    share = size(left) / max(1, size(model.modules()))
-    if left and share >= least:
-        names = Counter(type(m).__name__ for m in left)
-        warnings.warn(
-            f"{caller}: {', '.join(f'{n} {name}' for name, n in names.items())} with "
-            f"{share:.0%} of the weights stay dense; {advice}",
-            stacklevel=level,
-        )
-
-
-def warn_of_attention_and_convolutions(caller: str, model: nn.Module) -> None:
-    """And of recurrent layers, where they hold a twentieth of the weights or more."""
-
-    def is_other(module: nn.Module) -> bool:
-        return isinstance(module, nn.modules.conv._ConvNd | nn.MultiheadAttention | nn.RNNBase)
-
-    warn_of_others(caller, model, is_other, advice=OF_OTHERS, least=0.05, level=4)
 
 
 def _matrix(module: nn.Module) -> Tensor:
@@ -233,16 +215,23 @@ def _replaceable(
 
     def chosen(name: str, module: nn.Module) -> bool:
         if not isinstance(module, SparseLinear):
-            if uses[id(module.weight)] > 1 or getattr(module.weight, "requires_dense", False):
+            weight = parameter_of(module)
+            if uses[id(weight)] > 1 or getattr(weight, "requires_dense", False):
+                return False
+            if has_own_forward(module):
                 return False
         return filter_fn(module, name) if filter_fn else name not in spared
 
-    return {
+    found = {
         name: module
         for name, module in without_adapters(model)
         if type(module) is nn.Linear or isinstance(module, SparseLinear) or is_conv1d(module)
         if chosen(name, module)
     }
+    for module in found.values():
+        if not isinstance(module, SparseLinear):
+            renew_weight(module)
+    return found
 
 
 def packed_name(model: nn.Module) -> str | None:
@@ -258,11 +247,11 @@ def densify_(model: nn.Module, optimizer: Optimizer | None = None) -> nn.Module:
     stands in for another module (Conv1D, a convolution, attention, experts) becomes that again. A
     model that is one SparseLinear itself stays so, and the nn.Linear is returned.
 
-    Layers that share their values share the weight. With an optimizer, the dense weights take the
-    place of the values in its groups and its state becomes dense too: zero where nothing was
-    stored. ValueError, and an unchanged model, for state of another shape than the values, for
-    shared values at different places, and for layers that `pack_` made. TypeError for a
-    DistributedDataParallel.
+    Layers that share their values share the weight. Hooks of layers are not taken over, with a
+    warning. With an optimizer, the dense weights take the place of the values in its groups and its
+    state becomes dense too: zero where nothing was stored. ValueError, and an unchanged model, for
+    state of another shape than the values, for shared values at different places, and for layers
+    that `pack_` made. TypeError for a DistributedDataParallel.
     """
     _refuse_wrapped("densify_", model)
     if optimizer is not None:
@@ -280,6 +269,8 @@ def densify_(model: nn.Module, optimizer: Optimizer | None = None) -> nn.Module:
                         f"densify_: the optimizer keeps {key!r} of shape {tuple(t.shape)} for the "
                         f"{layer.values.shape[0]} values of {layer}, expected as many"
                     )
+    sparse = {n: m for n, m in model.named_modules() if isinstance(m, SparseLinear | StandIn)}
+    warn_of_hooks("densify_", sparse)
     dense: dict[nn.Parameter, tuple[Tensor, SparseLinear]] = {}
 
     def replace(name: str, module: nn.Module) -> nn.Module | None:

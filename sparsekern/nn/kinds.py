@@ -7,6 +7,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
 from torch.nn.utils.prune import BasePruningMethod
+from torch.nn.utils.spectral_norm import SpectralNorm
+from torch.nn.utils.weight_norm import WeightNorm
 
 from ..indices import VALUE_DTYPES
 
@@ -97,9 +99,41 @@ def pruning_masks(module: nn.Module) -> dict[str, Tensor]:
     return {name: mask for name, mask in masks.items() if mask is not None}
 
 
+def parameter_of(module: nn.Module) -> Any:
+    """The Parameter behind its weight: that itself, or what hooks and parametrizations make the
+    weight from in each call."""
+    if parametrize.is_parametrized(module, "weight"):
+        return next(module.parametrizations["weight"].parameters())  # type: ignore[union-attr, index]
+    held = (module._parameters.get(name) for name in ("weight", "weight_orig", "weight_v"))
+    return next((p for p in held if p is not None), module.weight)
+
+
+def renew_weight(module: nn.Module) -> None:
+    """Make the weight that hooks make in each call, of Parameters that may have been loaded or
+    stepped since the last one."""
+    for hook in module._forward_pre_hooks.values():
+        if isinstance(hook, BasePruningMethod | WeightNorm):
+            hook(module, None)
+        elif isinstance(hook, SpectralNorm):
+            setattr(module, hook.name, hook.compute_weight(module, do_power_iteration=False))
+
+
+def is_normed(module: nn.Module) -> bool:
+    """Whether a hook of torch divides its weight by a norm in each call."""
+    hooks = module._forward_pre_hooks.values()
+    return any(isinstance(hook, WeightNorm | SpectralNorm) for hook in hooks)
+
+
+def has_own_forward(module: nn.Module) -> bool:
+    """Whether somebody gave this one module another forward than its class has. Accelerate does so
+    too, to run hooks."""
+    return "forward" in module.__dict__ and not hasattr(module, "_hf_hook")
+
+
 def has_hooks(module: nn.Module) -> bool:
-    """Whether it has hooks, beside those that mask its weights."""
-    return sum(len(getattr(module, name)) for name in _HOOKS) > len(pruning_masks(module))
+    """Whether it has hooks, beside those that mask its weights, or a forward that runs some."""
+    count = sum(len(getattr(module, name)) for name in _HOOKS)
+    return count > len(pruning_masks(module)) or "forward" in module.__dict__
 
 
 def why_not(module: nn.Module) -> str | None:

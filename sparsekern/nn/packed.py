@@ -19,11 +19,12 @@ from ..kernels.operands import native
 from ..registered import prepare_spmm_packed, spmm_e4m3, spmm_packed
 from ..tensor import SparseTensor
 from .checks import cannot_be_set
-from .convert import replace_modules, warn_of_hooks
+from .convert import replace_modules
 from .kinds import check_model
 from .largest import largest_inputs
 from .linear import SparseLinear
 from .shared import SharedInput, refuse_weights, shared_inputs
+from .warned import warn_of_hooks
 
 __all__ = ["PackedLinear", "pack_"]
 

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 from ..tensor import SparseTensor
 from .checks import cannot_be_set
+from .kinds import parameter_of
 from .linear import SparseLinear
 from .origin import Origin
 
@@ -35,7 +36,8 @@ class SparseConv1D(SparseLinear):
     def from_dense(cls, conv: Any, mask: Tensor | None = None) -> "SparseConv1D":
         """`mask` is a bool [K, N], as the weight is stored."""
         mask = None if mask is None else mask.t()
-        layer = cls.from_weight(conv.weight, conv.bias, mask, conv.weight.detach().t())
+        weight = conv.weight.detach().t()
+        layer = cls.from_weight(parameter_of(conv), conv.bias, mask, weight)
         layer.origin = Origin(conv)
         return layer.train(conv.training)
 

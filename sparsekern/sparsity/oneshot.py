@@ -20,7 +20,7 @@ from torch import Tensor, nn
 
 from ..nn import SparseLinear, sparsify_
 from ..nn.convert import MANY_ZEROS, share_of_zeros
-from ..nn.kinds import pruning_masks
+from ..nn.kinds import is_normed, pruning_masks
 from ..nn.linear import refuse_meta
 from ..terminal import Progress
 from .algorithm import Layer, Masks, mask_of
@@ -316,11 +316,16 @@ def _check_weights(name: str, module: Layer) -> None:
 
 
 def refuse_masked(modules: Mapping[str, nn.Module]) -> None:
-    """ValueError where torch.nn.utils.prune makes a weight anew in each forward pass."""
+    """ValueError where a hook makes a weight anew in each forward pass."""
     for name, module in modules.items():
         if pruning_masks(module):
             raise ValueError(
                 f"weights: torch.nn.utils.prune masks those of {name}: call its remove() first"
+            )
+        if isinstance(module, nn.Linear) and is_normed(module):
+            raise ValueError(
+                f"weights: those of {name} are divided by a norm in each call: call "
+                "torch.nn.utils.remove_weight_norm or remove_spectral_norm first"
             )
 
 

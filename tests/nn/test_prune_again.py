@@ -3,12 +3,15 @@
 import copy
 
 import pytest
-from pruned_models import Conv1D, H, Mixture, kinds, pruned
+import torch
+from pruned_models import Conv1D, H, Mixture, Own, kinds, pruned
 from torch import nn
+from torch.nn.utils import prune, spectral_norm, weight_norm
 
-from sparsekern import Static, densify_, sparsify_
+from sparsekern import SparseLinear, Static, densify_, sparsify_
+from sparsekern.nn import adopt_values_
 from sparsekern.nn.stand_ins import SparseConv1D
-from sparsekern.sparsity import Group, Magnitude
+from sparsekern.sparsity import Group, Magnitude, Wanda
 
 
 def test_pruning_a_pruned_model_asks_first():
@@ -38,8 +41,11 @@ def test_hooks_are_not_lost_in_silence(recwarn):
     model[1].register_forward_hook(lambda *_: None)
     with pytest.warns(UserWarning, match="^sparsify_: 1 had hooks, .* register them again$"):
         sparsify_(model, Static(0.5))
+    model[1].register_forward_hook(lambda *_: None)
+    with pytest.warns(UserWarning, match="^densify_: 1 had hooks"):
+        densify_(model)
     recwarn.clear()
-    sparsify_(nn.Sequential(nn.Linear(H, H)), Static(0.5))
+    densify_(sparsify_(nn.Sequential(nn.Linear(H, H)), Static(0.5)))
     assert not recwarn.list
 
 
@@ -65,3 +71,95 @@ def test_what_stays_dense_beside_the_linears_is_said():
     Magnitude(0.5, param_filter="0").apply(model)
     with pytest.raises(ValueError, match="apply: no nn.Linear .* sparsekern.models.prune.prune_"):
         Magnitude(0.5).apply(nn.Sequential(Conv1D(96, H)))
+
+
+def mask_some(layer):
+    return prune.random_unstructured(layer, "weight", amount=0.1)
+
+
+CONVERSIONS = {
+    "sparsify_": lambda model: sparsify_(model, Static(0.5, init_method="magnitude")),
+    "apply": lambda model: Magnitude(0.5).apply(model),
+    "from_linear": lambda model: model.append(SparseLinear.from_linear(model.pop(0))),
+}
+
+
+@pytest.mark.filterwarnings("ignore::UserWarning", "ignore::FutureWarning")
+@pytest.mark.parametrize("hook", [mask_some, weight_norm, spectral_norm])
+@pytest.mark.parametrize("convert", CONVERSIONS.values(), ids=CONVERSIONS)
+def test_a_weight_that_is_made_in_each_call_is_that_of_now(hook, convert):
+    model, other = (nn.Sequential(hook(nn.Linear(H, H))).eval() for _ in range(2))
+    with torch.no_grad():  # under which the weight that the call leaves needs no gradient
+        model(torch.ones(1, H))
+        other(torch.ones(1, H))
+    model.load_state_dict(other.state_dict())
+    trained = next(p for n, p in model.named_parameters() if n in ("0.weight_orig", "0.weight_v"))
+    optimizer = torch.optim.SGD([trained], 0.1)
+    convert(model)
+    weight = model[0].weight.to_dense()
+    kept = weight != 0
+    assert 0.4 < kept.float().mean() and torch.equal(weight[kept], other[0].weight[kept])
+    assert model[0].values.requires_grad
+    if convert is not CONVERSIONS["from_linear"]:
+        adopt_values_(optimizer)
+        assert optimizer.param_groups[0]["params"][0] is model[0].values
+
+
+def test_masked_weights_that_are_tied_or_marked_stay_dense():
+    model = nn.Sequential(*(nn.Linear(H, H) for _ in range(4)))
+    model[1].weight = model[0].weight
+    for layer in model:
+        mask_some(layer)
+    model[2].weight_orig.requires_dense = True
+    sparsify_(model, Static(0.5))
+    assert [type(m) for m in model] == [nn.Linear] * 3 + [SparseLinear]
+
+
+@pytest.mark.filterwarnings("ignore::FutureWarning")
+@pytest.mark.parametrize("hook", [weight_norm, spectral_norm])
+def test_what_runs_with_a_norm_is_not_pruned_by_its_inputs(hook):
+    model = nn.Sequential(hook(nn.Linear(H, H)))
+    with pytest.raises(ValueError, match="those of 0 are divided by a norm .*remove_weight_norm"):
+        Wanda(0.5, calibration=[torch.ones(2, H)]).apply(model)
+
+
+def test_a_forward_of_its_own_is_not_lost():
+    model = nn.Sequential(nn.Linear(H, H), nn.Linear(H, H))
+    model[0].forward = lambda x: 3 * nn.Linear.forward(model[0], x)
+    for call in (lambda m: sparsify_(m, Static(0.5)), Magnitude(0.5).apply):
+        copied = copy.copy(model)
+        copied._modules = dict(model._modules)
+        with pytest.warns(UserWarning, match="1 Linear with 50% .* a forward of their own"):
+            call(copied)
+        assert copied[0] is model[0] and type(copied[1]) is SparseLinear
+
+
+def test_the_hooks_of_accelerate_are_told_of():
+    accelerate = pytest.importorskip("accelerate")
+    model = nn.Sequential(nn.Linear(H, H), nn.Linear(H, H))
+    accelerate.hooks.add_hook_to_module(model[0], accelerate.hooks.ModelHook())
+    with pytest.warns(UserWarning, match="^sparsify_: 0 had hooks"):
+        sparsify_(model, Static(0.5))
+    assert type(model[0]) is SparseLinear
+
+
+def test_subclasses_that_stay_dense_are_told_of():
+    with pytest.warns(UserWarning, match="sparsify_: 1 Own with 50% of the weights stay dense"):
+        sparsify_(nn.Sequential(Own(H, H), nn.Linear(H, H)), Static(0.5))
+
+
+@pytest.mark.parametrize("call", [lambda m: sparsify_(m, Static(0.5)), Magnitude(0.5).apply])
+@pytest.mark.parametrize(
+    ("to", "kind"),
+    [
+        (lambda w: w.to(torch.int8), "torch.int8"),
+        (lambda w: w.to(torch.float8_e4m3fn), "torch.float8_e4m3fn"),
+        (torch.Tensor.to_sparse_csr, "torch.sparse_csr"),
+    ],
+)
+def test_weights_that_no_sparse_layer_has_are_named(call, to, kind):
+    model = nn.Sequential(nn.Linear(H, H), nn.Linear(H, H))
+    model[1].weight = nn.Parameter(to(model[1].weight.detach()), requires_grad=False)
+    with pytest.raises(TypeError, match=rf"^1\.weight: expected float32, .*{kind}.*param_filter"):
+        call(model)
+    assert type(model[0]) is nn.Linear
