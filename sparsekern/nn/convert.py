@@ -29,7 +29,7 @@ from .kinds import (
 )
 from .linear import SparseLinear, refuse_meta
 from .stand_ins import SparseConv1D, StandIn
-from .warned import warn_of_attention_and_convolutions, warn_of_hooks, warn_of_others
+from .warned import warn_of_hooks, warn_of_matrices, warn_of_others
 
 __all__ = ["densify_", "forget_graphs_", "replace_modules", "sparsifiable", "sparsify_"]
 
@@ -86,7 +86,7 @@ def sparsify_(
     warn_of_hooks("sparsify_", {name: chosen[name] for name in dense})
     if filter_fn is None:
         warn_of_others("sparsify_", model, is_experts)
-        warn_of_attention_and_convolutions("sparsify_", model)
+        warn_of_matrices("sparsify_", model)
     has_asked = prune_again or getattr(algorithm, "has_asked", False)
     zeros = 0.0 if has_asked else share_of_zeros(dense.values())
     if getattr(algorithm, "init_method", None) == "from_zeros":

@@ -156,7 +156,7 @@ def why_not(module: nn.Module) -> str | None:
         return _attention(module)
     if is_experts(module):
         return _experts(module)
-    if any(p is not None and p.ndim == 3 for p in module._parameters.values()):
+    if any(p is not None and p.ndim == 3 and len(p) > 1 for p in module._parameters.values()):
         return f"a {type(module).__name__} has a matrix for each expert in a way not known here"
     return f"a {type(module).__name__} does more than multiply by it"
 

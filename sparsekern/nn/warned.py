@@ -6,10 +6,12 @@ from collections.abc import Callable, Iterable, Mapping
 
 from torch import nn
 
-from .kinds import has_hooks, has_own_forward, is_conv1d
+from .kinds import CONVOLUTIONS, has_hooks, has_own_forward, is_conv1d, is_experts, why_not
+from .linear import SparseLinear
 
 OF_EXPERTS = "sparsekern.models.prune.prune_ prunes them, sparsekern.accelerate_ makes them sparse"
 OF_FORWARDS = "they are subclasses or have a forward of their own, which no sparse layer would run"
+OF_UNKNOWN = "no sparse layer takes their place"
 OF_OTHERS = "sparsekern.accelerate_ takes the zeros of pruned convolutions and attention"
 
 
@@ -38,7 +40,7 @@ def warn_of_others(
         held = {p for m in modules for p in m._parameters.values() if p is not None}
         return sum(p.numel() for p in held if p.ndim > 1)
 
-    left = [m for m in model.modules() if any(is_kind(m) for is_kind in kinds)]
+    left = [m for m in model.modules() if size([m]) and any(is_kind(m) for is_kind in kinds)]
     share = size(left) / max(1, size(model.modules()))
     if left and share >= least:
         names = Counter(type(m).__name__ for m in left)
@@ -49,15 +51,16 @@ def warn_of_others(
         )
 
 
-def warn_of_attention_and_convolutions(caller: str, model: nn.Module) -> None:
-    """And of recurrent layers and linears that compute more, where they hold a twentieth of the
-    weights or more."""
+def warn_of_matrices(caller: str, model: nn.Module) -> None:
+    """The same of all other modules with matrices, where those of one sort hold a twentieth of the
+    weights or more. Embeddings are never meant."""
+    sorts = ((_can_be_sparse, OF_OTHERS), (_computes_more, OF_FORWARDS), (_is_unknown, OF_UNKNOWN))
+    for is_sort, advice in sorts:
+        warn_of_others(caller, model, is_sort, advice=advice, least=0.05, level=4)
 
-    def is_other(module: nn.Module) -> bool:
-        return isinstance(module, nn.modules.conv._ConvNd | nn.MultiheadAttention | nn.RNNBase)
 
-    warn_of_others(caller, model, is_other, advice=OF_OTHERS, least=0.05, level=4)
-    warn_of_others(caller, model, _computes_more, advice=OF_FORWARDS, least=0.05, level=4)
+def _can_be_sparse(module: nn.Module) -> bool:
+    return isinstance(module, (*CONVOLUTIONS, nn.MultiheadAttention)) and why_not(module) is None
 
 
 def _computes_more(module: nn.Module) -> bool:
@@ -68,3 +71,9 @@ def _computes_more(module: nn.Module) -> bool:
     if isinstance(module, nn.Linear) and type(module) is not nn.Linear:
         return True
     return has_own_forward(module) and (isinstance(module, nn.Linear) or is_conv1d(module))
+
+
+def _is_unknown(module: nn.Module) -> bool:
+    is_linear = isinstance(module, nn.Linear | SparseLinear) or is_conv1d(module)
+    is_known = is_linear or is_experts(module) or _can_be_sparse(module)
+    return not is_known and not isinstance(module, nn.Embedding | nn.EmbeddingBag)

@@ -17,7 +17,7 @@ from torch.optim.swa_utils import AveragedModel
 from ..kernels.derived import note_passing
 from ..nn import SparseLinear, adopt_values_, convert, sparsifiable, sparsify_
 from ..nn.kinds import is_conv1d, is_experts
-from ..nn.warned import warn_of_attention_and_convolutions, warn_of_others
+from ..nn.warned import warn_of_matrices, warn_of_others
 from ..tensor import SparseTensor
 from .budget import DISTRIBUTIONS, budgets
 from .checks import check_state, number, one_of, shown, whole
@@ -211,7 +211,7 @@ class Algorithm:
             raise ValueError(f"param_filter: {wanted} matches no layer{why}; there are: {listed}")
         if parts is None:
             warn_of_others("apply", model, is_conv1d, is_experts)
-            warn_of_attention_and_convolutions("apply", model)
+            warn_of_matrices("apply", model)
         convert.refuse_unserved({name: there[name] for name in names})
         for name in names:
             self._family.check(name, there[name].out_features, there[name].in_features)

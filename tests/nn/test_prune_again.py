@@ -143,9 +143,28 @@ def test_the_hooks_of_accelerate_are_told_of():
     assert type(model[0]) is SparseLinear
 
 
-def test_subclasses_that_stay_dense_are_told_of():
-    with pytest.warns(UserWarning, match="sparsify_: 1 Own with 50% of the weights stay dense"):
-        sparsify_(nn.Sequential(Own(H, H), nn.Linear(H, H)), Static(0.5))
+class Loop(nn.Module):
+    """With matrices for each expert that no other code knows."""
+
+    def __init__(self):
+        super().__init__()
+        self.weight = nn.Parameter(torch.randn(2, H, H))
+
+
+@pytest.mark.parametrize(
+    ("make", "said"),
+    [
+        (lambda: Own(H, H), "1 Own with 50% .*; they are subclasses"),
+        (lambda: nn.LSTMCell(H, H // 4), "1 LSTMCell with .*; no sparse layer takes their place"),
+        (lambda: nn.Bilinear(H, 8, 8), "1 Bilinear with .*; no sparse layer"),
+        (lambda: nn.Conv1d(H, H, 4, groups=4), "1 Conv1d with 50% .*; no sparse layer"),
+        (Loop, "1 Loop with 67% .*; no sparse layer"),
+    ],
+)
+@pytest.mark.parametrize("call", [lambda m: sparsify_(m, Static(0.5)), Magnitude(0.5).apply])
+def test_what_no_sparse_layer_takes_is_said_to_stay(make, said, call):
+    with pytest.warns(UserWarning, match=f"^(sparsify_|apply): {said}"):
+        call(nn.Sequential(make(), nn.Linear(H, H)))
 
 
 @pytest.mark.parametrize("call", [lambda m: sparsify_(m, Static(0.5)), Magnitude(0.5).apply])
