@@ -44,6 +44,10 @@ class SparseExperts(StandIn):
         found: Any = self._modules[f"sparse_{name}"]
         return list(found)
 
+    @property
+    def dense_names(self) -> list[str]:
+        return [name + part for name in self.stacks for part in ("", "_bias")]
+
     def to_dense(self) -> nn.Module:
         parameters: dict[str, nn.Parameter | None] = {}
         for name in self.stacks:

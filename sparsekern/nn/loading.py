@@ -109,11 +109,7 @@ def _checked(
     that was saved, where it is known. Raises _Refused."""
     given = {k: state_dict[prefix + k] for k in (*INDICES, "values") if prefix + k in state_dict}
     if "values" not in given and f"{prefix}weight" in state_dict:
-        raise _Refused(
-            f"{prefix}weight: a dense weight, but the layer is a SparseLinear: give the model "
-            "these weights with sparsekern.weights.set_weights_(model, weights), or call "
-            "densify_(model) before loading"
-        )
+        raise _Refused(dense_refused(f"{prefix}weight", layer))
     if layer.bias is not None:
         _check_bias(layer.bias, state_dict.get(f"{prefix}bias", layer.bias), prefix)
     for name, t in given.items():
@@ -149,6 +145,15 @@ def _checked(
                 f"layer's own pattern, got {given['values'].shape[0]} and no other pattern"
             )
     return None
+
+
+def dense_refused(name: str, layer: nn.Module) -> str:
+    """What to say of a weight in a state_dict that is dense, for a layer that is not."""
+    return (
+        f"{name}: a dense weight, but the layer is a {type(layer).__name__}: give the model "
+        "these weights with sparsekern.weights.set_weights_(model, weights), or call "
+        "densify_(model) before loading"
+    )
 
 
 def _check_bias(own: Tensor, bias: object, prefix: str) -> None:

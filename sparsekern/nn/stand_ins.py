@@ -20,6 +20,7 @@ from ..tensor import SparseTensor
 from .checks import cannot_be_set
 from .kinds import parameter_of
 from .linear import SparseLinear
+from .loading import dense_refused
 from .origin import Origin
 
 COLUMNS_BYTES = 2**24  # more is new memory in each call, which takes longer than to gather
@@ -68,6 +69,19 @@ class StandIn(nn.Module):
         """The dense module in whose place it stands."""
         raise NotImplementedError
 
+    @property
+    def dense_names(self) -> list[str]:
+        """The names of that module's Parameters."""
+        raise NotImplementedError
+
+    def _load_from_state_dict(self, state_dict, prefix, *others):
+        """Without this the dense weights would be unexpected keys, which are no error where a
+        state_dict is not loaded strictly."""
+        given = (name for name in self.dense_names if prefix + name in state_dict)
+        if (name := next(given, None)) is not None:
+            others[-1].append(dense_refused(prefix + name, self))
+        super()._load_from_state_dict(state_dict, prefix, *others)
+
     def __setattr__(self, name: str, value: Any) -> None:
         if hasattr(type(self), name) and isinstance(value, Tensor | SparseTensor):
             raise cannot_be_set(self, name, "densify_(model) gives back the module that has one")
@@ -107,6 +121,10 @@ class SparseConv(StandIn):
         weight = _as_matrix(conv.weight.detach())
         linear = SparseLinear.from_weight(conv.weight, conv.bias, mask, weight)
         return cls(linear, conv).train(conv.training)
+
+    @property
+    def dense_names(self) -> list[str]:
+        return ["weight", "bias"]
 
     @property
     def weight(self) -> SparseTensor:
@@ -195,6 +213,10 @@ class SparseMultiheadAttention(StandIn):
     # dense weights.
     in_proj_bias = None
     _qkv_same_embed_dim = False
+
+    @property
+    def dense_names(self) -> list[str]:
+        return ["in_proj_weight", "in_proj_bias"]
 
     @property
     def in_proj_weight(self) -> SparseTensor:

@@ -50,6 +50,8 @@ def test_each_kind_computes_the_same_and_goes_back(kind):
         again.load_state_dict(model.state_dict())
         y = again(x)
         torch.testing.assert_close(y[0] if isinstance(y, tuple) else y, got, rtol=0, atol=0)
+    with pytest.raises(RuntimeError, match=f"a dense weight, but the layer is a {sparse.__name__}"):
+        model.load_state_dict(before, strict=False)  # the keys would be unexpected, which is none
     densify_(model)
     back = [name.replace("Own", "Linear") for name in kinds(twin)]  # a subclass of no other use
     assert kinds(model) == back and same_state(model, before)
