@@ -11,21 +11,22 @@ Until the last step has passed, an error puts back what was there.
 """
 
 import time
-from collections.abc import Iterator
+import warnings
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from ..nn.kinds import check_model
-from .candidates import LEAST_SPARSITY, Marks, scan
-from .example import Calls, compared
+from .candidates import LEAST_SPARSITY, Candidate, Marks, scan
+from .example import ROUNDING, SHORT_ROUNDING, Calls, compared
 from .exchange import Exchange
 from .measure import LEAST_GAIN, bytes_of, first_look, rest_gained, too_slow
-from .report import Report, seen
+from .report import Layer, Report, seen
 from .state import State
-from .work import NOT_AGAIN, Work, told
+from .work import NOT_AGAIN, Work, place_of, told
 
 PAST_MODULES = (
     "accelerate_: the model, which is as it was, does not run with sparse layers: something reads "
@@ -116,7 +117,7 @@ def accelerate_(
                 elif candidate.is_masked:
                     exchange.replace(candidate, candidate.plain())
             if exchange.is_begun:
-                after_output = told(PAST_MODULES, work.run, model)
+                after_output = _run_sparse(work, model, exchange, candidates, layers)
                 report.output_error, report.not_compared = compared(
                     output, after_output, lambda: told(NOT_AGAIN, work.run)
                 )
@@ -139,6 +140,7 @@ def accelerate_(
                     _stay_dense(report)
             for candidate, layer in zip(candidates, layers, strict=True):
                 layer.bytes_after = bytes_of(exchange.now(candidate))
+            _warn_of_change(report, model.parameters())
         except BaseException:
             exchange.undo()
             marks.undo()
@@ -147,6 +149,48 @@ def accelerate_(
             state.put_back()
     report.seconds = time.perf_counter() - began
     return report
+
+
+def _run_sparse(
+    work: Work,
+    model: nn.Module,
+    exchange: Exchange,
+    candidates: Sequence[Candidate],
+    layers: Sequence[Layer],
+) -> Any:
+    """The output with sparse layers. One that is given what its sparse form does not take stays
+    dense: T5 casts what goes into a float32 layer of a float16 model if the weight is a tensor."""
+    while True:
+        try:
+            return told(PAST_MODULES, work.run, model)
+        except ValueError as error:
+            cause = error.__cause__
+            assert isinstance(cause, Exception)
+            if isinstance(cause, MemoryError | torch.OutOfMemoryError):
+                raise
+            inside = f"{place_of(cause, model)}."
+            for candidate, layer in zip(candidates, layers, strict=True):
+                if layer.is_sparse and inside.startswith(f"{candidate.name}."):
+                    break
+            else:
+                raise
+            exchange.take_back(candidate)
+            if candidate.is_masked:
+                exchange.replace(candidate, candidate.plain())
+            layer.is_sparse = False
+            layer.reason = f"it does not run sparse: {type(cause).__name__}: {cause}"
+
+
+def _warn_of_change(report: Report, weights: Iterable[Tensor]) -> None:
+    """Where the output changed by more than rounding, and by the same in each call."""
+    is_short = any(w.dtype in (torch.bfloat16, torch.float16) for w in weights)
+    if (report.output_error or 0.0) > (SHORT_ROUNDING if is_short else ROUNDING):
+        warnings.warn(
+            f"accelerate_: the output changed by {report.output_error:.1e}, more than rounding "
+            "does: something in the model treats sparse layers otherwise than dense ones, or "
+            "decides by small differences; densify_(model) brings the dense layers back",
+            stacklevel=3,
+        )
 
 
 def _stay_dense(report: Report) -> None:

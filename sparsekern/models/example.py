@@ -18,6 +18,7 @@ from .state import State
 
 PART = 2**16  # elements
 ROUNDING = 1e-2  # relative change of an output, beyond which it has another reason, but in bfloat16
+SHORT_ROUNDING = 0.1  # the same of a model with numbers of 16 bits
 
 
 @dataclass

@@ -91,8 +91,14 @@ def told(what: str, run: Callable[..., Any], model: nn.Module | None = None) -> 
     try:
         return run()
     except Exception as error:
-        names = {id(m): name for name, m in model.named_modules()} if model is not None else {}
-        frames = [id(f.f_locals.get("self")) for f, _ in traceback.walk_tb(error.__traceback__)]
-        places = [names[owner] for owner in frames if names.get(owner)]
-        where = f", in {places[-1]}" if places else ""
+        place = "" if model is None else place_of(error, model)
+        where = f", in {place}" if place else ""
         raise ValueError(f"{what}{where}: {type(error).__name__}: {error}") from error
+
+
+def place_of(error: Exception, model: nn.Module) -> str:
+    """The name of the innermost module in which it was raised, or nothing."""
+    names = {id(m): name for name, m in model.named_modules()}
+    frames = [id(f.f_locals.get("self")) for f, _ in traceback.walk_tb(error.__traceback__)]
+    places = [names[owner] for owner in frames if names.get(owner)]
+    return places[-1] if places else ""

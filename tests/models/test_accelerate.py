@@ -430,3 +430,38 @@ def test_a_model_that_calls_layers_past_its_modules_is_as_it_was():
     model.layer.weight.requires_dense = True
     with pytest.raises(ValueError, match=r"1 Linear \(7.*requires_dense"):
         accelerate_(model, x)
+
+
+class Branching(nn.Module):
+    """Two layers, of which something looks at the second one's weight or class."""
+
+    def __init__(self, casts: bool):
+        super().__init__()
+        self.first, self.second = nn.Linear(H, 96).half(), nn.Linear(96, H)
+        self.casts = casts
+
+    def forward(self, x):
+        h = self.first(x)
+        if self.casts:  # as T5, whose second layer stays float32
+            return self.second(h.float() if isinstance(self.second.weight, torch.Tensor) else h)
+        y = self.second(h.float())
+        return y if isinstance(self.second, nn.Linear) else 2 * y
+
+
+def test_a_layer_that_does_not_run_sparse_stays_dense():
+    model = pruned(Branching(casts=True))
+    x = torch.randn(5, H).half()
+    want = model(x)
+    report = accelerate_(model, x)
+    first, second = report.layers
+    assert first.is_sparse and type(model.second) is nn.Linear
+    assert second.reason.startswith("it does not run sparse: RuntimeError: ")
+    torch.testing.assert_close(model(x), want)
+
+
+def test_an_output_that_is_another_is_told_of():
+    model = pruned(Branching(casts=False))
+    with pytest.warns(
+        UserWarning, match=r"^accelerate_: the output changed by 1\.0e\+00, more than"
+    ):
+        accelerate_(model, torch.randn(5, H).half())
