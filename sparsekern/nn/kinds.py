@@ -33,8 +33,19 @@ def check_model(model: Any) -> None:
 
 
 def uses_of_parameters(model: nn.Module) -> Counter:
-    """How many modules hold each Parameter, by its id."""
-    return Counter(id(p) for module in model.modules() for p in module._parameters.values())
+    """How many modules hold each Parameter, or another one of the same memory, by its id."""
+    held = [p for m in model.modules() for p in m._parameters.values() if p is not None]
+    uses = Counter(map(memory_of, held))
+    return Counter({id(p): uses[memory_of(p)] for p in held})
+
+
+def memory_of(parameter: Tensor) -> object:
+    """Equal for Parameters that are one weight: the same one, or two of the same memory, as after
+    `a.weight.data = b.weight.data`."""
+    is_plain = type(parameter) is nn.Parameter and parameter.layout == torch.strided
+    if is_plain and not parameter.is_meta and parameter.numel():
+        return parameter.device, parameter.data_ptr()
+    return id(parameter)
 
 
 def is_conv1d(module: nn.Module) -> bool:

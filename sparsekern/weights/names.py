@@ -5,6 +5,7 @@ from collections.abc import Iterable
 from torch import nn
 
 from ..nn import SparseLinear
+from ..nn.kinds import memory_of
 from .layouts import BUFFERS, Weights, join
 
 # What torch.compile, FSDP and activation checkpointing put into names, wherever they wrap, and
@@ -52,11 +53,11 @@ def _plain(names: Iterable[str]) -> dict[str, str]:
 
 def shared_names(model: nn.Module) -> list[list[str]]:
     """The names of each weight that has more than one."""
-    names: dict[int, list[str]] = {}
+    names: dict[object, list[str]] = {}
     for module_name, module in model.named_modules(remove_duplicate=False):
         for name, parameter in module._parameters.items():
             if parameter is not None:
                 is_sparse = isinstance(module, SparseLinear) and name == "values"
                 name = join(module_name, "weight" if is_sparse else name)
-                names.setdefault(id(parameter), []).append(name)
+                names.setdefault(memory_of(parameter), []).append(name)
     return [group for group in names.values() if len(group) > 1]

@@ -4,14 +4,16 @@ import copy
 
 import pytest
 import torch
-from pruned_models import Conv1D, H, Mixture, Own, kinds, pruned
+from pruned_models import Conv1D, H, Mixture, Own, kinds, pruned, sparse_is_faster
 from torch import nn
 from torch.nn.utils import prune, spectral_norm, weight_norm
 
-from sparsekern import SparseLinear, Static, densify_, sparsify_
+from sparsekern import SparseLinear, SparseTensor, Static, accelerate_, densify_, sparsify_
+from sparsekern.models.prune import prune_
 from sparsekern.nn import adopt_values_
 from sparsekern.nn.stand_ins import SparseConv1D
 from sparsekern.sparsity import Group, Magnitude, Wanda
+from sparsekern.weights import set_weights_, weights_of
 
 
 def test_pruning_a_pruned_model_asks_first():
@@ -182,3 +184,27 @@ def test_weights_that_no_sparse_layer_has_are_named(call, to, kind):
     with pytest.raises(TypeError, match=rf"^1\.weight: expected float32, .*{kind}.*param_filter"):
         call(model)
     assert type(model[0]) is nn.Linear
+
+
+SAME = torch.eye(H)
+CALLS = {
+    "sparsify_": lambda m: sparsify_(m, Static(0.8), prune_again=True),
+    "accelerate_": lambda m: accelerate_(m, torch.randn(5, H)),
+    "prune_": lambda m: prune_(m, Magnitude(0.8), prune_again=True),
+    "set_weights_": lambda m: set_weights_(
+        m, weights_of(m) | {"0.weight": SAME, "1.weight": SparseTensor.from_dense(SAME)}
+    ),
+}
+
+
+@pytest.mark.filterwarnings("ignore:set_weights_. written out")
+@pytest.mark.parametrize("name", CALLS)
+def test_weights_of_the_same_memory_are_tied(name, monkeypatch):
+    sparse_is_faster(monkeypatch)
+    model = pruned(nn.Sequential(*(nn.Linear(H, H) for _ in range(3))))
+    model[1].weight.data = model[0].weight.data
+    want = SAME if name == "set_weights_" else model[0].weight.detach().clone()
+    CALLS[name](model)
+    assert [type(m) for m in model[:2]] == [nn.Linear] * 2
+    assert model[1].weight.data_ptr() == model[0].weight.data_ptr()
+    assert torch.equal(model[0].weight, want)
