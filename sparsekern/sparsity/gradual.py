@@ -7,6 +7,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
+from ..nn.optimizers import holders
 from .algorithm import Updating
 from .checks import whole as whole_number
 from .pattern import is_distributed, places_of, set_pattern, whole
@@ -182,7 +183,7 @@ class IterativePruning(GMP):
             layer.values.copy_(self._early[name])
         for parameter, value in zip(self._others(), self._early_others, strict=True):
             parameter.copy_(value)
-        for optimizer in self.optimizers:
+        for optimizer in holders(self.optimizers):
             optimizer.state.clear()
 
     def _set(self, name: str, places: Tensor) -> None:

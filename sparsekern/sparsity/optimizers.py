@@ -16,7 +16,8 @@ from torch.optim.optimizer import register_optimizer_step_pre_hook
 
 from ..nn import copies, replaced
 from ..nn.linear import SparseLinear, layer_of, value_parameters
-from .pattern import check_can_change, check_same_on_all_ranks, holders
+from ..nn.optimizers import holders
+from .pattern import check_can_change, check_same_on_all_ranks
 
 # What the optimizers of torch keep for each element. LBFGS has vectors for all parameters together,
 # and those with 8 bits have a scale for each block: of these nothing can be said.
@@ -65,9 +66,26 @@ def held_layers(optimizer: Optimizer, layers: Mapping[str, SparseLinear]) -> lis
 
 
 def follow(algorithm, optimizer: Optimizer) -> None:
-    """Let the algorithm count the steps that all its optimizers have made."""
+    """Let the algorithm count the steps that all its optimizers have made. One that holds values
+    which another one held before takes its place: that makes no steps any more, and to wait for
+    them would be to wait for ever."""
+    if any(optimizer is o for o in holders(algorithm.optimizers)):
+        return
+    held = set(held_layers(optimizer, algorithm.layers))
+    others = [o for o in algorithm.optimizers if held.isdisjoint(held_layers(o, algorithm.layers))]
+    algorithm.optimizers = [*others, optimizer]
+    algorithm._stepped &= {id(o) for o in others}
+    algorithm._is_checked = False
+    if optimizer in algorithm._hooked:
+        return
+    algorithm._hooked.add(optimizer)
+
+    def is_followed() -> bool:
+        return any(optimizer is o for o in algorithm.optimizers)
 
     def before(*_) -> None:
+        if not is_followed():
+            return
         if not algorithm._is_checked:
             _check_all_are_held(algorithm)
             check_same_on_all_ranks(algorithm.layers)
@@ -76,13 +94,13 @@ def follow(algorithm, optimizer: Optimizer) -> None:
             check_can_change(algorithm.layers, algorithm.optimizers)
 
     def after(*_) -> None:
+        if not is_followed():
+            return
         algorithm._stepped.add(id(optimizer))
         if len(algorithm._stepped) == len(algorithm.optimizers):
             algorithm._stepped.clear()
             algorithm._after_step()
 
-    algorithm._is_checked = False
-    algorithm.optimizers.append(optimizer)
     # A compiled step leaves its graph for them: they look at numbers and change shapes.
     optimizer.register_step_pre_hook(torch.compiler.disable(before))
     optimizer.register_step_post_hook(torch.compiler.disable(after))
