@@ -16,7 +16,14 @@ from . import replaced
 from .adapters import without_adapters
 from .checks import check_optimizer
 from .heads import HEAD_NAMES, heads
-from .kinds import check_model, has_hooks, is_conv1d, is_experts, uses_of_parameters
+from .kinds import (
+    check_model,
+    has_hooks,
+    is_conv1d,
+    is_experts,
+    refuse_made_anew,
+    uses_of_parameters,
+)
 from .linear import SparseLinear, refuse_meta
 from .optimizers import check_can_swap, first_number, holders, swap_
 from .stand_ins import SparseConv1D, StandIn
@@ -56,14 +63,16 @@ def sparsify_(
     not taken over, with a warning. Make the optimizer afterwards, or give one that was there before
     to `adopt_values_`: it must see the new Parameters. If an algorithm fails the model is
     unchanged. ValueError where there is nothing to replace, unless filter_fn said so, where more
-    than 20 % of the weights are zero already and a mask would remove others, and for init_method
-    from_zeros where none is zero. TypeError for a DistributedDataParallel.
+    than 20 % of the weights are zero already and a mask would remove others, for init_method
+    from_zeros where none is zero, and for weights that hooks make anew in each forward pass
+    (torch.nn.utils.prune, weight_norm). TypeError for a DistributedDataParallel.
     """
     _refuse_wrapped("sparsify_", model)
     filter_fn = _filter_of(algorithm, model, filter_fn)
     chosen = _replaceable(model, filter_fn)
     if not chosen and not (filter_fn and _replaceable(model, lambda module, name: True)):
         raise ValueError(f"sparsify_: {nothing_in(model)}")
+    refuse_made_anew(chosen)
     for name, module in chosen.items():
         refuse_meta(f"{name}.weight" if name else "weight", module)
     dense = {n: _matrix(m) for n, m in chosen.items() if not isinstance(m, SparseLinear)}
@@ -262,9 +271,9 @@ def densify_(model: nn.Module, optimizer: Optimizer | None = None) -> nn.Module:
     Layers that share their values share the weight. With an optimizer, the dense weights take the
     place of the values in its groups and its state becomes dense too: where nothing was stored it
     is what torch starts with. ValueError, and an unchanged model, for state of another shape than
-    the values, for an optimizer that keeps parameters in ways of its own, for shared values at
-    different places, and for layers that `pack_` made. TypeError for a DistributedDataParallel.
-    NotImplementedError for what FSDP2 has cut into shards.
+    the values, for an optimizer that keeps parameters in ways of its own, for values that are
+    parametrized, for shared ones at different places, and for layers that `pack_` made. TypeError
+    for a DistributedDataParallel. NotImplementedError for what FSDP2 has cut into shards.
     """
     _refuse_wrapped("densify_", model)
     if optimizer is not None:
@@ -274,14 +283,10 @@ def densify_(model: nn.Module, optimizer: Optimizer | None = None) -> nn.Module:
             f"densify_: {packed} is packed, and from that there is no way back: keep "
             "the model as it was before pack_"
         )
-    for name, layer in model.named_modules():
-        if isinstance(layer, SparseLinear) and hasattr(layer.values, "full_tensor"):
-            raise NotImplementedError(
-                f"densify_: FSDP2 has cut the values of {name or 'the model'} into shards; load "
-                "the full state_dict into a model without fully_shard, and make that dense"
-            )
+    layers = {n or "the model": m for n, m in model.named_modules() if isinstance(m, SparseLinear)}
+    _refuse_without_values(layers)
     if optimizer:
-        _check_can_densify(optimizer, [m for m in model.modules() if isinstance(m, SparseLinear)])
+        _check_can_densify(optimizer, list(layers.values()))
     dense: dict[nn.Parameter, tuple[Tensor, SparseLinear]] = {}
 
     def replace(name: str, module: nn.Module) -> nn.Module | None:
@@ -316,6 +321,23 @@ def densify_(model: nn.Module, optimizer: Optimizer | None = None) -> nn.Module:
             o.state.pop(p, None)
             o.state[dense[p][0]] = state
     return model
+
+
+def _refuse_without_values(layers: Mapping[str, SparseLinear]) -> None:
+    """NotImplementedError or ValueError where the dense weight cannot come from the Parameters."""
+    refuse_made_anew(layers)
+    for name, layer in layers.items():
+        for part in ("values", "bias"):
+            if part not in layer._parameters:
+                raise ValueError(
+                    f"densify_: the {part} of {name} are parametrized, and would not be any more; "
+                    "call torch.nn.utils.parametrize.remove_parametrizations first"
+                )
+        if hasattr(layer.values, "full_tensor"):
+            raise NotImplementedError(
+                f"densify_: FSDP2 has cut the values of {name} into shards; load the full "
+                "state_dict into a model without fully_shard, and make that dense"
+            )
 
 
 def _check_can_densify(optimizer: Optimizer, layers: Sequence[SparseLinear]) -> None:

@@ -20,6 +20,7 @@ from ..ops import SPMM, call
 from ..tensor import SparseTensor
 from . import copies, loading
 from .checks import cannot_be_set
+from .kinds import refuse_made_anew
 from .loading import IN_FEATURES, TRANSPOSE
 
 # torch.compile takes the shapes of parameters for fixed, and would compile again for each nnz: of
@@ -112,6 +113,7 @@ class SparseLinear(nn.Module):
         """
         if not isinstance(linear, nn.Linear):
             raise TypeError(f"linear: expected a torch.nn.Linear, got {type(linear).__name__}")
+        refuse_made_anew({"linear": linear})
         refuse_meta("weight", linear.weight)
         return cls.from_weight(linear.weight, linear.bias, mask).train(linear.training)
 

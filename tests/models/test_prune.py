@@ -8,7 +8,7 @@ import pytest
 import torch
 import torch.nn.utils.prune
 
-from sparsekern import cli
+from sparsekern import SparseLinear, cli, sparsify_
 from sparsekern.commands.prune import is_pretrained
 from sparsekern.models.prune import TABLE, prune_, prune_pretrained, read_texts
 from sparsekern.sparsity import Magnitude, SparseGPT, Static, Wanda
@@ -228,16 +228,27 @@ def test_the_algorithm_keeps_no_layers_that_are_in_no_model():
         algorithm.apply(torch.optim.SGD(model.parameters(), 0.1))
 
 
-CALLS = (lambda m: prune_(m, Magnitude(0.75)), Wanda(0.75, calibration=[torch.ones(2, 8)]).apply)
+CALLS = (
+    lambda m: prune_(m, Magnitude(0.75)),
+    Wanda(0.75, calibration=[torch.ones(2, 8)]).apply,
+    Static(0.5).apply,
+    lambda m: sparsify_(m, Static(0.5)),
+    lambda m: SparseLinear.from_linear(m[0]),
+)
 
 
 @pytest.mark.parametrize("prune", CALLS)
-def test_weights_that_torch_masks_are_refused(prune):
-    """Each forward pass makes them anew, from what was never pruned."""
+def test_weights_that_are_made_anew_are_refused(prune):
+    """By each forward pass, from what was never pruned: those there are of the last one."""
     model = torch.nn.Sequential(torch.nn.Linear(8, 8))
     torch.nn.utils.prune.l1_unstructured(model[0], "weight", 0.1)
-    with pytest.raises(ValueError, match="torch.nn.utils.prune masks those of 0: call its remove"):
+    with pytest.raises(ValueError, match="nn.utils.prune masks those of .*: call its remove"):
         prune(model)
+    torch.nn.utils.prune.remove(model[0], "weight")
+    torch.nn.utils.weight_norm(model[0])
+    with pytest.raises(ValueError, match="anew in each forward pass, from weight_g, weight_v: "):
+        prune(model)
+    assert type(model[0]) is torch.nn.Linear
 
 
 def test_the_conv1d_of_gpt2(tmp_path):
