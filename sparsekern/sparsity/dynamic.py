@@ -81,9 +81,9 @@ class SET(Updating):
             grown = self._grow(name, layer, survivors, count)
             if grown is not None:
                 chosen[name] = grown
-        with layers_unchanged_on_failure(self.layers.values(), self.optimizers):
+        with layers_unchanged_on_failure(self.layers.values(), self.all_optimizers):
             for name, places in chosen.items():
-                set_pattern(self.layers[name], places, self.optimizers)
+                set_pattern(self.layers[name], places, self.all_optimizers)
 
     def _grow(self, name: str, layer: SparseLinear, survivors: Tensor, count: int) -> Tensor | None:
         """The survivors and `count` other places; None leaves the layer as it is."""

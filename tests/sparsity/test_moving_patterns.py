@@ -466,15 +466,23 @@ def test_another_optimizer_takes_over():
     """The one before makes no steps any more: the algorithm does not wait for them."""
     model, first = start(algorithm := SET(0.75, update={"freq": 2}), plain())
     fit(model, first, 3)
-    second = algorithm.apply(torch.optim.SGD(model.parameters(), 1e-2))
-    before = patterns(model)
-    fit(model, second, 3, 3)
-    assert algorithm.steps == 6 and patterns(model) != before
-    algorithm.apply(first)
-    fit(model, first, 2, 6)
+    second = algorithm.apply(torch.optim.AdamW(model.parameters(), 1e-2))
+    before, twin = places_of(model[0]), copy.deepcopy(first.state[model[0].values])
+    fit(model, second, 1, 3)
+    assert algorithm.steps == 4 and not torch.equal(before, places_of(model[0]))
+    stays, was = (
+        torch.isin(*p) for p in ((places_of(model[0]), before), (before, places_of(model[0])))
+    )
+    moment = first.state[model[0].values]["exp_avg"]  # it may come back
+    assert torch.equal(moment[stays], twin["exp_avg"][was]) and not moment[~stays].any()
+    for step, each in enumerate((first, second) * 4):  # as of two tasks
+        fit(model, each, 1, 4 + step)
     assert algorithm.steps == 8
-    with pytest.raises(RuntimeError, match="SET: an optimizer steps the values of 0, 2, but"):
-        fit(model, second, 2)
+    fit(model, first, 4)  # without a word to the algorithm: it sees after one step
+    assert algorithm.steps == 11
+    ref = weakref.ref(second)
+    del second, each
+    assert ref() is None
 
 
 def test_another_model_begins_a_run_of_its_own():
