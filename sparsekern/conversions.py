@@ -162,7 +162,8 @@ def to_torch(
 ) -> Tensor:
     """A torch CSR tensor of `shape`, from the CSR or, where transposed, the CSC form."""
     make = torch.sparse_csc_tensor if is_transposed else torch.sparse_csr_tensor
-    return make(row_offsets, col_indices, values, shape, check_invariants=False).to_sparse_csr()
+    csr = row_offsets, col_indices, values, shape
+    return make(*csr, device=values.device, check_invariants=False).to_sparse_csr()
 
 
 def to_scipy(

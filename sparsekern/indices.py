@@ -163,8 +163,9 @@ def let_torch_warn() -> None:
     """torch says once in a process that CSR is in beta state: here, unheard."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        zero = torch.zeros(1, dtype=torch.int32)
-        torch.sparse_csr_tensor(zero, zero[:0], zero[:0], (0, 0), check_invariants=False)
+        zero = torch.zeros(1, dtype=torch.int32, device="cpu")
+        parts = zero, zero[:0], zero[:0], (0, 0)
+        torch.sparse_csr_tensor(*parts, device="cpu", check_invariants=False)
 
 
 def has_nan(t: Tensor) -> bool:

@@ -34,8 +34,10 @@ def _mm(a_places, a_shape, a_values, b_places, b_shape, b_values) -> Tensor:
     if dtype.itemsize == 2 and not a_values.is_cuda:  # torch has no such product on a CPU
         a_values, b_values = a_values.float(), b_values.float()
     # The places are not those of a file any more, but somebody may have written to them.
-    a = torch.sparse_coo_tensor(a_places, a_values, a_shape, check_invariants=True)
-    b = torch.sparse_coo_tensor(b_places, b_values, b_shape, check_invariants=True)
+    a, b = (
+        torch.sparse_coo_tensor(*parts, device=parts[1].device, check_invariants=True)
+        for parts in ((a_places, a_values, a_shape), (b_places, b_values, b_shape))
+    )
     return torch.sparse.mm(a, b).coalesce().to(dtype)
 
 

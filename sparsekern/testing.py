@@ -20,16 +20,16 @@ def random_mask(
 
     The draw stays as it is, a permutation of all places, since recorded measurements name masks by
     their generator; algorithms draw in O(nnz) (sparsity/select.py)."""
-    mask = torch.zeros(n * k, dtype=torch.bool)
+    mask = torch.zeros(n * k, dtype=torch.bool, device="cpu")
     nnz = round((1 - sparsity) * n * k)
     dtype = torch.int32 if n * k < 2**31 else torch.int64  # the same permutation
-    mask[torch.randperm(n * k, generator=generator, dtype=dtype)[:nnz]] = True
+    mask[torch.randperm(n * k, generator=generator, dtype=dtype, device="cpu")[:nnz]] = True
     return mask.view(n, k)
 
 
 def mask_to_csr(mask: Tensor) -> tuple[Tensor, Tensor]:
     """row_offsets int32 [N + 1] and col_indices int32 [nnz] of a bool mask [N, K]."""
-    row_offsets = torch.zeros(mask.shape[0] + 1, dtype=torch.int32)
+    row_offsets = torch.zeros(mask.shape[0] + 1, dtype=torch.int32, device="cpu")
     row_offsets[1:] = mask.sum(dim=1).cumsum(0)
     return row_offsets, mask.nonzero()[:, 1].int()
 
@@ -40,7 +40,9 @@ def random_csr(
     """(row_offsets int32 [n + 1], col_indices int32 [nnz], values [nnz]), values normal."""
     generator = torch.Generator().manual_seed(seed)
     row_offsets, col_indices = mask_to_csr(random_mask(n, k, sparsity, generator))
-    values = torch.randn(len(col_indices), generator=generator, dtype=torch.float64).to(dtype)
+    values = torch.randn(
+        len(col_indices), generator=generator, dtype=torch.float64, device="cpu"
+    ).to(dtype)
     return row_offsets, col_indices, values
 
 
@@ -98,7 +100,9 @@ class Case:
         row_offsets, col_indices = mask_to_csr(mask)
 
         def normal(*shape: int) -> Tensor:
-            return torch.randn(shape, generator=generator, dtype=torch.float64).to(dtype)
+            return torch.randn(shape, generator=generator, dtype=torch.float64, device="cpu").to(
+                dtype
+            )
 
         return Tensors(
             mask,

@@ -17,9 +17,8 @@ from ..extras import require
 from ..files import as_path, check_writable
 from ..nn import densify_, replace_modules
 from ..nn.heads import heads
-from ..nn.kinds import check_model
+from ..nn.kinds import check_model, refuse_made_anew
 from ..sparsity import Magnitude, SparseGPT, Wanda
-from ..sparsity.oneshot import refuse_masked
 from ..sparsity.pruned import PruneReport
 from .as_linears import as_linears
 
@@ -106,7 +105,7 @@ def prune_(model: nn.Module, algorithm: Magnitude, *, prune_again: bool = False)
         got = type(algorithm).__name__
         raise TypeError(f"algorithm: expected Magnitude, Wanda or SparseGPT, got {got}")
     check_model(model)
-    refuse_masked(dict(model.named_modules()))
+    refuse_made_anew(dict(model.named_modules()))
     with as_linears(model):
         linears = {name: m for name, m in model.named_modules() if type(m) is nn.Linear}
         algorithm.apply(model, prune_again=prune_again)

@@ -53,7 +53,6 @@ class SparsityCallback:
                 f"model: expected the one that the algorithm has made sparse, got one without its "
                 f"layer {other[0] if other else ''}; a Trainer with model_init makes a new one"
             )
-        self._forget_optimizers()
         self.algorithm.apply(optimizer)
         saved = optimizer.param_groups[0].get(KEY)
         if saved is None and state.global_step:
@@ -70,12 +69,6 @@ class SparsityCallback:
 
     def _note(self, optimizer: Any) -> None:
         optimizer.param_groups[0][KEY] = self.algorithm.state_dict()
-
-    def _forget_optimizers(self) -> None:
-        """A second train() may have another optimizer; the one before makes no steps any more."""
-        algorithm = self.algorithm
-        for part in algorithm.algorithms if isinstance(algorithm, Group) else [algorithm]:
-            part.optimizers.clear()
 
 
 def _nothing(*_: Any, **__: Any) -> None:

@@ -24,10 +24,12 @@ from .kinds import (
     is_conv1d,
     is_experts,
     parameter_of,
+    refuse_made_anew,
     renew_weight,
     uses_of_parameters,
 )
 from .linear import SparseLinear, refuse_meta
+from .optimizers import check_can_swap, first_number, holders, swap_
 from .stand_ins import SparseConv1D, StandIn
 from .warned import warn_of_hooks, warn_of_matrices, warn_of_others
 
@@ -249,9 +251,11 @@ def densify_(model: nn.Module, optimizer: Optimizer | None = None) -> nn.Module:
 
     Layers that share their values share the weight. Hooks of layers are not taken over, with a
     warning. With an optimizer, the dense weights take the place of the values in its groups and its
-    state becomes dense too: zero where nothing was stored. ValueError, and an unchanged model, for
-    state of another shape than the values, for shared values at different places, and for layers
-    that `pack_` made. TypeError for a DistributedDataParallel.
+    state becomes dense too: where nothing was stored it is what torch starts with. ValueError, and
+    an unchanged model, for state of another shape than the values, for an optimizer that keeps
+    parameters in ways of its own, for values that are parametrized or made anew in each forward
+    pass, for shared ones at different places, and for layers that `pack_` made. TypeError for a
+    DistributedDataParallel. NotImplementedError for what FSDP2 has cut into shards.
     """
     _refuse_wrapped("densify_", model)
     if optimizer is not None:
@@ -261,14 +265,10 @@ def densify_(model: nn.Module, optimizer: Optimizer | None = None) -> nn.Module:
             f"densify_: {packed} is packed, and from that there is no way back: keep "
             "the model as it was before pack_"
         )
+    layers = {n or "the model": m for n, m in model.named_modules() if isinstance(m, SparseLinear)}
+    _refuse_without_values(layers)
     if optimizer:
-        for layer in (m for m in model.modules() if isinstance(m, SparseLinear)):
-            for key, t in optimizer.state.get(layer.values, {}).items():
-                if isinstance(t, Tensor) and t.numel() != 1 and t.shape != layer.values.shape:
-                    raise ValueError(
-                        f"densify_: the optimizer keeps {key!r} of shape {tuple(t.shape)} for the "
-                        f"{layer.values.shape[0]} values of {layer}, expected as many"
-                    )
+        _check_can_densify(optimizer, list(layers.values()))
     sparse = {n: m for n, m in model.named_modules() if isinstance(m, SparseLinear | StandIn)}
     warn_of_hooks("densify_", sparse)
     dense: dict[nn.Parameter, tuple[Tensor, SparseLinear]] = {}
@@ -292,13 +292,54 @@ def densify_(model: nn.Module, optimizer: Optimizer | None = None) -> nn.Module:
 
     model = replace_modules(model, replace)
     if optimizer:
-        for group in optimizer.param_groups:
-            group["params"] = [dense[p][0] if p in dense else p for p in group["params"]]
-        for values, (weight, module) in dense.items():
-            if values in optimizer.state:
-                state = optimizer.state.pop(values)
-                optimizer.state[weight] = {k: _densified(t, module) for k, t in state.items()}
+        states = [(o, p) for o in holders([optimizer]) for p in dense if p in o.state]
+        becomes = [
+            {
+                key: _densified(t, dense[p][1], first_number(o, p, key))
+                for key, t in o.state[p].items()
+            }
+            for o, p in states
+        ]
+        swap_(optimizer, {p: weight for p, (weight, _) in dense.items()})
+        for (o, p), state in zip(states, becomes, strict=True):
+            o.state.pop(p, None)
+            o.state[dense[p][0]] = state
     return model
+
+
+def _refuse_without_values(layers: Mapping[str, SparseLinear]) -> None:
+    """NotImplementedError or ValueError where the dense weight cannot come from the Parameters."""
+    refuse_made_anew(layers)
+    for name, layer in layers.items():
+        for part in ("values", "bias"):
+            if part not in layer._parameters:
+                raise ValueError(
+                    f"densify_: the {part} of {name} are parametrized, and would not be any more; "
+                    "call torch.nn.utils.parametrize.remove_parametrizations first"
+                )
+        if hasattr(layer.values, "full_tensor"):
+            raise NotImplementedError(
+                f"densify_: FSDP2 has cut the values of {name} into shards; load the full "
+                "state_dict into a model without fully_shard, and make that dense"
+            )
+
+
+def _check_can_densify(optimizer: Optimizer, layers: Sequence[SparseLinear]) -> None:
+    check_can_swap(optimizer, [layer.values for layer in layers])
+    for holder in holders([optimizer]):
+        for layer in layers:
+            state = holder.state.get(layer.values, {})
+            if isinstance(holder, torch.optim.Adafactor) and state:
+                raise ValueError(
+                    "densify_: Adafactor keeps other state for a matrix than for values, which "
+                    "cannot become it; make a new optimizer afterwards"
+                )
+            for key, t in state.items():
+                if isinstance(t, Tensor) and t.numel() != 1 and t.shape != layer.values.shape:
+                    raise ValueError(
+                        f"densify_: the optimizer keeps {key!r} of shape {tuple(t.shape)} for the "
+                        f"{layer.values.shape[0]} values of {layer}, expected as many"
+                    )
 
 
 def _same_pattern(a: SparseLinear, b: SparseLinear) -> bool:
@@ -315,13 +356,20 @@ def _refuse_held(module: nn.Module, optimizer: Optimizer | None) -> None:
         )
 
 
-def _densified(state, module: SparseLinear):
-    """A part of the optimizer state of the module's values; `step` and the like stay."""
+def _densified(state, module: SparseLinear, first: float):
+    """A part of the optimizer state of the module's values, `first` where nothing was stored;
+    `step` and the like stay."""
     if not isinstance(state, Tensor) or state.shape != module.values.shape:
         return state
     n, k = module.out_features, module.in_features
-    w = SparseTensor._trusted(module.row_offsets, module.col_indices, state, n, k)
-    return module.as_stored(w.to_dense())
+
+    def dense(t: Tensor) -> Tensor:
+        return SparseTensor._trusted(module.row_offsets, module.col_indices, t, n, k).to_dense()
+
+    result = dense(state)
+    if first:
+        result.masked_fill_(dense(torch.ones_like(state)) == 0, first)
+    return module.as_stored(result)
 
 
 def forget_graphs_(model: nn.Module) -> nn.Module:

@@ -1,6 +1,7 @@
 """Which modules hold a matrix that a sparse one can stand in for, and why others do not."""
 
 from collections import Counter
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -129,16 +130,30 @@ def renew_weight(module: nn.Module) -> None:
             setattr(module, hook.name, hook.compute_weight(module, do_power_iteration=False))
 
 
-def is_normed(module: nn.Module) -> bool:
-    """Whether a hook of torch divides its weight by a norm in each call."""
-    hooks = module._forward_pre_hooks.values()
-    return any(isinstance(hook, WeightNorm | SpectralNorm) for hook in hooks)
-
-
 def has_own_forward(module: nn.Module) -> bool:
     """Whether somebody gave this one module another forward than its class has. Accelerate does so
     too, to run hooks."""
     return "forward" in module.__dict__ and not hasattr(module, "_hf_hook")
+
+
+def refuse_made_anew(modules: Mapping[str, nn.Module]) -> None:
+    """ValueError where hooks make a weight anew in each forward pass: what stands there is of the
+    last one, and the parameters that it is made from would be forgotten."""
+    for name, module in modules.items():
+        of = name or "the model"
+        if pruning_masks(module):
+            raise ValueError(
+                f"weights: torch.nn.utils.prune masks those of {of}: call its remove() first"
+            )
+        # As a plain attribute, in the place of a Parameter.
+        is_sparse = "col_indices" in module._buffers
+        weight = "values" if is_sparse else "weight"
+        if (is_sparse or isinstance(module, nn.Linear)) and weight in vars(module):
+            made_from = ", ".join(n for n in module._parameters if n.startswith(f"{weight}_"))
+            raise ValueError(
+                f"weights: those of {of} are made anew in each forward pass, from {made_from}: "
+                "call remove_weight_norm() or remove_spectral_norm() of torch.nn.utils first"
+            )
 
 
 def has_hooks(module: nn.Module) -> bool:

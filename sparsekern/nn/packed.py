@@ -20,7 +20,7 @@ from ..registered import prepare_spmm_packed, spmm_e4m3, spmm_packed
 from ..tensor import SparseTensor
 from .checks import cannot_be_set
 from .convert import replace_modules
-from .kinds import check_model
+from .kinds import check_model, refuse_made_anew
 from .largest import largest_inputs
 from .linear import SparseLinear
 from .shared import SharedInput, refuse_weights, shared_inputs
@@ -371,6 +371,7 @@ def pack_(
         is_packed = any(isinstance(module, PackedLinear) for module in model.modules())
         why = "it is packed already" if is_packed else "sparsify_ or accelerate_ make such layers"
         raise ValueError(f"pack_: no SparseLinear in {type(model).__name__}; {why}")
+    refuse_made_anew(layers)
     for name, layer in layers.items():
         if layer.values.is_meta:
             raise NotImplementedError(f"pack_: {name or 'the model'} is on meta, without values")

@@ -9,6 +9,7 @@ from torch.optim import Optimizer
 from ..indices import expand_rows
 from .checks import check_optimizer
 from .linear import SparseLinear
+from .optimizers import check_can_swap, holders, swap_
 
 _Layer = TypeVar("_Layer", bound=SparseLinear)
 
@@ -35,22 +36,24 @@ def adopt_values_(optimizer: Optimizer) -> Optimizer:
     stored moves along.
 
     `algorithm.apply(optimizer)` does so too. ValueError, and nothing has changed, for state that
-    has neither the weight's shape nor a single number.
+    has neither the weight's shape nor a single number, and for an optimizer that keeps parameters
+    in ways of its own.
     """
     check_optimizer(optimizer)
     held = [p for group in optimizer.param_groups for p in group["params"]]
     layers = {p: layer for p in held if (layer := layer_for(p)) is not None}
     layers = {p: layer for p, layer in layers.items() if not any(layer.values is q for q in held)}
-    states = {
-        p: {key: _at_places(key, t, p, layer) for key, t in optimizer.state[p].items()}
+    check_can_swap(optimizer, layers)
+    states = [
+        (o, p, {key: _at_places(key, t, p, layer) for key, t in o.state[p].items()})
+        for o in holders([optimizer])
         for p, layer in layers.items()
-        if p in optimizer.state
-    }
-    for group in optimizer.param_groups:
-        group["params"] = [layers[p].values if p in layers else p for p in group["params"]]
-    for p, state in states.items():
-        del optimizer.state[p]
-        optimizer.state[layers[p].values] = state
+        if p in o.state
+    ]
+    swap_(optimizer, {p: layer.values for p, layer in layers.items()})
+    for o, p, state in states:
+        o.state.pop(p, None)
+        o.state[layers[p].values] = state
     return optimizer
 
 

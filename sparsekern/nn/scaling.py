@@ -44,7 +44,7 @@ class Scaling:
         self.has_begun = False  # the first steps are over
         self._first_steps = 0  # that were taken
         self.is_two_way = is_two_way
-        self.exponents = torch.zeros(layers, dtype=torch.int32)  # on the host
+        self.exponents = torch.zeros(layers, dtype=torch.int32, device="cpu")
         self._products = torch.ones(layers, device=device)  # 2^exponent
         self._is_off = torch.zeros(1, dtype=torch.bool, device=device)
         self._begin()

@@ -16,6 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from ..ops import in_functorch
 from ..tensor import SparseTensor
 from .checks import cannot_be_set
 from .kinds import parameter_of
@@ -156,6 +157,8 @@ class SparseConv(StandIn):
         ys = [self.linear(part.flatten(-1 - self.dims)) for part in parts]
         y = ys[0] if len(ys) == 1 else torch.cat([y.flatten(0, -2) for y in ys]).view(*places, -1)
         y = y.movedim(-1, -1 - self.dims)
+        if in_functorch():  # vmap knows one format alone
+            return y.contiguous()
         last = CHANNELS_LAST.get(input.ndim - 2)
         is_last = last is not None and input.is_contiguous(memory_format=last)
         return y.contiguous(memory_format=self._format(y, is_last or self.is_channels_last))

@@ -36,6 +36,6 @@ def transposed(w: SparseTensor) -> SparseTensor:
     let_torch_warn()
     order = torch.arange(w.nnz, device=w.device)
     csc = w.row_offsets, w.col_indices, order, (w.k, w.n)
-    csr = torch.sparse_csc_tensor(*csc, check_invariants=False).to_sparse_csr()
+    csr = torch.sparse_csc_tensor(*csc, device=w.device, check_invariants=False).to_sparse_csr()
     values = w.values[csr.values()]
     return SparseTensor(csr.crow_indices(), csr.col_indices(), values, (w.k, w.n))

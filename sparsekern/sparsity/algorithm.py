@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from re import Pattern
 from typing import Any, ClassVar
-from weakref import WeakKeyDictionary
+from weakref import WeakKeyDictionary, WeakSet
 
 import torch
 from torch import Tensor, nn
@@ -89,6 +89,8 @@ class Algorithm:
         self.layers, self.optimizers, self.steps = {}, [], 0
         self._stepped: set[int] = set()  # the optimizers that have made the step after these
         self._is_checked = False  # that the optimizers and all ranks have what they should
+        self._hooked: WeakSet[Optimizer] = WeakSet()  # those whose steps call it
+        self._resting: WeakSet[Optimizer] = WeakSet()  # those that it does not wait for
         # Steps when an optimizer that it does not follow made its last.
         self._unfollowed: WeakKeyDictionary[Optimizer, int] = WeakKeyDictionary()
 
@@ -186,7 +188,9 @@ class Algorithm:
 
         Layers that are a SparseLinear already keep their pattern. An optimizer that was made before
         the model became sparse gets the values in the place of the dense weights. Where several
-        optimizers share the layers, apply each: a step is counted when all of them have made it.
+        optimizers share the layers, apply each: a step is counted when all of them have made it. A
+        new one for the same values takes the place of the one before, until that steps again; with
+        another model, steps are counted from zero.
         """
         optimizer = unwrapped(target)
         if optimizer is not None:
@@ -220,7 +224,12 @@ class Algorithm:
             convert.refuse_pruned("apply", [m.weight.detach() for m in dense])
         model = self._sparsify(model, {name: there[name] for name in names})
         now: dict[str, Any] = dict(model.named_modules())
-        self.layers = {name: now[name] for name in names}
+        layers = {name: now[name] for name in names}
+        if self.layers and not {*self.layers.values()} & {*layers.values()}:
+            # The run of another model.
+            self.optimizers, self.steps, self._stepped = [], 0, set()
+            self._resting = WeakSet()
+        self.layers = layers
         note_model_of(self)
         return model
 
@@ -249,19 +258,19 @@ class Algorithm:
 
     def _follow(self, optimizer: Optimizer) -> None:
         self._check_optimizer(optimizer)
-        if not any(optimizer is other for other in self.optimizers):
-            follow(self, optimizer)
+        follow(self, optimizer)
         self._note_passing()
         self._before_step()
 
     def __getstate__(self) -> dict[str, Any]:
         """Of a copy, which follows no optimizer: torch copies an optimizer without its hooks."""
-        nothing: dict[str, Any] = {"optimizers": [], "_stepped": set(), "_unfollowed": None}
-        return self.__dict__ | nothing
+        nothing = dict.fromkeys(("_unfollowed", "_hooked", "_resting"))
+        return self.__dict__ | nothing | {"optimizers": [], "_stepped": set()}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__dict__.update(state)
-        self._unfollowed = WeakKeyDictionary()
+        self._unfollowed, self._hooked = WeakKeyDictionary(), WeakSet()
+        self._resting = WeakSet()
         if self.layers:
             note_model_of(self)
 
@@ -282,7 +291,7 @@ class Algorithm:
     def _after_step(self) -> None:
         self.steps += 1
         if self._updates(self.steps):
-            check_can_change(self.layers, self.optimizers)
+            check_can_change(self.layers, self.all_optimizers)
             self.update_pattern()
             check_same_on_all_ranks(self.layers)
             self._note_passing()
@@ -344,6 +353,11 @@ class Algorithm:
             f"sparsity: expected {target:g} after {steps} steps, got the state of an algorithm "
             f"with {saved:g}; to go on with another sparsity take the weights without its state"
         )
+
+    @property
+    def all_optimizers(self) -> list[Optimizer]:
+        """Those whose state follows the patterns, with those that rest (optimizers.py)."""
+        return [*self.optimizers, *self._resting]
 
     @property
     def achieved(self) -> float:

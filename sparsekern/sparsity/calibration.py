@@ -71,7 +71,9 @@ def _padded(coded: list[dict]) -> dict[str, Tensor]:
     for c in coded:
         c.setdefault("attention_mask", [1] * len(c["input_ids"]))
     return {
-        key: torch.tensor([list(c[key]) + [0] * (length - len(c[key])) for c in coded])
+        key: torch.tensor(
+            [list(c[key]) + [0] * (length - len(c[key])) for c in coded], device="cpu"
+        )
         for key in coded[0]
     }
 

@@ -84,7 +84,7 @@ class Group:
                 algorithm.apply(target)
             return target
         model: Any = checked_model(target)
-        before = [algorithm.layers for algorithm in self.algorithms]
+        before = [dict(vars(algorithm)) for algorithm in self.algorithms]
         optimizers = [o for algorithm in self.algorithms for o in algorithm.optimizers]
         taken: set[str] = set()
         try:
@@ -93,8 +93,8 @@ class Group:
                     model = algorithm._take(model, taken, prune_again)
                     taken |= algorithm.layers.keys()
         except BaseException:
-            for algorithm, layers in zip(self.algorithms, before, strict=True):
-                algorithm.layers = layers
+            for algorithm, attributes in zip(self.algorithms, before, strict=True):
+                vars(algorithm).update(attributes)
             raise
         return model
 

@@ -26,7 +26,8 @@ class SET(Updating):
     places.
 
     Each update drops a share of a layer's weights and grows as many as its sparsity leaves room
-    for: none, where the schedule of the sparsity rises faster than weights are dropped.
+    for: none, where the schedule of the sparsity rises faster than weights are dropped. Frozen
+    layers keep their patterns.
 
     Args:
         drop_fraction: share of a layer's weights that is dropped at each update, or a schedule.
@@ -69,6 +70,8 @@ class SET(Updating):
         # All choices first: if one fails, or a rank's, no layer has changed.
         chosen = {}
         for name, layer in self.layers.items():
+            if not layer.values.requires_grad:  # frozen: what grows would stay zero
+                continue
             values = whole(layer.values.detach())
             nnz = values.shape[0]
             places, stay = places_of(layer), nnz - round(fraction * nnz)
@@ -78,9 +81,9 @@ class SET(Updating):
             grown = self._grow(name, layer, survivors, count)
             if grown is not None:
                 chosen[name] = grown
-        with layers_unchanged_on_failure(self.layers.values(), self.optimizers):
+        with layers_unchanged_on_failure(self.layers.values(), self.all_optimizers):
             for name, places in chosen.items():
-                set_pattern(self.layers[name], places, self.optimizers)
+                set_pattern(self.layers[name], places, self.all_optimizers)
 
     def _grow(self, name: str, layer: SparseLinear, survivors: Tensor, count: int) -> Tensor | None:
         """The survivors and `count` other places; None leaves the layer as it is."""

@@ -7,6 +7,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
+from ..nn.optimizers import holders
 from .algorithm import Updating
 from .checks import whole as whole_number
 from .pattern import is_distributed, places_of, set_pattern, whole
@@ -46,7 +47,7 @@ class GMP(Updating):
         """It may be denser on its way."""
 
     def update_pattern(self) -> None:
-        with layers_unchanged_on_failure(self.layers.values(), self.optimizers):
+        with layers_unchanged_on_failure(self.layers.values(), self.all_optimizers):
             for name, places in self._new_places().items():
                 self._set(name, places)
 
@@ -77,7 +78,7 @@ class GMP(Updating):
         return chosen
 
     def _set(self, name: str, places: Tensor) -> None:
-        set_pattern(self.layers[name], places, self.optimizers)
+        set_pattern(self.layers[name], places, self.all_optimizers)
 
 
 def budgets_of_growth(free: dict[str, int], count: int) -> dict[str, int]:
@@ -182,11 +183,11 @@ class IterativePruning(GMP):
             layer.values.copy_(self._early[name])
         for parameter, value in zip(self._others(), self._early_others, strict=True):
             parameter.copy_(value)
-        for optimizer in self.optimizers:
+        for optimizer in holders(self.all_optimizers):
             optimizer.state.clear()
 
     def _set(self, name: str, places: Tensor) -> None:
-        follow = set_pattern(self.layers[name], places, self.optimizers)
+        follow = set_pattern(self.layers[name], places, self.all_optimizers)
         if name in self._early:
             self._early[name] = follow(self._early[name])
 

@@ -31,11 +31,11 @@ def checkerboard(n: int, k: int, sparsity: float) -> Tensor:
     the one above moved left by the places before the first of these. The row is longer than k, so
     that what comes in from the right is spread evenly too.
     """
-    density = 1 - torch.tensor(sparsity, dtype=torch.float32).item()
+    density = 1 - torch.tensor(sparsity, dtype=torch.float32, device="cpu").item()
     if not density or not n * k:
-        return torch.zeros(n, k, dtype=torch.bool)
+        return torch.zeros(n, k, dtype=torch.bool, device="cpu")
     length = k + math.ceil(k / density + 1e-5)
-    passed = torch.floor(torch.arange(length) * density + 1e-5)
+    passed = torch.floor(torch.arange(length, device="cpu") * density + 1e-5)
     row = passed[1:] != passed[:-1]
     shift = math.floor(1 / density - 1e-5)
     twice = torch.cat([row, row])

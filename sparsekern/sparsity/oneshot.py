@@ -11,7 +11,7 @@ Each may be applied again at a higher sparsity: what was removed stays removed. 
 any layer, the model is as it was.
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -20,7 +20,7 @@ from torch import Tensor, nn
 
 from ..nn import SparseLinear, sparsify_
 from ..nn.convert import MANY_ZEROS, share_of_zeros
-from ..nn.kinds import is_normed, pruning_masks
+from ..nn.kinds import refuse_made_anew
 from ..nn.linear import refuse_meta
 from ..terminal import Progress
 from .algorithm import Layer, Masks, mask_of
@@ -171,7 +171,7 @@ class _Calibrated(Magnitude):
         counts: dict[str, int],
         report: PruneReport,
     ) -> None:
-        refuse_masked(chosen)  # it would run with the weights of before
+        refuse_made_anew(chosen)  # it would run with the weights of before
         batches = batches_for(model, self.calibration, self.tokenizer)
         progress = Progress(len(chosen), unit="layer", is_shown=self.progress)
         unseen: list[str] = []
@@ -313,20 +313,6 @@ def _check_weights(name: str, module: Layer) -> None:
     refuse_meta(f"{name}.weight", weight)
     if not weight.isfinite().all():
         raise ValueError(f"weights: expected finite ones, those of {name} have NaN or infinity")
-
-
-def refuse_masked(modules: Mapping[str, nn.Module]) -> None:
-    """ValueError where a hook makes a weight anew in each forward pass."""
-    for name, module in modules.items():
-        if pruning_masks(module):
-            raise ValueError(
-                f"weights: torch.nn.utils.prune masks those of {name}: call its remove() first"
-            )
-        if isinstance(module, nn.Linear) and is_normed(module):
-            raise ValueError(
-                f"weights: those of {name} are divided by a norm in each call: call "
-                "torch.nn.utils.remove_weight_norm or remove_spectral_norm first"
-            )
 
 
 def _dense(module: Layer) -> Tensor:

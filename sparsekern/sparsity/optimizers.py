@@ -16,7 +16,8 @@ from torch.optim.optimizer import register_optimizer_step_pre_hook
 
 from ..nn import copies, replaced
 from ..nn.linear import SparseLinear, layer_of, value_parameters
-from .pattern import check_can_change, check_same_on_all_ranks, holders
+from ..nn.optimizers import holders
+from .pattern import check_can_change, check_same_on_all_ranks
 
 # What the optimizers of torch keep for each element. LBFGS has vectors for all parameters together,
 # and those with 8 bits have a scale for each block: of these nothing can be said.
@@ -65,27 +66,63 @@ def held_layers(optimizer: Optimizer, layers: Mapping[str, SparseLinear]) -> lis
 
 
 def follow(algorithm, optimizer: Optimizer) -> None:
-    """Let the algorithm count the steps that all its optimizers have made."""
+    """Let the algorithm count the steps that all its optimizers have made.
 
-    def before(*_) -> None:
+    Of those that hold the same values it waits for the one that was applied last. Another one rests
+    until it makes a step: for ever, where it was replaced. Its state follows the patterns."""
+    if any(optimizer is o for o in holders(algorithm.optimizers)):
+        return
+    algorithm._resting.discard(optimizer)
+    algorithm.optimizers.append(optimizer)
+    _rest(algorithm, _rivals(algorithm, optimizer))
+    algorithm._is_checked = False
+    if optimizer not in algorithm._hooked:
+        algorithm._hooked.add(optimizer)
+        _hook(algorithm, optimizer)
+
+
+def _hook(algorithm, optimizer: Optimizer) -> None:
+    def before(optimizer: Optimizer, *_) -> None:
+        if optimizer in algorithm._resting:
+            algorithm._resting.discard(optimizer)
+            algorithm.optimizers.append(optimizer)
+        if not any(optimizer is o for o in algorithm.optimizers):
+            return
         if not algorithm._is_checked:
             _check_all_are_held(algorithm)
             check_same_on_all_ranks(algorithm.layers)
             algorithm._is_checked = True
         if algorithm.is_due:
-            check_can_change(algorithm.layers, algorithm.optimizers)
+            check_can_change(algorithm.layers, algorithm.all_optimizers)
 
-    def after(*_) -> None:
+    def after(optimizer: Optimizer, *_) -> None:
+        if not any(optimizer is o for o in algorithm.optimizers):
+            return
+        if id(optimizer) in algorithm._stepped:
+            rivals = _rivals(algorithm, optimizer)
+            _rest(algorithm, [o for o in rivals if id(o) not in algorithm._stepped])
         algorithm._stepped.add(id(optimizer))
         if len(algorithm._stepped) == len(algorithm.optimizers):
             algorithm._stepped.clear()
             algorithm._after_step()
 
-    algorithm._is_checked = False
-    algorithm.optimizers.append(optimizer)
     # A compiled step leaves its graph for them: they look at numbers and change shapes.
     optimizer.register_step_pre_hook(torch.compiler.disable(before))
     optimizer.register_step_post_hook(torch.compiler.disable(after))
+
+
+def _rivals(algorithm, optimizer: Optimizer) -> list[Optimizer]:
+    """The others that hold any of the values that this one holds."""
+    held = set(held_layers(optimizer, algorithm.layers))
+    others = [o for o in algorithm.optimizers if o is not optimizer]
+    return [o for o in others if not held.isdisjoint(held_layers(o, algorithm.layers))]
+
+
+def _rest(algorithm, optimizers: list[Optimizer]) -> None:
+    for optimizer in optimizers:
+        algorithm.optimizers = [o for o in algorithm.optimizers if o is not optimizer]
+        algorithm._stepped.discard(id(optimizer))
+        algorithm._resting.add(optimizer)
 
 
 def _check_all_are_held(algorithm) -> None:

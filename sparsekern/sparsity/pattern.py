@@ -3,6 +3,7 @@
 A place is row * K + column: the pattern of a layer is its ascending places, int64 [nnz].
 """
 
+import functools
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 
@@ -16,6 +17,7 @@ from ..kernels.derived import is_captured
 from ..nn import SparseLinear, copies
 from ..nn.kinds import check_model
 from ..nn.loading import CAPTURED, end_graphs, resize_, set_indices
+from ..nn.optimizers import first_number, holders
 
 
 def places_of(layer: SparseLinear) -> Tensor:
@@ -28,7 +30,8 @@ def set_pattern(
     layer: SparseLinear, places: Tensor, optimizers: Sequence[Optimizer] = ()
 ) -> Callable[[Tensor], Tensor]:
     """Give the layer another pattern. Stored weights that stay keep their value and optimizer
-    state; new ones start at zero in both. The Parameter remains the same object.
+    state; new ones start at zero, and in the state with what torch starts with. The Parameter
+    remains the same object.
 
     Returns the map of any [nnz] tensor from the old pattern to the new one. RuntimeError, and
     nothing has changed, where something that belongs to the pattern cannot follow.
@@ -38,10 +41,10 @@ def set_pattern(
     at = torch.searchsorted(old, places).clamp_(max=max(0, old.shape[0] - 1))
     stays = old[at] == places if old.shape[0] else torch.zeros_like(places, dtype=torch.bool)
 
-    def follow(t: Tensor) -> Tensor:
+    def follow(t: Tensor, first: float = 0.0) -> Tensor:
         if not t.shape[0]:
-            return t.new_zeros(places.shape[0])
-        return torch.where(stays, t[at], t.new_zeros(()))
+            return t.new_full((places.shape[0],), first)
+        return torch.where(stays, t[at], t.new_full((), first))
 
     for written in copies.written_copies(layer):
         warnings.warn(
@@ -52,10 +55,11 @@ def set_pattern(
             stacklevel=3,
         )
     values, shape = layer.values, layer.values.shape
-    for state in _states(values, optimizers):
+    for optimizer, state in _states(values, optimizers):
         for key, t in state.items():
             if isinstance(t, Tensor) and t.shape == shape:
-                state[key] = _replaced(t, follow)
+                first = first_number(optimizer, values, key)
+                state[key] = _replaced(t, functools.partial(follow, first=first))
     moved = _replaced(values.detach(), follow)
     if moved.shape != shape:
         resize_(values, moved)
@@ -93,7 +97,7 @@ def check_can_change(layers: Mapping[str, SparseLinear], optimizers: Iterable[Op
                 f"sparsity: the values of {name} are parametrized, and cannot follow a change of "
                 "the pattern; call torch.nn.utils.parametrize.remove_parametrizations first"
             )
-        for state in _states(values, optimizers):
+        for _, state in _states(values, optimizers):
             for key, part in state.items():
                 if not (isinstance(part, Tensor) and part.shape == values.shape):
                     for t in _tensors(part):
@@ -118,24 +122,10 @@ def _tensors(part) -> Iterator[Tensor]:
             yield from _tensors(inner)
 
 
-def holders(optimizers: Iterable[Optimizer]) -> list[Optimizer]:
-    """These optimizers and those that they wrap, each with state of its own."""
-    found: dict[int, Optimizer] = {}
-    waiting = list(optimizers)
-    while waiting:
-        optimizer = waiting.pop()
-        if id(optimizer) not in found:
-            found[id(optimizer)] = optimizer
-            for part in vars(optimizer).values():
-                inner = part if isinstance(part, (list, tuple)) else [part]
-                waiting += [o for o in inner if isinstance(o, Optimizer)]
-    return list(found.values())
-
-
-def _states(values: Tensor, optimizers: Iterable[Optimizer]) -> list[dict]:
+def _states(values: Tensor, optimizers: Iterable[Optimizer]) -> list[tuple[Optimizer, dict]]:
     """Each optimizer's state for these values; a wrapper may share its state with the wrapped."""
-    states = [o.state[values] for o in holders(optimizers) if values in o.state]
-    return list({id(state): state for state in states}.values())
+    states = [(o, o.state[values]) for o in holders(optimizers) if values in o.state]
+    return list({id(state): (optimizer, state) for optimizer, state in states}.values())
 
 
 def whole(t: Tensor) -> Tensor:

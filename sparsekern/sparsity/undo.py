@@ -9,7 +9,7 @@ from torch.optim import Optimizer
 
 from ..nn import SparseLinear
 from ..nn.loading import resize_
-from .pattern import holders
+from ..nn.optimizers import holders
 
 
 @contextmanager

@@ -158,7 +158,7 @@ def to_bitmasks(weights: nn.Module | Weights) -> dict[str, Tensor]:
             values = values.clone()
         written.add(values.data_ptr())
         tensors |= {
-            f"{stem}.shape": torch.tensor([w.n, w.k]),
+            f"{stem}.shape": torch.tensor([w.n, w.k], device="cpu"),
             f"{stem}.compressed": values,
             f"{stem}.bitmask": bitmask.pack(w.row_offsets, w.col_indices, w.k),
             f"{stem}.row_offsets": w.row_offsets[:-1].long(),

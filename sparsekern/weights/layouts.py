@@ -106,7 +106,7 @@ def parts_of(name: str, w: SparseTensor) -> dict[str, Tensor]:
     """The tensors of a weight in a file, in the smaller layout."""
     check(name, w)
     n, width = bitmask.packed_shape(w.n, w.k)
-    parts = {name: w.values.detach(), name + SHAPE: torch.tensor([w.n, w.k])}
+    parts = {name: w.values.detach(), name + SHAPE: torch.tensor([w.n, w.k], device="cpu")}
     if 0 < n * width <= w.row_offsets.nbytes + w.col_indices.nbytes:
         return parts | {name + BITMASK: bitmask.pack(w.row_offsets, w.col_indices, w.k)}
     indices = zip(INDICES, (w.row_offsets, w.col_indices), strict=True)

@@ -53,7 +53,7 @@ def _from_smtx(path: Path, dtype: torch.dtype) -> SparseTensor:
     n, k, nnz = _sizes(lines[0].replace(",", " ").split())
     offsets = _integers("row offsets", lines[1], n + 1)
     columns = _integers("column indices", lines[2] if len(lines) == 3 else "", nnz)
-    return SparseTensor(offsets, columns, torch.ones(nnz, dtype=dtype), (n, k))
+    return SparseTensor(offsets, columns, torch.ones(nnz, dtype=dtype, device="cpu"), (n, k))
 
 
 def _integers(name: str, line: str, count: int) -> Tensor:

@@ -303,6 +303,8 @@ def test_columns_of_a_convolution_are_gathered_in_parts(monkeypatch):
         handle.remove()
         assert len(sizes) == parts and sum(sizes) == lengths
         torch.testing.assert_close(model(x[0]), want[0])
+        torch.testing.assert_close(torch.vmap(model)(x), want)
+        torch.testing.assert_close(torch.vmap(model, chunk_size=2)(x[:, None])[:, 0], want)
     assert model(x[:0]).shape == (0, 48, 6, 7)
     for wrong in (x[0, 0], x[None]):
         with pytest.raises(RuntimeError) as expected:

@@ -232,12 +232,17 @@ CALLS = (lambda m: prune_(m, Magnitude(0.75)), Wanda(0.75, calibration=[torch.on
 
 
 @pytest.mark.parametrize("prune", CALLS)
-def test_weights_that_torch_masks_are_refused(prune):
-    """Each forward pass makes them anew, from what was never pruned."""
+def test_weights_that_are_made_anew_are_refused(prune):
+    """By each forward pass, from what was never pruned: those there are of the last one."""
     model = torch.nn.Sequential(torch.nn.Linear(8, 8))
     torch.nn.utils.prune.l1_unstructured(model[0], "weight", 0.1)
-    with pytest.raises(ValueError, match="torch.nn.utils.prune masks those of 0: call its remove"):
+    with pytest.raises(ValueError, match="nn.utils.prune masks those of .*: call its remove"):
         prune(model)
+    torch.nn.utils.prune.remove(model[0], "weight")
+    torch.nn.utils.weight_norm(model[0])
+    with pytest.raises(ValueError, match="anew in each forward pass, from weight_g, weight_v: "):
+        prune(model)
+    assert type(model[0]) is torch.nn.Linear
 
 
 def test_the_conv1d_of_gpt2(tmp_path):

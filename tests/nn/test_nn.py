@@ -15,7 +15,7 @@ from conftest import random_dense
 from torch import nn
 from torch.func import functional_call, grad, vmap
 from torch.fx import GraphModule
-from torch.nn.utils import parametrize
+from torch.nn.utils import parametrize, prune
 from torch.utils.checkpoint import checkpoint
 
 from sparsekern import SparseLinear, SparseTensor, Static, densify_, parameter_groups, sparsify_
@@ -330,8 +330,23 @@ def test_parametrized_values():
     optimizer = algorithm.apply(torch.optim.SGD([original], 0.1))
     with pytest.raises(RuntimeError, match="the values of 0 are parametrized"):
         optimizer.step()
+    with pytest.raises(ValueError, match="densify_: the values of 0 are parametrized"):
+        densify_(nn.Sequential(module), optimizer)
     parametrize.remove_parametrizations(module, "values")
     assert torch.equal(module.values, before["values"]) and torch.equal(module(x), want)
+
+
+@pytest.mark.parametrize("replace", [densify_, pack_])
+def test_values_that_hooks_make_are_those_of_the_last_forward_pass(replace):
+    model = nn.Sequential(sparse_linear())
+    prune.l1_unstructured(model[0], "values", 0.3)
+    with pytest.raises(ValueError, match="nn.utils.prune masks those of 0: call its remove"):
+        replace(model)
+    prune.remove(model[0], "values")
+    nn.utils.weight_norm(model[0], "values")
+    with pytest.raises(ValueError, match="anew in each forward pass, from values_g, values_v"):
+        replace(model)
+    assert type(model[0]) is SparseLinear
 
 
 def test_parametrized_bias():

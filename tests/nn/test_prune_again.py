@@ -121,7 +121,7 @@ def test_masked_weights_that_are_tied_or_marked_stay_dense():
 @pytest.mark.parametrize("hook", [weight_norm, spectral_norm])
 def test_what_runs_with_a_norm_is_not_pruned_by_its_inputs(hook):
     model = nn.Sequential(hook(nn.Linear(H, H)))
-    with pytest.raises(ValueError, match="those of 0 are divided by a norm .*remove_weight_norm"):
+    with pytest.raises(ValueError, match="those of 0 are made anew in each .*remove_weight_norm"):
         Wanda(0.5, calibration=[torch.ones(2, H)]).apply(model)
 
 

@@ -19,7 +19,7 @@ from torch.utils.checkpoint import checkpoint
 
 from sparsekern import SparseLinear, Static, densify_, sparsify_
 from sparsekern.kernels import derived
-from sparsekern.nn import forget_graphs_
+from sparsekern.nn import adopt_values_, forget_graphs_
 from sparsekern.sparsity import (
     GMP,
     SET,
@@ -365,6 +365,39 @@ def test_state_in_a_wrapper_and_in_what_it_wraps_moves():
         assert torch.equal(t, want)
 
 
+def test_rewinding_empties_a_wrapper_and_what_it_wraps():
+    model = (algorithm := IterativePruning(0.5, rounds=1, freq=2, rewind=0)).apply(plain())
+    outer = algorithm.apply(Outer(torch.optim.AdamW(model.parameters(), 1e-2)))
+    fit(model, outer, 2)
+    assert not outer.state and not outer.base_optimizer.state
+
+
+# Optimizers whose state begins with another number than zero.
+BEGINNINGS = [
+    (lambda p: torch.optim.Rprop(p, lr=1e-3), "step_size", 1e-3),
+    (lambda p: torch.optim.Adagrad(p, initial_accumulator_value=0.5), "sum", 0.5),
+    (lambda p: torch.optim.AdamW(p), "exp_avg_sq", 0),
+]
+
+
+@pytest.mark.parametrize("make, key, first", BEGINNINGS, ids=["Rprop", "Adagrad", "AdamW"])
+@pytest.mark.parametrize("how", ["set_pattern", "densify_"])
+def test_state_of_new_weights_begins_as_that_of_others(how, make, key, first):
+    model = Static(0.5).apply(plain())
+    optimizer = make(model.parameters())
+    fit(model, optimizer, 2)
+    layer = model[0]
+    weight, old = layer.values, mask_of(layer).bool()
+    if how == "densify_":
+        densify_(model, optimizer)
+        weight, new = model[0].weight, ~old
+    else:
+        set_pattern(layer, torch.arange(200), [optimizer])
+        new = ~old.flatten()[:200]
+    assert new.any() and (optimizer.state[weight][key][new] == first).all()
+    assert (optimizer.state[weight][key][~new] != first).any()
+
+
 def test_values_split_among_optimizers():
     """One for each layer: the run of a single one, and steps are counted once."""
     alone = SET(0.75, update={"freq": 2})
@@ -427,6 +460,52 @@ def test_an_algorithm_that_follows_nobody():
     algorithm.apply(optimizer)
     algorithm.steps = 300
     fit(model, torch.optim.SGD(model.parameters(), 1e-2), 3)  # no update is to come any more
+
+
+def test_another_optimizer_takes_over():
+    """The one before makes no steps any more: the algorithm does not wait for them."""
+    model, first = start(algorithm := SET(0.75, update={"freq": 2}), plain())
+    fit(model, first, 3)
+    second = algorithm.apply(torch.optim.AdamW(model.parameters(), 1e-2))
+    before, twin = places_of(model[0]), copy.deepcopy(first.state[model[0].values])
+    fit(model, second, 1, 3)
+    assert algorithm.steps == 4 and not torch.equal(before, places_of(model[0]))
+    stays, was = (
+        torch.isin(*p) for p in ((places_of(model[0]), before), (before, places_of(model[0])))
+    )
+    moment = first.state[model[0].values]["exp_avg"]  # it may come back
+    assert torch.equal(moment[stays], twin["exp_avg"][was]) and not moment[~stays].any()
+    for step, each in enumerate((first, second) * 4):  # as of two tasks
+        fit(model, each, 1, 4 + step)
+    assert algorithm.steps == 8
+    fit(model, first, 4)  # without a word to the algorithm: it sees after one step
+    assert algorithm.steps == 11
+    ref = weakref.ref(second)
+    del second, each
+    assert ref() is None
+
+
+def test_another_model_begins_a_run_of_its_own():
+    """As in a loop over seeds, or a notebook whose cell runs again."""
+    algorithm = SET(0.75, update={"freq": 2, "stop": 5})
+    runs = []
+    for _ in range(2):
+        model, optimizer = start(algorithm, plain())
+        fit(model, optimizer, 6)
+        runs.append((algorithm.steps, patterns(model)))
+    assert runs[0] == runs[1]
+    with pytest.raises(ValueError, match="'x' matches no layer"):
+        Group([algorithm, SET(0.5, param_filter="x")]).apply(plain())
+    assert algorithm.steps == 6 and algorithm.optimizers == [optimizer]
+    assert list(algorithm.layers.values()) == layers(model)
+
+
+def test_frozen_layers_keep_their_patterns():
+    model = (algorithm := SET(0.75, update={"freq": 1})).apply(plain())
+    model[2].values.requires_grad_(False)
+    before = patterns(model)
+    fit(model, algorithm.apply(torch.optim.SGD(model[0].parameters(), 1e-2)), 2)
+    assert [a == b for a, b in zip(before, patterns(model), strict=True)] == [False, True]
 
 
 def test_another_algorithm_takes_over():
@@ -498,6 +577,59 @@ def test_densify_refuses_state_of_another_shape():
     with pytest.raises(ValueError, match=r"'exp_avg' of shape \(93,\) for the 96 values"):
         densify_(model, optimizer)
     assert len(layers(model)) == 2
+
+
+class Lists(torch.optim.SGD):
+    """As ZeroRedundancyOptimizer: parameters in a cache of its own."""
+
+    def __init__(self, parameters):
+        super().__init__(parameters, 1e-2)
+        self.cache = [{"params": self.param_groups[0]["params"][:1]}]
+
+
+def densified(make, steps: int):
+    model = Static(0.5).apply(plain())
+    optimizer = make(model.parameters())
+    fit_closed(model, optimizer, steps)
+    return densify_(model, optimizer), optimizer
+
+
+def adopted(make, steps: int):
+    model = plain()
+    optimizer = make(model.parameters())
+    fit_closed(model, optimizer, steps)
+    sparsify_(model, Static(0.5))
+    return model, adopt_values_(optimizer)
+
+
+def fit_closed(model: nn.Module, optimizer, steps: int) -> None:
+    x, y = batch(0)
+
+    def loss() -> torch.Tensor:
+        optimizer.zero_grad()
+        result = F.mse_loss(model(x), y)
+        result.backward()
+        return result
+
+    for _ in range(steps):
+        optimizer.step(loss)
+
+
+@pytest.mark.parametrize("made", [densified, adopted])
+def test_optimizers_that_keep_parameters_in_a_place_of_their_own(made):
+    model, optimizer = made(torch.optim.LBFGS, 0)
+    before = [p.detach().clone() for p in model.parameters()]
+    fit_closed(model, optimizer, 1)
+    assert not any(torch.equal(*pair) for pair in zip(before, model.parameters(), strict=True))
+    with pytest.raises(ValueError, match="optimizer: LBFGS keeps the steps of all parameters"):
+        made(torch.optim.LBFGS, 1)
+    with pytest.raises(ValueError, match="optimizer: Lists keeps parameters in 'cache' too"):
+        made(Lists, 0)
+
+
+def test_densify_refuses_state_of_another_kind():
+    with pytest.raises(ValueError, match="densify_: Adafactor keeps other state for a matrix"):
+        densified(torch.optim.Adafactor, 1)
 
 
 # torch.compile

@@ -53,7 +53,7 @@ def make_bitmap(row_offsets: Tensor, col_indices: Tensor, n: int, k: int) -> Bit
     return Bitmap(words.view(n, row_words), starts.view(n, row_words))
 
 
-_BITS = torch.tensor([byte.bit_count() for byte in range(256)])
+_BITS = torch.tensor([byte.bit_count() for byte in range(256)], device="cpu")
 
 
 def bitmap_of(row_offsets: Tensor, col_indices: Tensor, n: int, k: int) -> Bitmap:

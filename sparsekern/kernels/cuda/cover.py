@@ -118,10 +118,10 @@ class CoverLayout(Layout):
             slices,
             torch.get_num_threads(),
         )
-        steps = torch.empty(slices * windows + 1, dtype=torch.int32)
+        steps = torch.empty(slices * windows + 1, dtype=torch.int32, device="cpu")
         elements, dtype = _record_elements(value_bytes), {2: torch.int16, 1: torch.int8}
-        records = torch.zeros(cover.steps, elements, dtype=dtype[value_bytes])
-        places = torch.empty(indices.shape[0], dtype=torch.int64)
+        records = torch.zeros(cover.steps, elements, dtype=dtype[value_bytes], device="cpu")
+        places = torch.empty(indices.shape[0], dtype=torch.int64, device="cpu")
         cover.write(steps.data_ptr(), records.data_ptr(), places.data_ptr(), value_bytes)
         self.steps, self.places = steps.to(device), places.to(device)
         self.records = records.to(device)

@@ -63,9 +63,8 @@ def _product(row_offsets, col_indices, values, shape, x, bias):
 
 def _csr(row_offsets: Tensor, col_indices: Tensor, values: Tensor, shape) -> Tensor:
     let_torch_warn()
-    return torch.sparse_csr_tensor(
-        row_offsets, col_indices, values.detach(), shape, check_invariants=False
-    )
+    parts = row_offsets, col_indices, values.detach(), shape
+    return torch.sparse_csr_tensor(*parts, device=values.device, check_invariants=False)
 
 
 def _sum_dtype(x: Tensor) -> torch.dtype:

@@ -129,8 +129,8 @@ def _order(row_offsets: Tensor, col_indices: Tensor, k: int) -> tuple[Tensor, Te
     if not order.slots:
         return None
     width = -(-order.slots // MULTIPLE_OF_WIDTH) * MULTIPLE_OF_WIDTH
-    columns = torch.full((width,), -1, dtype=torch.int32)
-    places = torch.empty(end - first, dtype=torch.int32)
+    columns = torch.full((width,), -1, dtype=torch.int32, device="cpu")
+    places = torch.empty(end - first, dtype=torch.int32, device="cpu")
     order.write(columns.data_ptr(), places.data_ptr())
     return columns.clamp(min=0), places  # what an empty one is multiplied with is of no account
 
@@ -272,7 +272,7 @@ def refuse_size(p: Problem) -> str | None:
         return f"it takes N and K in multiples of {MULTIPLE}, M of {MULTIPLE_OF_TOKENS}"
     if k > MOST_COLUMNS:
         return f"it takes inputs of up to {MOST_COLUMNS}"
-    rows = panel_rows(torch.tensor([p.density]), n, k)
+    rows = panel_rows(torch.tensor([p.density], device="cpu"), n, k)
     if rows < least:
         return f"an order of so many values serves {rows} rows, and pays from {least} on"
     return None

@@ -322,7 +322,7 @@ _of_stream: dict[tuple[torch.device, int], Tensor] = {}
 def _zeros(device: torch.device, count: int) -> Tensor:
     """int32 [at least count]."""
     if device.type == "cpu":  # interpreted
-        return torch.zeros(count, dtype=torch.int32)
+        return torch.zeros(count, dtype=torch.int32, device=device)
     if not torch.cuda.is_current_stream_capturing():
         key = device, torch.cuda.current_stream(device).cuda_stream
         if key not in _of_stream or _of_stream[key].shape[0] < count:

@@ -1,0 +1,83 @@
+"""What an optimizer holds of a parameter, for when another one takes its place."""
+
+from collections.abc import Collection, Iterable, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.optim import Optimizer
+
+
+def holders(optimizers: Iterable[Optimizer]) -> list[Optimizer]:
+    """These optimizers and those that they wrap, each with state of its own."""
+    found: dict[int, Optimizer] = {}
+    waiting = list(optimizers)
+    while waiting:
+        optimizer = waiting.pop()
+        if id(optimizer) not in found:
+            found[id(optimizer)] = optimizer
+            for part in vars(optimizer).values():
+                inner = part if isinstance(part, (list, tuple)) else [part]
+                waiting += [o for o in inner if isinstance(o, Optimizer)]
+    return list(found.values())
+
+
+def check_can_swap(optimizer: Optimizer, parameters: Collection[Tensor]) -> None:
+    """ValueError where others cannot take the place of these parameters in the optimizer."""
+    ids = {id(p) for p in parameters}
+    for holder in holders([optimizer]):
+        name = type(holder).__name__
+        if not any(id(p) in ids for group in holder.param_groups for p in group["params"]):
+            continue
+        if isinstance(holder, torch.optim.LBFGS) and holder.state:
+            raise ValueError(
+                f"optimizer: {name} keeps the steps of all parameters in one vector, which cannot "
+                "follow a change of one; make a new optimizer afterwards"
+            )
+        for attribute, kept in _others(holder):
+            inside = [part for part in kept if _is_filled(part)] if type(kept) is list else kept
+            if _has(inside, ids):
+                raise ValueError(
+                    f"optimizer: {name} keeps parameters in {attribute!r} too, where others cannot "
+                    "take their place; make a new optimizer afterwards"
+                )
+
+
+def swap_(optimizer: Optimizer, others: Mapping[Any, Tensor]) -> None:
+    """Put others[p] in the place of each parameter p, without the state: that is the caller's."""
+    for holder in holders([optimizer]):
+        lists = [group["params"] for group in holder.param_groups]
+        lists += [kept for _, kept in _others(holder) if type(kept) is list]
+        for parameters in lists:  # in place: LBFGS goes by the list itself
+            if any(isinstance(p, Tensor) and p in others for p in parameters):
+                parameters[:] = [others.get(p, p) for p in parameters]
+
+
+def _others(optimizer: Optimizer) -> list[tuple[str, Any]]:
+    known = ("param_groups", "state", "defaults")
+    return [(name, kept) for name, kept in vars(optimizer).items() if name not in known]
+
+
+def _is_filled(part: Any) -> bool:
+    return isinstance(part, dict | list | tuple)
+
+
+def _has(kept: Any, ids: set[int]) -> bool:
+    if isinstance(kept, Tensor):
+        return id(kept) in ids
+    if isinstance(kept, dict):
+        return any(_has(part, ids) for pair in kept.items() for part in pair)
+    return isinstance(kept, list | tuple) and any(_has(part, ids) for part in kept)
+
+
+def first_number(optimizer: Optimizer, parameter: Tensor, key: str) -> float:
+    """What an element of the state `key` begins with: zero, but in two optimizers of torch."""
+    setting = None
+    if isinstance(optimizer, torch.optim.Rprop) and key == "step_size":
+        setting = "lr"
+    elif isinstance(optimizer, torch.optim.Adagrad) and key == "sum":
+        setting = "initial_accumulator_value"
+    if setting is None:
+        return 0.0
+    groups = optimizer.param_groups
+    return next(float(g[setting]) for g in groups if any(p is parameter for p in g["params"]))
