@@ -29,7 +29,7 @@ def begin(
     if path.exists() and not saved and not source:
         raise ValueError(f"out: {path} exists already; resume it or choose another folder")
     if config.init_from and not saved:
-        source = load_checkpoint(config.init_from)
+        source = load_checkpoint(config.init_from, "init_from")
     settings = saved["sparsity"] if saved else config.sparsity_settings()
     check_methods(settings)
     with about(path if saved else None):
@@ -47,7 +47,9 @@ def begin(
     text = _text(config, saved or source, tell)
     tell("making the model")
     if saved and saved["data_crc32"] != text.crc32:
-        raise ValueError(f"data: {config.data} changed since {path} was written")
+        raise ValueError(
+            f"data: {config.data} is another text, or changed since {path} was written"
+        )
 
     vocab_size = text.tokenizer.vocab_size
     history = History.of(saved) if saved else History()

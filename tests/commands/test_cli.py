@@ -81,6 +81,8 @@ def test_a_misspelt_flag_gets_the_nearest_of_its_command(command, capsys):
 def test_train_mistakes(tiny, tmp_path, capsys):
     for flag, message in {
         "--algorithm=rigged": "algorithm: expected one of .*static.*, got 'rigged'",
+        "--algorithm=rigle": "magnitude, rigl, set, static, got 'rigle'; did you mean 'rigl'",
+        "--algorithm=RigL": "got 'RigL'; did you mean 'rigl'",
         "--tokenizer=words": "invalid choice: 'words'",
         "--sparsity=2": "sparsity must be at least 0 and below 1, got 2.0; did you mean 0.02",
         "--sparsity=75": "got 75.0; did you mean 0.75[?]$",
