@@ -186,6 +186,8 @@ class Algorithm:
         Layers that are a SparseLinear already keep their pattern. An optimizer that was made before
         the model became sparse gets the values in the place of the dense weights. Where several
         optimizers share the layers, apply each: a step is counted when all of them have made it.
+        Each model takes an algorithm of its own: ValueError for one that changes patterns and
+        follows an optimizer of another model.
         """
         optimizer = unwrapped(target)
         if optimizer is not None:
@@ -211,6 +213,12 @@ class Algorithm:
         if parts is None:
             convert.warn_of_others("apply", model, is_conv1d, is_experts)
             convert.warn_of_attention_and_convolutions("apply", model)
+        mine = {id(layer) for layer in self.layers.values()}
+        if self.moves and self.optimizers and mine.isdisjoint(id(there[name]) for name in names):
+            raise ValueError(
+                f"apply: this {type(self).__name__} follows the optimizer of other layers, and is "
+                f"at their step {self.steps}: make one for each model"
+            )
         for name in names:
             self._family.check(name, there[name].out_features, there[name].in_features)
         if self._prunes_at_first and not prune_again:

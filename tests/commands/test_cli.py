@@ -411,6 +411,20 @@ def test_demo_end_to_end_in_miniature(tmp_path, capfd, monkeypatch):
         assert main(command) == 0
     files = {"report.md", "speedup.png", "loss.png", "dense", "sparse"}
     assert {path.name for path in tmp_path.iterdir()} == files
+    assert main(["demo", f"--out={tmp_path}"]) == 2  # the run was made longer: it stays
+
+
+@pytest.mark.parametrize("name", ["dense", "sparse"])
+def test_the_demo_keeps_the_runs_of_others(tiny, tmp_path, capsys, name):
+    pytest.importorskip("matplotlib")
+    out = tmp_path / "runs"
+    assert main([*tiny, f"--out={out / name}"]) == 0
+    before = (out / name / "checkpoint.pt").read_bytes()
+    capsys.readouterr()
+    message = f"out: {out / name}/checkpoint.pt is not as the demo leaves it"
+    assert message in error_line(capsys, ["demo", f"--out={out}"])
+    assert (out / name / "checkpoint.pt").read_bytes() == before
+    assert not (out / "report.md").exists()
 
 
 def entry(where: str) -> list[str]:
