@@ -228,6 +228,8 @@ class Algorithm:
         now: dict[str, Any] = dict(model.named_modules())
         self.layers = {name: now[name] for name in names}
         note_model_of(self)
+        if self.optimizers:  # the same layers under other names, as in a wrapper
+            self._before_step()
         return model
 
     def chosen_in(self, model: nn.Module) -> set[str]:

@@ -49,7 +49,7 @@ def test_another_model_takes_an_algorithm_of_its_own(parts):
     ):
         algorithm.apply(other)
     assert type(other[0]) is nn.Linear
-    algorithm.apply(model)  # the same layers
+    algorithm.apply(nn.Sequential(model))  # the same layers, wrapped
     step(model, optimizer, 1)
     assert algorithm.steps == 4
 
