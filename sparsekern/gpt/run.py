@@ -68,6 +68,7 @@ class Run:
         self.history = history
         self.path = Path(config.out) / CHECKPOINT
         self._is_its_own = config.resume  # the checkpoint that is there
+        self.loses_at_random = False  # trained weights, at its beginning
         self.lengthened_from = 0  # steps that it had when it was finished before
         self.tell: Callable[[str], None] = print
         self._place(state, path)

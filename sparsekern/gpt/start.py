@@ -8,7 +8,7 @@ from ..files import check_writable
 from .build import build_model
 from .checkpoint import CHECKPOINT, about, load_checkpoint
 from .config import TrainConfig, check_methods
-from .continued import continued
+from .continued import continued, loses_at_random
 from .data import Text, tokenizer_from_state
 from .distributed import Ranks
 from .run import History, Run
@@ -62,8 +62,11 @@ def begin(
         run.lengthened_from = before if config.steps > before else 0
         return run
     if source:
+        is_random = loses_at_random(config, settings, source)
         state, settings = continued(config, settings, source, vocab_size)
-        return Run(config, settings, ranks, text, history, state)
+        run = Run(config, settings, ranks, text, history, state)
+        run.loses_at_random = is_random
+        return run
     state = {"model": build_model(config, vocab_size).state_dict()}
     return Run(config, settings, ranks, text, history, state)
 

@@ -84,6 +84,8 @@ def _plan(run: Run) -> str:
         text += "\n" + lines.graphs(why_eager(run.ranks), is_compiled(config))
     if config.sparsity_config and run.settings is None:
         text += "\n" + lines.no_sparsity(config.sparsity_config)
+    if run.loses_at_random:
+        text += "\n" + lines.random_zeros(config.init_from)
     if run.lengthened_from:
         text += "\n" + lines.longer(config.steps, run.lengthened_from)
     if run.step == config.steps:

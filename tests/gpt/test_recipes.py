@@ -306,6 +306,22 @@ def dense_run(tiny) -> TrainConfig:
     return tiny
 
 
+@pytest.mark.parametrize(
+    ("settings", "is_told"),
+    [
+        ({"sparsity": 0.5}, True),
+        ({"sparsity": 0.5, "init_method": "magnitude"}, False),
+        ({"sparsity": 0.5, "algorithm": "gmp"}, False),
+        ({"dense": True}, False),
+    ],
+)
+def test_trained_weights_go_at_random_with_a_word(dense_run, tmp_path, capsys, settings, is_told):
+    config = dense_config(dense_run, tmp_path, **({"dense": False, "steps": 1} | settings))
+    capsys.readouterr()
+    train.train(config)
+    assert ("zeros  at random places, whatever" in capsys.readouterr().out) == is_told
+
+
 def test_pruning_reaches_its_target_round_by_round(dense_run, tmp_path, capsys):
     out = tmp_path / "pruned"
     arguments = f"--source={dense_run.out} --out={out} --target=0.838 --steps=10 --rounds=3"
