@@ -4,10 +4,10 @@
 
 prints something like
 
-    trained: 8,192 of 106,500 weights
-    loss 1.020 -> 0.153
-    merged exactly: loss 0.153, sparse layers 0
-    merged within the pattern: loss 0.861, sparse layers 2
+    trained: 8,064 of 15,454 weights
+    loss 1.011 -> 0.008
+    merged exactly: loss 0.008, sparse layers 0
+    merged within the pattern: loss 0.988, sparse layers 2
 
 An adapter's change B A is dense. Exactly merged, the layers become dense; within the pattern, what
 lies where nothing is stored is dropped, and the function is another one.

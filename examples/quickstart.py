@@ -36,7 +36,7 @@ difference = (y - x @ (weight * mask).T).abs().max()
 print(f"largest difference from the dense product: {difference:.0e}")
 print(sparsekern.explain(x, W).splitlines()[0])  # which kernel ran, and why no other
 
-# 2. A model. Every nn.Linear becomes sparse, but for those named `head` or `lm_head`.
+# 2. A model. Every nn.Linear becomes sparse, but for heads: here the one that is named `head`.
 model = nn.Sequential()
 model.add_module("up", nn.Linear(512, 1024))
 model.add_module("act", nn.GELU())

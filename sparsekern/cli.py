@@ -131,8 +131,8 @@ def guarded(run: Callable[[], int]) -> int:
     """The exit code of `run`. An error is one line; SPARSEKERN_DEBUG=1 adds its traceback."""
     try:
         return run()
-    except KeyboardInterrupt:
-        print("sparsekern: interrupted", file=sys.stderr)
+    except KeyboardInterrupt as error:
+        print(f"sparsekern: interrupted {error}".rstrip(), file=sys.stderr)
         return 130
     except BrokenPipeError:  # who reads our output has seen enough
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())

@@ -88,11 +88,12 @@ def interrupt_at(monkeypatch: pytest.MonkeyPatch, step: int) -> None:
     monkeypatch.setattr(Batches, "get", interrupted)
 
 
-def interrupt(monkeypatch: pytest.MonkeyPatch, config: TrainConfig, step: int) -> None:
-    """A run that Ctrl-C ends in this step."""
-    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+def interrupt(monkeypatch: pytest.MonkeyPatch, config: TrainConfig, step: int) -> str:
+    """A run that Ctrl-C ends in this step -> what the user is told."""
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt) as stopped:
         interrupt_at(patch, step)
         train(config)
+    return str(stopped.value)
 
 
 def final(config: TrainConfig) -> dict:

@@ -6,6 +6,7 @@ from pathlib import Path
 import torch
 
 from ..extras import require
+from ..files import check_writable
 from ..gpt import demo
 from ..report import demo as demo_report
 from .info import environment
@@ -13,6 +14,10 @@ from .info import environment
 
 def run_demo(out: Path) -> None:
     require("matplotlib", "demo")  # now, not after minutes of measuring
+    sparsities = {"dense": 0.0, "sparse": demo.SPARSITY}
+    for name, sparsity in sparsities.items():
+        demo.refuse_other_runs(out / name, sparsity)
+    check_writable("out", out / "report.md")
     out.mkdir(parents=True, exist_ok=True)
     torch.set_num_threads(demo.THREADS)
     began = time.perf_counter()
@@ -41,7 +46,6 @@ def run_demo(out: Path) -> None:
     show("Kernels", demo_report.kernel_section(timings, shape, threads, missing))
 
     print()
-    sparsities = {"dense": 0.0, "sparse": demo.SPARSITY}
     configs = [demo.train_config(out, s) for s in sparsities.values()]
     steps = demo.time_steps(*configs, dense, say)
     show("One step, in turn", demo_report.steps_section(steps, demo.SPARSITY))

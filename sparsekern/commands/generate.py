@@ -78,7 +78,8 @@ def chosen_device(name: str | None) -> torch.device:
     count = torch.cuda.device_count()
     gpus = ["cuda", *(f"cuda:{i}" for i in range(count))] if count else []
     if name not in (None, "cpu", *gpus):
-        raise ValueError(f"device: expected one of {', '.join(['cpu', *gpus])}, got {name!r}")
+        known = f"one of {', '.join(['cpu', *gpus])}" if gpus else "cpu, this torch sees no GPU"
+        raise ValueError(f"device: expected {known}, got {name!r}")
     return torch.device(name or ("cuda" if count else "cpu"))
 
 

@@ -46,10 +46,13 @@ def is_pretrained(source: str) -> bool:
 
 def _prune_model(**given: Any) -> None:
     threads = given.pop("threads", 0)
+    source = given["source"]
+    is_here = Path(source).exists()
+    what = "is a model" if is_here else "is no folder here, so it is taken for the name of a model"
     for name in given.keys() - {*FOR_MODELS, *OF_MODELS}:
         raise ValueError(
-            f"{name}: for runs of `sparsekern train`, and {given['source']} is a model of "
-            "transformers, which is pruned at once"
+            f"{name}: for runs of `sparsekern train`, and {source} {what} of transformers, which "
+            "is pruned at once"
         )
     if threads:
         torch.set_num_threads(threads)
@@ -61,10 +64,11 @@ def _prune_model(**given: Any) -> None:
         )
     if "sparsity" not in settings:
         raise ValueError(
-            "sparsity: a model of transformers expected one, as --sparsity 0.5, got none"
+            f"sparsity: {source} {what} of transformers, which expected one, as --sparsity 0.5, "
+            "got none"
         )
-    if not Path(settings["source"]).exists():  # asking may take long
+    if not is_here:  # asking may take long
         about = "is no file here: looking for it in the cache of the hub and at huggingface.co"
-        print(f"source: {settings['source']} {about}", file=sys.stderr)
+        print(f"source: {source} {about}", file=sys.stderr)
     report = prune_pretrained(**settings)
     print(f"{report}\n\n{settings['out']} has the model, dense with zeros, and {TABLE}")

@@ -218,7 +218,8 @@ def _pruned(model: str | None) -> tuple[Path, float] | None:
 
 def _density(sparsity: float) -> float:
     if not 0 <= sparsity < 1:
-        raise ValueError(f"sparsity: expected 0 <= sparsity < 1, got {sparsity}")
+        hint = f"; did you mean {sparsity / 100:g}?" if 1 < sparsity < 100 else ""
+        raise ValueError(f"sparsity: expected 0 <= sparsity < 1, got {sparsity}{hint}")
     return 1 - sparsity
 
 

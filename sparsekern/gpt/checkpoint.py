@@ -53,11 +53,21 @@ def save_checkpoint(path: Path, state: dict) -> None:
         torch.save({**state, "format": FORMAT, "digests": found}, file)
 
 
-def load_checkpoint(path: str | Path) -> dict:
-    """Read what `save_checkpoint` wrote; ValueError names what is wrong with anything else."""
+def refuse_anothers(path: Path) -> None:
+    """ValueError where a run that began without a checkpoint finds one there at its first."""
+    if path.exists():
+        raise ValueError(
+            f"out: {path} was written by another run while this one was at work; choose another "
+            "folder"
+        )
+
+
+def load_checkpoint(path: str | Path, name: str = "checkpoint") -> dict:
+    """Read what `save_checkpoint` wrote; ValueError names what is wrong with anything else. `name`:
+    the setting that led to the file, for where nothing is there."""
     path = checkpoint_file(path)
     if not path.is_file():
-        raise FileNotFoundError(f"checkpoint: {path} does not exist")
+        raise FileNotFoundError(f"{name}: {path} does not exist")
     if path.suffix == ".safetensors":
         raise ValueError(
             f"checkpoint: expected the folder of a run or its {CHECKPOINT}, got {path}, which "

@@ -9,6 +9,7 @@ import torch
 
 from .. import sparsity as algorithms
 from ..sparsity import Algorithm, Group
+from ..sparsity.checks import nearest
 from .checkpoint import CHECKPOINT, about, checkpoint_file, load_checkpoint
 from .distributed import check_device
 from .flags import FAMILIES, TrainFlags
@@ -97,10 +98,13 @@ class TrainConfig(TrainFlags):
                 raise ValueError(
                     f"{part.name}: expected one of {', '.join(choices)}, got {value!r}"
                 )
-        if self.algorithm not in algorithms.ALGORITHMS:
-            known = ", ".join(sorted(algorithms.ALGORITHMS))
-            raise ValueError(f"algorithm: expected one of {known}, got {self.algorithm!r}")
         check_method(self.algorithm)
+        if self.algorithm not in algorithms.ALGORITHMS:
+            known = sorted(algorithms.ALGORITHMS.keys() - set(NEED_TEXT))
+            raise ValueError(
+                f"algorithm: expected one of {', '.join(known)}, got {self.algorithm!r}"
+                f"{nearest(self.algorithm, known)}"
+            )
         check_sparsity(self.sparsity)
         if not 0 < self.lr < math.inf:
             raise ValueError(f"lr must be positive and finite, got {self.lr}")
@@ -190,6 +194,7 @@ class TrainConfig(TrainFlags):
 
 # A resumed run may change these; any other change would make it another run.
 FREE_ON_RESUME = (
+    "data",  # where it is: what it holds is compared
     "out",
     "resume",
     "threads",
@@ -229,8 +234,11 @@ def resumed_config(given: dict) -> TrainConfig:
 
     Raises ValueError if `given` would change what the run computes."""
     given = given | {"resume": True}
-    path = Path(given.get("out", TrainConfig.out)) / CHECKPOINT
-    state = load_checkpoint(path)
+    out = Path(given.get("out", TrainConfig.out))
+    if out.is_file():
+        raise ValueError(f"out: expected a folder, {out} is none")
+    path = out / CHECKPOINT
+    state = load_checkpoint(path, "resume")
     if "prune" in state:
         raise ValueError(
             f"resume: {path} was written by prune, which continues by itself; to train its weights "
@@ -257,7 +265,7 @@ def config_from(given: dict) -> TrainConfig:
     """The config of these flags; with `init_from` its shape and tokenizer are those of that run."""
     if given.get("init_from"):
         path = checkpoint_file(given["init_from"])
-        saved = saved_config(path, load_checkpoint(path)["config"])
+        saved = saved_config(path, load_checkpoint(path, "init_from")["config"])
         for name in FROM_SOURCE:
             if name in given and given[name] != getattr(saved, name):
                 raise ValueError(f"{name} is {getattr(saved, name)} in {path}, got {given[name]}")

@@ -31,6 +31,15 @@ def continued(
     return {"model": model.state_dict(), "optimizer": optimizer.state_dict()}, settings
 
 
+def loses_at_random(config: TrainConfig, settings: object, source: dict) -> bool:
+    """Whether trained dense weights go by chance, as masks of a new model are chosen."""
+    if settings is None or any(name.endswith(".values") for name in source["model"]):
+        return False
+    algorithm = config.make_algorithm(settings)
+    parts = algorithm.algorithms if isinstance(algorithm, Group) else [algorithm]
+    return any(part.init_method == "random" and part.target(0) > 0 for part in parts)
+
+
 def _from_sparse(model: GPT, settings: object, config: TrainConfig) -> object:
     """Prune the layers that are sparse already to the sparsity at which the algorithm begins, by
     magnitude, in place. Returns the settings: a gradual schedule of flags begins where the model

@@ -7,6 +7,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterable
+from dataclasses import asdict
 from functools import partial
 from pathlib import Path
 
@@ -19,7 +20,7 @@ from ..tensor import SparseTensor
 from ..terminal import Progress
 from ..testing import interleaved_times, random_mask, relative_error
 from .build import build_model, build_optimizer
-from .checkpoint import CHECKPOINT
+from .checkpoint import CHECKPOINT, load_checkpoint
 from .config import TrainConfig, changed
 from .data import default_source
 from .dense import (
@@ -172,6 +173,20 @@ def train_config(out: Path, sparsity: float, steps: int = STEPS[0]) -> TrainConf
         eval_every=steps // EVALUATIONS,
         checkpoint_every=steps,
     )
+
+
+def refuse_other_runs(out: Path, sparsity: float) -> None:
+    """ValueError where `out` holds a checkpoint of another run than the demo's own, which comes in
+    the place of what is there."""
+    path = out / CHECKPOINT
+    if not path.exists():
+        return
+    saved = load_checkpoint(path)["config"]
+    own = asdict(train_config(out, sparsity, saved["steps"]))
+    if any(saved.get(name) != own[name] for name in own.keys() - {"data", "out", "threads"}):
+        raise ValueError(
+            f"out: {path} is not as the demo leaves it, and would be lost: choose another folder"
+        )
 
 
 def train_in_subprocess(config: TrainConfig, library: str = TORCH) -> dict:

@@ -56,6 +56,13 @@ def no_sparsity(path: str) -> str:
     return f"config {path} has no sparsity block: a dense run"
 
 
+def random_zeros(source: str) -> str:
+    return (
+        f"zeros  at random places, whatever {source} has learnt there; --init-method magnitude "
+        "keeps its largest weights"
+    )
+
+
 def longer(steps: int, before: int) -> str:
     return (
         f"longer the learning rate is that of a run of {steps} steps from here on, changes of the "

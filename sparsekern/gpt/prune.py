@@ -4,6 +4,8 @@ import copy
 import json
 import statistics
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -17,7 +19,13 @@ from ..sparsity.families import TwoWay
 from ..sparsity.gradual import round_sparsity
 from ..sparsity.pattern import places_of
 from ..terminal import Progress
-from .checkpoint import CHECKPOINT, checkpoint_file, load_checkpoint, save_checkpoint
+from .checkpoint import (
+    CHECKPOINT,
+    checkpoint_file,
+    load_checkpoint,
+    refuse_anothers,
+    save_checkpoint,
+)
 from .config import FROM_SOURCE, TrainConfig, saved_config
 from .flags import FAMILIES, PRUNE_METHODS, PruneFlags
 from .flops import flop_ratio
@@ -83,7 +91,9 @@ def prune(config: PruneConfig) -> list[dict]:
     A run that was stopped continues after its last whole round. Raises ValueError where the model
     is sparser than the first round already."""
     if not config.source:
-        raise ValueError("source: expected the folder of a training run")
+        raise ValueError(
+            "source: expected a run of `sparsekern train` or a model of transformers, got none"
+        )
     path = Path(config.out) / CHECKPOINT
     settings = asdict(config)
     rows: list[dict] = []
@@ -116,8 +126,11 @@ def prune(config: PruneConfig) -> list[dict]:
         run = begin(_recovery(config, trained, 0), source, progress.about)
     if rows and state["data_crc32"] != run.text.crc32:
         raise ValueError(f"data: {run.config.data} changed since {path} was written")
-    with Progress(config.steps, sum(row["steps"] for row in rows)) as progress:
+    done = sum(row["steps"] for row in rows)
+    with Progress(config.steps, done) as progress, _telling_what_is_kept(rows):
         run.tell = progress.line
+        if len(rows) > len(targets):
+            progress.line(f"done   all rounds were made before, in {config.out}")
         for index in range(len(rows), len(targets) + 1):
             steps = config.steps * index // len(targets) - sum(row["steps"] for row in rows)
             run.restart(_recovery(config, trained, index, steps), state)
@@ -127,10 +140,12 @@ def prune(config: PruneConfig) -> list[dict]:
             elif run.sparsity >= targets[0]:
                 raise ValueError(
                     f"target: the first round wants sparsity {targets[0]:.4g}, but the model has "
-                    f"{run.sparsity:.4g} already"
+                    f"{run.sparsity:.4g} already: give --targets above it, or --rounds 1"
                 )
             run.evaluate()
             _recover(run, steps, progress)
+            if not rows:
+                refuse_anothers(path)
             rows.append(_row(run, index))
             state = run.state()
             # What `generate` and `train --init-from` take.
@@ -143,6 +158,17 @@ def prune(config: PruneConfig) -> list[dict]:
     run.history.losses = state["losses"]
     run.export()
     return rows
+
+
+@contextmanager
+def _telling_what_is_kept(rows: list[dict]) -> Iterator[None]:
+    """Where Ctrl-C ends it."""
+    try:
+        yield
+    except KeyboardInterrupt as stopped:
+        kept = "the same command goes on after the last whole round"
+        text = f"in round {len(rows)}; {kept}" if rows else "before the first row was written"
+        raise KeyboardInterrupt(text) from stopped
 
 
 def _write_table(path: Path, settings: dict, rows: list[dict]) -> None:
@@ -208,7 +234,7 @@ def _prune(run: Run, config: PruneConfig, target: float, early: dict[str, Tensor
 
 def _load_early(path: str, source: TrainConfig) -> dict[str, Tensor]:
     """The weights of a dense run of the same shape."""
-    state = load_checkpoint(path)
+    state = load_checkpoint(path, "rewind")
     early = saved_config(checkpoint_file(path), state["config"])
     for name in FROM_SOURCE:
         mine, got = getattr(source, name), getattr(early, name)

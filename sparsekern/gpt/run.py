@@ -13,7 +13,7 @@ from torch import Tensor
 from ..weights import save_weights
 from . import lines
 from .build import learning_rate, model_from_state
-from .checkpoint import CHECKPOINT, WEIGHTS, save_checkpoint
+from .checkpoint import CHECKPOINT, WEIGHTS, refuse_anothers, save_checkpoint
 from .config import TrainConfig
 from .data import Text
 from .distributed import Ranks
@@ -68,6 +68,7 @@ class Run:
         self.history = history
         self.path = Path(config.out) / CHECKPOINT
         self._is_its_own = config.resume  # the checkpoint that is there
+        self.loses_at_random = False  # trained weights, at its beginning
         self.lengthened_from = 0  # steps that it had when it was finished before
         self.tell: Callable[[str], None] = print
         self._place(state, path)
@@ -214,13 +215,19 @@ class Run:
         """ValueError where another run has begun to write there meanwhile."""
         state = self.state()
         if self.ranks.rank == 0:
-            if self.path.exists() and not self._is_its_own:
-                raise ValueError(
-                    f"out: {self.path} was written by another run while this one was at work; "
-                    "choose another folder"
-                )
+            if not self._is_its_own:
+                refuse_anothers(self.path)
             save_checkpoint(self.path, state)
             self._is_its_own = True
+
+    def interrupted(self) -> str:
+        """Where it was, and what is there to go on from."""
+        if self._is_its_own and self.path.exists():
+            kept = f"; --resume --out {self.config.out} goes on from its last checkpoint"
+        else:
+            every = f"--checkpoint-every {self.config.checkpoint_every}"
+            kept = f", before the first checkpoint ({every}): nothing was written"
+        return f"at step {self.step}{kept}"
 
     def about(self) -> dict:
         """Metadata of the exported weights: the same, whether the run was resumed or not."""

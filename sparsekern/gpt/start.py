@@ -8,7 +8,7 @@ from ..files import check_writable
 from .build import build_model
 from .checkpoint import CHECKPOINT, about, load_checkpoint
 from .config import TrainConfig, check_methods
-from .continued import continued
+from .continued import continued, loses_at_random
 from .data import Text, tokenizer_from_state
 from .distributed import Ranks
 from .run import History, Run
@@ -29,7 +29,7 @@ def begin(
     if path.exists() and not saved and not source:
         raise ValueError(f"out: {path} exists already; resume it or choose another folder")
     if config.init_from and not saved:
-        source = load_checkpoint(config.init_from)
+        source = load_checkpoint(config.init_from, "init_from")
     settings = saved["sparsity"] if saved else config.sparsity_settings()
     check_methods(settings)
     with about(path if saved else None):
@@ -47,7 +47,9 @@ def begin(
     text = _text(config, saved or source, tell)
     tell("making the model")
     if saved and saved["data_crc32"] != text.crc32:
-        raise ValueError(f"data: {config.data} changed since {path} was written")
+        raise ValueError(
+            f"data: {config.data} is another text, or changed since {path} was written"
+        )
 
     vocab_size = text.tokenizer.vocab_size
     history = History.of(saved) if saved else History()
@@ -60,8 +62,11 @@ def begin(
         run.lengthened_from = before if config.steps > before else 0
         return run
     if source:
+        is_random = loses_at_random(config, settings, source)
         state, settings = continued(config, settings, source, vocab_size)
-        return Run(config, settings, ranks, text, history, state)
+        run = Run(config, settings, ranks, text, history, state)
+        run.loses_at_random = is_random
+        return run
     state = {"model": build_model(config, vocab_size).state_dict()}
     return Run(config, settings, ranks, text, history, state)
 

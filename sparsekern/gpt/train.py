@@ -35,21 +35,10 @@ def train(config: TrainConfig) -> dict:
     with Progress(config.steps, start, is_shown=is_first_rank()) as progress:
         progress.line(_plan(run))
         run.tell = progress.line
-        while run.step < config.steps:
-            run.compute_gradients()
-            # Saved before the update: these weights have just shown a finite loss and gradient.
-            if run.step > start and run.step % config.checkpoint_every == 0:
-                run.save()
-            # A run that was finished before has been evaluated there.
-            if run.step % config.eval_every == 0 and not run.is_evaluated:
-                run.evaluate()
-                progress.line(_evaluation(run))
-            run.update()
-            progress.advance()
-        if start < config.steps:
-            run.evaluate()
-            run.save()
-            progress.line(_evaluation(run))
+        try:
+            _train(run, progress)
+        except KeyboardInterrupt as stopped:
+            raise KeyboardInterrupt(run.interrupted() if is_first_rank() else "") from stopped
         run.export()  # also by a resumed run that was finished: a kill may have come before
         result = _result(run)
         if is_first_rank():
@@ -57,6 +46,26 @@ def train(config: TrainConfig) -> dict:
                 file.write(json.dumps(result, indent=1).encode())
         progress.line(lines.summary(result))
     return result
+
+
+def _train(run: Run, progress: Progress) -> None:
+    """All steps that are left, with their evaluations and checkpoints."""
+    config, start = run.config, run.step
+    while run.step < config.steps:
+        run.compute_gradients()
+        # Saved before the update: these weights have just shown a finite loss and gradient.
+        if run.step > start and run.step % config.checkpoint_every == 0:
+            run.save()
+        # A run that was finished before has been evaluated there.
+        if run.step % config.eval_every == 0 and not run.is_evaluated:
+            run.evaluate()
+            progress.line(_evaluation(run))
+        run.update()
+        progress.advance()
+    if start < config.steps:
+        run.evaluate()
+        run.save()
+        progress.line(_evaluation(run))
 
 
 def _plan(run: Run) -> str:
@@ -75,6 +84,8 @@ def _plan(run: Run) -> str:
         text += "\n" + lines.graphs(why_eager(run.ranks), is_compiled(config))
     if config.sparsity_config and run.settings is None:
         text += "\n" + lines.no_sparsity(config.sparsity_config)
+    if run.loses_at_random:
+        text += "\n" + lines.random_zeros(config.init_from)
     if run.lengthened_from:
         text += "\n" + lines.longer(config.steps, run.lengthened_from)
     if run.step == config.steps:

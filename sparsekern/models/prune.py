@@ -19,6 +19,7 @@ from ..nn import densify_, replace_modules
 from ..nn.heads import heads
 from ..nn.kinds import check_model, refuse_made_anew
 from ..sparsity import Magnitude, SparseGPT, Wanda
+from ..sparsity.checks import share
 from ..sparsity.pruned import PruneReport
 from .as_linears import as_linears
 
@@ -60,7 +61,7 @@ def prune_pretrained(
     """
     if method not in METHODS:
         raise ValueError(f"method: expected one of {', '.join(METHODS)}, got {method!r}")
-    if not 0 < sparsity < 1:
+    if not 0 < share("sparsity", sparsity) < 1:
         raise ValueError(f"sparsity: expected a number above 0 and below 1, got {sparsity}")
     if torch.device(device).type == "cuda" and not torch.cuda.is_available():
         raise ValueError(f"device: expected cpu, as torch sees no GPU here, got {device}")
@@ -210,7 +211,11 @@ def _save(model: Any, tokenizer: Any, source: Path, out: Path, about: dict) -> N
         if tokenizer is not None:
             tokenizer.save_pretrained(made)
         (made / TABLE).write_text(json.dumps(about, indent=1), "utf-8")
-        made.chmod(0o777 & ~_umask())
+        mask = _umask()
+        for path in made.rglob("*"):  # safetensors writes for its owner alone
+            if path.is_file():
+                path.chmod(0o666 & ~mask)
+        made.chmod(0o777 & ~mask)
         if out.exists():
             out.rmdir()
         made.replace(out)

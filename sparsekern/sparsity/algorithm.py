@@ -189,8 +189,9 @@ class Algorithm:
         Layers that are a SparseLinear already keep their pattern. An optimizer that was made before
         the model became sparse gets the values in the place of the dense weights. Where several
         optimizers share the layers, apply each: a step is counted when all of them have made it. A
-        new one for the same values takes the place of the one before, until that steps again; with
-        another model, steps are counted from zero.
+        new one for the same values takes the place of the one before, until that steps again. Each
+        model takes an algorithm of its own: ValueError for one that changes patterns and follows an
+        optimizer of another model.
         """
         optimizer = unwrapped(target)
         if optimizer is not None:
@@ -217,6 +218,12 @@ class Algorithm:
             warn_of_others("apply", model, is_conv1d, is_experts)
             warn_of_matrices("apply", model)
         convert.refuse_unserved({name: there[name] for name in names})
+        mine = {id(layer) for layer in self.layers.values()}
+        if self.moves and self.optimizers and mine.isdisjoint(id(there[name]) for name in names):
+            raise ValueError(
+                f"apply: this {type(self).__name__} follows the optimizer of other layers, and is "
+                f"at their step {self.steps}: make one for each model"
+            )
         for name in names:
             self._family.check(name, there[name].out_features, there[name].in_features)
         if self._prunes_at_first and not prune_again:
@@ -224,13 +231,10 @@ class Algorithm:
             convert.refuse_pruned("apply", [m.weight.detach() for m in dense])
         model = self._sparsify(model, {name: there[name] for name in names})
         now: dict[str, Any] = dict(model.named_modules())
-        layers = {name: now[name] for name in names}
-        if self.layers and not {*self.layers.values()} & {*layers.values()}:
-            # The run of another model.
-            self.optimizers, self.steps, self._stepped = [], 0, set()
-            self._resting = WeakSet()
-        self.layers = layers
+        self.layers = {name: now[name] for name in names}
         note_model_of(self)
+        if self.optimizers:  # the same layers under other names, as in a wrapper
+            self._before_step()
         return model
 
     def chosen_in(self, model: nn.Module) -> set[str]:

@@ -3,6 +3,7 @@
     sparse + sparse, -, *         sparse, an entry where either (for *: both) has one
     sparse * dense, * number      sparse, at the stored places alone: NaN elsewhere do not count
     sparse / number               sparse
+    sparse ** number above 0      sparse
     sparse + dense, - dense       dense
     abs, relu, sqrt ..            sparse: functions that keep zero at zero
     isnan, == ..                  a dense bool tensor
@@ -13,7 +14,7 @@ Gradients flow. Where torch's answer would be full of numbers (W + 1, W / dense,
 
 import operator
 from collections.abc import Callable
-from numbers import Number
+from numbers import Number, Real
 
 import torch
 import torch.nn.functional as F
@@ -145,6 +146,15 @@ def _reflected_div(self, other):
     return _div(other, self)
 
 
+def _pow(input, exponent):
+    if not isinstance(input, SparseTensor) or not (isinstance(exponent, Real) and exponent > 0):
+        raise TypeError(
+            "pow: only of a SparseTensor and a number above 0, which keeps zero at zero: use "
+            "W.to_dense()"
+        )
+    return _checked(input, torch.pow(input.values, exponent))
+
+
 def _unary(name: str) -> Callable:
     func = getattr(torch, name)
 
@@ -200,6 +210,7 @@ for _names, _implementation in {
     ("sub", "subtract"): _sub,
     ("mul", "multiply"): _mul,
     ("div", "divide", "true_divide"): _div,
+    ("pow",): _pow,
     ("mul_",): _mul_,
     ("div_",): _div_,
     ("equal",): _equal,
@@ -214,7 +225,7 @@ TORCH_FUNCTIONS[F.relu] = _relu
 REFLECTED |= {"__rsub__": _reflected_sub, "__rdiv__": _reflected_div}
 
 # Defined here and not in the class, __eq__ leaves the hash: that of the object, as torch's.
-for _name in ("add", "sub", "mul", "truediv", "eq", "ne", "lt", "le", "gt", "ge"):
+for _name in ("add", "sub", "mul", "truediv", "pow", "eq", "ne", "lt", "le", "gt", "ge"):
     _implementation = TORCH_FUNCTIONS[getattr(torch, _name.replace("truediv", "div"))]
     setattr(SparseTensor, f"__{_name}__", _operator(_implementation))
     if hasattr(operator, f"i{_name}"):

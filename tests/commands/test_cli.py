@@ -81,6 +81,8 @@ def test_a_misspelt_flag_gets_the_nearest_of_its_command(command, capsys):
 def test_train_mistakes(tiny, tmp_path, capsys):
     for flag, message in {
         "--algorithm=rigged": "algorithm: expected one of .*static.*, got 'rigged'",
+        "--algorithm=rigle": "magnitude, rigl, set, static, got 'rigle'; did you mean 'rigl'",
+        "--algorithm=RigL": "got 'RigL'; did you mean 'rigl'",
         "--tokenizer=words": "invalid choice: 'words'",
         "--sparsity=2": "sparsity must be at least 0 and below 1, got 2.0; did you mean 0.02",
         "--sparsity=75": "got 75.0; did you mean 0.75[?]$",
@@ -409,6 +411,20 @@ def test_demo_end_to_end_in_miniature(tmp_path, capfd, monkeypatch):
         assert main(command) == 0
     files = {"report.md", "speedup.png", "loss.png", "dense", "sparse"}
     assert {path.name for path in tmp_path.iterdir()} == files
+    assert main(["demo", f"--out={tmp_path}"]) == 2  # the run was made longer: it stays
+
+
+@pytest.mark.parametrize("name", ["dense", "sparse"])
+def test_the_demo_keeps_the_runs_of_others(tiny, tmp_path, capsys, name):
+    pytest.importorskip("matplotlib")
+    out = tmp_path / "runs"
+    assert main([*tiny, f"--out={out / name}"]) == 0
+    before = (out / name / "checkpoint.pt").read_bytes()
+    capsys.readouterr()
+    message = f"out: {out / name}/checkpoint.pt is not as the demo leaves it"
+    assert message in error_line(capsys, ["demo", f"--out={out}"])
+    assert (out / name / "checkpoint.pt").read_bytes() == before
+    assert not (out / "report.md").exists()
 
 
 def entry(where: str) -> list[str]:

@@ -10,7 +10,7 @@ import pytest
 import torch
 from tiny import TEXT, interrupt, nan_at, states_equal, tiny_config
 
-from sparsekern import SparseLinear, Static, densify_, sparsify_
+from sparsekern import SparseLinear, Static, cli, densify_, sparsify_
 from sparsekern.files import atomic_write
 from sparsekern.gpt import flops, profile, train
 from sparsekern.gpt.build import FINAL_LR_SHARE, build_optimizer, learning_rate, load_model
@@ -313,10 +313,24 @@ def test_a_resumed_run_is_the_uninterrupted_one(
     whole = replace(tiny, **settings)
     train.train(whole)
     broken = replace(whole, out=str(tmp_path / "broken"))
-    interrupt(monkeypatch, broken, 10)
+    told = interrupt(monkeypatch, broken, 10)
+    assert told == f"at step 10; --resume --out {broken.out} goes on from its last checkpoint"
     assert len(load_checkpoint(Path(broken.out) / CHECKPOINT)["losses"]) == 8
     train.train(resumed_config({"out": broken.out}))
     assert states_equal(whole, broken)
+
+
+def test_before_the_first_checkpoint_nothing_is_kept(tiny, monkeypatch, capsys):
+    told = "at step 5, before the first checkpoint (--checkpoint-every 9): nothing was written"
+    assert interrupt(monkeypatch, replace(tiny, checkpoint_every=9), 5) == told
+    assert not Path(tiny.out).exists()
+
+    def stopped():
+        raise KeyboardInterrupt(told)
+
+    capsys.readouterr()
+    assert cli.guarded(stopped) == 130
+    assert capsys.readouterr().err == f"sparsekern: interrupted {told}\n"
 
 
 def test_a_bpe_run_resumes_with_its_own_tokenizer(
@@ -418,9 +432,11 @@ def test_of_two_runs_in_a_folder_one_stops(tiny: TrainConfig):
 
 
 def test_resume_errors(tiny: TrainConfig):
-    with pytest.raises(FileNotFoundError, match="checkpoint.pt does not exist"):
+    with pytest.raises(FileNotFoundError, match="^resume: .*checkpoint.pt does not exist"):
         resumed_config({"out": tiny.out})
     train.train(tiny)
+    with pytest.raises(ValueError, match="out: expected a folder, .*checkpoint.pt is none"):
+        resumed_config({"out": str(Path(tiny.out) / CHECKPOINT)})
     with pytest.raises(ValueError, match="width is 32 in .*, got 64; a resumed run keeps it"):
         resumed_config({"out": tiny.out, "width": 64})
     with pytest.raises(ValueError, match="exists already; resume it or choose another folder"):
@@ -428,6 +444,17 @@ def test_resume_errors(tiny: TrainConfig):
     Path(tiny.data).write_text(TEXT.upper())
     with pytest.raises(ValueError, match="changed since .* was written"):
         train.train(resumed_config({"out": tiny.out}))
+
+
+def test_a_run_resumes_where_its_text_was_moved_to(tiny: TrainConfig, tmp_path, monkeypatch):
+    whole = replace(tiny, out=str(tmp_path / "whole"))
+    train.train(whole)
+    interrupt(monkeypatch, tiny, 10)
+    moved = str(Path(tiny.data).rename(tmp_path / "moved.txt"))
+    with pytest.raises(FileNotFoundError, match="data: expected .* does not exist"):
+        train.train(resumed_config({"out": tiny.out}))
+    train.train(resumed_config({"out": tiny.out, "data": moved}))
+    assert states_equal(whole, tiny)
 
 
 @pytest.mark.parametrize(

@@ -115,7 +115,7 @@ def test_what_a_run_takes_from_its_source(tiny, tmp_path):
     assert (config.width, config.layers, config.context) == (32, 2, 16)
     with pytest.raises(ValueError, match="width is 32 in .*, got 64"):
         dense_config(tiny, tmp_path, width=64)
-    with pytest.raises(FileNotFoundError, match="checkpoint.pt does not exist"):
+    with pytest.raises(FileNotFoundError, match="^init_from: .*checkpoint.pt does not exist"):
         config_from({"init_from": str(tmp_path)})
     with pytest.raises(ValueError, match="dense: expected init_from and no sparsity"):
         replace(tiny, dense=True)
@@ -306,6 +306,22 @@ def dense_run(tiny) -> TrainConfig:
     return tiny
 
 
+@pytest.mark.parametrize(
+    ("settings", "is_told"),
+    [
+        ({"sparsity": 0.5}, True),
+        ({"sparsity": 0.5, "init_method": "magnitude"}, False),
+        ({"sparsity": 0.5, "algorithm": "gmp"}, False),
+        ({"dense": True}, False),
+    ],
+)
+def test_trained_weights_go_at_random_with_a_word(dense_run, tmp_path, capsys, settings, is_told):
+    config = dense_config(dense_run, tmp_path, **({"dense": False, "steps": 1} | settings))
+    capsys.readouterr()
+    train.train(config)
+    assert ("zeros  at random places, whatever" in capsys.readouterr().out) == is_told
+
+
 def test_pruning_reaches_its_target_round_by_round(dense_run, tmp_path, capsys):
     out = tmp_path / "pruned"
     arguments = f"--source={dense_run.out} --out={out} --target=0.838 --steps=10 --rounds=3"
@@ -330,7 +346,24 @@ def test_pruning_reaches_its_target_round_by_round(dense_run, tmp_path, capsys):
     assert begin(replace(config, out=str(tmp_path / "on"), batch=4)).sparsity == 0
 
 
-def test_a_stopped_pruning_continues_with_its_next_round(dense_run, tmp_path, monkeypatch):
+def test_of_two_prunings_in_a_folder_one_stops(dense_run, tmp_path, monkeypatch):
+    from sparsekern.gpt import prune as module
+
+    config = PruneConfig(dense_run.out, steps=1, rounds=1, target=0.8, out=str(tmp_path / "a"))
+    recover, written = module._recover, {}
+
+    def other_comes_first(*args):
+        monkeypatch.setattr(module, "_recover", recover)
+        prune(replace(config, target=0.6))
+        written.update({path: path.read_bytes() for path in (tmp_path / "a").iterdir()})
+
+    monkeypatch.setattr(module, "_recover", other_comes_first)
+    with pytest.raises(ValueError, match=r"out: .* was written by another run while"):
+        prune(config)
+    assert written == {path: path.read_bytes() for path in (tmp_path / "a").iterdir()}
+
+
+def test_a_stopped_pruning_continues_with_its_next_round(dense_run, tmp_path, monkeypatch, capsys):
     from sparsekern.gpt import prune as module
 
     config = PruneConfig(dense_run.out, steps=9, rounds=3, target=0.8, out=str(tmp_path / "a"))
@@ -344,14 +377,17 @@ def test_a_stopped_pruning_continues_with_its_next_round(dense_run, tmp_path, mo
             raise KeyboardInterrupt
         recover(run, steps, progress)
 
-    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+    kept = "in round 3; the same command goes on after the last whole round"
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt, match=kept):
         patch.setattr(module, "_recover", interrupted)
         prune(broken)
     assert len(final(broken)["rows"]) == 3
     rows = prune(broken)
     keys = ("sparsity", "loss_before", "loss", "steps")
     assert [[row[k] for k in keys] for row in rows] == [[row[k] for k in keys] for row in whole]
+    capsys.readouterr()
     assert prune(broken) == rows
+    assert capsys.readouterr().out.startswith("done   all rounds were made before")
     with pytest.raises(ValueError, match="target is 0.8 in .*, got 0.9"):
         prune(replace(broken, target=0.9))
 
@@ -408,7 +444,9 @@ def test_pruning_mistakes(settings, message):
 def test_an_impossible_target(tiny, tmp_path):
     train.train(replace(tiny, sparsity=0.75))
     config = PruneConfig(tiny.out, targets="0.5", out=str(tmp_path / "pruned"))
-    with pytest.raises(ValueError, match="first round wants sparsity 0.5, but the model has 0.75"):
+    with pytest.raises(
+        ValueError, match="wants sparsity 0.5, but the model has 0.75 already: give --targets"
+    ):
         prune(config)
 
 

@@ -33,7 +33,7 @@ def test_texts_of_a_file(tmp_path):
     ("settings", "message"),
     [
         ({"method": "best"}, "method: expected one of magnitude, wanda, sparsegpt, got 'best'"),
-        ({"sparsity": 50}, "sparsity: expected a number above 0 and below 1, got 50"),
+        ({"sparsity": 50}, "sparsity: expected a number in .*, got 50; 50 percent is 0.5"),
         ({"dtype": "int8"}, "dtype: expected one of float32, bfloat16, float16, got 'int8'"),
         ({"method": "wanda"}, "calibration: wanda expected texts, or a file of them, got None"),
         ({"calibration": ["a"]}, r"calibration: magnitude expected none, got \['a'\]"),
@@ -70,7 +70,7 @@ def test_the_command_sees_what_it_is_given(tmp_path, capsys):
     assert cli.main([*source, "--algorithm", "wanda", "--calibration", "4"]) == 2
     assert "calibration: a model expected a file of texts, got 4" in capsys.readouterr().err
     assert cli.main(source) == 2
-    assert "sparsity: a model of transformers expected one" in capsys.readouterr().err
+    assert "is a model of transformers, which expected one, as" in capsys.readouterr().err
     (tmp_path / "checkpoint.pt").touch()
     assert not is_pretrained(str(tmp_path))
     assert cli.main([*source, "--calibration", "file.txt"]) == 2
@@ -195,6 +195,14 @@ def test_before_a_name_is_asked_for_it_is_said_that_no_folder_has_it(source, mon
     assert error.endswith(f"asked for {source}")
 
 
+@pytest.mark.parametrize("flag", [[], ["--sparsity=0.5", "--steps=5"]])
+def test_a_misspelt_run_is_not_called_a_model(flag, monkeypatch, tmp_path, capsys):
+    pytest.importorskip("transformers", reason="transformers is not installed")
+    monkeypatch.chdir(tmp_path)
+    assert cli.main(["prune", "--source=rnus/sparse", *flag]) == 2
+    assert "rnus/sparse is no folder here, so it is taken for the name" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize("uneven", ["columns", "rows"])
 @pytest.mark.parametrize("make", [Magnitude, Wanda, SparseGPT])
 @pytest.mark.parametrize("is_sparse", [False, True])
@@ -253,6 +261,8 @@ def test_the_conv1d_of_gpt2(tmp_path):
     (tmp_path / "out").mkdir()
     (tmp_path / "link").symlink_to(tmp_path / "out")
     report = prune_pretrained(tmp_path / "m", tmp_path / "link", 0.75)
+    written = {path.name: path.stat().st_mode for path in (tmp_path / "out").iterdir()}
+    assert written["model.safetensors"] == written["config.json"]
     dense, pruned = (
         transformers.GPT2LMHeadModel.from_pretrained(tmp_path / n) for n in ("m", "out")
     )

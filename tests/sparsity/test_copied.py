@@ -41,6 +41,19 @@ def test_a_copied_algorithm_that_follows_no_optimizer_is_an_error(parts, copied)
     assert parts[0].steps == 5
 
 
+def test_another_model_takes_an_algorithm_of_its_own(parts):
+    algorithm, model, optimizer = parts
+    other = nn.Sequential(nn.Linear(16, 16))
+    with pytest.raises(
+        ValueError, match="this RigL follows .* other layers, and is at their step 3"
+    ):
+        algorithm.apply(other)
+    assert type(other[0]) is nn.Linear
+    algorithm.apply(nn.Sequential(model))  # the same layers, wrapped
+    step(model, optimizer, 1)
+    assert algorithm.steps == 4
+
+
 def test_the_algorithm_of_another_copy_is_named(parts):
     algorithm, model = copy.deepcopy(parts[0]), copy.deepcopy(parts[1])
     with pytest.raises(ValueError, match="the algorithm that was copied with them"):

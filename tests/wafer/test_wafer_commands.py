@@ -180,6 +180,9 @@ def test_every_command_takes_a_machine_of_ones_own(capsys, tmp_path):
 
 
 def test_predict_mistakes(capsys):
+    assert "got 75.0; did you mean 0.75?" in error_line(
+        capsys, "product", "--tokens=1", "--n=1", "--k=1", "--sparsity=75"
+    )
     assert "sparsity: expected 0 <= sparsity < 1, got 1.0" in error_line(
         capsys, "predict", "--sparsity=1"
     )
