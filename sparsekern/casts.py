@@ -6,11 +6,12 @@ casts hang on this cast and go with it. Inside a context nn.Linear does not see 
 weight; here a write that torch counts makes a new cast.
 """
 
+import threading
 import weakref
 
 import torch
 from torch import Tensor
-from torch.autograd import forward_ad
+from torch.autograd import Function, forward_ad
 
 from .ops import in_functorch
 
@@ -94,9 +95,22 @@ def _cast(t, dtype: torch.dtype, casts: _Casts | None):
             return _convert(t, dtype)
     version, address = t._version, t.data_ptr()
     with torch.inference_mode(False), torch.enable_grad():  # a cast outlives these modes
+        held = _Held.apply(t) if threading.active_count() > 1 else None
         cast = _convert(t, dtype)
+        del held
     casts[id(t)] = weakref.ref(t), version, address, cast
     return cast
+
+
+class _Held(Function):
+    """Makes the node that gathers the gradient of a leaf, and keeps it while its result lives.
+
+    A Function makes it with Python's lock held. An operation of torch does not hold that, but wants
+    it while it holds the leaf's: where threads do both, each would wait for the other."""
+
+    @staticmethod
+    def forward(ctx, leaf):
+        return leaf.new_empty(0)
 
 
 def _convert(t, dtype: torch.dtype):

@@ -1,5 +1,7 @@
 """Autocast keeps the casts of parameters for a context: what it must see, and when they go."""
 
+import subprocess
+import sys
 import threading
 import weakref
 
@@ -172,6 +174,31 @@ def test_threads(layer, x):
     for thread in threads:
         thread.join()
     assert not errors
+
+
+def test_threads_with_and_without_a_context_do_not_wait_for_each_other():
+    """A product holds Python's lock when it asks for the node that gathers a leaf's gradient; a
+    cast of that leaf must not want the lock while it makes the node."""
+    script = """
+import sys, threading
+import torch
+from sparsekern import SparseLinear
+
+def run():
+    for _ in range(400):
+        with torch.autocast("cpu", torch.bfloat16):
+            layer(x)
+        layer(x)
+
+sys.setswitchinterval(1e-5)
+layer, x = SparseLinear.from_linear(torch.nn.Linear(6, 5)), torch.randn(3, 6)
+threads = [threading.Thread(target=run) for _ in range(4)]
+for thread in threads:
+    thread.start()
+for thread in threads:
+    thread.join()
+"""
+    subprocess.run([sys.executable, "-c", script], check=True, timeout=300)  # or for ever
 
 
 def test_compiles_whole(layer, x):
