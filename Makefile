@@ -8,7 +8,8 @@ TORCH ?= torch==2.13.0
 # asks for them; those that wait leave their core to the other processes. Its benchmarks are for
 # bench/ alone, where time counts.
 CORES := $(shell nproc)
-PYTEST := OMP_NUM_THREADS=1 OMP_WAIT_POLICY=PASSIVE $(CURDIR)/.venv/bin/python -m pytest
+PYTEST := OMP_NUM_THREADS=1 OMP_WAIT_POLICY=PASSIVE EMULATED=$(CURDIR)/build/emulated \
+  $(CURDIR)/.venv/bin/python -m pytest
 PARALLEL := -n $(CORES) --dist worksteal -p no:benchmark
 
 VENV := .venv

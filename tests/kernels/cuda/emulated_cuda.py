@@ -9,7 +9,9 @@ tensors on the CPU:
 """
 
 import ctypes
+import hashlib
 import os
+import platform
 import shlex
 import shutil
 import subprocess
@@ -40,13 +42,18 @@ def emulator(tmp_path_factory) -> Path:
 
 
 def build_once(tmp_path_factory, name: str, build: Callable[[list[str], Path], None]) -> Path:
-    """What build(compiler, path) makes, in the first of pytest's processes that comes here."""
+    """What build(compiler, path) makes, in the first of pytest's processes that comes here; in the
+    folder EMULATED, which `make` names, of all runs with the same sources."""
     compiler = shlex.split(os.environ.get("CXX", "g++"))
     if sys.platform != "linux" or shutil.which(compiler[0]) is None:
         pytest.skip(f"the emulator needs Linux and a C++ compiler, here {compiler[0]}")
-    folder = tmp_path_factory.getbasetemp()
-    if "PYTEST_XDIST_WORKER" in os.environ:
-        folder = folder.parent
+    if "EMULATED" in os.environ:
+        folder = Path(os.environ["EMULATED"], digest(*compiler))
+        folder.mkdir(parents=True, exist_ok=True)
+    else:
+        folder = tmp_path_factory.getbasetemp()
+        if "PYTEST_XDIST_WORKER" in os.environ:
+            folder = folder.parent
     path = folder / name
     with FileLock(f"{path}.lock"):
         if not path.exists():
@@ -54,6 +61,14 @@ def build_once(tmp_path_factory, name: str, build: Callable[[list[str], Path], N
             build(compiler, part := path.with_name(f"{name}.part"))
             part.rename(path)
     return path
+
+
+def digest(*compiler: str) -> str:
+    """A name of all that is compiled, and how."""
+    told = hashlib.sha256(repr((compiler, FLAGS, AS_CUDA, platform.machine())).encode())
+    for source in sorted([*EMULATOR.glob("*.*"), *SOURCES.glob("*.*")]):
+        told.update(source.name.encode() + source.read_bytes())
+    return told.hexdigest()[:16]
 
 
 def compile_emulator(compiler: list[str], path: Path) -> None:
