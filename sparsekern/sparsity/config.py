@@ -85,7 +85,7 @@ class Group:
             return target
         model: Any = checked_model(target)
         before = [dict(vars(algorithm)) for algorithm in self.algorithms]
-        optimizers = [o for algorithm in self.algorithms for o in algorithm.optimizers]
+        optimizers = [o for algorithm in self.algorithms for o in algorithm.all_optimizers]
         taken: set[str] = set()
         try:
             with unchanged_on_failure(model, optimizers):

@@ -63,7 +63,7 @@ class Magnitude(Fixed):
         self._kept.clear()
         report = PruneReport(notes=left_dense(model, chosen.values()))
         try:
-            with unchanged_on_failure(model, self.optimizers):
+            with unchanged_on_failure(model, self.all_optimizers):
                 self._prune(model, chosen, self._counts(chosen), report)
                 masks = Masks(lambda name, weight: self._kept[name])
                 model = sparsify_(model, masks, lambda module, name: name in self._kept)
@@ -129,7 +129,7 @@ class Magnitude(Fixed):
         mask = mask_of(places, weight)
         new = weight * mask
         if isinstance(module, SparseLinear):
-            set_pattern(module, places, self.optimizers)
+            set_pattern(module, places, self.all_optimizers)
             module.values.copy_(weight.flatten()[places])
         else:
             self._kept[name] = mask
