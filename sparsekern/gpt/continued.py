@@ -4,7 +4,7 @@ import copy
 import warnings
 
 from ..nn import SparseLinear, densify_
-from ..sparsity import GMP, Group, IterativePruning, Magnitude
+from ..sparsity import GMP, Algorithm, Group, IterativePruning, Magnitude
 from .build import build_optimizer, model_from_state
 from .config import TrainConfig
 from .distributed import load_optimizer
@@ -35,9 +35,13 @@ def loses_at_random(config: TrainConfig, settings: object, source: dict) -> bool
     """Whether trained dense weights go by chance, as masks of a new model are chosen."""
     if settings is None or any(name.endswith(".values") for name in source["model"]):
         return False
-    algorithm = config.make_algorithm(settings)
-    parts = algorithm.algorithms if isinstance(algorithm, Group) else [algorithm]
+    parts = _parts(config.make_algorithm(settings))
     return any(part.init_method == "random" and part.target(0) > 0 for part in parts)
+
+
+def _parts(algorithm: Algorithm | Group | None) -> list[Algorithm]:
+    assert algorithm
+    return algorithm.algorithms if isinstance(algorithm, Group) else [algorithm]
 
 
 def _from_sparse(model: GPT, settings: object, config: TrainConfig) -> object:
@@ -47,7 +51,7 @@ def _from_sparse(model: GPT, settings: object, config: TrainConfig) -> object:
     if not any(isinstance(module, SparseLinear) for module in model.modules()):
         return settings
     algorithm = config.make_algorithm(settings)
-    parts = algorithm.algorithms if isinstance(algorithm, Group) else [algorithm]
+    parts = _parts(algorithm)
     # What each takes, it tells when it is applied: to another model of the same weights, whose
     # pattern is not yet that of these settings.
     with warnings.catch_warnings():

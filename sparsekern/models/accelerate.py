@@ -19,7 +19,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..nn.kinds import check_model
+from ..nn.checks import check_model
 from .candidates import LEAST_SPARSITY, Candidate, Marks, scan
 from .example import ROUNDING, SHORT_ROUNDING, Calls, compared
 from .exchange import Exchange

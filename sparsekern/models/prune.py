@@ -16,8 +16,9 @@ from torch import nn
 from ..extras import require
 from ..files import as_path, check_writable
 from ..nn import densify_, replace_modules
+from ..nn.checks import check_model
 from ..nn.heads import heads
-from ..nn.kinds import check_model, refuse_made_anew
+from ..nn.kinds import refuse_made_anew
 from ..sparsity import Magnitude, SparseGPT, Wanda
 from ..sparsity.checks import share
 from ..sparsity.pruned import PruneReport

@@ -1,6 +1,14 @@
-"""Checks of what functions and modules are given: an optimizer, a weight."""
+"""Checks of what functions and modules are given: a model, an optimizer, a weight."""
+
+from typing import Any
 
 from torch import nn
+
+
+def check_model(model: Any) -> None:
+    """TypeError for what is no module."""
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"model: expected a torch.nn.Module, got {type(model).__name__}")
 
 
 def check_optimizer(optimizer: object) -> None:

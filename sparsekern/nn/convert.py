@@ -16,10 +16,9 @@ from ..kernels.derived import forget_captures
 from ..tensor import SparseTensor
 from . import replaced
 from .adapters import without_adapters
-from .checks import check_optimizer
+from .checks import check_model, check_optimizer
 from .heads import HEAD_NAMES, heads
 from .kinds import (
-    check_model,
     has_own_forward,
     is_conv1d,
     is_experts,

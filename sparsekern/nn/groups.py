@@ -5,7 +5,7 @@ from numbers import Real
 
 from torch import nn
 
-from .kinds import check_model
+from .checks import check_model
 from .linear import SparseLinear, value_parameters
 
 

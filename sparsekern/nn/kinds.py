@@ -27,12 +27,6 @@ LIKE_LINEAR = ("FalconLinear",)
 OF_SORTED_ROWS = ("Llama4TextExperts",)
 
 
-def check_model(model: Any) -> None:
-    """TypeError for what is no module."""
-    if not isinstance(model, nn.Module):
-        raise TypeError(f"model: expected a torch.nn.Module, got {type(model).__name__}")
-
-
 def uses_of_parameters(model: nn.Module) -> Counter:
     """How many modules hold each Parameter, or another one of the same memory, by its id."""
     held = [p for m in model.modules() for p in m._parameters.values() if p is not None]

@@ -18,9 +18,9 @@ from ..kernels.cuda.row_scales import check_values_type
 from ..kernels.operands import native
 from ..registered import prepare_spmm_packed, spmm_e4m3, spmm_packed
 from ..tensor import SparseTensor
-from .checks import cannot_be_set
+from .checks import cannot_be_set, check_model
 from .convert import replace_modules
-from .kinds import check_model, refuse_made_anew
+from .kinds import refuse_made_anew
 from .largest import largest_inputs
 from .linear import SparseLinear
 from .shared import SharedInput, refuse_weights, shared_inputs

@@ -19,7 +19,7 @@ from torch.optim.swa_utils import AveragedModel
 
 from ..kernels.derived import versions
 from ..nn import SparseLinear, copies
-from ..nn.kinds import check_model
+from ..nn.checks import check_model
 from .pattern import places_of, set_pattern
 
 INDICES = ("row_offsets", "col_indices")

@@ -15,7 +15,7 @@ from torch.optim import Optimizer
 from ..indices import expand_rows
 from ..kernels.derived import is_captured
 from ..nn import SparseLinear, copies
-from ..nn.kinds import check_model
+from ..nn.checks import check_model
 from ..nn.loading import CAPTURED, end_graphs, resize_, set_indices
 from ..nn.optimizers import first_number, holders
 

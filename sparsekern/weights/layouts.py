@@ -20,8 +20,8 @@ from torch import Tensor, nn
 
 from ..indices import INDEX_LIMIT
 from ..nn import SparseLinear, bitmask
+from ..nn.checks import check_model
 from ..nn.convert import packed_name
-from ..nn.kinds import check_model
 from ..nn.loading import BITMASK, IN_FEATURES, INDICES, SHAPE, TRANSPOSE
 from ..nn.stored import stored_weight, transposed
 from ..tensor import SparseTensor

@@ -311,16 +311,19 @@ def test_states_of_versions_before(device, is_sparse, has_exponents):
         assert torch.equal(of_x + of_w, two_way.exponents.to(of_x)) and two_way.exponents.all()
 
 
+def assert_goes_on_as(model, other, x):
+    for factor in (1, 50, 50):
+        first, second = (step(each, lambda: each(factor * x)) for each in (model, other))  # noqa: B023
+        assert torch.equal(first, second)
+
+
 @pytest.mark.parametrize("is_sparse", [True, False])
 def test_a_pickled_model_goes_on(device, is_sparse):
     model = mlp(device, is_sparse)
     to_float8_(model, every)
     x = torch.randn(TOKENS, WIDTH, device=device)
     step(model, lambda: model(x)), step(model, lambda: model(x))
-    other = pickle.loads(pickle.dumps(model))
-    for factor in (1, 50, 50):
-        first, second = (step(each, lambda: each(factor * x)) for each in (model, other))  # noqa: B023
-        assert torch.equal(first, second)
+    assert_goes_on_as(model, pickle.loads(pickle.dumps(model)), x)
 
 
 def pickled_before(model, *lacking):
@@ -338,10 +341,7 @@ def test_a_model_that_a_version_before_has_pickled_goes_on(device, is_sparse):
     to_float8_(model, every)
     x = torch.randn(TOKENS, WIDTH, device=device)
     step(model, lambda: model(x)), step(model, lambda: model(x))
-    other = pickle.loads(pickled_before(copy.deepcopy(model), "wanted"))
-    for factor in (1, 50, 50):
-        first, second = (step(each, lambda: each(factor * x)) for each in (model, other))  # noqa: B023
-        assert torch.equal(first, second)
+    assert_goes_on_as(model, pickle.loads(pickled_before(copy.deepcopy(model), "wanted")), x)
     without = pickled_before(model, "wanted", "exponents", "is_two_way")
     with pytest.raises(ValueError, match="float8: expected a model with exponents, this one was"):
         pickle.loads(without)
