@@ -171,12 +171,17 @@ class PackedLinear(nn.Module):
         """What a call with x [..., in_features], or with so many tokens, runs: layout and kernel,
         bytes, whether W is written out or dense runs, and how long that took where it was
         measured. `sparsekern.explain(x, layer)` is the same."""
-        m = x if isinstance(x, int) else x.shape[:-1].numel()
-        if not isinstance(x, int) and (x.ndim == 0 or x.shape[-1] != self.in_features):
+        return explain_packed(self._tokens_of(x), self._parts())
+
+    def _tokens_of(self, x: Tensor | int) -> int:
+        """M of a call with x, or that number."""
+        if isinstance(x, int):
+            return x
+        if x.ndim == 0 or x.shape[-1] != self.in_features:
             raise ValueError(
                 f"x: expected [..., {self.in_features}] or a number of tokens, got {tuple(x.shape)}"
             )
-        return explain_packed(m, self._parts())
+        return x.shape[:-1].numel()
 
     def _load_from_state_dict(self, state_dict, prefix, *others):
         refuse_weights(state_dict, prefix, others[-1])
@@ -202,19 +207,23 @@ class PackedLinear(nn.Module):
                 f"PackedLinear: expected x on the weight's GPU, got x on {input.device} and the "
                 f"weight on {self.device}"
             )
-        refuse_derivatives(input)
-        if input.dtype != self.dtype:
-            raise RuntimeError(f"PackedLinear: expected x of dtype {self.dtype}, got {input.dtype}")
-        if input.ndim == 0 or input.shape[-1] != self.in_features:
-            raise RuntimeError(
-                f"PackedLinear: expected x [..., {self.in_features}], got {tuple(input.shape)}"
-            )
+        self._check(input)
         shape, x = input.shape[:-1], input.reshape(input.shape[:-1].numel(), self.in_features)
         if self.layout == TwoOfFourE4m3.name and torch.compiler.is_compiling() and x.numel():
             y = self._traced(x)
         else:
             y = spmm_packed(x, *self._parts(), self.bias)
         return y.view(*shape, self.out_features)
+
+    def _check(self, x: Tensor) -> None:
+        """RuntimeError for x of another type or size, or with a gradient to come."""
+        refuse_derivatives(x)
+        if x.dtype != self.dtype:
+            raise RuntimeError(f"PackedLinear: expected x of dtype {self.dtype}, got {x.dtype}")
+        if x.ndim == 0 or x.shape[-1] != self.in_features:
+            raise RuntimeError(
+                f"PackedLinear: expected x [..., {self.in_features}], got {tuple(x.shape)}"
+            )
 
     def _traced(self, x: Tensor) -> Tensor:
         """y [M, N] in E4M3 for torch.compile: what makes x casts it, and what takes y scales it."""
