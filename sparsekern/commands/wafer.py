@@ -11,6 +11,7 @@ from pathlib import Path
 from ..bench import records
 from ..bench.rates import derive
 from ..files import atomic_write, check_writable
+from ..gpt.flags import percents
 from ..terminal import Progress
 from ..wafer import compare as comparing
 from ..wafer import plots, render, sensitivity
@@ -218,7 +219,7 @@ def _pruned(model: str | None) -> tuple[Path, float] | None:
 
 def _density(sparsity: float) -> float:
     if not 0 <= sparsity < 1:
-        hint = f"; did you mean {sparsity / 100:g}?" if 1 < sparsity < 100 else ""
+        hint = percents(sparsity)
         raise ValueError(f"sparsity: expected 0 <= sparsity < 1, got {sparsity}{hint}")
     return 1 - sparsity
 

@@ -27,7 +27,7 @@ from .checkpoint import (
     save_checkpoint,
 )
 from .config import FROM_SOURCE, TrainConfig, saved_config
-from .flags import FAMILIES, PRUNE_METHODS, PruneFlags
+from .flags import FAMILIES, PRUNE_METHODS, PruneFlags, percents
 from .flops import flop_ratio
 from .run import Run
 from .start import begin
@@ -44,7 +44,7 @@ PRUNE_DTYPES = ("float32", "bfloat16")
 class PruneConfig(PruneFlags):
     def __post_init__(self) -> None:
         if not 0 < self.target < 1:
-            hint = f"; did you mean {self.target / 100:g}?" if 1 < self.target < 100 else ""
+            hint = percents(self.target)
             raise ValueError(
                 f"target: expected a sparsity above 0 and below 1, got {self.target}{hint}"
             )
