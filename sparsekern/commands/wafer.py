@@ -16,7 +16,6 @@ from ..terminal import Progress
 from ..wafer import compare as comparing
 from ..wafer import plots, render, sensitivity
 from ..wafer.balance import Mask
-from ..wafer.cost import Weight
 from ..wafer.gpu import DECODE, GPUS, TRAINING, gpu
 from ..wafer.inputs import ACTIVATIONS, STREAM_FORMATS, Inputs
 from ..wafer.machine import BYTES_PER_ELEM, MACHINES, machine
@@ -28,6 +27,7 @@ from ..wafer.shapes import GPT_SHAPES, GPTShape
 from ..wafer.sweep import MODELS, SPARSITIES, default_batch, sweep
 from ..wafer.sweep import render as render_sweep
 from ..wafer.validation import mesh, pe_kernels, validate
+from ..wafer.weights import Weight
 
 INPUT_FLAGS = {
     "utilisation": "share of the datapath's rate that is reached, calibrated",

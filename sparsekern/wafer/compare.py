@@ -10,7 +10,7 @@ from .inputs import Inputs
 from .machine import Machine
 from .product import FORWARD, INPUT_GRADIENT, WEIGHT_GRADIENT, product_cycles, stream_bytes
 from .shapes import GPTShape
-from .sweep import FULL_TOKENS
+from .sweep import FULL_TOKENS, default_batch
 
 PRODUCTS = {"spmm": FORWARD, "spmm_t": INPUT_GRADIENT, "sddmm": WEIGHT_GRADIENT}
 STEP = "train_step"
@@ -142,9 +142,7 @@ def _step(machine: Machine, inputs: Inputs, source: str, what: str, info: dict) 
     def predicted(batch: int):
         return compare_with_dense(machine, shape, 1 - info["sparsity"], batch, inputs=inputs)
 
-    same, full = (
-        predicted(batch) for batch in (info["batch"], max(1, FULL_TOKENS // shape.sequence))
-    )
+    same, full = (predicted(batch) for batch in (info["batch"], default_batch(shape, 1)))
     return Pair(
         source,
         what,

@@ -54,10 +54,10 @@ def model_shape(name_or_path: str | Path, sequence: int | None = None) -> GPTSha
     `sequence`: tokens of a training sequence in place of the model's. Raises ValueError, which
     names the key, and FileNotFoundError."""
     path = as_path("model", name_or_path, "a name or a path")
-    if str(name_or_path) not in GPT_SHAPES and (path.suffix == ".json" or path.is_dir()):
-        shape = _from_config(path / "config.json" if path.is_dir() else path)
-    elif str(name_or_path) in GPT_SHAPES:
+    if str(name_or_path) in GPT_SHAPES:
         shape = gpt_shape(str(name_or_path))
+    elif path.suffix == ".json" or path.is_dir():
+        shape = _from_config(path / "config.json" if path.is_dir() else path)
     else:
         raise ValueError(
             f"model: expected one of {', '.join(GPT_SHAPES)}, or the config.json of a Hugging Face "

@@ -5,7 +5,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from numbers import Real
 
-from .cost import Comparison, Weight, compare_with_dense, kept_share, step_cost
+from .cost import Comparison, compare_with_dense, step_cost
 from .gpu import DECODE, TRAINING, Gpu, GpuCost, Measured, gpu_cost, measured_speedup
 from .inference import InferenceCost, inference_cost
 from .inputs import RANGES, Inputs
@@ -13,6 +13,7 @@ from .machine import Machine
 from .runs import HELD_OUT, Run, published_errors
 from .shapes import GPTShape
 from .sweep import default_batch
+from .weights import Weight, kept_share
 
 DEFAULT_CONTEXT = 2048  # of decode, where the model's is longer
 
