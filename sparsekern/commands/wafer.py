@@ -41,7 +41,7 @@ from .wafer_flags import (
 PREDICT_FLAGS = ("batch", "systems", "micro_batch", "context", "requests", "pipeline")
 RESULTS = Path("bench/results")
 MEASURED = (*comparing.PRODUCTS, TRAINING, DECODE)  # ops
-MEASURED_HERE = ("*-train-*.csv", "generate-*.csv")  # that predict sets beside
+MEASURED_HERE = ("*-train-*.csv", "*generate-*.csv")  # that predict sets beside
 
 
 def add_commands(
@@ -178,7 +178,7 @@ def _run_predict(**options) -> None:
             weights,
             inputs=inputs,
             gpus=beside,
-            results={path.stem: _measured(path) for path in _measured_here()} if beside else {},
+            results=_measured_here() if beside else {},
             **{name: options[name] for name in PREDICT_FLAGS},
         )
     print(render.render(found))
@@ -191,8 +191,12 @@ def _run_predict(**options) -> None:
     _write_json(options["json"], render.as_dict(found))
 
 
-def _measured_here() -> list[Path]:
-    return sorted(path for pattern in MEASURED_HERE for path in RESULTS.glob(pattern))
+def _measured_here() -> dict[str, list[dict]]:
+    """Measured cases by the name of their table, the newest first."""
+    paths = sorted(path for pattern in MEASURED_HERE for path in RESULTS.glob(pattern))
+    tables = {path.stem: _measured(path) for path in paths}
+    newest = sorted(tables, key=lambda name: tables[name][0], reverse=True)
+    return {name: tables[name][1] for name in newest}
 
 
 def _run_sweep(**options) -> None:
@@ -276,7 +280,7 @@ def _run_compare(**options) -> None:
     paths = options["results"] or sorted(RESULTS.glob("*.csv"))
     if not paths:
         raise ValueError(f"results: none in {RESULTS}; give --results")
-    results = {path.stem: _measured(path) for path in paths}
+    results = {path.stem: _measured(path)[1] for path in paths}
     masks = {"mask_of": options["benchmark_mask"]} if options["masks"] == comparing.ACTUAL else {}
     with Progress(comparing.count(results, options["match"]), unit="measurement") as progress:
         pairs = comparing.compare(
@@ -291,15 +295,17 @@ def _run_compare(**options) -> None:
     _write_json(options["json"], [pair.as_dict() for pair in pairs])
 
 
-def _measured(path: Path) -> list[dict]:
-    """The cases of a table in which dense was timed too, each with the GPU it ran on."""
+def _measured(path: Path) -> tuple[str, list[dict]]:
+    """The day of a table, and its cases in which dense was timed too, each with the GPU it ran
+    on."""
     try:
         run = records.read(path)
         cases = [derive(case) for case in records.cases(run.records) if case.get("op") in MEASURED]
     except (FileNotFoundError, ValueError) as error:
         raise type(error)(f"results: {error}") from error
     device = (run.about.get("machine") or {}).get("gpu") or ""
-    return [case | {"gpu": device} for case in cases if "speedups" in case]
+    found = [case | {"gpu": device} for case in cases if "speedups" in case]
+    return run.about.get("date", ""), found
 
 
 def _run_sensitivity(**options) -> None:

@@ -66,7 +66,7 @@ def predict(
     `batch`: by default each system is full; `context`: tokens in the cache of each of `requests`
     requests that decode together on a `pipeline` of systems; `gpus` stand beside, with speed-ups
     from `results`: measured cases (bench/rates.py, and the `gpu` of each) by the name of their
-    table. Raises ValueError, which names the argument."""
+    table; of those alike the first counts. Raises ValueError, which names the argument."""
     if not isinstance(machine, Machine):
         raise TypeError(f"machine: expected what machine(name) gives, got {machine!r}")
     if not isinstance(shape, GPTShape):
@@ -99,8 +99,8 @@ def predict(
             device,
             gpu_cost(device, shape, batch, systems, inputs, context),
             *(
-                measured_speedup(device, results or {}, op, shape, 1 - kept, inputs.precision)
-                for op in (TRAINING, DECODE)
+                measured_speedup(device, results or {}, op, shape, 1 - kept, inputs.precision, n)
+                for op, n in ((TRAINING, shape.sequence), (DECODE, context))
             ),
         )
         for device in gpus
