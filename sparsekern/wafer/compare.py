@@ -93,13 +93,19 @@ def _ours(case: dict) -> list[str]:
 def _what_product(case: dict, kernel: str) -> str:
     how = f"{case['threads']} threads" if case["threads"] else kernel
     parts = [f"{case['op']} {case['N']}x{case['K']}", f"{case['M']} tokens", case["dtype"], how]
-    parts += ["cold"] * case["is_cold"] + [case["mask"]] * (case["mask"] != "random")
-    return ", ".join(parts)
+    return ", ".join([*parts, *["cold"] * case["is_cold"], *_mask_of(case)])
 
 
 def _what_step(case: dict) -> str:
     where = f"{case['threads']} threads" if case["threads"] else "GPU"
-    return f"{STEP} {case['model']}, {case['M']} tokens, {where}"
+    parts = [f"{STEP} {case['model']}", f"{case['M']} tokens", where]
+    return ", ".join([*parts, *_mask_of(case)])
+
+
+def _mask_of(case: dict) -> list[str]:
+    """Its name, where it is not as most are."""
+    mask = case.get("mask", "random")
+    return [] if mask == "random" else [mask]
 
 
 def _product(
