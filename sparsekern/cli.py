@@ -138,7 +138,7 @@ def guarded(run: Callable[[], int]) -> int:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 141
     except Exception as error:
-        if os.environ.get("SPARSEKERN_DEBUG"):
+        if os.environ.get("SPARSEKERN_DEBUG") == "1":
             traceback.print_exc()
         print(f"sparsekern: error: {in_one_line(error)}", file=sys.stderr)
         return 2 if isinstance(error, MISTAKES) else 1

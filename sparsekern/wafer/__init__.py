@@ -5,8 +5,9 @@
     found = predict(machine("wse2"), model_shape("gpt3-xl"), density=0.25)
     print(found.step.speedup_range, found.step_s)
 
-No module of it imports torch, nor do the commands; `import sparsekern.wafer` does, for the package
-around it. docs/guide/wafer.md is the guide, docs/math.md has the derivations.
+No module of it imports torch, nor do the commands, but to read a checkpoint and to make the masks
+of a measurement again; `import sparsekern.wafer` does, for the package around it.
+docs/guide/wafer.md is the guide, docs/math.md has the derivations.
 """
 
 from .balance import Mask
