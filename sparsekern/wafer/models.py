@@ -66,13 +66,20 @@ def model_shape(name_or_path: str | Path, sequence: int | None = None) -> GPTSha
     return shape if sequence is None else replace(shape, sequence=sequence)
 
 
-def _from_config(path: Path) -> GPTShape:
+def _read(path: Path) -> dict:
     if not path.is_file():
         raise FileNotFoundError(f"model: {path} does not exist")
     try:
         config = json.loads(path.read_text(encoding="utf-8"))
     except ValueError as error:
         raise ValueError(f"model: {path} is not JSON: {error}") from None
+    if not isinstance(config, dict):
+        raise ValueError(f"model: {path}: expected an object, got {type(config).__name__}")
+    return config
+
+
+def _from_config(path: Path) -> GPTShape:
+    config = _read(path)
 
     def wrong(key: str, expected: str, got: object) -> ValueError:
         return ValueError(f"model: {path}: {key}: expected {expected}, got {got!r}")
@@ -87,8 +94,6 @@ def _from_config(path: Path) -> GPTShape:
             raise wrong(key, "a whole number above 0", config[key])
         return config[key]
 
-    if not isinstance(config, dict):
-        raise ValueError(f"model: {path}: expected an object, got {type(config).__name__}")
     for key in REFUSED:
         if config.get(key):
             raise wrong(key, "none (such layers are not modelled)", config[key])
