@@ -120,7 +120,7 @@ def add_commands(
     added.add_argument("--data", type=Path, help="folder of the CSV files of pr0f3ss/SpMM_Cerebras")
 
     added = command("compare", _run_compare, "measured speed-ups beside the wafer's")
-    added.add_argument("--results", type=Path, nargs="+", help=f"tables ({RESULTS}/*.csv)")
+    added.add_argument("--results", type=Path, nargs="+", help=f"tables, or folders ({RESULTS})")
     added.add_argument("--match", default="", help="only measurements with this in their name")
     added.add_argument(
         "--masks",
@@ -277,7 +277,7 @@ def _run_validate(**options) -> int:
 
 
 def _run_compare(**options) -> None:
-    paths = options["results"] or sorted(RESULTS.glob("*.csv"))
+    paths = [path for given in options["results"] or [RESULTS] for path in _tables(given)]
     if not paths:
         raise ValueError(f"results: none in {RESULTS}; give --results")
     results = {path.stem: _measured(path)[1] for path in paths}
@@ -293,6 +293,11 @@ def _run_compare(**options) -> None:
         )
     print(comparing.render(pairs))
     _write_json(options["json"], [pair.as_dict() for pair in pairs])
+
+
+def _tables(path: Path) -> list[Path]:
+    """Those of a folder, or the one itself."""
+    return sorted(path.glob("*.csv")) if path.is_dir() or path == RESULTS else [path]
 
 
 def _measured(path: Path) -> tuple[str, list[dict]]:

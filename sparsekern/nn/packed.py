@@ -169,7 +169,11 @@ class PackedLinear(nn.Module):
 
     def _tokens_of(self, x: Tensor | int) -> int:
         """M of a call with x, or that number."""
-        if isinstance(x, int):
+        if not isinstance(x, Tensor):
+            if type(x) is not int or x < 0:
+                raise ValueError(
+                    f"x: expected a Tensor or a number of tokens of at least 0, got {x!r}"
+                )
             return x
         if x.ndim == 0 or x.shape[-1] != self.in_features:
             raise ValueError(

@@ -344,6 +344,7 @@ def test_compare_takes_products_of_a_gpu(capsys, tmp_path, monkeypatch):
     folder = tmp_path / "bench" / "results"
     records.write(folder / "gpu.csv", {}, records.flat([cell | {"ways": ways}]))
     monkeypatch.chdir(tmp_path)
+    assert "few_tokens" in run(capsys, "compare", "--results", str(folder))
     out = run(capsys, "compare", "--json=pairs.json")
     assert "spmm 96x64, 8 tokens, bfloat16, few_tokens, cold" in out
     pairs = json.loads(Path("pairs.json").read_text())
