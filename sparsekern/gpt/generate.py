@@ -206,7 +206,7 @@ class Decoder:
         first = max(0, end - self._block_size)
         self._append(self._of_prompt(self.tokens[:, first:end], self._cache, None))
 
-    def _append(self, logits: Tensor) -> None:  # [B, T, V]
+    def _append(self, logits: Tensor) -> None:  # [B, 1, V]
         self._position += 1
         self.tokens.index_copy_(1, self._position, self._sample(logits[:, -1]))
         self._length += 1

@@ -46,8 +46,10 @@ def test_a_packed_model_is_the_same_function(dtype):
     assert "1 tokens -> lanes" in sparsekern.explain(1, packed)
     assert "written out" in packed[0].explain(torch.zeros(4, 128, 130))
     for wrong in (-1, 1.5, True):
-        with pytest.raises(ValueError, match=f"x: expected .* tokens of at least 0, got {wrong}"):
-            sparsekern.explain(wrong, packed)
+        for explain in (lambda x: sparsekern.explain(x, packed), packed[0].explain):
+            told = f"x: expected .* tokens of at least 0, got {wrong}"
+            with pytest.raises(ValueError, match=told):
+                explain(wrong)
 
 
 CHANGES = {
