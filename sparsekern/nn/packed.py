@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 from torch.autograd import forward_ad
 
+from ..casts import is_any_autocast_enabled, wanted_dtype
 from ..kernels.cpu.lanes import pack as pack_for_cpu
 from ..kernels.cuda import e4m3
 from ..kernels.cuda.choose import pack_for
@@ -49,7 +50,8 @@ class PackedLinear(nn.Module):
     form; above, it is written out for each call, unless a dense copy is kept. A two-way pattern
     that is packed for many tokens runs on sparse tensor cores, in 0.56 of the bytes, or 0.31 in
     E4M3, with x cast in each call; some free places count as 0 times x then: an infinity or NaN
-    makes NaN, in E4M3 of the whole token. No gradient, and no way back to CSR: keep the checkpoint.
+    makes NaN, in E4M3 of the whole token. Under autocast the result has its dtype, as of nn.Linear,
+    and the product that of W. No gradient, and no way back to CSR: keep the checkpoint.
     Not for two CUDA streams at the same time (kernels/cuda/few_tokens.py says why). Its buffers are
     in no state_dict. Each call checks their types and sizes, but not what stands in them: to
     average or write them by hand may lead a kernel anywhere. `layout` names what is held; explain()
@@ -185,6 +187,13 @@ class PackedLinear(nn.Module):
         refuse_weights(state_dict, prefix, others[-1])
 
     def forward(self, input: Tensor) -> Tensor:  # the name that nn.Linear gives x
+        if _is_compiling() or is_any_autocast_enabled():
+            dtype = wanted_dtype(input)
+            if dtype is not None:
+                return self._call(input.to(self.dtype)).to(dtype)
+        return self._call(input)
+
+    def _call(self, input: Tensor) -> Tensor:
         if native is None or _is_compiling():
             return self._multiply(input)
         y = native.call_packed(self._calls, self._buffers, input)
