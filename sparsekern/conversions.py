@@ -95,8 +95,13 @@ def torch_parts(t: Tensor) -> Parts:
     check_values("values", stored, ndim=3 if t.layout == torch.sparse_bsr else 1)
     if t.layout == torch.sparse_csr:
         return Parts(t.crow_indices(), t.col_indices(), t.values(), tuple(t.shape))
-    rows, cols, values = _COORDINATES[t.layout](t)
     n, k = t.shape
+    check_limit("N", n)
+    check_limit("K", k)
+    rows, cols, values = _COORDINATES[t.layout](t)
+    if rows.numel() and not 0 <= rows.min() <= rows.max() < n:
+        got = f"{rows.min().item()} to {rows.max().item()}"
+        raise ValueError(f"t: expected its rows to lie in [0, {n}), got {got}")
     order = (rows.long() * k + cols).argsort()
     return Parts(count_rows(rows, n), cols[order], values[order], (n, k))
 

@@ -241,7 +241,7 @@ def gradients(op: str, ctx, h: Tensor, needs: tuple[bool, bool, bool]) -> tuple:
     if needs[1]:
         product = spmm_t if op == "spmm" else spmm
         da = product(row_offsets, col_indices, values, n, k, rows)
-        da = da if h.dim() == 2 else da.reshape(*h.shape[:-1], -1)
+        da = da if h.dim() == 2 else da.reshape(*h.shape[:-1], da.shape[-1])
     return dvalues, da, dbias
 
 

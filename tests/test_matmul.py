@@ -384,6 +384,20 @@ def test_bias(bias, shape):
     agree(lambda: F.linear(x, W, bias), lambda: F.linear(x, sparse(W), bias))
 
 
+@pytest.mark.parametrize("shape", [(0, 3), (2, 0, 3), (0, 2, 3), (1, 0, 2, 3)], ids=str)
+def test_gradients_of_no_tokens(shape):
+    """Of any of the operands, of the others when these are frozen too."""
+    for needs in range(1, 8):
+        values, x, bias = sparse(W).values, torch.randn(shape).double(), torch.randn(4).double()
+        leaves = [t for i, t in enumerate((values, x, bias)) if needs >> i & 1]
+        w = sparse(W)._with_values(values, False)
+        for t in leaves:
+            t.requires_grad_()
+        y = F.linear(x, w, bias)
+        for leaf, gradient in zip(leaves, torch.autograd.grad(y.sum(), leaves), strict=True):
+            assert torch.equal(gradient, torch.zeros_like(leaf))
+
+
 def test_bias_shapes_that_torch_broadcasts_are_refused():
     x = torch.randn(2, 3, dtype=torch.float64)
     for shape in ((), (1,), (2, 4)):

@@ -361,6 +361,17 @@ def test_from_torch_refuses():
     for wrong in (torch.ones(2, 3, 4).to_sparse_csr(), W34.to_sparse(1)):
         with pytest.raises(ValueError, match="t: expected 2 sparse dimensions, got shape"):
             SparseTensor.from_torch(wrong)
+    two, unchecked = torch.ones(2), {"check_invariants": False}
+    for rows, shape, text in (
+        ([0, 5], (3, 4), "t: expected its rows to lie in [0, 3), got 0 to 5"),
+        ([-1, 0], (3, 4), "t: expected its rows to lie in [0, 3), got -1 to 0"),
+        ([0, 2**33], (2**33 + 1, 4), "N: expected 0 <= N < 2**31"),
+    ):
+        coo = torch.sparse_coo_tensor(torch.tensor([rows, [0, 1]]), two, shape, **unchecked)
+        csc = torch.tensor([0, 1, 2, 2, 2]), torch.tensor(rows), two, shape
+        for wrong in (coo, torch.sparse_csc_tensor(*csc, **unchecked)):
+            with pytest.raises(ValueError, match=re.escape(text)):
+                SparseTensor.from_torch(wrong)
 
 
 def test_strided_indices_are_made_contiguous():

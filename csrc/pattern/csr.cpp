@@ -106,12 +106,15 @@ bool Witness::recognises(const Csr& w) {
 bool Witness::learn(const Csr& w, const Snapshot& snapshot) {
   const uint64_t hash = snapshot.hash();
   const Csr own = snapshot.csr();
+  // First what memory may lack for: nothing recognises half of a pattern.
+  std::vector<int32_t> row_offsets(own.row_offsets, own.row_offsets + own.n + 1);
+  std::vector<int32_t> sample = take_sample(own);
   const bool is_same = has_seen_ && hash == hash_;
   has_seen_ = true;
   hash_ = hash;
   row_version_ = w.row_version, col_version_ = w.col_version;
-  row_offsets_.assign(own.row_offsets, own.row_offsets + own.n + 1);
-  sample_ = take_sample(own);
+  row_offsets_.swap(row_offsets);
+  sample_.swap(sample);
   return is_same;
 }
 

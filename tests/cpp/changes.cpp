@@ -4,6 +4,7 @@
 #include <array>
 #include <atomic>
 #include <cstdint>
+#include <cstdlib>
 #include <functional>
 #include <limits>
 #include <new>
@@ -22,6 +23,22 @@
 #include "packing/cover.h"
 #include "packing/order.h"
 #include "support.h"
+
+namespace {
+std::atomic<int64_t> allocations_left{-1};  // before one fails; below 0 none does
+}
+
+void* operator new(size_t bytes, const std::nothrow_t&) noexcept {
+  const bool fails = allocations_left >= 0 && allocations_left-- == 0;
+  return fails ? nullptr : std::malloc(bytes ? bytes : 1);
+}
+void* operator new(size_t bytes) {
+  void* made = operator new(bytes, std::nothrow);
+  if (!made) throw std::bad_alloc();
+  return made;
+}
+void operator delete(void* made) noexcept { std::free(made); }
+void operator delete(void* made, size_t) noexcept { std::free(made); }
 
 namespace test {
 namespace {
@@ -310,6 +327,30 @@ void check_sizes() {
   expect(is_refused([&] { pattern.compressed(wide, sk::Format::kColumns); }), "columns in 16 bits");
 }
 
+// Wherever memory lacks, the same call succeeds once there is some, with the pattern of then.
+void check_lack_of_memory() {
+  for (int64_t left = 0, failed = 1; failed; left++) {
+    Weight w;
+    sk::Pattern pattern(kRows, kCols, w.nnz());
+    auto make = [&] {
+      pattern.schedule(w.csr(), false, 16, 16);
+      return pattern.compressed(w.csr(), sk::Format::kColumns);
+    };
+    for (int turn = failed = 0; turn < 2; turn++) {
+      allocations_left = left;
+      try {
+        make();
+      } catch (const std::bad_alloc&) {
+        failed++;
+      }
+      allocations_left = -1;
+      expect(std::equal(w.cols.begin(), w.cols.end(), make()->cols.begin()), "the columns of now");
+      w.cols[w.movable()]++;
+      w.col_version++;
+    }
+  }
+}
+
 }  // namespace
 
 void check_changes() {
@@ -320,6 +361,7 @@ void check_changes() {
   check_eviction();
   check_errors_in_threads();
   check_sizes();
+  check_lack_of_memory();
 }
 
 }  // namespace test

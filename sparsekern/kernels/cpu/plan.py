@@ -15,6 +15,7 @@ from .machine import Machine
 
 SMALL_WORK = 2**18  # multiply-adds below which a second thread costs more than it gives
 LONGEST_SUM = 96  # non-zeros added up one by one, so that rounding errors stay small
+LEAST_FULL = 8  # times the rows of a block are as many as a column has for a non-zero, or more
 LEAST_LANES = 8  # of registers with pairs of bfloat16: smaller ones were not measured
 FEW_TILES, LONG_SEGMENT = 4, 32  # values are read in place for no more, and no fewer in a row
 WIDEST = 8  # vectors in a panel's row: their accumulators fill a register file of 16
@@ -82,7 +83,9 @@ def make_plan(p: Problem, machine: Machine, threads: int) -> Plan:
       the same for any number of threads. More than two threads are taken to share an L1 in pairs,
       which a virtual machine does not show: the widest tiles are then halved, which sums in the
       same order.
-    - A row block's y panel stays in L2.
+    - A row block's y panel stays in L2, and a column block of x near L1, unless blocks would be
+      nearly empty: to make a schedule takes time for each row in each column block, and for spmm_t
+      for each row of W in each row block of W^T, whether it holds anything or not.
     - Few tiles do not pay for values in walking order, if a row has some lines of them in a block.
     """
     n, k = (p.K, p.N) if p.op == "spmm_t" else (p.N, p.K)
@@ -106,7 +109,6 @@ def make_plan(p: Problem, machine: Machine, threads: int) -> Plan:
     if not is_sddmm:  # narrow panels deal a segment out to several sums
         sets = 2 if pairs and machine.has_dots else {1: 4, 2: 2}.get(vecs, 1)
         cols = min(cols, int(LONGEST_SUM * sets / max(p.density, 1e-9)))
-    cols = min(max(cols, 16), 65536)
 
     row_parts = col_parts = 1
     if is_sddmm:
@@ -114,10 +116,13 @@ def make_plan(p: Problem, machine: Machine, threads: int) -> Plan:
         row_parts, col_parts = min(grids, key=lambda grid: n / grid[0] + k / grid[1])
     elif left := -(-p.M // width) % threads:
         row_parts = -(-threads // left)
+    of_one = int(1 / max(p.density, 1e-9))  # columns of a row that hold a non-zero
+    cols = min(max(cols, 16, min(of_one, -(-k // col_parts))), 65536)
     y_bytes = min(196608, machine.l2_bytes * 3 // 8 or 196608)
     part_rows = max(1, -(-n // row_parts))
     row_bytes = width * (element_bytes if is_sddmm else real_bytes)
-    blocks = -(-part_rows // min(y_bytes // row_bytes, 65536))
+    most_rows = max(y_bytes // row_bytes, of_one // LEAST_FULL)
+    blocks = -(-part_rows // min(most_rows, 65536))
     rows = -(-part_rows // blocks)
     in_place = p.op == "spmm" and p.dtype != torch.bfloat16 and _feeds(p, machine)
     in_place &= p.M <= FEW_TILES * vecs * lanes and cols * p.density >= LONG_SEGMENT

@@ -104,7 +104,8 @@ def _spmm(row_offsets, col_indices, values, n, k, x, bias=None, config=None):
         AHEAD=config.ahead,
         **_constants(config, x.dtype),
     )
-    mend(row_offsets, col_indices, values, n, k, x, bias, y)
+    if nnz < n * k:
+        mend(row_offsets, col_indices, values, n, k, x, bias, y)
     return y
 
 
@@ -167,6 +168,7 @@ def _spmm_cover(row_offsets, col_indices, values, n, k, x, bias=None, split=None
         UPCAST=_device().INTERPRETED and x.dtype == torch.bfloat16,
         **COVER_OPTIONS,
     )
+    # Of a full W too: slots without values have columns of it.
     mend(row_offsets, col_indices, values, n, k, x, bias, y)
     return y
 
@@ -188,7 +190,8 @@ def _spmm_t(row_offsets, col_indices, values, n, k, dy, bias=None, config=None):
         HAS_BIAS=bias is not None,
         **_constants(config, dy.dtype),
     )
-    mend_t(row_offsets, col_indices, values, n, k, dy, bias, dx)
+    if nnz < n * k:
+        mend_t(row_offsets, col_indices, values, n, k, dy, bias, dx)
     return dx
 
 
@@ -226,8 +229,6 @@ def mend(
 ) -> None:
     """y = x W^T + bias: what is infinite or NaN in it anew, in place, from the stored values. The
     indices are the caller's, which were checked."""
-    if len(values) == n * k:
-        return
     device = _device_mend()
     device.mend_kernel[(x.shape[0] * -(-n // device.ROWS),)](
         row_offsets,
@@ -254,8 +255,6 @@ def mend_t(
     dx: Tensor,
 ) -> None:
     """The same of dx = dy W + bias."""
-    if len(values) == n * k:
-        return
     bitmap = bitmap_of(row_offsets, col_indices, n, k)
     _device_mend().mend_t_kernel[(dy.shape[0] * bitmap.tiles,)](
         *_matrix(bitmap),

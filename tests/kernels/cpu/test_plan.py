@@ -58,12 +58,26 @@ def test_threads_do_not_change_the_order_of_sums(problem, machine, threads):
 
 @given(problems(), machines, threads)
 def test_panels_stay_within_their_bound(problem, machine, threads):
-    """The x panel of a tile is K or N rows of at most 512 bytes, the y panel 192 KiB."""
+    """The x panel of a tile is K or N rows of at most 512 bytes, the y panel 192 KiB, or more where
+    W is nearly empty."""
     plan = make_plan(problem, machine, threads)
     width = plan.vecs * machine.lanes * (1 + plan.pairs) // plan.tile_parts
     assert width * (2 if plan.pairs else 4) <= 512
     y_bytes = 2 if plan.pairs and problem.op == "sddmm" else 4
-    assert plan.rows * width * y_bytes <= 196608 or plan.rows == 1
+    most = max(1, 196608 // (width * y_bytes), int(1 / max(problem.density, 1e-9)) // 8)
+    assert plan.rows <= most
+
+
+@pytest.mark.parametrize("op", ["spmm", "spmm_t", "sddmm"])
+@pytest.mark.parametrize("machine", [AVX2, AVX512, ZEN5, UNKNOWN], ids=lambda m: m.isa)
+def test_blocks_of_a_nearly_empty_matrix_are_few(machine, op):
+    """Each row is looked at in each column block, for spmm_t also each column in each row block."""
+    for n, nnz in ((30000, 10**5), (2**20, 2**22), (2**24, 2**25)):
+        for threads in (1, 16):
+            plan = make_plan(Problem(op, "cpu", torch.float32, 64, n, n, nnz), machine, threads)
+            looks = n * -(-n // plan.cols) + (op == "spmm_t") * n * -(-n // plan.rows)
+            assert looks <= 12 * max(nnz, n * -(-n // 65536))
+            assert op != "sddmm" or -(-n // plan.cols) >= plan.col_parts
 
 
 def test_tokens_go_round():

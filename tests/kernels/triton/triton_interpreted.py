@@ -192,6 +192,16 @@ def test_cover_of_infinite_x(nan_memory):
 
 
 @covers
+@pytest.mark.parametrize("n, k", [(1, 1), (40, 70)])
+def test_cover_of_a_full_weight_and_infinite_x(n, k, nan_memory):
+    w, x = torch.randn(n, k).half(), torch.randn(3, k).half()
+    A = SparseTensor.from_dense(w)
+    x[1, 0], x[2] = -torch.inf, torch.nan
+    got = triton_rows._spmm_cover(A.row_offsets, A.col_indices, A.values, n, k, x)
+    check_stored(got, x, w, w != 0)
+
+
+@covers
 def test_cover_sees_new_values():
     t = Case("change", 4, 50, 300).tensors(torch.float16)
     before = triton_rows._spmm_cover(*products(t)["spmm"])
