@@ -88,6 +88,7 @@ def _hook(algorithm, optimizer: Optimizer) -> None:
             algorithm.optimizers.append(optimizer)
         if not any(optimizer is o for o in algorithm.optimizers):
             return
+        _check_is_of_pattern(algorithm, optimizer)
         if not algorithm._is_checked:
             _check_all_are_held(algorithm)
             check_same_on_all_ranks(algorithm.layers)
@@ -96,8 +97,11 @@ def _hook(algorithm, optimizer: Optimizer) -> None:
             check_can_change(algorithm.layers, algorithm.all_optimizers)
 
     def after(optimizer: Optimizer, *_) -> None:
-        if not any(optimizer is o for o in algorithm.optimizers):
-            return
+        if any(optimizer is o for o in algorithm.optimizers) and not _was_skipped(optimizer):
+            count(optimizer)
+        _note_patterns(algorithm, optimizer)
+
+    def count(optimizer: Optimizer) -> None:
         if id(optimizer) in algorithm._stepped:
             rivals = _rivals(algorithm, optimizer)
             _rest(algorithm, [o for o in rivals if id(o) not in algorithm._stepped])
@@ -109,6 +113,47 @@ def _hook(algorithm, optimizer: Optimizer) -> None:
     # A compiled step leaves its graph for them: they look at numbers and change shapes.
     optimizer.register_step_pre_hook(torch.compiler.disable(before))
     optimizer.register_step_post_hook(torch.compiler.disable(after))
+
+
+def _was_skipped(optimizer: Optimizer) -> bool:
+    """Whether a GradScaler had the optimizer make no step, since gradients overflowed: a fused one
+    is called all the same."""
+    found = getattr(optimizer, "found_inf", None)
+    if not isinstance(found, Tensor):
+        return False
+    return not (found.is_cuda and torch.cuda.is_current_stream_capturing()) and bool(found.any())
+
+
+def _note_patterns(algorithm, optimizer: Optimizer) -> None:
+    """Remember the pattern of each layer that the optimizer has state for, and a tensor of that."""
+    noted = algorithm._patterns[optimizer] = {}
+    for name, layer in algorithm.layers.items():
+        values = layer._parameters.get("values")
+        for t in optimizer.state.get(values, {}).values():
+            if isinstance(t, Tensor) and t.shape == values.shape:
+                indices = layer._buffers["row_offsets"], layer._buffers["col_indices"]
+                noted[name] = *indices, weakref.ref(t)
+                break
+
+
+def _check_is_of_pattern(algorithm, optimizer: Optimizer) -> None:
+    """RuntimeError where a layer has got another pattern since the last step, with as many weights,
+    but the optimizer has the state of before: load_state_dict of a model moves none."""
+    for name, (row_offsets, col_indices, kept) in algorithm._patterns.get(optimizer, {}).items():
+        layer = algorithm.layers.get(name)
+        if layer is None or layer._buffers["col_indices"] is col_indices:
+            continue
+        state = optimizer.state.get(layer._parameters.get("values"), {})
+        if not any(t is kept() for t in state.values() if isinstance(t, Tensor)):
+            continue  # it was moved, or loaded
+        now = layer.row_offsets, layer.col_indices
+        before = (t.to(col_indices.device) for t in now)
+        if not all(map(torch.equal, before, (row_offsets, col_indices))):
+            raise RuntimeError(
+                f"sparsity: {name} has got another pattern since the last step, but the "
+                "optimizer's state is that of the places of before: load the state that belongs "
+                "to these weights, or start with a new optimizer"
+            )
 
 
 def _rivals(algorithm, optimizer: Optimizer) -> list[Optimizer]:

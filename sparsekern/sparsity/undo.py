@@ -8,7 +8,7 @@ from torch import nn
 from torch.optim import Optimizer
 
 from ..nn import SparseLinear
-from ..nn.loading import resize_
+from ..nn.loading import renew_
 from ..nn.optimizers import holders
 
 
@@ -50,17 +50,19 @@ class _Saved:
     def __init__(self, layer: SparseLinear, optimizers: Sequence[Optimizer]) -> None:
         self.layer, self.optimizers = layer, holders(optimizers)
         self.row_offsets, self.col_indices = layer.row_offsets, layer.col_indices
-        # A change of equal size writes into the values; the state is replaced as a whole.
-        self.values, self.grad = layer.values.detach().clone(), layer.values.grad
+        self.is_sharded = hasattr(layer.values, "full_tensor")  # by FSDP2: values are written to
+        self.values, self.grad = layer.values.detach(), layer.values.grad
+        if self.is_sharded:
+            self.values = self.values.clone()
         self.state = [dict(o.state.get(layer.values, {})) for o in self.optimizers]
 
     @torch.no_grad()
     def restore(self) -> None:
         layer, values = self.layer, self.layer.values
-        if values.shape == self.values.shape:
+        if self.is_sharded:
             values.copy_(self.values)
         else:
-            resize_(values, self.values)
+            renew_(values, self.values)
         values.grad = self.grad
         layer.row_offsets, layer.col_indices = self.row_offsets, self.col_indices
         for optimizer, state in zip(self.optimizers, self.state, strict=True):

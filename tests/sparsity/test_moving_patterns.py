@@ -25,6 +25,7 @@ from sparsekern.sparsity import (
     SET,
     Group,
     IterativePruning,
+    Magnitude,
     RigL,
     check_optimizer_state,
     match_patterns_,
@@ -298,6 +299,63 @@ def test_a_checkpoint_of_another_pattern_is_refused():
         fit(model, optimizer, 1)
 
 
+@pytest.mark.parametrize("how", ["same size", "other size", "load"])
+def test_a_state_dict_from_before_a_change_is_that_of_its_pattern(how):
+    """It shares the memory of the weights, as torch's does; a change does not write into it."""
+    model, optimizer = start(Static(0.75), plain())
+    fit(model, optimizer, 1)
+    layer = model[0]
+    kept, moments = model.state_dict(), optimizer.state_dict()["state"]
+    before = layer.weight.detach().to_dense(), copy.deepcopy(optimizer.state[layer.values])
+    if how == "load":
+        model.load_state_dict(Static(0.75, seed=1).apply(plain()).state_dict())
+    else:
+        set_pattern(layer, torch.arange(96 if how == "same size" else 50), [optimizer])
+        fit(model, optimizer, 1)
+    assert not torch.equal(layer.weight.to_dense(), before[0])
+    model.load_state_dict(kept)
+    assert torch.equal(layer.weight.to_dense(), before[0])
+    place = [p is layer.values for p in model.parameters()].index(True)
+    assert torch.equal(moments[place]["exp_avg"], before[1]["exp_avg"])
+
+
+def test_state_of_another_pattern_of_the_same_size_is_refused():
+    """As where the best weights are taken back, and the optimizer goes on."""
+    model, optimizer = start(algorithm := SET(0.75, update={"freq": 2}), plain())
+    fit(model, optimizer, 1)
+    kept = copy.deepcopy([model.state_dict(), optimizer.state_dict()])
+    fit(model, optimizer, 1, 1)
+    model.load_state_dict(kept[0])
+    with pytest.raises(RuntimeError, match="0 has got another pattern since the last step, but"):
+        fit(model, optimizer, 1, 2)
+    optimizer.load_state_dict(kept[1])
+    fit(model, optimizer, 2, 2)
+    kept = copy.deepcopy([model.state_dict(), optimizer.state_dict()])
+    fit(model, optimizer, 1, 4)
+    optimizer.load_state_dict(kept[1])  # in this order, too
+    model.load_state_dict(kept[0])
+    model.load_state_dict({k: t.clone() for k, t in model.state_dict().items()})  # its own
+    fit(model, optimizer, 1, 4)
+    algorithm.apply(fresh := torch.optim.AdamW(model.parameters(), 1e-2))
+    model.load_state_dict(Static(0.75).apply(plain()).state_dict())
+    fit(model, fresh, 1)
+
+
+@pytest.mark.parametrize("fused", [False, True])
+def test_a_step_that_a_gradient_scaler_leaves_out_is_none(fused):
+    model = (algorithm := RigL(0.75, update={"freq": 1})).apply(plain())
+    optimizer = algorithm.apply(torch.optim.AdamW(model.parameters(), 1e-2, fused=fused))
+    scaler = torch.amp.GradScaler("cpu", init_scale=4.0)
+    for step, factor in enumerate((1, torch.inf, 1)):
+        before = patterns(model)
+        model.zero_grad()
+        scaler.scale(model(batch(step)[0]).square().mean() * factor).backward()
+        scaler.step(optimizer)
+        scaler.update()
+        assert (patterns(model) == before) == (factor == torch.inf)
+    assert algorithm.steps == 2 == optimizer.state[model[0].values]["step"]
+
+
 def test_state_that_is_no_sparse_layers_is_none_of_our_business():
     p = nn.Parameter(torch.zeros(4))
     p.grad = torch.ones(4)
@@ -370,6 +428,33 @@ def test_rewinding_empties_a_wrapper_and_what_it_wraps():
     outer = algorithm.apply(Outer(torch.optim.AdamW(model.parameters(), 1e-2)))
     fit(model, outer, 2)
     assert not outer.state and not outer.base_optimizer.state
+
+
+def test_rewinding_when_another_optimizer_has_taken_over():
+    """Whose other parameters come after those of the one that stayed."""
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(16, 16), nn.GELU(), nn.Linear(16, 16))
+    algorithm = IterativePruning(0.5, rounds=2, freq=3, rewind=1)
+    algorithm.apply(model)
+    parts = [algorithm.apply(torch.optim.AdamW(m.parameters(), 0.1)) for m in (model[0], model[2])]
+    for step in range(3):
+        model(batch(step)[0]).sin().sum().backward()
+        for part in parts:
+            part.step()
+        if step == 0:
+            early = [m.bias.detach().clone() for m in (model[0], model[2])]
+            wrapped = nn.Sequential(nn.Sequential(model))  # whose layers have other names
+            algorithm.apply(wrapped)
+        if step == 1:
+            parts[0] = algorithm.apply(torch.optim.AdamW(model[0].parameters(), 0.01))
+    assert model[0].values.shape[0] < 0.8 * 16 * 16
+    assert torch.equal(model[0].bias, early[0]) and torch.equal(model[2].bias, early[1])
+    parts[0].param_groups[0]["params"].append(nn.Parameter(torch.zeros(16)))
+    with pytest.raises(RuntimeError, match="rewind: expected the other parameters that"):
+        algorithm.update_pattern()
+    algorithm._early.pop(model[2])
+    with pytest.raises(RuntimeError, match="rewind: the weights of 0.0.2 at step 1 are not known"):
+        algorithm.update_pattern()
 
 
 # Optimizers whose state begins with another number than zero.
@@ -483,6 +568,46 @@ def test_another_optimizer_takes_over():
     ref = weakref.ref(second)
     del second, each
     assert ref() is None
+
+
+@pytest.fixture
+def rested():
+    """A Magnitude, its model, and two optimizers with state, of which the first one rests."""
+    model, first = start(algorithm := Magnitude(0.75, param_filter="0"), plain())
+    fit(model, first, 2)
+    second = algorithm.apply(torch.optim.AdamW(model.parameters(), 1e-2))
+    fit(model, second, 2)
+    assert algorithm.optimizers == [second] and first in algorithm._resting
+    set_pattern(model[0], torch.arange(200), [first, second])  # which it may prune again
+    for optimizer in (first, second):
+        optimizer.state[model[0].values]["exp_avg"] = torch.arange(200.0)
+    model[0].values.data = torch.arange(200.0)
+    return algorithm, model, first, second
+
+
+def test_optimizers_that_rest_follow_where_magnitude_is_applied_again(rested):
+    algorithm, model, *both = rested
+    algorithm.apply(model)
+    assert places_of(model[0]).tolist() == list(range(104, 200))
+    for optimizer in both:
+        assert optimizer.state[model[0].values]["exp_avg"].tolist() == list(range(104, 200))
+        fit(model, optimizer, 1)
+
+
+@pytest.mark.parametrize("is_group", [False, True])
+def test_optimizers_that_rest_go_back_where_one_fails(rested, is_group, monkeypatch):
+    algorithm, model, *both = rested
+    if is_group:
+        with torch.no_grad():
+            model[2].weight.fill_(torch.nan)
+        algorithm = Group([algorithm, Magnitude(0.5, param_filter="2")])
+    else:
+        monkeypatch.setattr("sparsekern.sparsity.oneshot.compared", lambda *_: 1 / 0)
+    with pytest.raises((ValueError, ZeroDivisionError)):
+        algorithm.apply(model)
+    assert places_of(model[0]).tolist() == list(range(200))
+    for optimizer in both:
+        assert optimizer.state[model[0].values]["exp_avg"].tolist() == list(range(200))
 
 
 def test_a_group_that_fails_keeps_the_run_of_its_algorithms():
