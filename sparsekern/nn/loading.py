@@ -210,13 +210,12 @@ def _apply(
     before = layer.row_offsets, layer.col_indices
     values: Any = layer._parameters.get("values")  # None where they are parametrized
     data: Any = None if values is None else values.data
-    is_sharded = hasattr(values, "full_tensor")
     is_assigned = metadata.get("assign_to_params_buffers", False)
     if is_assigned and pattern is None and f"{prefix}values" in state_dict:
         pattern = before  # to the device of the new values
     if pattern is not None:
         nnz = pattern[1].shape[0]
-        if nnz != layer.values.shape[0] or not (is_assigned or is_sharded):
+        if nnz != layer.values.shape[0]:
             renew_(values, values.detach().new_empty(nnz))
         device = state_dict[f"{prefix}values"].device if is_assigned else before[1].device
         set_indices(layer, *(t.to(device, copy=not is_assigned) for t in pattern))
@@ -233,7 +232,7 @@ def _apply(
         layer._non_persistent_buffers_set = passed_over
     if len(lists[2]) > errors and pattern is not None:
         set_indices(layer, *before)
-        if not is_sharded:
+        if values.shape != data.shape:
             renew_(values, data)
     elif pattern is not None:
         end_graphs(*before)
@@ -255,9 +254,7 @@ def end_graphs(row_offsets: Tensor, col_indices: Tensor) -> None:
 
 
 def renew_(values: nn.Parameter, data: Tensor) -> None:
-    """Give the same Parameter other data, which may be of another size; its gradient goes. The old
-    data stay as they are: a state_dict may hold them, with the indices that belong to them. (FSDP2
-    does not let go of its shards: they are written to.)"""
+    """Give the same Parameter other data, which may be of another size; its gradient goes."""
     values.grad = None
     if data.shape != values.shape:
         # A graph that is still alive (the loss of the step before) holds the parameter's node, with

@@ -18,7 +18,7 @@ from ..kernels.derived import is_captured
 from ..nn import SparseLinear, copies
 from ..nn.checks import check_model
 from ..nn.loading import CAPTURED, end_graphs, renew_, set_indices
-from ..nn.optimizers import first_number, holders
+from ..nn.optimizers import first_number, holders, lies_in_others
 
 
 def places_of(layer: SparseLinear) -> Tensor:
@@ -67,8 +67,11 @@ def set_pattern(
             optimizer.state[values] = moved_state
     own: Any = values.detach()
     moved: Any = _replaced(own, follow)
-    if hasattr(own, "full_tensor"):  # FSDP2 does not let go of its shards
+    if hasattr(own, "full_tensor"):
         own.to_local().copy_(moved.to_local())
+        values.grad = None
+    elif moved.shape == shape and lies_in_others(values, optimizers):
+        own.copy_(moved)
         values.grad = None
     else:
         renew_(values, moved)

@@ -50,19 +50,17 @@ class _Saved:
     def __init__(self, layer: SparseLinear, optimizers: Sequence[Optimizer]) -> None:
         self.layer, self.optimizers = layer, holders(optimizers)
         self.row_offsets, self.col_indices = layer.row_offsets, layer.col_indices
-        self.is_sharded = hasattr(layer.values, "full_tensor")  # by FSDP2: values are written to
+        # A change of equal size may write into the values; the state is replaced as a whole.
         self.values, self.grad = layer.values.detach(), layer.values.grad
-        if self.is_sharded:
-            self.values = self.values.clone()
+        self.numbers = self.values.clone()
         self.state = [dict(o.state.get(layer.values, {})) for o in self.optimizers]
 
     @torch.no_grad()
     def restore(self) -> None:
         layer, values = self.layer, self.layer.values
-        if self.is_sharded:
-            values.copy_(self.values)
-        else:
+        if not hasattr(values, "full_tensor"):
             renew_(values, self.values)
+        values.copy_(self.numbers)
         values.grad = self.grad
         layer.row_offsets, layer.col_indices = self.row_offsets, self.col_indices
         for optimizer, state in zip(self.optimizers, self.state, strict=True):

@@ -299,24 +299,35 @@ def test_a_checkpoint_of_another_pattern_is_refused():
         fit(model, optimizer, 1)
 
 
-@pytest.mark.parametrize("how", ["same size", "other size", "load"])
-def test_a_state_dict_from_before_a_change_is_that_of_its_pattern(how):
+@pytest.mark.parametrize("count", [96, 50])
+def test_a_state_dict_from_before_a_change_is_that_of_its_pattern(count):
     """It shares the memory of the weights, as torch's does; a change does not write into it."""
     model, optimizer = start(Static(0.75), plain())
     fit(model, optimizer, 1)
     layer = model[0]
     kept, moments = model.state_dict(), optimizer.state_dict()["state"]
     before = layer.weight.detach().to_dense(), copy.deepcopy(optimizer.state[layer.values])
-    if how == "load":
-        model.load_state_dict(Static(0.75, seed=1).apply(plain()).state_dict())
-    else:
-        set_pattern(layer, torch.arange(96 if how == "same size" else 50), [optimizer])
-        fit(model, optimizer, 1)
+    set_pattern(layer, torch.arange(count), [optimizer])
+    fit(model, optimizer, 1)
     assert not torch.equal(layer.weight.to_dense(), before[0])
     model.load_state_dict(kept)
     assert torch.equal(layer.weight.to_dense(), before[0])
     place = [p is layer.values for p in model.parameters()].index(True)
     assert torch.equal(moments[place]["exp_avg"], before[1]["exp_avg"])
+
+
+@pytest.mark.parametrize("is_whole", [False, True])
+def test_values_in_a_buffer_of_others_stay_there(is_whole):
+    """As ZeroRedundancyOptimizer sends parameters in buckets, which one of them may fill."""
+    model, optimizer = start(SET(0.75, update={"freq": 1}), plain())
+    parameters = [layer.values for layer in layers(model)][: 1 if is_whole else 2]
+    bucket = nn.utils.parameters_to_vector(parameters).detach()
+    nn.utils.vector_to_parameters(bucket, parameters)
+    optimizer.buckets = [[bucket]]
+    first = patterns(model)
+    fit(model, optimizer, 1)
+    assert patterns(model) != first
+    assert torch.equal(nn.utils.parameters_to_vector(parameters), bucket)
 
 
 def test_state_of_another_pattern_of_the_same_size_is_refused():
