@@ -155,9 +155,9 @@ class RigL(SET):
             warnings.warn(f"{text}; these layers keep their patterns", stacklevel=2)
         else:
             raise RuntimeError(
-                f"{text}, so no weight could grow: a replayed CUDA graph hides them, and so do hooks "
-                "that copy saved tensors, as save_on_cpu; take the steps where algorithm.is_due "
-                "without them"
+                f"{text}, so no weight could grow: a replayed CUDA graph hides them, and so do "
+                "hooks that copy saved tensors, as save_on_cpu; take the steps where "
+                "algorithm.is_due without them"
             )
 
     def update_pattern(self) -> None:
