@@ -225,7 +225,7 @@ def _name_of(layer: SparseLinear) -> str:
 def _check_is_followed(optimizer: Optimizer) -> None:
     for ref in list(_algorithms):
         algorithm = ref()
-        if algorithm is None or any(optimizer is o for o in holders(algorithm.optimizers)):
+        if algorithm is None or any(optimizer is o for o in holders(algorithm.all_optimizers)):
             continue
         last = algorithm._unfollowed.get(optimizer)
         if last == NEVER:
@@ -250,7 +250,7 @@ def _check_is_followed(optimizer: Optimizer) -> None:
 def _has_follower(optimizer: Optimizer, layer: SparseLinear) -> bool:
     """Whether an algorithm that follows this optimizer changes this layer."""
     return any(
-        any(optimizer is o for o in holders(algorithm.optimizers))
+        any(optimizer is o for o in holders(algorithm.all_optimizers))
         for algorithm in (ref() for ref in _algorithms)
         if algorithm is not None and any(layer is other for other in algorithm.layers.values())
     )

@@ -581,6 +581,16 @@ def test_another_optimizer_takes_over():
     assert ref() is None
 
 
+def test_an_optimizer_that_rests_may_step_whenever_it_likes():
+    model, first = start(algorithm := SET(0.75, update={"freq": 2}), plain())
+    others = []
+    for step in range(4):
+        others.append(algorithm.apply(torch.optim.AdamW(model.parameters(), 1e-2)))
+        fit(model, first, 1, step)
+    fit(model, first, 4)
+    assert algorithm.steps >= 4
+
+
 @pytest.fixture
 def rested():
     """A Magnitude, its model, and two optimizers with state, of which the first one rests."""
