@@ -261,8 +261,7 @@ def _before_any_step(optimizer: Optimizer, args: tuple, kwargs: dict) -> None:
         return
     copies.forget(p for group in optimizer.param_groups for p in group["params"])
     check_optimizer_state(optimizer)
-    for p in (p for group in optimizer.param_groups for p in group["params"]):
-        replaced.check_is_held(p)
+    replaced.check_are_held(p for group in optimizer.param_groups for p in group["params"])
     _check_is_followed(optimizer)
 
 

@@ -768,6 +768,38 @@ def test_optimizers_that_keep_parameters_in_a_place_of_their_own(made):
         made(Lists, 0)
 
 
+@pytest.mark.parametrize("zero", ["none", "zeros", "kept"])
+@pytest.mark.parametrize("becomes", ["sparse", "dense"])
+def test_an_optimizer_of_what_was_replaced_is_told(becomes, zero):
+    """Its gradients of before may be there still."""
+    model = plain() if becomes == "sparse" else Static(0.5).apply(plain())
+    optimizer = torch.optim.SGD(model.parameters(), 1e-2)
+    others = torch.optim.SGD([nn.Parameter(torch.zeros(3)), *model[0].parameters()], 1e-2)
+    fit(model, optimizer, 1)
+    first = copy.deepcopy(model[0].bias)
+    sparsify_(model, Static(0.5)) if becomes == "sparse" else densify_(model)
+    if zero != "kept":
+        optimizer.zero_grad(zero == "none")
+    gradients(model, 1)
+    with pytest.raises(RuntimeError, match="optimizer: it holds the .*would not train"):
+        optimizer.step()
+    assert torch.equal(model[0].bias, first)
+    others.add_param_group({"params": next(model[0].parameters())})  # it holds both
+    others.step()
+
+
+@pytest.mark.parametrize("becomes", ["sparse", "dense"])
+def test_what_was_replaced_may_be_trained_elsewhere(becomes):
+    """As a teacher's: the layer is another model's, too."""
+    model = plain() if becomes == "sparse" else Static(0.5).apply(plain())
+    teacher = nn.Sequential(*model)
+    optimizer = torch.optim.SGD(teacher.parameters(), 1e-2)
+    fit(teacher, optimizer, 1)
+    sparsify_(model, Static(0.5)) if becomes == "sparse" else densify_(model)
+    gradients(model, 1)
+    fit(teacher, optimizer, 2)
+
+
 def test_densify_refuses_state_of_another_kind():
     with pytest.raises(ValueError, match="densify_: Adafactor keeps other state for a matrix"):
         densified(torch.optim.Adafactor, 1)
