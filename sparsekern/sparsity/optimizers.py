@@ -97,7 +97,9 @@ def _hook(algorithm, optimizer: Optimizer) -> None:
             check_can_change(algorithm.layers, algorithm.all_optimizers)
 
     def after(optimizer: Optimizer, *_) -> None:
-        if any(optimizer is o for o in algorithm.optimizers) and not _was_skipped(optimizer):
+        if not any(optimizer is o for o in algorithm.optimizers):
+            return
+        if not _was_skipped(optimizer):
             count(optimizer)
         _note_patterns(algorithm, optimizer)
 
@@ -167,6 +169,7 @@ def _rest(algorithm, optimizers: list[Optimizer]) -> None:
     for optimizer in optimizers:
         algorithm.optimizers = [o for o in algorithm.optimizers if o is not optimizer]
         algorithm._stepped.discard(id(optimizer))
+        algorithm._patterns.pop(optimizer, None)  # it would keep what kernels made of them
         algorithm._resting.add(optimizer)
 
 
