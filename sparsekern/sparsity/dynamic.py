@@ -72,6 +72,8 @@ class SET(Updating):
         for name, layer in self.layers.items():
             if not layer.values.requires_grad:  # frozen: what grows would stay zero
                 continue
+            if 0 in sizes[name]:
+                continue
             values = whole(layer.values.detach())
             nnz = values.shape[0]
             places, stay = places_of(layer), nnz - round(fraction * nnz)

@@ -641,6 +641,15 @@ def test_a_group_that_fails_keeps_the_run_of_its_algorithms():
     assert list(algorithm.layers.values()) == layers(model)
 
 
+@pytest.mark.filterwarnings("ignore:Initializing zero-element tensors")
+@pytest.mark.parametrize("family", ["unstructured", "two-way"])
+def test_layers_without_places_are_left_alone(family):
+    algorithm = RigL(0.75, update={"freq": 1}, family=family)
+    model, optimizer = start(algorithm, nn.Sequential(nn.Linear(16, 0), nn.Linear(0, 8)))
+    fit(model, optimizer, 2)
+    assert algorithm.steps == 2
+
+
 def test_frozen_layers_keep_their_patterns():
     model = (algorithm := SET(0.75, update={"freq": 1})).apply(plain())
     model[2].values.requires_grad_(False)
