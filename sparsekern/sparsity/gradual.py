@@ -2,6 +2,7 @@
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from torch import Tensor, nn
@@ -12,7 +13,7 @@ from ..nn.optimizers import holders
 from .algorithm import Updating
 from .checks import whole as whole_number
 from .pattern import is_distributed, places_of, set_pattern, whole
-from .schedules import EXAMPLE, Constant, When
+from .schedules import EXAMPLE, Constant, Every
 from .select import generator
 from .undo import layers_unchanged_on_failure
 
@@ -123,10 +124,8 @@ class IterativePruning(GMP):
             self.rewind = whole_number("rewind", self.rewind, 0)
             if self.rewind > self.freq:
                 raise ValueError(f"rewind: expected 0 to freq = {self.freq}, got {self.rewind}")
-        self._schedule = lambda step: round_sparsity(self._final, step // self.freq, self.rounds)
-        self._update_steps = When(
-            lambda step: step % self.freq == 0 and step <= self.freq * self.rounds
-        )
+        self._schedule = partial(_sparsity_at, self._final, self.rounds, self.freq)
+        self._update_steps = Every(self.freq, stop=self.freq * self.rounds + 1)
         self._early: dict[SparseLinear, Tensor] = {}  # values
         self._early_others: list[Tensor] = []
         self._early_of: list[nn.Parameter] = []  # whose these are; empty after load_state_dict
@@ -237,3 +236,7 @@ class IterativePruning(GMP):
 def round_sparsity(final: float, done: int, rounds: int) -> float:
     """The sparsity after `done` of `rounds` rounds that each remove the same share of the rest."""
     return 1 - (1 - final) ** (min(done, rounds) / rounds)
+
+
+def _sparsity_at(final: float, rounds: int, freq: int, step: int) -> float:
+    return round_sparsity(final, step // freq, rounds)

@@ -670,8 +670,9 @@ def test_another_algorithm_takes_over():
         assert patterns(model) != before
 
 
-def test_a_pickled_algorithm_goes_on_with_its_optimizer():
-    model, optimizer = start(algorithm := RigL(0.75, update={"freq": 2}), plain())
+@pytest.mark.parametrize("name", MOVING)
+def test_a_pickled_algorithm_goes_on_with_its_optimizer(name):
+    model, optimizer = start(algorithm := MOVING[name](), plain())
     fit(model, optimizer, 3)
     kept = pickle.dumps((model, optimizer, algorithm))
     fit(model, optimizer, 3, 3)
