@@ -1,12 +1,14 @@
 """densify_ puts dense modules in the places of sparse ones."""
 
 from collections.abc import Mapping, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from ..tensor import SparseTensor
+from . import replaced
 from .checks import check_optimizer, refuse_wrapped
 from .convert import replace_modules
 from .kinds import refuse_made_anew
@@ -51,12 +53,17 @@ def densify_(model: nn.Module, optimizer: Optimizer | None = None) -> nn.Module:
         _check_can_densify(optimizer, list(layers.values()))
     sparse = {n: m for n, m in model.named_modules() if isinstance(m, SparseLinear | StandIn)}
     warn_of_hooks("densify_", sparse)
-    dense: dict[nn.Parameter, tuple[Tensor, SparseLinear]] = {}
+    dense: dict[nn.Parameter, tuple[Any, SparseLinear]] = {}
+    parts: dict[nn.Parameter, nn.Parameter] = {}  # the same of the parts of one weight
 
     def replace(name: str, module: nn.Module) -> nn.Module | None:
         if isinstance(module, StandIn):
             _refuse_held(module, optimizer)
-            return module.to_dense()
+            new = module.to_dense()
+            matrix = next(p for p in new.parameters() if p.ndim > 1)
+            sparse = (m for m in module.modules() if isinstance(m, SparseLinear))
+            parts.update({m.values: matrix for m in sparse})
+            return new
         if not isinstance(module, SparseLinear):
             return None
         linear = module.to_linear()
@@ -84,6 +91,8 @@ def densify_(model: nn.Module, optimizer: Optimizer | None = None) -> nn.Module:
         for (o, p), state in zip(states, becomes, strict=True):
             o.state.pop(p, None)
             o.state[dense[p][0]] = state
+    for p, weight in ({p: weight for p, (weight, _) in dense.items()} | parts).items():
+        replaced.note_dense(p, weight)
     return model
 
 

@@ -216,7 +216,7 @@ def _apply(
     if pattern is not None:
         nnz = pattern[1].shape[0]
         if nnz != layer.values.shape[0]:
-            resize_(values, values.detach().new_empty(nnz))
+            renew_(values, values.detach().new_empty(nnz))
         device = state_dict[f"{prefix}values"].device if is_assigned else before[1].device
         set_indices(layer, *(t.to(device, copy=not is_assigned) for t in pattern))
     # nn.Module would copy indices in place, into what kernels and CUDA graphs hold. It passes over
@@ -233,7 +233,7 @@ def _apply(
     if len(lists[2]) > errors and pattern is not None:
         set_indices(layer, *before)
         if values.shape != data.shape:
-            resize_(values, data)
+            renew_(values, data)
     elif pattern is not None:
         end_graphs(*before)
 
@@ -253,11 +253,14 @@ def end_graphs(row_offsets: Tensor, col_indices: Tensor) -> None:
     torch.autograd.graph.increment_version(tensors)
 
 
-def resize_(parameter: nn.Parameter, data: Tensor) -> None:
-    """Give the same Parameter other data, of another size; its gradient goes."""
-    parameter.grad = None
-    # A graph that is still alive (the loss of the step before) holds the parameter's node, with the
-    # old size. torch replaces that node when the dtype changes, and then alone.
-    other = torch.float64 if data.dtype != torch.float64 else torch.float32
-    parameter.data = data.new_empty(0, dtype=other)
-    parameter.data = data
+def renew_(values: nn.Parameter, data: Tensor) -> None:
+    """Give the same Parameter other data, which may be of another size; its gradient goes."""
+    values.grad = None
+    if data.shape != values.shape:
+        # A graph that is still alive (the loss of the step before) holds the parameter's node, with
+        # the old size. torch replaces that node when the dtype changes, and then alone.
+        other = torch.float64 if data.dtype != torch.float64 else torch.float32
+        values.data = data.new_empty(0, dtype=other)
+    values.data = data
+    if not values.is_inference():
+        torch.autograd.graph.increment_version(values)

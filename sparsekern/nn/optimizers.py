@@ -70,6 +70,30 @@ def _has(kept: Any, ids: set[int]) -> bool:
     return isinstance(kept, list | tuple) and any(_has(part, ids) for part in kept)
 
 
+def lies_in_others(parameter: Tensor, optimizers: Iterable[Optimizer]) -> bool:
+    """Whether a parameter lies in a buffer of others, which are stepped or sent as one: whoever
+    holds the buffer, as ZeroRedundancyOptimizer may, would not see another memory of it."""
+    storage = parameter.untyped_storage()
+    if storage.nbytes() != parameter.nbytes:
+        return True
+    kept = [part for o in holders(optimizers) for _, part in _others(o)]
+    return _shares(kept, parameter, storage.data_ptr())
+
+
+def _shares(kept: Any, parameter: Tensor, address: int) -> bool:
+    """Whether another tensor in it has the memory of the parameter."""
+    if isinstance(kept, Tensor):
+        return kept is not parameter and _address(kept) == address
+    if isinstance(kept, dict):
+        return any(_shares(part, parameter, address) for pair in kept.items() for part in pair)
+    return isinstance(kept, list | tuple) and any(_shares(t, parameter, address) for t in kept)
+
+
+def _address(t: Tensor) -> int | None:
+    is_plain = t.layout == torch.strided and type(t) in (Tensor, torch.nn.Parameter)
+    return t.untyped_storage().data_ptr() if is_plain else None
+
+
 def first_number(optimizer: Optimizer, parameter: Tensor, key: str) -> float:
     """What an element of the state `key` begins with: zero, but in two optimizers of torch."""
     setting = None

@@ -1,7 +1,8 @@
-"""Dense weights whose layers became sparse, and optimizers that still hold them."""
+"""Parameters whose layers became sparse or dense, and optimizers that still hold them."""
 
 import weakref
-from typing import Any, TypeVar
+from collections.abc import Iterable
+from typing import Any, NamedTuple, TypeVar
 
 from torch import Tensor, nn
 from torch.optim import Optimizer
@@ -13,21 +14,46 @@ from .optimizers import check_can_swap, holders, swap_
 
 _Layer = TypeVar("_Layer", bound=SparseLinear)
 
-# By the id of the dense Parameter.
-_replaced: dict[int, tuple[weakref.ref, weakref.ref]] = {}
+
+class _Replaced(NamedTuple):
+    parameter: weakref.ref
+    new: weakref.ref  # the SparseLinear with the values, or the dense weight, in its place
+    gradient: Tensor | None  # that it had then
+    version: int | None  # of this
+
+    def has_new_gradient(self, gradient: Tensor | None) -> bool:
+        """Whether one came since. The old one may stay, or be filled with zeros."""
+        if gradient is None or gradient is not self.gradient:
+            return gradient is not None
+        return gradient._version != self.version and bool(gradient.any())
+
+
+_replaced: dict[int, _Replaced] = {}  # by the id of the Parameter
 
 
 def note(weight: Any, layer: _Layer) -> _Layer:
     """The layer, which takes the place of one with this weight [N, K]."""
-    key = id(weight)
-    _replaced[key] = weakref.ref(weight, lambda _: _replaced.pop(key, None)), weakref.ref(layer)
+    _note(weight, layer)
     return layer
+
+
+def note_dense(values: nn.Parameter, weight: nn.Parameter) -> None:
+    """The dense weight takes the place of these values."""
+    _note(values, weight)
+
+
+def _note(parameter: Any, new: nn.Module | Tensor) -> None:
+    key, gradient = id(parameter), parameter.grad
+    version = None if gradient is None else gradient._version
+    ref = weakref.ref(parameter, lambda _: _replaced.pop(key, None))
+    _replaced[key] = _Replaced(ref, weakref.ref(new), gradient, version)
 
 
 def layer_for(weight: Tensor) -> SparseLinear | None:
     """The layer that took the place of one with this weight."""
-    ref, layer = _replaced.get(id(weight), (None, None))
-    return layer() if ref and layer and ref() is weight else None
+    found = _replaced.get(id(weight))
+    new = found.new() if found and found.parameter() is weight else None
+    return new if isinstance(new, SparseLinear) else None
 
 
 def adopt_values_(optimizer: Optimizer) -> Optimizer:
@@ -70,15 +96,31 @@ def _at_places(key: str, t: object, weight: nn.Parameter, layer: SparseLinear) -
     return t[rows, layer.col_indices.long()].contiguous()
 
 
-def check_is_held(weight: Tensor) -> None:
-    """RuntimeError for a weight that an optimizer steps although its layer became sparse, is
-    trained as such, and no gradient comes to the dense weight any more."""
-    if not _replaced or weight.grad is not None:
+def check_are_held(parameters: Iterable[Tensor]) -> None:
+    """RuntimeError for one of an optimizer's parameters whose layer became sparse, or dense, if
+    what took its place is trained, no gradient comes to it any more, and they do not hold that."""
+    if not _replaced:
         return
-    layer = layer_for(weight)
-    if layer is not None and layer.values.grad is not None:
+    held = list(parameters)
+    for parameter in held:
+        found = _replaced.get(id(parameter))
+        if found is None or found.parameter() is not parameter:
+            continue
+        new: Any = found.new()
+        is_sparse = isinstance(new, SparseLinear)
+        trained = new._parameters.get("values") if is_sparse else new
+        if trained is None or trained.grad is None or any(trained is p for p in held):
+            continue
+        if found.has_new_gradient(parameter.grad):
+            continue
+        if is_sparse:
+            raise RuntimeError(
+                f"optimizer: it holds the dense weight that {new} had, and would not train the "
+                "sparse one: call sparsekern.nn.adopt_values_(optimizer), or make the optimizer "
+                "after the model became sparse"
+            )
         raise RuntimeError(
-            f"optimizer: it holds the dense weight that {layer} had, and would not train the "
-            "sparse one: call sparsekern.nn.adopt_values_(optimizer), or make the optimizer after "
-            "the model became sparse"
+            f"optimizer: it holds the {len(parameter)} values of a layer that is dense now, and "
+            f"would not train its weight {tuple(trained.shape)}: make a new one, or give it to "
+            "densify_(model, optimizer) when the model becomes dense"
         )

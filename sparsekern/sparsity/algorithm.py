@@ -93,6 +93,8 @@ class Algorithm:
         self._resting: WeakSet[Optimizer] = WeakSet()  # those that it does not wait for
         # Steps when an optimizer that it does not follow made its last.
         self._unfollowed: WeakKeyDictionary[Optimizer, int] = WeakKeyDictionary()
+        # After the last step of each: the indices of each layer that it has state for, and that.
+        self._patterns: WeakKeyDictionary[Optimizer, dict[str, tuple]] = WeakKeyDictionary()
 
     def target(self, step: int) -> float:
         """The sparsity after `step` optimizer steps, held to [0, 1]."""
@@ -268,13 +270,13 @@ class Algorithm:
 
     def __getstate__(self) -> dict[str, Any]:
         """Of a copy, which follows no optimizer: torch copies an optimizer without its hooks."""
-        nothing = dict.fromkeys(("_unfollowed", "_hooked", "_resting"))
+        nothing = dict.fromkeys(("_unfollowed", "_patterns", "_hooked", "_resting"))
         return self.__dict__ | nothing | {"optimizers": [], "_stepped": set()}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__dict__.update(state)
-        self._unfollowed, self._hooked = WeakKeyDictionary(), WeakSet()
-        self._resting = WeakSet()
+        self._unfollowed, self._patterns = WeakKeyDictionary(), WeakKeyDictionary()
+        self._hooked, self._resting = WeakSet(), WeakSet()
         if self.layers:
             note_model_of(self)
 

@@ -72,6 +72,8 @@ class SET(Updating):
         for name, layer in self.layers.items():
             if not layer.values.requires_grad:  # frozen: what grows would stay zero
                 continue
+            if 0 in sizes[name]:
+                continue
             values = whole(layer.values.detach())
             nnz = values.shape[0]
             places, stay = places_of(layer), nnz - round(fraction * nnz)
@@ -155,8 +157,9 @@ class RigL(SET):
             warnings.warn(f"{text}; these layers keep their patterns", stacklevel=2)
         else:
             raise RuntimeError(
-                f"{text}, so no weight could grow: a replayed CUDA graph hides them, for one; take "
-                "the steps where algorithm.is_due without it"
+                f"{text}, so no weight could grow: a replayed CUDA graph hides them, and so do "
+                "hooks that copy saved tensors, as save_on_cpu; take the steps where "
+                "algorithm.is_due without them"
             )
 
     def update_pattern(self) -> None:

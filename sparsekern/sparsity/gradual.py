@@ -2,16 +2,18 @@
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
+from ..nn import SparseLinear
 from ..nn.optimizers import holders
 from .algorithm import Updating
 from .checks import whole as whole_number
 from .pattern import is_distributed, places_of, set_pattern, whole
-from .schedules import EXAMPLE, Constant, When
+from .schedules import EXAMPLE, Constant, Every
 from .select import generator
 from .undo import layers_unchanged_on_failure
 
@@ -122,12 +124,11 @@ class IterativePruning(GMP):
             self.rewind = whole_number("rewind", self.rewind, 0)
             if self.rewind > self.freq:
                 raise ValueError(f"rewind: expected 0 to freq = {self.freq}, got {self.rewind}")
-        self._schedule = lambda step: round_sparsity(self._final, step // self.freq, self.rounds)
-        self._update_steps = When(
-            lambda step: step % self.freq == 0 and step <= self.freq * self.rounds
-        )
-        self._early: dict[str, Tensor] = {}  # values by the layer's name
+        self._schedule = partial(_sparsity_at, self._final, self.rounds, self.freq)
+        self._update_steps = Every(self.freq, stop=self.freq * self.rounds + 1)
+        self._early: dict[SparseLinear, Tensor] = {}  # values
         self._early_others: list[Tensor] = []
+        self._early_of: list[nn.Parameter] = []  # whose these are; empty after load_state_dict
 
     def _check_constant(self, value: float) -> None:
         """The rounds make a schedule of it."""
@@ -155,8 +156,9 @@ class IterativePruning(GMP):
 
     def _remember(self, step: int) -> None:
         if step == self.rewind:
-            self._early = {n: m.values.detach().clone() for n, m in self.layers.items()}
-            self._early_others = [p.detach().clone() for p in self._others()]
+            self._early = {m: m.values.detach().clone() for m in self.layers.values()}
+            self._early_of = self._others()
+            self._early_others = [p.detach().clone() for p in self._early_of]
 
     def _others(self) -> list[nn.Parameter]:
         """The parameters that are not pruned."""
@@ -164,36 +166,53 @@ class IterativePruning(GMP):
         groups = [group for o in self.optimizers for group in o.param_groups]
         return [p for group in groups for p in group["params"] if id(p) not in ours]
 
+    def _to_rewind(self) -> list[nn.Parameter]:
+        """Those of the others that go back, in the order of their early values. RuntimeError where
+        they, or layers, are not those that were there."""
+        layers = self.layers.items()
+        known = {m for m, t in self._early.items() if t.shape == m.values.shape}
+        if unknown := [name for name, layer in layers if layer not in known]:
+            raise RuntimeError(
+                f"rewind: the weights of {', '.join(unknown)} at step {self.rewind} are not known"
+            )
+        others, early = self._others(), self._early_of
+        if {id(p) for p in others} == {id(p) for p in early}:
+            others = early  # another optimizer of the same ones may have them in another order
+        shapes = [[tuple(t.shape) for t in of] for of in (self._early_others, others)]
+        if shapes[0] != shapes[1] or (early and others is not early):
+            raise RuntimeError(
+                f"rewind: expected the other parameters that the optimizers had at step "
+                f"{self.rewind}, of the shapes {shapes[0]}, they have others, of {shapes[1]}"
+            )
+        return others
+
     @torch.no_grad()
     def update_pattern(self) -> None:
-        if self.rewind is not None and len(self._others()) != len(self._early_others):
-            raise RuntimeError(
-                f"rewind: expected the {len(self._early_others)} other parameters that the "
-                f"optimizer had at step {self.rewind}, it has {len(self._others())}"
-            )
-        early = dict(self._early)
+        if self.rewind is None:
+            return super().update_pattern()
+        others, early = self._to_rewind(), dict(self._early)
         try:
             super().update_pattern()
         except BaseException:
             self._early = early
             raise
-        if self.rewind is None:
-            return
-        for name, layer in self.layers.items():
-            layer.values.copy_(self._early[name])
-        for parameter, value in zip(self._others(), self._early_others, strict=True):
+        for layer in self.layers.values():
+            layer.values.copy_(self._early[layer])
+        for parameter, value in zip(others, self._early_others, strict=True):
             parameter.copy_(value)
         for optimizer in holders(self.all_optimizers):
             optimizer.state.clear()
 
     def _set(self, name: str, places: Tensor) -> None:
-        follow = set_pattern(self.layers[name], places, self.all_optimizers)
-        if name in self._early:
-            self._early[name] = follow(self._early[name])
+        layer = self.layers[name]
+        follow = set_pattern(layer, places, self.all_optimizers)
+        if layer in self._early:
+            self._early[layer] = follow(self._early[layer])
 
     def state_dict(self) -> dict:
-        early = {"early": self._early, "early_others": self._early_others}
-        return super().state_dict() | early
+        names = {layer: name for name, layer in self.layers.items()}
+        early = {names[layer]: t for layer, t in self._early.items() if layer in names}
+        return super().state_dict() | {"early": early, "early_others": self._early_others}
 
     def _checked_steps(self, state: dict) -> int:
         steps = super()._checked_steps(state)
@@ -208,11 +227,16 @@ class IterativePruning(GMP):
     def load_state_dict(self, state: dict) -> None:
         self._checked_steps(state)
         # A checkpoint is read onto the CPU; follow() needs the values where the pattern is.
-        self._early = {n: t.to(self.layers[n].values.device) for n, t in state["early"].items()}
-        self._early_others = state["early_others"]
+        layers, early = self.layers, state["early"]
+        self._early = {layers[n]: t.to(layers[n].values.device) for n, t in early.items()}
+        self._early_others, self._early_of = state["early_others"], []
         super().load_state_dict(state)
 
 
 def round_sparsity(final: float, done: int, rounds: int) -> float:
     """The sparsity after `done` of `rounds` rounds that each remove the same share of the rest."""
     return 1 - (1 - final) ** (min(done, rounds) / rounds)
+
+
+def _sparsity_at(final: float, rounds: int, freq: int, step: int) -> float:
+    return round_sparsity(final, step // freq, rounds)

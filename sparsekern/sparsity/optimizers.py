@@ -88,6 +88,7 @@ def _hook(algorithm, optimizer: Optimizer) -> None:
             algorithm.optimizers.append(optimizer)
         if not any(optimizer is o for o in algorithm.optimizers):
             return
+        _check_is_of_pattern(algorithm, optimizer)
         if not algorithm._is_checked:
             _check_all_are_held(algorithm)
             check_same_on_all_ranks(algorithm.layers)
@@ -98,6 +99,11 @@ def _hook(algorithm, optimizer: Optimizer) -> None:
     def after(optimizer: Optimizer, *_) -> None:
         if not any(optimizer is o for o in algorithm.optimizers):
             return
+        if not _was_skipped(optimizer):
+            count(optimizer)
+        _note_patterns(algorithm, optimizer)
+
+    def count(optimizer: Optimizer) -> None:
         if id(optimizer) in algorithm._stepped:
             rivals = _rivals(algorithm, optimizer)
             _rest(algorithm, [o for o in rivals if id(o) not in algorithm._stepped])
@@ -111,6 +117,47 @@ def _hook(algorithm, optimizer: Optimizer) -> None:
     optimizer.register_step_post_hook(torch.compiler.disable(after))
 
 
+def _was_skipped(optimizer: Optimizer) -> bool:
+    """Whether a GradScaler had the optimizer make no step, since gradients overflowed: a fused one
+    is called all the same."""
+    found = getattr(optimizer, "found_inf", None)
+    if not isinstance(found, Tensor):
+        return False
+    return not (found.is_cuda and torch.cuda.is_current_stream_capturing()) and bool(found.any())
+
+
+def _note_patterns(algorithm, optimizer: Optimizer) -> None:
+    """Remember the pattern of each layer that the optimizer has state for, and a tensor of that."""
+    noted = algorithm._patterns[optimizer] = {}
+    for name, layer in algorithm.layers.items():
+        values = layer._parameters.get("values")
+        for t in optimizer.state.get(values, {}).values():
+            if isinstance(t, Tensor) and t.shape == values.shape:
+                indices = layer._buffers["row_offsets"], layer._buffers["col_indices"]
+                noted[name] = *indices, weakref.ref(t)
+                break
+
+
+def _check_is_of_pattern(algorithm, optimizer: Optimizer) -> None:
+    """RuntimeError where a layer has got another pattern since the last step, with as many weights,
+    but the optimizer has the state of before: load_state_dict of a model moves none."""
+    for name, (row_offsets, col_indices, kept) in algorithm._patterns.get(optimizer, {}).items():
+        layer = algorithm.layers.get(name)
+        if layer is None or layer._buffers["col_indices"] is col_indices:
+            continue
+        state = optimizer.state.get(layer._parameters.get("values"), {})
+        if not any(t is kept() for t in state.values() if isinstance(t, Tensor)):
+            continue  # it was moved, or loaded
+        now = layer.row_offsets, layer.col_indices
+        before = (t.to(col_indices.device) for t in now)
+        if not all(map(torch.equal, before, (row_offsets, col_indices))):
+            raise RuntimeError(
+                f"sparsity: {name} has got another pattern since the last step, but the "
+                "optimizer's state is that of the places of before: load the state that belongs "
+                "to these weights, or start with a new optimizer"
+            )
+
+
 def _rivals(algorithm, optimizer: Optimizer) -> list[Optimizer]:
     """The others that hold any of the values that this one holds."""
     held = set(held_layers(optimizer, algorithm.layers))
@@ -122,6 +169,7 @@ def _rest(algorithm, optimizers: list[Optimizer]) -> None:
     for optimizer in optimizers:
         algorithm.optimizers = [o for o in algorithm.optimizers if o is not optimizer]
         algorithm._stepped.discard(id(optimizer))
+        algorithm._patterns.pop(optimizer, None)  # it would keep what kernels made of them
         algorithm._resting.add(optimizer)
 
 
@@ -180,7 +228,7 @@ def _name_of(layer: SparseLinear) -> str:
 def _check_is_followed(optimizer: Optimizer) -> None:
     for ref in list(_algorithms):
         algorithm = ref()
-        if algorithm is None or any(optimizer is o for o in holders(algorithm.optimizers)):
+        if algorithm is None or any(optimizer is o for o in holders(algorithm.all_optimizers)):
             continue
         last = algorithm._unfollowed.get(optimizer)
         if last == NEVER:
@@ -205,7 +253,7 @@ def _check_is_followed(optimizer: Optimizer) -> None:
 def _has_follower(optimizer: Optimizer, layer: SparseLinear) -> bool:
     """Whether an algorithm that follows this optimizer changes this layer."""
     return any(
-        any(optimizer is o for o in holders(algorithm.optimizers))
+        any(optimizer is o for o in holders(algorithm.all_optimizers))
         for algorithm in (ref() for ref in _algorithms)
         if algorithm is not None and any(layer is other for other in algorithm.layers.values())
     )
@@ -216,8 +264,7 @@ def _before_any_step(optimizer: Optimizer, args: tuple, kwargs: dict) -> None:
         return
     copies.forget(p for group in optimizer.param_groups for p in group["params"])
     check_optimizer_state(optimizer)
-    for p in (p for group in optimizer.param_groups for p in group["params"]):
-        replaced.check_is_held(p)
+    replaced.check_are_held(p for group in optimizer.param_groups for p in group["params"])
     _check_is_followed(optimizer)
 
 

@@ -6,6 +6,7 @@ A place is row * K + column: the pattern of a layer is its ascending places, int
 import functools
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -16,8 +17,8 @@ from ..indices import expand_rows
 from ..kernels.derived import is_captured
 from ..nn import SparseLinear, copies
 from ..nn.checks import check_model
-from ..nn.loading import CAPTURED, end_graphs, resize_, set_indices
-from ..nn.optimizers import first_number, holders
+from ..nn.loading import CAPTURED, end_graphs, renew_, set_indices
+from ..nn.optimizers import first_number, holders, lies_in_others
 
 
 def places_of(layer: SparseLinear) -> Tensor:
@@ -54,18 +55,26 @@ def set_pattern(
             "average, model) before each update",
             stacklevel=3,
         )
+    # New tensors: a state_dict that was taken before holds those of its pattern.
     values, shape = layer.values, layer.values.shape
-    for optimizer, state in _states(values, optimizers):
+    for holding, state in _states(values, optimizers):
+        moved_state = dict(state)
         for key, t in state.items():
             if isinstance(t, Tensor) and t.shape == shape:
-                first = first_number(optimizer, values, key)
-                state[key] = _replaced(t, functools.partial(follow, first=first))
-    moved = _replaced(values.detach(), follow)
-    if moved.shape != shape:
-        resize_(values, moved)
-    else:
-        values.copy_(moved)
+                first = first_number(holding[-1], values, key)  # of the wrapped one
+                moved_state[key] = _replaced(t, functools.partial(follow, first=first))
+        for optimizer in holding:
+            optimizer.state[values] = moved_state
+    own: Any = values.detach()
+    moved: Any = _replaced(own, follow)
+    if hasattr(own, "full_tensor"):
+        own.to_local().copy_(moved.to_local())
         values.grad = None
+    elif moved.shape == shape and lies_in_others(values, optimizers):
+        own.copy_(moved)
+        values.grad = None
+    else:
+        renew_(values, moved)
     # New tensors: kernels remember what they packed by the old ones.
     ends = torch.arange(layer.out_features + 1, device=places.device) * layer.in_features
     end_graphs(layer.row_offsets, layer.col_indices)
@@ -122,10 +131,15 @@ def _tensors(part) -> Iterator[Tensor]:
             yield from _tensors(inner)
 
 
-def _states(values: Tensor, optimizers: Iterable[Optimizer]) -> list[tuple[Optimizer, dict]]:
-    """Each optimizer's state for these values; a wrapper may share its state with the wrapped."""
-    states = [(o, o.state[values]) for o in holders(optimizers) if values in o.state]
-    return list({id(state): (optimizer, state) for optimizer, state in states}.values())
+def _states(values: Tensor, optimizers: Iterable[Optimizer]) -> list[tuple[list[Optimizer], dict]]:
+    """The states for these values, each with the optimizers that hold it: a wrapper may share its
+    state with the wrapped."""
+    states: dict[int, tuple[list[Optimizer], dict]] = {}
+    for optimizer in holders(optimizers):
+        if values in optimizer.state:
+            state = optimizer.state[values]
+            states.setdefault(id(state), ([], state))[0].append(optimizer)
+    return list(states.values())
 
 
 def whole(t: Tensor) -> Tensor:
@@ -146,9 +160,7 @@ def _replaced(t: Tensor, follow: Callable[[Tensor], Tensor]) -> Tensor:
             f"sparsity: FSDP2 keeps the size of its shards, but nnz goes from {t.shape[0]} to "
             f"{moved.shape[0]}; use DDP with algorithms that change the number of weights"
         )
-    shard = distribute_tensor(moved, t.device_mesh, t.placements, src_data_rank=None)
-    t.to_local().copy_(shard.to_local())
-    return t
+    return distribute_tensor(moved, t.device_mesh, t.placements, src_data_rank=None)
 
 
 def is_distributed() -> bool:

@@ -8,7 +8,7 @@ from torch import nn
 from torch.optim import Optimizer
 
 from ..nn import SparseLinear
-from ..nn.loading import resize_
+from ..nn.loading import renew_
 from ..nn.optimizers import holders
 
 
@@ -50,17 +50,17 @@ class _Saved:
     def __init__(self, layer: SparseLinear, optimizers: Sequence[Optimizer]) -> None:
         self.layer, self.optimizers = layer, holders(optimizers)
         self.row_offsets, self.col_indices = layer.row_offsets, layer.col_indices
-        # A change of equal size writes into the values; the state is replaced as a whole.
-        self.values, self.grad = layer.values.detach().clone(), layer.values.grad
+        # A change of equal size may write into the values; the state is replaced as a whole.
+        self.values, self.grad = layer.values.detach(), layer.values.grad
+        self.numbers = self.values.clone()
         self.state = [dict(o.state.get(layer.values, {})) for o in self.optimizers]
 
     @torch.no_grad()
     def restore(self) -> None:
         layer, values = self.layer, self.layer.values
-        if values.shape == self.values.shape:
-            values.copy_(self.values)
-        else:
-            resize_(values, self.values)
+        if not hasattr(values, "full_tensor"):
+            renew_(values, self.values)
+        values.copy_(self.numbers)
         values.grad = self.grad
         layer.row_offsets, layer.col_indices = self.row_offsets, self.col_indices
         for optimizer, state in zip(self.optimizers, self.state, strict=True):

@@ -207,7 +207,8 @@ def test_a_pattern_that_somebody_changes_is_captured_anew(tiny, on_cpu):
     assert captures() == 1 and state.parts.is_replayed
     layer = next(m for m in state.model.modules() if isinstance(m, SparseLinear))
     places = places_of(layer)
-    set_pattern(layer, places.flip(0).sub(layer.in_features * layer.out_features - 1).neg())
+    others = places.flip(0).sub(layer.in_features * layer.out_features - 1).neg()
+    set_pattern(layer, others, [state.parts.optimizer])
     replayed = []
     for _ in range(3):
         state.compute_gradients()

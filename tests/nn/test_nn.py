@@ -56,14 +56,17 @@ class Model(nn.Module):
 # The module
 
 
+@pytest.mark.parametrize("tokens", [(2, 5), (0, 5), (2, 0, 3)], ids=str)
 @pytest.mark.parametrize("bias", [True, False])
-def test_forward_and_gradients(bias):
+def test_forward_and_gradients(bias, tokens):
     module = sparse_linear(bias, torch.float64)
     twin = dense_twin(module)
-    x = torch.randn(2, 5, K, dtype=torch.float64)
-    torch.testing.assert_close(module(x), twin(x))
+    x, y = (torch.randn(*tokens, K, dtype=torch.float64, requires_grad=True) for _ in range(2))
+    y.data = x.data
+    torch.testing.assert_close(module(x), twin(y))
     module(x).sin().sum().backward()
-    twin(x).sin().sum().backward()
+    twin(y).sin().sum().backward()
+    torch.testing.assert_close(x.grad, y.grad)
     mask = twin.weight != 0
     torch.testing.assert_close(module.values.grad, twin.weight.grad[mask])
     if bias:

@@ -659,7 +659,7 @@ def test_an_update_that_fails_changes_nothing(monkeypatch, rewind):
             raise MemoryError
         return set_pattern(layer, places, optimizers)
 
-    early = copy.deepcopy(algorithm._early)
+    early = copy.deepcopy(algorithm.state_dict()["early"])
     monkeypatch.setattr(gradual, "set_pattern", failing)
     with pytest.raises(MemoryError):
         fit(model, optimizer, 1, 1)
@@ -667,7 +667,7 @@ def test_an_update_that_fails_changes_nothing(monkeypatch, rewind):
     assert all(torch.equal(t, weights[name]) for name, t in model.state_dict().items())
     for i, moments in optimizer.state_dict()["state"].items():
         assert all(torch.equal(t, state["state"][i][key]) for key, t in moments.items())
-    assert all(torch.equal(t, early[name]) for name, t in algorithm._early.items())
+    assert all(torch.equal(t, early[name]) for name, t in algorithm.state_dict()["early"].items())
 
 
 # Which layers

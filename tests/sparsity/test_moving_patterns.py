@@ -25,6 +25,7 @@ from sparsekern.sparsity import (
     SET,
     Group,
     IterativePruning,
+    Magnitude,
     RigL,
     check_optimizer_state,
     match_patterns_,
@@ -298,6 +299,74 @@ def test_a_checkpoint_of_another_pattern_is_refused():
         fit(model, optimizer, 1)
 
 
+@pytest.mark.parametrize("count", [96, 50])
+def test_a_state_dict_from_before_a_change_is_that_of_its_pattern(count):
+    """It shares the memory of the weights, as torch's does; a change does not write into it."""
+    model, optimizer = start(Static(0.75), plain())
+    fit(model, optimizer, 1)
+    layer = model[0]
+    kept, moments = model.state_dict(), optimizer.state_dict()["state"]
+    before = layer.weight.detach().to_dense(), copy.deepcopy(optimizer.state[layer.values])
+    set_pattern(layer, torch.arange(count), [optimizer])
+    fit(model, optimizer, 1)
+    assert not torch.equal(layer.weight.to_dense(), before[0])
+    model.load_state_dict(kept)
+    assert torch.equal(layer.weight.to_dense(), before[0])
+    place = [p is layer.values for p in model.parameters()].index(True)
+    assert torch.equal(moments[place]["exp_avg"], before[1]["exp_avg"])
+
+
+@pytest.mark.parametrize("is_whole", [False, True])
+def test_values_in_a_buffer_of_others_stay_there(is_whole):
+    """As ZeroRedundancyOptimizer sends parameters in buckets, which one of them may fill."""
+    model, optimizer = start(SET(0.75, update={"freq": 1}), plain())
+    parameters = [layer.values for layer in layers(model)][: 1 if is_whole else 2]
+    bucket = nn.utils.parameters_to_vector(parameters).detach()
+    nn.utils.vector_to_parameters(bucket, parameters)
+    optimizer.buckets = [[bucket]]
+    first = patterns(model)
+    fit(model, optimizer, 1)
+    assert patterns(model) != first
+    assert torch.equal(nn.utils.parameters_to_vector(parameters), bucket)
+
+
+def test_state_of_another_pattern_of_the_same_size_is_refused():
+    """As where the best weights are taken back, and the optimizer goes on."""
+    model, optimizer = start(algorithm := SET(0.75, update={"freq": 2}), plain())
+    fit(model, optimizer, 1)
+    kept = copy.deepcopy([model.state_dict(), optimizer.state_dict()])
+    fit(model, optimizer, 1, 1)
+    model.load_state_dict(kept[0])
+    with pytest.raises(RuntimeError, match="0 has got another pattern since the last step, but"):
+        fit(model, optimizer, 1, 2)
+    optimizer.load_state_dict(kept[1])
+    fit(model, optimizer, 2, 2)
+    kept = copy.deepcopy([model.state_dict(), optimizer.state_dict()])
+    fit(model, optimizer, 1, 4)
+    optimizer.load_state_dict(kept[1])  # in this order, too
+    model.load_state_dict(kept[0])
+    model.load_state_dict({k: t.clone() for k, t in model.state_dict().items()})  # its own
+    fit(model, optimizer, 1, 4)
+    algorithm.apply(fresh := torch.optim.AdamW(model.parameters(), 1e-2))
+    model.load_state_dict(Static(0.75).apply(plain()).state_dict())
+    fit(model, fresh, 1)
+
+
+@pytest.mark.parametrize("fused", [False, True])
+def test_a_step_that_a_gradient_scaler_leaves_out_is_none(fused):
+    model = (algorithm := RigL(0.75, update={"freq": 1})).apply(plain())
+    optimizer = algorithm.apply(torch.optim.AdamW(model.parameters(), 1e-2, fused=fused))
+    scaler = torch.amp.GradScaler("cpu", init_scale=4.0)
+    for step, factor in enumerate((1, torch.inf, 1)):
+        before = patterns(model)
+        model.zero_grad()
+        scaler.scale(model(batch(step)[0]).square().mean() * factor).backward()
+        scaler.step(optimizer)
+        scaler.update()
+        assert (patterns(model) == before) == (factor == torch.inf)
+    assert algorithm.steps == 2 == optimizer.state[model[0].values]["step"]
+
+
 def test_state_that_is_no_sparse_layers_is_none_of_our_business():
     p = nn.Parameter(torch.zeros(4))
     p.grad = torch.ones(4)
@@ -370,6 +439,33 @@ def test_rewinding_empties_a_wrapper_and_what_it_wraps():
     outer = algorithm.apply(Outer(torch.optim.AdamW(model.parameters(), 1e-2)))
     fit(model, outer, 2)
     assert not outer.state and not outer.base_optimizer.state
+
+
+def test_rewinding_when_another_optimizer_has_taken_over():
+    """Whose other parameters come after those of the one that stayed."""
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(16, 16), nn.GELU(), nn.Linear(16, 16))
+    algorithm = IterativePruning(0.5, rounds=2, freq=3, rewind=1)
+    algorithm.apply(model)
+    parts = [algorithm.apply(torch.optim.AdamW(m.parameters(), 0.1)) for m in (model[0], model[2])]
+    for step in range(3):
+        model(batch(step)[0]).sin().sum().backward()
+        for part in parts:
+            part.step()
+        if step == 0:
+            early = [m.bias.detach().clone() for m in (model[0], model[2])]
+            wrapped = nn.Sequential(nn.Sequential(model))  # whose layers have other names
+            algorithm.apply(wrapped)
+        if step == 1:
+            parts[0] = algorithm.apply(torch.optim.AdamW(model[0].parameters(), 0.01))
+    assert model[0].values.shape[0] < 0.8 * 16 * 16
+    assert torch.equal(model[0].bias, early[0]) and torch.equal(model[2].bias, early[1])
+    parts[0].param_groups[0]["params"].append(nn.Parameter(torch.zeros(16)))
+    with pytest.raises(RuntimeError, match="rewind: expected the other parameters that"):
+        algorithm.update_pattern()
+    algorithm._early.pop(model[2])
+    with pytest.raises(RuntimeError, match="rewind: the weights of 0.0.2 at step 1 are not known"):
+        algorithm.update_pattern()
 
 
 # Optimizers whose state begins with another number than zero.
@@ -485,6 +581,56 @@ def test_another_optimizer_takes_over():
     assert ref() is None
 
 
+def test_an_optimizer_that_rests_may_step_whenever_it_likes():
+    model, first = start(algorithm := SET(0.75, update={"freq": 2}), plain())
+    others = []
+    for step in range(4):
+        others.append(algorithm.apply(torch.optim.AdamW(model.parameters(), 1e-2)))
+        fit(model, first, 1, step)
+    fit(model, first, 4)
+    assert algorithm.steps >= 4
+
+
+@pytest.fixture
+def rested():
+    """A Magnitude, its model, and two optimizers with state, of which the first one rests."""
+    model, first = start(algorithm := Magnitude(0.75, param_filter="0"), plain())
+    fit(model, first, 2)
+    second = algorithm.apply(torch.optim.AdamW(model.parameters(), 1e-2))
+    fit(model, second, 2)
+    assert algorithm.optimizers == [second] and first in algorithm._resting
+    set_pattern(model[0], torch.arange(200), [first, second])  # which it may prune again
+    for optimizer in (first, second):
+        optimizer.state[model[0].values]["exp_avg"] = torch.arange(200.0)
+    model[0].values.data = torch.arange(200.0)
+    return algorithm, model, first, second
+
+
+def test_optimizers_that_rest_follow_where_magnitude_is_applied_again(rested):
+    algorithm, model, *both = rested
+    algorithm.apply(model)
+    assert places_of(model[0]).tolist() == list(range(104, 200))
+    for optimizer in both:
+        assert optimizer.state[model[0].values]["exp_avg"].tolist() == list(range(104, 200))
+        fit(model, optimizer, 1)
+
+
+@pytest.mark.parametrize("is_group", [False, True])
+def test_optimizers_that_rest_go_back_where_one_fails(rested, is_group, monkeypatch):
+    algorithm, model, *both = rested
+    if is_group:
+        with torch.no_grad():
+            model[2].weight.fill_(torch.nan)
+        algorithm = Group([algorithm, Magnitude(0.5, param_filter="2")])
+    else:
+        monkeypatch.setattr("sparsekern.sparsity.oneshot.compared", lambda *_: 1 / 0)
+    with pytest.raises((ValueError, ZeroDivisionError)):
+        algorithm.apply(model)
+    assert places_of(model[0]).tolist() == list(range(200))
+    for optimizer in both:
+        assert optimizer.state[model[0].values]["exp_avg"].tolist() == list(range(200))
+
+
 def test_a_group_that_fails_keeps_the_run_of_its_algorithms():
     algorithm = SET(0.75, update={"freq": 2, "stop": 5})
     model, optimizer = start(algorithm, plain())
@@ -493,6 +639,15 @@ def test_a_group_that_fails_keeps_the_run_of_its_algorithms():
         Group([algorithm, SET(0.5, param_filter="2")]).apply(plain())
     assert algorithm.steps == 3 and algorithm.optimizers == [optimizer]
     assert list(algorithm.layers.values()) == layers(model)
+
+
+@pytest.mark.filterwarnings("ignore:Initializing zero-element tensors")
+@pytest.mark.parametrize("family", ["unstructured", "two-way"])
+def test_layers_without_places_are_left_alone(family):
+    algorithm = RigL(0.75, update={"freq": 1}, family=family)
+    model, optimizer = start(algorithm, nn.Sequential(nn.Linear(16, 0), nn.Linear(0, 8)))
+    fit(model, optimizer, 2)
+    assert algorithm.steps == 2
 
 
 def test_frozen_layers_keep_their_patterns():
@@ -515,8 +670,9 @@ def test_another_algorithm_takes_over():
         assert patterns(model) != before
 
 
-def test_a_pickled_algorithm_goes_on_with_its_optimizer():
-    model, optimizer = start(algorithm := RigL(0.75, update={"freq": 2}), plain())
+@pytest.mark.parametrize("name", MOVING)
+def test_a_pickled_algorithm_goes_on_with_its_optimizer(name):
+    model, optimizer = start(algorithm := MOVING[name](), plain())
     fit(model, optimizer, 3)
     kept = pickle.dumps((model, optimizer, algorithm))
     fit(model, optimizer, 3, 3)
@@ -620,6 +776,38 @@ def test_optimizers_that_keep_parameters_in_a_place_of_their_own(made):
         made(torch.optim.LBFGS, 1)
     with pytest.raises(ValueError, match="optimizer: Lists keeps parameters in 'cache' too"):
         made(Lists, 0)
+
+
+@pytest.mark.parametrize("zero", ["none", "zeros", "kept"])
+@pytest.mark.parametrize("becomes", ["sparse", "dense"])
+def test_an_optimizer_of_what_was_replaced_is_told(becomes, zero):
+    """Its gradients of before may be there still."""
+    model = plain() if becomes == "sparse" else Static(0.5).apply(plain())
+    optimizer = torch.optim.SGD(model.parameters(), 1e-2)
+    others = torch.optim.SGD([nn.Parameter(torch.zeros(3)), *model[0].parameters()], 1e-2)
+    fit(model, optimizer, 1)
+    first = copy.deepcopy(model[0].bias)
+    sparsify_(model, Static(0.5)) if becomes == "sparse" else densify_(model)
+    if zero != "kept":
+        optimizer.zero_grad(zero == "none")
+    gradients(model, 1)
+    with pytest.raises(RuntimeError, match="optimizer: it holds the .*would not train"):
+        optimizer.step()
+    assert torch.equal(model[0].bias, first)
+    others.add_param_group({"params": next(model[0].parameters())})  # it holds both
+    others.step()
+
+
+@pytest.mark.parametrize("becomes", ["sparse", "dense"])
+def test_what_was_replaced_may_be_trained_elsewhere(becomes):
+    """As a teacher's: the layer is another model's, too."""
+    model = plain() if becomes == "sparse" else Static(0.5).apply(plain())
+    teacher = nn.Sequential(*model)
+    optimizer = torch.optim.SGD(teacher.parameters(), 1e-2)
+    fit(teacher, optimizer, 1)
+    sparsify_(model, Static(0.5)) if becomes == "sparse" else densify_(model)
+    gradients(model, 1)
+    fit(teacher, optimizer, 2)
 
 
 def test_densify_refuses_state_of_another_kind():
