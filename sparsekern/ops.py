@@ -230,7 +230,9 @@ def gradients(op: str, ctx, h: Tensor, needs: tuple[bool, bool, bool]) -> tuple:
         made = quick(all_of, row_offsets, col_indices, values, n, k, h.contiguous(), a)
         if made is not None:
             return made[1], made[0], made[2] if needs[2] else None
-    rows = h if h.dim() == 2 else h.reshape(-1, h.shape[-1])  # flatten() takes no batch of them
+    # flatten() takes no batch of them, and -1 is no number where there are no elements.
+    tokens = h.shape[:-1]
+    rows = h if h.dim() == 2 else h.reshape(tokens.numel(), h.shape[-1])
     dbias = rows.sum(0) if needs[2] else None
     dvalues = da = None
     if needs[0]:
@@ -241,7 +243,7 @@ def gradients(op: str, ctx, h: Tensor, needs: tuple[bool, bool, bool]) -> tuple:
     if needs[1]:
         product = spmm_t if op == "spmm" else spmm
         da = product(row_offsets, col_indices, values, n, k, rows)
-        da = da if h.dim() == 2 else da.reshape(*h.shape[:-1], da.shape[-1])
+        da = da if h.dim() == 2 else da.reshape(*tokens, da.shape[-1])
     return dvalues, da, dbias
 
 
