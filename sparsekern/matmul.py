@@ -280,7 +280,10 @@ def raise_as_torch(func: Callable, *args, **kwargs) -> NoReturn:
             return [twin(t) for t in a]
         if not isinstance(a, SparseTensor):
             return a
-        return torch.zeros((), dtype=a.dtype, device=a.device).expand(a.shape)
+        zeros = torch.zeros((), dtype=a.dtype, device=a.device).expand(a.shape)
+        if a.requires_grad and not _is_compiling():  # by which torch folds dimensions, or not
+            zeros.requires_grad_()
+        return zeros
 
     func(*(twin(a) for a in args), **kwargs)
     # torch can do it.

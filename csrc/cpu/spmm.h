@@ -7,8 +7,8 @@
 // (Type::kDots) for two shuffles on two registers, that serve two non-zeros.
 //
 // Sums have three levels, so that their error stays small for any number of columns: the non-zeros
-// of a row in a column block are summed from 0, kSumBlocks such sums are added up in the y panel,
-// and those in a panel of totals.
+// of a row in a column block, or kLongest of them, are summed from 0, kSumBlocks such sums are
+// added up in the y panel, and those in a panel of totals.
 #pragma once
 
 #include "dots.h"
@@ -124,6 +124,20 @@ constexpr int64_t tokens_of() {
   return int64_t{Sums::kVectors} * Simd<Element>::kCount * Simd<Element>::kTokens;
 }
 
+// A column block is wide where W is nearly empty, and a row may be full even so.
+constexpr int32_t kLongest = 512;
+
+// What a long segment adds behind its first kLongest non-zeros.
+template <class Sums>
+__attribute__((noinline)) void add_rest(int32_t count, const typename Sums::Value* v,
+                                        const uint16_t* c, const typename Sums::Real* start,
+                                        const typename Sums::Element* x, typename Sums::Real* y) {
+  for (int32_t p = kLongest; p < count; p += kLongest) {
+    const int32_t rest = count - p, at_once = rest < kLongest ? rest : kLongest;
+    Sums::template segment<false>(at_once, v + p, c + p, start, x, y);
+  }
+}
+
 // The values of a segment stand one behind the other: in walking order, or with `places` where CSR
 // has them, which are fetched ahead.
 template <class Sums, bool kFirst>
@@ -131,10 +145,11 @@ void spmm_run(const Run& run, const uint16_t* row, const uint32_t* places,
               const typename Sums::Value* values, const uint16_t* c,
               const typename Sums::Real* start, const typename Sums::Element* x,
               typename Sums::Real* y) {
+  using Real = typename Sums::Real;
   using Value = typename Sums::Value;
   constexpr int64_t kTokens = tokens_of<Sums>();
   constexpr int64_t kLine = 64 / sizeof(Value);
-  const int32_t count = run.count;
+  const int32_t count = run.count, at_once = count < kLongest ? count : kLongest;
   const Value* v = values;
   row += run.first;
   if (places) places += run.first;
@@ -144,7 +159,9 @@ void spmm_run(const Run& run, const uint16_t* row, const uint32_t* places,
       const Value* next = values + places[q + kSegmentsAhead];
       for (int64_t i = 0; i < count + kLine; i += kLine) __builtin_prefetch(next + i);
     }
-    Sums::template segment<kFirst>(count, v, c, start + row[q], x, y + row[q] * kTokens);
+    Real* sums = y + row[q] * kTokens;
+    Sums::template segment<kFirst>(at_once, v, c, start + row[q], x, sums);
+    if (at_once < count) add_rest<Sums>(count, v, c, start + row[q], x, sums);
   }
 }
 

@@ -130,6 +130,22 @@ def test_errors_float32(monkeypatch, op, length, is_positive):
 
 @needs_library
 @pytest.mark.usefixtures("one_thread")
+@pytest.mark.parametrize("M", [20, 64])
+def test_errors_of_the_one_row_of_a_nearly_empty_matrix(M):
+    """Blocks are wide there. A row and, in the transpose, a column that is full."""
+    n = k = 65536
+    w, x = torch.rand(k), torch.rand(M, k)
+    offsets = torch.cat([torch.zeros(1, dtype=torch.int32), torch.full((n,), k).int()])
+    full_row = SparseTensor(offsets, torch.arange(k), w, (n, k))
+    full_column = SparseTensor(torch.arange(n + 1), torch.zeros(n, dtype=torch.int32), w, (n, k))
+    want, dense = x.double() @ w.double(), (x @ w[:, None])[:, 0]
+    bound = 2 * (dense - want).abs().max()
+    for y in (x @ full_row.T, x @ full_column):
+        assert (y[:, 0] - want).abs().max() <= bound and not y[:, 1:].any()
+
+
+@needs_library
+@pytest.mark.usefixtures("one_thread")
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float64], ids=str)
 @pytest.mark.parametrize("op", OPS)
 def test_errors_other_types(monkeypatch, op, dtype):
