@@ -1,4 +1,5 @@
-"""Dense weights whose layers became sparse, and optimizers that still hold them."""
+"""Weights whose layers became sparse, values whose layers became dense, and optimizers that still
+hold them."""
 
 import weakref
 from typing import Any, TypeVar
@@ -13,21 +14,43 @@ from .optimizers import check_can_swap, holders, swap_
 
 _Layer = TypeVar("_Layer", bound=SparseLinear)
 
-# By the id of the dense Parameter.
+# By the id of the Parameter that was there before.
 _replaced: dict[int, tuple[weakref.ref, weakref.ref]] = {}
+_densified: dict[int, tuple[weakref.ref, weakref.ref]] = {}
 
 
 def note(weight: Any, layer: _Layer) -> _Layer:
     """The layer, which takes the place of one with this weight [N, K]."""
-    key = id(weight)
-    _replaced[key] = weakref.ref(weight, lambda _: _replaced.pop(key, None)), weakref.ref(layer)
+    _note(_replaced, weight, layer)
     return layer
+
+
+def note_dense(layer: SparseLinear, weight: Tensor) -> None:
+    """The weight [N, K] takes the place of the layer's values, and of the weight before them."""
+    before = [ref() for ref, of in _replaced.values() if of() is layer]
+    for old in (layer.values, *before):
+        if old is not None:
+            _note(_densified, old, weight)
 
 
 def layer_for(weight: Tensor) -> SparseLinear | None:
     """The layer that took the place of one with this weight."""
-    ref, layer = _replaced.get(id(weight), (None, None))
-    return layer() if ref and layer and ref() is weight else None
+    return _successor(_replaced, weight)
+
+
+def dense_for(old: Tensor) -> Tensor | None:
+    """The weight that took the place of these values, or of the weight before them."""
+    return _successor(_densified, old)
+
+
+def _note(table: dict, old: Any, new: Any) -> None:
+    key = id(old)
+    table[key] = weakref.ref(old, lambda _: table.pop(key, None)), weakref.ref(new)
+
+
+def _successor(table: dict, old: Tensor) -> Any:
+    ref, new = table.get(id(old), (None, None))
+    return new() if ref and new and ref() is old else None
 
 
 def adopt_values_(optimizer: Optimizer) -> Optimizer:
@@ -70,15 +93,28 @@ def _at_places(key: str, t: object, weight: nn.Parameter, layer: SparseLinear) -
     return t[rows, layer.col_indices.long()].contiguous()
 
 
-def check_is_held(weight: Tensor) -> None:
-    """RuntimeError for a weight that an optimizer steps although its layer became sparse, is
-    trained as such, and no gradient comes to the dense weight any more."""
-    if not _replaced or weight.grad is not None:
+def check_is_held(optimizer: Optimizer) -> None:
+    """RuntimeError where it steps a weight whose layer became sparse, or values whose layer became
+    dense, and does not hold what took their place: that is trained, and no gradient comes to the
+    old ones any more."""
+    if not _replaced and not _densified:
         return
-    layer = layer_for(weight)
-    if layer is not None and layer.values.grad is not None:
-        raise RuntimeError(
-            f"optimizer: it holds the dense weight that {layer} had, and would not train the "
-            "sparse one: call sparsekern.nn.adopt_values_(optimizer), or make the optimizer after "
-            "the model became sparse"
-        )
+    held = {id(p) for group in optimizer.param_groups for p in group["params"]}
+    for p in (p for group in optimizer.param_groups for p in group["params"] if p.grad is None):
+        layer, weight = layer_for(p), dense_for(p)
+        if layer is not None and _is_missed(layer.values, held):
+            raise RuntimeError(
+                f"optimizer: it holds the dense weight that {layer} had, and would not train the "
+                "sparse one: call sparsekern.nn.adopt_values_(optimizer), or make the optimizer "
+                "after the model became sparse"
+            )
+        if weight is not None and _is_missed(weight, held):
+            raise RuntimeError(
+                f"optimizer: it holds what a weight of shape {list(weight.shape)} was before "
+                "densify_, and would not train the dense one: give it to densify_(model, "
+                "optimizer), or make the optimizer after the model became dense"
+            )
+
+
+def _is_missed(new: Tensor, held: set[int]) -> bool:
+    return new.grad is not None and id(new) not in held
