@@ -124,7 +124,9 @@ def add_commands(
     added.add_argument("--data", type=Path, help="folder of the CSV files of pr0f3ss/SpMM_Cerebras")
 
     added = command("compare", _run_compare, "measured speed-ups beside the wafer's")
-    added.add_argument("--results", type=Path, nargs="+", help=f"tables ({RESULTS}/*.csv)")
+    added.add_argument(
+        "--results", type=Path, nargs="+", help=f"tables, or their folder ({RESULTS})"
+    )
     added.add_argument("--match", default="", help="only measurements with this in their name")
     added.add_argument(
         "--masks",
@@ -198,10 +200,18 @@ def _shape(options: dict) -> GPTShape:
     return replace(shape, **given, name=f"{shape.name}, changed") if given else shape
 
 
-def _density_of_model(options: dict) -> float:
-    if options["sparsity"] is None and (pruned := _pruned(options["model"])):
-        return 1 - pruned[1]
-    return _density(DEFAULT_SPARSITY if options["sparsity"] is None else options["sparsity"])
+def _density_of_model(options: dict) -> tuple[float, str]:
+    """That of its linear layers, and what to tell of it: nothing where it was given."""
+    if options["sparsity"] is not None:
+        return _density(options["sparsity"]), ""
+    if pruned := _pruned(options["model"]):
+        path, found = pruned
+        text = f"sparsity: {found:.4g} is that of {path}, as --sparsity was not given; which "
+        return 1 - found, text + "weights are zero is not read: the masks are taken as random"
+    text = f"sparsity: {DEFAULT_SPARSITY} is the default, as --sparsity was not given"
+    if options["model"] not in (None, *GPT_SHAPES):
+        text += f"; of {options['model']} its config is read, not how many weights are zero"
+    return _density(DEFAULT_SPARSITY), text
 
 
 def _pruned(model: str | None) -> tuple[Path, float] | None:
@@ -241,6 +251,7 @@ def _write_json(path: Path | None, value: object) -> None:
 def _run_predict(**options) -> None:
     inputs, wafer = _inputs(options), machine(options["machine"])
     beside = [gpu(name) for name in options["beside"]]
+    told = ""
     with Progress(None, unit="part") as progress:
         if path := options["checkpoint"]:
             given = [f for f in ("model", "sparsity", *SHAPE_FLAGS) if options[f] is not None]
@@ -254,7 +265,7 @@ def _run_predict(**options) -> None:
             progress.about(f"predicting from the masks of {len(weights)} layers")
         else:
             shape = _shape(options)
-            weights = _density_of_model(options)
+            weights, told = _density_of_model(options)
         found = predict(
             wafer,
             shape,
@@ -265,8 +276,7 @@ def _run_predict(**options) -> None:
             **{name: options[name] for name in PREDICT_FLAGS},
         )
     print(render.render(found))
-    if not options["checkpoint"]:
-        _tell_default(options)
+    _tell(told)
     if options["details"]:
         print("\n" + render.render_details(found))
     if options["sources"]:
@@ -274,18 +284,9 @@ def _run_predict(**options) -> None:
     _write_json(options["json"], render.as_dict(found))
 
 
-def _tell_default(options: dict) -> None:
-    if options["sparsity"] is not None:
-        return
-    if pruned := _pruned(options["model"]):
-        path, found = pruned
-        text = f"sparsity: {found:.4g} is that of {path}, as --sparsity was not given; which "
-        text += "weights are zero is not read: the masks are taken as random"
-    else:
-        text = f"sparsity: {DEFAULT_SPARSITY} is the default, as --sparsity was not given"
-        if options["model"] not in (None, *GPT_SHAPES):
-            text += f"; of {options['model']} its config is read, not how many weights are zero"
-    print(text, file=sys.stderr)
+def _tell(text: str) -> None:
+    if text:
+        print(text, file=sys.stderr)
 
 
 def _measured_here() -> list[Path]:
@@ -370,9 +371,11 @@ def _run_validate(**options) -> int:
 
 
 def _run_compare(**options) -> None:
-    paths = options["results"] or sorted(RESULTS.glob("*.csv"))
+    given = options["results"] or [RESULTS] * RESULTS.is_dir()
+    paths = [table for path in given for table in _tables(path)]
     if not paths:
-        raise ValueError(f"results: none in {RESULTS}; give --results")
+        where = ", ".join(map(str, given or [RESULTS]))
+        raise ValueError(f"results: no table in {where}; give --results with a file or a folder")
     results = {path.stem: _measured(path) for path in paths}
     masks = {"mask_of": options["benchmark_mask"]} if options["masks"] == comparing.ACTUAL else {}
     with Progress(comparing.count(results, options["match"]), unit="measurement") as progress:
@@ -386,6 +389,11 @@ def _run_compare(**options) -> None:
         )
     print(comparing.render(pairs))
     _write_json(options["json"], [pair.as_dict() for pair in pairs])
+
+
+def _tables(path: Path) -> list[Path]:
+    """Those of a folder, or the file itself."""
+    return sorted(path.glob("*.csv")) if path.is_dir() else [path]
 
 
 def _measured(path: Path) -> list[dict]:
@@ -402,11 +410,10 @@ def _measured(path: Path) -> list[dict]:
 def _run_sensitivity(**options) -> None:
     shape, inputs = _shape(options), _inputs(options)
     batch = options["batch"] if options["batch"] is not None else default_batch(shape, 1)
-    swings = sensitivity.sensitivity(
-        machine(options["machine"]), shape, _density_of_model(options), batch, inputs
-    )
+    density, told = _density_of_model(options)
+    swings = sensitivity.sensitivity(machine(options["machine"]), shape, density, batch, inputs)
     print(sensitivity.render(swings))
-    _tell_default(options)
+    _tell(told)
     _write_json(options["json"], [vars(swing) for swing in swings])
     if options["plots"]:
         _write_plots(options["plots"], {"sensitivity": plots.sensitivity_bars(swings, inputs)})
