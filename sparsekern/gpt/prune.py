@@ -12,7 +12,7 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from ..files import atomic_write
+from ..files import alone_beside, atomic_write
 from ..nn import SparseLinear, densify_
 from ..sparsity import Magnitude, SparseGPT, Wanda
 from ..sparsity.families import TwoWay
@@ -95,6 +95,11 @@ def prune(config: PruneConfig) -> list[dict]:
             "source: expected a run of `sparsekern train` or a model of transformers, got none"
         )
     path = Path(config.out) / CHECKPOINT
+    with alone_beside("out", path):
+        return _all_rounds(config, path)
+
+
+def _all_rounds(config: PruneConfig, path: Path) -> list[dict]:
     settings = asdict(config)
     rows: list[dict] = []
     if not Path(config.source).exists():
