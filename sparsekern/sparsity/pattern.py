@@ -55,6 +55,7 @@ def set_pattern(
             stacklevel=3,
         )
     values, shape = layer.values, layer.values.shape
+    copies.forget([values])
     for optimizer, state in _states(values, optimizers):
         for key, t in state.items():
             if isinstance(t, Tensor) and t.shape == shape:

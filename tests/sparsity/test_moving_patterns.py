@@ -229,6 +229,7 @@ def test_other_copies_are_nobodys_business():
     kept, loaded, trained, swa = copy.deepcopy(model), *(copy.deepcopy(model) for _ in range(3))
     swa, ema = AveragedModel(model), copy.deepcopy(model)
     other = torch.optim.SGD(trained.parameters(), 0.1)
+    pruned, served = Magnitude(0.9).apply(copy.deepcopy(model)), copy.deepcopy(model).bfloat16()
 
     @torch.no_grad()
     def update():
@@ -243,6 +244,7 @@ def test_other_copies_are_nobodys_business():
         for step in range(6):
             fit(trained, other, 1, step)
             fit(model, optimizer, 1, step, update)
+    assert pruned[0].weight.sparsity > 0.89 and served[0].values.dtype == torch.bfloat16
     assert patterns(loaded) == patterns(swa) == patterns(ema) == patterns(model)
     assert patterns(kept) == patterns(trained) != patterns(model)
 
