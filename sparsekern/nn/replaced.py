@@ -43,6 +43,11 @@ def dense_for(old: Tensor) -> Tensor | None:
     return _successor(_densified, old)
 
 
+def any_dense() -> bool:
+    """Whether values that densify_ replaced are still somewhere."""
+    return bool(_densified)
+
+
 def _note(table: dict, old: Any, new: Any) -> None:
     key = id(old)
     table[key] = weakref.ref(old, lambda _: table.pop(key, None)), weakref.ref(new)

@@ -96,7 +96,7 @@ def _hook(algorithm, optimizer: Optimizer) -> None:
             algorithm.optimizers.append(optimizer)
         if not any(optimizer is o for o in algorithm.optimizers):
             return
-        if not algorithm._is_checked or algorithm.is_due:
+        if replaced.any_dense():
             algorithm._give_up(_dense_by_now(algorithm))
         if not algorithm.layers:
             return

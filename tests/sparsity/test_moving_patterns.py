@@ -537,14 +537,16 @@ def test_a_model_is_pruned_further_in_training(make):
 
 @pytest.mark.parametrize("steps", [0, 3])
 def test_layers_that_became_dense_are_no_algorithms(steps):
-    """Neither the first step afterwards nor the next update looks for them."""
+    """Neither the first step afterwards nor the next update looks for them, and they are freed."""
     model = plain()
     model[0] = nn.Sequential(model[0])
     model, optimizer = start(algorithm := RigL(0.75, update={"freq": 2}), model)
     fit(model, optimizer, steps)
+    old = weakref.ref(model[0][0])
     densify_(model[0], optimizer)
     before = places_of(model[2])
     fit(model, optimizer, 3, steps)
+    assert old() is None
     assert algorithm.layers == {"2": model[2]} and algorithm.steps == steps + 3
     assert not torch.equal(before, places_of(model[2]))
     densify_(model, optimizer)
