@@ -1,11 +1,9 @@
 """The page of `run_gpu.py eight-bits`: decode with weights of 8 bits, on one GPU."""
 
 import tables_gpu
-import torch
 import two_way
 
 from sparsekern.bench import measure_gpu
-from sparsekern.bench.machine import in_words
 from sparsekern.bench.rates import derived
 from sparsekern.bench.records import Run, groups
 
@@ -40,15 +38,9 @@ Microseconds of the best dense call, and times faster.
 def page(name: str, run: Run) -> str:
     cells = derived(run)
     return PAGE.format(
-        name=name,
-        heading=in_words(run.about, cells[0]["dtype"]),
+        **two_way.told(name, run, cells),
         rounds=measure_gpu.ROUNDS,
-        fewest=measure_gpu.LAUNCHES[0],
-        cold_mb=measure_gpu.COLD_BYTES / 1e6,
-        shapes=", ".join(f"{n}x{k}" for n, k in sorted(tables_gpu.shapes_of(cells))),
         competitors=tables_gpu.competitors(cells),
-        tolerance=measure_gpu.TOLERANCE[torch.bfloat16],
-        errors=two_way.errors(cells),
         by_shape="\n\n".join(
             f"{sparsity:.0%} zeros\n\n{two_way.by_shape(chosen)}"
             for (sparsity,), chosen in groups(cells, lambda c: c["sparsity"]).items()

@@ -41,18 +41,25 @@ Microseconds of the best dense call, and times faster.
 def page(name: str, run: Run) -> str:
     cells = derived(run)
     return PAGE.format(
-        name=name,
-        heading=in_words(run.about, cells[0]["dtype"]),
+        **told(name, run, cells),
         sparsity=cells[0]["sparsity"],
         rounds=ROUNDS,
-        fewest=measure_gpu.LAUNCHES[0],
-        cold_mb=measure_gpu.COLD_BYTES / 1e6,
-        shapes=", ".join(f"{n}x{k}" for n, k in sorted(tables_gpu.shapes_of(cells))),
-        tolerance=measure_gpu.TOLERANCE[torch.bfloat16],
         speed=speed(cells),
-        errors=errors(cells),
         by_shape=by_shape(cells),
     )
+
+
+def told(name: str, run: Run, cells: list[dict]) -> dict[str, object]:
+    """What a page of products in 8 bits says of its run."""
+    return {
+        "name": name,
+        "heading": in_words(run.about, cells[0]["dtype"]),
+        "fewest": measure_gpu.LAUNCHES[0],
+        "cold_mb": measure_gpu.COLD_BYTES / 1e6,
+        "shapes": ", ".join(f"{n}x{k}" for n, k in sorted(tables_gpu.shapes_of(cells))),
+        "tolerance": measure_gpu.TOLERANCE[torch.bfloat16],
+        "errors": errors(cells),
+    }
 
 
 def speed(cells: list[dict]) -> str:

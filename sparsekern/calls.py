@@ -12,15 +12,13 @@ import torch
 from torch import Tensor
 from torch.autograd import Function, forward_ad, profiler
 
+from .casts import is_any_autocast_enabled
 from .kernels import observed
 from .kernels.operands import native
 from .kernels.prepared import prepare
 from .kernels.steps import unfolded
 from .ops import gradients, in_functorch, save_sddmm, sddmm_backward
 from .registered import run_product, run_sddmm
-
-# Private in torch, so its absence must not break the import.
-_is_any_autocast_enabled = getattr(torch._C, "_is_any_autocast_enabled", lambda: True)
 
 
 def _prepared(op: str) -> Callable:
@@ -70,7 +68,7 @@ def _agrees(x: Tensor) -> bool:
 if native:
     native.set_up(
         (in_functorch, torch._C._len_torch_dispatch_stack, torch._C._get_tracing_state),
-        _is_any_autocast_enabled,
+        is_any_autocast_enabled,
         _agrees,
         torch.is_grad_enabled,
         forward_ad,

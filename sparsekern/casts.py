@@ -15,7 +15,8 @@ from torch.autograd import Function, forward_ad
 
 from .ops import in_functorch
 
-# Private in torch, so its absence must not break the import.
+# Private in torch, so their absence must not break the import.
+is_any_autocast_enabled = getattr(torch._C, "_is_any_autocast_enabled", lambda: True)
 _hooks = getattr(torch._C._autograd, "_top_saved_tensors_default_hooks", lambda _: True)
 _modes = torch._C._len_torch_dispatch_stack
 _is_compiling = torch.compiler.is_compiling
@@ -63,6 +64,14 @@ def autocast(*tensors):
                 continue
         results.append(_cast(t, dtype, casts))
     return results
+
+
+def wanted_dtype(x: Tensor) -> torch.dtype | None:
+    """That of a product with x under autocast; None where there is none, or x is exempt."""
+    device = x.device.type
+    if x.dtype not in _CAST or device == "meta" or not torch.is_autocast_enabled(device):
+        return None
+    return torch.get_autocast_dtype(device)
 
 
 def _is_observed(device: str) -> bool:

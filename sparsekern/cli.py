@@ -38,6 +38,15 @@ class Parser(argparse.ArgumentParser):
 
 
 def main(arguments: list[str] | None = None) -> int:
+    options = vars(make_parser().parse_args(arguments))
+    for name in ("command", "wafer_command", "bench_command"):
+        options.pop(name, None)
+    run = options.pop("run")
+    return guarded(lambda: run(**options) or 0)
+
+
+def make_parser() -> Parser:
+    """Of all commands; `run` is what the one given does."""
     parser = Parser(
         prog="sparsekern",
         description="Unstructured sparse weights behind torch.matmul, where they pay",
@@ -96,13 +105,7 @@ def main(arguments: list[str] | None = None) -> int:
         command("wafer_masks", "checkpoint_weights"),
         command("wafer_masks", "benchmark_mask"),
     )
-
-    options = vars(parser.parse_args(arguments))
-    options.pop("command")
-    for name in ("wafer_command", "bench_command"):
-        options.pop(name, None)
-    run = options.pop("run")
-    return guarded(lambda: run(**options) or 0)
+    return parser
 
 
 def list_commands(parser: argparse.ArgumentParser) -> Callable:
@@ -138,7 +141,7 @@ def guarded(run: Callable[[], int]) -> int:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 141
     except Exception as error:
-        if os.environ.get("SPARSEKERN_DEBUG"):
+        if os.environ.get("SPARSEKERN_DEBUG") == "1":
             traceback.print_exc()
         print(f"sparsekern: error: {in_one_line(error)}", file=sys.stderr)
         return 2 if isinstance(error, MISTAKES) else 1

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from . import calls as calls  # sets them up
 from . import ops
-from .casts import autocast
+from .casts import autocast, is_any_autocast_enabled
 from .kernels.cuda.ordered import recognised
 from .kernels.problem import Problem
 from .kernels.table import describe, pick
@@ -25,8 +25,6 @@ from .tensor import REFLECTED, TORCH_FUNCTIONS, SparseTensor, register
 
 _PLAIN = (Tensor, torch.nn.Parameter)
 _is_compiling = torch.compiler.is_compiling
-# Private in torch, so its absence must not break the import.
-_is_any_autocast_enabled = getattr(torch._C, "_is_any_autocast_enabled", lambda: True)
 
 
 def matmul(
@@ -70,7 +68,7 @@ def quick_linear(
     small layer pays for every line of Python."""
     if _is_compiling():
         return None
-    if _is_any_autocast_enabled():
+    if is_any_autocast_enabled():
         x, values, bias = autocast(x, values, bias)
     y = ops.call(ops.SPMM, row_offsets, col_indices, values, n, k, x, bias)
     if y is not None:
@@ -198,7 +196,7 @@ def _matmul(func: Callable, a, b, out: Tensor | None) -> Tensor | SparseTensor:
 
 def _dense_sparse(func: Callable, a, b: SparseTensor, out: Tensor | None) -> Tensor:
     x, values = a, b.values
-    if _is_compiling() or _is_any_autocast_enabled():
+    if _is_compiling() or is_any_autocast_enabled():
         x, values = operands(func, x, values, out)
     if (  # times() of a matrix that fits(): a small product pays for every call of Python
         out is None

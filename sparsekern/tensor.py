@@ -169,8 +169,9 @@ class SparseTensor:
         return conversions.to_scipy(*self._checked(), self.n, self.k, self.is_transposed)
 
     def to_cupy(self):
-        """A cupyx.scipy.sparse CSR matrix; it shares memory with this one unless this is a
-        transpose."""
+        """A cupyx.scipy.sparse CSR matrix on the same GPU; it shares memory with this one unless
+        this is a transpose. Of several GPUs cupy computes on its current one:
+        `with cupy.cuda.Device(index):`."""
         return conversions.to_cupy(*self._checked(), self.n, self.k, self.is_transposed)
 
     def _checked(self) -> tuple[Tensor, Tensor, Tensor]:

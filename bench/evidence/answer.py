@@ -3,12 +3,21 @@
 import math
 from collections.abc import Mapping, Sequence
 
-from .differences import Difference, by_seed, difference, is_as_predicted, is_unstable, kind
+from .differences import (
+    Difference,
+    by_seed,
+    difference,
+    is_as_predicted,
+    is_diverged,
+    is_unstable,
+    kind,
+)
 from .plan import ARMS, PLAN, SWEEP_SEED, Order, Prediction, finite
 
-PRIMARY = "code"  # loss after fine-tuning, 75 % against dense and these, in order 2
+PRIMARY = "code"  # loss after fine-tuning, 75 % against dense and its rivals
 SIZE = "S"
-NORMED = 10  # the order that asks the same of arms whose training is stable
+# The orders that ask for it: as was planned first, and of arms whose training is stable.
+PLAIN, NORMED = 2, 10
 # The dense arms beside 75 %, and what they are called in a sentence.
 RIVALS = {"small": "a small dense model", "short": "the dense model on fewer tokens"}
 OTHERS = ("dense", *RIVALS)
@@ -32,69 +41,105 @@ def order_of(number: int) -> Order:
     return next(order for order in PLAN if order.number == number)
 
 
-def primary(number: int = 2) -> tuple[Prediction, ...]:
+def primary(number: int = PLAIN) -> tuple[Prediction, ...]:
     return tuple(p for p in order_of(number).predictions if p.metric == PRIMARY)
+
+
+def compared(results: list[dict], number: int) -> dict[str, Difference | None]:
+    """75 % zeros less dense, and less each of its rivals, of this order."""
+    return {p.b: difference(results, SIZE, p.a, p.b, PRIMARY) for p in primary(number)}
+
+
+def answered(results: list[dict]) -> list[int]:
+    """The orders that have an answer. That of stable training is the first as soon as a difference
+    in it has an interval."""
+    found = {n: [d for d in compared(results, n).values() if d] for n in (PLAIN, NORMED)}
+    is_first = any(d.of_95 for d in found[NORMED])
+    return [n for n in sorted(found, reverse=is_first) if found[n]]
 
 
 def first_words(results: list[dict]) -> str:
     """The answer so far, good for us or not."""
-    found = {p.b: difference(results, SIZE, p.a, p.b, PRIMARY) for p in primary()}
-    if not any(found.values()):
+    orders = answered(results)
+    if not orders:
         return (
             "**Not known yet.** The runs that would say it have not been made: what follows is the "
             "plan, with what was expected before the first run, and the runs that there are."
             + hint(results)
         )
-    so_far = "" if is_whole(results) else "**Runs are missing or diverged.** "
-    margin = primary()[0].margin
-    words = (
-        f"{so_far}{cost_and_rivals(found, margin)} Measured by the loss on Python code, in nats a "
-        f"token, after all weights were fine-tuned; before the first run it was fixed that up to "
-        f"{margin:g} counts as equal. In brackets: the loss with 75 % zeros less that of the "
-        "other, and the 95 % interval of this." + unstable(results)
+    measured = (
+        " Measured by the loss on Python code, in nats a token, after all weights were fine-tuned; "
+        f"before the first run it was fixed that up to {primary()[0].margin:g} counts as equal. In "
+        "brackets: the loss with 75 % zeros less that of the other, and the 95 % interval of this."
     )
+    if orders[0] == NORMED:
+        words = (
+            f"{cost_and_rivals(results, NORMED)}{measured} All of these have a norm of queries and "
+            f"keys (section {NORMED}), with which {how_stable(results)}"
+        )
+        plain = (
+            f"**Without that norm**, as was planned first (section {PLAIN}): "
+            f"{cost_and_rivals(results, PLAIN)}{unstable(results, PLAIN)} The norm was added to "
+            "the plan after first runs without it, before any run with it."
+        )
+        return f"{words}{unstable(results, NORMED)}\n\n{plain}"
+    words = f"{cost_and_rivals(results, PLAIN)}{measured}{unstable(results, PLAIN)}"
     return "\n\n".join(filter(None, [words, stable_words(results)]))
 
 
-def cost_and_rivals(found: Mapping[str, Difference | None], margin: float | None) -> str:
-    """`found`: of 75 % zeros less dense, and less each of its rivals, plain or normed."""
+def cost_and_rivals(results: list[dict], number: int) -> str:
+    """What 75 % zeros cost and buy, plain or normed."""
+    margin, found = primary(number)[0].margin, compared(results, number)
     dense, small, short = found.values()
     rivals = [beside(n, d, margin) for n, d in zip(RIVALS.values(), (small, short), strict=True)]
-    return f"{cost(dense, margin)}. For the same FLOPs of pre-training, {'; '.join(rivals)}."
+    so_far = "" if is_whole(number, found) else "**Runs are missing or diverged.** "
+    same = f"For the same FLOPs of pre-training, {'; '.join(rivals)}."
+    return f"{so_far}{cost(dense, margin)}. {same}"
 
 
 def stable_words(results: list[dict]) -> str:
-    """The same of the arms whose training a norm keeps stable; "" where none has run."""
-    made = [r for r in results if r["size"] == SIZE and r.get("pretrained", {}).get("curve")]
-    normed, plain = ([r for r in made if ARMS[r["arm"]].is_normed == is_it] for is_it in (1, 0))
-    if not normed:
+    """What follows the plain answer, of arms whose training a norm keeps stable; "" where none has
+    run."""
+    if not runs_of(results, "-normed"):
         return ""
-    given = primary(NORMED)
-    found = {p.b: difference(results, SIZE, p.a, p.b, PRIMARY) for p in given}
     says = (
-        f" {cost_and_rivals(found, given[0].margin)}"
-        if any(found.values())
-        else f" These were not fine-tuned yet.{hint(results, '-normed', NORMED)}"
+        f"{cost_and_rivals(results, NORMED)}{unstable(results, NORMED)}"
+        if NORMED in answered(results)
+        else f"These were not fine-tuned yet.{hint(results, '-normed', NORMED)}"
     )
+    return f"**With a norm of queries and keys** (section {NORMED}) {how_stable(results)} {says}"
+
+
+def how_stable(results: list[dict]) -> str:
+    """Of all runs of these arms, at the rates that were tried too."""
+    normed, plain = (runs_of(results, suffix) for suffix in ("-normed", ""))
     return (
-        f"**With a norm of queries and keys** (section {NORMED}) the loss in training rose in "
-        f"{risen(normed)}, without one in {risen(plain)}.{says}"
+        f"training was unstable in {share_of_unstable(normed)} (the choice of rates included), "
+        f"without one in {share_of_unstable(plain)}."
     )
 
 
-def risen(results: list[dict]) -> str:
+def runs_of(results: list[dict], suffix: str) -> list[dict]:
+    """Of 75 % zeros and what stands beside it."""
+    arms = {f"{arm}{suffix}" for arm in ("75", *OTHERS)}
+    return [r for r in results if r["size"] == SIZE and r["arm"] in arms]
+
+
+def share_of_unstable(results: list[dict]) -> str:
     return f"{sum(map(is_unstable, results))} of {len(results)} runs"
 
 
-def unstable(results: list[dict]) -> str:
-    """Which runs of the primary outcome were not stable."""
+def unstable(results: list[dict], number: int) -> str:
+    """Which runs of the primary outcome of this order were not stable."""
+    arms = dict.fromkeys(arm for p in primary(number) for arm in (p.a, p.b))
     told = [
-        f"{ARMS[arm].title}, seed {seed}"
-        for arm in ("75", *OTHERS)
+        f"{ARMS[arm].title}, seed {seed}" + " (diverged: in no figure)" * is_diverged(result)
+        for arm in arms
         for seed, result in by_seed(results, SIZE, arm).items()
         if is_unstable(result)
     ]
-    return f" Training was not stable (*rise* in section 2): {'; '.join(told)}." if told else ""
+    where = f"(*rise* in section {number})"
+    return f" Training was not stable {where}: {'; '.join(told)}." if told else ""
 
 
 def hint(results: list[dict], suffix: str = "", section: int = 1) -> str:
@@ -113,11 +158,10 @@ def hint(results: list[dict], suffix: str = "", section: int = 1) -> str:
     )
 
 
-def is_whole(results: list[dict]) -> bool:
-    """All runs of the primary outcome have been made and none diverged."""
-    seeds = [*order_of(2).seeds]
-    found = [difference(results, SIZE, "75", arm, PRIMARY) for arm in OTHERS]
-    return all(each and each.seeds == seeds for each in found)
+def is_whole(number: int, found: Mapping[str, Difference | None]) -> bool:
+    """All runs of the primary outcome of this order have been made and none diverged."""
+    seeds = [*order_of(number).seeds]
+    return all(each and each.seeds == seeds for each in found.values())
 
 
 def cost(found: Difference | None, margin: float | None) -> str:

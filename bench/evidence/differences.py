@@ -58,8 +58,13 @@ def rise(result: dict) -> float:
     return max((loss - low for loss, low in zip(curve, lowest, strict=True)), default=0.0)
 
 
+def is_diverged(result: dict) -> bool:
+    return value(result, "held-out") is None
+
+
 def is_unstable(result: dict) -> bool:
-    return rise(result) >= LEAST_RISE
+    """Its loss rose in training, or it has none."""
+    return is_diverged(result) or rise(result) >= LEAST_RISE
 
 
 def by_seed(results: Iterable[dict], size: str, arm: str) -> dict[int, dict]:

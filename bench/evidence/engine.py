@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from sparsekern.gpt.build import build_optimizer
-from sparsekern.gpt.captured import Aside, CudaGraph
+from sparsekern.gpt.graphs import Aside, CudaGraph
 from sparsekern.gpt.model import GPT, GPTConfig
 from sparsekern.gpt.step import GRADIENT_CLIP
 
@@ -159,7 +159,7 @@ class Engine:
                 self._at.zero_()
                 self._gradients()
                 self._update()
-        first = CudaGraph(self._compute_gradients, aside, None)
+        first = CudaGraph(self._compute_gradients, aside)
         self._gradients = first.replay
         self._update = CudaGraph(self._take_step, aside, first).replay
 

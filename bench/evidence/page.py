@@ -7,9 +7,9 @@ from pathlib import Path
 from sparsekern.files import atomic_write, write_picture
 
 from . import clock, study
-from .answer import SIZE, first_words, holds, order_of, primary
+from .answer import NORMED, PLAIN, SIZE, answered, first_words, holds, order_of, primary
 from .build import TRAINING
-from .differences import by_seed
+from .differences import LEAST_RISE, by_seed
 from .picture import drawn, picture
 from .plan import ARMS, PLAN, SIZES, Order
 from .tables import (
@@ -29,27 +29,33 @@ TEXT = Path(__file__).with_name("manifest.json")
 PICTURE = "quality.png"
 CHECKED = {"size", "step_s", "sparse_step_s", "apart_last"} | study.ABOUT  # needed of check.py
 CLOCK_QUESTION = "Which is better after the same minutes on a CPU?"
+OUTCOMES = {
+    PLAIN: f"Without a norm of queries and keys, as was planned first (section {PLAIN}):",
+    NORMED: f"With a norm of queries and keys, which was planned later (section {NORMED}):",
+}
 TITLE = "# Does quality survive?"
 QUESTION = """\
 **The question.** A weight that is zero need not be multiplied. Is a model that is trained with
 75 % of its weights at zero, and then fine-tuned with all of them, as good as one that never had
 zeros? And is it better than what else the same arithmetic buys: a smaller model without zeros, or
 one without zeros that sees less text?"""
-READING = """\
+READING = f"""\
 **How to read the numbers.** A model is scored by its loss on text that it never saw, in nats a
 token: lower is better, and 0.01 more means that it holds each right token for about 1 % less
 probable. A *seed* is a repetition with other first weights, another order of the text and other
 zeros. FLOPs are the arithmetic of pre-training, as a share of that of dense. *Rise*: by how much
-the loss in training rose once it had been lower: such a run was not stable. (Pruning while training
-raises it too, and so does the new warm-up of a model that is trained on.)"""
+the loss in training, in means of a twentieth of the run, rose once it had been lower. A run with
+{LEAST_RISE:g} or more was not stable. (Pruning while training raises it too, and so does the new
+warm-up of a model that is trained on.)"""
 METHOD = """\
 Predictions and margins were fixed before the first run (bench/evidence/plan.py), but for sections 9
-and 10, which were added after the sweeps of section 1, and {clock}; after them too, but before its
-first run, section 7 got scaled arms and no fine-tuning, and the model of sections 6 and 7 became
-smaller (7 layers instead of 8). When the sweeps of section 10 had shown that normed arms train
-stably, and before any of their runs, sections 3, 4, 6 and 8 got normed arms with the predictions of
-the plain ones, 4 and 6 no fine-tuning, 6 an arm with two-way masks; the seeds of section 9 were
-given up. This page is made from bench/results/quality.jsonl.
+and 10, which were added after the sweeps of section 1 and first runs of section 2 (no more than one
+or two of an arm), and {clock}; after them too, but before its first run, section 7 got scaled arms
+and no fine-tuning, and the model of sections 6 and 7 became smaller (7 layers instead of 8). When
+the sweeps of section 10 had shown that normed arms train stably, and before any of their runs,
+sections 3, 4, 6 and 8 got normed arms with the predictions of the plain ones, 4 and 6 no
+fine-tuning, 6 an arm with two-way masks; the seeds of section 9 were given up. This page is made
+from bench/results/quality.jsonl.
 
 - **Text**: {text}. Each paragraph once, documents held out by a hash of their names. Held-out
   tokens that stand in 13 tokens of the training text are not scored. Rates are chosen on every
@@ -78,11 +84,14 @@ given up. This page is made from bench/results/quality.jsonl.
 - **Seconds and tokens/s** are those of pre-training with masked dense weights, on which zeros save
   nothing. {kernels}
   A smaller model and fewer tokens do save seconds. For a CPU see section {clock}.
-- **Intervals**: 95 %, over seeds (Student); of sentiment and cloze over seeds and items. "Equal
-  within a margin": the 90 % interval lies inside it. "Worse", "better": zero lies outside of the
-  95 % interval; "by more than the margin": all of the margin does. "Open": none of these. No
-  difference seen is not equality. Each line stands for itself: of 20 true equalities one is
-  expected to look like a difference."""
+- **Intervals**: 95 %, of the mean over seeds of the two arms' difference (Student); of sentiment
+  and cloze over seeds and items; a loss is that of this text, no other. "Equal within a margin":
+  the 90 % interval lies inside it, also where it leaves zero out. Else "worse", "better": zero
+  lies outside of the 95 % interval; "by more than the margin": so does all of the margin.
+  "Open": none of these. "As predicted": the mean is between the two figures, wherever the
+  interval ends. A run that was not stable counts as any other. No difference seen is not
+  equality. Each line stands for itself: of 20 true equalities one is expected to look like a
+  difference."""
 
 UNTIMED = """\
 **Nor would sparse kernels save seconds at this size on this GPU**: they were not timed at this
@@ -126,7 +135,8 @@ def text(results: list[dict], clocked: Sequence[dict] = (), checked: dict | None
     """The whole page. What was not run says so."""
     sections = len(PLAN) + 1
     parts = [TITLE, first_words(results), QUESTION, READING, outcome(results)]
-    found = holds(results, PLAN)
+    answers = answered(results)
+    found = holds(results, sorted(PLAN, key=lambda order: order.number not in answers[:1]))
     if on_a_cpu := clock_difference(clocked):
         found += f"\n- **On a CPU** (section {sections}): {on_a_cpu}"
     if found:
@@ -153,15 +163,18 @@ def text(results: list[dict], clocked: Sequence[dict] = (), checked: dict | None
 
 
 def outcome(results: list[dict]) -> str:
-    """The primary outcome, as a picture where there is something to draw, and as a table."""
-    parts = ["## The primary outcome"]
-    if drawn(results):
+    """The primary outcome, as a picture where there is something to draw, and as tables."""
+    parts, orders = ["## The primary outcome"], answered(results)
+    if orders:
         parts.append(f"![Loss on code after fine-tuning of each arm beside 75 % zeros]({PICTURE})")
-    return "\n\n".join([*parts, predictions(primary(), order_of(2), results)])
+    for number in orders or [PLAIN]:
+        parts += [OUTCOMES[number]] * (NORMED in orders)
+        parts.append(predictions(primary(number), order_of(number), results))
+    return "\n\n".join(parts)
 
 
 def the_arms() -> str:
-    """The arms of order 2, in words."""
+    """The arms of order 2, in words, and what makes them those of order 10."""
     size, text = SIZES[SIZE], json.loads(TEXT.read_text())["arrays"][TRAINING]["shape"][0]
     share = {name: ARMS[name].flops(size) / ARMS["dense"].flops(size) for name in ("75", "small")}
     tokens = {name: ARMS[name].steps(size) * size.shape.tokens for name in ("dense", "short")}
@@ -169,15 +182,21 @@ def the_arms() -> str:
         "dense": f"a GPT of {size.shape.layers} layers, {size.shape.width} wide, on "
         f"{tokens['dense'] / 1e6:.0f}M tokens: {tokens['dense'] / text:.1f} times through the text",
         "75": "the same; 75 % of the weights of its blocks' linear layers are zero, at random "
-        f"places that stay: {share['75']:.2f} of the FLOPs",
+        f"places that stay until fine-tuning, which trains all weights: {share['75']:.2f} of the "
+        "FLOPs, but to fine-tune and use it costs what dense does",
         "small": f"{size.small.layers} layers, {size.small.width} wide, on as many tokens: "
-        f"{share['small']:.2f} of the FLOPs",
+        f"{share['small']:.2f} of the FLOPs, and cheaper to fine-tune and use, too",
         "short": f"the dense model on {tokens['short'] / 1e6:.0f}M tokens, so that it has the "
-        "FLOPs of 75 % zeros",
+        "FLOPs of 75 % zeros; at the best rate of dense, with no sweep of its own",
         "scratch": "the dense model, fine-tuned alone",
         "scratch-4": "the same, with four times as much fine-tuning",
     }
-    return "\n".join(f"- **{ARMS[name].title}**: {words}." for name, words in told.items())
+    lines = [f"- **{ARMS[name].title}**: {words}." for name, words in told.items()]
+    lines.append(
+        "- **normed**: the same arm with a norm of queries and keys in each head, and rates that "
+        "were tried with it."
+    )
+    return "\n".join(lines)
 
 
 def of_kernels(checked: dict | None) -> str:
@@ -204,7 +223,8 @@ def section(order: Order, results: list[dict], checked: dict | None) -> str:
     parts = [sweeps(order, results)] if order.swept else []
     if order.arms:
         parts.append(arms(order, results, checked))
-    if others := [p for p in order.predictions if p not in primary()]:
+    told = {p for number in (PLAIN, *answered(results)) for p in primary(number)}
+    if others := [p for p in order.predictions if p not in told]:
         parts.append(predictions(others, order, results))
     more = (seeds(order, results), tuning_ends(order, results), sparse_tuning(order, results))
     parts += [part for part in more if part]

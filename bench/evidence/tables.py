@@ -8,14 +8,15 @@ from sparsekern.terminal import table
 from . import clock, plan
 from .answer import COLUMNS, shown
 from .differences import (
+    LEAST_RISE,
     METRICS,
     Difference,
     by_seed,
     difference,
     interval,
     is_as_predicted,
+    is_diverged,
     is_loss,
-    is_unstable,
     rise,
     standing,
     value,
@@ -26,13 +27,15 @@ TUNED = ("code", "webnlg", "sentiment")
 
 
 def arms(order: Order, results: list[dict], checked: dict | None) -> str:
-    """What each arm that has run costs and comes to, means over its seeds; which have not.
+    """What each arm that has run, and what it is compared with, costs and comes to, means over its
+    seeds; which have not run.
     `checked`: of check.py, with the time of a step by the sparse kernels."""
     size = SIZES[order.size]
     full = ARMS["dense"].flops(size)
     rows, missing = [], []
-    dense = "dense-normed" if ARMS[order.arms[0]].is_normed else "dense"
-    for name in order.arms if dense in order.arms else (dense, *order.arms):
+    is_begun = any(by_seed(results, order.size, name) for name in order.arms)
+    named = dict.fromkeys(arm for p in order.predictions for arm in (p.b, p.a)) if is_begun else ()
+    for name in (*(arm for arm in named if arm not in order.arms), *order.arms):
         arm, found = ARMS[name], by_seed(results, order.size, name)
         told = f"{arm.flops(size) / full:.2f}"
         if not found and name in order.arms:
@@ -112,9 +115,9 @@ def seeds(order: Order, results: list[dict]) -> str:
     for arm in order.arms:
         for seed, result in by_seed(results, order.size, arm).items():
             cells = [mean_of([value(result, metric)], metric) for metric in METRICS]
-            if value(result, "held-out") is None:
+            if is_diverged(result):
                 cells[0] = "diverged"
-            told = f"{rise(result):+.2f}" if is_unstable(result) else "-"
+            told = f"{rise(result):+.2f}" if rise(result) >= LEAST_RISE else "-"
             rows.append([ARMS[arm].title, seed, *cells, told])
     if not rows:
         return ""
@@ -209,16 +212,17 @@ def not_run(orders: Iterable[Order], results: list[dict]) -> list[str]:
         unswept = [
             a for a in order.swept if plan.best_rate(a, swept(order.size, a, results)) is None
         ]
+        told = []
         if unswept:
-            titles = "; ".join(ARMS[arm].title for arm in unswept)
-            parts.append(f"- {order.number}. {order.question} Sweeps not done: {titles}.")
+            told.append(f"Sweeps not done: {'; '.join(ARMS[arm].title for arm in unswept)}.")
         wanted = [(arm, seed) for arm in order.arms for seed in order.seeds]
         left = [w for w in wanted if f"{order.size} {w[0]} seed {w[1]}" not in done]
         if left:
-            told = f"{len(left)} of {len(wanted)} runs"
-            if len(left) < len(wanted):
-                told += f" ({'; '.join(dict.fromkeys(ARMS[arm].title for arm, _ in left))})"
-            parts.append(f"- {order.number}. {order.question} {told}.")
+            titles = dict.fromkeys(ARMS[arm].title for arm, _ in left)
+            some = f" ({'; '.join(titles)})" * (len(left) < len(wanted))
+            told.append(f"{len(left)} of {len(wanted)} runs{some}.")
+        if told:
+            parts.append(" ".join([f"- {order.number}. {order.question}", *told]))
     return parts
 
 
@@ -272,10 +276,12 @@ def clock_difference(results: Sequence[dict]) -> str:
     found = Difference(seeds, values, interval(values, 0.95), interval(values, 0.90))
     prediction = Prediction("75", "dense", "held-out", *clock.PREDICTED, clock.MARGIN)
     said = "" if is_as_predicted(prediction, found) else " not"
+    tokens = sum(a["tokens"] for a, _ in pairs) / len(pairs)
     faster = sum(a["tokens_per_s"] / b["tokens_per_s"] for a, b in pairs) / len(pairs)
     return (
-        f"After {pairs[0][0]['minutes']:g} minutes 75 % zeros are "
-        f"**{standing(found, 'held-out', clock.MARGIN)}** beside dense: "
-        f"{shown(found, prediction=prediction)}, in nats a token of held-out text;{said} as "
-        f"predicted. They saw {faster:.2f} times as many tokens."
+        f"75 % zeros beside dense after {pairs[0][0]['minutes']:g} minutes each: "
+        f"**{standing(found, 'held-out', clock.MARGIN)}** "
+        f"({shown(found, prediction=prediction)}, in nats a token of held-out text;{said} as "
+        f"predicted). They saw {tokens / 1e6:.2g}M tokens, {faster:.2f} times as many: so few say "
+        "nothing of models that are trained to the end."
     )

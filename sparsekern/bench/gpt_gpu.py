@@ -10,6 +10,7 @@ import gc
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -186,20 +187,32 @@ def _exact_gradient(model: GPT, x: Tensor, y: Tensor) -> Tensor:
 
 
 def _cell(step: Step, mask: str, sparsity: float, model: GPT, ways: dict[str, dict]) -> dict:
-    batch, config = step.batch * step.accumulated, step.config
-    M = batch * config.block_size
+    fields = fields_of(step.model, step.config, step.batch * step.accumulated, sparsity)
     weights = [layer.weight for layer in model.modules() if isinstance(layer, SparseLinear)]
     for way in ways.values():
         if way["kind"] == OURS and "median_s" in way:
-            way["kernel"] = kernels_of(PASSES["train_step"], DTYPE, M, weights)
+            way["kernel"] = kernels_of(PASSES["train_step"], DTYPE, fields["M"], weights)
     return {
-        **{"op": "train_step", "device": "cuda", "model": step.model, "layers": config.n_layer},
-        **{"width": config.n_embd, "vocabulary": config.vocab_size},
-        **{"context": config.block_size, "batch": batch, "M": M, "sparsity": sparsity},
+        **{"op": "train_step", "device": "cuda", **fields, "mask": mask},
         **{"dtype": str(DTYPE).removeprefix("torch."), "threads": 0, "is_cold": False},
         **({"micro_batch": step.batch} if step.accumulated > 1 else {}),
-        "mask": mask,
+        **flops_of(step.config, fields["M"], sparsity),
+        "ways": ways,
+    }
+
+
+def fields_of(model: str, config: GPTConfig, batch: int, sparsity: float) -> dict[str, Any]:
+    """Of a record about a model and so many sequences."""
+    return {
+        **{"model": model, "layers": config.n_layer, "width": config.n_embd},
+        **{"vocabulary": config.vocab_size, "context": config.block_size, "batch": batch},
+        **{"M": batch * config.block_size, "sparsity": sparsity},
+    }
+
+
+def flops_of(config: GPTConfig, M: int, sparsity: float) -> dict[str, float]:
+    """The same of its training step."""
+    return {
         "useful_flop": M * train_flops_per_token(config, sparsity),
         "dense_flop": M * train_flops_per_token(config),
-        "ways": ways,
     }

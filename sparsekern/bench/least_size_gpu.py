@@ -18,11 +18,12 @@ from torch import Tensor
 from ..kernels import table
 from ..kernels.cuda.packs import share_packs
 from ..tensor import SparseTensor
-from .gpt_gpu import FREE, TWO_WAY, TwoWayMask
+from .gpt_gpu import FREE
 from .measure_gpu import LAUNCHES, ROUNDS, TOLERANCE, attempt, copies_of, weight
 from .peers_gpu import clone
 from .records import OURS, groups, select
 from .replay_gpu import Clock, Contender, Runner, race
+from .two_way_mask import TWO_WAY
 
 
 @dataclass(frozen=True)
@@ -63,7 +64,8 @@ def cases(
     generator = torch.Generator(device)
     for row in GRIDS[dtype]:
         for size in row.sizes:
-            W = _weight(row, size, dtype, generator)
+            made = weight(size, size, row.sparsity, row.mask, dtype, generator)
+            W = SparseTensor.from_dense(*made)
             wide = W.to_dense().double()
             nbytes = wide.numel() * dtype.itemsize
             copies = [W, *(clone(W) for _ in range(copies_of(nbytes, LAUNCHES[0]) - 1))]
@@ -72,13 +74,6 @@ def cases(
                 for op in OPS:
                     exact = x.double() @ (wide.t() if op == "spmm" else wide)
                     yield _case(row, op, W, x, _race(row, op, copies, x, exact, clock))
-
-
-def _weight(row: Row, size: int, dtype: torch.dtype, generator: torch.Generator) -> SparseTensor:
-    if row.mask == FREE:
-        return SparseTensor.from_dense(*weight(size, size, row.sparsity, FREE, dtype, generator))
-    dense = torch.randn(size, size, device=generator.device).to(dtype)
-    return SparseTensor.from_dense(dense, TwoWayMask(row.sparsity).mask("W", dense))
 
 
 def _race(

@@ -18,8 +18,9 @@ from ..gpt.model import GPTConfig
 from ..kernels.cuda import ordered
 from ..kernels.cuda.bitmap import COLUMNS
 from ..kernels.problem import Problem
+from .two_way_mask import TWO_WAY
 
-DENSE, FREE, TWO_WAY = "dense", "random", "two-way"
+DENSE = "dense"  # beside the masks
 # What is there between steps. The last four are what sparse weights add.
 STATE = ("weights", "gradients", "AdamW", "indices", "bitmaps", "2:4 tails", "orders")
 FP32, BF16, INT32 = 4, 2, 4

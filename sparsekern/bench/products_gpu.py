@@ -107,11 +107,18 @@ def _values_gradient(
     count = copies_of(dy.nbytes + x.nbytes, LAUNCHES[0])
     pairs = [(dy.clone(), x.clone()) for _ in range(count)]
     calls = [partial(ops.sddmm, W.row_offsets, W.col_indices, *W.shape, *pair) for pair in pairs]
-    found = [Contender(NAME, OURS, calls)]
+    return [Contender(NAME, OURS, calls), *dense_gradients(pairs, lambda dw: dw[at])]
+
+
+def dense_gradients(
+    pairs: list[tuple[Tensor, Tensor]], of: Callable[[Tensor], Tensor] = lambda dw: dw
+) -> list[Contender]:
+    """Every dense call for dy^T x, of which `of` takes the result, on these pairs in turn."""
+    found = []
     for library in ("cublas", "cublaslt"):
         for name, call, result in (
-            ("mm(dy.t(), x)", lambda dy, x: torch.mm(dy.t(), x), lambda dw: dw[at]),
-            ("mm(x.t(), dy)", lambda dy, x: torch.mm(x.t(), dy), lambda dw: dw.t()[at]),
+            ("mm(dy.t(), x)", lambda dy, x: torch.mm(dy.t(), x), of),
+            ("mm(x.t(), dy)", lambda dy, x: torch.mm(x.t(), dy), lambda dw: of(dw.t())),
         ):
             calls = [partial(in_blas, library, call, *pair) for pair in pairs]
             found.append(Contender(f"{name} {library}", DENSE, calls, result))

@@ -26,12 +26,11 @@ from ..gpt.buckets import Buckets
 from ..gpt.build import build_optimizer
 from ..gpt.captured import WARM_UPS, CapturedStep
 from ..gpt.distributed import Ranks
-from ..gpt.flops import train_flops_per_token
 from ..gpt.model import GPTConfig
 from ..gpt.presets import PRESETS
 from ..gpt.shards import ShardedAdamW, Shards
 from ..sparsity import check_same_patterns
-from .gpt_gpu import DTYPE, FREE, TWO_WAY, compiled_twin, make_gpt
+from .gpt_gpu import DTYPE, FREE, TWO_WAY, compiled_twin, fields_of, flops_of, make_gpt
 from .records import DENSE, OTHER, OURS
 from .turns import Turn, in_turns, on_gpu
 
@@ -221,15 +220,12 @@ def everywhere(value: float, ranks: Ranks) -> list[float]:
 
 
 def case_of(model: Model, mask: str, ranks: Ranks) -> dict:
-    config, sparsity = model.config, 0.0 if mask == NO_MASK else SPARSITY
-    M = model.batch * config.block_size
+    sparsity = 0.0 if mask == NO_MASK else SPARSITY
+    fields = fields_of(model.name, model.config, model.batch, sparsity)
     return {
-        **{"op": "scale", "device": ranks.device.type, "model": model.name},
-        **{"layers": config.n_layer, "width": config.n_embd, "vocabulary": config.vocab_size},
-        **{"context": config.block_size, "batch": model.batch, "M": M, "sparsity": sparsity},
-        **{"mask": mask, "dtype": str(DTYPE).removeprefix("torch."), "gpus": ranks.size},
-        "useful_flop": M * train_flops_per_token(config, sparsity),
-        "dense_flop": M * train_flops_per_token(config),
+        **{"op": "scale", "device": ranks.device.type, **fields, "mask": mask},
+        **{"dtype": str(DTYPE).removeprefix("torch."), "gpus": ranks.size},
+        **flops_of(model.config, fields["M"], sparsity),
     }
 
 

@@ -99,8 +99,7 @@ def gradients(config: GPTConfig, sparsity: float) -> list[int]:
     shapes = config.linears
     vectors = sum(n for n, _ in shapes) + 4 * config.n_embd
     block = sum(round((1 - sparsity) * n * k) for n, k in shapes) + vectors
-    rows = config.vocab_size + config.block_size
-    return [FP32 * block] * config.n_layer + [FP32 * rows * config.n_embd]
+    return [FP32 * block] * config.n_layer + [FP32 * config.embedding_rows * config.n_embd]
 
 
 def predict(

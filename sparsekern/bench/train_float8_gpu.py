@@ -22,11 +22,10 @@ from torch import Tensor
 from ..gpt.build import build_optimizer
 from ..gpt.captured import CapturedStep
 from ..gpt.data import Text
-from ..gpt.flops import train_flops_per_token
 from ..gpt.model import GPTConfig
 from ..gpt.presets import PRESETS
 from ..nn.float8 import to_float8_
-from .gpt_gpu import compiled_twin, make_gpt
+from .gpt_gpu import compiled_twin, fields_of, flops_of, make_gpt
 from .noise import spread
 from .records import DENSE, OTHER, OURS
 from .two_way_mask import TWO_WAY
@@ -72,18 +71,13 @@ def cases(
 ) -> Iterator[dict]:
     """A record for each arm. `start` makes one: by default a Remote."""
     arms = [(start or Remote)(arm, size, device) for arm in ARMS]
-    config = size.config
-    M = size.batch * config.block_size
     for arm, way in zip(ARMS, race(arms, size.steps), strict=True):
         sparsity = SPARSITY if arm.mask else 0.0
+        fields = fields_of(size.model, size.config, size.batch, sparsity)
         yield {
-            **{"op": OP, "device": "cuda", "model": size.model, "layers": config.n_layer},
-            **{"width": config.n_embd, "vocabulary": config.vocab_size},
-            **{"context": config.block_size, "batch": size.batch, "M": M, "sparsity": sparsity},
+            **{"op": OP, "device": "cuda", **fields, "mask": arm.mask or "none"},
             **{"dtype": arm.dtype, "threads": 0, "is_cold": False, "seed": 0, "lr": LR},
-            **{"steps": size.steps, "mask": arm.mask or "none"},
-            "useful_flop": M * train_flops_per_token(config, sparsity),
-            "dense_flop": M * train_flops_per_token(config),
+            **{"steps": size.steps, **flops_of(size.config, fields["M"], sparsity)},
             "ways": {arm.name: way},
         }
 

@@ -15,7 +15,7 @@ import torch
 from ..gpt.model import GPTConfig
 from ..gpt.presets import PRESETS
 from ..gpt.step import compute_gradients
-from .gpt_gpu import DTYPE, FREE, TWO_WAY, capturable_optimizer, make_gpt
+from .gpt_gpu import DTYPE, FREE, TWO_WAY, capturable_optimizer, fields_of, make_gpt
 from .memory_gpu import Meter
 from .products_gpu import NAME
 from .records import DENSE, OURS
@@ -141,13 +141,12 @@ class Arm:
 
 
 def _case(model: str, arm: Arm, batch: int, name: str, way: dict) -> dict:
-    config, is_sparse = arm.config, bool(arm.mask)
+    is_sparse = bool(arm.mask)
     kind = OURS if is_sparse else DENSE
     return {
-        **{"op": "train_memory", "case": name, "device": "cuda", "model": model},
-        **{"layers": config.n_layer, "width": config.n_embd, "vocabulary": config.vocab_size},
-        **{"context": config.block_size, "batch": batch, "M": batch * config.block_size},
-        **{"sparsity": arm.sparsity, "mask": arm.mask or MASK_OF_DENSE},
+        **{"op": "train_memory", "case": name, "device": "cuda"},
+        **fields_of(model, arm.config, batch, arm.sparsity),
+        **{"mask": arm.mask or MASK_OF_DENSE},
         **{"dtype": str(DTYPE).removeprefix("torch."), "threads": 0},
         "ways": {NAME if is_sparse else "dense": {"kind": kind} | way},
     }

@@ -19,13 +19,14 @@ from ..kernels.cuda import library as cuda_library
 from ..kernels.cuda.packs import share_packs
 from ..kernels.cuda.two_of_four import with_free_places
 from ..tensor import SparseTensor
-from .gpt_gpu import FREE, TWO_WAY, TwoWayMask
-from .measure_gpu import TOLERANCE, attempt, copies_of, dense_contenders, in_blas, weight
+from .gpt_gpu import FREE
+from .measure_gpu import TOLERANCE, attempt, copies_of, dense_contenders, weight
 from .peers_gpu import clone
 from .products import PASSES, kernels_of
-from .products_gpu import NAME
-from .records import DENSE, OTHER, OURS
+from .products_gpu import NAME, dense_gradients
+from .records import OTHER, OURS
 from .replay_gpu import Clock, Contender, Runner, race
+from .two_way_mask import TWO_WAY
 
 OPS = ("spmm", "spmm_t", "sddmm")
 FP8, FP8_CAST = "fp8", "fp8, with its casts"
@@ -88,11 +89,7 @@ Weight = tuple[Tensor, Tensor]  # dense, with its zeros, and the bool mask
 
 def _weight(N: int, K: int, mask: Mask, sizes: Sizes, generator: torch.Generator) -> Weight:
     kind, sparsity = mask
-    if kind == FREE:
-        return weight(N, K, sparsity, FREE, sizes.dtype, generator)
-    dense = torch.empty(N, K, device=generator.device).normal_(generator=generator)
-    kept = TwoWayMask(sparsity).mask("W", dense)
-    return (dense * kept).to(sizes.dtype), kept
+    return weight(N, K, sparsity, kind, sizes.dtype, generator)
 
 
 def _products(
@@ -144,7 +141,8 @@ def _case(op: str, mask: Mask, W: SparseTensor) -> dict:
 def _contenders(op: str, W: Tensor, x: Tensor, dy: Tensor) -> tuple[Tensor, list[Contender]]:
     """The exact result of the dense product, and all that compute it."""
     if op == "sddmm":
-        exact, found = dy.double().t() @ x.double(), _dense_gradients(dy, x)
+        pairs = [(dy.clone(), x.clone()) for _ in range(COPIES)]
+        exact, found = dy.double().t() @ x.double(), dense_gradients(pairs)
         return exact, [*found, *_fp8(lambda dy, x: (dy.t(), x.t()), dy, x)]
     operand, stored = (x, W) if op == "spmm" else (dy, W.t())
     exact = operand.double() @ stored.double().t()
@@ -154,19 +152,6 @@ def _contenders(op: str, W: Tensor, x: Tensor, dy: Tensor) -> tuple[Tensor, list
     )
     found = dense_contenders(operand, copies, turned)
     return exact, [*found, *_fp8(lambda a, b: (a, b), operand, stored)]
-
-
-def _dense_gradients(dy: Tensor, x: Tensor) -> list[Contender]:
-    pairs = [(dy.clone(), x.clone()) for _ in range(COPIES)]
-    found = []
-    for library in ("cublas", "cublaslt"):
-        for name, call, result in (
-            ("mm(dy.t(), x)", lambda dy, x: torch.mm(dy.t(), x), lambda dw: dw),
-            ("mm(x.t(), dy)", lambda dy, x: torch.mm(x.t(), dy), torch.t),
-        ):
-            calls = [partial(in_blas, library, call, *pair) for pair in pairs]
-            found.append(Contender(f"{name} {library}", DENSE, calls, result))
-    return found
 
 
 def _ours(

@@ -3,9 +3,7 @@ sensitivity."""
 
 import argparse
 import json
-import sys
 from collections.abc import Callable
-from dataclasses import replace
 from pathlib import Path
 
 from ..bench import records
@@ -15,37 +13,35 @@ from ..terminal import Progress
 from ..wafer import compare as comparing
 from ..wafer import plots, render, sensitivity
 from ..wafer.balance import Mask
-from ..wafer.cost import Weight
 from ..wafer.gpu import DECODE, GPUS, TRAINING, gpu
-from ..wafer.inputs import ACTIVATIONS, STREAM_FORMATS, Inputs
-from ..wafer.machine import BYTES_PER_ELEM, MACHINES, machine
+from ..wafer.machine import machine
 from ..wafer.models import model_shape
 from ..wafer.predict import predict
 from ..wafer.product import offloaded_s
 from ..wafer.runs import PUBLISHED, calibrate, read_runs, render_calibration
-from ..wafer.shapes import GPT_SHAPES, GPTShape
+from ..wafer.shapes import GPTShape
 from ..wafer.sweep import MODELS, SPARSITIES, default_batch, sweep
 from ..wafer.sweep import render as render_sweep
 from ..wafer.validation import mesh, pe_kernels, validate
+from ..wafer.weights import Weight
+from .wafer_flags import (
+    MACHINE_HELP,
+    MODEL_HELP,
+    SHAPE_FLAGS,
+    add_inputs,
+    add_machine,
+    add_model,
+    density_of,
+    density_of_model,
+    inputs_of,
+    shape_of,
+    tell,
+)
 
-INPUT_FLAGS = {
-    "utilisation": "share of the datapath's rate that is reached, calibrated",
-    "score_cycles": "cycles a score of attention costs beside its multiply-adds, calibrated",
-    "element_cycles": "cycles an element of norms and activations costs",
-    "axpy_overhead_cycles": "cycles a nonzero costs beside its AXPY",
-    "attention_efficiency": "rate of attention's multiply-adds over that of a dense product",
-    "column_groups": "groups of columns side by side; 0 takes the fastest",
-}
-SHAPE_FLAGS = ("layers", "width", "heads", "kv_heads", "ffn", "experts", "experts_per_token")
-SHAPE_FLAGS += ("vocabulary", "sequence")
-DEFAULT_MODEL, DEFAULT_SPARSITY = "gpt3-xl", 0.75
-RUN, PRUNED = "checkpoint.pt", "prune.json"  # what `train` and `prune` write
 PREDICT_FLAGS = ("batch", "systems", "micro_batch", "context", "requests", "pipeline")
-MACHINE_HELP = "one of " + ", ".join(MACHINES) + ", or a TOML file of your own"
-MODEL_HELP = "one of: " + ", ".join(GPT_SHAPES) + "; or the config.json of a Hugging Face model"
 RESULTS = Path("bench/results")
 MEASURED = (*comparing.PRODUCTS, TRAINING, DECODE)  # ops
-MEASURED_HERE = ("*-train-*.csv", "generate-*.csv")  # that predict sets beside
+MEASURED_HERE = ("*-train-*.csv", "*generate-*.csv")  # that predict sets beside
 
 
 def add_commands(
@@ -63,8 +59,8 @@ def add_commands(
         return added
 
     added = command("predict", _run_predict, "how fast, what bounds it, how sure: one screen")
-    _add_model(added)
-    _add_machine(added)
+    add_model(added)
+    add_machine(added)
     added.add_argument(
         "--checkpoint",
         type=Path,
@@ -106,27 +102,25 @@ def add_commands(
     added.add_argument(
         "--data", type=Path, help="CSV files: adds their points to the imbalance plot"
     )
-    _add_inputs(added)
+    add_inputs(added)
 
     added = command("product", _run_product, "one product, with and without its way from a host")
     for name, text in (("tokens", "M"), ("n", "out_features"), ("k", "in_features")):
         added.add_argument(f"--{name}", type=int, required=True, help=text)
     added.add_argument("--sparsity", type=float, default=0.9, help="of W (%(default)s)")
-    _add_machine(added)
+    add_machine(added)
 
     added = command("calibrate", _run_calibrate, "fit utilisation and a score's cost to runs")
     added.add_argument(
         "file", type=Path, nargs="?", default=PUBLISHED, help="TOML (the published runs)"
     )
-    _add_inputs(added)
+    add_inputs(added)
 
     added = command("validate", _run_validate, "every published point; fails where one must hold")
     added.add_argument("--data", type=Path, help="folder of the CSV files of pr0f3ss/SpMM_Cerebras")
 
     added = command("compare", _run_compare, "measured speed-ups beside the wafer's")
-    added.add_argument(
-        "--results", type=Path, nargs="+", help=f"tables, or their folder ({RESULTS})"
-    )
+    added.add_argument("--results", type=Path, nargs="+", help=f"tables, or folders ({RESULTS})")
     added.add_argument("--match", default="", help="only measurements with this in their name")
     added.add_argument(
         "--masks",
@@ -135,102 +129,15 @@ def add_commands(
         help="of products on a CPU: as random as theirs, or made again, which takes minutes "
         "(%(default)s)",
     )
-    _add_machine(added)
+    add_machine(added)
     added.set_defaults(benchmark_mask=benchmark_mask)
 
     added = command(
         "sensitivity", _run_sensitivity, "each input 20%% down and up, and over its range"
     )
-    _add_model(added)
-    _add_machine(added)
+    add_model(added)
+    add_machine(added)
     added.add_argument("--plots", type=Path, metavar="FOLDER", help="draw the bars there")
-
-
-def _add_model(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--model", help=f"{MODEL_HELP} ({DEFAULT_MODEL})")
-    for name in SHAPE_FLAGS:
-        parser.add_argument(f"--{name.replace('_', '-')}", type=int, help="instead of the model's")
-    parser.add_argument("--gated", action="store_true", help="an MLP of three matrices")
-    parser.add_argument(
-        "--sparsity",
-        type=float,
-        help=f"of the linear layers ({DEFAULT_SPARSITY}; of a model with {PRUNED} what that says)",
-    )
-    parser.add_argument("--batch", type=int, help="sequences of all systems (each is filled)")
-
-
-def _add_machine(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--machine", default="wse2", help=MACHINE_HELP)
-    _add_inputs(parser)
-
-
-def _add_inputs(parser: argparse.ArgumentParser) -> None:
-    default = Inputs()
-    for name, text in INPUT_FLAGS.items():
-        value = getattr(default, name)
-        parser.add_argument(
-            f"--{name.replace('_', '-')}", type=type(value), default=value, help=f"{text} ({value})"
-        )
-    parser.add_argument("--precision", choices=BYTES_PER_ELEM, default=default.precision)
-    parser.add_argument("--stream-format", choices=STREAM_FORMATS, default=default.stream_format)
-    parser.add_argument("--activations", choices=ACTIVATIONS, default=default.activations)
-
-
-def _inputs(options: dict) -> Inputs:
-    names = (*INPUT_FLAGS, "precision", "stream_format", "activations")
-    return Inputs(**{name: options[name] for name in names})
-
-
-def _shape(options: dict) -> GPTShape:
-    model = DEFAULT_MODEL if options["model"] is None else options["model"]
-    if Path(model, RUN).is_file() and not Path(model, "config.json").is_file():
-        raise ValueError(
-            f"model: {model} is a run of `sparsekern train`, whose shape and masks "
-            f"`wafer predict --checkpoint {model}` reads"
-        )
-    shape = model_shape(model)
-    given = {name: options[name] for name in SHAPE_FLAGS if options[name] is not None}
-    if "width" in given:
-        given.setdefault("ffn", 4 * given["width"])
-        given["head_size"] = 0
-    if "heads" in given:
-        given.setdefault("kv_heads", 0)
-    if options["gated"]:
-        given["is_gated"] = True
-    return replace(shape, **given, name=f"{shape.name}, changed") if given else shape
-
-
-def _density_of_model(options: dict) -> tuple[float, str]:
-    """That of its linear layers, and what to tell of it: nothing where it was given."""
-    if options["sparsity"] is not None:
-        return _density(options["sparsity"]), ""
-    if pruned := _pruned(options["model"]):
-        path, found = pruned
-        text = f"sparsity: {found:.4g} is that of {path}, as --sparsity was not given; which "
-        return 1 - found, text + "weights are zero is not read: the masks are taken as random"
-    text = f"sparsity: {DEFAULT_SPARSITY} is the default, as --sparsity was not given"
-    if options["model"] not in (None, *GPT_SHAPES):
-        text += f"; of {options['model']} its config is read, not how many weights are zero"
-    return _density(DEFAULT_SPARSITY), text
-
-
-def _pruned(model: str | None) -> tuple[Path, float] | None:
-    """The table that `sparsekern prune` wrote beside a model, and its share of zeros."""
-    if model in (None, *GPT_SHAPES):
-        return None
-    path = Path(model) / PRUNED if Path(model).is_dir() else Path(model).with_name(PRUNED)
-    try:
-        found = json.loads(path.read_text("utf-8"))["sparsity"]
-        return (path, found) if 0 <= found < 1 else None
-    except (OSError, ValueError, LookupError, TypeError):  # none, or not ours
-        return None
-
-
-def _density(sparsity: float) -> float:
-    if not 0 <= sparsity < 1:
-        hint = f"; did you mean {sparsity / 100:g}?" if 1 < sparsity < 100 else ""
-        raise ValueError(f"sparsity: expected 0 <= sparsity < 1, got {sparsity}{hint}")
-    return 1 - sparsity
 
 
 def _checked(run: Callable, options: dict) -> int | None:
@@ -249,7 +156,7 @@ def _write_json(path: Path | None, value: object) -> None:
 
 
 def _run_predict(**options) -> None:
-    inputs, wafer = _inputs(options), machine(options["machine"])
+    inputs, wafer = inputs_of(options), machine(options["machine"])
     beside = [gpu(name) for name in options["beside"]]
     told = ""
     with Progress(None, unit="part") as progress:
@@ -264,19 +171,19 @@ def _run_predict(**options) -> None:
             shape, weights = options["checkpoint_weights"](path)
             progress.about(f"predicting from the masks of {len(weights)} layers")
         else:
-            shape = _shape(options)
-            weights, told = _density_of_model(options)
+            shape = shape_of(options)
+            weights, told = density_of_model(options)
         found = predict(
             wafer,
             shape,
             weights,
             inputs=inputs,
             gpus=beside,
-            results={path.stem: _measured(path) for path in _measured_here()} if beside else {},
+            results=_measured_here() if beside else {},
             **{name: options[name] for name in PREDICT_FLAGS},
         )
     print(render.render(found))
-    _tell(told)
+    tell(told)
     if options["details"]:
         print("\n" + render.render_details(found))
     if options["sources"]:
@@ -284,19 +191,18 @@ def _run_predict(**options) -> None:
     _write_json(options["json"], render.as_dict(found))
 
 
-def _tell(text: str) -> None:
-    if text:
-        print(text, file=sys.stderr)
-
-
-def _measured_here() -> list[Path]:
-    return sorted(path for pattern in MEASURED_HERE for path in RESULTS.glob(pattern))
+def _measured_here() -> dict[str, list[dict]]:
+    """Measured cases by the name of their table, the newest first."""
+    paths = sorted(path for pattern in MEASURED_HERE for path in RESULTS.glob(pattern))
+    tables = {path.stem: _measured(path) for path in paths}
+    newest = sorted(tables, key=lambda name: tables[name][0], reverse=True)
+    return {name: tables[name][1] for name in newest}
 
 
 def _run_sweep(**options) -> None:
-    inputs = _inputs(options)
+    inputs = inputs_of(options)
     for sparsity in options["sparsities"]:
-        _density(sparsity)
+        density_of(sparsity)
     lists = ("models", "sparsities", "machines", "systems", "batch", "sequences", "utilisations")
     models, sparsities, machines, systems, batch, sequences, utilisations = (
         options[name] for name in lists
@@ -343,10 +249,10 @@ def _measured_imbalance(data: Path | None) -> list[tuple[float, float]]:
 
 
 def _run_product(**options) -> None:
-    inputs, wafer = _inputs(options), machine(options["machine"])
+    inputs, wafer = inputs_of(options), machine(options["machine"])
     sizes = [options[name] for name in ("tokens", "n", "k")]
     dense, sparse = (
-        offloaded_s(wafer, inputs, *sizes, d) for d in (1.0, _density(options["sparsity"]))
+        offloaded_s(wafer, inputs, *sizes, d) for d in (1.0, density_of(options["sparsity"]))
     )
     print(render.render_product(wafer, sizes, options["sparsity"], dense, sparse))
     names = ("wafer_s", "transfer_s")
@@ -357,7 +263,7 @@ def _run_product(**options) -> None:
 
 
 def _run_calibrate(**options) -> None:
-    found = calibrate(read_runs(options["file"]), _inputs(options))
+    found = calibrate(read_runs(options["file"]), inputs_of(options))
     print(render_calibration(found))
     _write_json(options["json"], found.as_dict())
 
@@ -371,18 +277,17 @@ def _run_validate(**options) -> int:
 
 
 def _run_compare(**options) -> None:
-    given = options["results"] or [RESULTS] * RESULTS.is_dir()
-    paths = [table for path in given for table in _tables(path)]
+    paths = [path for given in options["results"] or [RESULTS] for path in _tables(given)]
     if not paths:
-        where = ", ".join(map(str, given or [RESULTS]))
-        raise ValueError(f"results: no table in {where}; give --results with a file or a folder")
-    results = {path.stem: _measured(path) for path in paths}
+        given = ", ".join(map(str, options["results"] or [RESULTS]))
+        raise ValueError(f"results: no table in {given}; give --results with a file or a folder")
+    results = {path.stem: _measured(path)[1] for path in paths}
     masks = {"mask_of": options["benchmark_mask"]} if options["masks"] == comparing.ACTUAL else {}
     with Progress(comparing.count(results, options["match"]), unit="measurement") as progress:
         pairs = comparing.compare(
             machine(options["machine"]),
             results,
-            _inputs(options),
+            inputs_of(options),
             match=options["match"],
             progress=lambda pair: progress.advance(f"{pair.what}, {pair.sparsity:.0%} zeros"),
             **masks,
@@ -392,28 +297,30 @@ def _run_compare(**options) -> None:
 
 
 def _tables(path: Path) -> list[Path]:
-    """Those of a folder, or the file itself."""
-    return sorted(path.glob("*.csv")) if path.is_dir() else [path]
+    """Those of a folder, or the one itself."""
+    return sorted(path.glob("*.csv")) if path.is_dir() or path == RESULTS else [path]
 
 
-def _measured(path: Path) -> list[dict]:
-    """The cases of a table in which dense was timed too, each with the GPU it ran on."""
+def _measured(path: Path) -> tuple[str, list[dict]]:
+    """The day of a table, and its cases in which dense was timed too, each with the GPU it ran
+    on."""
     try:
         run = records.read(path)
         cases = [derive(case) for case in records.cases(run.records) if case.get("op") in MEASURED]
     except (FileNotFoundError, ValueError) as error:
         raise type(error)(f"results: {error}") from error
     device = (run.about.get("machine") or {}).get("gpu") or ""
-    return [case | {"gpu": device} for case in cases if "speedups" in case]
+    found = [case | {"gpu": device} for case in cases if "speedups" in case]
+    return run.about.get("date", ""), found
 
 
 def _run_sensitivity(**options) -> None:
-    shape, inputs = _shape(options), _inputs(options)
+    shape, inputs = shape_of(options), inputs_of(options)
     batch = options["batch"] if options["batch"] is not None else default_batch(shape, 1)
-    density, told = _density_of_model(options)
+    density, told = density_of_model(options)
     swings = sensitivity.sensitivity(machine(options["machine"]), shape, density, batch, inputs)
     print(sensitivity.render(swings))
-    _tell(told)
+    tell(told)
     _write_json(options["json"], [vars(swing) for swing in swings])
     if options["plots"]:
         _write_plots(options["plots"], {"sensitivity": plots.sensitivity_bars(swings, inputs)})

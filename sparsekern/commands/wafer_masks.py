@@ -11,8 +11,8 @@ from ..gpt.build import load_model
 from ..nn import SparseLinear
 from ..testing import random_mask
 from ..wafer.balance import Mask
-from ..wafer.cost import Weight
 from ..wafer.shapes import GPTShape
+from ..wafer.weights import Weight
 
 
 def from_tensor(kept: Tensor) -> Mask:
@@ -57,7 +57,7 @@ def benchmark_mask(workload: dict) -> Mask | None:
 
 @lru_cache(maxsize=64)
 def _random(n: int, k: int, sparsity: float) -> Mask:
-    # bench/measure.py draws the values first, from the same generator.
+    # bench/products.py draws the values first, from the same generator.
     generator = torch.Generator().manual_seed(0)
     torch.randn(n, k, generator=generator)
     return from_tensor(random_mask(n, k, sparsity, generator))

@@ -15,8 +15,8 @@ Several processes capture the same all-reduces at the same step, or none does.
 """
 
 import copy
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, nullcontext
+from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 
 import torch
 from torch import Tensor
@@ -28,6 +28,7 @@ from ..nn.float8 import scaling_of
 from ..sparsity import Algorithm
 from .buckets import Buckets
 from .distributed import Ranks
+from .graphs import Aside, CudaGraph
 from .model import GPT
 from .step import add_gradients, clip, compute_gradients, micro_batches
 
@@ -40,42 +41,6 @@ def why_eager(ranks: Ranks) -> str | None:
     if ranks.device.type != "cuda":
         return "CUDA graphs need a GPU"
     return None
-
-
-class CudaGraph:
-    """What a function launches on the GPU. Making one runs nothing: replay() does."""
-
-    def __init__(self, launch: Callable[[], None], aside: "Aside", first: "CudaGraph | None"):
-        """Captured on the stream of `aside`; in the memory of `first`, which is replayed before."""
-        self._graph = torch.cuda.CUDAGraph()
-        pool, stream = first and first._graph.pool(), aside.stream
-        # The stream of now is also that of afterwards, where a capture fails.
-        with torch.cuda.stream(torch.cuda.current_stream(stream.device)):
-            # thread_local: products plan in the thread of autograd, too.
-            with torch.cuda.graph(self._graph, pool, stream, capture_error_mode="thread_local"):
-                launch()
-
-    def replay(self) -> None:
-        self._graph.replay()
-
-
-class Aside:
-    """The stream that steps are captured on, and taken on without a graph: what autograd keeps of a
-    parameter belongs to one stream."""
-
-    def __init__(self, device: torch.device) -> None:
-        self.stream = torch.cuda.Stream(device)
-
-    @contextmanager
-    def __call__(self) -> Iterator[None]:
-        """Work inside comes after that before, and before that behind."""
-        around = torch.cuda.current_stream(self.stream.device)
-        self.stream.wait_stream(around)
-        try:
-            with torch.cuda.stream(self.stream):
-                yield
-        finally:
-            around.wait_stream(self.stream)
 
 
 class CapturedStep:

@@ -12,7 +12,7 @@ from ..sparsity import Algorithm, Group
 from ..sparsity.checks import nearest
 from .checkpoint import CHECKPOINT, about, checkpoint_file, load_checkpoint
 from .distributed import check_device
-from .flags import FAMILIES, TrainFlags
+from .flags import FAMILIES, TrainFlags, percents
 from .model import GPTConfig
 
 # Of a pattern that changes during training: shares of all steps, as published configs have them.
@@ -54,8 +54,7 @@ def check_methods(settings: object) -> None:
 
 def check_sparsity(value: float) -> None:
     if not 0 <= value < 1:
-        hint = f"; did you mean {value / 100:g}?" if 1 < value < 100 else ""
-        raise ValueError(f"sparsity must be at least 0 and below 1, got {value}{hint}")
+        raise ValueError(f"sparsity must be at least 0 and below 1, got {value}{percents(value)}")
 
 
 def check_float8(config: TrainFlags) -> None:

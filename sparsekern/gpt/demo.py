@@ -115,9 +115,6 @@ def time_kernels(dense: dict[str, Linear], say: Callable[[str], None]) -> list[d
         x = torch.randn(tokens, k, requires_grad=True)
         x_plain, dy = x.detach(), torch.randn(tokens, n)
 
-        def products(library, x=x_plain, dy=dy):
-            return library(x, dense_w), library(dy, dense_w.t()), library(dy.t(), x.t())
-
         def step(w, x=x, dy=dy):
             return torch.autograd.grad(linear(x, w), (x, w.values), dy)
 
@@ -125,7 +122,10 @@ def time_kernels(dense: dict[str, Linear], say: Callable[[str], None]) -> list[d
         forward["torch.mm"] = partial(torch.mm, dense_w, x_plain.t())
         if PACKED in dense:
             forward[PACKED] = partial(packed(dense_w, tokens), x_plain)
-        training = {name: partial(products, library) for name, library in whole.items()}
+        training = {
+            name: partial(_dense_products, library, x_plain, dense_w, dy)
+            for name, library in whole.items()
+        }
         say(f"timing forward, {tokens} tokens")
         with torch.no_grad():
             ours = {s: partial(linear, x, w) for s, w in sparse.items()}

@@ -70,6 +70,11 @@ class TrainFlags:
     checkpoint_every: int = flag(50, "steps between checkpoints")
 
 
+def percents(share: float) -> str:
+    """What to ask of who gave percents for a share."""
+    return f"; did you mean {share / 100:g}?" if 1 < share < 100 else ""
+
+
 def count_or_file(text: str) -> int | str:
     return int(text) if text.removeprefix("-").isdigit() else text
 

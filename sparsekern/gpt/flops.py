@@ -1,7 +1,7 @@
 """Training FLOPs of a GPT, by the convention that gives the published sparse training ratios.
 
-Multiply-adds per token of one forward pass, for L layers, width d, MLP width h (4 d in GPT-2),
-vocabulary V, sequence s:
+Multiply-adds per token of one forward pass of a GPT-2, for L layers, width d, MLP width h (4 d),
+vocabulary V, sequence s; LLaMA has other matrices (GPTConfig.linears):
 
     linear    = L (4 d^2 + 2 d h)    the six matrices: query, key, value, output, MLP up, MLP down
     attention = L 2 s d              Q K^T and P V over the full s x s square, as if not causal
@@ -54,13 +54,6 @@ def flop_ratio(config: GPTConfig, sparsity: float) -> float:
     return train_flops_per_token(config) / train_flops_per_token(config, sparsity)
 
 
-def parameter_ratio(config: GPTConfig, sparsity: float) -> float:
-    """Dense over sparse parameters, of matrices and embeddings (no biases, no norms)."""
-    linear = multiply_adds(config).linear
-    embeddings = config.embedding_rows * config.n_embd
-    return (linear + embeddings) / (linear * (1 - sparsity) + embeddings)
-
-
 def amdahl_cap(share: float, speedup: float = math.inf) -> float:
     """How much faster all gets when `share` of its time or FLOPs runs `speedup` times faster."""
     rest = 1 - share + share / speedup
@@ -70,13 +63,6 @@ def amdahl_cap(share: float, speedup: float = math.inf) -> float:
 def dense_gradient_flops_per_token(config: GPTConfig, sparsity: float) -> float:
     """FLOPs that RigL adds when it changes the pattern: the weight gradient of absent weights."""
     return 2 * multiply_adds(config).linear * sparsity
-
-
-def cerebras_gpt_flops_per_token(config: GPTConfig) -> float:
-    """Training FLOPs as Cerebras-GPT (arXiv 2304.03208) counts them: the embedding look-up as a
-    product with the whole table. Their total is this times the tokens."""
-    macs = multiply_adds(config)
-    return 6 * (macs.total + macs.head)
 
 
 def linear_sparsity(model: nn.Module) -> float:

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from ..kernels.derived import passing_captures
 from .fused import Fused, fits
+from .graphs import Aside, CudaGraph
 from .held import Held
 from .model import GPT, Cache
 
@@ -206,7 +207,7 @@ class Decoder:
         first = max(0, end - self._block_size)
         self._append(self._of_prompt(self.tokens[:, first:end], self._cache, None))
 
-    def _append(self, logits: Tensor) -> None:  # [B, T, V]
+    def _append(self, logits: Tensor) -> None:  # [B, 1, V]
         self._position += 1
         self.tokens.index_copy_(1, self._position, self._sample(logits[:, -1]))
         self._length += 1
@@ -223,22 +224,17 @@ class Decoder:
         times = torch.empty_like(probabilities).exponential_(generator=self._generator)
         return choices.gather(1, (probabilities / times).argmax(dim=-1, keepdim=True))
 
-    def _capture(self, read: Callable[[], None]) -> torch.cuda.CUDAGraph:
-        graph = torch.cuda.CUDAGraph()
-        graph.register_generator_state(self._generator)
+    def _capture(self, read: Callable[[], None]) -> CudaGraph:
         # Weights that autocast has cast and kept would be gone when it ends.
         is_cast = torch.is_autocast_enabled("cuda")
         uncached = torch.autocast("cuda", cache_enabled=False) if is_cast else nullcontext()
         with uncached, torch.cuda.device(self.tokens.device):
-            side = torch.cuda.Stream()
-            side.wait_stream(torch.cuda.current_stream())
-            with torch.cuda.stream(side):
+            aside = Aside(self.tokens.device)
+            with aside():
                 for _ in range(WARM_UPS):
                     self._position.fill_(self._prompt_length - 1)
                     read()
-            torch.cuda.current_stream().wait_stream(side)
-            with torch.cuda.graph(graph):
-                read()
+            graph = CudaGraph(read, aside, generator=self._generator)
         self._length = 0
         return graph
 

@@ -27,7 +27,7 @@ from .checkpoint import (
     save_checkpoint,
 )
 from .config import FROM_SOURCE, TrainConfig, saved_config
-from .flags import FAMILIES, PRUNE_METHODS, PruneFlags
+from .flags import FAMILIES, PRUNE_METHODS, PruneFlags, percents
 from .flops import flop_ratio
 from .run import Run
 from .start import begin
@@ -44,7 +44,7 @@ PRUNE_DTYPES = ("float32", "bfloat16")
 class PruneConfig(PruneFlags):
     def __post_init__(self) -> None:
         if not 0 < self.target < 1:
-            hint = f"; did you mean {self.target / 100:g}?" if 1 < self.target < 100 else ""
+            hint = percents(self.target)
             raise ValueError(
                 f"target: expected a sparsity above 0 and below 1, got {self.target}{hint}"
             )
@@ -90,10 +90,6 @@ def prune(config: PruneConfig) -> list[dict]:
 
     A run that was stopped continues after its last whole round. Raises ValueError where the model
     is sparser than the first round already."""
-    if not config.source:
-        raise ValueError(
-            "source: expected a run of `sparsekern train` or a model of transformers, got none"
-        )
     path = Path(config.out) / CHECKPOINT
     with alone_beside("out", path):
         return _all_rounds(config, path)
@@ -101,30 +97,10 @@ def prune(config: PruneConfig) -> list[dict]:
 
 def _all_rounds(config: PruneConfig, path: Path) -> list[dict]:
     settings = asdict(config)
-    rows: list[dict] = []
-    if not Path(config.source).exists():
-        raise FileNotFoundError(f"source: {config.source} does not exist")
-    if not checkpoint_file(config.source).exists():
-        raise FileNotFoundError(
-            f"source: expected a run of `sparsekern train` ({CHECKPOINT}) or a model of "
-            f"transformers (config.json), {config.source} has neither"
-        )
-    source = load_checkpoint(config.source)
-    trained = saved_config(checkpoint_file(config.source), source["config"])
-    if (config.dtype or trained.dtype) not in PRUNE_DTYPES:
-        given = f"got {config.dtype}" if config.dtype else f"{config.source} was trained in float8"
-        raise ValueError(f"dtype: prune expected {' or '.join(PRUNE_DTYPES)}, {given}")
+    source, trained = _load_source(config)
     early = _load_early(config.rewind, trained) if config.rewind else None
-    state = load_checkpoint(path) if path.exists() else source
-    if path.exists():
-        if not {"prune", "rows"} <= state.keys():
-            raise ValueError(f"out: {path} was not written by prune; choose another folder")
-        for name in settings.keys() - {"out", "device"}:
-            old = state["prune"].get(name, getattr(PruneConfig, name))
-            if old != settings[name]:
-                was, got = ("not given" if v == "" else v for v in (old, settings[name]))
-                raise ValueError(f"{name} is {was} in {path}, got {got}")
-        rows = state["rows"]
+    state = _load_own(path, settings) if path.exists() else source | {"rows": []}
+    rows: list[dict] = state["rows"]
     targets = config.sparsities()
     # Of the source in any case: what a pruning took does not depend on where it was stopped.
     with Progress(None, unit="part") as progress:
@@ -163,6 +139,41 @@ def _all_rounds(config: PruneConfig, path: Path) -> list[dict]:
     run.history.losses = state["losses"]
     run.export()
     return rows
+
+
+def _load_source(config: PruneConfig) -> tuple[dict, TrainConfig]:
+    """What the checkpoint of the run to prune holds, and its settings."""
+    if not config.source:
+        raise ValueError(
+            "source: expected a run of `sparsekern train` or a model of transformers, got none"
+        )
+    if not Path(config.source).exists():
+        raise FileNotFoundError(f"source: {config.source} does not exist")
+    path = checkpoint_file(config.source)
+    if not path.exists():
+        raise FileNotFoundError(
+            f"source: expected a run of `sparsekern train` ({CHECKPOINT}) or a model of "
+            f"transformers (config.json), {config.source} has neither"
+        )
+    source = load_checkpoint(path)
+    trained = saved_config(path, source["config"])
+    if (config.dtype or trained.dtype) not in PRUNE_DTYPES:
+        given = f"got {config.dtype}" if config.dtype else f"{config.source} was trained in float8"
+        raise ValueError(f"dtype: prune expected {' or '.join(PRUNE_DTYPES)}, {given}")
+    return source, trained
+
+
+def _load_own(path: Path, settings: dict) -> dict:
+    """The checkpoint of a pruning that was stopped, which had the same settings."""
+    state = load_checkpoint(path)
+    if not {"prune", "rows"} <= state.keys():
+        raise ValueError(f"out: {path} was not written by prune; choose another folder")
+    for name in settings.keys() - {"out", "device"}:
+        old = state["prune"].get(name, getattr(PruneConfig, name))
+        if old != settings[name]:
+            was, got = ("not given" if v == "" else v for v in (old, settings[name]))
+            raise ValueError(f"{name} is {was} in {path}, got {got}")
+    return state
 
 
 @contextmanager

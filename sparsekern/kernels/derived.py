@@ -131,11 +131,6 @@ def to_keep(device: torch.device, make: Callable[[], T]) -> T:
     return _keeper.submit(make_there).result()
 
 
-def ensure_checked(row_offsets: Tensor, col_indices: Tensor, n: int, k: int) -> None:
-    """For what reads the caller's indices itself: errors as of derived()."""
-    derived("checked", row_offsets, col_indices, n, k, lambda *_: True)
-
-
 def share(origin: tuple[Tensor, Tensor], twin: tuple[Tensor, Tensor]) -> list[object]:
     """Give the indices `twin`, clones of `origin`, deep copies of what was derived from these and
     they lack: the copies that were made."""

@@ -3,12 +3,23 @@
 from typing import Any
 
 from torch import nn
+from torch.nn.parallel import DistributedDataParallel
 
 
 def check_model(model: Any) -> None:
     """TypeError for what is no module."""
     if not isinstance(model, nn.Module):
         raise TypeError(f"model: expected a torch.nn.Module, got {type(model).__name__}")
+
+
+def refuse_wrapped(caller: str, model: nn.Module) -> None:
+    """TypeError for what is no module, and for one whose gradients others average."""
+    check_model(model)
+    if isinstance(model, DistributedDataParallel):
+        raise TypeError(
+            f"{caller}: expected the model itself, got a DistributedDataParallel, which would not "
+            "average the gradients of new Parameters; give its .module, and wrap that anew"
+        )
 
 
 def check_optimizer(optimizer: object) -> None:

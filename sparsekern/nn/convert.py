@@ -1,4 +1,4 @@
-"""sparsify_ and densify_ swap SparseLinear in and out of a model."""
+"""sparsify_ puts SparseLinear into a model; densify.py takes it out."""
 
 import warnings
 from collections import Counter
@@ -6,33 +6,26 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 
 import torch
 from torch import Tensor, nn
-from torch.nn.parallel import DistributedDataParallel
-from torch.optim import Optimizer
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass as is_wrapper
 
 from ..indices import VALUE_DTYPES
 from ..kernels.cuda.float8 import captured as captured_factors
 from ..kernels.derived import forget_captures
-from ..tensor import SparseTensor
 from . import replaced
 from .adapters import without_adapters
-from .checks import check_model, check_optimizer
+from .checks import check_model, refuse_wrapped
 from .heads import HEAD_NAMES, heads
 from .kinds import (
     has_own_forward,
     is_conv1d,
     is_experts,
     parameter_of,
-    refuse_made_anew,
     renew_weight,
     uses_of_parameters,
 )
 from .linear import SparseLinear, refuse_meta
-from .optimizers import check_can_swap, first_number, holders, swap_
-from .stand_ins import SparseConv1D, StandIn
+from .stand_ins import SparseConv1D
 from .warned import warn_of_hooks, warn_of_matrices, warn_of_others
-
-__all__ = ["densify_", "forget_graphs_", "replace_modules", "sparsifiable", "sparsify_"]
 
 KEEPS = "{} are sparse already and keep their pattern; densify_(model) comes before another one"
 MANY_ZEROS = 0.2  # share of the weights from which on a model counts as pruned
@@ -70,7 +63,7 @@ def sparsify_(
     DistributedDataParallel, and for weights of other types than float32, bfloat16, float16 and
     float64.
     """
-    _refuse_wrapped("sparsify_", model)
+    refuse_wrapped("sparsify_", model)
     filter_fn = _filter_of(algorithm, model, filter_fn)
     chosen = _replaceable(model, filter_fn)
     if not chosen and not (filter_fn and _replaceable(model, lambda module, name: True)):
@@ -146,15 +139,6 @@ def _filter_of(
         raise ValueError(f"filter_fn: expected none beside the param_filter of {by}")
     names = algorithm.chosen_in(model)
     return lambda module, name: name in names
-
-
-def _refuse_wrapped(caller: str, model: nn.Module) -> None:
-    check_model(model)
-    if isinstance(model, DistributedDataParallel):
-        raise TypeError(
-            f"{caller}: expected the model itself, got a DistributedDataParallel, which would not "
-            "average the gradients of new Parameters; give its .module, and wrap that anew"
-        )
 
 
 def _matrix(module: nn.Module) -> Tensor:
@@ -233,145 +217,6 @@ def _replaceable(
         if not isinstance(module, SparseLinear):
             renew_weight(module)
     return found
-
-
-def packed_name(model: nn.Module) -> str | None:
-    """The name of the first layer that `pack_` made."""
-    for name, module in model.named_modules():
-        if hasattr(module, "packed_bytes"):  # in a group, `shared.whole` of its layers
-            return name.removesuffix("shared.whole").removesuffix(".") or "the model"
-    return None
-
-
-def densify_(model: nn.Module, optimizer: Optimizer | None = None) -> nn.Module:
-    """Replace every SparseLinear of `model` by its nn.Linear, in place, and return the model. What
-    stands in for another module (Conv1D, a convolution, attention, experts) becomes that again. A
-    model that is one SparseLinear itself stays so, and the nn.Linear is returned.
-
-    Layers that share their values share the weight. Hooks of layers are not taken over, with a
-    warning. With an optimizer, the dense weights take the place of the values in its groups and its
-    state becomes dense too: where nothing was stored it is what torch starts with. Another one that
-    holds the values would leave the weights untrained: its next step is an error. ValueError, and
-    an unchanged model, for state of another shape than the values, for an optimizer that keeps
-    parameters in ways of its own, for values that are parametrized or made anew in each forward
-    pass, for shared ones at different places, and for layers that `pack_` made. TypeError for a
-    DistributedDataParallel. NotImplementedError for what FSDP2 has cut into shards.
-    """
-    _refuse_wrapped("densify_", model)
-    if optimizer is not None:
-        check_optimizer(optimizer)
-    if (packed := packed_name(model)) is not None:
-        raise ValueError(
-            f"densify_: {packed} is packed, and from that there is no way back: keep "
-            "the model as it was before pack_"
-        )
-    layers = {n or "the model": m for n, m in model.named_modules() if isinstance(m, SparseLinear)}
-    _refuse_without_values(layers)
-    if optimizer:
-        _check_can_densify(optimizer, list(layers.values()))
-    sparse = {n: m for n, m in model.named_modules() if isinstance(m, SparseLinear | StandIn)}
-    warn_of_hooks("densify_", sparse)
-    dense: dict[nn.Parameter, tuple[Tensor, SparseLinear]] = {}
-
-    def replace(name: str, module: nn.Module) -> nn.Module | None:
-        if isinstance(module, StandIn):
-            _refuse_held(module, optimizer)
-            return module.to_dense()
-        if not isinstance(module, SparseLinear):
-            return None
-        linear = module.to_linear()
-        weight, first = dense.setdefault(module.values, (linear.weight, module))
-        if first is not module:  # layers that share their values go on sharing them
-            if weight.shape != linear.weight.shape or not _same_pattern(first, module):
-                raise ValueError(
-                    f"densify_: {name} shares its values with another layer, which has them at "
-                    "other places: no dense weight is that of both"
-                )
-            linear.weight = weight
-        return linear
-
-    model = replace_modules(model, replace)
-    for weight, layer in dense.values():
-        replaced.note_dense(layer, weight)
-    if optimizer:
-        states = [(o, p) for o in holders([optimizer]) for p in dense if p in o.state]
-        becomes = [
-            {
-                key: _densified(t, dense[p][1], first_number(o, p, key))
-                for key, t in o.state[p].items()
-            }
-            for o, p in states
-        ]
-        swap_(optimizer, {p: weight for p, (weight, _) in dense.items()})
-        for (o, p), state in zip(states, becomes, strict=True):
-            o.state.pop(p, None)
-            o.state[dense[p][0]] = state
-    return model
-
-
-def _refuse_without_values(layers: Mapping[str, SparseLinear]) -> None:
-    """NotImplementedError or ValueError where the dense weight cannot come from the Parameters."""
-    refuse_made_anew(layers)
-    for name, layer in layers.items():
-        for part in ("values", "bias"):
-            if part not in layer._parameters:
-                raise ValueError(
-                    f"densify_: the {part} of {name} are parametrized, and would not be any more; "
-                    "call torch.nn.utils.parametrize.remove_parametrizations first"
-                )
-        if hasattr(layer.values, "full_tensor"):
-            raise NotImplementedError(
-                f"densify_: FSDP2 has cut the values of {name} into shards; load the full "
-                "state_dict into a model without fully_shard, and make that dense"
-            )
-
-
-def _check_can_densify(optimizer: Optimizer, layers: Sequence[SparseLinear]) -> None:
-    check_can_swap(optimizer, [layer.values for layer in layers])
-    for holder in holders([optimizer]):
-        for layer in layers:
-            state = holder.state.get(layer.values, {})
-            if isinstance(holder, torch.optim.Adafactor) and state:
-                raise ValueError(
-                    "densify_: Adafactor keeps other state for a matrix than for values, which "
-                    "cannot become it; make a new optimizer afterwards"
-                )
-            for key, t in state.items():
-                if isinstance(t, Tensor) and t.numel() != 1 and t.shape != layer.values.shape:
-                    raise ValueError(
-                        f"densify_: the optimizer keeps {key!r} of shape {tuple(t.shape)} for the "
-                        f"{layer.values.shape[0]} values of {layer}, expected as many"
-                    )
-
-
-def _same_pattern(a: SparseLinear, b: SparseLinear) -> bool:
-    pairs = (a.row_offsets, b.row_offsets), (a.col_indices, b.col_indices)
-    return a.stores_transpose == b.stores_transpose and all(torch.equal(*pair) for pair in pairs)
-
-
-def _refuse_held(module: nn.Module, optimizer: Optimizer | None) -> None:
-    held = {p for group in optimizer.param_groups for p in group["params"]} if optimizer else set()
-    if not held.isdisjoint(module.parameters()):
-        raise ValueError(
-            f"densify_: the optimizer holds parameters of a {type(module).__name__}, which become "
-            "parts of others: make a new optimizer afterwards"
-        )
-
-
-def _densified(state, module: SparseLinear, first: float):
-    """A part of the optimizer state of the module's values, `first` where nothing was stored;
-    `step` and the like stay."""
-    if not isinstance(state, Tensor) or state.shape != module.values.shape:
-        return state
-    n, k = module.out_features, module.in_features
-
-    def dense(t: Tensor) -> Tensor:
-        return SparseTensor._trusted(module.row_offsets, module.col_indices, t, n, k).to_dense()
-
-    result = dense(state)
-    if first:
-        result.masked_fill_(dense(torch.ones_like(state)) == 0, first)
-    return module.as_stored(result)
 
 
 def forget_graphs_(model: nn.Module) -> nn.Module:

@@ -13,6 +13,7 @@ from typing import Any, Self
 import torch
 from torch import Tensor, nn
 
+from ..casts import is_any_autocast_enabled
 from ..indices import check_sizes, counted, kind, whole
 from ..kernels import observed
 from ..matmul import linear, quick_linear
@@ -31,8 +32,6 @@ torch.compiler.config.dynamic_sources = ",".join(
 )
 
 _is_compiling = torch.compiler.is_compiling
-# Private in torch, so its absence must not break the import.
-_is_any_autocast_enabled = getattr(torch._C, "_is_any_autocast_enabled", lambda: True)
 
 HOW_TO_SET = (
     "`values` takes other numbers of its places, sparsekern.weights.set_weights_(model, weights) "
@@ -173,7 +172,7 @@ class SparseLinear(nn.Module):
             operands = buffers["row_offsets"], buffers["col_indices"], parameters["values"]
             weight, bias = (*operands, self.out_features, self.in_features), parameters["bias"]
             y = None
-            if not _is_compiling() and not _is_any_autocast_enabled():
+            if not _is_compiling() and not is_any_autocast_enabled():
                 y = call(SPMM, *weight, input, bias)
             if y is None:
                 y = quick_linear(input, *weight, bias)

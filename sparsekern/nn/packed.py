@@ -1,13 +1,14 @@
-"""PackedLinear, a layer for inference on a GPU, and pack_, which puts it, or that of packed_cpu.py,
-into a model."""
+"""PackedLinear, a layer for inference on a GPU, and what it takes to make one, or that of
+packed_cpu.py."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 from torch.autograd import forward_ad
 
+from ..casts import is_any_autocast_enabled, wanted_dtype
 from ..kernels.cpu.lanes import pack as pack_for_cpu
 from ..kernels.cuda import e4m3
 from ..kernels.cuda.choose import pack_for
@@ -18,15 +19,9 @@ from ..kernels.cuda.row_scales import check_values_type
 from ..kernels.operands import native
 from ..registered import prepare_spmm_packed, spmm_e4m3, spmm_packed
 from ..tensor import SparseTensor
-from .checks import cannot_be_set, check_model
-from .convert import replace_modules
-from .kinds import refuse_made_anew
-from .largest import largest_inputs
+from .checks import cannot_be_set
 from .linear import SparseLinear
-from .shared import SharedInput, refuse_weights, shared_inputs
-from .warned import warn_of_hooks
-
-__all__ = ["PackedLinear", "pack_"]
+from .shared import refuse_weights
 
 _is_compiling = torch.compiler.is_compiling
 
@@ -55,7 +50,8 @@ class PackedLinear(nn.Module):
     form; above, it is written out for each call, unless a dense copy is kept. A two-way pattern
     that is packed for many tokens runs on sparse tensor cores, in 0.56 of the bytes, or 0.31 in
     E4M3, with x cast in each call; some free places count as 0 times x then: an infinity or NaN
-    makes NaN, in E4M3 of the whole token. No gradient, and no way back to CSR: keep the checkpoint.
+    makes NaN, in E4M3 of the whole token. Under autocast the result has its dtype, as of nn.Linear,
+    and the product that of W. No gradient, and no way back to CSR: keep the checkpoint.
     Not for two CUDA streams at the same time (kernels/cuda/few_tokens.py says why). Its buffers are
     in no state_dict. Each call checks their types and sizes, but not what stands in them: to
     average or write them by hand may lead a kernel anywhere. `layout` names what is held; explain()
@@ -171,17 +167,33 @@ class PackedLinear(nn.Module):
         """What a call with x [..., in_features], or with so many tokens, runs: layout and kernel,
         bytes, whether W is written out or dense runs, and how long that took where it was
         measured. `sparsekern.explain(x, layer)` is the same."""
-        m = x if isinstance(x, int) else x.shape[:-1].numel()
-        if not isinstance(x, int) and (x.ndim == 0 or x.shape[-1] != self.in_features):
+        return explain_packed(self._tokens_of(x), self._parts())
+
+    def _tokens_of(self, x: Tensor | int) -> int:
+        """M of a call with x, or that number."""
+        if not isinstance(x, Tensor):
+            if type(x) is not int or x < 0:
+                raise ValueError(
+                    f"x: expected a Tensor or a number of tokens of at least 0, got {x!r}"
+                )
+            return x
+        if x.ndim == 0 or x.shape[-1] != self.in_features:
             raise ValueError(
                 f"x: expected [..., {self.in_features}] or a number of tokens, got {tuple(x.shape)}"
             )
-        return explain_packed(m, self._parts())
+        return x.shape[:-1].numel()
 
     def _load_from_state_dict(self, state_dict, prefix, *others):
         refuse_weights(state_dict, prefix, others[-1])
 
     def forward(self, input: Tensor) -> Tensor:  # the name that nn.Linear gives x
+        if _is_compiling() or is_any_autocast_enabled():
+            dtype = wanted_dtype(input)
+            if dtype is not None:
+                return self._call(input.to(self.dtype)).to(dtype)
+        return self._call(input)
+
+    def _call(self, input: Tensor) -> Tensor:
         if native is None or _is_compiling():
             return self._multiply(input)
         y = native.call_packed(self._calls, self._buffers, input)
@@ -202,19 +214,23 @@ class PackedLinear(nn.Module):
                 f"PackedLinear: expected x on the weight's GPU, got x on {input.device} and the "
                 f"weight on {self.device}"
             )
-        refuse_derivatives(input)
-        if input.dtype != self.dtype:
-            raise RuntimeError(f"PackedLinear: expected x of dtype {self.dtype}, got {input.dtype}")
-        if input.ndim == 0 or input.shape[-1] != self.in_features:
-            raise RuntimeError(
-                f"PackedLinear: expected x [..., {self.in_features}], got {tuple(input.shape)}"
-            )
+        self._check(input)
         shape, x = input.shape[:-1], input.reshape(input.shape[:-1].numel(), self.in_features)
         if self.layout == TwoOfFourE4m3.name and torch.compiler.is_compiling() and x.numel():
             y = self._traced(x)
         else:
             y = spmm_packed(x, *self._parts(), self.bias)
         return y.view(*shape, self.out_features)
+
+    def _check(self, x: Tensor) -> None:
+        """RuntimeError for x of another type or size, or with a gradient to come."""
+        refuse_derivatives(x)
+        if x.dtype != self.dtype:
+            raise RuntimeError(f"PackedLinear: expected x of dtype {self.dtype}, got {x.dtype}")
+        if x.ndim == 0 or x.shape[-1] != self.in_features:
+            raise RuntimeError(
+                f"PackedLinear: expected x [..., {self.in_features}], got {tuple(x.shape)}"
+            )
 
     def _traced(self, x: Tensor) -> Tensor:
         """y [M, N] in E4M3 for torch.compile: what makes x casts it, and what takes y scales it."""
@@ -308,96 +324,3 @@ def token_range(tokens: int | Sequence[int]) -> tuple[int, int]:
             f"got {tokens!r}"
         )
     return pair[0], pair[1]
-
-
-def pack_(
-    model: nn.Module,
-    tokens: int | Sequence[int] = 1,
-    *,
-    dense: bool | Callable[[nn.Module, str], bool] = False,
-    groups: Sequence[Sequence[str]] = (),
-    dtype: torch.dtype | None = None,
-    example: Any = None,
-    values: torch.dtype | None = None,
-) -> nn.Module:
-    """Replace every SparseLinear of `model` by a PackedLinear, in place, and return the model; of a
-    model that is one SparseLinear itself, which stays so, the PackedLinear.
-
-    For inference where the model is: CSR and values are dropped. TypeError, and an unchanged model,
-    unless all their values are bfloat16 or float16, on a CPU float32 or bfloat16; the message names
-    the layer. ValueError where there is no SparseLinear. Hooks of layers are not taken over, with a
-    warning. Two-way patterns run on sparse tensor cores where that was the fastest for so many
-    tokens. On a CPU there is one layout, for up to 4 tokens: `tokens` and `dense` change nothing.
-    `sparsekern.explain(tokens, model)` says afterwards what each layer holds and runs.
-
-    Two ways to 8 bits: `values` rounds what is held, for generating, with any pattern; `dtype`
-    rounds x too, for prompts, with two-way patterns. One model takes one of them.
-
-    Args:
-        tokens: M of the calls, about: the batch, in generation. With (1, 2048), or a range, the
-            least and the most: a layer is then held in two layouts where that makes one of the two
-            1.1 times as fast or more. As measured on an H200 (kernels/packed_times.json).
-        dense: may a layer keep a dense copy of its weight? Where with some of these numbers of
-            tokens all that is packed was slower than 0.97 of dense, it does then; most do for the
-            tokens of a prompt. dense(module, name) answers for each layer. A dense copy multiplies
-            its zeros, as nn.Linear does: an infinity or NaN in x makes NaN of its whole token.
-        groups: names of layers side by side that are called with the same x, as
-            [["q_proj", "k_proj", "v_proj"], ["gate_proj", "up_proj"]]. They are packed as one
-            matrix and run as one product; nn/shared.py says when. ValueError for a group that
-            nothing in the model has, or whose layers do not fit together.
-        values: torch.int8 or torch.float8_e4m3fn rounds weights, each row with a scale, its largest
-            value over 127 or 448; x stays bfloat16, and sums are those of the rounded weights in
-            float32. Fewer bytes for any number of tokens; faster than 16 bits with one or two, of
-            large layers. Any pattern, on a GPU. ValueError, TypeError or NotImplementedError unless
-            weights are finite bfloat16 there, and dense is False.
-        dtype: torch.float8_e4m3fn rounds weights and, in each call, x to E4M3, each tensor with one
-            scale. For many tokens, on a GPU of compute capability 9.0. ValueError, TypeError or
-            NotImplementedError unless all patterns are two-way, values bfloat16, sizes multiples of
-            32, and cuSPARSELt is there.
-        example: what to call the model with, once, to see how large x gets in E4M3: a tensor, a
-            tuple of arguments, a dict of named ones, or a function of the model. What is eight
-            times as large later becomes NaN. Without it the scale is found in each call, which
-            takes longer.
-    """
-    check_model(model)
-    ends = token_range(tokens)
-    check_eight_bits(dtype, values, dense)
-    if example is not None and dtype is None:
-        raise ValueError("example: it has a meaning with dtype=torch.float8_e4m3fn alone")
-    if not (isinstance(dense, bool) or callable(dense)):
-        raise ValueError(f"dense: expected True, False or a function, got {dense!r}")
-    layers = {name: m for name, m in model.named_modules() if isinstance(m, SparseLinear)}
-    if not layers:
-        is_packed = any(isinstance(module, PackedLinear) for module in model.modules())
-        why = "it is packed already" if is_packed else "sparsify_ or accelerate_ make such layers"
-        raise ValueError(f"pack_: no SparseLinear in {type(model).__name__}; {why}")
-    refuse_made_anew(layers)
-    for name, layer in layers.items():
-        if layer.values.is_meta:
-            raise NotImplementedError(f"pack_: {name or 'the model'} is on meta, without values")
-    grouped = shared_inputs(model, groups)
-    largest = {} if example is None else largest_inputs(model, example)
-
-    def may_be_dense(name: str, module: nn.Module) -> bool:
-        return dense(module, name) if callable(dense) else dense
-
-    def replace(name: str, module: nn.Module) -> nn.Module | None:
-        if not isinstance(module, SparseLinear):
-            return None
-        try:
-            if (group := grouped.get(module)) is None:
-                may_be = may_be_dense(name, module)
-                given = dtype, largest.get(module), values
-                return PackedLinear.from_sparse(module, ends, may_be, *given)
-            if group.shared is None:
-                weight, bias = group.stacked()
-                is_allowed = all(may_be_dense(*item) for item in group.layers.items())
-                most = max(largest[m] for m in group.layers.values()) if largest else None
-                whole = packed_layer(weight, bias, ends, is_allowed, dtype, most, values)
-                group.shared = SharedInput(whole)
-            return group.part(module)
-        except (TypeError, ValueError, NotImplementedError) as error:
-            raise type(error)(f"{name or 'the model'}: {error}") from None
-
-    warn_of_hooks("pack_", layers)
-    return replace_modules(model, replace)

@@ -8,7 +8,7 @@ from ..kernels.cpu.lanes import Lanes, writes_out
 from ..kernels.operands import native
 from ..ops import spmm_lanes
 from ..registered import prepare_spmm_lanes
-from .packed import PackedLinear, refuse_derivatives
+from .packed import PackedLinear
 
 
 class PackedLinearOnCpu(PackedLinear):
@@ -43,11 +43,7 @@ class PackedLinearOnCpu(PackedLinear):
 
     def explain(self, x: Tensor | int) -> str:
         """What a call with x [..., in_features], or with so many tokens, runs."""
-        if not isinstance(x, int) and (x.ndim == 0 or x.shape[-1] != self.in_features):
-            raise ValueError(
-                f"x: expected [..., {self.in_features}] or a number of tokens, got {tuple(x.shape)}"
-            )
-        m = x if isinstance(x, int) else x.shape[:-1].numel()
+        m = self._tokens_of(x)
         way = "written out, then torch.mm" if writes_out(m, self._packed()) else "16 rows in lanes"
         return f"{m} tokens -> {self.layout}: {way}, {self.packed_bytes} bytes"
 
@@ -62,11 +58,7 @@ class PackedLinearOnCpu(PackedLinear):
                 f"on {x.device} and the weight on {packed.values.device}; for a GPU, move the "
                 "model there before pack_"
             )
-        refuse_derivatives(x)
-        if x.dtype != self.dtype:
-            raise RuntimeError(f"PackedLinear: expected x of dtype {self.dtype}, got {x.dtype}")
-        if x.ndim == 0 or x.shape[-1] != packed.k:
-            raise RuntimeError(f"PackedLinear: expected x [..., {packed.k}], got {tuple(x.shape)}")
+        self._check(x)
         bias = self._buffers["bias"]
         if x.ndim == 2:
             return spmm_lanes(x, packed, bias)

@@ -20,6 +20,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
+from ..casts import wanted_dtype
 from ..kernels.cuda.capture import capture_of
 from ..registered import written
 from ..tensor import SparseTensor
@@ -62,17 +63,17 @@ class SharedInput(nn.Module):
 
 
 def _stamp(x: Tensor) -> tuple:
-    """What changes with x's contents, as far as torch counts that, and with what may be done with
-    the product: by a capture, by autograd. RuntimeError where torch counts nothing."""
+    """What changes with x's contents, as far as torch counts that, and with what is done with
+    the product: by a capture, autograd or autocast. RuntimeError where torch counts nothing."""
     needs_grad = torch.is_grad_enabled() and x.requires_grad
     if torch.compiler.is_dynamo_compiling():
-        return "traced", *written(x).shape, needs_grad
+        return "traced", *written(x).shape, needs_grad, wanted_dtype(x)
     if x.is_inference():
         raise RuntimeError(
             "groups: expected x of another mode than torch.inference_mode, in which torch does not "
             "count writes to x: call the model under torch.no_grad, or pack_ it without groups"
         )
-    return x._version, needs_grad, capture_of(x)
+    return x._version, needs_grad, wanted_dtype(x), capture_of(x)
 
 
 class PackedPart(nn.Module):

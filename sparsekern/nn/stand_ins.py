@@ -218,13 +218,13 @@ class SparseMultiheadAttention(StandIn):
     _qkv_same_embed_dim = False
 
     @property
-    def dense_names(self) -> list[str]:
-        return ["in_proj_weight", "in_proj_bias"]
-
-    @property
     def in_proj_weight(self) -> SparseTensor:
         """The first of the three weights in it."""
         return self.q_proj.weight
+
+    @property
+    def dense_names(self) -> list[str]:
+        return ["in_proj_weight", "in_proj_bias"]
 
     def __init__(self, projections: list[SparseLinear], out: SparseLinear, origin: Origin):
         super().__init__()
@@ -239,16 +239,10 @@ class SparseMultiheadAttention(StandIn):
 
     @classmethod
     def from_dense(cls, attention: nn.MultiheadAttention) -> "SparseMultiheadAttention":
-        weights, trained = attention.in_proj_weight.detach().chunk(3), attention.in_proj_weight
-        bias = attention.in_proj_bias
-        biases = (None,) * 3 if bias is None else bias.detach().chunk(3)
+        parameter = attention.in_proj_weight
+        weights, biases = parameter.detach().chunk(3), in_proj_biases(attention)
         projections = [
-            SparseLinear.from_weight(
-                trained,
-                None if b is None else nn.Parameter(b.clone(), bias.requires_grad),
-                None,
-                w,
-            )
+            SparseLinear.from_weight(parameter, b, None, w)
             for w, b in zip(weights, biases, strict=True)
         ]
         out = SparseLinear.from_linear(attention.out_proj)
@@ -333,6 +327,14 @@ class SparseMultiheadAttention(StandIn):
             for part in parts
         ]
         return sum(added[1:], added[0]) if added else None
+
+
+def in_proj_biases(attention: nn.MultiheadAttention) -> list[nn.Parameter | None]:
+    """A new bias for each of query, key and value, or None for each."""
+    bias = attention.in_proj_bias
+    if bias is None:
+        return [None] * 3
+    return [nn.Parameter(b.clone(), bias.requires_grad) for b in bias.detach().chunk(3)]
 
 
 def _check_mask(name: str, mask: Tensor | None, *shapes: tuple[int, ...]) -> None:

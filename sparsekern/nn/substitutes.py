@@ -19,12 +19,7 @@ from .kinds import (
 )
 from .linear import SparseLinear
 from .origin import Origin
-from .stand_ins import (
-    SparseConv,
-    SparseConv1D,
-    SparseMultiheadAttention,
-    StandIn,
-)
+from .stand_ins import SparseConv, SparseConv1D, SparseMultiheadAttention, in_proj_biases
 
 # make(class, name inside of the module, (N, K), bias, the Parameter it comes from) -> a layer
 Make = Callable[
@@ -84,18 +79,11 @@ def substitute(module: Any, make: Make) -> nn.Module:
     return new.train(module.training)
 
 
-def to_dense(module: SparseLinear | StandIn) -> nn.Module:
-    """The dense module in whose place a sparse one stands."""
-    return module.to_linear() if isinstance(module, SparseLinear) else module.to_dense()
-
-
 def _attention(attention: Any, make: Make) -> SparseMultiheadAttention:
-    e, weight, bias = attention.embed_dim, attention.in_proj_weight, attention.in_proj_bias
-    parts = (None,) * 3 if bias is None else bias.detach().chunk(3)
-    biases = [None if b is None else nn.Parameter(b.clone(), bias.requires_grad) for b in parts]
+    e, weight = attention.embed_dim, attention.in_proj_weight
     projections = [
         make(SparseLinear, f"{x}_proj", (e, e), b, weight)
-        for x, b in zip("qkv", biases, strict=True)
+        for x, b in zip("qkv", in_proj_biases(attention), strict=True)
     ]
     out = attention.out_proj
     layer = make(SparseLinear, "out_proj", (e, e), out.bias, out.weight)

@@ -5,20 +5,13 @@
     found = predict(machine("wse2"), model_shape("gpt3-xl"), density=0.25)
     print(found.step.speedup_range, found.step_s)
 
-No module of it imports torch, nor do the commands; `import sparsekern.wafer` does, for the package
-around it. docs/guide/wafer.md is the guide, docs/math.md has the derivations.
+No module of it imports torch, nor do the commands, but to read a checkpoint and to make the masks
+of a measurement again; `import sparsekern.wafer` does, for the package around it.
+docs/guide/wafer.md is the guide, docs/math.md has the derivations.
 """
 
 from .balance import Mask
-from .cost import (
-    Comparison,
-    StepCost,
-    Weight,
-    compare_with_dense,
-    masked_weights,
-    step_cost,
-    uniform_weights,
-)
+from .cost import Comparison, StepCost, compare_with_dense, step_cost
 from .figures import Figure
 from .gpu import GPUS, Gpu, GpuCost, gpu, gpu_cost
 from .inference import InferenceCost, inference_cost
@@ -30,6 +23,7 @@ from .product import offloaded_s
 from .runs import Calibration, Run, calibrate, read_runs
 from .shapes import GPT_SHAPES, GPTShape, gpt_shape
 from .sweep import sweep
+from .weights import Weight, masked_weights, uniform_weights
 
 __all__ = [
     "Calibration",

@@ -10,7 +10,7 @@ from .inputs import Inputs
 from .machine import Machine
 from .product import FORWARD, INPUT_GRADIENT, WEIGHT_GRADIENT, product_cycles, stream_bytes
 from .shapes import GPTShape
-from .sweep import FULL_TOKENS
+from .sweep import FULL_TOKENS, default_batch
 
 PRODUCTS = {"spmm": FORWARD, "spmm_t": INPUT_GRADIENT, "sddmm": WEIGHT_GRADIENT}
 STEP = "train_step"
@@ -93,13 +93,19 @@ def _ours(case: dict) -> list[str]:
 def _what_product(case: dict, kernel: str) -> str:
     how = f"{case['threads']} threads" if case["threads"] else kernel
     parts = [f"{case['op']} {case['N']}x{case['K']}", f"{case['M']} tokens", case["dtype"], how]
-    parts += ["cold"] * case["is_cold"] + [case["mask"]] * (case["mask"] != "random")
-    return ", ".join(parts)
+    return ", ".join([*parts, *["cold"] * case["is_cold"], *_mask_of(case)])
 
 
 def _what_step(case: dict) -> str:
     where = f"{case['threads']} threads" if case["threads"] else "GPU"
-    return f"{STEP} {case['model']}, {case['M']} tokens, {where}"
+    parts = [f"{STEP} {case['model']}", f"{case['M']} tokens", where]
+    return ", ".join([*parts, *_mask_of(case)])
+
+
+def _mask_of(case: dict) -> list[str]:
+    """Its name, where it is not as most are."""
+    mask = case.get("mask", "random")
+    return [] if mask == "random" else [mask]
 
 
 def _product(
@@ -142,9 +148,7 @@ def _step(machine: Machine, inputs: Inputs, source: str, what: str, info: dict) 
     def predicted(batch: int):
         return compare_with_dense(machine, shape, 1 - info["sparsity"], batch, inputs=inputs)
 
-    same, full = (
-        predicted(batch) for batch in (info["batch"], max(1, FULL_TOKENS // shape.sequence))
-    )
+    same, full = (predicted(batch) for batch in (info["batch"], default_batch(shape, 1)))
     return Pair(
         source,
         what,

@@ -9,9 +9,7 @@ boundary  between two steps nothing hides the way of the first layer's gradient 
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from numbers import Real
 
-from .balance import Mask
 from .figures import check_count
 from .inputs import RANGES, Inputs
 from .machine import Machine
@@ -19,6 +17,7 @@ from .memory import ActivationPlan, plan_activations
 from .mesh import MeshCycles
 from .product import FORWARD, INPUT_GRADIENT, WEIGHT_GRADIENT, product_cycles, stream_bytes
 from .shapes import GPTShape
+from .weights import Weight, kept_share, weights_of
 
 
 @dataclass(frozen=True)
@@ -157,102 +156,6 @@ class StepCost:
         return max(terms, key=terms.__getitem__)
 
 
-@dataclass(frozen=True)
-class Weight:
-    """A linear layer's weight, alike in `layers` blocks (times experts), each of which sees
-    `share` of the tokens."""
-
-    name: str
-    n: int
-    k: int
-    density: float
-    layers: int
-    mask: Mask | None = None
-    share: float = 1.0
-
-    def __post_init__(self) -> None:
-        given = self.n, self.k, self.density
-        fitting = (*self.mask.shape, self.mask.density) if self.mask else given
-        if given != fitting:
-            raise ValueError(
-                f"{self.name}: expected n, k, density of its mask, {fitting}, got {given}"
-            )
-
-    @property
-    def kept_fma(self) -> float:
-        """Multiply-adds of one token."""
-        return self.layers * self.n * self.k * self.density * self.share
-
-
-def uniform_weights(shape: GPTShape, density: float) -> tuple[Weight, ...]:
-    """Every linear layer of `shape` at one density, its zeros anywhere."""
-    if not 0 < density <= 1:
-        raise ValueError(f"density: expected 0 < density <= 1, got {density}")
-    return tuple(
-        Weight(m.name, m.n, m.k, density, shape.layers * m.copies, share=m.share)
-        for m in shape.block
-    )
-
-
-def masked_weights(masks: Sequence[tuple[str, Mask]]) -> tuple[Weight, ...]:
-    """Weights with actual masks: (its name, its mask) of each matrix of each block. `Weight` says
-    it for a mask that several blocks share."""
-    for name, mask in masks:
-        if not isinstance(mask, Mask):
-            raise TypeError(f"masks: expected a wafer.Mask of {name}, got {type(mask).__name__}")
-    return tuple(Weight(name, *mask.shape, mask.density, 1, mask) for name, mask in masks)
-
-
-def _weights(shape: GPTShape, density: float | Sequence[Weight]) -> tuple[Weight, ...]:
-    if isinstance(density, Real):
-        return uniform_weights(shape, float(density))
-    weights = tuple(density) if isinstance(density, Sequence) else ()
-    if not weights or not all(isinstance(weight, Weight) for weight in weights):
-        raise ValueError(
-            f"density: expected a number, or the Weights of all linear layers (masked_weights), "
-            f"got {type(density).__name__} {density!r:.60}"
-        )
-    _check_fit(shape, weights)
-    return weights
-
-
-def _check_fit(shape: GPTShape, weights: tuple[Weight, ...]) -> None:
-    """ValueError for the first weight that is no matrix of the model, and for a matrix of which
-    there are not as many as in the model. Names may have those of modules before them."""
-    matrices = {matrix.name: matrix for matrix in shape.block}
-    found: dict[str, float] = dict.fromkeys(matrices, 0)
-    for weight in weights:
-        name = weight.name.rpartition(".")[2]
-        if name not in matrices:
-            raise ValueError(
-                f"density: {weight.name}: expected the name of a linear layer of {shape.name}, one "
-                f"of {', '.join(matrices)}, as in blocks.0.{next(iter(matrices))}"
-            )
-        n, k = shape.matrices[name]
-        if (weight.n, weight.k) != (n, k):
-            turned = "; it is transposed: expected is [out_features, in_features], and Conv1D of "
-            turned += "GPT-2 stores [in, out]"
-            raise ValueError(
-                f"density: {weight.name}: expected {n} x {k} in {shape.name}, got "
-                f"{weight.n} x {weight.k}{turned if (weight.n, weight.k) == (k, n) else ''}"
-            )
-        found[name] += weight.layers * weight.share
-    for name, count in found.items():
-        expected = shape.layers * matrices[name].copies * matrices[name].share
-        if not math.isclose(count, expected, rel_tol=1e-9):
-            raise ValueError(
-                f"density: expected the weights of all linear layers of {shape.name}, which are "
-                f"{shape.layers} x {shape.matrices}; got {count:g} of {name}, not {expected:g}"
-            )
-
-
-def kept_share(shape: GPTShape, density: float | Sequence[Weight]) -> float:
-    """The share of the linear layers' multiply-adds that is left."""
-    if isinstance(density, Real):
-        return float(density)
-    return sum(weight.kept_fma for weight in _weights(shape, density)) / shape.linear_fma
-
-
 def step_cost(
     machine: Machine,
     shape: GPTShape,
@@ -275,9 +178,8 @@ def step_cost(
     micro_batch = min(micro_batch or share, share)
     micro_steps = math.ceil(share / micro_batch)
     tokens = micro_batch * shape.sequence
-    weights = _weights(shape, density)
+    weights = weights_of(shape, density)
 
-    seconds_per_cycle = 1 / machine["clock_hz"]
     plan = plan_activations(machine, inputs, shape, tokens)
     head = Weight("head", shape.vocabulary, shape.width, 1.0, 1)
     costs = [
@@ -294,14 +196,10 @@ def step_cost(
             if cost.product == product and (cost.matrix == "head") == is_head
         )
 
-    # Attention runs as fast as a dense d x d product does.
-    d = shape.width
-    square = product_cycles(machine, inputs, tokens, d, d, 1.0)
-    cycles_per_fma = square.compute / (tokens * d * d) / inputs.attention_efficiency
     # A PE does scores and elements one at a time, all PEs at once.
-    pe_s = tokens * seconds_per_cycle / (machine.grid_pes * inputs.utilisation)
+    pe_s = tokens / machine["clock_hz"] / (machine.grid_pes * inputs.utilisation)
     score_cycle_s = shape.scores * pe_s
-    attention_s = tokens * shape.attention_fma * cycles_per_fma * seconds_per_cycle
+    attention_s = _attention_fma_s(machine, inputs, shape, tokens)
     attention_s += inputs.score_cycles * score_cycle_s
     elementwise_s = inputs.element_cycles * shape.elements * pe_s
 
@@ -331,18 +229,10 @@ def step_cost(
         / io_bytes_per_s,
         io_out_s=out_bytes / io_bytes_per_s,
     )
-    first = weights[0]
-    first_nnz = first.n * first.k * first.density
-    boundary_s = (
-        machine["stream_latency_s"]
-        + stream_bytes(inputs, first.n, first.k, first.density) / io_bytes_per_s
-        + first_nnz * inputs.gradient_bytes / io_bytes_per_s
-        + first_nnz / machine["optimizer_params_per_s"]
-    )
     return StepCost(
         forward=forward,
         backward=backward,
-        boundary_s=boundary_s,
+        boundary_s=_boundary_s(machine, inputs, weights[0]),
         micro_steps=micro_steps,
         tokens=batch * shape.sequence,
         systems=systems,
@@ -353,6 +243,23 @@ def step_cost(
         machine=machine,
         inputs=inputs,
     )
+
+
+def _attention_fma_s(machine: Machine, inputs: Inputs, shape: GPTShape, tokens: int) -> float:
+    """Of its multiply-adds, forward: as fast as a dense d x d product does them."""
+    d = shape.width
+    square = product_cycles(machine, inputs, tokens, d, d, 1.0)
+    cycles_per_fma = square.compute / (tokens * d * d) / inputs.attention_efficiency
+    return tokens * shape.attention_fma * cycles_per_fma / machine["clock_hz"]
+
+
+def _boundary_s(machine: Machine, inputs: Inputs, first: Weight) -> float:
+    """From step to step, by the way of the first layer's gradient and weights."""
+    nnz = first.n * first.k * first.density
+    moved_bytes = stream_bytes(inputs, first.n, first.k, first.density)
+    moved_bytes += nnz * inputs.gradient_bytes
+    moved_s = moved_bytes / machine["io_bytes_per_s"]
+    return machine["stream_latency_s"] + moved_s + nnz / machine["optimizer_params_per_s"]
 
 
 def _layer_costs(machine: Machine, inputs: Inputs, tokens: int, weight: Weight) -> list[LayerCost]:
@@ -394,10 +301,6 @@ class Comparison:
             for cycles in ends
         ]
         return min(found), max(found)
-
-    @property
-    def efficiency(self) -> float:
-        return self.speedup / self.flop_ratio
 
 
 def compare_with_dense(

@@ -16,8 +16,8 @@ from typing import Literal, TypeVar, get_args
 
 from ..files import as_path
 
-READ, SECOND_HAND, ASSUMED, CALIBRATED = "read", "second-hand", "assumed", "calibrated"
 Mark = Literal["read", "second-hand", "assumed", "calibrated"]
+ASSUMED, CALIBRATED = "assumed", "calibrated"
 # Of any figure: beyond, products of them are no longer numbers.
 SMALLEST, LARGEST = 1e-20, 1e20
 

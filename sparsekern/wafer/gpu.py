@@ -138,17 +138,20 @@ def measured_speedup(
     shape: GPTShape,
     sparsity: float,
     precision: str = "fp16",
+    context: int = 0,
 ) -> Measured | None:
-    """The speed-up of the model nearest in size, of the cases that were measured on this GPU with
-    the same op (TRAINING, or DECODE of one request), a random mask, values of as many bytes and the
-    same sparsity; None where there is none."""
+    """The speed-up of the model nearest in size, of several cases that nearest in context, and of
+    several the first: of those that were measured on this GPU with the same op (TRAINING, or DECODE
+    of one request), a random mask, values of as many bytes and the same sparsity; None where there
+    is none."""
     found = []
     for source, case in _cases(device, results, op, sparsity):
         if BYTES_PER_VALUE[case["dtype"]] != BYTES_PER_ELEM[precision]:
             continue
         size = 12 * case["layers"] * case["width"] ** 2
         ratio = max(size, shape.linear_fma) / min(size, shape.linear_fma)
-        found.append((ratio, Measured(case["speedup"], case["model"], source)))
+        away = ratio, abs(case.get("context", 0) - context)
+        found.append((away, Measured(case["speedup"], case["model"], source)))
     return min(found, key=lambda pair: pair[0])[1] if found else None
 
 

@@ -63,10 +63,9 @@ class InferenceCost:
 
 
 def reduce_cycles(machine: Machine, pes: int, wavelets: int) -> float:
-    """A chain of additions over `pes` in a row: T = max(C, E / N + L) + (2 T_R + 1) D with
+    """A chain of additions over `pes` in a row: max(C, E / N + L) + (2 T_R + 1) D with
     C = E / N = wavelets, L = D = pes - 1 (Luczynski et al., arXiv 2404.15888; second-hand)."""
-    depth = pes - 1
-    return max(wavelets, wavelets + depth) + (2 * machine["ramp_cycles"] + 1) * depth
+    return wavelets + (2 * machine["ramp_cycles"] + 2) * (pes - 1)
 
 
 def inference_cost(

@@ -2,14 +2,14 @@
 
 import math
 from dataclasses import dataclass, fields, replace
-from typing import Literal
+from typing import Literal, get_args
 
 from .figures import ASSUMED, CALIBRATED, Mark, check_count
 from .machine import BYTES_PER_ELEM
 
 STREAM_FORMATS = ("index16", "bitmap", "best")
 Activations = Literal["auto", "resident", "recompute", "spill"]
-ACTIVATIONS = ("auto", "resident", "recompute", "spill")
+ACTIVATIONS = get_args(Activations)
 
 
 @dataclass(frozen=True)

@@ -54,10 +54,10 @@ def model_shape(name_or_path: str | Path, sequence: int | None = None) -> GPTSha
     `sequence`: tokens of a training sequence in place of the model's. Raises ValueError, which
     names the key, and FileNotFoundError."""
     path = as_path("model", name_or_path, "a name or a path")
-    if str(name_or_path) not in GPT_SHAPES and (path.suffix == ".json" or path.is_dir()):
-        shape = _from_config(path / "config.json" if path.is_dir() else path)
-    elif str(name_or_path) in GPT_SHAPES:
+    if str(name_or_path) in GPT_SHAPES:
         shape = gpt_shape(str(name_or_path))
+    elif path.suffix == ".json" or path.is_dir():
+        shape = _from_config(path / "config.json" if path.is_dir() else path)
     else:
         raise ValueError(
             f"model: expected one of {', '.join(GPT_SHAPES)}, or the config.json of a Hugging Face "
@@ -66,13 +66,20 @@ def model_shape(name_or_path: str | Path, sequence: int | None = None) -> GPTSha
     return shape if sequence is None else replace(shape, sequence=sequence)
 
 
-def _from_config(path: Path) -> GPTShape:
+def _read(path: Path) -> dict:
     if not path.is_file():
         raise FileNotFoundError(f"model: {path} does not exist")
     try:
         config = json.loads(path.read_text(encoding="utf-8"))
     except ValueError as error:
         raise ValueError(f"model: {path} is not JSON: {error}") from None
+    if not isinstance(config, dict):
+        raise ValueError(f"model: {path}: expected an object, got {type(config).__name__}")
+    return config
+
+
+def _from_config(path: Path) -> GPTShape:
+    config = _read(path)
 
     def wrong(key: str, expected: str, got: object) -> ValueError:
         return ValueError(f"model: {path}: {key}: expected {expected}, got {got!r}")
@@ -87,8 +94,6 @@ def _from_config(path: Path) -> GPTShape:
             raise wrong(key, "a whole number above 0", config[key])
         return config[key]
 
-    if not isinstance(config, dict):
-        raise ValueError(f"model: {path}: expected an object, got {type(config).__name__}")
     for key in REFUSED:
         if config.get(key):
             raise wrong(key, "none (such layers are not modelled)", config[key])

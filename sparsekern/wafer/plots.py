@@ -164,7 +164,7 @@ def imbalance(inputs: Inputs, measured: Sequence[tuple[float, float]] = ()):
 def total_cost(machine: Machine, inputs: Inputs, shape: GPTShape):
     """Sparse pre-training and dense fine-tuning together, over dense pre-training alone."""
     figure, (panel,) = _figure(1, width=7)
-    batch = max(1, FULL_TOKENS // shape.sequence)
+    batch = default_batch(shape, 1)
     percents = [100 * s for s in SPARSITIES]
     found = [compare_with_dense(machine, shape, 1 - s, batch, inputs=inputs) for s in SPARSITIES]
     low, high = zip(*(f.speedup_range for f in found), strict=True)

@@ -5,7 +5,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from numbers import Real
 
-from .cost import Comparison, Weight, compare_with_dense, kept_share, step_cost
+from .cost import Comparison, compare_with_dense, step_cost
 from .gpu import DECODE, TRAINING, Gpu, GpuCost, Measured, gpu_cost, measured_speedup
 from .inference import InferenceCost, inference_cost
 from .inputs import RANGES, Inputs
@@ -13,6 +13,7 @@ from .machine import Machine
 from .runs import HELD_OUT, Run, published_errors
 from .shapes import GPTShape
 from .sweep import default_batch
+from .weights import Weight, kept_share
 
 DEFAULT_CONTEXT = 2048  # of decode, where the model's is longer
 
@@ -65,7 +66,7 @@ def predict(
     `batch`: by default each system is full; `context`: tokens in the cache of each of `requests`
     requests that decode together on a `pipeline` of systems; `gpus` stand beside, with speed-ups
     from `results`: measured cases (bench/rates.py, and the `gpu` of each) by the name of their
-    table. Raises ValueError, which names the argument."""
+    table; of those alike the first counts. Raises ValueError, which names the argument."""
     if not isinstance(machine, Machine):
         raise TypeError(f"machine: expected what machine(name) gives, got {machine!r}")
     if not isinstance(shape, GPTShape):
@@ -98,8 +99,8 @@ def predict(
             device,
             gpu_cost(device, shape, batch, systems, inputs, context),
             *(
-                measured_speedup(device, results or {}, op, shape, 1 - kept, inputs.precision)
-                for op in (TRAINING, DECODE)
+                measured_speedup(device, results or {}, op, shape, 1 - kept, inputs.precision, n)
+                for op, n in ((TRAINING, shape.sequence), (DECODE, context))
             ),
         )
         for device in gpus

@@ -11,7 +11,7 @@ from ..nn import SparseLinear, replace_modules
 from ..nn.kinds import is_conv1d
 from ..nn.stand_ins import StandIn
 from ..nn.stored import own_weight, transposed
-from ..nn.substitutes import sizes_of_layers, substitute, to_dense
+from ..nn.substitutes import sizes_of_layers, substitute
 from ..tensor import SparseTensor
 from .layouts import BUFFERS, Weights, check_named, join, weights_of, with_widths
 from .names import as_in, shared_names
@@ -125,10 +125,10 @@ def _swap(
     it stays."""
     if isinstance(module, SparseLinear):
         is_dense = isinstance(weights.get(join(name, "weight")), Tensor)
-        return to_dense(module) if is_dense else None
+        return module.to_dense() if is_dense else None
     if isinstance(module, StandIn):
         own = [n for n, w in weights_of(module).items() if isinstance(w, SparseTensor)]
-        return None if all(join(name, n) in weights for n in own) else to_dense(module)
+        return None if all(join(name, n) in weights for n in own) else module.to_dense()
     found = {inner: weights.get(_weight(name, inner)) for inner in sizes}
     if not found or not all(isinstance(w, SparseTensor) for w in found.values()):
         return None

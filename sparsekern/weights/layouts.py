@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from ..indices import INDEX_LIMIT
 from ..nn import SparseLinear, bitmask
 from ..nn.checks import check_model
-from ..nn.convert import packed_name
+from ..nn.densify import packed_name
 from ..nn.loading import BITMASK, IN_FEATURES, INDICES, SHAPE, TRANSPOSE
 from ..nn.stored import stored_weight, transposed
 from ..tensor import SparseTensor

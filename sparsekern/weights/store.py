@@ -19,7 +19,6 @@ from ..files import as_path, atomic_path
 from ..indices import kind
 from ..nn import SparseLinear
 from ..nn.stand_ins import StandIn
-from ..nn.substitutes import to_dense
 from ..tensor import SparseTensor
 from . import layouts
 from .bitmasks import stems_in
@@ -45,7 +44,7 @@ def to_zeros(weights: nn.Module | Weights) -> dict[str, Tensor]:
         if not (is_sparse or isinstance(module, StandIn)):
             continue
         if module not in dense:
-            dense[module] = dict(to_dense(module).state_dict())
+            dense[module] = dict(module.to_dense().state_dict())
         for part in module.state_dict():
             del state[join(name, part)]
         state |= {join(name, part): t for part, t in dense[module].items()}

@@ -21,8 +21,8 @@ def test_dense_and_sparse_for_the_same_seconds(evidence, folder, tmp_path, monke
     page = evidence.page.text([], clock.read(kept))
     last = max(order.number for order in evidence.plan.PLAN) + 1
     section = page.split(f"## {last}.")[1].split("##")[0]
-    assert "Not run yet" not in section and ", one seed** beside dense: " in section
-    assert f"- **On a CPU** (section {last}): After 0.005 minutes" in page
+    assert "Not run yet" not in section and "**open, one seed** (" in section
+    assert f"- **On a CPU** (section {last}): 75 % zeros beside dense after 0.005" in page
     assert "written after a rough probe" in section
     assert "CPU, torch 2" in page
 
@@ -64,7 +64,9 @@ def test_arms_take_turns_on_cores_with_as_many_rates(evidence, tmp_path, best):
         assert [(r["seed"], r["rate"], r["minutes"]) for r in last] == [
             (seed, best_of, 5.0) for seed in (0, 1, 2)
         ]
-    assert "After 5 minutes 75 % zeros are **" in evidence.page.text([], clock.read(path))
+    assert "75 % zeros beside dense after 5 minutes each: **" in evidence.page.text(
+        [], clock.read(path)
+    )
     assert not clock.Turns(*given).coming()
     for at, name, value in ((1, "data", "other"), (3, "minutes", 4.0)):
         with pytest.raises(ValueError, match=f"^{name}: expected .*, got {value}"):

@@ -17,6 +17,8 @@ pytest_plugins = "quality_toy"
 def test_the_page_without_results_is_the_plan(evidence):
     page = evidence.page.text([])
     assert "**Not known yet.**" in page and "| found |" not in page and "nan" not in page
+    left = [line for line in page.splitlines() if line.startswith("- 10. ")]
+    assert len(left) == 1 and "dense, normed. 12 of 12 runs." in left[0]
     for order in evidence.plan.PLAN:
         assert f"{order.number}. {order.question}" in page
         for arm in order.arms:
@@ -53,6 +55,20 @@ def test_the_choice_of_rates_gives_a_hint(evidence):
     assert "A hint" not in evidence.answer.first_words(swept[:-1])
 
 
+def in_training(found: dict, curve: list[float]) -> dict:
+    return found | {"pretrained": found["pretrained"] | {"curve": curve}}
+
+
+def diverged(found: dict) -> dict:
+    return {name: part for name, part in found.items() if name not in ("pretrained", "tuned")}
+
+
+def of_order_10(evidence, dense: float, sparse: float, seeds: int = 3) -> list[dict]:
+    losses = {"dense": dense, "75": sparse, "small": 2.0, "short": 2.0}
+    each = {f"{a}-normed": [x + 0.001 * i for i in range(seeds)] for a, x in losses.items()}
+    return results(evidence, each)
+
+
 def test_the_page_says_what_a_norm_changes(evidence):
     """First that it trains stably, with a hint of the sweeps, then the answer."""
     words = evidence.answer.stable_words
@@ -61,14 +77,79 @@ def test_the_page_says_what_a_norm_changes(evidence):
     for r in swept:
         r |= {"seed": evidence.plan.SWEEP_SEED, "tuned": {}}
         r["pretrained"] = r["pretrained"] | {"dev": 3.1, "curve": [5.0, 3.1]}
-    plain[0]["pretrained"]["curve"] = [5.0, 3.0, 3.5]
+    plain[0] = in_training(plain[0], [5.0, 3.0, 3.5])
     assert words(plain) == ""
     told = words([*plain, *swept])
-    assert "rose in 0 of 3 runs, without one in 1 of 1 runs. These were not fine-tuned yet." in told
+    assert "unstable in 0 of 3 runs (the choice of rates included), without one in 1 of 1" in told
+    assert "These were not fine-tuned yet." in told
     assert "A hint from the choice of rates (section 10)" in told and "dense 3.10" in told
     made = results(evidence, {"75-normed": [2.1, 2.11, 2.12], "small-normed": [2.0, 2.01, 2.02]})
     told = words([*plain, *swept, *made])
     assert "a small dense model is better than 75 % zeros** (+0.100" in told and "hint" not in told
+    assert "**Runs are missing or diverged.**" in told
+    # Pruning raises the loss, and so does the new warm-up of a model that is trained on.
+    pruned = results(evidence, {"gradual-normed": [2.0], "more-25-normed": [2.0]})
+    told = words([*swept, *(in_training(r, [5.0, 3.0, 3.5]) for r in pruned)])
+    assert "unstable in 0 of 3 runs" in told
+
+
+@pytest.mark.parametrize(
+    ("sparse", "says"),
+    [
+        (2.1, "better than 75 % zeros** (+0.100"),
+        (2.0, "as good as 75 % zeros** (+0.000"),
+        (1.9, "worse than 75 % zeros** (-0.100"),
+    ],
+)
+def test_the_answer_of_stable_training_is_told_first(evidence, sparse, says):
+    plain = results(evidence, {a: [2.5, 2.6, 2.4] for a in ("dense", "75", "small", "short")})
+    plain[3] = in_training(plain[3], [5.0, 3.0, 3.5])
+    normed = of_order_10(evidence, 1.95, sparse)
+    page = evidence.page.text([*plain, *normed])
+    _, first, second, question, *_ = page.split("\n\n")
+    assert f"a small dense model is {says}" in first and "section 10" in first
+    assert "unstable in 0 of 12 runs (" in first and "without one in 1 of 12" in first
+    assert "missing" not in first and "not stable" not in first
+    assert second.startswith("**Without that norm**, as was planned first (section 2): ")
+    assert "not stable (*rise* in section 2): 75 % zeros, seed 0." in second
+    assert question.startswith("**The question.**")
+    outcome = page.split("\n## The primary outcome")[1].split("\n## ")[0]
+    assert outcome.index("| 75 % zeros, normed - small") < outcome.index("| 75 % zeros - small")
+    assert "| 75 % zeros, normed - small" not in page.split("\n## 10. ")[1]
+    holds = page.split("\n## What holds")[1].split("\n## ")[0].splitlines()
+    both = [line for line in holds if "section 10)" in line and "section 2)" in line]
+    assert all(x.index("section 10)") < x.index("section 2)") for x in both)
+    # One seed has no interval, so the plain answer leads.
+    page = evidence.page.text([*plain, *of_order_10(evidence, 1.95, sparse, seeds=1)])
+    assert "section 10" not in page.split("\n\n")[1]
+    assert page.split("\n\n")[2].startswith("**With a norm of queries and keys** (section 10)")
+
+
+def test_a_run_of_stable_training_that_was_not_is_named(evidence):
+    """Also one that diverged, which counts as unstable and is missing in the answer."""
+    normed = of_order_10(evidence, 1.95, 2.0)
+    normed[4] = in_training(normed[4], [5.0, 3.0, 3.5])
+    first = evidence.answer.first_words(normed)
+    assert "*rise* in section 10): 75 % zeros, normed, seed 1." in first and "1 of 12" in first
+    normed[4] = diverged(normed[4])
+    first = evidence.answer.first_words(normed)
+    assert first.startswith("**Runs are missing or diverged.** ") and "1 of 12 runs" in first
+    assert "75 % zeros, normed, seed 1 (diverged: in no figure)." in first
+
+
+def test_a_table_has_what_its_arms_are_compared_with(evidence):
+    """With its FLOPs: a difference may be bought."""
+    order = evidence.answer.order_of(3)
+    arms = ("75-dense-normed", "short-normed", "75-normed", "small-normed")
+    found = results(evidence, {arm: [2.0] for arm in arms})
+    rows = evidence.tables.arms(order, found, None).splitlines()[2:5]
+    titles = [[cell.strip() for cell in row.split("|")[1:3]] for row in rows]
+    assert titles == [
+        ["dense, fewer tokens, normed", "0.51"],
+        ["75 % zeros, normed", "0.51"],
+        ["75 %, dense for the last 13 %, normed", "0.57"],
+    ]
+    assert evidence.tables.arms(order, found[1:], None).startswith("Not run yet")
 
 
 def test_a_run_that_diverged_is_called_so(evidence):
@@ -224,9 +305,16 @@ def test_the_picture_has_a_row_for_each_arm_that_ran(evidence):
     losses = {"dense": [2.0, 2.01], "75": [2.1, 2.11], "small": [2.1], "scratch": [2.9]}
     (panel,) = picture(drawn(results(evidence, losses))).axes
     rows = [label.get_text().partition("\n")[0] for label in panel.get_yticklabels()]
-    assert rows == ["75 % zeros", "dense", "small dense", "not pre-trained"]
+    assert rows == ["75 % zeros", "dense: better", "small dense: open", "not pre-trained"]
     assert [text.get_text() for text in panel.texts] == ["+0.80 →"]
-    assert panel.get_xlim()[1] < 0.5
+    assert panel.get_xlim()[1] < 0.5 and panel.get_title() == "Beside 75 % zeros"
+    both = [*results(evidence, losses), *of_order_10(evidence, 1.95, 2.0)]
+    panels = picture(drawn(both)).axes
+    titles = [panel.get_title() for panel in panels]
+    assert titles == ["Beside 75 % zeros, with a norm", "Beside 75 % zeros, without a norm"]
+    rows = [label.get_text().partition("\n")[0] for label in panels[0].get_yticklabels()]
+    want = ["75 % zeros", "dense: better", "small dense: equal", "dense, fewer tokens: equal"]
+    assert rows == want
 
 
 def test_intervals_are_those_of_scipy_and_cover_seeds_and_items(evidence):

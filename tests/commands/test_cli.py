@@ -159,7 +159,7 @@ def test_every_error_is_one_line(tiny, capsys, monkeypatch, error, code, line):
         raise error
 
     monkeypatch.setattr(train_command, "train", fail)
-    monkeypatch.delenv("SPARSEKERN_DEBUG", raising=False)
+    monkeypatch.setenv("SPARSEKERN_DEBUG", "0")
     assert main(tiny) == code
     printed = capsys.readouterr().err
     assert printed.startswith(f"sparsekern: error: {line}") and printed.count("\n") == 1

@@ -273,10 +273,6 @@ def test_training_flops(name: str, sparsity: float, tokens: float, total: float)
     assert got == pytest.approx(total, rel=4e-3)
 
 
-def test_parameter_ratio():
-    assert flops.parameter_ratio(SHAPES["1.3B"], 0.838) == pytest.approx(4.343, abs=5e-4)
-
-
 def test_amdahl():
     assert flops.amdahl_cap(0.5, 2.0) == pytest.approx(4 / 3)
     assert flops.amdahl_cap(1.0) == math.inf

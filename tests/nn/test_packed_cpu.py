@@ -1,6 +1,7 @@
 """pack_ on a CPU."""
 
 import copy
+import itertools
 import pickle
 import weakref
 
@@ -46,8 +47,10 @@ def test_a_packed_model_is_the_same_function(dtype):
     assert "1 tokens -> lanes" in sparsekern.explain(1, packed)
     assert "written out" in packed[0].explain(torch.zeros(4, 128, 130))
     for wrong in (-1, 1.5, True):
-        with pytest.raises(ValueError, match=f"x: expected .* tokens of at least 0, got {wrong}"):
-            sparsekern.explain(wrong, packed)
+        for explain in (lambda x: sparsekern.explain(x, packed), packed[0].explain):
+            told = f"x: expected .* tokens of at least 0, got {wrong}"
+            with pytest.raises(ValueError, match=told):
+                explain(wrong)
 
 
 CHANGES = {
@@ -108,6 +111,29 @@ def test_a_packed_layer_compiles():
     with torch.no_grad():
         compiled = torch.compile(packed, fullgraph=True, backend="eager")
         assert torch.equal(compiled(x), packed(x))
+
+
+@pytest.mark.parametrize("groups", [[], [["0", "1"]]])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_under_autocast_types_are_those_of_dense_layers(dtype, groups):
+    sparse = nn.ModuleList([nn.Linear(130, 70), nn.Linear(130, 30)])
+    sparse = sparsify_(sparse, Static(0.75), lambda *_: True).to(dtype)
+    packed, x = pack_(copy.deepcopy(sparse), groups=groups), torch.randn(3, 130)
+    torch.compiler.reset()  # what other tests compiled counts against its limit
+    compiled = [torch.compile(layer, fullgraph=True, backend="eager") for layer in packed]
+    with torch.no_grad():
+        wants = [layer(x.to(dtype)).float() for layer in packed]
+        for cast, given in itertools.product((torch.bfloat16, torch.float16), (x, x.bfloat16())):
+            with torch.autocast("cpu", cast):
+                found = [*(layer(given) for layer in packed), *(layer(given) for layer in compiled)]
+            for y, want in zip(found, 2 * wants, strict=True):
+                assert y.dtype == cast
+                torch.testing.assert_close(y.float(), want, atol=0.02, rtol=0.02)
+        # The part that is called later, outside, is no part of what autocast made.
+        x = x.to(dtype)
+        with torch.autocast("cpu", torch.float16):
+            packed[0](x)
+        assert packed[1](x).dtype == dtype
 
 
 def test_the_op_is_registered_as_torch_wants_it():

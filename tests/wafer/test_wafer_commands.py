@@ -13,7 +13,7 @@ import torch
 from sparsekern import sparsify_, terminal
 from sparsekern.bench import records
 from sparsekern.cli import main
-from sparsekern.commands import wafer, wafer_masks
+from sparsekern.commands import wafer, wafer_flags, wafer_masks
 from sparsekern.gpt.build import build_model
 from sparsekern.gpt.config import TrainConfig
 from sparsekern.gpt.train import train
@@ -77,8 +77,8 @@ def test_the_sparsity_of_a_pruned_folder_is_read(capsys, monkeypatch, tmp_path):
             assert zeros in printed.out and f"sparsity: {told}" in printed.err
     table.write_text('{"sparsity": 0.5}')
     assert "90% zeros" in run(capsys, "predict", f"--model={tmp_path}", "--sparsity=0.9")
-    reads, read = [], wafer._pruned
-    monkeypatch.setattr(wafer, "_pruned", lambda model: reads.append(model) or read(model))
+    reads, read = [], wafer_flags._pruned
+    monkeypatch.setattr(wafer_flags, "_pruned", lambda model: reads.append(model) or read(model))
     assert main(["wafer", "sensitivity", f"--model={tmp_path}"]) == 0
     assert reads == [str(tmp_path)]  # once: what is told is what was taken
     assert f"sparsity: 0.5 is that of {table}" in capsys.readouterr().err
@@ -348,6 +348,7 @@ def test_compare_takes_products_of_a_gpu(capsys, tmp_path, monkeypatch):
     records.write(folder / "gpu.csv", {}, records.flat([cell | {"ways": ways}]))
     assert "spmm 96x64, 8 tokens" in run(capsys, "compare", "--results", str(folder))
     monkeypatch.chdir(tmp_path)
+    assert "few_tokens" in run(capsys, "compare", "--results", str(folder))
     out = run(capsys, "compare", "--json=pairs.json")
     assert "spmm 96x64, 8 tokens, bfloat16, few_tokens, cold" in out
     pairs = json.loads(Path("pairs.json").read_text())
@@ -392,3 +393,32 @@ def test_sensitivity_draws_its_bars(capsys, tmp_path):
     pytest.importorskip("matplotlib")
     assert "wrote " in run(capsys, "sensitivity", "--plots", str(tmp_path))
     assert (tmp_path / "sensitivity.png").exists()
+
+
+def test_predict_sets_the_newest_measurements_beside(capsys, tmp_path, monkeypatch):
+    """Of the contexts in a table that nearest to the one asked for."""
+    cell = {"op": "generate", "device": "cuda", "model": "big", "layers": 32, "width": 4096}
+    cell |= {"batch": 1, "sparsity": 0.75, "dtype": "bfloat16", "threads": 0}
+    folder = tmp_path / "bench" / "results"
+    for name, day, seconds in (
+        ("generate-big-2026-11-28", "2026-11-28", {128: 1.0}),
+        ("a-gpu-generate-big-2026-11-29", "2026-11-29", {16: 0.5, 512: 0.8}),
+    ):
+        way = {"is_right": True, "error": 0.0}
+        cells = [
+            cell
+            | {
+                "context": context,
+                "ways": {
+                    "dense": way | {"kind": "dense", "median_s": 2.0},
+                    "packed": way | {"kind": "ours", "median_s": s},
+                },
+            }
+            for context, s in seconds.items()
+        ]
+        about = {"date": day, "machine": {"gpu": "NVIDIA H200"}}
+        records.write(folder / f"{name}.csv", about, records.flat(cells))
+    monkeypatch.chdir(tmp_path)
+    for context, speedup in ((16, 4.0), (2048, 2.5)):
+        out = run(capsys, "predict", "--sparsity=0.75", f"--context={context}")
+        assert f"sparse measured {speedup:.2f}x on big" in out

@@ -72,6 +72,8 @@ def test_a_measured_gpt_has_its_heads():
     (pair,) = compare(machine("wse2"), {"t": [measured]})
     full = compare_with_dense(machine("wse2"), SHAPE, 0.25, 128)  # 2048 wide: 16 heads of 128
     assert pair.full_range == full.speedup_range
+    (other,) = compare(machine("wse2"), {"t": [measured | {"mask": "two-way"}]})
+    assert other.what == f"{pair.what}, two-way"
 
 
 def test_a_prediction_has_them_beside():

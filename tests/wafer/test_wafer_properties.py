@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from sparsekern import SparseTensor
 from sparsekern.wafer.balance import Mask, binomial_imbalance, windowed_imbalance
-from sparsekern.wafer.cost import Weight, compare_with_dense, masked_weights, step_cost
+from sparsekern.wafer.cost import compare_with_dense, step_cost
 from sparsekern.wafer.inference import inference_cost
 from sparsekern.wafer.inputs import ACTIVATIONS, STREAM_FORMATS, Inputs
 from sparsekern.wafer.machine import MACHINES, machine
@@ -19,6 +19,7 @@ from sparsekern.wafer.predict import predict
 from sparsekern.wafer.product import product_cycles
 from sparsekern.wafer.shapes import GPTShape, gpt_shape
 from sparsekern.wafer.sweep import sweep
+from sparsekern.wafer.weights import Weight, masked_weights
 
 ROUNDING = 1 + 1e-9
 

@@ -139,8 +139,9 @@ def test_flops_are_those_of_the_gpt():
         density = 1 - sparsity
         assert shape.train_flop(density) == flops.train_flops_per_token(config, sparsity)
         assert shape.flop_ratio(density) == pytest.approx(flops.flop_ratio(config, sparsity))
-        ours, theirs = shape.parameter_ratio(density), flops.parameter_ratio(config, sparsity)
-        assert ours == pytest.approx(theirs)
+    whole = shape.linear_weights + config.embedding_rows * config.n_embd
+    assert shape.parameters() == whole
+    assert shape.parameter_ratio(0.25) == whole / (whole - 0.75 * shape.linear_weights)
 
 
 def test_golden_flop_ratios():

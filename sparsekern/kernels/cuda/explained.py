@@ -13,9 +13,7 @@ Parts = tuple[str, int, int, int, list[int], list[Tensor]]  # as the op spmm_pac
 
 
 def explain_packed(m: int, parts: Parts) -> str:
-    """One line: what is held, and what runs for m tokens. ValueError if m is below 0."""
-    if m < 0:
-        raise ValueError(f"x: expected a number of tokens of at least 0, got {m}")
+    """One line: what is held, and what runs for m tokens."""
     layout, n, k, nnz, numbers, tensors = parts
     name, of_form = (form := form_for(m, *parts))[0], form[1:]
     packed = assemble(name, n, k, nnz, *of_form)

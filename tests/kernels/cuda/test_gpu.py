@@ -115,6 +115,7 @@ def test_torch_compile_captures_a_pattern_that_is_new():
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
 def test_cupy_shares_memory(dtype):
+    cupy = pytest.importorskip("cupy")
     sparse = pytest.importorskip("cupyx.scipy.sparse")
     device = torch.device("cuda", torch.cuda.device_count() - 1)
     w = torch.randn(40, 30, dtype=dtype, device=device)
@@ -131,7 +132,9 @@ def test_cupy_shares_memory(dtype):
         assert part.data_ptr() == array.data.ptr == again.data_ptr()
         assert again.device == device and torch.equal(part, again)
     W.values.mul_(2)
-    assert torch.equal(torch.from_dlpack(a.toarray()), W.to_dense())
+    with cupy.cuda.Device(device.index):  # cupy computes on its current device, not on that of `a`
+        again = torch.from_dlpack(a.toarray())
+    assert torch.equal(again, W.to_dense())
     assert torch.equal(SparseTensor.from_cupy(W.T.to_cupy()).to_dense(), W.to_dense().T)
 
 

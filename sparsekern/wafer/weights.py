@@ -1,0 +1,105 @@
+"""The linear layers' weights of a model: at one density, or with their actual masks."""
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from numbers import Real
+
+from .balance import Mask
+from .shapes import GPTShape
+
+
+@dataclass(frozen=True)
+class Weight:
+    """A linear layer's weight, alike in `layers` blocks (times experts), each of which sees
+    `share` of the tokens."""
+
+    name: str
+    n: int
+    k: int
+    density: float
+    layers: int
+    mask: Mask | None = None
+    share: float = 1.0
+
+    def __post_init__(self) -> None:
+        given = self.n, self.k, self.density
+        fitting = (*self.mask.shape, self.mask.density) if self.mask else given
+        if given != fitting:
+            raise ValueError(
+                f"{self.name}: expected n, k, density of its mask, {fitting}, got {given}"
+            )
+
+    @property
+    def kept_fma(self) -> float:
+        """Multiply-adds of one token."""
+        return self.layers * self.n * self.k * self.density * self.share
+
+
+def uniform_weights(shape: GPTShape, density: float) -> tuple[Weight, ...]:
+    """Every linear layer of `shape` at one density, its zeros anywhere."""
+    if not 0 < density <= 1:
+        raise ValueError(f"density: expected 0 < density <= 1, got {density}")
+    return tuple(
+        Weight(m.name, m.n, m.k, density, shape.layers * m.copies, share=m.share)
+        for m in shape.block
+    )
+
+
+def masked_weights(masks: Sequence[tuple[str, Mask]]) -> tuple[Weight, ...]:
+    """Weights with actual masks: (its name, its mask) of each matrix of each block. `Weight` says
+    it for a mask that several blocks share."""
+    for name, mask in masks:
+        if not isinstance(mask, Mask):
+            raise TypeError(f"masks: expected a wafer.Mask of {name}, got {type(mask).__name__}")
+    return tuple(Weight(name, *mask.shape, mask.density, 1, mask) for name, mask in masks)
+
+
+def weights_of(shape: GPTShape, density: float | Sequence[Weight]) -> tuple[Weight, ...]:
+    if isinstance(density, Real):
+        return uniform_weights(shape, float(density))
+    weights = tuple(density) if isinstance(density, Sequence) else ()
+    if not weights or not all(isinstance(weight, Weight) for weight in weights):
+        raise ValueError(
+            f"density: expected a number, or the Weights of all linear layers (masked_weights), "
+            f"got {type(density).__name__} {density!r:.60}"
+        )
+    _check_fit(shape, weights)
+    return weights
+
+
+def _check_fit(shape: GPTShape, weights: tuple[Weight, ...]) -> None:
+    """ValueError for the first weight that is no matrix of the model, and for a matrix of which
+    there are not as many as in the model. Names may have those of modules before them."""
+    matrices = {matrix.name: matrix for matrix in shape.block}
+    found: dict[str, float] = dict.fromkeys(matrices, 0)
+    for weight in weights:
+        name = weight.name.rpartition(".")[2]
+        if name not in matrices:
+            raise ValueError(
+                f"density: {weight.name}: expected the name of a linear layer of {shape.name}, one "
+                f"of {', '.join(matrices)}, as in blocks.0.{next(iter(matrices))}"
+            )
+        n, k = shape.matrices[name]
+        if (weight.n, weight.k) != (n, k):
+            turned = "; it is transposed: expected is [out_features, in_features], and Conv1D of "
+            turned += "GPT-2 stores [in, out]"
+            raise ValueError(
+                f"density: {weight.name}: expected {n} x {k} in {shape.name}, got "
+                f"{weight.n} x {weight.k}{turned if (weight.n, weight.k) == (k, n) else ''}"
+            )
+        found[name] += weight.layers * weight.share
+    for name, count in found.items():
+        expected = shape.layers * matrices[name].copies * matrices[name].share
+        if not math.isclose(count, expected, rel_tol=1e-9):
+            raise ValueError(
+                f"density: expected the weights of all linear layers of {shape.name}, which are "
+                f"{shape.layers} x {shape.matrices}; got {count:g} of {name}, not {expected:g}"
+            )
+
+
+def kept_share(shape: GPTShape, density: float | Sequence[Weight]) -> float:
+    """The share of the linear layers' multiply-adds that is left."""
+    if isinstance(density, Real):
+        return float(density)
+    return sum(weight.kept_fma for weight in weights_of(shape, density)) / shape.linear_fma
