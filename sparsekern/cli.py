@@ -174,11 +174,18 @@ def add_flag(parser: argparse.ArgumentParser, field) -> None:
     parser.add_argument(
         flag,
         *field.metadata.get("also", ()),
-        type=field.metadata.get("type", field.type),
+        type=field.metadata.get("type", filled if field.type is str else field.type),
         choices=field.metadata.get("choices"),
         default=argparse.SUPPRESS,
         help=text.replace("%", "%%"),
     )
+
+
+def filled(text: str) -> str:
+    """What stands behind a flag. Nothing is a variable of a shell that was not set."""
+    if not text:
+        raise argparse.ArgumentTypeError("expected a value, got ''")
+    return text
 
 
 def add_generate_flags(parser: argparse.ArgumentParser) -> None:

@@ -101,6 +101,33 @@ def check_writable(name: str, path: Path) -> None:
 
 
 @contextmanager
+def alone_beside(name: str, path: Path) -> Iterator[None]:
+    """Inside, one process works in the folder of `path`: ValueError about the setting `name` for
+    the next one, and unless `path` could be written. The folder is made, and goes where nothing was
+    put there. A file system without locks keeps nobody out."""
+    check_writable(name, path)
+    made = [p for p in path.parents if not os.path.lexists(p)]
+    path.parent.mkdir(parents=True, exist_ok=True)
+    handle = None
+    try:
+        try:
+            handle = _lock(path.parent.resolve())
+        except BlockingIOError as error:
+            raise ValueError(
+                f"{name}: another process is at work in {path.parent}; wait for its end, or choose "
+                "another folder"
+            ) from error
+        except PermissionError:  # one may write there, but not read: as without locks
+            pass
+        yield
+    finally:
+        _close(handle)
+        for folder in made:
+            with suppress(OSError):
+                folder.rmdir()
+
+
+@contextmanager
 def _temporary(path: Path, make: Callable[[Path], None]) -> Iterator[Path]:
     """A new file or folder beside `path`, gone at the end. It is locked: what has no lock is what a
     killed process left, and goes; others that write `path` at the same time have another one."""

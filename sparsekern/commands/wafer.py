@@ -35,7 +35,7 @@ from .wafer_flags import (
     density_of_model,
     inputs_of,
     shape_of,
-    tell_default,
+    tell,
 )
 
 PREDICT_FLAGS = ("batch", "systems", "micro_batch", "context", "requests", "pipeline")
@@ -158,6 +158,7 @@ def _write_json(path: Path | None, value: object) -> None:
 def _run_predict(**options) -> None:
     inputs, wafer = inputs_of(options), machine(options["machine"])
     beside = [gpu(name) for name in options["beside"]]
+    told = ""
     with Progress(None, unit="part") as progress:
         if path := options["checkpoint"]:
             given = [f for f in ("model", "sparsity", *SHAPE_FLAGS) if options[f] is not None]
@@ -171,7 +172,7 @@ def _run_predict(**options) -> None:
             progress.about(f"predicting from the masks of {len(weights)} layers")
         else:
             shape = shape_of(options)
-            weights = density_of_model(options)
+            weights, told = density_of_model(options)
         found = predict(
             wafer,
             shape,
@@ -182,8 +183,7 @@ def _run_predict(**options) -> None:
             **{name: options[name] for name in PREDICT_FLAGS},
         )
     print(render.render(found))
-    if not options["checkpoint"]:
-        tell_default(options)
+    tell(told)
     if options["details"]:
         print("\n" + render.render_details(found))
     if options["sources"]:
@@ -279,7 +279,8 @@ def _run_validate(**options) -> int:
 def _run_compare(**options) -> None:
     paths = [path for given in options["results"] or [RESULTS] for path in _tables(given)]
     if not paths:
-        raise ValueError(f"results: none in {RESULTS}; give --results")
+        given = ", ".join(map(str, options["results"] or [RESULTS]))
+        raise ValueError(f"results: no table in {given}; give --results with a file or a folder")
     results = {path.stem: _measured(path)[1] for path in paths}
     masks = {"mask_of": options["benchmark_mask"]} if options["masks"] == comparing.ACTUAL else {}
     with Progress(comparing.count(results, options["match"]), unit="measurement") as progress:
@@ -316,11 +317,10 @@ def _measured(path: Path) -> tuple[str, list[dict]]:
 def _run_sensitivity(**options) -> None:
     shape, inputs = shape_of(options), inputs_of(options)
     batch = options["batch"] if options["batch"] is not None else default_batch(shape, 1)
-    swings = sensitivity.sensitivity(
-        machine(options["machine"]), shape, density_of_model(options), batch, inputs
-    )
+    density, told = density_of_model(options)
+    swings = sensitivity.sensitivity(machine(options["machine"]), shape, density, batch, inputs)
     print(sensitivity.render(swings))
-    tell_default(options)
+    tell(told)
     _write_json(options["json"], [vars(swing) for swing in swings])
     if options["plots"]:
         _write_plots(options["plots"], {"sensitivity": plots.sensitivity_bars(swings, inputs)})

@@ -82,10 +82,18 @@ def shape_of(options: dict) -> GPTShape:
     return replace(shape, **given, name=f"{shape.name}, changed") if given else shape
 
 
-def density_of_model(options: dict) -> float:
-    if options["sparsity"] is None and (pruned := _pruned(options["model"])):
-        return 1 - pruned[1]
-    return density_of(DEFAULT_SPARSITY if options["sparsity"] is None else options["sparsity"])
+def density_of_model(options: dict) -> tuple[float, str]:
+    """That of its linear layers, and what to tell of it: nothing where it was given."""
+    if options["sparsity"] is not None:
+        return density_of(options["sparsity"]), ""
+    if pruned := _pruned(options["model"]):
+        path, found = pruned
+        text = f"sparsity: {found:.4g} is that of {path}, as --sparsity was not given; which "
+        return 1 - found, text + "weights are zero is not read: the masks are taken as random"
+    text = f"sparsity: {DEFAULT_SPARSITY} is the default, as --sparsity was not given"
+    if options["model"] not in (None, *GPT_SHAPES):
+        text += f"; of {options['model']} its config is read, not how many weights are zero"
+    return density_of(DEFAULT_SPARSITY), text
 
 
 def _pruned(model: str | None) -> tuple[Path, float] | None:
@@ -107,15 +115,6 @@ def density_of(sparsity: float) -> float:
     return 1 - sparsity
 
 
-def tell_default(options: dict) -> None:
-    if options["sparsity"] is not None:
-        return
-    if pruned := _pruned(options["model"]):
-        path, found = pruned
-        text = f"sparsity: {found:.4g} is that of {path}, as --sparsity was not given; which "
-        text += "weights are zero is not read: the masks are taken as random"
-    else:
-        text = f"sparsity: {DEFAULT_SPARSITY} is the default, as --sparsity was not given"
-        if options["model"] not in (None, *GPT_SHAPES):
-            text += f"; of {options['model']} its config is read, not how many weights are zero"
-    print(text, file=sys.stderr)
+def tell(text: str) -> None:
+    if text:
+        print(text, file=sys.stderr)

@@ -12,7 +12,7 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from ..files import atomic_write
+from ..files import alone_beside, atomic_write
 from ..nn import SparseLinear, densify_
 from ..sparsity import Magnitude, SparseGPT, Wanda
 from ..sparsity.families import TwoWay
@@ -90,7 +90,13 @@ def prune(config: PruneConfig) -> list[dict]:
 
     A run that was stopped continues after its last whole round. Raises ValueError where the model
     is sparser than the first round already."""
-    path, settings = Path(config.out) / CHECKPOINT, asdict(config)
+    path = Path(config.out) / CHECKPOINT
+    with alone_beside("out", path):
+        return _all_rounds(config, path)
+
+
+def _all_rounds(config: PruneConfig, path: Path) -> list[dict]:
+    settings = asdict(config)
     source, trained = _load_source(config)
     early = _load_early(config.rewind, trained) if config.rewind else None
     state = _load_own(path, settings) if path.exists() else source | {"rows": []}

@@ -4,7 +4,6 @@ from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path
 
-from ..files import check_writable
 from .build import build_model
 from .checkpoint import CHECKPOINT, about, load_checkpoint
 from .config import TrainConfig, check_methods
@@ -42,8 +41,6 @@ def begin(
             f"micro_batch: expected a divisor of the {config.batch // ranks.size} sequences of "
             f"each process, got {config.micro_batch}"
         )
-    if ranks.rank == 0:
-        check_writable("out", path)
     text = _text(config, saved or source, tell)
     tell("making the model")
     if saved and saved["data_crc32"] != text.crc32:

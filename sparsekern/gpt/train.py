@@ -2,13 +2,15 @@
 
 import json
 import statistics
+from pathlib import Path
 
 import torch
 
-from ..files import atomic_write
+from ..files import alone_beside, atomic_write
 from ..terminal import Progress
 from . import lines
 from .captured import why_eager
+from .checkpoint import CHECKPOINT
 from .config import TrainConfig
 from .distributed import is_first_rank
 from .flops import flop_ratio, train_flops_per_token
@@ -25,6 +27,13 @@ def train(config: TrainConfig) -> dict:
 
     Losses are nats per token; seconds are those of the training steps, without evaluations and
     checkpoints. Raises FloatingPointError when the loss or a gradient is no longer finite."""
+    if not is_first_rank():
+        return _whole(config)
+    with alone_beside("out", Path(config.out) / CHECKPOINT):
+        return _whole(config)
+
+
+def _whole(config: TrainConfig) -> dict:
     if config.threads:
         torch.set_num_threads(config.threads)
     with Progress(None, unit="part", is_shown=is_first_rank()) as progress:

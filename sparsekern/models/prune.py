@@ -8,6 +8,7 @@ import shutil
 import tempfile
 from importlib import import_module
 from pathlib import Path
+from pickle import UnpicklingError
 from typing import Any
 
 import torch
@@ -181,7 +182,11 @@ def load(
     names = getattr(config, "architectures", None) or ["AutoModel"]
     kind = getattr(transformers, names[0], transformers.AutoModel)
     kind_of = getattr(torch, dtype) if dtype else "auto"
-    model, found = kind.from_pretrained(source, dtype=kind_of, output_loading_info=True)
+    damage = OSError, EOFError, UnpicklingError, import_module("safetensors").SafetensorError
+    try:
+        model, found = kind.from_pretrained(source, dtype=kind_of, output_loading_info=True)
+    except damage as error:
+        raise ValueError(f"source: cannot read the weights of {source} ({error})") from error
     outputs, matrices = heads(model), {n for n, p in model.named_parameters() if p.ndim > 1}
     missing = sorted(
         n for n in matrices & set(found["missing_keys"]) if n.rpartition(".")[0] not in outputs

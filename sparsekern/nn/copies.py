@@ -17,7 +17,8 @@ from torch import Tensor, nn
 class _Copy:
     layer: weakref.ref
     original: weakref.ref
-    fingerprint: Tensor  # of the values that were copied
+    fingerprint: Tensor  # of the values that were copied,
+    itemsize: int  # and the bytes of one
 
 
 _copies: dict[int, _Copy] = {}  # by the id of their values, as optimizers know them
@@ -30,11 +31,11 @@ def note(layer: nn.Module, original: nn.Module) -> None:
         return
     key = id(values)
     ref = weakref.ref(layer, lambda _: _copies.pop(key, None))
-    _copies[key] = _Copy(ref, weakref.ref(original), _fingerprint(values))
+    _copies[key] = _Copy(ref, weakref.ref(original), _fingerprint(values), values.itemsize)
 
 
 def forget(parameters: Iterable[Tensor | None]) -> None:
-    """These are trained, loaded or averaged with care."""
+    """These are trained, loaded, pruned or averaged with care."""
     if _copies:
         for p in parameters:
             _copies.pop(id(p), None)
@@ -48,7 +49,8 @@ def written_copies(original: nn.Module) -> list[nn.Module]:
         if layer is None or copy.original() is not original:
             continue
         values = layer._parameters.get("values")
-        if id(values) != key:
+        # An average is not of fewer bits, which round.
+        if id(values) != key or values.itemsize < copy.itemsize:
             del _copies[key]
         elif not torch.equal(_fingerprint(values), copy.fingerprint.to(values.device)):
             found.append(layer)

@@ -33,7 +33,8 @@ def densify_(model: nn.Module, optimizer: Optimizer | None = None) -> nn.Module:
 
     Layers that share their values share the weight. Hooks of layers are not taken over, with a
     warning. With an optimizer, the dense weights take the place of the values in its groups and its
-    state becomes dense too: where nothing was stored it is what torch starts with. ValueError, and
+    state becomes dense too: where nothing was stored it is what torch starts with. Another one that
+    holds the values would leave the weights untrained: its next step is an error. ValueError, and
     an unchanged model, for state of another shape than the values, for an optimizer that keeps
     parameters in ways of its own, for values that are parametrized or made anew in each forward
     pass, for shared ones at different places, and for layers that `pack_` made. TypeError for a

@@ -1,7 +1,6 @@
 """Parameters whose layers became sparse or dense, and optimizers that still hold them."""
 
 import weakref
-from collections.abc import Iterable
 from typing import Any, NamedTuple, TypeVar
 
 from torch import Tensor, nn
@@ -28,32 +27,57 @@ class _Replaced(NamedTuple):
         return gradient._version != self.version and bool(gradient.any())
 
 
-_replaced: dict[int, _Replaced] = {}  # by the id of the Parameter
+# By the id of the Parameter that was there before.
+_sparse: dict[int, _Replaced] = {}
+_dense: dict[int, _Replaced] = {}
 
 
 def note(weight: Any, layer: _Layer) -> _Layer:
     """The layer, which takes the place of one with this weight [N, K]."""
-    _note(weight, layer)
+    _note(_sparse, weight, layer)
     return layer
 
 
 def note_dense(values: nn.Parameter, weight: nn.Parameter) -> None:
-    """The dense weight takes the place of these values."""
-    _note(values, weight)
-
-
-def _note(parameter: Any, new: nn.Module | Tensor) -> None:
-    key, gradient = id(parameter), parameter.grad
-    version = None if gradient is None else gradient._version
-    ref = weakref.ref(parameter, lambda _: _replaced.pop(key, None))
-    _replaced[key] = _Replaced(ref, weakref.ref(new), gradient, version)
+    """The weight [N, K] takes the place of these values, and of the weight before them."""
+    before = [r.parameter() for r in _sparse.values() if _trained(r.new()) is values]
+    for old in (values, *before):
+        if old is not None:
+            _note(_dense, old, weight)
 
 
 def layer_for(weight: Tensor) -> SparseLinear | None:
     """The layer that took the place of one with this weight."""
-    found = _replaced.get(id(weight))
-    new = found.new() if found and found.parameter() is weight else None
-    return new if isinstance(new, SparseLinear) else None
+    found = _found(_sparse, weight)
+    return found.new() if found else None
+
+
+def dense_for(old: Tensor) -> Tensor | None:
+    """The weight that took the place of these values, or of the weight before them."""
+    found = _found(_dense, old)
+    return found.new() if found else None
+
+
+def any_dense() -> bool:
+    """Whether values that densify_ replaced are still somewhere."""
+    return bool(_dense)
+
+
+def _note(table: dict[int, _Replaced], old: Any, new: nn.Module | Tensor) -> None:
+    key, gradient = id(old), old.grad
+    version = None if gradient is None else gradient._version
+    ref = weakref.ref(old, lambda _: table.pop(key, None))
+    table[key] = _Replaced(ref, weakref.ref(new), gradient, version)
+
+
+def _found(table: dict[int, _Replaced], old: Tensor) -> _Replaced | None:
+    found = table.get(id(old))
+    return found if found and found.parameter() is old else None
+
+
+def _trained(new: Any) -> Tensor | None:
+    """Of what took a place: its Parameter."""
+    return new._parameters.get("values") if isinstance(new, SparseLinear) else new
 
 
 def adopt_values_(optimizer: Optimizer) -> Optimizer:
@@ -96,31 +120,29 @@ def _at_places(key: str, t: object, weight: nn.Parameter, layer: SparseLinear) -
     return t[rows, layer.col_indices.long()].contiguous()
 
 
-def check_are_held(parameters: Iterable[Tensor]) -> None:
-    """RuntimeError for one of an optimizer's parameters whose layer became sparse, or dense, if
-    what took its place is trained, no gradient comes to it any more, and they do not hold that."""
-    if not _replaced:
+def check_are_held(optimizer: Optimizer) -> None:
+    """RuntimeError for one of its parameters whose layer became sparse, or dense, if what took its
+    place is trained, no gradient comes to it any more, and the optimizer does not hold that."""
+    if not _sparse and not _dense:
         return
-    held = list(parameters)
-    for parameter in held:
-        found = _replaced.get(id(parameter))
-        if found is None or found.parameter() is not parameter:
-            continue
-        new: Any = found.new()
-        is_sparse = isinstance(new, SparseLinear)
-        trained = new._parameters.get("values") if is_sparse else new
-        if trained is None or trained.grad is None or any(trained is p for p in held):
+    parameters = [p for group in optimizer.param_groups for p in group["params"]]
+    held = set(map(id, parameters))
+    for parameter in parameters:
+        found = _found(_dense, parameter) or _found(_sparse, parameter)
+        new: Any = found and found.new()
+        trained = _trained(new)
+        if trained is None or trained.grad is None or id(trained) in held:
             continue
         if found.has_new_gradient(parameter.grad):
             continue
-        if is_sparse:
+        if isinstance(new, SparseLinear):
             raise RuntimeError(
                 f"optimizer: it holds the dense weight that {new} had, and would not train the "
                 "sparse one: call sparsekern.nn.adopt_values_(optimizer), or make the optimizer "
                 "after the model became sparse"
             )
         raise RuntimeError(
-            f"optimizer: it holds the {len(parameter)} values of a layer that is dense now, and "
-            f"would not train its weight {tuple(trained.shape)}: make a new one, or give it to "
-            "densify_(model, optimizer) when the model becomes dense"
+            f"optimizer: it holds what a weight of shape {list(new.shape)} was before densify_, "
+            "and would not train the dense one: give it to densify_(model, optimizer), or make the "
+            "optimizer after the model became dense"
         )

@@ -24,7 +24,7 @@ from .checks import check_state, number, one_of, shown, whole
 from .families import FAMILIES, Unstructured
 from .filters import filter_parts, matching
 from .initial import INITS, checkerboard, first_places
-from .optimizers import follow, held_layers, note_model_of, unwrapped
+from .optimizers import follow, held_layers, known_holders, note_model_of, take_over, unwrapped
 from .pattern import check_can_change, check_same_on_all_ranks, places_of
 from .published import is_sparse_by_default
 from .schedules import Constant, Schedule, schedule, update_steps, value_at
@@ -193,13 +193,21 @@ class Algorithm:
         optimizers share the layers, apply each: a step is counted when all of them have made it. A
         new one for the same values takes the place of the one before, until that steps again. Each
         model takes an algorithm of its own: ValueError for one that changes patterns and follows an
-        optimizer of another model.
+        optimizer of another model. Layers that another algorithm had are this one's from now on;
+        those that `densify_` made dense, for the optimizer too, are nobody's.
         """
         optimizer = unwrapped(target)
         if optimizer is not None:
             self._follow(adopt_values_(optimizer) if self.layers else optimizer)
             return target
-        return self._take(checked_model(target), set(), prune_again)
+        model = self._take(checked_model(target), set(), prune_again)
+        take_over(self)
+        return model
+
+    def _give_up(self, names: Iterable[str]) -> None:
+        """These layers are another's, or no longer sparse. Without any it rests."""
+        for name in names:
+            del self.layers[name]
 
     def _take(self, model: nn.Module, taken: set[str], prune_again: bool = False) -> nn.Module:
         """`apply` without the layers that another algorithm has taken."""
@@ -231,7 +239,10 @@ class Algorithm:
         if self._prunes_at_first and not prune_again:
             dense = [m for m in (there[name] for name in names) if isinstance(m, nn.Linear)]
             convert.refuse_pruned("apply", [m.weight.detach() for m in dense])
-        model = self._sparsify(model, {name: there[name] for name in names})
+        chosen = {name: there[name] for name in names}
+        # Their state follows, if patterns change.
+        self._resting.update(o for o in known_holders(chosen) if o not in self.optimizers)
+        model = self._sparsify(model, chosen)
         now: dict[str, Any] = dict(model.named_modules())
         self.layers = {name: now[name] for name in names}
         note_model_of(self)
@@ -370,7 +381,7 @@ class Algorithm:
         """The sparsity of all chosen layers together."""
         sizes = [layer.in_features * layer.out_features for layer in self.layers.values()]
         nnz = sum(layer.col_indices.shape[0] for layer in self.layers.values())
-        return 1 - nnz / max(1, sum(sizes))
+        return 1 - nnz / sum(sizes) if sizes else 0.0
 
 
 @dataclass

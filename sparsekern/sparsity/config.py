@@ -28,7 +28,7 @@ from .dynamic import SET, RigL
 from .filters import filter_parts
 from .gradual import GMP, IterativePruning
 from .oneshot import Magnitude, SparseGPT, Wanda
-from .optimizers import held_layers, unwrapped
+from .optimizers import held_layers, known_holders, take_over, unwrapped
 from .published import flattened, modern
 from .schedules import make
 from .static import Static
@@ -86,6 +86,7 @@ class Group:
         model: Any = checked_model(target)
         before = [dict(vars(algorithm)) for algorithm in self.algorithms]
         optimizers = [o for algorithm in self.algorithms for o in algorithm.all_optimizers]
+        optimizers += known_holders(dict(model.named_modules()))
         taken: set[str] = set()
         try:
             with unchanged_on_failure(model, optimizers):
@@ -96,6 +97,8 @@ class Group:
             for algorithm, attributes in zip(self.algorithms, before, strict=True):
                 vars(algorithm).update(attributes)
             raise
+        for algorithm in self.algorithms:
+            take_over(algorithm)
         return model
 
     def check(self, steps: int) -> None:

@@ -1,7 +1,7 @@
 """Dynamic sparse training: the smallest weights go, as many others grow elsewhere."""
 
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -136,6 +136,11 @@ class RigL(SET):
             if is_observed(layer.row_offsets):  # it shares its indices with another layer
                 layer.row_offsets = layer.row_offsets.clone()
             self._seen[name] = Observation(layer.row_offsets, layer.values)
+
+    def _give_up(self, names: Iterable[str]) -> None:
+        names = list(names)
+        super()._give_up(names)
+        self._seen = {n: seen for n, seen in self._seen.items() if n not in names}
 
     def _check_seen(self) -> None:
         """RuntimeError if values have gradients, but no layer saw where they come from."""

@@ -10,7 +10,7 @@ import weakref
 from collections.abc import Mapping
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.optim.optimizer import register_optimizer_step_pre_hook
 
@@ -39,6 +39,7 @@ NEVER = -1  # in the place of a step: no update is to come
 LOOK_AHEAD = 10_000  # steps, to tell whether an algorithm has an update before it
 
 _algorithms: list[weakref.ref] = []  # that have a model; they have no hash
+_known: weakref.WeakSet[Optimizer] = weakref.WeakSet()  # that have made a step, or are followed
 
 
 def unwrapped(target) -> Optimizer | None:
@@ -65,6 +66,12 @@ def held_layers(optimizer: Optimizer, layers: Mapping[str, SparseLinear]) -> lis
     return [name for name, of_layer in parts.items() if any(id(p) in held for p in of_layer)]
 
 
+def known_holders(layers: Mapping[str, nn.Module]) -> list[Optimizer]:
+    """The optimizers that step values of these layers."""
+    sparse = {name: layer for name, layer in layers.items() if isinstance(layer, SparseLinear)}
+    return [optimizer for optimizer in _known if held_layers(optimizer, sparse)]
+
+
 def follow(algorithm, optimizer: Optimizer) -> None:
     """Let the algorithm count the steps that all its optimizers have made.
 
@@ -72,6 +79,7 @@ def follow(algorithm, optimizer: Optimizer) -> None:
     until it makes a step: for ever, where it was replaced. Its state follows the patterns."""
     if any(optimizer is o for o in holders(algorithm.optimizers)):
         return
+    _known.add(optimizer)
     algorithm._resting.discard(optimizer)
     algorithm.optimizers.append(optimizer)
     _rest(algorithm, _rivals(algorithm, optimizer))
@@ -88,6 +96,10 @@ def _hook(algorithm, optimizer: Optimizer) -> None:
             algorithm.optimizers.append(optimizer)
         if not any(optimizer is o for o in algorithm.optimizers):
             return
+        if replaced.any_dense():
+            algorithm._give_up(_dense_by_now(algorithm))
+        if not algorithm.layers:
+            return
         _check_is_of_pattern(algorithm, optimizer)
         if not algorithm._is_checked:
             _check_all_are_held(algorithm)
@@ -97,7 +109,7 @@ def _hook(algorithm, optimizer: Optimizer) -> None:
             check_can_change(algorithm.layers, algorithm.all_optimizers)
 
     def after(optimizer: Optimizer, *_) -> None:
-        if not any(optimizer is o for o in algorithm.optimizers):
+        if not algorithm.layers or not any(optimizer is o for o in algorithm.optimizers):
             return
         if not _was_skipped(optimizer):
             count(optimizer)
@@ -171,6 +183,23 @@ def _rest(algorithm, optimizers: list[Optimizer]) -> None:
         algorithm._stepped.discard(id(optimizer))
         algorithm._patterns.pop(optimizer, None)  # it would keep what kernels made of them
         algorithm._resting.add(optimizer)
+
+
+def _dense_by_now(algorithm) -> list[str]:
+    """Its layers that densify_ made dense, also for its optimizers."""
+    groups = [group for o in algorithm.all_optimizers for group in o.param_groups]
+    held = {id(p) for group in groups for p in group["params"]}
+    weights = {n: replaced.dense_for(layer.values) for n, layer in algorithm.layers.items()}
+    gone = [n for n, layer in algorithm.layers.items() if id(layer.values) not in held]
+    return [n for n in gone if weights[n] is not None and id(weights[n]) in held]
+
+
+def take_over(algorithm) -> None:
+    """Its layers are no other's any more, which would change their patterns as well."""
+    mine = {id(layer) for layer in algorithm.layers.values()}
+    for other in (ref() for ref in _algorithms):
+        if other is not None and other is not algorithm:
+            other._give_up([n for n, layer in other.layers.items() if id(layer) in mine])
 
 
 def _check_all_are_held(algorithm) -> None:
@@ -262,9 +291,10 @@ def _has_follower(optimizer: Optimizer, layer: SparseLinear) -> bool:
 def _before_any_step(optimizer: Optimizer, args: tuple, kwargs: dict) -> None:
     if torch.compiler.is_compiling():  # inside of a compiled step there is nothing to read yet
         return
+    _known.add(optimizer)
     copies.forget(p for group in optimizer.param_groups for p in group["params"])
     check_optimizer_state(optimizer)
-    replaced.check_are_held(p for group in optimizer.param_groups for p in group["params"])
+    replaced.check_are_held(optimizer)
     _check_is_followed(optimizer)
 
 

@@ -57,6 +57,7 @@ def set_pattern(
         )
     # New tensors: a state_dict that was taken before holds those of its pattern.
     values, shape = layer.values, layer.values.shape
+    copies.forget([values])
     for holding, state in _states(values, optimizers):
         moved_state = dict(state)
         for key, t in state.items():

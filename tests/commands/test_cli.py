@@ -96,6 +96,7 @@ def test_train_mistakes(tiny, tmp_path, capsys):
         "--device=cpu:1": "device: expected cpu, cuda or cuda:N, got 'cpu:1'",
         "--parallel=fsdp": "needs torchrun.*one process takes --parallel none",
         "--steps=many": "invalid int value: 'many'",
+        "--init-from=": "argument --init-from: expected a value, got ''$",
         "--data=/missing": "'/missing' does not exist",
         "--context=9999": "context 9999 needs at least 10000",
         "--resume": "checkpoint.pt does not exist",

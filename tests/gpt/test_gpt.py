@@ -11,7 +11,7 @@ import torch
 from tiny import TEXT, interrupt, nan_at, states_equal, tiny_config
 
 from sparsekern import SparseLinear, Static, cli, densify_, sparsify_
-from sparsekern.files import atomic_write
+from sparsekern.files import alone_beside, atomic_write
 from sparsekern.gpt import flops, profile, train
 from sparsekern.gpt.build import FINAL_LR_SHARE, build_optimizer, learning_rate, load_model
 from sparsekern.gpt.checkpoint import CHECKPOINT, WEIGHTS, load_checkpoint
@@ -27,6 +27,7 @@ from sparsekern.gpt.data import (
 )
 from sparsekern.gpt.memory import peak_memory_bytes
 from sparsekern.gpt.model import GPT, GPTConfig
+from sparsekern.gpt.prune import PruneConfig, prune
 from sparsekern.gpt.step import compute_gradients
 from sparsekern.gpt.train import METRICS
 
@@ -425,6 +426,18 @@ def test_of_two_runs_in_a_folder_one_stops(tiny: TrainConfig):
     with pytest.raises(ValueError, match=r"out: .* was written by another run while"):
         late.save()
     assert written == {path: path.read_bytes() for path in Path(tiny.out).iterdir()}
+
+
+def test_one_process_at_a_time_works_in_a_folder(tiny: TrainConfig):
+    """Also of two that go on with one run, where neither could tell the other's checkpoint."""
+    path = Path(tiny.out) / CHECKPOINT
+    for config in (tiny, replace(tiny, steps=tiny.steps + 1, resume=True)):
+        with alone_beside("out", path):
+            for work in (train.train, lambda c: prune(PruneConfig(c.out, out=c.out))):
+                with pytest.raises(ValueError, match=f"^out: another process .* in {tiny.out};"):
+                    work(config)
+        assert path.parent.exists() == config.resume
+        train.train(config)
 
 
 def test_resume_errors(tiny: TrainConfig):

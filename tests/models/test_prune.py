@@ -1,6 +1,7 @@
 """Pruning of a transformers model from its folder: the function and the command."""
 
 import json
+import os
 import subprocess
 import sys
 
@@ -127,6 +128,15 @@ def test_a_failure_writes_nothing(folder, tmp_path, monkeypatch):
     with pytest.raises(OSError, match="no space"):
         prune_pretrained(folder, tmp_path / "new" / "out", 0.5)
     assert not any((tmp_path / "new").iterdir())
+
+
+@pytest.mark.parametrize("size", [None, 0, 5000])
+def test_a_source_whose_weights_are_missing_or_damaged_is_named(folder, tmp_path, size):
+    weights = folder / "model.safetensors"
+    weights.unlink() if size is None else os.truncate(weights, size)
+    with pytest.raises(ValueError, match=f"^source: cannot read the weights of {folder} "):
+        prune_pretrained(folder, tmp_path / "out", 0.5)
+    assert not (tmp_path / "out").exists()
 
 
 def test_weights_that_its_file_lacks_are_not_pruned(folder, tmp_path):

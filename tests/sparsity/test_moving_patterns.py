@@ -229,6 +229,7 @@ def test_other_copies_are_nobodys_business():
     kept, loaded, trained, swa = copy.deepcopy(model), *(copy.deepcopy(model) for _ in range(3))
     swa, ema = AveragedModel(model), copy.deepcopy(model)
     other = torch.optim.SGD(trained.parameters(), 0.1)
+    pruned, served = Magnitude(0.9).apply(copy.deepcopy(model)), copy.deepcopy(model).bfloat16()
 
     @torch.no_grad()
     def update():
@@ -243,6 +244,7 @@ def test_other_copies_are_nobodys_business():
         for step in range(6):
             fit(trained, other, 1, step)
             fit(model, optimizer, 1, step, update)
+    assert pruned[0].weight.sparsity > 0.89 and served[0].values.dtype == torch.bfloat16
     assert patterns(loaded) == patterns(swa) == patterns(ema) == patterns(model)
     assert patterns(kept) == patterns(trained) != patterns(model)
 
@@ -668,6 +670,60 @@ def test_another_algorithm_takes_over():
         before = patterns(model)
         fit(model, optimizer, 1)
         assert patterns(model) != before
+
+
+@pytest.mark.parametrize("make", [Magnitude, lambda sparsity: Group({"*": Magnitude(sparsity)})])
+def test_a_model_is_pruned_further_in_training(make):
+    """By another algorithm: the state follows, and the one before does not grow the zeros back."""
+    model, optimizer = start(RigL(0.5, update={"freq": 2}), plain())
+    fit(model, optimizer, 3)
+    before, values = places_of(model[0]), model[0].values
+    moment = optimizer.state[values]["exp_avg"].clone()
+    make(0.75).apply(model)
+    stays = torch.isin(before, places_of(model[0]))
+    assert torch.equal(optimizer.state[values]["exp_avg"], moment[stays])
+    first = patterns(model)
+    fit(model, optimizer, 4, 3)
+    assert patterns(model) == first and values.shape[0] == 24 * 16 / 4
+    make(0.9).apply(model)
+    fit(model, optimizer, 1)
+
+
+@pytest.mark.parametrize("steps", [0, 3])
+def test_layers_that_became_dense_are_no_algorithms(steps):
+    """Neither the first step afterwards nor the next update looks for them, and they are freed."""
+    model = plain()
+    model[0] = nn.Sequential(model[0])
+    model, optimizer = start(algorithm := RigL(0.75, update={"freq": 2}), model)
+    fit(model, optimizer, steps)
+    old = weakref.ref(model[0][0])
+    densify_(model[0], optimizer)
+    before = places_of(model[2])
+    fit(model, optimizer, 3, steps)
+    assert old() is None
+    assert algorithm.layers == {"2": model[2]} and algorithm.steps == steps + 3
+    assert not torch.equal(before, places_of(model[2]))
+    densify_(model, optimizer)
+    weight = model[2].weight.clone()
+    fit(model, optimizer, 3)
+    assert algorithm.layers == {} and algorithm.achieved == 0 and (weight != model[2].weight).all()
+
+
+def test_an_optimizer_that_densify_was_not_given_is_told():
+    model = plain()
+    early = torch.optim.SGD(model.parameters(), 1e-2)
+    sparsify_(model, Static(0.75))
+    late = torch.optim.SGD(model.parameters(), 1e-2)
+    fit(model, late, 1)
+    model[0] = densify_(model[0])
+    late.zero_grad()
+    for optimizer in (early, late):
+        with pytest.raises(RuntimeError, match=r"a weight of shape \[24, 16\] was before densify_"):
+            fit(model, optimizer, 1)
+    late.add_param_group({"params": [model[0].weight]})
+    fit(model, late, 1)
+    early.add_param_group({"params": [model[0].weight, model[2].values]})
+    fit(model, early, 1)
 
 
 @pytest.mark.parametrize("name", MOVING)

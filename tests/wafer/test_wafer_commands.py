@@ -13,7 +13,7 @@ import torch
 from sparsekern import sparsify_, terminal
 from sparsekern.bench import records
 from sparsekern.cli import main
-from sparsekern.commands import wafer, wafer_masks
+from sparsekern.commands import wafer, wafer_flags, wafer_masks
 from sparsekern.gpt.build import build_model
 from sparsekern.gpt.config import TrainConfig
 from sparsekern.gpt.train import train
@@ -57,7 +57,7 @@ def test_a_sparsity_that_was_not_given_is_told(capsys, tmp_path):
         assert "75% zeros" in printed.out
 
 
-def test_the_sparsity_of_a_pruned_folder_is_read(capsys, tmp_path):
+def test_the_sparsity_of_a_pruned_folder_is_read(capsys, monkeypatch, tmp_path):
     (tmp_path / "config.json").write_text(
         '{"model_type": "gpt2", "n_layer": 2, "n_embd": 768, "n_head": 12, "vocab_size": 100, '
         '"n_positions": 64}'
@@ -77,7 +77,10 @@ def test_the_sparsity_of_a_pruned_folder_is_read(capsys, tmp_path):
             assert zeros in printed.out and f"sparsity: {told}" in printed.err
     table.write_text('{"sparsity": 0.5}')
     assert "90% zeros" in run(capsys, "predict", f"--model={tmp_path}", "--sparsity=0.9")
+    reads, read = [], wafer_flags._pruned
+    monkeypatch.setattr(wafer_flags, "_pruned", lambda model: reads.append(model) or read(model))
     assert main(["wafer", "sensitivity", f"--model={tmp_path}"]) == 0
+    assert reads == [str(tmp_path)]  # once: what is told is what was taken
     assert f"sparsity: 0.5 is that of {table}" in capsys.readouterr().err
 
 
@@ -343,6 +346,7 @@ def test_compare_takes_products_of_a_gpu(capsys, tmp_path, monkeypatch):
     cell |= {"sparsity": 0.75, "mask": "random", "dtype": "bfloat16", "is_cold": True}
     folder = tmp_path / "bench" / "results"
     records.write(folder / "gpu.csv", {}, records.flat([cell | {"ways": ways}]))
+    assert "spmm 96x64, 8 tokens" in run(capsys, "compare", "--results", str(folder))
     monkeypatch.chdir(tmp_path)
     assert "few_tokens" in run(capsys, "compare", "--results", str(folder))
     out = run(capsys, "compare", "--json=pairs.json")
@@ -357,6 +361,9 @@ def test_compare_refuses_other_files(capsys, tmp_path):
     message = error_line(capsys, "compare", "--results", str(tmp_path / "x.json"))
     assert "results: " in message and "x.json is not a table of measurements" in message
     assert "none.csv does not exist" in error_line(capsys, "compare", "--results", "none.csv")
+    (tmp_path / "empty").mkdir()
+    message = error_line(capsys, "compare", "--results", str(tmp_path / "empty"))
+    assert f"results: no table in {tmp_path / 'empty'}; give" in message
     message = error_line(capsys, "compare", "--match=nothing", "--results", str(MEASURED))
     assert "match: no measurement has 'nothing' in its name" in message
 
