@@ -129,11 +129,11 @@ def check_are_held(optimizer: Optimizer) -> None:
     held = set(map(id, parameters))
     for parameter in parameters:
         found = _found(_dense, parameter) or _found(_sparse, parameter)
-        new: Any = found and found.new()
+        if found is None or found.has_new_gradient(parameter.grad):
+            continue
+        new: Any = found.new()
         trained = _trained(new)
         if trained is None or trained.grad is None or id(trained) in held:
-            continue
-        if found.has_new_gradient(parameter.grad):
             continue
         if isinstance(new, SparseLinear):
             raise RuntimeError(
