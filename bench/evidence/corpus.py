@@ -102,15 +102,20 @@ def windows(tokens: np.ndarray) -> np.ndarray:
     return found
 
 
-def without_known(held_out: np.ndarray, known: np.ndarray) -> np.ndarray:
-    """Tokens uint16 [n] with those marked as no targets that stand in a window of `known` (sorted
-    hashes of the training text)."""
+def is_known(held_out: np.ndarray, known: np.ndarray) -> np.ndarray:
+    """Whether tokens uint16 [n] stand in a window of `known` (sorted hashes of the training text):
+    bool [n]."""
     found = windows(held_out)
     at = np.minimum(np.searchsorted(known, found), max(0, len(known) - 1))
     starts = np.flatnonzero(known[at] == found) if len(known) else np.empty(0, np.int64)
-    is_known = np.zeros(len(held_out) + 1, dtype=np.int32)
-    np.add.at(is_known, starts, 1)
-    np.add.at(is_known, np.minimum(starts + WINDOW, len(held_out)), -1)
+    open_windows = np.zeros(len(held_out) + 1, dtype=np.int32)
+    np.add.at(open_windows, starts, 1)
+    np.add.at(open_windows, np.minimum(starts + WINDOW, len(held_out)), -1)
+    return np.cumsum(open_windows)[:-1] > 0
+
+
+def without_known(held_out: np.ndarray, known: np.ndarray) -> np.ndarray:
+    """The tokens, with those that is_known() marked as no targets."""
     marked = held_out.copy()
-    marked[np.cumsum(is_known)[:-1] > 0] |= NOT_A_TARGET
+    marked[is_known(held_out, known)] |= NOT_A_TARGET
     return marked

@@ -6,7 +6,7 @@ from pathlib import Path
 
 from sparsekern.files import atomic_write, write_picture
 
-from . import clock, study
+from . import clock, converged_section, study
 from .answer import NORMED, PLAIN, SIZE, answered, first_words, holds, order_of, primary
 from .build import TRAINING
 from .differences import LEAST_RISE, by_seed
@@ -50,12 +50,13 @@ warm-up of a model that is trained on.)"""
 METHOD = """\
 Predictions and margins were fixed before the first run (bench/evidence/plan.py), but for sections 9
 and 10, which were added after the sweeps of section 1 and first runs of section 2 (no more than one
-or two of an arm), and {clock}; after them too, but before its first run, section 7 got scaled arms
-and no fine-tuning, and the model of sections 6 and 7 became smaller (7 layers instead of 8). When
-the sweeps of section 10 had shown that normed arms train stably, and before any of their runs,
-sections 3, 4, 6 and 8 got normed arms with the predictions of the plain ones, 4 and 6 no
-fine-tuning, 6 an arm with two-way masks; the seeds of section 9 were given up. This page is made
-from bench/results/quality.jsonl.
+or two of an arm), for section {clock}, and for section {last}, which was added last, before its own
+first run (bench/evidence/converged.py); after those sweeps too, but before its first run, section 7
+got scaled arms and no fine-tuning, and the model of sections 6 and 7 became smaller (7 layers
+instead of 8). When the sweeps of section 10 had shown that normed arms train stably, and before any
+of their runs, sections 3, 4, 6 and 8 got normed arms with the predictions of the plain ones, 4 and
+6 no fine-tuning, 6 an arm with two-way masks; the seeds of section 9 were given up. This page is
+made from bench/results/quality.jsonl.
 
 - **Text**: {text}. Each paragraph once, documents held out by a hash of their names. Held-out
   tokens that stand in 13 tokens of the training text are not scored. Rates are chosen on every
@@ -102,18 +103,20 @@ TIMED = """\
   these were **{times:.2f} times as fast** as masked dense weights, {masked:.2f} and {sparse:.2f} ms
   a step, in captured graphs both, with losses {apart:+.4f} nats apart in the last 50."""
 
-NEVER = (
-    "- Not in the plan: pruning of SmolLM2-135M with distillation (its text cannot be had, and it "
-    "wants an hour of a GPU); a third size."
-)
+NEVER = "- Not in the plan: a third size."
 
 
-def publish(kept: Path, page: Path, new: Sequence[Path], by_clock: Path, checked: Path) -> None:
+def publish(
+    kept: Path, page: Path, new: Sequence[Path], by_clock: Path, checked: Path, others: Path
+) -> None:
     """Add new results to those that are kept, then write the page and its picture. A run that is
-    kept stays. `by_clock`: results of clock.py; `checked`: what check.py wrote."""
+    kept stays. `by_clock`: results of clock.py; `checked`: what check.py wrote; `others`: results
+    of converged.py."""
     paths = ([kept] if kept.exists() else []) + list(new)
     results, clocked, timed = study.read(paths), clock.read(by_clock), read_check(checked)
-    if len({result["corpus"] for result in [*results, *clocked, *filter(None, [timed])]}) > 1:
+    converged = converged_section.read(others)
+    every = [*results, *clocked, *converged, *filter(None, [timed])]
+    if len({result["corpus"] for result in every}) > 1:
         raise ValueError("results: expected one text, got several")
     study.check_plan(results)
     if new:
@@ -123,7 +126,7 @@ def publish(kept: Path, page: Path, new: Sequence[Path], by_clock: Path, checked
     if found := drawn(results):
         write_picture(picture(found), page.with_name(PICTURE))
     with atomic_write(page) as file:
-        file.write(text(results, clocked, timed).encode())
+        file.write(text(results, clocked, timed, converged).encode())
 
 
 def read_check(path: Path) -> dict | None:
@@ -131,7 +134,12 @@ def read_check(path: Path) -> dict | None:
     return next(study.lines(path, CHECKED), None) if path.exists() else None
 
 
-def text(results: list[dict], clocked: Sequence[dict] = (), checked: dict | None = None) -> str:
+def text(
+    results: list[dict],
+    clocked: Sequence[dict] = (),
+    checked: dict | None = None,
+    converged: Sequence[dict] = (),
+) -> str:
     """The whole page. What was not run says so."""
     sections = len(PLAN) + 1
     parts = [TITLE, first_words(results), QUESTION, READING, outcome(results)]
@@ -139,6 +147,8 @@ def text(results: list[dict], clocked: Sequence[dict] = (), checked: dict | None
     found = holds(results, sorted(PLAN, key=lambda order: order.number not in answers[:1]))
     if on_a_cpu := clock_difference(clocked):
         found += f"\n- **On a CPU** (section {sections}): {on_a_cpu}"
+    if of_another := converged_section.holds(converged):
+        found += f"\n- **A model of others** (section {sections + 1}): {of_another}."
     if found:
         parts.append("## What holds and what does not\n\n" + found.lstrip())
     parts.append("## What is compared\n\n" + the_arms())
@@ -147,15 +157,17 @@ def text(results: list[dict], clocked: Sequence[dict] = (), checked: dict | None
     for order in begun:
         parts.append(f"## {order.number}. {order.question}\n\n" + section(order, results, checked))
     parts.append(f"## {sections}. {CLOCK_QUESTION}\n\n" + by_clock(clocked))
+    told = converged_section.section(converged)
+    parts.append(f"## {sections + 1}. {converged_section.QUESTION}\n\n{told}")
     about = text_of(json.loads(TEXT.read_text()))
-    told = METHOD.format(text=about, clock=sections, kernels=of_kernels(checked))
+    told = METHOD.format(text=about, clock=sections, last=sections + 1, kernels=of_kernels(checked))
     parts.append("## How\n\n" + told)
     parts.append("## Not run\n\n" + "\n".join([*not_run(PLAN, results), NEVER]))
     for order in waiting:
         parts.append(f"### {order.number}. {order.question}\n\n" + expected(order, results))
     machines = {
         f"{r['device']}, torch {r['torch']}, {r['date']}, commit {r['commit'][:7]}"
-        for r in [*results, *clocked, *filter(None, [checked])]
+        for r in [*results, *clocked, *converged, *filter(None, [checked])]
     }
     if machines:
         parts.append(f"Runs: {'; '.join(sorted(machines))}.")

