@@ -59,6 +59,7 @@ class Exchange:
                 parameter = dense.get_parameter(path)
             owner, leaf = _owner(candidate.module, path)
             owner._parameters[leaf] = parameter
+        replaced.forget(candidate.weight)
         self._put(candidate, candidate.module)
         del self._done[candidate]  # last: what is interrupted can be done again
 

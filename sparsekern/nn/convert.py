@@ -85,6 +85,7 @@ def sparsify_(
     zeros = 0.0 if has_asked else share_of_zeros(dense.values())
     if getattr(algorithm, "init_method", None) == "from_zeros":
         refuse_unpruned("sparsify_", dense.values())
+    made: list[tuple[Tensor, SparseLinear]] = []
 
     def replace(name: str, module: nn.Module) -> nn.Module | None:
         if name not in dense:
@@ -96,9 +97,13 @@ def sparsify_(
         new = _with_mask(module, mask)
         if zeros > MANY_ZEROS and new.values.count_nonzero() < dense[name].count_nonzero():
             refuse_pruned("sparsify_", [*dense.values()])
-        return replaced.note(parameter_of(module), new)
+        made.append((parameter_of(module), new))
+        return new
 
-    return replace_modules(model, replace)
+    model = replace_modules(model, replace)
+    for weight, layer in made:
+        replaced.note(weight, layer)
+    return model
 
 
 def refuse_unserved(layers: Mapping[str, nn.Module]) -> None:

@@ -55,15 +55,14 @@ def densify_(model: nn.Module, optimizer: Optimizer | None = None) -> nn.Module:
     sparse = {n: m for n, m in model.named_modules() if isinstance(m, SparseLinear | StandIn)}
     warn_of_hooks("densify_", sparse)
     dense: dict[nn.Parameter, tuple[Any, SparseLinear]] = {}
-    parts: dict[nn.Parameter, nn.Parameter] = {}  # the same of the parts of one weight
+    becomes: list[tuple[SparseLinear, Tensor]] = []
 
     def replace(name: str, module: nn.Module) -> nn.Module | None:
         if isinstance(module, StandIn):
             _refuse_held(module, optimizer)
             new = module.to_dense()
             matrix = next(p for p in new.parameters() if p.ndim > 1)
-            sparse = (m for m in module.modules() if isinstance(m, SparseLinear))
-            parts.update({m.values: matrix for m in sparse})
+            becomes.extend((m, matrix) for m in module.modules() if isinstance(m, SparseLinear))
             return new
         if not isinstance(module, SparseLinear):
             return None
@@ -76,12 +75,13 @@ def densify_(model: nn.Module, optimizer: Optimizer | None = None) -> nn.Module:
                     "other places: no dense weight is that of both"
                 )
             linear.weight = weight
+        becomes.append((module, weight))
         return linear
 
     model = replace_modules(model, replace)
     if optimizer:
         states = [(o, p) for o in holders([optimizer]) for p in dense if p in o.state]
-        becomes = [
+        moved = [
             {
                 key: _densified(t, dense[p][1], first_number(o, p, key))
                 for key, t in o.state[p].items()
@@ -89,11 +89,11 @@ def densify_(model: nn.Module, optimizer: Optimizer | None = None) -> nn.Module:
             for o, p in states
         ]
         swap_(optimizer, {p: weight for p, (weight, _) in dense.items()})
-        for (o, p), state in zip(states, becomes, strict=True):
+        for (o, p), state in zip(states, moved, strict=True):
             o.state.pop(p, None)
             o.state[dense[p][0]] = state
-    for p, weight in ({p: weight for p, (weight, _) in dense.items()} | parts).items():
-        replaced.note_dense(p, weight)
+    for layer, new in becomes:
+        replaced.note_dense(layer, new)
     return model
 
 

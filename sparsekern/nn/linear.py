@@ -7,7 +7,7 @@ weight decay can bring a removed weight back: there is no place for it.
 
 import copy
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, Self
 
 import torch
@@ -243,19 +243,22 @@ class _Parametrizations(nn.ModuleDict):
 
 def value_parameters(layer: SparseLinear) -> list[nn.Parameter]:
     """The values, or what a parametrization makes them from."""
-    return [
-        p
-        for name, p in layer.named_parameters()
-        if name == "values" or name.startswith("parametrizations.values.")
-    ]
+    values = layer._parameters.get("values")
+    if values is not None:
+        return [values]
+    prefix = "parametrizations.values."
+    return [p for name, p in layer.named_parameters() if name.startswith(prefix)]
 
 
 def layer_of(values: Tensor) -> SparseLinear | None:
     """The layer whose values these are. Looks at all there are."""
-    return next(
-        (m for m in list(_layers) if m.__dict__.get("_parameters", {}).get("values") is values),
-        None,
-    )
+    return layers_of([values])[0]
+
+
+def layers_of(parameters: Sequence[Tensor]) -> list[SparseLinear | None]:
+    """The same of each, None for those that are no values."""
+    layers = {id(m.__dict__.get("_parameters", {}).get("values")): m for m in list(_layers)}
+    return [layers.get(id(p)) for p in parameters]
 
 
 def _parameter(tensor: Tensor) -> nn.Parameter:

@@ -24,7 +24,15 @@ from .checks import check_state, number, one_of, shown, whole
 from .families import FAMILIES, Unstructured
 from .filters import filter_parts, matching
 from .initial import INITS, checkerboard, first_places
-from .optimizers import follow, held_layers, known_holders, note_model_of, take_over, unwrapped
+from .optimizers import (
+    follow,
+    held_layers,
+    known_holders,
+    let_go,
+    note_model_of,
+    take_over,
+    unwrapped,
+)
 from .pattern import check_can_change, check_same_on_all_ranks, places_of
 from .published import is_sparse_by_default
 from .schedules import Constant, Schedule, schedule, update_steps, value_at
@@ -88,9 +96,9 @@ class Algorithm:
         self._family: Unstructured = FAMILIES[self.family]()
         self.layers, self.optimizers, self.steps = {}, [], 0
         self._stepped: set[int] = set()  # the optimizers that have made the step after these
+        self._is_begun = False  # that it follows an optimizer, or did
         self._is_checked = False  # that the optimizers and all ranks have what they should
-        self._hooked: WeakSet[Optimizer] = WeakSet()  # those whose steps call it
-        self._resting: WeakSet[Optimizer] = WeakSet()  # those that it does not wait for
+        self._hooked: WeakSet[Optimizer] = WeakSet()  # those that it was applied to
         # Steps when an optimizer that it does not follow made its last.
         self._unfollowed: WeakKeyDictionary[Optimizer, int] = WeakKeyDictionary()
         # After the last step of each: the indices of each layer that it has state for, and that.
@@ -204,10 +212,11 @@ class Algorithm:
         take_over(self)
         return model
 
-    def _give_up(self, names: Iterable[str]) -> None:
-        """These layers are another's, or no longer sparse. Without any it rests."""
+    def _give_up(self, names: list[str]) -> None:
+        """These layers are another's, or no longer there. Without any it rests."""
         for name in names:
             del self.layers[name]
+        let_go(self)
 
     def _take(self, model: nn.Module, taken: set[str], prune_again: bool = False) -> nn.Module:
         """`apply` without the layers that another algorithm has taken."""
@@ -229,7 +238,7 @@ class Algorithm:
             warn_of_matrices("apply", model)
         convert.refuse_unserved({name: there[name] for name in names})
         mine = {id(layer) for layer in self.layers.values()}
-        if self.moves and self.optimizers and mine.isdisjoint(id(there[name]) for name in names):
+        if self.moves and self._is_begun and mine.isdisjoint(id(there[name]) for name in names):
             raise ValueError(
                 f"apply: this {type(self).__name__} follows the optimizer of other layers, and is "
                 f"at their step {self.steps}: make one for each model"
@@ -240,8 +249,6 @@ class Algorithm:
             dense = [m for m in (there[name] for name in names) if isinstance(m, nn.Linear)]
             convert.refuse_pruned("apply", [m.weight.detach() for m in dense])
         chosen = {name: there[name] for name in names}
-        # Their state follows, if patterns change.
-        self._resting.update(o for o in known_holders(chosen) if o not in self.optimizers)
         model = self._sparsify(model, chosen)
         now: dict[str, Any] = dict(model.named_modules())
         self.layers = {name: now[name] for name in names}
@@ -281,13 +288,14 @@ class Algorithm:
 
     def __getstate__(self) -> dict[str, Any]:
         """Of a copy, which follows no optimizer: torch copies an optimizer without its hooks."""
-        nothing = dict.fromkeys(("_unfollowed", "_patterns", "_hooked", "_resting"))
-        return self.__dict__ | nothing | {"optimizers": [], "_stepped": set()}
+        nothing = dict.fromkeys(("_unfollowed", "_patterns", "_hooked"))
+        empty = {"optimizers": [], "_stepped": set(), "_is_begun": False}
+        return self.__dict__ | nothing | empty
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__dict__.update(state)
         self._unfollowed, self._patterns = WeakKeyDictionary(), WeakKeyDictionary()
-        self._hooked, self._resting = WeakSet(), WeakSet()
+        self._hooked = WeakSet()
         if self.layers:
             note_model_of(self)
 
@@ -313,6 +321,10 @@ class Algorithm:
             check_same_on_all_ranks(self.layers)
             self._note_passing()
         self._before_step()
+
+    def _check_can_update(self) -> None:
+        """RuntimeError, before the step, where the update after it would fail."""
+        check_can_change(self.layers, self.all_optimizers, will_step=True)
 
     def _note_passing(self) -> None:
         """Tell the kernels whether these patterns will change soon."""
@@ -373,8 +385,11 @@ class Algorithm:
 
     @property
     def all_optimizers(self) -> list[Optimizer]:
-        """Those whose state follows the patterns, with those that rest (optimizers.py)."""
-        return [*self.optimizers, *self._resting]
+        """Those whose state follows the patterns: with all that step the values, too."""
+        others = [
+            o for o in known_holders(self.layers) if all(o is not own for own in self.optimizers)
+        ]
+        return [*self.optimizers, *others]
 
     @property
     def achieved(self) -> float:

@@ -85,8 +85,7 @@ class Group:
             return target
         model: Any = checked_model(target)
         before = [dict(vars(algorithm)) for algorithm in self.algorithms]
-        optimizers = [o for algorithm in self.algorithms for o in algorithm.all_optimizers]
-        optimizers += known_holders(dict(model.named_modules()))
+        optimizers = known_holders(dict(model.named_modules()))
         taken: set[str] = set()
         try:
             with unchanged_on_failure(model, optimizers):

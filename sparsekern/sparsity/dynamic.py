@@ -1,7 +1,7 @@
 """Dynamic sparse training: the smallest weights go, as many others grow elsewhere."""
 
 import warnings
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -83,9 +83,10 @@ class SET(Updating):
             grown = self._grow(name, layer, survivors, count)
             if grown is not None:
                 chosen[name] = grown
-        with layers_unchanged_on_failure(self.layers.values(), self.all_optimizers):
+        optimizers = self.all_optimizers
+        with layers_unchanged_on_failure(self.layers.values(), optimizers):
             for name, places in chosen.items():
-                set_pattern(self.layers[name], places, self.all_optimizers)
+                set_pattern(self.layers[name], places, optimizers)
 
     def _grow(self, name: str, layer: SparseLinear, survivors: Tensor, count: int) -> Tensor | None:
         """The survivors and `count` other places; None leaves the layer as it is."""
@@ -137,8 +138,7 @@ class RigL(SET):
                 layer.row_offsets = layer.row_offsets.clone()
             self._seen[name] = Observation(layer.row_offsets, layer.values)
 
-    def _give_up(self, names: Iterable[str]) -> None:
-        names = list(names)
+    def _give_up(self, names: list[str]) -> None:
         super()._give_up(names)
         self._seen = {n: seen for n, seen in self._seen.items() if n not in names}
 

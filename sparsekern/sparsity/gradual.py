@@ -9,10 +9,11 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from ..nn import SparseLinear
+from ..nn.linear import layers_of
 from ..nn.optimizers import holders
 from .algorithm import Updating
 from .checks import whole as whole_number
-from .pattern import is_distributed, places_of, set_pattern, whole
+from .pattern import hashes_of, is_distributed, places_of, set_pattern, whole
 from .schedules import EXAMPLE, Constant, Every
 from .select import generator
 from .undo import layers_unchanged_on_failure
@@ -49,9 +50,10 @@ class GMP(Updating):
         """It may be denser on its way."""
 
     def update_pattern(self) -> None:
-        with layers_unchanged_on_failure(self.layers.values(), self.all_optimizers):
+        optimizers = self.all_optimizers
+        with layers_unchanged_on_failure(self.layers.values(), optimizers):
             for name, places in self._new_places().items():
-                self._set(name, places)
+                self._set(name, places, optimizers)
 
     def _new_places(self) -> dict[str, Tensor]:
         """All choices of this update, before any layer changes."""
@@ -79,8 +81,8 @@ class GMP(Updating):
             chosen[name] = places
         return chosen
 
-    def _set(self, name: str, places: Tensor) -> None:
-        set_pattern(self.layers[name], places, self.all_optimizers)
+    def _set(self, name: str, places: Tensor, optimizers: list[Optimizer]) -> None:
+        set_pattern(self.layers[name], places, optimizers)
 
 
 def budgets_of_growth(free: dict[str, int], count: int) -> dict[str, int]:
@@ -128,6 +130,7 @@ class IterativePruning(GMP):
         self._update_steps = Every(self.freq, stop=self.freq * self.rounds + 1)
         self._early: dict[SparseLinear, Tensor] = {}  # values
         self._early_others: list[Tensor] = []
+        self._early_patterns: list[int | None] = []  # of those that are values: their hashes
         self._early_of: list[nn.Parameter] = []  # whose these are; empty after load_state_dict
 
     def _check_constant(self, value: float) -> None:
@@ -150,6 +153,14 @@ class IterativePruning(GMP):
         super()._follow(optimizer)
         self._remember(self.steps)
 
+    def _give_up(self, names: list[str]) -> None:
+        gone = [self.layers[name] for name in names]
+        super()._give_up(names)
+        for layer in gone:
+            self._early.pop(layer, None)
+        if not self.layers:
+            self._early_of, self._early_others, self._early_patterns = [], [], []
+
     def _after_step(self) -> None:
         self._remember(self.steps + 1)
         super()._after_step()
@@ -159,6 +170,7 @@ class IterativePruning(GMP):
             self._early = {m: m.values.detach().clone() for m in self.layers.values()}
             self._early_of = self._others()
             self._early_others = [p.detach().clone() for p in self._early_of]
+            self._early_patterns = hashes_of_values(self._early_of)
 
     def _others(self) -> list[nn.Parameter]:
         """The parameters that are not pruned."""
@@ -184,7 +196,20 @@ class IterativePruning(GMP):
                 f"rewind: expected the other parameters that the optimizers had at step "
                 f"{self.rewind}, of the shapes {shapes[0]}, they have others, of {shapes[1]}"
             )
+        if early_patterns := self._early_patterns:
+            now = zip(hashes_of_values(others), early_patterns, layers_of(others), strict=True)
+            if moved := [layer for a, b, layer in now if a != b]:
+                raise RuntimeError(
+                    f"rewind: the values of {moved[0]} have another pattern than at step "
+                    f"{self.rewind}: give layers that another algorithm changes an optimizer of "
+                    "their own, which this one does not follow"
+                )
         return others
+
+    def _check_can_update(self) -> None:
+        super()._check_can_update()
+        if self.rewind is not None and self.rewind <= self.steps:  # else it remembers them before
+            self._to_rewind()
 
     @torch.no_grad()
     def update_pattern(self) -> None:
@@ -203,16 +228,20 @@ class IterativePruning(GMP):
         for optimizer in holders(self.all_optimizers):
             optimizer.state.clear()
 
-    def _set(self, name: str, places: Tensor) -> None:
+    def _set(self, name: str, places: Tensor, optimizers: list[Optimizer]) -> None:
         layer = self.layers[name]
-        follow = set_pattern(layer, places, self.all_optimizers)
+        follow = set_pattern(layer, places, optimizers)
         if layer in self._early:
             self._early[layer] = follow(self._early[layer])
 
     def state_dict(self) -> dict:
         names = {layer: name for name, layer in self.layers.items()}
         early = {names[layer]: t for layer, t in self._early.items() if layer in names}
-        return super().state_dict() | {"early": early, "early_others": self._early_others}
+        return super().state_dict() | {
+            "early": early,
+            "early_others": self._early_others,
+            "early_patterns": self._early_patterns,
+        }
 
     def _checked_steps(self, state: dict) -> int:
         steps = super()._checked_steps(state)
@@ -230,7 +259,15 @@ class IterativePruning(GMP):
         layers, early = self.layers, state["early"]
         self._early = {layers[n]: t.to(layers[n].values.device) for n, t in early.items()}
         self._early_others, self._early_of = state["early_others"], []
+        self._early_patterns = state.get("early_patterns", [])  # of versions before: unknown
         super().load_state_dict(state)
+
+
+def hashes_of_values(parameters: list[nn.Parameter]) -> list[int | None]:
+    """Those of the patterns, None for what is no values of a SparseLinear."""
+    layers = layers_of(parameters)
+    hashes = iter(hashes_of([layer for layer in layers if layer is not None]))
+    return [None if layer is None else next(hashes) for layer in layers]
 
 
 def round_sparsity(final: float, done: int, rounds: int) -> float:

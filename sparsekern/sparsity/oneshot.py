@@ -17,6 +17,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.optim import Optimizer
 
 from ..nn import SparseLinear, sparsify_
 from ..nn.convert import MANY_ZEROS, share_of_zeros
@@ -26,6 +27,7 @@ from ..terminal import Progress
 from .algorithm import Layer, Masks, mask_of
 from .blockwise import Add, walk
 from .calibration import batches_for, checked, evaluating
+from .optimizers import known_holders
 from .pattern import places_of, set_pattern
 from .pruned import SAMPLE, PruneReport, compared, few_tokens, left_dense
 from .sparsegpt import sparsegpt
@@ -53,6 +55,7 @@ class Magnitude(Fixed):
             )
         self.report = PruneReport()
         self._kept: dict[str, Tensor] = {}  # masks [N, K] of layers that are still an nn.Linear
+        self._holders: list[Optimizer] = []
 
     @torch.no_grad()
     def _sparsify(self, model: nn.Module, chosen: dict[str, Layer]) -> nn.Module:
@@ -61,9 +64,10 @@ class Magnitude(Fixed):
         linears = {name: m for name, m in chosen.items() if type(m) is nn.Linear}
         dense = {name: m.weight.data for name, m in linears.items()}
         self._kept.clear()
+        self._holders = known_holders(chosen)  # their state follows
         report = PruneReport(notes=left_dense(model, chosen.values()))
         try:
-            with unchanged_on_failure(model, self.all_optimizers):
+            with unchanged_on_failure(model, self._holders):
                 self._prune(model, chosen, self._counts(chosen), report)
                 masks = Masks(lambda name, weight: self._kept[name])
                 model = sparsify_(model, masks, lambda module, name: name in self._kept)
@@ -72,6 +76,7 @@ class Magnitude(Fixed):
             for name, weight in dense.items():
                 linears[name].weight.data = weight
             self._kept.clear()
+            self._holders = []
         self.report = report
         return model
 
@@ -129,7 +134,7 @@ class Magnitude(Fixed):
         mask = mask_of(places, weight)
         new = weight * mask
         if isinstance(module, SparseLinear):
-            set_pattern(module, places, self.all_optimizers)
+            set_pattern(module, places, self._holders)
             module.values.copy_(weight.flatten()[places])
         else:
             self._kept[name] = mask

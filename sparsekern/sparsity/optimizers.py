@@ -3,11 +3,12 @@
 Both are looked at before every step of any optimizer, by torch's global hook: a fused AdamW writes
 past the end of state that is too short (of a damaged checkpoint, or of one with another pattern),
 and an algorithm that follows no optimizer would never change a pattern, without a word. It costs
-about a microsecond for each 1-D parameter.
+well below a microsecond for each parameter.
 """
 
 import weakref
 from collections.abc import Mapping
+from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor, nn
@@ -17,23 +18,25 @@ from torch.optim.optimizer import register_optimizer_step_pre_hook
 from ..nn import copies, replaced
 from ..nn.linear import SparseLinear, layer_of, value_parameters
 from ..nn.optimizers import holders
-from .pattern import check_can_change, check_same_on_all_ranks
+from .pattern import check_same_on_all_ranks
 
 # What the optimizers of torch keep for each element. LBFGS has vectors for all parameters together,
 # and those with 8 bits have a scale for each block: of these nothing can be said.
-ELEMENTWISE = (
-    "acc_delta",
-    "ax",
-    "exp_avg",
-    "exp_avg_sq",
-    "exp_inf",
-    "grad_avg",
-    "max_exp_avg_sq",
-    "momentum_buffer",
-    "prev",
-    "square_avg",
-    "step_size",
-    "sum",
+ELEMENTWISE = frozenset(
+    (
+        "acc_delta",
+        "ax",
+        "exp_avg",
+        "exp_avg_sq",
+        "exp_inf",
+        "grad_avg",
+        "max_exp_avg_sq",
+        "momentum_buffer",
+        "prev",
+        "square_avg",
+        "step_size",
+        "sum",
+    )
 )
 NEVER = -1  # in the place of a step: no update is to come
 LOOK_AHEAD = 10_000  # steps, to tell whether an algorithm has an update before it
@@ -80,53 +83,77 @@ def follow(algorithm, optimizer: Optimizer) -> None:
     if any(optimizer is o for o in holders(algorithm.optimizers)):
         return
     _known.add(optimizer)
-    algorithm._resting.discard(optimizer)
     algorithm.optimizers.append(optimizer)
     _rest(algorithm, _rivals(algorithm, optimizer))
-    algorithm._is_checked = False
+    algorithm._is_checked, algorithm._is_begun = False, True
     if optimizer not in algorithm._hooked:
         algorithm._hooked.add(optimizer)
-        _hook(algorithm, optimizer)
+        _hooks_of(optimizer).algorithms.append(algorithm)
 
 
-def _hook(algorithm, optimizer: Optimizer) -> None:
-    def before(optimizer: Optimizer, *_) -> None:
-        if optimizer in algorithm._resting:
-            algorithm._resting.discard(optimizer)
-            algorithm.optimizers.append(optimizer)
-        if not any(optimizer is o for o in algorithm.optimizers):
-            return
-        if replaced.any_dense():
-            algorithm._give_up(_dense_by_now(algorithm))
-        if not algorithm.layers:
-            return
-        _check_is_of_pattern(algorithm, optimizer)
-        if not algorithm._is_checked:
-            _check_all_are_held(algorithm)
-            check_same_on_all_ranks(algorithm.layers)
-            algorithm._is_checked = True
-        if algorithm.is_due:
-            check_can_change(algorithm.layers, algorithm.all_optimizers)
+class _Hooks:
+    """What an optimizer calls before and after its steps, for the algorithms that follow it, which
+    live as long as the optimizer."""
 
-    def after(optimizer: Optimizer, *_) -> None:
-        if not algorithm.layers or not any(optimizer is o for o in algorithm.optimizers):
-            return
-        if not _was_skipped(optimizer):
-            count(optimizer)
-        _note_patterns(algorithm, optimizer)
+    def __init__(self, optimizer: Optimizer) -> None:
+        self.algorithms: list = []
+        # A compiled step leaves its graph for them: they look at numbers and change shapes.
+        optimizer.register_step_pre_hook(torch.compiler.disable(self.before))
+        optimizer.register_step_post_hook(torch.compiler.disable(self.after))
 
-    def count(optimizer: Optimizer) -> None:
-        if id(optimizer) in algorithm._stepped:
-            rivals = _rivals(algorithm, optimizer)
-            _rest(algorithm, [o for o in rivals if id(o) not in algorithm._stepped])
-        algorithm._stepped.add(id(optimizer))
-        if len(algorithm._stepped) == len(algorithm.optimizers):
-            algorithm._stepped.clear()
-            algorithm._after_step()
+    def before(self, optimizer: Optimizer, *_) -> None:
+        for algorithm in list(self.algorithms):  # those without layers leave it
+            _before_step(algorithm, optimizer)
 
-    # A compiled step leaves its graph for them: they look at numbers and change shapes.
-    optimizer.register_step_pre_hook(torch.compiler.disable(before))
-    optimizer.register_step_post_hook(torch.compiler.disable(after))
+    def after(self, optimizer: Optimizer, *_) -> None:
+        for algorithm in list(self.algorithms):
+            _after_step(algorithm, optimizer)
+
+
+_hooks: WeakKeyDictionary[Optimizer, weakref.ref[_Hooks]] = WeakKeyDictionary()
+
+
+def _hooks_of(optimizer: Optimizer) -> _Hooks:
+    ref = _hooks.get(optimizer)
+    hooks = ref() if ref else None
+    if hooks is None:
+        hooks = _Hooks(optimizer)
+        _hooks[optimizer] = weakref.ref(hooks)
+    return hooks
+
+
+def _before_step(algorithm, optimizer: Optimizer) -> None:
+    if not any(optimizer is o for o in algorithm.optimizers):
+        algorithm.optimizers.append(optimizer)  # it rests no more
+    if replaced.is_any() and (gone := _replaced_by_now(algorithm)):
+        algorithm._give_up(gone)
+    if not algorithm.layers:
+        return
+    _check_is_of_pattern(algorithm, optimizer)
+    if not algorithm._is_checked:
+        _check_all_are_held(algorithm)
+        check_same_on_all_ranks(algorithm.layers)
+        algorithm._is_checked = True
+    if algorithm.is_due:
+        algorithm._check_can_update()
+
+
+def _after_step(algorithm, optimizer: Optimizer) -> None:
+    if not any(optimizer is o for o in algorithm.optimizers):
+        return
+    if not _was_skipped(optimizer):
+        _count(algorithm, optimizer)
+    _note_patterns(algorithm, optimizer)
+
+
+def _count(algorithm, optimizer: Optimizer) -> None:
+    if id(optimizer) in algorithm._stepped:
+        rivals = _rivals(algorithm, optimizer)
+        _rest(algorithm, [o for o in rivals if id(o) not in algorithm._stepped])
+    algorithm._stepped.add(id(optimizer))
+    if len(algorithm._stepped) == len(algorithm.optimizers):
+        algorithm._stepped.clear()
+        algorithm._after_step()
 
 
 def _was_skipped(optimizer: Optimizer) -> bool:
@@ -182,16 +209,32 @@ def _rest(algorithm, optimizers: list[Optimizer]) -> None:
         algorithm.optimizers = [o for o in algorithm.optimizers if o is not optimizer]
         algorithm._stepped.discard(id(optimizer))
         algorithm._patterns.pop(optimizer, None)  # it would keep what kernels made of them
-        algorithm._resting.add(optimizer)
 
 
-def _dense_by_now(algorithm) -> list[str]:
-    """Its layers that densify_ made dense, also for its optimizers."""
-    groups = [group for o in algorithm.all_optimizers for group in o.param_groups]
-    held = {id(p) for group in groups for p in group["params"]}
-    weights = {n: replaced.dense_for(layer.values) for n, layer in algorithm.layers.items()}
-    gone = [n for n, layer in algorithm.layers.items() if id(layer.values) not in held]
-    return [n for n in gone if weights[n] is not None and id(weights[n]) in held]
+def _replaced_by_now(algorithm) -> list[str]:
+    """Its layers that others took the place of, also for one of its optimizers: dense ones, or
+    sparse again."""
+    now = {n: replaced.trained(replaced.now_for(m.values)) for n, m in algorithm.layers.items()}
+    now = {name: p for name, p in now.items() if p is not None}
+    gone: set[str] = set()
+    for optimizer in algorithm._hooked if now else ():
+        held = {id(p) for group in optimizer.param_groups for p in group["params"]}
+        values = {name: id(algorithm.layers[name].values) for name in now}
+        gone |= {n for n, p in now.items() if id(p) in held and values[n] not in held}
+    return list(gone)
+
+
+def let_go(algorithm) -> None:
+    """It follows no optimizer any more that holds none of the layers that it still has."""
+    for optimizer in list(algorithm._hooked):
+        if held_layers(optimizer, algorithm.layers):
+            continue
+        algorithm._hooked.discard(optimizer)
+        algorithm._stepped.discard(id(optimizer))
+        algorithm._patterns.pop(optimizer, None)
+        algorithm.optimizers = [o for o in algorithm.optimizers if o is not optimizer]
+        hooks = _hooks_of(optimizer)
+        hooks.algorithms = [a for a in hooks.algorithms if a is not algorithm]
 
 
 def take_over(algorithm) -> None:
@@ -199,7 +242,8 @@ def take_over(algorithm) -> None:
     mine = {id(layer) for layer in algorithm.layers.values()}
     for other in (ref() for ref in _algorithms):
         if other is not None and other is not algorithm:
-            other._give_up([n for n, layer in other.layers.items() if id(layer) in mine])
+            if gone := [n for n, layer in other.layers.items() if id(layer) in mine]:
+                other._give_up(gone)
 
 
 def _check_all_are_held(algorithm) -> None:
@@ -216,7 +260,8 @@ def _check_all_are_held(algorithm) -> None:
 
 def note_model_of(algorithm) -> None:
     """To be called when the algorithm has got its layers."""
-    _algorithms[:] = [ref for ref in _algorithms if ref() is not None and ref() is not algorithm]
+    _algorithms[:] = [ref for ref in _algorithms if getattr(ref(), "layers", None)]
+    _algorithms[:] = [ref for ref in _algorithms if ref() is not algorithm]
     _algorithms.append(weakref.ref(algorithm))
 
 
@@ -229,11 +274,10 @@ def check_optimizer_state(optimizer: Optimizer) -> None:
         for p in group["params"]:
             if p.ndim != 1:
                 continue
-            state = optimizer.state.get(p, {})
-            for key in ELEMENTWISE:
-                t = state.get(key)
-                if isinstance(t, Tensor) and t.numel() != 1 and t.shape != p.shape:
-                    _refuse_state(key, t, p)
+            for key, t in optimizer.state.get(p, {}).items():
+                if key in ELEMENTWISE and isinstance(t, Tensor):
+                    if t.shape != p.shape and t.numel() != 1:
+                        _refuse_state(key, t, p)
 
 
 def _refuse_state(key: str, t: Tensor, values: Tensor) -> None:
@@ -254,17 +298,20 @@ def _name_of(layer: SparseLinear) -> str:
     return str(layer)
 
 
+def _is_followed(optimizer: Optimizer, algorithm) -> bool:
+    """Whether the algorithm was applied to it, or to one that wraps it."""
+    return any(optimizer is o for o in holders(algorithm._hooked))
+
+
 def _check_is_followed(optimizer: Optimizer) -> None:
     for ref in list(_algorithms):
         algorithm = ref()
-        if algorithm is None or any(optimizer is o for o in holders(algorithm.all_optimizers)):
+        if algorithm is None or not algorithm.moves or _is_followed(optimizer, algorithm):
             continue
         last = algorithm._unfollowed.get(optimizer)
         if last == NEVER:
             continue
         names = held_layers(optimizer, algorithm.layers)
-        if names:
-            names = [n for n in names if not _has_follower(optimizer, algorithm.layers[n])]
         # Whoever counts the steps by hand may do so: an error comes where none was counted.
         algorithm._unfollowed[optimizer] = algorithm.steps
         if not names or last != algorithm.steps:
@@ -277,15 +324,6 @@ def _check_is_followed(optimizer: Optimizer) -> None:
                 "but the algorithm does not follow it, and would never change their patterns: call "
                 "algorithm.apply(optimizer) after apply(model)"
             )
-
-
-def _has_follower(optimizer: Optimizer, layer: SparseLinear) -> bool:
-    """Whether an algorithm that follows this optimizer changes this layer."""
-    return any(
-        any(optimizer is o for o in holders(algorithm.all_optimizers))
-        for algorithm in (ref() for ref in _algorithms)
-        if algorithm is not None and any(layer is other for other in algorithm.layers.values())
-    )
 
 
 def _before_any_step(optimizer: Optimizer, args: tuple, kwargs: dict) -> None:

@@ -83,10 +83,15 @@ def set_pattern(
     return follow
 
 
-def check_can_change(layers: Mapping[str, SparseLinear], optimizers: Iterable[Optimizer]) -> None:
-    """RuntimeError unless all that belongs to the patterns of these layers can follow a change."""
+def check_can_change(
+    layers: Mapping[str, SparseLinear],
+    optimizers: Iterable[Optimizer],
+    will_step: bool = False,
+) -> None:
+    """RuntimeError unless all that belongs to the patterns of these layers can follow a change;
+    with `will_step`, after a step of the optimizers."""
     for optimizer in holders(optimizers):
-        if isinstance(optimizer, torch.optim.LBFGS) and optimizer.state:
+        if isinstance(optimizer, torch.optim.LBFGS) and (optimizer.state or will_step):
             raise RuntimeError(
                 "sparsity: LBFGS keeps the steps of all parameters in one vector, which cannot "
                 "follow a change of the pattern; use another optimizer"

@@ -7,7 +7,7 @@ import torch
 from torch import nn
 from torch.optim import Optimizer
 
-from ..nn import SparseLinear
+from ..nn import SparseLinear, replaced
 from ..nn.loading import renew_
 from ..nn.optimizers import holders
 
@@ -29,6 +29,7 @@ def unchanged_on_failure(model: nn.Module, optimizers: Sequence[Optimizer] = ())
             for name, module in linears:
                 parent, _, child = name.rpartition(".")
                 setattr(model.get_submodule(parent), child, module)
+                replaced.forget(module.weight)
             raise
 
 

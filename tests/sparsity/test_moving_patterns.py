@@ -600,7 +600,7 @@ def rested():
     fit(model, first, 2)
     second = algorithm.apply(torch.optim.AdamW(model.parameters(), 1e-2))
     fit(model, second, 2)
-    assert algorithm.optimizers == [second] and first in algorithm._resting
+    assert algorithm.optimizers == [second] and first in algorithm._hooked
     set_pattern(model[0], torch.arange(200), [first, second])  # which it may prune again
     for optimizer in (first, second):
         optimizer.state[model[0].values]["exp_avg"] = torch.arange(200.0)
@@ -864,6 +864,148 @@ def test_what_was_replaced_may_be_trained_elsewhere(becomes):
     sparsify_(model, Static(0.5)) if becomes == "sparse" else densify_(model)
     gradients(model, 1)
     fit(teacher, optimizer, 2)
+
+
+def sparse(model: nn.Module) -> None:
+    sparsify_(model, Static(0.5), prune_again=True)
+
+
+@pytest.mark.parametrize("older", [0, 1, 2])
+def test_an_optimizer_of_what_was_replaced_several_times(older):
+    """It is told whatever stands there by now, and adopts that, if it has state that can."""
+    model, changes = plain(), [sparse, densify_, sparse]
+    for change in changes[:older]:
+        change(model)
+    optimizer = torch.optim.SGD(model.parameters(), 1e-2, momentum=0.9)
+    fit(model, optimizer, 1)
+    for change in changes[older:]:
+        change(model)
+    before = model[0].values.detach().clone()
+    with pytest.raises(RuntimeError, match="optimizer: it holds the .* that SparseLinear"):
+        fit(model, optimizer, 1)
+    if older == 1:
+        with pytest.raises(ValueError, match="'momentum_buffer' for the values that a layer had"):
+            adopt_values_(optimizer)
+        optimizer.state.clear()
+    fit(model, adopt_values_(optimizer), 1)
+    assert not torch.equal(before, model[0].values)
+
+
+def test_an_optimizer_older_than_the_sparse_model_is_told_what_to_do():
+    model = plain()
+    optimizer = torch.optim.SGD(model.parameters(), 1e-2)
+    sparse(model)
+    densify_(model, optimizer)
+    with pytest.raises(RuntimeError, match="older than the sparse model to adopt_values_ first"):
+        fit(model, optimizer, 1)
+
+
+class Failing(Static):
+    def mask(self, name: str, weight: torch.Tensor) -> torch.Tensor:
+        if name == "2":
+            raise ZeroDivisionError
+        return super().mask(name, weight)
+
+
+@pytest.mark.parametrize("is_group", [False, True])
+def test_nobody_adopts_layers_of_what_failed(is_group):
+    """Even where the exception keeps them alive, as a notebook's last one does."""
+    model = plain()
+    optimizer = torch.optim.SGD(model.parameters(), 1e-2)
+    with pytest.raises((ZeroDivisionError, ValueError)) as kept:
+        if is_group:
+            Group([Static(0.5, param_filter="0"), Static(0.5, param_filter="no")]).apply(model)
+        else:
+            sparsify_(model, Failing(0.5))
+    held = [*optimizer.param_groups[0]["params"]]
+    adopt_values_(optimizer)
+    assert all(map(torch.equal, held, optimizer.param_groups[0]["params"]))
+    assert kept.tb is not None
+
+
+@pytest.mark.parametrize("before", [lambda: Static(0.5), lambda: SET(0.5)])
+def test_another_algorithm_that_follows_nobody(before):
+    """It says so although the optimizer is known."""
+    model, optimizer = start(before(), plain())
+    fit(model, optimizer, 1)
+    (algorithm := SET(0.5)).apply(model)
+    with pytest.raises(RuntimeError, match=r"SET: .* values of 0, 2, but .* apply"):
+        fit(model, optimizer, 2)
+    assert algorithm.steps == 0
+
+
+def test_state_of_an_optimizer_that_nobody_follows_moves_too():
+    model, first = start(algorithm := SET(0.75, update={"freq": 2}), plain())
+    second = torch.optim.AdamW(model.parameters(), 1e-2)
+    fit(model, first, 1)
+    fit(model, second, 1, 1)
+    before, moment = places_of(model[0]), second.state[model[0].values]["exp_avg"].clone()
+    fit(model, first, 1, 2)
+    assert algorithm.steps == 2
+    stays = torch.isin(places_of(model[0]), before)
+    moved = second.state[model[0].values]["exp_avg"]
+    assert not stays.all() and not moved[~stays].any()
+    assert torch.equal(moved[stays], moment[torch.isin(before, places_of(model[0]))])
+
+
+@pytest.mark.parametrize("how", ["taken", "dense"])
+def test_an_algorithm_does_not_wait_for_optimizers_of_what_it_gave_up(how):
+    model = nn.ModuleList([plain(), plain()])
+    (algorithm := SET(0.75, update={"freq": 2})).apply(model)
+    parts = [algorithm.apply(torch.optim.AdamW(m.parameters(), 1e-2)) for m in model]
+    stale = torch.optim.AdamW(model[0].parameters(), 1e-2)
+    for part, optimizer in zip(model, (*parts, stale), strict=False):
+        fit(part, optimizer, 1)
+    fit(model[0], stale, 1)
+    densify_(model[0], parts[0]) if how == "dense" else Static(0.75).apply(model[0])
+    fit(model[1], parts[1], 2)
+    assert algorithm.steps == 3 and list(algorithm.layers) == ["1.0", "1.2"]
+
+
+def test_former_algorithms_are_freed():
+    model = plain()
+    optimizer = torch.optim.SGD(model.parameters(), 1e-2)
+    kept = []
+    for _ in range(3):
+        algorithm = IterativePruning(0.5, rounds=2, freq=10, rewind=1)
+        algorithm.apply(model, prune_again=True)
+        algorithm.apply(optimizer)
+        fit(model, optimizer, 2)
+        kept.append(weakref.ref(algorithm))
+    assert [ref() for ref in kept] == [None, None, algorithm]
+    layer = weakref.ref(model[0])
+    densify_(model, optimizer)
+    fit(model, optimizer, 1)
+    assert layer() is None and not algorithm._early and not algorithm._early_others
+
+
+def test_rewinding_refuses_values_that_another_algorithm_moved():
+    model = plain()
+    group = Group(
+        {"0": SET(0.5, update={"freq": 1}), "2": IterativePruning(0.6, rounds=2, freq=3, rewind=1)}
+    )
+    optimizer = group.apply(torch.optim.SGD(group.apply(model).parameters(), 1e-2))
+    fit(model, optimizer, 2)
+    before = model[0].values.detach().clone()
+    with pytest.raises(RuntimeError, match="rewind: the values of SparseLinear.* another pattern"):
+        fit(model, optimizer, 1)
+    assert torch.equal(before, model[0].values)
+    state = group.state_dict()["algorithms"][1]
+    again = IterativePruning(0.6, rounds=2, freq=3, rewind=1, param_filter="2")
+    again.apply(model)
+    again.apply(optimizer)
+    again.load_state_dict(state)
+    with pytest.raises(RuntimeError, match="rewind: the values of SparseLinear.* another pattern"):
+        fit(model, optimizer, 1)
+
+
+def test_an_update_that_lbfgs_cannot_follow_is_refused_before_the_step():
+    model = (algorithm := SET(0.75, update={"freq": 1})).apply(plain())
+    optimizer = algorithm.apply(torch.optim.LBFGS(model.parameters()))
+    before = model[0].values.detach().clone()
+    with pytest.raises(RuntimeError, match="sparsity: LBFGS keeps the steps of all parameters"):
+        fit_closed(model, optimizer, 1)
+    assert torch.equal(before, model[0].values)
 
 
 def test_densify_refuses_state_of_another_kind():
