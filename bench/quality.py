@@ -163,7 +163,7 @@ def prune_converged(options: argparse.Namespace) -> int:
 
     for folder in (options.out, work):
         folder.mkdir(parents=True, exist_ok=True)
-    parts, about = converged.load(options.model, options.data, options.device, say)
+    parts, about = converged.load(options.model, options.data, work, options.device, say)
     about = about_now(options.commit) | about
 
     def keep(result: dict) -> None:

@@ -6,7 +6,7 @@ from pathlib import Path
 from sparsekern.terminal import table
 
 from . import study
-from .converged import MODEL, NEEDED, PREDICTED, RATES, STAGE_TOKENS, STAGES, best, next_rate, tried
+from .converged import MODEL, NEEDED, PREDICTED, RATES, STAGE_TOKENS, STAGES, best, is_done, tried
 from .tables import filled
 
 QUESTION = "What do zeros cost a model that was trained to the end, and how much comes back?"
@@ -27,9 +27,8 @@ def read(path: Path) -> list[dict]:
 def done(results: Sequence[dict]) -> dict[str, dict]:
     """The run at the best rate of each stage that is done."""
     found = {}
-    for name, stage in STAGES.items():
-        is_done = tried(results, name) and (stage.rate_of or next_rate(results, name) is None)
-        if is_done:
+    for name in STAGES:
+        if is_done(results, name):
             rate = best(results, name)
             found[name] = next(r for r in results if (r["stage"], r["rate"]) == (name, rate))
     return {name: r for name, r in found.items() if r["dev"] is not None}
