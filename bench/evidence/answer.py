@@ -71,6 +71,7 @@ def first_words(results: list[dict]) -> str:
         " Measured by the loss on Python code, in nats a token, after all weights were fine-tuned; "
         f"before the first run it was fixed that up to {primary()[0].margin:g} counts as equal. In "
         "brackets: the loss with 75 % zeros less that of the other, and the 95 % interval of this."
+        + before_tuning(results, orders[0])
     )
     if orders[0] == NORMED:
         words = (
@@ -95,6 +96,17 @@ def cost_and_rivals(results: list[dict], number: int) -> str:
     so_far = "" if is_whole(number, found) else "**Runs are missing or diverged.** "
     same = f"For the same FLOPs of pre-training, {'; '.join(rivals)}."
     return f"{so_far}{cost(dense, margin)}. {same}"
+
+
+def before_tuning(results: list[dict], number: int) -> str:
+    """The same differences in held-out text; "" where there is none."""
+    planned = [{p.a, p.b} for p in order_of(number).predictions if p.metric == "held-out"]
+    told = []
+    for name, p in zip(("the dense model", *RIVALS.values()), primary(number), strict=True):
+        if found := difference(results, SIZE, p.a, p.b, "held-out"):
+            late = "" if {p.a, p.b} in planned else " (not planned)"
+            told.append(f"beside {name}{late} {shown(found)}")
+    return f" Before fine-tuning, by held-out text: {'; '.join(told)}." if told else ""
 
 
 def stable_words(results: list[dict]) -> str:

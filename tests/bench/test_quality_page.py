@@ -110,6 +110,8 @@ def test_the_answer_of_stable_training_is_told_first(evidence, sparse, says):
     assert f"a small dense model is {says}" in first and "section 10" in first
     assert "unstable in 0 of 12 runs (" in first and "without one in 1 of 12" in first
     assert "missing" not in first and "not stable" not in first
+    assert f"by held-out text: beside the dense model {sparse - 1.95:+.3f}" in first
+    assert "beside a small dense model (not planned) " in first
     assert second.startswith("**Without that norm**, as was planned first (section 2): ")
     assert "not stable (*rise* in section 2): 75 % zeros, seed 0." in second
     assert question.startswith("**The question.**")
