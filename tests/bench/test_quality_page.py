@@ -362,6 +362,13 @@ def test_shares_cover_seeds_and_items(evidence):
     assert low < found.mean < high and 6 < high - low < 24
 
 
+def test_single_answers_are_kept_of_what_is_reported(evidence):
+    (result,) = results(evidence, {"dense": [2.0]})
+    assert evidence.page.without_items(result) == result
+    cloze = evidence.page.without_items(result | {"seed": evidence.plan.SWEEP_SEED})["pretrained"]
+    assert set(result["pretrained"]["cloze"]) - set(cloze["cloze"]) == {"bits"}
+
+
 def test_results_are_added_once(evidence, tmp_path):
     pytest.importorskip("matplotlib")
     new = results(evidence, {"dense": [2.0]})
