@@ -12,12 +12,13 @@ from .differences import (
     is_unstable,
     kind,
 )
-from .plan import ARMS, PLAN, SWEEP_SEED, Order, Prediction, finite
+from .plan import ARMS, PLAN, SIZES, SWEEP_SEED, Order, Prediction, finite
 
 PRIMARY = "code"  # loss after fine-tuning, 75 % against dense and its rivals
 SIZE = "S"
 # The orders that ask for it: as was planned first, and of arms whose training is stable.
 PLAIN, NORMED = 2, 10
+DENSE_END = 3  # the order that ends with dense steps
 # The dense arms beside 75 %, and what they are called in a sentence.
 RIVALS = {"small": "a small dense model", "short": "the dense model on fewer tokens"}
 OTHERS = ("dense", *RIVALS)
@@ -75,8 +76,8 @@ def first_words(results: list[dict]) -> str:
     )
     if orders[0] == NORMED:
         words = (
-            f"{cost_and_rivals(results, NORMED)}{measured} All of these have a norm of queries and "
-            f"keys (section {NORMED}), with which {how_stable(results)}"
+            f"{cost_and_rivals(results, NORMED)}{with_dense_end(results)}{measured} All of these "
+            f"have a norm of queries and keys (section {NORMED}), with which {how_stable(results)}"
         )
         plain = (
             f"**Without that norm**, as was planned first (section {PLAIN}): "
@@ -107,6 +108,26 @@ def before_tuning(results: list[dict], number: int) -> str:
             late = "" if {p.a, p.b} in planned else " (not planned)"
             told.append(f"beside {name}{late} {shown(found)}")
     return f" Before fine-tuning, by held-out text: {'; '.join(told)}." if told else ""
+
+
+def with_dense_end(results: list[dict]) -> str:
+    """What 75 % zeros cost where the last steps are dense; "" where that was not run."""
+    (p,) = primary(DENSE_END)
+    found = difference(results, SIZE, p.a, p.b, PRIMARY)
+    if not found:
+        return ""
+    says = {
+        "equal": "they are **as good as the dense model**",
+        "worse": "they are **still worse than the dense model**",
+        "better": "they are **better than the dense model**",
+        "open": "whether they are worse than the dense model **is open**",
+    }[kind(found, PRIMARY, p.margin)]
+    flops = ARMS[p.a].flops(SIZES[SIZE]) / ARMS[p.b].flops(SIZES[SIZE])
+    share = 100 * (1 - ARMS[p.a].sparsity.until)
+    return (
+        f" With all weights trained in the last {share:.0f} % of pre-training (section "
+        f"{DENSE_END}; {flops:.2f} of the FLOPs) {says} ({shown(found)})."
+    )
 
 
 def stable_words(results: list[dict]) -> str:
