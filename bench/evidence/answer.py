@@ -12,12 +12,13 @@ from .differences import (
     is_unstable,
     kind,
 )
-from .plan import ARMS, PLAN, SWEEP_SEED, Order, Prediction, finite
+from .plan import ARMS, PLAN, SIZES, SWEEP_SEED, Order, Prediction, finite
 
 PRIMARY = "code"  # loss after fine-tuning, 75 % against dense and its rivals
 SIZE = "S"
 # The orders that ask for it: as was planned first, and of arms whose training is stable.
 PLAIN, NORMED = 2, 10
+DENSE_END = 3  # the order that ends with dense steps
 # The dense arms beside 75 %, and what they are called in a sentence.
 RIVALS = {"small": "a small dense model", "short": "the dense model on fewer tokens"}
 OTHERS = ("dense", *RIVALS)
@@ -71,11 +72,12 @@ def first_words(results: list[dict]) -> str:
         " Measured by the loss on Python code, in nats a token, after all weights were fine-tuned; "
         f"before the first run it was fixed that up to {primary()[0].margin:g} counts as equal. In "
         "brackets: the loss with 75 % zeros less that of the other, and the 95 % interval of this."
+        + before_tuning(results, orders[0])
     )
     if orders[0] == NORMED:
         words = (
-            f"{cost_and_rivals(results, NORMED)}{measured} All of these have a norm of queries and "
-            f"keys (section {NORMED}), with which {how_stable(results)}"
+            f"{cost_and_rivals(results, NORMED)}{with_dense_end(results)}{measured} All of these "
+            f"have a norm of queries and keys (section {NORMED}), with which {how_stable(results)}"
         )
         plain = (
             f"**Without that norm**, as was planned first (section {PLAIN}): "
@@ -95,6 +97,37 @@ def cost_and_rivals(results: list[dict], number: int) -> str:
     so_far = "" if is_whole(number, found) else "**Runs are missing or diverged.** "
     same = f"For the same FLOPs of pre-training, {'; '.join(rivals)}."
     return f"{so_far}{cost(dense, margin)}. {same}"
+
+
+def before_tuning(results: list[dict], number: int) -> str:
+    """The same differences in held-out text; "" where there is none."""
+    planned = [{p.a, p.b} for p in order_of(number).predictions if p.metric == "held-out"]
+    told = []
+    for name, p in zip(("the dense model", *RIVALS.values()), primary(number), strict=True):
+        if found := difference(results, SIZE, p.a, p.b, "held-out"):
+            late = "" if {p.a, p.b} in planned else " (not planned)"
+            told.append(f"beside {name}{late} {shown(found)}")
+    return f" Before fine-tuning, by held-out text: {'; '.join(told)}." if told else ""
+
+
+def with_dense_end(results: list[dict]) -> str:
+    """What 75 % zeros cost where the last steps are dense; "" where that was not run."""
+    (p,) = primary(DENSE_END)
+    found = difference(results, SIZE, p.a, p.b, PRIMARY)
+    if not found:
+        return ""
+    says = {
+        "equal": "they are **as good as the dense model**",
+        "worse": "they are **still worse than the dense model**",
+        "better": "they are **better than the dense model**",
+        "open": "whether they are worse than the dense model **is open**",
+    }[kind(found, PRIMARY, p.margin)]
+    flops = ARMS[p.a].flops(SIZES[SIZE]) / ARMS[p.b].flops(SIZES[SIZE])
+    share = 100 * (1 - ARMS[p.a].sparsity.until)
+    return (
+        f" With all weights trained in the last {share:.0f} % of pre-training (section "
+        f"{DENSE_END}; {flops:.2f} of the FLOPs) {says} ({shown(found)})."
+    )
 
 
 def stable_words(results: list[dict]) -> str:

@@ -8,6 +8,7 @@ long: what they learn of this text is no merit of zeros. Masked dense weights, a
 
 import copy
 import hashlib
+import itertools
 import math
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -20,6 +21,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from sparsekern.bench.machine import processor
+from sparsekern.files import atomic_write
 from sparsekern.nn import SparseLinear
 from sparsekern.sparsity import Wanda
 from sparsekern.sparsity.pattern import places_of
@@ -28,7 +30,7 @@ from . import build, study
 from .arms import rates
 from .masks import Masks, at
 from .plan import beyond_the_end, finite
-from .retold import Rows, Text, retold
+from .retold import Rows, Text, kept, retold
 from .scores import Scores, score_rows
 
 MODEL = "SmolLM2-135M-Instruct"
@@ -75,14 +77,14 @@ NEEDED = {"stage", "rate", "dev", "model"} | study.ABOUT
 
 class Parts:
     """What all stages share: the model as it came, which teaches, one that trains, their text, and
-    where they run. `pruned`: masks of stages that were begun, and scores before training."""
+    where they run. `pruned`: by start and sparsity, masks and scores before training."""
 
     def __init__(self, model: nn.Module, text: Text, device: str) -> None:
         self.text, self.device = text, device
         self.length = text.rows["code/test"].ids.shape[1] - 1
         self.dtype = torch.bfloat16 if device == "cuda" else torch.float32
         self.model, self.student = model.to(device), copy.deepcopy(model).to(device)
-        self.pruned: dict[str, tuple[Masks, dict]] = {}
+        self.pruned: dict[tuple[str, float], tuple[Masks, dict]] = {}
         self.teach, self.learn, self.loss = logits_of(self.model), logits_of(self.student), loss_of
         if device == "cuda":  # once for all stages
             for name in ("teach", "learn", "loss"):
@@ -92,23 +94,34 @@ class Parts:
         return torch.autocast(self.device, self.dtype, enabled=self.dtype != torch.float32)
 
 
-def load(folder: Path, data: Path, device: str, tell: Callable[[str], None]) -> tuple[Parts, dict]:
-    """The model of the one .gguf file in a folder, and what names it and its text."""
+def load(
+    folder: Path, data: Path, work: Path, device: str, tell: Callable[[str], None]
+) -> tuple[Parts, dict]:
+    """The model of the one .gguf file in a folder, and what names it and its text, which is made
+    once for each WORK."""
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
-    (path,) = folder.glob("*.gguf")
+    found = sorted(folder.glob("*.gguf"))
+    if len(found) != 1:
+        raise ValueError(f"model: expected one .gguf file in {folder}, got {len(found)}")
+    (path,) = found
+    sha256, corpus = hashlib.sha256(path.read_bytes()).hexdigest()[:12], build.identity(data)
     model = AutoModelForCausalLM.from_pretrained(folder, gguf_file=path.name, dtype=torch.float32)
-    tokenizer = AutoTokenizer.from_pretrained(folder, gguf_file=path.name)
-    corpus = build.load(data)
 
-    def encode(texts: list[str]) -> list[list[int]]:
-        return tokenizer(texts, add_special_tokens=False).input_ids if texts else []
+    def make() -> Text:
+        tokenizer = AutoTokenizer.from_pretrained(folder, gguf_file=path.name)
 
-    text = retold(corpus, build.load_tokenizer(data), encode, tokenizer.unk_token_id)
+        def encode(texts: list[str]) -> list[list[int]]:
+            return tokenizer(texts, add_special_tokens=False).input_ids if texts else []
+
+        tell(f"the text in the tokens of {MODEL}: a minute or more")
+        old = build.load(data), build.load_tokenizer(data)
+        return retold(*old, encode, tokenizer.unk_token_id)
+
+    text = kept(work / f"text-{corpus}-{sha256}.npz", make)
     tell(f"{len(text.training):,} tokens of {MODEL}")
-    sha256 = hashlib.sha256(path.read_bytes()).hexdigest()
     named = torch.cuda.get_device_name() if device == "cuda" else processor()
-    about = {"corpus": corpus.id, "model": sha256[:12], "device": named}
+    about = {"corpus": corpus, "model": sha256, "device": named}
     return Parts(model, text, device), about
 
 
@@ -138,17 +151,28 @@ def pruned(parts: Parts, model: nn.Module, sparsity: float) -> Masks:
 
 @torch.no_grad()
 def mask_(model: nn.Module, masks: Masks) -> None:
-    """In place, and fast: between two steps."""
-    if masks:
-        weights = linears(model)
-        torch._foreach_mul_([weights[name].weight for name in masks], list(masks.values()))
+    """Its weights, in place."""
+    weights = linears(model)
+    for name, mask in masks.items():
+        weights[name].weight.mul_(mask)
 
 
 # Scores
 
 
 def hidden_of(model: nn.Module) -> Callable[[Tensor], Tensor]:
-    return lambda x: model.model(input_ids=x, use_cache=False).last_hidden_state
+    """What the head gets. The model's own forward, where it is compiled, makes a mask [B, 1, T, T]
+    in each call, which the fast kernels of attention do not take."""
+    inner = model.model
+
+    def hidden(x: Tensor) -> Tensor:
+        y, at = inner.embed_tokens(x), torch.arange(x.shape[1], device=x.device)[None]
+        rotary = inner.rotary_emb(y, position_ids=at)
+        for layer in inner.layers:
+            y = layer(y, position_ids=at, position_embeddings=rotary)
+        return inner.norm(y)
+
+    return hidden
 
 
 def logits_of(model: nn.Module) -> Callable[[Tensor], Tensor]:
@@ -206,14 +230,18 @@ def loss_of(logits: Tensor, taught: Tensor, y: Tensor) -> Tensor:
     return (F.nll_loss(logs, y) + divergence) / 2
 
 
-def train(parts: Parts, masks: Masks, steps: int, rate: float) -> tuple[list[list[float]], float]:
+def train(
+    parts: Parts, masks: Masks, steps: int, rate: float, before: int
+) -> tuple[list[list[float]], float]:
     """The student's: some looks at held-out text, [tokens, loss] each, and tokens a second without
-    them. FloatingPointError where the loss is not finite."""
+    them. `before`: steps whose text it has seen, so that it reads on. FloatingPointError where the
+    loss is not finite."""
     model, length = parts.student, parts.length
     optimizer = torch.optim.AdamW(
         model.parameters(), lr=rate, betas=BETAS, weight_decay=WEIGHT_DECAY, fused=True
     )
-    batches, looks, seconds = windows(parts.text, length), [], 0.0
+    batches = itertools.islice(windows(parts.text, length), before, None)
+    weights, looks, seconds = linears(model), [], 0.0
     ends = {round(steps * (i + 1) / LOOKS) for i in range(LOOKS)}
     model.train()
     began = time.monotonic()
@@ -227,10 +255,12 @@ def train(parts: Parts, masks: Masks, steps: int, rate: float) -> tuple[list[lis
                 taught = parts.teach(x)
             loss = parts.loss(parts.learn(x), taught, y)
         loss.backward()
+        if masks:  # zeros have no gradient, so that they stay, and clipping does not count them
+            gradients = [weights[name].weight.grad for name in masks]
+            torch._foreach_mul_(gradients, list(masks.values()))
         nn.utils.clip_grad_norm_(model.parameters(), CLIP)
         optimizer.step()
         optimizer.zero_grad()
-        mask_(model, masks)
         if step in ends:
             if not math.isfinite(found := float(loss.detach())):
                 raise FloatingPointError(f"loss is {found} at step {step}")
@@ -240,22 +270,41 @@ def train(parts: Parts, masks: Masks, steps: int, rate: float) -> tuple[list[lis
     return looks, steps * BATCH * length / seconds
 
 
+def steps_of(parts: Parts, name: str) -> int:
+    return max(1, STAGES[name].length * STAGE_TOKENS // (BATCH * parts.length))
+
+
+def steps_before(parts: Parts, name: str) -> int:
+    """Of the stages that it begins with."""
+    start = STAGES[name].start
+    return steps_before(parts, start) + steps_of(parts, start) if start else 0
+
+
+def first_weights(parts: Parts, name: str, work: Path, results: Sequence[dict]) -> dict:
+    if not (start := STAGES[name].start):
+        return parts.model.state_dict()
+    rate = best(results, start)
+    path = path_of(work, start, rate)
+    if not path.exists():  # it stayed on a machine that is gone
+        run(parts, start, rate, work, results)
+    return torch.load(path, map_location=parts.device)
+
+
 def run(parts: Parts, name: str, rate: float, work: Path, results: Sequence[dict]) -> dict:
     """One stage at one rate: what was found, and the model in WORK/name-rate.pt."""
-    stage, model, first = STAGES[name], parts.student, parts.model.state_dict()
-    began = time.monotonic()
-    if stage.start:
-        first = torch.load(path_of(work, stage.start, best(results, stage.start)))
-    model.load_state_dict(first)
-    if name not in parts.pruned:
+    stage, model, began = STAGES[name], parts.student, time.monotonic()
+    model.load_state_dict(first_weights(parts, name, work, results))
+    key = stage.start, stage.sparsity
+    if key not in parts.pruned:
         masks = pruned(parts, model, stage.sparsity) if stage.sparsity else {}
         mask_(model, masks)
-        parts.pruned[name] = masks, scores(parts, model)
-    masks, before = parts.pruned[name]
+        parts.pruned[key] = masks, scores(parts, model)
+    masks, before = parts.pruned[key]
     mask_(model, masks)
-    steps = max(1, stage.length * STAGE_TOKENS // (BATCH * parts.length))
-    curve, speed = train(parts, masks, steps, rate)
-    torch.save(model.state_dict(), path_of(work, name, rate))
+    steps = steps_of(parts, name)
+    curve, speed = train(parts, masks, steps, rate, steps_before(parts, name))
+    with atomic_write(path_of(work, name, rate)) as file:
+        torch.save(model.state_dict(), file)
     kept = sum(int(mask.sum()) for mask in masks.values())
     return {
         "stage": name,
@@ -282,6 +331,11 @@ def tried(results: Sequence[dict], name: str) -> dict[float, float]:
     return {r["rate"]: finite(r["dev"]) for r in results if r["stage"] == name}
 
 
+def is_done(results: Sequence[dict], name: str) -> bool:
+    done = tried(results, name)
+    return bool(done) and (bool(STAGES[name].rate_of) or next_rate(results, name) is None)
+
+
 def next_rate(results: Sequence[dict], name: str) -> float | None:
     """None where a stage is done. ValueError where the stage whose rate it takes is not."""
     done, of = tried(results, name), STAGES[name].rate_of
@@ -295,10 +349,15 @@ def next_rate(results: Sequence[dict], name: str) -> float | None:
 
 def best(results: Sequence[dict], name: str) -> float:
     """The rate of a stage that is done."""
-    done = tried(results, name)
-    if not done or (not STAGES[name].rate_of and next_rate(results, name) is not None):
+    if not is_done(results, name):
         raise ValueError(f"stages: {name} is not done, which another one begins with")
+    done = tried(results, name)
     return min(done, key=done.__getitem__)
+
+
+def needs(name: str) -> set[str]:
+    """The stages to be done before."""
+    return {STAGES[name].start, STAGES[name].rate_of} - {""}
 
 
 def make(
@@ -308,11 +367,19 @@ def make(
     results: Callable[[], list[dict]],
     keep: Callable[[dict], None],
 ) -> None:
-    """The named stages, in their order, as far as they are not done. `results`: of now, also those
-    of other processes."""
-    for name in names:
-        while (rate := next_rate(results(), name)) is not None:
-            try:
-                keep(run(parts, name, rate, work, results()))
-            except FloatingPointError as error:
-                keep({"stage": name, "rate": rate, "dev": None, "failed": str(error)})
+    """The named stages, as far as they are not done, in their order, but one that cannot be begun
+    yet after the others. `results`: of now, also those of other processes. ValueError where a stage
+    is left that cannot be begun."""
+    left = list(dict.fromkeys(names))
+    while left := [name for name in left if not is_done(results(), name)]:
+        now = results()
+        ready = [name for name in left if all(is_done(now, other) for other in needs(name))]
+        if not ready:
+            missing = sorted({n for name in left for n in needs(name) if not is_done(now, n)})
+            told = f"{', '.join(missing)} to be done before {', '.join(left)}"
+            raise ValueError(f"stages: expected {told}")
+        rate = next_rate(now, ready[0])
+        try:
+            keep(run(parts, ready[0], rate, work, now))
+        except FloatingPointError as error:
+            keep({"stage": ready[0], "rate": rate, "dev": None, "failed": str(error)})

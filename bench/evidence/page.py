@@ -11,7 +11,7 @@ from .answer import NORMED, PLAIN, SIZE, answered, first_words, holds, order_of,
 from .build import TRAINING
 from .differences import LEAST_RISE, by_seed
 from .picture import drawn, picture
-from .plan import ARMS, PLAN, SIZES, Order
+from .plan import ARMS, PLAN, SIZES, SWEEP_SEED, Order
 from .tables import (
     arms,
     by_clock,
@@ -120,13 +120,21 @@ def publish(
         raise ValueError("results: expected one text, got several")
     study.check_plan(results)
     if new:
-        lines = "".join(json.dumps(result) + "\n" for result in results)
+        lines = "".join(json.dumps(without_items(result)) + "\n" for result in results)
         with atomic_write(kept) as file:
             file.write(lines.encode())
     if found := drawn(results):
         write_picture(picture(found), page.with_name(PICTURE))
     with atomic_write(page) as file:
         file.write(text(results, clocked, timed, converged).encode())
+
+
+def without_items(result: dict) -> dict:
+    """Of a run that rates were chosen by: its single answers are in no interval."""
+    if result["seed"] != SWEEP_SEED or "pretrained" not in result:
+        return result
+    cloze = {n: part for n, part in result["pretrained"]["cloze"].items() if n != "bits"}
+    return result | {"pretrained": result["pretrained"] | {"cloze": cloze}}
 
 
 def read_check(path: Path) -> dict | None:

@@ -5,10 +5,12 @@ Such a model has more tokens than rows.py has room for beside its mark, so what 
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
 
+from sparsekern.files import atomic_write
 from sparsekern.gpt.data import Tokenizer
 
 from .build import TRAINING, Corpus
@@ -39,6 +41,23 @@ class Text:
 
     training: np.ndarray
     rows: dict[str, Rows]
+
+
+def kept(path: Path, make: Callable[[], Text]) -> Text:
+    """What make() gives, from a file once it was made."""
+    if not path.exists():
+        text = make()
+        parts = {
+            f"{part}/{n}": getattr(rows, part)
+            for n, rows in text.rows.items()
+            for part in Rows._fields
+        }
+        with atomic_write(path) as file:
+            np.savez(file, training=text.training, **parts)
+    with np.load(path) as file:
+        names = [name.partition("/")[2] for name in file if name.startswith("ids/")]
+        rows = {n: Rows(*(file[f"{part}/{n}"] for part in Rows._fields)) for n in names}
+        return Text(file["training"], rows)
 
 
 def retold(corpus: Corpus, tokenizer: Tokenizer, encode: Encode, separator: int) -> Text:

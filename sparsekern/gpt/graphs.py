@@ -39,7 +39,8 @@ class CudaGraph:
         `generator`: that it draws from, beside the default one."""
         self._graph = torch.cuda.CUDAGraph()
         if generator:
-            self._graph.register_generator_state(generator)
+            with torch.cuda.device(aside.stream.device):  # where torch puts its seed
+                self._graph.register_generator_state(generator)
         pool, stream = first and first._graph.pool(), aside.stream
         # A capture begins with a reset of the generators on its stream, which no replay waits for:
         # the first one could draw as if seeded otherwise. So what comes later waits. The stream of

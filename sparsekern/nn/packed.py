@@ -187,22 +187,17 @@ class PackedLinear(nn.Module):
         refuse_weights(state_dict, prefix, others[-1])
 
     def forward(self, input: Tensor) -> Tensor:  # the name that nn.Linear gives x
-        if _is_compiling() or is_any_autocast_enabled():
-            dtype = wanted_dtype(input)
-            if dtype is not None:
-                return self._call(input.to(self.dtype)).to(dtype)
-        return self._call(input)
-
-    def _call(self, input: Tensor) -> Tensor:
-        if native is None or _is_compiling():
-            return self._multiply(input)
-        y = native.call_packed(self._calls, self._buffers, input)
+        library = None if _is_compiling() else native
+        dtype = wanted_dtype(input) if library is None or is_any_autocast_enabled() else None
+        if dtype is not None:
+            input = input.to(self.dtype)
+        y = library.call_packed(self._calls, self._buffers, input) if library else None
         if y is None:
-            return self._multiply(input)
-        if y is False:  # the first such x
             y = self._multiply(input)
-            native.keep_packed(self._calls, self._buffers, input, self._prepare(input))
-        return y
+        elif y is False and library:  # the first such x
+            y = self._multiply(input)
+            library.keep_packed(self._calls, self._buffers, input, self._prepare(input))
+        return y if dtype is None else y.to(dtype)
 
     def _prepare(self, x: Tensor) -> object:
         """The call for all x of this shape, of which _multiply() takes one."""

@@ -20,7 +20,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from ..casts import wanted_dtype
+from ..casts import is_any_autocast_enabled, wanted_dtype
 from ..kernels.cuda.capture import capture_of
 from ..registered import written
 from ..tensor import SparseTensor
@@ -73,7 +73,8 @@ def _stamp(x: Tensor) -> tuple:
             "groups: expected x of another mode than torch.inference_mode, in which torch does not "
             "count writes to x: call the model under torch.no_grad, or pack_ it without groups"
         )
-    return x._version, needs_grad, wanted_dtype(x), capture_of(x)
+    dtype = wanted_dtype(x) if is_any_autocast_enabled() else None
+    return x._version, needs_grad, dtype, capture_of(x)
 
 
 class PackedPart(nn.Module):

@@ -97,7 +97,7 @@ def dense_section(names: Iterable[str]) -> str:
 
 TOO_SHORT = (
     "So short a run says nothing of quality: a model that has hardly begun to learn can even lose "
-    "less\nwith zeros. What zeros cost in longer runs: docs/benchmarks.md, 'What sparsity costs'."
+    "less\nwith zeros. What zeros cost in longer runs: docs/quality.md."
 )
 
 

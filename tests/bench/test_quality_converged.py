@@ -66,9 +66,9 @@ def test_held_out_text_that_was_trained_on_is_not_scored(evidence, folder, conve
 def test_stages_begin_with_the_ones_before(converged, parts, tmp_path):
     results: list[dict] = []
     stages = {n: converged.STAGES[n] for n in ("50", "60", "dense", "dense-3", "70-at-once")}
-    with pytest.raises(ValueError, match="stages: 50 is not done"):
+    with pytest.raises(ValueError, match="expected 50 to be done before 60"):
         converged.make(parts, ["60"], tmp_path, lambda: results, results.append)
-    converged.make(parts, list(stages), tmp_path, lambda: list(results), results.append)
+    converged.make(parts, ["70-at-once", *stages], tmp_path, lambda: [*results], results.append)
     as_it_came = converged.scores(parts, parts.model)
     for name, stage in stages.items():
         rates = converged.tried(results, name)
@@ -96,6 +96,77 @@ def test_stages_begin_with_the_ones_before(converged, parts, tmp_path):
     count = len(results)
     converged.make(parts, list(stages), tmp_path, lambda: list(results), results.append)
     assert len(results) == count
+    for path in tmp_path.glob("50-*.pt"):  # as on another machine
+        path.unlink()
+    converged.make(parts, ["60", "70"], tmp_path, lambda: list(results), results.append)
+    assert [r["stage"] for r in results[count:]] == ["70"]
+    results = [r for r in results if r["stage"] not in ("60", "70")]
+    converged.make(parts, ["60"], tmp_path, lambda: list(results), results.append)
+    assert len(list(tmp_path.glob("50-*.pt"))) == 1 and results[-1]["stage"] == "60"
+
+
+def test_a_chain_reads_on_where_the_stage_before_ended(converged, parts, tmp_path, monkeypatch):
+    """Or else it would read the same text again and again, and dense other text."""
+    seen: list[torch.Tensor] = []
+    teach, results = parts.teach, []
+    monkeypatch.setattr(parts, "teach", lambda x: seen.append(x.clone()) or teach(x))
+    monkeypatch.setattr(converged, "RATES", (1e-3,))
+    monkeypatch.setattr(converged, "beyond_the_end", lambda *_: None)
+    names = ["50", "60", "70", "dense", "dense-3"]
+    converged.make(parts, names, tmp_path, lambda: list(results), results.append)
+    steps = converged.steps_of(parts, "50")
+    chain, long = seen[: 3 * steps], seen[4 * steps :]
+    assert len(long) == 3 * steps and all(map(torch.equal, chain, long))
+
+
+def test_a_zero_has_no_gradient_where_clipping_counts(converged, parts, monkeypatch):
+    clipped, clip = [], torch.nn.utils.clip_grad_norm_
+
+    def look(parameters, most):
+        for name, linear in converged.linears(parts.student).items():
+            clipped.append(not linear.weight.grad[~masks[name]].any())
+        return clip(parameters, most)
+
+    parts.student.load_state_dict(parts.model.state_dict())
+    masks = converged.pruned(parts, parts.student, 0.5)
+    converged.mask_(parts.student, masks)
+    monkeypatch.setattr(torch.nn.utils, "clip_grad_norm_", look)
+    converged.train(parts, masks, 2, 1e-3, 0)
+    assert clipped and all(clipped)
+    for name, linear in converged.linears(parts.student).items():
+        assert torch.equal(linear.weight != 0, masks[name])
+
+
+def test_hidden_states_are_those_of_the_model_and_compile_without_a_mask(converged, parts):
+    kinds, x = [], torch.randint(0, 257, (2, 17))
+
+    def backend(graph, _):
+        kinds.extend(n.kwargs for n in graph.graph.nodes if "scaled_dot_product" in str(n.target))
+        return graph.forward
+
+    want = parts.model.model(input_ids=x, use_cache=False).last_hidden_state
+    hidden = converged.hidden_of(parts.model)
+    torch.testing.assert_close(hidden(x), want)
+    compiled = torch.compile(hidden, dynamic=False, fullgraph=True, backend=backend)
+    torch.testing.assert_close(compiled(x), want)
+    assert len(kinds) == 2 and all(k["is_causal"] and k["attn_mask"] is None for k in kinds)
+
+
+def test_a_text_is_made_once(evidence, parts, tmp_path):
+    path, made = tmp_path / "text.npz", []
+    for _ in range(2):
+        text = evidence.retold.kept(path, lambda: made.append(1) or parts.text)
+        assert np.array_equal(text.training, parts.text.training)
+        assert text.rows.keys() == parts.text.rows.keys()
+        for name, rows in text.rows.items():
+            for new, old in zip(rows, parts.text.rows[name], strict=True):
+                assert np.array_equal(new, old) and new.dtype == old.dtype
+    assert len(made) == 1
+
+
+def test_a_folder_has_one_model(converged, folder, tmp_path):
+    with pytest.raises(ValueError, match=r"model: expected one \.gguf file in .*, got 0"):
+        converged.load(tmp_path, folder, tmp_path, "cpu", print)
 
 
 def test_a_rate_that_diverges_is_told(converged, parts, tmp_path, monkeypatch):

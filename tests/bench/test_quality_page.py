@@ -110,6 +110,8 @@ def test_the_answer_of_stable_training_is_told_first(evidence, sparse, says):
     assert f"a small dense model is {says}" in first and "section 10" in first
     assert "unstable in 0 of 12 runs (" in first and "without one in 1 of 12" in first
     assert "missing" not in first and "not stable" not in first
+    assert f"by held-out text: beside the dense model {sparse - 1.95:+.3f}" in first
+    assert "beside a small dense model (not planned) " in first
     assert second.startswith("**Without that norm**, as was planned first (section 2): ")
     assert "not stable (*rise* in section 2): 75 % zeros, seed 0." in second
     assert question.startswith("**The question.**")
@@ -123,6 +125,23 @@ def test_the_answer_of_stable_training_is_told_first(evidence, sparse, says):
     page = evidence.page.text([*plain, *of_order_10(evidence, 1.95, sparse, seeds=1)])
     assert "section 10" not in page.split("\n\n")[1]
     assert page.split("\n\n")[2].startswith("**With a norm of queries and keys** (section 10)")
+
+
+@pytest.mark.parametrize(
+    ("losses", "says"),
+    [
+        ([1.951, 1.952, 1.953], "they are **as good as the dense model** (+0.001"),
+        ([2.05, 2.051, 2.052], "they are **still worse than the dense model** (+0.100"),
+        ([1.9, 2.05, 2.2], "whether they are worse than the dense model **is open** (+0.099"),
+    ],
+)
+def test_the_answer_tells_what_dense_last_steps_change(evidence, losses, says):
+    first = evidence.answer.first_words
+    normed = of_order_10(evidence, 1.95, 2.0)
+    assert "trained in the last" not in first(normed)
+    told = first([*normed, *results(evidence, {"75-dense-normed": losses})])
+    where = "in the last 13 % of pre-training (section 3; 0.57 of the FLOPs)"
+    assert f" With all weights trained {where} {says}" in told
 
 
 def test_a_run_of_stable_training_that_was_not_is_named(evidence):
@@ -343,6 +362,13 @@ def test_shares_cover_seeds_and_items(evidence):
     # Items of two models with independent errors of 20 %: 4 points over 200 items, four seeds, so
     # 2 points of their mean, of the items alone and of the seeds alone: 2 (3.9^2 + 6.4^2)^0.5.
     assert low < found.mean < high and 6 < high - low < 24
+
+
+def test_single_answers_are_kept_of_what_is_reported(evidence):
+    (result,) = results(evidence, {"dense": [2.0]})
+    assert evidence.page.without_items(result) == result
+    cloze = evidence.page.without_items(result | {"seed": evidence.plan.SWEEP_SEED})["pretrained"]
+    assert set(result["pretrained"]["cloze"]) - set(cloze["cloze"]) == {"bits"}
 
 
 def test_results_are_added_once(evidence, tmp_path):

@@ -10,12 +10,15 @@ RESET_AFTER, DRAWN_AFTER = 100_000_000, 400_000_000  # cycles: about 0.05 and 0.
 
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="no NVIDIA GPU")
+@pytest.mark.parametrize("index", [0, 1])
 @pytest.mark.parametrize("is_own", [False, True])
-def test_a_replay_waits_for_the_reset_of_its_capture(is_own: bool, monkeypatch):
+def test_a_replay_waits_for_the_reset_of_its_capture(is_own: bool, index: int, monkeypatch):
     """torch resets generators on the stream of the capture, as it begins. Here this is late."""
-    device, begin = torch.device("cuda", 0), torch.cuda.CUDAGraph.capture_begin
+    if index >= torch.cuda.device_count():
+        pytest.skip("wants two GPUs")
+    device, begin = torch.device("cuda", index), torch.cuda.CUDAGraph.capture_begin
     torch.cuda.init()
-    generator = torch.Generator(device) if is_own else torch.cuda.default_generators[0]
+    generator = torch.Generator(device) if is_own else torch.cuda.default_generators[index]
     drawn = torch.zeros(8, device=device)
 
     def launch() -> None:
