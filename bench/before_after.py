@@ -18,6 +18,7 @@ from sparsekern.bench.turns import Seconds, in_turns
 
 SHAPES = ((2048, 2048), (3072, 768))
 DENSITIES = (0.05, 0.1, 0.25, 0.5)
+NEARLY_EMPTY = ((16, 1_000_000, 5e-6), (64, 200_000, 2.5e-5), (64, 30_000, 1 / 3000))  # M, N = K
 WORKER = """
 import os, sys, time, torch
 os.sched_setaffinity(0, {int(sys.argv[1])})
@@ -34,15 +35,22 @@ for line in sys.stdin:
     if line not in kept:
         name, op, m, n, k, density, dtype = line.split()
         m, n, k, dtype = int(m), int(n), int(k), getattr(torch, dtype)
-        ro, ci, v = random_csr(n, k, 1 - float(density), dtype)
         generator = torch.Generator().manual_seed(1)
+        if n * k <= 2**26:
+            ro, ci, v = random_csr(n, k, 1 - float(density), dtype)
+        else:
+            count = round(n * k * float(density))
+            places = torch.randint(n * k, (count,), generator=generator).unique()
+            ro = torch.searchsorted(places, torch.arange(n + 1) * k).int()
+            ci, v = (places % k).int(), torch.randn(len(places), generator=generator).to(dtype)
         x, dy = (torch.randn(m, c, generator=generator).to(dtype) for c in (k, n))
         operands = {"spmm": (v, n, k, x), "spmm_t": (v, n, k, dy), "sddmm": (n, k, dy, x)}[op]
-        w = torch.zeros(n, k, dtype=torch.float64)
-        w[torch.arange(n).repeat_interleave(ro.diff()), ci.long()] = v.double()
-        exact = {"spmm": lambda: x.double() @ w.T, "spmm_t": lambda: dy.double() @ w}.get(op)
+        w = torch.sparse_csr_tensor(ro, ci, v.double(), (n, k), check_invariants=False)
+        exact = {"spmm": lambda: (w @ x.double().T).T, "spmm_t": lambda: dy.double() @ w}.get(op)
         kept = {line: lambda run=rows[name, op].run: run(ro, ci, *operands)}
+        began = time.thread_time()
         y = kept[line]()
+        print(time.thread_time() - began, flush=True)
         if exact:
             want = exact()
             assert (y - want).abs().max() <= 0.01 * want.abs().max(), line
@@ -62,9 +70,12 @@ class Checkout:
         pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE}
         self._process = subprocess.Popen(command, env=env, cwd=path, text=True, **pipes)
         self.about = self._process.stdout.readline().strip()
+        self.first: dict[str, float] = {}  # seconds of the first call, which plans
 
     def turn(self, case: str) -> Seconds:
         print(case, file=self._process.stdin, flush=True)
+        if case not in self.first:
+            self.first[case] = float(self._process.stdout.readline())
         took = float(self._process.stdout.readline())
         return lambda: took
 
@@ -82,7 +93,12 @@ def cases() -> list[str]:
         for m in (1, 4, 16)
         for density in DENSITIES
     ]
-    return many + few
+    empty = [
+        f"panel {op} {m} {n} {n} {density:.3g} float32"
+        for op in ("spmm", "spmm_t")
+        for m, n, density in NEARLY_EMPTY
+    ]
+    return many + few + empty
 
 
 def main() -> None:
@@ -94,8 +110,10 @@ def main() -> None:
     arguments = parser.parse_args()
     old, new = (Checkout(path, arguments.core) for path in (arguments.old, arguments.new))
     print(f"# Old and new kernels in turn\n\nold: {old.about}, new: {new.about}\n")
-    print(f"CPU milliseconds of one thread, medians (least) of {arguments.rounds} rounds.\n")
-    print("| kernel op M N K density dtype | old | new | new / old |\n|---|---:|---:|---:|")
+    print(f"CPU milliseconds of one thread, medians (least) of {arguments.rounds} rounds.")
+    print("First: of the first call, which plans.\n")
+    print("| kernel op M N K density dtype | old | new | new / old | old first | new first |")
+    print("|---|---:|---:|---:|---:|---:|")
     for case in cases():
         turns = {"old": partial(old.turn, case), "new": partial(new.turn, case)}
         times = in_turns(turns, arguments.rounds, warm_up=1).values()
@@ -103,7 +121,9 @@ def main() -> None:
             (1e3 * statistics.median(seconds), 1e3 * min(seconds)) for seconds in times
         )
         cells = f"{a:.3f} ({least_a:.3f}) | {b:.3f} ({least_b:.3f})"
-        print(f"| {case} | {cells} | {b / a:.2f} ({least_b / least_a:.2f}) |", flush=True)
+        firsts = f"{1e3 * old.first[case]:.3g} | {1e3 * new.first[case]:.3g}"
+        ratio = f"{b / a:.2f} ({least_b / least_a:.2f})"
+        print(f"| {case} | {cells} | {ratio} | {firsts} |", flush=True)
 
 
 if __name__ == "__main__":
