@@ -2,9 +2,11 @@
 
 import base64
 import hashlib
+import itertools
 import json
 import math
 import time
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -61,14 +63,10 @@ class Data:
         """Passes over all of the text in windows, each in another order and with another start;
         other ones where a model is trained on."""
         shape, steps = arm.shape(size), arm.steps(size)
-        context, needed = shape.context, steps * shape.batch
-        starts: list[np.ndarray] = []
-        first = TRAINED_ON_FROM if arm.start else 0
+        needed, starts = steps * shape.batch, []
+        made = passes(self.tokens, shape.context, seed, TRAINED_ON_FROM if arm.start else 0)
         while sum(map(len, starts)) < needed:
-            rng = np.random.default_rng((seed, first + len(starts)))
-            shift = int(rng.integers(context))
-            windows = np.arange(shift, self.tokens - context - 1, context)
-            starts.append(rng.permutation(windows))
+            starts.append(next(made))
         changes = arm.sparsity.changes(steps, seed)
         scale = 1 / arm.sparsity.density(steps) if arm.is_scaled else 1.0
         return program(np.concatenate(starts)[:needed], shape.batch, rate, changes, scale)
@@ -87,6 +85,15 @@ class Data:
         rows = max(plan.TASKS[task] * len(self.starts[task]) for task in plan.TASKS)
         longest = max(arm.tuning_passes for arm in plan.ARMS.values())
         return max(size.steps, longest * rows // size.shape.batch, 1)
+
+
+def passes(tokens: int, context: int, seed: int, first: int = 0) -> Iterator[np.ndarray]:
+    """Where windows of a stream begin, pass after pass, from this one on: each in another order and
+    with another start."""
+    for number in itertools.count(first):
+        rng = np.random.default_rng((seed, number))
+        shift = int(rng.integers(context))
+        yield rng.permutation(np.arange(shift, tokens - context - 1, context))
 
 
 def program(

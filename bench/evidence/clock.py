@@ -230,7 +230,7 @@ def key(result: dict) -> tuple:
 
 def read(path: Path) -> list[dict]:
     """Nothing where there is no file. ValueError names a line that is none of `keep`."""
-    return list(study.lines(path, NEEDED)) if path.exists() else []
+    return study.kept(path, NEEDED)
 
 
 def keep(path: Path, result: dict) -> None:

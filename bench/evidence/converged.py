@@ -22,21 +22,24 @@ from torch import Tensor, nn
 
 from sparsekern.bench.machine import processor
 from sparsekern.files import atomic_write
+from sparsekern.gpt.build import build_optimizer
+from sparsekern.gpt.step import GRADIENT_CLIP
 from sparsekern.nn import SparseLinear
 from sparsekern.sparsity import Wanda
 from sparsekern.sparsity.pattern import places_of
 
 from . import build, study
-from .arms import rates
+from .arms import passes, rates
 from .masks import Masks, at
 from .plan import beyond_the_end, finite
 from .retold import Rows, Text, kept, retold
 from .scores import Scores, score_rows
+from .worker import DTYPES
 
 MODEL = "SmolLM2-135M-Instruct"
 BATCH, STAGE_TOKENS, CALIBRATION_ROWS = 64, 25_000_000, 128
 RATES, LEAST_RATE, MOST_RATE = (1e-4, 3e-4, 1e-3), 1e-6, 1e-2
-WEIGHT_DECAY, BETAS, CLIP, SEED = 0.1, (0.9, 0.95), 1.0, 0
+SEED = 0
 LOOKS = 10  # at some held-out text, while a stage trains
 LOOK_ROWS = 8  # every so many of the rows of dev
 
@@ -82,7 +85,7 @@ class Parts:
     def __init__(self, model: nn.Module, text: Text, device: str) -> None:
         self.text, self.device = text, device
         self.length = text.rows["code/test"].ids.shape[1] - 1
-        self.dtype = torch.bfloat16 if device == "cuda" else torch.float32
+        self.dtype = DTYPES[device]
         self.model, self.student = model.to(device), copy.deepcopy(model).to(device)
         self.pruned: dict[tuple[str, float], tuple[Masks, dict]] = {}
         self.teach, self.learn, self.loss = logits_of(self.model), logits_of(self.student), loss_of
@@ -210,16 +213,11 @@ def dev_loss(parts: Parts, model: nn.Module, every: int) -> float:
 
 
 def windows(text: Text, length: int) -> Iterator[Tensor]:
-    """int64 [BATCH, length + 1], pass after pass, each in another order with another start."""
-    number = 0
-    while True:
-        rng = np.random.default_rng((SEED, number))
-        starts = np.arange(int(rng.integers(length)), len(text.training) - length - 1, length)
-        starts = rng.permutation(starts)
+    """int64 [BATCH, length + 1]."""
+    for starts in passes(len(text.training), length, SEED):
         for i in range(0, len(starts) - BATCH + 1, BATCH):
             rows = text.training[starts[i : i + BATCH, None] + np.arange(length + 1)]
             yield torch.from_numpy(rows.astype(np.int64))
-        number += 1
 
 
 def loss_of(logits: Tensor, taught: Tensor, y: Tensor) -> Tensor:
@@ -237,9 +235,7 @@ def train(
     them. `before`: steps whose text it has seen, so that it reads on. FloatingPointError where the
     loss is not finite."""
     model, length = parts.student, parts.length
-    optimizer = torch.optim.AdamW(
-        model.parameters(), lr=rate, betas=BETAS, weight_decay=WEIGHT_DECAY, fused=True
-    )
+    optimizer = build_optimizer(model, rate)
     batches = itertools.islice(windows(parts.text, length), before, None)
     weights, looks, seconds = linears(model), [], 0.0
     ends = {round(steps * (i + 1) / LOOKS) for i in range(LOOKS)}
@@ -258,7 +254,7 @@ def train(
         if masks:  # zeros have no gradient, so that they stay, and clipping does not count them
             gradients = [weights[name].weight.grad for name in masks]
             torch._foreach_mul_(gradients, list(masks.values()))
-        nn.utils.clip_grad_norm_(model.parameters(), CLIP)
+        nn.utils.clip_grad_norm_(model.parameters(), GRADIENT_CLIP)
         optimizer.step()
         optimizer.zero_grad()
         if step in ends:
@@ -295,12 +291,14 @@ def run(parts: Parts, name: str, rate: float, work: Path, results: Sequence[dict
     stage, model, began = STAGES[name], parts.student, time.monotonic()
     model.load_state_dict(first_weights(parts, name, work, results))
     key = stage.start, stage.sparsity
-    if key not in parts.pruned:
+    if known := parts.pruned.get(key):
+        masks, before = known
+        mask_(model, masks)
+    else:
         masks = pruned(parts, model, stage.sparsity) if stage.sparsity else {}
         mask_(model, masks)
-        parts.pruned[key] = masks, scores(parts, model)
-    masks, before = parts.pruned[key]
-    mask_(model, masks)
+        before = scores(parts, model)
+        parts.pruned[key] = masks, before
     steps = steps_of(parts, name)
     curve, speed = train(parts, masks, steps, rate, steps_before(parts, name))
     with atomic_write(path_of(work, name, rate)) as file:

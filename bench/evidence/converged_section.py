@@ -24,7 +24,7 @@ or more each, the others take theirs. One run each, so no interval."""
 
 def read(path: Path) -> list[dict]:
     """Nothing where there is no file."""
-    return list(study.lines(path, NEEDED)) if path.exists() else []
+    return study.kept(path, NEEDED)
 
 
 def done(results: Sequence[dict]) -> dict[str, dict]:

@@ -139,7 +139,7 @@ def without_items(result: dict) -> dict:
 
 def read_check(path: Path) -> dict | None:
     """None where there is no file."""
-    return next(study.lines(path, CHECKED), None) if path.exists() else None
+    return next(iter(study.kept(path, CHECKED)), None)
 
 
 def text(

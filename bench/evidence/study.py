@@ -44,6 +44,11 @@ def lines(path: Path, needed: set[str]) -> Iterator[dict]:
         yield result
 
 
+def kept(path: Path, needed: set[str]) -> list[dict]:
+    """The same as a list; nothing where there is no file."""
+    return list(lines(path, needed)) if path.exists() else []
+
+
 def check_plan(results: Iterable[dict]) -> None:
     """ValueError where one of these is of an arm and size of the plan, but not as they are now."""
     for result in results:
