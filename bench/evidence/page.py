@@ -6,7 +6,7 @@ from pathlib import Path
 
 from sparsekern.files import atomic_write, write_picture
 
-from . import clock, converged_section, study
+from . import clock, converged_section, study, trends
 from .answer import NORMED, PLAIN, SIZE, answered, first_words, holds, order_of, primary
 from .build import TRAINING
 from .differences import LEAST_RISE, by_seed
@@ -45,8 +45,8 @@ token: lower is better, and 0.01 more means that it holds each right token for a
 probable. A *seed* is a repetition with other first weights, another order of the text and other
 zeros. FLOPs are the arithmetic of pre-training, as a share of that of dense. *Rise*: by how much
 the loss in training, in means of a twentieth of the run, rose once it had been lower. A run with
-{LEAST_RISE:g} or more was not stable. (Pruning while training raises it too, and so does the new
-warm-up of a model that is trained on.)"""
+{LEAST_RISE:g} or more was not stable. (Pruning while training raises it too, and so do the turn to
+dense last steps and the new warm-up of a model that is trained on.)"""
 METHOD = """\
 Predictions and margins were fixed before the first run (bench/evidence/plan.py), but for sections 9
 and 10, which were added after the sweeps of section 1 and first runs of section 2 (no more than one
@@ -153,6 +153,8 @@ def text(
     parts = [TITLE, first_words(results), QUESTION, READING, outcome(results)]
     answers = answered(results)
     found = holds(results, sorted(PLAN, key=lambda order: order.number not in answers[:1]))
+    if in_a_row := trends.holds(results):
+        found += f"\n{in_a_row}"
     if on_a_cpu := clock_difference(clocked):
         found += f"\n- **On a CPU** (section {sections}): {on_a_cpu}"
     if of_another := converged_section.holds(converged):
@@ -240,7 +242,9 @@ def is_begun(order: Order, results: list[dict]) -> bool:
 
 
 def section(order: Order, results: list[dict], checked: dict | None) -> str:
-    parts = [sweeps(order, results)] if order.swept else []
+    parts = list(filter(None, [trends.section(order.number, results)]))
+    if order.swept:
+        parts.append(sweeps(order, results))
     if order.arms:
         parts.append(arms(order, results, checked))
     told = {p for number in (PLAIN, *answered(results)) for p in primary(number)}

@@ -33,6 +33,7 @@ def arms(order: Order, results: list[dict], checked: dict | None) -> str:
     size = SIZES[order.size]
     full = ARMS["dense"].flops(size)
     rows, missing = [], []
+    metrics = [m for m in METRICS if order.is_tuned or m not in TUNED]
     is_begun = any(by_seed(results, order.size, name) for name in order.arms)
     named = dict.fromkeys(arm for p in order.predictions for arm in (p.b, p.a)) if is_begun else ()
     for name in (*(arm for arm in named if arm not in order.arms), *order.arms):
@@ -47,7 +48,7 @@ def arms(order: Order, results: list[dict], checked: dict | None) -> str:
         tokens = [t["tokens"] / 1e6 for t in trained]
         pace = [1e3 * n / s for n, s in zip(tokens, seconds, strict=True)]
         rates = ", ".join(sorted({f"{r['rate']:g}" for r in found.values()})) if trained else "-"
-        cells = [mean_of([value(r, m) for r in found.values()], m) for m in METRICS]
+        cells = [mean_of([value(r, m) for r in found.values()], m) for m in metrics]
         kernels = []
         if checked and arm.sparsity == ARMS["75"].sparsity:
             if arm.shape(size) == SIZES[checked["size"]].shape:
@@ -56,7 +57,12 @@ def arms(order: Order, results: list[dict], checked: dict | None) -> str:
         ended = [seed for seed, r in found.items() if "pretrained" in r]
         rows.append([arm.title, *costs, rates, numbers(ended) or "-", *cells])
     header = ["arm", "FLOPs", "M tokens", "k tokens/s", "seconds", "by kernels", "rate", "seeds"]
-    parts = [table(*filled([*header, *COLUMNS.values()], rows))] if rows else []
+    parts = [table(*filled([*header, *(COLUMNS[m] for m in metrics)], rows))] if rows else []
+    if rows and any(ARMS[name].start for name in order.arms):
+        parts.append(
+            "FLOPs of a model that is trained on are with those of dense, with which it begins; "
+            "tokens and seconds are of what comes after."
+        )
     if missing:
         parts.append(f"Not run yet, with their FLOPs: {'; '.join(missing)}.")
     return "\n\n".join(parts)
@@ -122,7 +128,10 @@ def seeds(order: Order, results: list[dict]) -> str:
     if not rows:
         return ""
     header = ["arm", "seed", *COLUMNS.values(), "rise"]
-    return "Each seed:\n\n" + table(*filled(header, rows))
+    parts = ["Each seed:", table(*filled(header, rows))]
+    if diverged := [f"{row[0]}, seed {row[1]}" for row in rows if "diverged" in row]:
+        parts.append(f"Diverged, in no figure: {'; '.join(diverged)}.")
+    return "\n\n".join(parts)
 
 
 def sparse_tuning(order: Order, results: list[dict]) -> str:
