@@ -9,6 +9,7 @@ from sparsekern.files import atomic_write, write_picture
 from . import clock, converged_section, study, trends
 from .answer import NORMED, PLAIN, SIZE, answered, first_words, holds, order_of, primary
 from .build import TRAINING
+from .check import FIRST, LAST, MOST_APART
 from .differences import LEAST_RISE, by_seed
 from .picture import drawn, picture
 from .plan import ARMS, PLAN, SIZES, SWEEP_SEED, Order
@@ -27,7 +28,8 @@ from .tables import (
 
 TEXT = Path(__file__).with_name("manifest.json")
 PICTURE = "quality.png"
-CHECKED = {"size", "step_s", "sparse_step_s", "apart_last"} | study.ABOUT  # needed of check.py
+CHECKED = {"size", "steps", "step_s", "sparse_step_s", "apart_first", "apart_last", "is_same"}
+CHECKED |= study.ABOUT  # needed of check.py
 CLOCK_QUESTION = "Which is better after the same minutes on a CPU?"
 OUTCOMES = {
     PLAIN: f"Without a norm of queries and keys, as was planned first (section {PLAIN}):",
@@ -99,9 +101,12 @@ UNTIMED = """\
   width, but a step of GPT-2 small, twice as wide, with 75 % zeros is 0.998 times as fast as dense
   ([measured](../bench/results/nvidia-h200-train-bfloat16-2026-11-30.md))."""
 TIMED = """\
-"By kernels" is what they would be with the sparse kernels: in 200 steps of {size} with 75 % zeros
-  these were **{times:.2f} times as fast** as masked dense weights, {masked:.2f} and {sparse:.2f} ms
-  a step, in captured graphs both, with losses {apart:+.4f} nats apart in the last 50."""
+"By kernels" is what they would be with the sparse kernels: in {steps} steps of {size}, with
+  75 % zeros and no norm, these were **{times:.2f} times as fast** as masked dense weights
+  ({sparse:.2f} ms a step beside {masked:.2f}, both in captured graphs). Their losses are
+  {last:+.4f} nats apart in the mean of the last {mean_of} steps, {within}, and at most {first:.2g}
+  in one of the first {count} (one seed)."""
+WITHIN = {True: "within the limit of {:g}", False: "**more than the limit of {:g}**"}
 
 NEVER = "- Not in the plan: a third size."
 
@@ -222,16 +227,21 @@ def the_arms() -> str:
 
 
 def of_kernels(checked: dict | None) -> str:
-    """What the sparse kernels would save."""
+    """What the sparse kernels would save, and whether losses by them are the same."""
     if not checked:
         return UNTIMED
     sparse, masked = checked["sparse_step_s"], checked["step_s"]
     return TIMED.format(
-        size=f"size {checked['size']}",
+        steps=checked["steps"],
+        size=trends.size_in_words(checked["size"]),
         times=masked / sparse,
         masked=1e3 * masked,
         sparse=1e3 * sparse,
-        apart=checked["apart_last"],
+        within=WITHIN[checked["is_same"]].format(MOST_APART["cuda"]),
+        first=checked["apart_first"],
+        last=checked["apart_last"],
+        count=FIRST,
+        mean_of=LAST,
     )
 
 

@@ -306,7 +306,8 @@ def test_the_page_says_which_runs_were_not_stable(evidence):
 
 def test_the_page_has_the_time_by_sparse_kernels(evidence):
     """Of arms of the shape that was timed, which had no norms of queries and keys."""
-    checked = {"size": "S", "step_s": 0.01, "sparse_step_s": 0.0125, "apart_last": 0.0}
+    checked = {"size": "S", "steps": 200, "step_s": 0.01, "sparse_step_s": 0.0125}
+    checked |= {"apart_first": 0.0123, "apart_last": -0.0004, "is_same": True}
     checked |= {name: "x" for name in ("device", "torch", "date", "commit")}
     found = results(evidence, {"dense": [2.0], "75": [2.1]})
     assert "by kernels" not in evidence.page.text(found)
@@ -314,6 +315,12 @@ def test_the_page_has_the_time_by_sparse_kernels(evidence):
     rows = page.split("\n## 2. ")[1].splitlines()
     of_75 = dict(zip(*([c.strip() for c in rows[i].split("|")] for i in (2, 5)), strict=True))
     assert float(of_75["by kernels"]) == round(10 * 0.0125) and "**0.80 times as fast**" in page
+    told = " ".join(page.split())
+    assert "in 200 steps of 6 layers, 384 wide, with 75 % zeros and no norm" in told
+    assert "(12.50 ms a step beside 10.00, both" in told and "losses are -0.0004 nats" in told
+    assert "last 50 steps, within the limit of 0.02, and at most 0.012 in one of the first" in told
+    page = evidence.page.text(found, checked=checked | {"apart_last": 0.03, "is_same": False})
+    assert "+0.0300 nats" in page and "**more than the limit of 0.02**" in page
     normed = results(evidence, {"75-normed": [2.1]})
     assert "by kernels" not in evidence.tables.arms(evidence.plan.PLAN[9], normed, checked)
 
@@ -413,7 +420,8 @@ def test_results_that_are_not_what_they_say_are_refused(evidence, tmp_path, file
     about = {name: of["kept"][name] for name in names}
     of["cpu"] = about | {"arm": "75", "seed": 0, "rate": 0.004, "minutes": 5.0, "threads": 1}
     of["cpu"] |= {"dev": 3.0, "held-out": 3.0, "tokens": 9, "tokens_per_s": 9.0}
-    of["check"] = about | {"size": "S", "step_s": 0.01, "sparse_step_s": 0.01, "apart_last": 0.0}
+    of["check"] = about | {"size": "S", "steps": 200, "step_s": 0.01, "sparse_step_s": 0.01}
+    of["check"] |= {"apart_first": 0.0, "apart_last": 0.0, "is_same": True}
     of["converged"] = about | {"stage": "50", "rate": 1e-4, "dev": 3.0, "model": "a model"}
 
     def publish() -> None:
