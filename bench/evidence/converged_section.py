@@ -6,8 +6,10 @@ from pathlib import Path
 from sparsekern.terminal import table
 
 from . import study
-from .converged import MODEL, NEEDED, PREDICTED, RATES, STAGE_TOKENS, STAGES, best, is_done, tried
-from .tables import filled
+from .answer import digits_beside, signed
+from .converged import MODEL, NEEDED, PREDICTED, RATES, STAGE_TOKENS, STAGES, best, is_done
+from .converged import tried as losses_of
+from .tables import filled, sweep_ends, tried
 
 QUESTION = "What do zeros cost a model that was trained to the end, and how much comes back?"
 METHOD = f"""\
@@ -18,8 +20,10 @@ left train on, on {{tokens}} of the text above in this model's tokens for each s
 which reads on where the one before ended. They are taught by the mean of cross entropy and of the
 divergence from the model as it came. So is **dense**, on the same text in the same order: what it
 gains is what the text teaches, and zeros are compared with that. A step of the chain has a warm-up
-and a schedule of its own, and so has dense for any length. 50 % and dense tried {len(RATES)} rates
-or more each, the others take theirs. One run each, so no interval."""
+and a schedule of its own, and so has dense for any length. 50 % and dense try {len(RATES)} rates
+or more each, the others take theirs. One run each, so no interval. Text and code are in nats a
+token of this model's own tokens, which are not those of the sections above; nothing is fine-tuned
+on code. % zeros are of the layers that Wanda prunes."""
 
 
 def read(path: Path) -> list[dict]:
@@ -44,33 +48,49 @@ def differences(found: dict[str, dict]) -> list[list]:
         told = [f"{STAGES[a].title} - {STAGES[b].title}", f"{low:+g} to {high:+g}", "-", "-"]
         if a in found and b in found:
             gap = found[a]["held-out"] - found[b]["held-out"]
-            told[2:] = [f"{gap:+.3f}", "yes" if low <= gap <= high else "**no**"]
+            shown = signed(gap, digits_beside(gap, (low, high), 3))
+            told[2:] = [shown, "yes" if low <= gap <= high else "**no**"]
         rows.append(told)
     return rows
 
 
 def holds(results: Sequence[dict]) -> str:
     """In a line; "" where nothing can be said."""
-    found = done(results)
-    told = [
-        f"{row[0]} {row[2]}" for row in differences(found) if row[2] != "-" and "dense" in row[0]
-    ]
-    return f"{MODEL} pruned and trained on: {'; '.join(told)} (held-out text)" if told else ""
+    rows = [row for row in differences(done(results)) if row[2] != "-" and "dense" in row[0]]
+    told = [f"{row[0]} {row[2]}{', not as predicted' * (row[3] != 'yes')}" for row in rows]
+    where = "held-out text, one run each"
+    return f"{MODEL} pruned and trained on: {'; '.join(told)} ({where})" if told else ""
+
+
+def not_run(results: Sequence[dict]) -> str:
+    """What is left; "" where nothing is."""
+    left = [stage.title for name, stage in STAGES.items() if not is_done(results, name)]
+    some = f" ({'; '.join(left)})" * (len(left) < len(STAGES))
+    return f"{len(left)} of {len(STAGES)} stages{some}." if left else ""
 
 
 def section(results: Sequence[dict]) -> str:
-    found = done(results)
-    parts = [METHOD.format(tokens=f"{STAGE_TOKENS / 1e6:.0f}M tokens")]
-    if found:
-        parts = [arms(found), *parts]
+    found, left = done(results), not_run(results)
+    parts = [arms(found)] if found else []
+    if left:
+        parts.append(f"**Not run yet{': ' + left if results else '.'}**")
+    if diverged := [n for n in STAGES if is_done(results, n) and n not in found]:
+        titles = "; ".join(STAGES[name].title for name in diverged)
+        parts.append(f"**Diverged, in no figure**: {titles}.")
+    parts.append(METHOD.format(tokens=f"{STAGE_TOKENS / 1e6:.0f}M tokens"))
     header = ["difference, held-out text", "predicted", "found", "as predicted"]
     parts.append(table(*filled(header, differences(found))))
     if found:
         parts.append(curves(found))
+    if results:
         parts.append(rates(results))
-    else:
-        parts = ["**Not run yet.**", *parts]
     return "\n\n".join(parts)
+
+
+def length_of(name: str) -> int:
+    """Times STAGE_TOKENS, those of the stages that it begins with too."""
+    stage = STAGES[name]
+    return stage.length + (length_of(stage.start) if stage.start else 0)
 
 
 def arms(found: dict[str, dict]) -> str:
@@ -80,7 +100,8 @@ def arms(found: dict[str, dict]) -> str:
         rows.append([f"{MODEL} as it came", "0", "-", "-", *["-"] * 3, *scores(came)])
     for name, r in found.items():
         at_once = scores(r["before"]) if STAGES[name].sparsity else ["-"] * 3
-        costs = [f"{100 * (1 - r['density']):.0f}", f"{r['tokens'] / 1e6:.0f}", f"{r['rate']:g}"]
+        tokens = r["tokens"] * length_of(name) / STAGES[name].length
+        costs = [f"{100 * (1 - r['density']):.0f}", f"{tokens / 1e6:.0f}", f"{r['rate']:g}"]
         rows.append([STAGES[name].title, *costs, *at_once, *scores(r)])
     header = ["stage", "% zeros", "M tokens", "rate"]
     header += [f"{what}, {when}" for when in ("pruned", "trained") for what in ("text", "code")]
@@ -93,7 +114,7 @@ def scores(of: dict) -> list[str]:
 
 
 def curves(found: dict[str, dict]) -> str:
-    lines = ["A part of the held-out text while they train, after so many million tokens:", ""]
+    lines = ["Another part of the held-out text, after so many million tokens of a stage:", ""]
     for name, r in found.items():
         told = ", ".join(f"{tokens / 1e6:.1f}: {loss:.3f}" for tokens, loss in r["curve"])
         lines.append(f"- {STAGES[name].title}: {told}")
@@ -103,13 +124,7 @@ def curves(found: dict[str, dict]) -> str:
 def rates(results: Sequence[dict]) -> str:
     lines = ["Loss on text held out for this, by learning rate, best in bold:", ""]
     for name, stage in STAGES.items():
-        losses = tried(results, name)
-        if stage.rate_of or not losses:
-            continue
-        least = min(losses.values())
-        told = (
-            f"{rate:g}: {f'**{loss:.3f}**' if loss == least else f'{loss:.3f}'}"
-            for rate, loss in sorted(losses.items())
-        )
-        lines.append(f"- {stage.title}: {', '.join(told)}")
+        if not stage.rate_of:
+            losses, is_over = losses_of(results, name), is_done(results, name)
+            lines.append(tried(stage.title, losses, is_over) + sweep_ends(losses, is_over))
     return "\n".join(lines)

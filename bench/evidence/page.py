@@ -177,7 +177,10 @@ def text(
     about = text_of(json.loads(TEXT.read_text()))
     told = METHOD.format(text=about, clock=sections, last=sections + 1, kernels=of_kernels(checked))
     parts.append("## How\n\n" + told)
-    parts.append("## Not run\n\n" + "\n".join([*not_run(PLAN, results), NEVER]))
+    left = not_run(PLAN, results)
+    if of_another := converged_section.not_run(converged):
+        left.append(f"- {sections + 1}. {converged_section.QUESTION} {of_another}")
+    parts.append("## Not run\n\n" + "\n".join([*left, NEVER]))
     for order in waiting:
         parts.append(f"### {order.number}. {order.question}\n\n" + expected(order, results))
     machines = {

@@ -177,7 +177,7 @@ def sweeps(order: Order, results: list[dict]) -> str:
     for arm in order.swept:
         losses = swept(order.size, arm, results)
         is_done = plan.best_rate(arm, losses) is not None
-        parts.append(tried(arm, losses, is_done) + sweep_ends(losses, is_done))
+        parts.append(tried(ARMS[arm].title, losses, is_done) + sweep_ends(losses, is_done))
     return (
         "Loss on text held out for this, by learning rate; each run as long as those that are "
         "reported, with a seed of its own. Best in bold.\n\n" + "\n".join(parts)
@@ -188,10 +188,11 @@ def sweep_ends(losses: Mapping[float, float], is_done: bool) -> str:
     """How many rates were tried, and whether the best one has others on both sides."""
     if not losses:
         return ""
-    if is_done:
-        return f" ({len(losses)} rates, the best one inside)"
     is_known = any(map(math.isfinite, losses.values()))
     at_end = is_known and plan.beyond_the_end(dict(losses), 2.0) is not None
+    if is_done:
+        end = "**at the end of what is tried**" if at_end else "inside"
+        return f" ({len(losses)} rates, the best one {end})"
     return f" (not done{', **the best so far is at the end**' if at_end else ''})"
 
 
@@ -204,14 +205,14 @@ def swept(size: str, arm: str, results: list[dict]) -> dict[float, float]:
     }
 
 
-def tried(arm: str, losses: Mapping[float, float], is_done: bool) -> str:
+def tried(title: str, losses: Mapping[float, float], is_done: bool) -> str:
     """Losses by rate, the best one in bold where all were tried."""
     cells = {rate: f"{x:.3f}" if math.isfinite(x) else "diverged" for rate, x in losses.items()}
     if is_done:
         best = min(losses, key=lambda rate: plan.finite(losses[rate]))
         cells[best] = f"**{cells[best]}**"
     told = ", ".join(f"{rate:g}: {cells[rate]}" for rate in sorted(cells))
-    return f"- {ARMS[arm].title}: {told or 'not run yet'}"
+    return f"- {title}: {told or 'not run yet'}"
 
 
 def not_run(orders: Iterable[Order], results: list[dict]) -> list[str]:
@@ -269,7 +270,10 @@ def by_clock(results: Sequence[dict]) -> str:
     parts += [table(header, rows)] if rows else []
     if len(made) < len(results):
         tries = {arm: clock.losses(results, arm) for arm in clock.ARMS}
-        told = [tried(a, x, is_done=x != {} and not clock.is_at_end(x)) for a, x in tries.items()]
+        told = [
+            tried(ARMS[arm].title, x, is_done=x != {} and not clock.is_at_end(x))
+            for arm, x in tries.items()
+        ]
         parts.append("Loss by rate:\n\n" + "\n".join(told))
     return "\n\n".join(parts)
 

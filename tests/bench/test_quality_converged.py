@@ -223,13 +223,27 @@ def test_the_page_has_what_was_found(evidence, converged):
     assert "**Not run yet.**" in section and "| 50 % zeros - dense " in section
     swept = [result("50", rate, 3.2 + abs(rate - 3e-4)) for rate in converged.RATES]
     section = text([], converged=swept).split(f"## {last}. ")[1].split("## How")[0]
-    assert "Not run yet" not in section and "0.0003: **3.200**" in section
+    assert "**Not run yet: 8 of 9 stages (then 60 %; " in section
+    assert "0.0003: **3.200**, 0.001: 3.201 (3 rates, the best one inside)" in section
     dense = [result("dense", rate, 3.0 + abs(rate - 3e-4)) for rate in converged.RATES]
-    page = text([], converged=[*swept, *dense, result("60", 3e-4, 3.3)])
+    some = [*swept, *dense, result("60", 3e-4, 3.3)]
+    page = text([], converged=some)
     section = page.split(f"## {last}. ")[1].split("## How")[0]
     row = next(line for line in section.splitlines() if line.startswith("| 50 % zeros - dense "))
     assert "+0.200" in row and "yes" in row
     assert "as it came" in section and "- then 60 %: 12.5: 3.400, 25.0: 3.300" in section
+    rows = [[c.strip() for c in line.split("|")] for line in section.splitlines()]
+    assert {r[1]: r[3] for r in rows if len(r) > 9}["then 60 %"] == "50"  # as much as dense twice
     assert f"(section {last}): SmolLM2-135M-Instruct pruned and trained on: 50 % zeros" in page
-    diverged = {"stage": "dense", "rate": 1e-2, "dev": None, "failed": "loss is nan"} | about
-    assert "0.01: inf" in text([], converged=[*dense, diverged])
+    left = next(line for line in page.splitlines() if line.startswith(f"- {last}. "))
+    assert "6 of 9 stages (then 70 %; " in left and left in page.split("## Not run")[1]
+
+    diverged = {"rate": 1e-2, "dev": None, "failed": "loss is nan"} | about
+    section = text([], converged=[*some, *(diverged | {"stage": n} for n in ("dense", "70"))])
+    section = section.split(f"## {last}. ")[1].split("## How")[0]
+    assert "0.01: diverged" in section and "**Diverged, in no figure**: then 70 %." in section
+    begun = text([], converged=swept[:1])
+    assert "(not done, **the best so far is at the end**)" in begun and "9 of 9 stages." in begun
+    edge = [result("50", rate, 3.2503 + abs(rate - 3e-4)) for rate in converged.RATES]
+    page = text([], converged=[*edge, *dense])
+    assert "| +0.2503 |       **no** |" in page and "+0.2503, not as predicted (held-out" in page
