@@ -58,7 +58,7 @@ got scaled arms and no fine-tuning, and the model of sections 6 and 7 became sma
 instead of 8). When the sweeps of section 10 had shown that normed arms train stably, and before any
 of their runs, sections 3, 4, 6 and 8 got normed arms with the predictions of the plain ones, 4 and
 6 no fine-tuning, 6 an arm with two-way masks; the seeds of section 9 were given up. This page is
-made from bench/results/quality.jsonl.
+made from bench/results/quality*.jsonl.
 
 - **Text**: {text}. Each paragraph once, documents held out by a hash of their names. Held-out
   tokens that stand in 13 tokens of the training text are not scored. Rates are chosen on every

@@ -71,7 +71,8 @@ TRENDS = (
             Point(f"{size_in_words('S')} (section 10)", "75-normed", "dense-normed"),
             Point(size_in_words("M"), "75-normed", "dense-normed", "M"),
         ),
-        "The larger models have half of the best rates of the smaller ones, none of their own.",
+        "The larger models have half of the best rates of the smaller ones, none of their own; the "
+        "interval of the change is that of two samples (Welch).",
     ),
     Trend(
         8,
@@ -139,7 +140,7 @@ def holds(results: list[dict]) -> str:
 
 def beside(point: Point, results: list[dict]) -> str:
     if not (found := found_of(point, results)):
-        return f"{point.name} not run yet"
+        return f"{point.name} not known yet"
     planned = prediction_of(point)
     seeds = max(len(o.seeds) for o in PLAN if o.size == point.size and point.a in o.arms)
     says = standing(found, METRIC, planned.margin if planned else None)
@@ -224,8 +225,10 @@ def not_stable(trends: Sequence[Trend], results: list[dict]) -> str:
     """Runs of these that were not, or diverged. A new warm-up raises the loss of what is trained
     on."""
     named = dict.fromkeys((p.size, arm) for t in trends for p in t.points for arm in (p.b, p.a))
+    is_sized = len({size for size, _ in named}) > 1
     runs = [
-        f"{ARMS[arm].title}, seed {seed}" + " (diverged: in no figure)" * is_diverged(result)
+        f"{ARMS[arm].title}{f' ({size_in_words(size)})' * is_sized}, seed {seed}"
+        + " (diverged: in no figure)" * is_diverged(result)
         for size, arm in named
         for seed, result in by_seed(results, size, arm).items()
         if (is_diverged(result) if ARMS[arm].start else is_unstable(result))
