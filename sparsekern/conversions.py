@@ -4,6 +4,7 @@
 constructor of SparseTensor takes them.
 """
 
+from contextlib import AbstractContextManager, nullcontext
 from typing import NamedTuple
 
 import numpy
@@ -119,10 +120,13 @@ def scipy_parts(a) -> Parts:
 def cupy_parts(a) -> Parts:
     """From any 2-D cupyx.scipy.sparse matrix or array; a CSR one shares its memory."""
     _check_foreign("cupyx.scipy.sparse", a)
-    csr = a.tocsr()
-    if csr is not a:
-        csr.sum_duplicates()
-    return Parts(*map(torch.from_dlpack, (csr.indptr, csr.indices, csr.data)), csr.shape)
+    # cupy computes on its current device; scipy's matrices, which are taken too, need none.
+    device = getattr(getattr(a, "data", None), "device", None)
+    with device if isinstance(device, AbstractContextManager) else nullcontext():
+        csr = a.tocsr()
+        if csr is not a:
+            csr.sum_duplicates()
+        return Parts(*map(torch.from_dlpack, (csr.indptr, csr.indices, csr.data)), csr.shape)
 
 
 def _check_foreign(library: str, a: object) -> None:

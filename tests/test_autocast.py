@@ -235,3 +235,10 @@ def test_contexts_of_two_types_at_once(layer, x):
             assert_right(layer, x)
         assert_right(layer, x, torch.float16)
         assert cast_of(layer.values).dtype is kept.dtype
+
+
+def test_a_graph_that_is_exported_in_autocast_computes_as_there(layer, x):
+    model = nn.Sequential(nn.Linear(6, 6), layer, nn.Linear(5, 4))
+    with torch.autocast("cpu", BF16):
+        program = torch.export.export(model, (x,)).module()
+        assert torch.equal(program(x), model(x)) and program(x).dtype is BF16

@@ -2,6 +2,8 @@
 
 import copy
 import re
+from contextlib import contextmanager
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -143,6 +145,25 @@ def test_from_cupy_shares_memory():
         SparseTensor.from_cupy(one_row([2, 2]))
     with pytest.raises(TypeError, match="values: expected float32, .*, got torch.complex64"):
         SparseTensor.from_cupy(scipy.sparse.csr_matrix(np.eye(3, dtype=np.complex64)))
+
+
+def test_from_cupy_converts_where_the_matrix_is():
+    """cupy computes on its current device, whatever the device of the arrays."""
+    csr, current = scipy.sparse.csr_matrix(random_dense(5, 7).numpy()), [0]
+
+    @contextmanager
+    def second():
+        current.append(1)
+        yield
+        current.pop()
+
+    def tocsr():
+        assert current[-1] == 1
+        return csr
+
+    coo = SimpleNamespace(data=SimpleNamespace(device=second()), tocsr=tocsr)
+    assert_same(SparseTensor.from_cupy(coo), SparseTensor.from_scipy(csr))
+    assert current == [0]
 
 
 def test_what_to_cupy_refuses():

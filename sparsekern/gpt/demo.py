@@ -235,8 +235,8 @@ def time_steps(
     say(f"timing the parts of the step by {best}")
     work = models[best], optimizers[best], batch, list(layers)
     parts = profile_step(*work, library=LIBRARIES[best], rounds=rounds)
-    say("timing the products of the linears, dense and sparse in turn")
-    products = time_products(layers.values(), LIBRARIES[best])
+    say("timing the linears, dense and sparse in turn")
+    linears = time_linears(layers.values(), LIBRARIES[best])
     return {
         "dense": {name: medians[name] for name in names},
         "best_dense": best,
@@ -246,21 +246,21 @@ def time_steps(
         "spread": max(_spread(seconds[name]) for name in (best, "sparse")),
         "parts_s": parts,
         "linear_share": linear_share(parts),
-        "products_s": products,
-        "predicted_s": predicted(parts, products, 1 - SPARSITY),
+        "linears_s": linears,
+        "predicted_s": predicted(parts, linears, 1 - SPARSITY),
         "cap": measured_cap(parts, float("inf")),
     }
 
 
-def time_products(layers: Iterable[SparseLinear], library: Linear) -> dict[str, float]:
-    """Median seconds of the three products of all these layers, dense and sparse in turn."""
+def time_linears(layers: Iterable[SparseLinear], library: Linear) -> dict[str, float]:
+    """Median seconds of forward and backward of all these layers, dense and sparse in turn."""
     tokens, steps = BATCH * CONTEXT, {"dense": [], "sparse": []}
     for layer in layers:
         n, k = layer.out_features, layer.in_features
         x, dy = torch.randn(tokens, k, requires_grad=True), torch.randn(tokens, n)
         w = torch.randn(n, k)
-        steps["dense"].append(partial(_dense_products, library, x.detach(), w, dy))
-        steps["sparse"].append(partial(_sparse_products, layer, x, dy))
+        steps["dense"].append(partial(_dense_linear, library, x.detach(), w, layer.bias, dy))
+        steps["sparse"].append(partial(_sparse_linear, layer, x, dy))
 
     def run(side: str) -> None:
         for each in steps[side]:
@@ -274,17 +274,22 @@ def _dense_products(library: Linear, x: Tensor, w: Tensor, dy: Tensor) -> None:
     library(x, w), library(dy, w.t()), library(dy.t(), x.t())
 
 
-def _sparse_products(layer: SparseLinear, x: Tensor, dy: Tensor) -> None:
-    torch.autograd.grad(layer(x), (x, layer.values), dy)
+@torch.no_grad()
+def _dense_linear(library: Linear, x: Tensor, w: Tensor, bias: Tensor, dy: Tensor) -> None:
+    library(x, w, bias), library(dy, w.t()), library(dy.t(), x.t()), dy.sum(0)
 
 
-def predicted(parts: dict[str, float], products: dict[str, float], density: float) -> float:
-    """Seconds of a sparse step: the products as they were measured alone, AdamW on the stored
+def _sparse_linear(layer: SparseLinear, x: Tensor, dy: Tensor) -> None:
+    torch.autograd.grad(layer(x), (x, layer.values, layer.bias), dy)
+
+
+def predicted(parts: dict[str, float], linears: dict[str, float], density: float) -> float:
+    """Seconds of a sparse step: the linears as they were measured alone, AdamW on the stored
     weights, all else as in the dense step."""
-    linears = parts["linear forward"] + parts["linear backward"]
+    both = parts["linear forward"] + parts["linear backward"]
     update = parts["linear AdamW"]
-    rest = sum(parts.values()) - linears - update
-    return rest + linears * products["sparse"] / products["dense"] + update * density
+    rest = sum(parts.values()) - both - update
+    return rest + both * linears["sparse"] / linears["dense"] + update * density
 
 
 def _in_turn(fns: dict[str, Callable[[], None]]) -> dict[str, list[float]]:

@@ -98,7 +98,7 @@ def openblas(threads: int) -> str:
 
 
 class _Linear(torch.autograd.Function):
-    """A linear layer by a library; the products are on the clock: clock(name) is a context."""
+    """A linear layer by a library, which is on the clock: clock(name) is a context."""
 
     @staticmethod
     def forward(ctx, x: Tensor, weight: Tensor, bias: Tensor, library: Linear, clock) -> Tensor:
@@ -114,7 +114,7 @@ class _Linear(torch.autograd.Function):
         with ctx.clock("linear backward"):
             dx = ctx.library(flat_dy, weight.t())
             dw = ctx.library(flat_dy.t(), flat_x.t())
-        db = flat_dy.sum(0) if ctx.needs_input_grad[2] else None
+            db = flat_dy.sum(0) if ctx.needs_input_grad[2] else None
         return dx.view_as(x), dw, db, None, None
 
 

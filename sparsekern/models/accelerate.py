@@ -24,8 +24,9 @@ from .candidates import LEAST_SPARSITY, Candidate, Marks, scan
 from .example import ROUNDING, SHORT_ROUNDING, Calls, compared
 from .exchange import Exchange
 from .measure import LEAST_GAIN, bytes_of, first_look, rest_gained, too_slow
-from .report import Layer, Report, seen
+from .report import Layer, Report, Skipped, seen
 from .state import State
+from .timing import Times
 from .work import NOT_AGAIN, Work, place_of, told
 
 PAST_MODULES = (
@@ -85,61 +86,7 @@ def accelerate_(
         try:
             if nan_is_pruned:
                 marks.remove(model)
-            candidates, skipped = scan(model)
-            if not candidates:
-                raise ValueError(
-                    f"accelerate_: no layer with at least {LEAST_SPARSITY:.0%} zeros that a sparse "
-                    f"one could stand in for; there are: {seen(skipped) or 'no matrices at all'}"
-                )
-            if candidates[0].module is model:
-                raise TypeError(
-                    f"model: expected a model that holds layers, got a {type(model).__name__}, in "
-                    "whose place nothing can be put: give nn.Sequential(layer)"
-                )
-            device = candidates[0].weight.device
-            calls = Calls()
-            output = work.record(candidates, calls, device.type == "cuda")
-            if not any(calls.counts.values()):
-                raise ValueError(
-                    f"example: with it the model calls none of its {len(candidates)} layers with "
-                    f"zeros ({candidates[0].name}, ...), or with no tokens"
-                )
-
-            # With clocks on its layers torch's encoder leaves a path that is faster.
-            is_apart = any(isinstance(m, nn.TransformerEncoderLayer) for m in model.modules())
-            before = work.times([c.module for c in candidates], device, is_apart)
-            layers = first_look(candidates, calls, before.layers_s)
-            report = Report(layers, skipped, str(device), torch.get_num_threads(), new_tokens)
-            report.before_s = report.after_s = before.whole_s
-            for candidate, layer in zip(candidates, layers, strict=True):
-                if layer.is_sparse:
-                    exchange.replace(candidate, candidate.make())
-                elif candidate.is_masked:
-                    exchange.replace(candidate, candidate.plain())
-            if exchange.is_begun:
-                after_output = _run_sparse(work, model, exchange, candidates, layers)
-                report.output_error, report.not_compared = compared(
-                    output, after_output, lambda: told(NOT_AGAIN, work.run)
-                )
-                after = work.times([exchange.now(c) for c in candidates], device)
-                # What one gains depends on the others: layers that are slow push out of the cache.
-                while slow := too_slow(candidates, calls, layers, after.layers_s):
-                    for candidate in slow:
-                        exchange.take_back(candidate)
-                        if candidate.is_masked:
-                            exchange.replace(candidate, candidate.plain())
-                    after = work.times([exchange.now(c) for c in candidates], device)
-                report.after_s = after.whole_s
-                report.rest_gained_s = rest_gained(candidates, layers, before, after)
-                if not exchange.is_begun:
-                    _nothing_gained(report)
-                if report.after_s > LEAST_GAIN * report.before_s:  # a moment of the machine?
-                    report.after_s = min(report.after_s, work.times([], device).whole_s)
-                if report.after_s > LEAST_GAIN * report.before_s:
-                    exchange.undo()
-                    _stay_dense(report)
-            for candidate, layer in zip(candidates, layers, strict=True):
-                layer.bytes_after = bytes_of(exchange.now(candidate))
+            report = _exchanged(work, model, new_tokens, exchange)
             _warn_of_change(report, model.parameters())
         except BaseException:
             exchange.undo()
@@ -149,6 +96,90 @@ def accelerate_(
             state.put_back()
     report.seconds = time.perf_counter() - began
     return report
+
+
+def _exchanged(work: Work, model: nn.Module, new_tokens: int, exchange: Exchange) -> Report:
+    """The report on all layers, of which those that are faster sparse are in their places."""
+    candidates, skipped = _candidates(model)
+    device = candidates[0].weight.device
+    calls = Calls()
+    output = work.record(candidates, calls, device.type == "cuda")
+    if not any(calls.counts.values()):
+        raise ValueError(
+            f"example: with it the model calls none of its {len(candidates)} layers with "
+            f"zeros ({candidates[0].name}, ...), or with no tokens"
+        )
+    # With clocks on its layers torch's encoder leaves a path that is faster.
+    is_apart = any(isinstance(m, nn.TransformerEncoderLayer) for m in model.modules())
+    before = work.times([c.module for c in candidates], device, is_apart)
+    layers = first_look(candidates, calls, before.layers_s)
+    report = Report(layers, skipped, str(device), torch.get_num_threads(), new_tokens)
+    report.before_s = report.after_s = before.whole_s
+    for candidate, layer in zip(candidates, layers, strict=True):
+        if layer.is_sparse:
+            exchange.replace(candidate, candidate.make())
+        elif candidate.is_masked:
+            exchange.replace(candidate, candidate.plain())
+    if exchange.is_begun:
+        after_output = _run_sparse(work, model, exchange, candidates, layers)
+        report.output_error, report.not_compared = compared(
+            output, after_output, lambda: told(NOT_AGAIN, work.run)
+        )
+        _keep_what_gains(work, exchange, candidates, calls, before, report)
+    for candidate, layer in zip(candidates, layers, strict=True):
+        layer.bytes_after = bytes_of(exchange.now(candidate))
+    return report
+
+
+def _candidates(model: nn.Module) -> tuple[list[Candidate], list[Skipped]]:
+    """What scan() finds. ValueError for nothing, TypeError for the model itself."""
+    candidates, skipped = scan(model)
+    if not candidates:
+        raise ValueError(
+            f"accelerate_: no layer with at least {LEAST_SPARSITY:.0%} zeros that a sparse "
+            f"one could stand in for; there are: {seen(skipped) or 'no matrices at all'}"
+        )
+    if candidates[0].module is model:
+        raise TypeError(
+            f"model: expected a model that holds layers, got a {type(model).__name__}, in "
+            "whose place nothing can be put: give nn.Sequential(layer)"
+        )
+    return candidates, skipped
+
+
+def _keep_what_gains(
+    work: Work,
+    exchange: Exchange,
+    candidates: Sequence[Candidate],
+    calls: Calls,
+    before: Times,
+    report: Report,
+) -> None:
+    """Measure once more: layers that gained nothing become dense again; all, where the whole model
+    gained nothing."""
+    device, layers = torch.device(report.device), report.layers
+    after = work.times([exchange.now(c) for c in candidates], device)
+    # What one gains depends on the others: layers that are slow push out of the cache.
+    while slow := too_slow(candidates, calls, layers, after.layers_s):
+        for candidate in slow:
+            _make_dense(exchange, candidate)
+        after = work.times([exchange.now(c) for c in candidates], device)
+    report.after_s = after.whole_s
+    report.rest_gained_s = rest_gained(candidates, layers, before, after)
+    if not exchange.is_begun:
+        _nothing_gained(report)
+    if report.after_s > LEAST_GAIN * report.before_s:  # a moment of the machine?
+        report.after_s = min(report.after_s, work.times([], device).whole_s)
+    if report.after_s > LEAST_GAIN * report.before_s:
+        exchange.undo()
+        _stay_dense(report)
+
+
+def _make_dense(exchange: Exchange, candidate: Candidate) -> None:
+    """Dense again, without the mask that it had."""
+    exchange.take_back(candidate)
+    if candidate.is_masked:
+        exchange.replace(candidate, candidate.plain())
 
 
 def _run_sparse(
@@ -174,9 +205,7 @@ def _run_sparse(
                     break
             else:
                 raise
-            exchange.take_back(candidate)
-            if candidate.is_masked:
-                exchange.replace(candidate, candidate.plain())
+            _make_dense(exchange, candidate)
             layer.is_sparse = False
             layer.reason = f"it does not run sparse: {type(cause).__name__}: {cause}"
 

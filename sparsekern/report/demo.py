@@ -185,7 +185,7 @@ def steps_section(steps: dict, sparsity: float) -> str:
     rows.append([f"{sparsity:.0%} sparse", f"{1e3 * sparse_s:.1f} ms", ""])
     total = sum(parts.values())
     shares = [[name, f"{1e3 * s:.1f} ms", f"{s / total:.0%}"] for name, s in parts.items()]
-    products, speedup = steps["products_s"], dense_s / sparse_s
+    linears, speedup = steps["linears_s"], dense_s / sparse_s
     stays = total - sum(s for name, s in parts.items() if name.startswith("linear"))
     text = (
         f"One training step, all in turn in one process, medians of {steps['rounds']} rounds:\n\n"
@@ -193,9 +193,9 @@ def steps_section(steps: dict, sparsity: float) -> str:
         + "\n\n"
         + table([f"part of the step by {steps['best_dense']}", "time", "share"], shares)
         + f"\n\nA step cannot be more than {steps['cap']:.2f}x as fast, because "
-        f"{1e3 * stays:.1f} ms of it are no linears and stay as they are.\nThe products of the "
-        f"linears, timed alone in turn, are {products['dense'] / products['sparse']:.2f}x as fast; "
-        f"that foretells {total / steps['predicted_s']:.2f}x for the step.\n"
+        f"{1e3 * stays:.1f} ms of it are no linears and stay as they are.\nThe linears, "
+        f"timed alone in turn, are {linears['dense'] / linears['sparse']:.2f}x as fast; that "
+        f"foretells {total / steps['predicted_s']:.2f}x for the step.\n"
         f"Measured: {speedup:.2f}x."
     )
     if speedup > steps["cap"]:

@@ -2,12 +2,13 @@
 
 Both are looked at before every step of any optimizer, by torch's global hook: a fused AdamW writes
 past the end of state that is too short (of a damaged checkpoint, or of one with another pattern),
-and an algorithm that follows no optimizer would never change a pattern, without a word. It costs
-well below a microsecond for each parameter.
+and an algorithm that follows no optimizer, or that nobody has kept, would never change a pattern,
+without a word. It costs well below a microsecond for each parameter.
 """
 
 import weakref
 from collections.abc import Mapping
+from typing import NamedTuple
 from weakref import WeakKeyDictionary
 
 import torch
@@ -19,6 +20,7 @@ from ..nn import copies, replaced
 from ..nn.linear import SparseLinear, layer_of, value_parameters
 from ..nn.optimizers import holders
 from .pattern import check_same_on_all_ranks
+from .schedules import When
 
 # What the optimizers of torch keep for each element. LBFGS has vectors for all parameters together,
 # and those with 8 bits have a scale for each block: of these nothing can be said.
@@ -43,6 +45,17 @@ LOOK_AHEAD = 10_000  # steps, to tell whether an algorithm has an update before 
 
 _algorithms: list[weakref.ref] = []  # that have a model; they have no hash
 _known: weakref.WeakSet[Optimizer] = weakref.WeakSet()  # that have made a step, or are followed
+
+
+class _Waiting(NamedTuple):
+    """The algorithm that is to move the pattern of a layer, and follows no optimizer yet."""
+
+    algorithm: weakref.ref  # layers that kept it would wait for the garbage collector
+    kind: str
+    name: str  # of the layer
+
+
+_waiting: WeakKeyDictionary[SparseLinear, _Waiting] = WeakKeyDictionary()
 
 
 def unwrapped(target) -> Optimizer | None:
@@ -83,6 +96,8 @@ def follow(algorithm, optimizer: Optimizer) -> None:
     if any(optimizer is o for o in holders(algorithm.optimizers)):
         return
     _known.add(optimizer)
+    for layer in algorithm.layers.values():
+        _waiting.pop(layer, None)
     algorithm.optimizers.append(optimizer)
     _rest(algorithm, _rivals(algorithm, optimizer))
     algorithm._is_checked, algorithm._is_begun = False, True
@@ -244,6 +259,18 @@ def take_over(algorithm) -> None:
         if other is not None and other is not algorithm:
             if gone := [n for n, layer in other.layers.items() if id(layer) in mine]:
                 other._give_up(gone)
+    _note_waiting(algorithm)
+
+
+def _note_waiting(algorithm) -> None:
+    is_waiting = algorithm.moves and not algorithm._is_begun
+    if is_waiting and not isinstance(algorithm._update_steps, When):  # a function of the user's
+        is_waiting = _is_update_to_come(algorithm)
+    for name, layer in algorithm.layers.items():
+        if is_waiting:
+            _waiting[layer] = _Waiting(weakref.ref(algorithm), type(algorithm).__name__, name)
+        else:
+            _waiting.pop(layer, None)
 
 
 def _check_all_are_held(algorithm) -> None:
@@ -316,7 +343,7 @@ def _check_is_followed(optimizer: Optimizer) -> None:
         algorithm._unfollowed[optimizer] = algorithm.steps
         if not names or last != algorithm.steps:
             continue
-        if not any(algorithm._updates(algorithm.steps + i) for i in range(1, LOOK_AHEAD)):
+        if not _is_update_to_come(algorithm):
             algorithm._unfollowed[optimizer] = NEVER
         else:
             raise RuntimeError(
@@ -324,6 +351,28 @@ def _check_is_followed(optimizer: Optimizer) -> None:
                 "but the algorithm does not follow it, and would never change their patterns: call "
                 "algorithm.apply(optimizer) after apply(model)"
             )
+
+
+def _is_update_to_come(algorithm) -> bool:
+    return any(algorithm._updates(algorithm.steps + i) for i in range(1, LOOK_AHEAD))
+
+
+def _check_was_kept(optimizer: Optimizer) -> None:
+    """RuntimeError where nobody has kept the algorithm that was to move a pattern."""
+    gone = [(layer, waiting) for layer, waiting in _waiting.items() if waiting.algorithm() is None]
+    if not gone:
+        return
+    held = {id(p) for group in optimizer.param_groups for p in group["params"]}
+    found = [w for layer, w in gone if any(id(p) in held for p in value_parameters(layer))]
+    if found:
+        kind = found[0].kind
+        raise RuntimeError(
+            f"{kind}: an optimizer steps the values of "
+            f"{', '.join(w.name for w in found if w.kind == kind)}, but the algorithm is no longer "
+            "there, and followed none: their patterns would never change. Keep it, as in algorithm "
+            f"= {kind}(...), and call algorithm.apply(model), then algorithm.apply(optimizer); or "
+            "take Static for patterns that stay"
+        )
 
 
 def _before_any_step(optimizer: Optimizer, args: tuple, kwargs: dict) -> None:
@@ -334,6 +383,8 @@ def _before_any_step(optimizer: Optimizer, args: tuple, kwargs: dict) -> None:
     check_optimizer_state(optimizer)
     replaced.check_are_held(optimizer)
     _check_is_followed(optimizer)
+    if _waiting:
+        _check_was_kept(optimizer)
 
 
 register_optimizer_step_pre_hook(_before_any_step)

@@ -8,6 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from sparsekern import SparseLinear
 from sparsekern.gpt import demo, dense
 
 
@@ -62,7 +63,24 @@ def test_a_slow_machine_trains_fewer_steps(step_s, steps):
     assert demo.steps_in_time(step_s) == steps
 
 
-def test_what_the_products_foretell():
-    """Products three times as fast, AdamW on a quarter of the values, the rest as it is."""
+def test_linears_are_timed_with_their_bias_on_both_sides(monkeypatch):
+    layer = SparseLinear.from_linear(nn.Linear(6, 4))
+    seen = {"dense": [], "sparse": []}
+
+    def library(x, weight, bias=None):
+        seen["dense"].append(bias)
+
+    def once(fns):
+        return {name: [fn() or 0.0] for name, fn in fns.items()}
+
+    monkeypatch.setattr(demo, "_in_turn", once)
+    monkeypatch.setattr(torch.autograd, "grad", lambda y, of, dy: seen["sparse"].extend(of))
+    demo.time_linears([layer], library)
+    assert seen["dense"] == [layer.bias, None, None]  # y, then dx and dW
+    assert [p for p in seen["sparse"] if p is layer.bias]
+
+
+def test_what_the_linears_foretell():
+    """Linears three times as fast, AdamW on a quarter of the values, the rest as it is."""
     parts = {"linear forward": 1.0, "linear backward": 2.0, "linear AdamW": 0.4, "rest": 1.0}
     assert demo.predicted(parts, {"dense": 3.0, "sparse": 1.0}, 0.25) == pytest.approx(2.1)

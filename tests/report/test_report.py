@@ -25,7 +25,7 @@ STEPS = {
     "sparse_s": 0.2,
     "spread": 0.05,
     "parts_s": {"linear forward": 0.1, "linear backward": 0.2, "rest": 0.1},
-    "products_s": {"dense": 0.3, "sparse": 0.1},
+    "linears_s": {"dense": 0.3, "sparse": 0.1},
     "predicted_s": 0.2,
     "cap": 4.0,
 }

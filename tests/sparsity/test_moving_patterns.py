@@ -979,6 +979,48 @@ def test_former_algorithms_are_freed():
     assert layer() is None and not algorithm._early and not algorithm._early_others
 
 
+RISING = {"type": "linear", "init": 0.0, "slope": 0.01}
+
+
+@pytest.mark.parametrize(
+    "make",
+    [
+        lambda: RigL(0.5),
+        lambda: SET(0.5, update=lambda step: step % 3 == 0),
+        lambda: GMP(RISING),
+        lambda: IterativePruning(0.5, rounds=1, freq=9),
+        lambda: Group({"0": SET(0.5), "2": Static(0.5)}),
+    ],
+    ids=["rigl", "set", "gmp", "iterative", "group"],
+)
+def test_an_algorithm_that_nobody_kept_is_told(make):
+    model = make().apply(plain())
+    before = model[0].values.detach().clone()
+    with pytest.raises(RuntimeError, match="steps the values of 0.* algorithm is no longer there"):
+        fit(model, torch.optim.SGD(model.parameters(), 1e-2), 1)
+    assert torch.equal(before, model[0].values)
+    Static(0.5, init_method="from_zeros").apply(model)  # as the error says
+    fit(model, torch.optim.SGD(model.parameters(), 1e-2), 1)
+    layer = weakref.ref(model[0])
+    del model
+    assert layer() is None
+
+
+def test_an_algorithm_that_nobody_kept_is_told_only_where_it_would_do_something():
+    for algorithm in (Static(0.5), SET(0.5, update={"steps": [0]})):
+        model = algorithm.apply(plain())
+        del algorithm
+        fit(model, torch.optim.SGD(model.parameters(), 1e-2), 2)
+    (algorithm := SET(0.5)).apply(model)
+    optimizer = algorithm.apply(torch.optim.SGD(model.parameters(), 1e-2))
+    before, ref = places_of(model[0]), weakref.ref(algorithm)
+    del algorithm  # the optimizer keeps it
+    with pytest.raises(ValueError, match="param_filter: 'no' matches no layer"):
+        Group([SET(0.5, param_filter="0"), SET(0.5, param_filter="no")]).apply(model)
+    fit(model, optimizer, 1)
+    assert ref() is not None and not torch.equal(before, places_of(model[0]))
+
+
 def test_rewinding_refuses_values_that_another_algorithm_moved():
     model = plain()
     group = Group(

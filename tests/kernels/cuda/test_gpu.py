@@ -141,10 +141,14 @@ def test_cupy_shares_memory(dtype):
 def test_from_cupy_converts_and_checks():
     sparse = pytest.importorskip("cupyx.scipy.sparse")
     cupy = pytest.importorskip("cupy")
-    w = torch.randn(9, 7, device="cuda") * (torch.rand(9, 7, device="cuda") < 0.5)
+    device = torch.device("cuda", torch.cuda.device_count() - 1)  # cupy's current one is another
+    w = torch.randn(9, 7, device=device) * (torch.rand(9, 7, device=device) < 0.5)
     a = SparseTensor.from_dense(w).to_cupy()
     for name in ("coo", "csc"):
-        assert torch.equal(SparseTensor.from_cupy(a.asformat(name)).to_dense(), w)
+        with cupy.cuda.Device(device.index):
+            other = a.asformat(name)
+        W = SparseTensor.from_cupy(other)
+        assert W.device == device and torch.equal(W.to_dense(), w)
     parts = cupy.ones(2, "f"), cupy.array([2, 0], "i"), cupy.array([0, 2], "i")
     parts[0][1] = 3
     W = SparseTensor.from_cupy(sparse.csr_matrix(parts, shape=(1, 3)))
