@@ -26,7 +26,7 @@ OTHER = "other"  # of other operands or other work, for comparison
 
 # Fields of the case: what was to be done.
 CASE: dict[str, type] = {
-    "op": str,  # spmm, spmm_t, sddmm, linear, train_step, generate, memory, call, pretrain, ...
+    "op": str,  # spmm, spmm_t, sddmm, linear, train_step, generate, memory, call, ...
     "case": str,  # in words, where the sizes do not say it
     "device": str,
     "model": str,
@@ -63,7 +63,6 @@ FOUND: dict[str, type] = {
     "kernel": str,
     "median_s": float,
     "min_s": float,
-    "max_s": float,
     "spread": float,  # noise.py
     "error": float,
     "is_right": bool,
@@ -76,12 +75,8 @@ FOUND: dict[str, type] = {
     "pool_bytes": int,  # that a CUDA graph keeps
     "sent_bytes": int,  # of gradients, to the other GPUs
     "first_token_s": float,
-    "latency_s": float,
-    "step": int,  # of an evaluation, or a round of pruning
+    "step": int,  # the round, or the step that the loss is of
     "loss": float,
-    "flops": float,
-    "flop_ratio": float,
-    "parameters": int,
     "note": str,
     "failed": str,  # why there are no numbers
 }

@@ -6,13 +6,11 @@ from pathlib import Path
 
 from ..bench import records
 from ..bench.rates import derived
-from ..bench.runs import nested
 
 PRODUCTS = "products"  # bench/run.py, python -m sparsekern bench
 CELLS = "cells"  # bench/run_gpu.py
-GENERATION = "generation"  # bench/bench_generate.py
+GENERATION = "generation"  # bench/generate_gpu.py
 TRAINING = "training"  # bench/run_gpu.py: the three products of a layer alone
-EXPERIMENTS = "experiments"  # bench/runs.py
 PASSES = {"spmm": "forward", "spmm_t": "input gradient", "sddmm": "gradient of W"}
 KINDS = {
     "products": PRODUCTS,
@@ -21,7 +19,6 @@ KINDS = {
     "train": PRODUCTS,
     "train-products": TRAINING,
     "generate": GENERATION,
-    "experiments": EXPERIMENTS,
 }
 
 
@@ -31,18 +28,12 @@ class Result:
     kind: str
     run: records.Run
 
-    @property
-    def title(self) -> str:
-        """The machine, and what sets the file apart from others of the same machine."""
-        return self.path.stem if self.path.stem != EXPERIMENTS else self.path.parent.name
-
     @cached_property
     def about(self) -> str:
         """Machine, version of torch, day and commit, in words."""
         about, machine = self.run.about, self.run.about["machine"]
         first = self.run.records[0] if self.run.records else {}
-        name = machine.get("gpu") or machine.get("device")
-        name = name or f"{machine['cpu']}, {machine['cores']} cores"
+        name = machine.get("gpu") or f"{machine['cpu']}, {machine['cores']} cores"
         detail = {CELLS: first.get("dtype"), GENERATION: first.get("model")}
         found = [name, detail.get(self.kind, machine.get("isa")), f"torch {machine['torch']}"]
         found += [about["date"], f"commit {about['commit']['id'][:10]}"]
@@ -63,10 +54,7 @@ class Result:
 
     @cached_property
     def data(self) -> dict:
-        """The runs of experiments by their names, or the products of training, or the runs of
-        generation, of each side the best."""
-        if self.kind == EXPERIMENTS:
-            return nested(self.run)
+        """The products of training, or the runs of generation, of each side the best."""
         if self.kind == TRAINING:
             return {"products": [case for case in derived(self.run) if case["op"] in PASSES]}
         cases = derived(self.run) if self.kind == GENERATION else ()

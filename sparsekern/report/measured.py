@@ -1,12 +1,9 @@
 """What the page takes out of the results beside their records: machines, ceilings, whole runs."""
 
-from collections.abc import Sequence
 from dataclasses import dataclass
-from statistics import mean
 
-from ..bench import runs
 from ..bench.records import select
-from .load import EXPERIMENTS, GENERATION, Result
+from .load import GENERATION, Result
 
 
 @dataclass(frozen=True)
@@ -88,18 +85,3 @@ def _first_tokens(run: dict) -> tuple[float, float] | None:
     """Seconds, dense and sparse, where the prompt was read."""
     dense_s, sparse_s = (run[side]["first_token_s"] for side in ("dense", "sparse"))
     return dense_s and (dense_s, sparse_s)
-
-
-def trained(result: Result, kind: str = "pretrain") -> dict[float, dict[int, dict]]:
-    """The training runs of experiments (bench/runs.py) whose steps were timed."""
-    found = runs.trained(result.data, kind) if result.kind == EXPERIMENTS else {}
-    timed = {s: {n: r for n, r in seeds.items() if "step_s" in r} for s, seeds in found.items()}
-    return {s: seeds for s, seeds in timed.items() if seeds}
-
-
-def mean_cost(found: Sequence[float]) -> str:
-    """'+0.10 (three seeds, 0.05 to 0.13)'"""
-    text = f"{mean(found):+.2f}"
-    if len(found) > 1:
-        text += f" ({len(found)} seeds, {min(found):.2f} to {max(found):.2f})"
-    return text

@@ -1,9 +1,8 @@
-"""Sections about whole models: writing, training, quality, and the prediction for a wafer."""
+"""Sections about whole models: writing, training, and the prediction for a wafer."""
 
-from statistics import mean, median
+from statistics import median
 
 from ..bench.records import groups, select
-from ..bench.runs import costs, path
 from ..wafer import compare as wafer
 from ..wafer.machine import machine
 from ..wafer.sweep import FULL_TOKENS
@@ -89,78 +88,6 @@ def training(view: View) -> Section | None:
     )
 
 
-def quality(view: View) -> Section | None:
-    """What zeros cost in loss."""
-    result = view.experiments
-    if not result:
-        return None
-    runs, tuned = measured.trained(result), measured.trained(result, "finetune")
-    stages = {
-        "after pre-training": costs(runs),
-        "after dense fine-tuning": costs(tuned),
-    }
-    stages = {name: {s: v for s, v in found.items() if v} for name, found in stages.items()}
-    stages = {name: found for name, found in stages.items() if found}
-    if not stages:
-        return None
-    first = {s: run[min(run)] for s, run in runs.items()}
-    by_flops, by_time = (
-        {_arm(s): path(run, spent) for s, run in first.items()} for spent in ("flops", "seconds")
-    )
-    saved = {s: first[0.0]["flops"] / run["flops"] for s, run in first.items() if s}
-    slower = [run["tokens_per_s"] / first[0.0]["tokens_per_s"] for s, run in first.items() if s]
-    panels = [
-        Panel(_stages_title(stages), plots.costs(stages), [result]),
-        Panel(
-            f"In FLOPs: {span(saved.values())} times fewer in all",
-            plots.losses(by_flops, "training FLOPs of stored weights (1e15)"),
-            [result],
-        ),
-        Panel(
-            f"In time: {span(slower)} of dense speed",
-            plots.losses(by_time, "seconds in training steps"),
-            [result],
-        ),
-    ]
-    above = stages.get("after pre-training", {})
-    parts = [f"{mean(found):.2f} nats at {s:.0%} zeros" for s, found in above.items()]
-    rows = [
-        [
-            f"{s:.0%}",
-            *(measured.mean_cost(each[s]) if s in each else "-" for each in stages.values()),
-            f"{saved[s]:.2f}x",
-        ]
-        for s in above
-    ]
-    return Section(
-        f"Zeros cost quality: {', '.join(parts)}",
-        f"{result.about}. A small GPT with the same tokens for each arm: "
-        f"{_tokens_each(first[0.0])} for each parameter of the dense one, where 20 are usual. It "
-        "says nothing of models that have converged. Each dot is a seed; where there is one alone, "
-        "small differences are noise.",
-        panels,
-        ["zeros", *stages, "fewer FLOPs"],
-        rows,
-    )
-
-
-def _stages_title(stages: dict[str, dict[float, list[float]]]) -> str:
-    before, *after = stages.values()
-    if after and all(mean(after[0][s]) < mean(before[s]) for s in after[0].keys() & before.keys()):
-        return "Fine-tuning dense wins part of it back"
-    return "What zeros cost at the end"
-
-
-def _tokens_each(run: dict) -> str:
-    """Tokens for each parameter."""
-    c = run["config"]
-    return f"{c['steps'] * c['batch'] * c['context'] / run['parameters']:.1f}"
-
-
-def _arm(sparsity: float) -> str:
-    return f"{sparsity:.0%} sparse" if sparsity else "dense"
-
-
 def wafer_prediction(view: View) -> Section | None:
     """Whole training steps, measured here beside the model of a wafer."""
     panels = []
@@ -168,7 +95,7 @@ def wafer_prediction(view: View) -> Section | None:
         cases = select(result.records, op=wafer.STEP)
         if not cases:
             continue
-        pairs = wafer.compare(machine("wse2"), {result.title: cases})
+        pairs = wafer.compare(machine("wse2"), {result.path.stem: cases})
         alike = groups(pairs, lambda p: p.what)
         (what,), chosen = max(alike.items(), key=lambda item: (len(item[1]), item[0]))
         where = "GPU" if is_of_a_gpu(result) else "CPU"

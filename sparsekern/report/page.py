@@ -18,6 +18,7 @@ from .view import Panel, Section, View
 
 TITLE = "sparsekern: where sparse weights are faster"
 NOTHING = "No results were found."
+QUALITY = "Zeros are not free: what they cost in quality is in `docs/quality.md`."
 DPI = 200
 STYLE = """
 body { font: 17px/1.5 system-ui, sans-serif; max-width: 76rem; margin: 1.5rem auto; padding: 0 1rem;
@@ -74,14 +75,8 @@ def _png(figure) -> bytes:
     return buffer.getvalue()
 
 
-def file_name(result: Result) -> str:
-    """With its folder where it is called like others."""
-    path = result.path
-    return f"{path.parent.name}/{path.name}" if path.stem == "experiments" else path.name
-
-
 def _files(results: Sequence[Result]) -> str:
-    names = list(dict.fromkeys(map(file_name, results)))
+    names = list(dict.fromkeys(result.path.name for result in results))
     return f"File{'s' * (len(names) > 1)}: {', '.join(names)}"
 
 
@@ -92,7 +87,7 @@ def _shared(section: Section) -> Sequence[Result]:
 
 
 def _sources(results: Sequence[Result]) -> list[list[object]]:
-    return [[i, file_name(result), result.about] for i, result in enumerate(results, 1)]
+    return [[i, result.path.name, result.about] for i, result in enumerate(results, 1)]
 
 
 SOURCES = "Every figure is of one of these files"
@@ -117,12 +112,13 @@ def as_html(
         )
 
     body = [f"<h1>{TITLE}</h1>", f"<p>{_text(view.words())} Made on {date.today()}.</p>"]
-    numbers = {file_name(result): i for i, result in enumerate(view.results, 1)}
+    numbers = {result.path.name: i for i, result in enumerate(view.results, 1)}
     points = "".join(
         f"<li>{_text(text)} <span class='of'>{', '.join(_links(files, numbers))}</span></li>"
         for text, files in sentences(view)
     )
-    body.append(f'<div class="pair"><ol>{points}</ol>{figure(first) if first else ""}</div>')
+    points = f"<div><ol>{points}</ol><p>{_text(QUALITY)}</p></div>"
+    body.append(f'<div class="pair">{points}{figure(first) if first else ""}</div>')
     if not found:
         body.append(f"<p>{NOTHING}</p>")
     for i, section in enumerate(found):
@@ -152,7 +148,7 @@ def as_html(
 
 def _links(files: Sequence[Result], numbers: dict[str, int]) -> list[str]:
     """'[3]', with the name on a pointer, to its line in the table of files."""
-    names = dict.fromkeys(map(file_name, files))
+    names = dict.fromkeys(result.path.name for result in files)
     return [
         f'<a href="#file-{numbers[name]}" title="{_text(name)}">[{numbers[name]}]</a>'
         for name in names
@@ -184,7 +180,7 @@ def as_markdown(view: View, found: Sequence[Section], first: Panel | None) -> st
 
     blocks = [f"# {TITLE}", f"{view.words()} Made on {date.today()}."]
     points = [f"{i}. {text} ({_files(of)})" for i, (text, of) in enumerate(sentences(view), 1)]
-    blocks += ["\n".join(points)] * bool(points)
+    blocks += ["\n".join(points)] * bool(points) + [QUALITY]
     blocks += [figure(first)] if first else []
     blocks += [] if found else [NOTHING]
     for section in found:

@@ -7,7 +7,6 @@ told apart by every kind of colour vision; markers differ as well.
 
 import math
 from collections.abc import Sequence
-from statistics import mean
 
 from ..extras import require
 from .curves import Curve
@@ -42,9 +41,10 @@ def place(sparsity: float) -> float:
     return -math.log2(1 - sparsity)
 
 
-def _zeros_axis(panel, ticks: Sequence[float] = ZEROS_TICKS, room: float = 0.0) -> None:
-    panel.set_xticks([place(s) for s in ticks], [f"{s:.0%}" for s in ticks])
-    panel.set_xlim(place(ZEROS[0]), place(ZEROS[1]) + room)
+def _zeros_axis(panel) -> None:
+    """With room for labels where lines end."""
+    panel.set_xticks([place(s) for s in ZEROS_TICKS], [f"{s:.0%}" for s in ZEROS_TICKS])
+    panel.set_xlim(place(ZEROS[0]), place(ZEROS[1]) + 2.6)
     panel.set_xlabel("zeros in W")
 
 
@@ -99,7 +99,7 @@ def speedups(
     ratios = [ratio for curve in curves.values() for ratio in curve.values()]
     limits = _limits(ratios, times)
     panel.set(yscale="log", ylim=limits)
-    _zeros_axis(panel, room=2.6)
+    _zeros_axis(panel)
     _times_axis(panel.yaxis, limits)
     panel.grid(alpha=0.3)
     panel.axhspan(limits[0], 1, color="0.94")
@@ -176,7 +176,7 @@ def crossover(rows: dict[int, Curve]):
 def shares(curves: dict[str, Curve]):
     """Share of what the machine can do, against zeros."""
     made, panel = _panel()
-    _zeros_axis(panel, room=2.6)
+    _zeros_axis(panel)
     panel.set_ylim(0, max(1.05, 1.05 * max(v for curve in curves.values() for v in curve.values())))
     panel.yaxis.set_major_formatter(lambda value, _: f"{value:.0%}")
     panel.grid(alpha=0.3)
@@ -219,36 +219,4 @@ def bars(rows: dict[str, dict[str, float]]):
     panel.set_yticks([])
     panel.spines["left"].set_visible(False)
     panel.set_xlabel("times as fast as dense (shaded: slower)")
-    return made
-
-
-def costs(stages: dict[str, dict[float, list[float]]]):
-    """Loss above dense against zeros: a dot for each seed, a line through the means."""
-    made, panel = _panel()
-    _zeros_axis(panel, ZEROS_TICKS[:3])
-    panel.set_xlim(place(0.4), place(0.93))
-    panel.grid(alpha=0.3)
-    panel.axhline(0, color="black", linewidth=1.2)
-    for (name, found), colour, marker in zip(stages.items(), COLOURS, MARKERS, strict=False):
-        means = {s: mean(values) for s, values in found.items()}
-        style = {"color": colour, "marker": marker}
-        x = [place(s) for s in means]
-        panel.plot(x, means.values(), linestyle=":", linewidth=1, markersize=8, label=name, **style)
-        for s, values in found.items():
-            panel.plot([place(s)] * len(values), values, linestyle="none", alpha=0.4, **style)
-    panel.legend(frameon=False, fontsize=9.5, loc="upper left")
-    panel.set_ylim(0, None)
-    panel.set_ylabel("loss above dense (nats per token)")
-    return made
-
-
-def losses(runs: dict[str, tuple[Sequence[float], Sequence[float]]], spent: str):
-    """Validation loss against what was spent: a line for each run."""
-    made, panel = _panel()
-    for (name, (x, y)), colour, marker in zip(runs.items(), COLOURS, MARKERS, strict=False):
-        style = {"color": colour, "marker": marker, "markersize": 5, "label": name}
-        panel.plot(x, y, **style)
-    panel.set(xlabel=spent, ylabel="validation loss (nats per token)", xlim=(0, None))
-    panel.legend(frameon=False, fontsize=9.5)
-    panel.grid(alpha=0.3)
     return made

@@ -2,7 +2,7 @@
 
 from collections.abc import Callable
 
-from .models import quality, training, wafer_prediction, writing
+from .models import training, wafer_prediction, writing
 from .products import (
     ceilings,
     few_tokens_on_a_gpu,
@@ -22,7 +22,6 @@ SECTIONS: tuple[Callable[[View], Section | None], ...] = (
     writing,
     training,
     ceilings,
-    quality,
     wafer_prediction,
 )
 

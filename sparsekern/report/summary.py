@@ -1,10 +1,8 @@
-"""The beginning of the page: five sentences and one picture."""
+"""The beginning of the page: four sentences and one picture."""
 
 from collections.abc import Sequence
-from statistics import mean
 
 from ..bench.records import groups, select
-from ..bench.runs import costs
 from . import measured, plots
 from .curves import Curve, common, crossing, curve, plain, span
 from .load import Result
@@ -48,7 +46,7 @@ def picture(view: View) -> Panel | None:
 
 def sentences(view: View) -> list[tuple[str, Sequence[Result]]]:
     """What was found, each with its files; what was not measured is left out."""
-    found = [_cpu_training(view), _cpu_token(view), _gpu_token(view), _losses(view), _quality(view)]
+    found = [_cpu_training(view), _cpu_token(view), _gpu_token(view), _losses(view)]
     return [sentence for sentence in found if sentence]
 
 
@@ -119,18 +117,3 @@ def cpu_curves(view: View) -> dict[str, Curve]:
     alike = groups(records, lambda r: r["op"], lambda r: r["M"])
     found = {f"{op} {M}": curve(common(rows)) for (op, M), rows in alike.items()}
     return {name: each for name, each in found.items() if len(each) > 1}
-
-
-def _quality(view: View):
-    if not view.experiments:
-        return None
-    before = costs(measured.trained(view.experiments)).get(0.75)
-    if not before:
-        return None
-    text = (
-        f"Zeros are not free: a small GPT trained at 75% ends {mean(before):.2f} nats above dense"
-    )
-    after = costs(measured.trained(view.experiments, "finetune")).get(0.75)
-    if after:
-        text += f", and {mean(after):.2f} above it after dense fine-tuning"
-    return f"{text}.", [view.experiments]

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from ..bench.records import groups, select
 from . import measured
 from .curves import Curve, plain
-from .load import EXPERIMENTS, Result
+from .load import Result
 from .nearest import Choice
 
 FEW = 64  # tokens of a product, at most, that count as few on a GPU
@@ -75,10 +75,6 @@ class View:
         if not gpus:
             return self.cpu.words()
         return f"{self.cpu.words()} The GPU figures are of an {' and an '.join(sorted(gpus))}."
-
-    @property
-    def experiments(self) -> Result | None:
-        return self.last(lambda r: r.kind == EXPERIMENTS and 0.0 in measured.trained(r))
 
 
 def is_of_a_gpu(result: Result) -> bool:

@@ -2,7 +2,7 @@
 
 import pytest
 
-from sparsekern.bench import records, runs
+from sparsekern.bench import records
 
 ABOUT = {"benchmark": "products", "date": "2026-01-02", "machine": {"cpu": "A, B"}}
 CASES = [
@@ -51,31 +51,3 @@ def test_what_is_no_table_is_named(text, tmp_path):
         records.read(path)
     with pytest.raises(FileNotFoundError, match="none.csv does not exist"):
         records.read(tmp_path / "none.csv")
-
-
-def test_training_runs_are_records_and_runs_again(tmp_path):
-    config = {"layers": 2, "width": 8, "context": 4, "batch": 2, "steps": 10, "lr": 0.5, "seed": 0}
-    made = {"config": config, "parameters": 100, "flops": 1e9, "peak_gpu_bytes": 7}
-    points = [{"step": 0, "loss": 2.0}, {"step": 10, "loss": 1.0}]
-    timed = {"step_s": 0.5, "least_s": 0.4, "most_s": 0.6, "latency_s": 0.1}
-    row = {"sparsity": 0.5, "steps": 3, "loss": 1.5, "flop_ratio": 1.2, "parameters": 60}
-    results = {
-        "machine": {"device": "A GPU", "torch": "2", "commit": "abc", "date": "2026-01-02"},
-        "data": {"pretrain": {"source": "packages", "tokens": [9, 1]}},
-        "failed": {"sweep 0.0 lr 2.0": "RuntimeError"},
-        "times": {"times": {"0.75": timed | {"dense_latency_s": 0.2}}},
-        "pretrain 0.75 seed 0": made | {"evaluations": points, "loss": 1.0},
-        "sweep 0.0 lr 0.5": {"loss": None, "diverged": "loss is nan"},
-        "prune once 0.5": {"rows": [row]},
-        "prune control": made | {"evaluations": points[1:], "loss": 1.0},
-    }
-    run = runs.flat(results)
-    records.write(tmp_path / "a.csv", run.about, run.records)
-    again = runs.nested(records.read(tmp_path / "a.csv"))
-    assert again.keys() == results.keys()
-    for name in ("machine", "data", "failed", "times", "sweep 0.0 lr 0.5", "prune control"):
-        assert again[name] == results[name]
-    assert again["prune once 0.5"]["rows"][0].items() >= row.items()
-    pretrained = again["pretrain 0.75 seed 0"]
-    assert pretrained["steps_s"] == 5 and pretrained["tokens_per_s"] == 16
-    assert [e["seconds"] for e in pretrained["evaluations"]] == [0, 5]

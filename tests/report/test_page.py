@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from sparsekern.bench import records, runs
+from sparsekern.bench import records
 from sparsekern.cli import main
 from sparsekern.commands import BENCH_OUT
 from sparsekern.report import curves, load, measured, nearest, page, plots, products
@@ -102,47 +102,9 @@ def generation() -> list[dict]:
     ]
 
 
-def experiments() -> dict:
-    def config(lr: float) -> dict:
-        sizes = {"layers": 2, "width": 8, "context": 512, "batch": 64}
-        return sizes | {"steps": 2000, "lr": lr, "seed": 0}
-
-    def run(sparsity: float, lr: float = 1.0) -> dict:
-        points = [
-            {"step": step, "loss": 4 + sparsity / 4 - step / 1000} for step in range(0, 2001, 250)
-        ]
-        return {
-            "config": config(lr),
-            "evaluations": points,
-            "loss": points[-1]["loss"],
-            "parameters": 100,
-            "flops": 1e15 * (1 - sparsity),
-            "peak_gpu_bytes": 1,
-        }
-
-    def tuned(lr: float) -> dict:
-        return run(0.75, lr) | {"evaluations": [{"step": 2000, "loss": 3 * lr}]}
-
-    def timed(sparsity: float) -> dict:
-        step_s = 0.1 * (1 - 0.5 * sparsity)
-        return dict.fromkeys(("step_s", "least_s", "most_s", "latency_s"), step_s) | {
-            "dense_latency_s": 0.1
-        }
-
-    machine = {"device": "NVIDIA H200", "torch": "2.11.0", "date": "2026-01-02", "commit": "abc"}
-    times = {str(s): timed(s) for s in (0.0, 0.5, 0.75, 0.9)} | {"finetune": timed(0)}
-    arms = {f"pretrain {s} seed 0": run(s) for s in (0.9, 0.0, 0.5, 0.75)}
-    diverged = {"loss": None, "diverged": "loss is nan at step 3"}
-    finetuned = {f"finetune 0.75 seed 0 lr {lr}": tuned(lr) for lr in (2, 1)}
-    finetuned |= {"finetune 0.75 seed 0 lr 3": diverged, "pretrain 0.95 seed 0": diverged}
-    others = {"sweep 0.0 lr 0.001": run(0.0), "pretrain 0.75 seed 1": run(0.75)}
-    return {"machine": machine, "times": {"times": times}, **others, **arms, **finetuned}
-
-
 @pytest.fixture
 def folder(tmp_path) -> Path:
     """A table of each kind, and one that has no section."""
-    trained = runs.flat(experiments())
     gpu = {"gpu": "NVIDIA H200"}
     limits = {"ceilings": {"cuda": GPU_LIMITS}}
     call = {"op": "call", "case": "matmul", "ways": {"ours": {"kind": "ours", "min_s": 1e-6}}}
@@ -154,8 +116,6 @@ def folder(tmp_path) -> Path:
     }
     for name, (head, cases) in files.items():
         records.write(tmp_path / "results" / f"{name}.csv", head, records.flat(cases))
-    path = tmp_path / "results" / "h200" / "experiments.csv"
-    records.write(path, trained.about, trained.records)
     return tmp_path / "results"
 
 
@@ -197,6 +157,7 @@ def test_the_page_has_its_figures(folder, tmp_path, capsys):
     assert all(f"]({name})" in markdown for name in pictures)
     assert all((out / name).stat().st_size > 5000 for name in pictures)
     assert "NVIDIA H200, gpt3-6.7b, torch 2.11.0, 2026-01-02, commit 0123456789" in markdown
+    assert "quality is in <code>docs/quality.md</code>." in html and page.QUALITY in markdown
 
 
 def test_every_figure_names_its_files(folder):
@@ -207,18 +168,17 @@ def test_every_figure_names_its_files(folder):
     markdown = page.as_markdown(found, sections(found), picture(found))
     assert markdown.count("](") == len(panels)
     # One for each figure, one for each sentence, and the list of all of them.
-    assert markdown.count("a-cpu.csv") > 5 and "h200/experiments.csv" in markdown
+    assert markdown.count("a-cpu.csv") > 5
 
 
-def test_the_summary_is_of_five_sentences_losses_among_them(folder):
+def test_the_summary_is_of_four_sentences_losses_among_them(folder):
     found = sentences(view(folder))
-    assert len(found) == 5
-    training, token, gpu, losses, quality = (text for text, _ in found)
+    assert len(found) == 4
+    training, token, gpu, losses = (text for text, _ in found)
     assert training.startswith("On a CPU a training step of the demo's GPT is ")
     assert "times as fast at 75% zeros and " in token
     assert "its first token takes 20 ms instead of 20" in gpu
     assert losses.startswith("It loses too: 64 tokens on a GPU reach ")
-    assert quality == "Zeros are not free: a small GPT trained at 75% ends 0.19 nats above dense."
 
 
 def test_titles_say_what_is_seen(folder):
@@ -228,7 +188,6 @@ def test_titles_say_what_is_seen(folder):
     )
     assert any("1 token reaches 4.0 times dense" in title for title in found)
     assert any(title.startswith("A whole model writes ") for title in found)
-    assert "Zeros cost quality: 0.12 nats at 50% zeros, 0.19 nats at 75% zeros" in " ".join(found)
 
 
 def test_each_file_is_read_as_what_it_is(folder):
@@ -237,9 +196,7 @@ def test_each_file_is_read_as_what_it_is(folder):
         "a-cpu.csv": load.PRODUCTS,
         "h200-decode-bfloat16.csv": load.CELLS,
         "generate-gpt3-6.7b.csv": load.GENERATION,
-        "experiments.csv": load.EXPERIMENTS,
     }
-    assert results["experiments.csv"].title == "h200"
     # A kernel that is wrong is nobody's best.
     assert {record["kernel"] for record in results["h200-decode-bfloat16.csv"].records} == {
         "few_tokens"
@@ -301,17 +258,6 @@ def test_speed_ups_share_their_axes(folder):
     assert len(alike) > 4
     assert len({(each.get_xlim(), each.get_ylim()) for each in alike}) == 1
     assert alike[0].get_ylim() == plots.TIMES
-
-
-def test_arms_of_experiments_stand_beside_dense(folder):
-    (section,) = [s for s in sections(view(folder)) if s.title.startswith("Zeros cost")]
-    # Of fine-tunings the best, and none that diverged; there is no dense one to hold it against.
-    assert section.header == ["zeros", "after pre-training", "fewer FLOPs"]
-    assert section.rows == [
-        ["50%", "+0.12", "2.00x"],
-        ["75%", "+0.19", "4.00x"],
-        ["90%", "+0.23", "10.00x"],
-    ]
 
 
 def test_what_is_not_measured_is_left_out(tmp_path):
