@@ -26,7 +26,6 @@ SCALED_FIRST_RATES = (1e-3, 2e-3, 4e-3)  # around the best one of dense, which i
 NORMED_FIRST_RATES = (8e-3, 4e-3, 2e-3)
 FIRST_TUNING_RATES, LEAST_TUNING_RATE, MOST_TUNING_RATE = (3e-4, 1e-3, 3e-3), 3e-5, 3e-2
 TASKS = {"sentiment": 2, "webnlg": 5, "code": 1}  # passes over their training rows
-PER_PARAMETER = 20
 
 
 @dataclass(frozen=True)
