@@ -42,10 +42,13 @@ def _guard(kind: type) -> None:
             )
         is_sparse = any(isinstance(module, SparseLinear) for module in self.modules())
         if is_sparse or getattr(self, "hf_quantizer", None) or _is_marked(self):
-            from .quantizer import attach
+            from .quantizer import are_made_others, attach
 
-            given = signature(original).bind(self, *args, **kwargs).arguments
-            attach(self, is_sparse, given.get("state_dict"))
+            given = signature(original).bind(self, *args, **kwargs)
+            attach(self, is_sparse, given.arguments.get("state_dict"))
+            if is_sparse and are_made_others(self):
+                given.arguments["save_original_format"] = False
+                args, kwargs = given.args[1:], given.kwargs
         return original(self, *args, **kwargs)
 
     save_pretrained.looks_for_sparse_layers = True

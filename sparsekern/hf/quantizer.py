@@ -236,6 +236,16 @@ def attach(model: PreTrainedModel, is_sparse: bool, state: dict[str, Tensor] | N
     quantizer.state = state
 
 
+def are_made_others(model: PreTrainedModel) -> bool:
+    """Whether transformers makes other tensors of those of its sparse layers for a file, as where
+    the models that it was published as have one matrix for gate and up. What it makes of a pattern
+    and its values nobody can read."""
+    found = getattr(model, "_weight_conversions", None) or get_model_conversion_mapping(model)
+    back = [c.reverse_transform() for c in found if isinstance(c, WeightConverter)]
+    names = [n for n, m in model.named_modules() if isinstance(m, SparseLinear)]
+    return any(c.rename_source_key(f"{n}.weight")[1] is not None for c in back for n in names)
+
+
 def _check_ties(model: PreTrainedModel) -> None:
     """ValueError where from_pretrained would tie a sparse weight to another one."""
     if not getattr(model.config.get_text_config(), "tie_word_embeddings", False):
