@@ -187,6 +187,11 @@ def load(
         model, found = kind.from_pretrained(source, dtype=kind_of, output_loading_info=True)
     except damage as error:
         raise ValueError(f"source: cannot read the weights of {source} ({error})") from error
+    if getattr(model, "_hf_peft_config_loaded", False):  # it would be saved without its weights
+        raise ValueError(
+            f"source: {source} has an adapter of peft beside its model: merge it, and save the "
+            "model alone, first"
+        )
     outputs, matrices = heads(model), {n for n, p in model.named_parameters() if p.ndim > 1}
     missing = sorted(
         n for n in matrices & set(found["missing_keys"]) if n.rpartition(".")[0] not in outputs
@@ -231,13 +236,22 @@ def _save(model: Any, tokenizer: Any, source: Path, out: Path, about: dict) -> N
 
 
 def _copy_beside(source: Path, made: Path) -> None:
-    """Settings of other tools, such as the pooling of sentence-transformers."""
+    """Settings of other tools, such as the pooling of sentence-transformers, and all of the layers
+    that it has after the model."""
+    whole = _after_the_model(source)
     for path in list(source.rglob("*")):
         is_wanted = path.suffix in BESIDE and not path.name.endswith(".index.json")
-        if path.is_file() and is_wanted:
+        if path.is_file() and (is_wanted or not whole.isdisjoint(path.parents)):
             copied = made / path.relative_to(source)
             copied.parent.mkdir(parents=True, exist_ok=True)
             shutil.copyfile(path, copied)
+
+
+def _after_the_model(source: Path) -> set[Path]:
+    """Folders of what sentence-transformers runs after the model, which has the folder itself."""
+    table = source / "modules.json"
+    rows = json.loads(table.read_text("utf-8")) if table.exists() else []
+    return {source / row["path"] for row in rows} - {source}
 
 
 def _umask() -> int:

@@ -348,6 +348,11 @@ def test_other_refusals(saved, tmp_path):
     model.hf_quantizer = object()
     with pytest.raises(ValueError, match="was quantized by object, whose files hold none"):
         model.save_pretrained(tmp_path / "x")
+    model = sparse_llama()
+    mlp = model.model.layers[0].mlp
+    mlp.up_proj = nn.ModuleDict({"base_layer": mlp.up_proj})
+    with pytest.raises(ValueError, match="mlp.up_proj.base_layer is under an adapter of peft"):
+        model.save_pretrained(tmp_path / "x")
     assert not (tmp_path / "x").exists()
 
 
