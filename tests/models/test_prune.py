@@ -164,6 +164,13 @@ def test_weights_that_its_file_lacks_are_not_pruned(folder, tmp_path):
         prune_pretrained(folder, tmp_path / "out", 0.5)
 
 
+def test_a_class_that_transformers_lacks_loses_no_head(folder, tmp_path):
+    config = (folder / "config.json").read_text()
+    (folder / "config.json").write_text(config.replace("LlamaFor", "LLaMAFor"))
+    with pytest.raises(ValueError, match="got LLaMAForCausalLM; LlamaModel, .* for lm_head.weight"):
+        prune_pretrained(folder, tmp_path / "out", 0.5)
+
+
 def test_a_sparse_folder_becomes_dense_with_zeros(folder, tmp_path):
     from safetensors.torch import load_file
     from transformers import AutoModelForCausalLM
