@@ -357,6 +357,30 @@ def test_other_refusals(saved, tmp_path):
 
 
 @needs_transformers
+def test_a_layer_in_two_places_comes_back_in_both(tmp_path):
+    """Of a model that ties the weights by name, since its modules are one."""
+
+    class Model(transformers.PreTrainedModel):
+        config_class = transformers.PreTrainedConfig
+        _tied_weights_keys = {"head.weight": "first.weight", "head.bias": "first.bias"}
+
+        def __init__(self, config):
+            super().__init__(config)
+            self.first = self.head = nn.Linear(16, 16)
+            self.post_init()
+
+        def forward(self, x):
+            return self.head(self.first(x))
+
+    model = sparsify_(Model(transformers.PreTrainedConfig()), Static(0.5), lambda m, name: True)
+    model.save_pretrained(tmp_path)
+    loaded, about = Model.from_pretrained(tmp_path, output_loading_info=True)
+    assert loaded.first is loaded.head and not about["missing_keys"] | about["unexpected_keys"]
+    x = torch.randn(3, 16)
+    assert torch.equal(loaded(x), model(x))
+
+
+@needs_transformers
 def test_models_that_share_a_config(saved, tmp_path):
     """Each file says of itself whether it is sparse."""
     sparse, dense = sparse_llama(), llama()
