@@ -40,12 +40,23 @@ def _guard(kind: type) -> None:
                 f"save_pretrained: {packed} is packed for inference and cannot be saved: save the "
                 "model before pack_"
             )
-        is_sparse = any(isinstance(module, SparseLinear) for module in self.modules())
+        layers = [name for name, m in self.named_modules() if isinstance(m, SparseLinear)]
+        inside = next((name for name in layers if name.endswith(".base_layer")), None)
+        if inside is not None and not getattr(self, "_hf_peft_config_loaded", False):
+            raise ValueError(
+                f"save_pretrained: {inside} is under an adapter of peft, and its name in the file "
+                "would be one that no model has: save the adapter with peft, and the model "
+                "after sparsekern.models.lora.merge_, or unload()"
+            )
+        is_sparse = bool(layers)
         if is_sparse or getattr(self, "hf_quantizer", None) or _is_marked(self):
-            from .quantizer import attach
+            from .quantizer import are_made_others, attach
 
-            given = signature(original).bind(self, *args, **kwargs).arguments
-            attach(self, is_sparse, given.get("state_dict"))
+            given = signature(original).bind(self, *args, **kwargs)
+            attach(self, is_sparse, given.arguments.get("state_dict"))
+            if is_sparse and are_made_others(self):
+                given.arguments["save_original_format"] = False
+                args, kwargs = given.args[1:], given.kwargs
         return original(self, *args, **kwargs)
 
     save_pretrained.looks_for_sparse_layers = True

@@ -114,11 +114,15 @@ class SparseQuantizer(HfQuantizer):
                     f"{_file(parts)}: {saved}: the model has a {type(lost).__name__} there, which "
                     "takes no such weight"
                 )
+        made: dict[nn.Module, nn.Module] = {}
         for name, layers in owners.items():
             dense = skeleton.modules[name]
-            model.set_submodule(name, _empty(name, dense, layers))
+            if dense not in made:  # a module may sit in several places
+                made[dense] = _empty(name, dense, layers)
+            model.set_submodule(name, made[dense])
             if isinstance(dense, nn.MultiheadAttention):
                 _spare(name.rpartition(".")[0], skeleton, tensors)
+        _untie(model, skeleton, made)
         return model
 
     def get_weight_conversions(self) -> list[WeightConverter]:
@@ -140,13 +144,17 @@ class SparseQuantizer(HfQuantizer):
     def get_state_dict_and_metadata(self, model: PreTrainedModel) -> tuple[dict, dict]:
         given, self.state = self.state, None
         state = dict(model.state_dict() if given is None else given)
+        written: set[nn.Module] = set()
         for name, layer in model.named_modules(remove_duplicate=False):
             if not isinstance(layer, SparseLinear):
                 continue
             lacking = [p for p in layouts.BUFFERS if f"{name}.{p}" not in state]
             if lacking:
                 raise ValueError(f"save_pretrained: state_dict: it lacks {name}.{lacking[0]}")
-            parts = (state.pop(f"{name}.{part}").detach() for part in layouts.BUFFERS)
+            parts = [state.pop(f"{name}.{part}").detach() for part in layouts.BUFFERS]
+            if layer in written:  # under another name: transformers would drop some of its parts
+                parts = [part.clone() for part in parts]
+            written.add(layer)
             w = SparseTensor._trusted(*parts, layer.out_features, layer.in_features)
             if w.values.is_meta:
                 raise ValueError(
@@ -236,6 +244,16 @@ def attach(model: PreTrainedModel, is_sparse: bool, state: dict[str, Tensor] | N
     quantizer.state = state
 
 
+def are_made_others(model: PreTrainedModel) -> bool:
+    """Whether transformers makes other tensors of those of its sparse layers for a file, as where
+    the models that it was published as have one matrix for gate and up. What it makes of a pattern
+    and its values nobody can read."""
+    found = getattr(model, "_weight_conversions", None) or get_model_conversion_mapping(model)
+    back = [c.reverse_transform() for c in found if isinstance(c, WeightConverter)]
+    names = [n for n, m in model.named_modules() if isinstance(m, SparseLinear)]
+    return any(c.rename_source_key(f"{n}.weight")[1] is not None for c in back for n in names)
+
+
 def _check_ties(model: PreTrainedModel) -> None:
     """ValueError where from_pretrained would tie a sparse weight to another one."""
     if not getattr(model.config.get_text_config(), "tie_word_embeddings", False):
@@ -287,7 +305,7 @@ class _Skeleton:
 
     def __init__(self, model: PreTrainedModel):
         self.base = f"{model.base_model_prefix}."
-        self.modules = dict(model.named_modules())
+        self.modules = dict(model.named_modules(remove_duplicate=False))
         self._places = {
             f"{name}.{inner}" if inner else name: (name, inner)
             for name, module in self.modules.items()
@@ -312,6 +330,14 @@ class _Skeleton:
                     return module if has_own else None
             saved = saved.rpartition(".")[0]
         return None
+
+
+def _untie(model: Any, skeleton: _Skeleton, made: dict[nn.Module, nn.Module]) -> None:
+    """Weights that are one since their modules are: there is nothing to tie in the sparse one."""
+    for target, source in list(model.all_tied_weights_keys.items()):
+        places = [skeleton.modules.get(x.removesuffix(".weight")) for x in (target, source)]
+        if places[0] is places[1] and places[0] in made:
+            del model.all_tied_weights_keys[target]
 
 
 def _spare(name: str, skeleton: _Skeleton, tensors: dict[str, _Header]) -> None:

@@ -168,7 +168,8 @@ def load(
     source: str | Path, dtype: str | None = None, needs_tokenizer: bool = False
 ) -> tuple[nn.Module, Any]:
     """The model, dense, of the class that its config names, and its tokenizer (None if it has
-    none). ValueError where its file lacks matrices that are no head's."""
+    none). ValueError where its file lacks matrices that are no head's, or where transformers has no
+    such class and another one would lose some."""
     refuse_path_to_nothing(source)
     transformers = require("transformers", "hf")
     try:
@@ -179,7 +180,7 @@ def load(
         ) from error
     if (getattr(config, "quantization_config", None) or {}).get("quant_method") == "sparsekern":
         import_module("sparsekern.hf")  # it reads sparse files, and needs a newer transformers
-    names = getattr(config, "architectures", None) or ["AutoModel"]
+    names = getattr(config, "architectures", None) or ["none"]
     kind = getattr(transformers, names[0], transformers.AutoModel)
     kind_of = getattr(torch, dtype) if dtype else "auto"
     damage = OSError, EOFError, UnpicklingError, import_module("safetensors").SafetensorError
@@ -187,6 +188,17 @@ def load(
         model, found = kind.from_pretrained(source, dtype=kind_of, output_loading_info=True)
     except damage as error:
         raise ValueError(f"source: cannot read the weights of {source} ({error})") from error
+    if kind is transformers.AutoModel and (lost := sorted(found["unexpected_keys"])):
+        raise ValueError(
+            f"source: architectures in the config.json of {source} expected a class of this "
+            f"transformers, got {names[0]}; {type(model).__name__}, by its model_type, has no "
+            f"place for {lost[0]}{', ...' if lost[1:] else ''}"
+        )
+    if getattr(model, "_hf_peft_config_loaded", False):  # it would be saved without its weights
+        raise ValueError(
+            f"source: {source} has an adapter of peft beside its model: merge it, and save the "
+            "model alone, first"
+        )
     outputs, matrices = heads(model), {n for n, p in model.named_parameters() if p.ndim > 1}
     missing = sorted(
         n for n in matrices & set(found["missing_keys"]) if n.rpartition(".")[0] not in outputs
@@ -231,13 +243,22 @@ def _save(model: Any, tokenizer: Any, source: Path, out: Path, about: dict) -> N
 
 
 def _copy_beside(source: Path, made: Path) -> None:
-    """Settings of other tools, such as the pooling of sentence-transformers."""
+    """Settings of other tools, such as the pooling of sentence-transformers, and all of the layers
+    that it has after the model."""
+    whole = _after_the_model(source)
     for path in list(source.rglob("*")):
         is_wanted = path.suffix in BESIDE and not path.name.endswith(".index.json")
-        if path.is_file() and is_wanted:
+        if path.is_file() and (is_wanted or not whole.isdisjoint(path.parents)):
             copied = made / path.relative_to(source)
             copied.parent.mkdir(parents=True, exist_ok=True)
             shutil.copyfile(path, copied)
+
+
+def _after_the_model(source: Path) -> set[Path]:
+    """Folders of what sentence-transformers runs after the model, which has the folder itself."""
+    table = source / "modules.json"
+    rows = json.loads(table.read_text("utf-8")) if table.exists() else []
+    return {source / row["path"] for row in rows} - {source}
 
 
 def _umask() -> int:

@@ -46,12 +46,18 @@ class SparsityCallback:
         self, args: Any, state: Any, control: Any, model: nn.Module, optimizer: Any, **_: Any
     ) -> None:
         """ValueError for another model than the algorithm's, or a checkpoint without its state."""
+        if not self.algorithm.layers:
+            raise ValueError(
+                "model: expected one that the algorithm has made sparse, got a dense one: give the "
+                "callback to Trainer(callbacks=[...]), as add_callback comes too late, or call "
+                "algorithm.apply(model) before"
+            )
         modules = set(model.modules())
         other = [n for n, layer in self.algorithm.layers.items() if layer not in modules]
-        if other or not self.algorithm.layers:
+        if other:
             raise ValueError(
                 f"model: expected the one that the algorithm has made sparse, got one without its "
-                f"layer {other[0] if other else ''}; a Trainer with model_init makes a new one"
+                f"layer {other[0]}; a Trainer with model_init makes a new one"
             )
         self.algorithm.apply(optimizer)
         saved = optimizer.param_groups[0].get(KEY)

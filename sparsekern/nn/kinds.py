@@ -177,7 +177,7 @@ def why_not(module: nn.Module) -> str | None:
     if is_experts(module):
         return _experts(module)
     if any(p is not None and p.ndim == 3 and len(p) > 1 for p in module._parameters.values()):
-        return f"a {type(module).__name__} has a matrix for each expert in a way not known here"
+        return f"a {type(module).__name__} uses its stack of matrices in a way not known here"
     return f"a {type(module).__name__} does more than multiply by it"
 
 

@@ -131,6 +131,7 @@ def test_a_layer_that_was_put_in_by_hand_is_saved(tmp_path):
 KINDS = {
     "GPT2": dict(n_embd=16, n_layer=2, n_head=2, n_positions=32),  # Conv1D
     "GptOss": dict(num_local_experts=3, num_experts_per_tok=2, head_dim=8),  # biases, [E, K, N]
+    "HrmText": dict(head_dim=8),  # gate and up are one matrix in files of dense models
     "Llama4Text": dict(num_local_experts=3, head_dim=8, interleave_moe_layer_step=1),
     "Mixtral": dict(num_local_experts=3),  # stacked experts, and other names in files
     "Qwen3Moe": dict(num_experts=3, moe_intermediate_size=24, head_dim=8, num_experts_per_tok=2),
@@ -142,6 +143,8 @@ KINDS = {
 def test_layers_that_are_no_linear(tmp_path, kind):
     sizes = dict(hidden_size=16, intermediate_size=24, num_hidden_layers=2, num_attention_heads=2)
     sizes = {} if kind == "GPT2" else sizes | {"num_key_value_heads": 1}
+    if not hasattr(transformers, f"{kind}Config"):
+        pytest.skip(f"this transformers has no {kind}")
     ids = dict(vocab_size=128, bos_token_id=0, eos_token_id=0)
     config = getattr(transformers, f"{kind}Config")(**sizes, **ids, **KINDS[kind])
     dense = AutoModelForCausalLM.from_config(config).eval()
@@ -345,7 +348,36 @@ def test_other_refusals(saved, tmp_path):
     model.hf_quantizer = object()
     with pytest.raises(ValueError, match="was quantized by object, whose files hold none"):
         model.save_pretrained(tmp_path / "x")
+    model = sparse_llama()
+    mlp = model.model.layers[0].mlp
+    mlp.up_proj = nn.ModuleDict({"base_layer": mlp.up_proj})
+    with pytest.raises(ValueError, match="mlp.up_proj.base_layer is under an adapter of peft"):
+        model.save_pretrained(tmp_path / "x")
     assert not (tmp_path / "x").exists()
+
+
+@needs_transformers
+def test_a_layer_in_two_places_comes_back_in_both(tmp_path):
+    """Of a model that ties the weights by name, since its modules are one."""
+
+    class Model(transformers.PreTrainedModel):
+        config_class = transformers.PreTrainedConfig
+        _tied_weights_keys = {"head.weight": "first.weight", "head.bias": "first.bias"}
+
+        def __init__(self, config):
+            super().__init__(config)
+            self.first = self.head = nn.Linear(16, 16)
+            self.post_init()
+
+        def forward(self, x):
+            return self.head(self.first(x))
+
+    model = sparsify_(Model(transformers.PreTrainedConfig()), Static(0.5), lambda m, name: True)
+    model.save_pretrained(tmp_path)
+    loaded, about = Model.from_pretrained(tmp_path, output_loading_info=True)
+    assert loaded.first is loaded.head and not about["missing_keys"] | about["unexpected_keys"]
+    x = torch.randn(3, 16)
+    assert torch.equal(loaded(x), model(x))
 
 
 @needs_transformers

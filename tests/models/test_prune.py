@@ -93,6 +93,10 @@ def folder(tmp_path):
     transformers.LlamaForCausalLM(config).save_pretrained(tmp_path / "m")
     (tmp_path / "m" / "1_Pooling").mkdir()
     (tmp_path / "m" / "1_Pooling" / "config.json").write_text("{}")
+    (tmp_path / "m" / "2_Dense").mkdir()
+    (tmp_path / "m" / "2_Dense" / "model.safetensors").write_bytes(b"weights")
+    modules = [{"path": path} for path in ("", "1_Pooling", "2_Dense")]
+    (tmp_path / "m" / "modules.json").write_text(json.dumps(modules))
     return tmp_path / "m"
 
 
@@ -114,6 +118,7 @@ def test_pruned_and_saved(folder, tmp_path, method, capsys):
     assert (weight == 0).sum() == 0.75 * weight.numel()
     assert AutoTokenizer.from_pretrained(out)("one two").input_ids == [1, 2]
     assert (out / "1_Pooling" / "config.json").exists()
+    assert (out / "2_Dense" / "model.safetensors").read_bytes() == b"weights"
     about = json.loads((out / TABLE).read_text())
     assert about["method"] == method and len(about["layers"]) == 14
 
@@ -128,6 +133,16 @@ def test_a_failure_writes_nothing(folder, tmp_path, monkeypatch):
     with pytest.raises(OSError, match="no space"):
         prune_pretrained(folder, tmp_path / "new" / "out", 0.5)
     assert not any((tmp_path / "new").iterdir())
+
+
+def test_a_source_with_an_adapter_is_refused(folder, tmp_path):
+    peft = pytest.importorskip("peft", reason="peft is not installed")
+    from transformers import AutoModelForCausalLM
+
+    model = AutoModelForCausalLM.from_pretrained(folder)
+    peft.get_peft_model(model, peft.LoraConfig(target_modules=["q_proj"])).save_pretrained(folder)
+    with pytest.raises(ValueError, match=f"source: {folder} has an adapter of peft"):
+        prune_pretrained(folder, tmp_path / "out", 0.5)
 
 
 @pytest.mark.parametrize("size", [None, 0, 5000])
@@ -146,6 +161,13 @@ def test_weights_that_its_file_lacks_are_not_pruned(folder, tmp_path):
     del weights["model.layers.1.mlp.up_proj.weight"]
     save_file(weights, folder / "model.safetensors", {"format": "pt"})
     with pytest.raises(ValueError, match="lacks 1 weights, .* model.layers.1.mlp.up_proj.weight"):
+        prune_pretrained(folder, tmp_path / "out", 0.5)
+
+
+def test_a_class_that_transformers_lacks_loses_no_head(folder, tmp_path):
+    config = (folder / "config.json").read_text()
+    (folder / "config.json").write_text(config.replace("LlamaFor", "LLaMAFor"))
+    with pytest.raises(ValueError, match="got LLaMAForCausalLM; LlamaModel, .* for lm_head.weight"):
         prune_pretrained(folder, tmp_path / "out", 0.5)
 
 

@@ -91,6 +91,9 @@ def test_what_it_refuses():
     loop.model = nn.Sequential(nn.Linear(16, 8))
     with pytest.raises(ValueError, match="expected the one that the algorithm has made sparse"):
         loop.train(2)
+    late = SparsityCallback(Static(0.5))  # by add_callback, after on_init_end
+    with pytest.raises(ValueError, match="got a dense one: give the callback to Trainer"):
+        late.on_train_begin(None, None, None, loop.model, None)
 
 
 def tiny_llama():
