@@ -40,7 +40,7 @@ from datetime import date
 from pathlib import Path
 
 import torch
-from evidence import build, clock, converged, converged_section, plan, study, worker
+from evidence import build, clock, converged, plan, study, worker
 from evidence.check import check
 from evidence.period import Period
 from workers import Pool
@@ -175,7 +175,7 @@ def prune_converged(options: argparse.Namespace) -> int:
         say(f"{result['stage']} at {result['rate']:g}: {result.get('held-out', 'diverged')}")
 
     def results() -> list[dict]:
-        return converged_section.read(path)
+        return study.kept(path, converged.NEEDED)
 
     converged.make(parts, options.stages or list(converged.STAGES), work, results, keep)
     return 0
