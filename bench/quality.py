@@ -28,7 +28,6 @@ The last writes docs/quality.md and its picture.
 
 import argparse
 import fcntl
-import json
 import math
 import os
 import sys
@@ -170,8 +169,7 @@ def prune_converged(options: argparse.Namespace) -> int:
     about = about_now(options.commit) | about
 
     def keep(result: dict) -> None:
-        with open(path, "a") as file:  # one write, so that others may add theirs
-            file.write(json.dumps(study.short(result | about)) + "\n")
+        converged.add(path, study.short(result | about))
         say(f"{result['stage']} at {result['rate']:g}: {result.get('held-out', 'diverged')}")
 
     def results() -> list[dict]:
