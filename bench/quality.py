@@ -28,7 +28,6 @@ The last writes docs/quality.md and its picture.
 
 import argparse
 import fcntl
-import json
 import math
 import os
 import sys
@@ -40,7 +39,7 @@ from datetime import date
 from pathlib import Path
 
 import torch
-from evidence import build, clock, converged, converged_section, plan, study, worker
+from evidence import build, clock, converged, plan, study, worker
 from evidence.check import check
 from evidence.period import Period
 from workers import Pool
@@ -170,12 +169,11 @@ def prune_converged(options: argparse.Namespace) -> int:
     about = about_now(options.commit) | about
 
     def keep(result: dict) -> None:
-        with open(path, "a") as file:  # one write, so that others may add theirs
-            file.write(json.dumps(study.short(result | about)) + "\n")
+        converged.add(path, study.short(result | about))
         say(f"{result['stage']} at {result['rate']:g}: {result.get('held-out', 'diverged')}")
 
     def results() -> list[dict]:
-        return converged_section.read(path)
+        return study.kept(path, converged.NEEDED)
 
     converged.make(parts, options.stages or list(converged.STAGES), work, results, keep)
     return 0

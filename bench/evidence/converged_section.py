@@ -1,13 +1,11 @@
 """What docs/quality.md says of the model that others have trained (converged.py)."""
 
 from collections.abc import Sequence
-from pathlib import Path
 
 from sparsekern.terminal import table
 
-from . import study
 from .answer import digits_beside, signed
-from .converged import MODEL, NEEDED, PREDICTED, RATES, STAGE_TOKENS, STAGES, best, is_done
+from .converged import MODEL, PREDICTED, RATES, STAGE_TOKENS, STAGES, best, is_done
 from .converged import tried as losses_of
 from .tables import filled, sweep_ends, tried
 
@@ -24,11 +22,6 @@ and a schedule of its own, and so has dense for any length. 50 % and dense try {
 or more each, the others take theirs. One run each, so no interval. Text and code are in nats a
 token of this model's own tokens, which are not those of the sections above; nothing is fine-tuned
 on code. % zeros are of the layers that Wanda prunes."""
-
-
-def read(path: Path) -> list[dict]:
-    """Nothing where there is no file."""
-    return study.kept(path, NEEDED)
 
 
 def done(results: Sequence[dict]) -> dict[str, dict]:

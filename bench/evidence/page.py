@@ -10,6 +10,7 @@ from . import clock, converged_section, study, trends
 from .answer import NORMED, PLAIN, SIZE, answered, first_words, holds, order_of, primary
 from .build import TRAINING
 from .check import FIRST, LAST, MOST_APART
+from .converged import NEEDED
 from .differences import LEAST_RISE, by_seed
 from .picture import drawn, picture
 from .plan import ARMS, PLAN, SIZES, SWEEP_SEED, Order
@@ -119,7 +120,7 @@ def publish(
     of converged.py."""
     paths = ([kept] if kept.exists() else []) + list(new)
     results, clocked, timed = study.read(paths), clock.read(by_clock), read_check(checked)
-    converged = converged_section.read(others)
+    converged = study.kept(others, NEEDED)
     every = [*results, *clocked, *converged, *filter(None, [timed])]
     if len({result["corpus"] for result in every}) > 1:
         raise ValueError("results: expected one text, got several")

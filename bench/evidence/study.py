@@ -49,6 +49,13 @@ def kept(path: Path, needed: set[str]) -> list[dict]:
     return list(lines(path, needed)) if path.exists() else []
 
 
+def add(path: Path, result: dict) -> None:
+    """Whole lines at any time, whenever this is killed."""
+    before = path.read_bytes() if path.exists() else b""
+    with atomic_write(path) as file:
+        file.write(before + json.dumps(result).encode() + b"\n")
+
+
 def check_plan(results: Iterable[dict]) -> None:
     """ValueError where one of these is of an arm and size of the plan, but not as they are now."""
     for result in results:
@@ -161,11 +168,8 @@ class Study:
             print(f"    {line}", flush=True)
 
     def keep(self, result: dict) -> None:
-        """Whole lines at any time, whenever this is killed."""
         self.path.parent.mkdir(parents=True, exist_ok=True)
-        before = self.path.read_bytes() if self.path.exists() else b""
-        with atomic_write(self.path) as file:
-            file.write(before + json.dumps(result).encode() + b"\n")
+        add(self.path, result)
         self.results.setdefault(result["key"], result)
 
     def say(self, text: str) -> None:

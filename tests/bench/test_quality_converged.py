@@ -1,6 +1,7 @@
 """A model of others, pruned and trained on (bench/evidence/converged.py), as a toy."""
 
 import math
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 
 import numpy as np
@@ -177,6 +178,16 @@ def test_a_rate_that_diverges_is_told(converged, parts, tmp_path, monkeypatch):
         converged.make(parts, ["dense"], tmp_path, lambda: results, stop_after(3, results))
     assert [r["dev"] for r in results] == [None] * 3
     assert "loss is nan" in results[0]["failed"]
+
+
+def test_several_add_results_and_read_whole_ones(evidence, converged, tmp_path):
+    path, result = tmp_path / "converged.jsonl", {"stage": "50", "curve": [0.5] * 2000}
+    with ThreadPoolExecutor(4) as pool:
+        added = [pool.submit(converged.add, path, result) for _ in range(60)]
+        while not all(one.done() for one in added):
+            assert all(r == result for r in evidence.study.kept(path, {"stage"}))
+    assert [one.result() for one in added] == [None] * 60
+    assert len(evidence.study.kept(path, {"stage"})) == 60
 
 
 def stop_after(count: int, results: list[dict]):

@@ -186,7 +186,8 @@ def test_the_page_is_what_its_results_make(evidence):
     kept = BENCH / "results" / "quality.jsonl"
     by_clock = evidence.clock.read(kept.with_name("quality-cpu.jsonl"))
     checked = evidence.page.read_check(kept.with_name("quality-check.jsonl"))
-    others = evidence.converged_section.read(kept.with_name("quality-converged.jsonl"))
+    needed = evidence.converged.NEEDED
+    others = evidence.study.kept(kept.with_name("quality-converged.jsonl"), needed)
     found = evidence.study.read([kept] if kept.exists() else [])
     made = evidence.page.text(found, by_clock, checked, others)
     assert made == (BENCH.parent / "docs" / "quality.md").read_text()

@@ -3,7 +3,10 @@ periods that are filled."""
 
 import json
 import math
+import subprocess
+import sys
 from dataclasses import asdict, replace
+from pathlib import Path
 
 import pytest
 from quality_results import results
@@ -307,3 +310,9 @@ def test_a_rate_that_is_too_high_is_a_result(evidence, runner, tmp_path):
     assert "loss is" in evidence.worker.answer(runner, message)["result"]["diverged"]
     broken = message | {"settings": settings | {"arm": "none"}}
     assert "KeyError" in evidence.worker.answer(runner, broken)["failed"]
+
+
+def test_a_machine_that_runs_need_not_have_scipy():
+    bench = Path(__file__).parents[2] / "bench"
+    code = "import sys; sys.modules['scipy'] = None; sys.path.insert(0, sys.argv[1]); "
+    subprocess.run([sys.executable, "-c", code + "import quality", bench], check=True)
