@@ -310,6 +310,10 @@ class Algorithm:
                 "the algorithm that was copied with them"
             )
 
+    def _check_ranks(self) -> None:
+        """Called before the first step, on all ranks together."""
+        check_same_on_all_ranks(self.layers)
+
     def _before_step(self) -> None:
         """Called before the forward pass of each step."""
 

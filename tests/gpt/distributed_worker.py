@@ -121,7 +121,7 @@ except RuntimeError as error:
 def message(call, *arguments) -> str | None:
     try:
         call(*arguments)
-    except (RuntimeError, ValueError) as error:
+    except (RuntimeError, ValueError) as error:  # NotImplementedError too
         return str(error)
     return None
 
