@@ -105,7 +105,8 @@ class RigL(SET):
     over the micro-batches and ranks, in float32 (float64 for such a model). It leaves out what
     zero_grad() threw away before another backward pass, and autograd.grad of other tensors. A layer
     that had no gradient keeps its pattern; so do all where one is not finite, with a warning.
-    RuntimeError if values have gradients and none was seen (a replayed CUDA graph hides them).
+    RuntimeError if values have gradients and none was seen (a replayed CUDA graph hides them),
+    NotImplementedError before the first step where ranks have different layers.
     Two-way masks need the gradient of one whole layer at a time.
 
     Args:
@@ -130,7 +131,6 @@ class RigL(SET):
         self._seen: dict[str, Observation] = {}
 
     def _check_ranks(self) -> None:
-        super()._check_ranks()
         if not is_distributed():
             return
         layers = [set(names) for names in of_all_ranks(list(self.layers))]

@@ -19,7 +19,7 @@ from torch.optim.optimizer import register_optimizer_step_pre_hook
 from ..nn import copies, replaced
 from ..nn.linear import SparseLinear, layer_of, value_parameters
 from ..nn.optimizers import holders
-from .pattern import local, whole
+from .pattern import check_same_on_all_ranks, local, whole
 from .schedules import When
 
 # What the optimizers of torch keep for each element. LBFGS has vectors for all parameters together,
@@ -145,8 +145,11 @@ def _before_step(algorithm, optimizer: Optimizer) -> None:
     if not algorithm.layers:
         return
     _check_is_of_pattern(algorithm, optimizer)
+    if not algorithm._is_checked or algorithm.is_due:
+        _check_are_shards(algorithm)
     if not algorithm._is_checked:
         _check_all_are_held(algorithm)
+        check_same_on_all_ranks(algorithm.layers)
         algorithm._check_ranks()
         algorithm._is_checked = True
     if algorithm.is_due and not _makes_state_alone(optimizer):
@@ -294,11 +297,27 @@ def _note_waiting(algorithm) -> None:
             _waiting.pop(layer, None)
 
 
-def _check_all_are_held(algorithm) -> None:
+def _not_held(algorithm) -> list[str]:
     held = {n for o in algorithm.optimizers for n in held_layers(o, algorithm.layers)}
     layers = algorithm.layers.items()
-    missing = [n for n, layer in layers if layer.values.requires_grad and n not in held]
-    if missing:
+    return [n for n, layer in layers if layer.values.requires_grad and n not in held]
+
+
+def _check_are_shards(algorithm) -> None:
+    """RuntimeError where optimizers step shards of FSDP2, but it has put layers together."""
+    groups = [group for o in algorithm.optimizers for group in o.param_groups]
+    if not any(hasattr(p, "full_tensor") for group in groups for p in group["params"]):
+        return
+    if missing := _not_held(algorithm):
+        raise RuntimeError(
+            f"sparsity: the values of {', '.join(missing)} are whole, as FSDP2 leaves those of its "
+            "root after a forward pass, and it would lose what is written there: after an "
+            "evaluation between backward and step call model.reshard()"
+        )
+
+
+def _check_all_are_held(algorithm) -> None:
+    if missing := _not_held(algorithm):
         raise RuntimeError(
             f"sparsity: no optimizer that the algorithm follows holds the values of "
             f"{', '.join(missing)}; call algorithm.apply(optimizer) with each optimizer before "

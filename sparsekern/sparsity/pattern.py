@@ -183,7 +183,8 @@ def check_same_patterns(model: nn.Module) -> None:
 
     All ranks must call it together. Algorithms that follow an optimizer do, before its first step
     and after each update; without one, call it after fully_shard: FSDP2 cuts up and averages values
-    whatever their places are. (DDP gives all ranks the patterns of the first.)
+    whatever their places are. (DDP gives all ranks the patterns of the first, unless it was made
+    with broadcast_buffers=False: then it gives them values alone.)
     """
     check_model(model)
     modules = model.named_modules()
