@@ -22,6 +22,17 @@ def refuse_wrapped(caller: str, model: nn.Module) -> None:
         )
 
 
+def refuse_sharded(caller: str, model: nn.Module) -> None:
+    """NotImplementedError for a model that FSDP2 has cut up. After a forward pass its weights may
+    look whole, but what is written there is lost, or trained by nobody."""
+    for name, module in model.named_modules():
+        if any(kind.__name__ == "FSDPModule" for kind in type(module).__mro__):
+            raise NotImplementedError(
+                f"{caller}: FSDP2 has cut the weights of {name or 'the model'} into shards; load "
+                "the full state_dict into a model without fully_shard, and give that"
+            )
+
+
 def check_optimizer(optimizer: object) -> None:
     if not hasattr(optimizer, "param_groups"):
         raise TypeError(f"optimizer: expected one of torch.optim, got {type(optimizer).__name__}")

@@ -13,7 +13,7 @@ from ..kernels.cuda.float8 import captured as captured_factors
 from ..kernels.derived import forget_captures
 from . import replaced
 from .adapters import without_adapters
-from .checks import check_model, refuse_wrapped
+from .checks import check_model, refuse_sharded, refuse_wrapped
 from .heads import HEAD_NAMES, heads
 from .kinds import (
     has_own_forward,
@@ -68,6 +68,8 @@ def sparsify_(
     chosen = _replaceable(model, filter_fn)
     if not chosen and not (filter_fn and _replaceable(model, lambda module, name: True)):
         raise ValueError(f"sparsify_: {nothing_in(model)}")
+    if chosen:
+        refuse_sharded("sparsify_", model)
     refuse_unserved(chosen)
     dense = {n: _matrix(m) for n, m in chosen.items() if not isinstance(m, SparseLinear)}
     if dense and not callable(getattr(algorithm, "mask", None)):

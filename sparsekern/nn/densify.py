@@ -9,7 +9,7 @@ from torch.optim import Optimizer
 
 from ..tensor import SparseTensor
 from . import replaced
-from .checks import check_optimizer, refuse_wrapped
+from .checks import check_optimizer, refuse_sharded, refuse_wrapped
 from .convert import replace_modules
 from .kinds import refuse_made_anew
 from .linear import SparseLinear
@@ -41,6 +41,7 @@ def densify_(model: nn.Module, optimizer: Optimizer | None = None) -> nn.Module:
     DistributedDataParallel. NotImplementedError for what FSDP2 has cut into shards.
     """
     refuse_wrapped("densify_", model)
+    refuse_sharded("densify_", model)
     if optimizer is not None:
         check_optimizer(optimizer)
     if (packed := packed_name(model)) is not None:
@@ -98,7 +99,7 @@ def densify_(model: nn.Module, optimizer: Optimizer | None = None) -> nn.Module:
 
 
 def _refuse_without_values(layers: Mapping[str, SparseLinear]) -> None:
-    """NotImplementedError or ValueError where the dense weight cannot come from the Parameters."""
+    """ValueError where the dense weight cannot come from the Parameters."""
     refuse_made_anew(layers)
     for name, layer in layers.items():
         for part in ("values", "bias"):
@@ -107,11 +108,6 @@ def _refuse_without_values(layers: Mapping[str, SparseLinear]) -> None:
                     f"densify_: the {part} of {name} are parametrized, and would not be any more; "
                     "call torch.nn.utils.parametrize.remove_parametrizations first"
                 )
-        if hasattr(layer.values, "full_tensor"):
-            raise NotImplementedError(
-                f"densify_: FSDP2 has cut the values of {name} into shards; load the full "
-                "state_dict into a model without fully_shard, and make that dense"
-            )
 
 
 def _check_can_densify(optimizer: Optimizer, layers: Sequence[SparseLinear]) -> None:

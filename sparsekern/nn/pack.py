@@ -6,7 +6,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from .checks import check_model
+from .checks import check_model, refuse_sharded
 from .convert import replace_modules
 from .kinds import refuse_made_anew
 from .largest import largest_inputs
@@ -66,6 +66,7 @@ def pack_(
             takes longer.
     """
     check_model(model)
+    refuse_sharded("pack_", model)
     ends = token_range(tokens)
     check_eight_bits(dtype, values, dense)
     if example is not None and dtype is None:

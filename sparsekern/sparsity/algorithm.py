@@ -310,6 +310,9 @@ class Algorithm:
                 "the algorithm that was copied with them"
             )
 
+    def _check_ranks(self) -> None:
+        """Called before the first step, on all ranks together, whose patterns are the same."""
+
     def _before_step(self) -> None:
         """Called before the forward pass of each step."""
 

@@ -14,7 +14,7 @@ from ..nn import SparseLinear
 from .algorithm import Updating
 from .balance import Balance
 from .checks import whole as whole_number
-from .pattern import is_distributed, places_of, set_pattern, whole
+from .pattern import is_distributed, local, of_all_ranks, places_of, set_pattern, whole
 from .schedules import Constant, schedule, value_at
 from .select import generator
 from .undo import layers_unchanged_on_failure
@@ -105,7 +105,8 @@ class RigL(SET):
     over the micro-batches and ranks, in float32 (float64 for such a model). It leaves out what
     zero_grad() threw away before another backward pass, and autograd.grad of other tensors. A layer
     that had no gradient keeps its pattern; so do all where one is not finite, with a warning.
-    RuntimeError if values have gradients and none was seen (a replayed CUDA graph hides them).
+    RuntimeError if values have gradients and none was seen (a replayed CUDA graph hides them),
+    NotImplementedError before the first step where ranks have different layers.
     Two-way masks need the gradient of one whole layer at a time.
 
     Args:
@@ -128,6 +129,17 @@ class RigL(SET):
             )
         self._family = balance or self._family
         self._seen: dict[str, Observation] = {}
+
+    def _check_ranks(self) -> None:
+        if not is_distributed():
+            return
+        layers = [set(names) for names in of_all_ranks(list(self.layers))]
+        if some := set.union(*layers) - set.intersection(*layers):
+            raise NotImplementedError(
+                "RigL: adds up dense gradients over all ranks, and expected the same layers on "
+                f"each, got {', '.join(sorted(some))} on some of them; take SET where ranks hold "
+                "different layers"
+            )
 
     def _before_step(self) -> None:
         self._seen = {}
@@ -202,7 +214,4 @@ class RigL(SET):
 
 def _has_gradient(layer: SparseLinear) -> bool:
     gradient = layer.values.grad
-    if gradient is None:
-        return False
-    own = gradient.to_local() if hasattr(gradient, "to_local") else gradient
-    return bool(own.any())
+    return gradient is not None and bool(local(gradient).any())

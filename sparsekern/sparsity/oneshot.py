@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from ..nn import SparseLinear, sparsify_
+from ..nn.checks import refuse_sharded
 from ..nn.convert import MANY_ZEROS, share_of_zeros
 from ..nn.kinds import refuse_made_anew
 from ..nn.linear import refuse_meta
@@ -59,6 +60,7 @@ class Magnitude(Fixed):
 
     @torch.no_grad()
     def _sparsify(self, model: nn.Module, chosen: dict[str, Layer]) -> nn.Module:
+        refuse_sharded("apply", model)
         for name, module in chosen.items():
             _check_weights(name, module)
         linears = {name: m for name, m in chosen.items() if type(m) is nn.Linear}

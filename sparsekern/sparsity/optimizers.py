@@ -19,7 +19,7 @@ from torch.optim.optimizer import register_optimizer_step_pre_hook
 from ..nn import copies, replaced
 from ..nn.linear import SparseLinear, layer_of, value_parameters
 from ..nn.optimizers import holders
-from .pattern import check_same_on_all_ranks
+from .pattern import check_same_on_all_ranks, local, whole
 from .schedules import When
 
 # What the optimizers of torch keep for each element. LBFGS has vectors for all parameters together,
@@ -145,16 +145,19 @@ def _before_step(algorithm, optimizer: Optimizer) -> None:
     if not algorithm.layers:
         return
     _check_is_of_pattern(algorithm, optimizer)
+    if not algorithm._is_checked or algorithm.is_due:
+        _check_are_shards(algorithm)
     if not algorithm._is_checked:
         _check_all_are_held(algorithm)
         check_same_on_all_ranks(algorithm.layers)
+        algorithm._check_ranks()
         algorithm._is_checked = True
-    if algorithm.is_due:
+    if algorithm.is_due and not _makes_state_alone(optimizer):
         algorithm._check_can_update()
 
 
 def _after_step(algorithm, optimizer: Optimizer) -> None:
-    if not any(optimizer is o for o in algorithm.optimizers):
+    if not any(optimizer is o for o in algorithm.optimizers) or _makes_state_alone(optimizer):
         return
     if not _was_skipped(optimizer):
         _count(algorithm, optimizer)
@@ -180,6 +183,18 @@ def _was_skipped(optimizer: Optimizer) -> bool:
     return not (found.is_cuda and torch.cuda.is_current_stream_capturing()) and bool(found.any())
 
 
+def _makes_state_alone(optimizer: Optimizer) -> bool:
+    """Whether the step changes no weight, for its rate and all gradients are 0: get_state_dict and
+    get_optimizer_state_dict of torch take such a one where there is no state."""
+    rates = [group.get("lr") for group in optimizer.param_groups]
+    if any(r is None or (isinstance(r, Tensor) and r.device.type != "cpu") or r for r in rates):
+        return False
+    held = [p.grad for group in optimizer.param_groups for p in group["params"]]
+    gradients = [g.detach() for g in held if g is not None]
+    # Of shards all ranks must say the same.
+    return not any(g.layout != torch.strided or whole(g.abs().sum()) for g in gradients)
+
+
 def _note_patterns(algorithm, optimizer: Optimizer) -> None:
     """Remember the pattern of each layer that the optimizer has state for, and a tensor of that."""
     noted = algorithm._patterns[optimizer] = {}
@@ -188,20 +203,23 @@ def _note_patterns(algorithm, optimizer: Optimizer) -> None:
         for t in optimizer.state.get(values, {}).values():
             if isinstance(t, Tensor) and t.shape == values.shape:
                 indices = layer._buffers["row_offsets"], layer._buffers["col_indices"]
-                noted[name] = *indices, weakref.ref(t)
+                noted[name] = *indices, weakref.ref(t), _version(t)
                 break
 
 
 def _check_is_of_pattern(algorithm, optimizer: Optimizer) -> None:
     """RuntimeError where a layer has got another pattern since the last step, with as many weights,
     but the optimizer has the state of before: load_state_dict of a model moves none."""
-    for name, (row_offsets, col_indices, kept) in algorithm._patterns.get(optimizer, {}).items():
+    for name, noted in algorithm._patterns.get(optimizer, {}).items():
+        row_offsets, col_indices, kept, version = noted
         layer = algorithm.layers.get(name)
         if layer is None or layer._buffers["col_indices"] is col_indices:
             continue
         state = optimizer.state.get(layer._parameters.get("values"), {})
         if not any(t is kept() for t in state.values() if isinstance(t, Tensor)):
             continue  # it was moved, or loaded
+        if _version(kept()) != version:
+            continue  # loaded in place, as torch.distributed.checkpoint does
         now = layer.row_offsets, layer.col_indices
         before = (t.to(col_indices.device) for t in now)
         if not all(map(torch.equal, before, (row_offsets, col_indices))):
@@ -210,6 +228,12 @@ def _check_is_of_pattern(algorithm, optimizer: Optimizer) -> None:
                 "optimizer's state is that of the places of before: load the state that belongs "
                 "to these weights, or start with a new optimizer"
             )
+
+
+def _version(t: Tensor) -> int:
+    """It moves with every write to t that torch counts; -1 where it counts none."""
+    own = local(t)
+    return -1 if own.is_inference() else own._version
 
 
 def _rivals(algorithm, optimizer: Optimizer) -> list[Optimizer]:
@@ -273,11 +297,27 @@ def _note_waiting(algorithm) -> None:
             _waiting.pop(layer, None)
 
 
-def _check_all_are_held(algorithm) -> None:
+def _not_held(algorithm) -> list[str]:
     held = {n for o in algorithm.optimizers for n in held_layers(o, algorithm.layers)}
     layers = algorithm.layers.items()
-    missing = [n for n, layer in layers if layer.values.requires_grad and n not in held]
-    if missing:
+    return [n for n, layer in layers if layer.values.requires_grad and n not in held]
+
+
+def _check_are_shards(algorithm) -> None:
+    """RuntimeError where optimizers step shards of FSDP2, but it has put layers together."""
+    groups = [group for o in algorithm.optimizers for group in o.param_groups]
+    if not any(hasattr(p, "full_tensor") for group in groups for p in group["params"]):
+        return
+    if missing := _not_held(algorithm):
+        raise RuntimeError(
+            f"sparsity: the values of {', '.join(missing)} are whole, as FSDP2 leaves those of its "
+            "root after a forward pass, and it would lose what is written there: after an "
+            "evaluation between backward and step call model.reshard()"
+        )
+
+
+def _check_all_are_held(algorithm) -> None:
+    if missing := _not_held(algorithm):
         raise RuntimeError(
             f"sparsity: no optimizer that the algorithm follows holds the values of "
             f"{', '.join(missing)}; call algorithm.apply(optimizer) with each optimizer before "
@@ -382,6 +422,8 @@ def _before_any_step(optimizer: Optimizer, args: tuple, kwargs: dict) -> None:
     copies.forget(p for group in optimizer.param_groups for p in group["params"])
     check_optimizer_state(optimizer)
     replaced.check_are_held(optimizer)
+    if _makes_state_alone(optimizer):
+        return
     _check_is_followed(optimizer)
     if _waiting:
         _check_was_kept(optimizer)

@@ -153,6 +153,11 @@ def whole(t: Tensor) -> Tensor:
     return t.full_tensor() if hasattr(t, "full_tensor") else t
 
 
+def local(t: Any) -> Tensor:
+    """What this rank has of it."""
+    return t.to_local() if hasattr(t, "to_local") else t
+
+
 def _replaced(t: Tensor, follow: Callable[[Tensor], Tensor]) -> Tensor:
     """follow(t), cut into the same shards as t."""
     if not hasattr(t, "full_tensor"):
@@ -178,7 +183,8 @@ def check_same_patterns(model: nn.Module) -> None:
 
     All ranks must call it together. Algorithms that follow an optimizer do, before its first step
     and after each update; without one, call it after fully_shard: FSDP2 cuts up and averages values
-    whatever their places are. (DDP gives all ranks the patterns of the first.)
+    whatever their places are. (DDP gives all ranks the patterns of the first, unless it was made
+    with broadcast_buffers=False: then it gives them values alone.)
     """
     check_model(model)
     modules = model.named_modules()
@@ -189,15 +195,20 @@ def check_same_on_all_ranks(layers: Mapping[str, SparseLinear]) -> None:
     """The same for these layers. Those that another rank does not have are not compared."""
     if not is_distributed():
         return
-    hashes = dict(zip(layers, hashes_of(layers.values()), strict=True))
-    of_ranks: list[dict[str, int]] = [{}] * dist.get_world_size()
-    dist.all_gather_object(of_ranks, hashes)
+    of_ranks = of_all_ranks(dict(zip(layers, hashes_of(layers.values()), strict=True)))
     found: dict[str, set[int]] = {}
     for name, one in ((n, h) for of_rank in of_ranks for n, h in of_rank.items()):
         found.setdefault(name, set()).add(one)
     differ = [name for name, its in found.items() if len(its) > 1]
     if differ:
         raise RuntimeError(f"sparsity: the ranks have different patterns in {', '.join(differ)}")
+
+
+def of_all_ranks(mine: Any) -> list:
+    """The same of each rank, in their order."""
+    found = [None] * dist.get_world_size()
+    dist.all_gather_object(found, mine)
+    return found
 
 
 MIX = 0x3F58476D1CE4E5B9, 0x14D049BB133111EB  # odd, without order in their bits

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 
 from ..indices import INDEX_LIMIT
 from ..nn import SparseLinear, bitmask
-from ..nn.checks import check_model
+from ..nn.checks import check_model, refuse_sharded
 from ..nn.densify import packed_name
 from ..nn.loading import BITMASK, IN_FEATURES, INDICES, SHAPE, TRANSPOSE
 from ..nn.stored import stored_weight, transposed
@@ -36,8 +36,10 @@ BUFFERS = (*INDICES, "values")  # of a SparseLinear, in its state_dict
 def weights_of(model: nn.Module) -> Weights:
     """All parameters and persistent buffers of a model, sharing its memory where it can. A sparse
     weight has the shape that its dense module stores, [K, N] in the Conv1D of transformers.
-    ValueError for a model with layers that `pack_` made."""
+    ValueError for a model with layers that `pack_` made, NotImplementedError for one that FSDP2
+    has cut into shards."""
     check_model(model)
+    refuse_sharded("weights", model)
     refuse_packed(model)
     modules = model.named_modules(remove_duplicate=False)
     layers = {n: m for n, m in modules if isinstance(m, SparseLinear)}

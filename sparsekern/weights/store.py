@@ -55,7 +55,8 @@ def save_weights(weights: nn.Module | Weights, path: str | Path, **metadata: obj
     """Write a model or weights to a .safetensors file; `metadata` is anything that JSON can hold.
 
     With 16-bit values a matrix takes 0.56 of its dense bytes at 50 % zeros, 0.31 at 75 %. The file
-    is either whole or not there. It holds a digest of each tensor."""
+    is either whole or not there. It holds a digest of each tensor. NotImplementedError for a model
+    that FSDP2 has cut into shards."""
     safetensors = require("safetensors", "gpt")
     save_file = require("safetensors.torch", "gpt").save_file
     path = as_path("path", path)

@@ -264,6 +264,19 @@ def test_fsdp2_refuses_other_patterns_before_the_first_step(runs):
         assert results["fsdp other"] == results["fsdp other, no algorithm"] == text
 
 
+def test_what_fsdp2_has_cut_up_is_not_written_to_where_it_looks_whole(runs):
+    for results in runs[1]:
+        assert results["whole"].startswith("sparsity: the values of 0, 2 are whole, as FSDP2")
+        callers = [text.split(": FSDP2 has cut the weights of")[0] for text in results["cut up"]]
+        assert callers == ["apply", "apply", "densify_", "pack_", "weights", "sparsify_"]
+        assert results["whole stayed"]
+
+
+def test_rigl_takes_no_layers_that_some_ranks_alone_have(runs):
+    for results in runs[1]:
+        assert "the same layers on each, got 0.0, 0.2, 1.0, 1.2 on some of" in results["stages"]
+
+
 def test_ddp_gives_all_ranks_the_patterns_of_the_first_and_averages_follow(runs):
     one, two = runs[1]
     assert one["first"] != two["first"]

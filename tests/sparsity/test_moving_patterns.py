@@ -10,6 +10,7 @@ import torch
 import torch._dynamo.testing  # not brought by torch._dynamo
 import torch.nn.functional as F
 from torch import nn
+from torch.distributed.checkpoint.state_dict import get_optimizer_state_dict
 from torch.optim.swa_utils import (
     AveragedModel,
     get_ema_avg_fn,
@@ -349,9 +350,36 @@ def test_state_of_another_pattern_of_the_same_size_is_refused():
     model.load_state_dict(kept[0])
     model.load_state_dict({k: t.clone() for k, t in model.state_dict().items()})  # its own
     fit(model, optimizer, 1, 4)
+    for _ in range(2):  # in place, too, as torch.distributed.checkpoint loads
+        model.load_state_dict(kept[0])
+        for held, saved in zip(model.parameters(), kept[1]["state"].values(), strict=True):
+            for name, t in optimizer.state[held].items():
+                t.copy_(saved[name])
+        fit(model, optimizer, 1, 4)
     algorithm.apply(fresh := torch.optim.AdamW(model.parameters(), 1e-2))
     model.load_state_dict(Static(0.75).apply(plain()).state_dict())
     fit(model, fresh, 1)
+
+
+@pytest.mark.parametrize("is_followed", [True, False])
+@pytest.mark.parametrize("make", [torch.optim.SGD, torch.optim.AdamW])
+@pytest.mark.parametrize("rate", [1e-2, torch.tensor(1e-2)])
+def test_a_step_that_torch_takes_for_the_state_alone_is_none(make, rate, is_followed):
+    """get_optimizer_state_dict, where the optimizer has none: of SGD at each call."""
+    model = (algorithm := SET(0.75)).apply(plain())
+    optimizer = make(model.parameters(), rate)
+    if is_followed:
+        algorithm.apply(optimizer)
+    before, weights = patterns(model), copy.deepcopy(model.state_dict())
+    for _ in range(3):
+        get_optimizer_state_dict(model, optimizer)
+    assert patterns(model) == before and algorithm.steps == 0
+    assert all(torch.equal(t, weights[name]) for name, t in model.state_dict().items())
+    if is_followed:
+        for group in optimizer.param_groups:  # a step of a warm-up
+            group["lr"] = 0.0
+        fit(model, optimizer, 1)
+        assert patterns(model) != before and algorithm.steps == 1
 
 
 @pytest.mark.parametrize("fused", [False, True])
