@@ -244,7 +244,9 @@ def test_kernel_is_picked_at_run_time(w, fresh_table):
 def test_vmap(w, op, dims, size):
     f, args = calls(w)[op]
     batch = [
-        t if dim is None else torch.randn(size, *t.shape, dtype=t.dtype).movedim(0, min(dim, t.ndim))
+        t
+        if dim is None
+        else torch.randn(size, *t.shape, dtype=t.dtype).movedim(0, min(dim, t.ndim))
         for t, dim in zip(args, dims, strict=True)
     ]
     got = vmap(f, in_dims=dims)(*batch)
