@@ -571,6 +571,15 @@ def test_offsets_that_fall_are_an_error_before_anything_is_written(offset):
             use()
 
 
+@pytest.mark.parametrize("column", [-1, 0, 8])
+def test_what_is_made_of_two_checks_columns_that_were_written(column):
+    W, V = (SparseTensor.from_dense(torch.ones(6, 8)) for _ in range(2))
+    W.col_indices[1] = column
+    for make in (lambda: W @ V.T, lambda: V.T @ W, lambda: W + V, lambda: V * W):
+        with pytest.raises(ValueError, match="col_indices: expected to"):
+            make()
+
+
 def test_indices_changed():
     """Writes that torch does not count are seen after a word about them."""
     w = random_dense(64, 64, density=0.2, dtype=torch.float32)
