@@ -17,11 +17,17 @@ INDEX_LIMIT = 2**31  # indices are int32
 
 
 def expand_rows(row_offsets: Tensor, nnz: int) -> Tensor:
-    """The row of each stored entry: int64 [nnz]."""
+    """The row of each stored entry: int64 [nnz]. ValueError where the offsets are not right."""
     if row_offsets.is_cuda:  # there repeat_interleave believes offsets that lead out of its bounds
         return _search_rows(row_offsets, nnz)
     rows = torch.arange(row_offsets.shape[0] - 1, device=row_offsets.device)
-    return rows.repeat_interleave(row_offsets.diff(), output_size=nnz)
+    # It refuses a wrong sum, but a count below 0 only when it has written beyond its result.
+    counts = row_offsets.diff().clamp(min=0)
+    try:
+        return rows.repeat_interleave(counts, output_size=nnz)
+    except RuntimeError:
+        _check_offsets(row_offsets, nnz)
+        raise
 
 
 def _search_rows(row_offsets: Tensor, nnz: int) -> Tensor:
@@ -105,8 +111,7 @@ def sorting_order(row_offsets: Tensor, col_indices: Tensor, n: int, k: int) -> T
     return order
 
 
-def _check_bounds(row_offsets: Tensor, col_indices: Tensor, k: int) -> None:
-    nnz = col_indices.shape[0]
+def _check_offsets(row_offsets: Tensor, nnz: int) -> None:
     first, last = row_offsets[0].item(), row_offsets[-1].item()
     if (first, last) != (0, nnz):
         raise ValueError(
@@ -119,6 +124,11 @@ def _check_bounds(row_offsets: Tensor, col_indices: Tensor, k: int) -> None:
             f"row_offsets: expected not to decrease, got {row_offsets[row].item()} before "
             f"{row_offsets[row + 1].item()} at row {row}"
         )
+
+
+def _check_bounds(row_offsets: Tensor, col_indices: Tensor, k: int) -> None:
+    nnz = col_indices.shape[0]
+    _check_offsets(row_offsets, nnz)
     if nnz == 0:
         return
     low, high = (bound.item() for bound in col_indices.aminmax())

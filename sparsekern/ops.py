@@ -336,6 +336,12 @@ def _vmap_product(product, info, in_dims, row_offsets, col_indices, values, n, k
 
 
 def _vmap_loop(product, info, in_dims, *args):
+    if info.batch_size == 0:  # the result of zeros has the shape of one
+        zeros = (
+            a if dim is None else a.sum(dim, dtype=a.dtype)
+            for a, dim in zip(args, in_dims, strict=True)
+        )
+        return product(*zeros).unsqueeze(0)[:0], 0
     results = [
         product(
             *(a if dim is None else a.select(dim, i) for a, dim in zip(args, in_dims, strict=True))

@@ -7,7 +7,7 @@ from torch.autograd.function import once_differentiable
 
 from .indices import count_rows
 from .ops import in_functorch
-from .tensor import SparseTensor
+from .tensor import SparseTensor, check_written
 
 
 def sparse_times_sparse(a: SparseTensor, b: SparseTensor) -> SparseTensor:
@@ -20,6 +20,7 @@ def sparse_times_sparse(a: SparseTensor, b: SparseTensor) -> SparseTensor:
             "matmul: a product of two SparseTensors has no torch.func and no forward mode; "
             "write W1 @ W2.to_dense(), whose second factor is dense"
         )
+    check_written(a, b)
     rows, cols, values = _Product.apply(*_coo(a), a.values, *_coo(b), b.values)
     n, k = a.shape[0], b.shape[1]
     return SparseTensor(count_rows(rows, n), cols, values, (n, k))

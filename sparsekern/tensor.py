@@ -58,7 +58,9 @@ class SparseTensor:
     trained or not, use SparseLinear.
 
     Writes to the index tensors that torch counts (`W.col_indices[3] = 5`) are seen by the next
-    product, which checks the pattern anew. After others call `indices_changed_()`.
+    product, which checks the pattern anew. After others call `indices_changed_()`. Matrices that
+    are computed place by place (`W * 2`, `W.float()`, zeros_like(W)) share these tensors with W: a
+    write there, or `copy_` of another pattern, changes all of them, and `W.clone()` is apart.
     """
 
     __slots__ = ("row_offsets", "col_indices", "values", "n", "k", "is_transposed", "__weakref__")
@@ -323,6 +325,14 @@ class SparseTensor:
                     return NotImplemented
                 raise TypeError(unsupported(name))
         return implementation(*args, **kwargs) if kwargs else implementation(*args)
+
+
+def check_written(*matrices: SparseTensor) -> None:
+    """ValueError where a write to indices has left no pattern: what is computed from them would be
+    another matrix. Not in a graph of torch.compile, which cannot look."""
+    if not torch.compiler.is_compiling():
+        for W in matrices:
+            W._checked()
 
 
 def unsupported(name: str) -> str:

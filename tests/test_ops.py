@@ -238,16 +238,20 @@ def test_kernel_is_picked_at_run_time(w, fresh_table):
 # functorch
 
 
+@pytest.mark.parametrize("size", [3, 0])
 @pytest.mark.parametrize("dims", [(None, 0), (None, 1), (0, None), (0, 1)])
 @pytest.mark.parametrize("op", OPS)
-def test_vmap(w, op, dims):
+def test_vmap(w, op, dims, size):
     f, args = calls(w)[op]
     batch = [
-        t if dim is None else torch.randn(3, *t.shape, dtype=t.dtype).movedim(0, min(dim, t.ndim))
+        t
+        if dim is None
+        else torch.randn(size, *t.shape, dtype=t.dtype).movedim(0, min(dim, t.ndim))
         for t, dim in zip(args, dims, strict=True)
     ]
     got = vmap(f, in_dims=dims)(*batch)
-    for i in range(3):
+    assert got.shape == (size, *f(*args).shape)
+    for i in range(size):
         each = (t if dim is None else t.select(dim, i) for t, dim in zip(batch, dims, strict=True))
         torch.testing.assert_close(got[i], f(*each))
 

@@ -549,6 +549,37 @@ def test_indices_of_inference_mode_are_copied():
         assert not W.row_offsets.is_inference() and not W.col_indices.is_inference()
 
 
+@pytest.mark.parametrize("offset", [5000, -5000])
+def test_offsets_that_fall_are_an_error_before_anything_is_written(offset):
+    """torch's repeat_interleave would find out when it has written beyond its result."""
+    W = SparseTensor.from_dense(torch.ones(6, 8))
+    W.row_offsets[2] = offset
+    uses = [
+        W.to_dense,
+        lambda: W.sum(1),
+        lambda: W.T.sum(1),
+        lambda: W + W.clone(),
+        lambda: W @ W.T,
+    ]
+    parts = W.row_offsets, W.col_indices, W.values, (8, 6)
+    csc = torch.sparse_csc_tensor(*parts, check_invariants=False)
+    blocks = W.values[:, None, None], (6, 8)
+    bsr = torch.sparse_bsr_tensor(*parts[:2], *blocks, check_invariants=False)
+    uses += [lambda t=t: SparseTensor.from_torch(t) for t in (csc, bsr)]
+    for use in uses:
+        with pytest.raises(ValueError, match="row_offsets: expected not to decrease, got"):
+            use()
+
+
+@pytest.mark.parametrize("column", [-1, 0, 8])
+def test_what_is_made_of_two_checks_columns_that_were_written(column):
+    W, V = (SparseTensor.from_dense(torch.ones(6, 8)) for _ in range(2))
+    W.col_indices[1] = column
+    for make in (lambda: W @ V.T, lambda: V.T @ W, lambda: W + V, lambda: V * W):
+        with pytest.raises(ValueError, match="col_indices: expected to"):
+            make()
+
+
 def test_indices_changed():
     """Writes that torch does not count are seen after a word about them."""
     w = random_dense(64, 64, density=0.2, dtype=torch.float32)

@@ -196,7 +196,9 @@ class PackedLinear(nn.Module):
             y = self._multiply(input)
         elif y is False and library:  # the first such x
             y = self._multiply(input)
-            library.keep_packed(self._calls, self._buffers, input, self._prepare(input))
+            bias = self._buffers["bias"]
+            if bias is None or bias.is_contiguous():  # a kept call reads it where it lies
+                library.keep_packed(self._calls, self._buffers, input, self._prepare(input))
         return y if dtype is None else y.to(dtype)
 
     def _prepare(self, x: Tensor) -> object:

@@ -135,7 +135,8 @@ def _tensordot(a, b, dims=2, out=None):
         b_letters[j] = a_letters[i]
     summed = {a_letters[i] for i in pair[0]}
     result = [c for c in a_letters + b_letters if c not in summed]
-    y = _einsum(f"{''.join(a_letters)},{''.join(b_letters)}->{''.join(result)}", a, b)
+    equation = f"{''.join(a_letters)},{''.join(b_letters)}->{''.join(result)}"
+    y = _einsum(equation, a, b).contiguous()  # as torch's is
     if out is None:
         return y
     empty = (y[..., :0], y.new_empty(0, y.shape[-1])) if y.ndim else (y.view(1)[:0],) * 2

@@ -21,7 +21,15 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ..indices import check_values, count_rows
-from ..tensor import ALTERNATIVES, REFLECTED, TORCH_FUNCTIONS, SparseTensor, register, unsupported
+from ..tensor import (
+    ALTERNATIVES,
+    REFLECTED,
+    TORCH_FUNCTIONS,
+    SparseTensor,
+    check_written,
+    register,
+    unsupported,
+)
 
 UNARY = """abs absolute neg negative positive relu sqrt square sin sinh tan tanh asin arcsin asinh
 arcsinh atan arctan sign sgn ceil floor trunc fix frac round expm1 log1p erf deg2rad rad2deg
@@ -54,6 +62,7 @@ def align(a: SparseTensor, b: SparseTensor) -> tuple[SparseTensor, Tensor, Tenso
     if a.row_offsets is b.row_offsets and a.col_indices is b.col_indices:
         if a.is_transposed == b.is_transposed:
             return a, a.values, b.values, torch.ones_like(a.col_indices, dtype=torch.bool)
+    check_written(a, b)
     n, k = a.shape
     places = [rows * k + cols for rows, cols in (a._coordinates(), b._coordinates())]
     union, at, counts = torch.cat(places).unique(return_inverse=True, return_counts=True)

@@ -56,6 +56,11 @@ def test_a_packed_model_is_the_same_function(dtype):
 CHANGES = {
     "bias in place": lambda p: p.bias.add_(1),
     "bias moved": lambda p: setattr(p, "bias", p.bias + 1),
+    "bias with gaps": lambda p: (
+        setattr(p, "bias", p.bias.repeat(2).view(2, -1).t().contiguous()[:, 0])
+        if p.bias.is_contiguous()
+        else p.bias.add_(1)
+    ),
     "values in place": lambda p: p.values.mul_(2),
     "values moved": lambda p: setattr(p, "values", p.values * 2),
     "data moved": lambda p: setattr(p.values, "data", p.values.data * 2),
@@ -68,7 +73,7 @@ CHANGES = {
 def test_nothing_stale(change):
     packed = pack_(model())[0]
     with torch.no_grad():
-        for shape in ((1, 130), (2, 3, 130), (1, 130)):
+        for shape in ((1, 130), (2, 3, 130), (1, 130), (2, 3, 130)):
             x = torch.randn(shape)
             for _ in range(2):
                 assert torch.equal(packed(x), packed._multiply(x))

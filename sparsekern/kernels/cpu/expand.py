@@ -57,7 +57,7 @@ def _multiply(op: str, row_offsets, col_indices, values, n, k, x, bias) -> Tenso
         return w.t() if op == "spmm" else w
 
     y = x.new_empty(x.shape[0], outputs)
-    if y.numel() == 0 or library(x.dtype) == "torch.mm":
+    if y.numel() == 0 or inputs == 0 or library(x.dtype) == "torch.mm":
         width = _width(outputs, inputs, x.element_size())
         buffer = values.new_empty(width * inputs)
         for first, count in _parts(outputs, width):

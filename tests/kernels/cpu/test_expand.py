@@ -17,6 +17,8 @@ CASES = [
     Case("empty", 9, 37, 101, "empty"),
     Case("one-by-one", 1, 1, 1, "full"),
     Case("many-rows", 3, 300, 65, sparsity=0.3),
+    Case("no-columns", 9, 37, 0),
+    Case("no-rows", 9, 0, 101),
 ]
 
 
