@@ -1,5 +1,6 @@
 """Checks of what functions and modules are given: a model, an optimizer, a weight."""
 
+from collections.abc import Mapping
 from typing import Any
 
 from torch import nn
@@ -22,14 +23,17 @@ def refuse_wrapped(caller: str, model: nn.Module) -> None:
         )
 
 
-def refuse_sharded(caller: str, model: nn.Module) -> None:
-    """NotImplementedError for a model that FSDP2 has cut up. After a forward pass its weights may
-    look whole, but what is written there is lost, or trained by nobody."""
-    for name, module in model.named_modules():
-        if any(kind.__name__ == "FSDPModule" for kind in type(module).__mro__):
+def refuse_sharded(caller: str, model: nn.Module, layers: Mapping[str, nn.Module]) -> None:
+    """NotImplementedError where FSDP2 has cut up one of these layers of the model. After a forward
+    pass their weights may look whole, but what is written there is lost, or trained by nobody."""
+    kinds = {m: {kind.__name__ for kind in type(m).__mro__} for m in model.modules()}
+    cut_up = {m for unit, names in kinds.items() if "FSDPModule" in names for m in unit.modules()}
+    for name, layer in layers.items():
+        own = layer.parameters(recurse=False)
+        if layer in cut_up or any(hasattr(p, "full_tensor") for p in own):
             raise NotImplementedError(
-                f"{caller}: FSDP2 has cut the weights of {name or 'the model'} into shards; load "
-                "the full state_dict into a model without fully_shard, and give that"
+                f"{caller}: the weights of {name or 'the model'} are cut into shards, as FSDP2 "
+                "does; load the full state_dict into a model without fully_shard, and give that"
             )
 
 

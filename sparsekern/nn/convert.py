@@ -68,10 +68,10 @@ def sparsify_(
     chosen = _replaceable(model, filter_fn)
     if not chosen and not (filter_fn and _replaceable(model, lambda module, name: True)):
         raise ValueError(f"sparsify_: {nothing_in(model)}")
-    if chosen:
-        refuse_sharded("sparsify_", model)
+    linears = {n: m for n, m in chosen.items() if not isinstance(m, SparseLinear)}
+    refuse_sharded("sparsify_", model, linears)
     refuse_unserved(chosen)
-    dense = {n: _matrix(m) for n, m in chosen.items() if not isinstance(m, SparseLinear)}
+    dense = {name: _matrix(module) for name, module in linears.items()}
     if dense and not callable(getattr(algorithm, "mask", None)):
         raise TypeError(
             "algorithm: expected one that has mask(name, weight), as Static(0.75), "
@@ -79,7 +79,7 @@ def sparsify_(
         )
     if chosen and not dense:
         warnings.warn("sparsify_: " + KEEPS.format("all layers"), stacklevel=2)
-    warn_of_hooks("sparsify_", {name: chosen[name] for name in dense})
+    warn_of_hooks("sparsify_", linears)
     if filter_fn is None:
         warn_of_others("sparsify_", model, is_experts)
         warn_of_matrices("sparsify_", model)

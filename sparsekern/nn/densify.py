@@ -41,7 +41,6 @@ def densify_(model: nn.Module, optimizer: Optimizer | None = None) -> nn.Module:
     DistributedDataParallel. NotImplementedError for what FSDP2 has cut into shards.
     """
     refuse_wrapped("densify_", model)
-    refuse_sharded("densify_", model)
     if optimizer is not None:
         check_optimizer(optimizer)
     if (packed := packed_name(model)) is not None:
@@ -50,6 +49,7 @@ def densify_(model: nn.Module, optimizer: Optimizer | None = None) -> nn.Module:
             "the model as it was before pack_"
         )
     layers = {n or "the model": m for n, m in model.named_modules() if isinstance(m, SparseLinear)}
+    refuse_sharded("densify_", model, layers)
     _refuse_without_values(layers)
     if optimizer:
         _check_can_densify(optimizer, list(layers.values()))

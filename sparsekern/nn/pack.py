@@ -66,7 +66,6 @@ def pack_(
             takes longer.
     """
     check_model(model)
-    refuse_sharded("pack_", model)
     ends = token_range(tokens)
     check_eight_bits(dtype, values, dense)
     if example is not None and dtype is None:
@@ -78,6 +77,7 @@ def pack_(
         is_packed = any(isinstance(module, PackedLinear) for module in model.modules())
         why = "it is packed already" if is_packed else "sparsify_ or accelerate_ make such layers"
         raise ValueError(f"pack_: no SparseLinear in {type(model).__name__}; {why}")
+    refuse_sharded("pack_", model, layers)
     refuse_made_anew(layers)
     for name, layer in layers.items():
         if layer.values.is_meta:

@@ -60,7 +60,7 @@ class Magnitude(Fixed):
 
     @torch.no_grad()
     def _sparsify(self, model: nn.Module, chosen: dict[str, Layer]) -> nn.Module:
-        refuse_sharded("apply", model)
+        refuse_sharded("apply", model, chosen)
         for name, module in chosen.items():
             _check_weights(name, module)
         linears = {name: m for name, m in chosen.items() if type(m) is nn.Linear}

@@ -39,7 +39,7 @@ def weights_of(model: nn.Module) -> Weights:
     ValueError for a model with layers that `pack_` made, NotImplementedError for one that FSDP2
     has cut into shards."""
     check_model(model)
-    refuse_sharded("weights", model)
+    refuse_sharded("weights", model, dict(model.named_modules()))
     refuse_packed(model)
     modules = model.named_modules(remove_duplicate=False)
     layers = {n: m for n, m in modules if isinstance(m, SparseLinear)}

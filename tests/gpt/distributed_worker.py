@@ -6,6 +6,7 @@ import os
 import sys
 from contextlib import nullcontext
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -182,6 +183,13 @@ results["cut up"] = [
     message(sparsify_, fully_shard(net(0)), Static(0.5), lambda module, name: True),
 ]
 model.reshard()
+results["cut up"].append(message(densify_, model[0]))
+results["kept"] = message(sparsify_, model, Static(0.5), lambda module, name: True)
+beside = fully_shard(torch.nn.Linear(16, 16, device=config.device))
+both = torch.nn.ModuleDict({"net": net(0), "beside": beside})
+prune, move = (kind(0.5, param_filter="net*").apply for kind in (Magnitude, SET))
+move_again = partial(move, prune_again=True)
+results["beside"] = [message(call, both) for call in (prune, densify_, move_again, pack_)]
 same = places_of(model[0]).tolist() == first and model[0].values.shape == (len(first),)
 optimizer.step()
 check_same_patterns(model)

@@ -267,9 +267,15 @@ def test_fsdp2_refuses_other_patterns_before_the_first_step(runs):
 def test_what_fsdp2_has_cut_up_is_not_written_to_where_it_looks_whole(runs):
     for results in runs[1]:
         assert results["whole"].startswith("sparsity: the values of 0, 2 are whole, as FSDP2")
-        callers = [text.split(": FSDP2 has cut the weights of")[0] for text in results["cut up"]]
-        assert callers == ["apply", "apply", "densify_", "pack_", "weights", "sparsify_"]
+        callers = [text.partition(": the weights of ")[0] for text in results["cut up"]]
+        assert callers == [*("apply",) * 2, *"densify_ pack_ weights sparsify_ densify_".split()]
         assert results["whole stayed"]
+
+
+def test_what_fsdp2_has_not_cut_up_is_taken(runs):
+    """Layers beside those, and sparse ones that keep their pattern."""
+    for results in runs[1]:
+        assert results["beside"] == [None] * 4 and results["kept"] is None
 
 
 def test_rigl_takes_no_layers_that_some_ranks_alone_have(runs):
