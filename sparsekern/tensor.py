@@ -327,14 +327,6 @@ class SparseTensor:
         return implementation(*args, **kwargs) if kwargs else implementation(*args)
 
 
-def check_written(*matrices: SparseTensor) -> None:
-    """ValueError where a write to indices has left no pattern: what is computed from them would be
-    another matrix. Not in a graph of torch.compile, which cannot look."""
-    if not torch.compiler.is_compiling():
-        for W in matrices:
-            W._checked()
-
-
 def unsupported(name: str) -> str:
     alternative = ALTERNATIVES.get(
         name, "W.values are its stored values, W.to_dense() is dense, W.to_torch() a torch CSR"

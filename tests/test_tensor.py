@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 from torch import nn
 
 from sparsekern import SparseLinear, SparseTensor, indices
-from sparsekern.kernels import reference
+from sparsekern.kernels import derived, reference
 from sparsekern.kernels.cpu import panel
 from sparsekern.sparsity.pattern import places_of, set_pattern
 from sparsekern.tensor import check_pattern
@@ -578,6 +578,19 @@ def test_what_is_made_of_two_checks_columns_that_were_written(column):
     for make in (lambda: W @ V.T, lambda: V.T @ W, lambda: W + V, lambda: V * W):
         with pytest.raises(ValueError, match="col_indices: expected to"):
             make()
+
+
+def test_sums_of_two_check_a_pattern_once(monkeypatch):
+    checked = []
+    check = derived.check_pattern
+    monkeypatch.setattr(derived, "check_pattern", lambda *of: [checked.append(of), check(*of)])
+    W, V = (SparseTensor.from_dense(torch.ones(6, 8)) for _ in range(2))
+    for _ in range(3):
+        W + V
+    assert len(checked) == 2
+    V.col_indices[0] = 0
+    V * W
+    assert len(checked) == 3
 
 
 def test_indices_changed():

@@ -20,16 +20,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ..indices import check_values, count_rows
-from ..tensor import (
-    ALTERNATIVES,
-    REFLECTED,
-    TORCH_FUNCTIONS,
-    SparseTensor,
-    check_written,
-    register,
-    unsupported,
-)
+from ..indices import check_sizes, check_values, count_rows
+from ..kernels.derived import derived
+from ..tensor import ALTERNATIVES, REFLECTED, TORCH_FUNCTIONS, SparseTensor, register, unsupported
 
 UNARY = """abs absolute neg negative positive relu sqrt square sin sinh tan tanh asin arcsin asinh
 arcsinh atan arctan sign sgn ceil floor trunc fix frac round expm1 log1p erf deg2rad rad2deg
@@ -50,6 +43,15 @@ def _checked(W: SparseTensor, values: Tensor) -> SparseTensor:
     return W._with_values(values, W.is_transposed)
 
 
+def _check_written(W: SparseTensor) -> None:
+    """ValueError where a write that torch counts has left no pattern: what is computed from it
+    would be another matrix. Not in a graph of torch.compile, which cannot look."""
+    if torch.compiler.is_compiling() or W.col_indices.is_meta:
+        return
+    check_sizes(W.row_offsets, W.col_indices, W.values, (W.n, W.k))
+    derived("checked", W.row_offsets, W.col_indices, W.n, W.k, lambda *_: True)
+
+
 def align(a: SparseTensor, b: SparseTensor) -> tuple[SparseTensor, Tensor, Tensor, Tensor]:
     """The union of the patterns, the values of both there, and a mask of what both store.
 
@@ -62,7 +64,8 @@ def align(a: SparseTensor, b: SparseTensor) -> tuple[SparseTensor, Tensor, Tenso
     if a.row_offsets is b.row_offsets and a.col_indices is b.col_indices:
         if a.is_transposed == b.is_transposed:
             return a, a.values, b.values, torch.ones_like(a.col_indices, dtype=torch.bool)
-    check_written(a, b)
+    _check_written(a)
+    _check_written(b)
     n, k = a.shape
     places = [rows * k + cols for rows, cols in (a._coordinates(), b._coordinates())]
     union, at, counts = torch.cat(places).unique(return_inverse=True, return_counts=True)
