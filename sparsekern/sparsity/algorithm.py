@@ -23,16 +23,9 @@ from .budget import DISTRIBUTIONS, budgets
 from .checks import check_state, number, one_of, shown, whole
 from .families import FAMILIES, Unstructured
 from .filters import filter_parts, matching
+from .following import follow, let_go, unwrapped
 from .initial import INITS, checkerboard, first_places
-from .optimizers import (
-    follow,
-    held_layers,
-    known_holders,
-    let_go,
-    note_model_of,
-    take_over,
-    unwrapped,
-)
+from .optimizers import held_layers, known_holders, note_model_of, note_waiting, take_over
 from .pattern import check_can_change, check_same_on_all_ranks, places_of
 from .published import is_sparse_by_default
 from .schedules import Constant, Schedule, schedule, update_steps, value_at
@@ -363,6 +356,7 @@ class Algorithm:
     def load_state_dict(self, state: dict) -> None:
         """ValueError for the state of another algorithm, or of another family or sparsity."""
         self.steps = self._checked_steps(state)
+        note_waiting(self)
         self._note_passing()
         self._before_step()
 

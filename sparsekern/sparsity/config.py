@@ -26,9 +26,10 @@ from .algorithm import Algorithm, checked_model
 from .checks import check_state, known_keys, nearest, shown
 from .dynamic import SET, RigL
 from .filters import filter_parts
+from .following import unwrapped
 from .gradual import GMP, IterativePruning
 from .oneshot import Magnitude, SparseGPT, Wanda
-from .optimizers import held_layers, known_holders, take_over, unwrapped
+from .optimizers import held_layers, known_holders, take_over
 from .published import flattened, modern
 from .schedules import make
 from .static import Static

@@ -382,6 +382,18 @@ def test_a_step_that_torch_takes_for_the_state_alone_is_none(make, rate, is_foll
         assert patterns(model) != before and algorithm.steps == 1
 
 
+def test_a_step_of_frozen_layers_is_one():
+    """At a rate of 0 and without gradients: it is not the one for the state, which has them."""
+    model = (algorithm := SET(0.75)).apply(plain())
+    model[0].requires_grad_(False)
+    rests, trains = (torch.optim.SGD(model[i].parameters(), lr) for i, lr in ((0, 0.0), (2, 1e-2)))
+    for optimizer in (rests, trains):
+        algorithm.apply(optimizer)
+    rests.step()
+    fit(model, trains, 1)
+    assert algorithm.steps == 1
+
+
 @pytest.mark.parametrize("fused", [False, True])
 def test_a_step_that_a_gradient_scaler_leaves_out_is_none(fused):
     model = (algorithm := RigL(0.75, update={"freq": 1})).apply(plain())
@@ -1039,6 +1051,13 @@ def test_an_algorithm_that_nobody_kept_is_told_only_where_it_would_do_something(
         model = algorithm.apply(plain())
         del algorithm
         fit(model, torch.optim.SGD(model.parameters(), 1e-2), 2)
+    model = (algorithm := SET(0.5, update={"freq": 2, "stop": 9})).apply(plain())
+    algorithm.load_state_dict(algorithm.state_dict() | {"steps": 9})  # past its last update
+    del algorithm
+    fit(model, torch.optim.SGD(model.parameters(), 1e-2), 2)
+    frozen = SET(0.5, param_filter="0").apply(plain())
+    frozen[0].requires_grad_(False)
+    fit(frozen, torch.optim.SGD(frozen.parameters(), 1e-2), 2)
     (algorithm := SET(0.5)).apply(model)
     optimizer = algorithm.apply(torch.optim.SGD(model.parameters(), 1e-2))
     before, ref = places_of(model[0]), weakref.ref(algorithm)
