@@ -12,8 +12,11 @@ from functools import wraps
 from importlib import import_module
 from inspect import signature
 
+from torch.nn import Module
+
 from ..extras import require
 from ..nn import PackedLinear, SparseLinear
+from ..nn.adapters import is_adapted
 
 __all__ = ["SparseConfig"]
 
@@ -23,6 +26,10 @@ def _is_marked(model: object) -> bool:
     found = getattr(getattr(model, "config", None), "quantization_config", None)
     given = found if isinstance(found, dict) else vars(found) if found else {}
     return given.get("quant_method") == "sparsekern"
+
+
+def _is_sparse(module: Module) -> bool:
+    return any(isinstance(m, SparseLinear) for m in module.modules())
 
 
 def _guard(kind: type) -> None:
@@ -40,15 +47,14 @@ def _guard(kind: type) -> None:
                 f"save_pretrained: {packed} is packed for inference and cannot be saved: save the "
                 "model before pack_"
             )
-        layers = [name for name, m in self.named_modules() if isinstance(m, SparseLinear)]
-        inside = next((name for name in layers if name.endswith(".base_layer")), None)
+        inside = next((n for n, m in self.named_modules() if is_adapted(m) and _is_sparse(m)), None)
         if inside is not None and not getattr(self, "_hf_peft_config_loaded", False):
             raise ValueError(
-                f"save_pretrained: {inside} is under an adapter of peft, and its name in the file "
-                "would be one that no model has: save the adapter with peft, and the model "
-                "after sparsekern.models.lora.merge_, or unload()"
+                f"save_pretrained: {inside}.base_layer is under an adapter of peft, and its name "
+                "in the file would be one that no model has: save the adapter with peft, and the "
+                "model after sparsekern.models.lora.merge_, or unload()"
             )
-        is_sparse = bool(layers)
+        is_sparse = _is_sparse(self)
         if is_sparse or getattr(self, "hf_quantizer", None) or _is_marked(self):
             from .quantizer import are_made_others, attach
 

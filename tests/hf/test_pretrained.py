@@ -351,6 +351,8 @@ def test_other_refusals(saved, tmp_path):
     model = sparse_llama()
     mlp = model.model.layers[0].mlp
     mlp.up_proj = nn.ModuleDict({"base_layer": mlp.up_proj})
+    model.save_pretrained(tmp_path / "own")  # a name that anybody may use
+    mlp.up_proj.adapter_layer_names = ()
     with pytest.raises(ValueError, match="mlp.up_proj.base_layer is under an adapter of peft"):
         model.save_pretrained(tmp_path / "x")
     assert not (tmp_path / "x").exists()
