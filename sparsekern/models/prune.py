@@ -256,9 +256,11 @@ def _copy_beside(source: Path, made: Path) -> None:
 
 def _after_the_model(source: Path) -> set[Path]:
     """Folders of what sentence-transformers runs after the model, which has the folder itself."""
-    table = source / "modules.json"
-    rows = json.loads(table.read_text("utf-8")) if table.exists() else []
-    return {source / row["path"] for row in rows} - {source}
+    try:
+        rows = json.loads((source / "modules.json").read_text("utf-8"))
+        return {source / row["path"] for row in rows} - {source}
+    except (OSError, ValueError, KeyError, TypeError):  # there is none, or one of another tool
+        return set()
 
 
 def _umask() -> int:

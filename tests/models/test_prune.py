@@ -177,6 +177,7 @@ def test_a_sparse_folder_becomes_dense_with_zeros(folder, tmp_path):
 
     model = AutoModelForCausalLM.from_pretrained(folder)
     Magnitude(0.5).apply(model).save_pretrained(tmp_path / "sparse")
+    (tmp_path / "sparse" / "modules.json").write_text('{"of": "another tool"}')
     with pytest.raises(ValueError, match="50% of the weights are zero already"):
         prune_pretrained(tmp_path / "sparse", tmp_path / "out", 0.75)
     report = prune_pretrained(tmp_path / "sparse", tmp_path / "out", 0.75, prune_again=True)
@@ -185,6 +186,7 @@ def test_a_sparse_folder_becomes_dense_with_zeros(folder, tmp_path):
     weight = saved["model.layers.0.mlp.up_proj.weight"]
     assert report.sparsity == 0.75 == (weight == 0).float().mean()
     assert "quantization_config" not in (tmp_path / "out" / "config.json").read_text()
+    assert (tmp_path / "out" / "modules.json").exists()
 
 
 def test_the_command_reads_a_sparse_folder_by_itself(folder, tmp_path):
