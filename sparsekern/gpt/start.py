@@ -43,7 +43,7 @@ def begin(
         )
     text = _text(config, saved or source, tell)
     tell("making the model")
-    if saved and saved["data_crc32"] != text.crc32:
+    if saved and not text.is_of(saved):
         raise ValueError(
             f"data: {config.data} is another text, or changed since {path} was written"
         )
@@ -75,7 +75,7 @@ def _same_everywhere(
     mine = {name: value for name, value in asdict(config).items() if name not in OF_A_PROCESS}
     return mine | {
         "sparsity_config": settings,
-        "data (CRC-32)": text.crc32,
+        "data (CRC-32)": tuple(text.digests.values()),
         "checkpoint (steps, last loss)": (len(history.losses), history.losses[-1:]),
         "init_from (its cost)": history.source,
     }
