@@ -65,7 +65,7 @@ class PruneConfig(PruneFlags):
         if self.rewind and self.method == "sparsegpt":
             raise ValueError("rewind: sparsegpt corrects the weights that stay, got both")
         bounds = [0.0, *self.sparsities(), 1.0]
-        if any(b <= a for a, b in zip(bounds, bounds[1:], strict=False)):
+        if not all(a < b for a, b in zip(bounds, bounds[1:], strict=False)):
             raise ValueError(f"targets: expected to rise between 0 and 1, got {self.targets}")
         if self.family != FAMILIES[0] and bounds[1] < LEAST_TWO_WAY:
             raise ValueError(

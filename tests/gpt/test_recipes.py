@@ -449,6 +449,7 @@ def test_rewinding(dense_run, tmp_path):
         ({"rounds": 0}, "rounds must be at least 1"),
         ({"targets": "0.5,0.5"}, "targets: expected to rise between 0 and 1"),
         ({"targets": "half"}, "targets: expected numbers as in"),
+        ({"targets": "0.3,nan"}, "targets: expected to rise between 0 and 1, got 0.3,nan"),
         ({"method": "luck"}, "method: expected one of magnitude"),
         ({"method": "sparsegpt", "rewind": "x"}, "rewind: sparsegpt corrects"),
         (
