@@ -5,7 +5,7 @@ from dataclasses import asdict
 from pathlib import Path
 
 from .build import build_model
-from .checkpoint import CHECKPOINT, about, load_checkpoint
+from .checkpoint import CHECKPOINT, about, load_checkpoint, refuse_weights
 from .config import TrainConfig, check_methods
 from .continued import continued, loses_at_random
 from .data import Text, tokenizer_from_state
@@ -27,6 +27,7 @@ def begin(
     saved = load_checkpoint(path) if config.resume else None
     if path.exists() and not saved and not source:
         raise ValueError(f"out: {path} exists already; resume it or choose another folder")
+    refuse_weights(path)
     if config.init_from and not saved:
         source = load_checkpoint(config.init_from, "init_from")
     settings = saved["sparsity"] if saved else config.sparsity_settings()
