@@ -46,29 +46,40 @@ def load(path: Path) -> dict[str, Times]:
     """Name -> times of each of our kernels that is right, in a table of measurements."""
     try:
         run = records.read(path)
+        return _times(derived(run))
     except (FileNotFoundError, ValueError) as error:
         raise type(error)(f"compare: {error}") from error
-    found = {}
-    for case in derived(run):
+    except (AttributeError, LookupError, TypeError) as error:
+        told = f"expected a table of products, training steps or generation, got {path}"
+        raise ValueError(f"compare: {told} ({type(error).__name__}: {error})") from error
+
+
+def _times(cases: list[dict]) -> dict[str, Times]:
+    found: dict[str, Times] = {}
+    for case in cases:
         for who, way in case["ways"].items():
             if "dense_s" in case and way["kind"] == OURS and way["is_right"]:
                 dense = case["ways"][case["best_dense"]]
                 spread = max(each.get("spread", 0.0) for each in (way, dense))
                 is_noisy = case.get("is_noisy", spread > noise.LIMIT)
-                found[f"{case_name(case)} {who}"] = Times(way["min_s"], dense["min_s"], is_noisy)
+                name = f"{case_name(case)} {who}"
+                if name in found:
+                    raise ValueError(f"two cases of a table are {name}")
+                found[name] = Times(way["min_s"], dense["min_s"], is_noisy)
     return found
 
 
-def compare(old: Path, new: Path) -> list[Change]:
-    """Changes of what both have measured, the worst first."""
+def compare(old: Path, new: Path) -> tuple[list[Change], list[str]]:
+    """Changes of what both have measured, the worst first; and what `old` alone has."""
     before, after = load(old), load(new)
     changes = [Change(g, before[g], after[g]) for g in before if g in after]
     if not changes:
         raise ValueError(f"compare: {old} and {new} have no group in common")
-    return sorted(changes, key=lambda change: -change.ratio)
+    changes.sort(key=lambda change: -change.ratio)
+    return changes, [group for group in before if group not in after]
 
 
-def render(changes: list[Change], threshold: float) -> str:
+def render(changes: list[Change], gone: list[str], threshold: float) -> str:
     rows = [
         [
             change.group,
@@ -87,6 +98,6 @@ def render(changes: list[Change], threshold: float) -> str:
     return (
         f"{table(header, rows)}\n\n{len(changes)} groups, geometric mean {mean:.2f}, least times; "
         f"{slower} slower by more than {threshold:.0%}."
-        + f" {noisy} noisy: nothing is concluded from them."
-        * bool(noisy)
+        + f" {noisy} noisy: nothing is concluded from them." * bool(noisy)
+        + f"\nNot in NEW, or wrong there: {', '.join(gone)}." * bool(gone)
     )

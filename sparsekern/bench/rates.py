@@ -119,6 +119,8 @@ def case_name(case: dict) -> str:
     else:
         what, tokens = f"{case['N']}x{case['K']}", case.get("M")
     parts = [f"{case['op']} {what}", *([f"M{tokens}"] if tokens else [])]
+    if case["op"] == "generate" and "context" in case:
+        parts.append(f"context {case['context']}")
     parts.append(f"{case['sparsity']:.0%}")
     parts.append(f"{case['threads']}T" if case.get("threads") else "GPU")
     parts += [case[name] for name in ("dtype", "mask") if case.get(name, "random") != "random"]

@@ -54,6 +54,8 @@ def run_bench(
 
 
 def run_compare(old: Path, new: Path, threshold: float, **options) -> int:
-    changes = compare.compare(old, new)
-    print(compare.render(changes, threshold))
+    if not threshold >= 0:  # nothing is above NaN
+        raise ValueError(f"threshold: expected 0 or more, got {threshold}")
+    changes, gone = compare.compare(old, new)
+    print(compare.render(changes, gone, threshold))
     return int(any(change.is_slower(threshold) for change in changes))

@@ -38,6 +38,8 @@ def run_generate(
             "generate: expected a prompt, tokens >= 1 and batch >= 1, "
             f"got prompt {prompt!r}, tokens {tokens}, batch {batch}"
         )
+    if not _is_utf8(prompt):
+        raise ValueError(f"prompt: expected text in UTF-8, got {prompt!r}")
     check_sampling(tokens, sampling["temperature"], sampling["top_k"])  # before a model is made
     if bench and tokens < 2:
         raise ValueError(f"bench: expected at least 2 tokens, got {tokens}")
@@ -72,6 +74,11 @@ def run_generate(
         # What random weights choose is no text.
         print(tokenizer.decode(ids) if checkpoint else " ".join(map(str, ids)), end="\n\n")
     print(f"{batch} x {tokens} tokens in {took_s:.2f} s, after loading", file=sys.stderr)
+
+
+def _is_utf8(text: str) -> bool:
+    """Python has other bytes of a command line as surrogates, which nothing encodes."""
+    return not any("\ud800" <= character <= "\udfff" for character in text)
 
 
 def chosen_device(name: str | None) -> torch.device:

@@ -309,6 +309,9 @@ def _measured(path: Path) -> tuple[str, list[dict]]:
         cases = [derive(case) for case in records.cases(run.records) if case.get("op") in MEASURED]
     except (FileNotFoundError, ValueError) as error:
         raise type(error)(f"results: {error}") from error
+    except (AttributeError, LookupError, TypeError) as error:
+        reason = f"{type(error).__name__}: {error}"
+        raise ValueError(f"results: {path} is damaged ({reason})") from error
     device = (run.about.get("machine") or {}).get("gpu") or ""
     found = [case | {"gpu": device} for case in cases if "speedups" in case]
     return run.about.get("date", ""), found

@@ -62,6 +62,16 @@ def refuse_anothers(path: Path) -> None:
         )
 
 
+def refuse_weights(path: Path) -> None:
+    """ValueError where a run without a checkpoint yet would write over weights, which may be all
+    that was kept of another one."""
+    weights = path.with_name(WEIGHTS)
+    if not path.exists() and weights.exists():
+        raise ValueError(
+            f"out: {weights} exists already and would be written over; choose another folder"
+        )
+
+
 def load_checkpoint(path: str | Path, name: str = "checkpoint") -> dict:
     """Read what `save_checkpoint` wrote; ValueError names what is wrong with anything else. `name`:
     the setting that led to the file, for where nothing is there."""

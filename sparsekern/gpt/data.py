@@ -299,7 +299,12 @@ class Text:
         self.tokenizer, self.training, self.validation = load_tokens(
             source, tokenizer, name, vocab_size, tell
         )
-        self.crc32 = zlib.crc32(self.training.numpy())
+        splits = {"data": self.training, "validation": self.validation}
+        self.digests = {f"{name}_crc32": zlib.crc32(t.numpy()) for name, t in splits.items()}
+
+    def is_of(self, state: dict) -> bool:
+        """Whether a checkpoint was written with it. Older ones tell of the training split alone."""
+        return all(state.get(name, found) == found for name, found in self.digests.items())
 
     def batches(self, batch: int, context: int, seed: int) -> tuple["Batches", "Batches"]:
         """To train and to validate. The latter are the same for every seed: losses compare."""

@@ -20,7 +20,7 @@ from ..tensor import SparseTensor
 from ..terminal import Progress
 from ..testing import interleaved_times, random_mask, relative_error
 from .build import build_model, build_optimizer
-from .checkpoint import CHECKPOINT, load_checkpoint
+from .checkpoint import CHECKPOINT, WEIGHTS, load_checkpoint, refuse_weights
 from .config import TrainConfig, changed
 from .data import default_source
 from .dense import (
@@ -179,6 +179,7 @@ def refuse_other_runs(out: Path, sparsity: float) -> None:
     """ValueError where `out` holds a checkpoint of another run than the demo's own, which comes in
     the place of what is there."""
     path = out / CHECKPOINT
+    refuse_weights(path)
     if not path.exists():
         return
     saved = load_checkpoint(path)["config"]
@@ -195,7 +196,8 @@ def train_in_subprocess(config: TrainConfig, library: str = TORCH) -> dict:
     A process of its own, so that the peak memory is of this run alone. `library` does all dense
     linears."""
     out = Path(config.out)
-    (out / CHECKPOINT).unlink(missing_ok=True)
+    for name in (WEIGHTS, CHECKPOINT):  # weights without a checkpoint would be another's
+        (out / name).unlink(missing_ok=True)
     flags = [f"--{name.replace('_', '-')}={value}" for name, value in changed(config).items()]
     module = ["sparsekern"] if library == TORCH else ["sparsekern.gpt.dense", library]
     began = time.perf_counter()

@@ -65,7 +65,7 @@ class PruneConfig(PruneFlags):
         if self.rewind and self.method == "sparsegpt":
             raise ValueError("rewind: sparsegpt corrects the weights that stay, got both")
         bounds = [0.0, *self.sparsities(), 1.0]
-        if any(b <= a for a, b in zip(bounds, bounds[1:], strict=False)):
+        if not all(a < b for a, b in zip(bounds, bounds[1:], strict=False)):
             raise ValueError(f"targets: expected to rise between 0 and 1, got {self.targets}")
         if self.family != FAMILIES[0] and bounds[1] < LEAST_TWO_WAY:
             raise ValueError(
@@ -105,8 +105,14 @@ def _all_rounds(config: PruneConfig, path: Path) -> list[dict]:
     # Of the source in any case: what a pruning took does not depend on where it was stopped.
     with Progress(None, unit="part") as progress:
         run = begin(_recovery(config, trained, 0), source, progress.about)
-    if rows and state["data_crc32"] != run.text.crc32:
+    if rows and not run.text.is_of(state):
         raise ValueError(f"data: {run.config.data} changed since {path} was written")
+    spent = run.history.source
+    if rows and not _is_in(spent, state["source"]):
+        raise ValueError(
+            f"source: {config.source} was trained anew or on since {path} was written; choose "
+            "another folder"
+        )
     done = sum(row["steps"] for row in rows)
     with Progress(config.steps, done) as progress, _telling_what_is_kept(rows):
         run.tell = progress.line
@@ -114,6 +120,7 @@ def _all_rounds(config: PruneConfig, path: Path) -> list[dict]:
             progress.line(f"done   all rounds were made before, in {config.out}")
         for index in range(len(rows), len(targets) + 1):
             steps = config.steps * index // len(targets) - sum(row["steps"] for row in rows)
+            run.history.source = _with_rounds(spent, rows)
             run.restart(_recovery(config, trained, index, steps), state)
             if index:
                 progress.about(f"round {index}: pruning to {targets[index - 1]:.1%}")
@@ -139,6 +146,22 @@ def _all_rounds(config: PruneConfig, path: Path) -> list[dict]:
     run.history.losses = state["losses"]
     run.export()
     return rows
+
+
+def _with_rounds(spent: dict | None, rows: list[dict]) -> dict | None:
+    """What it took to make the weights after these rows: `spent` on the source, and each round."""
+    for row in rows:
+        if row["steps"]:
+            cost = {"flops": row["train_flops"], "seconds": row["train_s"], "steps": row["steps"]}
+            spent = cost | {"before": spent}
+    return spent
+
+
+def _is_in(spent: dict | None, found: dict | None) -> bool:
+    """Whether that is where `found` begins."""
+    while isinstance(found, dict) and found != spent:
+        found = found.get("before")
+    return found == spent
 
 
 def _load_source(config: PruneConfig) -> tuple[dict, TrainConfig]:

@@ -206,7 +206,7 @@ class Run:
             "config": self.about()["config"],
             "sparsity": self.settings,
             "tokenizer": self.text.tokenizer.state(),
-            "data_crc32": self.text.crc32,
+            **self.text.digests,
             **self.parts.state(),
             **vars(self.history),
         }

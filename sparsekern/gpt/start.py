@@ -5,7 +5,7 @@ from dataclasses import asdict
 from pathlib import Path
 
 from .build import build_model
-from .checkpoint import CHECKPOINT, about, load_checkpoint
+from .checkpoint import CHECKPOINT, about, load_checkpoint, refuse_weights
 from .config import TrainConfig, check_methods
 from .continued import continued, loses_at_random
 from .data import Text, tokenizer_from_state
@@ -27,6 +27,7 @@ def begin(
     saved = load_checkpoint(path) if config.resume else None
     if path.exists() and not saved and not source:
         raise ValueError(f"out: {path} exists already; resume it or choose another folder")
+    refuse_weights(path)
     if config.init_from and not saved:
         source = load_checkpoint(config.init_from, "init_from")
     settings = saved["sparsity"] if saved else config.sparsity_settings()
@@ -43,7 +44,7 @@ def begin(
         )
     text = _text(config, saved or source, tell)
     tell("making the model")
-    if saved and saved["data_crc32"] != text.crc32:
+    if saved and not text.is_of(saved):
         raise ValueError(
             f"data: {config.data} is another text, or changed since {path} was written"
         )
@@ -75,7 +76,7 @@ def _same_everywhere(
     mine = {name: value for name, value in asdict(config).items() if name not in OF_A_PROCESS}
     return mine | {
         "sparsity_config": settings,
-        "data (CRC-32)": text.crc32,
+        "data (CRC-32)": tuple(text.digests.values()),
         "checkpoint (steps, last loss)": (len(history.losses), history.losses[-1:]),
         "init_from (its cost)": history.source,
     }

@@ -84,6 +84,8 @@ def _generation(case: dict) -> dict:
 def load(folder: Path) -> list[Result]:
     """All tables in a folder and in those in it, by name; calls and the like have no section."""
     if not folder.is_dir():
+        if folder.exists():
+            raise ValueError(f"results: expected a folder, {folder} is none")
         raise FileNotFoundError(f"results: folder {folder} does not exist")
     found = [read(path) for path in sorted(folder.rglob(f"*{records.SUFFIX}"))]
     return [result for result in found if result]

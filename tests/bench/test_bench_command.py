@@ -301,15 +301,34 @@ def test_compare_fails_where_something_is_slower(tmp_path, capsys):
     old = result(tmp_path / "old.csv", 1.0, a=1.0, b=1.0, gone=1.0)
     new = result(tmp_path / "new.csv", 2.0, a=1.3, b=0.5, fresh=1.0)
     assert main(["bench", "compare", str(old), str(new)]) == 1
+    out = capsys.readouterr().out
     rows = [
         [part.strip() for part in line.split("|")[1:-1]]
-        for line in capsys.readouterr().out.splitlines()
+        for line in out.splitlines()
         if line.startswith("| ")
     ]
+    assert out.endswith("Not in NEW, or wrong there: generate gone-M1-50%-1T ours.\n")
     assert [row[0] for row in rows[2:]] == [f"generate {x}-M1-50%-1T ours" for x in "ab"]
     assert rows[2][3:] == ["1.30", "2.00", "slower"] and rows[3][3:] == ["0.50", "2.00", ""]
     assert main(["bench", "compare", str(old), str(new), "--threshold=0.31"]) == 0
     assert main(["bench", "compare", str(old), str(old)]) == 0
+
+
+def test_compare_tells_contexts_apart(tmp_path, capsys):
+    """Generation of one model at several lengths: the last alone was compared."""
+    files = []
+    for name, times in (("old", (1.0, 1.0)), ("new", (3.0, 1.0))):
+        run = records.read(result(tmp_path / f"{name}.csv", 1.0, a=1.0))
+        longer = [
+            record | {"context": context} | ({"min_s": s} if record["kind"] == "ours" else {})
+            for context, s in zip((16, 512), times, strict=True)
+            for record in run.records
+            if "model" in record
+        ]
+        records.write(tmp_path / f"{name}.csv", run.about, longer)
+        files.append(str(tmp_path / f"{name}.csv"))
+    assert main(["bench", "compare", *files]) == 1
+    assert "| generate a-M1-context 16-50%-1T ours " in capsys.readouterr().out
 
 
 def test_compare_concludes_nothing_from_noise(tmp_path, capsys):
@@ -326,10 +345,14 @@ def test_compare_mistakes(tmp_path, capsys):
     old = result(tmp_path / "old.csv", 1.0, a=1.0)
     other = result(tmp_path / "other.csv", 1.0, b=1.0)
     (tmp_path / "not.csv").write_text("[]")
+    calls = [{"op": "call", "contender": "torch", "kind": "dense", "median_s": 1.0}]
+    records.write(tmp_path / "calls.csv", {"benchmark": "calls"}, calls)
     for files, message in {
+        (old, tmp_path / "calls.csv"): "compare: expected a table of products, training steps or",
         (old, other): "have no group in common",
         (old, tmp_path / "not.csv"): "not.csv is not a table of measurements",
         (old, tmp_path / "none.csv"): "compare: {} does not exist".format(tmp_path / "none.csv"),
+        (old, old, "--threshold=nan"): "threshold: expected 0 or more, got nan",
     }.items():
         assert main(["bench", "compare", *map(str, files)]) == 2
         assert message in capsys.readouterr().err

@@ -200,12 +200,13 @@ def test_flags_that_cannot_work(tmp_path, capsys, arguments, expected):
 
 
 WORK = ("gpt.start.Text", "bench.measure.measure", "bench.calibrate.calibrate")
-WORK += ("wafer.validation.validate.validate", "wafer.sensitivity.sensitivity")
+WORK += ("report.page.load", "wafer.validation.validate.validate", "wafer.sensitivity.sensitivity")
 UNWRITABLE = {
     "train": (["train", *SMALL, "--data", "{text}"], "--out"),
     "prune": (["prune", "--source", "{run}", "--steps", "2"], "--out"),
     "bench": (["bench", "--quick"], "--out"),
     "calibrate": (["bench", "--calibrate", "--quick"], "--out"),
+    "report": (["report"], "--out"),
     "json": (["wafer", "validate"], "--json"),
     "plots": (["wafer", "sensitivity"], "--plots"),
 }

@@ -323,6 +323,7 @@ def test_mistakes(run, checkpoint, tmp_path):
         (*PRESET, "--tokens=0"): "tokens >= 1 and batch >= 1, got .* tokens 0",
         (*PRESET, "--batch=0"): "got .* batch 0",
         (*PRESET, "--prompt="): "expected a prompt",
+        (*PRESET, "--prompt=\udcff"): r"prompt: expected text in UTF-8, got .\\udcff",
         (*PRESET, "--top-k=0"): "top_k: expected a whole number, 1 or more",
         (*PRESET, "--device=cpu", "--keep-dense"): "keep_dense: expected a GPU",
         (*PRESET, "--device=tpu"): "device: expected (one of )?cpu, .*, got 'tpu'",

@@ -1,6 +1,7 @@
 """The GPT: model, text, tokenizers, FLOPs, training that resumes bit for bit."""
 
 import math
+import shutil
 import subprocess
 import sys
 from dataclasses import replace
@@ -25,6 +26,7 @@ from sparsekern.gpt.data import (
     split_text,
     tokenizer_from_state,
 )
+from sparsekern.gpt.demo import refuse_other_runs
 from sparsekern.gpt.memory import peak_memory_bytes
 from sparsekern.gpt.model import GPT, GPTConfig
 from sparsekern.gpt.prune import PruneConfig, prune
@@ -450,9 +452,25 @@ def test_resume_errors(tiny: TrainConfig):
         resumed_config({"out": tiny.out, "width": 64})
     with pytest.raises(ValueError, match="exists already; resume it or choose another folder"):
         train.train(tiny)
-    Path(tiny.data).write_text(TEXT.upper())
-    with pytest.raises(ValueError, match="changed since .* was written"):
-        train.train(resumed_config({"out": tiny.out}))
+    for other in (TEXT.upper(), TEXT[:-9] + "x" * 9):  # the last is validated on alone
+        Path(tiny.data).write_text(other)
+        with pytest.raises(ValueError, match="changed since .* was written"):
+            train.train(resumed_config({"out": tiny.out}))
+
+
+def test_weights_that_were_kept_alone_are_not_written_over(tiny: TrainConfig, tmp_path):
+    train.train(tiny)
+    path = Path(shutil.copytree(tiny.out, tmp_path / "kept")) / CHECKPOINT
+    path.unlink()
+    path.with_name(WEIGHTS).touch()  # without safetensors it is not there
+    kept = replace(tiny, out=str(path.parent))
+    before = {file: file.read_bytes() for file in path.parent.iterdir()}
+    pruning = PruneConfig(tiny.out, out=kept.out, steps=0)
+    works = (lambda: train.train(kept), lambda: prune(pruning))
+    for work in (*works, lambda: refuse_other_runs(path.parent, 0.0)):
+        with pytest.raises(ValueError, match="^out: .*safetensors exists already and would be"):
+            work()
+    assert before == {file: file.read_bytes() for file in path.parent.iterdir()}
 
 
 def test_a_run_resumes_where_its_text_was_moved_to(tiny: TrainConfig, tmp_path, monkeypatch):

@@ -2,6 +2,7 @@
 
 import json
 import math
+import shutil
 from dataclasses import replace
 from pathlib import Path
 
@@ -390,6 +391,26 @@ def test_a_stopped_pruning_continues_with_its_next_round(dense_run, tmp_path, mo
     assert capsys.readouterr().out.startswith("done   all rounds were made before")
     with pytest.raises(ValueError, match="target is 0.8 in .*, got 0.9"):
         prune(replace(broken, target=0.9))
+    # Who trains on is told of all rounds, wherever they were stopped.
+    for path in (config.out, broken.out):
+        on = config_from({"init_from": path, "out": str(tmp_path / "on"), "threads": 1})
+        spent, found = begin(replace(on, data=dense_run.data)).history.source, []
+        while spent:
+            found.append(spent)
+            spent = spent["before"]
+        told = [(cost["steps"], cost["flops"]) for cost in found]
+        rounds = [(row["steps"], row["train_flops"]) for row in reversed(whole[1:])]
+        assert told == [*rounds, (dense_run.steps, final(dense_run)["flops"])]
+        assert rounds[0] != rounds[1]
+
+
+def test_a_source_that_was_trained_anew_is_not_the_one_that_was_pruned(dense_run, tmp_path):
+    source = shutil.copytree(dense_run.out, tmp_path / "source")
+    config = PruneConfig(str(source), steps=0, targets="0.6", out=str(tmp_path / "a"))
+    prune(config)
+    train.train(resumed_config({"out": str(source), "steps": dense_run.steps + 1}))
+    with pytest.raises(ValueError, match=r"source: .* was trained anew or on since .* was written"):
+        prune(config)
 
 
 @pytest.mark.parametrize(
@@ -428,6 +449,7 @@ def test_rewinding(dense_run, tmp_path):
         ({"rounds": 0}, "rounds must be at least 1"),
         ({"targets": "0.5,0.5"}, "targets: expected to rise between 0 and 1"),
         ({"targets": "half"}, "targets: expected numbers as in"),
+        ({"targets": "0.3,nan"}, "targets: expected to rise between 0 and 1, got 0.3,nan"),
         ({"method": "luck"}, "method: expected one of magnitude"),
         ({"method": "sparsegpt", "rewind": "x"}, "rewind: sparsegpt corrects"),
         (

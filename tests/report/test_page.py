@@ -303,6 +303,9 @@ def test_labels_move_apart_around_where_they_belong():
 def test_mistakes_are_named(tmp_path, capsys):
     assert main(["report", f"--results={tmp_path / 'none'}", f"--out={tmp_path}"]) == 2
     assert "none does not exist" in capsys.readouterr().err
+    (tmp_path / "a.txt").touch()
+    assert main(["report", f"--results={tmp_path / 'a.txt'}", f"--out={tmp_path / 'out'}"]) == 2
+    assert f"results: expected a folder, {tmp_path / 'a.txt'} is none" in capsys.readouterr().err
     (tmp_path / "bad.csv").write_text("{")
     assert main(["report", f"--results={tmp_path}", f"--out={tmp_path}"]) == 2
     assert "bad.csv is damaged" in capsys.readouterr().err

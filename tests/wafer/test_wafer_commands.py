@@ -361,6 +361,9 @@ def test_compare_refuses_other_files(capsys, tmp_path):
     message = error_line(capsys, "compare", "--results", str(tmp_path / "x.json"))
     assert "results: " in message and "x.json is not a table of measurements" in message
     assert "none.csv does not exist" in error_line(capsys, "compare", "--results", "none.csv")
+    records.write(tmp_path / "x.csv", {}, [{"op": "spmm", "contender": "ours"}])
+    message = error_line(capsys, "compare", "--results", str(tmp_path / "x.csv"))
+    assert "results: " in message and "x.csv is damaged (KeyError: 'M')" in message
     (tmp_path / "empty").mkdir()
     message = error_line(capsys, "compare", "--results", str(tmp_path / "empty"))
     assert f"results: no table in {tmp_path / 'empty'}; give" in message
