@@ -8,6 +8,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from sparsekern import SparseTensor, ops, registered, testing
 from sparsekern.kernels import prepared, reference, table
+from sparsekern.kernels.cpu import lanes
 
 N, K, M = 6, 9, 5
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
@@ -206,6 +207,18 @@ def test_flop_counter(w, op):
     with FlopCounterMode(display=False) as counter:
         y.sum().backward()
     assert counter.get_total_flops() == 2 * 2 * M * nnz
+
+
+def test_flops_of_packed_weights(w):
+    x, nnz = torch.randn(M, K, device="meta"), int((w != 0).sum())
+    with FlopCounterMode(display=False) as counter:
+        torch.ops.sparsekern.spmm_packed(x, "pairs", N, K, nnz, [], [])
+    assert counter.get_total_flops() == 2 * M * nnz
+    if lanes._C is not None:  # which counts its padding
+        packed = lanes.pack(SparseTensor.from_dense(w.float()))
+        with FlopCounterMode(display=False) as counter:
+            ops.spmm_lanes(torch.randn(M, K), packed)
+        assert counter.get_total_flops() == 2 * M * packed.values.numel()
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
