@@ -22,6 +22,16 @@ def flop_sddmm(row_offsets, col_indices, n, k, dy, x, *args, **kwargs) -> int:
     return 2 * x[0] * col_indices[0]
 
 
+def flop_packed(x, layout, n, k, nnz, *args, **kwargs) -> int:
+    """The same for spmm_packed."""
+    return 2 * x[0] * nnz
+
+
+def flop_lanes(x, n, k, part_steps, heads, cols, values, *args, **kwargs) -> int:
+    """The same for spmm_lanes, whose padding counts: it does not know how many are stored."""
+    return 2 * x[0] * values[0] * values[1]
+
+
 def register_when_imported() -> None:
     """Register the formulas now if the counter is there, else when it is imported."""
     if COUNTER in sys.modules:
@@ -35,6 +45,8 @@ def _register() -> None:
     ops = torch.ops.sparsekern
     register_flop_formula([ops.spmm, ops.spmm_t])(flop_spmm)
     register_flop_formula(ops.sddmm)(flop_sddmm)
+    register_flop_formula(ops.spmm_packed)(flop_packed)
+    register_flop_formula(ops.spmm_lanes)(flop_lanes)
 
 
 class _AfterImport(MetaPathFinder):

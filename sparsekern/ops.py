@@ -163,6 +163,8 @@ def _route(
         return _FUNCTIONS[op][3 if is_dual else 2], False
     if is_dual:
         return _FUNCTIONS[op][1], False
+    if _tracing_state() is not None:  # torch.jit.trace takes no Function; the op has its gradients
+        return None, False
     wants_grad = _is_grad_enabled() and (
         a.requires_grad or b.requires_grad or (bias is not None and bias.requires_grad)
     )
@@ -424,3 +426,35 @@ _FUNCTIONS = {
         ("sddmm", _SDDMM, _SDDMMFunctorch, _sddmm_jvp, _SDDMM_PLACES),
     )
 }
+
+
+# An op that is called by its name, as a graph of torch.export or torch.jit.trace calls it, has the
+# same gradients: without a kernel for autograd torch would go on without them.
+
+
+def _differentiable(op: str, overload, operands: slice) -> Callable:
+    def run(*args):
+        tensors = [t for t in args[operands] if isinstance(t, Tensor)]
+        wants_grad = _is_grad_enabled() and any(t.requires_grad for t in tensors)
+        is_dual = forward_ad._current_level >= 0 and forward_ad._is_fwd_grad_enabled()
+        if (wants_grad or is_dual) and in_functorch():
+            raise NotImplementedError(
+                f"{op}: torch.func takes no derivative of the op alone, as a graph of torch.export "
+                "calls it: call torch.matmul, F.linear or the module"
+            )
+        if not wants_grad:
+            with torch._C._AutoDispatchBelowAutograd():
+                return overload(*args)
+        bias = (None,) if op != "sddmm" and len(args) == 6 else ()  # its default
+        return _FUNCTIONS[op][1 if is_dual else 0].apply(*args, *bias)
+
+    return run
+
+
+_library = torch.library.Library("sparsekern", "FRAGMENT")
+for _op, _overload, _operands in (
+    ("spmm", spmm_op, slice(2, 7)),
+    ("spmm_t", spmm_t_op, slice(2, 7)),
+    ("sddmm", sddmm_op, slice(4, 6)),
+):
+    _library.impl(_op, _differentiable(_op, _overload, _operands), "Autograd")

@@ -8,6 +8,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from sparsekern import SparseTensor, ops, registered, testing
 from sparsekern.kernels import prepared, reference, table
+from sparsekern.kernels.cpu import lanes
 
 N, K, M = 6, 9, 5
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
@@ -147,8 +148,8 @@ def test_only_what_a_gradient_needs_is_saved(w, op):
 # torch.library
 
 
-def raw_calls(w):
-    ro, ci, v, x, dy = arguments(w)
+def raw_calls(w, requires_grad=False):
+    ro, ci, v, x, dy = arguments(w, requires_grad)
     o = torch.ops.sparsekern
     return {
         "spmm": (o.spmm.default, (ro, ci, v, N, K, x)),
@@ -157,13 +158,32 @@ def raw_calls(w):
     }
 
 
+@pytest.mark.parametrize("requires_grad", [False, True])
 @pytest.mark.parametrize("permuted", [False, True])
 @pytest.mark.parametrize("op", OPS)
-def test_opcheck(w, op, permuted):
-    raw, args = raw_calls(w)[op]
+def test_opcheck(w, op, permuted, requires_grad):
+    raw, args = raw_calls(w, requires_grad)[op]
     if permuted:
         args = (*args[:-1], args[-1].T.contiguous().T)
     torch.library.opcheck(raw, args)
+
+
+@pytest.mark.parametrize("op", OPS)
+def test_an_op_called_by_its_name_has_its_gradients(w, op):
+    """So do graphs of torch.export and torch.jit.trace, which call it so: torch would warn alone.
+    torch.func, which would take them for zeros, is refused."""
+    raw, args = raw_calls(w, requires_grad=True)[op]
+    leaves = [t for t in args if isinstance(t, torch.Tensor) and t.requires_grad]
+    got, want = (torch.autograd.grad(f(*args).sin().sum(), leaves) for f in (raw, getattr(ops, op)))
+    torch.testing.assert_close(got, want, rtol=0, atol=0)
+
+    def loss(x):
+        return raw(*args[:-1], x).sum()
+
+    x = args[-1].detach()
+    for transform in (grad(loss), lambda x: torch.func.jvp(loss, (x,), (x,))):
+        with pytest.raises(NotImplementedError, match=f"{op}: torch.func takes no derivative"):
+            transform(x)
 
 
 def test_fakes_check_shapes(w):
@@ -187,6 +207,18 @@ def test_flop_counter(w, op):
     with FlopCounterMode(display=False) as counter:
         y.sum().backward()
     assert counter.get_total_flops() == 2 * 2 * M * nnz
+
+
+def test_flops_of_packed_weights(w):
+    x, nnz = torch.randn(M, K, device="meta"), int((w != 0).sum())
+    with FlopCounterMode(display=False) as counter:
+        torch.ops.sparsekern.spmm_packed(x, "pairs", N, K, nnz, [], [])
+    assert counter.get_total_flops() == 2 * M * nnz
+    if lanes._C is not None:  # which counts its padding
+        packed = lanes.pack(SparseTensor.from_dense(w.float()))
+        with FlopCounterMode(display=False) as counter:
+            ops.spmm_lanes(torch.randn(M, K), packed)
+        assert counter.get_total_flops() == 2 * M * packed.values.numel()
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)

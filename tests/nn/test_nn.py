@@ -263,6 +263,19 @@ def test_export_with_a_dynamic_batch(strict):
         torch.testing.assert_close(program.module()(x), module(x))
 
 
+def test_exported_and_traced_models_train():
+    """Their graphs call the op by its name."""
+
+    def gradients(m):
+        return torch.autograd.grad(m(x).sin().sum(), list(m.parameters()))
+
+    module, x = sparse_linear(), torch.randn(4, 5, K)
+    want = gradients(module)
+    exported = torch.export.export(module, (x,)).module()
+    for graph in (exported, torch.jit.trace(module, x[:2])):
+        torch.testing.assert_close(gradients(graph), want)
+
+
 def test_functional_call_and_per_sample_gradients():
     module = sparse_linear(dtype=torch.float64)
     parameters = dict(module.named_parameters())
