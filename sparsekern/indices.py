@@ -39,7 +39,9 @@ def count_rows(rows: Tensor, n: int) -> Tensor:
     """row_offsets int32 [N+1] of entries whose rows are given."""
     check_limit("nnz", rows.shape[0])
     row_offsets = torch.zeros(n + 1, dtype=torch.int32, device=rows.device)
-    row_offsets[1:] = rows.bincount(minlength=n).cumsum(0)
+    counts = rows.bincount(minlength=n)
+    torch._check(counts.shape[0] == n)  # which torch.compile does not know
+    row_offsets[1:] = counts.cumsum(0)
     return row_offsets
 
 

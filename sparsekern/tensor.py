@@ -338,8 +338,9 @@ def register(name: str, implementation: Callable, method: bool = True) -> None:
     """Make `implementation` what torch.<name> and Tensor.<name> do with a SparseTensor, and its
     method of that name."""
     for owner in (torch, Tensor):
-        if hasattr(owner, name):
-            TORCH_FUNCTIONS[getattr(owner, name)] = implementation
+        # torch.cpu is a module, and torch.float a dtype.
+        if callable(function := getattr(owner, name, None)):
+            TORCH_FUNCTIONS[function] = implementation
     if method:
         setattr(SparseTensor, name, implementation)
 

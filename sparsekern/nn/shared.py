@@ -58,7 +58,8 @@ class SharedInput(nn.Module):
             self._pass = last = None  # frees its memory
             last = _Pass(x, stamp, self.whole(x), ())
         y, taken = last.y, (*last.taken, part.first)
-        self._pass = None if len(taken) == part.parts else last._replace(taken=taken)
+        # Not by _replace, which torch.compile of torch 2.11 cannot take.
+        self._pass = None if len(taken) == part.parts else _Pass(x, stamp, y, taken)
         return y.narrow(-1, part.first, part.out_features)
 
 
