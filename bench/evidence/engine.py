@@ -41,6 +41,10 @@ class Shape:
     is_normed: bool = field(default=False, repr=False)
 
     @property
+    def in_words(self) -> str:
+        return f"{self.layers} layers, {self.width} wide"
+
+    @property
     def tokens(self) -> int:
         """Of a step."""
         return self.batch * self.context

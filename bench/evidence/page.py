@@ -210,12 +210,12 @@ def the_arms() -> str:
     share = {name: ARMS[name].flops(size) / ARMS["dense"].flops(size) for name in ("75", "small")}
     tokens = {name: ARMS[name].steps(size) * size.shape.tokens for name in ("dense", "short")}
     told = {
-        "dense": f"a GPT of {size.shape.layers} layers, {size.shape.width} wide, on "
+        "dense": f"a GPT of {size.shape.in_words}, on "
         f"{tokens['dense'] / 1e6:.0f}M tokens: {tokens['dense'] / text:.1f} times through the text",
         "75": "the same; 75 % of the weights of its blocks' linear layers are zero, at random "
         f"places that stay until fine-tuning, which trains all weights: {share['75']:.2f} of the "
         "FLOPs, but to fine-tune and use it costs what dense does",
-        "small": f"{size.small.layers} layers, {size.small.width} wide, on as many tokens: "
+        "small": f"{size.small.in_words}, on as many tokens: "
         f"{share['small']:.2f} of the FLOPs, and cheaper to fine-tune and use, too",
         "short": f"the dense model on {tokens['short'] / 1e6:.0f}M tokens, so that it has the "
         "FLOPs of 75 % zeros; at the best rate of dense, with no sweep of its own",
@@ -237,7 +237,7 @@ def of_kernels(checked: dict | None) -> str:
     sparse, masked = checked["sparse_step_s"], checked["step_s"]
     return TIMED.format(
         steps=checked["steps"],
-        size=trends.size_in_words(checked["size"]),
+        size=SIZES[checked["size"]].shape.in_words,
         times=masked / sparse,
         masked=1e3 * masked,
         sparse=1e3 * sparse,

@@ -245,7 +245,7 @@ def by_clock(results: Sequence[dict]) -> str:
     parts = [clock_difference(results) or "**Not run yet.**"]
     low, high = clock.PREDICTED
     parts.append(
-        f"A GPT of {clock.SHAPE.layers} layers, {clock.SHAPE.width} wide; 75 % zeros with "
+        f"A GPT of {clock.SHAPE.in_words}; 75 % zeros with "
         "sparsekern's kernels, dense with torch's. Both arms run at the same time, each on a core "
         "of a quiet machine, for the same minutes: so short that fewer tokens are seen than the "
         "model has parameters. Rates are chosen by runs as long, as many for each arm, on every "

@@ -46,10 +46,6 @@ class Trend:
     rates: str
 
 
-def size_in_words(size: str) -> str:
-    return f"{SIZES[size].shape.layers} layers, {SIZES[size].shape.width} wide"
-
-
 TRENDS = (
     Trend(
         4,
@@ -68,8 +64,8 @@ TRENDS = (
         "Cost of 75 % zeros by size",
         "The cost",
         (
-            Point(f"{size_in_words('S')} (section 10)", "75-normed", "dense-normed"),
-            Point(size_in_words("M"), "75-normed", "dense-normed", "M"),
+            Point(f"{SIZES['S'].shape.in_words} (section 10)", "75-normed", "dense-normed"),
+            Point(SIZES["M"].shape.in_words, "75-normed", "dense-normed", "M"),
         ),
         "The larger models have half of the best rates of the smaller ones, none of their own; the "
         "interval of the change is that of two samples (Welch).",
@@ -227,7 +223,7 @@ def not_stable(trends: Sequence[Trend], results: list[dict]) -> str:
     named = dict.fromkeys((p.size, arm) for t in trends for p in t.points for arm in (p.b, p.a))
     is_sized = len({size for size, _ in named}) > 1
     runs = [
-        f"{ARMS[arm].title}{f' ({size_in_words(size)})' * is_sized}, seed {seed}"
+        f"{ARMS[arm].title}{f' ({SIZES[size].shape.in_words})' * is_sized}, seed {seed}"
         + " (diverged: in no figure)" * is_diverged(result)
         for size, arm in named
         for seed, result in by_seed(results, size, arm).items()

@@ -157,6 +157,11 @@ def read(path: Path) -> Run:
     return Run(about, records)
 
 
+def damaged(path: Path, error: Exception) -> ValueError:
+    """What is raised where a table lacks what is looked for, or has it of another kind."""
+    return ValueError(f"results: {path} is damaged ({type(error).__name__}: {error})")
+
+
 def _read_bool(cell: str) -> bool:
     return {"0": False, "1": True}[cell]
 

@@ -310,8 +310,7 @@ def _measured(path: Path) -> tuple[str, list[dict]]:
     except (FileNotFoundError, ValueError) as error:
         raise type(error)(f"results: {error}") from error
     except (AttributeError, LookupError, TypeError) as error:
-        reason = f"{type(error).__name__}: {error}"
-        raise ValueError(f"results: {path} is damaged ({reason})") from error
+        raise records.damaged(path, error) from error
     device = (run.about.get("machine") or {}).get("gpu") or ""
     found = [case | {"gpu": device} for case in cases if "speedups" in case]
     return run.about.get("date", ""), found

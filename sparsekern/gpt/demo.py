@@ -123,7 +123,7 @@ def time_kernels(dense: dict[str, Linear], say: Callable[[str], None]) -> list[d
         if PACKED in dense:
             forward[PACKED] = partial(packed(dense_w, tokens), x_plain)
         training = {
-            name: partial(_dense_products, library, x_plain, dense_w, dy)
+            name: partial(_dense_linear, library, x_plain, dense_w, dy)
             for name, library in whole.items()
         }
         say(f"timing forward, {tokens} tokens")
@@ -261,7 +261,7 @@ def time_linears(layers: Iterable[SparseLinear], library: Linear) -> dict[str, f
         n, k = layer.out_features, layer.in_features
         x, dy = torch.randn(tokens, k, requires_grad=True), torch.randn(tokens, n)
         w = torch.randn(n, k)
-        steps["dense"].append(partial(_dense_linear, library, x.detach(), w, layer.bias, dy))
+        steps["dense"].append(partial(_dense_linear, library, x.detach(), w, dy, layer.bias))
         steps["sparse"].append(partial(_sparse_linear, layer, x, dy))
 
     def run(side: str) -> None:
@@ -272,13 +272,13 @@ def time_linears(layers: Iterable[SparseLinear], library: Linear) -> dict[str, f
     return {side: statistics.median(values) for side, values in seconds.items()}
 
 
-def _dense_products(library: Linear, x: Tensor, w: Tensor, dy: Tensor) -> None:
-    library(x, w), library(dy, w.t()), library(dy.t(), x.t())
-
-
 @torch.no_grad()
-def _dense_linear(library: Linear, x: Tensor, w: Tensor, bias: Tensor, dy: Tensor) -> None:
-    library(x, w, bias), library(dy, w.t()), library(dy.t(), x.t()), dy.sum(0)
+def _dense_linear(
+    library: Linear, x: Tensor, w: Tensor, dy: Tensor, bias: Tensor | None = None
+) -> None:
+    library(x, w, bias), library(dy, w.t()), library(dy.t(), x.t())
+    if bias is not None:
+        dy.sum(0)
 
 
 def _sparse_linear(layer: SparseLinear, x: Tensor, dy: Tensor) -> None:

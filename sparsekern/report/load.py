@@ -100,6 +100,5 @@ def read(path: Path) -> Result | None:
             _ = result.about, result.records, result.data  # what the page will read
             return result
     except (AttributeError, LookupError, TypeError, ValueError) as error:
-        reason = f"{type(error).__name__}: {error}"
-        raise ValueError(f"results: {path} is damaged ({reason})") from error
+        raise records.damaged(path, error) from error
     return None
