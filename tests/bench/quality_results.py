@@ -3,6 +3,12 @@
 import numpy as np
 
 
+def rows(text: str) -> list[list[str]]:
+    """Cells of all tables in a text."""
+    lines = [line for line in text.splitlines() if line.startswith("| ")]
+    return [[cell.strip() for cell in line.strip("|").split("|")] for line in lines]
+
+
 def results(evidence, losses: dict[str, list[float]]) -> list[dict]:
     """Results of order 2 with these losses on code."""
     rng, items, found = np.random.default_rng(0), evidence.arms.items, []

@@ -22,7 +22,7 @@ def test_dense_and_sparse_for_the_same_seconds(evidence, folder, tmp_path, monke
     last = max(order.number for order in evidence.plan.PLAN) + 1
     section = page.split(f"## {last}.")[1].split("##")[0]
     assert "Not run yet" not in section and "**open, one seed** (" in section
-    assert f"- **On a CPU** (section {last}): 75 % zeros beside dense after 0.005" in page
+    assert f"on a CPU?** (section {last})\n\n75 % zeros beside dense after 0.005" in page
     assert "written after a rough probe" in section
     assert "CPU, torch 2" in page
 

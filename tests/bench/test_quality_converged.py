@@ -7,6 +7,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
+from quality_results import rows as cells_of
 
 pytest_plugins = "quality_toy"
 transformers = pytest.importorskip("transformers")
@@ -206,55 +207,101 @@ def test_the_loss_of_the_model_as_it_came_is_cross_entropy_alone(converged):
     assert converged.loss_of(logits, torch.randn(5, 7), y) > plain / 2
 
 
-def test_the_page_has_what_was_found(evidence, converged):
+@pytest.fixture
+def result(converged):
+    """A result of a stage that no run has made; of one that diverged where the loss is None."""
     about = {"model": "a", "corpus": "text", "device": "GPU", "torch": "2", "date": "day"}
-    about["commit"] = "abc"
 
-    def result(name: str, rate: float, loss: float) -> dict:
-        found = {"dev": loss, "held-out": loss, "code": loss - 1, "blimp": 80.0}
+    def make(name: str, rate: float, loss: float | None) -> dict:
         stage = converged.STAGES[name]
+        own = about | {"commit": "abc", "stage": name, "rate": rate, "dev": loss}
+        if loss is None:
+            return own | {"failed": "loss is nan"}
         before = {"held-out": loss + stage.sparsity, "code": loss, "blimp": 70.0}
         costs = {"tokens": 25e6 * stage.length, "density": 1 - stage.sparsity}
         curve = [[12.5e6, loss + 0.1], [25e6, loss]]
-        return (
-            found
-            | costs
-            | about
-            | {"stage": name, "rate": rate}
-            | {
-                "before": before,
-                "curve": curve,
-            }
-        )
+        found = {"held-out": loss, "code": loss - 1, "blimp": 80.0}
+        return own | found | costs | {"before": before, "curve": curve}
 
-    text = evidence.page.text
-    last = len(evidence.plan.PLAN) + 2
-    page = text([])
-    section = page.split(f"## {last}. ")[1].split("## How")[0]
-    assert "**Not run yet.**" in section and "| 50 % zeros - dense " in section
-    swept = [result("50", rate, 3.2 + abs(rate - 3e-4)) for rate in converged.RATES]
-    section = text([], converged=swept).split(f"## {last}. ")[1].split("## How")[0]
-    assert "**Not run yet: 8 of 9 stages (then 60 %; " in section
+    return make
+
+
+@pytest.fixture
+def swept(converged, result):
+    """Results of a stage at all rates, the best one `at`."""
+
+    def make(name: str, loss: float, at: float = 3e-4) -> list[dict]:
+        return [result(name, rate, loss + abs(rate - at)) for rate in converged.RATES]
+
+    return make
+
+
+def told(evidence, results: list[dict]) -> tuple[str, str, str]:
+    """Of the page: its section, what it says of it above all sections, and what was not run."""
+    page, last = evidence.page.text([], converged=results), len(evidence.plan.PLAN) + 2
+    section = page.split(f"\n## {last}. ")[1].split("\n## How")[0]
+    left = [x for x in page.split("\n## Not run")[1].splitlines() if x.startswith(f"- {last}. ")]
+    above = page.split(f"\n## {last - 1}. ")[0]
+    assert (f"(section {last}; a model of others)" in above) == ("one run each:" in above)
+    return section, above.partition("one run each:")[2], "".join(left)
+
+
+def test_the_page_has_what_was_found(evidence, result, swept):
+    section, above, left = told(evidence, [])
+    assert "**Not run yet.**" in section and "| 50 % zeros - dense " in section and not above
+    assert left.endswith("9 of 9 stages.")
+    some = swept("50", 3.2)
+    section, above, left = told(evidence, some)
+    assert "**Not run yet: 8 of 9 stages (then 60 %; " in section and not above
     assert "0.0003: **3.200**, 0.001: 3.201 (3 rates, the best one inside)" in section
-    dense = [result("dense", rate, 3.0 + abs(rate - 3e-4)) for rate in converged.RATES]
-    some = [*swept, *dense, result("60", 3e-4, 3.3)]
-    page = text([], converged=some)
-    section = page.split(f"## {last}. ")[1].split("## How")[0]
-    row = next(line for line in section.splitlines() if line.startswith("| 50 % zeros - dense "))
-    assert "+0.200" in row and "yes" in row
+    some += [*swept("dense", 3.0), result("60", 3e-4, 3.3)]
+    section, above, left = told(evidence, some)
+    assert ["50 % zeros - dense", "+0.1 to +0.25", "+0.200", "yes"] in cells_of(section)
     assert "as it came" in section and "- then 60 %: 12.5: 3.400, 25.0: 3.300" in section
-    rows = [[c.strip() for c in line.split("|")] for line in section.splitlines()]
-    assert {r[1]: r[3] for r in rows if len(r) > 9}["then 60 %"] == "50"  # as much as dense twice
-    assert f"(section {last}): SmolLM2-135M-Instruct pruned and trained on: 50 % zeros" in page
-    left = next(line for line in page.splitlines() if line.startswith(f"- {last}. "))
-    assert "6 of 9 stages (then 70 %; " in left and left in page.split("## Not run")[1]
+    tokens = {row[0]: row[2] for row in cells_of(section) if len(row) > 4}
+    assert tokens["then 60 %"] == "50"  # as much as dense twice
+    assert above.strip() == "- 50 % zeros - dense: +0.200 (as predicted)"
+    assert "6 of 9 stages (then 70 %; " in left
+    section, above, _ = told(evidence, [*swept("50", 3.2503), *swept("dense", 3.0)])
+    assert ["50 % zeros - dense", "+0.1 to +0.25", "+0.2503", "**no**"] in cells_of(section)
+    assert above.strip() == "- 50 % zeros - dense: +0.2503 (not as predicted)"
 
-    diverged = {"rate": 1e-2, "dev": None, "failed": "loss is nan"} | about
-    section = text([], converged=[*some, *(diverged | {"stage": n} for n in ("dense", "70"))])
-    section = section.split(f"## {last}. ")[1].split("## How")[0]
+
+def test_the_page_claims_nothing_of_stages_that_are_not_done(evidence, result, swept):
+    """80 % without dense of its length, and 70 % without that at once."""
+    chain = [("60", 3.3), ("70", 3.49), ("dense-3", 2.98), ("75", 3.68), ("80", 3.95)]
+    made = [*swept("dense", 3.0), *swept("50", 3.2), *(result(n, 3e-4, x) for n, x in chain)]
+    section, above, left = told(evidence, made)
+    want = "2 of 9 stages (dense, five times as long; 70 % at once, three times as long)."
+    assert f"**Not run yet: {want}**" in section and left.endswith(want)
+    assert above.strip().splitlines() == [
+        "- 50 % zeros - dense: +0.200 (as predicted)",
+        "- then 70 % - dense, three times as long: +0.510 (as predicted)",
+    ]
+    differences = [row[2:] for row in cells_of(section) if " - " in row[0]]
+    assert differences == [["+0.200", "yes"], ["+0.510", "yes"], ["-", "-"], ["-", "-"]]
+    stages = [row[0] for row in cells_of(section) if len(row) > 4]
+    assert "then 80 %" in stages and "dense, five times as long" not in stages
+
+
+def test_the_page_tells_a_sweep_that_is_not_done(evidence, result, swept):
+    """Also where its best rate is at the end: no stage that takes it, or is compared, is told."""
+    section, above, left = told(evidence, swept("50", 3.2)[:1])
+    assert "(not done, **the best so far is at the end**)" in section and not above
+    assert "Sweeps not done: 50 % zeros. 8 of 9 stages (then 60 %; " in left
+    section, above, _ = told(evidence, [*swept("50", 3.2), *swept("dense", 3.0, at=1e-3)])
+    assert "**Not run yet: Sweeps not done: dense. 7 of 9 stages (then 60 %; " in section
+    assert ["50 % zeros - dense", "+0.1 to +0.25"] in cells_of(section) and not above
+
+
+def test_the_page_names_what_diverged(evidence, converged, result, swept):
+    some = [*swept("50", 3.2), *swept("dense", 3.0), result("60", 3e-4, 3.3)]
+    section, _, _ = told(evidence, [*some, result("dense", 1e-2, None), result("70", 3e-4, None)])
     assert "0.01: diverged" in section and "**Diverged, in no figure**: then 70 %." in section
-    begun = text([], converged=swept[:1])
-    assert "(not done, **the best so far is at the end**)" in begun and "9 of 9 stages." in begun
-    edge = [result("50", rate, 3.2503 + abs(rate - 3e-4)) for rate in converged.RATES]
-    page = text([], converged=[*edge, *dense])
-    assert "| +0.2503 |       **no** |" in page and "+0.2503, not as predicted (held-out" in page
+    rates = [1e-6, 3.16e-6, 1e-5, 3.16e-5, *converged.RATES]
+    for loss in (None, math.nan):  # as it is told, and as a score may be
+        nothing = [result("50", rate, None) | {"dev": loss} for rate in rates]
+        section, above, left = told(evidence, [*nothing, *swept("dense", 3.0)])
+        assert "**Diverged, in no figure**: 50 % zeros." in section and not above
+        assert "0.001: diverged (7 rates, all diverged)" in section and "**diverged" not in section
+        assert "7 of 9 stages (then 60 %; " in left and "nan" not in section

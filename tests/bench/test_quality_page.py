@@ -6,7 +6,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from quality_results import results
+from quality_results import results, rows
 from scipy import stats
 
 BENCH = Path(__file__).parents[2] / "bench"
@@ -22,17 +22,19 @@ def test_the_page_without_results_is_the_plan(evidence):
     for order in evidence.plan.PLAN:
         assert f"{order.number}. {order.question}" in page
         for arm in order.arms:
-            assert evidence.plan.ARMS[arm].title in page
+            assert evidence.tables.title(order, arm) in page
 
 
 def test_the_page_of_a_part_of_the_runs(evidence):
     """One seed has no interval, an arm without a partner no difference, one without runs no row."""
     page = evidence.page.text(results(evidence, {"dense": [2.0, 2.01], "75": [2.1]}))
-    first, primary = page.split("\n\n")[1], page.split("## ")[1]
+    _, first, primary, *_ = page.split("\n\n")
     assert "**Runs are missing or diverged.** **Whether 75 % zeros are worse than" in first
-    assert "(+0.100, 1 seed). For the same FLOPs" in first and "nan" not in page
+    assert "(+0.100, 1 of 3 seeds).  \nFor the same FLOPs" in first and "nan" not in page
     assert "a small dense model was not run yet" in first
-    assert "| +0.100, 1 of 3 seeds |" in primary and "| **open, one seed** |" in primary
+    assert ["dense", "1.00", "2.005", "+0.100, 1 of 3 seeds", "**open, one seed**"] in rows(primary)
+    assert ["75 % zeros", "0.51", "2.100", "-", "-"] in rows(primary)
+    assert ["small dense", "0.52", "-", "-", "-"] in rows(primary)
     second = page.split("\n## 2. ")[1].split("\n## ")[0]
     assert second.splitlines()[4].startswith("| dense  ") and "|   0-1 |" in second
     assert "Not run yet, with their FLOPs: small dense (0.52); dense, fewer" in second
@@ -106,54 +108,62 @@ def test_the_answer_of_stable_training_is_told_first(evidence, sparse, says):
     plain[3] = in_training(plain[3], [5.0, 3.0, 3.5])
     normed = of_order_10(evidence, 1.95, sparse)
     page = evidence.page.text([*plain, *normed])
-    _, first, second, question, *_ = page.split("\n\n")
-    assert f"a small dense model is {says}" in first and "section 10" in first
-    assert "unstable in 0 of 12 runs (" in first and "without one in 1 of 12" in first
+    _, first, outcome, measured, _, more, *_ = page.split("\n\n")
+    assert first.startswith("*Is a model that is trained with 75 % of its weights at zero")
+    assert f"a small dense model is {says}" in first and "a norm of queries" in measured
     assert "missing" not in first and "not stable" not in first
-    assert f"by held-out text: beside the dense model {sparse - 1.95:+.3f}" in first
-    assert "beside a small dense model (not planned) " in first
-    assert second.startswith("**Without that norm**, as was planned first (section 2): ")
+    beside_small = next(row for row in rows(outcome) if row[0] == "small dense")
+    assert beside_small[1:3] == ["0.52", "2.001"]
+    assert beside_small[3].startswith(f"{sparse - 2.0:+.3f}, ")
+    before, stable, second = more.split("\n- ")
+    assert "**Before fine-tuning**, the same differences by held-out text:\n" in before
+    assert f"\n  - beside the dense model: {sparse - 1.95:+.3f}" in before
+    assert "beside a small dense model (not planned): " in before
+    assert "(section 10) training of" in stable and "not stable" not in stable
+    assert "unstable in 0 of 12 runs (" in stable and "without one in 1 of 12" in stable
+    assert second.startswith("**Without that norm**, as was planned first (section 2), 75 % zeros ")
+    for arm in ("dense", "small dense", "dense, fewer tokens"):
+        assert f" beside {arm}: equal within 0.02" in second
     assert "not stable (*rise* in section 2): 75 % zeros, seed 0." in second
-    assert question.startswith("**The question.**")
-    outcome = page.split("\n## The primary outcome")[1].split("\n## ")[0]
-    assert outcome.index("| 75 % zeros, normed - small") < outcome.index("| 75 % zeros - small")
-    assert "| 75 % zeros, normed - small" not in page.split("\n## 10. ")[1]
-    holds = page.split("\n## What holds")[1].split("\n## ")[0].splitlines()
-    both = [line for line in holds if "section 10)" in line and "section 2)" in line]
-    assert all(x.index("section 10)") < x.index("section 2)") for x in both)
+    holds = page.split("\n## What holds")[1].split("\n## ")[0]
+    assert holds.index("| 75 % zeros, normed - small") < holds.index("| 75 % zeros - small")
+    assert "(section 2; without the norm, as was planned first; 3 seeds)" in holds
+    for number, mark in ((10, ", normed"), (2, "")):
+        told = rows(page.split(f"\n## {number}. ")[1].split("\n## ")[0])
+        assert [row[0] for row in told].count(f"75 % zeros{mark} - small dense{mark}") >= 1
     # One seed has no interval, so the plain answer leads.
     page = evidence.page.text([*plain, *of_order_10(evidence, 1.95, sparse, seeds=1)])
-    assert "section 10" not in page.split("\n\n")[1]
-    assert page.split("\n\n")[2].startswith("**With a norm of queries and keys** (section 10)")
+    assert "norm" not in "".join(page.split("\n\n")[1:4])
+    assert "\n- **With a norm of queries and keys** (section 10)" in page.split("\n\n")[5]
 
 
 @pytest.mark.parametrize(
     ("losses", "says"),
     [
-        ([1.951, 1.952, 1.953], "they are **as good as the dense model** (+0.001"),
-        ([2.05, 2.051, 2.052], "they are **still worse than the dense model** (+0.100"),
-        ([1.9, 2.05, 2.2], "whether they are worse than the dense model **is open** (+0.099"),
+        ([1.951, 1.952, 1.953], "75 % zeros are **as good as the dense model** (+0.001"),
+        ([2.05, 2.051, 2.052], "75 % zeros are **still worse than the dense model** (+0.100"),
+        ([1.9, 2.05, 2.2], "whether 75 % zeros are worse than the dense model **is open** (+0.099"),
     ],
 )
 def test_the_answer_tells_what_dense_last_steps_change(evidence, losses, says):
-    first = evidence.answer.first_words
+    notes = evidence.answer.notes
     normed = of_order_10(evidence, 1.95, 2.0)
-    assert "trained in the last" not in first(normed)
-    told = first([*normed, *results(evidence, {"75-dense-normed": losses})])
+    assert "trained in the last" not in notes(normed)
+    told = notes([*normed, *results(evidence, {"75-dense-normed": losses})])
     where = "in the last 13 % of pre-training (section 3; 0.57 of the FLOPs)"
-    assert f" With all weights trained {where} {says}" in told
+    assert told.startswith(f"- **Dense last steps**: with all weights trained {where}, {says}")
 
 
 def test_a_run_of_stable_training_that_was_not_is_named(evidence):
     """Also one that diverged, which counts as unstable and is missing in the answer."""
     normed = of_order_10(evidence, 1.95, 2.0)
     normed[4] = in_training(normed[4], [5.0, 3.0, 3.5])
-    first = evidence.answer.first_words(normed)
-    assert "*rise* in section 10): 75 % zeros, normed, seed 1." in first and "1 of 12" in first
+    notes = evidence.answer.notes(normed)
+    assert "*rise* in section 10): 75 % zeros, normed, seed 1." in notes and "1 of 12" in notes
     normed[4] = diverged(normed[4])
-    first = evidence.answer.first_words(normed)
-    assert first.startswith("**Runs are missing or diverged.** ") and "1 of 12 runs" in first
-    assert "75 % zeros, normed, seed 1 (diverged: in no figure)." in first
+    first, notes = evidence.answer.first_words(normed), evidence.answer.notes(normed)
+    assert first.startswith("**Runs are missing or diverged.** ") and "1 of 12 runs" in notes
+    assert "75 % zeros, normed, seed 1 (diverged: in no figure)." in notes
 
 
 def test_a_table_has_what_its_arms_are_compared_with(evidence):
@@ -164,9 +174,9 @@ def test_a_table_has_what_its_arms_are_compared_with(evidence):
     rows = evidence.tables.arms(order, found, None).splitlines()[2:5]
     titles = [[cell.strip() for cell in row.split("|")[1:3]] for row in rows]
     assert titles == [
-        ["dense, fewer tokens, normed", "0.51"],
-        ["75 % zeros, normed", "0.51"],
-        ["75 %, dense for the last 13 %, normed", "0.57"],
+        ["dense, fewer tokens", "0.51"],
+        ["75 % zeros", "0.51"],
+        ["75 %, dense for the last 13 %", "0.57"],
     ]
     assert evidence.tables.arms(order, found[1:], None).startswith("Not run yet")
 
@@ -201,11 +211,11 @@ def test_the_page_says_when_small_dense_is_as_good(evidence):
     assert "**a small dense model is as good as 75 % zeros** (" in page[1]
     assert "Runs are missing" not in page[1]
     assert "**the dense model on fewer tokens is better than 75 % zeros** (+0.050, " in page[1]
-    assert page[1].startswith("**75 % zeros cost quality: ") and "same text (+0.100, " in page[1]
-    assert (
-        "- **Equal within the margin**: 75 % zeros and small dense (code; section 2)."
-        in "\n".join(page)
-    )
+    answers = page[1].split("  \n")[1:]  # a line for each, after the question
+    assert len(answers) == 3 and "same text (+0.100, " in answers[0]
+    assert answers[0].startswith("**75 % zeros cost quality: ")
+    holds = rows("\n\n".join(page).split("## What holds")[1].split("\n## ")[0])
+    assert ["75 % zeros - small dense", "code", "**equal within 0.02**", "yes"] in holds
     worse = small | {"small": [2.2, 2.21, 2.22]}
     assert "small dense model is worse than" in evidence.page.text(results(evidence, worse))
     kept = small | {"dense": [2.1, 2.112, 2.119]}
@@ -243,6 +253,9 @@ def test_the_best_rate_at_the_end_of_a_sweep_is_called_so(evidence):
     told = evidence.tables.tuning_ends(order, found)
     assert "in 1 of 4" in told and told.endswith(": 75 % zeros, seed 1, code dense.")
     assert "3 rates" in evidence.tables.sweep_ends({1e-3: 2.0, 2e-3: 1.7, 4e-3: 1.8}, True)
+    nothing = {5e-4: np.inf, 1e-3: np.inf}
+    assert "**" not in evidence.tables.tried("75", nothing, True)
+    assert evidence.tables.sweep_ends(nothing, True) == " (2 rates, all diverged)"
     for diverged in (np.inf, np.nan):
         losses = {5e-4: diverged, 1e-3: 2.0, 2e-3: 1.7, 4e-3: diverged}
         told = evidence.tables.tried("75", losses, True)
@@ -301,7 +314,7 @@ def test_the_page_says_which_runs_were_not_stable(evidence):
     found[3]["pretrained"]["curve"] = [5.0, 3.0, 3.5, 3.25, 3.7, 2.5]
     told = evidence.tables.seeds(evidence.plan.PLAN[1], found).splitlines()[-2:]
     assert [row.split("|")[-2].strip() for row in told] == ["-", "+0.70"]
-    first = evidence.page.text(found).split("**The question.**")[0]
+    first = evidence.page.text(found).split("## What is compared")[0]
     assert "not stable (*rise* in section 2): 75 % zeros, seed 1." in first
 
 
@@ -339,7 +352,8 @@ def test_the_picture_has_a_row_for_each_arm_that_ran(evidence):
     both = [*results(evidence, losses), *of_order_10(evidence, 1.95, 2.0)]
     panels = picture(drawn(both)).axes
     titles = [panel.get_title() for panel in panels]
-    assert titles == ["Beside 75 % zeros, with a norm", "Beside 75 % zeros, without a norm"]
+    way = "without a norm (planned first)"
+    assert titles == ["Beside 75 % zeros, with a norm", f"Beside 75 % zeros, {way}"]
     rows = [label.get_text().partition("\n")[0] for label in panels[0].get_yticklabels()]
     want = ["75 % zeros", "dense: better", "small dense: equal", "dense, fewer tokens: equal"]
     assert rows == want
