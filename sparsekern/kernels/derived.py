@@ -118,7 +118,7 @@ _here = threading.local()
 def to_keep(device: torch.device, make: Callable[[], T]) -> T:
     """make(), whose tensors outlive the call. On a GPU in a thread for that: while torch.compile
     warms a CUDA graph up (mode="reduce-overhead"), what its thread allocates belongs to the graph,
-    which takes it back."""
+    which takes it back. And waited for: the next product may run on another stream."""
     if device.type != "cuda" or getattr(_here, "is_keeper", False):
         return make()
     stream = torch.cuda.current_stream(device)
@@ -126,7 +126,9 @@ def to_keep(device: torch.device, make: Callable[[], T]) -> T:
     def make_there() -> T:
         _here.is_keeper = True
         with torch.cuda.stream(stream), torch.no_grad():
-            return make()
+            thing = make()
+            stream.synchronize()
+            return thing
 
     return _keeper.submit(make_there).result()
 

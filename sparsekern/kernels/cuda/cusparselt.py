@@ -283,7 +283,7 @@ def multiply(
     matrices, from a multiple of 8 on."""
     (m, k), n, device = x.shape, y.shape[1], x.device.index
     x, strides = aligned(x), (x.stride(0), y.stride(0))
-    bias = None if bias is None else aligned(bias.contiguous())
+    bias = readable_bias(bias, y)
     key = n, k, m, x.dtype, device, algorithm, bias is not None, strides
     plans = _threads.plans
     if key not in plans:
@@ -291,6 +291,18 @@ def multiply(
             plans.pop(next(iter(plans)))
         plans[key] = Plan(n, k, m, device, algorithm, bias, x.dtype, strides)
     plans[key].multiply(operand, x, y, bias, alpha)
+
+
+def readable_bias(bias: Tensor | None, y: Tensor) -> Tensor | None:
+    """What kernels add to y [M, N] read as bias [N]. ValueError for one of another size or kind."""
+    if bias is None:
+        return None
+    if (bias.dtype, bias.shape, bias.device) != (y.dtype, y.shape[1:], y.device):
+        raise ValueError(
+            f"bias: expected {y.dtype} of shape {tuple(y.shape[1:])} on {y.device}, "
+            f"got {bias.dtype} of shape {tuple(bias.shape)} on {bias.device}"
+        )
+    return aligned(bias.contiguous())
 
 
 def aligned(t: Tensor) -> Tensor:

@@ -10,7 +10,7 @@ import math
 import torch
 from torch import Tensor
 
-from .cusparselt import aligned
+from .cusparselt import aligned, readable_bias
 from .library import start
 
 DTYPE = torch.float8_e4m3fn
@@ -60,8 +60,7 @@ def quantise(x: Tensor, exponent: int | None) -> tuple[Tensor, Tensor | None]:
 def finish(y: Tensor, inverse: Tensor | None, bias: Tensor | None) -> Tensor:
     """y [M, N] times inverse [1], + bias [N], in place; N is a multiple of 8."""
     eights, of_row = y.numel() // 8, y.shape[1] // 8
-    bias = None if bias is None else aligned(bias.contiguous())
-    blocks = min(MOST_BLOCKS, max(1, -(-eights // THREADS)))
+    blocks, bias = min(MOST_BLOCKS, max(1, -(-eights // THREADS))), readable_bias(bias, y)
     start("sk_e4m3_finish", blocks, THREADS, 0, (y, inverse, bias), eights, of_row)
     return y
 

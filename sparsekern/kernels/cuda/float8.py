@@ -22,6 +22,7 @@ from . import compressed, cusparselt
 from .bitmap import COLUMNS, PART_BYTES, THREADS, TILE_ROWS, Bitmap
 from .compressed import MULTIPLE_E4M3, refuse_gpu
 from .e4m3 import MULTIPLE_OF_TOKENS
+from .layout import check_length
 from .library import refusal, start
 from .two_of_four import with_free_places
 
@@ -158,6 +159,7 @@ def operands(
 ) -> tuple[Tensor, Tensor]:
     """Those of W and of W^T, bytes, from values [nnz], float32, rounded by scale [1]; noted [1] is
     raised to the largest. W^T is empty where it is not asked for. noting: as of transpose()."""
+    check_length(values, len(col_indices))
     pattern = pattern_of(row_offsets, col_indices, n, k)
     if pattern is None:
         raise ValueError(NOT_TWO_WAY)

@@ -165,7 +165,7 @@ class Packed:
 
     def check_values(self, values: Tensor) -> None:
         """Check the values of a refill: TypeError or ValueError names what is wrong."""
-        _check_length(values, self.nnz)
+        check_length(values, self.nnz)
         if values.dtype != self.floats.dtype or values.device != self.arrived.device:
             raise TypeError(
                 f"values: expected {self.floats.dtype} on {self.arrived.device}, "
@@ -250,7 +250,7 @@ class Layout:
         """A packed weight with these values, in the order of the CSR indices."""
         if values.dtype not in TYPES:
             raise TypeError(f"values: expected bfloat16 or float16, got {values.dtype}")
-        _check_length(values, self.places.shape[0])
+        check_length(values, self.places.shape[0])
         packed = self.kind(self.n, self.k, len(values), **self.empty(values.dtype))
         packed.check()
         self.refill_(packed, values)
@@ -276,7 +276,7 @@ class Layout:
     def fill_rounded(self, values: Tensor, scales: Tensor) -> Packed:
         """A packed weight with these values of 8 bits, in the order of the CSR indices, times these
         scales of the rows (row_scales.py). A zero counts as not stored."""
-        _check_length(values, self.places.shape[0])
+        check_length(values, self.places.shape[0])
         kind = self.kinds_of_8_bits[values.dtype]
         fields = self.empty(torch.uint8) | {"scales": scales}
         packed = kind(self.n, self.k, len(values), **fields)
@@ -286,7 +286,7 @@ class Layout:
         return packed
 
 
-def _check_length(values: Tensor, nnz: int) -> None:
+def check_length(values: Tensor, nnz: int) -> None:
     if values.shape != (nnz,):
         raise ValueError(
             f"values: expected shape ({nnz},), that of the pattern, got {tuple(values.shape)}"

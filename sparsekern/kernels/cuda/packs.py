@@ -103,6 +103,12 @@ class Packs:
                 if owner is None or not owner.is_alive():
                     break
             else:
+                if values.is_cuda and torch.cuda.is_current_stream_capturing():
+                    raise RuntimeError(
+                        "this thread has not used the pattern before, and a CUDA graph cannot "
+                        "capture its preparation: call the product once before the capture, as for "
+                        "any warm-up"
+                    )
                 pack = to_keep(values.device, lambda: Pack(self._layout, values))
                 self._packs.append(pack)
             pack.thread = weakref.ref(me)

@@ -10,7 +10,7 @@ is there to do it. cover_kernel.py has that kernel.
 """
 
 from collections.abc import Callable
-from functools import lru_cache
+from functools import lru_cache, partial
 from importlib.util import find_spec
 from typing import NamedTuple
 
@@ -21,6 +21,7 @@ from ..cuda import cover
 from ..cuda.cover import WINDOW, CoverLayout
 from ..cuda.layout import LANES
 from ..cuda.packs import pack_of
+from ..derived import to_keep
 from ..problem import Kernel, Problem, bound_kernel
 from .bitmap import UNIT_COLUMNS, UNIT_ROWS, Bitmap, bitmap_of, places
 
@@ -91,7 +92,9 @@ def _spmm(row_offsets, col_indices, values, n, k, x, bias=None, config=None):
     cells = blocks[0] * blocks[1] if config.split > 1 else 0
     arrived = _zeros(x.device, cells) if cells else x.new_empty(0, dtype=torch.int32)
     parts = x.new_empty(config.split * cells * config.block_n * config.block_m, dtype=torch.float32)
-    _device().spmm_kernel[(*blocks, config.split)](
+    _launch(
+        _device().spmm_kernel,
+        (*blocks, config.split),
         *_matrix(bitmap),
         values,
         x,
@@ -152,7 +155,9 @@ def _spmm_cover(row_offsets, col_indices, values, n, k, x, bias=None, split=None
     cells = packed.slices if split > 1 else 0
     arrived = _zeros(x.device, cells) if cells else x.new_empty(0, dtype=torch.int32)
     parts = x.new_empty(split * cells * LANES * block_m, dtype=torch.float32)
-    _device_cover().spmm_cover_kernel[(packed.slices, split)](
+    _launch(
+        _device_cover().spmm_cover_kernel,
+        (packed.slices, split),
         packed.records.view(torch.int32),
         pack.layout.bases,
         packed.steps,
@@ -180,7 +185,9 @@ def _spmm_t(row_offsets, col_indices, values, n, k, dy, bias=None, config=None):
         return _no_product(dx, bias)
     config = config or spmm_t_config(m, dy.element_size())
     bitmap = bitmap_of(row_offsets, col_indices, n, k)
-    _device().spmm_t_kernel[(bitmap.tiles, -(-m // config.block_m))](
+    _launch(
+        _device().spmm_t_kernel,
+        (bitmap.tiles, -(-m // config.block_m)),
         *_matrix(bitmap),
         values,
         dy,
@@ -202,7 +209,9 @@ def _sddmm(row_offsets, col_indices, n, k, dy, x, config=None):
         return dvalues
     config = config or sddmm_config(x.element_size())
     bitmap = bitmap_of(row_offsets, col_indices, n, k)
-    _device().sddmm_kernel[(-(-n // config.block_n), bitmap.tiles)](
+    _launch(
+        _device().sddmm_kernel,
+        (-(-n // config.block_n), bitmap.tiles),
         *_matrix(bitmap),
         dy,
         x,
@@ -230,7 +239,9 @@ def mend(
     """y = x W^T + bias: what is infinite or NaN in it anew, in place, from the stored values. The
     indices are the caller's, which were checked."""
     device = _device_mend()
-    device.mend_kernel[(x.shape[0] * -(-n // device.ROWS),)](
+    _launch(
+        device.mend_kernel,
+        (x.shape[0] * -(-n // device.ROWS),),
         row_offsets,
         col_indices,
         values,
@@ -256,7 +267,9 @@ def mend_t(
 ) -> None:
     """The same of dx = dy W + bias."""
     bitmap = bitmap_of(row_offsets, col_indices, n, k)
-    _device_mend().mend_t_kernel[(dy.shape[0] * bitmap.tiles,)](
+    _launch(
+        _device_mend().mend_t_kernel,
+        (dy.shape[0] * bitmap.tiles,),
         *_matrix(bitmap),
         values,
         dy,
@@ -265,6 +278,12 @@ def mend_t(
         *(n, k, bitmap.tiles),
         HAS_BIAS=bias is not None,
     )
+
+
+def _launch(kernel, grid: tuple[int, ...], first: Tensor, *operands, **constants) -> None:
+    """On the GPU of the operands: Triton takes the current one."""
+    with torch.cuda.device_of(first):
+        kernel[grid](first, *operands, **constants)
 
 
 @lru_cache(maxsize=1)
@@ -320,18 +339,19 @@ _of_stream: dict[tuple[torch.device, int], Tensor] = {}
 
 def _zeros(device: torch.device, count: int) -> Tensor:
     """int32 [at least count]."""
+    make = partial(torch.zeros, dtype=torch.int32, device=device)
     if device.type == "cpu":  # interpreted
-        return torch.zeros(count, dtype=torch.int32, device=device)
+        return make(count)
     if not torch.cuda.is_current_stream_capturing():
         key = device, torch.cuda.current_stream(device).cuda_stream
         if key not in _of_stream or _of_stream[key].shape[0] < count:
-            _of_stream[key] = torch.zeros(max(count, 4096), dtype=torch.int32, device=device)
+            _of_stream[key] = to_keep(device, lambda: make(max(count, 4096)))
         if device not in _arenas:
-            _arenas[device] = torch.zeros(_ARENA, dtype=torch.int32, device=device), [0]
+            _arenas[device] = to_keep(device, lambda: make(_ARENA)), [0]
         return _of_stream[key]
     counters, taken = _arenas.get(device, (None, [_ARENA]))
     if counters is None or taken[0] + count > _ARENA:
-        return torch.zeros(count, dtype=torch.int32, device=device)  # a node of the graph
+        return make(count)  # a node of the graph
     taken[0] += count
     return counters[taken[0] - count : taken[0]]
 

@@ -13,7 +13,7 @@ from test_two_of_four import two_way
 
 from sparsekern import SparseTensor
 from sparsekern.kernels import float8 as recipe
-from sparsekern.kernels.cuda import float8
+from sparsekern.kernels.cuda import e4m3, float8
 from sparsekern.nn.scaling import FIRST_STEPS, Scaling
 
 needs_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")
@@ -95,6 +95,25 @@ def test_an_operand_holds_each_value_and_the_tail(device, n, k, nan_memory):
     assert noted.item() == w.abs().max().item() and noting[1].item() == noting[0].max().item()
     alone, none = float8.operands(*each, False)
     assert torch.equal(alone, found[0]) and not len(none)
+
+
+def test_values_and_biases_of_other_lengths_are_refused(device):
+    """Kernels would read beyond them."""
+    mask = two_way(32, 32).to(device)
+    W = SparseTensor.from_dense(torch.randn(32, 32, device=device) * mask, mask)
+    each = one(64, device), one(0, device), W.row_offsets, W.col_indices, 32, 32, True
+    x8 = torch.randn(16, 32, device=device).to(recipe.DTYPE)
+    y, bias = x8.bfloat16(), torch.zeros(32, device=device).bfloat16()
+    operand = float8.operands(W.values, *each)[0]
+    for refused in (
+        lambda: float8.operands(W.values[:3], *each),
+        lambda: float8.product(x8, operand, 32, bias[:3]),
+        lambda: e4m3.finish(y, None, bias[:3]),
+    ):
+        with pytest.raises(ValueError, match=r"(values|bias): expected .* got .*\(3,\)"):
+            refused()
+    with pytest.raises(ValueError, match="bias: expected torch.bfloat16 .* got torch.float32"):
+        float8.product(x8, operand, 32, bias.float())
 
 
 @pytest.mark.parametrize("n, k, m", [(32, 32, 16), (96, 160, 48), (288, 64, 32)])

@@ -156,3 +156,17 @@ def test_from_cupy_converts_and_checks():
     parts[1][:] = 2
     with pytest.raises(ValueError, match="col_indices: .* a duplicate"):
         SparseTensor.from_cupy(sparse.csr_matrix(parts, shape=(1, 3)))
+
+
+def test_from_cupy_waits_for_the_stream_that_cupy_computes_on():
+    cupy = pytest.importorskip("cupy")
+    pytest.importorskip("cupyx.scipy.sparse")
+    w = torch.randn(90, 70, device="cuda") * (torch.rand(90, 70, device="cuda") < 0.5)
+    a, stream = SparseTensor.from_dense(w).to_cupy().tocoo(), cupy.cuda.Stream(non_blocking=True)
+    torch.cuda.synchronize()
+    with stream:
+        with torch.cuda.stream(torch.cuda.ExternalStream(stream.ptr)):
+            torch.cuda._sleep(50_000_000)
+        a.data *= 2
+        W = SparseTensor.from_cupy(a)
+    assert torch.equal(W.to_dense(), 2 * w)

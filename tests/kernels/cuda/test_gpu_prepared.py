@@ -13,10 +13,11 @@ from sparsekern import SparseTensor, explain, ops
 from sparsekern import linear as linear_of
 from sparsekern.indices import expand_rows
 from sparsekern.kernels.cuda import cublaslt
+from sparsekern.kernels.cuda.choose import pack
 from sparsekern.kernels.cuda.compressed import pack_two_of_four
 from sparsekern.kernels.operands import native
 from sparsekern.kernels.problem import Problem
-from sparsekern.nn import linear
+from sparsekern.nn import PackedLinear, linear
 from sparsekern.testing import relative_error
 
 pytestmark = [
@@ -81,6 +82,16 @@ def test_parts_of_other_tensors(tokens):
             part = x[first:][: tokens * K].view(tokens, K)
             assert (call_of(sparse, part) is not None) == is_taken
             check(sparse(part), part, sparse.weight.to_dense(), sparse.bias)
+
+
+@TOKENS
+def test_a_packed_layer_reads_a_bias_with_gaps_in_each_call(tokens):
+    w, x = regular().cuda().weight.detach(), torch.randn(tokens, K, device="cuda").bfloat16()
+    layer = PackedLinear(pack(w, tokens), torch.zeros(2 * N, device="cuda").bfloat16()[::2])
+    with torch.no_grad():
+        for _ in range(3):
+            layer.bias.normal_()
+            check(layer(x), x, w.to_dense(), layer.bias)
 
 
 def test_streams():

@@ -2,6 +2,7 @@
 
 import copy
 import threading
+from contextlib import nullcontext
 
 import pytest
 import torch
@@ -81,6 +82,22 @@ def test_another_stream_waits_for_the_one_before(monkeypatch):
     now[0], is_capturing[0] = 5, True
     pack.refresh(W.values)
     assert waited == [5] and pack.stream == 7
+
+
+def test_what_is_kept_is_made_aside_and_waited_for(monkeypatch):
+    """In a thread whose memory is no graph's, and before another stream may read it."""
+    done = []
+
+    class Stream:
+        def synchronize(self):
+            done.append("waited")
+
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda device: Stream())
+    monkeypatch.setattr(torch.cuda, "stream", nullcontext)
+    thread = derived.to_keep(
+        torch.device("cuda"), lambda: done.append("made") or threading.current_thread()
+    )
+    assert done == ["made", "waited"] and thread is not threading.current_thread()
 
 
 @pytest.mark.parametrize("tokens", [pytest.param(m, marks=on_gpu) for m in (1, 16, 64)])

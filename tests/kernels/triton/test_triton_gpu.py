@@ -267,3 +267,16 @@ def test_two_streams():
                 results.append(SPMM(*arguments))
     torch.cuda.synchronize()
     assert all(torch.equal(result, want) for result in results)
+
+
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="one GPU")
+@dtypes
+def test_another_gpu_than_the_current_one(dtype, nan_memory):
+    t = Case("gpu", 16, 70, 600).tensors(dtype)
+    parts = {name: part.to("cuda:1") for name, part in t._asdict().items() if name != "mask"}
+    parts["x"][3, 5] = torch.inf  # and what mends
+    for kernel in triton_rows.KERNELS:
+        got = kernel.run(*products(t._replace(**parts))[kernel.op])
+        want = kernel.run(*products(on_gpu(t._replace(x=parts["x"].cpu())))[kernel.op])
+        assert got.device.index == 1
+        torch.testing.assert_close(got.cpu(), want.cpu(), rtol=0, atol=0, equal_nan=True)
