@@ -25,7 +25,6 @@ both files. --dtype float16; --quick: one small shape, nothing is published.
 import argparse
 import json
 import math
-import re
 import sys
 import time
 from dataclasses import replace
@@ -61,11 +60,7 @@ from sparsekern.kernels.cuda import times
 from sparsekern.report import plots
 from sparsekern.report.curves import curves, tokens
 
-BENCH = Path(__file__).parent
-PARTIAL = BENCH.parent / "build" / "bench"
-PAGE = BENCH.parent / "docs" / "benchmarks.md"
-MARKERS = "<!-- bench-gpu: begin -->", "<!-- bench-gpu: end -->"
-CROSSOVER = BENCH.parent / "sparsekern" / "kernels" / "crossover.json"
+CROSSOVER = pages.BENCH.parent / "sparsekern" / "kernels" / "crossover.json"
 LIMIT_S = 230.0  # no new W is begun after so long
 
 ROUNDS = {"layouts": 3, "two-way": two_way.ROUNDS}  # of others: measure_gpu.ROUNDS
@@ -288,7 +283,7 @@ def publish(run: Run) -> None:
         pages.publish(pages.RESULTS, name, run, page(name, run), plots.speedups(drawn))
         if dtype == "bfloat16":
             about = in_words(run.about, dtype)
-            pages.update(PAGE, MARKERS, name, tables_gpu.summary(cells), about)
+            pages.update("bench-gpu", name, tables_gpu.summary(cells), about)
     elif make_page := PAGES.get(run.about["benchmark"]):
         pages.publish(pages.RESULTS, name_of(run), run, make_page(name_of(run), run), None)
         if run.about["benchmark"] == "layouts":
@@ -302,11 +297,10 @@ def publish(run: Run) -> None:
 
 
 def name_of(run: Run) -> str:
-    gpu = re.sub(r"[^a-z0-9]+", "-", run.about["machine"]["gpu"].lower()).strip("-")
     benchmark, dtype = run.about["benchmark"], run.records[0]["dtype"]
     if not benchmark.endswith(dtype):
         benchmark += f"-{dtype}"
-    return f"{gpu}-{benchmark}-{run.about['date']}"
+    return f"{pages.slug(run.about['machine']['gpu'])}-{benchmark}-{run.about['date']}"
 
 
 def source(run: Run) -> str:
@@ -385,7 +379,7 @@ def main(arguments: list[str]) -> int:
     if not torch.cuda.is_available():
         raise SystemExit("bench-gpu: torch finds no NVIDIA GPU")
 
-    folder = args.out or PARTIAL
+    folder = args.out or pages.PARTIAL
     if args.verb in train_gpu.PAGES:
         return train(args, folder)
     if args.verb in WHOLE:

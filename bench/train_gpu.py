@@ -24,8 +24,6 @@ from sparsekern.bench.rates import case_name, derive, derived
 from sparsekern.bench.records import OTHER, OURS, Run
 from sparsekern.kernels import crossover
 
-DOCS = Path(__file__).parents[1] / "docs" / "benchmarks.md"
-
 LEAST_SIZES = Path(crossover.__file__).with_name("least_sizes.json")
 
 LEAST = """\
@@ -253,7 +251,7 @@ def page_of_products(name: str, run: Run) -> str:
         fp8_errors=f"{errors[OTHER]:.0e}",
         products=tables.products(three),
         copy=limit / 1e12,
-        write_outs=tables.write_outs(written_out, limit) if written_out else "Not run.",
+        write_outs=tables.write_outs(written_out, limit) if written_out else pages.NOT_RUN,
     )
 
 
@@ -278,7 +276,7 @@ def page_of_memory(name: str, run: Run) -> str:
         heading=in_words(run.about, "bfloat16"),
         rounds=train_memory.ROUNDS,
         memory=tables.memory(steps),
-        largest=tables.largest(cases) if within else "Not run.",
+        largest=tables.largest(cases) if within else pages.NOT_RUN,
     )
 
 
@@ -311,7 +309,7 @@ def publish(name: str, run: Run) -> None:
     benchmark = run.about["benchmark"]
     pages.publish(pages.RESULTS, name, run, PAGES[benchmark](name, run), None)
     if benchmark in SECTIONS and run.records[0]["dtype"] == "bfloat16":
-        pages.replace_section(DOCS, markers(benchmark), section(name, run))
+        pages.replace_section(pages.BENCHMARKS, benchmark, section(name, run))
     elif benchmark == "least-size":
         update_least_sizes(run)
 
@@ -330,10 +328,6 @@ def update_least_sizes(run: Run) -> None:
     lists = re.compile(r"\[\n\s+\[.*?\]\n\s+\]", re.DOTALL)  # a line each
     text = lists.sub(lambda pairs: json.dumps(json.loads(pairs[0])), text)
     LEAST_SIZES.write_text(text + "\n")
-
-
-def markers(benchmark: str) -> tuple[str, str]:
-    return f"<!-- {benchmark}: begin -->", f"<!-- {benchmark}: end -->"
 
 
 def section(name: str, run: Run) -> str:

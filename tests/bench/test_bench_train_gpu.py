@@ -211,8 +211,8 @@ def test_models_that_were_measured_alone_are_one_run(train_gpu):
 @pytest.mark.parametrize("verb", ["train", "train-products", "train-memory"])
 def test_pages_and_sections_are_what_the_newest_tables_make(train_gpu, verb):
     names = [path.stem for path in RESULTS.glob(f"*-{verb}-bfloat16-[0-9]*.csv")]
-    begin, end = train_gpu.markers(verb)
-    section = train_gpu.DOCS.read_text().split(begin)[1].split(end)[0].strip()
+    begin, end = train_gpu.pages.markers(verb)
+    section = train_gpu.pages.BENCHMARKS.read_text().split(begin)[1].split(end)[0].strip()
     if not names:
         assert f"`python bench/run_gpu.py {verb}`" in section and "|" not in section
         return
