@@ -192,8 +192,12 @@ def test_least_sizes_are_data_that_dispatch_reads(train_gpu, tmp_path, monkeypat
 
 def test_models_that_were_measured_alone_are_one_run(train_gpu):
     models = [step.model for step in gpt_gpu.STEPS]
-    about = {"machine": GPU, "commit": {"id": "abc"}, "is_whole": True, "seconds": 2.0}
-    runs = [records.Run(about | {"part": model}, [{"model": model}]) for model in models]
+    about = {"benchmark": "train", "machine": GPU, "commit": {"id": "abc"}}
+    about |= {"is_whole": True, "seconds": 2.0}
+    runs = [
+        records.Run(about | {"part": model}, [{"model": model, "dtype": "bfloat16"}])
+        for model in models
+    ]
     whole = train_gpu.joined(runs[::-1])
     assert [record["model"] for record in whole.records] == models
     assert whole.about == about | {"seconds": 2.0 * len(models)}
