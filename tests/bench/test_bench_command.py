@@ -436,7 +436,6 @@ def test_a_gpu_that_is_not_there_is_named(capsys):
 
 
 @pytest.mark.gpu
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="no NVIDIA GPU that torch can use")
 def test_the_command_on_a_gpu(tmp_path):
     out = tmp_path / "bench.csv"
     assert main(["bench", "--quick", "--device=cuda", f"--out={out}"]) == 0

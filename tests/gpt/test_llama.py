@@ -124,7 +124,6 @@ def test_configs_that_are_none(changes, message):
 
 
 @pytest.mark.gpu
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")
 def test_packed_ones_generate_on_a_gpu():
     config = replace(TINY, n_embd=128, n_inner=344)
     dense = random_gpt(config, device="cuda", dtype=torch.bfloat16)
