@@ -73,8 +73,6 @@ LIMIT_S = 230.0  # no new W is begun after so long
 
 Part = tuple[int, int]  # (2, 3): the second of three
 
-QUICK = Grid(shapes=((512, 1024),), tokens=(1, 16), sparsities=(0.5, 0.9), masks=("random",))
-
 PROMPTS = Grid(
     shapes=[shape for shape in measure_gpu.SHAPES if math.prod(shape) < 2e8],
     tokens=(96, 128, 256, 512, 1024, 2048),
@@ -213,7 +211,7 @@ def update_crossover(run: Run) -> None:
 def grid_of(verb: str, dtype: torch.dtype, quick: bool) -> Grid:
     grid = GRIDS[verb]
     if quick:
-        grid = replace(QUICK, masks=grid.masks[:1])
+        grid = replace(measure_gpu.QUICK, masks=grid.masks[:1])
     return replace(grid, dtype=dtype)
 
 
