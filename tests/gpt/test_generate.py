@@ -316,7 +316,7 @@ def test_mistakes(run, checkpoint, tmp_path):
         (checkpoint, "--random-weights"): "its weights and zeros stay",
         (checkpoint, "--sparsity=0.5"): "its weights and zeros stay",
         (f"--checkpoint={tmp_path / 'none.pt'}",): "none.pt does not exist",
-        (*PRESET, "--sparsity=1"): "sparsity must be at least 0 and below 1, got 1.0",
+        (*PRESET, "--sparsity=1"): "sparsity: expected at least 0 and below 1, got 1.0",
         (*PRESET, "--temperature=-1"): "temperature: expected 0 or more, got -1.0",
         (*PRESET, "--bench"): "expected a sparse model, give a sparsity above 0",
         (*PRESET, "--sparsity=0.5", "--bench", "--tokens=1"): "at least 2 tokens, got 1",

@@ -111,8 +111,8 @@ def test_random_weights():
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"n_kv_head": 3}, "n_head must be a multiple of n_kv_head, got 4 and 3"),
-        ({"n_kv_head": 0}, "n_head must be a multiple of n_kv_head, got 4 and 0"),
+        ({"n_kv_head": 3}, "n_head: expected a multiple of n_kv_head, got 4 and 3"),
+        ({"n_kv_head": 0}, "n_head: expected a multiple of n_kv_head, got 4 and 0"),
         ({"bias": True}, "expected no bias, no dropout"),
         ({"dropout": 0.1}, "expected no bias, no dropout"),
         ({"n_embd": 36}, "heads of an even width, got .* width 9"),
