@@ -15,11 +15,13 @@ import copy
 import time
 from dataclasses import dataclass
 from datetime import date
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import engines
 import models
+import pages
 import torch
 from torch import Tensor, nn
 from torch.utils.mkldnn import to_mkldnn
@@ -286,19 +288,16 @@ def engines_table(raced: list[dict]) -> str:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--model", choices=INPUTS, default="minilm")
-    parser.add_argument("--out", type=Path, default=Path(__file__).parent / "results")
+    parser.add_argument("--out", type=Path, default=pages.RESULTS)
     given = parser.parse_args()
     torch.set_num_threads(1)
     torch.manual_seed(0)
     if absent := engines.missing():
         print(f"not installed, so without ONNX Runtime and OpenVINO: {', '.join(absent)}")
     found = cases(given.model)
-    path = given.out / f"{given.model}-accelerated-{date.today().isoformat()}.csv"
-    given.out.mkdir(parents=True, exist_ok=True)
-    records.write(path, about_run("accelerate", about_cpu()), found)
-    text = page(given.model, records.read(path))
-    path.with_suffix(".md").write_text(text)
-    print(text)
+    name = f"{given.model}-accelerated-{date.today()}"
+    about = about_run("accelerate", about_cpu())
+    pages.keep(given.out, name, about, found, partial(page, given.model))
 
 
 if __name__ == "__main__":

@@ -6,7 +6,7 @@ import grids
 import pytest
 import torch
 
-from sparsekern.bench import memory_gpu, train_memory_gpu
+from sparsekern.bench import measure_gpu, memory_gpu, train_memory_gpu
 from sparsekern.bench.rates import derived
 from sparsekern.gpt.presets import PRESETS
 
@@ -28,7 +28,7 @@ def test_quick_grid(verb, workload, tmp_path):
     import run_gpu
     import tables_gpu
 
-    run = run_gpu.measure(verb, run_gpu.QUICK, tmp_path / "result.csv", commit=None)
+    run = run_gpu.measure(verb, measure_gpu.QUICK, tmp_path / "result.csv", commit=None)
     assert run.about["is_whole"] and not tables_gpu.failures(derived(run))
     for record in run.records:
         assert record["is_right"] or record["kind"] != "dense"

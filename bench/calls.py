@@ -17,6 +17,7 @@ from collections.abc import Callable, Iterable
 from datetime import date
 from pathlib import Path
 
+import pages
 import torch
 from torch import Tensor, nn
 
@@ -214,7 +215,7 @@ def cell(way: dict) -> str:
 def main() -> None:
     parser = argparse.ArgumentParser(description="What a call costs beside its kernel")
     parser.add_argument("--device", choices=SIZES, default="cpu")
-    parser.add_argument("--out", type=Path, default=Path(__file__).parent / "results")
+    parser.add_argument("--out", type=Path, default=pages.RESULTS)
     parser.add_argument("--commit", help="where there is no repository")
     arguments = parser.parse_args()
     torch.set_num_threads(1)
@@ -228,7 +229,7 @@ def main() -> None:
         found = (f"{name} {cell(way)}" for name, way in case["ways"].items())
         print(f"{label(case)}: {', '.join(found)}", flush=True)
     about = about_run("calls", machine, arguments.commit)
-    name = machine.get("gpu", machine["cpu"]).lower().replace(" ", "-").strip("-")
+    name = pages.slug(machine.get("gpu", machine["cpu"]))
     path = arguments.out / f"{name}-calls-{date.today()}"
     records.write(path.with_suffix(records.SUFFIX), about, records.flat(cases))
     path.with_suffix(".md").write_text(

@@ -13,6 +13,7 @@ from datetime import date
 from pathlib import Path
 
 import models
+import pages
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -123,15 +124,11 @@ def page(run: records.Run) -> str:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--quick", action="store_true", help="dense alone")
-    parser.add_argument("--out", type=Path, default=Path(__file__).parent / "results")
+    parser.add_argument("--out", type=Path, default=pages.RESULTS)
     given = parser.parse_args()
     found = measure(() if given.quick else SPARSITIES)
-    name = f"smollm2-e4m3-{date.today().isoformat()}"
-    given.out.mkdir(parents=True, exist_ok=True)
-    records.write(given.out / f"{name}.csv", about_run("e4m3", about_cpu()), found)
-    text = page(records.read(given.out / f"{name}.csv"))
-    (given.out / f"{name}.md").write_text(text)
-    print(text)
+    about = about_run("e4m3", about_cpu())
+    pages.keep(given.out, f"smollm2-e4m3-{date.today()}", about, found, page)
 
 
 if __name__ == "__main__":

@@ -1,9 +1,9 @@
 """The page of `run_gpu.py eight-bits`: decode with weights of 8 bits, on one GPU."""
 
+import decode
 import tables_gpu
 import two_way
 
-from sparsekern.bench import measure_gpu
 from sparsekern.bench.rates import derived
 from sparsekern.bench.records import Run, groups
 
@@ -38,8 +38,8 @@ Microseconds of the best dense call, and times faster.
 def page(name: str, run: Run) -> str:
     cells = derived(run)
     return PAGE.format(
-        **two_way.told(name, run, cells),
-        rounds=measure_gpu.ROUNDS,
+        **decode.told(name, run, cells),
+        errors=two_way.errors(cells),
         competitors=tables_gpu.competitors(cells),
         by_shape="\n\n".join(
             f"{sparsity:.0%} zeros\n\n{two_way.by_shape(chosen)}"

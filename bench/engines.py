@@ -119,16 +119,21 @@ def others(model: nn.Module, x: Tensor, prompt: Tensor | None = None) -> list[En
     return found
 
 
-def _onnxruntime(path: Path, x: Tensor) -> Engine:
+def onnxruntime_call(model: Path | bytes, x: Tensor) -> Callable[[], Any]:
+    """The first output of an ONNX model of one input for x, by ONNX Runtime."""
     import onnxruntime
 
     options = onnxruntime.SessionOptions()
     options.intra_op_num_threads = torch.get_num_threads()
     # Threads that spin after their work would slow down whoever runs next.
     options.add_session_config_entry("session.intra_op.allow_spinning", "0")
-    session = onnxruntime.InferenceSession(path, options, providers=["CPUExecutionProvider"])
+    session = onnxruntime.InferenceSession(model, options, providers=["CPUExecutionProvider"])
     feed = {session.get_inputs()[0].name: x.numpy()}
-    run = lambda: session.run(None, feed)[0]  # noqa: E731
+    return lambda: session.run(None, feed)[0]
+
+
+def _onnxruntime(path: Path, x: Tensor) -> Engine:
+    run = onnxruntime_call(path, x)
     return Engine("ONNX Runtime", PACKED, "float32", run, torch.from_numpy)
 
 

@@ -17,6 +17,7 @@ from collections.abc import Callable
 from datetime import date
 from pathlib import Path
 
+import pages
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -169,7 +170,7 @@ def main() -> None:
     )
     print(page)
     if options.out:
-        name = about["machine"]["cpu"].lower().replace(" ", "-").strip("-")
+        name = pages.slug(about["machine"]["cpu"])
         options.out.mkdir(parents=True, exist_ok=True)
         (options.out / f"{name}-few-tokens-{date.today()}.md").write_text(page + "\n")
 

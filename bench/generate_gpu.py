@@ -13,7 +13,6 @@ long, and the page names what is left out. --eager: arms that take the model's o
 
 import argparse
 import gc
-import re
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
@@ -21,6 +20,7 @@ from datetime import date
 from pathlib import Path
 from statistics import median
 
+import pages
 import torch
 from generate_arms import Arm, Arms
 from torch import Tensor
@@ -35,7 +35,6 @@ from sparsekern.gpt.model import GPT, Cache, GPTConfig
 from sparsekern.gpt.presets import PRESETS
 from sparsekern.terminal import table
 
-RESULTS = Path(__file__).parent / "results"
 MOST_READ = 8192
 CHECK_TOKENS = 17  # a prompt of 16, as is measured: cuSPARSELt's algorithms are timed once
 ROUNDED = 0.2  # relative error that 8 bits may make of a block's logits
@@ -325,7 +324,7 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--limit-s", type=float, default=float("inf"))
     parser.add_argument("--eager", action="store_true")
     parser.add_argument("--compiled", action="store_true")
-    parser.add_argument("--out", type=Path, default=RESULTS, help="folder (%(default)s)")
+    parser.add_argument("--out", type=Path, default=pages.RESULTS, help="folder (%(default)s)")
     parser.add_argument("--commit", help="where there is no repository")
     options = parser.parse_args(arguments)
     for name, least in (("tokens", 2), ("rounds", 1), ("batches", 1), ("prompts", 1)):
@@ -338,8 +337,8 @@ def main(arguments: list[str] | None = None) -> None:
         parser.error(f"--sparsity: expected a number between 0 and 1, got {options.sparsity}")
     machine = about_cpu() | about_gpu() | {"under_load": gpu_under_load()}
     about = about_run("generate", machine, options.commit)
-    name = f"{machine['gpu']}-generate-{options.preset}-{date.today()}"
-    path = options.out / f"{re.sub(r'[^a-z0-9.]+', '-', name.lower())}{records.SUFFIX}"
+    name = f"{pages.slug(machine['gpu'])}-generate-{options.preset}-{date.today()}"
+    path = options.out / f"{name}{records.SUFFIX}"
     done: list[dict] = []
     left: list[str] = []
     try:

@@ -15,11 +15,13 @@ import math
 import time
 from collections.abc import Callable
 from datetime import date
+from functools import partial
 from importlib.util import find_spec
 from pathlib import Path
 from pydoc_data.topics import topics
 from typing import Any
 
+import pages
 import torch
 from torch import Tensor, nn
 
@@ -165,18 +167,13 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--model", choices=NAMES, default="minilm")
     parser.add_argument("--quick", action="store_true", help="one sparsity")
-    parser.add_argument("--out", type=Path, default=Path(__file__).parent / "results")
+    parser.add_argument("--out", type=Path, default=pages.RESULTS)
     given = parser.parse_args()
     sparsities = SPARSITIES[given.model]
     found = measure(given.model, sparsities[:1] if given.quick else sparsities)
     about = about_run("models", about_cpu())
-    name = f"{given.model}-pruned-{date.today().isoformat()}"
-    given.out.mkdir(parents=True, exist_ok=True)
-    records.write(given.out / f"{name}.csv", about, found)
-    read = records.read(given.out / f"{name}.csv")
-    text = page(name, read)
-    (given.out / f"{name}.md").write_text(text)
-    print(text)
+    name = f"{given.model}-pruned-{date.today()}"
+    pages.keep(given.out, name, about, found, partial(page, name))
 
 
 if __name__ == "__main__":

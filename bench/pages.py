@@ -1,6 +1,7 @@
 """What the pages of all benchmarks share: tables by sparsity, plots, and their places in docs/."""
 
-from collections.abc import Callable, Iterable
+import re
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -12,7 +13,10 @@ from sparsekern.terminal import table
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-RESULTS = Path(__file__).parent / "results"
+BENCH = Path(__file__).parent
+RESULTS = BENCH / "results"
+PARTIAL = BENCH.parent / "build" / "bench"  # what is no whole result
+BENCHMARKS = BENCH.parent / "docs" / "benchmarks.md"
 NOT_RUN = "Not run."
 
 Line = tuple[list, list[dict], Callable[[list[dict]], str]]  # labels, cases, their text
@@ -41,20 +45,41 @@ def publish(folder: Path, name: str, run: Run, text: str, figure: "Figure | None
         write_picture(figure, folder / f"{name}.png")
 
 
-def update(page: Path, markers: tuple[str, str], name: str, summary: str, about: str) -> None:
-    """The section in docs/ of a run: its summary, and links to its page and plot."""
+def keep(
+    folder: Path, name: str, about: dict, found: Sequence[dict], page: Callable[[Run], str]
+) -> None:
+    """The table of these records and its page, which is printed too. The folder is made."""
+    folder.mkdir(parents=True, exist_ok=True)
+    table_file = folder / f"{name}{records.SUFFIX}"
+    records.write(table_file, about, found)
+    text = page(records.read(table_file))
+    (folder / f"{name}.md").write_text(text)
+    print(text)
+
+
+def slug(name: str) -> str:
+    """A processor's name, as part of a file's name."""
+    return re.sub(r"[^a-z0-9]+", "-", name.lower()).strip("-")
+
+
+def update(section: str, name: str, summary: str, about: str) -> None:
+    """The section of a run in docs/benchmarks.md: its summary, and links to its page and plot."""
     path = f"bench/results/{name}"
     link = f"../{path}"  # from docs/
     details = f"Details: [{path}.md]({link}.md)."
     plot = f"![times faster than dense, by sparsity]({link}.png)"
-    replace_section(page, markers, f"{summary}\n\n{about} {details}\n\n{plot}")
+    replace_section(BENCHMARKS, section, f"{summary}\n\n{about} {details}\n\n{plot}")
 
 
-def replace_section(page: Path, markers: tuple[str, str], text: str) -> None:
-    """Put `text` between the two markers."""
-    whole = page.read_text()
-    if any(whole.count(marker) != 1 for marker in markers):
-        raise ValueError(f"{page}: expected {' and '.join(markers)} once each")
-    begin, end = markers
+def markers(section: str) -> tuple[str, str]:
+    """The lines before and after a section of a page."""
+    return f"<!-- {section}: begin -->", f"<!-- {section}: end -->"
+
+
+def replace_section(page: Path, section: str, text: str) -> None:
+    """Put `text` between its markers."""
+    whole, (begin, end) = page.read_text(), markers(section)
+    if whole.count(begin) != 1 or whole.count(end) != 1:
+        raise ValueError(f"{page}: expected {begin} and {end} once each")
     before, rest = whole.split(begin)
     page.write_text(f"{before}{begin}\n{text}\n{end}{rest.split(end)[1]}")

@@ -18,6 +18,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
+import engines
 import numpy as np
 import torch
 import vendor_peers
@@ -110,17 +111,8 @@ def _onnx_matmul(W: SparseTensor, x: Tensor) -> bytes:
 
 
 def _onnxruntime(W: SparseTensor, x: Tensor) -> Rival:
-    import onnxruntime
-
-    options = onnxruntime.SessionOptions()
-    options.intra_op_num_threads = torch.get_num_threads()
-    # Threads that spin after their work would slow down whoever runs next.
-    options.add_session_config_entry("session.intra_op.allow_spinning", "0")
-    session = onnxruntime.InferenceSession(
-        _onnx_matmul(W, x), options, providers=["CPUExecutionProvider"]
-    )
-    feed = {"x": x.numpy()}
-    return Rival("onnxruntime dense", PACKED, lambda: session.run(None, feed)[0], torch.from_numpy)
+    run = engines.onnxruntime_call(_onnx_matmul(W, x), x)
+    return Rival("onnxruntime dense", PACKED, run, torch.from_numpy)
 
 
 def _onnxruntime_missing() -> str | None:

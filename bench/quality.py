@@ -94,7 +94,7 @@ def make(options: argparse.Namespace, corpus: str, work: Path) -> int:
     deadline = began + 60 * options.minutes
     lost_at = math.inf if options.whole is None else began + 60 * (options.whole or options.minutes)
     about = about_now(options.commit)
-    chosen = plan.chosen(plan.PLANS[options.plan], options.orders)
+    chosen = study.chosen(plan.PLANS[options.plan], options.orders)
     kept = [KEPT] if KEPT.exists() and options.plan == "full" else []
     made = study.Study(chosen, corpus, options.out, kept, about)
     if made.waiting() and time.monotonic() < deadline:
@@ -179,7 +179,7 @@ def prune_converged(options: argparse.Namespace) -> int:
     return 0
 
 
-def main() -> int:
+def make_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     commands = parser.add_subparsers(dest="command", required=True)
     given = {name: commands.add_parser(name) for name in ("corpus", "check", "run", "page")}
@@ -233,7 +233,11 @@ def main() -> int:
     more.add_argument("--minutes", type=float, default=4.0, help="to train, for each run")
     more.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     given["page"].add_argument("--add", type=Path, nargs="+", default=[], help="new results")
-    options = parser.parse_args()
+    return parser
+
+
+def main() -> int:
+    options = make_parser().parse_args()
     if options.command == "corpus":
         build.build(options.downloads, options.data, lambda text: print(text, flush=True))
     elif options.command == "clock-worker":

@@ -6,7 +6,6 @@ docs/benchmarks.md gets the same lines with the file that each one comes from.
 
 import sys
 from dataclasses import dataclass
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 import pages
@@ -20,16 +19,14 @@ from sparsekern.terminal import table
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-BENCH = Path(__file__).parent
-README = BENCH.parent / "README.md"
-BENCHMARKS = BENCH.parent / "docs" / "benchmarks.md"
-PICTURE = BENCH.parent / "docs" / "speedup.png"
-SECTION = "<!-- readme: begin -->", "<!-- readme: end -->"
+ROOT = pages.BENCH.parent
+README = ROOT / "README.md"
+PICTURE = ROOT / "docs" / "speedup.png"
 
 
 def newest(name: str) -> str:
     """The last of the results `name`-<date>, without its suffix."""
-    found = (BENCH / "results").glob(f"{name}-[0-9]*.csv")
+    found = pages.RESULTS.glob(f"{name}-[0-9]*.csv")
     return max((path.stem for path in found), default=name)
 
 
@@ -109,7 +106,7 @@ ROWS = (
 
 def cases(file: str, kernel: str | None) -> list[dict]:
     """Measurements with `speedup` of this kernel, or of our fastest, over the best dense call."""
-    found = derived(records.read(BENCH / "results" / f"{file}.csv"))
+    found = derived(records.read(pages.RESULTS / f"{file}.csv"))
     if kernel is None:
         return [case for case in found if "speedup" in case]
     return [
@@ -165,8 +162,8 @@ def plot() -> "Figure":
 
 
 def main() -> int:
-    pages.replace_section(README, SECTION, front_table())
-    pages.replace_section(BENCHMARKS, SECTION, sources_table())
+    pages.replace_section(README, "readme", front_table())
+    pages.replace_section(pages.BENCHMARKS, "readme", sources_table())
     write_picture(plot(), PICTURE, dpi=160)
     return 0
 

@@ -32,11 +32,6 @@ from sparsekern.bench.rates import derived
 from sparsekern.bench.records import Run
 from sparsekern.report import plots
 
-BENCH = Path(__file__).parent
-PARTIAL = BENCH.parent / "build" / "bench"
-PAGE = BENCH.parent / "docs" / "benchmarks.md"
-MARKERS = "<!-- bench: begin -->", "<!-- bench: end -->"
-
 PLAIN = {"dtype": "float32", "mask": "random", "is_cold": False}
 # Rows of the page's table: (label, fields of its cases).
 SUMMARY = (
@@ -159,7 +154,7 @@ def page(name: str, run: Run) -> str:
 
 def update_page(name: str, run: Run) -> None:
     summary = tables.summary(derived(run), SUMMARY)
-    pages.update(PAGE, MARKERS, name, summary, machine.in_words(run.about, "fp32"))
+    pages.update("bench", name, summary, machine.in_words(run.about, "fp32"))
 
 
 def write(folder: Path, name: str, run: Run) -> None:
@@ -174,20 +169,20 @@ def main() -> int:
     parser.add_argument("--note", default="")
     options, selection = parser.parse_known_args()
     is_whole = len(sys.argv) == 1
-    cpu = re.sub(r"[^a-z0-9]+", "-", machine.processor().lower()).strip("-")
+    cpu = pages.slug(machine.processor())
     part = f"-{options.part}" if options.part else ""
     name = f"{cpu}-{len(CORES)}-cores-{machine.isa()}{part}-{date.today()}"
     with tempfile.TemporaryDirectory() as folder:
         fresh = Path(folder) / f"fresh{records.SUFFIX}"
         more = ["--asked"] * (options.part == targets.PART)
-        if code := pytest.main([str(BENCH), "-q", f"--table={fresh}", *more, *selection]):
+        if code := pytest.main([str(pages.BENCH), "-q", f"--table={fresh}", *more, *selection]):
             return code
         run = records.read(fresh)
     if options.part:
         command = shlex.join(["bench/run.py", "--part", options.part, *selection])
         run.about["part"] = {"name": options.part, "command": command, "note": options.note}
     is_kept = is_whole or options.part not in (None, targets.PART)
-    write(pages.RESULTS if is_kept else PARTIAL, name, run)
+    write(pages.RESULTS if is_kept else pages.PARTIAL, name, run)
     if options.part == targets.PART:
         (pages.RESULTS / f"{name}.md").write_text(page(name, run))
     if is_whole:

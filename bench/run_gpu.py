@@ -25,12 +25,12 @@ both files. --dtype float16; --quick: one small shape, nothing is published.
 import argparse
 import json
 import math
-import re
 import sys
 import time
 from dataclasses import replace
 from pathlib import Path
 
+import decode
 import eight_bits
 import generate_gpu
 import models_gpu
@@ -53,7 +53,14 @@ from sparsekern.bench import (
     scale_gpu,
     two_way_gpu,
 )
-from sparsekern.bench.machine import about_cpu, about_gpu, about_run, gpu_under_load, in_words
+from sparsekern.bench.machine import (
+    about_cpu,
+    about_gpu,
+    about_run,
+    gpu_under_load,
+    in_words,
+    source,
+)
 from sparsekern.bench.measure_gpu import Grid
 from sparsekern.bench.rates import case_name, derive, derived
 from sparsekern.bench.records import Run, select
@@ -61,18 +68,10 @@ from sparsekern.kernels.cuda import times
 from sparsekern.report import plots
 from sparsekern.report.curves import curves, tokens
 
-BENCH = Path(__file__).parent
-PARTIAL = BENCH.parent / "build" / "bench"
-PAGE = BENCH.parent / "docs" / "benchmarks.md"
-MARKERS = "<!-- bench-gpu: begin -->", "<!-- bench-gpu: end -->"
-CROSSOVER = BENCH.parent / "sparsekern" / "kernels" / "crossover.json"
+CROSSOVER = pages.BENCH.parent / "sparsekern" / "kernels" / "crossover.json"
 LIMIT_S = 230.0  # no new W is begun after so long
 
-ROUNDS = {"layouts": 3, "two-way": two_way.ROUNDS}  # of others: measure_gpu.ROUNDS
-
 Part = tuple[int, int]  # (2, 3): the second of three
-
-QUICK = Grid(shapes=((512, 1024),), tokens=(1, 16), sparsities=(0.5, 0.9), masks=("random",))
 
 PROMPTS = Grid(
     shapes=[shape for shape in measure_gpu.SHAPES if math.prod(shape) < 2e8],
@@ -96,73 +95,6 @@ GRIDS = {
     "two-way": replace(PROMPTS, tokens=(*PROMPTS.tokens, 8192), masks=("two-way",)),
     "eight-bits": eight_bits_gpu.GRID,
 }
-
-SECTIONS = """\
-# {name}
-
-{heading}
-
-Times faster than the best dense call: cuBLAS and cuBLASLt, both layouts of W and of the result, and
-mv for one token. Medians of {rounds} CUDA-graph replays of {fewest} calls or more, all competitors
-in turn; every call reads another copy of W, {cold_mb:.0f} MB or more of them. Geometric means over
-the shapes. Random masks unless said. Below 1 is a loss.
-
-![speed-up against sparsity]({name}.png)
-
-{summary}
-
-## Everyone
-
-Errors are relative to fp64 in the Frobenius norm, the worst of all shapes and copies of W; more
-than {tolerance:g} is wrong. The layout of W and x that each wants is made beforehand.
-
-{competitors}
-
-{absent}
-
-## By shape
-
-Microseconds of the best dense call, with the bytes of its weights per second, and of the CUDA
-kernels, with their ratio.
-
-{by_shape}
-
-## Bytes
-
-One token: packed bytes read per second by the CUDA kernels, their share of the copy bandwidth
-({copy:.2f} TB/s, measured in the same run), and the packed bytes as a share of the dense ones.
-
-{bytes_read}
-
-## Magnitude-pruned weights
-
-Rows and columns of log-normal scales (sigma {row_sigma} and {column_sigma}), one threshold for all.
-Speed as a share of that on a random mask.
-
-{pruned}
-
-## Triton
-
-Speed as a share of the CUDA kernels'.
-
-{triton}
-"""
-
-
-PROMPTS_PAGE = """\
-# {name}
-
-{heading}
-
-Times faster than the best dense call: cuBLAS and cuBLASLt, both layouts of W and of the result.
-W is written out from its pack, or from CSR, and torch multiplies; a pack for 64 tokens (`pairs`) is
-read in place up to 256 tokens on Hopper. Medians of
-{rounds} CUDA-graph replays of {fewest} calls or more, all competitors in turn; every call reads
-another copy of W, {cold_mb:.0f} MB or more of them. Geometric means over {shapes}. Below 1 is a
-loss.
-
-{competitors}
-"""
 
 
 def machine() -> dict:
@@ -189,7 +121,7 @@ def measure(verb: str, grid: Grid, path: Path, commit: str | None, part: Part | 
     with torch.no_grad(), torch.cuda.stream(torch.cuda.Stream()):
         clock = replay_gpu.CudaClock()
         deadline = start + LIMIT_S
-        rounds = ROUNDS.get(verb, measure_gpu.ROUNDS)
+        rounds = decode.rounds_of(verb)
         for cell in measure_gpu.cells(grid, ways, clock, generator, rounds, deadline):
             cells.append(derive(cell))
             found = ", ".join(f"{name} {ratio:.2f}" for name, ratio in cell["speedups"].items())
@@ -203,41 +135,7 @@ def measure(verb: str, grid: Grid, path: Path, commit: str | None, part: Part | 
     return records.read(path)
 
 
-def page(name: str, run: Run) -> str:
-    cells = derived(run)
-    limit = run.about["machine"]["ceilings"]["cuda"]["bytes_per_s"]["memory"]
-    names = ("summary", "competitors", "by_shape", "pruned", "triton")
-    dtype = cells[0]["dtype"]
-    return SECTIONS.format(
-        name=name,
-        heading=in_words(run.about, dtype),
-        rounds=measure_gpu.ROUNDS,
-        fewest=measure_gpu.LAUNCHES[0],
-        cold_mb=measure_gpu.COLD_BYTES / 1e6,
-        tolerance=measure_gpu.TOLERANCE[getattr(torch, dtype)],
-        copy=limit / 1e12,
-        row_sigma=measure_gpu.ROW_SIGMA,
-        column_sigma=measure_gpu.COLUMN_SIGMA,
-        bytes_read=tables_gpu.bytes_read(cells, limit),
-        absent=tables_gpu.absent(run.about["machine"]),
-        **{each: getattr(tables_gpu, each)(cells) or pages.NOT_RUN for each in names},
-    )
-
-
-def page_of_prompts(name: str, run: Run) -> str:
-    cells = derived(run)
-    return PROMPTS_PAGE.format(
-        name=name,
-        heading=in_words(run.about, cells[0]["dtype"]),
-        rounds=ROUNDS.get(run.about["benchmark"], measure_gpu.ROUNDS),
-        fewest=measure_gpu.LAUNCHES[0],
-        cold_mb=measure_gpu.COLD_BYTES / 1e6,
-        shapes=", ".join(f"{n}x{k}" for n, k in sorted(tables_gpu.shapes_of(cells))),
-        competitors=tables_gpu.competitors(cells),
-    )
-
-
-PAGES = dict(decode=page, prompts=page_of_prompts, layouts=page_of_prompts)
+PAGES = dict.fromkeys(("prompts", "layouts"), decode.page_of_prompts) | {"decode": decode.page}
 PAGES |= {"two-way": two_way.page, "eight-bits": eight_bits.page}
 PAGES |= {scale.WHOLE: scale.page, scale.CELLS: scale.page}
 PAGES |= {models_gpu.PLAIN: models_gpu.page, models_gpu.COMPILED: models_gpu.page}
@@ -257,13 +155,7 @@ def joined(runs: list[Run]) -> Run:
     if places != [(i + 1, len(runs)) for i in range(len(runs))]:
         raise SystemExit(f"bench-gpu: expected all parts of a grid, once each, got {places}")
 
-    def identity(run: Run) -> tuple:
-        a, dtypes = run.about, {record["dtype"] for record in run.records}
-        machine = a["machine"]
-        return a["benchmark"], machine["gpu"], machine["torch"], a["commit"]["id"], *dtypes
-
-    if len(found := set(map(identity, runs))) > 1:
-        raise SystemExit(f"bench-gpu: expected parts of one measurement, got {found}")
+    train_gpu.check_of_one_measurement(runs)
     shapes = grid_of(first.about["benchmark"], torch.bfloat16, quick=False).shapes
     together = sorted(
         (record for run in runs for record in run.records),
@@ -285,16 +177,15 @@ def publish(run: Run) -> None:
     elif run.about["benchmark"] == "decode":
         name, cells, dtype = name_of(run), derived(run), run.records[0]["dtype"]
         drawn = curves(select(cells, mask="random"), lambda cell: cell["M"], tokens)
-        pages.publish(pages.RESULTS, name, run, page(name, run), plots.speedups(drawn))
+        pages.publish(pages.RESULTS, name, run, decode.page(name, run), plots.speedups(drawn))
         if dtype == "bfloat16":
             about = in_words(run.about, dtype)
-            pages.update(PAGE, MARKERS, name, tables_gpu.summary(cells), about)
+            pages.update("bench-gpu", name, tables_gpu.summary(cells), about)
     elif make_page := PAGES.get(run.about["benchmark"]):
         pages.publish(pages.RESULTS, name_of(run), run, make_page(name_of(run), run), None)
         if run.about["benchmark"] == "layouts":
-            times.FILE.write_text(
-                layouts_gpu.in_json(layouts_gpu.summarize(derived(run), source(run)))
-            )
+            found = layouts_gpu.summarize(derived(run), source(run.about))
+            times.FILE.write_text(layouts_gpu.in_json(found))
         elif run.about["benchmark"] in (scale.WHOLE, scale.CELLS):
             scale.update(name_of(run), run)
     else:
@@ -302,31 +193,25 @@ def publish(run: Run) -> None:
 
 
 def name_of(run: Run) -> str:
-    gpu = re.sub(r"[^a-z0-9]+", "-", run.about["machine"]["gpu"].lower()).strip("-")
     benchmark, dtype = run.about["benchmark"], run.records[0]["dtype"]
     if not benchmark.endswith(dtype):
         benchmark += f"-{dtype}"
-    return f"{gpu}-{benchmark}-{run.about['date']}"
-
-
-def source(run: Run) -> str:
-    m, commit = run.about["machine"], run.about["commit"]["id"][:10]
-    return f"{m['gpu']}, torch {m['torch']}, {run.about['date']}, commit {commit}"
+    return f"{pages.slug(run.about['machine']['gpu'])}-{benchmark}-{run.about['date']}"
 
 
 def update_crossover(run: Run) -> None:
     """Replaces what the file says of this capability and dtype; the rest stays."""
-    m = run.about["machine"]
+    capability = run.about["machine"]["capability"]
     data = json.loads(CROSSOVER.read_text()) if CROSSOVER.exists() else {}
-    found = crossover.summarize(derived(run), source(run))
-    data[m["capability"]] = data.get(m["capability"], {}) | found
+    found = crossover.summarize(derived(run), source(run.about))
+    data[capability] = data.get(capability, {}) | found
     CROSSOVER.write_text(json.dumps(data, indent=1) + "\n")
 
 
 def grid_of(verb: str, dtype: torch.dtype, quick: bool) -> Grid:
     grid = GRIDS[verb]
     if quick:
-        grid = replace(QUICK, masks=grid.masks[:1])
+        grid = replace(measure_gpu.QUICK, masks=grid.masks[:1])
     return replace(grid, dtype=dtype)
 
 
@@ -346,46 +231,48 @@ def parse_part(text: str) -> Part:
     return int(place), int(count)
 
 
-def main(arguments: list[str]) -> int:
-    if arguments[:1] == ["generate"]:
-        generate_gpu.main(arguments[1:])
-        return 0
+def make_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     verbs = parser.add_subparsers(dest="verb", required=True)
-    for verb in WAYS:
+
+    def measuring(verb: str) -> argparse.ArgumentParser:
         options = verbs.add_parser(verb)
-        options.add_argument("--dtype", choices=("bfloat16", "float16"), default="bfloat16")
         options.add_argument("--out", type=Path)
         options.add_argument("--commit", help="where there is no repository")
+        return options
+
+    for verb in WAYS:
+        options = measuring(verb)
+        options.add_argument("--dtype", choices=("bfloat16", "float16"), default="bfloat16")
         options.add_argument("--quick", action="store_true")
         options.add_argument("--part", type=parse_part, help="1/2: the first half of the shapes")
     for verb in train_gpu.PAGES:
-        options = verbs.add_parser(verb)
-        options.add_argument("--out", type=Path)
-        options.add_argument("--commit", help="where there is no repository")
-        train_gpu.add_flags(verb, options)
-    options = verbs.add_parser("models")
-    options.add_argument("--out", type=Path)
-    options.add_argument("--commit", help="where there is no repository")
+        train_gpu.add_flags(verb, measuring(verb))
+    options = measuring("models")
     options.add_argument("--limit-s", type=float, default=600.0, help="begin nothing after that")
     options.add_argument(
         "--sparsities", type=float, nargs="+", default=models_gpu.SPARSITIES, metavar="SHARE"
     )
     options.add_argument("--compiled", action="store_true", help="2 layers, with torch.compile")
-    options = verbs.add_parser("scale")
-    options.add_argument("--out", type=Path)
-    options.add_argument("--commit", help="where there is no repository")
+    options = measuring("scale")
     options.add_argument("--gpus", type=int, help="so many alone; else 2, 4, ... that are there")
     scale_gpu.add_flags(options)
     verbs.add_parser("publish").add_argument("files", type=Path, nargs="+")
-    args = parser.parse_args(arguments)
+    return parser
+
+
+def main(arguments: list[str]) -> int:
+    if arguments[:1] == ["generate"]:
+        generate_gpu.main(arguments[1:])
+        return 0
+    args = make_parser().parse_args(arguments)
     if args.verb == "publish":
         publish(joined([records.read(file) for file in args.files]))
         return 0
     if not torch.cuda.is_available():
         raise SystemExit("bench-gpu: torch finds no NVIDIA GPU")
 
-    folder = args.out or PARTIAL
+    folder = args.out or pages.PARTIAL
     if args.verb in train_gpu.PAGES:
         return train(args, folder)
     if args.verb in WHOLE:

@@ -33,7 +33,6 @@ from sparsekern.gpt.model import GPTConfig
 from sparsekern.gpt.presets import PRESETS
 from sparsekern.terminal import table
 
-DOCS = Path(__file__).parents[1] / "docs" / "benchmarks.md"
 WHOLE, CELLS = "scale", "scale-cells"  # benchmarks: all, and chosen ones
 PARALLEL = {ALONE: "none", TOGETHER: "ddp", FSDP: "fsdp"}
 MASKS = {NO_MASK: "dense", FREE: f"{SPARSITY:.0%} free", TWO_WAY: f"{SPARSITY:.0%} two-way"}
@@ -281,8 +280,7 @@ def update(name: str, run: Run) -> None:
             about = f"{in_words(each.about, 'bfloat16')} Details: [{path}](../{path})."
             texts.append(f"{steps(cases)}\n\n{about}")
         shown |= cells.keys()
-    markers = f"<!-- {benchmark}: begin -->", f"<!-- {benchmark}: end -->"
-    pages.replace_section(DOCS, markers, "\n\n".join(texts))
+    pages.replace_section(pages.BENCHMARKS, benchmark, "\n\n".join(texts))
 
 
 def page(name: str, run: Run) -> str:

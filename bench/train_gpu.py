@@ -18,13 +18,11 @@ from sparsekern.bench import least_size_gpu as least_size
 from sparsekern.bench import train_float8_gpu as train_float8
 from sparsekern.bench import train_memory_gpu as train_memory
 from sparsekern.bench import train_products_gpu as products
-from sparsekern.bench.machine import about_run, in_words
+from sparsekern.bench.machine import about_run, in_words, source
 from sparsekern.bench.measure_gpu import ROUNDS
 from sparsekern.bench.rates import case_name, derive, derived
 from sparsekern.bench.records import OTHER, OURS, Run
 from sparsekern.kernels import crossover
-
-DOCS = Path(__file__).parents[1] / "docs" / "benchmarks.md"
 
 LEAST_SIZES = Path(crossover.__file__).with_name("least_sizes.json")
 
@@ -166,6 +164,18 @@ def add_flags(verb: str, parser: argparse.ArgumentParser) -> None:
         parser.add_argument("--model", choices=models, help="one of the models alone")
 
 
+def check_of_one_measurement(runs: list[Run]) -> None:
+    """SystemExit unless these are of one benchmark, machine, torch, commit and type."""
+
+    def identity(run: Run) -> tuple:
+        about, dtypes = run.about, sorted({record["dtype"] for record in run.records})
+        machine = about["machine"]
+        return about["benchmark"], machine["gpu"], machine["torch"], about["commit"]["id"], *dtypes
+
+    if len(found := set(map(identity, runs))) > 1:
+        raise SystemExit(f"bench-gpu: expected parts of one measurement, got {found}")
+
+
 def joined(runs: list[Run]) -> Run:
     """The run of these models, of which each was measured alone, about the machine of the first."""
     models = [step.model for step in gpt_gpu.STEPS]
@@ -175,14 +185,8 @@ def joined(runs: list[Run]) -> Run:
             f"bench-gpu: expected a file each of {', '.join(models)}, got {', '.join(parts)}"
         )
     places = sorted(runs, key=lambda run: models.index(run.about["part"]))
-    first = places[0].about
-    for about in (run.about for run in places):
-        mine, its = (
-            (a["machine"]["gpu"], a["machine"]["torch"], a["commit"]["id"]) for a in (first, about)
-        )
-        if mine != its:
-            raise SystemExit(f"bench-gpu: expected parts of one measurement, got {mine} and {its}")
-    about = {name: value for name, value in first.items() if name != "part"}
+    check_of_one_measurement(places)
+    about = {name: value for name, value in places[0].about.items() if name != "part"}
     about |= {
         "is_whole": all(run.about["is_whole"] for run in runs),
         "seconds": sum(run.about["seconds"] for run in runs),
@@ -253,7 +257,7 @@ def page_of_products(name: str, run: Run) -> str:
         fp8_errors=f"{errors[OTHER]:.0e}",
         products=tables.products(three),
         copy=limit / 1e12,
-        write_outs=tables.write_outs(written_out, limit) if written_out else "Not run.",
+        write_outs=tables.write_outs(written_out, limit) if written_out else pages.NOT_RUN,
     )
 
 
@@ -278,7 +282,7 @@ def page_of_memory(name: str, run: Run) -> str:
         heading=in_words(run.about, "bfloat16"),
         rounds=train_memory.ROUNDS,
         memory=tables.memory(steps),
-        largest=tables.largest(cases) if within else "Not run.",
+        largest=tables.largest(cases) if within else pages.NOT_RUN,
     )
 
 
@@ -311,29 +315,24 @@ def publish(name: str, run: Run) -> None:
     benchmark = run.about["benchmark"]
     pages.publish(pages.RESULTS, name, run, PAGES[benchmark](name, run), None)
     if benchmark in SECTIONS and run.records[0]["dtype"] == "bfloat16":
-        pages.replace_section(DOCS, markers(benchmark), section(name, run))
+        pages.replace_section(pages.BENCHMARKS, benchmark, section(name, run))
     elif benchmark == "least-size":
         update_least_sizes(run)
 
 
 def update_least_sizes(run: Run) -> None:
     """Replaces what the file says of these rows, of this capability and dtype; the rest stays."""
-    machine, commit = run.about["machine"], run.about["commit"]["id"][:10]
-    measured = f"{machine['gpu']}, torch {machine['torch']}, {run.about['date']}, commit {commit}"
+    capability, measured = run.about["machine"]["capability"], source(run.about)
     data, cases = json.loads(LEAST_SIZES.read_text()), derived(run)
     dtype = cases[0]["dtype"]
     for row in least_size.ROWS:
-        entry = data.setdefault(row.name, {}).setdefault(machine["capability"], {})
+        entry = data.setdefault(row.name, {}).setdefault(capability, {})
         entry.setdefault("measured", {})[dtype] = measured
         entry[dtype] = least_size.summarize(cases, row)
     text = json.dumps(data, indent=1)
     lists = re.compile(r"\[\n\s+\[.*?\]\n\s+\]", re.DOTALL)  # a line each
     text = lists.sub(lambda pairs: json.dumps(json.loads(pairs[0])), text)
     LEAST_SIZES.write_text(text + "\n")
-
-
-def markers(benchmark: str) -> tuple[str, str]:
-    return f"<!-- {benchmark}: begin -->", f"<!-- {benchmark}: end -->"
 
 
 def section(name: str, run: Run) -> str:

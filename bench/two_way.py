@@ -1,15 +1,11 @@
 """The page of `run_gpu.py two-way`: two-way patterns packed for many tokens, on one GPU."""
 
+import decode
 import tables_gpu
-import torch
 
-from sparsekern.bench import measure_gpu
-from sparsekern.bench.machine import in_words
 from sparsekern.bench.rates import derived
 from sparsekern.bench.records import Run, groups
 from sparsekern.terminal import table
-
-ROUNDS = 3
 
 PAGE = """\
 # {name}
@@ -41,25 +37,12 @@ Microseconds of the best dense call, and times faster.
 def page(name: str, run: Run) -> str:
     cells = derived(run)
     return PAGE.format(
-        **told(name, run, cells),
+        **decode.told(name, run, cells),
         sparsity=cells[0]["sparsity"],
-        rounds=ROUNDS,
+        errors=errors(cells),
         speed=speed(cells),
         by_shape=by_shape(cells),
     )
-
-
-def told(name: str, run: Run, cells: list[dict]) -> dict[str, object]:
-    """What a page of products in 8 bits says of its run."""
-    return {
-        "name": name,
-        "heading": in_words(run.about, cells[0]["dtype"]),
-        "fewest": measure_gpu.LAUNCHES[0],
-        "cold_mb": measure_gpu.COLD_BYTES / 1e6,
-        "shapes": ", ".join(f"{n}x{k}" for n, k in sorted(tables_gpu.shapes_of(cells))),
-        "tolerance": measure_gpu.TOLERANCE[torch.bfloat16],
-        "errors": errors(cells),
-    }
 
 
 def speed(cells: list[dict]) -> str:

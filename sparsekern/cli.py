@@ -39,8 +39,6 @@ class Parser(argparse.ArgumentParser):
 
 def main(arguments: list[str] | None = None) -> int:
     options = vars(make_parser().parse_args(arguments))
-    for name in ("command", "wafer_command", "bench_command"):
-        options.pop(name, None)
     run = options.pop("run")
     return guarded(lambda: run(**options) or 0)
 
@@ -54,7 +52,7 @@ def make_parser() -> Parser:
     )
     parser.add_argument("--version", action="version", version=f"sparsekern {__version__}")
     parser.set_defaults(run=list_commands(parser))
-    commands = parser.add_subparsers(dest="command", metavar="COMMAND", title="commands")
+    commands = parser.add_subparsers(metavar="COMMAND", title="commands")
 
     info = commands.add_parser("info", help="what this installation can use, and why not the rest")
     info.set_defaults(run=command("info", "run_info"))
@@ -91,12 +89,9 @@ def make_parser() -> Parser:
 
     reporter = commands.add_parser("report", help="one page of everything that was measured")
     reporter.set_defaults(run=command("report", "run_report"))
-    reporter.add_argument(
-        "--results", type=Path, default=Path("bench/results"), help="folder (%(default)s)"
-    )
-    reporter.add_argument(
-        "--out", type=Path, default=Path("out/report"), help="folder (%(default)s)"
-    )
+    for flag, folder in (("results", "bench/results"), ("out", "out/report")):
+        about = {"type": Path, "default": Path(folder), "help": "folder (%(default)s)"}
+        reporter.add_argument(f"--{flag}", **about)
 
     wafer_parser = commands.add_parser("wafer", help="what the same masks would do on a wafer")
     wafer_parser.set_defaults(run=list_commands(wafer_parser))
@@ -227,7 +222,7 @@ def add_bench_flags(parser: argparse.ArgumentParser) -> None:
         help=f"a .csv file ({BENCH_OUT}; with --calibrate JSON, beside what dispatch reads)",
     )
     parser.add_argument("--commit", help="where there is no repository")
-    commands = parser.add_subparsers(dest="bench_command")
+    commands = parser.add_subparsers()
     added = commands.add_parser("compare", help="fails where NEW is slower than OLD")
     added.set_defaults(run=command("bench", "run_compare"))
     added.add_argument("old", type=Path)

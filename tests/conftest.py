@@ -17,8 +17,13 @@ needs_results = pytest.mark.skipif(
 
 
 def pytest_collection_modifyitems(items):
-    """The long ones first, so that no process is left with one of them at the end."""
+    """The long ones first, so that no process is left with one of them at the end; those for a GPU
+    only where there is one."""
     items.sort(key=lambda item: item.get_closest_marker("slow") is None)
+    if not torch.cuda.is_available():
+        for item in items:
+            if item.get_closest_marker("gpu"):
+                item.add_marker(pytest.mark.skip(reason="no NVIDIA GPU that torch can use"))
 
 
 def pytest_collection_finish():

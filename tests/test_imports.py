@@ -24,7 +24,6 @@ CORE += [
 ]
 CORE += ["nn", "weights", "sparsity", "models", "public", "gpt"]
 ROOMS = [*CORE, "hf", "wafer", "bench", "report", "commands", "cli"]
-TOP = ["cli", "__main__"]
 BESIDE = {
     "testing": {"tensor", "kernels"},
     "wafer": {"extras", "terminal", "files"},

@@ -19,6 +19,7 @@ from . import build, masks, plan
 from .engine import Engine, Program, Shape
 from .plan import Arm, Size
 from .scores import Scores
+from .sweep import finite, one_more
 
 WARM_UP_SHARE = 0.05  # then straight down to zero
 CHUNK = 200  # steps between two looks at the clock
@@ -308,13 +309,9 @@ class Runner:
 
 
 def _next_tuning_rate(dev: dict[str, float | None]) -> float | None:
-    losses = {float(r): plan.finite(loss) for r, loss in dev.items()}
-    missing = [rate for rate in plan.FIRST_TUNING_RATES if rate not in losses]
-    if missing:
-        return missing[0]
-    beyond = plan.beyond_the_end(losses, math.sqrt(10))
-    is_allowed = beyond and plan.LEAST_TUNING_RATE <= beyond <= plan.MOST_TUNING_RATE
-    return beyond if is_allowed else None
+    losses = {float(r): finite(loss) for r, loss in dev.items()}
+    bounds = plan.LEAST_TUNING_RATE, plan.MOST_TUNING_RATE
+    return one_more(plan.FIRST_TUNING_RATES, losses, *bounds)
 
 
 def folder_of(runs: Path, task: Task) -> Path:

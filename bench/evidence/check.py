@@ -3,6 +3,7 @@ sparsekern's sparse kernels as by masked dense weights."""
 
 import json
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -28,6 +29,7 @@ from .worker import DTYPES
 
 STEPS, FIRST, LAST, RESUMED_AT = 200, 10, 50, 30  # FIRST: not timed
 RATE, SEED = 2e-3, 0
+Say = Callable[[str], None]
 MOST_APART = {"cuda": 0.02, "cpu": 1e-3}  # nats, mean of the LAST steps
 
 
@@ -43,63 +45,81 @@ def check(folder: Path, out: Path, device: str, name: str, about: dict) -> int:
     say(f"text {data.corpus.id}, {data.tokens:,} tokens")
     engine = Engine(size.shape, data.stream, data.most_steps(size), DTYPES[device])
     say("captured")
-    sparsity = Sparsity("static", 0.75)
     weights = size.shape.weights(SEED)
-    masks = sparsity.first(engine.weights, SEED)
+    masks = Sparsity("static", 0.75).first(engine.weights, SEED)
     made = short(data, size, steps)
     found: dict[str, object] = {"size": name, "corpus": data.corpus.id, "steps": steps} | about
     found["device"] = torch.cuda.get_device_name() if device == "cuda" else processor()
 
     engine.begin(weights, masks, made)
+    masked = time_steps(engine, found, say)
+    score(engine, data, found, say)
+    apart = resume(engine, (weights, masks, made), masked, found, say)
+    kernels, found["sparse_step_s"] = with_sparse_kernels(data, size, weights, made, device)
+    compare(kernels, masked, MOST_APART[device], found, say)
+    out.mkdir(parents=True, exist_ok=True)
+    with atomic_write(out / "check.json") as file:
+        file.write(json.dumps(found).encode() + b"\n")
+    return 0 if found["is_same"] and apart < MOST_APART[device] else 1
+
+
+def time_steps(engine: Engine, found: dict, say: Say) -> list[float]:
+    """The losses of all steps of a program that has begun."""
     engine.run(FIRST)
     engine.losses()
     start = time.monotonic()
+    steps = found["steps"]
     engine.run(steps)
-    masked = engine.losses()
+    losses = engine.losses()
     found["step_s"] = (time.monotonic() - start) / (steps - FIRST)
-    found["tokens_per_s"] = size.shape.tokens / found["step_s"]
-    found["flops_per_s"] = found["tokens_per_s"] * train_flops_per_token(size.shape.config())
-    if device == "cuda":
+    found["tokens_per_s"] = engine.shape.tokens / found["step_s"]
+    found["flops_per_s"] = found["tokens_per_s"] * train_flops_per_token(engine.shape.config())
+    if engine.device.type == "cuda":
         found["peak_bytes"] = torch.cuda.max_memory_allocated()
     say(
         f"{found['tokens_per_s']:,.0f} tokens/s, {1e3 * found['step_s']:.2f} ms a step, "
         f"{found['flops_per_s'] / 1e12:.3g} TFLOP/s of a dense step"
     )
+    return losses
+
+
+def score(engine: Engine, data: Data, found: dict, say: Say) -> None:
     start = time.monotonic()
     scores = {n: engine.score(data.rows[n]).loss for n in ("cloze", "blimp", "code/dev")}
     found["scores"], found["score_s"] = scores, time.monotonic() - start
     say(f"scores in {found['score_s']:.2f} s: {scores}")
 
-    at = min(RESUMED_AT, steps // 2)
-    engine.begin(weights, masks, made)
-    engine.run(at)
+
+def resume(engine: Engine, given: tuple, masked: list[float], found: dict, say: Say) -> float:
+    """How far losses are from `masked` where a run of this (weights, masks, program) is stopped
+    and goes on."""
+    program = given[-1]
+    engine.begin(*given)
+    engine.run(min(RESUMED_AT, program.steps // 2))
     state = engine.state()
-    engine.begin(weights, masks, made)  # something else in between
+    engine.begin(*given)  # something else in between
     engine.run(3)
-    engine.resume(state, made)
-    engine.run(steps)
+    engine.resume(state, program)
+    engine.run(program.steps)
     found["is_resumed_exactly"] = engine.losses() == masked
     apart = max(abs(a - b) for a, b in zip(engine.losses(), masked, strict=True))
     found["resumed_apart"] = apart
     say(f"resumed: {'the same' if found['is_resumed_exactly'] else f'up to {apart:.2g} apart'}")
+    return apart
 
-    kernels, found["sparse_step_s"] = with_sparse_kernels(data, size, weights, made, device)
-    last = slice(-LAST, None)
+
+def compare(kernels: list[float], masked: list[float], limit: float, found: dict, say: Say) -> None:
+    """Losses by the sparse kernels with those of masked dense weights."""
     difference = np.array(kernels) - np.array(masked)
     found["masked"], found["sparse"] = masked[::10], kernels[::10]
     found["apart_first"] = float(np.abs(difference[:FIRST]).max())
-    found["apart_last"] = float(difference[last].mean())
-    limit = MOST_APART[device]
+    found["apart_last"] = float(difference[-LAST:].mean())
     found["is_same"] = abs(found["apart_last"]) < limit
     say(
         f"sparse kernels less masked dense: at most {found['apart_first']:.2g} in the first "
         f"{FIRST} steps, {found['apart_last']:+.2g} in the mean of the last {LAST} "
         f"(limit {limit:g}); {1e3 * found['sparse_step_s']:.2f} ms a step"
     )
-    out.mkdir(parents=True, exist_ok=True)
-    with atomic_write(out / "check.json") as file:
-        file.write(json.dumps(found).encode() + b"\n")
-    return 0 if found["is_same"] and apart < limit else 1
 
 
 def short(data: Data, size: Size, steps: int) -> Program:

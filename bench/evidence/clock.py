@@ -29,9 +29,10 @@ from sparsekern.sparsity import Static
 from . import build, study, worker
 from .arms import CURVE, WARM_UP_SHARE, curve
 from .engine import Shape
-from .plan import SWEEP_SEED, beyond_the_end, finite, rounded
+from .plan import SWEEP_SEED
 from .rows import IDS
 from .scores import Scores, score
+from .sweep import best, beyond_the_end, finite, rounded
 
 SHAPE = Shape(4, 256, 4, batch=4)
 ARMS = {"dense": 0.0, "75": 0.75}
@@ -157,7 +158,7 @@ class Turns:
         done = {(r["arm"], r["seed"]) for r in self.results}
         for seed in self.seeds:
             if lacking := [arm for arm in ARMS if (arm, seed) not in done]:
-                rates = {arm: min(tried[arm], key=tried[arm].__getitem__) for arm in lacking}
+                rates = {arm: best(tried[arm]) for arm in lacking}
                 return [self._settings(arm, rates[arm], seed) for arm in lacking]
         return []
 
@@ -216,9 +217,9 @@ def next_rate(tried: dict[float, float]) -> float:
     """Beyond the end where the best one is the last, else beside the best one."""
     if (beyond := beyond_the_end(tried, 2.0)) is not None:
         return beyond
-    best, factor = min(tried, key=tried.__getitem__), math.sqrt(2)
+    found, factor = best(tried), math.sqrt(2)
     while True:
-        for rate in (rounded(best * factor), rounded(best / factor)):
+        for rate in (rounded(found * factor), rounded(found / factor)):
             if rate not in tried:
                 return rate
         factor = math.sqrt(factor)

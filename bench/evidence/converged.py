@@ -33,9 +33,9 @@ from sparsekern.sparsity.pattern import places_of
 from . import build, study
 from .arms import passes, rates
 from .masks import Masks, at
-from .plan import beyond_the_end, finite
 from .retold import Rows, Text, kept, retold
 from .scores import Scores, score_rows
+from .sweep import finite, one_more
 from .worker import DTYPES
 
 MODEL = "SmolLM2-135M-Instruct"
@@ -351,10 +351,7 @@ def next_rate(results: Sequence[dict], name: str) -> float | None:
     done, of = tried(results, name), STAGES[name].rate_of
     if of:
         return None if done else best(results, of)
-    if missing := [rate for rate in RATES if rate not in done]:
-        return missing[0]
-    beyond = beyond_the_end(done, math.sqrt(10))
-    return beyond if beyond and LEAST_RATE <= beyond <= MOST_RATE else None
+    return one_more(RATES, done, LEAST_RATE, MOST_RATE)
 
 
 def best(results: Sequence[dict], name: str) -> float:

@@ -10,13 +10,13 @@ mostly say "different" or "open".
 """
 
 import math
-from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 
 from sparsekern.gpt.flops import flop_ratio, train_flops_per_token
 
 from .engine import Shape
 from .masks import Sparsity
+from .sweep import best, beyond_the_end, finite, rounded
 
 SWEEP_SEED = 100
 # Around the best one of 75 % at 5 tokens a parameter, whose sweep began at 1e-3.
@@ -88,6 +88,14 @@ class Arm:
         return own + (ARMS[self.start].flops(size) if self.start else 0.0)
 
 
+def longer(share: float, zeros: float = 0.0, rate_of: str = "", kind: str = "pruned") -> Arm:
+    """Dense trained on, or pruned and trained on."""
+    sparsity = Sparsity(kind, zeros) if zeros else Sparsity()
+    title = f"dense pruned to {100 * zeros:g} %" if zeros else "dense"
+    title += " in four rounds" * (kind == "rounds") + f", {share:.0%} longer".replace("%", " %")
+    return Arm(title, sparsity, rate_of, start="dense", share=share)
+
+
 ARMS = {
     "dense": Arm("dense"),
     "75": Arm("75 % zeros", Sparsity("static", 0.75), is_tuned_sparse=True),
@@ -115,47 +123,15 @@ ARMS = {
     "two-way-scaled": Arm(
         "75 %, two-way, scaled", Sparsity("two-way", 0.75), "75-scaled", is_scaled=True
     ),
-    "more-10": Arm("dense, 10 % longer", rate_of="more-25", start="dense", share=0.10),
-    "more-25": Arm("dense, 25 % longer", start="dense", share=0.25),
-    "more-50": Arm("dense, 50 % longer", rate_of="more-25", start="dense", share=0.50),
-    "pruned-75-25": Arm(
-        "dense pruned to 75 %, 25 % longer",
-        Sparsity("pruned", 0.75),
-        "pruned-84-25",
-        start="dense",
-        share=0.25,
-    ),
-    "pruned-84-10": Arm(
-        "dense pruned to 83.8 %, 10 % longer",
-        Sparsity("pruned", 0.838),
-        "pruned-84-25",
-        start="dense",
-        share=0.10,
-    ),
-    "pruned-84-25": Arm(
-        "dense pruned to 83.8 %, 25 % longer", Sparsity("pruned", 0.838), start="dense", share=0.25
-    ),
-    "pruned-84-50": Arm(
-        "dense pruned to 83.8 %, 50 % longer",
-        Sparsity("pruned", 0.838),
-        "pruned-84-25",
-        start="dense",
-        share=0.50,
-    ),
-    "rounds-84-25": Arm(
-        "dense pruned to 83.8 % in four rounds, 25 % longer",
-        Sparsity("rounds", 0.838),
-        "pruned-84-25",
-        start="dense",
-        share=0.25,
-    ),
-    "pruned-90-25": Arm(
-        "dense pruned to 90 %, 25 % longer",
-        Sparsity("pruned", 0.9),
-        "pruned-84-25",
-        start="dense",
-        share=0.25,
-    ),
+    "more-10": longer(0.10, rate_of="more-25"),
+    "more-25": longer(0.25),
+    "more-50": longer(0.50, rate_of="more-25"),
+    "pruned-75-25": longer(0.25, 0.75, "pruned-84-25"),
+    "pruned-84-10": longer(0.10, 0.838, "pruned-84-25"),
+    "pruned-84-25": longer(0.25, 0.838),
+    "pruned-84-50": longer(0.50, 0.838, "pruned-84-25"),
+    "rounds-84-25": longer(0.25, 0.838, "pruned-84-25", "rounds"),
+    "pruned-90-25": longer(0.25, 0.9, "pruned-84-25"),
 }
 
 ARMS |= {
@@ -366,25 +342,14 @@ PLAN = (
         ),
     ),
 )
+TOY_SWEPT = ("dense", "75", "75-scaled", "75-normed", "small")
 TOY_PLAN = (
     Order(
         1,
         "toy",
         "Does every kind of arm run?",
-        ("dense", "75", "75-scaled", "75-normed", "small"),
-        (
-            "dense",
-            "75",
-            "75-scaled",
-            "75-normed",
-            "small",
-            "short",
-            "scratch",
-            "75-dense",
-            "gradual",
-            "rigl",
-            "two-way",
-        ),
+        TOY_SWEPT,
+        (*TOY_SWEPT, "short", "scratch", "75-dense", "gradual", "rigl", "two-way"),
         (0, 1),
         predictions=(Prediction("75", "dense", "code", -1.0, 1.0, 0.02),),
     ),
@@ -405,29 +370,6 @@ PLANS = {"full": PLAN, "toy": TOY_PLAN}
 SWEPT_AT = {"M": ("S", 0.5)}
 
 
-def chosen(orders: Sequence[Order], names: Sequence[str]) -> list[Order]:
-    """Those of a plan that are named, the most wanted first: "7", or "7:75,two-way" for some of its
-    arms alone, swept or run. All of them where none is named. ValueError where one is not there."""
-    numbered, found = {str(order.number): order for order in orders}, []
-    for name in names or numbered:
-        number, colon, arms = name.partition(":")
-        if number not in numbered:
-            raise ValueError(f"orders: expected some of {', '.join(numbered)}, got {name}")
-        order = numbered[number]
-        wanted = arms.split(",") if colon else [*order.swept, *order.arms]
-        if missing := {*wanted} - {*order.swept, *order.arms}:
-            known = ", ".join(dict.fromkeys([*order.swept, *order.arms]))
-            wrong = ", ".join(sorted(missing))
-            raise ValueError(f"orders: expected arms of order {number}, {known}, got {wrong}")
-        swept, made = (tuple(a for a in x if a in wanted) for x in (order.swept, order.arms))
-        found.append(replace(order, swept=swept, arms=made))
-    return found
-
-
-def rounded(rate: float) -> float:
-    return float(f"{rate:.3g}")
-
-
 def next_rates(arm: str, losses: dict[float, float]) -> list[float]:
     """Rates to try after these, of which a loss that is not finite is too high: the first ones of
     the arm, then further ones until the best has neighbours on both sides, then between them, until
@@ -438,26 +380,14 @@ def next_rates(arm: str, losses: dict[float, float]) -> list[float]:
     if (beyond := beyond_the_end(losses, 2.0)) is not None:
         return [beyond]
     tried = sorted(losses)
-    at = tried.index(min(losses, key=lambda rate: finite(losses[rate])))
+    at = tried.index(best(losses))
     between = [rounded(math.sqrt(tried[at] * tried[beside])) for beside in (at + 1, at - 1)]
     return between[: max(0, TRIED - len(losses))]
 
 
-def beyond_the_end(losses: dict[float, float], factor: float) -> float | None:
-    """The next rate on the side where the best one is the last; None where it is inside."""
-    best = min(losses, key=lambda rate: finite(losses[rate]))
-    if best == min(losses):
-        return rounded(best / factor)
-    return rounded(best * factor) if best == max(losses) else None
-
-
 def best_rate(arm: str, losses: dict[float, float]) -> float | None:
     """None until the sweep is done, or where no rate has a finite loss."""
-    if not losses or next_rates(arm, losses) or not any(map(math.isfinite, losses.values())):
+    if not losses or next_rates(arm, losses):
         return None
-    return min(losses, key=lambda rate: finite(losses[rate]))
-
-
-def finite(loss: float | None) -> float:
-    """Of a run that diverged, whatever it is written as: more than any other."""
-    return loss if loss is not None and math.isfinite(loss) else math.inf
+    found = best(losses)
+    return found if finite(losses[found]) < math.inf else None

@@ -24,15 +24,16 @@ def encode(tokenizer: Tokenizer, texts: Sequence[str]) -> list[np.ndarray]:
     # One call for all: a separator is one token, and stands nowhere else.
     ids = tokenizer.encode(SEPARATOR.join(texts)).numpy().astype(np.uint16)
     separator = int(tokenizer.encode(SEPARATOR)[0])
-    return np.split(ids, np.flatnonzero(ids == separator))[:]
+    first, *others = np.split(ids, np.flatnonzero(ids == separator))
+    return [first, *(piece[1:] for piece in others)]
 
 
 def items(tokenizer: Tokenizer, pairs: Sequence[Item], most: int) -> list[np.ndarray]:
     """Separator, prompt and answer of each pair, the answer alone to be scored. Of a prompt that
     is too long the end is kept; an answer is cut at its end."""
     separator = tokenizer.encode(SEPARATOR).numpy().astype(np.uint16)
-    prompts = bare(encode(tokenizer, [prompt for prompt, _ in pairs]))
-    answers = bare(encode(tokenizer, [answer for _, answer in pairs]))
+    prompts = encode(tokenizer, [prompt for prompt, _ in pairs])
+    answers = encode(tokenizer, [answer for _, answer in pairs])
     found = []
     for prompt, answer in zip(prompts, answers, strict=True):
         answer = answer[: most - 2]
@@ -40,11 +41,6 @@ def items(tokenizer: Tokenizer, pairs: Sequence[Item], most: int) -> list[np.nda
         prompt = prompt[max(0, len(prompt) - room) :]
         found.append(np.concatenate([separator | NOT_A_TARGET, prompt | NOT_A_TARGET, answer]))
     return found
-
-
-def bare(pieces: list[np.ndarray]) -> list[np.ndarray]:
-    """Without the separators that all but the first piece begin with."""
-    return [piece[1:] if i else piece for i, piece in enumerate(pieces)]
 
 
 def padded(pieces: Iterable[np.ndarray], length: int) -> np.ndarray:

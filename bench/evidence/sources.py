@@ -124,11 +124,8 @@ def of_html(files: Iterator[tuple[str, bytes]]) -> Documents:
 
 def of_pod(files: Iterator[tuple[str, bytes]]) -> Documents:
     for name, content in files:
-        text = content.decode(errors="replace")
-        yield (
-            name,
-            re.sub(r"[A-Z]<+\s?([^<>]*?)\s?>+", r"\1", re.sub(r"^=\w+ ?", "", text, flags=8)),
-        )
+        text = re.sub(r"^=\w+ ?", "", content.decode(errors="replace"), flags=re.MULTILINE)
+        yield name, re.sub(r"[A-Z]<+\s?([^<>]*?)\s?>+", r"\1", text)
 
 
 def of_dictionary(files: Iterator[tuple[str, bytes]]) -> Documents:

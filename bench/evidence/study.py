@@ -7,7 +7,7 @@ are added to a file of this period, as soon as they are there.
 import json
 import time
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import asdict, fields
+from dataclasses import asdict, fields, replace
 from pathlib import Path
 
 from workers import Job, Worker
@@ -17,6 +17,7 @@ from sparsekern.files import atomic_write
 from . import plan
 from .arms import Task
 from .plan import ARMS, Order
+from .sweep import finite, rounded
 
 RESULTS = "results.jsonl"
 ABOUT = {"corpus", "device", "torch", "date", "commit"}
@@ -73,6 +74,25 @@ def check(task: Task, result: dict) -> None:
                 f"plan: expected {name} {value} of the earlier result {result['key']!r}, got "
                 f"{result.get(name)}: it was made by another plan, which needs an --out of its own"
             )
+
+
+def chosen(orders: Sequence[Order], names: Sequence[str]) -> list[Order]:
+    """The orders of a plan that are named, the most wanted first: "7", or "7:75,two-way" for some
+    of its arms alone, swept or run. All where none is named. ValueError where one is not there."""
+    numbered, found = {str(order.number): order for order in orders}, []
+    for name in names or numbered:
+        number, colon, arms = name.partition(":")
+        if number not in numbered:
+            raise ValueError(f"orders: expected some of {', '.join(numbered)}, got {name}")
+        order = numbered[number]
+        wanted = arms.split(",") if colon else [*order.swept, *order.arms]
+        if missing := {*wanted} - {*order.swept, *order.arms}:
+            known = ", ".join(dict.fromkeys([*order.swept, *order.arms]))
+            wrong = ", ".join(sorted(missing))
+            raise ValueError(f"orders: expected arms of order {number}, {known}, got {wrong}")
+        swept, made = (tuple(a for a in x if a in wanted) for x in (order.swept, order.arms))
+        found.append(replace(order, swept=swept, arms=made))
+    return found
 
 
 class Study:
@@ -137,7 +157,7 @@ class Study:
     def losses(self, size: str, arm: str) -> dict[float, float]:
         """Rate -> loss on dev of the sweep so far, infinite where it diverged."""
         return {
-            result["rate"]: plan.finite(result.get("pretrained", {}).get("dev"))
+            result["rate"]: finite(result.get("pretrained", {}).get("dev"))
             for result in self.results.values()
             if (result["size"], result["arm"], result["seed"]) == (size, arm, plan.SWEEP_SEED)
         }
@@ -147,7 +167,7 @@ class Study:
         swept = ARMS[arm].rate_of or arm
         swept_at, share = plan.SWEPT_AT.get(size, (size, 1.0))
         best = plan.best_rate(swept, self.losses(swept_at, swept))
-        return None if best is None else plan.rounded(share * best)
+        return None if best is None else rounded(share * best)
 
     def start_rate(self, size: str, arm: str) -> float | None:
         """That of the arm it starts from, 0 where it starts from none."""

@@ -173,7 +173,7 @@ def _row(name: str, op: str) -> Kernel:
 
 
 def _of_gpu(quick: bool) -> tuple[str, dict]:
-    grid = measure_gpu.Grid(((512, 1024),), (1, 16), (0.5, 0.9), ("random",)) if quick else GRID
+    grid = measure_gpu.QUICK if quick else GRID
     products = len(grid.shapes) * len(grid.sparsities) * len(grid.tokens)
     progress = Progress(products, 0, unit="product")
     cells = []

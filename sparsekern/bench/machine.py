@@ -124,6 +124,12 @@ def about_run(benchmark: str, machine: dict, commit_id: str | None = None) -> di
     }
 
 
+def source(about: dict) -> str:
+    """GPU, torch, day and commit of a run, for files of what was measured."""
+    m, commit = about["machine"], about["commit"]["id"][:10]
+    return f"{m['gpu']}, torch {m['torch']}, {about['date']}, commit {commit}"
+
+
 def in_words(about: dict, dtype: str) -> str:
     """Machine, versions, clocks, day and commit of a run (sparsekern/bench/records.py)."""
     m, commit = about["machine"], about["commit"]

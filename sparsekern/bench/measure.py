@@ -48,8 +48,11 @@ def _on_cpu(op: str, workload: Workload, quick: bool) -> dict:
         return noise.quietest(lambda: derive(product.race(peers, **rounds)), noise.of_case)
 
 
-def measure(device: str, quick: bool) -> tuple[dict, int, Iterator[dict]]:
-    """What is known about the run beforehand, the number of cases, and the cases as they come."""
+def measure(
+    device: str, quick: bool, commit: str | None = None
+) -> tuple[dict, int, Iterator[dict]]:
+    """What is known about the run beforehand, the number of cases, and the cases as they come.
+    `commit`: where there is no repository."""
     about = machine.about_cpu()
     if device == "cpu":
         threads = torch.get_num_threads()
@@ -63,7 +66,8 @@ def measure(device: str, quick: bool) -> tuple[dict, int, Iterator[dict]]:
         work = work_gpu.cases(fitting)
         about |= {"under_load": machine.gpu_under_load(), "ceilings": {"cuda": limits}}
         about |= {"missing": left_out, "expected_s": fitting.expected_s}
-    return machine.about_run("products", about), len(work), (derive(e(), limits) for e in work)
+    about = machine.about_run("products", about, commit)
+    return about, len(work), (derive(e(), limits) for e in work)
 
 
 def heading(about: dict) -> str:

@@ -58,6 +58,9 @@ class Grid:
     dtype: torch.dtype = torch.bfloat16
 
 
+QUICK = Grid(((512, 1024),), (1, 16), (0.5, 0.9), ("random",))
+
+
 @dataclass(frozen=True)
 class Way:
     """A way to the product that has its own layout of W.

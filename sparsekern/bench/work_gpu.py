@@ -6,7 +6,7 @@ from dataclasses import dataclass, replace
 import torch
 
 from . import gpt_gpu, memory_gpu, train_products_gpu
-from .measure_gpu import Grid, cells
+from .measure_gpu import QUICK, Grid, cells
 from .peers_gpu import torch_csr
 from .products import PASSES, kernels
 from .products_gpu import dispatch, gradients, training_steps
@@ -17,7 +17,6 @@ from .replay_gpu import CudaClock
 GRID = Grid(((6144, 2048), (4096, 11008), (12288, 12288)), (1, 8, 32, 512), masks=("random",))
 # Of the gradients and of the training step that they are parts of.
 STEP_GRID = Grid(((6144, 2048), (12288, 12288)), (1024, 4096), (0.5, 0.8, 0.95), ("random",))
-QUICK = Grid(((512, 1024),), (1, 16), (0.5, 0.9), ("random",))
 QUICK_STEP = Grid(((512, 1024),), (256,), (0.9,), ("random",))
 
 

@@ -20,7 +20,7 @@ def run_bench(
     warnings.filterwarnings("ignore", message="Sparse .* tensor support is in beta state")
     has_gpu = torch.cuda.is_available()
     if device == "cuda" and not has_gpu:
-        raise ValueError("device: torch finds no NVIDIA GPU")
+        raise ValueError("device: expected cpu, this torch sees no GPU, got cuda")
     device = device or ("cuda" if has_gpu else "cpu")
     out = out if calibrate else out or BENCH_OUT
     if out:
@@ -31,9 +31,7 @@ def run_bench(
         return
     if out.suffix != records.SUFFIX:
         raise ValueError(f"out: expected a {records.SUFFIX} file, got {out}")
-    about, count, measured = measure.measure(device, quick)
-    if commit:
-        about["commit"] = {"id": commit, "dirty": False}
+    about, count, measured = measure.measure(device, quick, commit)
     cases: list[dict] = []
     try:
         with Progress(count, unit="case") as progress:

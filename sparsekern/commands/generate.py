@@ -9,8 +9,9 @@ import torch
 
 from ..gpt import speed
 from ..gpt.build import load_model
-from ..gpt.config import MOST_SEED, check_sparsity
+from ..gpt.config import MOST_SEED
 from ..gpt.data import ByteTokenizer, Tokenizer
+from ..gpt.flags import check_sparsity
 from ..gpt.generate import check_sampling, generate
 from ..gpt.model import GPT, GPTConfig
 from ..gpt.presets import PRESETS, for_inference, random_gpt

@@ -50,94 +50,115 @@ def add_commands(
     benchmark_mask: Callable[[dict], Mask | None],
 ) -> None:
     """The last two read what needs torch: a checkpoint, and the masks of measurements."""
-    commands = parser.add_subparsers(dest="wafer_command", metavar="COMMAND", title="commands")
+    commands = parser.add_subparsers(metavar="COMMAND", title="commands")
 
-    def command(name: str, run: Callable, text: str) -> argparse.ArgumentParser:
+    def command(name: str, run: Callable, text: str, add_flags: Callable, **more: object) -> None:
         added = commands.add_parser(name, help=text)
-        added.set_defaults(run=lambda **options: _checked(run, options))
+        added.set_defaults(run=lambda **options: _checked(run, options), **more)
         added.add_argument("--json", type=Path, metavar="FILE", help="write the numbers there")
-        return added
+        add_flags(added)
 
-    added = command("predict", _run_predict, "how fast, what bounds it, how sure: one screen")
-    add_model(added)
-    add_machine(added)
-    added.add_argument(
+    text = "how fast, what bounds it, how sure: one screen"
+    command("predict", _run_predict, text, _predict_flags, checkpoint_weights=checkpoint_weights)
+    command("sweep", _run_sweep, "every combination of the lists given", _sweep_flags)
+    text = "one product, with and without its way from a host"
+    command("product", _run_product, text, _product_flags)
+    text = "fit utilisation and a score's cost to runs"
+    command("calibrate", _run_calibrate, text, _calibrate_flags)
+    text = "every published point; fails where one must hold"
+    command("validate", _run_validate, text, _validate_flags)
+    text = "measured speed-ups beside the wafer's"
+    command("compare", _run_compare, text, _compare_flags, benchmark_mask=benchmark_mask)
+    text = "each input 20%% down and up, and over its range"
+    command("sensitivity", _run_sensitivity, text, _sensitivity_flags)
+
+
+def _predict_flags(parser: argparse.ArgumentParser) -> None:
+    add_model(parser)
+    add_machine(parser)
+    parser.add_argument(
         "--checkpoint",
         type=Path,
         help="of ours: its shape and its actual masks, in place of a model's",
     )
-    added.add_argument(
+    parser.add_argument(
         "--micro-batch", type=int, help="sequences on a system at a time (its share)"
     )
-    added.add_argument("--systems", type=int, default=1, help="data parallel (%(default)s)")
-    added.add_argument("--context", type=int, help="tokens in the cache at decode (at most 2048)")
-    added.add_argument("--requests", type=int, default=1, help="that decode together (%(default)s)")
-    added.add_argument(
+    parser.add_argument("--systems", type=int, default=1, help="data parallel (%(default)s)")
+    parser.add_argument("--context", type=int, help="tokens in the cache at decode (at most 2048)")
+    parser.add_argument(
+        "--requests", type=int, default=1, help="that decode together (%(default)s)"
+    )
+    parser.add_argument(
         "--pipeline", type=int, default=1, help="systems that share a model at decode (%(default)s)"
     )
-    added.add_argument(
+    parser.add_argument(
         "--beside",
         nargs="*",
         default=["h200"],
         metavar="GPU",
         help="GPUs whose roofline stands beside (h200): " + ", ".join(GPUS) + ", or a TOML file",
     )
-    added.add_argument("--details", action="store_true", help="every term of every layer")
-    added.add_argument("--sources", action="store_true", help="every figure with its source")
-    added.set_defaults(checkpoint_weights=checkpoint_weights)
+    parser.add_argument("--details", action="store_true", help="every term of every layer")
+    parser.add_argument("--sources", action="store_true", help="every figure with its source")
 
-    added = command("sweep", _run_sweep, "every combination of the lists given")
-    added.add_argument("--models", nargs="+", default=MODELS, help=MODEL_HELP)
-    added.add_argument("--sparsities", nargs="+", type=float, default=SPARSITIES)
-    added.add_argument("--machines", nargs="+", default=["wse2"], help=MACHINE_HELP)
-    added.add_argument("--systems", nargs="+", type=int, default=[1])
-    added.add_argument("--sequences", nargs="+", type=int, help="tokens of one (the model's)")
-    added.add_argument(
+
+def _sweep_flags(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--models", nargs="+", default=MODELS, help=MODEL_HELP)
+    parser.add_argument("--sparsities", nargs="+", type=float, default=SPARSITIES)
+    parser.add_argument("--machines", nargs="+", default=["wse2"], help=MACHINE_HELP)
+    parser.add_argument("--systems", nargs="+", type=int, default=[1])
+    parser.add_argument("--sequences", nargs="+", type=int, help="tokens of one (the model's)")
+    parser.add_argument(
         "--batch", nargs="+", type=int, help="sequences of all systems (each is filled)"
     )
-    added.add_argument("--utilisations", nargs="+", type=float, help="(that of --utilisation)")
-    added.add_argument(
+    parser.add_argument("--utilisations", nargs="+", type=float, help="(that of --utilisation)")
+    parser.add_argument(
         "--plots", type=Path, metavar="FOLDER", help="draw there, for the first machine"
     )
-    added.add_argument(
+    parser.add_argument(
         "--data", type=Path, help="CSV files: adds their points to the imbalance plot"
     )
-    add_inputs(added)
+    add_inputs(parser)
 
-    added = command("product", _run_product, "one product, with and without its way from a host")
+
+def _product_flags(parser: argparse.ArgumentParser) -> None:
     for name, text in (("tokens", "M"), ("n", "out_features"), ("k", "in_features")):
-        added.add_argument(f"--{name}", type=int, required=True, help=text)
-    added.add_argument("--sparsity", type=float, default=0.9, help="of W (%(default)s)")
-    add_machine(added)
+        parser.add_argument(f"--{name}", type=int, required=True, help=text)
+    parser.add_argument("--sparsity", type=float, default=0.9, help="of W (%(default)s)")
+    add_machine(parser)
 
-    added = command("calibrate", _run_calibrate, "fit utilisation and a score's cost to runs")
-    added.add_argument(
+
+def _calibrate_flags(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
         "file", type=Path, nargs="?", default=PUBLISHED, help="TOML (the published runs)"
     )
-    add_inputs(added)
+    add_inputs(parser)
 
-    added = command("validate", _run_validate, "every published point; fails where one must hold")
-    added.add_argument("--data", type=Path, help="folder of the CSV files of pr0f3ss/SpMM_Cerebras")
 
-    added = command("compare", _run_compare, "measured speed-ups beside the wafer's")
-    added.add_argument("--results", type=Path, nargs="+", help=f"tables, or folders ({RESULTS})")
-    added.add_argument("--match", default="", help="only measurements with this in their name")
-    added.add_argument(
+def _validate_flags(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--data", type=Path, help="folder of the CSV files of pr0f3ss/SpMM_Cerebras"
+    )
+
+
+def _compare_flags(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--results", type=Path, nargs="+", help=f"tables, or folders ({RESULTS})")
+    parser.add_argument("--match", default="", help="only measurements with this in their name")
+    parser.add_argument(
         "--masks",
         choices=comparing.MASKS,
         default=comparing.MASKS[0],
         help="of products on a CPU: as random as theirs, or made again, which takes minutes "
         "(%(default)s)",
     )
-    add_machine(added)
-    added.set_defaults(benchmark_mask=benchmark_mask)
+    add_machine(parser)
 
-    added = command(
-        "sensitivity", _run_sensitivity, "each input 20%% down and up, and over its range"
-    )
-    add_model(added)
-    add_machine(added)
-    added.add_argument("--plots", type=Path, metavar="FOLDER", help="draw the bars there")
+
+def _sensitivity_flags(parser: argparse.ArgumentParser) -> None:
+    add_model(parser)
+    add_machine(parser)
+    parser.add_argument("--plots", type=Path, metavar="FOLDER", help="draw the bars there")
 
 
 def _checked(run: Callable, options: dict) -> int | None:

@@ -6,7 +6,7 @@ import sys
 from dataclasses import replace
 from pathlib import Path
 
-from ..gpt.flags import percents
+from ..gpt.flags import check_sparsity
 from ..wafer.inputs import ACTIVATIONS, STREAM_FORMATS, Inputs
 from ..wafer.machine import BYTES_PER_ELEM, MACHINES
 from ..wafer.models import model_shape
@@ -109,9 +109,7 @@ def _pruned(model: str | None) -> tuple[Path, float] | None:
 
 
 def density_of(sparsity: float) -> float:
-    if not 0 <= sparsity < 1:
-        hint = percents(sparsity)
-        raise ValueError(f"sparsity: expected 0 <= sparsity < 1, got {sparsity}{hint}")
+    check_sparsity(sparsity)
     return 1 - sparsity
 
 

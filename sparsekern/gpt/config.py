@@ -12,7 +12,7 @@ from ..sparsity import Algorithm, Group
 from ..sparsity.checks import nearest
 from .checkpoint import CHECKPOINT, about, checkpoint_file, load_checkpoint
 from .distributed import check_device
-from .flags import FAMILIES, TrainFlags, percents
+from .flags import FAMILIES, TrainFlags, check_sparsity
 from .model import GPTConfig
 
 # Of a pattern that changes during training: shares of all steps, as published configs have them.
@@ -52,11 +52,6 @@ def check_methods(settings: object) -> None:
             check_method(block.get("algorithm", block.get("type")))
 
 
-def check_sparsity(value: float) -> None:
-    if not 0 <= value < 1:
-        raise ValueError(f"sparsity must be at least 0 and below 1, got {value}{percents(value)}")
-
-
 def check_float8(config: TrainFlags) -> None:
     if config.dtype != "float8":
         return
@@ -76,12 +71,12 @@ class TrainConfig(TrainFlags):
     def __post_init__(self) -> None:
         for name in AT_LEAST_ONE:
             if getattr(self, name) < 1:
-                raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
+                raise ValueError(f"{name}: expected at least 1, got {getattr(self, name)}")
         for name, most in (("seed", MOST_SEED), ("threads", MOST_THREADS)):
             if getattr(self, name) < 0:
-                raise ValueError(f"{name} must not be negative, got {getattr(self, name)}")
+                raise ValueError(f"{name}: expected at least 0, got {getattr(self, name)}")
             if getattr(self, name) > most:
-                raise ValueError(f"{name} must be at most {most}, got {getattr(self, name)}")
+                raise ValueError(f"{name}: expected at most {most}, got {getattr(self, name)}")
         if self.micro_batch < 0 or (self.micro_batch and self.batch % self.micro_batch):
             raise ValueError(
                 f"micro_batch: expected 0 or a divisor of batch {self.batch}, "
@@ -106,7 +101,7 @@ class TrainConfig(TrainFlags):
             )
         check_sparsity(self.sparsity)
         if not 0 < self.lr < math.inf:
-            raise ValueError(f"lr must be positive and finite, got {self.lr}")
+            raise ValueError(f"lr: expected a positive, finite number, got {self.lr}")
         check_device(self.device)
         check_float8(self)
         if self.dense and (self.sparsity or self.sparsity_config or not self.init_from):

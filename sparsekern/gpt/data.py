@@ -58,7 +58,7 @@ class BPETokenizer:
     @classmethod
     def train(cls, text: str, vocab_size: int) -> "BPETokenizer":
         if vocab_size < 256:
-            raise ValueError(f"vocab_size must be at least 256 (one per byte), got {vocab_size}")
+            raise ValueError(f"vocab_size: expected at least 256 (one per byte), got {vocab_size}")
         tokenizers = require("tokenizers", "gpt")
         from_bytes = tokenizers.pre_tokenizers.ByteLevel
         tokenizer = tokenizers.Tokenizer(tokenizers.models.BPE())
@@ -108,7 +108,7 @@ def make_tokenizer(name: str, text: str, vocab_size: int) -> Tokenizer:
         return ByteTokenizer()
     if name == BPETokenizer.name:
         return BPETokenizer.train(text, vocab_size)
-    raise ValueError(f"tokenizer must be one of {', '.join(TOKENIZERS)}, got {name!r}")
+    raise ValueError(f"tokenizer: expected one of {', '.join(TOKENIZERS)}, got {name!r}")
 
 
 def tokenizer_from_state(state: dict) -> Tokenizer:

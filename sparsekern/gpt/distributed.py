@@ -88,7 +88,7 @@ class Ranks:
 
     def __init__(self, parallel: str, device: str) -> None:
         if parallel not in PARALLEL:
-            raise ValueError(f"parallel must be one of {', '.join(PARALLEL)}, got {parallel!r}")
+            raise ValueError(f"parallel: expected one of {', '.join(PARALLEL)}, got {parallel!r}")
         if parallel == "none" and is_started() and (size := os.environ["WORLD_SIZE"]) != "1":
             raise ValueError(
                 f"parallel: expected ddp or fsdp in {size} processes, got none; prune and the demo "

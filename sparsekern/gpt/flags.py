@@ -75,6 +75,11 @@ def percents(share: float) -> str:
     return f"; did you mean {share / 100:g}?" if 1 < share < 100 else ""
 
 
+def check_sparsity(value: float) -> None:
+    if not 0 <= value < 1:
+        raise ValueError(f"sparsity: expected at least 0 and below 1, got {value}{percents(value)}")
+
+
 def count_or_file(text: str) -> int | str:
     return int(text) if text.removeprefix("-").isdigit() else text
 

@@ -25,7 +25,7 @@ class LlamaConfig(GPTConfig):
         super().__post_init__()
         if self.n_kv_head < 1 or self.n_head % self.n_kv_head:
             raise ValueError(
-                f"n_head must be a multiple of n_kv_head, got {self.n_head} and {self.n_kv_head}"
+                f"n_head: expected a multiple of n_kv_head, got {self.n_head} and {self.n_kv_head}"
             )
         if self.bias or self.dropout or self.n_embd // self.n_head % 2:
             raise ValueError(

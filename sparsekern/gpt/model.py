@@ -29,10 +29,10 @@ class GPTConfig:
     def __post_init__(self) -> None:
         for name in ("n_layer", "n_head", "n_embd", "block_size", "vocab_size", "mlp_width"):
             if getattr(self, name) < 1:
-                raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
+                raise ValueError(f"{name}: expected at least 1, got {getattr(self, name)}")
         if self.n_embd % self.n_head:
             raise ValueError(
-                f"n_embd must be a multiple of n_head, got {self.n_embd} and {self.n_head}"
+                f"n_embd: expected a multiple of n_head, got {self.n_embd} and {self.n_head}"
             )
 
     @property

@@ -55,9 +55,9 @@ class PruneConfig(PruneFlags):
             )
         for name in ("rounds", "calibration"):
             if getattr(self, name) < 1:
-                raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
+                raise ValueError(f"{name}: expected at least 1, got {getattr(self, name)}")
         if self.steps < 0:
-            raise ValueError(f"steps must not be negative, got {self.steps}")
+            raise ValueError(f"steps: expected at least 0, got {self.steps}")
         if self.method not in METHODS:
             raise ValueError(f"method: expected one of {', '.join(METHODS)}, got {self.method!r}")
         if self.distribution == "global" and self.method != "magnitude":

@@ -2,10 +2,13 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 from torch import Tensor
+
+if TYPE_CHECKING:
+    from .steps import Prepare
 
 OLD_NAMES = {"stream": "few_tokens"}  # of rows: files and settings have them for one release more
 
@@ -55,7 +58,7 @@ class Kernel:
     run: Callable[..., Tensor]
     plan: Callable[[Problem], str] | None = None  # how it would go about the problem, in words
     bind: Callable[[Problem], Callable[..., Tensor]] | None = None
-    prepare: Callable | None = None  # writes its steps down for one pattern (steps.py)
+    prepare: "Prepare | None" = None
 
     def bound(self, problem: Problem) -> Callable[..., Tensor]:
         """`run` for the problem that has chosen this row."""
@@ -76,7 +79,7 @@ def bound_kernel(
     refuse: Callable[[Problem], str | None],
     bind: Callable[[Problem], Callable[..., Tensor]],
     plan: Callable[[Problem], str] | None = None,
-    prepare: Callable | None = None,
+    prepare: "Prepare | None" = None,
 ) -> Kernel:
     """A row whose `run` binds for each call."""
 

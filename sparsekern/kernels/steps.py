@@ -117,6 +117,6 @@ class Asked(NamedTuple):
         return tuple(self.a.shape[:-1])
 
 
-# Writes the steps of a product of a, and of b, down: its result. None, and no step, where the row's
-# own function has to do it.
+# Of a row (Kernel): writes the steps of a product of a, and of b, down: its result. None, and no
+# step, where the row's own function has to do it.
 Prepare = Callable[[Steps, Asked, Slot, Slot | None], Slot | None]

@@ -66,7 +66,7 @@ def prune_pretrained(
     if not 0 < share("sparsity", sparsity) < 1:
         raise ValueError(f"sparsity: expected a number above 0 and below 1, got {sparsity}")
     if torch.device(device).type == "cuda" and not torch.cuda.is_available():
-        raise ValueError(f"device: expected cpu, as torch sees no GPU here, got {device}")
+        raise ValueError(f"device: expected cpu, this torch sees no GPU, got {device}")
     if distribution == "global" and method != "magnitude":
         raise ValueError(f"distribution: {method} expected uniform or erk, got global")
     if dtype is not None and dtype not in DTYPES:

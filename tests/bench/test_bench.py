@@ -129,10 +129,12 @@ def test_results_are_a_page_a_plot_and_a_section(bench, monkeypatch, tmp_path):
     assert records.read(tmp_path / "results" / "a-cpu.csv") == found
     assert (tmp_path / "results" / "a-cpu.png").stat().st_size > 5_000
 
-    monkeypatch.setattr(run, "PAGE", tmp_path / "benchmarks.md")
-    run.PAGE.write_text(f"before\n{run.MARKERS[0]}\nformer\n{run.MARKERS[1]}\nafter\n")
+    docs = tmp_path / "benchmarks.md"
+    monkeypatch.setattr(run.pages, "BENCHMARKS", docs)
+    begin, end = run.pages.markers("bench")
+    docs.write_text(f"before\n{begin}\nformer\n{end}\nafter\n")
     run.update_page("a-cpu", found)
-    text = run.PAGE.read_text()
+    text = docs.read_text()
     assert text.startswith("before\n<!-- bench: begin -->\n| times dense")
     assert "former" not in text and text.endswith("-->\nafter\n")
 
@@ -177,7 +179,7 @@ def test_a_part_is_held_to_what_is_asked_of_it(bench, monkeypatch, tmp_path):
 
     monkeypatch.setattr(run.pytest, "main", run_pytest)
     monkeypatch.setattr(run.pages, "RESULTS", tmp_path)
-    monkeypatch.setattr(run, "PARTIAL", tmp_path / "table")
+    monkeypatch.setattr(run.pages, "PARTIAL", tmp_path / "table")
     monkeypatch.setattr(sys, "argv", ["run.py", "--part", targets.PART])
     (tmp_path / "table").mkdir()
     assert run.main() == 0
@@ -201,9 +203,9 @@ def test_what_is_asked_for(bench):
 
 
 def test_the_page_has_a_place_for_the_table(bench):
-    run = bench("run")
-    page = run.PAGE.read_text()
-    assert all(page.count(marker) == 1 for marker in run.MARKERS)
+    pages = bench("pages")
+    page = pages.BENCHMARKS.read_text()
+    assert all(page.count(marker) == 1 for marker in pages.markers("bench"))
 
 
 def test_cold_weights_are_many_copies_used_in_turn(monkeypatch):

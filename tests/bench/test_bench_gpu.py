@@ -372,9 +372,10 @@ def test_results_are_a_page_a_plot_and_a_section(bench, monkeypatch, tmp_path):
     pytest.importorskip("matplotlib")
     run_gpu, cells = bench("run_gpu"), some_cells()
     monkeypatch.setattr(run_gpu.pages, "RESULTS", tmp_path / "results")
-    monkeypatch.setattr(run_gpu, "PAGE", tmp_path / "benchmarks.md")
-    begin, end = run_gpu.MARKERS
-    run_gpu.PAGE.write_text(f"before\n{begin}\nformer\n{end}\nafter\n")
+    docs = tmp_path / "benchmarks.md"
+    monkeypatch.setattr(run_gpu.pages, "BENCHMARKS", docs)
+    begin, end = run_gpu.pages.markers("bench-gpu")
+    docs.write_text(f"before\n{begin}\nformer\n{end}\nafter\n")
     path = tmp_path / "decode.csv"
 
     assert run_gpu.main(["publish", write(path, cells)]) == 0
@@ -384,7 +385,7 @@ def test_results_are_a_page_a_plot_and_a_section(bench, monkeypatch, tmp_path):
         "no module named cupy" in page and "Not run." not in page and "clocks sm 1980 MHz" in page
     )
     assert (tmp_path / "results" / f"{name}.png").stat().st_size > 5_000
-    text = run_gpu.PAGE.read_text()
+    text = docs.read_text()
     assert text.startswith(f"before\n{begin}\n| times dense") and text.endswith(f"{end}\nafter\n")
     assert "former" not in text and f"[bench/results/{name}.md]" in text
 
@@ -415,8 +416,9 @@ def test_parts_are_published_together(bench, monkeypatch, tmp_path):
     pytest.importorskip("matplotlib")
     run_gpu, whole = bench("run_gpu"), a_run(some_cells())
     monkeypatch.setattr(run_gpu.pages, "RESULTS", tmp_path)
-    monkeypatch.setattr(run_gpu, "PAGE", tmp_path / "benchmarks.md")
-    run_gpu.PAGE.write_text("\n".join(run_gpu.MARKERS))
+    docs = tmp_path / "benchmarks.md"
+    monkeypatch.setattr(run_gpu.pages, "BENCHMARKS", docs)
+    docs.write_text("\n".join(run_gpu.pages.markers("bench-gpu")))
     grid = measure_gpu.Grid(shapes=((8, 8), (8, 16)))
     monkeypatch.setattr(run_gpu, "grid_of", lambda *_, **__: grid)
 
@@ -429,7 +431,7 @@ def test_parts_are_published_together(bench, monkeypatch, tmp_path):
     published = records.read(tmp_path / f"{run_gpu.name_of(whole)}.csv")
     assert records.cases(published.records) == records.cases(whole.records)
     assert published.about["parts"] == 2 and "part" not in published.about
-    assert "each W on one of 2 such GPUs" in run_gpu.PAGE.read_text()
+    assert "each W on one of 2 such GPUs" in docs.read_text()
 
     for fields, message in (
         ({"part": (1, 2)}, "expected all parts of a grid"),

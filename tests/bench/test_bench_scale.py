@@ -125,7 +125,7 @@ def test_a_page(scale, tmp_path, monkeypatch):
     assert ["65,536", "234 us, 287"] in rows
     assert sum(row[:1] == ["gpt3-13b"] for row in rows) == 2
     (tmp_path / "docs.md").write_text("<!-- scale: begin --><!-- scale: end -->")
-    monkeypatch.setattr(scale, "DOCS", tmp_path / "docs.md")
+    monkeypatch.setattr(scale.pages, "BENCHMARKS", tmp_path / "docs.md")
     scale.update("x", run)
     assert (tmp_path / "docs.md").read_text().count("| gpt3-xl ") == 5
     # Of chosen cells what an earlier run alone has is kept.

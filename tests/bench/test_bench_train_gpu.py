@@ -192,8 +192,12 @@ def test_least_sizes_are_data_that_dispatch_reads(train_gpu, tmp_path, monkeypat
 
 def test_models_that_were_measured_alone_are_one_run(train_gpu):
     models = [step.model for step in gpt_gpu.STEPS]
-    about = {"machine": GPU, "commit": {"id": "abc"}, "is_whole": True, "seconds": 2.0}
-    runs = [records.Run(about | {"part": model}, [{"model": model}]) for model in models]
+    about = {"benchmark": "train", "machine": GPU, "commit": {"id": "abc"}}
+    about |= {"is_whole": True, "seconds": 2.0}
+    runs = [
+        records.Run(about | {"part": model}, [{"model": model, "dtype": "bfloat16"}])
+        for model in models
+    ]
     whole = train_gpu.joined(runs[::-1])
     assert [record["model"] for record in whole.records] == models
     assert whole.about == about | {"seconds": 2.0 * len(models)}
@@ -211,8 +215,8 @@ def test_models_that_were_measured_alone_are_one_run(train_gpu):
 @pytest.mark.parametrize("verb", ["train", "train-products", "train-memory"])
 def test_pages_and_sections_are_what_the_newest_tables_make(train_gpu, verb):
     names = [path.stem for path in RESULTS.glob(f"*-{verb}-bfloat16-[0-9]*.csv")]
-    begin, end = train_gpu.markers(verb)
-    section = train_gpu.DOCS.read_text().split(begin)[1].split(end)[0].strip()
+    begin, end = train_gpu.pages.markers(verb)
+    section = train_gpu.pages.BENCHMARKS.read_text().split(begin)[1].split(end)[0].strip()
     if not names:
         assert f"`python bench/run_gpu.py {verb}`" in section and "|" not in section
         return

@@ -18,7 +18,6 @@ from sparsekern.sparsity import Static
 LENGTH = 17
 WORDS = "the of and to in is that model weight zero mask train loss good bad film novel".split()
 
-on_a_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="no NVIDIA GPU")
 pytest_plugins = "quality_toy"
 
 
@@ -323,7 +322,6 @@ def test_scores_are_those_of_whole_rows(evidence, runner, name):
 
 
 @pytest.mark.gpu
-@on_a_gpu
 def test_the_captured_step_is_that_of_the_host(evidence, folder, tmp_path):
     assert evidence.check.check(folder, tmp_path, "cuda", "toy", {}) == 0
     losses = {}

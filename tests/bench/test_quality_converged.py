@@ -112,8 +112,8 @@ def test_a_chain_reads_on_where_the_stage_before_ended(converged, parts, tmp_pat
     seen: list[torch.Tensor] = []
     teach, results = parts.teach, []
     monkeypatch.setattr(parts, "teach", lambda x: seen.append(x.clone()) or teach(x))
-    monkeypatch.setattr(converged, "RATES", (1e-3,))
-    monkeypatch.setattr(converged, "beyond_the_end", lambda *_: None)
+    for name, value in (("RATES", (1e-3,)), ("LEAST_RATE", 1e-3), ("MOST_RATE", 1e-3)):
+        monkeypatch.setattr(converged, name, value)
     names = ["50", "60", "70", "dense", "dense-3"]
     converged.make(parts, names, tmp_path, lambda: list(results), results.append)
     steps = converged.steps_of(parts, "50")

@@ -68,7 +68,7 @@ def test_arms_of_equal_flops_are_equal(evidence):
 
 
 def test_a_size_without_sweeps_takes_a_share_of_the_best_rate_of_another(evidence, tmp_path):
-    study, (order,) = evidence.study, evidence.plan.chosen(evidence.plan.PLAN, ["7"])
+    study, (order,) = evidence.study, evidence.study.chosen(evidence.plan.PLAN, ["7"])
     made = study.Study([order], "text", tmp_path, [], {})
     assert made.without_rate() == [f"M {arm}" for arm in sorted(order.arms)]
     for i, rate in enumerate((1e-3, 2e-3, 4e-3, 5.66e-3, 8e-3)):
@@ -79,18 +79,18 @@ def test_a_size_without_sweeps_takes_a_share_of_the_best_rate_of_another(evidenc
 
 def test_orders_are_chosen_by_name_whole_or_in_part(evidence):
     plan = evidence.plan
-    first, second, third = plan.chosen(plan.PLAN, ["1:75", "7", "2:small,75"])
+    first, second, third = evidence.study.chosen(plan.PLAN, ["1:75", "7", "2:small,75"])
     assert (first.swept, first.arms) == (("75",), ()) and second == plan.PLAN[6]
     assert third.arms == ("75", "small") and third.seeds == plan.PLAN[1].seeds
-    assert plan.chosen(plan.PLAN, []) == [*plan.PLAN]
+    assert evidence.study.chosen(plan.PLAN, []) == [*plan.PLAN]
     for name, words in (("11", "some of 1, 2"), ("1:rigl", "got rigl"), ("1:", "dense, 75, small")):
         with pytest.raises(ValueError, match=f"orders: expected .*{words}"):
-            plan.chosen(plan.PLAN, [name])
+            evidence.study.chosen(plan.PLAN, [name])
 
 
 def test_a_task_of_two_orders_is_made_once(evidence, tmp_path):
     plan = evidence.plan
-    orders = plan.chosen(plan.PLAN, ["1:75", "1"])
+    orders = evidence.study.chosen(plan.PLAN, ["1:75", "1"])
     waiting = evidence.study.Study(orders, "text", tmp_path, [], {}).waiting()
     assert [task.arm for task in waiting] == ["75"] * 3 + ["dense"] * 3 + ["small"] * 3
 

@@ -16,15 +16,15 @@ def readme(monkeypatch):
     return import_module("readme")
 
 
-def between(path: Path, markers: tuple[str, str]) -> str:
-    begin, end = markers
+def section(readme, path: Path) -> str:
+    begin, end = readme.pages.markers("readme")
     return path.read_text().split(begin)[1].split(end)[0].strip()
 
 
 @needs_results
 def test_tables_are_those_of_the_results(readme):
-    assert between(readme.README, readme.SECTION) == readme.front_table()
-    assert between(readme.BENCHMARKS, readme.SECTION) == readme.sources_table()
+    assert section(readme, readme.README) == readme.front_table()
+    assert section(readme, readme.pages.BENCHMARKS) == readme.sources_table()
 
 
 def test_losses_are_called_losses(readme):
@@ -34,11 +34,10 @@ def test_losses_are_called_losses(readme):
 
 
 def test_the_newest_of_several_results_is_taken(readme, monkeypatch, tmp_path):
-    monkeypatch.setattr(readme, "BENCH", tmp_path)
+    monkeypatch.setattr(readme.pages, "RESULTS", tmp_path)
     assert readme.newest("gpu-train") == "gpu-train"
-    (tmp_path / "results").mkdir()
     for name in ("gpu-train-2026-11-29", "gpu-train-2026-12-01", "gpu-train-products-2027-01-01"):
-        (tmp_path / "results" / f"{name}.csv").touch()
+        (tmp_path / f"{name}.csv").touch()
     assert readme.newest("gpu-train") == "gpu-train-2026-12-01"
 
 

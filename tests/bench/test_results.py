@@ -38,7 +38,7 @@ def test_a_page_of_training_without_a_table_says_so():
     ("script", "name"),
     [
         ("run", "amd-epyc-2-cores-avx2-trained-2026-11-28"),
-        ("run_gpu", "nvidia-h200-decode-bfloat16-2026-11-29"),
+        ("decode", "nvidia-h200-decode-bfloat16-2026-11-29"),
         ("models", "minilm-pruned-2026-11-29"),
         ("models", "smollm2-pruned-2026-11-29"),
     ],

@@ -84,7 +84,7 @@ def test_train_mistakes(tiny, tmp_path, capsys):
         "--algorithm=rigle": "magnitude, rigl, set, static, got 'rigle'; did you mean 'rigl'",
         "--algorithm=RigL": "got 'RigL'; did you mean 'rigl'",
         "--tokenizer=words": "invalid choice: 'words'",
-        "--sparsity=2": "sparsity must be at least 0 and below 1, got 2.0; did you mean 0.02",
+        "--sparsity=2": "sparsity: expected at least 0 and below 1, got 2.0; did you mean 0.02",
         "--sparsity=75": "got 75.0; did you mean 0.75[?]$",
         "--algorithm=set": "algorithm: expected a sparsity above 0 beside it, got set alone",
         "--algorithm=static": "algorithm: expected a sparsity above 0 beside it, got static alone",

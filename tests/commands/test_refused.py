@@ -175,11 +175,11 @@ SMALL = ["--width", "16", "--heads", "2", "--layers", "1", "--context", "8", "--
 @pytest.mark.parametrize(
     ("arguments", "expected"),
     [
-        (["train", *SMALL, "--threads", "100000"], "threads must be at most 1024"),
+        (["train", *SMALL, "--threads", "100000"], "threads: expected at most 1024"),
         (["train", *SMALL, "--width", "17"], "width: expected a multiple of heads"),
-        (["train", *SMALL, "--layers", "0"], "layers must be at least 1"),
-        (["train", *SMALL, "--context", "0"], "context must be at least 1"),
-        (["train", *SMALL, "--seed", str(2**64)], "seed must be at most"),
+        (["train", *SMALL, "--layers", "0"], "layers: expected at least 1"),
+        (["train", *SMALL, "--context", "0"], "context: expected at least 1"),
+        (["train", *SMALL, "--seed", str(2**64)], "seed: expected at most"),
         (["train", *SMALL, "--out", "{file}/deeper"], "out: expected a folder"),
         (["prune", "--source", "{file}", "--method", "wanda", "--distribution=global"], "uniform"),
         (["generate", "--checkpoint", "x", "--seed", str(2**64)], "seed: expected"),

@@ -234,11 +234,6 @@ def test_the_reason_for_eager_steps_is_printed():
 # On a GPU
 
 
-def on_gpu(test):
-    no_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="no NVIDIA GPU")
-    return pytest.mark.gpu(no_gpu(test))
-
-
 @pytest.fixture
 def no_fallback(monkeypatch: pytest.MonkeyPatch) -> None:
     """What stops a capture fails the test."""
@@ -264,7 +259,7 @@ def gpu_config(tiny: TrainConfig, micro_batches: int = 1, **settings) -> TrainCo
     )
 
 
-@on_gpu
+@pytest.mark.gpu
 @pytest.mark.usefixtures("no_fallback")
 @pytest.mark.parametrize("micro_batches", [1, 4])
 @pytest.mark.parametrize("kind", ["dense", "static", "two-way", "gmp", "rigl"])
@@ -276,7 +271,7 @@ def test_replays_compute_what_launches_do(kind, micro_batches, tiny, tmp_path, m
     assert found["losses"][-1] < found["losses"][0] - 0.5
 
 
-@on_gpu
+@pytest.mark.gpu
 @pytest.mark.usefixtures("no_fallback")
 def test_compiled_blocks_are_captured(tiny, tmp_path, monkeypatch):
     config = config_of("rigl", gpu_config(tiny, 4), tmp_path)
@@ -286,7 +281,7 @@ def test_compiled_blocks_are_captured(tiny, tmp_path, monkeypatch):
     assert found["losses"] == pytest.approx(plain["losses"], abs=0.2)
 
 
-@on_gpu
+@pytest.mark.gpu
 @pytest.mark.usefixtures("no_fallback")
 def test_replays_on_sparse_tensor_cores(tiny, monkeypatch):
     wide = gpu_config(tiny, 2, sparsity=0.75, family="two-way")
@@ -296,7 +291,7 @@ def test_replays_on_sparse_tensor_cores(tiny, monkeypatch):
     assert found["losses"] == pytest.approx(plain["losses"], abs=0.03)
 
 
-@on_gpu
+@pytest.mark.gpu
 @pytest.mark.usefixtures("no_fallback")
 def test_a_captured_run_resumes(tiny, tmp_path, monkeypatch):
     config = config_of("rigl", gpu_config(tiny), tmp_path)
@@ -311,7 +306,7 @@ def test_a_captured_run_resumes(tiny, tmp_path, monkeypatch):
         assert resumed["losses"] == pytest.approx(whole["losses"], abs=0.1)
 
 
-@on_gpu
+@pytest.mark.gpu
 def test_a_capture_without_memory_leaves_the_run_as_it_was(tiny, monkeypatch, capsys):
     add = captured.add_gradients
 
@@ -326,7 +321,7 @@ def test_a_capture_without_memory_leaves_the_run_as_it_was(tiny, monkeypatch, ca
     assert "no CUDA graph: OutOfMemoryError" in capsys.readouterr().out
 
 
-@on_gpu
+@pytest.mark.gpu
 @pytest.mark.usefixtures("no_fallback")
 def test_a_pattern_under_a_graph_cannot_change(tiny):
     state = begin(gpu_config(tiny, sparsity=0.75))
@@ -343,7 +338,7 @@ def test_a_pattern_under_a_graph_cannot_change(tiny):
     state.update()
 
 
-@on_gpu
+@pytest.mark.gpu
 @pytest.mark.usefixtures("no_fallback")
 def test_nan_is_found_a_step_later(tiny):
     state = begin(gpu_config(tiny))

@@ -247,11 +247,6 @@ def test_steps_come_after_a_start():
 # On a GPU
 
 
-def on_gpu(test):
-    skip = pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")
-    return pytest.mark.gpu(skip(test))
-
-
 def gpu_model(dtype: torch.dtype = torch.bfloat16) -> GPT:
     torch.manual_seed(0)
     model = make(LlamaConfig(2, 4, 128, 64, 96, n_inner=344, n_kv_head=2))
@@ -266,7 +261,7 @@ GPU_CHANGES = CHANGES | {"cast": lambda model: model.half()}
 del GPU_CHANGES["another head"]
 
 
-@on_gpu
+@pytest.mark.gpu
 @pytest.mark.parametrize("captures_prompt", [False, True])
 @pytest.mark.parametrize("change", GPU_CHANGES)
 def test_graphs_follow_the_model(change, captures_prompt):
@@ -284,7 +279,7 @@ def test_graphs_follow_the_model(change, captures_prompt):
     assert torch.equal(run(decoder), generate(model, start, 70, temperature=0))
 
 
-@on_gpu
+@pytest.mark.gpu
 def test_steps_go_on_with_memory_that_is_theirs():
     model, start = gpu_model(), prompt(2, 3).cuda()
     decoder = Decoder(model, start, 20, temperature=0)
@@ -298,7 +293,7 @@ def test_steps_go_on_with_memory_that_is_theirs():
     assert torch.equal(decoder.tokens, want) and junk
 
 
-@on_gpu
+@pytest.mark.gpu
 def test_autocast_on_a_gpu():
     model, start = densify_(gpu_model(torch.float32)), prompt(2, 3).cuda()
     model.requires_grad_(True)
@@ -310,7 +305,7 @@ def test_autocast_on_a_gpu():
     assert run(decoder).shape == want.shape  # what autocast had kept is gone
 
 
-@on_gpu
+@pytest.mark.gpu
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_models_that_nothing_packs(dtype):
     """Dense ones, and sparse ones in float32, generate as they are."""
@@ -324,7 +319,7 @@ def test_models_that_nothing_packs(dtype):
         for_inference(gpu_model(torch.float32), 2, keeps_dense=True)
 
 
-@on_gpu
+@pytest.mark.gpu
 def test_tokens_of_no_vocabulary_leave_the_gpu_usable():
     model = gpu_model()
     with pytest.raises(ValueError, match="idx: expected tokens from 0 to 95, got 96 to 96"):

@@ -400,7 +400,7 @@ def free_port() -> str:
 def test_mistakes(monkeypatch, tmp_path):
     with pytest.raises(ValueError, match="parallel: ddp needs torchrun"):
         Ranks("ddp", "cpu")
-    with pytest.raises(ValueError, match="parallel must be one of none, ddp, fsdp, got 'tp'"):
+    with pytest.raises(ValueError, match="parallel: expected one of none, ddp, fsdp, got 'tp'"):
         Ranks("tp", "cpu")
     monkeypatch.setenv("WORLD_SIZE", "2")
     monkeypatch.setenv("RANK", "0")

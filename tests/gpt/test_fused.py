@@ -144,12 +144,7 @@ def test_a_machine_where_triton_does_not_run():
 # On a GPU
 
 
-def on_gpu(test):
-    skip = pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")
-    return pytest.mark.gpu(skip(test))
-
-
-@on_gpu
+@pytest.mark.gpu
 @pytest.mark.parametrize(
     "dtype, batch, length",
     [
@@ -163,7 +158,7 @@ def test_logits_on_a_gpu(name, batch, length, dtype):
     check_logits(CONFIGS[name], batch, length, dtype)
 
 
-@on_gpu
+@pytest.mark.gpu
 def test_a_row_of_a_head_that_two_warps_turn():
     """Neither reads what the other has turned already."""
     for _ in range(5):
@@ -190,7 +185,7 @@ def check_logits(config, batch, length, dtype):
     assert errors[0] <= 1.5 * errors[1] + 1e-6
 
 
-@on_gpu
+@pytest.mark.gpu
 def test_every_replay_gives_the_same():
     """Kernels that start early read nothing before it is there."""
     config = replace(CONFIGS["LLaMA"], n_layer=8)
@@ -221,7 +216,7 @@ class Reads8Bits(torch.nn.Module):
         return self.linear(x8.float() / 8)
 
 
-@on_gpu
+@pytest.mark.gpu
 @pytest.mark.parametrize("part", ["up", "down"])
 @pytest.mark.parametrize("name", CONFIGS)
 def test_products_in_8_bits_get_their_input_in_them(name, part):

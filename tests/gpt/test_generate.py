@@ -316,7 +316,7 @@ def test_mistakes(run, checkpoint, tmp_path):
         (checkpoint, "--random-weights"): "its weights and zeros stay",
         (checkpoint, "--sparsity=0.5"): "its weights and zeros stay",
         (f"--checkpoint={tmp_path / 'none.pt'}",): "none.pt does not exist",
-        (*PRESET, "--sparsity=1"): "sparsity must be at least 0 and below 1, got 1.0",
+        (*PRESET, "--sparsity=1"): "sparsity: expected at least 0 and below 1, got 1.0",
         (*PRESET, "--temperature=-1"): "temperature: expected 0 or more, got -1.0",
         (*PRESET, "--bench"): "expected a sparse model, give a sparsity above 0",
         (*PRESET, "--sparsity=0.5", "--bench", "--tokens=1"): "at least 2 tokens, got 1",
@@ -351,12 +351,7 @@ def test_dense_copies_are_of_sparse_layers(run, checkpoint):
 # On a GPU
 
 
-def on_gpu(test):
-    skip = pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")
-    return pytest.mark.gpu(skip(test))
-
-
-@on_gpu
+@pytest.mark.gpu
 @pytest.mark.parametrize(("length", "count"), [(1, 2), (5, 30), (15, 2), (16, 4), (30, 5)])
 def test_a_graph_changes_no_token(length, count):
     model, start = tiny_model().cuda(), prompt(3, length).cuda()
@@ -364,7 +359,7 @@ def test_a_graph_changes_no_token(length, count):
     assert torch.equal(generate(model, start, count, temperature=0), want)
 
 
-@on_gpu
+@pytest.mark.gpu
 def test_a_graph_samples_by_the_seed():
     model, start = tiny_model(block_size=64).cuda(), prompt(64, 4).cuda()
     first = generate(model, start, 40, seed=1)
@@ -375,7 +370,7 @@ def test_a_graph_samples_by_the_seed():
     assert len(rows.unique(dim=0)) == 64
 
 
-@on_gpu
+@pytest.mark.gpu
 @pytest.mark.parametrize("batch", [1, 16, 70])
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
 def test_packed_models_generate(dtype, batch):
@@ -397,7 +392,7 @@ def test_packed_models_generate(dtype, batch):
     assert tokens.shape == (batch, 21) and torch.equal(tokens, generate(packed, idx, 12, seed=1))
 
 
-@on_gpu
+@pytest.mark.gpu
 def test_a_captured_prompt_is_read_as_another():
     model, start = random_gpt(TINY, 0.75, "cuda", torch.bfloat16), prompt(3, 9).cuda()
     runs = []
@@ -411,7 +406,7 @@ def test_a_captured_prompt_is_read_as_another():
     assert all(torch.equal(run, runs[0]) for run in runs)
 
 
-@on_gpu
+@pytest.mark.gpu
 def test_dense_copies_serve_prompts():
     config = replace(TINY, n_embd=128, block_size=256)
     model = random_gpt(config, 0.75, "cuda", torch.bfloat16, tokens=(1, 256), keeps_dense=True)
@@ -421,7 +416,7 @@ def test_dense_copies_serve_prompts():
     assert tokens.shape == (1, 205)
 
 
-@on_gpu
+@pytest.mark.gpu
 def test_compare_takes_the_best_of_graphs_and_compiled_graphs():
     config = replace(TINY, n_embd=128, block_size=64)
     models = {
@@ -434,7 +429,7 @@ def test_compare_takes_the_best_of_graphs_and_compiled_graphs():
         assert result[side]["ways"].keys() == {"CUDA graph", "CUDA graph, compiled"}
 
 
-@on_gpu
+@pytest.mark.gpu
 def test_a_random_model_is_made_block_by_block():
     config = GPTConfig(n_layer=24, n_head=4, n_embd=512, block_size=16, vocab_size=256)
     random_gpt(replace(config, n_layer=1), 0.9, "cuda", torch.bfloat16)  # libraries' workspaces

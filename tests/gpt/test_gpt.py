@@ -91,7 +91,7 @@ def test_model_errors():
     with pytest.raises(ValueError, match="multiple of n_head, got 32 and 3"):
         replace(TINY, n_head=3)
     for name, field in {"n_layer": "n_layer", "mlp_width": "n_inner"}.items():
-        with pytest.raises(ValueError, match=f"{name} must be at least 1, got 0"):
+        with pytest.raises(ValueError, match=f"{name}: expected at least 1, got 0"):
             replace(TINY, **{field: 0})
     with pytest.raises(ValueError, match="idx has 17 positions, block_size is 16"):
         tiny_model()(torch.zeros(1, 17, dtype=torch.long))
@@ -150,9 +150,9 @@ def test_bpe_round_trips_unseen_text_and_survives_its_state():
 
 
 def test_tokenizer_errors():
-    with pytest.raises(ValueError, match="tokenizer must be one of bytes, bpe, got 'words'"):
+    with pytest.raises(ValueError, match="tokenizer: expected one of bytes, bpe, got 'words'"):
         make_tokenizer("words", TEXT, 300)
-    with pytest.raises(ValueError, match="vocab_size must be at least 256.*got 10"):
+    with pytest.raises(ValueError, match="vocab_size: expected at least 256.*got 10"):
         make_tokenizer("bpe", TEXT, 10)
 
 
@@ -487,10 +487,10 @@ def test_a_run_resumes_where_its_text_was_moved_to(tiny: TrainConfig, tmp_path, 
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({"sparsity": 1.0}, "sparsity must be at least 0 and below 1, got 1.0"),
-        ({"steps": 0}, "steps must be at least 1, got 0"),
-        ({"lr": math.nan}, "lr must be positive and finite, got nan"),
-        ({"seed": -1}, "seed must not be negative, got -1"),
+        ({"sparsity": 1.0}, "sparsity: expected at least 0 and below 1, got 1.0"),
+        ({"steps": 0}, "steps: expected at least 1, got 0"),
+        ({"lr": math.nan}, "lr: expected a positive, finite number, got nan"),
+        ({"seed": -1}, "seed: expected at least 0, got -1"),
         ({"algorithm": "rigged"}, "algorithm: .*'rigged'"),
         ({"tokenizer": "words"}, "tokenizer: expected one of"),
         ({"heads": 5}, "multiple of heads"),

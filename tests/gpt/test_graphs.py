@@ -9,7 +9,6 @@ RESET_AFTER, DRAWN_AFTER = 100_000_000, 400_000_000  # cycles: about 0.05 and 0.
 
 
 @pytest.mark.gpu
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="no NVIDIA GPU")
 @pytest.mark.parametrize("index", [0, 1])
 @pytest.mark.parametrize("is_own", [False, True])
 def test_a_replay_waits_for_the_reset_of_its_capture(is_own: bool, index: int, monkeypatch):

@@ -446,7 +446,7 @@ def test_rewinding(dense_run, tmp_path):
     ("settings", "message"),
     [
         ({"target": 1.2}, "target: expected a sparsity above 0 and below 1, got 1.2"),
-        ({"rounds": 0}, "rounds must be at least 1"),
+        ({"rounds": 0}, "rounds: expected at least 1"),
         ({"targets": "0.5,0.5"}, "targets: expected to rise between 0 and 1"),
         ({"targets": "half"}, "targets: expected numbers as in"),
         ({"targets": "0.3,nan"}, "targets: expected to rise between 0 and 1, got 0.3,nan"),

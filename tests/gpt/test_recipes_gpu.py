@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 import torch.nn.functional as F
+from tiny import TEXT
 from torch import nn
 
 from sparsekern.gpt import train
@@ -26,12 +27,7 @@ from sparsekern.sparsity import (
 )
 from sparsekern.sparsity.pattern import places_of
 
-pytestmark = [
-    pytest.mark.gpu,
-    pytest.mark.skipif(not torch.cuda.is_available(), reason="no NVIDIA GPU"),
-]
-
-TEXT = "".join(f"{i} bottles of beer on the wall, {i} bottles of beer.\n" for i in range(99, 0, -1))
+pytestmark = pytest.mark.gpu
 
 
 def layer() -> nn.Sequential:

@@ -141,7 +141,6 @@ def test_prune_is_for_other_dtypes(dtype, got, tmp_path, on_cpu):
 
 
 @pytest.mark.gpu
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")
 @pytest.mark.parametrize("settings", [{}, TWO_WAY], ids=str)
 def test_captured_steps_learn_as_in_bfloat16(settings, tmp_path, capsys):
     sizes = {"width": 64, "context": 64, "batch": 4, "steps": 12, "lr": 1e-2, "device": "cuda"}

@@ -235,7 +235,6 @@ def test_a_run_is_resumed_from_the_tensors_of_the_file(saved):
 
 @needs_transformers
 @pytest.mark.gpu
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")
 def test_a_model_on_a_gpu(saved, tmp_path):
     model = load(saved, device_map="cuda")
     assert all(t.is_cuda for t in model.get_submodule(X).state_dict().values())

@@ -8,10 +8,7 @@ from torch import nn
 
 from sparsekern import SparseLinear, accelerate_
 
-pytestmark = [
-    pytest.mark.gpu,
-    pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU"),
-]
+pytestmark = pytest.mark.gpu
 
 
 @pytest.mark.parametrize("tokens", [1, 16])

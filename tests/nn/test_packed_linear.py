@@ -30,11 +30,6 @@ def packed_for_a_gpu(monkeypatch):
     monkeypatch.setattr("sparsekern.nn.packed.is_for_cpu", lambda weight: False)
 
 
-def on_gpu(test):
-    skip = pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")
-    return pytest.mark.gpu(skip(test))
-
-
 class Attention(nn.Module):
     def __init__(self, width: int = WIDTH):
         super().__init__()
@@ -422,7 +417,7 @@ def test_inputs_are_looked_at_as_inference_has_them():
 # On a GPU
 
 
-@on_gpu
+@pytest.mark.gpu
 @pytest.mark.parametrize(
     ("tokens", "dense", "dtype"),
     [
@@ -447,7 +442,7 @@ def test_products(tokens, dense, dtype):
         assert f"{m} tokens -> " in sparsekern.explain(m, packed)
 
 
-@on_gpu
+@pytest.mark.gpu
 def test_compiled_products_choose_when_they_run():
     made = model(256).cuda()
     packed = pack_(copy.deepcopy(made), (1, 2048), dense=True, groups=GROUPS)
@@ -458,7 +453,7 @@ def test_compiled_products_choose_when_they_run():
             torch.testing.assert_close(compiled(x), packed(x), rtol=2e-2, atol=2e-2)
 
 
-@on_gpu
+@pytest.mark.gpu
 def test_a_graph_of_a_group_follows_its_input():
     made = model(256).cuda()
     packed = pack_(copy.deepcopy(made), (1, 64), dense=True, groups=GROUPS)
@@ -476,7 +471,7 @@ def test_a_graph_of_a_group_follows_its_input():
             torch.testing.assert_close(got, want, rtol=2e-2, atol=2e-2)
 
 
-@on_gpu
+@pytest.mark.gpu
 def test_half_of_a_group_in_each_of_two_graphs():
     """Each multiplies for itself: the second may be replayed where the first is not."""
     packed = pack_(model(256).cuda(), (1, 64), groups=GROUPS)[0]
@@ -492,7 +487,7 @@ def test_half_of_a_group_in_each_of_two_graphs():
         assert torch.equal(got[1], packed.k(x))
 
 
-@on_gpu
+@pytest.mark.gpu
 def test_whole_numbers_are_exact_whatever_runs():
     """Sums of small integers are exact in any order: the parts equal the layers to the bit."""
     made = model(256)

@@ -36,8 +36,6 @@ from sparsekern.sparsity.pattern import places_of, set_pattern
 
 DECAY = 0.9
 
-needs_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="no NVIDIA GPU")
-
 
 @pytest.fixture(autouse=True)
 def one_thread():
@@ -1342,7 +1340,6 @@ def test_captures_that_pass(captured):
 
 
 @pytest.mark.gpu
-@needs_gpu
 def test_a_graph_that_was_captured_stays_right_or_its_pattern_stays():
     model = Static(0.75).apply(plain()).cuda()
     x = batch(0)[0].cuda()
@@ -1361,7 +1358,6 @@ def test_a_graph_that_was_captured_stays_right_or_its_pattern_stays():
 
 
 @pytest.mark.gpu
-@needs_gpu
 @pytest.mark.parametrize("backend", ["inductor", None])
 def test_patterns_move_on_a_gpu_as_on_a_cpu(backend):
     runs = []

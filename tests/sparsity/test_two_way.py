@@ -180,7 +180,6 @@ def test_choices_do_not_depend_on_how_many_blocks_are_looked_at_together(n, k, s
 
 
 @pytest.mark.gpu
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="no NVIDIA GPU")
 @pytest.mark.parametrize(("n", "k"), [(513, 770), (2048, 1024)])
 def test_a_gpu_chooses_the_same(n, k):
     scores = randn(n, k, 0)

@@ -654,7 +654,6 @@ def test_compile_functions():
 
 
 @pytest.mark.gpu
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 def test_on_a_gpu():
     w, v, x = W.float().cuda(), V.float().cuda(), torch.randn(2, 5, device="cuda")
     A, B = sparse(W.float()).cuda(), sparse(v)

@@ -9,6 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from tiny import tiny_config
 
 from sparsekern import sparsify_, terminal
 from sparsekern.bench import records
@@ -186,7 +187,7 @@ def test_predict_mistakes(capsys):
     assert "got 75.0; did you mean 0.75?" in error_line(
         capsys, "product", "--tokens=1", "--n=1", "--k=1", "--sparsity=75"
     )
-    assert "sparsity: expected 0 <= sparsity < 1, got 1.0" in error_line(
+    assert "sparsity: expected at least 0 and below 1, got 1.0" in error_line(
         capsys, "predict", "--sparsity=1"
     )
     assert "machine: expected one of" in error_line(capsys, "predict", "--machine=wse9")
@@ -204,21 +205,7 @@ def test_predict_mistakes(capsys):
 
 
 def test_predict_reads_the_masks_of_a_checkpoint(capsys, tmp_path):
-    (tmp_path / "text.txt").write_text("".join(f"{i} green bottles.\n" for i in range(200)))
-    train(
-        TrainConfig(
-            data=str(tmp_path / "text.txt"),
-            out=str(tmp_path / "run"),
-            sparsity=0.75,
-            layers=2,
-            heads=2,
-            width=32,
-            context=16,
-            batch=2,
-            steps=2,
-            threads=1,
-        )
-    )
+    train(tiny_config(tmp_path, sparsity=0.75, layers=2, steps=2))
     capsys.readouterr()
     path = tmp_path / "run" / "checkpoint.pt"
     shape, weights = wafer_masks.checkpoint_weights(path)

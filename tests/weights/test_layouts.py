@@ -385,7 +385,6 @@ def test_weights_with_config_and_tokenizer_beside_them(tmp_path, kind):
 
 
 @pytest.mark.gpu
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")
 def test_a_model_on_a_gpu(tmp_path, sparse):
     path = tmp_path / "m.safetensors"
     weights.save_weights(sparse.cuda(), path)

@@ -25,11 +25,10 @@ from sparsekern.testing import relative_error
 E4M3 = e4m3.DTYPE
 N, K = 64, 96
 SIZES = {torch.bfloat16: 64}
-needs_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")
 TOLERANCE = {torch.bfloat16: 2**-8, torch.float16: 2**-10}  # one rounding of the result
 
 
-@pytest.fixture(params=["cpu", pytest.param("cuda", marks=[pytest.mark.gpu, needs_gpu])])
+@pytest.fixture(params=["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
 def device(request, monkeypatch):
     """That of the stand-in, and a GPU."""
     if request.param == "cpu":
@@ -228,7 +227,6 @@ def test_what_is_compiled_is_the_same_product(stand_in, example, monkeypatch):  
 
 
 @pytest.mark.gpu
-@needs_gpu
 @pytest.mark.parametrize("dtype, example", [(None, False), (E4M3, False), (E4M3, True)])
 def test_a_model_is_captured_and_compiled(dtype, example, monkeypatch):
     monkeypatch.setattr(compressed, "least_size", lambda *_: 1)

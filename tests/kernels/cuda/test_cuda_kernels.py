@@ -17,10 +17,7 @@ from sparsekern.kernels.reference import mm
 from sparsekern.nn import PackedLinear, pack_, sparsify_
 from sparsekern.testing import PROBLEMS, exact, relative_error
 
-pytestmark = [
-    pytest.mark.gpu,
-    pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU"),
-]
+pytestmark = pytest.mark.gpu
 TOLERANCE = {torch.bfloat16: 2**-8, torch.float16: 2**-11}  # one rounding of the result
 DTYPES = pytest.mark.parametrize("dtype", TOLERANCE, ids=str)
 

@@ -6,10 +6,8 @@ from emulated_cuda import emulated_cuda, emulator  # noqa: F401
 
 from sparsekern.kernels.cuda import e4m3
 
-needs_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")
 
-
-@pytest.fixture(params=["cpu", pytest.param("cuda", marks=[pytest.mark.gpu, needs_gpu])])
+@pytest.fixture(params=["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
 def device(request):
     """The emulator's, and a GPU."""
     if request.param == "cpu":

@@ -77,7 +77,6 @@ def test_operands_of_two_of_four(n, k, backward, emulated_cuda):  # noqa: F811
 
 @pytest.mark.gpu
 @pytest.mark.sanitize
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")
 def test_on_a_gpu(nan_memory):
     for n, k in SHAPES:
         for dtype in DTYPES:

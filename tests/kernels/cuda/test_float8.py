@@ -16,8 +16,7 @@ from sparsekern.kernels import float8 as recipe
 from sparsekern.kernels.cuda import e4m3, float8
 from sparsekern.nn.scaling import FIRST_STEPS, Scaling
 
-needs_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")
-ON_GPU = pytest.param("cuda", marks=[pytest.mark.gpu, needs_gpu])
+ON_GPU = pytest.param("cuda", marks=pytest.mark.gpu)
 
 
 @pytest.fixture(params=["cpu", ON_GPU])

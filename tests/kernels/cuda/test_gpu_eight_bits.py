@@ -11,10 +11,7 @@ from sparsekern import SparseTensor, Static, explain, sparsify_
 from sparsekern.kernels.cuda.few_tokens import spmm_packed
 from sparsekern.nn import SparseLinear, pack_
 
-pytestmark = [
-    pytest.mark.gpu,
-    pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU"),
-]
+pytestmark = pytest.mark.gpu
 
 
 def random_weight(n, k, density):

@@ -6,10 +6,7 @@ import torch
 from sparsekern import SparseTensor, explain, linear
 from sparsekern.kernels.cuda import library as cuda_library
 
-pytestmark = [
-    pytest.mark.gpu,
-    pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU"),
-]
+pytestmark = pytest.mark.gpu
 DTYPES = pytest.mark.parametrize(
     "dtype", [torch.bfloat16, torch.float16, torch.float32, torch.float64], ids=str
 )

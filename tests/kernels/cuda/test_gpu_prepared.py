@@ -22,7 +22,6 @@ from sparsekern.testing import relative_error
 
 pytestmark = [
     pytest.mark.gpu,
-    pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU"),
     pytest.mark.skipif(native is None, reason="the C++ library is not built"),
 ]
 TOKENS = pytest.mark.parametrize("tokens", [1, 16, 96])  # few_tokens twice, expand

@@ -16,10 +16,7 @@ from sparsekern.kernels.problem import Problem
 from sparsekern.kernels.triton import rows as triton_rows
 from sparsekern.nn import PackedLinear
 
-pytestmark = [
-    pytest.mark.gpu,
-    pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU"),
-]
+pytestmark = pytest.mark.gpu
 DTYPES = pytest.mark.parametrize(
     "dtype", [torch.bfloat16, torch.float16, torch.float32, torch.float64], ids=str
 )

@@ -12,8 +12,6 @@ from sparsekern.kernels.table import forget_choices
 from sparsekern.testing import relative_error
 
 _C = pytest.importorskip("sparsekern._C", exc_type=ImportError)  # the packer is its own
-on_gpu = pytest.mark.gpu
-needs_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")
 TOLERANCE = {torch.bfloat16: 2**-8, torch.float16: 2**-11}  # one rounding of the result
 
 
@@ -120,15 +118,13 @@ def test_what_is_read_beside_the_library(backward, emulated_cuda, monkeypatch, n
     check_what_is_read_beside_the_library("cpu", monkeypatch)
 
 
-@on_gpu
-@needs_gpu
+@pytest.mark.gpu
 @pytest.mark.sanitize
 def test_what_is_read_beside_the_library_on_a_gpu(monkeypatch, nan_memory):
     check_what_is_read_beside_the_library("cuda", monkeypatch)
 
 
-@on_gpu
-@needs_gpu
+@pytest.mark.gpu
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
 @pytest.mark.parametrize("n, k, m", [(1024, 1024, 1024), (1040, 2064, 1032), (12288, 1088, 2048)])
 def test_products(n, k, m, dtype):
@@ -156,8 +152,7 @@ def test_products(n, k, m, dtype):
     assert relative_error(again, exact, scale) <= TOLERANCE[dtype]
 
 
-@on_gpu
-@needs_gpu
+@pytest.mark.gpu
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
 def test_infinities_reach_what_a_stored_value_connects(dtype):
     n, k, m = 1024, 1088, 1024
@@ -178,7 +173,6 @@ def test_infinities_reach_what_a_stored_value_connects(dtype):
     check_stored(dx, x[:, :n], w.T.contiguous(), mask.T.contiguous())
 
 
-@on_gpu
-@needs_gpu
+@pytest.mark.gpu
 def test_a_captured_step_follows_values_tokens_and_bias():
     check_captured_step(torch.rand(1024, 2048, device="cuda") < 0.1)

@@ -15,10 +15,7 @@ from sparsekern.kernels.cuda.gather import GatherLayout
 from sparsekern.kernels.cuda.packs import pack_of
 
 N, K = 70, 500
-on_gpu = [
-    pytest.mark.gpu,
-    pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU"),
-]
+on_gpu = pytest.mark.gpu
 
 
 def in_a_thread(function, *arguments):

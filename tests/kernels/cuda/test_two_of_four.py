@@ -14,8 +14,6 @@ from sparsekern.kernels.cuda import bitmap as bitmaps
 from sparsekern.kernels.table import forget_choices
 from sparsekern.testing import relative_error
 
-on_gpu = pytest.mark.gpu
-needs_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")
 TOLERANCE = {torch.bfloat16: 2**-8, torch.float16: 2**-11}  # one rounding of the result
 
 
@@ -143,8 +141,7 @@ def test_without_a_right_algorithm_w_is_written_out(op, monkeypatch):
     assert getattr(two_of_four, op)(*operands) == tuple(operands)
 
 
-@on_gpu
-@needs_gpu
+@pytest.mark.gpu
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
 @pytest.mark.parametrize("n, k, m", [(1024, 1024, 1024), (1040, 2064, 1032), (3072, 1088, 2048)])
 def test_products(n, k, m, dtype):
@@ -175,8 +172,7 @@ def test_products(n, k, m, dtype):
     assert relative_error(again, exact, scale) <= TOLERANCE[dtype]
 
 
-@on_gpu
-@needs_gpu
+@pytest.mark.gpu
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
 def test_infinities_reach_what_a_stored_value_connects(dtype):
     n, k, m = 1024, 1088, 1024
@@ -196,14 +192,12 @@ def test_infinities_reach_what_a_stored_value_connects(dtype):
     check_stored(dx, x[:, :n], w.T.contiguous(), mask.T.contiguous())
 
 
-@on_gpu
-@needs_gpu
+@pytest.mark.gpu
 def test_a_captured_step_follows_values_tokens_and_bias():
     check_captured_step(two_way(1024, 2048).cuda())
 
 
-@on_gpu
-@needs_gpu
+@pytest.mark.gpu
 def test_what_it_does_not_take_runs_elsewhere():
     mask = two_way(1024, 1024).cuda()
     w = torch.randn(1024, 1024, device="cuda").bfloat16() * mask
@@ -217,8 +211,7 @@ def test_what_it_does_not_take_runs_elsewhere():
     assert "two_of_four refused: the pattern is not two-way" in text
 
 
-@on_gpu
-@needs_gpu
+@pytest.mark.gpu
 def test_no_call_leaks():
     """Plans and selections are destroyed: memory of the process settles."""
     import resource

@@ -14,7 +14,6 @@ from sparsekern.testing import PROBLEMS, Case, exact, relative_error
 
 pytestmark = [
     pytest.mark.gpu,
-    pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU"),
     pytest.mark.skipif(not triton_rows._is_installed(), reason="Triton is not installed"),
 ]
 
