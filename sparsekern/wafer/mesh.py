@@ -70,7 +70,7 @@ def mesh_cycles(mesh: Mesh, n: int, k_per_col: int, density: float | Mask) -> Me
     )
     fullest = compute + waiting
     if isinstance(density, Mask):
-        waiting = max(0.0, masked_cycles(mesh, density, k_per_col) - latency - compute)
+        waiting = max(waiting, masked_cycles(mesh, density, k_per_col) - latency - compute)
     return MeshCycles(
         compute=compute,
         waiting=waiting,

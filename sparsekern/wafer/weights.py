@@ -31,6 +31,11 @@ class Weight:
             )
 
     @property
+    def matrix(self) -> str:
+        """Which of a block's, without the modules before it."""
+        return self.name.rpartition(".")[2]
+
+    @property
     def kept_fma(self) -> float:
         """Multiply-adds of one token."""
         return self.layers * self.n * self.k * self.density * self.share
@@ -74,7 +79,7 @@ def _check_fit(shape: GPTShape, weights: tuple[Weight, ...]) -> None:
     matrices = {matrix.name: matrix for matrix in shape.block}
     found: dict[str, float] = dict.fromkeys(matrices, 0)
     for weight in weights:
-        name = weight.name.rpartition(".")[2]
+        name = weight.matrix
         if name not in matrices:
             raise ValueError(
                 f"density: {weight.name}: expected the name of a linear layer of {shape.name}, one "

@@ -116,7 +116,7 @@ MASKS = {
     "blocks against the diagonal": ROWS * 4 // N == 3 - COLUMNS * 4 // K,
     "a band": abs(ROWS - COLUMNS) < 6,
 }
-# A sum is at its next PE at once: a chain that takes longer sets the columns' clocks apart, no more.
+# Sums are at their next PE at once: a longer chain sets the clocks of columns apart, no more.
 MESHES = {
     "one PE": Mesh(1, 1, 5, 2, 1, window=4, chain_cycles=0),
     "a short window": Mesh(2, 8, 4, 3, 6, window=2, chain_cycles=0),
