@@ -9,6 +9,7 @@ maximum of P normals is z(P) standard deviations, and
 import math
 from dataclasses import dataclass
 from functools import lru_cache
+from operator import index
 from statistics import NormalDist
 
 import numpy as np
@@ -74,7 +75,7 @@ class Mask:
 
     def __post_init__(self) -> None:
         try:
-            shape = tuple(int(size) for size in self.shape)
+            shape = tuple(map(index, self.shape))
         except (TypeError, ValueError):
             shape = ()
         if len(shape) != 2 or min(shape) < 1:

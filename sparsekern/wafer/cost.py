@@ -11,7 +11,7 @@ from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
-from .figures import check_count
+from .figures import check_count, check_kinds
 from .inputs import RANGES, Inputs
 from .machine import Machine
 from .memory import ActivationPlan, plan_activations
@@ -211,7 +211,12 @@ def step_cost(
     `density`: of every linear layer, or the weights themselves; `micro_batch`: sequences on a
     system at a time, default all of its share; the last ones may be fewer. Raises ValueError, which
     names the argument."""
-    inputs = inputs or Inputs()
+    inputs = Inputs() if inputs is None else inputs
+    check_kinds(
+        machine=(machine, Machine, "machine(name)"),
+        shape=(shape, GPTShape, "model_shape(name)"),
+        inputs=(inputs, Inputs, "Inputs()"),
+    )
     for name, value in (("systems", systems), ("batch", batch)):
         check_count(name, value)
     share = -(-batch // systems)  # of the system that has most

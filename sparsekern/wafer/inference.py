@@ -13,7 +13,7 @@ meanwhile. A request passes through all of them, so it is no faster; memory and 
 import math
 from dataclasses import dataclass
 
-from .figures import check_count
+from .figures import check_count, check_density, check_kinds
 from .inputs import Inputs
 from .machine import BYTES_PER_ELEM, Machine
 from .shapes import GPTShape
@@ -81,9 +81,13 @@ def inference_cost(
     cache, on a `pipeline` of systems, and of prefill of sequences as long as the shape's.
 
     Raises ValueError, which names the argument."""
-    inputs = inputs or Inputs()
-    if not 0 < density <= 1:
-        raise ValueError(f"density: expected 0 < density <= 1, got {density}")
+    inputs = Inputs() if inputs is None else inputs
+    check_kinds(
+        machine=(machine, Machine, "machine(name)"),
+        shape=(shape, GPTShape, "model_shape(name)"),
+        inputs=(inputs, Inputs, "Inputs()"),
+    )
+    density = check_density(density)
     for name, value, least in (
         ("requests", requests, 1),
         ("pipeline", pipeline, 1),

@@ -6,6 +6,7 @@ from dataclasses import dataclass, replace
 from numbers import Real
 
 from .cost import Comparison, compare_with_dense
+from .figures import check_kinds
 from .gpu import DECODE, TRAINING, Gpu, GpuCost, Measured, gpu_cost, measured_speedup
 from .inference import InferenceCost, inference_cost
 from .inputs import RANGES, Inputs
@@ -69,11 +70,14 @@ def predict(
     requests that decode together on a `pipeline` of systems; `gpus` stand beside, with speed-ups
     from `results`: measured cases (bench/rates.py, and the `gpu` of each) by the name of their
     table; of those alike the first counts. Raises ValueError, which names the argument."""
-    if not isinstance(machine, Machine):
-        raise TypeError(f"machine: expected what machine(name) gives, got {machine!r}")
-    if not isinstance(shape, GPTShape):
-        raise TypeError(f"shape: expected what model_shape(name) gives, got {shape!r}")
-    inputs = inputs or Inputs()
+    inputs = Inputs() if inputs is None else inputs
+    check_kinds(
+        machine=(machine, Machine, "machine(name)"),
+        shape=(shape, GPTShape, "model_shape(name)"),
+        inputs=(inputs, Inputs, "Inputs()"),
+    )
+    for device in gpus:
+        check_kinds(gpus=(device, Gpu, "gpu(name)"))
     batch = default_batch(shape, systems) if batch is None else batch
     context = min(shape.sequence, DEFAULT_CONTEXT) if context is None else context
     kept = kept_share(shape, density)
