@@ -15,6 +15,7 @@ from sparsekern.wafer import (
     Weight,
     compare_with_dense,
     gpt_shape,
+    inference_cost,
     machine,
     predict,
     step_cost,
@@ -147,3 +148,20 @@ def test_order_of_rows_and_columns_counts_for_a_mask():
     )
     assert slow < 1.5 < 2.5 < fast <= 4
     assert asdict(blocks.sparse.forward)["io_in_s"] == shuffled.sparse.forward.io_in_s
+
+
+def test_a_pipeline_is_as_full_and_as_slow_as_the_system_with_most_layers():
+    shape = replace(SMALL, layers=3)
+    found = {n: inference_cost(WSE2, shape, 1.0, context=64, pipeline=n) for n in (1, 2, 3)}
+    assert [cost.at_work for cost in found.values()] == [1, 1.5, 3]
+    rates = {n: cost.throughput_tokens_per_s * cost.decode_token_s for n, cost in found.items()}
+    assert rates == pytest.approx({1: 1, 2: 1.5, 3: 3})
+    for cost in found.values():
+        again = inference_cost(WSE2, shape, 1.0, None, cost.most_context, 1, cost.pipeline)
+        more = inference_cost(WSE2, shape, 1.0, None, cost.most_context + 1, 1, cost.pipeline)
+        assert again.fits and not more.fits
+    # 80.6 GB are less than two systems have, but two of the three layers do not fit one.
+    large = replace(XL, layers=3, width=32_768, heads=256, ffn=131_072)
+    costs = {n: inference_cost(WSE2, large, 1.0, pipeline=n) for n in (2, 3)}
+    assert costs[2].weight_bytes < 2 * WSE2.sram_bytes
+    assert not costs[2].fits and costs[3].fits
