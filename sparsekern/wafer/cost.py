@@ -341,7 +341,9 @@ class Comparison:
     sparse: StepCost
     flop_ratio: float
     flop_cap: float  # the FLOP ratio with nothing left in the linear layers
-    amdahl_cap: float  # if the linear layers took their density of their dense time, all else as is
+    # If the linear layers took their density of their dense time, all else as is, where a score
+    # costs least: no speed-up of the range is above it.
+    amdahl_cap: float
 
     @property
     def speedup(self) -> float:
@@ -375,9 +377,9 @@ def compare_with_dense(
     dense = step_cost(machine, shape, 1.0, batch, systems, inputs, micro_batch)
     sparse = step_cost(machine, shape, density, batch, systems, inputs, micro_batch)
     flop_ratio = shape.flop_ratio(kept_share(shape, density))
-    return Comparison(
-        dense, sparse, flop_ratio, shape.flop_cap, _amdahl_cap(dense, weights_of(shape, density))
-    )
+    least = min(RANGES["score_cycles"].low, dense.inputs.score_cycles)
+    cap = _amdahl_cap(dense.with_score_cycles(least), weights_of(shape, density))
+    return Comparison(dense, sparse, flop_ratio, shape.flop_cap, cap)
 
 
 def _amdahl_cap(dense: StepCost, weights: Sequence[Weight]) -> float:
