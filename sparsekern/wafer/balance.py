@@ -1,4 +1,4 @@
-"""Load imbalance: the fullest of many parts over their mean, from a distribution or from a mask.
+"""Load imbalance: the fullest of many parts over their mean, from a distribution; and masks.
 
 A part holds `trials` places of W, each kept with probability `density`. With P parts the expected
 maximum of P normals is z(P) standard deviations, and
@@ -9,6 +9,7 @@ maximum of P normals is z(P) standard deviations, and
 import math
 from dataclasses import dataclass
 from functools import lru_cache
+from operator import index
 from statistics import NormalDist
 
 import numpy as np
@@ -73,24 +74,37 @@ class Mask:
     col_indices: np.ndarray  # [nnz]
 
     def __post_init__(self) -> None:
-        row_offsets, col_indices = np.asarray(self.row_offsets), np.asarray(self.col_indices)
-        for name, value in (("row_offsets", row_offsets), ("col_indices", col_indices)):
-            object.__setattr__(self, name, value)
-        if len(self.shape) != 2:
-            raise ValueError(f"shape: expected (N, K), got {tuple(self.shape)}")
-        n, k = self.shape
-        nnz = col_indices.size
-        is_whole = row_offsets.shape == (n + 1,) and (row_offsets[0], row_offsets[-1]) == (0, nnz)
-        if not is_whole or (np.diff(row_offsets) < 0).any():
+        try:
+            shape = tuple(map(index, self.shape))
+        except (TypeError, ValueError):
+            shape = ()
+        if len(shape) != 2 or min(shape) < 1:
+            raise ValueError(f"shape: expected (N, K), both at least 1, got {self.shape!r:.60}")
+        object.__setattr__(self, "shape", shape)
+        for name in ("row_offsets", "col_indices"):
+            value = np.asarray(getattr(self, name))
+            if value.ndim != 1 or (value.size and value.dtype.kind not in "iu"):
+                raise ValueError(
+                    f"{name}: expected whole numbers in one row, got {value.dtype} "
+                    f"{list(value.shape)}"
+                )
+            object.__setattr__(self, name, value.astype(np.int64))
+        (n, k), nnz = shape, self.col_indices.size
+        offsets, columns = self.row_offsets, self.col_indices
+        is_whole = offsets.size == n + 1 and (offsets[0], offsets[-1]) == (0, nnz)
+        if not is_whole or (np.diff(offsets) < 0).any():
             raise ValueError(
                 f"row_offsets: expected {n + 1} numbers that rise from 0 to the {nnz} col_indices, "
-                f"got {row_offsets!r:.60}"
+                f"got {offsets!r:.60}"
             )
-        if nnz and not 0 <= col_indices.min() <= col_indices.max() < k:
+        if nnz and not 0 <= columns.min() <= columns.max() < k:
             raise ValueError(
-                f"col_indices: expected 0 to {k - 1}, got {col_indices.min()} to "
-                f"{col_indices.max()}"
+                f"col_indices: expected 0 to {k - 1}, got {columns.min()} to {columns.max()}"
             )
+        places = np.repeat(np.arange(n), np.diff(offsets)) * k + columns
+        is_sorted = (np.diff(places) > 0).all()
+        if not is_sorted and np.unique(places).size < nnz:
+            raise ValueError("col_indices: expected each column once in a row, got one twice")
 
     @classmethod
     def from_dense(cls, kept: np.ndarray) -> "Mask":
@@ -115,22 +129,15 @@ class Mask:
     def transposed(self) -> "Mask":
         n, k = self.shape
         rows = np.repeat(np.arange(n), np.diff(self.row_offsets))
-        order = np.argsort(self.col_indices, kind="stable")
+        places = np.sort(self.col_indices * n + rows)
         row_offsets = np.concatenate([[0], np.bincount(self.col_indices, minlength=k).cumsum()])
-        return Mask((k, n), row_offsets, rows[order])
+        return Mask((k, n), row_offsets, places % n)
 
-    def counts(self, parts: int, k_per_part: int) -> np.ndarray:
-        """Nonzeros [N, parts] of each row in each part of `k_per_part` columns."""
+    def counts(self, parts: int, k_per_part: int, outputs: int = 1) -> np.ndarray:
+        """Nonzeros [N / outputs, parts] of so many rows together in each part of `k_per_part`
+        columns."""
         n = self.shape[0]
-        rows = np.repeat(np.arange(n), np.diff(self.row_offsets))
+        blocks = -(-n // outputs)
+        rows = np.repeat(np.arange(n) // outputs, np.diff(self.row_offsets))
         places = rows * parts + self.col_indices // k_per_part
-        return np.bincount(places, minlength=n * parts).reshape(n, parts)
-
-    def imbalance(self, parts: int, k_per_part: int, window: int) -> float:
-        """The fullest part over the mean part, kept in step as `outputs_in_step` says."""
-        if not self.nnz:
-            return 1.0
-        counts = self.counts(parts, k_per_part)
-        step = int(outputs_in_step(parts, k_per_part, self.density, self.shape[0], window))
-        blocks = np.add.reduceat(counts, np.arange(0, len(counts), step), axis=0)
-        return float(blocks.max(axis=1).sum() * parts / counts.sum())
+        return np.bincount(places, minlength=blocks * parts).reshape(blocks, parts)

@@ -7,10 +7,11 @@ boundary  between two steps nothing hides the way of the first layer's gradient 
 """
 
 import math
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
-from .figures import check_count
+from .figures import check_count, check_kinds
 from .inputs import RANGES, Inputs
 from .machine import Machine
 from .memory import ActivationPlan, plan_activations
@@ -65,25 +66,72 @@ class LayerCost:
 
 
 @dataclass(frozen=True)
-class StepCost:
-    """A training step of a model on one machine or several: its phases, parts, energy and bound."""
+class MicroStep:
+    """What a system does with `sequences` of its share at a time, `count` times alike."""
 
+    count: int
+    sequences: int
     forward: Phase
     backward: Phase
-    boundary_s: float
-    micro_steps: int
-    tokens: int  # of the whole batch, all systems
-    systems: int
-    flop: float  # useful, of the whole batch: nonzeros only
     activations: ActivationPlan
     layers: tuple[LayerCost, ...]
     score_cycle_s: float  # forward, of one cycle for each score
+
+    @property
+    def phases(self) -> tuple[Phase, Phase]:
+        return self.forward, self.backward
+
+    @property
+    def total_s(self) -> float:
+        return self.count * sum(phase.total_s for phase in self.phases)
+
+    def with_added_score_cycles(self, added: float) -> "MicroStep":
+        added_s = added * self.score_cycle_s
+
+        def changed(phase: Phase, passes: int) -> Phase:
+            recompute_s = phase.recompute_s + (added_s if phase.recompute_s else 0)
+            attention_s = phase.attention_s + passes * added_s
+            return replace(phase, attention_s=attention_s, recompute_s=recompute_s)
+
+        return replace(self, forward=changed(self.forward, 1), backward=changed(self.backward, 2))
+
+
+@dataclass(frozen=True)
+class StepCost:
+    """A training step of a model on one machine or several: its phases, parts, energy and bound."""
+
+    micro: tuple[MicroStep, ...]  # whole ones, and the last where fewer sequences are left for it
+    boundary_s: float
+    tokens: int  # of the whole batch, all systems
+    systems: int
+    flop: float  # useful, of the whole batch: nonzeros only
     machine: Machine
     inputs: Inputs
 
     @property
+    def forward(self) -> Phase:
+        """Of a whole micro-step, as backward, activations and layers."""
+        return self.micro[0].forward
+
+    @property
+    def backward(self) -> Phase:
+        return self.micro[0].backward
+
+    @property
+    def activations(self) -> ActivationPlan:
+        return self.micro[0].activations
+
+    @property
+    def layers(self) -> tuple[LayerCost, ...]:
+        return self.micro[0].layers
+
+    @property
+    def micro_steps(self) -> int:
+        return sum(micro.count for micro in self.micro)
+
+    @property
     def step_s(self) -> float:
-        return self.micro_steps * (self.forward.total_s + self.backward.total_s) + self.boundary_s
+        return sum(micro.total_s for micro in self.micro) + self.boundary_s
 
     @property
     def tokens_per_s(self) -> float:
@@ -98,9 +146,8 @@ class StepCost:
     @property
     def time_parts(self) -> dict[str, float]:
         """Seconds of a step by what the wafer does, waiting included."""
-        phases = (self.forward, self.backward)
         parts = {
-            name: self.micro_steps * sum(phase.parts[name] for phase in phases)
+            name: sum(m.count * phase.parts[name] for m in self.micro for phase in m.phases)
             for name in self.forward.parts
         }
         return parts | {"waiting for I/O": self.io_share * self.step_s}
@@ -122,22 +169,15 @@ class StepCost:
     @property
     def io_share(self) -> float:
         """The time that waits for I/O, of the step's."""
-        waits = sum(p.total_s - p.wafer_s for p in (self.forward, self.backward))
-        return (self.micro_steps * waits + self.boundary_s) / self.step_s
+        waits = sum(m.count * (p.total_s - p.wafer_s) for m in self.micro for p in m.phases)
+        return (waits + self.boundary_s) / self.step_s
 
     def with_score_cycles(self, score_cycles: float) -> "StepCost":
         """The same step where a score costs so many cycles."""
-        added_s = (score_cycles - self.inputs.score_cycles) * self.score_cycle_s
-
-        def changed(phase: Phase, passes: int) -> Phase:
-            recompute_s = phase.recompute_s + (added_s if phase.recompute_s else 0)
-            attention_s = phase.attention_s + passes * added_s
-            return replace(phase, attention_s=attention_s, recompute_s=recompute_s)
-
+        added = score_cycles - self.inputs.score_cycles
         return replace(
             self,
-            forward=changed(self.forward, 1),
-            backward=changed(self.backward, 2),
+            micro=tuple(micro.with_added_score_cycles(added) for micro in self.micro),
             inputs=replace(self.inputs, score_cycles=score_cycles),
         )
 
@@ -149,10 +189,11 @@ class StepCost:
         terms = {name: parts[name] for name in ("attention", "head", "norms, activations")}
         if self.io_share > 0.5:
             return "I/O"
-        for layer in self.layers:
-            name, seconds = layer.cycles.bound, self.micro_steps * layer.layers * layer.seconds
-            if layer.matrix != "head":
-                terms[name] = terms.get(name, 0.0) + seconds
+        for micro in self.micro:
+            for layer in micro.layers:
+                name, seconds = layer.cycles.bound, micro.count * layer.layers * layer.seconds
+                if layer.matrix != "head":
+                    terms[name] = terms.get(name, 0.0) + seconds
         return max(terms, key=terms.__getitem__)
 
 
@@ -168,18 +209,46 @@ def step_cost(
     """The cost of one training step on `batch` sequences, which `systems` systems share.
 
     `density`: of every linear layer, or the weights themselves; `micro_batch`: sequences on a
-    system at a time, default all of its share. Raises ValueError, which names the argument."""
-    inputs = inputs or Inputs()
+    system at a time, default all of its share; the last ones may be fewer. Raises ValueError, which
+    names the argument."""
+    inputs = Inputs() if inputs is None else inputs
+    check_kinds(
+        machine=(machine, Machine, "machine(name)"),
+        shape=(shape, GPTShape, "model_shape(name)"),
+        inputs=(inputs, Inputs, "Inputs()"),
+    )
     for name, value in (("systems", systems), ("batch", batch)):
         check_count(name, value)
-    share = math.ceil(batch / systems)
+    share = -(-batch // systems)  # of the system that has most
     if micro_batch is not None:
         check_count("micro_batch", micro_batch)
     micro_batch = min(micro_batch or share, share)
-    micro_steps = math.ceil(share / micro_batch)
-    tokens = micro_batch * shape.sequence
+    whole, rest = divmod(share, micro_batch)
     weights = weights_of(shape, density)
+    return StepCost(
+        micro=tuple(
+            _micro_step(machine, inputs, shape, weights, count, sequences)
+            for count, sequences in ((whole, micro_batch), (1, rest))
+            if sequences
+        ),
+        boundary_s=_boundary_s(machine, inputs, shape, weights),
+        tokens=batch * shape.sequence,
+        systems=systems,
+        flop=batch * shape.sequence * shape.train_flop(kept_share(shape, weights)),
+        machine=machine,
+        inputs=inputs,
+    )
 
+
+def _micro_step(
+    machine: Machine,
+    inputs: Inputs,
+    shape: GPTShape,
+    weights: Sequence[Weight],
+    count: int,
+    sequences: int,
+) -> MicroStep:
+    tokens = sequences * shape.sequence
     plan = plan_activations(machine, inputs, shape, tokens)
     head = Weight("head", shape.vocabulary, shape.width, 1.0, 1)
     costs = [
@@ -229,20 +298,7 @@ def step_cost(
         / io_bytes_per_s,
         io_out_s=out_bytes / io_bytes_per_s,
     )
-    return StepCost(
-        forward=forward,
-        backward=backward,
-        boundary_s=_boundary_s(machine, inputs, weights[0]),
-        micro_steps=micro_steps,
-        tokens=batch * shape.sequence,
-        systems=systems,
-        flop=batch * shape.sequence * shape.train_flop(kept_share(shape, weights)),
-        activations=plan,
-        layers=tuple(costs),
-        score_cycle_s=score_cycle_s,
-        machine=machine,
-        inputs=inputs,
-    )
+    return MicroStep(count, sequences, forward, backward, plan, tuple(costs), score_cycle_s)
 
 
 def _attention_fma_s(machine: Machine, inputs: Inputs, shape: GPTShape, tokens: int) -> float:
@@ -253,8 +309,11 @@ def _attention_fma_s(machine: Machine, inputs: Inputs, shape: GPTShape, tokens: 
     return tokens * shape.attention_fma * cycles_per_fma / machine["clock_hz"]
 
 
-def _boundary_s(machine: Machine, inputs: Inputs, first: Weight) -> float:
+def _boundary_s(
+    machine: Machine, inputs: Inputs, shape: GPTShape, weights: Sequence[Weight]
+) -> float:
     """From step to step, by the way of the first layer's gradient and weights."""
+    first = next(weight for weight in weights if weight.matrix == shape.block[0].name)
     nnz = first.n * first.k * first.density
     moved_bytes = stream_bytes(inputs, first.n, first.k, first.density)
     moved_bytes += nnz * inputs.gradient_bytes
@@ -282,7 +341,9 @@ class Comparison:
     sparse: StepCost
     flop_ratio: float
     flop_cap: float  # the FLOP ratio with nothing left in the linear layers
-    amdahl_cap: float  # if the linear layers took their density of their dense time, all else as is
+    # If the linear layers took their density of their dense time, all else as is, where a score
+    # costs least: no speed-up of the range is above it.
+    amdahl_cap: float
 
     @property
     def speedup(self) -> float:
@@ -315,16 +376,24 @@ def compare_with_dense(
     """A sparse step beside the dense one; arguments as those of step_cost."""
     dense = step_cost(machine, shape, 1.0, batch, systems, inputs, micro_batch)
     sparse = step_cost(machine, shape, density, batch, systems, inputs, micro_batch)
-    kept = kept_share(shape, density)
-    return Comparison(
-        dense, sparse, shape.flop_ratio(kept), shape.flop_cap, _amdahl_cap(dense, kept)
-    )
+    flop_ratio = shape.flop_ratio(kept_share(shape, density))
+    least = min(RANGES["score_cycles"].low, dense.inputs.score_cycles)
+    cap = _amdahl_cap(dense.with_score_cycles(least), weights_of(shape, density))
+    return Comparison(dense, sparse, flop_ratio, shape.flop_cap, cap)
 
 
-def _amdahl_cap(dense: StepCost, density: float) -> float:
-    linear_s = dense.forward.linear_s + dense.backward.linear_s
-    rest_s = dense.forward.wafer_s + dense.backward.wafer_s - linear_s
-    if dense.activations.stride:
-        linear_s += dense.forward.linear_s
-        rest_s -= dense.forward.linear_s
-    return dense.step_s / (dense.micro_steps * (rest_s + density * linear_s))
+def _amdahl_cap(dense: StepCost, weights: Sequence[Weight]) -> float:
+    """Every matrix takes its own density of its dense time."""
+    layers, kept = Counter[str](), Counter[str]()
+    for weight in weights:
+        layers[weight.matrix] += weight.layers
+        kept[weight.matrix] += weight.layers * weight.density
+    left_s = 0.0
+    for micro in dense.micro:
+        left_s += micro.count * sum(phase.wafer_s for phase in micro.phases)
+        passes = {FORWARD: 2 if micro.activations.stride else 1}
+        for layer in micro.layers:
+            if layer.matrix != "head":
+                seconds = micro.count * passes.get(layer.product, 1) * layer.layers * layer.seconds
+                left_s -= (1 - kept[layer.matrix] / layers[layer.matrix]) * seconds
+    return dense.step_s / left_s

@@ -10,7 +10,7 @@ import math
 import tomllib
 from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, fields, replace
-from numbers import Integral
+from numbers import Integral, Real
 from pathlib import Path
 from typing import Literal, TypeVar, get_args
 
@@ -131,6 +131,39 @@ def check_count(name: str, value: object, least: int = 1) -> None:
         raise ValueError(f"{name}: expected a whole number, got {value!r}")
     if value < least:
         raise ValueError(f"{name}: expected at least {least}, got {value}")
+    if value > LARGEST:
+        raise ValueError(f"{name}: expected at most {LARGEST:g}, got {value!r:.40}")
+
+
+def check_number(name: str, value: object) -> None:
+    """ValueError, which names the argument, unless `value` is a number."""
+    if not isinstance(value, Real):
+        raise ValueError(f"{name}: expected a number, got {value!r:.60}")
+
+
+def check_share(name: str, value: object) -> float:
+    """The share as a float; ValueError unless it is in [0, 1]."""
+    check_number(name, value)
+    share = float(value)  # type: ignore[arg-type]
+    if not (share == 0 or SMALLEST <= share <= 1):
+        raise ValueError(f"{name}: expected 0 to 1, got {share:g}")
+    return share
+
+
+def check_density(value: object) -> float:
+    """The density as a float; ValueError unless it is in (0, 1]."""
+    check_number("density", value)
+    if not value:
+        raise ValueError(f"density: expected 0 < density <= 1, got {value}")
+    return check_share("density", value)
+
+
+def check_kinds(**arguments: tuple[object, type, str]) -> None:
+    """TypeError, which names the argument, for a value that is not of its type; with that, where
+    such a one comes from."""
+    for name, (value, kind, made_by) in arguments.items():
+        if not isinstance(value, kind):
+            raise TypeError(f"{name}: expected what {made_by} gives, got {value!r:.60}")
 
 
 def mistake(path: Path, name: str, expected: str, got: str, what: str = "machine") -> ValueError:

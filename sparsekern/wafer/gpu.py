@@ -9,7 +9,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass, fields
 from pathlib import Path
 
-from .figures import Figure, by_name_or_file, check_count, read_figures
+from .figures import Figure, by_name_or_file, check_count, check_kinds, read_figures
 from .inputs import Inputs
 from .machine import BYTES_PER_ELEM
 from .shapes import GPTShape
@@ -96,9 +96,19 @@ def gpu_cost(
 ) -> GpuCost:
     """Roofline of one dense step on `batch` sequences, data parallel over `systems` GPUs, and of
     decoding with `context` tokens in the cache."""
-    for name, value in (("systems", systems), ("batch", batch)):
-        check_count(name, value)
-    precision = (inputs or Inputs()).precision
+    inputs = Inputs() if inputs is None else inputs
+    check_kinds(
+        device=(device, Gpu, "gpu(name)"),
+        shape=(shape, GPTShape, "model_shape(name)"),
+        inputs=(inputs, Inputs, "Inputs()"),
+    )
+    for name, value, least in (
+        ("systems", systems, 1),
+        ("batch", batch, 1),
+        ("context", context, 0),
+    ):
+        check_count(name, value, least)
+    precision = inputs.precision
     peak = device["peak32_flop_per_s" if precision == "fp32" else "peak16_flop_per_s"]
     tokens = batch * shape.sequence
     compute_s = tokens * shape.train_flop() / (systems * peak * device["peak_share"])

@@ -7,13 +7,14 @@ tree of two levels of chains, and the wavelets of its sums. The cache lies sprea
 reads and multiplies its part. Sparsity shrinks the arithmetic and the memory, never the way.
 
 Several systems are a pipeline: each holds a share of the layers and works on other requests
-meanwhile. A request passes through all of them, so it is no faster; memory and throughput grow.
+meanwhile. A request passes through all of them, so it is no faster; memory and throughput grow, as
+far as the system with most layers lets them.
 """
 
 import math
 from dataclasses import dataclass
 
-from .figures import check_count
+from .figures import check_count, check_density, check_kinds
 from .inputs import Inputs
 from .machine import BYTES_PER_ELEM, Machine
 from .shapes import GPTShape
@@ -39,6 +40,7 @@ class InferenceCost:
     requests: int
     context: int
     pipeline: int
+    at_work: float  # systems, while the fullest one works; of as many layers each, all of them
 
     @property
     def fits(self) -> bool:
@@ -52,12 +54,13 @@ class InferenceCost:
     @property
     def throughput_tokens_per_s(self) -> float:
         """Tokens a second of all requests: each system of the pipeline has so many."""
-        return self.requests * self.pipeline / self.decode_token_s
+        return self.requests * self.at_work / self.decode_token_s
 
     @property
     def most_context(self) -> int:
         """Tokens of cache that fit for each request."""
-        free = self.free_bytes + self.cache_bytes
+        held = self.pipeline / self.at_work  # by the fullest system, over the mean one
+        free = self.free_bytes / held + self.cache_bytes
         requests = self.requests * self.pipeline
         return max(0, int(free / (self.cache_bytes_per_token * requests)))
 
@@ -81,9 +84,13 @@ def inference_cost(
     cache, on a `pipeline` of systems, and of prefill of sequences as long as the shape's.
 
     Raises ValueError, which names the argument."""
-    inputs = inputs or Inputs()
-    if not 0 < density <= 1:
-        raise ValueError(f"density: expected 0 < density <= 1, got {density}")
+    inputs = Inputs() if inputs is None else inputs
+    check_kinds(
+        machine=(machine, Machine, "machine(name)"),
+        shape=(shape, GPTShape, "model_shape(name)"),
+        inputs=(inputs, Inputs, "Inputs()"),
+    )
+    density = check_density(density)
     for name, value, least in (
         ("requests", requests, 1),
         ("pipeline", pipeline, 1),
@@ -94,9 +101,13 @@ def inference_cost(
         raise ValueError(f"pipeline: expected at most the {shape.layers} layers, got {pipeline}")
     elem_bytes = BYTES_PER_ELEM[inputs.precision]
     stored_bytes = min(elem_bytes, density * (elem_bytes + INDEX_BYTES))
-    weight_bytes = shape.linear_weights * stored_bytes + shape.head_fma * elem_bytes
+    linear_bytes = shape.linear_weights * stored_bytes
+    weight_bytes = linear_bytes + shape.head_fma * elem_bytes
+    at_work = shape.layers / -(-shape.layers // pipeline)
     cache_bytes_per_token = 2 * shape.layers * shape.kv_width * elem_bytes
     cache_bytes = float(requests * pipeline * context * cache_bytes_per_token)
+    # Room is as short everywhere as on the system with most layers.
+    more_layers = (linear_bytes + cache_bytes) * (pipeline / at_work - 1)
 
     rows, cols, clock_hz = machine["grid_rows"], machine["grid_cols"], machine["clock_hz"]
     pes_per_s = machine.grid_pes * clock_hz * inputs.utilisation
@@ -132,12 +143,13 @@ def inference_cost(
         decode_compute_s=compute_s,
         decode_cache_s=cache_s,
         transfer_s=transfer_s,
-        prefill_tokens_per_s=pipeline / prefill_s,
+        prefill_tokens_per_s=at_work / prefill_s,
         weight_bytes=weight_bytes,
         cache_bytes_per_token=cache_bytes_per_token,
         cache_bytes=cache_bytes,
-        free_bytes=pipeline * machine.sram_bytes - weight_bytes - cache_bytes,
+        free_bytes=pipeline * machine.sram_bytes - weight_bytes - cache_bytes - more_layers,
         requests=requests,
         context=context,
         pipeline=pipeline,
+        at_work=at_work,
     )

@@ -4,7 +4,7 @@ import math
 from dataclasses import dataclass, fields, replace
 from typing import Literal, get_args
 
-from .figures import ASSUMED, CALIBRATED, Mark, check_count
+from .figures import ASSUMED, CALIBRATED, Mark, check_count, check_number
 from .machine import BYTES_PER_ELEM
 
 STREAM_FORMATS = ("index16", "bitmap", "best")
@@ -87,6 +87,8 @@ class Inputs:
                 raise ValueError(
                     f"{name}: expected one of {', '.join(allowed)}, got {getattr(self, name)!r}"
                 )
+        for name in RANGES:
+            check_number(name, getattr(self, name))
         for name in ("utilisation", "partial_sum_share", "attention_efficiency"):
             if not 0 < getattr(self, name) <= 1:
                 raise ValueError(f"{name}: expected a share in (0, 1], got {getattr(self, name)}")

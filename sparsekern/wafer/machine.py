@@ -64,6 +64,11 @@ class Machine:
     def figures(self) -> dict[str, Figure]:
         return {f.name: getattr(self, f.name) for f in fields(self) if f.name != "name"}
 
+    @property
+    def base(self) -> str:
+        """The name of the machine that this is, or of which it is an alternative."""
+        return self.name.partition("@")[0]
+
     @cached_property
     def _hash(self) -> int:
         return hash((self.name, *(figure.value for figure in self.figures().values())))

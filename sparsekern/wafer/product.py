@@ -8,7 +8,7 @@ import math
 from functools import lru_cache
 
 from .balance import Mask
-from .figures import check_count
+from .figures import check_count, check_density, check_kinds
 from .inputs import Inputs
 from .machine import ACCUMULATOR_BYTES, BYTES_PER_ELEM, Machine
 from .mesh import Mesh, MeshCycles, mesh_cycles
@@ -113,8 +113,10 @@ def offloaded_s(
 
     x [tokens, k] and W [n, k] go in, y [tokens, n] comes back, all over the I/O links, and nothing
     overlaps. Raises ValueError, which names the argument."""
+    check_kinds(machine=(machine, Machine, "machine(name)"), inputs=(inputs, Inputs, "Inputs()"))
     for name, value in (("tokens", tokens), ("n", n), ("k", k)):
         check_count(name, value)
+    density = density if isinstance(density, Mask) else check_density(density)
     kept = density.density if isinstance(density, Mask) else density
     moved_bytes = tokens * (n + k) * BYTES_PER_ELEM[inputs.precision]
     moved_bytes += stream_bytes(inputs, n, k, kept)

@@ -6,7 +6,7 @@ from dataclasses import asdict
 from textwrap import fill
 
 from ..terminal import table
-from .cost import StepCost
+from .cost import MicroStep, StepCost
 from .figures import Figure
 from .gpu import Gpu, Measured
 from .inputs import RANGES, Inputs
@@ -61,6 +61,10 @@ def _facts(prediction: Prediction) -> str:
     spilled = f", {plan.spilled_bytes / 1e9:.0f} GB over the links" if plan.spilled_bytes else ""
     span, asked = RANGES["utilisation"], cost.inputs.utilisation
     is_calibrated = "is calibrated" if asked == Inputs.utilisation else "was asked for"
+    known = prediction.held_against
+    whose = "dense steps: "
+    if known != cost.machine.name:
+        whose = f"no run of {cost.machine.name} is known; dense steps of {known}: "
     arithmetic = inference.decode_compute_s / inference.decode_token_s
     count = inference.requests * inference.pipeline
     rate = inference.throughput_tokens_per_s
@@ -73,14 +77,15 @@ def _facts(prediction: Prediction) -> str:
         ),
         (
             "how sure",
-            f"dense steps: mean error {mean:.1%}, worst {worst:.1%} over held-out runs of CS-2; "
-            f"the nearest held-out run, {run.name}: {error:+.1%} in speed",
+            f"{whose}mean error {mean:.1%}, worst {worst:.1%} over held-out runs of CS-2; the "
+            f"nearest held-out run, {run.name}: {error:+.1%} in speed",
         ),
         (
             "",
-            f"step {seconds(prediction.step_s[0])} to {seconds(prediction.step_s[1])} over the "
-            f"range of utilisation, {span.low:g} to {span.high:g}; {asked:.3g} {is_calibrated}",
+            f"dense step {_span(prediction.dense_step_s)}: utilisation from {span.low:g} to "
+            f"{span.high:g}; {asked:.3g} {is_calibrated}",
         ),
+        ("", f"sparse step {_span(prediction.step_s)}: these over the speed-ups above"),
         ("", UNVALIDATED),
         (
             "memory",
@@ -103,7 +108,13 @@ def _facts(prediction: Prediction) -> str:
     lines += [line for beside in prediction.beside for line in _beside(beside)]
     width = max(len(name) for name, _ in lines) + 2
     blocks = [
-        fill(text, WIDTH, initial_indent=f"{name:<{width}}", subsequent_indent=" " * width)
+        fill(
+            text,
+            WIDTH,
+            initial_indent=f"{name:<{width}}",
+            subsequent_indent=" " * width,
+            break_on_hyphens=False,
+        )
         for name, text in lines
     ]
     return "\n".join(blocks)
@@ -137,6 +148,10 @@ def seconds(value: float) -> str:
     return f"{value / scale:.3g} {unit}"
 
 
+def _span(ends: tuple[float, float]) -> str:
+    return " to ".join(map(seconds, ends))
+
+
 def render_details(prediction: Prediction) -> str:
     """The phases of a micro-step, the parts of energy, and each layer's terms."""
     parts = [_phases(prediction), _energy(prediction), _layers(prediction.step.sparse)]
@@ -161,8 +176,12 @@ def _phases(prediction: Prediction) -> str:
             rows.append([f"{name}, {label}", *map(seconds, times)])
     header = ["of a micro-step", "linear", "attention", "elementwise", "head", "recompute"]
     cost = prediction.step.sparse
+    count, last = cost.micro_steps, cost.micro[-1]
+    steps = f"{count} micro-step{'s' * (count > 1)} of {cost.micro[0].sequences} sequences"
+    if len(cost.micro) > 1:
+        steps += f", the last of {last.sequences} in {seconds(last.total_s)}"
     return table([*header, "I/O in", "I/O out", "max(wafer, I/O)"], rows) + (
-        f"\n\nbetween steps: {seconds(cost.boundary_s)} exposed; {cost.micro_steps} micro-steps"
+        f"\n\nbetween steps: {seconds(cost.boundary_s)} exposed; {steps}"
     )
 
 
@@ -259,7 +278,8 @@ def as_dict(prediction: Prediction) -> dict[str, object]:
         "amdahl_cap": found.amdahl_cap,
         "dense": _step_as_dict(found.dense, prediction.dense_step_s),
         "sparse": _step_as_dict(cost, prediction.step_s),
-        "inference": asdict(prediction.inference),
+        "inference": asdict(prediction.inference) | {"fits": prediction.inference.fits},
+        "held_against": prediction.held_against,
         "held_out_mean": prediction.held_out[0],
         "held_out_worst": prediction.held_out[1],
         "nearest_run": asdict(prediction.nearest) | {"error": prediction.nearest_error},
@@ -290,9 +310,8 @@ def _step_as_dict(cost: StepCost, span: tuple[float, float]) -> dict[str, object
         "time_parts_s": cost.time_parts,
         "boundary_s": cost.boundary_s,
         "micro_steps": cost.micro_steps,
-        "forward": asdict(cost.forward),
-        "backward": asdict(cost.backward),
-        "activations": asdict(cost.activations),
+        **_micro_as_dict(cost.micro[0]),
+        "last_micro_step": _micro_as_dict(cost.micro[1]) if len(cost.micro) > 1 else None,
         "layers": [
             {
                 "matrix": layer.matrix,
@@ -304,4 +323,13 @@ def _step_as_dict(cost: StepCost, span: tuple[float, float]) -> dict[str, object
             }
             for layer in cost.layers
         ],
+    }
+
+
+def _micro_as_dict(micro: MicroStep) -> dict[str, object]:
+    return {
+        "sequences": micro.sequences,
+        "forward": asdict(micro.forward),
+        "backward": asdict(micro.backward),
+        "activations": asdict(micro.activations),
     }

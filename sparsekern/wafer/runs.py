@@ -18,7 +18,7 @@ from ..terminal import table
 from .cost import step_cost
 from .figures import Mark, mistake, read_toml
 from .inputs import RANGES, Inputs
-from .machine import machine
+from .machine import Machine, machine
 from .models import model_shape
 from .shapes import GPTShape
 
@@ -60,14 +60,16 @@ class Run:
     def shape(self) -> GPTShape:
         return model_shape(self.model, self.sequence or None)
 
-    def predicted(self, inputs: Inputs) -> float:
-        """Sequences a second."""
-        found = step_cost(machine(self.machine), self.shape, 1.0, self.batch, self.systems, inputs)
+    def predicted(self, inputs: Inputs, known: Machine | None = None) -> float:
+        """Sequences a second; `known` stands in for the run's machine where it is one like it."""
+        ran_on = machine(self.machine)
+        wafer = known if known and known.base == ran_on.name else ran_on
+        found = step_cost(wafer, self.shape, 1.0, self.batch, self.systems, inputs)
         return self.batch / found.step_s
 
-    def error(self, inputs: Inputs) -> float:
+    def error(self, inputs: Inputs, known: Machine | None = None) -> float:
         """Predicted over published speed, less 1: above 0 the model is too fast."""
-        return self.predicted(inputs) / self.samples_per_s - 1
+        return self.predicted(inputs, known) / self.samples_per_s - 1
 
 
 @dataclass(frozen=True)
@@ -206,10 +208,11 @@ def _least_squares(runs: Sequence[Run], names: Sequence[str], inputs: Inputs) ->
 
 
 @lru_cache
-def published_errors(inputs: Inputs) -> dict[Run, float]:
-    """Errors of the published runs at these inputs, but in 16 bits, as they ran."""
+def published_errors(inputs: Inputs, known: Machine | None = None) -> dict[Run, float]:
+    """Errors of the published runs at these inputs, but in 16 bits, as they ran; those on WSE-2 or
+    WSE-3 with that machine as `known` describes it, if it is one."""
     given = replace(inputs, precision="fp16")
-    return {run: run.error(given) for run in read_runs() if run.use != RATIO}
+    return {run: run.error(given, known) for run in read_runs() if run.use != RATIO}
 
 
 def render_calibration(found: Calibration) -> str:

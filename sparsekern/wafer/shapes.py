@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass
 
-from .figures import check_count
+from .figures import check_count, check_share
 from .machine import FLOP_PER_FMA
 
 PRODUCTS_PER_TRAINING_STEP = 3  # forward, input gradient, weight gradient
@@ -126,7 +126,7 @@ class GPTShape:
 
     def forward_flop(self, density: float = 1.0) -> float:
         """Forward FLOPs of one token."""
-        fma = self.linear_fma * density + self.attention_fma + self.head_fma
+        fma = self.linear_fma * check_share("density", density) + self.attention_fma + self.head_fma
         return FLOP_PER_FMA * fma
 
     def train_flop(self, density: float = 1.0) -> float:
@@ -146,7 +146,7 @@ class GPTShape:
         """Matrices and embeddings; no biases, no norms."""
         tables = self.vocabulary * (1 if self.is_tied else 2)
         tables += 0 if self.is_rotary else self.sequence
-        return self.linear_weights * density + tables * self.width
+        return self.linear_weights * check_share("density", density) + tables * self.width
 
     def parameter_ratio(self, density: float) -> float:
         """Dense over sparse parameters."""

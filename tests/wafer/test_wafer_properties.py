@@ -170,7 +170,9 @@ def test_a_mask_counts_what_it_keeps(n, k, density, parts, data):
     twice = mask.transposed().transposed()
     assert (twice.row_offsets == mask.row_offsets).all()
     assert (twice.col_indices == mask.col_indices).all()
-    assert mask.imbalance(parts, k_per_part, 4) >= 1
+    together = data.draw(st.integers(1, n))
+    blocks = np.add.reduceat(counts, np.arange(0, n, together), axis=0)
+    assert (mask.counts(parts, k_per_part, together) == blocks).all()
 
 
 def test_a_full_mask_is_dense_and_a_random_one_is_its_density():
