@@ -8,6 +8,7 @@ weight; here a write that torch counts makes a new cast.
 
 import threading
 import weakref
+from contextlib import AbstractContextManager, nullcontext
 
 import torch
 from torch import Tensor
@@ -64,6 +65,11 @@ def autocast(*tensors):
                 continue
         results.append(_cast(t, dtype, casts))
     return results
+
+
+def without_autocast(t: Tensor) -> AbstractContextManager:
+    """What writes to t, in place or as out=, torch's autocast leaves alone."""
+    return nullcontext() if t.is_meta else torch.autocast(t.device.type, enabled=False)
 
 
 def wanted_dtype(x: Tensor) -> torch.dtype | None:

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from . import calls as calls  # sets them up
 from . import ops
-from .casts import autocast, is_any_autocast_enabled
+from .casts import autocast, is_any_autocast_enabled, without_autocast
 from .kernels.cuda.ordered import recognised
 from .kernels.problem import Problem
 from .kernels.table import describe, pick
@@ -110,7 +110,7 @@ def _linear(input, weight, bias=None, *, out=None) -> Tensor:
     """The function behind F.linear: torch's takes out=, too."""
     if out is None:
         return linear(input, weight, bias)
-    with torch.autocast(out.device.type, enabled=False):  # torch's leaves such calls alone
+    with without_autocast(out):
         y = linear(input, weight, bias)
     F.linear(y[..., :0], y.new_empty(y.shape[-1], 0), out=out)  # type: ignore[call-arg]
     return out.copy_(y)
@@ -281,8 +281,8 @@ def raise_as_torch(func: Callable, *args, **kwargs) -> NoReturn:
         if not isinstance(a, SparseTensor):
             return a
         zeros = torch.zeros((), dtype=a.dtype, device=a.device).expand(a.shape)
-        if a.requires_grad and not _is_compiling():  # by which torch folds dimensions, or not
-            zeros.requires_grad_()
+        if a.requires_grad and not (_is_compiling() or ops.in_functorch()):
+            zeros.requires_grad_()  # by which torch folds dimensions, or not
         return zeros
 
     func(*(twin(a) for a in args), **kwargs)

@@ -3,7 +3,6 @@
 import torch
 from torch import Tensor
 from torch.autograd import Function, forward_ad
-from torch.autograd.function import once_differentiable
 
 from .indices import count_rows
 from .ops import in_functorch
@@ -11,10 +10,7 @@ from .tensor import SparseTensor
 
 
 def sparse_times_sparse(a: SparseTensor, b: SparseTensor) -> SparseTensor:
-    """a [N, K] @ b [K, L], an entry wherever the two patterns make one. Both have one dtype.
-
-    Differentiable once: a second derivative raises.
-    """
+    """a [N, K] @ b [K, L], an entry wherever the two patterns make one. Both have one dtype."""
     if in_functorch() or forward_ad._current_level >= 0:
         raise NotImplementedError(
             "matmul: a product of two SparseTensors has no torch.func and no forward mode; "
@@ -22,9 +18,9 @@ def sparse_times_sparse(a: SparseTensor, b: SparseTensor) -> SparseTensor:
         )
     if not torch.compiler.is_compiling():  # a graph cannot look
         a._checked(), b._checked()  # torch would read where any wrong column leads
-    rows, cols, values = _Product.apply(*_coo(a), a.values, *_coo(b), b.values)
+    places, values = _Product.apply(*_coo(a), a.values, *_coo(b), b.values)
     n, k = a.shape[0], b.shape[1]
-    return SparseTensor(count_rows(rows, n), cols, values, (n, k))
+    return SparseTensor(count_rows(places[0], n), places[1], values, (n, k))
 
 
 def _coo(a: SparseTensor) -> tuple[Tensor, torch.Size]:
@@ -44,23 +40,39 @@ def _mm(a_places, a_shape, a_values, b_places, b_shape, b_values) -> Tensor:
 
 
 class _Product(Function):
-    @staticmethod
-    def forward(ctx, *args):
-        ctx.shapes = args[1], args[4]
-        ctx.save_for_backward(args[0], args[2], args[3], args[5])
-        y = _mm(*args)
-        # Copies: autograd refuses writes to views that a Function returns.
-        rows, cols, values = (t.clone() for t in (*y.indices(), y.values()))
-        ctx.mark_non_differentiable(rows, cols)
-        return rows, cols, values
+    """Places int64 [2, nnz] and values of a product; its gradients are such products, so all
+    orders of derivative are there."""
 
-    # torch's own double backward of torch.sparse.mm is silently zero.
     @staticmethod
-    @once_differentiable
-    def backward(ctx, _rows, _cols, h):
-        a_places, a_values, b_places, b_values = ctx.saved_tensors
-        a_values, b_values = (t.detach().requires_grad_() for t in (a_values, b_values))
-        with torch.enable_grad():
-            y = _mm(a_places, ctx.shapes[0], a_values, b_places, ctx.shapes[1], b_values)
-            da, db = torch.autograd.grad(y.values(), (a_values, b_values), h)
+    def forward(ctx, a_places, a_shape, a_values, b_places, b_shape, b_values):
+        y = _mm(a_places, a_shape, a_values, b_places, b_shape, b_values)
+        # Copies: autograd refuses writes to views that a Function returns.
+        places, values = y.indices().clone(), y.values().clone()
+        ctx.shapes = a_shape, b_shape
+        ctx.mark_non_differentiable(places)
+        ctx.save_for_backward(a_places, a_values, b_places, b_values, places)
+        return places, values
+
+    @staticmethod
+    def backward(ctx, _, h):
+        a_places, a_values, b_places, b_values, places = ctx.saved_tensors
+        a_shape, b_shape = ctx.shapes
+        y = places, torch.Size((a_shape[0], b_shape[1])), h
+        da = db = None
+        if ctx.needs_input_grad[2]:  # dA = dY B^T at the pattern of A
+            b_t = b_places.flip(0), b_shape[::-1], b_values
+            da = _values_at(a_places, a_shape[1], *_Product.apply(*y, *b_t))
+        if ctx.needs_input_grad[5]:  # dB = A^T dY at the pattern of B
+            a_t = a_places.flip(0), a_shape[::-1], a_values
+            db = _values_at(b_places, b_shape[1], *_Product.apply(*a_t, *y))
         return None, None, da, None, None, db
+
+
+def _values_at(wanted: Tensor, k: int, places: Tensor, values: Tensor) -> Tensor:
+    """The values at `wanted` of what has `values` at ascending `places`, in rows of k; 0 where it
+    has none."""
+    sought, known = (rows * k + cols for rows, cols in (wanted, places))
+    at = torch.searchsorted(known, sought)  # up to one place beyond the last
+    known = torch.cat([known, known.new_tensor([-1])])
+    values = torch.cat([values, values.new_zeros(1)])
+    return values[torch.where(known[at] == sought, at, len(values) - 1)]

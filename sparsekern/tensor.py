@@ -357,7 +357,11 @@ class _Missing:
 
 
 def name_what_is_missing() -> None:
-    """After all has been registered."""
+    """After all has been registered. What Python says of a wrong keyword begins with the name of
+    the function, as what torch says does."""
+    for function, implementation in TORCH_FUNCTIONS.items():
+        if implementation.__qualname__.startswith("_") or "<" in implementation.__qualname__:
+            implementation.__qualname__ = function.__name__
     for name in dir(Tensor):
         if not name.startswith("_") and name not in SparseTensor.__dict__:
             setattr(SparseTensor, name, _Missing(name))

@@ -12,7 +12,7 @@ from string import ascii_letters
 import torch
 from torch import Tensor
 
-from ..matmul import autocast, matmul, raise_as_torch
+from ..matmul import autocast, matmul, raise_as_torch, times
 from ..tensor import TORCH_FUNCTIONS, SparseTensor, register
 
 
@@ -32,8 +32,14 @@ def _einsum(equation, *operands):
         raise_as_torch(torch.einsum, equation, *operands)
     letters, result = parsed
     w, x_letters = letters[at], letters[1 - at] if len(operands) == 2 else ""
-    x, values = autocast(x, W.values)
     sizes = dict(zip(w, W.shape, strict=True))
+    values = W.values
+    if any(sizes[c] != 1 for c in set(w) & set(x_letters) - set(result)):
+        x, values = autocast(x, values)
+    else:  # torch has no matrix product to cast for: it multiplies, and promotes
+        dtype = torch.promote_types(x.dtype, values.dtype)
+        if dtype.is_floating_point:
+            x, values = x.to(dtype), values.to(dtype)
     same = (x.dtype, x.device, x.layout) == (values.dtype, values.device, torch.strided)
     if not same or any(sizes.get(c, s) != s for c, s in zip(x_letters, x.shape, strict=True)):
         raise_as_torch(torch.einsum, equation, *operands)
@@ -90,7 +96,7 @@ def _contract(W: SparseTensor, w: str, x: Tensor, x_letters: str, result: str) -
         return torch.einsum(f"{w},{kept}->{result}", W.to_dense(), x)
     if len(stay) == 1 and stay[0] not in kept:
         a, b = (w[0], w[1]) if w[0] == stay[0] else (w[1], w[0])
-        y = matmul(x.movedim(kept.index(b), -1), W.T if w[0] == a else W)
+        y = times(x.movedim(kept.index(b), -1), W.T if w[0] == a else W, W.values)
         return torch.einsum(f"{kept.replace(b, '')}{a}->{result}", y)
     # x at the stored places, [nnz, ..]
     x = x.movedim((kept.index(w[0]), kept.index(w[1])), (0, 1))
@@ -126,8 +132,9 @@ def _sum_at(places: Tensor, products: Tensor, size: int) -> Tensor:
 
 def _tensordot(a, b, dims=2, out=None):
     pair = _contracted_dims(a, b, dims)
-    if pair is None:
+    if pair is None or not _are_alike(a, b, pair):
         raise_as_torch(torch.tensordot, a, b, dims)
+    a, b = _autocast(a, b)
     letters = iter(ascii_letters)
     a_letters = [next(letters) for _ in range(a.ndim)]
     b_letters = [next(letters) for _ in range(b.ndim)]
@@ -142,6 +149,21 @@ def _tensordot(a, b, dims=2, out=None):
     empty = (y[..., :0], y.new_empty(0, y.shape[-1])) if y.ndim else (y.view(1)[:0],) * 2
     torch.tensordot(*empty, dims=1, out=out)
     return out.copy_(y)
+
+
+def _are_alike(a, b, pair: tuple[list[int], list[int]]) -> bool:
+    """Whether both have one dtype, on one device, and the dimensions of each pair one size."""
+    sizes = [[t.shape[d] for d in dims] for t, dims in zip((a, b), pair, strict=True)]
+    return (a.dtype, a.device) == (b.dtype, b.device) and sizes[0] == sizes[1]
+
+
+def _autocast(*operands) -> list[Tensor | SparseTensor]:
+    """As those of a matrix product, which tensordot and inner always make."""
+    cast = autocast(*(t.values if isinstance(t, SparseTensor) else t for t in operands))
+    return [
+        t._with_values(c, t.is_transposed) if isinstance(t, SparseTensor) else c
+        for t, c in zip(operands, cast, strict=True)
+    ]
 
 
 def _contracted_dims(a, b, dims) -> tuple[list[int], list[int]] | None:
@@ -167,8 +189,10 @@ def _inner(input, other, *, out=None):
     ndims = getattr(input, "ndim", None), getattr(other, "ndim", None)
     if None in ndims:
         raise_as_torch(torch.inner, input, other)
-    if 0 in ndims:
-        y = _tensordot(input, other, 0)
+    if 0 in ndims:  # torch multiplies
+        y = (input * other).to_dense()
+    elif not _are_alike(input, other, ([-1], [-1])):
+        raise_as_torch(torch.inner, input, other)
     else:
         y = _tensordot(input, other, ([-1], [-1]))
     if out is None:

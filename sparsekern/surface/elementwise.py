@@ -22,6 +22,7 @@ from torch import Tensor
 
 from ..indices import check_sizes, check_values, count_rows
 from ..kernels.derived import derived
+from ..matmul import raise_as_torch
 from ..tensor import ALTERNATIVES, REFLECTED, TORCH_FUNCTIONS, SparseTensor, register, unsupported
 
 UNARY = """abs absolute neg negative positive relu sqrt square sin sinh tan tanh asin arcsin asinh
@@ -112,6 +113,9 @@ def _factor(W: SparseTensor, other) -> Tensor | Number:
         raise TypeError(
             f"mul: expected a number, a tensor or a SparseTensor, got {type(other).__name__}"
         )
+    sizes = zip(other.shape[::-1], W.shape[::-1], strict=False)
+    if other.ndim > 2 or any(s not in (1, size) for s, size in sizes):
+        raise_as_torch(torch.mul, W, other)
     return other.expand(W.shape)[W._coordinates()]
 
 

@@ -10,7 +10,7 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
-from ..indices import counted
+from ..indices import count_rows, counted
 from ..tensor import ALTERNATIVES, TORCH_FUNCTIONS, SparseTensor, name_what_is_missing, register
 from .contractions import sum_over
 
@@ -18,7 +18,7 @@ from .contractions import sum_over
 
 
 def _dims(*dims: int) -> list[int]:
-    for d in dims:
+    for d in map(operator.index, dims):
         if not -2 <= d < 2:
             raise IndexError(
                 f"Dimension out of range (expected to be in range of [-2, 1], but got {d})"
@@ -32,7 +32,7 @@ def _transpose(input: SparseTensor, dim0: int, dim1: int) -> SparseTensor:
 
 
 def _permute(input: SparseTensor, *dims) -> SparseTensor:
-    dims = _dims(*(dims[0] if len(dims) == 1 else dims))
+    dims = _dims(*(dims[0] if len(dims) == 1 and isinstance(dims[0], (tuple, list)) else dims))
     if sorted(dims) != [0, 1]:
         raise RuntimeError(f"permute: expected a permutation of (0, 1), got {tuple(dims)}")
     return input if dims == [0, 1] else input.T
@@ -76,6 +76,8 @@ def _copy_(input: SparseTensor, src: SparseTensor, non_blocking: bool = False) -
     """Pattern and values of src, which has as many."""
     if not isinstance(src, SparseTensor):
         raise TypeError(f"copy_: expected a SparseTensor, got {type(src).__name__}")
+    if not isinstance(input, SparseTensor):
+        raise TypeError("copy_: a dense tensor takes no SparseTensor: use x.copy_(W.to_dense())")
     if (src.shape, src.nnz) != (input.shape, input.nnz):
         raise ValueError(
             f"copy_: expected shape {tuple(input.shape)} with {input.nnz} stored values, got "
@@ -91,7 +93,13 @@ def _copy_(input: SparseTensor, src: SparseTensor, non_blocking: bool = False) -
 
 def _in_csr(W: SparseTensor) -> SparseTensor:
     """The same matrix, not as a transpose."""
-    return W if not W.is_transposed else SparseTensor.from_torch(W.to_torch())
+    if not W.is_transposed:
+        return W
+    W._checked()
+    rows, cols = W._coordinates()
+    order = rows.argsort(stable=True)
+    parts = count_rows(rows, W.k), cols[order].int(), W.values[order]
+    return SparseTensor._trusted(*parts, W.k, W.n)
 
 
 def _zero_(input: SparseTensor) -> SparseTensor:
@@ -145,8 +153,10 @@ def _to_sparse(name: str):
 
 def _sum(input: SparseTensor, dim=None, keepdim: bool = False, *, dtype=None) -> Tensor:
     values = input.values if dtype is None else input.values.to(dtype)
-    dims = _dims(*([] if dim is None else [dim] if isinstance(dim, int) else dim))
-    if len(set(dims)) != 1:  # all, as for dim=()
+    dims = _dims(*([] if dim is None else dim if isinstance(dim, (tuple, list)) else [dim]))
+    if len(set(dims)) < len(dims):
+        raise RuntimeError(f"dim {dims[0]} appears multiple times in the list of dims")
+    if len(dims) != 1:  # all, as for dim=()
         total = values.sum()
         return total.view(1, 1) if keepdim else total
     total = sum_over(input._with_values(values, input.is_transposed), dims[0])
@@ -155,6 +165,8 @@ def _sum(input: SparseTensor, dim=None, keepdim: bool = False, *, dtype=None) ->
 
 def _mean(input: SparseTensor, dim=None, keepdim: bool = False, *, dtype=None) -> Tensor:
     dtype = dtype or input.dtype
+    if not (dtype.is_floating_point or dtype.is_complex):
+        input.values.mean(dtype=dtype)  # torch's error
     wide = torch.float32 if dtype.itemsize == 2 else dtype
     total = _sum(input, dim, keepdim, dtype=wide)
     return (total / (_numel(input) / max(1, total.numel()))).to(dtype)
@@ -179,7 +191,9 @@ def _norm(
         raise TypeError(
             "norm: only of all of a SparseTensor, 'fro' or p >= 0, no out=: use W.to_dense()"
         )
-    values = input.values if input.nnz else input.values.new_zeros(min(1, _numel(input)))
+    values = input.values
+    if not input.nnz:  # torch has no infinite norm of nothing
+        values = torch.cat([values, values.new_zeros(min(1, _numel(input)))])
     return torch.linalg.vector_norm(values, p, dtype=dtype)
 
 
@@ -231,7 +245,7 @@ def _rows(W: SparseTensor, rows: slice) -> SparseTensor:
     W, last = _in_csr(W), max(first, last)
     offsets = W.row_offsets[first : last + 1]
     start, end = offsets[[0, -1]].tolist()
-    indices = offsets - start, W.col_indices[start:end].clone()
+    indices = map(counted, (offsets - start, W.col_indices[start:end].clone()))
     return SparseTensor._trusted(*indices, W.values[start:end], last - first, W.k)
 
 

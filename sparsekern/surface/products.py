@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from .. import ops
+from ..casts import without_autocast
 from ..indices import VALUE_DTYPES
 from ..matmul import autocast, fits, raise_as_torch, times
 from ..tensor import ALTERNATIVES, TORCH_FUNCTIONS, SparseTensor, register
@@ -73,6 +74,8 @@ def _add(func: Callable, b_ndim: int, input, a, b, beta, alpha, out) -> Tensor:
     wanted = {"beta": beta, "alpha": alpha}
     if (getattr(a, "ndim", None), getattr(b, "ndim", None)) != (2, b_ndim):
         raise_as_torch(func, input, a, b, **wanted)
+    if isinstance(beta, complex) or isinstance(alpha, complex):
+        raise_as_torch(func, input, a, b, **wanted)
     summand, values = input, W.values
     # torch's autocast leaves calls with out= alone, and on a CPU also addmv.
     if out is None and not (func is torch.addmv and values.device.type == "cpu"):
@@ -126,7 +129,8 @@ def _scaled_sum(summand: Tensor, y: Tensor, beta, alpha) -> Tensor:
 
 def _in_place(func: Callable, in_place: Callable):
     def run(input, a, b, *, beta=1, alpha=1):
-        result = func(input, a, b, beta=beta, alpha=alpha)
+        with without_autocast(input):
+            result = func(input, a, b, beta=beta, alpha=alpha)
         if result.shape != input.shape:
             raise_as_torch(in_place, input, a, b, beta=beta, alpha=alpha)
         return input.copy_(result)
