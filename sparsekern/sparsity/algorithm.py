@@ -29,6 +29,7 @@ from .optimizers import held_layers, known_holders, note_model_of, note_waiting,
 from .pattern import check_can_change, check_same_on_all_ranks, places_of
 from .published import is_sparse_by_default
 from .schedules import Constant, Schedule, schedule, update_steps, value_at
+from .uneven import watch
 
 Layer = nn.Linear | SparseLinear  # what an algorithm is given
 SOON = 1000  # steps: what a kernel takes seconds to derive from all patterns pays off after as many
@@ -246,6 +247,7 @@ class Algorithm:
         now: dict[str, Any] = dict(model.named_modules())
         self.layers = {name: now[name] for name in names}
         note_model_of(self)
+        watch()
         if self.optimizers:  # the same layers under other names, as in a wrapper
             self._before_step()
         return model

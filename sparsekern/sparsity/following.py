@@ -15,6 +15,7 @@ from ..nn import replaced
 from ..nn.optimizers import holders
 from .optimizers import held_layers, makes_state_alone, note_known, note_waiting
 from .pattern import check_same_on_all_ranks, local
+from .uneven import check_all_take_part
 
 
 def unwrapped(target) -> Optimizer | None:
@@ -91,6 +92,9 @@ def _before_step(algorithm, optimizer: Optimizer) -> None:
     if not algorithm.layers:
         return
     _check_is_of_pattern(algorithm, optimizer)
+    will_update = algorithm.is_due and not makes_state_alone(optimizer)
+    if not algorithm._is_checked or will_update:
+        check_all_take_part(algorithm.layers.values())
     if not algorithm._is_checked or algorithm.is_due:
         _check_are_shards(algorithm)
     if not algorithm._is_checked:
@@ -98,7 +102,7 @@ def _before_step(algorithm, optimizer: Optimizer) -> None:
         check_same_on_all_ranks(algorithm.layers)
         algorithm._check_ranks()
         algorithm._is_checked = True
-    if algorithm.is_due and not makes_state_alone(optimizer):
+    if will_update:
         algorithm._check_can_update()
 
 
