@@ -293,6 +293,7 @@ class Algorithm:
         self._hooked = WeakSet()
         if self.layers:
             note_model_of(self)
+            note_waiting(self)
 
     def _check_optimizer(self, optimizer: Optimizer) -> None:
         if not self.layers:
