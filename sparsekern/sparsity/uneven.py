@@ -14,6 +14,8 @@ from torch import nn
 from torch.nn.modules.module import register_module_module_registration_hook
 from torch.nn.parallel import DistributedDataParallel
 
+from ..nn.alive import alive
+
 AT_UPDATE = 2  # what a rank adds that is at an update, not at a forward pass
 
 _wrappers: weakref.WeakSet[DistributedDataParallel] = weakref.WeakSet()
@@ -35,7 +37,7 @@ def _note(module: nn.Module, name: str, child: nn.Module | None) -> None:
 
 def check_all_take_part(layers: Iterable[nn.Module]) -> None:
     """RuntimeError where another rank is not at this step, on each rank that is."""
-    wrapper = next((w for w in list(_wrappers) if _is_joined(w, layers)), None)
+    wrapper = next((w for w in alive(_wrappers) if _is_joined(w, layers)), None)
     if wrapper is None:
         return
     group: dist.ProcessGroup = wrapper.join_process_group
