@@ -1,6 +1,6 @@
 """What an optimizer holds of a parameter, for when another one takes its place."""
 
-from collections.abc import Collection, Iterable, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from typing import Any
 
 import torch
@@ -92,6 +92,32 @@ def _shares(kept: Any, parameter: Tensor, address: int) -> bool:
 def _address(t: Tensor) -> int | None:
     is_plain = t.layout == torch.strided and type(t) in (Tensor, torch.nn.Parameter)
     return t.untyped_storage().data_ptr() if is_plain else None
+
+
+def kept_beside_state(optimizer: Optimizer) -> dict[torch.Size, str]:
+    """The shapes of tensors that it keeps elsewhere than in the state of its parameters, as in a
+    list of momenta, and under which name; without what lies in the memory of these or of a state,
+    which it may share with one that it wraps."""
+    places = _others(optimizer)
+    places += [(k, kept) for g in optimizer.param_groups for k, kept in g.items() if k != "params"]
+    places += [(key, kept) for key, kept in optimizer.state.items() if isinstance(key, str)]
+    found = [(name, t) for name, kept in places for t in tensors_in(kept)]
+    if not found:
+        return {}
+    held = [p for group in optimizer.param_groups for p in group["params"]]
+    known = {_address(t) for p in held for t in (p, p.grad) if t is not None}
+    for holder in holders([optimizer]):
+        states = [state for key, state in holder.state.items() if isinstance(key, Tensor)]
+        known |= {_address(t) for t in tensors_in(states)}
+    return {t.shape: name for name, t in found if _address(t) not in known}
+
+
+def tensors_in(kept: Any) -> Iterator[Tensor]:
+    if isinstance(kept, Tensor):
+        yield kept
+    elif isinstance(kept, dict | list | tuple):
+        for part in kept.values() if isinstance(kept, dict) else kept:
+            yield from tensors_in(part)
 
 
 def first_number(optimizer: Optimizer, parameter: Tensor, key: str) -> float:
