@@ -97,8 +97,8 @@ def _before_step(algorithm, optimizer: Optimizer) -> None:
         check_all_take_part(algorithm.layers.values())
     if not algorithm._is_checked or algorithm.is_due:
         _check_are_shards(algorithm)
-    if not algorithm._is_checked:
         _check_all_are_held(algorithm)
+    if not algorithm._is_checked:
         check_same_on_all_ranks(algorithm.layers)
         algorithm._check_ranks()
         algorithm._is_checked = True
@@ -238,5 +238,5 @@ def _check_all_are_held(algorithm) -> None:
         raise RuntimeError(
             f"sparsity: no optimizer that the algorithm follows holds the values of "
             f"{', '.join(missing)}; call algorithm.apply(optimizer) with each optimizer before "
-            "the first step"
+            "the first step, or freeze what is not trained any more"
         )

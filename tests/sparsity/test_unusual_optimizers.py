@@ -107,3 +107,18 @@ def test_models_train_in_several_threads():
     finally:
         sys.setswitchinterval(interval)
     assert not errors
+
+
+def test_values_that_no_optimizer_holds_any_more():
+    """The step before an update asks again: a layer that nobody trains would lose weights."""
+    algorithm = SET(0.5, update={"freq": 2})
+    model = algorithm.apply(model_of(16, 16, 16))
+    optimizer = torch.optim.AdamW([{"params": layer.parameters()} for layer in model])
+    step(model, algorithm.apply(optimizer))
+    del optimizer.param_groups[1]
+    before = places_of(model[1])
+    with pytest.raises(RuntimeError, match="no optimizer .* holds the values of 1; .* or freeze"):
+        step(model, optimizer)
+    model[1].requires_grad_(False)
+    step(model, optimizer)
+    assert algorithm.steps == 2 and torch.equal(before, places_of(model[1]))
