@@ -98,9 +98,10 @@ def kept_beside_state(optimizer: Optimizer) -> dict[torch.Size, str]:
     """The shapes of tensors that it keeps elsewhere than in the state of its parameters, as in a
     list of momenta, and under which name; without what lies in the memory of these or of a state,
     which it may share with one that it wraps."""
-    places, states = _others(optimizer), dict[Any, Any](optimizer.state)
+    by_name: dict[Any, Any] = optimizer.state
+    places = _others(optimizer)
     places += [(k, kept) for g in optimizer.param_groups for k, kept in g.items() if k != "params"]
-    places += [(key, kept) for key, kept in states.items() if isinstance(key, str)]
+    places += [(key, kept) for key, kept in by_name.items() if isinstance(key, str)]
     found = [(name, t) for name, kept in places for t in tensors_in(kept)]
     if not found:
         return {}
