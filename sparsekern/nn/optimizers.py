@@ -7,6 +7,8 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
+KEY = "sparsekern"  # of a parameter group: where SparsityCallback keeps an algorithm's state
+
 
 def holders(optimizers: Iterable[Optimizer]) -> list[Optimizer]:
     """These optimizers and those that they wrap, each with state of its own."""
@@ -100,7 +102,8 @@ def kept_beside_state(optimizer: Optimizer) -> dict[torch.Size, str]:
     which it may share with one that it wraps."""
     by_name: dict[Any, Any] = optimizer.state
     places = _others(optimizer)
-    places += [(k, kept) for g in optimizer.param_groups for k, kept in g.items() if k != "params"]
+    groups = [(k, kept) for group in optimizer.param_groups for k, kept in group.items()]
+    places += [(k, kept) for k, kept in groups if k not in ("params", KEY)]
     places += [(key, kept) for key, kept in by_name.items() if isinstance(key, str)]
     found = [(name, t) for name, kept in places for t in tensors_in(kept)]
     if not found:
