@@ -14,7 +14,7 @@ from torch import Tensor
 from torch.autograd import forward_ad
 from torch.nn import Parameter
 
-from .flop_formulas import register_when_imported
+from .flop_formulas import FORMULAS, register_when_imported
 from .kernels import observed
 from .kernels.cpu import lanes
 from .kernels.cuda.choose import assemble, check_operands, form_for
@@ -287,7 +287,7 @@ _library.define(
 _library.impl("spmm_lanes", run_spmm_lanes, "CPU")
 torch.library.register_fake("sparsekern::spmm_lanes", _fake_spmm_lanes, lib=_library)
 
-register_when_imported()
+register_when_imported(FORMULAS)
 
 spmm_lanes_op = torch.ops.sparsekern.spmm_lanes.default
 spmm_e4m3 = torch.ops.sparsekern.spmm_e4m3.default

@@ -9,6 +9,7 @@ has noted it itself.
 import torch
 from torch import Tensor
 
+from .flop_formulas import FLOAT8_FORMULAS, register_when_imported
 from .kernels import observed
 from .kernels.cuda import bitmap as bitmaps
 from .kernels.cuda import float8
@@ -173,3 +174,5 @@ _define(
     _linear_gradients,
     _fake_linear_gradients,
 )
+
+register_when_imported(FLOAT8_FORMULAS)

@@ -214,6 +214,10 @@ def test_flops_of_packed_weights(w):
     with FlopCounterMode(display=False) as counter:
         torch.ops.sparsekern.spmm_packed(x, "pairs", N, K, nnz, [], [])
     assert counter.get_total_flops() == 2 * M * nnz
+    x8 = torch.empty(M, 64, dtype=torch.float8_e4m3fn, device="meta")
+    with FlopCounterMode(display=False) as counter:  # of the half that 2 of 4 leave
+        torch.ops.sparsekern.spmm_e4m3(x8, torch.empty(9, device="meta"), 32, 1.0)
+    assert counter.get_total_flops() == M * 32 * 64
     if lanes._C is not None:  # which counts its padding
         packed = lanes.pack(SparseTensor.from_dense(w.float()))
         with FlopCounterMode(display=False) as counter:

@@ -66,8 +66,11 @@ def signature(thing: griffe.Object) -> str:
 
 
 def members(cls: griffe.Class) -> list[griffe.Object]:
-    """Its public methods and properties that have something to say."""
-    found = [m for m in cls.members.values() if not m.name.startswith("_") and not m.is_alias]
+    """Its public methods and properties that have something to say, and those of a base that has
+    none itself, as a class in two files has."""
+    roots = [base for base in cls.resolved_bases if base.is_class and not base.bases]
+    there = [m for part in (*roots, cls) for m in part.members.values()]
+    found = [m for m in there if not m.name.startswith("_") and not m.is_alias]
     return [m for m in found if m.docstring and (m.is_function or "property" in m.labels)]
 
 

@@ -19,6 +19,7 @@ from ..sparsity.families import TwoWay
 from ..sparsity.gradual import round_sparsity
 from ..sparsity.pattern import places_of
 from ..terminal import Progress
+from ..weights.digests import digest_of_json, digests
 from .checkpoint import (
     CHECKPOINT,
     checkpoint_file,
@@ -98,7 +99,8 @@ def prune(config: PruneConfig) -> list[dict]:
 def _all_rounds(config: PruneConfig, path: Path) -> list[dict]:
     settings = asdict(config)
     source, trained = _load_source(config)
-    early = _load_early(config.rewind, trained) if config.rewind else None
+    early = _load_early(config.rewind, trained) if config.rewind else {}
+    kept = {"prune": settings, "early": digest_of_json(digests(early))}
     state = _load_own(path, settings) if path.exists() else source | {"rows": []}
     rows: list[dict] = state["rows"]
     targets = config.sparsities()
@@ -111,6 +113,11 @@ def _all_rounds(config: PruneConfig, path: Path) -> list[dict]:
     if rows and not _is_in(spent, state["source"]):
         raise ValueError(
             f"source: {config.source} was trained anew or on since {path} was written; choose "
+            "another folder"
+        )
+    if rows and state.get("early", kept["early"]) != kept["early"]:  # versions before wrote none
+        raise ValueError(
+            f"rewind: {config.rewind} was trained anew or on since {path} was written; choose "
             "another folder"
         )
     done = sum(row["steps"] for row in rows)
@@ -137,7 +144,7 @@ def _all_rounds(config: PruneConfig, path: Path) -> list[dict]:
             rows.append(_row(run, index))
             state = run.state()
             # What `generate` and `train --init-from` take.
-            save_checkpoint(path, state | {"prune": settings, "rows": rows})
+            save_checkpoint(path, state | kept | {"rows": rows})
             _write_table(path, settings, rows)
             progress.line(line(rows[-1]))
     # Again where nothing was left to do: a kill may have come before the last two files.
@@ -259,7 +266,7 @@ def _recovery(config: PruneConfig, source: TrainConfig, index: int, steps: int =
     )
 
 
-def _prune(run: Run, config: PruneConfig, target: float, early: dict[str, Tensor] | None) -> None:
+def _prune(run: Run, config: PruneConfig, target: float, early: dict[str, Tensor]) -> None:
     settings: dict = {"distribution": config.distribution, "family": config.family}
     if config.method != "magnitude":
         # Training text, of steps that no round comes to.

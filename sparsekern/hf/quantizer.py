@@ -123,6 +123,7 @@ class SparseQuantizer(HfQuantizer):
             if isinstance(dense, nn.MultiheadAttention):
                 _spare(name.rpartition(".")[0], skeleton, tensors)
         _untie(model, skeleton, made)
+        _check_ties(model, "from_pretrained")
         return model
 
     def get_weight_conversions(self) -> list[WeightConverter]:
@@ -239,7 +240,7 @@ def attach(model: PreTrainedModel, is_sparse: bool, state: dict[str, Tensor] | N
             f"save_pretrained: the model has sparse layers and was quantized by "
             f"{type(quantizer).__name__}, whose files hold none: call densify_(model) first"
         )
-    _check_ties(model)
+    _check_ties(model, "save_pretrained")
     model.config.quantization_config = quantizer.quantization_config
     quantizer.state = state
 
@@ -254,7 +255,7 @@ def are_made_others(model: PreTrainedModel) -> bool:
     return any(c.rename_source_key(f"{n}.weight")[1] is not None for c in back for n in names)
 
 
-def _check_ties(model: PreTrainedModel) -> None:
+def _check_ties(model: PreTrainedModel, call: str) -> None:
     """ValueError where from_pretrained would tie a sparse weight to another one."""
     if not getattr(model.config.get_text_config(), "tie_word_embeddings", False):
         return
@@ -262,8 +263,8 @@ def _check_ties(model: PreTrainedModel) -> None:
     for name, module in model.named_modules():
         if isinstance(module, SparseLinear) and f"{name}.weight" in {*tied, *tied.values()}:
             raise ValueError(
-                f"save_pretrained: {name} is sparse, and config.tie_word_embeddings would tie its "
-                "weight: set that to False, or make the layer dense"
+                f"{call}: {name} is sparse, and config.tie_word_embeddings would tie its weight: "
+                "set that to False, or make the layer dense before it is saved"
             )
 
 

@@ -5,9 +5,8 @@ from typing import Any
 
 from torch import nn
 
+from ..nn.optimizers import KEY
 from ..sparsity import Algorithm, Group
-
-KEY = "sparsekern"  # of an optimizer's first parameter group
 
 
 class SparsityCallback:

@@ -20,6 +20,7 @@ from ..matmul import linear, quick_linear
 from ..ops import SPMM, call
 from ..tensor import SparseTensor
 from . import copies, loading
+from .alive import alive
 from .checks import cannot_be_set
 from .kinds import parameter_of, renew_weight
 from .loading import IN_FEATURES, TRANSPOSE
@@ -257,7 +258,7 @@ def layer_of(values: Tensor) -> SparseLinear | None:
 
 def layers_of(parameters: Sequence[Tensor]) -> list[SparseLinear | None]:
     """The same of each, None for those that are no values."""
-    layers = {id(m.__dict__.get("_parameters", {}).get("values")): m for m in list(_layers)}
+    layers = {id(m.__dict__.get("_parameters", {}).get("values")): m for m in alive(_layers)}
     return [layers.get(id(p)) for p in parameters]
 
 

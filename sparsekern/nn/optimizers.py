@@ -1,11 +1,13 @@
 """What an optimizer holds of a parameter, for when another one takes its place."""
 
-from collections.abc import Collection, Iterable, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.optim import Optimizer
+
+KEY = "sparsekern"  # of a parameter group: where SparsityCallback keeps an algorithm's state
 
 
 def holders(optimizers: Iterable[Optimizer]) -> list[Optimizer]:
@@ -92,6 +94,34 @@ def _shares(kept: Any, parameter: Tensor, address: int) -> bool:
 def _address(t: Tensor) -> int | None:
     is_plain = t.layout == torch.strided and type(t) in (Tensor, torch.nn.Parameter)
     return t.untyped_storage().data_ptr() if is_plain else None
+
+
+def kept_beside_state(optimizer: Optimizer) -> dict[torch.Size, str]:
+    """The shapes of tensors that it keeps elsewhere than in the state of its parameters, as in a
+    list of momenta, and under which name; without what lies in the memory of these or of a state,
+    which it may share with one that it wraps."""
+    by_name: dict[Any, Any] = optimizer.state
+    places = _others(optimizer)
+    groups = [(k, kept) for group in optimizer.param_groups for k, kept in group.items()]
+    places += [(k, kept) for k, kept in groups if k not in ("params", KEY)]
+    places += [(key, kept) for key, kept in by_name.items() if isinstance(key, str)]
+    found = [(name, t) for name, kept in places for t in tensors_in(kept)]
+    if not found:
+        return {}
+    held = [p for group in optimizer.param_groups for p in group["params"]]
+    known = {_address(t) for p in held for t in (p, p.grad) if t is not None}
+    for holder in holders([optimizer]):
+        states = [state for key, state in holder.state.items() if isinstance(key, Tensor)]
+        known |= {_address(t) for t in tensors_in(states)}
+    return {t.shape: name for name, t in found if _address(t) not in known}
+
+
+def tensors_in(kept: Any) -> Iterator[Tensor]:
+    if isinstance(kept, Tensor):
+        yield kept
+    elif isinstance(kept, dict | list | tuple):
+        for part in kept.values() if isinstance(kept, dict) else kept:
+            yield from tensors_in(part)
 
 
 def first_number(optimizer: Optimizer, parameter: Tensor, key: str) -> float:

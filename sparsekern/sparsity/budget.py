@@ -3,7 +3,7 @@
 uniform   every layer the same sparsity
 erk       density of a layer in proportion to (N + K) / (N K), up to what it has room for: small
           layers stay denser (Erdos-Renyi, Mocanu et al. 2018, as RigL uses it); the total is exact
-global    one threshold for all layers, over scores: decided in algorithm.py, not here
+global    one threshold for all layers, over scores: decided in masks.py, not here
 """
 
 from collections.abc import Mapping

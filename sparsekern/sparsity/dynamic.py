@@ -27,7 +27,7 @@ class SET(Updating):
 
     Each update drops a share of a layer's weights and grows as many as its sparsity leaves room
     for: none, where the schedule of the sparsity rises faster than weights are dropped. Frozen
-    layers keep their patterns.
+    layers keep their patterns, with a warning where all are frozen.
 
     Args:
         drop_fraction: share of a layer's weights that is dropped at each update, or a schedule.
@@ -64,6 +64,13 @@ class SET(Updating):
         return fraction
 
     def update_pattern(self) -> None:
+        if not any(layer.values.requires_grad for layer in self.layers.values()):
+            warnings.warn(
+                f"{type(self).__name__}: all its layers are frozen (requires_grad=False), as those "
+                "under LoRA adapters, and keep their patterns: what grows would stay zero",
+                stacklevel=2,
+            )
+            return
         fraction = self._drop_fraction(self.steps)
         sizes = {n: (m.out_features, m.in_features) for n, m in self.layers.items()}
         counts = self._budgets(sizes, self.target(self.steps))

@@ -15,6 +15,7 @@ from ..nn import replaced
 from ..nn.optimizers import holders
 from .optimizers import held_layers, makes_state_alone, note_known, note_waiting
 from .pattern import check_same_on_all_ranks, local
+from .uneven import check_all_take_part
 
 
 def unwrapped(target) -> Optimizer | None:
@@ -91,14 +92,17 @@ def _before_step(algorithm, optimizer: Optimizer) -> None:
     if not algorithm.layers:
         return
     _check_is_of_pattern(algorithm, optimizer)
+    will_update = algorithm.is_due and not makes_state_alone(optimizer)
+    if not algorithm._is_checked or will_update:
+        check_all_take_part(algorithm.layers.values())
     if not algorithm._is_checked or algorithm.is_due:
         _check_are_shards(algorithm)
-    if not algorithm._is_checked:
         _check_all_are_held(algorithm)
+    if not algorithm._is_checked:
         check_same_on_all_ranks(algorithm.layers)
         algorithm._check_ranks()
         algorithm._is_checked = True
-    if algorithm.is_due and not makes_state_alone(optimizer):
+    if will_update:
         algorithm._check_can_update()
 
 
@@ -234,5 +238,5 @@ def _check_all_are_held(algorithm) -> None:
         raise RuntimeError(
             f"sparsity: no optimizer that the algorithm follows holds the values of "
             f"{', '.join(missing)}; call algorithm.apply(optimizer) with each optimizer before "
-            "the first step"
+            "the first step, or freeze what is not trained any more"
         )

@@ -1,5 +1,6 @@
 """Pruning during training: gradual magnitude pruning, and rounds of it with rewinding."""
 
+import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import partial
@@ -16,6 +17,7 @@ from .checks import whole as whole_number
 from .pattern import hashes_of, is_distributed, places_of, set_pattern, whole
 from .schedules import EXAMPLE, Constant, Every
 from .select import generator
+from .static import SLACK
 from .undo import layers_unchanged_on_failure
 
 
@@ -26,6 +28,8 @@ class GMP(Updating):
 
     On its way to a two-way mask it keeps one of half of all weights within what is stored.
     """
+
+    _has_updated = False  # or goes on where another one has
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -50,10 +54,31 @@ class GMP(Updating):
         """It may be denser on its way."""
 
     def update_pattern(self) -> None:
+        if not self._has_updated:
+            self._warn_of_growth()
         optimizers = self.all_optimizers
         with layers_unchanged_on_failure(self.layers.values(), optimizers):
             for name, places in self._new_places().items():
                 self._set(name, places, optimizers)
+
+    def _warn_of_growth(self) -> None:
+        """Where the layers came sparser than the schedule has them by now, it would undo that."""
+        self._has_updated = True
+        target = self.target(self.steps)
+        size = sum(layer.out_features * layer.in_features for layer in self.layers.values())
+        density = 1 - max(target, self.target(0)) - SLACK
+        if (1 - self.achieved) * size + len(self.layers) < density * size:
+            warnings.warn(
+                f"{type(self).__name__}: sparsity {self.achieved:.3g} of the layers falls to "
+                f"{target:.3g}, as its schedule has it at step {self.steps}, with new weights that "
+                "are zero: in a run that goes on, load the algorithm's state_dict; else let the "
+                "schedule begin where the layers are",
+                stacklevel=2,
+            )
+
+    def load_state_dict(self, state: dict) -> None:
+        super().load_state_dict(state)
+        self._has_updated = True
 
     def _new_places(self) -> dict[str, Tensor]:
         """All choices of this update, before any layer changes."""

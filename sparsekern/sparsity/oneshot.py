@@ -25,9 +25,10 @@ from ..nn.convert import MANY_ZEROS, share_of_zeros
 from ..nn.kinds import refuse_made_anew
 from ..nn.linear import refuse_meta
 from ..terminal import Progress
-from .algorithm import Layer, Masks, mask_of
+from .algorithm import Layer
 from .blockwise import Add, walk
 from .calibration import batches_for, checked, evaluating
+from .masks import Masks, mask_of
 from .optimizers import known_holders
 from .pattern import places_of, set_pattern
 from .pruned import SAMPLE, PruneReport, compared, few_tokens, left_dense

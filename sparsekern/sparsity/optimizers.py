@@ -17,6 +17,7 @@ from torch.optim import Optimizer
 from torch.optim.optimizer import register_optimizer_step_pre_hook
 
 from ..nn import copies, replaced
+from ..nn.alive import alive
 from ..nn.linear import SparseLinear, layer_of, value_parameters
 from ..nn.optimizers import holders
 from .pattern import whole
@@ -43,7 +44,7 @@ ELEMENTWISE = frozenset(
 NEVER = -1  # in the place of a step: no update is to come
 LOOK_AHEAD = 10_000  # steps, to tell whether an algorithm has an update before it
 
-_algorithms: list[weakref.ref] = []  # that have a model; they have no hash
+_algorithms: dict[int, weakref.ref] = {}  # that have a model, by their ids; they have no hash
 _known: weakref.WeakSet[Optimizer] = weakref.WeakSet()  # that have made a step, or are followed
 
 
@@ -71,7 +72,7 @@ def note_known(optimizer: Optimizer) -> None:
 def known_holders(layers: Mapping[str, nn.Module]) -> list[Optimizer]:
     """The optimizers that step values of these layers."""
     sparse = {name: layer for name, layer in layers.items() if isinstance(layer, SparseLinear)}
-    return [optimizer for optimizer in _known if held_layers(optimizer, sparse)]
+    return [optimizer for optimizer in alive(_known) if held_layers(optimizer, sparse)]
 
 
 def makes_state_alone(optimizer: Optimizer) -> bool:
@@ -91,7 +92,7 @@ def makes_state_alone(optimizer: Optimizer) -> bool:
 def take_over(algorithm) -> None:
     """Its layers are no other's any more, which would change their patterns as well."""
     mine = {id(layer) for layer in algorithm.layers.values()}
-    for other in (ref() for ref in _algorithms):
+    for other in (ref() for ref in list(_algorithms.values())):
         if other is not None and other is not algorithm:
             if gone := [n for n, layer in other.layers.items() if id(layer) in mine]:
                 other._give_up(gone)
@@ -112,9 +113,8 @@ def note_waiting(algorithm) -> None:
 
 def note_model_of(algorithm) -> None:
     """To be called when the algorithm has got its layers."""
-    _algorithms[:] = [ref for ref in _algorithms if getattr(ref(), "layers", None)]
-    _algorithms[:] = [ref for ref in _algorithms if ref() is not algorithm]
-    _algorithms.append(weakref.ref(algorithm))
+    key = id(algorithm)
+    _algorithms[key] = weakref.ref(algorithm, lambda _: _algorithms.pop(key, None))
 
 
 def check_optimizer_state(optimizer: Optimizer) -> None:
@@ -143,7 +143,7 @@ def _refuse_state(key: str, t: Tensor, values: Tensor) -> None:
 
 
 def _name_of(layer: SparseLinear) -> str:
-    for ref in _algorithms:
+    for ref in list(_algorithms.values()):
         for name, other in getattr(ref(), "layers", {}).items():
             if other is layer:
                 return name
@@ -156,7 +156,7 @@ def _is_followed(optimizer: Optimizer, algorithm) -> bool:
 
 
 def _check_is_followed(optimizer: Optimizer) -> None:
-    for ref in list(_algorithms):
+    for ref in list(_algorithms.values()):
         algorithm = ref()
         if algorithm is None or not algorithm.moves or _is_followed(optimizer, algorithm):
             continue
@@ -184,7 +184,8 @@ def _is_update_to_come(algorithm) -> bool:
 
 def _check_was_kept(optimizer: Optimizer) -> None:
     """RuntimeError where nobody has kept the algorithm that was to move a pattern."""
-    gone = [(layer, waiting) for layer, waiting in _waiting.items() if waiting.algorithm() is None]
+    waiting = [(layer, w) for layer in alive(_waiting) if (w := _waiting.get(layer)) is not None]
+    gone = [(layer, w) for layer, w in waiting if w.algorithm() is None]
     if not gone:
         return
     held = {id(p) for group in optimizer.param_groups for p in group["params"] if p.requires_grad}

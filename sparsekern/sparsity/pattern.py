@@ -5,7 +5,7 @@ A place is row * K + column: the pattern of a layer is its ascending places, int
 
 import functools
 import warnings
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -18,7 +18,13 @@ from ..kernels.derived import is_captured
 from ..nn import SparseLinear, copies
 from ..nn.checks import check_model
 from ..nn.loading import CAPTURED, end_graphs, renew_, set_indices
-from ..nn.optimizers import first_number, holders, lies_in_others
+from ..nn.optimizers import (
+    first_number,
+    holders,
+    kept_beside_state,
+    lies_in_others,
+    tensors_in,
+)
 
 
 def places_of(layer: SparseLinear) -> Tensor:
@@ -96,6 +102,7 @@ def check_can_change(
                 "sparsity: LBFGS keeps the steps of all parameters in one vector, which cannot "
                 "follow a change of the pattern; use another optimizer"
             )
+    beside = [(o, kept) for o in holders(optimizers) if (kept := kept_beside_state(o))]
     holder: dict[int, str] = {}
     for name, layer in layers.items():
         other = holder.setdefault(id(layer.values), name)
@@ -112,11 +119,22 @@ def check_can_change(
                 f"sparsity: the values of {name} are parametrized, and cannot follow a change of "
                 "the pattern; call torch.nn.utils.parametrize.remove_parametrizations first"
             )
+        for optimizer, kept in beside:
+            if (key := kept.get(values.shape)) and _steps(optimizer, values):
+                raise RuntimeError(
+                    f"sparsity: {type(optimizer).__name__} keeps numbers of its own for each of "
+                    f"the {values.shape[0]} values of {name} in {key!r}, which cannot follow a "
+                    "change of the pattern; use an optimizer that keeps them in its state"
+                )
         for _, state in _states(values, optimizers):
             for key, part in state.items():
                 if not (isinstance(part, Tensor) and part.shape == values.shape):
-                    for t in _tensors(part):
+                    for t in tensors_in(part):
                         _check_is_a_number(name, key, t, values)
+
+
+def _steps(optimizer: Optimizer, values: Tensor) -> bool:
+    return any(p is values for group in optimizer.param_groups for p in group["params"])
 
 
 def _check_is_a_number(name: str, key: str, t: Tensor, values: Tensor) -> None:
@@ -127,14 +145,6 @@ def _check_is_a_number(name: str, key: str, t: Tensor, values: Tensor) -> None:
             "cannot follow a change of the pattern; use an optimizer whose state has the shape of "
             "the parameter"
         )
-
-
-def _tensors(part) -> Iterator[Tensor]:
-    if isinstance(part, Tensor):
-        yield part
-    elif isinstance(part, (dict, list, tuple)):
-        for inner in part.values() if isinstance(part, dict) else part:
-            yield from _tensors(inner)
 
 
 def _states(values: Tensor, optimizers: Iterable[Optimizer]) -> list[tuple[list[Optimizer], dict]]:

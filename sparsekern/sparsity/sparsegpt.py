@@ -10,8 +10,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from .algorithm import mask_of
 from .families import UNSTRUCTURED, Unstructured
+from .masks import mask_of
 
 DAMPING = 0.01  # of the mean diagonal of H, as in SparseGPT
 COLUMNS = 128  # whose zeros are chosen together

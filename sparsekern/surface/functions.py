@@ -176,9 +176,14 @@ def _extremum(name: str):
     def run(input: SparseTensor, dim=None, keepdim: bool = False) -> Tensor:
         if dim is not None and dim != () or keepdim:
             raise TypeError(f"{name}: only of all of a SparseTensor: use W.to_dense()")
-        if input.nnz == _numel(input):
-            return getattr(input.values, name)()
-        return getattr(torch.cat([input.values, input.values.new_zeros(1)]), name)()
+        values, missing = input.values, _numel(input) - input.nnz
+        if not missing:
+            return getattr(values, name)()
+        found = getattr(torch.cat([values, values.new_zeros(1)]), name)()
+        # All equal elements share the gradient, and the missing zeros are as many, not one.
+        zeros = (values.detach() == 0).sum(dtype=torch.float64)
+        share = ((zeros + 1) / (zeros + missing)).to(found.dtype)
+        return torch.where(found == 0, found * share, found)
 
     return run
 

@@ -8,7 +8,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from sparsekern import Static, densify_, sparsify_
 from sparsekern.gpt import flops
 from sparsekern.gpt.model import GPT, GPTConfig
-from sparsekern.sparsity.algorithm import Masks
+from sparsekern.sparsity.masks import Masks
 from sparsekern.testing import random_mask
 
 VOCABULARY, CONTEXT = 50257, 2048

@@ -440,6 +440,10 @@ def test_rewinding(dense_run, tmp_path):
     kept = layer.weight.detach().to_dense() != 0
     assert torch.equal(layer.values, start.blocks[0].mlp.up.weight[kept])
     assert torch.equal(model.wte.weight, start.wte.weight)
+    train.train(replace(early, out=str(tmp_path / "again"), seed=2))
+    shutil.copytree(tmp_path / "again", early.out, dirs_exist_ok=True)
+    with pytest.raises(ValueError, match="rewind: .*early was trained anew or on since"):
+        prune(config)
 
 
 @pytest.mark.parametrize(

@@ -412,6 +412,8 @@ def test_a_sparse_head_is_not_tied(tmp_path):
     model.config.tie_word_embeddings = False
     model.save_pretrained(tmp_path)
     assert same(load(tmp_path), model)
+    with pytest.raises(ValueError, match="from_pretrained: lm_head is sparse, and config.tie_word"):
+        load(tmp_path, tie_word_embeddings=True)
 
 
 # Without transformers, or with an old one: a stand-in

@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 from torch import nn
+from torch.utils.flop_counter import FlopCounterMode
 
 from sparsekern import SparseLinear, Static, sparsify_
 from sparsekern.kernels import float8 as recipe
@@ -429,3 +430,17 @@ def test_without_a_gpu_it_is_refused():
     for is_sparse in (True, False):
         with pytest.raises(NotImplementedError, match="needs an NVIDIA GPU .*got cpu"):
             to_float8_(mlp("cpu", is_sparse), every)
+
+
+@pytest.mark.parametrize("is_sparse", [False, True], ids=["dense", "two-way"])
+def test_flops_are_counted(device, is_sparse):
+    model = mlp(device, is_sparse)
+    to_float8_(model)
+    weights = sum(p.numel() for name, p in model.named_parameters() if "bias" not in name)
+    x = torch.randn(TOKENS, WIDTH, device=device)
+    with float8_step(model), FlopCounterMode(display=False) as counter:
+        y = model(x)
+        assert counter.get_total_flops() == 2 * TOKENS * weights
+        y.sum().backward()
+    first = WIDTH * 2 * WIDTH // (4 if is_sparse else 1)  # x needs no gradient
+    assert counter.get_total_flops() == 2 * TOKENS * (3 * weights - first)

@@ -1,13 +1,14 @@
 """A copied optimizer has lost its hooks: an algorithm copied with it says so."""
 
 import copy
+import gc
 import pickle
 
 import pytest
 import torch
 from torch import nn
 
-from sparsekern.sparsity import RigL
+from sparsekern.sparsity import SET, RigL, Static
 
 COPIES = [copy.deepcopy, lambda parts: pickle.loads(pickle.dumps(parts))]
 
@@ -58,3 +59,24 @@ def test_the_algorithm_of_another_copy_is_named(parts):
     algorithm, model = copy.deepcopy(parts[0]), copy.deepcopy(parts[1])
     with pytest.raises(ValueError, match="the algorithm that was copied with them"):
         algorithm.apply(torch.optim.AdamW(model.parameters()))
+
+
+@pytest.mark.parametrize("copied", COPIES)
+def test_a_copied_algorithm_that_nobody_kept_is_an_error(parts, copied):
+    model, optimizer = copied(parts)[1:]
+    gc.collect()  # the memo of a copy and its state have cycles
+    with pytest.raises(RuntimeError, match="RigL: .* values of 0, but the algorithm is no longer"):
+        step(model, optimizer, 1)
+    Static(0.5).apply(model)
+    step(model, optimizer, 5)
+    step(*parts[1:], 2)
+    assert parts[0].steps == 5
+
+
+def test_a_copied_algorithm_that_is_done_and_not_kept_is_nothing(parts):
+    algorithm = SET(0.5, update={"freq": 1, "stop": 3})
+    model = algorithm.apply(nn.Sequential(nn.Linear(16, 16)))
+    optimizer = algorithm.apply(torch.optim.AdamW(model.parameters()))
+    step(model, optimizer, 3)
+    model, optimizer = copy.deepcopy((algorithm, model, optimizer))[1:]
+    step(model, optimizer, 5)

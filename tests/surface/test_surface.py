@@ -2,6 +2,7 @@
 
 import copy
 import io
+import math
 import operator
 import pickle
 import re
@@ -214,6 +215,19 @@ def test_missing_entries_are_zeros_whatever_the_patterns():
     negative = SparseTensor.from_dense(torch.tensor([[-1.0, 0.0]]))
     assert negative.max() == 0 and negative.min() == -1
     assert SparseTensor.from_dense(torch.tensor([[-1.0, -2.0]])).max() == -1
+
+
+@pytest.mark.parametrize("name", ["max", "min", "amax", "amin"])
+@pytest.mark.parametrize("stored", [[0.0, 0.0], [0.0, 3.0], [0.0, -3.0], [3.0, 3.0], [math.inf]])
+def test_the_gradient_of_an_extremum_is_shared_with_missing_zeros(name, stored):
+    w = torch.zeros(3, 4, dtype=torch.float64)
+    mask = torch.zeros(3, 4, dtype=torch.bool)
+    mask[0, : len(stored)], w[0, : len(stored)] = True, torch.tensor(stored, dtype=w.dtype)
+    A, w = SparseTensor.from_dense(w, mask).requires_grad_(), w.requires_grad_()
+    got, want = getattr(A, name)(), getattr(w, name)()
+    assert torch.equal(got, want)
+    (of_values,) = torch.autograd.grad(got, A.values)
+    torch.testing.assert_close(of_values, torch.autograd.grad(want, w)[0][mask])
 
 
 def test_mean_of_half_does_not_overflow():
