@@ -25,6 +25,7 @@ from ..nn.stored import own_weight, transposed
 from ..nn.substitutes import sizes_of_layers, substitute
 from ..tensor import SparseTensor
 from ..weights import layouts
+from .precision import told_of_short_values
 
 METHOD = "sparsekern"
 FORMAT_VERSION = 2  # of weights/read.py
@@ -138,7 +139,7 @@ class SparseQuantizer(HfQuantizer):
     ) -> PreTrainedModel:
         # Nothing is quantized: half(), float() and training are right. They ask this flag.
         model.is_quantized = False
-        return model
+        return told_of_short_values(model)
 
     # Saving
 

@@ -14,7 +14,7 @@ from ..kernels.derived import forget_captures
 from . import replaced
 from .adapters import without_adapters
 from .checks import check_model, refuse_sharded, refuse_wrapped
-from .heads import HEAD_NAMES, heads
+from .heads import HEAD_NAMES, ROUTER_NAMES, heads, routers
 from .kinds import (
     has_own_forward,
     is_conv1d,
@@ -48,7 +48,8 @@ def sparsify_(
         filter_fn: filter_fn(module, name) says which nn.Linear to replace. By default all but the
             model's heads: those named `head` or `lm_head`, what get_output_embeddings() gives, and
             what comes after the last block (classifiers, poolers): of a list of them, or the one
-            that holds attention.
+            that holds attention; and the routers of mixtures: what is in a `router`, or in a `gate`
+            beside `experts`.
         prune_again: that weights of which many are zero already may lose more.
 
     A model that is one nn.Linear itself cannot become another module in place: it stays dense, and
@@ -203,7 +204,7 @@ def _replaceable(
 ) -> dict[str, nn.Module]:
     """With the Conv1D."""
     uses = uses_of_parameters(model)
-    spared = set() if filter_fn else heads(model)
+    spared = set() if filter_fn else heads(model) | routers(model)
 
     def chosen(name: str, module: nn.Module) -> bool:
         if not isinstance(module, SparseLinear):
@@ -287,5 +288,6 @@ def nothing_in(model: nn.Module) -> str:
     return (
         f"no nn.Linear to replace; modules with a matrix: {there}. Its subclasses stay dense, and "
         "tied weights, those that are marked requires_dense, and without a filter_fn the model's "
-        f"heads: layers named {' or '.join(HEAD_NAMES)}, and those after the last of its blocks"
+        f"heads: layers named {' or '.join(HEAD_NAMES)}, and those after the last of its blocks; "
+        f"and routers: those in a {ROUTER_NAMES[0]}, or in a {ROUTER_NAMES[1]} beside experts"
     )

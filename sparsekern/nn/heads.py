@@ -1,4 +1,5 @@
-"""Which linears make a model's output: they stay dense where nobody says otherwise."""
+"""Which linears make a model's output, or choose among a mixture's experts: they stay dense where
+nobody says otherwise."""
 
 from collections.abc import Iterator
 
@@ -8,6 +9,7 @@ from .kinds import is_conv1d
 from .linear import SparseLinear
 
 HEAD_NAMES = ("head", "lm_head")
+ROUTER_NAMES = ("router", "gate")  # the second only beside experts
 
 
 def heads(model: nn.Module) -> set[str]:
@@ -26,6 +28,22 @@ def heads(model: nn.Module) -> set[str]:
         after = names[names.index(last) + 1 :]
         found |= {n for n in after if not n.startswith(inside) and _is_linear(named[n])}
     return found
+
+
+def routers(model: nn.Module) -> set[str]:
+    """Names of the linears that are called `router`, or `gate` where `experts` stand beside it, or
+    are in a module of that name."""
+    named = dict(model.named_modules())
+
+    def is_router(name: str) -> bool:
+        parts = name.split(".")
+        around = [named[".".join(parts[:i])] for i in range(len(parts))]
+        return any(
+            part == ROUTER_NAMES[0] or part == ROUTER_NAMES[1] and "experts" in parent._modules
+            for part, parent in zip(parts, around, strict=True)
+        )
+
+    return {name for name, module in named.items() if _is_linear(module) and is_router(name)}
 
 
 def _last_of_blocks(named: dict[str, nn.Module]) -> str | None:

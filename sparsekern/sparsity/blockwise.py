@@ -1,8 +1,9 @@
 """The inputs of each layer as the pruned layers before it make them, block by block.
 
 A model that repeats a block (a list of modules of one class, each fed with what the one before
-returned) runs as a whole once, with one batch, to show how it works. Then the inputs of the first
-block are kept for all batches, and block after block:
+returned, and none of which writes into what it is given) runs as a whole once, with one batch, to
+show how it works. Then the inputs of the first block are kept for all batches, and block after
+block:
 
     one pass for each stage, which are the layers that are given the same tensor (q, k, v | out |
         gate, up | down): it ends where that tensor is seen
@@ -64,7 +65,7 @@ def walk(
     return [
         f"For the inputs of {alone} groups of layers the model ran from its beginning, since they "
         "are in no list of modules of one class of which each is fed with what the one before it "
-        "returned."
+        "returned, and writes into nothing that it is given."
     ]
 
 
@@ -147,16 +148,21 @@ class _Blocks:
     is_chain: bool = True  # each runs once, in order, and is fed by the one before it
     is_uniform: bool = True  # all other inputs are those of the first block
     first: tuple[list, Any] = ([], None)
+    given: tuple[list, Any, list[int]] = ([], None, [])  # to the block that runs
     output: list = field(default_factory=list)
+    versions: list[int] = field(default_factory=list)  # of the output, when it was returned
 
     def enter(self, index: int, args: tuple, kwargs: dict) -> None:
         leaves, spec = _flat(args, kwargs)
+        self.given = leaves, spec, _versions(leaves)
         links = {
             i: j
             for i, leaf in enumerate(leaves)
             for j, out in enumerate(self.output)
             if isinstance(leaf, Tensor) and leaf is out
         }
+        if any(self.given[2][i] != self.versions[j] for i, j in links.items()):
+            self.is_chain = False  # somebody wrote into it between the blocks
         if index == 0:
             self.first, links = (leaves, spec), {}
         if index != len(self.links) or bool(index) != bool(links):
@@ -169,8 +175,13 @@ class _Blocks:
             self.is_uniform &= index == 1 or links == self.links[1]
         self.links.append(links)
 
-    def leave(self, output: Any) -> None:
+    def leave(self, args: tuple, kwargs: dict, output: Any) -> None:
+        (before, spec, versions), (leaves, now) = self.given, _flat(args, kwargs)
+        is_as_before = spec == now and versions == _versions(leaves)
+        if not is_as_before or any(a is not b for a, b in zip(before, leaves, strict=True)):
+            self.is_chain = False  # the block wrote into what it was given: it runs once with it
         self.output = tree_flatten(output)[0]
+        self.versions = _versions(self.output)
 
     @property
     def is_walkable(self) -> bool:
@@ -188,6 +199,15 @@ def _flat(args: tuple, kwargs: dict) -> tuple[list, Any]:
     """The tensors and other things in the arguments of a block; no cache of keys and values."""
     leaves, spec = tree_flatten((args, kwargs))
     return [None if type(leaf).__name__.endswith("Cache") else leaf for leaf in leaves], spec
+
+
+def _versions(leaves: Sequence[Any]) -> list[int]:
+    return [_version(leaf) if isinstance(leaf, Tensor) else 0 for leaf in leaves]
+
+
+def _version(x: Tensor) -> int:
+    """Grows with each write into it; of tensors of inference mode nobody can tell."""
+    return 0 if x.is_inference() else x._version
 
 
 def _is_same(a: Any, b: Any) -> bool:
@@ -276,18 +296,18 @@ class _Probe:
                 for index, module in enumerate(blocks.modules):
                     enter, leave = functools.partial(_enter, blocks, index), _leaving(blocks)
                     hook(module.register_forward_pre_hook(enter, with_kwargs=True))
-                    hook(module.register_forward_hook(leave))
+                    hook(module.register_forward_hook(leave, with_kwargs=True))
             call_for_order(self.model, batch)
         self._last = None, 0
         for blocks in self.lists:
-            blocks.first, blocks.output = ([], None), []
+            blocks.first, blocks.given, blocks.output = ([], None), ([], None, []), []
 
     def _see(self, name: str, layer: nn.Module, args: tuple, kwargs: dict) -> None:
         self._calls[name] += 1
         if self._calls[name] > 1:
             return
         x = _input_as_it_is(args, kwargs)
-        version = 0 if x.is_inference() else x._version
+        version = _version(x)
         last, last_version = self._last
         if x is last and version == last_version and self._are_together(name):
             self.stages[-1].groups[0].append(name)
@@ -339,8 +359,8 @@ def _enter(blocks: _Blocks, index: int, module: nn.Module, args: tuple, kwargs: 
     blocks.enter(index, args, kwargs)
 
 
-def _leaving(blocks: _Blocks) -> Callable[[nn.Module, tuple, Any], None]:
-    return lambda module, args, output: blocks.leave(output)
+def _leaving(blocks: _Blocks) -> Callable[[nn.Module, tuple, dict, Any], None]:
+    return lambda module, args, kwargs, output: blocks.leave(args, kwargs, output)
 
 
 def _input_as_it_is(args: tuple, kwargs: dict) -> Tensor:

@@ -49,7 +49,7 @@ def batches_for(model: nn.Module, calibration: list, tokenizer: Callable | None)
             raise ValueError(f"calibration: none of the {texts} texts has a token")
     tensors = (t for part in (model.parameters(), model.buffers()) for t in part)
     device = next((t.device for t in tensors), torch.device("cpu"))
-    return [_moved(batch, device) for batch in calibration]
+    return [_mapped(batch, lambda t: t.to(device)) for batch in calibration]
 
 
 def of_texts(texts: Sequence[str], tokenizer: Callable, longest: int) -> list[dict[str, Tensor]]:
@@ -85,17 +85,20 @@ def _longest(model: nn.Module, tokenizer: Callable) -> int:
     return int(min([TEXT_TOKENS, *(n for n in limits if isinstance(n, (int, float)) and n > 0)]))
 
 
-def _moved(part: Any, device: torch.device) -> Any:
+def _mapped(part: Any, change: Callable[[Tensor], Tensor]) -> Any:
+    """The same with each tensor in it changed."""
     if isinstance(part, Tensor):
-        return part.to(device)
+        return change(part)
     if isinstance(part, Mapping):
-        return {key: _moved(value, device) for key, value in part.items()}
+        return {key: _mapped(value, change) for key, value in part.items()}
     if type(part) in (tuple, list):
-        return type(part)(_moved(value, device) for value in part)
+        return type(part)(_mapped(value, change) for value in part)
     return part
 
 
 def call(model: nn.Module, batch: Any) -> Any:
+    """With a copy: the model may write into what it is given, and is given it again."""
+    batch = _mapped(batch, torch.clone)
     if isinstance(batch, Mapping):
         return model(**batch)
     if isinstance(batch, (tuple, list)):

@@ -382,6 +382,20 @@ def test_a_layer_in_two_places_comes_back_in_both(tmp_path):
 
 
 @needs_transformers
+@pytest.mark.parametrize(
+    ("dtype", "is_told"), [("float16", True), ("bfloat16", False), ("float32", False)]
+)
+def test_layers_that_a_dense_model_keeps_in_float32_are_told(tmp_path, dtype, is_told, recwarn):
+    sizes = dict(vocab_size=32, d_model=16, d_kv=8, d_ff=32, num_layers=1, num_heads=2)
+    model = transformers.T5EncoderModel(transformers.T5Config(**sizes))
+    sparsify_(model, Static(0.5)).save_pretrained(tmp_path)
+    loaded = transformers.T5EncoderModel.from_pretrained(tmp_path, dtype=dtype)
+    told = [str(w.message) for w in recwarn if "keeps float32" in str(w.message)]
+    assert len(told) == is_told and all("DenseReluDense.wo hold torch.float16" in x for x in told)
+    assert loaded(torch.arange(8)[None]).last_hidden_state.isfinite().all()
+
+
+@needs_transformers
 def test_models_that_share_a_config(saved, tmp_path):
     """Each file says of itself whether it is sparse."""
     sparse, dense = sparse_llama(), llama()

@@ -6,7 +6,7 @@ from torch import nn
 
 from sparsekern import SparseLinear, Static, sparsify_
 from sparsekern.models.prune import prune_
-from sparsekern.nn.heads import heads
+from sparsekern.nn.heads import heads, routers
 from sparsekern.sparsity import SET, Magnitude
 
 
@@ -106,3 +106,42 @@ def test_a_classifier_stays_dense(blocks):
     pruned = model()
     prune_(pruned, Magnitude(0.5))
     assert pruned.classifier.weight.all() and not pruned.encoder[0].up.weight.all()
+
+
+class MixtureOf(BlockOfExperts):
+    """A block whose router is a linear, in a module of its own or not."""
+
+    def __init__(self, name, is_inside):
+        super().__init__()
+        router = nn.Linear(H, 2, bias=False)
+        self.add_module(name, nn.Sequential(router) if is_inside else router)
+
+
+@pytest.mark.parametrize("is_inside", [False, True])
+@pytest.mark.parametrize("name", ["router", "gate"])
+def test_routers_stay_dense(name, is_inside):
+    """A weight less there sends tokens to other experts."""
+
+    def make():
+        return nn.Sequential(*(MixtureOf(name, is_inside) for _ in range(2)))
+
+    model = make()
+    found = {f"{i}.{name}{'.0' * is_inside}" for i in range(2)}
+    assert routers(model) == found
+    sparsify_(model, Static(0.5))
+    assert not any(isinstance(model.get_submodule(n), SparseLinear) for n in found)
+    assert isinstance(model[0].experts[0][0], SparseLinear)
+    report = prune_(make(), Magnitude(0.5))
+    assert found.isdisjoint(row.name for row in report.layers)
+    report = prune_(make(), Magnitude(0.5, param_filter="*"))
+    assert found <= {row.name for row in report.layers}
+
+
+def test_a_gate_without_experts_is_no_router():
+    class Gated(Block):
+        def __init__(self):
+            super().__init__()
+            self.gate = nn.Linear(H, 2 * H)
+
+    model = sparsify_(nn.Sequential(Gated(), Gated()), Static(0.5))
+    assert not routers(model) and isinstance(model[1].gate, SparseLinear)

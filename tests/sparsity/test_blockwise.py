@@ -131,6 +131,75 @@ def test_a_sequential_of_blocks_is_walked_too():
     assert model.blocks[0].calls == 4 + 1 + 1 + 1  # stages, next, the last layer, probe
 
 
+class Writing(nn.Module):
+    """Blocks that write into what they are given (`inside`), or somebody does `between` them, or
+    they leave tensors in a list for those that come (`notes`)."""
+
+    class Block(nn.Module):
+        def __init__(self, kind):
+            super().__init__()
+            self.a, self.b, self.kind = nn.Linear(WIDTH, WIDTH), nn.Linear(WIDTH, WIDTH), kind
+
+        def forward(self, x, notes):
+            if self.kind == "inside":
+                x += self.a(x)
+            else:
+                x = x + self.a(x)
+            if self.kind == "notes":
+                notes.append(x)
+            return x + self.b(x.tanh() * len(notes) + sum(notes))
+
+    def __init__(self, kind, is_list):
+        super().__init__()
+        torch.manual_seed(0)
+        blocks = [self.Block(kind) for _ in range(DEPTH)]
+        self.kind = kind
+        self.blocks = (
+            nn.ModuleList(blocks) if is_list else nn.ModuleDict(zip("012", blocks, strict=True))
+        )
+        self.last = nn.Linear(WIDTH, WIDTH)
+
+    def forward(self, x):
+        notes = []
+        for block in self.blocks.children():
+            x = block(x, notes)
+            if self.kind == "between":
+                x.mul_(3).clamp_(max=1)
+        return self.last(x)
+
+
+@pytest.mark.parametrize("make", [Wanda, SparseGPT])
+@pytest.mark.parametrize("kind", ["inside", "between", "notes"])
+def test_blocks_that_write_into_what_they_are_given(kind, make):
+    """They get other inputs in a second pass: the model runs from its beginning."""
+    found = []
+    for is_list in (True, False):
+        inputs = [torch.randn(24, WIDTH, generator=torch.Generator().manual_seed(1))]
+        algorithm = make(0.5, calibration=inputs, param_filter="*")
+        found.append(weights(algorithm.apply(Writing(kind, is_list))))
+        assert "the model ran from its beginning" in "".join(algorithm.report.notes)
+    assert all(torch.equal(found[0][name], found[1][name]) for name in found[0])
+
+
+def test_a_model_that_writes_into_its_input_finds_it_again():
+    class Centred(nn.Sequential):
+        def forward(self, x):
+            return super().forward(x.sub_(1))
+
+    def model():
+        torch.manual_seed(0)
+        return Centred(nn.Linear(WIDTH, WIDTH), nn.Tanh(), nn.Linear(WIDTH, WIDTH))
+
+    x = torch.randn(24, WIDTH)
+    before, rows = x.clone(), []
+    for module in (model(), nn.Sequential(*model())):
+        given = [x] if isinstance(module, Centred) else [before - 1]
+        algorithm = SparseGPT(0.5, calibration=given, param_filter="*")
+        algorithm.apply(module)
+        rows.append([(row.weight_error, row.output_error) for row in algorithm.report.layers])
+    assert torch.equal(x, before) and rows[0] == rows[1]
+
+
 def test_passes_do_not_grow_with_the_depth():
     counts = {}
 
