@@ -4,12 +4,10 @@ functions do with a SparseTensor."""
 # ruff: noqa: F401
 
 import sys
-import warnings
 from contextlib import suppress
 from importlib import import_module
 
 from . import weights  # messages name `sparsekern.weights.set_weights_` and the like
-from .kernels.cpu.machine import _C, NOT_BUILT
 from .matmul import explain, linear, matmul
 from .models import accelerate_, prune
 from .nn import SparseLinear, densify_, parameter_groups, sparsify_
@@ -39,6 +37,3 @@ def _meet_peft() -> bool:
 
 
 plug_ins += [_meet_transformers, _meet_peft]
-
-if _C is None:
-    warnings.warn(f"sparsekern: {NOT_BUILT}: on a CPU all products run dense", stacklevel=2)
