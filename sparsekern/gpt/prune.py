@@ -133,9 +133,10 @@ def _all_rounds(config: PruneConfig, path: Path) -> list[dict]:
                 progress.about(f"round {index}: pruning to {targets[index - 1]:.1%}")
                 _prune(run, config, targets[index - 1], early)
             elif run.sparsity >= targets[0]:
+                in_one = ", or --rounds 1" if targets[-1] > run.sparsity else ""
                 raise ValueError(
                     f"target: the first round wants sparsity {targets[0]:.4g}, but the model has "
-                    f"{run.sparsity:.4g} already: give --targets above it, or --rounds 1"
+                    f"{run.sparsity:.4g} already: give --targets above it{in_one}"
                 )
             run.evaluate()
             _recover(run, steps, progress)

@@ -467,13 +467,19 @@ def test_pruning_mistakes(settings, message):
         PruneConfig(**settings)
 
 
-def test_an_impossible_target(tiny, tmp_path):
+@pytest.mark.parametrize(
+    "targets, ways",
+    [("0.5", "--targets above it"), ("0.6,0.9", "--targets above it, or --rounds 1")],
+)
+def test_an_impossible_target(tiny, tmp_path, targets, ways):
+    """One round helps only where it leads above what the model has."""
     train.train(replace(tiny, sparsity=0.75))
-    config = PruneConfig(tiny.out, targets="0.5", out=str(tmp_path / "pruned"))
-    with pytest.raises(
-        ValueError, match="wants sparsity 0.5, but the model has 0.75 already: give --targets"
-    ):
+    config = PruneConfig(tiny.out, targets=targets, out=str(tmp_path / "pruned"))
+    first = targets.partition(",")[0]
+    with pytest.raises(ValueError) as refused:
         prune(config)
+    message = f"wants sparsity {first}, but the model has 0.75 already: give {ways}"
+    assert str(refused.value).endswith(message)
 
 
 @pytest.mark.parametrize("settings", [{}, {"sparsity": 0.75, "algorithm": "rigl"}])

@@ -6,8 +6,10 @@ equal bits.
 """
 
 import time
+import warnings
 from collections.abc import Callable
 from functools import lru_cache
+from pathlib import Path
 from typing import NamedTuple
 
 import torch
@@ -16,6 +18,11 @@ try:
     from ... import _C
 except ImportError:  # the rows stay in the kernel table and say so
     _C = None
+
+# The folder tells a checkout that Python found before what was installed.
+NOT_BUILT = f"the C++ library is not built in {Path(__file__).parents[2]}"
+if _C is None:
+    warnings.warn(f"sparsekern: {NOT_BUILT}: on a CPU all products run dense", stacklevel=2)
 
 ROUNDS = 9  # the best counts: others may be at work on the core
 ADDS, PASSES = 4000, {1: 30, 2: 2}  # of a round: 10 to 50 us
