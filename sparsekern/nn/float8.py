@@ -8,6 +8,7 @@ make and read the operands; eager, each is a kernel of its own.
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import wraps
 from typing import Any
 
 import torch
@@ -201,6 +202,19 @@ def _scaled(y: Tensor, inverses: Tensor, which: int, bias: Tensor | None) -> Ten
     return e4m3.finish(y, inverse.bfloat16(), bias)  # a power of two
 
 
+def _once_differentiable(backward: Callable[..., tuple]) -> Callable[..., tuple]:
+    """As torch's, with which gradients have no graph, and nothing says so, where dy needs none."""
+    refusing = once_differentiable(backward)
+
+    @wraps(backward)
+    def run(ctx: Any, dy: Tensor) -> tuple:
+        if torch.is_grad_enabled() and not _is_compiling():
+            dy = dy.detach().requires_grad_()
+        return refusing(ctx, dy)
+
+    return run
+
+
 class _TwoWay(Function):
     """y = x W^T + bias, with W at a two-way pattern."""
 
@@ -235,7 +249,7 @@ class _TwoWay(Function):
         return y
 
     @staticmethod
-    @once_differentiable
+    @_once_differentiable
     def backward(ctx: Any, dy: Tensor) -> tuple:
         x8, operand_t, row_offsets, col_indices, scales, inverses, noted = ctx.saved_tensors
         n, k, x_dtype, is_first, needs_dx = ctx.settings
@@ -274,7 +288,7 @@ class _Dense(Function):
         return y
 
     @staticmethod
-    @once_differentiable
+    @_once_differentiable
     def backward(ctx: Any, dy: Tensor) -> tuple:
         x8, w8, scales, inverses, noted = ctx.saved_tensors
         x_dtype, is_first = ctx.settings

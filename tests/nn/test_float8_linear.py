@@ -131,6 +131,17 @@ def test_calls_of_a_first_step_have_scales_of_their_own(device, is_sparse):
         assert frobenius_error(p.grad, of.grad.double()) < 0.05
 
 
+@pytest.mark.parametrize("is_sparse", [True, False])
+def test_a_second_gradient_is_an_error(device, is_sparse):
+    model = nn.Sequential(mlp(device, is_sparse)[0])
+    to_float8_(model, every)
+    x = torch.randn(TOKENS, WIDTH, device=device)
+    with float8_step(model):
+        first = torch.autograd.grad(model(x).sum(), list(model.parameters()), create_graph=True)
+        with pytest.raises(RuntimeError, match="once_differentiable"):
+            first[0].square().sum().backward()
+
+
 def test_layers_that_begin_at_0_lose_no_step(device):
     model = mlp(device, True)
     with torch.no_grad():
