@@ -83,6 +83,8 @@ def makes_state_alone(optimizer: Optimizer) -> bool:
         return False
     held = [p.grad for group in optimizer.param_groups for p in group["params"]]
     gradients = [g.detach() for g in held if g is not None]
+    if any(g.is_cuda for g in gradients) and torch.cuda.is_current_stream_capturing():
+        return False  # a CUDA graph cannot be waited for, and its replays have other gradients
     # Of shards all ranks must say the same.
     return bool(gradients) and not any(
         g.layout != torch.strided or whole(g.abs().sum()) for g in gradients

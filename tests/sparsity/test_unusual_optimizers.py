@@ -1,4 +1,5 @@
-"""Optimizers that keep numbers where no pattern can reach them, and training in several threads."""
+"""Optimizers that keep numbers where no pattern can reach them, steps that CUDA graphs capture, and
+training in several threads."""
 
 import sys
 import threading
@@ -6,8 +7,11 @@ import threading
 import pytest
 import torch
 from torch import nn
+from torch._subclasses.fake_tensor import FakeTensorMode
 
+from sparsekern import Static
 from sparsekern.sparsity import GMP, SET, RigL
+from sparsekern.sparsity.optimizers import makes_state_alone
 from sparsekern.sparsity.pattern import places_of
 
 RISING = {"type": "cubic", "init": 0.0, "final": 0.75, "steps": 4}
@@ -122,3 +126,42 @@ def test_values_that_no_optimizer_holds_any_more():
     model[1].requires_grad_(False)
     step(model, optimizer)
     assert algorithm.steps == 2 and torch.equal(before, places_of(model[1]))
+
+
+def test_a_step_that_a_graph_captures_is_one(monkeypatch):
+    """At a rate of 0, too: gradients on a GPU cannot be read there."""
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: True)
+    with FakeTensorMode():  # which no bool() can read
+        p = nn.Parameter(torch.zeros(4, device="cuda:0"))
+        p.grad = torch.zeros_like(p)
+        assert not makes_state_alone(torch.optim.SGD([p], 0.0))
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("is_followed", [True, False])
+@pytest.mark.parametrize("rate", [0.0, 1e-2])
+def test_steps_are_captured_at_any_rate(rate, is_followed):
+    model = (algorithm := Static(0.75)).apply(model_of(16, 16, 16).cuda())
+    optimizer = torch.optim.AdamW(model.parameters(), rate, capturable=True)
+    if is_followed:
+        algorithm.apply(optimizer)
+    x = torch.randn(8, 16, device="cuda")
+    torch.cuda.synchronize()
+
+    def run() -> None:
+        optimizer.zero_grad()
+        model(x).square().sum().backward()
+        optimizer.step()
+
+    with torch.cuda.stream(torch.cuda.Stream()):
+        run(), run()
+        torch.cuda.synchronize()
+        before, graph = model[0].values.detach().clone(), torch.cuda.CUDAGraph()
+        graph.capture_begin(capture_error_mode="thread_local")
+        try:
+            run()
+        finally:
+            graph.capture_end()
+        graph.replay()
+        torch.cuda.synchronize()
+    assert torch.equal(model[0].values, before) == (rate == 0)
