@@ -186,7 +186,7 @@ model.reshard()
 results["cut up"].append(message(densify_, model[0]))
 results["kept"] = message(sparsify_, model, Static(0.5), lambda module, name: True)
 beside = fully_shard(torch.nn.Linear(16, 16, device=config.device))
-both = torch.nn.ModuleDict({"net": net(0), "beside": beside})
+both = torch.nn.ModuleDict({"net": net(0).bfloat16(), "beside": beside})  # a GPU packs no float32
 prune, move = (kind(0.5, param_filter="net*").apply for kind in (Magnitude, SET))
 move_again = partial(move, prune_again=True)
 results["beside"] = [message(call, both) for call in (prune, densify_, move_again, pack_)]

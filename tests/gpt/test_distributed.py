@@ -329,6 +329,7 @@ def test_two_gpus_compute_what_a_cpu_does(alone, tmp_path):
     for name in configs:  # numbers of places and of bytes
         assert first[name] == second[name] and not first[name]["eager"]
     assert first["error"].endswith("the ranks have different patterns in a")
+    assert all(result["beside"] == [None] * 4 for result in (first, second))
     failed = [result["failing"]["eager"] for result in (first, second)]
     assert failed == [[FAILED_ELSEWHERE], ["no memory on 1"]]
     of_others = {"failing": "static", "resumed": "rigl"}
