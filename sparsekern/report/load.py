@@ -86,7 +86,9 @@ def load(folder: Path) -> list[Result]:
     if not folder.is_dir():
         if folder.exists():
             raise ValueError(f"results: expected a folder, {folder} is none")
-        raise FileNotFoundError(f"results: folder {folder} does not exist")
+        raise FileNotFoundError(
+            f"results: expected a folder of tables that bench --out wrote, {folder} does not exist"
+        )
     found = [read(path) for path in sorted(folder.rglob(f"*{records.SUFFIX}"))]
     return [result for result in found if result]
 
