@@ -51,7 +51,8 @@ How to read the numbers:
 - A model is scored by its **loss** on text that it never saw, in nats a token: lower is better, and
   0.01 more means that it holds each right token for about 1 % less probable. So are held-out text,
   code and WebNLG told, and the rest in % right.
-- Code, WebNLG and sentiment are scored after fine-tuning, held-out text, BLiMP and cloze before it.
+- Code, WebNLG and sentiment are scored after fine-tuning, held-out text, BLiMP and cloze before it
+  ([what these are](#how)).
 - A **seed** is a repetition with other first weights, another order of the text and other zeros. A
   difference is told of all that were planned, or else says of how many.
 - **FLOPs** are the arithmetic of pre-training, as a share of that of dense.

@@ -147,7 +147,7 @@ def primary_outcome(number: int, results: list[dict]) -> str:
         told = [shown(found, len(order.seeds), p), marked(found, p)] if found else ["-", "-"]
         share = f"{ARMS[arm].flops(SIZES[SIZE]) / full:.2f}"
         rows.append([bare(arm), share, mean_of(losses, PRIMARY), *told])
-    header = ["arm", "FLOPs", "loss on code", "75 % zeros less it", "75 % zeros are"]
+    header = ["arm", "FLOPs", "loss on code", "75 % zeros minus it", "75 % zeros are"]
     return table(header, rows)
 
 

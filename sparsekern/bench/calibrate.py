@@ -17,7 +17,7 @@ import torch
 from ..files import atomic_write, private_cache
 from ..kernels import crossover
 from ..kernels.cpu import expand, panel
-from ..kernels.cpu.machine import NOT_BUILT, machine_name
+from ..kernels.cpu.machine import NO_LIBRARY, machine_name
 from ..kernels.problem import Kernel
 from ..kernels.table import forget_choices
 from ..terminal import Progress, table
@@ -104,7 +104,7 @@ def _measured(name: str) -> str:
 
 def _of_cpu(quick: bool) -> tuple[str, dict]:
     if panel._C is None:
-        raise ValueError(f"calibrate: there is nothing to choose from, {NOT_BUILT}")
+        raise ValueError(f"calibrate: there is nothing to choose from, {NO_LIBRARY}")
     shapes, tokens = (SHAPES[:1], (16, 256)) if quick else (SHAPES, TOKENS)
     threads = torch.get_num_threads()
     pin(threads)

@@ -9,7 +9,7 @@ from .. import __version__
 from ..bench.machine import installed, processor
 from ..kernels import crossover
 from ..kernels.cpu import dense_product, machine, panel
-from ..kernels.cpu.machine import NOT_BUILT, machine_name
+from ..kernels.cpu.machine import NO_LIBRARY, machine_name
 from ..kernels.cuda.library import route
 
 try:
@@ -28,7 +28,7 @@ def run_info() -> None:
 
 
 def environment() -> dict[str, str]:
-    kernels = f"{NOT_BUILT}: dense products run"
+    kernels = f"{NO_LIBRARY}: dense products run"
     if _C:
         kernels = f"{_C.isa()}, on threads of {_C.thread_runtime()}"
     found = {

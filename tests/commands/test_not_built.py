@@ -1,4 +1,5 @@
-"""A package without its C++ library, as Python finds it in a checkout where pip built elsewhere."""
+"""A package without its C++ library, as Python finds it in a checkout where pip built elsewhere, or
+with one that does not load."""
 
 import os
 import shutil
@@ -6,17 +7,26 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+
 import sparsekern
 
+NOT_BUILT = "ImportError('left out', name='sparsekern')", "is not built in {}"
+NOT_LOADED = (
+    "ImportError('libgomp.so.1: not found', name='sparsekern._C')",
+    "does not load (libgomp.so.1: not found)",
+)
 
-def test_it_says_that_it_was_not_built_and_where_it_lies(tmp_path):
+
+@pytest.mark.parametrize(("error", "told"), [NOT_BUILT, NOT_LOADED])
+def test_it_says_what_is_wrong_with_it(tmp_path, error, told):
     package = tmp_path / "sparsekern"
     leave_out = shutil.ignore_patterns("*.so", "__pycache__")
     shutil.copytree(Path(sparsekern.__file__).parent, package, ignore=leave_out)
-    (package / "_C.py").write_text("raise ImportError('left out')")  # an installed one would do
+    (package / "_C.py").write_text(f"raise {error}")  # an installed one would do
     info = [sys.executable, "-m", "sparsekern", "info"]
     env = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
     done = subprocess.run(info, cwd=tmp_path, env=env, capture_output=True, text=True, check=True)
-    missing = f"the C++ library is not built in {package}: "
+    missing = f"the C++ library {told.format(package)}: "
     assert f"C++ kernels    {missing}dense products run" in done.stdout
     assert f"sparsekern: {missing}on a CPU all products run dense" in done.stderr

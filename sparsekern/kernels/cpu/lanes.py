@@ -16,7 +16,7 @@ from torch import Tensor
 from ...tensor import SparseTensor
 from ..operands import check_memory
 from ..reference import mm, skip_missing
-from .machine import NOT_BUILT
+from .machine import NO_LIBRARY
 from .panel import _C, type_of
 
 DTYPES = (torch.float32, torch.bfloat16)
@@ -64,7 +64,7 @@ def pack(weight: SparseTensor) -> Lanes:
     if weight.is_transposed:
         raise ValueError("weight: expected W [N, K] as it is stored, got a transpose")
     if _C is None:
-        raise RuntimeError(f"weight: packing for a CPU takes a library, and {NOT_BUILT}")
+        raise RuntimeError(f"weight: packing for a CPU takes a library, and {NO_LIBRARY}")
     n, k = weight.shape
     row_offsets, col_indices = weight.row_offsets.contiguous(), weight.col_indices.contiguous()
     nnz = col_indices.numel()

@@ -14,15 +14,15 @@ from typing import NamedTuple
 
 import torch
 
+# Why `_C` is None. The folder tells a checkout that Python found before what was installed.
+NO_LIBRARY = f"the C++ library is not built in {Path(__file__).parents[2]}"
 try:
     from ... import _C
-except ImportError:  # the rows stay in the kernel table and say so
+except ImportError as error:  # the rows stay in the kernel table and say so
     _C = None
-
-# The folder tells a checkout that Python found before what was installed.
-NOT_BUILT = f"the C++ library is not built in {Path(__file__).parents[2]}"
-if _C is None:
-    warnings.warn(f"sparsekern: {NOT_BUILT}: on a CPU all products run dense", stacklevel=2)
+    if error.name != __name__.partition(".")[0]:  # it is there: the package does not lack a name
+        NO_LIBRARY = f"the C++ library does not load ({error})"
+    warnings.warn(f"sparsekern: {NO_LIBRARY}: on a CPU all products run dense", stacklevel=2)
 
 ROUNDS = 9  # the best counts: others may be at work on the core
 ADDS, PASSES = 4000, {1: 30, 2: 2}  # of a round: 10 to 50 us

@@ -13,7 +13,7 @@ from ..crossover import density_limit
 from ..derived import _store, kept, versions
 from ..problem import Problem, bound_kernel
 from .dense_product import library
-from .machine import _C, NOT_BUILT, Machine, machine, machine_name
+from .machine import _C, NO_LIBRARY, Machine, machine, machine_name
 from .plan import Plan, dense_wins_above, density_of_dense_rate, describe, make_plan
 
 SLOWER = "; a dense layer is faster"
@@ -110,7 +110,7 @@ def refuse_dtype(
 ) -> str | None:
     """Reason why no row that calls `_C` runs it: not built, or the dtype. None where one may."""
     if _C is None:
-        return NOT_BUILT
+        return NO_LIBRARY
     if p.dtype not in dtypes:
         *taken, got = (str(dtype).removeprefix("torch.") for dtype in (*dtypes, p.dtype))
         return f"it takes {', '.join(taken)}, not {got}"
