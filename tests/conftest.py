@@ -3,6 +3,7 @@
 import gc
 from pathlib import Path
 
+import hypothesis
 import pytest
 import torch
 from torch import Tensor
@@ -14,6 +15,10 @@ RESULTS = Path(__file__).parents[1] / "bench" / "results"
 needs_results = pytest.mark.skipif(
     not RESULTS.is_dir(), reason="bench/results is not in a source distribution"
 )
+
+# A machine may be busy with other tests: no time of an example is a fault.
+hypothesis.settings.register_profile("untimed", deadline=None)
+hypothesis.settings.load_profile("untimed")
 
 
 def pytest_collection_modifyitems(items):

@@ -405,7 +405,7 @@ def test_strided_indices_are_made_contiguous():
     assert W.col_indices.is_contiguous()
 
 
-@settings(deadline=None, max_examples=60)
+@settings(max_examples=60)
 @given(
     st.integers(0, 5), st.integers(0, 6), st.sampled_from(("int32", "int64")), st.integers(0, 999)
 )

@@ -34,7 +34,7 @@ def expect(got: torch.Tensor, want: torch.Tensor, scale: torch.Tensor, terms: in
     assert ((got.double() - want).abs() <= bound + tiny).all()
 
 
-@settings(max_examples=120, deadline=None)
+@settings(max_examples=120)
 @given(
     m=sizes,
     n=sizes,

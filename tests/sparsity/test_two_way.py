@@ -139,7 +139,7 @@ def test_a_large_draw():
 # The best masks
 
 
-@settings(deadline=None, max_examples=40)
+@settings(max_examples=40)
 @given(st.integers(1, 9), st.integers(1, 9), st.floats(0, 1), st.floats(0, 1), seeds)
 def test_the_largest_sum_of_squares_of_any_count(n, k, share, stored, seed):
     """Against brute force, also where only some places are stored."""
@@ -216,7 +216,7 @@ def test_one_huge_score_does_not_blur_the_others():
 # Beside what stays
 
 
-@settings(deadline=None, max_examples=40)
+@settings(max_examples=40)
 @given(st.integers(1, 9), st.integers(1, 9), st.floats(0, 1), st.floats(0, 1), seeds)
 def test_growth_where_as_many_were_dropped(n, k, share, drop, seed):
     """It always fits, keeps all that stayed, and is the best that fits."""

@@ -178,7 +178,7 @@ def test_sums_of_many_are_accurate():
     assert sparse(torch.ones(5000, 1, dtype=torch.bfloat16)).sum(0) == 4992  # 5000, rounded once
 
 
-@settings(deadline=None, max_examples=60)
+@settings(max_examples=60)
 @given(pairs())
 def test_arithmetic_of_any_pair(pair):
     a, b, a_transposed, b_transposed = pair

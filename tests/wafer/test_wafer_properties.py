@@ -50,7 +50,7 @@ densities = st.floats(0.005, 1.0)
 batches = st.integers(1, 300)
 
 
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=150)
 @given(machines, shapes, inputs, batches, densities, densities)
 def test_time_is_monotone_in_density(wafer, shape, given_inputs, batch, a, b):
     less, more = (
@@ -59,7 +59,7 @@ def test_time_is_monotone_in_density(wafer, shape, given_inputs, batch, a, b):
     assert less <= more * ROUNDING
 
 
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=150)
 @given(machines, shapes, inputs, batches, densities)
 def test_no_speedup_above_the_density_or_above_amdahl(wafer, shape, given_inputs, batch, density):
     found = compare_with_dense(wafer, shape, density, batch, inputs=given_inputs)
@@ -69,7 +69,7 @@ def test_no_speedup_above_the_density_or_above_amdahl(wafer, shape, given_inputs
     assert found.flop_ratio <= ROUNDING / density and found.flop_ratio <= found.flop_cap * ROUNDING
 
 
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=100)
 @given(machines, shapes, inputs, batches, densities, st.integers(1, 200), st.integers(1, 200))
 def test_more_systems_are_never_slower(wafer, shape, given_inputs, batch, density, a, b):
     few, many = (
@@ -78,7 +78,7 @@ def test_more_systems_are_never_slower(wafer, shape, given_inputs, batch, densit
     assert many.step_s <= few.step_s * ROUNDING
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(machines, shapes, inputs, batches, densities)
 def test_a_range_holds_the_speedup(wafer, shape, given_inputs, batch, density):
     found = compare_with_dense(wafer, shape, density, batch, inputs=given_inputs)
@@ -90,7 +90,7 @@ def test_a_range_holds_the_speedup(wafer, shape, given_inputs, batch, density):
     assert moved.step_s == pytest.approx(again.step_s) and moved.inputs == again.inputs
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(machines, shapes, densities, st.integers(0, 10**5), st.integers(0, 10**5), st.data())
 def test_more_context_and_more_requests_take_longer(wafer, shape, density, a, b, data):
     requests = data.draw(st.integers(1, 100))
@@ -109,7 +109,7 @@ def test_more_context_and_more_requests_take_longer(wafer, shape, density, a, b,
     assert cost(b, pipeline=1).decode_token_s <= cost(b).decode_token_s * ROUNDING
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(machines, shapes, st.integers(0, 5), batches, st.integers(0, 3))
 def test_more_experts_and_longer_sequences_take_longer(wafer, shape, doublings, batch, used):
     """Work is rounded up to whole vectors, so halves of it are as long or longer."""
@@ -122,7 +122,7 @@ def test_more_experts_and_longer_sequences_take_longer(wafer, shape, doublings, 
     assert times[0] <= times[1] * ROUNDING
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(machines, shapes, inputs, batches)
 def test_zero_sparsity_is_dense(wafer, shape, given_inputs, batch):
     found = compare_with_dense(wafer, shape, 1.0, batch, inputs=given_inputs)
@@ -155,7 +155,7 @@ def test_imbalance_of_windows(parts, k_per_part, density, outputs, window, other
     assert fullest(density, 2 * window) <= fullest(density, window) * ROUNDING
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 @given(st.integers(1, 40), st.integers(1, 40), st.floats(0, 1), st.integers(1, 12), st.data())
 def test_a_mask_counts_what_it_keeps(n, k, density, parts, data):
     rng = np.random.default_rng(data.draw(st.integers(0, 2**31)))

@@ -33,7 +33,7 @@ def random_sparse(n: int, k: int, share: float, dtype=torch.float32) -> SparseTe
     return SparseTensor.from_dense(torch.randn(n, k).to(dtype), mask)
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(st.integers(0, 9), st.integers(0, 40), st.floats(0, 1), st.integers(1, 50))
 def test_bits_are_the_pattern(n, k, share, chunk):
     mask = torch.rand(n, k) < share
