@@ -1,6 +1,6 @@
 """What an optimizer holds of a parameter, for when another one takes its place."""
 
-from collections.abc import Collection, Iterable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from typing import Any
 
 import torch
@@ -98,14 +98,15 @@ def _address(t: Tensor) -> int | None:
 
 def kept_beside_state(optimizer: Optimizer) -> dict[torch.Size, str]:
     """The shapes of tensors that it keeps elsewhere than in the state of its parameters, as in a
-    list of momenta, and under which name; without what lies in the memory of these or of a state,
+    list of momenta, and under which name; without a state_dict, which is a copy (of a
+    ZeroRedundancyOptimizer that was saved), and what lies in the memory of these or of a state,
     which it may share with one that it wraps."""
     by_name: dict[Any, Any] = optimizer.state
     places = _others(optimizer)
     groups = [(k, kept) for group in optimizer.param_groups for k, kept in group.items()]
     places += [(k, kept) for k, kept in groups if k not in ("params", KEY)]
     places += [(key, kept) for key, kept in by_name.items() if isinstance(key, str)]
-    found = [(name, t) for name, kept in places for t in tensors_in(kept)]
+    found = [(name, t) for name, kept in places for t in tensors_in(kept, but=_is_state_dict)]
     if not found:
         return {}
     held = [p for group in optimizer.param_groups for p in group["params"]]
@@ -116,12 +117,17 @@ def kept_beside_state(optimizer: Optimizer) -> dict[torch.Size, str]:
     return {t.shape: name for name, t in found if _address(t) not in known}
 
 
-def tensors_in(kept: Any) -> Iterator[Tensor]:
+def _is_state_dict(kept: Any) -> bool:
+    return isinstance(kept, dict) and kept.keys() == {"state", "param_groups"}
+
+
+def tensors_in(kept: Any, but: Callable[[Any], bool] = lambda kept: False) -> Iterator[Tensor]:
+    """All but those in parts of which this is so."""
     if isinstance(kept, Tensor):
         yield kept
-    elif isinstance(kept, dict | list | tuple):
+    elif isinstance(kept, dict | list | tuple) and not but(kept):
         for part in kept.values() if isinstance(kept, dict) else kept:
-            yield from tensors_in(part)
+            yield from tensors_in(part, but)
 
 
 def first_number(optimizer: Optimizer, parameter: Tensor, key: str) -> float:

@@ -12,6 +12,7 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from ..nn import replaced
+from ..nn.alive import alive
 from ..nn.optimizers import holders
 from .optimizers import held_layers, makes_state_alone, note_known, note_waiting
 from .pattern import check_same_on_all_ranks, local
@@ -97,7 +98,8 @@ def _before_step(algorithm, optimizer: Optimizer) -> None:
         check_all_take_part(algorithm.layers.values())
     if not algorithm._is_checked or algorithm.is_due:
         _check_are_shards(algorithm)
-        _check_all_are_held(algorithm)
+        resting = alive(algorithm._hooked) if algorithm._is_checked else []  # may step again
+        _check_all_are_held(algorithm, [*algorithm.optimizers, *resting])
     if not algorithm._is_checked:
         check_same_on_all_ranks(algorithm.layers)
         algorithm._check_ranks()
@@ -214,8 +216,8 @@ def let_go(algorithm) -> None:
         hooks.algorithms = [a for a in hooks.algorithms if a is not algorithm]
 
 
-def _not_held(algorithm) -> list[str]:
-    held = {n for o in algorithm.optimizers for n in held_layers(o, algorithm.layers)}
+def _not_held(algorithm, optimizers: list[Optimizer]) -> list[str]:
+    held = {n for o in optimizers for n in held_layers(o, algorithm.layers)}
     layers = algorithm.layers.items()
     return [n for n, layer in layers if layer.values.requires_grad and n not in held]
 
@@ -225,7 +227,7 @@ def _check_are_shards(algorithm) -> None:
     groups = [group for o in algorithm.optimizers for group in o.param_groups]
     if not any(hasattr(p, "full_tensor") for group in groups for p in group["params"]):
         return
-    if missing := _not_held(algorithm):
+    if missing := _not_held(algorithm, algorithm.optimizers):
         raise RuntimeError(
             f"sparsity: the values of {', '.join(missing)} are whole, as FSDP2 leaves those of its "
             "root after a forward pass, and it would lose what is written there: after an "
@@ -233,8 +235,8 @@ def _check_are_shards(algorithm) -> None:
         )
 
 
-def _check_all_are_held(algorithm) -> None:
-    if missing := _not_held(algorithm):
+def _check_all_are_held(algorithm, optimizers: list[Optimizer]) -> None:
+    if missing := _not_held(algorithm, optimizers):
         raise RuntimeError(
             f"sparsity: no optimizer that the algorithm follows holds the values of "
             f"{', '.join(missing)}; call algorithm.apply(optimizer) with each optimizer before "

@@ -1,6 +1,7 @@
 """Optimizers that keep numbers where no pattern can reach them, steps that CUDA graphs capture, and
 training in several threads."""
 
+import copy
 import sys
 import threading
 
@@ -165,3 +166,27 @@ def test_steps_are_captured_at_any_rate(rate, is_followed):
         graph.replay()
         torch.cuda.synchronize()
     assert torch.equal(model[0].values, before) == (rate == 0)
+
+
+def test_an_optimizer_that_rests_holds_its_values():
+    """It may step again: those that others hold alone take several steps in between."""
+    algorithm = SET(0.5, update={"freq": 2})
+    model = algorithm.apply(model_of(16, 16, 16))
+    both = algorithm.apply(torch.optim.AdamW(model.parameters()))
+    first = algorithm.apply(torch.optim.SGD(model[0].parameters(), 0.01))
+    before = places_of(model[1])
+    for optimizer in 3 * (both, first, first, first, first):
+        step(model, optimizer)
+    assert algorithm.steps > 2 and not torch.equal(before, places_of(model[1]))
+
+
+def test_a_state_dict_that_an_optimizer_keeps_follows_nothing():
+    """As ZeroRedundancyOptimizer keeps those of all ranks, on the one that saves them."""
+    algorithm = SET(0.5, update={"freq": 2})
+    model = algorithm.apply(model_of(16, 16, 16))
+    optimizer = algorithm.apply(torch.optim.AdamW(model.parameters()))
+    step(model, optimizer)
+    optimizer.saved = [copy.deepcopy(optimizer.state_dict())]
+    before = places_of(model[0])
+    step(model, optimizer)
+    assert algorithm.steps == 2 and not torch.equal(before, places_of(model[0]))
